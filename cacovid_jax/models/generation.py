@@ -1,0 +1,65 @@
+"""Greedy generation, for every model with `prefill` and `decode_step`.
+
+Axes: B batch, L prompt tokens, D width, P position rows.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def greedy(
+  model,
+  params,
+  x,
+  positions,
+  lengths,
+  next_positions,
+  *,
+  max_new_tokens,
+  eos_ids,
+  pad_id,
+):
+  """Returns int32[B, max_new_tokens] of the most likely continuation.
+
+  Stops as soon as every row has ended. Ties go to the lowest id.
+
+  Args:
+    model: `llava_onevision.LlavaOnevisionModel` or alike.
+    params: its parameters.
+    x: float[B, L, D] prompt embeddings, right padded.
+    positions: int32[B, P, L].
+    lengths: int32[B] valid tokens of each prompt.
+    next_positions: int32[B] position of the first generated token. A pruned
+      prompt goes on where the *whole* prompt would, so this is not `lengths`.
+    max_new_tokens: static, at least 1.
+    eos_ids: static, token ids that end an answer; they are part of it.
+    pad_id: id written behind the end.
+  """
+  batch, length = x.shape[:2]
+  num_rows = positions.shape[1]
+  ends = jnp.asarray(tuple(eos_ids), jnp.int32)
+  logits, cache, _ = model.prefill(
+    params, x, positions, lengths, cache_length=length + max_new_tokens - 1
+  )
+  first = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  ids = jnp.full((batch, max_new_tokens), pad_id, jnp.int32)
+
+  def ended(token):
+    return (token[:, None] == ends[None]).any(axis=-1)
+
+  def unfinished(carry):
+    step, _, _, done, _ = carry
+    return (step < max_new_tokens) & ~done.all()
+
+  def extend(carry):
+    step, token, ids, done, cache = carry
+    where = next_positions + step - 1
+    where = jnp.broadcast_to(where[:, None], (batch, num_rows))
+    logits, cache = model.decode_step(params, token, where, cache)
+    token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    token = jnp.where(done, pad_id, token)
+    ids = ids.at[:, step].set(token)
+    return step + 1, token, ids, done | ended(token), cache
+
+  carry = (1, first, ids.at[:, 0].set(first), ended(first), cache)
+  return jax.lax.while_loop(unfinished, extend, carry)[2]

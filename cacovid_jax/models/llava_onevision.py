@@ -1,0 +1,330 @@
+"""LLaVA-OneVision for video: tower, projector, pooling, newline, decoder.
+
+Axes: T frames, H W token grid of a frame after pooling, N = T·H·W video
+tokens, L prompt tokens, D width, B batch, V vocabulary, P position rows (1).
+Paper: https://arxiv.org/abs/2408.03326.
+"""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cacovid_jax.models import qwen2, siglip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlavaOnevisionConfig:
+  """Vision tower, decoder, and the token ids that stand for pictures."""
+
+  vision: siglip.SiglipConfig
+  text: qwen2.Qwen2Config
+  image_token_id: int
+  video_token_id: int
+  projector_bias: bool = True
+
+  @classmethod
+  def llava_onevision_0_5b(cls):
+    return cls(
+      vision=siglip.SiglipConfig.so400m(),
+      text=qwen2.Qwen2Config.qwen2_0_5b(),
+      image_token_id=151646,
+      video_token_id=151647,
+    )
+
+  @classmethod
+  def llava_onevision_7b(cls):
+    return cls(
+      vision=siglip.SiglipConfig.so400m(),
+      text=qwen2.Qwen2Config.qwen2_7b(),
+      image_token_id=151646,
+      video_token_id=151647,
+    )
+
+  @classmethod
+  def tiny(cls):
+    """7 x 7 patches of a frame pooled to 4 x 4; CPU-sized, for tests."""
+    return cls(
+      vision=siglip.SiglipConfig.tiny(),
+      text=qwen2.Qwen2Config.tiny(),
+      image_token_id=60,
+      video_token_id=61,
+    )
+
+  @property
+  def pooled_side(self):
+    """Tokens along one side of a frame after pooling."""
+    return -(-self.vision.side // 2)
+
+
+def pooling_matrix(size):
+  """Returns float32[ceil(size / 2), size], bilinear with half-pixel centres.
+
+  Rows are plain interpolation weights: no low-pass filter, which is what the
+  released models were trained with.
+  """
+  out_size = -(-size // 2)
+  source = (np.arange(out_size) + 0.5) * (size / out_size) - 0.5
+  source = np.maximum(source, 0.0)
+  low = np.minimum(np.floor(source).astype(int), size - 1)
+  high = np.minimum(low + 1, size - 1)
+  matrix = np.zeros((out_size, size))
+  rows = np.arange(out_size)
+  matrix[rows, low] += 1.0 - (source - low)
+  matrix[rows, high] += source - low
+  return matrix.astype(np.float32)
+
+
+def pool(x):
+  """Returns float[F, ceil(side / 2)**2, D] of x float[F, side**2, D].
+
+  Computed in float32 and rounded once to x's dtype.
+  """
+  frames, patches, width = x.shape
+  side = round(patches**0.5)
+  matrix = pooling_matrix(side)
+  pooled = jnp.einsum(
+    "ph,fhwd,qw->fpqd",
+    matrix,
+    x.astype(jnp.float32).reshape(frames, side, side, width),
+    matrix,
+  )
+  return pooled.reshape(frames, -1, width).astype(x.dtype)
+
+
+class Projector(nn.Module):
+  """Two linear maps with the exact GELU between, into the decoder's width."""
+
+  width: int
+  use_bias: bool = True
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    dense = functools.partial(
+      nn.Dense, self.width, use_bias=self.use_bias, dtype=self.dtype
+    )
+    x = nn.gelu(dense(name="linear_1")(x), approximate=False)
+    return dense(name="linear_2")(x)
+
+
+class LlavaOnevision(nn.Module):
+  """The modules of LLaVA-OneVision; `LlavaOnevisionModel` runs them."""
+
+  config: LlavaOnevisionConfig
+  dtype: jnp.dtype = jnp.float32
+  backend: str = "auto"
+  remat: bool = False
+
+  def setup(self):
+    cfg = self.config
+    kwargs = dict(dtype=self.dtype, backend=self.backend, remat=self.remat)
+    self.vision_tower = siglip.SiglipTower(cfg.vision, **kwargs)
+    self.projector = Projector(
+      cfg.text.hidden_size, cfg.projector_bias, self.dtype
+    )
+    self.image_newline = self.param(
+      "image_newline",
+      nn.initializers.normal(cfg.text.hidden_size**-0.5),
+      (cfg.text.hidden_size,),
+    )
+    self.language_model = qwen2.Qwen2(cfg.text, **kwargs)
+
+  def encode_video(self, pixels):
+    """Returns (features float[N, D], out) of pixels float[T, h, w, 3]."""
+    hidden, tower = self.vision_tower(pixels)
+    projected = self.projector(hidden)
+    pooled = pool(projected)
+    out = {
+      "vision_embeddings": tower["embeddings"],
+      "vision_tower_output": hidden,
+      "projected_features": projected,
+      "pooled_features": pooled,
+    }
+    return pooled.reshape(-1, pooled.shape[-1]), out
+
+  def video_block(self, features):
+    """Returns float[N + 1, D]: the features and the newline behind them."""
+    newline = self.image_newline.astype(features.dtype)[None]
+    return jnp.concatenate([features, newline])
+
+  def embed_prompt(self, ids, features, video_start):
+    """Returns float[L, D]; see `LlavaOnevisionModel.embed_prompt`."""
+    block = self.video_block(features.astype(self.dtype))
+    return jax.lax.dynamic_update_slice(
+      self.language_model.embed(ids), block, (video_start, 0)
+    )
+
+  def __call__(self, pixels, ids):
+    """Touches every parameter; only initialisation calls it."""
+    features, _ = self.encode_video(pixels)
+    x = self.embed_prompt(ids, features, 0)
+    positions = jnp.arange(x.shape[0])[None, None]
+    hidden, _ = self.language_model(x[None], positions)
+    return self.language_model.logits(hidden)
+
+
+@dataclasses.dataclass(frozen=True)
+class LlavaOnevisionModel:
+  """Pure functions of (params, arrays): what the rest of the library calls.
+
+  Frozen and hashable, so it can be a static argument of a jitted function.
+  `params` may be stored in another dtype than `dtype`, in which it computes.
+  """
+
+  config: LlavaOnevisionConfig
+  dtype: jnp.dtype = jnp.float32
+  backend: str = "auto"
+  remat: bool = False
+
+  @property
+  def module(self):
+    return LlavaOnevision(self.config, self.dtype, self.backend, self.remat)
+
+  def grid(self, num_frames):
+    """Returns (T, H, W) of a video of `num_frames` frames."""
+    return (num_frames, self.config.pooled_side, self.config.pooled_side)
+
+  def init(self, rng):
+    """Returns random float32 parameters."""
+    size, side = self.config.vision.image_size, self.config.pooled_side
+    pixels = jnp.zeros((1, size, size, 3))
+    ids = jnp.zeros(side * side + 1, jnp.int32)
+    return self.module.init(rng, pixels, ids)["params"]
+
+  def encode_video(self, params, pixels):
+    """Returns features float[N, D] of one video, without the newline.
+
+    Args:
+      params: the model's parameters.
+      pixels: float32[T, h, w, 3], normalised.
+    """
+    return self._apply(params, pixels, method="encode_video")[0]
+
+  def embed_prompt(self, params, ids, features, video_start):
+    """Returns one prompt's embeddings float[L, D].
+
+    Args:
+      params: the model's parameters.
+      ids: int32[L]; the ids under the video are ignored, and rows behind the
+        prompt may be padding.
+      features: float[N, D] of the video.
+      video_start: int32[] row of the first video token; the newline follows
+        the last one, so video_start + N + 1 <= L.
+    """
+    return self._apply(
+      params, ids, features, video_start, method="embed_prompt"
+    )
+
+  def forward(
+    self,
+    params,
+    x,
+    positions,
+    *,
+    mask=None,
+    lengths=None,
+    causal=True,
+    want_hidden=False,
+    want_attention=False,
+  ):
+    """Returns (hidden float[B, L, D] after the final norm, out).
+
+    Args:
+      params: the model's parameters.
+      x: float[B, L, D] embeddings.
+      positions: int32[B, P, L].
+      mask: bool[B, L, L], True where a query may see a key, or None.
+      lengths: int32[B] valid tokens (right padding), or None.
+      causal: static.
+      want_hidden: static; see `qwen2.Qwen2`.
+      want_attention: static; see `qwen2.Qwen2`.
+    """
+    return self._language(
+      params,
+      x,
+      positions,
+      mask=mask,
+      lengths=lengths,
+      causal=causal,
+      want_hidden=want_hidden,
+      want_attention=want_attention,
+      method="__call__",
+    )
+
+  def logits(self, params, hidden):
+    """Returns float32[..., V] of hidden float[..., D] (after the norm)."""
+    return self._language(params, hidden, method="logits")
+
+  def prefill(
+    self,
+    params,
+    x,
+    positions,
+    lengths,
+    *,
+    cache_length,
+    want_hidden=False,
+    want_attention=False,
+  ):
+    """Returns (logits, cache, out) after reading the prompts.
+
+    Args:
+      params: the model's parameters.
+      x: float[B, L, D] embeddings, right padded.
+      positions: int32[B, P, L].
+      lengths: int32[B] valid tokens of each prompt, at least 1.
+      cache_length: static, at least L; room for the prompt and what follows.
+      want_hidden: static; see `qwen2.Qwen2`.
+      want_attention: static; see `qwen2.Qwen2`.
+
+    Returns:
+      logits float32[B, V] behind each prompt's last valid token, the
+      `qwen2.Cache`, and the dict of named intermediates.
+    """
+    if cache_length < x.shape[1]:
+      raise ValueError(
+        f"cache_length {cache_length} is below the {x.shape[1]} prompt rows"
+      )
+    hidden, out = self._language(
+      params,
+      x,
+      positions,
+      lengths=lengths,
+      want_hidden=want_hidden,
+      want_attention=want_attention,
+      want_cache=True,
+      method="__call__",
+    )
+    room = [(0, 0)] * 5
+    room[2] = (0, cache_length - x.shape[1])
+    cache = qwen2.Cache(
+      keys=jnp.pad(out.pop("keys"), room),
+      values=jnp.pad(out.pop("values"), room),
+      lengths=lengths,
+    )
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
+    return self.logits(params, last[:, 0]), cache, out
+
+  def decode_step(self, params, ids, positions, cache):
+    """Returns (logits float32[B, V], cache) after one more token per row.
+
+    Args:
+      params: the model's parameters.
+      ids: int32[B] the new tokens.
+      positions: int32[B, P] their positions.
+      cache: `qwen2.Cache` with room left in every row.
+    """
+    x = self._language(params, ids, method="embed")
+    hidden, cache = self._language(params, x, positions, cache, method="decode")
+    return self.logits(params, hidden), cache
+
+  def _apply(self, params, *args, **kwargs):
+    return self.module.apply({"params": params}, *args, **kwargs)
+
+  def _language(self, params, *args, **kwargs):
+    module = qwen2.Qwen2(self.config.text, self.dtype, self.backend, self.remat)
+    return module.apply({"params": params["language_model"]}, *args, **kwargs)

@@ -1,0 +1,309 @@
+"""Qwen2 decoder with a key-value cache that is plain data.
+
+Axes: B batch, L tokens of a prompt, D width, V vocabulary, P position rows,
+S rows of the cache, N heads, K kv heads, H head dimension.
+Paper: https://arxiv.org/abs/2407.10671.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from cacovid_jax.models import attention, rope
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Qwen2Config:
+  """Sizes of a decoder. `rope_sections` is None for one position row."""
+
+  vocab_size: int
+  hidden_size: int
+  intermediate_size: int
+  num_layers: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  rope_theta: float = 1e6
+  rope_sections: tuple[int, ...] | None = None
+  rms_norm_eps: float = 1e-6
+  tie_embeddings: bool = False
+  max_positions: int = 32768
+
+  @classmethod
+  def qwen2_0_5b(cls, vocab_size=152000):
+    return cls(
+      vocab_size=vocab_size,
+      hidden_size=896,
+      intermediate_size=4864,
+      num_layers=24,
+      num_heads=14,
+      num_kv_heads=2,
+      head_dim=64,
+      tie_embeddings=True,
+    )
+
+  @classmethod
+  def qwen2_7b(cls, vocab_size=152128):
+    return cls(
+      vocab_size=vocab_size,
+      hidden_size=3584,
+      intermediate_size=18944,
+      num_layers=28,
+      num_heads=28,
+      num_kv_heads=4,
+      head_dim=128,
+    )
+
+  @classmethod
+  def tiny(cls):
+    return cls(
+      vocab_size=64,
+      hidden_size=32,
+      intermediate_size=48,
+      num_layers=3,
+      num_heads=4,
+      num_kv_heads=2,
+      head_dim=8,
+      max_positions=512,
+    )
+
+
+class Cache(NamedTuple):
+  """Keys and values of earlier tokens, right padded, one row per prompt."""
+
+  keys: jax.Array  # float[layers, B, S, K, H]
+  values: jax.Array  # float[layers, B, S, K, H]
+  lengths: jax.Array  # int32[B]
+
+
+class RMSNorm(nn.Module):
+  """RMSNorm with two roundings: the scale multiplies the rounded value."""
+
+  epsilon: float
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+    x = x.astype(jnp.float32)
+    mean_square = jnp.square(x).mean(axis=-1, keepdims=True)
+    x = x * jax.lax.rsqrt(mean_square + self.epsilon)
+    return x.astype(self.dtype) * scale.astype(self.dtype)
+
+
+class DecoderLayer(nn.Module):
+  """Grouped-query attention and a gated MLP, both behind an RMSNorm."""
+
+  config: Qwen2Config
+  dtype: jnp.dtype = jnp.float32
+  backend: str = "auto"
+
+  @nn.compact
+  def __call__(
+    self,
+    x,
+    cos,
+    sin,
+    *,
+    causal=True,
+    lengths=None,
+    mask=None,
+    cache=None,
+    want_attention=False,
+  ):
+    """Returns (x, out) after one layer.
+
+    Args:
+      x: float[B, L, D].
+      cos: float32[B, L, H], of `rope.angles`.
+      sin: float32[B, L, H].
+      causal: static; False lets every token see every valid one.
+      lengths: int32[B] valid tokens of each row (right padding) or, with a
+        cache, valid rows of the cache; None when all are valid.
+      mask: bool[B, L, L], True where a query may see a key.
+      cache: None or (keys, values) float[B, S, K, H] of earlier tokens; then
+        L is 1 and `lengths` is required.
+      want_attention: static; adds "last_query_attention" float32[B, L] to out.
+
+    Returns:
+      x float[B, L, D] and a dict with the new "keys" and "values",
+      float[B, L, K, H].
+    """
+    cfg = self.config
+
+    def dense(size, name, use_bias=False):
+      return nn.Dense(size, use_bias=use_bias, dtype=self.dtype, name=name)
+
+    def project(x, num_heads, name):
+      x = dense(num_heads * cfg.head_dim, name, use_bias=True)(x)
+      return x.reshape(*x.shape[:-1], num_heads, cfg.head_dim)
+
+    h = RMSNorm(cfg.rms_norm_eps, self.dtype, name="input_layernorm")(x)
+    q = rope.apply(project(h, cfg.num_heads, "q_proj"), cos, sin)
+    k = rope.apply(project(h, cfg.num_kv_heads, "k_proj"), cos, sin)
+    v = project(h, cfg.num_kv_heads, "v_proj")
+    out = {"keys": k, "values": v}
+    if cache is not None:
+      h = attention.attention_over_cache(q, k, v, *cache, lengths)
+    else:
+      h = attention.attention(
+        q,
+        k,
+        v,
+        causal=causal,
+        lengths=lengths,
+        mask=mask,
+        backend=self.backend,
+      )
+    if want_attention:
+      out["last_query_attention"] = attention.last_query_attention(
+        q, k, _lengths_or_full(lengths, x)
+      )
+    h = h.reshape(*x.shape[:-1], cfg.num_heads * cfg.head_dim)
+    x = x + dense(cfg.hidden_size, "o_proj")(h)
+
+    h = RMSNorm(cfg.rms_norm_eps, self.dtype, name="post_attention_layernorm")(
+      x
+    )
+    gate = nn.silu(dense(cfg.intermediate_size, "gate_proj")(h))
+    up = dense(cfg.intermediate_size, "up_proj")(h)
+    return x + dense(cfg.hidden_size, "down_proj")(gate * up), out
+
+
+def _lengths_or_full(lengths, x):
+  if lengths is None:
+    return jnp.full(x.shape[0], x.shape[1], jnp.int32)
+  return lengths
+
+
+class Qwen2(nn.Module):
+  """Embedding, decoder layers (parameters stacked by depth), norm and head."""
+
+  config: Qwen2Config
+  dtype: jnp.dtype = jnp.float32
+  backend: str = "auto"
+  remat: bool = False
+
+  def setup(self):
+    cfg = self.config
+    shape = (cfg.vocab_size, cfg.hidden_size)
+    init = nn.initializers.normal(0.02)
+    self.embed_tokens = self.param("embed_tokens", init, shape)
+    self.layers = DecoderLayer(cfg, self.dtype, self.backend)
+    self.norm = RMSNorm(cfg.rms_norm_eps, self.dtype)
+    if not cfg.tie_embeddings:
+      self.lm_head = self.param("lm_head", init, shape)
+
+  def embed(self, ids):
+    """Returns float[..., D] of ids int32[...]."""
+    return jnp.take(self.embed_tokens, ids, axis=0).astype(self.dtype)
+
+  def logits(self, hidden):
+    """Returns float32[..., V] of hidden float[..., D] (after the norm)."""
+    tied = self.config.tie_embeddings
+    table = self.embed_tokens if tied else self.lm_head
+    # Accumulated and kept in float32: half precision ties the top tokens.
+    return jnp.einsum(
+      "...D,VD->...V",
+      hidden,
+      table.astype(self.dtype),
+      preferred_element_type=jnp.float32,
+    )
+
+  def __call__(
+    self,
+    x,
+    positions,
+    *,
+    causal=True,
+    lengths=None,
+    mask=None,
+    want_hidden=False,
+    want_attention=False,
+    want_cache=False,
+  ):
+    """Returns (hidden float[B, L, D] after the final norm, out).
+
+    Args:
+      x: float[B, L, D] embeddings.
+      positions: int32[B, P, L].
+      causal: static; False for a bidirectional pass.
+      lengths: int32[B] valid tokens of each row (right padding) or None.
+      mask: bool[B, L, L] or None.
+      want_hidden: static; out["hidden"] float[layers, B, L, D], the output of
+        every layer, before the final norm.
+      want_attention: static; out["last_query_attention"]
+        float32[layers, B, L], the attention row of each last valid token.
+      want_cache: static; out["keys"] and out["values"]
+        float[layers, B, L, K, H].
+    """
+    cos, sin = self._angles(positions)
+
+    def block(layer, x, _):
+      x, aux = layer(
+        x,
+        cos,
+        sin,
+        causal=causal,
+        lengths=lengths,
+        mask=mask,
+        want_attention=want_attention,
+      )
+      out = {"hidden": x} if want_hidden else {}
+      if want_attention:
+        out["last_query_attention"] = aux["last_query_attention"]
+      if want_cache:
+        out.update(keys=aux["keys"], values=aux["values"])
+      return x, out
+
+    x, out = self._scan(block, x.astype(self.dtype), None)
+    return self.norm(x), out
+
+  def decode(self, x, positions, cache):
+    """Returns (hidden float[B, D], cache) after one more token per row.
+
+    Args:
+      x: float[B, D] embeddings of the new tokens.
+      positions: int32[B, P].
+      cache: `Cache` with room for one more token in every row.
+    """
+    cos, sin = self._angles(positions[..., None])
+
+    def block(layer, x, earlier):
+      x, aux = layer(x, cos, sin, cache=earlier, lengths=cache.lengths)
+      return x, (aux["keys"][:, 0], aux["values"][:, 0])
+
+    x, (keys, values) = self._scan(
+      block, x[:, None].astype(self.dtype), (cache.keys, cache.values)
+    )
+    # Written once for all layers: inside the scan it would copy the cache.
+    rows = jnp.arange(x.shape[0])
+    cache = Cache(
+      keys=cache.keys.at[:, rows, cache.lengths].set(keys),
+      values=cache.values.at[:, rows, cache.lengths].set(values),
+      lengths=cache.lengths + 1,
+    )
+    return self.norm(x)[:, 0], cache
+
+  def _angles(self, positions):
+    cfg = self.config
+    return rope.angles(
+      jnp.moveaxis(positions, 1, 0),
+      cfg.head_dim,
+      cfg.rope_theta,
+      cfg.rope_sections,
+    )
+
+  def _scan(self, block, x, per_layer):
+    if self.remat:
+      block = nn.remat(block, prevent_cse=False)
+    scan = nn.scan(
+      block,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      length=self.config.num_layers,
+    )
+    return scan(self.layers, x, per_layer)

@@ -1,0 +1,62 @@
+"""Rotary position embeddings, plain and with several position rows.
+
+Axes: P position rows (1 plain, 3 for time / height / width), L positions,
+N heads, H head dimension.
+Papers: https://arxiv.org/abs/2104.09864 (RoPE),
+https://arxiv.org/abs/2409.12191 (section 2.1, several position rows).
+"""
+
+from collections.abc import Sequence
+
+import chex
+import jax.numpy as jnp
+
+
+def angles(positions, head_dim, theta, sections: Sequence[int] | None = None):
+  """Returns the cosines and sines that rotate queries and keys.
+
+  Args:
+    positions: int32[P, ..., L] position ids; P is 1 without `sections`.
+    head_dim: H, even.
+    theta: base of the geometric row of wavelengths.
+    sections: how many of the H / 2 frequencies each position row drives, in
+      order; None for plain RoPE.
+
+  Returns:
+    (cos, sin), both float32[..., L, H]. The halves are equal, as the
+    rotate-half form wants them.
+  """
+  exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+  frequencies = 1.0 / theta**exponents
+  # float32 holds every position below 2**24 exactly.
+  phase = positions[..., None].astype(jnp.float32) * frequencies
+  if sections is None:
+    chex.assert_axis_dimension(positions, 0, 1)
+    phase = phase[0]
+  else:
+    if len(sections) != positions.shape[0] or sum(sections) != head_dim // 2:
+      raise ValueError(
+        f"sections {tuple(sections)} do not split {head_dim // 2} frequencies "
+        f"over {positions.shape[0]} position rows"
+      )
+    starts = [sum(sections[:row]) for row in range(len(sections))]
+    phase = jnp.concatenate(
+      [
+        phase[row, ..., start : start + size]
+        for row, (start, size) in enumerate(zip(starts, sections, strict=True))
+      ],
+      axis=-1,
+    )
+  phase = jnp.concatenate([phase, phase], axis=-1)
+  return jnp.cos(phase), jnp.sin(phase)
+
+
+def apply(x, cos, sin):
+  """Returns x float[..., L, N, H] rotated by cos, sin float[..., L, H].
+
+  The cosines are rounded to x's dtype first, as the released models do.
+  """
+  cos = cos.astype(x.dtype)[..., None, :]
+  sin = sin.astype(x.dtype)[..., None, :]
+  first, second = jnp.split(x, 2, axis=-1)
+  return x * cos + jnp.concatenate([-second, first], axis=-1) * sin

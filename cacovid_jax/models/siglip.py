@@ -1,0 +1,144 @@
+"""SigLIP vision tower, up to the features that LLaVA-OneVision reads.
+
+Axes: F frames, P patches of a frame (row-major), D width of the tower.
+Paper: https://arxiv.org/abs/2303.15343.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from cacovid_jax.models import attention
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SiglipConfig:
+  """Sizes of a tower; patches that do not fit the image whole are cut off."""
+
+  hidden_size: int
+  intermediate_size: int
+  num_layers: int
+  num_heads: int
+  image_size: int
+  patch_size: int
+  layer_norm_eps: float = 1e-6
+
+  @classmethod
+  def so400m(cls):
+    """The 26 layers of SigLIP so400m that the released models kept."""
+    return cls(
+      hidden_size=1152,
+      intermediate_size=4304,
+      num_layers=26,
+      num_heads=16,
+      image_size=384,
+      patch_size=14,
+    )
+
+  @classmethod
+  def tiny(cls):
+    return cls(
+      hidden_size=32,
+      intermediate_size=52,
+      num_layers=2,
+      num_heads=4,
+      image_size=30,
+      patch_size=4,
+    )
+
+  @property
+  def side(self):
+    """Patches along one side of a frame."""
+    return self.image_size // self.patch_size
+
+
+class LayerNorm(nn.Module):
+  """LayerNorm in float32 throughout, rounded to `dtype` once at the end."""
+
+  epsilon: float
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+    bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+    x = x.astype(jnp.float32)
+    mean = x.mean(axis=-1, keepdims=True)
+    # Two passes: E[x^2] - E[x]^2 cancels when the mean is large.
+    variance = jnp.square(x - mean).mean(axis=-1, keepdims=True)
+    x = (x - mean) / jnp.sqrt(variance + self.epsilon)
+    x = x * scale.astype(jnp.float32) + bias.astype(jnp.float32)
+    return x.astype(self.dtype)
+
+
+class SiglipLayer(nn.Module):
+  """Pre-norm transformer block, bidirectional."""
+
+  config: SiglipConfig
+  dtype: jnp.dtype = jnp.float32
+  backend: str = "auto"
+
+  @nn.compact
+  def __call__(self, x):
+    """Returns float[F, P, D] of x float[F, P, D]."""
+    cfg = self.config
+    dense = lambda size, name: nn.Dense(size, dtype=self.dtype, name=name)
+    heads = (*x.shape[:2], cfg.num_heads, cfg.hidden_size // cfg.num_heads)
+
+    h = LayerNorm(cfg.layer_norm_eps, self.dtype, name="layer_norm1")(x)
+    q = dense(cfg.hidden_size, "q_proj")(h).reshape(heads)
+    k = dense(cfg.hidden_size, "k_proj")(h).reshape(heads)
+    v = dense(cfg.hidden_size, "v_proj")(h).reshape(heads)
+    h = attention.attention(q, k, v, backend=self.backend).reshape(x.shape)
+    x = x + dense(cfg.hidden_size, "out_proj")(h)
+
+    h = LayerNorm(cfg.layer_norm_eps, self.dtype, name="layer_norm2")(x)
+    h = dense(cfg.intermediate_size, "fc1")(h)
+    # The tower was trained with the tanh form; the projector with the exact.
+    h = nn.gelu(h, approximate=True)
+    return x + dense(cfg.hidden_size, "fc2")(h)
+
+
+class SiglipTower(nn.Module):
+  """Patches, a learned position table and the blocks; no final norm.
+
+  The features LLaVA-OneVision reads come *before* SigLIP's `post_layernorm`,
+  so there is none here.
+  """
+
+  config: SiglipConfig
+  dtype: jnp.dtype = jnp.float32
+  backend: str = "auto"
+  remat: bool = False
+
+  @nn.compact
+  def __call__(self, pixels):
+    """Returns (hidden float[F, P, D], out) of pixels float[F, h, w, 3]."""
+    cfg = self.config
+    frames, side, size = pixels.shape[0], cfg.side, cfg.patch_size
+    # A valid convolution with stride = kernel is a product over cut patches.
+    x = pixels[:, : side * size, : side * size].astype(self.dtype)
+    x = x.reshape(frames, side, size, side, size, x.shape[-1])
+    x = x.transpose(0, 1, 3, 2, 4, 5).reshape(frames, side * side, -1)
+    x = nn.Dense(cfg.hidden_size, dtype=self.dtype, name="patch_embedding")(x)
+    table = self.param(
+      "position_embedding",
+      nn.initializers.normal(cfg.hidden_size**-0.5),
+      (side * side, cfg.hidden_size),
+    )
+    x = x + table.astype(self.dtype)
+    out = {"embeddings": x}
+
+    block = lambda layer, x, _: (layer(x), None)
+    if self.remat:
+      block = nn.remat(block, prevent_cse=False)
+    scan = nn.scan(
+      block,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      length=cfg.num_layers,
+    )
+    layers = SiglipLayer(cfg, self.dtype, self.backend, name="layers")
+    x, _ = scan(layers, x, None)
+    return x, out
