@@ -1,0 +1,56 @@
+"""The one row type of the package: a question about a video."""
+
+import dataclasses
+import hashlib
+
+MULTIPLE_CHOICE = "multiple choice"
+NUMERICAL = "numerical"
+OCR = "OCR"
+FREE_FORM = "free-form"
+REGRESSION = "regression"
+PROBLEM_TYPES = (MULTIPLE_CHOICE, NUMERICAL, OCR, FREE_FORM, REGRESSION)
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Question:
+  """A question, its answer, and the clip that it is about.
+
+  Attributes:
+    id: unique name within its source.
+    video: path of the clip, relative to the media root.
+    question: what is asked, without options and without a hint.
+    options: the choices without their letters; empty if none are offered.
+    answer: the right letter for multiple choice, else the right text.
+    problem_type: one of `PROBLEM_TYPES`.
+    duration: group of the clip's length ("short", ...), if the source has one.
+    category: the kind of question, if the source has one.
+    source: name of the data set.
+    prompt: the user's text after the video, verbatim, hint included.
+  """
+
+  id: str
+  video: str
+  question: str
+  options: tuple[str, ...] = ()
+  answer: str
+  problem_type: str = MULTIPLE_CHOICE
+  duration: str | None = None
+  category: str | None = None
+  source: str = ""
+  prompt: str = ""
+
+  @property
+  def lettered(self) -> bool:
+    """Whether the answer is the letter of an option."""
+    return self.problem_type == MULTIPLE_CHOICE
+
+
+def question_hash(question_id: str) -> int:
+  """Returns the 32-bit blake2 of an id: the question's own random stream.
+
+  Python's `hash` differs from run to run, so it must not seed anything.
+  """
+  digest = hashlib.blake2b(question_id.encode(), digest_size=4).digest()
+  return int.from_bytes(digest, "little")
