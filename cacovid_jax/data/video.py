@@ -173,7 +173,7 @@ def decode(
     return reader.decode(sampler, size)
 
 
-class _NoTable(Exception):
+class _NoTableError(Exception):
   """The container's stamps cannot be used; decode in sequence."""
 
 
@@ -311,7 +311,7 @@ class _Reader:
       if seen > self.limits.max_frames:
         raise self._fail("too_long", f"above {self.limits.max_frames} frames")
       if packet.pts is None:
-        raise _NoTable
+        raise _NoTableError
       if packet.is_keyframe:
         keys.append(packet.pts)
       if not packet.is_discard:
@@ -319,7 +319,7 @@ class _Reader:
     stamps.sort()
     keys.sort()
     if not stamps or not keys or len(set(stamps)) != len(stamps):
-      raise _NoTable
+      raise _NoTableError
     return stamps, np.array(keys)
 
   def _count(self) -> int:
@@ -337,7 +337,7 @@ class _Reader:
     try:
       table = self._table()
       num_frames = len(table[0])
-    except _NoTable:
+    except _NoTableError:
       table = None
       num_frames = self._count()
     if num_frames == 0:
@@ -378,7 +378,7 @@ class _Reader:
     if table is not None:
       try:
         pictures = self._by_stamp(table, order, size)
-      except _NoTable:
+      except _NoTableError:
         pictures = None
     if pictures is None:
       pictures = self._in_sequence(order, size)
@@ -408,14 +408,14 @@ class _Reader:
         try:
           self._container.seek(key, stream=self._stream, backward=True)
         except av.error.FFmpegError:
-          raise _NoTable from None
+          raise _NoTableError from None
         self._stream.codec_context.flush_buffers()
         pictures, landed = self._pictures(), True
       for picture in pictures:
         current = picture.pts
         if current is None or (landed and current > wanted and wanted != key):
           # The seek went beyond the frame: the index of the file is wrong.
-          raise _NoTable
+          raise _NoTableError
         landed = False
         if current >= wanted:
           found.append(self._upright(picture, size))

@@ -1,0 +1,211 @@
+"""A small byte-level BPE tokenizer and its Hugging Face files.
+
+For the embedded benchmark's base model: the same normaliser, pre-tokenizer and
+special tokens as Qwen2's tokenizer, with a vocabulary trained on a given corpus.
+Everything that a LLaVA-OneVision checkpoint directory needs besides the model's
+own config.json, generation_config.json and weights is written.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from cacovid_jax import errors
+
+SPECIAL_TOKENS = (
+  "<|endoftext|>",
+  "<|im_start|>",
+  "<|im_end|>",
+  "<image>",
+  "<video>",
+)
+
+# Qwen2's rule: contractions, words with one leading mark, single digits, runs
+# of marks, line ends, spaces.
+_PATTERN = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# Videos come before text, no system turn; a plain string is taken as it is.
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{{- '<|im_start|>' + message['role'] + '\\n' -}}
+{%- if message['content'] is string -%}
+{{- message['content'] -}}
+{%- else -%}
+{%- for item in message['content'] if item['type'] == 'image' -%}
+{{- '<image>\\n' -}}
+{%- endfor -%}
+{%- for item in message['content'] if item['type'] == 'video' -%}
+{{- '<video>\\n' -}}
+{%- endfor -%}
+{%- for item in message['content'] if item['type'] == 'text' -%}
+{{- item['text'] -}}
+{%- endfor -%}
+{%- endif -%}
+{{- '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}
+"""
+
+
+def train(
+  texts: Iterable[str],
+  vocab_size: int,
+  directory,
+  *,
+  special_tokens=SPECIAL_TOKENS,
+  image_size: int = 112,
+  num_image_tokens: int | None = None,
+  max_length: int = 32_768,
+) -> tokenizers.Tokenizer:
+  """Trains a tokenizer and writes its files into `directory`.
+
+  Args:
+    texts: the corpus, in any order; special tokens in it (of rendered prompts,
+      say) are left out of the merges.
+    vocab_size: most ids, special tokens included; at least 256 bytes + those.
+    directory: made if it does not exist.
+    special_tokens: they get the last ids, in this order.
+    image_size: S, pixels of a frame's side for the processor files.
+    num_image_tokens: tokens of one frame before pooling; None leaves the
+      processor's default.
+    max_length: most tokens of a prompt.
+
+  Returns:
+    The trained tokenizer.
+  """
+  needed = 256 + len(special_tokens)
+  if vocab_size < needed:
+    raise errors.UserError(
+      f"vocab_size {vocab_size} is too small; give at least {needed}"
+    )
+  tokenizer = tokenizers.Tokenizer(models.BPE())
+  tokenizer.normalizer = normalizers.NFC()
+  tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    [
+      pre_tokenizers.Split(tokenizers.Regex(_PATTERN), "isolated"),
+      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+  )
+  tokenizer.decoder = decoders.ByteLevel()
+  trainer = trainers.BpeTrainer(
+    vocab_size=vocab_size - len(special_tokens),
+    initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    show_progress=False,
+  )
+  # Sorted, so that merges of equal count do not depend on the texts' order.
+  tokenizer.train_from_iterator(
+    sorted(_without(text, special_tokens) for text in texts), trainer
+  )
+  tokenizer.add_special_tokens(
+    [
+      tokenizers.AddedToken(token, special=True, normalized=False)
+      for token in special_tokens
+    ]
+  )
+  os.makedirs(directory, exist_ok=True)
+  tokenizer.save(os.path.join(directory, "tokenizer.json"))
+  for name, content in _files(
+    tokenizer, special_tokens, image_size, num_image_tokens, max_length
+  ).items():
+    with open(os.path.join(directory, name), "w", encoding="utf-8") as f:
+      f.write(content)
+  return tokenizer
+
+
+def _without(text: str, special_tokens) -> str:
+  for token in special_tokens:
+    text = text.replace(token, "\n")
+  return text
+
+
+def _files(tokenizer, special_tokens, image_size, num_image_tokens, max_length):
+  """Returns the text of every file beside tokenizer.json."""
+  names = {
+    "pad_token": "<|endoftext|>",
+    "eos_token": "<|im_end|>",
+    "image_token": "<image>",
+    "video_token": "<video>",
+  }
+  names = {
+    key: token for key, token in names.items() if token in special_tokens
+  }
+  standard = {
+    key: names[key] for key in ("pad_token", "eos_token") if key in names
+  }
+  added = {
+    str(tokenizer.token_to_id(token)): {
+      "content": token,
+      "lstrip": False,
+      "normalized": False,
+      "rstrip": False,
+      "single_word": False,
+      "special": True,
+    }
+    for token in special_tokens
+  }
+  # This class reads tokenizer.json as it stands, in every release.
+  tokenizer_config = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "model_max_length": max_length,
+    "clean_up_tokenization_spaces": False,
+    "padding_side": "left",
+    "added_tokens_decoder": added,
+    "additional_special_tokens": [
+      token for token in special_tokens if token not in standard.values()
+    ],
+    "chat_template": CHAT_TEMPLATE,
+    **standard,
+  }
+  pixels = {
+    "do_convert_rgb": True,
+    "do_normalize": True,
+    "do_rescale": True,
+    "do_resize": True,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "resample": 3,
+    "rescale_factor": 1 / 255,
+    "size": {"height": image_size, "width": image_size},
+  }
+  image = {
+    **pixels,
+    "do_pad": True,
+    "image_grid_pinpoints": [[image_size, image_size]],
+    "image_processor_type": "LlavaOnevisionImageProcessor",
+    "processor_class": "LlavaOnevisionProcessor",
+  }
+  video = {
+    **pixels,
+    "processor_class": "LlavaOnevisionProcessor",
+    "video_processor_type": "LlavaOnevisionVideoProcessor",
+  }
+  processor = {
+    "image_token": "<image>",
+    "video_token": "<video>",
+    "num_image_tokens": num_image_tokens,
+    "processor_class": "LlavaOnevisionProcessor",
+    "vision_feature_select_strategy": "full",
+  }
+  if num_image_tokens is None:
+    del processor["num_image_tokens"]
+  entries = {
+    "tokenizer_config.json": tokenizer_config,
+    "special_tokens_map.json": standard,
+    "preprocessor_config.json": image,
+    "video_preprocessor_config.json": video,
+    "processor_config.json": processor,
+    "chat_template.json": {"chat_template": CHAT_TEMPLATE},
+  }
+  texts = {
+    name: json.dumps(entry, indent=2, sort_keys=True) + "\n"
+    for name, entry in entries.items()
+  }
+  return texts | {"chat_template.jinja": CHAT_TEMPLATE}
