@@ -1,7 +1,7 @@
 """A small byte-level BPE tokenizer and its Hugging Face files.
 
 For the embedded benchmark's base model: the same normaliser, pre-tokenizer and
-special tokens as Qwen2's tokenizer, with a vocabulary trained on a given corpus.
+special tokens as Qwen2's tokenizer, and a vocabulary trained on a given corpus.
 Everything that a LLaVA-OneVision checkpoint directory needs besides the model's
 own config.json, generation_config.json and weights is written.
 """
