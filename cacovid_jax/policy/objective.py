@@ -1,0 +1,192 @@
+"""Combinatorial policy optimisation: the loss of a video's replay memory.
+
+Each token, and each frame, is an independent choice between drop and keep. A
+combination's reward is credited to all its choices through a clipped ratio.
+
+Axes: T frames, N video tokens, M combinations in the memory.
+Paper: https://arxiv.org/abs/2602.01649 (combinatorial policy optimisation).
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+  """Constants of the loss, with the paper's values.
+
+  Attributes:
+    clip_low: the ratio is clipped below at 1 - clip_low,
+    clip_high: and above at 1 + clip_high.
+    kl_weight: weight of the divergence from the uniform policy.
+    log_ratio_clamp: if given, the log-ratio stays within +- this. The paper
+      has none (None); the unclipped side, negative advantage and a growing
+      ratio, then has no bound and large learning rates diverge.
+    std_epsilon: added to the rewards' standard deviation.
+    weight_epsilon: added to the sum of a combination's token weights.
+  """
+
+  clip_low: float = 0.2
+  clip_high: float = 0.28
+  kl_weight: float = 0.0
+  log_ratio_clamp: float | None = None
+  std_epsilon: float = 1e-4
+  weight_epsilon: float = 1e-7
+
+
+class Memory(NamedTuple):
+  """Combinations and rewards of one video, preallocated for all iterations.
+
+  Attributes:
+    token_mask: bool[Mt, N], True where a token was kept.
+    token_reward: float32[Mt].
+    token_valid: bool[Mt], False for a row that is not filled yet.
+    frame_mask: bool[Mf, T], True where a frame was drawn.
+    frame_reward: float32[Mf].
+    frame_valid: bool[Mf].
+  """
+
+  token_mask: jax.Array
+  token_reward: jax.Array
+  token_valid: jax.Array
+  frame_mask: jax.Array
+  frame_reward: jax.Array
+  frame_valid: jax.Array
+
+
+def loss(scores, old_scores, memory, config=None):
+  """Returns the loss of one video's memory, and metrics.
+
+  Args:
+    scores: Scores(frame f32[T, 2], token f32[N, 2]) of the current policy.
+    old_scores: those that the combinations were drawn from; no gradient.
+    memory: Memory. Rows that are not valid have no influence at all.
+    config: ObjectiveConfig.
+
+  Returns:
+    (float32[], dict of float32[]).
+  """
+  config = config or ObjectiveConfig()
+  chex.assert_equal_shape([scores.token, old_scores.token])
+  chex.assert_equal_shape([scores.frame, old_scores.frame])
+  token_loss, token_metrics = _mode_loss(
+    scores.token,
+    old_scores.token,
+    memory.token_mask,
+    memory.token_reward,
+    memory.token_valid,
+    balance_weights(memory.token_mask),
+    config,
+  )
+  frame_loss, frame_metrics = _mode_loss(
+    scores.frame,
+    old_scores.frame,
+    memory.frame_mask,
+    memory.frame_reward,
+    memory.frame_valid,
+    None,
+    config,
+  )
+  metrics = {"token_loss": token_loss, "frame_loss": frame_loss}
+  metrics |= {f"token_{name}": x for name, x in token_metrics.items()}
+  metrics |= {f"frame_{name}": x for name, x in frame_metrics.items()}
+  return token_loss + frame_loss, metrics
+
+
+def advantages(rewards, valid, *, epsilon=1e-4):
+  """Returns float32[M], standardised rewards; zero in rows not valid.
+
+  Exactly zero everywhere when all valid rewards agree.
+
+  Args:
+    rewards: float32[M].
+    valid: bool[M].
+    epsilon: added to the standard deviation (with Bessel's correction).
+  """
+  count = valid.sum()
+  # Shifted first: the mean of equal numbers may be off by a rounding, which
+  # the division by epsilon would blow up.
+  shift = jnp.max(jnp.where(valid, rewards, -jnp.inf))
+  shifted = jnp.where(valid, rewards - shift, 0.0)
+  mean = shifted.sum() / jnp.maximum(count, 1)
+  centred = jnp.where(valid, shifted - mean, 0.0)
+  variance = jnp.sum(centred**2) / jnp.maximum(count - 1, 1)
+  return centred / (jnp.sqrt(variance) + epsilon)
+
+
+def kept_share(mask):
+  """Returns float32[M, 1], the kept share of each combination, bool[M, N]."""
+  return mask.astype(jnp.float32).mean(axis=-1, keepdims=True)
+
+
+def balance_weights(mask):
+  """Returns float32[M, N] that let kept and dropped tokens weigh alike."""
+  share = kept_share(mask)
+  return jnp.where(mask, 1.0 - share, share)
+
+
+def mask_log_probs(scores, mask):
+  """Returns float32[M, N] log-probs of the choices mask bool[M, N]."""
+  log_probs = jax.nn.log_softmax(scores.astype(jnp.float32), axis=-1)
+  return jnp.where(mask, log_probs[:, 1], log_probs[:, 0])
+
+
+def clipped_term(log_ratio, advantage, config):
+  """Returns the negated clipped objective of each choice, and its ratio."""
+  ratio = jnp.exp(log_ratio)
+  clipped = jnp.clip(ratio, 1 - config.clip_low, 1 + config.clip_high)
+  return -jnp.minimum(ratio * advantage, clipped * advantage), ratio
+
+
+def _mode_loss(scores, old_scores, mask, rewards, valid, weights, config):
+  """Returns the loss and the metrics of token mode or frame mode."""
+  mask = mask.astype(bool)
+  advantage = advantages(rewards, valid, epsilon=config.std_epsilon)
+  log_probs = mask_log_probs(scores, mask)  # [M, N]
+  old_log_probs = mask_log_probs(jax.lax.stop_gradient(old_scores), mask)
+  log_ratio = log_probs - old_log_probs
+  if config.log_ratio_clamp is not None:
+    bound = config.log_ratio_clamp
+    log_ratio = jnp.clip(log_ratio, -bound, bound)
+  term, ratio = clipped_term(log_ratio, advantage[:, None], config)
+  if config.kl_weight:
+    deviation = math.log(0.5) - log_probs
+    kl = jnp.exp(deviation) - deviation - 1
+    term = term + config.kl_weight * kl
+  if weights is None:
+    rows = term.mean(axis=-1)
+  else:
+    total = weights.sum(axis=-1) + config.weight_epsilon
+    rows = jnp.sum(weights * term, axis=-1) / total
+  mean = _valid_mean(rows, valid)
+  return mean, _metrics(scores, ratio, advantage, valid, config)
+
+
+def _valid_mean(rows, valid):
+  """Returns the mean of rows float32[M] over the valid ones."""
+  return jnp.where(valid, rows, 0.0).sum() / jnp.maximum(valid.sum(), 1)
+
+
+def _metrics(scores, ratio, advantage, valid, config):
+  # The side on which the objective is flat depends on the advantage's sign.
+  clipped = jnp.where(
+    advantage[:, None] > 0,
+    ratio > 1 + config.clip_high,
+    (advantage[:, None] < 0) & (ratio < 1 - config.clip_low),
+  )
+  log_probs = jax.nn.log_softmax(scores.astype(jnp.float32), axis=-1)
+  gap = scores[:, 1] - scores[:, 0]
+  spread = jnp.sqrt(jnp.sum(advantage**2) / jnp.maximum(valid.sum() - 1, 1))
+  metrics = {
+    "clip_fraction": _valid_mean(clipped.mean(axis=-1), valid),
+    "mean_ratio": _valid_mean(ratio.mean(axis=-1), valid),
+    "entropy": -jnp.mean(jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)),
+    "mean_gap": gap.mean(),
+    "advantage_std": spread,
+  }
+  return jax.lax.stop_gradient(metrics)
