@@ -1,23 +1,47 @@
 """Mistakes that a user can mend, and how entry points report them."""
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 
-from absl import app
+from absl import app, flags
 
 
 class UserError(Exception):
   """A user's mistake; the message is one line naming the thing and the mend."""
 
 
-def run(main: Callable[[Sequence[str]], None]) -> None:
-  """Runs an absl `main`; a `UserError` ends it with one line and exit code 2."""
+def run(main: Callable[[Sequence[str]], int | None]) -> None:
+  """Runs an absl `main`; a `UserError` ends it with one line and exit code 2.
+
+  `--config.a.b=value` sets a key of the config (see `config.define_flag`).
+  """
 
   def guarded(argv):
     try:
       return main(argv)
     except UserError as error:
-      print(f"error: {error}", file=sys.stderr)
+      print(f"error: {one_line(error)}", file=sys.stderr)
       return 2
 
-  app.run(guarded)
+  app.run(guarded, flags_parser=_parse_flags)
+
+
+def one_line(error: Exception) -> str:
+  """Returns the message of an error, line breaks turned into spaces."""
+  return " ".join(str(error).split())
+
+
+def _parse_flags(argv):
+  """Parses absl flags; a mistake is one line and exit code 2, no usage text."""
+  argv = [_override_flag(argument) for argument in argv]
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as error:
+    print(f"error: {one_line(error)} (--help lists the flags)", file=sys.stderr)
+    sys.exit(2)
+
+
+def _override_flag(argument):
+  """Returns `--config_override=a.b=v` for `--config.a.b=v`; else no change."""
+  return re.sub(r"^--?config\.(?=[^=]+=)", "--config_override=", argument)

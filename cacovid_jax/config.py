@@ -1,0 +1,343 @@
+"""Configs: Python files that return a `ConfigDict`, and typed overrides.
+
+A run is fully described by a file, its argument and its overrides:
+`--config configs/x.py:debug --config.sampling.ratio=0.05`. The resolved config
+is locked, so that a mistyped key fails, and lives as `config.json` in the
+workdir, so that a workdir belongs to one config.
+"""
+
+import ast
+import difflib
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import sys
+
+import ml_collections
+from absl import flags
+
+from cacovid_jax import errors
+
+# Groups and keys that change how a run is recorded and not what it computes:
+# they may differ between the start and the continuation of a run.
+NOT_HASHED = ("ckpt", "log_every")
+
+_WORDS = {"true": True, "false": False, "none": None, "null": None}
+
+
+def load(spec, overrides=()):
+  """Returns the locked config of "path/to/file.py:argument".
+
+  Args:
+    spec: a Python file that defines `get_config(arg=None)`, optionally with an
+      argument after a colon; or the `config.json` of a workdir.
+    overrides: texts "key.subkey=value"; a value must have the type of the one
+      it replaces.
+  """
+  path, _, arg = str(spec).partition(":")
+  if path.endswith(".json"):
+    config = _read_json(pathlib.Path(path))
+  else:
+    config = _call_get_config(pathlib.Path(path), arg or None)
+  for text in overrides:
+    override(config, text)
+  return config.lock()
+
+
+def override(config, text):
+  """Applies one "key.subkey=value" to `config`, in place."""
+  key, equals, value = text.partition("=")
+  if not equals or not key:
+    raise errors.UserError(
+      f"config override {text!r} has no value: write key.subkey=value"
+    )
+  *groups, name = key.split(".")
+  group = config
+  for part in groups:
+    group = group.get(part) if isinstance(part, str) and part in group else None
+    if not isinstance(group, ml_collections.ConfigDict):
+      raise _unknown_key(config, key)
+  if name not in group:
+    raise _unknown_key(config, key)
+  old = group[name]
+  if isinstance(old, ml_collections.ConfigDict):
+    raise errors.UserError(
+      f"config key {key!r} is a group, not a value: set one of "
+      + ", ".join(f"{key}.{child}" for child in sorted(old))
+    )
+  new = parse_value(value, old, name=key, kind=group.get_type(name))
+  with group.unlocked(), group.ignore_type():
+    group[name] = new
+
+
+def parse_value(text, like, *, name="value", kind=None):
+  """Returns the value that `text` writes, of the type of `like`.
+
+  Args:
+    text: "3e-4", "true", "a word", "(1, 2)" or "1,2"; "none" empties any field
+      that holds neither a text nor a truth value.
+    like: the value that is replaced.
+    name: of the field, for the error message.
+    kind: the type to read when `like` is None, such as that of a placeholder;
+      without it the text is read as the Python literal it looks like.
+  """
+  if like is not None:
+    kind = type(like)
+  if kind in (None, type(None)):
+    return _parse_literal(text)
+  if kind is str:
+    return None if like is None and text.lower() == "none" else text
+  word = _WORDS.get(text.strip().lower(), text)
+  if word is None and kind is not bool:
+    return None
+  try:
+    if kind in (tuple, list):
+      return _parse_sequence(text, like or (), name, kind)
+    if kind is bool and isinstance(word, bool):
+      return word
+    if kind is int:
+      return _parse_int(text)
+    if kind is float and not math.isnan(value := float(text)):
+      return value
+  except ValueError:
+    pass
+  expected = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    tuple: "values separated by commas",
+    list: "values separated by commas",
+  }.get(kind, f"a {kind.__name__}")
+  raise errors.UserError(
+    f"{name}={text} is not {expected} (it is {like!r} now)"
+  )
+
+
+def define_flag(default=None):
+  """Defines `--config`, whose keys are set by `--config.key=value`."""
+  flags.DEFINE_string(
+    "config", default, "Config file and argument: configs/x.py:argument."
+  )
+  flags.DEFINE_multi_string(
+    "config_override",
+    [],
+    "key.subkey=value; --config.key.subkey=value is the same.",
+  )
+
+
+def from_flags():
+  """Returns the config that the flags of `define_flag` name."""
+  if not flags.FLAGS.config:
+    raise errors.UserError(
+      "no config given: add --config=configs/x.py" + _known_files("configs")
+    )
+  return load(flags.FLAGS.config, flags.FLAGS.config_override)
+
+
+def to_dict(config):
+  """Returns plain nested dicts, lists, numbers and texts of a config."""
+  return {key: _plain(config[key], key) for key in sorted(config)}
+
+
+def dumps(config):
+  """Returns a config as JSON text, keys in order."""
+  return json.dumps(to_dict(config), indent=2, sort_keys=True) + "\n"
+
+
+def save(config, path):
+  """Writes a config as JSON, all or nothing."""
+  path = pathlib.Path(path)
+  partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+  partial.write_text(dumps(config), encoding="utf-8")
+  os.replace(partial, path)
+
+
+def config_hash(config):
+  """Returns 16 hexadecimal digits of the config without `NOT_HASHED` keys."""
+  text = json.dumps(_hashed(to_dict(config)), sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def claim_workdir(workdir, config):
+  """Writes `config.json` in a new workdir; refuses one of another config."""
+  workdir = pathlib.Path(workdir)
+  path = workdir / "config.json"
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise errors.UserError(
+      f"cannot make workdir {workdir}: {error.strerror}; give another --workdir"
+    ) from error
+  if path.exists():
+    # Through JSON text and back, so that tuples compare equal to lists.
+    here = json.loads(json.dumps(_hashed(to_dict(config))))
+    differences = _differences(_hashed(to_dict(_read_json(path))), here)
+    if differences:
+      shown = "; ".join(differences[:3])
+      more = len(differences) - 3
+      raise errors.UserError(
+        f"workdir {workdir} belongs to another config: {shown}"
+        + (f"; and {more} more" if more > 0 else "")
+        + ". Give another --workdir, or the config the run started with"
+      )
+  save(config, path)
+
+
+def _call_get_config(path, arg):
+  """Returns the unlocked result of `get_config` of a Python file."""
+  if not path.is_file():
+    raise errors.UserError(
+      f"no config file {path}" + _known_files(path.parent or ".")
+    )
+  path = path.resolve()
+  # Configs import their neighbours as `configs.common`, from any folder.
+  root = path.parent
+  while (root / "__init__.py").exists():
+    root = root.parent
+  spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
+  if spec is None:
+    raise errors.UserError(f"config {path} is not a .py or .json file")
+  module = importlib.util.module_from_spec(spec)
+  sys.path.insert(0, str(root))
+  try:
+    spec.loader.exec_module(module)
+  except (SyntaxError, ImportError) as error:
+    raise errors.UserError(
+      f"config {path.name} does not load: {errors.one_line(error)}"
+    ) from error
+  finally:
+    sys.path.remove(str(root))
+  if not hasattr(module, "get_config"):
+    raise errors.UserError(f"config {path.name} defines no get_config(arg)")
+  config = module.get_config(arg)
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise errors.UserError(
+      f"get_config of {path.name} must return an ml_collections.ConfigDict"
+    )
+  return config
+
+
+def _read_json(path):
+  """Returns the unlocked config in a JSON file; lists become tuples."""
+  try:
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+      raise ValueError("not an object")
+  except FileNotFoundError:
+    raise errors.UserError(f"no config file {path}") from None
+  except ValueError as error:
+    raise errors.UserError(
+      f"{path} is not a config in JSON ({errors.one_line(error)}); "
+      "restore it or use another workdir"
+    ) from error
+  return ml_collections.ConfigDict(_tuples(values))
+
+
+def _unknown_key(config, key):
+  known = list(_flat(config))
+  leaf = key.split(".")[-1]
+  near = [other for other in known if other.split(".")[-1] == leaf]
+  near += difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+  near += [
+    other
+    for other in known
+    if difflib.SequenceMatcher(None, other.split(".")[-1], leaf).ratio() > 0.75
+  ]
+  near = list(dict.fromkeys(near))[:3] or sorted(config)
+  return errors.UserError(
+    f"unknown config key {key!r}; nearest: {', '.join(near)}"
+  )
+
+
+def _known_files(folder):
+  names = sorted(
+    str(path)
+    for path in pathlib.Path(folder).glob("*.py")
+    if path.stem not in ("__init__", "common")
+  )
+  return f"; there are {', '.join(names)}" if names else ""
+
+
+def _flat(config, prefix=""):
+  """Yields the dotted names of all values of nested mappings."""
+  for key, value in config.items():
+    if isinstance(value, (dict, ml_collections.ConfigDict)):
+      yield from _flat(value, f"{prefix}{key}.")
+    else:
+      yield f"{prefix}{key}"
+
+
+def _differences(there, here, prefix=""):
+  """Returns texts that name the differing keys of two nested dicts."""
+  out = []
+  for key in sorted({*there, *here}):
+    name = f"{prefix}{key}"
+    if key not in there:
+      out.append(f"{name} is new")
+    elif key not in here:
+      out.append(f"{name} is gone")
+    elif isinstance(there[key], dict) and isinstance(here[key], dict):
+      out += _differences(there[key], here[key], f"{name}.")
+    elif there[key] != here[key]:
+      out.append(f"{name} is {there[key]!r} there and {here[key]!r} here")
+  return out
+
+
+def _hashed(values):
+  return {key: value for key, value in values.items() if key not in NOT_HASHED}
+
+
+def _plain(value, name):
+  if isinstance(value, (dict, ml_collections.ConfigDict)):
+    return {key: _plain(value[key], f"{name}.{key}") for key in sorted(value)}
+  if isinstance(value, (tuple, list)):
+    return [_plain(item, name) for item in value]
+  if value is None or isinstance(value, (bool, int, float, str)):
+    return value
+  raise TypeError(f"config value {name} is a {type(value)}, which JSON lacks")
+
+
+def _tuples(value):
+  if isinstance(value, dict):
+    return {key: _tuples(item) for key, item in value.items()}
+  return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _parse_int(text):
+  try:
+    return int(text)
+  except ValueError:
+    value = float(text)  # "1e4" is the whole number 10000.
+    if not value.is_integer():
+      raise
+    return int(value)
+
+
+def _parse_literal(text):
+  word = text.strip().lower()
+  if word in _WORDS:
+    return _WORDS[word]
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError, MemoryError, RecursionError):
+    return text
+
+
+def _parse_sequence(text, like, name, kind):
+  """Returns a flat sequence; its items have the type of those of `like`."""
+  body = text.strip()
+  if body[:1] + body[-1:] in ("()", "[]"):
+    body = body[1:-1]
+  items = [item.strip() for item in body.split(",")]
+  if items[-1] == "":  # A trailing comma, or nothing at all.
+    items.pop()
+  if not like:
+    return kind(_parse_literal(item) for item in items)
+  # One float among whole numbers makes all of them numbers.
+  first = next((item for item in like if isinstance(item, float)), like[0])
+  if isinstance(first, str):
+    items = [item.strip("'\"") for item in items]
+  return kind(parse_value(item, first, name=name) for item in items)

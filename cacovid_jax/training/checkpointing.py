@@ -1,0 +1,428 @@
+"""Checkpoints that are complete and verified, or do not exist.
+
+Orbax writes the arrays; what is added here is what it leaves open: a single
+flipped bit in one of its files mostly loads without an error, and an empty
+step directory counts as the latest step. So a step is written to `N.partial/`
+and synced, a manifest with the size and sha256 of every file is put inside, and
+one rename makes it `N/`. Anything else is not a checkpoint. Before use, every
+byte is compared with the manifest.
+
+  DIR/120/manifest.json   sizes, sha256, step, config hash, names and shapes
+  DIR/120/state/          Orbax, one entry per leaf under its dotted name
+  DIR/100.bad/            a step that did not verify, kept aside
+"""
+
+import dataclasses
+import errno
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from cacovid_jax import errors
+
+MANIFEST = "manifest.json"
+_STATE = "state"
+_SCHEMA = 1
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+  """What verification found out about one entry of a checkpoint directory.
+
+  Attributes:
+    name: of the entry in the directory: "120", "120.partial", "100.bad".
+    step: its number.
+    ok: True if it is a step and every byte of it is as it was written.
+    reason: "ok", or what is wrong.
+    num_bytes: size of the files present.
+    manifest: its content where it could be read, else None.
+  """
+
+  name: str
+  step: int
+  ok: bool
+  reason: str
+  num_bytes: int
+  manifest: dict | None
+
+
+def save(directory, step, tree, metadata=None, *, config_hash="", keep=None):
+  """Writes one step, all or nothing; every process must call it.
+
+  Args:
+    directory: of the checkpoints of one run; made if there is none.
+    step: number of finished steps that `tree` is the state of.
+    tree: pytree of JAX or NumPy arrays and Python numbers.
+    metadata: JSON values to keep with the step (`read_manifest`).
+    config_hash: `config.config_hash` of the run.
+    keep: how many of the newest steps to keep; None keeps all.
+
+  Returns:
+    Path of the step.
+  """
+  directory = pathlib.Path(directory).absolute()
+  if keep is not None and keep < 1:
+    raise errors.UserError(f"cannot keep {keep} checkpoints: keep at least 1")
+  final, partial = directory / str(step), directory / f"{step}.partial"
+  leaves = _named_leaves(tree)
+  try:
+    if _is_first_process():
+      directory.mkdir(parents=True, exist_ok=True)
+      _remove_leftovers(directory)
+      partial.mkdir()
+    _barrier(f"checkpoint_{step}_begin")
+    with ocp.StandardCheckpointer() as checkpointer:
+      # Orbax refuses arrays without elements: the manifest alone has them.
+      checkpointer.save(
+        partial / _STATE,
+        {name: leaf for name, leaf in leaves.items() if np.size(leaf)},
+      )
+      checkpointer.wait_until_finished()  # Raises what went wrong.
+    _barrier(f"checkpoint_{step}_written")
+    if _is_first_process():
+      manifest = {
+        "schema": _SCHEMA,
+        "step": step,
+        "config_hash": config_hash,
+        "metadata": metadata or {},
+        "leaves": {name: _describe(leaf) for name, leaf in leaves.items()},
+        "files": _digest_files(partial),
+      }
+      _write_synced(partial / MANIFEST, _encode_manifest(manifest))
+      for folder, _, _ in os.walk(partial):
+        _sync(folder)
+      if final.exists():
+        # The same step again, after a run went back: the new one counts.
+        os.rename(final, _free_name(directory, f"{step}.replaced"))
+      os.rename(partial, final)
+      _sync(directory)
+      if keep is not None:
+        for old in steps(directory)[:-keep]:
+          # Renamed first: a kill while deleting must not leave half a step.
+          gone = _free_name(directory, f"{old}.deleted")
+          os.rename(directory / str(old), gone)
+          shutil.rmtree(gone)
+      _remove_leftovers(directory)
+    _barrier(f"checkpoint_{step}_end")
+  except OSError as error:
+    mend = (
+      "free some space, the last step is still there"
+      if error.errno in (errno.ENOSPC, errno.EDQUOT)
+      else "check the path and its permissions"
+    )
+    raise errors.UserError(
+      f"cannot write checkpoint {final}: {error.strerror or error}; {mend}"
+    ) from error
+  return final
+
+
+def restore_latest(directory, like, *, config_hash=None):
+  """Returns (step, tree) of the newest step that verifies, or None.
+
+  Steps that do not verify are renamed to `N.bad` and named in the log. Without
+  any step left the answer is None: a run that starts anew computes the same.
+
+  Args:
+    directory: of the checkpoints; need not exist.
+    like: pytree with the structure, shapes, dtypes and shardings to restore:
+      arrays, `jax.ShapeDtypeStruct`s or Python numbers.
+    config_hash: refuses a step of another config, unless None.
+  """
+  directory = pathlib.Path(directory).absolute()
+  newest = -1
+  if _is_first_process():
+    for step in reversed(steps(directory)):
+      verdict = verify(directory / str(step))
+      if verdict.ok:
+        newest = step
+        break
+      aside = _free_name(directory, f"{step}.bad")
+      os.rename(directory / str(step), aside)
+      _log.warning(
+        "checkpoint step %d does not verify (%s): kept aside as %s, "
+        "going back to an earlier step",
+        step,
+        verdict.reason,
+        aside,
+      )
+  if jax.process_count() > 1:
+    newest = int(multihost_utils.broadcast_one_to_all(jnp.int32(newest)))
+  if newest < 0:
+    return None
+  return newest, _read(directory / str(newest), like, config_hash)
+
+
+def restore(directory, step, like, *, config_hash=None):
+  """Returns the tree of one step; an error if that step does not verify."""
+  path = pathlib.Path(directory).absolute() / str(step)
+  if not path.is_dir():
+    found = ", ".join(map(str, steps(path.parent))) or "none"
+    raise errors.UserError(f"no checkpoint {path}; steps there: {found}")
+  verdict = verify(path)
+  if not verdict.ok:
+    raise errors.UserError(
+      f"checkpoint {path} does not verify ({verdict.reason}): "
+      "restore another step"
+    )
+  return _read(path, like, config_hash)
+
+
+def steps(directory):
+  """Returns the numbers of all finished steps, ascending, not yet verified."""
+  directory = pathlib.Path(directory)
+  if not directory.is_dir():
+    return []
+  return sorted(
+    int(entry.name)
+    for entry in directory.iterdir()
+    if re.fullmatch(r"0|[1-9]\d*", entry.name) and entry.is_dir()
+  )
+
+
+def read_manifest(directory, step):
+  """Returns the manifest of a step, its own checksum verified."""
+  path = pathlib.Path(directory) / str(step) / MANIFEST
+  try:
+    return _decode_manifest(path.read_bytes())
+  except (OSError, ValueError) as error:
+    raise errors.UserError(
+      f"{path} cannot be read ({errors.one_line(error)}): use another step"
+    ) from error
+
+
+def verify(path):
+  """Returns the `Verdict` on one step directory; reads every byte of it."""
+  path = pathlib.Path(path)
+  step = int(path.name.partition(".")[0])
+  sizes = _file_sizes(path)
+
+  def verdict(reason, manifest=None):
+    num_bytes = sum(sizes.values())
+    return Verdict(path.name, step, reason == "ok", reason, num_bytes, manifest)
+
+  if not sizes:
+    return verdict("empty directory")
+  try:
+    manifest = _decode_manifest((path / MANIFEST).read_bytes())
+  except FileNotFoundError:
+    return verdict(f"no {MANIFEST}")
+  except (OSError, ValueError) as error:
+    return verdict(f"{MANIFEST}: {errors.one_line(error)}")
+  if path.name.isdigit() and manifest["step"] != step:
+    return verdict(f"written as step {manifest['step']}", manifest)
+  for name, file in manifest["files"].items():
+    if name not in sizes:
+      return verdict(f"{name}: missing", manifest)
+    if sizes[name] != file["bytes"]:
+      return verdict(
+        f"{name}: {sizes[name]} bytes instead of {file['bytes']}", manifest
+      )
+    if _sha256(path / name) != file["sha256"]:
+      return verdict(f"{name}: content changed", manifest)
+  # Orbax might read a file that it did not write here.
+  added = sorted(
+    name
+    for name in sizes.keys() - manifest["files"].keys()
+    if name.startswith(f"{_STATE}/")
+  )
+  if added:
+    return verdict(f"{added[0]}: not in the manifest", manifest)
+  return verdict("ok", manifest)
+
+
+def doctor(directory):
+  """Returns a `Verdict` per step and leftover of a directory, by step."""
+  directory = pathlib.Path(directory)
+  verdicts = []
+  for entry in directory.iterdir():
+    if not entry.is_dir() or not re.match(r"\d+(\.|$)", entry.name):
+      continue
+    verdict = verify(entry)
+    if not entry.name.isdigit():
+      reasons = {
+        "partial": "unfinished, ignored",
+        "bad": f"kept aside: {verdict.reason}",
+      }
+      kind = entry.name.split(".")[1]
+      verdict = dataclasses.replace(
+        verdict, ok=False, reason=reasons.get(kind, "leftover, ignored")
+      )
+    verdicts.append(verdict)
+  return sorted(verdicts, key=lambda verdict: (verdict.step, verdict.name))
+
+
+def _read(path, like, config_hash):
+  """Returns the tree of a verified step, in the structure of `like`."""
+  manifest = _decode_manifest((path / MANIFEST).read_bytes())
+  if config_hash is not None and manifest["config_hash"] != config_hash:
+    raise errors.UserError(
+      f"checkpoint {path} belongs to another config "
+      f"({manifest['config_hash']}, here {config_hash}): "
+      "use that config or another workdir"
+    )
+  wanted = _named_leaves(like)
+  _check_leaves(path, manifest["leaves"], wanted)
+  with ocp.StandardCheckpointer() as checkpointer:
+    found = checkpointer.restore(
+      path / _STATE,
+      {
+        name: _abstract(leaf)
+        for name, leaf in wanted.items()
+        if 0 not in np.shape(leaf)
+      },
+    )
+  leaves = [
+    found[name] if name in found else jnp.zeros(leaf.shape, leaf.dtype)
+    for name, leaf in wanted.items()
+  ]
+  return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _check_leaves(path, found, wanted):
+  """Raises an error that lists all missing, extra and misshaped leaves."""
+  faults = [f"{name} is missing" for name in wanted if name not in found]
+  faults += [f"{name} is not expected" for name in found if name not in wanted]
+  for name in wanted:
+    here = _describe(wanted[name])
+    if name in found and found[name] != here:
+      faults.append(f"{name} is {_show(found[name])}, not {_show(here)}")
+  if faults:
+    shown = "; ".join(faults[:20])
+    more = f"; and {len(faults) - 20} more" if len(faults) > 20 else ""
+    raise errors.UserError(
+      f"checkpoint {path} does not fit: {shown}{more}. "
+      "Use the config it was written with, or another workdir"
+    )
+
+
+def _named_leaves(tree):
+  """Returns {"params.dense.kernel": leaf} in the order of `jax.tree.leaves`."""
+  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+  named = {}
+  for path, leaf in leaves:
+    name = ".".join(_key_text(key) for key in path) or "value"
+    if name in named:
+      raise ValueError(f"two leaves are called {name}")
+    named[name] = leaf
+  return named
+
+
+def _key_text(key):
+  for attribute in ("key", "name", "idx"):
+    if hasattr(key, attribute):
+      return str(getattr(key, attribute))
+  return str(key)
+
+
+def _describe(leaf):
+  """Returns the shape and dtype of a leaf; "int" or "float" of a number."""
+  if isinstance(leaf, (bool, int, float)):
+    return {"shape": [], "dtype": type(leaf).__name__}
+  return {"shape": list(leaf.shape), "dtype": np.dtype(leaf.dtype).name}
+
+
+def _show(description):
+  return f"{description['dtype']}{description['shape']}"
+
+
+def _abstract(leaf):
+  """Returns what tells Orbax shape, dtype and placement of a leaf."""
+  if isinstance(leaf, jax.Array):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+  if isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding is None:
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+  return leaf
+
+
+def _file_sizes(path):
+  """Returns {relative path: bytes} of all files below a directory."""
+  return {
+    file.relative_to(path).as_posix(): file.stat().st_size
+    for file in sorted(path.rglob("*"))
+    if file.is_file()
+  }
+
+
+def _digest_files(path):
+  """Syncs every file below `path`; returns sizes and sha256 by name."""
+  digests = {}
+  for name, size in _file_sizes(path).items():
+    _sync(path / name)
+    digests[name] = {"bytes": size, "sha256": _sha256(path / name)}
+  return digests
+
+
+def _sha256(path):
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _encode_manifest(manifest):
+  """Returns the manifest as JSON that ends with the sha256 of itself."""
+  body = json.dumps(manifest, indent=1, sort_keys=True)
+  digest = hashlib.sha256(body.encode()).hexdigest()
+  return f"{body}\n{digest}\n".encode()
+
+
+def _decode_manifest(data):
+  """Returns the manifest; a ValueError if any byte of it changed."""
+  body, _, tail = data.rpartition(b"}\n")
+  body += b"}"
+  if tail != f"{hashlib.sha256(body).hexdigest()}\n".encode():
+    raise ValueError("content changed")
+  manifest = json.loads(body)
+  if manifest.get("schema") != _SCHEMA:
+    raise ValueError(f"schema {manifest.get('schema')} instead of {_SCHEMA}")
+  return manifest
+
+
+def _write_synced(path, data):
+  with open(path, "wb") as file:
+    file.write(data)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync(path):
+  """Forces a file or directory to disk."""
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
+
+
+def _remove_leftovers(directory):
+  """Deletes what interrupted saves and deletions left behind."""
+  for entry in directory.iterdir():
+    if re.fullmatch(r"\d+\.(partial|deleted|replaced)(\.\d+)?", entry.name):
+      shutil.rmtree(entry)
+
+
+def _free_name(directory, name):
+  """Returns `directory/name`, with a number behind it if that exists."""
+  path, count = directory / name, 1
+  while path.exists():
+    path, count = directory / f"{name}.{count}", count + 1
+  return path
+
+
+def _is_first_process():
+  return jax.process_index() == 0
+
+
+def _barrier(name):
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)

@@ -1,0 +1,223 @@
+"""Configs: typed overrides, one-line mistakes, workdirs of one config."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import ml_collections
+import pytest
+from ml_collections import config_dict
+
+from cacovid_jax import config as config_lib
+from cacovid_jax import errors
+from configs import common
+
+_FILE = """
+import ml_collections
+from ml_collections import config_dict
+from configs import common
+
+def get_config(arg=None):
+  arg = common.parse_arg(arg, ratio=0.02, debug=False, name="x")
+  config = ml_collections.ConfigDict()
+  config.seed = 42
+  config.name = arg.name
+  config.log_every = 10
+  config.shuffle = True
+  config.clamp = None
+  config.limit = config_dict.placeholder(float)
+  config.ladder = (0.01, 0.02)
+  config.modules = ()
+  config.sampling = dict(ratio=arg.ratio, num_combinations=32)
+  config.optimizer = dict(policy=dict(lr=3e-4))
+  return config
+"""
+
+
+@pytest.fixture
+def path(tmp_path):
+  path = tmp_path / "run.py"
+  path.write_text(_FILE)
+  return path
+
+
+def test_argument_sets_fields(path):
+  config = config_lib.load(f"{path}:ratio=0.05,name=a")
+  assert config.sampling.ratio == 0.05
+  assert config.name == "a"
+
+
+@pytest.mark.parametrize(
+  "text, key, value",
+  [
+    ("seed=7", "seed", 7),
+    ("seed=1_000", "seed", 1000),
+    ("seed=1e4", "seed", 10000),
+    ("sampling.ratio=1", "sampling.ratio", 1.0),
+    ("optimizer.policy.lr=1e-5", "optimizer.policy.lr", 1e-5),
+    ("shuffle=false", "shuffle", False),
+    ("name=1=2", "name", "1=2"),
+    ("name=none", "name", "none"),
+    ("clamp=0.5", "clamp", 0.5),
+    ("clamp=None", "clamp", None),
+    ("clamp=word", "clamp", "word"),
+    ("clamp=(1, 'a')", "clamp", (1, "a")),
+    ("limit=3", "limit", 3.0),
+    ("limit=none", "limit", None),
+    ("ladder=0.1,1", "ladder", (0.1, 1.0)),
+    ("ladder=(0.1,)", "ladder", (0.1,)),
+    ("ladder=()", "ladder", ()),
+    ("modules=a,2", "modules", ("a", 2)),
+  ],
+)
+def test_overrides_take_the_type_of_the_field(path, text, key, value):
+  found = config_lib.load(path, [text])
+  for part in key.split("."):
+    found = found[part]
+  assert found == value
+  assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+  "text, message",
+  [
+    ("sampling.ratoi=1", "unknown config key 'sampling.ratoi'; .*ling.ratio"),
+    ("optimizer.lr=1", "nearest: optimizer.policy.lr"),
+    ("zzz=1", "unknown config key 'zzz'"),
+    ("seed.x=1", "unknown config key 'seed.x'"),
+    ("sampling=1", "group.*sampling.num_combinations, sampling.ratio"),
+    ("seed", "has no value"),
+    ("seed=1.5", "seed=1.5 is not a whole number .it is 42 now"),
+    ("seed=many", "is not a whole number"),
+    ("shuffle=maybe", "is not true or false"),
+    ("sampling.ratio=nan", "is not a number"),
+    ("limit=far", "is not a number"),
+    ("ladder=0.1,x", "is not a number"),
+  ],
+)
+def test_mistyped_overrides_are_named(path, text, message):
+  with pytest.raises(errors.UserError, match=message) as raised:
+    config_lib.load(path, [text])
+  assert "\n" not in str(raised.value)
+
+
+def test_loaded_config_is_locked(path):
+  config = config_lib.load(path)
+  with pytest.raises(AttributeError):
+    config.sampling.ratoi = 1
+
+
+def test_bad_files_are_named(tmp_path, path):
+  with pytest.raises(errors.UserError, match="no config file.*run.py"):
+    config_lib.load(tmp_path / "rum.py")
+  for text, message in [
+    ("def get_config(:", "does not load"),
+    ("import not_a_module", "not_a_module"),
+    ("x = 1", "no get_config"),
+    ("def get_config(arg=None): return {}", "must return"),
+  ]:
+    path.write_text(text)
+    with pytest.raises(errors.UserError, match=message):
+      config_lib.load(path)
+  (tmp_path / "c.json").write_text("[1")
+  with pytest.raises(errors.UserError, match="not a config in JSON"):
+    config_lib.load(tmp_path / "c.json")
+
+
+def test_parse_arg_reads_flags_and_values():
+  arg = common.parse_arg("debug,ratio=0.5", ratio=0.02, debug=False)
+  assert (arg.debug, arg.ratio) == (True, 0.5)
+  assert common.parse_arg(None, debug=False).debug is False
+  with pytest.raises(errors.UserError, match="'debg'.*nearest: debug"):
+    common.parse_arg("debg", debug=False, ratio=0.1)
+  with pytest.raises(errors.UserError, match="ratio=VALUE"):
+    common.parse_arg("ratio", ratio=0.1)
+  with pytest.raises(errors.UserError, match="ratio=x is not a number"):
+    common.parse_arg("ratio=x", ratio=0.1)
+
+
+def test_hash_ignores_only_how_a_run_is_recorded(path):
+  def hash_of(*overrides):
+    return config_lib.config_hash(config_lib.load(path, overrides))
+
+  assert hash_of() == hash_of("log_every=3")
+  assert hash_of() != hash_of("seed=43")
+  assert hash_of() != hash_of("optimizer.policy.lr=1e-3")
+
+
+def test_saved_config_loads_as_the_same_config(tmp_path, path):
+  config = config_lib.load(path)
+  config_lib.save(config, tmp_path / "config.json")
+  again = config_lib.load(tmp_path / "config.json", ["seed=42"])
+  assert again.ladder == (0.01, 0.02)
+  assert config_lib.config_hash(again) == config_lib.config_hash(config)
+
+
+def test_placeholders_and_references_are_written_as_values():
+  config = ml_collections.ConfigDict()
+  config.a = config_dict.FieldReference(2)
+  config.b = config.get_ref("a") * 2
+  config.c = config_dict.placeholder(int)
+  assert config_lib.to_dict(config) == {"a": 2, "b": 4, "c": None}
+
+
+def test_values_that_json_lacks_are_named():
+  with pytest.raises(TypeError, match="config value a"):
+    config_lib.dumps(ml_collections.ConfigDict({"a": object()}))
+
+
+def test_a_workdir_belongs_to_one_config(tmp_path, path):
+  workdir = tmp_path / "w"
+  config = config_lib.load(path)
+  config_lib.claim_workdir(workdir, config)
+  config_lib.claim_workdir(workdir, config)
+  config_lib.claim_workdir(workdir, config_lib.load(path, ["log_every=1"]))
+  saved = json.loads((workdir / "config.json").read_text())
+  assert saved["log_every"] == 1
+  other = config_lib.load(path, ["sampling.ratio=0.5", "ladder=1,2"])
+  with pytest.raises(
+    errors.UserError,
+    match=r"another config: .*sampling.ratio is 0.02 there and 0.5 here",
+  ):
+    config_lib.claim_workdir(workdir, other)
+  assert json.loads((workdir / "config.json").read_text()) == saved
+  (tmp_path / "file").write_text("")
+  with pytest.raises(errors.UserError, match="cannot make workdir"):
+    config_lib.claim_workdir(tmp_path / "file" / "w", config)
+
+
+_MAIN = textwrap.dedent("""
+  from cacovid_jax import config, errors
+  config.define_flag()
+  def main(argv):
+    print(config.from_flags().sampling.ratio, argv[1:])
+  errors.run(main)
+""")
+
+
+def _run(*arguments):
+  return subprocess.run(
+    [sys.executable, "-c", _MAIN, *arguments],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+
+
+def test_flags_of_an_entry_point(path):
+  done = _run(f"--config={path}:ratio=0.1", "--config.sampling.ratio=0.3", "x")
+  assert done.stdout == "0.3 ['x']\n"
+  for arguments in (
+    (f"--config={path}", "--config.sampling.ratoi=0.3"),
+    (f"--config={path}", "--config.seed=x"),
+    (f"--config={path}", "--config.seed"),
+    (f"--config={path}", "--unknown=1"),
+    (f"--config={path}:nothing",),
+    ("--config=missing.py",),
+    (),
+  ):
+    done = _run(*arguments)
+    assert done.returncode == 2, arguments
+    assert done.stderr.startswith("error: "), done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
