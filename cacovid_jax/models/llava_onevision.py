@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cacovid_jax.models import qwen2, siglip
+from cacovid_jax.models import hf_config, qwen2, siglip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,48 @@ class LlavaOnevisionConfig:
       image_token_id=60,
       video_token_id=61,
     )
+
+  @classmethod
+  def from_hf(cls, config):
+    """Reads a config.json, as transformers 4.x or 5.x writes it."""
+    hf_config.require(config, "model_type", ["llava_onevision"])
+    hf_config.require(config, "projector_hidden_act", ["gelu"])
+    hf_config.require(config, "vision_feature_layer", [-1])
+    hf_config.require(config, "vision_feature_select_strategy", ["full"])
+    text = hf_config.section(config, "text_config")
+    return cls(
+      vision=siglip.SiglipConfig.from_hf(
+        hf_config.section(config, "vision_config")
+      ),
+      text=qwen2.Qwen2Config.from_hf(
+        text, tie_embeddings=config.get("tie_word_embeddings", False)
+      ),
+      image_token_id=hf_config.number(config, "image_token_index"),
+      video_token_id=hf_config.number(config, "video_token_index"),
+      projector_bias=bool(config.get("multimodal_projector_bias", True)),
+    )
+
+  def to_hf(self):
+    """Returns the config.json that transformers reads."""
+    size = self.vision.image_size
+    return {
+      "architectures": ["LlavaOnevisionForConditionalGeneration"],
+      "model_type": "llava_onevision",
+      "vision_config": self.vision.to_hf(),
+      "text_config": self.text.to_hf(),
+      "image_token_index": self.image_token_id,
+      "video_token_index": self.video_token_id,
+      "multimodal_projector_bias": self.projector_bias,
+      "projector_hidden_act": "gelu",
+      "vision_feature_layer": -1,
+      "vision_feature_select_strategy": "full",
+      "vision_aspect_ratio": "anyres_max_9",
+      # Tilings of single pictures; videos never use them.
+      "image_grid_pinpoints": [
+        [size * rows, size * columns] for rows in (1, 2) for columns in (1, 2)
+      ],
+      "tie_word_embeddings": self.text.tie_embeddings,
+    }
 
   @property
   def pooled_side(self):
@@ -218,6 +260,10 @@ class LlavaOnevisionModel:
     return self._apply(
       params, ids, features, video_start, method="embed_prompt"
     )
+
+  def embed_text(self, params, ids):
+    """Returns the embeddings float[..., D] of text ids int32[...]."""
+    return self._language(params, ids, method="embed")
 
   def forward(
     self,

@@ -12,7 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cacovid_jax.models import attention, rope
+from cacovid_jax import errors
+from cacovid_jax.models import attention, hf_config, rope
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,6 +70,70 @@ class Qwen2Config:
       head_dim=8,
       max_positions=512,
     )
+
+  @classmethod
+  def from_hf(cls, config, tie_embeddings=False):
+    """Reads the `text_config` section of a config.json.
+
+    Args:
+      config: the section, as transformers 4.x or 5.x writes it.
+      tie_embeddings: what the file says outside the section; set in either
+        place means tied.
+    """
+    where = "text_config."
+    hf_config.require(config, "model_type", ["qwen2"], where)
+    hf_config.require(config, "hidden_act", ["silu"], where)
+    hf_config.require(config, "use_sliding_window", [False], where)
+
+    def size(name, default=None):
+      kwargs = {} if default is None else {"default": default}
+      return hf_config.number(config, name, where=where, **kwargs)
+
+    rotary = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rotary.get("rope_type", rotary.get("type", "default"))
+    if kind != "default":
+      raise errors.UserError(
+        f"config.json: {where}rope_parameters has type {kind!r}; only the"
+        " default rotary embedding is implemented"
+      )
+    theta_from = rotary if "rope_theta" in rotary else config
+    num_heads = size("num_attention_heads")
+    return cls(
+      vocab_size=size("vocab_size"),
+      hidden_size=size("hidden_size"),
+      intermediate_size=size("intermediate_size"),
+      num_layers=size("num_hidden_layers"),
+      num_heads=num_heads,
+      num_kv_heads=size("num_key_value_heads"),
+      head_dim=size("head_dim", size("hidden_size") // num_heads),
+      rope_theta=hf_config.number(theta_from, "rope_theta", float, where=where),
+      rms_norm_eps=hf_config.number(
+        config, "rms_norm_eps", float, default=1e-6, where=where
+      ),
+      tie_embeddings=bool(
+        tie_embeddings or config.get("tie_word_embeddings", False)
+      ),
+      max_positions=size("max_position_embeddings", 32768),
+    )
+
+  def to_hf(self):
+    """Returns the `text_config` section, in a form 4.x and 5.x both read."""
+    return {
+      "model_type": "qwen2",
+      "vocab_size": self.vocab_size,
+      "hidden_size": self.hidden_size,
+      "intermediate_size": self.intermediate_size,
+      "num_hidden_layers": self.num_layers,
+      "num_attention_heads": self.num_heads,
+      "num_key_value_heads": self.num_kv_heads,
+      "head_dim": self.head_dim,
+      "hidden_act": "silu",
+      "rope_theta": self.rope_theta,
+      "rms_norm_eps": self.rms_norm_eps,
+      "tie_word_embeddings": self.tie_embeddings,
+      "max_position_embeddings": self.max_positions,
+      "use_sliding_window": False,
+    }
 
 
 class Cache(NamedTuple):

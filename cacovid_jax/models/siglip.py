@@ -9,7 +9,7 @@ import dataclasses
 import flax.linen as nn
 import jax.numpy as jnp
 
-from cacovid_jax.models import attention
+from cacovid_jax.models import attention, hf_config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,45 @@ class SiglipConfig:
       patch_size=4,
     )
 
+  @classmethod
+  def from_hf(cls, config):
+    """Reads the `vision_config` section of a config.json."""
+    where = "vision_config."
+    hf_config.require(config, "model_type", ["siglip_vision_model"], where)
+    hf_config.require(config, "hidden_act", ["gelu_pytorch_tanh"], where)
+    hf_config.require(config, "num_channels", [3], where)
+
+    def size(name):
+      return hf_config.number(config, name, where=where)
+
+    return cls(
+      hidden_size=size("hidden_size"),
+      intermediate_size=size("intermediate_size"),
+      num_layers=size("num_hidden_layers"),
+      num_heads=size("num_attention_heads"),
+      image_size=size("image_size"),
+      patch_size=size("patch_size"),
+      layer_norm_eps=hf_config.number(
+        config, "layer_norm_eps", float, default=1e-6, where=where
+      ),
+    )
+
+  def to_hf(self):
+    """Returns the `vision_config` section of a config.json."""
+    return {
+      "model_type": "siglip_vision_model",
+      "hidden_size": self.hidden_size,
+      "intermediate_size": self.intermediate_size,
+      "num_hidden_layers": self.num_layers,
+      "num_attention_heads": self.num_heads,
+      "image_size": self.image_size,
+      "patch_size": self.patch_size,
+      "num_channels": 3,
+      "hidden_act": "gelu_pytorch_tanh",
+      "layer_norm_eps": self.layer_norm_eps,
+      "vision_use_head": False,
+    }
+
   @property
   def side(self):
     """Patches along one side of a frame."""
@@ -83,7 +122,10 @@ class SiglipLayer(nn.Module):
   def __call__(self, x):
     """Returns float[F, P, D] of x float[F, P, D]."""
     cfg = self.config
-    dense = lambda size, name: nn.Dense(size, dtype=self.dtype, name=name)
+
+    def dense(size, name):
+      return nn.Dense(size, dtype=self.dtype, name=name)
+
     heads = (*x.shape[:2], cfg.num_heads, cfg.hidden_size // cfg.num_heads)
 
     h = LayerNorm(cfg.layer_norm_eps, self.dtype, name="layer_norm1")(x)
@@ -130,7 +172,9 @@ class SiglipTower(nn.Module):
     x = x + table.astype(self.dtype)
     out = {"embeddings": x}
 
-    block = lambda layer, x, _: (layer(x), None)
+    def block(layer, x, _):
+      return layer(x), None
+
     if self.remat:
       block = nn.remat(block, prevent_cse=False)
     scan = nn.scan(

@@ -1,0 +1,54 @@
+"""Reading fields of a Hugging Face `config.json`, section by section.
+
+Every size comes from the file, never from a library's class defaults: several
+of those are wrong for the released checkpoints.
+"""
+
+from cacovid_jax import errors
+
+_REQUIRED = object()
+
+
+def section(config, name):
+  """Returns the nested dict `name` of a config."""
+  value = config.get(name)
+  if not isinstance(value, dict):
+    raise errors.UserError(f"config.json has no section {name}; add it")
+  return value
+
+
+def number(config, name, kind=int, default=_REQUIRED, where=""):
+  """Returns a positive number of a config.
+
+  Args:
+    config: the dict that holds it.
+    name: its key.
+    kind: int or float.
+    default: value where the key is absent or null; required if not given.
+    where: name of the section, for the message.
+  """
+  value = config.get(name)
+  if value is None:
+    if default is not _REQUIRED:
+      return default
+    raise errors.UserError(f"config.json lacks {where}{name}; add it")
+  if isinstance(value, bool) or not isinstance(value, (int, float)):
+    raise errors.UserError(
+      f"config.json: {where}{name} is {value!r}; give a number"
+    )
+  if value <= 0 or kind(value) != value:
+    raise errors.UserError(
+      f"config.json: {where}{name} is {value!r}; give a positive"
+      f" {kind.__name__}"
+    )
+  return kind(value)
+
+
+def require(config, name, allowed, where=""):
+  """Stops unless the field is absent or one of the `allowed` values."""
+  value = config.get(name)
+  if value is not None and value not in allowed:
+    raise errors.UserError(
+      f"config.json: {where}{name} is {value!r}; this model is implemented for"
+      f" {' or '.join(map(repr, allowed))} only"
+    )
