@@ -1,0 +1,125 @@
+"""Tests of evals.statistics against exact small cases."""
+
+import functools
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from cacovid_jax.evals import statistics
+
+
+def test_mean_is_the_plain_mean_over_questions():
+  estimate = statistics.accuracy([1, 0, 1, 1], ["a", "a", "b", "c"])
+  assert estimate.mean == 0.75
+  assert estimate.count == 4
+
+
+def test_interval_matches_every_resample_of_three_clips():
+  # Three clips give 27 equally likely ordered resamples; enumerate them.
+  correct = {"a": [1, 1], "b": [0], "c": [1, 0, 0]}
+  values, clips = [], []
+  for clip, answers in correct.items():
+    values += answers
+    clips += [clip] * len(answers)
+  exact = []
+  for drawn in itertools.product("abc", repeat=3):
+    answers = [x for clip in drawn for x in correct[clip]]
+    exact.append(np.mean(answers))
+  low, high = np.quantile(np.repeat(exact, 1000), [0.025, 0.975])
+  estimate = statistics.accuracy(values, clips)
+  # The extremes (all "b": 0; all "a": 1) have probability 1/27 each.
+  assert (low, high) == (0.0, 1.0)
+  assert (estimate.low, estimate.high) == (0.0, 1.0)
+
+
+def test_replicates_follow_the_exact_distribution():
+  values, clips = [1, 0], ["a", "b"]
+  weights, inverse = statistics._weights(tuple(clips), 20_000, 3)
+  draws = statistics._resampled(np.array(values, float), inverse, weights)
+  shares = [np.mean(draws == x) for x in (0.0, 0.5, 1.0)]
+  np.testing.assert_allclose(shares, [0.25, 0.5, 0.25], atol=0.015)
+
+
+def test_equal_answers_within_clips_widen_the_interval():
+  rng = np.random.default_rng(0)
+  per_clip = (rng.random(100) < 0.7).astype(float)
+  values = np.repeat(per_clip, 4)
+  clustered = statistics.accuracy(values, np.repeat(np.arange(100), 4))
+  naive = statistics.accuracy(values, np.arange(400))
+  widening = (clustered.high - clustered.low) / (naive.high - naive.low)
+  np.testing.assert_allclose(widening, 2.0, rtol=0.1)  # sqrt(4)
+
+
+def test_interval_covers_the_truth_about_95_times_in_100():
+  rng = np.random.default_rng(1)
+  hits, trials = 0, 300
+  clips = np.repeat(np.arange(60), 3)
+  for trial in range(trials):
+    difficulty = rng.beta(4, 2, size=60)  # mean 2/3
+    values = rng.random(180) < np.repeat(difficulty, 3)
+    estimate = statistics.accuracy(values, clips, replicates=400, seed=trial)
+    hits += estimate.low <= 2 / 3 <= estimate.high
+  assert 0.90 <= hits / trials <= 0.985
+
+
+def test_paired_difference_is_narrower_than_two_intervals():
+  rng = np.random.default_rng(2)
+  difficulty = rng.random(200)
+  noise = rng.random(200)
+  first, second = noise < difficulty, noise < difficulty - 0.1
+  clips = np.arange(200)
+  paired = statistics.paired_difference(second, first, clips)
+  np.testing.assert_allclose(
+    paired.mean, np.mean(second) - np.mean(first.astype(float))
+  )
+  assert paired.high < 0
+  alone = statistics.accuracy(first, clips)
+  assert paired.high - paired.low < alone.high - alone.low
+
+
+def test_a_method_against_itself_differs_by_exactly_nothing():
+  values = [1, 0, 0, 1, 1]
+  paired = statistics.paired_difference(values, values, list("abcde"))
+  assert (paired.mean, paired.low, paired.high) == (0.0, 0.0, 0.0)
+
+
+def test_share_of_reference():
+  estimate = statistics.ratio_of_means([1, 0, 1, 0], [1, 1, 1, 1], list("abcd"))
+  assert estimate.mean == 0.5
+  assert 0.0 <= estimate.low <= 0.5 <= estimate.high <= 1.0
+  assert statistics.ratio_of_means([1, 0], [0, 0], ["a", "b"]) is None
+
+
+def test_same_arguments_give_the_same_numbers():
+  values, clips = np.arange(50) % 3 == 0, np.arange(50) // 2
+  estimate = functools.partial(
+    statistics.accuracy, values, clips, replicates=101
+  )
+  first = estimate(seed=5)
+  statistics._weights.cache_clear()
+  assert estimate(seed=5) == first
+  assert len({estimate(seed=seed) for seed in range(5)}) > 1
+
+
+def test_one_clip_has_no_spread():
+  estimate = statistics.accuracy([1, 0, 1], ["a"] * 3)
+  assert estimate.low == estimate.mean == estimate.high
+
+
+def test_empty_and_mismatched_input_is_refused():
+  with pytest.raises(ValueError, match="Q > 0"):
+    statistics.accuracy([], [])
+  with pytest.raises(ValueError, match="clips"):
+    statistics.accuracy([1.0], ["a", "b"])
+
+
+@pytest.mark.parametrize(
+  "total,special,drawn", [(16, 1, 2), (16, 3, 2), (5, 5, 1), (5, 0, 3)]
+)
+def test_chance_overlap_is_hypergeometric(total, special, drawn):
+  expected = 1 - math.comb(total - special, drawn) / math.comb(total, drawn)
+  np.testing.assert_allclose(
+    statistics.overlap_by_chance(total, special, drawn), expected, atol=1e-12
+  )
