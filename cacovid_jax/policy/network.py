@@ -1,0 +1,329 @@
+"""The policy network: scores every video token and frame, given the question.
+
+One bidirectional decoder layer of the LLM's own shape reads the unpruned
+prompt; two small MLPs turn its video rows into drop/keep scores.
+
+Top-level parameter names: `layer` is the decoder layer that starts from the
+LLM's layer 0 (the optimiser gives it the lower rate); `layernorm`,
+`token_compress`, `frame_compress` are new; `mode_selection` is carried along
+for the public checkpoint's sake and never trained.
+
+Axes: L prompt tokens, N = T*H*W video tokens, T frames, D width, P position
+rows.
+Paper: https://arxiv.org/abs/2602.01649 (compression policy network).
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from cacovid_jax import errors
+from cacovid_jax.models import qwen2, rope
+
+
+class Scores(NamedTuple):
+  """Drop/keep scores of one video; column 0 is drop, column 1 keep.
+
+  Attributes:
+    frame: float32[T, 2].
+    token: float32[N, 2].
+  """
+
+  frame: jax.Array
+  token: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+  """Sizes of the policy.
+
+  Attributes:
+    llm: sizes of the LLM, whose decoder layer is the policy's.
+    num_halvings: hidden layers of an MLP, each half as wide as the last.
+    dtype: compute dtype of the layer and of hidden layers; scores are float32.
+    backend: attention backend, see `models.attention`.
+  """
+
+  llm: qwen2.Qwen2Config
+  num_halvings: int = 4
+  dtype: jnp.dtype = jnp.float32
+  backend: str = "auto"
+
+  def __post_init__(self):
+    narrowest = self.llm.hidden_size >> max(self.num_halvings, 0)
+    if self.num_halvings < 0 or narrowest < 2:
+      raise errors.UserError(
+        f"policy.num_halvings={self.num_halvings} does not suit a width of "
+        f"{self.llm.hidden_size}; choose 0 to "
+        f"{self.llm.hidden_size.bit_length() - 2}"
+      )
+
+  @classmethod
+  def tiny(cls):
+    return cls(llm=qwen2.Qwen2Config.tiny(), num_halvings=3)
+
+
+class Head(nn.Module):
+  """An MLP that halves the width at each hidden layer."""
+
+  num_scores: int
+  num_halvings: int
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, v):
+    """Returns float32[..., num_scores] of v float[..., D]."""
+    width = v.shape[-1]
+    for i in range(self.num_halvings):
+      width = width // 2
+      v = nn.Dense(width, dtype=self.dtype, name=f"hidden_{i}")(v)
+      v = nn.silu(v)
+    # The keep - drop gap ranks thousands of near-equal tokens: float32.
+    return nn.Dense(self.num_scores, dtype=jnp.float32, name="score")(v)
+
+
+class Policy(nn.Module):
+  """Token and frame scores of ONE prompt; callers `jax.vmap` it.
+
+  A policy of one's own has the same three entry points: `from_llm_config`,
+  `init_from_llm` and `__call__` (see `policy.modules`).
+  """
+
+  config: PolicyConfig
+
+  @classmethod
+  @nn.nowrap
+  def from_llm_config(cls, llm, **options):
+    """Returns the policy of an LLM of Qwen2Config `llm`."""
+    return cls(PolicyConfig(llm=llm, **options))
+
+  def setup(self):
+    cfg = self.config
+    head = {"num_halvings": cfg.num_halvings, "dtype": cfg.dtype}
+    self.layer = qwen2.DecoderLayer(cfg.llm, cfg.dtype, cfg.backend)
+    self.layernorm = qwen2.RMSNorm(cfg.llm.rms_norm_eps, cfg.dtype)
+    self.token_compress = Head(2, **head)
+    self.frame_compress = Head(2, **head)
+    self.mode_selection = Head(3, **head)
+
+  def __call__(self, x, positions, video_rows, grid, length=None):
+    """Scores one prompt's video tokens and frames.
+
+    Args:
+      x: float[L, D] unpruned prompt embeddings, video features in place.
+      positions: int32[P, L].
+      video_rows: int32[N] rows of the video tokens, without the newline's.
+      grid: (T, H, W), static.
+      length: int32[] valid rows of a right-padded prompt; None for all.
+
+    Returns:
+      Scores.
+    """
+    num_frames = grid[0]
+    video = self._encode(x, positions, length)[video_rows]  # [N, D]
+    frames = video.reshape(num_frames, -1, video.shape[-1])  # [T, H*W, D]
+    # The mean is taken before the norm, and in float32.
+    frames = frames.astype(jnp.float32).mean(axis=1)
+    return Scores(
+      frame=self.frame_compress(self.layernorm(frames)),
+      token=self.token_compress(self.layernorm(video)),
+    )
+
+  def mode_scores(self, x, positions, video_rows, length=None):
+    """Returns float32[3], the public checkpoint's untrained third head.
+
+    For parity only. It sees the mean of all rows that are not video tokens,
+    without the norm. Arguments as in `__call__`.
+    """
+    h = self._encode(x, positions, length).astype(jnp.float32)
+    valid = h.shape[0] if length is None else length
+    text = (jnp.arange(h.shape[0]) < valid).at[video_rows].set(False)
+    mean = jnp.where(text[:, None], h, 0.0).sum(axis=0) / text.sum()
+    return 100.0 * self.mode_selection(mean)
+
+  def _encode(self, x, positions, length):
+    """Returns float[L, D], the layer's output, without a causal mask."""
+    cfg = self.config
+    cos, sin = rope.angles(
+      positions[:, None],
+      cfg.llm.head_dim,
+      cfg.llm.rope_theta,
+      cfg.llm.rope_sections,
+    )
+    lengths = None if length is None else jnp.reshape(length, (1,))
+    h, _ = self.layer(
+      x.astype(cfg.dtype)[None], cos, sin, causal=False, lengths=lengths
+    )
+    return h[0]
+
+  def initialise(self):
+    """Touches every parameter; only initialisation calls it."""
+    rows = self.config.llm.rope_sections
+    positions = jnp.zeros((len(rows) if rows else 1, 2), jnp.int32)
+    x = jnp.zeros((2, self.config.llm.hidden_size))
+    video_rows = jnp.zeros(1, jnp.int32)
+    self(x, positions, video_rows, (1, 1, 1))
+    return self.mode_scores(x, positions, video_rows)
+
+  @nn.nowrap
+  def init_from_llm(self, rng, llm_params):
+    """Returns float32 params: the LLM's layer 0, and new heads.
+
+    Args:
+      rng: key of the heads.
+      llm_params: the base model's or its language model's parameters.
+    """
+
+    def new(rng):
+      params = self.init(rng, method="initialise")["params"]
+      # Not returned, so the compiler never draws the large layer.
+      return {key: p for key, p in params.items() if key != "layer"}
+
+    params = jax.jit(new)(rng)
+    layer = layer_zero(llm_params)
+    expected = shapes(self.config)
+    given = {f"layer/{key}": p.shape for key, p in _flatten(layer).items()}
+    expected = {k: s for k, s in expected.items() if k.startswith("layer/")}
+    check_shapes(given, expected, "the LLM's layer 0")
+    return {"layer": layer, **params}
+
+
+def layer_zero(llm_params):
+  """Returns a float32 copy of the LLM's first decoder layer.
+
+  Args:
+    llm_params: parameters of a Qwen2 decoder (`layers` stacked by depth), or
+      of a model that has one as `language_model`.
+  """
+  llm_params = llm_params.get("language_model", llm_params)
+  if "layers" not in llm_params:
+    raise errors.UserError(
+      "the language model's parameters have no `layers`; found "
+      f"{', '.join(sorted(llm_params))}"
+    )
+  # A copy: training donates its buffers, the base model keeps its own.
+  return jax.tree.map(
+    lambda leaf: jnp.array(leaf[0], jnp.float32), llm_params["layers"]
+  )
+
+
+def init_from_llm(rng, config, llm_params):
+  """Returns params of `Policy(config)`; see `Policy.init_from_llm`."""
+  return Policy(config).init_from_llm(rng, llm_params)
+
+
+def shapes(config):
+  """Returns the shape of every parameter by its `/` path."""
+  params = jax.eval_shape(
+    lambda rng: Policy(config).init(rng, method="initialise")["params"],
+    jax.random.key(0),
+  )
+  return {path: leaf.shape for path, leaf in _flatten(params).items()}
+
+
+def public_names(num_halvings):
+  """Returns {our path: (public name, transposed)} of every parameter.
+
+  Heads are `Sequential`s there: odd indices are activations.
+  """
+  names = {"layernorm/scale": ("layernorm.weight", False)}
+  for norm in ("input_layernorm", "post_attention_layernorm"):
+    names[f"layer/{norm}/scale"] = (f"layers.0.{norm}.weight", False)
+  for module, group in (
+    ("q_proj", "self_attn"),
+    ("k_proj", "self_attn"),
+    ("v_proj", "self_attn"),
+    ("o_proj", "self_attn"),
+    ("gate_proj", "mlp"),
+    ("up_proj", "mlp"),
+    ("down_proj", "mlp"),
+  ):
+    public = f"layers.0.{group}.{module}"
+    names[f"layer/{module}/kernel"] = (f"{public}.weight", True)
+    if module in ("q_proj", "k_proj", "v_proj"):
+      names[f"layer/{module}/bias"] = (f"{public}.bias", False)
+  for head in ("token_compress", "frame_compress", "mode_selection"):
+    for i in range(num_halvings + 1):
+      ours = f"{head}/hidden_{i}" if i < num_halvings else f"{head}/score"
+      names[f"{ours}/kernel"] = (f"{head}.{2 * i}.weight", True)
+      names[f"{ours}/bias"] = (f"{head}.{2 * i}.bias", False)
+  return {
+    ours: (f"compression_policy.{public}", transposed)
+    for ours, (public, transposed) in names.items()
+  }
+
+
+def to_public(params):
+  """Returns {public name: float32 array} of params, for safetensors."""
+  flat = _flatten(params)
+  num_halvings = sum(
+    path.startswith("token_compress/hidden_") and path.endswith("/kernel")
+    for path in flat
+  )
+  names = public_names(num_halvings)
+  public = {}
+  for path, leaf in flat.items():
+    name, transposed = names[path]
+    leaf = np.asarray(leaf, np.float32)
+    # safetensors stores memory as it lies: a transposed view would be wrong.
+    public[name] = np.ascontiguousarray(leaf.T if transposed else leaf)
+  return public
+
+
+def from_public(tensors, config):
+  """Returns float32 params of arrays under the public names.
+
+  `mode_selection` may be absent, all of it; params then lack it too.
+
+  Args:
+    tensors: {public name: array}.
+    config: PolicyConfig.
+
+  Raises:
+    UserError: names that are missing, left over, or of another shape.
+  """
+  names = public_names(config.num_halvings)
+  expected = {}
+  for path, shape in shapes(config).items():
+    name, transposed = names[path]
+    expected[name] = shape[::-1] if transposed else shape
+  optional = "compression_policy.mode_selection."
+  if not any(name.startswith(optional) for name in tensors):
+    expected = {k: s for k, s in expected.items() if not k.startswith(optional)}
+  given = {name: np.shape(tensor) for name, tensor in tensors.items()}
+  check_shapes(given, expected, "the policy checkpoint")
+  flat = {}
+  for path, (name, transposed) in names.items():
+    if name in tensors:
+      tensor = np.asarray(tensors[name]).astype(np.float32)
+      flat[path] = jnp.asarray(tensor.T if transposed else tensor)
+  return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _flatten(params):
+  return traverse_util.flatten_dict(params, sep="/")
+
+
+def check_shapes(given, expected, where):
+  """Raises UserError unless two {name: shape} agree."""
+  faults = []
+  if missing := sorted(expected.keys() - given.keys()):
+    faults.append(f"missing {', '.join(missing)}")
+  if extra := sorted(given.keys() - expected.keys()):
+    faults.append(f"not known {', '.join(extra)}")
+  wrong = [
+    f"{name} is {tuple(given[name])}, expected {tuple(expected[name])}"
+    for name in sorted(expected.keys() & given.keys())
+    if tuple(given[name]) != tuple(expected[name])
+  ]
+  if wrong:
+    faults.append(f"misshaped {', '.join(wrong)}")
+  if faults:
+    raise errors.UserError(
+      f"{where} does not fit the policy's config: {'; '.join(faults)}"
+    )
