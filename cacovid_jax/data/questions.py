@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import re
 
 MULTIPLE_CHOICE = "multiple choice"
 NUMERICAL = "numerical"
@@ -9,6 +10,8 @@ OCR = "OCR"
 FREE_FORM = "free-form"
 REGRESSION = "regression"
 PROBLEM_TYPES = (MULTIPLE_CHOICE, NUMERICAL, OCR, FREE_FORM, REGRESSION)
+
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -54,3 +57,9 @@ def question_hash(question_id: str) -> int:
   """
   digest = hashlib.blake2b(question_id.encode(), digest_size=4).digest()
   return int.from_bytes(digest, "little")
+
+
+def extract_answer(text: str) -> str:
+  """Returns the inside of the first <answer>...</answer>, else all of it."""
+  match = _ANSWER.search(text)
+  return match.group(1).strip() if match else text

@@ -114,6 +114,22 @@ class Clip:
   clamped: int
 
 
+def unsafe(relative: str) -> str | None:
+  """Returns why a media path must not be used, None if it may be."""
+  parts = relative.replace("\\", "/").split("/")
+  if not relative:
+    return "the path is empty"
+  if "\0" in relative:
+    return "the path holds a NUL character"
+  if os.path.isabs(relative) or parts[0] == "":
+    return "the path is absolute"
+  if ".." in parts:
+    return "the path climbs with .."
+  if _URL.match(relative):
+    return "URLs and drive letters are refused"
+  return None
+
+
 def safe_path(root, relative: str) -> str:
   """Returns the path of `relative` below `root`, or raises `VideoError`.
 
@@ -121,16 +137,9 @@ def safe_path(root, relative: str) -> str:
   a data set must not read other files of the machine.
   """
   relative = os.fspath(relative)
-  parts = relative.replace("\\", "/").split("/")
-  if (
-    not relative
-    or "\0" in relative
-    or os.path.isabs(relative)
-    or parts[0] == ""
-    or ".." in parts
-    or _URL.match(relative)
-  ):
-    raise VideoError(relative.replace("\0", "\\0"), "unsafe")
+  reason = unsafe(relative)
+  if reason:
+    raise VideoError(relative.replace("\0", "\\0"), "unsafe", reason)
   base = os.path.realpath(root)
   path = os.path.realpath(os.path.join(base, relative))
   if os.path.commonpath([base, path]) != base:
