@@ -1,0 +1,1 @@
+"""The embedded benchmark: procedurally made clips with lettered questions."""

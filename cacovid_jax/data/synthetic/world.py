@@ -1,0 +1,228 @@
+"""Scenes of the embedded benchmark: which object is where, and when.
+
+A scene is a plan over T = 16 sampled frames of 7 x 7 cells; a cell is one
+video token. Objects carry three attributes (color, pattern, shape), live for a
+few frames in one cell and drift a little. At most one object is in a cell at a
+time, so that every object can be pointed at by tokens.
+
+Two variants, because one alone misleads: on `sparse` a handful of striking
+objects can be found without the question, by diversity alone; on `dense` there
+are more equally askable objects than a 10 % budget has tokens, so that a
+selection must look at the question.
+"""
+
+import dataclasses
+
+import numpy as np
+
+SHAPES = (
+  "circle",
+  "square",
+  "triangle",
+  "diamond",
+  "star",
+  "cross",
+  "heart",
+  "moon",
+)
+PATTERNS = ("solid", "hollow", "striped", "halved")
+COLORS = {
+  "red": (232, 44, 40),
+  "orange": (250, 146, 26),
+  "yellow": (244, 232, 60),
+  "green": (46, 190, 66),
+  "cyan": (60, 222, 232),
+  "blue": (58, 86, 244),
+  "pink": (250, 120, 214),
+  "white": (244, 244, 244),
+}
+COLOR_NAMES = tuple(COLORS)
+
+NUM_FRAMES = 16
+NUM_ROWS = NUM_COLS = 7
+CELL = 16  # Pixels per side of a cell, which is one video token.
+SPRITE = 15  # Pixels per side of a drawn object.
+IMAGE_SIZE = NUM_ROWS * CELL
+GRID = (NUM_FRAMES, NUM_ROWS, NUM_COLS)
+NUM_TOKENS = NUM_FRAMES * NUM_ROWS * NUM_COLS
+MAX_SLOTS = 32  # Objects and distractors drawn in one frame, at most.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WorldConfig:
+  """How crowded and how textured the scenes of a variant are.
+
+  Attributes:
+    name: of the variant.
+    num_objects: askable objects per clip, inclusive range.
+    life: sampled frames that an object is seen for, inclusive range.
+    num_distractors: grey patches per clip, inclusive range.
+    texture: amplitude of the moving background, in grey levels.
+    repeats: how often one color and shape pair is repeated at most (1 leaves
+      the attributes to chance).
+  """
+
+  name: str
+  num_objects: tuple[int, int]
+  life: tuple[int, int]
+  num_distractors: tuple[int, int]
+  texture: float
+  repeats: int
+
+
+VARIANTS = {
+  "dense": WorldConfig(
+    name="dense",
+    num_objects=(76, 84),
+    life=(2, 3),
+    num_distractors=(6, 10),
+    texture=22.0,
+    repeats=1,
+  ),
+  "sparse": WorldConfig(
+    name="sparse",
+    num_objects=(5, 7),
+    life=(3, 5),
+    num_distractors=(1, 3),
+    texture=5.0,
+    repeats=3,
+  ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+  """One clip's plan; M objects and D distractors, all arrays NumPy.
+
+  Attributes:
+    attributes: int8[M, 3] color, pattern and shape of each object.
+    life: int8[M, 2] first and last sampled frame that shows it.
+    path: float32[M, 2, 2] centre (x, y) in pixels half a frame before the
+      first and half a frame after the last.
+    tint: float32[M, 3] color offset in grey levels, so that no two are equal.
+    distractor_life: int8[D, 2] and
+    distractor_path: float32[D, 2, 2], as for objects.
+    background: float32[4, 7]; row 0 the base color, rows 1 to 3 waves with
+      amplitudes (3), wave numbers (2), phase and drift.
+    noise_seed: of the static grain.
+  """
+
+  attributes: np.ndarray
+  life: np.ndarray
+  path: np.ndarray
+  tint: np.ndarray
+  distractor_life: np.ndarray
+  distractor_path: np.ndarray
+  background: np.ndarray
+  noise_seed: int
+
+  @property
+  def num_objects(self) -> int:
+    return len(self.attributes)
+
+
+def _place(rng, occupied, life_range):
+  """Finds a free cell and life, marks them; None when 32 tries all fail."""
+  for _ in range(32):
+    length = int(rng.integers(life_range[0], life_range[1] + 1))
+    first = int(rng.integers(0, NUM_FRAMES - length + 1))
+    row, col = int(rng.integers(NUM_ROWS)), int(rng.integers(NUM_COLS))
+    if not occupied[first : first + length, row, col].any():
+      occupied[first : first + length, row, col] = True
+      return first, first + length - 1, row, col
+  return None
+
+
+def _place_all(rng, occupied, count, life_range):
+  placed = (_place(rng, occupied, life_range) for _ in range(count))
+  placed = np.array([p for p in placed if p is not None], np.int64)
+  placed = placed.reshape(-1, 4)
+  centre = (placed[:, [3, 2]] + 0.5) * CELL
+  jitter = rng.uniform(-2.5, 2.5, centre.shape)
+  drift = rng.uniform(-2.5, 2.5, centre.shape)
+  path = np.stack([centre + jitter - drift, centre + jitter + drift], axis=1)
+  # Sprites at the rim stay inside the picture.
+  half = SPRITE // 2 + 1
+  path = np.clip(path, half, IMAGE_SIZE - half)
+  return placed[:, :2].astype(np.int8), path.astype(np.float32)
+
+
+def sample_scene(rng: np.random.Generator, config: WorldConfig) -> Scene:
+  """Draws one clip's plan."""
+  occupied = np.zeros(GRID, bool)
+  count = int(rng.integers(config.num_objects[0], config.num_objects[1] + 1))
+  life, path = _place_all(rng, occupied, count, config.life)
+  attributes = np.stack(
+    [
+      rng.integers(len(COLOR_NAMES), size=len(life)),
+      rng.integers(len(PATTERNS), size=len(life)),
+      rng.integers(len(SHAPES), size=len(life)),
+    ],
+    axis=1,
+  ).astype(np.int8)
+  repeats = int(rng.integers(1, config.repeats + 1))
+  attributes[:repeats, 0] = attributes[0, 0]
+  attributes[:repeats, 2] = attributes[0, 2]
+  num_distractors = int(
+    rng.integers(config.num_distractors[0], config.num_distractors[1] + 1)
+  )
+  distractor_life, distractor_path = _place_all(
+    rng, occupied, num_distractors, (2, 5)
+  )
+  background = np.zeros((4, 7), np.float32)
+  background[0, :3] = rng.uniform(40, 80) + rng.uniform(-12, 12, 3)
+  background[1:, :3] = rng.uniform(-1, 1, (3, 3)) * config.texture
+  background[1:, 3:5] = rng.uniform(-0.5, 0.5, (3, 2))
+  background[1:, 5] = rng.uniform(0, 2 * np.pi, 3)
+  background[1:, 6] = rng.uniform(-0.6, 0.6, 3)
+  return Scene(
+    attributes=attributes,
+    life=life,
+    path=path,
+    tint=rng.uniform(-10, 10, (len(life), 3)).astype(np.float32),
+    distractor_life=distractor_life,
+    distractor_path=distractor_path,
+    background=background,
+    noise_seed=int(rng.integers(2**31)),
+  )
+
+
+def centres(life: np.ndarray, path: np.ndarray, time: float) -> np.ndarray:
+  """Returns int[M, 2] centres (x, y) in pixels at `time`, in sampled frames."""
+  start = life[:, 0] - 0.5
+  share = (time - start) / (life[:, 1] - life[:, 0] + 1.0)
+  share = np.clip(share, 0.0, 1.0)[:, None]
+  return np.rint(path[:, 0] * (1 - share) + path[:, 1] * share).astype(int)
+
+
+def visible(life: np.ndarray, time: float) -> np.ndarray:
+  """Returns bool[M], True for what is seen at `time`, in sampled frames."""
+  return (life[:, 0] - 0.5 <= time) & (time < life[:, 1] + 0.5)
+
+
+def covered_tokens(scene: Scene, obj: int, min_share: float = 0.25):
+  """Returns the flat tokens that hold at least `min_share` of an object."""
+  tokens = []
+  for frame in range(scene.life[obj, 0], scene.life[obj, 1] + 1):
+    x, y = centres(
+      scene.life[obj : obj + 1], scene.path[obj : obj + 1], float(frame)
+    )[0]
+    edges = np.arange(NUM_ROWS) * CELL
+    spans = []
+    for centre in (y, x):
+      low = centre - SPRITE // 2
+      span = np.minimum(edges + CELL, low + SPRITE) - np.maximum(edges, low)
+      spans.append(np.maximum(span, 0) / SPRITE)
+    share = spans[0][:, None] * spans[1][None, :]
+    cells = np.flatnonzero(share.reshape(-1) >= min_share)
+    tokens.extend(int(frame) * NUM_ROWS * NUM_COLS + cells)
+  return [int(token) for token in tokens]
+
+
+def token_owners(scene: Scene) -> np.ndarray:
+  """Returns int16[T, H, W], the object on each token, or -1."""
+  owners = np.full(NUM_TOKENS, -1, np.int16)
+  for obj in range(scene.num_objects):
+    for token in covered_tokens(scene, obj, 0.5):
+      owners[token] = obj
+  return owners.reshape(GRID)

@@ -1,0 +1,597 @@
+"""Pretraining of the small base model of the embedded benchmark.
+
+An answer-only loss on lettered questions stays at guessing; what makes the
+model learn is the sum of four losses (weights in the config):
+
+  full      answers with the whole video, several questions packed behind one
+            shared video prefix (block-diagonal mask, same positions);
+  pruned    answers with a random subset of the video tokens that holds the
+            decisive ones; its gradient stops before the tower, or the tower
+            would learn to copy every object into all tokens of its frame;
+  told      answers about a scene told in words: binds options to letters;
+  labels    the object on each video token, read by a linear head that is
+            thrown away (foreground and background averaged apart).
+
+Frames are drawn on the accelerator, so every step sees fresh clips.
+
+Axes: B clips, T frames, N video tokens, Q questions of a clip, A tokens of a
+question with its answer, K kept video tokens, D width.
+"""
+
+import collections
+import multiprocessing
+import time
+from collections.abc import Iterator
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from cacovid_jax.data.synthetic import packing, render, world
+
+_ATTRIBUTES = (
+  len(world.COLOR_NAMES),
+  len(world.PATTERNS),
+  len(world.SHAPES),
+)
+
+
+def draw_frames(rng, batch, *, noise=4.0, grain=2.0):
+  """Draws the sampled frames of a batch of scenes, as a codec would show them.
+
+  Args:
+    rng: key of the noise.
+    batch: of `packing.Packer.batch`; sprite int8[B, T, S], corner
+      int16[B, T, S, 2], color uint8[B, T, S, 3], background float32[B, 4, 7].
+    noise: standard deviation of a clip's static noise, in grey levels.
+    grain: of the noise of each frame, standing for compression.
+
+  Returns:
+    float32[B, T, 112, 112, 3] normalised pixels in [-1, 1].
+  """
+  opacity, shade = (jnp.asarray(t) for t in render.sprite_tables())
+  num_clips = batch["sprite"].shape[0]
+  size = world.IMAGE_SIZE
+  static_rng, frame_rng = jax.random.split(rng)
+  static = jax.random.normal(static_rng, (num_clips, 1, size, size, 1)) * noise
+  times = jnp.arange(world.NUM_FRAMES, dtype=jnp.float32)
+
+  def backgrounds(params):
+    return jax.vmap(lambda time: render.background(params, time, jnp))(times)
+
+  frames = jax.vmap(backgrounds)(batch["background"]) + static
+
+  def paint(picture, slot):
+    sprite, corner, color = slot
+    start = (corner[0].astype(jnp.int32), corner[1].astype(jnp.int32), 0)
+    window = (world.SPRITE, world.SPRITE, 3)
+    below = jax.lax.dynamic_slice(picture, start, window)
+    alpha = jnp.where(sprite >= 0, opacity[sprite], 0.0)[..., None]
+    ink = shade[sprite][..., None] * color.astype(jnp.float32)
+    return jax.lax.dynamic_update_slice(
+      picture, below * (1 - alpha) + alpha * ink, start
+    ), None
+
+  def paint_all(picture, sprite, corner, color):
+    return jax.lax.scan(paint, picture, (sprite, corner, color))[0]
+
+  frames = jax.vmap(jax.vmap(paint_all))(
+    frames, batch["sprite"], batch["corner"], batch["color"]
+  )
+  frames = _halve_chroma(frames)
+  frames += jax.random.normal(frame_rng, frames.shape) * grain
+  return jnp.clip(frames, 0, 255) / 127.5 - 1.0
+
+
+def _halve_chroma(frames):
+  """Averages color over 2 x 2 pixels, as 4:2:0 video does; luma is kept."""
+  weights = jnp.array([0.299, 0.587, 0.114])
+  luma = (frames * weights).sum(-1, keepdims=True)
+  chroma = frames - luma
+  *lead, height, width, channels = chroma.shape
+  cells = chroma.reshape(
+    *lead, height // 2, 2, width // 2, 2, channels
+  ).mean((-4, -2))
+  chroma = jnp.repeat(jnp.repeat(cells, 2, axis=-3), 2, axis=-2)
+  return luma + chroma
+
+
+class LabelHead(nn.Module):
+  """Reads from a video token which object lies on it; used in training only."""
+
+  @nn.compact
+  def __call__(self, features):
+    """Returns float32[..., 21]: objectness, color, pattern, shape logits."""
+    head = nn.Dense(1 + sum(_ATTRIBUTES), dtype=jnp.float32, name="label")
+    return head(features.astype(jnp.float32))
+
+
+def label_loss(logits, labels):
+  """Returns the loss of the label head.
+
+  Args:
+    logits: float32[B, N, 21].
+    labels: int8[B, N, 3] color, pattern and shape, -1 without an object.
+  """
+  labels = labels.astype(jnp.int32)
+  present = (labels[..., 0] >= 0).astype(jnp.float32)
+  binary = optax.sigmoid_binary_cross_entropy(logits[..., 0], present)
+  # Apart, because objects cover few tokens.
+  loss = (binary * present).sum() / (present.sum() + 1)
+  loss += (binary * (1 - present)).sum() / ((1 - present).sum() + 1)
+  start = 1
+  for part, size in enumerate(_ATTRIBUTES):
+    entropy = optax.softmax_cross_entropy_with_integer_labels(
+      logits[..., start : start + size], jnp.maximum(labels[..., part], 0)
+    )
+    loss += (entropy * present).sum() / (present.sum() + 1)
+    start += size
+  return loss
+
+
+def _prefix_ids(tokenizer):
+  return tokenizer.encode(packing.PREFIX, add_special_tokens=False).ids
+
+
+def _token_loss(logits, ids, target):
+  """Mean cross entropy of the target tokens; ids, target [..., A]."""
+  entropy = optax.softmax_cross_entropy_with_integer_labels(
+    logits[..., :-1, :], ids[..., 1:]
+  )
+  weight = target[..., 1:].astype(jnp.float32)
+  return (entropy * weight).sum() / (weight.sum() + 1e-6)
+
+
+def _hits(logits, ids, target):
+  """bool[..., Q]: whether the first answer token is the likeliest."""
+  first = jnp.argmax(target, axis=-1)  # [..., Q]
+  at = jnp.take_along_axis(
+    logits, (first - 1)[..., None, None], axis=-2
+  ).squeeze(-2)
+  want = jnp.take_along_axis(ids, first[..., None], axis=-1).squeeze(-1)
+  return at.argmax(-1) == want
+
+
+class Prompts:
+  """Static layout: prefix text, N video tokens, newline, packed questions."""
+
+  def __init__(self, prefix_ids, num_video, num_questions, question_length):
+    self.prefix = tuple(prefix_ids)
+    self.num_video = num_video
+    self.num_questions = num_questions
+    self.question_length = question_length
+    self.text_start = len(self.prefix) + num_video + 1
+
+  def packed_mask(self):
+    """bool[L, L]: causal, and no question sees another."""
+    length = self.num_questions * self.question_length
+    segment = np.concatenate(
+      [
+        np.zeros(self.text_start, int),
+        1 + np.arange(length) // self.question_length,
+      ]
+    )
+    causal = np.tril(np.ones((len(segment),) * 2, bool))
+    same = segment[:, None] == segment[None, :]
+    return causal & (same | (segment == 0)[None, :])
+
+  def packed_positions(self):
+    """int32[L]: every question starts right behind the video."""
+    offsets = np.tile(np.arange(self.question_length), self.num_questions)
+    text = self.text_start + offsets
+    return np.concatenate([np.arange(self.text_start), text]).astype(np.int32)
+
+
+def packed_logits(model, params, prompts, features, ids):
+  """Answers all questions of each clip with the whole video.
+
+  Args:
+    model: of `models.llava_onevision`.
+    params: its parameters.
+    prompts: the layout.
+    features: float[B, N, D].
+    ids: int32[B, Q, A].
+
+  Returns:
+    float32[B, Q, A, V].
+  """
+  batch, num_questions, length = ids.shape
+  head = jnp.array(prompts.prefix + (0,) * (prompts.num_video + 1), jnp.int32)
+  head = jnp.broadcast_to(head, (batch, len(head)))
+  rows = jnp.concatenate([head, ids.reshape(batch, -1)], axis=1)
+  start = len(prompts.prefix)
+  x = jax.vmap(lambda i, f: model.embed_prompt(params, i, f, start))(
+    rows, features
+  )
+  positions = jnp.broadcast_to(
+    prompts.packed_positions(), (batch, 1, x.shape[1])
+  )
+  mask = prompts.packed_mask()[None]  # Shared by the batch.
+  hidden, _ = model.forward(params, x, positions, mask=mask, causal=False)
+  hidden = hidden[:, prompts.text_start :]
+  hidden = hidden.reshape(batch, num_questions, length, -1)
+  return model.logits(params, hidden)
+
+
+def pruned_logits(model, params, prompts, features, ids, index, valid):
+  """Answers each question from its own kept tokens, at original positions.
+
+  Args:
+    model: of `models.llava_onevision`.
+    params: its parameters.
+    prompts: the layout.
+    features: float[B, N, D].
+    ids: int32[B, Q, A].
+    index: int32[B, Q, K] kept tokens, ascending where valid.
+    valid: bool[B, Q, K].
+
+  Returns:
+    float32[B, Q, A, V].
+  """
+  batch, num_questions, length = ids.shape
+  num_keep = index.shape[-1]
+  start = len(prompts.prefix)
+  head = jnp.array(prompts.prefix + (0,) * (prompts.num_video + 1), jnp.int32)
+  whole = jax.vmap(lambda f: model.embed_prompt(params, head, f, start))(
+    features
+  )  # [B, prefix + N + 1, D]
+  rows = jnp.concatenate(
+    [
+      jnp.broadcast_to(jnp.arange(start), (batch, num_questions, start)),
+      start + index,
+      jnp.full((batch, num_questions, 1), start + prompts.num_video),
+    ],
+    axis=-1,
+  )
+  seen = jax.vmap(lambda w, r: w[r])(whole, rows)  # [B, Q, prefix + K + 1, D]
+  text = model.embed_text(params, ids)
+  x = jnp.concatenate([seen, text], axis=2)
+  offsets = prompts.text_start + jnp.arange(length)
+  positions = jnp.concatenate(
+    [rows, jnp.broadcast_to(offsets, (batch, num_questions, length))], axis=-1
+  )
+  total = x.shape[2]
+  visible = jnp.concatenate(
+    [
+      jnp.ones((batch, num_questions, start), bool),
+      valid,
+      jnp.ones((batch, num_questions, 1 + length), bool),
+    ],
+    axis=-1,
+  )
+  mask = jnp.tril(jnp.ones((total, total), bool)) & visible[..., None, :]
+  hidden, _ = model.forward(
+    params,
+    x.reshape(-1, total, x.shape[-1]),
+    positions.reshape(-1, 1, total),
+    mask=mask.reshape(-1, total, total),
+    causal=False,
+  )
+  hidden = hidden.reshape(batch, num_questions, total, -1)
+  return model.logits(params, hidden[:, :, start + num_keep + 1 :])
+
+
+def random_subsets(rng, decisive, num_valid, *, num_video, num_keep):
+  """Draws kept tokens: the decisive ones, then random others.
+
+  Args:
+    rng: key.
+    decisive: int16[B, Q, M] tokens, -1 where unused.
+    num_valid: int32[B, Q] tokens to keep, at most `num_keep`.
+    num_video: N, static.
+    num_keep: K, static.
+
+  Returns:
+    (index int32[B, Q, K] ascending, invalid ones last, valid bool[B, Q, K]).
+  """
+  order = jax.random.uniform(rng, (*decisive.shape[:2], num_video))
+  hot = jax.nn.one_hot(decisive, num_video).max(axis=2)  # -1 gives zeros
+  _, drawn = jax.lax.top_k(order + 2 * hot, num_keep)
+  valid = jnp.arange(num_keep) < num_valid[..., None]
+  index = jnp.sort(jnp.where(valid, drawn, num_video), axis=-1)
+  valid = index < num_video
+  return jnp.where(valid, index, 0), valid
+
+
+def make_tx(config):
+  """Returns (optimiser, schedule) of a pretraining run."""
+  schedule = optax.warmup_cosine_decay_schedule(
+    0.0, config.lr, config.warmup_steps, config.num_steps, config.lr * 0.01
+  )
+
+  def decayed(params):
+    return jax.tree.map(lambda p: p.ndim > 1, params)
+
+  return optax.chain(
+    optax.clip_by_global_norm(1.0),
+    optax.adamw(
+      schedule, b2=0.98, weight_decay=config.weight_decay, mask=decayed
+    ),
+  ), schedule
+
+
+def init_params(rng, model):
+  """Returns {"model", "head"}; residual writes start small, as depth asks."""
+  model_rng, head_rng = jax.random.split(rng)
+  params = model.init(model_rng)
+  layers = params["language_model"]["layers"]
+  scale = (2 * model.config.text.num_layers) ** -0.5
+  for name in ("o_proj", "down_proj"):
+    layers[name]["kernel"] = layers[name]["kernel"] * scale
+  table = params["language_model"]
+  table["embed_tokens"] = table["embed_tokens"] * 4.0
+  width = model.config.text.hidden_size
+  head = LabelHead().init(head_rng, jnp.zeros((1, width)))["params"]
+  return {"model": params, "head": head}
+
+
+def make_update(model, prompts, tx, config):
+  """Returns the jitted step (params, opt_state, step, batch) -> the same."""
+
+  def loss_fn(params, rng, batch):
+    frame_rng, subset_rng, size_rng = jax.random.split(rng, 3)
+    pixels = draw_frames(frame_rng, batch).astype(model.dtype)
+    features = jax.vmap(
+      lambda p: model.encode_video(params["model"], p)
+    )(pixels)
+    ids, target = batch["ids"], batch["target"]
+    logits = packed_logits(model, params["model"], prompts, features, ids)
+    losses = {"full": _token_loss(logits, ids, target)}
+    hits = {"full": _hits(logits, ids, target)}
+
+    sizes = jax.random.randint(
+      size_rng, ids.shape[:2], config.min_keep, config.num_keep + 1
+    )
+    index, valid = random_subsets(
+      subset_rng,
+      batch["decisive"],
+      sizes,
+      num_video=prompts.num_video,
+      num_keep=config.num_keep,
+    )
+    logits = pruned_logits(
+      model,
+      params["model"],
+      prompts,
+      jax.lax.stop_gradient(features),
+      ids,
+      index,
+      valid,
+    )
+    losses["pruned"] = _token_loss(logits, ids, target)
+    hits["pruned"] = _hits(logits, ids, target)
+
+    told = batch["told_ids"]
+    x = model.embed_text(params["model"], told)
+    positions = jnp.broadcast_to(
+      jnp.arange(told.shape[1]), (told.shape[0], 1, told.shape[1])
+    )
+    hidden, _ = model.forward(params["model"], x, positions)
+    logits = model.logits(params["model"], hidden)
+    losses["told"] = _token_loss(logits, told, batch["told_target"])
+    hits["told"] = _hits(
+      logits[:, None], told[:, None], batch["told_target"][:, None]
+    )
+
+    logits = LabelHead().apply({"params": params["head"]}, features)
+    losses["labels"] = label_loss(logits, batch["labels"])
+    total = sum(config.weights[name] * loss for name, loss in losses.items())
+    metrics = {f"loss_{name}": loss for name, loss in losses.items()}
+    letters = (~batch["in_words"] & (batch["kind"] >= 0)).astype(jnp.float32)
+    for name in ("full", "pruned"):
+      metrics[f"hit_{name}"] = (hits[name] * letters).sum() / letters.sum()
+    metrics["hit_told"] = hits["told"].mean()
+    return total, metrics
+
+  @jax.jit
+  def update(params, opt_state, step, batch):
+    rng = jax.random.fold_in(jax.random.key(config.seed), step)
+    (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+      params, rng, batch
+    )
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state, metrics
+
+  return update
+
+
+# A worker process keeps one packer.
+_packer: packing.Packer | None = None
+
+
+def _start_worker(config):
+  global _packer
+  _packer = packing.Packer(config)
+
+
+def _worker_batch(step):
+  return _packer.batch(step)
+
+
+def batches(
+  config: packing.PackingConfig, *, first_step: int, num_workers: int
+) -> Iterator[dict]:
+  """Yields batch `first_step`, `first_step + 1`, … made by worker processes.
+
+  At most twice as many batches as workers are in flight. Without workers they
+  are made here.
+  """
+  steps = range(first_step, config.num_steps)
+  if not num_workers:
+    packer = packing.Packer(config)
+    yield from map(packer.batch, steps)
+    return
+  context = multiprocessing.get_context("spawn")
+  with context.Pool(num_workers, _start_worker, (config,)) as pool:
+    pending: collections.deque = collections.deque()
+    for step in steps:
+      pending.append(pool.apply_async(_worker_batch, (step,)))
+      if len(pending) > 2 * num_workers:
+        yield pending.popleft().get()
+    while pending:
+      yield pending.popleft().get()
+
+
+def make_probe(model, prompts, num_keep_of):
+  """Returns a jitted probe: hits of lettered questions by selection rule.
+
+  `num_keep_of` maps a rule's name to (function, K); a function takes (rng,
+  features [N, D], decisive int[M]) of one question and returns int32[K].
+  """
+
+  @jax.jit
+  def probe(params, rng, batch):
+    frame_rng, rule_rng = jax.random.split(rng)
+    pixels = draw_frames(frame_rng, batch).astype(model.dtype)
+    features = jax.vmap(lambda p: model.encode_video(params, p))(pixels)
+    ids, target = batch["ids"], batch["target"]
+    logits = packed_logits(model, params, prompts, features, ids)
+    hits = {"vanilla": _hits(logits, ids, target)}
+    rngs = jax.random.split(rule_rng, ids.shape[:2])
+    for name, (rule, num_keep) in num_keep_of.items():
+      over_questions = jax.vmap(rule, in_axes=(0, None, 0))
+      index = jax.vmap(over_questions)(rngs, features, batch["decisive"])
+      valid = jnp.ones((*ids.shape[:2], num_keep), bool)
+      logits = pruned_logits(
+        model, params, prompts, features, ids, index, valid
+      )
+      hits[name] = _hits(logits, ids, target)
+    return hits
+
+  return probe
+
+
+def probe_rules(num_video):
+  """Random and decisive-first keeping at 10 % and 5 %, for progress lines."""
+
+  def random_rule(num_keep):
+    def rule(rng, features, decisive):
+      del features, decisive
+      return jnp.sort(
+        jax.random.choice(rng, num_video, (num_keep,), replace=False)
+      )
+
+    return rule, num_keep
+
+  def decisive_rule(num_keep):
+    def rule(rng, features, decisive):
+      del features
+      size = jnp.full((1, 1), num_keep)
+      index, _ = random_subsets(
+        rng,
+        decisive[None, None],
+        size,
+        num_video=num_video,
+        num_keep=num_keep,
+      )
+      return index[0, 0]
+
+    return rule, num_keep
+
+  tenth, twentieth = num_video // 10, num_video // 20
+  return {
+    "random_0.10": random_rule(tenth),
+    "decisive_0.10": decisive_rule(tenth),
+    "decisive_0.05": decisive_rule(twentieth),
+  }
+
+
+def summarise(hits, kinds):
+  """Returns {rule: accuracy} plus vanilla accuracy by question kind."""
+  asked = kinds >= 0
+  rows = {name: float(h[asked].mean()) for name, h in hits.items()}
+  for i, kind in enumerate(packing.KINDS):
+    chosen = kinds == i
+    if chosen.any():
+      rows[f"vanilla/{kind}"] = float(hits["vanilla"][chosen].mean())
+      if "decisive_0.10" in hits:
+        rows[f"decisive/{kind}"] = float(hits["decisive_0.10"][chosen].mean())
+  return rows
+
+
+def held_out(config: packing.PackingConfig, variant: str, num_clips: int):
+  """Returns a batch of lettered questions that training never sees."""
+  packer = packing.Packer(config)
+  rng = np.random.default_rng((config.seed, 2**31, len(variant)))
+  clips = [
+    packer.clip(rng, world.sample_scene(rng, world.VARIANTS[variant]), 0.0)
+    for _ in range(num_clips)
+  ]
+  return {key: np.stack([clip[key] for clip in clips]) for key in clips[0]}
+
+
+def train(model, tokenizer, config, *, log=print):
+  """Pretrains a model and returns its parameters and the last probe.
+
+  Args:
+    model: `models.llava_onevision.LlavaOnevisionModel`.
+    tokenizer: a `tokenizers.Tokenizer` with the chat tokens.
+    config: the "pretrain" section of a config; see
+      `configs/synthetic_base.py`.
+    log: takes a line of progress.
+  """
+  pack = packing.PackingConfig(
+    tokenizer_file=config.tokenizer_file,
+    seed=config.seed,
+    batch_size=config.batch_size,
+    questions_per_clip=config.questions_per_clip,
+    num_steps=config.num_steps,
+    ramp_steps=config.ramp_steps,
+    sparse_share=config.sparse_share,
+    text_only=config.text_only,
+  )
+  prompts = Prompts(
+    _prefix_ids(tokenizer),
+    world.NUM_TOKENS,
+    pack.questions_per_clip,
+    pack.question_length,
+  )
+  mesh = jax.make_mesh(
+    (jax.device_count(),),
+    ("data",),
+    axis_types=(jax.sharding.AxisType.Auto,),
+  )
+  split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  tx, schedule = make_tx(config)
+  params = init_params(jax.random.key(config.seed), model)
+  params = jax.device_put(params, whole)
+  opt_state = jax.jit(tx.init)(params)
+  update = make_update(model, prompts, tx, config)
+  probe = make_probe(model, prompts, probe_rules(world.NUM_TOKENS))
+  tests = {
+    name: jax.device_put(held_out(pack, name, config.probe_clips), split)
+    for name in world.VARIANTS
+  }
+  start, seen, rows = time.time(), 0, {}
+  stream = batches(pack, first_step=0, num_workers=config.num_workers)
+  for step, batch in enumerate(stream):
+    params, opt_state, metrics = update(
+      params, opt_state, jnp.int32(step), jax.device_put(batch, split)
+    )
+    last = step + 1 == config.num_steps
+    if (step + 1) % config.log_every == 0 or last:
+      values = {name: float(value) for name, value in metrics.items()}
+      if not np.isfinite(list(values.values())).all():
+        raise FloatingPointError(f"step {step + 1}: {values}")
+      seconds = time.time() - start
+      rate = (step + 1 - seen) / seconds
+      seen, start = step + 1, time.time()
+      text = " ".join(f"{name} {value:.3f}" for name, value in values.items())
+      log(
+        f"step {step + 1} ({rate:.1f}/s, lr {float(schedule(step)):.1e}) {text}"
+      )
+    if (step + 1) % config.probe_every == 0 or last:
+      rows = {}
+      for name, held in tests.items():
+        hits = probe(params["model"], jax.random.key(1), held)
+        hits = {rule: np.asarray(h) for rule, h in hits.items()}
+        rows[name] = summarise(hits, np.asarray(held["kind"]))
+        text = " ".join(f"{k} {v:.3f}" for k, v in rows[name].items())
+        log(f"  {name}: {text}")
+      config.on_probe(step + 1, params["model"], rows)
+      start = time.time()
+  return params["model"], rows
+
