@@ -35,12 +35,55 @@ def greedy(
     eos_ids: static, token ids that end an answer; they are part of it.
     pad_id: id written behind the end.
   """
-  batch, length = x.shape[:2]
-  num_rows = positions.shape[1]
-  ends = jnp.asarray(tuple(eos_ids), jnp.int32)
   logits, cache, _ = model.prefill(
-    params, x, positions, lengths, cache_length=length + max_new_tokens - 1
+    params,
+    x,
+    positions,
+    lengths,
+    cache_length=x.shape[1] + max_new_tokens - 1,
   )
+  return extend(
+    model,
+    params,
+    logits,
+    cache,
+    next_positions,
+    num_position_rows=positions.shape[1],
+    max_new_tokens=max_new_tokens,
+    eos_ids=eos_ids,
+    pad_id=pad_id,
+  )
+
+
+def extend(
+  model,
+  params,
+  logits,
+  cache,
+  next_positions,
+  *,
+  num_position_rows,
+  max_new_tokens,
+  eos_ids,
+  pad_id,
+):
+  """Returns what `greedy` returns, after a prefill that the caller ran.
+
+  For callers that need more of the prefill than its end.
+
+  Args:
+    model: as in `greedy`.
+    params: its parameters.
+    logits: float32[B, V] of the prefill.
+    cache: of the prefill, with room for max_new_tokens - 1 more rows.
+    next_positions: int32[B] position of the first generated token.
+    num_position_rows: P, static.
+    max_new_tokens: static, at least 1.
+    eos_ids: static, token ids that end an answer.
+    pad_id: id written behind the end.
+  """
+  batch = logits.shape[0]
+  ends = jnp.asarray(tuple(eos_ids), jnp.int32)
   first = jnp.argmax(logits, axis=-1).astype(jnp.int32)
   ids = jnp.full((batch, max_new_tokens), pad_id, jnp.int32)
 
@@ -51,10 +94,10 @@ def greedy(
     step, _, _, done, _ = carry
     return (step < max_new_tokens) & ~done.all()
 
-  def extend(carry):
+  def one_more(carry):
     step, token, ids, done, cache = carry
     where = next_positions + step - 1
-    where = jnp.broadcast_to(where[:, None], (batch, num_rows))
+    where = jnp.broadcast_to(where[:, None], (batch, num_position_rows))
     logits, cache = model.decode_step(params, token, where, cache)
     token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     token = jnp.where(done, pad_id, token)
@@ -62,4 +105,4 @@ def greedy(
     return step + 1, token, ids, done | ended(token), cache
 
   carry = (1, first, ids.at[:, 0].set(first), ended(first), cache)
-  return jax.lax.while_loop(unfinished, extend, carry)[2]
+  return jax.lax.while_loop(unfinished, one_more, carry)[2]

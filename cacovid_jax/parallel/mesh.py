@@ -21,17 +21,16 @@ from cacovid_jax import errors
 # and single layers share a rule. Columns of the first product and rows of the
 # second are split, so that one sum per block is all the talk there is.
 BASE_MODEL_RULES: tuple[tuple[str, int | None], ...] = (
-    (r"(q_proj|k_proj|v_proj|gate_proj|up_proj|fc1)/kernel$", -1),
-    (r"(q_proj|k_proj|v_proj|gate_proj|up_proj|fc1)/bias$", -1),
-    (r"(o_proj|out_proj|down_proj|fc2)/kernel$", -2),
-    (r"(embed|embed_tokens)(/embedding)?$", -2),
-    (r"lm_head/kernel$", -1),
-    (r".*", None),
+  (r"(q_proj|k_proj|v_proj|gate_proj|up_proj|fc1)/kernel$", -1),
+  (r"(q_proj|k_proj|v_proj|gate_proj|up_proj|fc1)/bias$", -1),
+  (r"(o_proj|out_proj|down_proj|fc2)/kernel$", -2),
+  (r"(embed_tokens|lm_head)$", -2),
+  (r".*", None),
 )
 
 
 def make_mesh(
-    data: int = 0, model: int = 1, *, devices: Sequence[Any] | None = None
+  data: int = 0, model: int = 1, *, devices: Sequence[Any] | None = None
 ) -> Mesh:
   """Returns a mesh with axes `data` and `model`.
 
@@ -43,21 +42,21 @@ def make_mesh(
   devices = list(jax.devices() if devices is None else devices)
   if model < 1 or data < 0:
     raise errors.UserError(
-        f"mesh data={data}, model={model}: sizes must be positive (data=0"
-        " takes all devices)"
+      f"mesh data={data}, model={model}: sizes must be positive (data=0"
+      " takes all devices)"
     )
   data = data or max(len(devices) // model, 1)
   if data * model > len(devices):
     raise errors.UserError(
-        f"mesh of data={data} x model={model} needs {data * model} devices and"
-        f" there are {len(devices)}; lower config.mesh.data or config.mesh.model"
+      f"mesh of data={data} x model={model} needs {data * model} devices and"
+      f" there are {len(devices)}; lower config.mesh.data or config.mesh.model"
     )
   return jax.make_mesh(
-      (data, model),
-      ("data", "model"),
-      # The default, Explicit, asks for shardings in every op.
-      axis_types=(AxisType.Auto, AxisType.Auto),
-      devices=devices[: data * model],
+    (data, model),
+    ("data", "model"),
+    # The default, Explicit, asks for shardings in every op.
+    axis_types=(AxisType.Auto, AxisType.Auto),
+    devices=devices[: data * model],
   )
 
 
@@ -76,11 +75,8 @@ def partition_specs(params, mesh: Mesh, rules=BASE_MODEL_RULES):
 
   def spec(path, leaf):
     name = path_name(path)
-    for pattern, axis in rules:
-      if re.search(pattern, name):
-        break
-    else:
-      axis = None
+    matches = (axis for pattern, axis in rules if re.search(pattern, name))
+    axis = next(matches, None)
     if size == 1 or axis is None or leaf.ndim < -axis:
       return P()
     if leaf.shape[axis] % size:
@@ -98,7 +94,7 @@ def shard_base_params(params, mesh: Mesh, rules=BASE_MODEL_RULES):
   return jax.tree.map(lambda x, spec: put(x, mesh, spec), params, specs)
 
 
-def put(tree, mesh: Mesh, spec: P = P()):
+def put(tree, mesh: Mesh, spec: P):
   """Places a tree of host or device arrays on the mesh, all with one spec.
 
   With several processes every process holds the whole array and places the
@@ -111,14 +107,14 @@ def put(tree, mesh: Mesh, spec: P = P()):
       return jax.device_put(x, sharding)
     host = np.asarray(x)
     return jax.make_array_from_callback(
-        host.shape, sharding, lambda index: host[index]
+      host.shape, sharding, lambda index: host[index]
     )
 
   return jax.tree.map(place, tree)
 
 
 def start_processes(
-    coordinator: str | None, num_processes: int, process_id: int
+  coordinator: str | None, num_processes: int, process_id: int
 ) -> None:
   """Joins the processes of a multi-host run; one process needs nothing.
 
@@ -129,12 +125,12 @@ def start_processes(
     return
   if not coordinator or not 0 <= process_id < num_processes:
     raise errors.UserError(
-        f"num_processes={num_processes} needs coordinator=host:port and a"
-        f" process_id from 0 to {num_processes - 1}, got {coordinator!r} and"
-        f" {process_id}"
+      f"num_processes={num_processes} needs coordinator=host:port and a"
+      f" process_id from 0 to {num_processes - 1}, got {coordinator!r} and"
+      f" {process_id}"
     )
   jax.distributed.initialize(
-      coordinator_address=coordinator,
-      num_processes=num_processes,
-      process_id=process_id,
+    coordinator_address=coordinator,
+    num_processes=num_processes,
+    process_id=process_id,
   )

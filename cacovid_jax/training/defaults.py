@@ -26,59 +26,57 @@ def get_config() -> ml_collections.ConfigDict:
   # How many tokens are kept while training. `ratio` is the fixed ratio of
   # runs with `config.ratio.adaptive = False`.
   config.sampling = dict(
-      ratio=0.02,
-      num_combinations=32,
-      group_size=2,
-      max_group_prob=2.0,
-      max_frame_prob=3.0,
-      frame_ratio=0.125,
+    ratio=0.02,
+    num_combinations=32,
+    group_size=2,
+    max_group_prob=2.0,
+    max_frame_prob=3.0,
+    frame_ratio=0.125,
   )
   # The adaptive ratio: rungs of the ladder, the rung a video starts at, and
   # the mean token-mode rewards at which it moves down and up.
   config.ratio = dict(
-      adaptive=True,
-      rungs=(0.01, 0.02, 0.04, 0.08, 0.12),
-      start=0.02,
-      low=0.125,
-      high=0.875,
+    adaptive=True,
+    rungs=(0.01, 0.02, 0.04, 0.08, 0.12),
+    start=0.02,
+    low=0.125,
+    high=0.875,
   )
   config.objective = dict(
-      clip_low=0.2,
-      clip_high=0.28,
-      kl_weight=0.0,
-      # Bound of |log pi - log pi_old|; None is the paper's unbounded ratio.
-      log_ratio_clamp=config_dict.placeholder(float),
+    clip_low=0.2,
+    clip_high=0.28,
+    kl_weight=0.0,
+    # Bound of |log pi - log pi_old|; None is the paper's unbounded ratio.
+    log_ratio_clamp=config_dict.placeholder(float),
   )
   config.optimizer = dict(
-      lr_heads=1e-6,
-      lr_layer=1e-7,
-      weight_decay=0.01,
-      clip=5.0,
-      warmup=0,
+    lr_heads=1e-6,
+    lr_layer=1e-7,
+    weight_decay=0.01,
+    clip=5.0,
+    warmup=0,
   )
   config.rollout = dict(
-      max_new_tokens=768,
-      # "accuracy" is the paper's reward. "log_likelihood" (log-probability
-      # of the right letter) and "margin" (that, less the best wrong letter's)
-      # read the first answer token's logits and need lettered questions.
-      reward="accuracy",
-      # Where answers are marked: "device" (lettered questions only), "host"
-      # (all problem types), or "auto": on the device if all are lettered.
-      marking="auto",
+    max_new_tokens=768,
+    # "accuracy" is the paper's reward. "log_likelihood" (log-probability
+    # of the right letter) and "margin" (that, less the best wrong letter's)
+    # read the first answer token's logits and need lettered questions.
+    reward="accuracy",
+    # Where answers are marked: "device" (lettered questions only), "host"
+    # (all problem types), or "auto": on the device if all are lettered.
+    marking="auto",
   )
   # `module` names a user's own policy as "path/to/file.py:ClassName"; empty
   # is the paper's network. `init` is a safetensors file to start from.
-  config.policy = dict(
-      module="", dtype="bfloat16", num_halvings=4, init=""
-  )
+  config.policy = dict(module="", dtype="bfloat16", num_halvings=4, init="")
   config.model = dict(path="", dtype="bfloat16")
   config.data = dict(
-      root="",
-      train_file="train.json",
-      num_frames=32,
-      max_text_tokens=128,
-      feature_cache="",
-      num_workers=0,
+    root="",
+    train_file="train.json",
+    num_frames=32,
+    max_text_tokens=128,
+    feature_cache="",
+    num_workers=0,
   )
   config.ckpt = dict(every_steps=500, keep=3)
   # Validation accuracy, if a function that measures it is given to `train`:

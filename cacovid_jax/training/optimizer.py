@@ -35,12 +35,12 @@ class OptimizerConfig:
     for name in ("lr_heads", "lr_layer", "weight_decay", "warmup"):
       if getattr(self, name) < 0:
         raise errors.UserError(
-            f"optimizer.{name}={getattr(self, name)} must not be negative"
+          f"optimizer.{name}={getattr(self, name)} must not be negative"
         )
     if self.clip <= 0:
       raise errors.UserError(
-          f"optimizer.clip={self.clip} must be positive; it bounds the"
-          " gradient's norm"
+        f"optimizer.clip={self.clip} must be positive; it bounds the"
+        " gradient's norm"
       )
 
 
@@ -68,18 +68,17 @@ def decay_mask(params):
   axes like a matrix.
   """
   return jax.tree_util.tree_map_with_path(
-      lambda path, leaf: (
-          leaf.ndim > 1
-          and not _NO_DECAY.search(_strip(mesh_lib.path_name(path)))
-      ),
-      params,
+    lambda path, leaf: (
+      leaf.ndim > 1 and not _NO_DECAY.search(_strip(mesh_lib.path_name(path)))
+    ),
+    params,
   )
 
 
 def schedule(peak: float, config: OptimizerConfig, total_steps: int):
   """Returns rate(optimiser step): linear warm-up, then cosine to 0."""
   cosine = optax.cosine_decay_schedule(
-      peak, max(total_steps - config.warmup, 1)
+    peak, max(total_steps - config.warmup, 1)
   )
   if not config.warmup:
     return cosine
@@ -88,25 +87,25 @@ def schedule(peak: float, config: OptimizerConfig, total_steps: int):
 
 
 def make(
-    config: OptimizerConfig, total_steps: int
+  config: OptimizerConfig, total_steps: int
 ) -> optax.GradientTransformation:
   """Returns the optimiser of a run of `total_steps` optimiser steps."""
 
   def adamw(peak):
     return optax.adamw(
-        schedule(peak, config, total_steps),
-        weight_decay=config.weight_decay,
-        mask=decay_mask,
+      schedule(peak, config, total_steps),
+      weight_decay=config.weight_decay,
+      mask=decay_mask,
     )
 
   return optax.chain(
-      optax.clip_by_global_norm(config.clip),
-      optax.multi_transform(
-          {
-              "heads": adamw(config.lr_heads),
-              "layer": adamw(config.lr_layer),
-              "frozen": optax.set_to_zero(),
-          },
-          labels,
-      ),
+    optax.clip_by_global_norm(config.clip),
+    optax.multi_transform(
+      {
+        "heads": adamw(config.lr_heads),
+        "layer": adamw(config.lr_layer),
+        "frozen": optax.set_to_zero(),
+      },
+      labels,
+    ),
   )

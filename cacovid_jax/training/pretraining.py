@@ -18,10 +18,7 @@ Axes: B clips, T frames, N video tokens, Q questions of a clip, A tokens of a
 question with its answer, K kept video tokens, D width.
 """
 
-import collections
-import multiprocessing
 import time
-from collections.abc import Iterator
 
 import flax.linen as nn
 import jax
@@ -91,9 +88,9 @@ def _halve_chroma(frames):
   luma = (frames * weights).sum(-1, keepdims=True)
   chroma = frames - luma
   *lead, height, width, channels = chroma.shape
-  cells = chroma.reshape(
-    *lead, height // 2, 2, width // 2, 2, channels
-  ).mean((-4, -2))
+  cells = chroma.reshape(*lead, height // 2, 2, width // 2, 2, channels).mean(
+    (-4, -2)
+  )
   chroma = jnp.repeat(jnp.repeat(cells, 2, axis=-3), 2, axis=-2)
   return luma + chroma
 
@@ -333,9 +330,9 @@ def make_update(model, prompts, tx, config):
   def loss_fn(params, rng, batch):
     frame_rng, subset_rng, size_rng = jax.random.split(rng, 3)
     pixels = draw_frames(frame_rng, batch).astype(model.dtype)
-    features = jax.vmap(
-      lambda p: model.encode_video(params["model"], p)
-    )(pixels)
+    features = jax.vmap(lambda p: model.encode_video(params["model"], p))(
+      pixels
+    )
     ids, target = batch["ids"], batch["target"]
     logits = packed_logits(model, params["model"], prompts, features, ids)
     losses = {"full": _token_loss(logits, ids, target)}
@@ -395,43 +392,6 @@ def make_update(model, prompts, tx, config):
     return optax.apply_updates(params, updates), opt_state, metrics
 
   return update
-
-
-# A worker process keeps one packer.
-_packer: packing.Packer | None = None
-
-
-def _start_worker(config):
-  global _packer
-  _packer = packing.Packer(config)
-
-
-def _worker_batch(step):
-  return _packer.batch(step)
-
-
-def batches(
-  config: packing.PackingConfig, *, first_step: int, num_workers: int
-) -> Iterator[dict]:
-  """Yields batch `first_step`, `first_step + 1`, … made by worker processes.
-
-  At most twice as many batches as workers are in flight. Without workers they
-  are made here.
-  """
-  steps = range(first_step, config.num_steps)
-  if not num_workers:
-    packer = packing.Packer(config)
-    yield from map(packer.batch, steps)
-    return
-  context = multiprocessing.get_context("spawn")
-  with context.Pool(num_workers, _start_worker, (config,)) as pool:
-    pending: collections.deque = collections.deque()
-    for step in steps:
-      pending.append(pool.apply_async(_worker_batch, (step,)))
-      if len(pending) > 2 * num_workers:
-        yield pending.popleft().get()
-    while pending:
-      yield pending.popleft().get()
 
 
 def make_probe(model, prompts, num_keep_of):
@@ -566,7 +526,7 @@ def train(model, tokenizer, config, *, log=print):
     for name in world.VARIANTS
   }
   start, seen, rows = time.time(), 0, {}
-  stream = batches(pack, first_step=0, num_workers=config.num_workers)
+  stream = packing.batches(pack, first_step=0, num_workers=config.num_workers)
   for step, batch in enumerate(stream):
     params, opt_state, metrics = update(
       params, opt_state, jnp.int32(step), jax.device_put(batch, split)
@@ -594,4 +554,3 @@ def train(model, tokenizer, config, *, log=print):
       config.on_probe(step + 1, params["model"], rows)
       start = time.time()
   return params["model"], rows
-

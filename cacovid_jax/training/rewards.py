@@ -84,7 +84,7 @@ def _numerical(answer: str, gold: str, unused_completion: str) -> float:
 
 
 def edit_distance(first: Sequence[str], second: Sequence[str]) -> int:
-  """Returns the fewest insertions, deletions and exchanges between two lists."""
+  """Returns the fewest insertions, deletions and exchanges between lists."""
   if len(first) < len(second):
     first, second = second, first
   row = list(range(len(second) + 1))

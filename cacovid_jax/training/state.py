@@ -26,12 +26,12 @@ class TrainState(struct.PyTreeNode):
 def create(params, tx: optax.GradientTransformation) -> TrainState:
   """Returns the state before the first step."""
   return TrainState(
-      step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params)
+    step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params)
   )
 
 
 def apply_gradients(
-    state: TrainState, grads, tx: optax.GradientTransformation, accept
+  state: TrainState, grads, tx: optax.GradientTransformation, accept
 ) -> TrainState:
   """Returns the state after one optimiser update, unchanged if refused.
 
@@ -44,10 +44,11 @@ def apply_gradients(
   """
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  keep = lambda new, old: jax.tree.map(  # noqa: E731
-      lambda a, b: jnp.where(accept, a, b), new, old
-  )
+
+  def keep(new, old):
+    return jax.tree.map(lambda a, b: jnp.where(accept, a, b), new, old)
+
   return state.replace(
-      params=keep(params, state.params),
-      opt_state=keep(opt_state, state.opt_state),
+    params=keep(params, state.params),
+    opt_state=keep(opt_state, state.opt_state),
   )

@@ -4,7 +4,10 @@ NumPy and the tokenizer only: batches are made in worker processes that never
 import JAX. Frames are drawn later, on the accelerator, from the slots.
 """
 
+import collections
 import dataclasses
+import multiprocessing
+from collections.abc import Iterator
 
 import numpy as np
 import tokenizers
@@ -51,6 +54,7 @@ class PackingConfig:
   num_steps: int = 10_000
 
 
+KINDS = ("attribute", "where", "first", "order", "count")
 MAX_DECISIVE = 24
 
 
@@ -58,9 +62,7 @@ def problem(question: questions.SceneQuestion) -> str:
   """Returns the question and its lettered options, a line each."""
   lines = [
     f"{letter}. {option}"
-    for letter, option in zip(
-      questions.LETTERS, question.options, strict=False
-    )
+    for letter, option in zip(questions.LETTERS, question.options, strict=False)
   ]
   return "\n".join([question.text, *lines])
 
@@ -169,7 +171,9 @@ class Packer:
       decisive[i, : len(tokens)] = tokens
       kind[i] = KINDS.index(question.kind)
     drawn = [render.slots(scene, float(t)) for t in range(world.NUM_FRAMES)]
-    sprite, corner, color = (np.stack(part) for part in zip(*drawn, strict=True))
+    sprite, corner, color = (
+      np.stack(part) for part in zip(*drawn, strict=True)
+    )
     owners = world.token_owners(scene).reshape(-1)
     labels = np.where(
       owners[:, None] >= 0, scene.attributes[np.maximum(owners, 0)], -1
@@ -216,4 +220,38 @@ class Packer:
         )[:2]
 
 
-KINDS = ("attribute", "where", "first", "order", "count")
+# A worker process keeps one packer.
+_packer: Packer | None = None
+
+
+def _start_worker(config):
+  global _packer
+  _packer = Packer(config)
+
+
+def _worker_batch(step):
+  return _packer.batch(step)
+
+
+def batches(
+  config: PackingConfig, *, first_step: int, num_workers: int
+) -> Iterator[dict]:
+  """Yields batch `first_step`, `first_step + 1`, … made by worker processes.
+
+  At most twice as many batches as workers are in flight. Without workers they
+  are made here.
+  """
+  steps = range(first_step, config.num_steps)
+  if not num_workers:
+    packer = Packer(config)
+    yield from map(packer.batch, steps)
+    return
+  context = multiprocessing.get_context("spawn")
+  with context.Pool(num_workers, _start_worker, (config,)) as pool:
+    pending: collections.deque = collections.deque()
+    for step in steps:
+      pending.append(pool.apply_async(_worker_batch, (step,)))
+      if len(pending) > 2 * num_workers:
+        yield pending.popleft().get()
+    while pending:
+      yield pending.popleft().get()
