@@ -1,0 +1,236 @@
+"""Rollouts: the frozen model answers from each combination of video tokens.
+
+Letters: T frames, N video tokens, L prompt tokens, D width, K kept tokens, G
+combinations, B videos, V vocabulary, P position rows, M new tokens, A letters.
+METHOD.md 3. Everything here runs on the device; marks of other than lettered
+answers are `training.rewards`, on the host.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from cacovid_jax import errors
+from cacovid_jax.models import generation, pruning
+
+REWARDS = ("accuracy", "log_likelihood", "margin")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+  """How the model answers, and what its answers earn."""
+
+  max_new_tokens: int = 768
+  reward: str = "accuracy"
+  marking: str = "auto"
+
+  def __post_init__(self):
+    if self.reward not in REWARDS:
+      raise errors.UserError(
+        f"rollout.reward={self.reward!r}: choose one of {REWARDS}"
+      )
+    if self.marking not in ("auto", "device", "host"):
+      raise errors.UserError(
+        f"rollout.marking={self.marking!r}: choose auto, device or host"
+      )
+    if self.max_new_tokens < 1:
+      raise errors.UserError(
+        f"rollout.max_new_tokens={self.max_new_tokens}: at least 1 is needed"
+      )
+    if self.reward != "accuracy" and self.marking == "host":
+      raise errors.UserError(
+        f"rollout.reward={self.reward!r} is read from the model's logits on"
+        " the device; set rollout.marking=auto"
+      )
+
+  @property
+  def answer_length(self) -> int:
+    """Tokens generated; rewards of the first token's logits need no more."""
+    return self.max_new_tokens if self.reward == "accuracy" else 1
+
+
+class Prompts(struct.PyTreeNode):
+  """Whole prompts, leading axis B (or none, for one example).
+
+  Attributes:
+    x: f[B,L,D] embeddings with all N video tokens.
+    positions: i32[B,P,L].
+    length: i32[B] rows without padding.
+    video_start: i32[B] row of the first video token.
+  """
+
+  x: jax.Array
+  positions: jax.Array
+  length: jax.Array
+  video_start: jax.Array
+
+  def video_rows(self, num_video: int):
+    """Returns i32[N] rows of ONE example's video tokens."""
+    return self.video_start + jnp.arange(num_video, dtype=jnp.int32)
+
+
+class Answers(NamedTuple):
+  """ids i32[B,G,M] of the answers; logits f32[B,G,V] of their first token."""
+
+  ids: jax.Array
+  logits: jax.Array | None
+
+
+def prune(prompts: Prompts, index, num_valid, *, num_video: int):
+  """Returns ONE prompt with its kept tokens only, ready to be read.
+
+  Args:
+    prompts: one example.
+    index: i32[K] kept tokens, ascending.
+    num_valid: i32[], how many leading entries of `index` count.
+    num_video: N.
+
+  Returns:
+    (x f[L-N+K,D], positions i32[P,L-N+K], length i32[]); positions are those
+    of the whole prompt, so RoPE sees the gaps.
+  """
+  length = prompts.x.shape[0]
+  rows, new_length = pruning.pruned_rows(
+    index,
+    num_valid,
+    video_start=prompts.video_start,
+    num_video=num_video,
+    length=prompts.length,
+    out_length=length - num_video + index.shape[0],
+  )
+  return prompts.x[rows], prompts.positions[:, rows], new_length
+
+
+def answer(
+  model,
+  params,
+  prompts: Prompts,
+  index,
+  num_valid,
+  *,
+  num_video: int,
+  max_new_tokens: int,
+  eos_ids: Sequence[int],
+  pad_id: int,
+) -> Answers:
+  """Returns the frozen model's greedy answers to all combinations.
+
+  Args:
+    model: a video LLM (see `models`).
+    params: its weights.
+    prompts: B whole prompts.
+    index: i32[B,G,K].
+    num_valid: i32[B].
+    num_video: N.
+    max_new_tokens: M; with 1 nothing is decoded, and the logits come too.
+    eos_ids: ids that end an answer.
+    pad_id: filler behind the end.
+  """
+  batch, num_combinations = index.shape[:2]
+  of_video = jax.vmap(
+    lambda prompt, index, num_valid: prune(
+      prompt, index, num_valid, num_video=num_video
+    ),
+    (None, 0, None),
+  )
+  pruned = jax.vmap(of_video)(prompts, index, num_valid)
+  x, positions, lengths = jax.tree.map(
+    lambda a: a.reshape(batch * num_combinations, *a.shape[2:]), pruned
+  )
+
+  def grouped(a):
+    return a.reshape(batch, num_combinations, *a.shape[1:])
+
+  if max_new_tokens == 1:
+    logits, _, _ = model.prefill(
+      params, x, positions, lengths, cache_length=x.shape[1]
+    )
+    ids = jnp.argmax(logits, axis=-1).astype(jnp.int32)[:, None]
+    return Answers(grouped(ids), grouped(logits))
+  # Generated text goes on where the whole prompt ends.
+  following = jnp.repeat(prompts.positions[:, 0, :], num_combinations, axis=0)
+  last = jnp.repeat(prompts.length, num_combinations) - 1
+  following = jnp.take_along_axis(following, last[:, None], axis=1)[:, 0] + 1
+  ids = generation.greedy(
+    model,
+    params,
+    x,
+    positions,
+    lengths,
+    following,
+    max_new_tokens=max_new_tokens,
+    eos_ids=tuple(eos_ids),
+    pad_id=pad_id,
+  )
+  return Answers(grouped(ids), None)
+
+
+def first_letters(tokenizer, vocab_size: int) -> np.ndarray:
+  """Returns i32[V]: the code of each token's first letter, -1 if it has none.
+
+  Spaces and full stops in front do not count, as in `training.rewards`; ids
+  that the tokenizer does not know, and special tokens, have no text.
+  """
+  table = np.full((vocab_size,), -1, np.int32)
+  for token in range(min(vocab_size, tokenizer.vocab_size)):
+    text = tokenizer.decode([token]).strip().strip(".").strip()
+    if text:
+      table[token] = ord(text[0])
+  return table
+
+
+def lettered_reward(ids, answer_id, letters):
+  """Returns f32[G], 1 where an answer starts with the right letter.
+
+  The host's rule for an answer without tags: the first character of its text
+  once spaces and full stops are stripped; empty text earns 0.
+
+  Args:
+    ids: i32[G,M] answers, ONE video.
+    answer_id: i32[], token of the right letter.
+    letters: i32[V] of `first_letters`.
+  """
+  codes = letters[ids]  # [G, M]
+  first = jnp.argmax(codes >= 0, axis=-1)
+  code = jnp.take_along_axis(codes, first[:, None], axis=-1)[:, 0]
+  right = letters[jnp.maximum(answer_id, 0)]
+  return ((code == right) & (code >= 0) & (answer_id >= 0)).astype(jnp.float32)
+
+
+def logit_reward(kind: str, logits, answer_id, option_ids):
+  """Returns f32[G] graded rewards of ONE video from first-token logits.
+
+  Args:
+    kind: "log_likelihood" or "margin".
+    logits: f32[G,V].
+    answer_id: i32[], token of the right letter.
+    option_ids: i32[A] tokens of the question's letters, -1 where fewer.
+  """
+  log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
+  right = log_probs[:, answer_id]
+  if kind == "log_likelihood":
+    return right
+  wrong = jnp.where(
+    (option_ids >= 0) & (option_ids != answer_id),
+    log_probs[:, option_ids],
+    -jnp.inf,
+  )
+  return right - jnp.max(wrong, axis=-1)
+
+
+def reward(
+  config: RolloutConfig, answers: Answers, answer_id, option_ids, letters
+):
+  """Returns f32[B,G] rewards of lettered questions, on the device."""
+  if config.reward == "accuracy":
+    return jax.vmap(lettered_reward, (0, 0, None))(
+      answers.ids, answer_id, letters
+    )
+  graded = functools.partial(logit_reward, config.reward)
+  return jax.vmap(graded)(answers.logits, answer_id, option_ids)

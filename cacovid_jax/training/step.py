@@ -1,0 +1,397 @@
+"""One device's share of a training step: draw, answer, remember, update.
+
+Letters: T frames, H W token grid, N video tokens, L prompt tokens, D width, K
+kept tokens, G combinations, I iterations, B videos on this device, P position
+rows, M new tokens, A letters.
+
+The functions are written against the named axis `data`, over which they
+average explicitly; `training.programs` maps them over devices. Per-video maths
+is `vmap`ped from the pure functions of `policy`.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from cacovid_jax.policy import objective, sampling
+from cacovid_jax.training import ratio, replay, rollout
+from cacovid_jax.training import state as state_lib
+
+AXIS = "data"
+
+
+class Batch(struct.PyTreeNode):
+  """What a step reads of its B videos.
+
+  Attributes:
+    video: u8[B,T,h,w,3] pixels, or f[B,N,D] features encoded before.
+    ids: i32[B,L] whole prompts, right padded.
+    length: i32[B].
+    video_start: i32[B].
+    answer_id: i32[B] token of the right letter, -1 if it is none.
+    option_ids: i32[B,A] tokens of the question's letters, -1 where fewer.
+    question_hash: u32[B].
+    decisive_frames: bool[B,T] where the answer is to be seen; all False if
+      unknown. It feeds a metric and nothing else.
+  """
+
+  video: jax.Array
+  ids: jax.Array
+  length: jax.Array
+  video_start: jax.Array
+  answer_id: jax.Array
+  option_ids: jax.Array
+  question_hash: jax.Array
+  decisive_frames: jax.Array
+
+
+class Videos(struct.PyTreeNode):
+  """A batch that was embedded: what all iterations on it share."""
+
+  prompts: rollout.Prompts
+  answer_id: jax.Array
+  option_ids: jax.Array
+  question_hash: jax.Array
+  decisive_frames: jax.Array
+
+
+class Frozen(struct.PyTreeNode):
+  """Arrays that no step changes: base weights and the letter table i32[V].
+
+  They are arguments of every program; captured, they would become constants
+  and compilation would take minutes.
+  """
+
+  params: Any
+  letters: jax.Array
+
+
+class Metrics(NamedTuple):
+  """What a step reports.
+
+  Attributes:
+    mean: {name: f32[]}, averages over all videos of the step, on any device.
+    per_video: "finite" bool[B] (loss and rewards are), "rung" i32[B] of this
+      iteration, "next_rung" i32[B].
+  """
+
+  mean: dict[str, jax.Array]
+  per_video: dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """Everything static about a run; the programs are made from it.
+
+  Attributes:
+    model: the frozen video LLM.
+    policy: the policy module, see `policy.network`.
+    tx: the optimiser.
+    grid: (T, H, W).
+    ladder: retention ratios.
+    objective: constants of the loss.
+    rollout: how the model answers.
+    iterations: I.
+    seed: of all random draws.
+    eos_ids: ids that end an answer.
+    pad_id: filler behind the end of an answer.
+    to_pixels: u8[T,h,w,3] -> f32 pixels as the tower wants them.
+  """
+
+  model: Any
+  policy: Any
+  tx: optax.GradientTransformation
+  grid: tuple[int, int, int]
+  ladder: ratio.Ladder
+  objective: objective.ObjectiveConfig
+  rollout: rollout.RolloutConfig
+  iterations: int
+  seed: int
+  eos_ids: tuple[int, ...]
+  pad_id: int
+  to_pixels: Any = None
+
+  @property
+  def num_video(self) -> int:
+    return self.grid[0] * self.grid[1] * self.grid[2]
+
+  @property
+  def num_combinations(self) -> int:
+    return self.ladder.plans[0].num_combinations
+
+
+def video_keys(recipe: Recipe, step, question_hash):
+  """Returns the key of every video: (seed, step), then the question."""
+  key = jax.random.fold_in(jax.random.key(recipe.seed), step)
+  return jax.vmap(jax.random.fold_in, (None, 0))(key, question_hash)
+
+
+def policy_scores(recipe: Recipe, params, prompts: rollout.Prompts):
+  """Returns Scores of B whole prompts under the policy."""
+
+  def one(prompt):
+    return recipe.policy.apply(
+      {"params": params},
+      prompt.x,
+      prompt.positions,
+      prompt.video_rows(recipe.num_video),
+      recipe.grid,
+      prompt.length,
+    )
+
+  return jax.vmap(one)(prompts)
+
+
+def begin(recipe: Recipe, state, frozen: Frozen, batch: Batch):
+  """Embeds the prompts, scores them once, and empties the memories.
+
+  Returns:
+    (Videos, replay.Replay), leading axis B.
+  """
+  model, params = recipe.model, frozen.params
+  features = batch.video
+  if features.ndim == 5:
+
+    def encode(video):
+      return model.encode_video(params, recipe.to_pixels(video))
+
+    # One video at a time: a tower's activations are the step's largest.
+    features = jax.lax.map(encode, features)
+  x = jax.vmap(model.embed_prompt, (None, 0, 0, 0))(
+    params, batch.ids, features, batch.video_start
+  )
+  positions = jnp.broadcast_to(
+    jnp.arange(x.shape[1], dtype=jnp.int32), (x.shape[0], 1, x.shape[1])
+  )
+  videos = Videos(
+    prompts=rollout.Prompts(
+      x=x,
+      positions=positions,
+      length=batch.length,
+      video_start=batch.video_start,
+    ),
+    answer_id=batch.answer_id,
+    option_ids=batch.option_ids,
+    question_hash=batch.question_hash,
+    decisive_frames=batch.decisive_frames,
+  )
+  scores = policy_scores(recipe, state.params, videos.prompts)
+  memory = jax.vmap(
+    lambda old: replay.empty(
+      old,
+      num_combinations=recipe.num_combinations,
+      iterations=recipe.iterations,
+      rung=recipe.ladder.start,
+    )
+  )(scores)
+  return videos, memory
+
+
+def draw(recipe: Recipe, state, videos: Videos, memory, *, largest: int):
+  """Draws every video's combinations from its old scores.
+
+  A video on a smaller rung than `largest` gets that rung's combinations,
+  padded; which program runs has no influence on what is drawn.
+
+  Returns:
+    (sampling.Combinations with index i32[B,G,K], num_valid i32[B]).
+  """
+  plans = recipe.ladder.plans[: largest + 1]
+
+  def one(key, prompt, memory):
+    features = prompt.x[prompt.video_rows(recipe.num_video)]
+    return sampling.sample_rung(
+      jax.random.fold_in(key, memory.iteration),
+      memory.old_scores,
+      features,
+      plans=plans,
+      rung=memory.rung,
+    )
+
+  keys = video_keys(recipe, state.step, videos.question_hash)
+  return jax.vmap(one)(keys, videos.prompts, memory)
+
+
+def roll_out(recipe: Recipe, state, frozen, videos, memory, *, largest: int):
+  """Draws combinations and lets the frozen model answer from each.
+
+  Returns:
+    (rollout.Answers, replay.Masks), leading axis B.
+  """
+  combinations, num_valid = draw(recipe, state, videos, memory, largest=largest)
+  answers = rollout.answer(
+    recipe.model,
+    frozen.params,
+    videos.prompts,
+    combinations.index,
+    num_valid,
+    num_video=recipe.num_video,
+    max_new_tokens=recipe.rollout.answer_length,
+    eos_ids=recipe.eos_ids,
+    pad_id=recipe.pad_id,
+  )
+  masks = jax.vmap(lambda c: replay.masks(c, recipe.num_video))(combinations)
+  return answers, masks
+
+
+def gradients(recipe: Recipe, params, videos: Videos, memory):
+  """Returns (gradient, (loss f32[B], metrics)), averaged over all devices.
+
+  The metrics are averages as well; the losses are this device's.
+  """
+
+  def mean_loss(params):
+    scores = policy_scores(recipe, params, videos.prompts)
+    loss, metrics = jax.vmap(
+      lambda new, old, rows: objective.loss(new, old, rows, recipe.objective)
+    )(scores, memory.old_scores, memory.rows)
+    metrics["token_gap_std"] = jnp.std(
+      scores.token[..., 1] - scores.token[..., 0], axis=-1
+    )
+    metrics["frame_gap_std"] = jnp.std(
+      scores.frame[..., 1] - scores.frame[..., 0], axis=-1
+    )
+    return loss.mean(), (loss, metrics)
+
+  grads, (loss, metrics) = jax.grad(mean_loss, has_aux=True)(params)
+  metrics = jax.tree.map(jnp.mean, metrics)
+  grads, metrics = jax.lax.pmean((grads, metrics), AXIS)
+  return grads, (loss, metrics)
+
+
+def update(recipe: Recipe, state, videos, memory, masks, rewards):
+  """Remembers one iteration's rewards and makes one optimiser step.
+
+  Args:
+    recipe: the run.
+    state: TrainState.
+    videos: Videos.
+    memory: replay.Replay with room for the iteration.
+    masks: replay.Masks of the iteration's combinations.
+    rewards: f32[B,G].
+
+  Returns:
+    (state, memory, Metrics).
+  """
+  rung = memory.rung
+  memory = jax.vmap(replay.append)(memory, masks, rewards)
+  grads, (loss, metrics) = gradients(recipe, state.params, videos, memory)
+  finite = jnp.isfinite(loss) & jnp.isfinite(rewards).all(axis=-1)
+  norm = optax.global_norm(grads)
+  # Every device must decide alike, or the replicas part for good.
+  everywhere = jax.lax.pmin(finite.all().astype(jnp.int32), AXIS) > 0
+  accept = everywhere & jnp.isfinite(norm)
+  new = state_lib.apply_gradients(state, grads, recipe.tx, accept)
+  last = memory.iteration[0] == recipe.iterations
+  new = new.replace(step=state.step + last.astype(jnp.int32))
+  mean_reward = jax.vmap(replay.mean_token_reward)(memory)
+  next_rung = ratio.next_rung(recipe.ladder, rung, mean_reward)
+  memory = memory.replace(rung=next_rung)
+  metrics |= reward_metrics(recipe, rewards)
+  metrics |= frame_metrics(videos, masks)
+  metrics["loss"] = jax.lax.pmean(loss.mean(), AXIS)
+  metrics["gradient_norm"] = norm
+  metrics["refused"] = 1.0 - accept.astype(jnp.float32)
+  ratios = jnp.asarray(recipe.ladder.ratios, jnp.float32)[rung]
+  metrics["ratio"] = jax.lax.pmean(ratios.mean(), AXIS)
+  per_video = {"finite": finite, "rung": rung, "next_rung": next_rung}
+  return new, memory, Metrics(metrics, per_video)
+
+
+def reward_metrics(recipe: Recipe, rewards):
+  """Returns mean rewards by mode; greedy and drawn combinations apart.
+
+  The drawn ones hardly move (the group cap keeps draws near uniform): the
+  greedy combination shows whether the policy learns.
+  """
+  num_token, num_frame = replay.counts(recipe.num_combinations)
+  frame = rewards[:, num_token : num_token + num_frame]
+  means = {
+    "reward_token": rewards[:, :num_token].mean(),
+    "reward_token_greedy": rewards[:, 0].mean(),
+    "reward_frame": frame.mean(),
+    "reward_frame_greedy": frame[:, 0].mean(),
+    "reward_content": rewards[:, -1].mean(),
+  }
+  return jax.lax.pmean(means, AXIS)
+
+
+def frame_metrics(videos: Videos, masks: replay.Masks):
+  """Returns how often greedy frames hold a decisive one, and its chance.
+
+  Over the videos whose decisive frames are known; zeros if none is.
+  """
+  decisive = videos.decisive_frames
+  known = decisive.any(axis=-1)
+  hit = (masks.frame[:, 0] & decisive).any(axis=-1)
+  drawn = masks.frame[:, 0].sum(axis=-1)
+  frames = decisive.shape[-1]
+  # All drawn frames miss: prod over draws of (others left) / (frames left).
+  taken = jnp.arange(frames)
+  others = frames - decisive.sum(axis=-1, keepdims=True) - taken
+  factor = jnp.maximum(others, 0) / (frames - taken)
+  factor = jnp.where(taken < drawn[:, None], factor, 1.0)
+  chance = 1.0 - jnp.prod(factor, axis=-1)
+  count, hits, chances = jax.lax.psum(
+    (
+      known.sum(),
+      jnp.where(known, hit, 0).sum(),
+      jnp.where(known, chance, 0.0).sum(),
+    ),
+    AXIS,
+  )
+  count = jnp.maximum(count, 1)
+  return {"decisive_frame": hits / count, "decisive_chance": chances / count}
+
+
+def iterate(recipe, state, frozen, videos, memory, *, largest: int):
+  """One iteration with on-device rewards.
+
+  Returns:
+    (state, memory, ids i32[B,G,M], rewards f32[B,G], metrics).
+  """
+  answers, masks = roll_out(
+    recipe, state, frozen, videos, memory, largest=largest
+  )
+  rewards = rollout.reward(
+    recipe.rollout,
+    answers,
+    videos.answer_id,
+    videos.option_ids,
+    frozen.letters,
+  )
+  state, memory, metrics = update(recipe, state, videos, memory, masks, rewards)
+  return state, memory, answers.ids, rewards, metrics
+
+
+def whole(recipe: Recipe, state, frozen: Frozen, batch: Batch):
+  """All iterations on a batch at a fixed ratio, rewards on the device.
+
+  Returns:
+    (state, ids i32[B,I,G,M], rewards f32[B,I,G], metrics); means of the
+    metrics are f32[I], those per video [B,I].
+  """
+  videos, memory = begin(recipe, state, frozen, batch)
+
+  def body(carry, _):
+    state, memory = carry
+    state, memory, *out = iterate(
+      recipe, state, frozen, videos, memory, largest=0
+    )
+    return (state, memory), tuple(out)
+
+  (state, _), (ids, rewards, metrics) = jax.lax.scan(
+    body, (state, memory), None, length=recipe.iterations
+  )
+
+  def by_video(a):
+    return jnp.moveaxis(a, 0, 1)
+
+  metrics = metrics._replace(
+    per_video=jax.tree.map(by_video, metrics.per_video)
+  )
+  return state, by_video(ids), by_video(rewards), metrics
