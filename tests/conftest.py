@@ -1,8 +1,32 @@
-"""Shared set-up of the test suite."""
+"""Shared set-up of the test suite: CPU with eight devices, flags parsed.
 
+Tests that compare with PyTorch are collected only where it is installed, which
+`make test` sees to; the run on the newest Python goes without.
+"""
+
+import importlib.util
+import os
+import re
 import sys
 
-from absl import flags
+# Before JAX starts. Set JAX_PLATFORMS to run the tests on an accelerator.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+from absl import flags  # noqa: E402
 
 # absl test cases read flags before pytest has parsed any.
 flags.FLAGS(sys.argv[:1])
+
+_HAS_TORCH = all(map(importlib.util.find_spec, ("torch", "transformers")))
+_NEEDS_TORCH = re.compile(r"^\s*(import|from) (torch|transformers)\b", re.M)
+
+
+def pytest_ignore_collect(collection_path):
+  """Returns True for a file that needs PyTorch where there is none."""
+  if _HAS_TORCH or collection_path.suffix != ".py":
+    return None
+  needed = _NEEDS_TORCH.search(collection_path.read_text(encoding="utf-8"))
+  return True if needed else None

@@ -1,0 +1,71 @@
+"""Installs cacovid_jax: `pip install -e .`, extras as in the README."""
+
+import pathlib
+import re
+
+import setuptools
+
+_ROOT = pathlib.Path(__file__).parent
+_VERSION = re.search(
+  r'__version__ = "(.+)"', (_ROOT / "cacovid_jax" / "__init__.py").read_text()
+).group(1)
+_README = _ROOT / "README.md"
+
+# Newer JAX needs Python 3.12, and Flax up to 0.12.9 fails with it.
+_JAX = {
+  'python_version < "3.12"': (">=0.10.2,<0.11", ">=0.12.8"),
+  'python_version >= "3.12"': (">=0.11", ">=0.12.10"),
+}
+
+
+def _jax(extra):
+  return [f"jax{extra}{jax}; {python}" for python, (jax, _) in _JAX.items()]
+
+
+setuptools.setup(
+  name="cacovid_jax",
+  version=_VERSION,
+  description="Contribution-aware token compression for video LLMs, in JAX",
+  long_description=_README.read_text("utf-8") if _README.exists() else "",
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  packages=setuptools.find_packages(include=["cacovid_jax", "cacovid_jax.*"]),
+  package_data={"cacovid_jax": ["assets/**/*", "evals/templates/**/*"]},
+  python_requires=">=3.11",
+  install_requires=[
+    *_jax(""),
+    *(f"flax{flax}; {python}" for python, (_, flax) in _JAX.items()),
+    "absl-py>=2.1",
+    "av>=15",  # lmms-eval holds PyAV below 16; 18 works as well.
+    "chex>=0.1.90",
+    "grain>=0.2.15",
+    "jinja2>=3.1",
+    "matplotlib>=3.9",
+    "ml-collections>=1.0",
+    "numpy>=2.0",
+    "optax>=0.2.5",
+    "orbax-checkpoint>=0.11.25",
+    "pillow>=11",
+    "pyarrow>=18",
+    "rich>=13",
+    "rouge-score>=0.1.2",
+    "safetensors>=0.5",
+    "scipy>=1.14",
+    "tensorboardX>=2.6",
+    "tensorflow-datasets>=4.9.9",  # Used without TensorFlow.
+    "tokenizers>=0.21",
+  ],
+  extras_require={
+    "cuda12": _jax("[cuda12]"),
+    "cuda13": _jax("[cuda13]"),
+    "tpu": _jax("[tpu]"),
+    "hf": ["torch>=2.6", "transformers>=5"],
+    "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff==0.17.6"],
+  },
+  classifiers=[
+    "License :: OSI Approved :: Apache Software License",
+    "Programming Language :: Python :: 3.11",
+    "Programming Language :: Python :: 3.12",
+    "Topic :: Scientific/Engineering :: Artificial Intelligence",
+  ],
+)
