@@ -10,7 +10,6 @@ import time
 
 import rich.console
 import rich.progress
-import tensorboardX
 
 FILE = "metrics.jsonl"
 
@@ -31,6 +30,8 @@ class MetricsWriter:
     self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
     self._tensorboard = None
     if tensorboard:
+      import tensorboardX  # Takes PyTorch along where there is one: seconds.
+
       self._tensorboard = tensorboardX.SummaryWriter(
         str(workdir / "tensorboard"), purge_step=restored_step + 1
       )
