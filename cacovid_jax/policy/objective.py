@@ -137,23 +137,33 @@ def mask_log_probs(scores, mask):
 
 
 def clipped_term(log_ratio, advantage, config):
-  """Returns the negated clipped objective of each choice, and its ratio."""
+  """Returns the negated clipped objective of each choice."""
   ratio = jnp.exp(log_ratio)
   clipped = jnp.clip(ratio, 1 - config.clip_low, 1 + config.clip_high)
-  return -jnp.minimum(ratio * advantage, clipped * advantage), ratio
+  return -jnp.minimum(ratio * advantage, clipped * advantage)
 
 
 def _mode_loss(scores, old_scores, mask, rewards, valid, weights, config):
   """Returns the loss and the metrics of token mode or frame mode."""
   mask = mask.astype(bool)
-  advantage = advantages(rewards, valid, epsilon=config.std_epsilon)
-  log_probs = mask_log_probs(scores, mask)  # [M, N]
-  old_log_probs = mask_log_probs(jax.lax.stop_gradient(old_scores), mask)
-  log_ratio = log_probs - old_log_probs
+  advantage = advantages(rewards, valid, epsilon=config.std_epsilon)[:, None]
+  # Rows that are not filled stay out of the gradient too, where a zero times
+  # an overflow would be NaN.
+  log_probs = jnp.where(
+    valid[:, None], mask_log_probs(scores, mask), math.log(0.5)
+  )
+  old_log_probs = jnp.where(
+    valid[:, None],
+    mask_log_probs(jax.lax.stop_gradient(old_scores), mask),
+    math.log(0.5),
+  )
+  log_ratio = log_probs - old_log_probs  # [M, N]
   if config.log_ratio_clamp is not None:
     bound = config.log_ratio_clamp
     log_ratio = jnp.clip(log_ratio, -bound, bound)
-  term, ratio = clipped_term(log_ratio, advantage[:, None], config)
+  term = clipped_term(
+    jnp.where(advantage == 0, 0.0, log_ratio), advantage, config
+  )
   if config.kl_weight:
     deviation = math.log(0.5) - log_probs
     kl = jnp.exp(deviation) - deviation - 1
@@ -164,7 +174,7 @@ def _mode_loss(scores, old_scores, mask, rewards, valid, weights, config):
     total = weights.sum(axis=-1) + config.weight_epsilon
     rows = jnp.sum(weights * term, axis=-1) / total
   mean = _valid_mean(rows, valid)
-  return mean, _metrics(scores, ratio, advantage, valid, config)
+  return mean, _metrics(scores, jnp.exp(log_ratio), advantage, valid, config)
 
 
 def _valid_mean(rows, valid):
@@ -175,9 +185,9 @@ def _valid_mean(rows, valid):
 def _metrics(scores, ratio, advantage, valid, config):
   # The side on which the objective is flat depends on the advantage's sign.
   clipped = jnp.where(
-    advantage[:, None] > 0,
+    advantage > 0,
     ratio > 1 + config.clip_high,
-    (advantage[:, None] < 0) & (ratio < 1 - config.clip_low),
+    (advantage < 0) & (ratio < 1 - config.clip_low),
   )
   log_probs = jax.nn.log_softmax(scores.astype(jnp.float32), axis=-1)
   gap = scores[:, 1] - scores[:, 0]
