@@ -8,6 +8,7 @@ since a clip of a public data set is an untrusted file.
 """
 
 import dataclasses
+import io
 import os
 import re
 import stat
@@ -169,7 +170,7 @@ def decode(
   """Decodes the frames that a rule picks.
 
   Args:
-    path: a local file.
+    path: a local file, or the bytes of an encoded clip.
     sampler: maps (number of frames, seconds) to frame indices.
     size: S, to resize every frame to S x S at once, so that few frames of the
       clip's own size are in memory; None keeps the size.
@@ -190,7 +191,8 @@ class _Reader:
   """One open clip."""
 
   def __init__(self, path, limits: Limits):
-    self.path = os.fspath(path)
+    self._data = bytes(path) if isinstance(path, (bytes, bytearray)) else None
+    self.path = "embedded clip" if self._data is not None else os.fspath(path)
     self.limits = limits
     self._deadline = (
       None if limits.timeout_s is None else time.monotonic() + limits.timeout_s
@@ -209,6 +211,12 @@ class _Reader:
     return VideoError(self.path, reason, detail)
 
   def _check_file(self):
+    if self._data is not None:
+      if not self._data:
+        raise self._fail("empty")
+      if len(self._data) > self.limits.max_bytes:
+        raise self._fail("too_large", f"{len(self._data)} bytes")
+      return
     if "\0" in self.path:
       raise VideoError(self.path.replace("\0", "\\0"), "unsafe")
     try:
@@ -227,10 +235,13 @@ class _Reader:
   def _open(self):
     if self._container is not None:
       self._container.close()
+    # The prefix pins the protocol whatever the name looks like.
+    source = (
+      "file:" + self.path if self._data is None else io.BytesIO(self._data)
+    )
     try:
-      # The prefix pins the protocol whatever the name looks like.
       self._container = av.open(
-        "file:" + self.path,
+        source,
         container_options={
           "protocol_whitelist": "file",
           "format_whitelist": _DEMUXERS,

@@ -1,0 +1,75 @@
+"""Video features on disk, under the hash of everything that made them.
+
+One entry is a .npy file of float32 followed by the 32 bytes of its sha256 (a
+plain .npy reader ignores them). Entries are written aside and renamed, so that
+several processes may share one folder; an entry that does not verify counts as
+absent and is removed.
+"""
+
+import hashlib
+import io
+import json
+import os
+import threading
+import uuid
+
+import numpy as np
+from absl import logging
+
+_DIGEST_BYTES = 32
+
+
+def key(**parts) -> str:
+  """Returns the name of an entry from all that determines its content."""
+  text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+  return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
+
+
+class FeatureCache:
+  """Arrays float32[...] in a folder; safe to share among processes."""
+
+  def __init__(self, directory):
+    self.directory = os.fspath(directory)
+    os.makedirs(self.directory, exist_ok=True)
+
+  def path(self, name: str) -> str:
+    """Returns where the entry of this name lies."""
+    return os.path.join(self.directory, name[:2], f"{name}.npy")
+
+  def get(self, name: str) -> np.ndarray | None:
+    """Returns the entry; None if there is none that verifies."""
+    path = self.path(name)
+    try:
+      with open(path, "rb") as f:
+        data = f.read()
+    except FileNotFoundError:
+      return None
+    body, digest = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
+    if hashlib.sha256(body).digest() == digest:
+      return np.load(io.BytesIO(body), allow_pickle=False)
+    logging.warning("%s: damaged cache entry, made anew", path)
+    try:
+      os.remove(path)
+    except FileNotFoundError:
+      pass  # Another process was faster.
+    return None
+
+  def put(self, name: str, value) -> None:
+    """Stores an array; the same name always stands for the same content."""
+    path = self.path(name)
+    buffer = io.BytesIO()
+    np.save(buffer, np.asarray(value, np.float32), allow_pickle=False)
+    body = buffer.getvalue()
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    aside = f"{path}.{os.getpid()}.{threading.get_ident()}.{uuid.uuid4().hex}"
+    try:
+      with open(aside, "wb") as f:
+        f.write(body)
+        f.write(hashlib.sha256(body).digest())
+        f.flush()
+        os.fsync(f.fileno())
+      os.replace(aside, path)
+    except BaseException:
+      if os.path.exists(aside):
+        os.remove(aside)
+      raise
