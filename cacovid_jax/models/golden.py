@@ -16,9 +16,12 @@ import numpy as np
 from cacovid_jax import errors, stages
 from cacovid_jax.models import checkpoints, generation, llava_onevision, pruning
 
-# Float32 on one side and the other, summed in another order.
+# For stages whose largest value is at most `_SCALE`; they grow in proportion
+# beyond, as rounding does. (In the golden tiny model the projected features
+# reach 21, where the reference itself is 1.1e-5 away from its float64 result.)
 STAGE_TOLERANCE = 2e-5
 LOGITS_TOLERANCE = 1e-4
+_SCALE = 8.0
 
 _ARRAYS = (
   "pixel_values_videos",
@@ -83,6 +86,7 @@ def _compare(model, params, golden):
   found = []
 
   def add(name, actual, expected, tolerance=STAGE_TOLERANCE):
+    tolerance *= max(1.0, float(np.abs(expected).max()) / _SCALE)
     found.append(stages.compare(name, actual, expected, tolerance))
 
   pixels = jnp.asarray(golden["pixel_values_videos"])
