@@ -23,7 +23,7 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
 export PYTHONPATH := $(CURDIR)
 
 PYTEST_ARGS ?= -n 2 --dist loadfile
-CHECKED := cacovid_jax configs experiments tests setup.py
+CHECKED := .
 
 .DELETE_ON_ERROR:
 .PHONY: quickstart table test lint format clean
@@ -62,7 +62,7 @@ $(BIN)/python:
 
 $(CORE): | $(BIN)/python
 	@echo "installing cacovid_jax into $(VENV) (a minute or two)"
-	@$(PIP) install -e ".[$(EXTRAS)]"
+	@$(PIP) install -e ".$(if $(EXTRAS),[$(EXTRAS)])"
 	@touch $@
 
 # Torch first and by itself: where a CPU build of just this version is on offer,
@@ -70,5 +70,5 @@ $(CORE): | $(BIN)/python
 $(DEV): $(CORE)
 	@echo "installing what the tests need (a minute or two)"
 	@$(PIP) install torch==2.13.0
-	@$(PIP) install -e ".[$(EXTRAS)$(if $(EXTRAS),$(comma))hf,dev]" torch==2.13.0
+	@$(PIP) install -e ".[$(if $(EXTRAS),$(EXTRAS)$(comma))hf,dev]" torch==2.13.0
 	@touch $@
