@@ -4,10 +4,22 @@ Axes: B batch, T queries, S keys, N query heads, K kv heads (K divides N; query
 head i reads kv head i // (N / K)), H head dimension.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+  splash_attention_kernel,
+  splash_attention_mask,
+)
 
 BACKENDS = ("auto", "xla", "cudnn", "splash")
+
+# Query rows per step once a whole T x S map would be too large.
+_CHUNK = 512
+_LARGEST_MAP = 2048 * 2048
+# Splash wants sequences in whole blocks and a head in whole lanes.
+_LANES = 128
 
 
 def attention(
@@ -23,33 +35,74 @@ def attention(
 ):
   """Returns softmax(q k / sqrt(H)) v, float[B, T, N, H].
 
+  No backend holds a T x S map of long sequences in memory, `mask` apart.
+
   Args:
     q: float[B, T, N, H].
     k: float[B, S, K, H].
     v: float[B, S, K, H].
     causal: static; True lets query t see keys up to t + q_offset only.
-    lengths: int32[B] number of valid keys of each row, which come first (right
-      padding); None when all are valid.
+    lengths: int32[B] number of valid keys of each row, at least 1, which come
+      first (right padding); None when all are valid.
     mask: bool[B, T, S], True where a query may see a key; None for all.
     q_offset: index of the first query among the keys, int or int32[B].
-    backend: one of `BACKENDS`. "auto" takes a flash kernel where the platform
-      and the dtype have one and the masks are of the (causal, lengths) kind.
+    backend: one of `BACKENDS`. "auto" chooses by platform and dtype; a kernel
+      that cannot do what is asked (cuDNN in float32 or with an offset, splash
+      with a mask or an offset) gives way to "xla".
 
   Queries without any visible key give finite values without meaning.
   """
-  backend = _resolve(q, mask, q_offset, backend)
+  backend = _resolve(q, k, mask, q_offset, backend)
+  if backend == "cudnn":
+    return _cudnn(q, k, v, causal, lengths, mask)
+  if backend == "splash":
+    return _splash(q, k, v, causal, lengths)
   return _xla(q, k, v, causal, lengths, mask, q_offset)
 
 
-def _resolve(q, mask, q_offset, backend):
+def _resolve(q, k, mask, q_offset, backend):
+  """Returns "xla", or the kernel asked for where it can do the work."""
   if backend not in BACKENDS:
     raise ValueError(f"attention backend {backend!r} is not one of {BACKENDS}")
+  num_queries, head_dim = q.shape[1], q.shape[3]
+  plain = isinstance(q_offset, int) and q_offset == 0
+  # cuDNN differentiates a masked map of even sides only.
+  even = num_queries % 2 == 0 and k.shape[1] % 2 == 0
+  can = {
+    "xla": True,
+    "cudnn": (
+      plain
+      and q.dtype in (jnp.bfloat16, jnp.float16)
+      and head_dim % 8 == 0
+      and head_dim <= 128
+      and (mask is None or even)
+    ),
+    "splash": plain and mask is None,
+  }
+  if backend == "auto":
+    backend = _flash_backend()
+    # Below one block, padding costs more than the kernel saves.
+    if backend == "splash" and num_queries < _LANES:
+      backend = "xla"
+  return backend if can[backend] else "xla"
+
+
+@functools.cache
+def _flash_backend():
+  platform = jax.default_backend()
+  if platform == "tpu":
+    return "splash"
+  if platform == "gpu":
+    device = jax.devices()[0]
+    is_nvidia = "cuda" in device.client.platform_version
+    if is_nvidia and float(device.compute_capability) >= 8.0:
+      return "cudnn"
   return "xla"
 
 
 def _visible(num_queries, num_keys, causal, lengths, mask, q_offset):
   """Returns bool[B or 1, T, S] of visible keys, or None when all are."""
-  visible = None if mask is None else mask
+  visible = mask
   keys = jnp.arange(num_keys)[None, None, :]
   if causal:
     offset = jnp.reshape(jnp.asarray(q_offset, jnp.int32), (-1, 1, 1))
@@ -62,7 +115,36 @@ def _visible(num_queries, num_keys, causal, lengths, mask, q_offset):
 
 
 def _xla(q, k, v, causal, lengths, mask, q_offset):
-  visible = _visible(q.shape[1], k.shape[1], causal, lengths, mask, q_offset)
+  """All queries at once, or in chunks when the map would be too large."""
+  num_queries, num_keys = q.shape[1], k.shape[1]
+  if num_queries * num_keys <= _LARGEST_MAP:
+    visible = _visible(num_queries, num_keys, causal, lengths, mask, q_offset)
+    return _dense(q, k, v, visible)
+
+  num_chunks = -(-num_queries // _CHUNK)
+  extra = num_chunks * _CHUNK - num_queries
+
+  def chunks(x):  # [B, T, ...] -> [chunks, B, _CHUNK, ...]
+    x = jnp.pad(x, [(0, 0), (0, extra)] + [(0, 0)] * (x.ndim - 2))
+    x = x.reshape(x.shape[0], num_chunks, _CHUNK, *x.shape[2:])
+    return jnp.moveaxis(x, 1, 0)
+
+  # Recomputed in a backward pass: its inputs are small, its maps are not.
+  @jax.checkpoint
+  def one_chunk(chunk):
+    number, q, mask = chunk
+    offset = q_offset + number * _CHUNK
+    return _dense(
+      q, k, v, _visible(_CHUNK, num_keys, causal, lengths, mask, offset)
+    )
+
+  masks = None if mask is None else chunks(mask)
+  out = jax.lax.map(one_chunk, (jnp.arange(num_chunks), chunks(q), masks))
+  out = jnp.moveaxis(out, 0, 1)
+  return out.reshape(q.shape[0], -1, *q.shape[2:])[:, :num_queries]
+
+
+def _dense(q, k, v, visible):
   batch, num_queries, num_heads, head_dim = q.shape
   grouped = q.reshape(  # [B, T, K, N / K, H]
     batch, num_queries, k.shape[2], num_heads // k.shape[2], head_dim
@@ -76,6 +158,83 @@ def _xla(q, k, v, causal, lengths, mask, q_offset):
     scores = jnp.where(visible[:, None, None], scores, lowest)
   probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
   return jnp.einsum("BKGTS,BSKH->BTKGH", probs, v).reshape(q.shape)
+
+
+def _cudnn(q, k, v, causal, lengths, mask):
+  if mask is not None:
+    mask = _visible(q.shape[1], k.shape[1], causal, lengths, mask, 0)
+    return jax.nn.dot_product_attention(
+      q, k, v, mask=mask[:, None], implementation="cudnn"
+    )
+  if lengths is not None:
+    lengths = lengths.astype(jnp.int32)
+  return jax.nn.dot_product_attention(
+    q,
+    k,
+    v,
+    is_causal=causal,
+    key_value_seq_lengths=lengths,
+    implementation="cudnn",
+  )
+
+
+def _splash(q, k, v, causal, lengths, interpret=False):
+  """The TPU kernel; `interpret` runs it on any platform, slowly."""
+  batch, num_queries, num_heads, head_dim = q.shape
+  num_keys = k.shape[1]
+  if lengths is None:
+    lengths = jnp.full(batch, num_keys, jnp.int32)
+  scale = head_dim**-0.5  # The kernel does not scale.
+  q = (q.astype(jnp.float32) * scale).astype(q.dtype)
+  q, k, v = (_heads_first_in_blocks(x) for x in (q, k, v))
+  shape = (q.shape[2], k.shape[2])
+  if causal:
+    mask = splash_attention_mask.CausalMask(shape)
+  else:
+    mask = splash_attention_mask.FullMask(shape)
+  kernel = splash_attention_kernel.make_splash_mha(
+    splash_attention_mask.MultiHeadMask([mask] * num_heads),
+    block_sizes=_block_sizes(*shape),
+    head_shards=1,
+    q_seq_shards=1,
+    interpret=interpret,
+  )
+
+  def one(q, k, v, length):
+    # Keys behind the length are another segment than every query, and key 0
+    # is always valid, so no row of the softmax is empty.
+    segments = splash_attention_kernel.SegmentIds(
+      q=jnp.zeros(shape[0], jnp.int32),
+      kv=(jnp.arange(shape[1]) >= length).astype(jnp.int32),
+    )
+    return kernel(q, k, v, segment_ids=segments)
+
+  out = jax.vmap(one)(q, k, v, lengths)  # [B, N, T, H], padded
+  return out[:, :, :num_queries, :head_dim].transpose(0, 2, 1, 3)
+
+
+def _heads_first_in_blocks(x):
+  """Returns float[B, N, T, H] of x float[B, T, N, H], padded to 128s."""
+  extra = [-x.shape[axis] % _LANES for axis in (1, 3)]
+  x = jnp.pad(x, [(0, 0), (0, extra[0]), (0, 0), (0, extra[1])])
+  return x.transpose(0, 2, 1, 3)
+
+
+def _block_sizes(num_queries, num_keys):
+  def block(length):
+    return next(size for size in (512, 256, _LANES) if length % size == 0)
+
+  queries, keys = block(num_queries), block(num_keys)
+  return splash_attention_kernel.BlockSizes(
+    block_q=queries,
+    block_kv=keys,
+    block_kv_compute=keys,
+    block_q_dkv=queries,
+    block_kv_dkv=keys,
+    block_kv_dkv_compute=keys,
+    block_q_dq=queries,
+    block_kv_dq=keys,
+  )
 
 
 def attention_over_cache(q, k, v, cache_k, cache_v, lengths):
