@@ -1,0 +1,88 @@
+"""Small clips for tests; a bar code of eight columns numbers the frames."""
+
+import struct
+
+import av
+import numpy as np
+
+
+def picture(number: int, size: int = 64) -> np.ndarray:
+  """Returns uint8[size,size,3] that shows a number below 256."""
+  image = np.zeros((size, size, 3), np.uint8)
+  width = size // 8
+  for bit in range(8):
+    if number >> bit & 1:
+      image[:, bit * width : (bit + 1) * width] = 255
+  return image
+
+
+def numbers(frames: np.ndarray) -> list[int]:
+  """Returns the numbers that uint8[T,h,w,3] frames show."""
+  width = frames.shape[2] // 8
+  return [
+    sum(
+      1 << bit
+      for bit in range(8)
+      if frame[:, bit * width + 2 : (bit + 1) * width - 2].mean() > 128
+    )
+    for frame in frames
+  ]
+
+
+def write(
+  path, num_frames=24, *, size=64, gop=8, rate=10, codec="libx264", **options
+):
+  """Writes a clip whose frames show 0, 1, 2, ..."""
+  with av.open(str(path), "w") as container:
+    stream = container.add_stream(codec, rate=rate)
+    stream.width = stream.height = size
+    stream.pix_fmt = "yuv420p"
+    if codec == "libx264":
+      stream.options = {"g": str(gop), "preset": "ultrafast", **options}
+    for number in range(num_frames):
+      frame = av.VideoFrame.from_ndarray(picture(number, size), format="rgb24")
+      container.mux(stream.encode(frame))
+    container.mux(stream.encode())
+  return path
+
+
+def write_sound(path):
+  """Writes a file that holds sound only."""
+  with av.open(str(path), "w") as container:
+    stream = container.add_stream("aac", rate=8000)
+    frame = av.AudioFrame.from_ndarray(
+      np.zeros((1, 1024), np.float32), format="fltp", layout="mono"
+    )
+    frame.sample_rate = 8000
+    container.mux(stream.encode(frame))
+    container.mux(stream.encode())
+  return path
+
+
+def write_edited(path, source, hidden=5, rate=10):
+  """Copies a clip with an edit list that hides its first frames."""
+  with av.open(str(source)) as given:
+    old = given.streams.video[0]
+    shift = hidden * round(1 / (rate * old.time_base))
+    options = {"avoid_negative_ts": "disabled"}
+    with av.open(str(path), "w", container_options=options) as container:
+      new = container.add_stream_from_template(old)
+      for packet in given.demux(old):
+        if packet.pts is None:
+          continue
+        packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
+        packet.stream = new
+        container.mux(packet)
+  return path
+
+
+def write_rotated(path, source):
+  """Copies an mp4 and marks it as filmed upright by a lying camera."""
+  data = bytearray(source.read_bytes())
+  start = data.find(b"tkhd")
+  # Version 0: times, id, duration (20 bytes), then 16 more before the matrix.
+  matrix = start + 8 + 20 + 16
+  upright = (0, 65536, 0, -65536, 0, 0, 0, 0, 0x40000000)
+  data[matrix : matrix + 36] = struct.pack(">9i", *upright)
+  path.write_bytes(data)
+  return path

@@ -1,0 +1,284 @@
+"""Clips are made here with PyAV; the number that a frame shows is its index."""
+
+import os
+import pickle
+
+import numpy as np
+import pytest
+
+from cacovid_jax import errors
+from cacovid_jax.data import video, video_process
+
+from . import clips
+
+WANTED = [0, 3, 3, 7, 8, 9, 17, 23]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("clips")
+  clips.write(folder / "plain.mp4")
+  return folder
+
+
+@pytest.mark.parametrize(
+  "name, options",
+  [
+    ("ahead.mp4", {"preset": "medium", "bf": "2"}),
+    ("long_gop.mp4", {"gop": 250}),
+    ("clip.mkv", {}),
+    ("clip.avi", {"codec": "mpeg4"}),
+    ("clip.ts", {}),
+    ("fast.mp4", {"size": 48}),
+  ],
+)
+def test_exactly_the_frames_asked_for(folder, name, options):
+  path = clips.write(folder / name, **options)
+  assert video.probe(path).num_frames == 24
+  assert clips.numbers(video.read_frames(path, WANTED)) == WANTED
+
+
+def test_order_and_repetition_of_the_indices_are_kept(folder):
+  got = video.read_frames(folder / "plain.mp4", [20, 2, 2, 11])
+  assert clips.numbers(got) == [20, 2, 2, 11]
+
+
+def test_probe_tells_frames_size_and_seconds(folder):
+  got = video.probe(folder / "plain.mp4")
+  assert (got.num_frames, got.width, got.height) == (24, 64, 64)
+  assert (got.fps, got.codec) == (10.0, "h264")
+  assert got.duration == pytest.approx(2.4)
+
+
+def test_sequential_fallback_gives_the_same_frames(folder, monkeypatch):
+  def no_table(self):
+    raise video._NoTableError
+
+  expected = video.read_frames(folder / "plain.mp4", WANTED)
+  monkeypatch.setattr(video._Reader, "_table", no_table)
+  got = video.read_frames(folder / "plain.mp4", WANTED)
+  np.testing.assert_array_equal(got, expected)
+
+
+def test_a_wrong_seek_index_falls_back_to_counting(folder, monkeypatch):
+  # Keyframes that are none: the seek lands on an earlier one, or beyond.
+  table = video._Reader._table
+
+  def wrong(self):
+    stamps, _ = table(self)
+    return stamps, np.array([stamps[0], stamps[5], stamps[13]])
+
+  monkeypatch.setattr(video._Reader, "_table", wrong)
+  got = video.read_frames(folder / "plain.mp4", WANTED)
+  assert clips.numbers(got) == WANTED
+
+
+def test_frames_that_an_edit_list_hides_do_not_count(folder):
+  path = clips.write_edited(folder / "edited.mp4", folder / "plain.mp4")
+  assert video.probe(path).num_frames == 19
+  assert clips.numbers(video.read_frames(path, [0, 1, 10, 18])) == [
+    5,
+    6,
+    15,
+    23,
+  ]
+
+
+def test_rotation_is_applied(folder):
+  path = clips.write_rotated(folder / "rotated.mp4", folder / "plain.mp4")
+  plain = video.read_frames(folder / "plain.mp4", [3])[0]
+  turned = video.read_frames(path, [3])[0]
+  np.testing.assert_array_equal(turned, np.rot90(plain, -1))
+
+
+def test_frames_are_resized_while_decoding(folder):
+  clip = video.decode(folder / "plain.mp4", lambda n, s: [0, n - 1], size=32)
+  assert clip.frames.shape == (2, 32, 32, 3)
+  assert clip.num_frames == 24 and clip.clamped == 0
+
+
+def test_an_encoded_clip_in_memory_is_decoded(folder):
+  data = (folder / "plain.mp4").read_bytes()
+  clip = video.decode(data, lambda n, s: [4])
+  assert clips.numbers(clip.frames) == [4]
+
+
+def test_a_clip_with_one_frame(folder):
+  path = clips.write(folder / "one.mp4", 1)
+  assert clips.numbers(video.read_frames(path, [0, 0])) == [0, 0]
+
+
+def test_a_cut_tail_shortens_the_clip(folder):
+  # Matroska keeps no index at the front, so a cut file still plays.
+  whole = clips.write(folder / "whole.mkv").read_bytes()
+  path = folder / "cut.mkv"
+  path.write_bytes(whole[: len(whole) * 2 // 3])
+  num_frames = video.probe(path).num_frames
+  assert 2 < num_frames < 24
+  assert clips.numbers(video.read_frames(path, [0, 2])) == [0, 2]
+
+
+def test_a_damaged_tail_clamps_to_the_last_decoded_frame(folder):
+  clips.write(folder / "index_first.mp4", gop=24)
+  data = bytearray((folder / "index_first.mp4").read_bytes())
+  start = data.find(b"mdat") + 4
+  end = data.find(b"moov") - 4
+  middle = (start + end) // 2
+  data[middle:end] = bytes(end - middle)
+  path = folder / "damaged.mp4"
+  path.write_bytes(data)
+  clip = video.decode(path, lambda n, s: [0, 1, n - 2, n - 1])
+  assert clip.frames.shape == (4, 64, 64, 3)
+  assert clips.numbers(clip.frames[:2]) == [0, 1]
+  np.testing.assert_array_equal(clip.frames[2], clip.frames[3])
+  assert clip.clamped == 2
+
+
+def _reason(path, **limits) -> str:
+  with pytest.raises(video.VideoError) as caught:
+    video.decode(
+      path, lambda n, s: [0], limits=video.Limits(**limits) if limits else None
+    )
+  assert "\n" not in str(caught.value)
+  assert isinstance(caught.value, errors.UserError)
+  return caught.value.reason
+
+
+def test_every_unusable_file_has_a_typed_reason(folder):
+  data = (folder / "plain.mp4").read_bytes()
+  (folder / "empty.mp4").write_bytes(b"")
+  (folder / "half.mp4").write_bytes(data[: len(data) // 2])
+  (folder / "text.mp4").write_text("not a clip" * 100)
+  os.mkfifo(folder / "pipe.mp4")
+  clips.write_sound(folder / "sound.mp4")
+  assert _reason(folder / "absent.mp4") == "missing"
+  assert _reason(folder / "empty.mp4") == "empty"
+  assert _reason(folder / "half.mp4") == "unreadable"
+  assert _reason(folder / "text.mp4") == "unreadable"
+  assert _reason(folder / "sound.mp4") == "no_video_stream"
+  assert _reason(folder / "pipe.mp4") == "not_a_file"
+  assert _reason(folder) == "not_a_file"
+  assert _reason(b"") == "empty"
+
+
+def test_caps_are_checked_before_decoding(folder):
+  path = folder / "plain.mp4"
+  assert _reason(path, max_bytes=100) == "too_large"
+  assert _reason(path, max_pixels=64 * 63) == "too_large"
+  assert _reason(path, max_seconds=2.0) == "too_long"
+  assert _reason(path, max_frames=10) == "too_long"
+  assert _reason(path, timeout_s=0.0) == "timeout"
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    "#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\nplain.mp4\n#EXT-X-ENDLIST\n",
+    "ffconcat version 1.0\nfile plain.mp4\n",
+    "#EXTM3U\n#EXTINF:5,\nhttp://127.0.0.1:9/clip.ts\n#EXT-X-ENDLIST\n",
+  ],
+)
+def test_a_renamed_playlist_opens_nothing(folder, text):
+  (folder / "list.mp4").write_text(text)
+  assert _reason(folder / "list.mp4") == "unreadable"
+
+
+def test_a_path_that_looks_like_a_protocol_is_a_file_name(folder, monkeypatch):
+  monkeypatch.chdir(folder)
+  assert _reason("concat:plain.mp4|plain.mp4") == "missing"
+  assert _reason("http://127.0.0.1:9/clip.mp4") == "missing"
+
+
+def test_a_rule_that_takes_no_frame_or_an_impossible_one(folder):
+  with pytest.raises(video.VideoError, match="too short"):
+    video.decode(folder / "plain.mp4", lambda n, s: [])
+  with pytest.raises(errors.UserError, match="0..24 lie outside"):
+    video.read_frames(folder / "plain.mp4", [0, 24])
+
+
+def test_errors_travel_between_processes():
+  error = video.VideoError("clip.mp4", "empty", "0 bytes")
+  again = pickle.loads(pickle.dumps(error))
+  assert (again.reason, again.path) == ("empty", "clip.mp4")
+  assert str(again) == str(error)
+
+
+def test_paths_stay_below_the_media_root(tmp_path):
+  root = tmp_path / "media"
+  (root / "a").mkdir(parents=True)
+  (tmp_path / "secret.mp4").write_bytes(b"x")
+  (root / "out.mp4").symlink_to(tmp_path / "secret.mp4")
+  (root / "a" / "in.mp4").symlink_to(root / "a" / "clip.mp4")
+  real = os.path.realpath(root)
+  assert video.safe_path(root, "a/clip.mp4") == f"{real}/a/clip.mp4"
+  assert video.safe_path(root, "a/in.mp4") == f"{real}/a/clip.mp4"
+  for relative in (
+    "",
+    "../secret.mp4",
+    "a/../../secret.mp4",
+    "a\\..\\..\\secret.mp4",
+    str(tmp_path / "secret.mp4"),
+    "out.mp4",
+    "http://example.org/clip.mp4",
+    "file:///etc/passwd",
+    "concat:a.mp4|b.mp4",
+    "a\0.mp4",
+  ):
+    with pytest.raises(video.VideoError) as caught:
+      video.safe_path(root, relative)
+    assert caught.value.reason == "unsafe"
+
+
+def test_damaged_bytes_give_frames_or_a_typed_error(folder):
+  data = (folder / "plain.mp4").read_bytes()
+  rng = np.random.default_rng(0)
+  outcomes = set()
+  for _ in range(60):
+    damaged = bytearray(data)
+    for place in rng.integers(0, len(data), 8):
+      damaged[place] = int(rng.integers(0, 256))
+    try:
+      clip = video.decode(
+        bytes(damaged),
+        lambda n, s: [0, n - 1],
+        size=32,
+        limits=video.Limits(timeout_s=20.0, max_pixels=2**22),
+      )
+      assert clip.frames.shape == (2, 32, 32, 3)
+      outcomes.add("frames")
+    except video.VideoError as error:
+      outcomes.add(error.reason)
+  assert "frames" in outcomes and len(outcomes) > 1
+
+
+class _Rule:
+  """Picks the first frame; or waits, or ends the process that decodes."""
+
+  def __init__(self, deed=None):
+    self.deed = deed
+
+  def __call__(self, num_frames, seconds):
+    if self.deed == "wait":
+      import time
+
+      time.sleep(60)
+    if self.deed == "die":
+      os._exit(1)
+    return [0]
+
+
+def test_a_decoder_that_hangs_or_dies_is_replaced(folder, monkeypatch):
+  monkeypatch.setattr(video_process, "_GRACE_S", 0.2)
+  decoder = video_process.IsolatedDecoder()
+  path = folder / "plain.mp4"
+  try:
+    assert clips.numbers(decoder(path, _Rule()).frames) == [0]
+    with pytest.raises(video.VideoError, match="missing"):
+      decoder(folder / "absent.mp4", _Rule())
+    with pytest.raises(video.VideoError, match="the decoder hung"):
+      decoder(path, _Rule("wait"), limits=video.Limits(timeout_s=0.3))
+    with pytest.raises(video.VideoError, match="the decoder died"):
+      decoder(path, _Rule("die"))
+    assert clips.numbers(decoder(path, _Rule(), size=64).frames) == [0]
+  finally:
+    decoder.close()
