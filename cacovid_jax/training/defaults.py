@@ -71,14 +71,30 @@ def get_config() -> ml_collections.ConfigDict:
   config.policy = dict(module="", dtype="bfloat16", num_halvings=4, init="")
   config.model = dict(path="", dtype="bfloat16")
   config.data = dict(
+    # Folder of the question files, and of the clips: `media` below it.
     root="",
+    media="",
     train_file="train.json",
+    # Folder below `root` of rows that `prepare` wrote as array_record files,
+    # read instead of `train_file` if given.
+    tfds="",
+    train_split="train",
+    on_bad_row="raise",
     num_frames=32,
+    frame_rule="eval_linspace",
+    # Text tokens of the longest prompt; 0 looks for it at the start.
     max_text_tokens=128,
+    # Folder that keeps video features; empty encodes a clip at each use.
     feature_cache="",
+    memory_items=256,
+    # Threads, or else processes, that load clips ahead.
+    num_threads=2,
     num_workers=0,
+    # {"question_id", "tokens"} per line, below `root`; for metrics only.
+    decisive_file="",
   )
-  config.ckpt = dict(every_steps=500, keep=3)
+  # `exit_code` is that of a run that a SIGTERM stopped (and saved).
+  config.ckpt = dict(every_steps=500, keep=3, exit_code=143)
   # Validation accuracy, if a function that measures it is given to `train`:
   # every so many steps (0 never).
   config.validate_every = 0

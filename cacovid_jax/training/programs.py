@@ -93,7 +93,7 @@ class Programs:
         ids, masks = self.call(
           f"rollout_{largest}", state, frozen, videos, memory
         )
-        rewards = np.asarray(mark(_gather(ids)), np.float32)
+        rewards = np.asarray(mark(gather(ids)), np.float32)
         placed = mesh_lib.put(rewards, self.mesh, EACH)
         state, memory, metrics = self.call(
           "update", state, videos, memory, masks, placed
@@ -105,7 +105,7 @@ class Programs:
       outs.append((ids, rewards, metrics))
       if len(self.recipe.ladder) > 1:
         # The one scalar per video that leaves the device.
-        largest = int(_gather(metrics.per_video["next_rung"]).max())
+        largest = int(gather(metrics.per_video["next_rung"]).max())
     return state, *_join(outs)
 
   def call(self, name: str, *args):
@@ -202,8 +202,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, ONE)
 
 
-def _gather(array):
-  """Returns the whole array on this host."""
+def gather(array) -> np.ndarray:
+  """Returns a whole array of the mesh on this host."""
   if isinstance(array, np.ndarray):
     return array
   if array.is_fully_addressable:
@@ -213,7 +213,7 @@ def _gather(array):
 
 def _join(outs):
   """Returns the iterations' (ids, rewards, metrics) stacked on the host."""
-  ids, rewards, metrics = zip(*jax.tree.map(_gather, outs), strict=True)
+  ids, rewards, metrics = zip(*jax.tree.map(gather, outs), strict=True)
 
   def each(*arrays):
     return np.stack(arrays, axis=1)

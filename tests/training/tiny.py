@@ -1,14 +1,22 @@
 """A tiny random model, policy and batch that the training tests share."""
 
+import dataclasses
+import functools
+import tempfile
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cacovid_jax.models import llava_onevision
+from cacovid_jax.data import prompts, tokenizer_training
+from cacovid_jax.data import questions as questions_lib
+from cacovid_jax.models import checkpoints, llava_onevision
 from cacovid_jax.parallel import mesh as mesh_lib
 from cacovid_jax.policy import network, objective, sampling
 from cacovid_jax.training import (
+  defaults,
+  loop,
   optimizer,
   programs,
   ratio,
@@ -31,7 +39,7 @@ class Policy(nn.Module):
   @nn.compact
   def __call__(self, x, positions, video_rows, grid, length):
     x = x.astype(jnp.float32)
-    v = nn.silu(nn.Dense(16, name="layers_0")(x))[video_rows]
+    v = nn.silu(nn.Dense(16, name="layer")(x))[video_rows]
     pooled = v.reshape(grid[0], -1, v.shape[-1]).mean(axis=1)
     return network.Scores(
       frame=nn.Dense(2, name="frame")(pooled),
@@ -133,3 +141,78 @@ def run(recipe, batches, *, data=1, host_marks=False, mark=None):
     current, *out = made.run(current, held, programs.place_batch(one, on), mark)
     outs.append(jax.device_get(out))
   return made, current, outs
+
+
+def questions(count=6):
+  """Returns lettered questions about clips that do not exist."""
+  return [
+    questions_lib.Question(
+      id=f"q{i}",
+      video=f"{i}.mp4",
+      question=f"What is {i}?",
+      options=("red", "blue", "green", "black"),
+      answer="ABCD"[i % 4],
+      prompt=f"What is {i}?\nA. red\nB. blue\nC. green\nD. black\n",
+    )
+    for i in range(count)
+  ]
+
+
+def features(question):
+  """Returns f32[N,D] features that depend on the question's clip alone."""
+  rng = np.random.default_rng(questions_lib.question_hash(question.video))
+  return rng.normal(size=(NUM_VIDEO, 32)).astype(np.float32)
+
+
+@functools.cache
+def checkpoint():
+  """Returns a random model with a byte-level tokenizer."""
+  with tempfile.TemporaryDirectory() as folder:
+    tokenizer_training.train(["A B C D red blue"], 300, folder, image_size=14)
+    tokenizer = prompts.Tokenizer.from_directory(folder)
+  sizes = llava_onevision.LlavaOnevisionConfig.tiny()
+  sizes = dataclasses.replace(
+    sizes,
+    text=dataclasses.replace(sizes.text, vocab_size=tokenizer.vocab_size),
+    video_token_id=tokenizer.video_id,
+  )
+  model = llava_onevision.LlavaOnevisionModel(sizes)
+  return checkpoints.Checkpoint(
+    model=model,
+    params=model.init(jax.random.key(7)),
+    tokenizer=tokenizer,
+    identity={"path": "nowhere", "sha256": "0"},
+    eos_ids=tokenizer.eos_ids,
+    pad_id=tokenizer.pad_id,
+  )
+
+
+def config(**changes):
+  """Returns the default config at the tiny model's sizes; "a.b" keys."""
+  made = defaults.get_config()
+  made.total_steps, made.videos_per_step, made.iterations = 4, 2, 2
+  made.log_every = 1
+  made.sampling.ratio, made.sampling.num_combinations = 0.125, 8
+  made.ratio.adaptive = False
+  made.rollout.max_new_tokens = 1
+  # Graded rewards: a random model's letters are never right.
+  made.rollout.reward = "margin"
+  made.optimizer.lr_heads, made.optimizer.lr_layer = 1e-2, 1e-3
+  made.policy.dtype = made.model.dtype = "float32"
+  made.policy.num_halvings = 2
+  made.data.num_frames, made.data.max_text_tokens = FRAMES, 0
+  made.data.num_threads = 0
+  made.mesh.data = 1
+  for key, value in changes.items():
+    made.update_from_flattened_dict({key: value})
+  return made.lock()
+
+
+def train(workdir, made=None, **arguments):
+  """Runs `loop.train` on the tiny model and its questions."""
+  arguments = {
+    "checkpoint": checkpoint(),
+    "questions": questions(),
+    "source": features,
+  } | arguments
+  return loop.train(config() if made is None else made, workdir, **arguments)

@@ -1,0 +1,47 @@
+r"""Trains a token policy: `python -m cacovid_jax.train --config F --workdir W`.
+
+Any key of the config is set by `--config.key.subkey=value`. A run that was
+stopped continues when the same command is given again. Several hosts: the same
+command on each, with --coordinator, --num_processes and --process_id.
+"""
+
+import logging
+
+from absl import flags
+
+from cacovid_jax import config as config_lib
+from cacovid_jax import errors
+from cacovid_jax.parallel import mesh
+from cacovid_jax.training import loop
+
+config_lib.define_flag()
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder of the run's checkpoints, metrics and policy."
+)
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator", None, "host:port of process 0, with several processes."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", 1, "Processes in all.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", 0, "Number of this process.")
+
+
+def main(argv):
+  """Runs the training that the flags describe."""
+  if len(argv) > 1:
+    raise errors.UserError(
+      f"unexpected argument {argv[1]!r}; flags start by --"
+    )
+  logging.getLogger().setLevel(logging.INFO)
+  config = config_lib.from_flags()
+  if not _WORKDIR.value:
+    raise errors.UserError("no workdir given: add --workdir=FOLDER")
+  mesh.start_processes(
+    _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+  )
+  print(config_lib.dumps(config), end="", flush=True)
+  result = loop.train(config, _WORKDIR.value)
+  print(f"policy: {result.policy_path}")
+
+
+if __name__ == "__main__":
+  errors.run(main)

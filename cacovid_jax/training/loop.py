@@ -1,0 +1,319 @@
+"""The training loop: batches in, a policy out, and no step of work lost.
+
+A run's state is one pytree and its data order a function of the step, so a run
+that was killed continues with the very bits it would have computed.
+
+  WORKDIR/config.json            the resolved config; the workdir belongs to it
+  WORKDIR/metrics.jsonl, tensorboard/
+  WORKDIR/checkpoints/N/         see `training.checkpointing`
+  WORKDIR/policy/policy.safetensors, policy_config.json
+  WORKDIR/policy/best.safetensors, best.json   with validation
+  WORKDIR/quarantine.jsonl       clips that could not be used
+"""
+
+import collections
+import json
+import logging
+import os
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from cacovid_jax import config as config_lib
+from cacovid_jax import errors
+from cacovid_jax.policy import modules
+from cacovid_jax.training import checkpointing, metrics, optimizer, setup
+from cacovid_jax.training import programs as programs_lib
+from cacovid_jax.training import state as state_lib
+
+_log = logging.getLogger(__name__)
+
+# Shown beside the progress bar; everything else is in the metrics files.
+_SHOWN = ("reward_token", "reward_token_greedy", "reward_frame")
+
+
+class Result(NamedTuple):
+  """What a finished run gives back."""
+
+  state: state_lib.TrainState
+  policy: Any
+  policy_path: pathlib.Path
+  run: setup.Run
+
+
+def train(
+  config,
+  workdir,
+  *,
+  checkpoint=None,
+  questions=None,
+  source=None,
+  validate: Callable[[Any, Any], dict[str, float]] | None = None,
+  on_step: Callable[[int, Any, np.ndarray, np.ndarray], None] | None = None,
+) -> Result:
+  """Trains the policy of a config; continues what the workdir holds.
+
+  Args:
+    config: see `training.defaults`; locked or not.
+    workdir: made if there is none; one of another config is refused.
+    checkpoint: the frozen base model, instead of config.model.path.
+    questions: rows, instead of those of config.data.
+    source: clips, see `data.pipeline`, instead of those of config.data.
+    validate: (policy module, params) -> {"accuracy": ..., ...} on validation
+      questions, called every config.validate_every steps; the best policy is
+      kept beside the last one.
+    on_step: called with (steps done, questions, ids i32[B,I,G,M], rewards
+      f32[B,I,G]) after each step, for tools that look at answers.
+
+  Raises:
+    SystemExit: with config.ckpt.exit_code, after a SIGTERM; all is saved.
+    UserError: a mistake, or too many refused steps in a row.
+  """
+  workdir = pathlib.Path(workdir)
+  config_lib.claim_workdir(workdir, config)
+  run = setup.make(
+    config,
+    workdir,
+    checkpoint=checkpoint,
+    questions=questions,
+    source=source,
+  )
+  saver = _Saver(config, workdir, run)
+  start, state = saver.restore_or_init()
+  rates = optimizer.OptimizerConfig(**config.optimizer)
+  with (
+    metrics.MetricsWriter(workdir, start) as writer,
+    metrics.Progress(config.total_steps, start=start) as progress,
+    _Preemption() as preemption,
+  ):
+    recorder = _Recorder(config, rates, writer, progress, on_step)
+    steps = zip(
+      range(start + 1, config.total_steps + 1), run.batches(start), strict=False
+    )
+    for done, (batch, rows) in steps:
+      state, *out = _step(run, state, batch, rows)
+      recorder.add(done, rows, out)
+      stop = preemption.reached(done)
+      validated = config.validate_every and done % config.validate_every == 0
+      if validated and validate is not None:
+        recorder.flush(state, saver)
+        saver.keep_best(state, done, writer, validate)
+      due = done % config.ckpt.every_steps == 0
+      if due or stop or done == config.total_steps:
+        recorder.flush(state, saver)
+        saver.save(state, done)
+      recorder.check(state, saver)
+      if stop and done < config.total_steps:
+        _log.warning("stopped by a signal after step %d, saved", done)
+        raise SystemExit(config.ckpt.exit_code)
+  path = saver.export(state, config.total_steps)
+  return Result(state, run.recipe.policy, path, run)
+
+
+def _step(run: setup.Run, state, batch, rows):
+  """Returns (state, ids, rewards, metrics) after all iterations of a step."""
+  placed = programs_lib.place_batch(batch, run.mesh)
+  mark = None if run.mark is None else lambda ids: run.mark(ids, rows)
+  # Nothing crosses between host and device that the programs do not state.
+  with jax.transfer_guard("disallow"):
+    return run.programs.run(state, run.frozen, placed, mark)
+
+
+class _Preemption:
+  """A SIGTERM sets a flag; the loop looks at it after each step."""
+
+  def __enter__(self):
+    self._flag = False
+    self._old = None
+    # Only the main thread may install a handler.
+    if threading.current_thread() is threading.main_thread():
+      self._old = signal.signal(signal.SIGTERM, self._set)
+    return self
+
+  def __exit__(self, *exc_info):
+    if self._old is not None:
+      signal.signal(signal.SIGTERM, self._old)
+
+  def _set(self, *unused_args):
+    self._flag = True
+
+  def reached(self, step: int) -> bool:
+    """Returns whether to stop; all processes agree."""
+    if jax.process_count() > 1:
+      return multihost_utils.reached_preemption_sync_point(step)
+    return self._flag
+
+
+class _Recorder:
+  """Writes metrics one step late, so that the device never waits for them."""
+
+  def __init__(self, config, rates, writer, progress, on_step):
+    self._config, self._rates = config, rates
+    self._writer, self._progress = writer, progress
+    self._on_step = on_step
+    self._pending = collections.deque()
+    self._window = []
+    self._bad = []  # [(step, question ids)] refused in a row.
+    self._since = time.monotonic()
+
+  def add(self, step, rows, out):
+    """Takes a step's results; records the step before."""
+    self._pending.append((step, rows, out))
+    while len(self._pending) > 1:
+      self._record(*self._pending.popleft())
+
+  def flush(self, state, saver):
+    """Records all that is pending."""
+    while self._pending:
+      self._record(*self._pending.popleft())
+    self.check(state, saver)
+
+  def check(self, state, saver):
+    """Ends a run of which too many steps in a row were refused."""
+    if len(self._bad) < max(self._config.max_bad_steps, 1):
+      return
+    saver.save(state, int(jax.device_get(state.step)))
+    ids = list(dict.fromkeys(x for _, found in self._bad for x in found))
+    more = f" and {len(ids) - 10} more" if len(ids) > 10 else ""
+    raise errors.UserError(
+      f"{len(self._bad)} steps in a row were refused (loss, gradient or reward"
+      f" not finite), last step {self._bad[-1][0]}; questions:"
+      f" {', '.join(ids[:10])}{more}; lower the learning rates, set"
+      " config.objective.log_ratio_clamp, or remove these questions"
+    )
+
+  def _record(self, step, rows, out):
+    ids, rewards, out = jax.tree.map(programs_lib.gather, out)
+    if self._on_step is not None:
+      self._on_step(step, rows, ids, rewards)
+    means = {name: float(np.mean(x)) for name, x in out.mean.items()}
+    if means["refused"] > 0:
+      finite = np.asarray(out.per_video["finite"]).all(axis=1)
+      bad = [row.id for row, ok in zip(rows, finite, strict=True) if not ok]
+      # The gradient alone may fail: then any of the videos can be the cause.
+      self._bad.append((step, bad or [row.id for row in rows]))
+    else:
+      self._bad.clear()
+    self._window.append(means)
+    self._progress.update(step, {name: means[name] for name in _SHOWN})
+    if step % self._config.log_every == 0 or step == self._config.total_steps:
+      self._write(step)
+
+  def _write(self, step):
+    config = self._config
+    names = self._window[0]
+    scalars = {
+      name: _finite_mean([means[name] for means in self._window])
+      for name in names
+    }
+    updates = step * config.iterations
+    total = config.total_steps * config.iterations
+    for group in ("heads", "layer"):
+      rate = optimizer.schedule(
+        getattr(self._rates, f"lr_{group}"), self._rates, total
+      )
+      scalars[f"lr_{group}"] = float(rate(updates - 1))
+    now = time.monotonic()
+    scalars["videos"] = step * config.videos_per_step
+    scalars["seconds_per_step"] = (now - self._since) / len(self._window)
+    self._writer.write_scalars(step, scalars)
+    self._window, self._since = [], now
+
+
+class _Saver:
+  """Checkpoints of the run, and policies for others to use."""
+
+  def __init__(self, config, workdir, run):
+    self._config, self._run = config, run
+    self._directory = workdir / "checkpoints"
+    self._policy = workdir / "policy"
+    self._hash = config_lib.config_hash(config)
+    self._saved = None
+
+  def restore_or_init(self):
+    """Returns (steps done, state)."""
+    state = self._run.init_state()
+    found = checkpointing.restore_latest(
+      self._directory, state, config_hash=self._hash
+    )
+    if found is None:
+      return 0, state
+    step, state = found
+    self._saved = step
+    _log.info("continuing after step %d", step)
+    return step, state
+
+  def save(self, state, step):
+    """Saves a step once."""
+    if step == self._saved:
+      return
+    checkpointing.save(
+      self._directory,
+      step,
+      state,
+      {"base_model": self._run.base_model},
+      config_hash=self._hash,
+      keep=self._config.ckpt.keep,
+    )
+    self._saved = step
+
+  def keep_best(self, state, step, writer, validate):
+    """Validates, and exports the policy if it is the best one so far."""
+    params = jax.device_get(state.params)
+    found = validate(self._run.recipe.policy, params)
+    writer.write_scalars(
+      step, {f"validation_{name}": value for name, value in found.items()}
+    )
+    path = self._policy / "best.json"
+    best = None
+    if path.exists():
+      best = json.loads(path.read_text(encoding="utf-8"))
+      # Of steps that this run, restored from before, computes again.
+      best = best if best["step"] < step else None
+    if best is None or found["accuracy"] > best["accuracy"]:
+      self._write_policy("best.safetensors", params, step)
+      _write_json(path, {"step": step, **found})
+
+  def export(self, state, step) -> pathlib.Path:
+    """Writes the policy as safetensors under the public names."""
+    params = jax.device_get(state.params)
+    return self._write_policy("policy.safetensors", params, step)
+
+  def _write_policy(self, name, params, step):
+    path = self._policy / name
+    if jax.process_index() == 0:
+      self._policy.mkdir(parents=True, exist_ok=True)
+      modules.save(path, self._run.recipe.policy, params)
+      _write_json(
+        self._policy / "policy_config.json",
+        {
+          "policy": self._run.policy_options,
+          "base_model": self._run.base_model,
+          "grid": list(self._run.recipe.grid),
+          "ratios": list(self._run.recipe.ladder.ratios),
+          "config_hash": self._hash,
+          "steps": step,
+        },
+      )
+    return path
+
+
+def _finite_mean(values) -> float:
+  """Returns the mean of the finite values; NaN if there are none."""
+  finite = [value for value in values if np.isfinite(value)]
+  return float(np.mean(finite)) if finite else float("nan")
+
+
+def _write_json(path, value) -> None:
+  partial = path.with_name(path.name + ".partial")
+  partial.write_text(
+    json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+  )
+  os.replace(partial, path)
