@@ -39,6 +39,17 @@ HINTS = {
   ),
 }
 
+# What a template can raise while it renders.
+_TEMPLATE_FAULTS = (
+  jinja2.TemplateError,
+  TypeError,
+  ValueError,
+  ArithmeticError,
+  RecursionError,
+  AttributeError,
+  LookupError,
+)
+
 MAX_TEMPLATE_CHARS = 65_536
 MAX_RENDERED_CHARS = 1_048_576
 MAX_FILE_BYTES = 256 * 2**20
@@ -385,19 +396,12 @@ class Tokenizer:
         if rendered.count(self.video_token) == 1 and text in rendered:
           self._string_style = False
           return rendered
-      except (TypeError, jinja2.TemplateError):
+      except _TEMPLATE_FAULTS:
         # A tokenizer's own template expects a plain string.
-        if self._string_style is False:
-          raise
+        pass
     try:
       rendered = self._render(f"{self.video_token}\n{text}")
-    except (
-      jinja2.TemplateError,
-      TypeError,
-      ValueError,
-      ArithmeticError,
-      RecursionError,
-    ) as error:
+    except _TEMPLATE_FAULTS as error:
       raise errors.UserError(
         f"{self.name}: the chat template fails on a question ({error}); use"
         " the checkpoint's original template"

@@ -336,7 +336,7 @@ def _inline_options(problem: str) -> tuple[str, ...]:
       break
     marks.append(mark)
     position = mark.end()
-  ends = [mark.start() for mark in marks[1:]] + [len(problem)]
+  ends = [mark.start() for mark in marks[1:]] + [len(problem)][: len(marks)]
   return tuple(
     problem[mark.end() : end].strip()
     for mark, end in zip(marks, ends, strict=True)
@@ -386,9 +386,9 @@ def _video_r1_row(entry, name: str, prefix: str) -> questions.Question | None:
   if not answer:
     raise _RowError("solution", "the answer is empty")
   given = _options(entry)
-  options = _strip_letters(given) or _inline_options(problem)
-  lettered = given
+  options, lettered = _strip_letters(given), given
   if problem_type == questions.MULTIPLE_CHOICE:
+    options = options or _inline_options(problem)
     if len(options) < 2:
       raise _RowError("options", "a multiple choice question without options")
     answer = _letter(answer, len(options), "solution")
