@@ -1,0 +1,65 @@
+"""Features on disk: what goes in comes out, or nothing does."""
+
+import concurrent.futures
+
+import numpy as np
+
+from cacovid_jax.data import feature_cache
+
+
+def test_an_entry_comes_back_bit_for_bit(tmp_path):
+  cache = feature_cache.FeatureCache(tmp_path)
+  value = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+  assert cache.get("abcd") is None
+  cache.put("abcd", value)
+  np.testing.assert_array_equal(cache.get("abcd"), value)
+  np.testing.assert_array_equal(np.load(cache.path("abcd")), value)
+
+
+def test_any_flipped_bit_or_lost_byte_makes_an_entry_absent(tmp_path):
+  cache = feature_cache.FeatureCache(tmp_path)
+  cache.put("abcd", np.arange(6, dtype=np.float32))
+  path = cache.path("abcd")
+  with open(path, "rb") as f:
+    data = f.read()
+  damaged = [data[:-1], data[:10], b""]
+  for place in range(len(data)):
+    flipped = bytearray(data)
+    flipped[place] ^= 1 << place % 8
+    damaged.append(bytes(flipped))
+  for content in damaged:
+    with open(path, "wb") as f:
+      f.write(content)
+    assert cache.get("abcd") is None
+    assert cache.get("abcd") is None  # It is gone, and that is no fault.
+
+
+def test_the_name_depends_on_every_part():
+  name = feature_cache.key(content="a", rule={"name": "x", "num_frames": 8})
+  assert name == feature_cache.key(
+    rule={"num_frames": 8, "name": "x"}, content="a"
+  )
+  assert name != feature_cache.key(
+    content="b", rule={"name": "x", "num_frames": 8}
+  )
+  assert name != feature_cache.key(
+    content="a", rule={"name": "x", "num_frames": 9}
+  )
+
+
+def test_many_writers_share_a_folder(tmp_path):
+  value = np.arange(1000, dtype=np.float32)
+
+  def work(worker):
+    cache = feature_cache.FeatureCache(tmp_path)
+    for i in range(20):
+      got = cache.get(f"key{i % 5}")
+      if got is None:
+        cache.put(f"key{i % 5}", value + i % 5)
+      else:
+        np.testing.assert_array_equal(got, value + i % 5)
+    return worker
+
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    assert list(pool.map(work, range(8))) == list(range(8))
+  assert len(list(tmp_path.glob("*/*"))) == 5  # Nothing left aside.

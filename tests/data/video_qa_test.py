@@ -1,0 +1,116 @@
+"""TFDS files without TensorFlow, read back by index and by Grain."""
+
+import os
+import pickle
+import sys
+
+import grain
+import pytest
+
+from cacovid_jax import errors
+from cacovid_jax.data import questions, video, video_qa
+
+from . import clips
+
+ROWS = [
+  questions.Question(
+    id=f"q{i}",
+    video="videos/clip.mp4",
+    question=f"Wie heißt Nr. {i}?",
+    options=("eins", "") if i % 2 else (),
+    answer="A",
+    problem_type="multiple choice" if i % 2 else "free-form",
+    duration="short" if i % 3 else None,
+    category="" if i % 3 else None,
+    source="test",
+    prompt=f"Wie heißt\nNr. {i}?",
+  )
+  for i in range(7)
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("tfds")
+  video_qa.prepare({"train": ROWS, "test": ROWS[:2]}, folder)
+  return folder
+
+
+def test_rows_come_back_equal_and_in_order(folder):
+  source = video_qa.open_source(folder, "train")
+  assert len(source) == 7
+  assert list(source) == ROWS
+  assert source[-1] == ROWS[-1]
+  assert source.__getitems__([4, 1]) == [ROWS[4], ROWS[1]]
+  assert list(video_qa.open_source(folder, "test")) == ROWS[:2]
+  assert source.clip(0) == b""
+  with pytest.raises(IndexError):
+    source[7]
+
+
+def test_tensorflow_is_not_imported(folder):
+  video_qa.open_source(folder, "train")[0]
+  assert "tensorflow" not in sys.modules
+
+
+def test_a_source_can_be_pickled(folder):
+  source = video_qa.open_source(folder, "train")
+  assert list(pickle.loads(pickle.dumps(source))) == ROWS
+
+
+@pytest.mark.parametrize("worker_count", [0, 2])
+def test_grain_reads_it_with_any_number_of_workers(folder, worker_count):
+  source = video_qa.open_source(folder, "train")
+  sampler = grain.samplers.IndexSampler(
+    num_records=len(source), num_epochs=1, shuffle=True, seed=3
+  )
+  loader = grain.DataLoader(
+    data_source=source, sampler=sampler, worker_count=worker_count
+  )
+  got = list(loader)
+  assert sorted(row.id for row in got) == sorted(row.id for row in ROWS)
+  expected = [ROWS[sampler[i].record_key] for i in range(len(ROWS))]
+  assert got == expected
+
+
+def test_preparing_again_writes_nothing_and_other_rows_are_refused(folder):
+  def times():
+    return {
+      os.path.join(base, name): os.stat(os.path.join(base, name)).st_mtime_ns
+      for base, _, names in os.walk(folder)
+      for name in names
+      if "array_record" in name
+    }
+
+  before = times()
+  video_qa.prepare({"train": ROWS, "test": ROWS[:2]}, folder)
+  assert times() == before and before
+  with pytest.raises(errors.UserError, match="prepared from other rows"):
+    video_qa.prepare({"train": ROWS[:3]}, folder)
+
+
+def test_clips_can_be_embedded(tmp_path):
+  (tmp_path / "videos").mkdir()
+  path = clips.write(tmp_path / "videos" / "clip.mp4", 6)
+  video_qa.prepare(
+    {"train": ROWS}, tmp_path / "tfds", media_root=tmp_path, embed=True
+  )
+  data = video_qa.open_source(tmp_path / "tfds", "train").clip(3)
+  assert data == path.read_bytes()
+  clip = video.decode(data, lambda n, s: [0, 5])
+  assert clips.numbers(clip.frames) == [0, 5]
+
+
+def test_what_cannot_be_prepared_or_opened(folder, tmp_path):
+  with pytest.raises(errors.UserError, match="has no rows"):
+    video_qa.prepare({"train": []}, tmp_path)
+  with pytest.raises(errors.UserError, match="only with a media_root"):
+    video_qa.prepare({"train": ROWS}, tmp_path, embed=True)
+  with pytest.raises(video.VideoError, match="missing"):
+    video_qa.prepare(
+      {"train": ROWS}, tmp_path / "a", media_root=tmp_path, embed=True
+    )
+  with pytest.raises(errors.UserError, match="run prepare first"):
+    video_qa.open_source(tmp_path / "b", "train")
+  with pytest.raises(errors.UserError, match="there are test, train"):
+    video_qa.open_source(folder, "validation")
