@@ -11,7 +11,7 @@ _VERSION = re.search(
 ).group(1)
 _README = _ROOT / "README.md"
 
-# Newer JAX needs Python 3.12, and Flax up to 0.12.9 fails with it.
+# Newer JAX needs Python 3.12, and Flax up to 0.12.8 fails with it.
 _JAX = {
   'python_version < "3.12"': (">=0.10.2,<0.11", ">=0.12.8"),
   'python_version >= "3.12"': (">=0.11", ">=0.12.10"),

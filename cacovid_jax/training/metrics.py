@@ -27,7 +27,7 @@ class MetricsWriter:
     path = workdir / FILE
     if path.exists():
       _truncate(path, restored_step)
-    self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+    self._file = open(path, "a", encoding="utf-8")
     self._tensorboard = None
     if tensorboard:
       import tensorboardX  # Takes PyTorch along where there is one: seconds.
