@@ -62,7 +62,7 @@ def train(
   *,
   special_tokens=SPECIAL_TOKENS,
   image_size: int = 112,
-  num_image_tokens: int | None = None,
+  patch_size: int = 8,
   max_length: int = 32_768,
 ) -> tokenizers.Tokenizer:
   """Trains a tokenizer and writes its files into `directory`.
@@ -74,8 +74,8 @@ def train(
     directory: made if it does not exist.
     special_tokens: they get the last ids, in this order.
     image_size: S, pixels of a frame's side for the processor files.
-    num_image_tokens: tokens of one frame before pooling; None leaves the
-      processor's default.
+    patch_size: pixels of a patch's side; the processor derives the number of
+      video tokens from the (S / patch_size)² patches of a frame.
     max_length: most tokens of a prompt.
 
   Returns:
@@ -113,7 +113,7 @@ def train(
   os.makedirs(directory, exist_ok=True)
   tokenizer.save(os.path.join(directory, "tokenizer.json"))
   for name, content in _files(
-    tokenizer, special_tokens, image_size, num_image_tokens, max_length
+    tokenizer, special_tokens, image_size, patch_size, max_length
   ).items():
     with open(os.path.join(directory, name), "w", encoding="utf-8") as f:
       f.write(content)
@@ -126,7 +126,7 @@ def _without(text: str, special_tokens) -> str:
   return text
 
 
-def _files(tokenizer, special_tokens, image_size, num_image_tokens, max_length):
+def _files(tokenizer, special_tokens, image_size, patch_size, max_length):
   """Returns the text of every file beside tokenizer.json."""
   names = {
     "pad_token": "<|endoftext|>",
@@ -190,12 +190,10 @@ def _files(tokenizer, special_tokens, image_size, num_image_tokens, max_length):
   processor = {
     "image_token": "<image>",
     "video_token": "<video>",
-    "num_image_tokens": num_image_tokens,
+    "num_image_tokens": (image_size // patch_size) ** 2,
     "processor_class": "LlavaOnevisionProcessor",
     "vision_feature_select_strategy": "full",
   }
-  if num_image_tokens is None:
-    del processor["num_image_tokens"]
   entries = {
     "tokenizer_config.json": tokenizer_config,
     "special_tokens_map.json": standard,
