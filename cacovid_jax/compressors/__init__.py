@@ -4,6 +4,6 @@ A method is named `random`, with options `density_peaks?scope=video`, or lives
 in a user's own file: `path/to/file.py:attribute?option=value`.
 """
 
-from cacovid_jax.compressors.registry import get, names, parse
+from cacovid_jax.compressors.registry import get, names, oracles, parse
 
-__all__ = ["get", "names", "parse"]
+__all__ = ["get", "names", "oracles", "parse"]

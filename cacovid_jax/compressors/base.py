@@ -25,12 +25,14 @@ class Aux(NamedTuple):
   policy, with a freshly initialised one, and with the trained policy but
   another question. `attention` is float32[layers, N]: how much the prompt's
   last token attends to each video token, mean over heads, per decoder layer.
+  `decisive` is bool[N], True where a token decides the question (oracles).
   """
 
   scores: Any = None
   untrained_scores: Any = None
   other_scores: Any = None
   attention: jax.Array | None = None
+  decisive: jax.Array | None = None
 
 
 class Selection(NamedTuple):
@@ -54,7 +56,9 @@ class Selection(NamedTuple):
   assign: jax.Array
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+# Compared by identity: options may hold anything, and programs are cached
+# by compressor.
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Compressor:
   """A named compression rule.
 
@@ -66,6 +70,7 @@ class Compressor:
     stochastic: True if it draws from `rng` (then results are averaged over
       evaluation seeds).
     options: the options that were set, for the record.
+    oracle: True if it knows the answer's place; a bound, not a method.
   """
 
   name: str
@@ -73,6 +78,7 @@ class Compressor:
   needs: frozenset[str] = frozenset()
   stochastic: bool = False
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  oracle: bool = False
 
   @property
   def sees_question(self) -> bool:

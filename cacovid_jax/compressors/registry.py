@@ -17,6 +17,7 @@ from cacovid_jax.compressors import (
   density_peaks,
   divprune,
   last_query,
+  oracle,
   random,
   uniform,
 )
@@ -53,13 +54,24 @@ _COMPRESSORS = {
     ),
     base.Compressor(name="divprune", function=divprune.compress),
     base.Compressor(name="density_peaks", function=density_peaks.compress),
+    base.Compressor(
+      name="decisive_boxes",
+      function=oracle.decisive_boxes,
+      needs=frozenset(["decisive"]),
+      oracle=True,
+    ),
   ]
 }
 
 
 def names() -> tuple[str, ...]:
-  """Returns the names that `get` knows."""
-  return tuple(_COMPRESSORS)
+  """Returns the methods that `get` knows; oracles are not methods."""
+  return tuple(name for name, c in _COMPRESSORS.items() if not c.oracle)
+
+
+def oracles() -> tuple[str, ...]:
+  """Returns the rules that know where the answer lies; `get` builds them."""
+  return tuple(name for name, c in _COMPRESSORS.items() if c.oracle)
 
 
 def parse(spec: str) -> tuple[str, dict[str, Any]]:

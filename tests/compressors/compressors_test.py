@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cacovid_jax import compressors, errors
-from cacovid_jax.compressors import base, cacovid, uniform
+from cacovid_jax.compressors import base, cacovid, oracle, uniform
 from cacovid_jax.policy import selection
 
 GRID = (5, 2, 3)
@@ -412,3 +412,27 @@ def test_a_users_own_rule_from_a_file(tmp_path):
   path.write_text("import nonexistent_module")
   with pytest.raises(errors.UserError, match="ModuleNotFoundError"):
     compressors.get(f"{path}:loudest")
+
+
+@pytest.mark.parametrize("num_decisive", [0, 1, 4, 7, 20, 30])
+def test_decisive_boxes_takes_the_right_tokens_first(num_decisive):
+  decisive = np.zeros(NUM_VIDEO, bool)
+  order = np.random.default_rng(num_decisive).permutation(NUM_VIDEO)
+  decisive[order[:num_decisive]] = True
+  out = compressors.get("decisive_boxes").compress(
+    features_of(0), grid=GRID, num_keep=7, aux=base.Aux(decisive=decisive)
+  )
+  index = np.asarray(out.index)
+  assert len(set(index.tolist())) == 7
+  assert decisive[index].sum() == min(num_decisive, 7)
+
+
+def test_spread_is_even():
+  members = jnp.ones(30, bool)
+  taken = np.flatnonzero(oracle.spread(members, 30, 6))
+  np.testing.assert_array_equal(np.diff(taken), 5)
+
+
+def test_oracles_are_not_listed_as_methods():
+  assert "decisive_boxes" not in compressors.names()
+  assert compressors.oracles() == ("decisive_boxes",)

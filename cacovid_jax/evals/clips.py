@@ -1,0 +1,158 @@
+"""Clips as the model sees them: decoded, encoded once, kept while needed."""
+
+import collections
+import concurrent.futures
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from cacovid_jax import errors
+from cacovid_jax.compressors import base
+from cacovid_jax.data import frames as frames_lib
+from cacovid_jax.data import video
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Clip:
+  """One encoded clip, or the reason why there is none.
+
+  Attributes:
+    features: float[N, D]; zeros if the clip cannot be used.
+    frame_hash: sha256 of the decoded frames, "" if the clip cannot be used.
+    fault: why it cannot be used, else "".
+  """
+
+  features: np.ndarray
+  frame_hash: str
+  fault: str = ""
+
+
+class ClipSource:
+  """Reads clips below a media root and runs the vision tower over them.
+
+  Frames follow the evaluation rule: `num_frames` evenly spaced frames,
+  truncated positions, repeats where a clip has fewer. Two threads decode
+  ahead; a few clips stay in memory, so that questions about one clip which
+  follow each other encode it once.
+  """
+
+  def __init__(
+    self,
+    root: str,
+    model: Any,
+    params: Any,
+    preprocessing: frames_lib.Preprocessing,
+    *,
+    num_frames: int,
+    limits: video.Limits | None = None,
+    cache: Any = None,
+    cache_key: str = "",
+    keep: int = 64,
+  ):
+    """Starts nothing but the threads.
+
+    Args:
+      root: folder that the questions' video paths are relative to.
+      model: `LlavaOnevisionModel`.
+      params: its weights.
+      preprocessing: frames to pixels.
+      num_frames: T.
+      limits: caps on what is decoded.
+      cache: `data.feature_cache.FeatureCache`, or None.
+      cache_key: identity of the weights, part of the cache's keys.
+      keep: clips held in memory.
+    """
+    self.num_frames = num_frames
+    self.grid = model.grid(num_frames)
+    self._root, self._params = root, params
+    self._preprocessing, self._limits = preprocessing, limits
+    self._width = model.config.text.hidden_size
+    self._cache, self._cache_key = cache, cache_key
+    self._encode = jax.jit(model.encode_video)
+    self._keep = keep
+    self._clips: collections.OrderedDict[str, Clip] = collections.OrderedDict()
+    self._pool = concurrent.futures.ThreadPoolExecutor(2, "decode")
+    self._ahead: dict[str, concurrent.futures.Future] = {}
+
+  def frames(self, path: str) -> np.ndarray:
+    """Returns uint8[T, h, w, 3]; raises `VideoError` if it cannot."""
+    return video.decode(
+      video.safe_path(self._root, path),
+      lambda count, _: frames_lib.eval_linspace(count, self.num_frames),
+      limits=self._limits,
+    ).frames
+
+  def prefetch(self, paths: Iterable[str]) -> None:
+    """Starts to decode clips that will be asked for next."""
+    for path in dict.fromkeys(paths):
+      if path not in self._clips and path not in self._ahead:
+        self._ahead[path] = self._pool.submit(self._prepare, path)
+
+  def __getitem__(self, path: str) -> Clip:
+    if path in self._clips:
+      self._clips.move_to_end(path)
+      return self._clips[path]
+    self.prefetch([path])
+    prepared = self._ahead.pop(path).result()
+    clip = prepared if isinstance(prepared, Clip) else self._finish(*prepared)
+    self._clips[path] = clip
+    while len(self._clips) > self._keep:
+      self._clips.popitem(last=False)
+    return clip
+
+  def close(self) -> None:
+    self._pool.shutdown(cancel_futures=True)
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exc_info):
+    self.close()
+
+  @functools.cached_property
+  def _nothing(self) -> np.ndarray:
+    T, H, W = self.grid
+    return np.zeros([T * H * W, self._width], np.float32)
+
+  def _prepare(self, path: str):
+    """Returns a Clip if no tower run is needed, else what `_finish` takes."""
+    try:
+      frames = self.frames(path)
+    except video.VideoError as error:
+      # Without the path: results must not depend on where the data lies.
+      return Clip(self._nothing, "", error.reason.replace("_", " "))
+    digest = hashlib.sha256(str(frames.shape).encode())
+    digest.update(np.ascontiguousarray(frames).data)
+    frame_hash = digest.hexdigest()
+    key = self._key(frame_hash)
+    if self._cache is not None:
+      features = self._cache.get(key)
+      if features is not None:
+        return Clip(features, frame_hash)
+    return key, frame_hash, self._preprocessing(frames)
+
+  def _finish(self, key: str, frame_hash: str, pixels: np.ndarray) -> Clip:
+    features = np.asarray(self._encode(self._params, pixels))
+    base.check_finite(features, "features of the vision tower")
+    if self._cache is not None:
+      self._cache.put(key, features)
+    return Clip(features, frame_hash)
+
+  def _key(self, frame_hash: str) -> str:
+    """Names features by what they are made of: pixels and weights."""
+    parts = (frame_hash, self._cache_key, repr(self._preprocessing))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def require_frames(num_frames: int) -> int:
+  """Returns `num_frames` if it is a usable number of frames."""
+  if num_frames < 1:
+    raise errors.UserError(
+      f"num_frames={num_frames}: give at least one frame per clip"
+    )
+  return num_frames

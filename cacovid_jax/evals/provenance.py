@@ -1,0 +1,129 @@
+"""What a result was made with: code, packages, decoder, frames, host."""
+
+import hashlib
+import importlib.metadata
+import os
+import pathlib
+import platform
+import subprocess
+from collections.abc import Mapping
+from typing import Any
+
+import av
+import jax
+
+import cacovid_jax
+
+# Packages whose version can change a number in a table.
+_PACKAGES = (
+  "av",
+  "flax",
+  "jax",
+  "jaxlib",
+  "numpy",
+  "pillow",
+  "safetensors",
+  "tokenizers",
+)
+
+
+def describe(
+  *,
+  frame_hashes: Mapping[str, str],
+  checkpoint: Mapping[str, str],
+  policies: Mapping[str, str],
+  generator_hash: str | None = None,
+  settings: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+  """Returns the provenance section of results.json.
+
+  No paths, times or host names: the same run gives the same bytes.
+
+  Args:
+    frame_hashes: clip -> sha256 of its decoded frames.
+    checkpoint: identity of the base model, its "sha256".
+    policies: name -> digest of the parameters.
+    generator_hash: of the synthetic benchmark's generator, if it is one.
+    settings: of the evaluation.
+  """
+  return {
+    "checkpoint": checkpoint.get("sha256", ""),
+    "decoder": decoder(),
+    "frame_hash": combined(frame_hashes),
+    "generator_hash": generator_hash,
+    "git_commit": git_commit(),
+    "packages": packages(),
+    "policies": dict(policies),
+    "python": platform.python_version(),
+    "settings": dict(settings or {}),
+  }
+
+
+def host() -> dict[str, Any]:
+  """Returns facts of this machine, for timings.json."""
+  devices = jax.devices()
+  return {
+    "platform": platform.platform(),
+    "cpu_count": os.cpu_count(),
+    "device": devices[0].device_kind,
+    "num_devices": len(devices),
+    "backend": jax.default_backend(),
+  }
+
+
+def decoder() -> str:
+  """Returns the versions of PyAV and of the FFmpeg libraries it decodes with.
+
+  Frames of one file may differ between them in the last bit.
+  """
+  libraries = {
+    name: ".".join(map(str, version))
+    for name, version in sorted(av.library_versions.items())
+    if name in ("libavcodec", "libavformat", "libswscale")
+  }
+  parts = [f"{name} {version}" for name, version in libraries.items()]
+  return f"PyAV {av.__version__} ({', '.join(parts)})"
+
+
+def packages() -> dict[str, str]:
+  """Returns the installed versions of the packages that matter."""
+  found = {}
+  for name in _PACKAGES:
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      found[name] = "not installed"
+  return found
+
+
+def combined(hashes: Mapping[str, str]) -> str:
+  """Returns one sha256 of {name: hash}, whatever the order."""
+  digest = hashlib.sha256()
+  for name in sorted(hashes):
+    digest.update(f"{name}\0{hashes[name]}\n".encode())
+  return digest.hexdigest()
+
+
+def git_commit() -> str:
+  """Returns the commit of this code, "-dirty" if tracked files differ.
+
+  "unknown" for a copy outside its repository, such as an installed package
+  that lies inside somebody else's.
+  """
+  package = pathlib.Path(cacovid_jax.__file__).resolve().parent
+
+  def git(*arguments):
+    return subprocess.run(
+      ["git", "-C", str(package), *arguments],
+      capture_output=True,
+      text=True,
+      timeout=20,
+      check=True,
+    ).stdout.strip()
+
+  try:
+    if pathlib.Path(git("rev-parse", "--show-toplevel")) != package.parent:
+      return "unknown"
+    return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+  except (OSError, subprocess.SubprocessError):
+    return "unknown"

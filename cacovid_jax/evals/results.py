@@ -1,0 +1,312 @@
+"""Answers -> results.json: accuracies, intervals, differences, provenance.
+
+Everything in it follows from the answers; times and host facts go elsewhere,
+so that the same run gives the same bytes.
+"""
+
+import collections
+import dataclasses
+import json
+import math
+import os
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cacovid_jax import errors
+from cacovid_jax.data import questions as questions_lib
+from cacovid_jax.evals import ledger as ledger_lib
+from cacovid_jax.evals import runner, statistics
+
+SCHEMA = 1
+REFERENCE = "cacovid"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Table:
+  """Which answers of a ledger make up a table.
+
+  Attributes:
+    benchmark: name of the data set.
+    split: "validation" or "test".
+    questions: asked, in the order of the data set.
+    methods: rows.
+    ratios: columns.
+    seeds: evaluation seeds.
+    grid: (T, H, W).
+  """
+
+  benchmark: str
+  split: str
+  questions: Sequence[questions_lib.Question]
+  methods: Sequence[runner.Method]
+  ratios: Sequence[float]
+  seeds: Sequence[int]
+  grid: tuple[int, int, int]
+
+  @property
+  def num_video(self) -> int:
+    return math.prod(self.grid)
+
+  @property
+  def clips(self) -> list[str]:
+    return [question.video for question in self.questions]
+
+
+def build(
+  table: Table,
+  ledger: ledger_lib.Ledger,
+  *,
+  provenance: Mapping[str, Any],
+  chosen: Mapping[str, Any] | None = None,
+  decisive: Mapping[str, Sequence[int]] | None = None,
+  frame_ratio: float = 0.125,
+) -> dict[str, Any]:
+  """Returns results.json as a dict.
+
+  A paired entry's mean is the accuracy of `method` less that of `vs`.
+
+  Args:
+    table: what to tabulate; the ledger must hold all of it.
+    ledger: the answers.
+    provenance: see `provenance.describe`.
+    chosen: what was chosen on validation, and from which candidates.
+    decisive: question id -> tokens that decide it, for the frame head.
+    frame_ratio: share of frames that the frame head would draw in training.
+  """
+  vanilla = _values(table, ledger, runner.Cell(None, 1.0, 0))
+  methods, oracles, paired = {}, {}, []
+  values = {}
+  for method in table.methods:
+    row = {}
+    for ratio in table.ratios:
+      cell, mean = _cell(table, ledger, method, ratio, vanilla)
+      row[ratio_key(ratio)] = cell
+      values[method.label, ratio] = mean
+    (oracles if method.compressor.oracle else methods)[method.label] = row
+  labels = [method.label for method in table.methods]
+  for ratio in table.ratios:
+    for label in labels:
+      if label != REFERENCE and REFERENCE in labels:
+        reference = values[REFERENCE, ratio]
+        paired.append(
+          _paired(table, label, REFERENCE, ratio, values[label, ratio],
+                  reference)
+        )  # fmt: skip
+    if REFERENCE in labels:
+      paired.append(
+        _paired(table, REFERENCE, runner.VANILLA, ratio,
+                values[REFERENCE, ratio], vanilla)
+      )  # fmt: skip
+  estimate = statistics.accuracy(vanilla, table.clips)
+  out = {
+    "schema": SCHEMA,
+    "benchmark": table.benchmark,
+    "split": table.split,
+    "grid": list(table.grid),
+    "num_clips": len(set(table.clips)),
+    "vanilla": {
+      **_estimate(estimate),
+      "n": len(vanilla),
+      "kept_tokens": table.num_video,
+      "by_duration": _groups(table, vanilla, "duration"),
+      "by_category": _groups(table, vanilla, "category"),
+    },
+    "methods": methods,
+    "oracles": oracles,
+    "paired": paired,
+    "frame_head": _frame_head(table, ledger, decisive, frame_ratio),
+    "chosen": dict(chosen or {}),
+    "unreadable": _unreadable(table, ledger),
+    "seeds": list(table.seeds),
+    "provenance": dict(provenance),
+  }
+  return out
+
+
+def ratio_key(ratio: float) -> str:
+  """Returns the ratio as tables write it, with two decimals."""
+  return f"{ratio:.2f}"
+
+
+def check_ratios(ratios: Iterable[float]) -> tuple[float, ...]:
+  """Returns the ratios; refuses two that tables could not tell apart."""
+  ratios = tuple(ratios)
+  if not ratios:
+    raise errors.UserError("no retention ratio given; for example 0.25,0.1")
+  keys = collections.Counter(ratio_key(ratio) for ratio in ratios)
+  for key, count in keys.items():
+    if count > 1 or key == "0.00":
+      raise errors.UserError(
+        f"retention ratios {', '.join(map(str, ratios))}: {key} names"
+        f" {'none' if key == '0.00' else 'several'} of them; results.json"
+        " writes two decimals"
+      )
+  return ratios
+
+
+def frame_hashes(table: Table, ledger: ledger_lib.Ledger) -> dict[str, str]:
+  """Returns clip -> sha256 of the frames that were shown to the model."""
+  cell = runner.Cell(None, 1.0, 0)
+  found = {}
+  for question in table.questions:
+    digest = ledger[cell.key(question.id)].get("frame_hash")
+    if digest:
+      found[question.video] = digest
+  return found
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+  """Writes JSON with sorted keys, all or nothing."""
+  path = pathlib.Path(path)
+  partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+  text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False)
+  with open(partial, "w", encoding="utf-8") as f:
+    f.write(text + "\n")
+    f.flush()
+    os.fsync(f.fileno())
+  os.replace(partial, path)
+
+
+def _values(table, ledger, cell) -> np.ndarray:
+  """Returns float64[Q], the score of each question."""
+  return np.array(
+    [ledger[cell.key(question.id)]["score"] for question in table.questions]
+  )
+
+
+def _cell(table, ledger, method, ratio, vanilla):
+  """Returns (the cell of results.json, float64[Q] mean over seeds)."""
+  cells = [
+    cell
+    for cell in runner.cells([method], [ratio], table.seeds)
+    if cell.method is not None
+  ]
+  per_seed = [_values(table, ledger, cell) for cell in cells]
+  mean = np.mean(per_seed, axis=0)
+  kept = [
+    ledger[cell.key(question.id)]["kept"]
+    for cell in cells
+    for question in table.questions
+  ]
+  kept = float(np.mean(kept))
+  share = statistics.ratio_of_means(mean, vanilla, table.clips)
+  out = {
+    **_estimate(statistics.accuracy(mean, table.clips)),
+    "n": len(mean),
+    "kept_tokens": _number(kept),
+    # Methods before the LLM: every layer sees the same tokens.
+    "equivalent_ratio": _number(kept / table.num_video),
+    "of_vanilla": None if share is None else _number(share.mean),
+    "of_vanilla_ci95": share and [_number(share.low), _number(share.high)],
+    "by_duration": _groups(table, mean, "duration"),
+    "by_category": _groups(table, mean, "category"),
+    "status": "ok",
+  }
+  if method.compressor.options:
+    out["options"] = dict(method.compressor.options)
+  if len(per_seed) > 1:
+    out["by_seed"] = {
+      str(cell.seed): _number(values.mean())
+      for cell, values in zip(cells, per_seed, strict=True)
+    }
+  return out, mean
+
+
+def _estimate(estimate: statistics.Estimate) -> dict[str, Any]:
+  return {
+    "accuracy": _number(estimate.mean),
+    "ci95": [_number(estimate.low), _number(estimate.high)],
+  }
+
+
+def _paired(table, label, versus, ratio, values, reference):
+  difference = statistics.paired_difference(values, reference, table.clips)
+  return {
+    "method": label,
+    "vs": versus,
+    "ratio": ratio_key(ratio),
+    "mean": _number(difference.mean),
+    "ci95": [_number(difference.low), _number(difference.high)],
+  }
+
+
+def _groups(table, values, field) -> dict[str, dict[str, Any]]:
+  """Returns {group: accuracy and n} over a field of the questions."""
+  groups = collections.defaultdict(list)
+  for question, value in zip(table.questions, values, strict=True):
+    name = getattr(question, field)
+    if name:
+      groups[name].append(value)
+  return {
+    name: {"accuracy": _number(np.mean(group)), "n": len(group)}
+    for name, group in sorted(groups.items())
+  }
+
+
+def _frame_head(table, ledger, decisive, frame_ratio):
+  """Returns how often the best frames hold a decisive one, against chance.
+
+  None where no policy was followed or no decisive tokens are known.
+  """
+  method = next(
+    (
+      m
+      for m in table.methods
+      if "scores" in m.needs and m.label.partition("?")[0] == REFERENCE
+    ),
+    None,
+  )
+  if method is None or not decisive:
+    return None
+  T, H, W = table.grid
+  drawn = math.ceil(frame_ratio * T)
+  cell = runner.Cell(method, table.ratios[0], 0)
+  hits, chances, clips = [], [], []
+  for question in table.questions:
+    order = ledger[cell.key(question.id)].get("frames")
+    tokens = decisive.get(question.id)
+    if order is None or not tokens:
+      continue
+    frames = {token // (H * W) for token in tokens}
+    hits.append(bool(frames & set(order[:drawn])))
+    chances.append(statistics.overlap_by_chance(T, len(frames), drawn))
+    clips.append(question.video)
+  if not hits:
+    return None
+  hit = statistics.accuracy(hits, clips)
+  above = statistics.paired_difference(hits, chances, clips)
+  return {
+    "method": method.label,
+    "frames": drawn,
+    "of": T,
+    "n": len(hits),
+    "hit": _number(hit.mean),
+    "ci95": [_number(hit.low), _number(hit.high)],
+    "chance": _number(np.mean(chances)),
+    "above_chance": _number(above.mean),
+    "above_chance_ci95": [_number(above.low), _number(above.high)],
+  }
+
+
+def _unreadable(table, ledger) -> list[dict[str, Any]]:
+  """Returns the clips that could not be used; their questions count as 0."""
+  cell = runner.Cell(None, 1.0, 0)
+  found = {}
+  for question in table.questions:
+    fault = ledger[cell.key(question.id)].get("fault")
+    if fault:
+      entry = found.setdefault(
+        question.video,
+        {"video": question.video, "reason": fault, "questions": 0},
+      )
+      entry["questions"] += 1
+  return [found[name] for name in sorted(found)]
+
+
+def _number(value) -> float | int:
+  """Returns a number with six decimals; a whole one as an int."""
+  value = round(float(value), 6)
+  return int(value) if value.is_integer() and abs(value) > 1 else value

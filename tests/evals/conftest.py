@@ -1,0 +1,20 @@
+"""A tiny checkpoint and benchmark that the tests of this folder share."""
+
+import pytest
+
+from tests.evals import tiny
+
+
+@pytest.fixture(scope="session")
+def checkpoint_dir(tmp_path_factory):
+  return tiny.write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+  return tiny.write_data(tmp_path_factory.mktemp("blocks"))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(checkpoint_dir):
+  return tiny.load_checkpoint(checkpoint_dir)

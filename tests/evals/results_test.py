@@ -1,0 +1,144 @@
+"""results.json of answers that are written down by hand."""
+
+import json
+
+import numpy as np
+import pytest
+
+from cacovid_jax import errors
+from cacovid_jax.data import questions as questions_lib
+from cacovid_jax.evals import ledger, results, runner
+
+GRID = (4, 2, 2)
+
+
+def question(number, **fields):
+  return questions_lib.Question(
+    id=f"q{number}",
+    video=f"v{number // 2}.mp4",
+    question="?",
+    options=("x", "y"),
+    answer="A",
+    duration=("short", "long")[number % 2],
+    category="colour" if number < 2 else None,
+    **fields,
+  )
+
+
+QUESTIONS = [question(i) for i in range(4)]
+METHODS = [runner.Method.parse(n) for n in ("cacovid", "random", "uniform")]
+
+
+@pytest.fixture
+def answers(tmp_path):
+  """Vanilla 4/4, cacovid 3/4, random 1/4 and 2/4, uniform 0/4."""
+  scores = {
+    ("vanilla", 1.0, 0): [1, 1, 1, 1],
+    ("cacovid", 0.25, 0): [1, 1, 1, 0],
+    ("random", 0.25, 0): [1, 0, 0, 0],
+    ("random", 0.25, 1): [1, 1, 0, 0],
+    ("uniform", 0.25, 0): [0, 0, 0, 0],
+  }
+  out = ledger.Ledger(tmp_path / "answers.jsonl", {})
+  for (label, ratio, seed), values in scores.items():
+    for q, value in zip(QUESTIONS, values, strict=True):
+      fields = {
+        "score": float(value),
+        "kept": 16 if label == "vanilla" else 4,
+        # The best frame is the question's own number.
+        "frames": [int(q.id[1:]), 0, 1, 2],
+      }
+      out.add([(ledger.Key(label, ratio, seed, q.id), fields)])
+  return out
+
+
+def built(answers, methods=METHODS, **options):
+  table = results.Table(
+    "toy", "test", QUESTIONS, methods, (0.25,), (0, 1), GRID
+  )
+  return results.build(table, answers, provenance={"decoder": "d"}, **options)
+
+
+def test_schema(answers):
+  out = built(answers)
+  assert out["schema"] == 1
+  assert (out["benchmark"], out["split"]) == ("toy", "test")
+  assert (out["vanilla"]["accuracy"], out["vanilla"]["n"]) == (1.0, 4)
+  assert list(out["methods"]) == ["cacovid", "random", "uniform"]
+  cell = out["methods"]["cacovid"]["0.25"]
+  assert cell["accuracy"] == 0.75
+  assert cell["status"] == "ok"
+  assert cell["kept_tokens"] == 4
+  assert cell["equivalent_ratio"] == 0.25
+  assert cell["of_vanilla"] == 0.75
+  assert cell["by_duration"] == {
+    "long": {"accuracy": 0.5, "n": 2},
+    "short": {"accuracy": 1.0, "n": 2},
+  }
+  assert cell["by_category"] == {"colour": {"accuracy": 1.0, "n": 2}}
+  assert cell["ci95"][0] <= 0.75 <= cell["ci95"][1]
+  assert out["seeds"] == [0, 1]
+  assert out["provenance"] == {"decoder": "d"}
+  json.dumps(out, allow_nan=False)
+
+
+def test_seeds_are_averaged_and_shown(answers):
+  cell = built(answers)["methods"]["random"]["0.25"]
+  assert cell["accuracy"] == 0.375
+  assert cell["by_seed"] == {"0": 0.25, "1": 0.5}
+
+
+def test_paired_differences_name_both_sides(answers):
+  paired = {
+    (entry["method"], entry["vs"]): entry for entry in built(answers)["paired"]
+  }
+  assert paired["random", "cacovid"]["mean"] == -0.375
+  assert paired["uniform", "cacovid"]["mean"] == -0.75
+  assert paired["cacovid", "vanilla"]["mean"] == -0.25
+  assert all(entry["ratio"] == "0.25" for entry in paired.values())
+  low, high = paired["uniform", "cacovid"]["ci95"]
+  assert low <= -0.75 <= high < 0
+
+
+def test_frame_head_against_chance(answers):
+  # One frame of four is drawn: q0 and q1 hit their frame, q2 does not (its
+  # best frame is 2, the token lies in frame 3), q3 is not known.
+  decisive = {"q0": [0, 1], "q1": [4, 15], "q2": [12]}
+  head = built(answers, decisive=decisive)["frame_head"]
+  assert (head["frames"], head["of"], head["n"]) == (1, 4, 3)
+  np.testing.assert_allclose(head["hit"], 2 / 3, atol=1e-6)
+  np.testing.assert_allclose(head["chance"], (1 + 2 + 1) / 4 / 3, atol=1e-6)
+  assert built(answers)["frame_head"] is None
+
+
+def test_oracles_are_not_methods(answers, tmp_path):
+  methods = [*METHODS, runner.Method.parse("decisive_boxes")]
+  for q in QUESTIONS:
+    key = ledger.Key("decisive_boxes", 0.25, 0, q.id)
+    answers.add([(key, {"score": 1.0, "kept": 4})])
+  out = built(answers, methods)
+  assert list(out["oracles"]) == ["decisive_boxes"]
+  assert "decisive_boxes" not in out["methods"]
+
+
+def test_the_same_answers_give_the_same_bytes(answers, tmp_path):
+  for name in ("a.json", "b.json"):
+    results.write_json(tmp_path / name, built(answers))
+  assert (tmp_path / "a.json").read_bytes() == (
+    tmp_path / "b.json"
+  ).read_bytes()
+  assert sorted(path.name for path in tmp_path.glob("*.json")) == [
+    "a.json",
+    "b.json",
+  ]
+
+
+@pytest.mark.parametrize("ratios", [(0.101, 0.104), (0.001,), ()])
+def test_ratios_must_differ_in_two_decimals(ratios):
+  with pytest.raises(errors.UserError):
+    results.check_ratios(ratios)
+
+
+def test_ratios_are_written_with_two_decimals():
+  assert results.check_ratios([0.25, 0.1]) == (0.25, 0.1)
+  assert results.ratio_key(0.1) == "0.10"

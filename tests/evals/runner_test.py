@@ -1,0 +1,412 @@
+"""The evaluation's runner on a tiny random model and real mp4 files."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cacovid_jax import compressors, errors
+from cacovid_jax.compressors import base
+from cacovid_jax.data import frames
+from cacovid_jax.data import questions as questions_lib
+from cacovid_jax.evals import (
+  benchmarks,
+  clips,
+  ledger,
+  provenance,
+  results,
+  runner,
+)
+from cacovid_jax.models import generation
+from cacovid_jax.policy import network
+from tests.evals import tiny
+
+RATIOS = (0.25, 0.1)
+SETTINGS = runner.Settings(num_frames=4, batch_size=4, max_new_tokens=3)
+
+
+def policy_of(checkpoint, seed=1):
+  module = network.Policy.from_llm_config(
+    checkpoint.model.config.text, num_halvings=2
+  )
+  params = module.init_from_llm(jax.random.key(seed), checkpoint.params)
+  return runner.Policy(module, params, f"seed {seed}")
+
+
+@pytest.fixture(scope="module")
+def make(checkpoint, checkpoint_dir, data_dir):
+  """Returns a function that makes an evaluator of the test split."""
+  pixels = frames.Preprocessing.from_directory(checkpoint_dir)
+  policy = policy_of(checkpoint)
+
+  def make(root=data_dir, **changes):
+    benchmark = benchmarks.load(root, "test")
+    source = clips.ClipSource(
+      root, checkpoint.model, checkpoint.params, pixels, num_frames=4
+    )
+    changes = {"policies": {"policy": policy}} | changes
+    return benchmark, runner.Evaluator(
+      checkpoint,
+      source,
+      benchmark.questions,
+      SETTINGS,
+      decisive=benchmark.decisive,
+      **changes,
+    )
+
+  return make
+
+
+@pytest.fixture(scope="module")
+def shared(make):
+  return make()
+
+
+def methods_of(*names):
+  return [runner.Method.parse(name) for name in names]
+
+
+EVERY = (*compressors.names(), "decisive_boxes")
+
+
+def tabulate(benchmark, evaluator, answers, methods, seeds=(0, 1)):
+  table = results.Table(
+    benchmark.name,
+    benchmark.split,
+    benchmark.questions,
+    methods,
+    RATIOS,
+    seeds,
+    evaluator.grid,
+  )
+  described = provenance.describe(
+    frame_hashes=results.frame_hashes(table, answers),
+    checkpoint={"sha256": "0"},
+    policies={"policy": "1"},
+    generator_hash=benchmark.generator_hash,
+  )
+  return results.build(
+    table, answers, provenance=described, decisive=benchmark.decisive
+  )
+
+
+@pytest.fixture(scope="module")
+def whole(shared, tmp_path_factory):
+  """Returns the ledger of an evaluation with every method."""
+  benchmark, evaluator = shared
+  path = tmp_path_factory.mktemp("whole") / "answers.jsonl"
+  answers = ledger.Ledger(path, evaluator.identity())
+  cells = runner.cells(methods_of(*EVERY), RATIOS, (0, 1))
+  evaluator.run(benchmark.questions, cells, answers)
+  return path
+
+
+def reopened(path, evaluator):
+  return ledger.Ledger(path, evaluator.identity())
+
+
+def test_every_question_is_answered_by_every_method(shared, whole):
+  benchmark, evaluator = shared
+  answers = reopened(whole, evaluator)
+  # Vanilla, six methods without and three with seeds, at two ratios.
+  assert len(answers) == len(benchmark.questions) * (1 + 2 * (6 + 2 * 3))
+  for cell in runner.cells(methods_of(*EVERY), RATIOS, (0, 1)):
+    for question in benchmark.questions:
+      record = answers[cell.key(question.id)]
+      expected = 64 if cell.method is None else {0.25: 16, 0.1: 6}[cell.ratio]
+      assert record["kept"] == expected
+
+
+def test_one_answering_program_per_ratio(shared, whole):
+  del whole  # It has run.
+  programs = shared[1]._programs
+  assert programs.answer._cache_size() == len(RATIOS)
+  assert programs.vanilla._cache_size() == 1
+  assert programs.embed._cache_size() == 1
+  assert programs.scores._cache_size() == 1  # Shared by all three policies.
+
+
+def test_a_stopped_evaluation_goes_on_to_the_same_bytes(
+  make, whole, tmp_path, shared
+):
+  lines = whole.read_bytes().splitlines(keepends=True)
+  benchmark, evaluator = shared
+  path = tmp_path / "answers.jsonl"
+  # Killed within the second batch, in the middle of a line.
+  path.write_bytes(b"".join(lines[:-3]) + lines[-3][:20])
+  answers = reopened(path, evaluator)
+  methods = methods_of(*EVERY)
+  cells = runner.cells(methods, RATIOS, (0, 1))
+  evaluator.run(benchmark.questions, cells, answers)
+  assert path.read_bytes() == whole.read_bytes()
+  again = tabulate(benchmark, evaluator, answers, methods)
+  first = tabulate(benchmark, evaluator, reopened(whole, evaluator), methods)
+  assert json.dumps(again) == json.dumps(first)
+
+
+def test_a_complete_evaluation_computes_nothing(shared, whole):
+  benchmark, evaluator = shared
+  before = dict(evaluator.seconds)
+  cells = runner.cells(methods_of("random"), RATIOS, (0,))
+  evaluator.run(benchmark.questions, cells, reopened(whole, evaluator))
+  assert dict(evaluator.seconds) == before
+
+
+def test_answers_of_another_run_are_refused(shared, whole):
+  _, evaluator = shared
+  identity = evaluator.identity() | {"checkpoint": "another"}
+  with pytest.raises(errors.UserError, match="differs in checkpoint"):
+    ledger.Ledger(whole, identity)
+
+
+def test_a_damaged_line_is_named(shared, whole, tmp_path):
+  lines = whole.read_text().splitlines(keepends=True)
+  path = tmp_path / "answers.jsonl"
+  path.write_text("".join([*lines[:2], '{"half": \n', *lines[2:]]))
+  with pytest.raises(errors.UserError, match="line 3 is damaged"):
+    reopened(path, shared[1])
+
+
+@pytest.mark.parametrize("name", ["uniform", "cacovid", "last_query"])
+def test_answers_equal_those_of_one_question_alone(
+  name, shared, whole, checkpoint
+):
+  benchmark, evaluator = shared
+  model, params = checkpoint.model, checkpoint.params
+  answers = reopened(whole, evaluator)
+  policy = evaluator.policies["policy"]
+  for question in benchmark.questions[::2]:
+    prompt = checkpoint.tokenizer.encode_prompt(question.prompt, 64)
+    features = jnp.asarray(evaluator.source[question.video].features)
+    x = model.embed_prompt(
+      params, jnp.asarray(prompt.ids), features, prompt.video_start
+    )
+    positions = jnp.arange(prompt.length)[None]
+    video = prompt.video_start + jnp.arange(64)
+    _, out = model.forward(
+      params, x[None], positions[None], want_attention=True
+    )
+    aux = base.Aux(
+      scores=policy.module.apply(
+        {"params": policy.params}, x, positions, video, tiny.GRID
+      ),
+      attention=out["last_query_attention"][:, 0, video],
+    )
+    index = (
+      compressors.get(name)
+      .compress(features, grid=tiny.GRID, num_keep=6, aux=aux, ratio=0.1)
+      .index
+    )
+    dropped = set(range(64)) - set(np.asarray(index).tolist())
+    rows = np.array(
+      [i for i in range(prompt.length) if i - prompt.video_start not in dropped]
+    )
+    ids = generation.greedy(
+      model,
+      params,
+      x[rows][None],
+      jnp.asarray(rows)[None, None],
+      jnp.array([len(rows)]),
+      jnp.array([prompt.length]),
+      max_new_tokens=3,
+      eos_ids=checkpoint.eos_ids,
+      pad_id=checkpoint.pad_id,
+    )
+    text = checkpoint.tokenizer.decode(ids[0]).strip()
+    key = ledger.Key(name, 0.1, 0, question.id)
+    assert answers[key]["text"] == text
+
+
+def test_keeping_everything_answers_like_vanilla(shared, tmp_path):
+  benchmark, evaluator = shared
+  answers = ledger.Ledger(tmp_path / "a.jsonl", evaluator.identity())
+  cells = runner.cells(methods_of("uniform"), (1.0,), (0,))
+  evaluator.run(benchmark.questions, cells, answers)
+  for question in benchmark.questions:
+    texts = [answers[cell.key(question.id)]["text"] for cell in cells]
+    assert texts[0] == texts[1]
+
+
+def test_merged_rows_reach_the_model(shared, tmp_path, checkpoint):
+  """A method that changes the rows it keeps is answered from those rows."""
+  benchmark, evaluator = shared
+
+  def zeros(features, *, grid, num_keep, text=None, aux=None, rng=None):
+    selection = base.take(features, jnp.arange(num_keep))
+    # Half of the budget: the rest is padding, as the interface has it.
+    valid = jnp.arange(num_keep) < num_keep // 2
+    return selection._replace(
+      features=jnp.zeros_like(selection.features),
+      index=jnp.where(valid, selection.index, features.shape[0]),
+      mask=valid,
+    )
+
+  def first(features, *, grid, num_keep, text=None, aux=None, rng=None):
+    return base.take(features, jnp.arange(num_keep))
+
+  batch, _ = evaluator._load(list(benchmark.questions[:4]))
+  ids = {}
+  for function in (zeros, first):
+    compressor = base.Compressor(name="own", function=function)
+    program = evaluator._programs.select(compressor, 0.25)
+    selection = program(batch.features, base.Aux(), None)
+    ids[function] = evaluator._programs.answer(
+      checkpoint.params, batch, selection
+    )
+  half = evaluator._programs.select(
+    base.Compressor(name="own", function=first), 0.125
+  )(batch.features * 0, base.Aux(), None)
+  expected = evaluator._programs.answer(checkpoint.params, batch, half)
+  np.testing.assert_array_equal(ids[zeros], expected)
+  assert not np.array_equal(ids[zeros], ids[first])
+
+
+def test_bad_clips_count_as_wrong_and_are_listed(make, data_dir, tmp_path):
+  root = tmp_path / "blocks"
+  shutil.copytree(data_dir, root)
+  found = sorted((root / "videos").glob("test*.mp4"))
+  found[0].unlink()
+  found[1].write_bytes(b"not a video")
+  benchmark, evaluator = make(str(root))
+  answers = ledger.Ledger(tmp_path / "a.jsonl", evaluator.identity())
+  methods = methods_of("random", "cacovid")
+  evaluator.run(
+    benchmark.questions, runner.cells(methods, RATIOS, (0,)), answers
+  )
+  table = tabulate(benchmark, evaluator, answers, methods, seeds=(0,))
+  assert table["vanilla"]["n"] == len(benchmark.questions)
+  assert [entry["reason"] for entry in table["unreadable"]] == [
+    "missing",
+    "unreadable",
+  ]
+  assert all(entry["questions"] == 2 for entry in table["unreadable"])
+  bad = [q for q in benchmark.questions if q.video.endswith(found[0].name)]
+  for question in bad:
+    record = answers[ledger.Key("random", 0.1, 0, question.id)]
+    assert record["score"] == 0 and record["text"] == ""
+  assert str(tmp_path) not in json.dumps(table)
+
+
+def test_other_question_is_about_another_clip(shared):
+  benchmark, evaluator = shared
+  by_id = {question.id: question for question in benchmark.questions}
+  drawn = {}
+  for question in benchmark.questions:
+    for seed in range(4):
+      other = by_id[runner.other_question(question, evaluator.pool, seed)]
+      assert other.video != question.video
+      assert other.prompt != question.prompt
+      drawn[question.id, seed] = other.id
+  assert len(set(drawn.values())) > 2
+  alone = [q for q in benchmark.questions if "test0" in q.id]
+  with pytest.raises(errors.UserError, match="two clips"):
+    runner.other_question(alone[0], alone, 0)
+
+
+def test_seeds_are_reproducible_and_differ(shared, whole):
+  answers = reopened(whole, shared[1])
+  texts = {
+    seed: [
+      answers[ledger.Key("random", 0.1, seed, question.id)]["text"]
+      for question in shared[0].questions
+    ]
+    for seed in (0, 1)
+  }
+  assert texts[0] != texts[1]
+
+
+def test_trace_agrees_with_the_table(shared, whole):
+  benchmark, evaluator = shared
+  answers = reopened(whole, evaluator)
+  method = methods_of("cacovid")[0]
+  for question in benchmark.questions[:2]:
+    trace = evaluator.trace(question, method, 0.1)
+    record = answers[ledger.Key("cacovid", 0.1, 0, question.id)]
+    assert trace.text == record["text"]
+    assert trace.index.shape == (6,)
+    assert trace.token_gap.shape == (64,)
+    order = np.argsort(-trace.frame_gap, kind="stable")
+    assert order.tolist() == record["frames"]
+
+
+def test_policies_by_name(make, checkpoint, tmp_path):
+  policies = {
+    "ours": policy_of(checkpoint, 1),
+    "paper": policy_of(checkpoint, 2),
+  }
+  benchmark, evaluator = make(policies=policies)
+  method = runner.Method.parse("cacovid?policy=paper&importance_ratio=1.0")
+  trace = evaluator.trace(benchmark.questions[0], method, 0.25)
+  other = make(policies={"only": policies["paper"]})[1].trace(
+    benchmark.questions[0],
+    runner.Method.parse("cacovid?importance_ratio=1.0"),
+    0.25,
+  )
+  np.testing.assert_array_equal(trace.index, other.index)
+  with pytest.raises(errors.UserError, match="no policy 'theirs'"):
+    evaluator.trace(
+      benchmark.questions[0], runner.Method.parse("cacovid?policy=theirs"), 0.1
+    )
+
+
+def test_a_policy_that_gives_nan_is_refused(make, checkpoint, tmp_path):
+  policy = policy_of(checkpoint)
+  params = jax.tree.map(lambda p: p * jnp.nan, policy.params)
+  broken = dataclasses.replace(policy, params=params)
+  benchmark, evaluator = make(policies={"policy": broken})
+  answers = ledger.Ledger(tmp_path / "a.jsonl", evaluator.identity())
+  cells = runner.cells(methods_of("cacovid"), (0.25,), (0,))
+  with pytest.raises(errors.UserError, match="NaN"):
+    evaluator.run(benchmark.questions, cells, answers)
+
+
+def test_mistakes_are_one_line_before_anything_runs(make, tmp_path):
+  benchmark, evaluator = make(policies={})
+  answers = ledger.Ledger(tmp_path / "a.jsonl", evaluator.identity())
+
+  def run(name, ratio):
+    cells = runner.cells(methods_of(name), (ratio,), (0,))
+    evaluator.run(benchmark.questions, cells, answers)
+
+  with pytest.raises(errors.UserError, match="needs a trained policy"):
+    run("cacovid", 0.1)
+  with pytest.raises(errors.UserError, match="keeps no token"):
+    run("random", 0.01)
+  with pytest.raises(errors.UserError, match="outside"):
+    run("random", 1.2)
+  assert not evaluator.seconds
+
+
+@pytest.mark.parametrize(
+  "change,match",
+  [
+    ({"split": "train"}, "unknown split"),
+    ({"directory": "nowhere"}, "no data in nowhere"),
+  ],
+)
+def test_missing_data_is_one_line(change, match, data_dir):
+  arguments = {"directory": data_dir, "split": "test"} | change
+  with pytest.raises(errors.UserError, match=match):
+    benchmarks.load(**arguments)
+
+
+def test_questions_of_one_clip_are_asked_together(shared):
+  questions = list(shared[0].questions)
+  mixed = questions[::2] + questions[1::2]
+  videos = [question.video for question in runner.by_clip(mixed)]
+  assert videos == sorted(videos, key=[q.video for q in mixed].index)
+  assert questions_lib.question_hash("a") != questions_lib.question_hash("b")
+
+
+def test_decisive_tokens_are_read(shared):
+  benchmark, _ = shared
+  assert benchmark.name == "blocks"
+  assert benchmark.generator_hash == "0123abcd"
+  assert set(benchmark.decisive) == {q.id for q in benchmark.questions}
+  path = pathlib.Path(benchmark.root) / "decisive.jsonl"
+  assert path.is_file()

@@ -1,0 +1,125 @@
+"""A tiny checkpoint, mp4 clips and questions on disk, for evaluation tests."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+
+import av
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+
+from cacovid_jax.data import tokenizer_training
+from cacovid_jax.models import checkpoints, llava_onevision, siglip
+from cacovid_jax.policy import modules, network
+
+FRAMES = 4
+GRID = (4, 4, 4)
+NUM_VIDEO = 64
+COLOURS = ("red", "green", "blue", "grey")
+
+
+def write_checkpoint(directory: pathlib.Path) -> str:
+  """Writes a random LLaVA-OneVision of 3 layers; returns its directory."""
+  texts = ["What colour is it? A. red B. green C. blue D. grey"] * 3
+  tokenizer_training.train(texts, 300, directory, image_size=28)
+  tokenizer = checkpoints._tokenizer(directory)
+  base = llava_onevision.LlavaOnevisionConfig.tiny()
+  config = dataclasses.replace(
+    base,
+    vision=dataclasses.replace(siglip.SiglipConfig.tiny(), image_size=28),
+    text=dataclasses.replace(base.text, vocab_size=tokenizer.vocab_size),
+    image_token_id=tokenizer.token_id("<image>"),
+    video_token_id=tokenizer.video_id,
+  )
+  params = llava_onevision.LlavaOnevisionModel(config).init(jax.random.key(0))
+  checkpoints.save(
+    directory,
+    config,
+    params,
+    eos_ids=tokenizer.eos_ids,
+    pad_id=tokenizer.pad_id,
+  )
+  return str(directory)
+
+
+def write_policy(directory: pathlib.Path, checkpoint, seed=1) -> str:
+  """Writes a policy as training exports it; returns the file's path."""
+  llm = checkpoint.model.config.text
+  policy = network.Policy.from_llm_config(llm, num_halvings=2)
+  params = policy.init_from_llm(jax.random.key(seed), checkpoint.params)
+  directory.mkdir(exist_ok=True)
+  path = directory / "policy.safetensors"
+  modules.save(path, policy, params)
+  return str(path)
+
+
+def write_clip(path: pathlib.Path, seed: int, num_frames: int = 8) -> None:
+  """Writes an H.264 clip of coloured noise blocks."""
+  rng = np.random.default_rng(seed)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with av.open(str(path), "w") as container:
+    stream = container.add_stream("libx264", rate=8)
+    stream.width = stream.height = 32
+    stream.pix_fmt = "yuv420p"
+    for _ in range(num_frames):
+      blocks = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+      image = np.kron(blocks, np.ones((8, 8, 1), np.uint8))
+      frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+      container.mux(stream.encode(frame))
+    container.mux(stream.encode())
+
+
+def write_data(directory: pathlib.Path, *, num_clips=3, per_clip=2) -> str:
+  """Writes clips, test and validation questions; returns the directory."""
+  decisive = []
+  for split in ("validation", "test"):
+    rows = []
+    for clip in range(num_clips):
+      name = f"{split}{clip}"
+      write_clip(directory / "videos" / f"{name}.mp4", seed=hash_of(name))
+      for number in range(per_clip):
+        identity = f"{name}-{number}"
+        rng = np.random.default_rng(hash_of(identity))
+        options = list(rng.permutation(COLOURS))
+        rows.append(
+          {
+            "video_id": name,
+            "videoID": name,
+            "duration": ("short", "medium", "long")[clip % 3],
+            "domain": "Synthetic",
+            "sub_category": "Blocks",
+            "url": "",
+            "question_id": identity,
+            "task_type": ("Colour", "Order")[number % 2],
+            "question": f"What colour is <b>block</b> {number}?",
+            "options": [
+              f"{letter}. {option}"
+              for letter, option in zip("ABCD", options, strict=True)
+            ],
+            "answer": "ABCD"[int(rng.integers(4))],
+          }
+        )
+        tokens = rng.permutation(NUM_VIDEO)[:3]
+        decisive.append(
+          {"question_id": identity, "tokens": sorted(int(i) for i in tokens)}
+        )
+    table = pa.Table.from_pylist(rows)
+    pyarrow.parquet.write_table(table, directory / f"{split}.parquet")
+  lines = "".join(json.dumps(row) + "\n" for row in decisive)
+  (directory / "decisive.jsonl").write_text(lines)
+  (directory / "manifest.json").write_text(
+    json.dumps({"name": "blocks", "generator_hash": "0123abcd"})
+  )
+  return str(directory)
+
+
+def hash_of(text: str) -> int:
+  return int.from_bytes(text.encode()[-6:], "little")
+
+
+@functools.lru_cache(maxsize=1)
+def load_checkpoint(directory: str):
+  return checkpoints.load(directory)
