@@ -24,6 +24,13 @@ from cacovid_jax.data import frames as frames_lib
 # Playlists, image sequences and network formats stay out: a playlist renamed
 # .mp4 would otherwise open other files.
 _DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg"
+# PyAV 19 always replaces bytes of tags that are no text; before, it must be
+# asked to.
+_OPEN_OPTIONS = (
+  {"metadata_errors": "replace"}
+  if int(av.__version__.split(".")[0]) < 19
+  else {}
+)
 _URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.,\-]*:")
 
 
@@ -247,7 +254,7 @@ class _Reader:
           "format_whitelist": _DEMUXERS,
         },
         timeout=self._left(),
-        metadata_errors="replace",
+        **_OPEN_OPTIONS,
       )
     except (av.error.FFmpegError, OSError, ValueError) as error:
       self._tick()
