@@ -9,8 +9,10 @@ model learn is the sum of four losses (weights in the config):
             decisive ones; its gradient stops before the tower, or the tower
             would learn to copy every object into all tokens of its frame;
   told      answers about a scene told in words: binds options to letters;
-  labels    the object on each video token, read by a linear head that is
-            thrown away (foreground and background averaged apart).
+  labels    the object on each video token, and the token's row and column,
+            read by a linear head that is thrown away (foreground and
+            background averaged apart). Without row and column, pooled tokens
+            tell nothing of place, and "where" stays at guessing.
 
 Frames are drawn on the accelerator, so every step sees fresh clips.
 
@@ -25,7 +27,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tokenizers
 
+from cacovid_jax import errors
 from cacovid_jax.data.synthetic import packing, render, world
 
 _ATTRIBUTES = (
@@ -100,8 +104,9 @@ class LabelHead(nn.Module):
 
   @nn.compact
   def __call__(self, features):
-    """Returns float32[..., 21]: objectness, color, pattern, shape logits."""
-    head = nn.Dense(1 + sum(_ATTRIBUTES), dtype=jnp.float32, name="label")
+    """Returns float32[..., 35] logits: object, its attributes, row, column."""
+    size = 1 + sum(_ATTRIBUTES) + world.NUM_ROWS + world.NUM_COLS
+    head = nn.Dense(size, dtype=jnp.float32, name="label")
     return head(features.astype(jnp.float32))
 
 
@@ -109,7 +114,7 @@ def label_loss(logits, labels):
   """Returns the loss of the label head.
 
   Args:
-    logits: float32[B, N, 21].
+    logits: float32[B, N, 35].
     labels: int8[B, N, 3] color, pattern and shape, -1 without an object.
   """
   labels = labels.astype(jnp.int32)
@@ -125,11 +130,14 @@ def label_loss(logits, labels):
     )
     loss += (entropy * present).sum() / (present.sum() + 1)
     start += size
+  rows, cols = np.indices((world.NUM_ROWS, world.NUM_COLS)).reshape(2, -1)
+  for place, size in ((rows, world.NUM_ROWS), (cols, world.NUM_COLS)):
+    entropy = optax.softmax_cross_entropy_with_integer_labels(
+      logits[..., start : start + size], np.tile(place, world.NUM_FRAMES)
+    )
+    loss += entropy.mean()
+    start += size
   return loss
-
-
-def _prefix_ids(tokenizer):
-  return tokenizer.encode(packing.PREFIX, add_special_tokens=False).ids
 
 
 def _token_loss(logits, ids, target):
@@ -482,28 +490,29 @@ def held_out(config: packing.PackingConfig, variant: str, num_clips: int):
   return {key: np.stack([clip[key] for clip in clips]) for key in clips[0]}
 
 
-def train(model, tokenizer, config, *, log=print):
+def train(model, tokenizer_file, config, *, on_metrics, on_probe):
   """Pretrains a model and returns its parameters and the last probe.
 
   Args:
     model: `models.llava_onevision.LlavaOnevisionModel`.
-    tokenizer: a `tokenizers.Tokenizer` with the chat tokens.
-    config: the "pretrain" section of a config; see
-      `configs/synthetic_base.py`.
-    log: takes a line of progress.
+    tokenizer_file: path of tokenizer.json.
+    config: the "pretrain" section of `configs/synthetic_base.py`.
+    on_metrics: called with (step, {name: value}) every config.log_every steps.
+    on_probe: called with (step, params, {variant: {rule: accuracy}}) every
+      config.probe_every steps and at the end.
+
+  Raises:
+    UserError: the loss is not finite.
   """
   pack = packing.PackingConfig(
-    tokenizer_file=config.tokenizer_file,
+    tokenizer_file=str(tokenizer_file),
     seed=config.seed,
-    batch_size=config.batch_size,
-    questions_per_clip=config.questions_per_clip,
     num_steps=config.num_steps,
-    ramp_steps=config.ramp_steps,
-    sparse_share=config.sparse_share,
-    text_only=config.text_only,
+    **config.packing,
   )
+  tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_file))
   prompts = Prompts(
-    _prefix_ids(tokenizer),
+    tokenizer.encode(packing.PREFIX, add_special_tokens=False).ids,
     world.NUM_TOKENS,
     pack.questions_per_clip,
     pack.question_length,
@@ -527,30 +536,27 @@ def train(model, tokenizer, config, *, log=print):
   }
   start, seen, rows = time.time(), 0, {}
   stream = packing.batches(pack, first_step=0, num_workers=config.num_workers)
-  for step, batch in enumerate(stream):
+  for step, batch in enumerate(stream, start=1):
     params, opt_state, metrics = update(
-      params, opt_state, jnp.int32(step), jax.device_put(batch, split)
+      params, opt_state, jnp.int32(step - 1), jax.device_put(batch, split)
     )
-    last = step + 1 == config.num_steps
-    if (step + 1) % config.log_every == 0 or last:
+    last = step == config.num_steps
+    if step % config.log_every == 0 or last:
       values = {name: float(value) for name, value in metrics.items()}
       if not np.isfinite(list(values.values())).all():
-        raise FloatingPointError(f"step {step + 1}: {values}")
-      seconds = time.time() - start
-      rate = (step + 1 - seen) / seconds
-      seen, start = step + 1, time.time()
-      text = " ".join(f"{name} {value:.3f}" for name, value in values.items())
-      log(
-        f"step {step + 1} ({rate:.1f}/s, lr {float(schedule(step)):.1e}) {text}"
-      )
-    if (step + 1) % config.probe_every == 0 or last:
+        raise errors.UserError(
+          f"pretraining: the loss is not finite at step {step}; lower"
+          " config.pretrain.lr"
+        )
+      rate = (step - seen) / (time.time() - start)
+      seen, start = step, time.time()
+      values |= {"lr": float(schedule(step - 1)), "steps_per_second": rate}
+      on_metrics(step, values)
+    if step % config.probe_every == 0 or last:
       rows = {}
       for name, held in tests.items():
         hits = probe(params["model"], jax.random.key(1), held)
         hits = {rule: np.asarray(h) for rule, h in hits.items()}
         rows[name] = summarise(hits, np.asarray(held["kind"]))
-        text = " ".join(f"{k} {v:.3f}" for k, v in rows[name].items())
-        log(f"  {name}: {text}")
-      config.on_probe(step + 1, params["model"], rows)
-      start = time.time()
+      on_probe(step, params["model"], rows)
   return params["model"], rows

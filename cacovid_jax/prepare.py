@@ -1,0 +1,64 @@
+r"""Builds the embedded benchmark: clips, questions, array_record files.
+
+python -m cacovid_jax.prepare --out data/synthetic --variants dense,sparse
+
+Skips what is there. Deterministic by --seed.
+"""
+
+import os
+
+from absl import flags
+
+from cacovid_jax import errors
+from cacovid_jax.data.synthetic import build
+from cacovid_jax.training import metrics
+
+_OUT = flags.DEFINE_string("out", None, "Folder; each variant is one below it.")
+_VARIANTS = flags.DEFINE_list("variants", ["dense"], "Variants to build.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of all clips and questions.")
+_CLIPS = flags.DEFINE_list(
+  "clips",
+  ["240", "40", "160", "0"],
+  "Clips of the splits train, validation, test and test_fresh.",
+)
+_QUESTIONS = flags.DEFINE_integer("questions_per_clip", 4, "At most.")
+_NUM_WORKERS = flags.DEFINE_integer(
+  "num_workers", os.cpu_count(), "Processes that draw and encode."
+)
+
+
+def main(argv):
+  """Builds what the flags describe."""
+  if len(argv) > 1:
+    raise errors.UserError(f"unknown argument {argv[1]!r}; flags begin with --")
+  if not _OUT.value:
+    raise errors.UserError("give --out, the folder to build in")
+  try:
+    clips = tuple(int(count) for count in _CLIPS.value)
+  except ValueError:
+    clips = ()
+  if len(clips) != len(build.SPLITS):
+    raise errors.UserError(
+      f"--clips takes {len(build.SPLITS)} whole numbers, for"
+      f" {', '.join(build.SPLITS)}"
+    )
+  for variant in _VARIANTS.value:
+    config = build.BuildConfig(
+      variant=variant,
+      seed=_SEED.value,
+      clips=clips,
+      questions_per_clip=_QUESTIONS.value,
+    )
+    directory = os.path.join(_OUT.value, variant)
+    with metrics.Progress(sum(clips), description=f"{variant} clips") as bar:
+      build.build(
+        config,
+        directory,
+        num_workers=_NUM_WORKERS.value,
+        on_clip=lambda done, unused_total: bar.update(done, {}),
+      )
+    print(f"{directory}: ready (generator {build.generator_hash()[:12]})")
+
+
+if __name__ == "__main__":
+  errors.run(main)
