@@ -281,7 +281,7 @@ def update(recipe: Recipe, state, videos, memory, masks, rewards):
   memory = jax.vmap(replay.append)(memory, masks, rewards)
   grads, (loss, metrics) = gradients(recipe, state.params, videos, memory)
   finite = jnp.isfinite(loss) & jnp.isfinite(rewards).all(axis=-1)
-  norm = optax.global_norm(grads)
+  norm = optax.tree.norm(grads)
   # Every device must decide alike, or the replicas part for good.
   everywhere = jax.lax.pmin(finite.all().astype(jnp.int32), AXIS) > 0
   accept = everywhere & jnp.isfinite(norm)

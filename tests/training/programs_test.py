@@ -1,0 +1,273 @@
+"""Which programs a run compiles, what they return, and what they compute."""
+
+import contextlib
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from cacovid_jax.parallel import mesh as mesh_lib
+from cacovid_jax.training import programs, step
+from tests.training import tiny
+
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+_events = []
+jax.monitoring.register_event_duration_secs_listener(
+  lambda name, *_, **__: _events.append(name)
+)
+
+
+@contextlib.contextmanager
+def compilations():
+  """Collects the compilations of any program, small ones included."""
+  found, before = [], len(_events)
+  yield found
+  found += [name for name in _events[before:] if name == _COMPILED]
+
+
+def held(recipe):
+  mesh = tiny.mesh()
+  return (
+    mesh,
+    mesh_lib.put(tiny.state(recipe), mesh, programs.ONE),
+    mesh_lib.put(tiny.frozen(recipe), mesh, programs.ONE),
+  )
+
+
+def steps(made, state, frozen, batches, mark=None):
+  outs = []
+  for batch in batches:
+    placed = programs.place_batch(batch, made.mesh)
+    with jax.transfer_guard("disallow"):
+      state, *out = made.run(state, frozen, placed, mark)
+    outs.append(jax.device_get(out))
+  return state, outs
+
+
+@pytest.fixture(scope="module")
+def fixed():
+  """A fixed ratio with marks on the device, after two steps."""
+  recipe = tiny.recipe(reward="margin")
+  mesh, state, frozen = held(recipe)
+  made = programs.Programs(recipe, mesh)
+  before = jax.device_get(state)
+  state, outs = steps(made, state, frozen, [tiny.batch()])
+  with compilations() as found:
+    state, more = steps(made, state, frozen, [tiny.batch(seed=1)])
+  return recipe, made, frozen, before, state, outs + more, found
+
+
+def test_fixed_ratio_is_one_program_compiled_once(fixed):
+  _, made, *_, found = fixed
+  assert list(made.compile_seconds) == ["whole"]
+  assert made.limit == 1
+  assert not found
+
+
+def test_a_step_learns_from_all_iterations(fixed):
+  recipe, _, _, before, state, outs, _ = fixed
+  assert int(state.step) == 2
+  ids, rewards, metrics = outs[-1]
+  assert ids.shape == (2, recipe.iterations, 8, 1)
+  assert rewards.shape == (2, recipe.iterations, 8)
+  assert set(metrics.per_video) == {"finite", "rung", "next_rung"}
+  assert metrics.mean["gradient_norm"].shape == (recipe.iterations,)
+  assert (metrics.mean["gradient_norm"] > 0).all()
+  counts = [
+    leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)
+    if mesh_lib.path_name(path).endswith("count")
+  ]
+  assert {int(count) for count in counts} == {2 * recipe.iterations}
+  old, new = before.params["token"], state.params["token"]
+  assert np.abs(old["kernel"] - new["kernel"]).max() > 0
+
+
+def test_greedy_combination_is_the_same_in_all_iterations(fixed):
+  rewards = fixed[5][0][1]
+  np.testing.assert_allclose(rewards[:, 0, 0], rewards[:, 1, 0], rtol=1e-5)
+  assert np.abs(rewards[:, 0, 1:5] - rewards[:, 1, 1:5]).max() > 1e-4
+
+
+def test_decisive_frames_against_their_chance(fixed):
+  metrics = fixed[5][0][2]
+  decisive = tiny.batch().decisive_frames
+  # One of four frames is drawn: the chance is the decisive share.
+  known = decisive[decisive.any(axis=1)]
+  np.testing.assert_allclose(
+    metrics.mean["decisive_chance"], known.mean(axis=1).mean(), rtol=1e-5
+  )
+  assert set(np.unique(metrics.mean["decisive_frame"] * len(known))) <= {
+    0.0,
+    1.0,
+    2.0,
+  }
+
+
+def test_program_has_no_callback_and_returns_what_it_says(fixed):
+  recipe, made, frozen, _, state, _, _ = fixed
+  batch = programs.place_batch(tiny.batch(), made.mesh)
+  lowered = made.lower("whole", state, frozen, batch)
+  text = lowered.as_text()
+  for word in ("callback", "infeed", "outfeed", "send", "recv"):
+    assert f"@{word}" not in text and f"_{word}" not in text, word
+  out = lowered.out_info
+  assert jax.tree.structure(out[0]) == jax.tree.structure(state)
+  assert out[1].shape == (2, recipe.iterations, 8, 1)
+  assert out[2].shape == (2, recipe.iterations, 8)
+  assert len(out) == 4
+
+
+def test_base_weights_are_arguments_not_constants(fixed):
+  _, made, frozen, _, state, _, _ = fixed
+  batch = programs.place_batch(tiny.batch(), made.mesh)
+  jaxpr = made.jitted("whole").trace(state, frozen, batch).jaxpr
+  largest = max((np.size(c) for c in jaxpr.consts), default=0)
+  assert largest < 1000
+
+
+def test_step_lowers_for_tpu(fixed):
+  _, made, frozen, _, state, _, _ = fixed
+  batch = programs.place_batch(tiny.batch(), made.mesh)
+  traced = made.jitted("whole").trace(state, frozen, batch)
+  assert traced.lower(lowering_platforms=("tpu",)).as_text()
+
+
+def test_another_shape_is_an_error_and_no_compilation(fixed):
+  _, made, frozen, _, state, _, _ = fixed
+  placed = programs.place_batch(tiny.batch(videos=1), made.mesh)
+  with compilations() as found, pytest.raises(TypeError):
+    made.run(state, frozen, placed)
+  assert not found
+
+
+def test_more_programs_than_allowed_is_an_error(fixed):
+  _, made, frozen, _, state, _, _ = fixed
+  placed = programs.place_batch(tiny.batch(), made.mesh)
+  with pytest.raises(RuntimeError, match="one more than"):
+    made.call("begin", state, frozen, placed)
+
+
+@pytest.fixture(scope="module")
+def adaptive():
+  """An adaptive ratio; no answer is right, so the ratio rises."""
+  recipe = tiny.recipe(fixed=None, rungs=(0.125, 0.25), iterations=3)
+  mesh, state, frozen = held(recipe)
+  frozen = frozen.replace(letters=frozen.letters * 0 - 1)
+  made = programs.Programs(recipe, mesh)
+  state, _ = steps(made, state, frozen, [tiny.batch()])
+  with compilations() as found:
+    state, outs = steps(made, state, frozen, [tiny.batch(seed=1)])
+  return recipe, made, frozen, state, outs, found
+
+
+def test_adaptive_ratio_has_one_program_per_rung(adaptive):
+  _, made, *_, found = adaptive
+  assert sorted(made.compile_seconds) == ["begin", "iterate_0", "iterate_1"]
+  assert len(made.compile_seconds) <= 2 + len(made.recipe.ladder)
+  assert not found
+
+
+def test_ratio_rises_when_no_answer_is_right(adaptive):
+  _, _, _, state, outs, _ = adaptive
+  ids, rewards, metrics = outs[0]
+  np.testing.assert_array_equal(metrics.per_video["rung"], [[0, 1, 1]] * 2)
+  np.testing.assert_allclose(metrics.mean["ratio"], [0.125, 0.25, 0.25])
+  assert ids.shape == (2, 3, 8, 1) and not rewards.any()
+  assert int(state.step) == 2
+  # All rewards agree, so there is nothing to learn.
+  assert not metrics.mean["gradient_norm"].any()
+
+
+def test_what_is_drawn_does_not_depend_on_the_program(adaptive):
+  recipe, _, frozen, state, _, _ = adaptive
+  videos, memory = step.begin(recipe, state, frozen, tiny.batch())
+  draws = [
+    jax.jit(functools.partial(step.draw, recipe, largest=largest))(
+      state, videos, memory
+    )
+    for largest in (0, 1)
+  ]
+  (small, few), (large, also_few) = draws
+  np.testing.assert_array_equal(few, also_few)
+  num_keep = recipe.ladder.num_keep[0]
+  np.testing.assert_array_equal(small.index, large.index[..., :num_keep])
+  assert (large.index[..., num_keep:] == tiny.NUM_VIDEO).all()
+  np.testing.assert_array_equal(small.frame_mask, large.frame_mask)
+
+
+def test_a_masked_video_answers_as_in_its_own_program(adaptive):
+  recipe, _, frozen, state, _, _ = adaptive
+  videos, memory = step.begin(recipe, state, frozen, tiny.batch())
+  logits = [
+    jax.jit(functools.partial(step.roll_out, recipe, largest=largest))(
+      state, frozen, videos, memory
+    )[0].logits
+    for largest in (0, 1)
+  ]
+  np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def hosted():
+  """Marks on the host: the programs, and a function that runs a step."""
+  recipe = tiny.recipe(max_new_tokens=3, iterations=1)
+  mesh, state, frozen = held(recipe)
+  made = programs.Programs(recipe, mesh, host_marks=True)
+
+  def run(mark):
+    start = mesh_lib.put(tiny.state(recipe), mesh, programs.ONE)
+    return steps(made, start, frozen, [tiny.batch()], mark)
+
+  del state
+  return made, jax.device_get(tiny.state(recipe)), run
+
+
+def graded(ids):
+  rewards = np.linspace(0, 1, ids.shape[1], dtype=np.float32)
+  return np.tile(rewards, (ids.shape[0], 1))
+
+
+def test_host_marks_take_three_programs(hosted):
+  made, before, run = hosted
+  seen = []
+
+  def mark(ids):
+    seen.append(ids)
+    return graded(ids)
+
+  state, [(ids, rewards, metrics)] = run(mark)
+  assert sorted(made.compile_seconds) == ["begin", "rollout_0", "update"]
+  assert seen[0].shape == (2, 8, 3) and ids.shape == (2, 1, 8, 3)
+  np.testing.assert_allclose(rewards[0, 0], np.linspace(0, 1, 8))
+  np.testing.assert_allclose(metrics.mean["reward_token_greedy"], [0.0])
+  np.testing.assert_allclose(metrics.mean["reward_content"], [1.0])
+  change = state.params["token"]["kernel"] - before.params["token"]["kernel"]
+  assert np.abs(change).max() > 0
+
+
+def test_equal_rewards_give_no_gradient(hosted):
+  _, _, run = hosted
+  _, [(_, _, metrics)] = run(lambda ids: graded(ids) * 0 + 0.3)
+  assert metrics.mean["gradient_norm"] == 0
+
+
+def test_a_reward_that_is_not_finite_is_refused(hosted):
+  _, before, run = hosted
+
+  def mark(ids):
+    rewards = graded(ids)
+    rewards[1, 3] = np.nan
+    return rewards
+
+  state, [(_, _, metrics)] = run(mark)
+  assert metrics.mean["refused"] == 1
+  np.testing.assert_array_equal(metrics.per_video["finite"], [[True], [False]])
+  assert int(state.step) == 1
+  for old, new in zip(
+    jax.tree.leaves((before.params, before.opt_state)),
+    jax.tree.leaves((state.params, state.opt_state)),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(old, new)
