@@ -1,0 +1,273 @@
+"""Whole runs on a tiny random model: resume, signals, refusals, export."""
+
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from cacovid_jax import errors
+from cacovid_jax.policy import modules, network
+from cacovid_jax.training import checkpointing, metrics
+from tests.training import tiny
+
+
+class Log:
+  """Remembers what every step saw."""
+
+  def __init__(self, kill_at=None):
+    self.steps, self.kill_at = {}, kill_at
+
+  def __call__(self, step, questions, ids, rewards):
+    self.steps[step] = [question.id for question in questions], ids, rewards
+
+
+def assert_same(a, b):
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+class KilledError(Exception):
+  """Stands for a kill: nothing of the loop runs behind it."""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  """Eight steps in one go."""
+  workdir, log = tmp_path_factory.mktemp("whole"), Log()
+  config = tiny.config(**{"total_steps": 8, "ckpt.every_steps": 4})
+  result = tiny.train(workdir, config, on_step=log)
+  return workdir, config, log, result
+
+
+def test_eight_steps_equal_four_a_kill_and_four_more(whole, tmp_path):
+  _, config, expected, result = whole
+  first, second = Log(), Log()
+
+  def die(step, *seen):
+    first(step, *seen)
+    # Results are looked at a step late: step 6 has begun by then.
+    if step == 5:
+      raise KilledError
+
+  with pytest.raises(KilledError):
+    tiny.train(tmp_path, config, on_step=die)
+  assert checkpointing.steps(tmp_path / "checkpoints") == [4]
+  again = tiny.train(tmp_path, config, on_step=second)
+  assert sorted(second.steps) == [5, 6, 7, 8]
+  assert_same(again.state, result.state)
+  for step in range(1, 9):
+    log = first if step <= 4 else second
+    assert log.steps[step][0] == expected.steps[step][0]
+    assert_same(log.steps[step][1:], expected.steps[step][1:])
+  assert [line["step"] for line in metrics.read(tmp_path)] == list(range(1, 9))
+
+
+def test_finished_run_is_left_as_it_is(whole):
+  workdir, config, _, result = whole
+  log = Log()
+  again = tiny.train(workdir, config, on_step=log)
+  assert not log.steps
+  assert_same(again.state, result.state)
+
+
+def test_sigterm_saves_and_exits_143(whole, tmp_path):
+  _, config, expected, result = whole
+
+  def signal_at_two(step, *unused_seen):
+    if step == 2:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  before = signal.getsignal(signal.SIGTERM)
+  with pytest.raises(SystemExit) as stopped:
+    tiny.train(tmp_path, config, on_step=signal_at_two)
+  assert stopped.value.code == 143
+  assert signal.getsignal(signal.SIGTERM) is before
+  assert checkpointing.steps(tmp_path / "checkpoints") == [3]
+  again = tiny.train(tmp_path, config)
+  assert_same(again.state, result.state)
+
+
+def test_metrics_are_written_for_every_step(whole):
+  workdir, _, _, _ = whole
+  lines = metrics.read(workdir)
+  assert [line["step"] for line in lines] == list(range(1, 9))
+  names = {
+    "loss",
+    "reward_token",
+    "reward_token_greedy",
+    "reward_frame",
+    "reward_content",
+    "gradient_norm",
+    "lr_heads",
+    "token_gap_std",
+  }
+  assert names <= set(lines[0])
+  assert (workdir / "tensorboard").is_dir()
+  # The rate of the last update is that before the schedule's end.
+  assert 0 < lines[-1]["lr_heads"] < lines[0]["lr_heads"] <= 1e-2
+
+
+def test_policy_is_exported_under_the_public_names(whole):
+  workdir, _, _, result = whole
+  path = workdir / "policy" / "policy.safetensors"
+  assert result.policy_path == path
+  tensors = modules.read(path)
+  assert set(tensors) == set(network.to_public(result.state.params))
+  assert all(name.startswith("compression_policy.") for name in tensors)
+  loaded = modules.load(path, result.policy)
+  assert_same(loaded, result.state.params)
+  described = json.loads((workdir / "policy/policy_config.json").read_text())
+  assert described["policy"]["num_halvings"] == 2
+  assert described["base_model"] == {"path": "nowhere", "sha256": "0"}
+  assert described["steps"] == 8
+
+
+def test_mode_selection_is_not_trained(whole):
+  _, _, _, result = whole
+  before = result.run.init_params()
+  assert_same(result.state.params["mode_selection"], before["mode_selection"])
+  moved = result.state.params["layer"]["q_proj"]["kernel"]
+  assert np.abs(moved - before["layer"]["q_proj"]["kernel"]).max() > 0
+
+
+def test_workdir_of_another_config_is_refused(whole):
+  workdir, _, _, _ = whole
+  other = tiny.config(**{"total_steps": 8, "optimizer.lr_heads": 0.5})
+  with pytest.raises(errors.UserError, match="lr_heads"):
+    tiny.train(workdir, other)
+
+
+def test_refused_steps_end_the_run_and_name_the_questions(tmp_path):
+  def features(question):
+    # Not a number in one clip alone; it is in half of all steps or more.
+    clean = tiny.features(question)
+    return clean * np.nan if question.id == "q1" else clean
+
+  config = tiny.config(**{"total_steps": 8, "max_bad_steps": 2})
+  rows = tiny.questions(2)
+  with pytest.raises(errors.UserError, match=r"questions: q1;") as error:
+    tiny.train(tmp_path, config, questions=rows, source=features)
+  assert "2 steps in a row" in str(error.value)
+  [step] = checkpointing.steps(tmp_path / "checkpoints")
+  state = checkpointing.read_manifest(tmp_path / "checkpoints", step)
+  assert state["step"] in (2, 3)
+
+
+_OWN_POLICY = '''
+"""A policy of one's own: token and frame scores from one dense layer."""
+import flax.linen as nn
+import jax.numpy as jnp
+from cacovid_jax.policy import network
+
+class Own(nn.Module):
+  width: int
+
+  @classmethod
+  def from_llm_config(cls, llm, **options):
+    return cls(llm.hidden_size)
+
+  @nn.compact
+  def __call__(self, x, positions, video_rows, grid, length=None):
+    v = x[video_rows].astype(jnp.float32)
+    frames = v.reshape(grid[0], -1, self.width).mean(axis=1)
+    return network.Scores(
+      frame=nn.Dense(2, name="frames")(frames),
+      token=nn.Dense(2, name="tokens")(v),
+    )
+
+  @nn.nowrap
+  def init_from_llm(self, rng, llm_params):
+    x = jnp.zeros((2, self.width))
+    rows = jnp.zeros(1, jnp.int32)
+    return self.init(rng, x, None, rows, (1, 1, 1))["params"]
+'''
+
+
+def test_a_users_own_policy_validation_and_best(tmp_path):
+  file = tmp_path / "own.py"
+  file.write_text(_OWN_POLICY)
+  config = tiny.config(
+    **{
+      "policy.module": f"{file}:Own",
+      "total_steps": 3,
+      "iterations": 1,
+      "validate_every": 1,
+    }
+  )
+  accuracies = iter([0.2, 0.6, 0.4])
+  seen = []
+
+  def validate(policy, params):
+    seen.append(params)
+    assert type(policy).__name__ == "Own"
+    return {"accuracy": next(accuracies)}
+
+  result = tiny.train(tmp_path / "run", config, validate=validate)
+  folder = tmp_path / "run" / "policy"
+  assert json.loads((folder / "best.json").read_text()) == {
+    "step": 2,
+    "accuracy": 0.6,
+  }
+  best = modules.load(folder / "best.safetensors", result.policy, seen[1])
+  assert_same(best, seen[1])
+  assert set(modules.read(folder / "policy.safetensors")) == {
+    "frames/bias",
+    "frames/kernel",
+    "tokens/bias",
+    "tokens/kernel",
+  }
+  change = result.state.params["tokens"]["kernel"] - seen[0]["tokens"]["kernel"]
+  # Unknown names get the heads' rate of 1e-2, about that much per update.
+  assert np.abs(change).max() > 2e-3
+
+
+def test_questions_without_letters_are_marked_on_the_host(tmp_path):
+  rows = tiny.questions(2)
+  rows += [
+    tiny.questions_lib.Question(
+      id="n1",
+      video="n.mp4",
+      question="How many?",
+      answer="3",
+      problem_type=tiny.questions_lib.NUMERICAL,
+      prompt="How many?\n",
+    )
+  ]
+  config = tiny.config(
+    **{
+      "total_steps": 1,
+      "iterations": 1,
+      "rollout.reward": "accuracy",
+      "rollout.max_new_tokens": 2,
+    }
+  )
+  result = tiny.train(tmp_path, config, questions=rows)
+  assert "update" in result.run.programs.compile_seconds
+
+
+@pytest.mark.parametrize(
+  "changes,message",
+  [
+    ({"videos_per_step": 3, "mesh.data": 2}, "videos_per_step=3"),
+    ({"mesh.data": 16}, "16 devices"),
+    ({"sampling.ratio": 0.001}, "keeps no token"),
+    ({"sampling.ratio": 1.5}, r"outside \(0, 1\]"),
+    ({"rollout.reward": "likelihood"}, "rollout.reward"),
+    ({"policy.dtype": "float8"}, "policy.dtype"),
+    ({"policy.module": "nowhere.py:Own"}, "no file"),
+    ({"iterations": 0}, "iterations"),
+  ],
+)
+def test_mistakes_in_a_config_are_named(tmp_path, changes, message):
+  with pytest.raises(errors.UserError, match=message):
+    tiny.train(tmp_path, tiny.config(**changes))
+
+
+def test_no_model_and_no_data_are_named(tmp_path):
+  with pytest.raises(errors.UserError, match="config.model.path"):
+    tiny.train(tmp_path / "a", checkpoint=None)
+  with pytest.raises(errors.UserError, match="config.data.root"):
+    tiny.train(tmp_path / "b", questions=None)
