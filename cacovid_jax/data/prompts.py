@@ -183,19 +183,22 @@ def _render(template: jinja2.Template, **variables) -> str:
   return "".join(pieces)
 
 
-def _read_json(path: str, default=None):
-  """Returns the JSON at `path`; `default` if there is no such file."""
+def _read_json(path: str) -> dict:
+  """Returns the JSON object at `path`; {} if there is no such file."""
   if not os.path.isfile(path):
-    return default
+    return {}
   try:
     if os.path.getsize(path) > MAX_FILE_BYTES:
       raise errors.UserError(f"{path}: above {MAX_FILE_BYTES} bytes")
     with open(path, encoding="utf-8") as f:
-      return json.load(f)
+      entry = json.load(f)
   except (OSError, ValueError, RecursionError) as error:
     raise errors.UserError(
       f"{path}: not readable as JSON ({error}); copy it again"
     ) from error
+  if not isinstance(entry, dict):
+    raise errors.UserError(f"{path}: holds no JSON object; copy it again")
+  return entry
 
 
 def _chat_template(directory: str, prefer: str) -> tuple[str, str]:
@@ -203,11 +206,16 @@ def _chat_template(directory: str, prefer: str) -> tuple[str, str]:
   found = {}
   path = os.path.join(directory, "chat_template.jinja")
   if os.path.isfile(path):
-    with open(path, encoding="utf-8") as f:
-      found["processor"] = f.read(MAX_TEMPLATE_CHARS + 1), path
+    try:
+      with open(path, encoding="utf-8") as f:
+        found["processor"] = f.read(MAX_TEMPLATE_CHARS + 1), path
+    except (OSError, UnicodeDecodeError) as error:
+      raise errors.UserError(
+        f"{path}: not readable as text ({error}); copy it again"
+      ) from error
   for name in ("chat_template.json", "processor_config.json"):
     path = os.path.join(directory, name)
-    text = (_read_json(path) or {}).get("chat_template")
+    text = _read_json(path).get("chat_template")
     if isinstance(text, str):
       found.setdefault("processor", (text, path))
   path = os.path.join(directory, "tokenizer_config.json")
@@ -299,12 +307,21 @@ class Tokenizer:
       ) from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    read = functools.partial(_read_json, default={})
+    try:
+      return cls._from_files(tokenizer, directory, template)
+    except (TypeError, AttributeError, ValueError, OverflowError) as error:
+      raise errors.UserError(
+        f"{directory}: a value of the configuration files has the wrong type"
+        f" ({error}); copy them from the checkpoint's origin"
+      ) from error
+
+  @classmethod
+  def _from_files(cls, tokenizer, directory: str, template: str):
     join = functools.partial(os.path.join, directory)
-    own = read(join("tokenizer_config.json"))
-    config = read(join("config.json"))
-    generation = read(join("generation_config.json"))
-    processor = read(join("processor_config.json"))
+    own = _read_json(join("tokenizer_config.json"))
+    config = _read_json(join("config.json"))
+    generation = _read_json(join("generation_config.json"))
+    processor = _read_json(join("processor_config.json"))
     text, _ = _chat_template(directory, template)
     eos_token = _token_text(own.get("eos_token"))
     eos_ids = generation.get("eos_token_id", [])
@@ -314,6 +331,7 @@ class Tokenizer:
       eos_tokens.append(eos_token)
     eos_tokens = [token for token in eos_tokens if token]
     text_config = config.get("text_config") or config
+    max_length = text_config.get("max_position_embeddings")
     result = cls(
       tokenizer,
       text,
@@ -321,7 +339,7 @@ class Tokenizer:
       video_token=processor.get("video_token") or "<video>",
       eos_tokens=eos_tokens or ("<|im_end|>", "<|endoftext|>"),
       pad_token=_token_text(own.get("pad_token")) or "<|endoftext|>",
-      max_length=text_config.get("max_position_embeddings"),
+      max_length=None if max_length is None else int(max_length),
       variables={
         key: _token_text(own.get(key)) or ""
         for key in ("bos_token", "eos_token", "pad_token", "unk_token")

@@ -296,7 +296,14 @@ def _text(entry: dict, field: str, *, required: bool = True) -> str:
     raise _RowError(field, "empty")
   if len(value) > MAX_TEXT:
     raise _RowError(field, f"above {MAX_TEXT} characters")
+  _check_unicode(value, field)
   return value
+
+
+def _check_unicode(value: str, field: str):
+  # JSON can spell half a surrogate pair, which no tokenizer takes.
+  if any("\ud800" <= character <= "\udfff" for character in value):
+    raise _RowError(field, "holds half a surrogate pair")
 
 
 def _options(entry: dict) -> list[str]:
@@ -308,6 +315,7 @@ def _options(entry: dict) -> list[str]:
   for option in value:
     if not isinstance(option, str) or not option.strip():
       raise _RowError("options", f"{option!r} is not a text")
+    _check_unicode(option, "options")
   if len(value) > len(questions.LETTERS):
     raise _RowError("options", f"{len(value)} are more than there are letters")
   return list(value)
@@ -397,6 +405,8 @@ def _video_r1_row(entry, name: str, prefix: str) -> questions.Question | None:
   identity = entry.get("problem_id", name)
   if not isinstance(identity, (int, str)) or isinstance(identity, bool):
     raise _RowError("problem_id", f"{identity!r} is neither number nor text")
+  _check_unicode(str(identity), "problem_id")
+  # Some sources give seconds here, which are no group.
   duration = entry.get("duration")
   return questions.Question(
     id=f"{prefix}{identity}",

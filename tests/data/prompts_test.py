@@ -147,6 +147,12 @@ def _break(directory, fault):
     _edit(directory / "tokenizer_config.json", chat_template=None)
   if fault == "huge template":
     (directory / "chat_template.jinja").write_text("x" * 70_000)
+  if fault == "no text":
+    (directory / "chat_template.jinja").write_bytes(b"\xff\xfe")
+  if fault == "list":
+    (directory / "config.json").write_text("[]")
+  if fault == "wrong type":
+    _edit(directory / "config.json", text_config=[1])
   if fault == "syntax":
     (directory / "chat_template.jinja").write_text("{% for %}")
   if fault == "other id":
@@ -163,6 +169,9 @@ def _break(directory, fault):
     ("broken config", "not readable as JSON"),
     ("no template", "no chat template"),
     ("huge template", "more than 65536"),
+    ("no text", "not readable as text"),
+    ("list", "no JSON object"),
+    ("wrong type", "has the wrong type"),
     ("syntax", "does not parse"),
     ("other id", "gives the video token id 7"),
     ("no video token", "no video token '<film>'"),

@@ -140,6 +140,7 @@ def test_several_files_keep_their_ids_apart(tmp_path):
 BAD = [
   ({"problem": None}, "problem", "missing"),
   ({"problem": " "}, "problem", "empty"),
+  ({"problem": "\ud800"}, "problem", "half a surrogate pair"),
   ({"problem": 3}, "problem", "a text is needed, not int"),
   ({"problem": "x" * 100_001}, "problem", "above 100000 characters"),
   ({"problem_type": "riddle"}, "problem_type", "'riddle' is none of"),
