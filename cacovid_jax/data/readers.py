@@ -302,8 +302,10 @@ def _text(entry: dict, field: str, *, required: bool = True) -> str:
 
 def _check_unicode(value: str, field: str):
   # JSON can spell half a surrogate pair, which no tokenizer takes.
-  if any("\ud800" <= character <= "\udfff" for character in value):
-    raise _RowError(field, "holds half a surrogate pair")
+  try:
+    value.encode()
+  except UnicodeEncodeError:
+    raise _RowError(field, "holds half a surrogate pair") from None
 
 
 def _options(entry: dict) -> list[str]:
