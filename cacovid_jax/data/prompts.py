@@ -452,14 +452,17 @@ class Tokenizer:
         f" {self.video_token!r} as a single special token"
       )
     start = places[0]
-    block = [self.video_id] * (num_video_tokens + _NEWLINE_TOKENS)
-    ids = ids[:start] + block + ids[start + 1 :]
+    ids = np.insert(
+      np.array(ids, np.int32),
+      start,
+      np.full(num_video_tokens + _NEWLINE_TOKENS - 1, self.video_id, np.int32),
+    )
     if self.max_length and len(ids) > self.max_length:
       raise errors.UserError(
         f"the prompt {text[:40]!r} has {len(ids)} tokens, but the model takes"
         f" {self.max_length}; use fewer frames or shorten the question"
       )
-    return Prompt(np.array(ids, np.int32), start, num_video_tokens)
+    return Prompt(ids, start, num_video_tokens)
 
   def pad(self, prompts: Sequence[Prompt], length: int) -> PaddedPrompts:
     """Returns the prompts right-padded to `length` (the bucket)."""
