@@ -26,10 +26,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-import safetensors.numpy
 from flax import traverse_util
 
 from cacovid_jax import errors
+from cacovid_jax.models import checkpoints
 from cacovid_jax.policy import network
 
 _ENTRY_POINTS = ("from_llm_config", "init_from_llm", "__call__")
@@ -92,20 +92,14 @@ def _import(source, spec):
 def save(path, policy, params):
   """Writes params as safetensors; the paper's policy under public names.
 
-  A policy of one's own is written under its own names, joined by `/`. The file
-  appears under its name only when it is complete.
+  A policy of one's own is written under its own names, joined by `/`.
   """
   if isinstance(policy, network.Policy):
     tensors = network.to_public(params)
   else:
     flat = traverse_util.flatten_dict(params, sep="/")
     tensors = {key: np.asarray(leaf) for key, leaf in flat.items()}
-  partial = f"{path}.partial"
-  with open(partial, "wb") as file:
-    file.write(safetensors.numpy.save(tensors))
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(partial, path)
+  checkpoints.write_safetensors(path, tensors)
 
 
 def load(path, policy, params=None):

@@ -1,0 +1,205 @@
+"""Selection against the rule written as plain loops, and its edge cases."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cacovid_jax import errors
+from cacovid_jax.policy import network, selection
+
+
+def scores_of(seed, grid, scale=1.0):
+  rng = np.random.default_rng(seed)
+  num_tokens = int(np.prod(grid))
+  return network.Scores(
+    frame=(scale * rng.standard_normal((grid[0], 2))).astype(np.float32),
+    token=(scale * rng.standard_normal((num_tokens, 2))).astype(np.float32),
+  )
+
+
+def repair_by_a_loop(budgets, total):
+  budgets = list(budgets)
+  while sum(budgets) > total:
+    budgets[budgets.index(max(budgets))] -= 1
+  while sum(budgets) < total:
+    budgets[budgets.index(min(budgets))] += 1
+  return budgets
+
+
+def select_by_a_loop(scores, grid, r, iota=0.5, share=1.5):
+  """The rule of METHOD.md 7, step by step, on the host."""
+  T, H, W = grid
+  c = share * r
+  total = math.floor(r * T * H * W)
+  b = iota * r * H * W * T
+  gap = scores.frame[:, 1] - scores.frame[:, 0]
+  if (gap == gap[0]).all():
+    p = np.full(T, 1 / T, np.float32)
+  else:
+    f = gap / np.abs(gap).max() * np.float32(3)
+    p = np.exp(f - f.max())
+    p = p / p.sum()
+    p = np.minimum(np.maximum(p, 1 / (2 * T)), c / (T * r)).astype(np.float32)
+    p = p / p.sum()
+  cap = min(math.floor(iota * H * W * c), H * W)
+  budgets = np.round(p * np.float32(round(b)))
+  budgets = np.minimum(np.maximum(budgets, 1), cap).astype(int).tolist()
+  important = total if iota == 1 else min(math.floor(b), total)
+  budgets = repair_by_a_loop(budgets, important)
+  token_gap = (scores.token[:, 1] - scores.token[:, 0]).reshape(T, H * W)
+  keep = np.zeros((T, H * W), bool)
+  for t in range(T):
+    keep[t, np.argsort(-token_gap[t], kind="stable")[: budgets[t]]] = True
+  keep = keep.reshape(-1)
+  others = np.flatnonzero(~keep)
+  count = total - important
+  if count:
+    picked = np.round(np.linspace(0, len(others) - 1, count)).astype(int)
+    keep[others[picked]] = True
+  assert keep.sum() == total
+  return np.flatnonzero(keep)
+
+
+def select(scores, **options):
+  static = functools.partial(selection.select, **options)
+  return np.asarray(jax.jit(static)(jax.tree.map(jnp.asarray, scores)))
+
+
+CASES = [
+  ((8, 5, 5), 0.25, 0.5, 1.5),
+  ((5, 3, 7), 0.4, 0.3, 1.5),
+  ((16, 4, 4), 0.05, 0.5, 1.5),  # Less than a token a frame: "too many".
+  ((12, 3, 3), 0.06, 0.5, 3.0),
+  ((6, 4, 4), 0.5, 1.0, 1.5),
+  ((6, 4, 4), 0.2, 0.0, 1.5),
+  ((1, 6, 6), 0.2, 0.5, 1.5),
+  ((1, 6, 6), 0.2, 1.0, 1.5),
+  ((4, 4, 4), 1.0, 0.5, 1.5),
+  ((4, 4, 4), 1.0, 1.0, 1.5),
+  ((5, 8, 12), 0.3, 0.75, 1.5),  # 108 important tokens, or 107 in other order.
+  ((3, 1, 1), 0.4, 0.5, 1.5),
+]
+
+
+@pytest.mark.parametrize(("grid", "ratio", "iota", "share"), CASES)
+def test_equals_a_loop(grid, ratio, iota, share):
+  options = dict(
+    grid=grid, ratio=ratio, importance_ratio=iota, max_frame_share=share
+  )
+  run = jax.jit(functools.partial(selection.select, **options))
+  for seed in range(3):
+    scores = scores_of(seed, grid, scale=[0.01, 1.0, 300.0][seed])
+    index = np.asarray(run(scores))
+    expected = select_by_a_loop(scores, grid, ratio, iota, share)
+    np.testing.assert_array_equal(index, expected)
+    assert len(index) == selection.num_keep(grid, ratio)
+    assert (np.diff(index) > 0).all()
+
+
+@pytest.mark.parametrize("value", [0.0, 2.5, -1.0])
+def test_equal_frame_gaps_share_the_budget_equally(value):
+  grid = (4, 4, 4)
+  scores = scores_of(0, grid)._replace(
+    frame=np.tile(np.float32([0.0, value]), (4, 1))
+  )
+  index = select(scores, grid=grid, ratio=0.25, importance_ratio=1.0)
+  np.testing.assert_array_equal(np.bincount(index // 16), [4, 4, 4, 4])
+  np.testing.assert_array_equal(
+    index, select_by_a_loop(scores, grid, 0.25, 1.0)
+  )
+
+
+def test_all_scores_equal_still_keep_exactly_the_budget():
+  grid = (4, 3, 3)
+  scores = network.Scores(np.zeros((4, 2)), np.zeros((36, 2)))
+  scores = jax.tree.map(np.float32, scores)
+  index = select(scores, grid=grid, ratio=0.3)
+  np.testing.assert_array_equal(index, select_by_a_loop(scores, grid, 0.3))
+
+
+def test_no_frame_takes_more_than_its_cap():
+  grid = (8, 4, 4)
+  scores = scores_of(1, grid)
+  scores.frame[3, 1] += 50
+  index = select(scores, grid=grid, ratio=0.25, importance_ratio=1.0)
+  assert np.bincount(index // 16)[3] == 6  # floor(16 * 1.5 * 0.25)
+
+
+def test_importance_of_zero_spaces_all_tokens_evenly():
+  grid = (2, 5, 5)
+  index = select(scores_of(0, grid), grid=grid, ratio=0.2, importance_ratio=0.0)
+  np.testing.assert_array_equal(index, np.round(np.linspace(0, 49, 10)))
+
+
+def test_the_best_tokens_are_kept():
+  grid = (4, 4, 4)
+  scores = scores_of(2, grid)
+  index = select(scores, grid=grid, ratio=0.25)
+  gap = (scores.token[:, 1] - scores.token[:, 0]).reshape(4, 16)
+  best = np.argmax(gap, axis=-1) + 16 * np.arange(4)
+  assert set(best) <= set(index.tolist())
+
+
+def test_repair_equals_one_token_at_a_time():
+  repair = jax.jit(functools.partial(selection.repair, max_budget=12))
+  for seed in range(6):
+    budgets = np.random.default_rng(seed).integers(0, 10, size=7)
+    for total in [0, 1, 5, int(budgets.sum()), 60, 83, 84]:
+      repaired = repair(jnp.asarray(budgets, jnp.int32), total)
+      expected = repair_by_a_loop(budgets, total)
+      np.testing.assert_array_equal(repaired, expected)
+
+
+def test_budgets_are_float64_products_from_left_to_right():
+  assert selection.num_keep((16, 7, 7), 0.1) == 78
+  # 0.29 * 100 is 28.999...: one token less, as on the public side.
+  assert selection.num_keep((1, 10, 10), 0.29) == math.floor(0.29 * 1 * 10 * 10)
+  assert selection.num_keep((32, 14, 14), 0.1) == 627
+
+
+@pytest.mark.parametrize("ratio", [0.0, -0.1, 1.01, float("nan")])
+def test_a_ratio_outside_its_range_is_refused(ratio):
+  with pytest.raises(errors.UserError, match="outside"):
+    selection.num_keep((4, 4, 4), ratio)
+
+
+def test_a_budget_of_nothing_is_refused_and_names_what_is_enough():
+  with pytest.raises(errors.UserError, match=r"use at least 0\.015625") as err:
+    selection.num_keep((4, 4, 4), 0.01)
+  assert selection.num_keep((4, 4, 4), 0.015625) == 1
+  assert "\n" not in str(err.value)
+
+
+def test_an_importance_ratio_outside_its_range_is_refused():
+  with pytest.raises(errors.UserError, match="importance"):
+    selection.select(
+      scores_of(0, (2, 2, 2)), grid=(2, 2, 2), ratio=0.5, importance_ratio=1.1
+    )
+
+
+def test_vmap_equals_a_loop():
+  grid = (4, 4, 4)
+  many = [scores_of(seed, grid) for seed in range(3)]
+  run = functools.partial(selection.select, grid=grid, ratio=0.2)
+  batch = jax.tree.map(lambda *s: jnp.stack(s), *many)
+  batched = jax.jit(jax.vmap(run))(batch)
+  for i, scores in enumerate(many):
+    np.testing.assert_array_equal(
+      batched[i], select_by_a_loop(scores, grid, 0.2)
+    )
+
+
+def test_selection_lowers_for_tpu_at_full_size():
+  run = jax.jit(
+    functools.partial(selection.select, grid=(32, 14, 14), ratio=0.1)
+  )
+  scores = network.Scores(
+    frame=jax.ShapeDtypeStruct((32, 2), jnp.float32),
+    token=jax.ShapeDtypeStruct((6272, 2), jnp.float32),
+  )
+  traced = run.trace(scores)
+  assert traced.lower(lowering_platforms=("tpu",)).as_text()
