@@ -24,8 +24,9 @@ def compare(name, actual, expected, tolerance):
     return Stage(name, float("inf"), tolerance, False)
   if not expected.size:
     return Stage(name, 0.0, tolerance, True)
-  difference = actual.astype(np.float64) - expected.astype(np.float64)
   # Equal infinities (a score that was masked out) do not differ.
+  with np.errstate(invalid="ignore"):
+    difference = actual.astype(np.float64) - expected.astype(np.float64)
   difference = np.where(actual == expected, 0.0, difference)
   error = float(np.abs(difference).max())
   if not np.isfinite(error):

@@ -7,6 +7,7 @@ batch of prompts with one video each.
 Axes: B batch, L prompt tokens, D width, T frames, N video tokens.
 """
 
+import functools
 import os
 
 import jax
@@ -91,9 +92,12 @@ def _compare(model, params, golden):
 
   pixels = jnp.asarray(golden["pixel_values_videos"])
   pixels = pixels.transpose(0, 1, 3, 4, 2)  # [B, T, h, w, 3]
-  features, out = jax.vmap(
-    lambda p: model.module.apply({"params": params}, p, method="encode_video")
-  )(pixels)
+
+  def module(method, *arguments):
+    return model.module.apply({"params": params}, *arguments, method=method)
+
+  encode = jax.jit(jax.vmap(lambda video: module("encode_video", video)))
+  features, out = encode(pixels)
   for name in (
     "vision_embeddings",
     "vision_tower_output",
@@ -101,9 +105,7 @@ def _compare(model, params, golden):
     "pooled_features",
   ):
     add(name, out[name].reshape(-1, *out[name].shape[2:]), golden[name])
-  blocks = jax.vmap(
-    lambda f: model.module.apply({"params": params}, f, method="video_block")
-  )(features)
+  blocks = jax.vmap(lambda video: module("video_block", video))(features)
   add("video_features", blocks, golden["video_features"])
 
   prompts = _Prompts(model.config, golden, features.shape[1])
@@ -113,9 +115,9 @@ def _compare(model, params, golden):
   valid = prompts.valid
   add("inputs_embeds", x[valid], prompts.rows("inputs_embeds"))
 
-  forward = jax.jit(model.forward, static_argnames="want_hidden")
-  hidden, out = forward(
-    params, x, prompts.positions, lengths=prompts.lengths, want_hidden=True
+  forward = functools.partial(model.forward, want_hidden=True)
+  hidden, out = jax.jit(forward)(
+    params, x, prompts.positions, lengths=prompts.lengths
   )
   states = golden["hidden_states"]  # [layers + 1, B, L, D], last after norm.
   mine = [x, *out["hidden"][:-1], hidden]
@@ -130,16 +132,15 @@ def _compare(model, params, golden):
   logits = model.logits(params, hidden)
   add("logits", logits[valid], prompts.rows("logits"), LOGITS_TOLERANCE)
 
-  ids = generation.greedy(
+  greedy = functools.partial(
+    generation.greedy,
     model,
-    params,
-    x,
-    prompts.positions,
-    prompts.lengths,
-    prompts.lengths,
     max_new_tokens=golden["generated_ids"].shape[1],
     eos_ids=(),  # The reference loop ignored it, too.
     pad_id=0,
+  )
+  ids = jax.jit(greedy)(
+    params, x, prompts.positions, prompts.lengths, prompts.lengths
   )
   add("generated_ids", ids, golden["generated_ids"], 0.0)
 
@@ -200,7 +201,7 @@ def _dropped(model, params, x, prompts, golden):
   if int(new_length) != len(kept) or (np.asarray(rows) != kept).any():
     # Text was dropped, too, which a compressor never does: take it literally.
     rows = jnp.asarray(kept)
-  hidden, _ = model.forward(
+  hidden, _ = jax.jit(functools.partial(model.forward))(
     params, x[rows][None], prompts.positions[:1, :, rows]
   )
   return hidden, model.logits(params, hidden)

@@ -15,10 +15,24 @@ CONFIG = qwen2.Qwen2Config.tiny()
 MODEL = qwen2.Qwen2(CONFIG)
 
 
+# One compilation per shape: eager calls compile every small operation.
+_apply = jax.jit(
+  MODEL.apply,
+  static_argnames=(
+    "causal",
+    "method",
+    "want_attention",
+    "want_cache",
+    "want_hidden",
+  ),
+)
+
+
 @functools.cache
 def _params():
   x = jnp.zeros((1, 4, CONFIG.hidden_size))
-  params = MODEL.init(jax.random.key(0), x, jnp.zeros((1, 1, 4), jnp.int32))
+  positions = jnp.zeros((1, 1, 4), jnp.int32)
+  params = jax.jit(MODEL.init)(jax.random.key(0), x, positions)
   # Biases and scales away from their neutral start.
   noise = jax.random.key(1)
   return jax.tree.map(
@@ -37,8 +51,8 @@ class Qwen2Test(parameterized.TestCase):
   def test_decoding_equals_the_whole_sequence(self):
     x, positions = _inputs()
     lengths = jnp.array([4, 6])
-    whole, _ = MODEL.apply(_params(), x, positions)
-    _, out = MODEL.apply(
+    whole, _ = _apply(_params(), x, positions)
+    _, out = _apply(
       _params(), x[:, :6], positions[..., :6], lengths=lengths, want_cache=True
     )
     room = [(0, 0), (0, 0), (0, 3), (0, 0), (0, 0)]
@@ -47,7 +61,7 @@ class Qwen2Test(parameterized.TestCase):
     )
     for step in range(3):
       where = lengths + step
-      hidden, cache = MODEL.apply(
+      hidden, cache = _apply(
         _params(),
         x[jnp.arange(2), where],
         where[:, None],
@@ -59,16 +73,16 @@ class Qwen2Test(parameterized.TestCase):
 
   def test_right_padding_does_not_change_valid_rows(self):
     x, positions = _inputs(batch=1)
-    alone, _ = MODEL.apply(_params(), x[:, :5], positions[..., :5])
-    padded, _ = MODEL.apply(_params(), x, positions, lengths=jnp.array([5]))
+    alone, _ = _apply(_params(), x[:, :5], positions[..., :5])
+    padded, _ = _apply(_params(), x, positions, lengths=jnp.array([5]))
     np.testing.assert_allclose(padded[:, :5], alone, atol=1e-5)
 
   def test_left_padding_by_mask_does_not_change_valid_rows(self):
     x, positions = _inputs(batch=1)
-    alone, _ = MODEL.apply(_params(), x[:, 4:], positions[..., :5])
+    alone, _ = _apply(_params(), x[:, 4:], positions[..., :5])
     shifted = jnp.maximum(positions - 4, 0)
     mask = jnp.broadcast_to(jnp.arange(9) >= 4, (1, 9, 9))
-    padded, _ = MODEL.apply(_params(), x, shifted, mask=mask)
+    padded, _ = _apply(_params(), x, shifted, mask=mask)
     np.testing.assert_allclose(padded[:, 4:], alone, atol=1e-5)
 
   def test_packed_block_mask_equals_separate_prompts(self):
@@ -77,16 +91,16 @@ class Qwen2Test(parameterized.TestCase):
     positions = jnp.array([[[0, 1, 2, 3, 4, 5, 3, 4, 5]]])
     block = jnp.array([0, 0, 0, 1, 1, 1, 2, 2, 2])
     mask = (block[None] == 0) | (block[None] == block[:, None])
-    packed, _ = MODEL.apply(_params(), x, positions, mask=mask[None])
+    packed, _ = _apply(_params(), x, positions, mask=mask[None])
     for name in (1, 2):
       rows = jnp.flatnonzero((block == 0) | (block == name))
-      alone, _ = MODEL.apply(_params(), x[:, rows], positions[..., rows])
+      alone, _ = _apply(_params(), x[:, rows], positions[..., rows])
       np.testing.assert_allclose(packed[:, rows], alone, atol=1e-5)
 
   def test_bidirectional_pass_sees_what_follows(self):
     x, positions = _inputs(batch=1)
     changed = x.at[0, -1].add(1.0)
-    apply = functools.partial(MODEL.apply, _params())
+    apply = functools.partial(_apply, _params())
     causal = [apply(v, positions)[0] for v in (x, changed)]
     np.testing.assert_array_equal(causal[0][0, 0], causal[1][0, 0])
     both = [apply(v, positions, causal=False)[0] for v in (x, changed)]
@@ -95,7 +109,7 @@ class Qwen2Test(parameterized.TestCase):
   def test_attention_of_the_last_token_comes_from_every_layer(self):
     x, positions = _inputs()
     lengths = jnp.array([5, 9])
-    _, out = MODEL.apply(
+    _, out = _apply(
       _params(),
       x,
       positions,
@@ -130,8 +144,8 @@ class Qwen2Test(parameterized.TestCase):
       model = qwen2.Qwen2(CONFIG, remat=remat)
       return jnp.sin(model.apply(params, x, positions)[0]).sum()
 
-    plain = jax.grad(lambda p: total(False, p))(_params())
-    again = jax.grad(lambda p: total(True, p))(_params())
+    gradient = jax.jit(jax.grad(total, argnums=1), static_argnums=0)
+    plain, again = gradient(False, _params()), gradient(True, _params())
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), plain, again
     )

@@ -27,16 +27,18 @@ class LayerNormTest(absltest.TestCase):
 
 
 class SiglipTowerTest(absltest.TestCase):
-  def setUp(self):
-    super().setUp()
-    self.config = siglip.SiglipConfig.tiny()  # 30 px, patches of 4.
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.config = siglip.SiglipConfig.tiny()  # 30 px, patches of 4.
     gen = np.random.default_rng(0)
-    self.pixels = gen.standard_normal((2, 30, 30, 3)).astype(np.float32)
-    self.tower = siglip.SiglipTower(self.config)
-    self.params = self.tower.init(jax.random.key(0), self.pixels)
+    cls.pixels = gen.standard_normal((2, 30, 30, 3)).astype(np.float32)
+    cls.tower = siglip.SiglipTower(cls.config)
+    cls.params = jax.jit(cls.tower.init)(jax.random.key(0), cls.pixels)
+    cls.apply = staticmethod(jax.jit(cls.tower.apply))
 
   def test_patches_are_cut_row_by_row(self):
-    _, out = self.tower.apply(self.params, self.pixels)
+    _, out = self.apply(self.params, self.pixels)
     params = self.params["params"]
     kernel = np.asarray(params["patch_embedding"]["kernel"])  # [4 * 4 * 3, D]
     patch = 9  # Row 1, column 2 of the 7 x 7 patches.
@@ -49,22 +51,23 @@ class SiglipTowerTest(absltest.TestCase):
     changed[:, 28:] = 9.0
     changed[:, :, 28:] = -9.0
     np.testing.assert_array_equal(
-      self.tower.apply(self.params, changed)[0],
-      self.tower.apply(self.params, self.pixels)[0],
+      self.apply(self.params, changed)[0],
+      self.apply(self.params, self.pixels)[0],
     )
 
   def test_frames_do_not_see_each_other(self):
-    both, _ = self.tower.apply(self.params, self.pixels)
-    second, _ = self.tower.apply(self.params, self.pixels[1:])
+    both, _ = self.apply(self.params, self.pixels)
+    second, _ = self.apply(self.params, self.pixels[1:])
     np.testing.assert_allclose(both[1], second[0], atol=1e-5)
 
   def test_rematerialised_gradients_are_the_same(self):
     def total(tower, params):
       return jnp.sin(tower.apply(params, self.pixels)[0]).sum()
 
-    plain = jax.grad(lambda p: total(self.tower, p))(self.params)
     remat = siglip.SiglipTower(self.config, remat=True)
-    again = jax.grad(lambda p: total(remat, p))(self.params)
+    gradient = jax.jit(jax.grad(total, argnums=1), static_argnums=0)
+    plain = gradient(self.tower, self.params)
+    again = gradient(remat, self.params)
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), plain, again
     )

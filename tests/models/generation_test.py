@@ -1,0 +1,99 @@
+"""Greedy generation against one whole forward pass per token."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest
+
+from cacovid_jax.models import generation, llava_onevision
+
+CONFIG = llava_onevision.LlavaOnevisionConfig.tiny()
+MODEL = llava_onevision.LlavaOnevisionModel(CONFIG)
+NEW = 6
+
+
+@functools.cache
+def _params():
+  params = jax.jit(MODEL.init)(jax.random.key(0))
+  # Large embeddings make the answer depend on what was just said.
+  decoder = dict(params["language_model"])
+  decoder["embed_tokens"] = decoder["embed_tokens"] * 50
+  return params | {"language_model": decoder}
+
+
+def _prompts():
+  gen = np.random.default_rng(0)
+  x = gen.standard_normal((3, 7, 32)).astype(np.float32)
+  positions = np.sort(gen.permutation(20)[:7])  # A pruned prompt's.
+  positions = np.broadcast_to(positions, (3, 1, 7))
+  return jnp.asarray(x), jnp.asarray(positions), jnp.array([5, 7, 6])
+
+
+def _greedy(x, positions, lengths, next_positions, eos_ids=()):
+  return jax.jit(
+    functools.partial(
+      generation.greedy,
+      MODEL,
+      max_new_tokens=NEW,
+      eos_ids=eos_ids,
+      pad_id=63,
+    )
+  )(_params(), x, positions, lengths, next_positions)
+
+
+@functools.cache
+def _by_whole_passes():
+  """int[3, NEW], with the whole sequence run anew for every token."""
+  x, positions, lengths = _prompts()
+  table = _params()["language_model"]["embed_tokens"]
+  forward = jax.jit(MODEL.forward)
+  rows = []
+  for row, length in enumerate(lengths):
+    length = int(length)
+    sequence = jnp.zeros((7 + NEW, 32)).at[:length].set(x[row, :length])
+    where = jnp.zeros(7 + NEW, jnp.int32)
+    where = where.at[:length].set(positions[row, 0, :length])
+    ids = []
+    for step in range(NEW):
+      hidden, _ = forward(_params(), sequence[None], where[None, None])
+      logits = MODEL.logits(_params(), hidden[0, length + step - 1])
+      ids.append(int(logits.argmax()))
+      sequence = sequence.at[length + step].set(table[ids[-1]])
+      where = where.at[length + step].set(30 + row + step)
+    rows.append(ids)
+  return np.array(rows)
+
+
+class GreedyTest(absltest.TestCase):
+  def test_equals_a_whole_pass_per_token(self):
+    ids = _greedy(*_prompts(), jnp.array([30, 31, 32]))
+    np.testing.assert_array_equal(ids, _by_whole_passes())
+    self.assertGreater(len(np.unique(ids)), 3)  # Not one token over and over.
+
+  def test_rows_end_alone_and_are_padded(self):
+    expected = _by_whole_passes().copy()
+    end = int(expected[1, 2])
+    for row in expected:
+      found = np.flatnonzero(np.isin(row, [end, 62]))
+      if found.size:
+        row[found[0] + 1 :] = 63
+    ids = _greedy(*_prompts(), jnp.array([30, 31, 32]), eos_ids=(end, 62))
+    np.testing.assert_array_equal(ids, expected)
+    self.assertEqual(ids[1, 3], 63)
+
+  def test_position_of_the_answer_matters(self):
+    x, positions, lengths = _prompts()
+    prefill = jax.jit(MODEL.prefill, static_argnames="cache_length")
+    decode = jax.jit(MODEL.decode_step)
+    near, cache, _ = prefill(_params(), x, positions, lengths, cache_length=8)
+    first, second = (
+      decode(_params(), near.argmax(-1), jnp.full((3, 1), where), cache)[0]
+      for where in (30, 7)
+    )
+    self.assertGreater(np.abs(first - second).max(), 1e-3)
+
+
+if __name__ == "__main__":
+  absltest.main()

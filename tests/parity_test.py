@@ -1,0 +1,61 @@
+"""The command line of the parity check."""
+
+import os
+import subprocess
+import sys
+
+from absl.testing import absltest
+
+from cacovid_jax import parity, stages
+
+GOLDEN = os.path.join(os.path.dirname(__file__), "golden")
+
+
+class ParityTest(absltest.TestCase):
+  def test_report_says_what_missed(self):
+    found = [
+      stages.Stage("near", 1e-6, 2e-5, True),
+      stages.Stage("far", 0.3, 2e-5, False),
+    ]
+    self.assertTrue(parity.report("folder", found[:1]))
+    self.assertFalse(parity.report("folder", found))
+    self.assertFalse(parity.report("folder", []))
+
+  def test_exit_codes(self):
+    def run(*arguments):
+      return subprocess.run(
+        [sys.executable, "-m", "cacovid_jax.parity", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+      )
+
+    good = run(os.path.join(GOLDEN, "llava_onevision_tiny"))
+    self.assertEqual(good.returncode, 0, good.stderr)
+    self.assertIn("15 of 15 stages within tolerance", good.stdout)
+    absent = run("nowhere")
+    self.assertEqual(absent.returncode, 2)
+    self.assertIn("error: nowhere is not a folder", absent.stderr)
+    self.assertNotIn("Traceback", absent.stderr)
+
+
+class CompareTest(absltest.TestCase):
+  def test_shapes_and_values_that_are_not_finite_are_misses(self):
+    inf = float("inf")
+    self.assertFalse(stages.compare("s", [1.0, 2.0], [1.0], 1.0).ok)
+    self.assertEqual(
+      stages.compare("s", [1.0], [[1.0]], 1.0).max_abs_error, inf
+    )
+    self.assertFalse(stages.compare("s", [float("nan")], [0.0], 1.0).ok)
+    self.assertTrue(stages.compare("s", [-inf, 1.0], [-inf, 1.0], 0.0).ok)
+    self.assertFalse(stages.compare("s", [-inf], [0.0], 1.0).ok)
+    self.assertTrue(stages.compare("s", [], [], 0.0).ok)
+
+  def test_zero_tolerance_asks_for_equality(self):
+    self.assertTrue(stages.compare("ids", [3, 4], [3, 4], 0.0).ok)
+    self.assertFalse(stages.compare("ids", [3, 4], [3, 5], 0.0).ok)
+    self.assertTrue(stages.compare("mask", [True], [True], 0.0).ok)
+
+
+if __name__ == "__main__":
+  absltest.main()
