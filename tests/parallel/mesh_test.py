@@ -1,0 +1,70 @@
+"""Meshes, sharding rules and start-up arguments."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from cacovid_jax import errors
+from cacovid_jax.models import llava_onevision
+from cacovid_jax.parallel import mesh as mesh_lib
+
+
+def test_data_takes_what_model_leaves():
+  mesh = mesh_lib.make_mesh(0, 2, devices=jax.devices()[:8])
+  assert dict(mesh.shape) == {"data": 4, "model": 2}
+  assert mesh.axis_types == (AxisType.Auto, AxisType.Auto)
+
+
+@pytest.mark.parametrize("data,model", [(9, 1), (4, 4), (1, 0), (-1, 1)])
+def test_impossible_mesh_is_named(data, model):
+  with pytest.raises(errors.UserError, match="mesh"):
+    mesh_lib.make_mesh(data, model, devices=jax.devices()[:8])
+
+
+def test_base_weights_split_by_rule():
+  mesh = mesh_lib.make_mesh(1, 2, devices=jax.devices()[:2])
+  model = llava_onevision.LlavaOnevisionModel(
+    llava_onevision.LlavaOnevisionConfig.tiny()
+  )
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  specs = mesh_lib.partition_specs(params, mesh)
+  layers = specs["language_model"]["layers"]
+  assert layers["q_proj"]["kernel"] == P(None, None, "model")
+  assert layers["q_proj"]["bias"] == P(None, "model")
+  assert layers["o_proj"]["kernel"] == P(None, "model", None)
+  assert layers["down_proj"]["kernel"] == P(None, "model", None)
+  assert layers["input_layernorm"]["scale"] == P()
+  assert specs["language_model"]["embed_tokens"] == P("model", None)
+  assert specs["image_newline"] == P()
+
+
+def test_axis_that_does_not_divide_is_replicated():
+  mesh = mesh_lib.make_mesh(1, 2, devices=jax.devices()[:2])
+  params = {"q_proj": {"kernel": jnp.zeros((4, 3))}}
+  assert mesh_lib.partition_specs(params, mesh)["q_proj"]["kernel"] == P()
+
+
+def test_one_device_replicates_everything():
+  mesh = mesh_lib.make_mesh(1, 1, devices=jax.devices()[:1])
+  params = {"q_proj": {"kernel": jnp.zeros((4, 4))}}
+  assert mesh_lib.partition_specs(params, mesh)["q_proj"]["kernel"] == P()
+
+
+def test_put_splits_over_data():
+  mesh = mesh_lib.make_mesh(4, 1, devices=jax.devices()[:4])
+  placed = mesh_lib.put({"x": np.arange(8)}, mesh, P("data"))["x"]
+  assert placed.sharding.shard_shape((8,)) == (2,)
+  np.testing.assert_array_equal(placed, np.arange(8))
+
+
+def test_one_process_needs_no_coordinator():
+  mesh_lib.start_processes(None, 1, 0)
+
+
+@pytest.mark.parametrize("coordinator,process", [(None, 0), ("host:1", 2)])
+def test_wrong_start_up_is_named(coordinator, process):
+  with pytest.raises(errors.UserError, match="num_processes=2"):
+    mesh_lib.start_processes(coordinator, 2, process)

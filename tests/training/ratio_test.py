@@ -1,0 +1,89 @@
+"""The ladder of retention ratios; moves worked out by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cacovid_jax import errors
+from cacovid_jax.policy import sampling
+from cacovid_jax.training import ratio
+
+GRID = (32, 14, 14)
+SAMPLING = sampling.SamplingConfig()
+
+
+def make(grid=GRID, fixed=None, **changes):
+  return ratio.make_ladder(
+    grid, SAMPLING, ratio.RatioConfig(**changes), fixed=fixed
+  )
+
+
+def test_default_ladder_starts_at_two_percent():
+  ladder = make()
+  assert ladder.ratios == (0.01, 0.02, 0.04, 0.08, 0.12)
+  assert ladder.ratios[ladder.start] == 0.02
+  # round(r * 196) tokens of each of 32 frames.
+  assert ladder.num_keep == (64, 128, 256, 512, 768)
+
+
+def test_half_and_double_move_to_the_nearest_rung():
+  ladder = make()
+  assert ladder.up == (1, 2, 3, 4, 4)
+  # Half of 0.12 is 0.06, nearer to 0.08 than to 0.04 by ratio.
+  assert ladder.down == (0, 0, 1, 2, 3)
+
+
+@pytest.mark.parametrize(
+  "reward,rung,expected",
+  [
+    (0.5, 1, 1),
+    (0.875, 1, 0),
+    (0.874, 1, 1),
+    (0.125, 1, 2),
+    (0.126, 1, 1),
+    (1.0, 0, 0),
+    (0.0, 4, 4),
+  ],
+)
+def test_rewards_at_the_bounds_move_the_rung(reward, rung, expected):
+  step = jax.jit(lambda rung, reward: ratio.next_rung(make(), rung, reward))
+  assert step(jnp.int32(rung), jnp.float32(reward)) == expected
+
+
+def test_next_rung_is_vmapped_over_videos():
+  ladder = make()
+  got = jax.vmap(lambda rung, reward: ratio.next_rung(ladder, rung, reward))(
+    jnp.array([1, 1, 1]), jnp.array([0.9, 0.5, 0.1])
+  )
+  np.testing.assert_array_equal(got, [0, 1, 2])
+
+
+def test_small_grid_raises_the_lowest_rung():
+  ladder = make((16, 7, 7))
+  # 0.01 of 49 tokens is none; 0.02 is one already.
+  assert ladder.ratios[0] >= 0.0102
+  assert ladder.num_keep == tuple(sorted(set(ladder.num_keep)))
+  assert ladder.num_keep[ladder.start] == 16
+
+
+def test_fixed_ratio_is_a_ladder_of_one_rung():
+  ladder = make(fixed=0.05)
+  assert len(ladder) == 1 and ladder.ratios == (0.05,)
+  assert ladder.up == ladder.down == (0,)
+
+
+@pytest.mark.parametrize(
+  "changes,message",
+  [
+    ({"rungs": (0.02, 0.01)}, "must rise"),
+    ({"rungs": ()}, "must rise"),
+    ({"rungs": (0.02, 1.5)}, r"\(0, 1\]"),
+    ({"start": 0.03}, "is no rung"),
+    ({"low": 0.9}, "low < high"),
+    ({"fixed": 0.001}, "keeps no token"),
+  ],
+)
+def test_mistakes_are_named(changes, message):
+  with pytest.raises(errors.UserError, match=message):
+    make(**changes)

@@ -1,0 +1,142 @@
+"""Rollouts and lettered rewards."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cacovid_jax import errors
+from cacovid_jax.data import questions
+from cacovid_jax.training import rewards, rollout
+from tests.training import tiny
+
+
+@pytest.fixture(scope="module")
+def prompts():
+  recipe = tiny.recipe()
+  frozen = tiny.frozen(recipe)
+  batch = tiny.batch()
+  x = jax.vmap(recipe.model.embed_prompt, (None, 0, 0, 0))(
+    frozen.params, batch.ids, batch.video, batch.video_start
+  )
+  positions = jnp.broadcast_to(jnp.arange(tiny.LENGTH), (2, 1, tiny.LENGTH))
+  return (
+    recipe,
+    frozen.params,
+    rollout.Prompts(
+      x=x,
+      positions=positions,
+      length=jnp.asarray(batch.length),
+      video_start=jnp.asarray(batch.video_start),
+    ),
+  )
+
+
+def answer(prompts, index, num_valid, max_new_tokens):
+  recipe, params, held = prompts
+  return rollout.answer(
+    recipe.model,
+    params,
+    held,
+    jnp.asarray(index, jnp.int32),
+    jnp.asarray(num_valid, jnp.int32),
+    num_video=tiny.NUM_VIDEO,
+    max_new_tokens=max_new_tokens,
+    eos_ids=(1,),
+    pad_id=0,
+  )
+
+
+def test_pruned_prompt_keeps_text_newline_and_original_positions(prompts):
+  _, _, held = prompts
+  one = jax.tree.map(lambda a: a[0], held)
+  x, positions, length = rollout.prune(
+    one, jnp.array([3, 10, 63]), 3, num_video=tiny.NUM_VIDEO
+  )
+  start, end = tiny.VIDEO_START, tiny.VIDEO_START + tiny.NUM_VIDEO
+  expected = [*range(start), start + 3, start + 10, start + 63]
+  expected += range(end, int(one.length))
+  assert int(length) == len(expected)
+  np.testing.assert_array_equal(positions[0, : len(expected)], expected)
+  np.testing.assert_array_equal(x[: len(expected)], one.x[np.array(expected)])
+
+
+def test_first_token_alone_equals_generation(prompts):
+  index = np.sort(
+    np.stack(
+      [[np.random.default_rng(i).permutation(64)[:6] for i in range(3)]] * 2
+    ),
+    axis=-1,
+  )
+  first = answer(prompts, index, [6, 6], 1)
+  longer = answer(prompts, index, [6, 6], 3)
+  assert first.ids.shape == (2, 3, 1) and longer.ids.shape == (2, 3, 3)
+  np.testing.assert_array_equal(first.ids[..., 0], longer.ids[..., 0])
+  assert longer.logits is None
+  assert first.logits.shape == (2, 3, tiny.VOCABULARY)
+
+
+def test_keeping_everything_equals_the_whole_prompt(prompts):
+  recipe, params, held = prompts
+  got = answer(prompts, [[np.arange(64)]] * 2, [64, 64], 1)
+  logits, _, _ = recipe.model.prefill(
+    params, held.x, held.positions, held.length, cache_length=tiny.LENGTH
+  )
+  np.testing.assert_allclose(got.logits[:, 0], logits, rtol=1e-4, atol=1e-5)
+
+
+def test_padded_combination_answers_like_the_short_one(prompts):
+  short = answer(prompts, [[[1, 5, 9]]] * 2, [3, 3], 2)
+  padded = answer(prompts, [[[1, 5, 9, 64, 64]]] * 2, [3, 3], 2)
+  np.testing.assert_array_equal(short.ids, padded.ids)
+
+
+def test_lettered_reward_is_the_hosts():
+  tokenizer = tiny.checkpoint().tokenizer
+  letters = rollout.first_letters(tokenizer, tokenizer.vocab_size)
+  texts = ["B", "A", " B", "B.", "Because", "", ". B", "  B) it", "b", "."]
+  encoded = [tokenizer.encode(text)[:8] for text in texts]
+  ids = np.full((len(texts), 8), tokenizer.pad_id, np.int32)
+  for row, tokens in enumerate(encoded):
+    ids[row, : len(tokens)] = tokens
+  got = jax.jit(rollout.lettered_reward)(ids, tokenizer.letter_id("B"), letters)
+  expected = [
+    rewards.reward(questions.MULTIPLE_CHOICE, tokenizer.decode(row), "B")
+    for row in ids
+  ]
+  # The host's rule stops at a space behind a full stop; see `first_letters`.
+  expected[texts.index(". B")] = 1.0
+  np.testing.assert_array_equal(got, expected)
+
+
+def test_question_without_a_letter_earns_nothing():
+  letters = jnp.array([65, 66])
+  ids = jnp.array([[0], [1]])
+  np.testing.assert_array_equal(
+    rollout.lettered_reward(ids, jnp.int32(-1), letters), [0, 0]
+  )
+
+
+def test_graded_rewards_by_hand():
+  logits = jnp.log(jnp.array([[0.5, 0.2, 0.2, 0.1], [0.1, 0.6, 0.2, 0.1]]))
+  options = jnp.array([0, 2, 3, -1])  # Token 1 is no option.
+  likelihood = rollout.logit_reward(
+    "log_likelihood", logits, jnp.int32(2), options
+  )
+  np.testing.assert_allclose(likelihood, np.log([0.2, 0.2]), rtol=1e-5)
+  margin = rollout.logit_reward("margin", logits, jnp.int32(2), options)
+  np.testing.assert_allclose(margin, np.log([0.2 / 0.5, 0.2 / 0.1]), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"reward": "luck"},
+    {"marking": "nowhere"},
+    {"max_new_tokens": 0},
+    {"reward": "margin", "marking": "host"},
+  ],
+)
+def test_mistakes_are_named(changes):
+  with pytest.raises(errors.UserError, match="rollout"):
+    rollout.RolloutConfig(**changes)
