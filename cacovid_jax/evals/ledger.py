@@ -20,7 +20,7 @@ class Key(NamedTuple):
   """One answer: who was asked what, with how many tokens.
 
   Attributes:
-    method: label of the method; "vanilla" keeps every token.
+    method: name and options of the method; "vanilla" keeps every token.
     ratio: retention ratio, 1.0 for vanilla.
     seed: evaluation seed; 0 for methods without randomness.
     question: id.
@@ -35,15 +35,17 @@ class Key(NamedTuple):
 class Ledger:
   """The answers of one run, on disk and in memory."""
 
-  def __init__(self, path: str | os.PathLike, run: Mapping[str, Any]):
+  def __init__(self, path: str | os.PathLike | None, run: Mapping[str, Any]):
     """Opens or starts a file.
 
     Args:
-      path: of the JSON lines.
+      path: of the JSON lines; None keeps answers in memory only.
       run: what the answers depend on; a file of another run is refused.
     """
-    self._path = pathlib.Path(path)
     self._records: dict[Key, dict[str, Any]] = {}
+    self._path = None if path is None else pathlib.Path(path)
+    if self._path is None:
+      return
     # Through JSON and back, so that it compares equal to what is read.
     self._run = json.loads(json.dumps(dict(run), sort_keys=True))
     self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +72,7 @@ class Ledger:
     self._records.update(new)
 
   def _append(self, lines: list[dict[str, Any]]) -> None:
-    if not lines:
+    if not lines or self._path is None:
       return
     text = "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines)
     with open(self._path, "a", encoding="utf-8") as f:

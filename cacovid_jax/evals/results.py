@@ -107,6 +107,7 @@ def build(
     "split": table.split,
     "grid": list(table.grid),
     "num_clips": len(set(table.clips)),
+    "chance": _number(_chance(table.questions)),
     "vanilla": {
       **_estimate(estimate),
       "n": len(vanilla),
@@ -244,6 +245,12 @@ def _groups(table, values, field) -> dict[str, dict[str, Any]]:
     name: {"accuracy": _number(np.mean(group)), "n": len(group)}
     for name, group in sorted(groups.items())
   }
+
+
+def _chance(questions) -> float:
+  """Returns the accuracy of guessing one of the options."""
+  shares = [1 / len(q.options) for q in questions if q.options]
+  return float(np.mean(shares)) if shares else 0.0
 
 
 def _frame_head(table, ledger, decisive, frame_ratio):

@@ -60,25 +60,28 @@ class Method:
 
   Attributes:
     label: its row's name, unique in a run.
+    spec: name and options in full; answers are kept under it, so that a row
+      whose options were chosen anew is not mistaken for what it was.
     compressor: the rule.
     policy: name of the policy whose scores it follows.
   """
 
   label: str
+  spec: str
   compressor: base.Compressor
   policy: str = ""
 
   @classmethod
-  def parse(cls, spec: str, **options) -> "Method":
+  def parse(cls, spec: str) -> "Method":
     """Returns the method of `name?option=value`; the label is `spec` itself.
 
     One option is the evaluation's: `policy=NAME` follows another policy than
     the first one.
     """
-    name, parsed = compressors.parse(spec)
-    merged = {**parsed, **options}
-    policy = str(merged.pop("policy", ""))
-    return cls(spec.strip(), compressors.get(name, **merged), policy)
+    name, options = compressors.parse(spec)
+    policy = str(options.pop("policy", ""))
+    spec = spec.strip()
+    return cls(spec, spec, compressors.get(name, **options), policy)
 
   @property
   def needs(self) -> frozenset[str]:
@@ -163,8 +166,8 @@ class Cell(NamedTuple):
   seed: int
 
   def key(self, question: str) -> ledger_lib.Key:
-    label = self.method.label if self.method else VANILLA
-    return ledger_lib.Key(label, self.ratio, self.seed, question)
+    spec = self.method.spec if self.method else VANILLA
+    return ledger_lib.Key(spec, self.ratio, self.seed, question)
 
 
 def cells(

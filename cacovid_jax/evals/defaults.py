@@ -1,0 +1,47 @@
+"""Settings of an evaluation, for the `evals` section of a config."""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns the unlocked defaults of `config.evals`."""
+  return ml_collections.ConfigDict(
+    dict(
+      # Rows: names of `compressors.names()`, with options as in
+      # "density_peaks?scope=video", or one's own "path/file.py:function".
+      methods=(
+        "cacovid",
+        "cacovid_untrained",
+        "cacovid_other_question",
+        "random",
+        "uniform",
+        "last_query",
+        "divprune",
+        "density_peaks",
+      ),
+      # Bounds, shown apart; only where decisive tokens are known.
+      oracles=("decisive_boxes",),
+      ratios=(0.25, 0.1, 0.05),
+      split="test",
+      # Seeds of random draws, of the untrained policy and of other questions;
+      # accuracies are means over them.
+      seeds=(0,),
+      batch_size=8,
+      max_new_tokens=16,
+      # How letters are taken from answers: "paper" or "lmms-0.7.3".
+      rule="paper",
+      # The user's text: "video-r1" as in training, or "videomme".
+      prompt_style="video-r1",
+      # First so many questions; 0 asks all of them.
+      num_questions=0,
+      # Where options are chosen: "validation" or "none". Candidates are
+      # "name?option=value" texts by method; last_query tries all layers even
+      # if it is not listed. The best one at `select_ratio` goes to the test.
+      select_on="validation",
+      select_ratio=0.1,
+      select_questions=200,
+      candidates=dict(),
+      # Clips that the report shows frame by frame.
+      num_examples=8,
+    )
+  )

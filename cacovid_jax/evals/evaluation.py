@@ -1,0 +1,428 @@
+"""An evaluation from start to end: choose on validation, read the test once.
+
+WORKDIR/answers.jsonl              every answer, appended as it comes
+WORKDIR/validation_answers.jsonl   answers that options were chosen by
+WORKDIR/results.json               what it says (see `results`)
+WORKDIR/timings.json               seconds and host facts
+WORKDIR/report.html                to look at, without a network
+"""
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import rich.console
+import rich.table
+
+from cacovid_jax import errors
+from cacovid_jax.compressors import base
+from cacovid_jax.data import feature_cache, frames
+from cacovid_jax.evals import (
+  benchmarks,
+  clips,
+  ledger,
+  provenance,
+  report,
+  results,
+  runner,
+)
+from cacovid_jax.models import checkpoints
+from cacovid_jax.policy import modules
+from cacovid_jax.training import metrics
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+  """What to evaluate; fields as in `evals.defaults`, and where things lie.
+
+  Attributes:
+    data: prepared data directory, see `benchmarks.load`.
+    workdir: where results go.
+    checkpoint: base model's directory.
+    policies: name -> policy file or folder; the first is the main one.
+    num_frames: T.
+    dtype: of the base model.
+    cache: folder of cached features, "" for none.
+    metrics: workdir of the training run whose curves the report shows.
+  """
+
+  data: str
+  workdir: str
+  checkpoint: str
+  policies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  num_frames: int = 16
+  dtype: str = "float32"
+  cache: str = ""
+  metrics: str = ""
+  methods: Sequence[str] = ("random", "uniform", "divprune", "density_peaks")
+  oracles: Sequence[str] = ()
+  ratios: Sequence[float] = (0.25, 0.1, 0.05)
+  split: str = "test"
+  seeds: Sequence[int] = (0,)
+  batch_size: int = 8
+  max_new_tokens: int = 16
+  rule: str = "paper"
+  prompt_style: str = "video-r1"
+  num_questions: int = 0
+  select_on: str = "validation"
+  select_ratio: float = 0.1
+  select_questions: int = 200
+  candidates: Mapping[str, Sequence[str]] = dataclasses.field(
+    default_factory=dict
+  )
+  num_examples: int = 8
+
+  def __post_init__(self):
+    if self.select_on not in ("validation", "none"):
+      raise errors.UserError(
+        f"select_on={self.select_on!r}: use validation or none"
+      )
+    if not self.seeds:
+      raise errors.UserError("no evaluation seed given; for example seeds=0")
+    labels = [spec.strip() for spec in (*self.methods, *self.oracles)]
+    twice = sorted({name for name in labels if labels.count(name) > 1})
+    if twice:
+      raise errors.UserError(f"method {twice[0]!r} is listed twice")
+    if not labels:
+      raise errors.UserError("no method given; for example methods=random")
+
+
+def evaluate(request: Request) -> dict[str, Any]:
+  """Evaluates, writes all files of the workdir, and returns results.json."""
+  ratios = results.check_ratios(map(base.check_ratio, request.ratios))
+  style = request.prompt_style
+  test = benchmarks.load(request.data, request.split, style=style)
+  test = test.limited(request.num_questions)
+  specs = [*request.methods, *(request.oracles if test.decisive else ())]
+  methods = [runner.Method.parse(spec) for spec in specs]
+  checkpoint = checkpoints.load(request.checkpoint, jnp.dtype(request.dtype))
+  candidates = _candidates(request, methods, checkpoint)
+  validation = None
+  if candidates:
+    validation = benchmarks.load(request.data, "validation", style=style)
+    validation = validation.limited(request.select_questions)
+  policies = {
+    name: load_policy(path, checkpoint)
+    for name, path in request.policies.items()
+  }
+  workdir = pathlib.Path(request.workdir)
+  workdir.mkdir(parents=True, exist_ok=True)
+  with open_source(request, checkpoint) as source:
+    evaluator = runner.Evaluator(
+      checkpoint,
+      source,
+      [*test.questions, *(validation.questions if validation else ())],
+      _settings(request),
+      policies=policies,
+      decisive={**(validation.decisive if validation else {}), **test.decisive},
+    )
+    chosen = {}
+    if validation:
+      path = workdir / "validation_answers.jsonl"
+      methods, chosen = choose(
+        evaluator,
+        validation,
+        methods,
+        candidates,
+        base.check_ratio(request.select_ratio),
+        ledger.Ledger(path, evaluator.identity()),
+      )
+    table = results.Table(
+      test.name,
+      test.split,
+      test.questions,
+      methods,
+      ratios,
+      tuple(request.seeds),
+      evaluator.grid,
+    )
+    answers = ledger.Ledger(workdir / "answers.jsonl", evaluator.identity())
+    cells = runner.cells(methods, ratios, table.seeds)
+    evaluator.run(
+      test.questions, cells, answers, description=f"{test.split} questions"
+    )
+    out = results.build(
+      table,
+      answers,
+      provenance=provenance.describe(
+        frame_hashes=results.frame_hashes(table, answers),
+        checkpoint=checkpoint.identity,
+        policies={name: p.identity for name, p in policies.items()},
+        generator_hash=test.generator_hash,
+        settings=dataclasses.asdict(evaluator.settings),
+      ),
+      chosen=chosen,
+      decisive=test.decisive,
+    )
+    if len(out["unreadable"]) == out["num_clips"]:
+      raise errors.UserError(
+        f"none of the {out['num_clips']} clips below {test.root} can be read"
+        f" (first: {out['unreadable'][0]['video']},"
+        f" {out['unreadable'][0]['reason']}); prepare the data again, and"
+        f" delete {workdir / 'answers.jsonl'}"
+      )
+    results.write_json(workdir / "results.json", out)
+    timings = {"seconds": dict(evaluator.seconds), "host": provenance.host()}
+    results.write_json(workdir / "timings.json", timings)
+    examples = report.choose_examples(
+      table, answers, evaluator, test.decisive, request.num_examples
+    )
+  curves = metrics.read(request.metrics) if request.metrics else []
+  report.write(workdir / "report.html", out, examples, curves)
+  return out
+
+
+def choose(
+  evaluator: runner.Evaluator,
+  validation: benchmarks.Benchmark,
+  methods: Sequence[runner.Method],
+  candidates: Mapping[str, Sequence[str]],
+  ratio: float,
+  answers: ledger.Ledger,
+) -> tuple[list[runner.Method], dict[str, Any]]:
+  """Returns the methods with options chosen on validation, and the record.
+
+  Args:
+    evaluator: over the validation questions, among others.
+    validation: what to choose by.
+    methods: all methods; those without candidates are returned as they are.
+    candidates: label -> specs to choose from; the first of equals wins.
+    ratio: at which they are compared.
+    answers: ledger of the validation answers.
+  """
+  tried = {
+    label: [runner.Method.parse(spec) for spec in specs]
+    for label, specs in candidates.items()
+  }
+  cells = [
+    runner.Cell(method, ratio, 0)
+    for found in tried.values()
+    for method in found
+  ]
+  evaluator.run(
+    validation.questions, cells, answers, description="choosing on validation"
+  )
+
+  def accuracy(method):
+    cell = runner.Cell(method, ratio, 0)
+    keys = [cell.key(question.id) for question in validation.questions]
+    return float(np.mean([answers[key]["score"] for key in keys]))
+
+  chosen, out = {}, []
+  for method in methods:
+    if method.label not in tried:
+      out.append(method)
+      continue
+    found = [(accuracy(m), m) for m in tried[method.label]]
+    best = max(found, key=lambda pair: pair[0])[1]
+    out.append(dataclasses.replace(best, label=method.label))
+    chosen[method.label] = {
+      "split": validation.split,
+      "n": len(validation.questions),
+      "ratio": results.ratio_key(ratio),
+      "best": best.label,
+      "candidates": [
+        {"method": m.label, "accuracy": round(value, 6)} for value, m in found
+      ],
+    }
+  return out, chosen
+
+
+def validator(
+  request: Request,
+  checkpoint: checkpoints.Checkpoint,
+  *,
+  method: str = "cacovid",
+  ratio: float = 0.1,
+) -> Callable[[Any, Any], dict[str, float]]:
+  """Returns (policy module, params) -> accuracy on validation, for training.
+
+  Programs and clips are kept from one call to the next.
+
+  Args:
+    request: `data`, `select_questions` and the settings are read.
+    checkpoint: the base model that the policy is trained with.
+    method: how the policy's scores are followed.
+    ratio: retention ratio.
+  """
+  validation = benchmarks.load(
+    request.data, "validation", style=request.prompt_style
+  ).limited(request.select_questions)
+  evaluator = runner.Evaluator(
+    checkpoint,
+    open_source(request, checkpoint),
+    validation.questions,
+    _settings(request),
+  )
+  cell = runner.Cell(runner.Method.parse(method), base.check_ratio(ratio), 0)
+
+  def validate(module, params):
+    evaluator.policies = {"policy": runner.Policy(module, params)}
+    answers = ledger.Ledger(None, {})
+    evaluator.run(
+      validation.questions, [cell], answers, description="validation"
+    )
+    keys = [cell.key(question.id) for question in validation.questions]
+    return {"accuracy": float(np.mean([answers[k]["score"] for k in keys]))}
+
+  return validate
+
+
+def load_policy(path: str, checkpoint: checkpoints.Checkpoint) -> runner.Policy:
+  """Returns a policy that training exported.
+
+  Args:
+    path: a safetensors file; or a folder (or a training workdir that holds
+      `policy/`), whose `best.safetensors` is taken if validation chose one,
+      else `policy.safetensors`. A `policy_config.json` beside it names the
+      module; without one it is the paper's.
+    checkpoint: the base model that it must have been trained with.
+  """
+  file = _policy_file(pathlib.Path(path))
+  described = {}
+  config = file.parent / "policy_config.json"
+  if config.is_file():
+    described = checkpoints.read_json(os.fspath(config))
+  trained_with = described.get("base_model", {}).get("sha256")
+  if trained_with not in (None, checkpoint.identity["sha256"]):
+    raise errors.UserError(
+      f"policy {path} was trained with another base model; give that one's"
+      " --checkpoint"
+    )
+  options = dict(described.get("policy", {}))
+  module = modules.load_policy_module(options.pop("module", ""))
+  if "dtype" in options:
+    options["dtype"] = jnp.dtype(options["dtype"])
+  if not described:
+    options["num_halvings"] = _num_halvings(file)
+  policy = module.from_llm_config(checkpoint.model.config.text, **options)
+  params = modules.load(os.fspath(file), policy)
+  digest = hashlib.sha256(file.read_bytes()).hexdigest()
+  return runner.Policy(policy, params, digest)
+
+
+def open_source(
+  request: Request, checkpoint: checkpoints.Checkpoint
+) -> clips.ClipSource:
+  """Returns the encoded clips of a request's data."""
+  model = checkpoint.model
+  dtype = jnp.dtype(model.dtype).name
+  return clips.ClipSource(
+    request.data,
+    model,
+    checkpoint.params,
+    frames.Preprocessing.from_directory(request.checkpoint),
+    num_frames=request.num_frames,
+    cache=feature_cache.FeatureCache(request.cache) if request.cache else None,
+    cache_key=f"{checkpoint.identity['sha256']} {dtype}",
+    # The clips of this batch and of the next one.
+    keep=2 * request.batch_size,
+  )
+
+
+def show(out: Mapping[str, Any], console: rich.console.Console | None = None):
+  """Prints accuracies, intervals and shares of vanilla as a table."""
+  console = console or rich.console.Console()
+  vanilla = out["vanilla"]
+  low, high = vanilla["ci95"]
+  table = rich.table.Table(
+    title=f"{out['benchmark']} {out['split']}: {vanilla['n']} questions about"
+    f" {out['num_clips']} clips, accuracy in %",
+    caption=f"vanilla (all {vanilla['kept_tokens']} video tokens):"
+    f" {100 * vanilla['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]."
+    " Per cell: accuracy, 95 % interval clustered by clip, share of vanilla.",
+  )
+  rows = {**out["methods"], **out["oracles"]}
+  ratios = list(next(iter(rows.values())))
+  table.add_column("method")
+  for ratio in ratios:
+    table.add_column(f"{float(ratio):.0%} kept", justify="right")
+  for name, cells in rows.items():
+    label = f"{name} (oracle)" if name in out["oracles"] else name
+    table.add_row(label, *[_cell_text(cells[ratio]) for ratio in ratios])
+  console.print(table)
+  for entry in out["unreadable"]:
+    console.print(
+      f"counted as wrong: {entry['questions']} questions about"
+      f" {entry['video']} ({entry['reason']})",
+      markup=False,
+    )
+  head = out["frame_head"]
+  if head:
+    console.print(
+      f"frame head: its best {head['frames']} of {head['of']} frames hold a"
+      f" decisive one for {head['hit']:.1%} of {head['n']} questions (chance"
+      f" {head['chance']:.1%})"
+    )
+
+
+def _cell_text(cell) -> str:
+  if cell["status"] != "ok":
+    return cell["status"]
+  low, high = cell["ci95"]
+  text = f"{100 * cell['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+  if cell["of_vanilla"] is not None:
+    text += f" {cell['of_vanilla']:.0%}"
+  # Brackets are markup to rich.
+  return text.replace("[", "\\[")
+
+
+def _settings(request: Request) -> runner.Settings:
+  return runner.Settings(
+    num_frames=request.num_frames,
+    batch_size=request.batch_size,
+    max_new_tokens=request.max_new_tokens,
+    rule=request.rule,
+  )
+
+
+def _candidates(request, methods, checkpoint) -> dict[str, list[str]]:
+  """Returns label -> specs to choose from on validation."""
+  if request.select_on == "none":
+    return {}
+  out = {}
+  for method in methods:
+    name = method.label.partition("?")[0]
+    listed = request.candidates.get(method.label)
+    if listed:
+      out[method.label] = list(listed)
+    elif name == "last_query" and "layer" not in method.compressor.options:
+      layers = range(checkpoint.model.config.text.num_layers)
+      out[method.label] = [f"last_query?layer={layer}" for layer in layers]
+  unknown = sorted(set(request.candidates) - {m.label for m in methods})
+  if unknown:
+    raise errors.UserError(
+      f"candidates are given for {unknown[0]!r}, which is not among the methods"
+    )
+  return out
+
+
+def _policy_file(path: pathlib.Path) -> pathlib.Path:
+  if path.is_file():
+    return path
+  for folder in (path, path / "policy"):
+    for name in ("best.safetensors", "policy.safetensors"):
+      if (folder / name).is_file():
+        return folder / name
+  raise errors.UserError(
+    f"there is no policy in {path}; give the workdir of a finished training"
+    " run, or a .safetensors file"
+  )
+
+
+def _num_halvings(file: pathlib.Path) -> int:
+  """Returns the hidden layers of the heads in a file of the public format."""
+  prefix, suffix = "compression_policy.token_compress.", ".weight"
+  names = modules.read(os.fspath(file))
+  count = sum(n.startswith(prefix) and n.endswith(suffix) for n in names)
+  if not count:
+    raise errors.UserError(
+      f"{file} holds no policy under the public names, and no"
+      " policy_config.json lies beside it"
+    )
+  return count - 1

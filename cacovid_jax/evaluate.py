@@ -1,0 +1,155 @@
+r"""Evaluates token selection: what a video model answers from fewer tokens.
+
+python -m cacovid_jax.evaluate --config configs/x.py --workdir W
+python -m cacovid_jax.evaluate --checkpoint DIR --data DIR --workdir W \
+    --policy TRAINING_WORKDIR --methods cacovid,random --ratios 0.25,0.1
+
+A config's `model`, `data` and `evals` sections are read; flags win over them.
+Without a policy, methods that need one must not be listed. An evaluation that
+was stopped goes on when the same command is given again. Writes results.json,
+timings.json and report.html into the workdir.
+"""
+
+import dataclasses
+import os
+
+from absl import flags
+
+from cacovid_jax import config as config_lib
+from cacovid_jax import errors
+from cacovid_jax.evals import defaults, evaluation
+
+config_lib.define_flag()
+_FLAGS = {
+  "checkpoint": "Base model: a Hugging Face LLaVA-OneVision directory.",
+  "policy": (
+    "Policies, comma-separated: training workdirs or .safetensors files,"
+    " optionally as NAME=PATH; the first is the main one."
+  ),
+  "data": "Prepared data: test.parquet, validation.parquet, clips.",
+  "workdir": "Where answers, results and the report go.",
+  "methods": "Rows, comma-separated; see cacovid_jax.compressors.names().",
+  "oracles": "Oracle rows, comma-separated; empty for none.",
+  "ratios": "Retention ratios, comma-separated.",
+  "seeds": "Evaluation seeds, comma-separated.",
+  "split": "test or validation.",
+  "select_on": "Where options are chosen: validation or none.",
+  "rule": "How letters are taken from answers: paper or lmms-0.7.3.",
+  "prompt_style": "video-r1 or videomme.",
+  "dtype": "Of the base model: float32 or bfloat16.",
+  "feature_cache": "Folder of cached video features; empty for none.",
+  "metrics": "Training workdir whose reward curves the report shows.",
+}
+for _name, _help in _FLAGS.items():
+  flags.DEFINE_string(_name, None, _help)
+for _name, _help in {
+  "batch_size": "Questions asked at once.",
+  "num_frames": "Frames per clip.",
+  "num_questions": "First so many questions; 0 for all.",
+  "num_examples": "Clips that the report shows frame by frame.",
+  "max_new_tokens": "Longest answer in tokens.",
+}.items():
+  flags.DEFINE_integer(_name, None, _help)
+
+
+def main(argv):
+  """Runs the evaluation that the flags describe."""
+  if len(argv) > 1:
+    raise errors.UserError(
+      f"unexpected argument {argv[1]!r}; flags start by --"
+    )
+  request = request_from_flags(flags.FLAGS)
+  out = evaluation.evaluate(request)
+  evaluation.show(out)
+  for name in ("results.json", "report.html", "timings.json", "answers.jsonl"):
+    print(os.path.join(request.workdir, name))
+
+
+def request_from_flags(values) -> evaluation.Request:
+  """Returns the request of a config, if there is one, and of the flags."""
+  config = config_lib.from_flags() if values.config else None
+  fields = request_fields(config)
+  flagged = {
+    name: values[name].value
+    for name in (*_FLAGS, "batch_size", "num_frames", "num_questions",
+                 "num_examples", "max_new_tokens")
+    if values[name].value is not None
+  }  # fmt: skip
+  if "policy" in flagged:
+    fields["policies"] = _policies(flagged.pop("policy"))
+  if "feature_cache" in flagged:
+    fields["cache"] = flagged.pop("feature_cache")
+  for name, kind in (("ratios", float), ("seeds", int)):
+    if name in flagged:
+      flagged[name] = _numbers(name, flagged[name], kind)
+  for name in ("methods", "oracles"):
+    if name in flagged:
+      flagged[name] = _listed(flagged[name])
+  fields |= flagged
+  if not fields.get("policies"):
+    # The default rows are those that can be run.
+    if "methods" not in flagged and config is None:
+      fields["methods"] = tuple(
+        name for name in fields["methods"] if not name.startswith("cacovid")
+      )
+  for name in ("checkpoint", "data", "workdir"):
+    if not fields.get(name):
+      raise errors.UserError(f"nothing says which {name}: add --{name}=FOLDER")
+  return evaluation.Request(**fields)
+
+
+def request_fields(config=None) -> dict:
+  """Returns the fields of `evaluation.Request` that a config sets.
+
+  Args:
+    config: with sections `model`, `data` and `evals` as far as there are such;
+      None gives the defaults of `evals`.
+  """
+  section = defaults.get_config()
+  fields = {}
+  if config is not None:
+    if "evals" in config:
+      section.update(config.evals)
+    if "model" in config:
+      fields["checkpoint"] = config.model.get("path", "")
+      fields["dtype"] = config.model.get("dtype", "float32")
+    if "data" in config:
+      fields["data"] = config.data.get("root", "")
+      fields["num_frames"] = config.data.get("num_frames", 16)
+      fields["cache"] = config.data.get("feature_cache", "")
+  known = {field.name for field in dataclasses.fields(evaluation.Request)}
+  for name, value in config_lib.to_dict(section).items():
+    if name not in known:
+      raise errors.UserError(
+        f"unknown config key 'evals.{name}'; known: {', '.join(sorted(known))}"
+      )
+    fields[name] = tuple(value) if isinstance(value, list) else value
+  return fields
+
+
+def _policies(text: str) -> dict[str, str]:
+  out = {}
+  for number, part in enumerate(_listed(text)):
+    name, equals, path = part.partition("=")
+    if not equals:
+      name, path = ("policy" if number == 0 else f"policy{number}"), part
+    out[name] = path
+  return out
+
+
+def _listed(text: str) -> tuple[str, ...]:
+  return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _numbers(name, text, kind):
+  try:
+    return tuple(kind(part) for part in _listed(text))
+  except ValueError:
+    raise errors.UserError(
+      f"--{name}={text} is not a list of numbers; for example"
+      f" --{name}={'0,1' if kind is int else '0.25,0.1'}"
+    ) from None
+
+
+if __name__ == "__main__":
+  errors.run(main)
