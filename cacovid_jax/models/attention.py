@@ -8,10 +8,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-  splash_attention_kernel,
-  splash_attention_mask,
-)
 
 BACKENDS = ("auto", "xla", "cudnn", "splash")
 
@@ -180,6 +176,9 @@ def _cudnn(q, k, v, causal, lengths, mask):
 
 def _splash(q, k, v, causal, lengths, interpret=False):
   """The TPU kernel; `interpret` runs it on any platform, slowly."""
+  # Here: an experimental part of JAX that the other platforms never need.
+  from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
   batch, num_queries, num_heads, head_dim = q.shape
   num_keys = k.shape[1]
   if lengths is None:
@@ -189,12 +188,12 @@ def _splash(q, k, v, causal, lengths, interpret=False):
   q, k, v = (_heads_first_in_blocks(x) for x in (q, k, v))
   shape = (q.shape[2], k.shape[2])
   if causal:
-    mask = splash_attention_mask.CausalMask(shape)
+    mask = splash.CausalMask(shape)
   else:
-    mask = splash_attention_mask.FullMask(shape)
-  kernel = splash_attention_kernel.make_splash_mha(
-    splash_attention_mask.MultiHeadMask([mask] * num_heads),
-    block_sizes=_block_sizes(*shape),
+    mask = splash.FullMask(shape)
+  kernel = splash.make_splash_mha(
+    splash.MultiHeadMask([mask] * num_heads),
+    block_sizes=splash.BlockSizes(**_block_sizes(*shape)),
     head_shards=1,
     q_seq_shards=1,
     interpret=interpret,
@@ -203,7 +202,7 @@ def _splash(q, k, v, causal, lengths, interpret=False):
   def one(q, k, v, length):
     # Keys behind the length are another segment than every query, and key 0
     # is always valid, so no row of the softmax is empty.
-    segments = splash_attention_kernel.SegmentIds(
+    segments = splash.SegmentIds(
       q=jnp.zeros(shape[0], jnp.int32),
       kv=(jnp.arange(shape[1]) >= length).astype(jnp.int32),
     )
@@ -224,16 +223,16 @@ def _block_sizes(num_queries, num_keys):
   def block(length):
     return next(size for size in (512, 256, _LANES) if length % size == 0)
 
-  queries, keys = block(num_queries), block(num_keys)
-  return splash_attention_kernel.BlockSizes(
-    block_q=queries,
-    block_kv=keys,
-    block_kv_compute=keys,
-    block_q_dkv=queries,
-    block_kv_dkv=keys,
-    block_kv_dkv_compute=keys,
-    block_q_dq=queries,
-    block_kv_dq=keys,
+  queries = ("block_q", "block_q_dkv", "block_q_dq")
+  keys = (
+    "block_kv",
+    "block_kv_compute",
+    "block_kv_dkv",
+    "block_kv_dkv_compute",
+    "block_kv_dq",
+  )
+  return dict.fromkeys(queries, block(num_queries)) | dict.fromkeys(
+    keys, block(num_keys)
   )
 
 
