@@ -46,7 +46,8 @@ def line_chart(
   rules: Sequence[Rule] = (),
   log_x: bool = False,
   markers: bool = True,
-  width: int = 760,
+  most: float | None = None,
+  width: int = 1040,
   height: int = 380,
 ) -> markupsafe.Markup:
   """Returns an SVG element.
@@ -59,12 +60,14 @@ def line_chart(
     rules: reference lines; the axis includes them.
     log_x: logarithmic x axis.
     markers: draw points and their bars.
+    most: largest value that y can take, where the axis then ends.
     width: of the drawing, in CSS pixels.
     height: likewise.
   """
   ys = [y for line in lines for point in line.points for y in point[1:]]
   ys += [rule.y for rule in rules]
-  y_ticks = nice_ticks(min(ys), max(ys))
+  high = max(ys) if most is None else min(max(ys), most)
+  y_ticks = nice_ticks(min(ys), high)
   xs = [point[0] for line in lines for point in line.points]
   xs += [x for x, _ in x_ticks]
   warp = math.log if log_x else float
@@ -110,7 +113,7 @@ def line_chart(
     labels.append((y, rule.name, "var(--muted)", False))
   for line in sorted(lines, key=lambda line: line.strong):
     places = [
-      (at_x(x), at_y(y), at_y(low), at_y(high))
+      (at_x(x), at_y(y), at_y(low), at_y(min(high, y_ticks[-1])))
       for x, y, low, high in line.points
     ]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y, _, _ in places)

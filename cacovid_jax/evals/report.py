@@ -22,7 +22,7 @@ from PIL import Image
 from cacovid_jax.data import questions as questions_lib
 from cacovid_jax.evals import plots, results, runner
 
-_TEMPLATE = "report.html.jinja"
+_TEMPLATE = "templates/report.html.jinja"
 # Pixels of a frame's longer side in the file.
 _FRAME_SIDE = 168
 _SHOWN_RATIO = 0.1
@@ -188,14 +188,7 @@ def render(
     cards=_cards(out, ratios),
     ratio_chart=_ratio_chart(out, ratios),
     reward_chart=_reward_chart(curves),
-    breakdowns=[
-      (title, _breakdown(out, rows, shown, field))
-      for title, field in (
-        ("kind of question", "by_category"),
-        ("length of clip", "by_duration"),
-      )
-      if out["vanilla"][field]
-    ],
+    breakdown=_breakdown(out, rows, shown),
     clips=[_clip(example) for example in examples],
     num_right=sum(example.right for example in examples),
   )
@@ -212,6 +205,7 @@ def _template() -> jinja2.Template:
   )
   environment.filters["percent"] = _percent
   environment.filters["points"] = _points
+  environment.filters["options"] = _options
   return environment.from_string(source.read_text(encoding="utf-8"))
 
 
@@ -222,6 +216,12 @@ def _percent(value: float, digits: int = 1) -> str:
 def _points(value: float) -> str:
   """Returns a difference in percentage points, with a true minus sign."""
   return f"{100 * value:+.1f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _options(spec: str) -> str:
+  """Returns the options of a method's spec, as "layer = 3"."""
+  name, _, query = spec.partition("?")
+  return query.replace("&", ", ").replace("=", " = ") or name
 
 
 def _cards(out, ratios):
@@ -240,7 +240,7 @@ def _cards(out, ratios):
       note = f"{_number(cell['kept_tokens'])} tokens"
       if cell["of_vanilla"] is not None:
         note += f", {_percent(cell['of_vanilla'])} % of vanilla"
-      title = f"{results.REFERENCE} at {float(ratio):.0%}"
+      title = f"{results.REFERENCE} at {_percent(float(ratio), 0)} %"
       cards.append((title, f"{_percent(cell['accuracy'])} %", note))
   return cards
 
@@ -280,20 +280,24 @@ def _rows(out, ratios):
   return rows
 
 
-def _breakdown(out, rows, ratio, field):
-  """Returns (groups, [(method, accuracies)]) at one ratio, vanilla first."""
-  groups = list(out["vanilla"][field].items())
-  names = [name for name, _ in groups]
+def _breakdown(out, rows, ratio):
+  """Returns groups of questions, and the accuracies of every row in them."""
+  order = {"short": 0, "medium": 1, "long": 2}
+  groups = []
+  for field in ("by_category", "by_duration"):
+    found = out["vanilla"][field]
+    for name in sorted(found, key=lambda name: (order.get(name, 3), name)):
+      first = bool(groups) and groups[-1]["field"] != field
+      n = found[name]["n"]
+      groups.append({"field": field, "name": name, "n": n, "first": first})
 
   def values(cell):
-    found = cell.get(field, {})
-    return [
-      found[name]["accuracy"] if name in found else None for name in names
-    ]
+    found = [cell.get(g["field"], {}).get(g["name"]) for g in groups]
+    return [group and group["accuracy"] for group in found]
 
   table = [("vanilla", values(out["vanilla"]))]
   table += [(name, values(row[ratio])) for name, row in rows.items()]
-  return groups, table
+  return {"groups": groups, "rows": table} if groups else None
 
 
 def _ratio_chart(out, ratios):
@@ -327,7 +331,8 @@ def _ratio_chart(out, ratios):
       plots.Rule("guessing", 100 * out["chance"]),
     ],
     log_x=True,
-    height=430,
+    most=100,
+    height=460,
   )
 
 
@@ -406,7 +411,7 @@ def _clip(example: Example) -> dict[str, Any]:
       (label, letter or "none", letter == question.answer)
       for label, letter in example.others.items()
     ],
-    "ratio": f"{example.ratio:.0%}",
+    "ratio": f"{_percent(example.ratio, 0)} %",
     "num_kept": len(kept),
     "num_video": T * H * W,
     "decisive": decisive,

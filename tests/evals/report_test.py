@@ -179,7 +179,7 @@ def test_is_well_formed_and_shows_everything(page):
     "decisive_boxes",
     "88.9 % of vanilla",
     "\N{MINUS SIGN}20.0 [\N{MINUS SIGN}30.0, \N{MINUS SIGN}10.0]",
-    "last_query?layer=1",
+    "layer = 1",
     "gone.mp4",
     "61.0",
     "order <first>",
@@ -206,7 +206,7 @@ def test_kept_and_decisive_tokens_are_outlined(page):
   outline = Outline(page)
   strokes = [a.get("stroke") for t, a in outline.tags if t == "rect"]
   assert strokes.count("#0b5fa5") == 6 * 9
-  assert strokes.count("#d58a00") == 6 * 2
+  assert strokes.count("#f0a000") == 6 * 2
 
 
 def test_text_of_the_data_set_is_escaped(page):
