@@ -260,7 +260,8 @@ def _check_policy(file):
     )
   positions = file.array("position_ids", 1, length).astype(np.int32)
   prompt = (jnp.asarray(x), jnp.asarray(positions), np.flatnonzero(mask))
-  scores = policy.apply(variables, *prompt, grid)
+  run = jax.jit(lambda variables, *p: policy.apply(variables, *p, grid))
+  scores = run(variables, *prompt)
   token = file.array("token_logits", None, 2)
   frame = file.array("frame_logits", None, 2)
   checked = [
@@ -269,7 +270,8 @@ def _check_policy(file):
   ]
   # Older public checkpoints do not have the third head.
   if "mode_selection" in variables["params"] and file.has("mode_logits"):
-    mode = policy.apply(variables, *prompt, method="mode_scores")
+    run = jax.jit(functools.partial(policy.apply, method="mode_scores"))
+    mode = run(variables, *prompt)
     checked.append(
       _compare(
         f"{file.stem} mode_logits",
@@ -350,9 +352,8 @@ def _check_cap(file):
   for label, case in file.cases():
     size = case.number("n", int)
     cap = case.number("max_prob")
-    capped = sampling.capped_distribution(
-      jnp.asarray(case.array("p", size)), cap=cap
-    )
+    flatten = jax.jit(functools.partial(sampling.capped_distribution, cap=cap))
+    capped = flatten(jnp.asarray(case.array("p", size)))
     expected = case.array("q", size)
     checked.append(_compare(f"{label} q", capped, expected, PROBABILITIES))
   return checked

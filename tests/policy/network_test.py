@@ -1,0 +1,295 @@
+"""Policy network: padding, positions, precision, weights in and out."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cacovid_jax import errors
+from cacovid_jax.models import qwen2
+from cacovid_jax.policy import modules, network
+
+GRID = (2, 3, 2)
+ROWS = np.arange(3, 15)  # 3 rows of text, 12 video tokens, newline, question.
+LENGTH = 20
+WIDTH = 32
+
+
+@pytest.fixture(scope="module")
+def config():
+  return network.PolicyConfig.tiny()
+
+
+@pytest.fixture(scope="module")
+def llm_params(config):
+  """Random parameters of a decoder, stacked by depth."""
+  module = qwen2.Qwen2(config.llm)
+  x, positions = jnp.zeros((1, 2, WIDTH)), jnp.zeros((1, 1, 2), jnp.int32)
+
+  def touch(module):
+    return module(x, positions), module.embed(jnp.zeros(2, jnp.int32))
+
+  return jax.jit(lambda r: module.init(r, method=touch)["params"])(
+    jax.random.key(7)
+  )
+
+
+@pytest.fixture(scope="module")
+def params(config, llm_params):
+  return network.init_from_llm(jax.random.key(0), config, llm_params)
+
+
+@pytest.fixture(scope="module")
+def prompt():
+  x = jax.random.normal(jax.random.key(1), (LENGTH, WIDTH))
+  return x, jnp.arange(LENGTH, dtype=jnp.int32)[None]
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def score(config, params, x, positions, video_rows, length=None):
+  policy = network.Policy(config)
+  return policy.apply(
+    {"params": params}, x, positions, video_rows, GRID, length
+  )
+
+
+def assert_close(actual, expected, rtol=1e-5, atol=2e-6):
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol),
+    actual,
+    expected,
+  )
+
+
+def test_shapes_and_types(config, params, prompt):
+  scores = score(config, params, *prompt, ROWS)
+  assert scores.frame.shape == (2, 2) and scores.token.shape == (12, 2)
+  assert scores.frame.dtype == scores.token.dtype == jnp.float32
+  assert np.ptp(scores.token[:, 1] - scores.token[:, 0]) > 0
+
+
+@pytest.mark.parametrize("filler", [0.0, 100.0])
+def test_a_padded_prompt_equals_the_unpadded(config, params, prompt, filler):
+  x, positions = prompt
+  expected = score(config, params, x, positions, ROWS)
+  padded = jnp.pad(x, ((0, 5), (0, 0)), constant_values=filler)
+  positions = jnp.pad(positions, ((0, 0), (0, 5)))
+  scores = score(config, params, padded, positions, ROWS, jnp.int32(LENGTH))
+  assert_close(scores, expected)
+
+
+def test_the_question_behind_the_video_changes_the_scores(
+  config, params, prompt
+):
+  x, positions = prompt
+  other = x.at[-1].add(3.0)
+  first = score(config, params, x, positions, ROWS).token
+  second = score(config, params, other, positions, ROWS).token
+  assert np.abs(first - second).max() > 1e-4
+
+
+def test_positions_may_be_in_any_order_and_have_gaps(config, params, prompt):
+  x, _ = prompt
+  positions = jnp.cumsum(jnp.arange(LENGTH, dtype=jnp.int32) % 4)[None]
+  expected = score(config, params, x, positions, ROWS)
+  # Rotary positions are relative.
+  assert_close(score(config, params, x, positions + 50, ROWS), expected)
+  # Without a causal mask, only the position id says where a row stands.
+  order = np.random.default_rng(0).permutation(LENGTH)
+  moved = np.argsort(order)[ROWS]
+  permuted = score(config, params, x[order], positions[:, order], moved)
+  assert_close(permuted, expected)
+  # And it does say so.
+  contiguous = jnp.arange(LENGTH, dtype=jnp.int32)[None]
+  without_gaps = score(config, params, x, contiguous, ROWS)
+  assert np.abs(without_gaps.token - expected.token).max() > 1e-4
+
+
+def test_vmap_over_prompts_of_different_lengths_equals_a_loop(config, params):
+  x = jax.random.normal(jax.random.key(2), (2, LENGTH, WIDTH))
+  positions = jnp.broadcast_to(jnp.arange(LENGTH), (2, 1, LENGTH))
+  rows = jnp.stack([jnp.arange(1, 13), jnp.arange(3, 15)])
+  lengths = jnp.array([16, 20])
+  run = functools.partial(score, config, params)
+  batched = jax.vmap(run)(x, positions, rows, lengths)
+  for i in range(2):
+    one = run(x[i], positions[i], rows[i], lengths[i])
+    assert_close(jax.tree.map(lambda s, i=i: s[i], batched), one)
+
+
+def test_half_precision_stays_close_and_scores_are_float32(
+  config, params, prompt
+):
+  half = network.PolicyConfig(
+    llm=config.llm, num_halvings=config.num_halvings, dtype=jnp.bfloat16
+  )
+  scores = score(half, params, *prompt, ROWS)
+  assert scores.token.dtype == jnp.float32
+  assert_close(scores, score(config, params, *prompt, ROWS), 0.1, 0.05)
+
+
+def test_the_third_head_costs_nothing_and_gets_no_gradient(
+  config, params, prompt
+):
+  def total(params):
+    scores = score(config, params, *prompt, ROWS)
+    return scores.frame.sum() + scores.token.sum()
+
+  grads = jax.grad(total)(params)
+  assert not any(np.any(g) for g in jax.tree.leaves(grads["mode_selection"]))
+  assert np.any(grads["layer"]["q_proj"]["kernel"])
+  without = {k: p for k, p in params.items() if k != "mode_selection"}
+  assert_close(
+    score(config, without, *prompt, ROWS), score(config, params, *prompt, ROWS)
+  )
+
+
+def test_mode_scores_ignore_padding(config, params, prompt):
+  x, positions = prompt
+  policy = network.Policy(config)
+  run = jax.jit(
+    functools.partial(policy.apply, {"params": params}, method="mode_scores")
+  )
+  expected = run(x, positions, ROWS)
+  padded = jnp.pad(x, ((0, 4), (0, 0)), constant_values=9.0)
+  positions = jnp.pad(positions, ((0, 0), (0, 4)))
+  assert_close(run(padded, positions, ROWS, LENGTH), expected, atol=1e-4)
+
+
+# Initialisation.
+
+
+def test_starts_from_the_first_layer_of_the_llm(params, llm_params):
+  jax.tree.map(
+    lambda ours, theirs: np.testing.assert_array_equal(ours, theirs[0]),
+    params["layer"],
+    llm_params["layers"],
+  )
+  assert set(params) == {
+    "layer", "layernorm", "token_compress", "frame_compress", "mode_selection",
+  }  # fmt: skip
+
+
+def test_starts_from_a_whole_model_in_half_precision(config, llm_params):
+  half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), llm_params)
+  params = network.Policy.from_llm_config(
+    config.llm, num_halvings=3
+  ).init_from_llm(jax.random.key(0), {"language_model": half, "tower": {}})
+  assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(params))
+
+
+def test_same_key_same_heads(config, params, llm_params):
+  again = network.init_from_llm(jax.random.key(0), config, llm_params)
+  jax.tree.map(np.testing.assert_array_equal, again, params)
+  other = network.init_from_llm(jax.random.key(1), config, llm_params)
+  assert np.any(
+    other["token_compress"]["score"]["kernel"]
+    != params["token_compress"]["score"]["kernel"]
+  )
+
+
+def test_an_llm_of_another_shape_is_refused(config, llm_params):
+  layers = dict(llm_params["layers"])
+  layers["up_proj"] = {"kernel": jnp.zeros((3, WIDTH, 99))}
+  with pytest.raises(errors.UserError, match="layer/up_proj/kernel"):
+    network.init_from_llm(jax.random.key(0), config, {"layers": layers})
+  with pytest.raises(errors.UserError, match="no `layers`"):
+    network.init_from_llm(jax.random.key(0), config, {"blocks": layers})
+
+
+@pytest.mark.parametrize("num_halvings", [-1, 5])
+def test_too_many_halvings_are_refused(config, num_halvings):
+  with pytest.raises(errors.UserError, match="choose 0 to 4"):
+    network.PolicyConfig(llm=config.llm, num_halvings=num_halvings)
+
+
+def test_widths_of_the_7b_policy():
+  config = network.PolicyConfig(llm=qwen2.Qwen2Config.qwen2_7b())
+  shapes = network.shapes(config)
+  widths = [
+    shapes[f"token_compress/hidden_{i}/kernel"][1] for i in range(4)
+  ] + [shapes["token_compress/score/kernel"][1]]
+  assert widths == [1792, 896, 448, 224, 2]
+  assert shapes["mode_selection/score/kernel"] == (224, 3)
+  assert set(shapes) == set(network.public_names(4))
+
+
+# Weights in and out.
+
+
+def test_public_names_round_trip(config, params):
+  public = network.to_public(params)
+  assert all(name.startswith("compression_policy.") for name in public)
+  assert public["compression_policy.token_compress.0.weight"].shape == (16, 32)
+  assert public["compression_policy.frame_compress.6.weight"].shape == (2, 4)
+  assert public["compression_policy.layers.0.mlp.down_proj.weight"].shape == (
+    32, 48,
+  )  # fmt: skip
+  back = network.from_public(public, config)
+  jax.tree.map(np.testing.assert_array_equal, back, params)
+
+
+def test_a_checkpoint_without_the_third_head_stays_without(config, params):
+  public = {
+    name: tensor
+    for name, tensor in network.to_public(params).items()
+    if ".mode_selection." not in name
+  }
+  back = network.from_public(public, config)
+  assert "mode_selection" not in back
+  assert set(network.to_public(back)) == set(public)
+
+
+def test_a_checkpoint_that_does_not_fit_lists_every_name(config, params):
+  public = network.to_public(params)
+  del public["compression_policy.layernorm.weight"]
+  del public["compression_policy.mode_selection.0.bias"]
+  public["compression_policy.extra"] = np.zeros(1)
+  public["compression_policy.token_compress.0.bias"] = np.zeros(7)
+  with pytest.raises(errors.UserError) as raised:
+    network.from_public(public, config)
+  message = str(raised.value)
+  assert re.search(r"missing [^;]*layernorm\.weight", message)
+  assert re.search(r"missing [^;]*mode_selection\.0\.bias", message)
+  assert re.search(r"not known [^;]*compression_policy\.extra", message)
+  assert re.search(r"misshaped .*token_compress\.0\.bias is \(7,\)", message)
+  assert "\n" not in message
+
+
+def test_files_round_trip_and_bad_files_are_refused(config, params, tmp_path):
+  policy = network.Policy(config)
+  path = tmp_path / "policy.safetensors"
+  modules.save(path, policy, params)
+  back = modules.load(path, policy)
+  jax.tree.map(np.testing.assert_array_equal, back, params)
+  assert [p.name for p in tmp_path.iterdir()] == [path.name]
+  path.write_bytes(path.read_bytes()[:100])
+  for bad in (path, tmp_path / "absent.safetensors"):
+    with pytest.raises(errors.UserError, match="cannot be read"):
+      modules.load(bad, policy)
+
+
+def test_the_policy_lowers_for_tpu_at_full_size():
+  config = network.PolicyConfig(
+    llm=qwen2.Qwen2Config.qwen2_7b(), dtype=jnp.bfloat16
+  )
+  policy = network.Policy(config)
+  params = jax.eval_shape(
+    lambda r: policy.init(r, method="initialise"), jax.random.key(0)
+  )
+  shape = jax.ShapeDtypeStruct
+  run = jax.jit(
+    lambda params, x, positions, rows: policy.apply(
+      params, x, positions, rows, (32, 14, 14)
+    )
+  )
+  traced = run.trace(
+    params,
+    shape((6350, 3584), jnp.bfloat16),
+    shape((1, 6350), jnp.int32),
+    shape((6272,), jnp.int32),
+  )
+  assert traced.lower(lowering_platforms=("tpu",)).as_text()
