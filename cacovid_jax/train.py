@@ -8,11 +8,13 @@ command on each, with --coordinator, --num_processes and --process_id.
 import logging
 
 from absl import flags
+from absl import logging as absl_logging
 
 from cacovid_jax import config as config_lib
 from cacovid_jax import errors
+from cacovid_jax.evals import evaluation
 from cacovid_jax.parallel import mesh
-from cacovid_jax.training import loop
+from cacovid_jax.training import loop, setup
 
 config_lib.define_flag()
 _WORKDIR = flags.DEFINE_string(
@@ -31,7 +33,9 @@ def main(argv):
     raise errors.UserError(
       f"unexpected argument {argv[1]!r}; flags start by --"
     )
-  logging.getLogger().setLevel(logging.INFO)
+  # Orbax tells a page about every checkpoint.
+  absl_logging.set_verbosity(absl_logging.WARNING)
+  logging.getLogger("cacovid_jax").setLevel(logging.INFO)
   config = config_lib.from_flags()
   if not _WORKDIR.value:
     raise errors.UserError("no workdir given: add --workdir=FOLDER")
@@ -39,7 +43,28 @@ def main(argv):
     _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
   )
   print(config_lib.dumps(config), end="", flush=True)
-  result = loop.train(config, _WORKDIR.value)
+  checkpoint = setup.load_checkpoint(config)
+  validate = None
+  if config.validation.every_steps:
+    validate = evaluation.validator(
+      evaluation.Request(
+        data=config.data.root,
+        workdir=_WORKDIR.value,
+        checkpoint=config.model.path,
+        num_frames=config.data.num_frames,
+        dtype=config.model.dtype,
+        cache=config.data.feature_cache,
+        batch_size=config.validation.batch_size,
+        max_new_tokens=config.validation.max_new_tokens,
+        select_questions=config.validation.num_questions,
+      ),
+      checkpoint,
+      method=config.validation.method,
+      ratio=config.validation.ratio,
+    )
+  result = loop.train(
+    config, _WORKDIR.value, checkpoint=checkpoint, validate=validate
+  )
   print(f"policy: {result.policy_path}")
 
 

@@ -95,9 +95,16 @@ def get_config() -> ml_collections.ConfigDict:
   )
   # `exit_code` is that of a run that a SIGTERM stopped (and saved).
   config.ckpt = dict(every_steps=500, keep=3, exit_code=143)
-  # Validation accuracy, if a function that measures it is given to `train`:
-  # every so many steps (0 never).
-  config.validate_every = 0
+  # Accuracy on the validation questions below config.data.root, every so many
+  # steps (0 never); the best policy is then kept beside the last one.
+  config.validation = dict(
+    every_steps=0,
+    method="cacovid",
+    ratio=0.1,
+    num_questions=200,
+    batch_size=16,
+    max_new_tokens=2,
+  )
   # Devices on each mesh axis; data = 0 takes all that `model` leaves.
   config.mesh = dict(data=0, model=1)
   return config

@@ -67,7 +67,7 @@ def train(
     questions: rows, instead of those of config.data.
     source: clips, see `data.pipeline`, instead of those of config.data.
     validate: (policy module, params) -> {"accuracy": ..., ...} on validation
-      questions, called every config.validate_every steps; the best policy is
+      questions, called every config.validation.every_steps; the best policy is
       kept beside the last one.
     on_step: called with (steps done, questions, ids i32[B,I,G,M], rewards
       f32[B,I,G]) after each step, for tools that look at answers.
@@ -87,13 +87,12 @@ def train(
   )
   saver = _Saver(config, workdir, run)
   start, state = saver.restore_or_init()
-  rates = optimizer.OptimizerConfig(**config.optimizer)
   with (
     metrics.MetricsWriter(workdir, start) as writer,
     metrics.Progress(config.total_steps, start=start) as progress,
     _Preemption() as preemption,
   ):
-    recorder = _Recorder(config, rates, writer, progress, on_step)
+    recorder = _Recorder(config, run, writer, progress, on_step)
     steps = zip(
       range(start + 1, config.total_steps + 1), run.batches(start), strict=False
     )
@@ -101,8 +100,8 @@ def train(
       state, *out = _step(run, state, batch, rows)
       recorder.add(done, rows, out)
       stop = preemption.reached(done)
-      validated = config.validate_every and done % config.validate_every == 0
-      if validated and validate is not None:
+      every = config.validation.every_steps
+      if validate is not None and every and done % every == 0:
         recorder.flush(state, saver)
         saver.keep_best(state, done, writer, validate)
       due = done % config.ckpt.every_steps == 0
@@ -154,14 +153,15 @@ class _Preemption:
 class _Recorder:
   """Writes metrics one step late, so that the device never waits for them."""
 
-  def __init__(self, config, rates, writer, progress, on_step):
-    self._config, self._rates = config, rates
+  def __init__(self, config, run, writer, progress, on_step):
+    self._config, self._programs = config, run.programs
+    self._rates = optimizer.OptimizerConfig(**config.optimizer)
     self._writer, self._progress = writer, progress
     self._on_step = on_step
     self._pending = collections.deque()
     self._window = []
     self._bad = []  # [(step, question ids)] refused in a row.
-    self._since = time.monotonic()
+    self._since, self._compiled = time.monotonic(), 0.0
 
   def add(self, step, rows, out):
     """Takes a step's results; records the step before."""
@@ -221,10 +221,13 @@ class _Recorder:
       )
       scalars[f"lr_{group}"] = float(rate(updates - 1))
     now = time.monotonic()
+    compiled = sum(self._programs.compile_seconds.values())
+    busy = now - self._since - (compiled - self._compiled)
     scalars["videos"] = step * config.videos_per_step
-    scalars["seconds_per_step"] = (now - self._since) / len(self._window)
+    scalars["seconds_per_step"] = busy / len(self._window)
+    scalars["compile_seconds"] = compiled
     self._writer.write_scalars(step, scalars)
-    self._window, self._since = [], now
+    self._window, self._since, self._compiled = [], now, compiled
 
 
 class _Saver:

@@ -194,7 +194,7 @@ def test_a_users_own_policy_validation_and_best(tmp_path):
       "policy.module": f"{file}:Own",
       "total_steps": 3,
       "iterations": 1,
-      "validate_every": 1,
+      "validation.every_steps": 1,
     }
   )
   accuracies = iter([0.2, 0.6, 0.4])
