@@ -14,6 +14,7 @@ Paper: https://arxiv.org/abs/2602.01649 (compression policy network).
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -179,18 +180,21 @@ class Policy(nn.Module):
       llm_params: the base model's or its language model's parameters.
     """
 
-    def new(rng):
-      params = self.init(rng, method="initialise")["params"]
-      # Not returned, so the compiler never draws the large layer.
-      return {key: p for key, p in params.items() if key != "layer"}
-
-    params = jax.jit(new)(rng)
+    params = _new_heads(rng, config=self.config)
     layer = layer_zero(llm_params)
     expected = shapes(self.config)
     given = {f"layer/{key}": p.shape for key, p in _flatten(layer).items()}
     expected = {k: s for k, s in expected.items() if k.startswith("layer/")}
     check_shapes(given, expected, "the LLM's layer 0")
     return {"layer": layer, **params}
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _new_heads(rng, *, config):
+  """Returns fresh parameters of all but the decoder layer."""
+  params = Policy(config).init(rng, method="initialise")["params"]
+  # The large layer is not returned, so the compiler never draws it.
+  return {key: leaf for key, leaf in params.items() if key != "layer"}
 
 
 def layer_zero(llm_params):

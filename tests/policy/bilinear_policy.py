@@ -9,11 +9,11 @@ from cacovid_jax.policy import network
 
 class Bilinear(nn.Module):
   width: int
-  rank: int = 16
+  rank: int
 
   @classmethod
-  def from_llm_config(cls, llm, **options):
-    return cls(width=llm.hidden_size, **options)
+  def from_llm_config(cls, llm, rank=16, **unused):
+    return cls(width=llm.hidden_size, rank=rank)
 
   @nn.compact
   def __call__(self, x, positions, video_rows, grid, length=None):

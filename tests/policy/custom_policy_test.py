@@ -18,7 +18,10 @@ ROWS = np.arange(2, 14)
 
 def make(**options):
   policy_class = modules.load_policy_module(f"{FILE}:Bilinear")
-  policy = policy_class.from_llm_config(qwen2.Qwen2Config.tiny(), **options)
+  # As the trainer calls it: with the options of every policy.
+  policy = policy_class.from_llm_config(
+    qwen2.Qwen2Config.tiny(), dtype=jnp.bfloat16, num_halvings=4, **options
+  )
   return policy, policy.init_from_llm(jax.random.key(0), {})
 
 
