@@ -7,6 +7,7 @@ layers are one row of it.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -249,9 +250,9 @@ def load_params(directory, config, dtype=jnp.float32):
       the message lists their names.
   """
   table = _table(config)
-  model = llava_onevision.LlavaOnevisionModel(config)
-  shapes = jax.eval_shape(model.init, jax.random.key(0))
-  params = jax.tree.map(lambda leaf: np.empty(leaf.shape, dtype), shapes)
+  params = jax.tree.map(
+    lambda leaf: np.empty(leaf.shape, dtype), _shapes(config)
+  )
 
   # Every single tensor that should come: {name: (row of the table, layer)}.
   pending = {}
@@ -406,6 +407,12 @@ def _source_tensors(config, params):
 def _source_shape(row, shape, config):
   ours = np.broadcast_to(np.float32(0), shape)
   return _to_source(row.layout, ours, config.vision.patch_size).shape
+
+
+@functools.cache
+def _shapes(config):
+  model = llava_onevision.LlavaOnevisionModel(config)
+  return jax.eval_shape(model.init, jax.random.key(0))
 
 
 def _leaf(tree, path):

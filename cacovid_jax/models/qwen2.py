@@ -98,13 +98,19 @@ class Qwen2Config:
       )
     theta_from = rotary if "rope_theta" in rotary else config
     num_heads = size("num_attention_heads")
+    num_kv_heads = size("num_key_value_heads")
+    if num_heads % num_kv_heads:
+      raise errors.UserError(
+        f"config.json: {where}num_attention_heads {num_heads} is no multiple of"
+        f" num_key_value_heads {num_kv_heads}"
+      )
     return cls(
       vocab_size=size("vocab_size"),
       hidden_size=size("hidden_size"),
       intermediate_size=size("intermediate_size"),
       num_layers=size("num_hidden_layers"),
       num_heads=num_heads,
-      num_kv_heads=size("num_key_value_heads"),
+      num_kv_heads=num_kv_heads,
       head_dim=size("head_dim", size("hidden_size") // num_heads),
       rope_theta=hf_config.number(theta_from, "rope_theta", float, where=where),
       rms_norm_eps=hf_config.number(

@@ -122,19 +122,24 @@ class Qwen2Test(parameterized.TestCase):
     np.testing.assert_allclose(rows.sum(axis=-1), 1.0, atol=1e-5)
     # Layer 2 by hand, from the hidden states before it.
     layer = jax.tree.map(lambda leaf: leaf[2], _params()["params"]["layers"])
-    h = np.asarray(out["hidden"][1])
-    h = h / np.sqrt((h**2).mean(-1, keepdims=True) + CONFIG.rms_norm_eps)
-    h = h * layer["input_layernorm"]["scale"]
-    cos, sin = rope.angles(positions[0], CONFIG.head_dim, CONFIG.rope_theta)
 
-    def heads(name, number):
-      y = h @ layer[name]["kernel"] + layer[name]["bias"]
-      y = y.reshape(2, 9, number, CONFIG.head_dim)
-      return rope.apply(y, cos[None], sin[None])
+    @jax.jit
+    def by_hand(h):
+      h = h / jnp.sqrt((h**2).mean(-1, keepdims=True) + CONFIG.rms_norm_eps)
+      h = h * layer["input_layernorm"]["scale"]
+      angles = rope.angles(
+        jnp.moveaxis(positions, 1, 0), CONFIG.head_dim, CONFIG.rope_theta
+      )
 
-    expected = attention.last_query_attention(
-      heads("q_proj", 4), heads("k_proj", 2), lengths
-    )
+      def heads(name, number):
+        y = h @ layer[name]["kernel"] + layer[name]["bias"]
+        return rope.apply(y.reshape(2, 9, number, CONFIG.head_dim), *angles)
+
+      return attention.last_query_attention(
+        heads("q_proj", 4), heads("k_proj", 2), lengths
+      )
+
+    expected = by_hand(out["hidden"][1])
     np.testing.assert_allclose(rows[2], expected, atol=1e-5)
 
   def test_rematerialised_gradients_are_the_same(self):
@@ -207,6 +212,7 @@ class Qwen2ConfigTest(parameterized.TestCase):
     ("rope_theta", None, "lacks text_config.rope_theta"),
     ("hidden_size", "wide", "hidden_size is 'wide'"),
     ("num_hidden_layers", 0, "num_hidden_layers is 0"),
+    ("num_key_value_heads", 3, "4 is no multiple of num_key_value_heads 3"),
     ("use_sliding_window", True, "use_sliding_window is True"),
     ("hidden_act", "gelu", "hidden_act is 'gelu'"),
     ("rope_scaling", {"type": "yarn"}, "type 'yarn'"),

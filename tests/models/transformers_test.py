@@ -86,14 +86,14 @@ class TransformersTest(absltest.TestCase):
       expected = oracle(**inputs).logits[0].numpy()
       answer = oracle.generate(**inputs, max_new_tokens=NEW, do_sample=False)
 
-    with jax.default_matmul_precision("highest"):
-      features = model.encode_video(params, pixels.transpose(0, 2, 3, 1))
-      x = model.embed_prompt(params, jnp.asarray(ids), features, 4)[None]
+    @jax.jit
+    def run(params, pixels, ids):
+      features = model.encode_video(params, pixels)
+      x = model.embed_prompt(params, ids, features, 4)[None]
       positions = jnp.arange(len(ids))[None, None]
       hidden, _ = model.forward(params, x, positions)
-      logits = model.logits(params, hidden)[0]
       lengths = jnp.array([len(ids)])
-      mine = generation.greedy(
+      answer = generation.greedy(
         model,
         params,
         x,
@@ -104,8 +104,12 @@ class TransformersTest(absltest.TestCase):
         eos_ids=(),
         pad_id=94,
       )
+      return model.logits(params, hidden)[0], answer[0]
+
+    with jax.default_matmul_precision("highest"):
+      logits, mine = run(params, pixels.transpose(0, 2, 3, 1), ids)
     np.testing.assert_allclose(logits, expected, atol=1e-4)
-    np.testing.assert_array_equal(mine[0], answer[0, -NEW:].numpy())
+    np.testing.assert_array_equal(mine, answer[0, -NEW:].numpy())
 
 
 if __name__ == "__main__":
