@@ -5,8 +5,9 @@ python -m cacovid_jax.evaluate --checkpoint DIR --data DIR --workdir W \
     --policy TRAINING_WORKDIR --methods cacovid,random --ratios 0.25,0.1
 
 A config's `model`, `data` and `evals` sections are read; flags win over them.
-Without a policy, methods that need one must not be listed. An evaluation that
-was stopped goes on when the same command is given again. Writes results.json,
+Without --policy, that of the workdir is taken, if a policy was trained there;
+without any, methods that need one must not be listed. An evaluation that was
+stopped goes on when the same command is given again. Writes results.json,
 timings.json and report.html into the workdir.
 """
 
@@ -86,6 +87,9 @@ def request_from_flags(values) -> evaluation.Request:
     if name in flagged:
       flagged[name] = _listed(flagged[name])
   fields |= flagged
+  workdir = fields.get("workdir", "")
+  if "policies" not in fields and evaluation.has_policy(workdir):
+    fields["policies"] = {"policy": workdir}
   if not fields.get("policies"):
     # The default rows are those that can be run.
     if "methods" not in flagged and config is None:

@@ -10,8 +10,6 @@ from cacovid_jax import errors
 from cacovid_jax.data import questions as questions_lib
 from cacovid_jax.data import readers
 
-SPLITS = ("validation", "test")
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Benchmark:
@@ -19,7 +17,7 @@ class Benchmark:
 
   Attributes:
     name: of the data set.
-    split: "validation" or "test".
+    split: "validation", "test", or another that the data has.
     root: folder that video paths are relative to.
     questions: in the order of the file.
     decisive: question id -> tokens of the grid that decide it; empty where
@@ -45,17 +43,13 @@ def load(directory, split: str, *, style: str = "video-r1") -> Benchmark:
   """Returns one split of a prepared directory.
 
   Args:
-    directory: holds `validation.parquet` and `test.parquet` in VideoMME's
+    directory: holds `validation.parquet`, `test.parquet`, ... in VideoMME's
       columns, the clips, and for synthetic clips `decisive.jsonl` and
       `manifest.json`.
-    split: "validation" or "test".
+    split: name of one of those files.
     style: of the prompt: "video-r1" as in training, or "videomme".
   """
   directory = pathlib.Path(directory)
-  if split not in SPLITS:
-    raise errors.UserError(
-      f"unknown split {split!r}; use {' or '.join(SPLITS)}"
-    )
   if not directory.is_dir():
     raise errors.UserError(
       f"there is no data in {directory}; make it with `python -m"
@@ -63,16 +57,17 @@ def load(directory, split: str, *, style: str = "video-r1") -> Benchmark:
     )
   path = directory / f"{split}.parquet"
   if not path.is_file():
+    found = sorted(path.stem for path in directory.glob("*.parquet"))
+    listed = ", ".join(found) or "none"
     raise errors.UserError(
-      f"{directory} has no {path.name}; prepare the data again or give another"
-      " --data"
+      f"{directory} has no {path.name}; its splits: {listed}"
     )
   questions = readers.read_videomme(str(path), str(directory), style)
   if not questions:
     raise errors.UserError(f"{path} asks no question")
   manifest = _read_manifest(directory / "manifest.json")
   return Benchmark(
-    name=str(manifest.get("name") or directory.name),
+    name=str(manifest.get("name") or manifest.get("variant") or directory.name),
     split=split,
     root=str(directory),
     questions=questions,

@@ -48,7 +48,8 @@ class Request:
     num_frames: T.
     dtype: of the base model.
     cache: folder of cached features, "" for none.
-    metrics: workdir of the training run whose curves the report shows.
+    metrics: workdir of the training run whose curves the report shows; ""
+      takes that of the main policy, if it is a training workdir.
   """
 
   data: str
@@ -130,7 +131,7 @@ def evaluate(request: Request) -> dict[str, Any]:
         methods,
         candidates,
         base.check_ratio(request.select_ratio),
-        ledger.Ledger(path, evaluator.identity()),
+        ledger.Ledger(path, evaluator.identity(validation.questions)),
       )
     table = results.Table(
       test.name,
@@ -141,7 +142,8 @@ def evaluate(request: Request) -> dict[str, Any]:
       tuple(request.seeds),
       evaluator.grid,
     )
-    answers = ledger.Ledger(workdir / "answers.jsonl", evaluator.identity())
+    identity = evaluator.identity(test.questions)
+    answers = ledger.Ledger(workdir / "answers.jsonl", identity)
     cells = runner.cells(methods, ratios, table.seeds)
     evaluator.run(
       test.questions, cells, answers, description=f"{test.split} questions"
@@ -172,8 +174,7 @@ def evaluate(request: Request) -> dict[str, Any]:
     examples = report.choose_examples(
       table, answers, evaluator, test.decisive, request.num_examples
     )
-  curves = metrics.read(request.metrics) if request.metrics else []
-  report.write(workdir / "report.html", out, examples, curves)
+  report.write(workdir / "report.html", out, examples, _curves(request))
   return out
 
 
@@ -402,17 +403,40 @@ def _candidates(request, methods, checkpoint) -> dict[str, list[str]]:
   return out
 
 
+def _curves(request) -> list[dict[str, Any]]:
+  """Returns the metrics of the training run that made the main policy."""
+  if request.metrics:
+    return metrics.read(request.metrics)
+  for path in list(request.policies.values())[:1]:
+    for folder in (pathlib.Path(path), *pathlib.Path(path).parents[:2]):
+      if (folder / metrics.FILE).is_file():
+        return metrics.read(folder)
+  return []
+
+
+def has_policy(path: str) -> bool:
+  """Returns whether `path` is, or holds, an exported policy."""
+  return bool(path) and _find_policy(pathlib.Path(path)) is not None
+
+
 def _policy_file(path: pathlib.Path) -> pathlib.Path:
+  found = _find_policy(path)
+  if found is None:
+    raise errors.UserError(
+      f"there is no policy in {path}; give the workdir of a finished training"
+      " run, or a .safetensors file"
+    )
+  return found
+
+
+def _find_policy(path: pathlib.Path) -> pathlib.Path | None:
   if path.is_file():
     return path
   for folder in (path, path / "policy"):
     for name in ("best.safetensors", "policy.safetensors"):
       if (folder / name).is_file():
         return folder / name
-  raise errors.UserError(
-    f"there is no policy in {path}; give the workdir of a finished training"
-    " run, or a .safetensors file"
-  )
+  return None
 
 
 def _num_halvings(file: pathlib.Path) -> int:

@@ -212,9 +212,15 @@ class Evaluator:
     self.policies = dict(policies or {})
     self._checkpoint = checkpoint
     self._decisive = decisive or {}
-    # What `cacovid_other_question` draws from.
-    self.pool = sorted(questions, key=lambda question: question.id)
+    # What `cacovid_other_question` draws from: the questions being asked.
+    self._pool = []
     self._num_video = self.grid[0] * self.grid[1] * self.grid[2]
+    for name, tokens in self._decisive.items():
+      if tokens and not 0 <= min(tokens) <= max(tokens) < self._num_video:
+        raise errors.UserError(
+          f"decisive.jsonl: the tokens of {name} lie outside the model's grid"
+          f" {self.grid}; was the data made for another model or frame count?"
+        )
     tokenizer = checkpoint.tokenizer
     if tokenizer is None:
       raise errors.UserError(
@@ -230,10 +236,12 @@ class Evaluator:
     self._programs = Programs(checkpoint, self.grid, settings.max_new_tokens)
     self._untrained = {}
 
-  def identity(self) -> dict[str, Any]:
-    """Returns what answers depend on, for a ledger's header."""
+  def identity(
+    self, questions: Sequence[questions_lib.Question]
+  ) -> dict[str, Any]:
+    """Returns what the answers to `questions` depend on, for a ledger."""
     prompts = hashlib.sha256()
-    for name in sorted(self._prompts):
+    for name in sorted(question.id for question in questions):
       prompts.update(name.encode() + b"\0")
       prompts.update(self._prompts[name].ids.tobytes())
     return {
@@ -260,6 +268,7 @@ class Evaluator:
     for cell in cells:
       if cell.method is not None:
         self._check(cell)
+    self._pool = sorted(questions, key=lambda question: question.id)
     order = by_clip(questions)
     size = self.settings.batch_size
     batches = [order[i : i + size] for i in range(0, len(order), size)]
@@ -542,7 +551,7 @@ class _Asker:
 
   def _others(self, seed: int) -> list[str]:
     return [
-      other_question(question, self._e.pool, seed)
+      other_question(question, self._e._pool, seed)
       for question in self._questions
     ]
 

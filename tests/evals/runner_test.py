@@ -101,19 +101,20 @@ def whole(shared, tmp_path_factory):
   """Returns the ledger of an evaluation with every method."""
   benchmark, evaluator = shared
   path = tmp_path_factory.mktemp("whole") / "answers.jsonl"
-  answers = ledger.Ledger(path, evaluator.identity())
+  answers = ledger.Ledger(path, evaluator.identity(benchmark.questions))
   cells = runner.cells(methods_of(*EVERY), RATIOS, (0, 1))
   evaluator.run(benchmark.questions, cells, answers)
   return path
 
 
-def reopened(path, evaluator):
-  return ledger.Ledger(path, evaluator.identity())
+def reopened(path, shared):
+  benchmark, evaluator = shared
+  return ledger.Ledger(path, evaluator.identity(benchmark.questions))
 
 
 def test_every_question_is_answered_by_every_method(shared, whole):
   benchmark, evaluator = shared
-  answers = reopened(whole, evaluator)
+  answers = reopened(whole, shared)
   # Vanilla, four methods without and three with seeds, at two ratios.
   assert len(answers) == len(benchmark.questions) * (1 + 2 * (4 + 2 * 3))
   for cell in runner.cells(methods_of(*EVERY), RATIOS, (0, 1)):
@@ -140,13 +141,13 @@ def test_a_stopped_evaluation_goes_on_to_the_same_bytes(
   path = tmp_path / "answers.jsonl"
   # Killed within the second batch, in the middle of a line.
   path.write_bytes(b"".join(lines[:-3]) + lines[-3][:20])
-  answers = reopened(path, evaluator)
+  answers = reopened(path, shared)
   methods = methods_of(*EVERY)
   cells = runner.cells(methods, RATIOS, (0, 1))
   evaluator.run(benchmark.questions, cells, answers)
   assert path.read_bytes() == whole.read_bytes()
   again = tabulate(benchmark, evaluator, answers, methods)
-  first = tabulate(benchmark, evaluator, reopened(whole, evaluator), methods)
+  first = tabulate(benchmark, evaluator, reopened(whole, shared), methods)
   assert json.dumps(again) == json.dumps(first)
 
 
@@ -154,13 +155,13 @@ def test_a_complete_evaluation_computes_nothing(shared, whole):
   benchmark, evaluator = shared
   before = dict(evaluator.seconds)
   cells = runner.cells(methods_of("random"), RATIOS, (0,))
-  evaluator.run(benchmark.questions, cells, reopened(whole, evaluator))
+  evaluator.run(benchmark.questions, cells, reopened(whole, shared))
   assert dict(evaluator.seconds) == before
 
 
 def test_answers_of_another_run_are_refused(shared, whole):
-  _, evaluator = shared
-  identity = evaluator.identity() | {"checkpoint": "another"}
+  benchmark, evaluator = shared
+  identity = evaluator.identity(benchmark.questions) | {"checkpoint": "another"}
   with pytest.raises(errors.UserError, match="differs in checkpoint"):
     ledger.Ledger(whole, identity)
 
@@ -170,13 +171,13 @@ def test_a_damaged_line_is_named(shared, whole, tmp_path):
   path = tmp_path / "answers.jsonl"
   path.write_text("".join([*lines[:2], '{"half": \n', *lines[2:]]))
   with pytest.raises(errors.UserError, match="line 3 is damaged"):
-    reopened(path, shared[1])
+    reopened(path, shared)
 
 
 def test_answers_equal_those_of_one_question_alone(shared, whole, checkpoint):
   benchmark, evaluator = shared
   model, params = checkpoint.model, checkpoint.params
-  answers = reopened(whole, evaluator)
+  answers = reopened(whole, shared)
   policy = evaluator.policies["policy"]
   question = benchmark.questions[3]
   prompt = checkpoint.tokenizer.encode_prompt(question.prompt, 64)
@@ -222,7 +223,9 @@ def test_answers_equal_those_of_one_question_alone(shared, whole, checkpoint):
 
 def test_keeping_everything_answers_like_vanilla(shared, tmp_path):
   benchmark, evaluator = shared
-  answers = ledger.Ledger(tmp_path / "a.jsonl", evaluator.identity())
+  answers = ledger.Ledger(
+    tmp_path / "a.jsonl", evaluator.identity(benchmark.questions)
+  )
   cells = runner.cells(methods_of("uniform"), (1.0,), (0,))
   evaluator.run(benchmark.questions, cells, answers)
   for question in benchmark.questions:
@@ -281,7 +284,9 @@ def test_bad_clips_count_as_wrong_and_are_listed(
     num_frames=4,
   )
   monkeypatch.setattr(evaluator, "source", source)
-  answers = ledger.Ledger(tmp_path / "a.jsonl", evaluator.identity())
+  answers = ledger.Ledger(
+    tmp_path / "a.jsonl", evaluator.identity(benchmark.questions)
+  )
   methods = methods_of("random", "cacovid")
   evaluator.run(
     benchmark.questions, runner.cells(methods, RATIOS, (0,)), answers
@@ -306,7 +311,7 @@ def test_other_question_is_about_another_clip(shared):
   drawn = {}
   for question in benchmark.questions:
     for seed in range(4):
-      other = by_id[runner.other_question(question, evaluator.pool, seed)]
+      other = by_id[runner.other_question(question, benchmark.questions, seed)]
       assert other.video != question.video
       assert other.prompt != question.prompt
       drawn[question.id, seed] = other.id
@@ -317,7 +322,7 @@ def test_other_question_is_about_another_clip(shared):
 
 
 def test_seeds_are_reproducible_and_differ(shared, whole):
-  answers = reopened(whole, shared[1])
+  answers = reopened(whole, shared)
   texts = {
     seed: [
       answers[ledger.Key("random", 0.1, seed, question.id)]["text"]
@@ -330,7 +335,7 @@ def test_seeds_are_reproducible_and_differ(shared, whole):
 
 def test_trace_agrees_with_the_table(shared, whole):
   benchmark, evaluator = shared
-  answers = reopened(whole, evaluator)
+  answers = reopened(whole, shared)
   method = methods_of("cacovid")[0]
   for question in benchmark.questions[:2]:
     trace = evaluator.trace(question, method, 0.1)
@@ -367,7 +372,9 @@ def test_a_policy_that_gives_nan_is_refused(
   broken = dataclasses.replace(policy, params=params)
   benchmark, evaluator = shared
   monkeypatch.setattr(evaluator, "policies", {"policy": broken})
-  answers = ledger.Ledger(tmp_path / "a.jsonl", evaluator.identity())
+  answers = ledger.Ledger(
+    tmp_path / "a.jsonl", evaluator.identity(benchmark.questions)
+  )
   cells = runner.cells(methods_of("cacovid"), (0.25,), (0,))
   with pytest.raises(errors.UserError, match="NaN"):
     evaluator.run(benchmark.questions, cells, answers)
@@ -379,7 +386,9 @@ def test_mistakes_are_one_line_before_anything_runs(
   benchmark, evaluator = shared
   monkeypatch.setattr(evaluator, "policies", {})
   monkeypatch.setattr(evaluator, "seconds", {})
-  answers = ledger.Ledger(tmp_path / "a.jsonl", evaluator.identity())
+  answers = ledger.Ledger(
+    tmp_path / "a.jsonl", evaluator.identity(benchmark.questions)
+  )
 
   def run(name, ratio):
     cells = runner.cells(methods_of(name), (ratio,), (0,))
@@ -397,7 +406,7 @@ def test_mistakes_are_one_line_before_anything_runs(
 @pytest.mark.parametrize(
   "change,match",
   [
-    ({"split": "train"}, "unknown split"),
+    ({"split": "train"}, "its splits: test, validation"),
     ({"directory": "nowhere"}, "no data in nowhere"),
   ],
 )

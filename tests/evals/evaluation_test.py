@@ -1,0 +1,239 @@
+"""A whole evaluation from directories on disk to its files."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from cacovid_jax import errors, evaluate
+from cacovid_jax.evals import defaults, evaluation
+from cacovid_jax.policy import network
+from tests.evals import tiny
+
+FILES = {
+  "answers.jsonl",
+  "report.html",
+  "results.json",
+  "timings.json",
+  "validation_answers.jsonl",
+}
+
+
+@pytest.fixture(scope="module")
+def policy_path(checkpoint, tmp_path_factory):
+  return tiny.write_policy(
+    tmp_path_factory.mktemp("run") / "policy", checkpoint
+  )
+
+
+@pytest.fixture(scope="module")
+def request_of(checkpoint_dir, data_dir, policy_path):
+  def make(workdir, **changes):
+    fields = dict(
+      data=data_dir,
+      workdir=str(workdir),
+      checkpoint=checkpoint_dir,
+      policies={"policy": policy_path},
+      methods=("cacovid", "last_query"),
+      ratios=(0.1,),
+      num_frames=4,
+      batch_size=4,
+      max_new_tokens=3,
+      num_examples=2,
+    )
+    return evaluation.Request(**fields | changes)
+
+  return make
+
+
+@pytest.fixture(scope="module")
+def finished(request_of, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("work")
+  return workdir, evaluation.evaluate(request_of(workdir))
+
+
+def test_writes_its_files(finished, policy_path):
+  workdir, out = finished
+  assert {path.name for path in workdir.iterdir()} == FILES
+  assert json.loads((workdir / "results.json").read_text()) == out
+  assert out["benchmark"] == "blocks"
+  assert list(out["methods"]) == ["cacovid", "last_query"]
+  assert out["methods"]["cacovid"]["0.10"]["kept_tokens"] == 6
+  assert out["provenance"]["generator_hash"] == "0123abcd"
+  assert out["frame_head"]["n"] == 6
+  assert len(out["provenance"]["policies"]["policy"]) == 64
+  timings = json.loads((workdir / "timings.json").read_text())
+  assert timings["seconds"]["vanilla"] > 0
+  # Two clips of four frames each.
+  page = (workdir / "report.html").read_text()
+  assert page.count("<article") == 2
+  assert page.count("data:image/jpeg") == 8
+
+
+def test_the_layer_is_chosen_on_validation(finished):
+  workdir, out = finished
+  record = out["chosen"]["last_query"]
+  assert (record["split"], record["n"]) == ("validation", 6)
+  accuracies = {c["method"]: c["accuracy"] for c in record["candidates"]}
+  assert list(accuracies) == [f"last_query?layer={i}" for i in range(3)]
+  assert accuracies[record["best"]] == max(accuracies.values())
+  layer = int(record["best"].rpartition("=")[2])
+  assert out["methods"]["last_query"]["0.10"]["options"] == {"layer": layer}
+  # The test's answers are those of the chosen layer alone.
+  lines = (workdir / "answers.jsonl").read_text().splitlines()[1:]
+  methods = {json.loads(line)["method"] for line in lines}
+  assert methods == {"vanilla", "cacovid", record["best"]}
+  lines = (workdir / "validation_answers.jsonl").read_text().splitlines()[1:]
+  assert all("validation" in json.loads(line)["question"] for line in lines)
+
+
+def test_the_same_command_again_gives_the_same_bytes(finished, request_of):
+  workdir, _ = finished
+  names = ("results.json", "report.html", "answers.jsonl")
+  before = {name: (workdir / name).read_bytes() for name in names}
+  evaluation.evaluate(request_of(workdir))
+  assert {name: (workdir / name).read_bytes() for name in names} == before
+
+
+def test_more_rows_are_added_to_a_finished_evaluation(
+  finished, request_of, tmp_path
+):
+  workdir, out = finished
+  for name in FILES:
+    (tmp_path / name).write_bytes((workdir / name).read_bytes())
+  more = evaluation.evaluate(
+    request_of(
+      tmp_path,
+      methods=("cacovid", "uniform"),
+      oracles=("decisive_boxes",),
+      num_examples=0,
+    )
+  )
+  assert more["methods"]["cacovid"] == out["methods"]["cacovid"]
+  assert list(more["oracles"]) == ["decisive_boxes"]
+  assert not more["chosen"]
+
+
+def test_another_policy_needs_another_workdir(
+  finished, request_of, checkpoint, tmp_path
+):
+  other = tiny.write_policy(tmp_path / "policy", checkpoint, seed=5)
+  with pytest.raises(errors.UserError, match="differs in policies"):
+    evaluation.evaluate(
+      request_of(finished[0], policies={"policy": other}, methods=("cacovid",))
+    )
+
+
+def test_the_table_names_every_row(finished):
+  console = evaluation.rich.console.Console(width=100, record=True)
+  with console.capture() as captured:
+    evaluation.show(finished[1], console)
+  text = captured.get()
+  for expected in ("cacovid", "last_query", "10% kept", "vanilla (all 64"):
+    assert expected in text
+
+
+def test_validator_scores_a_policy(request_of, checkpoint, tmp_path):
+  validate = evaluation.validator(request_of(tmp_path), checkpoint)
+  policy = evaluation.load_policy(request_of(tmp_path).policies["policy"],
+                                  checkpoint)  # fmt: skip
+  found = validate(policy.module, policy.params)
+  assert 0 <= found["accuracy"] <= 1
+  assert validate(policy.module, policy.params) == found
+  assert not list(tmp_path.iterdir())
+
+
+def test_policy_folders(checkpoint, policy_path, tmp_path):
+  folder = pathlib.Path(policy_path).parent
+  # The file, its folder, and the training workdir around it.
+  loaded = [
+    evaluation.load_policy(str(path), checkpoint)
+    for path in (policy_path, folder, folder.parent)
+  ]
+  assert len({policy.identity for policy in loaded}) == 1
+  assert isinstance(loaded[0].module, network.Policy)
+  with pytest.raises(errors.UserError, match="no policy in"):
+    evaluation.load_policy(str(tmp_path), checkpoint)
+
+
+def test_a_policy_of_another_base_model_is_refused(checkpoint, tmp_path):
+  tiny.write_policy(tmp_path / "policy", checkpoint)
+  described = {"policy": {"module": ""}, "base_model": {"sha256": "other"}}
+  path = tmp_path / "policy" / "policy_config.json"
+  path.write_text(json.dumps(described))
+  with pytest.raises(errors.UserError, match="another base model"):
+    evaluation.load_policy(str(tmp_path), checkpoint)
+
+
+def test_a_users_own_policy_is_loaded(checkpoint, tmp_path):
+  """As training exports it, with the module named in policy_config.json."""
+  source = tmp_path / "mine.py"
+  source.write_text(
+    "from cacovid_jax.policy import network\n"
+    "class Mine(network.Policy):\n"
+    "  pass\n"
+  )
+  tiny.write_policy(tmp_path / "policy", checkpoint)
+  described = {
+    "policy": {
+      "module": f"{source}:Mine",
+      "num_halvings": 2,
+      "dtype": "float32",
+    },
+    "base_model": {"sha256": checkpoint.identity["sha256"]},
+  }
+  path = tmp_path / "policy" / "policy_config.json"
+  path.write_text(json.dumps(described))
+  policy = evaluation.load_policy(str(tmp_path), checkpoint)
+  assert type(policy.module).__name__ == "Mine"
+
+
+@pytest.mark.parametrize(
+  "changes,match",
+  [
+    ({"ratios": (0.1, 1.5)}, "outside"),
+    ({"ratios": (0.1, 0.01)}, "keeps no token"),
+    ({"methods": ("randon",)}, "did you mean random"),
+    ({"methods": ("random", "random")}, "listed twice"),
+    ({"methods": ()}, "no method given"),
+    ({"policies": {}}, "needs a trained policy"),
+    ({"policies": {"p": "nowhere"}}, "no policy in nowhere"),
+    ({"select_on": "test"}, "validation or none"),
+    ({"candidates": {"divprune": ("divprune",)}}, "not among the methods"),
+    ({"checkpoint": "nowhere"}, "nowhere"),
+    ({"data": "nowhere"}, "no data in nowhere"),
+    ({"seeds": ()}, "no evaluation seed"),
+    ({"batch_size": 0}, "batch_size=0"),
+    # The decisive tokens lie in later frames.
+    ({"num_frames": 1}, "outside the model's grid"),
+  ],
+)
+def test_mistakes_are_one_line(changes, match, request_of, tmp_path):
+  changes = {"methods": ("cacovid",)} | changes
+  with pytest.raises(errors.UserError, match=match) as caught:
+    evaluation.evaluate(request_of(tmp_path, **changes))
+  assert "\n" not in str(caught.value)
+  assert not (tmp_path / "results.json").exists()
+
+
+def test_flags_and_defaults(tmp_path):
+  config = defaults.get_config()
+  fields = evaluate.request_fields()
+  assert fields["methods"] == config.methods
+  assert evaluate._policies("a,b") == {"policy": "a", "policy1": "b"}
+  assert evaluate._policies("ours=a,paper=b") == {"ours": "a", "paper": "b"}
+  with pytest.raises(errors.UserError, match="--ratios"):
+    evaluate._numbers("ratios", "0.1,x", float)
+
+
+def test_command_line_mistakes_end_without_traceback():
+  run = subprocess.run(
+    [sys.executable, "-m", "cacovid_jax.evaluate", "--checkpoint=x"],
+    capture_output=True,
+    text=True,
+  )
+  assert run.returncode == 2
+  assert "nothing says which data" in run.stderr
+  assert "Traceback" not in run.stderr
