@@ -344,6 +344,8 @@ def sample(rng, scores, features, *, plan):
 def sample_rung(rng, scores, features, *, plans, rung):
   """Samples with the plan of a rung that is only known on the device.
 
+  Under `jax.vmap` over videos of different rungs every branch is computed.
+
   Args:
     rng: as for `sample`, also the next two.
     scores: see above.
