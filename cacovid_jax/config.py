@@ -21,9 +21,17 @@ from absl import flags
 
 from cacovid_jax import errors
 
-# Groups and keys that change how a run is recorded and not what it computes:
-# they may differ between the start and the continuation of a run.
-NOT_HASHED = ("ckpt", "log_every")
+# Groups and keys that change how a run is recorded or spread over a machine and
+# not what it computes: they may differ between its start and its continuation.
+NOT_HASHED = (
+  "ckpt",
+  "data.feature_cache",
+  "data.memory_items",
+  "data.num_threads",
+  "data.num_workers",
+  "log_every",
+  "mesh",
+)
 
 _WORDS = {"true": True, "false": False, "none": None, "null": None}
 
@@ -286,8 +294,12 @@ def _differences(there, here, prefix=""):
   return out
 
 
-def _hashed(values):
-  return {key: value for key, value in values.items() if key not in NOT_HASHED}
+def _hashed(values, prefix=""):
+  return {
+    key: _hashed(value, f"{prefix}{key}.") if isinstance(value, dict) else value
+    for key, value in values.items()
+    if f"{prefix}{key}" not in NOT_HASHED
+  }
 
 
 def _plain(value, name):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import jax
@@ -63,6 +64,28 @@ def test_eight_steps_equal_four_a_kill_and_four_more(whole, tmp_path):
     assert log.steps[step][0] == expected.steps[step][0]
     assert_same(log.steps[step][1:], expected.steps[step][1:])
   assert [line["step"] for line in metrics.read(tmp_path)] == list(range(1, 9))
+
+
+def test_a_run_continues_on_another_number_of_devices(whole, tmp_path):
+  workdir, _, expected, result = whole
+  step = tmp_path / "checkpoints" / "4"
+  shutil.copytree(workdir / "checkpoints" / "4", step)
+  shutil.copy(workdir / "config.json", tmp_path)
+  changes = {"total_steps": 8, "ckpt.every_steps": 4, "mesh.data": 2}
+  log = Log()
+  again = tiny.train(tmp_path, tiny.config(**changes), on_step=log)
+  for done in range(5, 9):
+    assert log.steps[done][0] == expected.steps[done][0]
+    np.testing.assert_allclose(
+      log.steps[done][2], expected.steps[done][2], rtol=1e-3, atol=1e-4
+    )
+  for x, y in zip(
+    jax.tree.leaves(again.state.params),
+    jax.tree.leaves(result.state.params),
+    strict=True,
+  ):
+    # Sums are made in another order, and Adam enlarges what nearly cancels.
+    np.testing.assert_allclose(x, y, rtol=1e-2, atol=1e-4)
 
 
 def test_finished_run_is_left_as_it_is(whole):
