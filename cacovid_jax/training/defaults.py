@@ -68,8 +68,11 @@ def get_config() -> ml_collections.ConfigDict:
   )
   # `module` names a user's own policy as "path/to/file.py:ClassName"; empty
   # is the paper's network. `init` is a safetensors file to start from.
-  config.policy = dict(module="", dtype="bfloat16", num_halvings=4, init="")
-  config.model = dict(path="", dtype="bfloat16")
+  config.policy = dict(
+    module="", dtype="bfloat16", num_halvings=4, backend="auto", init=""
+  )
+  # `backend` is that of attention: auto, xla, cudnn or splash.
+  config.model = dict(path="", dtype="bfloat16", backend="auto")
   config.data = dict(
     # Folder of the question files, and of the clips: `media` below it.
     root="",

@@ -90,9 +90,7 @@ class Programs:
     largest = self.recipe.ladder.start
     for _ in range(self.recipe.iterations):
       if self.host_marks:
-        ids, masks = self.call(
-          f"rollout_{largest}", state, frozen, videos, memory
-        )
+        ids, masks = self.call(f"rollout_{largest}", frozen, videos, memory)
         rewards = np.asarray(mark(gather(ids)), np.float32)
         placed = mesh_lib.put(rewards, self.mesh, EACH)
         state, memory, metrics = self.call(
@@ -144,7 +142,9 @@ class Programs:
         f" {sorted(self._compiled)}"
       )
     start = time.monotonic()
-    self._compiled[name] = self.lower(name, *args).compile()
+    # Constants of the traced functions may visit the device.
+    with jax.transfer_guard("allow"):
+      self._compiled[name] = self.lower(name, *args).compile()
     self.compile_seconds[name] = time.monotonic() - start
     _log.info("compiled %s in %.1f s", name, self.compile_seconds[name])
 
@@ -175,13 +175,13 @@ class Programs:
       )
     if kind == "rollout":
 
-      def ids_and_masks(state, frozen, videos, memory):
+      def ids_and_masks(frozen, videos, memory):
         answers, masks = step_lib.roll_out(
-          recipe, state, frozen, videos, memory, largest=int(rung)
+          recipe, frozen, videos, memory, largest=int(rung)
         )
         return answers.ids, masks
 
-      return ids_and_masks, (ONE, ONE, EACH, EACH), (EACH, EACH), ()
+      return ids_and_masks, (ONE, EACH, EACH), (EACH, EACH), ()
     if kind == "update":
       return (
         functools.partial(step_lib.update, recipe),

@@ -113,6 +113,7 @@ def make(
   frozen = step.Frozen(
     params=mesh_lib.shard_base_params(checkpoint.params, mesh),
     letters=mesh_lib.put(letters, mesh, programs.ONE),
+    seed=mesh_lib.put(np.uint32(config.seed % 2**32), mesh, programs.ONE),
   )
   if source is None:
     source = _clip_source(config, workdir, checkpoint, preprocessing, recipe)
@@ -140,7 +141,9 @@ def load_checkpoint(config) -> checkpoints.Checkpoint:
       "config.model.path is empty; name a LLaVA-OneVision checkpoint directory"
     )
   checkpoint = checkpoints.load(
-    config.model.path, dtype=_dtype(config.model.dtype, "model.dtype")
+    config.model.path,
+    dtype=_dtype(config.model.dtype, "model.dtype"),
+    backend=config.model.backend,
   )
   if checkpoint.tokenizer is None:
     raise errors.UserError(
@@ -212,7 +215,6 @@ def make_recipe(
     objective=objective.ObjectiveConfig(**config.objective),
     rollout=rollout_config,
     iterations=config.iterations,
-    seed=config.seed,
     eos_ids=tuple(checkpoint.eos_ids),
     pad_id=checkpoint.pad_id,
     to_pixels=functools.partial(_to_pixels, preprocessing),

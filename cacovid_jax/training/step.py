@@ -50,24 +50,33 @@ class Batch(struct.PyTreeNode):
 
 
 class Videos(struct.PyTreeNode):
-  """A batch that was embedded: what all iterations on it share."""
+  """A batch that was embedded: what all iterations on it share.
+
+  `rng` is the key of each video; the rest is as in `Batch`.
+  """
 
   prompts: rollout.Prompts
   answer_id: jax.Array
   option_ids: jax.Array
-  question_hash: jax.Array
   decisive_frames: jax.Array
+  rng: jax.Array
 
 
 class Frozen(struct.PyTreeNode):
-  """Arrays that no step changes: base weights and the letter table i32[V].
+  """Arrays that no step changes.
 
-  They are arguments of every program; captured, they would become constants
-  and compilation would take minutes.
+  They are arguments of every program; captured, the weights would become
+  constants, and another seed another program.
+
+  Attributes:
+    params: base weights.
+    letters: i32[V] of `rollout.first_letters`.
+    seed: u32[], of all random draws.
   """
 
   params: Any
   letters: jax.Array
+  seed: jax.Array
 
 
 class Metrics(NamedTuple):
@@ -96,7 +105,6 @@ class Recipe:
     objective: constants of the loss.
     rollout: how the model answers.
     iterations: I.
-    seed: of all random draws.
     eos_ids: ids that end an answer.
     pad_id: filler behind the end of an answer.
     to_pixels: u8[T,h,w,3] -> f32 pixels as the tower wants them.
@@ -110,7 +118,6 @@ class Recipe:
   objective: objective.ObjectiveConfig
   rollout: rollout.RolloutConfig
   iterations: int
-  seed: int
   eos_ids: tuple[int, ...]
   pad_id: int
   to_pixels: Any = None
@@ -124,9 +131,9 @@ class Recipe:
     return self.ladder.plans[0].num_combinations
 
 
-def video_keys(recipe: Recipe, step, question_hash):
+def video_keys(seed, step, question_hash):
   """Returns the key of every video: (seed, step), then the question."""
-  key = jax.random.fold_in(jax.random.key(recipe.seed), step)
+  key = jax.random.fold_in(jax.random.key(seed), step)
   return jax.vmap(jax.random.fold_in, (None, 0))(key, question_hash)
 
 
@@ -176,8 +183,8 @@ def begin(recipe: Recipe, state, frozen: Frozen, batch: Batch):
     ),
     answer_id=batch.answer_id,
     option_ids=batch.option_ids,
-    question_hash=batch.question_hash,
     decisive_frames=batch.decisive_frames,
+    rng=video_keys(frozen.seed, state.step, batch.question_hash),
   )
   scores = policy_scores(recipe, state.params, videos.prompts)
   memory = jax.vmap(
@@ -191,7 +198,7 @@ def begin(recipe: Recipe, state, frozen: Frozen, batch: Batch):
   return videos, memory
 
 
-def draw(recipe: Recipe, state, videos: Videos, memory, *, largest: int):
+def draw(recipe: Recipe, videos: Videos, memory, *, largest: int):
   """Draws every video's combinations from its old scores.
 
   A video on a smaller rung than `largest` gets that rung's combinations,
@@ -212,17 +219,16 @@ def draw(recipe: Recipe, state, videos: Videos, memory, *, largest: int):
       rung=memory.rung,
     )
 
-  keys = video_keys(recipe, state.step, videos.question_hash)
-  return jax.vmap(one)(keys, videos.prompts, memory)
+  return jax.vmap(one)(videos.rng, videos.prompts, memory)
 
 
-def roll_out(recipe: Recipe, state, frozen, videos, memory, *, largest: int):
+def roll_out(recipe: Recipe, frozen, videos, memory, *, largest: int):
   """Draws combinations and lets the frozen model answer from each.
 
   Returns:
     (rollout.Answers, replay.Masks), leading axis B.
   """
-  combinations, num_valid = draw(recipe, state, videos, memory, largest=largest)
+  combinations, num_valid = draw(recipe, videos, memory, largest=largest)
   answers = rollout.answer(
     recipe.model,
     frozen.params,
@@ -354,9 +360,7 @@ def iterate(recipe, state, frozen, videos, memory, *, largest: int):
   Returns:
     (state, memory, ids i32[B,G,M], rewards f32[B,G], metrics).
   """
-  answers, masks = roll_out(
-    recipe, state, frozen, videos, memory, largest=largest
-  )
+  answers, masks = roll_out(recipe, frozen, videos, memory, largest=largest)
   rewards = rollout.reward(
     recipe.rollout,
     answers,

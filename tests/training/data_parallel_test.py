@@ -20,9 +20,7 @@ VIDEOS = 8
 def gradient(recipe, state, frozen, batch):
   """Returns one iteration's averaged gradient, on one device's share."""
   videos, memory = step.begin(recipe, state, frozen, batch)
-  answers, masks = step.roll_out(
-    recipe, state, frozen, videos, memory, largest=0
-  )
+  answers, masks = step.roll_out(recipe, frozen, videos, memory, largest=0)
   rewards = step.rollout.reward(
     recipe.rollout,
     answers,

@@ -185,7 +185,7 @@ def test_what_is_drawn_does_not_depend_on_the_program(adaptive):
   videos, memory = step.begin(recipe, state, frozen, tiny.batch())
   draws = [
     jax.jit(functools.partial(step.draw, recipe, largest=largest))(
-      state, videos, memory
+      videos, memory
     )
     for largest in (0, 1)
   ]
@@ -202,7 +202,7 @@ def test_a_masked_video_answers_as_in_its_own_program(adaptive):
   videos, memory = step.begin(recipe, state, frozen, tiny.batch())
   logits = [
     jax.jit(functools.partial(step.roll_out, recipe, largest=largest))(
-      state, frozen, videos, memory
+      frozen, videos, memory
     )[0].logits
     for largest in (0, 1)
   ]

@@ -81,7 +81,6 @@ def recipe(
     ladder=ladder,
     rollout=rollout.RolloutConfig(reward=reward, max_new_tokens=max_new_tokens),
     iterations=iterations,
-    seed=0,
     eos_ids=(1,),
     pad_id=0,
     **fields,
@@ -93,7 +92,7 @@ def frozen(recipe):
   letters = np.full((VOCABULARY,), -1, np.int32)
   letters[2:28] = np.arange(26) + ord("A")
   params = recipe.model.init(jax.random.key(7))
-  return step.Frozen(params=params, letters=letters)
+  return step.Frozen(params=params, letters=letters, seed=np.uint32(0))
 
 
 def batch(videos=2, seed=0):
