@@ -14,6 +14,10 @@ BACKENDS = ("auto", "xla", "cudnn", "splash")
 # Query rows per step once a whole T x S map would be too large.
 _CHUNK = 512
 _LARGEST_MAP = 2048 * 2048
+# Row blocks of a causal map; each is computed up to its own diagonal, so that
+# 3/8 of the work and of the memory, hidden anyway, is never touched.
+_CAUSAL_BLOCKS = 4
+_CAUSAL_ROWS = 128
 # Splash wants sequences in whole blocks and a head in whole lanes.
 _LANES = 128
 
@@ -114,6 +118,9 @@ def _xla(q, k, v, causal, lengths, mask, q_offset):
   """All queries at once, or in chunks when the map would be too large."""
   num_queries, num_keys = q.shape[1], k.shape[1]
   if num_queries * num_keys <= _LARGEST_MAP:
+    plain = isinstance(q_offset, int) and q_offset == 0 and mask is None
+    if causal and plain and num_keys == num_queries >= _CAUSAL_ROWS:
+      return _causal(q, k, v, lengths)
     visible = _visible(num_queries, num_keys, causal, lengths, mask, q_offset)
     return _dense(q, k, v, visible)
 
@@ -140,20 +147,42 @@ def _xla(q, k, v, causal, lengths, mask, q_offset):
   return out.reshape(q.shape[0], -1, *q.shape[2:])[:, :num_queries]
 
 
+def _causal(q, k, v, lengths):
+  """Causal self-attention in row blocks, each of the keys it can see."""
+  num_queries = q.shape[1]
+  size = -(-num_queries // _CAUSAL_BLOCKS)
+  blocks = []
+  for start in range(0, num_queries, size):
+    end = min(start + size, num_queries)
+    visible = _visible(end - start, end, True, lengths, None, start)
+    blocks.append(_dense(q[:, start:end], k[:, :end], v[:, :end], visible))
+  return jnp.concatenate(blocks, axis=1)
+
+
 def _dense(q, k, v, visible):
   batch, num_queries, num_heads, head_dim = q.shape
-  grouped = q.reshape(  # [B, T, K, N / K, H]
-    batch, num_queries, k.shape[2], num_heads // k.shape[2], head_dim
-  )
+  num_kv_heads, groups = k.shape[2], num_heads // k.shape[2]
+  # Heads come first and a group's queries below each other, so that both
+  # products are plain batched matrix products: with the heads left between
+  # the other axes XLA's CPU backend is up to 20 times slower.
+  q = q.reshape(batch, num_queries, num_kv_heads, groups, head_dim)
+  q = q.transpose(0, 2, 3, 1, 4)  # [B, K, N / K, T, H]
+  q = q.reshape(batch, num_kv_heads, groups * num_queries, head_dim)
+  k, v = (x.swapaxes(1, 2) for x in (k, v))  # [B, K, S, H]
   scores = jnp.einsum(
-    "BTKGH,BSKH->BKGTS", grouped, k, preferred_element_type=jnp.float32
+    "BKRH,BKSH->BKRS", q, k, preferred_element_type=jnp.float32
   )
   scores = scores * head_dim**-0.5
+  scores = scores.reshape(batch, num_kv_heads, groups, num_queries, -1)
   if visible is not None:
     lowest = jnp.finfo(jnp.float32).min
     scores = jnp.where(visible[:, None, None], scores, lowest)
   probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-  return jnp.einsum("BKGTS,BSKH->BTKGH", probs, v).reshape(q.shape)
+  probs = probs.reshape(batch, num_kv_heads, groups * num_queries, -1)
+  out = jnp.einsum("BKRS,BKSH->BKRH", probs, v)
+  out = out.reshape(batch, num_kv_heads, groups, num_queries, head_dim)
+  out = out.transpose(0, 3, 1, 2, 4)  # [B, T, K, N / K, H]
+  return out.reshape(batch, num_queries, num_heads, head_dim)
 
 
 def _cudnn(q, k, v, causal, lengths, mask):
