@@ -28,6 +28,7 @@ _FLAGS = {
     " optionally as NAME=PATH; the first is the main one."
   ),
   "data": "Prepared data: test.parquet, validation.parquet, clips.",
+  "media": "Folder of the clips, below --data or absolute; empty is --data.",
   "workdir": "Where answers, results and the report go.",
   "methods": "Rows, comma-separated; see cacovid_jax.compressors.names().",
   "oracles": "Oracle rows, comma-separated; empty for none.",
@@ -119,6 +120,7 @@ def request_fields(config=None) -> dict:
       fields["dtype"] = config.model.get("dtype", "float32")
     if "data" in config:
       fields["data"] = config.data.get("root", "")
+      fields["media"] = config.data.get("media", "")
       fields["num_frames"] = config.data.get("num_frames", 16)
       fields["cache"] = config.data.get("feature_cache", "")
   known = {field.name for field in dataclasses.fields(evaluation.Request)}

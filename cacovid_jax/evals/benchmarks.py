@@ -39,7 +39,9 @@ class Benchmark:
     return dataclasses.replace(self, questions=self.questions[:count])
 
 
-def load(directory, split: str, *, style: str = "video-r1") -> Benchmark:
+def load(
+  directory, split: str, *, media: str = "", style: str = "video-r1"
+) -> Benchmark:
   """Returns one split of a prepared directory.
 
   Args:
@@ -47,6 +49,7 @@ def load(directory, split: str, *, style: str = "video-r1") -> Benchmark:
       columns, the clips, and for synthetic clips `decisive.jsonl` and
       `manifest.json`.
     split: name of one of those files.
+    media: folder of the clips, below `directory` or absolute.
     style: of the prompt: "video-r1" as in training, or "videomme".
   """
   directory = pathlib.Path(directory)
@@ -62,14 +65,15 @@ def load(directory, split: str, *, style: str = "video-r1") -> Benchmark:
     raise errors.UserError(
       f"{directory} has no {path.name}; its splits: {listed}"
     )
-  questions = readers.read_videomme(str(path), str(directory), style)
+  root = os.path.join(directory, media)
+  questions = readers.read_videomme(str(path), root, style)
   if not questions:
     raise errors.UserError(f"{path} asks no question")
   manifest = _read_manifest(directory / "manifest.json")
   return Benchmark(
     name=str(manifest.get("name") or manifest.get("variant") or directory.name),
     split=split,
-    root=str(directory),
+    root=root,
     questions=questions,
     decisive=_read_decisive(directory / "decisive.jsonl", questions),
     generator_hash=manifest.get("generator_hash"),

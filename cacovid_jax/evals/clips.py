@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from cacovid_jax import errors
 from cacovid_jax.compressors import base
 from cacovid_jax.data import frames as frames_lib
 from cacovid_jax.data import video
@@ -137,7 +136,8 @@ class ClipSource:
     return key, frame_hash, self._preprocessing(frames)
 
   def _finish(self, key: str, frame_hash: str, pixels: np.ndarray) -> Clip:
-    features = np.asarray(self._encode(self._params, pixels))
+    # As the cache keeps them, so that a hit changes no shape, type or bit.
+    features = np.asarray(self._encode(self._params, pixels), np.float32)
     base.check_finite(features, "features of the vision tower")
     if self._cache is not None:
       self._cache.put(key, features)
@@ -147,12 +147,3 @@ class ClipSource:
     """Names features by what they are made of: pixels and weights."""
     parts = (frame_hash, self._cache_key, repr(self._preprocessing))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def require_frames(num_frames: int) -> int:
-  """Returns `num_frames` if it is a usable number of frames."""
-  if num_frames < 1:
-    raise errors.UserError(
-      f"num_frames={num_frames}: give at least one frame per clip"
-    )
-  return num_frames

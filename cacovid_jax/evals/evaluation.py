@@ -42,6 +42,7 @@ class Request:
 
   Attributes:
     data: prepared data directory, see `benchmarks.load`.
+    media: folder of its clips, below it or absolute; "" is itself.
     workdir: where results go.
     checkpoint: base model's directory.
     policies: name -> policy file or folder; the first is the main one.
@@ -56,6 +57,7 @@ class Request:
   workdir: str
   checkpoint: str
   policies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  media: str = ""
   num_frames: int = 16
   dtype: str = "float32"
   cache: str = ""
@@ -96,17 +98,14 @@ class Request:
 def evaluate(request: Request) -> dict[str, Any]:
   """Evaluates, writes all files of the workdir, and returns results.json."""
   ratios = results.check_ratios(map(base.check_ratio, request.ratios))
-  style = request.prompt_style
-  test = benchmarks.load(request.data, request.split, style=style)
-  test = test.limited(request.num_questions)
+  test = _benchmark(request, request.split, request.num_questions)
   specs = [*request.methods, *(request.oracles if test.decisive else ())]
   methods = [runner.Method.parse(spec) for spec in specs]
   checkpoint = checkpoints.load(request.checkpoint, jnp.dtype(request.dtype))
   candidates = _candidates(request, methods, checkpoint)
   validation = None
   if candidates:
-    validation = benchmarks.load(request.data, "validation", style=style)
-    validation = validation.limited(request.select_questions)
+    validation = _benchmark(request, "validation", request.select_questions)
   policies = {
     name: load_policy(path, checkpoint)
     for name, path in request.policies.items()
@@ -251,9 +250,7 @@ def validator(
     method: how the policy's scores are followed.
     ratio: retention ratio.
   """
-  validation = benchmarks.load(
-    request.data, "validation", style=request.prompt_style
-  ).limited(request.select_questions)
+  validation = _benchmark(request, "validation", request.select_questions)
   evaluator = runner.Evaluator(
     checkpoint,
     open_source(request, checkpoint),
@@ -314,7 +311,7 @@ def open_source(
   model = checkpoint.model
   dtype = jnp.dtype(model.dtype).name
   return clips.ClipSource(
-    request.data,
+    os.path.join(request.data, request.media),
     model,
     checkpoint.params,
     frames.Preprocessing.from_directory(request.checkpoint),
@@ -380,6 +377,12 @@ def _settings(request: Request) -> runner.Settings:
     max_new_tokens=request.max_new_tokens,
     rule=request.rule,
   )
+
+
+def _benchmark(request, split, count) -> benchmarks.Benchmark:
+  return benchmarks.load(
+    request.data, split, media=request.media, style=request.prompt_style
+  ).limited(count)
 
 
 def _candidates(request, methods, checkpoint) -> dict[str, list[str]]:

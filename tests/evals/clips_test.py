@@ -1,0 +1,122 @@
+"""Clips are decoded with the evaluation's frame rule and encoded once."""
+
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cacovid_jax import errors
+from cacovid_jax.data import feature_cache, frames
+from cacovid_jax.evals import clips
+from tests.evals import tiny
+
+
+class Model:
+  """Features are the mean colours of four frames; counts its runs."""
+
+  config = types.SimpleNamespace(text=types.SimpleNamespace(hidden_size=3))
+
+  def __init__(self, scale=1.0):
+    self.traced, self.scale = 0, scale
+
+  def grid(self, num_frames):
+    return (num_frames, 1, 1)
+
+  def encode_video(self, params, pixels):
+    self.traced += 1
+    return pixels.mean(axis=(1, 2)) * self.scale * params
+
+
+@pytest.fixture
+def root(tmp_path):
+  for name in "ab":
+    tiny.write_clip(tmp_path / f"{name}.mp4", seed=ord(name), num_frames=9)
+  tiny.write_clip(tmp_path / "short.mp4", seed=1, num_frames=2)
+  return tmp_path
+
+
+def source_of(root, model=None, **options):
+  return clips.ClipSource(
+    str(root),
+    model or Model(),
+    jnp.float32(1),
+    frames.Preprocessing(16),
+    num_frames=4,
+    **options,
+  )
+
+
+def test_frames_follow_the_evaluation_rule(root):
+  with source_of(root) as source:
+    every = clips.video.read_frames(str(root / "a.mp4"), range(9))
+    # linspace(0, 8, 4) truncated, as the paper's evaluation has it.
+    np.testing.assert_array_equal(source.frames("a.mp4"), every[[0, 2, 5, 8]])
+    # A clip with fewer frames repeats them: the grid is always full.
+    assert source.frames("short.mp4").shape[0] == 4
+
+
+def test_features_and_hash_are_of_the_frames(root):
+  with source_of(root) as source:
+    clip = source["a.mp4"]
+    pixels = frames.Preprocessing(16)(source.frames("a.mp4"))
+    expected = pixels.mean(axis=(1, 2))
+    np.testing.assert_allclose(clip.features, expected, rtol=1e-5)
+    assert clip.features.dtype == np.float32
+    assert len(clip.frame_hash) == 64
+    assert clip.frame_hash != source["b.mp4"].frame_hash
+    assert clip.fault == ""
+    assert source["a.mp4"] is clip
+    assert source._encode._cache_size() == 1
+
+
+def test_only_some_clips_are_held(root):
+  with source_of(root, keep=1) as source:
+    first = source["a.mp4"]
+    source["b.mp4"]
+    again = source["a.mp4"]
+    assert again is not first
+    np.testing.assert_array_equal(again.features, first.features)
+
+
+def test_cached_features_are_the_same_and_spare_the_tower(root, tmp_path):
+  cache = feature_cache.FeatureCache(tmp_path / "cache")
+  with source_of(root, cache=cache) as source:
+    first = source["a.mp4"]
+  second_model = Model()
+  with source_of(root, second_model, cache=cache) as source:
+    second = source["a.mp4"]
+  assert second_model.traced == 0
+  np.testing.assert_array_equal(first.features, second.features)
+  assert first.frame_hash == second.frame_hash
+  # Other weights have other features.
+  other = Model()
+  with source_of(root, other, cache=cache, cache_key="other") as source:
+    source["a.mp4"]
+  assert other.traced == 1
+
+
+@pytest.mark.parametrize(
+  "name,reason",
+  [("gone.mp4", "missing"), ("text.mp4", "unreadable"), ("../x.mp4", "unsafe")],
+)
+def test_a_clip_that_cannot_be_used_says_why(root, name, reason):
+  (root / "text.mp4").write_text("no video")
+  with source_of(root) as source:
+    clip = source[name]
+  assert clip.fault == reason
+  assert not clip.features.any()
+
+
+def test_features_that_are_not_finite_stop_the_evaluation(root):
+  with source_of(root, Model(np.nan)) as source:
+    with pytest.raises(errors.UserError, match="vision tower hold NaN"):
+      source["a.mp4"]
+
+
+def test_decoding_ahead_gives_the_same_clips(root):
+  with source_of(root) as ahead, source_of(root) as plain:
+    ahead.prefetch(["a.mp4", "b.mp4", "a.mp4", "gone.mp4"])
+    for name in ("b.mp4", "a.mp4"):
+      np.testing.assert_array_equal(ahead[name].features, plain[name].features)
+    assert ahead["gone.mp4"].fault == "missing"
