@@ -29,6 +29,7 @@ NOT_HASHED = (
   "data.memory_items",
   "data.num_threads",
   "data.num_workers",
+  "evals",
   "log_every",
   "mesh",
 )

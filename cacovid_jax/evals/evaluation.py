@@ -295,7 +295,8 @@ def load_policy(path: str, checkpoint: checkpoints.Checkpoint) -> runner.Policy:
   options = dict(described.get("policy", {}))
   module = modules.load_policy_module(options.pop("module", ""))
   if "dtype" in options:
-    options["dtype"] = jnp.dtype(options["dtype"])
+    # That of the base model here, not of the accelerator it was trained on.
+    options["dtype"] = checkpoint.model.dtype
   if not described:
     options["num_halvings"] = _num_halvings(file)
   policy = module.from_llm_config(checkpoint.model.config.text, **options)
