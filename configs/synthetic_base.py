@@ -44,13 +44,15 @@ def get_config(arg=None):
   config.pretrain = dict(
     seed=0,
     num_steps=2 if arg.debug else 4500,
-    lr=2e-3,
+    lr=1.2e-3,
     warmup_steps=1 if arg.debug else 300,
     weight_decay=0.05,
     # Tokens kept in the pruned loss: uniform over this range.
     min_keep=16,
     num_keep=78,
-    weights=dict(full=1.0, pruned=1.0, told=0.5, labels=1.0),
+    weights=dict(
+      full=1.0, pruned=1.0, told=0.5, labels=1.0, size=0.1, asked=0.0
+    ),
     packing=dict(
       batch_size=2 if arg.debug else 64,
       questions_per_clip=2 if arg.debug else 8,

@@ -100,14 +100,68 @@ def _halve_chroma(frames):
 
 
 class LabelHead(nn.Module):
-  """Reads from a video token which object lies on it; used in training only."""
+  """Reads from a video token what lies on it; used in training only.
+
+  Attributes are read by likeness to the words' embeddings, not by weights of
+  their own: the token of a red star is to lie near " red" and " star", as the
+  projectors of released models put pictures among words. A policy of one
+  layer can then match tokens with the question's words.
+  """
 
   @nn.compact
-  def __call__(self, features):
-    """Returns float32[..., 35] logits: object, its attributes, row, column."""
-    size = 1 + sum(_ATTRIBUTES) + world.NUM_ROWS + world.NUM_COLS
-    head = nn.Dense(size, dtype=jnp.float32, name="label")
-    return head(features.astype(jnp.float32))
+  def __call__(self, features, words):
+    """Returns float32[..., 35] logits: object, its attributes, row, column.
+
+    Args:
+      features: float[..., D] of video tokens.
+      words: float[20, D] embeddings of colors, patterns and shapes.
+    """
+    features = features.astype(jnp.float32)
+    size = jnp.sqrt(jnp.square(features).mean(-1, keepdims=True) + 1e-6)
+    features = features / size
+    words = words.astype(jnp.float32)
+    words = words / (jnp.linalg.norm(words, axis=-1, keepdims=True) + 1e-6)
+    scale = self.param("scale", nn.initializers.ones, ())
+    likeness = scale * features @ words.T
+    head = nn.Dense(1 + world.NUM_ROWS + world.NUM_COLS, name="label")
+    other = head(features)
+    return jnp.concatenate([other[..., :1], likeness, other[..., 1:]], axis=-1)
+
+
+class AskedHead(nn.Module):
+  """Whether a question is about a token, from the first layer; training only.
+
+  The weight of its loss is 0 where the first layer is to learn to read the
+  question from answers alone.
+  """
+
+  @nn.compact
+  def __call__(self, read):
+    """Returns float32[...] logits of read float[..., D]."""
+    read = read.astype(jnp.float32)
+    size = jnp.sqrt(jnp.square(read).mean(-1, keepdims=True) + 1e-6)
+    return nn.Dense(1, name="asked")(read / size)[..., 0]
+
+
+def balanced_binary_loss(logits, truth, valid=True):
+  """Cross entropy, averaged over true and over false entries apart."""
+  truth = truth.astype(jnp.float32)
+  entropy = optax.sigmoid_binary_cross_entropy(logits, truth)
+  loss = 0.0
+  for share in (truth * valid, (1 - truth) * valid):
+    loss += (entropy * share).sum() / (share.sum() + 1)
+  return loss
+
+
+def size_loss(features, table):
+  """Returns how far the tokens' size is from that of word embeddings.
+
+  Left alone, projected features grow to many times a word's size, and what a
+  decoder layer adds to them from the question drowns.
+  """
+  size = 0.5 * jnp.log(jnp.square(features.astype(jnp.float32)).mean(-1) + 1e-6)
+  target = 0.5 * jnp.log(jnp.square(table.astype(jnp.float32)).mean() + 1e-6)
+  return jnp.square(size - jax.lax.stop_gradient(target)).mean()
 
 
 def label_loss(logits, labels):
@@ -119,10 +173,8 @@ def label_loss(logits, labels):
   """
   labels = labels.astype(jnp.int32)
   present = (labels[..., 0] >= 0).astype(jnp.float32)
-  binary = optax.sigmoid_binary_cross_entropy(logits[..., 0], present)
   # Apart, because objects cover few tokens.
-  loss = (binary * present).sum() / (present.sum() + 1)
-  loss += (binary * (1 - present)).sum() / ((1 - present).sum() + 1)
+  loss = balanced_binary_loss(logits[..., 0], present)
   start = 1
   for part, size in enumerate(_ATTRIBUTES):
     entropy = optax.softmax_cross_entropy_with_integer_labels(
@@ -132,12 +184,28 @@ def label_loss(logits, labels):
     start += size
   rows, cols = np.indices((world.NUM_ROWS, world.NUM_COLS)).reshape(2, -1)
   for place, size in ((rows, world.NUM_ROWS), (cols, world.NUM_COLS)):
+    place = np.tile(place, world.NUM_FRAMES)
     entropy = optax.softmax_cross_entropy_with_integer_labels(
-      logits[..., start : start + size], np.tile(place, world.NUM_FRAMES)
+      logits[..., start : start + size],
+      np.broadcast_to(place, logits.shape[:-1]),
     )
     loss += entropy.mean()
     start += size
   return loss
+
+
+def _word_ids(tokenizer):
+  """Returns int32[20], the one token of each attribute's word."""
+  words = [*world.COLOR_NAMES, *world.PATTERNS, *world.SHAPES]
+  ids = [tokenizer.encode(f" {w}", add_special_tokens=False).ids for w in words]
+  split = [
+    word for word, found in zip(words, ids, strict=True) if len(found) > 1
+  ]
+  if split:
+    raise errors.UserError(
+      f"the tokenizer splits {', '.join(split)}; raise config.vocab_size"
+    )
+  return np.array(ids, np.int32)[:, 0]
 
 
 def _token_loss(logits, ids, target):
@@ -220,7 +288,9 @@ def packed_logits(model, params, prompts, features, ids):
   return model.logits(params, hidden)
 
 
-def pruned_logits(model, params, prompts, features, ids, index, valid):
+def pruned_logits(
+  model, params, prompts, features, ids, index, valid, two_way=None
+):
   """Answers each question from its own kept tokens, at original positions.
 
   Args:
@@ -231,9 +301,13 @@ def pruned_logits(model, params, prompts, features, ids, index, valid):
     ids: int32[B, Q, A].
     index: int32[B, Q, K] kept tokens, ascending where valid.
     valid: bool[B, Q, K].
+    two_way: int32[B, Q] tokens of the question up to its answer, where the
+      whole prompt sees itself without causal mask; 0 for a causal row, None
+      for causal rows only.
 
   Returns:
-    float32[B, Q, A, V].
+    (logits float32[B, Q, A, V], read float[B, Q, K, D]): `read` is what the
+    first layer made of the kept tokens.
   """
   batch, num_questions, length = ids.shape
   num_keep = index.shape[-1]
@@ -253,29 +327,43 @@ def pruned_logits(model, params, prompts, features, ids, index, valid):
   seen = jax.vmap(lambda w, r: w[r])(whole, rows)  # [B, Q, prefix + K + 1, D]
   text = model.embed_text(params, ids)
   x = jnp.concatenate([seen, text], axis=2)
-  offsets = prompts.text_start + jnp.arange(length)
+  offsets = jnp.arange(length)
   positions = jnp.concatenate(
-    [rows, jnp.broadcast_to(offsets, (batch, num_questions, length))], axis=-1
-  )
-  total = x.shape[2]
-  visible = jnp.concatenate(
     [
-      jnp.ones((batch, num_questions, start), bool),
-      valid,
-      jnp.ones((batch, num_questions, 1 + length), bool),
+      rows,
+      jnp.broadcast_to(
+        prompts.text_start + offsets, (batch, num_questions, length)
+      ),
     ],
     axis=-1,
   )
-  mask = jnp.tril(jnp.ones((total, total), bool)) & visible[..., None, :]
-  hidden, _ = model.forward(
+  total = x.shape[2]
+
+  def over_rows(video, text):
+    """Joins flags of the kept tokens and of the text to bool[B, Q, total]."""
+    ends = jnp.ones((batch, num_questions, start), bool)
+    parts = [ends, video, ends[..., :1], text]
+    return jnp.concatenate(parts, axis=-1)
+
+  visible = over_rows(valid, jnp.ones((batch, num_questions, length), bool))
+  mask = jnp.tril(jnp.ones((total, total), bool))
+  if two_way is not None:
+    prompt = over_rows(valid, offsets < two_way[..., None])
+    prompt &= two_way[..., None] > 0
+    mask = mask | prompt[..., None, :]
+  mask = mask & visible[..., None, :]
+  hidden, out = model.forward(
     params,
     x.reshape(-1, total, x.shape[-1]),
     positions.reshape(-1, 1, total),
     mask=mask.reshape(-1, total, total),
     causal=False,
+    want_hidden=True,
   )
-  hidden = hidden.reshape(batch, num_questions, total, -1)
-  return model.logits(params, hidden[:, :, start + num_keep + 1 :])
+  shape = (batch, num_questions, total, -1)
+  read = out["hidden"][0].reshape(shape)[:, :, start : start + num_keep]
+  hidden = hidden.reshape(shape)[:, :, start + num_keep + 1 :]
+  return model.logits(params, hidden), read
 
 
 def random_subsets(rng, decisive, num_valid, *, num_video, num_keep):
@@ -318,7 +406,7 @@ def make_tx(config):
 
 
 def init_params(rng, model):
-  """Returns {"model", "head"}; residual writes start small, as depth asks."""
+  """Returns all parameters; residual writes start small, as depth asks."""
   model_rng, head_rng = jax.random.split(rng)
   params = model.init(model_rng)
   layers = params["language_model"]["layers"]
@@ -328,12 +416,18 @@ def init_params(rng, model):
   table = params["language_model"]
   table["embed_tokens"] = table["embed_tokens"] * 4.0
   width = model.config.text.hidden_size
-  head = LabelHead().init(head_rng, jnp.zeros((1, width)))["params"]
-  return {"model": params, "head": head}
+  words = jnp.zeros((sum(_ATTRIBUTES), width))
+  head = LabelHead().init(head_rng, jnp.zeros((1, width)), words)["params"]
+  asked = AskedHead().init(head_rng, jnp.zeros((1, width)))["params"]
+  return {"model": params, "head": head, "asked": asked}
 
 
-def make_update(model, prompts, tx, config):
-  """Returns the jitted step (params, opt_state, step, batch) -> the same."""
+def make_update(model, prompts, tx, config, word_ids, mesh):
+  """Returns the jitted step.
+
+  (params, opt_state, step, batch) -> (params, opt_state, metrics), the batch
+  split over the mesh's axis `data`, the rest replicated.
+  """
 
   def loss_fn(params, rng, batch):
     frame_rng, subset_rng, size_rng = jax.random.split(rng, 3)
@@ -356,7 +450,11 @@ def make_update(model, prompts, tx, config):
       num_video=prompts.num_video,
       num_keep=config.num_keep,
     )
-    logits = pruned_logits(
+    # Half of the prompts without causal mask: there, as in a policy's pass,
+    # video tokens see the question behind them.
+    even = jnp.arange(ids.shape[1]) % 2 == 0
+    two_way = jnp.where(even, jnp.argmax(target, axis=-1), 0)
+    logits, read = pruned_logits(
       model,
       params["model"],
       prompts,
@@ -364,6 +462,13 @@ def make_update(model, prompts, tx, config):
       ids,
       index,
       valid,
+      two_way,
+    )
+    asked = (index[..., None] == batch["decisive"][:, :, None]).any(-1)
+    losses["asked"] = balanced_binary_loss(
+      AskedHead().apply({"params": params["asked"]}, read),
+      asked,
+      valid & (two_way[..., None] > 0),
     )
     losses["pruned"] = _token_loss(logits, ids, target)
     hits["pruned"] = _hits(logits, ids, target)
@@ -380,26 +485,40 @@ def make_update(model, prompts, tx, config):
       logits[:, None], told[:, None], batch["told_target"][:, None]
     )
 
-    logits = LabelHead().apply({"params": params["head"]}, features)
+    table = params["model"]["language_model"]["embed_tokens"]
+    logits = LabelHead().apply(
+      {"params": params["head"]}, features, table[word_ids]
+    )
+    losses["size"] = size_loss(features, table)
     losses["labels"] = label_loss(logits, batch["labels"])
     total = sum(config.weights[name] * loss for name, loss in losses.items())
     metrics = {f"loss_{name}": loss for name, loss in losses.items()}
     letters = (~batch["in_words"] & (batch["kind"] >= 0)).astype(jnp.float32)
     for name in ("full", "pruned"):
-      metrics[f"hit_{name}"] = (hits[name] * letters).sum() / letters.sum()
+      metrics[f"hit_{name}"] = (hits[name] * letters).sum() / jnp.maximum(
+        letters.sum(), 1
+      )
     metrics["hit_told"] = hits["told"].mean()
     return total, metrics
 
-  @jax.jit
   def update(params, opt_state, step, batch):
     rng = jax.random.fold_in(jax.random.key(config.seed), step)
-    (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-      params, rng, batch
-    )
+    rng = jax.random.fold_in(rng, jax.lax.axis_index("data"))
+    grads, metrics = jax.grad(loss_fn, has_aux=True)(params, rng, batch)
+    grads, metrics = jax.lax.pmean((grads, metrics), "data")
     updates, opt_state = tx.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state, metrics
 
-  return update
+  spec = jax.sharding.PartitionSpec
+  # The default check would sum gradients of replicated parameters already.
+  update = jax.shard_map(
+    update,
+    mesh=mesh,
+    in_specs=(spec(), spec(), spec(), spec("data")),
+    out_specs=spec(),
+    check_vma=False,
+  )
+  return jax.jit(update, donate_argnums=(0, 1))
 
 
 def make_probe(model, prompts, num_keep_of):
@@ -422,7 +541,7 @@ def make_probe(model, prompts, num_keep_of):
       over_questions = jax.vmap(rule, in_axes=(0, None, 0))
       index = jax.vmap(over_questions)(rngs, features, batch["decisive"])
       valid = jnp.ones((*ids.shape[:2], num_keep), bool)
-      logits = pruned_logits(
+      logits, _ = pruned_logits(
         model, params, prompts, features, ids, index, valid
       )
       hits[name] = _hits(logits, ids, target)
@@ -528,7 +647,7 @@ def train(model, tokenizer_file, config, *, on_metrics, on_probe):
   params = init_params(jax.random.key(config.seed), model)
   params = jax.device_put(params, whole)
   opt_state = jax.jit(tx.init)(params)
-  update = make_update(model, prompts, tx, config)
+  update = make_update(model, prompts, tx, config, _word_ids(tokenizer), mesh)
   probe = make_probe(model, prompts, probe_rules(world.NUM_TOKENS))
   tests = {
     name: jax.device_put(held_out(pack, name, config.probe_clips), split)

@@ -118,7 +118,7 @@ class Packer:
 
   def _row(self, prompt: str, answer: str, length: int):
     """Returns (ids i32[length], target bool[length]) of one prompt."""
-    head = self._encode(prompt)
+    head = self._encode(prompt + _TURN_END)
     tail = self._encode(answer + "<|im_end|>")
     ids = np.full(length, self.pad, np.int32)
     target = np.zeros(length, bool)
@@ -138,7 +138,7 @@ class Packer:
       if in_words
       else questions.LETTERS[question.answer]
     )
-    prompt = f"{prefix}\n{problem(question)}\n{hint}{_TURN_END}"
+    prompt = f"{prefix}\n{problem(question)}\n{hint}"
     return (*self._row(prompt, answer, length), in_words)
 
   def _world(self, rng, step):

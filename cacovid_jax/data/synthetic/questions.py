@@ -201,11 +201,11 @@ def _count(rng, facts):
 
 
 _KINDS: tuple[tuple[Callable, float], ...] = (
-  (_attribute, 0.36),
-  (_where, 0.16),
-  (_first, 0.16),
-  (_order, 0.16),
-  (_count, 0.16),
+  (_attribute, 0.4),
+  (_where, 0.08),
+  (_first, 0.2),
+  (_order, 0.2),
+  (_count, 0.12),
 )
 
 
