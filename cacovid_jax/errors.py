@@ -1,10 +1,12 @@
 """Mistakes that a user can mend, and how entry points report them."""
 
+import logging
 import re
 import sys
 from collections.abc import Callable, Sequence
 
 from absl import app, flags
+from absl import logging as absl_logging
 
 
 class UserError(Exception):
@@ -18,6 +20,7 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
   """
 
   def guarded(argv):
+    quiet()
     try:
       return main(argv)
     except UserError as error:
@@ -25,6 +28,16 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
       return 2
 
   app.run(guarded, flags_parser=_parse_flags)
+
+
+def quiet() -> None:
+  """Silences what libraries tell below a warning, unless --verbosity asks.
+
+  Orbax alone tells a page about every checkpoint. Our own words stay.
+  """
+  if not flags.FLAGS["verbosity"].present:
+    absl_logging.set_verbosity(absl_logging.WARNING)
+  logging.getLogger("cacovid_jax").setLevel(logging.INFO)
 
 
 def one_line(error: Exception) -> str:

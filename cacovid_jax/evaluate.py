@@ -11,14 +11,13 @@ stopped goes on when the same command is given again. Writes results.json,
 timings.json and report.html into the workdir.
 """
 
-import dataclasses
 import os
 
 from absl import flags
 
 from cacovid_jax import config as config_lib
 from cacovid_jax import errors
-from cacovid_jax.evals import defaults, evaluation
+from cacovid_jax.evals import evaluation
 
 config_lib.define_flag()
 _FLAGS = {
@@ -70,7 +69,7 @@ def main(argv):
 def request_from_flags(values) -> evaluation.Request:
   """Returns the request of a config, if there is one, and of the flags."""
   config = config_lib.from_flags() if values.config else None
-  fields = request_fields(config)
+  fields = evaluation.request_fields(config)
   flagged = {
     name: values[name].value
     for name in (*_FLAGS, "batch_size", "num_frames", "num_questions",
@@ -101,36 +100,6 @@ def request_from_flags(values) -> evaluation.Request:
     if not fields.get(name):
       raise errors.UserError(f"nothing says which {name}: add --{name}=FOLDER")
   return evaluation.Request(**fields)
-
-
-def request_fields(config=None) -> dict:
-  """Returns the fields of `evaluation.Request` that a config sets.
-
-  Args:
-    config: with sections `model`, `data` and `evals` as far as there are such;
-      None gives the defaults of `evals`.
-  """
-  section = defaults.get_config()
-  fields = {}
-  if config is not None:
-    if "evals" in config:
-      section.update(config.evals)
-    if "model" in config:
-      fields["checkpoint"] = config.model.get("path", "")
-      fields["dtype"] = config.model.get("dtype", "float32")
-    if "data" in config:
-      fields["data"] = config.data.get("root", "")
-      fields["media"] = config.data.get("media", "")
-      fields["num_frames"] = config.data.get("num_frames", 16)
-      fields["cache"] = config.data.get("feature_cache", "")
-  known = {field.name for field in dataclasses.fields(evaluation.Request)}
-  for name, value in config_lib.to_dict(section).items():
-    if name not in known:
-      raise errors.UserError(
-        f"unknown config key 'evals.{name}'; known: {', '.join(sorted(known))}"
-      )
-    fields[name] = tuple(value) if isinstance(value, list) else value
-  return fields
 
 
 def _policies(text: str) -> dict[str, str]:

@@ -5,10 +5,7 @@ stopped continues when the same command is given again. Several hosts: the same
 command on each, with --coordinator, --num_processes and --process_id.
 """
 
-import logging
-
 from absl import flags
-from absl import logging as absl_logging
 
 from cacovid_jax import config as config_lib
 from cacovid_jax import errors
@@ -33,9 +30,6 @@ def main(argv):
     raise errors.UserError(
       f"unexpected argument {argv[1]!r}; flags start by --"
     )
-  # Orbax tells a page about every checkpoint.
-  absl_logging.set_verbosity(absl_logging.WARNING)
-  logging.getLogger("cacovid_jax").setLevel(logging.INFO)
   config = config_lib.from_flags()
   if not _WORKDIR.value:
     raise errors.UserError("no workdir given: add --workdir=FOLDER")

@@ -8,7 +8,8 @@ def get_config() -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(
     dict(
       # Rows: names of `compressors.names()`, with options as in
-      # "density_peaks?scope=video", or one's own "path/file.py:function".
+      # "density_peaks?scope=video", or one's own "path/file.py:function";
+      # "label=name?option=value" gives a row another name.
       methods=(
         "cacovid",
         "cacovid_untrained",

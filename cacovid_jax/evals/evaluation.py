@@ -19,12 +19,14 @@ import numpy as np
 import rich.console
 import rich.table
 
+from cacovid_jax import config as config_lib
 from cacovid_jax import errors
 from cacovid_jax.compressors import base
 from cacovid_jax.data import feature_cache, frames
 from cacovid_jax.evals import (
   benchmarks,
   clips,
+  defaults,
   ledger,
   provenance,
   report,
@@ -87,12 +89,44 @@ class Request:
       )
     if not self.seeds:
       raise errors.UserError("no evaluation seed given; for example seeds=0")
-    labels = [spec.strip() for spec in (*self.methods, *self.oracles)]
+    labels = [
+      runner.split_label(spec)[0] for spec in (*self.methods, *self.oracles)
+    ]
     twice = sorted({name for name in labels if labels.count(name) > 1})
     if twice:
       raise errors.UserError(f"method {twice[0]!r} is listed twice")
     if not labels:
       raise errors.UserError("no method given; for example methods=random")
+
+
+def request_fields(config=None) -> dict[str, Any]:
+  """Returns the fields of a `Request` that a config sets.
+
+  Args:
+    config: with sections `model`, `data` and `evals` as far as there are such;
+      None gives the defaults of `evals`.
+  """
+  section = defaults.get_config()
+  fields = {}
+  if config is not None:
+    if "evals" in config:
+      section.update(config.evals)
+    if "model" in config:
+      fields["checkpoint"] = config.model.get("path", "")
+      fields["dtype"] = config.model.get("dtype", "float32")
+    if "data" in config:
+      fields["data"] = config.data.get("root", "")
+      fields["media"] = config.data.get("media", "")
+      fields["num_frames"] = config.data.get("num_frames", 16)
+      fields["cache"] = config.data.get("feature_cache", "")
+  known = {field.name for field in dataclasses.fields(Request)}
+  for name, value in config_lib.to_dict(section).items():
+    if name not in known:
+      raise errors.UserError(
+        f"unknown config key 'evals.{name}'; known: {', '.join(sorted(known))}"
+      )
+    fields[name] = tuple(value) if isinstance(value, list) else value
+  return fields
 
 
 def evaluate(request: Request) -> dict[str, Any]:

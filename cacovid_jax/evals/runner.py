@@ -15,6 +15,7 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import pathlib
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -73,15 +74,21 @@ class Method:
 
   @classmethod
   def parse(cls, spec: str) -> "Method":
-    """Returns the method of `name?option=value`; the label is `spec` itself.
+    """Returns the method of `name?option=value`, or `label=name?option=value`.
 
-    One option is the evaluation's: `policy=NAME` follows another policy than
-    the first one.
+    Without a label, the row is called as the spec reads, less the path of a
+    method of one's own. One option is the evaluation's: `policy=NAME` follows
+    another policy than the first one.
     """
+    label, spec = split_label(spec)
     name, options = compressors.parse(spec)
     policy = str(options.pop("policy", ""))
-    spec = spec.strip()
-    return cls(spec, spec, compressors.get(name, **options), policy)
+    compressor = compressors.get(name, **options)
+    if ".py:" in name:
+      # Answers of a file that has changed since are not its own.
+      content = pathlib.Path(name.rpartition(":")[0]).read_bytes()
+      spec = f"{spec}#{hashlib.sha256(content).hexdigest()[:12]}"
+    return cls(label, spec, compressor, policy)
 
   @property
   def needs(self) -> frozenset[str]:
@@ -92,6 +99,16 @@ class Method:
     """True if the evaluation seed changes its answers."""
     seeded = {"untrained_scores", "other_scores"}
     return self.compressor.stochastic or bool(seeded & self.needs)
+
+
+def split_label(text: str) -> tuple[str, str]:
+  """Returns (label, spec) of `label=spec`, or of a spec alone."""
+  text = text.strip()
+  label, equals, spec = text.partition("=")
+  # The first "=" of a spec stands behind the "?" of its options.
+  if equals and "?" not in label:
+    return label, spec
+  return text.rpartition(".py:")[2], text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +190,12 @@ class Cell(NamedTuple):
 def cells(
   methods: Sequence[Method], ratios: Sequence[float], seeds: Sequence[int]
 ) -> list[Cell]:
-  """Returns vanilla and every method at every ratio, seeds where they count."""
+  """Returns vanilla and every method at every ratio, seeds where they count.
+
+  Rows of one spec share their answers.
+  """
+  by_spec = {method.spec: method for method in reversed(methods)}
+  methods = [method for method in methods if by_spec[method.spec] is method]
   out = [Cell(None, 1.0, 0)]
   for ratio in ratios:
     for method in methods:

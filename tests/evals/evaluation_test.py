@@ -220,7 +220,7 @@ def test_mistakes_are_one_line(changes, match, request_of, tmp_path):
 
 def test_flags_and_defaults(tmp_path):
   config = defaults.get_config()
-  fields = evaluate.request_fields()
+  fields = evaluation.request_fields()
   assert fields["methods"] == config.methods
   assert evaluate._policies("a,b") == {"policy": "a", "policy1": "b"}
   assert evaluate._policies("ours=a,paper=b") == {"ours": "a", "paper": "b"}

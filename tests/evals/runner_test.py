@@ -347,6 +347,24 @@ def test_trace_agrees_with_the_table(shared, whole):
     assert order.tolist() == record["frames"]
 
 
+def test_a_users_own_method_from_a_file(shared, tmp_path):
+  benchmark, evaluator = shared
+  path = tmp_path / "mine.py"
+  path.write_text(
+    "import jax.numpy as jnp\n"
+    "from cacovid_jax.compressors import base\n"
+    "def first(features, *, grid, num_keep, text=None, aux=None, rng=None):\n"
+    "  return base.take(features, jnp.arange(num_keep))\n"
+  )
+  method = runner.Method.parse(f"{path}:first")
+  assert method.label == "first"
+  trace = evaluator.trace(benchmark.questions[0], method, 0.1)
+  np.testing.assert_array_equal(trace.index, np.arange(6))
+  # Answers of a file that has changed since are not taken for its own.
+  path.write_text(path.read_text() + "# Changed.\n")
+  assert runner.Method.parse(f"{path}:first").spec != method.spec
+
+
 def test_policies_by_name(shared, checkpoint, monkeypatch):
   benchmark, evaluator = shared
   question = benchmark.questions[0]
@@ -431,3 +449,26 @@ def test_decisive_tokens_are_read(shared):
   assert set(benchmark.decisive) == {q.id for q in benchmark.questions}
   path = pathlib.Path(benchmark.root) / "decisive.jsonl"
   assert path.is_file()
+
+
+def test_a_row_may_be_given_a_name():
+  named = runner.Method.parse("paper=cacovid?importance_ratio=0.5")
+  assert named.label == "paper"
+  assert named.spec == "cacovid?importance_ratio=0.5"
+  assert named.compressor.options == {"importance_ratio": 0.5}
+  plain = runner.Method.parse(" random ")
+  assert plain.label == plain.spec == "random"
+
+
+def test_rows_of_one_spec_are_asked_once():
+  methods = [
+    runner.Method.parse(spec)
+    for spec in ("random", "again=random", "uniform", "a=uniform")
+  ]
+  asked = runner.cells(methods, (0.1, 0.2), (0, 1))
+  specs = [(c.method.spec, c.ratio, c.seed) for c in asked[1:]]
+  assert len(specs) == len(set(specs)) == 2 * (2 + 1)
+  # Every row finds its answers under its spec.
+  keys = {cell.key("q") for cell in asked}
+  for method in methods:
+    assert runner.Cell(method, 0.2, 0).key("q") in keys

@@ -1,0 +1,170 @@
+r"""From nothing to a table: clips, a trained policy, its evaluation, a report.
+
+make quickstart, or python -m experiments.quickstart [--smoke]
+
+  prepare   draws and encodes the clips, writes their questions
+  load      reads the shipped base model
+  train     trains the policy on the base model's answers
+  evaluate  asks the test questions with every method, writes the report
+
+What was done stays done: given again, the command goes on where it stopped.
+Other settings: --config.total_steps=600 and so on, with another --workdir.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import time
+
+import rich.console
+import rich.table
+from absl import flags
+
+from cacovid_jax import config as config_lib
+from cacovid_jax import errors
+from cacovid_jax.compressors import base
+from cacovid_jax.data.synthetic import build
+from cacovid_jax.evals import evaluation, results
+from cacovid_jax.training import loop, metrics, setup
+
+_CONFIG = "configs/synthetic_quickstart.py"
+# Minutes on two idle cores, with and without compiled programs at hand.
+PLANNED = {"prepare": 1.0, "load": 0.1, "train": 3.5, "evaluate": 5.0}
+_FILES = ("results.json", "report.html", "metrics.jsonl", "config.json")
+
+config_lib.define_flag(_CONFIG)
+_SMOKE = flags.DEFINE_bool(
+  "smoke", False, "The shortest form, to see that everything runs."
+)
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder of the run; workdirs/quickstart by default."
+)
+_RATIOS = flags.DEFINE_list(
+  "ratios", None, "Retention ratios of the table, instead of the config's."
+)
+
+
+def main(argv):
+  """Runs the quickstart that the flags describe."""
+  if len(argv) > 1:
+    raise errors.UserError(f"unknown argument {argv[1]!r}; flags begin with --")
+  spec = flags.FLAGS.config
+  if _SMOKE.value and spec == _CONFIG:
+    spec += ":debug"
+  config = config_lib.load(spec, flags.FLAGS.config_override)
+  workdir = _WORKDIR.value
+  if workdir is None:
+    workdir = "workdirs/smoke" if _SMOKE.value else "workdirs/quickstart"
+  run(config, workdir, ratios=_RATIOS.value, planned=not _SMOKE.value)
+
+
+def run(config, workdir, *, ratios=None, planned=False, num_workers=None):
+  """Runs all stages and returns results.json as a dict.
+
+  Args:
+    config: see configs/synthetic_quickstart.py.
+    workdir: one of another config is refused.
+    ratios: retention ratios, instead of those of config.evals.
+    planned: whether to show the planned minutes, which are those of the
+      config as it stands.
+    num_workers: processes that draw clips; one per core by default.
+  """
+  # Mistakes are told before minutes of work, not after.
+  ratios = results.check_ratios(
+    map(base.check_ratio, config.evals.ratios if ratios is None else ratios)
+  )
+  config_lib.claim_workdir(workdir, config)
+  stages = Stages(PLANNED if planned else {})
+  with stages("prepare"):
+    prepare(config, num_workers)
+  with stages("load"):
+    checkpoint = setup.load_checkpoint(config)
+    grid = checkpoint.model.grid(config.data.num_frames)
+    for ratio in ratios:
+      base.budget(grid, ratio)
+  with stages("train"):
+    loop.train(config, workdir, checkpoint=checkpoint)
+  with stages("evaluate"):
+    out = evaluation.evaluate(request_of(config, workdir, ratios))
+  evaluation.show(out)
+  stages.show()
+  with open(os.path.join(workdir, "stages.json"), "w", encoding="utf-8") as f:
+    json.dump({"minutes": stages.minutes, "planned": PLANNED}, f, indent=2)
+  for name in _FILES:
+    print(os.path.join(workdir, name))
+  print(f"\nopen {os.path.join(workdir, 'report.html')} in a browser")
+  return out
+
+
+def prepare(config, num_workers=None):
+  """Builds the clips and questions of config.data.root, if not there."""
+  wanted = config_lib.to_dict(config.prepare)
+  wanted = build.BuildConfig(**wanted | {"clips": tuple(wanted["clips"])})
+  with metrics.Progress(sum(wanted.clips), description="clips") as progress:
+    build.build(
+      wanted,
+      config.data.root,
+      num_workers=num_workers or os.cpu_count(),
+      on_clip=lambda done, unused_total: progress.update(done),
+    )
+
+
+def request_of(config, workdir, ratios) -> evaluation.Request:
+  """Returns the evaluation of the policy that a workdir's training made."""
+  fields = evaluation.request_fields(config)
+  workdir = os.fspath(workdir)
+  return evaluation.Request(
+    **fields
+    | dict(workdir=workdir, ratios=ratios, policies={"policy": workdir})
+  )
+
+
+@dataclasses.dataclass
+class Stages:
+  """Minutes of each stage: planned ahead, measured as they go.
+
+  Attributes:
+    planned: by stage; empty where nothing is planned.
+    minutes: measured.
+  """
+
+  planned: dict[str, float]
+  minutes: dict[str, float] = dataclasses.field(default_factory=dict)
+
+  @functools.cached_property
+  def _console(self):
+    return rich.console.Console(highlight=False)
+
+  def __post_init__(self):
+    if self.planned:
+      listed = ", ".join(f"{n} {m:g}" for n, m in self.planned.items())
+      self._console.print(
+        f"planned minutes on two idle cores: {listed}; in all"
+        f" {sum(self.planned.values()):g}"
+      )
+
+  @contextlib.contextmanager
+  def __call__(self, name: str):
+    self._console.print(f"[bold]{name}[/bold]")
+    start = time.monotonic()
+    yield
+    self.minutes[name] = round((time.monotonic() - start) / 60, 2)
+
+  def show(self) -> None:
+    """Prints the minutes of all stages."""
+    table = rich.table.Table(title="minutes")
+    for column in ("stage", "planned", "measured"):
+      table.add_column(column, justify="left" if column == "stage" else "right")
+    rows = [(n, self.planned.get(n), m) for n, m in self.minutes.items()]
+    planned = sum(self.planned.values()) or None
+    rows.append(("in all", planned, sum(self.minutes.values())))
+    for name, ahead, minutes in rows:
+      shown = "" if ahead is None else f"{ahead:.1f}"
+      table.add_row(name, shown, f"{minutes:.1f}")
+    self._console.print(table)
+
+
+if __name__ == "__main__":
+  errors.run(main)
