@@ -422,6 +422,19 @@ def init_params(rng, model):
   return {"model": params, "head": head, "asked": asked}
 
 
+def _over_clips(function, mesh, *, split_from, out_split):
+  """Runs a function per device, its last argument split over axis `data`."""
+  spec = jax.sharding.PartitionSpec
+  # The default check would sum gradients of replicated parameters already.
+  return jax.shard_map(
+    function,
+    mesh=mesh,
+    in_specs=(*[spec()] * split_from, spec("data")),
+    out_specs=spec("data") if out_split else spec(),
+    check_vma=False,
+  )
+
+
 def make_update(model, prompts, tx, config, word_ids, mesh):
   """Returns the jitted step.
 
@@ -509,27 +522,19 @@ def make_update(model, prompts, tx, config, word_ids, mesh):
     updates, opt_state = tx.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state, metrics
 
-  spec = jax.sharding.PartitionSpec
-  # The default check would sum gradients of replicated parameters already.
-  update = jax.shard_map(
-    update,
-    mesh=mesh,
-    in_specs=(spec(), spec(), spec(), spec("data")),
-    out_specs=spec(),
-    check_vma=False,
-  )
+  update = _over_clips(update, mesh, split_from=3, out_split=False)
   return jax.jit(update, donate_argnums=(0, 1))
 
 
-def make_probe(model, prompts, num_keep_of):
+def make_probe(model, prompts, num_keep_of, mesh):
   """Returns a jitted probe: hits of lettered questions by selection rule.
 
   `num_keep_of` maps a rule's name to (function, K); a function takes (rng,
   features [N, D], decisive int[M]) of one question and returns int32[K].
   """
 
-  @jax.jit
   def probe(params, rng, batch):
+    rng = jax.random.fold_in(rng, jax.lax.axis_index("data"))
     frame_rng, rule_rng = jax.random.split(rng)
     pixels = draw_frames(frame_rng, batch).astype(model.dtype)
     features = jax.vmap(lambda p: model.encode_video(params, p))(pixels)
@@ -547,7 +552,7 @@ def make_probe(model, prompts, num_keep_of):
       hits[name] = _hits(logits, ids, target)
     return hits
 
-  return probe
+  return jax.jit(_over_clips(probe, mesh, split_from=2, out_split=True))
 
 
 def probe_rules(num_video):
@@ -648,7 +653,7 @@ def train(model, tokenizer_file, config, *, on_metrics, on_probe):
   params = jax.device_put(params, whole)
   opt_state = jax.jit(tx.init)(params)
   update = make_update(model, prompts, tx, config, _word_ids(tokenizer), mesh)
-  probe = make_probe(model, prompts, probe_rules(world.NUM_TOKENS))
+  probe = make_probe(model, prompts, probe_rules(world.NUM_TOKENS), mesh)
   tests = {
     name: jax.device_put(held_out(pack, name, config.probe_clips), split)
     for name in world.VARIANTS
