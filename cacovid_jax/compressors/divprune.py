@@ -46,7 +46,6 @@ def compress(
   )
 
 
-@functools.partial(jax.named_call, name="max_min_subset")
 def max_min_subset(features: jax.Array, *, num_keep: int) -> jax.Array:
   """Returns int32[K] distinct rows of features f[n, D], in picking order."""
   # bfloat16 distances would change the picks.

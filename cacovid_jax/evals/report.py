@@ -317,7 +317,7 @@ def _ratio_chart(out, ratios):
       lines.append(
         plots.Line(name, points, colour, strong, name in out["oracles"])
       )
-  if not lines:
+  if not lines or len(ratios) < 2:
     return None
   return plots.line_chart(
     lines,
@@ -356,7 +356,7 @@ def _reward_chart(curves):
   if not lines:
     return None
   last = max(point[0] for line in lines for point in line.points)
-  ticks = [x for x in plots.nice_ticks(0, last) if x <= last]
+  ticks = [x for x in plots.nice_ticks(0, last) if x <= last and x % 1 == 0]
   return plots.line_chart(
     lines,
     x_label="training step",
