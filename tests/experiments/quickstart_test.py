@@ -1,0 +1,155 @@
+"""The quickstart end to end, in its shortest form, with a tiny base model."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from cacovid_jax.data import prompts, tokenizer_training
+from cacovid_jax.data.synthetic import packing
+from cacovid_jax.models import checkpoints, llava_onevision, siglip
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+
+
+def write_base_model(directory):
+  """Writes a random model of the shipped one's grid, 16 x 7 x 7 tokens."""
+  tokenizer_training.train(
+    packing.corpus(20),
+    576,
+    directory,
+    image_size=112,
+    patch_size=8,
+    max_length=1024,
+  )
+  tokenizer = prompts.Tokenizer.from_directory(directory)
+  sizes = llava_onevision.LlavaOnevisionConfig.tiny()
+  sizes = dataclasses.replace(
+    sizes,
+    vision=dataclasses.replace(
+      siglip.SiglipConfig.tiny(), image_size=112, patch_size=8, num_layers=1
+    ),
+    text=dataclasses.replace(
+      sizes.text,
+      vocab_size=tokenizer.vocab_size,
+      num_layers=2,
+      max_positions=1024,
+    ),
+    image_token_id=tokenizer.token_id("<image>"),
+    video_token_id=tokenizer.video_id,
+  )
+  model = llava_onevision.LlavaOnevisionModel(sizes)
+  checkpoints.save(
+    directory,
+    sizes,
+    jax.device_get(model.init(jax.random.key(0))),
+    eos_ids=tokenizer.eos_ids,
+    pad_id=tokenizer.pad_id,
+  )
+
+
+def quickstart(folder, *flags, workdir="run"):
+  """Runs the command and returns the finished process."""
+  environment = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+  }
+  return subprocess.run(
+    [
+      sys.executable,
+      "-m",
+      "experiments.quickstart",
+      "--smoke",
+      f"--workdir={folder / workdir}",
+      f"--config.model.path={folder / 'base_model'}",
+      f"--config.data.root={folder / 'data'}",
+      f"--config.data.feature_cache={folder / 'features'}",
+      "--config.prepare.clips=2,2,2,0",
+      *flags,
+    ],
+    cwd=ROOT,
+    env=environment,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("quickstart")
+  write_base_model(folder / "base_model")
+  return folder
+
+
+@pytest.fixture(scope="module")
+def finished(folder):
+  done = quickstart(folder)
+  assert done.returncode == 0, done.stderr
+  return done
+
+
+def test_it_leaves_a_table_a_report_and_a_policy(folder, finished):
+  workdir = folder / "run"
+  found = json.loads((workdir / "results.json").read_text())
+  assert found["schema"] == 1 and found["split"] == "test"
+  assert found["grid"] == [16, 7, 7]
+  names = ["cacovid", "cacovid_paper", "cacovid_untrained", "divprune"]
+  assert set(names) < set(found["methods"])
+  for cells in found["methods"].values():
+    assert cells["0.10"]["status"] == "ok"
+    assert cells["0.10"]["kept_tokens"] == 78
+  assert set(found["chosen"]) >= {"cacovid", "cacovid_untrained", "last_query"}
+  for name in ("report.html", "metrics.jsonl", "config.json", "checkpoints"):
+    assert (workdir / name).exists(), name
+  assert (workdir / "policy" / "policy.safetensors").exists()
+  out = finished.stdout
+  assert str(workdir / "report.html") in out
+  for stage in ("prepare", "load", "train", "evaluate", "in all"):
+    assert stage in out
+  assert "cacovid_paper" in out and "10% kept" in out
+  # Libraries keep their news to themselves.
+  assert "orbax" not in finished.stderr.lower()
+
+
+def test_given_again_it_goes_on_where_it_stopped(folder, finished):
+  workdir = folder / "run"
+  before = (workdir / "results.json").read_bytes()
+  metrics = (workdir / "metrics.jsonl").read_bytes()
+  answers = (workdir / "answers.jsonl").read_bytes()
+  (workdir / "results.json").unlink()
+  again = quickstart(folder)
+  assert again.returncode == 0, again.stderr
+  assert "compiled" not in again.stderr  # Nothing was trained anew.
+  assert (workdir / "results.json").read_bytes() == before
+  assert (workdir / "metrics.jsonl").read_bytes() == metrics
+  assert (workdir / "answers.jsonl").read_bytes() == answers
+
+
+@pytest.mark.parametrize(
+  ("flags", "named"),
+  [
+    (["--ratios=0.1,1.5"], "'1.5' is outside (0, 1]"),
+    (["--config.total_steps=3"], "belongs to another config: total_steps"),
+  ],
+)
+def test_a_mistake_is_one_line_and_harms_nothing(
+  folder, finished, flags, named
+):
+  before = (folder / "run" / "results.json").read_bytes()
+  # A new workdir where the mistake is not the workdir itself.
+  workdir = "run" if "another config" in named else "other"
+  done = quickstart(folder, *flags, workdir=workdir)
+  assert done.returncode == 2
+  errors = [line for line in done.stderr.splitlines() if "error:" in line]
+  assert len(errors) == 1 and named in errors[0], done.stderr
+  assert "Traceback" not in done.stderr
+  assert (folder / "run" / "results.json").read_bytes() == before
