@@ -360,7 +360,10 @@ def open_source(
 
 def show(out: Mapping[str, Any], console: rich.console.Console | None = None):
   """Prints accuracies, intervals and shares of vanilla as a table."""
-  console = console or rich.console.Console()
+  if console is None:
+    console = rich.console.Console()
+    if not console.is_terminal:  # A log has no width to keep to.
+      console = rich.console.Console(width=120)
   vanilla = out["vanilla"]
   low, high = vanilla["ci95"]
   table = rich.table.Table(
