@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
+import shlex
 import subprocess
 import sys
 
@@ -53,8 +55,8 @@ def write_base_model(directory):
   )
 
 
-def quickstart(folder, *flags, workdir="run"):
-  """Runs the command and returns the finished process."""
+def command(folder, arguments):
+  """Runs a command on the tiny model and returns the finished process."""
   environment = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": "",
@@ -65,15 +67,11 @@ def quickstart(folder, *flags, workdir="run"):
   return subprocess.run(
     [
       sys.executable,
-      "-m",
-      "experiments.quickstart",
-      "--smoke",
-      f"--workdir={folder / workdir}",
+      *arguments,
       f"--config.model.path={folder / 'base_model'}",
       f"--config.data.root={folder / 'data'}",
       f"--config.data.feature_cache={folder / 'features'}",
       "--config.prepare.clips=2,2,2,0",
-      *flags,
     ],
     cwd=ROOT,
     env=environment,
@@ -81,6 +79,13 @@ def quickstart(folder, *flags, workdir="run"):
     text=True,
     check=False,
   )
+
+
+def quickstart(folder, *flags, workdir="run"):
+  """Runs the quickstart's shortest form."""
+  workdir = f"--workdir={folder / workdir}"
+  arguments = ["-m", "experiments.quickstart", "--smoke", workdir, *flags]
+  return command(folder, arguments)
 
 
 @pytest.fixture(scope="module")
@@ -153,3 +158,27 @@ def test_a_mistake_is_one_line_and_harms_nothing(
   assert len(errors) == 1 and named in errors[0], done.stderr
   assert "Traceback" not in done.stderr
   assert (folder / "run" / "results.json").read_bytes() == before
+
+
+def test_a_policy_of_ones_own_by_the_readmes_command(folder, finished):
+  text = (ROOT / "README.md").read_text(encoding="utf-8")
+  block = re.search(r"```bash\n([^`]*bilinear_policy[^`]*)```", text)[1]
+  words = shlex.split(block.replace("\\\n", " "))
+  assert words[:3] == ["python", "-m", "cacovid_jax.train"]
+  changed = {
+    "configs/synthetic_quickstart.py": "configs/synthetic_quickstart.py:debug",
+    "workdirs/bilinear": str(folder / "bilinear"),
+  }
+  assert set(changed) < set(words)
+  words = [changed.get(word, word) for word in words[1:]]
+  done = command(folder, words)
+  assert done.returncode == 0, done.stderr
+  described = folder / "bilinear" / "policy" / "policy_config.json"
+  described = json.loads(described.read_text())
+  assert described["policy"]["module"].endswith("bilinear_policy.py:Bilinear")
+  # And into the table, by the same flags.
+  words[words.index("cacovid_jax.train")] = "cacovid_jax.evaluate"
+  done = command(folder, [*words, "--methods=cacovid", "--select_on=none"])
+  assert done.returncode == 0, done.stderr
+  found = json.loads((folder / "bilinear" / "results.json").read_text())
+  assert found["methods"]["cacovid"]["0.10"]["status"] == "ok"
