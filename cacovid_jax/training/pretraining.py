@@ -651,7 +651,8 @@ def train(model, tokenizer_file, config, *, on_metrics, on_probe):
   tx, schedule = make_tx(config)
   params = init_params(jax.random.key(config.seed), model)
   params = jax.device_put(params, whole)
-  opt_state = jax.jit(tx.init)(params)
+  # Placed as `update` returns it, or that would compile a second time.
+  opt_state = jax.device_put(jax.jit(tx.init)(params), whole)
   update = make_update(model, prompts, tx, config, _word_ids(tokenizer), mesh)
   probe = make_probe(model, prompts, probe_rules(world.NUM_TOKENS), mesh)
   tests = {
