@@ -635,6 +635,7 @@ def train(model, tokenizer_file, config, *, on_metrics, on_probe):
     **config.packing,
   )
   tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_file))
+  word_ids = _word_ids(tokenizer)
   prompts = Prompts(
     tokenizer.encode(packing.PREFIX, add_special_tokens=False).ids,
     world.NUM_TOKENS,
@@ -653,7 +654,7 @@ def train(model, tokenizer_file, config, *, on_metrics, on_probe):
   params = jax.device_put(params, whole)
   # Placed as `update` returns it, or that would compile a second time.
   opt_state = jax.device_put(jax.jit(tx.init)(params), whole)
-  update = make_update(model, prompts, tx, config, _word_ids(tokenizer), mesh)
+  update = make_update(model, prompts, tx, config, word_ids, mesh)
   probe = make_probe(model, prompts, probe_rules(world.NUM_TOKENS), mesh)
   tests = {
     name: jax.device_put(held_out(pack, name, config.probe_clips), split)
