@@ -43,7 +43,7 @@ def get_config(arg=None):
   config.remat = False
   config.pretrain = dict(
     seed=0,
-    num_steps=2 if arg.debug else 4500,
+    num_steps=2 if arg.debug else 5400,
     lr=1.2e-3,
     warmup_steps=1 if arg.debug else 300,
     weight_decay=0.05,
@@ -51,7 +51,7 @@ def get_config(arg=None):
     min_keep=16,
     num_keep=78,
     weights=dict(
-      full=1.0, pruned=1.0, told=0.5, labels=1.0, size=0.1, asked=0.0
+      full=1.0, pruned=1.0, told=0.5, labels=1.0, size=0.1, asked=0.3
     ),
     packing=dict(
       batch_size=2 if arg.debug else 64,
@@ -59,11 +59,11 @@ def get_config(arg=None):
       text_only=2 if arg.debug else 64,
       sparse_share=0.4,
       text_answer_share=(0.5, 0.2),
-      ramp_steps=1000,
+      ramp_steps=1200,
     ),
     log_every=1 if arg.debug else 200,
-    probe_every=2 if arg.debug else 900,
+    probe_every=2 if arg.debug else 1350,
     probe_clips=1 if arg.debug else 64,
-    num_workers=0 if arg.debug else 14,
+    num_workers=0 if arg.debug else 26,
   )
   return config
