@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from cacovid_jax import errors
-from cacovid_jax.data import readers, video_qa
+from cacovid_jax.data import prompts, readers, video_qa
 from cacovid_jax.data.synthetic import questions, render, world
 
 FRAMES_PER_SECOND = 8
@@ -206,21 +206,14 @@ def _make_job(config, directory, split, number):
   return make_clip(config, split, number, directory)
 
 
-def _lettered(question) -> list[str]:
-  return [
-    f"{letter}. {option}"
-    for letter, option in zip(questions.LETTERS, question.options, strict=False)
-  ]
-
-
-def _video_r1_row(number, row) -> dict:
+def _video_r1_row(row) -> dict:
   question = row["question"]
   return {
     "problem_id": row["id"],
     "problem": question.text,
     "data_type": "video",
     "problem_type": "multiple choice",
-    "options": _lettered(question),
+    "options": prompts.letter_options(question.options),
     "solution": f"<answer>{questions.LETTERS[question.answer]}</answer>",
     "path": f"./videos/{row['clip']}.mp4",
     "data_source": f"synthetic/{question.kind}",
@@ -239,7 +232,7 @@ def _videomme_row(row) -> dict:
     "question_id": row["id"],
     "task_type": question.kind,
     "question": question.text,
-    "options": _lettered(question),
+    "options": prompts.letter_options(question.options),
     "answer": questions.LETTERS[question.answer],
   }
 
@@ -254,7 +247,7 @@ def _write_rows(config, directory, rows) -> None:
   for split, found in rows.items():
     if split == "train":
       path = directory / "train.json"
-      entries = [_video_r1_row(i, row) for i, row in enumerate(found)]
+      entries = [_video_r1_row(row) for row in found]
       path.write_text(json.dumps(entries, indent=1) + "\n")
       splits[split] = readers.read_video_r1(str(path), str(directory))
     else:

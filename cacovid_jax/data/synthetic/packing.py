@@ -12,12 +12,10 @@ from collections.abc import Iterator
 import numpy as np
 import tokenizers
 
+from cacovid_jax.data import prompts
+from cacovid_jax.data import questions as rows
 from cacovid_jax.data.synthetic import questions, render, world
 
-LETTER_HINT = (
-  " Please provide only the single option letter (e.g., A, B, C, D, etc.)."
-)
-TEXT_HINT = " Please provide your text answer."
 _TURN_END = "<|im_end|>\n<|im_start|>assistant\n"
 PREFIX = "<|im_start|>user\n"
 
@@ -58,13 +56,10 @@ KINDS = ("attribute", "where", "first", "order", "count")
 MAX_DECISIVE = 24
 
 
-def problem(question: questions.SceneQuestion) -> str:
-  """Returns the question and its lettered options, a line each."""
-  lines = [
-    f"{letter}. {option}"
-    for letter, option in zip(questions.LETTERS, question.options, strict=False)
-  ]
-  return "\n".join([question.text, *lines])
+def prompt_text(question: questions.SceneQuestion, problem_type: str) -> str:
+  """Returns the user's text: question, lettered options, the type's hint."""
+  lettered = prompts.letter_options(question.options)
+  return prompts.training_prompt(question.text, lettered, problem_type)
 
 
 def describe(scene: world.Scene) -> str:
@@ -99,8 +94,8 @@ def corpus(num_scenes: int = 200, seed: int = 0) -> list[str]:
     texts.append(describe(scene))
     dense = world.sample_scene(rng, world.VARIANTS["dense"])
     for question in questions.sample_questions(rng, dense, 8):
-      texts.append("\n" + problem(question) + "\n" + LETTER_HINT)
-      texts.append("\n" + problem(question) + "\n" + TEXT_HINT)
+      for problem_type in (rows.MULTIPLE_CHOICE, rows.FREE_FORM):
+        texts.append("\n" + prompt_text(question, problem_type))
       texts.append(question.options[question.answer])
   return texts
 
@@ -132,13 +127,13 @@ class Packer:
 
   def _question(self, rng, question, text_share, length, prefix=""):
     in_words = rng.random() < text_share
-    hint = TEXT_HINT if in_words else LETTER_HINT
+    problem_type = rows.FREE_FORM if in_words else rows.MULTIPLE_CHOICE
     answer = (
       question.options[question.answer]
       if in_words
       else questions.LETTERS[question.answer]
     )
-    prompt = f"{prefix}\n{problem(question)}\n{hint}"
+    prompt = f"{prefix}\n{prompt_text(question, problem_type)}"
     return (*self._row(prompt, answer, length), in_words)
 
   def _world(self, rng, step):
@@ -157,12 +152,12 @@ class Packer:
     """Returns the arrays of one clip, without the batch axis."""
     config = self.config
     found = questions.sample_questions(rng, scene, config.questions_per_clip)
-    rows = config.questions_per_clip
-    ids = np.full((rows, config.question_length), self.pad, np.int32)
-    target = np.zeros((rows, config.question_length), bool)
-    decisive = np.full((rows, MAX_DECISIVE), -1, np.int16)
-    kind = np.full(rows, -1, np.int8)
-    in_words = np.zeros(rows, bool)
+    count = config.questions_per_clip
+    ids = np.full((count, config.question_length), self.pad, np.int32)
+    target = np.zeros((count, config.question_length), bool)
+    decisive = np.full((count, MAX_DECISIVE), -1, np.int16)
+    kind = np.full(count, -1, np.int8)
+    in_words = np.zeros(count, bool)
     for i, question in enumerate(found):
       ids[i], target[i], in_words[i] = self._question(
         rng, question, text_share, config.question_length
