@@ -1,0 +1,67 @@
+"""The shipped base model: complete, reproducible where it can be, and able."""
+
+import filecmp
+import pathlib
+
+import jax
+import numpy as np
+
+import cacovid_jax
+from cacovid_jax.data import tokenizer_training
+from cacovid_jax.data.synthetic import packing, world
+from cacovid_jax.models import checkpoints
+from cacovid_jax.training import pretraining
+from configs import synthetic_base
+
+_BASE = pathlib.Path(cacovid_jax.__file__).parent / "assets" / "base_model"
+
+
+def test_its_tokenizer_is_the_one_that_pretraining_makes(tmp_path):
+  config = synthetic_base.get_config()
+  tokenizer_training.train(
+    packing.corpus(),
+    config.vocab_size,
+    tmp_path,
+    image_size=config.vision.image_size,
+    patch_size=config.vision.patch_size,
+    max_length=config.text.max_positions,
+  )
+  names = sorted(path.name for path in tmp_path.iterdir())
+  assert "tokenizer.json" in names
+  for name in names:
+    assert filecmp.cmp(tmp_path / name, _BASE / name, shallow=False), name
+
+
+def test_it_has_the_sizes_of_its_config():
+  config = synthetic_base.get_config()
+  shape = checkpoints.load(_BASE).model.config
+  assert shape.text.num_layers == config.text.num_layers >= 12
+  assert shape.text.hidden_size == config.text.hidden_size
+  assert shape.vision.num_layers == config.vision.num_layers
+
+
+def test_it_answers_questions_about_clips_it_never_saw():
+  checkpoint = checkpoints.load(_BASE)
+  pack = packing.PackingConfig(
+    tokenizer_file=str(_BASE / "tokenizer.json"),
+    seed=123,
+    questions_per_clip=4,
+  )
+  batch = pretraining.held_out(pack, "dense", 6)
+  prefix = checkpoint.tokenizer.encode(packing.PREFIX)
+  prompts = pretraining.Prompts(
+    prefix, world.NUM_TOKENS, pack.questions_per_clip, pack.question_length
+  )
+  mesh = jax.make_mesh(
+    (1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+  rules = pretraining.probe_rules(world.NUM_TOKENS)
+  rules = {"random": rules["random_0.10"], "decisive": rules["decisive_0.10"]}
+  probe = pretraining.make_probe(checkpoint.model, prompts, rules, mesh)
+  hits = probe(checkpoint.params, jax.random.key(0), batch)
+  # Places are what it has not learnt; its README says so.
+  chosen = batch["kind"] != packing.KINDS.index("where")
+  hits = {name: np.asarray(hit)[chosen].mean() for name, hit in hits.items()}
+  assert hits["vanilla"] >= 0.85
+  assert hits["decisive"] >= 0.85
+  assert hits["random"] <= hits["vanilla"] - 0.15
