@@ -11,8 +11,8 @@ python -m cacovid_jax.evaluate --config configs/synthetic_quickstart.py \
 Completion only, in a minute or two: `configs/synthetic_quickstart.py:debug`.
 
 A hundredth of what configs/synthetic_small.py trains on. Ours, dense test, 600
-questions, vanilla 93.3: 68.8 at 25 %, 50.8 at 10 %, 38.7 at 5 % (seed 42, two CPU
-cores, 14 minutes beside other work); all rows are in the README.
+questions, vanilla 93.3: 68.8 at 25 %, 50.8 at 10 %, 38.7 at 5 % (seed 42, two
+CPU cores, 14 minutes beside other work); all rows are in the README.
 """
 
 from cacovid_jax.evals import defaults as evals_defaults

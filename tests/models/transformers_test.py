@@ -9,7 +9,8 @@ import os
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
+import torch
+import transformers
 from absl.testing import absltest
 
 from cacovid_jax.models import (
@@ -19,9 +20,6 @@ from cacovid_jax.models import (
   qwen2,
   siglip,
 )
-
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 
 CONFIG = llava_onevision.LlavaOnevisionConfig(
   vision=siglip.SiglipConfig(
