@@ -1,7 +1,7 @@
 """Pretraining of the small base model of the embedded benchmark.
 
 An answer-only loss on lettered questions stays at guessing; what makes the
-model learn is the sum of four losses (weights in the config):
+model learn is the sum of six losses (weights in the config):
 
   full      answers with the whole video, several questions packed behind one
             shared video prefix (block-diagonal mask, same positions);
@@ -11,8 +11,10 @@ model learn is the sum of four losses (weights in the config):
   told      answers about a scene told in words: binds options to letters;
   labels    the object on each video token, and the token's row and column,
             read by a linear head that is thrown away (foreground and
-            background averaged apart). Without row and column, pooled tokens
-            tell nothing of place, and "where" stays at guessing.
+            background averaged apart);
+  size      how far the tokens' size is from that of word embeddings;
+  asked     which kept tokens the question is about, read from the first layer
+            in prompts without causal mask.
 
 Frames are drawn on the accelerator, so every step sees fresh clips.
 
@@ -237,6 +239,10 @@ class Prompts:
     self.question_length = question_length
     self.text_start = len(self.prefix) + num_video + 1
 
+  def head_ids(self):
+    """int32[prefix + N + 1] before the questions; ids under the video are 0."""
+    return np.array(self.prefix + (0,) * (self.num_video + 1), np.int32)
+
   def packed_mask(self):
     """bool[L, L]: causal, and no question sees another."""
     length = self.num_questions * self.question_length
@@ -271,7 +277,7 @@ def packed_logits(model, params, prompts, features, ids):
     float32[B, Q, A, V].
   """
   batch, num_questions, length = ids.shape
-  head = jnp.array(prompts.prefix + (0,) * (prompts.num_video + 1), jnp.int32)
+  head = prompts.head_ids()
   head = jnp.broadcast_to(head, (batch, len(head)))
   rows = jnp.concatenate([head, ids.reshape(batch, -1)], axis=1)
   start = len(prompts.prefix)
@@ -312,7 +318,7 @@ def pruned_logits(
   batch, num_questions, length = ids.shape
   num_keep = index.shape[-1]
   start = len(prompts.prefix)
-  head = jnp.array(prompts.prefix + (0,) * (prompts.num_video + 1), jnp.int32)
+  head = prompts.head_ids()
   whole = jax.vmap(lambda f: model.embed_prompt(params, head, f, start))(
     features
   )  # [B, prefix + N + 1, D]
