@@ -5,16 +5,17 @@ model learn is the sum of six losses (weights in the config):
 
   full      answers with the whole video, several questions packed behind one
             shared video prefix (block-diagonal mask, same positions);
-  pruned    answers with a random subset of the video tokens that holds the
-            decisive ones; its gradient stops before the tower, or the tower
-            would learn to copy every object into all tokens of its frame;
+  pruned    answers with a random subset of the video tokens, most of which
+            hold the decisive ones; its gradient stops before the tower, or
+            the tower would learn to copy every object into all tokens of its
+            frame;
   told      answers about a scene told in words: binds options to letters;
-  labels    the object on each video token, and the token's row and column,
-            read by a linear head that is thrown away (foreground and
+  labels    the object on each video token, and the token's place in the
+            picture, read by a head that is thrown away (foreground and
             background averaged apart);
   size      how far the tokens' size is from that of word embeddings;
-  asked     which kept tokens the question is about, read from the first layer
-            in prompts without causal mask.
+  asked     which tokens the question is about, read from the first layer
+            without causal mask, as a policy reads it.
 
 Frames are drawn on the accelerator, so every step sees fresh clips.
 
@@ -22,6 +23,7 @@ Axes: B clips, T frames, N video tokens, Q questions of a clip, A tokens of a
 question with its answer, K kept video tokens, D width.
 """
 
+import functools
 import time
 
 import flax.linen as nn
@@ -33,12 +35,15 @@ import tokenizers
 
 from cacovid_jax import errors
 from cacovid_jax.data.synthetic import packing, render, world
+from cacovid_jax.models import qwen2, rope
 
 _ATTRIBUTES = (
   len(world.COLOR_NAMES),
   len(world.PATTERNS),
   len(world.SHAPES),
 )
+# As the options of "where" questions say them.
+_SIDES = (("top", "bottom"), ("left", "right"))
 
 
 def draw_frames(rng, batch, *, noise=4.0, grain=2.0):
@@ -112,11 +117,14 @@ class LabelHead(nn.Module):
 
   @nn.compact
   def __call__(self, features, words):
-    """Returns float32[..., 35] logits: object, its attributes, row, column.
+    """Returns float32[..., 39] logits.
+
+    Of an object, its color, pattern and shape, of the token's sides, row and
+    column.
 
     Args:
       features: float[..., D] of video tokens.
-      words: float[20, D] embeddings of colors, patterns and shapes.
+      words: float[24, D] embeddings of colors, patterns, shapes and sides.
     """
     features = features.astype(jnp.float32)
     size = jnp.sqrt(jnp.square(features).mean(-1, keepdims=True) + 1e-6)
@@ -133,24 +141,28 @@ class LabelHead(nn.Module):
 class AskedHead(nn.Module):
   """Whether a question is about a token, from the first layer; training only.
 
-  The weight of its loss is 0 where the first layer is to learn to read the
-  question from answers alone.
+  One direction of length 1: the layer cannot leave a faint trace for large
+  weights to read, so heads that learn from rewards find it as well.
   """
 
   @nn.compact
   def __call__(self, read):
     """Returns float32[...] logits of read float[..., D]."""
+    width = read.shape[-1]
+    way = self.param("direction", nn.initializers.normal(1.0), (width,))
+    bias = self.param("bias", nn.initializers.zeros, ())
     read = read.astype(jnp.float32)
     size = jnp.sqrt(jnp.square(read).mean(-1, keepdims=True) + 1e-6)
-    return nn.Dense(1, name="asked")(read / size)[..., 0]
+    way = way / (jnp.linalg.norm(way) + 1e-6)
+    return (read / size) @ way + bias
 
 
-def balanced_binary_loss(logits, truth, valid=True):
+def balanced_binary_loss(logits, truth):
   """Cross entropy, averaged over true and over false entries apart."""
   truth = truth.astype(jnp.float32)
   entropy = optax.sigmoid_binary_cross_entropy(logits, truth)
   loss = 0.0
-  for share in (truth * valid, (1 - truth) * valid):
+  for share in (truth, 1 - truth):
     loss += (entropy * share).sum() / (share.sum() + 1)
   return loss
 
@@ -170,7 +182,7 @@ def label_loss(logits, labels):
   """Returns the loss of the label head.
 
   Args:
-    logits: float32[B, N, 35].
+    logits: float32[B, N, 39], see `LabelHead`.
     labels: int8[B, N, 3] color, pattern and shape, -1 without an object.
   """
   labels = labels.astype(jnp.int32)
@@ -184,9 +196,24 @@ def label_loss(logits, labels):
     )
     loss += (entropy * present).sum() / (present.sum() + 1)
     start += size
-  rows, cols = np.indices((world.NUM_ROWS, world.NUM_COLS)).reshape(2, -1)
-  for place, size in ((rows, world.NUM_ROWS), (cols, world.NUM_COLS)):
-    place = np.tile(place, world.NUM_FRAMES)
+  places = [
+    (np.tile(place, world.NUM_FRAMES), size)
+    for place, size in zip(
+      np.indices((world.NUM_ROWS, world.NUM_COLS)).reshape(2, -1),
+      (world.NUM_ROWS, world.NUM_COLS),
+      strict=True,
+    )
+  ]
+  for place, size in places:
+    # The middle row is neither top nor bottom.
+    off_middle = place != size // 2
+    entropy = optax.softmax_cross_entropy_with_integer_labels(
+      logits[..., start : start + 2],
+      np.broadcast_to(place > size // 2, logits.shape[:-1]).astype(np.int32),
+    )
+    loss += (entropy * off_middle).mean() / off_middle.mean()
+    start += 2
+  for place, size in places:
     entropy = optax.softmax_cross_entropy_with_integer_labels(
       logits[..., start : start + size],
       np.broadcast_to(place, logits.shape[:-1]),
@@ -197,8 +224,9 @@ def label_loss(logits, labels):
 
 
 def _word_ids(tokenizer):
-  """Returns int32[20], the one token of each attribute's word."""
+  """Returns int32[24], the one token of each attribute's and side's word."""
   words = [*world.COLOR_NAMES, *world.PATTERNS, *world.SHAPES]
+  words += [word for sides in _SIDES for word in sides]
   ids = [tokenizer.encode(f" {w}", add_special_tokens=False).ids for w in words]
   split = [
     word for word, found in zip(words, ids, strict=True) if len(found) > 1
@@ -294,9 +322,7 @@ def packed_logits(model, params, prompts, features, ids):
   return model.logits(params, hidden)
 
 
-def pruned_logits(
-  model, params, prompts, features, ids, index, valid, two_way=None
-):
+def pruned_logits(model, params, prompts, features, ids, index, valid):
   """Answers each question from its own kept tokens, at original positions.
 
   Args:
@@ -307,16 +333,11 @@ def pruned_logits(
     ids: int32[B, Q, A].
     index: int32[B, Q, K] kept tokens, ascending where valid.
     valid: bool[B, Q, K].
-    two_way: int32[B, Q] tokens of the question up to its answer, where the
-      whole prompt sees itself without causal mask; 0 for a causal row, None
-      for causal rows only.
 
   Returns:
-    (logits float32[B, Q, A, V], read float[B, Q, K, D]): `read` is what the
-    first layer made of the kept tokens.
+    float32[B, Q, A, V].
   """
   batch, num_questions, length = ids.shape
-  num_keep = index.shape[-1]
   start = len(prompts.prefix)
   head = prompts.head_ids()
   whole = jax.vmap(lambda f: model.embed_prompt(params, head, f, start))(
@@ -333,65 +354,123 @@ def pruned_logits(
   seen = jax.vmap(lambda w, r: w[r])(whole, rows)  # [B, Q, prefix + K + 1, D]
   text = model.embed_text(params, ids)
   x = jnp.concatenate([seen, text], axis=2)
-  offsets = jnp.arange(length)
+  text_positions = prompts.text_start + jnp.arange(length)
   positions = jnp.concatenate(
-    [
-      rows,
-      jnp.broadcast_to(
-        prompts.text_start + offsets, (batch, num_questions, length)
-      ),
-    ],
+    [rows, jnp.broadcast_to(text_positions, (batch, num_questions, length))],
     axis=-1,
   )
   total = x.shape[2]
-
-  def over_rows(video, text):
-    """Joins flags of the kept tokens and of the text to bool[B, Q, total]."""
-    ends = jnp.ones((batch, num_questions, start), bool)
-    parts = [ends, video, ends[..., :1], text]
-    return jnp.concatenate(parts, axis=-1)
-
-  visible = over_rows(valid, jnp.ones((batch, num_questions, length), bool))
-  mask = jnp.tril(jnp.ones((total, total), bool))
-  if two_way is not None:
-    prompt = over_rows(valid, offsets < two_way[..., None])
-    prompt &= two_way[..., None] > 0
-    mask = mask | prompt[..., None, :]
-  mask = mask & visible[..., None, :]
-  hidden, out = model.forward(
+  always = jnp.ones((batch, num_questions, length + 1 + start), bool)
+  visible = jnp.concatenate(
+    [always[..., :start], valid, always[..., start:]], axis=-1
+  )
+  causal = jnp.tril(jnp.ones((total, total), bool))
+  mask = causal & visible[..., None, :]
+  hidden, _ = model.forward(
     params,
     x.reshape(-1, total, x.shape[-1]),
     positions.reshape(-1, 1, total),
     mask=mask.reshape(-1, total, total),
     causal=False,
-    want_hidden=True,
   )
-  shape = (batch, num_questions, total, -1)
-  read = out["hidden"][0].reshape(shape)[:, :, start : start + num_keep]
-  hidden = hidden.reshape(shape)[:, :, start + num_keep + 1 :]
-  return model.logits(params, hidden), read
+  hidden = hidden.reshape(batch, num_questions, total, -1)
+  return model.logits(params, hidden[:, :, -length:])
 
 
-def random_subsets(rng, decisive, num_valid, *, num_video, num_keep):
+def first_layer(model, params, prompts, features, ids, lengths):
+  """Reads the video with one question as a new policy does.
+
+  That is the first layer over the unpruned prompt without a causal mask.
+
+  Args:
+    model: of `models.llava_onevision`.
+    params: its parameters.
+    prompts: the layout.
+    features: float[B, N, D].
+    ids: int32[B, A] of one question per clip.
+    lengths: int32[B] tokens of the question, up to its answer.
+
+  Returns:
+    float[B, N, D], what the layer made of the video tokens.
+  """
+  head = prompts.head_ids()
+  head = jnp.broadcast_to(head, (len(ids), len(head)))
+  start = len(prompts.prefix)
+  x = jax.vmap(lambda i, f: model.embed_prompt(params, i, f, start))(
+    jnp.concatenate([head, ids], axis=1), features
+  )
+  text = model.config.text
+  layer = qwen2.DecoderLayer(text, model.dtype, model.backend)
+  positions = jnp.arange(x.shape[1])[None]
+  cos, sin = rope.angles(
+    positions[:, None], text.head_dim, text.rope_theta, text.rope_sections
+  )
+  first = jax.tree.map(lambda p: p[0], params["language_model"]["layers"])
+  h, _ = layer.apply(
+    {"params": first},
+    x,
+    cos,
+    sin,
+    causal=False,
+    lengths=prompts.text_start + lengths,
+  )
+  return h[:, start : start + prompts.num_video]
+
+
+def random_subsets(rng, decisive, num_valid, pull, *, num_keep):
   """Draws kept tokens: the decisive ones, then random others.
 
   Args:
     rng: key.
     decisive: int16[B, Q, M] tokens, -1 where unused.
     num_valid: int32[B, Q] tokens to keep, at most `num_keep`.
-    num_video: N, static.
+    pull: float32[B, Q, N] in [0, 1): how far a token is moved to the front of
+      the others; 0 for even chances.
     num_keep: K, static.
 
   Returns:
     (index int32[B, Q, K] ascending, invalid ones last, valid bool[B, Q, K]).
   """
-  order = jax.random.uniform(rng, (*decisive.shape[:2], num_video))
+  num_video = pull.shape[-1]
+  order = jax.random.uniform(rng, pull.shape)
   hot = jax.nn.one_hot(decisive, num_video).max(axis=2)  # -1 gives zeros
-  _, drawn = jax.lax.top_k(order + 2 * hot, num_keep)
+  _, drawn = jax.lax.top_k(order + pull + 2 * hot, num_keep)
   valid = jnp.arange(num_keep) < num_valid[..., None]
   index = jnp.sort(jnp.where(valid, drawn, num_video), axis=-1)
   valid = index < num_video
   return jnp.where(valid, index, 0), valid
+
+
+def lossy_subsets(rng, batch, config):
+  """Draws the subsets of the pruned loss, as rules and policies leave them.
+
+  In a share of rows decisive tokens go missing: a model that always finds them
+  is as sure of a guess as of an answer. In another the rest is objects rather
+  than background: that is what rules keep.
+
+  Args:
+    rng: key.
+    batch: decisive int16[B, Q, M] and labels int8[B, N, 3].
+    config: min_keep, num_keep, lossy_share and crowded_share.
+
+  Returns:
+    (index int32[B, Q, K] ascending, invalid ones last, valid bool[B, Q, K]).
+  """
+  rngs = jax.random.split(rng, 6)
+  decisive = batch["decisive"]
+  rows = decisive.shape[:2]
+  lossy = jax.random.bernoulli(rngs[0], config.lossy_share, rows)
+  loss_rate = jnp.where(lossy, jax.random.uniform(rngs[1], rows), 0.0)
+  lost = jax.random.uniform(rngs[2], decisive.shape) < loss_rate[..., None]
+  crowded = jax.random.bernoulli(rngs[3], config.crowded_share, rows)
+  has_object = batch["labels"][:, None, :, 0] >= 0
+  return random_subsets(
+    rngs[4],
+    jnp.where(lost, -1, decisive),
+    jax.random.randint(rngs[5], rows, config.min_keep, config.num_keep + 1),
+    0.9 * (crowded[..., None] & has_object),
+    num_keep=config.num_keep,
+  )
 
 
 def make_tx(config):
@@ -422,7 +501,7 @@ def init_params(rng, model):
   table = params["language_model"]
   table["embed_tokens"] = table["embed_tokens"] * 4.0
   width = model.config.text.hidden_size
-  words = jnp.zeros((sum(_ATTRIBUTES), width))
+  words = jnp.zeros((sum(_ATTRIBUTES) + 4, width))
   head = LabelHead().init(head_rng, jnp.zeros((1, width)), words)["params"]
   asked = AskedHead().init(head_rng, jnp.zeros((1, width)))["params"]
   return {"model": params, "head": head, "asked": asked}
@@ -449,7 +528,7 @@ def make_update(model, prompts, tx, config, word_ids, mesh):
   """
 
   def loss_fn(params, rng, batch):
-    frame_rng, subset_rng, size_rng = jax.random.split(rng, 3)
+    frame_rng, subset_rng = jax.random.split(rng)
     pixels = draw_frames(frame_rng, batch).astype(model.dtype)
     features = jax.vmap(lambda p: model.encode_video(params["model"], p))(
       pixels
@@ -459,21 +538,8 @@ def make_update(model, prompts, tx, config, word_ids, mesh):
     losses = {"full": _token_loss(logits, ids, target)}
     hits = {"full": _hits(logits, ids, target)}
 
-    sizes = jax.random.randint(
-      size_rng, ids.shape[:2], config.min_keep, config.num_keep + 1
-    )
-    index, valid = random_subsets(
-      subset_rng,
-      batch["decisive"],
-      sizes,
-      num_video=prompts.num_video,
-      num_keep=config.num_keep,
-    )
-    # Half of the prompts without causal mask: there, as in a policy's pass,
-    # video tokens see the question behind them.
-    even = jnp.arange(ids.shape[1]) % 2 == 0
-    two_way = jnp.where(even, jnp.argmax(target, axis=-1), 0)
-    logits, read = pruned_logits(
+    index, valid = lossy_subsets(subset_rng, batch, config)
+    logits = pruned_logits(
       model,
       params["model"],
       prompts,
@@ -481,16 +547,26 @@ def make_update(model, prompts, tx, config, word_ids, mesh):
       ids,
       index,
       valid,
-      two_way,
-    )
-    asked = (index[..., None] == batch["decisive"][:, :, None]).any(-1)
-    losses["asked"] = balanced_binary_loss(
-      AskedHead().apply({"params": params["asked"]}, read),
-      asked,
-      valid & (two_way[..., None] > 0),
     )
     losses["pruned"] = _token_loss(logits, ids, target)
     hits["pruned"] = _hits(logits, ids, target)
+
+    # Of a few questions: each reads all video tokens anew.
+    some = config.asked_questions
+    read = first_layer(
+      model,
+      params["model"],
+      prompts,
+      jnp.repeat(features, some, axis=0),
+      ids[:, :some].reshape(-1, ids.shape[-1]),
+      jnp.argmax(target[:, :some], axis=-1).reshape(-1),
+    )
+    asked = batch["decisive"][:, :some]
+    asked = asked.reshape(-1, asked.shape[-1])
+    losses["asked"] = balanced_binary_loss(
+      AskedHead().apply({"params": params["asked"]}, read),
+      jax.nn.one_hot(asked, prompts.num_video).max(axis=1),
+    )
 
     told = batch["told_ids"]
     x = model.embed_text(params["model"], told)
@@ -552,7 +628,7 @@ def make_probe(model, prompts, num_keep_of, mesh):
       over_questions = jax.vmap(rule, in_axes=(0, None, 0))
       index = jax.vmap(over_questions)(rngs, features, batch["decisive"])
       valid = jnp.ones((*ids.shape[:2], num_keep), bool)
-      logits, _ = pruned_logits(
+      logits = pruned_logits(
         model, params, prompts, features, ids, index, valid
       )
       hits[name] = _hits(logits, ids, target)
@@ -576,12 +652,11 @@ def probe_rules(num_video):
   def decisive_rule(num_keep):
     def rule(rng, features, decisive):
       del features
-      size = jnp.full((1, 1), num_keep)
       index, _ = random_subsets(
         rng,
         decisive[None, None],
-        size,
-        num_video=num_video,
+        jnp.full((1, 1), num_keep),
+        jnp.zeros((1, 1, num_video)),
         num_keep=num_keep,
       )
       return index[0, 0]

@@ -1,6 +1,7 @@
 """Losses and layouts of the base model's pretraining."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 from cacovid_jax.data.synthetic import world
 from cacovid_jax.models import llava_onevision, pruning
+from cacovid_jax.policy import network
 from cacovid_jax.training import pretraining
 
 NUM_VIDEO, WIDTH, QUESTIONS, LENGTH = 64, 32, 3, 6
@@ -94,12 +96,12 @@ def test_the_packed_mask_by_hand():
   assert positions.tolist() == [0, 1, 2, 3, 4, 3, 4]
 
 
-def pruned(ids, index, valid, **options):
+def pruned(ids, index, valid):
   model, params = tiny()
   features, _ = inputs()
   return jax.jit(
     lambda i, k, v: pretraining.pruned_logits(
-      model, params, layout(), features, i, k, v, **options
+      model, params, layout(), features, i, k, v
     )
   )(ids, index, valid)
 
@@ -122,7 +124,7 @@ def test_pruned_questions_are_answered_as_by_the_pruning_of_rollouts():
   index, valid = subsets()
   num_keep = index.shape[-1]
   length = len(PREFIX) + NUM_VIDEO + 1 + LENGTH
-  found, _ = pruned(ids, index, valid)
+  found = pruned(ids, index, valid)
 
   @jax.jit
   def expected(ids, features, index, count):
@@ -148,23 +150,38 @@ def test_pruned_questions_are_answered_as_by_the_pruning_of_rollouts():
     np.testing.assert_allclose(found[b, q], alone, atol=2e-5)
 
 
-def test_video_tokens_read_the_question_in_two_way_rows_only():
-  _, ids = inputs()
-  index, valid = subsets()
-  two_way = np.tile(np.array([LENGTH - 1, 0, LENGTH - 1], np.int32), (2, 1))
-  _, first = pruned(ids, index, valid, two_way=two_way)
-  changed = ids.copy()
-  changed[:, :, 2] += 1
-  logits, second = pruned(changed, index, valid, two_way=two_way)
-  moved = np.abs(np.asarray(first) - np.asarray(second)).max(-1)  # [B, Q, K]
-  assert (moved[:, 1] == 0).all()
-  assert (moved[:, [0, 2]][valid[:, [0, 2]]] > 1e-6).all()
-  # The answer, behind the question, is never seen ahead.
-  answered = changed.copy()
-  answered[:, :, -1] += 1
-  later, third = pruned(answered, index, valid, two_way=two_way)
-  np.testing.assert_array_equal(second, third)
-  np.testing.assert_array_equal(logits[:, :, :-1], later[:, :, :-1])
+def test_the_first_layer_reads_as_a_new_policy_does():
+  model, params = tiny()
+  features, ids = inputs()
+  ids, lengths = ids[:, 0], np.array([3, 5], np.int32)
+
+  @jax.jit
+  def read(ids):
+    return pretraining.first_layer(
+      model, params, layout(), features, ids, lengths
+    )
+
+  policy = network.Policy.from_llm_config(model.config.text, num_halvings=1)
+  layer = policy.init_from_llm(jax.random.key(0), params)
+
+  @jax.jit
+  def encoded(ids, features, length):
+    x = model.embed_prompt(params, ids, features, len(PREFIX))
+    positions = jnp.arange(len(x))[None]
+    total = layout().text_start + length
+    h = policy.apply({"params": layer}, x, positions, total, method="_encode")
+    return h[len(PREFIX) : len(PREFIX) + NUM_VIDEO]
+
+  found = np.asarray(read(ids))
+  for row in range(2):
+    alone = encoded(whole_prompt(ids[row]), features[row], lengths[row])
+    np.testing.assert_allclose(found[row], alone, atol=2e-5)
+  # It reads the question, and not the answer behind it.
+  asked, answered = ids.copy(), ids.copy()
+  asked[:, 2] += 1
+  answered[:, 5] += 1
+  assert (np.abs(found - np.asarray(read(asked))).max((1, 2)) > 1e-6).all()
+  np.testing.assert_array_equal(found, read(answered))
 
 
 def test_random_subsets_hold_the_decisive_tokens():
@@ -175,7 +192,7 @@ def test_random_subsets_hold_the_decisive_tokens():
     decisive[place][:count] = rng.permutation(50)[:count]
   sizes = rng.integers(6, 13, (4, 5)).astype(np.int32)
   index, valid = pretraining.random_subsets(
-    jax.random.key(0), decisive, sizes, num_video=50, num_keep=12
+    jax.random.key(0), decisive, sizes, np.zeros((4, 5, 50)), num_keep=12
   )
   index, valid = np.asarray(index), np.asarray(valid)
   for place in np.ndindex(4, 5):
@@ -188,6 +205,50 @@ def test_random_subsets_hold_the_decisive_tokens():
   assert len({tuple(row) for row in index.reshape(20, 12)}) > 15
 
 
+def test_lossy_subsets_miss_tokens_and_crowd_objects_as_often_as_said():
+  rng = np.random.default_rng(0)
+  shape, num_video = (40, 25), 100
+  owned = np.arange(num_video) < 60
+  labels = np.where(owned, 2, -1)[None, :, None].repeat(40, 0).repeat(3, 2)
+  # Among the tokens without an object, so that both can be told apart.
+  decisive = np.stack([60 + rng.permutation(40)[:4] for _ in range(1000)])
+  batch = {
+    "decisive": decisive.reshape(*shape, 4).astype(np.int16),
+    "labels": labels.astype(np.int8),
+  }
+  config = types.SimpleNamespace(
+    min_keep=20, num_keep=30, lossy_share=0.3, crowded_share=0.6
+  )
+  index, valid = jax.jit(
+    lambda rng: pretraining.lossy_subsets(rng, batch, config)
+  )(jax.random.key(1))
+  kept = [
+    set(i[v].tolist())
+    for i, v in zip(
+      np.asarray(index).reshape(1000, -1),
+      np.asarray(valid).reshape(1000, -1),
+      strict=True,
+    )
+  ]
+  sizes = np.array([len(k) for k in kept])
+  assert sizes.min() == 20 and sizes.max() == 30
+  found = np.array(
+    [len(k & set(d)) for k, d in zip(kept, decisive.tolist(), strict=True)]
+  )
+  # A lossy row loses a uniform share of its four: all are left in one of
+  # five. Chance brings a few back.
+  whole = (found == 4).mean()
+  assert 0.73 < whole < 0.83
+  assert (found == 0).mean() > 0.02
+  objects = np.array(
+    [len({t for t in k if t < 60}) for k in kept]
+  ) / (sizes - found)
+  # Nearly nothing but objects in crowded rows, their share in the others.
+  crowded = objects > 0.93
+  assert 0.55 < crowded.mean() < 0.65
+  assert 0.55 < objects[~crowded].mean() < 0.7
+
+
 def cross_entropy(logits, label):
   logits = logits.astype(np.float64)
   return np.log(np.exp(logits).sum()) - logits[label]
@@ -197,11 +258,12 @@ def test_the_label_loss_against_a_loop():
   rng = np.random.default_rng(0)
   tokens = world.NUM_TOKENS
   classes = (8, 4, 8)
-  logits = rng.normal(size=(1, tokens, 35)).astype(np.float32)
+  logits = rng.normal(size=(1, tokens, 39)).astype(np.float32)
   labels = np.full((1, tokens, 3), -1, np.int8)
   for token in rng.permutation(tokens)[:40]:
     labels[0, token] = [rng.integers(size) for size in classes]
   foreground, background, places = [], [], []
+  sides = ([], [])
   attributes = []
   for token in range(tokens):
     z, label = logits[0, token].astype(np.float64), labels[0, token]
@@ -217,7 +279,11 @@ def test_the_label_loss_against_a_loop():
     else:
       background.append(np.log1p(np.exp(z[0])))
     row, col = divmod(token % 49, 7)
-    places.append(cross_entropy(z[21:28], row) + cross_entropy(z[28:35], col))
+    places.append(cross_entropy(z[25:32], row) + cross_entropy(z[32:39], col))
+    for side, (place, start) in enumerate(((row, 21), (col, 23))):
+      if place != 3:
+        pair = z[start : start + 2]
+        sides[side].append(cross_entropy(pair, int(place > 3)))
   # Means over objects and over the rest; one token is added to each count, so
   # that a clip without objects divides by something.
   expected = (
@@ -225,6 +291,8 @@ def test_the_label_loss_against_a_loop():
     + sum(background) / (len(background) + 1)
     + sum(attributes) / (len(attributes) + 1)
     + np.mean(places)
+    + np.mean(sides[0])
+    + np.mean(sides[1])
   )
   found = pretraining.label_loss(jnp.asarray(logits), labels)
   np.testing.assert_allclose(found, expected, rtol=1e-5)

@@ -33,9 +33,10 @@ class PackingConfig:
     text_only: rows per step whose scene is told in words.
     text_only_length: tokens of such a row.
     sparse_share: share of clips of the sparse variant.
+    dense_objects: askable objects of the others, inclusive range.
     text_answer_share: share of questions answered in words, not by letter,
       in the first and in the second half of training.
-    ramp_steps: steps over which the number of objects grows to the variant's.
+    ramp_steps: steps over which the number of objects grows to that range.
     num_steps: of the whole training, for the two halves.
   """
 
@@ -47,6 +48,7 @@ class PackingConfig:
   text_only: int = 64
   text_only_length: int = 128
   sparse_share: float = 0.25
+  dense_objects: tuple[int, int] = (76, 84)
   text_answer_share: tuple[float, float] = (0.5, 0.2)
   ramp_steps: int = 1000
   num_steps: int = 10_000
@@ -140,7 +142,9 @@ class Packer:
     config = self.config
     if rng.random() < config.sparse_share:
       return world.VARIANTS["sparse"]
-    dense = world.VARIANTS["dense"]
+    dense = dataclasses.replace(
+      world.VARIANTS["dense"], num_objects=config.dense_objects
+    )
     share = min(1.0, step / max(1, config.ramp_steps))
     # A fifth of the clips stays between the variants in density.
     if share < 1.0 or rng.random() < 0.2:

@@ -45,7 +45,8 @@ SPRITE = 15  # Pixels per side of a drawn object.
 IMAGE_SIZE = NUM_ROWS * CELL
 GRID = (NUM_FRAMES, NUM_ROWS, NUM_COLS)
 NUM_TOKENS = NUM_FRAMES * NUM_ROWS * NUM_COLS
-MAX_SLOTS = 32  # Objects and distractors drawn in one frame, at most.
+# Objects and distractors drawn in one frame, at most: one in each cell.
+MAX_SLOTS = NUM_ROWS * NUM_COLS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ class WorldConfig:
 VARIANTS = {
   "dense": WorldConfig(
     name="dense",
-    num_objects=(76, 84),
+    num_objects=(128, 136),
     life=(2, 3),
     num_distractors=(6, 10),
     texture=22.0,

@@ -129,14 +129,14 @@ def test_a_told_scene_names_all_its_objects_in_order():
     assert " ".join(words[3:]) in questions.PLACES
 
 
-def test_scenes_grow_to_the_variants_density(packer, config):
+def test_scenes_grow_to_the_configs_density(packer, config):
   rng = np.random.default_rng(0)
   early = [packer._world(rng, 0).num_objects[1] for _ in range(30)]
   late = [
     packer._world(rng, config.ramp_steps).num_objects[1] for _ in range(30)
   ]
   assert max(early) < max(late)
-  assert max(late) == world.VARIANTS["dense"].num_objects[1]
+  assert max(late) == config.dense_objects[1]
 
 
 def test_a_text_that_does_not_fit_is_refused(config):
