@@ -25,6 +25,7 @@ def test_its_tokenizer_is_the_one_that_pretraining_makes(tmp_path):
     image_size=config.vision.image_size,
     patch_size=config.vision.patch_size,
     max_length=config.text.max_positions,
+    num_frames=world.NUM_FRAMES,
   )
   names = sorted(path.name for path in tmp_path.iterdir())
   assert "tokenizer.json" in names

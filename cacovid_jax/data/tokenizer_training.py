@@ -64,6 +64,7 @@ def train(
   image_size: int = 112,
   patch_size: int = 8,
   max_length: int = 32_768,
+  num_frames: int | None = None,
 ) -> tokenizers.Tokenizer:
   """Trains a tokenizer and writes its files into `directory`.
 
@@ -77,6 +78,8 @@ def train(
     patch_size: pixels of a patch's side; the processor derives the number of
       video tokens from the (S / patch_size)² patches of a frame.
     max_length: most tokens of a prompt.
+    num_frames: T, frames of a clip that the model is made for, noted in the
+      video processor's file; None notes nothing.
 
   Returns:
     The trained tokenizer.
@@ -113,7 +116,7 @@ def train(
   os.makedirs(directory, exist_ok=True)
   tokenizer.save(os.path.join(directory, "tokenizer.json"))
   for name, content in _files(
-    tokenizer, special_tokens, image_size, patch_size, max_length
+    tokenizer, special_tokens, image_size, patch_size, max_length, num_frames
   ).items():
     with open(os.path.join(directory, name), "w", encoding="utf-8") as f:
       f.write(content)
@@ -126,7 +129,9 @@ def _without(text: str, special_tokens) -> str:
   return text
 
 
-def _files(tokenizer, special_tokens, image_size, patch_size, max_length):
+def _files(
+  tokenizer, special_tokens, image_size, patch_size, max_length, num_frames
+):
   """Returns the text of every file beside tokenizer.json."""
   names = {
     "pad_token": "<|endoftext|>",
@@ -187,6 +192,8 @@ def _files(tokenizer, special_tokens, image_size, patch_size, max_length):
     "processor_class": "LlavaOnevisionProcessor",
     "video_processor_type": "LlavaOnevisionVideoProcessor",
   }
+  if num_frames is not None:
+    video["num_frames"] = num_frames
   processor = {
     "image_token": "<image>",
     "video_token": "<video>",

@@ -5,6 +5,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -38,6 +39,10 @@ class ClipSource:
   truncated positions, repeats where a clip has fewer. Two threads decode
   ahead; a few clips stay in memory, so that questions about one clip which
   follow each other encode it once.
+
+  Attributes:
+    seconds: spent so far on "decode" (frames to pixels included; threads add
+      up) and "tower".
   """
 
   def __init__(
@@ -68,6 +73,7 @@ class ClipSource:
     """
     self.num_frames = num_frames
     self.grid = model.grid(num_frames)
+    self.seconds = collections.Counter()
     self._root, self._params = root, params
     self._preprocessing, self._limits = preprocessing, limits
     self._width = model.config.text.hidden_size
@@ -104,6 +110,10 @@ class ClipSource:
       self._clips.popitem(last=False)
     return clip
 
+  def clear(self) -> None:
+    """Forgets the clips: the next one is decoded and encoded anew."""
+    self._clips.clear()
+
   def close(self) -> None:
     self._pool.shutdown(cancel_futures=True)
 
@@ -120,6 +130,7 @@ class ClipSource:
 
   def _prepare(self, path: str):
     """Returns a Clip if no tower run is needed, else what `_finish` takes."""
+    start = time.perf_counter()
     try:
       frames = self.frames(path)
     except video.VideoError as error:
@@ -133,11 +144,16 @@ class ClipSource:
       features = self._cache.get(key)
       if features is not None:
         return Clip(features, frame_hash)
-    return key, frame_hash, self._preprocessing(frames)
+    pixels = self._preprocessing(frames)
+    self.seconds["decode"] += time.perf_counter() - start
+    return key, frame_hash, pixels
 
   def _finish(self, key: str, frame_hash: str, pixels: np.ndarray) -> Clip:
+    start = time.perf_counter()
+    features = jax.block_until_ready(self._encode(self._params, pixels))
+    self.seconds["tower"] += time.perf_counter() - start
     # As the cache keeps them, so that a hit changes no shape, type or bit.
-    features = np.asarray(self._encode(self._params, pixels), np.float32)
+    features = np.asarray(features, np.float32)
     base.check_finite(features, "features of the vision tower")
     if self._cache is not None:
       self._cache.put(key, features)

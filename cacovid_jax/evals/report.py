@@ -22,7 +22,6 @@ from PIL import Image
 from cacovid_jax.data import questions as questions_lib
 from cacovid_jax.evals import plots, results, runner
 
-_TEMPLATE = "templates/report.html.jinja"
 # Pixels of a frame's longer side in the file.
 _FRAME_SIDE = 168
 _SHOWN_RATIO = 0.1
@@ -68,6 +67,11 @@ class Example:
   @property
   def right(self) -> bool:
     return self.trace.letter == self.question.answer
+
+  @property
+  def known(self) -> bool:
+    """Whether there is a right answer to compare with."""
+    return bool(self.question.answer)
 
 
 def choose_examples(
@@ -164,9 +168,14 @@ def write(
     examples: see `choose_examples`.
     curves: lines of a training run's metrics.jsonl.
   """
+  write_page(path, render(out, examples, curves))
+
+
+def write_page(path: str | os.PathLike, text: str) -> None:
+  """Writes an HTML file so that a reader sees the old one or the new one."""
   path = pathlib.Path(path)
   partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-  partial.write_text(render(out, examples, curves), encoding="utf-8")
+  partial.write_text(text, encoding="utf-8")
   os.replace(partial, path)
 
 
@@ -179,25 +188,56 @@ def render(
   rows = {**out["methods"], **out["oracles"]}
   ratios = list(next(iter(rows.values())))
   shown = min(ratios, key=lambda r: (abs(float(r) - _SHOWN_RATIO), r))
-  return _template().render(
-    out=out,
-    ratios=ratios,
-    shown=shown,
-    rows=_rows(out, ratios),
-    reference=results.REFERENCE,
-    cards=_cards(out, ratios),
-    ratio_chart=_ratio_chart(out, ratios),
-    reward_chart=_reward_chart(curves),
-    breakdown=_breakdown(out, rows, shown),
-    clips=[_clip(example) for example in examples],
-    num_right=sum(example.right for example in examples),
+  return (
+    _templates()
+    .get_template("report.html.jinja")
+    .render(
+      out=out,
+      ratios=ratios,
+      shown=shown,
+      rows=_rows(out, ratios),
+      reference=results.REFERENCE,
+      cards=_cards(out, ratios),
+      ratio_chart=_ratio_chart(out, ratios),
+      reward_chart=_reward_chart(curves),
+      breakdown=_breakdown(out, rows, shown),
+      clips=[_clip(example) for example in examples],
+      num_right=sum(example.right for example in examples),
+    )
+  )
+
+
+def render_answers(
+  facts: Mapping[str, Any],
+  rows: Sequence[Sequence[str]],
+  examples: Sequence[Example],
+) -> str:
+  """Returns the HTML text of a page about one question.
+
+  Args:
+    facts: `question`, `clip`, `lead` and `note` in words, `columns` of the
+      table, and `provenance` as in results.json.
+    rows: the table's cells, in words; the first column is its name.
+    examples: what is shown frame by frame.
+  """
+  return (
+    _templates()
+    .get_template("answer.html.jinja")
+    .render(
+      facts=facts, rows=rows, clips=[_clip(example) for example in examples]
+    )
   )
 
 
 @functools.cache
-def _template() -> jinja2.Template:
-  source = importlib.resources.files("cacovid_jax.evals") / _TEMPLATE
+def _templates() -> jinja2.Environment:
+  folder = importlib.resources.files("cacovid_jax.evals") / "templates"
+
+  def source(name):
+    return (folder / name).read_text(encoding="utf-8")
+
   environment = jinja2.Environment(
+    loader=jinja2.FunctionLoader(source),
     autoescape=True,
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,
@@ -206,7 +246,7 @@ def _template() -> jinja2.Template:
   environment.filters["percent"] = _percent
   environment.filters["points"] = _points
   environment.filters["options"] = _options
-  return environment.from_string(source.read_text(encoding="utf-8"))
+  return environment
 
 
 def _percent(value: float, digits: int = 1) -> str:
@@ -404,6 +444,7 @@ def _clip(example: Example) -> dict[str, Any]:
       )
     ],
     "right": example.right,
+    "known": example.known,
     "letter": example.trace.letter or "no letter",
     "answer": example.trace.text,
     "method": example.method,

@@ -216,6 +216,7 @@ class Evaluator:
     *,
     policies: Mapping[str, Policy] | None = None,
     decisive: Mapping[str, Sequence[int]] | None = None,
+    programs: "Programs | None" = None,
   ):
     """Prepares; compiles and computes nothing yet.
 
@@ -226,6 +227,8 @@ class Evaluator:
       settings: see there.
       policies: by name; the first one is what plain `cacovid` follows.
       decisive: question id -> tokens that decide it, where known.
+      programs: of an earlier evaluator of this checkpoint, grid and number of
+        new tokens, so that nothing compiles twice; None makes new ones.
     """
     self.settings = settings
     self.grid = source.grid
@@ -255,7 +258,9 @@ class Evaluator:
     }
     longest = max(prompt.length for prompt in self._prompts.values())
     self._length = -(-longest // _LENGTH_STEP) * _LENGTH_STEP
-    self._programs = Programs(checkpoint, self.grid, settings.max_new_tokens)
+    self._programs = programs or Programs(
+      checkpoint, self.grid, settings.max_new_tokens
+    )
     self._untrained = {}
 
   def identity(
@@ -310,14 +315,25 @@ class Evaluator:
         progress.update(min((number + 1) * size, len(order)))
 
   def trace(
-    self, question: questions_lib.Question, method: Method, ratio: float
+    self, question: questions_lib.Question, method: Method | None, ratio: float
   ) -> Trace:
-    """Returns one question's answer together with what led to it."""
-    self._check(Cell(method, ratio, 0))
+    """Returns one question's answer together with what led to it.
+
+    Args:
+      question: one of those that the evaluator was made for.
+      method: None is vanilla.
+      ratio: retention ratio; vanilla keeps everything.
+    """
+    if method is not None:
+      self._check(Cell(method, ratio, 0))
     batch, faults = self._load([question])
     if faults:
       raise errors.UserError(f"{question.video}: {faults[0]}")
     asker = _Asker(self, [question], batch)
+    if method is None:
+      text = self._decode(asker.vanilla().ids)[0]
+      letter = self._letter(question, text)
+      return Trace(text, letter, np.arange(self._num_video), None, None)
     selection = asker.select(Cell(method, ratio, 0))
     text = self._decode(asker.answer(selection))[0]
     token_gap = frame_gap = None
@@ -407,7 +423,10 @@ class Evaluator:
     ids, length, start = map(
       jnp.asarray, (padded.ids, padded.length, padded.video_start)
     )
-    x = self._programs.embed(self._checkpoint.params, ids, features, start)
+    # Awaited, so that its time is not taken for that of what follows.
+    x = jax.block_until_ready(
+      self._programs.embed(self._checkpoint.params, ids, features, start)
+    )
     return Batch(features, ids, length, start, x)
 
   def _decode(self, ids) -> list[str]:

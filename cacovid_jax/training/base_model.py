@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from cacovid_jax import config as config_lib
 from cacovid_jax import errors
 from cacovid_jax.data import prompts, tokenizer_training
-from cacovid_jax.data.synthetic import packing
+from cacovid_jax.data.synthetic import packing, world
 from cacovid_jax.models import checkpoints, llava_onevision, qwen2, siglip
 from cacovid_jax.training import metrics, pretraining
 
@@ -50,6 +50,7 @@ def pretrain(config, workdir):
     image_size=config.vision.image_size,
     patch_size=config.vision.patch_size,
     max_length=config.text.max_positions,
+    num_frames=world.NUM_FRAMES,
   )
   tokenizer = prompts.Tokenizer.from_directory(directory)
   if tokenizer.vocab_size > config.vocab_size:

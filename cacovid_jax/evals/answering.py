@@ -1,0 +1,521 @@
+"""One question about one clip, answered from several shares of its tokens.
+
+    from cacovid_jax.evals import answering
+
+    model = answering.Answerer(policy="workdirs/quickstart")
+    asked = model.ask("clip.mp4", "Which came first?", ("red", "blue"))
+    print(asked.answers[0].text, asked.answers[0].kept)
+
+The prompts, selections, programs and pictures are those of an evaluation; what
+is added are times per stage, with compilation kept apart.
+
+Letters: T frames, H W token grid of a frame, N = T * H * W video tokens.
+"""
+
+import dataclasses
+import os
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+import rich.box
+import rich.console
+import rich.table
+import rich.text
+
+import cacovid_jax
+from cacovid_jax import errors
+from cacovid_jax.compressors import base
+from cacovid_jax.data import frames, prompts, questions, video
+from cacovid_jax.evals import clips, evaluation, provenance, report, runner
+from cacovid_jax.models import checkpoints
+
+_ASSETS = pathlib.Path(cacovid_jax.__file__).parent / "assets"
+SHIPPED_MODEL = _ASSETS / "base_model"
+SHIPPED_POLICY = _ASSETS / "policy"
+
+DTYPES = ("float32", "bfloat16")
+STYLES = ("video-r1", "videomme")
+# Of the paper's evaluation, for models whose files do not say another number.
+_NUM_FRAMES = 32
+# Names of `runner.Evaluator.seconds`, by what they begin with.
+_STAGES = {
+  "prompts": "embed",
+  "policy": "scores",
+  "vanilla": "scores",
+  "select": "select",
+  "answer": "answer",
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Answer:
+  """What the model said from one share of the tokens.
+
+  Attributes:
+    method: label of the method, "vanilla" where everything was kept.
+    ratio: retention ratio.
+    text: the answer.
+    letter: the option letter in it; "" without options, or if there is none.
+    kept: video tokens that entered the language model.
+    milliseconds: "embed" (the whole prompt), "scores" (the policy, or whatever
+      else the method reads), "select", "answer" (prefill and decoding).
+    trace: the selection, opened up.
+  """
+
+  method: str
+  ratio: float
+  text: str
+  letter: str
+  kept: int
+  milliseconds: Mapping[str, float]
+  trace: runner.Trace
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Asked:
+  """A question, its answers, and what they took.
+
+  Attributes:
+    question: as it was asked; `prompt` is the user's text, word for word.
+    path: of the clip.
+    clip: what the file holds.
+    grid: (T, H, W) of its video tokens.
+    answers: one per ratio, in the order given.
+    milliseconds: "decode" (frames to pixels included) and "tower", which all
+      answers share.
+    warm_up: seconds of the run before the timed one, compilation included;
+      None if there was no such run, and then the times include compilation.
+    warnings: what is unusual about the clip, one line each.
+  """
+
+  question: questions.Question
+  path: str
+  clip: video.Probe
+  grid: tuple[int, int, int]
+  answers: tuple[Answer, ...]
+  milliseconds: Mapping[str, float]
+  warm_up: float | None
+  warnings: tuple[str, ...]
+
+  @property
+  def num_video(self) -> int:
+    """N, the video tokens that there were to keep."""
+    return int(np.prod(self.grid))
+
+  def total(self, answer: Answer) -> float:
+    """Returns the milliseconds from the file to an answer's text."""
+    parts = (*self.milliseconds.values(), *answer.milliseconds.values())
+    return float(sum(parts))
+
+
+class Answerer:
+  """A loaded model that answers questions about clips.
+
+  Programs are kept: another question of about the same length, about any clip,
+  compiles nothing.
+  """
+
+  def __init__(
+    self,
+    model: str | os.PathLike | None = None,
+    policy: str | os.PathLike | None = None,
+    *,
+    num_frames: int | None = None,
+    max_new_tokens: int = 64,
+    dtype: str = "float32",
+    rule: str = "paper",
+    limits: video.Limits | None = None,
+  ):
+    """Loads the weights.
+
+    Args:
+      model: Hugging Face checkpoint directory; None is the small model of the
+        embedded benchmark, which comes with the package.
+      policy: training workdir or .safetensors file, for the learned methods;
+        None is the shipped model's own policy, where there is one.
+      num_frames: T; None takes the number in the checkpoint's video
+        preprocessor file, or 32, the number of the paper's evaluation.
+      max_new_tokens: longest answer.
+      dtype: of weights and computation, one of `DTYPES`.
+      rule: how a letter is taken from an answer, see `scoring`.
+      limits: caps on what is decoded.
+    """
+    if dtype not in DTYPES:
+      raise errors.UserError(f"dtype {dtype!r}: use {' or '.join(DTYPES)}")
+    self.shipped = model is None
+    self.directory = os.fspath(SHIPPED_MODEL if self.shipped else model)
+    if num_frames is None:
+      num_frames = default_num_frames(self.directory)
+    self.settings = runner.Settings(
+      num_frames=num_frames,
+      batch_size=1,
+      max_new_tokens=max_new_tokens,
+      rule=rule,
+    )
+    self._limits = limits
+    self.checkpoint = checkpoints.load(self.directory, jnp.dtype(dtype))
+    if policy is None and self.shipped and SHIPPED_POLICY.is_dir():
+      policy = SHIPPED_POLICY
+    self.policies = {}
+    if policy is not None:
+      loaded = evaluation.load_policy(os.fspath(policy), self.checkpoint)
+      self.policies = {"policy": loaded}
+    # Clips are named by whole paths: a user's own word, not a data set's.
+    self.source = clips.ClipSource(
+      os.path.abspath(os.sep),
+      self.checkpoint.model,
+      self.checkpoint.params,
+      frames.Preprocessing.from_directory(self.directory),
+      num_frames=num_frames,
+      limits=limits,
+      keep=1,
+    )
+    self._programs = runner.Programs(
+      self.checkpoint, self.source.grid, max_new_tokens
+    )
+
+  def ask(
+    self,
+    path: str | os.PathLike,
+    question: str,
+    options: Sequence[str] = (),
+    *,
+    ratios: Sequence[float] = (0.1,),
+    method: str = "cacovid",
+    style: str = "video-r1",
+    warm_up: bool = True,
+  ) -> Asked:
+    """Returns the answers to one question, one per ratio.
+
+    Args:
+      path: video file.
+      question: text; without options it is the whole of the user's turn.
+      options: choices without letters; they are lettered, and the model is
+        asked for a letter.
+      ratios: shares of the video tokens to keep; 1.0 is vanilla, whatever the
+        method.
+      method: as in an evaluation, `name?option=value`.
+      style: wording of a question with options, one of `STYLES`.
+      warm_up: whether everything runs once before it is timed.
+    """
+    # All mistakes that can be told without running anything, first.
+    asked = as_question(path, question, options, style=style)
+    ratios = [base.check_ratio(ratio) for ratio in ratios]
+    if not ratios:
+      raise errors.UserError("no ratio given; for example 0.1")
+    chosen = runner.Method.parse(method)
+    if any(ratio < 1 for ratio in ratios):
+      self._check(chosen)
+    for ratio in ratios:
+      base.budget(self.source.grid, ratio)
+    clip = _probe(path, self._limits)
+    # Decoding may find a fault that the table of frames did not show; here it
+    # is told in full, where an evaluation only notes it.
+    if self.source[asked.video].fault:
+      self.source.frames(asked.video)
+    evaluator = runner.Evaluator(
+      self.checkpoint,
+      self.source,
+      [asked],
+      self.settings,
+      policies=self.policies,
+      programs=self._programs,
+    )
+    cells = [(chosen if ratio < 1 else None, ratio) for ratio in ratios]
+    first_run = None
+    if warm_up:
+      start = time.perf_counter()
+      for method, ratio in cells:
+        evaluator.trace(asked, method, ratio)
+      first_run = time.perf_counter() - start
+    self.source.clear()
+    self.source.seconds.clear()
+    answers = [_answer(evaluator, asked, *cell) for cell in cells]
+    return Asked(
+      question=asked,
+      path=os.fspath(path),
+      clip=clip,
+      grid=self.source.grid,
+      answers=tuple(answers),
+      milliseconds={
+        name: 1e3 * self.source.seconds[name] for name in ("decode", "tower")
+      },
+      warm_up=first_run,
+      warnings=tuple(_warnings(os.fspath(path), clip, self.settings)),
+    )
+
+  def write_report(self, path: str | os.PathLike, asked: Asked) -> None:
+    """Writes an HTML page that shows the kept tokens on the frames.
+
+    Args:
+      path: of the file; folders that do not exist are made.
+      asked: what `ask` returned.
+    """
+    path = check_report_path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shown = self.source.frames(asked.question.video)
+    pruned = [a for a in asked.answers if a.ratio < 1] or asked.answers[:1]
+    examples = [
+      report.Example(
+        question=asked.question,
+        frames=shown,
+        grid=asked.grid,
+        method=answer.method,
+        ratio=answer.ratio,
+        trace=answer.trace,
+        others={},
+        decisive=frozenset(),
+      )
+      for answer in pruned
+    ]
+    facts = {
+      "question": asked.question.question,
+      "clip": asked.question.id,
+      "lead": _lead(asked),
+      "note": _note(asked),
+      "columns": _COLUMNS,
+      "provenance": provenance.describe(
+        frame_hashes={
+          asked.question.id: self.source[asked.question.video].frame_hash
+        },
+        checkpoint=self.checkpoint.identity,
+        policies={name: p.identity for name, p in self.policies.items()},
+      ),
+    }
+    rows = [_row(asked, answer) for answer in asked.answers]
+    report.write_page(path, report.render_answers(facts, rows, examples))
+
+  def close(self) -> None:
+    """Stops the threads that decode."""
+    self.source.close()
+
+  def __enter__(self) -> "Answerer":
+    return self
+
+  def __exit__(self, *exc_info):
+    self.close()
+
+  def _check(self, method: runner.Method) -> None:
+    """Refuses methods that lack what they read."""
+    if method.compressor.oracle:
+      raise errors.UserError(
+        f"{method.label} knows where the answer lies, which a clip of one's"
+        " own does not tell; use another --method"
+      )
+    if "other_scores" in method.needs:
+      raise errors.UserError(
+        f"{method.label} needs questions about several clips; run it with"
+        " `python -m cacovid_jax.evaluate`"
+      )
+    if self.policies or not any(n.endswith("scores") for n in method.needs):
+      return
+    mend = "give that of this model with --policy"
+    if self.shipped:
+      mend = (
+        "train one by `make quickstart`, then give --policy=workdirs/quickstart"
+      )
+    raise errors.UserError(
+      f"{method.label} needs a trained policy; {mend}, or take a method without"
+      " one, such as --method=uniform"
+    )
+
+
+def as_question(
+  path: str | os.PathLike,
+  text: str,
+  options: Sequence[str] = (),
+  *,
+  style: str = "video-r1",
+) -> questions.Question:
+  """Returns the question about the clip at `path`; its answer is not known.
+
+  Without options the text is asked as it is; with options, in the words of
+  training ("video-r1") or of VideoMME's prompt.
+  """
+  text = text.strip()
+  if not text:
+    raise errors.UserError("the question is empty; give its text by --question")
+  if style not in STYLES:
+    raise errors.UserError(
+      f"prompt style {style!r}: give {' or '.join(map(repr, STYLES))}"
+    )
+  options = tuple(option.strip() for option in options)
+  if options and (len(options) < 2 or not all(options)):
+    raise errors.UserError(
+      f"options {', '.join(map(repr, options))}: give at least two, none of"
+      " them empty, or none at all"
+    )
+  prompt, problem_type = text, questions.FREE_FORM
+  if options:
+    problem_type = questions.MULTIPLE_CHOICE
+    lettered = prompts.letter_options(options)
+    if style == "videomme":
+      prompt = prompts.videomme_prompt(text, lettered)
+    else:
+      prompt = prompts.training_prompt(text, lettered, problem_type)
+  path = os.path.realpath(path)
+  return questions.Question(
+    id=os.path.basename(path),
+    # The dot keeps a colon in a name from being read as a URL's.
+    video=os.path.join(".", os.path.relpath(path, os.path.abspath(os.sep))),
+    question=text,
+    options=options,
+    answer="",
+    problem_type=problem_type,
+    prompt=prompt,
+  )
+
+
+def default_num_frames(directory: str | os.PathLike) -> int:
+  """Returns the frames per clip that a checkpoint's files ask for, else 32."""
+  path = os.path.join(directory, "video_preprocessor_config.json")
+  number = None
+  if os.path.isfile(path):
+    number = checkpoints.read_json(path).get("num_frames")
+  if number is None:
+    return _NUM_FRAMES
+  if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+    raise errors.UserError(
+      f"{path}: num_frames {number!r} is no number of frames; correct it, or"
+      " give --num_frames"
+    )
+  return number
+
+
+def check_report_path(path: str | os.PathLike) -> pathlib.Path:
+  """Returns the path of a report to be written, if one can be there."""
+  path = pathlib.Path(path)
+  if path.is_dir():
+    raise errors.UserError(
+      f"{path} is a folder; give the report a file name in it"
+    )
+  for parent in path.parents:
+    if parent.exists() and not parent.is_dir():
+      raise errors.UserError(f"{parent} is no folder; give another --report")
+  return path
+
+
+def show(asked: Asked, console: rich.console.Console | None = None) -> None:
+  """Prints the answers, tokens kept and times as a table."""
+  if console is None:
+    console = rich.console.Console(highlight=False)
+    if not console.is_terminal:  # A log has no width to keep to.
+      console = rich.console.Console(width=120, highlight=False)
+
+  def line(text):
+    console.print(text, markup=False, soft_wrap=True)
+
+  line(f"question: {asked.question.question}")
+  line(_lead(asked))
+  table = rich.table.Table(box=rich.box.SIMPLE)
+  for place, column in enumerate(_COLUMNS):
+    last = place == len(_COLUMNS) - 1
+    justify = "left" if place == 0 or last else "right"
+    table.add_column(column, justify=justify, overflow="fold")
+  for answer in asked.answers:
+    # Brackets of an answer are no markup.
+    table.add_row(*map(rich.text.Text, _row(asked, answer)))
+  console.print(table)
+  line(_note(asked))
+
+
+_COLUMNS = (
+  "tokens from", "tokens kept", "embed ms", "scores ms", "select ms",
+  "answer ms", "in all ms", "answer",
+)  # fmt: skip
+
+
+def _row(asked: Asked, answer: Answer) -> list[str]:
+  """Returns the cells of an answer's row, by `_COLUMNS`."""
+  times = [
+    _time(answer.milliseconds.get(name))
+    for name in ("embed", "scores", "select", "answer")
+  ]
+  text = answer.text or "(nothing)"
+  if answer.letter:
+    place = questions.LETTERS.index(answer.letter)
+    option = asked.question.options[place]
+    text = option if text == option else f"{text} ({option})"
+  share = answer.kept / asked.num_video
+  return [
+    answer.method,
+    f"{answer.kept} of {asked.num_video} ({100 * share:.3g} %)",
+    *times,
+    _time(asked.total(answer)),
+    text,
+  ]
+
+
+def _time(milliseconds: float | None) -> str:
+  return "" if milliseconds is None else f"{milliseconds:.1f}"
+
+
+def _lead(asked: Asked) -> str:
+  """Returns what was shown to the model, and what that took."""
+  T, H, W = asked.grid
+  clip = asked.clip
+  return (
+    f"{asked.question.id}: {clip.num_frames} frames, {clip.duration:.1f} s;"
+    f" shown: {T} frames of {H} x {W} tokens, {asked.num_video} in all. Decoding"
+    f" {asked.milliseconds['decode']:.1f} ms, vision tower"
+    f" {asked.milliseconds['tower']:.1f} ms, once for all rows."
+  )
+
+
+def _note(asked: Asked) -> str:
+  """Returns what the times include and what they do not."""
+  stages = (
+    "Scores: the policy, or what else the method reads. Answer: prefill and"
+    " decoding. In all: with decoding and the tower."
+  )
+  if asked.warm_up is None:
+    return f"{stages} First run: the times include compilation."
+  return (
+    f"{stages} Times of a second run; the first one, with compilation, took"
+    f" {asked.warm_up:.1f} s."
+  )
+
+
+def _answer(evaluator, question, method, ratio) -> Answer:
+  evaluator.seconds.clear()
+  trace = evaluator.trace(question, method, ratio)
+  milliseconds = {}
+  for name, seconds in evaluator.seconds.items():
+    stage = _STAGES.get(name.partition(" ")[0])
+    # Without a method, the prefill of the whole prompt is the answer's.
+    if name == "vanilla" and method is None:
+      stage = "answer"
+    if stage:
+      milliseconds[stage] = milliseconds.get(stage, 0.0) + 1e3 * seconds
+  return Answer(
+    method=method.label if method else runner.VANILLA,
+    ratio=ratio,
+    text=trace.text,
+    letter=trace.letter,
+    kept=len(trace.index),
+    milliseconds=milliseconds,
+    trace=trace,
+  )
+
+
+def _probe(path, limits) -> video.Probe:
+  """Returns what a clip holds; the faults of one are told in full."""
+  try:
+    return video.probe(path, limits)
+  except video.VideoError as error:
+    if error.reason != "missing":
+      raise
+    raise video.VideoError(
+      path, "missing", mend="give the path of a video file"
+    ) from None
+
+
+def _warnings(path, clip: video.Probe, settings: runner.Settings):
+  if clip.num_frames < settings.num_frames:
+    yield (
+      f"{path} has {clip.num_frames} frame(s) and the model is shown"
+      f" {settings.num_frames}: frames repeat, as in the reference"
+    )
