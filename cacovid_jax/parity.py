@@ -1,18 +1,36 @@
 r"""Compares the models and the policy with folders of golden files.
 
 python -m cacovid_jax.parity GOLDEN/policy GOLDEN/llava_onevision_tiny
+python -m cacovid_jax.parity --against_transformers CHECKPOINT
 
 A folder with config.json and golden.npz holds a model, any other folder cases
-of the policy. Prints one row per stage and exits with 1 if any misses its
-tolerance.
+of the policy. A checkpoint directory is compared with the installed
+transformers (the extra `[hf]`) on random pixels and a chat prompt. Prints one
+row per stage and exits with 1 if any misses its tolerance.
 """
 
 import os
 from collections.abc import Sequence
 
 import jax
+from absl import flags
 
 from cacovid_jax import errors
+
+_AGAINST = flags.DEFINE_string(
+  "against_transformers",
+  None,
+  "Checkpoint directory to run in the installed transformers beside ours.",
+)
+_FRAMES = flags.DEFINE_integer(
+  "num_frames", 2, "Frames per clip of --against_transformers.", lower_bound=1
+)
+_SEED = flags.DEFINE_integer(
+  "seed", 0, "Seed of the pixels of --against_transformers."
+)
+_DEVICE = flags.DEFINE_string(
+  "torch_device", "cpu", "Where PyTorch computes, for example cuda."
+)
 
 
 def check(folder):
@@ -50,12 +68,23 @@ def report(folder, found) -> bool:
 
 def main(argv: Sequence[str]):
   folders = argv[1:]
-  if not folders:
+  if not folders and not _AGAINST.value:
     raise errors.UserError(
-      "no folder given; use python -m cacovid_jax.parity DIR [DIR ...]"
+      "no folder given; use python -m cacovid_jax.parity DIR [DIR ...], or"
+      " --against_transformers CHECKPOINT"
     )
   jax.config.update("jax_default_matmul_precision", "highest")
   verdicts = [report(folder, check(folder)) for folder in folders]
+  if _AGAINST.value:
+    from cacovid_jax.models import transformers_parity
+
+    found = transformers_parity.check(
+      _AGAINST.value,
+      seed=_SEED.value,
+      num_frames=_FRAMES.value,
+      device=_DEVICE.value,
+    )
+    verdicts.append(report(_AGAINST.value, found))
   return 0 if all(verdicts) else 1
 
 

@@ -459,8 +459,8 @@ def _lead(asked: Asked) -> str:
   clip = asked.clip
   return (
     f"{asked.question.id}: {clip.num_frames} frames, {clip.duration:.1f} s;"
-    f" shown: {T} frames of {H} x {W} tokens, {asked.num_video} in all. Decoding"
-    f" {asked.milliseconds['decode']:.1f} ms, vision tower"
+    f" shown: {T} frames of {H} x {W} tokens, {asked.num_video} in all."
+    f" Decoding {asked.milliseconds['decode']:.1f} ms, vision tower"
     f" {asked.milliseconds['tower']:.1f} ms, once for all rows."
   )
 

@@ -71,6 +71,16 @@ def read(folder):
   return golden
 
 
+def tolerance(at_8, expected):
+  """Returns the tolerance of a stage whose values are `expected`.
+
+  Args:
+    at_8: tolerance for values of up to 8.
+    expected: array of the reference.
+  """
+  return at_8 * max(1.0, float(np.abs(expected).max()) / _SCALE)
+
+
 def compare(model, params, golden):
   """Returns the list of `stages.Stage`, from the pixels to the answers.
 
@@ -86,9 +96,9 @@ def compare(model, params, golden):
 def _compare(model, params, golden):
   found = []
 
-  def add(name, actual, expected, tolerance=STAGE_TOLERANCE):
-    tolerance *= max(1.0, float(np.abs(expected).max()) / _SCALE)
-    found.append(stages.compare(name, actual, expected, tolerance))
+  def add(name, actual, expected, at_8=STAGE_TOLERANCE):
+    within = tolerance(at_8, expected)
+    found.append(stages.compare(name, actual, expected, within))
 
   pixels = jnp.asarray(golden["pixel_values_videos"])
   pixels = pixels.transpose(0, 1, 3, 4, 2)  # [B, T, h, w, 3]
