@@ -22,12 +22,6 @@ _AGAINST = flags.DEFINE_string(
   None,
   "Checkpoint directory to run in the installed transformers beside ours.",
 )
-_FRAMES = flags.DEFINE_integer(
-  "num_frames", 2, "Frames per clip of --against_transformers.", lower_bound=1
-)
-_SEED = flags.DEFINE_integer(
-  "seed", 0, "Seed of the pixels of --against_transformers."
-)
 _DEVICE = flags.DEFINE_string(
   "torch_device", "cpu", "Where PyTorch computes, for example cuda."
 )
@@ -78,12 +72,7 @@ def main(argv: Sequence[str]):
   if _AGAINST.value:
     from cacovid_jax.models import transformers_parity
 
-    found = transformers_parity.check(
-      _AGAINST.value,
-      seed=_SEED.value,
-      num_frames=_FRAMES.value,
-      device=_DEVICE.value,
-    )
+    found = transformers_parity.check(_AGAINST.value, device=_DEVICE.value)
     verdicts.append(report(_AGAINST.value, found))
   return 0 if all(verdicts) else 1
 

@@ -170,7 +170,13 @@ def _load(directory, name, device):
       f"transformers {transformers.__version__} finds no {missing[0]} in"
       f" {directory} ({len(missing)} such); give a complete checkpoint"
     )
-  return torch, model.to(device).eval()
+  try:
+    return torch, model.to(device).eval()
+  except (RuntimeError, AssertionError) as error:
+    raise errors.UserError(
+      f"PyTorch cannot compute on {device!r} ({errors.one_line(error)}); give"
+      " another --torch_device"
+    ) from error
 
 
 class _Recorder:
