@@ -259,7 +259,7 @@ def _generated(model, tensors, max_new_tokens) -> dict[str, np.ndarray]:
 
 
 def _tie(logits) -> float:
-  return golden.tolerance(golden.LOGITS_TOLERANCE, _numpy(logits))
+  return golden.scaled(golden.LOGITS_TOLERANCE, _numpy(logits))
 
 
 def _kept_rows(is_video, mask, num_video, rng) -> np.ndarray:
