@@ -212,10 +212,6 @@ class Answerer:
     for ratio in ratios:
       base.budget(self.source.grid, ratio)
     clip = _probe(path, self._limits)
-    # Decoding may find a fault that the table of frames did not show; here it
-    # is told in full, where an evaluation only notes it.
-    if self.source[asked.video].fault:
-      self.source.frames(asked.video)
     evaluator = runner.Evaluator(
       self.checkpoint,
       self.source,
@@ -224,6 +220,10 @@ class Answerer:
       policies=self.policies,
       programs=self._programs,
     )
+    # Decoding may find a fault that the table of frames did not show; here it
+    # is told in full, where an evaluation only notes it.
+    if self.source[asked.video].fault:
+      self.source.frames(asked.video)
     cells = [(chosen if ratio < 1 else None, ratio) for ratio in ratios]
     first_run = None
     if warm_up:

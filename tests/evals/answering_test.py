@@ -1,0 +1,421 @@
+"""One question about one clip: answers, times, the page, and mistakes."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cacovid_jax import errors
+from cacovid_jax.compressors import uniform
+from cacovid_jax.data import frames, readers, video
+from cacovid_jax.data.synthetic import build
+from cacovid_jax.evals import answering, runner
+from cacovid_jax.models import generation
+from tests.evals import report_test, tiny
+
+QUESTION = "What colour is <b>it</b>?"
+NEW = 3
+
+
+@pytest.fixture(scope="module")
+def policy(checkpoint, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("policy")
+  return tiny.write_policy(folder / "policy", checkpoint)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+  path = tmp_path_factory.mktemp("clips") / "a:b [1].mp4"
+  tiny.write_clip(path, seed=3, num_frames=12)
+  return path
+
+
+@pytest.fixture(scope="module")
+def answerer(checkpoint_dir, policy):
+  with answering.Answerer(
+    checkpoint_dir, policy, num_frames=tiny.FRAMES, max_new_tokens=NEW
+  ) as made:
+    yield made
+
+
+@pytest.fixture(scope="module")
+def asked(answerer, clip):
+  return answerer.ask(
+    clip, QUESTION, tiny.COLOURS, ratios=(1.0, 0.25), method="cacovid"
+  )
+
+
+def by_hand(checkpoint, checkpoint_dir, path, text, index):
+  """Returns the answer from the tokens `index`, without any of the runner."""
+  model, params = checkpoint.model, checkpoint.params
+  count = video.probe(path).num_frames
+  shown = video.read_frames(path, frames.eval_linspace(count, tiny.FRAMES))
+  pixels = frames.Preprocessing.from_directory(checkpoint_dir)(shown)
+  prompt = checkpoint.tokenizer.encode_prompt(text, tiny.NUM_VIDEO)
+  dropped = set(range(tiny.NUM_VIDEO)) - set(np.asarray(index).tolist())
+  rows = jnp.array(
+    [i for i in range(prompt.length) if i - prompt.video_start not in dropped]
+  )
+
+  @jax.jit
+  def answer(params, pixels):
+    features = model.encode_video(params, pixels)
+    x = model.embed_prompt(
+      params, jnp.asarray(prompt.ids), features, prompt.video_start
+    )
+    return generation.greedy(
+      model,
+      params,
+      x[rows][None],
+      rows[None, None],
+      jnp.array([len(rows)]),
+      jnp.array([prompt.length]),
+      max_new_tokens=NEW,
+      eos_ids=checkpoint.eos_ids,
+      pad_id=checkpoint.pad_id,
+    )
+
+  ids = answer(params, pixels)
+  return checkpoint.tokenizer.decode(ids[0]).strip()
+
+
+def test_answers_are_those_of_the_model_alone(
+  answerer, checkpoint, checkpoint_dir, clip
+):
+  found = answerer.ask(
+    clip, QUESTION, ratios=(1.0, 0.25), method="uniform", warm_up=False
+  )
+  whole, quarter = found.answers
+  assert (whole.method, whole.kept) == ("vanilla", tiny.NUM_VIDEO)
+  assert (quarter.method, quarter.kept) == ("uniform", 16)
+  # Without options, the text is asked as it is.
+  every = np.arange(tiny.NUM_VIDEO)
+  expected = by_hand(checkpoint, checkpoint_dir, clip, QUESTION, every)
+  assert whole.text == expected and expected
+  index = uniform.positions(tiny.NUM_VIDEO, 16)
+  expected = by_hand(checkpoint, checkpoint_dir, clip, QUESTION, index)
+  assert quarter.text == expected
+  assert whole.letter == quarter.letter == ""
+
+
+def test_a_policy_is_followed_at_every_ratio(asked, answerer):
+  assert [answer.kept for answer in asked.answers] == [64, 16]
+  assert [a.method for a in asked.answers] == ["vanilla", "cacovid"]
+  assert asked.num_video == 64 and asked.grid == tiny.GRID
+  evaluator = runner.Evaluator(
+    answerer.checkpoint,
+    answerer.source,
+    [asked.question],
+    answerer.settings,
+    policies=answerer.policies,
+    programs=answerer._programs,
+  )
+  method = runner.Method.parse("cacovid")
+  for answer in asked.answers[1:]:
+    trace = evaluator.trace(asked.question, method, answer.ratio)
+    np.testing.assert_array_equal(answer.trace.index, trace.index)
+    assert answer.text == trace.text
+
+
+def test_options_are_lettered_as_in_training(asked):
+  assert asked.question.prompt == (
+    f"{QUESTION}\nA. red\nB. green\nC. blue\nD. grey\n Please provide only the"
+    " single option letter (e.g., A, B, C, D, etc.)."
+  )
+  assert all(a.letter in ("", *"ABCD") for a in asked.answers)
+  other = answering.as_question("x", "q", ("a", "b"), style="videomme")
+  assert other.prompt.startswith("Select the best answer")
+
+
+def test_every_stage_is_timed_apart_from_compilation(asked, answerer):
+  assert set(asked.milliseconds) == {"decode", "tower"}
+  whole, *pruned = asked.answers
+  assert set(whole.milliseconds) == {"embed", "answer"}
+  for answer in pruned:
+    assert set(answer.milliseconds) == {"embed", "scores", "select", "answer"}
+  times = [*asked.milliseconds.values()]
+  for answer in asked.answers:
+    times += answer.milliseconds.values()
+    parts = sum(asked.milliseconds.values()) + sum(answer.milliseconds.values())
+    assert asked.total(answer) == pytest.approx(parts)
+  assert min(times) > 0
+  # Compilation takes longer than all that is timed.
+  assert asked.warm_up > sum(times) / 1e3
+
+
+def test_another_question_compiles_nothing(asked, answerer, tmp_path):
+  del asked  # It has compiled.
+  programs = answerer._programs
+  before = [
+    program._cache_size()
+    for program in (programs.answer, programs.vanilla, programs.scores)
+  ]
+  tiny.write_clip(tmp_path / "other.mp4", seed=8)
+  again = answerer.ask(
+    tmp_path / "other.mp4",
+    "What colour is <i>it</i>?",
+    tiny.COLOURS[::-1],
+    ratios=(1.0, 0.25),
+    warm_up=False,
+  )
+  after = [
+    program._cache_size()
+    for program in (programs.answer, programs.vanilla, programs.scores)
+  ]
+  assert after == before
+  assert again.warm_up is None
+
+
+def test_attention_of_the_whole_prompt_counts_as_scores(answerer, clip):
+  found = answerer.ask(
+    clip, QUESTION, ratios=(0.25,), method="last_query", warm_up=False
+  )
+  assert set(found.answers[0].milliseconds) == {
+    "embed", "scores", "select", "answer",
+  }  # fmt: skip
+
+
+@pytest.mark.parametrize("num_frames", [1, 3])  # 0.125 and 0.375 s.
+def test_short_clips_repeat_frames_with_a_warning(
+  answerer, tmp_path, num_frames
+):
+  path = tmp_path / "short.mp4"
+  tiny.write_clip(path, seed=5, num_frames=num_frames)
+  found = answerer.ask(
+    path, QUESTION, ratios=(0.25,), method="uniform", warm_up=False
+  )
+  assert len(found.warnings) == 1
+  assert f"has {num_frames} frame" in found.warnings[0]
+  assert "\n" not in found.warnings[0]
+  features = answerer.source[found.question.video].features
+  rows = features.reshape(tiny.FRAMES, 16, -1)
+  shown = frames.eval_linspace(num_frames, tiny.FRAMES)
+  for t in range(1, tiny.FRAMES):
+    same = np.array_equal(rows[t], rows[t - 1])
+    assert same == (shown[t] == shown[t - 1])
+  assert found.answers[0].kept == 16
+
+
+def test_a_clip_that_is_long_enough_warns_of_nothing(asked):
+  assert asked.warnings == ()
+
+
+def test_a_link_to_a_clip_is_followed(answerer, clip, tmp_path):
+  link = tmp_path / "link.mp4"
+  link.symlink_to(clip)
+  found = answerer.ask(
+    link, QUESTION, ratios=(0.25,), method="uniform", warm_up=False
+  )
+  assert found.question.id == clip.name
+
+
+def test_page_shows_what_was_kept_and_loads_nothing(asked, answerer, tmp_path):
+  path = tmp_path / "not" / "yet" / "report.html"
+  answerer.write_report(path, asked)
+  assert [p.name for p in path.parent.iterdir()] == ["report.html"]
+  page = path.read_text(encoding="utf-8")
+  outline = report_test.Outline(page)
+  tags = [tag for tag, _ in outline.tags]
+  # One clip per pruned answer, T pictures, with the policy's scores.
+  assert tags.count("article") == 1
+  assert tags.count("image") == tiny.FRAMES
+  strokes = [a.get("stroke") for t, a in outline.tags if t == "rect"]
+  assert strokes.count("#0b5fa5") == 16
+  heat = [a for t, a in outline.tags if t == "svg" and a.get("class") == "heat"]
+  assert len(heat) == tiny.FRAMES
+  text = " ".join(" ".join(outline.texts).split())
+  for expected in ("vanilla", "64 of 64 (100 %)", "16 of 64 (25 %)", QUESTION):
+    assert expected in text, expected
+  # What is right is not known, so nothing is called right or wrong.
+  assert 'class="verdict' not in page
+  assert "<b>it" not in page
+  for tag, attributes in outline.tags:
+    assert tag not in ("script", "link", "iframe", "object", "embed")
+    for name in ("src", "href"):
+      value = attributes.get(name)
+      assert value is None or value.startswith("data:image/jpeg;base64,")
+  assert not re.search(r"https?://|@import", page)
+  assert "default-src 'none'" in page
+
+
+def test_page_of_vanilla_alone_shows_every_token(answerer, clip, tmp_path):
+  found = answerer.ask(clip, QUESTION, ratios=(1.0,), warm_up=False)
+  answerer.write_report(tmp_path / "report.html", found)
+  outline = report_test.Outline((tmp_path / "report.html").read_text("utf-8"))
+  strokes = [a.get("stroke") for t, a in outline.tags if t == "rect"]
+  assert strokes.count("#0b5fa5") == tiny.NUM_VIDEO
+
+
+@pytest.mark.parametrize(
+  "change,match",
+  [
+    ({"path": "nowhere.mp4"}, "nowhere.mp4: missing; give the path"),
+    ({"path": "."}, "not a file"),
+    ({"question": " \n"}, "the question is empty"),
+    ({"question": "why? " * 40_000}, "the model takes"),
+    ({"question": "what is in <video>?"}, "stands for the clip"),
+    ({"ratios": (0.0,)}, r"outside \(0, 1\]"),
+    ({"ratios": (1.01,)}, r"outside \(0, 1\]"),
+    ({"ratios": ("a tenth",)}, r"outside \(0, 1\]"),
+    ({"ratios": (0.001,)}, "keeps no token"),
+    ({"ratios": ()}, "no ratio given"),
+    ({"method": "unifrom"}, "did you mean uniform?"),
+    ({"method": "uniform?speed=2"}, "no option 'speed'"),
+    ({"method": "decisive_boxes"}, "knows where the answer lies"),
+    ({"method": "cacovid_other_question"}, "several clips"),
+    ({"options": ("red",)}, "at least two"),
+    ({"options": ("red", " ")}, "at least two"),
+    ({"options": ("x",) * 27}, "more than there are letters"),
+    ({"style": "plain"}, "give 'video-r1' or 'videomme'"),
+  ],
+)
+def test_mistakes_are_one_line_before_anything_runs(
+  answerer, clip, monkeypatch, change, match
+):
+  def never(*unused):
+    raise AssertionError("the model ran")
+
+  monkeypatch.setattr(answerer.source, "_encode", never)
+  answerer.source.clear()
+  arguments = dict(path=clip, question=QUESTION, method="uniform") | change
+  with pytest.raises(errors.UserError, match=match) as caught:
+    answerer.ask(arguments.pop("path"), arguments.pop("question"), **arguments)
+  assert "\n" not in str(caught.value)
+
+
+def test_clips_that_cannot_be_decoded(answerer, clip, tmp_path):
+  broken = tmp_path / "broken.mp4"
+  broken.write_bytes(b"no video at all")
+  with pytest.raises(errors.UserError, match="broken.mp4: unreadable"):
+    answerer.ask(broken, QUESTION, method="uniform")
+  # The table of frames is whole; the pictures are not.
+  data = bytearray(clip.read_bytes())
+  start = data.find(b"mdat") + 4
+  end = data.find(b"moov") - 4
+  assert 4 <= start < end
+  data[start:end] = bytes(end - start)
+  hollow = tmp_path / "hollow.mp4"
+  hollow.write_bytes(data)
+  with pytest.raises(errors.UserError, match="hollow.mp4: no frames"):
+    answerer.ask(hollow, QUESTION, method="uniform")
+
+
+def test_learned_methods_say_where_a_policy_comes_from(
+  checkpoint_dir, clip, policy, monkeypatch, tmp_path
+):
+  monkeypatch.setattr(answering, "SHIPPED_MODEL", checkpoint_dir)
+  monkeypatch.setattr(answering, "SHIPPED_POLICY", tmp_path / "none")
+  with answering.Answerer() as shipped:
+    with pytest.raises(errors.UserError, match="make quickstart"):
+      shipped.ask(clip, QUESTION)
+  with answering.Answerer(checkpoint_dir) as own:
+    with pytest.raises(errors.UserError, match="give that of this model"):
+      own.ask(clip, QUESTION)
+  # A shipped policy is taken with the shipped model, and with no other.
+  monkeypatch.setattr(answering, "SHIPPED_POLICY", pathlib.Path(policy).parent)
+  with answering.Answerer() as shipped:
+    assert list(shipped.policies) == ["policy"]
+  with answering.Answerer(checkpoint_dir) as own:
+    assert not own.policies
+
+
+def test_number_of_frames_is_the_checkpoints(checkpoint_dir, tmp_path):
+  assert answering.default_num_frames(answering.SHIPPED_MODEL) == 16
+  assert answering.default_num_frames(checkpoint_dir) == 32
+  assert answering.default_num_frames(tmp_path) == 32
+  path = tmp_path / "video_preprocessor_config.json"
+  for wrong in ("16", 0, True, 2.5):
+    path.write_text(json.dumps({"num_frames": wrong}))
+    with pytest.raises(errors.UserError, match="is no number of frames"):
+      answering.default_num_frames(tmp_path)
+
+
+def test_bad_settings_are_one_line(checkpoint_dir):
+  for change, match in (
+    ({"dtype": "int8"}, "use float32 or bfloat16"),
+    ({"num_frames": 0}, "must be at least 1"),
+    ({"model": "nowhere"}, "config.json is missing"),
+    ({"policy": "nowhere"}, "there is no policy in nowhere"),
+  ):
+    with pytest.raises(errors.UserError, match=match):
+      answering.Answerer(**({"model": checkpoint_dir} | change))
+
+
+def test_a_report_that_cannot_be_there(tmp_path):
+  with pytest.raises(errors.UserError, match="is a folder"):
+    answering.check_report_path(tmp_path)
+  (tmp_path / "file").write_text("")
+  with pytest.raises(errors.UserError, match="is no folder"):
+    answering.check_report_path(tmp_path / "file" / "report.html")
+
+
+def test_the_shipped_model_answers_about_a_drawn_clip(tmp_path, capsys):
+  root = tmp_path / "drawn"
+  config = build.BuildConfig(
+    variant="sparse", seed=3, clips=(1, 1, 1, 0), questions_per_clip=4
+  )
+  build.build(config, root, num_workers=1)
+  rows = readers.read_videomme(str(root / "test.parquet"), root, "video-r1")
+  # The kind that the model always answers rightly, with all tokens.
+  question = next(row for row in rows if row.category == "attribute")
+  path = root / question.video
+  with answering.Answerer(max_new_tokens=4) as model:
+    assert model.settings.num_frames == 16
+    found = model.ask(
+      path,
+      question.question,
+      question.options,
+      ratios=(1.0,),
+      method="uniform",
+      warm_up=False,
+    )
+  assert found.grid == (16, 7, 7)
+  assert found.answers[0].letter == question.answer
+  answering.show(found)
+  out = capsys.readouterr().out
+  assert "784 of 784 (100 %)" in out
+  assert f"{question.answer} (" in out
+
+
+def run(*arguments):
+  return subprocess.run(
+    [sys.executable, "-m", "cacovid_jax.answer", *arguments],
+    capture_output=True,
+    text=True,
+    check=False,
+    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+  )
+
+
+def test_command(checkpoint_dir, policy, clip, tmp_path):
+  report = tmp_path / "new" / "r.html"
+  short = tmp_path / "short.mp4"
+  tiny.write_clip(short, seed=1, num_frames=2)
+  done = run(
+    f"--model={checkpoint_dir}", f"--policy={policy}", f"--video={short}",
+    "--question=What colour is [it]?", "--options=red,blue,green",
+    "--compare=1.0,0.25", "--num_frames=4", "--max_new_tokens=2",
+    f"--report={report}",
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  assert "What colour is [it]?" in done.stdout
+  assert re.search(r"vanilla +64 of 64 \(100 %\)", done.stdout)
+  assert re.search(r"cacovid +16 of 64 \(25 %\)", done.stdout)
+  assert "with compilation" in done.stdout
+  assert "warning: " in done.stderr and "2 frame(s)" in done.stderr
+  assert report.is_file() and str(report) in done.stdout
+
+
+def test_command_says_what_is_missing():
+  done = run("--video=clip.mp4")
+  assert done.returncode == 2
+  assert done.stderr.strip() == (
+    "error: nothing says which question: add --question"
+  )
