@@ -340,10 +340,19 @@ def save(
     make = functools.partial(np.asarray, array)
     tensors[name] = (array.dtype, array.shape, make)
 
+  write_config(
+    directory, config, eos_ids=eos_ids, pad_id=pad_id, bos_id=bos_id, dtype=main
+  )
+  # Last: a directory with weights is complete.
+  safetensors_io.write_directory(directory, tensors, max_shard_bytes)
+
+
+def write_config(directory, config, *, eos_ids, pad_id, bos_id=None, dtype):
+  """Writes config.json and generation_config.json; arguments as in `save`."""
   ids = {"eos_token_id": list(eos_ids), "pad_token_id": pad_id}
   if bos_id is not None:
     ids["bos_token_id"] = bos_id
-  described = config.to_hf() | {"torch_dtype": main.name}
+  described = config.to_hf() | {"torch_dtype": jnp.dtype(dtype).name}
   # Where the model keeps its text fields: a section, or the top level.
   described.get("text_config", described).update(ids)
   hf_config.write_json(os.path.join(directory, "config.json"), described)
@@ -351,8 +360,21 @@ def save(
     os.path.join(directory, "generation_config.json"),
     ids | {"do_sample": False},
   )
-  # Last: a directory with weights is complete.
-  safetensors_io.write_directory(directory, tensors, max_shard_bytes)
+
+
+def source_shapes(config):
+  """Returns {hub name: shape} of every tensor that a checkpoint must have."""
+  family, shapes = _family(config), _shapes(config)
+  kernel_shape = family.kernel_shape(config)
+  found = {}
+  for name, (path, layout, layers) in family.table(config).items():
+    shape = shapes["/".join(path)]
+    if layers is None:
+      found[name] = _source_shape(layout, shape, kernel_shape)
+    for layer in range(layers or 0):
+      one = _source_shape(layout, shape[1:], kernel_shape)
+      found[name.format(layer)] = one
+  return found
 
 
 def _source_tensors(config, params, dtype):

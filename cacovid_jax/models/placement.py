@@ -24,12 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 
 # Large enough for a disk's full speed, small enough that a handful is nothing.
-_SLICE_BYTES = 32 * 2**20
+_SLICE_BYTES = 16 * 2**20
 # Below this many bytes a parameter is assembled on the host and sent whole:
 # one transfer instead of one program per shape.
 _SMALL_BYTES = 16 * 2**20
 # A tile of rows and columns that stays in a core's cache while it is turned.
-_TILE_ROWS, _TILE_COLUMNS = 128, 512
+_TILE_ROWS, _TILE_COLUMNS = 128, 4096
 
 
 @dataclasses.dataclass(frozen=True)
