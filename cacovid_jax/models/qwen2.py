@@ -59,6 +59,19 @@ class Qwen2Config:
     )
 
   @classmethod
+  def qwen2_5_3b(cls, vocab_size=151936):
+    return cls(
+      vocab_size=vocab_size,
+      hidden_size=2048,
+      intermediate_size=11008,
+      num_layers=36,
+      num_heads=16,
+      num_kv_heads=2,
+      head_dim=128,
+      tie_embeddings=True,
+    )
+
+  @classmethod
   def tiny(cls):
     return cls(
       vocab_size=64,
@@ -72,16 +85,27 @@ class Qwen2Config:
     )
 
   @classmethod
-  def from_hf(cls, config, tie_embeddings=False):
+  def from_hf(
+    cls,
+    config,
+    tie_embeddings=False,
+    *,
+    model_type="qwen2",
+    where="text_config.",
+    num_sections=None,
+  ):
     """Reads the `text_config` section of a config.json.
 
     Args:
       config: the section, as transformers 4.x or 5.x writes it.
       tie_embeddings: what the file says outside the section; set in either
         place means tied.
+      model_type: that the section may name.
+      where: name of the section in messages, "" for a file without one.
+      num_sections: position rows that share the rotary frequencies; None for
+        plain RoPE.
     """
-    where = "text_config."
-    hf_config.require(config, "model_type", ["qwen2"], where)
+    hf_config.require(config, "model_type", [model_type], where)
     hf_config.require(config, "hidden_act", ["silu"], where)
     hf_config.require(config, "use_sliding_window", [False], where)
 
@@ -91,7 +115,7 @@ class Qwen2Config:
 
     rotary = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rotary.get("rope_type", rotary.get("type", "default"))
-    if kind != "default":
+    if kind not in ["default"] + ["mrope"] * (num_sections is not None):
       raise errors.UserError(
         f"config.json: {where}rope_parameters has type {kind!r}; only the"
         " default rotary embedding is implemented"
@@ -104,6 +128,10 @@ class Qwen2Config:
         f"config.json: {where}num_attention_heads {num_heads} is no multiple of"
         f" num_key_value_heads {num_kv_heads}"
       )
+    head_dim = size("head_dim", size("hidden_size") // num_heads)
+    sections = None
+    if num_sections is not None:
+      sections = _sections(rotary, num_sections, head_dim // 2, where)
     return cls(
       vocab_size=size("vocab_size"),
       hidden_size=size("hidden_size"),
@@ -111,8 +139,9 @@ class Qwen2Config:
       num_layers=size("num_hidden_layers"),
       num_heads=num_heads,
       num_kv_heads=num_kv_heads,
-      head_dim=size("head_dim", size("hidden_size") // num_heads),
+      head_dim=head_dim,
       rope_theta=hf_config.number(theta_from, "rope_theta", float, where=where),
+      rope_sections=sections,
       rms_norm_eps=hf_config.number(
         config, "rms_norm_eps", float, default=1e-6, where=where
       ),
@@ -124,7 +153,7 @@ class Qwen2Config:
 
   def to_hf(self):
     """Returns the `text_config` section, in a form 4.x and 5.x both read."""
-    return {
+    described = {
       "model_type": "qwen2",
       "vocab_size": self.vocab_size,
       "hidden_size": self.hidden_size,
@@ -140,6 +169,28 @@ class Qwen2Config:
       "max_position_embeddings": self.max_positions,
       "use_sliding_window": False,
     }
+    if self.rope_sections is not None:
+      described["rope_scaling"] = {
+        "type": "mrope",
+        "mrope_section": list(self.rope_sections),
+      }
+    return described
+
+
+def _sections(rotary, number, frequencies, where):
+  """Returns `mrope_section`, checked, as a tuple."""
+  sections = rotary.get("mrope_section")
+  if (
+    not isinstance(sections, list)
+    or len(sections) != number
+    or not all(isinstance(size, int) and size > 0 for size in sections)
+    or sum(sections) != frequencies
+  ):
+    raise errors.UserError(
+      f"config.json: {where}rope_scaling.mrope_section is {sections!r}; give"
+      f" {number} positive numbers whose sum is {frequencies}"
+    )
+  return tuple(sections)
 
 
 class Cache(NamedTuple):

@@ -1,0 +1,271 @@
+"""Qwen2.5-VL for video: tower, prompt, positions in time and space, decoder.
+
+Axes: T time slices, H W token grid of a slice, N = T·H·W video tokens, P rows
+of patches before merging, L prompt tokens, D width, V vocabulary. Positions
+have three rows: time, row and column.
+Paper: https://arxiv.org/abs/2502.13923 (section 2.1.2 on positions).
+"""
+
+import dataclasses
+import math
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from cacovid_jax import errors
+from cacovid_jax.models import (
+  hf_config,
+  language,
+  qwen2,
+  qwen2_5_vl_vision,
+)
+
+POSITION_RULES = ("4.50", "v5")
+_POSITION_ROWS = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Qwen2_5VLConfig:  # noqa: N801 (the model's own name)
+  """Vision tower, decoder, token ids, and how fast time positions run."""
+
+  vision: qwen2_5_vl_vision.VisionConfig
+  text: qwen2.Qwen2Config
+  image_token_id: int
+  video_token_id: int
+  vision_start_token_id: int
+  vision_end_token_id: int
+  tokens_per_second: int
+
+  @classmethod
+  def qwen2_5_vl_3b(cls):
+    return cls._released(qwen2.Qwen2Config.qwen2_5_3b())
+
+  @classmethod
+  def qwen2_5_vl_7b(cls):
+    return cls._released(qwen2.Qwen2Config.qwen2_7b(vocab_size=152064))
+
+  @classmethod
+  def _released(cls, text):
+    return cls(
+      vision=qwen2_5_vl_vision.VisionConfig.qwen2_5_vl(text.hidden_size),
+      text=dataclasses.replace(
+        text, rope_sections=(16, 24, 24), max_positions=128000
+      ),
+      image_token_id=151655,
+      video_token_id=151656,
+      vision_start_token_id=151652,
+      vision_end_token_id=151653,
+      tokens_per_second=2,
+    )
+
+  @classmethod
+  def tiny(cls):
+    """CPU-sized, for tests."""
+    return cls(
+      vision=qwen2_5_vl_vision.VisionConfig.tiny(),
+      text=dataclasses.replace(
+        qwen2.Qwen2Config.tiny(), rope_sections=(1, 2, 1), tie_embeddings=True
+      ),
+      image_token_id=60,
+      video_token_id=61,
+      vision_start_token_id=58,
+      vision_end_token_id=59,
+      tokens_per_second=2,
+    )
+
+  @classmethod
+  def from_hf(cls, config):
+    """Reads a config.json: flat, as on the hub, or with a text section."""
+    hf_config.require(config, "model_type", ["qwen2_5_vl"])
+    vision = hf_config.section(config, "vision_config")
+    tied = config.get("tie_word_embeddings", False)
+    if config.get("text_config") is None:
+      text, kind, where = config, "qwen2_5_vl", ""
+    else:
+      text = hf_config.section(config, "text_config")
+      kind, where = "qwen2_5_vl_text", "text_config."
+    found = cls(
+      vision=qwen2_5_vl_vision.VisionConfig.from_hf(vision),
+      text=qwen2.Qwen2Config.from_hf(
+        text,
+        tie_embeddings=tied,
+        model_type=kind,
+        where=where,
+        num_sections=_POSITION_ROWS,
+      ),
+      image_token_id=hf_config.number(config, "image_token_id"),
+      video_token_id=hf_config.number(config, "video_token_id"),
+      vision_start_token_id=hf_config.number(config, "vision_start_token_id"),
+      vision_end_token_id=hf_config.number(config, "vision_end_token_id"),
+      tokens_per_second=hf_config.number(
+        vision, "tokens_per_second", where="vision_config."
+      ),
+    )
+    if found.vision.out_hidden_size != found.text.hidden_size:
+      raise errors.UserError(
+        "config.json: vision_config.out_hidden_size"
+        f" {found.vision.out_hidden_size} is not {where}hidden_size"
+        f" {found.text.hidden_size}"
+      )
+    return found
+
+  def to_hf(self):
+    """Returns the config.json in the hub's flat form, which 5.x reads, too."""
+    vision = self.vision.to_hf()
+    return self.text.to_hf() | {
+      "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+      "model_type": "qwen2_5_vl",
+      "vision_config": vision | {"tokens_per_second": self.tokens_per_second},
+      "image_token_id": self.image_token_id,
+      "video_token_id": self.video_token_id,
+      "vision_start_token_id": self.vision_start_token_id,
+      "vision_end_token_id": self.vision_end_token_id,
+    }
+
+
+def position_ids(ids, *, grid, seconds_per_slice, config, rule="4.50"):
+  """Returns (positions int32[3, L], next position) of ONE prompt, on the host.
+
+  Text counts on in all three rows alike. A video token that lies `k` slices,
+  `row` and `column` into its grid adds (floor(k · seconds · tokens_per_second),
+  row, column) to the position where the video starts.
+
+  Args:
+    ids: int[L] of the prompt without padding.
+    grid: (T, H, W) of the video, after merging; None for a prompt without one.
+    seconds_per_slice: float, from one time slice to the next.
+    config: `Qwen2_5VLConfig`.
+    rule: where the text behind the video goes on. "4.50" (transformers 4.50,
+      which the released models were trained and evaluated with): behind the
+      video's largest position. "v5" (transformers 5.x): behind the longer side
+      of the grid, whatever the time.
+
+  The next position, of the first generated token, is the largest plus one.
+  """
+  if rule not in POSITION_RULES:
+    raise ValueError(f"position rule {rule!r} is not one of {POSITION_RULES}")
+  ids = np.asarray(ids)
+  where = np.flatnonzero(ids == config.video_token_id)
+  expected = 0 if grid is None else math.prod(map(int, grid))
+  together = len(where) == 0 or where[-1] - where[0] + 1 == len(where)
+  if len(where) != expected or not together:
+    raise errors.UserError(
+      f"the prompt holds {len(where)} video tokens"
+      f"{'' if together else ' in several places'}, the video {expected};"
+      " expand one placeholder to the video's grid"
+    )
+  positions = np.broadcast_to(np.arange(len(ids)), (_POSITION_ROWS, len(ids)))
+  positions = positions.astype(np.int32)
+  if len(where):
+    start, end = where[0], where[-1] + 1
+    video = _video_positions(grid, seconds_per_slice, config.tokens_per_second)
+    taken = max(grid[1:]) if rule == "v5" else video.max() + 1
+    positions[:, start:end] = start + video
+    positions[:, end:] += taken - len(where)
+  return positions, int(positions.max()) + 1 if len(ids) else 0
+
+
+def _video_positions(grid, seconds_per_slice, tokens_per_second):
+  """Returns int32[3, N], counted from the video's first token."""
+  seconds = np.float32(seconds_per_slice)
+  if not (np.isfinite(seconds) and seconds > 0):
+    raise errors.UserError(
+      f"seconds_per_slice is {seconds_per_slice!r}; give a positive number of"
+      " seconds"
+    )
+  time, row, column = np.indices(grid).reshape(_POSITION_ROWS, -1)
+  # float32 as in the reference, whose floor falls elsewhere in float64.
+  step = seconds * np.float32(tokens_per_second)
+  time = np.floor(time.astype(np.float32) * step)
+  return np.stack([time.astype(np.int32), row, column]).astype(np.int32)
+
+
+class Qwen2_5VL(nn.Module):  # noqa: N801
+  """The modules of Qwen2.5-VL; `Qwen2_5VLModel` runs them."""
+
+  config: Qwen2_5VLConfig
+  dtype: jnp.dtype = jnp.float32
+  backend: str = "auto"
+  remat: bool = False
+
+  def setup(self):
+    cfg = self.config
+    kwargs = dict(dtype=self.dtype, backend=self.backend, remat=self.remat)
+    self.visual = qwen2_5_vl_vision.Tower(cfg.vision, **kwargs)
+    self.language_model = qwen2.Qwen2(cfg.text, **kwargs)
+
+  def encode_video(self, patches, layout):
+    """Returns (features float[N, D], out); see `Qwen2_5VLModel`."""
+    return self.visual(patches, layout)
+
+  def __call__(self, patches, layout):
+    """Touches every parameter; only initialisation calls it."""
+    x, _ = self.encode_video(patches, layout)
+    positions = jnp.zeros((1, _POSITION_ROWS, len(x)), jnp.int32)
+    hidden, _ = self.language_model(x[None], positions)
+    return self.language_model.logits(hidden)
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen2_5VLModel(language.LanguageModel):  # noqa: N801
+  """Pure functions of (params, arrays): what the rest of the library calls."""
+
+  config: Qwen2_5VLConfig
+
+  @property
+  def module(self):
+    return Qwen2_5VL(self.config, self.dtype, self.backend, self.remat)
+
+  def grid(self, num_frames, height, width):
+    """Returns (T, H, W) of a video, from the resized frames' pixels."""
+    vision = self.config.vision
+    token = vision.patch_size * vision.merge_size
+    if height % token or width % token:
+      raise ValueError(f"{height} x {width} pixels do not split into {token}s")
+    slices = -(-num_frames // vision.temporal_patch_size)
+    return (slices, height // token, width // token)
+
+  def layout(self, grid, sizes=None):
+    """Returns the `qwen2_5_vl_vision.Layout` of a grid (T, H, W)."""
+    return qwen2_5_vl_vision.layout(grid, self.config.vision, sizes)
+
+  def init(self, rng):
+    """Returns random float32 parameters."""
+    vision = self.config.vision
+    patches = jnp.zeros((vision.patches_per_token, vision.patch_values))
+    layout = self.layout((1, 1, 1))
+    return self.module.init(rng, patches, layout)["params"]
+
+  def encode_video(self, params, patches, layout):
+    """Returns features float[N, D] of one video, zero behind its tokens.
+
+    Args:
+      params: the model's parameters.
+      patches: float[P, patch_values], normalised, in the order of the layout's
+        patches.
+      layout: of the video's grid, see `layout`.
+    """
+    return self._apply(params, patches, layout, method="encode_video")[0]
+
+  def embed_prompt(self, params, ids, features, video_start, num_video=None):
+    """Returns one prompt's embeddings float[L, D].
+
+    Args:
+      params: the model's parameters.
+      ids: int32[L]; the ids under the video are ignored, and rows behind the
+        prompt may be padding.
+      features: float[N, D] of the video.
+      video_start: int32[] row of the first video token.
+      num_video: int32[] video tokens where `features` are padded; None for
+        all N.
+    """
+    num_video = len(features) if num_video is None else num_video
+    place = jnp.arange(len(ids)) - video_start
+    x = self.embed_text(params, ids)
+    video = jnp.take(features.astype(x.dtype), place, axis=0, mode="clip")
+    inside = (place >= 0) & (place < num_video)
+    return jnp.where(inside[:, None], video, x)
+
+  def _apply(self, params, *args, **kwargs):
+    return self.module.apply({"params": params}, *args, **kwargs)
