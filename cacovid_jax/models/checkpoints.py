@@ -26,6 +26,8 @@ from cacovid_jax.models import (
   llava_onevision,
   llava_onevision_weights,
   placement,
+  qwen2_5_vl,
+  qwen2_5_vl_weights,
   safetensors_io,
 )
 from cacovid_jax.parallel import mesh as mesh_lib
@@ -124,6 +126,21 @@ _FAMILIES = {
     unused=(llava_onevision_weights.POST_NORM,),
     kernel_shape=lambda config: (3,) + (config.vision.patch_size,) * 2,
     defaults=_identity_norm,
+  ),
+  "qwen2_5_vl": _Family(
+    config=qwen2_5_vl.Qwen2_5VLConfig,
+    model=qwen2_5_vl.Qwen2_5VLModel,
+    table=qwen2_5_vl_weights.table,
+    hub_name=qwen2_5_vl_weights.hub_name,
+    head="lm_head.weight",
+    unused=(),
+    kernel_shape=lambda config: (
+      3,
+      config.vision.temporal_patch_size,
+      config.vision.patch_size,
+      config.vision.patch_size,
+    ),
+    defaults=lambda config: {},
   ),
 }
 
