@@ -1,12 +1,14 @@
 r"""Compares the models and the policy with folders of golden files.
 
-python -m cacovid_jax.parity GOLDEN/policy GOLDEN/llava_onevision_tiny
+python -m cacovid_jax.parity GOLDEN/policy GOLDEN/llava_onevision_tiny \
+    GOLDEN/qwen2_5_vl_tiny
 python -m cacovid_jax.parity --against_transformers CHECKPOINT
 
-A folder with config.json and golden.npz holds a model, any other folder cases
-of the policy. A checkpoint directory is compared with the installed
-transformers (the extra `[hf]`) on random pixels and a chat prompt. Prints one
-row per stage and exits with 1 if any misses its tolerance.
+A folder with config.json and golden.npz holds a model (LLaVA-OneVision or
+Qwen2.5-VL, as config.json says), any other folder cases of the policy. A
+checkpoint directory is compared with the installed transformers (the extra
+`[hf]`) on random pixels and chat prompts. Prints one row per stage and exits
+with 1 if any misses its tolerance.
 """
 
 import os

@@ -11,17 +11,18 @@ def pruned_rows(
 ):
   """Returns (rows, new_length) of ONE pruned prompt.
 
-  The prompt is prefix text, video tokens, newline, suffix text, padding; the
-  pruned one keeps all of it but the video tokens outside `index`, in order and
-  without holes. `x[rows]` are its embeddings, and with plain RoPE `rows` are
-  its positions: kept tokens keep the positions of the whole prompt.
+  The prompt is prefix text, video tokens, suffix text, padding; the pruned one
+  keeps all of it but the video tokens outside `index`, in order and without
+  holes. A newline row that ends the video (LLaVA-OneVision) counts as text.
+  `x[rows]` are its embeddings and `positions[:, rows]` its positions (with
+  plain RoPE, `rows` themselves): kept tokens keep those of the whole prompt.
 
   Args:
     index: int32[K] kept video tokens, ascending in 0..N-1; only the first
       `num_valid` entries are read.
     num_valid: int or int32[], at most K.
     video_start: int or int32[], row of the first video token.
-    num_video: N, static.
+    num_video: N, int or int32[].
     length: int or int32[], rows of the whole prompt without padding.
     out_length: static number of rows to return; L - N + K holds every prompt
       of at most L rows.
@@ -36,7 +37,7 @@ def pruned_rows(
   place = jnp.minimum(jnp.arange(out_length, dtype=jnp.int32), new_length - 1)
   among_kept = place - video_start
   kept = jnp.take(index, among_kept, mode="clip") + video_start
-  behind = place + (num_video - num_valid)  # Newline and suffix text.
+  behind = place + (num_video - num_valid)  # The suffix text.
   rows = jnp.where(among_kept < 0, place, kept)
   rows = jnp.where(among_kept >= num_valid, behind, rows)
   return rows, new_length
