@@ -48,18 +48,33 @@ class VideoStyle:
     plain: what stands for a clip before the question where the message is one
       plain text.
     newline_tokens: rows after the N video tokens that have the same id.
-    block: what a rendered turn has to hold; positions are counted from it.
+    around: tokens that have to stand before and after; positions are counted
+      from them.
   """
 
   token: str
   plain: str
   newline_tokens: int
-  block: str
+  around: tuple[str, ...] = ()
+
+  @property
+  def tokens(self) -> tuple[str, ...]:
+    """What the tokenizer has to know."""
+    return (self.token, *self.around)
+
+  @property
+  def block(self) -> str:
+    """What a rendered turn has to hold."""
+    return self.token.join(self.around) if self.around else self.token
 
 
-LLAVA_ONEVISION = VideoStyle("<video>", "<video>\n", 1, "<video>")
-_QWEN_BLOCK = "<|vision_start|><|video_pad|><|vision_end|>"
-QWEN2_5_VL = VideoStyle("<|video_pad|>", _QWEN_BLOCK, 0, _QWEN_BLOCK)
+LLAVA_ONEVISION = VideoStyle("<video>", "<video>\n", 1)
+QWEN2_5_VL = VideoStyle(
+  "<|video_pad|>",
+  "<|vision_start|><|video_pad|><|vision_end|>",
+  0,
+  ("<|vision_start|>", "<|vision_end|>"),
+)
 _STYLES = {"llava_onevision": LLAVA_ONEVISION, "qwen2_5_vl": QWEN2_5_VL}
 
 
@@ -133,7 +148,6 @@ def _renamed(style: VideoStyle, token: str) -> VideoStyle:
     style,
     token=token,
     plain=style.plain.replace(style.token, token),
-    block=style.block.replace(style.token, token),
   )
 
 
@@ -175,14 +189,14 @@ class Tokenizer:
     self._variables = variables or {}
     self._plain = plain
     self._form = None  # The form of messages that the template has taken.
-    video_token = style.token
-    video_id = tokenizer.token_to_id(video_token)
-    if video_id is None:
-      raise errors.UserError(
-        f"{name}: the tokenizer has no video token {video_token!r}; use the"
-        " tokenizer of a video model's checkpoint"
-      )
-    self.video_id = video_id
+    for token in style.tokens:
+      if tokenizer.token_to_id(token) is None:
+        what = "video token" if token == style.token else "token"
+        raise errors.UserError(
+          f"{name}: the tokenizer has no {what} {token!r}; use the tokenizer of"
+          " a video model's checkpoint"
+        )
+    self.video_id = tokenizer.token_to_id(style.token)
     ids = [tokenizer.token_to_id(token) for token in eos_tokens]
     self.eos_ids = tuple(dict.fromkeys(i for i in ids if i is not None))
     if not self.eos_ids:
@@ -340,30 +354,33 @@ class Tokenizer:
       "plain": f"{self.style.plain}{text}",
     }
     forms = ("plain", "items") if self._plain else ("items", "plain")
-    words, fault = text.strip(), None  # A template may trim what it is given.
+    words = text.strip()  # A template may trim what it is given.
+    faults = []
     # A tokenizer's own template may take one form only.
     for form in (self._form,) if self._form else forms:
       try:
         message = {"role": "user", "content": contents[form]}
         rendered = self.render_messages([message])
       except errors.UserError as error:
-        fault = error
+        faults.append((0, error))
         continue
       count = rendered.count(self.video_token)
-      if count == 1 and self.style.block in rendered and words in rendered:
-        self._form = form
-        return rendered
       if count != 1:
         what = f"renders {count} video placeholders instead of one"
-      elif words in rendered:
+      elif words not in rendered:
+        what = "leaves the question out"
+      elif self.style.block not in rendered:
         what = f"does not write a clip as {self.style.block!r}"
       else:
-        what = "leaves the question out"
+        self._form = form
+        return rendered
       fault = errors.UserError(
         f"{self.name}: the chat template {what}; use the checkpoint's original"
         " template"
       )
-    raise fault
+      faults.append((1 + (count == 1) + (words in rendered), fault))
+    # What came closest tells the most.
+    raise max(faults, key=lambda fault: fault[0])[1]
 
   def render_messages(
     self, messages: Sequence[dict], add_generation_prompt: bool = True
