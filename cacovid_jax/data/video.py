@@ -8,6 +8,7 @@ since a clip of a public data set is an untrusted file.
 """
 
 import dataclasses
+import functools
 import io
 import os
 import re
@@ -172,6 +173,7 @@ def decode(
   sampler: Callable[[int, float], Sequence[int]],
   *,
   size: int | None = None,
+  resize: Callable[[np.ndarray], np.ndarray] | None = None,
   limits: Limits | None = None,
 ) -> Clip:
   """Decodes the frames that a rule picks.
@@ -181,13 +183,17 @@ def decode(
     sampler: maps (number of frames, seconds) to frame indices.
     size: S, to resize every frame to S x S at once, so that few frames of the
       clip's own size are in memory; None keeps the size.
+    resize: in place of `size`, what is done to each upright frame
+      uint8[h,w,3]; all results must have one shape.
     limits: caps; the defaults if None.
 
   Returns:
     The clip; `VideoError` if it cannot be used.
   """
+  if size is not None:
+    resize = functools.partial(frames_lib.resize_frame, size=size)
   with _Reader(path, limits or Limits()) as reader:
-    return reader.decode(sampler, size)
+    return reader.decode(sampler, resize)
 
 
 class _NoTableError(Exception):
@@ -389,7 +395,7 @@ class _Reader:
       self._container.format.name,
     )
 
-  def decode(self, sampler, size) -> Clip:
+  def decode(self, sampler, resize) -> Clip:
     """See the function of this name."""
     table, num_frames, seconds = self._length()
     indices = np.asarray(sampler(num_frames, seconds), np.int64)
@@ -404,11 +410,11 @@ class _Reader:
     pictures = None
     if table is not None:
       try:
-        pictures = self._by_stamp(table, order, size)
+        pictures = self._by_stamp(table, order, resize)
       except _NoTableError:
         pictures = None
     if pictures is None:
-      pictures = self._in_sequence(order, size)
+      pictures = self._in_sequence(order, resize)
     if not pictures:
       raise self._fail("no_frames", "no picture could be decoded")
     clamped = int((indices > order[len(pictures) - 1]).sum())
@@ -423,7 +429,7 @@ class _Reader:
       clamped,
     )
 
-  def _by_stamp(self, table, order, size) -> list[np.ndarray]:
+  def _by_stamp(self, table, order, resize) -> list[np.ndarray]:
     """Returns the frames of ascending indices; fewer if the tail is damaged."""
     stamps, keys = table
     found, pictures, current = [], None, None
@@ -445,13 +451,13 @@ class _Reader:
           raise _NoTableError
         landed = False
         if current >= wanted:
-          found.append(self._upright(picture, size))
+          found.append(self._upright(picture, resize))
           break
       else:
         return found
     return found
 
-  def _in_sequence(self, order, size) -> list[np.ndarray]:
+  def _in_sequence(self, order, resize) -> list[np.ndarray]:
     """Returns the same, by counting the frames from the start."""
     self._open()
     found = []
@@ -460,13 +466,13 @@ class _Reader:
     for count, picture in enumerate(self._pictures()):
       if count < index:
         continue
-      found.append(self._upright(picture, size))
+      found.append(self._upright(picture, resize))
       index = next(wanted, None)
       if index is None:
         break
     return found
 
-  def _upright(self, picture, size) -> np.ndarray:
+  def _upright(self, picture, resize) -> np.ndarray:
     """Returns uint8[h,w,3] with the display rotation applied."""
     if picture.width * picture.height > self.limits.max_pixels:
       raise self._fail("too_large", f"{picture.width} x {picture.height}")
@@ -474,7 +480,7 @@ class _Reader:
     turns = round(getattr(picture, "rotation", 0) / 90) % 4
     if turns:
       image = np.ascontiguousarray(np.rot90(image, turns))
-    return frames_lib.resize_frame(image, size) if size else image
+    return resize(image) if resize else image
 
 
 def _fit(image: np.ndarray, shape) -> np.ndarray:
