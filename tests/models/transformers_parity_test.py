@@ -1,0 +1,176 @@
+"""The check against installed transformers: it passes, and it can fail."""
+
+import os
+import pathlib
+import shutil
+import sys
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+import transformers
+from absl.testing import flagsaver
+
+import cacovid_jax
+from cacovid_jax import errors, parity
+from cacovid_jax.models import checkpoints, golden, transformers_parity
+
+GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
+LLAVA, QWEN = GOLDEN / "llava_onevision_tiny", GOLDEN / "qwen2_5_vl_tiny"
+SHIPPED = pathlib.Path(cacovid_jax.__file__).parent / "assets" / "base_model"
+
+
+def missed(found):
+  return [stage.name for stage in found if not stage.ok]
+
+
+@pytest.fixture(scope="module", params=[LLAVA, QWEN], ids=lambda p: p.name)
+def case(request):
+  """Returns (model, params, what transformers computes) of a directory."""
+  arrays = transformers_parity.reference(request.param, max_new_tokens=3)
+  checkpoint = checkpoints.load(request.param)
+  return checkpoint.model, checkpoint.params, arrays
+
+
+def test_the_shipped_base_model_passes():
+  found = transformers_parity.check(SHIPPED, num_frames=1, max_new_tokens=3)
+  assert not missed(found)
+  names = [stage.name for stage in found]
+  layers = checkpoints.load_config(SHIPPED).text.num_layers
+  assert names == [
+    "vision_embeddings",
+    "vision_tower_output",
+    "projected_features",
+    "pooled_features",
+    "video_features",
+    "inputs_embeds",
+    *(f"hidden_states[{layer}]" for layer in range(layers + 1)),
+    "last_hidden_state",
+    "logits",
+    "generated_ids",
+    "dropped_last_hidden_state",
+    "dropped_logits",
+  ]
+
+
+def test_every_stage_of_a_golden_folder_is_there_and_passes(case):
+  model, params, arrays = case
+  folder = LLAVA if "projected_features" in arrays else QWEN
+  # Nothing that the folder's own file has is left out, but sums over it.
+  recorded = set(golden.read(folder))
+  derived = {"generated_logits", "generated_margin", "v4_hidden_states"}
+  derived |= {name for name in recorded if name.endswith("mean")}
+  derived.add("vision_post_layernorm_unused")
+  assert recorded - derived <= set(arrays)
+  # One of the two prompts is padded, on the left.
+  assert (
+    arrays["attention_mask"].sum(axis=1) < arrays["input_ids"].shape[1]
+  ).any()
+  assert not missed(transformers_parity.compare(model, params, arrays))
+
+
+def test_a_perturbed_weight_is_a_miss_where_it_acts(case):
+  model, params, arrays = case
+  params = jax.tree.map(np.array, params)
+  kernel = params["language_model"]["layers"]["down_proj"]["kernel"]
+  kernel[1] *= 1.01
+  found = missed(transformers_parity.compare(model, params, arrays))
+  assert found[0] == "hidden_states[2]"
+  assert "logits" in found
+
+
+def test_the_towers_weights_are_looked_at(case):
+  model, params, arrays = case
+  params = jax.tree.map(np.array, params)
+  if "projector" in params:
+    tower, first = params["vision_tower"]["layers"], "vision_tower_output"
+    tower["fc2"]["kernel"][-1] *= 1.01
+  else:
+    tower, first = params["visual"]["merger"], "video_features"
+    tower["linear_2"]["kernel"] *= 1.01
+  assert missed(transformers_parity.compare(model, params, arrays))[0] == first
+
+
+def test_the_seed_changes_the_pixels_and_nothing_else_is_random(case):
+  _, _, arrays = case
+  if "video_grid_thw" not in arrays:
+    again = transformers_parity.reference(LLAVA, max_new_tokens=3)
+    other = transformers_parity.reference(LLAVA, max_new_tokens=1, seed=1)
+    for name, value in arrays.items():
+      np.testing.assert_array_equal(value, again[name], err_msg=name)
+    assert (other["pixel_values_videos"] != arrays["pixel_values_videos"]).any()
+
+
+def test_steps_that_rounding_could_decide_are_not_compared():
+  with mock.patch.object(transformers_parity, "_TIE", 1e6):
+    arrays = transformers_parity.reference(LLAVA, max_new_tokens=3)
+  assert arrays["generated_ids"].shape == (2, 1)
+
+
+def test_positions_of_4_50_are_those_of_its_recorded_run():
+  recorded = golden.read(QWEN)
+  config = checkpoints.load_config(QWEN)
+  merge = config.vision.merge_size
+  mine = transformers_parity._positions_4_50(
+    recorded["input_ids"],
+    recorded["attention_mask"],
+    recorded["video_grid_thw"] // (1, merge, merge),
+    recorded["second_per_grid_ts"],
+    config,
+  )
+  np.testing.assert_array_equal(mine, recorded["v4_position_ids"])
+
+
+def test_exit_codes_of_the_command(capsys):
+  flags = {"against_transformers": str(LLAVA)}
+  check = transformers_parity.check
+  with (
+    flagsaver.flagsaver(**flags),
+    jax.default_matmul_precision("highest"),
+    mock.patch.object(jax.config, "update"),
+  ):
+    assert parity.main(["parity"]) == 0
+    assert "15 of 15 stages within tolerance" in capsys.readouterr().out
+
+    def worse(*args, **kwargs):
+      found = check(*args, **kwargs)
+      return [*found[:-1], found[-1]._replace(ok=False)]
+
+    with mock.patch.object(transformers_parity, "check", worse):
+      assert parity.main(["parity"]) == 1
+    assert "dropped_logits" in capsys.readouterr().out
+  with pytest.raises(errors.UserError, match="no folder given"):
+    parity.main(["parity"])
+
+
+@pytest.mark.parametrize("absent", ["torch", "transformers"])
+def test_without_the_extra_one_line_says_what_to_install(absent):
+  with mock.patch.dict(sys.modules, {absent: None}):
+    with pytest.raises(errors.UserError, match=r"cacovid_jax\[hf\]") as caught:
+      transformers_parity.check(LLAVA)
+  assert "\n" not in str(caught.value)
+
+
+def test_directories_that_cannot_be_compared(tmp_path):
+  with pytest.raises(errors.UserError, match="config.json is missing"):
+    transformers_parity.check(tmp_path)
+  with pytest.raises(errors.UserError, match="cannot compute on 'abacus'"):
+    transformers_parity.check(LLAVA, device="abacus")
+  for name in ("config.json", "generation_config.json"):
+    shutil.copy(LLAVA / name, tmp_path)
+  with pytest.raises(errors.UserError, match="cannot load"):
+    transformers_parity.check(tmp_path)
+  weights = safetensors.numpy.load_file(LLAVA / "model.safetensors")
+  del weights["image_newline"]
+  safetensors.numpy.save_file(
+    weights, tmp_path / "model.safetensors", {"format": "pt"}
+  )
+  with pytest.raises(errors.UserError, match="finds no .*image_newline"):
+    transformers_parity.check(tmp_path)
+
+
+def test_this_is_the_installed_library():
+  assert int(transformers.__version__.split(".")[0]) >= 5
+  assert os.path.isfile(SHIPPED / "tokenizer.json")
