@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import re
+import types
 from collections.abc import Iterable, Iterator, Sequence
 
 import jinja2
@@ -177,7 +178,7 @@ def _measure(value) -> int:
     size = len(value)
   elif isinstance(value, dict):
     size = sum(_measure(key) + _measure(item) for key, item in value.items())
-  elif isinstance(value, (list, tuple, set, frozenset)):
+  elif isinstance(value, (list, tuple, set, frozenset, range)):
     size = len(value) + sum(map(_measure, value))
   else:
     if isinstance(value, int) and abs(value) >= 2**63:
@@ -230,6 +231,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
   def call(_self, _context, _obj, *args, **kwargs):  # noqa: N805
     bound = getattr(_obj, "__wrapped__", _obj)
     name, owner = getattr(bound, "__name__", ""), None
+    args = _settled(name, args)
     if isinstance(getattr(bound, "__self__", None), str):
       owner = bound.__self__
       if name in ("format", "format_map"):
@@ -304,6 +306,7 @@ def _guarded(name: str, function):
 
   @functools.wraps(function)  # Also marks that it wants the context.
   def guarded(*args, **kwargs):
+    args = _settled(name, args)
     values = args[1:] if hasattr(function, "jinja_pass_arg") else args
     _check_arguments(name, (*values, *kwargs.values()))
     if name == "format":
@@ -311,6 +314,22 @@ def _guarded(name: str, function):
     return _charge(function(*args, **kwargs))
 
   return guarded
+
+
+def _settled(name: str, args) -> Sequence:
+  """Returns arguments with lazy ones, as of `map`, in full: to be measured."""
+  if name not in _MULTIPLYING:
+    return args
+  return [
+    list(_counted(value)) if isinstance(value, types.GeneratorType) else value
+    for value in args
+  ]
+
+
+def _counted(values: Iterable) -> Iterator:
+  for value in values:
+    _spend(_STEP)
+    yield value
 
 
 def _check_format(text) -> None:
@@ -321,9 +340,7 @@ def _check_format(text) -> None:
 # With the context, so that jinja2 does not evaluate them while it compiles.
 @jinja2.pass_context
 def _steps(context, values) -> Iterator:
-  for value in values:
-    _spend(_STEP)
-    yield value
+  return _counted(values)
 
 
 @jinja2.pass_context

@@ -19,6 +19,7 @@ TRAIN_RULE = "train_linspace_1fps"
 BICUBIC = int(Image.Resampling.BICUBIC)
 
 _MAX_FILE_BYTES = 2**20
+_MAX_SIDE = 8192
 # Steps of the reference processors: key -> (what we do, when it is not given).
 _STEPS = {
   "do_resize": (True, True),
@@ -106,7 +107,11 @@ def normalise(frames: np.ndarray, mean, std, axis: int = -1) -> np.ndarray:
   shape[axis] = -1
   mean = np.asarray(mean, np.float32).reshape(shape)
   std = np.asarray(std, np.float32).reshape(shape)
-  return (frames.astype(np.float32) / np.float32(255) - mean) / std
+  pixels = frames.astype(np.float32)
+  pixels /= np.float32(255)  # In place: clips are large.
+  pixels -= mean
+  pixels /= std
+  return pixels
 
 
 def to_pixels(
@@ -210,8 +215,10 @@ class Preprocessing:
   resample: int = BICUBIC
 
   def __post_init__(self):
-    if self.image_size < 1:
-      raise errors.UserError(f"image_size={self.image_size}: give pixels")
+    if not 1 <= self.image_size <= _MAX_SIDE:
+      raise errors.UserError(
+        f"image_size={self.image_size}: give pixels, at most {_MAX_SIDE}"
+      )
     check_statistics(self.mean, self.std, self.resample)
 
   @classmethod
@@ -235,7 +242,7 @@ class Preprocessing:
       )
     except KeyError as error:
       raise unusable(path, f"no {error}") from error
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
       raise unusable(path, error) from error
     try:
       return cls(*values)

@@ -214,7 +214,7 @@ class ProcessorConfig:
       for name in ("mean", "std"):
         if entry.get(f"image_{name}") is not None:
           values[name] = frames_lib.triple(entry[f"image_{name}"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
       raise frames_lib.unusable(path, error) from error
     given = {"min_pixels": min_pixels, "max_pixels": max_pixels}
     values.update({k: v for k, v in given.items() if v is not None})

@@ -109,13 +109,15 @@ _LONG = (
     "{{ messages|batch(1000000000, 'x')|list }}",
     "{{ messages|tojson(indent=1000000000) }}",
     "{{ range(10000)|join(range(10000)|join('x')) }}",
+    "{{ range(10000)|select|join(range(10000)|join('x')) }}",
+    "{{ (range(10000)|join('x')).join(range(10000)|map('string')) }}",
   ],
 )
 def test_nothing_runs_or_grows_without_end(text):
-  start = time.monotonic()
+  start = time.process_time()
   with pytest.raises((errors.UserError, *chat_templates.FAULTS)):
     _render(text)
-  assert time.monotonic() - start < 5.0
+  assert time.process_time() - start < 5.0
 
 
 def test_a_long_conversation_is_within_the_budget():

@@ -94,13 +94,18 @@ def write_edited(path, source, hidden=5, rate=10):
   return path
 
 
-def write_rotated(path, source):
-  """Copies an mp4 and marks it as filmed upright by a lying camera."""
+# Display matrices (a, b, c, d): a player moves the pixel at (x, y) to
+# (a x + c y, b x + d y).
+TURNED = (0, 1, -1, 0)  # By a quarter, clockwise.
+
+
+def write_rotated(path, source, matrix=TURNED):
+  """Copies an mp4 with a display matrix, as of a camera that lay or stood."""
   data = bytearray(source.read_bytes())
   start = data.find(b"tkhd")
   # Version 0: times, id, duration (20 bytes), then 16 more before the matrix.
-  matrix = start + 8 + 20 + 16
-  upright = (0, 65536, 0, -65536, 0, 0, 0, 0, 0x40000000)
-  data[matrix : matrix + 36] = struct.pack(">9i", *upright)
+  place = start + 8 + 20 + 16
+  a, b, c, d = (65536 * value for value in matrix)
+  data[place : place + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
   path.write_bytes(data)
   return path

@@ -177,6 +177,8 @@ def test_a_missing_or_malformed_processor_file_is_named(tmp_path, text):
     ({"size": {"shortest_edge": 384}}, "no square tile"),
     ({"size": {"height": 384, "width": 378}}, "no square tile"),
     ({"size": 0}, "image_size=0"),
+    ({"size": 10**30}, "at most 8192"),
+    ({"size": float("inf")}, "checkpoint's origin"),
     ({"resample": 9}, "filter of PIL"),
     ({"image_std": [0.5, 0.5, 0.0]}, "deviations above 0"),
     ({"do_center_crop": True}, "do_center_crop=True is not supported"),
