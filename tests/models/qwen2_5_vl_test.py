@@ -11,6 +11,7 @@ from absl.testing import absltest, parameterized
 
 from cacovid_jax import errors
 from cacovid_jax.models import generation, qwen2_5_vl, qwen2_5_vl_vision
+from tests.models import mrope_loop
 
 CONFIG = qwen2_5_vl.Qwen2_5VLConfig.tiny()
 MODEL = qwen2_5_vl.Qwen2_5VLModel(CONFIG)
@@ -72,28 +73,6 @@ def _params():
   )
 
 
-def _loop(ids, grid, seconds, tokens_per_second, rule):
-  """Positions one token at a time: a counter that a video pushes ahead."""
-  found, following, at_video = [], 0, 0
-  _, height, width = grid
-  for token in ids:
-    if token != VIDEO:
-      found.append((following,) * 3)
-      following += 1
-      continue
-    if at_video == 0:
-      start = following
-    slice_number, place = divmod(at_video, height * width)
-    time = math.floor(slice_number * seconds * tokens_per_second + 1e-4)
-    found.append((start + time, start + place // width, start + place % width))
-    at_video += 1
-    if rule == "v5":
-      following = start + max(height, width)
-    else:
-      following = max(following, *(value + 1 for value in found[-1]))
-  return np.array(found).T, max(max(places) for places in found) + 1
-
-
 class PositionIdsTest(parameterized.TestCase):
   @parameterized.product(
     grid=((4, 3, 5), (3, 4, 2), (1, 1, 1), (8, 1, 2)),
@@ -105,7 +84,9 @@ class PositionIdsTest(parameterized.TestCase):
     positions, following = qwen2_5_vl.position_ids(
       ids, grid=grid, seconds_per_slice=seconds, config=CONFIG, rule=rule
     )
-    expected, next_expected = _loop(ids, grid, seconds, 2, rule)
+    expected, next_expected = mrope_loop.positions(
+      ids, VIDEO, grid, seconds, 2, rule
+    )
     np.testing.assert_array_equal(positions, expected)
     self.assertEqual(positions.dtype, np.int32)
     self.assertEqual(following, next_expected)
