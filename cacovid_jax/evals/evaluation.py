@@ -311,13 +311,15 @@ def load_policy(path: str, checkpoint: checkpoints.Checkpoint) -> runner.Policy:
   Args:
     path: a safetensors file; or a folder (or a training workdir that holds
       `policy/`), whose `best.safetensors` is taken if validation chose one,
-      else `policy.safetensors`. A `policy_config.json` beside it names the
+      else `policy.safetensors`; or a checkpoint directory with the public
+      policy among its weights. A `policy_config.json` beside it names the
       module; without one it is the paper's.
     checkpoint: the base model that it must have been trained with.
   """
   file = _policy_file(pathlib.Path(path))
   described = {}
-  config = file.parent / "policy_config.json"
+  folder = file if file.is_dir() else file.parent
+  config = folder / "policy_config.json"
   if config.is_file():
     described = checkpoints.read_json(os.fspath(config))
   trained_with = described.get("base_model", {}).get("sha256")
@@ -335,7 +337,10 @@ def load_policy(path: str, checkpoint: checkpoints.Checkpoint) -> runner.Policy:
     options["num_halvings"] = _num_halvings(file)
   policy = module.from_llm_config(checkpoint.model.config.text, **options)
   params = modules.load(os.fspath(file), policy)
-  digest = hashlib.sha256(file.read_bytes()).hexdigest()
+  if file.is_dir():
+    digest = checkpoints.identity(os.fspath(file))["sha256"]
+  else:
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
   return runner.Policy(policy, params, digest)
 
 
@@ -477,7 +482,8 @@ def _find_policy(path: pathlib.Path) -> pathlib.Path | None:
     for name in ("best.safetensors", "policy.safetensors"):
       if (folder / name).is_file():
         return folder / name
-  return None
+  # The public release keeps it among the base model's weights.
+  return path if modules.is_released(path) else None
 
 
 def _num_halvings(file: pathlib.Path) -> int:

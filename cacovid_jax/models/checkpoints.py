@@ -1,37 +1,50 @@
-"""Hugging Face checkpoint directories of LLaVA-OneVision, in and out.
+"""Hugging Face checkpoint directories of the base models, in and out.
 
 A directory holds config.json, generation_config.json, the weights (one
-safetensors file, or several with an index) and the tokenizer's files. Weights
-pass through one readable table, source name -> (our path, layout); stacked
-layers are one row of it.
+safetensors file, or several with an index) and the tokenizer's files.
+config.json's `model_type` decides which model it is. Weights pass through one
+readable table per model, source name -> (our path, layout, depth of the stack);
+they are compared with it before the first byte of them is read.
 """
 
 import dataclasses
 import functools
-import hashlib
-import json
 import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import safetensors
-import safetensors.numpy
+from flax import traverse_util
+from jax.sharding import NamedSharding
 
 from cacovid_jax import errors
-from cacovid_jax.models import llava_onevision
+from cacovid_jax.models import (
+  hf_config,
+  llava_onevision,
+  llava_onevision_weights,
+  placement,
+  qwen2_5_vl,
+  qwen2_5_vl_weights,
+  safetensors_io,
+)
+from cacovid_jax.parallel import mesh as mesh_lib
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+WEIGHTS = safetensors_io.WEIGHTS
+INDEX = safetensors_io.INDEX
 
-# The norm behind SigLIP's last block is in every checkpoint and in no
-# computation: it is accepted, not kept, and written as the identity.
-_POST_NORM = "vision_tower.vision_model.post_layernorm."
+# What others read and write of a directory without its model.
+read_json = hf_config.read_json
+read_safetensors = safetensors_io.read_safetensors
+write_safetensors = safetensors_io.write_safetensors
+weight_files = safetensors_io.weight_files
+identity = safetensors_io.identity
+
 # A policy trained by the public code travels with its base model's weights;
 # `cacovid_jax.policy` reads it.
-_IGNORED = (_POST_NORM, "compression_policy.")
+POLICY_PREFIX = "compression_policy."
 
 _READABLE = {
   np.dtype(np.float16),
@@ -52,244 +65,190 @@ class Checkpoint:
     identity: {"path", "sha256"} of the weights.
     eos_ids: token ids that end an answer.
     pad_id: token id behind the end.
+    extra: tensors of the files that no computation of ours reads, {hub name:
+      array mapped from the file}: SigLIP's last norm, a second copy of tied
+      embeddings, a policy. `save` writes them back.
   """
 
-  model: llava_onevision.LlavaOnevisionModel
+  model: Any
   params: Any
   tokenizer: Any
   identity: dict[str, str]
   eos_ids: tuple[int, ...]
   pad_id: int
+  extra: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Row:
-  """Where one source tensor goes; `layers` says it is one of a stack."""
+class _Family:
+  """What tells one kind of model from another.
 
-  path: tuple[str, ...]
-  layout: str = "same"
-  layers: int | None = None
+  Attributes:
+    config: class of its config.
+    model: class of its functions.
+    table: config -> {source name: (path, layout, layers)}.
+    hub_name: any spelling of a source name -> the table's.
+    head: source name of the output embeddings.
+    unused: beginnings of source names that no computation reads.
+    kernel_shape: config -> sizes of the patch convolution's kernel behind the
+      outputs, as the source has them.
+    defaults: config -> {source name: array} written where a reader asks for
+      what we do not keep.
+  """
 
-
-def _table(config):
-  """Returns {source name, "{}" for the layer number: `_Row`}."""
-  rows = {"image_newline": _Row(("image_newline",))}
-
-  def dense(source, path, use_bias=True, layers=None, layout="transpose"):
-    rows[f"{source}.weight"] = _Row((*path, "kernel"), layout, layers)
-    if use_bias:
-      rows[f"{source}.bias"] = _Row((*path, "bias"), "same", layers)
-
-  for name in ("linear_1", "linear_2"):
-    dense(
-      f"multi_modal_projector.{name}",
-      ("projector", name),
-      use_bias=config.projector_bias,
-    )
-
-  tower, ours = "vision_tower.vision_model", ("vision_tower",)
-  dense(
-    f"{tower}.embeddings.patch_embedding",
-    (*ours, "patch_embedding"),
-    layout="patches",
-  )
-  rows[f"{tower}.embeddings.position_embedding.weight"] = _Row(
-    (*ours, "position_embedding")
-  )
-  layers, layer = config.vision.num_layers, f"{tower}.encoder.layers.{{}}"
-  for name in ("layer_norm1", "layer_norm2"):
-    path = (*ours, "layers", name)
-    rows[f"{layer}.{name}.weight"] = _Row((*path, "scale"), "same", layers)
-    rows[f"{layer}.{name}.bias"] = _Row((*path, "bias"), "same", layers)
-  for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-    dense(f"{layer}.self_attn.{name}", (*ours, "layers", name), layers=layers)
-  for name in ("fc1", "fc2"):
-    dense(f"{layer}.mlp.{name}", (*ours, "layers", name), layers=layers)
-
-  decoder, ours = "language_model.model", ("language_model",)
-  rows[f"{decoder}.embed_tokens.weight"] = _Row((*ours, "embed_tokens"))
-  rows[f"{decoder}.norm.weight"] = _Row((*ours, "norm", "scale"))
-  if not config.text.tie_embeddings:
-    rows["language_model.lm_head.weight"] = _Row((*ours, "lm_head"))
-  layers, layer = config.text.num_layers, f"{decoder}.layers.{{}}"
-  for name in ("input_layernorm", "post_attention_layernorm"):
-    path = (*ours, "layers", name, "scale")
-    rows[f"{layer}.{name}.weight"] = _Row(path, "same", layers)
-  for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-    dense(
-      f"{layer}.self_attn.{name}",
-      (*ours, "layers", name),
-      use_bias=name != "o_proj",
-      layers=layers,
-    )
-  for name in ("gate_proj", "up_proj", "down_proj"):
-    dense(
-      f"{layer}.mlp.{name}",
-      (*ours, "layers", name),
-      use_bias=False,
-      layers=layers,
-    )
-  return rows
+  config: type
+  model: type
+  table: Callable[[Any], dict[str, tuple]]
+  hub_name: Callable[[str], str]
+  head: str
+  unused: tuple[str, ...]
+  kernel_shape: Callable[[Any], tuple[int, ...]]
+  defaults: Callable[[Any], dict[str, np.ndarray]]
 
 
-def _to_ours(layout, tensor):
-  if layout == "transpose":  # (out, in) -> (in, out)
-    return tensor.T
-  if layout == "patches":  # (out, in, kh, kw) -> (kh * kw * in, out)
-    return tensor.transpose(2, 3, 1, 0).reshape(-1, tensor.shape[0])
-  return tensor
+def _identity_norm(config):
+  """Returns SigLIP's unused norm as one that changes nothing."""
+  width = config.vision.hidden_size
+  norm = llava_onevision_weights.POST_NORM
+  return {
+    f"{norm}weight": np.ones(width, np.float32),
+    f"{norm}bias": np.zeros(width, np.float32),
+  }
 
 
-def _to_source(layout, tensor, patch_size):
-  if layout == "transpose":
-    return tensor.T
-  if layout == "patches":
-    width = tensor.shape[-1]
-    tensor = tensor.reshape(patch_size, patch_size, -1, width)
-    return tensor.transpose(3, 2, 0, 1)
-  return tensor
-
-
-def hub_name(name):
-  """Returns the hub's (4.x) name of a tensor in any of the known spellings."""
-  stems = (
-    "language_model.",
-    "vision_tower.",
-    "multi_modal_projector.",
-    "image_newline",
-  )
-  if name.startswith("model.") and name[len("model.") :].startswith(stems):
-    name = name[len("model.") :]
-  head, _, rest = name.partition(".")
-  if head == "lm_head":
-    return f"language_model.{name}"
-  if head == "vision_tower" and not rest.startswith("vision_model."):
-    return f"vision_tower.vision_model.{rest}"
-  if head == "language_model" and not rest.startswith(("model.", "lm_head.")):
-    return f"language_model.model.{rest}"
-  return name
-
-
-def weight_files(directory):
-  """Returns the sorted paths of a directory's safetensors files."""
-  index = os.path.join(directory, INDEX)
-  if not os.path.exists(index):
-    names = [WEIGHTS]
-  else:
-    names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not names:
-      raise errors.UserError(f"{index} has no weight_map; download it again")
-    names = sorted(set(names.values()))
-  paths = []
-  for name in names:
-    path = os.path.join(directory, str(name))
-    # An index names files of its own directory, nothing else.
-    if os.path.basename(path) != name:
-      raise errors.UserError(f"{index} names {name!r}, not a plain file name")
-    if not os.path.isfile(path):
-      raise errors.UserError(f"{path} is missing; copy the weights there")
-    paths.append(path)
-  return paths
-
-
-def read_safetensors(directory):
-  """Yields (name, array) of every tensor of a directory, one at a time."""
-  for path in weight_files(directory):
-    try:
-      with safetensors.safe_open(path, framework="np") as file:
-        for name in sorted(file.keys()):
-          yield name, file.get_tensor(name)
-    except (safetensors.SafetensorError, OSError) as error:
-      reason = " ".join(str(error).split())
-      raise errors.UserError(
-        f"{path} is not a readable safetensors file ({reason}); download it"
-        " again"
-      ) from error
-
-
-def write_safetensors(path, tensors):
-  """Writes {name: array} so that a reader sees the old file or the new one."""
-  contiguous = {k: np.ascontiguousarray(v) for k, v in tensors.items()}
-  data = safetensors.numpy.save(contiguous, metadata={"format": "pt"})
-  _write(path, data)
-
-
-def read_json(path):
-  """Returns the dict in a JSON file."""
-  try:
-    with open(path, encoding="utf-8") as file:
-      value = json.load(file)
-  except FileNotFoundError as error:
-    raise errors.UserError(
-      f"{path} is missing; give a Hugging Face checkpoint directory"
-    ) from error
-  except (OSError, ValueError) as error:
-    reason = " ".join(str(error).split())
-    raise errors.UserError(f"{path} is not readable JSON ({reason})") from error
-  if not isinstance(value, dict):
-    raise errors.UserError(f"{path} does not hold a JSON object")
-  return value
+_FAMILIES = {
+  "llava_onevision": _Family(
+    config=llava_onevision.LlavaOnevisionConfig,
+    model=llava_onevision.LlavaOnevisionModel,
+    table=llava_onevision_weights.table,
+    hub_name=llava_onevision_weights.hub_name,
+    head="language_model.lm_head.weight",
+    unused=(llava_onevision_weights.POST_NORM,),
+    kernel_shape=lambda config: (3,) + (config.vision.patch_size,) * 2,
+    defaults=_identity_norm,
+  ),
+  "qwen2_5_vl": _Family(
+    config=qwen2_5_vl.Qwen2_5VLConfig,
+    model=qwen2_5_vl.Qwen2_5VLModel,
+    table=qwen2_5_vl_weights.table,
+    hub_name=qwen2_5_vl_weights.hub_name,
+    head="lm_head.weight",
+    unused=(),
+    kernel_shape=lambda config: (
+      3,
+      config.vision.temporal_patch_size,
+      config.vision.patch_size,
+      config.vision.patch_size,
+    ),
+    defaults=lambda config: {},
+  ),
+}
 
 
 def load_config(directory):
-  """Returns the `LlavaOnevisionConfig` of a checkpoint directory."""
+  """Returns the config of a checkpoint directory's model."""
   path = os.path.join(directory, "config.json")
-  return llava_onevision.LlavaOnevisionConfig.from_hf(read_json(path))
+  described = read_json(path)
+  kind = described.get("model_type")
+  if kind not in _FAMILIES:
+    raise errors.UserError(
+      f"{path}: model_type is {kind!r}; give a checkpoint of"
+      f" {' or '.join(_FAMILIES)}"
+    )
+  return _FAMILIES[kind].config.from_hf(described)
 
 
-def load_params(directory, config, dtype=jnp.float32):
-  """Returns the weights as numpy arrays on the host, layers stacked.
+def _family(config):
+  return next(f for f in _FAMILIES.values() if isinstance(config, f.config))
+
+
+def load_params(
+  directory,
+  config,
+  dtype=jnp.float32,
+  *,
+  mesh=None,
+  rules=mesh_lib.BASE_MODEL_RULES,
+):
+  """Returns the weights, layers stacked, where they will be used.
 
   Args:
     directory: checkpoint directory.
-    config: its `LlavaOnevisionConfig`.
-    dtype: floating-point type of the returned arrays.
+    config: of its model.
+    dtype: floating-point type of the parameters; None keeps the files' own.
+    mesh: `parallel.mesh`; the default device without.
+    rules: how weights are split over the mesh.
 
   Raises:
     UserError: tensors are missing, unknown, misshaped or not floating point;
       the message lists their names.
   """
-  table = _table(config)
-  params = jax.tree.map(
-    lambda leaf: np.empty(leaf.shape, dtype), _shapes(config)
-  )
+  sources, shapes, _ = _plan(directory, config, dtype)
+  shardings = None
+  if mesh is not None:
+    specs = mesh_lib.partition_specs(
+      traverse_util.unflatten_dict(shapes, sep="/"), mesh, rules
+    )
+    shardings = {
+      path: NamedSharding(mesh, spec)
+      for path, spec in traverse_util.flatten_dict(specs, sep="/").items()
+    }
+  params = placement.fill(shapes, sources, shardings)
+  return traverse_util.unflatten_dict(params, sep="/")
 
-  # Every single tensor that should come: {name: (row of the table, layer)}.
+
+def load_extra(directory, config):
+  """Returns {hub name: array mapped from its file}; see `Checkpoint.extra`."""
+  return {name: t.view() for name, t in _plan(directory, config)[2].items()}
+
+
+def _plan(directory, config, dtype=None):
+  """Accounts for every tensor of a directory; reads none.
+
+  Returns:
+    [placement.Source] in the order of the files, {path: ShapeDtypeStruct} of
+    our parameters, {hub name: Tensor} of what no parameter is made of.
+  """
+  family = _family(config)
+  shapes = _shapes(config)
+
+  # Every single tensor that should come: {name: (path, layout, layer)}.
   pending = {}
-  for name, row in table.items():
-    if row.layers is None:
-      pending[name] = (row, None)
+  for name, (path, layout, layers) in family.table(config).items():
+    path = "/".join(path)
+    if layers is None:
+      pending[name] = (path, layout, None)
     else:
-      for layer in range(row.layers):
-        pending[name.format(layer)] = (row, layer)
+      for layer in range(layers):
+        pending[name.format(layer)] = (path, layout, layer)
 
-  tied = config.text.tie_embeddings
-  extra, misshaped, not_float = [], [], []
-  for source, tensor in read_safetensors(directory):
-    name = hub_name(source)
-    if name.startswith(_IGNORED):
+  unused = (*family.unused, POLICY_PREFIX)
+  if config.text.tie_embeddings:
+    unused += (family.head,)  # A second copy of the embedding table.
+  sources, extra, unknown, misshaped, not_float = [], {}, [], [], []
+  for tensor in safetensors_io.list_directory(directory):
+    name = family.hub_name(tensor.name)
+    if name.startswith(unused) and name not in extra:
+      extra[name] = tensor
       continue
-    if tied and name == "language_model.lm_head.weight":
-      continue  # A second copy of the embedding table.
     if name not in pending:
-      extra.append(source)  # Or the same tensor under a second spelling.
+      unknown.append(tensor.name)  # Or one tensor under two spellings.
       continue
-    row, layer = pending.pop(name)
-    target = _leaf(params, row.path)
-    target = target if layer is None else target[layer]
-    expected = _source_shape(row, target.shape, config)
+    path, layout, layer = pending.pop(name)
+    shape = shapes[path] if layer is None else shapes[path][1:]
+    expected = _source_shape(layout, shape, family.kernel_shape(config))
     if tensor.shape != expected:
-      misshaped.append(f"{source} {tensor.shape} instead of {expected}")
+      misshaped.append(f"{tensor.name} {tensor.shape} instead of {expected}")
     elif tensor.dtype not in _READABLE:
-      not_float.append(f"{source} {tensor.dtype}")
+      not_float.append(f"{tensor.name} {tensor.dtype or tensor.code}")
     else:
-      target[...] = _to_ours(row.layout, tensor).astype(dtype)
+      sources.append(placement.Source(tensor, path, layer, layout))
 
   problems = [
     f"{kind} {_listed(names)}"
     for kind, names in (
       ("missing", sorted(pending)),
-      ("unknown", extra),
+      ("unknown", unknown),
       ("misshaped", misshaped),
       ("not floating point", not_float),
     )
@@ -300,30 +259,55 @@ def load_params(directory, config, dtype=jnp.float32):
       f"{directory}: the weights do not fit config.json:"
       f" {'; '.join(problems)}; use the two files of one checkpoint"
     )
-  return params
+  stored = {}
+  for source in sources:
+    kind = jnp.dtype(dtype or source.tensor.dtype)
+    # JAX has no float64 unless asked; no checkpoint needs it.
+    kind = jnp.promote_types(stored.get(source.leaf, kind), kind)
+    stored[source.leaf] = min(kind, jnp.dtype(jnp.float32), key=_itemsize)
+  leaves = {
+    path: jax.ShapeDtypeStruct(shape, stored[path])
+    for path, shape in shapes.items()
+  }
+  return sources, leaves, extra
 
 
-def load(directory, dtype=jnp.float32, *, backend="auto"):
+def _itemsize(dtype):
+  return dtype.itemsize
+
+
+def load(
+  directory,
+  dtype=jnp.float32,
+  *,
+  mesh=None,
+  rules=mesh_lib.BASE_MODEL_RULES,
+  backend="auto",
+):
   """Returns the `Checkpoint` of a directory.
 
   Args:
     directory: Hugging Face checkpoint directory.
-    dtype: of the weights and of the computation.
+    dtype: of the weights and of the computation; None keeps the weights in the
+      files' own types and computes in that of the embeddings.
+    mesh: where the weights go, see `load_params`.
+    rules: see `load_params`.
     backend: attention backend, see `models.attention`.
   """
   directory = os.fspath(directory)
   config = load_config(directory)
-  params = jax.tree.map(jnp.asarray, load_params(directory, config, dtype))
   eos_ids, pad_id = _ending(directory)
+  tokenizer = _tokenizer(directory)
+  params = load_params(directory, config, dtype, mesh=mesh, rules=rules)
+  dtype = dtype or params["language_model"]["embed_tokens"].dtype
   return Checkpoint(
-    model=llava_onevision.LlavaOnevisionModel(
-      config, jnp.dtype(dtype), backend
-    ),
+    model=_family(config).model(config, jnp.dtype(dtype), backend),
     params=params,
-    tokenizer=_tokenizer(directory),
+    tokenizer=tokenizer,
     identity=identity(directory),
     eos_ids=eos_ids,
     pad_id=pad_id,
+    extra=load_extra(directory, config),
   )
 
 
@@ -335,90 +319,119 @@ def save(
   eos_ids,
   pad_id,
   bos_id=None,
-  dtype=jnp.float32,
+  dtype=None,
+  extra=None,
+  max_shard_bytes=None,
 ):
   """Writes config, generation config and weights under the hub's names.
 
-  The caller adds the tokenizer's and the processor's files. SigLIP's unused
-  `post_layernorm` is written as the identity, for readers that ask for it.
+  The caller adds the tokenizer's and the processor's files. Tensors are fetched
+  and written one at a time.
 
   Args:
-    directory: made if it does not exist.
-    config: `LlavaOnevisionConfig`.
+    directory: made if it does not exist; earlier weights are replaced.
+    config: of the model.
     params: the weights.
     eos_ids: token ids that end an answer.
     pad_id: token id behind the end.
     bos_id: token id of a beginning, where the tokenizer has one.
-    dtype: floating-point type of the written weights.
+    dtype: floating-point type of the written weights; each parameter's own by
+      default.
+    extra: {hub name: array} written beside them as they are, such as
+      `Checkpoint.extra` or a policy under its public names. What readers ask
+      for and nothing uses, SigLIP's last norm, is the identity unless given.
+    max_shard_bytes: size at which a new file is begun; None for one file.
   """
   os.makedirs(directory, exist_ok=True)
-  tensors = {
-    name: np.asarray(value).astype(dtype)
-    for name, value in _source_tensors(config, params)
-  }
-  width = config.vision.hidden_size
-  tensors[f"{_POST_NORM}weight"] = np.ones(width, dtype)
-  tensors[f"{_POST_NORM}bias"] = np.zeros(width, dtype)
+  dtype = None if dtype is None else jnp.dtype(dtype)
+  tensors = _source_tensors(config, params, dtype)
+  main = dtype or jnp.dtype(params["language_model"]["embed_tokens"].dtype)
+  extra = dict(extra or {})
+  for name, array in _family(config).defaults(config).items():
+    if name not in extra:
+      extra[name] = array.astype(main)
+  if taken := sorted(tensors.keys() & extra.keys()):
+    raise ValueError(f"extra names parameters: {', '.join(taken)}")
+  for name, array in extra.items():
+    array = np.asarray(array)
+    make = functools.partial(np.asarray, array)
+    tensors[name] = (array.dtype, array.shape, make)
 
+  write_config(
+    directory, config, eos_ids=eos_ids, pad_id=pad_id, bos_id=bos_id, dtype=main
+  )
+  # Last: a directory with weights is complete.
+  safetensors_io.write_directory(directory, tensors, max_shard_bytes)
+
+
+def write_config(directory, config, *, eos_ids, pad_id, bos_id=None, dtype):
+  """Writes config.json and generation_config.json; arguments as in `save`."""
   ids = {"eos_token_id": list(eos_ids), "pad_token_id": pad_id}
   if bos_id is not None:
     ids["bos_token_id"] = bos_id
   described = config.to_hf() | {"torch_dtype": jnp.dtype(dtype).name}
-  described["text_config"] |= ids
-  _write_json(os.path.join(directory, "config.json"), described)
-  _write_json(
+  # Where the model keeps its text fields: a section, or the top level.
+  described.get("text_config", described).update(ids)
+  hf_config.write_json(os.path.join(directory, "config.json"), described)
+  hf_config.write_json(
     os.path.join(directory, "generation_config.json"),
     ids | {"do_sample": False},
   )
-  # Last: a directory with weights is complete.
-  write_safetensors(os.path.join(directory, WEIGHTS), tensors)
 
 
-def identity(directory):
-  """Returns {"path", "sha256"} of a directory's weights.
-
-  The hash is the file's own; with several files, that of their hashes in the
-  order of their names.
-  """
-  digests = []
-  for path in weight_files(directory):
-    with open(path, "rb") as file:
-      digests.append(hashlib.file_digest(file, "sha256").hexdigest())
-  digest = digests[0]
-  if len(digests) > 1:
-    digest = hashlib.sha256("\n".join(digests).encode()).hexdigest()
-  return {"path": os.path.abspath(directory), "sha256": digest}
-
-
-def _source_tensors(config, params):
-  for name, row in _table(config).items():
-    value = np.asarray(_leaf(params, row.path))
-    patch_size = config.vision.patch_size
-    if row.layers is None:
-      yield name, _to_source(row.layout, value, patch_size)
-    else:
-      for layer in range(row.layers):
-        yield (
-          name.format(layer),
-          _to_source(row.layout, value[layer], patch_size),
-        )
+def source_shapes(config):
+  """Returns {hub name: shape} of every tensor that a checkpoint must have."""
+  family, shapes = _family(config), _shapes(config)
+  kernel_shape = family.kernel_shape(config)
+  found = {}
+  for name, (path, layout, layers) in family.table(config).items():
+    shape = shapes["/".join(path)]
+    if layers is None:
+      found[name] = _source_shape(layout, shape, kernel_shape)
+    for layer in range(layers or 0):
+      one = _source_shape(layout, shape[1:], kernel_shape)
+      found[name.format(layer)] = one
+  return found
 
 
-def _source_shape(row, shape, config):
+def _source_tensors(config, params, dtype):
+  """Returns {hub name: (dtype, shape, function that makes the array)}."""
+  family = _family(config)
+  kernel_shape = family.kernel_shape(config)
+  leaves = traverse_util.flatten_dict(params, sep="/")
+  tensors = {}
+  for name, (path, layout, layers) in family.table(config).items():
+    leaf = leaves["/".join(path)]
+    stored = dtype or jnp.dtype(leaf.dtype)
+
+    def make(leaf=leaf, layer=None, layout=layout, stored=stored):
+      # One layer at a time leaves the device.
+      value = np.asarray(leaf if layer is None else leaf[layer])
+      value = value.astype(stored, copy=False)
+      return placement.to_source(layout, value, kernel_shape)
+
+    shape = leaf.shape if layers is None else leaf.shape[1:]
+    shape = _source_shape(layout, shape, kernel_shape)
+    if layers is None:
+      tensors[name] = (stored, shape, make)
+    for layer in range(layers or 0):
+      made = functools.partial(make, layer=layer)
+      tensors[name.format(layer)] = (stored, shape, made)
+  return tensors
+
+
+def _source_shape(layout, shape, kernel_shape):
   ours = np.broadcast_to(np.float32(0), shape)
-  return _to_source(row.layout, ours, config.vision.patch_size).shape
+  return placement.to_source(layout, ours, kernel_shape).shape
 
 
 @functools.cache
 def _shapes(config):
-  model = llava_onevision.LlavaOnevisionModel(config)
-  return jax.eval_shape(model.init, jax.random.key(0))
-
-
-def _leaf(tree, path):
-  for key in path:
-    tree = tree[key]
-  return tree
+  """Returns {path: shape} of every parameter."""
+  model = _family(config).model(config)
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  flat = traverse_util.flatten_dict(params, sep="/")
+  return {path: leaf.shape for path, leaf in flat.items()}
 
 
 def _ending(directory):
@@ -453,16 +466,3 @@ def _tokenizer(directory):
 def _listed(names, most=8):
   text = ", ".join(names[:most])
   return text if len(names) <= most else f"{text} and {len(names) - most} more"
-
-
-def _write_json(path, value):
-  _write(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
-
-
-def _write(path, data):
-  partial = f"{path}.partial"
-  with open(partial, "wb") as file:
-    file.write(data)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(partial, path)

@@ -1,12 +1,42 @@
-"""Reading fields of a Hugging Face `config.json`, section by section.
+"""JSON files of a Hugging Face directory, and the fields of `config.json`.
 
 Every size comes from the file, never from a library's class defaults: several
 of those are wrong for the released checkpoints.
 """
 
+import json
+import os
+
 from cacovid_jax import errors
 
 _REQUIRED = object()
+
+
+def read_json(path):
+  """Returns the dict in a JSON file."""
+  try:
+    with open(path, encoding="utf-8") as file:
+      value = json.load(file)
+  except FileNotFoundError as error:
+    raise errors.UserError(
+      f"{path} is missing; give a Hugging Face checkpoint directory"
+    ) from error
+  except (OSError, ValueError, RecursionError) as error:
+    reason = " ".join(str(error).split())
+    raise errors.UserError(f"{path} is not readable JSON ({reason})") from error
+  if not isinstance(value, dict):
+    raise errors.UserError(f"{path} does not hold a JSON object")
+  return value
+
+
+def write_json(path, value):
+  """Writes a dict so that a reader sees the old file or the new one."""
+  partial = f"{path}.partial"
+  with open(partial, "w", encoding="utf-8") as file:
+    file.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(partial, path)
 
 
 def section(config, name):

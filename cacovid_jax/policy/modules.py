@@ -30,7 +30,7 @@ import safetensors
 from flax import traverse_util
 
 from cacovid_jax import errors
-from cacovid_jax.models import checkpoints
+from cacovid_jax.models import checkpoints, safetensors_io
 from cacovid_jax.policy import network
 
 _ENTRY_POINTS = ("from_llm_config", "init_from_llm", "__call__")
@@ -90,13 +90,20 @@ def _import(source, spec):
     ) from error
 
 
-def save(path, policy, params):
+def save(path, policy, params, dtype=np.float32):
   """Writes params as safetensors; the paper's policy under public names.
 
-  A policy of one's own is written under its own names, joined by `/`.
+  A policy of one's own is written under its own names, joined by `/`, and in
+  its own types.
+
+  Args:
+    path: of the file.
+    policy: the module.
+    params: its parameters.
+    dtype: of the paper's policy in the file; float32 loses nothing.
   """
   if isinstance(policy, network.Policy):
-    tensors = network.to_public(params)
+    tensors = network.to_public(params, dtype)
   else:
     flat = traverse_util.flatten_dict(params, sep="/")
     tensors = {key: np.asarray(leaf) for key, leaf in flat.items()}
@@ -107,7 +114,8 @@ def load(path, policy, params=None):
   """Returns params read from a safetensors file.
 
   Args:
-    path: written by `save`, or a public checkpoint's policy.
+    path: written by `save`, or a public checkpoint's policy: the file, or the
+      directory where it lies among the weights of its base model.
     policy: the module.
     params: for a policy of one's own, params (or their shapes) to compare with.
 
@@ -126,8 +134,36 @@ def load(path, policy, params=None):
   return traverse_util.unflatten_dict(tensors, sep="/")
 
 
+def is_released(directory):
+  """Returns whether a checkpoint directory's weights hold a policy."""
+  files = (checkpoints.WEIGHTS, checkpoints.INDEX)
+  return any(
+    os.path.isfile(os.path.join(directory, name)) for name in files
+  ) and bool(_released(directory))
+
+
+def _released(directory):
+  """Returns the policy's tensors of a checkpoint directory, unread."""
+  return [
+    tensor
+    for tensor in safetensors_io.list_directory(directory)
+    if tensor.name.startswith(checkpoints.POLICY_PREFIX)
+  ]
+
+
 def read(path):
-  """Returns {name: array} of a safetensors file."""
+  """Returns {name: array} of a safetensors file.
+
+  Of a checkpoint directory, it is the policy's tensors under public names.
+  """
+  if os.path.isdir(path):
+    found = _released(path)
+    if not found:
+      raise errors.UserError(
+        f"{path}: no tensor of it begins with {checkpoints.POLICY_PREFIX}; name"
+        " a checkpoint that holds a policy, or a policy's file"
+      )
+    return {tensor.name: np.array(tensor.view()) for tensor in found}
   try:
     with safetensors.safe_open(path, framework="numpy") as tensors:
       return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118

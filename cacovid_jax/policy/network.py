@@ -262,8 +262,8 @@ def public_names(num_halvings):
   }
 
 
-def to_public(params):
-  """Returns {public name: float32 array} of params, for safetensors."""
+def to_public(params, dtype=np.float32):
+  """Returns {public name: array of a dtype} of params, for safetensors."""
   flat = _flatten(params)
   num_halvings = sum(
     path.startswith("token_compress/hidden_") and path.endswith("/kernel")
@@ -273,7 +273,7 @@ def to_public(params):
   public = {}
   for path, leaf in flat.items():
     name, transposed = names[path]
-    leaf = np.asarray(leaf, np.float32)
+    leaf = np.asarray(leaf).astype(dtype)
     # safetensors stores memory as it lies: a transposed view would be wrong.
     public[name] = np.ascontiguousarray(leaf.T if transposed else leaf)
   return public

@@ -1,0 +1,304 @@
+"""Fills parameters from a checkpoint's files, slice by slice, where they live.
+
+Slices of rows are read by a few threads in the order of the files and put
+straight into place: one layer of a stack, the part of a weight that a device
+holds. The host never has a second copy of a parameter; what it holds at once is
+a few slices, and the small parameters.
+
+On CPU the host's memory is the device's: parameters are filled there, and
+transposed on the way, which costs about as much as reading them. On an
+accelerator, slices are copied over as they lie in the file and transposed
+there.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import functools
+import math
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Large enough for a disk's full speed, small enough that a handful is nothing.
+_SLICE_BYTES = 16 * 2**20
+# Below this many bytes a parameter is assembled on the host and sent whole:
+# one transfer instead of one program per shape.
+_SMALL_BYTES = 16 * 2**20
+# A tile of rows and columns that stays in a core's cache while it is turned.
+_TILE_ROWS, _TILE_COLUMNS = 128, 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """One tensor of a file and the place it fills.
+
+  Attributes:
+    tensor: `safetensors_io.Tensor`.
+    leaf: name of the parameter.
+    layer: index on the parameter's first axis; None for all of it.
+    layout: how a source tensor turns into ours, see `to_ours`.
+  """
+
+  tensor: Any
+  leaf: str
+  layer: int | None
+  layout: str
+
+
+def to_ours(layout, tensor):
+  """Returns the parameter of a source tensor, or its columns of some rows.
+
+  Args:
+    layout: "same"; "transpose", (out, in) -> (in, out); "patches",
+      (out, in, kh, kw) -> (kh * kw * in, out); "conv3d", (out, in, t, kh, kw)
+      -> (in * t * kh * kw, out).
+    tensor: array; fewer of the outputs give fewer of the columns.
+  """
+  if layout == "transpose":
+    return tensor.T
+  if layout == "patches":
+    return tensor.transpose(2, 3, 1, 0).reshape(-1, tensor.shape[0])
+  if layout == "conv3d":
+    return tensor.reshape(tensor.shape[0], -1).T
+  return tensor
+
+
+def to_source(layout, param, kernel_shape):
+  """Returns the source tensor of a parameter; undoes `to_ours`.
+
+  Args:
+    layout: see `to_ours`.
+    param: array.
+    kernel_shape: sizes behind a convolution's outputs, as the source has them.
+  """
+  if layout == "transpose":
+    return param.T
+  if layout == "patches":
+    channels, height, width = kernel_shape
+    param = param.reshape(height, width, channels, param.shape[-1])
+    return param.transpose(3, 2, 0, 1)
+  if layout == "conv3d":
+    return param.T.reshape(param.shape[-1], *kernel_shape)
+  return param
+
+
+def fill(shapes, sources, shardings=None, *, small_bytes=None):
+  """Returns {leaf: jax.Array} of what the sources hold.
+
+  Args:
+    shapes: {leaf: jax.ShapeDtypeStruct}; sources are cast to these dtypes.
+    sources: `Source`s that cover every leaf, in the order of their bytes.
+    shardings: {leaf: jax.sharding.Sharding}; the default device without.
+    small_bytes: leaves up to this size are assembled on the host. By default
+      all are on CPU, and the small ones elsewhere.
+  """
+  if small_bytes is None:
+    device = _devices(shardings)[0]
+    small_bytes = math.inf if device.platform == "cpu" else _SMALL_BYTES
+  leaves = {
+    name: _Leaf(shape, shardings and shardings[name], small_bytes)
+    for name, shape in shapes.items()
+  }
+  for source, start, piece in _read_ahead(sources, leaves):
+    leaves[source.leaf].send(source, start, piece)
+  # Popped, so that a buffer is gone once its array is made.
+  return {name: leaves.pop(name).finish() for name in list(leaves)}
+
+
+def _devices(shardings):
+  if not shardings:
+    default = jax.config.jax_default_device
+    return [default if hasattr(default, "platform") else jax.devices()[0]]
+  return sorted(
+    next(iter(shardings.values())).addressable_devices, key=lambda d: d.id
+  )
+
+
+def _read_ahead(sources, leaves):
+  """Yields (source, first row, slice) that the host could not place itself."""
+  num_threads = max(2, min(8, os.cpu_count() or 2))
+  waiting = collections.deque()
+
+  def work(source, start, stop):
+    rows = source.tensor.read_rows(start, stop)
+    leaf = leaves[source.leaf]
+    return None if leaf.place(source, start, rows) else rows
+
+  with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
+    try:
+      for source in sources:
+        for start, stop in row_slices(source.tensor):
+          job = pool.submit(work, source, start, stop)
+          waiting.append((source, start, job))
+          # Slices read but not placed yet are all that piles up.
+          if len(waiting) > num_threads:
+            yield from _finished(waiting.popleft())
+      while waiting:
+        yield from _finished(waiting.popleft())
+    except BaseException:
+      pool.shutdown(cancel_futures=True)
+      raise
+
+
+def _finished(entry):
+  source, start, job = entry
+  rows = job.result()
+  if rows is not None:
+    yield source, start, rows
+
+
+def row_slices(tensor, slice_bytes=_SLICE_BYTES):
+  """Returns [(start, stop)] of rows that cover a tensor.
+
+  Equal slices where rows allow it: every other length is a program of its own
+  on an accelerator.
+  """
+  rows = tensor.shape[0] if tensor.shape else 1
+  if not rows:
+    return []
+  fewest = max(1, -(-tensor.num_bytes // slice_bytes))
+  most = min(rows, 2 * fewest)
+  count = next(
+    (n for n in range(fewest, most + 1) if rows % n == 0), min(fewest, rows)
+  )
+  step = -(-rows // count)
+  return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+class _Leaf:
+  """One parameter while it fills: a buffer for each distinct part of it."""
+
+  def __init__(self, shape, sharding, small_bytes):
+    self._shape = shape
+    self._sharding = sharding
+    num_bytes = math.prod(shape.shape) * shape.dtype.itemsize
+    self._on_host = num_bytes <= small_bytes
+    # {((start, stop) of each axis): devices that hold this part}.
+    self._parts = collections.defaultdict(list)
+    if sharding is None:
+      self._parts[tuple((0, size) for size in shape.shape)].append(None)
+    else:
+      indices = sharding.addressable_devices_indices_map(shape.shape)
+      for device, index in indices.items():
+        spans = tuple(
+          s.indices(size)[:2]
+          for s, size in zip(index, shape.shape, strict=True)
+        )
+        self._parts[spans].append(device)
+    self._buffers = {}
+    for spans, devices in self._parts.items():
+      sizes = tuple(stop - start for start, stop in spans)
+      if self._on_host:
+        self._buffers[spans] = aligned_empty(sizes, shape.dtype)
+      else:
+        self._buffers[spans] = [
+          jnp.zeros(sizes, shape.dtype, device=device) for device in devices
+        ]
+
+  def place(self, source, start, rows):
+    """Writes a slice into the host's buffers; False if there are none."""
+    if not self._on_host:
+      return False
+    for spans, inside, piece in self._overlaps(source, start, rows):
+      # The ellipsis keeps a scalar an array that can be written to.
+      where = (..., *(slice(a, a + n) for a, n in inside))
+      target = self._buffers[spans][where]
+      copy(target.reshape(piece.shape), piece)
+    return True
+
+  def send(self, source, start, rows):
+    """Writes a slice into the devices' buffers."""
+    for spans, inside, piece in self._overlaps(source, start, rows):
+      if piece.dtype.itemsize > self._shape.dtype.itemsize:
+        piece = piece.astype(self._shape.dtype)
+      # As the file has it: the host would be slow to turn it.
+      turned = piece.ndim == 2 and piece.strides[0] < piece.strides[1]
+      piece = np.require(piece.T if turned else piece, requirements="CA")
+      at = np.array([first for first, _ in inside], np.int32)
+      buffers = self._buffers[spans]
+      for i, device in enumerate(self._parts[spans]):
+        moved = jax.device_put(piece, device)
+        buffers[i] = _write(buffers[i], moved, at, turned=turned)
+      # Bounds what is in flight, and with it the host's staging memory.
+      moved.block_until_ready()
+
+  def finish(self):
+    """Returns the parameter."""
+    arrays = []
+    while self._buffers:
+      spans, buffer = self._buffers.popitem()
+      devices = self._parts[spans]
+      if self._on_host:
+        # No copy on CPU: the array is the buffer.
+        arrays += [jax.device_put(buffer, device) for device in devices]
+      else:
+        arrays += buffer
+    if self._sharding is None:
+      return arrays[0]
+    return jax.make_array_from_single_device_arrays(
+      self._shape.shape, self._sharding, arrays
+    )
+
+  def _overlaps(self, source, start, rows):
+    """Yields (part, [(start, size)] within it, piece) of a slice of rows."""
+    piece = to_ours(source.layout, rows)
+    first = [0] * piece.ndim
+    if piece.ndim:
+      first[0 if source.layout == "same" else -1] = start
+    lead = [] if source.layer is None else [(source.layer, 1)]
+    region = lead + list(zip(first, piece.shape, strict=True))
+    for spans in self._parts:
+      inside, cut = [], []
+      for (low, high), (at, size) in zip(spans, region, strict=True):
+        begin, end = max(low, at), min(high, at + size)
+        if begin >= end:
+          break
+        inside.append((begin - low, end - begin))
+        cut.append(slice(begin - at, end - at))
+      else:
+        yield spans, inside, piece[(..., *cut[len(lead) :])]
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnames="turned")
+def _write(target, piece, at, *, turned):
+  """Returns the target with a piece at `at`, turned first if asked."""
+  piece = (piece.T if turned else piece).astype(target.dtype)
+  lead = (1,) * (target.ndim - piece.ndim)
+  piece = piece.reshape(lead + piece.shape)
+  return jax.lax.dynamic_update_slice(target, piece, tuple(at))
+
+
+def copy(target, source):
+  """Copies an array into another of the same shape, cast to its dtype.
+
+  A matrix that lies the other way round goes tile by tile: row by row, each
+  value would cost a line of the cache.
+  """
+  if source.ndim != 2 or source.strides[0] >= source.strides[1]:
+    target[...] = source.astype(target.dtype, copy=False)
+    return
+  same = source.dtype == target.dtype
+  if same and target.dtype.itemsize == 2:
+    # Whole numbers of the same size: NumPy moves bfloat16 value by value.
+    source, target = source.view(np.uint16), target.view(np.uint16)
+  width = source.shape[1]
+  for j in range(0, width, _TILE_ROWS):
+    lines = source[:, j : j + _TILE_ROWS]
+    if not same:  # Cast along the lines, which are contiguous.
+      lines = np.ascontiguousarray(lines.T).astype(target.dtype).T
+    for i in range(0, source.shape[0], _TILE_COLUMNS):
+      rows = slice(i, i + _TILE_COLUMNS)
+      target[rows, j : j + _TILE_ROWS] = lines[rows]
+
+
+def aligned_empty(shape, dtype, alignment=64):
+  """Returns an uninitialised array that JAX on CPU can take over as it is."""
+  dtype = np.dtype(dtype)
+  num_bytes = math.prod(shape) * dtype.itemsize
+  buffer = np.empty(num_bytes + alignment, np.uint8)
+  offset = -buffer.ctypes.data % alignment
+  return buffer[offset : offset + num_bytes].view(dtype).reshape(shape)

@@ -1,0 +1,154 @@
+r"""Does a policy choose the same tokens after half-precision storage?
+
+python -m experiments.policy_transfer --policy=workdirs/quickstart
+
+The policy is written under the public names in each type, read back, and scores
+the same videos; the table tells how many of the kept tokens are the same ones.
+The videos are drawn: frames of coloured blocks that change slowly, encoded by
+the base model, each with a random question.
+"""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.box
+import rich.console
+import rich.table
+from absl import flags
+
+import cacovid_jax
+from cacovid_jax import errors
+from cacovid_jax.evals import evaluation
+from cacovid_jax.models import checkpoints, qwen2_5_vl
+from cacovid_jax.policy import network, transfer
+
+_POLICY = flags.DEFINE_string(
+  "policy", None, "A policy's file, or the workdir of a training run."
+)
+_MODEL = flags.DEFINE_string(
+  "model", None, "Its base model; the shipped one by default."
+)
+_RATIOS = flags.DEFINE_list(
+  "ratios", ["0.25", "0.10", "0.05"], "Retention ratios."
+)
+_VIDEOS = flags.DEFINE_integer(
+  "num_videos", 8, "Videos to draw.", lower_bound=1
+)
+_FRAMES = flags.DEFINE_integer(
+  "num_frames", 16, "Frames of each video.", lower_bound=1
+)
+
+_QUESTION_TOKENS = 24
+_BEFORE = 4  # Tokens of text before the video.
+
+
+def draw_prompt(model, params, rng, num_frames):
+  """Returns a `transfer.Prompt` of a drawn video and question.
+
+  Args:
+    model: base model.
+    params: its parameters.
+    rng: `numpy.random.Generator`.
+    num_frames: frames of the video.
+  """
+  config = model.config
+  if isinstance(model, qwen2_5_vl.Qwen2_5VLModel):
+    vision = config.vision
+    grid = model.grid(num_frames, *2 * (8 * vision.patch_size * 2,))
+    rows = int(np.prod(grid)) * vision.merge_size**2
+    patches = rng.normal(size=(rows, vision.patch_values))
+    arguments = (patches.astype(np.float32), model.layout(grid))
+    block = int(np.prod(grid))
+  else:
+    grid = model.grid(num_frames)
+    arguments = (_blocks(rng, num_frames, config.vision.image_size),)
+    block = int(np.prod(grid)) + 1  # The newline behind the video.
+  features = jax.jit(model.encode_video)(params, *arguments)
+  length = _BEFORE + block + _QUESTION_TOKENS
+  # Ids of text alone: special tokens have the highest ids.
+  ids = rng.integers(0, config.text.vocab_size // 2, length)
+  video_rows = _BEFORE + np.arange(np.prod(grid))
+  ids[video_rows] = config.video_token_id
+  x = model.embed_prompt(
+    params, jnp.asarray(ids, jnp.int32), features, jnp.int32(_BEFORE)
+  )
+  positions = np.arange(length, dtype=np.int32)[None]
+  if isinstance(model, qwen2_5_vl.Qwen2_5VLModel):
+    positions, _ = qwen2_5_vl.position_ids(
+      ids, grid=grid, seconds_per_slice=1.0, config=config
+    )
+  return transfer.Prompt(
+    x, jnp.asarray(positions), jnp.asarray(video_rows, jnp.int32), grid
+  )
+
+
+def _blocks(rng, num_frames, size, cells=6, change=0.2):
+  """Returns float32[T, size, size, 3] in [-1, 1]; few cells change a frame."""
+  colours = rng.uniform(-1, 1, (cells, cells, 3))
+  frames = []
+  for _ in range(num_frames):
+    fresh = rng.uniform(-1, 1, colours.shape)
+    new = rng.uniform(size=(cells, cells, 1)) < change
+    colours = np.where(new, fresh, colours)
+    where = np.arange(size) * cells // size
+    frames.append(colours[where][:, where])
+  return np.stack(frames).astype(np.float32)
+
+
+def report(found):
+  """Returns a table of {type: [transfer.Overlap]}."""
+  table = rich.table.Table(box=rich.box.SIMPLE)
+  for column in ("stored as", "ratio", "tokens kept", "the same", "videos"):
+    table.add_column(column, justify="right")
+  for dtype, rows in found.items():
+    for row in rows:
+      table.add_row(
+        dtype,
+        f"{row.ratio:.2f}",
+        str(row.kept),
+        f"{row.share:.2%}",
+        f"{row.identical} of {row.videos} identical",
+      )
+  return table
+
+
+def main(argv):
+  """Compares the stored policies and prints the table."""
+  if len(argv) > 1:
+    raise errors.UserError(f"unknown argument {argv[1]!r}; flags begin with --")
+  if _POLICY.value is None:
+    raise errors.UserError(
+      "no policy given; use --policy=FILE or the workdir of a training run"
+    )
+  try:
+    ratios = [float(ratio) for ratio in _RATIOS.value]
+  except ValueError as error:
+    raise errors.UserError(f"--ratios: {error}; give numbers") from error
+  shipped = os.path.join(
+    os.path.dirname(cacovid_jax.__file__), "assets", "base_model"
+  )
+  checkpoint = checkpoints.load(_MODEL.value or shipped)
+  policy = evaluation.load_policy(_POLICY.value, checkpoint)
+  if not isinstance(policy.module, network.Policy):
+    raise errors.UserError(
+      f"{_POLICY.value} is a policy of another module; the public format holds"
+      " the paper's only"
+    )
+  rng = np.random.default_rng(0)
+  prompts = [
+    draw_prompt(checkpoint.model, checkpoint.params, rng, _FRAMES.value)
+    for _ in range(_VIDEOS.value)
+  ]
+  found = {}
+  for dtype in ("float32", "bfloat16", "float16"):
+    other = transfer.stored(policy.module, policy.params, jnp.dtype(dtype))
+    found[dtype] = transfer.overlaps(
+      policy.module, policy.params, other, prompts, ratios
+    )
+  rich.console.Console().print(report(found))
+
+
+if __name__ == "__main__":
+  errors.run(main)
