@@ -6,6 +6,7 @@ grids; its v4_* arrays follow the position rule of transformers 4.50.
 """
 
 import functools
+import os
 from unittest import mock
 
 import flax.linen as nn
@@ -15,9 +16,17 @@ import numpy as np
 from absl.testing import absltest
 
 from cacovid_jax import errors
-from cacovid_jax.models import golden, language, qwen2_5_vl, qwen2_5_vl_vision
-from tests.models import qwen2_5_vl_files
+from cacovid_jax.models import (
+  checkpoints,
+  golden,
+  language,
+  qwen2_5_vl,
+  qwen2_5_vl_vision,
+)
 
+FOLDER = os.path.join(
+  os.path.dirname(__file__), os.pardir, "golden", "qwen2_5_vl_tiny"
+)
 STAGES = (
   "window_index",
   "cu_window_seqlens",
@@ -48,8 +57,10 @@ class GoldenTest(absltest.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    cls.golden = golden.read(qwen2_5_vl_files.GOLDEN)
-    cls.model, cls.params = qwen2_5_vl_files.load(qwen2_5_vl_files.GOLDEN)
+    cls.golden = golden.read(FOLDER)
+    config = checkpoints.load_config(FOLDER)
+    cls.model = qwen2_5_vl.Qwen2_5VLModel(config)
+    cls.params = checkpoints.load_params(FOLDER, config)
 
   def _compare(self, **arrays):
     return golden.compare(self.model, self.params, self.golden | arrays)
@@ -71,15 +82,15 @@ class GoldenTest(absltest.TestCase):
     with mock.patch.object(nn, "gelu", lambda x, approximate: tanh(x)):
       self.assertEqual(_missed(self._compare())[0], "video_features")
 
-    segments = qwen2_5_vl_vision.attend
+    # Every layer sees its whole slice. (One video: the patched function knows
+    # its layout.)
+    attend = qwen2_5_vl_vision.attend
+    slices = self.model.layout((4, 3, 5)).slices
 
-    def over_slices(q, k, v, where, backend):
-      return segments(q, k, v, self.slices, backend)
+    def over_slices(q, k, v, segments, backend):
+      del segments
+      return attend(q, k, v, slices, backend)
 
-    # Every layer sees its whole slice. (One video, so that the layout of the
-    # patched function is known.)
-    sizes = qwen2_5_vl_vision.Sizes.of([(4, 3, 5)], self.model.config.vision)
-    self.slices = self.model.layout((4, 3, 5), sizes).slices
     with mock.patch.object(qwen2_5_vl_vision, "attend", over_slices):
       missed = _missed(golden.compare(self.model, self.params, self._first()))
     self.assertEqual(missed[0], "vision_tower_output")
