@@ -204,7 +204,8 @@ class _Leaf:
     if not self._on_host:
       return False
     for spans, inside, piece in self._overlaps(source, start, rows):
-      where = tuple(slice(a, a + n) for a, n in inside)
+      # The ellipsis keeps a scalar an array that can be written to.
+      where = (..., *(slice(a, a + n) for a, n in inside))
       target = self._buffers[spans][where]
       copy(target.reshape(piece.shape), piece)
     return True
@@ -259,7 +260,7 @@ class _Leaf:
         inside.append((begin - low, end - begin))
         cut.append(slice(begin - at, end - at))
       else:
-        yield spans, inside, piece[tuple(cut[len(lead) :])]
+        yield spans, inside, piece[(..., *cut[len(lead) :])]
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="turned")

@@ -219,7 +219,7 @@ def write_lazily(path, tensors):
   def pieces():
     yield struct.pack("<Q", len(text)) + text
     for name, dtype, shape, make in order:
-      array = np.ascontiguousarray(make())
+      array = np.require(make(), requirements="C")
       if array.dtype != dtype or array.shape != tuple(shape):
         raise ValueError(f"{name} is {array.dtype}{array.shape}")
       yield memoryview(array.reshape(-1).view(np.uint8))

@@ -5,7 +5,9 @@ import functools
 import hashlib
 import json
 import os
+import pathlib
 import shutil
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +15,22 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 from absl.testing import absltest, parameterized
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from cacovid_jax import errors
-from cacovid_jax.models import checkpoints, llava_onevision
+from cacovid_jax.models import (
+  checkpoints,
+  llava_onevision,
+  qwen2_5_vl,
+  safetensors_io,
+)
+from cacovid_jax.parallel import mesh as mesh_lib
+from tests.data import tokenizers_for_tests
 
+GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 CONFIG = llava_onevision.LlavaOnevisionConfig.tiny()
+QWEN = qwen2_5_vl.Qwen2_5VLConfig.tiny()
 TIED = dataclasses.replace(
   CONFIG, text=dataclasses.replace(CONFIG.text, tie_embeddings=True)
 )
@@ -57,13 +70,55 @@ SPELLINGS = (
 )
 
 
+# (hub and 5.x files, 4.52 and later modules), of Qwen2.5-VL.
+QWEN_SPELLINGS = (
+  ("visual.", "model.visual."),
+  ("model.", "model.language_model."),
+  ("lm_head.", "lm_head."),
+)
+
+
+def _respell(name, spellings, to, of=0):
+  for row in spellings:
+    if name.startswith(row[of]):
+      return row[to] + name.removeprefix(row[of])
+  return name
+
+
+def _model(config):
+  if isinstance(config, qwen2_5_vl.Qwen2_5VLConfig):
+    return qwen2_5_vl.Qwen2_5VLModel(config)
+  return llava_onevision.LlavaOnevisionModel(config)
+
+
+def _untied(config):
+  text = dataclasses.replace(config.text, tie_embeddings=False)
+  return dataclasses.replace(config, text=text)
+
+
+@functools.cache
+def _shapes(config):
+  return jax.eval_shape(_model(config).init, jax.random.key(0))
+
+
 @functools.cache
 def _params(config=CONFIG):
-  model = llava_onevision.LlavaOnevisionModel(config)
-  params = jax.jit(model.init)(jax.random.key(0))
   gen = np.random.default_rng(0)
   return jax.tree.map(
-    lambda leaf: gen.standard_normal(leaf.shape).astype(np.float32), params
+    lambda leaf: gen.standard_normal(leaf.shape).astype(np.float32),
+    _shapes(config),
+  )
+
+
+def _save_again(checkpoint, directory, **kwargs):
+  checkpoints.save(
+    directory,
+    checkpoint.model.config,
+    checkpoint.params,
+    eos_ids=checkpoint.eos_ids,
+    pad_id=checkpoint.pad_id,
+    extra=checkpoint.extra,
+    **kwargs,
   )
 
 
@@ -125,14 +180,48 @@ class CheckpointsTest(parameterized.TestCase):
 
   @parameterized.parameters(range(4))
   def test_every_known_spelling_of_the_names(self, spelling):
-    def respell(name):
-      for row in SPELLINGS:
-        if name.startswith(row[0]):
-          return row[spelling] + name.removeprefix(row[0])
-      raise AssertionError(name)
-
-    self._write({respell(k): v for k, v in self._save().items()})
+    tensors = self._save()
+    spelt = {_respell(k, SPELLINGS, spelling): v for k, v in tensors.items()}
+    self.assertLen(spelt, len(tensors))
+    self.assertEqual(spelling == 0, spelt.keys() == tensors.keys())
+    self._write(spelt)
     _assert_equal(checkpoints.load_params(self.directory, CONFIG), _params())
+
+  @parameterized.parameters(
+    (QWEN, 0),
+    (QWEN, 1),
+    (_untied(QWEN), 0),
+    (_untied(QWEN), 1),
+  )
+  def test_every_known_spelling_of_qwens_names(self, config, spelling):
+    tensors = self._save(config)
+    self.assertEqual(
+      "lm_head.weight" in tensors, not config.text.tie_embeddings
+    )
+    self._write(
+      {_respell(k, QWEN_SPELLINGS, spelling): v for k, v in tensors.items()}
+    )
+    loaded = checkpoints.load(self.directory)
+    self.assertEqual(loaded.model, _model(config))
+    _assert_equal(loaded.params, _params(config))
+
+  def test_qwens_layouts_are_the_hubs(self):
+    tensors, visual = self._save(QWEN), _params(QWEN)["visual"]
+    patches = tensors["visual.patch_embed.proj.weight"]
+    self.assertEqual(patches.shape, (32, 3, 2, 4, 4))
+    # Our row of channel 2, second frame, row 1, column 3 of a 4 x 4 patch.
+    row = ((2 * 2 + 1) * 4 + 1) * 4 + 3
+    np.testing.assert_array_equal(
+      patches[:, 2, 1, 1, 3], visual["patch_embed"]["kernel"][row]
+    )
+    np.testing.assert_array_equal(
+      tensors["visual.blocks.2.attn.qkv.weight"],
+      visual["blocks"]["qkv"]["kernel"][2].T,
+    )
+    np.testing.assert_array_equal(
+      tensors["visual.merger.mlp.2.bias"],
+      visual["merger"]["linear_2"]["bias"],
+    )
 
   @parameterized.parameters(np.float16, ml_dtypes.bfloat16)
   def test_half_precision_files(self, dtype):
@@ -219,10 +308,167 @@ class CheckpointsTest(parameterized.TestCase):
     with self.assertRaisesRegex(errors.UserError, "unknown .*image_newline"):
       checkpoints.load(self.directory)
 
-  def test_weights_of_a_policy_beside_the_model_are_left_alone(self):
-    policy = {"compression_policy.layernorm.weight": np.ones(3, np.float32)}
+  def test_weights_of_a_policy_beside_the_model_are_carried(self):
+    policy = {"compression_policy.layernorm.weight": np.arange(3.0)}
     self._write(self._save() | policy)
-    _assert_equal(checkpoints.load_params(self.directory, CONFIG), _params())
+    loaded = checkpoints.load(self.directory)
+    _assert_equal(loaded.params, _params())
+    self.assertContainsSubset(policy.keys(), loaded.extra.keys())
+    _save_again(loaded, self.directory)
+    written = dict(checkpoints.read_safetensors(self.directory))
+    for name, tensor in policy.items():
+      np.testing.assert_array_equal(written[name], tensor)
+      self.assertEqual(written[name].dtype, tensor.dtype)
+
+  @parameterized.product(
+    folder=["llava_onevision_tiny", "qwen2_5_vl_tiny"],
+    spelling=[0, 1],
+    dtype=[np.float32, np.float16, ml_dtypes.bfloat16],
+    max_shard_bytes=[None, 100_000],
+  )
+  def test_every_bit_of_a_foreign_checkpoint_returns(
+    self, folder, spelling, dtype, max_shard_bytes
+  ):
+    """Written by transformers; compared by the hub's name of each tensor."""
+    rows = QWEN_SPELLINGS if "qwen" in folder else SPELLINGS
+    given = safetensors.numpy.load_file(GOLDEN / folder / checkpoints.WEIGHTS)
+    # In the folders are what 5.x writes.
+    written_by = 0 if "qwen" in folder else 3
+    hub = {
+      _respell(k, rows, 0, of=written_by): v.astype(dtype)
+      for k, v in given.items()
+    }
+    shutil.copytree(GOLDEN / folder, self.directory, dirs_exist_ok=True)
+    self._write({_respell(k, rows, spelling): v for k, v in hub.items()})
+    loaded = checkpoints.load(self.directory, None)
+    self.assertEqual(loaded.model.dtype, dtype)
+    out = os.path.join(self.directory, "out")
+    _save_again(loaded, out, max_shard_bytes=max_shard_bytes)
+    self.assertEqual(
+      os.path.exists(os.path.join(out, checkpoints.INDEX)),
+      max_shard_bytes is not None,
+    )
+    found = dict(checkpoints.read_safetensors(out))
+    self.assertEqual(found.keys(), hub.keys())
+    for name, tensor in hub.items():
+      self.assertEqual(found[name].dtype, tensor.dtype, name)
+      self.assertEqual(found[name].tobytes(), tensor.tobytes(), name)
+    with open(os.path.join(out, "config.json")) as file:
+      self.assertEqual(json.load(file)["torch_dtype"], jnp.dtype(dtype).name)
+    again = checkpoints.load(out, None)
+    self.assertEqual(again.model, loaded.model)
+    self.assertEqual(
+      (again.eos_ids, again.pad_id), (loaded.eos_ids, loaded.pad_id)
+    )
+
+  def test_saving_over_the_files_that_extra_is_mapped_from(self):
+    self._save(extra={"compression_policy.x": np.arange(5.0)})
+    loaded = checkpoints.load(self.directory)
+    for max_shard_bytes in (50_000, None):
+      _save_again(loaded, self.directory, max_shard_bytes=max_shard_bytes)
+      extra = checkpoints.load(self.directory).extra
+      np.testing.assert_array_equal(extra["compression_policy.x"], range(5))
+
+  def test_each_parameter_keeps_its_own_type(self):
+    tensors = self._save()
+    name = "language_model.model.norm.weight"
+    self._write(
+      {k: v if k == name else v.astype(np.float16) for k, v in tensors.items()}
+    )
+    params = checkpoints.load_params(self.directory, CONFIG, None)
+    language = params["language_model"]
+    self.assertEqual(language["norm"]["scale"].dtype, jnp.float32)
+    self.assertEqual(language["embed_tokens"].dtype, jnp.float16)
+
+  def test_a_stack_of_two_types_takes_the_one_that_holds_both(self):
+    tensors = self._save()
+    name = "language_model.model.layers.{}.mlp.up_proj.weight"
+    stored = {0: np.float16, 1: ml_dtypes.bfloat16, 2: np.float16}
+    for layer, dtype in stored.items():
+      key = name.format(layer)
+      tensors[key] = tensors[key].astype(dtype)
+    self._write(tensors)
+    params = checkpoints.load_params(self.directory, CONFIG, None)
+    found = params["language_model"]["layers"]["up_proj"]["kernel"]
+    self.assertEqual(found.dtype, jnp.float32)
+    for layer in stored:
+      expected = tensors[name.format(layer)].astype(np.float32).T
+      np.testing.assert_array_equal(found[layer], expected)
+
+  def test_double_precision_becomes_single(self):
+    tensors = self._save()
+    doubled = {k: v.astype(np.float64) for k, v in tensors.items()}
+    self._write(doubled)
+    params = checkpoints.load_params(self.directory, CONFIG, None)
+    _assert_equal(params, _params())
+
+  @parameterized.parameters(CONFIG, QWEN)
+  def test_weights_arrive_in_their_sharding(self, config):
+    self._save(config)
+    mesh = mesh_lib.make_mesh(2, 2, devices=jax.devices()[:4])
+    loaded = checkpoints.load(self.directory, mesh=mesh)
+    _assert_equal(loaded.params, _params(config))
+    placed = mesh_lib.shard_base_params(_params(config), mesh)
+    jax.tree.map(
+      lambda a, b: self.assertEqual(a.sharding, b.sharding),
+      loaded.params,
+      placed,
+    )
+    kernel = loaded.params["language_model"]["layers"]["up_proj"]["kernel"]
+    self.assertEqual(
+      kernel.sharding, NamedSharding(mesh, P(None, None, "model"))
+    )
+    replicated = checkpoints.load_params(
+      self.directory, config, mesh=mesh, rules=((".*", None),)
+    )
+    for leaf in jax.tree.leaves(replicated):
+      self.assertEqual(leaf.sharding, NamedSharding(mesh, P()))
+
+  @parameterized.parameters("qwen2_vl", "llama", None, 3)
+  def test_another_architecture_is_named(self, model_type):
+    self._save()
+    path = os.path.join(self.directory, "config.json")
+    described = checkpoints.read_json(path) | {"model_type": model_type}
+    with open(path, "w") as file:
+      json.dump(described, file)
+    with self.assertRaisesRegex(
+      errors.UserError,
+      f"model_type is {model_type!r}; give a checkpoint of llava_onevision or"
+      " qwen2_5_vl",
+    ):
+      checkpoints.load(self.directory)
+
+  def test_weights_of_another_model_are_refused(self):
+    tensors = self._save(QWEN)
+    self._save()
+    self._write(tensors)
+    with self.assertRaisesRegex(errors.UserError, "missing.*; unknown"):
+      checkpoints.load(self.directory)
+
+  def test_nothing_is_read_before_everything_is_accounted_for(self):
+    tensors = self._save()
+    del tensors["image_newline"]
+    self._write(tensors)
+    with mock.patch.object(
+      safetensors_io.Tensor, "read_rows", side_effect=AssertionError
+    ):
+      with self.assertRaisesRegex(errors.UserError, "missing image_newline"):
+        checkpoints.load(self.directory)
+
+  def test_tokenizer_without_the_video_token(self):
+    self._save()
+    tokenizers_for_tests.write(pathlib.Path(self.directory))
+    path = os.path.join(self.directory, "tokenizer.json")
+    with open(path) as file:
+      text = file.read()
+    with open(path, "w") as file:
+      file.write(text.replace("<video>", "<movie>"))
+    with self.assertRaisesRegex(errors.UserError, "no video token '<video>'"):
+      checkpoints.load(self.directory)
+
+  def test_parameters_are_not_written_twice(self):
+    with self.assertRaisesRegex(ValueError, "image_newline"):
+      self._save(extra={"image_newline": np.zeros(3)})
 
   @parameterized.parameters(
     (b"", "not a readable safetensors file"),
