@@ -14,6 +14,7 @@ where the arrays live in the host's memory, less the arrays.
 import contextlib
 import dataclasses
 import functools
+import gc
 import math
 import os
 import statistics
@@ -135,6 +136,7 @@ def measure(directory, dtype=None):
   plain_read(directory)
   read = time.perf_counter() - start
   drop_cache(directory)
+  gc.collect()  # What an earlier turn left is not this one's.
   before = _anonymous_bytes()
   with _peak() as peak:
     start = time.perf_counter()

@@ -8,6 +8,7 @@ The videos are drawn: frames of coloured blocks that change slowly, encoded by
 the base model, each with a random question.
 """
 
+import functools
 import os
 
 import jax
@@ -65,15 +66,12 @@ def draw_prompt(model, params, rng, num_frames):
     grid = model.grid(num_frames)
     arguments = (_blocks(rng, num_frames, config.vision.image_size),)
     block = int(np.prod(grid)) + 1  # The newline behind the video.
-  features = jax.jit(model.encode_video)(params, *arguments)
   length = _BEFORE + block + _QUESTION_TOKENS
   # Ids of text alone: special tokens have the highest ids.
   ids = rng.integers(0, config.text.vocab_size // 2, length)
   video_rows = _BEFORE + np.arange(np.prod(grid))
   ids[video_rows] = config.video_token_id
-  x = model.embed_prompt(
-    params, jnp.asarray(ids, jnp.int32), features, jnp.int32(_BEFORE)
-  )
+  x = _embed(params, jnp.asarray(ids, jnp.int32), arguments, model=model)
   positions = np.arange(length, dtype=np.int32)[None]
   if isinstance(model, qwen2_5_vl.Qwen2_5VLModel):
     positions, _ = qwen2_5_vl.position_ids(
@@ -82,6 +80,13 @@ def draw_prompt(model, params, rng, num_frames):
   return transfer.Prompt(
     x, jnp.asarray(positions), jnp.asarray(video_rows, jnp.int32), grid
   )
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _embed(params, ids, arguments, *, model):
+  """Returns a prompt's embeddings float[L, D], its video encoded."""
+  features = model.encode_video(params, *arguments)
+  return model.embed_prompt(params, ids, features, _BEFORE)
 
 
 def _blocks(rng, num_frames, size, cells=6, change=0.2):

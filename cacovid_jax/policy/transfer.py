@@ -74,25 +74,27 @@ def overlaps(policy, params, other, prompts, ratios):
     prompts: list of `Prompt`.
     ratios: retention ratios.
   """
-
-  @functools.partial(jax.jit, static_argnames="grid")
-  def score(params, x, positions, video_rows, *, grid):
-    return policy.apply({"params": params}, x, positions, video_rows, grid)
-
-  chosen = {ratio: [] for ratio in ratios}
+  ratios = tuple(ratios)
+  pairs = []
   for prompt in prompts:
-    scores = [
-      score(p, prompt.x, prompt.positions, prompt.video_rows, grid=prompt.grid)
-      for p in (params, other)
-    ]
-    for ratio in ratios:
-      chosen[ratio].append(
-        [
-          np.asarray(selection.select(s, grid=prompt.grid, ratio=ratio))
-          for s in scores
-        ]
-      )
-  return [_overlap(ratio, pairs) for ratio, pairs in chosen.items()]
+    grid = tuple(map(int, prompt.grid))
+    pairs.append(
+      [
+        _select(p, *prompt[:3], policy=policy, grid=grid, ratios=ratios)
+        for p in (params, other)
+      ]
+    )
+  return [
+    _overlap(ratio, [(ours[i], theirs[i]) for ours, theirs in pairs])
+    for i, ratio in enumerate(ratios)
+  ]
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "grid", "ratios"))
+def _select(params, x, positions, video_rows, *, policy, grid, ratios):
+  """Returns int32[K] kept tokens, per ratio."""
+  scores = policy.apply({"params": params}, x, positions, video_rows, grid)
+  return [selection.select(scores, grid=grid, ratio=ratio) for ratio in ratios]
 
 
 def _overlap(ratio, pairs):

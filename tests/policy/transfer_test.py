@@ -1,0 +1,146 @@
+"""A policy in public files of several types, and the tokens it then selects."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import traverse_util
+
+from cacovid_jax import errors
+from cacovid_jax.models import checkpoints, llava_onevision, qwen2
+from cacovid_jax.policy import modules, network, selection, transfer
+
+CONFIG = network.PolicyConfig.tiny()
+POLICY = network.Policy(CONFIG)
+GRID = (4, 3, 5)
+RATIOS = (0.1, 0.4)
+
+
+@pytest.fixture(name="params", scope="module")
+def fixture_params():
+  """Returns parameters of which no value is a bfloat16."""
+  rng = np.random.default_rng(0)
+  return traverse_util.unflatten_dict(
+    {
+      path: jnp.asarray(0.3 * rng.normal(size=shape), jnp.float32)
+      for path, shape in network.shapes(CONFIG).items()
+    },
+    sep="/",
+  )
+
+
+@pytest.fixture(name="prompts", scope="module")
+def fixture_prompts():
+  found = []
+  for seed in range(3):
+    x = jax.random.normal(jax.random.key(seed), (70, CONFIG.llm.hidden_size))
+    rows = jnp.arange(60) + 3
+    found.append(transfer.Prompt(x, jnp.arange(70)[None], rows, GRID))
+  return found
+
+
+def chosen(params, prompt, ratio):
+  """Returns the set of tokens that a policy selects."""
+  scores = score(params, *prompt[:3])
+  kept = jax.jit(selection.select, static_argnames=("grid", "ratio"))(
+    scores, grid=GRID, ratio=ratio
+  )
+  return set(np.asarray(kept).tolist())
+
+
+@jax.jit
+def score(params, x, positions, video_rows):
+  return POLICY.apply({"params": params}, x, positions, video_rows, GRID)
+
+
+def test_float32_storage_selects_the_very_same_tokens(params, prompts):
+  other = transfer.stored(POLICY, params, np.float32)
+  jax.tree.map(np.testing.assert_array_equal, other, params)
+  found = transfer.overlaps(POLICY, params, other, prompts, RATIOS)
+  assert [row.ratio for row in found] == list(RATIOS)
+  for row in found:
+    assert row.kept == 3 * int(60 * row.ratio)
+    assert (row.shared, row.identical, row.share) == (row.kept, 3, 1.0)
+
+
+def test_half_precision_storage_rounds_and_is_stable(params, prompts):
+  once = transfer.stored(POLICY, params, ml_dtypes.bfloat16)
+  jax.tree.map(
+    lambda leaf, rounded: np.testing.assert_array_equal(
+      rounded, leaf.astype(jnp.bfloat16).astype(jnp.float32)
+    ),
+    params,
+    once,
+  )
+  # A policy that was stored in half precision moves between types unharmed.
+  for dtype in (ml_dtypes.bfloat16, np.float32):
+    again = transfer.stored(POLICY, once, dtype)
+    jax.tree.map(np.testing.assert_array_equal, again, once)
+  found = transfer.overlaps(POLICY, params, once, prompts, RATIOS)
+  for row in found:
+    assert 0.5 < row.share <= 1
+    # Counted by hand.
+    shared = identical = 0
+    for prompt in prompts:
+      ours, theirs = (chosen(p, prompt, row.ratio) for p in (params, once))
+      shared += len(ours & theirs)
+      identical += ours == theirs
+    assert (row.shared, row.identical) == (shared, identical)
+
+
+def test_another_policy_does_not_overlap_in_full(params, prompts):
+  other = jax.tree.map(lambda leaf: -leaf, params)
+  found = transfer.overlaps(POLICY, params, other, prompts, RATIOS)
+  assert all(row.share < 1 and row.identical == 0 for row in found)
+
+
+@pytest.mark.parametrize("with_mode", [True, False])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_files_have_the_type_asked_for(params, tmp_path, dtype, with_mode):
+  if not with_mode:
+    params = {k: v for k, v in params.items() if k != "mode_selection"}
+  path = tmp_path / "policy.safetensors"
+  modules.save(path, POLICY, params, dtype)
+  tensors = safetensors.numpy.load_file(path)
+  assert {tensor.dtype for tensor in tensors.values()} == {np.dtype(dtype)}
+  mode = [name for name in tensors if ".mode_selection." in name]
+  assert len(mode) == (8 if with_mode else 0)
+  back = modules.load(path, POLICY)
+  assert ("mode_selection" in back) == with_mode
+  assert {leaf.dtype for leaf in jax.tree.leaves(back)} == {
+    jnp.dtype("float32")
+  }
+
+
+@pytest.mark.parametrize("max_shard_bytes", [None, 30_000])
+def test_a_policy_among_the_weights_of_its_base_model(
+  params, tmp_path, max_shard_bytes
+):
+  """As the public release has it: one directory, names beside the model's."""
+  config = llava_onevision.LlavaOnevisionConfig.tiny()
+  assert config.text == CONFIG.llm == qwen2.Qwen2Config.tiny()
+  model = llava_onevision.LlavaOnevisionModel(config)
+  base = jax.tree.map(
+    lambda leaf: np.ones(leaf.shape, np.float32),
+    jax.eval_shape(model.init, jax.random.key(0)),
+  )
+  kwargs = dict(eos_ids=[1], pad_id=0, max_shard_bytes=max_shard_bytes)
+  checkpoints.save(tmp_path, config, base, **kwargs)
+  assert not modules.is_released(tmp_path)
+  with pytest.raises(errors.UserError, match="no tensor of it begins with"):
+    modules.load(tmp_path, POLICY)
+
+  public = network.to_public(params, ml_dtypes.bfloat16)
+  checkpoints.save(tmp_path, config, base, extra=public, **kwargs)
+  assert modules.is_released(tmp_path)
+  expected = transfer.stored(POLICY, params, ml_dtypes.bfloat16)
+  found = modules.load(tmp_path, POLICY)
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+  # Reading the base model and writing it elsewhere keeps the policy.
+  loaded = checkpoints.load(tmp_path)
+  out = tmp_path / "out"
+  checkpoints.save(out, config, loaded.params, extra=loaded.extra, **kwargs)
+  found = modules.load(out, POLICY)
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
