@@ -28,9 +28,9 @@ import rich.text
 import cacovid_jax
 from cacovid_jax import errors
 from cacovid_jax.compressors import base
-from cacovid_jax.data import frames, prompts, questions, video
+from cacovid_jax.data import frames, prompts, questions, qwen_frames, video
 from cacovid_jax.evals import clips, evaluation, provenance, report, runner
-from cacovid_jax.models import checkpoints
+from cacovid_jax.models import checkpoints, qwen2_5_vl
 
 _ASSETS = pathlib.Path(cacovid_jax.__file__).parent / "assets"
 SHIPPED_MODEL = _ASSETS / "base_model"
@@ -38,6 +38,9 @@ SHIPPED_POLICY = _ASSETS / "policy"
 
 DTYPES = ("float32", "bfloat16")
 STYLES = ("video-r1", "videomme")
+# Least and most video tokens of a slice, as the paper's scripts ask of
+# Qwen2.5-VL.
+_QWEN_TOKENS = (128, 256)
 # Of the paper's evaluation, for models whose files do not say another number.
 _NUM_FRAMES = 32
 # Names of `runner.Evaluator.seconds`, by what they begin with.
@@ -156,6 +159,7 @@ class Answerer:
       rule=rule,
     )
     self._limits = limits
+    self._opened = {}
     self.checkpoint = checkpoints.load(self.directory, jnp.dtype(dtype))
     if policy is None and self.shipped and SHIPPED_POLICY.is_dir():
       policy = SHIPPED_POLICY
@@ -163,19 +167,18 @@ class Answerer:
     if policy is not None:
       loaded = evaluation.load_policy(os.fspath(policy), self.checkpoint)
       self.policies = {"policy": loaded}
-    # Clips are named by whole paths: a user's own word, not a data set's.
-    self.source = clips.ClipSource(
-      os.path.abspath(os.sep),
-      self.checkpoint.model,
-      self.checkpoint.params,
-      frames.Preprocessing.from_directory(self.directory),
-      num_frames=num_frames,
-      limits=limits,
-      keep=1,
-    )
-    self._programs = runner.Programs(
-      self.checkpoint, self.source.grid, max_new_tokens
-    )
+    self._is_qwen = isinstance(self.checkpoint.model, qwen2_5_vl.Qwen2_5VLModel)
+    if self._is_qwen:
+      found = qwen_frames.ProcessorConfig.from_files(self.directory)
+      # The paper's bounds in tokens of a slice; those of released files are
+      # made for images.
+      self._preprocessing = dataclasses.replace(
+        found,
+        min_pixels=_QWEN_TOKENS[0] * found.factor**2,
+        max_pixels=_QWEN_TOKENS[1] * found.factor**2,
+      )
+    else:
+      self._preprocessing = frames.Preprocessing.from_directory(self.directory)
 
   def ask(
     self,
@@ -209,21 +212,22 @@ class Answerer:
     chosen = runner.Method.parse(method)
     if any(ratio < 1 for ratio in ratios):
       self._check(chosen)
-    for ratio in ratios:
-      base.budget(self.source.grid, ratio)
     clip = _probe(path, self._limits)
+    source, programs = self._open(self._grid(path))
+    for ratio in ratios:
+      base.budget(source.grid, ratio)
     evaluator = runner.Evaluator(
       self.checkpoint,
-      self.source,
+      source,
       [asked],
       self.settings,
       policies=self.policies,
-      programs=self._programs,
+      programs=programs,
     )
     # Decoding may find a fault that the table of frames did not show; here it
     # is told in full, where an evaluation only notes it.
-    if self.source[asked.video].fault:
-      self.source.frames(asked.video)
+    if source[asked.video].fault:
+      source.frames(asked.video)
     cells = [(chosen if ratio < 1 else None, ratio) for ratio in ratios]
     first_run = None
     if warm_up:
@@ -231,20 +235,23 @@ class Answerer:
       for method, ratio in cells:
         evaluator.trace(asked, method, ratio)
       first_run = time.perf_counter() - start
-    self.source.clear()
-    self.source.seconds.clear()
+    source.clear()
+    source.seconds.clear()
     answers = [_answer(evaluator, asked, *cell) for cell in cells]
     return Asked(
       question=asked,
       path=os.fspath(path),
       clip=clip,
-      grid=self.source.grid,
+      grid=source.grid,
       answers=tuple(answers),
       milliseconds={
-        name: 1e3 * self.source.seconds[name] for name in ("decode", "tower")
+        name: 1e3 * source.seconds[name] for name in ("decode", "tower")
       },
       warm_up=first_run,
-      warnings=tuple(_warnings(os.fspath(path), clip, self.settings)),
+      warnings=(
+        *(f"{path}: {text}" for text in source[asked.video].warnings),
+        *_warnings(path, clip, self.settings),
+      ),
     )
 
   def write_report(self, path: str | os.PathLike, asked: Asked) -> None:
@@ -256,7 +263,10 @@ class Answerer:
     """
     path = check_report_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    shown = self.source.frames(asked.question.video)
+    source, _ = self._open(asked.grid)
+    shown = source.frames(asked.question.video)
+    # A slice of the grid may stand for several frames: its first is shown.
+    shown = shown[:: -(-len(shown) // asked.grid[0])]
     pruned = [a for a in asked.answers if a.ratio < 1] or asked.answers[:1]
     examples = [
       report.Example(
@@ -279,7 +289,7 @@ class Answerer:
       "columns": _COLUMNS,
       "provenance": provenance.describe(
         frame_hashes={
-          asked.question.id: self.source[asked.question.video].frame_hash
+          asked.question.id: source[asked.question.video].frame_hash
         },
         checkpoint=self.checkpoint.identity,
         policies={name: p.identity for name, p in self.policies.items()},
@@ -290,13 +300,43 @@ class Answerer:
 
   def close(self) -> None:
     """Stops the threads that decode."""
-    self.source.close()
+    for source, _ in self._opened.values():
+      source.close()
 
   def __enter__(self) -> "Answerer":
     return self
 
   def __exit__(self, *exc_info):
     self.close()
+
+  def _grid(self, path) -> tuple[int, int, int]:
+    """Returns (T, H, W) of a clip's video tokens."""
+    if not self._is_qwen:
+      return self.checkpoint.model.grid(self.settings.num_frames)
+    # The stored size may lie on its side; a decoded frame stands upright.
+    height, width = video.read_frames(path, [0], self._limits).shape[1:3]
+    return self._preprocessing.grid(height, width, self.settings.num_frames)
+
+  def _open(self, grid) -> tuple[clips.ClipSource, runner.Programs]:
+    """Returns what encodes clips of a grid and answers; made once."""
+    if grid not in self._opened:
+      kind = clips.PatchSource if self._is_qwen else clips.ClipSource
+      source = kind(
+        # Clips are named by whole paths: a user's own word, not a data set's.
+        os.path.abspath(os.sep),
+        self.checkpoint.model,
+        self.checkpoint.params,
+        self._preprocessing,
+        num_frames=self.settings.num_frames,
+        limits=self._limits,
+        keep=1,
+        grid=grid,
+      )
+      programs = runner.Programs(
+        self.checkpoint, grid, self.settings.max_new_tokens
+      )
+      self._opened[grid] = source, programs
+    return self._opened[grid]
 
   def _check(self, method: runner.Method) -> None:
     """Refuses methods that lack what they read."""

@@ -12,9 +12,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from cacovid_jax import errors
 from cacovid_jax.compressors import base
 from cacovid_jax.data import frames as frames_lib
-from cacovid_jax.data import video
+from cacovid_jax.data import qwen_frames, video
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -25,11 +26,16 @@ class Clip:
     features: float[N, D]; zeros if the clip cannot be used.
     frame_hash: sha256 of the decoded frames, "" if the clip cannot be used.
     fault: why it cannot be used, else "".
+    seconds_per_slice: time between two rows of the grid's first axis, for
+      models whose positions tell it.
+    warnings: what makes the frames less than they seem, one line each.
   """
 
   features: np.ndarray
   frame_hash: str
   fault: str = ""
+  seconds_per_slice: float = 0.0
+  warnings: tuple[str, ...] = ()
 
 
 class ClipSource:
@@ -57,6 +63,7 @@ class ClipSource:
     cache: Any = None,
     cache_key: str = "",
     keep: int = 64,
+    grid: tuple[int, int, int] | None = None,
   ):
     """Starts nothing but the threads.
 
@@ -70,9 +77,10 @@ class ClipSource:
       cache: `data.feature_cache.FeatureCache`, or None.
       cache_key: identity of the weights, part of the cache's keys.
       keep: clips held in memory.
+      grid: (T, H, W) of every clip; None takes the model's own.
     """
     self.num_frames = num_frames
-    self.grid = model.grid(num_frames)
+    self.grid = model.grid(num_frames) if grid is None else grid
     self.seconds = collections.Counter()
     self._root, self._params = root, params
     self._preprocessing, self._limits = preprocessing, limits
@@ -86,11 +94,14 @@ class ClipSource:
 
   def frames(self, path: str) -> np.ndarray:
     """Returns uint8[T, h, w, 3]; raises `VideoError` if it cannot."""
+    return self._decode(path).frames
+
+  def _decode(self, path: str) -> video.Clip:
     return video.decode(
       video.safe_path(self._root, path),
       lambda count, _: frames_lib.eval_linspace(count, self.num_frames),
       limits=self._limits,
-    ).frames
+    )
 
   def prefetch(self, paths: Iterable[str]) -> None:
     """Starts to decode clips that will be asked for next."""
@@ -132,34 +143,63 @@ class ClipSource:
     """Returns a Clip if no tower run is needed, else what `_finish` takes."""
     start = time.perf_counter()
     try:
-      frames = self.frames(path)
+      clip = self._decode(path)
     except video.VideoError as error:
       # Without the path: results must not depend on where the data lies.
       return Clip(self._nothing, "", error.reason.replace("_", " "))
-    digest = hashlib.sha256(str(frames.shape).encode())
-    digest.update(np.ascontiguousarray(frames).data)
+    digest = hashlib.sha256(str(clip.frames.shape).encode())
+    digest.update(np.ascontiguousarray(clip.frames).data)
     frame_hash = digest.hexdigest()
+    facts = {"frame_hash": frame_hash, "warnings": clip.warnings}
     key = self._key(frame_hash)
     if self._cache is not None:
       features = self._cache.get(key)
       if features is not None:
-        return Clip(features, frame_hash)
-    pixels = self._preprocessing(frames)
+        return Clip(features, **facts)
+    pixels, more = self._pixels(clip)
     self.seconds["decode"] += time.perf_counter() - start
-    return key, frame_hash, pixels
+    return key, pixels, facts | more
 
-  def _finish(self, key: str, frame_hash: str, pixels: np.ndarray) -> Clip:
+  def _pixels(self, clip: video.Clip):
+    """Returns what the tower takes, and more fields of the encoded clip."""
+    return (self._preprocessing(clip.frames),), {}
+
+  def _finish(self, key: str, pixels, facts: dict[str, Any]) -> Clip:
     start = time.perf_counter()
-    features = jax.block_until_ready(self._encode(self._params, pixels))
+    features = jax.block_until_ready(self._encode(self._params, *pixels))
     self.seconds["tower"] += time.perf_counter() - start
     # As the cache keeps them, so that a hit changes no shape, type or bit.
     features = np.asarray(features, np.float32)
     base.check_finite(features, "features of the vision tower")
     if self._cache is not None:
       self._cache.put(key, features)
-    return Clip(features, frame_hash)
+    return Clip(features, **facts)
 
   def _key(self, frame_hash: str) -> str:
     """Names features by what they are made of: pixels and weights."""
     parts = (frame_hash, self._cache_key, repr(self._preprocessing))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+class PatchSource(ClipSource):
+  """The same for models whose grid follows the frames' shape (Qwen2.5-VL).
+
+  `preprocessing` is a `data.qwen_frames.ProcessorConfig`, and every clip has
+  the `grid` that is given: one compiled tower, one length of prompt.
+  """
+
+  def __init__(self, root: str, model: Any, *args, **options):
+    """As of `ClipSource`; `grid` must be given."""
+    super().__init__(root, model, *args, **options)
+    self._layout = model.layout(self.grid)
+
+  def _pixels(self, clip: video.Clip):
+    fps = qwen_frames.sampled_fps(self.num_frames, clip.duration)
+    found = self._preprocessing(clip.frames, fps=fps)
+    if found.grid != tuple(self.grid):
+      raise errors.UserError(
+        f"a clip gives a grid of {found.grid}, not the {self.grid} of the"
+        " others; ask about it apart"
+      )
+    more = {"seconds_per_slice": found.seconds_per_slice}
+    return (found.patches, self._layout), more

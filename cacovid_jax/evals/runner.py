@@ -8,7 +8,7 @@ tokens; the whole prompt has one of its own. Shapes are static: every batch has
 the same size and length, the last one padded.
 
 Letters: B batch, L prompt tokens, N video tokens, D width, K kept tokens,
-T frames.
+T frames, P position rows.
 """
 
 import collections
@@ -147,6 +147,9 @@ class Batch(NamedTuple):
     ids: int32[B, L].
     length: int32[B] rows without padding.
     video_start: int32[B] row of the first video token.
+    positions: int32[B, P, L].
+    next_position: int32[B] of the first generated token.
+    seconds: float32[B], from one row of the grid's first axis to the next.
     x: float[B, L, D] embeddings.
   """
 
@@ -154,6 +157,9 @@ class Batch(NamedTuple):
   ids: jax.Array
   length: jax.Array
   video_start: jax.Array
+  positions: jax.Array
+  next_position: jax.Array
+  seconds: jax.Array
   x: jax.Array
 
 
@@ -409,14 +415,21 @@ class Evaluator:
       return self._batch(
         np.stack([clip.features for clip in rows]),
         [question.id for question in questions],
+        [clip.seconds_per_slice for clip in rows],
       ), faults
 
-  def _batch(self, features, ids) -> Batch:
+  def _batch(self, features, ids, seconds) -> Batch:
     """Returns the prompts `ids` about `features`, padded to B rows."""
     rows = _pad_rows(len(ids), self.settings.batch_size)
-    padded = self._checkpoint.tokenizer.pad(
-      [self._prompts[ids[row]] for row in rows], self._length
-    )
+    prompts = [self._prompts[ids[row]] for row in rows]
+    padded = self._checkpoint.tokenizer.pad(prompts, self._length)
+    seconds = np.asarray(seconds, np.float32)
+    seconds = seconds[np.minimum(rows, len(seconds) - 1)]
+    placed = [
+      self._positions(prompt.ids, gap)
+      for prompt, gap in zip(prompts, seconds, strict=True)
+    ]
+    positions, following = map(np.array, zip(*placed, strict=True))
     features = jnp.asarray(features)
     if features.shape[0] != len(rows):
       features = features[np.array(rows)]
@@ -427,7 +440,25 @@ class Evaluator:
     x = jax.block_until_ready(
       self._programs.embed(self._checkpoint.params, ids, features, start)
     )
-    return Batch(features, ids, length, start, x)
+    return Batch(
+      features,
+      ids,
+      length,
+      start,
+      jnp.asarray(positions),
+      jnp.asarray(following, jnp.int32),
+      jnp.asarray(seconds),
+      x,
+    )
+
+  def _positions(self, ids, seconds):
+    """Returns (int32[P, L], next position), counting on behind the prompt."""
+    positions, following = self._checkpoint.model.positions(
+      ids, grid=self.grid, seconds_per_slice=float(seconds)
+    )
+    behind = np.arange(1, self._length - len(ids) + 1, dtype=np.int32)
+    behind = positions[:, -1:] + behind
+    return np.concatenate([positions, behind], axis=1), following
 
   def _decode(self, ids) -> list[str]:
     decode = self._checkpoint.tokenizer.decode
@@ -495,7 +526,9 @@ class _Asker:
       batch = self._batch
       if field == "other_scores":
         with self._e._timed("prompts"):
-          batch = self._e._batch(batch.features, self._others(seed))
+          batch = self._e._batch(
+            batch.features, self._others(seed), batch.seconds
+          )
       with self._e._timed("policy"):
         scores = self._programs.scores(
           self._e.policies[name].module,
@@ -646,11 +679,10 @@ class Programs:
     return jax.jit(jax.vmap(one))
 
   def _vanilla(self, params, batch: Batch, *, want_attention: bool) -> Vanilla:
-    positions = _positions(batch.x)
     logits, cache, out = self._model.prefill(
       params,
       batch.x,
-      positions,
+      batch.positions,
       batch.length,
       cache_length=batch.x.shape[1] + self._ending["max_new_tokens"] - 1,
       want_attention=want_attention,
@@ -660,8 +692,8 @@ class Programs:
       params,
       logits,
       cache,
-      batch.length,
-      num_position_rows=1,
+      batch.next_position,
+      num_position_rows=batch.positions.shape[1],
       **self._ending,
     )
     if not want_attention:
@@ -683,7 +715,7 @@ class Programs:
       )
 
     return jax.vmap(one)(
-      batch.x, _positions(batch.x), batch.length, batch.video_start
+      batch.x, batch.positions, batch.length, batch.video_start
     )
 
   def _answer(self, params, batch: Batch, selection: base.Selection):
@@ -691,7 +723,7 @@ class Programs:
     length = batch.x.shape[1]
     out_length = length - self._num_video + num_keep
 
-    def prune(x, length, start, selection):
+    def prune(x, positions, length, start, selection):
       num_valid = selection.mask.sum()
       rows, new_length = pruning.pruned_rows(
         selection.index,
@@ -706,10 +738,11 @@ class Programs:
       kept = selection.features.astype(x.dtype)
       kept = jnp.take(kept, place, axis=0, mode="clip")
       changed = (place >= 0) & (place < num_valid)
-      return jnp.where(changed[:, None], kept, x[rows]), rows, new_length
+      x = jnp.where(changed[:, None], kept, x[rows])
+      return x, positions[:, rows], new_length
 
-    x, rows, lengths = jax.vmap(prune)(
-      batch.x, batch.length, batch.video_start, selection
+    x, positions, lengths = jax.vmap(prune)(
+      batch.x, batch.positions, batch.length, batch.video_start, selection
     )
     # Kept tokens keep their positions, and the answer goes on where that of
     # the whole prompt would.
@@ -717,9 +750,9 @@ class Programs:
       self._model,
       params,
       x,
-      rows[:, None],
+      positions,
       lengths,
-      batch.length,
+      batch.next_position,
       **self._ending,
     )
 
@@ -752,12 +785,6 @@ def other_question(
   raise errors.UserError(
     "cacovid_other_question needs questions about at least two clips"
   )
-
-
-def _positions(x):
-  """Returns int32[B, 1, L], the rows' own numbers."""
-  row = jnp.arange(x.shape[1], dtype=jnp.int32)
-  return jnp.broadcast_to(row, (x.shape[0], 1, x.shape[1]))
 
 
 def _pad_rows(count: int, size: int) -> list[int]:

@@ -223,6 +223,11 @@ class LlavaOnevisionModel(language.LanguageModel):
     """Returns (T, H, W) of a video of `num_frames` frames."""
     return (num_frames, self.config.pooled_side, self.config.pooled_side)
 
+  def positions(self, ids, *, grid=None, seconds_per_slice=None):
+    """Returns (int32[1, L], next position) of ONE prompt: rows count on."""
+    del grid, seconds_per_slice  # Time and place are not in the positions.
+    return np.arange(len(ids), dtype=np.int32)[None], len(ids)
+
   def init(self, rng):
     """Returns random float32 parameters."""
     size, side = self.config.vision.image_size, self.config.pooled_side

@@ -230,6 +230,12 @@ class Qwen2_5VLModel(language.LanguageModel):  # noqa: N801
     """Returns the `qwen2_5_vl_vision.Layout` of a grid (T, H, W)."""
     return qwen2_5_vl_vision.layout(grid, self.config.vision, sizes)
 
+  def positions(self, ids, *, grid, seconds_per_slice):
+    """Returns (int32[3, L], next position) of ONE prompt, by rule 4.50."""
+    return position_ids(
+      ids, grid=grid, seconds_per_slice=seconds_per_slice, config=self.config
+    )
+
   def init(self, rng):
     """Returns random float32 parameters."""
     vision = self.config.vision

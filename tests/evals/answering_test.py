@@ -112,11 +112,11 @@ def test_a_policy_is_followed_at_every_ratio(asked, answerer):
   assert asked.num_video == 64 and asked.grid == tiny.GRID
   evaluator = runner.Evaluator(
     answerer.checkpoint,
-    answerer.source,
+    answerer._open(tiny.GRID)[0],
     [asked.question],
     answerer.settings,
     policies=answerer.policies,
-    programs=answerer._programs,
+    programs=answerer._open(tiny.GRID)[1],
   )
   method = runner.Method.parse("cacovid")
   for answer in asked.answers[1:]:
@@ -155,7 +155,7 @@ def test_every_stage_is_timed_apart_from_compilation(asked, answerer):
 
 def test_another_question_compiles_nothing(asked, answerer, tmp_path):
   del asked  # It has compiled.
-  programs = answerer._programs
+  programs = answerer._open(tiny.GRID)[1]
   before = [
     program._cache_size()
     for program in (programs.answer, programs.vanilla, programs.scores)
@@ -207,7 +207,7 @@ def test_short_clips_repeat_frames_with_a_warning(
   assert len(found.warnings) == 1
   assert f"has {num_frames} frame" in found.warnings[0]
   assert "\n" not in found.warnings[0]
-  features = answerer.source[found.question.video].features
+  features = answerer._open(tiny.GRID)[0][found.question.video].features
   rows = features.reshape(tiny.FRAMES, 16, -1)
   shown = frames.eval_linspace(num_frames, tiny.FRAMES)
   for t in range(1, tiny.FRAMES):
@@ -302,8 +302,8 @@ def test_mistakes_are_one_line_before_anything_runs(
   def never(*unused):
     raise AssertionError("the model ran")
 
-  monkeypatch.setattr(answerer.source, "_encode", never)
-  answerer.source.clear()
+  monkeypatch.setattr(answerer._open(tiny.GRID)[0], "_encode", never)
+  answerer._open(tiny.GRID)[0].clear()
   arguments = dict(path=clip, question=QUESTION, method="uniform") | change
   with pytest.raises(errors.UserError, match=match) as caught:
     answerer.ask(arguments.pop("path"), arguments.pop("question"), **arguments)

@@ -1,0 +1,159 @@
+"""Answers of a Qwen2.5-VL checkpoint, whose grid follows the clip's shape."""
+
+import dataclasses
+import json
+
+import av
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cacovid_jax.compressors import uniform
+from cacovid_jax.data import frames, qwen_frames, video
+from cacovid_jax.evals import answering
+from cacovid_jax.models import checkpoints, generation, qwen2_5_vl
+from tests.data import tokenizers_for_tests as toks
+from tests.evals import report_test, tiny
+from tests.models import mrope_loop
+
+FRAMES, NEW = 3, 3
+QUESTION = "Which shape appears first?"
+STATISTICS = {
+  "image_mean": [0.5, 0.4, 0.3],
+  "image_std": [0.3, 0.3, 0.2],
+}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+  """Returns a random checkpoint, complete with tokenizer and processor."""
+  directory = toks.write_qwen(tmp_path_factory.mktemp("qwen"))
+  base = qwen2_5_vl.Qwen2_5VLConfig.tiny()
+  token_id = checkpoints._tokenizer(directory).token_id
+  config = dataclasses.replace(
+    base,
+    text=dataclasses.replace(base.text, vocab_size=320),
+    image_token_id=token_id("<|image_pad|>"),
+    video_token_id=token_id("<|video_pad|>"),
+    vision_start_token_id=token_id("<|vision_start|>"),
+    vision_end_token_id=token_id("<|vision_end|>"),
+  )
+  params = jax.jit(qwen2_5_vl.Qwen2_5VLModel(config).init)(jax.random.key(0))
+  checkpoints.save(
+    directory,
+    config,
+    params,
+    eos_ids=[token_id("<|im_end|>")],
+    pad_id=token_id("<|endoftext|>"),
+  )
+  processor = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2}
+  path = directory / "preprocessor_config.json"
+  path.write_text(json.dumps(processor | STATISTICS))
+  return directory
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+  """Returns a clip of 96 x 64 pixels, 9 frames, 1.5 s."""
+  path = tmp_path_factory.mktemp("clips") / "wide.mp4"
+  rng = np.random.default_rng(0)
+  with av.open(str(path), "w") as container:
+    stream = container.add_stream("libx264", rate=6)
+    stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+    for _ in range(9):
+      blocks = rng.integers(0, 256, (4, 6, 3), dtype=np.uint8)
+      image = np.kron(blocks, np.ones((16, 16, 1), np.uint8))
+      frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+      container.mux(stream.encode(frame))
+    container.mux(stream.encode())
+  return path
+
+
+@pytest.fixture(scope="module")
+def asked(directory, clip, tmp_path_factory):
+  """Returns (the model, what it said)."""
+  checkpoint = checkpoints.load(directory)
+  folder = tmp_path_factory.mktemp("policy")
+  policy = tiny.write_policy(folder / "policy", checkpoint)
+  with answering.Answerer(
+    directory, policy, num_frames=FRAMES, max_new_tokens=NEW
+  ) as model:
+    found = model.ask(clip, QUESTION, ratios=(0.25,), warm_up=False)
+    even = model.ask(
+      clip, QUESTION, ratios=(0.25,), method="uniform", warm_up=False
+    )
+    yield model, found, even
+
+
+def test_answers_are_those_of_the_model_alone(asked, clip):
+  model, _, found = asked
+  config, params = model.checkpoint.model.config, model.checkpoint.params
+  # 96 x 64 pixels are 12 x 8 = 96 tokens of 8 pixels, enlarged to 128 at least.
+  T, H, W = found.grid
+  assert T == 2 and 128 <= H * W <= 256 and 1.3 < W / H < 1.7
+  shown = video.read_frames(clip, frames.eval_linspace(9, FRAMES))
+  processor = qwen_frames.ProcessorConfig(
+    patch_size=4,
+    min_pixels=128 * 64,
+    max_pixels=256 * 64,
+    mean=tuple(STATISTICS["image_mean"]),
+    std=tuple(STATISTICS["image_std"]),
+  )
+  patches = processor(shown, fps=FRAMES / 1.5)
+  assert patches.grid == found.grid
+  prompt = model.checkpoint.tokenizer.encode_prompt(QUESTION, T * H * W)
+  # A slice of two frames, two a second, lasts a second.
+  positions, following = mrope_loop.positions(
+    prompt.ids, config.video_token_id, found.grid, 1.0, 2, "4.50"
+  )
+  index = uniform.positions(T * H * W, T * H * W // 4)
+  np.testing.assert_array_equal(found.answers[0].trace.index, index)
+  dropped = set(range(T * H * W)) - set(index.tolist())
+  rows = np.array(
+    [i for i in range(prompt.length) if i - prompt.video_start not in dropped]
+  )
+
+  @jax.jit
+  def answer(params, pixels):
+    vlm = model.checkpoint.model
+    features = vlm.encode_video(params, pixels, vlm.layout(found.grid))
+    x = vlm.embed_prompt(
+      params, jnp.asarray(prompt.ids), features, prompt.video_start
+    )
+    return generation.greedy(
+      vlm,
+      params,
+      x[rows][None],
+      jnp.asarray(positions[:, rows], jnp.int32)[None],
+      jnp.array([len(rows)]),
+      jnp.array([following]),
+      max_new_tokens=NEW,
+      eos_ids=model.checkpoint.eos_ids,
+      pad_id=model.checkpoint.pad_id,
+    )
+
+  ids = answer(params, patches.patches)[0]
+  expected = model.checkpoint.tokenizer.decode(ids).strip()
+  assert found.answers[0].text == expected and expected
+
+
+def test_a_policy_chooses_on_this_grid(asked):
+  _, found, even = asked
+  answer = found.answers[0]
+  assert answer.method == "cacovid"
+  assert answer.kept == even.answers[0].kept == found.num_video // 4
+  assert answer.trace.token_gap.shape == (found.num_video,)
+  assert answer.trace.frame_gap.shape == (2,)
+  assert not np.array_equal(answer.trace.index, even.answers[0].trace.index)
+
+
+def test_page_shows_one_picture_a_slice(asked, tmp_path):
+  model, found, _ = asked
+  model.write_report(tmp_path / "report.html", found)
+  page = (tmp_path / "report.html").read_text("utf-8")
+  outline = report_test.Outline(page)
+  tags = [tag for tag, _ in outline.tags]
+  assert tags.count("image") == 2
+  strokes = [a.get("stroke") for t, a in outline.tags if t == "rect"]
+  assert strokes.count("#0b5fa5") == found.answers[0].kept
