@@ -16,7 +16,7 @@ import sys
 from absl import flags
 
 from cacovid_jax import errors
-from cacovid_jax.evals import answering
+from cacovid_jax.evals import answer_page, answering
 
 _MODEL = flags.DEFINE_string(
   "model", None, "Hugging Face checkpoint directory; the shipped model if none."
@@ -87,7 +87,7 @@ def main(argv):
     )
     for warning in asked.warnings:
       print(f"warning: {warning}", file=sys.stderr)
-    answering.show(asked)
+    answer_page.show(asked)
     if _REPORT.value:
       answerer.write_report(_REPORT.value, asked)
       print(f"report: {_REPORT.value}")

@@ -2,9 +2,12 @@
 
     from cacovid_jax.evals import answering
 
-    model = answering.Answerer(policy="workdirs/quickstart")
-    asked = model.ask("clip.mp4", "Which came first?", ("red", "blue"))
-    print(asked.answers[0].text, asked.answers[0].kept)
+    model = answering.Answerer()  # The shipped model; or a directory.
+    asked = model.ask("clip.mp4", "Which of these appears first?",
+                      ("red moon", "blue star"), ratios=(1.0, 0.1),
+                      method="uniform")
+    for answer in asked.answers:
+      print(answer.method, answer.kept, answer.text, answer.milliseconds)
 
 The prompts, selections, programs and pictures are those of an evaluation; what
 is added are times per stage, with compilation kept apart.
@@ -20,16 +23,19 @@ from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
-import rich.box
-import rich.console
-import rich.table
-import rich.text
 
 import cacovid_jax
 from cacovid_jax import errors
 from cacovid_jax.compressors import base
 from cacovid_jax.data import frames, prompts, questions, qwen_frames, video
-from cacovid_jax.evals import clips, evaluation, provenance, report, runner
+from cacovid_jax.evals import (
+  answer_page,
+  clips,
+  evaluation,
+  provenance,
+  report,
+  runner,
+)
 from cacovid_jax.models import checkpoints, qwen2_5_vl
 
 _ASSETS = pathlib.Path(cacovid_jax.__file__).parent / "assets"
@@ -262,41 +268,17 @@ class Answerer:
       asked: what `ask` returned.
     """
     path = check_report_path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     source, _ = self._open(asked.grid)
     shown = source.frames(asked.question.video)
     # A slice of the grid may stand for several frames: its first is shown.
     shown = shown[:: -(-len(shown) // asked.grid[0])]
-    pruned = [a for a in asked.answers if a.ratio < 1] or asked.answers[:1]
-    examples = [
-      report.Example(
-        question=asked.question,
-        frames=shown,
-        grid=asked.grid,
-        method=answer.method,
-        ratio=answer.ratio,
-        trace=answer.trace,
-        others={},
-        decisive=frozenset(),
-      )
-      for answer in pruned
-    ]
-    facts = {
-      "question": asked.question.question,
-      "clip": asked.question.id,
-      "lead": _lead(asked),
-      "note": _note(asked),
-      "columns": _COLUMNS,
-      "provenance": provenance.describe(
-        frame_hashes={
-          asked.question.id: source[asked.question.video].frame_hash
-        },
-        checkpoint=self.checkpoint.identity,
-        policies={name: p.identity for name, p in self.policies.items()},
-      ),
-    }
-    rows = [_row(asked, answer) for answer in asked.answers]
-    report.write_page(path, report.render_answers(facts, rows, examples))
+    described = provenance.describe(
+      frame_hashes={asked.question.id: source[asked.question.video].frame_hash},
+      checkpoint=self.checkpoint.identity,
+      policies={name: p.identity for name, p in self.policies.items()},
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    report.write_page(path, answer_page.render(asked, shown, described))
 
   def close(self) -> None:
     """Stops the threads that decode."""
@@ -436,87 +418,6 @@ def check_report_path(path: str | os.PathLike) -> pathlib.Path:
     if parent.exists() and not parent.is_dir():
       raise errors.UserError(f"{parent} is no folder; give another --report")
   return path
-
-
-def show(asked: Asked, console: rich.console.Console | None = None) -> None:
-  """Prints the answers, tokens kept and times as a table."""
-  if console is None:
-    console = rich.console.Console(highlight=False)
-    if not console.is_terminal:  # A log has no width to keep to.
-      console = rich.console.Console(width=120, highlight=False)
-
-  def line(text):
-    console.print(text, markup=False, soft_wrap=True)
-
-  line(f"question: {asked.question.question}")
-  line(_lead(asked))
-  table = rich.table.Table(box=rich.box.SIMPLE)
-  for place, column in enumerate(_COLUMNS):
-    last = place == len(_COLUMNS) - 1
-    justify = "left" if place == 0 or last else "right"
-    table.add_column(column, justify=justify, overflow="fold")
-  for answer in asked.answers:
-    # Brackets of an answer are no markup.
-    table.add_row(*map(rich.text.Text, _row(asked, answer)))
-  console.print(table)
-  line(_note(asked))
-
-
-_COLUMNS = (
-  "tokens from", "tokens kept", "embed ms", "scores ms", "select ms",
-  "answer ms", "in all ms", "answer",
-)  # fmt: skip
-
-
-def _row(asked: Asked, answer: Answer) -> list[str]:
-  """Returns the cells of an answer's row, by `_COLUMNS`."""
-  times = [
-    _time(answer.milliseconds.get(name))
-    for name in ("embed", "scores", "select", "answer")
-  ]
-  text = answer.text or "(nothing)"
-  if answer.letter:
-    place = questions.LETTERS.index(answer.letter)
-    option = asked.question.options[place]
-    text = option if text == option else f"{text} ({option})"
-  share = answer.kept / asked.num_video
-  return [
-    answer.method,
-    f"{answer.kept} of {asked.num_video} ({100 * share:.3g} %)",
-    *times,
-    _time(asked.total(answer)),
-    text,
-  ]
-
-
-def _time(milliseconds: float | None) -> str:
-  return "" if milliseconds is None else f"{milliseconds:.1f}"
-
-
-def _lead(asked: Asked) -> str:
-  """Returns what was shown to the model, and what that took."""
-  T, H, W = asked.grid
-  clip = asked.clip
-  return (
-    f"{asked.question.id}: {clip.num_frames} frames, {clip.duration:.1f} s;"
-    f" shown: {T} frames of {H} x {W} tokens, {asked.num_video} in all."
-    f" Decoding {asked.milliseconds['decode']:.1f} ms, vision tower"
-    f" {asked.milliseconds['tower']:.1f} ms, once for all rows."
-  )
-
-
-def _note(asked: Asked) -> str:
-  """Returns what the times include and what they do not."""
-  stages = (
-    "Scores: the policy, or what else the method reads. Answer: prefill and"
-    " decoding. In all: with decoding and the tower."
-  )
-  if asked.warm_up is None:
-    return f"{stages} First run: the times include compilation."
-  return (
-    f"{stages} Times of a second run; the first one, with compilation, took"
-    f" {asked.warm_up:.1f} s."
-  )
 
 
 def _answer(evaluator, question, method, ratio) -> Answer:

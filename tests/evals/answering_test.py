@@ -6,6 +6,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from cacovid_jax import errors
 from cacovid_jax.compressors import uniform
 from cacovid_jax.data import frames, readers, video
 from cacovid_jax.data.synthetic import build
-from cacovid_jax.evals import answering, runner
+from cacovid_jax.evals import answer_page, answering, runner
 from cacovid_jax.models import generation
 from tests.evals import report_test, tiny
 
@@ -376,7 +377,9 @@ def test_a_report_that_cannot_be_there(tmp_path):
     answering.check_report_path(tmp_path / "file" / "report.html")
 
 
-def test_the_shipped_model_answers_about_a_drawn_clip(tmp_path, capsys):
+def test_the_shipped_model_answers_about_a_drawn_clip(
+  tmp_path, monkeypatch, capsys
+):
   root = tmp_path / "drawn"
   config = build.BuildConfig(
     variant="sparse", seed=3, clips=(1, 1, 1, 0), questions_per_clip=4
@@ -385,20 +388,21 @@ def test_the_shipped_model_answers_about_a_drawn_clip(tmp_path, capsys):
   rows = readers.read_videomme(str(root / "test.parquet"), root, "video-r1")
   # The kind that the model always answers rightly, with all tokens.
   question = next(row for row in rows if row.category == "attribute")
-  path = root / question.video
-  with answering.Answerer(max_new_tokens=4) as model:
-    assert model.settings.num_frames == 16
-    found = model.ask(
-      path,
-      question.question,
-      question.options,
-      ratios=(1.0,),
-      method="uniform",
-      warm_up=False,
-    )
-  assert found.grid == (16, 7, 7)
-  assert found.answers[0].letter == question.answer
-  answering.show(found)
+  (tmp_path / "clip.mp4").write_bytes((root / question.video).read_bytes())
+  monkeypatch.chdir(tmp_path)
+  # The Python lines of the module, with this question in them.
+  code = re.search(r"\n\n((?:    .*\n|\n)+)", answering.__doc__).group(1)
+  code = textwrap.dedent(code)
+  code = code.replace("Which of these appears first?", question.question)
+  code = code.replace('("red moon", "blue star")', repr(question.options))
+  names = {}
+  exec(compile(code, "answering", "exec"), names)
+  lines = capsys.readouterr().out.splitlines()
+  assert len(lines) == 2
+  assert lines[0].startswith(f"vanilla 784 {question.answer} ")
+  assert lines[1].startswith("uniform 78 ")
+  names["model"].close()
+  answer_page.show(names["asked"])
   out = capsys.readouterr().out
   assert "784 of 784 (100 %)" in out
   assert f"{question.answer} (" in out

@@ -1,0 +1,127 @@
+"""The answers to one question in words: a table, and a page with pictures."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import rich.box
+import rich.console
+import rich.table
+import rich.text
+
+from cacovid_jax.data import questions
+from cacovid_jax.evals import report
+
+COLUMNS = (
+  "tokens from", "tokens kept", "embed ms", "scores ms", "select ms",
+  "answer ms", "in all ms", "answer",
+)  # fmt: skip
+
+
+def render(asked, frames: np.ndarray, provenance: Mapping[str, Any]) -> str:
+  """Returns the HTML text of a page that shows the kept tokens.
+
+  Args:
+    asked: `answering.Asked`.
+    frames: uint8[T, h, w, 3], one for each row of the grid's first axis.
+    provenance: as in results.json.
+  """
+  pruned = [a for a in asked.answers if a.ratio < 1] or asked.answers[:1]
+  examples = [
+    report.Example(
+      question=asked.question,
+      frames=frames,
+      grid=asked.grid,
+      method=answer.method,
+      ratio=answer.ratio,
+      trace=answer.trace,
+      others={},
+      decisive=frozenset(),
+    )
+    for answer in pruned
+  ]
+  facts = {
+    "question": asked.question.question,
+    "clip": asked.question.id,
+    "lead": lead(asked),
+    "note": note(asked),
+    "columns": COLUMNS,
+    "provenance": provenance,
+  }
+  rows = [row(asked, answer) for answer in asked.answers]
+  return report.render_answers(facts, rows, examples)
+
+
+def show(asked, console: rich.console.Console | None = None) -> None:
+  """Prints the answers, tokens kept and times as a table."""
+  if console is None:
+    console = rich.console.Console(highlight=False)
+    if not console.is_terminal:  # A log has no width to keep to.
+      console = rich.console.Console(width=120, highlight=False)
+
+  def line(text):
+    console.print(text, markup=False, soft_wrap=True)
+
+  line(f"question: {asked.question.question}")
+  line(lead(asked))
+  table = rich.table.Table(box=rich.box.SIMPLE)
+  for place, column in enumerate(COLUMNS):
+    last = place == len(COLUMNS) - 1
+    justify = "left" if place == 0 or last else "right"
+    table.add_column(column, justify=justify, overflow="fold")
+  for answer in asked.answers:
+    # Brackets of an answer are no markup.
+    table.add_row(*map(rich.text.Text, row(asked, answer)))
+  console.print(table)
+  line(note(asked))
+
+
+def row(asked, answer) -> list[str]:
+  """Returns the cells of an answer's row, by `COLUMNS`."""
+  times = [
+    _time(answer.milliseconds.get(name))
+    for name in ("embed", "scores", "select", "answer")
+  ]
+  text = answer.text or "(nothing)"
+  if answer.letter:
+    place = questions.LETTERS.index(answer.letter)
+    option = asked.question.options[place]
+    text = f"{text} ({option})"
+  share = answer.kept / asked.num_video
+  return [
+    answer.method,
+    f"{answer.kept} of {asked.num_video} ({100 * share:.3g} %)",
+    *times,
+    _time(asked.total(answer)),
+    text,
+  ]
+
+
+def _time(milliseconds: float | None) -> str:
+  return "" if milliseconds is None else f"{milliseconds:.1f}"
+
+
+def lead(asked) -> str:
+  """Returns what was shown to the model, and what that took."""
+  T, H, W = asked.grid
+  clip = asked.clip
+  return (
+    f"{asked.question.id}: {clip.num_frames} frames, {clip.duration:.1f} s;"
+    f" shown as {T} x {H} x {W} = {asked.num_video} tokens (time,"
+    f" rows, columns). Decoding {asked.milliseconds['decode']:.1f} ms, vision tower"
+    f" {asked.milliseconds['tower']:.1f} ms, once for all rows."
+  )
+
+
+def note(asked) -> str:
+  """Returns what the times include and what they do not."""
+  stages = (
+    "Scores: the policy, or what else the method reads. Answer: prefill and"
+    " decoding. In all: with decoding and the tower."
+  )
+  if asked.warm_up is None:
+    return f"{stages} First run: the times include compilation."
+  return (
+    f"{stages} Times of a second run; the first one, with compilation, took"
+    f" {asked.warm_up:.1f} s."
+  )
