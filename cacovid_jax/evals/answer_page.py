@@ -108,8 +108,8 @@ def lead(asked) -> str:
   return (
     f"{asked.question.id}: {clip.num_frames} frames, {clip.duration:.1f} s;"
     f" shown as {T} x {H} x {W} = {asked.num_video} tokens (time,"
-    f" rows, columns). Decoding {asked.milliseconds['decode']:.1f} ms, vision tower"
-    f" {asked.milliseconds['tower']:.1f} ms, once for all rows."
+    f" rows, columns). Decoding {asked.milliseconds['decode']:.1f} ms,"
+    f" vision tower {asked.milliseconds['tower']:.1f} ms, once for all rows."
   )
 
 
