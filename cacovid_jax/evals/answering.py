@@ -230,6 +230,7 @@ class Answerer:
       policies=self.policies,
       programs=programs,
     )
+    start = time.perf_counter()
     # Decoding may find a fault that the table of frames did not show; here it
     # is told in full, where an evaluation only notes it.
     if source[asked.video].fault:
@@ -237,7 +238,6 @@ class Answerer:
     cells = [(chosen if ratio < 1 else None, ratio) for ratio in ratios]
     first_run = None
     if warm_up:
-      start = time.perf_counter()
       for method, ratio in cells:
         evaluator.trace(asked, method, ratio)
       first_run = time.perf_counter() - start

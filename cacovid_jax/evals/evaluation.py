@@ -33,7 +33,7 @@ from cacovid_jax.evals import (
   results,
   runner,
 )
-from cacovid_jax.models import checkpoints
+from cacovid_jax.models import checkpoints, qwen2_5_vl
 from cacovid_jax.policy import modules
 from cacovid_jax.training import metrics
 
@@ -349,6 +349,12 @@ def open_source(
 ) -> clips.ClipSource:
   """Returns the encoded clips of a request's data."""
   model = checkpoint.model
+  if isinstance(model, qwen2_5_vl.Qwen2_5VLModel):
+    raise errors.UserError(
+      f"{request.checkpoint} is a Qwen2.5-VL: its grid differs from clip to"
+      " clip, and an evaluation has one; ask about single clips with `python -m"
+      " cacovid_jax.answer`"
+    )
   dtype = jnp.dtype(model.dtype).name
   return clips.ClipSource(
     os.path.join(request.data, request.media),

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cacovid_jax import errors
 from cacovid_jax.compressors import uniform
 from cacovid_jax.data import frames, qwen_frames, video
-from cacovid_jax.evals import answering
+from cacovid_jax.evals import answering, evaluation
 from cacovid_jax.models import checkpoints, generation, qwen2_5_vl
 from tests.data import tokenizers_for_tests as toks
 from tests.evals import report_test, tiny
@@ -157,3 +158,12 @@ def test_page_shows_one_picture_a_slice(asked, tmp_path):
   assert tags.count("image") == 2
   strokes = [a.get("stroke") for t, a in outline.tags if t == "rect"]
   assert strokes.count("#0b5fa5") == found.answers[0].kept
+
+
+def test_an_evaluation_of_many_grids_is_refused(asked, directory):
+  model, _, _ = asked
+  request = evaluation.Request(
+    data="d", workdir="w", checkpoint=str(directory), methods=("uniform",)
+  )
+  with pytest.raises(errors.UserError, match="differs from clip to clip"):
+    evaluation.open_source(request, model.checkpoint)
