@@ -23,7 +23,6 @@ Axes: B clips, T frames, N video tokens, Q questions of a clip, A tokens of a
 question with its answer, K kept video tokens, D width.
 """
 
-import functools
 import time
 
 import flax.linen as nn
