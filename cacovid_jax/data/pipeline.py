@@ -84,6 +84,7 @@ class ClipSource:
     rule: FrameRule,
     image_size: int,
     *,
+    resample: int = frames_lib.BICUBIC,
     limits: video.Limits | None = None,
     decode: Callable[..., video.Clip] = video.decode,
     refused: dict[str, str] | None = None,
@@ -94,12 +95,16 @@ class ClipSource:
       media_root: folder of the clips.
       rule: the frame rule.
       image_size: S.
+      resample: PIL's number of the filter.
       limits: caps of the decoder.
       decode: the decoder, `video.decode` or one that isolates it.
       refused: content hash -> reason of clips that are known to be bad.
     """
     self.media_root = os.fspath(media_root)
     self.rule, self.image_size = rule, image_size
+    self._resize = functools.partial(
+      frames_lib.resize_frame, size=image_size, resample=resample
+    )
     self.limits, self.decode = limits, decode
     self.refused = refused if refused is not None else {}
 
@@ -114,9 +119,7 @@ class ClipSource:
       reason = self.refused.get(content_hash(path))
       if reason:
         raise video.VideoError(path, reason, "refused in an earlier run")
-    clip = self.decode(
-      path, self.rule, size=self.image_size, limits=self.limits
-    )
+    clip = self.decode(path, self.rule, resize=self._resize, limits=self.limits)
     return clip.frames
 
   def finish(self, payloads: Sequence[np.ndarray]) -> np.ndarray:

@@ -1,24 +1,21 @@
 """Tokenizer and chat template of a checkpoint directory; prompts with a video.
 
 A prompt is one user turn, video then text, and the header of the answer. The
-single video placeholder of the rendered text becomes N + 1 ids: N video tokens
-and the image newline that ends the block.
+single video placeholder of the rendered text becomes N + 1 ids in
+LLaVA-OneVision, N video tokens and the image newline that ends the block, and N
+ids between start and end tokens in Qwen2.5-VL.
 """
 
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Sequence
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
 import numpy as np
 import tokenizers
 
 from cacovid_jax import errors
-from cacovid_jax.data import questions
+from cacovid_jax.data import chat_templates, questions
 
 # What the public trainer appends to a question, by problem type. Each begins
 # with a space, as there.
@@ -39,21 +36,46 @@ HINTS = {
   ),
 }
 
-# What a template can raise while it renders.
-_TEMPLATE_FAULTS = (
-  jinja2.TemplateError,
-  TypeError,
-  ValueError,
-  ArithmeticError,
-  RecursionError,
-  AttributeError,
-  LookupError,
-)
-
-MAX_TEMPLATE_CHARS = 65_536
-MAX_RENDERED_CHARS = 1_048_576
 MAX_FILE_BYTES = 256 * 2**20
-_NEWLINE_TOKENS = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoStyle:
+  """How a model's prompts hold a clip.
+
+  Attributes:
+    token: the placeholder, repeated once for each video token.
+    plain: what stands for a clip before the question where the message is one
+      plain text.
+    newline_tokens: rows after the N video tokens that have the same id.
+    around: tokens that have to stand before and after; positions are counted
+      from them.
+  """
+
+  token: str
+  plain: str
+  newline_tokens: int
+  around: tuple[str, ...] = ()
+
+  @property
+  def tokens(self) -> tuple[str, ...]:
+    """What the tokenizer has to know."""
+    return (self.token, *self.around)
+
+  @property
+  def block(self) -> str:
+    """What a rendered turn has to hold."""
+    return self.token.join(self.around) if self.around else self.token
+
+
+LLAVA_ONEVISION = VideoStyle("<video>", "<video>\n", 1)
+QWEN2_5_VL = VideoStyle(
+  "<|video_pad|>",
+  "<|vision_start|><|video_pad|><|vision_end|>",
+  0,
+  ("<|vision_start|>", "<|vision_end|>"),
+)
+_STYLES = {"llava_onevision": LLAVA_ONEVISION, "qwen2_5_vl": QWEN2_5_VL}
 
 
 def letter_options(options: Sequence[str]) -> list[str]:
@@ -102,7 +124,7 @@ class Prompt:
 
   @property
   def length(self) -> int:
-    """L: text, N video tokens and the newline."""
+    """L: text, N video tokens and, in LLaVA-OneVision, the newline."""
     return len(self.ids)
 
 
@@ -115,129 +137,18 @@ class PaddedPrompts:
   video_start: np.ndarray
 
 
-class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-  """A sandbox in which a template cannot ask for a huge string or number."""
-
-  intercepted_binops = frozenset(("*", "**"))
-
-  def call_binop(self, context, operator, left, right):
-    if operator == "**" or not all(
-      isinstance(value, (int, float)) for value in (left, right)
-    ):
-      raise jinja2.sandbox.SecurityError(f"{operator} on these values")
-    return super().call_binop(context, operator, left, right)
-
-
-class _Generation(jinja2.ext.Extension):
-  """`{% generation %}` blocks, which mark a model's turns, render as is."""
-
-  tags = {"generation"}
-
-  def parse(self, parser):
-    line = next(parser.stream).lineno
-    body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-    return jinja2.nodes.Scope(body).set_lineno(line)
-
-
-def _raise_exception(message):
-  raise jinja2.TemplateError(str(message))
-
-
-def _bounded_range(*args):
-  values = range(*args)
-  if len(values) > 10_000:
-    raise jinja2.sandbox.SecurityError("range above 10000")
-  return values
-
-
-def _compile(template: str, name: str) -> jinja2.Template:
-  if len(template) > MAX_TEMPLATE_CHARS:
-    raise errors.UserError(
-      f"{name}: the chat template has {len(template)} characters, more than"
-      f" {MAX_TEMPLATE_CHARS}; use the checkpoint's original template"
-    )
-  env = _Environment(
-    trim_blocks=True,
-    lstrip_blocks=True,
-    extensions=[_Generation, "jinja2.ext.loopcontrols"],
-  )
-  env.globals["raise_exception"] = _raise_exception
-  env.globals["range"] = _bounded_range
-  try:
-    return env.from_string(template)
-  except (jinja2.TemplateError, RecursionError) as error:
-    raise errors.UserError(
-      f"{name}: the chat template does not parse ({error}); use the"
-      " checkpoint's original template"
-    ) from error
-
-
-def _render(template: jinja2.Template, **variables) -> str:
-  """Renders piece by piece, so that the size cap also bounds the work."""
-  pieces, size = [], 0
-  for piece in template.generate(**variables):
-    pieces.append(piece)
-    size += len(piece)
-    if size > MAX_RENDERED_CHARS:
-      raise jinja2.TemplateError(f"more than {MAX_RENDERED_CHARS} characters")
-  return "".join(pieces)
-
-
-def _read_json(path: str) -> dict:
-  """Returns the JSON object at `path`; {} if there is no such file."""
-  if not os.path.isfile(path):
-    return {}
-  try:
-    if os.path.getsize(path) > MAX_FILE_BYTES:
-      raise errors.UserError(f"{path}: above {MAX_FILE_BYTES} bytes")
-    with open(path, encoding="utf-8") as f:
-      entry = json.load(f)
-  except (OSError, ValueError, RecursionError) as error:
-    raise errors.UserError(
-      f"{path}: not readable as JSON ({error}); copy it again"
-    ) from error
-  if not isinstance(entry, dict):
-    raise errors.UserError(f"{path}: holds no JSON object; copy it again")
-  return entry
-
-
-def _chat_template(directory: str, prefer: str) -> tuple[str, str]:
-  """Returns the template text and the name of the file it came from."""
-  found = {}
-  path = os.path.join(directory, "chat_template.jinja")
-  if os.path.isfile(path):
-    try:
-      with open(path, encoding="utf-8") as f:
-        found["processor"] = f.read(MAX_TEMPLATE_CHARS + 1), path
-    except (OSError, UnicodeDecodeError) as error:
-      raise errors.UserError(
-        f"{path}: not readable as text ({error}); copy it again"
-      ) from error
-  for name in ("chat_template.json", "processor_config.json"):
-    path = os.path.join(directory, name)
-    text = _read_json(path).get("chat_template")
-    if isinstance(text, str):
-      found.setdefault("processor", (text, path))
-  path = os.path.join(directory, "tokenizer_config.json")
-  text = (_read_json(path) or {}).get("chat_template")
-  if isinstance(text, list):  # Several named templates.
-    named = {entry.get("name"): entry.get("template") for entry in text}
-    text = named.get("default")
-  if isinstance(text, str):
-    found["tokenizer"] = text, path
-  other = {"processor": "tokenizer", "tokenizer": "processor"}[prefer]
-  if not found:
-    raise errors.UserError(
-      f"{directory}: no chat template (chat_template.jinja,"
-      " chat_template.json, or chat_template in tokenizer_config.json); copy it"
-      " from the checkpoint's origin"
-    )
-  return found.get(prefer) or found[other]
-
-
 def _token_text(entry) -> str | None:
   """Special tokens are stored as text or as {"content": text, ...}."""
   return entry.get("content") if isinstance(entry, dict) else entry
+
+
+def _renamed(style: VideoStyle, token: str) -> VideoStyle:
+  """Returns the style with another placeholder."""
+  return dataclasses.replace(
+    style,
+    token=token,
+    plain=style.plain.replace(style.token, token),
+  )
 
 
 class Tokenizer:
@@ -249,26 +160,43 @@ class Tokenizer:
     template: str,
     *,
     name: str = "tokenizer",
-    video_token: str = "<video>",
+    style: VideoStyle = LLAVA_ONEVISION,
+    plain: bool = False,
     eos_tokens: Sequence[str] = ("<|im_end|>", "<|endoftext|>"),
     pad_token: str = "<|endoftext|>",
     max_length: int | None = None,
     variables: dict | None = None,
   ):
+    """Checks that the tokenizer can write the template's prompts.
+
+    Args:
+      tokenizer: text to ids.
+      template: the chat template's text.
+      name: of the checkpoint, for errors.
+      style: how prompts hold a clip.
+      plain: whether messages are one plain text first of all, and a list of
+        video and text only where that fails; else the other way round.
+      eos_tokens: that end an answer.
+      pad_token: that fills rows.
+      max_length: L at most; None for no bound.
+      variables: what the template may read, the special tokens.
+    """
     self.name = name
-    self.video_token = video_token
+    self.style = style
     self.max_length = max_length
     self._tokenizer = tokenizer
-    self._template = template
-    self._compiled = _compile(template, name)
+    self._template = chat_templates.Template(template, name)
     self._variables = variables or {}
-    video_id = tokenizer.token_to_id(video_token)
-    if video_id is None:
-      raise errors.UserError(
-        f"{name}: the tokenizer has no video token {video_token!r}; use the"
-        " tokenizer of a video model's checkpoint"
-      )
-    self.video_id = video_id
+    self._plain = plain
+    self._form = None  # The form of messages that the template has taken.
+    for token in style.tokens:
+      if tokenizer.token_to_id(token) is None:
+        what = "video token" if token == style.token else "token"
+        raise errors.UserError(
+          f"{name}: the tokenizer has no {what} {token!r}; use the tokenizer of"
+          " a video model's checkpoint"
+        )
+    self.video_id = tokenizer.token_to_id(style.token)
     ids = [tokenizer.token_to_id(token) for token in eos_tokens]
     self.eos_ids = tuple(dict.fromkeys(i for i in ids if i is not None))
     if not self.eos_ids:
@@ -278,7 +206,6 @@ class Tokenizer:
       )
     pad_id = tokenizer.token_to_id(pad_token) if pad_token else None
     self.pad_id = self.eos_ids[-1] if pad_id is None else pad_id
-    self._string_style = None
 
   @classmethod
   def from_directory(cls, directory, template="processor") -> "Tokenizer":
@@ -287,9 +214,13 @@ class Tokenizer:
     Args:
       directory: a Hugging Face checkpoint directory.
       template: "processor" takes the processor's chat template where there is
-        one; "tokenizer" takes the tokenizer's, as the paper's evaluation does
-        (it adds the default system turn).
+        one; "tokenizer" takes the tokenizer's and gives it plain texts, as
+        the paper's evaluation does (it adds the default system turn).
     """
+    if template not in ("processor", "tokenizer"):
+      raise errors.UserError(
+        f"template={template!r}: give 'processor' or 'tokenizer'"
+      )
     directory = os.fspath(directory)
     path = os.path.join(directory, "tokenizer.json")
     if not os.path.isfile(path):
@@ -318,11 +249,15 @@ class Tokenizer:
   @classmethod
   def _from_files(cls, tokenizer, directory: str, template: str):
     join = functools.partial(os.path.join, directory)
-    own = _read_json(join("tokenizer_config.json"))
-    config = _read_json(join("config.json"))
-    generation = _read_json(join("generation_config.json"))
-    processor = _read_json(join("processor_config.json"))
-    text, _ = _chat_template(directory, template)
+    read_json = chat_templates.read_json
+    own = read_json(join("tokenizer_config.json"))
+    config = read_json(join("config.json"))
+    generation = read_json(join("generation_config.json"))
+    processor = read_json(join("processor_config.json"))
+    text, _ = chat_templates.read(directory, template)
+    style = _STYLES.get(config.get("model_type"), LLAVA_ONEVISION)
+    if processor.get("video_token"):
+      style = _renamed(style, processor["video_token"])
     eos_token = _token_text(own.get("eos_token"))
     eos_ids = generation.get("eos_token_id", [])
     eos_ids = eos_ids if isinstance(eos_ids, list) else [eos_ids]
@@ -336,7 +271,8 @@ class Tokenizer:
       tokenizer,
       text,
       name=directory,
-      video_token=processor.get("video_token") or "<video>",
+      style=style,
+      plain=template == "tokenizer",
       eos_tokens=eos_tokens or ("<|im_end|>", "<|endoftext|>"),
       pad_token=_token_text(own.get("pad_token")) or "<|endoftext|>",
       max_length=None if max_length is None else int(max_length),
@@ -357,16 +293,22 @@ class Tokenizer:
   def __reduce__(self):
     return _rebuild, (
       self._tokenizer.to_str(),
-      self._template,
+      self._template.text,
       dict(
         name=self.name,
-        video_token=self.video_token,
+        style=self.style,
+        plain=self._plain,
         eos_tokens=[self._tokenizer.id_to_token(i) for i in self.eos_ids],
         pad_token=self._tokenizer.id_to_token(self.pad_id),
         max_length=self.max_length,
         variables=self._variables,
       ),
     )
+
+  @property
+  def video_token(self) -> str:
+    """The placeholder of a clip."""
+    return self.style.token
 
   @property
   def vocab_size(self) -> int:
@@ -407,39 +349,57 @@ class Tokenizer:
         f"the question {text[:40]!r} contains {self.video_token!r}, which"
         " stands for the clip; remove it from the text"
       )
-    if self._string_style is not True:
-      content = [{"type": "video"}, {"type": "text", "text": text}]
+    contents = {
+      "items": [{"type": "video"}, {"type": "text", "text": text}],
+      "plain": f"{self.style.plain}{text}",
+    }
+    forms = ("plain", "items") if self._plain else ("items", "plain")
+    words = text.strip()  # A template may trim what it is given.
+    faults = []
+    # A tokenizer's own template may take one form only.
+    for form in (self._form,) if self._form else forms:
       try:
-        rendered = self._render(content)
-        if rendered.count(self.video_token) == 1 and text in rendered:
-          self._string_style = False
-          return rendered
-      except _TEMPLATE_FAULTS:
-        # A tokenizer's own template expects a plain string.
-        pass
+        message = {"role": "user", "content": contents[form]}
+        rendered = self.render_messages([message])
+      except errors.UserError as error:
+        faults.append((0, error))
+        continue
+      count = rendered.count(self.video_token)
+      if count != 1:
+        what = f"renders {count} video placeholders instead of one"
+      elif words not in rendered:
+        what = "leaves the question out"
+      elif self.style.block not in rendered:
+        what = f"does not write a clip as {self.style.block!r}"
+      else:
+        self._form = form
+        return rendered
+      fault = errors.UserError(
+        f"{self.name}: the chat template {what}; use the checkpoint's original"
+        " template"
+      )
+      faults.append((1 + (count == 1) + (words in rendered), fault))
+    # What came closest tells the most.
+    raise max(faults, key=lambda fault: fault[0])[1]
+
+  def render_messages(
+    self, messages: Sequence[dict], add_generation_prompt: bool = True
+  ) -> str:
+    """Returns the text of any conversation, by the checkpoint's template.
+
+    Args:
+      messages: see `chat_templates.Template.render`.
+      add_generation_prompt: whether the header of the answer follows.
+    """
     try:
-      rendered = self._render(f"{self.video_token}\n{text}")
-    except _TEMPLATE_FAULTS as error:
+      return self._template.render(
+        messages, add_generation_prompt=add_generation_prompt, **self._variables
+      )
+    except chat_templates.FAULTS as error:
       raise errors.UserError(
         f"{self.name}: the chat template fails on a question ({error}); use"
         " the checkpoint's original template"
       ) from error
-    if rendered.count(self.video_token) != 1:
-      raise errors.UserError(
-        f"{self.name}: the chat template renders"
-        f" {rendered.count(self.video_token)} video placeholders instead of"
-        " one; use the checkpoint's original template"
-      )
-    self._string_style = True
-    return rendered
-
-  def _render(self, content) -> str:
-    return _render(
-      self._compiled,
-      messages=[{"role": "user", "content": content}],
-      add_generation_prompt=True,
-      **self._variables,
-    )
 
   def encode_prompt(self, text: str, num_video_tokens: int) -> Prompt:
     """Returns the ids of a question about a clip of N video tokens."""
@@ -455,7 +415,11 @@ class Tokenizer:
     ids = np.insert(
       np.array(ids, np.int32),
       start,
-      np.full(num_video_tokens + _NEWLINE_TOKENS - 1, self.video_id, np.int32),
+      np.full(
+        num_video_tokens + self.style.newline_tokens - 1,
+        self.video_id,
+        np.int32,
+      ),
     )
     if self.max_length and len(ids) > self.max_length:
       raise errors.UserError(

@@ -8,12 +8,14 @@ since a clip of a public data set is an untrusted file.
 """
 
 import dataclasses
+import functools
 import io
 import os
 import re
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -31,6 +33,9 @@ _OPEN_OPTIONS = (
   if int(av.__version__.split(".")[0]) < 19
   else {}
 )
+# Part of a clip's length by which stamps may differ from an even spacing, or
+# from the length that the header gives.
+_SLACK = 0.05
 _URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.,\-]*:")
 
 
@@ -91,7 +96,18 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-  """What a clip holds: frames that are shown, pixels, seconds, degrees."""
+  """What a clip holds.
+
+  Attributes:
+    num_frames: frames that are shown.
+    width: pixels, as stored; a rotated clip is shown with its sides swapped.
+    height: likewise.
+    duration: seconds.
+    fps: frames a second, on average.
+    codec: name of the compression.
+    container: name of the file format.
+    warnings: what makes the frames less than they seem, one line each.
+  """
 
   num_frames: int
   width: int
@@ -100,6 +116,7 @@ class Probe:
   fps: float
   codec: str
   container: str
+  warnings: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -113,6 +130,7 @@ class Clip:
     duration: seconds.
     clamped: requested frames that a damaged tail did not yield; the last
       frame that could be decoded stands in for them.
+    warnings: what makes the frames less than they seem, one line each.
   """
 
   frames: np.ndarray
@@ -120,6 +138,7 @@ class Clip:
   num_frames: int
   duration: float
   clamped: int
+  warnings: tuple[str, ...] = ()
 
 
 def unsafe(relative: str) -> str | None:
@@ -172,6 +191,7 @@ def decode(
   sampler: Callable[[int, float], Sequence[int]],
   *,
   size: int | None = None,
+  resize: Callable[[np.ndarray], np.ndarray] | None = None,
   limits: Limits | None = None,
 ) -> Clip:
   """Decodes the frames that a rule picks.
@@ -181,13 +201,26 @@ def decode(
     sampler: maps (number of frames, seconds) to frame indices.
     size: S, to resize every frame to S x S at once, so that few frames of the
       clip's own size are in memory; None keeps the size.
+    resize: in place of `size`, what is done to each upright frame
+      uint8[h,w,3]; all results must have one shape.
     limits: caps; the defaults if None.
 
   Returns:
     The clip; `VideoError` if it cannot be used.
   """
+  if size is not None:
+    resize = functools.partial(frames_lib.resize_frame, size=size)
   with _Reader(path, limits or Limits()) as reader:
-    return reader.decode(sampler, size)
+    return reader.decode(sampler, resize)
+
+
+class _Length(NamedTuple):
+  """How long a clip is; `table` is None if stamps cannot be used."""
+
+  table: tuple[list[int], np.ndarray] | None
+  num_frames: int
+  seconds: float
+  warnings: tuple[str, ...]
 
 
 class _NoTableError(Exception):
@@ -205,7 +238,7 @@ class _Reader:
       None if limits.timeout_s is None else time.monotonic() + limits.timeout_s
     )
     self._check_file()
-    self._container = None
+    self._container, self._tail = None, 0.0
     self._open()
 
   def __enter__(self):
@@ -330,7 +363,7 @@ class _Reader:
     Packets that an edit list discards are never shown: counting them would
     shift every index.
     """
-    stamps, keys, seen = [], [], 0
+    stamps, keys, seen, last = [], [], 0, None
     for packet in self._packets():
       if packet.size == 0:  # The flush packet at the end.
         continue
@@ -343,10 +376,14 @@ class _Reader:
         keys.append(packet.pts)
       if not packet.is_discard:
         stamps.append(packet.pts)
+        if last is None or packet.pts > last.pts:
+          last = packet
     stamps.sort()
     keys.sort()
     if not stamps or not keys or len(set(stamps)) != len(stamps):
       raise _NoTableError
+    # How long the last picture is shown; 0 if the container does not tell.
+    self._tail = float((last.duration or 0) * (self._stream.time_base or 0))
     return stamps, np.array(keys)
 
   def _count(self) -> int:
@@ -359,8 +396,8 @@ class _Reader:
         raise self._fail("too_long", f"above {self.limits.max_frames} frames")
     return count
 
-  def _length(self):
-    """Returns (table or None, number of frames, seconds)."""
+  def _length(self) -> _Length:
+    """Counts the frames and the seconds, from stamps if there are any."""
     try:
       table = self._table()
       num_frames = len(table[0])
@@ -371,27 +408,57 @@ class _Reader:
       raise self._fail("no_frames")
     rate = self._stream.average_rate
     seconds = num_frames / float(rate) if rate else self._container_seconds()
+    warnings = []
+    if table is not None and num_frames > 1:
+      seconds, warnings = self._timing(table[0], seconds)
     if seconds > self.limits.max_seconds:
       raise self._fail("too_long", f"{seconds:.0f} s")
-    return table, num_frames, seconds
+    return _Length(table, num_frames, seconds, tuple(warnings))
+
+  def _timing(self, stamps, seconds: float) -> tuple[float, list[str]]:
+    """Returns the clip's seconds, and what is odd about its stamps."""
+    times = np.array([stamp - stamps[0] for stamp in stamps], np.float64)
+    times *= float(self._stream.time_base or 0)
+    span, warnings = times[-1], []
+    shown = span + (self._tail or span / (len(times) - 1))
+    if not 0 < shown <= self.limits.max_seconds:  # A damaged stamp.
+      return seconds, warnings
+    if abs(shown - seconds) > _SLACK * shown:
+      # Matroska's header tells the rate that the writer had in mind.
+      warnings.append(
+        f"the header gives {seconds:.2f} s, the time stamps {shown:.2f} s,"
+        " which are taken"
+      )
+      seconds = shown
+    late = np.abs(times - np.linspace(0, span, len(times))).max()
+    if late > _SLACK * span:
+      warnings.append(
+        f"the frame rate varies: frames lie up to {late:.2f} s off an even"
+        " spacing, and are picked by number, as in the reference"
+      )
+    return seconds, warnings
 
   def probe(self) -> Probe:
     """See the function of this name."""
-    _, num_frames, seconds = self._length()
+    length = self._length()
     context = self._stream.codec_context
+    fps = self._stream.average_rate
+    if length.seconds and (fps is None or length.warnings):
+      fps = length.num_frames / length.seconds
     return Probe(
-      num_frames,
+      length.num_frames,
       context.width,
       context.height,
-      seconds,
-      float(self._stream.average_rate or 0),
+      length.seconds,
+      float(fps or 0),
       context.name,
       self._container.format.name,
+      length.warnings,
     )
 
-  def decode(self, sampler, size) -> Clip:
+  def decode(self, sampler, resize) -> Clip:
     """See the function of this name."""
-    table, num_frames, seconds = self._length()
+    table, num_frames, seconds, warnings = self._length()
     indices = np.asarray(sampler(num_frames, seconds), np.int64)
     if indices.size == 0:
       raise self._fail("too_short", f"{num_frames} frames, {seconds:.2f} s")
@@ -404,14 +471,19 @@ class _Reader:
     pictures = None
     if table is not None:
       try:
-        pictures = self._by_stamp(table, order, size)
+        pictures = self._by_stamp(table, order, resize)
       except _NoTableError:
         pictures = None
     if pictures is None:
-      pictures = self._in_sequence(order, size)
+      pictures = self._in_sequence(order, resize)
     if not pictures:
       raise self._fail("no_frames", "no picture could be decoded")
     clamped = int((indices > order[len(pictures) - 1]).sum())
+    if clamped:
+      warnings += (
+        f"{clamped} of {len(indices)} frames cannot be decoded; the last one"
+        " before them stands in",
+      )
     places = np.searchsorted(order, indices).clip(max=len(pictures) - 1)
     shape = pictures[0].shape
     pictures = [_fit(picture, shape) for picture in pictures]
@@ -421,9 +493,10 @@ class _Reader:
       num_frames,
       seconds,
       clamped,
+      warnings,
     )
 
-  def _by_stamp(self, table, order, size) -> list[np.ndarray]:
+  def _by_stamp(self, table, order, resize) -> list[np.ndarray]:
     """Returns the frames of ascending indices; fewer if the tail is damaged."""
     stamps, keys = table
     found, pictures, current = [], None, None
@@ -445,13 +518,13 @@ class _Reader:
           raise _NoTableError
         landed = False
         if current >= wanted:
-          found.append(self._upright(picture, size))
+          found.append(self._upright(picture, resize))
           break
       else:
         return found
     return found
 
-  def _in_sequence(self, order, size) -> list[np.ndarray]:
+  def _in_sequence(self, order, resize) -> list[np.ndarray]:
     """Returns the same, by counting the frames from the start."""
     self._open()
     found = []
@@ -460,21 +533,40 @@ class _Reader:
     for count, picture in enumerate(self._pictures()):
       if count < index:
         continue
-      found.append(self._upright(picture, size))
+      found.append(self._upright(picture, resize))
       index = next(wanted, None)
       if index is None:
         break
     return found
 
-  def _upright(self, picture, size) -> np.ndarray:
+  def _upright(self, picture, resize) -> np.ndarray:
     """Returns uint8[h,w,3] with the display rotation applied."""
     if picture.width * picture.height > self.limits.max_pixels:
       raise self._fail("too_large", f"{picture.width} x {picture.height}")
     image = picture.to_ndarray(format="rgb24")
-    turns = round(getattr(picture, "rotation", 0) / 90) % 4
-    if turns:
-      image = np.ascontiguousarray(np.rot90(image, turns))
-    return frames_lib.resize_frame(image, size) if size else image
+    image = _turned(image, picture)
+    return resize(image) if resize else image
+
+
+def _turned(image: np.ndarray, picture: av.VideoFrame) -> np.ndarray:
+  """Returns the pixels [h,w,3] as a player shows them.
+
+  The display matrix (a b; c d) sends (x, y) to (a x + c y, b x + d y): quarter
+  turns, mirrored or not. PyAV's angle alone would turn a mirrored picture
+  upside down.
+  """
+  for data in picture.side_data:
+    if data.type.name == "DISPLAYMATRIX":
+      a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()
+      break
+  else:
+    return image
+  if abs(b) + abs(c) > abs(a) + abs(d):
+    image, rows, columns = image.swapaxes(0, 1), b, c
+  else:
+    rows, columns = d, a
+  image = image[:: -1 if rows < 0 else 1, :: -1 if columns < 0 else 1]
+  return np.ascontiguousarray(image)
 
 
 def _fit(image: np.ndarray, shape) -> np.ndarray:

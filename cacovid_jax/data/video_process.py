@@ -21,11 +21,11 @@ def _serve(connection):
   """Runs in the child: decodes what it is asked for until the pipe closes."""
   while True:
     try:
-      path, sampler, size, limits = connection.recv()
+      path, sampler, options = connection.recv()
     except (EOFError, OSError, KeyboardInterrupt):
       return
     try:
-      answer = video.decode(path, sampler, size=size, limits=limits)
+      answer = video.decode(path, sampler, **options)
     except errors.UserError as error:
       answer = error
     connection.send(answer)
@@ -63,7 +63,9 @@ class IsolatedDecoder:
   def __setstate__(self, state):
     self.__init__()
 
-  def __call__(self, path, sampler, *, size=None, limits=None) -> video.Clip:
+  def __call__(
+    self, path, sampler, *, size=None, resize=None, limits=None
+  ) -> video.Clip:
     """Decodes in the calling thread's child; see `video.decode`."""
     limits = limits or video.Limits()
     child = getattr(self._local, "child", None)
@@ -72,7 +74,8 @@ class IsolatedDecoder:
       self._children.add(child)
     timeout = None if limits.timeout_s is None else limits.timeout_s + _GRACE_S
     try:
-      child.connection.send((path, sampler, size, limits))
+      options = {"size": size, "resize": resize, "limits": limits}
+      child.connection.send((path, sampler, options))
       if not child.connection.poll(timeout):
         child.stop()
         raise video.VideoError(

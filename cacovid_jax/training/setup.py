@@ -286,6 +286,7 @@ def _clip_source(config, workdir, checkpoint, preprocessing, recipe):
     _media_root(config),
     pipeline.FrameRule(config.data.num_frames, config.data.frame_rule),
     preprocessing.image_size,
+    resample=preprocessing.resample,
     refused=pipeline.Quarantine(_ledger(workdir)).refused,
   )
   if not config.data.feature_cache:

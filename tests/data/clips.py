@@ -1,14 +1,15 @@
 """Small clips for tests; a bar code of eight columns numbers the frames."""
 
+import fractions
 import struct
 
 import av
 import numpy as np
 
 
-def picture(number: int, size: int = 64) -> np.ndarray:
-  """Returns uint8[size,size,3] that shows a number below 256."""
-  image = np.zeros((size, size, 3), np.uint8)
+def picture(number: int, size: int = 64, height=None) -> np.ndarray:
+  """Returns uint8[height or size,size,3] that shows a number below 256."""
+  image = np.zeros((height or size, size, 3), np.uint8)
   width = size // 8
   for bit in range(8):
     if number >> bit & 1:
@@ -30,17 +31,34 @@ def numbers(frames: np.ndarray) -> list[int]:
 
 
 def write(
-  path, num_frames=24, *, size=64, gop=8, rate=10, codec="libx264", **options
+  path,
+  num_frames=24,
+  *,
+  size=64,
+  width=None,
+  height=None,
+  stamps=None,
+  gop=8,
+  rate=10,
+  codec="libx264",
+  **options,
 ):
-  """Writes a clip whose frames show 0, 1, 2, ..."""
+  """Writes a clip whose frames show 0, 1, 2, ..., at `stamps` milliseconds."""
+  width, height = width or size, height or size
   with av.open(str(path), "w") as container:
     stream = container.add_stream(codec, rate=rate)
-    stream.width = stream.height = size
+    stream.width, stream.height = width, height
     stream.pix_fmt = "yuv420p"
     if codec == "libx264":
       stream.options = {"g": str(gop), "preset": "ultrafast", **options}
+    if stamps is not None:
+      stream.codec_context.time_base = fractions.Fraction(1, 1000)
     for number in range(num_frames):
-      frame = av.VideoFrame.from_ndarray(picture(number, size), format="rgb24")
+      image = picture(number, width, height)
+      frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+      if stamps is not None:
+        frame.pts = stamps[number]
+        frame.time_base = fractions.Fraction(1, 1000)
       container.mux(stream.encode(frame))
     container.mux(stream.encode())
   return path
@@ -76,13 +94,18 @@ def write_edited(path, source, hidden=5, rate=10):
   return path
 
 
-def write_rotated(path, source):
-  """Copies an mp4 and marks it as filmed upright by a lying camera."""
+# Display matrices (a, b, c, d): a player moves the pixel at (x, y) to
+# (a x + c y, b x + d y).
+TURNED = (0, 1, -1, 0)  # By a quarter, clockwise.
+
+
+def write_rotated(path, source, matrix=TURNED):
+  """Copies an mp4 with a display matrix, as of a camera that lay or stood."""
   data = bytearray(source.read_bytes())
   start = data.find(b"tkhd")
   # Version 0: times, id, duration (20 bytes), then 16 more before the matrix.
-  matrix = start + 8 + 20 + 16
-  upright = (0, 65536, 0, -65536, 0, 0, 0, 0, 0x40000000)
-  data[matrix : matrix + 36] = struct.pack(">9i", *upright)
+  place = start + 8 + 20 + 16
+  a, b, c, d = (65536 * value for value in matrix)
+  data[place : place + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
   path.write_bytes(data)
   return path

@@ -1,5 +1,6 @@
 """Expected values worked out by hand."""
 
+import fractions
 import json
 
 import numpy as np
@@ -20,6 +21,25 @@ class EvalRuleTest(absltest.TestCase):
     self.assertEqual(frames.eval_linspace(2, 4).tolist(), [0, 0, 0, 1])
     self.assertEqual(frames.eval_linspace(1, 3).tolist(), [0, 0, 0])
 
+  def test_positions_are_those_of_the_evaluators_expression(self):
+    for num_frames in (1, 2, 3, 4, 12, 31, 32, 33, 152, 1800, 107_892):
+      for num_samples in (1, 2, 8, 16, 32):
+        got = frames.eval_linspace(num_frames, num_samples)
+        np.testing.assert_array_equal(
+          got, np.linspace(0, num_frames - 1, num_samples, dtype=int)
+        )
+        # A loop in exact fractions: only at whole positions may the float
+        # product fall short of it, by one.
+        for i, index in enumerate(got.tolist()):
+          exact = fractions.Fraction(
+            i * (num_frames - 1), max(num_samples - 1, 1)
+          )
+          whole = exact.denominator == 1
+          self.assertIn(index - int(exact), (-1, 0) if whole else (0,))
+        self.assertEqual(got[0], 0)
+        if num_samples > 1:
+          self.assertEqual(got[-1], num_frames - 1)
+
 
 class TrainRuleTest(absltest.TestCase):
   def test_one_frame_a_second_rounded_half_to_even(self):
@@ -37,6 +57,25 @@ class TrainRuleTest(absltest.TestCase):
 
   def test_below_a_second_there_is_none(self):
     self.assertEmpty(frames.train_linspace_1fps(20, 0.9))
+    self.assertEmpty(frames.train_linspace_1fps(4, 0.4))
+    self.assertEmpty(frames.train_linspace_1fps(1, 0.04))
+
+  def test_a_single_frame_is_the_first(self):
+    self.assertEqual(frames.train_linspace_1fps(1, 5.0).tolist(), [0])
+    self.assertEqual(frames.train_linspace_1fps(45, 1.9).tolist(), [0])
+
+  def test_positions_are_those_of_the_trainers_loop(self):
+    for num_frames in (1, 2, 3, 12, 31, 33, 152, 1800):
+      for duration in (0.0, 0.4, 0.999, 1.0, 2.5, 31.99, 32.0, 60.0):
+        for fps in (0.5, 1.0, 2.0):
+          num_samples = min(32, num_frames, int(duration * fps))
+          expected = []
+          for i in range(num_samples):
+            step = (num_frames - 1) / max(num_samples - 1, 1)
+            last = num_samples > 1 and i == num_samples - 1
+            expected.append(num_frames - 1 if last else round(i * step))
+          got = frames.train_linspace_1fps(num_frames, duration, 32, fps)
+          self.assertEqual(got.tolist(), expected)
 
 
 class PixelsTest(absltest.TestCase):
@@ -44,12 +83,30 @@ class PixelsTest(absltest.TestCase):
     given = np.zeros((2, 8, 8, 3), np.uint8)
     self.assertIs(frames.resize(given, 8), given)
 
-  def test_resize_is_pils_bicubic_filter(self):
-    given = np.random.default_rng(0).integers(0, 256, (2, 9, 14, 3), np.uint8)
-    got = frames.resize(given, 6)
-    for frame, small in zip(given, got, strict=True):
-      expected = Image.fromarray(frame).resize((6, 6), Image.BICUBIC)
-      np.testing.assert_array_equal(small, np.asarray(expected))
+  def test_resize_is_the_bicubic_filter_of_two_rounded_passes(self):
+    # Reduced, enlarged, and one side each way; noise has the worst edges.
+    for h, w, size in ((19, 14, 6), (5, 9, 24), (50, 9, 24), (9, 50, 24)):
+      given = np.random.default_rng(h).integers(0, 256, (2, h, w, 3), np.uint8)
+      got = frames.resize(given, size)
+      for frame, small in zip(given, got, strict=True):
+        wide = _bytes(np.einsum("pw,hwc->hpc", _filter(w, size), frame))
+        expected = _bytes(np.einsum("ph,hwc->pwc", _filter(h, size), wide))
+        difference = np.abs(small - expected)
+        # PIL's weights have 22 bits: a sum at one half may fall either way.
+        self.assertLessEqual(difference.max(), 1)
+        self.assertLess((difference > 0).mean(), 2e-3)
+
+  def test_where_both_sides_shrink_it_is_pils_own(self):
+    given = np.random.default_rng(0).integers(0, 256, (19, 14, 3), np.uint8)
+    for resample in Image.Resampling:
+      expected = Image.fromarray(given).resize((6, 6), resample)
+      np.testing.assert_array_equal(
+        frames.resize_frame(given, 6, int(resample)), np.asarray(expected)
+      )
+
+  def test_a_frame_keeps_rows_and_columns_apart(self):
+    given = np.zeros((8, 8, 3), np.uint8)
+    self.assertEqual(frames.resize_frame(given, (4, 12)).shape, (4, 12, 3))
 
   def test_pixels_are_scaled_then_normalised(self):
     given = np.array([0, 51, 255], np.uint8).reshape(1, 1, 1, 3)
@@ -58,15 +115,48 @@ class PixelsTest(absltest.TestCase):
     np.testing.assert_allclose(got.reshape(-1), [-1.0, 1.0, 0.5], rtol=1e-6)
 
 
+def _filter(size: int, wanted: int) -> np.ndarray:
+  """Returns float64[wanted,size] weights of the cubic filter, a = -1/2."""
+  step = size / wanted
+  width = max(step, 1.0)
+  weights = np.zeros((wanted, size))
+  for i in range(wanted):
+    centre = (i + 0.5) * step
+    low, high = int(centre - 2 * width + 0.5), int(centre + 2 * width + 0.5)
+    for j in range(max(low, 0), min(high, size)):
+      x = abs((j + 0.5 - centre) / width)
+      if x < 1:
+        weights[i, j] = 1.5 * x**3 - 2.5 * x**2 + 1
+      elif x < 2:
+        weights[i, j] = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+  return weights / weights.sum(axis=1, keepdims=True)
+
+
+def _bytes(values: np.ndarray) -> np.ndarray:
+  return np.clip(np.floor(values + 0.5), 0, 255)
+
+
 def test_preprocessing_is_read_from_the_checkpoint(tmp_path):
   entry = {
     "image_mean": [0.5, 0.4, 0.3],
     "image_std": [0.1, 0.2, 0.3],
     "size": {"height": 112, "width": 112},
+    "resample": 2,
+    "rescale_factor": 1 / 255,
   }
   (tmp_path / "preprocessor_config.json").write_text(json.dumps(entry))
   got = frames.Preprocessing.from_directory(tmp_path)
-  assert got == frames.Preprocessing(112, (0.5, 0.4, 0.3), (0.1, 0.2, 0.3))
+  assert got == frames.Preprocessing(
+    112, (0.5, 0.4, 0.3), (0.1, 0.2, 0.3), resample=2
+  )
+  rng = np.random.default_rng(0)
+  given = rng.integers(0, 256, (1, 130, 140, 3), np.uint8)
+  bilinear = Image.fromarray(given[0]).resize((112, 112), Image.BILINEAR)
+  np.testing.assert_allclose(
+    got(given)[0] * [0.1, 0.2, 0.3] + [0.5, 0.4, 0.3],
+    np.asarray(bilinear) / 255,
+    atol=1e-6,
+  )
   # transformers 5 stores the video part inside processor_config.json.
   entry = {"video_processor": {**entry, "size": {"height": 56, "width": 56}}}
   (tmp_path / "processor_config.json").write_text(json.dumps(entry))
@@ -79,6 +169,33 @@ def test_a_missing_or_malformed_processor_file_is_named(tmp_path, text):
     (tmp_path / "preprocessor_config.json").write_text(text)
   with pytest.raises(errors.UserError, match="checkpoint's origin"):
     frames.Preprocessing.from_directory(tmp_path)
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"size": {"shortest_edge": 384}}, "no square tile"),
+    ({"size": {"height": 384, "width": 378}}, "no square tile"),
+    ({"size": 0}, "image_size=0"),
+    ({"size": 10**30}, "at most 8192"),
+    ({"size": float("inf")}, "checkpoint's origin"),
+    ({"resample": 9}, "filter of PIL"),
+    ({"image_std": [0.5, 0.5, 0.0]}, "deviations above 0"),
+    ({"do_center_crop": True}, "do_center_crop=True is not supported"),
+    ({"do_rescale": False}, "do_rescale=False is not supported"),
+    ({"rescale_factor": 1 / 127.5}, "rescale_factor"),
+    ({"rescale_factor": "1/255"}, "checkpoint's origin"),
+  ],
+)
+def test_steps_that_are_not_ours_are_refused(tmp_path, changes, message):
+  entry = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": 384}
+  path = tmp_path / "preprocessor_config.json"
+  path.write_text(json.dumps(entry))
+  assert frames.Preprocessing.from_directory(tmp_path) == frames.Preprocessing()
+  path.write_text(json.dumps({**entry, **changes}))
+  with pytest.raises(errors.UserError, match=message) as caught:
+    frames.Preprocessing.from_directory(tmp_path)
+  assert str(path) in str(caught.value)
 
 
 if __name__ == "__main__":

@@ -70,6 +70,94 @@ def test_the_tokenizers_own_template_can_be_preferred(tmp_path):
   assert "system" in other.render("Why?")
 
 
+def test_the_papers_evaluation_gives_the_tokenizers_template_plain_text(
+  tmp_path,
+):
+  # A template that takes both forms, and writes them apart.
+  toks.write(
+    tmp_path,
+    template="{% set c = messages[0]['content'] %}{% if c is string %}"
+    "plain {{ c }}{% else %}items <video>{{ c[1]['text'] }}{% endif %}",
+  )
+  read = prompts.Tokenizer.from_directory
+  assert read(tmp_path).render("Why?") == "items <video>Why?"
+  plain = read(tmp_path, template="tokenizer")
+  assert plain.render("Why?") == "plain <video>\nWhy?"
+  assert pickle.loads(pickle.dumps(plain)).render("Why?") == (
+    "plain <video>\nWhy?"
+  )
+  with pytest.raises(errors.UserError, match="'processor' or 'tokenizer'"):
+    read(tmp_path, template="model")
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+  return toks.write_qwen(tmp_path_factory.mktemp("qwen"))
+
+
+def test_qwen_prompts_repeat_the_pad_between_start_and_end(qwen):
+  tokenizer = prompts.Tokenizer.from_directory(qwen)
+  prompt = tokenizer.encode_prompt("What?", 5)
+  before = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "<|im_start|>user\n<|vision_start|>"
+  )
+  after = "<|vision_end|>What?<|im_end|>\n<|im_start|>assistant\n"
+  before, after = tokenizer.encode(before), tokenizer.encode(after)
+  pad = tokenizer.token_id("<|video_pad|>")
+  assert prompt.ids.tolist() == before + [pad] * 5 + after
+  assert prompt.video_start == len(before)
+  assert prompt.num_video_tokens == 5
+  assert tokenizer.decode(before[-1:], skip_special_tokens=False) == (
+    "<|vision_start|>"
+  )
+  with pytest.raises(errors.UserError, match="the model takes 128"):
+    tokenizer.encode_prompt("What?", 120)
+  with pytest.raises(errors.UserError, match="video_pad.*stands for the clip"):
+    tokenizer.render("What is <|video_pad|>?")
+
+
+def test_qwen_plain_text_holds_the_whole_block(qwen):
+  tokenizer = prompts.Tokenizer.from_directory(qwen, template="tokenizer")
+  again = pickle.loads(pickle.dumps(tokenizer))
+  assert again.render("Why?") == (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>Why?"
+    "<|im_end|>\n<|im_start|>assistant\n"
+  )
+
+
+@pytest.mark.parametrize(
+  "missing", ["<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+)
+def test_a_qwen_tokenizer_without_a_token_is_named(tmp_path, missing):
+  toks.write_qwen(tmp_path, drop=[missing])
+  with pytest.raises(errors.UserError) as caught:
+    prompts.Tokenizer.from_directory(tmp_path)
+  assert repr(missing) in str(caught.value)
+  assert str(tmp_path) in str(caught.value)
+
+
+def test_a_qwen_template_without_start_and_end_is_refused(qwen, tmp_path):
+  toks.write_qwen(tmp_path)
+  text = "<|video_pad|>{{ messages[0]['content'][1]['text'] }}"
+  for name in ("chat_template.json", "tokenizer_config.json"):
+    _edit(tmp_path / name, chat_template=text)
+  tokenizer = prompts.Tokenizer.from_directory(tmp_path)
+  with pytest.raises(errors.UserError, match="vision_start"):
+    tokenizer.render("Why?")
+
+
+def test_white_space_that_a_template_trims_is_no_fault(tmp_path):
+  tokenizer = prompts.Tokenizer.from_directory(
+    toks.write(
+      tmp_path,
+      template="<video>{{ messages[0]['content'][1]['text'] | trim }}",
+    )
+  )
+  assert tokenizer.render("Directly.\n") == "<video>Directly."
+
+
 def test_padding_is_on_the_right(tokenizer):
   first = tokenizer.encode_prompt("What?", 3)
   second = tokenizer.encode_prompt("What colour is the star?", 3)

@@ -1,5 +1,6 @@
 """Clips are made here with PyAV; the number that a frame shows is its index."""
 
+import functools
 import os
 import pickle
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from cacovid_jax import errors
-from cacovid_jax.data import video, video_process
+from cacovid_jax.data import frames, qwen_frames, video, video_process
 
 from . import clips
 
@@ -84,11 +85,103 @@ def test_frames_that_an_edit_list_hides_do_not_count(folder):
   ]
 
 
-def test_rotation_is_applied(folder):
-  path = clips.write_rotated(folder / "rotated.mp4", folder / "plain.mp4")
-  plain = video.read_frames(folder / "plain.mp4", [3])[0]
-  turned = video.read_frames(path, [3])[0]
-  np.testing.assert_array_equal(turned, np.rot90(plain, -1))
+@pytest.mark.parametrize(
+  "matrix, turned",
+  [
+    ((1, 0, 0, 1), lambda x: x),
+    ((0, 1, -1, 0), lambda x: np.rot90(x, -1)),
+    ((-1, 0, 0, -1), lambda x: np.rot90(x, 2)),
+    ((0, -1, 1, 0), np.rot90),
+    # Mirrored, as front cameras do.
+    ((-1, 0, 0, 1), np.fliplr),
+    ((1, 0, 0, -1), np.flipud),
+    ((0, 1, 1, 0), lambda x: x.swapaxes(0, 1)),
+    ((0, -1, -1, 0), lambda x: np.rot90(x, 2).swapaxes(0, 1)),
+  ],
+)
+def test_the_display_matrix_is_applied(folder, matrix, turned):
+  source = clips.write(folder / "lying.mp4", 8, width=64, height=32)
+  path = clips.write_rotated(folder / "rotated.mp4", source, matrix)
+  plain = video.read_frames(source, [5])[0]
+  got = video.read_frames(path, [5])[0]
+  np.testing.assert_array_equal(got, turned(plain))
+  # What resizes sees the picture upright.
+  shapes = []
+  video.decode(
+    path, lambda n, s: [5], resize=lambda x: shapes.append(x.shape) or x
+  )
+  assert shapes == [turned(plain).shape]
+
+
+@pytest.mark.parametrize("name", ["varies.mp4", "varies.mkv"])
+def test_a_variable_rate_is_told_and_frames_are_picked_by_number(folder, name):
+  stamps = [0, 40, 80, 500, 1000, 1040, 3000, 3100]
+  path = clips.write(folder / name, 8, stamps=stamps)
+  got = video.probe(path)
+  assert got.num_frames == 8
+  # 3.1 s and what the last frame lasts.
+  assert 3.1 < got.duration < 3.7
+  assert got.fps == pytest.approx(8 / got.duration)
+  assert any("rate varies" in text for text in got.warnings)
+  clip = video.decode(path, lambda n, s: np.linspace(0, n - 1, 4, dtype=int))
+  assert clips.numbers(clip.frames) == [0, 2, 4, 7]
+  assert clip.warnings == got.warnings and clip.duration == got.duration
+
+
+def test_stamps_win_against_a_header_that_is_wrong(folder):
+  # Matroska keeps the rate of 10 that the writer was given.
+  stamps = range(0, 8000, 500)
+  path = clips.write(folder / "slow.mkv", 16, stamps=stamps)
+  got = video.probe(path)
+  assert got.duration == pytest.approx(8.0, abs=0.5)
+  (warning,) = got.warnings
+  assert "the header gives 1.60 s" in warning
+
+
+@pytest.mark.parametrize(
+  "name", ["plain.mp4", "steady.mkv", "steady.avi", "steady.ts", "edited.mp4"]
+)
+def test_a_steady_rate_brings_no_warning(folder, name):
+  if name == "edited.mp4":
+    clips.write_edited(folder / name, folder / "plain.mp4")
+  elif name != "plain.mp4":
+    codec = "mpeg4" if name.endswith("avi") else "libx264"
+    clips.write(folder / name, codec=codec)
+  got = video.probe(folder / name)
+  assert got.warnings == ()
+  assert got.duration == pytest.approx(got.num_frames / 10)
+
+
+def test_a_clip_of_a_fraction_of_a_second_repeats_its_frames(folder):
+  path = clips.write(folder / "short.mp4", 4)
+  assert video.probe(path).duration == pytest.approx(0.4)
+  clip = video.decode(path, lambda n, s: frames.eval_linspace(n, 8))
+  # linspace(0, 3, 8): steps of 3/7.
+  assert clips.numbers(clip.frames) == [0, 0, 0, 1, 1, 2, 2, 3]
+  with pytest.raises(video.VideoError, match="too short .*4 frames, 0.40 s"):
+    video.decode(path, lambda n, s: frames.train_linspace_1fps(n, s))
+
+
+def test_4k_frames_are_decoded_and_resized_one_by_one(folder):
+  path = clips.write(folder / "4k.mp4", 4, width=3840, height=2160)
+  got = video.probe(path)
+  assert (got.width, got.height, got.warnings) == (3840, 2160, ())
+  clip = video.decode(path, lambda n, s: [0, 1, 3], size=64)
+  assert clip.frames.shape == (3, 64, 64, 3)
+  assert clips.numbers(clip.frames) == [0, 1, 3]
+  config = qwen_frames.ProcessorConfig(
+    min_pixels=qwen_frames.PAPER_MIN_PIXELS,
+    max_pixels=qwen_frames.PAPER_MAX_PIXELS,
+  )
+  fit = functools.partial(config.resize_frame, num_frames=3)
+  clip = video.decode(path, lambda n, s: [0, 1, 3], resize=fit)
+  # sqrt(3840 * 2160 / 200704) = 6.43: 336 and 597 pixels.
+  assert clip.frames.shape == (3, 336, 588, 3)
+  assert clips.numbers(clip.frames) == [0, 1, 3]
+  fps = qwen_frames.sampled_fps(3, clip.duration)
+  patches = config(clip.frames, fps=fps, resized=True)
+  assert patches.grid == (2, 12, 21)
+  assert patches.seconds_per_slice == pytest.approx(2 * 0.4 / 3)
 
 
 def test_frames_are_resized_while_decoding(folder):
@@ -105,7 +198,15 @@ def test_an_encoded_clip_in_memory_is_decoded(folder):
 
 def test_a_clip_with_one_frame(folder):
   path = clips.write(folder / "one.mp4", 1)
-  assert clips.numbers(video.read_frames(path, [0, 0])) == [0, 0]
+  assert video.probe(path).warnings == ()
+  clip = video.decode(path, lambda n, s: frames.eval_linspace(n, 3))
+  assert clips.numbers(clip.frames) == [0, 0, 0]
+  assert clip.duration == pytest.approx(0.1)
+  patches = qwen_frames.ProcessorConfig.tiny()(video.read_frames(path, [0]))
+  assert patches.grid[0] == 1
+  # Both frames of the only slice are that frame.
+  halves = patches.patches.reshape(-1, 3, 2, 4, 4)
+  np.testing.assert_array_equal(halves[:, :, 0], halves[:, :, 1])
 
 
 def test_a_cut_tail_shortens_the_clip(folder):
@@ -132,6 +233,7 @@ def test_a_damaged_tail_clamps_to_the_last_decoded_frame(folder):
   assert clips.numbers(clip.frames[:2]) == [0, 1]
   np.testing.assert_array_equal(clip.frames[2], clip.frames[3])
   assert clip.clamped == 2
+  assert "2 of 4 frames cannot be decoded" in clip.warnings[-1]
 
 
 def _reason(path, **limits) -> str:
