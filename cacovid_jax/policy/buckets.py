@@ -156,7 +156,7 @@ class Grid:
     rows = np.arange(shape[0])[:, None] * self.frame_tokens
     rows = rows + np.arange(shape[1])  # [T_max, A_max]
     rows = jnp.where(valid, rows, x.shape[0])
-    return x.at[rows].get(mode="fill", fill_value=value)
+    return jnp.asarray(x).at[rows].get(mode="fill", fill_value=value)
 
   def packed(self, x, value=0):
     """Returns x [T_max, A_max, ...] as [N_max, ...], `value` as padding."""
@@ -167,7 +167,7 @@ class Grid:
     place = rows // self.frame_tokens * self.bucket.frame_tokens
     place = place + rows % self.frame_tokens
     place = jnp.where(self.valid_tokens, place, x.shape[0])
-    return x.at[place].get(mode="fill", fill_value=value)
+    return jnp.asarray(x).at[place].get(mode="fill", fill_value=value)
 
   def frame_means(self, x):
     """Returns float32[T_max, ...], means over frames of x float[N_max, ...].
