@@ -294,24 +294,27 @@ def ladder(grid, ratios, config=None):
   return tuple(plans)
 
 
-@functools.lru_cache(maxsize=256)
 def largest_sizes(bucket, ratios, config=None):
   """Returns the Sizes that hold every ladder of every grid in a bucket.
 
   Args:
     bucket: buckets.Bucket.
-    ratios: tuple of the ratios in use, as for `ladder`.
+    ratios: the ratios in use, as for `ladder`.
     config: SamplingConfig.
   """
-  largest = None
+  return _largest_sizes(bucket, tuple(ratios), config or SamplingConfig())
+
+
+@functools.lru_cache(maxsize=256)
+def _largest_sizes(bucket, ratios, config):
+  largest = (0,) * len(dataclasses.fields(Sizes))
   for height in range(1, bucket.frame_tokens + 1):
     for width in range(1, bucket.frame_tokens // height + 1):
-      # Longer videos of the same frames need no less of anything.
+      # Shorter videos of the same frames need no more of anything.
       num_frames = min(bucket.frames, bucket.tokens // (height * width))
       for p in ladder((num_frames, height, width), ratios, config):
-        found = dataclasses.astuple(_exact_sizes(p))
-        largest = found if largest is None else map(max, largest, found)
-        largest = tuple(largest)
+        needed = dataclasses.astuple(_exact_sizes(p))
+        largest = tuple(map(max, largest, needed))
   return Sizes(*largest)
 
 
