@@ -13,7 +13,7 @@ Measured on H200 (jax 0.11.2, two runs sharing a chip, 0.04 s per step of 16
 videos, 100 s a run with compilation), 600 test questions, accuracy in % at 10
 and at 5 % kept, mean and standard deviation of seeds 42, 43, 44:
 
-                 vanilla   this policy               best rule (DivPrune; density)
+                 vanilla   this policy               best rule
   dense, test    90.8      88.2 +- 0.6, 82.1 +- 0.7  65.8, 47.5
   dense, fresh   90.2      86.0 +- 1.4, 78.8 +- 1.5  66.0, 46.3
   sparse, test   94.3      95.8 +- 0.2, 94.9 +- 1.9  94.0, 91.0

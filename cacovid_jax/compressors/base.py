@@ -128,22 +128,32 @@ def _takes(function, parameter) -> bool:
   return parameter in inspect.signature(function).parameters
 
 
-def take(features: jax.Array, index: jax.Array) -> Selection:
+def take(
+  features: jax.Array, index: jax.Array, num_valid: jax.Array | None = None
+) -> Selection:
   """Returns the selection that keeps the rows `index` int32[K] unchanged.
 
   Args:
     features: float[N, D] video tokens.
     index: int32[K] distinct rows in any order.
+    num_valid: int32[] how many of them are rows, the first ones, with N behind
+      them; None for all.
   """
   num_video, num_keep = features.shape[0], index.shape[0]
   index = jnp.sort(index.astype(jnp.int32))
   rows = jnp.arange(num_keep, dtype=jnp.int32)
+  taken = features[index]
+  mask = jnp.ones([num_keep], bool)
+  if num_valid is not None:
+    mask = rows < num_valid
+    taken = jnp.where(mask[:, None], taken, 0)
+  assign = jnp.full([num_video], -1, jnp.int32)
   return Selection(
-    features=features[index],
+    features=taken,
     index=index,
-    mask=jnp.ones([num_keep], bool),
-    mass=jnp.ones([num_keep], jnp.float32),
-    assign=jnp.full([num_video], -1, jnp.int32).at[index].set(rows),
+    mask=mask,
+    mass=mask.astype(jnp.float32),
+    assign=assign.at[index].set(rows, mode="drop"),
   )
 
 

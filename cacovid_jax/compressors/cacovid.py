@@ -47,6 +47,21 @@ def compress(
   )  # fmt: skip
 
 
+def compress_in_bucket(features, budget, *, aux):
+  """`compress` of a video inside a bucket: its grid and budget are data.
+
+  Args:
+    features: float[N_max, D] video tokens, the video's own first.
+    budget: selection.Budget; its options are those of `compress`.
+    aux: with `scores`, of the bucket's size.
+
+  Returns:
+    Selection of K_max rows, of which the video's K are valid.
+  """
+  index, num_valid = selection.select_in_bucket(aux.scores, budget)
+  return base.take(features, index, num_valid)
+
+
 def compress_untrained(
   features, *, grid, num_keep, text=None, aux=None, rng=None, ratio=None,
   importance_ratio=0.5, max_frame_share=1.5,

@@ -8,16 +8,22 @@ rule itself is density peak clustering, https://doi.org/10.1126/science.1242072
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from cacovid_jax.policy import buckets
 
 
-def squared_distances(z):
+def squared_distances(z, valid=None):
   """Returns float32[n, n] squared distances over D, of z float[n, D].
 
-  The diagonal is exactly zero.
+  The diagonal is exactly zero. Rows that are not valid, bool[n], have no
+  influence on the distances of the others; None for all.
   """
-  z = z.astype(jnp.float32)
+  if valid is None:
+    valid = np.ones(z.shape[0], bool)
+  z = buckets.fill(z.astype(jnp.float32), valid[:, None], 0.0)
   # Distances do not see a shift; small norms lose less to cancellation below.
-  z = z - z.mean(axis=0)
+  z = z - z.sum(axis=0) / valid.sum()
   # The matrix unit's default precision would reorder near neighbours.
   products = jnp.matmul(z, z.T, precision=jax.lax.Precision.HIGHEST)
   norms = jnp.sum(z * z, axis=-1)
@@ -26,7 +32,9 @@ def squared_distances(z):
   return jnp.where(jnp.eye(z.shape[0], dtype=bool), 0.0, squared)
 
 
-def peak_scores(features, *, rng=None, num_neighbours=4, noise=1e-6):
+def peak_scores(
+  features, *, rng=None, num_neighbours=4, noise=1e-6, valid=None
+):
   """Returns float32[n], density times distance to the next denser token.
 
   Args:
@@ -35,21 +43,39 @@ def peak_scores(features, *, rng=None, num_neighbours=4, noise=1e-6):
     num_neighbours: how many smallest distances make the density; the token
       itself counts as one of them.
     noise: the noise is uniform in [0, noise).
+    valid: bool[n], the tokens that are there; None for all. The others get
+      -inf and are nobody's neighbours.
   """
-  squared = squared_distances(features)
-  n = squared.shape[0]
-  nearest, _ = jax.lax.top_k(-squared, min(num_neighbours, n))
-  density = jnp.exp(nearest.mean(axis=-1))
+  n = features.shape[0]
+  if valid is None:
+    valid = np.ones(n, bool)
+  squared = squared_distances(features, valid)
+  reach = buckets.fill(-squared, valid[None, :], -jnp.inf)
+  nearest, _ = jax.lax.top_k(reach, min(num_neighbours, n))
+  # A token of a few has as many neighbours only.
+  near = np.arange(nearest.shape[1]) < valid.sum()
+  nearest = buckets.fill(nearest, near, 0.0)
+  density = jnp.exp(nearest.sum(axis=-1) / near.sum())
   if rng is not None:
     density += jax.random.uniform(rng, density.shape, maxval=noise)
   denser = density[None, :] > density[:, None]  # [n, n]: column over row
+  denser = buckets.fill(denser, valid[None, :], False)
   closest = jnp.min(jnp.where(denser, squared, jnp.inf), axis=-1)
-  closest = jnp.where(denser.any(axis=-1), closest, squared.max())
-  return density * jnp.sqrt(closest)
+  pairs = valid[:, None] & valid[None, :]
+  largest = buckets.fill(squared, pairs, 0.0).max()
+  closest = jnp.where(denser.any(axis=-1), closest, largest)
+  return buckets.fill(density * jnp.sqrt(closest), valid, -jnp.inf)
 
 
 def density_peaks(
-  features, num_keep, rng=None, *, num_neighbours=4, noise=1e-6
+  features,
+  num_keep,
+  rng=None,
+  *,
+  num_neighbours=4,
+  noise=1e-6,
+  valid=None,
+  num_valid=None,
 ):
   """Picks the tokens with the largest density times distance.
 
@@ -59,12 +85,22 @@ def density_peaks(
     rng: key of the noise that breaks ties; None for none.
     num_neighbours: see `peak_scores`.
     noise: see `peak_scores`.
+    valid: see `peak_scores`.
+    num_valid: int32[] how many to keep where that is data; num_keep is then
+      the most that it can be. At most the number of valid tokens.
 
   Returns:
-    int32[num_keep] token indices, ascending.
+    int32[num_keep] token indices, ascending; n behind the first num_valid.
   """
   scores = peak_scores(
-    features, rng=rng, num_neighbours=num_neighbours, noise=noise
+    features,
+    rng=rng,
+    num_neighbours=num_neighbours,
+    noise=noise,
+    valid=valid,
   )
   _, index = jax.lax.top_k(scores, num_keep)
+  if num_valid is not None:
+    kept = np.arange(num_keep) < num_valid
+    index = buckets.fill(index, kept, features.shape[0])
   return jnp.sort(index)

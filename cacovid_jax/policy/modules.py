@@ -11,10 +11,12 @@ value `path/to/file.py:Class` (or `package.module:Class`):
     def init_from_llm(self, rng, llm_params): ...  # -> params
 
 `__call__` gets ONE prompt and returns `network.Scores`, as `network.Policy`
-does. `options` are the keys of the config's policy section (`dtype` and
-`num_halvings` among them; ignore what does not apply). Parameters under a
-top-level name `layer` are trained with the lower rate of pretrained weights,
-all others with that of the heads.
+does. `grid` is (T, H, W), or a `buckets.Grid` where programs serve videos of
+different grids; `buckets.as_grid(grid).frame_means` takes either. `options` are
+the keys of the config's policy section (`dtype` and `num_halvings` among them;
+ignore what does not apply). Parameters under a top-level name `layer` are
+trained with the lower rate of pretrained weights, all others with that of the
+heads.
 """
 
 import importlib

@@ -17,6 +17,7 @@ import dataclasses
 import functools
 from typing import NamedTuple
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from flax import traverse_util
 
 from cacovid_jax import errors
 from cacovid_jax.models import qwen2, rope
+from cacovid_jax.policy import buckets
 
 
 class Scores(NamedTuple):
@@ -118,21 +120,24 @@ class Policy(nn.Module):
     Args:
       x: float[L, D] unpruned prompt embeddings, video features in place.
       positions: int32[P, L].
-      video_rows: int32[N] rows of the video tokens, without the newline's.
-      grid: (T, H, W), static.
+      video_rows: int32[N] rows of the video tokens, without the newline's;
+        in a bucket int32[N_max], L behind the video's own.
+      grid: (T, H, W), static; or a `buckets.Grid`, data.
       length: int32[] valid rows of a right-padded prompt; None for all.
 
     Returns:
-      Scores.
+      Scores; in a bucket f32[T_max, 2] and f32[N_max, 2], zero in padding.
     """
-    num_frames = grid[0]
+    grid = buckets.as_grid(grid)
+    chex.assert_shape(video_rows, (grid.bucket.tokens,))
     video = self._encode(x, positions, length)[video_rows]  # [N, D]
-    frames = video.reshape(num_frames, -1, video.shape[-1])  # [T, H*W, D]
     # The mean is taken before the norm, and in float32.
-    frames = frames.astype(jnp.float32).mean(axis=1)
+    frames = grid.frame_means(video)
+    frame = self.frame_compress(self.layernorm(frames))
+    token = self.token_compress(self.layernorm(video))
     return Scores(
-      frame=self.frame_compress(self.layernorm(frames)),
-      token=self.token_compress(self.layernorm(video)),
+      frame=buckets.fill(frame, grid.valid_frames[:, None], 0.0),
+      token=buckets.fill(token, grid.valid_tokens[:, None], 0.0),
     )
 
   def mode_scores(self, x, positions, video_rows, length=None):

@@ -15,6 +15,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from cacovid_jax.policy import buckets
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
@@ -59,7 +61,7 @@ class Memory(NamedTuple):
   frame_valid: jax.Array
 
 
-def loss(scores, old_scores, memory, config=None):
+def loss(scores, old_scores, memory, config=None, grid=None):
   """Returns the loss of one video's memory, and metrics.
 
   Args:
@@ -67,6 +69,8 @@ def loss(scores, old_scores, memory, config=None):
     old_scores: those that the combinations were drawn from; no gradient.
     memory: Memory. Rows that are not valid have no influence at all.
     config: ObjectiveConfig.
+    grid: `buckets.Grid` of a video inside a bucket; then T and N are those of
+      the bucket, and what stands behind the video's own has no influence.
 
   Returns:
     (float32[], dict of float32[]).
@@ -74,14 +78,20 @@ def loss(scores, old_scores, memory, config=None):
   config = config or ObjectiveConfig()
   chex.assert_equal_shape([scores.token, old_scores.token])
   chex.assert_equal_shape([scores.frame, old_scores.frame])
+  tokens = frames = None
+  if grid is not None:
+    tokens, frames = grid.valid_tokens, grid.valid_frames
+    chex.assert_shape(scores.token, (*tokens.shape, 2))
+    chex.assert_shape(scores.frame, (*frames.shape, 2))
   token_loss, token_metrics = _mode_loss(
     scores.token,
     old_scores.token,
     memory.token_mask,
     memory.token_reward,
     memory.token_valid,
-    balance_weights(memory.token_mask),
+    balance_weights(memory.token_mask, tokens),
     config,
+    tokens,
   )
   frame_loss, frame_metrics = _mode_loss(
     scores.frame,
@@ -91,6 +101,7 @@ def loss(scores, old_scores, memory, config=None):
     memory.frame_valid,
     None,
     config,
+    frames,
   )
   metrics = {"token_loss": token_loss, "frame_loss": frame_loss}
   metrics |= {f"token_{name}": x for name, x in token_metrics.items()}
@@ -119,15 +130,19 @@ def advantages(rewards, valid, *, epsilon=1e-4):
   return centred / (jnp.sqrt(variance) + epsilon)
 
 
-def kept_share(mask):
-  """Returns float32[M, 1], the kept share of each combination, bool[M, N]."""
-  return mask.astype(jnp.float32).mean(axis=-1, keepdims=True)
+def kept_share(mask, items=None):
+  """Returns float32[M, 1], the kept share of each combination, bool[M, N].
+
+  Of the items that are there, bool[N]; None for all.
+  """
+  return _item_mean(mask.astype(jnp.float32), items)[:, None]
 
 
-def balance_weights(mask):
+def balance_weights(mask, items=None):
   """Returns float32[M, N] that let kept and dropped tokens weigh alike."""
-  share = kept_share(mask)
-  return jnp.where(mask, 1.0 - share, share)
+  share = kept_share(mask, items)
+  weights = jnp.where(mask, 1.0 - share, share)
+  return weights if items is None else buckets.fill(weights, items, 0.0)
 
 
 def mask_log_probs(scores, mask):
@@ -143,9 +158,15 @@ def clipped_term(log_ratio, advantage, config):
   return -jnp.minimum(ratio * advantage, clipped * advantage)
 
 
-def _mode_loss(scores, old_scores, mask, rewards, valid, weights, config):
+def _mode_loss(
+  scores, old_scores, mask, rewards, valid, weights, config, items
+):
   """Returns the loss and the metrics of token mode or frame mode."""
   mask = mask.astype(bool)
+  if items is not None:
+    # Here, not only in the means: a zero times a NaN would be one.
+    scores = buckets.fill(scores, items[:, None], 0.0)
+    old_scores = buckets.fill(old_scores, items[:, None], 0.0)
   advantage = advantages(rewards, valid, epsilon=config.std_epsilon)[:, None]
   # Rows that are not filled stay out of the gradient too, where a zero times
   # an overflow would be NaN.
@@ -169,12 +190,20 @@ def _mode_loss(scores, old_scores, mask, rewards, valid, weights, config):
     kl = jnp.exp(deviation) - deviation - 1
     term = term + config.kl_weight * kl
   if weights is None:
-    rows = term.mean(axis=-1)
+    rows = _item_mean(term, items)
   else:
     total = weights.sum(axis=-1) + config.weight_epsilon
     rows = jnp.sum(weights * term, axis=-1) / total
   mean = _valid_mean(rows, valid)
-  return mean, _metrics(scores, jnp.exp(log_ratio), advantage, valid, config)
+  ratio = jnp.exp(log_ratio)
+  return mean, _metrics(scores, ratio, advantage, valid, config, items)
+
+
+def _item_mean(x, items):
+  """Returns [...], means over N of x [..., N], of the items bool[N] only."""
+  if items is None:
+    return x.mean(axis=-1)
+  return buckets.fill(x, items, 0).sum(axis=-1) / items.sum()
 
 
 def _valid_mean(rows, valid):
@@ -182,7 +211,7 @@ def _valid_mean(rows, valid):
   return jnp.where(valid, rows, 0.0).sum() / jnp.maximum(valid.sum(), 1)
 
 
-def _metrics(scores, ratio, advantage, valid, config):
+def _metrics(scores, ratio, advantage, valid, config, items):
   # The side on which the objective is flat depends on the advantage's sign.
   clipped = jnp.where(
     advantage > 0,
@@ -190,13 +219,14 @@ def _metrics(scores, ratio, advantage, valid, config):
     (advantage < 0) & (ratio < 1 - config.clip_low),
   )
   log_probs = jax.nn.log_softmax(scores.astype(jnp.float32), axis=-1)
+  entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
   gap = scores[:, 1] - scores[:, 0]
   spread = jnp.sqrt(jnp.sum(advantage**2) / jnp.maximum(valid.sum() - 1, 1))
   metrics = {
-    "clip_fraction": _valid_mean(clipped.mean(axis=-1), valid),
-    "mean_ratio": _valid_mean(ratio.mean(axis=-1), valid),
-    "entropy": -jnp.mean(jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)),
-    "mean_gap": gap.mean(),
+    "clip_fraction": _valid_mean(_item_mean(clipped, items), valid),
+    "mean_ratio": _valid_mean(_item_mean(ratio, items), valid),
+    "entropy": _item_mean(entropy, items),
+    "mean_gap": _item_mean(gap, items),
     "advantage_std": spread,
   }
   return jax.lax.stop_gradient(metrics)

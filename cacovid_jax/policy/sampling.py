@@ -1,17 +1,21 @@
 """Online combination space sampling: which combinations of tokens to try.
 
-Everything here works on ONE video; callers `jax.vmap` it. All sizes come from a
-`Plan`, which holds static numbers only and is computed on the host.
+Everything here works on ONE video; callers `jax.vmap` it. All numbers come from
+a `Plan`, which is static and computed on the host. `sample` compiles them in;
+`sample_in_bucket` takes them as data (`BucketPlan`), so that videos of
+different grids and ratios share a program.
 
-Axes: T frames, H W token grid, N = T*H*W video tokens, G combinations, K kept
-tokens, k = K / T tokens per frame, n groups of a frame, E tokens of the longest
-group, D width.
+Axes: T frames, H W token grid, A = H*W, N = T*A video tokens, G combinations, K
+kept tokens, k = K / T tokens per frame, n groups of a frame, E tokens of the
+longest group, F frames of a frame-mode combination, R = F*A rows of these, D
+width; with `_max` their largest values in a bucket.
 Paper: https://arxiv.org/abs/2602.01649 (online combination space sampling).
 """
 
 import dataclasses
+import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -19,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cacovid_jax import errors
-from cacovid_jax.policy import diversity
+from cacovid_jax.policy import buckets, diversity
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,6 +59,16 @@ class SamplingConfig:
   mass_epsilon: float = 1e-8
   num_neighbours: int = 4
   density_noise: float = 1e-6
+
+  @property
+  def num_frame_mode(self):
+    """G/4."""
+    return self.num_combinations // 4
+
+  @property
+  def num_token_mode(self):
+    """3G/4 - 1; the first of them is greedy."""
+    return self.num_combinations - self.num_frame_mode - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,19 +113,112 @@ class Plan:
   @property
   def num_frame_mode(self):
     """G/4."""
-    return self.num_combinations // 4
+    return self.config.num_frame_mode
 
   @property
   def num_token_mode(self):
     """3G/4 - 1; the first of them is greedy."""
-    return self.num_combinations - self.num_frame_mode - 1
+    return self.config.num_token_mode
+
+
+class Cap(NamedTuple):
+  """The numbers of a capped distribution; of the host, or data on a device.
+
+  Attributes:
+    size: how many entries there are, int32[]; those behind have none.
+    floor: 1 / size**2, float32[].
+    cap: largest probability, float32[].
+    left: float32[n], mass beside as many entries that sit at the cap.
+  """
+
+  size: Any
+  floor: Any
+  cap: Any
+  left: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  """The static sizes of a sampler; hashable.
+
+  Attributes:
+    tokens_per_frame: k_max.
+    num_groups: n_max.
+    group_tokens: E_max.
+    frames_drawn: F_max.
+    frame_rows: R_max.
+    num_keep: K_max.
+  """
+
+  tokens_per_frame: int
+  num_groups: int
+  group_tokens: int
+  frames_drawn: int
+  frame_rows: int
+  num_keep: int
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=(
+    "grid",
+    "tokens_per_frame",
+    "frames_drawn",
+    "group_position",
+    "group_member",
+    "min_weight",
+    "max_weight",
+    "group_cap",
+    "frame_cap",
+  ),
+  meta_fields=("sizes", "config"),
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BucketPlan:
+  """A Plan's numbers as data, its largest sizes static; a pytree.
+
+  Plans of the same sizes stack along a new axis, of videos or of rungs.
+
+  Attributes:
+    grid: buckets.Grid.
+    tokens_per_frame: k, int32[].
+    frames_drawn: F, int32[].
+    group_position: int32[n_max, E_max], place in a frame's ranking of each
+      group's tokens; short groups repeat their last,
+    group_member: bool[n_max, E_max], with False. Rows behind the n groups
+      have no True.
+    min_weight: bounds of a token's weight within its group, float32[],
+    max_weight: the upper one.
+    group_cap: Cap of the n groups.
+    frame_cap: Cap of the T frames.
+    sizes: Sizes.
+    config: SamplingConfig.
+  """
+
+  grid: buckets.Grid
+  tokens_per_frame: Any
+  frames_drawn: Any
+  group_position: Any
+  group_member: Any
+  min_weight: Any
+  max_weight: Any
+  group_cap: Cap
+  frame_cap: Cap
+  sizes: Sizes
+  config: SamplingConfig
+
+  @property
+  def num_keep(self):
+    """K, int32[]."""
+    return self.tokens_per_frame * self.grid.num_frames
 
 
 class Combinations(NamedTuple):
   """The G combinations of one video: token mode, frame mode, content.
 
   Attributes:
-    index: int32[G, K] kept video tokens, ascending; N where there is none.
+    index: int32[G, K] kept video tokens, ascending; N (in a bucket N_max)
+      where there is none.
     frame_mask: bool[G/4, T], True for a frame that a frame-mode row drew.
   """
 
@@ -187,6 +294,108 @@ def ladder(grid, ratios, config=None):
   return tuple(plans)
 
 
+def largest_sizes(bucket, ratios, config=None):
+  """Returns the Sizes that hold every ladder of every grid in a bucket.
+
+  Args:
+    bucket: buckets.Bucket.
+    ratios: the ratios in use, as for `ladder`.
+    config: SamplingConfig.
+  """
+  return _largest_sizes(bucket, tuple(ratios), config or SamplingConfig())
+
+
+@functools.lru_cache(maxsize=256)
+def _largest_sizes(bucket, ratios, config):
+  largest = (0,) * len(dataclasses.fields(Sizes))
+  for height in range(1, bucket.frame_tokens + 1):
+    for width in range(1, bucket.frame_tokens // height + 1):
+      # Shorter videos of the same frames need no more of anything.
+      num_frames = min(bucket.frames, bucket.tokens // (height * width))
+      for p in ladder((num_frames, height, width), ratios, config):
+        needed = dataclasses.astuple(_exact_sizes(p))
+        largest = tuple(map(max, largest, needed))
+  return Sizes(*largest)
+
+
+def in_bucket(plan, bucket, sizes=None):
+  """Returns the BucketPlan of a Plan, NumPy numbers for a device.
+
+  Args:
+    plan: Plan of the video.
+    bucket: buckets.Bucket.
+    sizes: Sizes, for a program that serves several ratios; None for those of
+      the plan's ratio in the bucket.
+
+  Raises:
+    UserError: the plan's grid does not fit, or it needs larger sizes.
+  """
+  grid = buckets.place(plan.grid, bucket)
+  if sizes is None:
+    sizes = largest_sizes(bucket, (plan.ratio,), plan.config)
+  for field in dataclasses.fields(Sizes):
+    needed = getattr(_exact_sizes(plan), field.name)
+    if needed > getattr(sizes, field.name):
+      raise errors.UserError(
+        f"sampling.ratio={plan.ratio} of a {'x'.join(map(str, plan.grid))} "
+        f"grid needs {field.name}={needed}, the program has room for "
+        f"{getattr(sizes, field.name)}; name this ratio in largest_sizes"
+      )
+  # Half as wide as NumPy's own: what a device takes.
+  kinds = {"b": np.bool_, "i": np.int32, "f": np.float32}
+  return jax.tree.map(
+    lambda x: np.asarray(x, kinds[np.asarray(x).dtype.kind]),
+    _bucket_plan(plan, grid, sizes),
+  )
+
+
+def _exact_sizes(plan):
+  """Returns the Sizes that a Plan needs."""
+  area = plan.grid[1] * plan.grid[2]
+  return Sizes(
+    tokens_per_frame=plan.tokens_per_frame,
+    num_groups=plan.num_groups,
+    group_tokens=-(-area // plan.num_groups),
+    frames_drawn=plan.frames_drawn,
+    frame_rows=plan.frames_drawn * area,
+    num_keep=plan.num_keep,
+  )
+
+
+def _bucket_plan(plan, grid, sizes):
+  """Returns the BucketPlan of a Plan, host numbers; static if it fills."""
+  config = plan.config
+  area = plan.grid[1] * plan.grid[2]
+  n = plan.num_groups
+  quotient, longer = divmod(area, n)
+  lengths = np.full(n, quotient) + (np.arange(n) < longer)
+  starts = np.cumsum(lengths) - lengths
+  column = np.arange(sizes.group_tokens)
+  position = starts[:, None] + np.minimum(column, lengths[:, None] - 1)
+  unused = ((0, sizes.num_groups - n), (0, 0))
+  return BucketPlan(
+    grid=grid,
+    tokens_per_frame=plan.tokens_per_frame,
+    frames_drawn=plan.frames_drawn,
+    group_position=np.pad(position, unused),
+    group_member=np.pad(column < lengths[:, None], unused),
+    # The bounds use the short groups' size for the longer groups too.
+    min_weight=config.min_token_weight / quotient,
+    max_weight=config.max_token_weight / quotient,
+    group_cap=cap_numbers(n, plan.group_cap, room=sizes.num_groups),
+    frame_cap=cap_numbers(
+      plan.grid[0], plan.frame_cap, room=grid.bucket.frames
+    ),
+    sizes=sizes,
+    config=config,
+  )
+
+
+def _exact(plan):
+  """Returns the static BucketPlan of a Plan, without any padding."""
+  return _bucket_plan(plan, buckets.as_grid(plan.grid), _exact_sizes(plan))
+
+
 def _group_cap(num_groups, config):
   if num_groups == 1:
     return 1.0
@@ -212,17 +421,35 @@ def _check_config(config):
     )
 
 
-def capped_distribution(probs, *, cap, limit=0.999):
-  """Flattens a distribution from below (1/n^2) and above (cap).
+def cap_numbers(size, cap, *, limit=0.999, room=None):
+  """Returns the Cap of `size` entries, host numbers.
 
-  Entries above the cap are fixed at it one by one, the largest first, and the
+  Args:
+    size: number of entries.
+    cap: largest probability, at least 1 / size,
+    limit: lowered to this.
+    room: n, at least `size`; None for `size`.
+  """
+  # A single entry has all the mass, whatever the cap.
+  cap = 1.0 if size == 1 else min(cap, limit)
+  if cap * size < 1 - 1e-9:
+    raise ValueError(f"{size} probabilities capped at {cap} cannot sum to one")
+  left = np.maximum(1.0 - cap * np.arange(room or size), 0.0)
+  return Cap(size, 1.0 / size**2, cap, left.astype(np.float32))
+
+
+def capped_distribution(probs, *, cap, limit=0.999):
+  """Flattens a distribution until no entry exceeds the cap.
+
+  Entries are first raised to 1/n**2. Then, where the cap is exceeded, entries
+  above it are fixed at it one by one, the largest first, and the
   rest is scaled to what remains; written as a closed form over the number of
   fixed entries.
 
   Args:
-    probs: float32[n], not negative.
-    cap: static, at least 1/n.
-    limit: static; the cap is lowered to this.
+    probs: float32[n], not negative; zero behind the first `size` of a Cap.
+    cap: static, at least 1/n; or a Cap, data.
+    limit: static; a cap that is not a Cap is lowered to this.
 
   Returns:
     float32[n], sums to one.
@@ -231,23 +458,27 @@ def capped_distribution(probs, *, cap, limit=0.999):
   n = probs.shape[0]
   if n == 1:
     return jnp.ones_like(probs)
-  cap = min(cap, limit)
-  if cap * n < 1 - 1e-9:
-    raise ValueError(f"{n} probabilities capped at {cap} cannot sum to one")
-  floor = 1.0 / n**2
-  floored = jnp.maximum(probs, floor)
+  if not isinstance(cap, Cap):
+    cap = cap_numbers(n, cap, limit=limit)
+  size, floor, cap, left = cap
+  fixed = np.arange(n)
+  valid = fixed < size
+
+  def raise_to_floor(probs):
+    return buckets.fill(jnp.maximum(probs, floor), valid, 0.0)
+
+  floored = raise_to_floor(probs)
   floored = floored / floored.sum()
   # Normalising pushed the floored entries under the floor.
-  raised = jnp.maximum(floored, floor)
+  raised = raise_to_floor(floored)
   order = jnp.argsort(-raised)
   ranked = raised[order]
-  fixed = np.arange(n)
-  left = np.maximum(1.0 - cap * fixed, 0.0)  # mass beside `fixed` entries
   rest = jnp.cumsum(ranked[::-1])[::-1]  # rest[j] = sum of ranked[j:]
   scale = jnp.asarray(left, jnp.float32) / rest
   enough = (ranked * scale <= cap) & (fixed >= 1)
-  num_fixed = jnp.where(enough.any(), jnp.argmax(enough), n)
-  scale = scale[jnp.minimum(num_fixed, n - 1)]
+  enough = buckets.fill(enough, valid, False)
+  num_fixed = jnp.where(enough.any(), jnp.argmax(enough), size)
+  scale = scale[jnp.minimum(num_fixed, size - 1)]
   capped = jnp.where(fixed < num_fixed, cap, ranked * scale)
   capped = jnp.zeros_like(probs).at[order].set(capped)
   return jnp.where(floored.max() <= cap, floored, capped)
@@ -277,7 +508,8 @@ class Groups(NamedTuple):
   """A frame's tokens, ranked by the policy and cut into groups.
 
   Attributes:
-    probs: float32[n] probability of each group, capped.
+    probs: float32[n] probability of each group, capped; zero for a group that
+      only the bucket has.
     tokens: int32[n, E] tokens of each group, best first; short groups repeat
       their last token,
     weights: float32[n, E] with weight zero. Rows sum to one.
@@ -289,33 +521,30 @@ class Groups(NamedTuple):
 
 
 def rank_groups(token_scores, *, plan):
-  """Returns the Groups of one frame, of token_scores float32[H*W, 2]."""
-  config = plan.config
+  """Returns the Groups of one frame, of token_scores float32[H*W, 2].
+
+  Args:
+    token_scores: see above; float32[A_max, 2] in a bucket.
+    plan: Plan, static, or BucketPlan.
+  """
+  if isinstance(plan, Plan):
+    plan = _exact(plan)
+  chex.assert_shape(token_scores, (plan.grid.bucket.frame_tokens, 2))
+  member = plan.group_member
   gap = _gap(token_scores)
-  size = gap.shape[0]
-  n = plan.num_groups
-  quotient, longer = divmod(size, n)
-  sizes = np.full(n, quotient) + (np.arange(n) < longer)
-  starts = np.cumsum(sizes) - sizes
-  column = np.arange(sizes.max())
-  position = starts[:, None] + np.minimum(column, sizes[:, None] - 1)  # [n, E]
-  valid = column < sizes[:, None]
+  gap = buckets.fill(gap, plan.grid.valid_frame_tokens, -jnp.inf)
 
   # Ranked by score, not by probability: a softmax underflows to ties.
-  tokens = jnp.argsort(-gap)[position]
-  mass = jnp.where(valid, jax.nn.softmax(gap)[tokens], 0.0)
+  tokens = jnp.argsort(-gap)[plan.group_position]
+  mass = jnp.where(member, jax.nn.softmax(gap)[tokens], 0.0)
   total = mass.sum(axis=-1)
   probs = capped_distribution(total, cap=plan.group_cap)
-  weights = mass / (total[:, None] + config.mass_epsilon)
-  # The bounds use the short groups' size for the longer groups too.
-  weights = jnp.clip(
-    weights,
-    config.min_token_weight / quotient,
-    config.max_token_weight / quotient,
-  )
-  weights = jnp.where(valid, weights, 0.0)
-  weights = weights / weights.sum(axis=-1, keepdims=True)
-  return Groups(probs, tokens.astype(jnp.int32), weights)
+  weights = mass / (total[:, None] + plan.config.mass_epsilon)
+  weights = jnp.clip(weights, plan.min_weight, plan.max_weight)
+  weights = jnp.where(member, weights, 0.0)
+  sums = weights.sum(axis=-1, keepdims=True)
+  sums = buckets.fill(sums, member.any(axis=-1, keepdims=True), 1.0)
+  return Groups(probs, tokens.astype(jnp.int32), weights / sums)
 
 
 def sample(rng, scores, features, *, plan):
@@ -330,9 +559,36 @@ def sample(rng, scores, features, *, plan):
   Returns:
     Combinations.
   """
-  chex.assert_shape(scores.token, (plan.num_tokens, 2))
-  chex.assert_shape(scores.frame, (plan.grid[0], 2))
-  chex.assert_shape(features, (plan.num_tokens, None))
+  return _sample(rng, scores, features, _exact(plan))
+
+
+def sample_in_bucket(rng, scores, features, plan):
+  """Samples the combinations of one video inside a bucket.
+
+  The distribution is that of `sample`. The random numbers depend on the sizes:
+  the same key draws other combinations in another bucket.
+
+  Args:
+    rng: key for this video and iteration.
+    scores: Scores(frame f32[T_max, 2], token f32[N_max, 2]), the video's own
+      first; what stands behind them has no influence.
+    features: float[N_max, D], likewise.
+    plan: BucketPlan, data; see `in_bucket`.
+
+  Returns:
+    Combinations with K_max entries a row, index N_max behind the video's K;
+    and int32[] K.
+  """
+  drawn = _sample(rng, scores, features, plan)
+  return drawn, jnp.asarray(plan.num_keep, jnp.int32)
+
+
+def _sample(rng, scores, features, plan):
+  """Returns Combinations, of a BucketPlan static or data."""
+  bucket = plan.grid.bucket
+  chex.assert_shape(scores.token, (bucket.tokens, 2))
+  chex.assert_shape(scores.frame, (bucket.frames, 2))
+  chex.assert_shape(features, (bucket.tokens, None))
   rng_token, rng_frame, rng_content = jax.random.split(rng, 3)
   by_token = _token_mode(rng_token, scores.token, plan)
   by_frame, frame_mask = _frame_mode(rng_frame, scores.frame, features, plan)
@@ -389,74 +645,98 @@ def _gap(scores):
 
 def _token_mode(rng, token_scores, plan):
   """Returns [3G/4 - 1, K]: the greedy combination, then sampled ones."""
-  num_frames, height, width = plan.grid
-  k = plan.tokens_per_frame
-  token_scores = token_scores.reshape(num_frames, height * width, 2)
+  grid = plan.grid
+  num_frames = grid.bucket.frames
+  k = plan.sizes.tokens_per_frame
+  token_scores = grid.by_frame(token_scores)  # [T, H*W, 2]
   groups = jax.vmap(lambda s: rank_groups(s, plan=plan))(token_scores)
 
   # One key for all draws: a key for each compiles far longer.
   rng_group, rng_tokens = jax.random.split(rng)
   log_probs = jnp.log(groups.probs)  # [T, n]
-  shape = (plan.num_token_mode - 1, *log_probs.shape)  # [C, T, n]
+  shape = (plan.config.num_token_mode - 1, *log_probs.shape)  # [C, T, n]
   group = draw_without_replacement(
     rng_group, jnp.broadcast_to(log_probs, shape), num_draws=1
   )
   frame = np.arange(num_frames)[:, None]
   log_weights = jnp.log(groups.weights)[frame, group][:, :, 0]  # [C, T, E]
+  # Of more draws than a frame has, the first are as if no more were drawn.
   place = draw_without_replacement(rng_tokens, log_weights, num_draws=k)
   drawn = groups.tokens[frame, group, place]  # [C, T, k]
-  _, greedy = jax.lax.top_k(_gap(token_scores), k)
+  gap = buckets.fill(_gap(token_scores), grid.valid_frame_tokens, -jnp.inf)
+  _, greedy = jax.lax.top_k(gap, k)
   return _flatten(jnp.concatenate([greedy[None], drawn]), plan)
 
 
 def _frame_mode(rng, frame_scores, features, plan):
   """Returns [G/4, K] and the drawn frames bool[G/4, T]; row 0 takes the top."""
-  num_frames, height, width = plan.grid
-  area = height * width
+  grid, sizes = plan.grid, plan.sizes
+  num_frames = grid.bucket.frames
   rng_frames, rng_noise = jax.random.split(rng)
-  gap = _gap(frame_scores)
+  gap = buckets.fill(_gap(frame_scores), grid.valid_frames, -jnp.inf)
   probs = capped_distribution(jax.nn.softmax(gap), cap=plan.frame_cap)
-  shape = (plan.num_frame_mode, num_frames)
+  shape = (plan.config.num_frame_mode, num_frames)
   drawn = draw_without_replacement(
     rng_frames,
     jnp.broadcast_to(jnp.log(probs), shape),
-    num_draws=plan.frames_drawn,
+    num_draws=sizes.frames_drawn,
   )
-  _, top = jax.lax.top_k(gap, plan.frames_drawn)
-  frames = jnp.sort(drawn.at[0].set(top), axis=-1)  # [G/4, F]
+  _, top = jax.lax.top_k(gap, sizes.frames_drawn)
+  frames = drawn.at[0].set(top)
+  own = np.arange(sizes.frames_drawn) < plan.frames_drawn
+  frames = buckets.fill(frames, own, num_frames)
+  frames = jnp.sort(frames, axis=-1)  # [G/4, F]
+  row = np.arange(sizes.frame_rows)
+  valid = row < plan.frames_drawn * grid.frame_tokens
+  kept = np.arange(sizes.num_keep) < plan.num_keep
 
   def keep(rng, frames):
-    rows = (frames[:, None] * area + np.arange(area)).reshape(-1)  # [F*H*W]
-    peaks = _peaks(rng, features[rows], plan.num_keep, plan.config)
-    return rows[peaks]
+    rows = frames[row // grid.frame_tokens] * grid.frame_tokens
+    rows = rows + row % grid.frame_tokens  # [F*H*W]
+    peaks = _peaks(
+      rng, features[rows], sizes.num_keep, plan, valid, plan.num_keep
+    )
+    return buckets.fill(rows[peaks], kept, grid.bucket.tokens)
 
-  rngs = jax.random.split(rng_noise, plan.num_frame_mode)
+  rngs = jax.random.split(rng_noise, plan.config.num_frame_mode)
   return jax.vmap(keep)(rngs, frames), token_masks(frames, num_frames)
 
 
 def _content_mode(rng, features, plan):
   """Returns [K]: k diverse tokens of every frame, without the policy."""
-  num_frames, height, width = plan.grid
-  frames = features.reshape(num_frames, height * width, -1)
+  grid = plan.grid
+  room, valid = plan.sizes.tokens_per_frame, grid.valid_frame_tokens
   peaks = jax.vmap(
-    lambda r, z: _peaks(r, z, plan.tokens_per_frame, plan.config)
-  )(jax.random.split(rng, num_frames), frames)
+    lambda r, z: _peaks(r, z, room, plan, valid, plan.tokens_per_frame)
+  )(jax.random.split(rng, grid.bucket.frames), grid.by_frame(features))
   return _flatten(peaks, plan)
 
 
-def _peaks(rng, features, num_keep, config):
+def _peaks(rng, features, room, plan, valid, num_valid):
   return diversity.density_peaks(
     features,
-    num_keep,
+    room,
     rng,
-    num_neighbours=config.num_neighbours,
-    noise=config.density_noise,
+    num_neighbours=plan.config.num_neighbours,
+    noise=plan.config.density_noise,
+    valid=valid,
+    num_valid=num_valid,
   )
 
 
 def _flatten(tokens, plan):
-  """Returns [..., K] ascending video tokens of per-frame ones [..., T, k]."""
-  num_frames, height, width = plan.grid
-  offset = np.arange(num_frames)[:, None] * height * width
+  """Returns [..., K] ascending video tokens of per-frame ones [..., T, k].
+
+  The first k of a frame's k_max count.
+  """
+  grid, sizes = plan.grid, plan.sizes
+  own = np.arange(sizes.tokens_per_frame) < plan.tokens_per_frame
+  tokens = buckets.fill(tokens, own, grid.bucket.frame_tokens)
+  offset = np.arange(grid.bucket.frames)[:, None] * grid.frame_tokens
   tokens = jnp.sort(tokens, axis=-1) + offset
-  return tokens.reshape(*tokens.shape[:-2], plan.num_keep)
+  if grid.fills_bucket:
+    return tokens.reshape(*tokens.shape[:-2], sizes.num_keep)
+  valid = grid.valid_frames[:, None] & own
+  tokens = buckets.fill(tokens, valid, grid.bucket.tokens)
+  tokens = tokens.reshape(*tokens.shape[:-2], -1)
+  return jnp.sort(tokens, axis=-1)[..., : sizes.num_keep]

@@ -12,7 +12,7 @@ import pytest
 
 from cacovid_jax import compressors, errors
 from cacovid_jax.compressors import base, cacovid, oracle, uniform
-from cacovid_jax.policy import selection
+from cacovid_jax.policy import buckets, selection
 
 GRID = (5, 2, 3)
 NUM_VIDEO = 30
@@ -316,6 +316,48 @@ def test_cacovid_uses_the_unrounded_ratio_when_given():
   )
   expected = selection.select(aux.scores, grid=GRID, ratio=0.35)
   np.testing.assert_array_equal(out.index, expected)
+
+
+def test_cacovid_in_a_bucket_keeps_the_same_rows_and_marks_the_padding():
+  bucket = buckets.Bucket(6, 8, 40)
+  run = jax.jit(
+    lambda features, budget, aux: cacovid.compress_in_bucket(
+      features, budget, aux=aux
+    )
+  )
+  for seed, (grid, ratio) in enumerate([(GRID, 0.35), ((3, 4, 2), 0.5)]):
+    num_video = math.prod(grid)
+    features, scores = (
+      features_of(seed, grid),
+      scores_of(jax.random.key(seed), grid),
+    )
+    num_keep = selection.num_keep(grid, ratio)
+    alone = compressors.get("cacovid").compress(
+      features,
+      grid=grid,
+      num_keep=num_keep,
+      aux=base.Aux(scores=scores),
+      ratio=ratio,
+    )
+    behind = 40 - num_video
+    out = run(
+      jnp.pad(features, ((0, behind), (0, 0)), constant_values=jnp.nan),
+      selection.budget(grid, ratio, bucket=bucket, num_keep_max=16),
+      base.Aux(
+        scores=Scores(
+          jnp.pad(scores.frame, ((0, 6 - grid[0]), (0, 0))),
+          jnp.pad(scores.token, ((0, behind), (0, 0))),
+        )
+      ),
+    )
+    np.testing.assert_array_equal(out.index[:num_keep], alone.index)
+    np.testing.assert_array_equal(out.features[:num_keep], alone.features)
+    np.testing.assert_array_equal(out.assign[:num_video], alone.assign)
+    np.testing.assert_array_equal(out.mask, np.arange(16) < num_keep)
+    np.testing.assert_array_equal(out.mass, out.mask)
+    assert (np.asarray(out.index[num_keep:]) == 40).all()
+    assert not np.any(out.features[num_keep:])
+    assert (np.asarray(out.assign[num_video:]) == -1).all()
 
 
 def test_every_budget_has_a_ratio():

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cacovid_jax.policy import network
+from cacovid_jax.policy import buckets, network
 
 
 class Bilinear(nn.Module):
@@ -24,7 +24,7 @@ class Bilinear(nn.Module):
     question = nn.Dense(self.rank, name="question")(text @ x / text.sum())
     video = nn.Dense(self.rank, name="video")(x[video_rows])  # [N, rank]
     gap = video @ question
-    frame = gap.reshape(grid[0], -1).mean(axis=1)
+    frame = buckets.as_grid(grid).frame_means(gap)
     scores = [jnp.stack([-g, g], axis=-1) / 2 for g in (frame, gap)]
     return network.Scores(*scores)
 

@@ -9,7 +9,13 @@ import pytest
 
 from cacovid_jax import errors
 from cacovid_jax.models import qwen2
-from cacovid_jax.policy import modules, network, objective, selection
+from cacovid_jax.policy import (
+  buckets,
+  modules,
+  network,
+  objective,
+  selection,
+)
 
 FILE = os.path.join(os.path.dirname(__file__), "bilinear_policy.py")
 GRID = (2, 2, 3)
@@ -63,6 +69,31 @@ def test_it_scores_learns_and_selects():
   assert all(np.any(g) for g in jax.tree.leaves(grads))
   index = selection.select(scores, grid=GRID, ratio=0.5)
   assert index.shape == (6,)
+
+
+def test_in_a_bucket_it_selects_as_alone():
+  policy, params = make(rank=4)
+  bucket = buckets.Bucket(3, 10, 24)
+  x = np.full((30, 32), 9.0, np.float32)
+  x[:16] = np.random.default_rng(1).standard_normal((16, 32))
+  rows = np.full(24, 30)
+  rows[:12] = ROWS
+
+  @jax.jit
+  def select(budget, *prompt):
+    scores = policy.apply({"params": params}, *prompt)
+    return selection.select_in_bucket(scores, budget)
+
+  budget = selection.budget(GRID, 0.5, bucket=bucket)
+  positions = np.arange(30)[None]
+  index, kept = select(budget, x, positions, rows, budget.grid, 16)
+  alone = policy.apply(
+    {"params": params}, x[:16], positions[:, :16], ROWS, GRID
+  )
+  expected = selection.select(alone, grid=GRID, ratio=0.5)
+  assert int(kept) == 6
+  np.testing.assert_array_equal(index[:6], expected)
+  assert (np.asarray(index[6:]) == 24).all()
 
 
 def test_its_weights_are_kept_under_its_own_names(tmp_path):

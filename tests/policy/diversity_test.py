@@ -74,3 +74,39 @@ def test_vmap_equals_a_loop_and_half_precision_is_taken():
   batched = jax.vmap(rule)(z)
   for i in range(3):
     np.testing.assert_array_equal(batched[i], rule(z[i]))
+
+
+# Tokens of different videos in one program.
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def masked_peaks(z, num_keep, valid, num_valid):
+  return diversity.density_peaks(z, num_keep, valid=valid, num_valid=num_valid)
+
+
+@pytest.mark.parametrize("filler", [0.0, 1e4, np.nan])
+def test_padding_has_no_influence(filler):
+  rng = np.random.default_rng(0)
+  for n, num_keep in [
+    (1, 1),
+    (2, 1),
+    (3, 2),
+    (4, 2),
+    (11, 4),
+    (20, 8),
+    (24, 8),
+  ]:
+    z = rng.standard_normal((24, 6)).astype(np.float32) + 3.0
+    z[n:] = filler
+    index = masked_peaks(z, 8, np.arange(24) < n, num_keep)
+    expected = peaks_by_a_loop(z[:n], num_keep)
+    np.testing.assert_array_equal(index[:num_keep], expected)
+    np.testing.assert_array_equal(index[num_keep:], 24)
+
+
+def test_valid_tokens_may_lie_anywhere():
+  z = np.random.default_rng(1).standard_normal((20, 4)).astype(np.float32)
+  valid = np.random.default_rng(2).random(20) < 0.6
+  index = masked_peaks(z, 5, valid, 5)
+  expected = np.flatnonzero(valid)[peaks_by_a_loop(z[valid], 5)]
+  np.testing.assert_array_equal(index, expected)

@@ -1,5 +1,6 @@
 """Policy network: padding, positions, precision, weights in and out."""
 
+import dataclasses
 import functools
 import re
 
@@ -10,7 +11,7 @@ import pytest
 
 from cacovid_jax import errors
 from cacovid_jax.models import qwen2
-from cacovid_jax.policy import modules, network
+from cacovid_jax.policy import buckets, modules, network
 
 GRID = (2, 3, 2)
 ROWS = np.arange(3, 15)  # 3 rows of text, 12 video tokens, newline, question.
@@ -157,6 +158,171 @@ def test_mode_scores_ignore_padding(config, params, prompt):
   padded = jnp.pad(x, ((0, 4), (0, 0)), constant_values=9.0)
   positions = jnp.pad(positions, ((0, 0), (0, 4)))
   assert_close(run(padded, positions, ROWS, LENGTH), expected, atol=1e-4)
+
+
+# Videos of different grids in one program, and three position rows.
+
+
+BUCKET = buckets.Bucket(5, 24, 75)
+ROOM = 85
+GRIDS = [(4, 5, 3), (3, 4, 6), (5, 3, 5), (1, 2, 1)]
+
+
+@pytest.fixture(scope="module")
+def mrope():
+  """The tiny policy with sections of M-RoPE, and its parameters."""
+  config = network.PolicyConfig.tiny()
+  half = config.llm.head_dim // 2
+  sections = (half - 2 * (half // 3), half // 3, half // 3)
+  # Fast enough that a few positions matter in the last section too.
+  llm = dataclasses.replace(config.llm, rope_sections=sections, rope_theta=20.0)
+  config = dataclasses.replace(config, llm=llm)
+  policy = network.Policy(config)
+  init = jax.jit(lambda r: policy.init(r, method="initialise")["params"])
+  return config, init(jax.random.key(5))
+
+
+def prompt_of(seed, grid):
+  """A prompt of 3 + N + 4 rows: x, its three position rows, video rows."""
+  num_tokens = int(np.prod(grid))
+  x = np.random.default_rng(seed).standard_normal((num_tokens + 7, WIDTH))
+  cells = np.indices(grid).reshape(3, -1) * np.array([[2], [1], [1]])
+  after = 3 + cells.max() + 1
+  positions = np.concatenate(
+    [
+      np.tile(np.arange(3), (3, 1)),
+      3 + cells,
+      np.tile(np.arange(after, after + 4), (3, 1)),
+    ],
+    axis=1,
+  )
+  rows = np.arange(3, 3 + num_tokens)
+  return x.astype(np.float32), positions.astype(np.int32), rows
+
+
+def in_bucket(x, positions, rows, grid, filler=50.0):
+  """The same prompt, padded to the bucket's room."""
+  padded = np.full((ROOM, WIDTH), filler, np.float32)
+  padded[: len(x)] = x
+  more = np.zeros((3, ROOM), np.int32)
+  more[:, : len(x)] = positions
+  padded_rows = np.full(BUCKET.tokens, ROOM, np.int32)
+  padded_rows[: len(rows)] = rows
+  placed = buckets.place(grid, BUCKET)
+  return padded, more, padded_rows, placed, np.int32(len(x))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def score_in_bucket(config, params, *prompt):
+  return network.Policy(config).apply({"params": params}, *prompt)
+
+
+def assert_padded_equals(found, alone, grid):
+  frames, tokens = grid[0], int(np.prod(grid))
+  assert found.frame.shape == (5, 2) and found.token.shape == (75, 2)
+  cut = network.Scores(found.frame[:frames], found.token[:tokens])
+  assert_close(cut, alone, rtol=2e-5, atol=5e-6)
+  assert not np.any(found.frame[frames:]) and not np.any(found.token[tokens:])
+
+
+def test_one_program_scores_every_grid_as_a_program_of_its_own(mrope):
+  config, params = mrope
+  policy = network.Policy(config)
+  compiled = score_in_bucket._cache_size()
+  for seed, grid in enumerate(GRIDS):
+    x, positions, rows = prompt_of(seed, grid)
+    alone = jax.jit(functools.partial(policy.apply, grid=grid))(
+      {"params": params}, x, positions, rows
+    )
+    found = score_in_bucket(
+      config, params, *in_bucket(x, positions, rows, grid)
+    )
+    assert_padded_equals(found, alone, grid)
+  assert score_in_bucket._cache_size() - compiled <= 1
+
+
+def test_vmap_over_videos_of_different_grids(mrope):
+  config, params = mrope
+  prompts = [
+    in_bucket(*prompt_of(i, grid), grid) for i, grid in enumerate(GRIDS)
+  ]
+  batch = jax.tree.map(lambda *leaves: np.stack(leaves), *prompts)
+  batched = jax.jit(
+    jax.vmap(functools.partial(score_in_bucket, config, params))
+  )(*batch)
+  for i, prompt in enumerate(prompts):
+    alone = score_in_bucket(config, params, *prompt)
+    assert_close(jax.tree.map(lambda s, i=i: s[i], batched), alone, atol=5e-6)
+
+
+def test_gradients_do_not_see_the_padding(mrope):
+  config, params = mrope
+  grid = GRIDS[0]
+  policy = network.Policy(config)
+  weights = np.random.default_rng(0).standard_normal((5 + 75, 2))
+
+  def total(scores):
+    frame = (scores.frame * weights[: len(scores.frame)]).sum()
+    return frame + (scores.token * weights[5 : 5 + len(scores.token)]).sum()
+
+  x, positions, rows = prompt_of(0, grid)
+  alone = jax.jit(
+    jax.grad(
+      lambda p: total(policy.apply({"params": p}, x, positions, rows, grid))
+    )
+  )(params)
+  grads = jax.jit(
+    jax.grad(lambda p, *prompt: total(policy.apply({"params": p}, *prompt)))
+  )
+  for filler in (0.0, 50.0):
+    found = grads(params, *in_bucket(x, positions, rows, grid, filler))
+    largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(alone))
+    assert_close(found, alone, rtol=1e-4, atol=1e-6 * largest)
+
+
+def test_each_of_three_position_rows_matters_and_equal_ones_are_plain(mrope):
+  config, params = mrope
+  x, positions, rows = prompt_of(1, GRIDS[1])
+  policy = network.Policy(config)
+  run = jax.jit(
+    lambda positions: policy.apply(
+      {"params": params}, x, positions, rows, GRIDS[1]
+    )
+  )
+  expected = run(positions)
+  for row in range(3):
+    moved = positions.copy()
+    moved[row, rows] = moved[row, rows][::-1]
+    assert np.abs(run(moved).token - expected.token).max() > 1e-4
+  llm = dataclasses.replace(config.llm, rope_sections=None)
+  plain = network.Policy(dataclasses.replace(config, llm=llm))
+  line = np.arange(len(x), dtype=np.int32)[None]
+  assert_close(
+    run(np.tile(line, (3, 1))),
+    plain.apply({"params": params}, x, line, rows, GRIDS[1]),
+  )
+
+
+def test_mode_scores_ignore_the_padding_of_a_bucket(mrope):
+  config, params = mrope
+  x, positions, rows = prompt_of(0, GRIDS[0])
+  policy = network.Policy(config)
+  run = functools.partial(
+    policy.apply, {"params": params}, method="mode_scores"
+  )
+  x_in, positions_in, rows_in, _, length = in_bucket(
+    x, positions, rows, GRIDS[0]
+  )
+  found = run(x_in, positions_in, rows_in, length)
+  assert_close(found, run(x, positions, rows), atol=1e-4)
+
+
+def test_video_rows_of_another_size_than_the_grid_are_refused(mrope):
+  config, params = mrope
+  x, positions, rows = prompt_of(0, GRIDS[0])
+  for grid in (GRIDS[1], buckets.place(GRIDS[0], BUCKET)):
+    with pytest.raises(AssertionError, match="shape"):
+      network.Policy(config).apply({"params": params}, x, positions, rows, grid)
 
 
 # Initialisation.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cacovid_jax.policy import network, objective
+from cacovid_jax.policy import buckets, network, objective
 
 T, N = 4, 24
 
@@ -244,3 +244,54 @@ def test_vmap_equals_a_loop():
   (totals, _), _ = jax.vmap(step)(*batch)
   singles = [step(*video)[0][0] for video in videos]
   np.testing.assert_allclose(totals, singles, rtol=1e-5, atol=1e-7)
+
+
+# Videos of different grids in one program.
+
+
+@jax.jit
+def step_in_bucket(scores, old_scores, memory, grid):
+  config = objective.ObjectiveConfig(kl_weight=0.02)
+  loss = functools.partial(objective.loss, config=config, grid=grid)
+  return jax.value_and_grad(loss, has_aux=True)(scores, old_scores, memory)
+
+
+@pytest.mark.parametrize("filler", [0.0, 80.0, np.nan])
+def test_padding_of_a_bucket_has_no_influence(filler):
+  bucket = buckets.Bucket(6, 10, 40)
+  config = objective.ObjectiveConfig(kl_weight=0.02)
+  new, old, memory = scores_of(1), scores_of(2), memory_of(3)
+
+  def pad(x, axis, size, value):
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, size - x.shape[axis])
+    return np.pad(np.asarray(x), widths, constant_values=value)
+
+  def padded(scores):
+    return network.Scores(
+      pad(scores.frame, 0, 6, filler), pad(scores.token, 0, 40, filler)
+    )
+
+  for kept in (False, True):
+    more = memory._replace(
+      token_mask=pad(memory.token_mask, 1, 40, kept),
+      frame_mask=pad(memory.frame_mask, 1, 6, kept),
+    )
+    (total, metrics), grads = step_in_bucket(
+      padded(new), padded(old), more, buckets.place((T, 2, 3), bucket)
+    )
+    (expected, others), alone = step(new, old, memory, config)
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+    for name, value in others.items():
+      np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-7)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-8)
+    close(grads.frame[:T], alone.frame)
+    close(grads.token[:N], alone.token)
+    assert not np.any(grads.frame[T:]) and not np.any(grads.token[N:])
+
+
+def test_a_grid_of_another_bucket_is_refused():
+  new, memory = scores_of(1), memory_of(3)
+  grid = buckets.place((T, 2, 3), buckets.Bucket(6, 10, 40))
+  with pytest.raises(AssertionError, match="shape"):
+    objective.loss(new, new, memory, grid=grid)

@@ -11,7 +11,8 @@ import pytest
 from scipy import stats
 
 from cacovid_jax import errors
-from cacovid_jax.policy import diversity, network, sampling
+from cacovid_jax.policy import buckets, diversity, network, sampling
+from tests.policy import diversity_test
 
 GRID = (4, 4, 4)
 NUM_TOKENS = 64
@@ -262,7 +263,10 @@ def many_draws():
 
 
 def test_group_and_token_frequencies_match_their_probabilities(many_draws):
-  plan, scores, drawn = many_draws
+  check_frequencies(*many_draws)
+
+
+def check_frequencies(plan, scores, drawn):
   rows = np.asarray(drawn.index[1 : plan.num_token_mode])
   rows = rows.reshape(-1, 4, 2) - 16 * np.arange(4)[:, None]
   rank = jax.jit(functools.partial(sampling.rank_groups, plan=plan))
@@ -298,10 +302,14 @@ def test_group_and_token_frequencies_match_their_probabilities(many_draws):
 
 
 def test_frame_frequencies_match_their_capped_probabilities(many_draws):
-  _, scores, drawn = many_draws
+  check_frame_frequencies(*many_draws)
+
+
+def check_frame_frequencies(plan, scores, drawn):
+  del plan
   gaps = gap(scores.frame).astype(np.float64)
   probs = capped_by_a_loop(np.exp(gaps) / np.exp(gaps).sum(), 3 / 4)
-  counts = np.asarray(drawn.frame_mask[1:]).sum(axis=0)
+  counts = np.asarray(drawn.frame_mask[1:, :4]).sum(axis=0)
   expected = probs / probs.sum() * 999
   assert stats.chisquare(counts, expected).pvalue > 1e-3
 
@@ -425,4 +433,249 @@ def test_the_sampler_lowers_for_tpu_at_full_size():
   features = shape((6272, 3584), jnp.bfloat16)
   rng = jax.eval_shape(lambda: jax.random.key(0))
   traced = draw.trace(rng, scores, features)
+  assert traced.lower(lowering_platforms=("tpu",)).as_text()
+
+
+# Videos of different grids in one program.
+
+
+BUCKET = buckets.Bucket(5, 24, 75)
+RATIOS = (0.05, 0.2, 0.5, 1.0)
+SIZES = sampling.largest_sizes(BUCKET, RATIOS, PLAN.config)
+CASES = [
+  ((4, 5, 3), 0.2),
+  ((3, 4, 6), 0.05),
+  ((5, 3, 5), 0.5),
+  ((3, 6, 4), 1.0),
+  ((1, 4, 5), 0.2),
+  ((5, 1, 3), 0.2),
+  ((2, 1, 1), 1.0),
+]
+
+
+sample_in_bucket = jax.jit(sampling.sample_in_bucket)
+
+
+def plan_of(grid, ratio):
+  return sampling.plan(grid, ratio, PLAN.config)
+
+
+def in_bucket(grid, ratio):
+  return sampling.in_bucket(plan_of(grid, ratio), BUCKET, SIZES)
+
+
+def inputs(seed):
+  """Scores and features of a bucket's size, as for a video that fills it."""
+  scores = scores_of(jax.random.key(seed), (5, 3, 5))
+  features = features_of(jax.random.key(100 + seed), (5, 3, 5))
+  return jax.tree.map(np.array, (scores, features))
+
+
+def spoil(scores, features, grid, filler):
+  """Writes what would win, or spread, into the rows of the padding."""
+  num_frames, num_tokens = grid[0], int(np.prod(grid))
+  scores.frame[num_frames:] = scores.token[num_tokens:] = [-filler, filler]
+  features[num_tokens:] = filler
+  return scores, features
+
+
+@pytest.mark.parametrize("filler", [1e6, np.nan])
+def test_one_program_draws_the_exact_counts_of_every_grid(filler):
+  compiled = sample_in_bucket._cache_size()
+  for seed, (grid, ratio) in enumerate(CASES):
+    plan = plan_of(grid, ratio)
+    given = spoil(*inputs(seed), grid, filler)
+    drawn, num_valid = sample_in_bucket(
+      jax.random.key(seed), *given, in_bucket(grid, ratio)
+    )
+    assert int(num_valid) == plan.num_keep
+    assert drawn.index.shape == (8, SIZES.num_keep)
+    rows = np.asarray(drawn.index[:, : plan.num_keep])
+    assert (np.diff(rows, axis=-1) > 0).all()
+    assert rows.min() >= 0 and rows.max() < plan.num_tokens
+    assert (np.asarray(drawn.index[:, plan.num_keep :]) == 75).all()
+    # Token mode and content mode spread evenly over frames.
+    even = np.delete(rows, [5, 6], axis=0) // (grid[1] * grid[2])
+    for row in even:
+      np.testing.assert_array_equal(
+        np.bincount(row, minlength=grid[0]), plan.tokens_per_frame
+      )
+    frame_mask = np.asarray(drawn.frame_mask)
+    np.testing.assert_array_equal(frame_mask.sum(axis=-1), plan.frames_drawn)
+    assert not frame_mask[:, grid[0] :].any()
+  assert sample_in_bucket._cache_size() - compiled <= 1
+
+
+def test_in_a_bucket_the_rules_without_chance_are_the_static_ones():
+  for seed, (grid, ratio) in enumerate(CASES):
+    plan = plan_of(grid, ratio)
+    num_frames, area = grid[0], grid[1] * grid[2]
+    scores, features = spoil(*inputs(seed), grid, 1e6)
+    drawn, _ = sample_in_bucket(
+      jax.random.key(seed), scores, features, in_bucket(grid, ratio)
+    )
+    rows = np.asarray(drawn.index[:, : plan.num_keep])
+    features = features[: plan.num_tokens]
+    # Greedy, the first of token mode.
+    by_gap = gap(scores.token)[: plan.num_tokens].reshape(num_frames, area)
+    best = np.argsort(-by_gap, axis=-1)[:, : plan.tokens_per_frame]
+    best = np.sort(best, axis=-1) + area * np.arange(num_frames)[:, None]
+    np.testing.assert_array_equal(rows[0], best.reshape(-1))
+    # The top frames, the first of frame mode, and the rule inside of frames.
+    frame_mask = np.asarray(drawn.frame_mask)[:, :num_frames]
+    top = np.argsort(-gap(scores.frame)[:num_frames])[: plan.frames_drawn]
+    np.testing.assert_array_equal(np.flatnonzero(frame_mask[0]), np.sort(top))
+    for row, frames in zip(rows[5:7], frame_mask, strict=True):
+      tokens = np.flatnonzero(np.repeat(frames, area))
+      kept = diversity_test.peaks_by_a_loop(features[tokens], plan.num_keep)
+      np.testing.assert_array_equal(row, tokens[kept])
+    # Content, the last.
+    expected = [
+      area * t + diversity_test.peaks_by_a_loop(z, plan.tokens_per_frame)
+      for t, z in enumerate(features.reshape(num_frames, area, -1))
+    ]
+    np.testing.assert_array_equal(rows[-1], np.concatenate(expected))
+
+
+def test_groups_in_a_bucket_are_those_of_the_static_plan():
+  rank = jax.jit(lambda scores, plan: sampling.rank_groups(scores, plan=plan))
+  for seed, (grid, ratio) in enumerate(CASES):
+    plan = plan_of(grid, ratio)
+    area = grid[1] * grid[2]
+    scores = 3 * np.random.default_rng(seed).standard_normal((24, 2))
+    scores = scores.astype(np.float32)
+    scores[area:] = np.nan
+    groups = rank(scores, in_bucket(grid, ratio))
+    alone = jax.jit(functools.partial(sampling.rank_groups, plan=plan))(
+      scores[:area]
+    )
+    n, longest = alone.tokens.shape
+    np.testing.assert_array_equal(groups.tokens[:n, :longest], alone.tokens)
+    # Sums over other lengths may differ by a rounding.
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
+    close(groups.probs[:n], alone.probs)
+    close(groups.weights[:n, :longest], alone.weights)
+    assert not np.any(groups.probs[n:])
+    assert not np.any(groups.weights[n:])
+    assert not np.any(groups.weights[:, longest:])
+
+
+@pytest.mark.parametrize("sharpness", [0.1, 1.0, 4.0, 20.0])
+def test_a_padded_capped_distribution_equals_a_loop(sharpness):
+  capped = jax.jit(lambda p, cap: sampling.capped_distribution(p, cap=cap))
+  rng = np.random.default_rng(int(10 * sharpness))
+  for size, cap in [(1, 0.3), (2, 1.5), (5, 0.4), (5, 0.2), (12, 0.1), (7, 1)]:
+    probs = np.zeros(12, np.float32)
+    probs[:size] = np.exp(sharpness * rng.standard_normal(size))
+    probs /= probs.sum()
+    numbers = sampling.cap_numbers(size, cap, room=12)
+    found = np.asarray(capped(probs, numbers))
+    expected = capped_by_a_loop(probs[:size], cap)
+    np.testing.assert_allclose(found[:size], expected, rtol=1e-5)
+    assert not found[size:].any()
+
+
+@pytest.fixture(scope="module")
+def many_draws_in_a_bucket():
+  """The draws of `many_draws`, of a grid that leaves padding everywhere."""
+  plan = sampling.plan(GRID, 0.125, config(num_combinations=4000))
+  bucket = buckets.Bucket(5, 20, 75)
+  scores = scores_of(jax.random.key(1), scale=2.0)
+  spoiled = network.Scores(
+    frame=jnp.full((5, 2), jnp.nan).at[:4].set(scores.frame),
+    token=jnp.full((75, 2), jnp.nan).at[:64].set(scores.token),
+  )
+  features = (
+    jnp.zeros((75, 2)).at[:64].set(features_of(jax.random.key(3), width=2))
+  )
+  # Larger sizes than this plan needs: other ratios share the program.
+  sizes = sampling.largest_sizes(bucket, (0.125, 0.3), plan.config)
+  drawn, num_valid = sample_in_bucket(
+    jax.random.key(2),
+    spoiled,
+    features,
+    sampling.in_bucket(plan, bucket, sizes),
+  )
+  assert int(num_valid) == 8 < sizes.num_keep
+  return plan, scores, drawn._replace(index=drawn.index[:, :8])
+
+
+def test_frequencies_in_a_bucket_match_the_static_probabilities(
+  many_draws_in_a_bucket,
+):
+  check_frequencies(*many_draws_in_a_bucket)
+
+
+def test_frame_frequencies_in_a_bucket_match_their_capped_probabilities(
+  many_draws_in_a_bucket,
+):
+  check_frame_frequencies(*many_draws_in_a_bucket)
+
+
+def test_rungs_and_videos_stack_and_each_draws_as_alone():
+  def stack(trees):
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+
+  grids = [(4, 5, 3), (3, 4, 6)]
+  ladders = stack(
+    [
+      stack([in_bucket(grid, ratio) for ratio in (0.05, 0.2, 0.5)])
+      for grid in grids
+    ]
+  )
+  given = [spoil(*inputs(seed), grid, 9.0) for seed, grid in enumerate(grids)]
+  rngs = jax.random.split(jax.random.key(0), 2)
+
+  def draw(rng, given, ladder, rung):
+    plan = jax.tree.map(lambda leaf: leaf[rung], ladder)
+    return sampling.sample_in_bucket(rng, *given, plan)
+
+  rungs = np.array([2, 1])
+  drawn, num_valid = jax.jit(jax.vmap(draw))(rngs, stack(given), ladders, rungs)
+  for i, (grid, ratio) in enumerate(zip(grids, (0.5, 0.2), strict=True)):
+    alone, kept = sample_in_bucket(rngs[i], *given[i], in_bucket(grid, ratio))
+    assert int(num_valid[i]) == int(kept) == plan_of(grid, ratio).num_keep
+    np.testing.assert_array_equal(drawn.index[i], alone.index)
+    np.testing.assert_array_equal(drawn.frame_mask[i], alone.frame_mask)
+
+
+def test_the_largest_sizes_hold_every_rung_of_every_grid():
+  rng = np.random.default_rng(0)
+  bucket = buckets.Bucket(6, 30, 90)
+  ratios = (0.01, 0.02, 0.04, 0.12)
+  sizes = sampling.largest_sizes(bucket, ratios)
+  held = 0
+  while held < 60:
+    grid = tuple(int(side) for side in rng.integers(1, [7, 7, 31]))
+    if bucket.holds(grid):
+      for plan in sampling.ladder(grid, ratios):
+        placed = sampling.in_bucket(plan, bucket, sizes)
+        assert placed.num_keep == plan.num_keep
+      held += 1
+  # And they are no larger than needed: a bucket that is one grid's own.
+  alone = sampling.largest_sizes(buckets.Bucket(1, 1), (1.0,), PLAN.config)
+  assert alone == sampling.Sizes(1, 1, 1, 1, 1, 1)
+
+
+def test_a_plan_that_does_not_fit_is_refused():
+  with pytest.raises(errors.UserError, match="no bucket holds .* 6 x 2 x 2"):
+    sampling.in_bucket(plan_of((6, 2, 2), 0.5), BUCKET)
+  small = sampling.largest_sizes(BUCKET, (0.05,), PLAN.config)
+  with pytest.raises(errors.UserError, match="ratio=1.0 .*largest_sizes") as e:
+    sampling.in_bucket(plan_of((3, 4, 6), 1.0), BUCKET, small)
+  assert "\n" not in str(e.value)
+  with pytest.raises(errors.UserError, match="empty"):
+    sampling.largest_sizes(BUCKET, (), PLAN.config)
+
+
+def test_the_sampler_in_a_bucket_lowers_for_tpu_at_full_size():
+  bucket = buckets.Bucket(64, 256)
+  plan = sampling.in_bucket(sampling.plan((60, 15, 17), 0.02), bucket)
+  shape = jax.ShapeDtypeStruct
+  scores = network.Scores(
+    frame=shape((64, 2), jnp.float32), token=shape((64 * 256, 2), jnp.float32)
+  )
+  features = shape((64 * 256, 2048), jnp.bfloat16)
+  rng = jax.eval_shape(lambda: jax.random.key(0))
+  traced = jax.jit(sampling.sample_in_bucket).trace(rng, scores, features, plan)
   assert traced.lower(lowering_platforms=("tpu",)).as_text()

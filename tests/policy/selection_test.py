@@ -1,7 +1,9 @@
 """Selection against the rule written as plain loops, and its edge cases."""
 
 import functools
+import json
 import math
+import os
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 
 from cacovid_jax import errors
-from cacovid_jax.policy import network, selection
+from cacovid_jax.policy import buckets, network, selection
 
 
 def scores_of(seed, grid, scale=1.0):
@@ -202,4 +204,150 @@ def test_selection_lowers_for_tpu_at_full_size():
     token=jax.ShapeDtypeStruct((6272, 2), jnp.float32),
   )
   traced = run.trace(scores)
+  assert traced.lower(lowering_platforms=("tpu",)).as_text()
+
+
+# Videos of different grids in one program.
+
+
+GOLDEN = os.path.join(os.path.dirname(__file__), "..", "golden", "policy")
+BUCKET = buckets.Bucket(6, 20, 70)
+
+
+select_in_bucket = jax.jit(selection.select_in_bucket)
+
+
+def padded(scores, bucket, filler):
+  """Scores of a video as they lie in a bucket, NumPy."""
+  frame = np.full((bucket.frames, 2), filler, np.float32)
+  token = np.full((bucket.tokens, 2), filler, np.float32)
+  frame[: len(scores.frame)] = scores.frame
+  token[: len(scores.token)] = scores.token
+  return network.Scores(frame, token)
+
+
+def random_cases(seed, count):
+  """Grids, ratios and importance ratios that fit the bucket."""
+  rng = np.random.default_rng(seed)
+  cases = [((6, 1, 1), 1.0, 1.0), ((3, 4, 5), 1.0, 0.5), ((1, 4, 5), 0.3, 0.5)]
+  while len(cases) < count:
+    grid = tuple(int(side) for side in rng.integers(1, [7, 6, 11]))
+    ratio = float(rng.choice([0.05, 0.1, 0.25, 0.29, 0.3, 0.5, 0.75]))
+    iota = float(rng.choice([0.0, 0.3, 0.5, 0.75, 1.0]))
+    if BUCKET.holds(grid) and math.floor(ratio * math.prod(grid)) >= 1:
+      cases.append((grid, ratio, iota))
+  return cases
+
+
+@pytest.mark.parametrize("kind", ["random", "equal frames", "all equal"])
+def test_one_program_selects_for_every_grid_what_a_loop_does(kind):
+  cases = random_cases(0, 60)
+  compiled = select_in_bucket._cache_size()
+  for seed, (grid, ratio, iota) in enumerate(cases):
+    scores = scores_of(seed, grid, scale=[0.01, 1.0, 300.0][seed % 3])
+    if kind != "random":
+      scores = scores._replace(frame=0 * scores.frame + np.float32([0, 2]))
+    if kind == "all equal":
+      scores = scores._replace(token=0 * scores.token)
+    # What stands in the padding would win if it were looked at.
+    filler = [1e9, np.nan, np.inf][seed % 3]
+    given = padded(scores, BUCKET, filler)
+    given.frame[grid[0] :, 0] = given.token[math.prod(grid) :, 0] = -1.0
+    budget = selection.budget(
+      grid, ratio, bucket=BUCKET, num_keep_max=70, importance_ratio=iota
+    )
+    index, kept = select_in_bucket(given, budget)
+    expected = select_by_a_loop(scores, grid, ratio, iota)
+    assert int(kept) == len(expected)
+    np.testing.assert_array_equal(index[: len(expected)], expected)
+    np.testing.assert_array_equal(index[len(expected) :], BUCKET.tokens)
+  assert select_in_bucket._cache_size() - compiled <= 1
+
+
+def test_the_bucket_gives_the_indices_of_the_static_rule():
+  for seed, (grid, ratio, iota) in enumerate(random_cases(1, 7)):
+    scores = scores_of(seed, grid)
+    budget = selection.budget(
+      grid, ratio, bucket=BUCKET, num_keep_max=70, importance_ratio=iota
+    )
+    index, kept = select_in_bucket(padded(scores, BUCKET, 0.0), budget)
+    expected = select(scores, grid=grid, ratio=ratio, importance_ratio=iota)
+    np.testing.assert_array_equal(index[: int(kept)], expected)
+
+
+@pytest.mark.parametrize("name", ["select", "select_repair"])
+def test_one_program_selects_all_golden_cases(name):
+  bucket = buckets.Bucket(66, 200, 64 * 196)
+  compiled = select_in_bucket._cache_size()
+  with np.load(os.path.join(GOLDEN, f"{name}.npz")) as arrays:
+    for i, meta in enumerate(json.loads(str(arrays["meta"]))):
+      grid = tuple(meta[side] for side in "thw")
+      scores = network.Scores(
+        arrays[f"frame_logits_{i}"], arrays[f"token_logits_{i}"]
+      )
+      budget = selection.budget(
+        grid,
+        meta["retention_ratio"],
+        bucket=bucket,
+        num_keep_max=1600,
+        importance_ratio=meta["importance_ratio"],
+        max_frame_ratio=meta["max_frame_ratio"],
+      )
+      index, kept = select_in_bucket(padded(scores, bucket, 7.0), budget)
+      assert int(kept) == meta["kept"]
+      np.testing.assert_array_equal(
+        index[: meta["kept"]], np.flatnonzero(arrays[f"keep_{i}"])
+      )
+      assert (np.asarray(index[meta["kept"] :]) == bucket.tokens).all()
+  assert select_in_bucket._cache_size() - compiled <= 1
+
+
+def test_vmap_over_videos_of_different_grids_and_ratios():
+  cases = [((4, 3, 5), 0.3), ((2, 2, 2), 0.5), ((6, 2, 5), 0.1)]
+  scores = [scores_of(seed, grid) for seed, (grid, _) in enumerate(cases)]
+  budgets = [
+    selection.budget(grid, ratio, bucket=BUCKET, num_keep_max=20)
+    for grid, ratio in cases
+  ]
+  stack = functools.partial(jax.tree.map, lambda *leaves: np.stack(leaves))
+  index, kept = jax.jit(jax.vmap(selection.select_in_bucket))(
+    stack(*[padded(s, BUCKET, 5.0) for s in scores]), stack(*budgets)
+  )
+  assert index.shape == (3, 20)
+  for i, (grid, ratio) in enumerate(cases):
+    np.testing.assert_array_equal(
+      index[i, : int(kept[i])], select_by_a_loop(scores[i], grid, ratio)
+    )
+
+
+def test_the_default_room_is_the_most_that_a_grid_of_the_bucket_keeps():
+  # 0.29 * 100 is below 29, 0.29 * 1 * 10 * 10 is not.
+  assert math.floor(0.29 * 100) == 28
+  tight = selection.budget((1, 10, 10), 0.29, bucket=buckets.Bucket(1, 100))
+  assert tight.kept == tight.places.shape[0] == 29
+  for grid, ratio, _ in random_cases(2, 40):
+    budget = selection.budget(grid, ratio, bucket=BUCKET)
+    assert budget.kept <= budget.places.shape[0] <= BUCKET.tokens
+
+
+def test_a_budget_that_does_not_fit_is_refused():
+  with pytest.raises(errors.UserError, match=r"7 x 2 x 2 .* Bucket\(7, 4, 28"):
+    selection.budget((7, 2, 2), 0.5, bucket=BUCKET)
+  with pytest.raises(errors.UserError, match="raise num_keep_max") as raised:
+    selection.budget((4, 3, 5), 0.5, bucket=BUCKET, num_keep_max=29)
+  assert "\n" not in str(raised.value)
+  with pytest.raises(errors.UserError, match="keeps no token"):
+    selection.budget((2, 2, 2), 0.1, bucket=BUCKET)
+  with pytest.raises(errors.UserError, match="importance"):
+    selection.budget((2, 2, 2), 0.5, bucket=BUCKET, importance_ratio=-0.1)
+
+
+def test_selection_in_a_bucket_lowers_for_tpu_at_full_size():
+  bucket = buckets.Bucket(64, 256)
+  budget = selection.budget((60, 15, 17), 0.1, bucket=bucket)
+  shape = jax.ShapeDtypeStruct
+  scores = network.Scores(
+    frame=shape((64, 2), jnp.float32), token=shape((64 * 256, 2), jnp.float32)
+  )
+  traced = jax.jit(selection.select_in_bucket).trace(scores, budget)
   assert traced.lower(lowering_platforms=("tpu",)).as_text()

@@ -240,9 +240,9 @@ def test_lossy_subsets_miss_tokens_and_crowd_objects_as_often_as_said():
   whole = (found == 4).mean()
   assert 0.73 < whole < 0.83
   assert (found == 0).mean() > 0.02
-  objects = np.array(
-    [len({t for t in k if t < 60}) for k in kept]
-  ) / (sizes - found)
+  objects = np.array([len({t for t in k if t < 60}) for k in kept]) / (
+    sizes - found
+  )
   # Nearly nothing but objects in crowded rows, their share in the others.
   crowded = objects > 0.93
   assert 0.55 < crowded.mean() < 0.65

@@ -85,12 +85,15 @@ def encode(path, frames, *, rate: int = FRAMES_PER_SECOND) -> None:
     stream = container.add_stream("libx264", rate=rate)
     stream.width = stream.height = world.IMAGE_SIZE
     stream.pix_fmt = "yuv420p"
-    # One thread: several would make the bytes depend on the machine.
+    # Bytes that depend on the frames alone: several threads would make them
+    # depend on the machine, and x264's macroblock tree reads memory that it
+    # did not write (one clip in twenty differed from run to run).
     stream.options = {
       "crf": "12",
       "preset": "veryfast",
       "g": "32",
       "threads": "1",
+      "x264-params": "mbtree=0",
     }
     for frame in frames:
       picture = av.VideoFrame.from_ndarray(frame, format="rgb24")

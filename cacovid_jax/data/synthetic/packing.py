@@ -18,6 +18,9 @@ from cacovid_jax.data.synthetic import questions, render, world
 
 _TURN_END = "<|im_end|>\n<|im_start|>assistant\n"
 PREFIX = "<|im_start|>user\n"
+# Askable objects of a dense training clip, inclusive range; the benchmark's
+# clips hold more.
+_DENSE_OBJECTS = (76, 84)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +51,7 @@ class PackingConfig:
   text_only: int = 64
   text_only_length: int = 128
   sparse_share: float = 0.25
-  dense_objects: tuple[int, int] = (76, 84)
+  dense_objects: tuple[int, int] = _DENSE_OBJECTS
   text_answer_share: tuple[float, float] = (0.5, 0.2)
   ramp_steps: int = 1000
   num_steps: int = 10_000
@@ -79,6 +82,10 @@ def describe(scene: world.Scene) -> str:
   return "\n".join(parts)
 
 
+def _dense_world(num_objects: tuple[int, int]) -> world.WorldConfig:
+  return dataclasses.replace(world.VARIANTS["dense"], num_objects=num_objects)
+
+
 def corpus(num_scenes: int = 200, seed: int = 0) -> list[str]:
   """Returns texts of the training split to build a vocabulary from."""
   rng = np.random.default_rng(seed)
@@ -94,7 +101,7 @@ def corpus(num_scenes: int = 200, seed: int = 0) -> list[str]:
   for _ in range(num_scenes):
     scene = world.sample_scene(rng, world.VARIANTS["sparse"])
     texts.append(describe(scene))
-    dense = world.sample_scene(rng, world.VARIANTS["dense"])
+    dense = world.sample_scene(rng, _dense_world(_DENSE_OBJECTS))
     for question in questions.sample_questions(rng, dense, 8):
       for problem_type in (rows.MULTIPLE_CHOICE, rows.FREE_FORM):
         texts.append("\n" + prompt_text(question, problem_type))
@@ -142,9 +149,7 @@ class Packer:
     config = self.config
     if rng.random() < config.sparse_share:
       return world.VARIANTS["sparse"]
-    dense = dataclasses.replace(
-      world.VARIANTS["dense"], num_objects=config.dense_objects
-    )
+    dense = _dense_world(config.dense_objects)
     share = min(1.0, step / max(1, config.ramp_steps))
     # A fifth of the clips stays between the variants in density.
     if share < 1.0 or rng.random() < 0.2:

@@ -1,0 +1,217 @@
+"""Buckets: static sizes for videos whose token grids differ.
+
+A compiled program needs static shapes; a bucket gives them. A video's own grid
+is data inside it. Its tokens stay packed: row i of N_max is token i of the
+video, in order of time and space, and the rows behind its N are padding.
+
+Everything that takes a `Grid` also takes a static (T, H, W); that is the bucket
+which the video fills, and its program has no trace of a mask.
+
+Axes: T frames, A = H*W tokens of a frame, N = T*A video tokens; T_max, A_max,
+N_max those of the bucket.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cacovid_jax import errors
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+  """Sizes that a program is compiled for; hashable.
+
+  Attributes:
+    frames: T_max.
+    frame_tokens: A_max.
+    tokens: N_max; 0 stands for T_max * A_max, all that could ever be needed.
+      The rules that look at frames one by one work on T_max * A_max rows all
+      the same, so several buckets near that product beat one wide one.
+  """
+
+  frames: int
+  frame_tokens: int
+  tokens: int = 0
+
+  def __post_init__(self):
+    if not self.tokens:
+      object.__setattr__(self, "tokens", self.frames * self.frame_tokens)
+    least = max(self.frames, self.frame_tokens)
+    if min(self.frames, self.frame_tokens) < 1 or not (
+      least <= self.tokens <= self.frames * self.frame_tokens
+    ):
+      raise errors.UserError(
+        f"{self} cannot be filled; frames and frame_tokens must be at least 1, "
+        "tokens between the larger of them and their product"
+      )
+
+  def holds(self, grid):
+    """Returns True if a video of grid (T, H, W) fits."""
+    num_frames, height, width = grid
+    area = height * width
+    return (
+      num_frames <= self.frames
+      and area <= self.frame_tokens
+      and num_frames * area <= self.tokens
+    )
+
+
+def pick(grid, buckets):
+  """Returns the smallest of the buckets that holds a grid (T, H, W).
+
+  The fewest rows win, then the fewest rows frame by frame, then the first.
+
+  Raises:
+    UserError: none holds it, or the grid has an empty side.
+  """
+  grid = check(grid)
+  fits = [bucket for bucket in buckets if bucket.holds(grid)]
+  if not fits:
+    num_frames, height, width = grid
+    area = height * width
+    listed = ", ".join(
+      f"{b.frames} frames of {b.frame_tokens} ({b.tokens} in all)"
+      for b in buckets
+    )
+    raise errors.UserError(
+      f"no bucket holds a video of {num_frames} x {height} x {width} tokens "
+      f"(T x H x W); buckets: {listed or 'none'}; add "
+      f"Bucket({num_frames}, {area}, {num_frames * area}) or a larger one, or "
+      "sample fewer frames or fewer pixels"
+    )
+  return min(fits, key=lambda b: (b.tokens, b.frames * b.frame_tokens))
+
+
+def check(grid):
+  """Returns grid as three ints; raises UserError if a side is empty."""
+  grid = tuple(int(size) for size in grid)
+  if len(grid) != 3 or min(grid) < 1:
+    raise errors.UserError(
+      f"grid {grid}: give (T, H, W), every side at least 1"
+    )
+  return grid
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=("num_frames", "frame_tokens"),
+  meta_fields=("bucket",),
+)
+@dataclasses.dataclass(frozen=True)
+class Grid:
+  """A video's own grid inside a bucket: a pytree, its bucket static.
+
+  Attributes:
+    num_frames: T, int32[]; a Python int makes the grid static.
+    frame_tokens: A, likewise.
+    bucket: Bucket.
+  """
+
+  num_frames: Any
+  frame_tokens: Any
+  bucket: Bucket
+
+  @property
+  def num_tokens(self):
+    """N, int32[]."""
+    return self.num_frames * self.frame_tokens
+
+  @property
+  def fills_bucket(self):
+    """True if the grid is static and leaves no padding."""
+    sizes = (self.num_frames, self.frame_tokens)
+    return (
+      all(isinstance(size, int) for size in sizes)
+      and sizes == (self.bucket.frames, self.bucket.frame_tokens)
+      and self.bucket.tokens == math.prod(sizes)
+    )
+
+  @property
+  def valid_frames(self):
+    """bool[T_max], True for the video's own frames."""
+    return np.arange(self.bucket.frames) < self.num_frames
+
+  @property
+  def valid_tokens(self):
+    """bool[N_max], True for the video's own tokens."""
+    return np.arange(self.bucket.tokens) < self.num_tokens
+
+  @property
+  def valid_frame_tokens(self):
+    """bool[A_max], True for the places that the video's frames have."""
+    return np.arange(self.bucket.frame_tokens) < self.frame_tokens
+
+  def by_frame(self, x, value=0):
+    """Returns x [N_max, ...] as [T_max, A_max, ...], `value` as padding."""
+    shape = (self.bucket.frames, self.bucket.frame_tokens)
+    if self.fills_bucket:
+      return x.reshape(*shape, *x.shape[1:])
+    valid = self.valid_frames[:, None] & self.valid_frame_tokens
+    rows = np.arange(shape[0])[:, None] * self.frame_tokens
+    rows = rows + np.arange(shape[1])  # [T_max, A_max]
+    rows = jnp.where(valid, rows, x.shape[0])
+    return jnp.asarray(x).at[rows].get(mode="fill", fill_value=value)
+
+  def packed(self, x, value=0):
+    """Returns x [T_max, A_max, ...] as [N_max, ...], `value` as padding."""
+    x = x.reshape(-1, *x.shape[2:])
+    if self.fills_bucket:
+      return x
+    rows = np.arange(self.bucket.tokens)
+    place = rows // self.frame_tokens * self.bucket.frame_tokens
+    place = place + rows % self.frame_tokens
+    place = jnp.where(self.valid_tokens, place, x.shape[0])
+    return jnp.asarray(x).at[place].get(mode="fill", fill_value=value)
+
+  def frame_means(self, x):
+    """Returns float32[T_max, ...], means over frames of x float[N_max, ...].
+
+    Padding has no influence on them; frames of the padding have zero.
+    """
+    x = x.astype(jnp.float32)
+    if self.fills_bucket:
+      return self.by_frame(x).mean(axis=1)
+    # A product instead of a sum by frame numbers: those are not reproducible
+    # on a GPU. A zero weight would let a NaN of the padding through.
+    rows = x.reshape(x.shape[0], -1)
+    rows = jnp.where(self.valid_tokens[:, None], rows, 0.0)
+    frame = np.arange(self.bucket.tokens) // self.frame_tokens
+    own = frame == np.arange(self.bucket.frames)[:, None]  # [T_max, N_max]
+    sums = jnp.matmul(
+      own.astype(jnp.float32), rows, precision=jax.lax.Precision.HIGHEST
+    )
+    means = sums / jnp.float32(self.frame_tokens)
+    return means.reshape(self.bucket.frames, *x.shape[1:])
+
+
+def place(grid, bucket):
+  """Returns the Grid of a video (T, H, W) in a bucket, ready for the device.
+
+  Raises:
+    UserError: it does not fit.
+  """
+  num_frames, height, width = check(grid)
+  pick(grid, [bucket])
+  return Grid(np.int32(num_frames), np.int32(height * width), bucket)
+
+
+def as_grid(grid):
+  """Returns a Grid of a static (T, H, W), or the Grid that was given."""
+  if isinstance(grid, Grid):
+    return grid
+  num_frames, height, width = check(grid)
+  area = height * width
+  return Grid(num_frames, area, Bucket(num_frames, area))
+
+
+def fill(x, valid, value):
+  """Returns x where valid, else value; x itself if all is known to be."""
+  if isinstance(valid, np.ndarray) and valid.all():
+    return x
+  return jnp.where(valid, x, value)
