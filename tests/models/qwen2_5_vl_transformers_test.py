@@ -5,7 +5,10 @@ untied embeddings; grids that the windows divide and that they do not, and one
 slice alone. The config is written flat, as on the hub.
 """
 
+import os
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 import torch
@@ -22,6 +25,9 @@ from cacovid_jax.models import (
 )
 from tests.models import mrope_loop
 
+GOLDEN = os.path.join(
+  os.path.dirname(__file__), os.pardir, "golden", "qwen2_5_vl_tiny"
+)
 VIDEO, PAD = 91, 94
 CONFIG = qwen2_5_vl.Qwen2_5VLConfig(
   vision=qwen2_5_vl_vision.VisionConfig(
@@ -232,6 +238,54 @@ class TransformersTest(absltest.TestCase):
     modules = set(map(qwen2_5_vl_weights.hub_name, oracle.state_dict()))
     file = safetensors.numpy.load_file(f"{folder}/model.safetensors")
     self.assertEqual(modules, set(file))
+
+  def test_half_precision_strays_as_far_as_in_transformers(self):
+    # The golden model in bfloat16, against its own float32 intermediates.
+    arrays = golden.read(GOLDEN)
+    config = checkpoints.load_config(GOLDEN)
+    model = qwen2_5_vl.Qwen2_5VLModel(config, jnp.bfloat16)
+    params = checkpoints.load_params(GOLDEN, config, jnp.bfloat16)
+    oracle = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
+      GOLDEN, attn_implementation="eager", dtype=torch.bfloat16
+    )
+    patches, x = arrays["pixel_values_videos"], arrays["inputs_embeds"][:1]
+    positions = arrays["position_ids"][:, :1]
+    self.assertTrue(arrays["attention_mask"][0].all())
+    with torch.no_grad():
+      theirs = oracle.model.visual(
+        torch.from_numpy(patches).bfloat16(),
+        grid_thw=torch.from_numpy(arrays["video_grid_thw"]),
+      ).pooler_output
+      hidden = oracle.model.language_model(
+        inputs_embeds=torch.from_numpy(x).bfloat16(),
+        attention_mask=torch.ones(x.shape[:2], dtype=torch.long),
+        position_ids=torch.from_numpy(positions),
+      ).last_hidden_state
+      their_logits = oracle.lm_head(hidden)
+    starts = np.cumsum(arrays["video_grid_thw"].prod(axis=1))[:-1]
+    encode = jax.jit(model.encode_video)
+    ours = [
+      encode(params, video, model.layout(grid // (1, 2, 2)))
+      for video, grid in zip(
+        np.split(patches, starts), arrays["video_grid_thw"], strict=True
+      )
+    ]
+    hidden, _ = jax.jit(model.forward)(
+      params, jnp.asarray(x), positions.transpose(1, 0, 2)
+    )
+    logits = model.logits(params, hidden)
+
+    def error(actual, expected):
+      difference = np.asarray(actual, np.float32) - expected
+      return np.sqrt(np.square(difference).mean())
+
+    for actual, reference, expected in (
+      (np.concatenate(ours), theirs, arrays["video_features"]),
+      (logits, their_logits, arrays["logits"][:1]),
+    ):
+      most = error(reference.float().numpy(), expected)
+      self.assertGreater(most, 0.0)
+      self.assertLess(error(actual, expected), 1.25 * most)
 
 
 if __name__ == "__main__":

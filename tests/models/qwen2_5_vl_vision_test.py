@@ -120,6 +120,25 @@ class LayoutTest(parameterized.TestCase):
       ),
     )
 
+  @parameterized.parameters((3, 12, 20), (2, 7, 14), (4, 5, 5))
+  def test_sizes_of_a_bucket_hold_every_grid_within_it(
+    self, slices, area, most
+  ):
+    grids = [
+      (t, h, w)
+      for t in range(1, slices + 1)
+      for h in range(1, area + 1)
+      for w in range(1, area // h + 1)
+      if t * h * w <= most
+    ]
+    sizes = vision.Sizes.of_bucket(
+      CONFIG, num_slices=slices, tokens_per_slice=area, num_tokens=most
+    )
+    needed = vision.Sizes.of(grids, CONFIG)
+    self.assertEqual(sizes.num_windows, needed.num_windows)
+    for grid in grids:
+      self.assertLen(vision.layout(grid, CONFIG, sizes).windows.place, 4 * most)
+
   def test_released_windows_are_four_tokens_wide(self):
     config = vision.VisionConfig.qwen2_5_vl(3584)
     self.assertEqual(config.window_side, 4)
