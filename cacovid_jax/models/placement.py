@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import math
 import os
+import threading
 from typing import Any
 
 import jax
@@ -122,11 +123,19 @@ def _read_ahead(sources, leaves):
   """Yields (source, first row, slice) that the host could not place itself."""
   num_threads = max(2, min(8, os.cpu_count() or 2))
   waiting = collections.deque()
+  own = threading.local()
 
   def work(source, start, stop):
-    rows = source.tensor.read_rows(start, stop)
     leaf = leaves[source.leaf]
-    return None if leaf.place(source, start, rows) else rows
+    if not leaf.on_host:
+      return source.tensor.read_rows(start, stop)
+    # One buffer per thread: fresh memory costs a good part of the copy.
+    num_bytes = (stop - start) * source.tensor.row_bytes
+    if getattr(own, "scratch", np.empty(0)).nbytes < num_bytes:
+      own.scratch = np.empty(max(num_bytes, _SLICE_BYTES), np.uint8)
+    rows = source.tensor.read_rows(start, stop, own.scratch)
+    leaf.place(source, start, rows)
+    return None
 
   with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
     try:
@@ -176,7 +185,7 @@ class _Leaf:
     self._shape = shape
     self._sharding = sharding
     num_bytes = math.prod(shape.shape) * shape.dtype.itemsize
-    self._on_host = num_bytes <= small_bytes
+    self.on_host = num_bytes <= small_bytes
     # {((start, stop) of each axis): devices that hold this part}.
     self._parts = collections.defaultdict(list)
     if sharding is None:
@@ -192,7 +201,7 @@ class _Leaf:
     self._buffers = {}
     for spans, devices in self._parts.items():
       sizes = tuple(stop - start for start, stop in spans)
-      if self._on_host:
+      if self.on_host:
         self._buffers[spans] = aligned_empty(sizes, shape.dtype)
       else:
         self._buffers[spans] = [
@@ -200,15 +209,12 @@ class _Leaf:
         ]
 
   def place(self, source, start, rows):
-    """Writes a slice into the host's buffers; False if there are none."""
-    if not self._on_host:
-      return False
+    """Writes a slice into the host's buffers."""
     for spans, inside, piece in self._overlaps(source, start, rows):
       # The ellipsis keeps a scalar an array that can be written to.
       where = (..., *(slice(a, a + n) for a, n in inside))
       target = self._buffers[spans][where]
       copy(target.reshape(piece.shape), piece)
-    return True
 
   def send(self, source, start, rows):
     """Writes a slice into the devices' buffers."""
@@ -232,7 +238,7 @@ class _Leaf:
     while self._buffers:
       spans, buffer = self._buffers.popitem()
       devices = self._parts[spans]
-      if self._on_host:
+      if self.on_host:
         # No copy on CPU: the array is the buffer.
         arrays += [jax.device_put(buffer, device) for device in devices]
       else:

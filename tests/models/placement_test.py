@@ -141,7 +141,7 @@ def test_no_more_than_a_few_slices_are_held(case, small_bytes, monkeypatch):
       with lock:
         alive.discard(id(self))
 
-  def counted(tensor, start, stop):
+  def counted(tensor, start, stop, scratch=None):
     rows = read(tensor, start, stop)
     assert rows.nbytes <= max(24, largest)
     piece = rows.view(Slice)
@@ -161,7 +161,7 @@ def test_no_more_than_a_few_slices_are_held(case, small_bytes, monkeypatch):
 def test_a_mistake_while_reading_ends_the_import(case, monkeypatch):
   shapes, sources, _ = case
 
-  def fail(tensor, start, stop):
+  def fail(tensor, start, stop, scratch=None):
     raise OSError("disk is gone")
 
   monkeypatch.setattr(safetensors_io.Tensor, "read_rows", fail)
