@@ -30,9 +30,11 @@ class ParityTest(absltest.TestCase):
         check=False,
       )
 
-    good = run(os.path.join(GOLDEN, "llava_onevision_tiny"))
+    models = ("llava_onevision_tiny", "qwen2_5_vl_tiny")
+    good = run(*(os.path.join(GOLDEN, name) for name in models))
     self.assertEqual(good.returncode, 0, good.stderr)
     self.assertIn("15 of 15 stages within tolerance", good.stdout)
+    self.assertIn("21 of 21 stages within tolerance", good.stdout)
     absent = run("nowhere")
     self.assertEqual(absent.returncode, 2)
     self.assertIn("error: nowhere is not a folder", absent.stderr)

@@ -208,6 +208,32 @@ class Sizes:
     largest = (max(column) for column in zip(*found, strict=True))
     return cls(**dict(zip(names, largest, strict=True)))
 
+  @classmethod
+  def of_bucket(cls, config, *, num_slices, tokens_per_slice, num_tokens):
+    """Returns sizes that hold every grid within the three limits.
+
+    Args:
+      config: `VisionConfig`.
+      num_slices: largest T.
+      tokens_per_slice: largest H·W, of whatever shape.
+      num_tokens: largest N.
+    """
+    side = config.window_side
+    # Long and narrow slices have the most windows, one token wide each.
+    num_windows = max(
+      min(num_slices, num_tokens // (height * width))
+      * -(-height // side)
+      * -(-width // side)
+      for height in range(1, tokens_per_slice + 1)
+      for width in range(1, tokens_per_slice // height + 1)
+    )
+    return cls(
+      num_tokens=num_tokens,
+      num_windows=num_windows,
+      num_slices=num_slices,
+      tokens_per_slice=tokens_per_slice,
+    )
+
 
 def layout(grid, config, sizes=None):
   """Returns the `Layout` of one video, NumPy arrays made on the host.

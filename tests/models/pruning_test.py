@@ -34,6 +34,20 @@ class PrunedRowsTest(parameterized.TestCase):
     np.testing.assert_array_equal(rows, [0, 1, 3, 6, 8, 9, 10])
     self.assertEqual(length, 7)
 
+  def test_no_row_need_lie_behind_the_video(self):
+    # Rows: 0 text, 1-4 video, nothing else (as before the question is known).
+    for index, expected in (([0, 3], [0, 1, 4]), ([1], [0, 2])):
+      rows, length = pruning.pruned_rows(
+        jnp.array(index),
+        len(index),
+        video_start=1,
+        num_video=4,
+        length=5,
+        out_length=len(expected),
+      )
+      np.testing.assert_array_equal(rows, expected)
+      self.assertEqual(length, len(expected))
+
   @parameterized.parameters(range(5))
   def test_any_number_of_valid_entries_and_padding(self, num_valid):
     index = np.array([0, 2, 3, 7])
@@ -69,6 +83,40 @@ class PrunedRowsTest(parameterized.TestCase):
         index[row, : num_valid[row]], start[row], 12, length[row]
       )
       np.testing.assert_array_equal(rows[row, : lengths[row]], expected)
+
+  def test_videos_of_other_sizes_share_a_program(self):
+    # Qwen2.5-VL: text directly behind the video, N differs by video.
+    gen = np.random.default_rng(1)
+    num_video, start = np.array([3, 9, 12, 1]), np.array([0, 2, 1, 4])
+    num_valid, length = np.array([2, 4, 5, 1]), start + num_video + 3
+    index = np.zeros((4, 5), np.int64)
+    for row, (video, valid) in enumerate(
+      zip(num_video, num_valid, strict=True)
+    ):
+      index[row, :valid] = np.sort(gen.permutation(video)[:valid])
+    traces = []
+
+    @jax.jit
+    def prune(index, valid, start, video, length):
+      traces.append(1)
+      return pruning.pruned_rows(
+        index,
+        valid,
+        video_start=start,
+        num_video=video,
+        length=length,
+        out_length=13,
+      )
+
+    for row in range(4):
+      rows, new_length = prune(
+        index[row], num_valid[row], start[row], num_video[row], length[row]
+      )
+      kept = index[row, : num_valid[row]]
+      expected = _loop(kept, start[row], num_video[row], length[row])
+      self.assertEqual(new_length, len(expected))
+      np.testing.assert_array_equal(rows[:new_length], expected)
+    self.assertLen(traces, 1)
 
 
 if __name__ == "__main__":
