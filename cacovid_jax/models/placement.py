@@ -104,8 +104,7 @@ def fill(shapes, sources, shardings=None, *, small_bytes=None):
     name: _Leaf(shape, shardings and shardings[name], small_bytes)
     for name, shape in shapes.items()
   }
-  for source, start, piece in _read_ahead(sources, leaves):
-    leaves[source.leaf].send(source, start, piece)
+  _read(sources, leaves)
   # Popped, so that a buffer is gone once its array is made.
   return {name: leaves.pop(name).finish() for name in list(leaves)}
 
@@ -119,45 +118,37 @@ def _devices(shardings):
   )
 
 
-def _read_ahead(sources, leaves):
-  """Yields (source, first row, slice) that the host could not place itself."""
+def _read(sources, leaves):
+  """Reads all slices and hands each one to its leaf, a few at a time."""
   num_threads = max(2, min(8, os.cpu_count() or 2))
-  waiting = collections.deque()
   own = threading.local()
 
   def work(source, start, stop):
     leaf = leaves[source.leaf]
     if not leaf.on_host:
-      return source.tensor.read_rows(start, stop)
+      leaf.send(source, start, source.tensor.read_rows(start, stop))
+      return
     # One buffer per thread: fresh memory costs a good part of the copy.
     num_bytes = (stop - start) * source.tensor.row_bytes
     if getattr(own, "scratch", np.empty(0)).nbytes < num_bytes:
       own.scratch = np.empty(max(num_bytes, _SLICE_BYTES), np.uint8)
     rows = source.tensor.read_rows(start, stop, own.scratch)
     leaf.place(source, start, rows)
-    return None
 
+  # In the order of the files; the queue is short so that a mistake ends it.
+  jobs = collections.deque()
   with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
     try:
       for source in sources:
         for start, stop in row_slices(source.tensor):
-          job = pool.submit(work, source, start, stop)
-          waiting.append((source, start, job))
-          # Slices read but not placed yet are all that piles up.
-          if len(waiting) > num_threads:
-            yield from _finished(waiting.popleft())
-      while waiting:
-        yield from _finished(waiting.popleft())
+          jobs.append(pool.submit(work, source, start, stop))
+          if len(jobs) > 2 * num_threads:
+            jobs.popleft().result()
+      while jobs:
+        jobs.popleft().result()
     except BaseException:
       pool.shutdown(cancel_futures=True)
       raise
-
-
-def _finished(entry):
-  source, start, job = entry
-  rows = job.result()
-  if rows is not None:
-    yield source, start, rows
 
 
 def row_slices(tensor, slice_bytes=_SLICE_BYTES):
@@ -198,6 +189,7 @@ class _Leaf:
           for s, size in zip(index, shape.shape, strict=True)
         )
         self._parts[spans].append(device)
+    self._lock = threading.Lock()
     self._buffers = {}
     for spans, devices in self._parts.items():
       sizes = tuple(stop - start for start, stop in spans)
@@ -225,12 +217,13 @@ class _Leaf:
       turned = piece.ndim == 2 and piece.strides[0] < piece.strides[1]
       piece = np.require(piece.T if turned else piece, requirements="CA")
       at = np.array([first for first, _ in inside], np.int32)
-      buffers = self._buffers[spans]
       for i, device in enumerate(self._parts[spans]):
         moved = jax.device_put(piece, device)
-        buffers[i] = _write(buffers[i], moved, at, turned=turned)
-      # Bounds what is in flight, and with it the host's staging memory.
-      moved.block_until_ready()
+        with self._lock:  # Each write takes the buffer of the one before.
+          buffers = self._buffers[spans]
+          buffers[i] = _write(buffers[i], moved, at, turned=turned)
+        # Bounds what is in flight, and with it the host's staging memory.
+        moved.block_until_ready()
 
   def finish(self):
     """Returns the parameter."""

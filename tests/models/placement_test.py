@@ -154,8 +154,8 @@ def test_no_more_than_a_few_slices_are_held(case, small_bytes, monkeypatch):
   placement.fill(shapes, sources, small_bytes=small_bytes)
   total = sum(len(placement.row_slices(s.tensor)) for s in sources)
   assert total > 60
-  # Two being read, two waiting, one on its way, and what is derived of them.
-  assert most[0] <= 12
+  # One of each of two threads, and what is cut from or made of it.
+  assert 1 <= most[0] <= 8
 
 
 def test_a_mistake_while_reading_ends_the_import(case, monkeypatch):
