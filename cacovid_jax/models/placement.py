@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import math
 import os
+import threading
 from typing import Any
 
 import jax
@@ -103,8 +104,7 @@ def fill(shapes, sources, shardings=None, *, small_bytes=None):
     name: _Leaf(shape, shardings and shardings[name], small_bytes)
     for name, shape in shapes.items()
   }
-  for source, start, piece in _read_ahead(sources, leaves):
-    leaves[source.leaf].send(source, start, piece)
+  _read(sources, leaves)
   # Popped, so that a buffer is gone once its array is made.
   return {name: leaves.pop(name).finish() for name in list(leaves)}
 
@@ -118,37 +118,37 @@ def _devices(shardings):
   )
 
 
-def _read_ahead(sources, leaves):
-  """Yields (source, first row, slice) that the host could not place itself."""
+def _read(sources, leaves):
+  """Reads all slices and hands each one to its leaf, a few at a time."""
   num_threads = max(2, min(8, os.cpu_count() or 2))
-  waiting = collections.deque()
+  own = threading.local()
 
   def work(source, start, stop):
-    rows = source.tensor.read_rows(start, stop)
     leaf = leaves[source.leaf]
-    return None if leaf.place(source, start, rows) else rows
+    if not leaf.on_host:
+      leaf.send(source, start, source.tensor.read_rows(start, stop))
+      return
+    # One buffer per thread: fresh memory costs a good part of the copy.
+    num_bytes = (stop - start) * source.tensor.row_bytes
+    if getattr(own, "scratch", np.empty(0)).nbytes < num_bytes:
+      own.scratch = np.empty(max(num_bytes, _SLICE_BYTES), np.uint8)
+    rows = source.tensor.read_rows(start, stop, own.scratch)
+    leaf.place(source, start, rows)
 
+  # In the order of the files; the queue is short so that a mistake ends it.
+  jobs = collections.deque()
   with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
     try:
       for source in sources:
         for start, stop in row_slices(source.tensor):
-          job = pool.submit(work, source, start, stop)
-          waiting.append((source, start, job))
-          # Slices read but not placed yet are all that piles up.
-          if len(waiting) > num_threads:
-            yield from _finished(waiting.popleft())
-      while waiting:
-        yield from _finished(waiting.popleft())
+          jobs.append(pool.submit(work, source, start, stop))
+          if len(jobs) > 2 * num_threads:
+            jobs.popleft().result()
+      while jobs:
+        jobs.popleft().result()
     except BaseException:
       pool.shutdown(cancel_futures=True)
       raise
-
-
-def _finished(entry):
-  source, start, job = entry
-  rows = job.result()
-  if rows is not None:
-    yield source, start, rows
 
 
 def row_slices(tensor, slice_bytes=_SLICE_BYTES):
@@ -176,7 +176,7 @@ class _Leaf:
     self._shape = shape
     self._sharding = sharding
     num_bytes = math.prod(shape.shape) * shape.dtype.itemsize
-    self._on_host = num_bytes <= small_bytes
+    self.on_host = num_bytes <= small_bytes
     # {((start, stop) of each axis): devices that hold this part}.
     self._parts = collections.defaultdict(list)
     if sharding is None:
@@ -189,10 +189,11 @@ class _Leaf:
           for s, size in zip(index, shape.shape, strict=True)
         )
         self._parts[spans].append(device)
+    self._lock = threading.Lock()
     self._buffers = {}
     for spans, devices in self._parts.items():
       sizes = tuple(stop - start for start, stop in spans)
-      if self._on_host:
+      if self.on_host:
         self._buffers[spans] = aligned_empty(sizes, shape.dtype)
       else:
         self._buffers[spans] = [
@@ -200,15 +201,12 @@ class _Leaf:
         ]
 
   def place(self, source, start, rows):
-    """Writes a slice into the host's buffers; False if there are none."""
-    if not self._on_host:
-      return False
+    """Writes a slice into the host's buffers."""
     for spans, inside, piece in self._overlaps(source, start, rows):
       # The ellipsis keeps a scalar an array that can be written to.
       where = (..., *(slice(a, a + n) for a, n in inside))
       target = self._buffers[spans][where]
       copy(target.reshape(piece.shape), piece)
-    return True
 
   def send(self, source, start, rows):
     """Writes a slice into the devices' buffers."""
@@ -219,12 +217,13 @@ class _Leaf:
       turned = piece.ndim == 2 and piece.strides[0] < piece.strides[1]
       piece = np.require(piece.T if turned else piece, requirements="CA")
       at = np.array([first for first, _ in inside], np.int32)
-      buffers = self._buffers[spans]
       for i, device in enumerate(self._parts[spans]):
         moved = jax.device_put(piece, device)
-        buffers[i] = _write(buffers[i], moved, at, turned=turned)
-      # Bounds what is in flight, and with it the host's staging memory.
-      moved.block_until_ready()
+        with self._lock:  # Each write takes the buffer of the one before.
+          buffers = self._buffers[spans]
+          buffers[i] = _write(buffers[i], moved, at, turned=turned)
+        # Bounds what is in flight, and with it the host's staging memory.
+        moved.block_until_ready()
 
   def finish(self):
     """Returns the parameter."""
@@ -232,7 +231,7 @@ class _Leaf:
     while self._buffers:
       spans, buffer = self._buffers.popitem()
       devices = self._parts[spans]
-      if self._on_host:
+      if self.on_host:
         # No copy on CPU: the array is the buffer.
         arrays += [jax.device_put(buffer, device) for device in devices]
       else:

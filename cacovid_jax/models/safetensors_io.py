@@ -85,16 +85,24 @@ class Tensor:
     )
     return mapped.view(np.ndarray).view(self._known_dtype()).reshape(self.shape)
 
-  def read_rows(self, start, stop):
-    """Returns a fresh array of the rows [start, stop) of the first axis."""
-    dtype = self._known_dtype()
-    if not self.shape:
-      return self.view().copy()
-    out = np.empty((stop - start, *self.shape[1:]), dtype)
-    rest = memoryview(out.reshape(-1).view(np.uint8))
-    offset = self.offset + start * self.row_bytes
+  def read_rows(self, start, stop, scratch=None):
+    """Returns the rows [start, stop) of the first axis; all of a scalar.
+
+    Args:
+      start: first row.
+      stop: row behind the last.
+      scratch: uint8[n], large enough, that the result may lie in; a fresh
+        array without.
+    """
+    shape = (stop - start, *self.shape[1:]) if self.shape else ()
+    num_bytes = self.row_bytes * (stop - start)
+    if scratch is None:
+      scratch = np.empty(num_bytes, np.uint8)
+    scratch = scratch[:num_bytes]
+    out = scratch.view(self._known_dtype()).reshape(shape)
+    rest = memoryview(scratch)
     with open(self.path, "rb", buffering=0) as file:
-      file.seek(offset)
+      file.seek(self.offset + start * self.row_bytes)
       while rest:
         count = file.readinto(rest)
         if not count:

@@ -141,7 +141,7 @@ def test_no_more_than_a_few_slices_are_held(case, small_bytes, monkeypatch):
       with lock:
         alive.discard(id(self))
 
-  def counted(tensor, start, stop):
+  def counted(tensor, start, stop, scratch=None):
     rows = read(tensor, start, stop)
     assert rows.nbytes <= max(24, largest)
     piece = rows.view(Slice)
@@ -154,14 +154,14 @@ def test_no_more_than_a_few_slices_are_held(case, small_bytes, monkeypatch):
   placement.fill(shapes, sources, small_bytes=small_bytes)
   total = sum(len(placement.row_slices(s.tensor)) for s in sources)
   assert total > 60
-  # Two being read, two waiting, one on its way, and what is derived of them.
-  assert most[0] <= 12
+  # One of each of two threads, and what is cut from or made of it.
+  assert 1 <= most[0] <= 8
 
 
 def test_a_mistake_while_reading_ends_the_import(case, monkeypatch):
   shapes, sources, _ = case
 
-  def fail(tensor, start, stop):
+  def fail(tensor, start, stop, scratch=None):
     raise OSError("disk is gone")
 
   monkeypatch.setattr(safetensors_io.Tensor, "read_rows", fail)
