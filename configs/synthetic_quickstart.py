@@ -74,8 +74,6 @@ def get_config(arg=None):
   config.evals = evals_defaults.get_config()
   config.evals.methods = (
     "cacovid",
-    # The paper's setting is a row of its own, whatever is chosen above.
-    "cacovid_paper=cacovid?importance_ratio=0.5",
     "cacovid_untrained",
     "cacovid_other_question",
     "random",
@@ -85,7 +83,7 @@ def get_config(arg=None):
     "density_peaks",
   )
   config.evals.ratios = (0.1,) if arg.debug else (0.25, 0.1, 0.05)
-  config.evals.max_new_tokens = 2
+  config.evals.max_new_tokens = 1
   config.evals.num_examples = 2 if arg.debug else 8
   config.evals.num_questions = 8 if arg.debug else 0
   config.evals.select_questions = 6 if arg.debug else 80

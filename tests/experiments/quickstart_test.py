@@ -116,7 +116,7 @@ def test_it_leaves_a_table_a_report_and_a_policy(folder, finished):
   found = json.loads((workdir / "results.json").read_text())
   assert found["schema"] == 1 and found["split"] == "test"
   assert found["grid"] == [16, 7, 7]
-  names = ["cacovid", "cacovid_paper", "cacovid_untrained", "divprune"]
+  names = ["cacovid", "cacovid_other_question", "cacovid_untrained", "divprune"]
   assert set(names) < set(found["methods"])
   for cells in found["methods"].values():
     assert cells["0.10"]["status"] == "ok"
@@ -129,7 +129,7 @@ def test_it_leaves_a_table_a_report_and_a_policy(folder, finished):
   assert str(workdir / "report.html") in out
   for stage in ("prepare", "load", "train", "evaluate", "in all"):
     assert stage in out
-  assert "cacovid_paper" in out and "10% kept" in out
+  assert "cacovid_untrained" in out and "10% kept" in out
   # Libraries keep their news to themselves.
   assert "orbax" not in finished.stderr.lower()
 
