@@ -4,7 +4,8 @@ python -m experiments.import_benchmark --size_gb=2
 python -m experiments.import_benchmark --directory=CHECKPOINT
 
 Without a directory, random weights of LLaVA-OneVision-7B's shapes, cut in depth
-and vocabulary to the size, are written to the workdir and deleted at the end.
+and vocabulary to the size, are written to the scratch folder and deleted in the
+end.
 Before every measurement the files leave the page cache; plain reads and imports
 take turns, so that a change in the machine's load meets both. Memory is the
 process's anonymous memory at its peak (Linux), less what it had before and,
@@ -40,10 +41,10 @@ _DIRECTORY = flags.DEFINE_string(
   "directory", None, "An existing checkpoint to read instead."
 )
 _WORKDIR = flags.DEFINE_string(
-  "workdir", "workdirs/import_benchmark", "Where the checkpoint is made."
+  "scratch", "workdirs/import_benchmark", "Where the checkpoint is made."
 )
 _DTYPE = flags.DEFINE_enum(
-  "dtype",
+  "load_dtype",
   "stored",
   ["stored", "float32", "bfloat16", "float16"],
   "Type of the parameters; `stored` is the files' own.",
@@ -239,7 +240,7 @@ def main(argv):
     directory = _WORKDIR.value
     if os.path.isdir(directory) and os.listdir(directory):
       raise errors.UserError(
-        f"{directory} is not empty; name another --workdir"
+        f"{directory} is not empty; name another --scratch"
       )
     config = config_of_size(_SIZE.value * 1e9)
     console.print(f"writing {_num_bytes(config) / 1e9:.2f} GB to {directory}")

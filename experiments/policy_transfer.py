@@ -1,6 +1,6 @@
 r"""Does a policy choose the same tokens after half-precision storage?
 
-python -m experiments.policy_transfer --policy=workdirs/quickstart
+python -m experiments.policy_transfer --trained_policy=workdirs/quickstart
 
 The policy is written under the public names in each type, read back, and scores
 the same videos; the table tells how many of the kept tokens are the same ones.
@@ -26,19 +26,19 @@ from cacovid_jax.models import checkpoints, qwen2_5_vl
 from cacovid_jax.policy import network, transfer
 
 _POLICY = flags.DEFINE_string(
-  "policy", None, "A policy's file, or the workdir of a training run."
+  "trained_policy", None, "A policy's file, or the workdir of a training run."
 )
 _MODEL = flags.DEFINE_string(
-  "model", None, "Its base model; the shipped one by default."
+  "base_model", None, "Its base model; the shipped one by default."
 )
 _RATIOS = flags.DEFINE_list(
-  "ratios", ["0.25", "0.10", "0.05"], "Retention ratios."
+  "keep_ratios", ["0.25", "0.10", "0.05"], "Retention ratios."
 )
 _VIDEOS = flags.DEFINE_integer(
   "num_videos", 8, "Videos to draw.", lower_bound=1
 )
 _FRAMES = flags.DEFINE_integer(
-  "num_frames", 16, "Frames of each video.", lower_bound=1
+  "video_frames", 16, "Frames of each video.", lower_bound=1
 )
 
 _QUESTION_TOKENS = 24
@@ -125,12 +125,13 @@ def main(argv):
     raise errors.UserError(f"unknown argument {argv[1]!r}; flags begin with --")
   if _POLICY.value is None:
     raise errors.UserError(
-      "no policy given; use --policy=FILE or the workdir of a training run"
+      "no policy given; use --trained_policy=FILE, or the workdir of a training"
+      " run"
     )
   try:
     ratios = [float(ratio) for ratio in _RATIOS.value]
   except ValueError as error:
-    raise errors.UserError(f"--ratios: {error}; give numbers") from error
+    raise errors.UserError(f"--keep_ratios: {error}; give numbers") from error
   shipped = os.path.join(
     os.path.dirname(cacovid_jax.__file__), "assets", "base_model"
   )

@@ -51,7 +51,7 @@ def test_a_given_directory_is_measured_and_kept(tmp_path, capsys):
 def test_what_it_makes_it_deletes(tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(import_benchmark, "config_of_size", lambda size: TINY)
   workdir = tmp_path / "made"
-  with flagsaver.flagsaver(workdir=str(workdir), repeats=1):
+  with flagsaver.flagsaver(scratch=str(workdir), repeats=1):
     import_benchmark.main(["import_benchmark"])
   assert "GB to cpu" in capsys.readouterr().out
   assert not workdir.exists()
@@ -59,7 +59,7 @@ def test_what_it_makes_it_deletes(tmp_path, capsys, monkeypatch):
 
 def test_a_folder_with_files_is_left_alone(tmp_path):
   (tmp_path / "notes.txt").write_text("mine")
-  with flagsaver.flagsaver(workdir=str(tmp_path)):
+  with flagsaver.flagsaver(scratch=str(tmp_path)):
     with pytest.raises(errors.UserError, match="is not empty"):
       import_benchmark.main(["import_benchmark"])
   assert os.listdir(tmp_path) == ["notes.txt"]

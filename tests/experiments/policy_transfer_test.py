@@ -15,11 +15,11 @@ def test_prints_a_row_per_type_and_ratio(tmp_path, capsys):
   directory = tiny.write_checkpoint(tmp_path / "model")
   policy = tiny.write_policy(tmp_path / "policy", checkpoints.load(directory))
   with flagsaver.flagsaver(
-    model=directory,
-    policy=policy,
-    ratios=["0.25", "0.5"],
+    base_model=directory,
+    trained_policy=policy,
+    keep_ratios=["0.25", "0.5"],
     num_videos=2,
-    num_frames=3,
+    video_frames=3,
   ):
     policy_transfer.main(["policy_transfer"])
   rows = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -49,9 +49,9 @@ def test_videos_of_qwen_are_drawn_on_its_grid():
 @pytest.mark.parametrize(
   "flags,message",
   [
-    (dict(policy=None), "no policy given"),
-    (dict(policy="x", ratios=["a"]), "--ratios"),
-    (dict(policy="nowhere"), "no policy in nowhere"),
+    (dict(trained_policy=None), "no policy given"),
+    (dict(trained_policy="x", keep_ratios=["a"]), "--keep_ratios"),
+    (dict(trained_policy="nowhere"), "no policy in nowhere"),
   ],
 )
 def test_mistakes_are_named(flags, message):
