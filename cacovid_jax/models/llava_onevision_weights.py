@@ -4,6 +4,8 @@ The hub's names (transformers up to 4.51) are the table's; `hub_name` turns the
 other spellings into them.
 """
 
+from cacovid_jax.models import qwen2_weights
+
 # The norm behind SigLIP's last block is in every checkpoint and in no
 # computation.
 POST_NORM = "vision_tower.vision_model.post_layernorm."
@@ -21,10 +23,8 @@ def table(config):
   """
   rows = {"image_newline": (("image_newline",), "same", None)}
 
-  def dense(source, path, use_bias=True, layers=None, layout="transpose"):
-    rows[f"{source}.weight"] = ((*path, "kernel"), layout, layers)
-    if use_bias:
-      rows[f"{source}.bias"] = ((*path, "bias"), "same", layers)
+  def dense(source, path, **options):
+    rows.update(qwen2_weights.dense(source, path, **options))
 
   for name in ("linear_1", "linear_2"):
     dense(
@@ -54,33 +54,9 @@ def table(config):
   for name in ("fc1", "fc2"):
     dense(f"{layer}.mlp.{name}", (*ours, "layers", name), layers=layers)
 
-  decoder, ours = "language_model.model", ("language_model",)
-  rows[f"{decoder}.embed_tokens.weight"] = (
-    (*ours, "embed_tokens"),
-    "same",
-    None,
+  rows |= qwen2_weights.decoder(
+    config.text, "language_model.model", "language_model.lm_head.weight"
   )
-  rows[f"{decoder}.norm.weight"] = ((*ours, "norm", "scale"), "same", None)
-  if not config.text.tie_embeddings:
-    rows["language_model.lm_head.weight"] = ((*ours, "lm_head"), "same", None)
-  layers, layer = config.text.num_layers, f"{decoder}.layers.{{}}"
-  for name in ("input_layernorm", "post_attention_layernorm"):
-    path = (*ours, "layers", name, "scale")
-    rows[f"{layer}.{name}.weight"] = (path, "same", layers)
-  for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-    dense(
-      f"{layer}.self_attn.{name}",
-      (*ours, "layers", name),
-      use_bias=name != "o_proj",
-      layers=layers,
-    )
-  for name in ("gate_proj", "up_proj", "down_proj"):
-    dense(
-      f"{layer}.mlp.{name}",
-      (*ours, "layers", name),
-      use_bias=False,
-      layers=layers,
-    )
   return rows
 
 

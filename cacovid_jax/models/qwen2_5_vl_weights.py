@@ -4,26 +4,23 @@ The hub's names (transformers up to 4.51, and what 5.x saves) are the table's;
 `hub_name` turns the other spellings into them.
 """
 
-import numpy as np
+from cacovid_jax.models import qwen2_weights
 
 
 def table(config):
   """Returns {source name, "{}" for the layer number: (path, layout, layers)}.
 
-  `path` leads to a leaf of the parameters. `layout` is "same", "transpose"
-  ((out, in) -> (in, out)) or "conv3d" (see `kernel_of_conv3d`). `layers` is
-  the depth of a stack that the tensors of all layers fill, None for a single
-  tensor.
+  `path` leads to a leaf of the parameters, `layout` is one of
+  `placement.to_ours`. `layers` is the depth of a stack that the tensors of all
+  layers fill, None for a single tensor.
 
   Args:
     config: `qwen2_5_vl.Qwen2_5VLConfig`.
   """
   rows = {}
 
-  def dense(source, path, use_bias=True, layers=None):
-    rows[f"{source}.weight"] = ((*path, "kernel"), "transpose", layers)
-    if use_bias:
-      rows[f"{source}.bias"] = ((*path, "bias"), "same", layers)
+  def dense(source, path, layers=None):
+    rows.update(qwen2_weights.dense(source, path, layers=layers))
 
   def norm(source, path, layers=None):
     rows[f"{source}.weight"] = ((*path, "scale"), "same", layers)
@@ -46,28 +43,7 @@ def table(config):
   dense("visual.merger.mlp.0", (*ours, "merger", "linear_1"))
   dense("visual.merger.mlp.2", (*ours, "merger", "linear_2"))
 
-  ours = ("language_model",)
-  rows["model.embed_tokens.weight"] = ((*ours, "embed_tokens"), "same", None)
-  norm("model.norm", (*ours, "norm"))
-  if not config.text.tie_embeddings:
-    rows["lm_head.weight"] = ((*ours, "lm_head"), "same", None)
-  layers, layer = config.text.num_layers, "model.layers.{}"
-  for name in ("input_layernorm", "post_attention_layernorm"):
-    norm(f"{layer}.{name}", (*ours, "layers", name), layers)
-  for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-    dense(
-      f"{layer}.self_attn.{name}",
-      (*ours, "layers", name),
-      use_bias=name != "o_proj",
-      layers=layers,
-    )
-  for name in ("gate_proj", "up_proj", "down_proj"):
-    dense(
-      f"{layer}.mlp.{name}",
-      (*ours, "layers", name),
-      use_bias=False,
-      layers=layers,
-    )
+  rows |= qwen2_weights.decoder(config.text, "model", "lm_head.weight")
   return rows
 
 
@@ -78,23 +54,3 @@ def hub_name(name):
   if name.startswith("model.language_model."):
     return "model." + name.removeprefix("model.language_model.")
   return name
-
-
-def kernel_of_conv3d(weight):
-  """Returns [C * t * p * p, D] of a weight [D, C, t, p, p].
-
-  The rows are in the order of a patch's values, so that the convolution over
-  one patch is a matrix product.
-  """
-  return np.reshape(weight, (weight.shape[0], -1)).T
-
-
-def conv3d_of_kernel(kernel, vision):
-  """Returns [D, C, t, p, p] of a kernel [C * t * p * p, D].
-
-  Args:
-    kernel: of the patch embedding.
-    vision: `qwen2_5_vl_vision.VisionConfig`.
-  """
-  patch = (vision.temporal_patch_size, vision.patch_size, vision.patch_size)
-  return np.reshape(kernel.T, (kernel.shape[-1], -1, *patch))
