@@ -7,8 +7,9 @@ python -m cacovid_jax.parity --against_transformers CHECKPOINT
 A folder with config.json and golden.npz holds a model (LLaVA-OneVision or
 Qwen2.5-VL, as config.json says), any other folder cases of the policy. A
 checkpoint directory is compared with the installed transformers (the extra
-`[hf]`) on random pixels and chat prompts. Prints one row per stage and exits
-with 1 if any misses its tolerance.
+`[hf]`) on random pixels and chat prompts; `--half` asks besides how often both
+hold the same token most likely when both compute in bfloat16. Prints one row
+per stage and exits with 1 if any misses its tolerance.
 """
 
 import os
@@ -26,6 +27,9 @@ _AGAINST = flags.DEFINE_string(
 )
 _DEVICE = flags.DEFINE_string(
   "torch_device", "cpu", "Where PyTorch computes, for example cuda."
+)
+_HALF = flags.DEFINE_boolean(
+  "half", False, "Compare with transformers in bfloat16 as well."
 )
 
 
@@ -62,6 +66,20 @@ def report(folder, found) -> bool:
   return bool(found) and not missed
 
 
+def report_half(directory, found) -> bool:
+  """Prints an `Agreement` in bfloat16; returns whether it is enough."""
+  from cacovid_jax.models import transformers_parity as limits
+
+  compared = found.positions - found.ties
+  print(
+    f"\n{directory}, both in bfloat16\n{found.positions} positions (at least"
+    f" {limits.HALF_POSITIONS}), {found.ties} ties within {limits.HALF_TIE:g};"
+    f" of the other {compared} the same top token at {found.share:.2%}"
+    f" (at least {limits.HALF_SHARE:.0%}): {'ok' if found.ok else 'MISS'}"
+  )
+  return found.ok
+
+
 def main(argv: Sequence[str]):
   folders = argv[1:]
   if not folders and not _AGAINST.value:
@@ -76,6 +94,9 @@ def main(argv: Sequence[str]):
 
     found = transformers_parity.check(_AGAINST.value, device=_DEVICE.value)
     verdicts.append(report(_AGAINST.value, found))
+    if _HALF.value:
+      half = transformers_parity.agree(_AGAINST.value, device=_DEVICE.value)
+      verdicts.append(report_half(_AGAINST.value, half))
   return 0 if all(verdicts) else 1
 
 

@@ -14,7 +14,6 @@ where the arrays live in the host's memory, less the arrays.
 
 import contextlib
 import dataclasses
-import functools
 import gc
 import math
 import os
@@ -24,15 +23,18 @@ import time
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
-import numpy as np
 import rich.box
 import rich.console
 import rich.table
 from absl import flags
 
 from cacovid_jax import errors
-from cacovid_jax.models import checkpoints, llava_onevision, safetensors_io
+from cacovid_jax.models import (
+  checkpoints,
+  llava_onevision,
+  random_checkpoint,
+  safetensors_io,
+)
 
 _SIZE = flags.DEFINE_float(
   "size_gb", 2.0, "Size in 1e9 bytes of the checkpoint that is made."
@@ -53,7 +55,6 @@ _REPEATS = flags.DEFINE_integer(
   "repeats", 3, "Times that each is measured.", lower_bound=1
 )
 
-_SHARD_BYTES = 4 * 10**9
 _READ_BYTES = 16 * 2**20
 
 
@@ -106,27 +107,6 @@ def _num_bytes(config):
   model = llava_onevision.LlavaOnevisionModel(config)
   shapes = jax.eval_shape(model.init, jax.random.key(0))
   return 2 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
-
-
-def write_random(directory, config, seed=0):
-  """Writes a bfloat16 checkpoint of random weights, one tensor at a time."""
-  rng = np.random.default_rng(seed)
-  dtype = np.dtype(ml_dtypes.bfloat16)
-
-  def make(shape):
-    bits = np.frombuffer(rng.bytes(2 * math.prod(shape)), np.uint16)
-    # Any sign and mantissa, exponents of about 1e-2: no infinities.
-    bits = (bits & 0x80FF) | 0x3C00
-    return bits.view(dtype).reshape(shape)
-
-  tensors = {
-    name: (dtype, shape, functools.partial(make, shape))
-    for name, shape in checkpoints.source_shapes(config).items()
-  }
-  checkpoints.write_config(
-    directory, config, eos_ids=[151645, 151643], pad_id=151643, dtype=dtype
-  )
-  safetensors_io.write_directory(directory, tensors, _SHARD_BYTES)
 
 
 def measure(directory, dtype=None):
@@ -247,7 +227,7 @@ def main(argv):
     os.makedirs(directory, exist_ok=True)
   try:
     if _DIRECTORY.value is None:
-      write_random(directory, config)
+      random_checkpoint.write(directory, config)
     num_bytes = sum(map(os.path.getsize, checkpoints.weight_files(directory)))
     dtype = None if _DTYPE.value == "stored" else jnp.dtype(_DTYPE.value)
     device = jax.devices()[0]

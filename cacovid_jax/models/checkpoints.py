@@ -347,7 +347,7 @@ def save(
   tensors = _source_tensors(config, params, dtype)
   main = dtype or jnp.dtype(params["language_model"]["embed_tokens"].dtype)
   extra = dict(extra or {})
-  for name, array in _family(config).defaults(config).items():
+  for name, array in unused_tensors(config).items():
     if name not in extra:
       extra[name] = array.astype(main)
   if taken := sorted(tensors.keys() & extra.keys()):
@@ -392,6 +392,14 @@ def source_shapes(config):
       one = _source_shape(layout, shape[1:], kernel_shape)
       found[name.format(layer)] = one
   return found
+
+
+def unused_tensors(config):
+  """Returns {hub name: float32 array} of what readers expect and nothing uses.
+
+  SigLIP's last norm, as the identity; see `save`.
+  """
+  return _family(config).defaults(config)
 
 
 def _source_tensors(config, params, dtype):

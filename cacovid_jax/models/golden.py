@@ -104,17 +104,32 @@ def compare(model, params, golden):
     params: its parameters.
     golden: arrays of a golden.npz.
   """
-  is_qwen = isinstance(model, qwen2_5_vl.Qwen2_5VLModel)
-  needed = _QWEN2_5_VL_ARRAYS if is_qwen else _LLAVA_ONEVISION_ARRAYS
-  missing = [name for name in needed if name not in golden]
-  if missing:
-    raise errors.UserError(
-      f"golden.npz lacks {', '.join(missing)}; make the golden file again"
-    )
   run = _Run(model, params, golden)
   with jax.default_matmul_precision("highest"):
-    (_qwen2_5_vl if is_qwen else _llava_onevision)(run)
+    (_qwen2_5_vl if run.is_qwen else _llava_onevision)(run)
   return run.stages
+
+
+def logits(model, params, golden):
+  """Returns (ours, theirs) float32[n, V] behind each of all n prompt tokens.
+
+  From the pixels, in the model's own dtype; with Qwen2.5-VL by the position
+  rule of transformers 5.
+
+  Args:
+    model: as in `compare`, in any dtype.
+    params: its parameters.
+    golden: arrays of a golden.npz.
+  """
+  run = _Run(model, params, golden)
+  if run.is_qwen:
+    prompts, x, placed = _qwen2_5_vl_embedded(run)
+    positions, _ = placed["v5"]
+  else:
+    prompts, x, positions = _llava_onevision_embedded(run)
+  hidden, _ = run.forward(x, positions, lengths=prompts.lengths)
+  mine = run.logits(hidden[prompts.valid])
+  return np.asarray(mine), prompts.rows("logits")
 
 
 class _Run:
@@ -122,6 +137,12 @@ class _Run:
 
   def __init__(self, model, params, golden):
     self.model, self.params, self.golden = model, params, golden
+    self.is_qwen = isinstance(model, qwen2_5_vl.Qwen2_5VLModel)
+    needed = _QWEN2_5_VL_ARRAYS if self.is_qwen else _LLAVA_ONEVISION_ARRAYS
+    if missing := [name for name in needed if name not in golden]:
+      raise errors.UserError(
+        f"golden.npz lacks {', '.join(missing)}; make the golden file again"
+      )
     self.stages = []
     # Compiled once for all prompts of a shape.
     self._forward = jax.jit(functools.partial(model.forward, want_hidden=True))
@@ -159,6 +180,13 @@ class _Run:
 
 
 def _llava_onevision(run):
+  prompts, x, positions = _llava_onevision_embedded(run)
+  _decoder(run, prompts, x, positions, prompts.lengths)
+  _dropped(run, prompts, x, positions)
+
+
+def _llava_onevision_embedded(run):
+  """Adds the stages of the tower; returns (prompts, embeddings, positions)."""
   model, golden = run.model, run.golden
   pixels = jnp.asarray(golden["pixel_values_videos"])
   pixels = pixels.transpose(0, 1, 3, 4, 2)  # [B, T, h, w, 3]
@@ -180,12 +208,26 @@ def _llava_onevision(run):
   num_video = np.full(len(features), features.shape[1])
   prompts = _Prompts(model.config, golden, num_video, num_newlines=1)
   x = run.embed_prompt(prompts.ids, features, prompts.video_start)
-  positions = prompts.roll(golden["position_ids"])[:, None]
-  _decoder(run, prompts, x, positions, prompts.lengths)
-  _dropped(run, prompts, x, positions)
+  return prompts, x, prompts.roll(golden["position_ids"])[:, None]
 
 
 def _qwen2_5_vl(run):
+  prompts, x, placed = _qwen2_5_vl_embedded(run)
+  _decoder(run, prompts, x, *placed["v5"])
+  positions, _ = placed["4.50"]
+  hidden, _ = run.forward(x, positions, lengths=prompts.lengths)
+  _head(run, prompts, hidden, "v4_")
+  if all(name in run.golden for name in _DROPPED_ARRAYS):
+    _dropped(run, prompts, x, placed["v5"][0])
+  _pruned(run, prompts, x, positions)
+
+
+def _qwen2_5_vl_embedded(run):
+  """Adds the stages of the tower and the positions.
+
+  Returns:
+    The prompts, their embeddings, and {rule: (positions, next position)}.
+  """
   model, golden = run.model, run.golden
   vision = model.config.vision
   merge = vision.merge_size
@@ -214,14 +256,7 @@ def _qwen2_5_vl(run):
     # the prompt, with (4.50) or without (5.x) its padding.
     deltas = (following - counted)[:, None]
     run.add(f"{prefix}rope_deltas", deltas, tolerance=0.0)
-
-  _decoder(run, prompts, x, *both["v5"])
-  positions, _ = both["4.50"]
-  hidden, _ = run.forward(x, positions, lengths=prompts.lengths)
-  _head(run, prompts, hidden, "v4_")
-  if all(name in golden for name in _DROPPED_ARRAYS):
-    _dropped(run, prompts, x, both["v5"][0])
-  _pruned(run, prompts, x, positions)
+  return prompts, x, both
 
 
 def _qwen2_5_vl_features(run, grids, num_video):
@@ -342,8 +377,7 @@ def _decoder(run, prompts, x, positions, next_positions):
   hidden, out = run.forward(x, positions, lengths=prompts.lengths)
   states = run.golden["hidden_states"]  # [layers + 1, B, L, D], last normed.
   mine = [x, *out["hidden"][:-1], hidden]
-  is_qwen = isinstance(run.model, qwen2_5_vl.Qwen2_5VLModel)
-  inner = RESIDUAL_TOLERANCE if is_qwen else STAGE_TOLERANCE
+  inner = RESIDUAL_TOLERANCE if run.is_qwen else STAGE_TOLERANCE
   if len(mine) != len(states):
     raise errors.UserError(
       f"golden.npz has {len(states)} hidden states, the config's model"

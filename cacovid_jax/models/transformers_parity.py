@@ -10,8 +10,9 @@ Axes: B prompts, L prompt tokens, D width, T frames, N video tokens.
 """
 
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from cacovid_jax import errors
@@ -30,6 +31,31 @@ _TIE = 2 * golden.LOGITS_TOLERANCE / 8
 # Rounding of other depths, weights and pixels reached 1.3 times those; a wrong
 # formula or weight shows at a hundred times and more.
 _SLACK = 4
+# In half precision two tokens whose logits are this close may change places.
+HALF_TIE = 1e-2
+HALF_SHARE, HALF_POSITIONS = 0.99, 500
+
+
+class Agreement(NamedTuple):
+  """How often two models in half precision hold the same token most likely.
+
+  Attributes:
+    positions: prompt tokens compared.
+    ties: of these, where the reference's best two are within `HALF_TIE`.
+    same: of the others, where the best token is the same.
+  """
+
+  positions: int
+  ties: int
+  same: int
+
+  @property
+  def share(self) -> float:
+    return self.same / max(1, self.positions - self.ties)
+
+  @property
+  def ok(self) -> bool:
+    return self.positions >= HALF_POSITIONS and self.share >= HALF_SHARE
 
 
 def check(
@@ -69,6 +95,44 @@ def compare(model, params, arrays: dict[str, np.ndarray]):
   return [s._replace(ok=s.max_abs_error <= s.tolerance) for s in wider]
 
 
+def agree(
+  directory: str | os.PathLike,
+  *,
+  dtype: str = "bfloat16",
+  seed: int = 0,
+  num_frames: int = 2,
+  device: str = "cpu",
+) -> Agreement:
+  """Returns the `Agreement` of both models, both computing in `dtype`.
+
+  Args:
+    directory: Hugging Face checkpoint directory.
+    dtype: name of a floating-point type.
+    seed: of the pixels.
+    num_frames: T, frames of each of the two clips.
+    device: where PyTorch computes.
+  """
+  arrays = reference(
+    directory,
+    seed=seed,
+    num_frames=num_frames,
+    max_new_tokens=1,
+    device=device,
+    dtype=dtype,
+  )
+  checkpoint = checkpoints.load(directory, jnp.dtype(dtype))
+  mine, theirs = golden.logits(checkpoint.model, checkpoint.params, arrays)
+  return agreement(mine, theirs)
+
+
+def agreement(ours: np.ndarray, theirs: np.ndarray) -> Agreement:
+  """Returns the `Agreement` of logits float[n, V]."""
+  second, best = np.partition(theirs, -2, axis=-1)[:, -2:].T
+  tie = best - second <= HALF_TIE
+  same = ours.argmax(axis=-1) == theirs.argmax(axis=-1)
+  return Agreement(len(theirs), int(tie.sum()), int((same & ~tie).sum()))
+
+
 def reference(
   directory: str | os.PathLike,
   *,
@@ -76,6 +140,7 @@ def reference(
   num_frames: int = 2,
   max_new_tokens: int = 8,
   device: str = "cpu",
+  dtype: str = "float32",
 ) -> dict[str, np.ndarray]:
   """Returns the arrays of a golden.npz, as transformers computes them.
 
@@ -86,6 +151,7 @@ def reference(
     max_new_tokens: tokens that are generated greedily, less those from the
       first one on that rounding could decide.
     device: where PyTorch computes.
+    dtype: in what; arrays of half precision are returned as float32.
   """
   directory = os.fspath(directory)
   config = checkpoints.load_config(directory)  # Our own one-line mistakes.
@@ -96,7 +162,7 @@ def reference(
     if is_qwen
     else (_llava_onevision, "LlavaOnevisionForConditionalGeneration")
   )
-  torch, model = _load(directory, name, device)
+  torch, model = _load(directory, name, device, dtype)
   with torch.no_grad():
     run = _Run(torch, model, device, rng, max_new_tokens)
     arrays = make(run, directory, config, num_frames)
@@ -331,7 +397,7 @@ class _Run:
     return out.sequences[:, start : start + steps]
 
 
-def _load(directory, name, device):
+def _load(directory, name, device, dtype):
   """Returns (torch, the model of class `name`), ready to be compared."""
   try:
     import torch
@@ -348,12 +414,18 @@ def _load(directory, name, device):
   try:
     model, info = getattr(transformers, name).from_pretrained(
       directory,
-      dtype=torch.float32,
+      dtype=getattr(torch, dtype),
       attn_implementation="eager",
       local_files_only=True,
       output_loading_info=True,
     )
-  except (OSError, ValueError, RuntimeError, KeyError) as error:
+  except (
+    OSError,
+    ValueError,
+    RuntimeError,
+    KeyError,
+    AssertionError,
+  ) as error:
     raise errors.UserError(
       f"transformers {transformers.__version__} cannot load {directory}"
       f" ({errors.one_line(error)})"
@@ -457,4 +529,6 @@ def _left_padded(prompts) -> tuple[np.ndarray, np.ndarray]:
 def _numpy(value) -> np.ndarray:
   if isinstance(value, np.ndarray):
     return value
-  return value.detach().cpu().numpy()
+  value = value.detach()
+  # NumPy has no bfloat16 of its own.
+  return (value.float() if value.is_floating_point() else value).cpu().numpy()

@@ -6,6 +6,7 @@ import sys
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -121,6 +122,45 @@ def test_steps_that_rounding_could_decide_are_not_compared():
   with mock.patch.object(transformers_parity, "_TIE", 1e6):
     arrays = transformers_parity.reference(LLAVA, max_new_tokens=3)
   assert arrays["generated_ids"].shape == (2, 1)
+
+
+def test_agreement_counts_what_is_not_a_tie():
+  theirs = np.array([[0, 3, 1], [2, 1, 0], [5, 5.005, 0], [0, 1, 2.0]])
+  ours = np.array([[0, 4, 1], [0, 1, 0.5], [6, 5, 0], [0, 1, 2.0]])
+  found = transformers_parity.agreement(ours, theirs)
+  assert found == (4, 1, 2)
+  assert found.share == pytest.approx(2 / 3) and not found.ok
+  many = transformers_parity.Agreement(600, 100, 495)
+  assert many.ok and many._replace(same=494).share < 0.99
+  assert not many._replace(same=494).ok
+  assert not transformers_parity.Agreement(499, 0, 499).ok
+
+
+@pytest.mark.parametrize("folder", [LLAVA, QWEN], ids=lambda p: p.name)
+def test_half_precision_agrees_and_a_wrong_weight_does_not(folder):
+  found = transformers_parity.agree(folder)
+  assert found.positions - found.ties > 30 and found.share > 0.9
+  # The same through a model that reads its positions wrongly.
+  arrays = transformers_parity.reference(
+    folder, dtype="bfloat16", max_new_tokens=1
+  )
+  checkpoint = checkpoints.load(folder, jnp.bfloat16)
+  params = jax.tree.map(lambda leaf: leaf, checkpoint.params)
+  params["language_model"]["layers"]["q_proj"]["kernel"] *= 0.0
+  mine, theirs = golden.logits(checkpoint.model, params, arrays)
+  assert transformers_parity.agreement(mine, theirs).share < found.share
+
+
+def test_the_command_compares_in_half_precision_when_asked(capsys):
+  half = transformers_parity.Agreement(600, 0, 600)
+  stage = stages.Stage("near", 1e-6, 2e-5, True)
+  with (
+    mock.patch.object(transformers_parity, "check", return_value=[stage]),
+    mock.patch.object(transformers_parity, "agree", return_value=half),
+    flagsaver.flagsaver(half=True),
+  ):
+    assert run_command(LLAVA) == 0
+  assert "the same top token at 100.00%" in capsys.readouterr().out
 
 
 def test_positions_of_4_50_are_those_of_its_recorded_run():
