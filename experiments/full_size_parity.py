@@ -106,10 +106,10 @@ def compare(config, folder, *, num_layers, num_frames, device, keep=False):
     verdicts.append(parity.report(short, found))
     shutil.rmtree(short)
     write("whole", config)
-    half = transformers_parity.agree(
+    both = transformers_parity.agree(
       whole, device=device, num_frames=num_frames
     )
-    verdicts.append(parity.report_half(whole, half))
+    verdicts.append(parity.report_half(whole, *both))
   finally:
     for directory in [short] if keep else [short, whole]:
       shutil.rmtree(directory, ignore_errors=True)

@@ -102,8 +102,12 @@ def agree(
   seed: int = 0,
   num_frames: int = 2,
   device: str = "cpu",
-) -> Agreement:
-  """Returns the `Agreement` of both models, both computing in `dtype`.
+) -> tuple[Agreement, Agreement]:
+  """Returns two `Agreement`s of models that all compute in `dtype`.
+
+  The first is ours with transformers'. The second is transformers' with itself,
+  by another of its attention kernels: what rounding alone does to the
+  checkpoint.
 
   Args:
     directory: Hugging Face checkpoint directory.
@@ -112,17 +116,20 @@ def agree(
     num_frames: T, frames of each of the two clips.
     device: where PyTorch computes.
   """
-  arrays = reference(
-    directory,
+  settings = dict(
     seed=seed,
     num_frames=num_frames,
     max_new_tokens=1,
     device=device,
     dtype=dtype,
   )
+  other = reference(directory, attention="sdpa", **settings)
+  valid = other["attention_mask"].astype(bool)
+  other = other["logits"][valid]
+  arrays = reference(directory, **settings)
   checkpoint = checkpoints.load(directory, jnp.dtype(dtype))
   mine, theirs = golden.logits(checkpoint.model, checkpoint.params, arrays)
-  return agreement(mine, theirs)
+  return agreement(mine, theirs), agreement(other, arrays["logits"][valid])
 
 
 def agreement(ours: np.ndarray, theirs: np.ndarray) -> Agreement:
@@ -141,6 +148,7 @@ def reference(
   max_new_tokens: int = 8,
   device: str = "cpu",
   dtype: str = "float32",
+  attention: str = "eager",
 ) -> dict[str, np.ndarray]:
   """Returns the arrays of a golden.npz, as transformers computes them.
 
@@ -151,7 +159,9 @@ def reference(
     max_new_tokens: tokens that are generated greedily, less those from the
       first one on that rounding could decide.
     device: where PyTorch computes.
-    dtype: in what; arrays of half precision are returned as float32.
+    dtype: in what; arrays of half precision are returned as float32. The
+      head computes in float32 always: logits in half precision tie.
+    attention: kernel, as transformers names it.
   """
   directory = os.fspath(directory)
   config = checkpoints.load_config(directory)  # Our own one-line mistakes.
@@ -162,7 +172,7 @@ def reference(
     if is_qwen
     else (_llava_onevision, "LlavaOnevisionForConditionalGeneration")
   )
-  torch, model = _load(directory, name, device, dtype)
+  torch, model = _load(directory, name, device, dtype, attention)
   with torch.no_grad():
     run = _Run(torch, model, device, rng, max_new_tokens)
     arrays = make(run, directory, config, num_frames)
@@ -260,6 +270,7 @@ def _qwen2_5_vl(run, directory, config, num_slices) -> dict[str, Any]:
 
 def _windows(tower, grids):
   """Returns (tokens in the order of windows, where windows end in patches)."""
+  grids = grids.cpu()
   if hasattr(tower, "get_window_index"):  # Before it was a function.
     order, ends = tower.get_window_index(grids)
   else:
@@ -272,7 +283,8 @@ def _windows(tower, grids):
       patch_size=tower.patch_size,
     )
   # Windows without a token end where the one before does.
-  return np.asarray(order), np.unique(np.asarray(ends))
+  order, ends = (np.asarray(_on_host(value)) for value in (order, ends))
+  return order, np.unique(ends)
 
 
 def _positions_4_50(ids, mask, grids, seconds, config) -> np.ndarray:
@@ -342,7 +354,7 @@ class _Run:
       "inputs_embeds": self._embeds,
       "hidden_states": self._torch.stack(full.hidden_states),
       "last_hidden_state": full.hidden_states[-1],
-      "logits": full.logits,
+      "logits": self._head(full.hidden_states[-1]),
       "generated_ids": self._generated(tensors),
     }
 
@@ -355,8 +367,11 @@ class _Run:
       position_ids=self.tensor(positions),
       use_cache=False,
     )
-    hidden = out.last_hidden_state
-    return hidden, self.model.lm_head(hidden)
+    return out.last_hidden_state, self._head(out.last_hidden_state)
+
+  def _head(self, hidden):
+    weight = self.model.lm_head.weight
+    return self._torch.nn.functional.linear(hidden.float(), weight.float())
 
   def dropped(self, positions, video, mask) -> dict[str, Any]:
     """Runs the first prompt with some of its rows `video`, positions kept."""
@@ -397,7 +412,7 @@ class _Run:
     return out.sequences[:, start : start + steps]
 
 
-def _load(directory, name, device, dtype):
+def _load(directory, name, device, dtype, attention):
   """Returns (torch, the model of class `name`), ready to be compared."""
   try:
     import torch
@@ -415,7 +430,7 @@ def _load(directory, name, device, dtype):
     model, info = getattr(transformers, name).from_pretrained(
       directory,
       dtype=getattr(torch, dtype),
-      attn_implementation="eager",
+      attn_implementation=attention,
       local_files_only=True,
       output_loading_info=True,
     )
@@ -529,6 +544,11 @@ def _left_padded(prompts) -> tuple[np.ndarray, np.ndarray]:
 def _numpy(value) -> np.ndarray:
   if isinstance(value, np.ndarray):
     return value
-  value = value.detach()
   # NumPy has no bfloat16 of its own.
-  return (value.float() if value.is_floating_point() else value).cpu().numpy()
+  value = value.float() if value.is_floating_point() else value
+  return _on_host(value).numpy()
+
+
+def _on_host(value):
+  """Returns a tensor in the host's memory; lists and arrays as they are."""
+  return value.detach().cpu() if hasattr(value, "detach") else value

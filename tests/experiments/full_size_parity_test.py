@@ -25,8 +25,13 @@ def test_random_checkpoints_are_finite_and_load(tmp_path, config):
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     assert leaf.dtype == jnp.bfloat16
     size = np.abs(np.asarray(leaf, np.float32))
-    low, high = (0.5, 1.0) if "scale" in str(path[-1]) else (2**-7, 2**-5)
-    assert low <= size.min() <= size.max() < high
+    name = jax.tree_util.keystr(path)
+    low, high = 2**-7, 2**-5
+    if "scale" in name or "embed_tokens" in name:
+      low, high = 0.5, 1.0
+    elif "language" in name and ("o_proj" in name or "down_proj" in name):
+      low, high = 2**-9, 2**-8
+    assert low <= size.min() <= size.max() < high, name
 
 
 @pytest.mark.parametrize("config", [ONEVISION, QWEN], ids=["ov", "qvl"])
@@ -38,7 +43,7 @@ def test_both_models_are_compared_and_the_files_deleted(
     config, str(folder), num_layers=2, num_frames=2, device="cpu"
   )
   printed = capsys.readouterr().out
-  assert "MISS" not in printed.split("both in bfloat16")[0]
+  assert "MISS" not in printed.split("all in bfloat16")[0]
   assert "hidden_states[2]" in printed and "hidden_states[3]" not in printed
   # Two tiny clips have fewer positions than a verdict asks for.
   assert not fine and "positions (at least 500)" in printed
