@@ -44,12 +44,6 @@ _LAYERS = flags.DEFINE_integer(
   "Layers of tower and decoder that are compared in float32.",
   lower_bound=1,
 )
-_FRAMES = flags.DEFINE_integer(
-  "clip_frames",
-  4,
-  "Frames (time slices for Qwen2.5-VL) of each clip in bfloat16.",
-  lower_bound=1,
-)
 _DEVICE = flags.DEFINE_string("on", "cpu", "Where PyTorch computes.")
 _FOLDER = flags.DEFINE_string(
   "full_size_scratch",
@@ -71,14 +65,13 @@ def cut(config, num_layers):
   return dataclasses.replace(config, vision=vision, text=text)
 
 
-def compare(config, folder, *, num_layers, num_frames, device, keep=False):
+def compare(config, folder, *, num_layers, device, keep=False):
   """Prints both comparisons; returns whether both are within their limits.
 
   Args:
     config: of the whole model.
     folder: an empty or missing folder for the checkpoints.
     num_layers: of the one that is compared in float32.
-    num_frames: T, of each clip in bfloat16.
     device: where PyTorch computes.
     keep: whether the whole checkpoint stays, as `folder`/whole.
   """
@@ -106,9 +99,7 @@ def compare(config, folder, *, num_layers, num_frames, device, keep=False):
     verdicts.append(parity.report(short, found))
     shutil.rmtree(short)
     write("whole", config)
-    both = transformers_parity.agree(
-      whole, device=device, num_frames=num_frames
-    )
+    both = transformers_parity.agree(whole, device=device)
     verdicts.append(parity.report_half(whole, *both))
   finally:
     for directory in [short] if keep else [short, whole]:
@@ -126,7 +117,6 @@ def main(argv):
     CONFIGS[_SIZE.value](),
     _FOLDER.value,
     num_layers=_LAYERS.value,
-    num_frames=_FRAMES.value,
     device=_DEVICE.value,
     keep=_KEEP.value,
   )

@@ -14,6 +14,8 @@ import numpy as np
 from cacovid_jax.models import checkpoints, safetensors_io
 
 _SHARD_BYTES = 4 * 10**9
+# Last linear maps of the branches of decoder, SigLIP and Qwen2.5-VL's tower.
+_INTO_RESIDUAL = ("o_proj", "down_proj", "out_proj", "fc2", "proj")
 # Of the released models; in a smaller vocabulary, its last ids.
 _EOS_ID, _PAD_ID = 151645, 151643
 
@@ -23,12 +25,12 @@ def write(directory, config, seed=0):
 
   Values have any sign and sizes between 2^-7 and 2^-5, so that no layer fades
   or grows out of range at a width of some thousands. As in a trained model,
-  a token is not lost among what the layers add to it: embeddings lie between
-  1/2 and 1, as do the scales of norms, and the decoder's two projections back
-  into the residual stream are 6 times smaller, about sqrt(2 * 28 layers).
-  (With equal sizes everywhere, the best two of 152 000 logits are closer than
-  what bfloat16 does to them: two kernels of one library choose otherwise at
-  one position in twenty.)
+  what a residual stream holds is not lost among what its layers add: text
+  embeddings and scales of norms lie between 1/2 and 1, video features come out
+  as large, and projections back into a stream are 16 times smaller. (With equal
+  sizes everywhere, bfloat16 moves logits by as much as the best two of 152 000
+  are apart: two kernels of one library choose otherwise at one position in
+  twenty-five.)
 
   Args:
     directory: made if it does not exist; earlier weights are replaced.
@@ -64,12 +66,14 @@ def _bits(name):
 
   All or all but one bit of the exponent are set: no infinities.
   """
-  module = name.rpartition(".weight")[0].rpartition(".")[2]
-  if "norm" in module or module == "ln_q":
+  module = name.rpartition(".weight")[0]
+  last = module.rpartition(".")[2]
+  if "norm" in last or last == "ln_q":
     return 0x007F, 0x3F00  # [1/2, 1).
-  if module == "embed_tokens":
+  if last == "embed_tokens":
     return 0x807F, 0x3F00  # +-[1/2, 1).
-  in_decoder = ".layers." in name and "vision" not in name
-  if in_decoder and module in ("o_proj", "down_proj"):
-    return 0x807F, 0x3B00  # +-[2^-9, 2^-8).
+  if last == "linear_2" or module.endswith("merger.mlp.2"):
+    return 0x807F, 0x3E80  # +-[2^-2, 2^-1).
+  if last in _INTO_RESIDUAL and not module.endswith("patch_embed.proj"):
+    return 0x807F, 0x3A00  # +-[2^-11, 2^-10).
   return 0x80FF, 0x3C00  # +-[2^-7, 2^-5).

@@ -22,6 +22,9 @@ _QUESTIONS = (
   "What happens first?",
   "Describe the video in one sentence, and name the colours that you see.",
 )
+# From one time slice to the next, of the two clips. Several versions count
+# whole seconds only; their positions are compared where that is no matter.
+_SECONDS = ((1.0, 0.7), (1.0, 2.0))
 # Kept of the video tokens where the pruned prompt is compared.
 _KEPT = 0.25
 # Logits nearer to each other than this share of the largest (or of 8) may
@@ -100,7 +103,6 @@ def agree(
   *,
   dtype: str = "bfloat16",
   seed: int = 0,
-  num_frames: int = 2,
   device: str = "cpu",
 ) -> tuple[Agreement, Agreement]:
   """Returns two `Agreement`s of models that all compute in `dtype`.
@@ -113,12 +115,14 @@ def agree(
     directory: Hugging Face checkpoint directory.
     dtype: name of a floating-point type.
     seed: of the pixels.
-    num_frames: T, frames of each of the two clips.
     device: where PyTorch computes.
   """
+  sizes = _frame_sizes(checkpoints.load_config(os.fspath(directory)))
+  tokens = sum(rows * columns for rows, columns in sizes)
   settings = dict(
     seed=seed,
-    num_frames=num_frames,
+    # As many as the verdict asks for, without the text.
+    num_frames=-(-HALF_POSITIONS // tokens),
     max_new_tokens=1,
     device=device,
     dtype=dtype,
@@ -155,7 +159,7 @@ def reference(
   Args:
     directory: Hugging Face checkpoint directory.
     seed: of pixels and dropped tokens.
-    num_frames: T, frames (time slices for Qwen2.5-VL) of each clip.
+    num_frames: T, frames (time slices for Qwen2.5-VL) of each of two clips.
     max_new_tokens: tokens that are generated greedily, less those from the
       first one on that rounding could decide.
     device: where PyTorch computes.
@@ -218,11 +222,7 @@ def _llava_onevision(run, directory, config, num_frames) -> dict[str, Any]:
 
 def _qwen2_5_vl(run, directory, config, num_slices) -> dict[str, Any]:
   rng, core, vision = run.rng, run.model.model, config.vision
-  # Grids that the windows do and do not divide, in tokens.
-  side = max(2, vision.window_size // (vision.patch_size * vision.merge_size))
-  grids = np.array(
-    [(num_slices, side + 1, side + 2), (num_slices, side, side - 1)]
-  )
+  grids = np.array([(num_slices, *size) for size in _frame_sizes(config)])
   num_video = grids.prod(axis=1)
   prompts = _prompts(directory, config, num_video, rng)
   ids, mask = _left_padded(prompts)
@@ -232,16 +232,22 @@ def _qwen2_5_vl(run, directory, config, num_slices) -> dict[str, Any]:
     "attention_mask": mask,
     "pixel_values_videos": rng.uniform(-1, 1, shape).astype(np.float32),
     "video_grid_thw": grids * (1, vision.merge_size, vision.merge_size),
-    "second_per_grid_ts": np.array([1.0, 0.7], np.float32),
+    "second_per_grid_ts": None,  # Below.
     # 2 marks videos.
     "mm_token_type_ids": np.where(ids == config.video_token_id, 2, 0),
   }
   known = {
     name: run.tensor(value)
     for name, value in inputs.items()
-    if name != "pixel_values_videos"
+    if name not in ("pixel_values_videos", "second_per_grid_ts")
   }
-  positions, deltas = map(_numpy, core.get_rope_index(**known))
+  for seconds in _SECONDS:
+    inputs["second_per_grid_ts"] = np.array(seconds, np.float32)
+    known["second_per_grid_ts"] = run.tensor(inputs["second_per_grid_ts"])
+    positions, deltas = map(_numpy, core.get_rope_index(**known))
+    whole = known | {"second_per_grid_ts": run.tensor(np.trunc(seconds))}
+    if (positions != _numpy(core.get_rope_index(**whole)[0])).any():
+      break  # Fractions count in this version.
   seen = _Recorder(patch_embed=core.visual.patch_embed, tower=core.visual)
   with seen:
     arrays = run.decoder(inputs, positions)
@@ -266,6 +272,16 @@ def _qwen2_5_vl(run, directory, config, num_slices) -> dict[str, Any]:
     "v4_last_hidden_state": hidden,
     "v4_logits": logits,
   }
+
+
+def _frame_sizes(config):
+  """Returns (rows, columns) of tokens of a frame of each of the two clips."""
+  if not isinstance(config, qwen2_5_vl.Qwen2_5VLConfig):
+    return [(config.pooled_side, config.pooled_side)] * 2
+  # Grids that the windows do and do not divide.
+  vision = config.vision
+  side = max(2, vision.window_size // (vision.patch_size * vision.merge_size))
+  return [(side + 1, side + 2), (side, side - 1)]
 
 
 def _windows(tower, grids):

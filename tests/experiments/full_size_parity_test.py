@@ -26,11 +26,14 @@ def test_random_checkpoints_are_finite_and_load(tmp_path, config):
     assert leaf.dtype == jnp.bfloat16
     size = np.abs(np.asarray(leaf, np.float32))
     name = jax.tree_util.keystr(path)
+    into_residual = ("o_proj", "down_proj", "out_proj", "fc2", "'proj'")
     low, high = 2**-7, 2**-5
     if "scale" in name or "embed_tokens" in name:
       low, high = 0.5, 1.0
-    elif "language" in name and ("o_proj" in name or "down_proj" in name):
-      low, high = 2**-9, 2**-8
+    elif "linear_2']['kernel" in name:
+      low, high = 2**-2, 2**-1
+    elif "kernel" in name and any(part in name for part in into_residual):
+      low, high = 2**-11, 2**-10
     assert low <= size.min() <= size.max() < high, name
 
 
@@ -40,13 +43,13 @@ def test_both_models_are_compared_and_the_files_deleted(
 ):
   folder = tmp_path / "made"
   fine = full_size_parity.compare(
-    config, str(folder), num_layers=2, num_frames=2, device="cpu"
+    config, str(folder), num_layers=2, device="cpu"
   )
   printed = capsys.readouterr().out
   assert "MISS" not in printed.split("all in bfloat16")[0]
   assert "hidden_states[2]" in printed and "hidden_states[3]" not in printed
-  # Two tiny clips have fewer positions than a verdict asks for.
-  assert not fine and "positions (at least 500)" in printed
+  assert "positions (at least 500)" in printed
+  assert fine == ("MISS" not in printed)
   assert not folder.exists()
 
 
@@ -62,6 +65,6 @@ def test_a_folder_with_files_is_left_alone(tmp_path):
   (tmp_path / "mine").write_text("kept")
   with pytest.raises(errors.UserError, match="is not empty"):
     full_size_parity.compare(
-      ONEVISION, str(tmp_path), num_layers=1, num_frames=1, device="cpu"
+      ONEVISION, str(tmp_path), num_layers=1, device="cpu"
     )
   assert (tmp_path / "mine").read_text() == "kept"

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+import transformers
 from absl.testing import flagsaver
 
 import cacovid_jax
@@ -140,10 +141,10 @@ def test_agreement_counts_what_is_not_a_tie():
 def test_half_precision_agrees_and_a_wrong_weight_does_not(folder):
   found, control = transformers_parity.agree(folder)
   assert control.positions == found.positions and control.share > 0.9
-  assert found.positions - found.ties > 30 and found.share > 0.9
+  assert found.positions >= 500 and found.share > 0.9
   # The same through a model that reads its positions wrongly.
   arrays = transformers_parity.reference(
-    folder, dtype="bfloat16", max_new_tokens=1
+    folder, dtype="bfloat16", max_new_tokens=1, num_frames=4
   )
   checkpoint = checkpoints.load(folder, jnp.bfloat16)
   params = jax.tree.map(lambda leaf: leaf, checkpoint.params)
@@ -162,6 +163,24 @@ def test_the_command_compares_in_half_precision_when_asked(capsys):
   ):
     assert run_command(LLAVA) == 0
   assert "same top token at\n100.00% (at least 99%)" in capsys.readouterr().out
+
+
+def test_versions_that_count_whole_seconds_are_asked_for_those():
+  core = transformers.Qwen2_5_VLModel
+  count = core.get_rope_index
+
+  def whole(self, *args, second_per_grid_ts, **kwargs):
+    seconds = second_per_grid_ts.int().float()
+    return count(self, *args, second_per_grid_ts=seconds, **kwargs)
+
+  with mock.patch.object(core, "get_rope_index", whole):
+    arrays = transformers_parity.reference(QWEN, max_new_tokens=1)
+  np.testing.assert_array_equal(arrays["second_per_grid_ts"], [1.0, 2.0])
+  checkpoint = checkpoints.load(QWEN)
+  found = transformers_parity.compare(
+    checkpoint.model, checkpoint.params, arrays
+  )
+  assert not missed(found)
 
 
 def test_positions_of_4_50_are_those_of_its_recorded_run():
