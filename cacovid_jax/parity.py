@@ -71,12 +71,24 @@ def report_half(directory, ours, control) -> bool:
   from cacovid_jax.models import transformers_parity as limits
 
   print(
-    f"\n{directory}, all in bfloat16\n{ours.positions} positions (at least"
-    f" {limits.HALF_POSITIONS}), {ours.ties} ties within {limits.HALF_TIE:g};"
-    f" of the other {ours.positions - ours.ties} the same top token at\n"
-    f"{ours.share:.2%} (at least {limits.HALF_SHARE:.0%}), ours and"
-    f" transformers': {'ok' if ours.ok else 'MISS'}\n{control.share:.2%},"
-    " transformers' two attention kernels, to compare"
+    f"\n{directory}, all in bfloat16: {ours.positions} positions (at least"
+    f" {limits.HALF_POSITIONS})"
+  )
+  print(
+    "same top token                             ties left out  share  strict"
+  )
+  for name, found in (
+    ("ours and transformers'", ours),
+    ("transformers' two kernels, to compare", control),
+  ):
+    print(
+      f"{name:41}  {found.ties:13}  {found.share:6.2%}"
+      f"  {found.strict_share:6.2%}"
+    )
+  print(
+    f"ties: two logits within {limits.HALF_TIE:.0%} of the largest; strict:"
+    f" within {limits.HALF_TIE:g}\n"
+    f"at least {limits.HALF_SHARE:.0%}: {'ok' if ours.ok else 'MISS'}"
   )
   return ours.ok
 
