@@ -225,6 +225,7 @@ class Compressor:
         raise ValueError(f"{self.name} needs {need}, which was not given")
     if self.stochastic and rng is None:
       raise ValueError(f"{self.name} is stochastic and needs rng")
+    self._check_values(features, text, aux)
     extra = {}
     if _takes(self.function, "rounding"):
       extra["rounding"] = "exact" if self.exact_budget else "reference"
@@ -240,6 +241,18 @@ class Compressor:
       features, grid=grid, num_keep=num_keep, text=text, aux=aux, rng=rng,
       **extra,
     )  # fmt: skip
+
+  def _check_values(self, features, text, aux) -> None:
+    """Refuses NaN and infinity in what is read, unless it is being traced."""
+    parts = {"video features": features}
+    for need in sorted(self.needs):
+      part = text if need == "text" else getattr(aux, need)
+      parts[need.replace("_", " ")] = part
+    for name, part in parts.items():
+      leaves = jax.tree.leaves(part)
+      if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        for leaf in leaves:
+          check_finite(leaf, name)
 
 
 def requirements_of(needs) -> tuple[str, ...]:
