@@ -248,11 +248,11 @@ class Compressor:
     for need in sorted(self.needs):
       part = text if need == "text" else getattr(aux, need)
       parts[need.replace("_", " ")] = part
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(parts)):
+      return
     for name, part in parts.items():
-      leaves = jax.tree.leaves(part)
-      if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
-        for leaf in leaves:
-          check_finite(leaf, name)
+      for leaf in jax.tree.leaves(part):
+        check_finite(leaf, name)
 
 
 def requirements_of(needs) -> tuple[str, ...]:
@@ -462,7 +462,10 @@ def check_finite(features, name: str = "video features") -> None:
 
   On the host, because a compiled program cannot raise.
   """
-  if not bool(jnp.isfinite(features).all()):
+  # Also of a constant that a program is being traced around.
+  with jax.ensure_compile_time_eval():
+    finite = bool(jnp.isfinite(features).all())
+  if not finite:
     raise errors.UserError(
       f"{name} hold NaN or infinity; check the checkpoint and its dtype"
     )

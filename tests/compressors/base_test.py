@@ -224,6 +224,21 @@ def test_values_that_are_not_finite_are_refused_before_selection(bad):
     )
 
 
+def test_a_program_may_be_traced_around_given_values():
+  aux = base.Aux(attention=jnp.arange(90.0).reshape(3, 30))
+  method = compressors.get("last_query")
+  features = features_of(0)
+  expected = [27, 28, 29]
+  inputs = jax.jit(
+    lambda x: method.compress(x, grid=GRID, num_keep=3, aux=aux).index
+  )
+  np.testing.assert_array_equal(inputs(features), expected)
+  constants = jax.jit(
+    lambda: method.compress(features, grid=GRID, num_keep=3, aux=aux).index
+  )
+  np.testing.assert_array_equal(constants(), expected)
+
+
 def test_requirements_are_words():
   assert compressors.get("uniform").requirements == ()
   assert compressors.get("cacovid").requirements == ("text", "training")
