@@ -45,7 +45,8 @@ def apportion(
 
   Args:
     total: the budget, at most the sum of `most`.
-    weights: float[S], positive where `most` is.
+    weights: float[S] or int[S], positive where `most` is. Shares of integers
+      are exact: their products with the budget must fit into int32.
     most: int32[S], the limit of each share.
     at_least_one: bool[S], shares that must not be zero; None for none. If
       they are more than the budget, the heaviest ones get one each.
@@ -53,21 +54,22 @@ def apportion(
   Returns:
     int32[S] shares that sum to `total`.
   """
-  weights = weights.astype(jnp.float32)
+  exact = jnp.issubdtype(weights.dtype, jnp.integer)
+  real = weights.astype(jnp.float32)
   total = jnp.asarray(total, jnp.int32)
   if at_least_one is None:
     least = jnp.zeros_like(most)
   else:
     at_least_one = at_least_one & (most > 0)
-    least = (rank(weights, at_least_one) < total) & at_least_one
+    least = (rank(real, at_least_one) < total) & at_least_one
     least = least.astype(most.dtype)
 
   def shares(scale):
-    return jnp.clip(scale[..., None] * weights, least, most)
+    return jnp.clip(scale[..., None] * real, least, most)
 
   # The sum of the shares grows piecewise linearly with the scale, with a bend
   # where a share meets a limit.
-  positive = jnp.maximum(weights, jnp.finfo(jnp.float32).tiny)
+  positive = jnp.maximum(real, jnp.finfo(jnp.float32).tiny)
   bends = jnp.concatenate([jnp.zeros(1), least / positive, most / positive])
   bends = jnp.where(jnp.isfinite(bends), bends, 0.0)
   sums = shares(bends).sum(axis=-1)
@@ -76,9 +78,15 @@ def apportion(
   low_sum, high_sum = shares(low).sum(), shares(high).sum()
   part = (total - low_sum) / jnp.maximum(high_sum - low_sum, 1e-9)
   wanted = shares(low + jnp.clip(part, 0.0, 1.0) * (high - low))
-
   share = jnp.floor(wanted).astype(most.dtype)
   remainder = wanted - share
+  if exact:
+    # Between the limits in whole numbers: rounding must not decide on ties.
+    free = (wanted > least) & (wanted < most)
+    left = total - jnp.where(free, 0, share).sum()
+    whole = jnp.maximum(jnp.where(free, weights, 0).sum(), 1)
+    share = jnp.where(free, left * weights // whole, share)
+    remainder = jnp.where(free, left * weights % whole, 0).astype(jnp.float32)
   rest = total - share.sum()
   up = rank(remainder, share < most) < rest
   # Only rounding of the scale can leave a whole one too much.
