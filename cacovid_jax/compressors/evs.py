@@ -30,7 +30,9 @@ def compress(features, *, grid, num_keep, text=None, aux=None, rng=None):
   """
   del text, aux, rng
   T, H, W = grid
-  changed = 1.0 - similarity.adjacent(features.reshape(T, H * W, -1))
+  cosine = similarity.adjacent(features.reshape(T, H * W, -1))
+  # Where nothing moves, ties go to the earlier token and not to rounding.
+  changed = 1.0 - similarity.settled(cosine)
   first = jnp.full([1, H * W], _FIRST_FRAME, jnp.float32)
   values = jnp.concatenate([first, changed]).reshape(-1)
   return base.take_top(features, values, num_keep)

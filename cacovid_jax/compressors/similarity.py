@@ -30,6 +30,15 @@ def adjacent(frames: jax.Array) -> jax.Array:
   return product / norm[1:] / norm[:-1]
 
 
+def settled(cosines: jax.Array) -> jax.Array:
+  """Returns cosines rounded to 16 binary places, for ranking.
+
+  Cosines of equal tokens differ in their last bits, by how a device sums and
+  what else is in its program; such bits must not decide which token wins.
+  """
+  return jnp.round(cosines * 65536.0) / 65536.0
+
+
 def pooled(x: jax.Array, member: jax.Array) -> jax.Array:
   """Returns float32[..., g, D], the sum of the tokens of each group.
 

@@ -76,9 +76,8 @@ def keep_apart(static, closeness, first, num_keep):
   at_first = (static & leads[:, None]).reshape(-1)
   gain = jnp.where(at_first, jnp.repeat(length - 1, P), 0)
   missing = num_keep - (T * P - gain.sum())
-  order = jnp.argsort(
-    jnp.where(at_first, closeness.reshape(-1), jnp.inf), stable=True
-  )
+  closeness = similarity.settled(closeness.reshape(-1))
+  order = jnp.argsort(jnp.where(at_first, closeness, jnp.inf), stable=True)
   regained = jnp.cumsum(gain[order]) - gain[order]
   apart = jnp.zeros([T * P], bool).at[order].set(regained < missing)
   return static & ~apart.reshape(T, P)[first]
