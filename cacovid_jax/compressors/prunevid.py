@@ -181,7 +181,7 @@ def reference_rows(grid, ratio, cluster_share=None):
   T, H, W = grid
   share = ratio if cluster_share is None else cluster_share
   count = _reference_counts(H * W, share)
-  return T * int(np.max(count + np.maximum.accumulate(count)[::-1]))
+  return T * int(np.max(count + count[::-1]))
 
 
 def _check(frame_share, cluster_share, num_neighbours):
