@@ -169,8 +169,7 @@ def _nearest(features, anchors, segment):
     int32[N], index into `anchors`; A where the segment has none.
   """
   num_video = features.shape[0]
-  unit = similarity.unit(features)
-  near = jnp.matmul(unit, unit[anchors].T, precision=jax.lax.Precision.HIGHEST)
+  near = similarity.between(features, features[anchors])
   own = jnp.append(segment, -1)[anchors]
   reach = (anchors < num_video) & (segment[:, None] == own[None, :])
   near = jnp.where(reach, near, -jnp.inf)

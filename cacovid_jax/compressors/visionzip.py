@@ -126,8 +126,7 @@ def split(attention, keys, num_dominant, num_contextual, max_contextual):
   kept = dominant | context
   if not max_contextual:
     return kept, contexts, jnp.zeros([size], jnp.int32)
-  unit = similarity.unit(keys)
-  near = jnp.matmul(unit, unit[contexts].T, precision=jax.lax.Precision.HIGHEST)
+  near = similarity.between(keys, keys[contexts])
   near = jnp.where(contexts < size, near, -jnp.inf)
   joined = jnp.argmax(near, axis=-1)
   apart = kept | (num_contextual == 0)
