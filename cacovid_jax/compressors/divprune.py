@@ -120,3 +120,8 @@ def _unit(features):
   norm = jnp.linalg.norm(x, axis=-1, keepdims=True)
   # A token of zeros gets similarity 0, hence distance 1, to everything.
   return x / jnp.maximum(norm, 1e-12)
+
+
+COMPRESSOR = base.Compressor(
+  name="divprune", function=compress, reference_rows=reference_rows
+)
