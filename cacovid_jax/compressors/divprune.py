@@ -2,7 +2,8 @@
 
 Start from the token whose nearest neighbour is farthest, then add, again and
 again, the token farthest from all picked ones, in cosine distance. The subset
-is taken over the whole video; the question plays no part. Two differences
+is taken over the whole video; the question plays no part. Distances are
+compared in float32: those of bfloat16 would change the picks. Two differences
 from the published code: picked tokens are excluded (there, duplicate tokens
 make it pick the same index again), and survivors keep their position ids.
 
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from cacovid_jax import errors
-from cacovid_jax.compressors import base, greedy_kernel
+from cacovid_jax.compressors import base, cosine, greedy_kernel
 
 # Rows of the distance matrix held at a time while the first token is sought.
 _BLOCK = 256
@@ -76,16 +77,17 @@ def max_min_subset(
     fits = 4 * num_tokens**2 <= _MATRIX_BYTES
     distances = "matrix" if fits else "rows"
   if distances == "matrix":
-    return max_min_of_matrix(cosine_distances(features), num_keep)
+    return max_min_of_matrix(1.0 - cosine.matrix(features), num_keep)
   if distances != "rows":
     raise errors.UserError(
       f"divprune: unknown distances {distances!r}; use 'auto', 'matrix' or"
       " 'rows'"
     )
-  x = _unit(features)
+  inverse = cosine.inverse_norm(features)
 
   def distance_to(i):
-    return 1.0 - jnp.matmul(x, x[i], precision=jax.lax.Precision.HIGHEST)
+    products = cosine.dot(features, features[i])
+    return 1.0 - products * inverse * inverse[i]
 
   def nearest(i):
     return jnp.min(distance_to(i).at[i].set(jnp.inf))
@@ -99,27 +101,13 @@ def max_min_subset(
 def max_min_of_matrix(distances: jax.Array, num_keep: int) -> jax.Array:
   """Returns int32[K] distinct items of distances float32[N, N], as picked.
 
-  The first is the one whose nearest other item is farthest.
+  Row j holds the distances of all items to j. The first pick is the item whose
+  nearest other one is farthest.
   """
   itself = jnp.eye(distances.shape[0], dtype=bool)
-  nearest = jnp.where(itself, jnp.inf, distances).min(axis=-1)
+  nearest = jnp.where(itself, jnp.inf, distances).min(axis=0)
   first = jnp.argmax(nearest).astype(jnp.int32)
   return greedy_kernel.max_min(distances, first, num_keep)
-
-
-def cosine_distances(features: jax.Array) -> jax.Array:
-  """Returns float32[N, N], 1 - cosine, of features f[N, D]."""
-  x = _unit(features)
-  # The default precision of the matrix unit would change the picks.
-  return 1.0 - jnp.matmul(x, x.T, precision=jax.lax.Precision.HIGHEST)
-
-
-def _unit(features):
-  # bfloat16 distances would change the picks.
-  x = features.astype(jnp.float32)
-  norm = jnp.linalg.norm(x, axis=-1, keepdims=True)
-  # A token of zeros gets similarity 0, hence distance 1, to everything.
-  return x / jnp.maximum(norm, 1e-12)
 
 
 COMPRESSOR = base.Compressor(
