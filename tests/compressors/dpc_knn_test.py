@@ -1,7 +1,6 @@
 """DPC-KNN against its definition point by point, and at the edges."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -9,36 +8,9 @@ import numpy as np
 import pytest
 
 from cacovid_jax.compressors import dpc_knn
+from tests.compressors import naive
 
 N, WIDTH, BOUND = 12, 5, 6
-
-
-def naive(x, members, num_clusters, k=7):
-  """The definition on the points `members`; centre and label by point."""
-  x = np.asarray(x, np.float64)
-  members = [int(i) for i in members]
-  d = {
-    (i, j): np.linalg.norm(x[i] - x[j]) / math.sqrt(x.shape[1])
-    for i in members
-    for j in members
-  }
-  density = {}
-  for i in members:
-    near = sorted(d[i, j] ** 2 for j in members)[: min(k, len(members))]
-    density[i] = math.exp(-sum(near) / len(near))
-  score = {}
-  for i in members:
-    denser = [j for j in members if (density[j], -j) > (density[i], -i)]
-    score[i] = density[i] * (
-      min(d[i, j] for j in denser) if denser else max(d.values())
-    )
-  order = sorted(members, key=lambda i: (-score[i], i))
-  centres = order[: max(1, num_clusters)]
-  centre = {}
-  for i in members:
-    joined = min(sorted(centres), key=lambda j: d[i, j])
-    centre[i] = i if i in centres else joined
-  return score, centres, centre
 
 
 @functools.cache
@@ -54,7 +26,7 @@ def _compiled():
 def check(x, valid, num_clusters):
   found, order, means = _compiled()(x, valid, num_clusters)
   members = np.flatnonzero(valid)
-  score, centres, centre = naive(x, members, num_clusters)
+  score, centres, centre = naive.dpc_knn(x, members, num_clusters)
   np.testing.assert_array_equal(
     order, (centres + [N] * BOUND)[:BOUND]
   )  # fmt: skip
@@ -152,7 +124,7 @@ def test_sets_are_clustered_on_their_own_from_one_matrix():
   found = jax.jit(dpc_knn.cluster)(x, counts[sets], sets=sets)
   for s, count in enumerate(counts):
     members = np.flatnonzero(sets == s)
-    _, centres, centre = naive(x, members, count)
+    _, centres, centre = naive.dpc_knn(x, members, count)
     for i in members:
       assert found.centre[i] == centre[i]
       assert found.label[i] == centres.index(centre[i])
