@@ -2,12 +2,11 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cacovid_jax import compressors, errors
+from cacovid_jax import errors
 from cacovid_jax.compressors import base, budgets, flashvid
 from tests.compressors import selections
 
@@ -26,7 +25,7 @@ def compressed(num_keep, grid=GRID, **options):
     function=functools.partial(flashvid.compress, **options),
     needs=frozenset(["vision_attention"]),
   )
-  return jax.jit(
+  return selections.compiled(
     lambda x, aux: method.compress(x, grid=grid, num_keep=num_keep, aux=aux)
   )
 
@@ -204,7 +203,9 @@ def test_no_attention_at_all_still_keeps_distinct_tokens():
 
 def test_a_still_video_loses_no_token():
   features = selections.video("identical_frames")
-  out = compressed(11, num_segments=1)(features, aux_of(0))
+  # Without cuts and picks, every token is in one of 11 trees.
+  options = {"num_segments": 1, "diverse_share": 0.0}
+  out = compressed(11, **options)(features, aux_of(0))
   selections.check(out, NUM_VIDEO, 11)
   assert np.asarray(out.mass).sum() == NUM_VIDEO
 
@@ -282,3 +283,9 @@ def test_missing_attention_is_named():
   )
   with pytest.raises(ValueError, match="needs vision_attention"):
     method.compress(selections.video("random"), grid=GRID, num_keep=3)
+
+
+def test_it_can_be_made_for_a_tpu():
+  selections.check_lowers_for_tpu(
+    base.Compressor(name="flashvid", function=flashvid.compress), 11, aux_of(0)
+  )
