@@ -33,7 +33,7 @@ import numpy as np
 from cacovid_jax import errors
 from cacovid_jax.compressors import base, cosine, cover_kernel, merging
 
-# Largest similarity matrix that is held: 14189 tokens in one window. A batch
+# Largest similarity matrix that is held: 14188 tokens in one window. A batch
 # holds one of them for each video.
 _MATRIX_BYTES = 768 * 2**20
 # A GPU asks its host whether to go on after each trip of a loop of unknown
