@@ -13,14 +13,22 @@ import jax
 import jax.numpy as jnp
 
 from cacovid_jax import errors
-from cacovid_jax.compressors import base
+from cacovid_jax.compressors import allocators, base
 
 # Rows of the distance matrix held at a time while the first token is sought.
 _BLOCK = 256
 
 
 def compress(
-  features, *, grid, num_keep, text=None, aux=None, rng=None, scope="video"
+  features,
+  *,
+  grid,
+  num_keep,
+  text=None,
+  aux=None,
+  rng=None,
+  scope="video",
+  allocator=None,
 ):
   """Returns a max-min diverse subset of the video's tokens.
 
@@ -29,20 +37,32 @@ def compress(
     grid: static (T, H, W).
     num_keep: K, static.
     text: unused.
-    aux: unused.
+    aux: what the allocator needs.
     rng: unused.
     scope: "video" picks over all frames at once; "frame" picks in each frame
-      on its own, the budget split evenly (another, much faster method).
+      on its own (another, much faster method).
+    allocator: how frames share the budget, a name of `allocators`; None for
+      evenly. Only with scope "frame".
   """
-  del text, aux, rng
+  del text, rng
   if scope == "video":
+    if allocator is not None:
+      raise errors.UserError(
+        f"divprune: allocator {allocator!r} shares out the budget between"
+        " frames; it needs scope 'frame'"
+      )
     return base.take(features, max_min_subset(features, num_keep=num_keep))
   if scope != "frame":
     raise errors.UserError(
       f"divprune: unknown scope {scope!r}; use 'video' or 'frame'"
     )
-  return base.take(
-    features, base.per_frame(max_min_subset, features, grid, num_keep)
+  return allocators.select_per_frame(
+    max_min_subset,
+    features,
+    grid=grid,
+    num_keep=num_keep,
+    allocator=allocator,
+    aux=aux,
   )
 
 
@@ -78,4 +98,6 @@ def max_min_subset(features: jax.Array, *, num_keep: int) -> jax.Array:
   return picked
 
 
-COMPRESSOR = base.Compressor(name="divprune", function=compress)
+COMPRESSOR = base.Compressor(
+  name="divprune", function=compress, configure=allocators.configure
+)
