@@ -23,18 +23,17 @@ def connected_components(adjacency: jax.Array) -> jax.Array:
   Args:
     adjacency: bool[n, n], symmetric; the diagonal has no influence.
   """
-  n = adjacency.shape[0]
+  return _until_stable(
+    lambda label: _hook_neighbours(adjacency, label), adjacency.shape[0]
+  )
 
-  def nearby(label):
-    """Returns int32[n], the smallest label among a node's neighbours."""
-    return jnp.min(jnp.where(adjacency, label[None, :], n), axis=-1)
 
-  def hook(label):
-    below = jnp.minimum(nearby(label), label)
-    # Written to the root as well, so that its whole tree follows at once.
-    return jnp.minimum(label.at[label].min(below), below)
-
-  return _until_stable(hook, n)
+def _hook_neighbours(adjacency, label):
+  """Returns int32[n], the smallest label next to each node or its tree."""
+  others = jnp.where(adjacency, label[None, :], label.shape[0])
+  below = jnp.minimum(jnp.min(others, axis=-1), label)
+  # Written to the root as well, so that its whole tree follows at once.
+  return jnp.minimum(label.at[label].min(below), below)
 
 
 def components_of_edges(
@@ -51,13 +50,17 @@ def components_of_edges(
   first = jnp.where(present, first, 0)
   second = jnp.where(present, second, 0)
 
-  def hook(label):
-    a, b = label[first], label[second]
-    below = jnp.minimum(a, b)
-    label = label.at[a].min(below).at[b].min(below)
-    return label.at[first].min(below).at[second].min(below)
+  return _until_stable(
+    lambda label: _hook_edges(first, second, label), num_nodes
+  )
 
-  return _until_stable(hook, num_nodes)
+
+def _hook_edges(first, second, label):
+  """As `_hook_neighbours`, of a list of edges."""
+  a, b = label[first], label[second]
+  below = jnp.minimum(a, b)
+  label = label.at[a].min(below).at[b].min(below)
+  return label.at[first].min(below).at[second].min(below)
 
 
 def _until_stable(hook, n):
