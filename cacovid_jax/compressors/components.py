@@ -217,12 +217,14 @@ def distinct_representatives(
   group the j-th such token, since every row must have a place in the video.
 
   Args:
-    closeness: float[n] of each token to its own group.
+    closeness: float[n] in [-1, 1] of each token to its own group. The two
+      members of a pair are equally close to their mean, but for rounding:
+      differences below 2e-5 count as none, and the first one wins.
     label: int32[n] group of each token, below K.
     num_groups: K, static, at most n.
   """
   n = closeness.shape[0]
-  found = best_member(closeness, label, num_groups)
+  found = best_member(jnp.round(closeness * 2**16), label, num_groups)
   empty = found == n
   used = jnp.zeros([n], bool).at[found].set(True, mode="drop")
   (spare,) = jnp.nonzero(~used, size=num_groups, fill_value=n)

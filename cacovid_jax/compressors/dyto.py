@@ -29,6 +29,7 @@ from cacovid_jax.compressors import base, components, oracle, similarity
 _FEW_CLUSTERS = 6
 _FEW_FRAMES = 12
 _HEADS = 16
+_SAME = 1e-6
 
 
 def compress(
@@ -188,6 +189,8 @@ def tw_finch(
 def _first_neighbours(mean, when, valid):
   """Returns int32[T], the nearest valid other point, itself if alone."""
   distance = 1.0 - similarity.symmetric_cosine(mean)
+  # Closer directions float32 cannot tell apart: they are the same.
+  distance = jnp.where(distance < _SAME, 0.0, distance)
   distance = distance * jnp.abs(when[:, None] - when[None, :])
   other = valid[None, :] & ~jnp.eye(valid.shape[0], dtype=bool)
   distance = jnp.where(other, distance, jnp.inf)

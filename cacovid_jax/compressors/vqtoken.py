@@ -105,7 +105,8 @@ def seeds(rng, x, num_seeds, *, per_draw=1):
       to them count. 1 is k-means++ itself.
 
   Returns:
-    int32[K] distinct tokens, in the order of drawing.
+    int32[K] distinct tokens, in the order of drawing. A draw of fewer gives
+    the first of them.
   """
   num_draws = math.ceil((num_seeds - 1) / per_draw)
   per_draw = min(per_draw, x.shape[0])
@@ -129,9 +130,8 @@ def seeds(rng, x, num_seeds, *, per_draw=1):
   first_rng, rng = jax.random.split(rng)
   first = jax.random.randint(first_rng, [1], 0, x.shape[0])
   used = jnp.zeros(norm.shape, bool).at[first].set(True)
-  _, drawn = jax.lax.scan(
-    draw, (away(first), used), jax.random.split(rng, num_draws)
-  )
+  keys = jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(num_draws))
+  _, drawn = jax.lax.scan(draw, (away(first), used), keys)
   # The last draw may be of more than are left, which come first in it.
   return jnp.concatenate([first, drawn.reshape(-1)])[:num_seeds]
 
