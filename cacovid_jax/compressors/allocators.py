@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cacovid_jax import errors
-from cacovid_jax.compressors import base, budgets, similarity
+from cacovid_jax.compressors import base, budgets, directions
 from cacovid_jax.policy import selection
 
 # InfoTok's least rate of a frame.
@@ -171,7 +171,7 @@ def prefix_errors(features, order, grid):
   """
   frames = _frames(features, grid)
   ranked = jnp.take_along_axis(frames, order[..., None], axis=1)
-  alike = jnp.maximum(similarity.cosine(ranked, ranked), 0.0)
+  alike = jnp.maximum(directions.cosine(ranked, ranked), 0.0)
   # Also a token of zeros, that is similar to nothing, is no error once kept.
   alike = jnp.where(jnp.eye(alike.shape[-1], dtype=bool), 1.0, alike)
   nearest = jax.lax.cummax(alike, axis=2)
@@ -192,14 +192,14 @@ def code_errors(features, grid):
   num_video, width = x.shape
   size = max(1, min(_CODE_WIDTH, width // 4, num_video // 4))
   start = np.round(np.linspace(0, num_video - 1, size)).astype(int)
-  directions = x[start].T
+  axes = x[start].T
   dot = jax.lax.Precision.HIGHEST
   for _ in range(_CODE_ROUNDS):
-    code = jnp.matmul(x, jnp.linalg.qr(directions)[0], precision=dot)
-    directions = jnp.matmul(x.T, code, precision=dot)
-  directions = jnp.linalg.qr(directions)[0]
-  code = jnp.matmul(x, directions, precision=dot)
-  error = jnp.abs(x - jnp.matmul(code, directions.T, precision=dot))
+    code = jnp.matmul(x, jnp.linalg.qr(axes)[0], precision=dot)
+    axes = jnp.matmul(x.T, code, precision=dot)
+  axes = jnp.linalg.qr(axes)[0]
+  code = jnp.matmul(x, axes, precision=dot)
+  error = jnp.abs(x - jnp.matmul(code, axes.T, precision=dot))
   error = error.reshape(grid[0], -1).mean(axis=-1)
   # What rounding leaves of a video that the code holds entirely is no signal.
   return jnp.where(error > 1e-5 * jnp.mean(jnp.abs(x)), error, 0.0)

@@ -8,7 +8,7 @@ medoid; the index map of the publication is `assign`.
 Differences from the publication, whose language model is fine-tuned to its
 codes: by default a row is the mean of the tokens as they are, which a frozen
 language model can read (`codes="unit"` for the mean of the tokens at norm 1);
-above 64 clusters, seeds are drawn several at a time, in 64 draws; the number of
+above 64 clusters, seeds are drawn several at a time, in 16 draws; the number of
 clusters is the budget, unless `elbow` is set.
 
 Axes: N video tokens, D width, K clusters and kept tokens.
@@ -20,11 +20,13 @@ import jax
 import jax.numpy as jnp
 
 from cacovid_jax import errors
-from cacovid_jax.compressors import base, components, similarity
+from cacovid_jax.compressors import base, components, directions
 
 # The range of the adaptive number of clusters starts here, as published.
 FEWEST_CLUSTERS = 12
-_DRAWS = 64
+# Up to so many seeds are drawn one by one; more of them in so many draws.
+_ONE_BY_ONE = 64
+_DRAWS = 16
 # Centres that move less are taken for still.
 _STILL = 1e-4
 
@@ -51,7 +53,8 @@ def compress(
       published code, which looks for the bend 9 too early and never below 12.
     max_clusters: the most clusters that `elbow` tries.
     seeds_per_draw: how many seeds k-means++ draws before it looks at the
-      distances to them; None for what 64 draws need, 1 up to K = 64.
+      distances to them; None for 1 up to K = 64, and
+      for what 16 draws need above.
   """
   del grid, text, aux
   if codes not in ("raw", "unit"):
@@ -72,12 +75,14 @@ def compress(
         " or leave elbow out"
       )
   if seeds_per_draw is None:
-    seeds_per_draw = math.ceil(num_clusters / _DRAWS)
+    seeds_per_draw = 1
+    if num_clusters > _ONE_BY_ONE:
+      seeds_per_draw = math.ceil(num_clusters / _DRAWS)
   elif seeds_per_draw < 1:
     raise errors.UserError(
       f"vqtoken: seeds_per_draw is {seeds_per_draw}; use 1 or more"
     )
-  x = similarity.unit(features)
+  x = directions.unit(features)
   chosen = seeds(rng, x, num_clusters, per_draw=seeds_per_draw)
   used = jnp.ones([num_clusters], bool)
   if elbow:
@@ -148,7 +153,7 @@ def nearest(x, centres, used, precision=jax.lax.Precision.HIGHEST):
   Returns:
     (int32[N], float32[N]).
   """
-  alike = jnp.matmul(x, similarity.unit(centres).T, precision=precision)
+  alike = jnp.matmul(x, directions.unit(centres).T, precision=precision)
   alike = jnp.where(used, alike, -jnp.inf)
   return jnp.argmax(alike, axis=-1).astype(jnp.int32), jnp.max(alike, axis=-1)
 

@@ -1,4 +1,4 @@
-"""Cosine similarity of tokens, in float32 whatever the tokens are.
+"""Directions of tokens, and how alike they are, as weights of a graph.
 
 Axes: n and m tokens, D width.
 """
@@ -28,7 +28,9 @@ def cosine(a: jax.Array, b: jax.Array) -> jax.Array:
     products = _products(a, b) / _norm(a)[..., :, None]
     products = products / _norm(b)[..., None, :]
   else:
-    products = _products(unit(a), unit(b))
+    products = jax.lax.platform_dependent(
+      unit(a), unit(b), cuda=split_products, default=_products
+    )
   return jnp.clip(products, -1.0, 1.0)
 
 
@@ -40,6 +42,26 @@ def symmetric_cosine(x: jax.Array) -> jax.Array:
   """
   products = cosine(x, x)
   return jnp.maximum(products, jnp.swapaxes(products, -1, -2))
+
+
+def split_products(a: jax.Array, b: jax.Array) -> jax.Array:
+  """Returns float32[..., n, m] products of rows of norm 1, or 0, in float32.
+
+  Each number is split in two of bfloat16, and the product of the small parts
+  left out: an error of 2^-16 of a product at most, and of the many in a row
+  most cancels, 1e-7 at the widths of language models. Three products of
+  bfloat16 take a quarter of the time that one of float32 takes on a GPU, whose
+  matrix unit has none of full precision.
+  """
+  (a_high, a_low), (b_high, b_low) = _halves(a), _halves(b)
+  small = _products(a_high, b_low) + _products(a_low, b_high)
+  return small + _products(a_high, b_high)
+
+
+def _halves(x):
+  # A plain cast there and back is simplified away by the compiler.
+  high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+  return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
 
 
 def _norm(x):
