@@ -224,9 +224,16 @@ def program(spec, allocator, num_keep):
   return jax.jit(compress)
 
 
-@pytest.mark.parametrize("allocator", ["adaptok", "infotok", "cacovid"])
-@pytest.mark.parametrize("spec", PER_FRAME)
-def test_every_per_frame_method_follows_every_allocator(spec, allocator):
+# Each method with one allocator, each allocator with one method.
+@pytest.mark.parametrize(
+  "spec,allocator",
+  [
+    *((spec, "adaptok") for spec in PER_FRAME),
+    ("density_peaks", "infotok"),
+    ("density_peaks", "cacovid"),
+  ],
+)
+def test_methods_follow_allocators_in_a_batch_and_alone(spec, allocator):
   frame = features_of(9, (1, 2, 3))
   videos = jnp.stack(
     [
@@ -316,6 +323,14 @@ def test_the_order_of_even_spacing_is_a_permutation_with_spread_prefixes():
       if 8 <= 2 * k <= n:
         gaps = np.diff(np.sort(order[:k]), append=np.sort(order[:k])[0] + n)
         assert gaps.max() <= 2 * math.ceil(n / k)
+
+
+def test_allocators_lower_for_a_tpu():
+  for allocator in ("adaptok", "infotok", "cacovid"):
+    traced = program("density_peaks", allocator, 11).trace(
+      features_of(0), aux_of(0), jax.random.key(0)
+    )
+    assert "stablehlo" in traced.lower(lowering_platforms=("tpu",)).as_text()
 
 
 def test_an_allocator_adds_what_it_needs():

@@ -113,3 +113,14 @@ def test_none_of_them_looks_at_the_question():
   for spec in VARIANTS:
     assert compressors.get(spec).requirements == ()
   assert [s for s in VARIANTS if compressors.get(s).stochastic] == ["vqtoken"]
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("spec", VARIANTS)
+def test_lowers_for_accelerators_at_real_sizes(spec, platform):
+  grid, num_keep = (32, 14, 14), 1568
+  traced = program(spec, num_keep, grid).trace(
+    jax.ShapeDtypeStruct([32 * 196, 3584], jnp.bfloat16), jax.random.key(0)
+  )
+  text = traced.lower(lowering_platforms=(platform,)).as_text()
+  assert "tensor<1568x3584xbf16>" in text
