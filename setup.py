@@ -60,7 +60,13 @@ setuptools.setup(
     "cuda13": _jax("[cuda13]"),
     "tpu": _jax("[tpu]"),
     "hf": ["torch>=2.6", "transformers>=5"],
-    "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff==0.17.6"],
+    "dev": [
+      "networkx>=3.2",
+      "pytest>=8",
+      "pytest-xdist>=3.6",
+      "ruff==0.17.6",
+      "scikit-learn>=1.5",
+    ],
   },
   classifiers=[
     "License :: OSI Approved :: Apache Software License",

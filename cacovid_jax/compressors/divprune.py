@@ -16,7 +16,13 @@ import jax
 import jax.numpy as jnp
 
 from cacovid_jax import errors
-from cacovid_jax.compressors import base, cosine, greedy_kernel, similarity
+from cacovid_jax.compressors import (
+  allocators,
+  base,
+  cosine,
+  greedy_kernel,
+  similarity,
+)
 
 # Rows of the distance matrix held at a time while the first token is sought.
 _BLOCK = 256
@@ -35,6 +41,7 @@ def compress(
   rng=None,
   scope="video",
   distances="auto",
+  allocator=None,
 ):
   """Returns a max-min diverse subset of the video's tokens.
 
@@ -43,23 +50,37 @@ def compress(
     grid: static (T, H, W).
     num_keep: K, static.
     text: unused.
-    aux: unused.
+    aux: what the allocator needs.
     rng: unused.
     scope: "video" picks over all frames at once; "frame" picks in each frame
-      on its own, the budget split evenly (another, much faster method).
+      on its own (another, much faster method).
     distances: "matrix" computes all distances at once and holds them, "rows"
       computes those to a picked token when it is picked: less memory, and
       slower by far on an accelerator; "auto" holds them where they fit.
+    allocator: how frames share the budget, a name of `allocators`; None for
+      evenly. Only with scope "frame".
   """
-  del text, aux, rng
+  del text, rng
   pick = functools.partial(max_min_subset, distances=distances)
   if scope == "video":
+    if allocator is not None:
+      raise errors.UserError(
+        f"divprune: allocator {allocator!r} shares out the budget between"
+        " frames; it needs scope 'frame'"
+      )
     return base.take(features, pick(features, num_keep=num_keep))
   if scope != "frame":
     raise errors.UserError(
       f"divprune: unknown scope {scope!r}; use 'video' or 'frame'"
     )
-  return base.take(features, base.per_frame(pick, features, grid, num_keep))
+  return allocators.select_per_frame(
+    pick,
+    features,
+    grid=grid,
+    num_keep=num_keep,
+    allocator=allocator,
+    aux=aux,
+  )
 
 
 def reference_rows(grid, ratio, **options) -> int:
@@ -119,5 +140,8 @@ def _farthest(nearest):
 
 
 COMPRESSOR = base.Compressor(
-  name="divprune", function=compress, reference_rows=reference_rows
+  name="divprune",
+  function=compress,
+  reference_rows=reference_rows,
+  configure=allocators.configure,
 )

@@ -417,7 +417,7 @@ def test_unknown_options_list_the_known_ones():
   with pytest.raises(errors.UserError, match="known options: layer"):
     compressors.get("last_query", layers=3)
   with pytest.raises(errors.UserError, match="known options: none"):
-    compressors.get("random", seed=3)
+    compressors.get("decisive_boxes", seed=3)
 
 
 def test_options_in_the_name():

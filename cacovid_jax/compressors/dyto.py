@@ -1,0 +1,267 @@
+"""Frames by temporal clustering, tokens by bipartite merging (DyTo,
+https://arxiv.org/abs/2411.14401).
+
+Frames are clustered by first neighbours weighted by time (TW-FINCH, Sarfraz et
+al., CVPR 2019 and 2021); representatives of the second level enter, each with
+its share of the budget, met by merging the second half of a frame's tokens
+with their best partners in the first half, again and again.
+
+Differences from the publication: the budget is K instead of 3680 tokens and is
+met exactly; frames are described by the mean of their tokens, since the towers
+here have no class token; tokens stay in raster order. Where the representative
+frames have fewer than K tokens, evenly spaced other frames join them; where K
+is below a quarter of their tokens, fewer frames enter.
+
+Axes: T frames, F frames that may enter, P = H*W tokens of a frame, D width,
+K kept tokens, n tokens of a frame that are left.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cacovid_jax import errors
+from cacovid_jax.compressors import base, components, directions, oracle
+
+# At most so many clusters give several frames each, so many in all.
+_FEW_CLUSTERS = 6
+_FEW_FRAMES = 12
+_HEADS = 16
+_SAME = 1e-6
+
+
+def compress(
+  features, *, grid, num_keep, text=None, aux=None, rng=None,
+  max_frames=25, reduce="max",
+):  # fmt: skip
+  """Returns the merged tokens of representative frames, K in all.
+
+  Args:
+    features: float[N, D] video tokens.
+    grid: static (T, H, W).
+    num_keep: K, static.
+    text: unused.
+    aux: unused.
+    rng: unused.
+    max_frames: most frames that enter, unless K needs more.
+    reduce: "max" keeps the largest value of each channel of merged tokens, as
+      published; "mean" their mean.
+  """
+  del text, aux, rng
+  if reduce not in ("max", "mean"):
+    raise errors.UserError(
+      f"dyto: unknown reduce {reduce!r}; use 'max' or 'mean'"
+    )
+  if max_frames < 1:
+    raise errors.UserError(f"dyto: max_frames is {max_frames}; use 1 or more")
+  num_frames, area = grid[0], grid[1] * grid[2]
+  fewest, most = frame_bounds(grid, num_keep, max_frames)
+  frames = features.reshape(num_frames, area, -1)
+  chosen = representatives(
+    jnp.mean(frames.astype(jnp.float32), axis=1), fewest, most
+  )
+  (frame,) = jnp.nonzero(chosen, size=most, fill_value=num_frames)
+  num_chosen = chosen.sum()
+  # Equal shares; what is left over goes to the first frames, one each.
+  place = jnp.arange(most)
+  counts = num_keep // num_chosen + (place < num_keep % num_chosen)
+  counts = jnp.where(place < num_chosen, counts, 0)
+  taken = frames[jnp.minimum(frame, num_frames - 1)]
+  fewest_left = min(num_keep // most, area)
+  rows, into = jax.vmap(
+    lambda x, count: merge_frame(x, count, fewest_left, reduce=reduce)
+  )(taken, counts)
+
+  stands = (into == jnp.arange(area)) & (counts > 0)[:, None]
+  (slot,) = jnp.nonzero(stands.reshape(-1), size=num_keep)
+  index = frame[slot // area] * area + slot % area
+  row_of = jnp.cumsum(stands.reshape(-1)).reshape(most, area) - 1
+  row = jnp.take_along_axis(row_of, into, axis=1)
+  assign = jnp.full([num_frames, area], -1, jnp.int32)
+  assign = assign.at[frame].set(row, mode="drop").reshape(-1)
+  return base.arrange(rows.reshape(most * area, -1)[slot], index, assign)
+
+
+def frame_bounds(
+  grid: tuple[int, int, int], num_keep: int, max_frames: int
+) -> tuple[int, int]:
+  """Returns the fewest and the most frames that K tokens may come from.
+
+  Two mergings leave a quarter of a frame, so more frames than K has quarters
+  do not enter; but as many as hold K tokens must.
+  """
+  area = grid[1] * grid[2]
+  quarter = _left(_left(area))
+  fewest = math.ceil(num_keep / area)
+  most = min(grid[0], max_frames, max(1, num_keep // quarter))
+  return fewest, max(fewest, most)
+
+
+def _left(n):
+  """Returns how many of n tokens a merging leaves at least."""
+  return n - n // 2
+
+
+def representatives(frames: jax.Array, fewest: int, most: int) -> jax.Array:
+  """Returns bool[T], the frames that stand for their clusters.
+
+  Of up to 6 clusters the first floor(12 / clusters) frames each, of more the
+  middle one.
+
+  Args:
+    frames: float32[T, D] descriptions of the frames.
+    fewest: how many frames at least; evenly spaced others join.
+    most: how many at most; evenly spaced ones are taken.
+  """
+  num_frames = frames.shape[0]
+  label = second_level(frames)
+  same = label[:, None] == label[None, :]
+  length = same.sum(axis=-1)
+  earlier = np.tri(num_frames, k=-1, dtype=bool)
+  rank = (same & earlier).sum(axis=-1)
+  num_clusters = jnp.sum(rank == 0)
+  middle = jnp.where(length > 2, length // 2, length - 1)
+  chosen = jnp.where(
+    num_clusters <= _FEW_CLUSTERS,
+    rank < _FEW_FRAMES // num_clusters,
+    rank == middle,
+  )
+  count = chosen.sum()
+  # Positions of the host in float64, for every count there may be.
+  spaced = np.zeros([num_frames + 1, num_frames], bool)
+  for n in range(1, num_frames + 1):
+    places = np.round(np.linspace(0, n - 1, min(n, most))).astype(int)
+    spaced[n, places] = True
+  place = jnp.maximum(jnp.cumsum(chosen) - 1, 0)
+  chosen &= jnp.asarray(spaced)[count, place]
+  count = chosen.sum()
+  others = num_frames - count
+  short = jnp.maximum(fewest - count, 0)
+  return chosen | oracle.spread(~chosen, others, short)
+
+
+def second_level(frames: jax.Array) -> jax.Array:
+  """Returns int32[T] labels of the clusters' second level.
+
+  Of the first one where the second would be one cluster only.
+  """
+  labels, counts = tw_finch(frames, num_levels=2)
+  return jnp.where(counts[1] > 1, labels[1], labels[0])
+
+
+def tw_finch(
+  points: jax.Array, *, num_levels: int
+) -> tuple[jax.Array, jax.Array]:
+  """Clusters a sequence by first neighbours; returns its first levels.
+
+  Every point is linked to its nearest one, by cosine distance times distance
+  in time; linked points are a cluster, and clusters, by the means of their
+  points and times, are the points of the next level. One cluster stays one.
+
+  Args:
+    points: float[T, D] in order of time, evenly spaced.
+    num_levels: static.
+
+  Returns:
+    (int32[num_levels, T], int32[num_levels]) label of each point, the first
+    point of its cluster, and the number of clusters.
+  """
+  num_points = points.shape[0]
+  points = points.astype(jnp.float32)
+  slot = jnp.arange(num_points, dtype=jnp.int32)
+  time = (slot + 1) / num_points
+  label = slot
+  labels, counts = [], []
+  for _ in range(num_levels):
+    mean = components.segment_mean(points, label, num_points)
+    when = components.segment_mean(time[:, None], label, num_points)[:, 0]
+    valid = label == slot
+    nearest = _first_neighbours(mean, when, valid)
+    merged = components.components_of_edges(slot, nearest, valid, num_points)
+    label = merged[label]
+    labels.append(label)
+    counts.append(jnp.sum(label == slot))
+  return jnp.stack(labels), jnp.stack(counts)
+
+
+def _first_neighbours(mean, when, valid):
+  """Returns int32[T], the nearest valid other point, itself if alone."""
+  distance = 1.0 - directions.symmetric_cosine(mean)
+  # Closer directions float32 cannot tell apart: they are the same.
+  distance = jnp.where(distance < _SAME, 0.0, distance)
+  distance = distance * jnp.abs(when[:, None] - when[None, :])
+  other = valid[None, :] & ~jnp.eye(valid.shape[0], dtype=bool)
+  distance = jnp.where(other, distance, jnp.inf)
+  nearest = jnp.argmin(distance, axis=-1)
+  alone = ~jnp.any(other, axis=-1)
+  slot = jnp.arange(valid.shape[0])
+  return jnp.where(alone, slot, nearest).astype(jnp.int32)
+
+
+def merge_frame(
+  x: jax.Array, count: jax.Array, fewest: int, *, reduce: str = "max"
+) -> tuple[jax.Array, jax.Array]:
+  """Merges the tokens of one frame until `count` are left.
+
+  In a step each token of the first half finds its best partner in the second
+  half, and the pairs most alike are merged into the second one; a step that
+  takes the whole first half is followed by another on the second.
+
+  Args:
+    x: float[P, D] tokens of a frame.
+    count: int32[] how many to leave, from `fewest` to P; or 0, for a frame
+      that is not used.
+    fewest: static, at least 1.
+    reduce: "max" or "mean".
+
+  Returns:
+    (float[P, D], int32[P]): rows where they are left, and for each token which
+    row it went into.
+  """
+  area = x.shape[0]
+  into = jnp.arange(area, dtype=jnp.int32)
+  mass = jnp.ones([area], jnp.float32)
+  out = x.astype(jnp.float32) if reduce == "mean" else x
+  start = 0
+  while area - start > fewest:
+    n = area - start
+    half = n // 2
+    num_merged = jnp.clip(n - count, 0, half)
+    a, b = out[start : start + half], out[start + half :]
+    alike = directions.cosine(_metric(a), _metric(b))
+    best = jnp.argmax(alike, axis=-1).astype(jnp.int32)
+    order = jnp.argsort(-jnp.max(alike, axis=-1))
+    rank = jnp.zeros([half], jnp.int32).at[order].set(jnp.arange(half))
+    merged = rank < num_merged
+    group = jnp.where(merged, best, n - half)
+    if reduce == "max":
+      b = jnp.maximum(b, jax.ops.segment_max(a, group, n - half + 1)[:-1])
+    else:
+      of_a, of_b = mass[start : start + half], mass[start + half :]
+      total = of_b + jax.ops.segment_sum(of_a, group, n - half + 1)[:-1]
+      added = base.segment_sum(a * of_a[:, None], group, n - half)
+      b = (b * of_b[:, None] + added) / total[:, None]
+      mass = mass.at[start + half :].set(total)
+    out = out.at[start + half :].set(b)
+    step = jnp.arange(area, dtype=jnp.int32)
+    step = step.at[start : start + half].set(
+      jnp.where(merged, start + half + best, step[start : start + half])
+    )
+    into = step[into]
+    start += half
+  return out.astype(x.dtype), into
+
+
+def _metric(x):
+  """Returns float32[n, D/16], tokens averaged over 16 stretches of channels.
+
+  Over as many as divide the width, if 16 do not.
+  """
+  heads = math.gcd(x.shape[-1], _HEADS)
+  x = x.reshape(x.shape[0], heads, -1)
+  return jnp.mean(x.astype(jnp.float32), axis=1)
+
+
+COMPRESSOR = base.Compressor(name="dyto", function=compress)

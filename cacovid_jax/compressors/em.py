@@ -1,0 +1,104 @@
+"""Expectation maximisation as a token merger, after EMCL
+(https://arxiv.org/abs/2211.11427).
+
+EMCL replaces features of texts and videos by few bases, found by EM. Here the
+roles are turned: the tokens are the points and K unit vectors the bases, a
+mixture of von Mises-Fisher distributions of one width,
+
+  z = softmax_k(x . m / lam),   m <- unit(sum_i z_i x_i),
+
+and a row is the mean of all tokens weighted by z. So every token goes, in
+parts, into several rows: `mass` adds up these parts, `assign` tells the
+largest. Different from EMCL: bases start at evenly spaced tokens, since there
+all start alike, and tokens have norm 1 under the kernel, so that lam does not
+depend on the scale of a projector's outputs.
+
+Axes: N video tokens, D width, K bases and kept tokens.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from cacovid_jax import errors
+from cacovid_jax.compressors import base, components, directions, uniform
+
+
+def compress(
+  features, *, grid, num_keep, text=None, aux=None, rng=None,
+  lam=0.05, rounds=9,
+):  # fmt: skip
+  """Returns K soft means of the video's tokens.
+
+  Args:
+    features: float[N, D] video tokens.
+    grid: static (T, H, W).
+    num_keep: K, static.
+    text: unused.
+    aux: unused.
+    rng: unused.
+    lam: width of a basis, in units of the cosine.
+    rounds: how often the bases are moved.
+  """
+  del grid, text, aux, rng
+  if not lam > 0:
+    raise errors.UserError(f"em: lam is {lam}; it is a width and above 0")
+  if rounds < 0:
+    raise errors.UserError(f"em: rounds is {rounds}; use 0 or more")
+  x = directions.unit(features)
+  bases = x[uniform.positions(features.shape[0], num_keep)]
+  bases, _ = fit(x, bases, lam=lam, rounds=rounds)
+  share, _ = responsibilities(x, bases, lam=lam)
+  assign = jnp.argmax(share, axis=-1).astype(jnp.int32)
+  mass = share.sum(axis=0)
+  rows = jnp.matmul(
+    share.T, features.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+  )
+  index = components.distinct_representatives(
+    jnp.max(share, axis=-1), assign, num_keep
+  )
+  # A basis that every token is far from may have no mass left in float32.
+  none = mass[:, None] <= 0
+  rows = jnp.where(
+    none, features[index], rows / jnp.where(none, 1.0, mass[:, None])
+  )
+  order = jnp.argsort(index)
+  out = base.arrange(rows.astype(features.dtype), index, assign)
+  return out._replace(mass=mass[order])
+
+
+def fit(x, bases, *, lam, rounds):
+  """Moves the bases; returns them and the objective before each round.
+
+  Args:
+    x: float32[N, D] points.
+    bases: float32[K, D] of norm 1, or 0.
+    lam: see `compress`.
+    rounds: static.
+
+  Returns:
+    (float32[K, D], float32[rounds]): sum_i log sum_k exp(x_i . m_k / lam),
+    which no round lowers.
+  """
+
+  def step(bases, _):
+    # No order hangs on a round, so a faster product may do.
+    share, objective = responsibilities(
+      x, bases, lam=lam, precision=jax.lax.Precision.HIGH
+    )
+    pulled = jnp.matmul(share.T, x, precision=jax.lax.Precision.HIGH)
+    norm = jnp.linalg.norm(pulled, axis=-1, keepdims=True)
+    # Where nothing pulls, any direction is as good: stay.
+    moved = pulled / jnp.where(norm > 0, norm, 1.0)
+    return jnp.where(norm > 0, moved, bases), objective
+
+  return jax.lax.scan(step, bases, length=rounds)
+
+
+def responsibilities(x, bases, *, lam, precision=jax.lax.Precision.HIGHEST):
+  """Returns float32[N, K], rows summing to 1, and the objective float32[]."""
+  logits = jnp.matmul(x, bases.T, precision=precision) / lam
+  objective = jax.nn.logsumexp(logits, axis=-1).sum()
+  return jax.nn.softmax(logits, axis=-1), objective
+
+
+COMPRESSOR = base.Compressor(name="em", function=compress)

@@ -1,0 +1,220 @@
+"""Semantic connected components (LLaVA-Scissor,
+https://arxiv.org/abs/2506.21862).
+
+Tokens of a frame that are linked by cosine similarities above a threshold melt
+into their mean; the means of all frames are linked and melted once more; then
+every token joins its most similar representative. Components need not be
+regions: distant patches may be linked. The share of the largest component is
+`mass.max() / N` of the selection; near 1 it tells of chains of similar tokens
+that swallowed a slow scene.
+
+Differences from the publication, which approximates components by sampling
+and leaves the number of tokens to the threshold: components are exact, and the
+budget is met by cutting spanning trees (`mode="mst"`).
+
+Axes: T frames, P = H*W tokens of a frame, N = T*P, D width, K kept tokens.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from cacovid_jax import errors
+from cacovid_jax.compressors import base, components, directions
+
+_BISECTIONS = 16
+
+
+def compress(
+  features, *, grid, num_keep, text=None, aux=None, rng=None,
+  rounding="exact", mode=None, tau=0.9,
+):  # fmt: skip
+  """Returns the video as its semantic components.
+
+  Args:
+    features: float[N, D] video tokens.
+    grid: static (T, H, W).
+    num_keep: K, static.
+    text: unused.
+    aux: unused.
+    rng: unused.
+    rounding: "exact", or "reference" for the mode "tau" by default.
+    mode: "mst" cuts maximum spanning trees so that K components are left, the
+      same as at a threshold that leaves K; "bisect" looks for the largest
+      threshold that leaves K or more and keeps the K largest components, as
+      does "tau" with the threshold given, which may leave fewer than K.
+    tau: cosine above which tokens are linked; in "mst" the frames' components
+      are those of `tau` while they are K or more, otherwise as many as lie
+      halfway, by ratio, between N and K.
+  """
+  del text, aux, rng
+  if mode is None:
+    mode = "mst" if rounding == "exact" else "tau"
+  if mode == "mst":
+    melted = _by_trees(features, grid, num_keep, tau)
+  elif mode == "tau":
+    melted = _by_threshold(features, grid, tau)
+  elif mode == "bisect":
+    melted = _by_threshold(features, grid, _bisect(features, grid, num_keep))
+  else:
+    raise errors.UserError(
+      f"scissor: unknown mode {mode!r}; use 'mst', 'bisect' or 'tau'"
+    )
+  return _merge(features, *melted, num_keep)
+
+
+def _by_trees(features, grid, num_keep, tau):
+  """Returns what `_by_threshold` does, of exactly K components."""
+  num_frames, area = grid[0], grid[1] * grid[2]
+  num_video = num_frames * area
+  alike = directions.symmetric_cosine(_frames(features, grid))
+  forest = jax.vmap(components.maximum_spanning_forest)(alike)
+  start = jnp.arange(num_frames, dtype=jnp.int32)[:, None] * area
+  forest = components.Forest(
+    (forest.first + start).reshape(-1),
+    (forest.second + start).reshape(-1),
+    forest.weight.reshape(-1),
+  )
+  above = jnp.sum(forest.weight > tau)
+  between = num_video - round(math.sqrt(num_keep * num_video))
+  num_edges = jnp.where(num_video - above >= num_keep, above, between)
+  spatial = components.cut(forest, num_edges)
+  links = _links(alike, _threshold(forest, num_edges, tau))
+  hub = _hubs(links, spatial, grid)
+
+  means = _means(features, spatial, grid)
+  valid = spatial == jnp.arange(num_video)
+  alike = directions.symmetric_cosine(means)
+  forest = components.maximum_spanning_forest(alike, valid)
+  num_edges = valid.sum() - num_keep
+  label = components.cut(forest, num_edges)
+  threshold = _threshold(forest, num_edges, tau)
+  degree = jnp.sum(_links(alike, threshold) & valid[None, :], axis=-1)
+  return means, spatial, hub, label, degree
+
+
+def _by_threshold(features, grid, tau):
+  """Links and melts tokens within frames, then the means of all frames.
+
+  Returns:
+    float32[N, D] means of the frames' components, each in the slot of its
+    first token; int32[N] that slot for each token; int32[N] hub of the
+    component in each slot, the token with the most links, N where there is
+    none; int32[N] component that each slot belongs to, by its first slot;
+    int32[N] how many other slots each is linked to.
+  """
+  area = grid[1] * grid[2]
+  alike = directions.symmetric_cosine(_frames(features, grid))
+  links = _links(alike, tau)
+  start = jnp.arange(grid[0], dtype=jnp.int32)[:, None] * area
+  spatial = jax.vmap(components.connected_components)(links) + start
+  spatial = spatial.reshape(-1)
+  hub = _hubs(links, spatial, grid)
+
+  means = _means(features, spatial, grid)
+  valid = spatial == jnp.arange(spatial.shape[0])
+  links = _links(directions.symmetric_cosine(means), tau)
+  links &= valid[:, None] & valid[None, :]
+  label = components.connected_components(links)
+  return means, spatial, hub, label, jnp.sum(links, axis=-1)
+
+
+def _bisect(features, grid, num_keep):
+  """Returns float32[], close to the largest tau that leaves K components."""
+
+  def halve(_, bounds):
+    low, high = bounds
+    tau = (low + high) / 2
+    _, spatial, _, label, _ = _by_threshold(features, grid, tau)
+    slot = jnp.arange(spatial.shape[0])
+    enough = jnp.sum((spatial == slot) & (label == slot)) >= num_keep
+    # At the upper end there are always enough: at 1 every token is alone.
+    return jnp.where(enough, low, tau), jnp.where(enough, tau, high)
+
+  bounds = jnp.float32(-1.0), jnp.float32(1.0)
+  return jax.lax.fori_loop(0, _BISECTIONS, halve, bounds)[1]
+
+
+def _merge(features, means, spatial, hub, label, degree, num_keep):
+  """Returns the selection once every token joined its representative."""
+  num_video = features.shape[0]
+  slot = jnp.arange(num_video, dtype=jnp.int32)
+  # Size of each component in tokens, largest first; the first among equals.
+  size = jnp.zeros([num_video], jnp.int32).at[label[spatial]].add(1)
+  size, root = jax.lax.top_k(size, num_keep)
+  num_valid = jnp.sum(size > 0)
+  root = jnp.where(size > 0, root, num_video)
+  row = jnp.full([num_video], num_keep, jnp.int32)
+  row = row.at[root].set(slot[:num_keep], mode="drop")
+  row = jnp.where(spatial == slot, row[label], num_keep)
+
+  # A component stands where its hub stands: that of the slot with most links.
+  place = components.best_member(degree, row, num_keep, tie=hub)
+  index = jnp.append(hub, num_video)[place]
+  order = jnp.argsort(index)
+  index = index[order]
+  row = jnp.append(jnp.argsort(order).astype(jnp.int32), num_keep)[row]
+
+  # Equal votes: a large and a small component of a frame count the same.
+  own = components.segment_mean(means, row, num_keep)
+  alike = directions.cosine(features.astype(own.dtype), own)
+  alike = jnp.where(slot[:num_keep] < num_valid, alike, -jnp.inf)
+  assign = jnp.argmax(alike, axis=-1).astype(jnp.int32)
+  count = base.segment_count(assign, num_keep)
+  total = own + base.segment_sum(features, assign, num_keep)
+  rows = (total / (1.0 + count)[:, None]).astype(features.dtype)
+  return base.arrange(rows, index, assign, num_valid)
+
+
+def _frames(features, grid):
+  return features.reshape(grid[0], grid[1] * grid[2], -1)
+
+
+def _links(alike, threshold):
+  """Returns bool[..., n, n], True between tokens that are linked."""
+  return (alike > threshold) & ~jnp.eye(alike.shape[-1], dtype=bool)
+
+
+def _threshold(forest, num_edges, tau):
+  """Returns a threshold whose components are those of the cut forest.
+
+  That is `tau` where it is one, else the strongest similarity cut. Where that
+  one equals a similarity that was kept, no threshold gives the same
+  components, and it serves only to count links.
+  """
+  weight = jnp.sort(forest.weight)[::-1]
+  weight = jnp.concatenate(
+    [jnp.array([jnp.inf]), weight, jnp.array([-jnp.inf])]
+  )
+  num_edges = jnp.minimum(num_edges, jnp.sum(forest.weight > -jnp.inf))
+  kept, removed = weight[num_edges], weight[num_edges + 1]
+  return jnp.where((removed <= tau) & (tau < kept), tau, removed)
+
+
+def _hubs(links, spatial, grid):
+  """Returns int32[N], in a component's first slot, its most linked token."""
+  degree = jnp.sum(links, axis=-1).reshape(-1)
+  return components.best_member(degree, spatial, spatial.shape[0])
+
+
+def _means(features, spatial, grid):
+  """Returns float32[N, D] means of components within frames, by first slot."""
+  num_frames, area = grid[0], grid[1] * grid[2]
+  start = jnp.arange(num_frames, dtype=jnp.int32)[:, None] * area
+  local = spatial.reshape(num_frames, area) - start
+  means = jax.vmap(components.segment_mean, in_axes=(0, 0, None))(
+    _frames(features, grid), local, area
+  )
+  return means.reshape(num_frames * area, -1)
+
+
+def reference_rows(grid, ratio, **options) -> int:
+  """Returns the most rows that a threshold leaves: those of the budget."""
+  del options
+  return base.budget(grid, ratio)
+
+
+COMPRESSOR = base.Compressor(
+  name="scissor", function=compress, reference_rows=reference_rows
+)
