@@ -112,3 +112,20 @@ def ratio_of(grid: tuple[int, int, int], num_keep: int) -> float:
   while selection.num_keep(grid, ratio) < num_keep:
     ratio *= 1.0 + 1e-15
   return ratio
+
+
+COMPRESSORS = (
+  base.Compressor(
+    name="cacovid", function=compress, needs=frozenset(["scores"])
+  ),
+  base.Compressor(
+    name="cacovid_untrained",
+    function=compress_untrained,
+    needs=frozenset(["untrained_scores"]),
+  ),
+  base.Compressor(
+    name="cacovid_other_question",
+    function=compress_other_question,
+    needs=frozenset(["other_scores"]),
+  ),
+)

@@ -37,3 +37,6 @@ def compress(
 def peaks(features, *, num_keep):
   """Returns int32[k] rows of features f[n, D] with the largest rho * delta."""
   return diversity.density_peaks(features, num_keep)
+
+
+COMPRESSOR = base.Compressor(name="density_peaks", function=compress)

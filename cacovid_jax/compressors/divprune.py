@@ -76,3 +76,6 @@ def max_min_subset(features: jax.Array, *, num_keep: int) -> jax.Array:
   best = jnp.full([num_tokens], jnp.inf, jnp.float32)
   picked, _, _ = jax.lax.fori_loop(1, num_keep, pick, (picked, best, first))
   return picked
+
+
+COMPRESSOR = base.Compressor(name="divprune", function=compress)

@@ -32,3 +32,8 @@ def compress(
       f" {num_layers - 1}"
     )
   return base.take_top(features, aux.attention[layer], num_keep)
+
+
+COMPRESSOR = base.Compressor(
+  name="last_query", function=compress, needs=frozenset(["attention"])
+)

@@ -39,3 +39,11 @@ def spread(members, num_members, count):
   total = jnp.maximum(num_members, 1)
   step = (rank + 1) * count // total > rank * count // total
   return members & step
+
+
+COMPRESSOR = base.Compressor(
+  name="decisive_boxes",
+  function=decisive_boxes,
+  needs=frozenset(["decisive"]),
+  oracle=True,
+)

@@ -10,3 +10,6 @@ def compress(features, *, grid, num_keep, text=None, aux=None, rng=None):
   del grid, text, aux
   order = jax.random.permutation(rng, features.shape[0])
   return base.take(features, order[:num_keep])
+
+
+COMPRESSOR = base.Compressor(name="random", function=compress, stochastic=True)

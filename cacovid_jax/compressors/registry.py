@@ -1,9 +1,16 @@
-"""Names and options of compressors -> `Compressor`."""
+"""Names and options of compressors -> the method.
+
+A module of this package offers its methods in a variable: `COMPRESSOR` for the
+one that is called like the module, `COMPRESSORS` for several. A method is a
+`base.Compressor`, or an object that acts inside the language model; here it is
+enough that it has `name`, `needs`, `stochastic`, `options`, `oracle`,
+`known_options` and `with_options`. Modules are imported when they are asked
+for.
+"""
 
 import ast
-import dataclasses
 import difflib
-import functools
+import importlib
 import importlib.util
 import inspect
 import os
@@ -11,67 +18,45 @@ from typing import Any
 from urllib import parse as url_parse
 
 from cacovid_jax import errors
-from cacovid_jax.compressors import (
-  base,
-  cacovid,
-  density_peaks,
-  divprune,
-  last_query,
-  oracle,
-  random,
-  uniform,
-)
+from cacovid_jax.compressors import base
 
-# Parameters of the interface; whatever else a function takes is an option.
-_INTERFACE = frozenset(
-  ["features", "grid", "num_keep", "text", "aux", "rng", "ratio"]
-)
-
-_COMPRESSORS = {
-  compressor.name: compressor
-  for compressor in [
-    base.Compressor(
-      name="cacovid",
-      function=cacovid.compress,
-      needs=frozenset(["scores"]),
-    ),
-    base.Compressor(
-      name="cacovid_untrained",
-      function=cacovid.compress_untrained,
-      needs=frozenset(["untrained_scores"]),
-    ),
-    base.Compressor(
-      name="cacovid_other_question",
-      function=cacovid.compress_other_question,
-      needs=frozenset(["other_scores"]),
-    ),
-    base.Compressor(name="random", function=random.compress, stochastic=True),
-    base.Compressor(name="uniform", function=uniform.compress),
-    base.Compressor(
-      name="last_query",
-      function=last_query.compress,
-      needs=frozenset(["attention"]),
-    ),
-    base.Compressor(name="divprune", function=divprune.compress),
-    base.Compressor(name="density_peaks", function=density_peaks.compress),
-    base.Compressor(
-      name="decisive_boxes",
-      function=oracle.decisive_boxes,
-      needs=frozenset(["decisive"]),
-      oracle=True,
-    ),
-  ]
+# In the order of tables. Values are modules of this package.
+_METHODS = {
+  "cacovid": "cacovid",
+  "random": "random",
+  "uniform": "uniform",
+  "evs": "evs",
+  "vidcom2": "vidcom2",
+  "fastv": "fastv",
+  "visionzip": "visionzip",
+  "divprune": "divprune",
+  "prunevid": "prunevid",
+  "framefusion": "framefusion",
+  "holitom": "holitom",
+  "fastvid": "fastvid",
+  "flashvid": "flashvid",
+  "unicomp": "unicomp",
+  "floc": "floc",
+  "scissor": "scissor",
+  "dyto": "dyto",
+  "em": "em",
+  "vqtoken": "vqtoken",
+  "last_query": "last_query",
+  "density_peaks": "density_peaks",
+  "cacovid_untrained": "cacovid",
+  "cacovid_other_question": "cacovid",
 }
+_ORACLES = {"decisive_boxes": "oracle"}
 
 
 def names() -> tuple[str, ...]:
   """Returns the methods that `get` knows; oracles are not methods."""
-  return tuple(name for name, c in _COMPRESSORS.items() if not c.oracle)
+  return tuple(_METHODS)
 
 
 def oracles() -> tuple[str, ...]:
   """Returns the rules that know where the answer lies; `get` builds them."""
-  return tuple(name for name, c in _COMPRESSORS.items() if c.oracle)
+  return tuple(_ORACLES)
 
 
 def parse(spec: str) -> tuple[str, dict[str, Any]]:
@@ -92,14 +77,17 @@ def parse(spec: str) -> tuple[str, dict[str, Any]]:
   return name, options
 
 
-def get(spec: str, **options) -> base.Compressor:
-  """Returns the compressor called `spec`, with `options` set.
+def get(spec: str, exact_budget: bool = True, **options):
+  """Returns the method called `spec`, with `options` set.
 
   Args:
     spec: a known name, or `path/file.py:attribute` for one's own, optionally
       followed by `?option=value&...`. The attribute is a `Compressor`, or a
       function with the interface of `Compressor.compress`; a function may say
-      what it reads by attributes `needs` and `stochastic`.
+      what it reads by attributes `needs` and `stochastic`, and by
+      `reference_rows` how many tokens it keeps without exact budget.
+    exact_budget: False to round budgets as the method's own publication does;
+      an option of that name in `spec` says the same.
     **options: keyword options of the method; they win over those in `spec`.
 
   Raises:
@@ -107,10 +95,16 @@ def get(spec: str, **options) -> base.Compressor:
   """
   name, parsed = parse(spec)
   options = {**parsed, **options}
+  for exact in (exact_budget, options.get("exact_budget", True)):
+    if not isinstance(exact, bool):
+      raise errors.UserError(
+        f"method {name!r}: exact_budget is {exact!r}; give True or False"
+      )
+  exact_budget = options.pop("exact_budget", True) and exact_budget
   if ".py:" in name:
-    compressor = _load(name)
-  elif name in _COMPRESSORS:
-    compressor = _COMPRESSORS[name]
+    method = _load(name)
+  elif name in _METHODS or name in _ORACLES:
+    method = _known(name)
   else:
     close = difflib.get_close_matches(name, names(), n=1)
     hint = f"did you mean {close[0]}? " if close else ""
@@ -118,20 +112,27 @@ def get(spec: str, **options) -> base.Compressor:
       f"unknown method {name!r}; {hint}known: {', '.join(names())}, or"
       " your own as path/file.py:function"
     )
-  if not options:
-    return compressor
-  known = set(inspect.signature(compressor.function).parameters) - _INTERFACE
+  known = method.known_options
   for key in options:
     if key not in known:
-      listed = ", ".join(sorted(known)) or "none"
       raise errors.UserError(
-        f"method {name!r} has no option {key!r}; known options: {listed}"
+        f"method {name!r} has no option {key!r}; known options:"
+        f" {', '.join(known) or 'none'}"
       )
-  return dataclasses.replace(
-    compressor,
-    function=functools.partial(compressor.function, **options),
-    options={**compressor.options, **options},
+  if not exact_budget:
+    return method.with_options(exact_budget=False, **options)
+  return method.with_options(**options) if options else method
+
+
+def _known(name: str):
+  module = importlib.import_module(
+    f"cacovid_jax.compressors.{(_METHODS | _ORACLES)[name]}"
   )
+  several = getattr(module, "COMPRESSORS", None)
+  for method in several or [module.COMPRESSOR]:
+    if method.name == name:
+      return method
+  raise ValueError(f"{module.__name__} offers no method called {name}")
 
 
 def _load(spec: str) -> base.Compressor:
@@ -169,4 +170,5 @@ def _load(spec: str) -> base.Compressor:
     function=found,
     needs=frozenset(getattr(found, "needs", ())),
     stochastic=bool(getattr(found, "stochastic", False)),
+    reference_rows=getattr(found, "reference_rows", None),
   )

@@ -21,3 +21,6 @@ def compress(features, *, grid, num_keep, text=None, aux=None, rng=None):
   del grid, text, aux, rng
   index = positions(features.shape[0], num_keep)
   return base.take(features, jnp.asarray(index))
+
+
+COMPRESSOR = base.Compressor(name="uniform", function=compress)
