@@ -105,7 +105,7 @@ def run(kind, compressor, inputs, ratio, eos_ids=(), **kwargs):
     )
   return function(
     params_of(kind),
-    *map(jnp.asarray, inputs),
+    *jax.tree.map(jnp.asarray, inputs),
     model=model_of(kind),
     compressor=compressor,
     grid=GRID,
