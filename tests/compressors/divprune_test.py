@@ -19,7 +19,7 @@ def test_distances_held_or_not_give_the_same_picks(scope):
       for distances in ["auto", "matrix", "rows"]
     ]
 
-  run = jax.jit(picks)
+  run = selections.compiled(picks)
   for features in [selections.video("random", seed) for seed in range(20)]:
     auto, matrix, rows = run(features)
     np.testing.assert_array_equal(matrix, rows)
@@ -80,3 +80,7 @@ def test_unknown_distances_are_one_line():
     compressors.get("divprune", distances="all").compress(
       selections.video("random"), grid=selections.GRID, num_keep=3
     )
+
+
+def test_it_can_be_made_for_a_tpu():
+  selections.check_lowers_for_tpu(compressors.get("divprune"), 11)

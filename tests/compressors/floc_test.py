@@ -44,7 +44,7 @@ def plain_greedy(gain, num_keep):
 
 
 def greedy(num_keep, grid=GRID, **options):
-  return jax.jit(
+  return selections.compiled(
     functools.partial(floc.greedy, num_keep=num_keep, grid=grid, **options)
   )
 
@@ -57,7 +57,7 @@ def window_of(windows, grid=GRID):
 
 
 def test_200_instances_reach_the_bound_of_the_best_subset():
-  pick = jax.jit(
+  pick = selections.compiled(
     jax.vmap(lambda x: floc.greedy(x, 3, grid=(1, 1, 10), block=4))
   )
   rng = np.random.default_rng(0)
@@ -200,7 +200,7 @@ def test_question_weights_move_the_picks():
   method = compressors.get("floc", question_temperature=0.1)
   assert method.needs == {"text"} and method.sees_question
   assert not compressors.get("floc").sees_question
-  out = jax.jit(
+  out = selections.compiled(
     lambda x, text: method.compress(x, grid=GRID, num_keep=5, text=text)
   )(features, text)
   np.testing.assert_array_equal(out.index, np.sort(picked))
@@ -220,7 +220,9 @@ def test_selection_of_any_video(kind, num_keep):
 @functools.cache
 def compressed(num_keep, grid=GRID, **options):
   method = compressors.get("floc", **options)
-  return jax.jit(lambda x: method.compress(x, grid=grid, num_keep=num_keep))
+  return selections.compiled(
+    lambda x: method.compress(x, grid=grid, num_keep=num_keep)
+  )
 
 
 def test_tokens_are_assigned_to_the_pick_they_resemble_most():
@@ -292,3 +294,7 @@ def test_weights_without_a_question_are_refused():
     compressors.get("floc", question_temperature=0.1).compress(
       selections.video("random"), grid=GRID, num_keep=3, aux=base.Aux()
     )
+
+
+def test_it_can_be_made_for_a_tpu():
+  selections.check_lowers_for_tpu(compressors.get("floc"), 11)

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 
 from cacovid_jax.compressors import greedy_kernel
+from tests.compressors import selections
 
-kernel = jax.jit(
+kernel = selections.compiled(
   functools.partial(greedy_kernel.max_min_picks, interpret=True),
   static_argnums=2,
 )
 
 
-@functools.partial(jax.jit, static_argnums=2)
+@functools.partial(selections.compiled, static_argnums=2)
 def loop(distances, first, num_keep):
   return greedy_kernel.max_min_loop(
     lambda item: distances[item], first, len(distances), num_keep

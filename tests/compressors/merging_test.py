@@ -14,7 +14,7 @@ from cacovid_jax.policy import buckets, selection
 from tests.compressors import selections
 
 GRID, NUM_VIDEO = selections.GRID, selections.NUM_VIDEO
-fold = jax.jit(merging.fold, static_argnames="weighted")
+fold = selections.compiled(merging.fold, static_argnames="weighted")
 
 
 class Scores(NamedTuple):
@@ -123,7 +123,7 @@ def test_the_policy_variants_merge_what_they_drop(name, field):
   features = selections.video("random", 7)
   aux = base.Aux(**{field: scores_of(7)})
   rules = [compressors.get(name), compressors.get(name, merge="nearest")]
-  plain, merged = jax.jit(
+  plain, merged = selections.compiled(
     lambda x, aux: [
       rule.compress(x, grid=GRID, num_keep=9, aux=aux) for rule in rules
     ]
@@ -141,13 +141,13 @@ def test_merging_in_a_bucket_equals_merging_alone():
   features, scores = selections.video("random", 8, grid), scores_of(8, grid)
   num_keep = selection.num_keep(grid, ratio)
   rule = compressors.get("cacovid", merge="nearest")
-  alone = jax.jit(
+  alone = selections.compiled(
     lambda x, aux: rule.compress(
       x, grid=grid, num_keep=num_keep, aux=aux, ratio=ratio
     )
   )(features, base.Aux(scores=scores))
   behind = NUM_VIDEO - num_video
-  out = jax.jit(
+  out = selections.compiled(
     lambda features, budget, aux: cacovid.compress_in_bucket(
       features, budget, aux=aux, merge="nearest"
     )

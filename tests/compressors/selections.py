@@ -10,6 +10,26 @@ WIDTH = 8
 KINDS = ("random", "zeros", "identical_frames", "identical_tokens", "one_zero")
 
 
+def compiled(function, **options):
+  """Returns the jitted function, compiled in less time than usual on CPU."""
+  # Compiling takes most of a test's time, and little of it must be fast.
+  quickly = {"xla_backend_optimization_level": 0}
+  return jax.jit(
+    function,
+    compiler_options=quickly if jax.default_backend() == "cpu" else None,
+    **options,
+  )
+
+
+def check_lowers_for_tpu(compressor, num_keep, aux=None, grid=GRID):
+  """Asserts that the program can be made for a TPU, on any machine."""
+  jax.jit(
+    lambda features, aux: compressor.compress(
+      features, grid=grid, num_keep=num_keep, aux=aux
+    )
+  ).trace(video("random", grid=grid), aux).lower(lowering_platforms=("tpu",))
+
+
 def check(out, num_video, num_keep):
   """Asserts the contract of a selection with an exact budget."""
   index, assign = np.asarray(out.index), np.asarray(out.assign)
@@ -61,11 +81,11 @@ def check_batch_and_compilations(compressor, num_keep, aux_of=None, grid=GRID):
 
   kinds = ["random", "scenes", "identical_frames", "zeros"] * 2
   inputs = [(video(k, i, grid), aux_of(i)) for i, k in enumerate(kinds)]
-  single = jax.jit(one)
+  single = compiled(one)
   alone = [single(*each) for each in inputs]
   assert single._cache_size() == 1
   batch = jax.tree.map(lambda *x: jnp.stack(x), *inputs)
-  together = jax.jit(jax.vmap(one))(*batch)
+  together = compiled(jax.vmap(one))(*batch)
   for i, out in enumerate(alone):
     for name, value in out._asdict().items():
       np.testing.assert_allclose(
