@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cacovid_jax import errors
-from cacovid_jax.compressors import budgets, in_llm
+from cacovid_jax.compressors import budgets, in_llm, prompt_rows
 from cacovid_jax.models import attention, qwen2
 
 MODES = ("exact-mask", "bucketed")
@@ -187,8 +187,8 @@ def _prefill_exactly(rule, model, params, rows, *, grid, ratio, new_rows):
   (rows, state), (keys, values, lengths, counts) = jax.lax.scan(
     block, (rows, state), jnp.arange(stages.num_layers)
   )
-  cache = in_llm.with_room(qwen2.Cache(keys, values, lengths), new_rows)
-  logits = in_llm.last_logits(model, params, rows.x, rows.lengths)
+  cache = prompt_rows.with_room(qwen2.Cache(keys, values, lengths), new_rows)
+  logits = prompt_rows.last_logits(model, params, rows.x, rows.lengths)
   most = rule._most(stages.num_layers, math.prod(grid), ratio)
   return logits, (cache,), _trace(rows, state, counts, most)
 
@@ -267,8 +267,8 @@ def _rest(
     rows = rows._replace(x=x)
     caches.append(qwen2.Cache(keys, values, rows.lengths))
   counts += [rows.count] * (num_layers - last_stage)
-  caches = tuple(in_llm.with_room(cache, new_rows) for cache in caches)
-  logits = in_llm.last_logits(model, params, rows.x, rows.lengths)
+  caches = tuple(prompt_rows.with_room(cache, new_rows) for cache in caches)
+  logits = prompt_rows.last_logits(model, params, rows.x, rows.lengths)
   return logits, caches, _trace(rows, state, jnp.stack(counts), most)
 
 
@@ -305,25 +305,27 @@ def _stage(stages, rows, state, attended, number):
 
   Args:
     stages: `_Stages`.
-    rows: `in_llm.Rows`; as many come back, the gone ones as padding.
+    rows: `prompt_rows.Rows`; as many come back, the gone ones as padding.
     state: `State`, with the tokens of layers 0 to `number` - 1 spent.
     attended: float32[B, R] attention of each prompt's last token in the layer
       before; None at stage 0.
     number: int or int32[], which stage.
   """
   size, num_video = rows.index.shape[1], math.prod(stages.grid)
-  video = in_llm.video_rows(rows.x, rows.video_start, size)
+  video = prompt_rows.video_rows(rows.x, rows.video_start, size)
   if attended is None:
     paid = jnp.zeros(rows.index.shape, jnp.float32)
   else:
-    paid = in_llm.video_rows(attended, rows.video_start, size)
+    paid = prompt_rows.video_rows(attended, rows.video_start, size)
   one = functools.partial(_stage_of_one, stages, number=number)
   merged, survives, state = jax.vmap(one)(
     video, rows.index, rows.count, paid, state
   )
-  x = in_llm.write_rows(rows.x, rows.video_start, merged)
+  x = prompt_rows.write_rows(rows.x, rows.video_start, merged)
   kept, count = jax.vmap(lambda s: in_llm.compact(s, size))(survives)
-  _, rows = in_llm.take(rows._replace(x=x), kept, count, num_video=num_video)
+  _, rows = prompt_rows.take(
+    rows._replace(x=x), kept, count, num_video=num_video
+  )
   return rows, state
 
 

@@ -24,36 +24,8 @@ import jax
 import jax.numpy as jnp
 
 from cacovid_jax import errors
-from cacovid_jax.compressors import base, budgets
-from cacovid_jax.models import attention, generation, pruning, qwen2
-
-
-class Rows(NamedTuple):
-  """B prompts somewhere between two layers.
-
-  Prompts are prefix text, video, suffix text, padding. Video rows that are
-  valid come first among the n; of the others, `index` is N.
-
-  Attributes:
-    x: float[B, R, D] residual stream.
-    positions: int32[B, P, R]; tokens keep those of the whole prompt.
-    lengths: int32[B] rows without padding.
-    video_start: int32[B] first row of the video.
-    index: int32[B, n] token of the whole video behind each video row.
-    row: int32[B, n] row of the selection that entered the model.
-    count: int32[B] valid video rows.
-    entered: `base.Selection` that entered the model, leading axis B; None if
-      that was the whole video.
-  """
-
-  x: jax.Array
-  positions: jax.Array
-  lengths: jax.Array
-  video_start: jax.Array
-  index: jax.Array
-  row: jax.Array
-  count: jax.Array
-  entered: base.Selection | None = None
+from cacovid_jax.compressors import base, budgets, prompt_rows
+from cacovid_jax.models import attention, generation, qwen2
 
 
 class Seen(NamedTuple):
@@ -66,8 +38,8 @@ class Seen(NamedTuple):
     video_start: int32[].
     attention: float32[n] paid to the video rows in the layer before.
     mask: bool[n] valid video rows, a prefix.
-    index: int32[n], see `Rows`.
-    row: int32[n], see `Rows`.
+    index: int32[n], see `prompt_rows.Rows`.
+    row: int32[n], see `prompt_rows.Rows`.
     entered: `base.Selection` or None.
   """
 
@@ -206,7 +178,14 @@ class InLLM(abc.ABC):
     return steps[-1][1] if steps else num_video
 
   def prefill(
-    self, model, params, rows: Rows, *, grid, ratio: float, new_rows: int
+    self,
+    model,
+    params,
+    rows: prompt_rows.Rows,
+    *,
+    grid,
+    ratio: float,
+    new_rows: int,
   ):
     """Returns (logits, caches, trace) after reading the prompts.
 
@@ -248,17 +227,19 @@ class InLLM(abc.ABC):
       keep = min(keep, rows.index.shape[1])
       step = functools.partial(self.step, layer=layer, keep=keep, grid=grid)
       kept, count = jax.vmap(step)(see(rows, attended))
-      taken, rows = take(rows, kept, count, num_video=num_video)
+      taken, rows = prompt_rows.take(rows, kept, count, num_video=num_video)
       if self.drop_from_caches:
-        caches = [_drop(cache, taken, rows.lengths) for cache in caches]
+        caches = [
+          prompt_rows.drop(cache, taken, rows.lengths) for cache in caches
+        ]
     trace = Trace(
       index=rows.index,
       mask=jnp.arange(rows.index.shape[1])[None] < rows.count[:, None],
       tokens=jnp.stack(tokens, axis=1).astype(jnp.float32),
     )
     return (
-      last_logits(model, params, rows.x, rows.lengths),
-      tuple(with_room(cache, new_rows) for cache in caches),
+      prompt_rows.last_logits(model, params, rows.x, rows.lengths),
+      tuple(prompt_rows.with_room(cache, new_rows) for cache in caches),
       trace,
     )
 
@@ -433,7 +414,7 @@ def enter(
   num_layers,
   text=None,
   rngs=None,
-) -> Rows:
+) -> prompt_rows.Rows:
   """Returns the prompts with the video tokens that enter the model.
 
   Arguments are those of `generate`.
@@ -446,7 +427,7 @@ def enter(
   every = jnp.broadcast_to(
     jnp.arange(num_video, dtype=jnp.int32), (batch, num_video)
   )
-  rows = Rows(
+  rows = prompt_rows.Rows(
     x=x,
     positions=positions,
     lengths=jnp.asarray(lengths, jnp.int32),
@@ -479,23 +460,25 @@ def enter(
     )
 
   selection = jax.vmap(choose)(
-    video_rows(x, rows.video_start, num_video), text, aux, rngs
+    prompt_rows.video_rows(x, rows.video_start, num_video), text, aux, rngs
   )
   count = selection.mask.sum(axis=1).astype(jnp.int32)
-  _, rows = take(rows, selection.index, count, num_video=num_video)
+  _, rows = prompt_rows.take(rows, selection.index, count, num_video=num_video)
   # A method may have changed the rows that it keeps (merged tokens).
   valid = selection.mask[..., None]
-  kept = video_rows(rows.x, rows.video_start, selection.index.shape[1])
+  kept = prompt_rows.video_rows(
+    rows.x, rows.video_start, selection.index.shape[1]
+  )
   kept = jnp.where(valid, selection.features.astype(x.dtype), kept)
   own = jnp.arange(selection.index.shape[1], dtype=jnp.int32)
   return rows._replace(
-    x=write_rows(rows.x, rows.video_start, kept),
+    x=prompt_rows.write_rows(rows.x, rows.video_start, kept),
     row=jnp.broadcast_to(own, selection.index.shape),
     entered=selection,
   )
 
 
-def see(rows: Rows, attended) -> Seen:
+def see(rows: prompt_rows.Rows, attended) -> Seen:
   """Returns what a rule sees, leading axis B, given float32[B, R] attention."""
   size = rows.index.shape[1]
   return Seen(
@@ -503,65 +486,11 @@ def see(rows: Rows, attended) -> Seen:
     positions=rows.positions,
     length=rows.lengths,
     video_start=rows.video_start,
-    attention=video_rows(attended, rows.video_start, size),
+    attention=prompt_rows.video_rows(attended, rows.video_start, size),
     mask=jnp.arange(size)[None] < rows.count[:, None],
     index=rows.index,
     row=rows.row,
     entered=rows.entered,
-  )
-
-
-def take(rows: Rows, kept, count, *, num_video):
-  """Returns (taken int32[B, R'], rows) with only some of the video rows.
-
-  Args:
-    rows: the prompts.
-    kept: int32[B, k] video rows, ascending in 0..n-1 over the first `count`.
-    count: int32[B].
-    num_video: N, the index of padding.
-
-  `taken` are the rows that went on, of `rows`.
-  """
-  size = kept.shape[1]
-  out_length = rows.x.shape[1] - rows.index.shape[1] + size
-
-  def one(x, positions, length, start, index, row, before, kept, count):
-    taken, new_length = pruning.pruned_rows(
-      kept,
-      count,
-      video_start=start,
-      num_video=before,
-      length=length,
-      out_length=out_length,
-    )
-    valid = jnp.arange(size) < count
-    return (
-      taken,
-      x[taken],
-      positions[:, taken],
-      new_length,
-      jnp.where(valid, jnp.take(index, kept, mode="clip"), num_video),
-      jnp.where(valid, jnp.take(row, kept, mode="clip"), num_video),
-    )
-
-  taken, x, positions, lengths, index, row = jax.vmap(one)(
-    rows.x,
-    rows.positions,
-    rows.lengths,
-    rows.video_start,
-    rows.index,
-    rows.row,
-    rows.count,
-    kept,
-    count,
-  )
-  return taken, rows._replace(
-    x=x,
-    positions=positions,
-    lengths=lengths,
-    index=index,
-    row=row,
-    count=count,
   )
 
 
@@ -666,46 +595,6 @@ def token_layers(num_layers: int, num_video: int, ratio: float) -> int:
   # The decimal number that was written, not its nearest binary fraction.
   exact = fractions.Fraction(str(base.check_ratio(ratio)))
   return math.floor(exact * num_layers * num_video)
-
-
-def video_rows(x, start, size: int):
-  """Returns [B, size, ...] rows of x [B, R, ...], from `start` int32[B] on."""
-  return jax.vmap(
-    lambda x, start: jax.lax.dynamic_slice_in_dim(x, start, size)
-  )(x, start)
-
-
-def write_rows(x, start, rows):
-  """Returns x [B, R, ...] with `rows` [B, n, ...] from `start` int32[B] on."""
-  return jax.vmap(
-    lambda x, rows, start: jax.lax.dynamic_update_slice_in_dim(
-      x, rows, start, axis=0
-    )
-  )(x, rows, start)
-
-
-def last_logits(model, params, x, lengths):
-  """Returns float32[B, V] behind each prompt's last valid row."""
-  last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
-  return model.end(params, last[:, 0])
-
-
-def with_room(cache: qwen2.Cache, new_rows: int) -> qwen2.Cache:
-  """Returns the cache with room for more tokens."""
-  room = [(0, 0), (0, 0), (0, new_rows), (0, 0), (0, 0)]
-  return cache._replace(
-    keys=jnp.pad(cache.keys, room), values=jnp.pad(cache.values, room)
-  )
-
-
-def _drop(cache: qwen2.Cache, taken, lengths) -> qwen2.Cache:
-  """Returns the cache with only the rows `taken` int32[B, R']."""
-  place = taken[None, :, :, None, None]
-  return qwen2.Cache(
-    keys=jnp.take_along_axis(cache.keys, place, axis=2),
-    values=jnp.take_along_axis(cache.values, place, axis=2),
-    lengths=lengths,
-  )
 
 
 def _look(kind: str, text_start, num_behind: int):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -556,3 +557,64 @@ def test_prompts_without_room_for_the_video():
       fastv(), x, jnp.zeros((1, 1, 20), jnp.int32), [20], [0],
       grid=GRID, ratio=0.5, num_layers=LAYERS,
     )  # fmt: skip
+
+
+def test_a_rule_of_ones_own_is_selected_by_its_file(tmp_path):
+  path = tmp_path / "mine.py"
+  path.write_text(
+    textwrap.dedent("""
+    import dataclasses
+    import jax.numpy as jnp
+    from cacovid_jax.compressors import in_llm
+
+    @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+    class FirstOnes(in_llm.InLLM):
+      layer: int = 1
+
+      def plan(self, num_layers, num_video, ratio):
+        return [(self.layer, 4)]
+
+      def minimum_ratio(self, num_layers, num_video):
+        return 0.0
+
+      def step(self, seen, *, layer, keep, grid):
+        return jnp.arange(keep), jnp.int32(keep)
+
+    FIRST = FirstOnes(name="first_ones")
+    """)
+  )
+  method = compressors.get(f"{path}:FIRST?layer=3")
+  _, trace = run("llava", method, prompts("llava"), 0.5)
+  np.testing.assert_array_equal(trace.index, [[0, 1, 2, 3]] * 2)
+  np.testing.assert_array_equal(trace.tokens, [[24, 24, 24, 4, 4]] * 2)
+  with pytest.raises(errors.UserError, match="no option 'speed'; .*: layer"):
+    compressors.get(f"{path}:FIRST?speed=3")
+
+
+@pytest.mark.parametrize(
+  "spec", ["fastv", "framefusion", "prunevid?llm_stage=True", "flashvid"]
+)
+def test_released_sizes_have_the_planned_shapes(spec):
+  # LLaVA-OneVision-7B at 32 frames, by shapes alone.
+  config = llava_onevision.LlavaOnevisionConfig.llava_onevision_7b()
+  model = llava_onevision.LlavaOnevisionModel(config, jnp.bfloat16)
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  shape = jax.ShapeDtypeStruct
+  rows, number = 6272 + 64, shape((2,), jnp.int32)
+  aux = base.Aux(vision_attention=shape((2, 6272), jnp.float32))
+  method = compressors.get(spec)
+  ids, trace = jax.eval_shape(
+    functools.partial(
+      in_llm.generate, model,
+      compressor=method, grid=(32, 14, 14), ratio=0.25,
+      max_new_tokens=16, eos_ids=(1,), pad_id=0,
+    ),
+    params,
+    x=shape((2, rows, 3584), jnp.bfloat16),
+    positions=shape((2, 1, rows), jnp.int32),
+    lengths=number, video_start=number, next_positions=number,
+    aux=aux,
+  )  # fmt: skip
+  assert ids.shape == (2, 16)
+  assert trace.index.shape == (2, method.rows((32, 14, 14), 0.25, 28))
+  assert trace.tokens.shape == (2, 28)
