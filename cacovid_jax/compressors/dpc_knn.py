@@ -22,6 +22,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from cacovid_jax.compressors import similarity
 from cacovid_jax.policy import diversity
 
 
@@ -152,17 +153,10 @@ def centres(clusters: Clusters, num_clusters, max_clusters: int):
 def means(x, clusters: Clusters):
   """Returns float32[n, D]: at each centre the mean of its cluster, else 0.
 
-  One matrix product instead of a scatter, so that the order of the sum does
-  not depend on the device.
-
   Args:
     x: float[n, D] points; those that are not there must be finite.
     clusters: clusters of these points, of any number of sets.
   """
   member = clusters.centre[None, :] == jnp.arange(x.shape[0])[:, None]
-  total = jnp.matmul(
-    member.astype(jnp.float32),
-    x.astype(jnp.float32),
-    precision=jax.lax.Precision.HIGHEST,
-  )
+  total = similarity.pooled(x, member)
   return total / jnp.maximum(member.sum(axis=-1, keepdims=True), 1)

@@ -19,8 +19,14 @@ anchors.
 import jax
 import jax.numpy as jnp
 
-from cacovid_jax import errors
-from cacovid_jax.compressors import base, dpc_knn, rows, similarity, windows
+from cacovid_jax.compressors import (
+  base,
+  checks,
+  dpc_knn,
+  rows,
+  similarity,
+  windows,
+)
 from cacovid_jax.policy import diversity
 
 _FALLBACK = (
@@ -62,9 +68,15 @@ def compress(
     num_neighbours: of the density.
   """
   del text, rng
-  _check(
-    num_segments, context_share, anchor_stride, anchor_weight, num_neighbours
-  )
+  for name, value in (
+    ("num_segments", num_segments),
+    ("anchor_stride", anchor_stride),
+    ("num_neighbours", num_neighbours),
+  ):
+    checks.number("fastvid", name, value, 1, whole=True)
+  checks.number("fastvid", "threshold", threshold, -1)
+  checks.number("fastvid", "context_share", context_share, 0, 1)
+  checks.number("fastvid", "anchor_weight", anchor_weight, 0, 1)
   T, H, W = grid
   P = H * W
   share, rest = divmod(num_keep, T)
@@ -169,8 +181,7 @@ def _nearest(features, anchors, segment):
     int32[N], index into `anchors`; A where the segment has none.
   """
   num_video = features.shape[0]
-  unit = similarity.unit(features)
-  near = jnp.matmul(unit, unit[anchors].T, precision=jax.lax.Precision.HIGHEST)
+  near = similarity.between(features, features[anchors])
   own = jnp.append(segment, -1)[anchors]
   reach = (anchors < num_video) & (segment[:, None] == own[None, :])
   near = jnp.where(reach, near, -jnp.inf)
@@ -182,24 +193,6 @@ def reference_rows(grid, ratio):
   """Returns how many tokens are kept if each frame's count is cut off."""
   T, H, W = grid
   return T * int(ratio * (H * W))
-
-
-def _check(
-  num_segments, context_share, anchor_stride, anchor_weight, num_neighbours
-):
-  for name, value in (
-    ("num_segments", num_segments),
-    ("anchor_stride", anchor_stride),
-    ("num_neighbours", num_neighbours),
-  ):
-    if value < 1:
-      raise errors.UserError(f"fastvid: {name} {value} is below 1")
-  for name, value in (
-    ("context_share", context_share),
-    ("anchor_weight", anchor_weight),
-  ):
-    if not 0 <= value <= 1:
-      raise errors.UserError(f"fastvid: {name} {value} is outside [0, 1]")
 
 
 COMPRESSOR = base.Compressor(

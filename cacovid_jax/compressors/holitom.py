@@ -17,8 +17,14 @@ import math
 import jax
 import jax.numpy as jnp
 
-from cacovid_jax import errors
-from cacovid_jax.compressors import base, dpc_knn, rows, similarity, windows
+from cacovid_jax.compressors import (
+  base,
+  checks,
+  dpc_knn,
+  rows,
+  similarity,
+  windows,
+)
 from cacovid_jax.policy import diversity
 
 
@@ -55,15 +61,9 @@ def compress(
     num_neighbours: of the density.
   """
   del text, rng
-  if not 0 <= centre_weight <= 1:
-    raise errors.UserError(
-      f"holitom: centre_weight {centre_weight} is outside [0, 1]; the paper's"
-      " is 0.6"
-    )
-  if num_neighbours < 1:
-    raise errors.UserError(
-      f"holitom: num_neighbours {num_neighbours} is below 1; use 7"
-    )
+  checks.number("holitom", "threshold", threshold, -1)
+  checks.number("holitom", "centre_weight", centre_weight, 0, 1)
+  checks.number("holitom", "num_neighbours", num_neighbours, 1, whole=True)
   T, H, W = grid
   P = H * W
   frames = features.reshape(T, P, -1)

@@ -23,6 +23,7 @@ import numpy as np
 from cacovid_jax import errors
 from cacovid_jax.compressors import (
   base,
+  checks,
   dpc_knn,
   in_llm,
   rows,
@@ -78,7 +79,9 @@ def compress(
     llm_keep: of `PruneVID`.
   """
   del text, aux, rng, llm_stage, llm_layer, llm_keep
-  _check(frame_share, cluster_share, num_neighbours)
+  checks.number("prunevid", "frame_share", frame_share, 0, 1, open_low=True)
+  checks.number("prunevid", "threshold", threshold, -1)
+  checks.number("prunevid", "num_neighbours", num_neighbours, 1, whole=True)
   T, H, W = grid
   P = H * W
   frames = features.reshape(T, P, -1)
@@ -95,8 +98,7 @@ def compress(
   if rounding == "exact":
     count = windows.shares(sets.sizes, num_keep)
   else:
-    share = ratio if cluster_share is None else cluster_share
-    count = jnp.array(_reference_counts(P, share))[sets.sizes]
+    count = jnp.array(_reference_counts(P, ratio, cluster_share))[sets.sizes]
   count = windows.of_kind(count, sets.kind)
   found, means = jax.vmap(
     lambda x, count, kind: _merge(x, count, kind, num_neighbours)
@@ -185,8 +187,10 @@ def mean_cosine(frames, first):
   return jnp.where(pairs[:, None] > 0, mean, -jnp.inf)[first]
 
 
-def _reference_counts(size, share):
+def _reference_counts(size, ratio, cluster_share):
   """Returns int32[size + 1], clusters of a set by its number of tokens."""
+  share = ratio if cluster_share is None else cluster_share
+  checks.number("prunevid", "cluster_share", share, 0, 1, open_low=True)
   return np.array(
     [n if n <= _SMALL else max(int(share * n), 1) for n in range(size + 1)],
     np.int32,
@@ -196,22 +200,8 @@ def _reference_counts(size, share):
 def reference_rows(grid, ratio, cluster_share=None):
   """Returns a bound of the rows: no way to split the frames gives more."""
   T, H, W = grid
-  share = ratio if cluster_share is None else cluster_share
-  count = _reference_counts(H * W, share)
+  count = _reference_counts(H * W, ratio, cluster_share)
   return T * int(np.max(count + count[::-1]))
-
-
-def _check(frame_share, cluster_share, num_neighbours):
-  for name, value in (
-    ("frame_share", frame_share),
-    ("cluster_share", cluster_share),
-  ):
-    if value is not None and not 0 < value <= 1:
-      raise errors.UserError(f"prunevid: {name} {value} is outside (0, 1]")
-  if num_neighbours < 1:
-    raise errors.UserError(
-      f"prunevid: num_neighbours {num_neighbours} is below 1; the paper's is 7"
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

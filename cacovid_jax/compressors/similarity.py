@@ -17,6 +17,25 @@ def unit(x: jax.Array) -> jax.Array:
   return x / jnp.maximum(norm, _TINY)
 
 
+def between(x: jax.Array, y: jax.Array) -> jax.Array:
+  """Returns float32[n, m] cosines of the rows of x float[n, D] and y [m, D].
+
+  Tokens are multiplied in the dtype that they have, for the products of two
+  bfloat16 numbers are exact in float32, and divided by the norms afterwards.
+  """
+  product = jnp.matmul(
+    x,
+    y.T,
+    precision=jax.lax.Precision.HIGHEST,
+    preferred_element_type=jnp.float32,
+  )
+  norm_x, norm_y = (
+    jnp.linalg.norm(z.astype(jnp.float32), axis=-1) for z in (x, y)
+  )
+  product = product / jnp.maximum(norm_x, _TINY)[:, None]
+  return product / jnp.maximum(norm_y, _TINY)
+
+
 def adjacent(frames: jax.Array) -> jax.Array:
   """Returns float32[T - 1, ...] cosines of neighbours along the first axis.
 

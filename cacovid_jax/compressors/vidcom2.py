@@ -14,8 +14,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from cacovid_jax import errors
-from cacovid_jax.compressors import base, rows, similarity
+from cacovid_jax.compressors import base, checks, rows, similarity
 
 # Bandwidths of the Gaussians exp(-d^2 / (2 * bandwidth)).
 _BANDWIDTHS = (0.125, 0.25, 0.5, 1.0, 2.0)
@@ -48,10 +47,7 @@ def compress(
     temperature: of the softmax over frames; lower moves more of the budget.
   """
   del text, aux, rng
-  if not temperature > 0:
-    raise errors.UserError(
-      f"vidcom2: temperature {temperature} is not positive; the paper's is 0.01"
-    )
+  checks.number("vidcom2", "temperature", temperature, 0, open_low=True)
   T, H, W = grid
   P = H * W
   frames = features.reshape(T, P, -1)

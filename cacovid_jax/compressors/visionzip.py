@@ -12,8 +12,7 @@ Axes: P tokens of a frame, D width, d dk widths of keys, c contextual tokens.
 import jax
 import jax.numpy as jnp
 
-from cacovid_jax import errors
-from cacovid_jax.compressors import base, rows, similarity
+from cacovid_jax.compressors import base, checks, rows, similarity
 
 # The paper keeps 54 dominant and 10 contextual tokens, and multiples of that.
 _DOMINANT_SHARE = 54 / 64
@@ -49,20 +48,10 @@ def compress(
       the mean over all of them, itself included.
   """
   del text, rng
-  if contextual_reduce not in ("sum", "mean"):
-    raise errors.UserError(
-      f"visionzip: unknown contextual_reduce {contextual_reduce!r}; use 'sum'"
-      " or 'mean'"
-    )
-  if not 0 <= dominant_share <= 1:
-    raise errors.UserError(
-      f"visionzip: dominant_share {dominant_share} is outside [0, 1]; the"
-      " paper's is 54/64"
-    )
-  if scope not in ("frame", "video"):
-    raise errors.UserError(
-      f"visionzip: unknown scope {scope!r}; use 'frame' or 'video'"
-    )
+  reductions = ("sum", "mean")
+  checks.choice("visionzip", "contextual_reduce", contextual_reduce, reductions)
+  checks.choice("visionzip", "scope", scope, ("frame", "video"))
+  checks.number("visionzip", "dominant_share", dominant_share, 0, 1)
   T, H, W = grid
   num_parts = T if scope == "frame" else 1
   size = T * H * W // num_parts
@@ -126,8 +115,7 @@ def split(attention, keys, num_dominant, num_contextual, max_contextual):
   kept = dominant | context
   if not max_contextual:
     return kept, contexts, jnp.zeros([size], jnp.int32)
-  unit = similarity.unit(keys)
-  near = jnp.matmul(unit, unit[contexts].T, precision=jax.lax.Precision.HIGHEST)
+  near = similarity.between(keys, keys[contexts])
   near = jnp.where(contexts < size, near, -jnp.inf)
   joined = jnp.argmax(near, axis=-1)
   apart = kept | (num_contextual == 0)

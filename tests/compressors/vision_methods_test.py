@@ -128,19 +128,22 @@ def test_the_fallback_of_fastvid_is_labelled():
 @pytest.mark.parametrize(
   "spec,said",
   [
-    ("vidcom2?temperature=0", "temperature 0 is not positive"),
-    ("visionzip?scope=clip", "'clip'; use 'frame' or 'video'"),
-    ("visionzip?contextual_reduce=max", "'max'; use 'sum' or 'mean'"),
-    ("visionzip?dominant_share=1.5", "dominant_share 1.5 is outside"),
-    ("prunevid?frame_share=0", "frame_share 0 is outside"),
-    ("prunevid?cluster_share=2", "cluster_share 2 is outside"),
-    ("prunevid?num_neighbours=0", "num_neighbours 0 is below 1"),
-    ("holitom?centre_weight=2", "centre_weight 2 is outside"),
-    ("holitom?num_neighbours=0", "num_neighbours 0 is below 1"),
-    ("fastvid?num_segments=0", "num_segments 0 is below 1"),
-    ("fastvid?anchor_stride=0", "anchor_stride 0 is below 1"),
-    ("fastvid?context_share=-1", "context_share -1 is outside"),
-    ("fastvid?anchor_weight=2", "anchor_weight 2 is outside"),
+    ("vidcom2?temperature=0", "temperature is 0; give a number above 0"),
+    ("vidcom2?temperature=hot", "temperature is 'hot'; give a number"),
+    ("visionzip?scope=clip", "scope is 'clip'; use 'frame' or 'video'"),
+    ("visionzip?contextual_reduce=max", "is 'max'; use 'sum' or 'mean'"),
+    ("visionzip?dominant_share=1.5", "at least 0 and at most 1"),
+    ("prunevid?frame_share=0", "frame_share is 0; give a number above 0"),
+    ("prunevid?threshold=high", "threshold is 'high'; give a number"),
+    ("prunevid?num_neighbours=0", "is 0; give an integer at least 1"),
+    ("holitom?threshold=None", "threshold is None; give a number"),
+    ("holitom?centre_weight=2", "centre_weight is 2;"),
+    ("holitom?num_neighbours=7.5", "is 7.5; give an integer"),
+    ("fastvid?num_segments=0", "num_segments is 0;"),
+    ("fastvid?threshold=low", "threshold is 'low';"),
+    ("fastvid?anchor_stride=True", "anchor_stride is True; give an integer"),
+    ("fastvid?context_share=-1", "context_share is -1;"),
+    ("fastvid?anchor_weight=nan", "anchor_weight is 'nan'; give a number"),
   ],
 )
 def test_bad_options_are_one_line(spec, said):
@@ -150,6 +153,15 @@ def test_bad_options_are_one_line(spec, said):
     method.compress(x, grid=GRID, num_keep=5, aux=aux)
   assert str(caught.value).startswith(method.name + ": ")
   assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("share", [0, 2, "'half'"])
+def test_a_bad_share_of_clusters_is_one_line(share):
+  method = compressors.get(
+    f"prunevid?cluster_share={share}", exact_budget=False
+  )
+  with pytest.raises(errors.UserError, match="prunevid: cluster_share is"):
+    method.rows(GRID, 0.5)
 
 
 @pytest.mark.parametrize("name", ["visionzip", "fastvid"])
