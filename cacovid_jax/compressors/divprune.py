@@ -20,7 +20,7 @@ from cacovid_jax.compressors import base, cosine, greedy_kernel, similarity
 
 # Rows of the distance matrix held at a time while the first token is sought.
 _BLOCK = 256
-# Largest distance matrix that is held: 14189 tokens. A batch holds one of
+# Largest distance matrix that is held: 14188 tokens. A batch holds one of
 # them for each video.
 _MATRIX_BYTES = 768 * 2**20
 

@@ -152,6 +152,9 @@ def pick_diverse(frames, attention, num_keep):
   most = share + (rest > 0)
   if not most:
     return jnp.zeros([T, P], bool)
+  # Only ratios matter within a frame; the largest becomes 1.
+  largest = attention.max(axis=-1, keepdims=True)
+  attention = attention / jnp.where(largest > 0, largest, 1.0)
   distance = (1.0 - cosine.matrix(frames)) * attention[:, None, :]
   picks = jax.vmap(
     functools.partial(divprune.max_min_of_matrix, num_keep=most)

@@ -31,9 +31,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from cacovid_jax import errors
-from cacovid_jax.compressors import base, cosine, merging
+from cacovid_jax.compressors import base, cosine, cover_kernel, merging
 
-# Largest similarity matrix that is held: 14189 tokens in one window. A batch
+# Largest similarity matrix that is held: 14188 tokens in one window. A batch
 # holds one of them for each video.
 _MATRIX_BYTES = 768 * 2**20
 # A GPU asks its host whether to go on after each trip of a loop of unknown
@@ -54,6 +54,7 @@ def compress(
   floor=0.0,
   question_temperature=None,
   similarities="auto",
+  kernel=False,
   merge="none",
 ):
   """Returns the greedy facility location subset of the video's tokens.
@@ -78,6 +79,8 @@ def compress(
     similarities: "matrix" computes all at once and holds them, "blocks"
       computes those of a block when it is looked at; "auto" holds them where
       they fit. Speed and memory only.
+    kernel: True makes the picks of a block, of a single window, in one kernel
+      where the platform is an NVIDIA GPU. Speed only.
     merge: "nearest" makes each row the mean of the tokens assigned to it.
   """
   del aux, rng
@@ -99,6 +102,7 @@ def compress(
     floor=floor,
     weights=weights,
     similarities=similarities,
+    kernel=kernel,
   )
   taken = base.take(features, index)
   merged = merging.fold(taken, features)
@@ -117,6 +121,7 @@ def greedy(
   floor=0.0,
   weights=None,
   similarities="auto",
+  kernel=False,
 ):
   """Returns int32[K] tokens in picking order, by lazy evaluation in blocks.
 
@@ -136,6 +141,7 @@ def greedy(
     floor: see `compress`.
     weights: float32[N] that sum to N; None for ones.
     similarities: see `compress`.
+    kernel: see `compress`.
   """
   num_video = features.shape[0]
   _check(block, windows, floor, grid)
@@ -202,6 +208,9 @@ def greedy(
     covered=jnp.zeros([num_windows, area], jnp.int32),
     inside=inside,
     block=block,
+    picks_of_block=(
+      block_picks_kernel if kernel and num_windows == 1 else block_picks_loop
+    ),
   )
   return jnp.asarray(place.reshape(-1), jnp.int32)[picked]
 
@@ -228,20 +237,24 @@ class _Block(NamedTuple):
   """State of the picks among one block of candidates.
 
   Attributes:
-    order, count, covered: as of `_Picks`.
+    picked: int32[M] places of the picks so far.
+    count: int32[], how many.
+    covered: as of `_Picks`.
     gains: int32[M] gains of the block's candidates or bounds of them, -1 for
       those that are picked.
     open: bool[], False once a candidate outside might be better.
   """
 
-  order: jax.Array
+  picked: jax.Array
   count: jax.Array
   covered: jax.Array
   gains: jax.Array
   open: jax.Array
 
 
-def lazy_greedy(rows_of, gains_of_all, num_keep, *, covered, inside, block):
+def lazy_greedy(
+  rows_of, gains_of_all, num_keep, *, covered, inside, block, picks_of_block
+):
   """Returns int32[K], greedy picks of a facility location problem.
 
   Args:
@@ -252,8 +265,10 @@ def lazy_greedy(rows_of, gains_of_all, num_keep, *, covered, inside, block):
     covered: int32[W, A] zeros.
     inside: NumPy bool[n], the candidates that are there.
     block: M, below n.
+    picks_of_block: `block_picks_loop` or its equal.
   """
   area = covered.shape[1]
+  places = jnp.arange(block, dtype=jnp.int32)
 
   def round_of_picks(state):
     bounds = jax.lax.cond(
@@ -263,50 +278,23 @@ def lazy_greedy(rows_of, gains_of_all, num_keep, *, covered, inside, block):
     )
     # Of equal bounds the earlier candidates come first, also at the cut.
     largest, found = jax.lax.top_k(bounds, block + 1)
-    rival_bound, rival = largest[block], found[block]
     candidates = jnp.sort(found[:block])
-    rows = rows_of(candidates)
-    windows = candidates // area
-
-    def pick(_, inner):
-      left = rows - inner.covered[windows]
-      gains = jnp.maximum(left, 0).sum(axis=-1)
-      gains = jnp.where(inner.gains < 0, -1, gains)
-      best = jnp.argmax(gains)
-      gain, chosen = gains[best], candidates[best]
-      wins = (gain > rival_bound) | ((gain == rival_bound) & (chosen < rival))
-      wins &= inner.open & (inner.count < num_keep)
-      window = windows[best]
-      more = jnp.maximum(inner.covered[window], rows[best])
-      more = jnp.where(wins, more, inner.covered[window])
-      here = jnp.arange(block) == best
-      return _Block(
-        order=inner.order.at[jnp.where(wins, inner.count, num_keep)].set(
-          chosen.astype(jnp.int32), mode="drop"
-        ),
-        count=inner.count + wins,
-        covered=inner.covered.at[window].set(more),
-        gains=jnp.where(wins & here, -1, gains),
-        open=wins,
-      )
-
-    inner = jax.lax.while_loop(
-      lambda inner: inner.open & (inner.count < num_keep),
-      lambda inner: jax.lax.fori_loop(0, _PICKS_PER_TRIP, pick, inner),
-      _Block(
-        order=state.order,
-        count=state.count,
-        covered=state.covered,
-        gains=bounds[candidates],
-        open=jnp.array(True),
-      ),
+    rival = jnp.stack([largest[block], jnp.sum(candidates < found[block])])
+    picked, count, covered, gains = picks_of_block(
+      rows_of(candidates),
+      candidates // area,
+      state.covered,
+      bounds[candidates],
+      rival.astype(jnp.int32),
+      num_keep - state.count,
     )
+    order = jnp.where(places < count, state.count + places, num_keep)
     return _Picks(
-      order=inner.order,
-      count=inner.count,
-      covered=inner.covered,
-      bounds=bounds.at[candidates].set(inner.gains),
-      stuck=inner.count == state.count,
+      order=state.order.at[order].set(candidates[picked], mode="drop"),
+      count=state.count + count,
+      covered=covered,
+      bounds=bounds.at[candidates].set(gains),
+      stuck=count == 0,
     )
 
   picks = jax.lax.while_loop(
@@ -321,6 +309,81 @@ def lazy_greedy(rows_of, gains_of_all, num_keep, *, covered, inside, block):
     ),
   )
   return picks.order
+
+
+def block_picks_loop(rows, windows, covered, bounds, rival, limit):
+  """Picks the candidate of largest gain while it beats those outside.
+
+  Args:
+    rows: int32[M, A], what candidates cover of every token of their window.
+    windows: int32[M], the window of each.
+    covered: int32[W, A], what is covered of each token.
+    bounds: int32[M], -1 for candidates that are picked, which stay so.
+    rival: int32[2], the largest bound of the other candidates, and the first
+      place in the block that comes behind the one that has it.
+    limit: int32[], picks that may be made.
+
+  Returns:
+    picked int32[M], places of the picks in their order, then anything;
+    int32[], their number; covered and gains after them.
+  """
+  block = rows.shape[0]
+  places = jnp.arange(block, dtype=jnp.int32)
+
+  def pick(_, state):
+    gains = gains_of(rows, windows, state.covered, state.gains)
+    best = jnp.argmax(gains).astype(jnp.int32)
+    gain, window = gains[best], windows[best]
+    wins = (gain > rival[0]) | ((gain == rival[0]) & (best < rival[1]))
+    wins &= state.open & (gain >= 0) & (state.count < limit)
+    covers = jnp.where(wins, rows[best], 0)
+    slot = jnp.where(wins, state.count, block)
+    return _Block(
+      picked=state.picked.at[slot].set(best, mode="drop"),
+      count=state.count + wins,
+      covered=state.covered.at[window].max(covers),
+      gains=jnp.where(wins & (places == best), -1, gains),
+      open=wins,
+    )
+
+  state = jax.lax.while_loop(
+    lambda state: state.open,
+    lambda state: jax.lax.fori_loop(0, _PICKS_PER_TRIP, pick, state),
+    _Block(
+      picked=jnp.zeros([block], jnp.int32),
+      count=jnp.int32(0),
+      covered=covered,
+      gains=bounds,
+      open=limit > 0,
+    ),
+  )
+  return state.picked, state.count, state.covered, state.gains
+
+
+def block_picks_kernel(rows, windows, covered, bounds, rival, limit):
+  """`block_picks_loop` of a single window, on NVIDIA GPUs in one kernel."""
+
+  def on_cuda(rows, windows, covered, bounds, rival, limit):
+    gains = gains_of(rows, windows, covered, bounds)
+    picked, count, covered, gains = cover_kernel.block_picks(
+      rows, covered[0], gains, rival, limit
+    )
+    return picked, count, covered[None], gains
+
+  return jax.lax.platform_dependent(
+    rows, windows, covered, bounds, rival, limit,
+    cuda=on_cuda,
+    default=block_picks_loop,
+  )  # fmt: skip
+
+
+def gains_of(rows, windows, covered, bounds):
+  """Returns int32[M], what candidates add to what is covered.
+
+  Arguments are those of `block_picks_loop`.
+  """
+  left = rows - covered[windows]
+  return jnp.where(bounds < 0, -1, jnp.maximum(left, 0).sum(axis=-1))
 
 
 def window_places(grid, windows):

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-# Sixteen warps hold 8192 items in 16 registers each; more would not speed up
-# the read of a row, fewer would.
-_NUM_WARPS = 16
+# Items that a warp holds, eight in each thread: a frame's items need one warp,
+# which has no other to wait for. Sixteen warps read a long row fast enough.
+_WARP_ITEMS = 256
+_MOST_WARPS = 16
 
 
 def max_min(distances, first, num_keep):
@@ -60,7 +61,9 @@ def max_min_picks(distances, first, num_keep, interpret=False):
     out_shape=jax.ShapeDtypeStruct([num_keep], jnp.int32),
     interpret=interpret,
     # Names the backend too: Pallas has two for these GPUs.
-    compiler_params=pltriton.CompilerParams(num_warps=_NUM_WARPS, num_stages=1),
+    compiler_params=pltriton.CompilerParams(
+      num_warps=min(max(size // _WARP_ITEMS, 1), _MOST_WARPS), num_stages=1
+    ),
     name="max_min_picks",
   )(distances, first.astype(jnp.int32).reshape(1))
 

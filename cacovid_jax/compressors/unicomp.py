@@ -78,7 +78,7 @@ def compress(
   fused = fused / jnp.maximum(size, 1.0)[:, None]
   fused = fused.reshape(T, P, -1)
 
-  unique = uniqueness(fused.mean(axis=1), is_head)
+  unique = uniqueness(cosine.matrix(fused.mean(axis=1)), is_head)
   share = jnp.where(is_head, unique / temperature, -jnp.inf)
   # A fused frame gets a token at least, if there are enough.
   least = is_head & (is_head.sum() <= num_keep)
@@ -136,19 +136,19 @@ def fuse(vectors, threshold, least):
   return jax.lax.cummax(jnp.where(starts, frame, 0))
 
 
-def uniqueness(x, valid=None):
+def uniqueness(cosines, valid=None):
   """Returns float32[n], one minus the mean cosine of a row to the others.
 
   Args:
-    x: float[n, D].
+    cosines: float32[n, n] of the rows.
     valid: bool[n], the rows that are there; None for all. A single row has
       uniqueness 0.
   """
-  n = x.shape[0]
+  n = cosines.shape[0]
   if valid is None:
     valid = jnp.ones([n], bool)
   others = valid & ~jnp.eye(n, dtype=bool)
-  distance = jnp.where(others, 1.0 - cosine.matrix(x), 0.0)
+  distance = jnp.where(others, 1.0 - cosines, 0.0)
   return distance.sum(axis=-1) / jnp.maximum(others.sum(axis=-1), 1)
 
 
@@ -171,8 +171,9 @@ def visit_tokens(x, count, threshold):
   """
   P = x.shape[0]
   place = jnp.arange(P, dtype=jnp.int32)
-  order = jnp.argsort(-similarity.settled(uniqueness(x)))
-  near = 1.0 - cosine.matrix(x[order]) <= threshold
+  cosines = cosine.matrix(x)
+  order = jnp.argsort(-similarity.settled(uniqueness(cosines)))
+  near = 1.0 - cosines[order][:, order] <= threshold
   near &= place[None, :] > place[:, None]
 
   def look(joins, step):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cacovid_jax.compressors import greedy_kernel
+from cacovid_jax.compressors import divprune, greedy_kernel
 from tests.compressors import selections
 
 kernel = selections.compiled(
@@ -88,3 +88,23 @@ def test_other_platforms_get_the_loop(batched):
     text = program.as_text()
     assert "stablehlo.while" in text
     assert "triton" not in text
+
+
+def test_divprune_with_the_kernel_is_that_without(monkeypatch):
+  def pick(features):
+    return divprune.max_min_subset(features, num_keep=11)
+
+  videos = [selections.video(k) for k in [*selections.KINDS, "scenes"]]
+  without = selections.compiled(lambda x: pick(x))
+  expected = [without(x) for x in videos]
+  monkeypatch.setattr(
+    jax.lax, "platform_dependent", lambda *args, cuda, default: cuda(*args)
+  )
+  monkeypatch.setattr(
+    greedy_kernel,
+    "max_min_picks",
+    functools.partial(greedy_kernel.max_min_picks, interpret=True),
+  )
+  with_kernel = selections.compiled(lambda x: pick(x))
+  for features, picks in zip(videos, expected, strict=True):
+    np.testing.assert_array_equal(with_kernel(features), picks)
