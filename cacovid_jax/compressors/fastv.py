@@ -40,7 +40,10 @@ class FastV(in_llm.InLLM):
 
   def minimum_ratio(self, num_layers, num_video):
     """Returns the ratio at which one token is left behind the cut."""
-    cut = self._cut(num_layers)
+    try:
+      cut = self._cut(num_layers)
+    except errors.UserError:
+      return None
     return budgets.lowest_ratio(num_layers, num_video, layer=cut)
 
   def step(self, seen, *, layer, keep, grid):

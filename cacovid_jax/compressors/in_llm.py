@@ -160,8 +160,8 @@ class InLLM(abc.ABC):
     """
 
   @abc.abstractmethod
-  def minimum_ratio(self, num_layers: int, num_video: int) -> float:
-    """Returns the lowest ratio that `plan` can meet."""
+  def minimum_ratio(self, num_layers: int, num_video: int) -> float | None:
+    """Returns the lowest ratio that `plan` can meet; None if it meets none."""
 
   @abc.abstractmethod
   def step(self, seen: Seen, *, layer: int, keep: int, grid):
@@ -315,6 +315,8 @@ class TwoStages(InLLM):
 
   def minimum_ratio(self, num_layers, num_video):
     """Returns the ratio of one token per layer."""
+    if num_layers < 2:
+      return None
     return budgets.lowest_ratio(num_layers, num_video, entering=1)
 
   def step(self, seen, *, layer, keep, grid):

@@ -340,9 +340,12 @@ def test_budgets_that_cannot_be_met_name_the_lowest_that_can():
   ],
 )
 def test_layers_that_do_not_exist(options, match):
+  method = compressors.get("fastv", **options)
   with pytest.raises(errors.UserError, match=match) as caught:
-    compressors.get("fastv", **options).plan(LAYERS, NUM_VIDEO, 0.9)
+    method.plan(LAYERS, NUM_VIDEO, 0.9)
   assert "\n" not in str(caught.value)
+  # No ratio would help.
+  assert method.minimum_ratio(LAYERS, NUM_VIDEO) is None
 
 
 def test_unknown_options_list_the_known_ones():
