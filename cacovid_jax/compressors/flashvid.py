@@ -10,8 +10,9 @@ The budget is met exactly, which takes choices of ours: the weakest links are
 cut until there are enough trees, and frames share the budget of trees in
 proportion to how many begin in them.
 
-The publication lets 1.25 times the budget enter and keeps 30 % of that at
-layer 20 of 28 by the attention of the last token.
+The second part keeps 30 % of what entered at layer 20 of 28, by the attention
+of the last token; 1.25 times the budget enters then. Option `llm_stage=False`
+leaves it out.
 
 Axes: T frames, P = H * W tokens of a frame, N video tokens, D width, K rows.
 """
@@ -29,6 +30,7 @@ from cacovid_jax.compressors import (
   cosine,
   divprune,
   dpc_knn,
+  in_llm,
   similarity,
 )
 
@@ -251,8 +253,15 @@ def roots_of(parent):
   return root
 
 
-COMPRESSOR = base.Compressor(
+_BEFORE = base.Compressor(
   name="flashvid",
   function=compress,
   needs=frozenset(["vision_attention"]),
+)
+COMPRESSOR = in_llm.TwoStages(
+  name="flashvid",
+  before=_BEFORE,
+  needs=_BEFORE.needs,
+  llm_layer=LLM_LAYER,
+  llm_keep=LLM_KEEP,
 )

@@ -159,6 +159,23 @@ def test_extras_are_computed_only_where_wanted(root):
   np.testing.assert_array_equal(keyed.features, clip.features)
 
 
+def test_what_clips_bring_along_can_change(root):
+  model = Model()
+  with source_of(root, model) as source:
+    before = source["a.mp4"]
+    assert not source["gone.mp4"].extras
+    source.observe(["vision_keys"])
+    after = source["a.mp4"]
+    assert list(after.extras) == ["vision_keys"]
+    assert not source["gone.mp4"].extras["vision_keys"].any()
+    source.observe(["vision_keys"])  # No change: nothing is made anew.
+    assert source["a.mp4"] is after
+    with pytest.raises(ValueError, match="no vision signal"):
+      source.observe(["vision_colours"])
+  np.testing.assert_array_equal(before.features, after.features)
+  assert model.traced == 1 and model.observed == [("vision_keys",)]
+
+
 def test_a_clip_that_cannot_be_used_has_extras_of_zeros(root):
   with source_of(root, want=WANT) as source:
     clip, good = source["gone.mp4"], source["a.mp4"]

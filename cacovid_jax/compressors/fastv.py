@@ -1,0 +1,60 @@
+"""FastV: after a few layers, keep what the prompt's last token looks at.
+
+Between layers K - 1 and K, the video tokens with the largest attention from
+the last prompt token in layer K - 1, mean over heads, go on; their positions
+and the caches of the layers before stay as they are.
+Paper: https://arxiv.org/abs/2403.06764 (section 4).
+"""
+
+import dataclasses
+
+from cacovid_jax import errors
+from cacovid_jax.compressors import budgets, in_llm
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class FastV(in_llm.InLLM):
+  """One cut before layer K.
+
+  Attributes:
+    layer: K, at least 1.
+    scale_layers: whether `layer` is that of a decoder of 28 layers, as in the
+      papers, and moves with the depth; False takes it as it is.
+  """
+
+  layer: int = 2
+  scale_layers: bool = True
+
+  def plan(self, num_layers, num_video, ratio):
+    """Returns the one cut; the mean over layers is `ratio` from below."""
+    cut = self._cut(num_layers)
+    try:
+      keep = budgets.keep_behind(ratio, num_layers, num_video, layer=cut)
+    except errors.UserError as error:
+      raise errors.UserError(f"{self.name}: {error}") from None
+    if not self.exact_budget:
+      share = budgets.fastv_fraction(ratio, num_layers, cut)
+      # Half to even, as Python's and NumPy's own rounding.
+      keep = max(1, round(share * num_video))
+    return [(cut, keep)]
+
+  def minimum_ratio(self, num_layers, num_video):
+    """Returns the ratio at which one token is left behind the cut."""
+    try:
+      cut = self._cut(num_layers)
+    except errors.UserError:
+      return None
+    return budgets.lowest_ratio(num_layers, num_video, layer=cut)
+
+  def step(self, seen, *, layer, keep, grid):
+    """Returns the tokens that the last token attends to most."""
+    del layer, grid
+    return in_llm.keep_by_last_query(seen, keep)
+
+  def _cut(self, num_layers):
+    return in_llm.cut_layer(
+      self.name, self.layer, num_layers, self.scale_layers
+    )
+
+
+COMPRESSOR = FastV(name="fastv")
