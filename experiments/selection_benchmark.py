@@ -142,7 +142,7 @@ def chosen_inside(method, model, grid, ratio):
       if layer == 0:
         continue
       size = rows.x.shape[1]
-      look = in_llm.look(
+      look = in_llm.looker(
         method.look, rows.video_start + rows.count, size - rows.index.shape[1]
       )
       attended = look(query[:, :size], key[:, :size], rows.lengths)

@@ -196,7 +196,7 @@ def _prefill_exactly(rule, model, params, rows, *, grid, ratio, new_rows):
 def _prefill_in_bucket(rule, model, params, rows, *, grid, ratio, new_rows):
   """Stage 0, its counts on the host, then a program of that length."""
   static = dict(rule=rule, model=model, grid=grid, ratio=ratio)
-  rows, state = _first_stage(rows, **static)
+  rows, state = first_stage(rows, **static)
   num_video = math.prod(grid)
   done = bool(np.asarray(state.done).all())
   most = rule._most(model.config.text.num_layers, num_video, ratio)
@@ -214,7 +214,16 @@ def bucket(count: int, num_video: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnames=("rule", "model", "grid", "ratio"))
-def _first_stage(rows, *, rule, model, grid, ratio):
+def first_stage(rows, *, rule, model, grid, ratio):
+  """Returns (rows, `State`) behind stage 0, in front of layer 0.
+
+  Args:
+    rows: `prompt_rows.Rows` of whole prompts.
+    rule: `FrameFusion`.
+    model: of which only the sizes are read.
+    grid: (T, H, W).
+    ratio: mean over layers.
+  """
   stages = _Stages.of(rule, model, grid, ratio)
   return _stage(stages, rows, _start(rows), None, 0)
 

@@ -213,7 +213,7 @@ class InLLM(abc.ABC):
     for layer, keep in [*cuts, (num_layers, None)]:
       look = None
       if keep is not None:
-        look = _look(self.look, rows.video_start + rows.count, num_behind)
+        look = looker(self.look, rows.video_start + rows.count, num_behind)
       x, keys, values, attended = model.run_layers(
         params, rows.x, rows.positions, rows.lengths,
         first=first, last=layer, look=look,
@@ -599,7 +599,7 @@ def token_layers(num_layers: int, num_video: int, ratio: float) -> int:
   return math.floor(exact * num_layers * num_video)
 
 
-def _look(kind: str, text_start, num_behind: int):
+def looker(kind: str, text_start, num_behind: int):
   """Returns `look(q, k, lengths)` -> float32[B, R] for `run_layers`."""
   if kind == "last":
     return attention.last_query_attention
