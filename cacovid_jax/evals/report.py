@@ -80,15 +80,24 @@ def choose_examples(
   evaluator: runner.Evaluator,
   decisive: Mapping[str, Sequence[int]],
   count: int,
+  *,
+  failures: Mapping[tuple[str, float], runner.Failure] | None = None,
 ) -> list[Example]:
   """Returns right and wrong answers, half each as far as there are such.
 
   Clips differ from each other where possible, and kinds of question take turns.
   The choice depends on the answers alone.
   """
-  methods = {method.label: method for method in table.methods}
-  method = methods.get(results.REFERENCE) or table.methods[0]
+  failures = failures or {}
   ratio = min(table.ratios, key=lambda r: (abs(r - _SHOWN_RATIO), r))
+  method = table.shown_method(ratio, failures)
+  if method is None:
+    return []
+  methods = {
+    method.label: method
+    for method in table.methods
+    if (method.spec, ratio) not in failures
+  }
   cell = runner.Cell(method, ratio, table.seeds[0] if method.per_seed else 0)
   usable = [
     question

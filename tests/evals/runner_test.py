@@ -15,6 +15,7 @@ from cacovid_jax.compressors import base
 from cacovid_jax.data import frames
 from cacovid_jax.data import questions as questions_lib
 from cacovid_jax.evals import (
+  asker,
   benchmarks,
   clips,
   ledger,
@@ -126,7 +127,7 @@ def test_every_question_is_answered_by_every_method(shared, whole):
 
 def test_one_answering_program_per_ratio(shared, whole):
   del whole  # It has run.
-  programs = shared[1]._programs
+  programs = shared[1].programs
   assert programs.answer._cache_size() == len(RATIOS)
   assert programs.vanilla._cache_size() == 1
   assert programs.embed._cache_size() == 1
@@ -250,19 +251,19 @@ def test_merged_rows_reach_the_model(shared, tmp_path, checkpoint):
   def first(features, *, grid, num_keep, text=None, aux=None, rng=None):
     return base.take(features, jnp.arange(num_keep))
 
-  batch, _ = evaluator._load(list(benchmark.questions[:4]))
+  batch = asker.Asker(evaluator, benchmark.questions[:4]).batch
   ids = {}
   for function in (zeros, first):
     compressor = base.Compressor(name="own", function=function)
-    program = evaluator._programs.select(compressor, 0.25)
-    selection = program(batch.features, base.Aux(), None)
-    ids[function] = evaluator._programs.answer(
+    program = evaluator.programs.select(compressor, 0.25)
+    selection = program(batch.features, None, base.Aux(), None)
+    ids[function] = evaluator.programs.answer(
       checkpoint.params, batch, selection
     )
-  half = evaluator._programs.select(
+  half = evaluator.programs.select(
     base.Compressor(name="own", function=first), 0.125
-  )(batch.features * 0, base.Aux(), None)
-  expected = evaluator._programs.answer(checkpoint.params, batch, half)
+  )(batch.features * 0, None, base.Aux(), None)
+  expected = evaluator.programs.answer(checkpoint.params, batch, half)
   np.testing.assert_array_equal(ids[zeros], expected)
   assert not np.array_equal(ids[zeros], ids[first])
 
