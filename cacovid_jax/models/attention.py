@@ -319,3 +319,44 @@ def last_query_attention(q, k, lengths):
     valid[:, None, None], scores * head_dim**-0.5, jnp.finfo(jnp.float32).min
   )
   return jax.nn.softmax(scores, axis=-1).mean(axis=(1, 2))
+
+
+def strongest_attention(q, k, start, lengths, *, num_queries):
+  """Returns float32[B, S]: the most that any late query looks at each key.
+
+  The softmax rows of the queries `start` to `lengths` - 1, each causal over
+  all its keys, their maximum over heads and over those queries. Only these
+  rows are computed, one kv head at a time, never a T x S map.
+
+  Args:
+    q: float[B, T, N, H].
+    k: float[B, T, K, H].
+    start: int32[B] first query that counts, below `lengths`.
+    lengths: int32[B] valid tokens of each row, at least 1, right padded.
+    num_queries: static bound on `lengths - start`, at least 1.
+  """
+  batch, length, num_heads, head_dim = q.shape
+  num_kv_heads = k.shape[2]
+  place = start[:, None] + jnp.arange(num_queries)[None]  # [B, Q]
+  counts = place < lengths[:, None]
+  place = jnp.minimum(place, length - 1)
+  q = jnp.take_along_axis(q, place[:, :, None, None], axis=1)
+  q = q.reshape(batch, num_queries, num_kv_heads, -1, head_dim)
+  visible = jnp.arange(length)[None, None] <= place[:, :, None]  # [B, Q, S]
+
+  def one_head(most, head):
+    q, k = head  # [B, Q, N / K, H], [B, S, H]
+    scores = jnp.einsum(
+      "BQGH,BSH->BGQS", q, k, preferred_element_type=jnp.float32
+    )
+    lowest = jnp.finfo(jnp.float32).min
+    scores = jnp.where(visible[:, None], scores * head_dim**-0.5, lowest)
+    probs = jax.nn.softmax(scores, axis=-1)
+    probs = jnp.where(counts[:, None, :, None], probs, 0.0)
+    return jnp.maximum(most, probs.max(axis=(1, 2))), None
+
+  heads = jnp.moveaxis(q, 2, 0), jnp.moveaxis(k, 2, 0)
+  most, _ = jax.lax.scan(
+    one_head, jnp.zeros((batch, length), jnp.float32), heads
+  )
+  return most

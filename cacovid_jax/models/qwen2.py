@@ -194,11 +194,14 @@ def _sections(rotary, number, frequencies, where):
 
 
 class Cache(NamedTuple):
-  """Keys and values of earlier tokens, right padded, one row per prompt."""
+  """Keys and values of earlier tokens, right padded, one row per prompt.
+
+  Layers that saw different numbers of rows share one by lengths of their own.
+  """
 
   keys: jax.Array  # float[layers, B, S, K, H]
   values: jax.Array  # float[layers, B, S, K, H]
-  lengths: jax.Array  # int32[B]
+  lengths: jax.Array  # int32[B], or int32[layers, B]
 
 
 class RMSNorm(nn.Module):
@@ -235,6 +238,8 @@ class DecoderLayer(nn.Module):
     mask=None,
     cache=None,
     want_attention=False,
+    look=None,
+    between=None,
   ):
     """Returns (x, out) after one layer.
 
@@ -249,6 +254,11 @@ class DecoderLayer(nn.Module):
       cache: None or (keys, values) float[B, S, K, H] of earlier tokens; then
         L is 1 and `lengths` is required.
       want_attention: static; adds "last_query_attention" float32[B, L] to out.
+      look: static; `look(q, k, lengths)` of the rotated queries and keys, its
+        result becomes out["look"].
+      between: static; `between(x, out)` of the residual stream behind the
+        attention gives the (x, more) with which the layer goes on, perhaps of
+        other rows; `more` becomes out["between"].
 
     Returns:
       x float[B, L, D] and a dict with the new "keys" and "values",
@@ -284,8 +294,12 @@ class DecoderLayer(nn.Module):
       out["last_query_attention"] = attention.last_query_attention(
         q, k, _lengths_or_full(lengths, x)
       )
+    if look is not None:
+      out["look"] = look(q, k, _lengths_or_full(lengths, x))
     h = h.reshape(*x.shape[:-1], cfg.num_heads * cfg.head_dim)
     x = x + dense(cfg.hidden_size, "o_proj")(h)
+    if between is not None:
+      x, out["between"] = between(x, out)
 
     h = RMSNorm(cfg.rms_norm_eps, self.dtype, name="post_attention_layernorm")(
       x
@@ -318,6 +332,10 @@ class Qwen2(nn.Module):
     self.norm = RMSNorm(cfg.rms_norm_eps, self.dtype)
     if not cfg.tie_embeddings:
       self.lm_head = self.param("lm_head", init, shape)
+
+  def normalise(self, x):
+    """Returns x float[..., D] of the last layer behind the final norm."""
+    return self.norm(x)
 
   def embed(self, ids):
     """Returns float[..., D] of ids int32[...]."""

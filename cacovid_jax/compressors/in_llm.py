@@ -1,0 +1,640 @@
+"""Compressors that act inside the language model, between its layers.
+
+A plan says before which layers video tokens are dropped and how many go on;
+the layers in between run as slices of depth, each with its own number of rows
+and its own key-value cache. The budget is a mean over layers: a ratio of 10 %
+means that a layer's attention sees, on average, 10 % of the video tokens
+(SparseVLM, https://arxiv.org/abs/2410.04417, counts so, and VidCom2,
+https://arxiv.org/abs/2505.14454, says so).
+
+Axes: B batch, L prompt tokens, D width, N video tokens, R rows between two
+layers, n of them of the video, K tokens left at the last layer, P position
+rows, T frames, H W token grid.
+"""
+
+import abc
+import dataclasses
+import fractions
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cacovid_jax import errors
+from cacovid_jax.compressors import base
+from cacovid_jax.models import attention, generation, pruning, qwen2
+
+# Layer numbers of the papers are those of decoders of this depth.
+_PAPER_LAYERS = 28
+
+
+class Rows(NamedTuple):
+  """B prompts somewhere between two layers.
+
+  Prompts are prefix text, video, suffix text, padding. Video rows that are
+  valid come first among the n; of the others, `index` is N.
+
+  Attributes:
+    x: float[B, R, D] residual stream.
+    positions: int32[B, P, R]; tokens keep those of the whole prompt.
+    lengths: int32[B] rows without padding.
+    video_start: int32[B] first row of the video.
+    index: int32[B, n] token of the whole video behind each video row.
+    row: int32[B, n] row of the selection that entered the model.
+    count: int32[B] valid video rows.
+    entered: `base.Selection` that entered the model, leading axis B; None if
+      that was the whole video.
+  """
+
+  x: jax.Array
+  positions: jax.Array
+  lengths: jax.Array
+  video_start: jax.Array
+  index: jax.Array
+  row: jax.Array
+  count: jax.Array
+  entered: base.Selection | None = None
+
+
+class Seen(NamedTuple):
+  """What a rule may look at between two layers, of ONE prompt.
+
+  Attributes:
+    hidden: float[R, D] residual stream.
+    positions: int32[P, R].
+    length: int32[] valid rows.
+    video_start: int32[].
+    attention: float32[n] paid to the video rows in the layer before.
+    mask: bool[n] valid video rows, a prefix.
+    index: int32[n], see `Rows`.
+    row: int32[n], see `Rows`.
+    entered: `base.Selection` or None.
+  """
+
+  hidden: jax.Array
+  positions: jax.Array
+  length: jax.Array
+  video_start: jax.Array
+  attention: jax.Array
+  mask: jax.Array
+  index: jax.Array
+  row: jax.Array
+  entered: base.Selection | None
+
+
+class Trace(NamedTuple):
+  """What became of the video tokens.
+
+  Attributes:
+    index: int32[B, K] tokens left at the last layer, ascending; N at padding.
+    mask: bool[B, K] which of them there are.
+    tokens: float32[B, layers] video tokens that each layer's attention saw.
+    forced: bool[B], True where a rule had to end early to stay within the
+      budget; None for rules that never have to.
+  """
+
+  index: jax.Array
+  mask: jax.Array
+  tokens: jax.Array
+  forced: jax.Array | None = None
+
+  def equivalent_ratio(self, num_video: int) -> jax.Array:
+    """Returns float32[B]: share of the N tokens that a layer saw, on average."""
+    return self.tokens.mean(axis=1) / num_video
+
+
+# Compared by identity, as `base.Compressor` is: programs are cached by it.
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class InLLM(abc.ABC):
+  """A rule that drops video tokens inside the language model.
+
+  A subclass gives `plan` and `step`; the fields that it adds are its options.
+
+  Attributes:
+    name: what tables call it.
+    needs: names of the `base.Aux` fields that `before` reads.
+    stochastic: True if `before` draws from a key.
+    options: the options that were set, for the record.
+    oracle: True if it knows the answer's place.
+    before: what chooses the tokens that enter the model; None lets all in.
+    exact_budget: True spends the ratio as closely as whole tokens allow,
+      never more; False rounds as the method's own code does.
+    look: "last" for the attention of the prompt's last token, mean over heads;
+      "after_video" for the most that any head of any token behind the video
+      pays.
+    drop_from_caches: True also forgets dropped tokens in the layers that saw
+      them, so that decoding sees the same tokens everywhere.
+  """
+
+  name: str
+  needs: frozenset[str] = frozenset()
+  stochastic: bool = False
+  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  oracle: bool = False
+  before: base.Compressor | None = None
+  exact_budget: bool = True
+  look: str = "last"
+  drop_from_caches: bool = False
+
+  @property
+  def sees_question(self) -> bool:
+    """True: the residual stream of later layers depends on the question."""
+    return True
+
+  @property
+  def on_host(self) -> bool:
+    """True if `generate` reads counts on the host and cannot be jitted."""
+    return False
+
+  @classmethod
+  def option_names(cls) -> tuple[str, ...]:
+    """Returns what `configured` takes."""
+    general = {field.name for field in dataclasses.fields(InLLM)}
+    own = [f.name for f in dataclasses.fields(cls) if f.name not in general]
+    return (*own, "exact_budget")
+
+  def configured(self, **options) -> "InLLM":
+    """Returns this rule with other options."""
+    known = self.option_names()
+    for key in options:
+      if key not in known:
+        raise errors.UserError(
+          f"method {self.name!r} has no option {key!r}; known options:"
+          f" {', '.join(sorted(known))}"
+        )
+    return dataclasses.replace(
+      self, **options, options={**self.options, **options}
+    )
+
+  @abc.abstractmethod
+  def plan(
+    self, num_layers: int, num_video: int, ratio: float
+  ) -> list[tuple[int, int]]:
+    """Returns [(layer, keep), ...]: what each layer from `layer` on sees.
+
+    Layer 0 stands for what enters the model. Layers ascend, keeps do not.
+
+    Raises:
+      UserError: the ratio cannot be met; names the lowest that can.
+    """
+
+  @abc.abstractmethod
+  def minimum_ratio(self, num_layers: int, num_video: int) -> float:
+    """Returns the lowest ratio that `plan` can meet."""
+
+  @abc.abstractmethod
+  def step(self, seen: Seen, *, layer: int, keep: int, grid):
+    """Returns (kept int32[keep], num_valid int32[]) of ONE prompt.
+
+    `kept` ascends among the video rows 0..n-1; entries behind the first
+    `num_valid` are not read.
+    """
+
+  def rows(self, grid, ratio: float, num_layers: int) -> int:
+    """Returns K, the tokens left at the last layer, static."""
+    num_video = math.prod(grid)
+    steps = self.plan(num_layers, num_video, ratio)
+    return steps[-1][1] if steps else num_video
+
+  def prefill(
+    self, model, params, rows: Rows, *, grid, ratio: float, new_rows: int
+  ):
+    """Returns (logits, caches, trace) after reading the prompts.
+
+    Args:
+      model: `models.language.LanguageModel` of a video model.
+      params: its parameters.
+      rows: the prompts, with the tokens that `before` let in.
+      grid: static (T, H, W) of the whole video.
+      ratio: static.
+      new_rows: static, room in the caches for what follows.
+
+    Returns:
+      logits float32[B, V] behind each prompt, a tuple of `qwen2.Cache` for
+      consecutive slices of the layers, and the `Trace`.
+    """
+    num_layers = model.config.text.num_layers
+    num_video = math.prod(grid)
+    cuts = [
+      (layer, keep)
+      for layer, keep in self.plan(num_layers, num_video, ratio)
+      if layer > 0
+    ]
+    num_behind = rows.x.shape[1] - rows.index.shape[1]
+    caches, tokens, first = [], [], 0
+    for layer, keep in [*cuts, (num_layers, None)]:
+      look = None
+      if keep is not None:
+        look = _look(self.look, rows.video_start + rows.count, num_behind)
+      x, keys, values, attended = model.run_layers(
+        params, rows.x, rows.positions, rows.lengths,
+        first=first, last=layer, look=look,
+      )  # fmt: skip
+      caches.append(qwen2.Cache(keys, values, rows.lengths))
+      tokens += [rows.count] * (layer - first)
+      first, rows = layer, rows._replace(x=x)
+      if keep is None:
+        break
+      step = functools.partial(self.step, layer=layer, keep=keep, grid=grid)
+      kept, count = jax.vmap(step)(see(rows, attended))
+      taken, rows = take(rows, kept, count, num_video=num_video)
+      if self.drop_from_caches:
+        caches = [_drop(cache, taken, rows.lengths) for cache in caches]
+    trace = Trace(
+      index=rows.index,
+      mask=jnp.arange(rows.index.shape[1])[None] < rows.count[:, None],
+      tokens=jnp.stack(tokens, axis=1).astype(jnp.float32),
+    )
+    return (
+      last_logits(model, params, rows.x, rows.lengths),
+      tuple(with_room(cache, new_rows) for cache in caches),
+      trace,
+    )
+
+
+def generate(
+  model,
+  params,
+  compressor: InLLM,
+  x,
+  positions,
+  lengths,
+  video_start,
+  next_positions,
+  aux=None,
+  *,
+  grid,
+  ratio,
+  max_new_tokens,
+  eos_ids,
+  pad_id,
+  text=None,
+  rngs=None,
+):
+  """Returns (ids int32[B, max_new_tokens], `Trace`) of whole prompts.
+
+  Can be jitted with the compressor, grid, ratio and everything behind static,
+  unless `compressor.on_host`.
+
+  Args:
+    model: `models.language.LanguageModel` of a video model.
+    params: its parameters.
+    compressor: the rule.
+    x: float[B, L, D] embeddings of the whole prompts, right padded.
+    positions: int32[B, P, L].
+    lengths: int32[B] valid tokens of each prompt.
+    video_start: int32[B] row of the first of N video tokens; a newline row
+      that ends the video counts as text.
+    next_positions: int32[B] position of the first generated token.
+    aux: `base.Aux` with leading axis B, for what `compressor.before` needs.
+    grid: static (T, H, W) with T * H * W = N.
+    ratio: static, mean share of the video tokens that a layer sees.
+    max_new_tokens: static, at least 1.
+    eos_ids: static, token ids that end an answer.
+    pad_id: id written behind the end.
+    text: float[B, Lq, D] embedded questions, if `before` needs them.
+    rngs: keys [B], if `before` draws.
+  """
+  ratio = base.check_ratio(ratio)
+  if compressor.on_host and isinstance(x, jax.core.Tracer):
+    raise ValueError(
+      f"{compressor.name} reads counts on the host; call generate outside jit"
+    )
+  rows = enter(
+    compressor, x, positions, lengths, video_start, aux,
+    grid=grid, ratio=ratio, num_layers=model.config.text.num_layers,
+    text=text, rngs=rngs,
+  )  # fmt: skip
+  logits, caches, trace = compressor.prefill(
+    model, params, rows, grid=grid, ratio=ratio, new_rows=max_new_tokens - 1
+  )
+  extend = _extend if compressor.on_host else generation.extend
+  ids = extend(
+    model,
+    params,
+    logits,
+    caches,
+    next_positions,
+    num_position_rows=positions.shape[1],
+    max_new_tokens=max_new_tokens,
+    eos_ids=tuple(eos_ids),
+    pad_id=pad_id,
+  )
+  return ids, trace
+
+
+_extend = jax.jit(
+  generation.extend,
+  static_argnums=0,
+  static_argnames=("num_position_rows", "max_new_tokens", "eos_ids", "pad_id"),
+)
+
+
+def enter(
+  compressor: InLLM,
+  x,
+  positions,
+  lengths,
+  video_start,
+  aux=None,
+  *,
+  grid,
+  ratio,
+  num_layers,
+  text=None,
+  rngs=None,
+) -> Rows:
+  """Returns the prompts with the video tokens that enter the model.
+
+  Arguments are those of `generate`.
+  """
+  num_video, batch = math.prod(grid), x.shape[0]
+  if x.shape[1] < num_video:
+    raise ValueError(
+      f"prompts of {x.shape[1]} rows do not hold {num_video} video tokens"
+    )
+  every = jnp.broadcast_to(
+    jnp.arange(num_video, dtype=jnp.int32), (batch, num_video)
+  )
+  rows = Rows(
+    x=x,
+    positions=positions,
+    lengths=jnp.asarray(lengths, jnp.int32),
+    video_start=jnp.asarray(video_start, jnp.int32),
+    index=every,
+    row=every,
+    count=jnp.full(batch, num_video, jnp.int32),
+  )
+  if compressor.before is None:
+    return rows
+  steps = compressor.plan(num_layers, num_video, ratio)
+  num_keep = next((keep for layer, keep in steps if layer == 0), num_video)
+
+  def choose(features, text, aux, rng):
+    return compressor.before.compress(
+      features,
+      grid=grid,
+      num_keep=num_keep,
+      text=text,
+      aux=aux,
+      rng=rng,
+      ratio=num_keep / num_video,
+    )
+
+  selection = jax.vmap(choose)(
+    video_rows(x, rows.video_start, num_video), text, aux, rngs
+  )
+  count = selection.mask.sum(axis=1).astype(jnp.int32)
+  _, rows = take(rows, selection.index, count, num_video=num_video)
+  # A method may have changed the rows that it keeps (merged tokens).
+  valid = selection.mask[..., None]
+  kept = video_rows(rows.x, rows.video_start, selection.index.shape[1])
+  kept = jnp.where(valid, selection.features.astype(x.dtype), kept)
+  own = jnp.arange(selection.index.shape[1], dtype=jnp.int32)
+  return rows._replace(
+    x=write_rows(rows.x, rows.video_start, kept),
+    row=jnp.broadcast_to(own, selection.index.shape),
+    entered=selection,
+  )
+
+
+def see(rows: Rows, attended) -> Seen:
+  """Returns what a rule sees, leading axis B, given float32[B, R] attention."""
+  size = rows.index.shape[1]
+  return Seen(
+    hidden=rows.x,
+    positions=rows.positions,
+    length=rows.lengths,
+    video_start=rows.video_start,
+    attention=video_rows(attended, rows.video_start, size),
+    mask=jnp.arange(size)[None] < rows.count[:, None],
+    index=rows.index,
+    row=rows.row,
+    entered=rows.entered,
+  )
+
+
+def take(rows: Rows, kept, count, *, num_video):
+  """Returns (taken int32[B, R'], rows) with only some of the video rows.
+
+  Args:
+    rows: the prompts.
+    kept: int32[B, k] video rows, ascending in 0..n-1 over the first `count`.
+    count: int32[B].
+    num_video: N, the index of padding.
+
+  `taken` are the rows that went on, of `rows`.
+  """
+  size = kept.shape[1]
+  out_length = rows.x.shape[1] - rows.index.shape[1] + size
+
+  def one(x, positions, length, start, index, row, before, kept, count):
+    taken, new_length = pruning.pruned_rows(
+      kept,
+      count,
+      video_start=start,
+      num_video=before,
+      length=length,
+      out_length=out_length,
+    )
+    valid = jnp.arange(size) < count
+    return (
+      taken,
+      x[taken],
+      positions[:, taken],
+      new_length,
+      jnp.where(valid, jnp.take(index, kept, mode="clip"), num_video),
+      jnp.where(valid, jnp.take(row, kept, mode="clip"), num_video),
+    )
+
+  taken, x, positions, lengths, index, row = jax.vmap(one)(
+    rows.x,
+    rows.positions,
+    rows.lengths,
+    rows.video_start,
+    rows.index,
+    rows.row,
+    rows.count,
+    kept,
+    count,
+  )
+  return taken, rows._replace(
+    x=x,
+    positions=positions,
+    lengths=lengths,
+    index=index,
+    row=row,
+    count=count,
+  )
+
+
+def keep_by_last_query(seen: Seen, keep: int):
+  """Returns (kept int32[keep], count): what the last token looks at most.
+
+  Ties go to the earlier token.
+  """
+  values = jnp.where(seen.mask, seen.attention, -1.0)
+  _, kept = jax.lax.top_k(values, keep)
+  # Rows that are not valid lie behind all that are.
+  count = jnp.minimum(seen.mask.sum(), keep).astype(jnp.int32)
+  return jnp.sort(kept).astype(jnp.int32), count
+
+
+def keep_by_text_attention(seen: Seen, keep: int, sets, *, num_sets, share=None):
+  """Returns (kept int32[keep], count): the best of every set of tokens.
+
+  Args:
+    seen: with the attention that the text pays.
+    keep: static.
+    sets: int32[n] set of each video row, below `num_sets` where valid.
+    num_sets: static.
+    share: None shares out exactly `keep` tokens in proportion to the sets'
+      sizes, by largest remainder; a number keeps int(share * size) of each,
+      as PruneVID's own code does, which is `keep` at most.
+  """
+  size = seen.mask.shape[0]
+  sets = jnp.where(seen.mask, sets, num_sets)
+  sizes = jnp.zeros(num_sets + 1, jnp.int32).at[sets].add(1)
+  total = seen.mask.sum()
+  if share is None:
+    quotas = _in_proportion(sizes[:num_sets], jnp.minimum(keep, total))
+  else:
+    table = jnp.array([int(share * n) for n in range(size + 1)], jnp.int32)
+    quotas = table[sizes[:num_sets]]
+  quotas = jnp.append(quotas, 0)
+  # Sorted by set and, in a set, by attention; the place in the set is the rank.
+  order = jnp.lexsort((-seen.attention, sets))
+  start = jnp.cumsum(sizes) - sizes
+  rank = jnp.arange(size) - start[sets[order]]
+  survives = jnp.zeros(size, bool).at[order].set(rank < quotas[sets[order]])
+  return compact(survives, keep)
+
+
+def sets_of_static_and_frames(selection: base.Selection, grid):
+  """Returns int32[K] sets of merged rows, 2 * T in all.
+
+  A row that stands for tokens of one frame belongs to that frame's set; one
+  that stands for several frames to set T + first of them: PruneVID's dynamic
+  and static tokens. Padding goes to set 2 * T.
+  """
+  T, H, W = grid
+  size = selection.index.shape[0]
+  frame = jnp.arange(T * H * W, dtype=jnp.int32) // (H * W)
+  group = jnp.where(selection.assign < 0, size, selection.assign)
+  first = jax.ops.segment_min(frame, group, size + 1)[:size]
+  last = jax.ops.segment_max(frame, group, size + 1)[:size]
+  sets = jnp.where(last > first, T + first, first)
+  return jnp.where(selection.mask, sets, 2 * T)
+
+
+def compact(survives, size: int):
+  """Returns (int32[size] ascending places of True, behind them n; count)."""
+  length = survives.shape[0]
+  places = jnp.where(survives, jnp.arange(length, dtype=jnp.int32), length)
+  return jnp.sort(places)[:size], survives.sum().astype(jnp.int32)
+
+
+def _in_proportion(sizes, total):
+  """Returns int32[S] quotas that sum to `total`, by largest remainder."""
+  everything = jnp.maximum(sizes.sum(), 1)
+  # Sizes and totals stay below 46341, so their products fit 32 bits.
+  quotas = sizes * total // everything
+  rest = sizes * total % everything
+  order = jnp.argsort(-rest, stable=True)
+  more = jnp.arange(sizes.shape[0]) < total - quotas.sum()
+  return quotas.at[order].add(more.astype(jnp.int32))
+
+
+def scaled_layer(layer: int, num_layers: int) -> int:
+  """Returns the layer of a decoder as deep as `layer` is in one of 28."""
+  return max(1, round(layer * num_layers / _PAPER_LAYERS))
+
+
+def cut_layer(
+  name: str, layer: int, num_layers: int, scale_layers: bool
+) -> int:
+  """Returns the layer before which tokens are dropped, checked."""
+  if not isinstance(layer, int) or isinstance(layer, bool) or layer < 1:
+    raise errors.UserError(
+      f"{name}: layer={layer!r}; tokens can be dropped before layer 1 or later"
+    )
+  found = scaled_layer(layer, num_layers) if scale_layers else layer
+  if found >= num_layers:
+    raise errors.UserError(
+      f"{name}: layer={layer} leaves none of the model's {num_layers} layers"
+      " behind it; use a lower layer"
+    )
+  return found
+
+
+def token_layers(num_layers: int, num_video: int, ratio: float) -> int:
+  """Returns floor(ratio * layers * N): tokens that all layers may see."""
+  # The decimal number that was written, not its nearest binary fraction.
+  exact = fractions.Fraction(repr(base.check_ratio(ratio)))
+  return math.floor(exact * num_layers * num_video)
+
+
+def infeasible(compressor: InLLM, num_layers, num_video, ratio, why):
+  """Returns the error of a ratio that is too low."""
+  lowest = compressor.minimum_ratio(num_layers, num_video)
+  # Rounded up, so that what is named can be used.
+  lowest = math.ceil(lowest * 1e4) / 1e4
+  return errors.UserError(
+    f"{compressor.name}: ratio {ratio:g} of {num_video} tokens as a mean over"
+    f" {num_layers} layers cannot be met, because {why}; use at least"
+    f" {lowest:.4f}"
+  )
+
+
+def video_rows(x, start, size: int):
+  """Returns [B, size, ...] rows of x [B, R, ...], from `start` int32[B] on."""
+  return jax.vmap(
+    lambda x, start: jax.lax.dynamic_slice_in_dim(x, start, size)
+  )(x, start)
+
+
+def write_rows(x, start, rows):
+  """Returns x [B, R, ...] with `rows` [B, n, ...] from `start` int32[B] on."""
+  return jax.vmap(
+    lambda x, rows, start: jax.lax.dynamic_update_slice_in_dim(
+      x, rows, start, axis=0
+    )
+  )(x, rows, start)
+
+
+def last_logits(model, params, x, lengths):
+  """Returns float32[B, V] behind each prompt's last valid row."""
+  last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
+  return model.end(params, last[:, 0])
+
+
+def with_room(cache: qwen2.Cache, new_rows: int) -> qwen2.Cache:
+  """Returns the cache with room for more tokens."""
+  room = [(0, 0), (0, 0), (0, new_rows), (0, 0), (0, 0)]
+  return cache._replace(
+    keys=jnp.pad(cache.keys, room), values=jnp.pad(cache.values, room)
+  )
+
+
+def _drop(cache: qwen2.Cache, taken, lengths) -> qwen2.Cache:
+  """Returns the cache with only the rows `taken` int32[B, R']."""
+  place = taken[None, :, :, None, None]
+  return qwen2.Cache(
+    keys=jnp.take_along_axis(cache.keys, place, axis=2),
+    values=jnp.take_along_axis(cache.values, place, axis=2),
+    lengths=lengths,
+  )
+
+
+def _look(kind: str, text_start, num_behind: int):
+  """Returns `look(q, k, lengths)` -> float32[B, R] for `run_layers`."""
+  if kind == "last":
+    return attention.last_query_attention
+  if kind == "after_video":
+    return lambda q, k, lengths: attention.strongest_attention(
+      q, k, text_start, lengths, num_queries=num_behind
+    )
+  raise ValueError(f"look {kind!r} is neither 'last' nor 'after_video'")

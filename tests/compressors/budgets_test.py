@@ -1,0 +1,260 @@
+"""Budgets against the published table, exact fractions and brute force."""
+
+import fractions
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cacovid_jax import errors
+from cacovid_jax.compressors import budgets
+
+RATIOS = (0.25, 0.2, 0.15, 0.1)
+TOKENS = 6272
+
+
+def percent(value, digits=1):
+  return round(100 * value, digits)
+
+
+def test_fastv_keeps_the_published_share():
+  share = budgets.fastv_fraction
+  assert [percent(share(r, 28, 2)) for r in RATIOS] == [19.2, 13.8, 8.5, 3.1]
+  assert percent(share(0.15, 28, 2), 2) == 8.46
+  assert percent(share(0.1, 28, 2), 2) == 3.08
+  assert [percent(share(r, 36, 2)) for r in RATIOS] == [20.6, 15.3, 10.0, 4.7]
+  assert [percent(share(r, 28, 3)) for r in RATIOS[:3]] == [16.0, 10.4, 4.8]
+  with pytest.raises(errors.UserError, match=r"infeasible.*0\.1071"):
+    share(0.1, 28, 3)
+
+
+def test_prunevid_lets_the_published_share_in():
+  def entering(ratio, num_layers):
+    return percent(
+      budgets.entering_fraction(ratio, num_layers, layer=10, share=0.4)
+    )
+
+  assert [entering(r, 28) for r in RATIOS] == [40.7, 32.6, 24.4, 16.3]
+  assert [entering(r, 36) for r in RATIOS] == [44.1, 35.3, 26.5, 17.6]
+  # K = 11 of the released code.
+  released = [
+    percent(budgets.entering_fraction(r, 28, layer=11, share=0.4))
+    for r in RATIOS
+  ]
+  assert released == [39.3, 31.5, 23.6, 15.7]
+
+
+def test_flashvid_lets_a_quarter_more_in_and_keeps_30_percent():
+  for ratio, published in zip(RATIOS, (31.25, 25, 18.75, 12.5), strict=True):
+    entering, keep = budgets.flashvid(ratio, 28, TOKENS)
+    assert entering == math.floor(published / 100 * TOKENS)
+    assert keep / entering == pytest.approx(0.3, abs=20 / 8 / entering)
+
+
+@pytest.mark.parametrize("num_layers", [28, 36, 24, 3])
+@pytest.mark.parametrize("num_video", [TOKENS, 97])
+def test_the_mean_over_layers_is_the_ratio(num_layers, num_video):
+  for ratio in (*RATIOS, 0.4, 1.0):
+    plans = {}
+    layer = budgets.scale_layer(2, num_layers)
+    if ratio * num_layers >= layer + 1:
+      keep = budgets.keep_behind(ratio, num_layers, num_video, layer=layer)
+      plans["fastv"] = [(layer, keep)]
+    for name, at in ((budgets.prunevid, 10), (budgets.flashvid, 20)):
+      entering, keep = name(ratio, num_layers, num_video)
+      assert 1 <= keep <= entering <= num_video
+      plans[name] = [
+        (0, entering),
+        (budgets.scale_layer(at, num_layers), keep),
+      ]
+    for plan in plans.values():
+      seen = budgets.tokens_per_layer(plan, num_layers, num_video)
+      by_hand = [num_video] * num_layers
+      for number, _ in enumerate(by_hand):
+        for layer, keep in plan:
+          if number >= layer:
+            by_hand[number] = keep
+      assert seen == by_hand
+      got = budgets.equivalent_ratio(seen, num_video)
+      assert got <= ratio + 1e-12
+      # A tail shorter than one layer cannot take what is missing.
+      assert got > ratio - 1 / num_video or seen[-1] == seen[0]
+
+
+def test_equivalent_ratio_is_a_mean_over_layers_only():
+  seen = np.array([[4, 2, 0], [4, 4, 4]])
+  np.testing.assert_array_equal(budgets.equivalent_ratio(seen, 4), [0.5, 1.0])
+
+
+def test_a_budget_smaller_than_the_first_layers_names_the_lowest_ratio():
+  with pytest.raises(errors.UserError, match="infeasible") as caught:
+    budgets.keep_behind(0.05, 28, TOKENS, layer=2)
+  lowest = budgets.lowest_ratio(28, TOKENS, layer=2)
+  assert f"at least {lowest:.4f}" in str(caught.value)
+  assert "\n" not in str(caught.value)
+  assert lowest == 0.0716  # 2 / 28 and one token of 6272 behind it.
+  assert budgets.keep_behind(lowest, 28, TOKENS, layer=2) >= 1
+  with pytest.raises(errors.UserError, match="infeasible"):
+    budgets.keep_behind(lowest - 2e-4, 28, TOKENS, layer=2)
+
+
+def test_two_stages_reach_down_to_one_token():
+  assert budgets.flashvid(1 / 97, 28, 97) == (1, 1)
+  for ratio in (0.011, 0.015, 0.02, 0.05):
+    entering, keep = budgets.flashvid(ratio, 28, 97)
+    assert 1 <= keep <= entering
+  with pytest.raises(errors.UserError, match="keeps no token"):
+    budgets.flashvid(0.01, 28, 97)
+  with pytest.raises(errors.UserError, match="no layer of 4 behind"):
+    budgets.two_stages(0.5, 4, 97, layer=4, share=0.5)
+  with pytest.raises(errors.UserError, match="no layer of 4 behind"):
+    budgets.keep_behind(0.5, 4, 97, layer=4)
+
+
+def test_layers_are_scaled_from_28():
+  assert [budgets.scale_layer(k, 28) for k in (1, 2, 20)] == [1, 2, 20]
+  assert [budgets.scale_layer(k, 36) for k in (2, 10, 20)] == [3, 13, 26]
+  assert [budgets.scale_layer(k, 3) for k in (2, 10, 20)] == [1, 1, 2]
+
+
+def cases():
+  rng = np.random.default_rng(0)
+  for seed in range(60):
+    count = int(rng.integers(1, 7))
+    weights = rng.integers(0, 9, count) if seed % 2 else rng.random(count)
+    low = rng.integers(0, 3, count)
+    high = low + rng.integers(0, 6, count)
+    total = int(rng.integers(low.sum(), high.sum() + 1))
+    yield weights, total, low, high
+  yield np.zeros(4), 7, 0, 3
+  yield np.array([0.0, 1.0, 0.0]), 9, 0, 4
+  yield np.array([1e-30, 1e30]), 5, 0, 5
+  yield np.ones(3), 0, 0, 5
+  yield np.array([5.0]), 3, 3, 3
+
+
+def proportional(weights, total, low, high):
+  """The real-valued shares, by removing parts at a bound one at a time."""
+  count = len(weights)
+  low = np.broadcast_to(low, count).tolist()
+  high = np.broadcast_to(high, count).tolist()
+  exact = [fractions.Fraction(float(w)) for w in weights]
+  # Every assignment of parts to bounds; the right one is consistent.
+  for state in itertools.product((-1, 0, 1), repeat=count):
+    free = [g for g in range(count) if state[g] == 0 and exact[g]]
+    if any(state[g] == 0 and not exact[g] for g in range(count)):
+      continue
+    fixed = [int(high[g] if state[g] > 0 else low[g]) for g in range(count)]
+    rest = total - sum(fixed[g] for g in range(count) if g not in free)
+    if free:
+      level = rest / sum(exact[g] for g in free)
+    elif rest:
+      continue
+    else:
+      level = None
+    share = [level * exact[g] if g in free else fixed[g] for g in range(count)]
+    if any(not low[g] <= share[g] <= high[g] for g in range(count)):
+      continue
+    if level is None:
+      # Every part is at a bound: some level must lie between their own.
+      if any(state[g] > 0 and not exact[g] and low[g] < high[g]
+             for g in range(count)):  # fmt: skip
+        continue
+      levels = [
+        (state[g], fixed[g] / exact[g]) for g in range(count) if exact[g]
+      ]
+      at_least = max((x for at, x in levels if at > 0), default=0)
+      at_most = min((x for at, x in levels if at < 0), default=math.inf)
+      if at_least > at_most:
+        continue
+      return share
+    right = all(
+      (state[g] == 0)
+      or (state[g] < 0 and level * exact[g] <= low[g])
+      or (state[g] > 0 and level * exact[g] >= high[g])
+      for g in range(count)
+    )
+    if right:
+      return share
+  return None
+
+
+def rounded(share, total):
+  counts = [math.floor(s) for s in share]
+  order = sorted(range(len(share)), key=lambda g: (counts[g] - share[g], g))
+  for g in order[: total - sum(counts)]:
+    counts[g] += 1
+  return counts
+
+
+def test_largest_remainder_equals_brute_force():
+  compared = 0
+  for weights, total, low, high in cases():
+    counts = budgets.largest_remainder(weights, total, low, high)
+    assert sum(counts) == total
+    assert np.all(counts >= np.broadcast_to(low, len(weights)))
+    assert np.all(counts <= np.broadcast_to(high, len(weights)))
+    share = proportional(weights, total, low, high)
+    if share is not None:
+      assert counts == rounded(share, total)
+      compared += 1
+  assert compared >= 50
+
+
+def test_largest_remainder_by_hand():
+  share = budgets.largest_remainder
+  assert share([1, 1, 1], 7) == [3, 2, 2]
+  assert share([5, 3, 2], 5) == [3, 1, 1]  # 2.5, 1.5 and 1: the first half.
+  assert share([5, 3, 2], 5, high=2) == [2, 2, 1]
+  assert share([9, 1, 1], 4, low=1) == [2, 1, 1]
+  assert share([0, 0], 3) == [2, 1]
+  assert share([1, 0, 0], 9, high=[3, 5, 5]) == [3, 3, 3]
+
+
+def test_largest_remainder_on_device_is_that_of_the_host():
+  share = jax.jit(jax.vmap(budgets.largest_remainder_on_device))
+  rows = []
+  for weights, total, low, high in cases():
+    count = len(weights)
+    pad = (0, 6 - count)
+    low = np.pad(np.broadcast_to(low, count), pad)
+    high = np.pad(np.broadcast_to(high, count), pad)
+    rows.append((np.pad(weights, pad).astype(np.float32), total, low, high))
+  columns = [np.stack(column) for column in zip(*rows, strict=True)]
+  found = np.asarray(share(*columns))
+  equal = 0
+  for (weights, total, low, high), counts in zip(rows, found, strict=True):
+    assert counts.sum() == total
+    assert np.all((low <= counts) & (counts <= high))
+    expected = budgets.largest_remainder(weights, total, low, high)
+    # Rounding may decide between remainders that are as good as equal.
+    assert np.abs(counts - expected).max() <= 1
+    equal += np.array_equal(counts, expected)
+  assert equal >= len(rows) - 3
+
+
+def test_largest_remainder_of_many_parts():
+  weights = np.random.default_rng(1).random(300).astype(np.float32)
+  share = jax.jit(budgets.largest_remainder_on_device, static_argnums=(1, 2, 3))
+  for total, low, high in ((15680, 0, 196), (400, 1, 196), (58000, 0, 196)):
+    counts = np.asarray(share(weights, total, low, high))
+    assert counts.sum() == total and low <= counts.min()
+    assert counts.max() <= high
+    expected = budgets.largest_remainder(weights, total, low, high)
+    assert np.abs(counts - expected).sum() <= 4
+
+
+def test_infeasible_shares_are_one_line_at_trace_time():
+  with pytest.raises(errors.UserError, match="3 parts that take 0 to 6"):
+    budgets.largest_remainder([1, 1, 1], 7, 0, 2)
+  with pytest.raises(errors.UserError, match="take 6 to 9"):
+    jax.jit(
+      lambda w: budgets.largest_remainder_on_device(w, 5, 2, 3)
+    )(jnp.ones(3))  # fmt: skip
+  with pytest.raises(ValueError, match="exceed"):
+    budgets.largest_remainder([1, 1], 3, 2, 1)
+  with pytest.raises(ValueError, match="positive"):
+    budgets.largest_remainder([1, -1], 3)
