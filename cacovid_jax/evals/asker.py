@@ -94,10 +94,18 @@ class Asker:
 
   def reply(self, cell) -> Reply:
     """Returns what the method of a `runner.Cell` answers."""
+    num_video = self.batch.features.shape[1]
+    if programs_lib.acts_inside(cell.method.compressor):
+      ids, trace = self._inside(cell)
+      return Reply(
+        ids,
+        np.asarray(trace.index),
+        np.asarray(trace.mask),
+        np.asarray(trace.equivalent_ratio(num_video)),
+      )
     selection = self.select(cell)
     ids = self.answer(selection)
     mask = np.asarray(selection.mask)
-    num_video = self.batch.features.shape[1]
     return Reply(
       ids, np.asarray(selection.index), mask, mask.sum(axis=1) / num_video
     )
@@ -114,6 +122,16 @@ class Asker:
       else:
         selection = self._select_by_clip(program, inputs)
       return jax.block_until_ready(selection)
+
+  def _inside(self, cell):
+    """Returns (ids, `in_llm.Trace`): selection and answer are one program."""
+    method = cell.method
+    _, text, aux, keys = self.inputs(cell)
+    with self._e.timed(f"answer {method.label}"):
+      program = self._programs.inside(method.compressor, cell.ratio)
+      return jax.block_until_ready(
+        program(self._params, self.batch, text, aux, keys)
+      )
 
   def answer(self, selection: base.Selection):
     """Returns int32[B, M] ids of the answers to the pruned prompts."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cacovid_jax.compressors import base
+from cacovid_jax.compressors import base, in_llm
 from cacovid_jax.models import generation, pruning
 
 
@@ -66,7 +66,7 @@ class Programs:
     self.text = jax.jit(lambda batch: jax.vmap(_text)(batch.x, batch.text_rows))
     self.scores = jax.jit(self._scores, static_argnums=0)
     self.answer = jax.jit(self._answer)
-    self._selects = {}
+    self._selects, self._insides = {}, {}
 
   def select(self, compressor: base.Compressor, ratio: float):
     """Returns f(features [B, N, D], text, aux, keys) -> `Selection` [B, ...].
@@ -76,6 +76,15 @@ class Programs:
     if (compressor, ratio) not in self._selects:
       self._selects[compressor, ratio] = self._select(compressor, ratio)
     return self._selects[compressor, ratio]
+
+  def inside(self, compressor: in_llm.InLLM, ratio: float):
+    """Returns f(params, batch, text, aux, keys) -> (ids, `in_llm.Trace`).
+
+    One program per compressor and ratio, selection and answer in one.
+    """
+    if (compressor, ratio) not in self._insides:
+      self._insides[compressor, ratio] = self._inside(compressor, ratio)
+    return self._insides[compressor, ratio]
 
   def check(self, compressor: Any, ratio: float) -> None:
     """Refuses a budget that the method cannot meet."""
@@ -89,6 +98,28 @@ class Programs:
     if not acts_inside(compressor):
       return None
     return compressor.minimum_ratio(self._num_layers, self._num_video)
+
+  def _inside(self, compressor, ratio):
+    def ask(params, batch: Batch, text, aux, keys):
+      return in_llm.generate(
+        self._model,
+        params,
+        compressor,
+        batch.x,
+        batch.positions,
+        batch.length,
+        batch.video_start,
+        batch.next_position,
+        aux,
+        grid=self._grid,
+        ratio=ratio,
+        text=text,
+        rngs=keys,
+        **self._ending,
+      )
+
+    # Some read on the host how many tokens go on.
+    return ask if compressor.on_host else jax.jit(ask)
 
   def _select(self, compressor, ratio):
     num_keep = compressor.rows(self._grid, ratio)
@@ -187,7 +218,7 @@ class Programs:
 
 def acts_inside(compressor: Any) -> bool:
   """True for a method that drops tokens inside the language model."""
-  return hasattr(compressor, "plan")
+  return isinstance(compressor, in_llm.InLLM)
 
 
 def _text(x, rows):

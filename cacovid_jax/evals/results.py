@@ -241,7 +241,8 @@ def _failed(method, failure: runner.Failure) -> dict[str, Any]:
   """Returns the cell of a method that cannot be run at a ratio."""
   out = {"status": failure.reason, **_facts(method)}
   if failure.minimum_ratio is not None:
-    out["minimum_ratio"] = _number(failure.minimum_ratio)
+    # Rounded up, so that it can be used as it stands.
+    out["minimum_ratio"] = math.ceil(failure.minimum_ratio * 1e4) / 1e4
   return out
 
 
