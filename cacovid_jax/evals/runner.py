@@ -257,8 +257,8 @@ class Evaluator:
     self.policies = dict(policies or {})
     self.checkpoint = checkpoint
     self.decisive = decisive or {}
-    # What `cacovid_other_question` draws from: the questions being asked.
-    self._pool = []
+    # What `cacovid_other_question` draws from; in a run, what is being asked.
+    self._pool = _by_id(questions)
     self._num_video = self.grid[0] * self.grid[1] * self.grid[2]
     for name, tokens in self.decisive.items():
       if tokens and not 0 <= min(tokens) <= max(tokens) < self._num_video:
@@ -318,7 +318,7 @@ class Evaluator:
         base.budget(self.grid, cell.ratio)
         self._note(failures, cell, self._check)
     self._check_any_left(cells, failures)
-    self._pool = sorted(questions, key=lambda question: question.id)
+    self._pool = _by_id(questions)
     order = by_clip(questions)
     size = self.settings.batch_size
     batches = [order[i : i + size] for i in range(0, len(order), size)]
@@ -503,6 +503,10 @@ def wanted(methods: Sequence[Method]) -> frozenset[str]:
   """Returns what the clips must bring along for these methods."""
   needs = frozenset().union(*[method.needs for method in methods])
   return needs & frozenset(asker_lib.CLIP_PARTS)
+
+
+def _by_id(questions):
+  return sorted(questions, key=lambda question: question.id)
 
 
 def _inside(method: Method) -> bool:
