@@ -13,7 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cacovid_jax.models import hf_config, language, qwen2, siglip
+from cacovid_jax.models import (
+  hf_config,
+  language,
+  qwen2,
+  siglip,
+  vision_signals,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,9 +181,12 @@ class LlavaOnevision(nn.Module):
     )
     self.language_model = qwen2.Qwen2(cfg.text, **kwargs)
 
-  def encode_video(self, pixels):
-    """Returns (features float[N, D], out) of pixels float[T, h, w, 3]."""
-    hidden, tower = self.vision_tower(pixels)
+  def encode_video(self, pixels, want=()):
+    """Returns (features float[N, D], out) of pixels float[T, h, w, 3].
+
+    `out` also holds the `vision_signals` in `want`, of the token grid.
+    """
+    hidden, tower = self.vision_tower(pixels, want)
     projected = self.projector(hidden)
     pooled = pool(projected)
     out = {
@@ -186,6 +195,9 @@ class LlavaOnevision(nn.Module):
       "projected_features": projected,
       "pooled_features": pooled,
     }
+    for name in want:
+      signal = tower[name].reshape(*hidden.shape[:2], -1)
+      out[name] = pool(signal).reshape(-1, *tower[name].shape[2:])
     return pooled.reshape(-1, pooled.shape[-1]), out
 
   def video_block(self, features):
@@ -243,6 +255,23 @@ class LlavaOnevisionModel(language.LanguageModel):
       pixels: float32[T, h, w, 3], normalised.
     """
     return self._apply(params, pixels, method="encode_video")[0]
+
+  def encode_video_with(self, params, pixels, *, want):
+    """Returns (features, signals) of one video, features of `encode_video`.
+
+    Args:
+      params: the model's parameters.
+      pixels: float32[T, h, w, 3], normalised.
+      want: static, names of `vision_signals`. Of the tower's last layer and
+        pooled as the features are, "vision_attention" float32[N] is the
+        attention that a place receives from its frame, mean over heads and
+        queries; "vision_keys" float32[N, H] are the keys averaged over heads.
+    """
+    want = vision_signals.check(want)
+    features, out = self._apply(
+      params, pixels, want=want, method="encode_video"
+    )
+    return features, {name: out[name] for name in want}
 
   def embed_prompt(self, params, ids, features, video_start):
     """Returns one prompt's embeddings float[L, D].

@@ -19,6 +19,7 @@ from cacovid_jax.models import (
   language,
   qwen2,
   qwen2_5_vl_vision,
+  vision_signals,
 )
 
 POSITION_RULES = ("4.50", "v5")
@@ -195,9 +196,9 @@ class Qwen2_5VL(nn.Module):  # noqa: N801
     self.visual = qwen2_5_vl_vision.Tower(cfg.vision, **kwargs)
     self.language_model = qwen2.Qwen2(cfg.text, **kwargs)
 
-  def encode_video(self, patches, layout):
+  def encode_video(self, patches, layout, want=()):
     """Returns (features float[N, D], out); see `Qwen2_5VLModel`."""
-    return self.visual(patches, layout)
+    return self.visual(patches, layout, want)
 
   def __call__(self, patches, layout):
     """Touches every parameter; only initialisation calls it."""
@@ -253,6 +254,25 @@ class Qwen2_5VLModel(language.LanguageModel):  # noqa: N801
       layout: of the video's grid, see `layout`.
     """
     return self._apply(params, patches, layout, method="encode_video")[0]
+
+  def encode_video_with(self, params, patches, layout, *, want):
+    """Returns (features, signals) of one video, features of `encode_video`.
+
+    Args:
+      params: the model's parameters.
+      patches: float[P, patch_values], as of `encode_video`.
+      layout: of the video's grid.
+      want: static, names of `vision_signals`. Of the tower's last layer and
+        averaged over the patches of a token, "vision_attention" float32[N] is
+        the attention that it receives from its slice, mean over heads, sum
+        over queries; "vision_keys" float32[N, H] are the keys, turned by their
+        place, averaged over heads. Both are zero behind the video's tokens.
+    """
+    want = vision_signals.check(want)
+    features, out = self._apply(
+      params, patches, layout, want=want, method="encode_video"
+    )
+    return features, {name: out[name] for name in want}
 
   def embed_prompt(self, params, ids, features, video_start, num_video=None):
     """Returns one prompt's embeddings float[L, D].

@@ -16,7 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from cacovid_jax import errors
-from cacovid_jax.models import attention, hf_config, qwen2, rope
+from cacovid_jax.models import (
+  attention,
+  hf_config,
+  qwen2,
+  rope,
+  vision_signals,
+)
 
 # Not in any config.json: the released code has it fixed.
 _RMS_NORM_EPS = 1e-6
@@ -333,6 +339,22 @@ def rotate(x, cos, sin):
   return rope.apply(x.astype(jnp.float32), cos, sin).astype(x.dtype)
 
 
+def received(q, k, segments):
+  """Returns float32[P]: attention that each patch gets within its segment.
+
+  Args:
+    q: float[P, N, H], turned.
+    k: float[P, N, H], turned.
+    segments: `Segments`; patches in none of them get a number without meaning.
+  """
+  got = vision_signals.attention_received(
+    jnp.take(q, segments.rows, axis=0),
+    jnp.take(k, segments.rows, axis=0),
+    segments.lengths,
+  )
+  return jnp.take(got.reshape(-1), segments.place)
+
+
 def attend(q, k, v, segments, backend="auto"):
   """Returns float[P, N, H]: bidirectional attention inside the segments."""
 
@@ -353,12 +375,14 @@ class Block(nn.Module):
   backend: str = "auto"
 
   @nn.compact
-  def __call__(self, x, is_full, cos, sin, layout):
-    """Returns float[P, D].
+  def __call__(self, x, signals, is_full, is_last, cos, sin, layout):
+    """Returns (float[P, D], signals).
 
     Args:
       x: float[P, D].
+      signals: dict of the wanted `vision_signals`, float32[P, ...].
       is_full: bool[], True to see the whole slice, False the window.
+      is_last: bool[], True for the layer whose signals are to be returned.
       cos: float32[P, H] of `rotary`.
       sin: float32[P, H].
       layout: `Layout`.
@@ -383,10 +407,23 @@ class Block(nn.Module):
     )
     x = x + dense(cfg.hidden_size, "proj")(h.reshape(x.shape))
 
+    def observe():
+      last_is_full = cfg.num_layers - 1 in cfg.full_layers
+      segments = layout.slices if last_is_full else layout.windows
+      found = {
+        "vision_attention": lambda: received(q, k, segments),
+        "vision_keys": lambda: k.astype(jnp.float32).mean(axis=1),
+      }
+      return {name: found[name]() for name in signals}
+
+    if signals:
+      # A branch and not an output of each layer: only one layer pays.
+      signals = jax.lax.cond(is_last, observe, lambda: signals)
+
     h = norm("norm2")(x)
     gate = nn.silu(dense(cfg.intermediate_size, "gate_proj")(h))
     up = dense(cfg.intermediate_size, "up_proj")(h)
-    return x + dense(cfg.hidden_size, "down_proj")(gate * up)
+    return x + dense(cfg.hidden_size, "down_proj")(gate * up), signals
 
 
 class Merger(nn.Module):
@@ -416,7 +453,7 @@ class Tower(nn.Module):
   remat: bool = False
 
   @nn.compact
-  def __call__(self, patches, layout):
+  def __call__(self, patches, layout, want=()):
     """Returns (features float[N, out_hidden_size], out) of one video.
 
     Tokens stay in the order of the grid. Features of padding are zero.
@@ -424,6 +461,10 @@ class Tower(nn.Module):
     Args:
       patches: float[P, patch_values], normalised.
       layout: `Layout` for P patches.
+      want: names of `vision_signals`; `out` then holds, of the last layer and
+        averaged over the patches of a token, "vision_attention" float32[N], a
+        sum over queries, and "vision_keys" float32[N, H], turned. Zero for
+        padding.
     """
     cfg = self.config
     if len(patches) != layout.coordinates.shape[1]:
@@ -436,8 +477,17 @@ class Tower(nn.Module):
     out = {"patch_embed": x}
     cos, sin = rotary(layout.coordinates, cfg.head_dim, cfg.rope_theta)
 
-    def block(layer, x, is_full):
-      return layer(x, is_full, cos, sin, layout), None
+    shapes = {
+      "vision_attention": (len(x),),
+      "vision_keys": (len(x), cfg.head_dim),
+    }
+    signals = {
+      name: jnp.zeros(shapes[name], jnp.float32)
+      for name in vision_signals.check(want)
+    }
+
+    def block(layer, carry, kind):
+      return layer(*carry, *kind, cos, sin, layout), None
 
     if self.remat:
       block = nn.remat(block, prevent_cse=False)
@@ -447,10 +497,19 @@ class Tower(nn.Module):
       split_rngs={"params": True},
       length=cfg.num_layers,
     )
-    is_full = np.isin(np.arange(cfg.num_layers), cfg.full_layers)
+    number = np.arange(cfg.num_layers)
+    is_full = jnp.asarray(np.isin(number, cfg.full_layers))
+    is_last = jnp.asarray(number == cfg.num_layers - 1)
     blocks = Block(cfg, self.dtype, self.backend, name="blocks")
-    x, _ = scan(blocks, x, jnp.asarray(is_full))
+    (x, signals), _ = scan(blocks, (x, signals), (is_full, is_last))
     out["vision_tower_output"] = x
     features = Merger(cfg, self.dtype, name="merger")(x)
     valid = jnp.arange(len(features)) < layout.num_tokens
+
+    def tokens(signal):  # [P, ...] -> [N, ...]
+      groups = signal.reshape(-1, cfg.patches_per_token, *signal.shape[1:])
+      inside = valid.reshape(-1, *[1] * (signal.ndim - 1))
+      return jnp.where(inside, groups.mean(axis=1), 0)
+
+    out |= {name: tokens(signal) for name, signal in signals.items()}
     return jnp.where(valid[:, None], features, 0), out

@@ -7,9 +7,11 @@ Paper: https://arxiv.org/abs/2303.15343.
 import dataclasses
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+import numpy as np
 
-from cacovid_jax.models import attention, hf_config
+from cacovid_jax.models import attention, hf_config, vision_signals
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,8 +121,14 @@ class SiglipLayer(nn.Module):
   backend: str = "auto"
 
   @nn.compact
-  def __call__(self, x):
-    """Returns float[F, P, D] of x float[F, P, D]."""
+  def __call__(self, x, signals, is_last):
+    """Returns (float[F, P, D], signals) of x float[F, P, D].
+
+    Args:
+      x: what the layer below gave.
+      signals: dict of the wanted `vision_signals`, float32[F, P, ...].
+      is_last: bool[], True for the layer whose signals are to be returned.
+    """
     cfg = self.config
 
     def dense(size, name):
@@ -135,11 +143,25 @@ class SiglipLayer(nn.Module):
     h = attention.attention(q, k, v, backend=self.backend).reshape(x.shape)
     x = x + dense(cfg.hidden_size, "out_proj")(h)
 
+    def observe():
+      found = {
+        # A mean over queries: a frame's attention adds up to 1.
+        "vision_attention": lambda: (
+          vision_signals.attention_received(q, k) / x.shape[1]
+        ),
+        "vision_keys": lambda: k.astype(jnp.float32).mean(axis=2),
+      }
+      return {name: found[name]() for name in signals}
+
+    if signals:
+      # A branch and not an output of each layer: only one layer pays.
+      signals = jax.lax.cond(is_last, observe, lambda: signals)
+
     h = LayerNorm(cfg.layer_norm_eps, self.dtype, name="layer_norm2")(x)
     h = dense(cfg.intermediate_size, "fc1")(h)
     # The tower was trained with the tanh form; the projector with the exact.
     h = nn.gelu(h, approximate=True)
-    return x + dense(cfg.hidden_size, "fc2")(h)
+    return x + dense(cfg.hidden_size, "fc2")(h), signals
 
 
 class SiglipTower(nn.Module):
@@ -155,8 +177,14 @@ class SiglipTower(nn.Module):
   remat: bool = False
 
   @nn.compact
-  def __call__(self, pixels):
-    """Returns (hidden float[F, P, D], out) of pixels float[F, h, w, 3]."""
+  def __call__(self, pixels, want=()):
+    """Returns (hidden float[F, P, D], out) of pixels float[F, h, w, 3].
+
+    Args:
+      pixels: normalised frames.
+      want: names of `vision_signals`; `out` then holds, of the last layer,
+        "vision_attention" float32[F, P] and "vision_keys" float32[F, P, H].
+    """
     cfg = self.config
     frames, side, size = pixels.shape[0], cfg.side, cfg.patch_size
     # A valid convolution with stride = kernel is a product over cut patches.
@@ -172,8 +200,17 @@ class SiglipTower(nn.Module):
     x = x + table.astype(self.dtype)
     out = {"embeddings": x}
 
-    def block(layer, x, _):
-      return layer(x), None
+    shapes = {
+      "vision_attention": x.shape[:2],
+      "vision_keys": (*x.shape[:2], cfg.hidden_size // cfg.num_heads),
+    }
+    signals = {
+      name: jnp.zeros(shapes[name], jnp.float32)
+      for name in vision_signals.check(want)
+    }
+
+    def block(layer, carry, is_last):
+      return layer(*carry, is_last), None
 
     if self.remat:
       block = nn.remat(block, prevent_cse=False)
@@ -184,5 +221,6 @@ class SiglipTower(nn.Module):
       length=cfg.num_layers,
     )
     layers = SiglipLayer(cfg, self.dtype, self.backend, name="layers")
-    x, _ = scan(layers, x, None)
-    return x, out
+    is_last = np.arange(cfg.num_layers) == cfg.num_layers - 1
+    (x, signals), _ = scan(layers, (x, signals), jnp.asarray(is_last))
+    return x, out | signals
