@@ -9,7 +9,7 @@ of the language model: methods inside it see more in front and less behind.
 
 WORKDIR/table.md, table.csv       a row per method and ratio
 WORKDIR/accuracy_over_time.png    accuracy at 10 % over milliseconds
-WORKDIR/results.json, report.html as `python -m cacovid_jax.evaluate` writes them
+WORKDIR/results.json, report.html as `python -m cacovid_jax.evaluate` has them
 WORKDIR/timings.json              times and host facts, by method and ratio
 
 A method that cannot be run at a ratio keeps its row, which says why. Stopped

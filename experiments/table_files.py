@@ -102,7 +102,7 @@ def markdown(out, rows):
   ]
   for ratio in dict.fromkeys(row["ratio"] for row in rows):
     lines = [
-      "| method | kept tokens | equivalent ratio | ms | accuracy | difference |",
+      "| method | kept | equivalent ratio | ms | accuracy | difference |",
       "| --- | ---: | ---: | ---: | --- | --- |",
     ]
     found = [row for row in rows if row["ratio"] == ratio]
