@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from cacovid_jax import errors
 from cacovid_jax.compressors import base
 from cacovid_jax.data import frames as frames_lib
 from cacovid_jax.data import qwen_frames, video
+from cacovid_jax.models import vision_signals
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,6 +30,8 @@ class Clip:
     seconds_per_slice: time between two rows of the grid's first axis, for
       models whose positions tell it.
     warnings: what makes the frames less than they seem, one line each.
+    extras: float32[N, ...] of each wanted `vision_signals` name; zeros if the
+      clip cannot be used.
   """
 
   features: np.ndarray
@@ -36,6 +39,7 @@ class Clip:
   fault: str = ""
   seconds_per_slice: float = 0.0
   warnings: tuple[str, ...] = ()
+  extras: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 class ClipSource:
@@ -46,7 +50,12 @@ class ClipSource:
   ahead; a few clips stay in memory, so that questions about one clip which
   follow each other encode it once.
 
+  Attention and keys of the tower come from a second run of it, in a program of
+  their own: the features of a clip are the same, to the bit, whatever else is
+  wanted.
+
   Attributes:
+    want: names of the `vision_signals` that each clip's `extras` hold.
     seconds: spent so far on "decode" (frames to pixels included; threads add
       up) and "tower".
   """
@@ -64,6 +73,7 @@ class ClipSource:
     cache_key: str = "",
     keep: int = 64,
     grid: tuple[int, int, int] | None = None,
+    want: Iterable[str] = (),
   ):
     """Starts nothing but the threads.
 
@@ -78,7 +88,9 @@ class ClipSource:
       cache_key: identity of the weights, part of the cache's keys.
       keep: clips held in memory.
       grid: (T, H, W) of every clip; None takes the model's own.
+      want: names of `vision_signals` that are needed besides features.
     """
+    self.want = frozenset(vision_signals.check(want))
     self.num_frames = num_frames
     self.grid = model.grid(num_frames) if grid is None else grid
     self.seconds = collections.Counter()
@@ -86,6 +98,7 @@ class ClipSource:
     self._preprocessing, self._limits = preprocessing, limits
     self._width = model.config.text.hidden_size
     self._cache, self._cache_key = cache, cache_key
+    self._model = model
     self._encode = jax.jit(model.encode_video)
     self._keep = keep
     self._clips: collections.OrderedDict[str, Clip] = collections.OrderedDict()
@@ -139,6 +152,22 @@ class ClipSource:
     T, H, W = self.grid
     return np.zeros([T * H * W, self._width], np.float32)
 
+  @functools.cached_property
+  def _no_extras(self) -> dict[str, np.ndarray]:
+    if not self.want:
+      return {}
+    shapes = self._model.vision_signal_shapes(len(self._nothing))
+    return {name: np.zeros(shapes[name], np.float32) for name in self.want}
+
+  @functools.cached_property
+  def _observe(self):
+    """Program of the missing `extras`; what it does not return is not run."""
+
+    def observe(want, params, *pixels):
+      return self._model.encode_video_with(params, *pixels, want=want)[1]
+
+    return jax.jit(observe, static_argnums=0)
+
   def _prepare(self, path: str):
     """Returns a Clip if no tower run is needed, else what `_finish` takes."""
     start = time.perf_counter()
@@ -146,38 +175,72 @@ class ClipSource:
       clip = self._decode(path)
     except video.VideoError as error:
       # Without the path: results must not depend on where the data lies.
-      return Clip(self._nothing, "", error.reason.replace("_", " "))
+      reason = error.reason.replace("_", " ")
+      return Clip(self._nothing, "", reason, extras=self._no_extras)
     digest = hashlib.sha256(str(clip.frames.shape).encode())
     digest.update(np.ascontiguousarray(clip.frames).data)
     frame_hash = digest.hexdigest()
     facts = {"frame_hash": frame_hash, "warnings": clip.warnings}
-    key = self._key(frame_hash)
-    if self._cache is not None:
-      features = self._cache.get(key)
-      if features is not None:
-        return Clip(features, **facts)
+    found = self._cached(frame_hash)
+    features, extras = found
+    if features is not None and extras.keys() == self.want:
+      return Clip(features, extras=extras, **facts)
     pixels, more = self._pixels(clip)
     self.seconds["decode"] += time.perf_counter() - start
-    return key, pixels, facts | more
+    return found, pixels, facts | more
+
+  def _cached(self, frame_hash: str):
+    """Returns (features or None, extras) as far as the cache holds them."""
+    if self._cache is None:
+      return None, {}
+    features = self._cache.get(self._key(frame_hash))
+    extras = {
+      name: self._cache.get(self._key(frame_hash, name)) for name in self.want
+    }
+    # An entry that does not fit is no entry: it is made anew.
+    return features, {
+      name: value
+      for name, value in extras.items()
+      if value is not None and value.shape == self._no_extras[name].shape
+    }
 
   def _pixels(self, clip: video.Clip):
     """Returns what the tower takes, and more fields of the encoded clip."""
     return (self._preprocessing(clip.frames),), {}
 
-  def _finish(self, key: str, pixels, facts: dict[str, Any]) -> Clip:
+  def _finish(self, found, pixels, facts: dict[str, Any]) -> Clip:
+    """Returns the clip, running the tower for what was not `found`."""
+    features, extras = found
     start = time.perf_counter()
-    features = jax.block_until_ready(self._encode(self._params, *pixels))
+    new = {}
+    if features is None:
+      new[""] = self._encode(self._params, *pixels)
+    missing = vision_signals.check(self.want - extras.keys())
+    if missing:
+      new |= self._observe(missing, self._params, *pixels)
+    new = jax.block_until_ready(new)
     self.seconds["tower"] += time.perf_counter() - start
     # As the cache keeps them, so that a hit changes no shape, type or bit.
-    features = np.asarray(features, np.float32)
-    base.check_finite(features, "features of the vision tower")
+    new = {name: np.asarray(value, np.float32) for name, value in new.items()}
+    for name, value in new.items():
+      what = name.replace("_", " ") or "features"
+      base.check_finite(value, f"{what} of the vision tower")
     if self._cache is not None:
-      self._cache.put(key, features)
-    return Clip(features, **facts)
+      for name, value in new.items():
+        self._cache.put(self._key(facts["frame_hash"], name), value)
+    features = new.pop("", features)
+    return Clip(features, extras={**extras, **new}, **facts)
 
-  def _key(self, frame_hash: str) -> str:
-    """Names features by what they are made of: pixels and weights."""
-    parts = (frame_hash, self._cache_key, repr(self._preprocessing))
+  def _key(self, frame_hash: str, name: str = "") -> str:
+    """Names features by what they are made of: pixels and weights.
+
+    Args:
+      frame_hash: of the decoded frames.
+      name: of an extra; empty for the features.
+    """
+    parts = [frame_hash, self._cache_key, repr(self._preprocessing)]
+    if name:
+      parts.append(name)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

@@ -273,6 +273,13 @@ class LlavaOnevisionModel(language.LanguageModel):
     )
     return features, {name: out[name] for name in want}
 
+  def vision_signal_shapes(self, num_video):
+    """Returns the shape of each of `vision_signals` for N video tokens."""
+    vision = self.config.vision
+    return vision_signals.shapes(
+      num_video, vision.hidden_size // vision.num_heads
+    )
+
   def embed_prompt(self, params, ids, features, video_start):
     """Returns one prompt's embeddings float[L, D].
 

@@ -274,6 +274,10 @@ class Qwen2_5VLModel(language.LanguageModel):  # noqa: N801
     )
     return features, {name: out[name] for name in want}
 
+  def vision_signal_shapes(self, num_video):
+    """Returns the shape of each of `vision_signals` for N video tokens."""
+    return vision_signals.shapes(num_video, self.config.vision.head_dim)
+
   def embed_prompt(self, params, ids, features, video_start, num_video=None):
     """Returns one prompt's embeddings float[L, D].
 

@@ -477,10 +477,7 @@ class Tower(nn.Module):
     out = {"patch_embed": x}
     cos, sin = rotary(layout.coordinates, cfg.head_dim, cfg.rope_theta)
 
-    shapes = {
-      "vision_attention": (len(x),),
-      "vision_keys": (len(x), cfg.head_dim),
-    }
+    shapes = vision_signals.shapes(len(x), cfg.head_dim)
     signals = {
       name: jnp.zeros(shapes[name], jnp.float32)
       for name in vision_signals.check(want)

@@ -200,12 +200,11 @@ class SiglipTower(nn.Module):
     x = x + table.astype(self.dtype)
     out = {"embeddings": x}
 
-    shapes = {
-      "vision_attention": x.shape[:2],
-      "vision_keys": (*x.shape[:2], cfg.hidden_size // cfg.num_heads),
-    }
+    shapes = vision_signals.shapes(
+      side * side, cfg.hidden_size // cfg.num_heads
+    )
     signals = {
-      name: jnp.zeros(shapes[name], jnp.float32)
+      name: jnp.zeros((frames, *shapes[name]), jnp.float32)
       for name in vision_signals.check(want)
     }
 

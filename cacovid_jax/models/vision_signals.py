@@ -30,6 +30,14 @@ def check(want) -> tuple[str, ...]:
   return tuple(name for name in NAMES if name in want)
 
 
+def shapes(num_tokens, head_dim):
+  """Returns the shape of each signal of that many patches or tokens."""
+  return {
+    "vision_attention": (num_tokens,),
+    "vision_keys": (num_tokens, head_dim),
+  }
+
+
 def attention_received(q, k, lengths=None):
   """Returns float32[S, R]: the attention that each key gets in all.
 

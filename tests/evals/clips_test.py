@@ -2,6 +2,7 @@
 
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from cacovid_jax import errors
 from cacovid_jax.data import feature_cache, frames
 from cacovid_jax.evals import clips
+from cacovid_jax.models import llava_onevision
 from tests.evals import tiny
 
 
@@ -18,7 +20,7 @@ class Model:
   config = types.SimpleNamespace(text=types.SimpleNamespace(hidden_size=3))
 
   def __init__(self, scale=1.0):
-    self.traced, self.scale = 0, scale
+    self.traced, self.scale, self.observed = 0, scale, []
 
   def grid(self, num_frames):
     return (num_frames, 1, 1)
@@ -26,6 +28,18 @@ class Model:
   def encode_video(self, params, pixels):
     self.traced += 1
     return pixels.mean(axis=(1, 2)) * self.scale * params
+
+  def encode_video_with(self, params, pixels, *, want):
+    self.observed.append(want)
+    features = pixels.mean(axis=(1, 2)) * self.scale * params
+    signals = {
+      "vision_attention": features[:, 0] + 1,
+      "vision_keys": features[:, :2] + 2,
+    }
+    return features, {name: signals[name] for name in want}
+
+  def vision_signal_shapes(self, num_video):
+    return {"vision_attention": (num_video,), "vision_keys": (num_video, 2)}
 
 
 @pytest.fixture
@@ -120,3 +134,120 @@ def test_decoding_ahead_gives_the_same_clips(root):
     for name in ("b.mp4", "a.mp4"):
       np.testing.assert_array_equal(ahead[name].features, plain[name].features)
     assert ahead["gone.mp4"].fault == "missing"
+
+
+WANT = frozenset(["vision_attention", "vision_keys"])
+
+
+def test_extras_are_computed_only_where_wanted(root):
+  plain = Model()
+  with source_of(root, plain) as source:
+    clip = source["a.mp4"]
+  assert clip.extras == {} and plain.observed == []
+  model = Model()
+  with source_of(root, model, want=["vision_keys"]) as source:
+    assert source.want == {"vision_keys"}
+    keyed = source["a.mp4"]
+    source["b.mp4"]
+  assert model.observed == [("vision_keys",)]
+  assert list(keyed.extras) == ["vision_keys"]
+  assert keyed.extras["vision_keys"].dtype == np.float32
+  np.testing.assert_allclose(
+    keyed.extras["vision_keys"], keyed.features[:, :2] + 2, rtol=1e-6
+  )
+  # Wanting more changes no bit of the features.
+  np.testing.assert_array_equal(keyed.features, clip.features)
+
+
+def test_a_clip_that_cannot_be_used_has_extras_of_zeros(root):
+  with source_of(root, want=WANT) as source:
+    clip, good = source["gone.mp4"], source["a.mp4"]
+  assert clip.fault
+  for name in WANT:
+    assert clip.extras[name].shape == good.extras[name].shape
+    assert not clip.extras[name].any()
+
+
+def test_cached_extras_spare_the_tower(root, tmp_path):
+  cache = feature_cache.FeatureCache(tmp_path / "cache")
+  with source_of(root, cache=cache, want=WANT) as source:
+    first = source["a.mp4"]
+  model = Model()
+  with source_of(root, model, cache=cache, want=WANT) as source:
+    second = source["a.mp4"]
+  assert model.traced == 0 and model.observed == []
+  np.testing.assert_array_equal(first.features, second.features)
+  for name in WANT:
+    np.testing.assert_array_equal(first.extras[name], second.extras[name])
+  # Other weights have other keys.
+  other = Model(2.0)
+  with source_of(root, other, cache=cache, cache_key="x", want=WANT) as source:
+    third = source["a.mp4"]
+  assert other.observed == [("vision_attention", "vision_keys")]
+  assert not np.array_equal(
+    third.extras["vision_keys"], first.extras["vision_keys"]
+  )
+
+
+def test_a_cache_without_extras_is_completed(root, tmp_path):
+  cache = feature_cache.FeatureCache(tmp_path / "cache")
+  with source_of(root, cache=cache) as source:
+    plain = source["a.mp4"]
+  with source_of(root, want=WANT) as source:
+    fresh = source["a.mp4"]
+  model = Model()
+  with source_of(root, model, cache=cache, want=["vision_keys"]) as source:
+    clip = source["a.mp4"]
+  assert model.traced == 0 and model.observed == [("vision_keys",)]
+  np.testing.assert_array_equal(clip.features, plain.features)
+  model = Model()
+  with source_of(root, model, cache=cache, want=WANT) as source:
+    clip = source["a.mp4"]
+    key = source._key(clip.frame_hash, "vision_attention")
+  assert model.traced == 0 and model.observed == [("vision_attention",)]
+  for name in WANT:
+    np.testing.assert_array_equal(clip.extras[name], fresh.extras[name])
+  # A damaged entry, or one of another shape, is made anew.
+  cache.put(key, np.zeros(3))
+  with open(cache.path(source._key(clip.frame_hash, "vision_keys")), "wb") as f:
+    f.write(b"nonsense")
+  with source_of(root, cache=cache, want=WANT) as source:
+    clip = source["a.mp4"]
+  for name in WANT:
+    np.testing.assert_array_equal(clip.extras[name], fresh.extras[name])
+
+
+def test_extras_that_are_not_finite_stop_the_evaluation(root, tmp_path):
+  cache = feature_cache.FeatureCache(tmp_path / "cache")
+  with source_of(root, cache=cache) as source:
+    source["a.mp4"]
+  model = Model(np.inf)
+  with source_of(root, model, cache=cache, want=["vision_keys"]) as source:
+    with pytest.raises(errors.UserError, match="vision keys of the vision"):
+      source["a.mp4"]
+
+
+def test_unknown_extras_are_a_mistake_of_the_caller(root):
+  with pytest.raises(ValueError, match="'depth'"):
+    source_of(root, want=["depth"])
+
+
+def test_extras_of_a_real_tower_have_the_shapes_that_it_says(tmp_path):
+  tiny.write_clip(tmp_path / "a.mp4", seed=0, num_frames=5)
+  model = llava_onevision.LlavaOnevisionModel(
+    llava_onevision.LlavaOnevisionConfig.tiny()
+  )
+  params = model.init(jax.random.key(0))
+  with clips.ClipSource(
+    str(tmp_path),
+    model,
+    params,
+    frames.Preprocessing(30),
+    num_frames=3,
+    want=WANT,
+  ) as source:
+    clip, missing = source["a.mp4"], source["gone.mp4"]
+  for name in WANT:
+    assert clip.extras[name].shape == missing.extras[name].shape
+  assert clip.extras["vision_attention"].shape == clip.features.shape[:1]
+  assert (clip.extras["vision_attention"] > 0).all()
