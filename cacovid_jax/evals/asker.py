@@ -20,9 +20,6 @@ from cacovid_jax.data import questions as questions_lib
 from cacovid_jax.evals import programs as programs_lib
 from cacovid_jax.evals import prompting
 
-# What a clip's features bring along, if the source is asked for it.
-CLIP_PARTS = ("vision_attention", "vision_keys")
-
 
 class Reply(NamedTuple):
   """What one method answered from, and what it said.
@@ -216,12 +213,10 @@ class Asker:
 
   def _of_clips(self, name: str):
     """Returns what the vision tower hands out beside the features."""
-    found = [clip.extras.get(name) for clip in self._clips]
-    known = next(part for part in found if part is not None)
-    # Clips that cannot be used count as wrong, whatever is selected of them.
-    found = [np.zeros_like(known) if part is None else part for part in found]
-    rows = prompting.pad_rows(len(found), self._e.settings.batch_size)
-    return jnp.asarray(np.stack([found[row] for row in rows]))
+    rows = prompting.pad_rows(len(self._clips), self._e.settings.batch_size)
+    return jnp.asarray(
+      np.stack([self._clips[row].extras[name] for row in rows])
+    )
 
   def _decisive(self):
     mask = np.zeros(self.batch.features.shape[:2], bool)

@@ -415,7 +415,7 @@ class Evaluator:
     for need in sorted(method.needs):
       if need.endswith("scores"):
         self.policies[self.policy_name(method)]
-      elif need in asker_lib.CLIP_PARTS:
+      elif need in base.VISION_NEEDS:
         if need not in self.source.want:
           raise errors.UserError(
             f"{method.label} needs {need.replace('_', ' ')}, which the clips"
@@ -502,7 +502,7 @@ class Evaluator:
 def wanted(methods: Sequence[Method]) -> frozenset[str]:
   """Returns what the clips must bring along for these methods."""
   needs = frozenset().union(*[method.needs for method in methods])
-  return needs & frozenset(asker_lib.CLIP_PARTS)
+  return needs & base.VISION_NEEDS
 
 
 def _by_id(questions):
