@@ -322,9 +322,14 @@ def _rows(out, ratios):
           cell["best"] = not oracle and cell["accuracy"] == best[ratio]
           cell["difference"] = differences.get((name, ratio))
         cells.append(cell)
-      options = row[ratios[0]].get("options")
       rows.append(
-        {"name": name, "oracle": oracle, "cells": cells, "options": options}
+        {
+          "name": name,
+          "oracle": oracle,
+          "cells": cells,
+          "options": row[ratios[0]].get("options"),
+          "note": row[ratios[0]].get("note", ""),
+        }
       )
   return rows
 
@@ -381,7 +386,8 @@ def _ratio_chart(out, ratios):
     ],
     log_x=True,
     most=100,
-    height=460,
+    # A line of text for each name.
+    height=max(460, 18 * (len(lines) + 6)),
   )
 
 
