@@ -8,7 +8,8 @@ Paper: https://arxiv.org/abs/2403.06764 (section 4).
 
 import dataclasses
 
-from cacovid_jax.compressors import in_llm
+from cacovid_jax import errors
+from cacovid_jax.compressors import budgets, in_llm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,26 +28,24 @@ class FastV(in_llm.InLLM):
   def plan(self, num_layers, num_video, ratio):
     """Returns the one cut; the mean over layers is `ratio` from below."""
     cut = self._cut(num_layers)
-    total = in_llm.token_layers(num_layers, num_video, ratio)
-    left = total - cut * num_video
-    keep = left // (num_layers - cut)
-    if keep < 1:
-      raise in_llm.infeasible(
-        self, num_layers, num_video, ratio, f"{cut} of them see every token"
-      )
+    try:
+      keep = budgets.keep_behind(ratio, num_layers, num_video, layer=cut)
+    except errors.UserError as error:
+      raise errors.UserError(f"{self.name}: {error}") from None
     if not self.exact_budget:
+      share = budgets.fastv_fraction(ratio, num_layers, cut)
       # Half to even, as Python's and NumPy's own rounding.
-      keep = max(1, round(left / (num_layers - cut)))
+      keep = max(1, round(share * num_video))
     return [(cut, keep)]
 
   def minimum_ratio(self, num_layers, num_video):
     """Returns the ratio at which one token is left behind the cut."""
     cut = self._cut(num_layers)
-    least = cut * num_video + num_layers - cut
-    return least / (num_layers * num_video)
+    return budgets.lowest_ratio(num_layers, num_video, layer=cut)
 
   def step(self, seen, *, layer, keep, grid):
     """Returns the tokens that the last token attends to most."""
+    del layer, grid
     return in_llm.keep_by_last_query(seen, keep)
 
   def _cut(self, num_layers):

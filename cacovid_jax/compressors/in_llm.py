@@ -24,11 +24,8 @@ import jax
 import jax.numpy as jnp
 
 from cacovid_jax import errors
-from cacovid_jax.compressors import base
+from cacovid_jax.compressors import base, budgets
 from cacovid_jax.models import attention, generation, pruning, qwen2
-
-# Layer numbers of the papers are those of decoders of this depth.
-_PAPER_LAYERS = 28
 
 
 class Rows(NamedTuple):
@@ -102,7 +99,7 @@ class Trace(NamedTuple):
   forced: jax.Array | None = None
 
   def equivalent_ratio(self, num_video: int) -> jax.Array:
-    """Returns float32[B]: share of the N tokens that a layer saw, on average."""
+    """Returns float32[B]: mean over layers of the share of N tokens seen."""
     return self.tokens.mean(axis=1) / num_video
 
 
@@ -122,6 +119,8 @@ class InLLM(abc.ABC):
     before: what chooses the tokens that enter the model; None lets all in.
     exact_budget: True spends the ratio as closely as whole tokens allow,
       never more; False rounds as the method's own code does.
+    note: one sentence for tables, where the method is not quite what its name
+      says.
     look: "last" for the attention of the prompt's last token, mean over heads;
       "after_video" for the most that any head of any token behind the video
       pays.
@@ -136,6 +135,7 @@ class InLLM(abc.ABC):
   oracle: bool = False
   before: base.Compressor | None = None
   exact_budget: bool = True
+  note: str = ""
   look: str = "last"
   drop_from_caches: bool = False
 
@@ -145,28 +145,34 @@ class InLLM(abc.ABC):
     return True
 
   @property
+  def requirements(self) -> tuple[str, ...]:
+    """What it cannot do without, in words, of `base.requirements_of`."""
+    return base.requirements_of(self.needs | {"attention"})
+
+  @property
   def on_host(self) -> bool:
     """True if `generate` reads counts on the host and cannot be jitted."""
     return False
 
-  @classmethod
-  def option_names(cls) -> tuple[str, ...]:
-    """Returns what `configured` takes."""
+  @property
+  def known_options(self) -> tuple[str, ...]:
+    """Names of the options that it takes, sorted."""
     general = {field.name for field in dataclasses.fields(InLLM)}
-    own = [f.name for f in dataclasses.fields(cls) if f.name not in general]
-    return (*own, "exact_budget")
+    own = {field.name for field in dataclasses.fields(self)}
+    return tuple(sorted(own - general))
 
-  def configured(self, **options) -> "InLLM":
-    """Returns this rule with other options."""
-    known = self.option_names()
-    for key in options:
-      if key not in known:
-        raise errors.UserError(
-          f"method {self.name!r} has no option {key!r}; known options:"
-          f" {', '.join(sorted(known))}"
-        )
+  def with_options(self, *, exact_budget: bool | None = None, **options):
+    """Returns the method with options set; `known_options` says which.
+
+    Args:
+      exact_budget: as of the class; None leaves it.
+      **options: values of the method's own options.
+    """
+    changes = dict(options)
+    if exact_budget is not None:
+      changes["exact_budget"] = exact_budget
     return dataclasses.replace(
-      self, **options, options={**self.options, **options}
+      self, **changes, options={**self.options, **options}
     )
 
   @abc.abstractmethod
@@ -370,18 +376,25 @@ def enter(
   )
   if compressor.before is None:
     return rows
-  steps = compressor.plan(num_layers, num_video, ratio)
+  before, steps = (
+    compressor.before,
+    compressor.plan(num_layers, num_video, ratio),
+  )
   num_keep = next((keep for layer, keep in steps if layer == 0), num_video)
+  share = num_keep / num_video
+  if not compressor.exact_budget:
+    before = before.with_options(exact_budget=False)
+    num_keep = before.rows(grid, share)
 
   def choose(features, text, aux, rng):
-    return compressor.before.compress(
+    return before.compress(
       features,
       grid=grid,
       num_keep=num_keep,
       text=text,
       aux=aux,
       rng=rng,
-      ratio=num_keep / num_video,
+      ratio=share,
     )
 
   selection = jax.vmap(choose)(
@@ -483,7 +496,9 @@ def keep_by_last_query(seen: Seen, keep: int):
   return jnp.sort(kept).astype(jnp.int32), count
 
 
-def keep_by_text_attention(seen: Seen, keep: int, sets, *, num_sets, share=None):
+def keep_by_text_attention(
+  seen: Seen, keep: int, sets, *, num_sets, share=None
+):
   """Returns (kept int32[keep], count): the best of every set of tokens.
 
   Args:
@@ -548,11 +563,6 @@ def _in_proportion(sizes, total):
   return quotas.at[order].add(more.astype(jnp.int32))
 
 
-def scaled_layer(layer: int, num_layers: int) -> int:
-  """Returns the layer of a decoder as deep as `layer` is in one of 28."""
-  return max(1, round(layer * num_layers / _PAPER_LAYERS))
-
-
 def cut_layer(
   name: str, layer: int, num_layers: int, scale_layers: bool
 ) -> int:
@@ -561,7 +571,7 @@ def cut_layer(
     raise errors.UserError(
       f"{name}: layer={layer!r}; tokens can be dropped before layer 1 or later"
     )
-  found = scaled_layer(layer, num_layers) if scale_layers else layer
+  found = budgets.scale_layer(layer, num_layers) if scale_layers else layer
   if found >= num_layers:
     raise errors.UserError(
       f"{name}: layer={layer} leaves none of the model's {num_layers} layers"
@@ -573,20 +583,8 @@ def cut_layer(
 def token_layers(num_layers: int, num_video: int, ratio: float) -> int:
   """Returns floor(ratio * layers * N): tokens that all layers may see."""
   # The decimal number that was written, not its nearest binary fraction.
-  exact = fractions.Fraction(repr(base.check_ratio(ratio)))
+  exact = fractions.Fraction(str(base.check_ratio(ratio)))
   return math.floor(exact * num_layers * num_video)
-
-
-def infeasible(compressor: InLLM, num_layers, num_video, ratio, why):
-  """Returns the error of a ratio that is too low."""
-  lowest = compressor.minimum_ratio(num_layers, num_video)
-  # Rounded up, so that what is named can be used.
-  lowest = math.ceil(lowest * 1e4) / 1e4
-  return errors.UserError(
-    f"{compressor.name}: ratio {ratio:g} of {num_video} tokens as a mean over"
-    f" {num_layers} layers cannot be met, because {why}; use at least"
-    f" {lowest:.4f}"
-  )
 
 
 def video_rows(x, start, size: int):

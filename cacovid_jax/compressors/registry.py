@@ -153,7 +153,7 @@ def _load(spec: str) -> base.Compressor:
   if not hasattr(module, attribute):
     raise errors.UserError(f"method {spec!r}: {path} has no {attribute}")
   found = getattr(module, attribute)
-  if isinstance(found, base.Compressor):
+  if isinstance(found, base.Compressor) or hasattr(found, "with_options"):
     return found
   if not callable(found):
     raise errors.UserError(
