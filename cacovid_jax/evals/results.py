@@ -241,8 +241,9 @@ def _failed(method, failure: runner.Failure) -> dict[str, Any]:
   """Returns the cell of a method that cannot be run at a ratio."""
   out = {"status": failure.reason, **_facts(method)}
   if failure.minimum_ratio is not None:
-    # Rounded up, so that it can be used as it stands.
-    out["minimum_ratio"] = math.ceil(failure.minimum_ratio * 1e4) / 1e4
+    # Rounded up, so that it can be used as it stands; not a rounded one again.
+    lowest = math.ceil(round(failure.minimum_ratio * 1e4, 6)) / 1e4
+    out["minimum_ratio"] = lowest
   return out
 
 

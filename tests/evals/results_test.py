@@ -86,14 +86,14 @@ def test_schema(answers):
 def test_a_cell_that_failed_has_a_reason_and_no_accuracy(answers):
   failures = {
     ("random", 0.25): runner.Failure("needs rain", 0.31251),
-    ("uniform", 0.25): runner.Failure("needs sun"),
+    ("uniform", 0.25): runner.Failure("needs sun", 0.3438),
   }
   out = built(answers, failures=failures)
   assert out["methods"]["random"]["0.25"] == {
     "status": "needs rain",
     "minimum_ratio": 0.3126,  # Rounded up: the ratio named can be used.
   }
-  assert out["methods"]["uniform"]["0.25"] == {"status": "needs sun"}
+  assert out["methods"]["uniform"]["0.25"]["minimum_ratio"] == 0.3438
   assert list(out["methods"]) == ["cacovid", "random", "uniform"]
   assert [(e["method"], e["vs"]) for e in out["paired"]] == [
     ("cacovid", "vanilla")

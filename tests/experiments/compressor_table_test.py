@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from absl.testing import flagsaver
@@ -53,7 +54,12 @@ def make(tmp_path_factory):
       compressor_table.main(["compressor_table"])
     return workdir
 
-  return run
+  # Compiling takes all of the time.
+  name = "jax_disable_most_optimizations"
+  before = getattr(jax.config, name)
+  jax.config.update(name, True)
+  yield run
+  jax.config.update(name, before)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +131,8 @@ def test_numbers_agree_with_results(made):
     # Of the rule, and of what it reads for itself alone.
     assert float(row["selection_ms"]) >= float(row["reads_ms"])
     assert (float(row["reads_ms"]) > 0) == (row["method"] == "cacovid")
-  assert "0.50" in out["chosen"]["cacovid"]["ratio"] or out["chosen"]
+  # The policy's options are chosen on validation, as in an evaluation.
+  assert out["chosen"]["cacovid"]["best"].startswith("cacovid?")
 
 
 def test_times_go_to_their_own_file(made):
