@@ -1,0 +1,98 @@
+"""VidCom2: keep what resembles its frame and the video least.
+
+On the half of the channels that vary least, a token's similarity to a mean is
+a sum of Gaussians of several widths. Frames whose tokens are less similar to
+the video keep more of their tokens.
+Paper: https://arxiv.org/abs/2505.14454 (sections on frame and token scores)
+
+Here the tokens have unit length over the channels used, so that the widths
+have a scale, and the exact budget is reached by largest remainder.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from cacovid_jax import errors
+from cacovid_jax.compressors import base, rows, similarity
+
+# Bandwidths of the Gaussians exp(-d^2 / (2 * bandwidth)).
+_BANDWIDTHS = (0.125, 0.25, 0.5, 1.0, 2.0)
+
+
+def compress(
+  features,
+  *,
+  grid,
+  num_keep,
+  text=None,
+  aux=None,
+  rng=None,
+  ratio=None,
+  rounding="exact",
+  temperature=0.01,
+):
+  """Returns the least similar tokens of each frame.
+
+  Args:
+    features: float[N, D] video tokens.
+    grid: static (T, H, W).
+    num_keep: K, static.
+    text: unused.
+    aux: unused.
+    rng: unused.
+    ratio: retention ratio behind K, for the reference rounding.
+    rounding: "exact", or "reference" to round each frame's count to the
+      nearest; the sum then depends on the video.
+    temperature: of the softmax over frames; lower moves more of the budget.
+  """
+  del text, aux, rng
+  if not temperature > 0:
+    raise errors.UserError(
+      f"vidcom2: temperature {temperature} is not positive; the paper's is 0.01"
+    )
+  T, H, W = grid
+  P = H * W
+  frames = features.reshape(T, P, -1)
+  to_video, to_frame = scores(frames)
+  weight = jax.nn.softmax(-to_video.mean(axis=-1) / temperature)
+  share = 1.0 + weight - 1.0 / T
+  if rounding == "reference":
+    count = jnp.round(ratio * share * P).astype(jnp.int32)
+  else:
+    count = rows.apportion(num_keep, share, jnp.full([T], P, jnp.int32))
+  kept = rows.rank(-(to_video + to_frame)) < count[:, None]
+  return base.take_mask(features, kept.reshape(-1), num_keep)
+
+
+def scores(frames):
+  """Returns similarities float32[T, P] to the video's and the frame's mean.
+
+  Args:
+    frames: float[T, P, D] video tokens.
+  """
+  x = frames.astype(jnp.float32)
+  width = x.shape[-1]
+  # Ones for the half of the channels with the lowest variance: a mask costs
+  # less than a gather of columns.
+  _, channels = jax.lax.top_k(-x.var(axis=(0, 1)), max(width // 2, 1))
+  x = similarity.unit(x * jnp.zeros(width).at[channels].set(1.0))
+
+  def similar(mean):
+    squared = jnp.sum(jnp.square(x - mean), axis=-1)
+    return sum(jnp.exp(-squared / (2 * h)) for h in _BANDWIDTHS)
+
+  return similar(x.mean(axis=(0, 1))), similar(x.mean(axis=1, keepdims=True))
+
+
+def reference_rows(grid, ratio):
+  """Returns the most tokens that rounding frame by frame can keep."""
+  # Each of the T counts gains at most a half.
+  T, H, W = grid
+  return min(math.floor(ratio * T * H * W + T / 2 + 1e-3), T * H * W)
+
+
+COMPRESSOR = base.Compressor(
+  name="vidcom2", function=compress, reference_rows=reference_rows
+)

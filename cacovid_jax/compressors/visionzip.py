@@ -1,0 +1,161 @@
+"""VisionZip: tokens that the vision tower looks at, and a few that sum up.
+
+Dominant tokens receive the most attention in the tower's last layer and stay
+as they are. Of the others, every s-th is contextual: it takes in those that
+are nearest to it in that layer's keys. After projector and pooling, as in all
+ports to LLaVA-OneVision.
+Paper: https://arxiv.org/abs/2412.04467
+
+Axes: P tokens of a frame, D width, d dk widths of keys, c contextual tokens.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from cacovid_jax import errors
+from cacovid_jax.compressors import base, rows, similarity
+
+# The paper keeps 54 dominant and 10 contextual tokens, and multiples of that.
+_DOMINANT_SHARE = 54 / 64
+
+
+def compress(
+  features,
+  *,
+  grid,
+  num_keep,
+  text=None,
+  aux=None,
+  rng=None,
+  scope="frame",
+  dominant_share=_DOMINANT_SHARE,
+  contextual_reduce="sum",
+):
+  """Returns dominant tokens unchanged and contextual tokens merged.
+
+  Args:
+    features: float[N, D] video tokens.
+    grid: static (T, H, W).
+    num_keep: K, static; frames share it evenly, the first K mod T of them get
+      one more.
+    text: unused.
+    aux: with `vision_attention` float32[N] and `vision_keys` float32[N, dk].
+    rng: unused.
+    scope: "frame", or "video" for one competition over all tokens, as in the
+      ports to Qwen2.5-VL.
+    dominant_share: of a frame's budget that goes to dominant tokens.
+    contextual_reduce: "sum" adds the mean of the tokens taken in to the
+      contextual token, which about doubles its norm, as published; "mean" is
+      the mean over all of them, itself included.
+  """
+  del text, rng
+  if contextual_reduce not in ("sum", "mean"):
+    raise errors.UserError(
+      f"visionzip: unknown contextual_reduce {contextual_reduce!r}; use 'sum'"
+      " or 'mean'"
+    )
+  if not 0 <= dominant_share <= 1:
+    raise errors.UserError(
+      f"visionzip: dominant_share {dominant_share} is outside [0, 1]; the"
+      " paper's is 54/64"
+    )
+  if scope not in ("frame", "video"):
+    raise errors.UserError(
+      f"visionzip: unknown scope {scope!r}; use 'frame' or 'video'"
+    )
+  T, H, W = grid
+  num_parts = T if scope == "frame" else 1
+  size = T * H * W // num_parts
+  share, rest = divmod(num_keep, num_parts)
+  budgets = [share + (i < rest) for i in range(num_parts)]
+  dominant = [int(budget * dominant_share) for budget in budgets]
+  contextual = [k - d for k, d in zip(budgets, dominant, strict=True)]
+
+  def part(x, attention, keys, num_dominant, num_contextual):
+    kept, contexts, joined = split(
+      attention, keys, num_dominant, num_contextual, max(contextual)
+    )
+    merged = merge(x, contexts, joined, contextual_reduce)
+    # Behind the last contextual token there is nowhere to write.
+    values = x.at[contexts].set(merged.astype(x.dtype), mode="drop")
+    into = jnp.append(contexts, size)[joined]
+    into = jnp.where(kept, jnp.arange(size), into)
+    return values, kept, into
+
+  values, kept, into = jax.vmap(part)(
+    features.reshape(num_parts, size, -1),
+    aux.vision_attention.reshape(num_parts, size),
+    aux.vision_keys.reshape(num_parts, size, -1),
+    jnp.array(dominant),
+    jnp.array(contextual),
+  )
+  start = jnp.arange(num_parts)[:, None] * size
+  into = jnp.where(into < size, into + start, T * H * W)
+  return rows.collect(
+    values.reshape(features.shape),
+    kept.reshape(-1),
+    into.reshape(-1),
+    num_keep,
+  )
+
+
+def split(attention, keys, num_dominant, num_contextual, max_contextual):
+  """Returns the parts that tokens of one frame play.
+
+  Args:
+    attention: float32[P] attention that each token receives.
+    keys: float32[P, dk].
+    num_dominant: int32[], d.
+    num_contextual: int32[]; with d at most P.
+    max_contextual: c, static bound of the contextual tokens.
+
+  Returns:
+    kept bool[P], True for dominant and contextual tokens; contexts int32[c],
+    the contextual ones, P behind the last; joined int32[P], which of them a
+    token goes into, c for the dominant, the contextual ones themselves and,
+    where there are none, for all.
+  """
+  size = attention.shape[0]
+  dominant = rows.rank(attention.astype(jnp.float32)) < num_dominant
+  # The others in order of their index: every step-th is contextual.
+  place = jnp.cumsum(~dominant) - 1
+  step = (size - num_dominant) // jnp.maximum(num_contextual, 1)
+  step = jnp.maximum(step, 1)
+  context = ~dominant & (place % step == 0) & (place // step < num_contextual)
+  (contexts,) = jnp.nonzero(context, size=max_contextual, fill_value=size)
+  kept = dominant | context
+  if not max_contextual:
+    return kept, contexts, jnp.zeros([size], jnp.int32)
+  unit = similarity.unit(keys)
+  near = jnp.matmul(unit, unit[contexts].T, precision=jax.lax.Precision.HIGHEST)
+  near = jnp.where(contexts < size, near, -jnp.inf)
+  joined = jnp.argmax(near, axis=-1)
+  apart = kept | (num_contextual == 0)
+  return kept, contexts, jnp.where(apart, max_contextual, joined)
+
+
+def merge(x, contexts, joined, contextual_reduce):
+  """Returns float32[c, D], the contextual tokens with what they took in."""
+  member = joined[None, :] == jnp.arange(contexts.shape[0])[:, None]
+  own = x[contexts].astype(jnp.float32)
+  others = similarity.pooled(x, member)
+  count = member.sum(axis=-1, keepdims=True)
+  if contextual_reduce == "sum":
+    return own + others / jnp.maximum(count, 1)
+  return (own + others) / (1 + count)
+
+
+def reference_rows(grid, ratio, scope="frame"):
+  """Returns how many tokens are kept if each frame's count is cut off."""
+  T, H, W = grid
+  if scope == "video":
+    return int(ratio * T * H * W)
+  return T * int(ratio * H * W)
+
+
+COMPRESSOR = base.Compressor(
+  name="visionzip",
+  function=compress,
+  needs=frozenset(["vision_attention", "vision_keys"]),
+  reference_rows=reference_rows,
+)
