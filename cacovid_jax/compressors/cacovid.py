@@ -8,7 +8,7 @@ another question in the prompt: if it does as well, the policy has learnt what
 is striking in a video, not what is asked.
 """
 
-from cacovid_jax.compressors import base
+from cacovid_jax.compressors import base, merging
 from cacovid_jax.policy import selection
 
 
@@ -23,6 +23,7 @@ def compress(
   ratio=None,
   importance_ratio=0.5,
   max_frame_share=1.5,
+  merge="none",
 ):
   """Returns the tokens of highest keep - drop gap, frame budgets by frame.
 
@@ -39,56 +40,61 @@ def compress(
       the rest is spaced evenly over the tokens left.
     max_frame_share: most that one frame may take of the important tokens, in
       units of the ratio (METHOD.md's c = 1.5 * r).
+    merge: "none" drops the other tokens, as the paper does; "nearest" folds
+      each into the kept token that it resembles most (`merging.fold`).
   """
   del text, rng
   return _follow(
     aux.scores, features, grid, num_keep, ratio, importance_ratio,
-    max_frame_share,
+    max_frame_share, merge,
   )  # fmt: skip
 
 
-def compress_in_bucket(features, budget, *, aux):
+def compress_in_bucket(features, budget, *, aux, merge="none"):
   """`compress` of a video inside a bucket: its grid and budget are data.
 
   Args:
     features: float[N_max, D] video tokens, the video's own first.
     budget: selection.Budget; its options are those of `compress`.
     aux: with `scores`, of the bucket's size.
+    merge: as of `compress`; padding joins no row.
 
   Returns:
     Selection of K_max rows, of which the video's K are valid.
   """
   index, num_valid = selection.select_in_bucket(aux.scores, budget)
-  return base.take(features, index, num_valid)
+  taken = base.take(features, index, num_valid)
+  return merging.apply(merge, taken, features, valid=budget.grid.valid_tokens)
 
 
 def compress_untrained(
   features, *, grid, num_keep, text=None, aux=None, rng=None, ratio=None,
-  importance_ratio=0.5, max_frame_share=1.5,
+  importance_ratio=0.5, max_frame_share=1.5, merge="none",
 ):  # fmt: skip
   """`compress` on `aux.untrained_scores`."""
   del text, rng
   return _follow(
     aux.untrained_scores, features, grid, num_keep, ratio, importance_ratio,
-    max_frame_share,
+    max_frame_share, merge,
   )  # fmt: skip
 
 
 def compress_other_question(
   features, *, grid, num_keep, text=None, aux=None, rng=None, ratio=None,
-  importance_ratio=0.5, max_frame_share=1.5,
+  importance_ratio=0.5, max_frame_share=1.5, merge="none",
 ):  # fmt: skip
   """`compress` on `aux.other_scores`."""
   del text, rng
   return _follow(
     aux.other_scores, features, grid, num_keep, ratio, importance_ratio,
-    max_frame_share,
+    max_frame_share, merge,
   )  # fmt: skip
 
 
 def _follow(
-  scores, features, grid, num_keep, ratio, importance_ratio, max_frame_share
-):
+  scores, features, grid, num_keep, ratio, importance_ratio, max_frame_share,
+  merge,
+):  # fmt: skip
   if ratio is None:
     ratio = ratio_of(grid, num_keep)
   index = selection.select(
@@ -102,7 +108,7 @@ def _follow(
     raise ValueError(
       f"ratio {ratio} keeps {index.shape[0]} tokens, not {num_keep}"
     )
-  return base.take(features, index)
+  return merging.apply(merge, base.take(features, index), features)
 
 
 def ratio_of(grid: tuple[int, int, int], num_keep: int) -> float:

@@ -2,9 +2,12 @@
 
 Start from the token whose nearest neighbour is farthest, then add, again and
 again, the token farthest from all picked ones, in cosine distance. The subset
-is taken over the whole video; the question plays no part. Two differences
+is taken over the whole video; the question plays no part. Distances are
+compared in float32: those of bfloat16 would change the picks. Two differences
 from the published code: picked tokens are excluded (there, duplicate tokens
 make it pick the same index again), and survivors keep their position ids.
+
+Axes: N video tokens, D width, K kept tokens.
 """
 
 import functools
@@ -13,14 +16,25 @@ import jax
 import jax.numpy as jnp
 
 from cacovid_jax import errors
-from cacovid_jax.compressors import base
+from cacovid_jax.compressors import base, cosine, greedy_kernel
 
 # Rows of the distance matrix held at a time while the first token is sought.
 _BLOCK = 256
+# Largest distance matrix that is held: 14189 tokens. A batch holds one of
+# them for each video.
+_MATRIX_BYTES = 768 * 2**20
 
 
 def compress(
-  features, *, grid, num_keep, text=None, aux=None, rng=None, scope="video"
+  features,
+  *,
+  grid,
+  num_keep,
+  text=None,
+  aux=None,
+  rng=None,
+  scope="video",
+  distances="auto",
 ):
   """Returns a max-min diverse subset of the video's tokens.
 
@@ -33,49 +47,69 @@ def compress(
     rng: unused.
     scope: "video" picks over all frames at once; "frame" picks in each frame
       on its own, the budget split evenly (another, much faster method).
+    distances: "matrix" computes all distances at once and holds them, "rows"
+      computes those to a picked token when it is picked: less memory, and
+      slower by far on an accelerator; "auto" holds them where they fit.
   """
   del text, aux, rng
+  pick = functools.partial(max_min_subset, distances=distances)
   if scope == "video":
-    return base.take(features, max_min_subset(features, num_keep=num_keep))
+    return base.take(features, pick(features, num_keep=num_keep))
   if scope != "frame":
     raise errors.UserError(
       f"divprune: unknown scope {scope!r}; use 'video' or 'frame'"
     )
-  return base.take(
-    features, base.per_frame(max_min_subset, features, grid, num_keep)
-  )
+  return base.take(features, base.per_frame(pick, features, grid, num_keep))
 
 
-def max_min_subset(features: jax.Array, *, num_keep: int) -> jax.Array:
-  """Returns int32[K] distinct rows of features f[n, D], in picking order."""
-  # bfloat16 distances would change the picks.
-  x = features.astype(jnp.float32)
-  norm = jnp.linalg.norm(x, axis=-1, keepdims=True)
-  # A token of zeros gets similarity 0, hence distance 1, to everything.
-  x = x / jnp.maximum(norm, 1e-12)
-  dot = functools.partial(jnp.matmul, precision="highest")
-  num_tokens = x.shape[0]
+def reference_rows(grid, ratio, **options) -> int:
+  """Returns K of the published code: half a token goes to the even number."""
+  del options
+  return round(ratio * grid[0] * grid[1] * grid[2])
+
+
+def max_min_subset(
+  features: jax.Array, *, num_keep: int, distances: str = "auto"
+) -> jax.Array:
+  """Returns int32[K] distinct rows of features f[N, D], in picking order."""
+  num_tokens = features.shape[0]
+  if distances == "auto":
+    fits = 4 * num_tokens**2 <= _MATRIX_BYTES
+    distances = "matrix" if fits else "rows"
+  if distances == "matrix":
+    return max_min_of_matrix(1.0 - cosine.matrix(features), num_keep)
+  if distances != "rows":
+    raise errors.UserError(
+      f"divprune: unknown distances {distances!r}; use 'auto', 'matrix' or"
+      " 'rows'"
+    )
+  inverse = cosine.inverse_norm(features)
+
+  def distance_to(i):
+    products = cosine.dot(features, features[i])
+    return 1.0 - products * inverse * inverse[i]
 
   def nearest(i):
-    distance = 1.0 - dot(x, x[i])
-    return jnp.min(distance.at[i].set(jnp.inf))
+    return jnp.min(distance_to(i).at[i].set(jnp.inf))
 
   first = jnp.argmax(
     jax.lax.map(nearest, jnp.arange(num_tokens), batch_size=_BLOCK)
   )
-
-  def pick(m, state):
-    picked, best, last = state
-    # -inf survives the minimum, so a picked token is never picked again.
-    best = jnp.minimum(best, 1.0 - dot(x, x[last])).at[last].set(-jnp.inf)
-    last = jnp.argmax(best).astype(jnp.int32)
-    return picked.at[m].set(last), best, last
-
-  first = first.astype(jnp.int32)
-  picked = jnp.zeros([num_keep], jnp.int32).at[0].set(first)
-  best = jnp.full([num_tokens], jnp.inf, jnp.float32)
-  picked, _, _ = jax.lax.fori_loop(1, num_keep, pick, (picked, best, first))
-  return picked
+  return greedy_kernel.max_min_loop(distance_to, first, num_tokens, num_keep)
 
 
-COMPRESSOR = base.Compressor(name="divprune", function=compress)
+def max_min_of_matrix(distances: jax.Array, num_keep: int) -> jax.Array:
+  """Returns int32[K] distinct items of distances float32[N, N], as picked.
+
+  Row j holds the distances of all items to j. The first pick is the item whose
+  nearest other one is farthest.
+  """
+  itself = jnp.eye(distances.shape[0], dtype=bool)
+  nearest = jnp.where(itself, jnp.inf, distances).min(axis=0)
+  first = jnp.argmax(nearest).astype(jnp.int32)
+  return greedy_kernel.max_min(distances, first, num_keep)
+
+
+COMPRESSOR = base.Compressor(
+  name="divprune", function=compress, reference_rows=reference_rows
+)

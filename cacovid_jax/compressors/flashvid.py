@@ -1,0 +1,255 @@
+"""FlashVID (https://arxiv.org/abs/2602.08024): the part before the LLM.
+
+Most of the budget goes, frame by frame, to tokens that differ from each other
+and that the vision tower attends to. The tokens left form trees through time:
+within a segment, a token hangs on the token of the previous frame that it
+resembles most. A tree becomes the mean of its tokens, and density peak
+clustering brings the trees of a frame down to what is left of the budget.
+
+The budget is met exactly, which takes choices of ours: the weakest links are
+cut until there are enough trees, and frames share the budget of trees in
+proportion to how many begin in them.
+
+The publication lets 1.25 times the budget enter and keeps 30 % of that at
+layer 20 of 28 by the attention of the last token.
+
+Axes: T frames, P = H * W tokens of a frame, N video tokens, D width, K rows.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from cacovid_jax import errors
+from cacovid_jax.compressors import (
+  base,
+  budgets,
+  cosine,
+  divprune,
+  dpc_knn,
+)
+
+# What enters the language model, in units of the budget; the layer of 28 at
+# which the second part acts; and the share that it keeps.
+ENTERING = 1.25
+LLM_LAYER = 20
+LLM_KEEP = 0.3
+
+
+def compress(
+  features,
+  *,
+  grid,
+  num_keep,
+  text=None,
+  aux=None,
+  rng=None,
+  diverse_share=0.7,
+  link_above=0.8,
+  num_segments=8,
+  cut_below=0.9,
+):
+  """Returns diverse tokens that are attended to, and means of trees.
+
+  A mean has the place of the first token of the tree that is the centre of
+  its cluster, and counts every token alike.
+
+  Args:
+    features: float[N, D] video tokens.
+    grid: static (T, H, W).
+    num_keep: K, static.
+    text: unused.
+    aux: with `vision_attention` float32[N].
+    rng: unused.
+    diverse_share: share of K that is picked, rounded down; frames get equal
+      parts of it, the first ones one more.
+    link_above: a token joins a tree above this cosine.
+    num_segments: the video is cut between so many segments at least, where
+      the mean features of neighbouring frames are least similar...
+    cut_below: ...and wherever their cosine is below this.
+  """
+  del text, rng
+  if not 0.0 <= diverse_share <= 1.0:
+    raise errors.UserError(
+      f"flashvid: diverse_share {diverse_share} is outside [0, 1]"
+    )
+  if not isinstance(num_segments, int) or num_segments < 1:
+    raise errors.UserError(
+      f"flashvid: num_segments is {num_segments!r}; give at least 1"
+    )
+  T, H, W = grid
+  P = H * W
+  frames = features.reshape(T, P, -1)
+  attention = aux.vision_attention.astype(jnp.float32).reshape(T, P)
+  # 0.7 * 10 may be a rounding error below 7.
+  num_diverse = math.floor(diverse_share * num_keep + 1e-9)
+  num_merged = num_keep - num_diverse
+
+  diverse = pick_diverse(frames, attention, num_diverse)
+  cut = segment_starts(
+    frames.astype(jnp.float32).mean(axis=1), num_segments, cut_below
+  )
+  parent = link(
+    frames, ~diverse, cut, link_above, most=features.shape[0] - num_keep
+  )
+  root = ~diverse & (parent < 0)
+  total, size = tree_sums(frames, ~diverse, parent)
+
+  num_trees = root.sum(axis=-1, dtype=jnp.int32)
+  some = num_trees > 0
+  counts = budgets.largest_remainder_on_device(
+    num_trees.astype(jnp.float32),
+    num_merged,
+    low=(some & (some.sum() <= num_merged)).astype(jnp.int32),
+    high=num_trees,
+  )
+  mean = total / jnp.maximum(size, 1.0)[..., None]
+  clusters = jax.vmap(
+    lambda x, count, valid: dpc_knn.cluster(x, count, valid=valid)
+  )(mean, counts, root)
+  # Frames without budget drop their trees.
+  root &= counts[:, None] > 0
+  keep = diverse | (root & (clusters.rank < counts[:, None]))
+
+  place = jnp.arange(P)
+  member = (clusters.centre[:, None, :] == place[:, None]) & root[:, None, :]
+  member = member.astype(jnp.float32)  # [T, P, P], centres by trees
+  merged = cosine.dot(member, total)
+  count = cosine.dot(member, size[..., None])
+  merged = (merged / jnp.maximum(count, 1.0)).astype(features.dtype)
+  rows = jnp.where(diverse[..., None], frames, merged)
+
+  first = jnp.arange(T)[:, None] * P
+  token = place + first
+  target = jnp.where(root, clusters.centre + first, -1)
+  target = jnp.where(diverse, token, target).reshape(-1)
+  target = target[roots_of(parent)]
+  keep = keep.reshape(-1)
+  (index,) = jnp.nonzero(keep, size=num_keep)
+  row = jnp.cumsum(keep, dtype=jnp.int32) - 1
+  assign = jnp.where(target < 0, -1, row[target])
+  return base.arrange(rows.reshape(features.shape)[index], index, assign)
+
+
+def pick_diverse(frames, attention, num_keep):
+  """Returns bool[T, P] with `num_keep` True, in every frame max-min diverse.
+
+  A token is as far from another as their cosine distance times the attention
+  that it receives.
+
+  Args:
+    frames: float[T, P, D].
+    attention: float32[T, P], not negative.
+    num_keep: static; frames get equal parts, the first ones one more.
+  """
+  T, P = attention.shape
+  share, rest = divmod(num_keep, T)
+  most = share + (rest > 0)
+  if not most:
+    return jnp.zeros([T, P], bool)
+  distance = (1.0 - cosine.matrix(frames)) * attention[:, None, :]
+  picks = jax.vmap(
+    functools.partial(divprune.max_min_of_matrix, num_keep=most)
+  )(distance)
+  # The picks of a smaller budget are the first ones of a larger.
+  count = share + (jnp.arange(T)[:, None] < rest)
+  picks = jnp.where(jnp.arange(most) < count, picks, P)
+  return jax.vmap(
+    lambda chosen: jnp.zeros([P], bool).at[chosen].set(True, mode="drop")
+  )(picks)
+
+
+def segment_starts(vectors, num_segments, cut_below):
+  """Returns bool[T], True for the first frame of each segment.
+
+  Args:
+    vectors: float32[T, D], one of each frame.
+    num_segments: segments there are at least, if there are as many frames.
+    cut_below: cosine of neighbouring frames below which they are cut apart.
+  """
+  T = vectors.shape[0]
+  after, before = vectors[1:, None], vectors[:-1, None]
+  similarity = cosine.matrix(after, before)[:, 0, 0]
+  cut = similarity < cut_below
+  _, lowest = jax.lax.top_k(-similarity, min(num_segments, T) - 1)
+  cut = cut.at[lowest].set(True)
+  return jnp.concatenate([jnp.ones([1], bool), cut])
+
+
+def link(frames, free, cut, threshold, most):
+  """Returns int32[T, P], the token of the frame before that each hangs on.
+
+  Args:
+    frames: float[T, P, D].
+    free: bool[T, P], the tokens that may hang on another or have one hang on.
+    cut: bool[T], frames whose tokens hang on none.
+    threshold: links have a larger cosine.
+    most: static, only so many links are made, the strongest; of equal ones,
+      the first.
+
+  Returns:
+    -1 for tokens that hang on none.
+  """
+  T, P = free.shape
+  if T == 1 or not most:
+    return jnp.full([T, P], -1, jnp.int32)
+  similarity = cosine.matrix(frames[1:], frames[:-1])
+  similarity = jnp.where(free[:-1, None, :], similarity, -jnp.inf)
+  parent = jnp.argmax(similarity, axis=-1).astype(jnp.int32)
+  best = similarity.max(axis=-1)
+  linked = free[1:] & ~cut[1:, None] & (best > threshold)
+  order = jnp.argsort(jnp.where(linked, -best, jnp.inf).reshape(-1))
+  strongest = jnp.zeros([order.shape[0]], bool).at[order[:most]].set(True)
+  linked &= strongest.reshape(linked.shape)
+  parent = jnp.where(linked, parent, -1)
+  return jnp.concatenate([jnp.full([1, P], -1, jnp.int32), parent])
+
+
+def tree_sums(frames, free, parent):
+  """Returns (float32[T, P, D], float32[T, P]): sums and sizes of trees.
+
+  Of each free token and all that hang on it, through however many frames; at
+  a root, of its tree.
+
+  Args:
+    frames: float[T, P, D].
+    free: bool[T, P], tokens that belong to trees.
+    parent: int32[T, P], see `link`.
+  """
+  place = jnp.arange(parent.shape[1])
+  free = free.astype(jnp.float32)
+  tokens = frames.astype(jnp.float32) * free[..., None]
+
+  def add(later, frame):
+    (total, size, hangs_on) = later
+    tokens, free, parent = frame
+    # A product instead of a scatter: its sums are reproducible on a GPU.
+    child = (hangs_on[None, :] == place[:, None]).astype(jnp.float32)
+    total = tokens + cosine.dot(child, total)
+    size = free + cosine.dot(child, size)
+    return (total, size, parent), (total, size)
+
+  nothing = jax.tree.map(jnp.zeros_like, (tokens[0], free[0], parent[0]))
+  _, sums = jax.lax.scan(add, nothing, (tokens, free, parent), reverse=True)
+  return sums
+
+
+def roots_of(parent):
+  """Returns int32[N], the root of each token's tree, of parents int32[T, P]."""
+  T, P = parent.shape
+  token = jnp.arange(T * P, dtype=jnp.int32).reshape(T, P)
+  before = jnp.arange(T, dtype=jnp.int32)[:, None] * P - P
+  root = jnp.where(parent < 0, token, parent + before).reshape(-1)
+  # Every round doubles how far a token looks.
+  for _ in range((T - 1).bit_length()):
+    root = root[root]
+  return root
+
+
+COMPRESSOR = base.Compressor(
+  name="flashvid",
+  function=compress,
+  needs=frozenset(["vision_attention"]),
+)

@@ -1,0 +1,117 @@
+"""The sequential loop of max-min diversity as one kernel for NVIDIA GPUs.
+
+Every pick depends on the one before, so the loop cannot be spread over the
+chip: what it costs is the way from one pick to the next. As separate kernels
+that is several launches for each pick; here one program holds the distances to
+the nearest pick in registers and only reads the row of the newest pick.
+
+Axes: N items, K picks.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pltriton
+
+# Sixteen warps hold 8192 items in 16 registers each; more would not speed up
+# the read of a row, fewer would.
+_NUM_WARPS = 16
+
+
+def max_min(distances, first, num_keep):
+  """Returns int32[K] picks, by the kernel on NVIDIA GPUs, else by the loop.
+
+  See `max_min_picks`. Which of the two is decided when the program is lowered
+  for a platform.
+  """
+  num_items = distances.shape[0]
+  return jax.lax.platform_dependent(
+    distances,
+    first,
+    cuda=lambda d, i: max_min_picks(d, i, num_keep),
+    default=lambda d, i: max_min_loop(
+      lambda item: d[item], i, num_items, num_keep
+    ),
+  )
+
+
+def max_min_picks(distances, first, num_keep, interpret=False):
+  """Returns int32[K] distinct items, each the farthest from all before it.
+
+  Equal to `max_min_loop`, which defines it, index by index.
+
+  Args:
+    distances: float32[N, N], finite.
+    first: int32[], the first pick.
+    num_keep: K, static, at least 1 and at most N.
+    interpret: static; True runs the kernel's operations one by one on any
+      platform, for tests.
+  """
+  num_items = distances.shape[0]
+  # Triton's arrays have powers of two as sizes; what is behind N is masked.
+  size = pl.next_power_of_2(num_items)
+  kernel = functools.partial(
+    _max_min_kernel, num_items=num_items, num_keep=num_keep, size=size
+  )
+  return pl.pallas_call(
+    kernel,
+    out_shape=jax.ShapeDtypeStruct([num_keep], jnp.int32),
+    interpret=interpret,
+    # Names the backend too: Pallas has two for these GPUs.
+    compiler_params=pltriton.CompilerParams(num_warps=_NUM_WARPS, num_stages=1),
+    name="max_min_picks",
+  )(distances, first.astype(jnp.int32).reshape(1))
+
+
+def _max_min_kernel(
+  distances_ref, first_ref, picked_ref, *, num_items, num_keep, size
+):
+  item = jax.lax.broadcasted_iota(jnp.int32, (size,), 0)
+  inside = item < num_items
+
+  def pick(m, state):
+    best, last = state
+    row = pltriton.load(
+      distances_ref.at[last, pl.ds(0, size)], mask=inside, other=-jnp.inf
+    )
+    best = jnp.where(item == last, -jnp.inf, jnp.minimum(best, row))
+    # The largest, then the first place that has it: an argmax whose rule for
+    # ties is written out.
+    largest = jnp.max(best)
+    last = jnp.min(jnp.where(best == largest, item, size)).astype(jnp.int32)
+    picked_ref[m] = last
+    return best, last
+
+  first = first_ref[0]
+  picked_ref[0] = first
+  best = jnp.where(inside, jnp.inf, -jnp.inf).astype(jnp.float32)
+  jax.lax.fori_loop(1, num_keep, pick, (best, first))
+
+
+def max_min_loop(distance_to, first, num_items, num_keep):
+  """Returns what `max_min_picks` does, on any platform.
+
+  Args:
+    distance_to: int32[] item -> float32[N], distances of all items to it.
+    first: int32[], the first pick.
+    num_items: N, static.
+    num_keep: K, static.
+  """
+  item = jnp.arange(num_items, dtype=jnp.int32)
+
+  def pick(m, state):
+    picked, best, last = state
+    # -inf survives the minimum, so a picked item is never picked again.
+    best = jnp.minimum(best, distance_to(last))
+    best = jnp.where(item == last, -jnp.inf, best)
+    last = jnp.argmax(best).astype(jnp.int32)
+    return picked.at[m].set(last), best, last
+
+  first = first.astype(jnp.int32)
+  picked = jnp.zeros([num_keep], jnp.int32).at[0].set(first)
+  best = jnp.full([num_items], jnp.inf, jnp.float32)
+  state = (picked, best, first)
+  picked, _, _ = jax.lax.fori_loop(1, num_keep, pick, state)
+  return picked

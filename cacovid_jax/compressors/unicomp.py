@@ -1,0 +1,197 @@
+"""Uniqueness (UniComp, https://arxiv.org/abs/2512.03575).
+
+What a token tells that others do not is one minus its cosine to them. Frames
+that hardly differ from the first of their group are fused; the budget goes to
+fused frames by their uniqueness; in each, tokens are visited by falling
+uniqueness, and a token that is kept stands for the ones near it. Neither
+attention nor the question plays a part.
+
+The budget is met exactly, which the publication leaves open: fused frames
+must have room for it (of a video that hardly changes, the frames that differ
+most from their group start groups of their own), and where too few tokens are
+left unsuppressed, suppressed ones return in the order of the visit.
+
+Axes: T frames, P = H * W tokens of a frame, N video tokens, D width, K rows.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from cacovid_jax import errors
+from cacovid_jax.compressors import base, budgets, cosine
+
+
+def compress(
+  features,
+  *,
+  grid,
+  num_keep,
+  text=None,
+  aux=None,
+  rng=None,
+  frame_threshold=0.005,
+  token_threshold=0.2,
+  temperature=1.0,
+):
+  """Returns unique tokens of fused frames, averaged with those near them.
+
+  A row has the place of its token in the first frame of its group. It is the
+  mean of that token and the mean of the tokens that it suppressed, each of
+  them the mean over the frames of the group.
+
+  Args:
+    features: float[N, D] video tokens.
+    grid: static (T, H, W).
+    num_keep: K, static.
+    text: unused.
+    aux: unused.
+    rng: unused.
+    frame_threshold: largest cosine distance between the mean features of a
+      frame and the first one of its group.
+    token_threshold: largest cosine distance at which a kept token suppresses
+      another one of its frame.
+    temperature: what uniqueness is divided by where frames share the budget.
+  """
+  del text, aux, rng
+  for name, value in (
+    ("frame_threshold", frame_threshold),
+    ("token_threshold", token_threshold),
+  ):
+    if not 0.0 <= value <= 2.0:
+      raise errors.UserError(
+        f"unicomp: {name} {value} is no cosine distance; give 0 to 2"
+      )
+  if not temperature > 0:
+    raise errors.UserError(f"unicomp: temperature {temperature} is not above 0")
+  T, H, W = grid
+  P = H * W
+  frames = features.reshape(T, P, -1)
+
+  head = fuse(
+    frames.astype(jnp.float32).mean(axis=1),
+    frame_threshold,
+    least=-(-num_keep // P),
+  )
+  is_head = head == jnp.arange(T)
+  fused = base.segment_sum(features.reshape(T, -1), head, T)
+  size = base.segment_count(head, T)
+  fused = fused / jnp.maximum(size, 1.0)[:, None]
+  fused = fused.reshape(T, P, -1)
+
+  unique = uniqueness(fused.mean(axis=1), is_head)
+  share = jnp.where(is_head, unique / temperature, -jnp.inf)
+  # A fused frame gets a token at least, if there are enough.
+  least = is_head & (is_head.sum() <= num_keep)
+  counts = budgets.largest_remainder_on_device(
+    jax.nn.softmax(share),
+    num_keep,
+    low=least.astype(jnp.int32),
+    high=jnp.where(is_head, P, 0),
+  )
+  visit = jax.vmap(lambda x, count: visit_tokens(x, count, token_threshold))
+  keeper = visit(fused, counts)  # [T, P]
+
+  near = (keeper[:, None, :] == jnp.arange(P)[:, None]) & ~jnp.eye(
+    P, dtype=bool
+  )
+  num_near = near.sum(axis=-1)[..., None]
+  around = cosine.dot(near.astype(jnp.float32), fused)
+  around = around / jnp.maximum(num_near, 1)
+  rows = jnp.where(num_near > 0, (fused + around) / 2, fused)
+
+  first = jnp.arange(T)[:, None] * P
+  target = jnp.where(keeper < 0, -1, keeper + first)[head].reshape(-1)
+  keep = (keeper == jnp.arange(P)).reshape(-1)
+  (index,) = jnp.nonzero(keep, size=num_keep)
+  row = jnp.cumsum(keep, dtype=jnp.int32) - 1
+  assign = jnp.where(target < 0, -1, row[target])
+  rows = rows.reshape(features.shape)[index].astype(features.dtype)
+  return base.arrange(rows, index, assign)
+
+
+def fuse(vectors, threshold, least):
+  """Returns int32[T], the first frame of the group that each frame joins.
+
+  Args:
+    vectors: float32[T, D], one of each frame.
+    threshold: largest cosine distance of a frame to the first of its group.
+    least: static, at least as many groups are made: where the threshold gives
+      fewer, the frames that are farthest from their first one start groups.
+  """
+  T = vectors.shape[0]
+  distance = 1.0 - cosine.matrix(vectors)
+  frame = jnp.arange(T, dtype=jnp.int32)
+
+  def join(head, t):
+    far = distance[head, t]
+    head = jnp.where(far > threshold, t, head)
+    return head, (head, far)
+
+  _, (head, far) = jax.lax.scan(join, jnp.int32(0), frame)
+  starts = (head == frame).at[0].set(True)
+  order = jnp.argsort(jnp.where(starts, jnp.inf, -far))
+  place = jnp.zeros([T], jnp.int32).at[order].set(frame)
+  starts |= place < least - starts.sum()
+  return jax.lax.cummax(jnp.where(starts, frame, 0))
+
+
+def uniqueness(x, valid=None):
+  """Returns float32[n], one minus the mean cosine of a row to the others.
+
+  Args:
+    x: float[n, D].
+    valid: bool[n], the rows that are there; None for all. A single row has
+      uniqueness 0.
+  """
+  n = x.shape[0]
+  if valid is None:
+    valid = jnp.ones([n], bool)
+  others = valid & ~jnp.eye(n, dtype=bool)
+  distance = jnp.where(others, 1.0 - cosine.matrix(x), 0.0)
+  return distance.sum(axis=-1) / jnp.maximum(others.sum(axis=-1), 1)
+
+
+def visit_tokens(x, count, threshold):
+  """Returns int32[P], the kept token that each joins; itself if it is kept.
+
+  Tokens are visited by falling uniqueness, of equals the first one first. A
+  token that is not suppressed yet stays, and suppresses all later ones within
+  the threshold. The first `count` of those that stay are kept; then, if they
+  are fewer, suppressed ones in the order of the visit.
+
+  Args:
+    x: float[P, D] tokens of a frame.
+    count: int32[], at most P.
+    threshold: largest cosine distance of suppression.
+
+  Returns:
+    -1 where a token is dropped: it stayed too late, or is suppressed by one
+    that did.
+  """
+  P = x.shape[0]
+  place = jnp.arange(P, dtype=jnp.int32)
+  order = jnp.argsort(-uniqueness(x))
+  near = 1.0 - cosine.matrix(x[order]) <= threshold
+  near &= place[None, :] > place[:, None]
+
+  def look(joins, step):
+    i, near_i = step
+    # What joined another token is suppressed, and suppresses nothing.
+    free = joins == place
+    return jnp.where(near_i & free & free[i], i, joins), None
+
+  joins, _ = jax.lax.scan(look, place, (place, near))
+  stays = joins == place
+  rank = jnp.where(
+    stays,
+    jnp.cumsum(stays) - 1,
+    stays.sum() + jnp.cumsum(~stays) - 1,
+  )
+  kept = rank < count
+  joins = jnp.where(kept, place, jnp.where(kept[joins], joins, -1))
+  # From places in the visit back to tokens.
+  token = jnp.where(joins < 0, -1, order[joins])
+  return jnp.zeros([P], jnp.int32).at[order].set(token.astype(jnp.int32))
+
+
+COMPRESSOR = base.Compressor(name="unicomp", function=compress)
