@@ -55,11 +55,9 @@ def make(tmp_path_factory):
     return workdir
 
   # Compiling takes all of the time.
-  name = "jax_disable_most_optimizations"
-  before = getattr(jax.config, name)
-  jax.config.update(name, True)
+  jax.config.update("jax_disable_most_optimizations", True)
   yield run
-  jax.config.update(name, before)
+  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
