@@ -29,12 +29,15 @@ class Reply(NamedTuple):
     index: int32[B, K] tokens that were left in the last layer.
     mask: bool[B, K], True where there is one.
     equivalent: float[B], share of the N tokens that a layer saw on average.
+    forced: bool[B], True where a method had to change its rule to stay within
+      the budget.
   """
 
   ids: jax.Array
   index: np.ndarray
   mask: np.ndarray
   equivalent: np.ndarray
+  forced: np.ndarray
 
 
 class Asker:
@@ -99,12 +102,19 @@ class Asker:
         np.asarray(trace.index),
         np.asarray(trace.mask),
         np.asarray(trace.equivalent_ratio(num_video)),
+        np.zeros(len(ids), bool)
+        if trace.forced is None
+        else np.asarray(trace.forced),
       )
     selection = self.select(cell)
     ids = self.answer(selection)
     mask = np.asarray(selection.mask)
     return Reply(
-      ids, np.asarray(selection.index), mask, mask.sum(axis=1) / num_video
+      ids,
+      np.asarray(selection.index),
+      mask,
+      mask.sum(axis=1) / num_video,
+      np.zeros(len(ids), bool),
     )
 
   def select(self, cell) -> base.Selection:

@@ -228,6 +228,10 @@ def _cell(table, ledger, method, ratio, vanilla):
     "by_category": _groups(table, mean, "category"),
     "status": "ok",
   }
+  forced = np.mean([record.get("forced", False) for record in records])
+  if forced:
+    # Questions where the rule was changed to stay within the budget.
+    out["forced"] = _number(forced)
   out |= _facts(method)
   if len(per_seed) > 1:
     out["by_seed"] = {

@@ -481,6 +481,8 @@ class Evaluator:
         if cell.method is not None and _inside(cell.method):
           # Before the language model it follows from what was kept.
           fields["equivalent"] = round(float(reply.equivalent[row]), 9)
+          if reply.forced[row]:
+            fields["forced"] = True
         if top is not None and not fault:
           fields["frames"] = top[row]
         records.append((cell.key(question.id), fields))

@@ -121,9 +121,11 @@ def test_the_equivalent_ratio_is_a_mean_over_questions(answers):
   method = runner.Method.parse("inside=uniform?")
   for number, q in enumerate(QUESTIONS):
     fields = {"score": 1.0, "kept": 2, "equivalent": 0.2 + number / 100}
+    fields |= {"forced": True} if number == 0 else {}
     answers.add([(ledger.Key(method.spec, 0.25, 0, q.id), fields)])
   cell = built(answers, [method])["methods"]["inside"]["0.25"]
   assert (cell["kept_tokens"], cell["equivalent_ratio"]) == (2, 0.215)
+  assert cell["forced"] == 0.25
 
 
 def test_facts_of_a_method_are_told(answers):
