@@ -1,7 +1,9 @@
 """Token compressors behind one interface: `names()` lists, `get()` builds.
 
 A method is named `random`, with options `density_peaks?scope=video`, or lives
-in a user's own file: `path/to/file.py:attribute?option=value`.
+in a user's own file: `path/to/file.py:attribute?option=value`. Every method
+takes `exact_budget=False` to round budgets as its own publication does, and
+`get(name).requirements` says what it cannot do without.
 """
 
 from cacovid_jax.compressors.registry import get, names, oracles, parse

@@ -225,6 +225,7 @@ class Compressor:
         raise ValueError(f"{self.name} needs {need}, which was not given")
     if self.stochastic and rng is None:
       raise ValueError(f"{self.name} is stochastic and needs rng")
+    self._check_values(features, text, aux)
     extra = {}
     if _takes(self.function, "rounding"):
       extra["rounding"] = "exact" if self.exact_budget else "reference"
@@ -240,6 +241,18 @@ class Compressor:
       features, grid=grid, num_keep=num_keep, text=text, aux=aux, rng=rng,
       **extra,
     )  # fmt: skip
+
+  def _check_values(self, features, text, aux) -> None:
+    """Refuses NaN and infinity in what is read, unless it is being traced."""
+    parts = {"video features": features}
+    for need in sorted(self.needs):
+      part = text if need == "text" else getattr(aux, need)
+      parts[need.replace("_", " ")] = part
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(parts)):
+      return
+    for name, part in parts.items():
+      for leaf in jax.tree.leaves(part):
+        check_finite(leaf, name)
 
 
 def requirements_of(needs) -> tuple[str, ...]:
@@ -449,7 +462,10 @@ def check_finite(features, name: str = "video features") -> None:
 
   On the host, because a compiled program cannot raise.
   """
-  if not bool(jnp.isfinite(features).all()):
+  # Also of a constant that a program is being traced around.
+  with jax.ensure_compile_time_eval():
+    finite = bool(jnp.isfinite(features).all())
+  if not finite:
     raise errors.UserError(
       f"{name} hold NaN or infinity; check the checkpoint and its dtype"
     )

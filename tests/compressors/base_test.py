@@ -207,6 +207,38 @@ def test_options_may_change_what_is_needed(rule):
     asked.compress(features_of(0), grid=GRID, num_keep=3)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_values_that_are_not_finite_are_refused_before_selection(bad):
+  broken = features_of(0).at[3, 1].set(bad)
+  with pytest.raises(errors.UserError, match="video features hold NaN"):
+    compressors.get("divprune").compress(broken, grid=GRID, num_keep=3)
+  with pytest.raises(errors.UserError, match="video features hold NaN"):
+    compressors.get("uniform").compress(broken, grid=GRID, num_keep=30)
+  attention = jnp.ones([3, 30]).at[2, 0].set(bad)
+  with pytest.raises(errors.UserError, match="attention hold NaN"):
+    compressors.get("last_query").compress(
+      features_of(0),
+      grid=GRID,
+      num_keep=3,
+      aux=base.Aux(attention=attention),
+    )
+
+
+def test_a_program_may_be_traced_around_given_values():
+  aux = base.Aux(attention=jnp.arange(90.0).reshape(3, 30))
+  method = compressors.get("last_query")
+  features = features_of(0)
+  expected = [27, 28, 29]
+  inputs = jax.jit(
+    lambda x: method.compress(x, grid=GRID, num_keep=3, aux=aux).index
+  )
+  np.testing.assert_array_equal(inputs(features), expected)
+  constants = jax.jit(
+    lambda: method.compress(features, grid=GRID, num_keep=3, aux=aux).index
+  )
+  np.testing.assert_array_equal(constants(), expected)
+
+
 def test_requirements_are_words():
   assert compressors.get("uniform").requirements == ()
   assert compressors.get("cacovid").requirements == ("text", "training")

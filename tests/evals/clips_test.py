@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from cacovid_jax import errors
-from cacovid_jax.data import feature_cache, frames
+from cacovid_jax.data import feature_cache, frames, qwen_frames
 from cacovid_jax.evals import clips
-from cacovid_jax.models import llava_onevision
+from cacovid_jax.models import llava_onevision, qwen2_5_vl
 from tests.evals import tiny
 
 
@@ -230,6 +230,29 @@ def test_extras_that_are_not_finite_stop_the_evaluation(root, tmp_path):
 def test_unknown_extras_are_a_mistake_of_the_caller(root):
   with pytest.raises(ValueError, match="'depth'"):
     source_of(root, want=["depth"])
+
+
+def test_extras_of_a_tower_that_reads_patches(tmp_path):
+  tiny.write_clip(tmp_path / "a.mp4", seed=0, num_frames=5)
+  model = qwen2_5_vl.Qwen2_5VLModel(qwen2_5_vl.Qwen2_5VLConfig.tiny())
+  params = model.init(jax.random.key(0))
+  processor = qwen_frames.ProcessorConfig(
+    patch_size=4, min_pixels=6 * 64, max_pixels=16 * 64
+  )
+  with clips.PatchSource(
+    str(tmp_path),
+    model,
+    params,
+    processor,
+    num_frames=4,
+    grid=processor.grid(32, 32, 4),
+    want=WANT,
+  ) as source:
+    clip, missing = source["a.mp4"], source["gone.mp4"]
+  for name in WANT:
+    assert clip.extras[name].shape == missing.extras[name].shape
+  assert clip.extras["vision_attention"].shape == clip.features.shape[:1]
+  assert (clip.extras["vision_attention"] > 0).all()
 
 
 def test_extras_of_a_real_tower_have_the_shapes_that_it_says(tmp_path):
