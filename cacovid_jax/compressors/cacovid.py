@@ -95,6 +95,7 @@ def _follow(
   scores, features, grid, num_keep, ratio, importance_ratio, max_frame_share,
   merge,
 ):  # fmt: skip
+  merging.check(merge)
   if ratio is None:
     ratio = ratio_of(grid, num_keep)
   index = selection.select(

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from cacovid_jax import errors
-from cacovid_jax.compressors import base, cosine, greedy_kernel
+from cacovid_jax.compressors import base, cosine, greedy_kernel, similarity
 
 # Rows of the distance matrix held at a time while the first token is sought.
 _BLOCK = 256
@@ -87,12 +87,12 @@ def max_min_subset(
 
   def distance_to(i):
     products = cosine.dot(features, features[i])
-    return 1.0 - products * inverse * inverse[i]
+    return 1.0 - products * (inverse * inverse[i])
 
   def nearest(i):
     return jnp.min(distance_to(i).at[i].set(jnp.inf))
 
-  first = jnp.argmax(
+  first = _farthest(
     jax.lax.map(nearest, jnp.arange(num_tokens), batch_size=_BLOCK)
   )
   return greedy_kernel.max_min_loop(distance_to, first, num_tokens, num_keep)
@@ -106,8 +106,16 @@ def max_min_of_matrix(distances: jax.Array, num_keep: int) -> jax.Array:
   """
   itself = jnp.eye(distances.shape[0], dtype=bool)
   nearest = jnp.where(itself, jnp.inf, distances).min(axis=0)
-  first = jnp.argmax(nearest).astype(jnp.int32)
-  return greedy_kernel.max_min(distances, first, num_keep)
+  return greedy_kernel.max_min(distances, _farthest(nearest), num_keep)
+
+
+def _farthest(nearest):
+  """Returns int32[], the first item with the largest of float32[N] distances.
+
+  Two items that are nearest to each other have the same distance, but for the
+  rounding of float32, which must not decide between them.
+  """
+  return jnp.argmax(similarity.settled(nearest)).astype(jnp.int32)
 
 
 COMPRESSOR = base.Compressor(

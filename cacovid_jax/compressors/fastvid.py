@@ -181,7 +181,7 @@ def _nearest(features, anchors, segment):
 def reference_rows(grid, ratio):
   """Returns how many tokens are kept if each frame's count is cut off."""
   T, H, W = grid
-  return T * int(ratio * H * W)
+  return T * int(ratio * (H * W))
 
 
 def _check(

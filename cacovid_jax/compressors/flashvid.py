@@ -10,8 +10,9 @@ The budget is met exactly, which takes choices of ours: the weakest links are
 cut until there are enough trees, and frames share the budget of trees in
 proportion to how many begin in them.
 
-The publication lets 1.25 times the budget enter and keeps 30 % of that at
-layer 20 of 28 by the attention of the last token.
+The second part keeps 30 % of what entered at layer 20 of 28, by the attention
+of the last token; 1.25 times the budget enters then. Option `llm_stage=False`
+leaves it out.
 
 Axes: T frames, P = H * W tokens of a frame, N video tokens, D width, K rows.
 """
@@ -29,6 +30,8 @@ from cacovid_jax.compressors import (
   cosine,
   divprune,
   dpc_knn,
+  in_llm,
+  similarity,
 )
 
 # What enters the language model, in units of the budget; the layer of 28 at
@@ -170,10 +173,9 @@ def segment_starts(vectors, num_segments, cut_below):
     cut_below: cosine of neighbouring frames below which they are cut apart.
   """
   T = vectors.shape[0]
-  after, before = vectors[1:, None], vectors[:-1, None]
-  similarity = cosine.matrix(after, before)[:, 0, 0]
-  cut = similarity < cut_below
-  _, lowest = jax.lax.top_k(-similarity, min(num_segments, T) - 1)
+  beside = similarity.settled(similarity.adjacent(vectors))
+  cut = beside < cut_below
+  _, lowest = jax.lax.top_k(-beside, min(num_segments, T) - 1)
   cut = cut.at[lowest].set(True)
   return jnp.concatenate([jnp.ones([1], bool), cut])
 
@@ -195,10 +197,10 @@ def link(frames, free, cut, threshold, most):
   T, P = free.shape
   if T == 1 or not most:
     return jnp.full([T, P], -1, jnp.int32)
-  similarity = cosine.matrix(frames[1:], frames[:-1])
-  similarity = jnp.where(free[:-1, None, :], similarity, -jnp.inf)
-  parent = jnp.argmax(similarity, axis=-1).astype(jnp.int32)
-  best = similarity.max(axis=-1)
+  likeness = similarity.settled(cosine.matrix(frames[1:], frames[:-1]))
+  likeness = jnp.where(free[:-1, None, :], likeness, -jnp.inf)
+  parent = jnp.argmax(likeness, axis=-1).astype(jnp.int32)
+  best = likeness.max(axis=-1)
   linked = free[1:] & ~cut[1:, None] & (best > threshold)
   order = jnp.argsort(jnp.where(linked, -best, jnp.inf).reshape(-1))
   strongest = jnp.zeros([order.shape[0]], bool).at[order[:most]].set(True)
@@ -248,8 +250,15 @@ def roots_of(parent):
   return root
 
 
-COMPRESSOR = base.Compressor(
+_BEFORE = base.Compressor(
   name="flashvid",
   function=compress,
   needs=frozenset(["vision_attention"]),
+)
+COMPRESSOR = in_llm.TwoStages(
+  name="flashvid",
+  before=_BEFORE,
+  needs=_BEFORE.needs,
+  llm_layer=LLM_LAYER,
+  llm_keep=LLM_KEEP,
 )

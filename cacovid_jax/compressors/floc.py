@@ -81,6 +81,7 @@ def compress(
     merge: "nearest" makes each row the mean of the tokens assigned to it.
   """
   del aux, rng
+  merging.check(merge)
   weights = None
   if question_temperature is not None:
     if text is None:
@@ -100,7 +101,6 @@ def compress(
     similarities=similarities,
   )
   taken = base.take(features, index)
-  merging.check(merge)
   merged = merging.fold(taken, features)
   if merge == "none":
     return merged._replace(features=taken.features)

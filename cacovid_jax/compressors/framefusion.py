@@ -387,7 +387,9 @@ def _merge(stages, video, index, valid, count, *, remove, left, number):
   ordered_place = jnp.where(valid, place, -1)[order]
   norm = jnp.maximum(jnp.linalg.norm(ordered, axis=-1), 1e-6)
   dot = (ordered * jnp.roll(ordered, 1, axis=0)).sum(axis=-1)
+  # Steps above rounding noise: equal tokens are equally alike.
   similarity = dot / (norm * jnp.roll(norm, 1))
+  similarity = jnp.round(similarity * 2**20) / 2**20
   slot = jnp.arange(size)
   same = (ordered_place == jnp.roll(ordered_place, 1)) & (slot > 0)
   inside = slot < count

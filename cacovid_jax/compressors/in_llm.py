@@ -244,6 +244,8 @@ class InLLM(abc.ABC):
       first, rows = layer, rows._replace(x=x)
       if keep is None:
         break
+      # Rounded the method's own way, fewer may have entered.
+      keep = min(keep, rows.index.shape[1])
       step = functools.partial(self.step, layer=layer, keep=keep, grid=grid)
       kept, count = jax.vmap(step)(see(rows, attended))
       taken, rows = take(rows, kept, count, num_video=num_video)
@@ -259,6 +261,85 @@ class InLLM(abc.ABC):
       tuple(with_room(cache, new_rows) for cache in caches),
       trace,
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class TwoStages(InLLM):
+  """A method with one part before the language model and one inside it.
+
+  Its options are those of `before` and of the stage inside. The budgets of
+  both parts follow from the ratio: about `llm_keep` of what enters goes on.
+
+  Attributes:
+    llm_stage: False for the part before the model alone, at the whole ratio.
+    llm_layer: the layer before which the second part acts, of a decoder of 28
+      layers.
+    llm_keep: share of the entered tokens that goes on.
+  """
+
+  llm_stage: bool = True
+  llm_layer: int = 20
+  llm_keep: float = 0.3
+
+  def __post_init__(self):
+    share = self.llm_keep
+    if not isinstance(share, int | float) or not 0 < share <= 1:
+      raise errors.UserError(
+        f"{self.name}: llm_keep={share!r} is outside (0, 1]"
+      )
+
+  @property
+  def known_options(self):
+    """Names of the options of both parts, sorted."""
+    return tuple(sorted({*super().known_options, *self.before.known_options}))
+
+  def with_options(self, *, exact_budget=None, **options):
+    """See `InLLM.with_options`; without its second part, a `Compressor`."""
+    known = super().known_options
+    own = {k: v for k, v in options.items() if k in known}
+    rest = {k: v for k, v in options.items() if k not in own}
+    before = self.before.with_options(exact_budget=exact_budget, **rest)
+    stage = own.get("llm_stage", self.llm_stage)
+    if not isinstance(stage, bool):
+      raise errors.UserError(
+        f"{self.name}: llm_stage={stage!r}; give True or False"
+      )
+    if not stage:
+      for name in sorted(set(own) - {"llm_stage"}):
+        raise errors.UserError(
+          f"{self.name}: {name} is an option of the stage in the language"
+          " model; give llm_stage=True with it"
+        )
+      return dataclasses.replace(
+        before, options={**before.options, "llm_stage": False}
+      )
+    made = dataclasses.replace(self, before=before, needs=before.needs)
+    # The class's own way, with options of both parts for the record.
+    made = InLLM.with_options(made, exact_budget=exact_budget, **own)
+    return dataclasses.replace(made, options={**self.options, **options})
+
+  def plan(self, num_layers, num_video, ratio):
+    """Returns what enters and what goes on; `ratio` from below in the mean."""
+    layer = cut_layer(self.name, self.llm_layer, num_layers, True)
+    try:
+      entering, keep = budgets.two_stages(
+        ratio, num_layers, num_video, layer=layer, share=self.llm_keep
+      )
+    except errors.UserError as error:
+      raise errors.UserError(f"{self.name}: {error}") from None
+    if not self.exact_budget:
+      # Of as many tokens as may enter; what does is known to `before`.
+      keep = max(1, int(self.llm_keep * num_video))
+    return [(0, entering), (layer, keep)]
+
+  def minimum_ratio(self, num_layers, num_video):
+    """Returns the ratio of one token per layer."""
+    return budgets.lowest_ratio(num_layers, num_video, entering=1)
+
+  def step(self, seen, *, layer, keep, grid):
+    """Returns the tokens that the last token attends to most."""
+    del layer, grid
+    return keep_by_last_query(seen, keep)
 
 
 def generate(

@@ -1,9 +1,11 @@
-"""PruneVID, first stage: merge in time what is static, then merge in space.
+"""PruneVID: merge in time what is static, merge in space, ask the question.
 
 Frames are clustered into segments. In a segment the places of the grid that
 stay alike become one token each; then every set of tokens, static ones of a
 segment and the others of a frame, is clustered and replaced by cluster means.
-The second stage, which looks at the question, acts inside the language model.
+The second stage, option `llm_stage=True`, acts inside the language model: of
+every set it keeps the tokens that any later token looks at most, and forgets
+the others in the layers before, too.
 Paper: https://arxiv.org/abs/2412.16117 (section 3)
 
 A row stands at its cluster's central token, static rows in the first frame of
@@ -12,12 +14,21 @@ their segment. Ties go to the earlier token instead of to noise.
 Axes: T frames, P tokens of a frame, N = T * P, D width, K kept tokens.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from cacovid_jax import errors
-from cacovid_jax.compressors import base, dpc_knn, rows, similarity, windows
+from cacovid_jax.compressors import (
+  base,
+  dpc_knn,
+  in_llm,
+  rows,
+  similarity,
+  windows,
+)
 from cacovid_jax.policy import diversity
 
 # Sets of no more tokens than this are left as they are, as published.
@@ -40,6 +51,9 @@ def compress(
   threshold=_THRESHOLD,
   cluster_share=None,
   num_neighbours=7,
+  llm_stage=False,
+  llm_layer=None,
+  llm_keep=None,
 ):
   """Returns the means of clusters of static and of other tokens.
 
@@ -59,8 +73,11 @@ def compress(
     cluster_share: the paper's beta, for the reference rounding; None for the
       ratio.
     num_neighbours: of the density, for frames and for tokens.
+    llm_stage: whether `PruneVID` goes on inside the language model.
+    llm_layer: of `PruneVID`.
+    llm_keep: of `PruneVID`.
   """
-  del text, aux, rng
+  del text, aux, rng, llm_stage, llm_layer, llm_keep
   _check(frame_share, cluster_share, num_neighbours)
   T, H, W = grid
   P = H * W
@@ -181,7 +198,7 @@ def reference_rows(grid, ratio, cluster_share=None):
   T, H, W = grid
   share = ratio if cluster_share is None else cluster_share
   count = _reference_counts(H * W, share)
-  return T * int(np.max(count + np.maximum.accumulate(count)[::-1]))
+  return T * int(np.max(count + count[::-1]))
 
 
 def _check(frame_share, cluster_share, num_neighbours):
@@ -197,6 +214,47 @@ def _check(frame_share, cluster_share, num_neighbours):
     )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class PruneVID(in_llm.TwoStages):
+  """Both stages; the second one shares its budget over the sets by size."""
+
+  llm_layer: int = 10
+  llm_keep: float = 0.4
+  look: str = "after_video"
+  drop_from_caches: bool = True
+
+  def step(self, seen, *, layer, keep, grid):
+    """Returns the tokens of each set that the text attends to most."""
+    del layer
+    sets = in_llm.sets_of_static_and_frames(seen.entered, grid)
+    return in_llm.keep_by_text_attention(
+      seen,
+      keep,
+      jnp.take(sets, seen.row, mode="clip"),
+      num_sets=2 * grid[0],
+      share=None if self.exact_budget else self.llm_keep,
+    )
+
+
+def _configure(compressor, *, llm_stage=False, **options):
+  """Returns the method with both stages if that is asked for."""
+  if llm_stage is False:
+    for name in ("llm_layer", "llm_keep"):
+      if name in options:
+        raise errors.UserError(
+          f"prunevid: {name} is an option of the stage in the language model;"
+          " give llm_stage=True with it"
+        )
+    return compressor
+  before = dataclasses.replace(COMPRESSOR, configure=None)
+  return PruneVID(name="prunevid", before=before).with_options(
+    exact_budget=compressor.exact_budget, llm_stage=llm_stage, **options
+  )
+
+
 COMPRESSOR = base.Compressor(
-  name="prunevid", function=compress, reference_rows=reference_rows
+  name="prunevid",
+  function=compress,
+  reference_rows=reference_rows,
+  configure=_configure,
 )

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from cacovid_jax import errors
-from cacovid_jax.compressors import base, budgets, cosine
+from cacovid_jax.compressors import base, budgets, cosine, similarity
 
 
 def compress(
@@ -129,6 +129,7 @@ def fuse(vectors, threshold, least):
 
   _, (head, far) = jax.lax.scan(join, jnp.int32(0), frame)
   starts = (head == frame).at[0].set(True)
+  far = similarity.settled(far)
   order = jnp.argsort(jnp.where(starts, jnp.inf, -far))
   place = jnp.zeros([T], jnp.int32).at[order].set(frame)
   starts |= place < least - starts.sum()
@@ -170,7 +171,7 @@ def visit_tokens(x, count, threshold):
   """
   P = x.shape[0]
   place = jnp.arange(P, dtype=jnp.int32)
-  order = jnp.argsort(-uniqueness(x))
+  order = jnp.argsort(-similarity.settled(uniqueness(x)))
   near = 1.0 - cosine.matrix(x[order]) <= threshold
   near &= place[None, :] > place[:, None]
 

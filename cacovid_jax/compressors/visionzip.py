@@ -150,7 +150,7 @@ def reference_rows(grid, ratio, scope="frame"):
   T, H, W = grid
   if scope == "video":
     return int(ratio * T * H * W)
-  return T * int(ratio * H * W)
+  return T * int(ratio * (H * W))
 
 
 COMPRESSOR = base.Compressor(

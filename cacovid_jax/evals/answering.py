@@ -69,9 +69,11 @@ class Answer:
     ratio: retention ratio.
     text: the answer.
     letter: the option letter in it; "" without options, or if there is none.
-    kept: video tokens that entered the language model.
+    kept: video tokens that entered the language model; of a method that acts
+      inside it, those left at its last layer.
     milliseconds: "embed" (the whole prompt), "scores" (the policy, or whatever
-      else the method reads), "select", "answer" (prefill and decoding).
+      else the method reads), "select", "answer" (prefill and decoding, with
+      whatever happens inside the language model).
     trace: the selection, opened up.
   """
 
@@ -223,6 +225,9 @@ class Answerer:
     source, programs = self._open(self._grid(path))
     for ratio in ratios:
       base.budget(source.grid, ratio)
+      if ratio < 1:
+        self._check_budget(chosen, source.grid, ratio)
+    source.observe(chosen.needs & base.VISION_NEEDS)
     evaluator = runner.Evaluator(
       self.checkpoint,
       source,
@@ -344,6 +349,14 @@ class Answerer:
       f"{method.label} needs a trained policy; {mend}, or take a method without"
       " one, such as --method=uniform"
     )
+
+  def _check_budget(self, method: runner.Method, grid, ratio) -> None:
+    """Refuses a ratio that a method inside the language model cannot meet."""
+    plan = getattr(method.compressor, "plan", None)
+    if plan is not None:
+      plan(
+        self.checkpoint.model.config.text.num_layers, int(np.prod(grid)), ratio
+      )
 
 
 def as_question(

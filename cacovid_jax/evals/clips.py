@@ -134,6 +134,14 @@ class ClipSource:
       self._clips.popitem(last=False)
     return clip
 
+  def observe(self, want: Iterable[str]) -> None:
+    """Changes what clips bring along; those that bring other things go."""
+    want = frozenset(vision_signals.check(want))
+    if want != self.want:
+      self.want = want
+      self.__dict__.pop("_no_extras", None)
+      self.clear()
+
   def clear(self) -> None:
     """Forgets the clips: the next one is decoded and encoded anew."""
     self._clips.clear()
