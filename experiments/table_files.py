@@ -136,7 +136,7 @@ def _cells(row):
     row["method"],
     f"{kept:g}" if kept == int(kept) else f"{kept:.1f}",
     f"{row['equivalent_ratio']:.4f}",
-    "" if time is None else f"{time:.2f}",
+    "" if time is None else f"{time:.2f}" if time >= 0.01 else "< 0.01",
     accuracy,
     difference,
   ]
