@@ -11,6 +11,7 @@ from absl.testing import flagsaver
 from PIL import Image
 
 from cacovid_jax import compressors, errors
+from cacovid_jax.evals import runner
 from cacovid_jax.models import checkpoints
 from experiments import compressor_table
 from tests.evals import tiny
@@ -164,8 +165,7 @@ def test_a_table_that_was_stopped_goes_on_to_the_same_bytes(made, make):
 
 def test_every_method_is_a_row_by_default():
   labels = [
-    compressor_table.runner.split_label(spec)[0]
-    for spec in compressor_table.default_rows()
+    runner.split_label(spec)[0] for spec in compressor_table.default_rows()
   ]
   assert [name for name in labels if name in compressors.names()] == list(
     compressors.names()
@@ -174,6 +174,17 @@ def test_every_method_is_a_row_by_default():
     compressor_table.VARIANTS
   )
   assert labels.index("cacovid_merged") == labels.index("cacovid") + 1
+
+
+def test_variants_are_what_they_say():
+  found = {
+    label: runner.Method.parse(f"{label}={spec}")
+    for label, (_, spec) in compressor_table.VARIANTS.items()
+  }
+  assert found["cacovid_merged"].compressor.options == {"merge": "nearest"}
+  assert found["cacovid_merged"].needs == {"scores"}
+  # Its second stage acts inside the language model.
+  assert hasattr(found["prunevid_llm"].compressor, "plan")
 
 
 @pytest.mark.parametrize(
