@@ -189,13 +189,12 @@ def measure(request, out, times, repeats):
   """
   methods = {}
   for spec in request.methods:
-    method = runner.Method.parse(spec)
-    chosen = out["chosen"].get(method.label, {}).get("best")
-    if chosen:
-      method = dataclasses.replace(
-        runner.Method.parse(chosen), label=method.label
-      )
-    methods[method.label] = method
+    label, _ = runner.split_label(spec)
+    chosen = out["chosen"].get(label)
+    method = runner.Method.parse(
+      _chosen_spec(request, label, chosen["best"]) if chosen else spec
+    )
+    methods[label] = dataclasses.replace(method, label=label)
   cells = [
     (method, ratio)
     for method in methods.values()
@@ -215,6 +214,13 @@ def measure(request, out, times, repeats):
     key = results.ratio_key(ratio)
     found[method.label][key] = latency.Cost(**times[method.spec][key])
   return found
+
+
+def _chosen_spec(request, label, best):
+  """Returns the candidate called `best`, with the path of one's own method."""
+  listed = request.candidates.get(label, ())
+  named = (spec for spec in listed if runner.split_label(spec)[0] == best)
+  return next(named, best)
 
 
 def _measure(request, missing, times, repeats):

@@ -176,6 +176,18 @@ def test_every_method_is_a_row_by_default():
   assert labels.index("cacovid_merged") == labels.index("cacovid") + 1
 
 
+def test_a_chosen_method_of_ones_own_is_found_again():
+  request = compressor_table.evaluation.Request(
+    data="", workdir="", checkpoint="", methods=("mine",),
+    candidates={"mine": ("folder/rule.py:mine?a=1", "folder/rule.py:mine?a=2")},
+  )  # fmt: skip
+  spec = compressor_table._chosen_spec(request, "mine", "mine?a=2")
+  assert spec == "folder/rule.py:mine?a=2"
+  # What is chosen without a list reads as a spec does.
+  best = "last_query?layer=3"
+  assert compressor_table._chosen_spec(request, "last_query", best) == best
+
+
 def test_variants_are_what_they_say():
   found = {
     label: runner.Method.parse(f"{label}={spec}")
