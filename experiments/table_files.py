@@ -14,8 +14,8 @@ _SHOWN_RATIO = 0.1
 COLUMNS = (
   "method", "ratio", "status", "minimum_ratio", "kept_tokens",
   "equivalent_ratio", "selection_ms", "rule_ms", "reads_ms", "accuracy",
-  "ci_low", "ci_high", "vs_cacovid", "vs_low", "vs_high", "seeds", "options",
-  "note",
+  "ci_low", "ci_high", "vs_cacovid", "vs_low", "vs_high", "seeds", "forced",
+  "options", "note",
 )  # fmt: skip
 
 
@@ -46,6 +46,7 @@ def rows(out, times):
         if cell["status"] == "ok":
           row["ci_low"], row["ci_high"] = cell["ci95"]
           row["seeds"] = len(cell.get("by_seed", [0]))
+          row["forced"] = cell.get("forced", 0)
         difference = paired.get((label, ratio))
         if difference:
           row["vs_cacovid"] = difference["mean"]
@@ -106,14 +107,27 @@ def markdown(out, rows):
       "| --- | ---: | ---: | ---: | --- | --- |",
     ]
     found = [row for row in rows if row["ratio"] == ratio]
-    found.sort(key=lambda row: -(row["accuracy"] or -1))
+    found.sort(key=_rank)
     for row in found:
       lines.append("| " + " | ".join(_cells(row)) + " |")
     parts += [f"## {float(ratio):.0%} of the tokens", "\n".join(lines)]
   notes = {row["method"]: row["note"] for row in rows if row["note"]}
-  if notes:
-    parts.append("\n".join(f"- {name}: {note}" for name, note in notes.items()))
+  lines = [f"- {name}: {note}" for name, note in notes.items()]
+  lines += [
+    f"- {row['method']} at {float(row['ratio']):.0%}: left its rule to stay"
+    f" within the budget, for {row['forced']:.0%} of the questions"
+    for row in rows
+    if row["forced"]
+  ]
+  if lines:
+    parts.append("\n".join(lines))
   return "\n\n".join(parts) + "\n"
+
+
+def _rank(row):
+  """Sorts by accuracy, best first, and behind it what could not be run."""
+  failed = row["accuracy"] is None
+  return failed, 0 if failed else -row["accuracy"]
 
 
 def _cells(row):

@@ -29,7 +29,7 @@ OUT = {
     "random": {"0.10": cell(0.5, by_seed={"0": 0.4, "1": 0.5, "2": 0.6})},
     "fastv": {"0.10": {"status": "a | b; use at least 0.12",
                        "minimum_ratio": 0.12}},
-    "dyto": {"0.10": cell(0.85, 77.5, note="A stand-in.")},
+    "dyto": {"0.10": cell(0.85, 77.5, note="A stand-in.", forced=0.25)},
   },
   "oracles": {"decisive_boxes": {"0.10": cell(0.89)}},
   "paired": [
@@ -81,6 +81,8 @@ def test_markdown_is_sorted_and_escaped():
   # A bar within a cell would end it.
   assert "a \\| b; use at least 0.12" in table[4]
   assert "- dyto: A stand-in." in text
+  assert text.count("left its rule") == 1
+  assert "- dyto at 10%" in text and "for 25% of the questions" in text
   assert "## 10% of the tokens" in text and "20 questions about 5" in text
 
 
