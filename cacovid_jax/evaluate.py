@@ -5,10 +5,10 @@ python -m cacovid_jax.evaluate --checkpoint DIR --data DIR --workdir W \
     --policy TRAINING_WORKDIR --methods cacovid,random --ratios 0.25,0.1
 
 A config's `model`, `data` and `evals` sections are read; flags win over them.
-Without --policy, that of the workdir is taken, if a policy was trained there;
-without any, methods that need one must not be listed. An evaluation that was
-stopped goes on when the same command is given again. Writes results.json,
-timings.json and report.html into the workdir.
+Without --policy, that of the workdir is taken, if a policy was trained there.
+A method that cannot be run at a ratio keeps its row, which says why. An
+evaluation that was stopped goes on when the same command is given again. Writes
+results.json, timings.json and report.html into the workdir.
 """
 
 import os

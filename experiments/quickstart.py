@@ -25,9 +25,9 @@ from absl import flags
 from cacovid_jax import config as config_lib
 from cacovid_jax import errors
 from cacovid_jax.compressors import base
-from cacovid_jax.data.synthetic import build
 from cacovid_jax.evals import evaluation, results
-from cacovid_jax.training import loop, metrics, setup
+from cacovid_jax.training import loop, setup
+from experiments import embedded
 
 _CONFIG = "configs/synthetic_quickstart.py"
 # The budget in minutes for two idle cores, compilation included: from the
@@ -79,7 +79,7 @@ def run(config, workdir, *, ratios=None, planned=False, num_workers=None):
   config_lib.claim_workdir(workdir, config)
   stages = Stages(PLANNED if planned else {})
   with stages("prepare"):
-    prepare(config, num_workers)
+    embedded.prepare(config, num_workers)
   with stages("load"):
     checkpoint = setup.load_checkpoint(config)
     grid = checkpoint.model.grid(config.data.num_frames)
@@ -98,19 +98,6 @@ def run(config, workdir, *, ratios=None, planned=False, num_workers=None):
     print(os.path.join(workdir, name))
   print(f"\nopen {os.path.join(workdir, 'report.html')} in a browser")
   return out
-
-
-def prepare(config, num_workers=None):
-  """Builds the clips and questions of config.data.root, if not there."""
-  wanted = config_lib.to_dict(config.prepare)
-  wanted = build.BuildConfig(**wanted | {"clips": tuple(wanted["clips"])})
-  with metrics.Progress(sum(wanted.clips), description="clips") as progress:
-    build.build(
-      wanted,
-      config.data.root,
-      num_workers=num_workers or os.cpu_count(),
-      on_clip=lambda done, unused_total: progress.update(done),
-    )
 
 
 def request_of(config, workdir, ratios) -> evaluation.Request:

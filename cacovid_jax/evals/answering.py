@@ -36,6 +36,7 @@ from cacovid_jax.evals import (
   report,
   runner,
 )
+from cacovid_jax.evals import programs as programs_lib
 from cacovid_jax.models import checkpoints, qwen2_5_vl
 
 _ASSETS = pathlib.Path(cacovid_jax.__file__).parent / "assets"
@@ -304,7 +305,7 @@ class Answerer:
     height, width = video.read_frames(path, [0], self._limits).shape[1:3]
     return self._preprocessing.grid(height, width, self.settings.num_frames)
 
-  def _open(self, grid) -> tuple[clips.ClipSource, runner.Programs]:
+  def _open(self, grid) -> tuple[clips.ClipSource, programs_lib.Programs]:
     """Returns what encodes clips of a grid and answers; made once."""
     if grid not in self._opened:
       kind = clips.PatchSource if self._is_qwen else clips.ClipSource
@@ -319,7 +320,7 @@ class Answerer:
         keep=1,
         grid=grid,
       )
-      programs = runner.Programs(
+      programs = programs_lib.Programs(
         self.checkpoint, grid, self.settings.max_new_tokens
       )
       self._opened[grid] = source, programs

@@ -146,7 +146,8 @@ def evaluate(request: Request) -> dict[str, Any]:
   }
   workdir = pathlib.Path(request.workdir)
   workdir.mkdir(parents=True, exist_ok=True)
-  with open_source(request, checkpoint) as source:
+  tried = [*methods, *(m for found in candidates.values() for m in found)]
+  with open_source(request, checkpoint, runner.wanted(tried)) as source:
     evaluator = runner.Evaluator(
       checkpoint,
       source,
@@ -178,7 +179,7 @@ def evaluate(request: Request) -> dict[str, Any]:
     identity = evaluator.identity(test.questions)
     answers = ledger.Ledger(workdir / "answers.jsonl", identity)
     cells = runner.cells(methods, ratios, table.seeds)
-    evaluator.run(
+    failures = evaluator.run(
       test.questions, cells, answers, description=f"{test.split} questions"
     )
     out = results.build(
@@ -191,6 +192,7 @@ def evaluate(request: Request) -> dict[str, Any]:
         generator_hash=test.generator_hash,
         settings=dataclasses.asdict(evaluator.settings),
       ),
+      failures=failures,
       chosen=chosen,
       decisive=test.decisive,
     )
@@ -205,7 +207,12 @@ def evaluate(request: Request) -> dict[str, Any]:
     timings = {"seconds": dict(evaluator.seconds), "host": provenance.host()}
     results.write_json(workdir / "timings.json", timings)
     examples = report.choose_examples(
-      table, answers, evaluator, test.decisive, request.num_examples
+      table,
+      answers,
+      evaluator,
+      test.decisive,
+      request.num_examples,
+      failures=failures,
     )
   report.write(workdir / "report.html", out, examples, _curves(request))
   return out
@@ -215,7 +222,7 @@ def choose(
   evaluator: runner.Evaluator,
   validation: benchmarks.Benchmark,
   methods: Sequence[runner.Method],
-  candidates: Mapping[str, Sequence[str]],
+  candidates: Mapping[str, Sequence[runner.Method]],
   ratio: float,
   answers: ledger.Ledger,
 ) -> tuple[list[runner.Method], dict[str, Any]]:
@@ -225,22 +232,22 @@ def choose(
     evaluator: over the validation questions, among others.
     validation: what to choose by.
     methods: all methods; those without candidates are returned as they are.
-    candidates: label -> specs to choose from; the first of equals wins.
+    candidates: label -> methods to choose from; the first of equals wins, and
+      where none can be run, the row stays as it is.
     ratio: at which they are compared.
     answers: ledger of the validation answers.
   """
-  tried = {
-    label: [runner.Method.parse(spec) for spec in specs]
-    for label, specs in candidates.items()
-  }
   cells = [
     runner.Cell(method, ratio, 0)
-    for found in tried.values()
+    for found in candidates.values()
     for method in found
   ]
-  evaluator.run(
-    validation.questions, cells, answers, description="choosing on validation"
-  )
+  try:
+    failures = evaluator.run(
+      validation.questions, cells, answers, description="choosing on validation"
+    )
+  except runner.NothingToAsk:
+    return list(methods), {}
 
   def accuracy(method):
     cell = runner.Cell(method, ratio, 0)
@@ -249,10 +256,15 @@ def choose(
 
   chosen, out = {}, []
   for method in methods:
-    if method.label not in tried:
+    able = [
+      m
+      for m in candidates.get(method.label, ())
+      if (m.spec, ratio) not in failures
+    ]
+    if not able:
       out.append(method)
       continue
-    found = [(accuracy(m), m) for m in tried[method.label]]
+    found = [(accuracy(m), m) for m in able]
     best = max(found, key=lambda pair: pair[0])[1]
     out.append(dataclasses.replace(best, label=method.label))
     chosen[method.label] = {
@@ -285,13 +297,13 @@ def validator(
     ratio: retention ratio.
   """
   validation = _benchmark(request, "validation", request.select_questions)
+  cell = runner.Cell(runner.Method.parse(method), base.check_ratio(ratio), 0)
   evaluator = runner.Evaluator(
     checkpoint,
-    open_source(request, checkpoint),
+    open_source(request, checkpoint, runner.wanted([cell.method])),
     validation.questions,
     _settings(request),
   )
-  cell = runner.Cell(runner.Method.parse(method), base.check_ratio(ratio), 0)
 
   def validate(module, params):
     evaluator.policies = {"policy": runner.Policy(module, params)}
@@ -345,9 +357,11 @@ def load_policy(path: str, checkpoint: checkpoints.Checkpoint) -> runner.Policy:
 
 
 def open_source(
-  request: Request, checkpoint: checkpoints.Checkpoint
+  request: Request,
+  checkpoint: checkpoints.Checkpoint,
+  want: frozenset[str] = frozenset(),
 ) -> clips.ClipSource:
-  """Returns the encoded clips of a request's data."""
+  """Returns the encoded clips of a request's data, with what `want` lists."""
   model = checkpoint.model
   if isinstance(model, qwen2_5_vl.Qwen2_5VLModel):
     raise errors.UserError(
@@ -366,6 +380,7 @@ def open_source(
     cache_key=f"{checkpoint.identity['sha256']} {dtype}",
     # The clips of this batch and of the next one.
     keep=2 * request.batch_size,
+    want=want,
   )
 
 
@@ -434,8 +449,8 @@ def _benchmark(request, split, count) -> benchmarks.Benchmark:
   ).limited(count)
 
 
-def _candidates(request, methods, checkpoint) -> dict[str, list[str]]:
-  """Returns label -> specs to choose from on validation."""
+def _candidates(request, methods, checkpoint) -> dict[str, list[runner.Method]]:
+  """Returns label -> methods to choose from on validation."""
   if request.select_on == "none":
     return {}
   out = {}
@@ -452,7 +467,10 @@ def _candidates(request, methods, checkpoint) -> dict[str, list[str]]:
     raise errors.UserError(
       f"candidates are given for {unknown[0]!r}, which is not among the methods"
     )
-  return out
+  return {
+    label: [runner.Method.parse(spec) for spec in specs]
+    for label, specs in out.items()
+  }
 
 
 def _curves(request) -> list[dict[str, Any]]:

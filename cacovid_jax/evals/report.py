@@ -80,15 +80,24 @@ def choose_examples(
   evaluator: runner.Evaluator,
   decisive: Mapping[str, Sequence[int]],
   count: int,
+  *,
+  failures: Mapping[tuple[str, float], runner.Failure] | None = None,
 ) -> list[Example]:
   """Returns right and wrong answers, half each as far as there are such.
 
   Clips differ from each other where possible, and kinds of question take turns.
   The choice depends on the answers alone.
   """
-  methods = {method.label: method for method in table.methods}
-  method = methods.get(results.REFERENCE) or table.methods[0]
+  failures = failures or {}
   ratio = min(table.ratios, key=lambda r: (abs(r - _SHOWN_RATIO), r))
+  method = table.shown_method(ratio, failures)
+  if method is None:
+    return []
+  methods = {
+    method.label: method
+    for method in table.methods
+    if (method.spec, ratio) not in failures
+  }
   cell = runner.Cell(method, ratio, table.seeds[0] if method.per_seed else 0)
   usable = [
     question
@@ -313,9 +322,14 @@ def _rows(out, ratios):
           cell["best"] = not oracle and cell["accuracy"] == best[ratio]
           cell["difference"] = differences.get((name, ratio))
         cells.append(cell)
-      options = row[ratios[0]].get("options")
       rows.append(
-        {"name": name, "oracle": oracle, "cells": cells, "options": options}
+        {
+          "name": name,
+          "oracle": oracle,
+          "cells": cells,
+          "options": row[ratios[0]].get("options"),
+          "note": row[ratios[0]].get("note", ""),
+        }
       )
   return rows
 
@@ -372,7 +386,8 @@ def _ratio_chart(out, ratios):
     ],
     log_x=True,
     most=100,
-    height=460,
+    # A line of text for each name.
+    height=max(460, 18 * (len(lines) + 6)),
   )
 
 

@@ -54,12 +54,23 @@ class Table:
   def clips(self) -> list[str]:
     return [question.video for question in self.questions]
 
+  def shown_method(
+    self,
+    ratio: float,
+    failures: Mapping[tuple[str, float], runner.Failure],
+  ) -> runner.Method:
+    """Returns the learned method, or the first row that can be run."""
+    able = [m for m in self.methods if (m.spec, ratio) not in failures]
+    named = (m for m in able if m.label == REFERENCE)
+    return next(named, able[0] if able else None)
+
 
 def build(
   table: Table,
   ledger: ledger_lib.Ledger,
   *,
   provenance: Mapping[str, Any],
+  failures: Mapping[tuple[str, float], runner.Failure] | None = None,
   chosen: Mapping[str, Any] | None = None,
   decisive: Mapping[str, Sequence[int]] | None = None,
   frame_ratio: float = 0.125,
@@ -69,37 +80,44 @@ def build(
   A paired entry's mean is the accuracy of `method` less that of `vs`.
 
   Args:
-    table: what to tabulate; the ledger must hold all of it.
+    table: what to tabulate; the ledger must hold all of it, but for failures.
     ledger: the answers.
     provenance: see `provenance.describe`.
+    failures: what `Evaluator.run` could not ask; such a cell has its reason as
+      its status, and no accuracy.
     chosen: what was chosen on validation, and from which candidates.
     decisive: question id -> tokens that decide it, for the frame head.
     frame_ratio: share of frames that the frame head would draw in training.
   """
+  failures = failures or {}
   vanilla = _values(table, ledger, runner.Cell(None, 1.0, 0))
   methods, oracles, paired = {}, {}, []
   values = {}
   for method in table.methods:
     row = {}
     for ratio in table.ratios:
+      failure = failures.get((method.spec, ratio))
+      if failure is not None:
+        row[ratio_key(ratio)] = _failed(method, failure)
+        continue
       cell, mean = _cell(table, ledger, method, ratio, vanilla)
       row[ratio_key(ratio)] = cell
       values[method.label, ratio] = mean
     (oracles if method.compressor.oracle else methods)[method.label] = row
   labels = [method.label for method in table.methods]
   for ratio in table.ratios:
+    reference = values.get((REFERENCE, ratio))
+    if reference is None:
+      continue
     for label in labels:
-      if label != REFERENCE and REFERENCE in labels:
-        reference = values[REFERENCE, ratio]
+      if label != REFERENCE and (label, ratio) in values:
         paired.append(
           _paired(table, label, REFERENCE, ratio, values[label, ratio],
                   reference)
         )  # fmt: skip
-    if REFERENCE in labels:
-      paired.append(
-        _paired(table, REFERENCE, runner.VANILLA, ratio,
-                values[REFERENCE, ratio], vanilla)
-      )  # fmt: skip
+    paired.append(
+      _paired(table, REFERENCE, runner.VANILLA, ratio, reference, vanilla)
+    )
   estimate = statistics.accuracy(vanilla, table.clips)
   out = {
     "schema": SCHEMA,
@@ -118,7 +136,7 @@ def build(
     "methods": methods,
     "oracles": oracles,
     "paired": paired,
-    "frame_head": _frame_head(table, ledger, decisive, frame_ratio),
+    "frame_head": _frame_head(table, ledger, decisive, frame_ratio, failures),
     "chosen": dict(chosen or {}),
     "unreadable": _unreadable(table, ledger),
     "seeds": list(table.seeds),
@@ -187,33 +205,62 @@ def _cell(table, ledger, method, ratio, vanilla):
   ]
   per_seed = [_values(table, ledger, cell) for cell in cells]
   mean = np.mean(per_seed, axis=0)
-  kept = [
-    ledger[cell.key(question.id)]["kept"]
+  records = [
+    ledger[cell.key(question.id)]
     for cell in cells
     for question in table.questions
   ]
-  kept = float(np.mean(kept))
+  kept = float(np.mean([record["kept"] for record in records]))
+  # Before the language model, every layer sees the tokens that were kept.
+  equivalent = [
+    record.get("equivalent", record["kept"] / table.num_video)
+    for record in records
+  ]
   share = statistics.ratio_of_means(mean, vanilla, table.clips)
   out = {
     **_estimate(statistics.accuracy(mean, table.clips)),
     "n": len(mean),
     "kept_tokens": _number(kept),
-    # Methods before the LLM: every layer sees the same tokens.
-    "equivalent_ratio": _number(kept / table.num_video),
+    "equivalent_ratio": _number(np.mean(equivalent)),
     "of_vanilla": None if share is None else _number(share.mean),
     "of_vanilla_ci95": share and [_number(share.low), _number(share.high)],
     "by_duration": _groups(table, mean, "duration"),
     "by_category": _groups(table, mean, "category"),
     "status": "ok",
   }
-  if method.compressor.options:
-    out["options"] = dict(method.compressor.options)
+  forced = np.mean([record.get("forced", False) for record in records])
+  if forced:
+    # Questions where the rule was changed to stay within the budget.
+    out["forced"] = _number(forced)
+  out |= _facts(method)
   if len(per_seed) > 1:
     out["by_seed"] = {
       str(cell.seed): _number(values.mean())
       for cell, values in zip(cells, per_seed, strict=True)
     }
   return out, mean
+
+
+def _failed(method, failure: runner.Failure) -> dict[str, Any]:
+  """Returns the cell of a method that cannot be run at a ratio."""
+  out = {"status": failure.reason, **_facts(method)}
+  if failure.minimum_ratio is not None:
+    # Rounded up, so that it can be used as it stands; not a rounded one again.
+    lowest = math.ceil(round(failure.minimum_ratio * 1e4, 6)) / 1e4
+    out["minimum_ratio"] = lowest
+  return out
+
+
+def _facts(method) -> dict[str, Any]:
+  """Returns what a cell says of its method, where there is something."""
+  compressor, out = method.compressor, {}
+  if compressor.options:
+    out["options"] = dict(compressor.options)
+  if not getattr(compressor, "exact_budget", True):
+    out["exact_budget"] = False
+  if note := getattr(compressor, "note", ""):
+    out["note"] = note
+  return out
 
 
 def _estimate(estimate: statistics.Estimate) -> dict[str, Any]:
@@ -253,7 +300,7 @@ def _chance(questions) -> float:
   return float(np.mean(shares)) if shares else 0.0
 
 
-def _frame_head(table, ledger, decisive, frame_ratio):
+def _frame_head(table, ledger, decisive, frame_ratio, failures):
   """Returns how often the best frames hold a decisive one, against chance.
 
   None where no policy was followed or no decisive tokens are known.
@@ -262,7 +309,9 @@ def _frame_head(table, ledger, decisive, frame_ratio):
     (
       m
       for m in table.methods
-      if "scores" in m.needs and m.label.partition("?")[0] == REFERENCE
+      if "scores" in m.needs
+      and m.label.partition("?")[0] == REFERENCE
+      and (m.spec, table.ratios[0]) not in failures
     ),
     None,
   )

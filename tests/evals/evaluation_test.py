@@ -89,6 +89,32 @@ def test_the_layer_is_chosen_on_validation(finished):
   assert all("validation" in json.loads(line)["question"] for line in lines)
 
 
+def test_candidates_that_cannot_be_run_are_not_chosen(request_of, tmp_path):
+  """Layer 7 of three does not exist; a row of nothing else stays as it is."""
+  missing, present = "last_query?layer=7", "last_query?layer=1"
+  out = evaluation.evaluate(
+    request_of(
+      tmp_path,
+      policies={},
+      methods=("a=last_query", "b=last_query", "c=last_query?layer=7"),
+      candidates={"a": (missing, present), "b": (missing,)},
+      num_examples=1,
+    )
+  )
+  assert list(out["chosen"]) == ["a"]
+  assert out["chosen"]["a"]["best"] == present
+  assert [c["method"] for c in out["chosen"]["a"]["candidates"]] == [present]
+  assert out["methods"]["a"]["0.10"]["options"] == {"layer": 1}
+  assert out["methods"]["b"]["0.10"]["status"] == "ok"
+  assert "layer 7 does not exist" in out["methods"]["c"]["0.10"]["status"]
+  page = (tmp_path / "report.html").read_text()
+  assert "layer 7 does not exist" in page and page.count("<article") == 1
+  console = evaluation.rich.console.Console(width=200, record=True)
+  with console.capture() as captured:
+    evaluation.show(out, console)
+  assert "layer 7" in captured.get()
+
+
 def test_the_same_command_again_gives_the_same_bytes(finished, request_of):
   workdir, _ = finished
   names = ("results.json", "report.html", "answers.jsonl")

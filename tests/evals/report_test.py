@@ -169,10 +169,13 @@ class Outline(html.parser.HTMLParser):
   def handle_data(self, data):
     self.texts.append(data)
 
+  def joined(self):
+    return " ".join(" ".join(self.texts).split())
+
 
 def test_is_well_formed_and_shows_everything(page):
   outline = Outline(page)
-  text = " ".join(" ".join(outline.texts).split())
+  text = outline.joined()
   for expected in (
     "vanilla",
     "random",
@@ -254,6 +257,10 @@ def test_a_cell_that_cannot_be_run_shows_why():
   out["methods"]["cacovid"]["0.10"] = {"status": "needs 0.12 at least"}
   page = report.render(out, [], ())
   assert "needs 0.12 at least" in page
+  # Nor does a column without any accuracy break the page.
+  out["methods"]["cacovid"]["0.25"] = {"status": "no", "note": "A stand-in."}
+  out["oracles"] = {}
+  assert "A stand-in." in Outline(report.render(out, [], ())).joined()
 
 
 def test_write_leaves_only_the_report(tmp_path):

@@ -1,5 +1,6 @@
 """results.json of answers that are written down by hand."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -80,6 +81,61 @@ def test_schema(answers):
   assert out["seeds"] == [0, 1]
   assert out["provenance"] == {"decoder": "d"}
   json.dumps(out, allow_nan=False)
+
+
+def test_a_cell_that_failed_has_a_reason_and_no_accuracy(answers):
+  failures = {
+    ("random", 0.25): runner.Failure("needs rain", 0.31251),
+    ("uniform", 0.25): runner.Failure("needs sun", 0.3438),
+  }
+  out = built(answers, failures=failures)
+  assert out["methods"]["random"]["0.25"] == {
+    "status": "needs rain",
+    "minimum_ratio": 0.3126,  # Rounded up: the ratio named can be used.
+  }
+  assert out["methods"]["uniform"]["0.25"]["minimum_ratio"] == 0.3438
+  assert list(out["methods"]) == ["cacovid", "random", "uniform"]
+  assert [(e["method"], e["vs"]) for e in out["paired"]] == [
+    ("cacovid", "vanilla")
+  ]
+  # Without the reference there are no differences at all.
+  out = built(
+    answers, failures={("cacovid", 0.25): runner.Failure("untrained")}
+  )
+  assert not out["paired"] and out["frame_head"] is None
+  assert out["methods"]["uniform"]["0.25"]["accuracy"] == 0
+
+
+def test_what_is_shown_is_a_method_that_ran():
+  table = results.Table("toy", "test", QUESTIONS, METHODS, (0.25,), (0,), GRID)
+  failure = runner.Failure("needs rain")
+  assert table.shown_method(0.25, {}).label == "cacovid"
+  failures = {("cacovid", 0.25): failure}
+  assert table.shown_method(0.25, failures).label == "random"
+  failures |= {(name, 0.25): failure for name in ("random", "uniform")}
+  assert table.shown_method(0.25, failures) is None
+
+
+def test_the_equivalent_ratio_is_a_mean_over_questions(answers):
+  """In a method inside the model it does not follow from what is left."""
+  method = runner.Method.parse("inside=uniform?")
+  for number, q in enumerate(QUESTIONS):
+    fields = {"score": 1.0, "kept": 2, "equivalent": 0.2 + number / 100}
+    fields |= {"forced": True} if number == 0 else {}
+    answers.add([(ledger.Key(method.spec, 0.25, 0, q.id), fields)])
+  cell = built(answers, [method])["methods"]["inside"]["0.25"]
+  assert (cell["kept_tokens"], cell["equivalent_ratio"]) == (2, 0.215)
+  assert cell["forced"] == 0.25
+
+
+def test_facts_of_a_method_are_told(answers):
+  method = METHODS[0]
+  compressor = dataclasses.replace(
+    method.compressor, note="A stand-in.", exact_budget=False
+  )
+  method = dataclasses.replace(method, compressor=compressor)
+  cell = built(answers, [method])["methods"]["cacovid"]["0.25"]
+  assert (cell["note"], cell["exact_budget"]) == ("A stand-in.", False)
 
 
 def test_seeds_are_averaged_and_shown(answers):

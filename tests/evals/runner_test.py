@@ -15,9 +15,11 @@ from cacovid_jax.compressors import base
 from cacovid_jax.data import frames
 from cacovid_jax.data import questions as questions_lib
 from cacovid_jax.evals import (
+  asker,
   benchmarks,
   clips,
   ledger,
+  prompting,
   provenance,
   results,
   runner,
@@ -75,13 +77,15 @@ EVERY = (
 )
 
 
-def tabulate(benchmark, evaluator, answers, methods, seeds=(0, 1)):
+def tabulate(
+  benchmark, evaluator, answers, methods, seeds=(0, 1), ratios=RATIOS, **options
+):
   table = results.Table(
     benchmark.name,
     benchmark.split,
     benchmark.questions,
     methods,
-    RATIOS,
+    ratios,
     seeds,
     evaluator.grid,
   )
@@ -92,7 +96,11 @@ def tabulate(benchmark, evaluator, answers, methods, seeds=(0, 1)):
     generator_hash=benchmark.generator_hash,
   )
   return results.build(
-    table, answers, provenance=described, decisive=benchmark.decisive
+    table,
+    answers,
+    provenance=described,
+    decisive=benchmark.decisive,
+    **options,
   )
 
 
@@ -126,7 +134,7 @@ def test_every_question_is_answered_by_every_method(shared, whole):
 
 def test_one_answering_program_per_ratio(shared, whole):
   del whole  # It has run.
-  programs = shared[1]._programs
+  programs = shared[1].programs
   assert programs.answer._cache_size() == len(RATIOS)
   assert programs.vanilla._cache_size() == 1
   assert programs.embed._cache_size() == 1
@@ -250,19 +258,19 @@ def test_merged_rows_reach_the_model(shared, tmp_path, checkpoint):
   def first(features, *, grid, num_keep, text=None, aux=None, rng=None):
     return base.take(features, jnp.arange(num_keep))
 
-  batch, _ = evaluator._load(list(benchmark.questions[:4]))
+  batch = asker.Asker(evaluator, benchmark.questions[:4]).batch
   ids = {}
   for function in (zeros, first):
     compressor = base.Compressor(name="own", function=function)
-    program = evaluator._programs.select(compressor, 0.25)
-    selection = program(batch.features, base.Aux(), None)
-    ids[function] = evaluator._programs.answer(
+    program = evaluator.programs.select(compressor, 0.25)
+    selection = program(batch.features, None, base.Aux(), None)
+    ids[function] = evaluator.programs.answer(
       checkpoint.params, batch, selection
     )
-  half = evaluator._programs.select(
+  half = evaluator.programs.select(
     base.Compressor(name="own", function=first), 0.125
-  )(batch.features * 0, base.Aux(), None)
-  expected = evaluator._programs.answer(checkpoint.params, batch, half)
+  )(batch.features * 0, None, base.Aux(), None)
+  expected = evaluator.programs.answer(checkpoint.params, batch, half)
   np.testing.assert_array_equal(ids[zeros], expected)
   assert not np.array_equal(ids[zeros], ids[first])
 
@@ -396,6 +404,226 @@ def test_a_policy_that_gives_nan_is_refused(
   cells = runner.cells(methods_of("cacovid"), (0.25,), (0,))
   with pytest.raises(errors.UserError, match="NaN"):
     evaluator.run(benchmark.questions, cells, answers)
+
+
+def ask(shared, methods, path=None, ratios=RATIOS, seeds=(0,)):
+  """Returns (failures, answers) of an evaluation."""
+  benchmark, evaluator = shared
+  answers = ledger.Ledger(path, evaluator.identity(benchmark.questions))
+  cells = runner.cells(methods, ratios, seeds)
+  failures = evaluator.run(benchmark.questions, cells, answers)
+  return failures, answers
+
+
+def own(name, function, **fields):
+  compressor = base.Compressor(name=name, function=function, **fields)
+  return runner.Method(name, name, compressor)
+
+
+def grumbling(features, *, grid, num_keep, text=None, aux=None, rng=None):
+  if num_keep < 10:
+    raise errors.UserError("grumbling: needs at least\n10 tokens")
+  return base.take(features, jnp.arange(num_keep))
+
+
+def test_a_cell_that_cannot_be_run_stops_nothing(
+  shared, whole, tmp_path, monkeypatch
+):
+  benchmark, evaluator = shared
+  monkeypatch.setattr(evaluator, "policies", {})
+  methods = [
+    *methods_of("cacovid", "uniform", "fastv"),
+    own("grumbling", grumbling),
+    own("asks", grumbling, needs=frozenset(["weather"])),
+    own("keys", grumbling, needs=frozenset(["vision_keys"])),
+  ]
+  path = tmp_path / "answers.jsonl"
+  failures, answers = ask(shared, methods, path)
+  reasons = {place: failure.reason for place, failure in failures.items()}
+  assert set(reasons) == {
+    (name, ratio)
+    for name in ("cacovid", "fastv", "asks", "keys")
+    for ratio in RATIOS
+  } | {("grumbling", 0.1)}
+  assert "needs a trained policy" in reasons["cacovid", 0.1]
+  assert "needs 'weather'" in reasons["asks", 0.1]
+  assert "needs vision keys" in reasons["keys", 0.1]
+  assert reasons["grumbling", 0.1] == "grumbling: needs at least 10 tokens"
+  # One of three layers sees all 64 tokens, the others one at least.
+  lowest = failures["fastv", 0.1].minimum_ratio
+  assert (64 + 2) / (3 * 64) <= lowest <= 0.344
+  assert f"{lowest:.4f}" in reasons["fastv", 0.1]
+  # Others have all their answers, and the ledger nothing but answers.
+  assert len(answers) == len(benchmark.questions) * (1 + 2 + 1)
+  before = path.read_bytes()
+  assert ask(shared, methods, path)[0] == failures
+  assert path.read_bytes() == before
+  table = tabulate(
+    benchmark, evaluator, answers, methods, seeds=(0,), failures=failures
+  )
+  assert list(table["methods"]) == [m.label for m in methods]
+  for name, row in table["methods"].items():
+    for ratio in RATIOS:
+      cell = row[results.ratio_key(ratio)]
+      ok = (name, ratio) not in failures
+      assert (cell["status"] == "ok") == ok == ("accuracy" in cell)
+      if not ok:
+        assert cell["status"] == reasons[name, ratio]
+  assert table["methods"]["fastv"]["0.10"]["minimum_ratio"] == 0.3438
+  assert not table["paired"]  # Nothing to compare with.
+  json.dumps(table, allow_nan=False)
+
+
+def test_what_fails_on_the_way_is_left_out_from_there(
+  shared, tmp_path, monkeypatch
+):
+  """A mistake that only some questions show; the rest is answered."""
+  benchmark, evaluator = shared
+  known = dict(benchmark.decisive)
+  last = runner.by_clip(benchmark.questions)[-1].id
+  del known[last]
+  methods = methods_of("decisive_boxes", "uniform")
+  monkeypatch.setattr(evaluator, "decisive", known)
+  path = tmp_path / "answers.jsonl"
+  failures, answers = ask(shared, methods, path, ratios=(0.25,))
+  before = path.read_bytes()
+  assert ask(shared, methods, path, ratios=(0.25,))[0] == failures
+  assert path.read_bytes() == before
+  (failure,) = failures.values()
+  assert failure.reason.endswith(f"question {last}")
+  first = runner.by_clip(benchmark.questions)[0].id
+  for name in ("decisive_boxes", "uniform"):
+    assert ledger.Key(name, 0.25, 0, first) in answers
+  assert ledger.Key("uniform", 0.25, 0, last) in answers
+  assert ledger.Key("decisive_boxes", 0.25, 0, last) not in answers
+
+
+def test_an_error_of_the_program_is_an_error(shared):
+  def broken(features, *, grid, num_keep, text=None, aux=None, rng=None):
+    return features.no_such_thing
+
+  with pytest.raises(AttributeError, match="no_such_thing"):
+    ask(shared, [own("broken", broken), *methods_of("uniform")])
+
+
+def test_inside_the_language_model(shared, checkpoint):
+  """Kept tokens are those of the last layer; the ratio is a mean of layers."""
+  benchmark, evaluator = shared
+  (method,) = methods_of("fastv")
+  failures, answers = ask(shared, [method], ratios=(0.5,))
+  assert not failures
+  # 96 tokens for three layers: 64 for the first one, 16 for each other.
+  for question in benchmark.questions:
+    record = answers[ledger.Key("fastv", 0.5, 0, question.id)]
+    assert (record["kept"], record["equivalent"]) == (16, 0.5)
+  question = benchmark.questions[1]
+  trace = evaluator.trace(question, method, 0.5)
+  record = answers[ledger.Key("fastv", 0.5, 0, question.id)]
+  assert trace.text == record["text"]
+  # What the last token looks at in the first layer, of the whole prompt.
+  looked = asker.Asker(evaluator, [question]).vanilla(True).attention[0, 0]
+  expected = np.sort(np.argsort(-np.asarray(looked), kind="stable")[:16])
+  np.testing.assert_array_equal(trace.index, expected)
+  table = tabulate(
+    benchmark, evaluator, answers, [method], seeds=(0,), ratios=(0.5,)
+  )
+  cell = table["methods"]["fastv"]["0.50"]
+  assert (cell["kept_tokens"], cell["equivalent_ratio"]) == (16, 0.5)
+
+
+def test_the_questions_text_is_handed_over(shared, checkpoint):
+  benchmark, evaluator = shared
+  found = asker.Asker(evaluator, benchmark.questions[:4])
+  seen = own("reads", grumbling, needs=frozenset(["text"]))
+  _, text, _, _ = found.inputs(runner.Cell(seen, 0.25, 0))
+  tokenizer = checkpoint.tokenizer
+  for row, question in enumerate(benchmark.questions[:4]):
+    prompt = tokenizer.encode_prompt(question.prompt, 64)
+    start, end = prompting.question_span(prompt, tokenizer)
+    words = tokenizer.decode(prompt.ids[start:end])
+    assert words.strip() == question.prompt.strip()
+    # Rows as the language model's, zeros behind them.
+    np.testing.assert_array_equal(
+      text[row, : end - start], found.batch.x[row, start:end]
+    )
+    assert np.abs(text[row, : end - start]).sum(-1).min() > 0
+    assert not np.asarray(text[row, end - start :]).any()
+
+
+def test_rows_of_a_reference_rounding(shared):
+  """A method may keep another number of tokens than the ratio's."""
+
+  def first(features, *, grid, num_keep, text=None, aux=None, rng=None,
+            ratio=None, rounding="exact"):  # fmt: skip
+    # Fewer than the bound: how many is only known at run time.
+    few = jnp.minimum(num_keep, 5 + (features[0, 0] * 0).astype(jnp.int32))
+    return base.take_mask(
+      features, jnp.arange(features.shape[0]) < few, num_keep
+    )
+
+  method = own(
+    "rounds",
+    first,
+    exact_budget=False,
+    reference_rows=lambda grid, ratio: 7,
+  )
+  benchmark, evaluator = shared
+  failures, answers = ask(shared, [method], ratios=(0.1,))
+  assert not failures
+  for question in benchmark.questions:
+    assert answers[ledger.Key("rounds", 0.1, 0, question.id)]["kept"] == 5
+  table = tabulate(
+    benchmark, evaluator, answers, [method], seeds=(0,), ratios=(0.1,)
+  )
+  cell = table["methods"]["rounds"]["0.10"]
+  assert cell["kept_tokens"] == 5
+  assert cell["equivalent_ratio"] == round(5 / 64, 6)
+  assert cell["exact_budget"] is False
+
+
+def test_clips_bring_what_methods_read_of_the_tower(
+  shared, checkpoint, checkpoint_dir, data_dir
+):
+  """Attention and keys of the tower reach the method, clip by clip."""
+  benchmark, evaluator = shared
+
+  def strongest(features, *, grid, num_keep, text=None, aux=None, rng=None):
+    return base.take_top(features, aux.vision_attention, num_keep)
+
+  method = own("strongest", strongest, needs=frozenset(["vision_attention"]))
+  assert runner.wanted([method, *methods_of("uniform")]) == method.needs
+  with clips.ClipSource(
+    data_dir,
+    checkpoint.model,
+    checkpoint.params,
+    frames.Preprocessing.from_directory(checkpoint_dir),
+    num_frames=4,
+    want=runner.wanted([method]),
+  ) as source:
+    fresh = runner.Evaluator(
+      checkpoint,
+      source,
+      benchmark.questions,
+      SETTINGS,
+      programs=evaluator.programs,
+    )
+    question = benchmark.questions[2]
+    trace = fresh.trace(question, method, 0.1)
+    paid = source[question.video].extras["vision_attention"]
+  expected = np.sort(np.argsort(-paid, kind="stable")[:6])
+  np.testing.assert_array_equal(trace.index, expected)
+
+
+def test_features_that_are_not_finite_are_refused_by_name(shared, monkeypatch):
+  benchmark, evaluator = shared
+  video = benchmark.questions[0].video
+  clip = evaluator.source[video]
+  broken = clip.features.copy()
+  broken[3, 0] = np.nan
+  changed = dataclasses.replace(clip, features=broken)
+  monkeypatch.setitem(evaluator.source._clips, video, changed)
+  with pytest.raises(errors.UserError, match=f"{video} hold NaN"):
+    ask(shared, methods_of("uniform"))
 
 
 def test_mistakes_are_one_line_before_anything_runs(

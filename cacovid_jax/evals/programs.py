@@ -1,0 +1,228 @@
+"""The compiled functions that an evaluation asks with.
+
+Letters: B batch, L prompt tokens, N video tokens, D width, K kept tokens,
+M generated tokens, P position rows, Q tokens of a question's text.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cacovid_jax.compressors import base, in_llm
+from cacovid_jax.models import generation, pruning
+
+
+class Batch(NamedTuple):
+  """B whole prompts on device.
+
+  Attributes:
+    features: float[B, N, D].
+    ids: int32[B, L].
+    length: int32[B] rows without padding.
+    video_start: int32[B] row of the first video token.
+    positions: int32[B, P, L].
+    next_position: int32[B] of the first generated token.
+    seconds: float32[B], from one row of the grid's first axis to the next.
+    text_rows: int32[B, Q] rows of the question's text, L where there are none.
+    x: float[B, L, D] embeddings.
+  """
+
+  features: jax.Array
+  ids: jax.Array
+  length: jax.Array
+  video_start: jax.Array
+  positions: jax.Array
+  next_position: jax.Array
+  seconds: jax.Array
+  text_rows: jax.Array
+  x: jax.Array
+
+
+class Vanilla(NamedTuple):
+  """Answers to whole prompts: ids int32[B, M], attention float32[B, layers, N].
+
+  Attention is None unless asked for.
+  """
+
+  ids: jax.Array
+  attention: jax.Array | None
+
+
+class Programs:
+  """The compiled functions of an evaluation."""
+
+  def __init__(self, checkpoint, grid, max_new_tokens: int):
+    self._model, self._grid = checkpoint.model, grid
+    self._num_video = grid[0] * grid[1] * grid[2]
+    self._num_layers = self._model.config.text.num_layers
+    self._ending = dict(
+      max_new_tokens=max_new_tokens,
+      eos_ids=tuple(checkpoint.eos_ids),
+      pad_id=checkpoint.pad_id,
+    )
+    self.embed = jax.jit(jax.vmap(self._model.embed_prompt, (None, 0, 0, 0)))
+    self.vanilla = jax.jit(self._vanilla, static_argnames="want_attention")
+    self.text = jax.jit(lambda batch: jax.vmap(_text)(batch.x, batch.text_rows))
+    self.scores = jax.jit(self._scores, static_argnums=0)
+    self.answer = jax.jit(self._answer)
+    self._selects, self._insides = {}, {}
+
+  def select(self, compressor: base.Compressor, ratio: float):
+    """Returns f(features [B, N, D], text, aux, keys) -> `Selection` [B, ...].
+
+    One program per compressor and ratio; its number of rows is the method's.
+    """
+    if (compressor, ratio) not in self._selects:
+      self._selects[compressor, ratio] = self._select(compressor, ratio)
+    return self._selects[compressor, ratio]
+
+  def inside(self, compressor: in_llm.InLLM, ratio: float):
+    """Returns f(params, batch, text, aux, keys) -> (ids, `in_llm.Trace`).
+
+    One program per compressor and ratio, selection and answer in one.
+    """
+    if (compressor, ratio) not in self._insides:
+      self._insides[compressor, ratio] = self._inside(compressor, ratio)
+    return self._insides[compressor, ratio]
+
+  def check(self, compressor: Any, ratio: float) -> None:
+    """Refuses a budget that the method cannot meet."""
+    if acts_inside(compressor):
+      compressor.plan(self._num_layers, self._num_video, ratio)
+    else:
+      compressor.rows(self._grid, ratio)
+
+  def minimum_ratio(self, compressor: Any) -> float | None:
+    """Returns the lowest ratio that a method can; None where it is not told."""
+    if not acts_inside(compressor):
+      return None
+    return compressor.minimum_ratio(self._num_layers, self._num_video)
+
+  def _inside(self, compressor, ratio):
+    def ask(params, batch: Batch, text, aux, keys):
+      return in_llm.generate(
+        self._model,
+        params,
+        compressor,
+        batch.x,
+        batch.positions,
+        batch.length,
+        batch.video_start,
+        batch.next_position,
+        aux,
+        grid=self._grid,
+        ratio=ratio,
+        text=text,
+        rngs=keys,
+        **self._ending,
+      )
+
+    # Some read on the host how many tokens go on.
+    return ask if compressor.on_host else jax.jit(ask)
+
+  def _select(self, compressor, ratio):
+    num_keep = compressor.rows(self._grid, ratio)
+
+    def one(features, text, aux, key):
+      return compressor.compress(
+        features,
+        grid=self._grid,
+        num_keep=num_keep,
+        text=text,
+        aux=aux,
+        rng=key,
+        ratio=ratio,
+      )
+
+    return jax.jit(jax.vmap(one))
+
+  def _vanilla(self, params, batch: Batch, *, want_attention: bool) -> Vanilla:
+    logits, cache, out = self._model.prefill(
+      params,
+      batch.x,
+      batch.positions,
+      batch.length,
+      cache_length=batch.x.shape[1] + self._ending["max_new_tokens"] - 1,
+      want_attention=want_attention,
+    )
+    ids = generation.extend(
+      self._model,
+      params,
+      logits,
+      cache,
+      batch.next_position,
+      num_position_rows=batch.positions.shape[1],
+      **self._ending,
+    )
+    if not want_attention:
+      return Vanilla(ids, None)
+    rows = jax.vmap(
+      lambda row, start: jax.lax.dynamic_slice_in_dim(
+        row, start, self._num_video, axis=-1
+      ),
+      in_axes=(1, 0),
+    )(out["last_query_attention"], batch.video_start)
+    return Vanilla(ids, rows)
+
+  def _scores(self, module, params, batch: Batch):
+    video = jnp.arange(self._num_video, dtype=jnp.int32)
+
+    def one(x, positions, length, start):
+      return module.apply(
+        {"params": params}, x, positions, start + video, self._grid, length
+      )
+
+    return jax.vmap(one)(
+      batch.x, batch.positions, batch.length, batch.video_start
+    )
+
+  def _answer(self, params, batch: Batch, selection: base.Selection):
+    num_keep = selection.index.shape[1]
+    length = batch.x.shape[1]
+    out_length = length - self._num_video + num_keep
+
+    def prune(x, positions, length, start, selection):
+      num_valid = selection.mask.sum()
+      rows, new_length = pruning.pruned_rows(
+        selection.index,
+        num_valid,
+        video_start=start,
+        num_video=self._num_video,
+        length=length,
+        out_length=out_length,
+      )
+      # A method may have changed the rows that it keeps (merged tokens).
+      place = jnp.arange(out_length) - start
+      kept = selection.features.astype(x.dtype)
+      kept = jnp.take(kept, place, axis=0, mode="clip")
+      changed = (place >= 0) & (place < num_valid)
+      x = jnp.where(changed[:, None], kept, x[rows])
+      return x, positions[:, rows], new_length
+
+    x, positions, lengths = jax.vmap(prune)(
+      batch.x, batch.positions, batch.length, batch.video_start, selection
+    )
+    # Kept tokens keep their positions, and the answer goes on where that of
+    # the whole prompt would.
+    return generation.greedy(
+      self._model,
+      params,
+      x,
+      positions,
+      lengths,
+      batch.next_position,
+      **self._ending,
+    )
+
+
+def acts_inside(compressor: Any) -> bool:
+  """True for a method that drops tokens inside the language model."""
+  return isinstance(compressor, in_llm.InLLM)
+
+
+def _text(x, rows):
+  """Returns float[Q, D], the rows of x float[L, D]; zeros for rows >= L."""
+  inside = rows < x.shape[0]
+  taken = jnp.take(x, rows, axis=0, mode="clip")
+  return jnp.where(inside[:, None], taken, 0)

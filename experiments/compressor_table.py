@@ -1,0 +1,291 @@
+r"""Every compressor at every budget, on the embedded benchmark.
+
+python -m experiments.compressor_table [--short]
+
+Asks the test questions from what each method of `compressors.names()` keeps at
+25, 20, 15, 10 and 5 %, three seeds where a method draws, and measures how long
+it takes to choose the tokens of one video. A budget is a mean over the layers
+of the language model: methods inside it see more in front and less behind.
+
+WORKDIR/table.md, table.csv       a row per method and ratio
+WORKDIR/accuracy_over_time.png    accuracy at 10 % over milliseconds
+WORKDIR/results.json, report.html as `python -m cacovid_jax.evaluate` has them
+WORKDIR/timings.json              times and host facts, by method and ratio
+
+A method that cannot be run at a ratio keeps its row, which says why. Stopped
+and given again, it goes on where it was. The policy is the shipped one; the
+clips are drawn if they are not there.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+
+import jax.numpy as jnp
+from absl import flags
+
+from cacovid_jax import compressors, errors
+from cacovid_jax import config as config_lib
+from cacovid_jax.compressors import base
+from cacovid_jax.evals import (
+  benchmarks,
+  evaluation,
+  latency,
+  provenance,
+  results,
+  runner,
+)
+from cacovid_jax.models import checkpoints
+from cacovid_jax.training import metrics
+from experiments import embedded, table_files
+
+_CONFIG = "configs/synthetic_quickstart.py"
+_POLICY = "cacovid_jax/assets/policy"
+RATIOS = (0.25, 0.2, 0.15, 0.1, 0.05)
+# Rows beside the methods: label -> (the method it follows, its spec).
+VARIANTS = {
+  "cacovid_merged": ("cacovid", "cacovid?merge=nearest"),
+  "prunevid_llm": ("prunevid", "prunevid?llm_stage=True"),
+}
+
+_SHORT = flags.DEFINE_bool(
+  "short", False, "Few clips and questions, to see that everything runs."
+)
+_WORKDIR = flags.DEFINE_string(
+  "table_workdir", None, "Folder of the table; workdirs/compressors by default."
+)
+_DATA = flags.DEFINE_string(
+  "table_data", None, "Prepared data, instead of the quickstart's."
+)
+_MODEL = flags.DEFINE_string(
+  "table_model", None, "Base model; the shipped one by default."
+)
+_TRAINED = flags.DEFINE_string(
+  "table_policy", None, "Policy; the shipped one by default."
+)
+_METHODS = flags.DEFINE_list(
+  "table_methods", None, "Rows, as in an evaluation; all by default."
+)
+_MORE = flags.DEFINE_list(
+  "more_methods", [], "Rows beside those, such as my_rule.py:strongest."
+)
+_RATIOS = flags.DEFINE_list(
+  "table_ratios", None, "Retention ratios; 0.25,0.20,0.15,0.10,0.05 by default."
+)
+_SEEDS = flags.DEFINE_list("table_seeds", ["0", "1", "2"], "Evaluation seeds.")
+_BATCH = flags.DEFINE_integer(
+  "table_batch", None, "Questions asked at once.", lower_bound=1
+)
+_REPEATS = flags.DEFINE_integer(
+  "timing_repeats", 9, "Runs that a time is the median of.", lower_bound=1
+)
+
+
+def main(argv):
+  """Makes the table that the flags describe."""
+  if len(argv) > 1:
+    raise errors.UserError(f"unknown argument {argv[1]!r}; flags begin with --")
+  try:
+    seeds = tuple(int(seed) for seed in _SEEDS.value)
+  except ValueError as error:
+    raise errors.UserError(f"--table_seeds: {error}; give numbers") from error
+  ratios = results.check_ratios(map(base.check_ratio, _RATIOS.value or RATIOS))
+  config = config_lib.load(_CONFIG + (":debug" if _SHORT.value else ""))
+  if _DATA.value is None:
+    embedded.prepare(config)
+  request = request_of(
+    config,
+    _WORKDIR.value or f"workdirs/compressors{'_short' * _SHORT.value}",
+    methods=[*(_METHODS.value or default_rows()), *_MORE.value],
+    ratios=ratios,
+    seeds=seeds,
+    policy=_TRAINED.value or _POLICY,
+    data=_DATA.value or config.data.root,
+    checkpoint=_MODEL.value or config.model.path,
+    **({} if _BATCH.value is None else {"batch_size": _BATCH.value}),
+  )
+  out = run(request, repeats=_REPEATS.value)
+  evaluation.show(out)
+  for name in ("table.md", "table.csv", "accuracy_over_time.png",
+               "results.json", "report.html", "timings.json"):  # fmt: skip
+    print(os.path.join(request.workdir, name))
+
+
+def default_rows():
+  """Returns the specs of all rows: every method, variants behind their own."""
+  rows = []
+  for name in compressors.names():
+    rows.append(name)
+    for label, (follows, spec) in VARIANTS.items():
+      if follows == name:
+        rows.append(f"{label}={spec}")
+  return rows
+
+
+def request_of(config, workdir, *, methods, ratios, seeds, policy, **fields):
+  """Returns the evaluation behind a table.
+
+  Args:
+    config: with `model`, `data` and `evals`, such as the quickstart's.
+    workdir: of the table.
+    methods: specs of its rows.
+    ratios: its columns.
+    seeds: for methods that draw.
+    policy: file or folder.
+    **fields: more fields of `evaluation.Request`.
+  """
+  labels = [runner.split_label(spec)[0] for spec in methods]
+  known = evaluation.request_fields(config)
+  # The merging policy is allowed the choice that the plain one is.
+  candidates = dict(known["candidates"])
+  candidates["cacovid_merged"] = [
+    f"{spec}{'&' if '?' in spec else '?'}merge=nearest"
+    for spec in candidates.get("cacovid", ())
+  ]
+  known["candidates"] = {
+    label: specs
+    for label, specs in candidates.items()
+    if specs and label in labels
+  }
+  return evaluation.Request(
+    **known
+    | dict(
+      workdir=os.fspath(workdir),
+      methods=tuple(methods),
+      ratios=tuple(ratios),
+      seeds=tuple(seeds),
+      policies={"policy": os.fspath(policy)},
+      cache=os.path.join(workdir, "features"),
+    )
+    | fields
+  )
+
+
+def run(request, *, repeats=9):
+  """Writes all files of the table and returns results.json as a dict."""
+  workdir = pathlib.Path(request.workdir)
+  # Taken before the evaluation writes its own times anew.
+  times = _read_times(workdir / "timings.json", repeats)
+  out = evaluation.evaluate(request)
+  times = measure(request, out, times, repeats)
+  rows = table_files.rows(out, times)
+  table_files.write_csv(workdir / "table.csv", rows)
+  table_files.write_markdown(workdir / "table.md", out, rows)
+  table_files.plot(workdir / "accuracy_over_time.png", out, rows)
+  return out
+
+
+def measure(request, out, times, repeats):
+  """Returns {label: {ratio: milliseconds}}, the missing ones measured.
+
+  Written to timings.json as they come.
+
+  Args:
+    request: of the evaluation.
+    out: its results.json, which says what was chosen and what cannot be run.
+    times: what an earlier start measured on this machine.
+    repeats: runs that a time is the median of.
+  """
+  methods = {}
+  for spec in request.methods:
+    label, _ = runner.split_label(spec)
+    chosen = out["chosen"].get(label)
+    method = runner.Method.parse(
+      _chosen_spec(request, label, chosen["best"]) if chosen else spec
+    )
+    methods[label] = dataclasses.replace(method, label=label)
+  cells = [
+    (method, ratio)
+    for method in methods.values()
+    for ratio in request.ratios
+    if out["methods"][method.label][results.ratio_key(ratio)]["status"] == "ok"
+  ]
+  missing = [
+    (method, ratio) for method, ratio in cells
+    if results.ratio_key(ratio) not in times.get(method.spec, {})
+  ]  # fmt: skip
+  if missing:
+    _measure(request, missing, times, repeats)
+  path = pathlib.Path(request.workdir) / "timings.json"
+  _write_times(path, times, repeats)
+  found = {method.label: {} for method in methods.values()}
+  for method, ratio in cells:
+    key = results.ratio_key(ratio)
+    found[method.label][key] = latency.Cost(**times[method.spec][key])
+  return found
+
+
+def _chosen_spec(request, label, best):
+  """Returns the candidate called `best`, with the path of one's own method."""
+  listed = request.candidates.get(label, ())
+  named = (spec for spec in listed if runner.split_label(spec)[0] == best)
+  return next(named, best)
+
+
+def _measure(request, missing, times, repeats):
+  """Adds to `times`: spec -> ratio -> fields of a `latency.Cost`."""
+  checkpoint = checkpoints.load(request.checkpoint, jnp.dtype(request.dtype))
+  benchmark = benchmarks.load(
+    request.data, request.split, media=request.media, style=request.prompt_style
+  ).limited(request.num_questions)
+  policies = {
+    name: evaluation.load_policy(path, checkpoint)
+    for name, path in request.policies.items()
+  }
+  path = pathlib.Path(request.workdir) / "timings.json"
+  wanted = runner.wanted([method for method, _ in missing])
+  with (
+    evaluation.open_source(request, checkpoint, wanted) as source,
+    metrics.Progress(len(missing), description="selection times") as progress,
+  ):
+    evaluator = runner.Evaluator(
+      checkpoint,
+      source,
+      benchmark.questions,
+      runner.Settings(
+        num_frames=request.num_frames,
+        batch_size=1,
+        max_new_tokens=request.max_new_tokens,
+        rule=request.rule,
+      ),
+      policies=policies,
+      decisive=benchmark.decisive,
+    )
+    question = latency.readable(evaluator, benchmark.questions)
+    stopwatch = latency.Stopwatch(evaluator, question, repeats)
+    for done, (method, ratio) in enumerate(missing, start=1):
+      cost = stopwatch.cost(method, ratio)
+      times.setdefault(method.spec, {})[results.ratio_key(ratio)] = {
+        name: round(value, 4) for name, value in cost._asdict().items()
+      }
+      _write_times(path, times, repeats)
+      progress.update(done)
+
+
+def _read_times(path, repeats):
+  """Returns the times of an earlier start, if they are of this machine."""
+  try:
+    found = json.loads(path.read_text(encoding="utf-8"))
+  except FileNotFoundError:
+    return {}
+  except ValueError as error:
+    raise errors.UserError(
+      f"{path} is damaged ({errors.one_line(error)}); delete it to measure"
+      " again"
+    ) from error
+  same = found.get("host") == provenance.host()
+  selection = found.get("selection", {})
+  if not same or selection.get("repeats") != repeats:
+    return {}
+  return selection["milliseconds"]
+
+
+def _write_times(path, times, repeats):
+  found = json.loads(path.read_text(encoding="utf-8"))
+  found["selection"] = {"milliseconds": times, "repeats": repeats}
+  results.write_json(path, found)
+
+
+if __name__ == "__main__":
+  errors.run(main)

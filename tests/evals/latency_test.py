@@ -1,0 +1,88 @@
+"""Medians of times, and what counts towards a method."""
+
+import pytest
+
+from cacovid_jax.data import frames
+from cacovid_jax.evals import benchmarks, clips, latency, runner
+from tests.evals import tiny
+
+
+class Clock:
+  """A clock that goes on by given steps between two looks."""
+
+  def __init__(self, *steps):
+    self.now, self.steps, self.started = 0.0, list(steps), False
+
+  def __call__(self):
+    if self.started:
+      self.now += self.steps.pop(0)
+    self.started = not self.started
+    return self.now
+
+
+def test_the_first_run_does_not_count(monkeypatch):
+  calls = []
+  monkeypatch.setattr(latency.time, "perf_counter", Clock(0.002, 0.001, 0.009))
+  found = latency.median_milliseconds(lambda: calls.append(1), 3)
+  assert found == pytest.approx(2.0)
+  assert len(calls) == 4
+
+
+@pytest.fixture(scope="module")
+def evaluator(checkpoint, checkpoint_dir, data_dir):
+  benchmark = benchmarks.load(data_dir, "test")
+  source = clips.ClipSource(
+    data_dir,
+    checkpoint.model,
+    checkpoint.params,
+    frames.Preprocessing.from_directory(checkpoint_dir),
+    num_frames=tiny.FRAMES,
+  )
+  settings = runner.Settings(num_frames=4, batch_size=1, max_new_tokens=1)
+  return benchmark.questions, runner.Evaluator(
+    checkpoint, source, benchmark.questions, settings
+  )
+
+
+def test_what_a_method_reads_is_counted_once(evaluator, monkeypatch):
+  questions, evaluator = evaluator
+  counted = []
+
+  def median(function, repeats):
+    assert repeats == 3
+    function()
+    counted.append(1)
+    return float(len(counted))
+
+  monkeypatch.setattr(latency, "median_milliseconds", median)
+  watch = latency.Stopwatch(evaluator, questions[0], repeats=3)
+  parse = runner.Method.parse
+  assert watch.cost(parse("uniform"), 0.25) == latency.Cost(rule=1.0)
+  # The prefill first, then the rule; at another ratio only the rule.
+  assert watch.cost(parse("last_query"), 0.25) == latency.Cost(3.0, 2.0)
+  assert watch.cost(parse("last_query"), 0.1) == latency.Cost(4.0, 2.0)
+  assert latency.Cost(4.0, 2.0).total == 6.0
+  # Inside the model: beyond answering from as many tokens, 5 less 6, not < 0.
+  assert watch.cost(parse("fastv"), 0.5).rule == 0.0
+
+
+def test_batches_are_refused(evaluator):
+  questions, evaluator = evaluator
+  several = runner.Evaluator(
+    evaluator.checkpoint,
+    evaluator.source,
+    questions,
+    runner.Settings(num_frames=4, batch_size=2, max_new_tokens=1),
+    programs=evaluator.programs,
+  )
+  with pytest.raises(ValueError, match="batch size of 1"):
+    latency.Stopwatch(several, questions[0])
+
+
+def test_the_first_clip_that_can_be_read(evaluator, monkeypatch):
+  questions, evaluator = evaluator
+  assert latency.readable(evaluator, questions) is questions[0]
+  bad = clips.Clip(evaluator.source._nothing, "", "missing")
+  monkeypatch.setitem(evaluator.source._clips, questions[0].video, bad)
+  assert latency.readable(evaluator, questions).video != questions[0].video
+  assert latency.readable(evaluator, questions[:1]) is None

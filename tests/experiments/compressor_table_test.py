@@ -1,0 +1,220 @@
+"""The table of all compressors: its rows, its files, and going on with it."""
+
+import csv
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from absl.testing import flagsaver
+from PIL import Image
+
+from cacovid_jax import compressors, errors
+from cacovid_jax.evals import runner
+from cacovid_jax.models import checkpoints
+from experiments import compressor_table
+from tests.evals import tiny
+
+MINE = """
+import jax.numpy as jnp
+from cacovid_jax.compressors import base
+
+def strongest(features, *, grid, num_keep, text=None, aux=None, rng=None):
+  return base.take_top(features, jnp.linalg.norm(features, axis=-1), num_keep)
+"""
+ROWS = ("cacovid", "random", "uniform", "fastv", "strongest")
+RATIOS = ("0.50", "0.10")
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory):
+  """Returns a function that makes a table in a folder below the one it has."""
+  folder = tmp_path_factory.mktemp("table")
+  for name in ("model", "data"):
+    (folder / name).mkdir()
+  model = tiny.write_checkpoint(folder / "model")
+  (folder / "mine.py").write_text(MINE)
+  flags = dict(
+    short=True,
+    table_data=tiny.write_data(folder / "data", num_clips=3, per_clip=2),
+    table_model=model,
+    table_policy=tiny.write_policy(folder / "policy", checkpoints.load(model)),
+    table_methods=["cacovid", "random", "uniform", "fastv"],
+    more_methods=[f"{folder / 'mine.py'}:strongest"],
+    table_ratios=list(RATIOS),
+    table_seeds=["0", "1"],
+    table_batch=4,
+    timing_repeats=2,
+  )
+
+  def run(name, **changes):
+    workdir = folder / name
+    changes |= {"table_workdir": str(workdir)}
+    with flagsaver.flagsaver(**flags | changes):
+      compressor_table.main(["compressor_table"])
+    return workdir
+
+  # Compiling takes all of the time.
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield run
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def made(make):
+  return make("whole")
+
+
+def read_csv(workdir):
+  with open(workdir / "table.csv", encoding="utf-8", newline="") as f:
+    return list(csv.DictReader(f))
+
+
+def test_every_row_is_in_every_file(made):
+  out = json.loads((made / "results.json").read_text())
+  assert tuple(out["methods"]) == tuple(sorted(ROWS))  # JSON sorts its keys.
+  assert all(tuple(sorted(row)) == ("0.10", "0.50")
+             for row in out["methods"].values())  # fmt: skip
+  found = [(row["method"], row["ratio"]) for row in read_csv(made)]
+  expected = [(name, ratio) for name in ROWS for ratio in RATIOS]
+  oracle = [("decisive_boxes (oracle)", ratio) for ratio in RATIOS]
+  assert found == expected + oracle
+  text = (made / "table.md").read_text()
+  page = (made / "report.html").read_text()
+  for name in ROWS:
+    assert text.count(f"| {name} |") == len(RATIOS)
+    assert name in page
+
+
+def test_a_budget_that_cannot_be_met_says_why(made):
+  """One of the three layers sees all 256 tokens."""
+  lowest = np.ceil(1e4 * (256 + 2) / (3 * 256)) / 1e4
+  out = json.loads((made / "results.json").read_text())
+  cell = out["methods"]["fastv"]["0.10"]
+  assert cell["minimum_ratio"] == lowest and "accuracy" not in cell
+  assert f"use at least {lowest:.4f}" in cell["status"]
+  # 384 tokens for three layers: 256, and 64 for each of the others.
+  able = out["methods"]["fastv"]["0.50"]
+  assert (able["kept_tokens"], able["equivalent_ratio"]) == (64, 0.5)
+  (row,) = [
+    row
+    for row in read_csv(made)
+    if (row["method"], row["ratio"]) == ("fastv", "0.10")
+  ]
+  assert row["status"] == cell["status"]
+  assert float(row["minimum_ratio"]) == lowest
+  assert row["accuracy"] == row["selection_ms"] == ""
+  for name in ("table.md", "report.html"):
+    assert cell["status"] in (made / name).read_text()
+
+
+def test_numbers_agree_with_results(made):
+  out = json.loads((made / "results.json").read_text())
+  paired = {
+    (entry["method"], entry["ratio"]): entry
+    for entry in out["paired"]
+    if entry["vs"] == "cacovid"
+  }
+  for row in read_csv(made)[: len(ROWS) * len(RATIOS)]:
+    cell = out["methods"][row["method"]][row["ratio"]]
+    if cell["status"] != "ok":
+      continue
+    assert float(row["accuracy"]) == cell["accuracy"]
+    assert [float(row["ci_low"]), float(row["ci_high"])] == cell["ci95"]
+    assert float(row["kept_tokens"]) == cell["kept_tokens"]
+    assert int(row["seeds"]) == (2 if row["method"] == "random" else 1)
+    if row["method"] != "cacovid":
+      mean = paired[row["method"], row["ratio"]]["mean"]
+      assert float(row["vs_cacovid"]) == mean
+    # Of the rule, and of what it reads for itself alone.
+    assert float(row["selection_ms"]) >= float(row["reads_ms"])
+    assert (float(row["reads_ms"]) > 0) == (row["method"] == "cacovid")
+  # The policy's options are chosen on validation, as in an evaluation.
+  assert out["chosen"]["cacovid"]["best"].startswith("cacovid?")
+
+
+def test_times_go_to_their_own_file(made):
+  times = json.loads((made / "timings.json").read_text())
+  measured = times["selection"]["milliseconds"]
+  assert times["selection"]["repeats"] == 2
+  assert set(measured["random"]) == set(RATIOS)
+  assert set(measured["fastv"]) == {"0.50"}
+  assert "milliseconds" not in (made / "results.json").read_text()
+
+
+def test_the_picture_shows_something(made):
+  image = np.asarray(Image.open(made / "accuracy_over_time.png").convert("L"))
+  assert image.shape[0] > 400
+  assert 0.005 < (image < 200).mean() < 0.5
+
+
+def test_a_table_that_was_stopped_goes_on_to_the_same_bytes(made, make):
+  """Killed in the middle of a line, with nothing but answers and times."""
+  resumed = made.parent / "resumed"
+  resumed.mkdir()
+  lines = (made / "answers.jsonl").read_bytes().splitlines(keepends=True)
+  cut = b"".join(lines[:-5]) + lines[-5][:30]
+  (resumed / "answers.jsonl").write_bytes(cut)
+  shutil.copy(made / "timings.json", resumed)
+  make("resumed")
+  for name in ("results.json", "answers.jsonl", "report.html", "table.csv",
+               "table.md", "accuracy_over_time.png"):  # fmt: skip
+    assert (resumed / name).read_bytes() == (made / name).read_bytes(), name
+
+
+def test_every_method_is_a_row_by_default():
+  labels = [
+    runner.split_label(spec)[0] for spec in compressor_table.default_rows()
+  ]
+  assert [name for name in labels if name in compressors.names()] == list(
+    compressors.names()
+  )
+  assert set(labels) - set(compressors.names()) == set(
+    compressor_table.VARIANTS
+  )
+  assert labels.index("cacovid_merged") == labels.index("cacovid") + 1
+
+
+def test_a_chosen_method_of_ones_own_is_found_again():
+  request = compressor_table.evaluation.Request(
+    data="", workdir="", checkpoint="", methods=("mine",),
+    candidates={"mine": ("folder/rule.py:mine?a=1", "folder/rule.py:mine?a=2")},
+  )  # fmt: skip
+  spec = compressor_table._chosen_spec(request, "mine", "mine?a=2")
+  assert spec == "folder/rule.py:mine?a=2"
+  # What is chosen without a list reads as a spec does.
+  best = "last_query?layer=3"
+  assert compressor_table._chosen_spec(request, "last_query", best) == best
+
+
+def test_variants_are_what_they_say():
+  found = {
+    label: runner.Method.parse(f"{label}={spec}")
+    for label, (_, spec) in compressor_table.VARIANTS.items()
+  }
+  assert found["cacovid_merged"].compressor.options == {"merge": "nearest"}
+  assert found["cacovid_merged"].needs == {"scores"}
+  # Its second stage acts inside the language model.
+  assert hasattr(found["prunevid_llm"].compressor, "plan")
+
+
+@pytest.mark.parametrize(
+  "changes,message",
+  [
+    (dict(table_seeds=["a"]), "--table_seeds"),
+    (dict(table_ratios=["0.1", "1.5"]), "outside"),
+    (dict(table_methods=["randon"]), "did you mean random"),
+    (dict(table_data="nowhere"), "no data in nowhere"),
+  ],
+)
+def test_mistakes_are_named(make, changes, message):
+  with pytest.raises(errors.UserError, match=message):
+    make("mistaken", **changes)
+
+
+def test_damaged_times_are_named(tmp_path):
+  path = tmp_path / "timings.json"
+  path.write_text("{")
+  with pytest.raises(errors.UserError, match="timings.json is damaged"):
+    compressor_table._read_times(path, 2)
