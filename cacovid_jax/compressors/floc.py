@@ -54,7 +54,7 @@ def compress(
   floor=0.0,
   question_temperature=None,
   similarities="auto",
-  kernel=False,
+  kernel=True,
   merge="none",
 ):
   """Returns the greedy facility location subset of the video's tokens.
@@ -80,7 +80,8 @@ def compress(
       computes those of a block when it is looked at; "auto" holds them where
       they fit. Speed and memory only.
     kernel: True makes the picks of a block, of a single window, in one kernel
-      where the platform is an NVIDIA GPU. Speed only.
+      where the platform is an NVIDIA GPU. Speed only (6272 tokens, a quarter
+      kept, on an H200: 20 ms instead of 35).
     merge: "nearest" makes each row the mean of the tokens assigned to it.
   """
   del aux, rng
@@ -121,7 +122,7 @@ def greedy(
   floor=0.0,
   weights=None,
   similarities="auto",
-  kernel=False,
+  kernel=True,
 ):
   """Returns int32[K] tokens in picking order, by lazy evaluation in blocks.
 
