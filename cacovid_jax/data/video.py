@@ -543,7 +543,14 @@ class _Reader:
     """Returns uint8[h,w,3] with the display rotation applied."""
     if picture.width * picture.height > self.limits.max_pixels:
       raise self._fail("too_large", f"{picture.width} x {picture.height}")
-    image = picture.to_ndarray(format="rgb24")
+    try:
+      image = picture.to_ndarray(format="rgb24")
+    except av.error.BlockingIOError as error:
+      # Nothing is wrong with the clip: it must not count as unreadable.
+      raise errors.UserError(
+        f"{self.path}: the system has no thread left to convert a frame with;"
+        " run fewer processes at once"
+      ) from error
     image = _turned(image, picture)
     return resize(image) if resize else image
 

@@ -4,6 +4,7 @@ import functools
 import os
 import pickle
 
+import av
 import numpy as np
 import pytest
 
@@ -182,6 +183,19 @@ def test_4k_frames_are_decoded_and_resized_one_by_one(folder):
   patches = config(clip.frames, fps=fps, resized=True)
   assert patches.grid == (2, 12, 21)
   assert patches.seconds_per_slice == pytest.approx(2 * 0.4 / 3)
+
+
+def test_a_system_without_threads_is_not_taken_for_a_bad_clip(folder):
+  class Picture:
+    width = height = 64
+
+    def to_ndarray(self, **unused):
+      raise av.error.BlockingIOError(11, "Resource temporarily unavailable")
+
+  with video._Reader(folder / "plain.mp4", video.Limits()) as reader:
+    with pytest.raises(errors.UserError, match="run fewer processes") as caught:
+      reader._upright(Picture(), None)
+  assert not isinstance(caught.value, video.VideoError)
 
 
 def test_frames_are_resized_while_decoding(folder):
