@@ -197,7 +197,9 @@ def plot(path, out, rows):
   axes.set_title(
     f"{out['benchmark']}, {float(shown):.0%} of the tokens", loc="left"
   )
+  axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
   axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+  axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
   axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
   axes.set_axisbelow(True)
   axes.spines[["top", "right"]].set_visible(False)
