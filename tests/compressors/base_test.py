@@ -297,3 +297,17 @@ def test_a_users_own_rule_says_what_it_reads_and_how_it_rounds(tmp_path):
     rng=jax.random.key(0),
   )
   np.testing.assert_array_equal(out.index, [27, 28, 29])
+
+
+def test_segment_mean_equals_a_loop_and_leaves_out_foreign_labels():
+  rng = np.random.default_rng(3)
+  x = rng.normal(size=[20, 5]).astype(np.float32)
+  label = rng.integers(-1, 8, 20).astype(np.int32)
+  label[label == 3] = 4
+  expected = np.zeros([7, 5])
+  for group in range(7):
+    if np.any(label == group):
+      expected[group] = x[label == group].mean(axis=0)
+  mean = base.segment_mean(x, label, 7)
+  np.testing.assert_allclose(mean, expected, atol=1e-6)
+  assert not np.any(mean[3])

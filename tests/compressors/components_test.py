@@ -236,20 +236,6 @@ def test_the_cut_is_the_partition_of_the_threshold_with_as_many_components():
       )
 
 
-def test_segment_mean_equals_a_loop_and_leaves_out_foreign_labels():
-  rng = np.random.default_rng(3)
-  x = rng.normal(size=[20, 5]).astype(np.float32)
-  label = rng.integers(-1, 8, 20).astype(np.int32)
-  label[label == 3] = 4
-  expected = np.zeros([7, 5])
-  for group in range(7):
-    if np.any(label == group):
-      expected[group] = x[label == group].mean(axis=0)
-  mean = components.segment_mean(x, label, 7)
-  np.testing.assert_allclose(mean, expected, atol=1e-6)
-  assert not np.any(mean[3])
-
-
 def test_best_member_equals_a_loop():
   rng = np.random.default_rng(4)
   label = rng.integers(0, 9, 40).astype(np.int32)

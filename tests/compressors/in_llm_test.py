@@ -444,20 +444,6 @@ def test_a_share_of_each_set_leaves_masked_rows():
     np.testing.assert_array_equal(trace.tokens[row], counts)
 
 
-def test_quotas_are_those_of_the_largest_remainder():
-  gen = np.random.default_rng(0)
-  for _ in range(50):
-    sizes = gen.integers(0, 9, 6)
-    sizes[0] += 1
-    total = int(gen.integers(0, sizes.sum() + 1))
-    found = in_llm._in_proportion(jnp.asarray(sizes, jnp.int32), total)
-    assert int(found.sum()) == total
-    assert (np.asarray(found) <= sizes).all()
-    np.testing.assert_array_equal(
-      found, budgets.largest_remainder(sizes.tolist(), total, 0, sizes)
-    )
-
-
 def test_what_enters_may_be_chosen_and_merged_before():
   def halves(features, *, grid, num_keep, text, aux, rng):
     """Means of pairs of tokens, at the place of the first."""

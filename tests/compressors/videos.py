@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -50,6 +51,20 @@ def aux(grid, seed=0):
     vision_attention=rng.random(num_video).astype(np.float32),
     vision_keys=rng.normal(size=[num_video, 4]).astype(np.float32),
   )
+
+
+class Scores(NamedTuple):
+  """Frame and token scores, with the fields of the policy's."""
+
+  frame: np.ndarray
+  token: np.ndarray
+
+
+def scores(grid, seed=0):
+  """Returns what a policy would say of a video, at random."""
+  rng = np.random.default_rng(seed + 2000)
+  shapes = [grid[0], 2], [math.prod(grid), 2]
+  return Scores(*(rng.normal(size=s).astype(np.float32) for s in shapes))
 
 
 @functools.cache
