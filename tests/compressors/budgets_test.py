@@ -11,12 +11,12 @@ import pytest
 
 from cacovid_jax import errors
 from cacovid_jax.compressors import budgets
-from tests.compressors import naive
+from tests.compressors import naive, quick
 
 RATIOS = (0.25, 0.2, 0.15, 0.1)
 TOKENS = 6272
 
-_share = jax.jit(budgets.largest_remainder_on_device)
+_share = quick.jit(budgets.largest_remainder_on_device)
 
 
 def percent(value, digits=1):
@@ -217,7 +217,7 @@ def test_largest_remainder_by_hand():
 
 
 def test_largest_remainder_on_device_is_that_of_the_host():
-  share = jax.jit(jax.vmap(budgets.largest_remainder_on_device))
+  share = quick.jit(jax.vmap(budgets.largest_remainder_on_device))
   rows = []
   for weights, total, low, high in cases():
     count = len(weights)
@@ -239,7 +239,7 @@ def test_largest_remainder_on_device_is_that_of_the_host():
 
 
 def test_whole_weights_are_shared_on_the_device_exactly_as_on_the_host():
-  share = jax.jit(jax.vmap(budgets.largest_remainder_on_device))
+  share = quick.jit(jax.vmap(budgets.largest_remainder_on_device))
   rng = np.random.default_rng(2)
   rows = []
   for number in range(120):
@@ -286,7 +286,9 @@ def test_even_parts():
 
 def test_largest_remainder_of_many_parts():
   weights = np.random.default_rng(1).random(300).astype(np.float32)
-  share = jax.jit(budgets.largest_remainder_on_device, static_argnums=(1, 2, 3))
+  share = quick.jit(
+    budgets.largest_remainder_on_device, static_argnums=(1, 2, 3)
+  )
   for total, low, high in ((15680, 0, 196), (400, 1, 196), (58000, 0, 196)):
     counts = np.asarray(share(weights, total, low, high))
     assert counts.sum() == total and low <= counts.min()
@@ -299,7 +301,7 @@ def test_infeasible_shares_are_one_line_at_trace_time():
   with pytest.raises(errors.UserError, match="3 parts that take 0 to 6"):
     budgets.largest_remainder([1, 1, 1], 7, 0, 2)
   with pytest.raises(errors.UserError, match="take 6 to 9"):
-    jax.jit(
+    quick.jit(
       lambda w: budgets.largest_remainder_on_device(w, 5, 2, 3)
     )(jnp.ones(3))  # fmt: skip
   with pytest.raises(ValueError, match="exceed"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cacovid_jax.compressors import similarity
-from tests.compressors import naive, selections
+from tests.compressors import naive, quick, selections
 
 
 def tokens(seed, dtype=jnp.float32, scale=1.0):
@@ -20,7 +20,7 @@ def exact(x, y):
   return selections.unit(x) @ np.swapaxes(selections.unit(y), -1, -2)
 
 
-_between = jax.jit(similarity.between, static_argnames="split")
+_between = quick.jit(similarity.between, static_argnames="split")
 
 
 @pytest.mark.parametrize("split", [False, True])
@@ -69,7 +69,7 @@ def test_products_of_split_numbers_are_as_good_as_float32():
   a, b = (similarity.unit(tokens(seed)) for seed in (2, 3))
   b = jnp.swapaxes(b, -1, -2)
   expected = np.asarray(a, np.float64) @ np.asarray(b, np.float64)
-  found = jax.jit(similarity.split_dot)(a, b)
+  found = quick.jit(similarity.split_dot)(a, b)
   # 2^-16 / sqrt(96), the standard error of a row of 96, is 1.6e-6.
   np.testing.assert_allclose(found, expected, atol=3e-6)
   # One product of bfloat16 is not.
@@ -92,15 +92,18 @@ def test_half_precision_products_are_not_upcast(dtype):
 
 def test_symmetric_to_the_last_bit():
   x = tokens(4)
-  found = np.asarray(jax.jit(similarity.symmetric)(x))
+  found = np.asarray(quick.jit(similarity.symmetric)(x))
   np.testing.assert_array_equal(found, found.swapaxes(-1, -2))
   np.testing.assert_allclose(found, exact(x, x), atol=5e-7)
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_split_products_are_for_nvidia_gpus(platform):
-  for function, split in ((similarity.symmetric, True), (_between, False)):
-    traced = jax.jit(function).trace(tokens(5))
+  for function, split in (
+    (similarity.symmetric, True),
+    (similarity.between, False),
+  ):
+    traced = quick.jit(function).trace(tokens(5))
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert ("bf16" in text) == (split and platform == "cuda")
 

@@ -9,7 +9,7 @@ import pytest
 
 from cacovid_jax import compressors, errors
 from cacovid_jax.compressors import allocators
-from tests.compressors import naive, videos
+from tests.compressors import naive, quick, videos
 
 GRID = (7, 3, 3)
 
@@ -126,7 +126,7 @@ def counts_of(allocator, num_keep):
       allocator, x, order, grid=GRID, num_keep=num_keep, aux=aux
     )
 
-  return jax.jit(counts)
+  return quick.jit(counts)
 
 
 @pytest.mark.parametrize("allocator", ["adaptok", "infotok", "cacovid"])

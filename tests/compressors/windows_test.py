@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from cacovid_jax.compressors import windows
-from tests.compressors import naive
+from tests.compressors import naive, quick
 
-
-_shares = jax.jit(jax.vmap(windows.shares, in_axes=(0, None)))
+_shares = quick.jit(jax.vmap(windows.shares, in_axes=(0, None)))
 
 
 @pytest.mark.parametrize("num_keep", [1, 3, 8, 40])
