@@ -148,6 +148,8 @@ def test_frames_have_the_budget_of_the_allocator(allocator):
     inputs.append((x, aux))
     outputs.append(out)
   assert differ and run._cache_size() == 1
+  if allocator != "adaptok":
+    return  # One of them in a batch says enough.
   together = videos.program(
     "visionzip", GRID, num_keep, batched=True, allocator=allocator
   )
