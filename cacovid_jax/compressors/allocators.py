@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cacovid_jax import errors
-from cacovid_jax.compressors import base, budgets, directions
+from cacovid_jax.compressors import base, budgets, similarity
 from cacovid_jax.policy import selection
 
 # InfoTok's least rate of a frame.
@@ -74,7 +74,7 @@ def adaptok(signal, total, low, high):
       f"errors of {num_levels} counts for the {high - low + 1} from {low} to"
       f" {high}"
     )
-  _check(num_parts, total, low, high)
+  budgets.check_feasible(total, [low] * num_parts, [high] * num_parts)
   spare = total - num_parts * low
   budget = np.arange(spare + 1)
   # What is left of a budget for the parts behind, and whether there is any.
@@ -107,9 +107,7 @@ def infotok(signal, total, low, high):
     low: static, least count of a part.
     high: static, tokens of a part at the full rate, 1.
   """
-  num_parts = signal.shape[0]
-  _check(num_parts, total, low, high)
-  mean = total / (num_parts * high)
+  mean = total / (signal.shape[0] * high)
   return budgets.largest_remainder_on_device(
     rates(signal, mean), total, low, high
   )
@@ -141,21 +139,12 @@ def cacovid(signal, total, low, high):
     high: static, most of a frame.
   """
   num_frames = signal.shape[0]
-  _check(num_frames, total, low, high)
   scores = signal.astype(jnp.float32)
   # Between a half and one and a half times an equal share, as `selection` has.
   shares = selection.frame_probs(
     scores[:, 1] - scores[:, 0], low=0.5 / num_frames, high=1.5 / num_frames
   )
   return budgets.largest_remainder_on_device(shares, total, low, high)
-
-
-def _check(num_parts, total, low, high):
-  if not num_parts * low <= total <= num_parts * high:
-    raise errors.UserError(
-      f"{num_parts} parts of {low} to {high} tokens cannot have {total} in all;"
-      f" ask for {num_parts * low} to {num_parts * high}"
-    )
 
 
 def prefix_errors(features, order, grid):
@@ -171,7 +160,7 @@ def prefix_errors(features, order, grid):
   """
   frames = _frames(features, grid)
   ranked = jnp.take_along_axis(frames, order[..., None], axis=1)
-  alike = jnp.maximum(directions.cosine(ranked, ranked), 0.0)
+  alike = jnp.maximum(similarity.between(ranked, split=True), 0.0)
   # Also a token of zeros, that is similar to nothing, is no error once kept.
   alike = jnp.where(jnp.eye(alike.shape[-1], dtype=bool), 1.0, alike)
   nearest = jax.lax.cummax(alike, axis=2)

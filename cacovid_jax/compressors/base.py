@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from cacovid_jax import errors
+from cacovid_jax.compressors import similarity
 from cacovid_jax.policy import selection
 
 
@@ -386,7 +387,7 @@ def merge(
   own = features[jnp.minimum(representative, features.shape[0] - 1)]
   count = segment_count(assign, num_rows)[:, None]
   if reduce == "mean":
-    rows = segment_sum(features, assign, num_rows) / jnp.maximum(count, 1)
+    rows = segment_mean(features, assign, num_rows)
   elif reduce == "max":
     group = jnp.where(assign < 0, num_rows, assign)
     rows = jax.ops.segment_max(features, group, num_rows + 1)[:num_rows]
@@ -403,21 +404,24 @@ def segment_sum(
 ) -> jax.Array:
   """Returns float32[K, D], the sum of the tokens of each row.
 
-  A product with a matrix of zeros and ones: fast on accelerators and, unlike
-  a scatter, the same in every run.
-
   Args:
     features: float[N, D].
     assign: int32[N] row of each token; tokens outside [0, K) count nowhere.
     num_rows: K, static.
   """
   member = assign[None] == jnp.arange(num_rows, dtype=assign.dtype)[:, None]
-  return jnp.matmul(
-    member.astype(features.dtype),
-    features,
-    precision="highest",
-    preferred_element_type=jnp.float32,
-  )
+  return similarity.pooled(features, member)
+
+
+def segment_mean(
+  features: jax.Array, assign: jax.Array, num_rows: int
+) -> jax.Array:
+  """Returns float32[K, D], the mean of the tokens of each row.
+
+  A row without tokens gets zeros; arguments as of `segment_sum`.
+  """
+  count = segment_count(assign, num_rows)[:, None]
+  return segment_sum(features, assign, num_rows) / jnp.maximum(count, 1.0)
 
 
 def segment_count(assign: jax.Array, num_rows: int) -> jax.Array:

@@ -218,7 +218,7 @@ def largest_remainder(
   count = len(weights)
   low = _each(low, count)
   high = _each(total if high is None else high, count)
-  _check_feasible(total, low, high)
+  check_feasible(total, low, high)
   exact = [fractions.Fraction(float(w)) for w in weights]
   if any(w < 0 for w in exact):
     raise ValueError(f"weights {list(weights)} are not all positive or 0")
@@ -269,11 +269,13 @@ def largest_remainder_on_device(
 ) -> jax.Array:
   """`largest_remainder` with weights that are data; int32[G].
 
-  The sum is exact whatever float32 makes of the proportions; of remainders
-  that differ by rounding only, another one may win than on the host.
+  The sum is exact whatever float32 makes of the proportions. Of float weights,
+  remainders that differ by rounding only may win in another order than on the
+  host; shares of integer weights are exact, as long as their products with the
+  budget fit into int32.
 
   Args:
-    weights: float[G], finite, not negative.
+    weights: float[G] or int[G], finite, not negative.
     total: int, or int32[].
     low: int or G ints, or int32[G].
     high: int or G ints, or int32[G]; None for `total`.
@@ -285,7 +287,7 @@ def largest_remainder_on_device(
   (count,) = weights.shape
   high = total if high is None else high
   if not any(isinstance(x, jax.core.Tracer) for x in (total, low, high)):
-    _check_feasible(int(total), _each(low, count), _each(high, count))
+    check_feasible(int(total), _each(low, count), _each(high, count))
   low = jnp.broadcast_to(jnp.asarray(low, jnp.int32), [count])
   high = jnp.broadcast_to(jnp.asarray(high, jnp.int32), [count])
   total = jnp.asarray(total, jnp.int32)
@@ -317,6 +319,15 @@ def largest_remainder_on_device(
   parts = at(levels[before]) * (1 - step) + at(levels[after]) * step
   counts = jnp.clip(jnp.floor(parts).astype(jnp.int32), low, high)
   remainder = parts - counts
+  if jnp.issubdtype(weights.dtype, jnp.integer):
+    # Between the bounds in whole numbers: rounding must not decide on ties.
+    free = (parts > lowest) & (parts < highest) & (weights > 0)
+    left = total - jnp.where(free, 0, counts).sum()
+    whole = jnp.maximum(jnp.where(free, weights, 0).sum(), 1)
+    exact = jnp.clip(left * weights // whole, low, high)
+    counts = jnp.where(free, exact, counts)
+    rest = (left * weights % whole).astype(jnp.float32)
+    remainder = jnp.where(free, rest, 0.0)
 
   def unfinished(state):
     counts, _ = state
@@ -345,6 +356,12 @@ def largest_remainder_on_device(
   return counts
 
 
+def evenly(total: int, num_parts: int) -> list[int]:
+  """Returns equal parts of `total`, the first ones one more as needed."""
+  share, rest = divmod(total, num_parts)
+  return [share + (part < rest) for part in range(num_parts)]
+
+
 def _exact(ratio: float) -> fractions.Fraction:
   """The number that was written: 0.15 and not the float below it."""
   return fractions.Fraction(str(float(ratio)))
@@ -354,7 +371,8 @@ def _each(bound: Any, count: int) -> list[int]:
   return [int(b) for b in np.broadcast_to(np.asarray(bound), [count])]
 
 
-def _check_feasible(total: int, low: list[int], high: list[int]) -> None:
+def check_feasible(total: int, low: list[int], high: list[int]) -> None:
+  """Refuses a total that no counts within the bounds of the parts have."""
   if any(lo > hi for lo, hi in zip(low, high, strict=True)):
     raise ValueError(f"lower bounds {low} exceed upper bounds {high}")
   if not sum(low) <= total <= sum(high):

@@ -1,4 +1,4 @@
-"""Connected components, maximum spanning forests, and means over labels.
+"""Connected components, maximum spanning forests, and their representatives.
 
 All with static shapes: a partition of n nodes is a label int32[n] per node, one
 of the members of its component, so that the node with `label[i] == i` stands
@@ -6,15 +6,13 @@ for the component. Rounds that depend on the data run in a `while_loop`; hooking
 roots onto roots and halving the way to them takes about log n rounds, where
 passing minima along edges would take as many as a chain is long.
 
-Axes: n nodes, m edges, K groups, D width.
+Axes: n nodes, m edges, K groups.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-
-from cacovid_jax.compressors import base
 
 
 def connected_components(adjacency: jax.Array) -> jax.Array:
@@ -167,16 +165,6 @@ def cut(forest: Forest, num_edges: jax.Array) -> jax.Array:
   rank = jnp.zeros([n], jnp.int32).at[order].set(jnp.arange(n))
   keep = (rank < num_edges) & (forest.weight > -jnp.inf)
   return components_of_edges(forest.first, forest.second, keep, n)
-
-
-def segment_mean(x: jax.Array, label: jax.Array, num_groups: int) -> jax.Array:
-  """Returns float32[K, D] means of x f[n, D] over labels int32[n].
-
-  Labels outside [0, K) are left out; a group without members gets zeros.
-  """
-  count = base.segment_count(label, num_groups)
-  total = base.segment_sum(x, label, num_groups)
-  return total / jnp.maximum(count, 1.0)[:, None]
 
 
 def best_member(

@@ -19,7 +19,6 @@ from cacovid_jax import errors
 from cacovid_jax.compressors import (
   allocators,
   base,
-  cosine,
   greedy_kernel,
   similarity,
 )
@@ -98,17 +97,17 @@ def max_min_subset(
     fits = 4 * num_tokens**2 <= _MATRIX_BYTES
     distances = "matrix" if fits else "rows"
   if distances == "matrix":
-    return max_min_of_matrix(1.0 - cosine.matrix(features), num_keep)
+    return max_min_of_matrix(1.0 - similarity.between(features), num_keep)
   if distances != "rows":
     raise errors.UserError(
       f"divprune: unknown distances {distances!r}; use 'auto', 'matrix' or"
       " 'rows'"
     )
-  inverse = cosine.inverse_norm(features)
+  inverse = similarity.inverse_norm(features)
 
   def distance_to(i):
-    products = cosine.dot(features, features[i])
-    return 1.0 - products * (inverse * inverse[i])
+    products = similarity.dot(features, features[i]) * (inverse * inverse[i])
+    return 1.0 - jnp.clip(products, -1.0, 1.0)
 
   def nearest(i):
     return jnp.min(distance_to(i).at[i].set(jnp.inf))

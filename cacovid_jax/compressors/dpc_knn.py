@@ -22,7 +22,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from cacovid_jax.compressors import similarity
+from cacovid_jax.compressors import base, rows
 from cacovid_jax.policy import diversity
 
 
@@ -94,7 +94,6 @@ def from_distances(
     sets = jnp.zeros([n], jnp.int32)
   present = sets >= 0 if valid is None else valid & (sets >= 0)
   together = (sets[:, None] == sets[None, :]) & present[:, None] & present
-  earlier = points[None, :] < points[:, None]  # [n, n]: column before row
 
   # Logarithms of the densities: their order is the same, and they do not
   # vanish where all points are far apart.
@@ -106,7 +105,7 @@ def from_distances(
   density = jnp.where(near, nearest, 0.0).sum(axis=-1)
   density = density / jnp.maximum(near.sum(axis=-1), 1)
 
-  denser = together & _before(density, earlier)
+  denser = together & rows.before(density)
   closest = jnp.min(jnp.where(denser, squared, jnp.inf), axis=-1)
   widest = jnp.where(together, squared, 0.0).max(axis=-1)
   widest = jnp.where(together, widest[None, :], 0.0).max(axis=-1)
@@ -114,7 +113,7 @@ def from_distances(
   score = density + 0.5 * jnp.log(separation)
   score = jnp.where(present, score, -jnp.inf)
 
-  rank = (together & _before(score, earlier)).sum(axis=-1, dtype=jnp.int32)
+  rank = (together & rows.before(score)).sum(axis=-1, dtype=jnp.int32)
   num_clusters = jnp.maximum(jnp.asarray(num_clusters, jnp.int32), 1)
   is_centre = present & (rank < num_clusters)
   reach = jnp.where(together & is_centre[None, :], squared, jnp.inf)
@@ -127,12 +126,6 @@ def from_distances(
     centre=jnp.where(present, centre, n),
     label=jnp.where(present, rank[centre], -1),
   )
-
-
-def _before(values, earlier):
-  """Returns bool[n, n], whether the column's value comes before the row's."""
-  row, column = values[:, None], values[None, :]
-  return (column > row) | ((column == row) & earlier)
 
 
 def centres(clusters: Clusters, num_clusters, max_clusters: int):
@@ -157,6 +150,4 @@ def means(x, clusters: Clusters):
     x: float[n, D] points; those that are not there must be finite.
     clusters: clusters of these points, of any number of sets.
   """
-  member = clusters.centre[None, :] == jnp.arange(x.shape[0])[:, None]
-  total = similarity.pooled(x, member)
-  return total / jnp.maximum(member.sum(axis=-1, keepdims=True), 1)
+  return base.segment_mean(x, clusters.centre, x.shape[0])

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cacovid_jax import errors
-from cacovid_jax.compressors import base, components, directions, oracle
+from cacovid_jax.compressors import base, components, oracle, similarity
 
 # At most so many clusters give several frames each, so many in all.
 _FEW_CLUSTERS = 6
@@ -175,8 +175,8 @@ def tw_finch(
   label = slot
   labels, counts = [], []
   for _ in range(num_levels):
-    mean = components.segment_mean(points, label, num_points)
-    when = components.segment_mean(time[:, None], label, num_points)[:, 0]
+    mean = base.segment_mean(points, label, num_points)
+    when = base.segment_mean(time[:, None], label, num_points)[:, 0]
     valid = label == slot
     nearest = _first_neighbours(mean, when, valid)
     merged = components.components_of_edges(slot, nearest, valid, num_points)
@@ -188,7 +188,7 @@ def tw_finch(
 
 def _first_neighbours(mean, when, valid):
   """Returns int32[T], the nearest valid other point, itself if alone."""
-  distance = 1.0 - directions.symmetric_cosine(mean)
+  distance = 1.0 - similarity.symmetric(mean)
   # Closer directions float32 cannot tell apart: they are the same.
   distance = jnp.where(distance < _SAME, 0.0, distance)
   distance = distance * jnp.abs(when[:, None] - when[None, :])
@@ -230,7 +230,7 @@ def merge_frame(
     half = n // 2
     num_merged = jnp.clip(n - count, 0, half)
     a, b = out[start : start + half], out[start + half :]
-    alike = directions.cosine(_metric(a), _metric(b))
+    alike = similarity.between(_metric(a), _metric(b), split=True)
     best = jnp.argmax(alike, axis=-1).astype(jnp.int32)
     order = jnp.argsort(-jnp.max(alike, axis=-1))
     rank = jnp.zeros([half], jnp.int32).at[order].set(jnp.arange(half))

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from cacovid_jax import errors
-from cacovid_jax.compressors import base, components, directions, uniform
+from cacovid_jax.compressors import base, components, similarity, uniform
 
 
 def compress(
@@ -44,7 +44,7 @@ def compress(
     raise errors.UserError(f"em: lam is {lam}; it is a width and above 0")
   if rounds < 0:
     raise errors.UserError(f"em: rounds is {rounds}; use 0 or more")
-  x = directions.unit(features)
+  x = similarity.unit(features)
   bases = x[uniform.positions(features.shape[0], num_keep)]
   bases, _ = fit(x, bases, lam=lam, rounds=rounds)
   share, _ = responsibilities(x, bases, lam=lam)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from cacovid_jax.compressors import (
   base,
+  budgets,
   checks,
   dpc_knn,
   rows,
@@ -79,16 +80,15 @@ def compress(
   checks.number("fastvid", "anchor_weight", anchor_weight, 0, 1)
   T, H, W = grid
   P = H * W
-  share, rest = divmod(num_keep, T)
-  budgets = [share + (t < rest) for t in range(T)]
-  wanted = [int(budget * context_share) for budget in budgets]
+  shares = budgets.evenly(num_keep, T)
+  wanted = [int(share * context_share) for share in shares]
   frames = features.reshape(T, P, -1)
   vectors = frames.mean(axis=1, dtype=jnp.float32)
   first = windows.first_frames(
     segment_starts(similarity.adjacent(vectors), num_segments, threshold)
   )
   num_salient, num_anchors = _counts(
-    jnp.array(budgets), jnp.array(wanted), first, P, anchor_stride
+    jnp.array(shares), jnp.array(wanted), first, P, anchor_stride
   )
   attention = aux.vision_attention.astype(jnp.float32).reshape(T, P)
   salient = rows.rank(attention) < num_salient[:, None]
@@ -138,7 +138,7 @@ def segment_starts(cosine, num_segments, threshold):
   return jnp.concatenate([jnp.ones(1, bool), cuts])
 
 
-def _counts(budgets, wanted, first, size, stride):
+def _counts(shares, wanted, first, size, stride):
   """Returns int32[T] salient tokens and int32[T] anchors of each frame.
 
   A segment's anchors are split evenly over its anchor frames, the earlier ones
@@ -146,7 +146,7 @@ def _counts(budgets, wanted, first, size, stride):
   frames in proportion to their room, so that the sum stays.
 
   Args:
-    budgets: int32[T] tokens of each frame.
+    shares: int32[T] tokens of each frame.
     wanted: int32[T] how many of them are anchors.
     first: int32[T], the first frame of each frame's segment.
     size: P, static.
@@ -161,12 +161,12 @@ def _counts(budgets, wanted, first, size, stride):
   before = (same & holds[None, :] & (place[None, :] < place[:, None])).sum(-1)
   total = jnp.where(same, wanted[None, :], 0).sum(axis=-1)
   anchors = total // num_frames + (before < total % num_frames)
-  salient = budgets - wanted
+  salient = shares - wanted
   anchors = jnp.where(holds, jnp.minimum(anchors, size - salient), 0)
   room = size - salient - anchors
-  return salient + rows.apportion(
-    budgets.sum() - salient.sum() - anchors.sum(), room, room
-  ), anchors  # fmt: skip
+  left = shares.sum() - salient.sum() - anchors.sum()
+  more = budgets.largest_remainder_on_device(room, left, high=room)
+  return salient + more, anchors
 
 
 def _nearest(features, anchors, segment):

@@ -27,10 +27,10 @@ from cacovid_jax import errors
 from cacovid_jax.compressors import (
   base,
   budgets,
-  cosine,
   divprune,
   dpc_knn,
   in_llm,
+  rows,
   similarity,
 )
 
@@ -117,23 +117,23 @@ def compress(
   keep = diverse | (root & (clusters.rank < counts[:, None]))
 
   place = jnp.arange(P)
+  # [T, P, P], centres by trees.
   member = (clusters.centre[:, None, :] == place[:, None]) & root[:, None, :]
-  member = member.astype(jnp.float32)  # [T, P, P], centres by trees
-  merged = cosine.dot(member, total)
-  count = cosine.dot(member, size[..., None])
+  merged = similarity.pooled(total, member)
+  count = similarity.pooled(size[..., None], member)
   merged = (merged / jnp.maximum(count, 1.0)).astype(features.dtype)
-  rows = jnp.where(diverse[..., None], frames, merged)
+  values = jnp.where(diverse[..., None], frames, merged)
 
   first = jnp.arange(T)[:, None] * P
   token = place + first
-  target = jnp.where(root, clusters.centre + first, -1)
-  target = jnp.where(diverse, token, target).reshape(-1)
-  target = target[roots_of(parent)]
-  keep = keep.reshape(-1)
-  (index,) = jnp.nonzero(keep, size=num_keep)
-  row = jnp.cumsum(keep, dtype=jnp.int32) - 1
-  assign = jnp.where(target < 0, -1, row[target])
-  return base.arrange(rows.reshape(features.shape)[index], index, assign)
+  into = jnp.where(root, clusters.centre + first, T * P)
+  into = jnp.where(diverse, token, into).reshape(-1)
+  return rows.collect(
+    values.reshape(features.shape),
+    keep.reshape(-1),
+    into[roots_of(parent)],
+    num_keep,
+  )
 
 
 def pick_diverse(frames, attention, num_keep):
@@ -148,20 +148,19 @@ def pick_diverse(frames, attention, num_keep):
     num_keep: static; frames get equal parts, the first ones one more.
   """
   T, P = attention.shape
-  share, rest = divmod(num_keep, T)
-  most = share + (rest > 0)
+  count = budgets.evenly(num_keep, T)
+  most = max(count)
   if not most:
     return jnp.zeros([T, P], bool)
   # Only ratios matter within a frame; the largest becomes 1.
   largest = attention.max(axis=-1, keepdims=True)
   attention = attention / jnp.where(largest > 0, largest, 1.0)
-  distance = (1.0 - cosine.matrix(frames)) * attention[:, None, :]
+  distance = (1.0 - similarity.between(frames)) * attention[:, None, :]
   picks = jax.vmap(
     functools.partial(divprune.max_min_of_matrix, num_keep=most)
   )(distance)
   # The picks of a smaller budget are the first ones of a larger.
-  count = share + (jnp.arange(T)[:, None] < rest)
-  picks = jnp.where(jnp.arange(most) < count, picks, P)
+  picks = jnp.where(jnp.arange(most) < jnp.array(count)[:, None], picks, P)
   return jax.vmap(
     lambda chosen: jnp.zeros([P], bool).at[chosen].set(True, mode="drop")
   )(picks)
@@ -200,7 +199,7 @@ def link(frames, free, cut, threshold, most):
   T, P = free.shape
   if T == 1 or not most:
     return jnp.full([T, P], -1, jnp.int32)
-  likeness = similarity.settled(cosine.matrix(frames[1:], frames[:-1]))
+  likeness = similarity.settled(similarity.between(frames[1:], frames[:-1]))
   likeness = jnp.where(free[:-1, None, :], likeness, -jnp.inf)
   parent = jnp.argmax(likeness, axis=-1).astype(jnp.int32)
   best = likeness.max(axis=-1)
@@ -231,9 +230,9 @@ def tree_sums(frames, free, parent):
     (total, size, hangs_on) = later
     tokens, free, parent = frame
     # A product instead of a scatter: its sums are reproducible on a GPU.
-    child = (hangs_on[None, :] == place[:, None]).astype(jnp.float32)
-    total = tokens + cosine.dot(child, total)
-    size = free + cosine.dot(child, size)
+    child = hangs_on[None, :] == place[:, None]
+    total = tokens + similarity.pooled(total, child)
+    size = free + similarity.pooled(size, child)
     return (total, size, parent), (total, size)
 
   nothing = jax.tree.map(jnp.zeros_like, (tokens[0], free[0], parent[0]))

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cacovid_jax import errors
-from cacovid_jax.compressors import base, cosine, cover_kernel, merging
+from cacovid_jax.compressors import base, cover_kernel, merging, similarity
 
 # Largest similarity matrix that is held: 14188 tokens in one window. A batch
 # holds one of them for each video.
@@ -171,7 +171,7 @@ def greedy(
     _integers, floor=floor, scale=_scale(num_video, floor)
   )
   if similarities == "matrix":
-    matrix = to_integers(cosine.matrix(x), weights[:, None, :])
+    matrix = to_integers(similarity.between(x), weights[:, None, :])
 
     def rows_of(candidates):
       return matrix.reshape(num_places, area)[candidates]
@@ -184,9 +184,9 @@ def greedy(
 
     def rows_of(candidates):
       if num_windows == 1:
-        return to_integers(cosine.matrix(x[0][candidates], x[0]), weights)
+        return to_integers(similarity.between(x[0][candidates], x[0]), weights)
       window, own = candidates // area, candidates % area
-      rows = cosine.matrix(x[window, own][:, None], x[window])[:, 0]
+      rows = similarity.between(x[window, own][:, None], x[window])[:, 0]
       return to_integers(rows, weights[window])
 
     def gains_of_all(covered):
@@ -194,7 +194,7 @@ def greedy(
         x, weights, covered = window
 
         def of_one(candidate):
-          rows = cosine.matrix(candidate[None], x)
+          rows = similarity.between(candidate[None], x)
           left = to_integers(rows, weights) - covered
           return jnp.maximum(left, 0).sum()
 
@@ -415,8 +415,8 @@ def question_weights(features, text, temperature):
       f"floc: question_temperature {temperature} is not above 0"
     )
   question = text.astype(jnp.float32).sum(axis=0, keepdims=True)
-  similarity = cosine.matrix(features.astype(jnp.float32), question)[:, 0]
-  return features.shape[0] * jax.nn.softmax(similarity / temperature)
+  cosines = similarity.between(features.astype(jnp.float32), question)[:, 0]
+  return features.shape[0] * jax.nn.softmax(cosines / temperature)
 
 
 def _scale(num_video, floor) -> float:
@@ -431,16 +431,16 @@ def _scale(num_video, floor) -> float:
   return 2.0 ** min(bits, 20)
 
 
-def _integers(similarity, weights, *, floor, scale):
+def _integers(cosines, weights, *, floor, scale):
   """Returns int32[...], what a token is covered by in whole numbers.
 
   Args:
-    similarity: float32[...] cosines.
+    cosines: float32[...].
     weights: float32[...] weights of the tokens that are covered.
     floor: c.
     scale: what similarities are multiplied by.
   """
-  above = jnp.clip(similarity, floor, 1.0) - floor
+  above = jnp.clip(cosines, floor, 1.0) - floor
   return jnp.round(above * weights * scale).astype(jnp.int32)
 
 

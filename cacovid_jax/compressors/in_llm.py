@@ -527,7 +527,9 @@ def keep_by_text_attention(
   sizes = jnp.zeros(num_sets + 1, jnp.int32).at[sets].add(1)
   total = seen.mask.sum()
   if share is None:
-    quotas = _in_proportion(sizes[:num_sets], jnp.minimum(keep, total))
+    quotas = budgets.largest_remainder_on_device(
+      sizes[:num_sets], jnp.minimum(keep, total), high=sizes[:num_sets]
+    )
   else:
     table = jnp.array([int(share * n) for n in range(size + 1)], jnp.int32)
     quotas = table[sizes[:num_sets]]
@@ -560,19 +562,8 @@ def sets_of_static_and_frames(selection: base.Selection, grid):
 def compact(survives, size: int):
   """Returns (int32[size] ascending places of True, behind them n; count)."""
   length = survives.shape[0]
-  places = jnp.where(survives, jnp.arange(length, dtype=jnp.int32), length)
-  return jnp.sort(places)[:size], survives.sum().astype(jnp.int32)
-
-
-def _in_proportion(sizes, total):
-  """Returns int32[S] quotas that sum to `total`, by largest remainder."""
-  everything = jnp.maximum(sizes.sum(), 1)
-  # Sizes and totals stay below 46341, so their products fit 32 bits.
-  quotas = sizes * total // everything
-  rest = sizes * total % everything
-  order = jnp.argsort(-rest, stable=True)
-  more = jnp.arange(sizes.shape[0]) < total - quotas.sum()
-  return quotas.at[order].add(more.astype(jnp.int32))
+  (places,) = jnp.nonzero(survives, size=size, fill_value=length)
+  return places, survives.sum().astype(jnp.int32)
 
 
 def cut_layer(

@@ -10,7 +10,7 @@ Axes: N video tokens, D width, K kept tokens.
 import jax.numpy as jnp
 
 from cacovid_jax import errors
-from cacovid_jax.compressors import base, cosine
+from cacovid_jax.compressors import base, similarity
 
 MODES = ("none", "nearest")
 
@@ -81,6 +81,6 @@ def fold(selection, features, *, weighted=True, valid=None):
 
 def nearest(selection, features):
   """Returns int32[N], the valid row of highest cosine to each token."""
-  similarity = cosine.matrix(features, selection.features)
-  similarity = jnp.where(selection.mask, similarity, -jnp.inf)
-  return jnp.argmax(similarity, axis=-1).astype(jnp.int32)
+  cosines = similarity.between(features, selection.features)
+  cosines = jnp.where(selection.mask, cosines, -jnp.inf)
+  return jnp.argmax(cosines, axis=-1).astype(jnp.int32)

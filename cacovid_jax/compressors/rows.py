@@ -2,7 +2,7 @@
 
 Ranks instead of sorts: a count that is data then is one comparison.
 
-Axes: N video tokens, D width, K kept tokens, S shares of a budget.
+Axes: N video tokens, D width, K kept tokens.
 """
 
 import jax
@@ -21,77 +21,22 @@ def rank(values: jax.Array, valid: jax.Array | None = None) -> jax.Array:
     valid: bool[..., n], the values that are there; None for all. The others
       come before nothing, and their own rank is n.
   """
-  n = values.shape[-1]
-  row, column = values[..., :, None], values[..., None, :]
-  place = jnp.arange(n)
-  earlier = place[None, :] < place[:, None]
-  before = (column > row) | ((column == row) & earlier)
+  comes_before = before(values)
   if valid is not None:
-    before = before & valid[..., None, :]
-  found = before.sum(axis=-1, dtype=jnp.int32)
-  return found if valid is None else jnp.where(valid, found, n)
+    comes_before &= valid[..., None, :]
+  found = comes_before.sum(axis=-1, dtype=jnp.int32)
+  return found if valid is None else jnp.where(valid, found, values.shape[-1])
 
 
-def apportion(
-  total: int | jax.Array,
-  weights: jax.Array,
-  most: jax.Array,
-  at_least_one: jax.Array | None = None,
-) -> jax.Array:
-  """Splits a budget in proportion to weights, rounding by largest remainder.
+def before(values: jax.Array) -> jax.Array:
+  """Returns bool[..., n, n], whether a column's value comes before a row's.
 
-  A share that would pass its limit gets the limit, and the rest is split
-  between the others in proportion. Equal remainders go to the first.
-
-  Args:
-    total: the budget, at most the sum of `most`.
-    weights: float[S] or int[S], positive where `most` is. Shares of integers
-      are exact: their products with the budget must fit into int32.
-    most: int32[S], the limit of each share.
-    at_least_one: bool[S], shares that must not be zero; None for none. If
-      they are more than the budget, the heaviest ones get one each.
-
-  Returns:
-    int32[S] shares that sum to `total`.
+  Larger values of float[..., n] come first, equal ones in the order of places.
   """
-  exact = jnp.issubdtype(weights.dtype, jnp.integer)
-  real = weights.astype(jnp.float32)
-  total = jnp.asarray(total, jnp.int32)
-  if at_least_one is None:
-    least = jnp.zeros_like(most)
-  else:
-    at_least_one = at_least_one & (most > 0)
-    least = (rank(real, at_least_one) < total) & at_least_one
-    least = least.astype(most.dtype)
-
-  def shares(scale):
-    return jnp.clip(scale[..., None] * real, least, most)
-
-  # The sum of the shares grows piecewise linearly with the scale, with a bend
-  # where a share meets a limit.
-  positive = jnp.maximum(real, jnp.finfo(jnp.float32).tiny)
-  bends = jnp.concatenate([jnp.zeros(1), least / positive, most / positive])
-  bends = jnp.where(jnp.isfinite(bends), bends, 0.0)
-  sums = shares(bends).sum(axis=-1)
-  low = jnp.max(jnp.where(sums <= total, bends, 0.0))
-  high = jnp.min(jnp.where(sums >= total, bends, bends.max()))
-  low_sum, high_sum = shares(low).sum(), shares(high).sum()
-  part = (total - low_sum) / jnp.maximum(high_sum - low_sum, 1e-9)
-  wanted = shares(low + jnp.clip(part, 0.0, 1.0) * (high - low))
-  share = jnp.floor(wanted).astype(most.dtype)
-  remainder = wanted - share
-  if exact:
-    # Between the limits in whole numbers: rounding must not decide on ties.
-    free = (wanted > least) & (wanted < most)
-    left = total - jnp.where(free, 0, share).sum()
-    whole = jnp.maximum(jnp.where(free, weights, 0).sum(), 1)
-    share = jnp.where(free, left * weights // whole, share)
-    remainder = jnp.where(free, left * weights % whole, 0).astype(jnp.float32)
-  rest = total - share.sum()
-  up = rank(remainder, share < most) < rest
-  # Only rounding of the scale can leave a whole one too much.
-  down = rank(-remainder, share > least) < -rest
-  return share + up.astype(most.dtype) - down.astype(most.dtype)
+  row, column = values[..., :, None], values[..., None, :]
+  place = jnp.arange(values.shape[-1])
+  earlier = place[None, :] < place[:, None]
+  return (column > row) | ((column == row) & earlier)
 
 
 def collect(

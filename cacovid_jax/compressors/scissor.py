@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from cacovid_jax import errors
-from cacovid_jax.compressors import base, components, directions
+from cacovid_jax.compressors import base, components, similarity
 
 _BISECTIONS = 16
 
@@ -68,7 +68,7 @@ def _by_trees(features, grid, num_keep, tau):
   """Returns what `_by_threshold` does, of exactly K components."""
   num_frames, area = grid[0], grid[1] * grid[2]
   num_video = num_frames * area
-  alike = directions.symmetric_cosine(_frames(features, grid))
+  alike = similarity.symmetric(_frames(features, grid))
   forest = jax.vmap(components.maximum_spanning_forest)(alike)
   start = jnp.arange(num_frames, dtype=jnp.int32)[:, None] * area
   forest = components.Forest(
@@ -85,7 +85,7 @@ def _by_trees(features, grid, num_keep, tau):
 
   means = _means(features, spatial, grid)
   valid = spatial == jnp.arange(num_video)
-  alike = directions.symmetric_cosine(means)
+  alike = similarity.symmetric(means)
   forest = components.maximum_spanning_forest(alike, valid)
   num_edges = valid.sum() - num_keep
   label = components.cut(forest, num_edges)
@@ -105,7 +105,7 @@ def _by_threshold(features, grid, tau):
     int32[N] how many other slots each is linked to.
   """
   area = grid[1] * grid[2]
-  alike = directions.symmetric_cosine(_frames(features, grid))
+  alike = similarity.symmetric(_frames(features, grid))
   links = _links(alike, tau)
   start = jnp.arange(grid[0], dtype=jnp.int32)[:, None] * area
   spatial = jax.vmap(components.connected_components)(links) + start
@@ -114,7 +114,7 @@ def _by_threshold(features, grid, tau):
 
   means = _means(features, spatial, grid)
   valid = spatial == jnp.arange(spatial.shape[0])
-  links = _links(directions.symmetric_cosine(means), tau)
+  links = _links(similarity.symmetric(means), tau)
   links &= valid[:, None] & valid[None, :]
   label = components.connected_components(links)
   return means, spatial, hub, label, jnp.sum(links, axis=-1)
@@ -157,8 +157,8 @@ def _merge(features, means, spatial, hub, label, degree, num_keep):
   row = jnp.append(jnp.argsort(order).astype(jnp.int32), num_keep)[row]
 
   # Equal votes: a large and a small component of a frame count the same.
-  own = components.segment_mean(means, row, num_keep)
-  alike = directions.cosine(features.astype(own.dtype), own)
+  own = base.segment_mean(means, row, num_keep)
+  alike = similarity.between(features.astype(own.dtype), own, split=True)
   alike = jnp.where(slot[:num_keep] < num_valid, alike, -jnp.inf)
   assign = jnp.argmax(alike, axis=-1).astype(jnp.int32)
   count = base.segment_count(assign, num_keep)
@@ -203,7 +203,7 @@ def _means(features, spatial, grid):
   num_frames, area = grid[0], grid[1] * grid[2]
   start = jnp.arange(num_frames, dtype=jnp.int32)[:, None] * area
   local = spatial.reshape(num_frames, area) - start
-  means = jax.vmap(components.segment_mean, in_axes=(0, 0, None))(
+  means = jax.vmap(base.segment_mean, in_axes=(0, 0, None))(
     _frames(features, grid), local, area
   )
   return means.reshape(num_frames * area, -1)

@@ -1,39 +1,65 @@
-"""Cosine similarities of tokens, in float32; a token of zeros has none.
+"""Cosine similarities of tokens, in full float32 at the price of their type.
 
-Axes: T frames, P tokens of a frame, D width.
+A token of zeros is similar to nothing, itself included.
+
+Axes: T frames, n and m tokens, g groups, D width.
 """
 
 import jax
 import jax.numpy as jnp
 
-# Below this norm a token counts as zero; no division by zero follows.
-_TINY = 1e-12
+# Below this norm a token counts as zeros; no division by zero follows.
+_LEAST_NORM = 1e-6
 
 
 def unit(x: jax.Array) -> jax.Array:
-  """Returns float32[..., D], each vector of x float[..., D] over its norm."""
+  """Returns float32[..., D], x float[..., D] at norm 1; zeros stay zeros."""
   x = x.astype(jnp.float32)
   norm = jnp.linalg.norm(x, axis=-1, keepdims=True)
-  return x / jnp.maximum(norm, _TINY)
+  return x / jnp.maximum(norm, _LEAST_NORM)
 
 
-def between(x: jax.Array, y: jax.Array) -> jax.Array:
-  """Returns float32[n, m] cosines of the rows of x float[n, D] and y [m, D].
+def inverse_norm(x: jax.Array) -> jax.Array:
+  """Returns float32[...], one over the norms of tokens x float[..., D]."""
+  norm = jnp.linalg.norm(x.astype(jnp.float32), axis=-1)
+  return 1.0 / jnp.maximum(norm, _LEAST_NORM)
 
-  Tokens are multiplied in the dtype that they have, for the products of two
-  bfloat16 numbers are exact in float32, and divided by the norms afterwards.
+
+def between(
+  x: jax.Array, y: jax.Array | None = None, *, split: bool = False
+) -> jax.Array:
+  """Returns float32[..., n, m] in [-1, 1], the cosines of tokens x and y.
+
+  Tokens are multiplied in the type that they have and divided by their norms
+  afterwards; those to be split have norm 1 before.
+
+  Args:
+    x: float[..., n, D].
+    y: float[..., m, D]; None for x.
+    split: True multiplies tokens of float32 by `split_dot` on NVIDIA GPUs, a
+      few times faster, with an error of about 1e-6 instead of 1e-7.
   """
-  product = jnp.matmul(
-    x,
-    y.T,
-    precision=jax.lax.Precision.HIGHEST,
-    preferred_element_type=jnp.float32,
-  )
-  norm_x, norm_y = (
-    jnp.linalg.norm(z.astype(jnp.float32), axis=-1) for z in (x, y)
-  )
-  product = product / jnp.maximum(norm_x, _TINY)[:, None]
-  return product / jnp.maximum(norm_y, _TINY)
+  y = x if y is None else y
+  if split and not _exact_in_float32(x, y):
+    columns = jnp.swapaxes(unit(y), -1, -2)
+    cosines = jax.lax.platform_dependent(
+      unit(x), columns, cuda=split_dot, default=dot
+    )
+  else:
+    products = dot(x, jnp.swapaxes(y, -1, -2))
+    scale = inverse_norm(x)[..., :, None] * inverse_norm(y)[..., None, :]
+    cosines = products * scale
+  return jnp.clip(cosines, -1.0, 1.0)
+
+
+def symmetric(x: jax.Array) -> jax.Array:
+  """Returns float32[..., n, n] of x float[..., n, D], as edges of a graph.
+
+  Symmetric to the last bit: a matrix unit may round x_i . x_j and x_j . x_i
+  differently, which would let an edge lead in one direction only.
+  """
+  cosines = between(x, split=True)
+  return jnp.maximum(cosines, jnp.swapaxes(cosines, -1, -2))
 
 
 def adjacent(frames: jax.Array) -> jax.Array:
@@ -44,7 +70,7 @@ def adjacent(frames: jax.Array) -> jax.Array:
       place of the next frame.
   """
   x = frames.astype(jnp.float32)
-  norm = jnp.maximum(jnp.linalg.norm(x, axis=-1), _TINY)
+  norm = jnp.maximum(jnp.linalg.norm(x, axis=-1), _LEAST_NORM)
   product = jnp.sum(x[1:] * x[:-1], axis=-1)
   return product / norm[1:] / norm[:-1]
 
@@ -58,19 +84,54 @@ def settled(cosines: jax.Array) -> jax.Array:
   return jnp.round(cosines * 65536.0) / 65536.0
 
 
+def dot(x: jax.Array, y: jax.Array) -> jax.Array:
+  """Returns the float32 matrix product of x and y, nothing rounded before.
+
+  The products of two bfloat16 numbers fit into float32: tokens of that type
+  are multiplied as they are, several times faster than those of float32.
+  """
+  if _exact_in_float32(x, y):
+    return jnp.matmul(x, y, preferred_element_type=jnp.float32)
+  return jnp.matmul(
+    x.astype(jnp.float32),
+    y.astype(jnp.float32),
+    precision=jax.lax.Precision.HIGHEST,
+  )
+
+
+def split_dot(x: jax.Array, y: jax.Array) -> jax.Array:
+  """Returns `dot` of x and y, as three products of bfloat16.
+
+  Each number is split in two of bfloat16, and the product of the small parts
+  left out: an error of 2^-16 of a product at most, and of the many in a row
+  most cancels, 1e-7 of the norms at the widths of language models. It takes a
+  quarter of the time of a product of float32 on a GPU, whose matrix unit has
+  none of full precision.
+  """
+  (x_high, x_low), (y_high, y_low) = _halves(x), _halves(y)
+  return (dot(x_high, y_low) + dot(x_low, y_high)) + dot(x_high, y_high)
+
+
 def pooled(x: jax.Array, member: jax.Array) -> jax.Array:
   """Returns float32[..., g, D], the sum of the tokens of each group.
 
-  A product with zeros and ones: exact in whatever dtype the tokens have, sums
-  in float32, and unlike a scatter in an order that does not change.
+  A product with zeros and ones: exact in whatever type the tokens have, sums
+  in float32, fast on accelerators, and unlike a scatter in an order that does
+  not change.
 
   Args:
     x: float[..., n, D] tokens.
     member: bool[..., g, n], True where a token belongs to a group.
   """
-  return jnp.matmul(
-    member.astype(x.dtype),
-    x,
-    precision=jax.lax.Precision.HIGHEST,
-    preferred_element_type=jnp.float32,
-  )
+  return dot(member.astype(x.dtype), x)
+
+
+def _exact_in_float32(x, y):
+  return x.dtype == y.dtype and x.dtype in (jnp.bfloat16, jnp.float16)
+
+
+def _halves(x):
+  x = x.astype(jnp.float32)
+  # A plain cast there and back is simplified away by the compiler.
+  high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+  return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from cacovid_jax import errors
-from cacovid_jax.compressors import base, budgets, cosine, similarity
+from cacovid_jax.compressors import base, budgets, rows, similarity
 
 
 def compress(
@@ -73,12 +73,10 @@ def compress(
     least=-(-num_keep // P),
   )
   is_head = head == jnp.arange(T)
-  fused = base.segment_sum(features.reshape(T, -1), head, T)
-  size = base.segment_count(head, T)
-  fused = fused / jnp.maximum(size, 1.0)[:, None]
+  fused = base.segment_mean(features.reshape(T, -1), head, T)
   fused = fused.reshape(T, P, -1)
 
-  unique = uniqueness(cosine.matrix(fused.mean(axis=1)), is_head)
+  unique = uniqueness(similarity.between(fused.mean(axis=1)), is_head)
   share = jnp.where(is_head, unique / temperature, -jnp.inf)
   # A fused frame gets a token at least, if there are enough.
   least = is_head & (is_head.sum() <= num_keep)
@@ -95,18 +93,19 @@ def compress(
     P, dtype=bool
   )
   num_near = near.sum(axis=-1)[..., None]
-  around = cosine.dot(near.astype(jnp.float32), fused)
+  around = similarity.pooled(fused, near)
   around = around / jnp.maximum(num_near, 1)
-  rows = jnp.where(num_near > 0, (fused + around) / 2, fused)
+  values = jnp.where(num_near > 0, (fused + around) / 2, fused)
 
   first = jnp.arange(T)[:, None] * P
-  target = jnp.where(keeper < 0, -1, keeper + first)[head].reshape(-1)
-  keep = (keeper == jnp.arange(P)).reshape(-1)
-  (index,) = jnp.nonzero(keep, size=num_keep)
-  row = jnp.cumsum(keep, dtype=jnp.int32) - 1
-  assign = jnp.where(target < 0, -1, row[target])
-  rows = rows.reshape(features.shape)[index].astype(features.dtype)
-  return base.arrange(rows, index, assign)
+  into = jnp.where(keeper < 0, T * P, keeper + first)[head]
+  return rows.collect(
+    values.reshape(features.shape),
+    (keeper == jnp.arange(P)).reshape(-1),
+    into.reshape(-1),
+    num_keep,
+    dtype=features.dtype,
+  )
 
 
 def fuse(vectors, threshold, least):
@@ -119,7 +118,7 @@ def fuse(vectors, threshold, least):
       fewer, the frames that are farthest from their first one start groups.
   """
   T = vectors.shape[0]
-  distance = 1.0 - cosine.matrix(vectors)
+  distance = 1.0 - similarity.between(vectors)
   frame = jnp.arange(T, dtype=jnp.int32)
 
   def join(head, t):
@@ -171,7 +170,7 @@ def visit_tokens(x, count, threshold):
   """
   P = x.shape[0]
   place = jnp.arange(P, dtype=jnp.int32)
-  cosines = cosine.matrix(x)
+  cosines = similarity.between(x)
   order = jnp.argsort(-similarity.settled(uniqueness(cosines)))
   near = 1.0 - cosines[order][:, order] <= threshold
   near &= place[None, :] > place[:, None]

@@ -14,7 +14,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from cacovid_jax.compressors import base, checks, rows, similarity
+from cacovid_jax.compressors import base, budgets, checks, rows, similarity
 
 # Bandwidths of the Gaussians exp(-d^2 / (2 * bandwidth)).
 _BANDWIDTHS = (0.125, 0.25, 0.5, 1.0, 2.0)
@@ -57,7 +57,7 @@ def compress(
   if rounding == "reference":
     count = jnp.round(ratio * share * P).astype(jnp.int32)
   else:
-    count = rows.apportion(num_keep, share, jnp.full([T], P, jnp.int32))
+    count = budgets.largest_remainder_on_device(share, num_keep, high=P)
   kept = rows.rank(-(to_video + to_frame)) < count[:, None]
   return base.take_mask(features, kept.reshape(-1), num_keep)
 

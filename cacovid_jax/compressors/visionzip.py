@@ -12,7 +12,15 @@ Axes: P tokens of a frame, D width, d dk widths of keys, c contextual tokens.
 import jax
 import jax.numpy as jnp
 
-from cacovid_jax.compressors import base, checks, rows, similarity
+from cacovid_jax import errors
+from cacovid_jax.compressors import (
+  allocators,
+  base,
+  budgets,
+  checks,
+  rows,
+  similarity,
+)
 
 # The paper keeps 54 dominant and 10 contextual tokens, and multiples of that.
 _DOMINANT_SHARE = 54 / 64
@@ -29,16 +37,17 @@ def compress(
   scope="frame",
   dominant_share=_DOMINANT_SHARE,
   contextual_reduce="sum",
+  allocator=None,
 ):
   """Returns dominant tokens unchanged and contextual tokens merged.
 
   Args:
     features: float[N, D] video tokens.
     grid: static (T, H, W).
-    num_keep: K, static; frames share it evenly, the first K mod T of them get
-      one more.
+    num_keep: K, static.
     text: unused.
-    aux: with `vision_attention` float32[N] and `vision_keys` float32[N, dk].
+    aux: with `vision_attention` float32[N] and `vision_keys` float32[N, dk],
+      and what the allocator needs.
     rng: unused.
     scope: "frame", or "video" for one competition over all tokens, as in the
       ports to Qwen2.5-VL.
@@ -46,6 +55,9 @@ def compress(
     contextual_reduce: "sum" adds the mean of the tokens taken in to the
       contextual token, which about doubles its norm, as published; "mean" is
       the mean over all of them, itself included.
+    allocator: how frames share the budget, a name of `allocators`, for which
+      a frame's tokens are in the order of their attention; None for evenly,
+      the first K mod T frames get one more. Only with scope "frame".
   """
   del text, rng
   reductions = ("sum", "mean")
@@ -55,14 +67,34 @@ def compress(
   T, H, W = grid
   num_parts = T if scope == "frame" else 1
   size = T * H * W // num_parts
-  share, rest = divmod(num_keep, num_parts)
-  budgets = [share + (i < rest) for i in range(num_parts)]
-  dominant = [int(budget * dominant_share) for budget in budgets]
-  contextual = [k - d for k, d in zip(budgets, dominant, strict=True)]
+  attention = aux.vision_attention.astype(jnp.float32).reshape(num_parts, size)
+  if allocator is None:
+    counts = budgets.evenly(num_keep, num_parts)
+    most, counts = max(counts), jnp.array(counts)
+  elif scope == "video":
+    raise errors.UserError(
+      f"visionzip: allocator {allocator!r} shares out the budget between"
+      " frames; it needs scope 'frame'"
+    )
+  else:
+    counts = allocators.frame_counts(
+      allocator,
+      features,
+      jnp.argsort(-attention),
+      grid=grid,
+      num_keep=num_keep,
+      aux=aux,
+    )
+    most = min(num_keep, size)
+  # By the budget of a frame, how many of its tokens are dominant; the largest
+  # budget has the most contextual ones.
+  dominant = [int(k * dominant_share) for k in range(most + 1)]
+  max_contextual = most - dominant[-1]
+  dominant = jnp.array(dominant)[counts]
 
   def part(x, attention, keys, num_dominant, num_contextual):
     kept, contexts, joined = split(
-      attention, keys, num_dominant, num_contextual, max(contextual)
+      attention, keys, num_dominant, num_contextual, max_contextual
     )
     merged = merge(x, contexts, joined, contextual_reduce)
     # Behind the last contextual token there is nowhere to write.
@@ -73,10 +105,10 @@ def compress(
 
   values, kept, into = jax.vmap(part)(
     features.reshape(num_parts, size, -1),
-    aux.vision_attention.reshape(num_parts, size),
+    attention,
     aux.vision_keys.reshape(num_parts, size, -1),
-    jnp.array(dominant),
-    jnp.array(contextual),
+    dominant,
+    counts - dominant,
   )
   start = jnp.arange(num_parts)[:, None] * size
   into = jnp.where(into < size, into + start, T * H * W)
@@ -105,7 +137,7 @@ def split(attention, keys, num_dominant, num_contextual, max_contextual):
     where there are none, for all.
   """
   size = attention.shape[0]
-  dominant = rows.rank(attention.astype(jnp.float32)) < num_dominant
+  dominant = rows.rank(attention) < num_dominant
   # The others in order of their index: every step-th is contextual.
   place = jnp.cumsum(~dominant) - 1
   step = (size - num_dominant) // jnp.maximum(num_contextual, 1)
@@ -146,4 +178,5 @@ COMPRESSOR = base.Compressor(
   function=compress,
   needs=frozenset(["vision_attention", "vision_keys"]),
   reference_rows=reference_rows,
+  configure=allocators.configure,
 )

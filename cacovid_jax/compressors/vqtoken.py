@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from cacovid_jax import errors
-from cacovid_jax.compressors import base, components, directions
+from cacovid_jax.compressors import base, components, similarity
 
 # The range of the adaptive number of clusters starts here, as published.
 FEWEST_CLUSTERS = 12
@@ -82,7 +82,7 @@ def compress(
     raise errors.UserError(
       f"vqtoken: seeds_per_draw is {seeds_per_draw}; use 1 or more"
     )
-  x = directions.unit(features)
+  x = similarity.unit(features)
   chosen = seeds(rng, x, num_clusters, per_draw=seeds_per_draw)
   used = jnp.ones([num_clusters], bool)
   if elbow:
@@ -153,7 +153,7 @@ def nearest(x, centres, used, precision=jax.lax.Precision.HIGHEST):
   Returns:
     (int32[N], float32[N]).
   """
-  alike = jnp.matmul(x, directions.unit(centres).T, precision=precision)
+  alike = jnp.matmul(x, similarity.unit(centres).T, precision=precision)
   alike = jnp.where(used, alike, -jnp.inf)
   return jnp.argmax(alike, axis=-1).astype(jnp.int32), jnp.max(alike, axis=-1)
 

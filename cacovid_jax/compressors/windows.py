@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cacovid_jax.compressors import rows, similarity
+from cacovid_jax.compressors import budgets, rows, similarity
 
 STATIC, DYNAMIC, NOWHERE = 0, 1, -1
 
@@ -117,9 +117,10 @@ def shares(sizes, num_keep):
   if there are too many sets. The shares sum to K.
   """
   flat = sizes.reshape(-1)
-  return rows.apportion(
-    num_keep, flat, flat, at_least_one=flat > 0
-  ).reshape(sizes.shape)  # fmt: skip
+  largest = rows.rank(flat, flat > 0) < num_keep
+  return budgets.largest_remainder_on_device(
+    flat, num_keep, low=largest & (flat > 0), high=flat
+  ).reshape(sizes.shape)
 
 
 def of_kind(values, kind):

@@ -9,7 +9,7 @@ import pytest
 
 from cacovid_jax import compressors, errors
 from cacovid_jax.compressors import base
-from tests.compressors.compressors_test import Scores
+from tests.compressors import quick, videos
 
 GRID = (4, 2, 3)
 NUM_VIDEO, WIDTH, KEEP = 24, 8, 7
@@ -18,7 +18,7 @@ METHODS = {name: compressors.get(name) for name in compressors.names()}
 BEFORE = [n for n, m in METHODS.items() if isinstance(m, base.Compressor)]
 
 
-def videos():
+def degenerate():
   """Five videos float32[5, N, D], four of them degenerate."""
   plain = np.random.default_rng(0).standard_normal((NUM_VIDEO, WIDTH))
   frame = plain[: NUM_VIDEO // GRID[0]]
@@ -40,7 +40,7 @@ def arguments(num_video=NUM_VIDEO, num_frames=GRID[0], dtype=jnp.float32):
 
   def scores(key):
     frame, token = jax.random.split(key)
-    return Scores(
+    return videos.Scores(
       jax.random.normal(frame, [num_frames, 2]),
       jax.random.normal(token, [num_video, 2]),
     )
@@ -92,14 +92,14 @@ def test_exactly_k_valid_rows_whatever_the_video(name):
   method = METHODS[name]
   others = arguments()
 
-  @jax.jit
+  @quick.jit
   @jax.vmap
   def run(features):
     return method.compress(
       features, grid=GRID, num_keep=KEEP, ratio=RATIO, **others
     )
 
-  batch = videos()
+  batch = degenerate()
   out = run(batch)
   assert out.features.shape == (len(batch), KEEP, WIDTH)
   for i in range(len(batch)):
@@ -112,9 +112,9 @@ def test_exactly_k_valid_rows_whatever_the_video(name):
 @pytest.mark.parametrize("name", BEFORE)
 def test_one_token_of_one_frame_in_half_precision(name):
   method = METHODS[name]
-  features = jnp.asarray(videos()[0][:6], jnp.bfloat16)
+  features = jnp.asarray(degenerate()[0][:6], jnp.bfloat16)
   others = arguments(6, 1, jnp.bfloat16)
-  run = jax.jit(
+  run = quick.jit(
     functools.partial(method.compress, grid=(1, 2, 3), num_keep=1, ratio=0.17)
   )
   out = run(features, **others)
@@ -131,18 +131,18 @@ def test_reference_rounding_stays_within_its_rows(name):
     assert rows == KEEP
     return  # The same program as with an exact budget.
   others = arguments()
-  run = jax.jit(
+  run = quick.jit(
     lambda features: method.compress(
       features, grid=GRID, num_keep=rows, ratio=RATIO, **others
     )
   )
-  for features in videos()[:3]:
+  for features in degenerate()[:3]:
     check(run(features), NUM_VIDEO, rows, None)
 
 
 @pytest.mark.parametrize("name", BEFORE)
 def test_a_budget_of_everything_is_the_identity(name):
-  features = videos()[0]
+  features = degenerate()[0]
   out = METHODS[name].compress(
     features, grid=GRID, num_keep=NUM_VIDEO, ratio=1.0, **arguments()
   )
@@ -170,7 +170,7 @@ def test_says_what_it_is_called_needs_and_takes(name):
 def test_a_budget_of_nothing_is_refused(name):
   with pytest.raises(errors.UserError, match="raise the retention ratio"):
     METHODS[name].compress(
-      videos()[0], grid=GRID, num_keep=0, ratio=0.01, **arguments()
+      degenerate()[0], grid=GRID, num_keep=0, ratio=0.01, **arguments()
     )
 
 

@@ -3,7 +3,6 @@
 import functools
 import itertools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from scipy import optimize
 
 from cacovid_jax import compressors, errors
 from cacovid_jax.compressors import allocators, base, density_peaks, uniform
+from tests.compressors import quick, videos
 
 GRID = (5, 2, 3)
 AREA, NUM_VIDEO = 6, 30
@@ -24,17 +24,10 @@ PER_FRAME = [
 ]
 
 
-class Scores(NamedTuple):
-  """Frame and token scores, with the fields of the policy's."""
-
-  frame: jax.Array
-  token: jax.Array
-
-
 def aux_of(seed, grid=GRID):
   frame, token = jax.random.split(jax.random.key(seed))
   return base.Aux(
-    scores=Scores(
+    scores=videos.Scores(
       jax.random.normal(frame, [grid[0], 2]),
       jax.random.normal(token, [math.prod(grid), 2]),
     )
@@ -47,7 +40,7 @@ def features_of(seed, grid=GRID):
 
 @functools.cache
 def knapsack(total, low, high):
-  return jax.jit(lambda errors: allocators.adaptok(errors, total, low, high))
+  return quick.jit(lambda errors: allocators.adaptok(errors, total, low, high))
 
 
 def cost(table, counts, low):
@@ -98,7 +91,7 @@ def test_the_knapsack_equals_an_integer_program():
 
 
 def test_rates_keep_their_mean_and_stay_in_bounds():
-  rates = jax.jit(allocators.rates, static_argnums=1)
+  rates = quick.jit(allocators.rates, static_argnums=1)
   for mean in (0.05, 0.25, 0.5, 0.9, 1.0):
     for seed in range(20):
       rng = np.random.default_rng(seed)
@@ -145,12 +138,17 @@ def signals(name, kind):
   return jnp.asarray(random, jnp.float32)
 
 
+@functools.cache
+def counts_of(name, total):
+  allocate = allocators.get(name).allocate
+  return quick.jit(lambda signal: allocate(signal, total, 1, 6))
+
+
 @pytest.mark.parametrize("kind", ["random", "zeros", "one_large"])
 @pytest.mark.parametrize("name", allocators.names())
 def test_counts_sum_to_the_total_within_bounds(name, kind):
-  allocate = allocators.get(name).allocate
   for total in (5, 7, 18, 30):
-    counts = np.asarray(allocate(signals(name, kind), total, 1, 6))
+    counts = np.asarray(counts_of(name, total)(signals(name, kind)))
     assert counts.sum() == total
     assert counts.min() >= 1 and counts.max() <= 6
 
@@ -221,7 +219,7 @@ def program(spec, allocator, num_keep):
       features, grid=GRID, num_keep=num_keep, aux=aux, rng=rng
     )
 
-  return jax.jit(compress)
+  return quick.jit(compress)
 
 
 # Each method with one allocator, each allocator with one method.
@@ -235,7 +233,7 @@ def program(spec, allocator, num_keep):
 )
 def test_methods_follow_allocators_in_a_batch_and_alone(spec, allocator):
   frame = features_of(9, (1, 2, 3))
-  videos = jnp.stack(
+  batch = jnp.stack(
     [
       features_of(0),
       features_of(1),
@@ -250,14 +248,14 @@ def test_methods_follow_allocators_in_a_batch_and_alone(spec, allocator):
   run = program(spec, allocator, 11)
   aux = jax.tree.map(lambda *x: jnp.stack(x), *[aux_of(i) for i in range(8)])
   keys = jax.random.split(jax.random.key(0), 8)
-  batched = jax.jit(jax.vmap(run))(videos, aux, keys)
+  batched = quick.jit(jax.vmap(run.__wrapped__))(batch, aux, keys)
   for i in range(8):
-    out = run(videos[i], aux_of(i), keys[i])
+    out = run(batch[i], aux_of(i), keys[i])
     index = np.asarray(out.index)
     assert np.all(np.diff(index) > 0) and np.asarray(out.mask).all()
     counts = np.bincount(index // AREA, minlength=5)
     assert counts.sum() == 11 and counts.min() >= 1
-    np.testing.assert_array_equal(out.features, videos[i][index])
+    np.testing.assert_array_equal(out.features, batch[i][index])
     np.testing.assert_array_equal(batched.index[i], index)
   assert run._cache_size() == 1
 

@@ -10,6 +10,7 @@ import pytest
 
 from cacovid_jax import compressors, errors
 from cacovid_jax.compressors import base
+from tests.compressors import quick
 
 GRID = (5, 2, 3)
 NUM_VIDEO = 30
@@ -46,7 +47,7 @@ def check_valid(selection, num_video):
 def test_take_mask_compacts_and_pads(num_rows):
   features = features_of(0)
   rng = np.random.default_rng(num_rows)
-  take = jax.jit(base.take_mask, static_argnums=2)
+  take = quick.jit(base.take_mask, static_argnums=2)
   for count in (0, 1, num_rows, 30):
     mask = np.zeros(NUM_VIDEO, bool)
     mask[rng.permutation(NUM_VIDEO)[:count]] = True
@@ -63,7 +64,7 @@ def test_take_mask_compacts_and_pads(num_rows):
 @pytest.mark.parametrize("reduce", ["mean", "max", "representative"])
 def test_merge_equals_a_loop_over_groups(reduce):
   rng = np.random.default_rng(0)
-  merge = jax.jit(base.merge, static_argnames="reduce")
+  merge = quick.jit(base.merge, static_argnames="reduce")
   for seed in range(6):
     features = np.asarray(features_of(seed))
     representative = rng.permutation(NUM_VIDEO)[:7].astype(np.int32)
@@ -229,11 +230,11 @@ def test_a_program_may_be_traced_around_given_values():
   method = compressors.get("last_query")
   features = features_of(0)
   expected = [27, 28, 29]
-  inputs = jax.jit(
+  inputs = quick.jit(
     lambda x: method.compress(x, grid=GRID, num_keep=3, aux=aux).index
   )
   np.testing.assert_array_equal(inputs(features), expected)
-  constants = jax.jit(
+  constants = quick.jit(
     lambda: method.compress(features, grid=GRID, num_keep=3, aux=aux).index
   )
   np.testing.assert_array_equal(constants(), expected)
@@ -297,3 +298,17 @@ def test_a_users_own_rule_says_what_it_reads_and_how_it_rounds(tmp_path):
     rng=jax.random.key(0),
   )
   np.testing.assert_array_equal(out.index, [27, 28, 29])
+
+
+def test_segment_mean_equals_a_loop_and_leaves_out_foreign_labels():
+  rng = np.random.default_rng(3)
+  x = rng.normal(size=[20, 5]).astype(np.float32)
+  label = rng.integers(-1, 8, 20).astype(np.int32)
+  label[label == 3] = 4
+  expected = np.zeros([7, 5])
+  for group in range(7):
+    if np.any(label == group):
+      expected[group] = x[label == group].mean(axis=0)
+  mean = base.segment_mean(x, label, 7)
+  np.testing.assert_allclose(mean, expected, atol=1e-6)
+  assert not np.any(mean[3])

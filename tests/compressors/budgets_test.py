@@ -11,9 +11,12 @@ import pytest
 
 from cacovid_jax import errors
 from cacovid_jax.compressors import budgets
+from tests.compressors import naive, quick
 
 RATIOS = (0.25, 0.2, 0.15, 0.1)
 TOKENS = 6272
+
+_share = quick.jit(budgets.largest_remainder_on_device)
 
 
 def percent(value, digits=1):
@@ -214,7 +217,7 @@ def test_largest_remainder_by_hand():
 
 
 def test_largest_remainder_on_device_is_that_of_the_host():
-  share = jax.jit(jax.vmap(budgets.largest_remainder_on_device))
+  share = quick.jit(jax.vmap(budgets.largest_remainder_on_device))
   rows = []
   for weights, total, low, high in cases():
     count = len(weights)
@@ -235,9 +238,57 @@ def test_largest_remainder_on_device_is_that_of_the_host():
   assert equal >= len(rows) - 3
 
 
+def test_whole_weights_are_shared_on_the_device_exactly_as_on_the_host():
+  share = quick.jit(jax.vmap(budgets.largest_remainder_on_device))
+  rng = np.random.default_rng(2)
+  rows = []
+  for number in range(120):
+    sizes = rng.integers(0, 30, 8) * rng.integers(0, 2, 8)
+    sizes[number % 8] += 1
+    low = np.minimum(sizes, number % 2) * (rng.random(8) < 0.5)
+    # In proportion to room, or to other numbers with many equal ones.
+    weights = sizes if number % 3 else np.where(sizes, number % 7 + 1, 0)
+    least, most = int(low.sum()), int(sizes.sum())
+    total = [least, most, rng.integers(least, most + 1)][number % 3]
+    rows.append([np.int32(x) for x in (weights, total, low, sizes)])
+  found = np.asarray(share(*map(np.stack, zip(*rows, strict=True))))
+  for row, counts in zip(rows, found, strict=True):
+    expected = budgets.largest_remainder(row[0].tolist(), int(row[1]), *row[2:])
+    np.testing.assert_array_equal(counts, expected)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_shares_on_the_device_equal_those_found_by_bisection(seed):
+  rng = np.random.default_rng(seed)
+  most = rng.integers(0, 30, 8)
+  most[0] += 1
+  weights = [rng.random(8) + 0.01, rng.random(8) ** 8 + 1e-3][seed % 2]
+  for total in {0, 1, int(most.sum()) // 3, int(most.sum()) - 1, most.sum()}:
+    np.testing.assert_array_equal(
+      _share(jnp.asarray(weights), total, 0, most),
+      naive.apportion(int(total), weights.tolist(), most.tolist()),
+    )
+
+
+def test_shares_on_the_device_by_hand():
+  counts = _share(jnp.ones(4), 6, 0, jnp.full(4, 9))
+  np.testing.assert_array_equal(counts, [2, 2, 1, 1])
+  # What is at its bound leaves the rest to the others.
+  weights, high = jnp.array([100.0, 1.0, 1.0]), jnp.array([4, 9, 9])
+  np.testing.assert_array_equal(_share(weights, 10, 0, high), [4, 3, 3])
+
+
+def test_even_parts():
+  assert budgets.evenly(11, 4) == [3, 3, 3, 2]
+  assert budgets.evenly(2, 3) == [1, 1, 0]
+  assert budgets.evenly(0, 1) == [0]
+
+
 def test_largest_remainder_of_many_parts():
   weights = np.random.default_rng(1).random(300).astype(np.float32)
-  share = jax.jit(budgets.largest_remainder_on_device, static_argnums=(1, 2, 3))
+  share = quick.jit(
+    budgets.largest_remainder_on_device, static_argnums=(1, 2, 3)
+  )
   for total, low, high in ((15680, 0, 196), (400, 1, 196), (58000, 0, 196)):
     counts = np.asarray(share(weights, total, low, high))
     assert counts.sum() == total and low <= counts.min()
@@ -250,7 +301,7 @@ def test_infeasible_shares_are_one_line_at_trace_time():
   with pytest.raises(errors.UserError, match="3 parts that take 0 to 6"):
     budgets.largest_remainder([1, 1, 1], 7, 0, 2)
   with pytest.raises(errors.UserError, match="take 6 to 9"):
-    jax.jit(
+    quick.jit(
       lambda w: budgets.largest_remainder_on_device(w, 5, 2, 3)
     )(jnp.ones(3))  # fmt: skip
   with pytest.raises(ValueError, match="exceed"):

@@ -10,16 +10,17 @@ import pytest
 from scipy.sparse import csgraph
 
 from cacovid_jax.compressors import components
+from tests.compressors import quick
 
 # Graphs of all sizes are padded to this, so that one program serves them.
 SIZE = 48
 # More edges than any graph below has.
 EDGES = SIZE * SIZE
 
-_components = jax.jit(components.connected_components)
-_of_edges = jax.jit(components.components_of_edges, static_argnums=3)
-_forest = jax.jit(components.maximum_spanning_forest)
-_cut = jax.jit(components.cut)
+_components = quick.jit(components.connected_components)
+_of_edges = quick.jit(components.components_of_edges, static_argnums=3)
+_forest = quick.jit(components.maximum_spanning_forest)
+_cut = quick.jit(components.cut)
 
 
 def graphs():
@@ -105,7 +106,7 @@ def test_a_batch_of_graphs_equals_single_ones():
   padded = jnp.stack(
     [np.pad(GRAPHS[n], (0, SIZE - len(GRAPHS[n]))) for n in names]
   )
-  batched = jax.jit(jax.vmap(components.connected_components))(padded)
+  batched = quick.jit(jax.vmap(components.connected_components))(padded)
   for one, label in zip(padded, batched, strict=True):
     np.testing.assert_array_equal(_components(one), label)
 
@@ -234,20 +235,6 @@ def test_the_cut_is_the_partition_of_the_threshold_with_as_many_components():
       np.testing.assert_array_equal(
         _cut(forest, SIZE - len(groups)), smallest_members(groups, SIZE)
       )
-
-
-def test_segment_mean_equals_a_loop_and_leaves_out_foreign_labels():
-  rng = np.random.default_rng(3)
-  x = rng.normal(size=[20, 5]).astype(np.float32)
-  label = rng.integers(-1, 8, 20).astype(np.int32)
-  label[label == 3] = 4
-  expected = np.zeros([7, 5])
-  for group in range(7):
-    if np.any(label == group):
-      expected[group] = x[label == group].mean(axis=0)
-  mean = components.segment_mean(x, label, 7)
-  np.testing.assert_allclose(mean, expected, atol=1e-6)
-  assert not np.any(mean[3])
 
 
 def test_best_member_equals_a_loop():

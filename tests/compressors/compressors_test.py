@@ -3,7 +3,6 @@
 import functools
 import math
 import textwrap
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ import pytest
 from cacovid_jax import compressors, errors
 from cacovid_jax.compressors import base, cacovid, oracle, uniform
 from cacovid_jax.policy import buckets, selection
+from tests.compressors import quick, videos
 
 GRID = (5, 2, 3)
 NUM_VIDEO = 30
@@ -28,16 +28,9 @@ RULES = [
 ALL = [*RULES, "cacovid_untrained", "cacovid_other_question"]
 
 
-class Scores(NamedTuple):
-  """Frame and token scores, with the fields of the policy's."""
-
-  frame: jax.Array
-  token: jax.Array
-
-
 def scores_of(rng, grid):
   frame_key, token_key = jax.random.split(rng)
-  return Scores(
+  return videos.Scores(
     jax.random.normal(frame_key, [grid[0], 2]),
     jax.random.normal(token_key, [math.prod(grid), 2]),
   )
@@ -74,7 +67,7 @@ def _compiled(spec, num_keep, grid):
       features, grid=grid, num_keep=num_keep, aux=aux, rng=rng
     )
 
-  return jax.jit(compress)
+  return quick.jit(compress)
 
 
 def naive_max_min(features, num_keep):
@@ -174,7 +167,7 @@ def test_vmap_and_jit_equal_a_python_loop(name):
       features, grid=GRID, num_keep=9, aux=aux, rng=rng
     ).index
 
-  batched = jax.jit(jax.vmap(one))(features, aux, keys)
+  batched = quick.jit(jax.vmap(one))(features, aux, keys)
   for i in range(3):
     single = one(features[i], jax.tree.map(lambda x, i=i: x[i], aux), keys[i])
     np.testing.assert_array_equal(batched[i], single)
@@ -263,7 +256,7 @@ def test_random_follows_its_key_and_takes_each_token_equally_often():
     first, run("random", features_of(5), 6, seed=1).index
   )
   compressor = compressors.get("random")
-  draw = jax.jit(
+  draw = quick.jit(
     jax.vmap(
       lambda rng: (
         compressor.compress(
@@ -327,7 +320,7 @@ def test_cacovid_uses_the_unrounded_ratio_when_given():
 
 def test_cacovid_in_a_bucket_keeps_the_same_rows_and_marks_the_padding():
   bucket = buckets.Bucket(6, 8, 40)
-  run = jax.jit(
+  run = quick.jit(
     lambda features, budget, aux: cacovid.compress_in_bucket(
       features, budget, aux=aux
     )
@@ -351,7 +344,7 @@ def test_cacovid_in_a_bucket_keeps_the_same_rows_and_marks_the_padding():
       jnp.pad(features, ((0, behind), (0, 0)), constant_values=jnp.nan),
       selection.budget(grid, ratio, bucket=bucket, num_keep_max=16),
       base.Aux(
-        scores=Scores(
+        scores=videos.Scores(
           jnp.pad(scores.frame, ((0, 6 - grid[0]), (0, 0))),
           jnp.pad(scores.token, ((0, behind), (0, 0))),
         )

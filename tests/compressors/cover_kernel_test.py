@@ -8,14 +8,12 @@ import numpy as np
 import pytest
 
 from cacovid_jax.compressors import cover_kernel, floc
-from tests.compressors import selections
+from tests.compressors import quick, selections
 
-kernel = selections.compiled(
-  functools.partial(cover_kernel.block_picks, interpret=True)
-)
+kernel = quick.jit(functools.partial(cover_kernel.block_picks, interpret=True))
 
 
-@selections.compiled
+@quick.jit
 def loop(rows, covered, gains, rival, limit):
   windows = jnp.zeros([rows.shape[0]], jnp.int32)
   picked, count, covered, gains = floc.block_picks_loop(
@@ -89,7 +87,7 @@ def test_a_batch_of_kernels_is_each_of_them():
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 def test_other_platforms_get_the_loop(platform):
-  program = jax.jit(
+  program = quick.jit(
     functools.partial(floc.greedy, num_keep=5, grid=(5, 2, 3), kernel=True)
   ).trace(selections.video("random"))
   text = program.lower(lowering_platforms=(platform,)).as_text()
@@ -98,7 +96,7 @@ def test_other_platforms_get_the_loop(platform):
 
 def test_facility_location_with_the_kernel_is_that_without(monkeypatch):
   options = {"num_keep": 11, "grid": selections.GRID, "block": 7}
-  without = selections.compiled(functools.partial(floc.greedy, **options))
+  without = quick.jit(functools.partial(floc.greedy, **options))
   monkeypatch.setattr(
     jax.lax, "platform_dependent", lambda *args, cuda, default: cuda(*args)
   )
@@ -107,7 +105,7 @@ def test_facility_location_with_the_kernel_is_that_without(monkeypatch):
     "block_picks",
     functools.partial(cover_kernel.block_picks, interpret=True),
   )
-  with_kernel = selections.compiled(
+  with_kernel = quick.jit(
     functools.partial(floc.greedy, kernel=True, **options)
   )
   for kind in [*selections.KINDS, "scenes"]:

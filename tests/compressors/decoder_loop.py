@@ -6,20 +6,25 @@ One prompt, layer by layer; rows are physically there or not.
 import numpy as np
 
 
+def _in_float64(tree):
+  if hasattr(tree, "items"):
+    return {name: _in_float64(value) for name, value in tree.items()}
+  return np.asarray(tree, np.float64)
+
+
 class Decoder:
   """Reads the parameters of a `models.language.LanguageModel`."""
 
   def __init__(self, model, params):
     self.cfg = model.config.text
-    text = params["language_model"]
-    self._text = text
-    self._layers = text["layers"]
+    self._text = _in_float64(params["language_model"])
+    self._layers = self._text["layers"]
 
   def weight(self, number, *names):
     value = self._layers
     for name in names:
       value = value[name]
-    return np.asarray(value, np.float64)[number]
+    return value[number]
 
   def norm(self, x, scale):
     x = np.asarray(x, np.float64)
@@ -32,12 +37,11 @@ class Decoder:
     sections = self.cfg.rope_sections or (half,)
     driver = np.repeat(np.arange(len(sections)), sections)
     out = np.empty_like(x)
-    for row in range(x.shape[0]):
-      for j in range(half):
-        angle = positions[driver[j], row] * self.cfg.rope_theta ** (-j / half)
-        a, b = x[row, :, j], x[row, :, j + half]
-        out[row, :, j] = a * np.cos(angle) - b * np.sin(angle)
-        out[row, :, j + half] = b * np.cos(angle) + a * np.sin(angle)
+    for j in range(half):
+      angle = positions[driver[j], :, None] * self.cfg.rope_theta ** (-j / half)
+      a, b = x[..., j], x[..., j + half]
+      out[..., j] = a * np.cos(angle) - b * np.sin(angle)
+      out[..., j + half] = b * np.cos(angle) + a * np.sin(angle)
     return out
 
   def attend(self, number, x, positions, earlier=None):
@@ -85,11 +89,10 @@ class Decoder:
   def logits(self, x):
     text = self._text
     table = "embed_tokens" if self.cfg.tie_embeddings else "lm_head"
-    scale = np.asarray(text["norm"]["scale"], np.float64)
-    return self.norm(x, scale) @ np.asarray(text[table], np.float64).T
+    return self.norm(x, text["norm"]["scale"]) @ text[table].T
 
   def embed(self, token):
-    return np.asarray(self._text["embed_tokens"], np.float64)[token]
+    return self._text["embed_tokens"][token]
 
   def decode(self, logits, caches, next_position, num_tokens, num_rows):
     """Returns (ids, logits that chose them and those behind the last one).

@@ -6,7 +6,7 @@ import pytest
 
 from cacovid_jax import compressors, errors
 from cacovid_jax.compressors import divprune
-from tests.compressors import selections
+from tests.compressors import quick, selections
 
 
 @pytest.mark.parametrize("scope", ["video", "frame"])
@@ -19,7 +19,7 @@ def test_distances_held_or_not_give_the_same_picks(scope):
       for distances in ["auto", "matrix", "rows"]
     ]
 
-  run = selections.compiled(picks)
+  run = quick.jit(picks)
   for features in [selections.video("random", seed) for seed in range(20)]:
     auto, matrix, rows = run(features)
     np.testing.assert_array_equal(matrix, rows)

@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import networkx as nx
 import numpy as np
@@ -11,6 +10,7 @@ from sklearn import metrics
 
 from cacovid_jax import compressors, errors
 from cacovid_jax.compressors import dyto
+from tests.compressors import quick
 
 LENGTHS = (1, 2, 7, 20)
 
@@ -18,7 +18,7 @@ LENGTHS = (1, 2, 7, 20)
 @functools.cache
 def _levels(num_frames, num_levels=4):
   del num_frames  # One program for each.
-  return jax.jit(functools.partial(dyto.tw_finch, num_levels=num_levels))
+  return quick.jit(functools.partial(dyto.tw_finch, num_levels=num_levels))
 
 
 def naive_levels(points, num_levels):
@@ -85,9 +85,9 @@ def test_planted_shots_are_pure_and_each_has_a_representative():
   shot = np.repeat(np.arange(5), 20)
   centres = rng.normal(size=[5, 16])
   points = (centres[shot] + 0.1 * rng.normal(size=[100, 16])).astype(np.float32)
-  label = np.asarray(jax.jit(dyto.second_level)(points))
+  label = np.asarray(quick.jit(dyto.second_level)(points))
   assert metrics.homogeneity_score(shot, label) == pytest.approx(1.0)
-  chosen = jax.jit(lambda x: dyto.representatives(x, 1, 25))(points)
+  chosen = quick.jit(lambda x: dyto.representatives(x, 1, 25))(points)
   assert set(shot[np.asarray(chosen)].tolist()) == set(range(5))
 
 
@@ -115,7 +115,7 @@ def naive_representatives(label, fewest, most):
   "bounds", [(1, 20), (1, 4), (15, 16), (20, 20), (1, 1)]
 )
 def test_representatives_equal_the_naive_rule(bounds):
-  choose = jax.jit(lambda x: dyto.representatives(x, *bounds))
+  choose = quick.jit(lambda x: dyto.representatives(x, *bounds))
   for seed in range(6):
     # A walk has few clusters, noise has many.
     points = np.random.default_rng(seed).normal(size=[20, 6])
@@ -164,7 +164,9 @@ def naive_merge(x, count, reduce):
 @pytest.mark.parametrize("reduce", ["max", "mean"])
 @pytest.mark.parametrize("area", [16, 9])
 def test_merging_equals_the_naive_steps_for_every_count(area, reduce):
-  merge = jax.jit(functools.partial(dyto.merge_frame, fewest=1, reduce=reduce))
+  merge = quick.jit(
+    functools.partial(dyto.merge_frame, fewest=1, reduce=reduce)
+  )
   x = np.random.default_rng(area).normal(size=[area, 32]).astype(np.float32)
   for count in range(1, area + 1):
     rows, into = merge(x, count)
@@ -183,7 +185,7 @@ def test_merging_equals_the_naive_steps_for_every_count(area, reduce):
 
 def test_the_published_counts_of_1_to_25_frames():
   """576 tokens a frame and 3680 in all, merged at most twice."""
-  merge = jax.jit(functools.partial(dyto.merge_frame, fewest=144))
+  merge = quick.jit(functools.partial(dyto.merge_frame, fewest=144))
   x = np.random.default_rng(0).normal(size=[576, 4]).astype(np.float32)
   for frames in range(1, 26):
     if frames <= 12:
@@ -214,7 +216,9 @@ def test_bounds_of_frames_hold_the_budget():
 def test_a_video_equals_its_steps_put_together(num_keep):
   grid, area = (8, 2, 3), 6
   compressor = compressors.get("dyto")
-  run = jax.jit(lambda x: compressor.compress(x, grid=grid, num_keep=num_keep))
+  run = quick.jit(
+    lambda x: compressor.compress(x, grid=grid, num_keep=num_keep)
+  )
   for seed in range(4):
     x = np.random.default_rng(seed).normal(size=[48, 32]).astype(np.float32)
     frames = x.reshape(8, area, 32)

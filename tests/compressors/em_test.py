@@ -2,13 +2,13 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from cacovid_jax import compressors, errors
 from cacovid_jax.compressors import em, uniform
+from tests.compressors import quick
 
 GRID = (4, 2, 3)
 
@@ -56,7 +56,7 @@ def naive(features, num_keep, lam, rounds):
 @functools.cache
 def program(**options):
   compressor = compressors.get("em", **options)
-  return jax.jit(lambda x: compressor.compress(x, grid=GRID, num_keep=7))
+  return quick.jit(lambda x: compressor.compress(x, grid=GRID, num_keep=7))
 
 
 @pytest.mark.parametrize("lam,rounds", [(0.05, 9), (0.5, 3), (1.0, 0)])

@@ -8,7 +8,7 @@ import pytest
 
 from cacovid_jax import errors
 from cacovid_jax.compressors import base, budgets, flashvid
-from tests.compressors import selections
+from tests.compressors import quick, selections
 
 GRID, NUM_VIDEO = selections.GRID, selections.NUM_VIDEO
 
@@ -25,7 +25,7 @@ def compressed(num_keep, grid=GRID, **options):
     function=functools.partial(flashvid.compress, **options),
     needs=frozenset(["vision_attention"]),
   )
-  return selections.compiled(
+  return quick.jit(
     lambda x, aux: method.compress(x, grid=grid, num_keep=num_keep, aux=aux)
   )
 

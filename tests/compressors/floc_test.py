@@ -11,7 +11,7 @@ import pytest
 
 from cacovid_jax import compressors, errors
 from cacovid_jax.compressors import base, floc
-from tests.compressors import selections
+from tests.compressors import quick, selections
 
 GRID, NUM_VIDEO = selections.GRID, selections.NUM_VIDEO
 
@@ -44,7 +44,7 @@ def plain_greedy(gain, num_keep):
 
 
 def greedy(num_keep, grid=GRID, **options):
-  return selections.compiled(
+  return quick.jit(
     functools.partial(floc.greedy, num_keep=num_keep, grid=grid, **options)
   )
 
@@ -57,7 +57,7 @@ def window_of(windows, grid=GRID):
 
 
 def test_200_instances_reach_the_bound_of_the_best_subset():
-  pick = selections.compiled(
+  pick = quick.jit(
     jax.vmap(lambda x: floc.greedy(x, 3, grid=(1, 1, 10), block=4))
   )
   rng = np.random.default_rng(0)
@@ -200,7 +200,7 @@ def test_question_weights_move_the_picks():
   method = compressors.get("floc", question_temperature=0.1)
   assert method.needs == {"text"} and method.sees_question
   assert not compressors.get("floc").sees_question
-  out = selections.compiled(
+  out = quick.jit(
     lambda x, text: method.compress(x, grid=GRID, num_keep=5, text=text)
   )(features, text)
   np.testing.assert_array_equal(out.index, np.sort(picked))
@@ -220,9 +220,7 @@ def test_selection_of_any_video(kind, num_keep):
 @functools.cache
 def compressed(num_keep, grid=GRID, **options):
   method = compressors.get("floc", **options)
-  return selections.compiled(
-    lambda x: method.compress(x, grid=grid, num_keep=num_keep)
-  )
+  return quick.jit(lambda x: method.compress(x, grid=grid, num_keep=num_keep))
 
 
 def test_tokens_are_assigned_to_the_pick_they_resemble_most():

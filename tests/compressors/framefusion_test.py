@@ -10,7 +10,7 @@ import pytest
 
 from cacovid_jax import compressors, errors
 from cacovid_jax.compressors import framefusion, in_llm
-from tests.compressors import decoder_loop, in_llm_test
+from tests.compressors import decoder_loop, in_llm_test, quick
 
 GRID, NUM_VIDEO, LAYERS, NEW = (
   in_llm_test.GRID,
@@ -293,7 +293,7 @@ def test_degenerate_videos_stay_within_the_budget(kind):
     rule_of(), x, jnp.zeros((1, 1, size + 4), jnp.int32), [size + 4], [2],
     grid=grid, ratio=0.5, num_layers=LAYERS,
   )  # fmt: skip
-  step = jax.jit(functools.partial(framefusion._stage, stages))
+  step = quick.jit(functools.partial(framefusion._stage, stages))
   rows, state = step(rows, framefusion._start(rows), None, 0)
   total, paid = 0, jnp.ones((1, size + 4)) / size
   for number in range(LAYERS):
@@ -325,7 +325,7 @@ def test_reference_rounding_rounds_the_share_that_is_left():
       merged=jnp.array([True]), spent=jnp.array([24], jnp.int32)
     )
     paid = jnp.asarray(gen.random((1, NUM_VIDEO + 2)), jnp.float32)
-    rows, _ = jax.jit(functools.partial(framefusion._stage, stages))(
+    rows, _ = quick.jit(functools.partial(framefusion._stage, stages))(
       rows, state, paid, 1
     )
     counts[exact] = int(rows.count[0])

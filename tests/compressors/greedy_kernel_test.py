@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from cacovid_jax.compressors import divprune, greedy_kernel
-from tests.compressors import selections
+from tests.compressors import quick, selections
 
-kernel = selections.compiled(
+kernel = quick.jit(
   functools.partial(greedy_kernel.max_min_picks, interpret=True),
   static_argnums=2,
 )
 
 
-@functools.partial(selections.compiled, static_argnums=2)
+@functools.partial(quick.jit, static_argnums=2)
 def loop(distances, first, num_keep):
   return greedy_kernel.max_min_loop(
     lambda item: distances[item], first, len(distances), num_keep
@@ -84,7 +84,9 @@ def test_other_platforms_get_the_loop(batched):
     for shape, dtype in zip(shapes, [jnp.float32, jnp.int32], strict=True)
   ]
   for platform in ["cpu", "tpu"]:
-    program = jax.jit(picks).trace(*args).lower(lowering_platforms=(platform,))
+    program = (
+      quick.jit(picks).trace(*args).lower(lowering_platforms=(platform,))
+    )
     text = program.as_text()
     assert "stablehlo.while" in text
     assert "triton" not in text
@@ -95,7 +97,7 @@ def test_divprune_with_the_kernel_is_that_without(monkeypatch):
     return divprune.max_min_subset(features, num_keep=11)
 
   videos = [selections.video(k) for k in [*selections.KINDS, "scenes"]]
-  without = selections.compiled(lambda x: pick(x))
+  without = quick.jit(lambda x: pick(x))
   expected = [without(x) for x in videos]
   monkeypatch.setattr(
     jax.lax, "platform_dependent", lambda *args, cuda, default: cuda(*args)
@@ -105,6 +107,6 @@ def test_divprune_with_the_kernel_is_that_without(monkeypatch):
     "max_min_picks",
     functools.partial(greedy_kernel.max_min_picks, interpret=True),
   )
-  with_kernel = selections.compiled(lambda x: pick(x))
+  with_kernel = quick.jit(lambda x: pick(x))
   for features, picks in zip(videos, expected, strict=True):
     np.testing.assert_array_equal(with_kernel(features), picks)

@@ -3,14 +3,13 @@
 import itertools
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from cacovid_jax import compressors
 from cacovid_jax.compressors import holitom
-from tests.compressors import naive, videos
+from tests.compressors import naive, quick, videos
 
 GRID = (7, 3, 3)
 
@@ -99,7 +98,7 @@ def expected(x, aux, grid, num_keep=None, ratio=None, tau=0.8, weight=0.6):
   return out
 
 
-_windows = jax.jit(holitom.best_windows)
+_windows = quick.jit(holitom.best_windows)
 
 
 @pytest.mark.parametrize("T", [1, 2, 6, 7])

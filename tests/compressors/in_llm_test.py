@@ -18,7 +18,7 @@ from cacovid_jax.models import (
   qwen2,
   qwen2_5_vl,
 )
-from tests.compressors import decoder_loop
+from tests.compressors import decoder_loop, quick
 
 GRID = (4, 2, 3)
 NUM_VIDEO = 24
@@ -29,15 +29,11 @@ STATIC = (
   "model", "compressor", "grid", "ratio", "max_new_tokens", "eos_ids", "pad_id",
 )  # fmt: skip
 
-# These programs run once: compiling them quickly is what counts.
-QUICK = {"xla_backend_optimization_level": 0}
-
-generate = jax.jit(
+generate = quick.jit(
   lambda params, *args, model, compressor, **kwargs: in_llm.generate(
     model, params, compressor, *args, **kwargs
   ),
   static_argnames=STATIC,
-  compiler_options=QUICK,
 )
 
 
@@ -119,9 +115,8 @@ def run(kind, compressor, inputs, ratio, eos_ids=(), **kwargs):
 
 
 @functools.partial(
-  jax.jit,
+  quick.jit,
   static_argnames=("model", "compressor", "ratio"),
-  compiler_options=QUICK,
 )
 def all_logits(
   params, x, positions, lengths, starts, following, ids, *, model, compressor,
@@ -250,8 +245,8 @@ def test_recomputed_rows_are_those_of_the_whole_map():
   k = gen.standard_normal([3, 9, 2, 8]).astype(np.float32)
   lengths, start = np.array([9, 6, 1]), np.array([5, 5, 0])
   maps = full_maps(q, k, lengths)
-  last = jax.jit(attention.last_query_attention)(q, k, lengths)
-  strongest = jax.jit(
+  last = quick.jit(attention.last_query_attention)(q, k, lengths)
+  strongest = quick.jit(
     functools.partial(attention.strongest_attention, num_queries=7)
   )(q, k, start, lengths)
   for b, length in enumerate(lengths):
@@ -442,20 +437,6 @@ def test_a_share_of_each_set_leaves_masked_rows():
     assert not np.asarray(trace.mask[row]).any()
     np.testing.assert_array_equal(ids[row], expected)
     np.testing.assert_array_equal(trace.tokens[row], counts)
-
-
-def test_quotas_are_those_of_the_largest_remainder():
-  gen = np.random.default_rng(0)
-  for _ in range(50):
-    sizes = gen.integers(0, 9, 6)
-    sizes[0] += 1
-    total = int(gen.integers(0, sizes.sum() + 1))
-    found = in_llm._in_proportion(jnp.asarray(sizes, jnp.int32), total)
-    assert int(found.sum()) == total
-    assert (np.asarray(found) <= sizes).all()
-    np.testing.assert_array_equal(
-      found, budgets.largest_remainder(sizes.tolist(), total, 0, sizes)
-    )
 
 
 def test_what_enters_may_be_chosen_and_merged_before():

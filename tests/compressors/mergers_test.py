@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from cacovid_jax import compressors
+from tests.compressors import quick
 
 GRID = (5, 2, 3)
 NUM_VIDEO = 30
@@ -30,7 +31,7 @@ def program(spec, num_keep, grid=GRID):
   def compress(features, rng):
     return compressor.compress(features, grid=grid, num_keep=num_keep, rng=rng)
 
-  return jax.jit(compress)
+  return quick.jit(compress)
 
 
 def run(spec, features, num_keep, grid=GRID, seed=0):
@@ -93,7 +94,9 @@ def test_a_batch_of_eight_equals_eight_videos(spec):
     + [features_of(seed) for seed in (20, 21, 22)]
   )
   keys = jax.random.split(jax.random.key(0), 8)
-  batched = jax.jit(jax.vmap(program(spec, 7, GRID)))(videos, keys)
+  batched = quick.jit(jax.vmap(program(spec, 7, GRID).__wrapped__))(
+    videos, keys
+  )
   for i in range(8):
     single = program(spec, 7, GRID)(videos[i], keys[i])
     np.testing.assert_array_equal(batched.index[i], single.index)

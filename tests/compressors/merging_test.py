@@ -1,9 +1,7 @@
 """Folding dropped tokens into kept ones, against a loop."""
 
 import math
-from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,22 +9,15 @@ import pytest
 from cacovid_jax import compressors, errors
 from cacovid_jax.compressors import base, cacovid, merging
 from cacovid_jax.policy import buckets, selection
-from tests.compressors import selections
+from tests.compressors import quick, selections, videos
 
 GRID, NUM_VIDEO = selections.GRID, selections.NUM_VIDEO
-fold = selections.compiled(merging.fold, static_argnames="weighted")
-
-
-class Scores(NamedTuple):
-  """Frame and token scores, with the fields of the policy's."""
-
-  frame: jax.Array
-  token: jax.Array
+fold = quick.jit(merging.fold, static_argnames="weighted")
 
 
 def scores_of(seed, grid=GRID):
   rng = np.random.default_rng(seed)
-  return Scores(
+  return videos.Scores(
     jnp.asarray(rng.normal(size=[grid[0], 2]), jnp.float32),
     jnp.asarray(rng.normal(size=[math.prod(grid), 2]), jnp.float32),
   )
@@ -123,7 +114,7 @@ def test_the_policy_variants_merge_what_they_drop(name, field):
   features = selections.video("random", 7)
   aux = base.Aux(**{field: scores_of(7)})
   rules = [compressors.get(name), compressors.get(name, merge="nearest")]
-  plain, merged = selections.compiled(
+  plain, merged = quick.jit(
     lambda x, aux: [
       rule.compress(x, grid=GRID, num_keep=9, aux=aux) for rule in rules
     ]
@@ -141,13 +132,13 @@ def test_merging_in_a_bucket_equals_merging_alone():
   features, scores = selections.video("random", 8, grid), scores_of(8, grid)
   num_keep = selection.num_keep(grid, ratio)
   rule = compressors.get("cacovid", merge="nearest")
-  alone = selections.compiled(
+  alone = quick.jit(
     lambda x, aux: rule.compress(
       x, grid=grid, num_keep=num_keep, aux=aux, ratio=ratio
     )
   )(features, base.Aux(scores=scores))
   behind = NUM_VIDEO - num_video
-  out = selections.compiled(
+  out = quick.jit(
     lambda features, budget, aux: cacovid.compress_in_bucket(
       features, budget, aux=aux, merge="nearest"
     )
@@ -157,7 +148,7 @@ def test_merging_in_a_bucket_equals_merging_alone():
       grid, ratio, bucket=buckets.Bucket(4, 8, NUM_VIDEO), num_keep_max=16
     ),
     base.Aux(
-      scores=Scores(
+      scores=videos.Scores(
         jnp.pad(scores.frame, ((0, 1), (0, 0))),
         jnp.pad(scores.token, ((0, behind), (0, 0))),
       )

@@ -3,14 +3,13 @@
 import itertools
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from cacovid_jax import compressors
 from cacovid_jax.compressors import prunevid, windows
-from tests.compressors import naive, videos
+from tests.compressors import naive, quick, videos
 
 GRID = (7, 3, 3)
 
@@ -109,7 +108,7 @@ def expected(x, grid, num_keep=None, share=None, frame_share=0.25, tau=0.8):
   return out
 
 
-_starts = jax.jit(prunevid.segment_starts)
+_starts = quick.jit(prunevid.segment_starts)
 
 
 @pytest.mark.parametrize("T", [1, 2, 6, 7, 32])

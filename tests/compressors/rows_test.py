@@ -1,9 +1,7 @@
-"""Ranks, shares of a budget, and rows collected from marks."""
+"""Ranks, and rows collected from marks."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from cacovid_jax.compressors import rows
 from tests.compressors import naive
@@ -22,47 +20,11 @@ def test_rank_leaves_out_what_is_not_there():
   np.testing.assert_array_equal(rows.rank(values, valid), [1, 4, 2, 0])
 
 
-_apportion = jax.jit(rows.apportion)
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_shares_equal_largest_remainder(seed):
-  rng = np.random.default_rng(seed)
-  most = rng.integers(0, 30, 8)
-  most[0] += 1
-  weights = [most, rng.random(8) + 0.01, rng.random(8) ** 8 + 1e-3][seed % 3]
-  for total in {0, 1, int(most.sum()) // 3, int(most.sum()) - 1, most.sum()}:
-    found = _apportion(total, jnp.asarray(weights), most)
-    np.testing.assert_array_equal(
-      found, naive.apportion(int(total), weights.tolist(), most.tolist())
-    )
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_no_set_goes_without(seed):
-  rng = np.random.default_rng(seed)
-  sizes = rng.integers(0, 40, 8) * rng.integers(0, 2, 8)
-  sizes[seed % 8] = 1
-  for total in {1, 3, 8, int(sizes.sum()) // 2, int(sizes.sum())}:
-    if total > sizes.sum():
-      continue
-    found = np.asarray(_apportion(total, sizes, sizes, sizes > 0))
-    np.testing.assert_array_equal(
-      found, naive.shares_of_sets(sizes.tolist(), int(total))
-    )
-    assert (found <= sizes).all()
-    if total >= (sizes > 0).sum():
-      assert (found[sizes > 0] > 0).all()
-
-
-def test_equal_remainders_go_to_the_first():
-  most = jnp.full(4, 9)
-  np.testing.assert_array_equal(_apportion(6, jnp.ones(4), most), [2, 2, 1, 1])
-
-
-def test_a_share_at_its_limit_leaves_the_rest_to_the_others():
-  found = _apportion(10, jnp.array([100.0, 1.0, 1.0]), jnp.array([4, 9, 9]))
-  np.testing.assert_array_equal(found, [4, 3, 3])
+def test_before_is_a_total_order():
+  values = jnp.array([2.0, 5.0, 2.0])
+  np.testing.assert_array_equal(
+    rows.before(values), [[0, 1, 0], [0, 0, 0], [1, 1, 0]]
+  )
 
 
 def test_collect_takes_marked_tokens_and_remembers_who_joined():

@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import networkx as nx
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 
 from cacovid_jax import compressors, errors
 from cacovid_jax.compressors import scissor
+from tests.compressors import quick
 
 GRID = (4, 2, 3)
 AREA, NUM_VIDEO = 6, 24
@@ -74,7 +74,7 @@ def naive(features, tau, num_keep):
 @functools.cache
 def thresholds(num_keep, mode):
   """A program with tau as data: one compilation for all thresholds."""
-  return jax.jit(
+  return quick.jit(
     lambda x, tau: scissor.compress(
       x, grid=GRID, num_keep=num_keep, mode=mode, tau=tau
     )
@@ -109,7 +109,12 @@ def test_tree_mode_equals_threshold_mode_where_that_meets_the_budget():
       met += 1
       by_tree = thresholds(9, "mst")(features, tau)
       by_threshold = thresholds(9, "tau")(features, tau)
-      jax.tree.map(np.testing.assert_array_equal, by_tree, by_threshold)
+      for name, value in by_tree._asdict().items():
+        expected = getattr(by_threshold, name)
+        if name == "features":  # Sums of two programs may round differently.
+          np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
+        else:
+          np.testing.assert_array_equal(value, expected)
   assert met >= 3
 
 
@@ -167,7 +172,7 @@ def test_order_of_tokens_changes_the_labels_only():
 
 def test_without_exact_budget_the_threshold_decides():
   free = compressors.get("scissor", exact_budget=False)
-  run = jax.jit(lambda x: free.compress(x, grid=GRID, num_keep=12, ratio=0.5))
+  run = quick.jit(lambda x: free.compress(x, grid=GRID, num_keep=12, ratio=0.5))
   assert int(run(clustered(0, noise=0.01)).mask.sum()) == 5
 
 

@@ -4,26 +4,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.compressors import quick
+
 GRID = (5, 2, 3)
 NUM_VIDEO = 30
 WIDTH = 8
 KINDS = ("random", "zeros", "identical_frames", "identical_tokens", "one_zero")
 
 
-def compiled(function, **options):
-  """Returns the jitted function, compiled in less time than usual on CPU."""
-  # Compiling takes most of a test's time, and little of it must be fast.
-  quickly = {"xla_backend_optimization_level": 0}
-  return jax.jit(
-    function,
-    compiler_options=quickly if jax.default_backend() == "cpu" else None,
-    **options,
-  )
-
-
 def check_lowers_for_tpu(compressor, num_keep, aux=None, grid=GRID):
   """Asserts that the program can be made for a TPU, on any machine."""
-  jax.jit(
+  quick.jit(
     lambda features, aux: compressor.compress(
       features, grid=grid, num_keep=num_keep, aux=aux
     )
@@ -81,11 +72,11 @@ def check_batch_and_compilations(compressor, num_keep, aux_of=None, grid=GRID):
 
   kinds = ["random", "scenes", "identical_frames", "zeros"] * 2
   inputs = [(video(k, i, grid), aux_of(i)) for i, k in enumerate(kinds)]
-  single = compiled(one)
+  single = quick.jit(one)
   alone = [single(*each) for each in inputs]
   assert single._cache_size() == 1
   batch = jax.tree.map(lambda *x: jnp.stack(x), *inputs)
-  together = compiled(jax.vmap(one))(*batch)
+  together = quick.jit(jax.vmap(one))(*batch)
   for i, out in enumerate(alone):
     for name, value in out._asdict().items():
       np.testing.assert_allclose(

@@ -2,14 +2,13 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from cacovid_jax import compressors, errors
 from cacovid_jax.compressors import base, budgets, in_llm
-from tests.compressors import decoder_loop, in_llm_test
+from tests.compressors import decoder_loop, in_llm_test, quick
 
 GRID, NUM_VIDEO, LAYERS, NEW = (
   in_llm_test.GRID,
@@ -52,8 +51,7 @@ def first_part(rule, features, num_keep, attention=None, ratio=None):
       ratio=ratio,
     )
 
-  quick = jax.jit(compress, compiler_options=in_llm_test.QUICK)
-  return quick(jnp.asarray(features), attention)
+  return quick.jit(compress)(jnp.asarray(features), attention)
 
 
 def keep_last(decoder_probs, start, size, sets, keep, exact):

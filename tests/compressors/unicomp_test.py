@@ -9,7 +9,7 @@ import pytest
 
 from cacovid_jax import compressors, errors
 from cacovid_jax.compressors import budgets, unicomp
-from tests.compressors import selections
+from tests.compressors import quick, selections
 
 GRID, NUM_VIDEO = selections.GRID, selections.NUM_VIDEO
 
@@ -17,9 +17,7 @@ GRID, NUM_VIDEO = selections.GRID, selections.NUM_VIDEO
 @functools.cache
 def compressed(num_keep, grid=GRID, **options):
   method = compressors.get("unicomp", **options)
-  return selections.compiled(
-    lambda x: method.compress(x, grid=grid, num_keep=num_keep)
-  )
+  return quick.jit(lambda x: method.compress(x, grid=grid, num_keep=num_keep))
 
 
 def naive_fuse(vectors, threshold, least):

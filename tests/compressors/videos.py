@@ -2,12 +2,14 @@
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from cacovid_jax import compressors
 from cacovid_jax.compressors import base
+from tests.compressors import quick
 
 WIDTH = 10
 
@@ -52,6 +54,20 @@ def aux(grid, seed=0):
   )
 
 
+class Scores(NamedTuple):
+  """Frame and token scores, with the fields of the policy's."""
+
+  frame: jax.Array
+  token: jax.Array
+
+
+def scores(grid, seed=0):
+  """Returns what a policy would say of a video, at random."""
+  rng = np.random.default_rng(seed + 2000)
+  shapes = [grid[0], 2], [math.prod(grid), 2]
+  return Scores(*(rng.normal(size=s).astype(np.float32) for s in shapes))
+
+
 @functools.cache
 def _program(name, options, grid, num_keep, ratio, batched):
   options = dict(options)
@@ -62,12 +78,7 @@ def _program(name, options, grid, num_keep, ratio, batched):
       features, grid=grid, num_keep=num_keep, aux=aux, ratio=ratio
     )
 
-  # Compiling takes most of a test's time, and little of it must be fast.
-  quickly = {"xla_backend_optimization_level": 0}
-  return jax.jit(
-    jax.vmap(one) if batched else one,
-    compiler_options=quickly if jax.default_backend() == "cpu" else None,
-  )
+  return quick.jit(jax.vmap(one) if batched else one)
 
 
 def program(name, grid, num_keep=None, ratio=None, batched=False, **options):

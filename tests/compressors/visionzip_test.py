@@ -1,21 +1,31 @@
 """VisionZip against its steps, and its two kinds of tokens."""
 
+import functools
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cacovid_jax import compressors
-from tests.compressors import naive, videos
+from cacovid_jax import compressors, errors
+from cacovid_jax.compressors import allocators
+from tests.compressors import naive, quick, videos
 
 GRID = (7, 3, 3)
 
 
-def expected(x, aux, parts, num_keep, share=54 / 64, reduce="sum"):
-  """Rows of the method, on `parts` equal stretches of the tokens."""
+def expected(x, aux, parts, num_keep, share=54 / 64, reduce="sum", counts=None):
+  """Rows of the method, on `parts` equal stretches of the tokens.
+
+  Each of them has the same budget, or that of `counts`.
+  """
   size = len(x) // parts
   out = {}
   for p in range(parts):
     tokens = range(p * size, (p + 1) * size)
     budget = num_keep // parts + (p < num_keep % parts)
+    if counts is not None:
+      budget = int(counts[p])
     num_dominant = int(budget * share)
     num_contextual = budget - num_dominant
     attention = [float(aux.vision_attention[i]) for i in tokens]
@@ -101,3 +111,84 @@ def test_reference_cuts_off_each_frame():
   video = compressors.get("visionzip?scope=video", exact_budget=False)
   assert frame.rows((32, 14, 14), 0.255) == 32 * 49
   assert video.rows((32, 14, 14), 0.255) == 1599
+
+
+KINDS = ("noise", "scenes", "static", "equal", "zeros")
+
+
+@functools.cache
+def counts_of(allocator, num_keep):
+  """The compiled shares of frames whose tokens go by their attention."""
+
+  def counts(x, aux):
+    order = jnp.argsort(-aux.vision_attention.reshape(GRID[0], -1))
+    return allocators.frame_counts(
+      allocator, x, order, grid=GRID, num_keep=num_keep, aux=aux
+    )
+
+  return quick.jit(counts)
+
+
+@pytest.mark.parametrize("allocator", ["adaptok", "infotok", "cacovid"])
+def test_frames_have_the_budget_of_the_allocator(allocator):
+  num_keep = 20
+  run = videos.program("visionzip", GRID, num_keep, allocator=allocator)
+  inputs, outputs, differ = [], [], False
+  for seed, kind in enumerate(KINDS):
+    x, aux = videos.features(kind, GRID, seed), videos.aux(GRID, seed)
+    x[9:18] *= 0.1  # A quiet frame.
+    aux = aux._replace(scores=videos.scores(GRID, seed))
+    counts = np.asarray(counts_of(allocator, num_keep)(x, aux))
+    assert counts.sum() == num_keep and 1 <= counts.min()
+    differ |= counts.max() > 3
+    out = run(x, aux)
+    naive.check_rows(
+      out, expected(x, aux, GRID[0], num_keep, counts=counts), len(x)
+    )
+    inputs.append((x, aux))
+    outputs.append(out)
+  assert differ and run._cache_size() == 1
+  if allocator != "adaptok":
+    return  # One of them in a batch says enough.
+  together = videos.program(
+    "visionzip", GRID, num_keep, batched=True, allocator=allocator
+  )
+  batch = together(*jax.tree.map(lambda *a: np.stack(a), *inputs))
+  for i, out in enumerate(outputs):
+    np.testing.assert_array_equal(batch.index[i], out.index)
+    np.testing.assert_array_equal(batch.assign[i], out.assign)
+
+
+def test_fewer_tokens_than_frames_by_measured_errors():
+  run = videos.program("visionzip", GRID, 3, allocator="adaptok")
+  for seed, kind in enumerate(KINDS):
+    x, aux = videos.features(kind, GRID, seed), videos.aux(GRID, seed)
+    counts = np.asarray(counts_of("adaptok", 3)(x, aux))
+    naive.check_rows(
+      run(x, aux), expected(x, aux, GRID[0], 3, counts=counts), len(x)
+    )
+
+
+def test_equal_shares_by_name_are_the_default():
+  x, aux = videos.features("noise", GRID), videos.aux(GRID)
+  plain = videos.program("visionzip", GRID, 20)(x, aux)
+  named = videos.program("visionzip", GRID, 20, allocator="uniform")(x, aux)
+  np.testing.assert_array_equal(plain.index, named.index)
+  np.testing.assert_array_equal(plain.assign, named.assign)
+  np.testing.assert_allclose(plain.features, named.features, atol=1e-5)
+
+
+def test_an_allocator_adds_what_it_needs_and_shares_between_frames_only():
+  needs = {"vision_attention", "vision_keys"}
+  assert compressors.get("visionzip?allocator=infotok").needs == needs
+  by_policy = compressors.get("visionzip?allocator=cacovid")
+  assert by_policy.needs == needs | {"scores"} and by_policy.sees_question
+  x, aux = videos.features("noise", GRID), videos.aux(GRID)
+  with pytest.raises(ValueError, match="needs scores"):
+    by_policy.compress(x, grid=GRID, num_keep=5, aux=aux)
+  with pytest.raises(errors.UserError, match="unknown allocator 'fair'"):
+    compressors.get("visionzip?allocator=fair")
+  method = compressors.get("visionzip?scope=video&allocator=infotok")
+  with pytest.raises(errors.UserError, match="needs scope 'frame'") as caught:
+    method.compress(x, grid=GRID, num_keep=5, aux=aux)
+  assert "\n" not in str(caught.value)

@@ -10,6 +10,7 @@ from sklearn import metrics
 
 from cacovid_jax import compressors, errors
 from cacovid_jax.compressors import uniform, vqtoken
+from tests.compressors import quick
 
 GRID = (8, 2, 3)
 
@@ -56,13 +57,13 @@ def naive_lloyd(x, centres, rounds):
 @functools.cache
 def program(num_keep, **options):
   compressor = compressors.get("vqtoken", **options)
-  return jax.jit(
+  return quick.jit(
     lambda x, rng: compressor.compress(x, grid=GRID, num_keep=num_keep, rng=rng)
   )
 
 
-_seeds = jax.jit(vqtoken.seeds, static_argnums=2, static_argnames="per_draw")
-_lloyd = jax.jit(vqtoken.lloyd, static_argnames="rounds")
+_seeds = quick.jit(vqtoken.seeds, static_argnums=2, static_argnames="per_draw")
+_lloyd = quick.jit(vqtoken.lloyd, static_argnames="rounds")
 
 
 @pytest.mark.parametrize("codes", ["raw", "unit"])
@@ -141,7 +142,7 @@ def test_seeds_are_drawn_by_squared_distance():
   # Token 0 is drawn first in a third of cases; then token 2 is 4 away from
   # both others and these are 0 apart: it must come second or first.
   x = jnp.array([[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])
-  draw = jax.jit(jax.vmap(lambda rng: vqtoken.seeds(rng, x, 2)))
+  draw = quick.jit(jax.vmap(lambda rng: vqtoken.seeds(rng, x, 2)))
   drawn = np.asarray(draw(jax.random.split(jax.random.key(0), 300)))
   assert np.all((drawn == 2).any(axis=1))
   share = np.bincount(drawn[:, 0], minlength=3) / 300
