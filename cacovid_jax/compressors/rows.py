@@ -21,10 +21,13 @@ def rank(values: jax.Array, valid: jax.Array | None = None) -> jax.Array:
     valid: bool[..., n], the values that are there; None for all. The others
       come before nothing, and their own rank is n.
   """
-  comes_before = before(values)
   if valid is not None:
-    comes_before &= valid[..., None, :]
-  found = comes_before.sum(axis=-1, dtype=jnp.int32)
+    values = jnp.where(valid, values, -jnp.inf)
+    # Those that are not there come behind what is there and as small.
+    order = jnp.lexsort((-values, ~valid))
+  else:
+    order = jnp.argsort(values, axis=-1, stable=True, descending=True)
+  found = jnp.argsort(order, axis=-1).astype(jnp.int32)
   return found if valid is None else jnp.where(valid, found, values.shape[-1])
 
 
@@ -33,10 +36,10 @@ def before(values: jax.Array) -> jax.Array:
 
   Larger values of float[..., n] come first, equal ones in the order of places.
   """
-  row, column = values[..., :, None], values[..., None, :]
-  place = jnp.arange(values.shape[-1])
-  earlier = place[None, :] < place[:, None]
-  return (column > row) | ((column == row) & earlier)
+  # Ranks, not values: a GPU may compute values anew for each side, rounded
+  # otherwise, and then two could come before each other.
+  place = rank(values)
+  return place[..., None, :] < place[..., :, None]
 
 
 def collect(

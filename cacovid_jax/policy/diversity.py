@@ -58,6 +58,8 @@ def peak_scores(
   density = jnp.exp(nearest.sum(axis=-1) / near.sum())
   if rng is not None:
     density += jax.random.uniform(rng, density.shape, maxval=noise)
+  # The same bits on both sides, however a compiler would round each anew.
+  density = jax.lax.optimization_barrier(density)
   denser = density[None, :] > density[:, None]  # [n, n]: column over row
   denser = buckets.fill(denser, valid[None, :], False)
   closest = jnp.min(jnp.where(denser, squared, jnp.inf), axis=-1)

@@ -47,3 +47,27 @@ def test_anchored_leaves_lonely_tokens_alone():
     0.6,
   )
   np.testing.assert_allclose(out, [[0.6 * 10 + 0.4 * 2], [3.0]], rtol=1e-6)
+
+
+def test_ranks_are_those_of_every_pair_compared():
+  rng = np.random.default_rng(0)
+  draws = rng.integers(-3, 4, (40, 9)).astype(np.float32)
+  draws[draws == 3], draws[draws == -3] = -np.inf, -0.0
+  there = rng.random(draws.shape) < 0.7
+
+  def compared(values, there):
+    return [
+      sum(
+        there[j] and (values[j] > own or (values[j] == own and j < i))
+        for j in range(len(values))
+      )
+      if there[i]
+      else len(values)
+      for i, own in enumerate(values)
+    ]
+
+  every = np.ones_like(there)
+  expected = [compared(*pair) for pair in zip(draws, every, strict=True)]
+  np.testing.assert_array_equal(rows.rank(draws), expected)
+  expected = [compared(*pair) for pair in zip(draws, there, strict=True)]
+  np.testing.assert_array_equal(rows.rank(draws, there), expected)
