@@ -8,9 +8,10 @@ change. Times are medians after compilation, of everything between features and
 chosen rows; what a method reads (scores, attention of the vision tower) is
 given. Methods inside the language model are given queries and keys of a layer
 and the residual stream: the attention that they read, their choice and the
-gathered rows. Where PyTorch is installed, a plain version of three methods
-runs on `--peer_device` in turns with ours; `same` is the share of tokens that
-both keep.
+gathered rows. `in float32` is the share of the kept tokens that stay if the
+same features come in float32. Where PyTorch is installed, a plain version of
+three methods runs on `--peer_device` in turns with ours; `same` is the share of
+tokens that both keep.
 """
 
 import functools
@@ -198,7 +199,12 @@ def peer(name, features, aux, grid, num_keep, device, repeats):
 
 
 def measure(names, grid, config, ratio, repeats, peer_device="", progress=None):
-  """Returns one dict per method: name, ms, compile_s, goal, peer_ms, same."""
+  """Returns one dict per method.
+
+  With name, ms, compile_s, goal; before the language model `in_float32`, the
+  share of tokens that are kept in float32 as well; beside a peer peer_ms and
+  same.
+  """
   features, aux, text = inputs(grid, config)
   model = llava_onevision.LlavaOnevisionModel(config, jnp.bfloat16)
   llm, width = config.text, config.text.hidden_size
@@ -222,6 +228,9 @@ def measure(names, grid, config, ratio, repeats, peer_device="", progress=None):
       given = features, aux, text, keys[3]
     run = functools.partial(program, *given)
     row["ms"], row["compile_s"], found = median_ms(run, repeats)
+    if not isinstance(method, in_llm.InLLM):
+      exact = program(features.astype(jnp.float32), *given[1:])
+      row["in_float32"] = _share(found.index, exact.index)
     if name in PEERS and peer_device:
       # Stage one alone: what enters the language model.
       num_keep = base.budget(grid, ratio)
@@ -230,26 +239,33 @@ def measure(names, grid, config, ratio, repeats, peer_device="", progress=None):
       )
       again, _, _ = median_ms(run, repeats)
       row["ms"] = min(row["ms"], again)
-      same = np.isin(np.asarray(found.index).reshape(-1), theirs)
-      row["same"] = float(same.mean())
+      row["same"] = _share(found.index, theirs)
     rows.append(row)
     if progress:
       progress(row)
   return rows
 
 
+def _share(index, others):
+  """Returns how many of the kept tokens are among others."""
+  return float(np.isin(np.asarray(index), np.asarray(others)).mean())
+
+
 def table(rows):
   """Returns Markdown of what `measure` found."""
   lines = [
-    "| method | ms | goal | PyTorch ms | same tokens |",
-    "| --- | --- | --- | --- | --- |",
+    "| method | ms | goal | in float32 | PyTorch ms | same tokens |",
+    "| --- | --- | --- | --- | --- | --- |",
   ]
   for row in rows:
     peer_ms = f"{row['peer_ms']:.1f}" if "peer_ms" in row else ""
-    same = f"{row['same']:.1%}" if "same" in row else ""
+    shares = [
+      f"{row[name]:.1%}" if name in row else ""
+      for name in ("in_float32", "same")
+    ]
     lines.append(
-      f"| `{row['name']}` | {row['ms']:.2f} | {row['goal']:g} | {peer_ms} |"
-      f" {same} |"
+      f"| `{row['name']}` | {row['ms']:.2f} | {row['goal']:g} | {shares[0]} |"
+      f" {peer_ms} | {shares[1]} |"
     )
   return "\n".join(lines)
 
