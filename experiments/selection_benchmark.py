@@ -206,6 +206,7 @@ def measure(names, grid, config, ratio, repeats, peer_device="", progress=None):
   same.
   """
   features, aux, text = inputs(grid, config)
+  unrounded = jnp.asarray(video(grid, config.text.hidden_size))
   model = llava_onevision.LlavaOnevisionModel(config, jnp.bfloat16)
   llm, width = config.text, config.text.hidden_size
   keys = jax.random.split(jax.random.key(0), 4)
@@ -229,7 +230,7 @@ def measure(names, grid, config, ratio, repeats, peer_device="", progress=None):
     run = functools.partial(program, *given)
     row["ms"], row["compile_s"], found = median_ms(run, repeats)
     if not isinstance(method, in_llm.InLLM):
-      exact = program(features.astype(jnp.float32), *given[1:])
+      exact = program(unrounded, *given[1:])
       row["in_float32"] = _share(found.index, exact.index)
     if name in PEERS and peer_device:
       # Stage one alone: what enters the language model.

@@ -73,7 +73,7 @@ def test_bfloat16_keeps_most_of_the_same_tokens(name, record_property):
     naive.check_valid(narrow, NUM_VIDEO, 20)
     same = np.intersect1d(wide.index, narrow.index)
     overlaps.append(len(same) / 20)
-  record_property("overlap", np.mean(overlaps))
+  record_property("overlap", float(np.mean(overlaps)))
   assert np.mean(overlaps) > 0.7
 
 
