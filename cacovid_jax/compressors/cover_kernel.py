@@ -66,7 +66,7 @@ def block_picks(rows, covered, gains, rival, limit, interpret=False):
     compiler_params=pltriton.CompilerParams(num_warps=_NUM_WARPS, num_stages=1),
     name="block_picks",
   )(
-    rows,
+    rows.reshape(-1),
     rows.T.reshape(-1),
     covered,
     gains,
@@ -114,7 +114,7 @@ def _block_kernel(
     wins &= (best >= 0) & (number < limit)
     picked_ref[number] = chosen
     row = pltriton.load(
-      rows_ref.at[chosen, pl.ds(0, size)], mask=inside & wins, other=0
+      rows_ref.at[chosen * area + token], mask=inside & wins, other=0
     )
     better = row > covered
     count = better.astype(jnp.int32)
@@ -143,18 +143,15 @@ def _block_kernel(
     covered = jnp.maximum(covered, row)
     return covered, gains, number + wins.astype(jnp.int32), wins
 
-  # What is behind A counts as covered, what is behind M as picked.
-  covered = pltriton.load(
-    covered_ref.at[pl.ds(0, size)], mask=inside, other=2**31 - 1
-  )
-  gains = pltriton.load(
-    gains_ref.at[pl.ds(0, size_block)], mask=present, other=-1
-  )
+  # What is behind A counts as covered, what is behind M as picked. (Places, not
+  # slices: newer versions refuse one that ends behind the array.)
+  covered = pltriton.load(covered_ref.at[token], mask=inside, other=2**31 - 1)
+  gains = pltriton.load(gains_ref.at[place], mask=present, other=-1)
   covered, gains, number, _ = jax.lax.while_loop(
     lambda state: state[3],
     pick,
     (covered, gains, jnp.int32(0), limit > 0),
   )
   number_ref[0] = number
-  pltriton.store(covered_out_ref.at[pl.ds(0, size)], covered, mask=inside)
-  pltriton.store(gains_out_ref.at[pl.ds(0, size_block)], gains, mask=present)
+  pltriton.store(covered_out_ref.at[token], covered, mask=inside)
+  pltriton.store(gains_out_ref.at[place], gains, mask=present)

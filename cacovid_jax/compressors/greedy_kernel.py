@@ -65,7 +65,7 @@ def max_min_picks(distances, first, num_keep, interpret=False):
       num_warps=min(max(size // _WARP_ITEMS, 1), _MOST_WARPS), num_stages=1
     ),
     name="max_min_picks",
-  )(distances, first.astype(jnp.int32).reshape(1))
+  )(distances.reshape(-1), first.astype(jnp.int32).reshape(1))
 
 
 def _max_min_kernel(
@@ -76,8 +76,10 @@ def _max_min_kernel(
 
   def pick(m, state):
     best, last = state
+    # By places, not by a slice: newer versions refuse one that ends behind N,
+    # though what is there is masked.
     row = pltriton.load(
-      distances_ref.at[last, pl.ds(0, size)], mask=inside, other=-jnp.inf
+      distances_ref.at[last * num_items + item], mask=inside, other=-jnp.inf
     )
     best = jnp.where(item == last, -jnp.inf, jnp.minimum(best, row))
     # The largest, then the first place that has it: an argmax whose rule for
