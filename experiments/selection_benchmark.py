@@ -16,7 +16,6 @@ tokens that both keep.
 
 import functools
 import math
-import statistics
 import time
 
 import jax
@@ -27,6 +26,7 @@ from absl import flags
 
 from cacovid_jax import compressors, errors
 from cacovid_jax.compressors import base, framefusion, in_llm, prompt_rows
+from cacovid_jax.evals import latency
 from cacovid_jax.models import llava_onevision
 from cacovid_jax.policy import network
 
@@ -156,20 +156,6 @@ def chosen_inside(method, model, grid, ratio):
   return jax.jit(choose)
 
 
-def median_ms(function, repeats, wait=jax.block_until_ready):
-  """Returns (median milliseconds, seconds of the first call, its result)."""
-  start = time.perf_counter()
-  result = function()
-  wait(result)
-  first = time.perf_counter() - start
-  taken = []
-  for _ in range(repeats):
-    start = time.perf_counter()
-    wait(function())
-    taken.append(1e3 * (time.perf_counter() - start))
-  return statistics.median(taken), first, result
-
-
 def peer(name, features, aux, grid, num_keep, device, repeats):
   """Returns (median milliseconds, kept tokens int64[K]) of plain PyTorch."""
   import torch
@@ -194,8 +180,8 @@ def peer(name, features, aux, grid, num_keep, device, repeats):
     # Reading one value waits for all that is under way.
     return int(result[0])
 
-  taken, _, kept = median_ms(run, repeats, wait)
-  return taken, kept.cpu().numpy()
+  taken = latency.median_milliseconds(run, repeats, wait)
+  return taken, run().cpu().numpy()
 
 
 def measure(names, grid, config, ratio, repeats, peer_device="", progress=None):
@@ -228,7 +214,10 @@ def measure(names, grid, config, ratio, repeats, peer_device="", progress=None):
       program = chosen_before(method, grid, ratio)
       given = features, aux, text, keys[3]
     run = functools.partial(program, *given)
-    row["ms"], row["compile_s"], found = median_ms(run, repeats)
+    start = time.perf_counter()
+    found = jax.block_until_ready(run())
+    row["compile_s"] = time.perf_counter() - start
+    row["ms"] = latency.median_milliseconds(run, repeats)
     if not isinstance(method, in_llm.InLLM):
       exact = program(unrounded, *given[1:])
       row["in_float32"] = _share(found.index, exact.index)
@@ -238,7 +227,7 @@ def measure(names, grid, config, ratio, repeats, peer_device="", progress=None):
       row["peer_ms"], theirs = peer(
         name, features, aux, grid, num_keep, peer_device, repeats
       )
-      again, _, _ = median_ms(run, repeats)
+      again = latency.median_milliseconds(run, repeats)
       row["ms"] = min(row["ms"], again)
       row["same"] = _share(found.index, theirs)
     rows.append(row)

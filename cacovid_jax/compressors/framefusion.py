@@ -187,7 +187,7 @@ def _prefill_exactly(rule, model, params, rows, *, grid, ratio, new_rows):
   (rows, state), (keys, values, lengths, counts) = jax.lax.scan(
     block, (rows, state), jnp.arange(stages.num_layers)
   )
-  cache = prompt_rows.with_room(qwen2.Cache(keys, values, lengths), new_rows)
+  cache = qwen2.with_room(qwen2.Cache(keys, values, lengths), new_rows)
   logits = prompt_rows.last_logits(model, params, rows.x, rows.lengths)
   most = rule._most(stages.num_layers, math.prod(grid), ratio)
   return logits, (cache,), _trace(rows, state, counts, most)
@@ -276,7 +276,7 @@ def _rest(
     rows = rows._replace(x=x)
     caches.append(qwen2.Cache(keys, values, rows.lengths))
   counts += [rows.count] * (num_layers - last_stage)
-  caches = tuple(prompt_rows.with_room(cache, new_rows) for cache in caches)
+  caches = tuple(qwen2.with_room(cache, new_rows) for cache in caches)
   logits = prompt_rows.last_logits(model, params, rows.x, rows.lengths)
   return logits, caches, _trace(rows, state, jnp.stack(counts), most)
 

@@ -239,7 +239,7 @@ class InLLM(abc.ABC):
     )
     return (
       prompt_rows.last_logits(model, params, rows.x, rows.lengths),
-      tuple(prompt_rows.with_room(cache, new_rows) for cache in caches),
+      tuple(qwen2.with_room(cache, new_rows) for cache in caches),
       trace,
     )
 
@@ -421,23 +421,12 @@ def enter(
 
   Arguments are those of `generate`.
   """
-  num_video, batch = math.prod(grid), x.shape[0]
+  num_video = math.prod(grid)
   if x.shape[1] < num_video:
     raise ValueError(
       f"prompts of {x.shape[1]} rows do not hold {num_video} video tokens"
     )
-  every = jnp.broadcast_to(
-    jnp.arange(num_video, dtype=jnp.int32), (batch, num_video)
-  )
-  rows = prompt_rows.Rows(
-    x=x,
-    positions=positions,
-    lengths=jnp.asarray(lengths, jnp.int32),
-    video_start=jnp.asarray(video_start, jnp.int32),
-    index=every,
-    row=every,
-    count=jnp.full(batch, num_video, jnp.int32),
-  )
+  rows = prompt_rows.whole(x, positions, lengths, video_start, num_video)
   if compressor.before is None:
     return rows
   before, steps = (
@@ -464,20 +453,7 @@ def enter(
   selection = jax.vmap(choose)(
     prompt_rows.video_rows(x, rows.video_start, num_video), text, aux, rngs
   )
-  count = selection.mask.sum(axis=1).astype(jnp.int32)
-  _, rows = prompt_rows.take(rows, selection.index, count, num_video=num_video)
-  # A method may have changed the rows that it keeps (merged tokens).
-  valid = selection.mask[..., None]
-  kept = prompt_rows.video_rows(
-    rows.x, rows.video_start, selection.index.shape[1]
-  )
-  kept = jnp.where(valid, selection.features.astype(x.dtype), kept)
-  own = jnp.arange(selection.index.shape[1], dtype=jnp.int32)
-  return rows._replace(
-    x=prompt_rows.write_rows(rows.x, rows.video_start, kept),
-    row=jnp.broadcast_to(own, selection.index.shape),
-    entered=selection,
-  )
+  return prompt_rows.keep(rows, selection, num_video=num_video)
 
 
 def see(rows: prompt_rows.Rows, attended) -> Seen:

@@ -44,6 +44,42 @@ class Rows(NamedTuple):
   entered: base.Selection | None = None
 
 
+def whole(x, positions, lengths, video_start, num_video: int) -> Rows:
+  """Returns prompts with all N video tokens; arguments as in `Rows`."""
+  batch = x.shape[0]
+  every = jnp.broadcast_to(
+    jnp.arange(num_video, dtype=jnp.int32), (batch, num_video)
+  )
+  return Rows(
+    x=x,
+    positions=positions,
+    lengths=jnp.asarray(lengths, jnp.int32),
+    video_start=jnp.asarray(video_start, jnp.int32),
+    index=every,
+    row=every,
+    count=jnp.full(batch, num_video, jnp.int32),
+  )
+
+
+def keep(rows: Rows, selection: base.Selection, *, num_video: int) -> Rows:
+  """Returns whole prompts with only the tokens of a selection [B, ...]."""
+  size = selection.index.shape[1]
+  count = selection.mask.sum(axis=1).astype(jnp.int32)
+  _, rows = take(rows, selection.index, count, num_video=num_video)
+  # A method may have changed the rows that it keeps (merged tokens).
+  kept = jnp.where(
+    selection.mask[..., None],
+    selection.features.astype(rows.x.dtype),
+    video_rows(rows.x, rows.video_start, size),
+  )
+  own = jnp.arange(size, dtype=jnp.int32)
+  return rows._replace(
+    x=write_rows(rows.x, rows.video_start, kept),
+    row=jnp.broadcast_to(own, selection.index.shape),
+    entered=selection,
+  )
+
+
 def take(rows: Rows, kept, count, *, num_video):
   """Returns (taken int32[B, R'], rows) with only some of the video rows.
 
@@ -118,14 +154,6 @@ def last_logits(model, params, x, lengths):
   """Returns float32[B, V] behind each prompt's last valid row."""
   last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
   return model.end(params, last[:, 0])
-
-
-def with_room(cache: qwen2.Cache, new_rows: int) -> qwen2.Cache:
-  """Returns the cache with room for more tokens."""
-  room = [(0, 0), (0, 0), (0, new_rows), (0, 0), (0, 0)]
-  return cache._replace(
-    keys=jnp.pad(cache.keys, room), values=jnp.pad(cache.values, room)
-  )
 
 
 def drop(cache: qwen2.Cache, taken, lengths) -> qwen2.Cache:

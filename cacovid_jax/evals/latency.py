@@ -120,13 +120,23 @@ class Stopwatch:
     return median_milliseconds(function, self._repeats)
 
 
-def median_milliseconds(function: Callable[[], Any], repeats: int) -> float:
-  """Returns the median over `repeats` runs, after one that may compile."""
-  jax.block_until_ready(function())
+def median_milliseconds(
+  function: Callable[[], Any],
+  repeats: int,
+  wait: Callable[[Any], Any] = jax.block_until_ready,
+) -> float:
+  """Returns the median over `repeats` runs, after one that may compile.
+
+  Args:
+    function: what is timed.
+    repeats: at least 1.
+    wait: returns once what `function` gave has been computed.
+  """
+  wait(function())
   taken = []
   for _ in range(repeats):
     start = time.perf_counter()
-    jax.block_until_ready(function())
+    wait(function())
     taken.append(1e3 * (time.perf_counter() - start))
   return statistics.median(taken)
 

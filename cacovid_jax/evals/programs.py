@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cacovid_jax.compressors import base, in_llm
-from cacovid_jax.models import generation, pruning
+from cacovid_jax.compressors import base, in_llm, prompt_rows
+from cacovid_jax.models import generation
 
 
 class Batch(NamedTuple):
@@ -178,39 +178,22 @@ class Programs:
     )
 
   def _answer(self, params, batch: Batch, selection: base.Selection):
-    num_keep = selection.index.shape[1]
-    length = batch.x.shape[1]
-    out_length = length - self._num_video + num_keep
-
-    def prune(x, positions, length, start, selection):
-      num_valid = selection.mask.sum()
-      rows, new_length = pruning.pruned_rows(
-        selection.index,
-        num_valid,
-        video_start=start,
-        num_video=self._num_video,
-        length=length,
-        out_length=out_length,
-      )
-      # A method may have changed the rows that it keeps (merged tokens).
-      place = jnp.arange(out_length) - start
-      kept = selection.features.astype(x.dtype)
-      kept = jnp.take(kept, place, axis=0, mode="clip")
-      changed = (place >= 0) & (place < num_valid)
-      x = jnp.where(changed[:, None], kept, x[rows])
-      return x, positions[:, rows], new_length
-
-    x, positions, lengths = jax.vmap(prune)(
-      batch.x, batch.positions, batch.length, batch.video_start, selection
+    rows = prompt_rows.whole(
+      batch.x,
+      batch.positions,
+      batch.length,
+      batch.video_start,
+      self._num_video,
     )
+    rows = prompt_rows.keep(rows, selection, num_video=self._num_video)
     # Kept tokens keep their positions, and the answer goes on where that of
     # the whole prompt would.
     return generation.greedy(
       self._model,
       params,
-      x,
-      positions,
-      lengths,
+      rows.x,
+      rows.positions,
+      rows.lengths,
       batch.next_position,
       **self._ending,
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 import av
 import jax
+from av import library_versions
 
 import cacovid_jax
 
@@ -78,7 +79,7 @@ def decoder() -> str:
   """
   libraries = {
     name: ".".join(map(str, version))
-    for name, version in sorted(av.library_versions.items())
+    for name, version in sorted(library_versions.items())
     if name in ("libavcodec", "libavformat", "libswscale")
   }
   parts = [f"{name} {version}" for name, version in libraries.items()]

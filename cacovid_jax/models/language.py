@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cacovid_jax.models import qwen2, rope
+from cacovid_jax.models import qwen2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,13 +121,8 @@ class LanguageModel:
       want_cache=True,
       method="__call__",
     )
-    room = [(0, 0)] * 5
-    room[2] = (0, cache_length - x.shape[1])
-    cache = qwen2.Cache(
-      keys=jnp.pad(out.pop("keys"), room),
-      values=jnp.pad(out.pop("values"), room),
-      lengths=lengths,
-    )
+    cache = qwen2.Cache(out.pop("keys"), out.pop("values"), lengths)
+    cache = qwen2.with_room(cache, cache_length - x.shape[1])
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
     return self.logits(params, last[:, 0]), cache, out
 
@@ -170,12 +165,7 @@ class LanguageModel:
       params["language_model"]["layers"],
     )
     cfg = self.config.text
-    cos, sin = rope.angles(
-      jnp.moveaxis(positions, 1, 0),
-      cfg.head_dim,
-      cfg.rope_theta,
-      cfg.rope_sections,
-    )
+    cos, sin = qwen2.angles(cfg, positions)
     module = qwen2.DecoderLayer(cfg, self.dtype, self.backend)
     return module.apply(
       {"params": own}, x.astype(self.dtype), cos, sin, **kwargs

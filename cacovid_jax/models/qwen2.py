@@ -204,6 +204,24 @@ class Cache(NamedTuple):
   lengths: jax.Array  # int32[B], or int32[layers, B]
 
 
+def with_room(cache: Cache, new_rows: int) -> Cache:
+  """Returns the cache with room for more tokens."""
+  room = [(0, 0), (0, 0), (0, new_rows), (0, 0), (0, 0)]
+  return cache._replace(
+    keys=jnp.pad(cache.keys, room), values=jnp.pad(cache.values, room)
+  )
+
+
+def angles(config: Qwen2Config, positions):
+  """Returns (cos, sin) float32[B, L, H] of positions int32[B, P, L]."""
+  return rope.angles(
+    jnp.moveaxis(positions, 1, 0),
+    config.head_dim,
+    config.rope_theta,
+    config.rope_sections,
+  )
+
+
 class RMSNorm(nn.Module):
   """RMSNorm with two roundings: the scale multiplies the rounded value."""
 
@@ -380,7 +398,7 @@ class Qwen2(nn.Module):
       want_cache: static; out["keys"] and out["values"]
         float[layers, B, L, K, H].
     """
-    cos, sin = self._angles(positions)
+    cos, sin = angles(self.config, positions)
 
     def block(layer, x, _):
       x, aux = layer(
@@ -410,7 +428,7 @@ class Qwen2(nn.Module):
       positions: int32[B, P].
       cache: `Cache` with room for one more token in every row.
     """
-    cos, sin = self._angles(positions[..., None])
+    cos, sin = angles(self.config, positions[..., None])
 
     def block(layer, x, earlier):
       x, aux = layer(x, cos, sin, cache=earlier, lengths=cache.lengths)
@@ -427,15 +445,6 @@ class Qwen2(nn.Module):
       lengths=cache.lengths + 1,
     )
     return self.norm(x)[:, 0], cache
-
-  def _angles(self, positions):
-    cfg = self.config
-    return rope.angles(
-      jnp.moveaxis(positions, 1, 0),
-      cfg.head_dim,
-      cfg.rope_theta,
-      cfg.rope_sections,
-    )
 
   def _scan(self, block, x, per_layer):
     if self.remat:
