@@ -4,12 +4,17 @@ One entry is a .npy file of float32 followed by the 32 bytes of its sha256 (a
 plain .npy reader ignores them). Entries are written aside and renamed, so that
 several processes may share one folder; an entry that does not verify counts as
 absent and is removed.
+
+Entries are read without `np.load`: it evaluates the header as Python source,
+and CPython 3.11's parser now and then fails when several threads use it at once
+("AST constructor recursion depth mismatch").
 """
 
 import hashlib
 import io
 import json
 import os
+import re
 import threading
 import uuid
 
@@ -17,6 +22,12 @@ import numpy as np
 from absl import logging
 
 _DIGEST_BYTES = 32
+# The header that `put` writes: .npy version 1.0, float32 in C order.
+_HEADER = re.compile(
+  rb"\x93NUMPY\x01\x00(?P<length>..)\{'descr': '<f4', 'fortran_order': False,"
+  rb" 'shape': \((?P<shape>[0-9, ]*)\), \} *\n",
+  re.DOTALL,
+)
 
 
 def key(**parts) -> str:
@@ -46,7 +57,9 @@ class FeatureCache:
       return None
     body, digest = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
     if hashlib.sha256(body).digest() == digest:
-      return np.load(io.BytesIO(body), allow_pickle=False)
+      value = _parse(body)
+      if value is not None:
+        return value
     logging.warning("%s: damaged cache entry, made anew", path)
     try:
       os.remove(path)
@@ -58,7 +71,8 @@ class FeatureCache:
     """Stores an array; the same name always stands for the same content."""
     path = self.path(name)
     buffer = io.BytesIO()
-    np.save(buffer, np.asarray(value, np.float32), allow_pickle=False)
+    value = np.asarray(value, np.float32, order="C")
+    np.save(buffer, value, allow_pickle=False)
     body = buffer.getvalue()
     os.makedirs(os.path.dirname(path), exist_ok=True)
     aside = f"{path}.{os.getpid()}.{threading.get_ident()}.{uuid.uuid4().hex}"
@@ -73,3 +87,14 @@ class FeatureCache:
       if os.path.exists(aside):
         os.remove(aside)
       raise
+
+
+def _parse(body: bytes) -> np.ndarray | None:
+  """Returns the array of a .npy file that `put` wrote; None of another."""
+  header = _HEADER.match(body)
+  if header is None:
+    return None
+  shape = tuple(int(n) for n in header["shape"].split(b",") if n.strip())
+  values = np.frombuffer(body, "<f4", offset=header.end())
+  # A copy: what is read from bytes cannot be written to.
+  return values.reshape(shape).astype(np.float32, copy=True)

@@ -1,8 +1,10 @@
 """Features on disk: what goes in comes out, or nothing does."""
 
 import concurrent.futures
+import hashlib
 
 import numpy as np
+import pytest
 
 from cacovid_jax.data import feature_cache
 
@@ -32,6 +34,27 @@ def test_any_flipped_bit_or_lost_byte_makes_an_entry_absent(tmp_path):
       f.write(content)
     assert cache.get("abcd") is None
     assert cache.get("abcd") is None  # It is gone, and that is no fault.
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (0,), (2, 0, 4), (2, 3, 4)])
+def test_every_shape_is_read_as_numpy_reads_it(tmp_path, shape):
+  cache = feature_cache.FeatureCache(tmp_path)
+  value = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+  cache.put("abcd", value.T if value.ndim > 1 else value)
+  found, expected = cache.get("abcd"), np.load(cache.path("abcd"))
+  np.testing.assert_array_equal(found, expected)
+  assert found.shape == expected.shape and found.flags.writeable
+
+
+def test_an_entry_of_another_kind_is_absent(tmp_path):
+  cache = feature_cache.FeatureCache(tmp_path)
+  cache.put("abcd", np.zeros(2, np.float32))
+  np.save(cache.path("abcd"), np.zeros(2, np.int64))
+  with open(cache.path("abcd"), "rb") as f:
+    body = f.read()
+  with open(cache.path("abcd"), "wb") as f:
+    f.write(body + hashlib.sha256(body).digest())
+  assert cache.get("abcd") is None
 
 
 def test_the_name_depends_on_every_part():
