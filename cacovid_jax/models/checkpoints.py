@@ -158,6 +158,22 @@ def load_config(directory):
   return _FAMILIES[kind].config.from_hf(described)
 
 
+def make_model(config, dtype=jnp.float32, backend="auto"):
+  """Returns the functions of a config's model, without weights."""
+  return _family(config).model(config, jnp.dtype(dtype), backend)
+
+
+def param_shapes(config):
+  """Returns the weights' tree, `jax.ShapeDtypeStruct` in float32 as leaves."""
+  return traverse_util.unflatten_dict(
+    {
+      path: jax.ShapeDtypeStruct(shape, jnp.float32)
+      for path, shape in _shapes(config).items()
+    },
+    sep="/",
+  )
+
+
 def _family(config):
   return next(f for f in _FAMILIES.values() if isinstance(config, f.config))
 
@@ -301,7 +317,7 @@ def load(
   params = load_params(directory, config, dtype, mesh=mesh, rules=rules)
   dtype = dtype or params["language_model"]["embed_tokens"].dtype
   return Checkpoint(
-    model=_family(config).model(config, jnp.dtype(dtype), backend),
+    model=make_model(config, dtype, backend),
     params=params,
     tokenizer=tokenizer,
     identity=identity(directory),
@@ -436,7 +452,7 @@ def _source_shape(layout, shape, kernel_shape):
 @functools.cache
 def _shapes(config):
   """Returns {path: shape} of every parameter."""
-  model = _family(config).model(config)
+  model = make_model(config)
   params = jax.eval_shape(model.init, jax.random.key(0))
   flat = traverse_util.flatten_dict(params, sep="/")
   return {path: leaf.shape for path, leaf in flat.items()}

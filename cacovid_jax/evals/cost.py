@@ -1,0 +1,367 @@
+"""What a model costs before it runs: operations, bytes, expected time.
+
+Counted from sizes alone, no weight is read. An operation is one
+multiplication or one addition of a matrix product (norms, activations,
+rotations and the choice of tokens are left out, below one per cent at the
+released sizes).
+
+A decoder layer over R rows, of which each sees P:
+  2 R D (N H + 2 K H)   queries, keys, values
+  2 R N H D             output
+  2 R 3 D F             gated MLP
+  2 R P 2 N H           attention, both products
+A whole prompt has P = R: pairs above the diagonal are counted, as the field
+counts them; a kernel that skips them does half of the attention. The head is
+2 D V for each row that logits are wanted of, one per prompt.
+
+Axes: R rows of a prompt, D width, F width of the MLP, N heads, K kv heads,
+H head dimension, V vocabulary, B batch, T frames.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cacovid_jax.compressors import framefusion, in_llm
+from cacovid_jax.evals import latency
+from cacovid_jax.models import checkpoints, qwen2, qwen2_5_vl_vision
+from cacovid_jax.parallel import mesh as mesh_lib
+from cacovid_jax.policy import network
+
+
+def layer_flops(text: qwen2.Qwen2Config, rows: int, seen: int | None = None):
+  """Returns the operations of one decoder layer.
+
+  Args:
+    text: sizes of the decoder.
+    rows: R.
+    seen: P, rows that each row's attention looks at; R by default.
+  """
+  seen = rows if seen is None else seen
+  heads = text.num_heads * text.head_dim
+  kv_heads = text.num_kv_heads * text.head_dim
+  weights = text.hidden_size * (
+    2 * heads + 2 * kv_heads + 3 * text.intermediate_size
+  )
+  return 2 * rows * weights + 4 * rows * seen * heads
+
+
+def head_flops(text: qwen2.Qwen2Config) -> int:
+  """Returns the operations of one row of logits."""
+  return 2 * text.hidden_size * text.vocab_size
+
+
+def prefill_flops(text: qwen2.Qwen2Config, rows: Sequence[int]) -> int:
+  """Returns the operations from a prompt to its first logits.
+
+  Args:
+    text: sizes of the decoder.
+    rows: of the prompt, in each layer.
+  """
+  return sum(layer_flops(text, count) for count in rows) + head_flops(text)
+
+
+def decode_flops(text: qwen2.Qwen2Config, rows: Sequence[int]) -> int:
+  """Returns the operations of one more token behind `rows` in each layer."""
+  layers = sum(layer_flops(text, 1, count + 1) for count in rows)
+  return layers + head_flops(text)
+
+
+def policy_flops(config: network.PolicyConfig, rows: int, grid) -> int:
+  """Returns the operations of scoring one prompt of `rows` rows.
+
+  One decoder layer over the prompt, and two MLPs that halve the width: one
+  for each video token, one for each frame.
+  """
+  width, mlp = config.llm.hidden_size, 0
+  for _ in range(config.num_halvings):
+    mlp += 2 * width * (width // 2)
+    width //= 2
+  mlp += 2 * width * 2
+  count = math.prod(grid) + grid[0]
+  return layer_flops(config.llm, rows) + count * mlp
+
+
+def tower_flops(config: Any, grid: tuple[int, int, int]) -> int:
+  """Returns the operations from one video's pixels to its features.
+
+  SigLIP's patches see their frame; Qwen2.5-VL's their window, in four layers
+  their slice. LLaVA-OneVision's pooling is left out.
+
+  Args:
+    config: of the base model.
+    grid: (T, H, W) of the video's tokens.
+  """
+  vision, width = config.vision, config.text.hidden_size
+  D, F = vision.hidden_size, vision.intermediate_size  # noqa: N806
+  if isinstance(vision, qwen2_5_vl_vision.VisionConfig):
+    sizes = qwen2_5_vl_vision.Sizes.of([grid], vision)
+    merge = vision.patches_per_token
+    patches = sizes.num_tokens * merge
+    total = 2 * patches * vision.patch_values * D
+    total += vision.num_layers * 2 * patches * (4 * D * D + 3 * D * F)
+    # Smaller windows at the edges are padded to whole ones.
+    window = (vision.window_side**2 * merge) ** 2 * sizes.num_windows
+    whole = (sizes.tokens_per_slice * merge) ** 2 * sizes.num_slices
+    full = len(vision.full_layers)
+    total += 4 * D * (full * whole + (vision.num_layers - full) * window)
+    joined = D * merge
+    return total + 2 * sizes.num_tokens * (joined * joined + joined * width)
+  per_frame = vision.side**2
+  patches = grid[0] * per_frame
+  total = 2 * patches * 3 * vision.patch_size**2 * D
+  total += vision.num_layers * 2 * patches * (4 * D * D + 2 * D * F)
+  total += vision.num_layers * 4 * patches * per_frame * D
+  return total + 2 * patches * (D * width + width * width)
+
+
+def video_rows(
+  compressor: Any, num_layers: int, grid, ratio: float
+) -> list[int]:
+  """Returns how many video tokens each layer of the language model sees.
+
+  Where it depends on the video (FrameFusion) it is the mean that the ratio
+  stands for.
+
+  Args:
+    compressor: a method; None keeps every token.
+    num_layers: of the language model.
+    grid: (T, H, W).
+    ratio: retention ratio.
+  """
+  num_video = math.prod(grid)
+  if compressor is None:
+    return [num_video] * num_layers
+  if not isinstance(compressor, in_llm.InLLM):
+    return [compressor.rows(grid, ratio)] * num_layers
+  steps = compressor.plan(num_layers, num_video, ratio)
+  if isinstance(compressor, framefusion.FrameFusion):
+    total = in_llm.token_layers(num_layers, num_video, ratio)
+    return [
+      total // num_layers + (layer < total % num_layers)
+      for layer in range(num_layers)
+    ]
+  out = []
+  for layer in range(num_layers):
+    kept = [keep for first, keep in steps if first <= layer]
+    out.append(min([num_video, *kept]))
+  return out
+
+
+def kv_bytes(
+  text: qwen2.Qwen2Config,
+  rows: Sequence[int],
+  dtype: Any,
+  *,
+  batch: int = 1,
+  model_shards: int = 1,
+) -> int:
+  """Returns the bytes of keys and values of `rows` in each layer.
+
+  Args:
+    text: sizes of the decoder.
+    rows: in each layer.
+    dtype: of the cache.
+    batch: B.
+    model_shards: devices that share one model; heads that they cannot share
+      evenly are on each of them.
+  """
+  heads = text.num_kv_heads
+  if heads % model_shards == 0:
+    heads //= model_shards
+  per_row = 2 * heads * text.head_dim * jnp.dtype(dtype).itemsize
+  return batch * sum(rows) * per_row
+
+
+def weight_bytes(config: Any, dtype: Any, model_shards: int = 1) -> int:
+  """Returns the bytes of the base model's weights on each device.
+
+  Args:
+    config: of the base model.
+    dtype: of the weights.
+    model_shards: devices that share them, by `mesh.BASE_MODEL_RULES`.
+  """
+  # Sizes alone decide how weights are split: no device is asked.
+  mesh = jax.sharding.AbstractMesh((1, model_shards), ("data", "model"))
+  shapes = checkpoints.param_shapes(config)
+
+  def count(shape, spec):
+    return math.prod(shape.shape) // (model_shards if "model" in spec else 1)
+
+  specs = mesh_lib.partition_specs(shapes, mesh)
+  counts = jax.tree.map(count, shapes, specs)
+  return sum(jax.tree.leaves(counts)) * jnp.dtype(dtype).itemsize
+
+
+def prefill_bytes(
+  text: qwen2.Qwen2Config, rows: int, dtype: Any, *, batch: int = 1
+) -> int:
+  """Returns about how many bytes a prefill needs beside weights and cache.
+
+  Of one layer: the residual stream twice, its norm in float32, and the larger
+  of two states, queries with keys, values and what attention gives, or the
+  two halves of the gated MLP. And the logits.
+  """
+  itemsize = jnp.dtype(dtype).itemsize
+  heads = text.num_heads * text.head_dim
+  kv_heads = text.num_kv_heads * text.head_dim
+  state = max(2 * heads + 2 * kv_heads, 2 * text.intermediate_size)
+  per_row = text.hidden_size * (2 * itemsize + 4) + state * itemsize
+  return batch * (rows * per_row + 4 * text.vocab_size)
+
+
+def tower_bytes(config: Any, grid, dtype: Any) -> int:
+  """Returns about how many bytes the tower needs beside its weights.
+
+  The pixels in float32, and of one layer what `prefill_bytes` counts.
+  """
+  vision, itemsize = config.vision, jnp.dtype(dtype).itemsize
+  if isinstance(vision, qwen2_5_vl_vision.VisionConfig):
+    patches = math.prod(grid) * vision.patches_per_token
+    pixels, mlp = patches * vision.patch_values, 2
+  else:
+    patches = grid[0] * vision.side**2
+    pixels, mlp = grid[0] * 3 * vision.image_size**2, 1
+  state = max(4 * vision.hidden_size, mlp * vision.intermediate_size)
+  per_patch = vision.hidden_size * (2 * itemsize + 4) + state * itemsize
+  return 4 * pixels + patches * per_patch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+  """Bytes on one device while a batch of whole prompts is asked.
+
+  Attributes:
+    weights: of the base model.
+    policy: of the policy's weights.
+    features: of the batch's videos, float32.
+    prompts: embeddings of the batch.
+    cache: keys and values, with the copy that makes room for the answer.
+    activations: of the prefill or the tower, whichever is larger.
+  """
+
+  weights: int
+  policy: int
+  features: int
+  prompts: int
+  cache: int
+  activations: int
+
+  @property
+  def total(self) -> int:
+    return sum(dataclasses.asdict(self).values())
+
+
+def memory(
+  config: Any,
+  *,
+  grid,
+  prompt_rows: int,
+  new_tokens: int,
+  batch: int,
+  dtype: Any,
+  policy: network.PolicyConfig | None = None,
+  model_shards: int = 1,
+) -> Memory:
+  """Returns what asking a batch of whole prompts takes on each device.
+
+  Args:
+    config: of the base model.
+    grid: (T, H, W) of the largest video.
+    prompt_rows: of the longest prompt, video included.
+    new_tokens: of the longest answer.
+    batch: B.
+    dtype: of weights and computation.
+    policy: of the policy that scores the tokens, None for none.
+    model_shards: devices that share one model.
+  """
+  text, itemsize = config.text, jnp.dtype(dtype).itemsize
+  width, num_layers = text.hidden_size, text.num_layers
+  kv = functools.partial(
+    kv_bytes, text, dtype=dtype, batch=batch, model_shards=model_shards
+  )
+  room = prompt_rows + new_tokens - 1
+  return Memory(
+    weights=weight_bytes(config, dtype, model_shards),
+    policy=policy_bytes(policy) if policy else 0,
+    features=4 * batch * math.prod(grid) * width,
+    prompts=batch * prompt_rows * width * itemsize,
+    cache=kv([prompt_rows] * num_layers) + kv([room] * num_layers),
+    activations=max(
+      prefill_bytes(text, prompt_rows, dtype, batch=batch),
+      tower_bytes(config, grid, dtype),
+    ),
+  )
+
+
+def policy_bytes(config: network.PolicyConfig) -> int:
+  """Returns the bytes of a policy's weights, which are float32."""
+  policy, width = network.Policy(config), config.llm.hidden_size
+  positions = np.zeros([len(config.llm.rope_sections or [0]), 2], np.int32)
+  # One token of one frame, behind one of text: sizes do not depend on it.
+  shapes = jax.eval_shape(
+    lambda x: policy.init(
+      jax.random.key(0), x, positions, np.array([1]), (1, 1, 1)
+    ),
+    jax.ShapeDtypeStruct((2, width), jnp.float32),
+  )
+  return 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+def feature_bytes(config: Any, grid, vision_keys: bool = False) -> int:
+  """Returns the bytes of one video in the feature cache, in float32.
+
+  Args:
+    config: of the base model.
+    grid: (T, H, W).
+    vision_keys: with the tower's attention and keys, for methods that read
+      them.
+  """
+  per_token = config.text.hidden_size
+  if vision_keys:
+    vision = config.vision
+    per_token += 1 + vision.hidden_size // vision.num_heads
+  return 4 * math.prod(grid) * per_token
+
+
+class Speed(NamedTuple):
+  """What a device does in a second.
+
+  Attributes:
+    flops: operations of matrix products.
+    bytes: read from its memory.
+  """
+
+  flops: float
+  bytes: float
+
+  def seconds(self, flops: float, steps: int = 0, step_bytes: int = 0) -> float:
+    """Returns the time of `flops`, and of `steps` that read `step_bytes` each.
+
+    One more token reads all weights for the sake of a few operations.
+    """
+    return flops / self.flops + steps * step_bytes / self.bytes
+
+
+def measure_speed(dtype: Any, size: int = 0, repeats: int = 5) -> Speed:
+  """Returns what a square matrix product and a copy reach on this device.
+
+  Args:
+    dtype: of the matrices.
+    size: their side; by default as large as takes milliseconds.
+    repeats: runs that the median is taken over.
+  """
+  size = size or (1024 if jax.default_backend() == "cpu" else 8192)
+  matrix = jnp.ones((size, size), dtype)
+  product = jax.jit(lambda a: a @ a)
+  taken = latency.median_milliseconds(lambda: product(matrix), repeats)
+  wide = jnp.ones(32 * size * 1024, jnp.uint8)
+  copy = jax.jit(lambda a: a + 1)
+  copied = latency.median_milliseconds(lambda: copy(wide), repeats)
+  return Speed(2e3 * size**3 / taken, 2e3 * wide.nbytes / copied)

@@ -1,0 +1,182 @@
+"""What the paper reports, in one place: accuracies in %, milliseconds.
+
+Paper: https://arxiv.org/abs/2602.01649, its main table and its efficiency
+table. The main table has 32 frames, greedy answers and the mean of four
+benchmarks; a share is that of the model's own answers from all tokens.
+"""
+
+import dataclasses
+import types
+from collections.abc import Mapping
+from typing import Any
+
+SOURCE = "arXiv 2602.01649, main table"
+VANILLA = "vanilla"
+
+# Benchmark -> (its name in tables, questions it asks).
+BENCHMARKS = types.MappingProxyType(
+  {
+    "longvideobench": ("LongVideoBench", 1337),
+    "mlvu_dev": ("MLVU dev", 2175),
+    "mlvu_test": ("MLVU test", 502),
+    "videomme": ("VideoMME", 2700),
+  }
+)
+# Columns of the table: benchmarks, and parts of one by duration.
+COLUMNS = (
+  "longvideobench",
+  "mlvu_dev",
+  "mlvu_test",
+  "videomme/short",
+  "videomme/medium",
+  "videomme/long",
+  "videomme",
+)
+AVERAGE = "average"
+NUM_FRAMES = 32
+RULE = "paper"
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A base model of the table.
+
+  Attributes:
+    name: of it in tables.
+    config: the command line's name of it, `--base`.
+    sizes: (width, layers, feed-forward width) of its decoder.
+    family: `model_type` of its checkpoints.
+  """
+
+  name: str
+  config: str
+  sizes: tuple[int, int, int]
+  family: str
+
+
+MODELS = types.MappingProxyType(
+  {
+    "ov7b": Model(
+      "LLaVA-OneVision-7B", "ov7b", (3584, 28, 18944), "llava_onevision"
+    ),
+    "qwen3b": Model("Qwen2.5-VL-3B", "qwen3b", (2048, 36, 11008), "qwen2_5_vl"),
+  }
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """A row of the main table.
+
+  Attributes:
+    model: key of `MODELS`.
+    title: the method as the paper calls it.
+    method: the method as `compressors.names()` calls it, or "vanilla".
+    ratio: share of video tokens kept.
+    average: mean of the four benchmarks.
+    share: per cent of vanilla's average.
+    scores: by column; empty where only averages are reported.
+  """
+
+  model: str
+  title: str
+  method: str
+  ratio: float
+  average: float
+  share: float
+  scores: Mapping[str, float]
+
+  def reported(self) -> dict[str, float]:
+    """Returns every accuracy of the row, the average last."""
+    return {**self.scores, AVERAGE: self.average}
+
+
+def _rows():
+  table = (
+    ("vanilla", 1.0, 56.4, 63.0, 47.7, 70.3, 56.8, 48.6, 58.6, 56.4, 100.0),
+    ("FastV", 0.25, 53.5, 59.0, 41.7, 64.1, 53.1, 48.1, 55.1, 52.3, 92.7),
+    ("VisionZip", 0.25, 56.0, 61.5, 43.5, 69.0, 55.0, 48.3, 57.4, 54.6, 96.8),
+    ("DivPrune", 0.25, 56.4, 62.4, 44.1, 69.0, 54.6, 47.9, 57.1, 55.0, 97.5),
+    ("PruneVID", 0.25, 56.1, 60.9, 45.4, 68.6, 56.7, 48.9, 58.0, 55.1, 97.7),
+    ("FrameFusion", 0.25, 55.7, 61.1, 44.2, 68.7, 55.2, 48.2, 57.4, 54.6, 96.7),
+    ("CaCoVID", 0.25, 56.2, 62.3, 46.3, 70.7, 56.3, 48.4, 58.5, 55.8, 98.9),
+    ("FastV", 0.10, 47.6, 52.9, 35.2, 53.3, 48.0, 44.2, 48.5, 46.1, 81.6),
+    ("VisionZip", 0.10, 48.9, 57.6, 41.5, 58.6, 52.3, 46.2, 52.4, 50.1, 88.8),
+    ("DivPrune", 0.10, 53.3, 60.7, 44.9, 63.9, 52.9, 46.2, 54.3, 53.3, 94.5),
+    ("PruneVID", 0.10, 54.4, 59.7, 42.7, 66.0, 52.4, 46.3, 54.9, 52.9, 93.8),
+    ("FrameFusion", 0.10, 49.1, 56.5, 39.8, 59.6, 49.8, 45.1, 51.5, 49.2, 87.2),
+    ("CaCoVID", 0.10, 55.2, 60.6, 44.6, 67.6, 54.9, 46.6, 56.3, 54.2, 96.1),
+  )
+  averages = (
+    ("ov7b", "CaCoVID", 0.20, 55.3, 98.1),
+    ("ov7b", "CaCoVID", 0.15, 55.0, 97.5),
+    ("qwen3b", "vanilla", 1.0, 55.6, 100.0),
+    ("qwen3b", "CaCoVID", 0.25, 54.2, 97.5),
+    ("qwen3b", "CaCoVID", 0.20, 53.9, 96.9),
+    ("qwen3b", "CaCoVID", 0.15, 52.5, 94.4),
+    ("qwen3b", "CaCoVID", 0.10, 52.0, 93.4),
+  )
+  whole = [
+    Row(
+      model="ov7b",
+      title=title,
+      method=title.lower(),
+      ratio=ratio,
+      average=values[-2],
+      share=values[-1],
+      scores=types.MappingProxyType(
+        dict(zip(COLUMNS, values[:-2], strict=True))
+      ),
+    )
+    for title, ratio, *values in table
+  ]
+  rest = [
+    Row(model, title, title.lower(), ratio, average, share, {})
+    for model, title, ratio, average, share in averages
+  ]
+  models = list(MODELS)
+  return tuple(
+    sorted(whole + rest, key=lambda row: (models.index(row.model), -row.ratio))
+  )
+
+
+ROWS = _rows()
+METHODS = tuple(
+  dict.fromkeys(row.method for row in ROWS if row.method != VANILLA)
+)
+RATIOS = (0.25, 0.20, 0.15, 0.10)
+
+# Milliseconds on the paper's accelerator at 25 %: LLaVA-OneVision-7B's prefill
+# and, by method, the time to choose the tokens.
+EFFICIENCY_SOURCE = "arXiv 2602.01649, efficiency table"
+EFFICIENCY_MODEL, EFFICIENCY_RATIO = "ov7b", 0.25
+VANILLA_PREFILL_MS, PREFILL_MS = 200.4, 53.2
+COMPRESSION_MS = types.MappingProxyType(
+  {"divprune": 134.3, "prunevid": 34.1, "cacovid": 11.2}
+)
+
+
+def model_of(config: Any) -> str | None:
+  """Returns the key of `MODELS` of a base model's config; None for others."""
+  text = config.text
+  sizes = (text.hidden_size, text.num_layers, text.intermediate_size)
+  family = config.to_hf()["model_type"]
+  for key, model in MODELS.items():
+    if (model.sizes, model.family) == (sizes, family):
+      return key
+  return None
+
+
+def row(model: str | None, method: str, ratio: float) -> Row | None:
+  """Returns the paper's row of a method at a ratio, if it has one."""
+  for found in ROWS:
+    if (found.model, found.method) == (model, method):
+      if method == VANILLA or abs(found.ratio - ratio) < 1e-9:
+        return found
+  return None
+
+
+def column_title(column: str) -> str:
+  """Returns what a column is called: "VideoMME short"."""
+  benchmark, _, part = column.partition("/")
+  return " ".join([BENCHMARKS[benchmark][0], part]).strip()
