@@ -27,7 +27,6 @@ from absl import flags
 
 from cacovid_jax import compressors, errors
 from cacovid_jax import config as config_lib
-from cacovid_jax.compressors import base
 from cacovid_jax.evals import (
   benchmarks,
   evaluation,
@@ -38,7 +37,7 @@ from cacovid_jax.evals import (
 )
 from cacovid_jax.models import checkpoints
 from cacovid_jax.training import metrics
-from experiments import embedded, table_files
+from experiments import embedded, table_files, table_flags
 
 _CONFIG = "configs/synthetic_quickstart.py"
 _POLICY = "cacovid_jax/assets/policy"
@@ -52,33 +51,8 @@ VARIANTS = {
 _SHORT = flags.DEFINE_bool(
   "short", False, "Few clips and questions, to see that everything runs."
 )
-_WORKDIR = flags.DEFINE_string(
-  "table_workdir", None, "Folder of the table; workdirs/compressors by default."
-)
-_DATA = flags.DEFINE_string(
-  "table_data", None, "Prepared data, instead of the quickstart's."
-)
-_MODEL = flags.DEFINE_string(
-  "table_model", None, "Base model; the shipped one by default."
-)
-_TRAINED = flags.DEFINE_string(
-  "table_policy", None, "Policy; the shipped one by default."
-)
-_METHODS = flags.DEFINE_list(
-  "table_methods", None, "Rows, as in an evaluation; all by default."
-)
 _MORE = flags.DEFINE_list(
   "more_methods", [], "Rows beside those, such as my_rule.py:strongest."
-)
-_RATIOS = flags.DEFINE_list(
-  "table_ratios", None, "Retention ratios; 0.25,0.20,0.15,0.10,0.05 by default."
-)
-_SEEDS = flags.DEFINE_list("table_seeds", ["0", "1", "2"], "Evaluation seeds.")
-_BATCH = flags.DEFINE_integer(
-  "table_batch", None, "Questions asked at once.", lower_bound=1
-)
-_REPEATS = flags.DEFINE_integer(
-  "timing_repeats", 9, "Runs that a time is the median of.", lower_bound=1
 )
 
 
@@ -86,26 +60,23 @@ def main(argv):
   """Makes the table that the flags describe."""
   if len(argv) > 1:
     raise errors.UserError(f"unknown argument {argv[1]!r}; flags begin with --")
-  try:
-    seeds = tuple(int(seed) for seed in _SEEDS.value)
-  except ValueError as error:
-    raise errors.UserError(f"--table_seeds: {error}; give numbers") from error
-  ratios = results.check_ratios(map(base.check_ratio, _RATIOS.value or RATIOS))
+  ratios, seeds = table_flags.ratios(RATIOS), table_flags.seeds()
   config = config_lib.load(_CONFIG + (":debug" if _SHORT.value else ""))
-  if _DATA.value is None:
+  if table_flags.DATA.value is None:
     embedded.prepare(config)
   request = request_of(
     config,
-    _WORKDIR.value or f"workdirs/compressors{'_short' * _SHORT.value}",
-    methods=[*(_METHODS.value or default_rows()), *_MORE.value],
+    table_flags.WORKDIR.value
+    or f"workdirs/compressors{'_short' * _SHORT.value}",
+    methods=[*(table_flags.METHODS.value or default_rows()), *_MORE.value],
     ratios=ratios,
     seeds=seeds,
-    policy=_TRAINED.value or _POLICY,
-    data=_DATA.value or config.data.root,
-    checkpoint=_MODEL.value or config.model.path,
-    **({} if _BATCH.value is None else {"batch_size": _BATCH.value}),
+    policy=table_flags.POLICY.value or _POLICY,
+    data=table_flags.DATA.value or config.data.root,
+    checkpoint=table_flags.MODEL.value or config.model.path,
+    **table_flags.batch_size(),
   )
-  out = run(request, repeats=_REPEATS.value)
+  out = run(request, repeats=table_flags.REPEATS.value)
   evaluation.show(out)
   for name in ("table.md", "table.csv", "accuracy_over_time.png",
                "results.json", "report.html", "timings.json"):  # fmt: skip
@@ -253,7 +224,8 @@ def _measure(request, missing, times, repeats):
       decisive=benchmark.decisive,
     )
     question = latency.readable(evaluator, benchmark.questions)
-    stopwatch = latency.Stopwatch(evaluator, question, repeats)
+    subject = latency.subject(evaluator, question)
+    stopwatch = latency.Stopwatch(subject, repeats)
     for done, (method, ratio) in enumerate(missing, start=1):
       cost = stopwatch.cost(method, ratio)
       times.setdefault(method.spec, {})[results.ratio_key(ratio)] = {

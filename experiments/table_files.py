@@ -65,7 +65,7 @@ def write_csv(path, rows):
   writer = csv.DictWriter(_Lines(lines), COLUMNS, lineterminator="\n")
   writer.writeheader()
   writer.writerows(rows)
-  _write(path, "".join(lines))
+  write_text(path, "".join(lines))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ class _Lines:
 
 def write_markdown(path, out, rows):
   """Writes `markdown`, all or nothing."""
-  _write(path, markdown(out, rows))
+  write_text(path, markdown(out, rows))
 
 
 def markdown(out, rows):
@@ -249,7 +249,7 @@ def _overlap(a, b):
   return max(width, 0) * max(height, 0)
 
 
-def _write(path, text):
+def write_text(path, text):
   """Writes a file so that a reader sees the old one or the new one."""
   partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
   partial.write_text(text, encoding="utf-8")

@@ -8,6 +8,7 @@ answering are one program: there it is the time beyond that of answering from
 the same share of tokens, chosen before the model.
 """
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -38,26 +39,60 @@ class Cost(NamedTuple):
     return self.rule + self.reads
 
 
-class Stopwatch:
-  """Measures methods on one question; shared parts are measured once."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Subject:
+  """One prompt on device, and what methods read of it.
 
-  def __init__(
-    self,
-    evaluator: runner.Evaluator,
-    question: questions_lib.Question,
-    repeats: int = 9,
-  ):
-    """Waits for the clip.
+  Attributes:
+    checkpoint: the base model; `model` and `params` are read.
+    programs: compiled functions for its grid.
+    grid: (T, H, W) of the video.
+    batch: the prompt, B = 1.
+    inputs: `runner.Cell` -> (features, text, `Aux`, keys) of its method.
+    policy: `runner.Method` -> the `runner.Policy` that it follows.
+  """
+
+  checkpoint: Any
+  programs: programs_lib.Programs
+  grid: tuple[int, int, int]
+  batch: programs_lib.Batch
+  inputs: Callable[[runner.Cell], tuple]
+  policy: Callable[[runner.Method], runner.Policy]
+
+
+def subject(
+  evaluator: runner.Evaluator, question: questions_lib.Question
+) -> Subject:
+  """Returns a question as it is asked in an evaluation; waits for its clip.
+
+  Args:
+    evaluator: of batches of one question.
+    question: one of its questions, about a clip that can be read.
+  """
+  if evaluator.settings.batch_size != 1:
+    raise ValueError("times are those of one video: use a batch size of 1")
+  asker = asker_lib.Asker(evaluator, [question])
+  return Subject(
+    checkpoint=evaluator.checkpoint,
+    programs=evaluator.programs,
+    grid=evaluator.grid,
+    batch=asker.batch,
+    inputs=asker.inputs,
+    policy=lambda method: evaluator.policies[evaluator.policy_name(method)],
+  )
+
+
+class Stopwatch:
+  """Measures methods on one prompt; shared parts are measured once."""
+
+  def __init__(self, subject: Subject, repeats: int = 9):
+    """Measures nothing yet.
 
     Args:
-      evaluator: of batches of one question.
-      question: one of its questions, about a clip that can be read.
+      subject: the prompt.
       repeats: runs that the median is taken over.
     """
-    if evaluator.settings.batch_size != 1:
-      raise ValueError("times are those of one video: use a batch size of 1")
-    self._e, self._repeats = evaluator, repeats
-    self._asker = asker_lib.Asker(evaluator, [question])
+    self._subject, self._repeats = subject, repeats
     self._known = {}
 
   def cost(self, method: runner.Method, ratio: float) -> Cost:
@@ -66,48 +101,98 @@ class Stopwatch:
     Raises:
       UserError: the method cannot be run at this ratio.
     """
+    return self._cost(runner.Cell(method, ratio, 0))[0]
+
+  def answered(self, method: runner.Method, ratio: float) -> tuple[Cost, float]:
+    """Returns (cost, milliseconds of answering from what was chosen).
+
+    The second part ends with the last token that the programs generate, the
+    first one where they were made for one. Inside the language model the parts
+    add up to the program's time, as of `Cost`.
+
+    Raises:
+      UserError: the method cannot be run at this ratio.
+    """
     cell = runner.Cell(method, ratio, 0)
-    programs, compressor = self._e.programs, method.compressor
-    programs.check(compressor, ratio)
-    inputs = self._asker.inputs(cell)
-    reads = sum(self._read(need, method) for need in sorted(method.needs))
+    cost, whole = self._cost(cell)
+    if whole is not None:
+      return cost, whole - cost.rule
+    selection = self._select(cell, self._subject.inputs(cell))
+    return cost, self._answer(selection)
+
+  def vanilla(self) -> float:
+    """Returns the milliseconds of answering from the whole prompt."""
+    return self._once(
+      ("vanilla",),
+      lambda: self._subject.programs.vanilla(
+        self._subject.checkpoint.params,
+        self._subject.batch,
+        want_attention=False,
+      ),
+    )
+
+  def embed(self) -> float:
+    """Returns the milliseconds of putting video and text into one prompt."""
+    batch = self._subject.batch
+    return self._once(
+      ("embed",),
+      lambda: self._subject.programs.embed(
+        self._subject.checkpoint.params,
+        batch.ids,
+        batch.features,
+        batch.video_start,
+      ),
+    )
+
+  def _cost(self, cell) -> tuple[Cost, float | None]:
+    """Returns the cost, and inside the model the whole program's time."""
+    programs, compressor = self._subject.programs, cell.method.compressor
+    programs.check(compressor, cell.ratio)
+    inputs = self._subject.inputs(cell)
+    needs = sorted(cell.method.needs)
+    reads = sum(self._read(need, cell.method) for need in needs)
     if programs_lib.acts_inside(compressor):
-      program = programs.inside(compressor, ratio)
-      params, batch = self._e.checkpoint.params, self._asker.batch
+      program = programs.inside(compressor, cell.ratio)
+      params, batch = self._subject.checkpoint.params, self._subject.batch
       whole = self._median(lambda: program(params, batch, *inputs[1:]))
-      return Cost(max(whole - self._answer(ratio), 0.0), reads)
-    program = programs.select(compressor, ratio)
-    return Cost(self._median(lambda: program(*inputs)), reads)
+      even = runner.Cell(runner.Method.parse("uniform"), cell.ratio, 0)
+      answer = self._answer(self._select(even, self._subject.inputs(even)))
+      return Cost(max(whole - answer, 0.0), reads), whole
+    program = programs.select(compressor, cell.ratio)
+    return Cost(self._median(lambda: program(*inputs)), reads), None
+
+  def _select(self, cell, inputs) -> base.Selection:
+    return self._subject.programs.select(cell.method.compressor, cell.ratio)(
+      *inputs
+    )
 
   def _read(self, need: str, method: runner.Method) -> float:
     """Returns the milliseconds of what a method reads; 0 for by-products."""
     if need.endswith("scores"):
-      name = self._e.policy_name(method)
-      policy = self._e.policies[name]
+      policy = self._subject.policy(method)
       return self._once(
-        ("scores", name),
-        lambda: self._e.programs.scores(
-          policy.module, policy.params, self._asker.batch
+        ("scores", id(policy)),
+        lambda: self._subject.programs.scores(
+          policy.module, policy.params, self._subject.batch
         ),
       )
     if need == "attention":
       return self._once(
         ("attention",),
-        lambda: self._e.programs.vanilla(
-          self._e.checkpoint.params, self._asker.batch, want_attention=True
+        lambda: self._subject.programs.vanilla(
+          self._subject.checkpoint.params,
+          self._subject.batch,
+          want_attention=True,
         ),
       )
     return 0.0
 
-  def _answer(self, ratio: float) -> float:
-    """Returns the milliseconds of answering from evenly spaced tokens."""
-    num_keep = base.budget(self._e.grid, ratio)
-    method = runner.Method.parse("uniform")
-    selection = self._asker.select(runner.Cell(method, ratio, 0))
+  def _answer(self, selection: base.Selection) -> float:
+    """Returns the milliseconds of answering from the tokens of a selection."""
     return self._once(
-      ("answer", num_keep),
-      lambda: self._e.programs.answer(
-        self._e.checkpoint.params, self._asker.batch, selection
+      ("answer", selection.index.shape[1]),
+      lambda: self._subject.programs.answer(
+        self._subject.checkpoint.params, self._subject.batch, selection
       ),
     )
 

@@ -55,7 +55,8 @@ def test_what_a_method_reads_is_counted_once(evaluator, monkeypatch):
     return float(len(counted))
 
   monkeypatch.setattr(latency, "median_milliseconds", median)
-  watch = latency.Stopwatch(evaluator, questions[0], repeats=3)
+  subject = latency.subject(evaluator, questions[0])
+  watch = latency.Stopwatch(subject, repeats=3)
   parse = runner.Method.parse
   assert watch.cost(parse("uniform"), 0.25) == latency.Cost(rule=1.0)
   # The prefill first, then the rule; at another ratio only the rule.
@@ -76,7 +77,7 @@ def test_batches_are_refused(evaluator):
     programs=evaluator.programs,
   )
   with pytest.raises(ValueError, match="batch size of 1"):
-    latency.Stopwatch(several, questions[0])
+    latency.subject(several, questions[0])
 
 
 def test_the_first_clip_that_can_be_read(evaluator, monkeypatch):
