@@ -212,9 +212,7 @@ def _prompt(checkpoint, made, features, grid) -> programs.Batch:
   ids[start : start + num_video] = config.video_token_id
   ids = np.insert(ids, start + num_video, [config.video_token_id] * newline)
   positions, following = model.positions(
-    ids if not newline else ids,
-    grid=grid,
-    seconds_per_slice=_SECONDS_PER_SLICE,
+    ids, grid=grid, seconds_per_slice=_SECONDS_PER_SLICE
   )
   behind = np.arange(start + num_video + newline, len(ids), dtype=np.int32)
   ids = jnp.asarray(ids, jnp.int32)[None]
