@@ -137,3 +137,18 @@ def overlap_by_chance(total: int, special: int, drawn: int) -> float:
   for i in range(drawn):
     miss *= max(total - special - i, 0) / (total - i)
   return 1.0 - miss
+
+
+def clip_weights(
+  clips: Sequence[str], replicates: int = REPLICATES, seed: int = 0
+) -> np.ndarray:
+  """Returns float64[R, C]: how often each replicate drew each clip.
+
+  Clips are in the order of `np.unique`.
+  """
+  return _weights(tuple(clips), replicates, seed)[0]
+
+
+def interval(mean: float, draws: np.ndarray) -> Estimate:
+  """Returns an estimate whose interval is that of float64[R] draws."""
+  return _estimate(mean, draws, len(draws))

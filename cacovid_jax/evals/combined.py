@@ -1,0 +1,281 @@
+"""Several benchmarks, evaluated each on its own -> one table of averages.
+
+The average is that of the benchmarks' own numbers, each with its own way of
+counting (a mean over questions, or over categories). Its interval draws clips
+within every benchmark, at the same time in all of them.
+
+Letters: Q questions of a benchmark, C its clips, R bootstrap replicates.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cacovid_jax import errors
+from cacovid_jax.data import questions as questions_lib
+from cacovid_jax.evals import ledger, results, runner, statistics
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+  """What one benchmark says of all rows.
+
+  Attributes:
+    name: of the benchmark.
+    questions: asked, in order.
+    macro: categories whose mean is the number; () for a mean over questions.
+    out: its results.json.
+    scores: (label, ratio key) -> float64[Q], the mean over seeds; vanilla is
+      ("vanilla", "1.00"). Cells that cannot be run are absent.
+    seed: of the resampling: parts of one table draw from streams of their own.
+  """
+
+  name: str
+  questions: Sequence[questions_lib.Question]
+  macro: tuple[str, ...]
+  out: Mapping[str, Any]
+  scores: Mapping[tuple[str, str], np.ndarray]
+  seed: int = 0
+
+  def value(self, key: tuple[str, str]) -> float:
+    """Returns the benchmark's number of a row, a fraction."""
+    return float(self._means(np.ones([1, self._num_clips]), key)[0])
+
+  def draws(self, key: tuple[str, str], replicates: int) -> np.ndarray:
+    """Returns float64[R], the number in each replicate."""
+    weights = statistics.clip_weights(self._clips, replicates, self.seed)
+    return self._means(weights, key)
+
+  @property
+  def _clips(self) -> tuple[str, ...]:
+    return tuple(question.video for question in self.questions)
+
+  @property
+  def _num_clips(self) -> int:
+    return len(set(self._clips))
+
+  def _means(self, weights, key) -> np.ndarray:
+    """Returns float64[R] of weights float64[R, C] on clips."""
+    scores = self.scores[key]
+    _, clip = np.unique(np.asarray(self._clips), return_inverse=True)
+    if not self.macro:
+      return _weighted(scores, clip, weights)
+    category = np.array([question.category for question in self.questions])
+    # A category that is not there, or was not drawn, counts 0.
+    return np.mean(
+      [
+        _weighted(np.where(category == name, scores, 0.0), clip, weights,
+                  category == name)
+        for name in self.macro
+      ],
+      axis=0,
+    )  # fmt: skip
+
+
+def _weighted(scores, clip, weights, counted=None):
+  """Returns float64[R], means over the questions that are counted."""
+  num_clips = weights.shape[1]
+  counted = None if counted is None else counted.astype(np.float64)
+  sums = weights @ np.bincount(clip, scores, minlength=num_clips)
+  counts = weights @ np.bincount(clip, counted, minlength=num_clips)
+  return np.divide(sums, counts, out=np.zeros(len(sums)), where=counts > 0)
+
+
+def read_part(
+  name: str,
+  workdir: str | os.PathLike,
+  questions: Sequence[questions_lib.Question],
+  methods: Sequence[runner.Method],
+  ratios: Sequence[float],
+  seeds: Sequence[int],
+  *,
+  macro: tuple[str, ...] = (),
+  seed: int = 0,
+) -> Part:
+  """Returns a benchmark's part from the files of its evaluation.
+
+  Args:
+    name: of the benchmark.
+    workdir: of the evaluation, which is complete.
+    questions: that it asked.
+    methods: rows, as they were asked.
+    ratios: columns.
+    seeds: evaluation seeds.
+    macro: see `Part`.
+    seed: see `Part`.
+  """
+  workdir = pathlib.Path(workdir)
+  out = json.loads((workdir / "results.json").read_text(encoding="utf-8"))
+  answers = _read_answers(workdir)
+  scores = {}
+  for method, ratio in [
+    (None, 1.0),
+    *((method, ratio) for method in methods for ratio in ratios),
+  ]:
+    key = results.ratio_key(ratio)
+    label = runner.VANILLA if method is None else method.label
+    if method and out["methods"][label][key]["status"] != "ok":
+      continue
+    used = seeds if method and method.per_seed else (0,)
+    cells = [runner.Cell(method, ratio, one) for one in used]
+    try:
+      scores[label, key] = np.mean(
+        [
+          [answers[cell.key(question.id)] for question in questions]
+          for cell in cells
+        ],
+        axis=0,
+      )
+    except KeyError as error:
+      raise errors.UserError(
+        f"{workdir}: the answers are not those of results.json"
+        f" ({error.args[0].method} lacks question {error.args[0].question});"
+        " delete results.json to evaluate again"
+      ) from error
+  return Part(name, tuple(questions), tuple(macro), out, scores, seed)
+
+
+def _read_answers(workdir: pathlib.Path) -> dict[ledger.Key, float]:
+  """Returns the score of every answer in a workdir's ledgers."""
+  found = {}
+  for path in sorted(workdir.glob("answers*.jsonl")):
+    with open(path, encoding="utf-8") as f:
+      next(f)  # The header.
+      for line in f:
+        record = json.loads(line)
+        key = ledger.Key(*(record[field] for field in ledger.Key._fields))
+        found[key] = record["score"]
+  return found
+
+
+def average(
+  parts: Sequence[Part],
+  methods: Sequence[runner.Method],
+  ratios: Sequence[float],
+  *,
+  replicates: int = statistics.REPLICATES,
+) -> dict[str, Any]:
+  """Returns the section `average` of results.json: rows over all parts.
+
+  Args:
+    parts: benchmarks.
+    methods: rows.
+    ratios: columns.
+    replicates: R, number of bootstrap replicates.
+  """
+  known = {}
+
+  def draws(key):
+    if key not in known:
+      known[key] = np.mean([p.draws(key, replicates) for p in parts], axis=0)
+    return known[key]
+
+  def mean(key):
+    return float(np.mean([part.value(key) for part in parts]))
+
+  vanilla = runner.VANILLA, results.ratio_key(1.0)
+  rows = {}
+  for method in methods:
+    cells = {}
+    for ratio in ratios:
+      key = method.label, results.ratio_key(ratio)
+      reason = _failure(parts, key)
+      if reason:
+        cells[key[1]] = {"status": reason}
+        continue
+      cells[key[1]] = {
+        "status": "ok",
+        **_estimate(mean(key), draws(key)),
+        **_share(mean(key), draws(key), mean(vanilla), draws(vanilla)),
+        "columns": columns(parts, key),
+      }
+    rows[method.label] = cells
+  paired = []
+  for ratio in map(results.ratio_key, ratios):
+    reference = results.REFERENCE, ratio
+    if rows.get(reference[0], {}).get(ratio, {}).get("status") != "ok":
+      continue
+    for label in rows:
+      if label != results.REFERENCE and rows[label][ratio]["status"] == "ok":
+        paired.append(_paired((label, ratio), reference, mean, draws))
+    paired.append(_paired(reference, vanilla, mean, draws))
+  return {
+    "benchmarks": [part.name for part in parts],
+    "vanilla": {
+      **_estimate(mean(vanilla), draws(vanilla)),
+      "columns": columns(parts, vanilla),
+    },
+    "methods": rows,
+    "paired": paired,
+  }
+
+
+def columns(parts: Sequence[Part], key: tuple[str, str]) -> dict[str, float]:
+  """Returns {benchmark, and benchmark/duration: accuracy} of a row.
+
+  Args:
+    parts: benchmarks.
+    key: (label, ratio key).
+  """
+  found = {}
+  for part in parts:
+    duration = np.array([str(question.duration) for question in part.questions])
+    for name in part.out["vanilla"].get("by_duration", {}):
+      inside = part.scores[key][duration == name]
+      found[f"{part.name}/{name}"] = _number(inside.mean())
+    found[part.name] = _number(part.value(key))
+  return found
+
+
+def _failure(parts, key) -> str:
+  """Returns why a row cannot be averaged, "" if it can."""
+  label, ratio = key
+  for part in parts:
+    cell = part.out["methods"][label][ratio]
+    if cell["status"] != "ok":
+      return f"{part.name}: {cell['status']}"
+  return ""
+
+
+def _estimate(value, draws) -> dict[str, Any]:
+  found = statistics.interval(value, draws)
+  return {
+    "accuracy": _number(value),
+    "ci95": [_number(found.low), _number(found.high)],
+  }
+
+
+def _share(value, draws, vanilla, vanilla_draws) -> dict[str, Any]:
+  """Returns the share of vanilla's average; None where that is 0."""
+  if vanilla == 0:
+    return {"of_vanilla": None, "of_vanilla_ci95": None}
+  usable = vanilla_draws > 0
+  found = statistics.interval(
+    value / vanilla, draws[usable] / vanilla_draws[usable]
+  )
+  return {
+    "of_vanilla": _number(found.mean),
+    "of_vanilla_ci95": [_number(found.low), _number(found.high)],
+  }
+
+
+def _paired(key, versus, mean, draws) -> dict[str, Any]:
+  difference = mean(key) - mean(versus)
+  found = statistics.interval(difference, draws(key) - draws(versus))
+  return {
+    "method": key[0],
+    "vs": versus[0],
+    "ratio": key[1],
+    "mean": _number(difference),
+    "ci95": [_number(found.low), _number(found.high)],
+  }
+
+
+def _number(value) -> float:
+  """Returns a number with the six decimals of results.json."""
+  return round(float(value), 6)

@@ -1,0 +1,253 @@
+"""The main table: every benchmark, its average, drift, and going on with it."""
+
+import csv
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from absl.testing import flagsaver
+from PIL import Image
+
+from cacovid_jax import errors
+from cacovid_jax.evals import benchmarks, paper
+from cacovid_jax.models import checkpoints
+from experiments import main_table, main_table_files
+from tests.data import benchmark_files
+from tests.evals import tiny
+
+NAMES = ("mlvu_dev", "videomme")
+METHODS = ("cacovid", "divprune", "fastv")
+RATIOS = ("0.50", "0.20")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("main")
+  (folder / "model").mkdir()
+  tiny.write_checkpoint(folder / "model")
+  checkpoint = checkpoints.load(folder / "model")
+  tiny.write_policy(folder / "policy", checkpoint)
+  for name in NAMES:
+    benchmark_files.write(name, folder / "data" / name)
+  return folder
+
+
+@pytest.fixture(scope="module")
+def make(folder):
+  """Returns a function that makes a table in a folder below the one it has."""
+
+  def run(name, **changes):
+    workdir = folder / name
+    flags = dict(
+      base=None,
+      table_workdir=str(workdir),
+      table_data=str(folder / "data"),
+      table_model=str(folder / "model"),
+      table_policy=str(folder / "policy"),
+      table_benchmarks=list(NAMES),
+      table_methods=list(METHODS),
+      table_ratios=list(RATIOS),
+      table_batch=4,
+    )
+    with flagsaver.flagsaver(**flags | changes):
+      main_table.main(["main_table"])
+    return workdir
+
+  # Compiling takes all of the time.
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield run
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def made(make):
+  return make("whole")
+
+
+def read(workdir):
+  return json.loads((workdir / "results.json").read_text())
+
+
+def answers(workdir, name):
+  lines = (workdir / name / "answers.jsonl").read_text().splitlines()
+  return [json.loads(line) for line in lines[1:]]
+
+
+def test_every_benchmark_is_a_whole_evaluation(made):
+  out = read(made)
+  assert sorted(out["benchmarks"]) == sorted(NAMES)
+  for name in NAMES:
+    alone = json.loads((made / name / "results.json").read_text())
+    assert out["benchmarks"][name] == alone
+    assert sorted(alone["methods"]) == sorted(METHODS)
+    assert (made / name / "report.html").is_file()
+  assert out["absent"] == ["longvideobench", "mlvu_test"]
+  assert out["provenance"]["decoder"].startswith("PyAV")
+
+
+def test_averages_are_those_of_the_answers(made):
+  """By hand: MLVU is a mean of means over categories, VideoMME plain."""
+  out = read(made)["average"]
+  task = benchmarks.task("mlvu_dev")
+  rows = {name: answers(made, name) for name in NAMES}
+  loaded = {
+    name: benchmarks.load(made.parent / "data" / name, benchmark=name)
+    for name in NAMES
+  }
+  for method, ratio in [("vanilla", 1.0), ("cacovid", 0.5), ("divprune", 0.2)]:
+    found = {}
+    for name in NAMES:
+      found[name] = {
+        row["question"]: row["score"] for row in rows[name]
+        if (row["method"], row["ratio"]) == (method, ratio)
+      }  # fmt: skip
+    kinds = {q.id: q.category for q in loaded["mlvu_dev"].questions}
+    means = [
+      np.mean([v for k, v in found["mlvu_dev"].items() if kinds[k] == kind])
+      for kind in task.macro
+    ]
+    assert len(means) == 7
+    plain = np.mean(list(found["videomme"].values()))
+    cell = out["vanilla"]
+    if method != "vanilla":
+      cell = out["methods"][method][f"{ratio:.2f}"]
+    expected = (np.mean(means) + plain) / 2
+    assert cell["accuracy"] == pytest.approx(expected, abs=1e-6)
+    assert cell["columns"]["mlvu_dev"] == pytest.approx(
+      np.mean(means), abs=1e-6
+    )
+    low, high = cell["ci95"]
+    assert 0 <= low <= expected + 1e-6 and expected - 1e-6 <= high <= 1
+    short = [
+      found["videomme"][q.id] for q in loaded["videomme"].questions
+      if q.duration == "short"
+    ]  # fmt: skip
+    assert len(short) == 2
+    assert cell["columns"]["videomme/short"] == np.mean(short)
+
+
+def test_a_row_that_cannot_be_run_says_where(made):
+  cell = read(made)["average"]["methods"]["fastv"]["0.20"]
+  assert cell["status"].startswith("mlvu_dev: fastv")
+  assert "accuracy" not in cell
+  assert cell["status"] in (made / "table.md").read_text()
+
+
+def test_nothing_is_called_reproduced_that_is_not(made):
+  """A tiny model on a few questions is none of the paper's."""
+  out = read(made)
+  assert out["model"] is None
+  for cells in out["average"]["methods"].values():
+    for cell in cells.values():
+      assert cell.get("reproduced") in (None, "not in the paper")
+  text = (made / "table.md").read_text()
+  assert "Absent: LongVideoBench, MLVU test." in text
+  assert "a model that the paper has not" in text
+
+
+def test_files_agree(made):
+  out = read(made)
+  with open(made / "table.csv", encoding="utf-8", newline="") as f:
+    rows = list(csv.DictReader(f))
+  found = [(row["method"], row["ratio"]) for row in rows]
+  assert found == [("vanilla", "1.00")] + [
+    (name, ratio) for ratio in RATIOS for name in METHODS
+  ]
+  for row in rows[1:]:
+    cell = out["average"]["methods"][row["method"]][row["ratio"]]
+    if cell["status"] == "ok":
+      assert float(row["accuracy"]) == pytest.approx(
+        100 * cell["accuracy"], abs=1e-4
+      )
+      videomme = 100 * cell["columns"]["videomme"]
+      assert float(row["videomme"]) == pytest.approx(videomme, abs=1e-4)
+      assert row["longvideobench"] == ""
+  text = (made / "table.md").read_text()
+  for name in METHODS:
+    assert text.count(f"| {name} |") == len(RATIOS)
+  image = np.asarray(Image.open(made / "accuracy.png").convert("L"))
+  assert 0.005 < (image < 200).mean() < 0.5
+  times = json.loads((made / "timings.json").read_text())
+  assert set(times) == {*NAMES, "host"}
+  assert "seconds" not in (made / "results.json").read_text()
+
+
+def test_a_table_that_was_stopped_goes_on_to_the_same_bytes(made, make):
+  """Killed in the first benchmark, in the middle of a line."""
+  resumed = made.parent / "resumed"
+  (resumed / "mlvu_dev").mkdir(parents=True)
+  lines = (made / "mlvu_dev" / "answers.jsonl").read_bytes()
+  lines = lines.splitlines(keepends=True)
+  cut = b"".join(lines[:-5]) + lines[-5][:30]
+  (resumed / "mlvu_dev" / "answers.jsonl").write_bytes(cut)
+  shutil.copytree(made / "videomme", resumed / "videomme")
+  make("resumed")
+  same = [name for name in main_table_files.NAMES if name != "timings.json"]
+  for name in [*same, "mlvu_dev/results.json", "mlvu_dev/answers.jsonl"]:
+    assert (resumed / name).read_bytes() == (made / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+  "changes,message",
+  [
+    (dict(table_benchmarks=["videomm"]), "no benchmark 'videomm'"),
+    (dict(table_benchmarks=["prepared"]), "no column of the paper's"),
+    (dict(table_benchmarks=["videomme"] * 2), "names videomme twice"),
+    (dict(table_benchmarks=[]), "is empty"),
+    (
+      dict(table_benchmarks=["videomme", "mlvu_test"]),
+      r"mlvu_test: there is no data.*--table_benchmarks=videomme$",
+    ),
+    (dict(folders=["nextqa=x"]), "--folders=nextqa=x"),
+    (dict(table_data=None), "add --table_data"),
+    (dict(table_model=None), "add --table_model"),
+    (dict(table_policy=None), r"add --table_policy.*divprune,fastv$"),
+    (dict(table_methods=["decisive_boxes"]), "knows where the answer lies"),
+    (dict(table_methods=["divprun"]), "did you mean divprune"),
+    (dict(table_ratios=["0.1", "7"]), "outside"),
+    (dict(tolerance=-1.0), "tolerance -1"),
+    (dict(base="ov7b", config="x.py"), "two configs"),
+  ],
+)
+def test_mistakes_are_named(make, changes, message):
+  with pytest.raises(errors.UserError, match=message):
+    make("mistaken", **changes)
+
+
+def test_a_policy_of_another_model_is_refused(folder, make):
+  described = {"base_model": {"sha256": "0" * 64}, "policy": {}}
+  other = folder / "other"
+  shutil.copytree(folder / "policy", other)
+  (other / "policy_config.json").write_text(json.dumps(described))
+  with pytest.raises(errors.UserError, match="trained with another base model"):
+    make("another", table_policy=str(other))
+
+
+def test_missing_clips_are_counted_before_the_start(folder, make, capsys):
+  data = folder / "less"
+  shutil.copytree(folder / "data", data)
+  (data / "videomme" / "data" / "clip_1.mp4").unlink()
+  with pytest.raises(errors.UserError) as caught:
+    make("lacking", table_data=str(data))
+  assert "videomme: 1 of 3 clips are missing" in str(caught.value)
+  assert "(2 questions), first: data/clip_1.mp4" in str(caught.value)
+  assert "--table_benchmarks=mlvu_dev" in str(caught.value)
+  assert not (folder / "lacking").exists()
+  shown = capsys.readouterr().out
+  assert "mlvu_dev" in shown and "videomme" in shown
+
+
+def test_the_papers_rows_are_printed(capsys):
+  with flagsaver.flagsaver(paper_rows=True):
+    main_table.main(["main_table"])
+  lines = capsys.readouterr().out.splitlines()
+  (row,) = [line for line in lines if "7B, CaCoVID, 10%" in line]
+  assert row == (
+    "| LLaVA-OneVision-7B, CaCoVID, 10% | `main_table --base=ov7b"
+    " --table_methods=cacovid --table_ratios=0.10` | 55.2 | 60.6 | 44.6 | 67.6"
+    " | 54.9 | 46.6 | 56.3 | 54.2 (96.1 %) | not run: needs the weights | the"
+    " paper's policy |"
+  )
+  assert sum("main_table" in line for line in lines) == len(paper.ROWS) == 20
