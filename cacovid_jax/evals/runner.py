@@ -35,10 +35,10 @@ from cacovid_jax import compressors, errors
 from cacovid_jax.compressors import base
 from cacovid_jax.data import questions as questions_lib
 from cacovid_jax.evals import asker as asker_lib
+from cacovid_jax.evals import benchmarks, prompting, scoring
 from cacovid_jax.evals import clips as clips_lib
 from cacovid_jax.evals import ledger as ledger_lib
 from cacovid_jax.evals import programs as programs_lib
-from cacovid_jax.evals import prompting, scoring
 from cacovid_jax.training import metrics
 
 VANILLA = "vanilla"
@@ -247,6 +247,7 @@ class Evaluator:
     policies: by name; the first one is what plain `cacovid` follows.
     checkpoint: the base model.
     decisive: question id -> tokens that decide it, where known.
+    task: how answers are scored.
   """
 
   def __init__(
@@ -258,6 +259,7 @@ class Evaluator:
     *,
     policies: Mapping[str, Policy] | None = None,
     decisive: Mapping[str, Sequence[int]] | None = None,
+    task: benchmarks.Task | None = None,
     programs: programs_lib.Programs | None = None,
   ):
     """Prepares; compiles and computes nothing yet.
@@ -269,6 +271,7 @@ class Evaluator:
       settings: see there.
       policies: by name; the first one is what plain `cacovid` follows.
       decisive: question id -> tokens that decide it, where known.
+      task: how answers are scored; None is as of prepared data.
       programs: of an earlier evaluator of this checkpoint and number of new
         tokens, so that nothing compiles twice for clips of its grid; None makes
         new ones.
@@ -279,6 +282,7 @@ class Evaluator:
     self.policies = dict(policies or {})
     self.checkpoint = checkpoint
     self.decisive = decisive or {}
+    self.task = task or benchmarks.task(benchmarks.PREPARED)
     # What `cacovid_other_question` draws from; in a run, what is being asked.
     self._pool = _by_id(questions)
     self._texts = prompting.Texts(checkpoint, questions)
@@ -346,6 +350,7 @@ class Evaluator:
       "questions": self._digest(questions),
       "settings": dataclasses.asdict(self.settings),
       **self.source.identity,
+      "task": self.task.name,
     }
 
   def _digest(self, questions) -> str:
@@ -463,7 +468,7 @@ class Evaluator:
       raise errors.UserError(f"{question.video}: {asker.faults[0]}")
     if method is None:
       text = self._decode(asker.vanilla().ids)[0]
-      letter = self._letter(question, text)
+      letter = self._score(question, text).letter
       every = np.arange(self.tools(question).num_video)
       return Trace(text, letter, every, None, None)
     reply = asker.reply(cell)
@@ -474,7 +479,7 @@ class Evaluator:
       scores = asker.scores(field, self.policy_name(method), 0)
       token_gap = np.asarray(scores.token[0, :, 1] - scores.token[0, :, 0])
       frame_gap = np.asarray(scores.frame[0, :, 1] - scores.frame[0, :, 0])
-    letter = self._letter(question, text)
+    letter = self._score(question, text).letter
     index = reply.index[0][reply.mask[0]]
     return Trace(text, letter, index, token_gap, frame_gap)
 
@@ -611,14 +616,18 @@ class Evaluator:
       for row, question in enumerate(questions):
         fault = asker.faults.get(row, "")
         text = "" if fault else texts[row]
+        # A clip that cannot be used is wrong, whatever a rule would guess.
+        scored = scoring.Scored(0.0) if fault else self._score(question, text)
         fields = {
           "text": text,
-          "letter": self._letter(question, text),
-          "score": scoring.score(question, text, rule=self.settings.rule),
+          "letter": scored.letter,
+          "score": scored.score,
           "kept": int(kept[row]),
           "of": num_video,
           **_facts(question),
         }
+        if scored.fallback:
+          fields["fallback"] = True
         if fault:
           fields["fault"] = fault
         elif cell.method is None:
@@ -640,13 +649,8 @@ class Evaluator:
     decode = self.checkpoint.tokenizer.decode
     return [decode(row).strip() for row in np.asarray(ids)]
 
-  def _letter(self, question, text) -> str:
-    if not question.lettered:
-      return ""
-    num_options = len(question.options) or 4
-    return scoring.extract(
-      text, num_options=num_options, rule=self.settings.rule
-    )
+  def _score(self, question, text) -> scoring.Scored:
+    return self.task.score(question, text, rule=self.settings.rule)
 
 
 def wanted(methods: Sequence[Method]) -> frozenset[str]:
@@ -663,6 +667,8 @@ def _facts(question: questions_lib.Question) -> dict[str, Any]:
     "category": question.category,
     "duration": question.duration,
   }
+  if question.groups:
+    facts["groups"] = dict(question.groups)
   return {name: value for name, value in facts.items() if value is not None}
 
 
