@@ -206,9 +206,7 @@ class FrameManifest:
     self._read += data.rfind(b"\n") + 1
 
   def _header(self) -> dict[str, Any]:
-    return {
-      _HEADER: {"num_frames": self._num_frames, "decoder": self._decoder}
-    }
+    return {_HEADER: {"num_frames": self._num_frames, "decoder": self._decoder}}
 
   def _source(self, name: str) -> pathlib.Path:
     return self._given_path if name in self._given else self._path

@@ -4,7 +4,6 @@ Letters: B batch, L prompt tokens, N video tokens, D width, P position rows,
 Q tokens of a question's text.
 """
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 

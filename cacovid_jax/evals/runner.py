@@ -35,7 +35,7 @@ from cacovid_jax import compressors, errors
 from cacovid_jax.compressors import base
 from cacovid_jax.data import questions as questions_lib
 from cacovid_jax.evals import asker as asker_lib
-from cacovid_jax.evals import benchmarks, prompting, scoring
+from cacovid_jax.evals import benchmarks, prompting, provenance, scoring
 from cacovid_jax.evals import clips as clips_lib
 from cacovid_jax.evals import ledger as ledger_lib
 from cacovid_jax.evals import programs as programs_lib
@@ -421,10 +421,9 @@ class Evaluator:
         if todo:
           following = own[place + 1][1] if place + 1 < len(own) else []
           self.source.prefetch(q.video for q in (*batch, *following))
-          start = done
 
-          def tell(asked, what, start=start, size=len(batch)):
-            progress.update(start + asked * size, note=what)
+          def tell(asked, what, start=done, rows=batch):
+            progress.update(start + asked * len(rows), note=what)
 
           ledger.add(self._ask(batch, todo, failures, number, tell))
           done += len(batch) * len(todo)
@@ -634,7 +633,7 @@ class Evaluator:
           clip = self.source[question.video]
           fields["frame_hash"] = clip.frame_hash
           fields["index_hash"] = clip.index_hash
-          fields["device"] = jax.devices()[0].device_kind
+          fields["device"] = provenance.device_kind()
         if cell.method is not None and _inside(cell.method):
           # Before the language model it follows from what was kept.
           fields["equivalent"] = round(float(reply.equivalent[row]), 9)

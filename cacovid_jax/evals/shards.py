@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cacovid_jax import errors
+from cacovid_jax.evals import ledger as ledger_lib
 from cacovid_jax.evals import results, runner
 
 _SHARD = re.compile(r"([0-9]+)/([0-9]+)")
@@ -77,6 +78,26 @@ def ledgers(workdir: pathlib.Path, name: str) -> list[pathlib.Path]:
   )
 
 
+def ledger(
+  workdir: pathlib.Path, shard: Shard, name: str, run: Mapping[str, Any]
+) -> ledger_lib.Ledger:
+  """Opens this process's ledger, with what all others have answered so far.
+
+  Args:
+    workdir: shared.
+    shard: this process.
+    name: of the ledger of one process alone.
+    run: what the answers depend on.
+  """
+  found = ledger_lib.Ledger(workdir / shard.file(name), run)
+  try:
+    found.look(ledgers(workdir, name))
+  except BaseException:
+    found.close()
+    raise
+  return found
+
+
 def work(
   identity: Mapping[str, Any], cells: Sequence[runner.Cell], questions
 ) -> str:
@@ -102,12 +123,10 @@ class Board:
   work: str
 
   def start(self) -> None:
-    """Takes this process's own note away."""
+    """Takes this process's own note away, if there is one."""
     self._path(self.shard).unlink(missing_ok=True)
 
-  def done(
-    self, failures: Mapping[tuple[str, float], runner.Failure]
-  ) -> None:
+  def done(self, failures: Mapping[tuple[str, float], runner.Failure]) -> None:
     """Notes that this process has asked its share.
 
     Args:
@@ -125,9 +144,7 @@ class Board:
   def missing(self) -> list[int]:
     """Returns the numbers of the processes that are not done."""
     return [
-      index
-      for index in range(self.shard.count)
-      if self._read(index) is None
+      index for index in range(self.shard.count) if self._read(index) is None
     ]
 
   def failures(self) -> dict[tuple[str, float], runner.Failure]:
