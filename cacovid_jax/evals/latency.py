@@ -71,11 +71,12 @@ def subject(
   """
   if evaluator.settings.batch_size != 1:
     raise ValueError("times are those of one video: use a batch size of 1")
+  tools = evaluator.tools(question)
   asker = asker_lib.Asker(evaluator, [question])
   return Subject(
     checkpoint=evaluator.checkpoint,
-    programs=evaluator.programs,
-    grid=evaluator.grid,
+    programs=tools.programs,
+    grid=tools.grid,
     batch=asker.batch,
     inputs=asker.inputs,
     policy=lambda method: evaluator.policies[evaluator.policy_name(method)],

@@ -124,7 +124,7 @@ def choose_examples(
       Example(
         question=question,
         frames=evaluator.source.frames(question.video),
-        grid=evaluator.grid,
+        grid=evaluator.grid_of(question),
         method=method.label,
         ratio=ratio,
         trace=evaluator.trace(question, method, ratio),

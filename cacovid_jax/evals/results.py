@@ -35,7 +35,8 @@ class Table:
     methods: rows.
     ratios: columns.
     seeds: evaluation seeds.
-    grid: (T, H, W).
+    grid: (T, H, W); where clips differ, of most of them.
+    grids: clip -> (T, H, W) of those that are unlike `grid`.
   """
 
   benchmark: str
@@ -45,10 +46,18 @@ class Table:
   ratios: Sequence[float]
   seeds: Sequence[int]
   grid: tuple[int, int, int]
+  grids: Mapping[str, tuple[int, int, int]] = dataclasses.field(
+    default_factory=dict
+  )
+
+  def grid_of(self, question) -> tuple[int, int, int]:
+    """Returns (T, H, W) of a question's clip."""
+    return self.grids.get(question.video, self.grid)
 
   @property
-  def num_video(self) -> int:
-    return math.prod(self.grid)
+  def num_video(self) -> np.ndarray:
+    """N of each question, int64[Q]."""
+    return np.array([math.prod(self.grid_of(q)) for q in self.questions])
 
   @property
   def clips(self) -> list[str]:
@@ -123,13 +132,13 @@ def build(
     "schema": SCHEMA,
     "benchmark": table.benchmark,
     "split": table.split,
-    "grid": list(table.grid),
+    "grid": _grids(table),
     "num_clips": len(set(table.clips)),
     "chance": _number(_chance(table.questions)),
     "vanilla": {
       **_estimate(estimate),
       "n": len(vanilla),
-      "kept_tokens": table.num_video,
+      "kept_tokens": _number(table.num_video.mean()),
       "by_duration": _groups(table, vanilla, "duration"),
       "by_category": _groups(table, vanilla, "category"),
     },
@@ -166,12 +175,21 @@ def check_ratios(ratios: Iterable[float]) -> tuple[float, ...]:
   return ratios
 
 
-def frame_hashes(table: Table, ledger: ledger_lib.Ledger) -> dict[str, str]:
-  """Returns clip -> sha256 of the frames that were shown to the model."""
+def frame_hashes(
+  table: Table, ledger: ledger_lib.Ledger, field: str = "frame_hash"
+) -> dict[str, str]:
+  """Returns clip -> sha256 of the frames that were shown to the model.
+
+  Args:
+    table: whose clips.
+    ledger: with the answers to whole prompts.
+    field: "frame_hash" is of their pixels, "index_hash" of which they are; any
+      other of a clip's facts, such as "device", as well.
+  """
   cell = runner.Cell(None, 1.0, 0)
   found = {}
   for question in table.questions:
-    digest = ledger[cell.key(question.id)].get("frame_hash")
+    digest = ledger[cell.key(question.id)].get(field)
     if digest:
       found[question.video] = digest
   return found
@@ -210,11 +228,12 @@ def _cell(table, ledger, method, ratio, vanilla):
     for cell in cells
     for question in table.questions
   ]
+  num_video = np.tile(table.num_video, len(cells))
   kept = float(np.mean([record["kept"] for record in records]))
   # Before the language model, every layer sees the tokens that were kept.
   equivalent = [
-    record.get("equivalent", record["kept"] / table.num_video)
-    for record in records
+    record.get("equivalent", record["kept"] / count)
+    for record, count in zip(records, num_video, strict=True)
   ]
   share = statistics.ratio_of_means(mean, vanilla, table.clips)
   out = {
@@ -294,6 +313,20 @@ def _groups(table, values, field) -> dict[str, dict[str, Any]]:
   }
 
 
+def _grids(table) -> list[Any]:
+  """Returns [T, H, W], or all grids with how many clips and questions."""
+  questions = collections.Counter(map(table.grid_of, table.questions))
+  if len(questions) == 1:
+    return list(next(iter(questions)))
+  clips = {question.video: table.grid_of(question)
+           for question in table.questions}  # fmt: skip
+  clips = collections.Counter(clips.values())
+  return [
+    {"grid": list(grid), "clips": clips[grid], "questions": questions[grid]}
+    for grid in sorted(questions)
+  ]
+
+
 def _chance(questions) -> float:
   """Returns the accuracy of guessing one of the options."""
   shares = [1 / len(q.options) for q in questions if q.options]
@@ -317,7 +350,7 @@ def _frame_head(table, ledger, decisive, frame_ratio, failures):
   )
   if method is None or not decisive:
     return None
-  T, H, W = table.grid
+  T, H, W = table.grid  # Decisive tokens are known of one grid alone.
   drawn = math.ceil(frame_ratio * T)
   cell = runner.Cell(method, table.ratios[0], 0)
   hits, chances, clips = [], [], []
