@@ -17,9 +17,11 @@ WORKDIR/table.md, table.csv    a row per method and ratio, the paper's beside it
 WORKDIR/accuracy.png           averages over the ratio
 WORKDIR/timings.json           times and host facts
 
-Stopped and given again, it goes on where it was, to the same bytes. A row is
-called reproduced only if it lies within `--tolerance` points of the paper's,
-and the answers from all tokens do, too.
+Stopped and given again, it goes on where it was, to the same bytes. Several
+processes share the work by `--table_shard=0/4`, `1/4`, ...; the last one to
+end writes the table. `--table_manifests=OTHER_WORKDIR` shows the frames of
+another table. A row is called reproduced only if it lies within `--tolerance`
+points of the paper's, and the answers from all tokens do, too.
 """
 
 import dataclasses
@@ -42,10 +44,11 @@ from cacovid_jax.evals import (
   combined,
   drift,
   evaluation,
+  frame_manifest,
   paper,
-  provenance,
   results,
   runner,
+  shards,
 )
 from cacovid_jax.models import checkpoints
 from experiments import main_table_files, paper_rows, table_flags
@@ -84,6 +87,17 @@ _MISSING = flags.DEFINE_enum(
 _TOLERANCE = flags.DEFINE_float(
   "tolerance", drift.TOLERANCE, "Points between two runs of the same thing."
 )
+_FRAMES = flags.DEFINE_integer(
+  "table_frames", None, "Frames per clip; the config's, or 32.", lower_bound=1
+)
+_MANIFESTS = flags.DEFINE_string(
+  "table_manifests",
+  None,
+  "Workdir of another table, whose frames are to be shown.",
+)
+_SHARD = flags.DEFINE_string(
+  "table_shard", "0/1", "i/n: this is process i of n that share the work."
+)
 _PAPER_ROWS = flags.DEFINE_bool(
   "paper_rows", False, "Print the README's table and end."
 )
@@ -98,9 +112,10 @@ def main(argv):
     return
   plan = plan_from_flags()
   test = preflight(plan)
-  out = run(plan, test)
+  if run(plan, test) is None:
+    print("this share is done; the last process to end writes the table")
+    return
   print((plan.workdir / "table.md").read_text(encoding="utf-8"))
-  del out
   for name in main_table_files.NAMES:
     print(os.path.join(plan.workdir, name))
 
@@ -156,7 +171,10 @@ def plan_from_flags() -> Plan:
   if methods == ["all"]:
     methods = all_rows()
   model = table_flags.MODEL.value
-  fields = evaluation.request_fields(config)
+  fields = {"num_frames": paper.NUM_FRAMES}
+  fields |= evaluation.request_fields(config)
+  if _FRAMES.value:
+    fields["num_frames"] = _FRAMES.value
   if model:
     fields["checkpoint"] = model
   if not fields.get("checkpoint"):
@@ -176,6 +194,8 @@ def plan_from_flags() -> Plan:
     on_bad_row=_BAD_ROWS.value,
     on_missing=_MISSING.value,
     tolerance=_TOLERANCE.value,
+    manifests=_MANIFESTS.value or "",
+    shard=shards.Shard.parse(_SHARD.value),
     **table_flags.batch_size(),
   )
 
@@ -188,6 +208,7 @@ def make_plan(
   *,
   methods: Sequence[str],
   tolerance: float = drift.TOLERANCE,
+  manifests: str = "",
   **more,
 ) -> Plan:
   """Returns a plan.
@@ -199,6 +220,7 @@ def make_plan(
     folders: benchmark -> folder.
     methods: rows.
     tolerance: points.
+    manifests: workdir of another table, whose frames are shown; "" for none.
     **more: fields that win over `fields`.
   """
   workdir = pathlib.Path(workdir)
@@ -236,6 +258,11 @@ def make_plan(
         "data": folders[name],
         "workdir": os.fspath(workdir / name),
         "cache": cache or os.fspath(workdir / "features"),
+        "frame_manifest": (
+          os.path.join(manifests, name, frame_manifest.FILE)
+          if manifests
+          else ""
+        ),
       }
     )
     for name in names
@@ -334,8 +361,11 @@ def preflight(plan: Plan) -> dict[str, benchmarks.Benchmark]:
 
 def run(
   plan: Plan, loaded: Mapping[str, benchmarks.Benchmark]
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
   """Writes all files of the table and returns results.json as a dict.
+
+  Of several processes that share the work, those that end before the last one
+  return None.
 
   Args:
     plan: what to make.
@@ -344,18 +374,40 @@ def run(
   plan.workdir.mkdir(parents=True, exist_ok=True)
   for request in plan.requests.values():
     evaluation.evaluate(request)
+  # A benchmark that another process still works on, or ended, is known by its
+  # file alone.
+  if not all(
+    _is_complete(request, len(loaded[name].questions))
+    for name, request in plan.requests.items()
+  ):
+    return None
   out = combine(plan, loaded)
   results.write_json(plan.workdir / "results.json", out)
   main_table_files.write(plan.workdir, out)
   times = {
-    name: json.loads(
-      pathlib.Path(request.workdir, "timings.json").read_text("utf-8")
-    )
+    name: {
+      path.name: json.loads(path.read_text(encoding="utf-8"))
+      for path in sorted(pathlib.Path(request.workdir).glob("timings*.json"))
+    }
     for name, request in plan.requests.items()
   }
-  times["host"] = provenance.host()
   results.write_json(plan.workdir / "timings.json", times)
   return out
+
+
+def _is_complete(request, num_questions) -> bool:
+  """True if a benchmark's results.json holds all that is asked for."""
+  path = pathlib.Path(request.workdir, "results.json")
+  if not path.is_file():
+    return False
+  out = json.loads(path.read_text(encoding="utf-8"))
+  keys = set(map(results.ratio_key, request.ratios))
+  labels = [runner.split_label(spec)[0] for spec in request.methods]
+  return (
+    out["vanilla"]["n"] == num_questions
+    and out["seeds"] == list(request.seeds)
+    and all(keys <= set(out["methods"].get(label, ())) for label in labels)
+  )
 
 
 def combine(

@@ -1,0 +1,166 @@
+"""Averages over benchmarks, against loops over resampled clips."""
+
+import json
+
+import numpy as np
+import pytest
+
+from cacovid_jax import errors
+from cacovid_jax.data import questions
+from cacovid_jax.evals import combined, runner, statistics
+
+VANILLA = ("vanilla", "1.00")
+COMPRESSED = ("cacovid", "0.10")
+OTHER = ("uniform", "0.10")
+METHODS = [runner.Method.parse(name) for name in ("cacovid", "uniform")]
+
+
+def part(name, count, macro=(), seed=0, failed=()):
+  """Returns a benchmark of made-up scores; two questions a clip."""
+  rng = np.random.default_rng(seed + 7)
+  kinds = macro or ("one",)
+  asked = [
+    questions.Question(
+      id=f"{name}{i}",
+      # Out of order, so that clips are not where their questions are.
+      video=f"clip{(5 * i) % max(count // 2, 1)}",
+      question="",
+      answer="A",
+      category=kinds[i % len(kinds)],
+      duration=("short", "long")[i % 2],
+    )
+    for i in range(count)
+  ]
+  scores = {
+    key: rng.integers(0, 2, count).astype(float)
+    for key in (VANILLA, COMPRESSED, OTHER)
+    if key[0] not in failed
+  }
+  methods = {
+    key[0]: {key[1]: {"status": "too few" if key[0] in failed else "ok"}}
+    for key in (COMPRESSED, OTHER)
+  }
+  out = {"methods": methods, "vanilla": {"by_duration": {}}}
+  return combined.Part(name, tuple(asked), macro, out, scores, seed)
+
+
+def number(one, scores, counts=None):
+  """Returns a benchmark's number by loops; counts: clip -> times drawn."""
+  sums = {}
+  for question, score in zip(one.questions, scores, strict=True):
+    times = 1 if counts is None else counts[question.video]
+    kind = question.category if one.macro else ""
+    total, seen = sums.get(kind, (0.0, 0))
+    sums[kind] = total + times * score, seen + times
+  kinds = one.macro or ("",)
+  means = [
+    sums[kind][0] / sums[kind][1] if sums.get(kind, (0, 0))[1] else 0.0
+    for kind in kinds
+  ]
+  return sum(means) / len(kinds)
+
+
+PARTS = [
+  part("plain", 12, seed=0),
+  part("macro", 10, macro=("a", "b", "c", "never"), seed=1),
+]
+
+
+def test_numbers_and_replicates_are_those_of_loops():
+  replicates = 50
+  for one in PARTS:
+    clips = sorted({question.video for question in one.questions})
+    weights = statistics.clip_weights(
+      [question.video for question in one.questions], replicates, one.seed
+    )
+    for key in (VANILLA, COMPRESSED):
+      scores = one.scores[key]
+      assert one.value(key) == pytest.approx(number(one, scores))
+      expected = [
+        number(one, scores, dict(zip(clips, row, strict=True)))
+        for row in weights
+      ]
+      np.testing.assert_allclose(one.draws(key, replicates), expected)
+
+
+def test_averages_and_their_intervals():
+  replicates = 400
+  out = combined.average(PARTS, METHODS, [0.1], replicates=replicates)
+  draws = {
+    key: np.mean([p.draws(key, replicates) for p in PARTS], axis=0)
+    for key in (VANILLA, COMPRESSED, OTHER)
+  }
+  means = {
+    key: np.mean([number(p, p.scores[key]) for p in PARTS]) for key in draws
+  }
+  cell = out["methods"]["cacovid"]["0.10"]
+  assert cell["accuracy"] == pytest.approx(means[COMPRESSED], abs=1e-6)
+  np.testing.assert_allclose(
+    cell["ci95"], np.quantile(draws[COMPRESSED], [0.025, 0.975]), atol=1e-6
+  )
+  share = means[COMPRESSED] / means[VANILLA]
+  assert cell["of_vanilla"] == pytest.approx(share, abs=1e-6)
+  paired = {(e["method"], e["vs"]): e for e in out["paired"]}
+  assert set(paired) == {("uniform", "cacovid"), ("cacovid", "vanilla")}
+  entry = paired["uniform", "cacovid"]
+  assert entry["mean"] == pytest.approx(
+    means[OTHER] - means[COMPRESSED], abs=1e-6
+  )
+  np.testing.assert_allclose(
+    entry["ci95"],
+    np.quantile(draws[OTHER] - draws[COMPRESSED], [0.025, 0.975]),
+    atol=1e-6,
+  )
+  # Both are drawn together: their variances do not just add up.
+  apart = np.var(draws[OTHER]) + np.var(draws[COMPRESSED])
+  assert np.var(draws[OTHER] - draws[COMPRESSED]) != pytest.approx(apart)
+
+
+def test_benchmarks_are_resampled_apart():
+  """Two benchmarks of equal clips do not draw the same ones."""
+  first, second = part("one", 12, seed=0), part("two", 12, seed=1)
+  clips = [question.video for question in first.questions]
+  assert (
+    statistics.clip_weights(clips, 20, first.seed)
+    != statistics.clip_weights(clips, 20, second.seed)
+  ).any()
+
+
+def test_a_row_that_fails_somewhere_has_no_average():
+  parts = [PARTS[0], part("macro", 10, seed=1, failed=("uniform",))]
+  out = combined.average(parts, METHODS, [0.1], replicates=20)
+  assert out["methods"]["uniform"]["0.10"] == {"status": "macro: too few"}
+  assert [entry["method"] for entry in out["paired"]] == ["cacovid"]
+
+
+def write(folder, records, header=True):
+  lines = [{"run": {}}] * header + records
+  text = "".join(json.dumps(line) + "\n" for line in lines)
+  (folder / "answers.jsonl").write_text(text)
+
+
+def record(method, ratio, seed, question, score):
+  return {"method": method, "ratio": ratio, "seed": seed,
+          "question": question, "score": score}  # fmt: skip
+
+
+def test_scores_are_means_over_seeds(tmp_path):
+  asked = PARTS[0].questions[:2]
+  names = [question.id for question in asked]
+  method = runner.Method.parse("random")
+  records = [record("vanilla", 1.0, 0, name, 1.0) for name in names]
+  for seed, scores in ((0, (1, 0)), (1, (1, 1))):
+    records += [
+      record("random", 0.1, seed, name, score)
+      for name, score in zip(names, scores, strict=True)
+    ]
+  out = {"methods": {"random": {"0.10": {"status": "ok"}}}}
+  (tmp_path / "results.json").write_text(json.dumps(out))
+  write(tmp_path, records)
+  args = "plain", tmp_path, asked, [method], [0.1], (0, 1)
+  found = combined.read_part(*args)
+  np.testing.assert_array_equal(found.scores["random", "0.10"], [1.0, 0.5])
+  np.testing.assert_array_equal(found.scores[VANILLA], [1.0, 1.0])
+  write(tmp_path, records[:-1])
+  with pytest.raises(errors.UserError, match="random lacks question plain1"):
+    combined.read_part(*args)
