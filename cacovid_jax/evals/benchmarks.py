@@ -10,8 +10,18 @@ from collections.abc import Callable, Mapping, Sequence
 from cacovid_jax import errors
 from cacovid_jax.data import prompts, readers
 from cacovid_jax.data import questions as questions_lib
+from cacovid_jax.data.readers import longvideobench as longvideobench_files
+from cacovid_jax.data.readers import mlvu as mlvu_files
+from cacovid_jax.data.readers import mvbench as mvbench_files
 from cacovid_jax.evals import scoring
-from cacovid_jax.evals.scoring import mlvu, videomme
+from cacovid_jax.evals.scoring import (
+  egoschema,
+  longvideobench,
+  mlvu,
+  mvbench,
+  nextqa,
+  videomme,
+)
 
 PREPARED = "prepared"
 
@@ -94,18 +104,52 @@ _TASKS = {
       score=mlvu.score_dev,
       metric="mlvu_percetion_score",
       scale=100,
-      macro=readers.MLVU_DEV_TYPES,
+      macro=mlvu_files.DEV_TYPES,
     ),
     Task(
       name="mlvu_test",
       splits={"test": (*_MLVU_PARQUET, "json/*.json", "test*.json")},
       read=functools.partial(
-        readers.read_mlvu, types=readers.MLVU_TEST_TYPES, most_options=6
+        readers.read_mlvu, types=mlvu_files.TEST_TYPES, most_options=6
       ),
       score=mlvu.score_test,
       metric="mlvu_percetion_score",
       scale=100,
-      macro=readers.MLVU_TEST_TYPES,
+      macro=mlvu_files.TEST_TYPES,
+    ),
+    Task(
+      name="longvideobench",
+      splits={"validation": ("validation-*.parquet", "lvb_val.json")},
+      read=readers.read_longvideobench,
+      score=longvideobench.score,
+      max_new_tokens=32,
+      metric="lvb_acc",
+      duration_groups=longvideobench_files.DURATION_GROUPS,
+    ),
+    Task(
+      name="mvbench",
+      splits={"test": ("json/*.json",)},
+      read=readers.read_mvbench,
+      score=mvbench.score,
+      metric="mvbench_accuracy",
+      scale=100,
+      macro=mvbench_files.TASKS,
+    ),
+    Task(
+      name="egoschema",
+      splits={"subset": ("Subset/test-*.parquet",)},
+      read=readers.read_egoschema,
+      score=egoschema.score,
+      metric="score",
+    ),
+    Task(
+      name="nextqa",
+      splits={"test": ("MC/test-*.parquet",)},
+      read=readers.read_nextqa,
+      score=nextqa.score,
+      # The task sets none; this is what the reference model falls back to.
+      max_new_tokens=1024,
+      metric="exact_match",
     ),
   ]
 }
