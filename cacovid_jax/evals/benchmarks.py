@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from cacovid_jax import errors
 from cacovid_jax.data import prompts, readers
@@ -13,7 +14,7 @@ from cacovid_jax.data import questions as questions_lib
 from cacovid_jax.data.readers import longvideobench as longvideobench_files
 from cacovid_jax.data.readers import mlvu as mlvu_files
 from cacovid_jax.data.readers import mvbench as mvbench_files
-from cacovid_jax.evals import scoring
+from cacovid_jax.evals import scoring, statistics
 from cacovid_jax.evals.scoring import (
   egoschema,
   longvideobench,
@@ -44,6 +45,8 @@ class Task:
       are fractions throughout.
     macro: categories whose unweighted mean is the number; () takes the mean
       over questions.
+    macro_of_present: whether categories without questions are left out of that
+      mean, rather than counted as 0.
     duration_groups: values of `Question.duration`, shortest first.
   """
 
@@ -55,11 +58,24 @@ class Task:
   metric: str = "accuracy"
   scale: int = 1
   macro: tuple[str, ...] = ()
+  macro_of_present: bool = False
   duration_groups: tuple[str, ...] = ()
 
   @property
   def default_split(self) -> str:
     return next(iter(self.splits))
+
+  def strata(
+    self, questions: Sequence[questions_lib.Question]
+  ) -> statistics.Strata | None:
+    """Returns what the macro mean of these questions is taken over."""
+    if not self.macro:
+      return None
+    found = tuple(str(question.category) for question in questions)
+    names = self.macro
+    if self.macro_of_present:
+      names = tuple(name for name in names if name in found)
+    return statistics.Strata(found, names)
 
   def files(self, directory: pathlib.Path, split: str) -> list[str]:
     """Returns the files of a split, of the first layout that is there."""
@@ -134,6 +150,7 @@ _TASKS = {
       metric="mvbench_accuracy",
       scale=100,
       macro=mvbench_files.TASKS,
+      macro_of_present=True,
     ),
     Task(
       name="egoschema",
@@ -199,6 +216,20 @@ class Benchmark:
     if count <= 0 or count >= len(self.questions):
       return self
     return dataclasses.replace(self, questions=self.questions[:count])
+
+  def left_out(self) -> dict[str, Any]:
+    """Returns what is not asked, for results.json; nothing that is empty."""
+    report = self.report
+    out = {
+      "bad_rows": [
+        # Results must not depend on where the data lies.
+        {**dataclasses.asdict(bad), "file": os.path.basename(bad.file)}
+        for bad in report.bad_rows
+      ],
+      "other_rows": dict(sorted(report.left_out.items())),
+      "not_there": list(report.missing),
+    }
+    return {name: found for name, found in out.items() if found}
 
 
 def load(
