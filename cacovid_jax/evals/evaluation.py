@@ -224,6 +224,7 @@ def evaluate(request: Request) -> dict[str, Any] | None:
       ratios,
       tuple(request.seeds),
       evaluator.grid,
+      test.task,
       {q.video: evaluator.grid_of(q) for q in test.questions},
     )
     identity = evaluator.identity(test.questions)
@@ -239,6 +240,8 @@ def evaluate(request: Request) -> dict[str, Any] | None:
         failures=failures,
         chosen=chosen,
         decisive=test.decisive,
+        rule=request.rule,
+        left_out=test.left_out(),
       )
       if len(out["unreadable"]) == out["num_clips"]:
         raise errors.UserError(
