@@ -423,7 +423,6 @@ def combine(
       methods,
       each.ratios,
       each.seeds,
-      macro=loaded[name].task.macro,
       seed=number,
     )
     for number, (name, each) in enumerate(plan.requests.items())

@@ -28,7 +28,6 @@ class Part:
   Attributes:
     name: of the benchmark.
     questions: asked, in order.
-    macro: categories whose mean is the number; () for a mean over questions.
     out: its results.json.
     scores: (label, ratio key) -> float64[Q], the mean over seeds; vanilla is
       ("vanilla", "1.00"). Cells that cannot be run are absent.
@@ -37,53 +36,32 @@ class Part:
 
   name: str
   questions: Sequence[questions_lib.Question]
-  macro: tuple[str, ...]
   out: Mapping[str, Any]
   scores: Mapping[tuple[str, str], np.ndarray]
   seed: int = 0
 
   def value(self, key: tuple[str, str]) -> float:
     """Returns the benchmark's number of a row, a fraction."""
-    return float(self._means(np.ones([1, self._num_clips]), key)[0])
+    return statistics.mean(self.scores[key], self._strata)
 
   def draws(self, key: tuple[str, str], replicates: int) -> np.ndarray:
     """Returns float64[R], the number in each replicate."""
-    weights = statistics.clip_weights(self._clips, replicates, self.seed)
-    return self._means(weights, key)
+    return statistics.draws(
+      self.scores[key],
+      [question.video for question in self.questions],
+      strata=self._strata,
+      replicates=replicates,
+      seed=self.seed,
+    )
 
   @property
-  def _clips(self) -> tuple[str, ...]:
-    return tuple(question.video for question in self.questions)
-
-  @property
-  def _num_clips(self) -> int:
-    return len(set(self._clips))
-
-  def _means(self, weights, key) -> np.ndarray:
-    """Returns float64[R] of weights float64[R, C] on clips."""
-    scores = self.scores[key]
-    _, clip = np.unique(np.asarray(self._clips), return_inverse=True)
-    if not self.macro:
-      return _weighted(scores, clip, weights)
-    category = np.array([question.category for question in self.questions])
-    # A category that is not there, or was not drawn, counts 0.
-    return np.mean(
-      [
-        _weighted(np.where(category == name, scores, 0.0), clip, weights,
-                  category == name)
-        for name in self.macro
-      ],
-      axis=0,
-    )  # fmt: skip
-
-
-def _weighted(scores, clip, weights, counted=None):
-  """Returns float64[R], means over the questions that are counted."""
-  num_clips = weights.shape[1]
-  counted = None if counted is None else counted.astype(np.float64)
-  sums = weights @ np.bincount(clip, scores, minlength=num_clips)
-  counts = weights @ np.bincount(clip, counted, minlength=num_clips)
-  return np.divide(sums, counts, out=np.zeros(len(sums)), where=counts > 0)
+  def _strata(self) -> statistics.Strata | None:
+    if not self.out["macro"]:
+      return None
+    return statistics.Strata(
+      tuple(str(question.category) for question in self.questions),
+      tuple(self.out["macro"]),
+    )
 
 
 def read_part(
@@ -94,7 +72,6 @@ def read_part(
   ratios: Sequence[float],
   seeds: Sequence[int],
   *,
-  macro: tuple[str, ...] = (),
   seed: int = 0,
 ) -> Part:
   """Returns a benchmark's part from the files of its evaluation.
@@ -106,7 +83,6 @@ def read_part(
     methods: rows, as they were asked.
     ratios: columns.
     seeds: evaluation seeds.
-    macro: see `Part`.
     seed: see `Part`.
   """
   workdir = pathlib.Path(workdir)
@@ -137,7 +113,7 @@ def read_part(
         f" ({error.args[0].method} lacks question {error.args[0].question});"
         " delete results.json to evaluate again"
       ) from error
-  return Part(name, tuple(questions), tuple(macro), out, scores, seed)
+  return Part(name, tuple(questions), out, scores, seed)
 
 
 def _read_answers(workdir: pathlib.Path) -> dict[ledger.Key, float]:

@@ -205,14 +205,21 @@ def overlap_by_chance(total: int, special: int, drawn: int) -> float:
   return 1.0 - miss
 
 
-def clip_weights(
-  clips: Sequence[str], replicates: int = REPLICATES, seed: int = 0
+def draws(
+  correct: Sequence[float],
+  clips: Sequence[str],
+  *,
+  strata: Strata | None = None,
+  replicates: int = REPLICATES,
+  seed: int = 0,
 ) -> np.ndarray:
-  """Returns float64[R, C]: how often each replicate drew each clip.
+  """Returns float64[R], what `accuracy` takes its interval from.
 
-  Clips are in the order of `np.unique`.
+  For what is made of several benchmarks. Arguments as of `accuracy`.
   """
-  return _weights(tuple(clips), replicates, seed)[0]
+  correct = _values(correct, clips)
+  weights, inverse = _weights(tuple(clips), replicates, seed)
+  return _resampled(correct, inverse, weights, strata)
 
 
 def interval(mean: float, draws: np.ndarray) -> Estimate:

@@ -1,5 +1,6 @@
 """Averages over benchmarks, against loops over resampled clips."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from cacovid_jax import errors
 from cacovid_jax.data import questions
-from cacovid_jax.evals import combined, runner, statistics
+from cacovid_jax.evals import combined, runner
 
 VANILLA = ("vanilla", "1.00")
 COMPRESSED = ("cacovid", "0.10")
@@ -40,24 +41,37 @@ def part(name, count, macro=(), seed=0, failed=()):
     key[0]: {key[1]: {"status": "too few" if key[0] in failed else "ok"}}
     for key in (COMPRESSED, OTHER)
   }
-  out = {"methods": methods, "vanilla": {"by_duration": {}}}
-  return combined.Part(name, tuple(asked), macro, out, scores, seed)
+  out = {
+    "methods": methods, "vanilla": {"by_duration": {}}, "macro": list(macro),
+  }  # fmt: skip
+  return combined.Part(name, tuple(asked), out, scores, seed)
 
 
 def number(one, scores, counts=None):
-  """Returns a benchmark's number by loops; counts: clip -> times drawn."""
-  sums = {}
+  """Returns a benchmark's number by loops; counts: clip -> times drawn.
+
+  A category that no drawn clip has is left out; one that never is there is 0.
+  """
+  kinds = one.out["macro"] or [""]
+  sums = {kind: [0.0, 0] for kind in kinds}
+  there = set()
   for question, score in zip(one.questions, scores, strict=True):
     times = 1 if counts is None else counts[question.video]
-    kind = question.category if one.macro else ""
-    total, seen = sums.get(kind, (0.0, 0))
-    sums[kind] = total + times * score, seen + times
-  kinds = one.macro or ("",)
-  means = [
-    sums[kind][0] / sums[kind][1] if sums.get(kind, (0, 0))[1] else 0.0
-    for kind in kinds
-  ]
-  return sum(means) / len(kinds)
+    kind = question.category if one.out["macro"] else ""
+    there.add(kind)
+    sums[kind][0] += times * score
+    sums[kind][1] += times
+  means = [total / seen for total, seen in sums.values() if seen]
+  return sum(means) / len(means) * len(there) / len(kinds)
+
+
+def drawn(one, replicates):
+  """Returns a list of {clip: times drawn}, one for each replicate."""
+  clips = sorted({question.video for question in one.questions})
+  rng = np.random.default_rng(one.seed)
+  share = np.full(len(clips), 1 / len(clips))
+  rows = rng.multinomial(len(clips), share, size=replicates)
+  return [dict(zip(clips, row, strict=True)) for row in rows]
 
 
 PARTS = [
@@ -69,16 +83,11 @@ PARTS = [
 def test_numbers_and_replicates_are_those_of_loops():
   replicates = 50
   for one in PARTS:
-    clips = sorted({question.video for question in one.questions})
-    weights = statistics.clip_weights(
-      [question.video for question in one.questions], replicates, one.seed
-    )
     for key in (VANILLA, COMPRESSED):
       scores = one.scores[key]
       assert one.value(key) == pytest.approx(number(one, scores))
       expected = [
-        number(one, scores, dict(zip(clips, row, strict=True)))
-        for row in weights
+        number(one, scores, counts) for counts in drawn(one, replicates)
       ]
       np.testing.assert_allclose(one.draws(key, replicates), expected)
 
@@ -117,13 +126,11 @@ def test_averages_and_their_intervals():
 
 
 def test_benchmarks_are_resampled_apart():
-  """Two benchmarks of equal clips do not draw the same ones."""
+  """The same scores of the same clips in two benchmarks."""
   first, second = part("one", 12, seed=0), part("two", 12, seed=1)
-  clips = [question.video for question in first.questions]
-  assert (
-    statistics.clip_weights(clips, 20, first.seed)
-    != statistics.clip_weights(clips, 20, second.seed)
-  ).any()
+  second = dataclasses.replace(second, scores=first.scores)
+  assert first.value(VANILLA) == second.value(VANILLA)
+  assert (first.draws(VANILLA, 20) != second.draws(VANILLA, 20)).any()
 
 
 def test_a_row_that_fails_somewhere_has_no_average():
@@ -154,7 +161,7 @@ def test_scores_are_means_over_seeds(tmp_path):
       record("random", 0.1, seed, name, score)
       for name, score in zip(names, scores, strict=True)
     ]
-  out = {"methods": {"random": {"0.10": {"status": "ok"}}}}
+  out = {"methods": {"random": {"0.10": {"status": "ok"}}}, "macro": []}
   (tmp_path / "results.json").write_text(json.dumps(out))
   write(tmp_path, records)
   args = "plain", tmp_path, asked, [method], [0.1], (0, 1)
