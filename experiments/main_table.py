@@ -51,7 +51,12 @@ from cacovid_jax.evals import (
   shards,
 )
 from cacovid_jax.models import checkpoints
-from experiments import main_table_files, paper_rows, table_flags
+from experiments import (
+  main_table_files,
+  paper_rows,
+  table_estimate,
+  table_flags,
+)
 
 BASES = types.MappingProxyType(
   {
@@ -98,6 +103,19 @@ _MANIFESTS = flags.DEFINE_string(
 _SHARD = flags.DEFINE_string(
   "table_shard", "0/1", "i/n: this is process i of n that share the work."
 )
+_DRY_RUN = flags.DEFINE_bool(
+  "dry_run", False, "Say what the table would take, and end."
+)
+_TFLOPS = flags.DEFINE_float(
+  "table_tflops", None, "Speed for --dry_run; measured on this device else."
+)
+_GBPS = flags.DEFINE_float(
+  "table_gbps", None, "Memory speed for --dry_run; measured likewise."
+)
+_CHIPS = flags.DEFINE_integer(
+  "table_chips", 1, "Devices that share one model, for --dry_run's memory.",
+  lower_bound=1,
+)  # fmt: skip
 _PAPER_ROWS = flags.DEFINE_bool(
   "paper_rows", False, "Print the README's table and end."
 )
@@ -111,6 +129,9 @@ def main(argv):
     print(paper_rows.markdown())
     return
   plan = plan_from_flags()
+  if _DRY_RUN.value:
+    dry_run(plan)
+    return
   test = preflight(plan)
   if run(plan, test) is None:
     print("this share is done; the last process to end writes the table")
@@ -142,6 +163,22 @@ class Plan:
   @property
   def methods(self) -> list[runner.Method]:
     return [runner.Method.parse(spec) for spec in self.first.methods]
+
+
+def dry_run(plan: Plan) -> dict[str, Any]:
+  """Prints what a plan would take, and returns it; reads no weights."""
+  request = plan.first
+  checkpoint = table_estimate.describe(
+    request.checkpoint, _BASE.value, request.dtype
+  )
+  loaded, _ = survey(plan)
+  speed = table_estimate.speed_of(_TFLOPS.value, _GBPS.value, request.dtype)
+  out = table_estimate.estimate(
+    checkpoint, plan.requests, loaded, speed, model_shards=_CHIPS.value
+  )
+  title = f"{len(plan.methods)} methods, ratios {request.ratios}"
+  table_estimate.show(out, speed, title)
+  return out
 
 
 def default_rows() -> list[str]:
@@ -177,8 +214,9 @@ def plan_from_flags() -> Plan:
     fields["num_frames"] = _FRAMES.value
   if model:
     fields["checkpoint"] = model
-  if not fields.get("checkpoint"):
+  if not fields.get("checkpoint") and not (_BASE.value and _DRY_RUN.value):
     raise errors.UserError("nothing says which base model: add --table_model")
+  fields.setdefault("checkpoint", "")
   if table_flags.POLICY.value:
     fields["policies"] = {"policy": table_flags.POLICY.value}
   name = _BASE.value or "table"
@@ -233,7 +271,7 @@ def make_plan(
         " leave it out of --table_methods"
       )
     scored = [need for need in method.needs if need.endswith("scores")]
-    if scored and not fields.get("policies"):
+    if scored and not fields.get("policies") and not _DRY_RUN.value:
       raise errors.UserError(
         f"{method.label} needs a trained policy: add --table_policy=FILE, or"
         f" leave it out: --table_methods="
@@ -315,7 +353,28 @@ def preflight(plan: Plan) -> dict[str, benchmarks.Benchmark]:
   Raises:
     UserError: folders, files or clips are missing; names all of them.
   """
-  found, faults = {}, []
+  found, faults = survey(plan)
+  if not faults:
+    return found
+  ready = [name for name in plan.requests if name not in faults]
+  mend = "; complete the folders"
+  if ready:
+    mend += f", or ask what is there: --table_benchmarks={','.join(ready)}"
+  if any(name in found for name in faults):
+    mend += ", or count missing clips as wrong: --table_missing=count"
+  listed = "; ".join(f"{name}: {fault}" for name, fault in faults.items())
+  raise errors.UserError(listed + mend)
+
+
+def survey(
+  plan: Plan,
+) -> tuple[dict[str, benchmarks.Benchmark], dict[str, str]]:
+  """Returns (the benchmarks that can be read, name -> what is missing).
+
+  Prints the counts of all. One whose clips are missing is in both, unless they
+  are to be counted as wrong.
+  """
+  found, faults = {}, {}
   table = rich.table.Table(title="benchmarks")
   for title in ("benchmark", "questions", "clips", "missing", "left out"):
     table.add_column(title)
@@ -326,37 +385,22 @@ def preflight(plan: Plan) -> dict[str, benchmarks.Benchmark]:
         counted, request.split, request.num_questions
       )
     except errors.UserError as error:
-      faults.append(f"{name}: {errors.one_line(error)}")
+      faults[name] = errors.one_line(error)
       table.add_row(name, "", "", "", "no data")
       continue
     found[name] = loaded
     missing = readers.check_media(loaded.questions, loaded.root)
-    left_out = len(loaded.report.bad_rows)
     num_clips = len({question.video for question in loaded.questions})
-    table.add_row(
-      name,
-      str(len(loaded.questions)),
-      str(num_clips),
-      str(len(missing)),
-      str(left_out),
-    )
+    counts = (len(loaded.questions), num_clips, len(missing),
+              len(loaded.report.bad_rows))  # fmt: skip
+    table.add_row(name, *map(str, counts))
     if missing and request.on_missing == "raise":
-      faults.append(
-        f"{name}: {len(missing)} of {num_clips} clips are missing below"
-        f" {loaded.root} ({sum(missing.values())} questions), first:"
-        f" {next(iter(missing))}"
+      faults[name] = (
+        f"{len(missing)} of {num_clips} clips are missing below {loaded.root}"
+        f" ({sum(missing.values())} questions), first: {next(iter(missing))}"
       )
   rich.console.Console(width=100).print(table)
-  if faults:
-    ready = [name for name in found if not any(f.startswith(f"{name}:")
-             for f in faults)]  # fmt: skip
-    mend = "; complete the folders"
-    if ready:
-      mend += f", or ask what is there: --table_benchmarks={','.join(ready)}"
-    if any("clips are missing" in fault for fault in faults):
-      mend += ", or count missing clips as wrong: --table_missing=count"
-    raise errors.UserError("; ".join(faults) + mend)
-  return found
+  return found, faults
 
 
 def run(

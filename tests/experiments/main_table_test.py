@@ -17,6 +17,18 @@ from experiments import main_table, main_table_files
 from tests.data import benchmark_files
 from tests.evals import tiny
 
+CONFIG = """
+import ml_collections
+
+def get_config(arg=None):
+  return ml_collections.ConfigDict(
+    dict(
+      data=dict(num_frames=4),
+      # Reports have tests of their own.
+      evals=dict(num_examples=0, batch_size=4),
+    )
+  )
+"""
 NAMES = ("mlvu_dev", "videomme")
 METHODS = ("cacovid", "uniform", "fastv")
 RATIOS = ("0.30", "0.20")
@@ -26,6 +38,7 @@ RATIOS = ("0.30", "0.20")
 def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp("main")
   (folder / "model").mkdir()
+  (folder / "config.py").write_text(CONFIG)
   tiny.write_checkpoint(folder / "model")
   checkpoint = checkpoints.load(folder / "model")
   tiny.write_policy(folder / "policy", checkpoint)
@@ -49,8 +62,7 @@ def make(folder):
       table_benchmarks=list(NAMES),
       table_methods=list(METHODS),
       table_ratios=list(RATIOS),
-      table_batch=4,
-      table_frames=tiny.FRAMES,
+      config=str(folder / "config.py"),
     )
     with flagsaver.flagsaver(**flags | changes):
       main_table.main(["main_table"])
@@ -227,7 +239,7 @@ def test_processes_that_share_the_work_make_one_table(made, make, capsys):
     (dict(table_methods=["divprun"]), "did you mean divprune"),
     (dict(table_ratios=["0.1", "7"]), "outside"),
     (dict(tolerance=-1.0), "tolerance -1"),
-    (dict(base="ov7b", config="x.py"), "two configs"),
+    (dict(base="ov7b"), "two configs"),
   ],
 )
 def test_mistakes_are_named(make, changes, message):
