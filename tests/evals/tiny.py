@@ -33,6 +33,20 @@ COLOURS = ("red", "green", "blue", "grey")
 
 def write_checkpoint(directory: pathlib.Path) -> str:
   """Writes a random LLaVA-OneVision of 3 layers; returns its directory."""
+  config, tokenizer = write_tokenizer(directory)
+  params = llava_onevision.LlavaOnevisionModel(config).init(jax.random.key(0))
+  checkpoints.save(
+    directory,
+    config,
+    params,
+    eos_ids=tokenizer.eos_ids,
+    pad_id=tokenizer.pad_id,
+  )
+  return str(directory)
+
+
+def write_tokenizer(directory: pathlib.Path):
+  """Writes all but the weights; returns (config, tokenizer)."""
   texts = ["What colour is it? A. red B. green C. blue D. grey"] * 3
   tokenizer_training.train(texts, 300, directory, image_size=28)
   tokenizer = checkpoints._tokenizer(directory)
@@ -44,15 +58,7 @@ def write_checkpoint(directory: pathlib.Path) -> str:
     image_token_id=tokenizer.token_id("<image>"),
     video_token_id=tokenizer.video_id,
   )
-  params = llava_onevision.LlavaOnevisionModel(config).init(jax.random.key(0))
-  checkpoints.save(
-    directory,
-    config,
-    params,
-    eos_ids=tokenizer.eos_ids,
-    pad_id=tokenizer.pad_id,
-  )
-  return str(directory)
+  return config, tokenizer
 
 
 def write_policy(directory: pathlib.Path, checkpoint, seed=1) -> str:
