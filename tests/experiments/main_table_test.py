@@ -11,6 +11,7 @@ from absl.testing import flagsaver
 from PIL import Image
 
 from cacovid_jax import errors
+from cacovid_jax.data import prompts
 from cacovid_jax.evals import benchmarks, paper
 from cacovid_jax.models import checkpoints, random_checkpoint
 from experiments import main_table, main_table_files
@@ -187,6 +188,114 @@ def test_files_agree(made):
   times = json.loads((made / "timings.json").read_text())
   assert set(times) == set(NAMES)
   assert "seconds" not in (made / "results.json").read_text()
+
+
+def test_a_dry_run_tells_what_the_run_took(folder, make, made, capsys):
+  """Answers, tokens, programs and disk, counted in what was written."""
+  name = "foretold"
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(checkpoints, "load_params", None)  # No weight is read.
+    told = []
+    real = main_table.table_estimate.estimate
+
+    def estimate(*args, **options):
+      told.append(real(*args, **options))
+      return told[-1]
+
+    patch.setattr(main_table.table_estimate, "estimate", estimate)
+    make(name, dry_run=True, table_tflops=0.5, table_gbps=1.0)
+  assert not (folder / name).exists()
+  assert "memory of a device in GiB" in capsys.readouterr().out
+  (told,) = told
+  tokenizer = prompts.Tokenizer.from_directory(str(folder / "model"))
+  for name in NAMES:
+    found = told["benchmarks"][name]
+    rows = answers(made, name)
+    assert found["answers"] == len(rows)
+    loaded = benchmarks.load(folder / "data" / name, benchmark=name)
+    texts = {
+      question.id: tokenizer.encode_prompt(question.prompt, 64).length - 64
+      for question in loaded.questions
+    }
+    tokens = sum(texts[row["question"]] + row["kept"] for row in rows)
+    assert found["llm_tokens"] == tokens
+    assert found["video_tokens"] == 64 * len(texts)
+    times = json.loads((made / name / "timings.json").read_text())
+    # The tower's program is not among those that are counted there.
+    assert found["programs"] == times["programs"] + 1
+  # Named by content: a clip that two benchmarks have is stored once.
+  distinct = {
+    row["frame_hash"] for name in NAMES for row in answers(made, name)
+    if "frame_hash" in row
+  }  # fmt: skip
+  stored = list((made / "features").rglob("*.npy"))
+  assert len(stored) == len(distinct)
+  size = told["total"]["feature_bytes"] / told["total"]["clips"]
+  for path in stored:
+    assert np.load(path).nbytes == size
+
+
+@pytest.mark.parametrize("off", [0.0, 4.0])
+def test_a_row_is_reproduced_only_beside_its_own_vanilla(
+  folder, make, made, monkeypatch, off
+):
+  """The same answers, beside a paper that says them, or another vanilla."""
+  cells = read(made)["average"]
+
+  def row(model, method, ratio):
+    cell = cells["vanilla"]
+    if method != "vanilla":
+      if method != "uniform":
+        return None
+      cell = cells["methods"]["uniform"]["0.30"]
+    scores = {name: round(100 * cell["columns"][name], 1) for name in NAMES}
+    if method == "vanilla":
+      scores["videomme"] += off
+    average = round(100 * cell["accuracy"], 1)
+    return paper.Row(model, method, method, ratio, average, 100.0, scores)
+
+  sizes = {"mlvu_dev": ("MLVU dev", 7), "videomme": ("VideoMME", 6)}
+  monkeypatch.setattr(paper, "row", row)
+  monkeypatch.setattr(paper, "model_of", lambda config: "ov7b")
+  monkeypatch.setattr(paper, "NUM_FRAMES", 4)
+  monkeypatch.setattr(paper, "BENCHMARKS", sizes)
+  columns = tuple(name for name in paper.COLUMNS if name.split("/")[0] in sizes)
+  monkeypatch.setattr(paper, "COLUMNS", columns)
+  plans = []
+  real = main_table.combine
+
+  def combine(plan, loaded):
+    plans.append((plan, loaded))
+    return real(plan, loaded)
+
+  monkeypatch.setattr(main_table, "combine", combine)
+  workdir = folder / f"beside{off:g}"
+  for name in NAMES:
+    shutil.copytree(made / name, workdir / name)
+  make(workdir.name)
+  out = read(workdir)
+  average = out["average"]
+  expected = True if not off else "vanilla off by 4.0 points (tolerance 1.0)"
+  assert average["vanilla"]["reproduced"] == expected
+  assert average["methods"]["uniform"]["0.30"]["reproduced"] == expected
+  cell = average["methods"]["cacovid"]["0.30"]
+  assert cell["reproduced"] == "not in the paper"
+  assert out["drift"]["worst"] == off
+  text = (workdir / "table.md").read_text()
+  assert ("| yes |" in text) == (not off)
+  assert (str(expected) in text) == bool(off)
+  assert f"| {-off:+.1f} |" in text
+  # Half of the questions say nothing of the whole, however close they are.
+  ((plan, loaded),) = plans
+  monkeypatch.setitem(sizes, "videomme", ("VideoMME", 12))
+  out = real(plan, loaded)
+  cell = out["average"]["methods"]["uniform"]["0.30"]
+  assert cell["reproduced"] == "6 of 12 questions of VideoMME"
+  monkeypatch.setattr(paper, "NUM_FRAMES", 32)
+  monkeypatch.setitem(sizes, "videomme", ("VideoMME", 6))
+  out = real(plan, loaded)
+  cell = out["average"]["methods"]["uniform"]["0.30"]
+  assert cell["reproduced"] == "4 frames instead of 32"
 
 
 def test_a_table_that_was_stopped_goes_on_to_the_same_bytes(made, make):
