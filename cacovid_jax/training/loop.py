@@ -299,7 +299,7 @@ class _Saver:
         {
           "policy": self._run.policy_options,
           "base_model": self._run.base_model,
-          "grid": list(self._run.recipe.grid),
+          "grid": self._run.described_grid,
           "ratios": list(self._run.recipe.ladder.ratios),
           "config_hash": self._hash,
           "steps": step,
