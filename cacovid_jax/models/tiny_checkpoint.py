@@ -64,7 +64,7 @@ def write(directory, family: str, seed: int = 0) -> None:
   """Writes a checkpoint directory, float32.
 
   Args:
-    directory: made if it does not exist; earlier files are replaced.
+    directory: made if it does not exist; one that holds files is refused.
     family: one of `FAMILIES`.
     seed: of the weights.
   """
@@ -74,7 +74,10 @@ def write(directory, family: str, seed: int = 0) -> None:
     )
   directory = os.fspath(directory)
   os.makedirs(directory, exist_ok=True)
-  # Of another family it would tell the tokenizer another style of prompts.
+  if os.listdir(directory):
+    # They might be weights that took hours to download.
+    raise errors.UserError(f"{directory} is not empty; name another folder")
+  # Tells the tokenizer how prompts hold a clip.
   _write_json(directory, "config.json", {"model_type": family})
   if family == "qwen2_5_vl":
     model = _qwen2_5_vl(directory)

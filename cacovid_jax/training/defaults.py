@@ -15,7 +15,7 @@ def get_config() -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.seed = 42
   # One step is `videos_per_step` videos, each with `iterations` iterations,
-  # hence `iterations` optimiser steps.
+  # hence `iterations` optimiser steps. `total_steps = 0` is one epoch.
   config.total_steps = 10_000
   config.videos_per_step = 1
   config.iterations = 5

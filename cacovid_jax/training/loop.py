@@ -78,6 +78,9 @@ def train(
   """
   workdir = pathlib.Path(workdir)
   config_lib.claim_workdir(workdir, config)
+  if questions is None:
+    questions = setup.read_questions(config)
+  config = setup.with_total_steps(config, questions)
   run = setup.make(
     config,
     workdir,

@@ -104,6 +104,7 @@ def make(
   if checkpoint is None:
     checkpoint = load_checkpoint(config)
   questions = read_questions(config) if questions is None else questions
+  config = with_total_steps(config, questions)
   rollout_config = rollout.RolloutConfig(**config.rollout)
   host_marks = _host_marks(rollout_config, questions, checkpoint.tokenizer)
   policy, options = make_policy(config, checkpoint.model.config.text)
@@ -141,6 +142,20 @@ def make(
     base_model=dict(checkpoint.identity),
     policy_options=options,
   )
+
+
+def with_total_steps(config, questions):
+  """Returns the config with the steps of one epoch where it leaves them open.
+
+  The copy has another hash than the workdir's: a checkpoint of other rows, and
+  so of another schedule, does not fit.
+  """
+  if config.total_steps:
+    return config
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.total_steps = -(-len(questions) // config.videos_per_step)
+  return config.lock()
 
 
 def make_mesh(config) -> Mesh:
@@ -354,9 +369,11 @@ def _check_videos_per_step(config, mesh) -> None:
       f" the {devices} devices of the data axis; use a multiple of it, or set"
       " config.mesh.data"
     )
-  for key in ("total_steps", "iterations"):
-    if config[key] < 1:
-      raise errors.UserError(f"config.{key}={config[key]} must be at least 1")
+  for key, least in (("total_steps", 0), ("iterations", 1)):
+    if config[key] < least:
+      raise errors.UserError(
+        f"config.{key}={config[key]} must be at least {least}"
+      )
 
 
 def _host_marks(config, questions, tokenizer) -> bool:
