@@ -2,15 +2,18 @@ r"""Builds the embedded benchmark: clips, questions, array_record files.
 
 python -m cacovid_jax.prepare --out data/synthetic --variants dense,sparse
 
-Skips what is there. Deterministic by --seed.
+Skips what is there. Deterministic by --seed. With --tiny_models, checkpoints of
+random weights as well, for the `:debug` forms of configs of released models.
 """
 
 import os
+import pathlib
 
 from absl import flags
 
 from cacovid_jax import errors
 from cacovid_jax.data.synthetic import build
+from cacovid_jax.models import tiny_checkpoint
 from cacovid_jax.training import metrics
 
 _OUT = flags.DEFINE_string("out", None, "Folder; each variant is one below it.")
@@ -22,6 +25,18 @@ _CLIPS = flags.DEFINE_list(
   "Clips of the splits train, validation, test and test_fresh.",
 )
 _QUESTIONS = flags.DEFINE_integer("questions_per_clip", 4, "At most.")
+_TINY_MODELS = flags.DEFINE_list(
+  "tiny_models",
+  [],
+  f"Of {', '.join(tiny_checkpoint.FAMILIES)}: random checkpoints, each a folder"
+  " of its name below --out.",
+)
+_DECISIVE = flags.DEFINE_bool(
+  "decisive",
+  True,
+  "Whether to keep decisive.jsonl, the tokens that answers rest on: of the"
+  " embedded base model's grid, so that other models refuse it.",
+)
 _NUM_WORKERS = flags.DEFINE_integer(
   "num_workers", os.cpu_count(), "Processes that draw and encode."
 )
@@ -42,6 +57,11 @@ def main(argv):
       f"--clips takes {len(build.SPLITS)} whole numbers, for"
       f" {', '.join(build.SPLITS)}"
     )
+  for family in _TINY_MODELS.value:
+    directory = os.path.join(_OUT.value, family)
+    if not os.path.exists(os.path.join(directory, "config.json")):
+      tiny_checkpoint.write(directory, family)
+    print(f"{directory}: ready")
   for variant in _VARIANTS.value:
     config = build.BuildConfig(
       variant=variant,
@@ -57,6 +77,8 @@ def main(argv):
         num_workers=_NUM_WORKERS.value,
         on_clip=lambda done, unused_total: bar.update(done, {}),
       )
+    if not _DECISIVE.value:
+      pathlib.Path(directory, "decisive.jsonl").unlink(missing_ok=True)
     print(f"{directory}: ready (generator {build.generator_hash()[:12]})")
 
 

@@ -1,10 +1,13 @@
-"""What config files share: reading the argument after the colon."""
+"""What config files share: the argument after the colon, the paper's recipe."""
 
 import difflib
 import types
 
 from cacovid_jax import config as config_lib
 from cacovid_jax import errors
+from cacovid_jax.data import frames, qwen_frames
+from cacovid_jax.evals import defaults as evals_defaults
+from cacovid_jax.training import defaults
 
 
 def parse_arg(arg, **defaults):
@@ -35,3 +38,68 @@ def parse_arg(arg, **defaults):
       text if equals else "true", defaults[name], name=name
     )
   return types.SimpleNamespace(**fields)
+
+
+def released(arg, *, path, family):
+  """Returns the paper's run on a released model.
+
+  Args:
+    arg: text after the colon: `debug` is two steps and a few questions on a
+      tiny random model of the same family and on the embedded benchmark;
+      `devices=8` trains that many videos a step, one on each.
+    path: folder of the weights.
+    family: of `models.tiny_checkpoint`.
+  """
+  arg = parse_arg(arg, debug=False, devices=1, seed=42)
+  config = defaults.get_config()  # The paper's numbers.
+  config.seed = arg.seed
+  config.total_steps = 0  # One epoch.
+  config.videos_per_step = arg.devices
+  config.model.path = path
+  config.data.root = "datasets/video_r1"
+  config.data.train_file = "filtered.json"
+  config.data.frame_rule = frames.TRAIN_RULE
+  config.data.num_frames = 32
+  config.data.max_text_tokens = 1024
+  config.data.num_threads = 8
+  if family == "qwen2_5_vl":
+    config.data.min_pixels = qwen_frames.PAPER_MIN_PIXELS
+    config.data.max_pixels = qwen_frames.PAPER_MAX_PIXELS
+  config.evals = evals_defaults.get_config()
+  config.evals.methods = (
+    # The paper's half of the budget, spread evenly, and its cap of 1.5 r.
+    "cacovid=cacovid?importance_ratio=0.5&max_frame_share=1.5",
+    "fastv",
+    "visionzip",
+    "divprune",
+    "prunevid",
+    "framefusion",
+  )
+  config.evals.oracles = ()
+  config.evals.ratios = (0.25, 0.2, 0.15, 0.1)
+  config.evals.select_on = "none"
+  config.evals.rule = "paper"
+  config.evals.batch_size = 1
+  if arg.debug:
+    _shorten(config, family)
+  return config
+
+
+def _shorten(config, family):
+  """Makes a run one of seconds, on what `prepare --tiny_models` writes."""
+  config.model.path = f"workdirs/tiny/{family}"
+  config.model.dtype = config.policy.dtype = "float32"
+  config.total_steps, config.iterations, config.log_every = 2, 2, 1
+  config.ckpt.every_steps = 1
+  config.sampling.num_combinations = 8
+  config.rollout.max_new_tokens = 2
+  config.data.root = "workdirs/tiny/dense"
+  config.data.train_file = "train.json"
+  config.data.num_frames = 4
+  config.data.max_text_tokens = 0
+  config.data.num_threads = 2
+  config.data.min_pixels = config.data.max_pixels = 0
+  config.evals.methods = (config.evals.methods[0], "divprune")
+  config.evals.ratios = (0.25,)
+  config.evals.batch_size = config.evals.max_new_tokens = 2
+  config.evals.num_questions, config.evals.num_examples = 4, 1

@@ -7,7 +7,7 @@ cannot be used is written to a ledger and replaced by a question that depends on
 its place alone; in evaluation it stays, marked, so that it counts as wrong.
 
 Letters: B batch, T frames, S pixels of a side, N video tokens, D width,
-L prompt tokens.
+L prompt tokens, P position rows.
 """
 
 import collections
@@ -18,15 +18,17 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import grain
 import numpy as np
 
 from cacovid_jax import errors
-from cacovid_jax.data import feature_cache, video
+from cacovid_jax.data import feature_cache, qwen_frames, video
 from cacovid_jax.data import frames as frames_lib
 from cacovid_jax.data import prompts as prompts_lib
 from cacovid_jax.data import questions as questions_lib
+from cacovid_jax.policy import buckets as buckets_lib
 
 MAX_SUBSTITUTES = 16
 
@@ -114,13 +116,16 @@ class ClipSource:
 
   def load(self, question: questions_lib.Question) -> np.ndarray:
     """Returns uint8[T,S,S,3]."""
+    return self.read(question).frames
+
+  def read(self, question: questions_lib.Question) -> video.Clip:
+    """Returns the decoded clip, its frames resized."""
     path = self.path(question)
     if self.refused:
       reason = self.refused.get(content_hash(path))
       if reason:
         raise video.VideoError(path, reason, "refused in an earlier run")
-    clip = self.decode(path, self.rule, resize=self._resize, limits=self.limits)
-    return clip.frames
+    return self.decode(path, self.rule, resize=self._resize, limits=self.limits)
 
   def finish(self, payloads: Sequence[np.ndarray]) -> np.ndarray:
     """Returns uint8[B,T,S,S,3]."""
@@ -130,6 +135,36 @@ class ClipSource:
     """Returns what stands in a batch for a clip that cannot be used."""
     size = self.image_size
     return np.zeros((self.rule.num_frames, size, size, 3), np.uint8)
+
+
+class Shot(NamedTuple):
+  """Frames uint8[T,h,w,3] of one shape, and how many of them a second has."""
+
+  frames: np.ndarray
+  fps: float | None
+
+
+class ShotSource(ClipSource):
+  """`Shot`s of clips, for models whose frames keep their aspect ratio."""
+
+  def __init__(
+    self,
+    media_root,
+    rule: FrameRule,
+    processor: qwen_frames.ProcessorConfig,
+    **options,
+  ):
+    """As of `ClipSource`, with a processor in place of size and filter."""
+    super().__init__(media_root, rule, 0, **options)
+    self._resize = functools.partial(
+      processor.resize_frame, num_frames=rule.num_frames
+    )
+
+  def load(self, question: questions_lib.Question) -> Shot:
+    """Returns the clip's frames as the model sees them."""
+    clip = self.read(question)
+    fps = qwen_frames.sampled_fps(len(clip.frames), clip.duration)
+    return Shot(clip.frames, fps)
 
 
 class FeatureSource:
@@ -207,6 +242,10 @@ class FeatureSource:
 
   def finish(self, payloads) -> np.ndarray:
     """Returns float32[B,N,D]; encodes what is not known yet."""
+    return np.stack(self._finished(payloads))
+
+  def _finished(self, payloads) -> list:
+    """Returns each clip's features, remembered from now on."""
     known = {name: feats for name, feats, _ in payloads if feats is not None}
     todo = {
       name: frames
@@ -228,8 +267,8 @@ class FeatureSource:
         known[name] = features
         self._remember(name, features)
         if self._cache is not None:
-          self._cache.put(name, features)
-    return np.stack([known[name] for name, _, _ in payloads])
+          self._write(name, features)
+    return [known[name] for name, _, _ in payloads]
 
   def missing(self):
     """Returns what stands in a batch for a clip that cannot be used."""
@@ -264,10 +303,151 @@ class FeatureSource:
   def _recall(self, name) -> np.ndarray | None:
     features = self._remembered(name)
     if features is None and self._cache is not None:
-      features = self._cache.get(name)
+      features = self._read(name)
       if features is not None:
         self._remember(name, features)
     return features
+
+  def _read(self, name):
+    """Returns what the cache holds under a name, None if nothing."""
+    return self._cache.get(name)
+
+  def _write(self, name, features) -> None:
+    self._cache.put(name, features)
+
+
+class Encoded(NamedTuple):
+  """Features of one clip and the grid that they lie on.
+
+  Attributes:
+    features: float32[N,D], of the clip's own N.
+    grid: (T, H, W).
+    seconds_per_slice: see `qwen_frames.Patches`.
+  """
+
+  features: np.ndarray
+  grid: tuple[int, int, int]
+  seconds_per_slice: float
+
+
+class GridFeatureSource(FeatureSource):
+  """`Encoded` clips, each of its own grid.
+
+  A clip is encoded in the smallest bucket that holds it, whatever others are in
+  the batch, so that its features do not depend on them.
+  """
+
+  def __init__(
+    self,
+    clips: ShotSource,
+    encode_fn: Callable[[np.ndarray, buckets_lib.Bucket, tuple], np.ndarray],
+    processor: qwen_frames.ProcessorConfig,
+    *,
+    buckets: Sequence[buckets_lib.Bucket],
+    identity: str,
+    cache: feature_cache.FeatureCache | None = None,
+    memory_items: int = 256,
+  ):
+    """Sets how clips become features.
+
+    Args:
+      clips: gives the frames.
+      encode_fn: (patches float32[P,...], grid, bucket) -> float[N_max,D] of the
+        bucket, the clip's own N rows first.
+      processor: frames to patches.
+      buckets: sizes that programs are compiled for.
+      identity: as of `FeatureSource`, also the next two.
+      cache: see above.
+      memory_items: see above.
+    """
+    super().__init__(
+      clips,
+      encode_fn,
+      processor,
+      identity=identity,
+      num_tokens=0,
+      width=0,
+      cache=cache,
+      memory_items=memory_items,
+    )
+    self._buckets = tuple(buckets)
+
+  def finish(self, payloads) -> list[Encoded]:
+    """Returns the clips, encoding what is not known yet."""
+    return self._finished(payloads)
+
+  def missing(self):
+    raise errors.UserError(
+      "a clip that cannot be used has no grid; videos of several grids are for"
+      " training, where another question stands in"
+    )
+
+  def _encode(self, shots: list[Shot]) -> list[Encoded]:
+    found = []
+    for shot in shots:
+      clip = self._preprocessing(shot.frames, fps=shot.fps, resized=True)
+      bucket = buckets_lib.pick(clip.grid, self._buckets)
+      features = self._encode_fn(clip.patches, clip.grid, bucket)
+      features = np.asarray(features, np.float32)[: clip.num_tokens]
+      found.append(Encoded(features, clip.grid, clip.seconds_per_slice))
+    return found
+
+  def _read(self, name) -> Encoded | None:
+    # The grid is the shape of the entry; seconds are an entry of their own.
+    features = self._cache.get(name)
+    seconds = self._cache.get(_seconds(name))
+    if features is None or seconds is None or features.ndim != 4:
+      return None
+    flat = features.reshape(-1, features.shape[-1])
+    return Encoded(flat, features.shape[:3], float(seconds[0]))
+
+  def _write(self, name, clip: Encoded) -> None:
+    self._cache.put(_seconds(name), [clip.seconds_per_slice])
+    self._cache.put(name, clip.features.reshape(*clip.grid, -1))
+
+
+def _seconds(name: str) -> str:
+  """Returns the name of the cache entry of a clip's seconds per slice."""
+  return feature_cache.key(seconds_of=name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucketing:
+  """How batches of several grids get static shapes.
+
+  Attributes:
+    buckets: a batch takes the smallest that holds all of its videos.
+    text_rows: rows that the longest prompt has beside its video tokens.
+    positions: (ids int32[L], grid, seconds per slice) -> (int32[P,L], the
+      following position), see `models.qwen2_5_vl.position_ids`.
+    multiple: prompts are padded to a multiple of this.
+  """
+
+  buckets: tuple[buckets_lib.Bucket, ...]
+  text_rows: int
+  positions: Callable[..., tuple[np.ndarray, int]]
+  multiple: int = 16
+
+  def length(self, bucket: buckets_lib.Bucket) -> int:
+    """Returns L of a bucket's prompts."""
+    return -(-(bucket.tokens + self.text_rows) // self.multiple) * self.multiple
+
+  def bucket(self, grids) -> buckets_lib.Bucket:
+    """Returns the smallest bucket that holds all of the grids (T, H, W)."""
+    fits = [
+      bucket
+      for bucket in self.buckets
+      if all(bucket.holds(grid) for grid in grids)
+    ]
+    if fits:
+      return min(fits, key=lambda b: (b.tokens, b.frames * b.frame_tokens))
+    for grid in grids:
+      buckets_lib.pick(grid, self.buckets)  # Says which one fits nowhere.
+    raise errors.UserError(
+      "no bucket holds the videos of one step together:"
+      f" {', '.join(' x '.join(map(str, grid)) for grid in grids)} tokens; add"
+      " one as large as the largest of each side"
+    )
 
 
 class FunctionSource:
@@ -468,8 +648,9 @@ def train_batches(
   *,
   batch_size: int,
   seed: int,
-  num_video_tokens: int,
-  length: int,
+  num_video_tokens: int = 0,
+  length: int = 0,
+  bucketing: Bucketing | None = None,
   num_steps: int,
   start_step: int = 0,
   shard: tuple[int, int] = (0, 1),
@@ -491,6 +672,7 @@ def train_batches(
     seed: of the order.
     num_video_tokens: N.
     length: L, the bucket; see `prompt_length`.
+    bucketing: for a `GridFeatureSource`, in place of the last two.
     num_steps: steps of the whole run.
     start_step: first step wanted, so a resumed run sees what it would have.
     shard: (index, number) of this process; it gets a contiguous share of B.
@@ -505,7 +687,9 @@ def train_batches(
     dict: `features` float32[B,N,D] or `pixels` uint8[B,T,S,S,3]; `ids`
     int32[B,L], `length`, `video_start`, `answer_id` int32[B] (-1 where the
     answer is no letter), `question_hash` uint32[B], `valid` bool[B] (all True
-    here), `questions` list[Question], `errors` list (all None here).
+    here), `questions` list[Question], `errors` list (all None here). With
+    `bucketing` also `bucket`, `grids` [(T, H, W)], `positions` int32[B,P,L] and
+    `following` int32[B]; features are then zero behind a video's own rows.
   """
   source = _as_source(source)
   quarantine = Quarantine() if quarantine is None else quarantine
@@ -546,7 +730,9 @@ def train_batches(
         f" ({quarantine.entries[-1]['reason']}); mend the data set (see the"
         " quarantine ledger) or raise max_failure_rate"
       )
-    yield _assemble(slots, local, tokenizer, source, num_video_tokens, length)
+    yield _assemble(
+      slots, local, tokenizer, source, num_video_tokens, length, bucketing
+    )
 
 
 def eval_batches(
@@ -630,7 +816,9 @@ def _batched(items, size: int) -> Iterator[list]:
     yield batch
 
 
-def _assemble(slots, size, tokenizer, source, num_video_tokens, length) -> dict:
+def _assemble(
+  slots, size, tokenizer, source, num_video_tokens, length, bucketing=None
+) -> dict:
   """Builds the batch dict from at most `size` loaded slots."""
   rows = [slot.question for slot in slots]
   failures = [slot.failures if slot.payload is None else [] for slot in slots]
@@ -641,11 +829,20 @@ def _assemble(slots, size, tokenizer, source, num_video_tokens, length) -> dict:
   fillers = size - len(slots)
   payloads += [payloads[-1]] * fillers
   shown = rows + [rows[-1]] * fillers
+  visual, more = source.finish(payloads), {}
+  if bucketing is None:
+    counts = [num_video_tokens] * size
+  else:
+    counts = [len(clip.features) for clip in visual]
   prompts = [
-    tokenizer.encode_prompt(row.prompt, num_video_tokens) for row in shown
+    tokenizer.encode_prompt(row.prompt, count)
+    for row, count in zip(shown, counts, strict=True)
   ]
+  if bucketing is not None:
+    visual, more = _in_bucket(visual, prompts, bucketing)
+    num_video_tokens = more["bucket"].tokens
+    length = bucketing.length(more["bucket"])
   padded = tokenizer.pad(prompts, length)
-  visual = source.finish(payloads)
   if source.field == "features" and visual.shape[1] != num_video_tokens:
     # A clip that silently fell out of a prompt would teach nonsense.
     raise errors.UserError(
@@ -664,4 +861,41 @@ def _assemble(slots, size, tokenizer, source, num_video_tokens, length) -> dict:
     "valid": np.array([not failed for failed in failures] + [False] * fillers),
     "questions": rows,
     "errors": [failed[-1][1] if failed else None for failed in failures],
+    **more,
+  }
+
+
+def _in_bucket(clips, prompts, bucketing: Bucketing):
+  """Returns (features float32[B,N_max,D], what else a batch of a bucket has).
+
+  Args:
+    clips: [Encoded].
+    prompts: their prompts.
+    bucketing: see above.
+  """
+  grids = [clip.grid for clip in clips]
+  bucket = bucketing.bucket(grids)
+  length = bucketing.length(bucket)
+  width = clips[0].features.shape[1]
+  features = np.zeros((len(clips), bucket.tokens, width), np.float32)
+  positions, following = [], []
+  for row, clip, prompt in zip(features, clips, prompts, strict=True):
+    row[: len(clip.features)] = clip.features
+    text = prompt.length - len(clip.features)
+    if text > length - bucket.tokens:
+      raise errors.UserError(
+        f"a prompt has {text} tokens beside its video, but the bucket leaves"
+        f" {length - bucket.tokens}; raise config.data.max_text_tokens"
+      )
+    own, after = bucketing.positions(
+      prompt.ids, grid=clip.grid, seconds_per_slice=clip.seconds_per_slice
+    )
+    behind = ((0, 0), (0, length - own.shape[1]))
+    positions.append(np.pad(own, behind))
+    following.append(after)
+  return features, {
+    "bucket": bucket,
+    "grids": grids,
+    "positions": np.stack(positions).astype(np.int32),
+    "following": np.array(following, np.int32),
   }

@@ -256,18 +256,30 @@ class ProcessorConfig:
     self, height: int, width: int, num_frames: int
   ) -> tuple[int, int]:
     """Returns the (height, width) of each of F frames after resizing."""
-    max_pixels = self.max_pixels
-    if self.max_video_tokens is not None:
-      total = int(self.max_video_tokens * self.factor**2 * 0.9)
-      share = total * self.temporal_patch_size // num_frames
-      max_pixels = max(min(max_pixels, share), int(self.min_pixels * 1.05))
     return smart_resize(
       height,
       width,
       factor=self.factor,
       min_pixels=self.min_pixels,
-      max_pixels=max_pixels,
+      max_pixels=self._max_pixels(num_frames),
     )
+
+  def _max_pixels(self, num_frames: int) -> int:
+    """Returns the most pixels of each of F frames."""
+    if self.max_video_tokens is None:
+      return self.max_pixels
+    total = int(self.max_video_tokens * self.factor**2 * 0.9)
+    share = total * self.temporal_patch_size // num_frames
+    return max(min(self.max_pixels, share), int(self.min_pixels * 1.05))
+
+  def slice_tokens(self, num_frames: int) -> tuple[int, int]:
+    """Returns the fewest and the most tokens of a slice of F frames.
+
+    Frames that are very long and narrow may lie beyond them.
+    """
+    least = -(-self.min_pixels // self.factor**2)
+    most = self._max_pixels(num_frames) // self.factor**2
+    return least, max(most, least)
 
   def grid(
     self, height: int, width: int, num_frames: int

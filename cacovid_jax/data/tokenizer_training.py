@@ -8,7 +8,7 @@ own config.json, generation_config.json and weights is written.
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
@@ -84,6 +84,21 @@ def train(
   Returns:
     The trained tokenizer.
   """
+  tokenizer = learn(texts, vocab_size, special_tokens)
+  os.makedirs(directory, exist_ok=True)
+  tokenizer.save(os.path.join(directory, "tokenizer.json"))
+  for name, content in _files(
+    tokenizer, special_tokens, image_size, patch_size, max_length, num_frames
+  ).items():
+    with open(os.path.join(directory, name), "w", encoding="utf-8") as f:
+      f.write(content)
+  return tokenizer
+
+
+def learn(
+  texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str]
+) -> tokenizers.Tokenizer:
+  """Returns a tokenizer of a corpus, unwritten; arguments as of `train`."""
   needed = 256 + len(special_tokens)
   if vocab_size < needed:
     raise errors.UserError(
@@ -113,13 +128,6 @@ def train(
       for token in special_tokens
     ]
   )
-  os.makedirs(directory, exist_ok=True)
-  tokenizer.save(os.path.join(directory, "tokenizer.json"))
-  for name, content in _files(
-    tokenizer, special_tokens, image_size, patch_size, max_length, num_frames
-  ).items():
-    with open(os.path.join(directory, name), "w", encoding="utf-8") as f:
-      f.write(content)
   return tokenizer
 
 

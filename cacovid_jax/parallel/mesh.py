@@ -98,11 +98,15 @@ def put(tree, mesh: Mesh, spec: P):
   """Places a tree of host or device arrays on the mesh, all with one spec.
 
   With several processes every process holds the whole array and places the
-  part that its own devices need.
+  part that its own devices need. What lies there already stays where it is.
   """
   sharding = NamedSharding(mesh, spec)
 
   def place(x):
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+      if x.sharding.is_equivalent_to(sharding, x.ndim):
+        return x
+      return jax.jit(lambda x: x, out_shardings=sharding)(x)
     if jax.process_count() == 1:
       return jax.device_put(x, sharding)
     host = np.asarray(x)

@@ -210,6 +210,11 @@ def as_grid(grid):
   return Grid(num_frames, area, Bucket(num_frames, area))
 
 
+def as_bucket(grid):
+  """Returns the Bucket that a static (T, H, W) fills, or the Bucket given."""
+  return grid if isinstance(grid, Bucket) else as_grid(grid).bucket
+
+
 def fill(x, valid, value):
   """Returns x where valid, else value; x itself if all is known to be."""
   if isinstance(valid, np.ndarray) and valid.all():

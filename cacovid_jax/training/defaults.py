@@ -15,7 +15,7 @@ def get_config() -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.seed = 42
   # One step is `videos_per_step` videos, each with `iterations` iterations,
-  # hence `iterations` optimiser steps.
+  # hence `iterations` optimiser steps. `total_steps = 0` is one epoch.
   config.total_steps = 10_000
   config.videos_per_step = 1
   config.iterations = 5
@@ -85,6 +85,13 @@ def get_config() -> ml_collections.ConfigDict:
     on_bad_row="raise",
     num_frames=32,
     frame_rule="eval_linspace",
+    # For models whose token grid follows the frames' shape (Qwen2.5-VL): the
+    # pixels of a frame, 0 for the checkpoint's own limits; and the sizes that
+    # programs are compiled for, (slices, tokens of a slice) or (slices, tokens
+    # of a slice, tokens) each, empty for two that follow from the pixels.
+    min_pixels=0,
+    max_pixels=0,
+    buckets=(),
     # Text tokens of the longest prompt; 0 looks for it at the start.
     max_text_tokens=128,
     # Folder that keeps video features; empty encodes a clip at each use.

@@ -78,6 +78,9 @@ def train(
   """
   workdir = pathlib.Path(workdir)
   config_lib.claim_workdir(workdir, config)
+  if questions is None:
+    questions = setup.read_questions(config)
+  config = setup.with_total_steps(config, questions)
   run = setup.make(
     config,
     workdir,
@@ -299,7 +302,7 @@ class _Saver:
         {
           "policy": self._run.policy_options,
           "base_model": self._run.base_model,
-          "grid": list(self._run.recipe.grid),
+          "grid": self._run.described_grid,
           "ratios": list(self._run.recipe.ladder.ratios),
           "config_hash": self._hash,
           "steps": step,

@@ -6,15 +6,16 @@ Three schedules, chosen once from the config:
   fixed ratio, marks on the device: one program, all iterations inside;
   adaptive ratio, marks on the device: `begin`, and one program per rung;
   marks on the host: `begin`, one rollout program per rung, and `update`.
-So at most 2 + rungs programs. They are compiled ahead of time and called as
-executables, which cannot retrace: another shape or dtype is an error, never a
-silent compilation. No program has a host callback.
+So at most 2 + rungs programs, and as many for each bucket of grids. They are
+compiled ahead of time and called as executables, which cannot retrace: another
+shape or dtype is an error, never a silent compilation. No program has a host
+callback.
 """
 
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -87,7 +88,10 @@ class Programs:
       return self.call("whole", state, frozen, batch)
     videos, memory = self.call("begin", state, frozen, batch)
     outs = []
-    largest = self.recipe.ladder.start
+    if batch.own is None:
+      largest = self.recipe.ladder.start
+    else:
+      largest = int(gather(batch.own.rungs.start).max())
     for _ in range(self.recipe.iterations):
       if self.host_marks:
         ids, masks = self.call(f"rollout_{largest}", frozen, videos, memory)
@@ -190,6 +194,48 @@ class Programs:
         (0, 2),
       )
     raise ValueError(f"no program is called {name!r}")
+
+
+class BucketPrograms:
+  """Programs for videos of several grids: a set of `Programs` per bucket."""
+
+  def __init__(
+    self,
+    recipes: Sequence[step_lib.Recipe],
+    mesh: Mesh,
+    *,
+    host_marks: bool = False,
+  ):
+    """Compiles nothing yet.
+
+    Args:
+      recipes: one per bucket, alike but for grid and ladder.
+      mesh: as of `Programs`.
+      host_marks: as of `Programs`.
+    """
+    self.by_bucket = {
+      recipe.bucket: Programs(recipe, mesh, host_marks=host_marks)
+      for recipe in recipes
+    }
+
+  @property
+  def limit(self) -> int:
+    """The number of programs that the run may compile."""
+    return sum(made.limit for made in self.by_bucket.values())
+
+  @property
+  def compile_seconds(self) -> dict[str, float]:
+    """{bucket and name: seconds} of what was compiled so far."""
+    return {
+      f"{bucket.frames}x{bucket.frame_tokens}/{name}": seconds
+      for bucket, made in self.by_bucket.items()
+      for name, seconds in made.compile_seconds.items()
+    }
+
+  def run(self, state, frozen, batch: step_lib.Batch, mark=None):
+    """Runs a batch with the programs of its bucket; see `Programs.run`."""
+    bucket = batch.own.grid.bucket
+    return self.by_bucket[bucket].run(state, frozen, batch, mark)
 
 
 def place_batch(batch: step_lib.Batch, mesh: Mesh) -> step_lib.Batch:

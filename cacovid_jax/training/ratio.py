@@ -1,22 +1,30 @@
 """The adaptive retention ratio on a fixed ladder of rungs (METHOD.md 4).
 
-Letters: T frames, H W token grid, K tokens a combination keeps.
+Letters: T frames, H W token grid, K tokens a combination keeps, R rungs.
 
 The paper halves and doubles a real number. Here the ratio lives on a few
 rungs, since each distinct K is a compiled program; a move goes to the rung
 nearest to half or twice the ratio (on a log scale) and always at least one
 rung on. On the default ladder that is the paper's schedule, except that 0.12
 steps down to 0.08 where the paper goes to 0.06.
+
+A small grid raises or drops rungs. Where videos of several grids share a
+program (`BucketLadder`), each has a ladder of its own, as data.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import struct
 
 from cacovid_jax import errors
-from cacovid_jax.policy import sampling
+from cacovid_jax.policy import buckets, sampling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +62,127 @@ class Ladder:
 
   def __len__(self):
     return len(self.ratios)
+
+  @property
+  def num_combinations(self) -> int:
+    """G."""
+    return self.plans[0].num_combinations
+
+
+class Rungs(struct.PyTreeNode):
+  """ONE video's ladder at the R places of a `BucketLadder`, as data.
+
+  Attributes:
+    ratios: f32[R]; a place without a rung of this video's repeats another.
+    down: i32[R] place reached from each place,
+    up: upwards.
+    start: i32[].
+    plans: `sampling.BucketPlan` with a leading axis R.
+  """
+
+  ratios: Any
+  down: Any
+  up: Any
+  start: Any
+  plans: sampling.BucketPlan
+
+
+@dataclasses.dataclass(frozen=True)
+class BucketLadder:
+  """The ladders of all grids in a bucket; a hashable constant of its programs.
+
+  Its places are the ratios of the config. A video's rungs lie at the places of
+  their ratios, one that its grid raised lies at the first; so the program of a
+  place has room for every rung up to it, whatever the video.
+
+  Attributes:
+    bucket: that the grids lie in.
+    ratios: rising retention ratios, one per place.
+    num_keep: largest K of any grid per place.
+    sizes: of the sampler, for all places.
+    config: rungs and bounds.
+    sampling_config: sizes of the combination space.
+    fixed: the ratio of a ladder of one rung, or None.
+  """
+
+  bucket: buckets.Bucket
+  ratios: tuple[float, ...]
+  num_keep: tuple[int, ...]
+  sizes: sampling.Sizes
+  config: RatioConfig
+  sampling_config: sampling.SamplingConfig
+  fixed: float | None
+
+  def __len__(self):
+    return len(self.ratios)
+
+  @property
+  def num_combinations(self) -> int:
+    """G."""
+    return self.sampling_config.num_combinations
+
+  @property
+  def low(self) -> float:
+    return self.config.low
+
+  @property
+  def high(self) -> float:
+    return self.config.high
+
+  def rungs(self, grid: tuple[int, int, int]) -> Rungs:
+    """Returns the Rungs of a video (T, H, W), NumPy arrays."""
+    return _rungs(self, tuple(grid))
+
+
+@functools.lru_cache(maxsize=1024)
+def _rungs(ladder: BucketLadder, grid) -> Rungs:
+  own = make_ladder(
+    grid, ladder.sampling_config, ladder.config, fixed=ladder.fixed
+  )
+  places = [
+    ladder.ratios.index(ratio) if ratio in ladder.ratios else 0
+    for ratio in own.ratios
+  ]
+  # A place that no rung has is never reached; anything will do.
+  nearest = [int(np.searchsorted(places, j)) for j in range(len(ladder))]
+  nearest = [min(rung, len(own) - 1) for rung in nearest]
+  plans = [
+    sampling.in_bucket(own.plans[rung], ladder.bucket, ladder.sizes)
+    for rung in nearest
+  ]
+  return Rungs(
+    ratios=np.array([own.ratios[rung] for rung in nearest], np.float32),
+    down=np.array([places[own.down[rung]] for rung in nearest], np.int32),
+    up=np.array([places[own.up[rung]] for rung in nearest], np.int32),
+    start=np.int32(places[own.start]),
+    plans=jax.tree.map(lambda *leaves: np.stack(leaves), *plans),
+  )
+
+
+def make_bucket_ladder(
+  bucket: buckets.Bucket,
+  sampling_config: sampling.SamplingConfig,
+  config: RatioConfig,
+  *,
+  fixed: float | None = None,
+) -> BucketLadder:
+  """Returns the ladders of a bucket's grids; arguments as of `make_ladder`."""
+  if fixed is None:
+    _check(config)
+  ratios = config.rungs if fixed is None else (float(fixed),)
+  up_to = [
+    sampling.largest_sizes(bucket, ratios[: place + 1], sampling_config)
+    for place in range(len(ratios))
+  ]
+  return BucketLadder(
+    bucket=bucket,
+    ratios=tuple(ratios),
+    num_keep=tuple(sizes.num_keep for sizes in up_to),
+    sizes=up_to[-1],
+    config=config,
+    sampling_config=sampling_config,
+    fixed=fixed,
+  )
 
 
 def make_ladder(
@@ -97,16 +226,18 @@ def make_ladder(
   )
 
 
-def next_rung(ladder: Ladder, rung, mean_reward):
+def next_rung(ladder, rung, mean_reward, rungs=None):
   """Returns the rung i32[] of a video's next iteration.
 
   Args:
-    ladder: the rungs.
+    ladder: Ladder or BucketLadder.
     rung: i32[], this iteration's rung.
     mean_reward: f32[], mean token-mode reward of the memory so far.
+    rungs: the video's own, of a BucketLadder.
   """
-  down = jnp.asarray(ladder.down, jnp.int32)[rung]
-  up = jnp.asarray(ladder.up, jnp.int32)[rung]
+  moves = ladder if rungs is None else rungs
+  down = jnp.asarray(moves.down, jnp.int32)[rung]
+  up = jnp.asarray(moves.up, jnp.int32)[rung]
   moved = jnp.where(mean_reward >= ladder.high, down, rung)
   return jnp.where(mean_reward <= ladder.low, up, moved)
 

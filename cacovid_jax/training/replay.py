@@ -43,9 +43,16 @@ def empty(
   *,
   num_combinations: int,
   iterations: int,
-  rung: int,
+  rung,
 ) -> Replay:
-  """Returns the memory of a new video; ONE example."""
+  """Returns the memory of a new video; ONE example.
+
+  Args:
+    old_scores: of the policy before the first iteration.
+    num_combinations: G.
+    iterations: I.
+    rung: int or i32[], that the first iteration uses.
+  """
   num_token, num_frame = counts(num_combinations)
   frames, tokens = old_scores.frame.shape[0], old_scores.token.shape[0]
   rows = objective.Memory(

@@ -63,16 +63,26 @@ class Prompts(struct.PyTreeNode):
     positions: i32[B,P,L].
     length: i32[B] rows without padding.
     video_start: i32[B] row of the first video token.
+    num_video: i32[B] video tokens of each prompt, at most N, where they
+      differ; the text behind them stands right after. None for N everywhere.
+    following: i32[B] position of the first generated token; None for the one
+      behind the last row's.
   """
 
   x: jax.Array
   positions: jax.Array
   length: jax.Array
   video_start: jax.Array
+  num_video: jax.Array | None = None
+  following: jax.Array | None = None
 
   def video_rows(self, num_video: int):
-    """Returns i32[N] rows of ONE example's video tokens."""
-    return self.video_start + jnp.arange(num_video, dtype=jnp.int32)
+    """Returns i32[N] rows of ONE example's video tokens, L behind its own."""
+    place = jnp.arange(num_video, dtype=jnp.int32)
+    rows = self.video_start + place
+    if self.num_video is None:
+      return rows
+    return jnp.where(place < self.num_video, rows, self.x.shape[0])
 
 
 class Answers(NamedTuple):
@@ -86,10 +96,10 @@ def prune(prompts: Prompts, index, num_valid, *, num_video: int):
   """Returns ONE prompt with its kept tokens only, ready to be read.
 
   Args:
-    prompts: one example.
+    prompts: one example; its text has at most L - N rows.
     index: i32[K] kept tokens, ascending.
     num_valid: i32[], how many leading entries of `index` count.
-    num_video: N.
+    num_video: N, static: the rows that L has room for.
 
   Returns:
     (x f[L-N+K,D], positions i32[P,L-N+K], length i32[]); positions are those
@@ -100,7 +110,7 @@ def prune(prompts: Prompts, index, num_valid, *, num_video: int):
     index,
     num_valid,
     video_start=prompts.video_start,
-    num_video=num_video,
+    num_video=num_video if prompts.num_video is None else prompts.num_video,
     length=prompts.length,
     out_length=length - num_video + index.shape[0],
   )
@@ -154,9 +164,12 @@ def answer(
     ids = jnp.argmax(logits, axis=-1).astype(jnp.int32)[:, None]
     return Answers(grouped(ids), grouped(logits))
   # Generated text goes on where the whole prompt ends.
-  following = jnp.repeat(prompts.positions[:, 0, :], num_combinations, axis=0)
-  last = jnp.repeat(prompts.length, num_combinations) - 1
-  following = jnp.take_along_axis(following, last[:, None], axis=1)[:, 0] + 1
+  if prompts.following is None:
+    following = jnp.repeat(prompts.positions[:, 0, :], num_combinations, axis=0)
+    last = jnp.repeat(prompts.length, num_combinations) - 1
+    following = jnp.take_along_axis(following, last[:, None], axis=1)[:, 0] + 1
+  else:
+    following = jnp.repeat(prompts.following, num_combinations)
   ids = generation.greedy(
     model,
     params,

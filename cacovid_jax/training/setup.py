@@ -7,6 +7,7 @@ A letters.
 import dataclasses
 import functools
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -21,13 +22,14 @@ from cacovid_jax.data import (
   feature_cache,
   frames,
   pipeline,
+  qwen_frames,
   readers,
   video_qa,
 )
 from cacovid_jax.data import questions as questions_lib
-from cacovid_jax.models import checkpoints
+from cacovid_jax.models import checkpoints, qwen2_5_vl, qwen2_5_vl_vision
 from cacovid_jax.parallel import mesh as mesh_lib
-from cacovid_jax.policy import modules, objective, sampling
+from cacovid_jax.policy import buckets, modules, objective, sampling
 from cacovid_jax.training import (
   optimizer,
   programs,
@@ -49,8 +51,8 @@ class Run:
   """What the loop works with.
 
   Attributes:
-    recipe: everything static.
-    programs: compiled programs.
+    recipe: everything static; where grids differ, of the largest bucket.
+    programs: compiled programs, `BucketPrograms` where grids differ.
     mesh: device mesh.
     frozen: base weights and letter table, on the mesh.
     init_params: () -> the policy's first parameters.
@@ -62,7 +64,7 @@ class Run:
   """
 
   recipe: step.Recipe
-  programs: programs.Programs
+  programs: programs.Programs | programs.BucketPrograms
   mesh: Mesh
   frozen: step.Frozen
   init_params: Callable[[], Any]
@@ -70,6 +72,13 @@ class Run:
   mark: Callable | None
   base_model: dict[str, str]
   policy_options: dict[str, Any]
+
+  @property
+  def described_grid(self) -> list:
+    """[T, H, W] of all videos, or the sizes of each bucket."""
+    if isinstance(self.programs, programs.Programs):
+      return list(self.recipe.grid)
+    return [dataclasses.astuple(b) for b in self.programs.by_bucket]
 
   def init_state(self) -> state_lib.TrainState:
     """Returns the state before the first step, on the mesh."""
@@ -86,27 +95,28 @@ def make(
     config: see `training.defaults`.
     workdir: where the ledger of bad clips goes.
     checkpoint: `models.checkpoints.Checkpoint`; read from config.model.path
-      by default.
+      by default. Weights that do not lie on the mesh are copied there.
     questions: rows to train on; read from config.data by default.
     source: what gives a question's clip, see `data.pipeline`; by default the
       clips below config.data.root, encoded by the base model.
   """
-  mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.model)
-  _check_videos_per_step(config, mesh)
+  mesh = make_mesh(config)
   if checkpoint is None:
     checkpoint = load_checkpoint(config)
   questions = read_questions(config) if questions is None else questions
+  config = with_total_steps(config, questions)
   rollout_config = rollout.RolloutConfig(**config.rollout)
   host_marks = _host_marks(rollout_config, questions, checkpoint.tokenizer)
   policy, options = make_policy(config, checkpoint.model.config.text)
-  preprocessing = frames.Preprocessing(
-    checkpoint.model.config.vision.image_size
-  )
-  if os.path.isdir(str(config.model.path)):
-    preprocessing = frames.Preprocessing.from_directory(config.model.path)
-  recipe = make_recipe(
+  preprocessing = make_preprocessing(config, checkpoint.model)
+  recipes = make_recipes(
     config, checkpoint, policy, rollout_config, preprocessing
   )
+  recipe = recipes[-1]
+  if isinstance(recipe.grid, buckets.Bucket):
+    made = programs.BucketPrograms(recipes, mesh, host_marks=host_marks)
+  else:
+    made = programs.Programs(recipe, mesh, host_marks=host_marks)
   letters = rollout.first_letters(
     checkpoint.tokenizer, checkpoint.model.config.text.vocab_size
   )
@@ -116,16 +126,16 @@ def make(
     seed=mesh_lib.put(np.uint32(config.seed % 2**32), mesh, programs.ONE),
   )
   if source is None:
-    source = _clip_source(config, workdir, checkpoint, preprocessing, recipe)
+    source = _clip_source(config, workdir, checkpoint, preprocessing, recipes)
   return Run(
     recipe=recipe,
-    programs=programs.Programs(recipe, mesh, host_marks=host_marks),
+    programs=made,
     mesh=mesh,
     frozen=frozen,
     init_params=functools.partial(
       init_policy, config, policy, checkpoint.params
     ),
-    batches=_Batches(config, workdir, checkpoint, questions, source, recipe),
+    batches=_Batches(config, workdir, checkpoint, questions, source, recipes),
     mark=functools.partial(host_rewards, checkpoint.tokenizer)
     if host_marks
     else None,
@@ -134,15 +144,39 @@ def make(
   )
 
 
+def with_total_steps(config, questions):
+  """Returns the config with the steps of one epoch where it leaves them open.
+
+  The copy has another hash than the workdir's: a checkpoint of other rows, and
+  so of another schedule, does not fit.
+  """
+  if config.total_steps:
+    return config
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.total_steps = -(-len(questions) // config.videos_per_step)
+  return config.lock()
+
+
+def make_mesh(config) -> Mesh:
+  """Returns the devices of config.mesh, after a look at the run's sizes."""
+  mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.model)
+  _check_videos_per_step(config, mesh)
+  return mesh
+
+
 def load_checkpoint(config) -> checkpoints.Checkpoint:
-  """Returns the frozen base model of config.model."""
+  """Returns the frozen base model of config.model, on the mesh of the run."""
   if not config.model.path:
     raise errors.UserError(
-      "config.model.path is empty; name a LLaVA-OneVision checkpoint directory"
+      "config.model.path is empty; name the checkpoint directory of a"
+      " LLaVA-OneVision or a Qwen2.5-VL"
     )
   checkpoint = checkpoints.load(
     config.model.path,
     dtype=_dtype(config.model.dtype, "model.dtype"),
+    # Each device reads its own part: none ever holds the whole model.
+    mesh=make_mesh(config),
     backend=config.model.backend,
   )
   if checkpoint.tokenizer is None:
@@ -189,29 +223,63 @@ def init_policy(config, policy, base_params):
   return params
 
 
-def make_recipe(
+def make_preprocessing(config, model):
+  """Returns what is done to frames before the tower of a model.
+
+  `frames.Preprocessing`, or `qwen_frames.ProcessorConfig` of a model whose
+  grids follow the shape of the frames; the pixels' limits are the config's.
+  """
+  vision, path = model.config.vision, str(config.model.path)
+  limits = {
+    name: config.data[name]
+    for name in ("min_pixels", "max_pixels")
+    if config.data[name]
+  }
+  if isinstance(model, qwen2_5_vl.Qwen2_5VLModel):
+    if os.path.isdir(path):
+      return qwen_frames.ProcessorConfig.from_files(path, **limits)
+    return qwen_frames.ProcessorConfig(
+      patch_size=vision.patch_size,
+      temporal_patch_size=vision.temporal_patch_size,
+      merge_size=vision.merge_size,
+      **limits,
+    )
+  if limits or config.data.buckets:
+    raise errors.UserError(
+      "config.data.buckets, min_pixels and max_pixels are for models whose"
+      " grids differ (Qwen2.5-VL); leave them empty for this one"
+    )
+  if os.path.isdir(path):
+    return frames.Preprocessing.from_directory(path)
+  return frames.Preprocessing(vision.image_size)
+
+
+def make_recipes(
   config, checkpoint, policy, rollout_config, preprocessing
-) -> step.Recipe:
-  """Returns everything static about the run of a config."""
-  grid = checkpoint.model.grid(config.data.num_frames)
+) -> list[step.Recipe]:
+  """Returns everything static about the run of a config.
+
+  One recipe per bucket, rising; or one of the grid that all videos have.
+  """
   constants = dict(config.sampling)
   fixed = constants.pop("ratio")
   ladder_options = dict(config.ratio)
   adaptive = ladder_options.pop("adaptive")
-  return step.Recipe(
+  if isinstance(preprocessing, qwen_frames.ProcessorConfig):
+    grids = make_buckets(config, preprocessing)
+    make_ladder = ratio.make_bucket_ladder
+  else:
+    grids = [checkpoint.model.grid(config.data.num_frames)]
+    make_ladder = ratio.make_ladder
+  first = step.Recipe(
     model=checkpoint.model,
     policy=policy,
     tx=optimizer.make(
       optimizer.OptimizerConfig(**config.optimizer),
       config.total_steps * config.iterations,
     ),
-    grid=grid,
-    ladder=ratio.make_ladder(
-      grid,
-      sampling.SamplingConfig(**constants),
-      ratio.RatioConfig(**ladder_options),
-      fixed=None if adaptive else fixed,
-    ),
+    grid=grids[0],
+    ladder=None,
     objective=objective.ObjectiveConfig(**config.objective),
     rollout=rollout_config,
     iterations=config.iterations,
@@ -219,6 +287,47 @@ def make_recipe(
     pad_id=checkpoint.pad_id,
     to_pixels=functools.partial(_to_pixels, preprocessing),
   )
+
+  def ladder(grid):
+    return make_ladder(
+      grid,
+      sampling.SamplingConfig(**constants),
+      ratio.RatioConfig(**ladder_options),
+      fixed=None if adaptive else fixed,
+    )
+
+  return [
+    dataclasses.replace(first, grid=grid, ladder=ladder(grid)) for grid in grids
+  ]
+
+
+def make_buckets(config, processor) -> list[buckets.Bucket]:
+  """Returns the buckets of config.data, the smallest first.
+
+  By default one for the largest slices that the pixels' limits allow, and one
+  for those half way (in proportion) from the smallest: limits of 128 and 256
+  tokens give buckets of 181 and 256.
+  """
+  slices = -(-config.data.num_frames // processor.temporal_patch_size)
+  sizes = [tuple(sizes) for sizes in config.data.buckets]
+  if not sizes:
+    least, most = processor.slice_tokens(config.data.num_frames)
+    middle = int(math.sqrt(least * most))
+    sizes = [(slices, area) for area in sorted({middle, most})]
+  try:
+    found = {buckets.Bucket(*map(int, one)) for one in sizes}
+  except (TypeError, ValueError) as error:
+    raise errors.UserError(
+      f"config.data.buckets={tuple(sizes)}: give (slices, tokens of a slice) or"
+      " (slices, tokens of a slice, tokens) for each"
+    ) from error
+  short = [bucket for bucket in found if bucket.frames < slices]
+  if short:
+    raise errors.UserError(
+      f"config.data.buckets: {short[0]} has fewer slices than the {slices} of"
+      f" {config.data.num_frames} frames; no clip would use it"
+    )
+  return sorted(found, key=lambda b: (b.tokens, b.frames * b.frame_tokens))
 
 
 def host_rewards(tokenizer, ids, questions) -> np.ndarray:
@@ -260,9 +369,11 @@ def _check_videos_per_step(config, mesh) -> None:
       f" the {devices} devices of the data axis; use a multiple of it, or set"
       " config.mesh.data"
     )
-  for key in ("total_steps", "iterations"):
-    if config[key] < 1:
-      raise errors.UserError(f"config.{key}={config[key]} must be at least 1")
+  for key, least in (("total_steps", 0), ("iterations", 1)):
+    if config[key] < least:
+      raise errors.UserError(
+        f"config.{key}={config[key]} must be at least {least}"
+      )
 
 
 def _host_marks(config, questions, tokenizer) -> bool:
@@ -280,29 +391,92 @@ def _host_marks(config, questions, tokenizer) -> bool:
   return True
 
 
-def _clip_source(config, workdir, checkpoint, preprocessing, recipe):
-  """Returns the source of pixels, or of features that are kept on disk."""
+def _clip_source(config, workdir, checkpoint, preprocessing, recipes):
+  """Returns the source of pixels, or of features that are kept on disk.
+
+  Videos of several grids always come as features: their tower runs in programs
+  of its own, one per bucket.
+  """
+  data, model = config.data, checkpoint.model
+  rule = pipeline.FrameRule(data.num_frames, data.frame_rule)
+  refused = pipeline.Quarantine(_ledger(workdir)).refused
+  cache = None
+  if data.feature_cache:
+    cache = feature_cache.FeatureCache(data.feature_cache)
+  kept = dict(cache=cache, memory_items=data.memory_items)
+  identity = f"{checkpoint.identity['sha256']} {jnp.dtype(model.dtype).name}"
+  if isinstance(recipes[-1].grid, buckets.Bucket):
+    sizes = [recipe.grid for recipe in recipes]
+    return pipeline.GridFeatureSource(
+      pipeline.ShotSource(
+        _media_root(config), rule, preprocessing, refused=refused
+      ),
+      BucketTower(model, checkpoint.params),
+      preprocessing,
+      buckets=sizes,
+      # Padding may move the last bit: other buckets, other entries.
+      identity=f"{identity} {sizes}",
+      **kept,
+    )
   clips = pipeline.ClipSource(
     _media_root(config),
-    pipeline.FrameRule(config.data.num_frames, config.data.frame_rule),
+    rule,
     preprocessing.image_size,
     resample=preprocessing.resample,
-    refused=pipeline.Quarantine(_ledger(workdir)).refused,
+    refused=refused,
   )
-  if not config.data.feature_cache:
+  if cache is None:
     return clips
-  model, params = checkpoint.model, checkpoint.params
   encode = jax.jit(jax.vmap(model.encode_video, (None, 0)))
   return pipeline.FeatureSource(
     clips,
-    functools.partial(encode, params),
+    functools.partial(encode, _tower_params(checkpoint.params)),
     preprocessing,
-    identity=f"{checkpoint.identity['sha256']} {jnp.dtype(model.dtype).name}",
-    num_tokens=recipe.num_video,
+    identity=identity,
+    num_tokens=recipes[-1].num_video,
     width=model.config.text.hidden_size,
-    cache=feature_cache.FeatureCache(config.data.feature_cache),
-    memory_items=config.data.memory_items,
+    **kept,
   )
+
+
+def _tower_params(params):
+  """Returns the weights that encode clips.
+
+  With several processes, a copy that this process has for itself: which clips
+  are encoded depends on what its cache holds.
+  """
+  params = {k: v for k, v in params.items() if k != "language_model"}
+  if jax.process_count() == 1:
+    return params
+  return jax.tree.map(lambda x: jnp.asarray(programs.gather(x)), params)
+
+
+class BucketTower:
+  """Encodes clips of several grids; a program per bucket."""
+
+  def __init__(self, model, params):
+    """Compiles nothing yet.
+
+    Args:
+      model: `Qwen2_5VLModel`.
+      params: its parameters.
+    """
+    self._config = model.config.vision
+    self._encode = jax.jit(model.encode_video)
+    self._params = _tower_params(params)
+
+  def __call__(self, patches, grid, bucket: buckets.Bucket):
+    """Returns features float[N_max,D] of patches float32[P,...] of a grid."""
+    sizes = qwen2_5_vl_vision.Sizes.of_bucket(
+      self._config,
+      num_slices=bucket.frames,
+      tokens_per_slice=bucket.frame_tokens,
+      num_tokens=bucket.tokens,
+    )
+    layout = qwen2_5_vl_vision.layout(grid, self._config, sizes)
+    rows = bucket.tokens * self._config.patches_per_token
+    patches = np.pad(patches, ((0, rows - len(patches)), (0, 0)))
+    return self._encode(self._params, patches, layout)
 
 
 def _ledger(workdir) -> str:
@@ -312,8 +486,12 @@ def _ledger(workdir) -> str:
 class _Batches:
   """Iterates over a run's batches from any step."""
 
-  def __init__(self, config, workdir, checkpoint, questions, source, recipe):
-    self._config, self._recipe = config, recipe
+  def __init__(self, config, workdir, checkpoint, questions, source, recipes):
+    self._config = config
+    self._recipes = {recipe.bucket: recipe for recipe in recipes}
+    self._bucketed = isinstance(recipes[-1].grid, buckets.Bucket)
+    self._grid, self._num_video = recipes[-1].grid, recipes[-1].num_video
+    self._model = checkpoint.model
     self._tokenizer = checkpoint.tokenizer
     self._questions, self._source = questions, source
     self._ledger = _ledger(workdir)
@@ -321,7 +499,12 @@ class _Batches:
       [self._tokenizer.letter_id(x) for x in questions_lib.LETTERS], np.int32
     )
     self._decisive = read_decisive(config)
-    self._length = self._prompt_length()
+    if self._decisive and self._bucketed:
+      raise errors.UserError(
+        "config.data.decisive_file names tokens of one grid, but the videos of"
+        " this model differ; leave it empty"
+      )
+    self._shapes = self._prompt_shapes()
 
   def __call__(self, start: int) -> Iterator:
     config = self._config
@@ -331,8 +514,7 @@ class _Batches:
       self._source,
       batch_size=config.videos_per_step,
       seed=config.seed,
-      num_video_tokens=self._recipe.num_video,
-      length=self._length,
+      **self._shapes,
       num_steps=config.total_steps,
       start_step=start,
       num_threads=config.data.num_threads,
@@ -342,25 +524,54 @@ class _Batches:
     for batch in batches:
       yield self._convert(batch), batch["questions"]
 
-  def _prompt_length(self) -> int:
-    num_video = self._recipe.num_video
-    if self._config.data.max_text_tokens:
-      length = num_video + 1 + self._config.data.max_text_tokens
-      return -(-length // _LENGTH_STEP) * _LENGTH_STEP
-    return pipeline.prompt_length(
-      self._questions, self._tokenizer, num_video, _LENGTH_STEP
+  def _prompt_shapes(self) -> dict[str, Any]:
+    """Returns the arguments of `pipeline.train_batches` that say sizes."""
+    text, num_video = self._config.data.max_text_tokens, self._num_video
+    if self._bucketed:
+      if not text:
+        text = pipeline.prompt_length(self._questions, self._tokenizer, 1, 1)
+        text -= 1
+      bucketing = pipeline.Bucketing(
+        tuple(self._recipes), text, self._model.positions, _LENGTH_STEP
+      )
+      return {"bucketing": bucketing}
+    if text:
+      length = num_video + 1 + text
+      length = -(-length // _LENGTH_STEP) * _LENGTH_STEP
+    else:
+      length = pipeline.prompt_length(
+        self._questions, self._tokenizer, num_video, _LENGTH_STEP
+      )
+    return {"num_video_tokens": num_video, "length": length}
+
+  def _own(self, batch) -> step.Own | None:
+    """Returns what the videos of a batch have of their own in its bucket."""
+    if not self._bucketed:
+      return None
+    recipe, grids = self._recipes[batch["bucket"]], batch["grids"]
+
+    def stack(trees):
+      return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+
+    return step.Own(
+      grid=stack([buckets.place(grid, recipe.bucket) for grid in grids]),
+      positions=batch["positions"],
+      following=batch["following"],
+      rungs=stack([recipe.ladder.rungs(grid) for grid in grids]),
     )
 
   def _convert(self, batch) -> step.Batch:
     questions = batch["questions"]
     options = np.full((len(questions), len(self._letters)), -1, np.int32)
-    frames_shown = np.zeros((len(questions), self._recipe.grid[0]), bool)
+    num_frames = batch["bucket"].frames if self._bucketed else self._grid[0]
+    frames_shown = np.zeros((len(questions), num_frames), bool)
     for row, question in enumerate(questions):
       count = len(question.options)
       options[row, :count] = self._letters[:count]
-      tokens = np.asarray(self._decisive.get(question.id, ()), int)
-      area = self._recipe.grid[1] * self._recipe.grid[2]
-      frames_shown[row, tokens // area] = True
+      tokens = self._decisive.get(question.id)
+      if tokens is not None:
+        area = self._grid[1] * self._grid[2]
+        frames_shown[row, np.asarray(tokens, int) // area] = True
     visual = batch["features"] if "features" in batch else batch["pixels"]
     return step.Batch(
       video=visual,
@@ -371,6 +582,7 @@ class _Batches:
       option_ids=options,
       question_hash=batch["question_hash"],
       decisive_frames=frames_shown,
+      own=self._own(batch),
     )
 
 

@@ -2,7 +2,11 @@
 
 Letters: T frames, H W token grid, N video tokens, L prompt tokens, D width, K
 kept tokens, G combinations, I iterations, B videos on this device, P position
-rows, M new tokens, A letters.
+rows, M new tokens, A letters, R rungs.
+
+With a static grid every video has the same T and N. With a bucket (see
+`policy.buckets`) these are the bucket's sizes; a video's own grid is data, and
+what stands behind its own frames and tokens has no influence.
 
 The functions are written against the named axis `data`, over which they
 average explicitly; `training.programs` maps them over devices. Per-video maths
@@ -10,6 +14,7 @@ is `vmap`ped from the pure functions of `policy`.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -17,18 +22,35 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from cacovid_jax.policy import objective, sampling
+from cacovid_jax.policy import buckets, objective, sampling
 from cacovid_jax.training import ratio, replay, rollout
 from cacovid_jax.training import state as state_lib
 
 AXIS = "data"
 
 
+class Own(struct.PyTreeNode):
+  """What each of B videos has of its own where their grids differ.
+
+  Attributes:
+    grid: `buckets.Grid` of the bucket, its numbers i32[B].
+    positions: i32[B,P,L].
+    following: i32[B] position of the first generated token.
+    rungs: `ratio.Rungs`, leading axis B.
+  """
+
+  grid: buckets.Grid
+  positions: jax.Array
+  following: jax.Array
+  rungs: ratio.Rungs
+
+
 class Batch(struct.PyTreeNode):
   """What a step reads of its B videos.
 
   Attributes:
-    video: u8[B,T,h,w,3] pixels, or f[B,N,D] features encoded before.
+    video: u8[B,T,h,w,3] pixels, or f[B,N,D] features encoded before; in a
+      bucket features, zero behind a video's own.
     ids: i32[B,L] whole prompts, right padded.
     length: i32[B].
     video_start: i32[B].
@@ -37,6 +59,7 @@ class Batch(struct.PyTreeNode):
     question_hash: u32[B].
     decisive_frames: bool[B,T] where the answer is to be seen; all False if
       unknown. It feeds a metric and nothing else.
+    own: Own, in a bucket; None with a static grid, where positions count on.
   """
 
   video: jax.Array
@@ -47,12 +70,13 @@ class Batch(struct.PyTreeNode):
   option_ids: jax.Array
   question_hash: jax.Array
   decisive_frames: jax.Array
+  own: Own | None = None
 
 
 class Videos(struct.PyTreeNode):
   """A batch that was embedded: what all iterations on it share.
 
-  `rng` is the key of each video; the rest is as in `Batch`.
+  `rng` is the key of each video; the rest is as in `Batch` and `Own`.
   """
 
   prompts: rollout.Prompts
@@ -60,6 +84,8 @@ class Videos(struct.PyTreeNode):
   option_ids: jax.Array
   decisive_frames: jax.Array
   rng: jax.Array
+  grid: buckets.Grid | None = None
+  rungs: ratio.Rungs | None = None
 
 
 class Frozen(struct.PyTreeNode):
@@ -100,8 +126,8 @@ class Recipe:
     model: the frozen video LLM.
     policy: the policy module, see `policy.network`.
     tx: the optimiser.
-    grid: (T, H, W).
-    ladder: retention ratios.
+    grid: (T, H, W) of all videos, or the `buckets.Bucket` that holds them.
+    ladder: retention ratios, `ratio.Ladder` or, in a bucket, `BucketLadder`.
     objective: constants of the loss.
     rollout: how the model answers.
     iterations: I.
@@ -113,8 +139,8 @@ class Recipe:
   model: Any
   policy: Any
   tx: optax.GradientTransformation
-  grid: tuple[int, int, int]
-  ladder: ratio.Ladder
+  grid: tuple[int, int, int] | buckets.Bucket
+  ladder: ratio.Ladder | ratio.BucketLadder
   objective: objective.ObjectiveConfig
   rollout: rollout.RolloutConfig
   iterations: int
@@ -123,12 +149,17 @@ class Recipe:
   to_pixels: Any = None
 
   @property
+  def bucket(self) -> buckets.Bucket:
+    return buckets.as_bucket(self.grid)
+
+  @property
   def num_video(self) -> int:
-    return self.grid[0] * self.grid[1] * self.grid[2]
+    """N, the rows of features."""
+    return self.bucket.tokens
 
   @property
   def num_combinations(self) -> int:
-    return self.ladder.plans[0].num_combinations
+    return self.ladder.num_combinations
 
 
 def video_keys(seed, step, question_hash):
@@ -137,20 +168,20 @@ def video_keys(seed, step, question_hash):
   return jax.vmap(jax.random.fold_in, (None, 0))(key, question_hash)
 
 
-def policy_scores(recipe: Recipe, params, prompts: rollout.Prompts):
+def policy_scores(recipe: Recipe, params, videos: Videos):
   """Returns Scores of B whole prompts under the policy."""
 
-  def one(prompt):
+  def one(prompt, grid):
     return recipe.policy.apply(
       {"params": params},
       prompt.x,
       prompt.positions,
       prompt.video_rows(recipe.num_video),
-      recipe.grid,
+      recipe.grid if grid is None else grid,
       prompt.length,
     )
 
-  return jax.vmap(one)(prompts)
+  return jax.vmap(one)(videos.prompts, videos.grid)
 
 
 def begin(recipe: Recipe, state, frozen: Frozen, batch: Batch):
@@ -168,34 +199,51 @@ def begin(recipe: Recipe, state, frozen: Frozen, batch: Batch):
 
     # One video at a time: a tower's activations are the step's largest.
     features = jax.lax.map(encode, features)
-  x = jax.vmap(model.embed_prompt, (None, 0, 0, 0))(
-    params, batch.ids, features, batch.video_start
-  )
-  positions = jnp.broadcast_to(
-    jnp.arange(x.shape[1], dtype=jnp.int32), (x.shape[0], 1, x.shape[1])
-  )
   videos = Videos(
-    prompts=rollout.Prompts(
-      x=x,
-      positions=positions,
-      length=batch.length,
-      video_start=batch.video_start,
-    ),
+    prompts=_prompts(model, params, batch, features),
     answer_id=batch.answer_id,
     option_ids=batch.option_ids,
     decisive_frames=batch.decisive_frames,
     rng=video_keys(frozen.seed, state.step, batch.question_hash),
+    grid=None if batch.own is None else batch.own.grid,
+    rungs=None if batch.own is None else batch.own.rungs,
   )
-  scores = policy_scores(recipe, state.params, videos.prompts)
-  memory = jax.vmap(
-    lambda old: replay.empty(
+  scores = policy_scores(recipe, state.params, videos)
+
+  def memory(old, rungs):
+    return replay.empty(
       old,
       num_combinations=recipe.num_combinations,
       iterations=recipe.iterations,
-      rung=recipe.ladder.start,
+      rung=recipe.ladder.start if rungs is None else rungs.start,
     )
-  )(scores)
-  return videos, memory
+
+  return videos, jax.vmap(memory)(scores, videos.rungs)
+
+
+def _prompts(model, params, batch: Batch, features) -> rollout.Prompts:
+  """Returns the prompts of a batch, features f[B,N,D] in place."""
+  given = (batch.ids, features, batch.video_start)
+  if batch.own is None:
+    x = jax.vmap(model.embed_prompt, (None, 0, 0, 0))(params, *given)
+    positions = jnp.broadcast_to(
+      jnp.arange(x.shape[1], dtype=jnp.int32), (x.shape[0], 1, x.shape[1])
+    )
+    num_video = following = None
+  else:
+    num_video = batch.own.grid.num_tokens
+    x = jax.vmap(model.embed_prompt, (None, 0, 0, 0, 0))(
+      params, *given, num_video
+    )
+    positions, following = batch.own.positions, batch.own.following
+  return rollout.Prompts(
+    x=x,
+    positions=positions,
+    length=batch.length,
+    video_start=batch.video_start,
+    num_video=num_video,
+    following=following,
+  )
 
 
 def draw(recipe: Recipe, videos: Videos, memory, *, largest: int):
@@ -207,19 +255,25 @@ def draw(recipe: Recipe, videos: Videos, memory, *, largest: int):
   Returns:
     (sampling.Combinations with index i32[B,G,K], num_valid i32[B]).
   """
-  plans = recipe.ladder.plans[: largest + 1]
+  ladder = recipe.ladder
 
-  def one(key, prompt, memory):
+  def one(key, prompt, memory, rungs):
     features = prompt.x[prompt.video_rows(recipe.num_video)]
-    return sampling.sample_rung(
+    given = (
       jax.random.fold_in(key, memory.iteration),
       memory.old_scores,
       features,
-      plans=plans,
-      rung=memory.rung,
     )
+    if rungs is None:
+      plans = ladder.plans[: largest + 1]
+      return sampling.sample_rung(*given, plans=plans, rung=memory.rung)
+    # With room for every rung: random numbers depend on the sizes drawn.
+    plan = jax.tree.map(lambda leaf: leaf[memory.rung], rungs.plans)
+    drawn, num_valid = sampling.sample_in_bucket(*given, plan)
+    index = drawn.index[:, : ladder.num_keep[largest]]
+    return drawn._replace(index=index), num_valid
 
-  return jax.vmap(one)(videos.rng, videos.prompts, memory)
+  return jax.vmap(one)(videos.rng, videos.prompts, memory, videos.rungs)
 
 
 def roll_out(recipe: Recipe, frozen, videos, memory, *, largest: int):
@@ -250,16 +304,19 @@ def gradients(recipe: Recipe, params, videos: Videos, memory):
   The metrics are averages as well; the losses are this device's.
   """
 
+  def one(new, old, rows, grid):
+    loss, metrics = objective.loss(new, old, rows, recipe.objective, grid)
+    for name in ("token", "frame"):
+      scores = getattr(new, name)
+      valid = None if grid is None else getattr(grid, f"valid_{name}s")
+      gap = scores[..., 1] - scores[..., 0]
+      metrics[f"{name}_gap_std"] = jnp.std(gap, where=valid)
+    return loss, metrics
+
   def mean_loss(params):
-    scores = policy_scores(recipe, params, videos.prompts)
-    loss, metrics = jax.vmap(
-      lambda new, old, rows: objective.loss(new, old, rows, recipe.objective)
-    )(scores, memory.old_scores, memory.rows)
-    metrics["token_gap_std"] = jnp.std(
-      scores.token[..., 1] - scores.token[..., 0], axis=-1
-    )
-    metrics["frame_gap_std"] = jnp.std(
-      scores.frame[..., 1] - scores.frame[..., 0], axis=-1
+    scores = policy_scores(recipe, params, videos)
+    loss, metrics = jax.vmap(one)(
+      scores, memory.old_scores, memory.rows, videos.grid
     )
     return loss.mean(), (loss, metrics)
 
@@ -295,14 +352,19 @@ def update(recipe: Recipe, state, videos, memory, masks, rewards):
   last = memory.iteration[0] == recipe.iterations
   new = new.replace(step=state.step + last.astype(jnp.int32))
   mean_reward = jax.vmap(replay.mean_token_reward)(memory)
-  next_rung = ratio.next_rung(recipe.ladder, rung, mean_reward)
+  if videos.rungs is None:
+    next_rung = ratio.next_rung(recipe.ladder, rung, mean_reward)
+    ratios = jnp.asarray(recipe.ladder.ratios, jnp.float32)[rung]
+  else:
+    move = functools.partial(ratio.next_rung, recipe.ladder)
+    next_rung = jax.vmap(move)(rung, mean_reward, videos.rungs)
+    ratios = jax.vmap(lambda own, j: own.ratios[j])(videos.rungs, rung)
   memory = memory.replace(rung=next_rung)
   metrics |= reward_metrics(recipe, rewards)
   metrics |= frame_metrics(videos, masks)
   metrics["loss"] = jax.lax.pmean(loss.mean(), AXIS)
   metrics["gradient_norm"] = norm
   metrics["refused"] = 1.0 - accept.astype(jnp.float32)
-  ratios = jnp.asarray(recipe.ladder.ratios, jnp.float32)[rung]
   metrics["ratio"] = jax.lax.pmean(ratios.mean(), AXIS)
   per_video = {"finite": finite, "rung": rung, "next_rung": next_rung}
   return new, memory, Metrics(metrics, per_video)
@@ -335,9 +397,11 @@ def frame_metrics(videos: Videos, masks: replay.Masks):
   known = decisive.any(axis=-1)
   hit = (masks.frame[:, 0] & decisive).any(axis=-1)
   drawn = masks.frame[:, 0].sum(axis=-1)
+  taken = jnp.arange(decisive.shape[-1])
   frames = decisive.shape[-1]
+  if videos.grid is not None:
+    frames = videos.grid.num_frames[:, None]
   # All drawn frames miss: prod over draws of (others left) / (frames left).
-  taken = jnp.arange(frames)
   others = frames - decisive.sum(axis=-1, keepdims=True) - taken
   factor = jnp.maximum(others, 0) / (frames - taken)
   factor = jnp.where(taken < drawn[:, None], factor, 1.0)

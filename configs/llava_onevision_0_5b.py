@@ -1,0 +1,38 @@
+r"""CaCoVID on LLaVA-OneVision-0.5B, 32 frames.
+
+Weights: llava-hf/llava-onevision-qwen2-0.5b-ov-hf
+in checkpoints/llava_onevision_0_5b. Rows: Video-R1 in datasets/video_r1;
+its filtered.json, without what the model answers unseen, is written by
+`cacovid_jax.data.blind_filter`.
+
+python -m cacovid_jax.train --config configs/llava_onevision_0_5b.py \
+    --workdir workdirs/llava_onevision_0_5b
+python -m cacovid_jax.evaluate --config configs/llava_onevision_0_5b.py \
+    --policy workdirs/llava_onevision_0_5b --benchmark videomme \
+    --data datasets/videomme --workdir workdirs/llava_onevision_0_5b/videomme
+
+The other benchmarks: --benchmark longvideobench, mlvu (its splits dev and
+test), each with a folder and a workdir of its own. Several GPUs:
+`:devices=8`, one video each; several machines: experiments/launch.
+
+In seconds on a CPU, with random weights:
+
+python -m cacovid_jax.prepare --out workdirs/tiny --clips 2,0,2,0 \
+    --nodecisive --tiny_models llava_onevision
+python -m cacovid_jax.train --config configs/llava_onevision_0_5b.py:debug \
+    --workdir workdirs/tiny/llava_onevision_0_5b
+python -m cacovid_jax.evaluate --config configs/llava_onevision_0_5b.py:debug \
+    --workdir workdirs/tiny/llava_onevision_0_5b
+
+Paper: it has no numbers of this size; the smallest released model, to try the
+recipe on.
+Ours: not run here: needs the weights.
+"""
+
+from configs import common
+
+
+def get_config(arg=None):
+  return common.released(
+    arg, path="checkpoints/llava_onevision_0_5b", family="llava_onevision"
+  )

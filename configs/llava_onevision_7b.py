@@ -1,0 +1,39 @@
+r"""CaCoVID on LLaVA-OneVision-7B, 32 frames.
+
+Weights: llava-hf/llava-onevision-qwen2-7b-ov-hf
+in checkpoints/llava_onevision_7b. Rows: Video-R1 in datasets/video_r1;
+its filtered.json, without what the model answers unseen, is written by
+`cacovid_jax.data.blind_filter`.
+
+python -m cacovid_jax.train --config configs/llava_onevision_7b.py \
+    --workdir workdirs/llava_onevision_7b
+python -m cacovid_jax.evaluate --config configs/llava_onevision_7b.py \
+    --policy workdirs/llava_onevision_7b --benchmark videomme \
+    --data datasets/videomme --workdir workdirs/llava_onevision_7b/videomme
+
+The other benchmarks: --benchmark longvideobench, mlvu (its splits dev and
+test), each with a folder and a workdir of its own. Several GPUs:
+`:devices=8`, one video each; several machines: experiments/launch.
+
+In seconds on a CPU, with random weights:
+
+python -m cacovid_jax.prepare --out workdirs/tiny --clips 2,0,2,0 \
+    --nodecisive --tiny_models llava_onevision
+python -m cacovid_jax.train --config configs/llava_onevision_7b.py:debug \
+    --workdir workdirs/tiny/llava_onevision_7b
+python -m cacovid_jax.evaluate --config configs/llava_onevision_7b.py:debug \
+    --workdir workdirs/tiny/llava_onevision_7b
+
+Paper: mean accuracy of LongVideoBench, MLVU dev, MLVU test and VideoMME, in %,
+and as a share of vanilla's 56.4: 55.8 (98.9) at a ratio of 25 %, 55.3 (98.1) at
+20 %, 55.0 (97.5) at 15 %, 54.2 (96.1) at 10 %.
+Ours: not run here: needs the weights.
+"""
+
+from configs import common
+
+
+def get_config(arg=None):
+  return common.released(
+    arg, path="checkpoints/llava_onevision_7b", family="llava_onevision"
+  )

@@ -1,0 +1,500 @@
+"""Training on videos of several grids: what a bucket changes, namely nothing.
+
+Each video alone, at its own static grid, is the reference.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cacovid_jax import errors
+from cacovid_jax.data import feature_cache, pipeline, qwen_frames, video
+from cacovid_jax.models import checkpoints
+from cacovid_jax.policy import buckets, network, sampling
+from cacovid_jax.training import (
+  loop,
+  programs,
+  ratio,
+  replay,
+  rollout,
+  setup,
+  step,
+)
+from tests.training import loop_test, tiny, tiny_qwen
+
+BUCKET = buckets.Bucket(3, 26, 60)
+NEW = 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  return tmp_path_factory.mktemp("qwen")
+
+
+@pytest.fixture(scope="module")
+def rows(folder):
+  return tiny_qwen.write(folder)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folder, rows):
+  del rows  # They are written together.
+  return checkpoints.load(folder / "model")
+
+
+@pytest.fixture(scope="module")
+def made(folder, rows, checkpoint):
+  """Returns (the run, its first batch, the rows of the batch)."""
+  config = tiny_qwen.config(
+    folder,
+    **{
+      "data.buckets": ((BUCKET.frames, BUCKET.frame_tokens, BUCKET.tokens),),
+      "rollout.max_new_tokens": NEW,
+      "rollout.reward": "accuracy",
+    },
+  )
+  run = setup.make(config, folder, questions=rows, checkpoint=checkpoint)
+  for batch, questions in run.batches(0):
+    if len({row.video[0] for row in questions}) == 2:
+      return run, batch, questions
+  raise AssertionError("no batch of two grids")
+
+
+@pytest.fixture(scope="module")
+def bucketed(made):
+  """Returns what a step's parts give in the bucket, marks by a rule."""
+  run, batch, _ = made
+  state = jax.device_get(run.init_state())
+  given = (state, run.frozen, batch)
+  videos, memory = jax.jit(functools.partial(step.begin, run.recipe))(*given)
+  largest = int(batch.own.rungs.start.max())
+
+  @jax.jit
+  def iterate(videos, memory, state, frozen):
+    recipe = run.recipe
+    drawn, kept = step.draw(recipe, videos, memory, largest=largest)
+    answers, masks = step.roll_out(
+      recipe, frozen, videos, memory, largest=largest
+    )
+    rewards = marks(drawn.index.shape[:2])
+    memory = jax.vmap(replay.append)(memory, masks, rewards)
+    grads, (loss, metrics) = averaged(
+      functools.partial(step.gradients, recipe), state.params, videos, memory
+    )
+    return drawn, kept, answers, masks, loss, grads, metrics
+
+  params = _nudged(state.params)
+  out = iterate(videos, memory, state.replace(params=params), run.frozen)
+  return run, state.params, params, videos, memory, out
+
+
+def averaged(function, params, *args):
+  """Calls a function of the step on the only device of an axis."""
+  on = jax.vmap(function, (None,) + (0,) * len(args), axis_name=step.AXIS)
+  out = on(params, *jax.tree.map(lambda leaf: leaf[None], args))
+  return jax.tree.map(lambda leaf: leaf[0], out)
+
+
+def marks(shape):
+  return jnp.asarray((np.arange(np.prod(shape)) % 3 == 0).reshape(shape), float)
+
+
+def _nudged(params):
+  """Parameters as after a step: ratios of new and old then differ from 1."""
+  return jax.tree.map(lambda leaf: leaf * 1.05 + 0.01, params)
+
+
+class Alone:
+  """One video of a batch, at its static grid, built without the bucket."""
+
+  def __init__(self, run, checkpoint, batch, question, i):
+    shape = question.video[:-5]
+    self.grid = T, H, W = tiny_qwen.GRIDS[shape]
+    self.num_video = N = T * H * W
+    self.run = run
+    prompt = checkpoint.tokenizer.encode_prompt(question.prompt, N)
+    # Four frames of a clip of 8, 9, ... tenths of a second.
+    seconds = 2 * (8 + int(question.id[1:])) / 10 / 4
+    positions, following = run.recipe.model.positions(
+      prompt.ids, grid=self.grid, seconds_per_slice=seconds
+    )
+    self.prompt = rollout.Prompts(
+      x=run.recipe.model.embed_prompt(
+        run.frozen.params, prompt.ids, batch.video[i, :N], prompt.video_start
+      ),
+      positions=positions,
+      length=np.int32(prompt.length),
+      video_start=np.int32(prompt.video_start),
+      following=np.int32(following),
+    )
+    given = run.recipe.ladder
+    ladder = ratio.make_ladder(self.grid, given.sampling_config, given.config)
+    self.plan = ladder.plans[ladder.start]
+    self.recipe = dataclasses.replace(run.recipe, grid=self.grid, ladder=ladder)
+
+  @functools.cached_property
+  def videos(self):
+    return step.Videos(
+      prompts=jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], self.prompt),
+      answer_id=np.zeros(1, int),
+      option_ids=np.zeros((1, 2), int),
+      decisive_frames=np.zeros((1, self.grid[0]), bool),
+      rng=jax.random.split(jax.random.key(0), 1),
+    )
+
+  @functools.cached_property
+  def learn(self):
+    """(before, after, weights, index, kept, masks, marks) -> what it gives."""
+    recipe, videos = self.recipe, self.videos
+
+    @jax.jit
+    def learn(before, after, params, index, kept, masks, rewards):
+      answers = rollout.answer(
+        recipe.model,
+        params,
+        videos.prompts,
+        index[None],
+        kept[None],
+        num_video=self.num_video,
+        max_new_tokens=NEW,
+        eos_ids=recipe.eos_ids,
+        pad_id=recipe.pad_id,
+      )
+      scores = step.policy_scores(recipe, before, videos)
+      memory = replay.empty(
+        jax.tree.map(lambda leaf: leaf[0], scores),
+        num_combinations=8,
+        iterations=recipe.iterations,
+        rung=0,
+      )
+      memory = replay.append(memory, masks, rewards)
+      grads, (loss, metrics) = averaged(
+        functools.partial(step.gradients, recipe),
+        after,
+        videos,
+        jax.tree.map(lambda leaf: leaf[None], memory),
+      )
+      return scores, answers.ids[0], loss[0], grads, metrics
+
+    return learn
+
+
+@pytest.fixture(scope="module")
+def alone(made, checkpoint, bucketed):
+  """Returns each video and what it gives alone, for the same combinations."""
+  run, batch, questions = made
+  _, before, after, _, _, (drawn, kept, _, masks, *_) = bucketed
+  found = []
+  for i, question in enumerate(questions):
+    one = Alone(run, checkpoint, batch, question, i)
+    T, N = one.grid[0], one.num_video
+    own = replay.Masks(masks.token[i, :, :N], masks.frame[i, :, :T])
+    assert not masks.token[i, :, N:].any() and not masks.frame[i, :, T:].any()
+    index = drawn.index[i, :, : one.plan.num_keep]
+    given = before, after, run.frozen.params, index, kept[i], own
+    found.append((one, one.learn(*given, marks((2, 8))[i])))
+  return found
+
+
+def test_features_are_those_of_the_clip_alone(made, folder):
+  run, batch, questions = made
+  model = run.recipe.model
+  for i, question in enumerate(questions):
+    clip = video.decode(
+      folder / question.video, pipeline.FrameRule(tiny.FRAMES)
+    )
+    processor = qwen_frames.ProcessorConfig.from_files(folder / "model")
+    fps = len(clip.frames) / clip.duration
+    patches = processor(clip.frames, fps=fps)
+    expected = model.encode_video(
+      run.frozen.params, patches.patches, model.layout(patches.grid)
+    )
+    N = len(expected)
+    np.testing.assert_allclose(batch.video[i, :N], expected, atol=1e-5)
+    assert not batch.video[i, N:].any()
+    assert patches.grid == tiny_qwen.GRIDS[question.video.rstrip(".mp4")[:-1]]
+
+
+def test_prompts_and_positions_are_those_of_each_video_alone(made, alone):
+  _, batch, _ = made
+  for i, (one, _) in enumerate(alone):
+    length = one.prompt.length
+    assert batch.length[i] == length
+    assert batch.video_start[i] == one.prompt.video_start
+    found = batch.own.positions[i]
+    np.testing.assert_array_equal(found[:, :length], one.prompt.positions)
+    assert batch.own.following[i] == one.prompt.following
+
+
+def test_scores_are_those_of_each_video_alone(bucketed, alone):
+  _, _, _, _, memory, _ = bucketed
+  for i, (one, (scores, *_)) in enumerate(alone):
+    T, N = one.grid[0], one.num_video
+    found = jax.tree.map(lambda leaf, at=i: leaf[at], memory.old_scores)
+    np.testing.assert_allclose(found.token[:N], scores.token[0], atol=2e-5)
+    np.testing.assert_allclose(found.frame[:T], scores.frame[0], atol=2e-5)
+    assert not found.token[N:].any() and not found.frame[T:].any()
+
+
+def test_combinations_follow_each_videos_own_plan(bucketed, alone):
+  _, _, _, _, memory, (drawn, kept, *_) = bucketed
+  for i, (one, _) in enumerate(alone):
+    T, N, K = one.grid[0], one.num_video, one.plan.num_keep
+    index = np.asarray(drawn.index[i])
+    assert kept[i] == K
+    assert (index[:, :K] < N).all() and (np.diff(index[:, :K]) > 0).all()
+    assert (index[:, K:] == BUCKET.tokens).all()
+    # What no chance enters is the static rule's, index by index.
+    scores = jax.tree.map(lambda leaf, at=i: leaf[at], memory.old_scores)
+    start = one.prompt.video_start
+    static = jax.jit(functools.partial(sampling.sample, plan=one.plan))(
+      jax.random.key(5),
+      network.Scores(scores.frame[:T], scores.token[:N]),
+      one.prompt.x[start : start + N],
+    )
+    num_token, _ = replay.counts(len(index))
+    for row in (0, num_token, -1):
+      np.testing.assert_array_equal(index[row, :K], static.index[row])
+    np.testing.assert_array_equal(
+      drawn.frame_mask[i, 0, :T], static.frame_mask[0]
+    )
+
+
+def test_answers_and_gradients_are_those_of_each_video_alone(bucketed, alone):
+  _, _, answers, _, loss, grads, metrics = bucketed[-1]
+  outs = [out for _, out in alone]
+  np.testing.assert_array_equal(answers.ids, [ids for _, ids, *_ in outs])
+  np.testing.assert_allclose(
+    loss, [one[2] for one in outs], rtol=1e-4, atol=1e-6
+  )
+  mean = jax.tree.map(lambda a, b: (a + b) / 2, *[one[3] for one in outs])
+  flat = zip(jax.tree.leaves(grads), jax.tree.leaves(mean), strict=True)
+  for found, expected in flat:
+    scale = max(np.abs(expected).max(), 1e-3)
+    np.testing.assert_allclose(found, expected, atol=2e-4 * scale)
+  assert any(np.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(mean))
+  for name in ("token_gap_std", "frame_gap_std", "token_entropy"):
+    expected = np.mean([one[4][name] for one in outs])
+    np.testing.assert_allclose(metrics[name], expected, rtol=1e-4)
+
+
+def test_a_run_on_clips_of_two_shapes_resumes_bit_identically(
+  folder, rows, checkpoint, tmp_path
+):
+  config = tiny_qwen.config(
+    folder,
+    **{
+      "total_steps": 4,
+      "ckpt.every_steps": 2,
+      "videos_per_step": 1,
+      "ratio.adaptive": False,
+      "data.buckets": ((2, 16), (2, 24)),
+      "data.feature_cache": str(tmp_path / "cache"),
+    },
+  )
+  given = dict(questions=rows, checkpoint=checkpoint)
+  first, second = loop_test.Log(), loop_test.Log()
+  result = loop.train(config, tmp_path / "whole", on_step=first, **given)
+  made = result.run.programs
+  # One program for each bucket, which both are used.
+  assert made.limit == 2
+  assert sorted(made.compile_seconds) == ["2x16/whole", "2x24/whole"]
+  # The second time, features come from the disk.
+  assert any((tmp_path / "cache").rglob("*.npy"))
+  step_two = pathlib.Path("checkpoints", "2")
+  shutil.copytree(tmp_path / "whole" / step_two, tmp_path / "cut" / step_two)
+  again = loop.train(config, tmp_path / "cut", on_step=second, **given)
+  assert sorted(second.steps) == [3, 4]
+  loop_test.assert_same(again.state, result.state)
+  for done in (3, 4):
+    assert first.steps[done][0] == second.steps[done][0]
+    loop_test.assert_same(first.steps[done][1:], second.steps[done][1:])
+  before = result.run.init_params()["token_compress"]["score"]["kernel"]
+  after = result.state.params["token_compress"]["score"]["kernel"]
+  assert np.abs(np.asarray(before) - np.asarray(after)).max() > 0
+  config_file = tmp_path / "whole" / "policy" / "policy_config.json"
+  described = json.loads(config_file.read_text())
+  assert described["grid"] == [[2, 16, 32], [2, 24, 48]]
+
+
+RATIOS = (0.01, 0.02, 0.04, 0.08, 0.12)
+
+
+@pytest.mark.parametrize("fixed", [None, 0.12])
+def test_a_video_walks_its_own_ladder_inside_a_bucket(fixed):
+  config = ratio.RatioConfig(rungs=RATIOS)
+  draws = sampling.SamplingConfig(num_combinations=8)
+  ladder = ratio.make_bucket_ladder(
+    buckets.Bucket(3, 64), draws, config, fixed=fixed
+  )
+  assert len(ladder) == (5 if fixed is None else 1)
+  rng = np.random.default_rng(0)
+  for grid in [(3, 8, 8), (2, 5, 5), (1, 3, 3), (3, 6, 7), (2, 4, 4)]:
+    static = ratio.make_ladder(grid, draws, config, fixed=fixed)
+    own = ladder.rungs(grid)
+    place, rung = int(own.start), static.start
+    for reward in rng.choice([0.0, 0.5, 1.0], 20):
+      np.testing.assert_allclose(own.ratios[place], static.ratios[rung])
+      plan = jax.tree.map(lambda leaf, at=place: leaf[at], own.plans)
+      assert int(plan.num_keep) == static.num_keep[rung]
+      # The program of a place has room for what is drawn there.
+      assert static.num_keep[rung] <= ladder.num_keep[place]
+      place = int(ratio.next_rung(ladder, place, reward, own))
+      rung = int(ratio.next_rung(static, rung, reward))
+
+
+def test_a_ratio_that_a_grid_does_not_allow_is_named():
+  ladder = ratio.make_bucket_ladder(
+    buckets.Bucket(3, 64),
+    sampling.SamplingConfig(num_combinations=8),
+    ratio.RatioConfig(),
+    fixed=0.02,
+  )
+  with pytest.raises(errors.UserError, match="0.02 keeps no token of a 4 x 4"):
+    ladder.rungs((3, 4, 4))
+
+
+def test_default_buckets_follow_from_the_pixels():
+  def sizes(processor, **changes):
+    config = tiny.config(**{"data.num_frames": 32} | changes)
+    return [
+      dataclasses.astuple(b) for b in setup.make_buckets(config, processor)
+    ]
+
+  paper = qwen_frames.ProcessorConfig(
+    min_pixels=qwen_frames.PAPER_MIN_PIXELS,
+    max_pixels=qwen_frames.PAPER_MAX_PIXELS,
+  )
+  # 181 is the whole part of the root of 128 x 256.
+  assert sizes(paper) == [(16, 181, 2896), (16, 256, 4096)]
+  one = dataclasses.replace(paper, min_pixels=paper.max_pixels)
+  assert sizes(one) == [(16, 256, 4096)]
+  given = {"data.buckets": ((16, 256, 4000), (16, 128))}
+  assert sizes(paper, **given) == [(16, 128, 2048), (16, 256, 4000)]
+  for bad, match in (
+    (((16,),), "give .slices, tokens of a slice."),
+    (((16, "x"),), "give .slices"),
+    (((8, 256),), "fewer slices than the 16"),
+  ):
+    with pytest.raises(errors.UserError, match=match):
+      sizes(paper, **{"data.buckets": bad})
+
+
+def test_settings_of_several_grids_are_refused_for_one(
+  folder, rows, checkpoint
+):
+  for key, value in (("data.buckets", ((4, 16),)), ("data.min_pixels", 64)):
+    with pytest.raises(errors.UserError, match="whose grids differ"):
+      setup.make_preprocessing(
+        tiny.config(**{key: value}), tiny.checkpoint().model
+      )
+  (folder / "decisive.jsonl").write_text(
+    '{"question_id": "q0", "tokens": [1]}\n'
+  )
+  config = tiny_qwen.config(folder, **{"data.decisive_file": "decisive.jsonl"})
+  with pytest.raises(errors.UserError, match="decisive_file.*leave it empty"):
+    setup.make(config, folder, questions=rows, checkpoint=checkpoint)
+
+
+def _bucketing(**changes):
+  def positions(ids, **_):
+    return np.arange(len(ids))[None], len(ids)
+
+  sizes = (buckets.Bucket(2, 16), buckets.Bucket(2, 24), buckets.Bucket(9, 9))
+  fields = dict(buckets=sizes, text_rows=4, positions=positions, multiple=8)
+  return pipeline.Bucketing(**fields | changes)
+
+
+def test_a_step_takes_the_smallest_bucket_that_holds_its_videos():
+  made = _bucketing()
+  assert made.bucket([(2, 4, 4), (1, 2, 2)]) == made.buckets[0]
+  assert made.bucket([(2, 4, 4), (2, 4, 6)]) == made.buckets[1]
+  assert made.length(made.buckets[0]) == 40  # 32 + 4, to a multiple of 8.
+  with pytest.raises(errors.UserError, match="no bucket holds a video of 2 x"):
+    made.bucket([(2, 4, 4), (2, 5, 5)])
+  with pytest.raises(errors.UserError, match="together: 2 x 4 x 4, 9 x 1 x 1"):
+    made.bucket([(2, 4, 4), (9, 1, 1)])
+
+
+def test_a_prompt_without_room_for_its_text_is_refused(rows, checkpoint):
+  source = _Known({row.video: (2, 4, 4) for row in rows})
+  with pytest.raises(errors.UserError, match="raise config.data.max_text_tok"):
+    next(
+      pipeline.train_batches(
+        rows,
+        checkpoint.tokenizer,
+        source,
+        batch_size=2,
+        seed=0,
+        num_steps=1,
+        bucketing=_bucketing(),
+      )
+    )
+
+
+class _Known:
+  """A source of features that are one."""
+
+  field = "features"
+
+  def __init__(self, grids):
+    self._grids = grids
+
+  def load(self, question):
+    return self._grids[question.video]
+
+  def finish(self, payloads):
+    return [
+      pipeline.Encoded(np.ones((np.prod(grid), 3), np.float32), grid, 1.0)
+      for grid in payloads
+    ]
+
+
+def test_cached_clips_keep_their_grid_and_seconds(folder, rows, tmp_path):
+  processor = qwen_frames.ProcessorConfig.from_files(folder / "model")
+  calls = []
+
+  def encode(patches, grid, bucket):
+    calls.append(grid)
+    return np.arange(bucket.tokens * 3.0).reshape(-1, 3)
+
+  def source():
+    return pipeline.GridFeatureSource(
+      pipeline.ShotSource(folder, pipeline.FrameRule(tiny.FRAMES), processor),
+      encode,
+      processor,
+      buckets=[buckets.Bucket(2, 24)],
+      identity="x",
+      cache=feature_cache.FeatureCache(tmp_path),
+    )
+
+  first = source()
+  before = first.finish([first.load(row) for row in rows[:2]])
+  again = source()
+  after = again.finish([again.load(row) for row in rows[:2]])
+  assert calls == [(2, 4, 6), (2, 4, 4)]
+  for one, other in zip(before, after, strict=True):
+    np.testing.assert_array_equal(one.features, other.features)
+    assert len(one.features) == np.prod(one.grid)
+    assert one.grid == other.grid
+    assert np.float32(one.seconds_per_slice) == other.seconds_per_slice
+  # Frames at a tenth of a second: two of four samples of 0.8 s.
+  np.testing.assert_allclose(after[0].seconds_per_slice, 0.4)
+  with pytest.raises(errors.UserError, match="has no grid"):
+    again.missing()
+
+
+def test_buckets_share_no_program(made):
+  run, batch, _ = made
+  assert list(run.programs.by_bucket) == [BUCKET]
+  other = dataclasses.replace(run.recipe, grid=buckets.Bucket(3, 30))
+  both = programs.BucketPrograms([run.recipe, other], run.mesh)
+  assert both.limit == 2 * (2 + 3)
+  assert both.by_bucket[BUCKET].recipe.num_video == 60

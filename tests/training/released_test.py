@@ -1,0 +1,139 @@
+"""Configs of released models: the paper's numbers, and their `:debug` form."""
+
+import pathlib
+
+import pytest
+
+from cacovid_jax import config as config_lib
+from cacovid_jax import errors
+from cacovid_jax.data.synthetic import build
+from cacovid_jax.evals import evaluation
+from cacovid_jax.models import tiny_checkpoint
+from cacovid_jax.training import loop, setup
+from tests.training import tiny
+
+CONFIGS = pathlib.Path(__file__).parent.parent.parent / "configs"
+RELEASED = {
+  "llava_onevision_7b": "llava_onevision",
+  "llava_onevision_0_5b": "llava_onevision",
+  "qwen2_5_vl_3b": "qwen2_5_vl",
+  "qwen2_5_vl_7b": "qwen2_5_vl",
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_a_released_model_is_trained_by_the_papers_recipe(name):
+  config = config_lib.load(CONFIGS / f"{name}.py")
+  # METHOD of the paper, sections on sampling, iterations and optimiser.
+  expected = {
+    "seed": 42,
+    "total_steps": 0,
+    "videos_per_step": 1,
+    "iterations": 5,
+    "sampling.num_combinations": 32,
+    "ratio.adaptive": True,
+    "ratio.start": 0.02,
+    "optimizer.lr_heads": 1e-6,
+    "optimizer.lr_layer": 1e-7,
+    "optimizer.weight_decay": 0.01,
+    "optimizer.clip": 5.0,
+    "model.dtype": "bfloat16",
+    "policy.dtype": "bfloat16",
+    "data.num_frames": 32,
+    "data.frame_rule": "train_linspace_1fps",
+    "evals.ratios": (0.25, 0.2, 0.15, 0.1),
+    "evals.rule": "paper",
+    "evals.select_on": "none",
+    "model.path": f"checkpoints/{name}",
+  }
+  for key, value in expected.items():
+    found = config
+    for part in key.split("."):
+      found = found[part]
+    assert found == value, key
+  # 128 to 256 tokens of 28 x 28 pixels, where a grid follows the frame.
+  pixels = (100352, 200704) if name.startswith("qwen") else (0, 0)
+  assert (config.data.min_pixels, config.data.max_pixels) == pixels
+  request = evaluation.request_fields(config)
+  assert request["num_frames"] == 32
+  names = [method.partition("=")[0] for method in request["methods"]]
+  assert names == [
+    "cacovid",
+    "fastv",
+    "visionzip",
+    "divprune",
+    "prunevid",
+    "framefusion",
+  ]
+  eight = config_lib.load(f"{CONFIGS / name}.py:devices=8")
+  assert eight.videos_per_step == 8
+
+
+def test_debug_forms_of_a_family_are_one_run():
+  # So that running one of each family, as below, runs all of them.
+  debug = {
+    name: config_lib.config_hash(config_lib.load(f"{CONFIGS / name}.py:debug"))
+    for name in RELEASED
+  }
+  for family in tiny_checkpoint.FAMILIES:
+    of = {debug[name] for name, found in RELEASED.items() if found == family}
+    assert len(of) == 1
+  assert len(set(debug.values())) == 2
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+  """Returns a folder as `prepare --tiny_models` leaves it."""
+  folder = tmp_path_factory.mktemp("tiny")
+  for family in tiny_checkpoint.FAMILIES:
+    tiny_checkpoint.write(folder / family, family)
+  config = build.BuildConfig(variant="dense", seed=0, clips=(2, 0, 2, 0))
+  build.build(config, folder / "dense", num_workers=0)
+  (folder / "dense" / "decisive.jsonl").unlink()
+  return folder
+
+
+@pytest.mark.parametrize("name", ["llava_onevision_7b", "qwen2_5_vl_3b"])
+def test_the_debug_form_trains_and_evaluates(name, prepared, tmp_path):
+  path = f"{CONFIGS / name}.py:debug"
+  config = config_lib.load(
+    path,
+    [
+      f"model.path={prepared / RELEASED[name]}",
+      f"data.root={prepared / 'dense'}",
+      "mesh.data=1",
+    ],
+  )
+  # The overrides are only about where things lie.
+  assert config.model.path.endswith(config_lib.load(path).model.path[-10:])
+  result = loop.train(config, tmp_path)
+  assert int(result.state.step) == 2
+  assert len(result.run.programs.compile_seconds) <= result.run.programs.limit
+  fields = evaluation.request_fields(config)
+  out = evaluation.evaluate(
+    evaluation.Request(
+      **fields | dict(workdir=str(tmp_path), policies={"policy": str(tmp_path)})
+    )
+  )
+  assert set(out["methods"]) == {"cacovid", "divprune"}
+  for cells in out["methods"].values():
+    assert cells["0.25"]["status"] == "ok"
+    assert cells["0.25"]["equivalent_ratio"] == pytest.approx(0.25, abs=0.01)
+
+
+def test_no_total_steps_is_one_epoch():
+  config = tiny.config(total_steps=0, videos_per_step=4)
+  found = setup.with_total_steps(config, tiny.questions(10))
+  assert found.total_steps == 3 and config.total_steps == 0
+  assert found.is_locked
+  fixed = tiny.config(total_steps=7)
+  assert setup.with_total_steps(fixed, tiny.questions(10)) is fixed
+
+
+def test_a_tiny_checkpoint_replaces_nothing(tmp_path):
+  (tmp_path / "model.safetensors").write_bytes(b"weights")
+  with pytest.raises(errors.UserError, match="is not empty; name another"):
+    tiny_checkpoint.write(tmp_path, "qwen2_5_vl")
+  assert (tmp_path / "model.safetensors").read_bytes() == b"weights"
+  with pytest.raises(errors.UserError, match="no tiny checkpoint of 'gpt'"):
+    tiny_checkpoint.write(tmp_path / "new", "gpt")

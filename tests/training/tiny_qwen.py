@@ -1,0 +1,48 @@
+"""A tiny Qwen2.5-VL, clips of two shapes and questions about them, on disk."""
+
+from cacovid_jax.data import questions as questions_lib
+from cacovid_jax.models import tiny_checkpoint
+from tests.data import clips
+from tests.training import tiny
+
+# Width and height of the clips' frames, and the grids of four of them.
+SHAPES = {"wide": (48, 32), "square": (32, 32)}
+GRIDS = {"wide": (2, 4, 6), "square": (2, 4, 4)}
+
+
+def write(folder):
+  """Writes folder/model and clips; returns questions about them."""
+  tiny_checkpoint.write(folder / "model", "qwen2_5_vl")
+  rows = []
+  for number in range(6):
+    shape = ("wide", "square")[number % 2]
+    name = f"{shape}{number}.mp4"
+    width, height = SHAPES[shape]
+    clips.write(folder / name, 8 + number, width=width, height=height)
+    rows.append(
+      questions_lib.Question(
+        id=f"q{number}",
+        video=name,
+        question="What?",
+        options=("red", "blue"),
+        answer="AB"[number // 2 % 2],
+        prompt=f"What is {'this' * (number % 3)}?\nA. red\nB. blue\n",
+      )
+    )
+  return rows
+
+
+def config(folder, **changes):
+  """Returns `tiny.config` for that model and folder; "a.b" keys."""
+  return tiny.config(
+    **{
+      "model.path": str(folder / "model"),
+      "data.root": str(folder),
+      "ratio.adaptive": True,
+      "ratio.rungs": (0.0625, 0.125, 0.25),
+      "ratio.start": 0.125,
+      "optimizer.lr_heads": 1e-3,
+      "data.num_threads": 2,
+    }
+    | changes
+  )
