@@ -181,11 +181,6 @@ def dry_run(plan: Plan) -> dict[str, Any]:
   return out
 
 
-def default_rows() -> list[str]:
-  """Returns the paper's methods, ours last."""
-  return list(paper.METHODS)
-
-
 def all_rows() -> list[str]:
   """Returns the paper's methods, and all others behind them."""
   rest = [name for name in compressors.names() if name not in paper.METHODS]
@@ -204,12 +199,14 @@ def plan_from_flags() -> Plan:
     config = config_lib.from_flags()
   else:
     config = None
-  methods = table_flags.METHODS.value or default_rows()
-  if methods == ["all"]:
-    methods = all_rows()
   model = table_flags.MODEL.value
   fields = {"num_frames": paper.NUM_FRAMES}
   fields |= evaluation.request_fields(config)
+  methods = table_flags.METHODS.value or (
+    paper.METHODS if config is None else fields["methods"]
+  )
+  if list(methods) == ["all"]:
+    methods = all_rows()
   if _FRAMES.value:
     fields["num_frames"] = _FRAMES.value
   if model:
@@ -483,9 +480,11 @@ def combine(
   for method in methods:
     for ratio in request.ratios:
       cell = average["methods"][method.label][results.ratio_key(ratio)]
-      # Only a method as it stands is the paper's; options make it another.
-      plain = method.spec == method.label
-      row = paper.row(model, method.label, ratio) if plain else None
+      row = None
+      if paper.is_method(
+        method.label, method.compressor.name, method.compressor.options
+      ):
+        row = paper.row(model, method.label, ratio)
       cell["paper"] = row.reported() if row else None
       if cell["status"] == "ok":
         cell["reproduced"] = drift.reproduced(

@@ -145,6 +145,10 @@ METHODS = tuple(
   dict.fromkeys(row.method for row in ROWS if row.method != VANILLA)
 )
 RATIOS = (0.25, 0.20, 0.15, 0.10)
+# Options that the paper's rows have; other values make another method.
+OPTIONS = types.MappingProxyType(
+  {"cacovid": {"importance_ratio": 0.5, "max_frame_share": 1.5}}
+)
 
 # Milliseconds on the paper's accelerator at 25 %: LLaVA-OneVision-7B's prefill
 # and, by method, the time to choose the tokens.
@@ -174,6 +178,20 @@ def row(model: str | None, method: str, ratio: float) -> Row | None:
       if method == VANILLA or abs(found.ratio - ratio) < 1e-9:
         return found
   return None
+
+
+def is_method(label: str, name: str, options: Mapping[str, Any]) -> bool:
+  """Returns whether a row is the paper's method of that label.
+
+  Args:
+    label: of the row.
+    name: of its method.
+    options: that were set.
+  """
+  known = OPTIONS.get(name, {})
+  return label == name and all(
+    known.get(key) == value for key, value in options.items()
+  )
 
 
 def column_title(column: str) -> str:

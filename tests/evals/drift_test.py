@@ -45,6 +45,16 @@ def test_models_are_known_by_their_sizes():
   assert paper.model_of(llava.tiny()) is None
 
 
+def test_options_make_another_method():
+  cacovid = {"importance_ratio": 0.5, "max_frame_share": 1.5}
+  assert paper.is_method("cacovid", "cacovid", {})
+  assert paper.is_method("cacovid", "cacovid", cacovid)
+  assert not paper.is_method("cacovid", "cacovid", {"importance_ratio": 1.0})
+  assert not paper.is_method("cacovid", "cacovid", {"merge": "nearest"})
+  assert not paper.is_method("cacovid", "uniform", {})
+  assert not paper.is_method("mine", "cacovid", {})
+
+
 def own(**changes):
   return VANILLA.reported() | changes
 
