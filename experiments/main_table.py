@@ -100,6 +100,11 @@ _MANIFESTS = flags.DEFINE_string(
   None,
   "Workdir of another table, whose frames are to be shown.",
 )
+_CACHE = flags.DEFINE_string(
+  "table_cache",
+  None,
+  "Folder of cached features, for further tables; --dry_run tells its size.",
+)
 _SHARD = flags.DEFINE_string(
   "table_shard", "0/1", "i/n: this is process i of n that share the work."
 )
@@ -176,7 +181,8 @@ def dry_run(plan: Plan) -> dict[str, Any]:
   out = table_estimate.estimate(
     checkpoint, plan.requests, loaded, speed, model_shards=_CHIPS.value
   )
-  title = f"{len(plan.methods)} methods, ratios {request.ratios}"
+  ratios = ", ".join(f"{ratio:g}" for ratio in request.ratios)
+  title = f"{len(plan.methods)} methods at ratios {ratios}, {request.dtype}"
   table_estimate.show(out, speed, title)
   return out
 
@@ -214,6 +220,8 @@ def plan_from_flags() -> Plan:
   if not fields.get("checkpoint") and not (_BASE.value and _DRY_RUN.value):
     raise errors.UserError("nothing says which base model: add --table_model")
   fields.setdefault("checkpoint", "")
+  if _CACHE.value:
+    fields["cache"] = _CACHE.value
   if table_flags.POLICY.value:
     fields["policies"] = {"policy": table_flags.POLICY.value}
   name = _BASE.value or "table"
@@ -284,7 +292,6 @@ def make_plan(
     "media": "",
     "split": "",
   }  # fmt: skip
-  cache = common.pop("cache", "")
   requests = {
     name: evaluation.Request(
       **common
@@ -292,7 +299,6 @@ def make_plan(
         "benchmark": name,
         "data": folders[name],
         "workdir": os.fspath(workdir / name),
-        "cache": cache or os.fspath(workdir / "features"),
         "frame_manifest": (
           os.path.join(manifests, name, frame_manifest.FILE)
           if manifests
@@ -337,6 +343,8 @@ def _folders(root, given, names) -> dict[str, str]:
         f" {', '.join(paper.BENCHMARKS)}"
       )
     named[name] = folder
+  if root is None and _DRY_RUN.value:
+    root = ""  # What is not here is told by its published size.
   if root is None and any(name not in named for name in names):
     raise errors.UserError(
       "nothing says where the benchmarks lie: add --table_data=ROOT"

@@ -230,15 +230,16 @@ def _part(checkpoint, request, methods, part: Asked, speed) -> dict[str, Any]:
   config = checkpoint.model.config
   text, num_video = config.text, math.prod(part.grid)
   count, outside = len(part.texts), part.longest
-  cells = []  # Video rows by layer of each thing that is asked.
+  # Video rows by layer of each thing that is asked: seen, and computed.
+  seen, computed = [], []
   for cell in runner.cells(methods, request.ratios, request.seeds):
     compressor = cell.method and cell.method.compressor
-    if able(compressor, text.num_layers, part.grid, cell.ratio):
-      cells.append(
-        cost.video_rows(compressor, text.num_layers, part.grid, cell.ratio)
-      )
+    given = compressor, text.num_layers, part.grid, cell.ratio
+    if able(*given):
+      seen.append(cost.video_rows(*given))
+      computed.append(cost.computed_rows(*given))
   per_question = 0
-  for rows in cells:
+  for rows in computed:
     padded = [kept + outside for kept in rows]
     per_question += cost.prefill_flops(text, padded)
     per_question += (_ANSWER_TOKENS - 1) * cost.decode_flops(text, padded)
@@ -258,15 +259,15 @@ def _part(checkpoint, request, methods, part: Asked, speed) -> dict[str, Any]:
     batches * request.batch_size * per_question
     + tower * cost.tower_flops(config, part.grid)
   )
-  steps = batches * len(cells) * (_ANSWER_TOKENS - 1)
+  steps = batches * len(seen) * (_ANSWER_TOKENS - 1)
   weights = cost.weight_bytes(config, request.dtype)
   return {
     "questions": count,
     "clips": part.num_clips,
-    "answers": count * len(cells),
+    "answers": count * len(seen),
     "video_tokens": count * num_video,
     "llm_tokens": float(
-      sum(part.texts.sum() + count * np.mean(rows) for rows in cells)
+      sum(part.texts.sum() + count * np.mean(rows) for rows in seen)
     ),
     "programs": num_programs(
       methods, request.ratios, text.num_layers, part.grid
@@ -326,16 +327,14 @@ def num_programs(
   return shared + len(chosen) + len(inside) + len(answers)
 
 
-def show(
-  out: Mapping[str, Any], speed: cost.Speed, title: str, *, notes: str = ""
-) -> None:
-  """Prints an estimate."""
-  console = rich.console.Console(width=118)
+def show(out: Mapping[str, Any], speed: cost.Speed, title: str) -> None:
+  """Prints an estimate; LLM tokens are text and video through all layers."""
+  console = rich.console.Console(width=132)
   table = rich.table.Table(title=title)
-  for head in ("", "questions", "clips", "answers", "video tokens",
-               "tokens through the LLM", "programs", "PFLOP", "hours",
-               "features GB"):  # fmt: skip
-    table.add_column(head, justify="right" if head else "left")
+  table.add_column(no_wrap=True)
+  for head in ("questions", "clips", "answers", "video tokens", "LLM tokens",
+               "programs", "PFLOP", "hours", "features GB"):  # fmt: skip
+    table.add_column(head, justify="right")
   for name, row in {**out["benchmarks"], "all": out["total"]}.items():
     table.add_row(
       name + (" (published)" if row.get("published") else ""),
@@ -356,7 +355,7 @@ def show(
   console.print(f"memory of a device in GiB: {memory}", highlight=False)
   console.print(
     f"at {speed.flops / 1e12:.4g} TFLOP/s and {speed.bytes / 1e9:.4g} GB/s"
-    f" (--table_tflops, --table_gbps); one process{notes}",
+    f" (--table_tflops, --table_gbps); one process",
     highlight=False,
   )
 

@@ -154,6 +154,19 @@ def video_rows(
   return out
 
 
+def computed_rows(
+  compressor: Any, num_layers: int, grid, ratio: float
+) -> list[int]:
+  """Returns how many video tokens each layer computes, masked ones included.
+
+  Arguments as of `video_rows`, which tells what the tokens that are seen cost.
+  """
+  masks = isinstance(compressor, framefusion.FrameFusion)
+  if masks and compressor.mode == "exact-mask":
+    return [math.prod(grid)] * num_layers
+  return video_rows(compressor, num_layers, grid, ratio)
+
+
 def kv_bytes(
   text: qwen2.Qwen2Config,
   rows: Sequence[int],

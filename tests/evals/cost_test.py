@@ -240,6 +240,15 @@ def test_tokens_by_layer():
   assert rows(compressors.get("framefusion"), 3, grid, 0.15) == [10, 9, 9]
 
 
+def test_masked_tokens_are_computed():
+  grid, rows = (4, 4, 4), cost.computed_rows
+  exact = compressors.get("framefusion")
+  assert rows(exact, 3, grid, 0.15) == [64, 64, 64]
+  bucketed = compressors.get("framefusion", mode="bucketed")
+  assert rows(bucketed, 3, grid, 0.15) == [10, 9, 9]
+  assert rows(compressors.get("fastv"), 3, grid, 0.5) == [64, 16, 16]
+
+
 def test_features_on_disk():
   assert cost.feature_bytes(LLAVA, (4, 4, 4)) == 4 * 64 * 32
   # Attention and the mean key of a head of 8 values beside them.

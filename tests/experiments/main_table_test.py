@@ -2,6 +2,7 @@
 
 import csv
 import json
+import pathlib
 import shutil
 
 import jax
@@ -14,7 +15,7 @@ from cacovid_jax import errors
 from cacovid_jax.data import prompts, questions
 from cacovid_jax.evals import benchmarks, paper, runner, scoring
 from cacovid_jax.models import checkpoints, random_checkpoint
-from experiments import main_table, main_table_files
+from experiments import main_table, main_table_files, paper_rows
 from tests.data import benchmark_files
 from tests.evals import tiny
 
@@ -70,6 +71,7 @@ def make(folder):
       table_policy=str(folder / "policy"),
       table_benchmarks=list(NAMES),
       table_methods=list(METHODS),
+      table_cache=str(workdir / "features"),
       table_ratios=list(RATIOS),
       config=str(folder / "config.py"),
     )
@@ -405,3 +407,12 @@ def test_the_papers_rows_are_printed(capsys):
     " paper's policy |"
   )
   assert sum("main_table" in line for line in lines) == len(paper.ROWS) == 20
+
+
+def test_the_readme_holds_exactly_these_rows():
+  readme = pathlib.Path(main_table.__file__).parent.parent / "README.md"
+  text = readme.read_text(encoding="utf-8")
+  section = text.partition("## The paper's table")[2].partition("\n## ")[0]
+  found = [line for line in section.splitlines() if line.startswith("|")]
+  printed = paper_rows.markdown().splitlines()
+  assert found == [line for line in printed if line]
