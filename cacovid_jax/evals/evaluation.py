@@ -548,7 +548,7 @@ def show(out: Mapping[str, Any], console: rich.console.Console | None = None):
       console = rich.console.Console(width=120)
   vanilla = out["vanilla"]
   low, high = vanilla["ci95"]
-  several = len(out["grid"]) if isinstance(out["grid"][0], dict) else 0
+  several = len(out["grid"]) if isinstance(out["grid"][0], Mapping) else 0
   mean = f" on average, {several} grids" if several else ""
   table = rich.table.Table(
     title=f"{out['benchmark']} {out['split']}: {vanilla['n']} questions about"
