@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import os
 import pathlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.table
-from absl import logging
 
 from cacovid_jax import config as config_lib
 from cacovid_jax import errors
@@ -282,7 +282,11 @@ def _ask(table, evaluator, answers, workdir, shard, identity):
   missing = board.missing()
   if missing:
     listed = ", ".join(f"{index}/{shard.count}" for index in missing)
-    logging.info("left to others: shard %s", listed)
+    print(
+      f"{description}: done, left to {listed}; the last one writes the table",
+      file=sys.stderr,
+      flush=True,
+    )
     return None
   answers.look(shards.ledgers(workdir, "answers.jsonl"))
   return board.failures()
