@@ -112,6 +112,9 @@ def request_from_flags(values) -> evaluation.Request:
   for name in ("methods", "oracles"):
     if name in flagged:
       flagged[name] = _listed(flagged[name])
+  if "benchmark" in flagged:
+    # A config's folder of clips is that of its own data.
+    fields["media"] = ""
   fields |= flagged
   fields["shard"] = shards.Shard.parse(values["shard"].value)
   workdir = fields.get("workdir", "")
