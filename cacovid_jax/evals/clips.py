@@ -29,7 +29,7 @@ class Clip:
     index_hash: digest of which frames they are, "" likewise.
     fault: why it cannot be used, else "".
     seconds_per_slice: time between two rows of the grid's first axis, for
-      models whose positions tell it.
+      models whose positions tell it; 1 where it is not known.
     warnings: what makes the frames less than they seem, one line each.
     extras: float32[N, ...] of each wanted `vision_signals` name; zeros if the
       clip cannot be used.
@@ -39,7 +39,7 @@ class Clip:
   frame_hash: str
   fault: str = ""
   index_hash: str = ""
-  seconds_per_slice: float = 0.0
+  seconds_per_slice: float = 1.0
   warnings: tuple[str, ...] = ()
   extras: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 

@@ -171,6 +171,23 @@ def build(
   return out
 
 
+def grid_words(grid: Sequence[Any]) -> str:
+  """Returns the `grid` of results.json in words."""
+
+  def words(sides):
+    return " \N{MULTIPLICATION SIGN} ".join(map(str, sides))
+
+  if not isinstance(grid[0], Mapping):
+    return f"{words(grid)} tokens a clip (time, rows, columns)"
+  common = sorted(grid, key=lambda entry: -entry["clips"])
+  listed = [f"{words(e['grid'])} ({e['clips']} clips)" for e in common[:4]]
+  if len(common) > 4:
+    listed.append(f"{len(common) - 4} more")
+  return (
+    f"{len(common)} grids of tokens (time, rows, columns): {', '.join(listed)}"
+  )
+
+
 def ratio_key(ratio: float) -> str:
   """Returns the ratio as tables write it, with two decimals."""
   return f"{ratio:.2f}"
