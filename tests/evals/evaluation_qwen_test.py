@@ -241,6 +241,14 @@ def test_cached_clips_keep_their_seconds(data, directory, tmp_path):
   assert second.seconds_per_slice == pytest.approx(2 / 3)
 
 
+def test_clips_of_unknown_shape_can_be_decoded_ahead(data, directory):
+  names = [f"videos/test{clip}.mp4" for clip in range(4)]
+  with source_of(data, directory) as source:
+    source.prefetch(iter(names))
+    found = [source[name].features.shape[0] for name in names]
+  assert found == [32, 48, 32, 32]
+
+
 def test_a_clip_that_changes_its_shape_cannot_be_used(
   data, directory, monkeypatch
 ):
