@@ -6,7 +6,7 @@ import os
 
 import matplotlib.figure
 
-from cacovid_jax.evals import paper, results
+from cacovid_jax.evals import evaluation, paper, results
 from experiments import table_files
 
 NAMES = ("table.md", "table.csv", "accuracy.png", "results.json",
@@ -111,6 +111,13 @@ def markdown(out, found) -> str:
       f"**Absent: {titles}.** The averages are not the paper's averages."
     )
   lines += ["## All tokens", _drift(out, found[0])]
+  caveats = [
+    f"- {paper.BENCHMARKS[name][0]}: {line}"
+    for name in asked
+    for line in evaluation.caveats(out["benchmarks"][name])
+  ]
+  if caveats:
+    lines.append("\n".join(caveats))
   for ratio in out["ratios"]:
     lines.append(f"## {float(ratio):.0%} of the tokens")
     lines.append(_table([row for row in found if row["ratio"] == ratio]))

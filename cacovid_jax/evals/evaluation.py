@@ -582,13 +582,7 @@ def show(out: Mapping[str, Any], console: rich.console.Console | None = None):
     label = f"{name} (oracle)" if name in out["oracles"] else name
     table.add_row(label, *[_cell_text(cells[ratio]) for ratio in ratios])
   console.print(table)
-  for entry in out["unreadable"]:
-    console.print(
-      f"counted as wrong: {entry['questions']} questions about"
-      f" {entry['video']} ({entry['reason']})",
-      markup=False,
-    )
-  for line in _left_out_lines(out):
+  for line in caveats(out):
     console.print(line, markup=False)
   head = out["frame_head"]
   if head:
@@ -599,9 +593,14 @@ def show(out: Mapping[str, Any], console: rich.console.Console | None = None):
     )
 
 
-def _left_out_lines(out) -> list[str]:
-  """Returns what was not asked and what was guessed, one line each."""
-  found, lines = out["left_out"], []
+def caveats(out: Mapping[str, Any]) -> list[str]:
+  """Returns what was not asked, counted as wrong or guessed, a line each."""
+  found = out["left_out"]
+  lines = [
+    f"counted as wrong: {entry['questions']} questions about"
+    f" {entry['video']} ({entry['reason']})"
+    for entry in out["unreadable"]
+  ]
   if bad := found.get("bad_rows"):
     first = bad[0]
     lines.append(

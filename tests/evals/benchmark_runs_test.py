@@ -159,9 +159,11 @@ def test_what_is_left_out_is_listed_and_printed(request_of, tmp_path):
 def test_guesses_and_other_rows_are_printed():
   out = {
     "left_out": {"other_rows": {"generation tasks": 418}},
+    "unreadable": [{"video": "a.mp4", "reason": "missing", "questions": 2}],
     "vanilla": {"n": 7, "num_fallbacks": 3},
   }
-  assert evaluation._left_out_lines(out) == [
+  assert evaluation.caveats(out) == [
+    "counted as wrong: 2 questions about a.mp4 (missing)",
     "left out: 418 rows, generation tasks",
     "guessed: 3 of 7 vanilla answers named no option",
   ]

@@ -204,6 +204,20 @@ def test_files_agree(made):
   assert "seconds" not in (made / "results.json").read_text()
 
 
+def test_what_was_not_asked_is_told_beside_the_table(made):
+  out = read(made)
+  found = out["benchmarks"]["videomme"]
+  found["unreadable"] = [
+    {"video": "data/clip_1.mp4", "reason": "missing", "questions": 2}
+  ]
+  found["left_out"] = {"other_rows": {"about a picture": 3}}
+  text = main_table_files.markdown(out, main_table_files.rows(out))
+  assert (
+    "- VideoMME: counted as wrong: 2 questions about data/clip_1.mp4 (missing)"
+    "\n- VideoMME: left out: 3 rows, about a picture\n"
+  ) in text
+
+
 def test_a_dry_run_tells_what_the_run_took(folder, make, made, capsys):
   """Answers, tokens, programs and disk, counted in what was written."""
   name = "foretold"
