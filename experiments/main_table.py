@@ -540,6 +540,8 @@ def _obstacles(plan, parts, absent) -> list[str]:
       found.append(f"clips of {lost} questions of {title} cannot be used")
   if request.num_frames != paper.NUM_FRAMES:
     found.append(f"{request.num_frames} frames instead of {paper.NUM_FRAMES}")
+  if request.max_new_tokens:
+    found.append(f"answers of at most {request.max_new_tokens} tokens")
   if request.rule != paper.RULE:
     found.append(f"letters taken by the rule {request.rule}")
   return found

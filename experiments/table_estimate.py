@@ -23,6 +23,7 @@ import rich.table
 
 from cacovid_jax import errors
 from cacovid_jax.compressors import base
+from cacovid_jax.data import readers
 from cacovid_jax.evals import (
   benchmarks,
   cost,
@@ -145,7 +146,9 @@ def _grids(checkpoint, request, loaded) -> dict[str, tuple[int, int, int]]:
   paths = list(dict.fromkeys(question.video for question in loaded.questions))
   model = checkpoint.model
   known = os.path.isfile(os.path.join(request.checkpoint, "config.json"))
-  if isinstance(model, llava_onevision.LlavaOnevisionModel) or not known:
+  missing = readers.check_media(loaded.questions, loaded.root)
+  alike = isinstance(model, llava_onevision.LlavaOnevisionModel)
+  if alike or not known or len(missing) == len(paths):
     return dict.fromkeys(paths, _assumed_grid(model, request.num_frames))
   bare = dataclasses.replace(request, cache="")
   with evaluation.open_source(bare, checkpoint) as source:
