@@ -91,7 +91,9 @@ def train(
   saver = _Saver(config, workdir, run)
   start, state = saver.restore_or_init()
   with (
-    metrics.MetricsWriter(workdir, start) as writer,
+    metrics.MetricsWriter(
+      workdir, start, enabled=jax.process_index() == 0
+    ) as writer,
     metrics.Progress(config.total_steps, start=start) as progress,
     _Preemption() as preemption,
   ):

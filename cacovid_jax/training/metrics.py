@@ -18,17 +18,23 @@ class MetricsWriter:
   """Appends scalars to `metrics.jsonl` and to TensorBoard event files.
 
   A resumed run passes the step it restored: lines of later steps, which it is
-  going to compute again, are removed first, so each step is there once.
+  going to compute again, are removed first, so each step is there once. Of
+  several processes one writes; the others are not `enabled`.
   """
 
-  def __init__(self, workdir, restored_step=0, *, tensorboard=True):
+  def __init__(
+    self, workdir, restored_step=0, *, tensorboard=True, enabled=True
+  ):
+    self._tensorboard = None
+    if not enabled:
+      self._file = open(os.devnull, "w", encoding="utf-8")
+      return
     workdir = pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / FILE
     if path.exists():
       _truncate(path, restored_step)
     self._file = open(path, "a", encoding="utf-8")
-    self._tensorboard = None
     if tensorboard:
       import tensorboardX  # Takes PyTorch along where there is one: seconds.
 

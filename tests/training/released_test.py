@@ -2,6 +2,7 @@
 
 import pathlib
 
+import jax
 import pytest
 
 from cacovid_jax import config as config_lib
@@ -119,6 +120,35 @@ def test_the_debug_form_trains_and_evaluates(name, prepared, tmp_path):
   for cells in out["methods"].values():
     assert cells["0.25"]["status"] == "ok"
     assert cells["0.25"]["equivalent_ratio"] == pytest.approx(0.25, abs=0.01)
+
+
+def test_weights_are_read_onto_the_mesh_and_stay_there(prepared, tmp_path):
+  config = config_lib.load(
+    CONFIGS / "llava_onevision_7b.py:debug",
+    [
+      f"model.path={prepared / 'llava_onevision'}",
+      f"data.root={prepared / 'dense'}",
+      "mesh.data=1",
+      "mesh.model=2",
+    ],
+  )
+  checkpoint = setup.load_checkpoint(config)
+  run = setup.make(config, tmp_path, checkpoint=checkpoint)
+
+  def pointers(params):
+    return [
+      shard.data.unsafe_buffer_pointer()
+      for leaf in jax.tree.leaves(params)
+      for shard in leaf.addressable_shards
+    ]
+
+  kernel = checkpoint.params["language_model"]["layers"]["q_proj"]["kernel"]
+  whole = kernel.shape[-1]
+  # Each of the two devices has half of the columns, and no third has any.
+  shapes = [shard.data.shape[-1] for shard in kernel.addressable_shards]
+  assert shapes == [whole // 2] * 2
+  # The run's weights are these, not a copy of them.
+  assert pointers(run.frozen.params) == pointers(checkpoint.params)
 
 
 def test_no_total_steps_is_one_epoch():

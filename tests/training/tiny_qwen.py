@@ -1,5 +1,7 @@
 """A tiny Qwen2.5-VL, clips of two shapes and questions about them, on disk."""
 
+import json
+
 from cacovid_jax.data import questions as questions_lib
 from cacovid_jax.models import tiny_checkpoint
 from tests.data import clips
@@ -13,6 +15,11 @@ GRIDS = {"wide": (2, 4, 6), "square": (2, 4, 4)}
 def write(folder):
   """Writes folder/model and clips; returns questions about them."""
   tiny_checkpoint.write(folder / "model", "qwen2_5_vl")
+  return write_clips(folder)
+
+
+def write_clips(folder):
+  """Writes the clips and folder/train.json; returns the questions."""
   rows = []
   for number in range(6):
     shape = ("wide", "square")[number % 2]
@@ -29,6 +36,20 @@ def write(folder):
         prompt=f"What is {'this' * (number % 3)}?\nA. red\nB. blue\n",
       )
     )
+  entries = [
+    {
+      "problem_id": number,
+      "problem": f"What is in clip {number}?",
+      "data_type": "video",
+      "problem_type": "multiple choice",
+      "options": ["A. red", "B. blue"],
+      "solution": f"<answer>{row.answer}</answer>",
+      "path": f"./{row.video}",
+      "data_source": "",
+    }
+    for number, row in enumerate(rows)
+  ]
+  (folder / "train.json").write_text(json.dumps(entries))
   return rows
 
 

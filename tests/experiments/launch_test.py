@@ -1,0 +1,331 @@
+"""Launch scripts: the commands that they compose, and two real processes."""
+
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from cacovid_jax.models import tiny_checkpoint
+from cacovid_jax.policy import modules
+from cacovid_jax.training import metrics
+from tests.training import tiny_qwen
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+LAUNCH = ROOT / "experiments" / "launch"
+SCRIPTS = ("gpu_box.sh", "slurm.sbatch", "slurm_evaluate.sbatch", "tpu_pod.sh")
+GIVEN = ("--config=c.py:devices=8", "--workdir=a folder")
+
+# Notes how it was called, one argument a line; exits as CODES says, call by
+# call, 0 when they have run out.
+_STUB = """#!/usr/bin/env bash
+{ printf '%s' "${0##*/}"; printf '|%s' "$@"; echo; } >> "$CALLS"
+exec 9> "$CALLS.lock"; flock 9
+number=$(cat "$CALLS.number" 2>/dev/null || echo 0)
+echo $((number + 1)) > "$CALLS.number"
+flock -u 9
+codes=(${CODES:-})
+exit "${codes[number]:-0}"
+"""
+# What srun does for us: runs its command once per task, with its number.
+_SRUN = """#!/usr/bin/env bash
+{ printf 'srun'; printf '|%s' "${@:1:2}"; echo; } >> "$CALLS"
+while [[ $1 == -* ]]; do shift; done
+worst=0
+for ((i = 0; i < ${SLURM_JOB_NUM_NODES:-1}; i++)); do
+  SLURM_PROCID=$i SLURM_NTASKS=${SLURM_JOB_NUM_NODES:-1} "$@" || worst=$?
+done
+exit $worst
+"""
+_SCONTROL = """#!/usr/bin/env bash
+{ printf 'scontrol'; printf '|%s' "$@"; echo; } >> "$CALLS"
+[[ $1 != show ]] || printf '%s\\n' node7 node8 node9
+"""
+
+
+class Machine:
+  """A PATH on which the programs that scripts call are stubs."""
+
+  def __init__(self, folder):
+    self.calls = folder / "calls"
+    bin_folder = folder / "bin"
+    bin_folder.mkdir()
+    stubs = {name: _STUB for name in ("python", "python3", "gcloud", "curl")}
+    for name, text in (stubs | {"srun": _SRUN, "scontrol": _SCONTROL}).items():
+      path = bin_folder / name
+      path.write_text(text)
+      path.chmod(0o755)
+    self.env = {
+      "PATH": f"{bin_folder}:/usr/bin:/bin",
+      "CALLS": str(self.calls),
+    }
+
+  def run(self, script, *arguments, **env):
+    """Returns (exit code, what was called, stderr)."""
+    done = subprocess.run(
+      ["bash", str(LAUNCH / script), *arguments],
+      env=self.env | env,
+      capture_output=True,
+      text=True,
+      timeout=60,
+      check=False,
+    )
+    lines = self.calls.read_text().splitlines() if self.calls.exists() else []
+    return done.returncode, [tuple(x.split("|")) for x in lines], done.stderr
+
+
+@pytest.fixture
+def machine(tmp_path):
+  return Machine(tmp_path)
+
+
+TRAIN = ("-m", "cacovid_jax.train", *GIVEN)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_is_valid_and_may_be_run(script):
+  subprocess.run(["bash", "-n", str(LAUNCH / script)], check=True)
+  assert os.access(LAUNCH / script, os.X_OK)
+  assert f"`{script}`" in (LAUNCH / "README.md").read_text()
+
+
+def test_gpu_box_starts_again_after_143_and_only_then(machine):
+  code, calls, told = machine.run("gpu_box.sh", *GIVEN, CODES="143 143 0")
+  assert code == 0
+  assert calls == [("python", *TRAIN)] * 3
+  assert told.count("starting again") == 2
+
+
+@pytest.mark.parametrize(
+  "codes, restarts, expected, number",
+  [("2", "", 2, 1), ("143 1", "", 1, 2), ("143 143 143", "1", 143, 2)],
+)
+def test_gpu_box_ends_with_the_code_of_the_run(
+  machine, codes, restarts, expected, number
+):
+  code, calls, _ = machine.run(
+    "gpu_box.sh", *GIVEN, CODES=codes, MAX_RESTARTS=restarts
+  )
+  assert (code, len(calls)) == (expected, number)
+
+
+def test_gpu_box_numbers_its_processes(machine):
+  code, calls, _ = machine.run(
+    "gpu_box.sh", *GIVEN, PROCESSES="3", PORT="999", PYTHON="python3"
+  )
+  assert code == 0
+  assert sorted(calls) == [
+    (
+      "python3",
+      *TRAIN,
+      "--coordinator=localhost:999",
+      "--num_processes=3",
+      f"--process_id={i}",
+    )
+    for i in range(3)
+  ]
+
+
+def _python(machine, text):
+  path = pathlib.Path(machine.env["PATH"].split(":")[0]) / "python"
+  path.write_text(f"#!/usr/bin/env bash\n{text}")
+
+
+def test_gpu_box_ends_the_others_when_one_fails(machine):
+  # The others take no notice of a SIGTERM, as in a collective.
+  _python(
+    machine,
+    'case "$*" in *process_id=1*) exit 3;; esac\n'
+    "trap : TERM; for i in {1..300}; do sleep 0.1; done",
+  )
+  start = time.monotonic()
+  code, _, _ = machine.run("gpu_box.sh", *GIVEN, PROCESSES="3", GRACE="1")
+  assert code == 3
+  assert time.monotonic() - start < 25
+
+
+def test_gpu_box_passes_a_signal_on_and_does_not_start_again(machine):
+  _python(
+    machine,
+    'trap "echo saved >> $CALLS; exit 143" TERM\n'
+    "echo ready >> $CALLS; for i in {1..300}; do sleep 0.1; done",
+  )
+  with subprocess.Popen(
+    ["bash", str(LAUNCH / "gpu_box.sh"), *GIVEN], env=machine.env
+  ) as run:
+    for _ in range(300):
+      if machine.calls.exists():
+        break
+      time.sleep(0.1)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(timeout=30) == 143
+  assert machine.calls.read_text().split() == ["ready", "saved"]
+
+
+def test_slurm_gives_each_node_a_process(machine):
+  code, calls, _ = machine.run(
+    "slurm.sbatch",
+    *GIVEN,
+    SLURM_JOB_NUM_NODES="3",
+    SLURM_JOB_NODELIST="node[7-9]",
+    SLURM_JOB_ID="70123",
+  )
+  assert code == 0
+  assert calls == [
+    ("scontrol", "show", "hostnames", "node[7-9]"),
+    ("srun", "--ntasks-per-node=1", "--wait=300"),
+    *[
+      (
+        "python",
+        *TRAIN,
+        # 20000 + 70123 mod 20000.
+        "--coordinator=node7:30123",
+        "--num_processes=3",
+        f"--process_id={i}",
+      )
+      for i in range(3)
+    ],
+  ]
+
+
+@pytest.mark.parametrize(
+  "code, requeued", [(143, True), (0, False), (2, False)]
+)
+def test_slurm_queues_a_job_again_that_was_stopped(machine, code, requeued):
+  found, calls, _ = machine.run(
+    "slurm.sbatch", *GIVEN, SLURM_JOB_ID="5", CODES=str(code)
+  )
+  assert found == code
+  assert ("python", *TRAIN) in calls
+  assert (("scontrol", "requeue", "5") in calls) == requeued
+
+
+def test_slurm_arrays_share_an_evaluation(machine):
+  code, calls, _ = machine.run(
+    "slurm_evaluate.sbatch",
+    *GIVEN,
+    SLURM_ARRAY_TASK_ID="6",
+    SLURM_ARRAY_TASK_MIN="4",
+    SLURM_ARRAY_TASK_COUNT="3",
+  )
+  assert code == 0
+  assert calls[-1] == (
+    "python",
+    "-m",
+    "cacovid_jax.evaluate",
+    *GIVEN,
+    "--shard=2/3",
+  )
+  code, _, told = machine.run("slurm_evaluate.sbatch", *GIVEN)
+  assert code == 2
+  assert told == (
+    "error: not a task of an array; submit it with sbatch --array=0-7\n"
+  )
+
+
+def test_tpu_pod_runs_itself_on_all_hosts(machine):
+  code, calls, _ = machine.run("tpu_pod.sh", "slice", "zone-b", *GIVEN)
+  assert code == 0
+  *head, command = calls[0]
+  assert head == [
+    *("gcloud", "compute", "tpus", "tpu-vm", "ssh", "slice"),
+    "--zone=zone-b",
+    "--worker=all",
+  ]
+  assert command == (
+    "--command=cd cacovid_jax && PYTHON=python3"
+    " experiments/launch/tpu_pod.sh worker --config=c.py:devices=8"
+    " --workdir=a\\ folder"
+  )
+  for wrong in ((), ("slice", "--config=x", "y"), ("slice", "zone")):
+    code, _, told = machine.run("tpu_pod.sh", *wrong)
+    assert code == 2 and told.startswith("error: usage: tpu_pod.sh NAME ZONE")
+
+
+@pytest.mark.parametrize("known", ["environment", "metadata"])
+def test_a_tpu_worker_finds_its_number_and_the_others(machine, known):
+  env = {"TPU_WORKER_ID": "1", "TPU_WORKER_HOSTNAMES": "10.0.0.4,10.0.0.5"}
+  if known == "metadata":
+    env = {}
+    folder = pathlib.Path(machine.env["PATH"].split(":")[0])
+    (folder / "curl").write_text(
+      "#!/usr/bin/env bash\n"
+      'case "${@: -1}" in\n'
+      "  */agent-worker-number) echo 1;;\n"
+      "  */worker-network-endpoints) echo a:b:10.0.0.4,c:d:10.0.0.5;;\n"
+      "esac\n"
+    )
+  code, calls, _ = machine.run("tpu_pod.sh", "worker", *GIVEN, **env)
+  assert code == 0
+  assert calls == [
+    (
+      "python3",
+      *TRAIN,
+      "--coordinator=10.0.0.4:8476",
+      "--num_processes=2",
+      "--process_id=1",
+    )
+  ]
+  machine.calls.unlink()
+  env = {"TPU_WORKER_ID": "0", "TPU_WORKER_HOSTNAMES": "10.0.0.4"}
+  _, calls, _ = machine.run("tpu_pod.sh", "worker", *GIVEN, **env)
+  assert calls == [("python3", *TRAIN)]
+
+
+def test_two_processes_train_what_one_process_trains(tmp_path):
+  """On a CPU: two processes of a device each, and one of two devices."""
+  tiny_qwen.write_clips(tmp_path)
+  tiny_checkpoint.write(tmp_path / "model", "llava_onevision")
+  config = str(ROOT / "configs" / "llava_onevision_7b.py") + ":debug"
+  flags = [
+    f"--config={config}",
+    f"--config.model.path={tmp_path / 'model'}",
+    f"--config.data.root={tmp_path}",
+    "--config.videos_per_step=2",
+    "--config.iterations=1",
+    "--config.ratio.adaptive=false",
+    "--config.sampling.ratio=0.125",
+    "--config.rollout.reward=margin",
+    "--config.optimizer.lr_heads=1e-3",
+  ]
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  policies, curves = {}, {}
+  for number in (2, 1):
+    workdir = tmp_path / f"processes{number}"
+    env = os.environ | {
+      "PYTHON": sys.executable,
+      "PYTHONPATH": str(ROOT),
+      "JAX_PLATFORMS": "cpu",
+      # What is compiled three times runs for a moment.
+      "XLA_FLAGS": "--xla_backend_optimization_level=0"
+      " --xla_llvm_disable_expensive_passes=true"
+      f" --xla_force_host_platform_device_count={3 - number}",
+      "PROCESSES": str(number),
+      "PORT": str(port),
+      "GRACE": "5",
+    }
+    subprocess.run(
+      ["bash", str(LAUNCH / "gpu_box.sh"), *flags, f"--workdir={workdir}"],
+      env=env,
+      check=True,
+      timeout=500,
+    )
+    assert (workdir / "checkpoints" / "2").is_dir()
+    policies[number] = modules.read(workdir / "policy/policy.safetensors")
+    curves[number] = metrics.read(workdir)
+  assert policies[1].keys() == policies[2].keys()
+  for name, one in policies[1].items():
+    np.testing.assert_allclose(policies[2][name], one, rtol=1e-5, atol=1e-7)
+  assert [line["step"] for line in curves[2]] == [1, 2]
+  for name in ("loss", "gradient_norm", "reward_token", "reward_frame"):
+    found = [line[name] for line in curves[2]]
+    expected = [line[name] for line in curves[1]]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+  assert min(line["gradient_norm"] for line in curves[1]) > 0
