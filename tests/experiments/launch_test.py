@@ -221,6 +221,22 @@ def test_slurm_arrays_share_an_evaluation(machine):
     *GIVEN,
     "--shard=2/3",
   )
+  code, calls, _ = machine.run(
+    "slurm_evaluate.sbatch",
+    "--base=ov7b",
+    SLURM_ARRAY_TASK_ID="0",
+    SLURM_ARRAY_TASK_COUNT="3",
+    MODULE="experiments.main_table",
+    SHARD="table_shard",
+  )
+  assert code == 0
+  assert calls[-1] == (
+    "python",
+    "-m",
+    "experiments.main_table",
+    "--base=ov7b",
+    "--table_shard=0/3",
+  )
   code, _, told = machine.run("slurm_evaluate.sbatch", *GIVEN)
   assert code == 2
   assert told == (
