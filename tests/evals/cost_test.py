@@ -261,3 +261,29 @@ def test_time_is_work_over_speed():
   assert speed.seconds(3e12, steps=10, step_bytes=2 * 10**8) == 5.0
   measured = cost.measure_speed(jnp.float32, size=64, repeats=2)
   assert np.isfinite(measured).all() and min(measured) > 0
+
+
+@pytest.mark.parametrize("config", [LLAVA, QWEN], ids=["llava", "qwen"])
+def test_a_compiled_tower_needs_about_what_is_said(config):
+  """Of a wider tower, for the same reason."""
+  vision = dataclasses.replace(
+    config.vision, hidden_size=256, intermediate_size=1024, num_heads=4
+  )
+  config = dataclasses.replace(config, vision=vision)
+  model, params = shapes_of(config)
+  if hasattr(vision, "image_size"):
+    grid, more = model.grid(8), ()
+    shape = (8, vision.image_size, vision.image_size, 3)
+  else:
+    grid = (2, 8, 8)
+    more = (model.layout(grid),)
+    shape = (128 * vision.patches_per_token, vision.patch_values)
+  pixels = jax.ShapeDtypeStruct(shape, jnp.float32)
+
+  def encode(params, pixels):
+    return model.encode_video(params, pixels, *more)
+
+  found = jax.jit(encode).lower(params, pixels).compile().memory_analysis()
+  expected = cost.tower_bytes(config, grid, jnp.float32)
+  needed = found.temp_size_in_bytes + 4 * math.prod(shape)
+  assert 0.5 * expected <= needed <= 2 * expected
