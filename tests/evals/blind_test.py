@@ -161,7 +161,7 @@ def test_a_stopped_run_goes_on_and_writes_the_same_bytes(
 ):
   rows, answers, whole = asked
 
-  class Stopped(Exception):
+  class StoppedError(Exception):
     pass
 
   class Stopping:
@@ -175,10 +175,10 @@ def test_a_stopped_run_goes_on_and_writes_the_same_bytes(
       pass
 
     def update(self, done):
-      raise Stopped
+      raise StoppedError
 
   path = tmp_path / "answers.jsonl"
-  with pytest.raises(Stopped):
+  with pytest.raises(StoppedError):
     blind.ask(shipped, rows, SETTINGS, path=path, progress=Stopping)
   assert 0 < path.stat().st_size < whole.stat().st_size
   # A kill in the middle of a line, too.
