@@ -59,6 +59,8 @@ class Run:
       on the device.
     base_model: {"path", "sha256"} of the frozen model.
     policy_options: keys of the policy section that its module was built from.
+    questions: rows that are trained on.
+    source: gives their clips, see `data.pipeline`.
   """
 
   recipe: step.Recipe
@@ -70,6 +72,8 @@ class Run:
   mark: Callable | None
   base_model: dict[str, str]
   policy_options: dict[str, Any]
+  questions: Sequence[questions_lib.Question]
+  source: Any
 
   def init_state(self) -> state_lib.TrainState:
     """Returns the state before the first step, on the mesh."""
@@ -131,6 +135,8 @@ def make(
     else None,
     base_model=dict(checkpoint.identity),
     policy_options=options,
+    questions=questions,
+    source=source,
   )
 
 
