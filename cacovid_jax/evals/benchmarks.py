@@ -35,6 +35,7 @@ class Task:
     macro: categories whose unweighted mean is the number; () takes the mean
       over questions.
     duration_groups: values of `Question.duration`, shortest first.
+    one_file: whether all splits lie in one file; `read` then takes `split`.
   """
 
   name: str
@@ -46,6 +47,7 @@ class Task:
   scale: int = 1
   macro: tuple[str, ...] = ()
   duration_groups: tuple[str, ...] = ()
+  one_file: bool = False
 
   @property
   def default_split(self) -> str:
@@ -106,6 +108,15 @@ _TASKS = {
       metric="mlvu_percetion_score",
       scale=100,
       macro=readers.MLVU_TEST_TYPES,
+    ),
+    Task(
+      name="own",
+      splits=dict.fromkeys(("test", "validation", "train"), readers.OWN_FILES),
+      read=readers.read_own,
+      score=scoring.score,
+      # Of answers in words; a letter ends by itself.
+      max_new_tokens=64,
+      one_file=True,
     ),
   ]
 }
@@ -192,6 +203,8 @@ def load(
   options = dict(on_bad_row=on_bad_row, report=report)
   if benchmark != PREPARED:
     paths = found.files(directory, split)
+    if found.one_file:
+      options["split"] = split
     questions = found.read(paths, root, **options)
     return Benchmark(
       name=benchmark,

@@ -220,6 +220,9 @@ def test_answers_of_other_settings_are_refused(shipped, asked):
     ("OCR", "no entry", "no exit", 0.5, True),
     ("free-form", "a moon", "a moon", 1.0, True),
     ("free-form", "a moon", "", 0.1, False),
+    ("free-form", "moon", "moon", 1.0, True),
+    ("free-form", "moon", "<answer>moon</answer>", 1.0, True),
+    ("regression", "0", "0", 1.0, True),
   ],
 )
 def test_what_counts_as_right(kind, gold, text, threshold, expected):
