@@ -71,31 +71,37 @@ def encode(
   Args:
     source: with a cache on disk.
     rows: questions about the clips.
-    directory: of the cache; it must have room for what is missing.
+    directory: of the cache; once the size of a clip is known, it must have
+      room for all that are missing.
     shard: (index, number) of this process.
     num_threads: that decode ahead.
     quarantine: ledger of clips that cannot be used.
     progress: shows how far it is, made as `metrics.Progress` is.
   """
   quarantine = pipeline.Quarantine() if quarantine is None else quarantine
-  report, todo = Report(), []
+  report, todo, size = Report(), [], 0
   for row in clips_of(rows, shard):
     report.num_clips += 1
     try:
-      known = source.is_cached(row)
+      known = source.cached_bytes(row)
     except video.VideoError as error:
       _refuse(report, quarantine, row, error)
       continue
-    report.num_present += known
+    report.num_present += known > 0
+    size = size or known
     if not known:
       todo.append(row)
-  _check_room(directory, source, len(todo))
+  if size:
+    _check_room(directory, size, len(todo))
   done = report.num_clips - len(todo)
   with progress(report.num_clips, start=done, description="encoded") as bar:
     for row, payload, error in _loaded(source, todo, num_threads):
       if error is None:
         source.finish([payload])
         report.num_encoded += 1
+        if not size:
+          size = source.cached_bytes(row)
+          _check_room(directory, size, report.num_clips - done - 1)
       else:
         _refuse(report, quarantine, row, error)
       done += 1
@@ -108,19 +114,18 @@ def _refuse(report, quarantine, row, error) -> None:
   quarantine.add(row, error, pipeline.content_or_none(error))
 
 
-def _check_room(directory: str, source, count: int) -> None:
-  """Refuses to start what the disk cannot hold."""
-  _, example, _ = source.missing()
-  wanted, free = count * example.nbytes, shutil.disk_usage(directory).free
+def _check_room(directory: str, size: int, count: int) -> None:
+  """Refuses to go on to what the disk cannot hold: clips of `size` bytes."""
+  wanted, free = count * size, shutil.disk_usage(directory).free
   if wanted > free:
     raise errors.UserError(
-      f"{directory}: features of {count} clips take {_size(wanted)}"
-      f" ({_size(example.nbytes)} each) and {_size(free)} are free; give a"
-      " larger disk to config.data.feature_cache, or fewer questions"
+      f"{directory}: features of {count} more clips take {_text(wanted)}"
+      f" ({_text(size)} each) and {_text(free)} are free; put"
+      " config.data.feature_cache on a larger disk, or take fewer questions"
     )
 
 
-def _size(count: int) -> str:
+def _text(count: int) -> str:
   units, value = ["bytes", "kB", "MB", "GB", "TB"], float(count)
   while value >= 1000 and len(units) > 1:
     value, units = value / 1000, units[1:]

@@ -47,9 +47,12 @@ class FeatureCache:
     """Returns where the entry of this name lies."""
     return os.path.join(self.directory, name[:2], f"{name}.npy")
 
-  def __contains__(self, name: str) -> bool:
-    """Returns whether there is an entry; `get` alone tells if it is sound."""
-    return os.path.isfile(self.path(name))
+  def size(self, name: str) -> int:
+    """Returns an entry's bytes, 0 without one; `get` tells if it is sound."""
+    try:
+      return os.path.getsize(self.path(name))
+    except FileNotFoundError:
+      return 0
 
   def get(self, name: str) -> np.ndarray | None:
     """Returns the entry; None if there is none that verifies."""

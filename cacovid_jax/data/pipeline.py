@@ -200,9 +200,9 @@ class FeatureSource:
       identity=self._identity,
     )
 
-  def is_cached(self, question: questions_lib.Question) -> bool:
-    """Returns whether the clip's features are on disk already."""
-    return self._cache is not None and self.key(question) in self._cache
+  def cached_bytes(self, question: questions_lib.Question) -> int:
+    """Returns the size of the clip's features on disk; 0 if there are none."""
+    return 0 if self._cache is None else self._cache.size(self.key(question))
 
   def load(self, question: questions_lib.Question):
     """Returns (key, features or None, frames or None) of the clip."""

@@ -171,10 +171,20 @@ def read_questions(config) -> Sequence[questions_lib.Question]:
     return video_qa.open_source(
       os.path.join(data.root, data.tfds), data.train_split
     )
+  root = _media_root(config)
+  if data.reader == "own":
+    rows = readers.read_own(
+      data.root, root, split=data.train_split, on_bad_row=data.on_bad_row
+    )
+    # Of few clips, each counts: none is replaced without a word.
+    readers.require_media(rows, root)
+    return rows
+  if data.reader != "video-r1":
+    raise errors.UserError(
+      f"config.data.reader={data.reader!r}: choose video-r1 or own"
+    )
   return readers.read_video_r1(
-    os.path.join(data.root, data.train_file),
-    _media_root(config),
-    on_bad_row=data.on_bad_row,
+    os.path.join(data.root, data.train_file), root, on_bad_row=data.on_bad_row
   )
 
 

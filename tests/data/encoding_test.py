@@ -152,22 +152,26 @@ def test_clips_that_cannot_be_used_are_listed_once(
   assert len(path.read_text().splitlines()) == 2
 
 
-def test_a_disk_without_room_is_refused_before_anything_is_decoded(
+def test_a_disk_without_room_is_refused_after_the_first_clip(
   folder, checkpoint, tmp_path, opened, monkeypatch
 ):
   run = make(folder, checkpoint, tmp_path)
-  # Three clips of 4 frames, 7 x 7 tokens each, of 128 numbers in 4 bytes.
-  need = 3 * 4 * 49 * 128 * 4
+  # 4 frames of 7 x 7 tokens, of 128 numbers in 4 bytes; a header, a checksum.
+  need = 2 * (4 * 49 * 128 * 4 + 128 + 32)
 
   class Usage:
     free = need - 1
 
   monkeypatch.setattr(encoding.shutil, "disk_usage", lambda _: Usage)
   with pytest.raises(
-    errors.UserError, match="301.1 kB .100.4 kB each. and 301.1"
+    errors.UserError, match="2 more clips take 201 kB .100.5 kB each"
   ):
-    encoding.encode(run.source, run.questions, str(tmp_path))
-  assert opened == []
+    encoding.encode(run.source, run.questions, str(tmp_path), num_threads=0)
+  assert len(opened) == 2  # One ahead.
+  # With one byte more, a second start goes on to the end.
+  Usage.free += 1
+  report = encoding.encode(run.source, run.questions, str(tmp_path))
+  assert (report.num_present, report.num_encoded) == (1, 2)
 
 
 @pytest.mark.parametrize(
