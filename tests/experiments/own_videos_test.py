@@ -66,6 +66,7 @@ def run(folder, words, *flags):
       f"--config.model.path={folder / 'base_model'}",
       "--config.policy.init=",
       "--config.policy.num_halvings=1",
+      "--config.rollout.max_new_tokens=2",
       *flags,
     ],
     cwd=folder,
@@ -90,15 +91,14 @@ def test_the_guides_commands_train_and_evaluate(folder):
   workdir = folder / "workdirs" / "own"
   assert (workdir / "policy" / "policy.safetensors").exists()
   assert len((workdir / "metrics.jsonl").read_text().splitlines()) == 2
-  done = run(folder, evaluate, "--methods=cacovid,uniform")
+  done = run(folder, evaluate, "--methods=cacovid", "--num_examples=1")
   assert done.returncode == 0, done.stderr
   found = json.loads((workdir / "results.json").read_text())
   assert (found["benchmark"], found["split"]) == ("own", "test")
   # The free-form row of the guide and the one that was added.
   assert found["vanilla"]["n"] == 2 and found["num_clips"] == 2
   assert set(found["vanilla"]["by_category"]) == {"order", "text"}
-  for method in ("cacovid", "uniform"):
-    assert found["methods"][method]["0.10"]["status"] == "ok"
+  assert found["methods"]["cacovid"]["0.10"]["status"] == "ok"
   assert (workdir / "report.html").exists()
   # Features were kept where the guide says: one entry per clip of a split.
   assert list((folder / "workdirs" / "own_features").rglob("*.npy"))
