@@ -27,10 +27,17 @@ BAD = blind_test.entry(23, "Bad?", "guess")
 
 @contextlib.contextmanager
 def entry_point(name):
-  """Imports an entry point, whose flags may not outlive it: others share them.
+  """Imports an entry point as if it were the only one: others share its flags.
 
   Yields a function of flags that runs its main.
   """
+  others = {
+    flag: flags.FLAGS[flag]
+    for flag in list(flags.FLAGS)
+    if not flags.FLAGS.find_module_defining_flag(flag, "").startswith("absl")
+  }
+  for flag in others:
+    delattr(flags.FLAGS, flag)
   before = set(flags.FLAGS)
   sys.modules.pop(name, None)
   module = importlib.import_module(name)
@@ -44,6 +51,8 @@ def entry_point(name):
   finally:
     for flag in set(flags.FLAGS) - before:
       delattr(flags.FLAGS, flag)
+    for flag, held in others.items():
+      flags.FLAGS[flag] = held
     sys.modules.pop(name, None)
 
 

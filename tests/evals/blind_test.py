@@ -267,6 +267,14 @@ def test_written_rows_are_read_as_the_same_questions(tmp_path):
   assert not (tmp_path / "filtered.json.partial").exists()
 
 
+def test_rows_of_two_files_stay_apart(tmp_path):
+  paths = [write(tmp_path / name, ROWS[:1]) for name in ("a.json", "b.json")]
+  rows = readers.read_video_r1(paths)
+  blind.write(tmp_path / "filtered.json", rows)
+  got = readers.read_video_r1(tmp_path / "filtered.json")
+  assert [row.id for row in got] == ["a/3", "b/3"]
+
+
 def test_nothing_kept_is_an_empty_list(tmp_path):
   blind.write(tmp_path / "filtered.json", [])
   assert json.loads((tmp_path / "filtered.json").read_text()) == []
