@@ -3,6 +3,8 @@
 import contextlib
 import importlib
 import json
+import pathlib
+import re
 import sys
 
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from cacovid_jax.evals import answering, blind
 from cacovid_jax.models import checkpoints
 from tests.evals import blind_test, tiny
 
+ROOT = pathlib.Path(__file__).parent.parent.parent
 ROWS = [
   *blind_test.ROWS,
   blind_test.entry(20, "A picture?", "OCR", data_type="image"),
@@ -202,3 +205,18 @@ def test_encode_features(tmp_path, root, capsys):
   assert "2 clips, 0 were there, 2 encoded, 0 cannot be used" in shown
   assert "1 clips, 0 were there, 1 encoded, 0 cannot be used" in shown
   assert len(list(features.rglob("*.npy"))) == 3
+
+
+def test_the_guides_commands_have_their_flags():
+  guide = ROOT / "experiments" / "guides" / "training_data.md"
+  blocks = re.findall(r"```bash\n(.*?)```", guide.read_text("utf-8"), re.S)
+  names = []
+  for block in blocks:
+    python, dash, name, *words = block.split()
+    assert (python, dash) == ("python", "-m")
+    names.append(name.rpartition(".")[2])
+    with entry_point(name):
+      # --config.key=value is rewritten by `errors.run`.
+      words = [word for word in words if not word.startswith("--config.")]
+      assert flags.FLAGS([name, *words]) == [name], words
+  assert names == ["blind_filter", "tfds_build", "encode_features"]
