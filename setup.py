@@ -61,6 +61,8 @@ setuptools.setup(
     "tpu": _jax("[tpu]"),
     "hf": ["torch>=2.6", "transformers>=5"],
     "dev": [
+      "ipykernel>=6",
+      "nbclient>=0.10",
       "networkx>=3.2",
       "pytest>=8",
       "pytest-xdist>=3.6",

@@ -43,6 +43,8 @@ def main(argv):
     validate = evaluation.validator(
       evaluation.Request(
         data=config.data.root,
+        media=config.data.media,
+        benchmark=config.evals.benchmark if "evals" in config else "prepared",
         workdir=_WORKDIR.value,
         checkpoint=config.model.path,
         num_frames=config.data.num_frames,

@@ -47,6 +47,13 @@ class FeatureCache:
     """Returns where the entry of this name lies."""
     return os.path.join(self.directory, name[:2], f"{name}.npy")
 
+  def size(self, name: str) -> int:
+    """Returns an entry's bytes, 0 without one; `get` tells if it is sound."""
+    try:
+      return os.path.getsize(self.path(name))
+    except FileNotFoundError:
+      return 0
+
   def get(self, name: str) -> np.ndarray | None:
     """Returns the entry; None if there is none that verifies."""
     path = self.path(name)

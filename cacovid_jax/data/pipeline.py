@@ -226,15 +226,22 @@ class FeatureSource:
     """Returns float32[N,D] of one question's clip."""
     return self.finish([self.load(question)])[0]
 
-  def load(self, question: questions_lib.Question):
-    """Returns (key, features or None, frames or None) of the clip."""
-    path = self.clips.path(question)
-    name = feature_cache.key(
-      content=content_hash(path),
+  def key(self, question: questions_lib.Question) -> str:
+    """Returns the name of the clip's features, from all that makes them."""
+    return feature_cache.key(
+      content=content_hash(self.clips.path(question)),
       rule=dataclasses.asdict(self.clips.rule),
       preprocessing=dataclasses.asdict(self._preprocessing),
       identity=self._identity,
     )
+
+  def cached_bytes(self, question: questions_lib.Question) -> int:
+    """Returns the size of the clip's features on disk; 0 if there are none."""
+    return 0 if self._cache is None else self._cache.size(self.key(question))
+
+  def load(self, question: questions_lib.Question):
+    """Returns (key, features or None, frames or None) of the clip."""
+    name = self.key(question)
     features = self._recall(name)
     if features is not None:
       return name, features, None
@@ -717,7 +724,7 @@ def train_batches(
       tried += 1
       for question, error in slot.failures:
         tried, failed = tried + 1, failed + 1
-        quarantine.add(question, error, _content_or_none(error))
+        quarantine.add(question, error, content_or_none(error))
       if slot.payload is None and len(slot.failures) > MAX_SUBSTITUTES:
         raise errors.UserError(
           f"{MAX_SUBSTITUTES + 1} clips in a row cannot be used, last:"
@@ -782,7 +789,8 @@ def _as_source(source):
   return source if hasattr(source, "finish") else FunctionSource(source)
 
 
-def _content_or_none(error: video.VideoError) -> str | None:
+def content_or_none(error: video.VideoError) -> str | None:
+  """Returns the hash of a bad clip's bytes, None where there are none."""
   try:
     return content_hash(error.path)
   except (video.VideoError, OSError, ValueError):

@@ -387,6 +387,25 @@ class Tokenizer:
     # What came closest tells the most.
     raise max(faults, key=lambda fault: fault[0])[1]
 
+  def render_blind(self, text: str) -> str:
+    """Returns the turn of a question without any clip, before tokenisation."""
+    forms = [[{"type": "text", "text": text}], text]
+    words, fault = text.strip(), None
+    for content in reversed(forms) if self._plain else forms:
+      try:
+        rendered = self.render_messages([{"role": "user", "content": content}])
+      except errors.UserError as error:
+        fault = fault or error
+        continue
+      if words in rendered and not any(
+        token in rendered.replace(text, "") for token in self.style.tokens
+      ):
+        return rendered
+    raise fault or errors.UserError(
+      f"{self.name}: the chat template does not write a question without a"
+      " clip as it stands; use the checkpoint's original template"
+    )
+
   def render_messages(
     self, messages: Sequence[dict], add_generation_prompt: bool = True
   ) -> str:
@@ -445,6 +464,21 @@ class Tokenizer:
     behind = start + prompt.num_video_tokens
     ids = np.concatenate([prompt.ids[:start], block, prompt.ids[behind:]])
     return Prompt(ids, start, num_video_tokens)
+
+  def encode_blind(self, text: str) -> np.ndarray:
+    """Returns int32[L], the ids of a question that is asked without a clip."""
+    ids = np.array(self.encode(self.render_blind(text)), np.int32)
+    if self.video_id in ids:
+      raise errors.UserError(
+        f"the question {text[:40]!r} contains {self.video_token!r}, which"
+        " stands for the clip; remove it from the text"
+      )
+    if self.max_length and len(ids) > self.max_length:
+      raise errors.UserError(
+        f"the question {text[:40]!r} has {len(ids)} tokens, but the model takes"
+        f" {self.max_length}; shorten it"
+      )
+    return ids
 
   def pad(self, prompts: Sequence[Prompt], length: int) -> PaddedPrompts:
     """Returns the prompts right-padded to `length` (the bucket)."""

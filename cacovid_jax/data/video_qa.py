@@ -1,9 +1,13 @@
-"""Video questions as a TFDS data set in array_record files, without TensorFlow.
+"""Video questions as TFDS data sets in array_record files, without TensorFlow.
 
 `prepare` writes rows of `Question` once; `open_source` gives them back by
 index, which is what Grain needs. A record holds the clip's path, or the encoded
 clip itself where `embed` asks for it (short clips only: records are read
 whole).
+
+`VideoR1` and `VideoR1Filtered` are the training sets under their own names, for
+`tfds.builder_from_directory` and `tfds.data_source` as well; `python -m
+cacovid_jax.data.tfds_build` prepares them.
 """
 
 import contextlib
@@ -11,7 +15,8 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -38,29 +43,43 @@ _NONE = "\0"
 class VideoQa(tfds.core.GeneratorBasedBuilder):
   """Questions about videos; one record is one question."""
 
-  VERSION = tfds.core.Version("1.0.0")
+  VERSION = tfds.core.Version("1.1.0")
+  RELEASE_NOTES = {"1.1.0": "Further groupings of a question."}
   # There are no checksums beside this file to look for. The base class's search
   # imports importlib_resources, which newer releases of etils do not install.
   code_path = None
 
-  def __init__(self, *, splits=None, media_root=None, embed=False, **kwargs):
+  def __init__(
+    self,
+    *,
+    splits=None,
+    media_root=None,
+    embed=False,
+    on_row=None,
+    **kwargs,
+  ):
     """Sets the rows to write.
 
     Args:
       splits: split name -> rows; None if the files are there already.
       media_root: folder of the clips, needed to embed them.
       embed: whether records hold the encoded clips.
+      on_row: called with the number of rows written so far.
       **kwargs: of the base class (data_dir, file_format).
     """
     # Before the base class, which calls _info().
     self._splits = splits or {}
     self._media_root, self._embed = media_root, embed
+    self._on_row, self._written = on_row, 0
     super().__init__(**kwargs)
 
   def _info(self):
     text = tfds.features.Text()
     features = {name: text for name in _TEXTS}
     features["options"] = tfds.features.Sequence(tfds.features.Text())
+    features["groups"] = tfds.features.Sequence(
+      {"facet": tfds.features.Text(), "name": tfds.features.Text()}
+    )
     features["clip"] = tfds.features.Scalar(np.object_)
     return tfds.core.DatasetInfo(
       builder=self,
@@ -77,11 +96,17 @@ class VideoQa(tfds.core.GeneratorBasedBuilder):
   def _generate_examples(self, rows):
     for index, row in enumerate(rows):
       yield index, self._record(row)
+      self._written += 1
+      if self._on_row is not None:
+        self._on_row(self._written)
 
   def _record(self, row: questions.Question) -> dict:
     record = {name: getattr(row, name) for name in _TEXTS}
     record = {k: _NONE if v is None else v for k, v in record.items()}
     record["options"] = list(row.options)
+    record["groups"] = [
+      {"facet": facet, "name": name} for facet, name in row.groups
+    ]
     record["clip"] = b""
     if self._embed:
       path = video.safe_path(self._media_root, row.video)
@@ -91,6 +116,19 @@ class VideoQa(tfds.core.GeneratorBasedBuilder):
       except OSError as error:
         raise video.VideoError(path, "missing", error.strerror) from None
     return record
+
+
+class VideoR1(VideoQa):
+  """The video questions of Video-R1-260k."""
+
+
+class VideoR1Filtered(VideoQa):
+  """Those of Video-R1 that a base model needs the video for."""
+
+
+BUILDERS: dict[str, type[VideoQa]] = {
+  builder.name: builder for builder in (VideoQa, VideoR1, VideoR1Filtered)
+}
 
 
 class QuestionSource:
@@ -129,24 +167,29 @@ def prepare(
   *,
   media_root=None,
   embed: bool = False,
+  name: str = VideoQa.name,
+  on_row: Callable[[int], Any] | None = None,
 ) -> tfds.core.DatasetBuilder:
   """Writes the rows as array_record files, unless the same rows are there.
 
   Args:
     splits: split name -> rows, at least one row each.
-    data_dir: the files go to `data_dir`/video_qa/1.0.0.
+    data_dir: the files go to `data_dir`/NAME/VERSION.
     media_root: folder of the clips, needed to embed them.
     embed: whether records hold the encoded clips.
+    name: of the data set, one of `BUILDERS`.
+    on_row: called with the number of rows written so far.
   """
-  for name, rows in splits.items():
+  for split, rows in splits.items():
     if not len(rows):
-      raise errors.UserError(f"split {name!r} has no rows; leave it out")
+      raise errors.UserError(f"split {split!r} has no rows; leave it out")
   if embed and media_root is None:
     raise errors.UserError("clips can be embedded only with a media_root")
-  builder = VideoQa(
+  builder = BUILDERS[name](
     splits=splits,
     media_root=media_root,
     embed=embed,
+    on_row=on_row,
     data_dir=os.fspath(data_dir),
     file_format="array_record",
   )
@@ -172,19 +215,44 @@ def prepare(
 
 
 def open_source(data_dir, split: str) -> QuestionSource:
-  """Returns random access to the rows of a split that `prepare` wrote."""
-  folder = os.path.join(os.fspath(data_dir), VideoQa.name, str(VideoQa.VERSION))
-  if not os.path.isfile(os.path.join(folder, _FINGERPRINT)):
+  """Returns random access to the rows of a split that `prepare` wrote.
+
+  Args:
+    data_dir: of `prepare`, or the folder of one data set below it.
+    split: name of the split.
+  """
+  data_dir = os.path.normpath(os.fspath(data_dir))
+  found = list(_prepared(data_dir))
+  # The folder of one of several data sets.
+  parent, name = os.path.split(data_dir)
+  if not found and name in BUILDERS:
+    data_dir = parent
+    found = [builder for builder in _prepared(parent) if builder.name == name]
+  if not found:
     raise errors.UserError(
-      f"{folder}: holds no prepared questions; run prepare first"
+      f"{os.path.join(data_dir, VideoQa.name)}: holds no prepared questions of"
+      f" version {VideoQa.VERSION}; run prepare first"
     )
-  builder = VideoQa(data_dir=os.fspath(data_dir), file_format="array_record")
+  if len(found) > 1:
+    names = " and ".join(builder.name for builder in found)
+    raise errors.UserError(
+      f"{data_dir} holds {names}; name one of these folders"
+    )
+  builder = found[0](data_dir=data_dir, file_format="array_record")
   names = sorted(builder.info.splits)
   if split not in names:
     raise errors.UserError(
-      f"{folder}: no split {split!r}; there are {', '.join(names)}"
+      f"{builder.data_dir}: no split {split!r}; there are {', '.join(names)}"
     )
   return QuestionSource(builder.as_data_source(split=split))
+
+
+def _prepared(data_dir: str) -> Iterator[type[VideoQa]]:
+  """Yields the data sets that `prepare` finished in a folder."""
+  for name, builder in BUILDERS.items():
+    folder = os.path.join(data_dir, name, str(builder.VERSION))
+    if os.path.isfile(os.path.join(folder, _FINGERPRINT)):
+      yield builder
 
 
 def _fingerprint(splits, embed: bool) -> str:
@@ -193,6 +261,7 @@ def _fingerprint(splits, embed: bool) -> str:
     digest.update(json.dumps([name, embed]).encode())
     for row in rows:
       values = [getattr(row, field) for field in _TEXTS] + list(row.options)
+      values += [list(group) for group in row.groups]
       digest.update(json.dumps(values).encode())
   return digest.hexdigest()
 
@@ -203,7 +272,12 @@ def _string(value: bytes | str) -> str | None:
 
 
 def _question(record: dict) -> questions.Question:
+  groups = record["groups"]
   return questions.Question(
     options=tuple(_string(option) for option in record["options"]),
+    groups=tuple(
+      (_string(facet), _string(name))
+      for facet, name in zip(groups["facet"], groups["name"], strict=True)
+    ),
     **{name: _string(record[name]) for name in _TEXTS},
   )

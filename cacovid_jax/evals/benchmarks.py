@@ -14,6 +14,7 @@ from cacovid_jax.data import questions as questions_lib
 from cacovid_jax.data.readers import longvideobench as longvideobench_files
 from cacovid_jax.data.readers import mlvu as mlvu_files
 from cacovid_jax.data.readers import mvbench as mvbench_files
+from cacovid_jax.data.readers import own as own_files
 from cacovid_jax.evals import scoring, statistics
 from cacovid_jax.evals.scoring import (
   egoschema,
@@ -48,6 +49,7 @@ class Task:
     macro_of_present: whether categories without questions are left out of that
       mean, rather than counted as 0.
     duration_groups: values of `Question.duration`, shortest first.
+    one_file: whether all splits lie in one file; `read` then takes `split`.
   """
 
   name: str
@@ -60,6 +62,7 @@ class Task:
   macro: tuple[str, ...] = ()
   macro_of_present: bool = False
   duration_groups: tuple[str, ...] = ()
+  one_file: bool = False
 
   @property
   def default_split(self) -> str:
@@ -176,6 +179,15 @@ _TASKS = {
       max_new_tokens=1024,
       metric="exact_match",
     ),
+    Task(
+      name="own",
+      splits=dict.fromkeys(("test", "validation", "train"), own_files.FILES),
+      read=readers.read_own,
+      score=scoring.score,
+      # Of answers in words; a letter ends by itself.
+      max_new_tokens=64,
+      one_file=True,
+    ),
   ]
 }
 
@@ -275,6 +287,8 @@ def load(
   options = dict(on_bad_row=on_bad_row, report=report)
   if benchmark != PREPARED:
     paths = found.files(directory, split)
+    if found.one_file:
+      options["split"] = split
     questions = found.read(paths, root, **options)
     return Benchmark(
       name=benchmark,

@@ -82,6 +82,9 @@ def get_config() -> ml_collections.ConfigDict:
     # read instead of `train_file` if given.
     tfds="",
     train_split="train",
+    # How questions are stored: "video-r1" in `train_file`, or "own": a folder
+    # with questions.csv or questions.json, see `data.readers.own`.
+    reader="video-r1",
     on_bad_row="raise",
     num_frames=32,
     frame_rule="eval_linspace",

@@ -61,6 +61,8 @@ class Run:
       on the device.
     base_model: {"path", "sha256"} of the frozen model.
     policy_options: keys of the policy section that its module was built from.
+    questions: rows that are trained on.
+    source: gives their clips, see `data.pipeline`.
   """
 
   recipe: step.Recipe
@@ -72,6 +74,8 @@ class Run:
   mark: Callable | None
   base_model: dict[str, str]
   policy_options: dict[str, Any]
+  questions: Sequence[questions_lib.Question]
+  source: Any
 
   @property
   def described_grid(self) -> list:
@@ -141,6 +145,8 @@ def make(
     else None,
     base_model=dict(checkpoint.identity),
     policy_options=options,
+    questions=questions,
+    source=source,
   )
 
 
@@ -199,10 +205,20 @@ def read_questions(config) -> Sequence[questions_lib.Question]:
     return video_qa.open_source(
       os.path.join(data.root, data.tfds), data.train_split
     )
+  root = _media_root(config)
+  if data.reader == "own":
+    rows = readers.read_own(
+      data.root, root, split=data.train_split, on_bad_row=data.on_bad_row
+    )
+    # Of few clips, each counts: none is replaced without a word.
+    readers.require_media(rows, root)
+    return rows
+  if data.reader != "video-r1":
+    raise errors.UserError(
+      f"config.data.reader={data.reader!r}: choose video-r1 or own"
+    )
   return readers.read_video_r1(
-    os.path.join(data.root, data.train_file),
-    _media_root(config),
-    on_bad_row=data.on_bad_row,
+    os.path.join(data.root, data.train_file), root, on_bad_row=data.on_bad_row
   )
 
 

@@ -1,11 +1,13 @@
 """TFDS files without TensorFlow, read back by index and by Grain."""
 
+import dataclasses
 import os
 import pickle
 import sys
 
 import grain
 import pytest
+import tensorflow_datasets as tfds
 
 from cacovid_jax import errors
 from cacovid_jax.data import questions, video, video_qa
@@ -22,6 +24,7 @@ ROWS = [
     problem_type="multiple choice" if i % 2 else "free-form",
     duration="short" if i % 3 else None,
     category="" if i % 3 else None,
+    groups=(("domain", "Wörter"), ("", "x")) if i % 2 else (),
     source="test",
     prompt=f"Wie heißt\nNr. {i}?",
   )
@@ -114,3 +117,37 @@ def test_what_cannot_be_prepared_or_opened(folder, tmp_path):
     video_qa.open_source(tmp_path / "b", "train")
   with pytest.raises(errors.UserError, match="there are test, train"):
     video_qa.open_source(folder, "validation")
+
+
+@pytest.mark.parametrize("name", ["video_r1", "video_r1_filtered"])
+def test_training_sets_open_by_folder_and_by_name(tmp_path, name):
+  seen = []
+  video_qa.prepare({"train": ROWS}, tmp_path, name=name, on_row=seen.append)
+  assert seen == [1, 2, 3, 4, 5, 6, 7]
+  folder = tmp_path / name / "1.1.0"
+  builder = tfds.builder_from_directory(str(folder))
+  (record,) = builder.as_data_source(split="train[1:2]")
+  assert record["id"] == b"q1"
+  assert record["options"] == [b"eins", b""]
+  assert list(record["groups"]["facet"]) == [b"domain", b""]
+  by_name = tfds.data_source(name, data_dir=str(tmp_path), split="train")
+  assert [row["id"].decode() for row in by_name] == [row.id for row in ROWS]
+  assert "tensorflow" not in sys.modules
+  for place in (tmp_path, tmp_path / name):
+    assert list(video_qa.open_source(place, "train")) == ROWS
+
+
+def test_of_two_data_sets_in_a_folder_one_must_be_named(tmp_path):
+  video_qa.prepare({"train": ROWS[:2]}, tmp_path, name="video_r1")
+  video_qa.prepare({"train": ROWS[2:]}, tmp_path, name="video_r1_filtered")
+  with pytest.raises(errors.UserError, match="video_r1 and video_r1_filtered"):
+    video_qa.open_source(tmp_path, "train")
+  got = video_qa.open_source(tmp_path / "video_r1_filtered", "train")
+  assert list(got) == ROWS[2:]
+
+
+def test_other_groups_are_other_rows(tmp_path):
+  video_qa.prepare({"train": ROWS[:2]}, tmp_path)
+  changed = [ROWS[0], dataclasses.replace(ROWS[1], groups=())]
+  with pytest.raises(errors.UserError, match="prepared from other rows"):
+    video_qa.prepare({"train": changed}, tmp_path)

@@ -3,7 +3,7 @@
 Every fault names the file, the row (counted from 1), the field and the reason.
 `on_bad_row="skip"` leaves such rows out, counts and lists them in the report.
 Pictures are outside the method: image rows of Video-R1 are left out and
-counted. Each benchmark has a module, with its layout on disk and its prompt.
+counted. Each data set has a module, with its layout on disk and its prompt.
 """
 
 from cacovid_jax.data.readers.egoschema import read_egoschema
@@ -11,6 +11,7 @@ from cacovid_jax.data.readers.longvideobench import read_longvideobench
 from cacovid_jax.data.readers.mlvu import read_mlvu
 from cacovid_jax.data.readers.mvbench import read_mvbench
 from cacovid_jax.data.readers.nextqa import read_nextqa
+from cacovid_jax.data.readers.own import read_own
 from cacovid_jax.data.readers.rows import (
   BadRow,
   Report,
@@ -29,6 +30,7 @@ __all__ = [
   "read_mlvu",
   "read_mvbench",
   "read_nextqa",
+  "read_own",
   "read_video_r1",
   "read_videomme",
   "require_media",

@@ -48,6 +48,7 @@ class Report:
   Attributes:
     num_rows: read, of all kinds.
     num_images: rows about pictures, which are outside the method.
+    images: (source, problem type) -> such rows, where rows tell it.
     bad_rows: rows that are unfit, with `on_bad_row="skip"`.
     left_out: kind of row that is no part of the benchmark's score -> rows.
     missing: what a benchmark has and the folder has not, by name.
@@ -55,6 +56,9 @@ class Report:
 
   num_rows: int = 0
   num_images: int = 0
+  images: collections.Counter[tuple[str, str]] = dataclasses.field(
+    default_factory=collections.Counter
+  )
   bad_rows: list[BadRow] = dataclasses.field(default_factory=list)
   left_out: collections.Counter[str] = dataclasses.field(
     default_factory=collections.Counter
@@ -252,7 +256,8 @@ def check_root(root):
     )
 
 
-def _check_size(path: str, limit: int):
+def check_size(path: str, limit: int):
+  """Refuses a file that is missing, or above `limit` bytes."""
   if not os.path.isfile(path):
     raise errors.UserError(f"{path}: no such file; correct the path")
   size = os.path.getsize(path)
@@ -264,7 +269,7 @@ def _check_size(path: str, limit: int):
 
 def load_json(path: str):
   """Returns what a JSON file holds."""
-  _check_size(path, MAX_JSON_BYTES)
+  check_size(path, MAX_JSON_BYTES)
   try:
     with open(path, encoding="utf-8") as f:
       return json.load(f)
@@ -308,7 +313,7 @@ def _check_columns(path, columns: frozenset[str], required, form: str):
 
 
 def _load_parquet(path: str, required, form: str) -> list[dict]:
-  _check_size(path, MAX_TABLE_BYTES)
+  check_size(path, MAX_TABLE_BYTES)
   try:
     with pa.parquet.ParquetFile(path) as file:
       columns = frozenset(map(str, file.schema_arrow.names))

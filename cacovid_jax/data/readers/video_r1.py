@@ -6,6 +6,9 @@ from cacovid_jax import errors
 from cacovid_jax.data import prompts, questions
 from cacovid_jax.data.readers import rows as rows_lib
 
+# Of rows that name none.
+SOURCE = "video-r1"
+
 
 def read_video_r1(
   paths,
@@ -44,7 +47,11 @@ def read_video_r1(
     for row, entry in enumerate(entries, start=1):
 
       def parse(entry, row=row, stem=stem, prefix=prefix):
-        return _video_r1_row(entry, f"{stem}:{row}", prefix)
+        question = _video_r1_row(entry, f"{stem}:{row}", prefix)
+        if question is None:
+          group = entry.get("data_source") or SOURCE, entry.get("problem_type")
+          rows.report.images[tuple(map(str, group))] += 1
+        return question
 
       rows.add(path, row, parse, entry)
   return rows.finish(", ".join(paths))
@@ -103,6 +110,6 @@ def _video_r1_row(entry, name: str, prefix: str) -> questions.Question | None:
     problem_type=problem_type,
     duration=duration if isinstance(duration, str) else None,
     category=rows_lib.text(entry, "category", required=False) or None,
-    source=rows_lib.text(entry, "data_source", required=False) or "video-r1",
+    source=rows_lib.text(entry, "data_source", required=False) or SOURCE,
     prompt=prompts.training_prompt(problem, lettered, problem_type),
   )

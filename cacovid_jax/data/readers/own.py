@@ -1,0 +1,279 @@
+"""One's own videos: a folder of clips, and questions.csv or questions.json.
+
+Columns: `video` (a path below the folder), `question`, `answer` (the letter or
+the text of an option; any text where there are no options) and one of `options`
+(a JSON list, or texts separated by |) and `option_a`, `option_b`, ...; also
+`split` (train, validation or test), `id`, `category` and `problem_type`.
+Without `split`, a clip's name decides: all questions about a clip are on one
+side, and a clip that is added moves no other.
+"""
+
+import bisect
+import csv
+import difflib
+import hashlib
+import io
+import itertools
+import json
+import os
+
+from cacovid_jax import errors
+from cacovid_jax.data import prompts, questions
+from cacovid_jax.data.readers import rows as rows_lib
+
+FILES = ("questions.json", "questions.csv")
+SPLITS = ("train", "validation", "test")
+# Shares of the clips, of 100, where no column says which is which.
+_SHARES = (80, 10, 10)
+
+_REQUIRED = ("video", "question", "answer")
+_OPTIONAL = ("options", "split", "id", "category", "problem_type")
+_LETTERED = tuple(f"option_{letter.lower()}" for letter in questions.LETTERS)
+
+
+def read_own(
+  path,
+  root=None,
+  *,
+  split: str = "",
+  on_bad_row: str = "raise",
+  report: rows_lib.Report | None = None,
+) -> list[questions.Question]:
+  """Returns the questions of a folder, or of one of its files.
+
+  Args:
+    path: the folder with one of `FILES`, or such a file, or a list of one.
+    root: media root, must exist if given; see `check_media` for the clips.
+    split: one of `SPLITS`; "" is all of them.
+    on_bad_row: "raise" or "skip".
+    report: filled with what was left out.
+  """
+  if split and split not in SPLITS:
+    raise errors.UserError(
+      f"there is no split {split!r}; give {', '.join(SPLITS)}"
+    )
+  rows_lib.check_root(root)
+  path = find(path[0] if isinstance(path, list) else path)
+  entries, columns = _load(path)
+  _check_columns(path, columns)
+  rows, splits = rows_lib.Rows(on_bad_row, report), {}
+  for number, entry in enumerate(entries, start=1):
+
+    def parse(entry, number=number):
+      question, name = _row(entry, number, columns)
+      splits[question.id] = name
+      return question
+
+    rows.add(path, number, parse, entry)
+  found = rows.finish(path)
+  chosen = [q for q in found if not split or splits[q.id] == split]
+  if not chosen:
+    mend = (
+      "give some rows this split"
+      if "split" in columns
+      else "add clips, or a column `split` that says which row is which"
+    )
+    raise errors.UserError(
+      f"{path}: none of the {len({q.video for q in found})} clips is in split"
+      f" {split!r}; {mend}"
+    )
+  return chosen
+
+
+def find(path) -> str:
+  """Returns the one file of questions in a folder, or another file as it is."""
+  path = os.fspath(path)
+  if os.path.basename(path) in FILES:
+    path = os.path.dirname(path) or "."
+  elif not os.path.isdir(path):
+    return path
+  found = [name for name in FILES if os.path.isfile(os.path.join(path, name))]
+  if len(found) != 1:
+    what = " and ".join(found) or f"neither {' nor '.join(FILES)}"
+    raise errors.UserError(f"{path} holds {what}; give it exactly one of them")
+  return os.path.join(path, found[0])
+
+
+def split_of(clip: str) -> str:
+  """Returns the split of a clip, from a hash of its name alone."""
+  digest = hashlib.blake2b(clip.encode(), digest_size=8).digest()
+  place = int.from_bytes(digest, "little") % sum(_SHARES)
+  return SPLITS[bisect.bisect(list(itertools.accumulate(_SHARES)), place)]
+
+
+def _load(path: str) -> tuple[list, list[str]]:
+  """Returns (rows, columns) of a CSV or JSON file."""
+  if path.endswith(".csv"):
+    return _load_csv(path)
+  entries = rows_lib.load_json(path)
+  if not isinstance(entries, list):
+    raise errors.UserError(
+      f"{path}: holds no JSON list; give a list of objects, one per question"
+    )
+  columns = [key for row in entries if isinstance(row, dict) for key in row]
+  return entries, list(dict.fromkeys(columns))
+
+
+def _load_csv(path: str) -> tuple[list[dict], list[str]]:
+  rows_lib.check_size(path, rows_lib.MAX_JSON_BYTES)
+  with open(path, "rb") as f:
+    data = f.read()
+  try:
+    text = data.decode("utf-8-sig")
+  except UnicodeDecodeError as error:
+    line = data.count(b"\n", 0, error.start) + 1
+    raise errors.UserError(
+      f"{path}: line {line} is not UTF-8 (byte {data[error.start]:#04x}); save"
+      ' the table as "CSV UTF-8"'
+    ) from None
+  header = text.partition("\n")[0]
+  # What spreadsheets write where the comma is the decimal mark.
+  delimiter = ";" if header.count(";") > header.count(",") else ","
+  try:
+    reader = csv.DictReader(
+      io.StringIO(text, newline=""), delimiter=delimiter, strict=True
+    )
+    columns = [name.strip() for name in reader.fieldnames or ()]
+    reader.fieldnames = columns
+    return list(reader), columns
+  except csv.Error as error:
+    raise errors.UserError(
+      f"{path}: line {reader.line_num} is not CSV ({error}); save the table"
+      " again"
+    ) from None
+
+
+def _check_columns(path: str, columns) -> None:
+  twice = sorted({name for name in columns if columns.count(name) > 1})
+  if twice:
+    raise errors.UserError(f"{path}: column {twice[0]!r} occurs twice")
+  missing = [name for name in _REQUIRED if name not in columns]
+  known = (*_REQUIRED, *_OPTIONAL, *_LETTERED)
+  unknown = [name for name in columns if name not in known]
+  faults = []
+  if missing:
+    faults.append(f"columns {missing} are missing")
+  if unknown:
+    near = difflib.get_close_matches(unknown[0], known, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    faults.append(f"columns {unknown} are not known{hint}")
+  if faults:
+    raise errors.UserError(
+      f"{path}: {' and '.join(faults)}; rename or remove them. Known are"
+      f" {', '.join((*_REQUIRED, *_OPTIONAL))}, option_a, option_b, ..."
+    )
+
+
+def _row(entry, number: int, columns) -> tuple[questions.Question, str]:
+  """Returns the question of a row, and its split."""
+  if not isinstance(entry, dict):
+    raise rows_lib.RowError(
+      "row", f"an object is needed, not {type(entry).__name__}"
+    )
+  if None in entry:
+    raise rows_lib.RowError("row", "has more cells than the first line")
+  clip = rows_lib.relative(rows_lib.text(entry, "video"), "video")
+  question = rows_lib.text(entry, "question").strip()
+  options = _options(entry)
+  kind = rows_lib.text(entry, "problem_type", required=False).strip()
+  if not kind:
+    kind = questions.MULTIPLE_CHOICE if options else questions.FREE_FORM
+  if kind not in questions.PROBLEM_TYPES:
+    raise rows_lib.RowError(
+      "problem_type",
+      f"{kind[:40]!r} is none of {', '.join(questions.PROBLEM_TYPES)}",
+    )
+  answer = _cell(entry, "answer")
+  if kind == questions.MULTIPLE_CHOICE:
+    if len(options) < 2:
+      raise rows_lib.RowError(
+        "options", "a multiple choice question needs at least two"
+      )
+    answer = _letter(answer, options)
+  split = split_of(clip)
+  if "split" in columns:
+    split = rows_lib.text(entry, "split").strip()
+    if split not in SPLITS:
+      raise rows_lib.RowError(
+        "split", f"{split[:40]!r} is none of {', '.join(SPLITS)}"
+      )
+  found = questions.Question(
+    id=_cell(entry, "id") if "id" in columns else str(number),
+    video=clip,
+    question=question,
+    options=options,
+    answer=answer,
+    problem_type=kind,
+    category=rows_lib.text(entry, "category", required=False).strip() or None,
+    source="own",
+    prompt=prompts.training_prompt(
+      question, prompts.letter_options(options), kind
+    ),
+  )
+  return found, split
+
+
+def _cell(entry: dict, field: str) -> str:
+  """Returns a text; JSON may hold a number in its place."""
+  value = entry.get(field)
+  if isinstance(value, (int, float)) and not isinstance(value, bool):
+    entry = {field: str(value)}
+  return rows_lib.text(entry, field).strip()
+
+
+def _options(entry: dict) -> tuple[str, ...]:
+  """Returns the options of either form, without letters."""
+  own = [_optional(entry, name) for name in _LETTERED]
+  while own and not own[-1]:
+    own.pop()
+  given = entry.get("options")
+  if isinstance(given, str) and given.strip():
+    given = _split_options(given.strip())
+  elif isinstance(given, str):
+    given = None
+  if own and given:
+    raise rows_lib.RowError("options", "and option_a, ... are both given")
+  for name, option in zip(_LETTERED, own, strict=False):
+    if not option:
+      raise rows_lib.RowError(name, "empty, while a later option is not")
+  found = rows_lib.options({"options": own or given})
+  return tuple(option.strip() for option in rows_lib.strip_letters(found))
+
+
+def _optional(entry: dict, name: str) -> str:
+  return rows_lib.text(entry, name, required=False).strip()
+
+
+def _split_options(text: str) -> list:
+  if not text.startswith("["):
+    return [part.strip() for part in text.split("|")]
+  try:
+    return json.loads(text)
+  except (ValueError, RecursionError) as error:
+    raise rows_lib.RowError(
+      "options", f"{text[:40]!r} is no JSON list ({error})"
+    ) from None
+
+
+def _letter(answer: str, options) -> str:
+  """Returns the letter of an answer, which is a letter or an option's text."""
+  same = [
+    letter
+    for letter, option in zip(questions.LETTERS, options, strict=False)
+    if option.casefold() == answer.casefold()
+  ]
+  letter = answer.strip(".()").upper()
+  allowed = questions.LETTERS[: len(options)]
+  if len(letter) == 1 and letter in allowed:
+    same = list(dict.fromkeys([letter, *same]))
+  if len(same) > 1:
+    raise rows_lib.RowError(
+      "answer", f"{answer[:40]!r} stands for several options: {', '.join(same)}"
+    )
+  if not same:
+    raise rows_lib.RowError(
+      "answer",
+      f"{answer[:40]!r} is neither one of the letters {allowed} nor the text of"
+      " an option",
+    )
+  return same[0]

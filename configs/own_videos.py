@@ -1,0 +1,64 @@
+r"""A policy for one's own videos: a folder of clips and a table of questions.
+
+python -m cacovid_jax.train --config configs/own_videos.py:data=FOLDER \
+    --workdir workdirs/own
+python -m cacovid_jax.evaluate --config configs/own_videos.py:data=FOLDER \
+    --workdir workdirs/own
+
+FOLDER holds the clips and questions.csv or questions.json; the guide
+experiments/guides/own_videos.md says which columns. Without a model, the small
+one of the embedded benchmark is trained for, from its shipped policy, on two
+CPU cores: enough to see that the folder is read well, and no model of real
+videos. `configs/own_videos.py:data=FOLDER,model=DIR` takes a checkpoint
+directory and the paper's settings.
+In a minute: `configs/own_videos.py:debug,data=FOLDER`.
+"""
+
+from cacovid_jax.evals import defaults as evals_defaults
+from cacovid_jax.training import defaults
+from configs import common
+
+_ASSETS = "cacovid_jax/assets"
+
+
+def get_config(arg=None):
+  arg = common.parse_arg(arg, data="videos", model="", debug=False)
+  config = defaults.get_config()
+  config.data.root = arg.data
+  config.data.reader = "own"
+  config.data.max_text_tokens = 0  # As long as the longest question.
+  config.data.feature_cache = "workdirs/own_features"
+  config.total_steps = 2 if arg.debug else 500
+  config.log_every = 1 if arg.debug else 10
+  config.ckpt.every_steps = 1 if arg.debug else 100
+  config.model.path = arg.model or f"{_ASSETS}/base_model"
+  if not arg.model:
+    _as_on_two_cores(config)
+  if arg.debug:
+    config.iterations = 1
+    config.sampling.num_combinations = 4
+
+  config.evals = evals_defaults.get_config()
+  config.evals.benchmark = "own"
+  config.evals.methods = ("cacovid", "cacovid_untrained", "uniform", "divprune")
+  config.evals.oracles = ()
+  config.evals.ratios = (0.1,) if arg.debug else (0.25, 0.1)
+  config.evals.select_on = "none"
+  config.evals.num_examples = 2 if arg.debug else 8
+  return config
+
+
+def _as_on_two_cores(config):
+  """Takes the settings of the shipped model, see synthetic_quickstart."""
+  config.model.dtype = config.policy.dtype = "float32"
+  config.data.num_frames = 16
+  config.iterations = 3
+  config.sampling.ratio = 0.1
+  config.ratio.adaptive = False
+  config.objective.log_ratio_clamp = 1.1
+  config.objective.kl_weight = 0.1
+  config.optimizer.lr_heads = 3e-4
+  config.optimizer.lr_layer = 3e-6
+  config.policy.num_halvings = 0
+  config.policy.init = f"{_ASSETS}/policy/policy.safetensors"
+  config.rollout.max_new_tokens = 8
