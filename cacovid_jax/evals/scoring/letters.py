@@ -9,8 +9,6 @@ import re
 from collections.abc import Callable
 
 from cacovid_jax import errors
-from cacovid_jax.data import questions
-from cacovid_jax.training import rewards
 
 _LETTERS = "ABCD"
 
@@ -91,6 +89,14 @@ EXTRACTORS: dict[str, Callable[..., str]] = {
 }
 
 
+def check_rule(rule: str) -> None:
+  """Refuses what is not one of `EXTRACTORS`."""
+  if rule not in EXTRACTORS:
+    raise errors.UserError(
+      f"unknown extraction rule {rule!r}; use {' or '.join(EXTRACTORS)}"
+    )
+
+
 def extract(text: str, *, num_options: int = 4, rule: str = "paper") -> str:
   """Returns the option letter in `text`, "" if there is none.
 
@@ -99,10 +105,7 @@ def extract(text: str, *, num_options: int = 4, rule: str = "paper") -> str:
     num_options: how many letters, from A, are options.
     rule: one of `EXTRACTORS`.
   """
-  if rule not in EXTRACTORS:
-    raise errors.UserError(
-      f"unknown extraction rule {rule!r}; use {' or '.join(EXTRACTORS)}"
-    )
+  check_rule(rule)
   letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: max(num_options, 1)]
   return EXTRACTORS[rule](text, letters)
 
@@ -110,18 +113,3 @@ def extract(text: str, *, num_options: int = 4, rule: str = "paper") -> str:
 def is_correct(text: str, answer: str, **options) -> bool:
   """True if `text` gives the option letter `answer`."""
   return bool(answer) and extract(text, **options) == answer.strip().upper()
-
-
-def score(
-  question: questions.Question, text: str, *, rule: str = "paper"
-) -> float:
-  """Returns the score in [0, 1] of an answer; 0 for an empty one.
-
-  Multiple choice by its letter; other problem types as in training, where
-  their rewards are the benchmarks' own measures.
-  """
-  if not question.lettered:
-    return rewards.reward(question.problem_type, text, question.answer)
-  num_options = len(question.options) or 4
-  right = is_correct(text, question.answer, num_options=num_options, rule=rule)
-  return float(right)
