@@ -110,6 +110,10 @@ def test_the_version_is_stated_once():
   assert f"## {cacovid_jax.__version__}" in changelog
 
 
+# Classes of lmms-eval, which alone imports this file.
+_OF_AN_EXTRA = {"cacovid_jax.integrations.lmms_eval.model"}
+
+
 def test_importing_the_library_needs_no_optional_package():
   modules = [
     ".".join(name.with_suffix("").parts)
@@ -119,6 +123,8 @@ def test_importing_the_library_needs_no_optional_package():
     and name.stem != "__init__"
     and "assets" not in name.parts
   ]
+  assert set(modules) >= _OF_AN_EXTRA
+  modules = [name for name in modules if name not in _OF_AN_EXTRA]
   optional = ("torch", "transformers", "tensorflow", "lmms_eval", "decord")
   code = (
     "import importlib, sys\n"
