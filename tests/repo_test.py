@@ -150,11 +150,11 @@ def test_importing_the_library_needs_no_optional_package():
 
 def test_documented_commands_exist():
   makefile = (_ROOT / "Makefile").read_text(encoding="utf-8")
-  targets = set(re.findall(r"^([a-z]\w*):", makefile, re.M))
+  targets = set(re.findall(r"^([a-z][\w-]*):", makefile, re.M))
   for path, text in _texts():
     if path.suffix != ".md":
       continue
-    for target in re.findall(r"^\s*make ([a-z]\w*)", text, re.M):
+    for target in re.findall(r"^\s*make ([a-z][\w-]*)", text, re.M):
       assert target in targets, f"{path}: make {target}"
     for module in re.findall(
       r"python -m ((?:cacovid_jax|experiments)[\w.]*)", text
