@@ -6,12 +6,23 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from cacovid_jax import errors
 from cacovid_jax.data import prompts, readers
 from cacovid_jax.data import questions as questions_lib
-from cacovid_jax.evals import scoring
-from cacovid_jax.evals.scoring import mlvu, videomme
+from cacovid_jax.data.readers import longvideobench as longvideobench_files
+from cacovid_jax.data.readers import mlvu as mlvu_files
+from cacovid_jax.data.readers import mvbench as mvbench_files
+from cacovid_jax.evals import scoring, statistics
+from cacovid_jax.evals.scoring import (
+  egoschema,
+  longvideobench,
+  mlvu,
+  mvbench,
+  nextqa,
+  videomme,
+)
 
 PREPARED = "prepared"
 
@@ -34,6 +45,8 @@ class Task:
       are fractions throughout.
     macro: categories whose unweighted mean is the number; () takes the mean
       over questions.
+    macro_of_present: whether categories without questions are left out of that
+      mean, rather than counted as 0.
     duration_groups: values of `Question.duration`, shortest first.
   """
 
@@ -45,11 +58,24 @@ class Task:
   metric: str = "accuracy"
   scale: int = 1
   macro: tuple[str, ...] = ()
+  macro_of_present: bool = False
   duration_groups: tuple[str, ...] = ()
 
   @property
   def default_split(self) -> str:
     return next(iter(self.splits))
+
+  def strata(
+    self, questions: Sequence[questions_lib.Question]
+  ) -> statistics.Strata | None:
+    """Returns what the macro mean of these questions is taken over."""
+    if not self.macro:
+      return None
+    found = tuple(str(question.category) for question in questions)
+    names = self.macro
+    if self.macro_of_present:
+      names = tuple(name for name in names if name in found)
+    return statistics.Strata(found, names)
 
   def files(self, directory: pathlib.Path, split: str) -> list[str]:
     """Returns the files of a split, of the first layout that is there."""
@@ -94,18 +120,53 @@ _TASKS = {
       score=mlvu.score_dev,
       metric="mlvu_percetion_score",
       scale=100,
-      macro=readers.MLVU_DEV_TYPES,
+      macro=mlvu_files.DEV_TYPES,
     ),
     Task(
       name="mlvu_test",
       splits={"test": (*_MLVU_PARQUET, "json/*.json", "test*.json")},
       read=functools.partial(
-        readers.read_mlvu, types=readers.MLVU_TEST_TYPES, most_options=6
+        readers.read_mlvu, types=mlvu_files.TEST_TYPES, most_options=6
       ),
       score=mlvu.score_test,
       metric="mlvu_percetion_score",
       scale=100,
-      macro=readers.MLVU_TEST_TYPES,
+      macro=mlvu_files.TEST_TYPES,
+    ),
+    Task(
+      name="longvideobench",
+      splits={"validation": ("validation-*.parquet", "lvb_val.json")},
+      read=readers.read_longvideobench,
+      score=longvideobench.score,
+      max_new_tokens=32,
+      metric="lvb_acc",
+      duration_groups=longvideobench_files.DURATION_GROUPS,
+    ),
+    Task(
+      name="mvbench",
+      splits={"test": ("json/*.json",)},
+      read=readers.read_mvbench,
+      score=mvbench.score,
+      metric="mvbench_accuracy",
+      scale=100,
+      macro=mvbench_files.TASKS,
+      macro_of_present=True,
+    ),
+    Task(
+      name="egoschema",
+      splits={"subset": ("Subset/test-*.parquet",)},
+      read=readers.read_egoschema,
+      score=egoschema.score,
+      metric="score",
+    ),
+    Task(
+      name="nextqa",
+      splits={"test": ("MC/test-*.parquet",)},
+      read=readers.read_nextqa,
+      score=nextqa.score,
+      # The task sets none; this is what the reference model falls back to.
+      max_new_tokens=1024,
+      metric="exact_match",
     ),
   ]
 }
@@ -155,6 +216,20 @@ class Benchmark:
     if count <= 0 or count >= len(self.questions):
       return self
     return dataclasses.replace(self, questions=self.questions[:count])
+
+  def left_out(self) -> dict[str, Any]:
+    """Returns what is not asked, for results.json; nothing that is empty."""
+    report = self.report
+    out = {
+      "bad_rows": [
+        # Results must not depend on where the data lies.
+        {**dataclasses.asdict(bad), "file": os.path.basename(bad.file)}
+        for bad in report.bad_rows
+      ],
+      "other_rows": dict(sorted(report.left_out.items())),
+      "not_there": list(report.missing),
+    }
+    return {name: found for name, found in out.items() if found}
 
 
 def load(

@@ -184,6 +184,7 @@ def evaluate(request: Request) -> dict[str, Any]:
       ratios,
       tuple(request.seeds),
       evaluator.grid,
+      test.task,
     )
     identity = evaluator.identity(test.questions)
     answers = ledger.Ledger(workdir / "answers.jsonl", identity)
@@ -204,6 +205,8 @@ def evaluate(request: Request) -> dict[str, Any]:
       failures=failures,
       chosen=chosen,
       decisive=test.decisive,
+      rule=request.rule,
+      left_out=test.left_out(),
     )
     if len(out["unreadable"]) == out["num_clips"]:
       raise errors.UserError(

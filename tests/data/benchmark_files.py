@@ -177,8 +177,137 @@ def _mlvu_dev_original():
   return "dev", files, videos
 
 
+_LVB = (
+  "S2E", "S2O", "S2A", "E2O", "O2E", "T2E", "T2O", "T2A", "E3E", "O3O", "SSS",
+  "SOS", "SAA", "T3E", "T3O", "TOS", "TAA",
+)  # fmt: skip
+
+
+def _longvideobench_rows():
+  """Returns rows without their options, and the options."""
+  rows, given = [], []
+  for number, category in enumerate(_LVB):
+    clip = f"vX{number % 4}"
+    # Two to five options.
+    found = options(number, 2 + number % 4)
+    group = (15, 60, 600, 3600)[number % 4]
+    given.append(found)
+    rows.append(
+      {
+        "video_id": clip,
+        "id": f"{clip}_{number}",
+        "video_path": f"{clip}.mp4",
+        "subtitle_path": f"{clip}_en.json",
+        "correct_choice": number % len(found),
+        "question": f"In a kitchen, what colour is door {number}?",
+        "duration": 0.7 * group,
+        "duration_group": group,
+        "question_category": category,
+        "topic_category": ("KC-Cooking-Recipes", "NP-News")[number % 2],
+        "starting_timestamp_for_subtitles": 0.0,
+      }
+    )
+  return rows, given, [f"videos/{row['video_path']}" for row in rows]
+
+
+def _longvideobench():
+  rows, given, videos = _longvideobench_rows()
+  for row, found in zip(rows, given, strict=True):
+    padded = [*found, *["N/A"] * 5][:5]
+    row |= {f"option{i}": option for i, option in enumerate(padded)}
+  return "validation", {"validation-00000-of-00001.parquet": rows}, videos
+
+
+def _longvideobench_json():
+  rows, given, videos = _longvideobench_rows()
+  for row, found in zip(rows, given, strict=True):
+    row |= {"candidates": found, "position": [1, 2], "level": "L1-Perception"}
+  return "validation", {"lvb_val.json": rows}, videos
+
+
+_MVBENCH = {
+  "object_interaction": "star/Charades_segment",
+  "action_sequence": "data0613/star/Charades_segment",
+  "action_prediction": "star/Charades_segment",
+  "action_localization": "sta/sta_video_segment",
+  "moving_count": "clevrer/video_validation",
+  "moving_direction": "data0613/clevrer/video_validation",
+  "moving_attribute": "clevrer/video_validation",
+  "counterfactual_inference": "clevrer/video_validation",
+  "object_existence": "clevrer/video_validation",
+  "fine_grained_pose": "nturgbd_convert",
+  "character_order": "perception/videos",
+  "object_shuffle": "perception/videos",
+  "state_change": "perception/videos",
+  "action_count": "perception/videos",
+  "egocentric_navigation": "vlnqa",
+  "episodic_reasoning": "tvqa/video_fps3_hq_segment",
+  "fine_grained_action": "Moments_in_Time_Raw/videos",
+  "scene_transition": "scene_qa/video",
+  "action_antonym": "ssv2_video_mp4",
+  "unexpected_action": "FunQA_test/test",
+}
+
+
+def _mvbench():
+  files, videos = {}, []
+  for number, (task, folder) in enumerate(_MVBENCH.items()):
+    found = options(number, 2 + number % 4)
+    files[f"json/{task}.json"] = [
+      {
+        # Those of the dated folder are not in the other one.
+        "video": f"{'0613' if 'data' in folder else '0001'}.mp4",
+        "question": f"What colour is cup {number}?",
+        "candidates": found,
+        "answer": found[number % len(found)],
+      }
+    ]
+    videos.append(f"{folder}/{files[f'json/{task}.json'][0]['video']}")
+  return "test", files, videos
+
+
+def _egoschema():
+  rows = [
+    {
+      "question_idx": str(10 + number),
+      "question": f"What colour does C paint wall {number}?",
+      "video_idx": f"00aa0000-0000-4000-8000-00000000000{number // 2}",
+      "option": _lettered(number, 5, "{}. C paints it {}."),
+      "answer": str(4 - number),
+    }
+    for number in range(5)
+  ]
+  videos = [f"videos/{row['video_idx']}.mp4" for row in rows]
+  return "subset", {"Subset/test-00000-of-00001.parquet": rows}, videos
+
+
+def _nextqa():
+  rows = []
+  types = ("CW", "CH", "TN", "TC", "TP", "DL", "DC", "DO", "DB")
+  for number, kind in enumerate(types):
+    row = {
+      "video": 1234567890 + number // 3,
+      "frame_count": 369,
+      "width": 640,
+      "height": 480,
+      "question": f"why did the boy take cup {number}",
+      "answer": number % 5,
+      # Counted from 0 for every clip.
+      "qid": number % 3,
+      "type": kind,
+    }
+    row |= {f"a{i}": option for i, option in enumerate(options(number, 5))}
+    rows.append(row)
+  videos = [f"NExTVideo/{row['video']}.mp4" for row in rows]
+  return "test", {"MC/test-00000-of-00001.parquet": rows}, videos
+
+
 LAYOUTS = {
   "videomme": {"": _videomme},
   "mlvu_dev": {"": _mlvu_dev, "original": _mlvu_dev_original},
   "mlvu_test": {"": _mlvu_test},
+  "longvideobench": {"": _longvideobench, "json": _longvideobench_json},
+  "mvbench": {"": _mvbench},
+  "egoschema": {"": _egoschema},
+  "nextqa": {"": _nextqa},
 }

@@ -6,9 +6,11 @@ Pictures are outside the method: image rows of Video-R1 are left out and
 counted. Each benchmark has a module, with its layout on disk and its prompt.
 """
 
-from cacovid_jax.data.readers.mlvu import DEV_TYPES as MLVU_DEV_TYPES
-from cacovid_jax.data.readers.mlvu import TEST_TYPES as MLVU_TEST_TYPES
+from cacovid_jax.data.readers.egoschema import read_egoschema
+from cacovid_jax.data.readers.longvideobench import read_longvideobench
 from cacovid_jax.data.readers.mlvu import read_mlvu
+from cacovid_jax.data.readers.mvbench import read_mvbench
+from cacovid_jax.data.readers.nextqa import read_nextqa
 from cacovid_jax.data.readers.rows import (
   BadRow,
   Report,
@@ -20,11 +22,13 @@ from cacovid_jax.data.readers.videomme import read_videomme
 
 __all__ = [
   "BadRow",
-  "MLVU_DEV_TYPES",
-  "MLVU_TEST_TYPES",
   "Report",
   "check_media",
+  "read_egoschema",
+  "read_longvideobench",
   "read_mlvu",
+  "read_mvbench",
+  "read_nextqa",
   "read_video_r1",
   "read_videomme",
   "require_media",

@@ -126,11 +126,9 @@ def _row(entry, name, row, places, types, most) -> questions.Question:
     letter = rows_lib.letter(answer, len(candidates), "answer")
   else:
     raise rows_lib.RowError("answer", f"{answer[:40]!r} is none of the options")
-  identity = entry.get("question_id")
-  if identity is None:
-    identity = f"{name}:{row}"
-  else:
-    identity = rows_lib.text(entry, "question_id")
+  identity = f"{name}:{row}"
+  if entry.get("question_id") is not None:
+    identity = rows_lib.identity(entry, "question_id")
   return questions.Question(
     id=identity,
     video=place,

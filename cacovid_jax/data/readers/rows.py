@@ -343,6 +343,14 @@ def text(entry: dict, field: str, *, required: bool = True) -> str:
   return value
 
 
+def identity(entry: dict, field: str) -> str:
+  """Returns a name, which may be written as a number."""
+  value = entry.get(field)
+  if isinstance(value, int) and not isinstance(value, bool):
+    return str(value)
+  return text(entry, field)
+
+
 def integer(entry: dict, field: str) -> int:
   """Returns a whole number; a text or float that spells one will do."""
   value = entry.get(field)

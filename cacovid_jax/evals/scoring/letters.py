@@ -14,12 +14,27 @@ _LETTERS = "ABCD"
 
 # Only these of the published list take effect: in the rest, missing commas
 # glue neighbours into phrases that no answer contains.
-_PREAMBLES = (
+PREAMBLES = (
   "The best answer is",
   "The correct answer is",
   "The answer is",
   "The answer",
 )
+
+
+def first(text: str, letters: str, preambles=PREAMBLES) -> str:
+  """Returns the first of some letters anywhere in a text, "" if none is.
+
+  Args:
+    text: the answer.
+    letters: that are looked for.
+    preambles: cut out of the text before, one after the other.
+  """
+  text = text.strip()
+  for preamble in preambles:
+    text = text.replace(preamble, "")
+  found = re.search(f"[{letters}]", text)
+  return found.group(0) if found else ""
 
 
 def extract_paper(text: str, letters: str = _LETTERS) -> str:
@@ -28,24 +43,35 @@ def extract_paper(text: str, letters: str = _LETTERS) -> str:
   A word such as "Answer" therefore reads as A. An answer of more than ten
   words without any option letter gives "".
   """
-  text = text.strip()
-  for preamble in _PREAMBLES:
-    text = text.replace(preamble, "")
-  found = re.search(f"[{letters}]", text)
-  return found.group(0) if found else ""
+  return first(text, letters)
 
 
-_ANSWER_PHRASES = (
-  "the best answer is",
-  "the correct answer is",
-  "the answer is",
-  "the best option is",
-  "the correct option is",
-  "best answer:",
-  "best option:",
-  "answer is",
-  "answer:",
+# Where the shared extractor expects a letter to follow; the last three lines
+# are "option", "the answer is" and "choose" in Korean, Chinese and Japanese.
+_PHRASES = (
+  *(
+    f"{the}{noun} is"
+    for the in ("the ", "")
+    for noun in (
+      "answer",
+      "best answer",
+      "correct answer",
+      "best option",
+      "correct option",
+      "choice",
+      "correct choice",
+    )
+  ),
+  *("my answer is", "my choice is", "i choose", "i pick", "i select"),
+  *("옵션", "정답은", "답은", "답:"),
+  *("答案是", "答案为", "选"),
+  "答えは",
 )
+# Marks that are taken off both ends, one kind after the other.
+_MARKS = (",", ".", "!", "?", ";", ":", "'", '"')
+# Forms of a mention, worst first; any occurrence at all is worse than those.
+_FORMS = ("{} ", "{})", "{}:", "{}.", "({})")
+_AFTER_PHRASE, _AT_END, _AT_START = 7, 9, 10
 
 
 def extract_lmms(text: str, letters: str = _LETTERS) -> str:
@@ -53,33 +79,29 @@ def extract_lmms(text: str, letters: str = _LETTERS) -> str:
 
   Forms, best first: a letter that opens the text, one that ends it, one after
   a phrase such as "the answer is", `(X)`, `X.`, `X:`, `X)`, `X `, any other
-  occurrence. Of equal forms the later mention wins.
+  occurrence. Of equal forms the later mention wins. After a phrase any capital
+  counts, the first one of a word too, however far behind.
   """
-  text = text.strip().strip(",.!?;:'\"").strip()
-  if not text:
-    return ""
-  padded = f" {text} "
-  lowered = padded.lower()
+  text = text.strip()
+  for mark in _MARKS:
+    text = text.strip(mark)
+  inner, text = text.strip(), f" {text} "
+  lowered = text.lower()
   found = []
   for letter in letters:
-    if re.match(rf"{letter}(?![A-Za-z])", text):
-      found.append((10, 0, letter))
-    if re.search(rf"(?<![A-Za-z]){letter}$", text):
-      found.append((9, len(padded), letter))
-    for phrase in _ANSWER_PHRASES:
-      pattern = rf"{re.escape(phrase)}\s*\(?{letter.lower()}(?![a-z])"
-      found += [(7, m.start(), letter) for m in re.finditer(pattern, lowered)]
-    for priority, form in [
-      (6, f"({letter})"),
-      (5, f"{letter}."),
-      (4, f"{letter}:"),
-      (3, f"{letter})"),
-      (2, f"{letter} "),
-      (0, letter),
-    ]:
-      position = padded.rfind(form)
-      if position >= 0:
-        found.append((priority, position, letter))
+    for rank, form in enumerate(_FORMS, start=2):
+      found.append((rank, text.rfind(form.format(letter)), letter))
+    for phrase in _PHRASES:
+      start = lowered.find(phrase)
+      if start >= 0:
+        place = text.find(letter, start + len(phrase))
+        found.append((_AFTER_PHRASE, place, letter))
+    if inner[:1] == letter and not inner[1:2].isalpha():
+      found.append((_AT_START, 0, letter))
+    if inner[-1:] == letter and not inner[-2:-1].isalpha():
+      found.append((_AT_END, 0, letter))
+    found.append((0, text.rfind(letter), letter))
+  found = [mention for mention in found if mention[1] >= 0]
   return max(found)[2] if found else ""
 
 
