@@ -30,11 +30,13 @@ class Likelihood(NamedTuple):
   Attributes:
     log_prob: natural logarithm of its probability, summed over its tokens;
       -inf if the clip cannot be used.
+    num_tokens: how many they are.
     greedy: whether the most likely answer begins with it.
     fault: why the clip cannot be used, else "".
   """
 
   log_prob: float
+  num_tokens: int
   greedy: bool
   fault: str = ""
 
@@ -74,10 +76,11 @@ def score(
       log_prob, greedy = reader.score(state, asker.batch, ids)
       for row, (question, text) in enumerate(zip(batch, chosen, strict=True)):
         fault = asker.faults.get(row, "")
-        found[question.id, text] = (
-          Likelihood(-np.inf, False, fault)
-          if fault
-          else Likelihood(float(log_prob[row]), bool(greedy[row]))
+        found[question.id, text] = Likelihood(
+          -np.inf if fault else float(log_prob[row]),
+          len(wanted[question.id][text]),
+          bool(greedy[row]) and not fault,
+          fault,
         )
   return [
     found[question.id, text]

@@ -16,6 +16,21 @@ from cacovid_jax.integrations.lmms_eval import arguments
 from cacovid_jax.integrations.lmms_eval import requests as requests_lib
 
 
+class Loss(tuple, instance_lib.GenerationResult):
+  """(float, bool): loss of a continuation, and whether it is the greedy answer.
+
+  The loss is the mean over tokens of the negative log-probability: of several,
+  lmms-eval 0.7.3 takes the smallest. It makes text of every pair that a model
+  returns, unless it is a result of this type, whose `text` it takes as it is.
+  """
+
+  def __new__(cls, loss: float, greedy: bool):
+    return super().__new__(cls, (loss, greedy))
+
+  def __init__(self, loss: float, greedy: bool):
+    instance_lib.GenerationResult.__init__(self, text=(loss, greedy))
+
+
 class Simple(model_lib.lmms):
   """Requests that are a text and what is to be looked at."""
 
@@ -42,15 +57,15 @@ class Simple(model_lib.lmms):
       for reply in replies
     ]
 
-  def loglikelihood(
-    self, requests: list[instance_lib.Instance]
-  ) -> list[tuple[float, bool]]:
-    """Returns (log-probability, is it the greedy answer) of continuations."""
+  def loglikelihood(self, requests: list[instance_lib.Instance]) -> list[Loss]:
+    """Returns how badly each continuation follows its prompt, in order."""
     read = [self._read_continuation(request) for request in requests]
     if not read:
       return []
     found = self._answerer.likelihoods(*zip(*read, strict=True))
-    return [(one.log_prob, one.greedy) for one in found]
+    return [
+      Loss(-one.log_prob / max(one.num_tokens, 1), one.greedy) for one in found
+    ]
 
   def generate_until_multi_round(self, requests):
     """Refuses: a clip is compressed for one question."""
