@@ -7,6 +7,7 @@ and scores are those of our own evaluation; lmms-eval carries them.
 Both rules of every benchmark are scored from the same answers, as two metrics.
 """
 
+import collections
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -86,18 +87,17 @@ def process_mlvu_test(
 def aggregate(scored: Sequence[Mapping[str, Any]]) -> float:
   """Returns a benchmark's number from its scored answers, as it is printed.
 
-  That is the mean over questions; or over the benchmark's categories, where one
-  that was not asked about counts 0.
+  That is the mean over questions; or over the benchmark's categories, of which
+  MLVU's count 0 and MVBench's are left out where nothing was asked.
   """
   task = benchmarks.task(scored[0]["benchmark"])
-  if not task.macro:
-    return task.scale * _mean([one["score"] for one in scored])
-  return task.scale * _mean(
-    [
-      _mean([one["score"] for one in scored if one["category"] == name])
-      for name in task.macro
-    ]
-  )
+  by_category = collections.defaultdict(list)
+  for one in scored:
+    by_category[one["category"] if task.macro else ""].append(one["score"])
+  names = task.macro or ("",)
+  if task.macro_of_present:
+    names = [name for name in names if name in by_category]
+  return task.scale * _mean([_mean(by_category[name]) for name in names])
 
 
 def _scored(question, text, benchmark) -> dict[str, dict[str, Any]]:

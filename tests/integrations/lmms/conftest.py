@@ -78,19 +78,36 @@ def read_answers(workdir):
   }
 
 
-def run(task: str, include_path=None, *, chat=False, limit=None, **arguments):
-  """Returns lmms-eval's own results of one task, asked of our model."""
+def run(
+  task: str | list[str],
+  include_path=None,
+  *,
+  defaults=False,
+  chat=False,
+  gen_kwargs=None,
+  **arguments,
+):
+  """Returns lmms-eval's own results of tasks, asked of our model.
+
+  Args:
+    task: name or names.
+    include_path: folder of YAML files.
+    defaults: whether tasks of lmms-eval itself are among them.
+    chat: in which form.
+    gen_kwargs: in place of the tasks' own.
+    **arguments: of the model.
+  """
   arguments = {"batch_size": str(BATCH_SIZE), **arguments}
   kind = model.Chat if chat else model.Simple
   return evaluator.simple_evaluate(
     model=kind(**arguments),
-    tasks=[task],
+    tasks=[task] if isinstance(task, str) else task,
     task_manager=tasks.TaskManager(
       "WARNING",
       include_path=None if include_path is None else str(include_path),
-      include_defaults=include_path is None,
+      include_defaults=defaults,
     ),
-    limit=limit,
+    gen_kwargs=gen_kwargs,
     log_samples=True,
     process_docs_parallel=1,
     bootstrap_iters=0,
