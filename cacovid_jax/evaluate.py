@@ -10,6 +10,9 @@ Without --policy, that of the workdir is taken, if a policy was trained there.
 A method that cannot be run at a ratio keeps its row, which says why. An
 evaluation that was stopped goes on when the same command is given again. Writes
 results.json, timings.json and report.html into the workdir.
+
+Several processes or hosts share the work of one workdir: the same command on
+each, with --shard=0/4 to --shard=3/4. The last one to finish writes the table.
 """
 
 import os
@@ -18,9 +21,12 @@ from absl import flags
 
 from cacovid_jax import config as config_lib
 from cacovid_jax import errors
-from cacovid_jax.evals import benchmarks, evaluation
+from cacovid_jax.evals import benchmarks, evaluation, shards
 
 config_lib.define_flag()
+_SHARD = flags.DEFINE_string(
+  "shard", "0/1", "I/N: this is process I of N, from 0, that share the work."
+)
 _FLAGS = {
   "checkpoint": "Base model: a Hugging Face LLaVA-OneVision directory.",
   "policy": (
@@ -50,6 +56,9 @@ _FLAGS = {
   ),
   "dtype": "Of the base model: float32 or bfloat16.",
   "feature_cache": "Folder of cached video features; empty for none.",
+  "frame_manifest": (
+    "frames.jsonl of another run, whose frames are shown; empty for none."
+  ),
   "metrics": "Training workdir whose reward curves the report shows.",
 }
 for _name, _help in _FLAGS.items():
@@ -60,6 +69,8 @@ for _name, _help in {
   "num_questions": "First so many questions; 0 for all.",
   "num_examples": "Clips that the report shows frame by frame.",
   "max_new_tokens": "Longest answer in tokens; 0 for the benchmark's own.",
+  "min_pixels": "Least pixels of a frame, of Qwen2.5-VL; 0 for the paper's.",
+  "max_pixels": "Most pixels of a frame, likewise.",
 }.items():
   flags.DEFINE_integer(_name, None, _help)
 
@@ -72,6 +83,12 @@ def main(argv):
     )
   request = request_from_flags(flags.FLAGS)
   out = evaluation.evaluate(request)
+  if out is None:
+    print(
+      f"{request.workdir}: this process's share is done; the table is made by"
+      " the last one to finish"
+    )
+    return
   evaluation.show(out)
   for name in ("results.json", "report.html", "timings.json", "answers.jsonl"):
     print(os.path.join(request.workdir, name))
@@ -84,7 +101,7 @@ def request_from_flags(values) -> evaluation.Request:
   flagged = {
     name: values[name].value
     for name in (*_FLAGS, "batch_size", "num_frames", "num_questions",
-                 "num_examples", "max_new_tokens")
+                 "num_examples", "max_new_tokens", "min_pixels", "max_pixels")
     if values[name].value is not None
   }  # fmt: skip
   if "policy" in flagged:
@@ -98,6 +115,7 @@ def request_from_flags(values) -> evaluation.Request:
     if name in flagged:
       flagged[name] = _listed(flagged[name])
   fields |= flagged
+  fields["shard"] = shards.Shard.parse(values["shard"].value)
   workdir = fields.get("workdir", "")
   if "policies" not in fields and evaluation.has_policy(workdir):
     fields["policies"] = {"policy": workdir}

@@ -311,6 +311,11 @@ class Tokenizer:
     return self.style.token
 
   @property
+  def template(self) -> str:
+    """The chat template's text."""
+    return self._template.text
+
+  @property
   def vocab_size(self) -> int:
     """Ids that the tokenizer knows, special tokens included."""
     return self._tokenizer.get_vocab_size(with_added_tokens=True)
@@ -415,17 +420,30 @@ class Tokenizer:
     ids = np.insert(
       np.array(ids, np.int32),
       start,
-      np.full(
-        num_video_tokens + self.style.newline_tokens - 1,
-        self.video_id,
-        np.int32,
-      ),
+      np.full(self.style.newline_tokens, self.video_id, np.int32),
     )
-    if self.max_length and len(ids) > self.max_length:
+    return self.resize(Prompt(ids, start, 1), num_video_tokens, text)
+
+  def resize(
+    self, prompt: Prompt, num_video_tokens: int, text: str = ""
+  ) -> Prompt:
+    """Returns the prompt for a clip of another number of video tokens.
+
+    Args:
+      prompt: of this tokenizer.
+      num_video_tokens: N of the clip.
+      text: of the question, for the error where the model takes fewer rows.
+    """
+    start, more = prompt.video_start, num_video_tokens - prompt.num_video_tokens
+    length = prompt.length + more
+    if self.max_length and length > self.max_length:
       raise errors.UserError(
-        f"the prompt {text[:40]!r} has {len(ids)} tokens, but the model takes"
+        f"the prompt {text[:40]!r} has {length} tokens, but the model takes"
         f" {self.max_length}; use fewer frames or shorten the question"
       )
+    block = np.full(num_video_tokens, self.video_id, np.int32)
+    behind = start + prompt.num_video_tokens
+    ids = np.concatenate([prompt.ids[:start], block, prompt.ids[behind:]])
     return Prompt(ids, start, num_video_tokens)
 
   def pad(self, prompts: Sequence[Prompt], length: int) -> PaddedPrompts:

@@ -18,7 +18,9 @@ from cacovid_jax.data import frames as frames_lib
 # Statistics of CLIP's images, which the tower was trained with.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-# What the paper's scripts allow a frame, in pixels of 28 x 28 tokens.
+# What the paper's scripts allow a frame, in tokens and in pixels of 28 x 28
+# tokens.
+PAPER_TOKENS = (128, 256)
 PAPER_MIN_PIXELS = 128 * 28 * 28
 PAPER_MAX_PIXELS = 256 * 28 * 28
 
@@ -223,6 +225,28 @@ class ProcessorConfig:
     except errors.UserError as error:
       raise errors.UserError(f"{path}: {error}") from error
 
+  @classmethod
+  def with_paper_bounds(
+    cls, directory, *, min_pixels: int = 0, max_pixels: int = 0
+  ) -> "ProcessorConfig":
+    """Reads the processor's JSON, with the paper's bounds on a frame.
+
+    Those of released files are made for images. The paper's are taken in
+    tokens, so that a model of other patches gets as many of them.
+
+    Args:
+      directory: a checkpoint of Qwen2.5-VL.
+      min_pixels: another bound than the paper's; 0 for the paper's.
+      max_pixels: likewise.
+    """
+    found = cls.from_files(directory)
+    least, most = (count * found.factor**2 for count in PAPER_TOKENS)
+    return dataclasses.replace(
+      found,
+      min_pixels=min_pixels or least,
+      max_pixels=max_pixels or most,
+    )
+
   @property
   def factor(self) -> int:
     """Pixels of a merged token's side."""
@@ -255,6 +279,13 @@ class ProcessorConfig:
       height // self.factor,
       width // self.factor,
     )
+
+  def seconds_per_slice(self, fps: float | None) -> float:
+    """Returns the time between slices of frames sampled `fps` times a second.
+
+    A slice counts one second if that is not known, as in the reference.
+    """
+    return 1.0 if fps is None else self.temporal_patch_size / fps
 
   def resize_frame(self, frame: np.ndarray, num_frames: int) -> np.ndarray:
     """Returns uint8[h',w',3], one of F frames uint8[h,w,3], resized.
@@ -305,7 +336,9 @@ class ProcessorConfig:
     pixels = frames_lib.normalise(
       patches.reshape(len(patches), 3, -1), self.mean, self.std, axis=1
     )
-    seconds = 1.0 if fps is None else self.temporal_patch_size / fps
     return Patches(
-      pixels.reshape(patches.shape), grid, self.merge_size, seconds
+      pixels.reshape(patches.shape),
+      grid,
+      self.merge_size,
+      self.seconds_per_slice(fps),
     )

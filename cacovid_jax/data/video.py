@@ -180,6 +180,12 @@ def probe(path, limits: Limits | None = None) -> Probe:
     return reader.probe()
 
 
+def frame_size(path, limits: Limits | None = None) -> tuple[int, int]:
+  """Returns (h, w) of the first frame, upright; nothing else is decoded."""
+  with _Reader(path, limits or Limits()) as reader:
+    return reader.frame_size()
+
+
 def read_frames(path, indices, limits: Limits | None = None) -> np.ndarray:
   """Returns uint8[T,h,w,3], the frames at int[T] `indices` (any order)."""
   wanted = np.asarray(indices, np.int64)
@@ -455,6 +461,13 @@ class _Reader:
       self._container.format.name,
       length.warnings,
     )
+
+  def frame_size(self) -> tuple[int, int]:
+    """See the function of this name."""
+    for picture in self._pictures():
+      # The stored size may lie on its side.
+      return self._upright(picture, None).shape[:2]
+    raise self._fail("no_frames", "no picture could be decoded")
 
   def decode(self, sampler, resize) -> Clip:
     """See the function of this name."""

@@ -45,9 +45,6 @@ SHIPPED_POLICY = _ASSETS / "policy"
 
 DTYPES = ("float32", "bfloat16")
 STYLES = ("video-r1", "videomme")
-# Least and most video tokens of a slice, as the paper's scripts ask of
-# Qwen2.5-VL.
-_QWEN_TOKENS = (128, 256)
 # Of the paper's evaluation, for models whose files do not say another number.
 _NUM_FRAMES = 32
 # Names of `runner.Evaluator.seconds`, by what they begin with.
@@ -178,13 +175,8 @@ class Answerer:
       self.policies = {"policy": loaded}
     self._is_qwen = isinstance(self.checkpoint.model, qwen2_5_vl.Qwen2_5VLModel)
     if self._is_qwen:
-      found = qwen_frames.ProcessorConfig.from_files(self.directory)
-      # The paper's bounds in tokens of a slice; those of released files are
-      # made for images.
-      self._preprocessing = dataclasses.replace(
-        found,
-        min_pixels=_QWEN_TOKENS[0] * found.factor**2,
-        max_pixels=_QWEN_TOKENS[1] * found.factor**2,
+      self._preprocessing = qwen_frames.ProcessorConfig.with_paper_bounds(
+        self.directory
       )
     else:
       self._preprocessing = frames.Preprocessing.from_directory(self.directory)
@@ -301,8 +293,7 @@ class Answerer:
     """Returns (T, H, W) of a clip's video tokens."""
     if not self._is_qwen:
       return self.checkpoint.model.grid(self.settings.num_frames)
-    # The stored size may lie on its side; a decoded frame stands upright.
-    height, width = video.read_frames(path, [0], self._limits).shape[1:3]
+    height, width = video.frame_size(path, self._limits)
     return self._preprocessing.grid(height, width, self.settings.num_frames)
 
   def _open(self, grid) -> tuple[clips.ClipSource, programs_lib.Programs]:

@@ -41,7 +41,7 @@ class Reply(NamedTuple):
 
 
 class Asker:
-  """At most B questions, their clips and prompts.
+  """At most B questions about clips of one grid, and their prompts.
 
   Attributes:
     batch: `programs.Batch`.
@@ -56,7 +56,11 @@ class Asker:
       questions: of those that it was made for.
     """
     self._e, self._questions = evaluator, questions
-    self._programs = evaluator.programs
+    grids = {evaluator.grid_of(question) for question in questions}
+    if len(grids) > 1:
+      raise ValueError(f"clips of several grids in one batch: {sorted(grids)}")
+    tools = evaluator.tools(questions[0])
+    self._prompts, self._programs = tools.prompts, tools.programs
     self._params = evaluator.checkpoint.params
     with evaluator.timed("clips"):
       self._clips = [evaluator.source[question.video] for question in questions]
@@ -70,7 +74,7 @@ class Asker:
       row: clip.fault for row, clip in enumerate(self._clips) if clip.fault
     }
     with evaluator.timed("prompts"):
-      self.batch = evaluator.prompts.batch(
+      self.batch = self._prompts.batch(
         self._programs,
         np.stack([clip.features for clip in self._clips]),
         [question.id for question in questions],
@@ -161,7 +165,7 @@ class Asker:
       batch = self.batch
       if field == "other_scores":
         with self._e.timed("prompts"):
-          batch = self._e.prompts.batch(
+          batch = self._prompts.batch(
             self._programs,
             batch.features,
             [self._e.other(question, seed) for question in self._questions],

@@ -3,7 +3,6 @@
 import collections
 import concurrent.futures
 import dataclasses
-import functools
 import hashlib
 import time
 from collections.abc import Iterable, Mapping
@@ -16,6 +15,7 @@ from cacovid_jax import errors
 from cacovid_jax.compressors import base
 from cacovid_jax.data import frames as frames_lib
 from cacovid_jax.data import qwen_frames, video
+from cacovid_jax.evals import frame_manifest
 from cacovid_jax.models import vision_signals
 
 
@@ -26,9 +26,10 @@ class Clip:
   Attributes:
     features: float[N, D]; zeros if the clip cannot be used.
     frame_hash: sha256 of the decoded frames, "" if the clip cannot be used.
+    index_hash: digest of which frames they are, "" likewise.
     fault: why it cannot be used, else "".
     seconds_per_slice: time between two rows of the grid's first axis, for
-      models whose positions tell it.
+      models whose positions tell it; 1 where it is not known.
     warnings: what makes the frames less than they seem, one line each.
     extras: float32[N, ...] of each wanted `vision_signals` name; zeros if the
       clip cannot be used.
@@ -37,7 +38,8 @@ class Clip:
   features: np.ndarray
   frame_hash: str
   fault: str = ""
-  seconds_per_slice: float = 0.0
+  index_hash: str = ""
+  seconds_per_slice: float = 1.0
   warnings: tuple[str, ...] = ()
   extras: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
@@ -55,6 +57,8 @@ class ClipSource:
   wanted.
 
   Attributes:
+    grid: (T, H, W) of the clips; where they differ, of most of them.
+    manifest: frames that clips must agree with, or None.
     want: names of the `vision_signals` that each clip's `extras` hold.
     seconds: spent so far on "decode" (frames to pixels included; threads add
       up) and "tower".
@@ -74,6 +78,7 @@ class ClipSource:
     keep: int = 64,
     grid: tuple[int, int, int] | None = None,
     want: Iterable[str] = (),
+    manifest: frame_manifest.FrameManifest | None = None,
   ):
     """Starts nothing but the threads.
 
@@ -89,10 +94,13 @@ class ClipSource:
       keep: clips held in memory.
       grid: (T, H, W) of every clip; None takes the model's own.
       want: names of `vision_signals` that are needed besides features.
+      manifest: where the frames are written down, and what they must agree
+        with; None for neither.
     """
     self.want = frozenset(vision_signals.check(want))
     self.num_frames = num_frames
-    self.grid = model.grid(num_frames) if grid is None else grid
+    self.grid = self._own_grid(model) if grid is None else tuple(grid)
+    self.manifest = manifest
     self.seconds = collections.Counter()
     self._root, self._params = root, params
     self._preprocessing, self._limits = preprocessing, limits
@@ -100,21 +108,47 @@ class ClipSource:
     self._cache, self._cache_key = cache, cache_key
     self._model = model
     self._encode = jax.jit(model.encode_video)
+    # Program of the missing `extras`; what it does not return is not run.
+    self._observe = jax.jit(self._run_observe, static_argnums=0)
     self._keep = keep
     self._clips: collections.OrderedDict[str, Clip] = collections.OrderedDict()
     self._pool = concurrent.futures.ThreadPoolExecutor(2, "decode")
     self._ahead: dict[str, concurrent.futures.Future] = {}
 
+  @property
+  def identity(self) -> dict[str, Any]:
+    """What features depend on besides the checkpoint and T, for a ledger."""
+    return {}
+
+  def survey(self, paths: Iterable[str]) -> None:
+    """Finds out the grids of clips that will be asked for."""
+
+  def grid_of(self, path: str) -> tuple[int, int, int]:
+    """Returns (T, H, W) of a clip; of one that cannot be used, `grid`."""
+    return self.grid
+
   def frames(self, path: str) -> np.ndarray:
     """Returns uint8[T, h, w, 3]; raises `VideoError` if it cannot."""
-    return self._decode(path).frames
+    return self._decode(path)[0].frames
 
-  def _decode(self, path: str) -> video.Clip:
-    return video.decode(
-      video.safe_path(self._root, path),
-      lambda count, _: frames_lib.eval_linspace(count, self.num_frames),
-      limits=self._limits,
+  def _own_grid(self, model):
+    return model.grid(self.num_frames)
+
+  def _decode(self, path: str):
+    """Returns (`video.Clip`, its line in a manifest)."""
+    file = video.safe_path(self._root, path)
+
+    def rule(count, _):
+      known = self.manifest and self.manifest.indices(path, count)
+      return known or frames_lib.eval_linspace(count, self.num_frames)
+
+    clip = video.decode(file, rule, limits=self._limits)
+    entry = frame_manifest.Entry.of(
+      path, file, clip, hashed=self.manifest is not None
     )
+    if self.manifest:
+      self.manifest.check(entry)
+    return clip, entry
 
   def prefetch(self, paths: Iterable[str]) -> None:
     """Starts to decode clips that will be asked for next."""
@@ -127,8 +161,13 @@ class ClipSource:
       self._clips.move_to_end(path)
       return self._clips[path]
     self.prefetch([path])
-    prepared = self._ahead.pop(path).result()
-    clip = prepared if isinstance(prepared, Clip) else self._finish(*prepared)
+    entry, prepared = self._ahead.pop(path).result()
+    if self.manifest:
+      # Here and not in the threads, so that the order is that of the questions.
+      self.manifest.add(entry)
+    clip = prepared
+    if not isinstance(prepared, Clip):
+      clip = self._finish(path, *prepared)
     self._clips[path] = clip
     while len(self._clips) > self._keep:
       self._clips.popitem(last=False)
@@ -139,7 +178,6 @@ class ClipSource:
     want = frozenset(vision_signals.check(want))
     if want != self.want:
       self.want = want
-      self.__dict__.pop("_no_extras", None)
       self.clear()
 
   def clear(self) -> None:
@@ -155,49 +193,60 @@ class ClipSource:
   def __exit__(self, *exc_info):
     self.close()
 
-  @functools.cached_property
-  def _nothing(self) -> np.ndarray:
-    T, H, W = self.grid
-    return np.zeros([T * H * W, self._width], np.float32)
+  def unusable(self, path: str, reason: str) -> Clip:
+    """Returns what stands for a clip that cannot be used."""
+    T, H, W = self.grid_of(path)
+    features = np.zeros([T * H * W, self._width], np.float32)
+    extras = {
+      name: np.zeros(shape, np.float32)
+      for name, shape in self._extra_shapes(path).items()
+    }
+    return Clip(features, "", reason, extras=extras)
 
-  @functools.cached_property
-  def _no_extras(self) -> dict[str, np.ndarray]:
+  def _extra_shapes(self, path: str) -> dict[str, tuple[int, ...]]:
     if not self.want:
       return {}
-    shapes = self._model.vision_signal_shapes(len(self._nothing))
-    return {name: np.zeros(shapes[name], np.float32) for name in self.want}
+    T, H, W = self.grid_of(path)
+    shapes = self._model.vision_signal_shapes(T * H * W)
+    return {name: shapes[name] for name in self.want}
 
-  @functools.cached_property
-  def _observe(self):
-    """Program of the missing `extras`; what it does not return is not run."""
+  def _run_observe(self, want, params, *pixels):
+    return self._model.encode_video_with(params, *pixels, want=want)[1]
 
-    def observe(want, params, *pixels):
-      return self._model.encode_video_with(params, *pixels, want=want)[1]
-
-    return jax.jit(observe, static_argnums=0)
+  def _fault(self, path: str) -> str:
+    """Returns why a clip is not even tried, "" if it is."""
+    known = self.manifest[path] if self.manifest else None
+    return known.fault if known else ""
 
   def _prepare(self, path: str):
-    """Returns a Clip if no tower run is needed, else what `_finish` takes."""
+    """Returns (the manifest's line, a Clip or what `_finish` takes)."""
     start = time.perf_counter()
     try:
-      clip = self._decode(path)
+      if fault := self._fault(path):
+        return self._unusable(path, fault)
+      clip, entry = self._decode(path)
+      facts = self._facts(path, clip)
     except video.VideoError as error:
       # Without the path: results must not depend on where the data lies.
-      reason = error.reason.replace("_", " ")
-      return Clip(self._nothing, "", reason, extras=self._no_extras)
-    digest = hashlib.sha256(str(clip.frames.shape).encode())
-    digest.update(np.ascontiguousarray(clip.frames).data)
-    frame_hash = digest.hexdigest()
-    facts = {"frame_hash": frame_hash, "warnings": clip.warnings}
-    found = self._cached(frame_hash)
+      return self._unusable(path, error.reason.replace("_", " "))
+    facts |= {
+      "frame_hash": entry.frame_hash,
+      "index_hash": entry.index_hash,
+      "warnings": clip.warnings,
+    }
+    found = self._cached(path, entry.frame_hash)
     features, extras = found
     if features is not None and extras.keys() == self.want:
-      return Clip(features, extras=extras, **facts)
-    pixels, more = self._pixels(clip)
+      return entry, Clip(features, extras=extras, **facts)
+    pixels = self._pixels(path, clip)
     self.seconds["decode"] += time.perf_counter() - start
-    return found, pixels, facts | more
+    return entry, (found, pixels, facts)
 
-  def _cached(self, frame_hash: str):
+  def _unusable(self, path: str, reason: str):
+    entry = frame_manifest.Entry(video=path, fault=reason)
+    return entry, self.unusable(path, reason)
+
+  def _cached(self, path: str, frame_hash: str):
     """Returns (features or None, extras) as far as the cache holds them."""
     if self._cache is None:
       return None, {}
@@ -205,18 +254,27 @@ class ClipSource:
     extras = {
       name: self._cache.get(self._key(frame_hash, name)) for name in self.want
     }
+    shapes = self._extra_shapes(path)
     # An entry that does not fit is no entry: it is made anew.
     return features, {
       name: value
       for name, value in extras.items()
-      if value is not None and value.shape == self._no_extras[name].shape
+      if value is not None and value.shape == shapes[name]
     }
 
-  def _pixels(self, clip: video.Clip):
-    """Returns what the tower takes, and more fields of the encoded clip."""
-    return (self._preprocessing(clip.frames),), {}
+  def _facts(self, path: str, clip: video.Clip) -> dict[str, Any]:
+    """Returns fields of the encoded clip that its frames do not tell.
 
-  def _finish(self, found, pixels, facts: dict[str, Any]) -> Clip:
+    Raises:
+      VideoError: the clip cannot be used.
+    """
+    return {}
+
+  def _pixels(self, path: str, clip: video.Clip) -> tuple[Any, ...]:
+    """Returns what the tower takes."""
+    return (self._preprocessing(clip.frames),)
+
+  def _finish(self, path: str, found, pixels, facts: dict[str, Any]) -> Clip:
     """Returns the clip, running the tower for what was not `found`."""
     features, extras = found
     start = time.perf_counter()
@@ -255,22 +313,95 @@ class ClipSource:
 class PatchSource(ClipSource):
   """The same for models whose grid follows the frames' shape (Qwen2.5-VL).
 
-  `preprocessing` is a `data.qwen_frames.ProcessorConfig`, and every clip has
-  the `grid` that is given: one compiled tower, one length of prompt.
+  `preprocessing` is a `data.qwen_frames.ProcessorConfig`. With a `grid`, that
+  is every clip's; without one, `survey` finds the grid of each by its first
+  frame. There is one compiled tower per grid.
   """
 
   def __init__(self, root: str, model: Any, *args, **options):
-    """As of `ClipSource`; `grid` must be given."""
+    """As of `ClipSource`."""
+    # Of surveyed clips: the grid, or why there is none.
+    self._grids: dict[str, tuple[int, int, int]] = {}
+    self._faults: dict[str, str] = {}
+    self._layouts = {}
     super().__init__(root, model, *args, **options)
-    self._layout = model.layout(self.grid)
+    self._given = self.grid is not None
 
-  def _pixels(self, clip: video.Clip):
-    fps = qwen_frames.sampled_fps(self.num_frames, clip.duration)
-    found = self._preprocessing(clip.frames, fps=fps)
-    if found.grid != tuple(self.grid):
+  @property
+  def identity(self) -> dict[str, Any]:
+    return {"preprocessing": repr(self._preprocessing)}
+
+  def survey(self, paths: Iterable[str]) -> None:
+    """Finds out the grids of clips by their first frames.
+
+    Clips of which a manifest knows the size are not opened.
+
+    Args:
+      paths: as the questions name them. The grid that most of those have stands
+        for those that cannot be used, so give all at once.
+    """
+    if self._given:
+      return
+    paths = [
+      path
+      for path in dict.fromkeys(paths)
+      if path not in self._grids and path not in self._faults
+    ]
+    found = self._pool.map(self._find_grid, paths)
+    for path, result in zip(paths, found, strict=True):
+      (self._faults if isinstance(result, str) else self._grids)[path] = result
+    counts = collections.Counter(self._grids.values())
+    if paths and not counts:
+      first = next(iter(self._faults))
       raise errors.UserError(
-        f"a clip gives a grid of {found.grid}, not the {self.grid} of the"
-        " others; ask about it apart"
+        f"none of the {len(self._faults)} clips below {self._root} can be read"
+        f" (first: {first}, {self._faults[first]}); download them, or correct"
+        " the folder of the clips"
       )
-    more = {"seconds_per_slice": found.seconds_per_slice}
-    return (found.patches, self._layout), more
+    if counts:
+      self.grid = counts.most_common(1)[0][0]
+
+  def grid_of(self, path: str) -> tuple[int, int, int]:
+    if not self._given and path not in self._grids:
+      if path not in self._faults:
+        self.survey([path])
+    return self._grids.get(path, self.grid)
+
+  def _own_grid(self, model):
+    return None
+
+  def _find_grid(self, path: str) -> tuple[int, int, int] | str:
+    known = self.manifest[path] if self.manifest else None
+    if known and known.fault:
+      return known.fault
+    try:
+      if known:
+        size = known.size
+      else:
+        file = video.safe_path(self._root, path)
+        size = video.frame_size(file, self._limits)
+      return self._preprocessing.grid(*size, self.num_frames)
+    except video.VideoError as error:
+      return error.reason.replace("_", " ")
+
+  def _fault(self, path: str) -> str:
+    # A clip that could not be used when batches were made is not used later.
+    return self._faults.get(path, "") or super()._fault(path)
+
+  def _facts(self, path: str, clip: video.Clip) -> dict[str, Any]:
+    height, width = clip.frames.shape[1:3]
+    grid = self._preprocessing.grid(height, width, len(clip.frames))
+    if grid != self.grid_of(path):
+      raise video.VideoError(
+        path, "unreadable", f"a grid of {grid}, not of {self.grid_of(path)}"
+      )
+    fps = qwen_frames.sampled_fps(self.num_frames, clip.duration)
+    return {"seconds_per_slice": self._preprocessing.seconds_per_slice(fps)}
+
+  def _pixels(self, path: str, clip: video.Clip) -> tuple[Any, ...]:
+    fps = qwen_frames.sampled_fps(self.num_frames, clip.duration)
+    grid = self.grid_of(path)
+    if grid not in self._layouts:
+      self._layouts[grid] = self._model.layout(grid)
+    found = self._preprocessing(clip.frames, fps=fps)
+    return found.patches, self._layouts[grid]

@@ -45,6 +45,8 @@ def get_config() -> ml_collections.ConfigDict:
       on_missing="raise",
       # First so many questions; 0 asks all of them.
       num_questions=0,
+      # File of another run's frames, which this one then has to show as well.
+      frame_manifest="",
       # Where options are chosen: "validation" or "none". Candidates are
       # "name?option=value" texts by method; last_query tries all layers even
       # if it is not listed. The best one at `select_ratio` goes to the test.

@@ -1,10 +1,13 @@
 """An evaluation from start to end: choose on validation, read the test once.
 
+WORKDIR/frames.jsonl               frames of every clip, see `frame_manifest`
 WORKDIR/answers.jsonl              every answer, appended as it comes
 WORKDIR/validation_answers.jsonl   answers that options were chosen by
 WORKDIR/results.json               what it says (see `results`)
 WORKDIR/timings.json               seconds and host facts
 WORKDIR/report.html                to look at, without a network
+
+Several processes may share a workdir, see `shards`.
 """
 
 import dataclasses
@@ -18,20 +21,23 @@ import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.table
+from absl import logging
 
 from cacovid_jax import config as config_lib
 from cacovid_jax import errors
 from cacovid_jax.compressors import base
-from cacovid_jax.data import feature_cache, frames, readers
+from cacovid_jax.data import feature_cache, frames, qwen_frames, readers
 from cacovid_jax.evals import (
   benchmarks,
   clips,
   defaults,
+  frame_manifest,
   ledger,
   provenance,
   report,
   results,
   runner,
+  shards,
 )
 from cacovid_jax.models import checkpoints, qwen2_5_vl
 from cacovid_jax.policy import modules
@@ -52,6 +58,11 @@ class Request:
     num_frames: T.
     dtype: of the base model.
     cache: folder of cached features, "" for none.
+    min_pixels: least pixels of a frame of models whose grid follows the clip; 0
+      for the paper's, see `qwen_frames.ProcessorConfig.with_paper_bounds`.
+    max_pixels: most pixels, likewise.
+    frame_manifest: file of another run's frames; "" for none.
+    shard: (i, n): this is process i of n that share the work.
     metrics: workdir of the training run whose curves the report shows; ""
       takes that of the main policy, if it is a training workdir.
   """
@@ -65,6 +76,10 @@ class Request:
   num_frames: int = 16
   dtype: str = "float32"
   cache: str = ""
+  min_pixels: int = 0
+  max_pixels: int = 0
+  frame_manifest: str = ""
+  shard: tuple[int, int] = (0, 1)
   metrics: str = ""
   methods: Sequence[str] = ("random", "uniform", "divprune", "density_peaks")
   oracles: Sequence[str] = ()
@@ -95,6 +110,13 @@ class Request:
       raise errors.UserError(
         f"on_missing={self.on_missing!r}: use raise or count"
       )
+    shards.Shard(*self.shard).checked()
+    for name in ("min_pixels", "max_pixels"):
+      if getattr(self, name) < 0:
+        raise errors.UserError(
+          f"{name}={getattr(self, name)}: give a number of pixels, or 0 for the"
+          " paper's"
+        )
     if not self.seeds:
       raise errors.UserError("no evaluation seed given; for example seeds=0")
     labels = [
@@ -127,6 +149,8 @@ def request_fields(config=None) -> dict[str, Any]:
       fields["media"] = config.data.get("media", "")
       fields["num_frames"] = config.data.get("num_frames", 16)
       fields["cache"] = config.data.get("feature_cache", "")
+      for name in ("min_pixels", "max_pixels"):
+        fields[name] = config.data.get(name, 0)
   known = {field.name for field in dataclasses.fields(Request)}
   for name, value in config_lib.to_dict(section).items():
     if name not in known:
@@ -137,8 +161,12 @@ def request_fields(config=None) -> dict[str, Any]:
   return fields
 
 
-def evaluate(request: Request) -> dict[str, Any]:
-  """Evaluates, writes all files of the workdir, and returns results.json."""
+def evaluate(request: Request) -> dict[str, Any] | None:
+  """Evaluates, writes all files of the workdir, and returns results.json.
+
+  Of several processes that share the work, those that find it unfinished when
+  they are done return None; the last one makes the files.
+  """
   ratios = results.check_ratios(map(base.check_ratio, request.ratios))
   test = load_benchmark(request, request.split, request.num_questions)
   specs = [*request.methods, *(request.oracles if test.decisive else ())]
@@ -154,12 +182,21 @@ def evaluate(request: Request) -> dict[str, Any]:
   }
   workdir = pathlib.Path(request.workdir)
   workdir.mkdir(parents=True, exist_ok=True)
+  shard = shards.Shard(*request.shard)
+  questions = [*test.questions, *(validation.questions if validation else ())]
+  manifest = frame_manifest.FrameManifest(
+    workdir / frame_manifest.FILE,
+    num_frames=request.num_frames,
+    given=request.frame_manifest,
+  )
+  manifest.require(question.video for question in questions)
   tried = [*methods, *(m for found in candidates.values() for m in found)]
-  with open_source(request, checkpoint, runner.wanted(tried)) as source:
+  wanted = runner.wanted(tried)
+  with open_source(request, checkpoint, wanted, manifest=manifest) as source:
     evaluator = runner.Evaluator(
       checkpoint,
       source,
-      [*test.questions, *(validation.questions if validation else ())],
+      questions,
       settings(request),
       policies=policies,
       task=test.task,
@@ -167,15 +204,18 @@ def evaluate(request: Request) -> dict[str, Any]:
     )
     chosen = {}
     if validation:
-      path = workdir / "validation_answers.jsonl"
-      methods, chosen = choose(
-        evaluator,
-        validation,
-        methods,
-        candidates,
-        base.check_ratio(request.select_ratio),
-        ledger.Ledger(path, evaluator.identity(validation.questions)),
-      )
+      identity = evaluator.identity(validation.questions)
+      with shards.ledger(
+        workdir, shard, "validation_answers.jsonl", identity
+      ) as answers:
+        methods, chosen = choose(
+          evaluator,
+          validation,
+          methods,
+          candidates,
+          base.check_ratio(request.select_ratio),
+          answers,
+        )
     table = results.Table(
       test.name,
       test.split,
@@ -185,49 +225,94 @@ def evaluate(request: Request) -> dict[str, Any]:
       tuple(request.seeds),
       evaluator.grid,
       test.task,
+      {q.video: evaluator.grid_of(q) for q in test.questions},
     )
     identity = evaluator.identity(test.questions)
-    answers = ledger.Ledger(workdir / "answers.jsonl", identity)
-    cells = runner.cells(methods, ratios, table.seeds)
-    failures = evaluator.run(
-      test.questions, cells, answers, description=f"{test.split} questions"
-    )
-    out = results.build(
-      table,
-      answers,
-      provenance=provenance.describe(
-        frame_hashes=results.frame_hashes(table, answers),
-        checkpoint=checkpoint.identity,
-        policies={name: p.identity for name, p in policies.items()},
-        generator_hash=test.generator_hash,
-        settings=dataclasses.asdict(evaluator.settings),
-      ),
-      failures=failures,
-      chosen=chosen,
-      decisive=test.decisive,
-      rule=request.rule,
-      left_out=test.left_out(),
-    )
-    if len(out["unreadable"]) == out["num_clips"]:
-      raise errors.UserError(
-        f"none of the {out['num_clips']} clips below {test.root} can be read"
-        f" (first: {out['unreadable'][0]['video']},"
-        f" {out['unreadable'][0]['reason']}); prepare the data again, and"
-        f" delete {workdir / 'answers.jsonl'}"
+    with shards.ledger(workdir, shard, "answers.jsonl", identity) as answers:
+      failures = _ask(table, evaluator, answers, workdir, shard, identity)
+      _write_timings(workdir / shard.file("timings.json"), table, evaluator)
+      if failures is None:
+        return None
+      out = results.build(
+        table,
+        answers,
+        provenance=_provenance(table, answers, evaluator, test.generator_hash),
+        failures=failures,
+        chosen=chosen,
+        decisive=test.decisive,
+        rule=request.rule,
+        left_out=test.left_out(),
       )
-    results.write_json(workdir / "results.json", out)
-    timings = {"seconds": dict(evaluator.seconds), "host": provenance.host()}
-    results.write_json(workdir / "timings.json", timings)
-    examples = report.choose_examples(
-      table,
-      answers,
-      evaluator,
-      test.decisive,
-      request.num_examples,
-      failures=failures,
-    )
+      if len(out["unreadable"]) == out["num_clips"]:
+        raise errors.UserError(
+          f"none of the {out['num_clips']} clips below {test.root} can be read"
+          f" (first: {out['unreadable'][0]['video']},"
+          f" {out['unreadable'][0]['reason']}); prepare the data again, and"
+          f" delete {workdir / 'answers.jsonl'}"
+        )
+      results.write_json(workdir / "results.json", out)
+      examples = report.choose_examples(
+        table,
+        answers,
+        evaluator,
+        test.decisive,
+        request.num_examples,
+        failures=failures,
+      )
   report.write(workdir / "report.html", out, examples, _curves(request))
   return out
+
+
+def _ask(table, evaluator, answers, workdir, shard, identity):
+  """Asks this process's share; returns all failures, None if work is left."""
+  cells = runner.cells(table.methods, table.ratios, table.seeds)
+  board = shards.Board(
+    workdir, shard, shards.work(identity, cells, table.questions)
+  )
+  board.start()
+  description = f"{table.split} answers"
+  if not shard.alone:
+    description += f" {shard.index}/{shard.count}"
+  failures = evaluator.run(
+    table.questions, cells, answers, description=description, shard=shard
+  )
+  if shard.alone:
+    return failures
+  board.done(failures)
+  missing = board.missing()
+  if missing:
+    listed = ", ".join(f"{index}/{shard.count}" for index in missing)
+    logging.info("left to others: shard %s", listed)
+    return None
+  answers.look(shards.ledgers(workdir, "answers.jsonl"))
+  return board.failures()
+
+
+def _provenance(table, answers, evaluator, generator_hash):
+  checkpoint = evaluator.checkpoint
+  return provenance.describe(
+    frame_hashes=results.frame_hashes(table, answers),
+    index_hashes=results.frame_hashes(table, answers, "index_hash"),
+    devices=results.frame_hashes(table, answers, "device").values(),
+    template=checkpoint.tokenizer.template,
+    checkpoint=checkpoint.identity,
+    policies={name: p.identity for name, p in evaluator.policies.items()},
+    generator_hash=generator_hash,
+    settings={
+      **dataclasses.asdict(evaluator.settings),
+      **evaluator.source.identity,
+    },
+  )
+
+
+def _write_timings(path, table, evaluator) -> None:
+  timings = {
+    "seconds": dict(evaluator.seconds),
+    "host": provenance.host(),
+    "grids": len(set(map(table.grid_of, table.questions))),
+    "programs": evaluator.num_compiled,
+  }
+  results.write_json(path, timings)
 
 
 def choose(
@@ -412,27 +497,46 @@ def open_source(
   request: Request,
   checkpoint: checkpoints.Checkpoint,
   want: frozenset[str] = frozenset(),
+  *,
+  manifest: frame_manifest.FrameManifest | None = None,
 ) -> clips.ClipSource:
-  """Returns the encoded clips of a request's data, with what `want` lists."""
+  """Returns the encoded clips of a request's data.
+
+  Args:
+    request: see there.
+    checkpoint: the base model.
+    want: names of `vision_signals` that clips bring along.
+    manifest: what their frames must agree with; None for nothing.
+  """
   model = checkpoint.model
   if isinstance(model, qwen2_5_vl.Qwen2_5VLModel):
-    raise errors.UserError(
-      f"{request.checkpoint} is a Qwen2.5-VL: its grid differs from clip to"
-      " clip, and an evaluation has one; ask about single clips with `python -m"
-      " cacovid_jax.answer`"
+    kind = clips.PatchSource
+    preprocessing = qwen_frames.ProcessorConfig.with_paper_bounds(
+      request.checkpoint,
+      min_pixels=request.min_pixels,
+      max_pixels=request.max_pixels,
     )
+  else:
+    if request.min_pixels or request.max_pixels:
+      raise errors.UserError(
+        f"min_pixels and max_pixels: {request.checkpoint} has frames of one"
+        " size; leave them out"
+      )
+    kind = clips.ClipSource
+    preprocessing = frames.Preprocessing.from_directory(request.checkpoint)
   dtype = jnp.dtype(model.dtype).name
-  return clips.ClipSource(
+  return kind(
     os.path.join(request.data, request.media),
     model,
     checkpoint.params,
-    frames.Preprocessing.from_directory(request.checkpoint),
+    preprocessing,
     num_frames=request.num_frames,
     cache=feature_cache.FeatureCache(request.cache) if request.cache else None,
     cache_key=f"{checkpoint.identity['sha256']} {dtype}",
     # The clips of this batch and of the next one.
     keep=2 * request.batch_size,
     want=want,
+    manifest=manifest,
   )
 
 
@@ -444,10 +548,12 @@ def show(out: Mapping[str, Any], console: rich.console.Console | None = None):
       console = rich.console.Console(width=120)
   vanilla = out["vanilla"]
   low, high = vanilla["ci95"]
+  several = len(out["grid"]) if isinstance(out["grid"][0], Mapping) else 0
+  mean = f" on average, {several} grids" if several else ""
   table = rich.table.Table(
     title=f"{out['benchmark']} {out['split']}: {vanilla['n']} questions about"
     f" {out['num_clips']} clips, accuracy in %",
-    caption=f"vanilla (all {vanilla['kept_tokens']} video tokens):"
+    caption=f"vanilla (all {vanilla['kept_tokens']} video tokens{mean}):"
     f" {100 * vanilla['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]."
     " Per cell: accuracy, 95 % interval clustered by clip, share of vanilla.",
   )

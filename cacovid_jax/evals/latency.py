@@ -57,6 +57,7 @@ class Stopwatch:
     if evaluator.settings.batch_size != 1:
       raise ValueError("times are those of one video: use a batch size of 1")
     self._e, self._repeats = evaluator, repeats
+    self._tools = evaluator.tools(question)
     self._asker = asker_lib.Asker(evaluator, [question])
     self._known = {}
 
@@ -67,7 +68,7 @@ class Stopwatch:
       UserError: the method cannot be run at this ratio.
     """
     cell = runner.Cell(method, ratio, 0)
-    programs, compressor = self._e.programs, method.compressor
+    programs, compressor = self._tools.programs, method.compressor
     programs.check(compressor, ratio)
     inputs = self._asker.inputs(cell)
     reads = sum(self._read(need, method) for need in sorted(method.needs))
@@ -86,14 +87,14 @@ class Stopwatch:
       policy = self._e.policies[name]
       return self._once(
         ("scores", name),
-        lambda: self._e.programs.scores(
+        lambda: self._tools.programs.scores(
           policy.module, policy.params, self._asker.batch
         ),
       )
     if need == "attention":
       return self._once(
         ("attention",),
-        lambda: self._e.programs.vanilla(
+        lambda: self._tools.programs.vanilla(
           self._e.checkpoint.params, self._asker.batch, want_attention=True
         ),
       )
@@ -101,12 +102,12 @@ class Stopwatch:
 
   def _answer(self, ratio: float) -> float:
     """Returns the milliseconds of answering from evenly spaced tokens."""
-    num_keep = base.budget(self._e.grid, ratio)
+    num_keep = base.budget(self._tools.grid, ratio)
     method = runner.Method.parse("uniform")
     selection = self._asker.select(runner.Cell(method, ratio, 0))
     return self._once(
       ("answer", num_keep),
-      lambda: self._e.programs.answer(
+      lambda: self._tools.programs.answer(
         self._e.checkpoint.params, self._asker.batch, selection
       ),
     )

@@ -2,14 +2,19 @@
 
 A file starts with a header that says which run its answers belong to. Lines
 are appended and synced to disk once per batch; a line cut off by a kill is
-removed when the file is opened again.
+removed when the file is opened again. An open file is locked: two processes
+cannot write to one. Several may share the work of a run, each with a file of
+its own, and look into those of the others (see `shards`).
 """
 
+import fcntl
 import json
 import os
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
+
+from absl import logging
 
 from cacovid_jax import errors
 
@@ -33,10 +38,13 @@ class Key(NamedTuple):
 
 
 class Ledger:
-  """The answers of one run, on disk and in memory."""
+  """The answers of one run, on disk and in memory.
+
+  A context manager; once closed, the answers can still be looked up.
+  """
 
   def __init__(self, path: str | os.PathLike | None, run: Mapping[str, Any]):
-    """Opens or starts a file.
+    """Opens or starts a file, and locks it.
 
     Args:
       path: of the JSON lines; None keeps answers in memory only.
@@ -44,15 +52,19 @@ class Ledger:
     """
     self._records: dict[Key, dict[str, Any]] = {}
     self._path = None if path is None else pathlib.Path(path)
-    if self._path is None:
-      return
+    self._file = None
     # Through JSON and back, so that it compares equal to what is read.
     self._run = json.loads(json.dumps(dict(run), sort_keys=True))
+    if self._path is None:
+      return
     self._path.parent.mkdir(parents=True, exist_ok=True)
-    if self._path.exists():
-      self._read()
-    if not self._path.exists():
-      self._append([{_HEADER: self._run}])
+    self._file = open(self._path, "a+b")
+    try:
+      lock(self._file, self._path)
+      self._open()
+    except BaseException:
+      self.close()
+      raise
 
   def __contains__(self, key: Key) -> bool:
     return key in self._records
@@ -63,6 +75,18 @@ class Ledger:
   def __len__(self) -> int:
     return len(self._records)
 
+  def __enter__(self) -> "Ledger":
+    return self
+
+  def __exit__(self, *exc_info):
+    self.close()
+
+  def close(self) -> None:
+    """Lets other processes write to the file."""
+    if self._file is not None:
+      self._file.close()
+      self._file = None
+
   def add(self, records: Iterable[tuple[Key, Mapping[str, Any]]]) -> None:
     """Writes new answers and waits until they are on disk."""
     new = [
@@ -71,44 +95,81 @@ class Ledger:
     self._append([{**key._asdict(), **fields} for key, fields in new])
     self._records.update(new)
 
+  def look(self, paths: Iterable[str | os.PathLike]) -> None:
+    """Takes the answers of other files of this run, which stay as they are.
+
+    Args:
+      paths: of ledgers; another process may be writing to them.
+    """
+    for path in map(pathlib.Path, paths):
+      if self._path is not None and path.name == self._path.name:
+        continue
+      for key, record in self._parse(path, path.read_bytes()):
+        self._records.setdefault(key, record)
+
   def _append(self, lines: list[dict[str, Any]]) -> None:
     if not lines or self._path is None:
       return
     text = "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines)
-    with open(self._path, "a", encoding="utf-8") as f:
-      f.write(text)
-      f.flush()
-      os.fsync(f.fileno())
+    self._file.write(text.encode("utf-8"))
+    self._file.flush()
+    os.fsync(self._file.fileno())
 
-  def _read(self) -> None:
-    data = self._path.read_bytes()
+  def _open(self) -> None:
+    self._file.seek(0)
+    data = self._file.read()
+    complete = data.rfind(b"\n") + 1
+    self._records.update(self._parse(self._path, data))
+    if complete < len(data):
+      self._file.truncate(complete)
+    if not complete:
+      self._append([{_HEADER: self._run}])
+
+  def _parse(self, path, data: bytes) -> list[tuple[Key, dict[str, Any]]]:
+    """Returns the answers of a file; a line without an end is none."""
+    found = []
     complete = data[: data.rfind(b"\n") + 1]
-    if len(complete) < len(data):
-      with open(self._path, "r+b") as f:
-        f.truncate(len(complete))
-    lines = complete.decode("utf-8", "replace").splitlines()
-    if not lines:
-      self._path.unlink()
-      return
+    lines = complete.decode("utf-8", "replace").split("\n")[:-1]
     for number, line in enumerate(lines, start=1):
       try:
         record = json.loads(line)
         if number == 1:
-          self._check_run(record[_HEADER])
+          self._check_run(path, record[_HEADER])
           continue
         key = Key(*(record.pop(field) for field in Key._fields))
       except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise errors.UserError(
-          f"{self._path} line {number} is damaged ({type(error).__name__});"
-          " delete the file to evaluate again"
+          f"{path} line {number} is damaged ({type(error).__name__}); delete"
+          " the file to evaluate again"
         ) from error
-      self._records[key] = record
+      found.append((key, record))
+    return found
 
-  def _check_run(self, found: Mapping[str, Any]) -> None:
+  def _check_run(self, path, found: Mapping[str, Any]) -> None:
     names = sorted({*found, *self._run})
     differing = [n for n in names if found.get(n) != self._run.get(n)]
     if differing:
       raise errors.UserError(
-        f"{self._path} holds answers of another run (differs in"
+        f"{path} holds answers of another run (differs in"
         f" {', '.join(differing)}); use another workdir, or delete the file"
       )
+
+
+def lock(file, path: str | os.PathLike, *, wait: bool = False) -> None:
+  """Locks an open file until it is closed.
+
+  Args:
+    file: open for writing.
+    path: its name, for the error.
+    wait: for a process that has it, instead of refusing.
+  """
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+  except BlockingIOError:
+    raise errors.UserError(
+      f"another process is writing to {path}; wait for it, use another"
+      " workdir, or share the work with --shard=0/2 and --shard=1/2"
+    ) from None
+  except OSError as error:
+    # Some network file systems have no locks; the rest works without.
+    logging.warning("%s cannot be locked (%s)", path, error.strerror)

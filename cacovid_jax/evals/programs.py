@@ -50,10 +50,15 @@ class Vanilla(NamedTuple):
 
 
 class Programs:
-  """The compiled functions of an evaluation."""
+  """The compiled functions that ask about clips of one grid.
+
+  Attributes:
+    grid: (T, H, W) of the clips.
+  """
 
   def __init__(self, checkpoint, grid, max_new_tokens: int):
-    self._model, self._grid = checkpoint.model, grid
+    self.grid = grid
+    self._model = checkpoint.model
     self._num_video = grid[0] * grid[1] * grid[2]
     self._num_layers = self._model.config.text.num_layers
     self._ending = dict(
@@ -67,6 +72,15 @@ class Programs:
     self.scores = jax.jit(self._scores, static_argnums=0)
     self.answer = jax.jit(self._answer)
     self._selects, self._insides = {}, {}
+
+  @property
+  def num_compiled(self) -> int:
+    """Programs that have been compiled."""
+    functions = [self.embed, self.vanilla, self.text, self.scores, self.answer]
+    functions += [*self._selects.values(), *self._insides.values()]
+    # What reads counts on the host is no program of its own.
+    sizes = [getattr(f, "_cache_size", None) for f in functions]
+    return sum(size() for size in sizes if size)
 
   def select(self, compressor: base.Compressor, ratio: float):
     """Returns f(features [B, N, D], text, aux, keys) -> `Selection` [B, ...].
@@ -91,7 +105,7 @@ class Programs:
     if acts_inside(compressor):
       compressor.plan(self._num_layers, self._num_video, ratio)
     else:
-      compressor.rows(self._grid, ratio)
+      compressor.rows(self.grid, ratio)
 
   def minimum_ratio(self, compressor: Any) -> float | None:
     """Returns the lowest ratio that a method can; None where it is not told."""
@@ -111,7 +125,7 @@ class Programs:
         batch.video_start,
         batch.next_position,
         aux,
-        grid=self._grid,
+        grid=self.grid,
         ratio=ratio,
         text=text,
         rngs=keys,
@@ -122,12 +136,12 @@ class Programs:
     return ask if compressor.on_host else jax.jit(ask)
 
   def _select(self, compressor, ratio):
-    num_keep = compressor.rows(self._grid, ratio)
+    num_keep = compressor.rows(self.grid, ratio)
 
     def one(features, text, aux, key):
       return compressor.compress(
         features,
-        grid=self._grid,
+        grid=self.grid,
         num_keep=num_keep,
         text=text,
         aux=aux,
@@ -170,7 +184,7 @@ class Programs:
 
     def one(x, positions, length, start):
       return module.apply(
-        {"params": params}, x, positions, start + video, self._grid, length
+        {"params": params}, x, positions, start + video, self.grid, length
       )
 
     return jax.vmap(one)(

@@ -4,7 +4,6 @@ Letters: B batch, L prompt tokens, N video tokens, D width, P position rows,
 Q tokens of a question's text.
 """
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,50 +21,86 @@ from cacovid_jax.evals import programs as programs_lib
 _LENGTH_STEP = 16
 
 
-class Prompts:
-  """The prompts of all questions that an evaluation may ask, tokenised."""
+class Texts:
+  """The questions of an evaluation, tokenised once for all grids.
+
+  Attributes:
+    tokenizer: of the checkpoint.
+  """
 
   def __init__(
-    self,
-    checkpoint: Any,
-    questions: Sequence[questions_lib.Question],
-    grid: tuple[int, int, int],
-    batch_size: int,
+    self, checkpoint: Any, questions: Sequence[questions_lib.Question]
   ):
-    """Tokenises; the longest prompt sets L, the longest question Q.
+    """Tokenises.
 
     Args:
       checkpoint: `models.checkpoints.Checkpoint` with a tokenizer.
       questions: every question that will be asked.
-      grid: (T, H, W) of their clips.
-      batch_size: B.
     """
-    tokenizer = checkpoint.tokenizer
-    if tokenizer is None:
+    self.tokenizer = checkpoint.tokenizer
+    if self.tokenizer is None:
       raise errors.UserError(
         "the checkpoint has no tokenizer.json; evaluation needs a complete"
         " checkpoint directory"
       )
-    self._checkpoint, self._grid, self._size = checkpoint, grid, batch_size
-    num_video = grid[0] * grid[1] * grid[2]
+    self._texts = {question.id: question.prompt for question in questions}
+    # About a clip of one token; with all of them only when they are needed.
     self._prompts = {
-      question.id: tokenizer.encode_prompt(question.prompt, num_video)
-      for question in questions
+      name: self.tokenizer.encode_prompt(text, 1)
+      for name, text in self._texts.items()
     }
     self._spans = {
-      name: question_span(prompt, tokenizer)
+      name: question_span(prompt, self.tokenizer)
       for name, prompt in self._prompts.items()
     }
-    self._length = _rounded(max(p.length for p in self._prompts.values()))
-    self._text_length = _rounded(max(b - a for a, b in self._spans.values()))
 
-  def digest(self, questions: Sequence[questions_lib.Question]) -> str:
-    """Returns a sha256 of the ids of these questions' prompts."""
-    digest = hashlib.sha256()
-    for name in sorted(question.id for question in questions):
-      digest.update(name.encode() + b"\0")
-      digest.update(self._prompts[name].ids.tobytes())
-    return digest.hexdigest()
+  def prompt(self, name: str, num_video: int) -> prompts_lib.Prompt:
+    """Returns a question's prompt about a clip of N tokens."""
+    return self.tokenizer.resize(
+      self._prompts[name], num_video, self._texts[name]
+    )
+
+  def span(self, name: str, num_video: int) -> tuple[int, int]:
+    """Returns `question_span` of that prompt."""
+    start, end = self._spans[name]
+    return start + num_video - 1, end + num_video - 1
+
+  def longest(self, num_video: int) -> tuple[int, int]:
+    """Returns L and Q that hold every question about a clip of N tokens.
+
+    Refuses a clip that leaves a question no room.
+    """
+    name = max(self._prompts, key=lambda name: self._prompts[name].length)
+    length = self.prompt(name, num_video).length
+    return length, max(end - start for start, end in self._spans.values())
+
+
+class Prompts:
+  """The prompts of all questions about clips of one grid."""
+
+  def __init__(
+    self,
+    checkpoint: Any,
+    texts: Texts,
+    grid: tuple[int, int, int],
+    batch_size: int,
+  ):
+    """The longest prompt sets L, the longest question Q.
+
+    Any question may be asked, since a policy may be given the words of one
+    about a clip of another grid.
+
+    Args:
+      checkpoint: the one that `texts` was made with.
+      texts: the questions.
+      grid: (T, H, W) of their clips.
+      batch_size: B.
+    """
+    self._checkpoint, self._texts = checkpoint, texts
+    self._grid, self._size = grid, batch_size
+    self._num_video = grid[0] * grid[1] * grid[2]
+    length, text_length = texts.longest(self._num_video)
+    self._length, self._text_length = _rounded(length), _rounded(text_length)
 
   def batch(
     self,
@@ -84,8 +119,8 @@ class Prompts:
     """
     rows = pad_rows(len(ids), self._size)
     names = [ids[row] for row in rows]
-    prompts = [self._prompts[name] for name in names]
-    padded = self._checkpoint.tokenizer.pad(prompts, self._length)
+    prompts = [self._texts.prompt(name, self._num_video) for name in names]
+    padded = self._texts.tokenizer.pad(prompts, self._length)
     seconds = np.asarray(seconds, np.float32)
     seconds = seconds[np.minimum(rows, len(seconds) - 1)]
     placed = [
@@ -95,7 +130,7 @@ class Prompts:
     positions, following = map(np.array, zip(*placed, strict=True))
     text_rows = np.full([len(names), self._text_length], self._length, np.int32)
     for row, name in zip(text_rows, names, strict=True):
-      start, end = self._spans[name]
+      start, end = self._texts.span(name, self._num_video)
       row[: end - start] = np.arange(start, end)
     features = jnp.asarray(features)
     if features.shape[0] != len(rows):

@@ -6,7 +6,7 @@ import os
 import pathlib
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import av
@@ -21,6 +21,7 @@ _PACKAGES = (
   "flax",
   "jax",
   "jaxlib",
+  "jinja2",
   "numpy",
   "pillow",
   "safetensors",
@@ -35,6 +36,9 @@ def describe(
   policies: Mapping[str, str],
   generator_hash: str | None = None,
   settings: Mapping[str, Any] | None = None,
+  index_hashes: Mapping[str, str] | None = None,
+  template: str = "",
+  devices: Iterable[str] | None = None,
 ) -> dict[str, Any]:
   """Returns the provenance section of results.json.
 
@@ -46,18 +50,32 @@ def describe(
     policies: name -> digest of the parameters.
     generator_hash: of the synthetic benchmark's generator, if it is one.
     settings: of the evaluation.
+    index_hashes: clip -> digest of which of its frames were shown.
+    template: the chat template's text.
+    devices: kinds that answers were computed on; None is this process's.
   """
+  if devices is None:
+    devices = [device_kind()]
   return {
     "checkpoint": checkpoint.get("sha256", ""),
     "decoder": decoder(),
+    "device": ", ".join(sorted(set(devices))),
     "frame_hash": combined(frame_hashes),
+    "frame_index_hash": combined(index_hashes or {}),
     "generator_hash": generator_hash,
     "git_commit": git_commit(),
     "packages": packages(),
     "policies": dict(policies),
     "python": platform.python_version(),
     "settings": dict(settings or {}),
+    "template_hash": hashlib.sha256(template.encode()).hexdigest(),
   }
+
+
+def device_kind() -> str:
+  """Returns what computes here, as in "gpu NVIDIA H100"."""
+  kind, backend = jax.devices()[0].device_kind, jax.default_backend()
+  return kind if kind == backend else f"{backend} {kind}"
 
 
 def host() -> dict[str, Any]:

@@ -120,11 +120,14 @@ def choose_examples(
         others[label] = _letter(
           answers, runner.Cell(other, ratio, seed), question
         )
+    grid = evaluator.grid_of(question)
     examples.append(
       Example(
         question=question,
-        frames=evaluator.source.frames(question.video),
-        grid=evaluator.grid,
+        frames=_first_of_slices(
+          evaluator.source.frames(question.video), grid[0]
+        ),
+        grid=grid,
         method=method.label,
         ratio=ratio,
         trace=evaluator.trace(question, method, ratio),
@@ -133,6 +136,11 @@ def choose_examples(
       )
     )
   return examples
+
+
+def _first_of_slices(frames: np.ndarray, num_slices: int) -> np.ndarray:
+  """Returns one frame for each row of the grid's first axis."""
+  return frames[:: -(-len(frames) // num_slices)]
 
 
 def _score(answers, cell, question) -> float:
@@ -255,6 +263,7 @@ def _templates() -> jinja2.Environment:
   environment.filters["percent"] = _percent
   environment.filters["points"] = _points
   environment.filters["options"] = _options
+  environment.filters["grids"] = results.grid_words
   return environment
 
 

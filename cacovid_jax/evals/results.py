@@ -35,8 +35,9 @@ class Table:
     methods: rows.
     ratios: columns.
     seeds: evaluation seeds.
-    grid: (T, H, W).
+    grid: (T, H, W); where clips differ, of most of them.
     task: how answers are counted.
+    grids: clip -> (T, H, W) where they differ.
   """
 
   benchmark: str
@@ -47,10 +48,18 @@ class Table:
   seeds: Sequence[int]
   grid: tuple[int, int, int]
   task: benchmarks.Task = benchmarks.task(benchmarks.PREPARED)
+  grids: Mapping[str, tuple[int, int, int]] = dataclasses.field(
+    default_factory=dict
+  )
+
+  def grid_of(self, question) -> tuple[int, int, int]:
+    """Returns (T, H, W) of a question's clip."""
+    return self.grids.get(question.video, self.grid)
 
   @property
-  def num_video(self) -> int:
-    return math.prod(self.grid)
+  def num_video(self) -> np.ndarray:
+    """N of each question, int64[Q]."""
+    return np.array([math.prod(self.grid_of(q)) for q in self.questions])
 
   @property
   def clips(self) -> list[str]:
@@ -140,13 +149,13 @@ def build(
     "macro": list(table.strata.names) if table.strata else [],
     "rule": rule,
     "left_out": dict(left_out or {}),
-    "grid": list(table.grid),
+    "grid": _grids(table),
     "num_clips": len(set(table.clips)),
     "chance": _number(_chance(table)),
     "vanilla": {
       **_estimate(table, vanilla),
       "n": len(vanilla),
-      "kept_tokens": table.num_video,
+      "kept_tokens": _number(table.num_video.mean()),
       **_breakdowns(table, vanilla),
       **_fallbacks(_records(table, ledger, runner.Cell(None, 1.0, 0))),
     },
@@ -160,6 +169,23 @@ def build(
     "provenance": dict(provenance),
   }
   return out
+
+
+def grid_words(grid: Sequence[Any]) -> str:
+  """Returns the `grid` of results.json in words."""
+
+  def words(sides):
+    return " \N{MULTIPLICATION SIGN} ".join(map(str, sides))
+
+  if not isinstance(grid[0], Mapping):
+    return f"{words(grid)} tokens a clip (time, rows, columns)"
+  common = sorted(grid, key=lambda entry: -entry["clips"])
+  listed = [f"{words(e['grid'])} ({e['clips']} clips)" for e in common[:4]]
+  if len(common) > 4:
+    listed.append(f"{len(common) - 4} more")
+  return (
+    f"{len(common)} grids of tokens (time, rows, columns): {', '.join(listed)}"
+  )
 
 
 def ratio_key(ratio: float) -> str:
@@ -183,12 +209,21 @@ def check_ratios(ratios: Iterable[float]) -> tuple[float, ...]:
   return ratios
 
 
-def frame_hashes(table: Table, ledger: ledger_lib.Ledger) -> dict[str, str]:
-  """Returns clip -> sha256 of the frames that were shown to the model."""
+def frame_hashes(
+  table: Table, ledger: ledger_lib.Ledger, field: str = "frame_hash"
+) -> dict[str, str]:
+  """Returns clip -> sha256 of the frames that were shown to the model.
+
+  Args:
+    table: whose clips.
+    ledger: with the answers to whole prompts.
+    field: "frame_hash" is of their pixels, "index_hash" of which they are; any
+      other of a clip's facts, such as "device", as well.
+  """
   cell = runner.Cell(None, 1.0, 0)
   found = {}
   for question in table.questions:
-    digest = ledger[cell.key(question.id)].get("frame_hash")
+    digest = ledger[cell.key(question.id)].get(field)
     if digest:
       found[question.video] = digest
   return found
@@ -226,11 +261,12 @@ def _cell(table, ledger, method, ratio, vanilla):
   per_seed = [_values(table, ledger, cell) for cell in cells]
   mean = np.mean(per_seed, axis=0)
   records = [r for cell in cells for r in _records(table, ledger, cell)]
+  num_video = np.tile(table.num_video, len(cells))
   kept = float(np.mean([record["kept"] for record in records]))
   # Before the language model, every layer sees the tokens that were kept.
   equivalent = [
-    record.get("equivalent", record["kept"] / table.num_video)
-    for record in records
+    record.get("equivalent", record["kept"] / count)
+    for record, count in zip(records, num_video, strict=True)
   ]
   share = statistics.ratio_of_means(
     mean, vanilla, table.clips, strata=table.strata
@@ -330,6 +366,20 @@ def _groups(pairs) -> dict[str, dict[str, Any]]:
   }
 
 
+def _grids(table) -> list[Any]:
+  """Returns [T, H, W], or all grids with how many clips and questions."""
+  questions = collections.Counter(map(table.grid_of, table.questions))
+  if len(questions) == 1:
+    return list(next(iter(questions)))
+  clips = {question.video: table.grid_of(question)
+           for question in table.questions}  # fmt: skip
+  clips = collections.Counter(clips.values())
+  return [
+    {"grid": list(grid), "clips": clips[grid], "questions": questions[grid]}
+    for grid in sorted(questions)
+  ]
+
+
 def _fallbacks(records) -> dict[str, int]:
   count = sum(record.get("fallback", False) for record in records)
   return {"num_fallbacks": count} if count else {}
@@ -360,7 +410,7 @@ def _frame_head(table, ledger, decisive, frame_ratio, failures):
   )
   if method is None or not decisive:
     return None
-  T, H, W = table.grid
+  T, H, W = table.grid  # Decisive tokens are known of one grid alone.
   drawn = math.ceil(frame_ratio * T)
   cell = runner.Cell(method, table.ratios[0], 0)
   hits, chances, clips = [], [], []

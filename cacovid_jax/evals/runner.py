@@ -8,6 +8,9 @@ whole prompt has one of its own, and so has each method that acts inside the
 language model, at each ratio. Shapes are static: every batch has the same size
 and length, the last one padded.
 
+Where the grid follows the shape of a clip, questions are grouped by it: a batch
+holds clips of one grid, and each grid has its own set of programs.
+
 A method that cannot be run at a ratio does not stop the others: `run` returns
 why, and the table shows it.
 
@@ -18,6 +21,7 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import math
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
@@ -31,7 +35,7 @@ from cacovid_jax import compressors, errors
 from cacovid_jax.compressors import base
 from cacovid_jax.data import questions as questions_lib
 from cacovid_jax.evals import asker as asker_lib
-from cacovid_jax.evals import benchmarks, prompting, scoring
+from cacovid_jax.evals import benchmarks, prompting, provenance, scoring
 from cacovid_jax.evals import clips as clips_lib
 from cacovid_jax.evals import ledger as ledger_lib
 from cacovid_jax.evals import programs as programs_lib
@@ -165,10 +169,12 @@ class Failure(NamedTuple):
   Attributes:
     reason: one line.
     minimum_ratio: the lowest ratio that it can, where the method knows.
+    batch: number of the batch that showed it, -1 before any was asked.
   """
 
   reason: str
   minimum_ratio: float | None = None
+  batch: int = -1
 
 
 class NothingToAsk(errors.UserError):
@@ -212,20 +218,36 @@ def cells(
   return out
 
 
+class Tools(NamedTuple):
+  """What clips of one grid are asked about with.
+
+  Attributes:
+    grid: (T, H, W).
+    prompts: of all questions that may be asked.
+    programs: compiled functions.
+  """
+
+  grid: tuple[int, int, int]
+  prompts: prompting.Prompts
+  programs: programs_lib.Programs
+
+  @property
+  def num_video(self) -> int:
+    """N, the video tokens of a clip."""
+    return math.prod(self.grid)
+
+
 class Evaluator:
   """A model, its prompts and its programs; `run` asks, the ledger keeps.
 
   Attributes:
     settings: of the evaluation.
-    grid: (T, H, W) of every clip.
     source: of the clips' features.
     seconds: spent so far, by what they were spent on.
     policies: by name; the first one is what plain `cacovid` follows.
     checkpoint: the base model.
     decisive: question id -> tokens that decide it, where known.
     task: how answers are scored.
-    programs: compiled functions.
-    prompts: of all questions that may be asked.
   """
 
   def __init__(
@@ -250,11 +272,11 @@ class Evaluator:
       policies: by name; the first one is what plain `cacovid` follows.
       decisive: question id -> tokens that decide it, where known.
       task: how answers are scored; None is as of prepared data.
-      programs: of an earlier evaluator of this checkpoint, grid and number of
-        new tokens, so that nothing compiles twice; None makes new ones.
+      programs: of an earlier evaluator of this checkpoint and number of new
+        tokens, so that nothing compiles twice for clips of its grid; None makes
+        new ones.
     """
     self.settings = settings
-    self.grid = source.grid
     self.source = source
     self.seconds = collections.defaultdict(float)
     self.policies = dict(policies or {})
@@ -263,20 +285,59 @@ class Evaluator:
     self.task = task or benchmarks.task(benchmarks.PREPARED)
     # What `cacovid_other_question` draws from; in a run, what is being asked.
     self._pool = _by_id(questions)
-    self._num_video = self.grid[0] * self.grid[1] * self.grid[2]
-    for name, tokens in self.decisive.items():
-      if tokens and not 0 <= min(tokens) <= max(tokens) < self._num_video:
+    self._texts = prompting.Texts(checkpoint, questions)
+    source.survey(question.video for question in questions)
+    self._tools: dict[tuple[int, int, int], Tools] = {}
+    if programs is not None:
+      self._tools[programs.grid] = self._make_tools(programs.grid, programs)
+    for question in questions:
+      # Prompts that are too long are told before anything runs.
+      num_video = self.tools(question).num_video
+      tokens = self.decisive.get(question.id)
+      if tokens and not 0 <= min(tokens) <= max(tokens) < num_video:
         raise errors.UserError(
-          f"decisive.jsonl: the tokens of {name} lie outside the model's grid"
-          f" {self.grid}; was the data made for another model or frame count?"
+          f"decisive.jsonl: the tokens of {question.id} lie outside the model's"
+          f" grid {self.tools(question).grid}; was the data made for another"
+          " model or frame count?"
         )
-    self.prompts = prompting.Prompts(
-      checkpoint, questions, self.grid, settings.batch_size
-    )
-    self.programs = programs or programs_lib.Programs(
-      checkpoint, self.grid, settings.max_new_tokens
-    )
     self._untrained = {}
+
+  @property
+  def grid(self) -> tuple[int, int, int]:
+    """(T, H, W) of the clips; where they differ, of most of them."""
+    return self.source.grid
+
+  @property
+  def programs(self) -> programs_lib.Programs:
+    """The compiled functions for clips of `grid`."""
+    return self._of_grid(self.grid).programs
+
+  @property
+  def num_compiled(self) -> int:
+    """Programs compiled so far, for all grids; the vision tower's aside."""
+    return sum(tools.programs.num_compiled for tools in self._tools.values())
+
+  def grid_of(self, question: questions_lib.Question) -> tuple[int, int, int]:
+    """Returns (T, H, W) of the clip of a question."""
+    return tuple(self.source.grid_of(question.video))
+
+  def tools(self, question: questions_lib.Question) -> Tools:
+    """Returns what a question is asked with; made once for a grid."""
+    return self._of_grid(self.grid_of(question))
+
+  def _of_grid(self, grid: tuple[int, int, int]) -> Tools:
+    if grid not in self._tools:
+      programs = programs_lib.Programs(
+        self.checkpoint, grid, self.settings.max_new_tokens
+      )
+      self._tools[grid] = self._make_tools(grid, programs)
+    return self._tools[grid]
+
+  def _make_tools(self, grid, programs) -> Tools:
+    prompts = prompting.Prompts(
+      self.checkpoint, self._texts, grid, self.settings.batch_size
+    )
+    return Tools(grid, prompts, programs)
 
   def identity(
     self, questions: Sequence[questions_lib.Question]
@@ -286,10 +347,22 @@ class Evaluator:
       "checkpoint": self.checkpoint.identity["sha256"],
       "dtype": str(jnp.dtype(self.checkpoint.model.dtype)),
       "policies": {name: p.identity for name, p in self.policies.items()},
-      "questions": self.prompts.digest(questions),
+      "questions": self._digest(questions),
       "settings": dataclasses.asdict(self.settings),
+      **self.source.identity,
       "task": self.task.name,
     }
+
+  def _digest(self, questions) -> str:
+    """Returns a sha256 of the ids of these questions' prompts."""
+    digest = hashlib.sha256()
+    for question in _by_id(questions):
+      prompt = self._texts.prompt(
+        question.id, math.prod(self.grid_of(question))
+      )
+      digest.update(question.id.encode() + b"\0")
+      digest.update(prompt.ids.tobytes())
+    return digest.hexdigest()
 
   def run(
     self,
@@ -298,17 +371,20 @@ class Evaluator:
     ledger: ledger_lib.Ledger,
     *,
     description: str = "evaluate",
+    shard: tuple[int, int] = (0, 1),
   ) -> dict[tuple[str, float], Failure]:
     """Asks what the ledger lacks, batch by batch, and writes it down.
 
-    The composition of batches depends on the questions alone, so that an
-    evaluation that was stopped gives the same answers.
+    The composition of batches depends on the questions and the shapes of their
+    clips alone, so that an evaluation that was stopped, or shared among several
+    processes, gives the same answers.
 
     Args:
       questions: to ask.
       cells: to ask them with.
       ledger: of the answers.
       description: of the progress bar.
+      shard: (i, n): batches i, i + n, i + 2 n, ... are asked.
 
     Returns:
       Cell.place -> why it could not be run, the lowest ratio known. Nothing of
@@ -318,32 +394,59 @@ class Evaluator:
       NothingToAsk: no method can be run.
     """
     failures = {}
+    batches = self.batches(questions)
+    grids = {self.grid_of(batch[0]): batch[0] for batch in batches}
     for cell in cells:
       if cell.method is not None:
-        base.budget(self.grid, cell.ratio)
-        self._note(failures, cell, self._check)
+        for grid, example in grids.items():
+          base.budget(grid, cell.ratio)
+          if cell.place not in failures:
+            self._note(failures, cell, example, self._check)
     self._check_any_left(cells, failures)
     self._pool = _by_id(questions)
-    order = by_clip(questions)
-    size = self.settings.batch_size
-    batches = [order[i : i + size] for i in range(0, len(order), size)]
-    with metrics.Progress(len(order), description=description) as progress:
-      for number, batch in enumerate(batches):
+    index, count = shard
+    own = list(enumerate(batches))[index::count]
+    total = len(cells) * sum(len(batch) for _, batch in own)
+    with metrics.Progress(total, description=description) as progress:
+      done = 0
+      for place, (number, batch) in enumerate(own):
         todo = [
           cell
           for cell in cells
           if cell.place not in failures
           and any(cell.key(question.id) not in ledger for question in batch)
         ]
+        # What is known, and what cannot be run, is no work that is left.
+        done += len(batch) * (len(cells) - len(todo))
         if todo:
-          ahead = batch + (
-            batches[number + 1] if number + 1 < len(batches) else []
-          )
-          self.source.prefetch(question.video for question in ahead)
-          ledger.add(self._ask(batch, todo, failures))
+          following = own[place + 1][1] if place + 1 < len(own) else []
+          self.source.prefetch(q.video for q in (*batch, *following))
+
+          def tell(asked, what, start=done, rows=batch):
+            progress.update(start + asked * len(rows), note=what)
+
+          ledger.add(self._ask(batch, todo, failures, number, tell))
+          done += len(batch) * len(todo)
           self._check_any_left(cells, failures)
-        progress.update(min((number + 1) * size, len(order)))
+        progress.update(done)
     return failures
+
+  def batches(
+    self, questions: Sequence[questions_lib.Question]
+  ) -> list[list[questions_lib.Question]]:
+    """Returns at most B questions each, about clips of one grid.
+
+    Questions about one clip stand side by side.
+    """
+    groups = collections.defaultdict(list)
+    for question in by_clip(questions):
+      groups[self.grid_of(question)].append(question)
+    size = self.settings.batch_size
+    return [
+      group[start : start + size]
+      for group in groups.values()
+      for start in range(0, len(group), size)
+    ]
 
   def trace(
     self, question: questions_lib.Question, method: Method | None, ratio: float
@@ -357,15 +460,16 @@ class Evaluator:
     """
     cell = Cell(method, ratio, 0)
     if method is not None:
-      base.budget(self.grid, ratio)
-      self._check(cell)
+      base.budget(self.grid_of(question), ratio)
+      self._check(cell, question)
     asker = asker_lib.Asker(self, [question])
     if asker.faults:
       raise errors.UserError(f"{question.video}: {asker.faults[0]}")
     if method is None:
       text = self._decode(asker.vanilla().ids)[0]
       letter = self._score(question, text).letter
-      return Trace(text, letter, np.arange(self._num_video), None, None)
+      every = np.arange(self.tools(question).num_video)
+      return Trace(text, letter, every, None, None)
     reply = asker.reply(cell)
     text = self._decode(reply.ids)[0]
     token_gap = frame_gap = None
@@ -414,8 +518,13 @@ class Evaluator:
     yield
     self.seconds[name] += time.perf_counter() - start
 
-  def _check(self, cell: Cell) -> None:
-    """Refuses what is known not to run before anything is computed."""
+  def _check(self, cell: Cell, example: questions_lib.Question) -> None:
+    """Refuses what is known not to run before anything is computed.
+
+    Args:
+      cell: what is to be run.
+      example: a question about a clip of the grid in question.
+    """
     method = cell.method
     for need in sorted(method.needs):
       if need.endswith("scores"):
@@ -431,15 +540,30 @@ class Evaluator:
           f"{method.label} needs {need!r}, which this evaluation does not"
           f" offer; it offers text, {', '.join(base.Aux._fields)}"
         )
-    self.programs.check(method.compressor, cell.ratio)
+    self.tools(example).programs.check(method.compressor, cell.ratio)
 
-  def _note(self, failures, cell: Cell, action):
-    """Returns action(cell); of a user's mistake, None and its reason noted."""
+  def _note(self, failures, cell: Cell, example, action, batch: int = -1):
+    """Returns action(cell, example); of a mistake, None and its reason noted.
+
+    Args:
+      failures: where a user's mistake is noted.
+      cell: what is to be run.
+      example: a question of the grid in question.
+      action: see above.
+      batch: number of the batch that is asked.
+    """
     try:
-      return action(cell)
+      return action(cell, example)
     except errors.UserError as error:
-      lowest = self.programs.minimum_ratio(cell.method.compressor)
-      failures[cell.place] = Failure(errors.one_line(error), lowest)
+      lowest = [
+        tools.programs.minimum_ratio(cell.method.compressor)
+        for tools in self._tools.values()
+      ]
+      failures[cell.place] = Failure(
+        errors.one_line(error),
+        max((ratio for ratio in lowest if ratio is not None), default=None),
+        batch,
+      )
       return None
 
   def _check_any_left(self, cells, failures) -> None:
@@ -448,23 +572,41 @@ class Evaluator:
     if asked and all(place in failures for place in asked):
       raise NothingToAsk(failures[asked[0]].reason)
 
-  def _ask(self, questions, todo, failures):
-    """Returns records of one batch of at most B questions."""
+  def _ask(self, questions, todo, failures, number: int, tell):
+    """Returns records of one batch of at most B questions.
+
+    Args:
+      questions: about clips of one grid.
+      todo: cells to ask them with.
+      failures: of earlier batches; those of this one are added.
+      number: of the batch.
+      tell: takes how many cells are done, and what is being done now.
+    """
+    tell(0, "clips")
     asker = asker_lib.Asker(self, questions)
+    num_video = self.tools(questions[0]).num_video
     # One prefill gives both the answers and what methods read of it.
     methods = [cell.method for cell in todo]
     if any(method and "attention" in method.needs for method in methods):
+      tell(0, VANILLA)
       asker.vanilla(want_attention=True)
     records = []
-    for cell in todo:
+    for asked, cell in enumerate(todo):
       if cell.place in failures:
         continue  # With an earlier seed.
+      tell(asked, _words(cell))
       if cell.method is None:
         ids = asker.vanilla().ids
-        kept = np.full(len(ids), self._num_video)
+        kept = np.full(len(ids), num_video)
         top = None
       else:
-        reply = self._note(failures, cell, asker.reply)
+        reply = self._note(
+          failures,
+          cell,
+          questions[0],
+          lambda cell, _: asker.reply(cell),
+          number,
+        )
         if reply is None:
           continue
         ids, kept = reply.ids, reply.mask.sum(axis=1)
@@ -480,13 +622,18 @@ class Evaluator:
           "letter": scored.letter,
           "score": scored.score,
           "kept": int(kept[row]),
+          "of": num_video,
+          **_facts(question),
         }
         if scored.fallback:
           fields["fallback"] = True
         if fault:
           fields["fault"] = fault
         elif cell.method is None:
-          fields["frame_hash"] = self.source[question.video].frame_hash
+          clip = self.source[question.video]
+          fields["frame_hash"] = clip.frame_hash
+          fields["index_hash"] = clip.index_hash
+          fields["device"] = provenance.device_kind()
         if cell.method is not None and _inside(cell.method):
           # Before the language model it follows from what was kept.
           fields["equivalent"] = round(float(reply.equivalent[row]), 9)
@@ -509,6 +656,25 @@ def wanted(methods: Sequence[Method]) -> frozenset[str]:
   """Returns what the clips must bring along for these methods."""
   needs = frozenset().union(*[method.needs for method in methods])
   return needs & base.VISION_NEEDS
+
+
+def _facts(question: questions_lib.Question) -> dict[str, Any]:
+  """Returns what a line says of its question, for a table made of lines."""
+  facts = {
+    "video": question.video,
+    "answer": question.answer,
+    "category": question.category,
+    "duration": question.duration,
+  }
+  if question.groups:
+    facts["groups"] = dict(question.groups)
+  return {name: value for name, value in facts.items() if value is not None}
+
+
+def _words(cell: Cell) -> str:
+  if cell.method is None:
+    return VANILLA
+  return f"{cell.method.label} at {100 * cell.ratio:g} %"
 
 
 def _by_id(questions):

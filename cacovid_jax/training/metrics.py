@@ -108,6 +108,7 @@ class Progress:
     self._console = rich.console.Console(file=self._stream)
     self._bar = self._task = None
     self._last_line = -math.inf
+    self._note = ""
 
   def __enter__(self):
     self._recent.append((time.monotonic(), self._start))
@@ -131,10 +132,18 @@ class Progress:
     elif self._step != self._start:
       self._print_line()
 
-  def update(self, step, metrics=None):
-    """Shows that `step` steps are done and what they measured."""
+  def update(self, step, metrics=None, *, note=""):
+    """Shows that `step` steps are done and what they measured.
+
+    Args:
+      step: steps done.
+      metrics: name -> number.
+      note: what is being done now, for steps that take long.
+    """
+    self._note = note
+    if step != self._step:  # A mere note tells nothing of the speed.
+      self._recent.append((time.monotonic(), int(step)))
     self._step = int(step)
-    self._recent.append((time.monotonic(), self._step))
     for name, value in (metrics or {}).items():
       if math.isfinite(value := _number(value)):
         self._values[name].append(value)
@@ -160,6 +169,8 @@ class Progress:
     left = self.seconds_left()
     parts = ["eta " + ("?" if left is None else _clock(left))]
     parts += [f"{name} {mean:.3g}" for name, mean in self.means().items()]
+    if self._note:
+      parts.append(self._note)
     return "  ".join(parts)
 
   def _print_line(self):

@@ -1,57 +1,26 @@
 """Answers of a Qwen2.5-VL checkpoint, whose grid follows the clip's shape."""
 
-import dataclasses
-import json
-
 import av
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cacovid_jax import errors
 from cacovid_jax.compressors import uniform
 from cacovid_jax.data import frames, qwen_frames, video
-from cacovid_jax.evals import answering, evaluation
-from cacovid_jax.models import checkpoints, generation, qwen2_5_vl
-from tests.data import tokenizers_for_tests as toks
+from cacovid_jax.evals import answering
+from cacovid_jax.models import checkpoints, generation
 from tests.evals import report_test, tiny
 from tests.models import mrope_loop
 
 FRAMES, NEW = 3, 3
 QUESTION = "Which shape appears first?"
-STATISTICS = {
-  "image_mean": [0.5, 0.4, 0.3],
-  "image_std": [0.3, 0.3, 0.2],
-}
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
   """Returns a random checkpoint, complete with tokenizer and processor."""
-  directory = toks.write_qwen(tmp_path_factory.mktemp("qwen"))
-  base = qwen2_5_vl.Qwen2_5VLConfig.tiny()
-  token_id = checkpoints._tokenizer(directory).token_id
-  config = dataclasses.replace(
-    base,
-    text=dataclasses.replace(base.text, vocab_size=320),
-    image_token_id=token_id("<|image_pad|>"),
-    video_token_id=token_id("<|video_pad|>"),
-    vision_start_token_id=token_id("<|vision_start|>"),
-    vision_end_token_id=token_id("<|vision_end|>"),
-  )
-  params = jax.jit(qwen2_5_vl.Qwen2_5VLModel(config).init)(jax.random.key(0))
-  checkpoints.save(
-    directory,
-    config,
-    params,
-    eos_ids=[token_id("<|im_end|>")],
-    pad_id=token_id("<|endoftext|>"),
-  )
-  processor = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2}
-  path = directory / "preprocessor_config.json"
-  path.write_text(json.dumps(processor | STATISTICS))
-  return directory
+  return tiny.write_qwen_checkpoint(tmp_path_factory.mktemp("qwen"))
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +67,8 @@ def test_answers_are_those_of_the_model_alone(asked, clip):
     patch_size=4,
     min_pixels=128 * 64,
     max_pixels=256 * 64,
-    mean=tuple(STATISTICS["image_mean"]),
-    std=tuple(STATISTICS["image_std"]),
+    mean=tuple(tiny.QWEN_STATISTICS["image_mean"]),
+    std=tuple(tiny.QWEN_STATISTICS["image_std"]),
   )
   patches = processor(shown, fps=FRAMES / 1.5)
   assert patches.grid == found.grid
@@ -158,12 +127,3 @@ def test_page_shows_one_picture_a_slice(asked, tmp_path):
   assert tags.count("image") == 2
   strokes = [a.get("stroke") for t, a in outline.tags if t == "rect"]
   assert strokes.count("#0b5fa5") == found.answers[0].kept
-
-
-def test_an_evaluation_of_many_grids_is_refused(asked, directory):
-  model, _, _ = asked
-  request = evaluation.Request(
-    data="d", workdir="w", checkpoint=str(directory), methods=("uniform",)
-  )
-  with pytest.raises(errors.UserError, match="differs from clip to clip"):
-    evaluation.open_source(request, model.checkpoint)

@@ -14,6 +14,7 @@ from tests.evals import tiny
 
 FILES = {
   "answers.jsonl",
+  "frames.jsonl",
   "report.html",
   "results.json",
   "timings.json",

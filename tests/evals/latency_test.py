@@ -82,7 +82,7 @@ def test_batches_are_refused(evaluator):
 def test_the_first_clip_that_can_be_read(evaluator, monkeypatch):
   questions, evaluator = evaluator
   assert latency.readable(evaluator, questions) is questions[0]
-  bad = clips.Clip(evaluator.source._nothing, "", "missing")
+  bad = evaluator.source.unusable(questions[0].video, "missing")
   monkeypatch.setitem(evaluator.source._clips, questions[0].video, bad)
   assert latency.readable(evaluator, questions).video != questions[0].video
   assert latency.readable(evaluator, questions[:1]) is None

@@ -409,9 +409,10 @@ def test_a_policy_that_gives_nan_is_refused(
 def ask(shared, methods, path=None, ratios=RATIOS, seeds=(0,)):
   """Returns (failures, answers) of an evaluation."""
   benchmark, evaluator = shared
-  answers = ledger.Ledger(path, evaluator.identity(benchmark.questions))
   cells = runner.cells(methods, ratios, seeds)
-  failures = evaluator.run(benchmark.questions, cells, answers)
+  identity = evaluator.identity(benchmark.questions)
+  with ledger.Ledger(path, identity) as answers:
+    failures = evaluator.run(benchmark.questions, cells, answers)
   return failures, answers
 
 

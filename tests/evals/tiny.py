@@ -12,12 +12,22 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from cacovid_jax.data import tokenizer_training
-from cacovid_jax.models import checkpoints, llava_onevision, siglip
+from cacovid_jax.models import (
+  checkpoints,
+  llava_onevision,
+  qwen2_5_vl,
+  siglip,
+)
 from cacovid_jax.policy import modules, network
+from tests.data import tokenizers_for_tests as toks
 
 FRAMES = 4
 GRID = (4, 4, 4)
 NUM_VIDEO = 64
+QWEN_STATISTICS = {
+  "image_mean": [0.5, 0.4, 0.3],
+  "image_std": [0.3, 0.3, 0.2],
+}
 COLOURS = ("red", "green", "blue", "grey")
 
 
@@ -56,30 +66,76 @@ def write_policy(directory: pathlib.Path, checkpoint, seed=1) -> str:
   return str(path)
 
 
-def write_clip(path: pathlib.Path, seed: int, num_frames: int = 8) -> None:
-  """Writes an H.264 clip of coloured noise blocks."""
+def write_qwen_checkpoint(directory: pathlib.Path) -> str:
+  """Writes a random Qwen2.5-VL with tokens of 8 pixels; returns its folder."""
+  toks.write_qwen(directory)
+  base = qwen2_5_vl.Qwen2_5VLConfig.tiny()
+  token_id = checkpoints._tokenizer(directory).token_id
+  config = dataclasses.replace(
+    base,
+    text=dataclasses.replace(base.text, vocab_size=320),
+    image_token_id=token_id("<|image_pad|>"),
+    video_token_id=token_id("<|video_pad|>"),
+    vision_start_token_id=token_id("<|vision_start|>"),
+    vision_end_token_id=token_id("<|vision_end|>"),
+  )
+  params = jax.jit(qwen2_5_vl.Qwen2_5VLModel(config).init)(jax.random.key(0))
+  checkpoints.save(
+    directory,
+    config,
+    params,
+    eos_ids=[token_id("<|im_end|>")],
+    pad_id=token_id("<|endoftext|>"),
+  )
+  processor = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2}
+  path = pathlib.Path(directory) / "preprocessor_config.json"
+  path.write_text(json.dumps(processor | QWEN_STATISTICS))
+  return str(directory)
+
+
+def write_clip(
+  path: pathlib.Path,
+  seed: int,
+  num_frames: int = 8,
+  size: tuple[int, int] = (32, 32),
+) -> None:
+  """Writes an H.264 clip of coloured noise blocks, (h, w) pixels each."""
   rng = np.random.default_rng(seed)
   path.parent.mkdir(parents=True, exist_ok=True)
   with av.open(str(path), "w") as container:
     stream = container.add_stream("libx264", rate=8)
-    stream.width = stream.height = 32
+    stream.height, stream.width = size
     stream.pix_fmt = "yuv420p"
     for _ in range(num_frames):
-      blocks = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+      shape = (size[0] // 8, size[1] // 8, 3)
+      blocks = rng.integers(0, 256, shape, dtype=np.uint8)
       image = np.kron(blocks, np.ones((8, 8, 1), np.uint8))
       frame = av.VideoFrame.from_ndarray(image, format="rgb24")
       container.mux(stream.encode(frame))
     container.mux(stream.encode())
 
 
-def write_data(directory: pathlib.Path, *, num_clips=3, per_clip=2) -> str:
-  """Writes clips, test and validation questions; returns the directory."""
+def write_data(
+  directory: pathlib.Path, *, num_clips=3, per_clip=2, sizes=((32, 32),)
+) -> str:
+  """Writes clips, test and validation questions; returns the directory.
+
+  Args:
+    directory: exists.
+    num_clips: of each split.
+    per_clip: questions.
+    sizes: (h, w) of the clips, in turn.
+  """
   decisive = []
   for split in ("validation", "test"):
     rows = []
     for clip in range(num_clips):
       name = f"{split}{clip}"
-      write_clip(directory / "videos" / f"{name}.mp4", seed=hash_of(name))
+      write_clip(
+        directory / "videos" / f"{name}.mp4",
+        seed=hash_of(name),
+        size=sizes[clip % len(sizes)],
+      )
       for number in range(per_clip):
         identity = f"{name}-{number}"
         rng = np.random.default_rng(hash_of(identity))

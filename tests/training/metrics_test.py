@@ -64,6 +64,24 @@ def test_plain_lines_with_means_and_time_left(monkeypatch):
   assert lines[-1] == "train 13/100  eta 2:54  reward 12.5"
 
 
+def test_a_note_says_what_takes_so_long(monkeypatch):
+  clock = _Clock()
+  monkeypatch.setattr(metrics, "time", clock)
+  stream = io.StringIO()
+  with metrics.Progress(8, line_seconds=5, stream=stream) as progress:
+    progress.update(0, note="compiling")
+    for note in ("a", "b", "c"):  # No step is done: nothing is known of speed.
+      clock.now += 4.0
+      progress.update(0, note=note)
+      assert progress.seconds_left() is None
+    clock.now += 4.0
+    progress.update(2)
+    assert progress.seconds_left() == pytest.approx(6 * 8.0)
+  lines = stream.getvalue().splitlines()
+  assert lines[:2] == ["train 0/8  eta ?  compiling", "train 0/8  eta ?  b"]
+  assert lines[-1] == "train 2/8  eta 0:48"
+
+
 def test_a_terminal_gets_a_bar(monkeypatch):
   class _Terminal(io.StringIO):
     def isatty(self):

@@ -1,0 +1,181 @@
+"""Several processes or hosts that share one evaluation's work.
+
+Process i of n asks batches i, i + n, i + 2 n, ... and writes a ledger of its
+own, `answers-i-of-n.jsonl`. What others have answered is not asked again. When
+it is done it says so in `answers-i-of-n.done.json`, together with what could
+not be run; whoever finds that all n are done has all there is to a table. They
+need a common folder and nothing else: no process waits for another.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from cacovid_jax import errors
+from cacovid_jax.evals import ledger as ledger_lib
+from cacovid_jax.evals import results, runner
+
+_SHARD = re.compile(r"([0-9]+)/([0-9]+)")
+
+
+class Shard(NamedTuple):
+  """Process `index` of `count`, from 0."""
+
+  index: int = 0
+  count: int = 1
+
+  @classmethod
+  def parse(cls, text: str) -> "Shard":
+    """Returns the shard of "i/n"."""
+    match = _SHARD.fullmatch(text.strip())
+    if match is None:
+      raise errors.UserError(
+        f"shard {text!r}: give I/N, for example 0/4 for the first of four"
+        " processes"
+      )
+    return cls(*map(int, match.groups())).checked()
+
+  def checked(self) -> "Shard":
+    """Returns itself; refuses a number that no process has."""
+    if not 0 <= self.index < self.count:
+      raise errors.UserError(
+        f"shard {self.index}/{self.count}: with {self.count} processes, give"
+        f" 0/{self.count} to {self.count - 1}/{self.count}"
+        if self.count > 0
+        else f"shard {self.index}/{self.count}: there is no process; give 0/1"
+      )
+    return self
+
+  @property
+  def alone(self) -> bool:
+    return self.count == 1
+
+  def file(self, name: str) -> str:
+    """Returns this process's own form of a file name, "x-0-of-4.jsonl"."""
+    if self.alone:
+      return name
+    stem, dot, suffix = name.partition(".")
+    return f"{stem}-{self.index}-of-{self.count}{dot}{suffix}"
+
+
+def ledgers(workdir: pathlib.Path, name: str) -> list[pathlib.Path]:
+  """Returns all ledgers of a workdir, whoever writes to them.
+
+  Args:
+    workdir: shared.
+    name: of the ledger of one process alone, such as "answers.jsonl".
+  """
+  stem, _, suffix = name.partition(".")
+  pattern = re.compile(
+    rf"{re.escape(stem)}(-[0-9]+-of-[0-9]+)?\.{re.escape(suffix)}"
+  )
+  return sorted(
+    path for path in workdir.iterdir() if pattern.fullmatch(path.name)
+  )
+
+
+def ledger(
+  workdir: pathlib.Path, shard: Shard, name: str, run: Mapping[str, Any]
+) -> ledger_lib.Ledger:
+  """Opens this process's ledger, with what all others have answered so far.
+
+  Args:
+    workdir: shared.
+    shard: this process.
+    name: of the ledger of one process alone.
+    run: what the answers depend on.
+  """
+  found = ledger_lib.Ledger(workdir / shard.file(name), run)
+  try:
+    found.look(ledgers(workdir, name))
+  except BaseException:
+    found.close()
+    raise
+  return found
+
+
+def work(
+  identity: Mapping[str, Any], cells: Sequence[runner.Cell], questions
+) -> str:
+  """Returns a digest of all that is to be asked, whoever asks it."""
+  asked = sorted((cell.spec, cell.ratio, cell.seed) for cell in cells)
+  asked = [identity, asked, sorted(question.id for question in questions)]
+  text = json.dumps(asked, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Board:
+  """Who is done, in a shared folder.
+
+  Attributes:
+    workdir: shared.
+    shard: this process.
+    work: digest of what is to be asked; a note about other work counts as none.
+  """
+
+  workdir: pathlib.Path
+  shard: Shard
+  work: str
+
+  def start(self) -> None:
+    """Takes this process's own note away, if there is one."""
+    self._path(self.shard).unlink(missing_ok=True)
+
+  def done(self, failures: Mapping[tuple[str, float], runner.Failure]) -> None:
+    """Notes that this process has asked its share.
+
+    Args:
+      failures: what could not be run.
+    """
+    note = {
+      "work": self.work,
+      "failures": [
+        {"method": spec, "ratio": ratio, **failure._asdict()}
+        for (spec, ratio), failure in failures.items()
+      ],
+    }
+    results.write_json(self._path(self.shard), note)
+
+  def missing(self) -> list[int]:
+    """Returns the numbers of the processes that are not done."""
+    return [
+      index for index in range(self.shard.count) if self._read(index) is None
+    ]
+
+  def failures(self) -> dict[tuple[str, float], runner.Failure]:
+    """Returns what could not be run, as one process alone would find it.
+
+    All must be done. The reason is that of the first batch that showed it.
+    """
+    found = {}
+    for index in range(self.shard.count):
+      for entry in self._read(index):
+        entry = dict(entry)
+        place = entry.pop("method"), entry.pop("ratio")
+        failure = runner.Failure(**entry)
+        if place not in found or failure.batch < found[place].batch:
+          found[place] = failure
+    return found
+
+  def _path(self, shard: Shard) -> pathlib.Path:
+    return self.workdir / shard.file("answers.done.json")
+
+  def _read(self, index: int) -> list[dict[str, Any]] | None:
+    """Returns a process's failures; None if it is not done with this work."""
+    try:
+      text = self._path(Shard(index, self.shard.count)).read_text("utf-8")
+      note = json.loads(text)
+      return note["failures"] if note["work"] == self.work else None
+    except FileNotFoundError:
+      return None
+    except (ValueError, KeyError, TypeError) as error:
+      path = self._path(Shard(index, self.shard.count))
+      raise errors.UserError(
+        f"{path} is damaged ({type(error).__name__}); delete it and start"
+        f" --shard={index}/{self.shard.count} again"
+      ) from error

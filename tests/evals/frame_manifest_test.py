@@ -1,0 +1,220 @@
+"""Frames are written down once and must be the same ever after."""
+
+import hashlib
+import json
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cacovid_jax import errors
+from cacovid_jax.data import frames, video
+from cacovid_jax.evals import clips, frame_manifest
+from tests.evals import tiny
+
+
+class Model:
+  """Features are mean colours."""
+
+  config = types.SimpleNamespace(text=types.SimpleNamespace(hidden_size=3))
+
+  def grid(self, num_frames):
+    return (num_frames, 1, 1)
+
+  def encode_video(self, params, pixels):
+    return pixels.mean(axis=(1, 2)) * params
+
+
+@pytest.fixture
+def root(tmp_path):
+  for name in "ab":
+    tiny.write_clip(tmp_path / f"{name}.mp4", seed=ord(name), num_frames=9)
+  (tmp_path / "text.mp4").write_text("no video")
+  return tmp_path
+
+
+def manifest_of(root, given="", num_frames=4):
+  return frame_manifest.FrameManifest(
+    root / "run" / "frames.jsonl", num_frames=num_frames, given=given
+  )
+
+
+def source_of(root, manifest):
+  return clips.ClipSource(
+    str(root),
+    Model(),
+    jnp.float32(1),
+    frames.Preprocessing(16),
+    num_frames=4,
+    manifest=manifest,
+  )
+
+
+def lines_of(root):
+  return [
+    json.loads(line)
+    for line in (root / "run" / "frames.jsonl").read_text().splitlines()
+  ]
+
+
+def test_a_clip_is_written_down_when_it_is_asked_for(root):
+  with source_of(root, manifest_of(root)) as source:
+    # Decoding ahead changes nothing of the order.
+    source.prefetch(["b.mp4", "a.mp4", "text.mp4"])
+    shown = {name: source[name] for name in ("a.mp4", "text.mp4", "b.mp4")}
+    source["a.mp4"]
+  header, first, bad, second = lines_of(root)
+  assert header["frames"]["num_frames"] == 4
+  assert header["frames"]["decoder"].startswith("PyAV")
+  assert (first["video"], second["video"]) == ("a.mp4", "b.mp4")
+  assert bad == {"video": "text.mp4", "fault": "unreadable"}
+  # linspace(0, 8, 4), truncated.
+  assert first["indices"] == [0, 2, 5, 8]
+  assert (first["num_frames"], first["size"]) == (9, [32, 32])
+  assert first["duration"] == pytest.approx(9 / 8)
+  content = hashlib.blake2b((root / "a.mp4").read_bytes(), digest_size=16)
+  assert first["content"] == content.hexdigest()
+  pixels = video.read_frames(root / "a.mp4", [0, 2, 5, 8])
+  digest = hashlib.sha256(b"(4, 32, 32, 3)" + pixels.tobytes()).hexdigest()
+  assert first["frame_hash"] == shown["a.mp4"].frame_hash == digest
+  # Both clips are asked about at the same four of nine frames.
+  assert shown["a.mp4"].index_hash == shown["b.mp4"].index_hash != ""
+  assert shown["text.mp4"].index_hash == ""
+
+
+def test_the_indices_of_the_manifest_are_decoded(root):
+  with source_of(root, manifest_of(root)) as source:
+    source["a.mp4"]
+  path = root / "run" / "frames.jsonl"
+  header, line = lines_of(root)
+  # Somebody else's frame rule.
+  line["indices"] = [1, 2, 3, 8]
+  pixels = video.read_frames(root / "a.mp4", line["indices"])
+  line["frame_hash"] = frame_manifest.hash_frames(pixels)
+  given = root / "given.jsonl"
+  given.write_text(json.dumps(header) + "\n" + json.dumps(line) + "\n")
+  path.unlink()
+  manifest = manifest_of(root, given)
+  with source_of(root, manifest) as source:
+    np.testing.assert_array_equal(source.frames("a.mp4"), pixels)
+    source["a.mp4"]
+  # The run keeps its own copy of what it has shown.
+  assert lines_of(root)[1] == line
+  manifest.require(["a.mp4"])
+  with pytest.raises(errors.UserError, match="1 of 2 clips .first: b.mp4"):
+    manifest.require(["a.mp4", "b.mp4", "b.mp4"])
+
+
+def test_a_clip_that_was_mended_is_taken(root):
+  good = (root / "a.mp4").read_bytes()
+  (root / "a.mp4").write_bytes(b"not a video")
+  with source_of(root, manifest_of(root)) as source:
+    assert source["a.mp4"].fault == "unreadable"
+  given = root / "given.jsonl"
+  given.write_bytes((root / "run" / "frames.jsonl").read_bytes())
+  (root / "a.mp4").write_bytes(good)
+  with source_of(root, manifest_of(root)) as source:
+    assert source["a.mp4"].fault == ""
+  assert [line.get("fault") for line in lines_of(root)[1:]] == [
+    "unreadable",
+    None,
+  ]
+  assert manifest_of(root)["a.mp4"].indices == (0, 2, 5, 8)
+  # The file of another run says what that run was shown: nothing.
+  (root / "run" / "frames.jsonl").unlink()
+  with source_of(root, manifest_of(root, given)) as source:
+    assert source["a.mp4"].fault == "unreadable"
+
+
+def test_another_file_of_the_same_name_is_refused(root):
+  with source_of(root, manifest_of(root)) as source:
+    source["a.mp4"]
+  tiny.write_clip(root / "a.mp4", seed=7, num_frames=9)
+  with source_of(root, manifest_of(root)) as source:
+    with pytest.raises(errors.UserError, match="a.mp4: .*another content") as e:
+      source["a.mp4"]
+  assert "frames.jsonl" in str(e.value) and "\n" not in str(e.value)
+  tiny.write_clip(root / "a.mp4", seed=7, num_frames=5)
+  with source_of(root, manifest_of(root)) as source:
+    with pytest.raises(errors.UserError, match="5 frames instead of 9"):
+      source["a.mp4"]
+
+
+def test_another_decoder_is_refused_by_name(root, monkeypatch):
+  with source_of(root, manifest_of(root)) as source:
+    source["a.mp4"]
+  decode = video.decode
+
+  def brighter(*args, **options):
+    clip = decode(*args, **options)
+    np.add(clip.frames, 1, out=clip.frames)
+    return clip
+
+  monkeypatch.setattr(video, "decode", brighter)
+  monkeypatch.setattr(frame_manifest.provenance, "decoder", lambda: "New 2.0")
+  with source_of(root, manifest_of(root)) as source:
+    with pytest.raises(
+      errors.UserError, match="New 2.0 gives other frames than PyAV"
+    ):
+      source["a.mp4"]
+
+
+def test_processes_share_a_file(root):
+  """Each reads what the other has added in the meantime."""
+  path = root / "run" / "frames.jsonl"
+  with (
+    source_of(root, manifest_of(root)) as first,
+    source_of(root, manifest_of(root)) as second,
+  ):
+    first["a.mp4"]
+    second["b.mp4"]
+    # Killed while it wrote: what is cut off is removed.
+    with open(path, "a") as f:
+      f.write('{"video": "c.m')
+    first["b.mp4"]
+    second["a.mp4"]
+    second["text.mp4"]
+  assert [line.get("video") for line in lines_of(root)] == [
+    None,
+    "a.mp4",
+    "b.mp4",
+    "text.mp4",
+  ]
+
+
+@pytest.mark.parametrize(
+  "change,match",
+  [
+    (lambda lines: [lines[0], "{]", lines[1]], "line 2 is damaged"),
+    (lambda lines: lines[1:], "line 1 is damaged"),
+    (lambda lines: [lines[0], '{"video": "x"}'], "line 2 is damaged"),
+    (
+      lambda lines: [lines[0], lines[1].replace("[0, 2, 5, 8]", "[0, 2, 9]")],
+      "line 2 is damaged",
+    ),
+    (
+      lambda lines: [lines[0], lines[1].replace("5, 8]", "5, 9]")],
+      "line 2 is damaged",
+    ),
+    (
+      lambda lines: [*lines, lines[1].replace("[0, 2", "[1, 2")],
+      "two different lines about a.mp4",
+    ),
+    (lambda lines: [lines[0].replace("4,", "8,", 1).replace(
+      '"num_frames": 4', '"num_frames": 8')], "--num_frames=8"),
+  ],
+)  # fmt: skip
+def test_a_damaged_file_is_named(root, change, match):
+  with source_of(root, manifest_of(root)) as source:
+    source["a.mp4"]
+  path = root / "run" / "frames.jsonl"
+  path.write_text("\n".join(change(path.read_text().splitlines())) + "\n")
+  with pytest.raises(errors.UserError, match=match) as error:
+    manifest_of(root)
+  assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_manifest_that_is_not_there(root):
+  with pytest.raises(errors.UserError, match="no frame manifest nowhere"):
+    manifest_of(root, "nowhere.jsonl")
