@@ -12,7 +12,9 @@ evaluation that was stopped goes on when the same command is given again. Writes
 results.json, timings.json and report.html into the workdir.
 
 Several processes or hosts share the work of one workdir: the same command on
-each, with --shard=0/4 to --shard=3/4. The last one to finish writes the table.
+each, with --shard=0/4 to --shard=3/4. The last one to finish writes the table;
+where a network file system hid its peers from it, any of the commands given
+again does.
 """
 
 import os
@@ -84,11 +86,7 @@ def main(argv):
   request = request_from_flags(flags.FLAGS)
   out = evaluation.evaluate(request)
   if out is None:
-    print(
-      f"{request.workdir}: this process's share is done; the table is made by"
-      " the last one to finish"
-    )
-    return
+    return  # Other processes are not done.
   evaluation.show(out)
   for name in ("results.json", "report.html", "timings.json", "answers.jsonl"):
     print(os.path.join(request.workdir, name))
@@ -114,6 +112,9 @@ def request_from_flags(values) -> evaluation.Request:
   for name in ("methods", "oracles"):
     if name in flagged:
       flagged[name] = _listed(flagged[name])
+  if "benchmark" in flagged:
+    # A config's folder of clips is that of its own data.
+    fields["media"] = ""
   fields |= flagged
   fields["shard"] = shards.Shard.parse(values["shard"].value)
   workdir = fields.get("workdir", "")

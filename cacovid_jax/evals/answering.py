@@ -270,8 +270,11 @@ class Answerer:
     shown = source.frames(asked.question.video)
     # A slice of the grid may stand for several frames: its first is shown.
     shown = shown[:: -(-len(shown) // asked.grid[0])]
+    clip = source[asked.question.video]
     described = provenance.describe(
-      frame_hashes={asked.question.id: source[asked.question.video].frame_hash},
+      frame_hashes={asked.question.id: clip.frame_hash},
+      index_hashes={asked.question.id: clip.index_hash},
+      template=self.checkpoint.tokenizer.template,
       checkpoint=self.checkpoint.identity,
       policies={name: p.identity for name, p in self.policies.items()},
     )

@@ -37,7 +37,7 @@ def describe(
   generator_hash: str | None = None,
   settings: Mapping[str, Any] | None = None,
   index_hashes: Mapping[str, str] | None = None,
-  template: str = "",
+  template: str | None = None,
   devices: Iterable[str] | None = None,
 ) -> dict[str, Any]:
   """Returns the provenance section of results.json.
@@ -51,7 +51,7 @@ def describe(
     generator_hash: of the synthetic benchmark's generator, if it is one.
     settings: of the evaluation.
     index_hashes: clip -> digest of which of its frames were shown.
-    template: the chat template's text.
+    template: the chat template's text, None if there is none.
     devices: kinds that answers were computed on; None is this process's.
   """
   if devices is None:
@@ -68,7 +68,11 @@ def describe(
     "policies": dict(policies),
     "python": platform.python_version(),
     "settings": dict(settings or {}),
-    "template_hash": hashlib.sha256(template.encode()).hexdigest(),
+    "template_hash": (
+      None
+      if template is None
+      else hashlib.sha256(template.encode()).hexdigest()
+    ),
   }
 
 

@@ -112,6 +112,15 @@ def test_the_display_matrix_is_applied(folder, matrix, turned):
     path, lambda n, s: [5], resize=lambda x: shapes.append(x.shape) or x
   )
   assert shapes == [turned(plain).shape]
+  assert video.frame_size(path) == turned(plain).shape[:2]
+
+
+def test_the_size_of_a_clip_that_holds_no_picture(folder):
+  with pytest.raises(video.VideoError, match="missing"):
+    video.frame_size(folder / "nowhere.mp4")
+  clips.write_sound(folder / "sound.mp4")
+  with pytest.raises(video.VideoError, match="no video stream"):
+    video.frame_size(folder / "sound.mp4")
 
 
 @pytest.mark.parametrize("name", ["varies.mp4", "varies.mkv"])

@@ -28,7 +28,9 @@ def test_every_row_and_clip_of_a_folder_is_found(written):
   assert len({question.id for question in found.questions}) == len(
     found.questions
   )
-  assert found.report.num_rows == written.num_questions
+  left_out = written.num_left_out
+  assert found.report.num_rows == written.num_questions + left_out
+  assert sum(found.report.left_out.values()) == left_out
   assert not found.report.bad_rows and not found.report.missing
   if found.task.macro:
     kinds = {question.category for question in found.questions}

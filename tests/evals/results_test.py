@@ -1,6 +1,7 @@
 """results.json of answers that are written down by hand."""
 
 import dataclasses
+import hashlib
 import json
 
 import numpy as np
@@ -8,7 +9,13 @@ import pytest
 
 from cacovid_jax import errors
 from cacovid_jax.data import questions as questions_lib
-from cacovid_jax.evals import benchmarks, ledger, results, runner
+from cacovid_jax.evals import (
+  benchmarks,
+  ledger,
+  provenance,
+  results,
+  runner,
+)
 
 GRID = (4, 2, 2)
 
@@ -290,3 +297,60 @@ def test_ratios_must_differ_in_two_decimals(ratios):
 def test_ratios_are_written_with_two_decimals():
   assert results.check_ratios([0.25, 0.1]) == (0.25, 0.1)
   assert results.ratio_key(0.1) == "0.10"
+
+
+def test_shares_are_of_each_clips_own_tokens(tmp_path):
+  """v0.mp4 has 16 tokens, v1.mp4 has 8; four are kept of each."""
+  with ledger.Ledger(tmp_path / "a.jsonl", {}) as out:
+    for label, ratio, kept in (("vanilla", 1.0, (16, 8)), ("uniform", 0.25, 4)):
+      for place, q in enumerate(QUESTIONS):
+        count = kept if label == "uniform" else kept[place // 2]
+        key = ledger.Key(label, ratio, 0, q.id)
+        out.add([(key, {"score": 1.0, "kept": count})])
+  small = (2, 2, 2)
+  table = results.Table(
+    "toy",
+    "test",
+    QUESTIONS,
+    METHODS[2:],
+    (0.25,),
+    (0,),
+    GRID,
+    grids={"v0.mp4": GRID, "v1.mp4": small},
+  )
+  found = results.build(table, out, provenance={})
+  assert found["grid"] == [
+    {"grid": [2, 2, 2], "clips": 1, "questions": 2},
+    {"grid": [4, 2, 2], "clips": 1, "questions": 2},
+  ]
+  assert found["vanilla"]["kept_tokens"] == 12
+  cell = found["methods"]["uniform"]["0.25"]
+  assert cell["kept_tokens"] == 4
+  # Means of 4/16 and 4/8, not 4 of the mean of 12.
+  assert cell["equivalent_ratio"] == 0.375
+  words = results.grid_words(found["grid"])
+  assert words.startswith("2 grids of tokens (time, rows, columns): 2 × 2 × 2")
+  many = [{"grid": [i, 1, 1], "clips": i} for i in range(1, 7)]
+  assert results.grid_words(many).endswith("3 × 1 × 1 (3 clips), 2 more")
+  assert results.grid_words([4, 2, 2]).startswith("4 × 2 × 2 tokens a clip")
+
+
+def test_provenance_names_what_answers_were_computed_on():
+  described = provenance.describe(
+    frame_hashes={"a": "0"},
+    index_hashes={"a": "1"},
+    checkpoint={"sha256": "2"},
+    policies={},
+    template="{{ messages }}",
+    devices=["gpu X", "gpu X", "cpu"],
+  )
+  assert described["device"] == "cpu, gpu X"
+  # sha256 of "a", NUL, "1", newline; and of the template.
+  digests = [
+    hashlib.sha256(text).hexdigest()
+    for text in (b"a\0" + b"1\n", b"{{ messages }}")
+  ]
+  assert described["frame_index_hash"] == digests[0]
+  assert described["template_hash"] == digests[1]
+  alone = provenance.describe(frame_hashes={}, checkpoint={}, policies={})
+  assert alone["device"] == "cpu" and alone["template_hash"] is None

@@ -110,7 +110,7 @@ def test_a_stopped_shard_and_two_processes_equal_one(
 
 
 def test_shards_of_a_table_say_when_work_is_left(
-  checkpoint_dir, data_dir, tmp_path, monkeypatch
+  checkpoint_dir, data_dir, tmp_path, monkeypatch, capsys
 ):
   """Without a model: what is asked, noted, and put together."""
   request = request_of(tmp_path, checkpoint_dir, data_dir)
@@ -142,6 +142,10 @@ def test_shards_of_a_table_say_when_work_is_left(
 
   assert shard(2) is None
   assert shard(0) is None
+  assert capsys.readouterr().err.splitlines() == [
+    f"test answers {i}/3: done, left to {rest}; the last one writes the table"
+    for i, rest in ((2, "0/3, 1/3"), (0, "1/3"))
+  ]
   assert not (tmp_path / "results.json").exists()
   out = shard(1)
   assert shown == [f"test answers {i}/3" for i in (2, 0, 1)]

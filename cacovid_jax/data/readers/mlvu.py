@@ -37,7 +37,7 @@ TEST_TYPES = (
 _RENAMED = {"findNeedle": "needle"}
 _GENERATION = frozenset({"subPlot", "sub_scene", "summary"})
 _LMMS = ("video_name", "question", "answer", "task_type")
-_ORIGINAL = ("video", "question", "candidates", "answer", "question_type")
+_ORIGINAL = ("video", "question", "question_type")
 _FIRST_OPTION = re.compile(r"\s*\(A\)")
 
 
@@ -68,7 +68,7 @@ def read_mlvu(
 
   return rows_lib.read_tables(
     [os.fspath(path) for path in rows_lib.split_paths(paths)],
-    lambda columns: _LMMS if "video_name" in columns else _ORIGINAL,
+    _required,
     "MLVU",
     parse,
     on_bad_row=on_bad_row,
@@ -79,6 +79,14 @@ def read_mlvu(
 def prompt(question: str) -> str:
   """Returns the user's text of a question that holds its options."""
   return question + "\nOnly give the best option.\nBest option: ("
+
+
+def _required(columns) -> tuple[str, ...]:
+  if "video_name" in columns:
+    return _LMMS
+  # The files of generation tasks have no candidates.
+  more = ("candidates", "answer") if "candidates" in columns else ()
+  return (*_ORIGINAL, *more)
 
 
 def _row(entry, name, row, places, types, most) -> questions.Question:
