@@ -61,11 +61,13 @@ def score(
     wanted.setdefault(question.id, {}).setdefault(text, encode(text))
   longest = max(len(ids) for texts in wanted.values() for ids in texts.values())
   size = -(-max(longest, 1) // _LENGTH_STEP) * _LENGTH_STEP
-  reader = _Reader(evaluator, cell, size)
-  order = runner.by_clip(list({q.id: q for q in questions}.values()))
-  found = {}
-  for start in range(0, len(order), evaluator.settings.batch_size):
-    batch = order[start : start + evaluator.settings.batch_size]
+  readers, found = {}, {}
+  distinct = list({question.id: question for question in questions}.values())
+  for batch in evaluator.batches(distinct):
+    tools = evaluator.tools(batch[0])
+    if tools.grid not in readers:
+      readers[tools.grid] = _Reader(evaluator, tools, cell, size)
+    reader = readers[tools.grid]
     asker = asker_lib.Asker(evaluator, batch)
     state = reader.prefill(asker)
     texts = [list(wanted[question.id]) for question in batch]
@@ -91,21 +93,22 @@ def score(
 class _Reader:
   """Prompts read by one method, and continuations scored behind them."""
 
-  def __init__(self, evaluator, cell, size: int):
+  def __init__(self, evaluator, tools: runner.Tools, cell, size: int):
     """Compiles nothing yet.
 
     Args:
       evaluator: `runner.Evaluator`.
+      tools: its, of the clips' grid.
       cell: `runner.Cell`.
       size: M, static.
     """
     self._cell, self._size = cell, size
-    self._grid = evaluator.grid
+    self._grid = tools.grid
     self._model = evaluator.checkpoint.model
     self._params = evaluator.checkpoint.params
     self._rows = evaluator.settings.batch_size
     if cell.method is not None:
-      evaluator.programs.check(cell.method.compressor, cell.ratio)
+      tools.programs.check(cell.method.compressor, cell.ratio)
     self._whole = jax.jit(self._read_whole)
     self._kept = jax.jit(self._read_kept)
     inside = cell.method is not None and programs_lib.acts_inside(

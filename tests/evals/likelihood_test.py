@@ -97,7 +97,7 @@ def test_what_would_be_generated_is_greedy_and_likelier(evaluator, spec):
   question = _questions(evaluator)[0]
   asker = asker_lib.Asker(evaluator, [question])
   ids = asker.vanilla().ids if method is None else asker.reply(cell).ids
-  reader = likelihood._Reader(evaluator, cell, 8)
+  reader = likelihood._Reader(evaluator, evaluator.tools(question), cell, 8)
   state = reader.prefill(asker)
   said = np.asarray(ids)[0].tolist()
   ends = [i for i, one in enumerate(said) if one in asker._e.checkpoint.eos_ids]
@@ -113,7 +113,9 @@ def test_what_would_be_generated_is_greedy_and_likelier(evaluator, spec):
 
 def test_probabilities_of_all_first_tokens_sum_to_one(evaluator):
   question = _questions(evaluator)[1]
-  reader = likelihood._Reader(evaluator, runner.Cell(None, 1.0, 0), 8)
+  reader = likelihood._Reader(
+    evaluator, evaluator.tools(question), runner.Cell(None, 1.0, 0), 8
+  )
   asker = asker_lib.Asker(evaluator, [question, question])
   state = reader.prefill(asker)
   vocab = evaluator.checkpoint.model.config.text.vocab_size

@@ -69,11 +69,10 @@ def _evaluated(checkpoint, checkpoint_dir, data_dir, questions, model, length):
     return {q.id: answers[model.cell.key(q.id)] for q in questions}
 
 
-@pytest.mark.parametrize("method", ["cacovid", "random"])
 def test_answers_are_those_of_an_evaluation_in_the_order_asked(
-  make, method, questions, data_dir, checkpoint, checkpoint_dir
+  make, questions, data_dir, checkpoint, checkpoint_dir
 ):
-  model = make(method=method, ratio=0.25, batch_size=2)
+  model = make(method="cacovid", ratio=0.25, batch_size=2)
   asked = _asked(questions, data_dir)
   order = [3, 0, 5, 1, 0, 4, 2]
   replies = model.generate([asked[i] for i in order], [5] * len(order))
