@@ -155,3 +155,31 @@ def test_likelihoods_come_in_the_order_asked(make, questions, data_dir):
   np.testing.assert_allclose(
     by_pair["t/test/2", "green"].log_prob, alone.log_prob, rtol=1e-5
   )
+
+
+def test_clips_of_several_shapes_are_answered_in_the_order_asked(tmp_path):
+  directory = tiny.write_qwen_checkpoint(tmp_path)
+  sizes = {"square.mp4": (32, 32), "wide.mp4": (32, 48), "other.mp4": (32, 32)}
+  for seed, (name, size) in enumerate(sizes.items()):
+    tiny.write_clip(tmp_path / name, seed, size=size)
+  args = arguments.parse(
+    pretrained=directory,
+    method="uniform",
+    ratio=0.25,
+    max_frames_num=3,
+    min_pixels=12 * 64,
+    max_pixels=24 * 64,
+    batch_size=2,
+  )
+  model = answerer.Answerer(args)
+  with model._source:
+    asked = [
+      requests.Asked(f"t/test/{row}", "", str(tmp_path / name), "What is it?")
+      for row, name in enumerate(["wide.mp4", "square.mp4", "other.mp4"])
+    ]
+    replies = model.generate(asked, [2] * 3)
+  text = model.checkpoint.tokenizer.encode_prompt("What is it?", 1).length - 1
+  # A quarter of 2 slices of 4 x 6 and of 4 x 4 tokens.
+  kept = [reply.input_tokens - text for reply in replies]
+  assert kept == [12, 8, 8]
+  assert all(reply.text for reply in replies)

@@ -64,6 +64,8 @@ class Answerer:
         workdir="",
         checkpoint=args.directory,
         num_frames=args.num_frames,
+        min_pixels=args.min_pixels,
+        max_pixels=args.max_pixels,
         batch_size=args.batch_size,
         dtype=args.dtype,
         cache=args.feature_cache,

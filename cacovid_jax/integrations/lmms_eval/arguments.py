@@ -33,6 +33,9 @@ class Arguments:
     ratio: share of the video tokens that is kept; 1.0 is the whole prompt,
       whatever the method.
     max_frames_num: T; 0 takes the number of the checkpoint's files, or 32.
+    min_pixels: least pixels of a frame of models whose grid follows the clip
+      (Qwen2.5-VL); 0 is the paper's bound.
+    max_pixels: most of them, likewise.
     dtype: of weights and computation, float32 or bfloat16.
     batch_size: questions asked at once.
     max_new_tokens: longest answer of tasks that set no length.
@@ -47,6 +50,8 @@ class Arguments:
   method: str = "cacovid"
   ratio: float = 0.1
   max_frames_num: int = 0
+  min_pixels: int = 0
+  max_pixels: int = 0
   dtype: str = "float32"
   batch_size: int = 1
   max_new_tokens: int = 1024
@@ -58,11 +63,12 @@ class Arguments:
     for field in ("batch_size", "max_new_tokens"):
       if getattr(self, field) < 1:
         raise errors.UserError(f"{field}={getattr(self, field)}: at least 1")
-    if self.max_frames_num < 0:
-      raise errors.UserError(
-        f"max_frames_num={self.max_frames_num}: at least 1, or 0 for the"
-        " checkpoint's own number"
-      )
+    for field in ("max_frames_num", "min_pixels", "max_pixels"):
+      if getattr(self, field) < 0:
+        raise errors.UserError(
+          f"{field}={getattr(self, field)}: at least 1, or 0 for the usual"
+          " number"
+        )
     _check("dtype", self.dtype, answering.DTYPES)
     _check("template", self.template, _TEMPLATES)
     base.check_ratio(self.ratio)
