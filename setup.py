@@ -80,6 +80,7 @@ setuptools.setup(
       "pytest-xdist>=3.6",
       "ruff==0.17.6",
       "scikit-learn>=1.5",
+      "selenium>=4.20",  # make browser-test
     ],
   },
   classifiers=[
