@@ -18,10 +18,12 @@ comma := ,
 KEY := $(shell cat setup.py pyproject.toml Makefile | cksum | cut -d" " -f1)
 CORE := $(VENV)/.core-$(KEY)-$(EXTRAS)
 DEV := $(VENV)/.dev-$(KEY)-$(EXTRAS)
-# lmms-eval has an environment of its own: it holds PyAV and others back.
+# lmms-eval has an environment of its own: it holds PyAV and others back. Pip
+# is not to find the package in this folder before it is installed there.
 LMMS_VENV := .venv-lmms
 LMMS := $(LMMS_VENV)/.lmms-$(KEY)
-LMMS_PIP := $(LMMS_VENV)/bin/python -m pip --disable-pip-version-check -qq
+LMMS_PIP := PYTHONPATH= $(LMMS_VENV)/bin/python -m pip \
+  --disable-pip-version-check -qq
 
 # Compiled programs are kept, so that the second run starts at once.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/workdirs/.jax_cache
