@@ -17,6 +17,7 @@ from cacovid_jax.data import frames as frames_lib
 from cacovid_jax.data import qwen_frames, video
 from cacovid_jax.evals import frame_manifest
 from cacovid_jax.models import vision_signals
+from cacovid_jax.training import metrics
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -347,25 +348,34 @@ class PatchSource(ClipSource):
       for path in dict.fromkeys(paths)
       if path not in self._grids and path not in self._faults
     ]
+    if not paths:
+      return
     found = self._pool.map(self._find_grid, paths)
-    for path, result in zip(paths, found, strict=True):
-      (self._faults if isinstance(result, str) else self._grids)[path] = result
+    with metrics.Progress(len(paths), description="clip shapes") as progress:
+      for done, path in enumerate(paths, start=1):
+        result = next(found)
+        known = self._faults if isinstance(result, str) else self._grids
+        known[path] = result
+        progress.update(done)
     counts = collections.Counter(self._grids.values())
-    if paths and not counts:
+    if not counts:
       first = next(iter(self._faults))
       raise errors.UserError(
         f"none of the {len(self._faults)} clips below {self._root} can be read"
         f" (first: {first}, {self._faults[first]}); download them, or correct"
         " the folder of the clips"
       )
-    if counts:
-      self.grid = counts.most_common(1)[0][0]
+    self.grid = counts.most_common(1)[0][0]
 
   def grid_of(self, path: str) -> tuple[int, int, int]:
-    if not self._given and path not in self._grids:
-      if path not in self._faults:
-        self.survey([path])
+    self.survey([path])
     return self._grids.get(path, self.grid)
+
+  def prefetch(self, paths: Iterable[str]) -> None:
+    paths = list(paths)
+    # Not from the threads that decode: they would wait for each other.
+    self.survey(paths)
+    super().prefetch(paths)
 
   def _own_grid(self, model):
     return None

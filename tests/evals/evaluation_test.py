@@ -124,6 +124,44 @@ def test_the_same_command_again_gives_the_same_bytes(finished, request_of):
   assert {name: (workdir / name).read_bytes() for name in names} == before
 
 
+def test_frames_of_another_run_are_shown_again(finished, request_of, tmp_path):
+  """A file that lacks a clip is refused before anything is asked."""
+  workdir, out = finished
+  lines = (workdir / "frames.jsonl").read_text().splitlines(keepends=True)
+  assert len(lines) == 1 + 3 + 3  # Clips of both splits.
+  given = tmp_path / "given.jsonl"
+  given.write_text("".join(lines[:-1]))
+  with pytest.raises(errors.UserError, match="no frames of 1 of 6 clips"):
+    evaluation.evaluate(request_of(tmp_path, frame_manifest=str(given)))
+  assert not (tmp_path / "answers.jsonl").exists()
+  provenance = out["provenance"]
+  assert len(provenance["frame_index_hash"]) == 64
+  assert provenance["frame_index_hash"] != provenance["frame_hash"]
+  assert len(provenance["template_hash"]) == 64
+  assert provenance["device"] == "cpu"
+
+
+def test_a_line_tells_all_that_a_table_needs(finished):
+  workdir, out = finished
+  lines = (workdir / "answers.jsonl").read_text().splitlines()[1:]
+  lines = [json.loads(line) for line in lines]
+  rows = [line for line in lines if line["method"] == "cacovid"]
+  assert len(rows) == out["vanilla"]["n"]
+  scores = [float(line["letter"] == line["answer"]) for line in rows]
+  cell = out["methods"]["cacovid"]["0.10"]
+  assert sum(scores) / len(rows) == pytest.approx(cell["accuracy"], abs=1e-6)
+  for name, group in cell["by_duration"].items():
+    found = [
+      score
+      for score, line in zip(scores, rows, strict=True)
+      if line["duration"] == name
+    ]
+    assert len(found) == group["n"]
+    assert sum(found) / len(found) == pytest.approx(group["accuracy"], abs=1e-6)
+  assert {line["kept"] for line in rows} == {6}
+  assert {line["of"] for line in lines} == {64}
+
+
 def test_more_rows_are_added_to_a_finished_evaluation(
   finished, request_of, tmp_path
 ):
@@ -233,6 +271,9 @@ def test_a_users_own_policy_is_loaded(checkpoint, tmp_path):
     ({"data": "nowhere"}, "no data in nowhere"),
     ({"seeds": ()}, "no evaluation seed"),
     ({"batch_size": 0}, "batch_size=0"),
+    ({"shard": (1, 1)}, "give 0/1"),
+    ({"min_pixels": 784}, "frames of one size"),
+    ({"frame_manifest": "nowhere"}, "no frame manifest nowhere"),
     # The decisive tokens lie in later frames.
     ({"num_frames": 1}, "outside the model's grid"),
   ],
