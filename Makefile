@@ -1,6 +1,8 @@
 # make quickstart          prepare, train, evaluate and report (SMOKE=1: shortest)
 # make table               the same with every ratio of the table
 # make test                linter, formatter and tests
+# make lmms-test           tests under lmms-eval, in .venv-lmms
+# make browser-test        tests of the report in a Chromium
 # make lint | format | clean
 #
 # EXTRAS=cuda13 (cuda12, tpu) installs JAX for an accelerator as well.
@@ -16,6 +18,12 @@ comma := ,
 KEY := $(shell cat setup.py pyproject.toml Makefile | cksum | cut -d" " -f1)
 CORE := $(VENV)/.core-$(KEY)-$(EXTRAS)
 DEV := $(VENV)/.dev-$(KEY)-$(EXTRAS)
+# lmms-eval has an environment of its own: it holds PyAV and others back. Pip
+# is not to find the package in this folder before it is installed there.
+LMMS_VENV := .venv-lmms
+LMMS := $(LMMS_VENV)/.lmms-$(KEY)
+LMMS_PIP := PYTHONPATH= $(LMMS_VENV)/bin/python -m pip \
+  --disable-pip-version-check -qq
 
 # Compiled programs are kept, so that the second run starts at once.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/workdirs/.jax_cache
@@ -26,7 +34,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 CHECKED := .
 
 .DELETE_ON_ERROR:
-.PHONY: quickstart table test lint format clean
+.PHONY: quickstart table test lmms-test browser-test lint format clean
 
 quickstart: $(CORE)
 	$(BIN)/python -m experiments.quickstart $(if $(SMOKE),--smoke)
@@ -38,6 +46,13 @@ table: $(CORE)
 test: lint
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
+lmms-test: $(LMMS)
+	$(LMMS_VENV)/bin/python -m pytest -q tests/integrations/lmms
+
+# One process: a browser is enough for two cores.
+browser-test: $(DEV)
+	$(BIN)/python -m pytest -q tests/browser
+
 lint: $(DEV)
 	$(BIN)/ruff check -q $(CHECKED)
 	$(BIN)/ruff format -q --check $(CHECKED)
@@ -47,14 +62,14 @@ format: $(DEV)
 	$(BIN)/ruff format $(CHECKED)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LMMS_VENV) build dist *.egg-info .pytest_cache .ruff_cache
 
-$(BIN)/python:
+$(BIN)/python $(LMMS_VENV)/bin/python:
 	@for python in $(PYTHON) python3.11 python3.12 python3.13 python3; do \
 	  if $$python -c 'import sys, venv, ensurepip; \
 	      sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
-	    echo "making $(VENV) with $$($$python --version)"; \
-	    exec $$python -m venv $(VENV); \
+	    echo "making $(@D:/bin=) with $$($$python --version)"; \
+	    exec $$python -m venv $(@D:/bin=); \
 	  fi; \
 	done; \
 	echo "error: no Python 3.11 or newer with the venv module found:" \
@@ -71,4 +86,15 @@ $(DEV): $(CORE)
 	@echo "installing what the tests need (a minute or two)"
 	@$(PIP) install torch==2.13.0
 	@$(PIP) install -e ".[$(if $(EXTRAS),$(EXTRAS)$(comma))hf,dev]" torch==2.13.0
+	@touch $@
+
+# Torch first, as above. The torchvision that comes along is built for another
+# torch, and transformers fails to import with it; without it nothing is missed.
+# A task of lmms-eval imports decord, whose own dependencies are there already.
+$(LMMS): | $(LMMS_VENV)/bin/python
+	@echo "installing lmms-eval into $(LMMS_VENV) (a few minutes)"
+	@$(LMMS_PIP) install torch==2.13.0
+	@$(LMMS_PIP) install -e ".[lmms]" torch==2.13.0 pytest
+	@$(LMMS_PIP) uninstall -y torchvision
+	@$(LMMS_PIP) install --no-deps decord
 	@touch $@

@@ -30,7 +30,19 @@ setuptools.setup(
   long_description_content_type="text/markdown",
   license="Apache-2.0",
   packages=setuptools.find_packages(include=["cacovid_jax", "cacovid_jax.*"]),
-  package_data={"cacovid_jax": ["assets/**/*", "evals/templates/**/*"]},
+  package_data={
+    "cacovid_jax": [
+      "assets/**/*",
+      "evals/templates/**/*",
+      "integrations/lmms_eval/tasks/**/*.yaml",
+    ]
+  },
+  # Read by `python -m lmms_eval --model cacovid_jax`.
+  entry_points={
+    "lmms_eval.models": [
+      "cacovid_jax = cacovid_jax.integrations.lmms_eval.manifest:manifest"
+    ]
+  },
   python_requires=">=3.11",
   install_requires=[
     *_jax(""),
@@ -60,6 +72,8 @@ setuptools.setup(
     "cuda13": _jax("[cuda13]"),
     "tpu": _jax("[tpu]"),
     "hf": ["torch>=2.6", "transformers>=5"],
+    # Brings torch, and PyAV below 16.
+    "lmms": ["lmms-eval>=0.7.3,<0.8"],
     "dev": [
       "ipykernel>=6",
       "nbclient>=0.10",
@@ -68,6 +82,7 @@ setuptools.setup(
       "pytest-xdist>=3.6",
       "ruff==0.17.6",
       "scikit-learn>=1.5",
+      "selenium>=4.20",  # make browser-test
     ],
   },
   classifiers=[

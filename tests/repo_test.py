@@ -110,6 +110,10 @@ def test_the_version_is_stated_once():
   assert f"## {cacovid_jax.__version__}" in changelog
 
 
+# Classes of lmms-eval, which alone imports this file.
+_OF_AN_EXTRA = {"cacovid_jax.integrations.lmms_eval.model"}
+
+
 def test_importing_the_library_needs_no_optional_package():
   modules = [
     ".".join(name.with_suffix("").parts)
@@ -119,6 +123,8 @@ def test_importing_the_library_needs_no_optional_package():
     and name.stem != "__init__"
     and "assets" not in name.parts
   ]
+  assert set(modules) >= _OF_AN_EXTRA
+  modules = [name for name in modules if name not in _OF_AN_EXTRA]
   optional = ("torch", "transformers", "tensorflow", "lmms_eval", "decord")
   code = (
     "import importlib, sys\n"
@@ -144,11 +150,11 @@ def test_importing_the_library_needs_no_optional_package():
 
 def test_documented_commands_exist():
   makefile = (_ROOT / "Makefile").read_text(encoding="utf-8")
-  targets = set(re.findall(r"^([a-z]\w*):", makefile, re.M))
+  targets = set(re.findall(r"^([a-z][\w-]*):", makefile, re.M))
   for path, text in _texts():
     if path.suffix != ".md":
       continue
-    for target in re.findall(r"^\s*make ([a-z]\w*)", text, re.M):
+    for target in re.findall(r"^\s*make ([a-z][\w-]*)", text, re.M):
       assert target in targets, f"{path}: make {target}"
     for module in re.findall(
       r"python -m ((?:cacovid_jax|experiments)[\w.]*)", text

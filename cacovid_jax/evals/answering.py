@@ -386,17 +386,26 @@ def as_question(
       prompt = prompts.videomme_prompt(text, lettered)
     else:
       prompt = prompts.training_prompt(text, lettered, problem_type)
-  path = os.path.realpath(path)
   return questions.Question(
-    id=os.path.basename(path),
-    # The dot keeps a colon in a name from being read as a URL's.
-    video=os.path.join(".", os.path.relpath(path, os.path.abspath(os.sep))),
+    id=os.path.basename(os.path.realpath(path)),
+    video=video_name(path),
     question=text,
     options=options,
     answer="",
     problem_type=problem_type,
     prompt=prompt,
   )
+
+
+def video_name(path: str | os.PathLike) -> str:
+  """Returns what a question calls the clip at `path`: relative to the root.
+
+  For sources whose root is that of the file system, where a clip is the word
+  of a user and not that of a data set.
+  """
+  path = os.path.relpath(os.path.realpath(path), os.path.abspath(os.sep))
+  # The dot keeps a colon in a name from being read as a URL's.
+  return os.path.join(".", path)
 
 
 def default_num_frames(directory: str | os.PathLike) -> int:

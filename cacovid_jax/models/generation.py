@@ -106,3 +106,44 @@ def extend(
 
   carry = (1, first, ids.at[:, 0].set(first), ended(first), cache)
   return jax.lax.while_loop(unfinished, one_more, carry)[2]
+
+
+def score(model, params, logits, cache, next_positions, ids, lengths):
+  """Returns (log_probs float32[B], greedy bool[B]) of given continuations.
+
+  `log_probs` sums over a continuation's tokens; `greedy` says whether each of
+  them is what `greedy` would say.
+
+  Args:
+    model: as in `greedy`.
+    params: its parameters.
+    logits: float32[B, V] of a prefill.
+    cache: of the prefill, with room for M - 1 more rows.
+    next_positions: int32[B] position of the first token.
+    ids: int32[B, M] continuations, right padded by any id.
+    lengths: int32[B] their tokens; none give (0, True).
+  """
+  rows = model.num_position_rows
+
+  def mark(logits, token, step):
+    """Returns what the token at a step adds, nothing behind the end."""
+    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    chosen = jnp.take_along_axis(log_probs, token[:, None], axis=-1)[:, 0]
+    inside = step < lengths
+    likeliest = jnp.argmax(logits, axis=-1) == token
+    return jnp.where(inside, chosen, 0.0), likeliest | ~inside
+
+  def one_more(carry, step):
+    logits, cache, total, greedy = carry
+    # The token before is read, the token of this step is marked.
+    where = jnp.broadcast_to(
+      (next_positions + step - 1)[:, None], (ids.shape[0], rows)
+    )
+    logits, cache = model.decode_step(params, ids[:, step - 1], where, cache)
+    added, likeliest = mark(logits, ids[:, step], step)
+    return (logits, cache, total + added, greedy & likeliest), None
+
+  carry = logits, cache, *mark(logits, ids[:, 0], 0)
+  steps = jnp.arange(1, ids.shape[1])
+  (_, _, total, greedy), _ = jax.lax.scan(one_more, carry, steps)
+  return total, greedy

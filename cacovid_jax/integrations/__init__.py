@@ -1,0 +1,1 @@
+"""Other frameworks that run this library."""

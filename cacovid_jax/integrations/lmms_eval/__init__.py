@@ -1,0 +1,1 @@
+"""A model of lmms-eval, and tasks for it."""

@@ -1,0 +1,118 @@
+"""The model as lmms-eval 0.7 calls it; needs the extra `[lmms]`.
+
+    python -m lmms_eval --model cacovid_jax --force_simple \\
+        --model_args pretrained=DIR,method=cacovid,policy=DIR,ratio=0.1 \\
+        --tasks videomme --batch_size 8
+
+`arguments.Arguments` lists what `--model_args` takes.
+"""
+
+from lmms_eval.api import instance as instance_lib
+from lmms_eval.api import model as model_lib
+
+from cacovid_jax import errors
+from cacovid_jax.integrations.lmms_eval import answerer as answerer_lib
+from cacovid_jax.integrations.lmms_eval import arguments
+from cacovid_jax.integrations.lmms_eval import requests as requests_lib
+
+
+class Loss(tuple, instance_lib.GenerationResult):
+  """(float, bool): loss of a continuation, and whether it is the greedy answer.
+
+  The loss is the mean over tokens of the negative log-probability: of several,
+  lmms-eval 0.7.3 takes the smallest. It makes text of every pair that a model
+  returns, unless it is a result of this type, whose `text` it takes as it is.
+  """
+
+  def __new__(cls, loss: float, greedy: bool):
+    return super().__new__(cls, (loss, greedy))
+
+  def __init__(self, loss: float, greedy: bool):
+    instance_lib.GenerationResult.__init__(self, text=(loss, greedy))
+
+
+class Simple(model_lib.lmms):
+  """Requests that are a text and what is to be looked at."""
+
+  is_simple = True
+
+  def __init__(self, **kwargs):
+    """Loads the weights; see `arguments.parse`."""
+    super().__init__()
+    self._answerer = answerer_lib.Answerer(arguments.parse(**kwargs))
+
+  def generate_until(
+    self, requests: list[instance_lib.Instance]
+  ) -> list[instance_lib.GenerationResult]:
+    """Returns the answers, in order."""
+    read = [self._read(*request.args) for request in requests]
+    replies = self._answerer.generate(*zip(*read, strict=True)) if read else []
+    return [
+      instance_lib.GenerationResult(
+        text=reply.text,
+        token_counts=instance_lib.TokenCounts(
+          input_tokens=reply.input_tokens, output_tokens=reply.output_tokens
+        ),
+      )
+      for reply in replies
+    ]
+
+  def loglikelihood(self, requests: list[instance_lib.Instance]) -> list[Loss]:
+    """Returns how badly each continuation follows its prompt, in order."""
+    read = [self._read_continuation(request) for request in requests]
+    if not read:
+      return []
+    found = self._answerer.likelihoods(*zip(*read, strict=True))
+    return [
+      Loss(-one.log_prob / max(one.num_tokens, 1), one.greedy) for one in found
+    ]
+
+  def generate_until_multi_round(self, requests):
+    """Refuses: a clip is compressed for one question."""
+    raise errors.UserError(
+      f"{requests[0].task_name}: a task of several rounds; cacovid_jax answers"
+      " one question about one clip, so take a task of such questions"
+    )
+
+  def _read(self, context, gen_kwargs, doc_to_visual, doc_id, task, split):
+    """Returns (`requests.Asked`, longest answer) of a request's arguments."""
+    place, doc = self._row(task, split, doc_id)
+    return (
+      requests_lib.from_simple(context, doc_to_visual, doc, place),
+      self._length(gen_kwargs, place),
+    )
+
+  def _read_continuation(self, request):
+    """Returns (`requests.Asked`, continuation) of a request."""
+    if len(request.args) < 6:
+      raise errors.UserError(
+        f"{request.task_name}: asks for a text's likelihood without a clip,"
+        " which cacovid_jax does not know; take another metric"
+      )
+    context, target, doc_to_visual, doc_id, task, split = request.args
+    place, doc = self._row(task, split, doc_id)
+    if callable(target):
+      target = target(doc)
+    asked = requests_lib.from_simple(context, doc_to_visual, doc, place)
+    return asked, str(target)
+
+  def _row(self, task, split, doc_id):
+    return f"{task}/{split}/{doc_id}", self.task_dict[task][split][doc_id]
+
+  def _length(self, gen_kwargs, place) -> int:
+    default = self._answerer.args.max_new_tokens
+    return requests_lib.max_new_tokens(gen_kwargs, default, place)
+
+
+class Chat(Simple):
+  """Requests that are conversations; the same words reach the model."""
+
+  is_simple = False
+
+  def _read(self, context, doc_to_messages, gen_kwargs, doc_id, task, split):
+    """Returns (`requests.Asked`, longest answer) of a request's arguments."""
+    place, doc = self._row(task, split, doc_id)
+    return (
+      requests_lib.from_chat(doc_to_messages(doc), doc, place),
+      self._length(gen_kwargs, place),
+    )

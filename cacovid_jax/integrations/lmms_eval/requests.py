@@ -1,0 +1,162 @@
+"""From lmms-eval's requests to questions about clips.
+
+Nothing of lmms-eval is imported: a request is its tuple of arguments.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cacovid_jax import errors
+from cacovid_jax.data import questions
+from cacovid_jax.evals import answering
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+  """One request.
+
+  Attributes:
+    place: task, split and row, to name it by.
+    identity: what the row calls itself, "" if it does not.
+    video: path of the clip.
+    prompt: the user's text behind the clip, word for word.
+  """
+
+  place: str
+  identity: str
+  video: str
+  prompt: str
+
+
+def from_simple(context: str, doc_to_visual, doc, place: str) -> Asked:
+  """Returns the request of a text and what is to be looked at.
+
+  Args:
+    context: the user's text.
+    doc_to_visual: row -> list of paths or pictures.
+    doc: the row.
+    place: see `Asked`.
+  """
+  return Asked(
+    place, _identity(doc), _only_video(doc_to_visual(doc), place), context
+  )
+
+
+def from_chat(messages: Sequence[Mapping], doc, place: str) -> Asked:
+  """Returns the request of a conversation of one turn.
+
+  The prompt is what `from_simple` is given for the same row: the texts of the
+  turn, put together. The clip comes first in it, wherever it stood.
+
+  Args:
+    messages: [{"role": "user", "content": [{"type": "video", "url": path},
+      {"type": "text", "text": ...}]}].
+    doc: the row.
+    place: see `Asked`.
+  """
+  roles = [message.get("role") for message in messages or ()]
+  if roles != ["user"]:
+    raise errors.UserError(
+      f"{place}: a conversation of {roles}; cacovid_jax answers one turn of the"
+      " user, so take another form of the task"
+    )
+  content = messages[0]["content"]
+  if isinstance(content, str):
+    content = [{"type": "text", "text": content}]
+  texts, videos = [], []
+  for part in content:
+    if part.get("type") == "text":
+      texts.append(part["text"])
+    elif part.get("type") == "video":
+      videos.append(part.get("url"))
+    else:
+      raise errors.UserError(
+        _NOT_A_VIDEO.format(place, f"content of type {part.get('type')!r}")
+      )
+  return Asked(
+    place, _identity(doc), _only_video(videos, place), "".join(texts)
+  )
+
+
+_NOT_A_VIDEO = (
+  "{}: the task hands over {}; cacovid_jax answers questions about one video"
+  " file, so take a task of such questions"
+)
+
+
+def _only_video(visuals, place: str) -> str:
+  visuals = list(visuals or ())
+  if len(visuals) == 1 and isinstance(visuals[0], str | os.PathLike):
+    return os.fspath(visuals[0])
+  if len(visuals) != 1:
+    what = f"{len(visuals)} visuals" if visuals else "no video"
+  else:
+    what = f"a {type(visuals[0]).__name__}"
+  raise errors.UserError(_NOT_A_VIDEO.format(place, what))
+
+
+def _identity(doc) -> str:
+  """Returns the row's `question_id`.
+
+  Methods that draw do so by it: the same tokens as in our own evaluation.
+  """
+  found = doc.get("question_id") if isinstance(doc, Mapping) else None
+  return "" if found is None else str(found)
+
+
+def as_questions(asked: Sequence[Asked]) -> list[questions.Question]:
+  """Returns a question per request; equal requests give equal questions.
+
+  A row keeps its own id unless two different ones share it: then both are
+  called by their places.
+  """
+  shared: dict[str, set] = {}
+  for one in asked:
+    shared.setdefault(one.identity, set()).add((one.video, one.prompt))
+  out = []
+  for one in asked:
+    unique = one.identity and len(shared[one.identity]) == 1
+    out.append(
+      questions.Question(
+        id=one.identity if unique else one.place,
+        video=answering.video_name(one.video),
+        question=one.prompt,
+        answer="",
+        prompt=one.prompt,
+      )
+    )
+  return out
+
+
+def max_new_tokens(
+  gen_kwargs: Mapping[str, Any], default: int, place: str
+) -> int:
+  """Returns the longest answer that a task's generation arguments allow.
+
+  `until` is not looked at, as in the paper's evaluator: an answer ends where
+  the model ends it. Beams and draws are refused.
+
+  Args:
+    gen_kwargs: of one request.
+    default: where they say nothing.
+    place: see `Asked`.
+  """
+  if gen_kwargs.get("do_sample"):
+    raise errors.UserError(
+      f"{place}: do_sample is set, but answers are greedy; add --gen_kwargs"
+      " do_sample=False"
+    )
+  if (gen_kwargs.get("num_beams") or 1) > 1:
+    raise errors.UserError(
+      f"{place}: num_beams={gen_kwargs['num_beams']}, but answers are greedy;"
+      " add --gen_kwargs num_beams=1"
+    )
+  length = gen_kwargs.get("max_new_tokens")
+  length = default if length is None else length
+  if not isinstance(length, int) or isinstance(length, bool) or length < 1:
+    raise errors.UserError(
+      f"{place}: max_new_tokens={length!r} is no length; at least 1"
+    )
+  return length

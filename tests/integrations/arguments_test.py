@@ -1,0 +1,91 @@
+"""The words behind `--model_args`."""
+
+import logging
+
+import pytest
+
+from cacovid_jax import errors
+from cacovid_jax.evals import answering
+from cacovid_jax.integrations.lmms_eval import arguments
+
+
+def test_nothing_given_is_the_shipped_model_and_its_policy_at_ten_percent():
+  found = arguments.parse(batch_size="1")
+  assert found.directory == str(answering.SHIPPED_MODEL)
+  assert (found.method, found.ratio, found.batch_size) == ("cacovid", 0.1, 1)
+  assert found.num_frames == 16  # Of the shipped model's files.
+  cell = found.cell()
+  assert (cell.spec, cell.ratio) == ("cacovid", 0.1)
+
+
+def test_values_arrive_as_lmms_eval_reads_them():
+  found = arguments.parse(
+    pretrained="some/folder",
+    topk=0.25,
+    max_frames_num=32,
+    batch_size="8",
+    dtype="bfloat16",
+    method="divprune?exact_budget=false",
+    device=None,
+    max_batch_size=64,
+  )
+  assert found == arguments.Arguments(
+    pretrained="some/folder",
+    ratio=0.25,
+    max_frames_num=32,
+    batch_size=8,
+    dtype="bfloat16",
+    method="divprune?exact_budget=false",
+  )
+  assert found.num_frames == 32
+
+
+def test_the_whole_prompt_needs_no_method():
+  assert arguments.parse(ratio=1).cell().method is None
+  assert arguments.parse(ratio=1.0, method="random").cell().spec == "vanilla"
+
+
+def test_the_seed_is_that_of_methods_that_draw():
+  assert arguments.parse(method="random", seed=3).cell().seed == 3
+  assert arguments.parse(method="uniform", seed=3).cell().seed == 0
+
+
+@pytest.mark.parametrize(
+  "given, match",
+  [
+    (
+      {"model": "x"},
+      "unknown model argument 'model'; known: batch_size, dtype",
+    ),
+    ({"ratio": 0.1, "topk": 0.2}, "topk is another name of ratio"),
+    ({"ratio": "half"}, "ratio='half' is not a number"),
+    ({"ratio": True}, "ratio=True is not a number"),
+    ({"ratio": 1.5}, "1.5"),
+    ({"batch_size": "auto"}, "batch_size='auto' is not a whole number"),
+    ({"batch_size": 0}, "batch_size=0: at least 1"),
+    ({"max_frames_num": 2.5}, "max_frames_num=2.5 is not a whole number"),
+    ({"max_frames_num": -1}, "max_frames_num=-1: at least 1"),
+    ({"max_new_tokens": 0}, "max_new_tokens=0: at least 1"),
+    ({"dtype": "float16"}, "dtype='float16': use float32 or bfloat16"),
+    ({"template": "own"}, "template='own': use processor or tokenizer"),
+  ],
+)
+def test_a_mistake_is_one_line(given, match):
+  with pytest.raises(errors.UserError, match=match) as caught:
+    arguments.parse(**given)
+  assert "\n" not in str(caught.value)
+
+
+def test_oracles_and_unknown_methods_are_refused():
+  with pytest.raises(errors.UserError, match="knows where the answer lies"):
+    arguments.parse(method="decisive_boxes").cell()
+  with pytest.raises(errors.UserError, match="nonesuch"):
+    arguments.parse(method="nonesuch").cell()
+
+
+def test_a_device_that_is_not_ours_is_told(caplog):
+  with caplog.at_level(logging.WARNING):
+    arguments.parse(device="cpu")
+    assert not caplog.messages
+    arguments.parse(device="cuda:0")
+  assert "device=cuda:0 is not followed: JAX computes on cpu" in caplog.text

@@ -1,0 +1,118 @@
+"""From requests of either form to the same question."""
+
+import os
+
+import pytest
+
+from cacovid_jax import errors
+from cacovid_jax.integrations.lmms_eval import requests
+
+_DOC = {"question_id": "001-1", "path": "clips/a.mp4"}
+
+
+def _visual(doc):
+  return [doc["path"]]
+
+
+def _messages(*content, role="user"):
+  return [{"role": role, "content": list(content)}]
+
+
+_VIDEO = {"type": "video", "url": "clips/a.mp4"}
+_TEXT = {"type": "text", "text": "What?\nA. x\nB. y\n"}
+
+
+def test_both_forms_ask_the_same():
+  expected = requests.Asked(
+    place="t/test/0",
+    identity="001-1",
+    video="clips/a.mp4",
+    prompt="What?\nA. x\nB. y\n",
+  )
+  simple = requests.from_simple(
+    "What?\nA. x\nB. y\n", _visual, _DOC, "t/test/0"
+  )
+  chat = requests.from_chat(_messages(_VIDEO, _TEXT), _DOC, "t/test/0")
+  assert simple == chat == expected
+
+
+def test_texts_of_a_turn_are_put_together():
+  parts = [{"type": "text", "text": text} for text in ("one ", "two")]
+  found = requests.from_chat(_messages(parts[0], _VIDEO, parts[1]), {}, "p")
+  assert (found.prompt, found.identity) == ("one two", "")
+
+
+@pytest.mark.parametrize(
+  "messages, match",
+  [
+    (_messages(_TEXT), "hands over no video"),
+    ([{"role": "user", "content": "Hello"}], "hands over no video"),
+    (_messages(_VIDEO, _VIDEO, _TEXT), "hands over 2 visuals"),
+    (_messages({"type": "image", "url": 0}, _TEXT), "content of type 'image'"),
+    (_messages(_TEXT, role="system"), "conversation of"),
+    (_messages(_VIDEO) + _messages(_TEXT), "conversation of"),
+    ([], "conversation of"),
+  ],
+)
+def test_other_conversations_are_refused(messages, match):
+  with pytest.raises(errors.UserError, match=match) as caught:
+    requests.from_chat(messages, _DOC, "t/test/7")
+  assert str(caught.value).startswith("t/test/7: ")
+
+
+@pytest.mark.parametrize(
+  "visuals, match",
+  [
+    ([], "no video"),
+    (None, "no video"),
+    (["a.mp4", "b.mp4"], "2 visuals"),
+    ([object()], "a object"),
+  ],
+)
+def test_other_visuals_are_refused(visuals, match):
+  with pytest.raises(errors.UserError, match=match):
+    requests.from_simple("What?", lambda doc: visuals, _DOC, "t/test/0")
+
+
+def _asked(place, identity, prompt="What?", video="a.mp4"):
+  return requests.Asked(place, identity, video, prompt)
+
+
+def test_rows_keep_their_own_ids_unless_they_share_one():
+  found = requests.as_questions(
+    [
+      _asked("t/test/0", "1"),
+      _asked("t/test/1", "2"),
+      _asked("u/test/0", "2", prompt="Who?"),
+      _asked("t/test/2", ""),
+      _asked("u/test/1", "1"),
+    ]
+  )
+  assert [question.id for question in found] == [
+    "1", "t/test/1", "u/test/0", "t/test/2", "1",
+  ]  # fmt: skip
+  assert found[0] == found[4]
+  assert found[2].prompt == "Who?"
+
+
+def test_a_clip_is_named_from_the_root_of_the_file_system(tmp_path):
+  path = tmp_path / "10:30.mp4"
+  path.touch()
+  (question,) = requests.as_questions([_asked("p", "1", video=str(path))])
+  joined = os.path.join(os.path.abspath(os.sep), question.video)
+  assert os.path.samefile(joined, path)
+  assert not os.path.isabs(question.video)
+
+
+def test_the_longest_answer_is_the_tasks():
+  def length(**kwargs):
+    return requests.max_new_tokens(kwargs, 1024, "t/test/0")
+
+  assert length(until=["\n\n"], do_sample=False) == 1024
+  assert length(max_new_tokens=16, temperature=0, num_beams=1) == 16
+  with pytest.raises(errors.UserError, match="do_sample is set"):
+    length(do_sample=True)
+  with pytest.raises(errors.UserError, match="num_beams=3"):
+    length(num_beams=3)
+  with pytest.raises(errors.UserError, match="max_new_tokens=0 is no length"):
+    length(max_new_tokens=0)
