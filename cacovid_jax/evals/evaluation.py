@@ -27,6 +27,7 @@ from cacovid_jax.evals import (
   benchmarks,
   clips,
   defaults,
+  examples,
   ledger,
   provenance,
   report,
@@ -129,8 +130,26 @@ def request_fields(config=None) -> dict[str, Any]:
   return fields
 
 
-def evaluate(request: Request) -> dict[str, Any]:
-  """Evaluates, writes all files of the workdir, and returns results.json."""
+def evaluate(
+  request: Request,
+  measure: Callable[[dict[str, Any]], Mapping] | None = None,
+) -> dict[str, Any]:
+  """Evaluates, writes all files of the workdir, and returns results.json.
+
+  Args:
+    request: what to evaluate.
+    measure: returns the report's `times` of results.json; called when that is
+      written and the model's memory is free again.
+  """
+  out, shown = _evaluate(request)
+  times = measure(out) if measure else {}
+  path = os.path.join(request.workdir, "report.html")
+  report.write(path, out, shown, _curves(request), times)
+  return out
+
+
+def _evaluate(request: Request):
+  """Returns (results.json as a dict, examples for the report)."""
   ratios = results.check_ratios(map(base.check_ratio, request.ratios))
   test = _benchmark(request, request.split, request.num_questions)
   specs = [*request.methods, *(request.oracles if test.decisive else ())]
@@ -206,7 +225,7 @@ def evaluate(request: Request) -> dict[str, Any]:
     results.write_json(workdir / "results.json", out)
     timings = {"seconds": dict(evaluator.seconds), "host": provenance.host()}
     results.write_json(workdir / "timings.json", timings)
-    examples = report.choose_examples(
+    shown = examples.choose(
       table,
       answers,
       evaluator,
@@ -214,8 +233,7 @@ def evaluate(request: Request) -> dict[str, Any]:
       request.num_examples,
       failures=failures,
     )
-  report.write(workdir / "report.html", out, examples, _curves(request))
-  return out
+  return out, shown
 
 
 def choose(
