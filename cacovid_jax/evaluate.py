@@ -3,6 +3,7 @@ r"""Evaluates token selection: what a video model answers from fewer tokens.
 python -m cacovid_jax.evaluate --config configs/x.py --workdir W
 python -m cacovid_jax.evaluate --checkpoint DIR --data DIR --workdir W \
     --policy TRAINING_WORKDIR --methods cacovid,random --ratios 0.25,0.1
+python -m cacovid_jax.evaluate --benchmark videomme --data VIDEO_MME ...
 
 A config's `model`, `data` and `evals` sections are read; flags win over them.
 Without --policy, that of the workdir is taken, if a policy was trained there.
@@ -17,7 +18,7 @@ from absl import flags
 
 from cacovid_jax import config as config_lib
 from cacovid_jax import errors
-from cacovid_jax.evals import evaluation
+from cacovid_jax.evals import benchmarks, evaluation
 
 config_lib.define_flag()
 _FLAGS = {
@@ -26,17 +27,27 @@ _FLAGS = {
     "Policies, comma-separated: training workdirs or .safetensors files,"
     " optionally as NAME=PATH; the first is the main one."
   ),
-  "data": "Prepared data: test.parquet, validation.parquet, clips.",
+  "benchmark": (
+    "What is asked: " + ", ".join(benchmarks.names()) + "; prepared is"
+    " data in VideoMME's columns, the others are as they were released."
+  ),
+  "data": "Folder of the benchmark: questions and clips.",
   "media": "Folder of the clips, below --data or absolute; empty is --data.",
   "workdir": "Where answers, results and the report go.",
   "methods": "Rows, comma-separated; see cacovid_jax.compressors.names().",
   "oracles": "Oracle rows, comma-separated; empty for none.",
   "ratios": "Retention ratios, comma-separated.",
   "seeds": "Evaluation seeds, comma-separated.",
-  "split": "test or validation.",
+  "split": "Of the benchmark; by default its first one, as a rule the test.",
+  "on_bad_row": "raise, or skip to leave unfit rows out and list them.",
+  "on_missing": (
+    "raise if clips are not there, or count to count their questions as wrong."
+  ),
   "select_on": "Where options are chosen: validation or none.",
   "rule": "How letters are taken from answers: paper or lmms-0.7.3.",
-  "prompt_style": "video-r1 or videomme.",
+  "prompt_style": (
+    "Empty for the benchmark's own prompt, video-r1 for that of training."
+  ),
   "dtype": "Of the base model: float32 or bfloat16.",
   "feature_cache": "Folder of cached video features; empty for none.",
   "metrics": "Training workdir whose reward curves the report shows.",
@@ -48,7 +59,7 @@ for _name, _help in {
   "num_frames": "Frames per clip.",
   "num_questions": "First so many questions; 0 for all.",
   "num_examples": "Clips that the report shows frame by frame.",
-  "max_new_tokens": "Longest answer in tokens.",
+  "max_new_tokens": "Longest answer in tokens; 0 for the benchmark's own.",
 }.items():
   flags.DEFINE_integer(_name, None, _help)
 

@@ -29,7 +29,6 @@ from cacovid_jax import compressors, errors
 from cacovid_jax import config as config_lib
 from cacovid_jax.compressors import base
 from cacovid_jax.evals import (
-  benchmarks,
   evaluation,
   latency,
   provenance,
@@ -234,9 +233,9 @@ def _chosen_spec(request, label, best):
 def _measure(request, missing, times, repeats):
   """Adds to `times`: spec -> ratio -> fields of a `latency.Cost`."""
   checkpoint = checkpoints.load(request.checkpoint, jnp.dtype(request.dtype))
-  benchmark = benchmarks.load(
-    request.data, request.split, media=request.media, style=request.prompt_style
-  ).limited(request.num_questions)
+  benchmark = evaluation.load_benchmark(
+    request, request.split, request.num_questions
+  )
   policies = {
     name: evaluation.load_policy(path, checkpoint)
     for name, path in request.policies.items()
@@ -251,12 +250,7 @@ def _measure(request, missing, times, repeats):
       checkpoint,
       source,
       benchmark.questions,
-      runner.Settings(
-        num_frames=request.num_frames,
-        batch_size=1,
-        max_new_tokens=request.max_new_tokens,
-        rule=request.rule,
-      ),
+      dataclasses.replace(evaluation.settings(request), batch_size=1),
       policies=policies,
       decisive=benchmark.decisive,
     )

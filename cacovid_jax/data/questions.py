@@ -29,6 +29,7 @@ class Question:
     problem_type: one of `PROBLEM_TYPES`.
     duration: group of the clip's length ("short", ...), if the source has one.
     category: the kind of question, if the source has one.
+    groups: further groupings, as (facet, name), e.g. ("domain", "Knowledge").
     source: name of the data set.
     prompt: the user's text after the video, verbatim, hint included.
   """
@@ -41,6 +42,7 @@ class Question:
   problem_type: str = MULTIPLE_CHOICE
   duration: str | None = None
   category: str | None = None
+  groups: tuple[tuple[str, str], ...] = ()
   source: str = ""
   prompt: str = ""
 

@@ -1,14 +1,189 @@
 """Which questions a benchmark asks, and where its clips lie."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from cacovid_jax import errors
+from cacovid_jax.data import prompts, readers
 from cacovid_jax.data import questions as questions_lib
-from cacovid_jax.data import readers
+from cacovid_jax.data.readers import longvideobench as longvideobench_files
+from cacovid_jax.data.readers import mlvu as mlvu_files
+from cacovid_jax.data.readers import mvbench as mvbench_files
+from cacovid_jax.evals import scoring, statistics
+from cacovid_jax.evals.scoring import (
+  egoschema,
+  longvideobench,
+  mlvu,
+  mvbench,
+  nextqa,
+  videomme,
+)
+
+PREPARED = "prepared"
+
+_MLVU_PARQUET = ("mlvu/test-*.parquet", "test-*.parquet")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+  """How a benchmark is read, prompted and counted.
+
+  Attributes:
+    name: as in `names()`.
+    splits: split -> the layouts that are read, best first; each is a pattern
+      of files below the data directory. The first split is the default.
+    read: (paths, media root, on_bad_row=..., report=...) -> questions.
+    score: (question, text, rule=...) -> `scoring.Scored`.
+    max_new_tokens: longest answer.
+    metric: the name that lmms-eval gives the number.
+    scale: 100 where lmms-eval prints per cent, 1 for a fraction. Our results
+      are fractions throughout.
+    macro: categories whose unweighted mean is the number; () takes the mean
+      over questions.
+    macro_of_present: whether categories without questions are left out of that
+      mean, rather than counted as 0.
+    duration_groups: values of `Question.duration`, shortest first.
+  """
+
+  name: str
+  splits: Mapping[str, Sequence[str]]
+  read: Callable[..., list[questions_lib.Question]]
+  score: Callable[..., scoring.Scored]
+  max_new_tokens: int = 16
+  metric: str = "accuracy"
+  scale: int = 1
+  macro: tuple[str, ...] = ()
+  macro_of_present: bool = False
+  duration_groups: tuple[str, ...] = ()
+
+  @property
+  def default_split(self) -> str:
+    return next(iter(self.splits))
+
+  def strata(
+    self, questions: Sequence[questions_lib.Question]
+  ) -> statistics.Strata | None:
+    """Returns what the macro mean of these questions is taken over."""
+    if not self.macro:
+      return None
+    found = tuple(str(question.category) for question in questions)
+    names = self.macro
+    if self.macro_of_present:
+      names = tuple(name for name in names if name in found)
+    return statistics.Strata(found, names)
+
+  def files(self, directory: pathlib.Path, split: str) -> list[str]:
+    """Returns the files of a split, of the first layout that is there."""
+    if split not in self.splits:
+      raise errors.UserError(
+        f"{self.name} has no split {split!r}; its splits:"
+        f" {', '.join(self.splits)}"
+      )
+    for pattern in self.splits[split]:
+      found = sorted(directory.glob(pattern))
+      if found:
+        return [str(path) for path in found]
+    raise errors.UserError(
+      f"{directory} holds none of {', '.join(self.splits[split])}; give the"
+      f" folder of {self.name} as it was released, or another --benchmark"
+    )
+
+
+_TASKS = {
+  task.name: task
+  for task in [
+    Task(
+      name=PREPARED,
+      splits={"test": ("test.parquet",), "validation": ("validation.parquet",)},
+      read=readers.read_videomme,
+      score=scoring.score,
+      duration_groups=("short", "medium", "long"),
+    ),
+    Task(
+      name="videomme",
+      splits={"test": ("videomme/test-*.parquet", "test-*.parquet")},
+      read=functools.partial(readers.read_videomme, released=True),
+      score=videomme.score,
+      metric="videomme_perception_score",
+      scale=100,
+      duration_groups=("short", "medium", "long"),
+    ),
+    Task(
+      name="mlvu_dev",
+      splits={"dev": (*_MLVU_PARQUET, "json/[0-9]_*.json")},
+      read=readers.read_mlvu,
+      score=mlvu.score_dev,
+      metric="mlvu_percetion_score",
+      scale=100,
+      macro=mlvu_files.DEV_TYPES,
+    ),
+    Task(
+      name="mlvu_test",
+      splits={"test": (*_MLVU_PARQUET, "json/*.json", "test*.json")},
+      read=functools.partial(
+        readers.read_mlvu, types=mlvu_files.TEST_TYPES, most_options=6
+      ),
+      score=mlvu.score_test,
+      metric="mlvu_percetion_score",
+      scale=100,
+      macro=mlvu_files.TEST_TYPES,
+    ),
+    Task(
+      name="longvideobench",
+      splits={"validation": ("validation-*.parquet", "lvb_val.json")},
+      read=readers.read_longvideobench,
+      score=longvideobench.score,
+      max_new_tokens=32,
+      metric="lvb_acc",
+      duration_groups=longvideobench_files.DURATION_GROUPS,
+    ),
+    Task(
+      name="mvbench",
+      splits={"test": ("json/*.json",)},
+      read=readers.read_mvbench,
+      score=mvbench.score,
+      metric="mvbench_accuracy",
+      scale=100,
+      macro=mvbench_files.TASKS,
+      macro_of_present=True,
+    ),
+    Task(
+      name="egoschema",
+      splits={"subset": ("Subset/test-*.parquet",)},
+      read=readers.read_egoschema,
+      score=egoschema.score,
+      metric="score",
+    ),
+    Task(
+      name="nextqa",
+      splits={"test": ("MC/test-*.parquet",)},
+      read=readers.read_nextqa,
+      score=nextqa.score,
+      # The task sets none; this is what the reference model falls back to.
+      max_new_tokens=1024,
+      metric="exact_match",
+    ),
+  ]
+}
+
+
+def names() -> tuple[str, ...]:
+  """Returns the benchmarks that can be loaded, prepared data first."""
+  return tuple(_TASKS)
+
+
+def task(name: str) -> Task:
+  """Returns the task of that name."""
+  if name not in _TASKS:
+    raise errors.UserError(
+      f"there is no benchmark {name!r}; there are {', '.join(_TASKS)}"
+    )
+  return _TASKS[name]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -23,6 +198,8 @@ class Benchmark:
     decisive: question id -> tokens of the grid that decide it; empty where
       that is not known.
     generator_hash: of the program that made the clips, None for real ones.
+    task: how answers are scored and counted.
+    report: what was left out.
   """
 
   name: str
@@ -31,6 +208,8 @@ class Benchmark:
   questions: Sequence[questions_lib.Question]
   decisive: Mapping[str, Sequence[int]]
   generator_hash: str | None = None
+  task: Task = _TASKS[PREPARED]
+  report: readers.Report = dataclasses.field(default_factory=readers.Report)
 
   def limited(self, count: int) -> "Benchmark":
     """Returns the first `count` questions; all of them for 0 or less."""
@@ -38,37 +217,74 @@ class Benchmark:
       return self
     return dataclasses.replace(self, questions=self.questions[:count])
 
+  def left_out(self) -> dict[str, Any]:
+    """Returns what is not asked, for results.json; nothing that is empty."""
+    report = self.report
+    out = {
+      "bad_rows": [
+        # Results must not depend on where the data lies.
+        {**dataclasses.asdict(bad), "file": os.path.basename(bad.file)}
+        for bad in report.bad_rows
+      ],
+      "other_rows": dict(sorted(report.left_out.items())),
+      "not_there": list(report.missing),
+    }
+    return {name: found for name, found in out.items() if found}
+
 
 def load(
-  directory, split: str, *, media: str = "", style: str = "video-r1"
+  directory,
+  split: str = "",
+  *,
+  benchmark: str = PREPARED,
+  media: str = "",
+  style: str = "",
+  on_bad_row: str = "raise",
 ) -> Benchmark:
-  """Returns one split of a prepared directory.
+  """Returns one split of a benchmark's folder.
 
   Args:
-    directory: holds `validation.parquet`, `test.parquet`, ... in VideoMME's
-      columns, the clips, and for synthetic clips `decisive.jsonl` and
-      `manifest.json`.
-    split: name of one of those files.
+    directory: a benchmark as it was released; or prepared data, which holds
+      `validation.parquet`, `test.parquet`, ... in VideoMME's columns, the
+      clips, and for synthetic clips `decisive.jsonl` and `manifest.json`.
+    split: of the task; "" takes its first one.
+    benchmark: one of `names()`.
     media: folder of the clips, below `directory` or absolute.
-    style: of the prompt: "video-r1" as in training, or "videomme".
+    style: of the prompt: "" is the benchmark's own, and that of training for
+      prepared data; "video-r1" is as in training, "videomme" as in VideoMME.
+    on_bad_row: "raise", or "skip" to leave unfit rows out and report them.
   """
   directory = pathlib.Path(directory)
+  found = task(benchmark)
+  split = split or found.default_split
   if not directory.is_dir():
-    raise errors.UserError(
-      f"there is no data in {directory}; make it with `python -m"
-      " cacovid_jax.prepare` or give another --data"
+    mend = "make it with `python -m cacovid_jax.prepare` or give another --data"
+    if benchmark != PREPARED:
+      mend = f"give the folder that holds {benchmark} as --data"
+    raise errors.UserError(f"there is no data in {directory}; {mend}")
+  root = os.path.join(directory, media)
+  report = readers.Report()
+  options = dict(on_bad_row=on_bad_row, report=report)
+  if benchmark != PREPARED:
+    paths = found.files(directory, split)
+    questions = found.read(paths, root, **options)
+    return Benchmark(
+      name=benchmark,
+      split=split,
+      root=root,
+      questions=_restyled(questions, style, benchmark),
+      decisive={},
+      task=found,
+      report=report,
     )
   path = directory / f"{split}.parquet"
   if not path.is_file():
-    found = sorted(path.stem for path in directory.glob("*.parquet"))
-    listed = ", ".join(found) or "none"
+    splits = sorted(path.stem for path in directory.glob("*.parquet"))
+    listed = ", ".join(splits) or "none"
     raise errors.UserError(
       f"{directory} has no {path.name}; its splits: {listed}"
     )
-  root = os.path.join(directory, media)
-  questions = readers.read_videomme(str(path), root, style)
-  if not questions:
-    raise errors.UserError(f"{path} asks no question")
+  questions = found.read(str(path), root, style or "video-r1", **options)
   manifest = _read_manifest(directory / "manifest.json")
   return Benchmark(
     name=str(manifest.get("name") or manifest.get("variant") or directory.name),
@@ -77,7 +293,30 @@ def load(
     questions=questions,
     decisive=_read_decisive(directory / "decisive.jsonl", questions),
     generator_hash=manifest.get("generator_hash"),
+    task=found,
+    report=report,
   )
+
+
+def _restyled(questions, style: str, benchmark: str):
+  """Returns the questions in another style of prompt than their own."""
+  if style in ("", benchmark):
+    return questions
+  if style != "video-r1":
+    raise errors.UserError(
+      f"prompt style {style!r}: give 'video-r1', or '' for that of {benchmark}"
+    )
+  return [
+    dataclasses.replace(
+      question,
+      prompt=prompts.training_prompt(
+        question.question,
+        prompts.letter_options(question.options),
+        question.problem_type,
+      ),
+    )
+    for question in questions
+  ]
 
 
 def _read_manifest(path: pathlib.Path) -> dict:

@@ -23,16 +23,26 @@ def get_config() -> ml_collections.ConfigDict:
       # Bounds, shown apart; only where decisive tokens are known.
       oracles=("decisive_boxes",),
       ratios=(0.25, 0.1, 0.05),
-      split="test",
+      # What is asked: one of `benchmarks.names()`, in the folder `data.root`.
+      benchmark="prepared",
+      # Empty takes the benchmark's first split.
+      split="",
       # Seeds of random draws, of the untrained policy and of other questions;
       # accuracies are means over them.
       seeds=(0,),
       batch_size=8,
-      max_new_tokens=16,
+      # Longest answer in tokens; 0 takes the benchmark's own.
+      max_new_tokens=0,
       # How letters are taken from answers: "paper" or "lmms-0.7.3".
       rule="paper",
-      # The user's text: "video-r1" as in training, or "videomme".
-      prompt_style="video-r1",
+      # The user's text: empty is the benchmark's own, "video-r1" that of
+      # training, which prepared data has as its own.
+      prompt_style="",
+      # Rows that are unfit: "raise", or "skip" to leave them out and list them.
+      on_bad_row="raise",
+      # Clips that are not there: "raise" before anything is asked, or "count"
+      # to count their questions as wrong and list them.
+      on_missing="raise",
       # First so many questions; 0 asks all of them.
       num_questions=0,
       # Where options are chosen: "validation" or "none". Candidates are

@@ -22,7 +22,7 @@ import rich.table
 from cacovid_jax import config as config_lib
 from cacovid_jax import errors
 from cacovid_jax.compressors import base
-from cacovid_jax.data import feature_cache, frames
+from cacovid_jax.data import feature_cache, frames, readers
 from cacovid_jax.evals import (
   benchmarks,
   clips,
@@ -44,7 +44,8 @@ class Request:
   """What to evaluate; fields as in `evals.defaults`, and where things lie.
 
   Attributes:
-    data: prepared data directory, see `benchmarks.load`.
+    data: folder of the benchmark, see `benchmarks.load`.
+    benchmark: one of `benchmarks.names()`.
     media: folder of its clips, below it or absolute; "" is itself.
     workdir: where results go.
     checkpoint: base model's directory.
@@ -60,6 +61,7 @@ class Request:
   workdir: str
   checkpoint: str
   policies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  benchmark: str = benchmarks.PREPARED
   media: str = ""
   num_frames: int = 16
   dtype: str = "float32"
@@ -68,12 +70,14 @@ class Request:
   methods: Sequence[str] = ("random", "uniform", "divprune", "density_peaks")
   oracles: Sequence[str] = ()
   ratios: Sequence[float] = (0.25, 0.1, 0.05)
-  split: str = "test"
+  split: str = ""
   seeds: Sequence[int] = (0,)
   batch_size: int = 8
-  max_new_tokens: int = 16
+  max_new_tokens: int = 0
   rule: str = "paper"
-  prompt_style: str = "video-r1"
+  prompt_style: str = ""
+  on_bad_row: str = "raise"
+  on_missing: str = "raise"
   num_questions: int = 0
   select_on: str = "validation"
   select_ratio: float = 0.1
@@ -87,6 +91,10 @@ class Request:
     if self.select_on not in ("validation", "none"):
       raise errors.UserError(
         f"select_on={self.select_on!r}: use validation or none"
+      )
+    if self.on_missing not in ("raise", "count"):
+      raise errors.UserError(
+        f"on_missing={self.on_missing!r}: use raise or count"
       )
     if not self.seeds:
       raise errors.UserError("no evaluation seed given; for example seeds=0")
@@ -151,14 +159,14 @@ def evaluate(
 def _evaluate(request: Request):
   """Returns (results.json as a dict, examples for the report)."""
   ratios = results.check_ratios(map(base.check_ratio, request.ratios))
-  test = _benchmark(request, request.split, request.num_questions)
+  test = load_benchmark(request, request.split, request.num_questions)
   specs = [*request.methods, *(request.oracles if test.decisive else ())]
   methods = [runner.Method.parse(spec) for spec in specs]
   checkpoint = checkpoints.load(request.checkpoint, jnp.dtype(request.dtype))
   candidates = _candidates(request, methods, checkpoint)
   validation = None
   if candidates:
-    validation = _benchmark(request, "validation", request.select_questions)
+    validation = load_benchmark(request, "validation", request.select_questions)
   policies = {
     name: load_policy(path, checkpoint)
     for name, path in request.policies.items()
@@ -171,8 +179,9 @@ def _evaluate(request: Request):
       checkpoint,
       source,
       [*test.questions, *(validation.questions if validation else ())],
-      _settings(request),
+      settings(request),
       policies=policies,
+      task=test.task,
       decisive={**(validation.decisive if validation else {}), **test.decisive},
     )
     chosen = {}
@@ -194,6 +203,7 @@ def _evaluate(request: Request):
       ratios,
       tuple(request.seeds),
       evaluator.grid,
+      test.task,
     )
     identity = evaluator.identity(test.questions)
     answers = ledger.Ledger(workdir / "answers.jsonl", identity)
@@ -214,6 +224,8 @@ def _evaluate(request: Request):
       failures=failures,
       chosen=chosen,
       decisive=test.decisive,
+      rule=request.rule,
+      left_out=test.left_out(),
     )
     if len(out["unreadable"]) == out["num_clips"]:
       raise errors.UserError(
@@ -314,13 +326,14 @@ def validator(
     method: how the policy's scores are followed.
     ratio: retention ratio.
   """
-  validation = _benchmark(request, "validation", request.select_questions)
+  validation = load_benchmark(request, "validation", request.select_questions)
   cell = runner.Cell(runner.Method.parse(method), base.check_ratio(ratio), 0)
   evaluator = runner.Evaluator(
     checkpoint,
     open_source(request, checkpoint, runner.wanted([cell.method])),
     validation.questions,
-    _settings(request),
+    settings(request),
+    task=validation.task,
   )
 
   def validate(module, params):
@@ -372,6 +385,45 @@ def load_policy(path: str, checkpoint: checkpoints.Checkpoint) -> runner.Policy:
   else:
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
   return runner.Policy(policy, params, digest)
+
+
+def load_benchmark(
+  request: Request, split: str = "", count: int = 0
+) -> benchmarks.Benchmark:
+  """Returns a split of a request's data.
+
+  Clips that are not there are an error before anything is asked, or are
+  listed and counted as wrong, as the request says.
+
+  Args:
+    request: see there.
+    split: "" takes the benchmark's first one.
+    count: questions taken, in order; 0 takes all.
+  """
+  found = benchmarks.load(
+    request.data,
+    split,
+    benchmark=request.benchmark,
+    media=request.media,
+    style=request.prompt_style,
+    on_bad_row=request.on_bad_row,
+  ).limited(count)
+  if request.on_missing == "raise":
+    readers.require_media(found.questions, found.root)
+  return found
+
+
+def settings(request: Request) -> runner.Settings:
+  """Returns what the answers of a request depend on besides weights."""
+  return runner.Settings(
+    num_frames=request.num_frames,
+    batch_size=request.batch_size,
+    max_new_tokens=(
+      request.max_new_tokens
+      or benchmarks.task(request.benchmark).max_new_tokens
+    ),
+    rule=request.rule,
+  )
 
 
 def open_source(
@@ -450,21 +502,6 @@ def _cell_text(cell) -> str:
     text += f" {cell['of_vanilla']:.0%}"
   # Brackets are markup to rich.
   return text.replace("[", "\\[")
-
-
-def _settings(request: Request) -> runner.Settings:
-  return runner.Settings(
-    num_frames=request.num_frames,
-    batch_size=request.batch_size,
-    max_new_tokens=request.max_new_tokens,
-    rule=request.rule,
-  )
-
-
-def _benchmark(request, split, count) -> benchmarks.Benchmark:
-  return benchmarks.load(
-    request.data, split, media=request.media, style=request.prompt_style
-  ).limited(count)
 
 
 def _candidates(request, methods, checkpoint) -> dict[str, list[runner.Method]]:

@@ -17,8 +17,8 @@ import numpy as np
 
 from cacovid_jax import errors
 from cacovid_jax.data import questions as questions_lib
+from cacovid_jax.evals import benchmarks, runner, statistics
 from cacovid_jax.evals import ledger as ledger_lib
-from cacovid_jax.evals import runner, statistics
 
 SCHEMA = 1
 REFERENCE = "cacovid"
@@ -36,6 +36,7 @@ class Table:
     ratios: columns.
     seeds: evaluation seeds.
     grid: (T, H, W).
+    task: how answers are counted.
   """
 
   benchmark: str
@@ -45,6 +46,7 @@ class Table:
   ratios: Sequence[float]
   seeds: Sequence[int]
   grid: tuple[int, int, int]
+  task: benchmarks.Task = benchmarks.task(benchmarks.PREPARED)
 
   @property
   def num_video(self) -> int:
@@ -53,6 +55,10 @@ class Table:
   @property
   def clips(self) -> list[str]:
     return [question.video for question in self.questions]
+
+  @property
+  def strata(self) -> statistics.Strata | None:
+    return self.task.strata(self.questions)
 
   def shown_method(
     self,
@@ -73,11 +79,16 @@ def build(
   failures: Mapping[tuple[str, float], runner.Failure] | None = None,
   chosen: Mapping[str, Any] | None = None,
   decisive: Mapping[str, Sequence[int]] | None = None,
+  rule: str = "paper",
+  left_out: Mapping[str, Any] | None = None,
   frame_ratio: float = 0.125,
 ) -> dict[str, Any]:
   """Returns results.json as a dict.
 
-  A paired entry's mean is the accuracy of `method` less that of `vs`.
+  Accuracies are fractions whatever the task's scale; of a task with a macro
+  mean, they and their intervals are macro means. Breakdowns are plain. Guesses
+  of a scorer are counted in `num_fallbacks`, all seeds together. A paired
+  entry's mean is the accuracy of `method` less that of `vs`.
 
   Args:
     table: what to tabulate; the ledger must hold all of it, but for failures.
@@ -87,6 +98,8 @@ def build(
       its status, and no accuracy.
     chosen: what was chosen on validation, and from which candidates.
     decisive: question id -> tokens that decide it, for the frame head.
+    rule: how letters were taken from answers.
+    left_out: what was not asked, see `Benchmark.left_out`.
     frame_ratio: share of frames that the frame head would draw in training.
   """
   failures = failures or {}
@@ -118,20 +131,24 @@ def build(
     paired.append(
       _paired(table, REFERENCE, runner.VANILLA, ratio, reference, vanilla)
     )
-  estimate = statistics.accuracy(vanilla, table.clips)
   out = {
     "schema": SCHEMA,
     "benchmark": table.benchmark,
     "split": table.split,
+    "metric": table.task.metric,
+    "scale": table.task.scale,
+    "macro": list(table.strata.names) if table.strata else [],
+    "rule": rule,
+    "left_out": dict(left_out or {}),
     "grid": list(table.grid),
     "num_clips": len(set(table.clips)),
-    "chance": _number(_chance(table.questions)),
+    "chance": _number(_chance(table)),
     "vanilla": {
-      **_estimate(estimate),
+      **_estimate(table, vanilla),
       "n": len(vanilla),
       "kept_tokens": table.num_video,
-      "by_duration": _groups(table, vanilla, "duration"),
-      "by_category": _groups(table, vanilla, "category"),
+      **_breakdowns(table, vanilla),
+      **_fallbacks(_records(table, ledger, runner.Cell(None, 1.0, 0))),
     },
     "methods": methods,
     "oracles": oracles,
@@ -191,9 +208,12 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 def _values(table, ledger, cell) -> np.ndarray:
   """Returns float64[Q], the score of each question."""
-  return np.array(
-    [ledger[cell.key(question.id)]["score"] for question in table.questions]
-  )
+  return np.array([r["score"] for r in _records(table, ledger, cell)])
+
+
+def _records(table, ledger, cell) -> list[Mapping[str, Any]]:
+  """Returns the answers of a cell in the order of the questions."""
+  return [ledger[cell.key(question.id)] for question in table.questions]
 
 
 def _cell(table, ledger, method, ratio, vanilla):
@@ -205,27 +225,25 @@ def _cell(table, ledger, method, ratio, vanilla):
   ]
   per_seed = [_values(table, ledger, cell) for cell in cells]
   mean = np.mean(per_seed, axis=0)
-  records = [
-    ledger[cell.key(question.id)]
-    for cell in cells
-    for question in table.questions
-  ]
+  records = [r for cell in cells for r in _records(table, ledger, cell)]
   kept = float(np.mean([record["kept"] for record in records]))
   # Before the language model, every layer sees the tokens that were kept.
   equivalent = [
     record.get("equivalent", record["kept"] / table.num_video)
     for record in records
   ]
-  share = statistics.ratio_of_means(mean, vanilla, table.clips)
+  share = statistics.ratio_of_means(
+    mean, vanilla, table.clips, strata=table.strata
+  )
   out = {
-    **_estimate(statistics.accuracy(mean, table.clips)),
+    **_estimate(table, mean),
     "n": len(mean),
     "kept_tokens": _number(kept),
     "equivalent_ratio": _number(np.mean(equivalent)),
     "of_vanilla": None if share is None else _number(share.mean),
     "of_vanilla_ci95": share and [_number(share.low), _number(share.high)],
-    "by_duration": _groups(table, mean, "duration"),
-    "by_category": _groups(table, mean, "category"),
+    **_breakdowns(table, mean),
+    **_fallbacks(records),
     "status": "ok",
   }
   forced = np.mean([record.get("forced", False) for record in records])
@@ -235,7 +253,7 @@ def _cell(table, ledger, method, ratio, vanilla):
   out |= _facts(method)
   if len(per_seed) > 1:
     out["by_seed"] = {
-      str(cell.seed): _number(values.mean())
+      str(cell.seed): _number(statistics.mean(values, table.strata))
       for cell, values in zip(cells, per_seed, strict=True)
     }
   return out, mean
@@ -263,7 +281,8 @@ def _facts(method) -> dict[str, Any]:
   return out
 
 
-def _estimate(estimate: statistics.Estimate) -> dict[str, Any]:
+def _estimate(table, values) -> dict[str, Any]:
+  estimate = statistics.accuracy(values, table.clips, strata=table.strata)
   return {
     "accuracy": _number(estimate.mean),
     "ci95": [_number(estimate.low), _number(estimate.high)],
@@ -271,7 +290,9 @@ def _estimate(estimate: statistics.Estimate) -> dict[str, Any]:
 
 
 def _paired(table, label, versus, ratio, values, reference):
-  difference = statistics.paired_difference(values, reference, table.clips)
+  difference = statistics.paired_difference(
+    values, reference, table.clips, strata=table.strata
+  )
   return {
     "method": label,
     "vs": versus,
@@ -281,11 +302,26 @@ def _paired(table, label, versus, ratio, values, reference):
   }
 
 
-def _groups(table, values, field) -> dict[str, dict[str, Any]]:
-  """Returns {group: accuracy and n} over a field of the questions."""
-  groups = collections.defaultdict(list)
+def _breakdowns(table, values) -> dict[str, Any]:
+  """Returns {facet: {name: accuracy and n}} over all groupings."""
+  facets = collections.defaultdict(list)
   for question, value in zip(table.questions, values, strict=True):
-    name = getattr(question, field)
+    for facet, name in question.groups:
+      facets[facet].append((name, value))
+  pairs = list(zip(table.questions, values, strict=True))
+  return {
+    "by_duration": _groups((q.duration, value) for q, value in pairs),
+    "by_category": _groups((q.category, value) for q, value in pairs),
+    "by_group": {
+      facet: _groups(found) for facet, found in sorted(facets.items())
+    },
+  }
+
+
+def _groups(pairs) -> dict[str, dict[str, Any]]:
+  """Returns {name: accuracy and n} of (name, value) pairs; None is no group."""
+  groups = collections.defaultdict(list)
+  for name, value in pairs:
     if name:
       groups[name].append(value)
   return {
@@ -294,9 +330,16 @@ def _groups(table, values, field) -> dict[str, dict[str, Any]]:
   }
 
 
-def _chance(questions) -> float:
+def _fallbacks(records) -> dict[str, int]:
+  count = sum(record.get("fallback", False) for record in records)
+  return {"num_fallbacks": count} if count else {}
+
+
+def _chance(table) -> float:
   """Returns the accuracy of guessing one of the options."""
-  shares = [1 / len(q.options) for q in questions if q.options]
+  shares = [1 / len(q.options) for q in table.questions if q.options]
+  if len(shares) == len(table.questions):
+    return statistics.mean(shares, table.strata)
   return float(np.mean(shares)) if shares else 0.0
 
 

@@ -31,10 +31,10 @@ from cacovid_jax import compressors, errors
 from cacovid_jax.compressors import base
 from cacovid_jax.data import questions as questions_lib
 from cacovid_jax.evals import asker as asker_lib
+from cacovid_jax.evals import benchmarks, prompting, scoring
 from cacovid_jax.evals import clips as clips_lib
 from cacovid_jax.evals import ledger as ledger_lib
 from cacovid_jax.evals import programs as programs_lib
-from cacovid_jax.evals import prompting, scoring
 from cacovid_jax.training import metrics
 
 VANILLA = "vanilla"
@@ -231,6 +231,7 @@ class Evaluator:
     policies: by name; the first one is what plain `cacovid` follows.
     checkpoint: the base model.
     decisive: question id -> tokens that decide it, where known.
+    task: how answers are scored.
     programs: compiled functions.
     prompts: of all questions that may be asked.
   """
@@ -244,6 +245,7 @@ class Evaluator:
     *,
     policies: Mapping[str, Policy] | None = None,
     decisive: Mapping[str, Sequence[int]] | None = None,
+    task: benchmarks.Task | None = None,
     programs: programs_lib.Programs | None = None,
   ):
     """Prepares; compiles and computes nothing yet.
@@ -255,6 +257,7 @@ class Evaluator:
       settings: see there.
       policies: by name; the first one is what plain `cacovid` follows.
       decisive: question id -> tokens that decide it, where known.
+      task: how answers are scored; None is as of prepared data.
       programs: of an earlier evaluator of this checkpoint, grid and number of
         new tokens, so that nothing compiles twice; None makes new ones.
     """
@@ -265,6 +268,7 @@ class Evaluator:
     self.policies = dict(policies or {})
     self.checkpoint = checkpoint
     self.decisive = decisive or {}
+    self.task = task or benchmarks.task(benchmarks.PREPARED)
     # What `cacovid_other_question` draws from; in a run, what is being asked.
     self._pool = _by_id(questions)
     self._num_video = self.grid[0] * self.grid[1] * self.grid[2]
@@ -292,6 +296,7 @@ class Evaluator:
       "policies": {name: p.identity for name, p in self.policies.items()},
       "questions": self.prompts.digest(questions),
       "settings": dataclasses.asdict(self.settings),
+      "task": self.task.name,
     }
 
   def run(
@@ -367,11 +372,11 @@ class Evaluator:
       raise errors.UserError(f"{question.video}: {asker.faults[0]}")
     if method is None:
       text = self._decode(asker.vanilla().ids)[0]
-      letter = self._letter(question, text)
+      letter = self._score(question, text).letter
       return Trace(text, letter, np.arange(self._num_video), None, None)
     reply = asker.reply(cell)
     text = self._decode(reply.ids)[0]
-    letter = self._letter(question, text)
+    letter = self._score(question, text).letter
     (kept,) = self._kept(asker, cell, 1, reply)
     return Trace(text, letter, *kept)
 
@@ -508,12 +513,16 @@ class Evaluator:
       for row, question in enumerate(questions):
         fault = asker.faults.get(row, "")
         text = "" if fault else texts[row]
+        # A clip that cannot be used is wrong, whatever a rule would guess.
+        scored = scoring.Scored(0.0) if fault else self._score(question, text)
         fields = {
           "text": text,
-          "letter": self._letter(question, text),
-          "score": scoring.score(question, text, rule=self.settings.rule),
+          "letter": scored.letter,
+          "score": scored.score,
           "kept": int(kept[row]),
         }
+        if scored.fallback:
+          fields["fallback"] = True
         if fault:
           fields["fault"] = fault
         elif cell.method is None:
@@ -532,13 +541,8 @@ class Evaluator:
     decode = self.checkpoint.tokenizer.decode
     return [decode(row).strip() for row in np.asarray(ids)]
 
-  def _letter(self, question, text) -> str:
-    if not question.lettered:
-      return ""
-    num_options = len(question.options) or 4
-    return scoring.extract(
-      text, num_options=num_options, rule=self.settings.rule
-    )
+  def _score(self, question, text) -> scoring.Scored:
+    return self.task.score(question, text, rule=self.settings.rule)
 
 
 def wanted(methods: Sequence[Method]) -> frozenset[str]:

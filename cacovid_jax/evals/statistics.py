@@ -4,7 +4,10 @@ Questions about one clip are not independent, so the bootstrap draws whole
 clips. Values are float per question: 0 or 1, or a mean over evaluation seeds.
 Everything is vectorised NumPy and depends on nothing but its arguments.
 
-Letters: Q questions, C clips, R bootstrap replicates.
+Some benchmarks report the unweighted mean of their categories' means, the macro
+mean; it is formed anew in every bootstrap replicate.
+
+Letters: Q questions, C clips, R bootstrap replicates, M categories.
 """
 
 import dataclasses
@@ -26,18 +29,61 @@ class Estimate:
   count: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Strata:
+  """Categories whose unweighted mean is the number that is reported.
+
+  Attributes:
+    of: category of each question [Q], each one among `names`.
+    names: of all M categories; one without questions counts 0.
+  """
+
+  of: tuple[str, ...]
+  names: tuple[str, ...]
+
+  def __post_init__(self):
+    unknown = sorted(set(self.of) - set(self.names))
+    if unknown:
+      raise ValueError(f"{unknown} are none of {self.names}")
+
+  def places(self) -> np.ndarray:
+    """Returns int[Q], the category of each question as a place in `names`."""
+    place = {name: i for i, name in enumerate(self.names)}
+    return np.array([place[name] for name in self.of])
+
+
+def mean(values: Sequence[float], strata: Strata | None = None) -> float:
+  """Returns the mean of `values` [Q], or their macro mean."""
+  values = np.asarray(values, np.float64)
+  if strata is None:
+    return float(values.mean())
+  places, size = strata.places(), len(strata.names)
+  sums = np.bincount(places, values, minlength=size)
+  counts = np.bincount(places, minlength=size)
+  return float((sums / np.maximum(counts, 1)).mean())
+
+
 def accuracy(
   correct: Sequence[float],
   clips: Sequence[str],
   *,
+  strata: Strata | None = None,
   replicates: int = REPLICATES,
   seed: int = 0,
 ) -> Estimate:
-  """Returns the mean of `correct` [Q], interval clustered by `clips` [Q]."""
+  """Returns the mean of `correct` [Q], interval clustered by `clips` [Q].
+
+  Args:
+    correct: float[Q].
+    clips: clip of each question.
+    strata: for the macro mean; None takes the mean over questions.
+    replicates: R, number of bootstrap replicates.
+    seed: of the resampling.
+  """
   correct = _values(correct, clips)
   weights, inverse = _weights(tuple(clips), replicates, seed)
-  draws = _resampled(correct, inverse, weights)
-  return _estimate(float(correct.mean()), draws, len(correct))
+  draws = _resampled(correct, inverse, weights, strata)
+  return _estimate(mean(correct, strata), draws, len(correct))
 
 
 def paired_difference(
@@ -45,6 +91,7 @@ def paired_difference(
   reference: Sequence[float],
   clips: Sequence[str],
   *,
+  strata: Strata | None = None,
   replicates: int = REPLICATES,
   seed: int = 0,
 ) -> Estimate:
@@ -57,11 +104,14 @@ def paired_difference(
     correct: float[Q] of the method.
     reference: float[Q] of what it is compared with, same questions in order.
     clips: clip of each question.
+    strata: for the macro mean; None takes the mean over questions.
     replicates: R, number of bootstrap replicates.
     seed: of the resampling.
   """
   difference = _values(correct, clips) - _values(reference, clips)
-  return accuracy(difference, clips, replicates=replicates, seed=seed)
+  return accuracy(
+    difference, clips, strata=strata, replicates=replicates, seed=seed
+  )
 
 
 def ratio_of_means(
@@ -69,22 +119,23 @@ def ratio_of_means(
   reference: Sequence[float],
   clips: Sequence[str],
   *,
+  strata: Strata | None = None,
   replicates: int = REPLICATES,
   seed: int = 0,
 ) -> Estimate | None:
   """Returns mean(correct) / mean(reference): the share of vanilla kept.
 
-  None if the reference is never right.
+  None if the reference is never right. Arguments as of `paired_difference`.
   """
   correct, reference = _values(correct, clips), _values(reference, clips)
-  if reference.mean() == 0:
+  if mean(reference, strata) == 0:
     return None
   weights, inverse = _weights(tuple(clips), replicates, seed)
-  top = _resampled(correct, inverse, weights)
-  bottom = _resampled(reference, inverse, weights)
+  top = _resampled(correct, inverse, weights, strata)
+  bottom = _resampled(reference, inverse, weights, strata)
   usable = bottom > 0
   return _estimate(
-    float(correct.mean() / reference.mean()),
+    mean(correct, strata) / mean(reference, strata),
     top[usable] / bottom[usable],
     len(correct),
   )
@@ -112,12 +163,27 @@ def _weights(clips: tuple[str, ...], replicates: int, seed: int):
   return weights.astype(np.float64), inverse
 
 
-def _resampled(values, inverse, weights) -> np.ndarray:
-  """Returns float64[R], the mean over questions of each replicate."""
+def _resampled(values, inverse, weights, strata=None) -> np.ndarray:
+  """Returns float64[R], the mean or macro mean of each replicate.
+
+  A category that a replicate happens to draw no clip of is left out of that
+  replicate's mean; one without any questions is 0 in all of them.
+  """
   num_clips = weights.shape[1]
-  sums = np.bincount(inverse, values, minlength=num_clips)
-  counts = np.bincount(inverse, minlength=num_clips)
-  return (weights @ sums) / (weights @ counts)
+  if strata is None:
+    sums = np.bincount(inverse, values, minlength=num_clips)
+    counts = np.bincount(inverse, minlength=num_clips)
+    return (weights @ sums) / (weights @ counts)
+  size = len(strata.names)
+  cell = inverse * size + strata.places()  # Of a table float[C, M].
+  sums = np.bincount(cell, values, minlength=num_clips * size)
+  counts = np.bincount(cell, minlength=num_clips * size)
+  top = weights @ sums.reshape(num_clips, size)
+  bottom = weights @ counts.reshape(num_clips, size)
+  drawn = bottom > 0
+  means = np.divide(top, bottom, out=np.zeros_like(top), where=drawn)
+  present = len(set(strata.of))
+  return means.sum(axis=1) / drawn.sum(axis=1) * (present / size)
 
 
 def _estimate(mean, draws, count) -> Estimate:

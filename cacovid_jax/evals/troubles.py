@@ -5,6 +5,11 @@ from typing import Any
 
 # Listed one by one up to here; results.json holds all of them.
 _MOST = 100
+_LEFT_OUT = {
+  "bad_rows": "Rows that could not be used",
+  "other_rows": "Rows that are no part of the benchmark's score",
+  "not_there": "Files of the benchmark that are not there",
+}
 
 
 def listed(out: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -65,14 +70,17 @@ def _clips(out):
 
 
 def _left_out(out):
-  for name, found in out.get("left_out", {}).items():
-    title = f"Left out: {name.replace('_', ' ')}"
-    note = "Not asked, and not among the questions counted above."
-    if isinstance(found, (list, tuple)):
-      rows = [(_words(entry),) for entry in found]
+  for kind, found in out.get("left_out", {}).items():
+    if isinstance(found, Mapping):
+      rows = [(_words(name), _words(value)) for name, value in found.items()]
+      columns = ("what", "how many")
     else:
-      rows = [(_words(found),)] if found else []
-    yield _table(title, note, ("what",), rows)
+      entries = found if isinstance(found, (list, tuple)) else [found]
+      rows = [(_words(entry),) for entry in entries if entry]
+      columns = ("what",)
+    title = _LEFT_OUT.get(kind, f"Left out: {kind.replace('_', ' ')}")
+    note = "Not asked, and not among the questions counted above."
+    yield _table(title, note, columns, rows)
 
 
 def _counts(out, field, title, note, words):

@@ -224,6 +224,7 @@ def test_a_row_of_videomme(tmp_path):
     problem_type="multiple choice",
     duration="medium",
     category="Counting Problem",
+    groups=(("domain", "Knowledge"), ("sub_category", "Astronomy")),
     source="videomme",
     prompt=prompts.videomme_prompt(VIDEOMME["question"], VIDEOMME["options"]),
   )

@@ -167,10 +167,12 @@ def full():
     row["by_group"] = {"sub_category": {"Football": {"accuracy": 0.75, "n": 4}}}
   out["left_out"] = {
     "bad_rows": [["row 3", f"answer {HOSTILE}"], {"row": 5, "why": "empty"}],
+    "other_rows": {"summary": 217},
+    "not_there": [],
     "image_rows": 12,
-    "other": [],
   }
   out["metric"], out["rule"] = "videomme_perception_score", "paper"
+  out["macro"] = ["order <first>", "count"]
   return out
 
 
@@ -247,6 +249,7 @@ def test_is_well_formed_and_shows_everything(page):
     "guessing",
     "token mode, greedy",
     "videomme_perception_score",
+    "the unweighted mean of 2 kinds of question",
     "by the rule paper",
     "every method by sub category",
   ):
@@ -372,13 +375,14 @@ def test_what_did_not_go_as_asked_is_listed(page):
     "gone.mp4 2 missing",
     f"row 3: answer {HOSTILE}",
     "row: 5, why: empty",
+    "Rows that are no part of the benchmark's score 1",
+    "summary 217",
     "Left out: image rows 1",
-    "12",
     "cacovid 25 % 3",
     "last_query 10 % 25.0 %",
   ):
     assert expected in text, expected
-  assert "Left out: other" not in text
+  assert "are not there" not in text
 
 
 def test_a_long_list_says_what_it_leaves_out():

@@ -8,7 +8,7 @@ import pytest
 
 from cacovid_jax import errors
 from cacovid_jax.data import questions as questions_lib
-from cacovid_jax.evals import ledger, results, runner
+from cacovid_jax.evals import benchmarks, ledger, results, runner
 
 GRID = (4, 2, 2)
 
@@ -81,6 +81,98 @@ def test_schema(answers):
   assert out["seeds"] == [0, 1]
   assert out["provenance"] == {"decoder": "d"}
   json.dumps(out, allow_nan=False)
+
+
+def test_what_was_counted_and_how_is_told(answers):
+  left_out = {"bad_rows": [{"file": "f", "row": 2}]}
+  out = built(answers, rule="lmms-0.7.3", left_out=left_out)
+  assert (out["metric"], out["scale"], out["macro"]) == ("accuracy", 1, [])
+  assert (out["rule"], out["left_out"]) == ("lmms-0.7.3", left_out)
+  assert built(answers)["left_out"] == {}
+
+
+def test_further_groups_are_broken_down_by_facet(answers):
+  groups = [
+    (("domain", "sky"), ("type", "CW")),
+    (("domain", "sea"),),
+    (("domain", "sky"),),
+    (),
+  ]
+  questions = [
+    dataclasses.replace(q, groups=found)
+    for q, found in zip(QUESTIONS, groups, strict=True)
+  ]
+  table = results.Table(
+    "toy", "test", questions, METHODS, (0.25,), (0, 1), GRID
+  )
+  out = results.build(table, answers, provenance={})
+  # random is right about q0 twice, about q1 once of two, else never.
+  assert out["methods"]["random"]["0.25"]["by_group"] == {
+    "domain": {
+      "sea": {"accuracy": 0.5, "n": 1},
+      "sky": {"accuracy": 0.5, "n": 2},
+    },
+    "type": {"CW": {"accuracy": 1.0, "n": 1}},
+  }
+  assert out["vanilla"]["by_group"]["domain"]["sky"] == {"accuracy": 1, "n": 2}
+  assert built(answers)["vanilla"]["by_group"] == {}
+
+
+@pytest.mark.parametrize("of_present", [False, True])
+def test_a_macro_mean_over_categories(answers, of_present):
+  """Of four questions: q0 "a", q1 to q3 "b"; "c" and "d" have none."""
+  task = dataclasses.replace(
+    benchmarks.task("prepared"),
+    macro=("a", "b", "c", "d"),
+    macro_of_present=of_present,
+    metric="m_avg",
+    scale=100,
+  )
+  questions = [
+    dataclasses.replace(q, category="a" if q.id == "q0" else "b")
+    for q in QUESTIONS
+  ]
+  table = results.Table(
+    "toy", "test", questions, METHODS, (0.25,), (0, 1), GRID, task
+  )
+  out = results.build(table, answers, provenance={})
+  categories = 2 if of_present else 4
+  assert (out["metric"], out["scale"]) == ("m_avg", 100)
+  assert out["macro"] == list("abcd")[:categories]
+  assert out["vanilla"]["accuracy"] == round(2 / categories, 6)
+  cell = out["methods"]["cacovid"]["0.25"]
+  # a: 1 of 1; b: 2 of 3.
+  np.testing.assert_allclose(
+    cell["accuracy"], (1 + 2 / 3) / categories, atol=1e-6
+  )
+  np.testing.assert_allclose(cell["of_vanilla"], 5 / 6, atol=1e-6)
+  assert cell["ci95"][0] <= cell["accuracy"] <= cell["ci95"][1]
+  assert cell["by_category"]["b"] == {"accuracy": 0.666667, "n": 3}
+  # random: a 1; b (1/2 + 0 + 0) / 3, of two seeds.
+  cell = out["methods"]["random"]["0.25"]
+  np.testing.assert_allclose(
+    cell["accuracy"], (1 + 1 / 6) / categories, atol=1e-6
+  )
+  np.testing.assert_allclose(
+    [cell["by_seed"]["0"], cell["by_seed"]["1"]],
+    [1 / categories, (1 + 1 / 3) / categories],
+    atol=1e-6,
+  )
+  paired = {(e["method"], e["vs"]): e["mean"] for e in out["paired"]}
+  np.testing.assert_allclose(
+    paired["random", "cacovid"], (1 / 6 - 2 / 3) / categories, atol=1e-6
+  )
+
+
+def test_guesses_are_counted(answers):
+  method = runner.Method.parse("guessing=uniform?")
+  for q in QUESTIONS:
+    fields = {"score": 1.0, "kept": 2}
+    fields |= {"fallback": True} if q.id != "q0" else {}
+    answers.add([(ledger.Key(method.spec, 0.25, 0, q.id), fields)])
+  out = built(answers, [method])
+  assert out["methods"]["guessing"]["0.25"]["num_fallbacks"] == 3
+  assert "num_fallbacks" not in out["vanilla"]
 
 
 def test_a_cell_that_failed_has_a_reason_and_no_accuracy(answers):

@@ -123,3 +123,61 @@ def test_chance_overlap_is_hypergeometric(total, special, drawn):
   np.testing.assert_allclose(
     statistics.overlap_by_chance(total, special, drawn), expected, atol=1e-12
   )
+
+
+def _macro_draws(values, clips, strata, replicates, seed):
+  """A loop over replicates, clips and categories; draws as the module's."""
+  names = sorted(set(clips))
+  weights, _ = statistics._weights(tuple(clips), replicates, seed)
+  draws = []
+  for row in weights:
+    found = {name: [] for name in strata.names}
+    for value, clip, category in zip(values, clips, strata.of, strict=True):
+      found[category] += [value] * int(row[names.index(clip)])
+    means = [np.mean(answers) for answers in found.values() if answers]
+    absent = len(set(strata.names) - set(strata.of))
+    draws.append(np.mean(means) * (1 - absent / len(strata.names)))
+  return np.array(draws)
+
+
+def test_a_macro_mean_and_its_interval_match_a_loop():
+  values = [1, 0, 1, 1, 0, 1, 0]
+  clips = ["a", "a", "b", "c", "c", "d", "d"]
+  # Of "w" there are no questions: it counts 0.
+  strata = statistics.Strata(("x", "y", "x", "z", "x", "y", "x"), tuple("wxyz"))
+  # x: 1, 1, 0, 0; y: 0, 1; z: 1.
+  assert statistics.mean(values, strata) == (0 + 1 / 2 + 1 / 2 + 1) / 4
+  options = dict(replicates=400, seed=5)
+  estimate = statistics.accuracy(values, clips, strata=strata, **options)
+  draws = _macro_draws(values, clips, strata, **options)
+  assert estimate.mean == 0.5
+  np.testing.assert_allclose(
+    (estimate.low, estimate.high), np.quantile(draws, [0.025, 0.975])
+  )
+  reference = [1, 1, 1, 0, 0, 1, 1]
+  difference = statistics.paired_difference(
+    values, reference, clips, strata=strata, **options
+  )
+  # x: 0, 0, 0, -1; y: -1, 0; z: 1.
+  assert difference.mean == (0 - 1 / 4 - 1 / 2 + 1) / 4
+  draws = _macro_draws(np.subtract(values, reference), clips, strata, **options)
+  np.testing.assert_allclose(
+    (difference.low, difference.high), np.quantile(draws, [0.025, 0.975])
+  )
+  share = statistics.ratio_of_means(
+    values, reference, clips, strata=strata, **options
+  )
+  # The reference: x 3/4, y 1, z 0.
+  np.testing.assert_allclose(share.mean, 2 / (3 / 4 + 1))
+  bottom = _macro_draws(reference, clips, strata, **options)
+  usable = bottom > 0
+  draws = _macro_draws(values, clips, strata, **options)[usable]
+  np.testing.assert_allclose(
+    (share.low, share.high),
+    np.quantile(draws / bottom[usable], [0.025, 0.975]),
+  )
+
+
+def test_a_category_that_is_not_listed_is_refused():
+  with pytest.raises(ValueError, match="'q'"):
+    statistics.Strata(("x", "q"), ("x",))

@@ -1,0 +1,141 @@
+"""MLVU, dev and test (https://arxiv.org/abs/2406.04264).
+
+Two layouts. The parquet of lmms-eval: (mlvu/)test-00000-of-00001.parquet and
+<video_name>; its questions hold their options and are shown as they are. The
+original: json/<number>_<task>.json and video/<number>_<task>/<video>, whose
+questions get theirs here. Generation tasks are no part of M-Avg: their rows
+are left out and counted.
+"""
+
+import os
+import re
+
+from cacovid_jax.data import questions
+from cacovid_jax.data.readers import rows as rows_lib
+
+DEV_TYPES = (
+  "plotQA",
+  "needle",
+  "ego",
+  "count",
+  "order",
+  "anomaly_reco",
+  "topic_reasoning",
+)
+TEST_TYPES = (
+  "topic_reasoning",
+  "anomaly_reco",
+  "needleQA",
+  "ego",
+  "plotQA",
+  "sportsQA",
+  "order",
+  "count",
+  "tutorialQA",
+)
+# The two layouts name one task differently.
+_RENAMED = {"findNeedle": "needle"}
+_GENERATION = frozenset({"subPlot", "sub_scene", "summary"})
+_LMMS = ("video_name", "question", "answer", "task_type")
+_ORIGINAL = ("video", "question", "candidates", "answer", "question_type")
+_FIRST_OPTION = re.compile(r"\s*\(A\)")
+
+
+def read_mlvu(
+  paths,
+  root=None,
+  *,
+  types=DEV_TYPES,
+  most_options: int = 4,
+  on_bad_row: str = "raise",
+  report: rows_lib.Report | None = None,
+) -> list[questions.Question]:
+  """Returns the multiple choice questions of MLVU files of either layout.
+
+  Args:
+    paths: one path, several joined by commas, or a sequence of paths.
+    root: media root; clips are looked for below it, in `video/`, and in
+      `video/` by the name of the JSON file.
+    types: the tasks that there are, `DEV_TYPES` or `TEST_TYPES`.
+    most_options: 4 in dev, 6 in test.
+    on_bad_row: "raise" or "skip".
+    report: filled with what was left out.
+  """
+  places = rows_lib.Places(root, "{}", "video/{}", "videos/{}")
+
+  def parse(entry, name, row):
+    return _row(entry, name, row, places, types, most_options)
+
+  return rows_lib.read_tables(
+    [os.fspath(path) for path in rows_lib.split_paths(paths)],
+    lambda columns: _LMMS if "video_name" in columns else _ORIGINAL,
+    "MLVU",
+    parse,
+    on_bad_row=on_bad_row,
+    report=report,
+  )
+
+
+def prompt(question: str) -> str:
+  """Returns the user's text of a question that holds its options."""
+  return question + "\nOnly give the best option.\nBest option: ("
+
+
+def _row(entry, name, row, places, types, most) -> questions.Question:
+  original = "video_name" not in entry
+  field = "question_type" if original else "task_type"
+  kind = rows_lib.text(entry, field)
+  kind = _RENAMED.get(kind, kind)
+  if kind in _GENERATION:
+    raise rows_lib.LeftOutError("generation tasks")
+  if kind not in types:
+    raise rows_lib.RowError(
+      field, f"{kind[:40]!r} is none of {', '.join(types)}"
+    )
+  text = rows_lib.text(entry, "question")
+  answer = rows_lib.text(entry, "answer")
+  if original:
+    candidates = rows_lib.choices(entry, "candidates", most=most)
+    shown = (
+      text
+      + "\n"
+      + "\n".join(
+        f"({letter}) {option}"
+        for letter, option in zip(questions.LETTERS, candidates, strict=False)
+      )
+    )
+    clip = rows_lib.text(entry, "video")
+    folders = (name, name.partition("_")[2] or name)
+    place = places(
+      clip, *(f"video/{folder}/{{}}" for folder in folders), field="video"
+    )
+  else:
+    if isinstance(entry.get("candidates"), list):
+      candidates = rows_lib.choices(entry, "candidates", most=most)
+    else:
+      found = list(rows_lib.inline_options(text))
+      candidates = rows_lib.choices({"question": found}, "question", most=most)
+    shown = text
+    text = (
+      text[: start.start()] if (start := _FIRST_OPTION.search(text)) else text
+    )
+    place = places(rows_lib.text(entry, "video_name"), field="video_name")
+  if original and answer in candidates:
+    letter = rows_lib.letter_of(answer, candidates, "answer")
+  elif len(answer.strip().strip("().")) == 1:
+    letter = rows_lib.letter(answer, len(candidates), "answer")
+  else:
+    raise rows_lib.RowError("answer", f"{answer[:40]!r} is none of the options")
+  identity = f"{name}:{row}"
+  if entry.get("question_id") is not None:
+    identity = rows_lib.identity(entry, "question_id")
+  return questions.Question(
+    id=identity,
+    video=place,
+    question=text,
+    options=tuple(candidates),
+    answer=letter,
+    category=kind,
+    source="mlvu",
+    prompt=prompt(shown),
+  )

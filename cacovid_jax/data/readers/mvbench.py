@@ -1,0 +1,116 @@
+"""MVBench (https://arxiv.org/abs/2311.17005), as its revision `video` is.
+
+json/<task>.json for each of 20 tasks, and a folder of clips for each. The clips
+are cut already: `start` and `end`, where a row has them, are not used. Some
+sources need a licence of their own, so tasks may be missing; they are named.
+"""
+
+import os
+import pathlib
+
+from cacovid_jax import errors
+from cacovid_jax.data import questions
+from cacovid_jax.data.readers import rows as rows_lib
+
+_STAR = "star/Charades_segment"
+_CLEVRER = "clevrer/video_validation"
+_PERCEPTION = "perception/videos"
+
+# Task -> folder of its clips below the media root.
+FOLDERS = {
+  "action_sequence": _STAR,
+  "action_prediction": _STAR,
+  "action_antonym": "ssv2_video_mp4",
+  "fine_grained_action": "Moments_in_Time_Raw/videos",
+  "unexpected_action": "FunQA_test/test",
+  "object_existence": _CLEVRER,
+  "object_interaction": _STAR,
+  "object_shuffle": _PERCEPTION,
+  "moving_direction": _CLEVRER,
+  "action_localization": "sta/sta_video_segment",
+  "scene_transition": "scene_qa/video",
+  "action_count": _PERCEPTION,
+  "moving_count": _CLEVRER,
+  "moving_attribute": _CLEVRER,
+  "state_change": _PERCEPTION,
+  "fine_grained_pose": "nturgbd_convert",
+  "character_order": _PERCEPTION,
+  "egocentric_navigation": "vlnqa",
+  "episodic_reasoning": "tvqa/video_fps3_hq_segment",
+  "counterfactual_inference": _CLEVRER,
+}
+TASKS = tuple(FOLDERS)
+# Some archives unpack into a folder of their date.
+_DATED = "data0613/"
+_COLUMNS = ("video", "question", "candidates", "answer")
+
+
+def read_mvbench(
+  paths,
+  root=None,
+  *,
+  on_bad_row: str = "raise",
+  report: rows_lib.Report | None = None,
+) -> list[questions.Question]:
+  """Returns the questions of MVBench's files, one file for each task.
+
+  Args:
+    paths: one path, several joined by commas, or a sequence of paths.
+    root: media root; clips are looked for in their task's folder below it.
+    on_bad_row: "raise" or "skip".
+    report: filled with what was left out, and the tasks that are missing.
+  """
+  report = rows_lib.Report() if report is None else report
+  found = {
+    pathlib.Path(path).stem: path for path in rows_lib.split_paths(paths)
+  }
+  if not found.keys() & FOLDERS.keys():
+    raise errors.UserError(
+      f"{', '.join(map(str, found.values()))}: no task of MVBench; its files"
+      " are called <task>.json, such as action_sequence.json"
+    )
+  report.missing += [task for task in TASKS if task not in found]
+  for name in sorted(found.keys() - FOLDERS.keys()):
+    report.left_out[f"{name}.json, no task of MVBench"] += 1
+  places = rows_lib.Places(root)
+
+  def parse(entry, task, row):
+    return _row(entry, task, row, places)
+
+  return rows_lib.read_tables(
+    [os.fspath(found[task]) for task in TASKS if task in found],
+    _COLUMNS,
+    "MVBench",
+    parse,
+    on_bad_row=on_bad_row,
+    report=report,
+  )
+
+
+def prompt(question: str, options) -> str:
+  """Returns the user's text; no space stands behind "Question:"."""
+  shown = "".join(
+    f"({letter}) {option}\n"
+    for letter, option in zip(questions.LETTERS, options, strict=False)
+  )
+  return f"Question:{question}\nOption:\n{shown}Only give the best option.\n"
+
+
+def _row(entry, task, row, places) -> questions.Question:
+  question = rows_lib.text(entry, "question")
+  options = rows_lib.choices(entry, "candidates", most=5)
+  folder = FOLDERS[task]
+  patterns = [f"{folder}/{{}}", f"video/{folder}/{{}}"]
+  if folder in (_STAR, _CLEVRER):
+    patterns.insert(1, f"{_DATED}{folder}/{{}}")
+  answer = rows_lib.text(entry, "answer")
+  return questions.Question(
+    id=f"{task}:{row}",
+    video=places(rows_lib.text(entry, "video"), *patterns, field="video"),
+    question=question,
+    options=tuple(options),
+    answer=rows_lib.letter_of(answer, options, "answer"),
+    category=task,
+    source="mvbench",
+    prompt=prompt(question, options),
+  )

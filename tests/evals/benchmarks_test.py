@@ -1,0 +1,72 @@
+"""Released folders of benchmarks, read as an evaluation reads them."""
+
+import pytest
+
+from cacovid_jax import errors
+from cacovid_jax.evals import benchmarks
+from tests.data import benchmark_files
+
+CASES = [
+  (name, layout)
+  for name, layouts in benchmark_files.LAYOUTS.items()
+  for layout in layouts
+]
+
+
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
+def written(request, tmp_path_factory):
+  name, layout = request.param
+  return benchmark_files.write(name, tmp_path_factory.mktemp(name), layout)
+
+
+def test_every_row_and_clip_of_a_folder_is_found(written):
+  found = benchmarks.load(written.root, benchmark=written.name)
+  assert (found.name, found.split) == (written.name, written.split)
+  assert found.task is benchmarks.task(written.name)
+  assert len(found.questions) == written.num_questions
+  assert {question.video for question in found.questions} == set(written.clips)
+  assert len({question.id for question in found.questions}) == len(
+    found.questions
+  )
+  assert found.report.num_rows == written.num_questions
+  assert not found.report.bad_rows and not found.report.missing
+  if found.task.macro:
+    kinds = {question.category for question in found.questions}
+    assert kinds == set(found.task.macro)
+  if found.task.duration_groups:
+    groups = {question.duration for question in found.questions}
+    assert groups == set(found.task.duration_groups)
+
+
+def test_a_right_answer_counts_under_both_rules(written):
+  found = benchmarks.load(written.root, benchmark=written.name)
+  for question in found.questions:
+    for rule in ("paper", "lmms-0.7.3"):
+      scored = found.task.score(question, question.answer, rule=rule)
+      assert scored == (1.0, question.answer, False)
+
+
+def test_prompts_in_the_style_of_training(written):
+  found = benchmarks.load(
+    written.root, benchmark=written.name, style="video-r1"
+  )
+  question = found.questions[0]
+  lines = question.prompt.split("\n")
+  assert lines[0] == question.question
+  assert lines[1] == f"A. {question.options[0]}"
+  assert lines[-1].startswith(" Please provide only the single option letter")
+  with pytest.raises(errors.UserError, match="'video-r1', or ''"):
+    benchmarks.load(written.root, benchmark=written.name, style="plain")
+
+
+def test_folders_splits_and_names_that_do_not_exist(tmp_path):
+  for name in benchmarks.names():
+    if name != benchmarks.PREPARED:
+      with pytest.raises(errors.UserError, match="holds none of"):
+        benchmarks.load(tmp_path, benchmark=name)
+  with pytest.raises(errors.UserError, match="no split 'train'; its splits"):
+    benchmarks.load(tmp_path, "train", benchmark="videomme")
+  with pytest.raises(errors.UserError, match="no benchmark 'imagenet'"):
+    benchmarks.load(tmp_path, benchmark="imagenet")
+  with pytest.raises(errors.UserError, match="holds mlvu_dev as --data"):
+    benchmarks.load(tmp_path / "absent", benchmark="mlvu_dev")
