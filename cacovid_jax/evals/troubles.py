@@ -25,8 +25,8 @@ def listed(out: Mapping[str, Any]) -> list[dict[str, Any]]:
     _counts(
       out,
       "num_fallbacks",
-      "Answers that were read by a fallback",
-      "No letter stood where the scorer looks for one first.",
+      "Answers in which no option could be read",
+      "The rule of scoring guesses one for them; all seeds together.",
       lambda count: f"{count:g}",
     ),
     _counts(

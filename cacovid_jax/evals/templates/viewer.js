@@ -273,8 +273,11 @@
     document.addEventListener("keydown", (event) => {
       if (event.ctrlKey || event.metaKey || event.altKey) return;
       const target = event.target;
-      // Keys of a control, or of a table that scrolls, are its own.
-      if (target.closest("input, select, summary, .scroll")) return;
+      // Keys of a control, or of a table that scrolls, are its own; a slider
+      // has no use for letters.
+      const letter = event.key.length === 1;
+      if (target.closest("select, summary, .scroll")) return;
+      if (target.closest("input") && !letter) return;
       const inside = viewer.contains(target);
       if (!inside && target !== document.body) return;
       const frames = target.closest(".timeline");
