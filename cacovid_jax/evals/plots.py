@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 
 import markupsafe
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 176, 14, 40
+_LEFT, _TOP, _BOTTOM = 46, 14, 40
 _LABEL_GAP = 15
-# Of a character of a label, about.
+# Of a character of a label, about, and how many are written.
 _CHARACTER = 6.6
+_LONGEST = 32
 _NARROW = dict(width=360, height=280, names=False)
 
 
@@ -101,9 +102,11 @@ def line_chart(
     height: likewise.
     names: write the lines' names at their ends.
   """
-  axes = _Axes.around(
-    lines, x_ticks, rules, log_x, most, width, height, _RIGHT if names else 10
-  )
+  margin = 10
+  if names:
+    longest = max(len(_short(entry.name)) for entry in (*lines, *rules))
+    margin = round(24 + _CHARACTER * longest)
+  axes = _Axes.around(lines, x_ticks, rules, log_x, most, width, height, margin)
   out = axes.furniture(x_label, y_label, x_ticks, rules)
   labels = [
     (axes.y(rule.y), rule.name, "var(--muted)", False) for rule in rules
@@ -275,7 +278,7 @@ def _end_labels(labels, axes) -> list[str]:
       f'<path d="M{right + 3},{y:.1f} L{right + 11},{place:.1f}"'
       f' stroke="{colour}" stroke-width="1" fill="none" opacity="0.6"/>'
       f'<text class="label" x="{right + 15}" y="{place + 4:.1f}"'
-      f' fill="{colour}"{weight}>{_escape(name)}</text>'
+      f' fill="{colour}"{weight}>{_escape(_short(name))}</text>'
     )
   return out
 
@@ -288,7 +291,7 @@ def _beside(lines, places, axes) -> list[str]:
   )
   out = []
   for line, (x, y, _, _) in pairs:
-    box = _free(taken, x, y, _CHARACTER * len(line.name), axes)
+    box = _free(taken, x, y, _CHARACTER * len(_short(line.name)), axes)
     taken.append(box)
     weight = ' font-weight="650"' if line.strong else ""
     middle = (box[1] + box[3]) / 2
@@ -300,7 +303,7 @@ def _beside(lines, places, axes) -> list[str]:
       )
     out.append(
       f'<text class="label" x="{box[0]:.1f}" y="{middle + 4:.1f}"'
-      f' fill="{line.colour}"{weight}>{_escape(line.name)}</text>'
+      f' fill="{line.colour}"{weight}>{_escape(_short(line.name))}</text>'
     )
   return out
 
@@ -392,6 +395,11 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
       total -= values[i - window]
     out.append(total / min(i + 1, window))
   return out
+
+
+def _short(name: str) -> str:
+  """Returns a name that fits beside a chart; tables hold it in full."""
+  return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
 
 
 def _escape(text: str) -> str:

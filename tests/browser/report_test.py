@@ -435,7 +435,7 @@ def test_frames_by_click_and_by_arrow(page):
     ".map((bar) => bar.getBoundingClientRect().height)"
   )
   assert len(heights) == 6
-  expected = [max(1, 26 * float(np.exp(t - 5))) for t in range(6)]
+  expected = [max(1, 36 * float(np.exp(t - 5))) for t in range(6)]
   np.testing.assert_allclose(heights, expected, atol=0.1)
   label = page.all("article:not([hidden]) .timeline button")[5]
   assert "frame score 5" in label.get_attribute("aria-label")
@@ -576,6 +576,10 @@ def test_the_answer_page_shares_the_viewer(answer_page, pictures):
   assert page.kept() == kept(0, "cacovid", 0.25).tolist()
   # What is right is not known: nothing is called right, nothing to filter by.
   assert not page.all(".verdict") and not page.shown("#show")
+  # Nor are there other clips to turn to.
+  assert (
+    not page.shown("#next") and "next clip" not in page.find("#viewer").text
+  )
   options = page.all(".options li")
   assert [o.get_attribute("class").strip() for o in options] == ["", "picked"]
   page.picture(pictures / "answer_1280_light.png", 1280)

@@ -1,6 +1,7 @@
 """The report's content, escaping and independence of any network."""
 
 import base64
+import dataclasses
 import hashlib
 import html.parser
 import json
@@ -546,13 +547,38 @@ def test_write_leaves_only_the_report(tmp_path):
   assert path.read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
-def test_many_large_frames_stay_within_the_budget():
-  """8 clips of 32 frames of noise, which compresses worst of all."""
+def test_a_long_run_stays_below_six_megabytes():
+  """8 clips of 32 frames of noise, which compresses worst, and 20 views."""
   rng = np.random.default_rng(0)
   frames = rng.integers(0, 255, (32, 180, 320, 3), dtype=np.uint8)
-  pictures = viewer._pictures([frames] * 8)
-  assert [len(row) for row in pictures] == [32] * 8
-  assert sum(len(uri) for row in pictures for uri in row) < 5_000_000
+  gaps = {"token_gap": rng.normal(size=6272), "frame_gap": rng.normal(size=32)}
+  names = ("cacovid", "one", "two", "three")
+  views = {
+    (name, ratio): runner.Kept(np.arange(int(6272 * ratio)), **gaps)
+    for name in names
+    for ratio in (0.25, 0.2, 0.15, 0.1, 0.05)
+  }
+  said = examples_lib.Said("A", "A", True)
+  answers = {name: {r: said for _, r in views} for name in names}
+  clip = dataclasses.replace(
+    example(0, True),
+    frames=frames,
+    grid=(32, 14, 14),
+    views=views,
+    answers=answers,
+  )
+  page = report.render(results_of(cacovid=(0.8, 0.7)), [clip] * 8)
+  assert page.count("data:image/jpeg;base64,") == 8 * 32
+  assert len(page.encode()) < 6_000_000
+
+
+def test_a_long_name_is_shortened_beside_a_chart_only():
+  name = "cacovid?" + "&".join(f"option{i}=1" for i in range(9))
+  page = report.render(results_of(**{name: (0.8, 0.7)}), [])
+  texts = re.findall(r'<text class="label".*?>(.*?)</text>', page)
+  assert texts.count("cacovid?option0=1&amp;option1=1&amp;opt…") == 1
+  outline = Outline(page)
+  assert any(a.get("data-value") == name for _, a in outline.tags)
 
 
 def test_slices_of_several_frames():

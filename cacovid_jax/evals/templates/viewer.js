@@ -125,7 +125,7 @@
           words.push(`frame score ${scores.gaps[t]}, share of the clip's best`
             + ` ${scores.frames[t].toFixed(2)}`);
           const bar = make("i", { class: "score" });
-          bar.style.height = `${Math.max(1, 26 * scores.frames[t])}px`;
+          bar.style.height = `${Math.max(1, 36 * scores.frames[t])}px`;
           bars.push(bar);
         }
         const tokens = make("i", { class: "tokens" });
