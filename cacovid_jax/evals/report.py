@@ -345,10 +345,11 @@ def _ratio_chart(out, ratios):
 
 
 def _levels(out):
-  return [
-    plots.Rule("vanilla", 100 * out["vanilla"]["accuracy"]),
-    plots.Rule("guessing", 100 * out["chance"]),
-  ]
+  """Returns the level of vanilla, then that of guessing where there is one."""
+  levels = [plots.Rule("vanilla", 100 * out["vanilla"]["accuracy"])]
+  if out["chance"]:
+    levels.append(plots.Rule("guessing", 100 * out["chance"]))
+  return levels
 
 
 def _time_chart(out, ratio, times):

@@ -22,6 +22,8 @@ from cacovid_jax.evals import runner
 # budget; the smallest is taken in any case.
 _SIDES = (320, 256, 208, 168, 128, 96)
 _MAX_BYTES = 3_200_000
+# Characters of an answer that are shown; the ledger holds all of them.
+_MAX_TEXT = 400
 
 
 def clips(examples: Sequence[examples_lib.Example]) -> list[dict[str, Any]]:
@@ -93,7 +95,7 @@ def _clip(example, images) -> dict[str, Any]:
         "decisive": path(deciding, W),
       }
     )
-  question, said = example.question, example.said
+  question, said = example.question, _brief(example.said)
   return {
     "question": question,
     "options": list(zip(questions_lib.LETTERS, question.options, strict=False)),
@@ -124,7 +126,7 @@ def _answers(example) -> dict[str, Any]:
     cells = [
       {
         "ratio": ratio_key(ratio),
-        "said": row.get(ratio),
+        "said": _brief(row.get(ratio)),
         "view": (name, ratio) in example.views,
       }
       for ratio in ratios
@@ -132,7 +134,7 @@ def _answers(example) -> dict[str, Any]:
     rows.append({"name": name, "looked": name in looked, "cells": cells})
   vanilla = None
   if apart & example.answers.keys():
-    (vanilla,) = example.answers[runner.VANILLA].values()
+    (vanilla,) = map(_brief, example.answers[runner.VANILLA].values())
   return {"ratios": list(ratios), "rows": rows, "vanilla": vanilla}
 
 
@@ -163,7 +165,10 @@ def _data(example) -> dict[str, Any]:
     "labels": [_label(t, example.frames_per_slice) for t in range(T)],
     "gold": example.question.answer,
     "answers": {
-      name: {ratio_key(r): [s.letter, s.text, s.right] for r, s in row.items()}
+      name: {
+        ratio_key(ratio): [said.letter, said.text, said.right]
+        for ratio, said in ((r, _brief(s)) for r, s in row.items())
+      }
       for name, row in example.answers.items()
     },
     "views": views,
@@ -171,6 +176,15 @@ def _data(example) -> dict[str, Any]:
     "decisive": pack(example.decisive, T * H * W) if example.decisive else "",
     "shown": [method, ratio_key(ratio)],
   }
+
+
+def _brief(said: examples_lib.Said | None) -> examples_lib.Said | None:
+  """Returns an answer whose text is not too long for a page."""
+  if said is None or len(said.text) <= _MAX_TEXT:
+    return said
+  return said._replace(
+    text=f"{said.text[:_MAX_TEXT]}… ({len(said.text)} characters)"
+  )
 
 
 def _label(t: int, per_slice: int) -> str:

@@ -522,9 +522,11 @@ def test_results_without_groups_and_with_grids_that_differ():
   out = results_of(cacovid=(0.8, 0.7))
   out["grid"] = None
   out["vanilla"]["kept_tokens"] = 36.5
-  for cell in (out["vanilla"], *out["methods"]["cacovid"].values()):
-    cell["by_category"] = cell["by_duration"] = {}
+  out["chance"] = 0.0
+  for found in (out["vanilla"], *out["methods"]["cacovid"].values()):
+    del found["by_category"], found["by_duration"]
   text = Outline(report.render(out, [])).joined()
+  assert "guessing" not in text
   assert "By group of questions" not in text
   assert "all 36.5 video tokens" in text and "7 clips." in text
 
@@ -570,6 +572,17 @@ def test_a_long_run_stays_below_six_megabytes():
   page = report.render(results_of(cacovid=(0.8, 0.7)), [clip] * 8)
   assert page.count("data:image/jpeg;base64,") == 8 * 32
   assert len(page.encode()) < 6_000_000
+
+
+def test_a_long_answer_is_cut():
+  said = examples_lib.Said("ab" * 500, "A", True)
+  clip = example(0, True)
+  answers = {"cacovid": {0.25: said, 0.1: said}, "vanilla": {1.0: said}}
+  clip = dataclasses.replace(clip, answers=answers)
+  page = report.render(results_of(cacovid=(0.8, 0.7)), [clip])
+  cut = "ab" * 200 + "… (1000 characters)"
+  # Its words, a tip of each cell, and what the script writes.
+  assert page.count(cut) == 1 + 3 + 3 and "ab" * 201 not in page
 
 
 def test_a_long_name_is_shortened_beside_a_chart_only():
