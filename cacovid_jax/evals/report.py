@@ -19,8 +19,8 @@ from typing import Any
 import jinja2
 import markupsafe
 
-from cacovid_jax.evals import examples as examples_lib
 from cacovid_jax.evals import (
+  charts,
   groups,
   plots,
   results,
@@ -28,19 +28,10 @@ from cacovid_jax.evals import (
   troubles,
   viewer,
 )
+from cacovid_jax.evals import examples as examples_lib
 
 _STYLE = "page.css"
 _SCRIPTS = ("tables.js", "groups.js", "viewer.js")
-_STRONG = "var(--accent)"
-_NUM_COLOURS = 9
-# Reward curves of the training metrics: name, title, colour, strong, dashed.
-_CURVES = (
-  ("reward_token", "token mode, mean", _STRONG, False, False),
-  ("reward_token_greedy", "token mode, greedy", _STRONG, True, False),
-  ("reward_frame", "frame mode, mean", "var(--c0)", False, False),
-  ("reward_frame_greedy", "frame mode, greedy", "var(--c0)", True, False),
-  ("reward_content", "content control", "var(--muted)", False, True),
-)
 
 
 def write(
@@ -93,9 +84,9 @@ def render(
     rows=_rows(out, ratios),
     reference=results.REFERENCE,
     cards=_cards(out, ratios),
-    ratio_chart=_ratio_chart(out, ratios),
-    time_chart=_time_chart(out, shown, times or {}),
-    reward_chart=_reward_chart(curves),
+    ratio_chart=charts.over_ratio(out, ratios),
+    time_chart=charts.over_time(out, shown, times or {}),
+    reward_chart=charts.rewards(curves),
     facets=[groups.table(out, facet, shown) for facet in facets],
     differences=_differences(out, ratios),
     troubles=troubles.listed(out),
@@ -298,119 +289,3 @@ def _differences(out, ratios):
       by_ratio.append({"ratio": ratio, "rows": found})
   marks = [(f"{tick:g}".replace("-", "−"), place(tick / 100)) for tick in ticks]
   return {"ratios": by_ratio, "ticks": marks, "zero": place(0)}
-
-
-def _colours(out) -> dict[str, str]:
-  """Returns the CSS colour of each row, the same in every chart."""
-  names = [*out["methods"], *out["oracles"]]
-  colours = {
-    name: f"var(--c{place % _NUM_COLOURS})" for place, name in enumerate(names)
-  }
-  return colours | {results.REFERENCE: _STRONG}
-
-
-def _point(x, cell):
-  low, high = cell["ci95"]
-  return x, 100 * cell["accuracy"], 100 * low, 100 * high
-
-
-def _ratio_chart(out, ratios):
-  lines, colours = [], _colours(out)
-  for name, row in [*out["methods"].items(), *out["oracles"].items()]:
-    points = [
-      _point(100 * float(ratio), row[ratio])
-      for ratio in sorted(ratios, key=float)
-      if row[ratio]["status"] == "ok"
-    ]
-    if points:
-      strong = name == results.REFERENCE
-      dashed = name in out["oracles"]
-      lines.append(plots.Line(name, points, colours[name], strong, dashed))
-  if not lines or len(ratios) < 2:
-    return None
-  return plots.responsive(
-    plots.line_chart,
-    lines,
-    x_label="video tokens kept (%, logarithmic)",
-    y_label="accuracy (%)",
-    x_ticks=[
-      (100 * float(r), f"{100 * float(r):g}") for r in sorted(ratios, key=float)
-    ],
-    rules=_levels(out),
-    log_x=True,
-    most=100,
-    # A line of text for each name.
-    height=max(460, 18 * (len(lines) + 6)),
-  )
-
-
-def _levels(out):
-  """Returns the level of vanilla, then that of guessing where there is one."""
-  levels = [plots.Rule("vanilla", 100 * out["vanilla"]["accuracy"])]
-  if out["chance"]:
-    levels.append(plots.Rule("guessing", 100 * out["chance"]))
-  return levels
-
-
-def _time_chart(out, ratio, times):
-  """Returns accuracy over the milliseconds of choosing; None without times."""
-  colours = _colours(out)
-  found = [
-    (name, times[name][ratio], row[ratio])
-    for name, row in [*out["methods"].items(), *out["oracles"].items()]
-    if row[ratio]["status"] == "ok" and ratio in times.get(name, {})
-  ]
-  # A time of nothing has no place on a logarithmic axis.
-  floor = min((time for _, time, _ in found if time > 0), default=None)
-  if floor is None:
-    return None
-  lines = [
-    plots.Line(
-      name,
-      [_point(max(time, floor), cell)],
-      colours[name],
-      name == results.REFERENCE,
-    )
-    for name, time, cell in found
-  ]
-  return plots.responsive(
-    plots.point_chart,
-    lines,
-    x_label="milliseconds to choose (logarithmic)",
-    y_label="accuracy (%)",
-    rules=_levels(out)[:1],
-    most=100,
-    height=440,
-  )
-
-
-def _reward_chart(curves):
-  """Returns the reward curves, smoothed over a twentieth of the run."""
-  lines = []
-  for name, title, colour, strong, dashed in _CURVES:
-    found = [
-      (line["step"], line[name])
-      for line in curves
-      if line.get(name) is not None
-    ]
-    if len(found) < 2:
-      continue
-    means = plots.smooth([value for _, value in found], len(found) // 20 or 1)
-    points = [
-      (step, mean, mean, mean)
-      for (step, _), mean in zip(found, means, strict=True)
-    ]
-    lines.append(plots.Line(title, points, colour, strong, dashed))
-  if not lines:
-    return None
-  last = max(point[0] for line in lines for point in line.points)
-  ticks = [x for x in plots.nice_ticks(0, last) if x <= last and x % 1 == 0]
-  return plots.responsive(
-    plots.line_chart,
-    lines,
-    x_label="training step",
-    y_label="mean reward",
-    x_ticks=[(x, f"{x:g}") for x in ticks],
-    markers=False,
-    height=330,
-  )
