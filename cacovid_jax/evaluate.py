@@ -97,6 +97,9 @@ def request_from_flags(values) -> evaluation.Request:
   for name in ("methods", "oracles"):
     if name in flagged:
       flagged[name] = _listed(flagged[name])
+  if "benchmark" in flagged:
+    # A config's folder of clips is that of its own data.
+    fields["media"] = ""
   fields |= flagged
   workdir = fields.get("workdir", "")
   if "policies" not in fields and evaluation.has_policy(workdir):

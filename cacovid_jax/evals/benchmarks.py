@@ -65,6 +65,14 @@ class Task:
   def default_split(self) -> str:
     return next(iter(self.splits))
 
+  def can_choose(self, split: str) -> bool:
+    """True if there is a validation split besides the one that is asked."""
+    if self.name == PREPARED:
+      return True
+    return "validation" in self.splits and "validation" != (
+      split or self.default_split
+    )
+
   def strata(
     self, questions: Sequence[questions_lib.Question]
   ) -> statistics.Strata | None:

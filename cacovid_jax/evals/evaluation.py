@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.table
+from absl import logging
 
 from cacovid_jax import config as config_lib
 from cacovid_jax import errors
@@ -46,6 +47,9 @@ class Request:
   Attributes:
     data: folder of the benchmark, see `benchmarks.load`.
     benchmark: one of `benchmarks.names()`.
+    on_bad_row: "raise", or "skip" to leave unfit rows out and list them.
+    on_missing: "raise" if clips are not there, or "count" to count their
+      questions as wrong.
     media: folder of its clips, below it or absolute; "" is itself.
     workdir: where results go.
     checkpoint: base model's directory.
@@ -410,6 +414,14 @@ def load_benchmark(
   ).limited(count)
   if request.on_missing == "raise":
     readers.require_media(found.questions, found.root)
+  elif missing := readers.check_media(found.questions, found.root):
+    logging.warning(
+      "%s: %d clips are missing, %d questions count as wrong, first: %s",
+      found.root,
+      len(missing),
+      sum(missing.values()),
+      ", ".join(list(missing)[:5]),
+    )
   return found
 
 
@@ -484,6 +496,8 @@ def show(out: Mapping[str, Any], console: rich.console.Console | None = None):
       f" {entry['video']} ({entry['reason']})",
       markup=False,
     )
+  for line in _left_out_lines(out):
+    console.print(line, markup=False)
   head = out["frame_head"]
   if head:
     console.print(
@@ -491,6 +505,27 @@ def show(out: Mapping[str, Any], console: rich.console.Console | None = None):
       f" decisive one for {head['hit']:.1%} of {head['n']} questions (chance"
       f" {head['chance']:.1%})"
     )
+
+
+def _left_out_lines(out) -> list[str]:
+  """Returns what was not asked and what was guessed, one line each."""
+  found, lines = out["left_out"], []
+  if bad := found.get("bad_rows"):
+    first = bad[0]
+    lines.append(
+      f"left out: {len(bad)} bad rows, first {first['file']} row"
+      f" {first['row']}, field {first['field']!r}: {first['reason']}"
+    )
+  for kind, count in found.get("other_rows", {}).items():
+    lines.append(f"left out: {count} rows, {kind}")
+  if missing := found.get("not_there"):
+    lines.append(f"not there: {', '.join(missing)}")
+  if guesses := out["vanilla"].get("num_fallbacks"):
+    lines.append(
+      f"guessed: {guesses} of {out['vanilla']['n']} vanilla answers named no"
+      " option"
+    )
+  return lines
 
 
 def _cell_text(cell) -> str:
@@ -507,6 +542,14 @@ def _cell_text(cell) -> str:
 def _candidates(request, methods, checkpoint) -> dict[str, list[runner.Method]]:
   """Returns label -> methods to choose from on validation."""
   if request.select_on == "none":
+    return {}
+  task = benchmarks.task(request.benchmark)
+  if not task.can_choose(request.split):
+    if request.candidates:
+      raise errors.UserError(
+        f"candidates are given, and {task.name} has no validation split apart"
+        " from what is asked; name the options in the methods themselves"
+      )
     return {}
   out = {}
   for method in methods:

@@ -25,7 +25,8 @@ class Fixture:
     root: where it was written, also the media root.
     split: the one that was written.
     files: with the questions.
-    rows: as they stand in the files.
+    rows: the questions, as they stand in the files.
+    num_left_out: rows that are no multiple choice.
     clips: below the root.
   """
 
@@ -34,6 +35,7 @@ class Fixture:
   split: str
   files: tuple[pathlib.Path, ...]
   rows: tuple[dict, ...]
+  num_left_out: int
   clips: tuple[str, ...]
 
   @property
@@ -68,12 +70,15 @@ def write(name: str, root, layout: str = "") -> Fixture:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Of different lengths, so that no two of them are alike.
     clips.write(path, 8 + number)
+  rows = [row for found in files.values() for row in found]
+  asked = tuple(row for row in rows if "scoring_points" not in row)
   return Fixture(
     name,
     root,
     split,
     tuple(root / place for place in files),
-    tuple(row for rows in files.values() for row in rows),
+    asked,
+    len(rows) - len(asked),
     tuple(dict.fromkeys(videos)),
   )
 
@@ -174,6 +179,17 @@ def _mlvu_dev_original():
       }
     ]
     videos.append(f"video/{folder}/{name}_0.mp4")
+  for folder, kind in (("8_sub_scene", "subPlot"), ("9_summary", "summary")):
+    files[f"json/{folder}.json"] = [
+      {
+        "video": "told_0.mp4",
+        "duration": 300,
+        "question": "Please tell what happens.",
+        "answer": "A man walks in.",
+        "question_type": kind,
+        "scoring_points": ["a man"],
+      }
+    ]
   return "dev", files, videos
 
 

@@ -1,5 +1,8 @@
 """Released folders of benchmarks, read as an evaluation reads them."""
 
+import pathlib
+import re
+
 import pytest
 
 from cacovid_jax import errors
@@ -28,7 +31,9 @@ def test_every_row_and_clip_of_a_folder_is_found(written):
   assert len({question.id for question in found.questions}) == len(
     found.questions
   )
-  assert found.report.num_rows == written.num_questions
+  left_out = written.num_left_out
+  assert found.report.num_rows == written.num_questions + left_out
+  assert sum(found.report.left_out.values()) == left_out
   assert not found.report.bad_rows and not found.report.missing
   if found.task.macro:
     kinds = {question.category for question in found.questions}
@@ -70,3 +75,25 @@ def test_folders_splits_and_names_that_do_not_exist(tmp_path):
     benchmarks.load(tmp_path, benchmark="imagenet")
   with pytest.raises(errors.UserError, match="holds mlvu_dev as --data"):
     benchmarks.load(tmp_path / "absent", benchmark="mlvu_dev")
+
+
+def test_the_guide_says_what_is_read_and_counted():
+  folder = pathlib.Path(__file__).parents[2] / "experiments" / "guides"
+  lines = (folder / "benchmarks.md").read_text(encoding="utf-8").splitlines()
+  rows = [line.split("|")[1:-1] for line in lines if line.startswith("| `")]
+  assert rows[0][0].strip() == "`--benchmark`"
+  names = []
+  for name, split, files, _, number in rows[1:]:
+    names.append(name.strip(" `"))
+    task = benchmarks.task(names[-1])
+    assert split.strip() == task.default_split
+    assert re.findall("`(.*?)`", files) == list(task.splits[task.default_split])
+    metric, kind = re.fullmatch(" `(.*)`, (.*) ", number).groups()
+    wanted = "%" if task.scale == 100 else "fraction"
+    count = (
+      f" as mean of {len(task.macro)} tasks"
+      if task.macro
+      else (" of questions")
+    )
+    assert (metric, kind) == (task.metric, wanted + count)
+  assert set(names) == set(benchmark_files.LAYOUTS)

@@ -37,7 +37,7 @@ TEST_TYPES = (
 _RENAMED = {"findNeedle": "needle"}
 _GENERATION = frozenset({"subPlot", "sub_scene", "summary"})
 _LMMS = ("video_name", "question", "answer", "task_type")
-_ORIGINAL = ("video", "question", "candidates", "answer", "question_type")
+_ORIGINAL = ("video", "question", "question_type")
 _FIRST_OPTION = re.compile(r"\s*\(A\)")
 
 
@@ -68,7 +68,7 @@ def read_mlvu(
 
   return rows_lib.read_tables(
     [os.fspath(path) for path in rows_lib.split_paths(paths)],
-    lambda columns: _LMMS if "video_name" in columns else _ORIGINAL,
+    _required,
     "MLVU",
     parse,
     on_bad_row=on_bad_row,
@@ -79,6 +79,14 @@ def read_mlvu(
 def prompt(question: str) -> str:
   """Returns the user's text of a question that holds its options."""
   return question + "\nOnly give the best option.\nBest option: ("
+
+
+def _required(columns) -> tuple[str, ...]:
+  if "video_name" in columns:
+    return _LMMS
+  # The files of generation tasks have no candidates.
+  more = ("candidates", "answer") if "candidates" in columns else ()
+  return (*_ORIGINAL, *more)
 
 
 def _row(entry, name, row, places, types, most) -> questions.Question:
@@ -92,50 +100,59 @@ def _row(entry, name, row, places, types, most) -> questions.Question:
     raise rows_lib.RowError(
       field, f"{kind[:40]!r} is none of {', '.join(types)}"
     )
-  text = rows_lib.text(entry, "question")
-  answer = rows_lib.text(entry, "answer")
+  parse = _original if original else _lmms
+  question, shown, options = parse(entry, most)
   if original:
-    candidates = rows_lib.choices(entry, "candidates", most=most)
-    shown = (
-      text
-      + "\n"
-      + "\n".join(
-        f"({letter}) {option}"
-        for letter, option in zip(questions.LETTERS, candidates, strict=False)
-      )
-    )
-    clip = rows_lib.text(entry, "video")
     folders = (name, name.partition("_")[2] or name)
     place = places(
-      clip, *(f"video/{folder}/{{}}" for folder in folders), field="video"
+      rows_lib.text(entry, "video"),
+      *(f"video/{folder}/{{}}" for folder in folders),
+      field="video",
     )
   else:
-    if isinstance(entry.get("candidates"), list):
-      candidates = rows_lib.choices(entry, "candidates", most=most)
-    else:
-      found = list(rows_lib.inline_options(text))
-      candidates = rows_lib.choices({"question": found}, "question", most=most)
-    shown = text
-    text = (
-      text[: start.start()] if (start := _FIRST_OPTION.search(text)) else text
-    )
     place = places(rows_lib.text(entry, "video_name"), field="video_name")
-  if original and answer in candidates:
-    letter = rows_lib.letter_of(answer, candidates, "answer")
-  elif len(answer.strip().strip("().")) == 1:
-    letter = rows_lib.letter(answer, len(candidates), "answer")
-  else:
-    raise rows_lib.RowError("answer", f"{answer[:40]!r} is none of the options")
   identity = f"{name}:{row}"
   if entry.get("question_id") is not None:
     identity = rows_lib.identity(entry, "question_id")
   return questions.Question(
     id=identity,
     video=place,
-    question=text,
-    options=tuple(candidates),
-    answer=letter,
+    question=question,
+    options=tuple(options),
+    answer=_answer(rows_lib.text(entry, "answer"), options, by_text=original),
     category=kind,
     source="mlvu",
     prompt=prompt(shown),
   )
+
+
+def _original(entry, most) -> tuple[str, str, list[str]]:
+  """Returns (question, the same with its options, options)."""
+  question = rows_lib.text(entry, "question")
+  options = rows_lib.choices(entry, "candidates", most=most)
+  lines = [
+    f"({letter}) {option}"
+    for letter, option in zip(questions.LETTERS, options, strict=False)
+  ]
+  return question, "\n".join([question, *lines]), options
+
+
+def _lmms(entry, most) -> tuple[str, str, list[str]]:
+  """As `_original`, of a question that holds its options."""
+  shown = rows_lib.text(entry, "question")
+  if isinstance(entry.get("candidates"), list):
+    options = rows_lib.choices(entry, "candidates", most=most)
+  else:
+    found = {"question": list(rows_lib.inline_options(shown))}
+    options = rows_lib.choices(found, "question", most=most)
+  start = _FIRST_OPTION.search(shown)
+  return shown[: start.start()] if start else shown, shown, options
+
+
+def _answer(answer: str, options, *, by_text: bool) -> str:
+  """Returns the letter of an answer that is a letter, or an option's text."""
+  if by_text and answer in options:
+    return rows_lib.letter_of(answer, options, "answer")
+  if len(answer.strip().strip("().")) == 1:
+    return rows_lib.letter(answer, len(options), "answer")
+  raise rows_lib.RowError("answer", f"{answer[:40]!r} is none of the options")

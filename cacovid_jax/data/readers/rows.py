@@ -224,7 +224,8 @@ class Places:
     key = name, patterns
     if key not in self._found:
       clean = relative(name, field)
-      places = [p.format(clean) for p in (*patterns, *self._patterns)]
+      every = (*patterns, *self._patterns)
+      places = [pattern.replace("{}", clean) for pattern in every]
       there = (
         place
         for place in places

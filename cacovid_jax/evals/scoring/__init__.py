@@ -9,7 +9,6 @@ from cacovid_jax.evals.scoring.letters import (
   EXTRACTORS,
   check_rule,
   extract,
-  is_correct,
 )
 from cacovid_jax.evals.scoring.prepared import score
 from cacovid_jax.evals.scoring.scored import Scored
@@ -19,6 +18,5 @@ __all__ = [
   "Scored",
   "check_rule",
   "extract",
-  "is_correct",
   "score",
 ]

@@ -130,8 +130,3 @@ def extract(text: str, *, num_options: int = 4, rule: str = "paper") -> str:
   check_rule(rule)
   letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: max(num_options, 1)]
   return EXTRACTORS[rule](text, letters)
-
-
-def is_correct(text: str, answer: str, **options) -> bool:
-  """True if `text` gives the option letter `answer`."""
-  return bool(answer) and extract(text, **options) == answer.strip().upper()
