@@ -137,9 +137,17 @@ def run(request, *, repeats=9):
   workdir = pathlib.Path(request.workdir)
   # Taken before the evaluation writes its own times anew.
   times = _read_times(workdir / "timings.json", repeats)
-  out = evaluation.evaluate(request)
-  times = measure(request, out, times, repeats)
-  rows = table_files.rows(out, times)
+  costs = {}
+
+  def measure_all(out):
+    costs.update(measure(request, out, times, repeats))
+    return {
+      label: {ratio: cost.total for ratio, cost in row.items()}
+      for label, row in costs.items()
+    }
+
+  out = evaluation.evaluate(request, measure_all)
+  rows = table_files.rows(out, costs)
   table_files.write_csv(workdir / "table.csv", rows)
   table_files.write_markdown(workdir / "table.md", out, rows)
   table_files.plot(workdir / "accuracy_over_time.png", out, rows)

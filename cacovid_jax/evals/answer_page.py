@@ -10,7 +10,7 @@ import rich.table
 import rich.text
 
 from cacovid_jax.data import questions
-from cacovid_jax.evals import report
+from cacovid_jax.evals import examples, report
 
 COLUMNS = (
   "tokens from", "tokens kept", "embed ms", "scores ms", "select ms",
@@ -23,23 +23,31 @@ def render(asked, frames: np.ndarray, provenance: Mapping[str, Any]) -> str:
 
   Args:
     asked: `answering.Asked`.
-    frames: uint8[T, h, w, 3], one for each row of the grid's first axis.
+    frames: uint8[..., h, w, 3], all that the model was shown.
     provenance: as in results.json.
   """
-  pruned = [a for a in asked.answers if a.ratio < 1] or asked.answers[:1]
-  examples = [
-    report.Example(
-      question=asked.question,
-      frames=frames,
-      grid=asked.grid,
-      method=answer.method,
-      ratio=answer.ratio,
-      trace=answer.trace,
-      others={},
-      decisive=frozenset(),
-    )
-    for answer in pruned
-  ]
+  pruned = [answer for answer in asked.answers if answer.ratio < 1]
+  first = min(
+    pruned or asked.answers,
+    key=lambda answer: abs(answer.ratio - examples.SHOWN_RATIO),
+  )
+  # Everything kept is the same whatever the method: one more ratio of it.
+  method = first.method
+  shown, per_slice = examples.slices(frames, asked.grid[0])
+  example = examples.Example(
+    question=asked.question,
+    frames=shown,
+    grid=asked.grid,
+    views={(method, answer.ratio): answer.trace for answer in asked.answers},
+    answers={
+      method: {
+        answer.ratio: examples.Said(answer.text, answer.letter)
+        for answer in asked.answers
+      }
+    },
+    shown=(method, first.ratio),
+    frames_per_slice=per_slice,
+  )
   facts = {
     "question": asked.question.question,
     "clip": asked.question.id,
@@ -49,7 +57,7 @@ def render(asked, frames: np.ndarray, provenance: Mapping[str, Any]) -> str:
     "provenance": provenance,
   }
   rows = [row(asked, answer) for answer in asked.answers]
-  return report.render_answers(facts, rows, examples)
+  return report.render_answers(facts, rows, [example])
 
 
 def show(asked, console: rich.console.Console | None = None) -> None:

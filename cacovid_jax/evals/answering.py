@@ -268,8 +268,6 @@ class Answerer:
     path = check_report_path(path)
     source, _ = self._open(asked.grid)
     shown = source.frames(asked.question.video)
-    # A slice of the grid may stand for several frames: its first is shown.
-    shown = shown[:: -(-len(shown) // asked.grid[0])]
     clip = source[asked.question.video]
     described = provenance.describe(
       frame_hashes={asked.question.id: clip.frame_hash},

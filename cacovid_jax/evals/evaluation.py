@@ -32,6 +32,7 @@ from cacovid_jax.evals import (
   benchmarks,
   clips,
   defaults,
+  examples,
   frame_manifest,
   ledger,
   provenance,
@@ -165,12 +166,32 @@ def request_fields(config=None) -> dict[str, Any]:
   return fields
 
 
-def evaluate(request: Request) -> dict[str, Any] | None:
+def evaluate(
+  request: Request,
+  measure: Callable[[dict[str, Any]], Mapping] | None = None,
+) -> dict[str, Any] | None:
   """Evaluates, writes all files of the workdir, and returns results.json.
 
   Of several processes that share the work, those that find it unfinished when
   they are done return None; the last one makes the files.
+
+  Args:
+    request: what to evaluate.
+    measure: returns the report's `times` of results.json; called when that is
+      written and the model's memory is free again.
   """
+  found = _evaluate(request)
+  if found is None:
+    return None
+  out, shown = found
+  times = measure(out) if measure else {}
+  path = os.path.join(request.workdir, "report.html")
+  report.write(path, out, shown, _curves(request), times)
+  return out
+
+
+def _evaluate(request: Request):
+  """Returns (results.json as a dict, examples for the report), or None."""
   ratios = results.check_ratios(map(base.check_ratio, request.ratios))
   test = load_benchmark(request, request.split, request.num_questions)
   specs = [*request.methods, *(request.oracles if test.decisive else ())]
@@ -255,7 +276,7 @@ def evaluate(request: Request) -> dict[str, Any] | None:
           f" delete {workdir / 'answers.jsonl'}"
         )
       results.write_json(workdir / "results.json", out)
-      examples = report.choose_examples(
+      shown = examples.choose(
         table,
         answers,
         evaluator,
@@ -263,8 +284,7 @@ def evaluate(request: Request) -> dict[str, Any] | None:
         request.num_examples,
         failures=failures,
       )
-  report.write(workdir / "report.html", out, examples, _curves(request))
-  return out
+  return out, shown
 
 
 def _ask(table, evaluator, answers, workdir, shard, identity):

@@ -163,6 +163,14 @@ class Trace(NamedTuple):
   frame_gap: np.ndarray | None
 
 
+class Kept(NamedTuple):
+  """What a method kept of one question's clip; fields as in `Trace`."""
+
+  index: np.ndarray
+  token_gap: np.ndarray | None = None
+  frame_gap: np.ndarray | None = None
+
+
 class Failure(NamedTuple):
   """Why a method cannot be run at a ratio.
 
@@ -472,15 +480,46 @@ class Evaluator:
       return Trace(text, letter, every, None, None)
     reply = asker.reply(cell)
     text = self._decode(reply.ids)[0]
-    token_gap = frame_gap = None
-    field = next((n for n in method.needs if n.endswith("scores")), None)
-    if field:
-      scores = asker.scores(field, self.policy_name(method), 0)
-      token_gap = np.asarray(scores.token[0, :, 1] - scores.token[0, :, 0])
-      frame_gap = np.asarray(scores.frame[0, :, 1] - scores.frame[0, :, 0])
     letter = self._score(question, text).letter
-    index = reply.index[0][reply.mask[0]]
-    return Trace(text, letter, index, token_gap, frame_gap)
+    (kept,) = self._kept(asker, cell, 1, reply)
+    return Trace(text, letter, *kept)
+
+  def kept(
+    self, questions: Sequence[questions_lib.Question], cells: Sequence[Cell]
+  ) -> dict[str, list[Kept]]:
+    """Returns question id -> what each cell keeps of its clip.
+
+    Nothing is answered but by methods that choose inside the language model.
+
+    Args:
+      questions: of those that the evaluator was made for, about clips that can
+        be used.
+      cells: of methods; none is vanilla.
+    """
+    found = {}
+    for batch in self.batches(questions):
+      asker = asker_lib.Asker(self, batch)
+      rows = [self._kept(asker, cell, len(batch)) for cell in cells]
+      for place, question in enumerate(batch):
+        found[question.id] = [row[place] for row in rows]
+    return found
+
+  def _kept(self, asker, cell: Cell, count: int, chosen=None) -> list[Kept]:
+    """Returns the first `count` rows of what a cell has `chosen`, opened up."""
+    if chosen is None:
+      choose = asker.reply if _inside(cell.method) else asker.select
+      chosen = choose(cell)
+    index, mask = np.asarray(chosen.index), np.asarray(chosen.mask)
+    tokens = frames = [None] * count
+    field = next((n for n in cell.method.needs if n.endswith("scores")), None)
+    if field:
+      scores = asker.scores(field, self.policy_name(cell.method), cell.seed)
+      tokens = np.asarray(scores.token[..., 1] - scores.token[..., 0])
+      frames = np.asarray(scores.frame[..., 1] - scores.frame[..., 0])
+    return [
+      Kept(index[row][mask[row]], tokens[row], frames[row])
+      for row in range(count)
+    ]
 
   def policy_name(self, method: Method) -> str:
     """Returns the name of the policy that a method follows."""

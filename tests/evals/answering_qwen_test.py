@@ -123,7 +123,9 @@ def test_page_shows_one_picture_a_slice(asked, tmp_path):
   model.write_report(tmp_path / "report.html", found)
   page = (tmp_path / "report.html").read_text("utf-8")
   outline = report_test.Outline(page)
-  tags = [tag for tag, _ in outline.tags]
-  assert tags.count("image") == 2
-  strokes = [a.get("stroke") for t, a in outline.tags if t == "rect"]
-  assert strokes.count("#0b5fa5") == found.answers[0].kept
+  pictures = [a for t, a in outline.tags if t == "img" and "src" in a]
+  assert len(pictures) == 2
+  paths = [a["d"] for a in outline.classed("kept") if "d" in a]
+  kept = sum(len(report_test.squares(path)) for path in paths)
+  assert kept == found.answers[0].kept
+  assert outline.data()["viewer"]["clips"][0]["labels"] == ["1–2", "3–4"]

@@ -241,22 +241,30 @@ def test_page_shows_what_was_kept_and_loads_nothing(asked, answerer, tmp_path):
   assert [p.name for p in path.parent.iterdir()] == ["report.html"]
   page = path.read_text(encoding="utf-8")
   outline = report_test.Outline(page)
-  tags = [tag for tag, _ in outline.tags]
-  # One clip per pruned answer, T pictures, with the policy's scores.
-  assert tags.count("article") == 1
-  assert tags.count("image") == tiny.FRAMES
-  strokes = [a.get("stroke") for t, a in outline.tags if t == "rect"]
-  assert strokes.count("#0b5fa5") == 16
-  heat = [a for t, a in outline.tags if t == "svg" and a.get("class") == "heat"]
-  assert len(heat) == tiny.FRAMES
+  # One clip, T pictures, every ratio and the policy's scores for the script.
+  assert len(outline.classed("clip")) == 1
+  pictures = [a for t, a in outline.tags if t == "img" and "src" in a]
+  assert len(pictures) == tiny.FRAMES
+  kept = [a["d"] for a in outline.classed("kept") if "d" in a]
+  assert sum(len(report_test.squares(path)) for path in kept) == 16
+  (clip,) = outline.data()["viewer"]["clips"]
+  (method,) = clip["views"]
+  counts = {
+    ratio: len(report_test.unpack(mask, tiny.NUM_VIDEO))
+    for ratio, mask in clip["views"][method].items()
+  }
+  assert counts == {"1": 64, "0.25": 16}
+  assert len(clip["scores"][method]["frames"]) == tiny.FRAMES
+  assert clip["gold"] == ""
   text = " ".join(" ".join(outline.texts).split())
   for expected in ("vanilla", "64 of 64 (100 %)", "16 of 64 (25 %)", QUESTION):
     assert expected in text, expected
   # What is right is not known, so nothing is called right or wrong.
-  assert 'class="verdict' not in page
+  assert not outline.classed("verdict")
+  assert not outline.classed("up") and not outline.classed("down")
   assert "<b>it" not in page
   for tag, attributes in outline.tags:
-    assert tag not in ("script", "link", "iframe", "object", "embed")
+    assert tag not in ("link", "iframe", "object", "embed")
     for name in ("src", "href"):
       value = attributes.get(name)
       assert value is None or value.startswith("data:image/jpeg;base64,")
@@ -270,8 +278,8 @@ def test_page_of_vanilla_alone_shows_every_token(answerer, clip, tmp_path):
   )
   answerer.write_report(tmp_path / "report.html", found)
   outline = report_test.Outline((tmp_path / "report.html").read_text("utf-8"))
-  strokes = [a.get("stroke") for t, a in outline.tags if t == "rect"]
-  assert strokes.count("#0b5fa5") == tiny.NUM_VIDEO
+  kept = [a["d"] for a in outline.classed("kept") if "d" in a]
+  assert sum(len(report_test.squares(d)) for d in kept) == tiny.NUM_VIDEO
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from cacovid_jax import errors, evaluate
 from cacovid_jax.evals import defaults, evaluation
 from cacovid_jax.policy import network
-from tests.evals import tiny
+from tests.evals import report_test, tiny
 
 FILES = {
   "answers.jsonl",
@@ -67,10 +67,17 @@ def test_writes_its_files(finished, policy_path):
   assert len(out["provenance"]["policies"]["policy"]) == 64
   timings = json.loads((workdir / "timings.json").read_text())
   assert timings["seconds"]["vanilla"] > 0
-  # Two clips of four frames each.
+  # Two clips of four frames each, seen with both methods.
   page = (workdir / "report.html").read_text()
-  assert page.count("<article") == 2
+  outline = report_test.Outline(page)
+  assert len(outline.classed("clip")) == 2
   assert page.count("data:image/jpeg") == 8
+  for clip in outline.data()["viewer"]["clips"]:
+    assert set(clip["views"]) == {"cacovid", "last_query"}
+    assert set(clip["scores"]) == {"cacovid"}
+    for row in clip["views"].values():
+      assert len(report_test.unpack(row["0.1"], tiny.NUM_VIDEO)) == 6
+  assert "No times to choose were measured" in outline.joined()
 
 
 def test_the_layer_is_chosen_on_validation(finished):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 
 import jax
@@ -132,6 +133,20 @@ def test_numbers_agree_with_results(made):
     assert (float(row["reads_ms"]) > 0) == (row["method"] == "cacovid")
   # The policy's options are chosen on validation, as in an evaluation.
   assert out["chosen"]["cacovid"]["best"].startswith("cacovid?")
+
+
+def test_the_report_shows_accuracy_over_time(made):
+  page = (made / "report.html").read_text()
+  chart = page[page.index("over milliseconds to choose") :]
+  chart = chart[: chart.index("</svg>")]
+  ratio = min(RATIOS, key=lambda ratio: abs(float(ratio) - 0.1))
+  out = json.loads((made / "results.json").read_text())
+  able = {
+    name for name, row in out["methods"].items()
+    if row[ratio]["status"] == "ok"
+  }  # fmt: skip
+  shown = re.findall(r"<circle .*?<title>(.*?)</title>", chart)
+  assert sorted(shown) == sorted(able) and able
 
 
 def test_times_go_to_their_own_file(made):
