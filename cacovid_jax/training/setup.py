@@ -236,6 +236,11 @@ def make_preprocessing(config, model):
     if config.data[name]
   }
   if isinstance(model, qwen2_5_vl.Qwen2_5VLModel):
+    if config.data.decisive_file:
+      raise errors.UserError(
+        "config.data.decisive_file names tokens of one grid, but the videos of"
+        " this model differ; leave it empty"
+      )
     if os.path.isdir(path):
       return qwen_frames.ProcessorConfig.from_files(path, **limits)
     return qwen_frames.ProcessorConfig(
@@ -499,11 +504,6 @@ class _Batches:
       [self._tokenizer.letter_id(x) for x in questions_lib.LETTERS], np.int32
     )
     self._decisive = read_decisive(config)
-    if self._decisive and self._bucketed:
-      raise errors.UserError(
-        "config.data.decisive_file names tokens of one grid, but the videos of"
-        " this model differ; leave it empty"
-      )
     self._shapes = self._prompt_shapes()
 
   def __call__(self, start: int) -> Iterator:

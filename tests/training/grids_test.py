@@ -387,20 +387,15 @@ def test_default_buckets_follow_from_the_pixels():
       sizes(paper, **{"data.buckets": bad})
 
 
-def test_settings_of_several_grids_are_refused_for_one(
-  folder, rows, checkpoint
-):
+def test_settings_of_the_other_kind_of_grid_are_refused(folder, checkpoint):
   for key, value in (("data.buckets", ((4, 16),)), ("data.min_pixels", 64)):
     with pytest.raises(errors.UserError, match="whose grids differ"):
       setup.make_preprocessing(
         tiny.config(**{key: value}), tiny.checkpoint().model
       )
-  (folder / "decisive.jsonl").write_text(
-    '{"question_id": "q0", "tokens": [1]}\n'
-  )
   config = tiny_qwen.config(folder, **{"data.decisive_file": "decisive.jsonl"})
   with pytest.raises(errors.UserError, match="decisive_file.*leave it empty"):
-    setup.make(config, folder, questions=rows, checkpoint=checkpoint)
+    setup.make_preprocessing(config, checkpoint.model)
 
 
 def _bucketing(**changes):
