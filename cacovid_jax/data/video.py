@@ -575,12 +575,11 @@ def _turned(image: np.ndarray, picture: av.VideoFrame) -> np.ndarray:
   turns, mirrored or not. PyAV's angle alone would turn a mirrored picture
   upside down.
   """
-  for data in picture.side_data:
-    if data.type.name == "DISPLAYMATRIX":
-      a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()
-      break
-  else:
+  # By name: PyAV 19 walks through the kinds and no longer through the data.
+  matrix = picture.side_data.get("DISPLAYMATRIX")
+  if matrix is None:
     return image
+  a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
   if abs(b) + abs(c) > abs(a) + abs(d):
     image, rows, columns = image.swapaxes(0, 1), b, c
   else:
