@@ -11,9 +11,10 @@ python -m cacovid_jax.evaluate --config configs/llava_onevision_7b.py \
     --policy workdirs/llava_onevision_7b --benchmark videomme \
     --data datasets/videomme --workdir workdirs/llava_onevision_7b/videomme
 
-The other benchmarks: --benchmark longvideobench, mlvu (its splits dev and
-test), each with a folder and a workdir of its own. Several GPUs:
-`:devices=8`, one video each; several machines: experiments/launch.
+The other benchmarks: --benchmark longvideobench, mlvu_dev, mlvu_test, each
+with a folder and a workdir of its own; all four and their average:
+experiments.main_table. Several GPUs: `:devices=8`, one video each; several
+machines: experiments/launch.
 
 In seconds on a CPU, with random weights:
 
