@@ -126,7 +126,13 @@ def parse_value(text, like, *, name="value", kind=None):
 
 
 def define_flag(default=None):
-  """Defines `--config`, whose keys are set by `--config.key=value`."""
+  """Defines `--config`, whose keys are set by `--config.key=value`.
+
+  Once in a process: flags are global, and a program that imports another one
+  that reads a config has the same flag.
+  """
+  if "config" in flags.FLAGS:
+    return
   flags.DEFINE_string(
     "config", default, "Config file and argument: configs/x.py:argument."
   )
