@@ -534,6 +534,7 @@ def test_clips_of_odd_shapes_are_replaced_and_noted(rows, checkpoint, tmp_path):
   assert "48 x 1 tokens, above 24" in found["long.mp4"]["detail"]
   assert "a side of 28 or fewer" in found["small.mp4"]["detail"]
   # Buckets that hold no ordinary clip are a mistake, not odd clips.
+  run.source._memory.clear()
   run.source._buckets = (buckets.Bucket(2, 8),)
   with pytest.raises(errors.UserError, match="no bucket holds a video of 2 x"):
     run.source(rows[0])
