@@ -27,7 +27,7 @@ _MODEL = flags.DEFINE_string(
 )
 _TRAIN = flags.DEFINE_list("train", [], "Files of Video-R1, comma-separated.")
 _MEDIA = flags.DEFINE_string(
-  "media", None, "Folder of the clips; rows without their clip are left out."
+  "media", None, "Folder of the clips; without it, none is looked for."
 )
 _OUT = flags.DEFINE_string("out", None, "JSON file to write.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Questions asked at once.")
@@ -41,6 +41,9 @@ _THRESHOLD = flags.DEFINE_float(
   "threshold", 1.0, "Reward of OCR, free-form and regression that is right."
 )
 _LIMIT = flags.DEFINE_integer("limit", 0, "First so many questions; 0 for all.")
+_ON_MISSING = flags.DEFINE_enum(
+  "on_missing", "raise", ("raise", "skip"), "What to do with a missing clip."
+)
 _ON_BAD_ROW = flags.DEFINE_enum(
   "on_bad_row", "raise", ("raise", "skip"), "What to do with a malformed row."
 )
@@ -115,8 +118,16 @@ def _with_clips(questions, media):
     return questions, []
   missing = readers.check_media(questions, media)
   found = [question for question in questions if question.video not in missing]
-  if not found:
-    readers.require_media(questions, media)
+  if missing and (_ON_MISSING.value == "raise" or not found):
+    readers.require_media(
+      questions, media, mend="leave them out with --on_missing=skip"
+    )
+  if missing:
+    print(
+      f"left out {len(questions) - len(found)} questions about {len(missing)}"
+      f" missing clips, first: {', '.join(list(missing)[:5])}",
+      flush=True,
+    )
   return found, [q for q in questions if q.video in missing]
 
 

@@ -7,7 +7,8 @@ Decodes every clip of the training questions and runs the vision tower over it
 once, into `config.data.feature_cache`, where training with the same config
 finds it. Several processes (one per accelerator, say) share the work by
 --shard, and a run that was stopped goes on when it is given again. Clips that
-cannot be used are listed in the cache's `quarantine.jsonl`.
+cannot be used are listed in the cache's `quarantine.jsonl`, rows that are left
+out in its `left_out.json`.
 """
 
 import os
@@ -39,7 +40,9 @@ def main(argv):
       "config.data.feature_cache is empty, so there is no cache to fill; add"
       " --config.data.feature_cache=FOLDER"
     )
-  run = setup.make(config, directory)
+  # A cache may serve several configs: what was left out is that of the last.
+  questions = setup.read_questions(config, directory, resumes=False)
+  run = setup.make(config, directory, questions=questions)
   report = encoding.encode(
     run.source,
     run.questions,

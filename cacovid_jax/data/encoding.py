@@ -72,7 +72,7 @@ def encode(
     source: with a cache on disk.
     rows: questions about the clips.
     directory: of the cache; once the size of a clip is known, it must have
-      room for all that are missing.
+      room for all that are missing, those of other shares too.
     shard: (index, number) of this process.
     num_threads: that decode ahead.
     quarantine: ledger of clips that cannot be used.
@@ -80,7 +80,10 @@ def encode(
   """
   quarantine = pipeline.Quarantine() if quarantine is None else quarantine
   report, todo, size = Report(), [], 0
-  for row in clips_of(rows, shard):
+  share = clips_of(rows, shard)
+  mine = {row.video for row in share}
+  others = [row for row in clips_of(rows) if row.video not in mine]
+  for row in share:
     report.num_clips += 1
     try:
       known = source.cached_bytes(row)
@@ -92,7 +95,7 @@ def encode(
     if not known:
       todo.append(row)
   if size:
-    _check_room(directory, size, len(todo))
+    _check_room(source, directory, size, len(todo), others)
   done = report.num_clips - len(todo)
   with progress(report.num_clips, start=done, description="encoded") as bar:
     for row, payload, error in _loaded(source, todo, num_threads):
@@ -101,7 +104,8 @@ def encode(
         report.num_encoded += 1
         if not size:
           size = source.cached_bytes(row)
-          _check_room(directory, size, report.num_clips - done - 1)
+          left = report.num_clips - done - 1
+          _check_room(source, directory, size, left, others)
       else:
         _refuse(report, quarantine, row, error)
       done += 1
@@ -114,15 +118,36 @@ def _refuse(report, quarantine, row, error) -> None:
   quarantine.add(row, error, pipeline.content_or_none(error))
 
 
-def _check_room(directory: str, size: int, count: int) -> None:
-  """Refuses to go on to what the disk cannot hold: clips of `size` bytes."""
-  wanted, free = count * size, shutil.disk_usage(directory).free
+def _check_room(source, directory: str, size: int, count: int, others) -> None:
+  """Refuses to go on to what the disk cannot hold.
+
+  Args:
+    source: as of `encode`.
+    directory: likewise.
+    size: bytes of a clip.
+    count: clips that this share still makes.
+    others: questions about the clips of other shares.
+  """
+  free = shutil.disk_usage(directory).free
+  if (count + len(others)) * size <= free:
+    return
+  # Only now, since to look for an entry reads the whole clip.
+  count += sum(_is_missing(source, row) for row in others)
+  wanted = count * size
   if wanted > free:
     raise errors.UserError(
       f"{directory}: features of {count} more clips take {_text(wanted)}"
       f" ({_text(size)} each) and {_text(free)} are free; put"
       " config.data.feature_cache on a larger disk, or take fewer questions"
     )
+
+
+def _is_missing(source, row) -> bool:
+  """Returns whether features are still to be made of a clip that is there."""
+  try:
+    return not source.cached_bytes(row)
+  except video.VideoError:
+    return False
 
 
 def _text(count: int) -> str:

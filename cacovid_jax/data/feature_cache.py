@@ -21,6 +21,8 @@ import uuid
 import numpy as np
 from absl import logging
 
+from cacovid_jax import errors
+
 _DIGEST_BYTES = 32
 # The header that `put` writes: .npy version 1.0, float32 in C order.
 _HEADER = re.compile(
@@ -41,7 +43,10 @@ class FeatureCache:
 
   def __init__(self, directory):
     self.directory = os.fspath(directory)
-    os.makedirs(self.directory, exist_ok=True)
+    try:
+      os.makedirs(self.directory, exist_ok=True)
+    except OSError as error:
+      raise self._unwritable(error) from error
 
   def path(self, name: str) -> str:
     """Returns where the entry of this name lies."""
@@ -81,19 +86,28 @@ class FeatureCache:
     value = np.asarray(value, np.float32, order="C")
     np.save(buffer, value, allow_pickle=False)
     body = buffer.getvalue()
-    os.makedirs(os.path.dirname(path), exist_ok=True)
     aside = f"{path}.{os.getpid()}.{threading.get_ident()}.{uuid.uuid4().hex}"
     try:
+      os.makedirs(os.path.dirname(path), exist_ok=True)
       with open(aside, "wb") as f:
         f.write(body)
         f.write(hashlib.sha256(body).digest())
         f.flush()
         os.fsync(f.fileno())
       os.replace(aside, path)
-    except BaseException:
+    except BaseException as error:
       if os.path.exists(aside):
         os.remove(aside)
+      if isinstance(error, OSError):
+        raise self._unwritable(error) from error
       raise
+
+  def _unwritable(self, error: OSError) -> errors.UserError:
+    return errors.UserError(
+      f"{self.directory}: cannot keep video features here ({error.strerror});"
+      " make room or see to the folder's permissions, or name another folder"
+      " for the feature cache"
+    )
 
 
 def _parse(body: bytes) -> np.ndarray | None:

@@ -29,6 +29,22 @@ _STEPS = {
 }
 
 
+class ShapeError(errors.UserError):
+  """Frames have sides that cannot be used; whose they are is not known here.
+
+  Attributes:
+    detail: what is wrong.
+    mend: what to do.
+  """
+
+  def __init__(self, detail: str, mend: str):
+    self.detail, self.mend = detail, mend
+    super().__init__(f"{detail}; {mend}")
+
+  def __reduce__(self):
+    return ShapeError, (self.detail, self.mend)
+
+
 def eval_linspace(num_frames: int, num_samples: int) -> np.ndarray:
   """Returns int64[num_samples] equally spaced indices, truncated.
 

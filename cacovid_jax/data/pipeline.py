@@ -70,6 +70,17 @@ class FrameRule:
     return indices
 
 
+def _resize_large(frame: np.ndarray, *, resize, min_side: int) -> np.ndarray:
+  """Returns a frame resized; `ShapeError` if it is not above `min_side`."""
+  height, width = frame.shape[:2]
+  if min(height, width) <= min_side:
+    raise frames_lib.ShapeError(
+      f"a frame of {width} x {height} pixels has a side of {min_side} or fewer",
+      "leave the clip out",
+    )
+  return resize(frame)
+
+
 class ClipSource:
   """Frames uint8[T,S,S,3] of a question's clip; can be pickled.
 
@@ -90,6 +101,7 @@ class ClipSource:
     limits: video.Limits | None = None,
     decode: Callable[..., video.Clip] = video.decode,
     refused: dict[str, str] | None = None,
+    min_side: int = 0,
   ):
     """Sets where clips lie and which frames are taken.
 
@@ -101,9 +113,11 @@ class ClipSource:
       limits: caps of the decoder.
       decode: the decoder, `video.decode` or one that isolates it.
       refused: content hash -> reason of clips that are known to be bad.
+      min_side: clips are refused whose frames have a side of so many pixels or
+        fewer.
     """
     self.media_root = os.fspath(media_root)
-    self.rule, self.image_size = rule, image_size
+    self.rule, self.image_size, self.min_side = rule, image_size, min_side
     self._resize = functools.partial(
       frames_lib.resize_frame, size=image_size, resample=resample
     )
@@ -125,7 +139,10 @@ class ClipSource:
       reason = self.refused.get(content_hash(path))
       if reason:
         raise video.VideoError(path, reason, "refused in an earlier run")
-    return self.decode(path, self.rule, resize=self._resize, limits=self.limits)
+    resize = functools.partial(
+      _resize_large, resize=self._resize, min_side=self.min_side
+    )
+    return self.decode(path, self.rule, resize=resize, limits=self.limits)
 
   def finish(self, payloads: Sequence[np.ndarray]) -> np.ndarray:
     """Returns uint8[B,T,S,S,3]."""
@@ -228,8 +245,11 @@ class FeatureSource:
 
   def key(self, question: questions_lib.Question) -> str:
     """Returns the name of the clip's features, from all that makes them."""
+    # An entry tells that the clip was not refused: by which rule, counts too.
+    refused = {"min_side": self.clips.min_side} if self.clips.min_side else {}
     return feature_cache.key(
       content=content_hash(self.clips.path(question)),
+      **refused,
       rule=dataclasses.asdict(self.clips.rule),
       preprocessing=dataclasses.asdict(self._preprocessing),
       identity=self._identity,
@@ -378,6 +398,34 @@ class GridFeatureSource(FeatureSource):
       memory_items=memory_items,
     )
     self._buckets = tuple(buckets)
+
+  def load(self, question: questions_lib.Question):
+    """Returns (key, `Encoded` or None, `Shot` or None) of the clip."""
+    name, known, shot = super().load(question)
+    if shot is not None:
+      self._check_shape(self.clips.path(question), shot)
+    return name, known, shot
+
+  def _check_shape(self, path: str, shot: Shot) -> None:
+    """Refuses the long and narrow clips that no bucket was made for.
+
+    Other clips that find no bucket tell that the buckets are wrong, which stops
+    the run.
+    """
+    processor, (count, height, width, _) = (
+      self._preprocessing,
+      shot.frames.shape,
+    )
+    rows, columns = height // processor.factor, width // processor.factor
+    grid = -(-count // processor.temporal_patch_size), rows, columns
+    _, most = processor.slice_tokens(count)
+    fits = any(bucket.holds(grid) for bucket in self._buckets)
+    if rows * columns > most and not fits:
+      raise video.VideoError(
+        path,
+        "bad_shape",
+        f"long and narrow: {columns} x {rows} tokens, above {most}",
+      )
 
   def finish(self, payloads) -> list[Encoded]:
     """Returns the clips, encoding what is not known yet."""

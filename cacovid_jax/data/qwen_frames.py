@@ -46,15 +46,20 @@ def smart_resize(
     factor: pixels of a merged token's side.
     min_pixels: a smaller frame is enlarged.
     max_pixels: a larger frame is reduced.
+
+  Raises:
+    ShapeError: no such size suits the frame.
   """
   if min(height, width) < 1:
-    raise errors.UserError(
-      f"a frame of {width} x {height} pixels holds nothing; leave the clip out"
+    raise frames_lib.ShapeError(
+      f"a frame of {width} x {height} pixels holds nothing",
+      "leave the clip out",
     )
   if max(height, width) > _MAX_ASPECT * min(height, width):
-    raise errors.UserError(
+    raise frames_lib.ShapeError(
       f"a frame of {width} x {height} pixels is longer than {_MAX_ASPECT} times"
-      " its width; crop the clip"
+      " its width",
+      "crop the clip",
     )
   # Python's round, half to even, as in the reference.
   rows, columns = round(height / factor), round(width / factor)

@@ -53,7 +53,9 @@ def main(argv):
   missing = readers.check_media(rows, _MEDIA.value)
   present = [row for row in rows if row.video not in missing]
   if missing and (_ON_MISSING.value == "raise" or not present):
-    readers.require_media(rows, _MEDIA.value)
+    readers.require_media(
+      rows, _MEDIA.value, mend="leave them out with --on_missing=skip"
+    )
   with metrics.Progress(len(present), description="rows") as bar:
     builder = video_qa.prepare(
       {_SPLIT.value: present},

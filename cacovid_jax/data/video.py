@@ -45,7 +45,8 @@ class VideoError(errors.UserError):
   Attributes:
     path: the file.
     reason: "missing", "empty", "not_a_file", "unreadable", "no_video_stream",
-      "no_frames", "too_large", "too_long", "too_short", "timeout" or "unsafe".
+      "no_frames", "bad_shape", "too_large", "too_long", "too_short", "timeout"
+      or "unsafe".
   """
 
   def __init__(self, path, reason: str, detail: str = "", mend: str = ""):
@@ -67,6 +68,7 @@ _MENDS = {
   "unreadable": "download the clip again or convert it to H.264 mp4",
   "no_video_stream": "give a file that holds pictures, not only sound",
   "no_frames": "download the clip again",
+  "bad_shape": "crop or scale the clip, or leave it out",
   "too_large": "scale the clip down or raise the limit",
   "too_long": "cut the clip or raise the limit",
   "too_short": "leave the clip out: the frame rule takes no frame of it",
@@ -208,7 +210,8 @@ def decode(
     size: S, to resize every frame to S x S at once, so that few frames of the
       clip's own size are in memory; None keeps the size.
     resize: in place of `size`, what is done to each upright frame
-      uint8[h,w,3]; all results must have one shape.
+      uint8[h,w,3]; all results must have one shape. A `frames.ShapeError` of
+      it becomes the clip's.
     limits: caps; the defaults if None.
 
   Returns:
@@ -565,7 +568,12 @@ class _Reader:
         " run fewer processes at once"
       ) from error
     image = _turned(image, picture)
-    return resize(image) if resize else image
+    try:
+      return resize(image) if resize else image
+    except frames_lib.ShapeError as error:
+      raise VideoError(
+        self.path, "bad_shape", error.detail, error.mend
+      ) from error
 
 
 def _turned(image: np.ndarray, picture: av.VideoFrame) -> np.ndarray:

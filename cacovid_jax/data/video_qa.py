@@ -3,7 +3,7 @@
 `prepare` writes rows of `Question` once; `open_source` gives them back by
 index, which is what Grain needs. A record holds the clip's path, or the encoded
 clip itself where `embed` asks for it (short clips only: records are read
-whole).
+whole, and cannot be larger than `MAX_CLIP_BYTES`).
 
 `VideoR1` and `VideoR1Filtered` are the training sets under their own names, for
 `tfds.builder_from_directory` and `tfds.data_source` as well; `python -m
@@ -22,7 +22,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from cacovid_jax import errors
-from cacovid_jax.data import questions, video
+from cacovid_jax.data import pipeline, questions, video
+
+# Records are protocol buffers, which end at 2 GiB.
+MAX_CLIP_BYTES = 2**30
 
 _FINGERPRINT = "rows.blake2"
 _TEXTS = (
@@ -55,6 +58,7 @@ class VideoQa(tfds.core.GeneratorBasedBuilder):
     splits=None,
     media_root=None,
     embed=False,
+    fingerprint="",
     on_row=None,
     **kwargs,
   ):
@@ -64,12 +68,14 @@ class VideoQa(tfds.core.GeneratorBasedBuilder):
       splits: split name -> rows; None if the files are there already.
       media_root: folder of the clips, needed to embed them.
       embed: whether records hold the encoded clips.
+      fingerprint: of the rows, kept beside the files.
       on_row: called with the number of rows written so far.
       **kwargs: of the base class (data_dir, file_format).
     """
     # Before the base class, which calls _info().
     self._splits = splits or {}
     self._media_root, self._embed = media_root, embed
+    self._fingerprint = fingerprint
     self._on_row, self._written = on_row, 0
     super().__init__(**kwargs)
 
@@ -89,6 +95,11 @@ class VideoQa(tfds.core.GeneratorBasedBuilder):
 
   def _split_generators(self, dl_manager):
     del dl_manager
+    # The folder is still another one, which gets its name once all is written:
+    # data without the fingerprint, or the other way round, there is none.
+    path = os.path.join(os.fspath(self.data_dir), _FINGERPRINT)
+    with open(path, "w", encoding="utf-8") as f:
+      f.write(self._fingerprint + "\n")
     return {
       name: self._generate_examples(rows) for name, rows in self._splits.items()
     }
@@ -109,12 +120,14 @@ class VideoQa(tfds.core.GeneratorBasedBuilder):
     ]
     record["clip"] = b""
     if self._embed:
-      path = video.safe_path(self._media_root, row.video)
+      path = _embeddable(self._media_root, row.video)
       try:
         with open(path, "rb") as f:
           record["clip"] = f.read()
       except OSError as error:
-        raise video.VideoError(path, "missing", error.strerror) from None
+        raise video.VideoError(
+          path, "unreadable", error.strerror or ""
+        ) from None
     return record
 
 
@@ -134,11 +147,21 @@ BUILDERS: dict[str, type[VideoQa]] = {
 class QuestionSource:
   """Random access to a prepared split: `len`, `[i]`; can be pickled."""
 
-  def __init__(self, source):
-    self._source = source
+  def __init__(self, source, places: Sequence[int] | None = None):
+    """Sets the rows.
+
+    Args:
+      source: of all records.
+      places: numbers of those that are rows here; None takes all.
+    """
+    self._source, self._places = source, places
 
   def __len__(self):
-    return len(self._source)
+    return len(self._source if self._places is None else self._places)
+
+  def take(self, indices: Sequence[int]) -> "QuestionSource":
+    """Returns the source of some of the rows."""
+    return QuestionSource(self._source, [self._place(i) for i in indices])
 
   def __getitem__(self, index) -> questions.Question:
     return _question(self._source[self._place(index)])
@@ -158,7 +181,8 @@ class QuestionSource:
     index = int(index)
     if not -len(self) <= index < len(self):
       raise IndexError(f"row {index} of {len(self)}")
-    return index % len(self)
+    index %= len(self)
+    return index if self._places is None else self._places[index]
 
 
 def prepare(
@@ -185,32 +209,34 @@ def prepare(
       raise errors.UserError(f"split {split!r} has no rows; leave it out")
   if embed and media_root is None:
     raise errors.UserError("clips can be embedded only with a media_root")
+  fingerprint = _fingerprint(splits, media_root if embed else None)
   builder = BUILDERS[name](
     splits=splits,
     media_root=media_root,
     embed=embed,
+    fingerprint=fingerprint,
     on_row=on_row,
     data_dir=os.fspath(data_dir),
     file_format="array_record",
   )
-  fingerprint = _fingerprint(splits, embed)
   path = os.path.join(os.fspath(builder.data_dir), _FINGERPRINT)
   if os.path.isdir(builder.data_dir):
     try:
       with open(path, encoding="utf-8") as f:
         present = f.read().strip()
     except FileNotFoundError:
-      present = "nothing"  # An older or foreign folder.
+      raise errors.UserError(
+        f"{builder.data_dir}: does not tell which rows it was prepared from"
+        f" (no {_FINGERPRINT}); delete the folder or give another data_dir"
+      ) from None
     if present != fingerprint:
       raise errors.UserError(
-        f"{builder.data_dir}: was prepared from other rows; delete the folder"
-        " or give another data_dir"
+        f"{builder.data_dir}: was prepared from other rows or clips; delete the"
+        " folder or give another data_dir"
       )
   tfds.disable_progress_bar()
   with contextlib.redirect_stdout(io.StringIO()):  # It prints, not logs.
     builder.download_and_prepare()
-  with open(path, "w", encoding="utf-8") as f:
-    f.write(fingerprint + "\n")
   return builder
 
 
@@ -255,14 +281,41 @@ def _prepared(data_dir: str) -> Iterator[type[VideoQa]]:
       yield builder
 
 
-def _fingerprint(splits, embed: bool) -> str:
+def _embeddable(media_root, name: str) -> str:
+  """Returns the path of a clip that a record can hold, or `VideoError`."""
+  path = video.safe_path(media_root, name)
+  try:
+    size = os.path.getsize(path)
+  except FileNotFoundError:
+    raise video.VideoError(path, "missing") from None
+  limit = min(MAX_CLIP_BYTES, video.Limits().max_bytes)
+  if size > limit:
+    raise video.VideoError(
+      path,
+      "too_large",
+      f"{size} bytes, where a record holds {limit}",
+      "leave the clip out or do not embed clips",
+    )
+  return path
+
+
+def _fingerprint(splits, embedded) -> str:
+  """Returns a digest of the rows.
+
+  Args:
+    splits: see `prepare`.
+    embedded: media root of the clips that records hold; None without them.
+  """
   digest = hashlib.blake2b(digest_size=16)
   for name, rows in sorted(splits.items()):
-    digest.update(json.dumps([name, embed]).encode())
+    digest.update(json.dumps([name, embedded is not None]).encode())
     for row in rows:
       values = [getattr(row, field) for field in _TEXTS] + list(row.options)
       values += [list(group) for group in row.groups]
       digest.update(json.dumps(values).encode())
+      if embedded is not None:
+        path = _embeddable(embedded, row.video)
+        digest.update(pipeline.content_hash(path).encode())
   return digest.hexdigest()
 
 

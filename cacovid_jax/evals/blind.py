@@ -93,7 +93,9 @@ def ask(
       " checkpoint directory"
     )
   prompts = [tokenizer.encode_blind(question.prompt) for question in questions]
-  answers = ledger.Ledger(path, _identity(checkpoint, prompts, settings))
+  answers = ledger.Ledger(
+    path, _identity(checkpoint, prompts, settings), mend="or use another file"
+  )
   batches = list(_batches(prompts, questions, settings.batch_size))
   keys = [_key(question) for question in questions]
   todo = [

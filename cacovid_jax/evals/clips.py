@@ -390,9 +390,20 @@ class PatchSource(ClipSource):
       else:
         file = video.safe_path(self._root, path)
         size = video.frame_size(file, self._limits)
-      return self._preprocessing.grid(*size, self.num_frames)
+      return self._shape(path, *size, self.num_frames)
     except video.VideoError as error:
       return error.reason.replace("_", " ")
+
+  def _shape(
+    self, path: str, height: int, width: int, num_frames: int
+  ) -> tuple[int, int, int]:
+    """Returns the grid of frames of a clip; `VideoError` if they have none."""
+    try:
+      return self._preprocessing.grid(height, width, num_frames)
+    except frames_lib.ShapeError as error:
+      raise video.VideoError(
+        path, "bad_shape", error.detail, error.mend
+      ) from error
 
   def _fault(self, path: str) -> str:
     # A clip that could not be used when batches were made is not used later.
@@ -400,7 +411,7 @@ class PatchSource(ClipSource):
 
   def _facts(self, path: str, clip: video.Clip) -> dict[str, Any]:
     height, width = clip.frames.shape[1:3]
-    grid = self._preprocessing.grid(height, width, len(clip.frames))
+    grid = self._shape(path, height, width, len(clip.frames))
     if grid != self.grid_of(path):
       raise video.VideoError(
         path, "unreadable", f"a grid of {grid}, not of {self.grid_of(path)}"

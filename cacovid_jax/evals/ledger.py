@@ -19,6 +19,9 @@ from absl import logging
 from cacovid_jax import errors
 
 _HEADER = "run"
+_MEND = (
+  "use another workdir, or share the work with --shard=0/2 and --shard=1/2"
+)
 
 
 class Key(NamedTuple):
@@ -43,12 +46,19 @@ class Ledger:
   A context manager; once closed, the answers can still be looked up.
   """
 
-  def __init__(self, path: str | os.PathLike | None, run: Mapping[str, Any]):
+  def __init__(
+    self,
+    path: str | os.PathLike | None,
+    run: Mapping[str, Any],
+    *,
+    mend: str = _MEND,
+  ):
     """Opens or starts a file, and locks it.
 
     Args:
       path: of the JSON lines; None keeps answers in memory only.
       run: what the answers depend on; a file of another run is refused.
+      mend: see `lock`.
     """
     self._records: dict[Key, dict[str, Any]] = {}
     self._path = None if path is None else pathlib.Path(path)
@@ -60,7 +70,7 @@ class Ledger:
     self._path.parent.mkdir(parents=True, exist_ok=True)
     self._file = open(self._path, "a+b")
     try:
-      lock(self._file, self._path)
+      lock(self._file, self._path, mend=mend)
       self._open()
     except BaseException:
       self.close()
@@ -155,20 +165,22 @@ class Ledger:
       )
 
 
-def lock(file, path: str | os.PathLike, *, wait: bool = False) -> None:
+def lock(
+  file, path: str | os.PathLike, *, wait: bool = False, mend: str = _MEND
+) -> None:
   """Locks an open file until it is closed.
 
   Args:
     file: open for writing.
     path: its name, for the error.
     wait: for a process that has it, instead of refusing.
+    mend: end of the refusal: what else the command can do, by its own flags.
   """
   try:
     fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
   except BlockingIOError:
     raise errors.UserError(
-      f"another process is writing to {path}; wait for it, use another"
-      " workdir, or share the work with --shard=0/2 and --shard=1/2"
+      f"another process is writing to {path}; wait for it, {mend}"
     ) from None
   except OSError as error:
     # Some network file systems have no locks; the rest works without.

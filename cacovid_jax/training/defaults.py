@@ -86,6 +86,12 @@ def get_config() -> ml_collections.ConfigDict:
     # with questions.csv or questions.json, see `data.readers.own`.
     reader="video-r1",
     on_bad_row="raise",
+    # Clips that are not there: "raise" stops before the first step, "skip"
+    # leaves their questions out and lists them in WORKDIR/left_out.json.
+    on_missing="raise",
+    # Clips whose frames have a side of so many pixels or fewer are refused, as
+    # by the public trainer; 0 refuses none.
+    min_side=28,
     num_frames=32,
     frame_rule="eval_linspace",
     # For models whose token grid follows the frames' shape (Qwen2.5-VL): the

@@ -79,7 +79,7 @@ def train(
   workdir = pathlib.Path(workdir)
   config_lib.claim_workdir(workdir, config)
   if questions is None:
-    questions = setup.read_questions(config)
+    questions = setup.read_questions(config, workdir)
   config = setup.with_total_steps(config, questions)
   run = setup.make(
     config,

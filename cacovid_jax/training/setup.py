@@ -26,6 +26,7 @@ from cacovid_jax.data import (
   readers,
   video_qa,
 )
+from cacovid_jax.data import left_out as left_out_lib
 from cacovid_jax.data import questions as questions_lib
 from cacovid_jax.models import checkpoints, qwen2_5_vl, qwen2_5_vl_vision
 from cacovid_jax.parallel import mesh as mesh_lib
@@ -193,8 +194,31 @@ def load_checkpoint(config) -> checkpoints.Checkpoint:
   return checkpoint
 
 
-def read_questions(config) -> Sequence[questions_lib.Question]:
-  """Returns the training rows of config.data."""
+def read_questions(
+  config, workdir=None, *, resumes: bool = True
+) -> Sequence[questions_lib.Question]:
+  """Returns the training rows of config.data, whose clips are there.
+
+  Args:
+    config: see `training.defaults`.
+    workdir: what is left out is printed, one line for each kind, and listed
+      in its `left_out.json`; None for neither.
+    resumes: whether other rows than the workdir's are refused.
+  """
+  left_out = left_out_lib.LeftOut()
+  rows = _with_clips(config, _read_rows(config, left_out.report), left_out)
+  left_out.num_questions = len(rows)
+  if workdir is not None:
+    if resumes:
+      left_out.check(workdir)
+    if jax.process_index() == 0:
+      for line in left_out.lines():
+        print(line, flush=True)
+      left_out.write(workdir)
+  return rows
+
+
+def _read_rows(config, report) -> Sequence[questions_lib.Question]:
   data = config.data
   if not data.root or not os.path.isdir(data.root):
     raise errors.UserError(
@@ -207,19 +231,44 @@ def read_questions(config) -> Sequence[questions_lib.Question]:
     )
   root = _media_root(config)
   if data.reader == "own":
-    rows = readers.read_own(
-      data.root, root, split=data.train_split, on_bad_row=data.on_bad_row
+    return readers.read_own(
+      data.root,
+      root,
+      split=data.train_split,
+      on_bad_row=data.on_bad_row,
+      report=report,
     )
-    # Of few clips, each counts: none is replaced without a word.
-    readers.require_media(rows, root)
-    return rows
   if data.reader != "video-r1":
     raise errors.UserError(
       f"config.data.reader={data.reader!r}: choose video-r1 or own"
     )
   return readers.read_video_r1(
-    os.path.join(data.root, data.train_file), root, on_bad_row=data.on_bad_row
+    os.path.join(data.root, data.train_file),
+    root,
+    on_bad_row=data.on_bad_row,
+    report=report,
   )
+
+
+def _with_clips(config, rows, left_out):
+  """Returns the rows whose clips are there; others are an error or noted."""
+  how, root = config.data.on_missing, _media_root(config)
+  if how not in ("raise", "skip"):
+    raise errors.UserError(
+      f"config.data.on_missing={how!r}: choose raise or skip"
+    )
+  names = [row.video for row in rows]
+  missing = left_out.missing = readers.find_missing(names, root)
+  found = [place for place, name in enumerate(names) if name not in missing]
+  if missing and (how == "raise" or not found):
+    raise readers.missing_error(
+      names, root, missing, "leave them out with config.data.on_missing=skip"
+    )
+  if not missing:
+    return rows
+  if isinstance(rows, video_qa.QuestionSource):
+    return rows.take(found)
+  return [rows[place] for place in found]
 
 
 def make_policy(config, llm):
@@ -424,14 +473,13 @@ def _clip_source(config, workdir, checkpoint, preprocessing, recipes):
   cache = None
   if data.feature_cache:
     cache = feature_cache.FeatureCache(data.feature_cache)
+  limits = dict(refused=refused, min_side=data.min_side)
   kept = dict(cache=cache, memory_items=data.memory_items)
   identity = f"{checkpoint.identity['sha256']} {jnp.dtype(model.dtype).name}"
   if isinstance(recipes[-1].grid, buckets.Bucket):
     sizes = [recipe.grid for recipe in recipes]
     return pipeline.GridFeatureSource(
-      pipeline.ShotSource(
-        _media_root(config), rule, preprocessing, refused=refused
-      ),
+      pipeline.ShotSource(_media_root(config), rule, preprocessing, **limits),
       BucketTower(model, checkpoint.params),
       preprocessing,
       buckets=sizes,
@@ -444,7 +492,7 @@ def _clip_source(config, workdir, checkpoint, preprocessing, recipes):
     rule,
     preprocessing.image_size,
     resample=preprocessing.resample,
-    refused=refused,
+    **limits,
   )
   if cache is None:
     return clips

@@ -86,6 +86,12 @@ def test_blind_filter(tmp_path, root, capsys):
     "--on_bad_row=skip",
   )
   with entry_point("cacovid_jax.data.blind_filter") as run:
+    with pytest.raises(errors.UserError) as error:
+      run(*arguments)
+    assert "1 of 6 clips are missing (1 of 6 questions)" in str(error.value)
+    assert "with --on_missing=skip" in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["train.json"]
+    arguments += ("--on_missing=skip",)
     run(*arguments)
     first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     run(*arguments)
@@ -132,6 +138,9 @@ def test_blind_filter(tmp_path, root, capsys):
   assert "problem_type" in report["bad_rows"][0]
   shown = capsys.readouterr().out
   assert "1 malformed rows left out" in shown
+  told = "left out 1 questions about 1 missing clips, first: gone.mp4"
+  # Before the first question is asked.
+  assert shown.count(told) == 2 and shown.startswith(told)
   assert "right without video" in " ".join(shown.split())
 
 
@@ -163,8 +172,9 @@ def test_tfds_build(tmp_path, root, capsys):
   train = blind_test.write(tmp_path / "train.json", ROWS)
   arguments = (f"--train={train}", f"--media={root}", f"--out={tmp_path}")
   with entry_point("cacovid_jax.data.tfds_build") as run:
-    with pytest.raises(errors.UserError, match="1 of 6 clips are missing"):
+    with pytest.raises(errors.UserError, match="1 of 6 clips are missing") as e:
       run(*arguments)
+    assert str(e.value).endswith("leave them out with --on_missing=skip")
     run(*arguments, "--on_missing=skip", "--embed")
   shown = capsys.readouterr().out
   assert "5 questions; left out 2 image rows, 0 malformed rows, 1 rows" in shown
@@ -205,6 +215,8 @@ def test_encode_features(tmp_path, root, capsys):
   assert "2 clips, 0 were there, 2 encoded, 0 cannot be used" in shown
   assert "1 clips, 0 were there, 1 encoded, 0 cannot be used" in shown
   assert len(list(features.rglob("*.npy"))) == 3
+  told = json.loads((features / "left_out.json").read_text())
+  assert told["questions"] == 3 and told["missing_clips"] == {}
 
 
 def test_the_guides_commands_have_their_flags():

@@ -139,7 +139,8 @@ def test_clips_that_cannot_be_used_are_listed_once(
   folder, checkpoint, tmp_path
 ):
   (folder / "clips" / "bad.mp4").write_text("no clip")
-  asked = rows(("bad.mp4", "0.mp4", "gone.mp4"))
+  tiny.write_clip(folder / "clips" / "small.mp4", seed=0, size=(16, 32))
+  asked = rows(("bad.mp4", "0.mp4", "gone.mp4", "small.mp4"))
   path = tmp_path / "quarantine.jsonl"
   for present in (0, 1):
     run = make(folder, checkpoint, tmp_path, asked)
@@ -147,9 +148,12 @@ def test_clips_that_cannot_be_used_are_listed_once(
       run.source, asked, str(tmp_path), quarantine=pipeline.Quarantine(path)
     )
     assert report.num_present == present
-    assert sorted(report.failed) == ["bad.mp4", "gone.mp4"]
-    assert report.failed["gone.mp4"] == "missing"
-  assert len(path.read_text().splitlines()) == 2
+    assert report.failed == {
+      "bad.mp4": "unreadable",
+      "gone.mp4": "missing",
+      "small.mp4": "bad_shape",
+    }
+  assert len(path.read_text().splitlines()) == 3
 
 
 def test_a_disk_without_room_is_refused_after_the_first_clip(
@@ -187,3 +191,35 @@ def test_shares_are_disjoint_and_sorted_by_name(shard, names):
 def test_shares_that_there_are_not(shard):
   with pytest.raises(errors.UserError, match="shard"):
     encoding.clips_of(rows(), shard)
+
+
+def test_room_is_counted_for_the_clips_of_all_shares(
+  folder, checkpoint, tmp_path, monkeypatch
+):
+  # 4 frames of 7 x 7 tokens, of 128 numbers in 4 bytes; a header, a checksum.
+  size = 4 * 49 * 128 * 4 + 128 + 32
+
+  class Usage:
+    free = 2 * size - 1
+
+  monkeypatch.setattr(encoding.shutil, "disk_usage", lambda _: Usage)
+  # Of three shares, each has one clip, and one also the clip that is missing,
+  # which takes no room.
+  asked = rows(("0.mp4", "1.mp4", "2.mp4", "gone.mp4"))
+  run = make(folder, checkpoint, tmp_path, asked)
+
+  def encode(index):
+    return encoding.encode(
+      run.source, asked, str(tmp_path), shard=(index, 3), num_threads=0
+    )
+
+  # The first share is done, and leaves two clips to the others.
+  with pytest.raises(errors.UserError, match="2 more clips take 201 kB"):
+    encode(0)
+  # Entries that are there are not counted again, whosever they are.
+  Usage.free = 2 * size
+  assert encode(1).num_encoded == 1
+  Usage.free = size
+  assert encode(2).num_encoded == 1
+  Usage.free = 0
+  assert [encode(index).num_present for index in range(3)] == [1, 1, 1]

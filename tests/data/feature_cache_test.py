@@ -1,11 +1,14 @@
 """Features on disk: what goes in comes out, or nothing does."""
 
 import concurrent.futures
+import errno
 import hashlib
+import os
 
 import numpy as np
 import pytest
 
+from cacovid_jax import errors
 from cacovid_jax.data import feature_cache
 
 
@@ -86,3 +89,23 @@ def test_many_writers_share_a_folder(tmp_path):
   with concurrent.futures.ThreadPoolExecutor(8) as pool:
     assert list(pool.map(work, range(8))) == list(range(8))
   assert len(list(tmp_path.glob("*/*"))) == 5  # Nothing left aside.
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+  cache = feature_cache.FeatureCache(tmp_path)
+
+  def full(descriptor):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  monkeypatch.setattr(feature_cache.os, "fsync", full)
+  with pytest.raises(errors.UserError) as error:
+    cache.put("abcd", np.zeros(3))
+  assert str(tmp_path) in str(error.value)
+  assert "(No space left on device); make room" in str(error.value)
+  assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(errors.UserError, match="cannot keep video features"):
+    feature_cache.FeatureCache(tmp_path / "file" / "cache")

@@ -361,3 +361,20 @@ def test_frame_rules_always_give_the_static_number_of_frames():
 def test_without_questions_there_is_no_order():
   with pytest.raises(errors.UserError, match="give at least one"):
     pipeline.Order(0, seed=1)
+
+
+def test_small_frames_are_refused_and_their_features_told_apart(root):
+  # The clips have 64 x 64 pixels.
+  source = _features(root, _Encoder(1))
+  assert _source(root, min_side=63).load(GOOD[0]).shape == (4, 32, 32, 3)
+  with pytest.raises(video.VideoError, match="bad shape .a frame of 64 x 64"):
+    _source(root, min_side=64).load(GOOD[0])
+  key = source.key(GOOD[0])
+  source.clips.min_side = 28
+  assert source.key(GOOD[0]) != key
+
+
+def test_an_odd_shape_can_cross_processes():
+  error = pickle.loads(pickle.dumps(frames.ShapeError("too long", "cut it")))
+  assert (error.detail, error.mend) == ("too long", "cut it")
+  assert str(error) == "too long; cut it"

@@ -286,6 +286,8 @@ def test_missing_clips_are_listed_with_their_questions(tmp_path):
   assert readers.check_media(rows, tmp_path) == {"a.mp4": 1, "b.mp4": 2}
   with pytest.raises(errors.UserError, match=r"2 of 3 clips .*\(3 of 4 q"):
     readers.require_media(rows, tmp_path)
+  with pytest.raises(errors.UserError, match="media root, or go without them$"):
+    readers.require_media(rows, tmp_path, mend="go without them")
   readers.require_media(rows[:1], tmp_path)
 
 

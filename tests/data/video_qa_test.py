@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pathlib
 import pickle
 import sys
 
@@ -151,3 +152,75 @@ def test_other_groups_are_other_rows(tmp_path):
   changed = [ROWS[0], dataclasses.replace(ROWS[1], groups=())]
   with pytest.raises(errors.UserError, match="prepared from other rows"):
     video_qa.prepare({"train": changed}, tmp_path)
+
+
+def embed(tmp_path, **options):
+  return video_qa.prepare(
+    {"train": ROWS[:2]},
+    tmp_path / "tfds",
+    media_root=tmp_path,
+    embed=True,
+    **options,
+  )
+
+
+def test_other_clips_under_the_same_names_are_another_data_set(tmp_path):
+  (tmp_path / "videos").mkdir()
+  path = clips.write(tmp_path / "videos" / "clip.mp4", 6)
+  embed(tmp_path)
+  embed(tmp_path)
+  clips.write(path, 7)
+  with pytest.raises(errors.UserError, match="from other rows or clips"):
+    embed(tmp_path)
+
+
+def test_a_clip_that_no_record_holds_is_refused_unread(tmp_path, monkeypatch):
+  (tmp_path / "videos").mkdir()
+  path = clips.write(tmp_path / "videos" / "clip.mp4", 6)
+  # A hole in the file: two gigabytes that take no room.
+  os.truncate(path, 2**31)
+  monkeypatch.setattr(video_qa.pipeline, "content_hash", lambda path: 1 / 0)
+  with pytest.raises(video.VideoError) as error:
+    embed(tmp_path)
+  assert "2147483648 bytes, where a record holds 1073741824" in str(error.value)
+  assert "do not embed" in str(error.value)
+  assert not (tmp_path / "tfds").exists()
+
+
+def test_a_kill_at_any_time_leaves_all_or_nothing(tmp_path, monkeypatch):
+  """The folder gets its name once data and fingerprint are both there."""
+  final = tmp_path / "video_qa" / "1.1.0"
+  real, seen = pathlib.Path.rename, []
+
+  class Killed(BaseException):
+    pass
+
+  def rename(source, target):
+    if os.fspath(target) != os.fspath(final):
+      return real(source, target)
+    seen.append(sorted(path.name for path in pathlib.Path(source).iterdir()))
+    real(source, target)
+    raise Killed
+
+  monkeypatch.setattr(video_qa.tfds.core.utils.file_utils, "Path", pathlib.Path)
+  monkeypatch.setattr(pathlib.Path, "rename", rename)
+  with pytest.raises(Killed):
+    video_qa.prepare({"train": ROWS}, tmp_path)
+  assert "rows.blake2" in seen[0] and "dataset_info.json" in seen[0]
+  monkeypatch.undo()
+  # As if nothing had happened.
+  video_qa.prepare({"train": ROWS}, tmp_path)
+  assert list(video_qa.open_source(tmp_path, "train")) == ROWS
+  (final / "rows.blake2").unlink()
+  with pytest.raises(errors.UserError, match="does not tell which rows"):
+    video_qa.prepare({"train": ROWS}, tmp_path)
+
+
+def test_some_rows_of_a_source(folder):
+  source = video_qa.open_source(folder, "train").take([5, 0, 3])
+  assert len(source) == 3
+  assert list(source) == [ROWS[5], ROWS[0], ROWS[3]]
+  assert source[-1] == ROWS[3] and source.__getitems__([1]) == [ROWS[0]]
+  assert list(pickle.loads(pickle.dumps(source)).take([2])) == [ROWS[3]]
+  with pytest.raises(IndexError):
+    source[3]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -333,3 +334,18 @@ def test_pixels_of_a_model_with_one_size_are_refused(
     evaluation.open_source(request, checkpoint)
   with pytest.raises(errors.UserError, match="min_pixels=-1"):
     request_of("w", min_pixels=-1)
+
+
+def test_a_clip_that_is_all_width_is_marked_and_stops_nothing(
+  data, directory, tmp_path
+):
+  shutil.copy(data / "videos" / "test1.mp4", tmp_path / "wide.mp4")
+  # 202 times as long as wide; the model's processor takes 200.
+  tiny.write_clip(tmp_path / "odd.mp4", seed=0, num_frames=2, size=(16, 3232))
+  with source_of(tmp_path, directory) as source:
+    source.survey(["odd.mp4", "wide.mp4"])
+    odd, wide = source["odd.mp4"], source["wide.mp4"]
+  assert (odd.fault, wide.fault) == ("bad shape", "")
+  assert not odd.features.any() and odd.features.shape == wide.features.shape
+  with source_of(tmp_path, directory, grid=WIDE) as source:
+    assert source["odd.mp4"].fault == "bad shape"

@@ -40,6 +40,10 @@ def test_one_process_at_a_time(tmp_path):
     assert f"another process is writing to {path}" in said
     assert said.count("\n") == 1
     assert path.read_bytes() == before
+    # The remedy is the caller's: not every command has --shard.
+    with open(path, "ab") as file:
+      with pytest.raises(errors.UserError, match="wait for it, or stop$"):
+        ledger.lock(file, path, mend="or stop")
   assert another().stdout == ""
   # What is closed can still be looked up.
   assert answers[key("q")] == {"score": 1.0}

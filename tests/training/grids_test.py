@@ -27,6 +27,7 @@ from cacovid_jax.training import (
   setup,
   step,
 )
+from tests.data import clips
 from tests.training import loop_test, tiny, tiny_qwen
 
 BUCKET = buckets.Bucket(3, 26, 60)
@@ -493,3 +494,47 @@ def test_buckets_share_no_program(made):
   both = programs.BucketPrograms([run.recipe, other], run.mesh)
   assert both.limit == 2 * (2 + 3)
   assert both.by_bucket[BUCKET].recipe.num_video == 60
+
+
+def test_clips_of_odd_shapes_are_replaced_and_noted(rows, checkpoint, tmp_path):
+  tiny_qwen.write_clips(tmp_path)
+  # 202 times as long as wide; 100 times, hence 1 x 48 tokens of 24 at most; a
+  # side of 28 pixels, which the public trainer refuses.
+  odd = {"line": (6060, 30), "long": (3000, 30), "small": (48, 28)}
+  for name, (width, height) in odd.items():
+    clips.write(tmp_path / f"{name}.mp4", 4, width=width, height=height)
+  asked = [
+    *rows,
+    *(
+      dataclasses.replace(rows[0], id=name, video=f"{name}.mp4") for name in odd
+    ),
+  ]
+  config = tiny_qwen.config(
+    tmp_path,
+    **{
+      "total_steps": 9,
+      "videos_per_step": 1,
+      "data.buckets": ((2, 24),),
+      "data.min_side": 28,
+      "model.path": checkpoint.identity["path"],
+    },
+  )
+  run = setup.make(config, tmp_path, questions=asked, checkpoint=checkpoint)
+  # The tower is not what this is about.
+  run.source._encode_fn = lambda patches, grid, bucket: np.zeros(
+    (bucket.tokens, 32), np.float32
+  )
+  seen = {question.id for _, given in run.batches(0) for question in given}
+  assert seen and seen <= {row.id for row in rows}
+  lines = (tmp_path / "quarantine.jsonl").read_text().splitlines()
+  found = {entry["video"]: entry for entry in map(json.loads, lines)}
+  assert set(found) == {f"{name}.mp4" for name in odd}
+  assert {entry["reason"] for entry in found.values()} == {"bad_shape"}
+  assert "200 times" in found["line.mp4"]["detail"]
+  assert "48 x 1 tokens, above 24" in found["long.mp4"]["detail"]
+  assert "a side of 28 or fewer" in found["small.mp4"]["detail"]
+  # Buckets that hold no ordinary clip are a mistake, not odd clips.
+  run.source._memory.clear()
+  run.source._buckets = (buckets.Bucket(2, 8),)
+  with pytest.raises(errors.UserError, match="no bucket holds a video of 2 x"):
+    run.source(rows[0])

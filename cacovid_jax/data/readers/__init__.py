@@ -16,6 +16,8 @@ from cacovid_jax.data.readers.rows import (
   BadRow,
   Report,
   check_media,
+  find_missing,
+  missing_error,
   require_media,
 )
 from cacovid_jax.data.readers.video_r1 import read_video_r1
@@ -25,6 +27,8 @@ __all__ = [
   "BadRow",
   "Report",
   "check_media",
+  "find_missing",
+  "missing_error",
   "read_egoschema",
   "read_longvideobench",
   "read_mlvu",

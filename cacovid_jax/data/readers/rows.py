@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -177,7 +177,12 @@ def read_tables(
 
 def check_media(rows: Iterable[questions.Question], root) -> dict[str, int]:
   """Returns the clips that are missing below `root`: path -> questions lost."""
-  counts = collections.Counter(question.video for question in rows)
+  return find_missing((question.video for question in rows), root)
+
+
+def find_missing(names: Iterable[str], root) -> dict[str, int]:
+  """Returns the same of the clips' names, one for each question."""
+  counts = collections.Counter(names)
   missing = {}
   for path, count in sorted(counts.items()):
     try:
@@ -189,18 +194,35 @@ def check_media(rows: Iterable[questions.Question], root) -> dict[str, int]:
   return missing
 
 
-def require_media(rows: Sequence[questions.Question], root) -> None:
-  """Raises `UserError` with counts and examples if clips are missing."""
-  missing = check_media(rows, root)
+def require_media(
+  rows: Sequence[questions.Question],
+  root,
+  *,
+  mend: str = "count them as wrong with on_missing=count",
+) -> None:
+  """Raises `UserError` with counts and examples if clips are missing.
+
+  Args:
+    rows: questions.
+    root: media root.
+    mend: what else the command can do, by its own flags.
+  """
+  names = [question.video for question in rows]
+  missing = find_missing(names, root)
   if missing:
-    num_clips = len({question.video for question in rows})
-    shown = ", ".join(list(missing)[:5])
-    raise errors.UserError(
-      f"{root}: {len(missing)} of {num_clips} clips are missing"
-      f" ({sum(missing.values())} of {len(rows)} questions), first: {shown};"
-      " download them, correct the media root, or count them as wrong with"
-      " on_missing=count"
-    )
+    raise missing_error(names, root, missing, mend)
+
+
+def missing_error(
+  names: Sequence[str], root, missing: Mapping[str, int], mend: str
+) -> errors.UserError:
+  """Returns the error of clips that `find_missing` found."""
+  shown = ", ".join(list(missing)[:5])
+  return errors.UserError(
+    f"{root}: {len(missing)} of {len(set(names))} clips are missing"
+    f" ({sum(missing.values())} of {len(names)} questions), first: {shown};"
+    f" download them, correct the media root, or {mend}"
+  )
 
 
 class Places:
