@@ -367,12 +367,15 @@ class Evaluator:
   def _digest(self, questions) -> str:
     """Returns a sha256 of all that is known of these questions.
 
-    The right answers among it: scores are kept in the ledger. Prompts are as of
-    clips of one token, since a clip that is not there yet has no grid.
+    The right answers among it: scores are kept in the ledger. A clip that is
+    not there yet may turn up in another of a benchmark's folders, with another
+    ending, and has no grid: it counts by its name alone, and prompts are as of
+    clips of one token.
     """
     digest = hashlib.sha256()
     for question in _by_id(questions):
       fields = dataclasses.asdict(question)
+      fields["video"] = pathlib.PurePosixPath(question.video).stem
       digest.update(json.dumps(fields, sort_keys=True).encode() + b"\0")
       digest.update(self._texts.prompt(question.id, 1).ids.tobytes())
     return digest.hexdigest()
