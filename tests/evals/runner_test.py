@@ -174,6 +174,63 @@ def test_answers_of_another_run_are_refused(shared, whole):
     ledger.Ledger(whole, identity)
 
 
+@pytest.mark.parametrize(
+  "change",
+  [
+    {"answer": "E"},
+    {"options": ("one", "another")},
+    {"video": "videos/test2.mp4"},
+    {"problem_type": questions_lib.FREE_FORM},
+    {"prompt": "Which colour?"},
+  ],
+)
+def test_answers_to_a_changed_question_are_refused(shared, whole, change):
+  """Scores are kept, so that a corrected answer key makes them stale."""
+  benchmark, evaluator = shared
+  first, *rest = benchmark.questions
+  changed = dataclasses.replace(first, **change)
+  assert changed != first
+  if "prompt" in change:
+    evaluator = runner.Evaluator(
+      evaluator.checkpoint, evaluator.source, [changed, *rest], SETTINGS
+    )
+  identity = evaluator.identity([changed, *rest])
+  # Their order is none of it.
+  known = shared[1].identity(benchmark.questions[::-1])
+  assert known == shared[1].identity(benchmark.questions)
+  assert identity["questions"] != known["questions"]
+  with pytest.raises(errors.UserError, match="differs in .*questions"):
+    ledger.Ledger(whole, identity)
+
+
+def test_only_clips_that_are_asked_about_are_decoded_ahead(shared, monkeypatch):
+  benchmark, evaluator = shared
+  source, prepared, ahead = evaluator.source, [], []
+  batches = [list(benchmark.questions[i : i + 2]) for i in (0, 2, 4)]
+  videos = [batch[0].video for batch in batches]
+  assert len(set(videos)) == 3
+  cells = runner.cells([], (), ())
+  answers = ledger.Ledger(None, {})
+  answers.add([(cells[0].key(q.id), {"score": 0.0}) for q in batches[1]])
+
+  def ask(questions, todo, failures, number, tell):
+    # Takes no clip, as where all that was decoded ahead is not needed.
+    ahead.append(set(source._ahead))
+    for future in source._ahead.values():
+      future.result()
+    return [(cells[0].key(q.id), {"score": 0.0}) for q in questions]
+
+  source.clear()
+  monkeypatch.setattr(source, "_prepare", prepared.append)
+  monkeypatch.setattr(evaluator, "batches", lambda questions: batches)
+  monkeypatch.setattr(evaluator, "_ask", ask)
+  evaluator.run(benchmark.questions, cells, answers)
+  assert len(answers) == 6
+  assert ahead == [{videos[0], videos[2]}, {videos[2]}]
+  assert prepared == [videos[0], videos[2]]
+  assert not source._ahead
+
+
 def test_a_damaged_line_is_named(shared, whole, tmp_path):
   lines = whole.read_text().splitlines(keepends=True)
   path = tmp_path / "answers.jsonl"

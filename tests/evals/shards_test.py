@@ -2,13 +2,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 from cacovid_jax import errors
-from cacovid_jax.evals import evaluation, ledger, runner, shards
+from cacovid_jax.evals import evaluation, ledger, provenance, runner, shards
 from tests.evals import tiny
 
 CHOSEN = dict(
@@ -107,6 +108,81 @@ def test_a_stopped_shard_and_two_processes_equal_one(
   assert path.read_bytes().startswith(b"".join(lines))
   timings = json.loads((shared / "timings-1-of-2.json").read_text())
   assert timings["grids"] == 1 and timings["programs"] >= 4
+
+
+def test_a_clip_that_comes_later_is_asked_about(
+  checkpoint_dir, data_dir, tmp_path
+):
+  """By one process or by several, as if it had been there from the start."""
+  data = tmp_path / "data"
+  shutil.copytree(data_dir, data)
+  clip = data / "videos" / "test1.mp4"
+
+  def run(name, shard=(0, 1)):
+    out = evaluation.evaluate(
+      request_of(
+        tmp_path / name,
+        checkpoint_dir,
+        str(data),
+        on_missing="count",
+        shard=shard,
+      )
+    )
+    return out and (tmp_path / name / "results.json").read_bytes()
+
+  expected = run("whole")
+  clip.rename(tmp_path / "later.mp4")
+  lacking = run("alone")
+  assert lacking != expected
+  (entry,) = json.loads(lacking)["unreadable"]
+  assert entry == {
+    "video": "data/test1.mp4",  # The first place to look for it.
+    "reason": "missing",
+    "questions": 2,
+  }
+  # Still not there: nothing is asked, nothing is written.
+  before = (tmp_path / "alone" / "answers.jsonl").read_bytes()
+  assert run("alone") == lacking
+  assert (tmp_path / "alone" / "answers.jsonl").read_bytes() == before
+  shutil.copytree(tmp_path / "alone", tmp_path / "shared")
+  (tmp_path / "later.mp4").rename(clip)
+  assert run("alone") == expected
+  after = (tmp_path / "alone" / "answers.jsonl").read_bytes()
+  # Vanilla and one row about two questions, behind what was known.
+  assert after.startswith(before)
+  assert len(after.splitlines()) == len(before.splitlines()) + 2 * 2
+  assert run("shared", (1, 2)) is None
+  assert run("shared", (0, 2)) == expected
+  # A finished process whose answers are lost is named, whatever is left.
+  for path in (tmp_path / "shared").glob("answers*.jsonl"):
+    if path.name != "answers-1-of-2.jsonl":
+      path.write_bytes(b"")
+  with pytest.raises(errors.UserError, match="ledger was cut") as caught:
+    run("shared", (1, 2))
+  assert "--shard=0/2 to 1/2" in str(caught.value)
+  assert "\n" not in str(caught.value)
+  assert run("shared", (0, 2)) == expected
+
+
+def test_a_table_of_two_machines_names_both(
+  checkpoint_dir, data_dir, tmp_path, monkeypatch
+):
+  def run(shard):
+    return evaluation.evaluate(
+      request_of(tmp_path, checkpoint_dir, data_dir, shard=shard)
+    )
+
+  here = provenance.environment()
+  assert run((0, 2)) is None
+  there = {**here, "device": "gpu X", "packages": {"jax": "0"}}
+  monkeypatch.setattr(provenance, "environment", lambda: there)
+  found = run((1, 2))["provenance"]
+  assert found["environments"] == [here, there]
+  assert found["device"] == "cpu, gpu X"
+  assert found["packages"]["jax"] == ", ".join(
+    sorted(["0", here["packages"]["jax"]])
+  )
+  assert found["git_commit"] == here["git_commit"]
 
 
 def test_shards_of_a_table_say_when_work_is_left(
