@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.table
+from absl import flags
 
 from cacovid_jax import errors
 from cacovid_jax.compressors import base
@@ -35,6 +36,16 @@ from cacovid_jax.evals import (
 )
 from cacovid_jax.models import checkpoints, llava_onevision, qwen2_5_vl
 from cacovid_jax.policy import network
+
+DRY_RUN = flags.DEFINE_bool(
+  "dry_run", False, "Say what the table would take, and end."
+)
+TFLOPS = flags.DEFINE_float(
+  "table_tflops", None, "Speed for --dry_run; measured on this device else."
+)
+GBPS = flags.DEFINE_float(
+  "table_gbps", None, "Memory speed for --dry_run; measured likewise."
+)
 
 RELEASED = types.MappingProxyType(
   {
