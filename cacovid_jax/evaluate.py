@@ -56,6 +56,10 @@ _FLAGS = {
   "prompt_style": (
     "Empty for the benchmark's own prompt, video-r1 for that of training."
   ),
+  "template": (
+    "Chat template: processor, or tokenizer as in the paper's evaluation; empty"
+    " for the checkpoint's default."
+  ),
   "dtype": "Of the base model: float32 or bfloat16.",
   "feature_cache": "Folder of cached video features; empty for none.",
   "frame_manifest": (

@@ -79,6 +79,10 @@ def released(arg, *, path, family):
   config.evals.ratios = (0.25, 0.2, 0.15, 0.1)
   config.evals.select_on = "none"
   config.evals.rule = "paper"
+  if family == "llava_onevision":
+    # The paper's evaluator: plain texts and the tokenizer's system turn.
+    # Qwen2.5-VL's two templates write the same prompt.
+    config.evals.template = "tokenizer"
   config.evals.batch_size = 1
   if arg.debug:
     _shorten(config, family)

@@ -203,7 +203,11 @@ def _chosen_spec(request, label, best):
 
 def _measure(request, missing, times, repeats):
   """Adds to `times`: spec -> ratio -> fields of a `latency.Cost`."""
-  checkpoint = checkpoints.load(request.checkpoint, jnp.dtype(request.dtype))
+  checkpoint = evaluation.with_template(
+    checkpoints.load(request.checkpoint, jnp.dtype(request.dtype)),
+    request.checkpoint,
+    request.template,
+  )
   benchmark = evaluation.load_benchmark(
     request, request.split, request.num_questions
   )

@@ -135,6 +135,12 @@ def read(directory, prefer: str = "processor") -> tuple[str, str]:
   return found.get(prefer) or found[other]
 
 
+def has_tokenizer_template(directory) -> bool:
+  """Returns whether tokenizer_config.json brings a template of its own."""
+  path = os.path.join(directory, "tokenizer_config.json")
+  return _default(read_json(path).get("chat_template")) is not None
+
+
 def read_json(path) -> dict:
   """Returns the JSON object at `path`; {} if there is no such file."""
   if not os.path.isfile(path):

@@ -38,6 +38,9 @@ def get_config() -> ml_collections.ConfigDict:
       # The user's text: empty is the benchmark's own, "video-r1" that of
       # training, which prepared data has as its own.
       prompt_style="",
+      # Chat template: "processor" or "tokenizer"; empty is the checkpoint's
+      # default, the processor's where there is one.
+      template="",
       # Rows that are unfit: "raise", or "skip" to leave them out and list them.
       on_bad_row="raise",
       # Clips that are not there: "raise" before anything is asked, or "count"

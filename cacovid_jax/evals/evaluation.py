@@ -27,7 +27,14 @@ from absl import logging
 from cacovid_jax import config as config_lib
 from cacovid_jax import errors
 from cacovid_jax.compressors import base
-from cacovid_jax.data import feature_cache, frames, qwen_frames, readers
+from cacovid_jax.data import (
+  chat_templates,
+  feature_cache,
+  frames,
+  prompts,
+  qwen_frames,
+  readers,
+)
 from cacovid_jax.evals import (
   benchmarks,
   clips,
@@ -60,6 +67,8 @@ class Request:
     workdir: where results go.
     checkpoint: base model's directory.
     policies: name -> policy file or folder; the first is the main one.
+    template: chat template, that of the "processor" or of the "tokenizer"; ""
+      is the checkpoint's default, see `with_template`.
     num_frames: T.
     dtype: of the base model.
     cache: folder of cached features, "" for none.
@@ -95,6 +104,7 @@ class Request:
   max_new_tokens: int = 0
   rule: str = "paper"
   prompt_style: str = ""
+  template: str = ""
   on_bad_row: str = "raise"
   on_missing: str = "raise"
   num_questions: int = 0
@@ -110,6 +120,11 @@ class Request:
     if self.select_on not in ("validation", "none"):
       raise errors.UserError(
         f"select_on={self.select_on!r}: use validation or none"
+      )
+    if self.template not in ("", "processor", "tokenizer"):
+      raise errors.UserError(
+        f"template={self.template!r}: use processor or tokenizer, or leave it"
+        " empty for the checkpoint's default"
       )
     if self.on_missing not in ("raise", "count"):
       raise errors.UserError(
@@ -196,7 +211,11 @@ def _evaluate(request: Request):
   test = load_benchmark(request, request.split, request.num_questions)
   specs = [*request.methods, *(request.oracles if test.decisive else ())]
   methods = [runner.Method.parse(spec) for spec in specs]
-  checkpoint = checkpoints.load(request.checkpoint, jnp.dtype(request.dtype))
+  checkpoint = with_template(
+    checkpoints.load(request.checkpoint, jnp.dtype(request.dtype)),
+    request.checkpoint,
+    request.template,
+  )
   candidates = _candidates(request, methods, checkpoint)
   validation = None
   if candidates:
@@ -416,11 +435,12 @@ def validator(
   Programs and clips are kept from one call to the next.
 
   Args:
-    request: `data`, `select_questions` and the settings are read.
+    request: `data`, `template`, `select_questions` and the settings are read.
     checkpoint: the base model that the policy is trained with.
     method: how the policy's scores are followed.
     ratio: retention ratio.
   """
+  checkpoint = with_template(checkpoint, request.checkpoint, request.template)
   validation = load_benchmark(request, "validation", request.select_questions)
   cell = runner.Cell(runner.Method.parse(method), base.check_ratio(ratio), 0)
   evaluator = runner.Evaluator(
@@ -441,6 +461,31 @@ def validator(
     return {"accuracy": float(np.mean([answers[k]["score"] for k in keys]))}
 
   return validate
+
+
+def with_template(
+  checkpoint: checkpoints.Checkpoint, directory: str, template: str
+) -> checkpoints.Checkpoint:
+  """Returns a checkpoint that writes prompts by the chat template asked for.
+
+  Args:
+    checkpoint: as loaded, with its default template: the processor's, or where
+      there is none the tokenizer's.
+    directory: where it was loaded from.
+    template: "" or "processor" is that default; "tokenizer" takes the template
+      of tokenizer_config.json and gives it plain texts, as the paper's
+      evaluation does.
+  """
+  if template in ("", "processor"):
+    return checkpoint
+  if not chat_templates.has_tokenizer_template(directory):
+    raise errors.UserError(
+      f"{directory}: tokenizer_config.json has no chat_template, which"
+      " template=tokenizer takes; copy that file from the checkpoint's origin,"
+      " or use template=processor"
+    )
+  tokenizer = prompts.Tokenizer.from_directory(directory, template=template)
+  return dataclasses.replace(checkpoint, tokenizer=tokenizer)
 
 
 def load_policy(path: str, checkpoint: checkpoints.Checkpoint) -> runner.Policy:

@@ -68,12 +68,13 @@ def describe(
     "policies": dict(policies),
     "python": platform.python_version(),
     "settings": dict(settings or {}),
-    "template_hash": (
-      None
-      if template is None
-      else hashlib.sha256(template.encode()).hexdigest()
-    ),
+    "template_hash": None if template is None else digest(template),
   }
+
+
+def digest(text: str) -> str:
+  """Returns the sha256 of a text."""
+  return hashlib.sha256(text.encode()).hexdigest()
 
 
 def device_kind() -> str:

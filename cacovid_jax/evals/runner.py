@@ -357,6 +357,7 @@ class Evaluator:
       "policies": {name: p.identity for name, p in self.policies.items()},
       "questions": self._digest(questions),
       "settings": dataclasses.asdict(self.settings),
+      "template": provenance.digest(self.checkpoint.tokenizer.template),
       **self.source.identity,
       "task": self.task.name,
     }

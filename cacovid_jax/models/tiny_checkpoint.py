@@ -58,6 +58,19 @@ _QWEN_TEMPLATE = """\
 {{- '<|im_start|>assistant\\n' -}}
 {%- endif -%}
 """
+# Of the tokenizer, as Qwen2's: plain strings only, and a default system turn.
+_TOKENIZER_TEMPLATE = """\
+{%- if messages[0]['role'] != 'system' -%}
+{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
+{%- endif -%}
+{%- for message in messages -%}
+{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] -}}
+{{- '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}
+"""
 
 
 def write(directory, family: str, seed: int = 0) -> None:
@@ -104,6 +117,10 @@ def _llava_onevision(directory):
     image_size=vision.image_size,
     patch_size=vision.patch_size,
   )
+  name = "tokenizer_config.json"
+  described = checkpoints.read_json(os.path.join(directory, name))
+  described["chat_template"] = _TOKENIZER_TEMPLATE
+  _write_json(directory, name, described)
   config = dataclasses.replace(
     base,
     vision=vision,
@@ -126,6 +143,8 @@ def _qwen2_5_vl(directory):
       "tokenizer_class": "PreTrainedTokenizerFast",
       "eos_token": "<|im_end|>",
       "pad_token": "<|endoftext|>",
+      # One text for both, as in the released files.
+      "chat_template": _QWEN_TEMPLATE,
     },
     "chat_template.json": {"chat_template": _QWEN_TEMPLATE},
     "preprocessor_config.json": {

@@ -1,7 +1,9 @@
 """A whole evaluation from directories on disk to its files."""
 
+import hashlib
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -148,6 +150,79 @@ def test_frames_of_another_run_are_shown_again(finished, request_of, tmp_path):
   assert provenance["device"] == "cpu"
 
 
+# As Qwen2's tokenizer has it: plain strings, and a system turn by default.
+QWEN2_TEMPLATE = (
+  "{% for message in messages %}"
+  "{% if loop.first and message['role'] != 'system' %}"
+  "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}"
+  "{% endif %}"
+  "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] }}"
+  "{{ '<|im_end|>\\n' }}{% endfor %}"
+  "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def two_templates(checkpoint_dir, tmp_path_factory):
+  """Returns a copy whose tokenizer has a template of its own."""
+  folder = tmp_path_factory.mktemp("templates") / "model"
+  shutil.copytree(checkpoint_dir, folder)
+  set_tokenizer_template(folder, QWEN2_TEMPLATE)
+  return folder
+
+
+def set_tokenizer_template(folder, text):
+  path = folder / "tokenizer_config.json"
+  described = json.loads(path.read_text())
+  path.write_text(json.dumps(described | {"chat_template": text}))
+
+
+def test_the_papers_template_has_a_system_turn(two_templates, checkpoint):
+  def rendered(template):
+    found = evaluation.with_template(checkpoint, str(two_templates), template)
+    return found.tokenizer.render("Why?")
+
+  turn = "<|im_start|>user\n<video>\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+  system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+  assert rendered("tokenizer") == system + turn
+  assert rendered("") == rendered("processor") == turn
+
+
+def test_the_template_reaches_the_answers(
+  finished, request_of, two_templates, tmp_path
+):
+  """Prompts of another template are other prompts, and are not mixed."""
+  changes = dict(
+    checkpoint=str(two_templates),
+    template="tokenizer",
+    methods=("uniform",),
+    select_on="none",
+    num_examples=0,
+  )
+  with pytest.raises(errors.UserError, match="differs in questions, template"):
+    evaluation.evaluate(request_of(finished[0], **changes))
+  out = evaluation.evaluate(request_of(tmp_path, **changes))
+  expected = hashlib.sha256(QWEN2_TEMPLATE.encode()).hexdigest()
+  assert out["provenance"]["template_hash"] == expected
+  assert finished[1]["provenance"]["template_hash"] != expected
+
+
+def test_a_tokenizer_without_a_template_is_named(
+  two_templates, request_of, tmp_path
+):
+  folder = shutil.copytree(two_templates, tmp_path / "model")
+  set_tokenizer_template(folder, None)
+  with pytest.raises(errors.UserError) as caught:
+    evaluation.evaluate(
+      request_of(tmp_path, checkpoint=str(folder), template="tokenizer")
+    )
+  text = str(caught.value)
+  assert text.startswith(
+    f"{folder}: tokenizer_config.json has no chat_template"
+  )
+  assert "\n" not in text and "template=processor" in text
+
+
 def test_a_line_tells_all_that_a_table_needs(finished):
   workdir, out = finished
   lines = (workdir / "answers.jsonl").read_text().splitlines()[1:]
@@ -278,6 +353,7 @@ def test_a_users_own_policy_is_loaded(checkpoint, tmp_path):
     ({"data": "nowhere"}, "no data in nowhere"),
     ({"seeds": ()}, "no evaluation seed"),
     ({"batch_size": 0}, "batch_size=0"),
+    ({"template": "model"}, "use processor or tokenizer"),
     ({"shard": (1, 1)}, "give 0/1"),
     ({"min_pixels": 784}, "frames of one size"),
     ({"frame_manifest": "nowhere"}, "no frame manifest nowhere"),

@@ -1,5 +1,6 @@
 """Configs of released models: the paper's numbers, and their `:debug` form."""
 
+import hashlib
 import pathlib
 
 import jax
@@ -7,6 +8,7 @@ import pytest
 
 from cacovid_jax import config as config_lib
 from cacovid_jax import errors
+from cacovid_jax.data import chat_templates
 from cacovid_jax.data.synthetic import build
 from cacovid_jax.evals import evaluation
 from cacovid_jax.models import tiny_checkpoint
@@ -57,6 +59,8 @@ def test_a_released_model_is_trained_by_the_papers_recipe(name):
   assert (config.data.min_pixels, config.data.max_pixels) == pixels
   request = evaluation.request_fields(config)
   assert request["num_frames"] == 32
+  template = {"llava_onevision": "tokenizer", "qwen2_5_vl": ""}
+  assert request["template"] == template[RELEASED[name]]
   names = [method.partition("=")[0] for method in request["methods"]]
   assert names == [
     "cacovid",
@@ -117,6 +121,14 @@ def test_the_debug_form_trains_and_evaluates(name, prepared, tmp_path):
     )
   )
   assert set(out["methods"]) == {"cacovid", "divprune"}
+  # Of LLaVA-OneVision the paper's evaluator takes the tokenizer's template.
+  own = chat_templates.read(
+    prepared / RELEASED[name],
+    "tokenizer" if name.startswith("llava") else "processor",
+  )[0]
+  hashed = hashlib.sha256(own.encode()).hexdigest()
+  assert out["provenance"]["template_hash"] == hashed
+  assert ("You are a helpful" in own) == name.startswith("llava")
   for cells in out["methods"].values():
     assert cells["0.25"]["status"] == "ok"
     assert cells["0.25"]["equivalent_ratio"] == pytest.approx(0.25, abs=0.01)

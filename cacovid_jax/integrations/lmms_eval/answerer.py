@@ -1,6 +1,5 @@
 """Answers to lmms-eval's requests, by the evaluation's own programs."""
 
-import dataclasses
 import logging
 import os
 from collections.abc import Sequence
@@ -8,7 +7,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from cacovid_jax.data import prompts, questions
+from cacovid_jax.data import questions
 from cacovid_jax.evals import (
   answering,
   evaluation,
@@ -46,13 +45,11 @@ class Answerer:
     """Loads the weights."""
     self.args = args
     self.cell = args.cell()
-    checkpoint = checkpoints.load(args.directory, jnp.dtype(args.dtype))
-    if args.template != "processor":
-      tokenizer = prompts.Tokenizer.from_directory(
-        args.directory, template=args.template
-      )
-      checkpoint = dataclasses.replace(checkpoint, tokenizer=tokenizer)
-    self.checkpoint = checkpoint
+    self.checkpoint = checkpoint = evaluation.with_template(
+      checkpoints.load(args.directory, jnp.dtype(args.dtype)),
+      args.directory,
+      args.template,
+    )
     self._policies = {}
     if self.cell.method is not None:
       self._policies = self._load_policies()
