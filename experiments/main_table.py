@@ -91,6 +91,12 @@ _TOLERANCE = flags.DEFINE_float(
 _FRAMES = flags.DEFINE_integer(
   "table_frames", None, "Frames per clip; the config's, or 32.", lower_bound=1
 )
+_TEMPLATE = flags.DEFINE_enum(
+  "table_template",
+  None,
+  ["processor", "tokenizer"],
+  "Whose chat template prompts are written by; the config's, or the default.",
+)
 _MANIFESTS = flags.DEFINE_string(
   "table_manifests",
   None,
@@ -170,6 +176,7 @@ def dry_run(plan: Plan) -> dict[str, Any]:
     # A model that was named is that one, or a mistake.
     None if table_flags.MODEL.value else _BASE.value,
     request.dtype,
+    request.template,
   )
   loaded, faults = survey(plan)
   for name, fault in faults.items():
@@ -234,6 +241,8 @@ def plan_from_flags() -> Plan:
   ):
     raise errors.UserError("nothing says which base model: add --table_model")
   fields.setdefault("checkpoint", "")
+  if _TEMPLATE.value:
+    fields["template"] = _TEMPLATE.value
   if _CACHE.value:
     fields["cache"] = _CACHE.value
   if table_flags.POLICY.value:
@@ -546,7 +555,7 @@ def combine(
   absent = [name for name in paper.BENCHMARKS if name not in plan.requests]
   own = _per_cent(average["vanilla"], absent)
   found = drift.vanilla(model, own, plan.tolerance)
-  obstacles = _obstacles(plan, parts, absent)
+  obstacles = _obstacles(plan, parts, absent, model)
   average["vanilla"]["reproduced"] = drift.reproduced(
     found, paper.row(model, paper.VANILLA, 1.0), own, obstacles
   )
@@ -588,7 +597,7 @@ def _per_cent(row, absent) -> dict[str, float]:
   return found
 
 
-def _obstacles(plan, parts, absent) -> list[str]:
+def _obstacles(plan, parts, absent, model) -> list[str]:
   """Returns what makes a comparison with the paper void, in words."""
   request, found = plan.first, []
   if absent:
@@ -605,6 +614,12 @@ def _obstacles(plan, parts, absent) -> list[str]:
   if request.num_frames != paper.NUM_FRAMES:
     found.append(f"{request.num_frames} frames instead of {paper.NUM_FRAMES}")
   found += _other_pixels(request)
+  template = model and paper.MODELS[model].template
+  if template and request.template != template:
+    found.append(
+      f"prompts by the {request.template or 'default'} chat template instead"
+      f" of the {template}'s"
+    )
   if request.max_new_tokens:
     found.append(f"answers of at most {request.max_new_tokens} tokens")
   if request.rule != paper.RULE:
