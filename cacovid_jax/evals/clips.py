@@ -157,6 +157,15 @@ class ClipSource:
       if path not in self._clips and path not in self._ahead:
         self._ahead[path] = self._pool.submit(self._prepare, path)
 
+  def discard(self, keep: Iterable[str] = ()) -> None:
+    """Drops what was decoded ahead and is not asked for after all.
+
+    Args:
+      keep: clips that will be.
+    """
+    for path in self._ahead.keys() - set(keep):
+      self._ahead.pop(path).cancel()
+
   def __getitem__(self, path: str) -> Clip:
     if path in self._clips:
       self._clips.move_to_end(path)

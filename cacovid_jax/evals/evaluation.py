@@ -280,7 +280,9 @@ def _evaluate(request: Request):
       out = results.build(
         table,
         answers,
-        provenance=_provenance(table, answers, evaluator, test.generator_hash),
+        provenance=_provenance(
+          table, answers, failures, evaluator, test.generator_hash
+        ),
         failures=failures,
         chosen=chosen,
         decisive=test.decisive,
@@ -291,8 +293,7 @@ def _evaluate(request: Request):
         raise errors.UserError(
           f"none of the {out['num_clips']} clips below {test.root} can be read"
           f" (first: {out['unreadable'][0]['video']},"
-          f" {out['unreadable'][0]['reason']}); prepare the data again, and"
-          f" delete {workdir / 'answers.jsonl'}"
+          f" {out['unreadable'][0]['reason']}); prepare the data again"
         )
       results.write_json(workdir / "results.json", out)
       shown = examples.choose(
@@ -332,15 +333,25 @@ def _ask(table, evaluator, answers, workdir, shard, identity):
     )
     return None
   answers.look(shards.ledgers(workdir, "answers.jsonl"))
-  return board.failures()
+  answers.confirm_all()
+  failures = board.failures()
+  lacking = [key for key in results.keys(table, failures) if key not in answers]
+  if lacking:
+    raise errors.UserError(
+      f"{workdir}: {len(lacking)} answers are missing although all processes"
+      f" are done (first: {lacking[0].method}, {lacking[0].question}); a ledger"
+      f" was cut or deleted: start --shard=0/{shard.count} to"
+      f" {shard.count - 1}/{shard.count} again"
+    )
+  return failures
 
 
-def _provenance(table, answers, evaluator, generator_hash):
+def _provenance(table, answers, failures, evaluator, generator_hash):
   checkpoint = evaluator.checkpoint
   return provenance.describe(
     frame_hashes=results.frame_hashes(table, answers),
     index_hashes=results.frame_hashes(table, answers, "index_hash"),
-    devices=results.frame_hashes(table, answers, "device").values(),
+    environments=answers.environments(results.keys(table, failures)),
     template=checkpoint.tokenizer.template,
     checkpoint=checkpoint.identity,
     policies={name: p.identity for name, p in evaluator.policies.items()},

@@ -5,6 +5,14 @@ are appended and synced to disk once per batch; a line cut off by a kill is
 removed when the file is opened again. An open file is locked: two processes
 cannot write to one. Several may share the work of a run, each with a file of
 its own, and look into those of the others (see `shards`).
+
+The header also says in which environment the answers were computed. Where
+another one goes on, a line says so before its first answer.
+
+An answer with a `fault` is about a clip that could not be used. A file's faults
+are not its answers: the clip may be there by now. Whoever asks again either
+confirms them or adds an answer, whose line stands behind that of the fault and
+wins.
 """
 
 import fcntl
@@ -19,6 +27,8 @@ from absl import logging
 from cacovid_jax import errors
 
 _HEADER = "run"
+_ENVIRONMENT = "environment"
+_FAULT = "fault"
 
 
 class Key(NamedTuple):
@@ -43,18 +53,33 @@ class Ledger:
   A context manager; once closed, the answers can still be looked up.
   """
 
-  def __init__(self, path: str | os.PathLike | None, run: Mapping[str, Any]):
+  def __init__(
+    self,
+    path: str | os.PathLike | None,
+    run: Mapping[str, Any],
+    *,
+    environment: Mapping[str, Any] | None = None,
+  ):
     """Opens or starts a file, and locks it.
 
     Args:
       path: of the JSON lines; None keeps answers in memory only.
       run: what the answers depend on; a file of another run is refused.
+      environment: what computes new answers, see `provenance.environment`; None
+        writes down none.
     """
     self._records: dict[Key, dict[str, Any]] = {}
+    # Of files: what was wrong with a clip then.
+    self._faults: dict[Key, dict[str, Any]] = {}
+    self._environment = _text(environment)
+    # Of the answers, as JSON; "" is not known.
+    self._environments: dict[Key, str] = {}
+    # Of the last line in the file.
+    self._last_environment = self._environment
     self._path = None if path is None else pathlib.Path(path)
     self._file = None
     # Through JSON and back, so that it compares equal to what is read.
-    self._run = json.loads(json.dumps(dict(run), sort_keys=True))
+    self._run = json.loads(_text(run))
     if self._path is None:
       return
     self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,8 +117,34 @@ class Ledger:
     new = [
       (key, dict(fields)) for key, fields in records if key not in self._records
     ]
-    self._append([{**key._asdict(), **fields} for key, fields in new])
-    self._records.update(new)
+    again = [key for key, fields in new if self._faults.get(key) == fields]
+    self.confirm(again)
+    new = [(key, fields) for key, fields in new if key not in self._records]
+    lines = [{**key._asdict(), **fields} for key, fields in new]
+    if lines and self._last_environment != self._environment:
+      lines.insert(0, {_ENVIRONMENT: json.loads(self._environment or "null")})
+      self._last_environment = self._environment
+    self._append(lines)
+    for key, fields in new:
+      self._take(key, fields, self._environment)
+
+  def fault(self, key: Key) -> dict[str, Any] | None:
+    """Returns the answer of a file about a clip that could not be used then."""
+    return self._faults.get(key)
+
+  def confirm(self, keys: Iterable[Key]) -> None:
+    """Makes faults of files answers: the clips still cannot be used."""
+    for key in keys:
+      self._records[key] = self._faults.pop(key)
+
+  def confirm_all(self) -> None:
+    """Makes all faults of files answers that nothing better is known for."""
+    self.confirm(list(self._faults))
+
+  def environments(self, keys: Iterable[Key]) -> list[dict[str, Any]]:
+    """Returns the environments that answers were computed in, each once."""
+    found = {self._environments.get(key, "") for key in keys} - {""}
+    return [json.loads(text) for text in sorted(found)]
 
   def look(self, paths: Iterable[str | os.PathLike]) -> None:
     """Takes the answers of other files of this run, which stay as they are.
@@ -104,8 +155,23 @@ class Ledger:
     for path in map(pathlib.Path, paths):
       if self._path is not None and path.name == self._path.name:
         continue
-      for key, record in self._parse(path, path.read_bytes()):
-        self._records.setdefault(key, record)
+      try:
+        data = path.read_bytes()
+      except FileNotFoundError:
+        continue  # Deleted since it was listed.
+      for key, record, environment in self._parse(path, data)[0]:
+        if key in self._records or (_FAULT in record and key in self._faults):
+          continue
+        self._take(key, record, environment, stored=True)
+
+  def _take(self, key, record, environment: str, stored: bool = False) -> None:
+    """Adds an answer; a fault of a file is none until it is confirmed."""
+    if stored and _FAULT in record:
+      self._faults[key] = record
+    else:
+      self._faults.pop(key, None)
+      self._records[key] = record
+    self._environments[key] = environment
 
   def _append(self, lines: list[dict[str, Any]]) -> None:
     if not lines or self._path is None:
@@ -119,15 +185,31 @@ class Ledger:
     self._file.seek(0)
     data = self._file.read()
     complete = data.rfind(b"\n") + 1
-    self._records.update(self._parse(self._path, data))
+    found, last = self._parse(self._path, data)
+    for key, record, environment in found:
+      if _FAULT not in record or key not in self._records:
+        self._take(key, record, environment, stored=True)
     if complete < len(data):
       self._file.truncate(complete)
-    if not complete:
-      self._append([{_HEADER: self._run}])
+    if complete:
+      self._last_environment = last
+      return
+    header = {_HEADER: self._run}
+    if self._environment:
+      header[_ENVIRONMENT] = json.loads(self._environment)
+    self._append([header])
 
-  def _parse(self, path, data: bytes) -> list[tuple[Key, dict[str, Any]]]:
-    """Returns the answers of a file; a line without an end is none."""
-    found = []
+  def _parse(self, path, data: bytes):
+    """Returns the answers of a file; a line without an end is none.
+
+    Args:
+      path: of the file.
+      data: all of it.
+
+    Returns:
+      ([(key, answer, environment)], environment of the last line).
+    """
+    found, environment = [], ""
     complete = data[: data.rfind(b"\n") + 1]
     lines = complete.decode("utf-8", "replace").split("\n")[:-1]
     for number, line in enumerate(lines, start=1):
@@ -135,6 +217,8 @@ class Ledger:
         record = json.loads(line)
         if number == 1:
           self._check_run(path, record[_HEADER])
+        if number == 1 or _ENVIRONMENT in record:
+          environment = _text(record.get(_ENVIRONMENT))
           continue
         key = Key(*(record.pop(field) for field in Key._fields))
       except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -142,8 +226,8 @@ class Ledger:
           f"{path} line {number} is damaged ({type(error).__name__}); delete"
           " the file to evaluate again"
         ) from error
-      found.append((key, record))
-    return found
+      found.append((key, record, environment))
+    return found, environment
 
   def _check_run(self, path, found: Mapping[str, Any]) -> None:
     names = sorted({*found, *self._run})
@@ -153,6 +237,11 @@ class Ledger:
         f"{path} holds answers of another run (differs in"
         f" {', '.join(differing)}); use another workdir, or delete the file"
       )
+
+
+def _text(entry: Mapping[str, Any] | None) -> str:
+  """Returns JSON that is equal for equal entries; "" for none."""
+  return "" if entry is None else json.dumps(dict(entry), sort_keys=True)
 
 
 def header(path: str | os.PathLike) -> dict[str, Any]:

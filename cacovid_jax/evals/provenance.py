@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import json
 import os
 import pathlib
 import platform
@@ -38,7 +39,7 @@ def describe(
   settings: Mapping[str, Any] | None = None,
   index_hashes: Mapping[str, str] | None = None,
   template: str | None = None,
-  devices: Iterable[str] | None = None,
+  environments: Iterable[Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
   """Returns the provenance section of results.json.
 
@@ -52,21 +53,30 @@ def describe(
     settings: of the evaluation.
     index_hashes: clip -> digest of which of its frames were shown.
     template: the chat template's text, None if there is none.
-    devices: kinds that answers were computed on; None is this process's.
+    environments: what answers were computed in, see `environment`; None is
+      this process's. All are listed; where they differ in a field, that names
+      every value.
   """
-  if devices is None:
-    devices = [device_kind()]
+  texts = {
+    json.dumps(dict(found), sort_keys=True)
+    for found in ([environment()] if environments is None else environments)
+  }
+  environments = [json.loads(text) for text in sorted(texts)]
+  versions = [found["packages"] for found in environments]
   return {
     "checkpoint": checkpoint.get("sha256", ""),
-    "decoder": decoder(),
-    "device": ", ".join(sorted(set(devices))),
+    "decoder": _joined(environments, "decoder"),
+    "device": _joined(environments, "device"),
+    "environments": environments,
     "frame_hash": combined(frame_hashes),
     "frame_index_hash": combined(index_hashes or {}),
     "generator_hash": generator_hash,
-    "git_commit": git_commit(),
-    "packages": packages(),
+    "git_commit": _joined(environments, "git_commit"),
+    "packages": {
+      name: _joined(versions, name) for name in sorted(set().union(*versions))
+    },
     "policies": dict(policies),
-    "python": platform.python_version(),
+    "python": _joined(environments, "python"),
     "settings": dict(settings or {}),
     "template_hash": None if template is None else digest(template),
   }
@@ -75,6 +85,22 @@ def describe(
 def digest(text: str) -> str:
   """Returns the sha256 of a text."""
   return hashlib.sha256(text.encode()).hexdigest()
+
+
+def environment() -> dict[str, Any]:
+  """Returns what computes here: nothing that two equal machines differ in."""
+  return {
+    "decoder": decoder(),
+    "device": device_kind(),
+    "git_commit": git_commit(),
+    "packages": packages(),
+    "python": platform.python_version(),
+  }
+
+
+def _joined(entries: Iterable[Mapping[str, str]], name: str) -> str:
+  """Returns the distinct values of a field, as a rule a single one."""
+  return ", ".join(sorted({entry[name] for entry in entries if name in entry}))
 
 
 def device_kind() -> str:

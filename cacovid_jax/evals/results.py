@@ -164,7 +164,7 @@ def build(
     "paired": paired,
     "frame_head": _frame_head(table, ledger, decisive, frame_ratio, failures),
     "chosen": dict(chosen or {}),
-    "unreadable": _unreadable(table, ledger),
+    "unreadable": _unreadable(table, ledger, failures),
     "seeds": list(table.seeds),
     "provenance": dict(provenance),
   }
@@ -209,6 +209,18 @@ def check_ratios(ratios: Iterable[float]) -> tuple[float, ...]:
   return ratios
 
 
+def keys(
+  table: Table, failures: Mapping[tuple[str, float], runner.Failure]
+) -> list[ledger_lib.Key]:
+  """Returns the keys of all answers of a table, less what could not be run."""
+  return [
+    cell.key(question.id)
+    for cell in runner.cells(table.methods, table.ratios, table.seeds)
+    if cell.place not in failures
+    for question in table.questions
+  ]
+
+
 def frame_hashes(
   table: Table, ledger: ledger_lib.Ledger, field: str = "frame_hash"
 ) -> dict[str, str]:
@@ -217,8 +229,7 @@ def frame_hashes(
   Args:
     table: whose clips.
     ledger: with the answers to whole prompts.
-    field: "frame_hash" is of their pixels, "index_hash" of which they are; any
-      other of a clip's facts, such as "device", as well.
+    field: "frame_hash" is of their pixels, "index_hash" of which they are.
   """
   cell = runner.Cell(None, 1.0, 0)
   found = {}
@@ -440,16 +451,26 @@ def _frame_head(table, ledger, decisive, frame_ratio, failures):
   }
 
 
-def _unreadable(table, ledger) -> list[dict[str, Any]]:
-  """Returns the clips that could not be used; their questions count as 0."""
-  cell = runner.Cell(None, 1.0, 0)
+def _unreadable(table, ledger, failures) -> list[dict[str, Any]]:
+  """Returns the clips that could not be used; their questions count as 0.
+
+  Those as well that were lost before the last row was asked.
+  """
+  faults = {}
+  for key in keys(table, failures):
+    fault = ledger[key].get("fault")
+    if fault:
+      faults.setdefault(key.question, fault)
   found = {}
   for question in table.questions:
-    fault = ledger[cell.key(question.id)].get("fault")
-    if fault:
+    if question.id in faults:
       entry = found.setdefault(
         question.video,
-        {"video": question.video, "reason": fault, "questions": 0},
+        {
+          "video": question.video,
+          "reason": faults[question.id],
+          "questions": 0,
+        },
       )
       entry["questions"] += 1
   return [found[name] for name in sorted(found)]

@@ -21,6 +21,8 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import itertools
+import json
 import math
 import pathlib
 import time
@@ -363,14 +365,16 @@ class Evaluator:
     }
 
   def _digest(self, questions) -> str:
-    """Returns a sha256 of the ids of these questions' prompts."""
+    """Returns a sha256 of all that is known of these questions.
+
+    The right answers among it: scores are kept in the ledger. Prompts are as of
+    clips of one token, since a clip that is not there yet has no grid.
+    """
     digest = hashlib.sha256()
     for question in _by_id(questions):
-      prompt = self._texts.prompt(
-        question.id, math.prod(self.grid_of(question))
-      )
-      digest.update(question.id.encode() + b"\0")
-      digest.update(prompt.ids.tobytes())
+      fields = dataclasses.asdict(question)
+      digest.update(json.dumps(fields, sort_keys=True).encode() + b"\0")
+      digest.update(self._texts.prompt(question.id, 1).ids.tobytes())
     return digest.hexdigest()
 
   def run(
@@ -419,17 +423,15 @@ class Evaluator:
     with metrics.Progress(total, description=description) as progress:
       done = 0
       for place, (number, batch) in enumerate(own):
-        todo = [
-          cell
-          for cell in cells
-          if cell.place not in failures
-          and any(cell.key(question.id) not in ledger for question in batch)
-        ]
+        self._confirm_faults(batch, cells, ledger)
+        todo = _lacking(batch, cells, ledger, failures)
         # What is known, and what cannot be run, is no work that is left.
         done += len(batch) * (len(cells) - len(todo))
         if todo:
-          following = own[place + 1][1] if place + 1 < len(own) else []
-          self.source.prefetch(q.video for q in (*batch, *following))
+          following = self._following(own, place, cells, ledger, failures)
+          ahead = [*(question.video for question in batch), *following]
+          self.source.discard(keep=ahead)
+          self.source.prefetch(ahead)
 
           def tell(asked, what, start=done, rows=batch):
             progress.update(start + asked * len(rows), note=what)
@@ -438,7 +440,43 @@ class Evaluator:
           done += len(batch) * len(todo)
           self._check_any_left(cells, failures)
         progress.update(done)
+    self.source.discard()
     return failures
+
+  def _confirm_faults(self, batch, cells, ledger) -> None:
+    """Keeps the answers about clips that still cannot be used, unasked."""
+    for question in batch:
+      keys = [cell.key(question.id) for cell in cells]
+      known = {key: ledger.fault(key) for key in keys if ledger.fault(key)}
+      if known:
+        fault = self.source[question.video].fault
+        size = self.tools(question).num_video
+        ledger.confirm(
+          key
+          for key, record in known.items()
+          if (record["fault"], record["of"]) == (fault, size)
+        )
+
+  def _following(self, own, place, cells, ledger, failures) -> list[str]:
+    """Returns the clips of the next batch of which something is not known."""
+    for _, batch in itertools.islice(own, place + 1, None):
+      lacking = _lacking(batch, cells, ledger, failures)
+      if not lacking:
+        continue
+      faulty = {
+        question.id: any(
+          ledger.fault(cell.key(question.id)) is not None for cell in lacking
+        )
+        for question in batch
+      }
+      # Where only faults are left, the other clips are as a rule not needed.
+      only_faults = all(
+        cell.key(question.id) in ledger or faulty[question.id]
+        for question in batch
+        for cell in lacking
+      )
+      return [q.video for q in batch if faulty[q.id] or not only_faults]
+    return []
 
   def batches(
     self, questions: Sequence[questions_lib.Question]
@@ -673,7 +711,6 @@ class Evaluator:
           clip = self.source[question.video]
           fields["frame_hash"] = clip.frame_hash
           fields["index_hash"] = clip.index_hash
-          fields["device"] = provenance.device_kind()
         if cell.method is not None and _inside(cell.method):
           # Before the language model it follows from what was kept.
           fields["equivalent"] = round(float(reply.equivalent[row]), 9)
@@ -696,6 +733,16 @@ def wanted(methods: Sequence[Method]) -> frozenset[str]:
   """Returns what the clips must bring along for these methods."""
   needs = frozenset().union(*[method.needs for method in methods])
   return needs & base.VISION_NEEDS
+
+
+def _lacking(batch, cells, ledger, failures) -> list[Cell]:
+  """Returns the cells that some question of a batch is still to be asked."""
+  return [
+    cell
+    for cell in cells
+    if cell.place not in failures
+    and any(cell.key(question.id) not in ledger for question in batch)
+  ]
 
 
 def _facts(question: questions_lib.Question) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from cacovid_jax import errors
 from cacovid_jax.evals import ledger as ledger_lib
-from cacovid_jax.evals import results, runner
+from cacovid_jax.evals import provenance, results, runner
 
 _SHARD = re.compile(r"([0-9]+)/([0-9]+)")
 
@@ -89,7 +89,9 @@ def ledger(
     name: of the ledger of one process alone.
     run: what the answers depend on.
   """
-  found = ledger_lib.Ledger(workdir / shard.file(name), run)
+  found = ledger_lib.Ledger(
+    workdir / shard.file(name), run, environment=provenance.environment()
+  )
   try:
     found.look(ledgers(workdir, name))
   except BaseException:

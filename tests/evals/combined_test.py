@@ -232,3 +232,13 @@ def test_of_two_answers_the_process_own_counts(tmp_path, evaluated):
   )
   np.testing.assert_array_equal(read((0, 1))["random", "0.10"], [1.0, 0.5])
   np.testing.assert_array_equal(read((1, 2))["random", "0.10"], [0.0, 0.0])
+
+
+def test_a_clip_that_could_not_be_used_counts_as_wrong(tmp_path, evaluated):
+  """Unless another process could use it after all."""
+  records, read = evaluated
+  fault = {**records[-1], "score": 0.0, "fault": "missing"}
+  write(tmp_path / "answers.jsonl", [*records[:-1], fault])
+  np.testing.assert_array_equal(read()["random", "0.10"], [1.0, 0.0])
+  write(tmp_path / "answers-0-of-2.jsonl", records[-1:])
+  np.testing.assert_array_equal(read()["random", "0.10"], [1.0, 0.5])

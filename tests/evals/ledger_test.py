@@ -87,3 +87,103 @@ def test_a_file_without_a_whole_header_starts_anew(tmp_path):
   with ledger.Ledger(path, RUN) as answers:
     assert not len(answers)
   assert json.loads(path.read_text()) == {"run": RUN}
+
+
+@pytest.mark.parametrize("left", [b"", b'{"run": {"check', b"%"])
+def test_what_is_left_of_a_killed_process_stops_nobody(tmp_path, left):
+  """No header, half of one, or a whole file whose last line is cut."""
+  mine, other = tmp_path / "mine.jsonl", tmp_path / "other.jsonl"
+  with ledger.Ledger(other, RUN) as theirs:
+    theirs.add([(key("a"), {"text": "A"}), (key("b"), {"text": "\u00e4"})])
+  whole = other.read_bytes()
+  other.write_bytes(whole[:-3] if left == b"%" else left)
+  with ledger.Ledger(mine, RUN) as answers:
+    answers.look([mine, other, tmp_path / "deleted-since.jsonl"])
+    assert len(answers) == (1 if left == b"%" else 0)
+  with ledger.Ledger(other, RUN) as theirs:
+    theirs.add([(key("a"), {"text": "A"}), (key("b"), {"text": "\u00e4"})])
+  assert other.read_bytes() == whole
+
+
+def test_a_fault_on_disk_is_no_answer_until_it_is_confirmed(tmp_path):
+  path = tmp_path / "answers.jsonl"
+  fault = {"text": "", "score": 0.0, "fault": "missing"}
+  with ledger.Ledger(path, RUN) as answers:
+    answers.add([(key(name), fault) for name in "abc"])
+    assert key("a") in answers and answers.fault(key("a")) is None
+  before = path.read_bytes()
+  with ledger.Ledger(path, RUN) as answers:
+    assert not len(answers) and answers.fault(key("a")) == fault
+    answers.confirm([key("a")])
+    answers.add([(key("b"), fault)])
+    assert answers[key("a")] == answers[key("b")] == fault
+    assert path.read_bytes() == before  # Both are there already.
+    answers.add([(key("c"), {"text": "C", "score": 1.0})])
+  # The last line about a question counts.
+  with ledger.Ledger(path, RUN) as answers:
+    assert answers[key("c")]["text"] == "C" and len(answers) == 1
+    answers.confirm_all()
+    assert len(answers) == 3 and answers[key("a")] == fault
+
+
+def test_an_answer_of_any_process_goes_before_a_fault(tmp_path):
+  mine, other = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+  with ledger.Ledger(mine, RUN) as answers:
+    answers.add([(key("a"), {"fault": "missing"})])
+  with ledger.Ledger(other, RUN) as answers:
+    answers.add([(key("a"), {"text": "A"})])
+  for first, second in ((mine, other), (other, mine)):
+    with ledger.Ledger(first, RUN) as answers:
+      answers.look([second])
+      assert answers[key("a")] == {"text": "A"}
+      assert answers.fault(key("a")) is None
+
+
+def test_answers_know_where_they_were_computed(tmp_path):
+  path = tmp_path / "answers.jsonl"
+  gpu, cpu = {"device": "gpu X"}, {"device": "cpu"}
+
+  def add(name, environment):
+    with ledger.Ledger(path, RUN, environment=environment) as answers:
+      answers.add([(key(name), {})])
+
+  # A second process on the same machine leaves no trace.
+  for name, environment in zip("abcd", (gpu, gpu, cpu, gpu), strict=True):
+    add(name, environment)
+  lines = [json.loads(line) for line in path.read_text().splitlines()]
+  assert lines[0] == {"run": RUN, "environment": gpu}
+  assert [sorted(line) == ["environment"] for line in lines[1:]] == [
+    False,
+    False,
+    True,
+    False,
+    True,
+    False,
+  ]
+  with ledger.Ledger(tmp_path / "mine.jsonl", RUN, environment=cpu) as answers:
+    answers.look([path])
+    assert answers.environments(map(key, "ab")) == [gpu]
+    assert answers.environments([key("c")]) == [cpu]
+    assert answers.environments(map(key, "abcd")) == [cpu, gpu]
+    answers.add([(key("e"), {})])
+    assert answers.environments([key("e")]) == [cpu]
+  # Nothing is added by looking at a file.
+  before = path.read_bytes()
+  ledger.Ledger(path, RUN, environment={"device": "tpu"}).close()
+  assert path.read_bytes() == before
+
+
+def test_a_header_tells_the_run_of_a_file(tmp_path):
+  path = tmp_path / "answers.jsonl"
+  with ledger.Ledger(path, RUN) as answers:
+    # While it is open.
+    assert ledger.header(path) == RUN
+    answers.add([(key("a"), {"text": "A"})])
+  assert ledger.header(path) == RUN
+  for cut in (b"", b'{"run": {"check'):
+    path.write_bytes(cut)
+    assert ledger.header(path) == {}
+  for damaged in (b"{\n", b"[]\n", b'{"method": "random"}\n'):
+    path.write_bytes(damaged)
+    with pytest.raises(errors.UserError, match="line 1 is damaged"):
+      ledger.header(path)

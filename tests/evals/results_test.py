@@ -336,14 +336,25 @@ def test_shares_are_of_each_clips_own_tokens(tmp_path):
 
 
 def test_provenance_names_what_answers_were_computed_on():
+  one = {
+    "decoder": "PyAV 15",
+    "device": "gpu X",
+    "git_commit": "c0",
+    "packages": {"jax": "1"},
+    "python": "3.11",
+  }
+  other = {**one, "device": "cpu", "packages": {"jax": "2", "flax": "3"}}
   described = provenance.describe(
     frame_hashes={"a": "0"},
     index_hashes={"a": "1"},
     checkpoint={"sha256": "2"},
     policies={},
     template="{{ messages }}",
-    devices=["gpu X", "gpu X", "cpu"],
+    environments=[one, other, one],
   )
+  assert described["environments"] == [other, one]
+  assert described["packages"] == {"flax": "3", "jax": "1, 2"}
+  assert (described["decoder"], described["git_commit"]) == ("PyAV 15", "c0")
   assert described["device"] == "cpu, gpu X"
   # sha256 of "a", NUL, "1", newline; and of the template.
   digests = [
@@ -354,3 +365,5 @@ def test_provenance_names_what_answers_were_computed_on():
   assert described["template_hash"] == digests[1]
   alone = provenance.describe(frame_hashes={}, checkpoint={}, policies={})
   assert alone["device"] == "cpu" and alone["template_hash"] is None
+  assert alone["environments"] == [provenance.environment()]
+  assert alone["packages"] == provenance.packages()
