@@ -468,9 +468,11 @@ def run(
     name: pathlib.Path(request.workdir, ASKED)
     for name, request in plan.requests.items()
   }
-  # What an earlier start found is told again, by the answers that it left.
-  for note in notes.values():
-    note.unlink(missing_ok=True)
+  # Processes that share the work wait for each other's results of this start:
+  # those of an earlier one may hold failures that are mended by now.
+  if not shards.Shard(*plan.first.shard).alone:
+    for note in notes.values():
+      note.unlink(missing_ok=True)
   for name, request in plan.requests.items():
     if evaluation.evaluate(request) is not None:
       results.write_json(notes[name], asked(request, loaded[name].questions))

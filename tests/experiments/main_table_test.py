@@ -375,6 +375,20 @@ def test_processes_that_share_the_work_make_one_table(made, make, capsys):
     assert (shared / name).read_bytes() == (made / name).read_bytes(), name
 
 
+def test_another_rule_behind_a_label_makes_no_table_of_old_results(
+  made, make, capsys
+):
+  """Labels, ratios and counts of what lies there are those asked for."""
+  stale = made.parent / "stale"
+  for name in NAMES:
+    shutil.copytree(made / name, stale / name)
+  # It cannot be run, so that nothing is compiled.
+  methods = ["cacovid", "uniform=fastv", "fastv"]
+  make("stale", table_shard="0/2", table_methods=methods)
+  assert "the last process to end writes the table" in capsys.readouterr().out
+  assert not (stale / "results.json").exists()
+
+
 @pytest.mark.parametrize(
   "changes,message",
   [
