@@ -9,6 +9,8 @@ import matplotlib.figure
 from experiments import table_files
 
 NAMES = ("table.md", "table.csv", "prefill.png", "results.json")
+# Facts of results.json's rows that the table leaves out.
+_HIDDEN = ("git_commit",)
 COLUMNS = (
   "method", "ratio", "status", "kept_tokens", "rule_ms", "reads_ms",
   "compression_ms", "prefill_ms", "total_ms", "first_token_ms",
@@ -29,7 +31,8 @@ def as_csv(out) -> str:
   text = io.StringIO()
   writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
   writer.writeheader()
-  writer.writerows(out["rows"])
+  for row in out["rows"]:
+    writer.writerow({k: v for k, v in row.items() if k not in _HIDDEN})
   return text.getvalue()
 
 
@@ -37,12 +40,13 @@ def markdown(out) -> str:
   """Returns the table as text, in the order it was measured."""
   grid = " x ".join(map(str, out["grid"]))
   packages = out["packages"]
+  commits = " and ".join(commit[:12] for commit in out["git_commits"])
   vanilla = out["rows"][0]
   parts = [
     f"# Efficiency of {out['size']}",
     f"One prompt of {out['prompt_rows']} tokens, {grid} of them of the video,"
     f" {out['dtype']}, on {out['host']['device']} ({out['host']['backend']}),"
-    f" jax {packages['jax']}, commit {out['git_commit'][:12]}. Medians of"
+    f" jax {packages['jax']}, commit {commits}. Medians of"
     f" {out['repeats']} runs, milliseconds. Tower {out['tower_ms']:.1f}"
     f" ({out['tower_tflops']:.3g} TFLOP), making the prompt"
     f" {out['embed_ms']:.2f}; both are in the time to the first token.",
@@ -68,7 +72,8 @@ def _table(rows, vanilla):
       reason = row["status"].replace("|", "\\|")
       lines.append(f"| {name} | {ratio} | {reason} |" + " |" * 9)
       continue
-    share = row["total_ms"] / vanilla["prefill_ms"]
+    whole = vanilla.get("prefill_ms")
+    share = f"{row['total_ms'] / whole:.0%}" if whole else ""
     cells = [
       name,
       ratio,
@@ -76,7 +81,7 @@ def _table(rows, vanilla):
       _milliseconds(row["compression_ms"]),
       _milliseconds(row["prefill_ms"]),
       _milliseconds(row["total_ms"]),
-      f"{share:.0%}",
+      share,
       _milliseconds(row["first_token_ms"]),
       f"{row['prefill_tflops']:.3g}",
       f"{row['kv_mib']:.3g}",

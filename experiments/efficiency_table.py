@@ -2,6 +2,7 @@ r"""The paper's efficiency table: what compression costs and what it saves.
 
 python -m experiments.efficiency_table --table_size=ov-7b
 python -m experiments.efficiency_table --table_size=tiny   # on a CPU
+python -m experiments.efficiency_table ... --dry_run       # what it would take
 
 Times one prompt about one video on this device: the tower, the prefill of all
 tokens, and for every method the choice of its tokens and the prefill of what
@@ -13,6 +14,11 @@ of `--timing_repeats` runs after one that compiles.
 WORKDIR/table.md, table.csv   a row per method and ratio, the paper's beside it
 WORKDIR/prefill.png           milliseconds to the first token, by part
 WORKDIR/results.json          all of it, with shapes, dtype, device, versions
+WORKDIR/rows.jsonl            every time as it is measured
+
+Stopped and given again, it measures what rows.jsonl lacks; what could not be
+run is tried again. Times of another size, device or version are refused there.
+One process at a time may write to it. `--dry_run` counts what it would take.
 
 Operations and cache are counted, not measured (`evals.cost`). A method inside
 the language model chooses and prefills in one program: its choice is the time
@@ -31,12 +37,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import rich.console
+import rich.table
 from absl import flags
 
 from cacovid_jax import compressors, errors
 from cacovid_jax.evals import (
   cost,
   latency,
+  ledger,
   paper,
   programs,
   provenance,
@@ -50,7 +59,12 @@ from cacovid_jax.models import (
   random_checkpoint,
 )
 from cacovid_jax.policy import network
-from experiments import efficiency_files, selection_benchmark, table_flags
+from experiments import (
+  efficiency_files,
+  selection_benchmark,
+  table_estimate,
+  table_flags,
+)
 
 _LLAVA = llava_onevision.LlavaOnevisionConfig
 _QWEN = qwen2_5_vl.Qwen2_5VLConfig
@@ -98,6 +112,8 @@ _LEFT_OUT = ("cacovid_untrained", "cacovid_other_question")
 _PAPER_HALVINGS = 4
 _NUM_TEXT = 75  # Tokens of a usual question with options and template.
 _SECONDS_PER_SLICE = 2.0
+_SEED = 0  # Of the random weights.
+ROWS = "rows.jsonl"
 
 _SIZE = flags.DEFINE_enum(
   "table_size", "ov-7b", list(SIZES), "Model and video."
@@ -120,17 +136,20 @@ def main(argv):
         f"{method.label} knows where the answer lies; it is no row of a table"
         " of times"
       )
-  name = _SIZE.value
-  size = SIZES[name]
+  labels = [method.label for method in methods]
+  for label in labels:
+    if labels.count(label) > 1:
+      raise errors.UserError(f"--table_methods lists {label} twice")
+  name, repeats = _SIZE.value, table_flags.REPEATS.value
+  if table_estimate.DRY_RUN.value:
+    dry_run(name, methods, ratios, repeats)
+    return
   workdir = pathlib.Path(
     table_flags.WORKDIR.value or f"workdirs/efficiency_{name}"
   )
-  workdir.mkdir(parents=True, exist_ok=True)
-  subject, encode = make(size, _WEIGHTS.value or workdir / "weights")
-  out = measure(
-    subject, encode, size, methods, ratios, table_flags.REPEATS.value
-  )
-  out["size"] = name
+  with ledger.Ledger(workdir / ROWS, run_of(name, repeats)) as rows:
+    subject, encode = make(SIZES[name], _WEIGHTS.value or workdir / "weights")
+    out = measure(subject, encode, name, methods, ratios, repeats, rows)
   results.write_json(workdir / "results.json", out)
   efficiency_files.write(workdir, out)
   print(efficiency_files.markdown(out))
@@ -148,6 +167,105 @@ def default_rows() -> list[str]:
       if follows == name:
         rows.append(f"{label}={spec}")
   return rows
+
+
+def run_of(name: str, repeats: int) -> dict[str, Any]:
+  """Returns what the times in a ledger depend on, besides the code's commit.
+
+  Args:
+    name: key of `SIZES`.
+    repeats: runs that a time is the median of.
+  """
+  size = SIZES[name]
+  return {
+    "device": provenance.device_kind(),
+    "dtype": size.dtype,
+    "grid": list(size.grid),
+    "packages": provenance.packages(),
+    "repeats": repeats,
+    "seed": _SEED,
+    "size": name,
+  }
+
+
+def dry_run(name: str, methods, ratios, repeats: int) -> dict[str, Any]:
+  """Prints what a table would take, and returns it; draws no weights.
+
+  Args:
+    name: key of `SIZES`.
+    methods: rows.
+    ratios: of each.
+    repeats: runs that a time is the median of.
+  """
+  size = SIZES[name]
+  config, grid = size.config(), size.grid
+  text, num_rows = config.text, _prompt_rows(config, grid)
+  outside = num_rows - math.prod(grid)
+  speed = table_estimate.speed_of(
+    table_estimate.TFLOPS.value, table_estimate.GBPS.value, size.dtype
+  )
+  rows = []
+  cells = [(method, ratio) for ratio in ratios for method in methods]
+  for method, ratio in [(None, 1.0), *cells]:
+    compressor = method and method.compressor
+    row = {"method": method.label if method else paper.VANILLA, "ratio": ratio}
+    rows.append(row)
+    if not table_estimate.able(compressor, text.num_layers, grid, ratio):
+      row["status"] = "cannot be run at this ratio"
+      continue
+    kept = cost.computed_rows(compressor, text.num_layers, grid, ratio)
+    layers = [count + outside for count in kept]
+    flops = cost.prefill_flops(text, layers)
+    row |= {
+      "status": "ok",
+      "prefill_tflops": flops / 1e12,
+      "prefill_ms": 1e3 * speed.seconds(flops),
+      "kv_mib": cost.kv_bytes(text, layers, size.dtype) / 2**20,
+    }
+  memory = cost.memory(
+    config,
+    grid=grid,
+    prompt_rows=num_rows,
+    new_tokens=1,
+    batch=1,
+    dtype=size.dtype,
+    policy=table_estimate.policy_of(text, methods),
+  )
+  tower = speed.seconds(cost.tower_flops(config, grid))
+  each = tower + sum(row.get("prefill_ms", 0.0) for row in rows) / 1e3
+  out = {
+    "size": name,
+    "rows": rows,
+    "programs": 1
+    + table_estimate.num_programs(methods, ratios, text.num_layers, grid),
+    # As bfloat16, whatever the computation's type.
+    "disk_bytes": cost.weight_bytes(config, "bfloat16"),
+    "memory_bytes": memory.total,
+    "seconds": (1 + repeats) * each,
+  }
+  _show(out, speed)
+  return out
+
+
+def _show(out, speed):
+  console = rich.console.Console(width=100)
+  table = rich.table.Table(title=f"{out['size']}, prefills, as counted")
+  for title in ("method", "ratio", "TFLOP", "ms", "cache MiB"):
+    table.add_column(title)
+  for row in out["rows"]:
+    cells = [row["status"], "", ""]
+    if row["status"] == "ok":
+      names = "prefill_tflops", "prefill_ms", "kv_mib"
+      cells = [f"{row[name]:.4g}" for name in names]
+    table.add_row(row["method"], f"{row['ratio']:g}", *cells)
+  console.print(table)
+  console.print(
+    f"weights {out['disk_bytes'] / 1e9:.3g} GB on disk, memory of the device"
+    f" {out['memory_bytes'] / 2**30:.2f} GiB, {out['programs']} programs to"
+    f" compile, runs {out['seconds']:.3g} s without choosing tokens and"
+    f" compiling, at {speed.flops / 1e12:.4g} TFLOP/s (--table_tflops)",
+    highlight=False,
+  )
 
 
 def make(size: Size, directory) -> tuple[latency.Subject, Any]:
@@ -192,9 +310,16 @@ def _draw(directory, config):
         f"{directory} holds another model; give another --weights_dir"
       )
     return
+  if directory.exists() and (
+    not directory.is_dir() or any(directory.iterdir())
+  ):
+    raise errors.UserError(
+      f"{directory} holds something else than weights; give an empty or a new"
+      " --weights_dir"
+    )
   # The config is written first: a folder without an index was cut off.
   partial = directory.with_name(f"{directory.name}.partial")
-  random_checkpoint.write(partial, config)
+  random_checkpoint.write(partial, config, _SEED)
   os.replace(partial, directory)
 
 
@@ -203,11 +328,17 @@ def _halvings(text) -> int:
   return min(_PAPER_HALVINGS, text.hidden_size.bit_length() - 2)
 
 
+def _prompt_rows(config, grid) -> int:
+  """Returns the rows of a prompt; LLaVA-OneVision ends a video in a newline."""
+  newline = isinstance(config, llava_onevision.LlavaOnevisionConfig)
+  return _NUM_TEXT + math.prod(grid) + newline
+
+
 def _prompt(checkpoint, made, features, grid) -> programs.Batch:
   """Returns a prompt of made-up text around the video, as `Batch`."""
   model, config = checkpoint.model, checkpoint.model.config
   num_video, start = math.prod(grid), _NUM_TEXT // 3
-  newline = int(isinstance(model, llava_onevision.LlavaOnevisionModel))
+  newline = _prompt_rows(config, grid) - _NUM_TEXT - num_video
   ids = np.random.default_rng(0).integers(0, 32, _NUM_TEXT + num_video)
   ids[start : start + num_video] = config.video_token_id
   ids = np.insert(ids, start + num_video, [config.video_token_id] * newline)
@@ -246,84 +377,141 @@ def _tower(checkpoint, grid):
   )
 
 
-def measure(subject, encode, size, methods, ratios, repeats, progress=None):
+def measure(subject, encode, name, methods, ratios, repeats, rows):
   """Returns results.json as a dict: facts, and one row per method and ratio.
 
   Args:
     subject: of `make`.
     encode: of `make`.
-    size: of model and video.
+    name: of the size, key of `SIZES`.
     methods: rows.
     ratios: of each.
     repeats: runs that a time is the median of.
-    progress: called with each row.
+    rows: `ledger.Ledger` of times; those that it has are not measured again,
+      others are added one by one.
   """
-  model, grid = subject.checkpoint.model, subject.grid
+  model, grid, size = subject.checkpoint.model, subject.grid, SIZES[name]
   text, num_rows = model.config.text, subject.batch.x.shape[1]
   outside = num_rows - math.prod(grid)
   watch = latency.Stopwatch(subject, repeats)
+  weights = {"sha256": subject.checkpoint.identity["sha256"]}
+  if (
+    _once(rows, "weights", 1.0, lambda: weights)["sha256"]
+    != (weights["sha256"])
+  ):
+    raise errors.UserError(
+      "these are not the weights that earlier rows were measured with; give"
+      " those by --weights_dir, or another --table_workdir"
+    )
   shared = {
-    "tower_ms": latency.median_milliseconds(encode, repeats),
-    "embed_ms": watch.embed(),
-  }
-  out = {
+    "tower_ms": _once(
+      rows, "tower", 1.0,
+      lambda: {"ms": latency.median_milliseconds(encode, repeats)},
+    )["ms"],
+    "embed_ms": _once(rows, "embed", 1.0, lambda: {"ms": watch.embed()})["ms"],
+  }  # fmt: skip
+
+  def row(method, ratio, times):
+    compressor = method and method.compressor
+    found = {
+      "method": method.label if method else paper.VANILLA,
+      "ratio": ratio,
+    }
+    try:
+      times = _once(rows, method.spec if method else "", ratio, times)
+    except errors.UserError as error:
+      return found | {"status": errors.one_line(error)}
+    kept = cost.video_rows(compressor, text.num_layers, grid, ratio)
+    layers = [count + outside for count in kept]
+    compression = times["rule_ms"] + times["reads_ms"]
+    both = compression + times["prefill_ms"]
+    return (
+      found
+      | {
+        "status": "ok",
+        "kept_tokens": round(float(np.mean(kept)), 2),
+        "rule_ms": times["rule_ms"],
+        "reads_ms": times["reads_ms"],
+        "compression_ms": round(compression, 4),
+        "prefill_ms": times["prefill_ms"],
+        "prefill_tflops": cost.prefill_flops(text, layers) / 1e12,
+        "kv_mib": cost.kv_bytes(text, layers, model.dtype) / 2**20,
+        "total_ms": round(both, 4),
+        "first_token_ms": round(both + sum(shared.values()), 4),
+        "git_commit": times["git_commit"],
+      }
+      | _notes(compressor)
+    )
+
+  def answered(method, ratio):
+    found, prefill = watch.answered(method, ratio)
+    return {
+      "rule_ms": found.rule, "reads_ms": found.reads, "prefill_ms": prefill,
+    }  # fmt: skip
+
+  found = [
+    row(
+      None,
+      1.0,
+      lambda: {
+        "rule_ms": 0.0,
+        "reads_ms": 0.0,
+        "prefill_ms": watch.vanilla(),
+      },
+    )  # fmt: skip
+  ]
+  for ratio in ratios:
+    for method in methods:
+      found.append(
+        row(method, ratio, functools.partial(answered, method, ratio))
+      )
+  for entry, method in zip(found, [None, *methods * len(ratios)], strict=True):
+    if size.paper == paper.EFFICIENCY_MODEL:
+      entry |= _reported(method, entry["ratio"])
+  return {
     "schema": results.SCHEMA,
+    "size": name,
+    "checkpoint": {"size": name, "seed": _SEED, **weights},
     "dtype": str(jnp.dtype(model.dtype)),
     "grid": list(grid),
     "prompt_rows": num_rows,
     "repeats": repeats,
     "host": provenance.host(),
     "packages": provenance.packages(),
-    "git_commit": provenance.git_commit(),
+    # Of the code that measured; a table that went on may have several.
+    "git_commits": sorted(
+      {entry["git_commit"] for entry in found if "git_commit" in entry}
+    ),
     "paper": paper.EFFICIENCY_SOURCE if size.paper else None,
-    **{name: round(value, 4) for name, value in shared.items()},
+    **shared,
     "tower_tflops": cost.tower_flops(model.config, grid) / 1e12,
-    "rows": [],
+    "rows": found,
   }
 
-  def add(label, ratio, times, compressor=None, **more):
-    kept = cost.video_rows(compressor, text.num_layers, grid, ratio)
-    layers = [count + outside for count in kept]
-    row = {
-      "method": label,
-      "ratio": ratio,
-      "status": "ok",
-      "kept_tokens": round(float(np.mean(kept)), 2),
-      **{name: round(value, 4) for name, value in times.items()},
-      "prefill_tflops": cost.prefill_flops(text, layers) / 1e12,
-      "kv_mib": cost.kv_bytes(text, layers, model.dtype) / 2**20,
-      **more,
-    }
-    row["total_ms"] = round(row["compression_ms"] + row["prefill_ms"], 4)
-    row["first_token_ms"] = round(row["total_ms"] + sum(shared.values()), 4)
-    _append(out, row, size, progress)
 
-  none = dict(rule_ms=0.0, reads_ms=0.0, compression_ms=0.0)
-  add(paper.VANILLA, 1.0, none | {"prefill_ms": watch.vanilla()})
-  for ratio in ratios:
-    for method in methods:
-      try:
-        found, prefill = watch.answered(method, ratio)
-        add(
-          method.label,
-          ratio,
-          dict(
-            rule_ms=found.rule,
-            reads_ms=found.reads,
-            compression_ms=found.total,
-            prefill_ms=prefill,
-          ),
-          method.compressor,
-          **_notes(method.compressor),
-        )
-      except errors.UserError as error:
-        row = {
-          "method": method.label,
-          "ratio": ratio,
-          "status": errors.one_line(error),
-        }
-        _append(out, row, size, progress)
-  return out
+def _once(rows, what: str, ratio: float, function) -> dict[str, Any]:
+  """Returns what the ledger knows, or adds what `function` measures.
+
+  Raises:
+    UserError: it cannot be run; nothing is written down then.
+  """
+  key = ledger.Key(what or paper.VANILLA, ratio, 0, "prompt")
+  if key not in rows:
+    try:
+      found = function()
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      reason = errors.one_line(error)[:160]
+      raise errors.UserError(
+        f"out of the device's memory ({reason}); use a larger device"
+      ) from error
+    found = {
+      name: round(value, 4) if isinstance(value, float) else value
+      for name, value in found.items()
+    }
+    rows.add([(key, found | {"git_commit": provenance.git_commit()})])
+  return rows[key]
 
 
 def _notes(compressor) -> dict[str, str]:
@@ -331,20 +519,15 @@ def _notes(compressor) -> dict[str, str]:
   return {"note": note} if note else {}
 
 
-def _append(out, row, size, progress):
-  """Adds a row, the paper's times beside it."""
-  if size.paper == paper.EFFICIENCY_MODEL:
-    row |= _reported(row["method"], row["ratio"])
-  out["rows"].append(row)
-  if progress:
-    progress(row)
-
-
 def _reported(method, ratio) -> dict[str, float]:
-  if method == paper.VANILLA:
+  """Returns the paper's times of a method; None is answering from all."""
+  if method is None:
     return {"paper_prefill_ms": paper.VANILLA_PREFILL_MS}
-  known = paper.COMPRESSION_MS.get(method)
+  compressor = method.compressor
+  known = paper.COMPRESSION_MS.get(method.label)
   if known is None or ratio != paper.EFFICIENCY_RATIO:
+    return {}
+  if not paper.is_method(method.label, compressor.name, compressor.options):
     return {}
   return {
     "paper_compression_ms": known,

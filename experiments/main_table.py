@@ -11,7 +11,8 @@ videomme, each as it was released (`--folders=videomme=DIR` names another one).
 Answers from all tokens are part of the same run, on the same frames.
 
 WORKDIR/<benchmark>/           an evaluation: answers.jsonl (every question),
-                               results.json, report.html, frames.jsonl
+                               results.json, report.html, frames.jsonl; and
+                               asked.json, what those results were asked for
 WORKDIR/results.json           all of them, averages, drift, what is reproduced
 WORKDIR/table.md, table.csv    a row per method and ratio, the paper's beside it
 WORKDIR/accuracy.png           averages over the ratio
@@ -21,14 +22,15 @@ Stopped and given again, it goes on where it was, to the same bytes. Several
 processes share the work by `--table_shard=0/4`, `1/4`, ...; the last one to
 end writes the table. `--table_manifests=OTHER_WORKDIR` shows the frames of
 another table. A row is called reproduced only if it lies within `--tolerance`
-points of the paper's, and the answers from all tokens do, too.
+points of the paper's, the answers from all tokens do, too, and every question
+was asked, about a clip that could be read.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
-import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,13 +40,14 @@ from absl import flags
 
 from cacovid_jax import compressors, errors
 from cacovid_jax import config as config_lib
-from cacovid_jax.data import readers
+from cacovid_jax.data import qwen_frames, readers
 from cacovid_jax.evals import (
   benchmarks,
   combined,
   drift,
   evaluation,
   frame_manifest,
+  ledger,
   paper,
   results,
   runner,
@@ -58,18 +61,11 @@ from experiments import (
   table_flags,
 )
 
-BASES = types.MappingProxyType(
-  {
-    "ov7b": "configs/llava_onevision_7b.py",
-    "ov0.5b": "configs/llava_onevision_0_5b.py",
-    "qwen3b": "configs/qwen2_5_vl_3b.py",
-    "qwen7b": "configs/qwen2_5_vl_7b.py",
-  }
-)
-
 config_lib.define_flag()
+ASKED = "asked.json"
+
 _BASE = flags.DEFINE_enum(
-  "base", None, list(BASES), "Config of a released model."
+  "base", None, list(table_flags.BASES), "Config of a released model."
 )
 _BENCHMARKS = flags.DEFINE_list(
   "table_benchmarks", list(paper.BENCHMARKS), "Columns."
@@ -95,6 +91,12 @@ _TOLERANCE = flags.DEFINE_float(
 _FRAMES = flags.DEFINE_integer(
   "table_frames", None, "Frames per clip; the config's, or 32.", lower_bound=1
 )
+_TEMPLATE = flags.DEFINE_enum(
+  "table_template",
+  None,
+  ["processor", "tokenizer"],
+  "Whose chat template prompts are written by; the config's, or the default.",
+)
 _MANIFESTS = flags.DEFINE_string(
   "table_manifests",
   None,
@@ -107,15 +109,6 @@ _CACHE = flags.DEFINE_string(
 )
 _SHARD = flags.DEFINE_string(
   "table_shard", "0/1", "i/n: this is process i of n that share the work."
-)
-_DRY_RUN = flags.DEFINE_bool(
-  "dry_run", False, "Say what the table would take, and end."
-)
-_TFLOPS = flags.DEFINE_float(
-  "table_tflops", None, "Speed for --dry_run; measured on this device else."
-)
-_GBPS = flags.DEFINE_float(
-  "table_gbps", None, "Memory speed for --dry_run; measured likewise."
 )
 _CHIPS = flags.DEFINE_integer(
   "table_chips", 1, "Devices that share one model, for --dry_run's memory.",
@@ -134,7 +127,7 @@ def main(argv):
     print(paper_rows.markdown())
     return
   plan = plan_from_flags()
-  if _DRY_RUN.value:
+  if table_estimate.DRY_RUN.value:
     dry_run(plan)
     return
   test = preflight(plan)
@@ -171,18 +164,44 @@ class Plan:
 
 
 def dry_run(plan: Plan) -> dict[str, Any]:
-  """Prints what a plan would take, and returns it; reads no weights."""
+  """Prints what a plan would take, and returns it; reads no weights.
+
+  Where no folder or model was given, published sizes are taken. One that was
+  given and cannot be read is a fault, which is printed; the benchmark is not
+  counted then.
+  """
   request = plan.first
   checkpoint = table_estimate.describe(
-    request.checkpoint, _BASE.value, request.dtype
+    request.checkpoint,
+    # A model that was named is that one, or a mistake.
+    None if table_flags.MODEL.value else _BASE.value,
+    request.dtype,
+    request.template,
   )
-  loaded, _ = survey(plan)
-  speed = table_estimate.speed_of(_TFLOPS.value, _GBPS.value, request.dtype)
+  loaded, faults = survey(plan)
+  for name, fault in faults.items():
+    print(f"{name}: {fault}")
+  requests = {
+    name: each
+    for name, each in plan.requests.items()
+    if name in loaded or name not in faults
+  }
+  if not requests:
+    raise errors.UserError(
+      "no benchmark can be read; complete the folders, or leave --table_data"
+      " out to count the published questions"
+    )
+  speed = table_estimate.speed_of(
+    table_estimate.TFLOPS.value, table_estimate.GBPS.value, request.dtype
+  )
   out = table_estimate.estimate(
-    checkpoint, plan.requests, loaded, speed, model_shards=_CHIPS.value
+    checkpoint, requests, loaded, speed, model_shards=_CHIPS.value
   )
   ratios = ", ".join(f"{ratio:g}" for ratio in request.ratios)
   title = f"{len(plan.methods)} methods at ratios {ratios}, {request.dtype}"
+  absent = [name for name in plan.requests if name not in requests]
+  if absent:
+    title += f"; not counted: {', '.join(absent)}"
   table_estimate.show(out, speed, title)
   return out
 
@@ -199,7 +218,7 @@ def plan_from_flags() -> Plan:
     raise errors.UserError("--base and --config name two configs; give one")
   if _BASE.value:
     config = config_lib.load(
-      BASES[_BASE.value], flags.FLAGS.config_override or []
+      table_flags.BASES[_BASE.value], flags.FLAGS.config_override or []
     )
   elif flags.FLAGS.config:
     config = config_lib.from_flags()
@@ -217,9 +236,13 @@ def plan_from_flags() -> Plan:
     fields["num_frames"] = _FRAMES.value
   if model:
     fields["checkpoint"] = model
-  if not fields.get("checkpoint") and not (_BASE.value and _DRY_RUN.value):
+  if not fields.get("checkpoint") and not (
+    _BASE.value and table_estimate.DRY_RUN.value
+  ):
     raise errors.UserError("nothing says which base model: add --table_model")
   fields.setdefault("checkpoint", "")
+  if _TEMPLATE.value:
+    fields["template"] = _TEMPLATE.value
   if _CACHE.value:
     fields["cache"] = _CACHE.value
   if table_flags.POLICY.value:
@@ -267,22 +290,30 @@ def make_plan(
     **more: fields that win over `fields`.
   """
   workdir = pathlib.Path(workdir)
-  labels = [runner.split_label(spec)[0] for spec in methods]
-  for spec in methods:
-    method = runner.Method.parse(spec)
+  fields = dict(fields)
+  parsed = [runner.Method.parse(spec) for spec in methods]
+  labels = [method.label for method in parsed]
+  reads_scores = False
+  for method in parsed:
     if method.compressor.oracle:
       raise errors.UserError(
         f"{method.label} knows where the answer lies, which no benchmark tells;"
         " leave it out of --table_methods"
       )
     scored = [need for need in method.needs if need.endswith("scores")]
-    if scored and not fields.get("policies") and not _DRY_RUN.value:
+    reads_scores |= bool(scored)
+    if (
+      scored and not fields.get("policies") and not table_estimate.DRY_RUN.value
+    ):
       raise errors.UserError(
         f"{method.label} needs a trained policy: add --table_policy=FILE, or"
         f" leave it out: --table_methods="
         f"{','.join(label for label in labels if 'cacovid' not in label)}"
       )
-  common = dict(fields) | more | {
+  if not reads_scores:
+    # Answers are those of no policy: one given later asks nothing anew.
+    fields["policies"] = {}
+  common = fields | more | {
     "methods": tuple(methods),
     "oracles": (),
     # Benchmarks have no split to choose options on.
@@ -342,14 +373,23 @@ def _folders(root, given, names) -> dict[str, str]:
         f"--folders={entry}: give BENCHMARK=DIR, with one of"
         f" {', '.join(paper.BENCHMARKS)}"
       )
+    if not folder:
+      raise errors.UserError(
+        f"--folders={entry} names no folder: give {name}=DIR, or leave it out"
+        " to take it below --table_data"
+      )
     named[name] = folder
-  if root is None and _DRY_RUN.value:
-    root = ""  # What is not here is told by its published size.
+  if root is None and table_estimate.DRY_RUN.value:
+    # Without a folder, a benchmark has its published size.
+    return {name: named.get(name, "") for name in names}
   if root is None and any(name not in named for name in names):
     raise errors.UserError(
       "nothing says where the benchmarks lie: add --table_data=ROOT"
     )
-  return {name: named.get(name) or os.path.join(root, name) for name in names}
+  return {
+    name: named[name] if name in named else os.path.join(root, name)
+    for name in names
+  }
 
 
 def preflight(plan: Plan) -> dict[str, benchmarks.Benchmark]:
@@ -377,13 +417,16 @@ def survey(
   """Returns (the benchmarks that can be read, name -> what is missing).
 
   Prints the counts of all. One whose clips are missing is in both, unless they
-  are to be counted as wrong.
+  are to be counted as wrong; one without a folder is in neither.
   """
   found, faults = {}, {}
   table = rich.table.Table(title="benchmarks")
   for title in ("benchmark", "questions", "clips", "missing", "left out"):
     table.add_column(title)
   for name, request in plan.requests.items():
+    if not request.data:
+      table.add_row(name, "", "", "", "no folder given")
+      continue
     try:
       counted = dataclasses.replace(request, on_missing="count")
       loaded = evaluation.load_benchmark(
@@ -421,12 +464,22 @@ def run(
     loaded: of `preflight`.
   """
   plan.workdir.mkdir(parents=True, exist_ok=True)
-  for request in plan.requests.values():
-    evaluation.evaluate(request)
+  notes = {
+    name: pathlib.Path(request.workdir, ASKED)
+    for name, request in plan.requests.items()
+  }
+  # Processes that share the work wait for each other's results of this start:
+  # those of an earlier one may hold failures that are mended by now.
+  if not shards.Shard(*plan.first.shard).alone:
+    for note in notes.values():
+      note.unlink(missing_ok=True)
+  for name, request in plan.requests.items():
+    if evaluation.evaluate(request) is not None:
+      results.write_json(notes[name], asked(request, loaded[name].questions))
   # A benchmark that another process still works on, or ended, is known by its
-  # file alone.
+  # files alone.
   if not all(
-    _is_complete(request, len(loaded[name].questions))
+    is_complete(request, loaded[name].questions)
     for name, request in plan.requests.items()
   ):
     return None
@@ -444,19 +497,40 @@ def run(
   return out
 
 
-def _is_complete(request, num_questions) -> bool:
-  """True if a benchmark's results.json holds all that is asked for."""
-  path = pathlib.Path(request.workdir, "results.json")
-  if not path.is_file():
+def asked(request: evaluation.Request, questions) -> dict[str, Any]:
+  """Returns what an evaluation was asked for, for `ASKED` beside its results.
+
+  Args:
+    request: that this process has taken part in.
+    questions: of the benchmark.
+  """
+  digest = hashlib.sha256()
+  for question in questions:
+    fields = dataclasses.asdict(question)
+    digest.update(json.dumps(fields, sort_keys=True).encode() + b"\n")
+  own = shards.Shard(*request.shard).file("answers.jsonl")
+  methods = map(runner.Method.parse, request.methods)
+  return {
+    "questions": digest.hexdigest(),
+    "ratios": list(map(results.ratio_key, request.ratios)),
+    "rows": [[method.label, method.spec] for method in methods],
+    "run": ledger.header(pathlib.Path(request.workdir, own)),
+    "seeds": list(request.seeds),
+  }
+
+
+def is_complete(request: evaluation.Request, questions) -> bool:
+  """Returns whether a benchmark's results.json is of just what is asked for."""
+  note = pathlib.Path(request.workdir, ASKED)
+  try:
+    found = json.loads(note.read_text(encoding="utf-8"))
+  except FileNotFoundError:
     return False
-  out = json.loads(path.read_text(encoding="utf-8"))
-  keys = set(map(results.ratio_key, request.ratios))
-  labels = [runner.split_label(spec)[0] for spec in request.methods]
-  return (
-    out["vanilla"]["n"] == num_questions
-    and out["seeds"] == list(request.seeds)
-    and all(keys <= set(out["methods"].get(label, ())) for label in labels)
-  )
+  except ValueError as error:
+    raise errors.UserError(
+      f"{note} is damaged ({error}); delete it and start again"
+    ) from error
+  return found == asked(request, questions)
 
 
 def combine(
@@ -472,6 +546,8 @@ def combine(
       methods,
       each.ratios,
       each.seeds,
+      run=asked(each, loaded[name].questions)["run"],
+      shard=shards.Shard(*each.shard),
       seed=number,
     )
     for number, (name, each) in enumerate(plan.requests.items())
@@ -481,7 +557,7 @@ def combine(
   absent = [name for name in paper.BENCHMARKS if name not in plan.requests]
   own = _per_cent(average["vanilla"], absent)
   found = drift.vanilla(model, own, plan.tolerance)
-  obstacles = _obstacles(plan, parts, absent)
+  obstacles = _obstacles(plan, parts, absent, model)
   average["vanilla"]["reproduced"] = drift.reproduced(
     found, paper.row(model, paper.VANILLA, 1.0), own, obstacles
   )
@@ -523,7 +599,7 @@ def _per_cent(row, absent) -> dict[str, float]:
   return found
 
 
-def _obstacles(plan, parts, absent) -> list[str]:
+def _obstacles(plan, parts, absent, model) -> list[str]:
   """Returns what makes a comparison with the paper void, in words."""
   request, found = plan.first, []
   if absent:
@@ -531,20 +607,47 @@ def _obstacles(plan, parts, absent) -> list[str]:
     found.append(f"not asked: {titles}")
   for part in parts:
     title, expected = paper.BENCHMARKS[part.name]
-    asked = len(part.questions)
-    # Copies of one benchmark differ in a row or two.
-    if asked < 0.99 * expected:
-      found.append(f"{asked} of {expected} questions of {title}")
+    num_asked = len(part.questions)
+    if num_asked != expected:
+      found.append(f"{num_asked} of {expected} questions of {title}")
     lost = sum(entry["questions"] for entry in part.out["unreadable"])
-    if lost > 0.01 * asked:
+    if lost:
       found.append(f"clips of {lost} questions of {title} cannot be used")
   if request.num_frames != paper.NUM_FRAMES:
     found.append(f"{request.num_frames} frames instead of {paper.NUM_FRAMES}")
+  found += _other_pixels(request)
+  template = model and paper.MODELS[model].template
+  if template and request.template != template:
+    found.append(
+      f"prompts by the {request.template or 'default'} chat template instead"
+      f" of the {template}'s"
+    )
   if request.max_new_tokens:
     found.append(f"answers of at most {request.max_new_tokens} tokens")
   if request.rule != paper.RULE:
     found.append(f"letters taken by the rule {request.rule}")
   return found
+
+
+def _other_pixels(request) -> list[str]:
+  """Returns an obstacle if frames of Qwen2.5-VL have other bounds."""
+  if not (request.min_pixels or request.max_pixels):
+    return []
+  bounds = [
+    (config.min_pixels, config.max_pixels)
+    for config in (
+      qwen_frames.ProcessorConfig.with_paper_bounds(
+        request.checkpoint,
+        min_pixels=request.min_pixels,
+        max_pixels=request.max_pixels,
+      ),
+      qwen_frames.ProcessorConfig.with_paper_bounds(request.checkpoint),
+    )
+  ]
+  if bounds[0] == bounds[1]:
+    return []
+  own, papers = (f"{least} to {most}" for least, most in bounds)
+  return [f"frames of {own} pixels instead of {papers}"]
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.table
+from absl import flags
 
 from cacovid_jax import errors
 from cacovid_jax.compressors import base
@@ -35,6 +36,16 @@ from cacovid_jax.evals import (
 )
 from cacovid_jax.models import checkpoints, llava_onevision, qwen2_5_vl
 from cacovid_jax.policy import network
+
+DRY_RUN = flags.DEFINE_bool(
+  "dry_run", False, "Say what the table would take, and end."
+)
+TFLOPS = flags.DEFINE_float(
+  "table_tflops", None, "Speed for --dry_run; measured on this device else."
+)
+GBPS = flags.DEFINE_float(
+  "table_gbps", None, "Memory speed for --dry_run; measured likewise."
+)
 
 RELEASED = types.MappingProxyType(
   {
@@ -70,13 +81,16 @@ class Asked:
   num_clips: int
 
 
-def describe(directory: str, base_name: str | None, dtype) -> Any:
+def describe(
+  directory: str, base_name: str | None, dtype, template: str = ""
+) -> Any:
   """Returns a `Checkpoint` without weights.
 
   Args:
     directory: of the base model; its config and tokenizer are read.
     base_name: key of `RELEASED`, for a directory that is not there.
     dtype: of the computation.
+    template: chat template that prompts are counted with, as in a request.
   """
   tokenizer = None
   if os.path.isfile(os.path.join(directory or "", "config.json")):
@@ -92,7 +106,7 @@ def describe(directory: str, base_name: str | None, dtype) -> Any:
       f"there is no config.json in {directory or 'no folder at all'}; give the"
       f" base model by --table_model, or one of --base={'|'.join(RELEASED)}"
     )
-  return checkpoints.Checkpoint(
+  found = checkpoints.Checkpoint(
     model=checkpoints.make_model(config, dtype),
     params=None,
     tokenizer=tokenizer,
@@ -100,6 +114,9 @@ def describe(directory: str, base_name: str | None, dtype) -> Any:
     eos_ids=(),
     pad_id=0,
   )
+  if tokenizer is None:
+    return found
+  return evaluation.with_template(found, directory, template)
 
 
 def asked(
@@ -189,7 +206,7 @@ def estimate(
     )
     found[name]["published"] = name not in loaded
     settings = evaluation.settings(request)
-    policy = _policy(checkpoint.model.config.text, methods)
+    policy = policy_of(checkpoint.model.config.text, methods)
     memory += [
       cost.memory(
         checkpoint.model.config,
@@ -211,7 +228,7 @@ def estimate(
   }
 
 
-def _policy(text, methods) -> network.PolicyConfig | None:
+def policy_of(text, methods) -> network.PolicyConfig | None:
   """Returns the paper's policy, if a method reads one's scores."""
   if not any(_score_sets(method, 1) for method in methods):
     return None
@@ -246,7 +263,7 @@ def _part(checkpoint, request, methods, part: Asked, speed) -> dict[str, Any]:
     padded = [kept + outside for kept in rows]
     per_question += cost.prefill_flops(text, padded)
     per_question += (_ANSWER_TOKENS - 1) * cost.decode_flops(text, padded)
-  policy = _policy(text, methods)
+  policy = policy_of(text, methods)
   if policy:
     sets = {}
     for method in methods:

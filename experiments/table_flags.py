@@ -4,11 +4,23 @@ Named apart from those of the entry points of the package, so that tests may
 import both.
 """
 
+import types
+
 from absl import flags
 
 from cacovid_jax import errors
 from cacovid_jax.compressors import base
 from cacovid_jax.evals import results
+
+# Configs of the released models, by the short names that tables have for them.
+BASES = types.MappingProxyType(
+  {
+    "ov7b": "configs/llava_onevision_7b.py",
+    "ov0.5b": "configs/llava_onevision_0_5b.py",
+    "qwen3b": "configs/qwen2_5_vl_3b.py",
+    "qwen7b": "configs/qwen2_5_vl_7b.py",
+  }
+)
 
 WORKDIR = flags.DEFINE_string(
   "table_workdir", None, "Folder of the table; below workdirs/ by default."

@@ -18,7 +18,11 @@ import numpy as np
 
 from cacovid_jax import errors
 from cacovid_jax.data import questions as questions_lib
-from cacovid_jax.evals import ledger, results, runner, statistics
+from cacovid_jax.evals import ledger as ledger_lib
+from cacovid_jax.evals import results, runner, shards, statistics
+
+_LEDGER = "answers.jsonl"
+_ALONE = shards.Shard()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -72,6 +76,8 @@ def read_part(
   ratios: Sequence[float],
   seeds: Sequence[int],
   *,
+  run: Mapping[str, Any],
+  shard: shards.Shard = _ALONE,
   seed: int = 0,
 ) -> Part:
   """Returns a benchmark's part from the files of its evaluation.
@@ -83,11 +89,19 @@ def read_part(
     methods: rows, as they were asked.
     ratios: columns.
     seeds: evaluation seeds.
+    run: that the answers belong to, see `ledger.header`.
+    shard: this process; where two ledgers have an answer, its own counts, as
+      in the evaluation.
     seed: see `Part`.
   """
   workdir = pathlib.Path(workdir)
   out = json.loads((workdir / "results.json").read_text(encoding="utf-8"))
-  answers = _read_answers(workdir)
+  answers = ledger_lib.Ledger(None, run)
+  own = workdir / shard.file(_LEDGER)
+  paths = shards.ledgers(workdir, _LEDGER)
+  answers.look(sorted(paths, key=lambda path: path != own))
+  # What was wrong with a clip in the end is an answer, too.
+  answers.confirm_all()
   scores = {}
   for method, ratio in [
     (None, 1.0),
@@ -102,7 +116,7 @@ def read_part(
     try:
       scores[label, key] = np.mean(
         [
-          [answers[cell.key(question.id)] for question in questions]
+          [answers[cell.key(question.id)]["score"] for question in questions]
           for cell in cells
         ],
         axis=0,
@@ -114,19 +128,6 @@ def read_part(
         " delete results.json to evaluate again"
       ) from error
   return Part(name, tuple(questions), out, scores, seed)
-
-
-def _read_answers(workdir: pathlib.Path) -> dict[ledger.Key, float]:
-  """Returns the score of every answer in a workdir's ledgers."""
-  found = {}
-  for path in sorted(workdir.glob("answers*.jsonl")):
-    with open(path, encoding="utf-8") as f:
-      next(f)  # The header.
-      for line in f:
-        record = json.loads(line)
-        key = ledger.Key(*(record[field] for field in ledger.Key._fields))
-        found[key] = record["score"]
-  return found
 
 
 def average(

@@ -249,6 +249,24 @@ def _text(entry: Mapping[str, Any] | None) -> str:
   return "" if entry is None else json.dumps(dict(entry), sort_keys=True)
 
 
+def header(path: str | os.PathLike) -> dict[str, Any]:
+  """Returns the run that a ledger belongs to; {} if it was cut off there.
+
+  Args:
+    path: of a ledger, which another process may be writing to.
+  """
+  line, end, _ = pathlib.Path(path).read_bytes().partition(b"\n")
+  if not end:
+    return {}
+  try:
+    return dict(json.loads(line)[_HEADER])
+  except (ValueError, KeyError, TypeError) as error:
+    raise errors.UserError(
+      f"{path} line 1 is damaged ({type(error).__name__}); delete the file to"
+      " evaluate again"
+    ) from error
+
+
 def lock(
   file, path: str | os.PathLike, *, wait: bool = False, mend: str = _MEND
 ) -> None:

@@ -46,18 +46,25 @@ class Model:
     config: the command line's name of it, `--base`.
     sizes: (width, layers, feed-forward width) of its decoder.
     family: `model_type` of its checkpoints.
+    template: whose chat template the paper's evaluation took; "" where both
+      write the same prompt.
   """
 
   name: str
   config: str
   sizes: tuple[int, int, int]
   family: str
+  template: str = ""
 
 
 MODELS = types.MappingProxyType(
   {
     "ov7b": Model(
-      "LLaVA-OneVision-7B", "ov7b", (3584, 28, 18944), "llava_onevision"
+      "LLaVA-OneVision-7B",
+      "ov7b",
+      (3584, 28, 18944),
+      "llava_onevision",
+      "tokenizer",
     ),
     "qwen3b": Model("Qwen2.5-VL-3B", "qwen3b", (2048, 36, 11008), "qwen2_5_vl"),
   }

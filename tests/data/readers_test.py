@@ -148,6 +148,10 @@ BAD = [
   ({"solution": "<answer> </answer>"}, "solution", "the answer is empty"),
   ({"solution": "<answer>E</answer>"}, "solution", "'E' is not one of"),
   ({"solution": "b"}, "solution", "not one of the letters ABCD"),
+  ({"solution": "Banana"}, "solution", "'Banana' is not one of the letters"),
+  ({"solution": "A rope"}, "solution", "is not A with its option 'A cup'"),
+  ({"solution": "B. A cup"}, "solution", "is not B with its option 'A rope'"),
+  ({"solution": "B or C"}, "solution", "is not B with its option 'A rope'"),
   ({"options": []}, "options", "without options"),
   ({"options": "A. cup"}, "options", "a list is needed, not str"),
   ({"options": ["A. cup", None]}, "options", "None is not a text"),
@@ -173,6 +177,23 @@ def test_a_bad_row_names_row_field_and_reason(tmp_path, change, field, reason):
   assert [row.id for row in rows] == ["41"]
   ((bad),) = report.bad_rows
   assert (bad.row, bad.field) == (2, field)
+
+
+@pytest.mark.parametrize(
+  "answer", ["B", "(B)", "B.", "B)", " B ", "B. {}", "(B) {}", "B {}", "B.{}"]
+)
+def test_an_answer_is_a_letter_and_perhaps_its_option(tmp_path, answer):
+  for solution in ("<answer>{}</answer>", "<answer> {}\n</answer>", "{}"):
+    text = solution.format(answer.format("a  rope."))
+    (got,) = readers.read_video_r1(_json(tmp_path, {**R1, "solution": text}))
+    assert got.answer == "B", text
+    # Of options inside the text, too.
+    row = {**FILTERED, "solution": text}
+    (got,) = readers.read_video_r1(_json(tmp_path, row))
+    assert got.answer == "B", text
+  row = {**VIDEOMME, "answer": answer.format("Two.")}
+  (got,) = readers.read_videomme(_parquet(tmp_path, row))
+  assert got.answer == "B"
 
 
 def test_rows_that_are_no_objects_and_duplicate_ids(tmp_path):
@@ -251,6 +272,11 @@ def test_clips_are_found_where_they_lie(tmp_path, place):
   "change, field",
   [
     ({"answer": "E"}, "answer"),
+    ({"answer": "Banana"}, "answer"),
+    ({"answer": "Two."}, "answer"),
+    ({"answer": "B. Three."}, "answer"),
+    ({"answer": "(B"}, "answer"),
+    ({"answer": "BC"}, "answer"),
     ({"answer": None}, "answer"),
     ({"options": ["A. One."]}, "options"),
     ({"options": None}, "options"),

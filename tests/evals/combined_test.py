@@ -8,7 +8,7 @@ import pytest
 
 from cacovid_jax import errors
 from cacovid_jax.data import questions
-from cacovid_jax.evals import combined, runner
+from cacovid_jax.evals import combined, runner, shards
 
 VANILLA = ("vanilla", "1.00")
 COMPRESSED = ("cacovid", "0.10")
@@ -140,10 +140,12 @@ def test_a_row_that_fails_somewhere_has_no_average():
   assert [entry["method"] for entry in out["paired"]] == ["cacovid"]
 
 
-def write(folder, records, header=True):
-  lines = [{"run": {}}] * header + records
-  text = "".join(json.dumps(line) + "\n" for line in lines)
-  (folder / "answers.jsonl").write_text(text)
+RUN = {"checkpoint": "abc", "settings": {"num_frames": 4}}
+
+
+def write(path, records, run=RUN):
+  lines = [{"run": run}, *records]
+  path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def record(method, ratio, seed, question, score):
@@ -151,7 +153,9 @@ def record(method, ratio, seed, question, score):
           "question": question, "score": score}  # fmt: skip
 
 
-def test_scores_are_means_over_seeds(tmp_path):
+@pytest.fixture
+def evaluated(tmp_path):
+  """Returns (a workdir's answers, f(shard) that reads its scores)."""
   asked = PARTS[0].questions[:2]
   names = [question.id for question in asked]
   method = runner.Method.parse("random")
@@ -163,11 +167,78 @@ def test_scores_are_means_over_seeds(tmp_path):
     ]
   out = {"methods": {"random": {"0.10": {"status": "ok"}}}, "macro": []}
   (tmp_path / "results.json").write_text(json.dumps(out))
-  write(tmp_path, records)
-  args = "plain", tmp_path, asked, [method], [0.1], (0, 1)
-  found = combined.read_part(*args)
-  np.testing.assert_array_equal(found.scores["random", "0.10"], [1.0, 0.5])
-  np.testing.assert_array_equal(found.scores[VANILLA], [1.0, 1.0])
-  write(tmp_path, records[:-1])
+  write(tmp_path / "answers.jsonl", records)
+
+  def read(shard=(0, 1)):
+    part = combined.read_part(
+      "plain", tmp_path, asked, [method], [0.1], (0, 1),
+      run=RUN, shard=shards.Shard(*shard),
+    )  # fmt: skip
+    return part.scores
+
+  return records, read
+
+
+def test_scores_are_means_over_seeds(tmp_path, evaluated):
+  records, read = evaluated
+  found = read()
+  np.testing.assert_array_equal(found["random", "0.10"], [1.0, 0.5])
+  np.testing.assert_array_equal(found[VANILLA], [1.0, 1.0])
+  write(tmp_path / "answers.jsonl", records[:-1])
   with pytest.raises(errors.UserError, match="random lacks question plain1"):
-    combined.read_part(*args)
+    read()
+
+
+def test_a_stray_file_beside_the_answers_changes_nothing(tmp_path, evaluated):
+  records, read = evaluated
+  wrong = [{**entry, "score": 0.0} for entry in records]
+  for name in ("answers_backup.jsonl", "answers-copy.jsonl",
+               "answers.jsonl.bak", "validation_answers.jsonl"):  # fmt: skip
+    write(tmp_path / name, wrong, run={})
+  np.testing.assert_array_equal(read()["random", "0.10"], [1.0, 0.5])
+
+
+def test_answers_of_another_run_are_refused(tmp_path, evaluated):
+  records, read = evaluated
+  other = {**RUN, "settings": {"num_frames": 8}}
+  write(tmp_path / "answers-1-of-2.jsonl", records, run=other)
+  with pytest.raises(errors.UserError, match="another run .differs in sett"):
+    read()
+
+
+def test_ledgers_that_were_cut_off(tmp_path, evaluated):
+  """In the middle of a line, before the first one, or in another place."""
+  records, read = evaluated
+  first, second = (tmp_path / f"answers-{i}-of-2.jsonl" for i in (0, 1))
+  write(first, records[:3])
+  write(second, records[3:])
+  (tmp_path / "answers.jsonl").write_bytes(b"")
+  np.testing.assert_array_equal(read()["random", "0.10"], [1.0, 0.5])
+  whole = second.read_bytes()
+  second.write_bytes(whole[:-10])
+  with pytest.raises(errors.UserError, match="random lacks question plain1"):
+    read()
+  second.write_bytes(whole[:20] + b"\n" + whole[20:])
+  with pytest.raises(errors.UserError, match="answers-1-of-2.jsonl line 1 is"):
+    read()
+
+
+def test_of_two_answers_the_process_own_counts(tmp_path, evaluated):
+  """As in the evaluation, which asks nothing that its own file has."""
+  records, read = evaluated
+  write(
+    tmp_path / "answers-1-of-2.jsonl",
+    [{**entry, "score": 0.0} for entry in records],
+  )
+  np.testing.assert_array_equal(read((0, 1))["random", "0.10"], [1.0, 0.5])
+  np.testing.assert_array_equal(read((1, 2))["random", "0.10"], [0.0, 0.0])
+
+
+def test_a_clip_that_could_not_be_used_counts_as_wrong(tmp_path, evaluated):
+  """Unless another process could use it after all."""
+  records, read = evaluated
+  fault = {**records[-1], "score": 0.0, "fault": "missing"}
+  write(tmp_path / "answers.jsonl", [*records[:-1], fault])
+  np.testing.assert_array_equal(read()["random", "0.10"], [1.0, 0.0])
+  write(tmp_path / "answers-0-of-2.jsonl", records[-1:])
+  np.testing.assert_array_equal(read()["random", "0.10"], [1.0, 0.5])

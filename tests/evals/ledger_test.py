@@ -175,3 +175,19 @@ def test_answers_know_where_they_were_computed(tmp_path):
   before = path.read_bytes()
   ledger.Ledger(path, RUN, environment={"device": "tpu"}).close()
   assert path.read_bytes() == before
+
+
+def test_a_header_tells_the_run_of_a_file(tmp_path):
+  path = tmp_path / "answers.jsonl"
+  with ledger.Ledger(path, RUN) as answers:
+    # While it is open.
+    assert ledger.header(path) == RUN
+    answers.add([(key("a"), {"text": "A"})])
+  assert ledger.header(path) == RUN
+  for cut in (b"", b'{"run": {"check'):
+    path.write_bytes(cut)
+    assert ledger.header(path) == {}
+  for damaged in (b"{\n", b"[]\n", b'{"method": "random"}\n'):
+    path.write_bytes(damaged)
+    with pytest.raises(errors.UserError, match="line 1 is damaged"):
+      ledger.header(path)

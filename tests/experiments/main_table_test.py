@@ -1,6 +1,7 @@
 """The main table: every benchmark, its average, drift, and going on with it."""
 
 import csv
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -71,6 +72,7 @@ def make(folder):
       table_policy=str(folder / "policy"),
       table_benchmarks=list(NAMES),
       table_methods=list(METHODS),
+      table_template=None,
       table_cache=str(workdir / "features"),
       table_ratios=list(RATIOS),
       config=str(folder / "config.py"),
@@ -285,6 +287,9 @@ def test_a_row_is_reproduced_only_beside_its_own_vanilla(
   sizes = {"mlvu_dev": ("MLVU dev", 7), "videomme": ("VideoMME", 6)}
   monkeypatch.setattr(paper, "row", row)
   monkeypatch.setattr(paper, "model_of", lambda config: "ov7b")
+  # Prompts are those of the default template here.
+  model = dataclasses.replace(paper.MODELS["ov7b"], template="")
+  monkeypatch.setattr(paper, "MODELS", {"ov7b": model})
   monkeypatch.setattr(paper, "NUM_FRAMES", 4)
   monkeypatch.setattr(paper, "BENCHMARKS", sizes)
   columns = tuple(name for name in paper.COLUMNS if name.split("/")[0] in sizes)
@@ -313,7 +318,7 @@ def test_a_row_is_reproduced_only_beside_its_own_vanilla(
   assert ("| yes |" in text) == (not off)
   assert (str(expected) in text) == bool(off)
   assert f"| {0.0 - off:+.1f} |" in text
-  # Half of the questions say nothing of the whole, however close they are.
+  # A part of the questions says nothing of the whole, however close it is.
   ((plan, loaded),) = plans
   monkeypatch.setitem(sizes, "videomme", ("VideoMME", 12))
   out = real(plan, loaded)
@@ -324,6 +329,19 @@ def test_a_row_is_reproduced_only_beside_its_own_vanilla(
   out = real(plan, loaded)
   cell = out["average"]["methods"]["uniform"]["0.30"]
   assert cell["reproduced"] == "4 frames instead of 32"
+  monkeypatch.setattr(paper, "NUM_FRAMES", 4)
+  # One question that is not there, and one whose clip is not.
+  monkeypatch.setitem(sizes, "videomme", ("VideoMME", 7))
+  cell = real(plan, loaded)["average"]["vanilla"]
+  assert cell["reproduced"] == "6 of 7 questions of VideoMME"
+  monkeypatch.setitem(sizes, "videomme", ("VideoMME", 6))
+  path = workdir / "videomme" / "results.json"
+  unreadable = [{"video": "a.mp4", "reason": "cut off", "questions": 1}]
+  path.write_text(
+    json.dumps(json.loads(path.read_text()) | {"unreadable": unreadable})
+  )
+  cell = real(plan, loaded)["average"]["vanilla"]
+  assert cell["reproduced"] == "clips of 1 questions of VideoMME cannot be used"
 
 
 def test_a_table_that_was_stopped_goes_on_to_the_same_bytes(made, make):
@@ -357,6 +375,20 @@ def test_processes_that_share_the_work_make_one_table(made, make, capsys):
     assert (shared / name).read_bytes() == (made / name).read_bytes(), name
 
 
+def test_another_rule_behind_a_label_makes_no_table_of_old_results(
+  made, make, capsys
+):
+  """Labels, ratios and counts of what lies there are those asked for."""
+  stale = made.parent / "stale"
+  for name in NAMES:
+    shutil.copytree(made / name, stale / name)
+  # It cannot be run, so that nothing is compiled.
+  methods = ["cacovid", "uniform=fastv", "fastv"]
+  make("stale", table_shard="0/2", table_methods=methods)
+  assert "the last process to end writes the table" in capsys.readouterr().out
+  assert not (stale / "results.json").exists()
+
+
 @pytest.mark.parametrize(
   "changes,message",
   [
@@ -379,6 +411,20 @@ def test_processes_that_share_the_work_make_one_table(made, make, capsys):
     (dict(table_ratios=["0.1", "7"]), "outside"),
     (dict(tolerance=-1.0), "tolerance -1"),
     (dict(base="ov7b"), "two configs"),
+    (
+      dict(
+        folders=["videomme="], table_data=None, table_benchmarks=["videomme"]
+      ),
+      "--folders=videomme= names no folder",
+    ),
+    (
+      dict(dry_run=True, config=None, base="ov7b", table_model="mistyped"),
+      "no config.json in mistyped",
+    ),
+    (
+      dict(dry_run=True, table_data="mistyped"),
+      "no benchmark can be read; complete the folders",
+    ),
   ],
 )
 def test_mistakes_are_named(make, changes, message):
@@ -415,12 +461,176 @@ def test_the_papers_rows_are_printed(capsys):
   lines = capsys.readouterr().out.splitlines()
   (row,) = [line for line in lines if "7B, CaCoVID, 10%" in line]
   assert row == (
-    "| LLaVA-OneVision-7B, CaCoVID, 10% | `main_table --base=ov7b"
-    " --table_methods=cacovid --table_ratios=0.10` | 55.2 | 60.6 | 44.6 | 67.6"
-    " | 54.9 | 46.6 | 56.3 | 54.2 (96.1 %) | not run: needs the weights | the"
-    " paper's policy |"
+    "| LLaVA-OneVision-7B, CaCoVID, 10% | `cacovid,0.10` | 55.2 | 60.6 | 44.6"
+    " | 67.6 | 54.9 | 46.6 | 56.3 | 54.2 (96.1 %) | not run: needs the weights"
+    " | the paper's policy |"
   )
-  assert sum("main_table" in line for line in lines) == len(paper.ROWS) == 20
+  printed = [line.split("`")[1] for line in lines if "| `python -m" in line]
+  assert printed == [
+    "python -m experiments.main_table --base=ov7b"
+    " --table_policy=workdirs/llava_onevision_7b --table_data=datasets",
+    "python -m experiments.main_table --base=ov7b --table_data=datasets"
+    " --table_methods=fastv,visionzip,divprune,prunevid,framefusion"
+    " --table_workdir=workdirs/main_table_ov7b_no_policy",
+    "python -m experiments.main_table --base=qwen3b"
+    " --table_policy=workdirs/qwen2_5_vl_3b --table_data=datasets",
+    "python -m experiments.main_table --base=qwen3b --table_data=datasets"
+    " --table_methods=uniform"
+    " --table_workdir=workdirs/main_table_qwen3b_no_policy",
+    "python -m experiments.efficiency_table --table_size=ov-7b",
+  ]
+  models = [row.model for row in paper.ROWS]
+  assert (models.count("ov7b"), models.count("qwen3b")) == (15, 5)
+
+
+def planned(command):
+  """Returns the plan of a command line, as it is printed."""
+  given = dict(word[2:].split("=", 1) for word in command.split()[3:])
+  for name in ("table_methods", "folders"):
+    if name in given:
+      given[name] = given[name].split(",")
+  with flagsaver.flagsaver(config=None, **given):
+    return main_table.plan_from_flags()
+
+
+def test_printed_commands_fill_their_rows_in_folders_of_their_own():
+  """One after another, none finds the answers of another."""
+  workdirs = []
+  for key in paper.MODELS:
+    whole = planned(paper_rows.command(key))
+    rest = planned(paper_rows.without_policy(key))
+    labels = {method.label for method in whole.methods}
+    for row in paper.ROWS:
+      if row.model == key and row.method != paper.VANILLA:
+        assert row.method in labels and row.ratio in whole.first.ratios
+    for method in whole.methods:
+      if method.label in paper.METHODS:
+        options = method.compressor.options
+        assert paper.is_method(method.label, method.compressor.name, options)
+    assert list(whole.first.policies) == ["policy"]
+    assert rest.first.policies == {}
+    assert whole.first.checkpoint == rest.first.checkpoint
+    assert whole.first.template == paper.MODELS[key].template
+    workdirs += [whole.workdir, rest.workdir]
+  assert len(set(workdirs)) == 4
+
+
+def test_the_template_is_the_one_that_was_asked_for(folder):
+  flags = dict(table_model=str(folder / "model"), table_data=str(folder),
+               table_methods=["uniform"], base=None)  # fmt: skip
+  config = str(folder / "config.py")
+  for given, expected in ((None, ""), ("tokenizer", "tokenizer")):
+    with flagsaver.flagsaver(**flags, config=config, table_template=given):
+      assert main_table.plan_from_flags().first.template == expected
+
+
+def test_a_policy_that_no_row_follows_makes_no_other_run(folder):
+  plans = [
+    main_table.make_plan(
+      {"checkpoint": "x", "policies": policies},
+      folder / "unused",
+      ["videomme"],
+      {"videomme": "y"},
+      methods=["uniform", "fastv"],
+    )
+    for policies in ({}, {"policy": "file"})
+  ]
+  assert plans[0] == plans[1]
+
+
+def test_another_template_or_frame_size_is_told(folder, monkeypatch):
+  def obstacles(model, **fields):
+    plan = main_table.make_plan(
+      {"checkpoint": str(folder / "qwen"), "num_frames": 32} | fields,
+      folder / "unused",
+      ["videomme"],
+      {"videomme": "y"},
+      methods=["uniform"],
+    )
+    return main_table._obstacles(plan, [], [], model)
+
+  assert obstacles("ov7b", template="tokenizer") == []
+  for given, name in (("", "default"), ("processor", "processor")):
+    assert obstacles("ov7b", template=given) == [
+      f"prompts by the {name} chat template instead of the tokenizer's"
+    ]
+    assert obstacles("qwen3b", template=given) == []
+  (folder / "qwen").mkdir()
+  described = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2,
+               **tiny.QWEN_STATISTICS}  # fmt: skip
+  path = folder / "qwen" / "preprocessor_config.json"
+  path.write_text(json.dumps(described))
+  # 128 and 256 tokens of 28 x 28 pixels.
+  assert obstacles("qwen3b", min_pixels=100352, max_pixels=200704) == []
+  assert obstacles("qwen3b", max_pixels=401408) == [
+    "frames of 100352 to 401408 pixels instead of 100352 to 200704"
+  ]
+
+
+def test_results_of_other_questions_or_rows_are_not_complete(made, folder):
+  """Labels and counts may be the same; what is behind them is compared."""
+  given = dict(
+    fields={"checkpoint": "x", "num_frames": 4},
+    workdir=made,
+    names=["videomme"],
+    folders={"videomme": str(folder / "data" / "videomme")},
+  )
+
+  def complete(methods=METHODS, ratios=(0.3,), seeds=(0, 1, 2), change=None):
+    plan = main_table.make_plan(
+      **given, methods=methods, ratios=ratios, seeds=seeds
+    )
+    plan.first.policies["policy"] = "file"
+    asked = loaded.questions
+    if change:
+      asked = [dataclasses.replace(asked[0], **change), *asked[1:]]
+    return main_table.is_complete(plan.first, asked)
+
+  given["fields"]["policies"] = {"policy": "file"}
+  loaded = benchmarks.load(folder / "data" / "videomme", benchmark="videomme")
+  assert complete()
+  assert not complete(methods=("cacovid", "uniform", "fastv=fastv?layer=1"))
+  assert not complete(methods=METHODS[:2])
+  assert not complete(ratios=(0.2,))
+  assert not complete(seeds=(0,))
+  other = "ABCD".replace(loaded.questions[0].answer, "")[0]
+  assert not complete(change={"answer": other})
+  assert not complete(change={"prompt": "another"})
+  note = made / "videomme" / main_table.ASKED
+  text = note.read_text()
+  try:
+    note.write_text(json.dumps(json.loads(text) | {"run": {"dtype": "other"}}))
+    assert not complete()
+    note.write_text(text[:-20])
+    with pytest.raises(errors.UserError, match="asked.json is damaged"):
+      complete()
+    note.unlink()
+    assert not complete()
+  finally:
+    note.write_text(text)
+
+
+def test_a_dry_run_tells_what_it_cannot_read(folder, make, capsys):
+  """One folder is not there, one lacks a clip, and two were never given."""
+  data = folder / "partial"
+  shutil.copytree(folder / "data" / "videomme", data)
+  (data / "data" / "clip_1.mp4").unlink()
+  make(
+    "dry",
+    dry_run=True,
+    table_tflops=1.0,
+    table_gbps=1.0,
+    table_data=None,
+    table_benchmarks=["videomme", "mlvu_dev", "mlvu_test"],
+    folders=[f"videomme={data}", "mlvu_dev=mistyped"],
+  )
+  shown = capsys.readouterr().out
+  assert "videomme: 1 of 3 clips are missing below" in shown
+  assert "mlvu_dev: there is no data" in shown
+  assert "not counted: mlvu_dev" in shown
+  assert "mlvu_test (published)" in shown and "502" in shown
+  assert "mlvu_dev (published)" not in shown
+  assert "videomme (published)" not in shown
 
 
 def test_the_readme_holds_exactly_these_rows():

@@ -109,7 +109,7 @@ def test_a_policy_and_the_towers_signals_cost_more(loaded):
     )
 
   plain, learned = estimate("uniform"), estimate("cacovid")
-  policy = table_estimate._policy(
+  policy = table_estimate.policy_of(
     checkpoint.model.config.text, [runner.Method.parse("cacovid")]
   )
   longest = max(

@@ -154,5 +154,5 @@ def _answer(answer: str, options, *, by_text: bool) -> str:
   if by_text and answer in options:
     return rows_lib.letter_of(answer, options, "answer")
   if len(answer.strip().strip("().")) == 1:
-    return rows_lib.letter(answer, len(options), "answer")
+    return rows_lib.letter(answer, options, "answer")
   raise rows_lib.RowError("answer", f"{answer[:40]!r} is none of the options")

@@ -26,6 +26,10 @@ MAX_TEXT = 100_000
 
 # "A. text", "A) text", "(A) text", "A: text" at the start of an option.
 _LETTER = re.compile(r"^\s*\(?([A-Z])[.):]\s*")
+# "B", "(B)", "B." or "B)", and then perhaps the option itself.
+_ANSWER = re.compile(
+  r"(?:\(([A-Z])\)|([A-Z])(?:[.)]|(?![^\W_])))\s*(.*)", re.DOTALL
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -472,15 +476,30 @@ def inline_options(problem: str) -> tuple[str, ...]:
   )
 
 
-def letter(answer: str, num_options: int, field: str) -> str:
-  """Returns the letter that an answer such as "(B)" begins with."""
-  letter = answer.strip().strip(".()")[:1]
-  allowed = questions.LETTERS[:num_options]
-  if not letter or letter not in allowed:
+def letter(answer: str, options: Sequence[str], field: str) -> str:
+  """Returns the letter of an answer "B", "(B)", "B." or "B)".
+
+  The option's own text may stand behind it, as in "B. A rope"; any other text
+  is no answer, so that "Banana" is not taken for B.
+  """
+  match = _ANSWER.fullmatch(answer.strip())
+  found = match and (match.group(1) or match.group(2))
+  allowed = questions.LETTERS[: len(options)]
+  if not found or found not in allowed:
     raise RowError(
       field, f"{answer[:40]!r} is not one of the letters {allowed}"
     )
-  return letter
+  option = options[allowed.index(found)]
+  if match.group(3) and _plain(match.group(3)) != _plain(option):
+    raise RowError(
+      field, f"{answer[:40]!r} is not {found} with its option {option[:40]!r}"
+    )
+  return found
+
+
+def _plain(text: str) -> str:
+  """Returns a text without its case, spaces and full stop at the end."""
+  return " ".join(text.split()).rstrip(". ").casefold()
 
 
 def letter_at(index: int, num_options: int, field: str) -> str:

@@ -90,7 +90,7 @@ def _video_r1_row(entry, name: str, prefix: str) -> questions.Question | None:
       raise rows_lib.RowError(
         "options", "a multiple choice question without options"
       )
-    answer = rows_lib.letter(answer, len(options), "solution")
+    answer = rows_lib.letter(answer, options, "solution")
     if given and options == tuple(given):
       lettered = prompts.letter_options(given)
   identity = entry.get("problem_id", name)

@@ -85,9 +85,7 @@ def _row(entry, style, places, released) -> questions.Question:
     video=place,
     question=question,
     options=options,
-    answer=rows_lib.letter(
-      rows_lib.text(entry, "answer"), len(options), "answer"
-    ),
+    answer=rows_lib.letter(rows_lib.text(entry, "answer"), options, "answer"),
     problem_type=questions.MULTIPLE_CHOICE,
     duration=rows_lib.text(entry, "duration", required=False) or None,
     category=rows_lib.text(entry, "task_type", required=False) or None,
