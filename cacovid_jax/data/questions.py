@@ -32,6 +32,8 @@ class Question:
     groups: further groupings, as (facet, name), e.g. ("domain", "Knowledge").
     source: name of the data set.
     prompt: the user's text after the video, verbatim, hint included.
+    stream: the name that draws follow where it is not `id`: of a question that
+      is called otherwise here than in its benchmark.
   """
 
   id: str
@@ -45,6 +47,12 @@ class Question:
   groups: tuple[tuple[str, str], ...] = ()
   source: str = ""
   prompt: str = ""
+  stream: str = ""
+
+  @property
+  def drawn_by(self) -> str:
+    """The name that everything drawn for this question is seeded by."""
+    return self.stream or self.id
 
   @property
   def lettered(self) -> bool:

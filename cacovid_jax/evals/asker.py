@@ -258,8 +258,9 @@ class Asker:
     )
 
   def _keys(self, seed: int):
-    """Returns one key per question, from the seed and the question's id."""
-    hashes = [questions_lib.question_hash(q.id) for q in self._questions]
+    """Returns one key per question, from the seed and the question's name."""
+    names = [question.drawn_by for question in self._questions]
+    hashes = [questions_lib.question_hash(name) for name in names]
     rows = prompting.pad_rows(len(hashes), self._e.settings.batch_size)
     hashes = jnp.asarray(np.array(hashes, np.uint32)[np.array(rows)])
     key = jax.random.key(seed)

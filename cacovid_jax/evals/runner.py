@@ -794,7 +794,7 @@ def other_question(
 
   Drawn by the seed and the question's id, the same in every run.
   """
-  key = questions_lib.question_hash(f"{seed}/{question.id}")
+  key = questions_lib.question_hash(f"{seed}/{question.drawn_by}")
   rng = np.random.default_rng(key)
   for place in rng.permutation(len(pool)):
     other = pool[int(place)]

@@ -8,8 +8,9 @@
 # 100). Any other exit code ends the script with that code, and so does a
 # SIGTERM or Ctrl-C to the script itself, once the run has saved.
 #
-# PROCESSES=8 gives each of 8 GPUs a process of its own; by default one process
-# drives all GPUs. PORT (default 12355) is where they meet; of several, all end
+# PROCESSES=8 gives each of 8 GPUs a process of its own: the first 8 of
+# CUDA_VISIBLE_DEVICES, where that is set (set to nothing, it hides all of them
+# from all processes). By default one process drives all GPUs. PORT (default 12355) is where they meet; of several, all end
 # within GRACE seconds (default 60) once one of them fails. PYTHON names the
 # interpreter. Needs bash 5.1.
 set -uo pipefail
@@ -21,6 +22,19 @@ grace=${GRACE:-60}
 python=${PYTHON:-python}
 stopped=0
 children=()
+gpus=()
+
+if [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
+  IFS=", " read -r -a gpus <<<"$CUDA_VISIBLE_DEVICES"
+  if ((processes > 1 && ${#gpus[@]} < processes)); then
+    echo "error: PROCESSES=$processes, but CUDA_VISIBLE_DEVICES names\
+ ${#gpus[@]} GPU(s): $CUDA_VISIBLE_DEVICES; name more, or start fewer" >&2
+    exit 2
+  fi
+elif [[ -z ${CUDA_VISIBLE_DEVICES+set} ]]; then
+  # All GPUs, in their order.
+  mapfile -t gpus < <(seq 0 $((processes - 1)))
+fi
 
 pass_on() {
   stopped=1
@@ -47,7 +61,7 @@ run_once() {
     if ((processes == 1)); then
       "$python" -m cacovid_jax.train "$@" &
     else
-      CUDA_VISIBLE_DEVICES=$index "$python" -m cacovid_jax.train "$@" \
+      CUDA_VISIBLE_DEVICES=${gpus[index]:-} "$python" -m cacovid_jax.train "$@" \
         --coordinator="localhost:$port" --num_processes="$processes" \
         --process_id="$index" &
     fi

@@ -34,8 +34,9 @@ exit "${codes[number]:-0}"
 """
 # What srun does for us: runs its command once per task, with its number.
 _SRUN = """#!/usr/bin/env bash
-{ printf 'srun'; printf '|%s' "${@:1:2}"; echo; } >> "$CALLS"
-while [[ $1 == -* ]]; do shift; done
+flags=()
+while [[ $1 == -* ]]; do flags+=("$1"); shift; done
+{ printf 'srun'; printf '|%s' "${flags[@]}"; echo; } >> "$CALLS"
 worst=0
 for ((i = 0; i < ${SLURM_JOB_NUM_NODES:-1}; i++)); do
   SLURM_PROCID=$i SLURM_NTASKS=${SLURM_JOB_NUM_NODES:-1} "$@" || worst=$?
@@ -131,6 +132,44 @@ def test_gpu_box_numbers_its_processes(machine):
   ]
 
 
+@pytest.mark.parametrize(
+  "given, expected",
+  [
+    (None, ["0", "1", "2"]),
+    ("4,6,7", ["4", "6", "7"]),
+    ("GPU-a, GPU-b,GPU-c,GPU-d", ["GPU-a", "GPU-b", "GPU-c"]),
+    ("", ["", "", ""]),
+  ],
+)
+def test_gpu_box_gives_processes_the_gpus_that_are_visible(
+  machine, given, expected
+):
+  _python(machine, 'echo "${@: -1}|$CUDA_VISIBLE_DEVICES" >> "$CALLS"\n')
+  env = {} if given is None else {"CUDA_VISIBLE_DEVICES": given}
+  code, calls, _ = machine.run("gpu_box.sh", *GIVEN, PROCESSES="3", **env)
+  assert code == 0
+  assert sorted(calls) == [
+    (f"--process_id={i}", gpu) for i, gpu in enumerate(expected)
+  ]
+
+
+def test_gpu_box_leaves_one_process_what_is_visible(machine):
+  _python(machine, 'echo "$CUDA_VISIBLE_DEVICES" >> "$CALLS"\n')
+  machine.run("gpu_box.sh", *GIVEN, CUDA_VISIBLE_DEVICES="2,3")
+  assert machine.calls.read_text() == "2,3\n"
+
+
+def test_gpu_box_refuses_more_processes_than_gpus(machine):
+  code, calls, told = machine.run(
+    "gpu_box.sh", *GIVEN, PROCESSES="3", CUDA_VISIBLE_DEVICES="4,6"
+  )
+  assert (code, calls) == (2, [])
+  assert told == (
+    "error: PROCESSES=3, but CUDA_VISIBLE_DEVICES names 2 GPU(s): 4,6; name"
+    " more, or start fewer\n"
+  )
+
+
 def _python(machine, text):
   path = pathlib.Path(machine.env["PATH"].split(":")[0]) / "python"
   path.write_text(f"#!/usr/bin/env bash\n{text}")
@@ -174,11 +213,12 @@ def test_slurm_gives_each_node_a_process(machine):
     SLURM_JOB_NUM_NODES="3",
     SLURM_JOB_NODELIST="node[7-9]",
     SLURM_JOB_ID="70123",
+    SLURM_CPUS_PER_TASK="24",
   )
   assert code == 0
   assert calls == [
     ("scontrol", "show", "hostnames", "node[7-9]"),
-    ("srun", "--ntasks-per-node=1", "--wait=300"),
+    ("srun", "--ntasks-per-node=1", "--cpus-per-task=24", "--wait=300"),
     *[
       (
         "python",
@@ -205,40 +245,87 @@ def test_slurm_queues_a_job_again_that_was_stopped(machine, code, requeued):
   assert (("scontrol", "requeue", "5") in calls) == requeued
 
 
-def test_slurm_arrays_share_an_evaluation(machine):
-  code, calls, _ = machine.run(
+def _array(machine, ids, task, **env):
+  """Runs a task of an array of these ids; returns what `machine.run` does."""
+  return machine.run(
     "slurm_evaluate.sbatch",
     *GIVEN,
-    SLURM_ARRAY_TASK_ID="6",
-    SLURM_ARRAY_TASK_MIN="4",
-    SLURM_ARRAY_TASK_COUNT="3",
+    SLURM_ARRAY_TASK_ID=str(task),
+    SLURM_ARRAY_TASK_MIN=str(min(ids)),
+    SLURM_ARRAY_TASK_MAX=str(max(ids)),
+    SLURM_ARRAY_TASK_COUNT=str(len(ids)),
+    **env,
   )
+
+
+EVALUATE = ("-m", "cacovid_jax.evaluate", *GIVEN)
+
+
+@pytest.mark.parametrize(
+  "ids, task, env, shard",
+  [
+    (range(8), 6, {}, "6/8"),
+    (range(1, 4), 3, {}, "2/3"),
+    (range(4, 7), 6, {"FIRST": "4"}, "2/3"),
+    # Parts of an array, submitted again.
+    ([3], 3, {"SHARDS": "4"}, "3/4"),
+    ([0, 2], 2, {"SHARDS": "8"}, "2/8"),
+    ([5, 8], 8, {"SHARDS": "8", "FIRST": "1"}, "7/8"),
+    ([1, 5, 9], 5, {"SHARDS": "10"}, "5/10"),
+    ([0], 0, {"SHARDS": "1"}, "0/1"),
+  ],
+)
+def test_slurm_arrays_share_an_evaluation(machine, ids, task, env, shard):
+  code, calls, _ = _array(machine, ids, task, SLURM_CPUS_PER_TASK="6", **env)
   assert code == 0
-  assert calls[-1] == (
-    "python",
-    "-m",
-    "cacovid_jax.evaluate",
-    *GIVEN,
-    "--shard=2/3",
-  )
-  code, calls, _ = machine.run(
-    "slurm_evaluate.sbatch",
-    "--base=ov7b",
-    SLURM_ARRAY_TASK_ID="0",
-    SLURM_ARRAY_TASK_COUNT="3",
-    MODULE="experiments.main_table",
-    SHARD="table_shard",
+  assert calls == [
+    ("srun", "--ntasks=1", "--cpus-per-task=6"),
+    ("python", *EVALUATE, f"--shard={shard}"),
+  ]
+
+
+@pytest.mark.parametrize(
+  "ids, task, env, match",
+  [
+    ([1, 5, 9], 5, {}, "an array of 3 task(s) from 1 to 9 does not tell how"),
+    ([3], 3, {}, "an array of 1 task(s) from 3 to 3 does not tell how many"),
+    ([0], 0, {}, "an array of 1 task(s) from 0 to 0 does not tell how many"),
+    (range(4, 7), 6, {}, "an array of 3 task(s) from 4 to 6 does not tell"),
+    (range(4, 7), 6, {"FIRST": "5"}, "an array of 3 task(s) from 4 to 6 does"),
+    ([9], 9, {"SHARDS": "4"}, "task 9 has none of the 4 shard(s), which are"
+     " those of tasks 0 to 3; set SHARDS or FIRST"),
+    ([0], 0, {"SHARDS": "4", "FIRST": "1"}, "task 0 has none of the 4"),
+    ([0], 0, {"SHARDS": "0"}, "task 0 has none of the 0 shard(s)"),
+    ([3], 3, {"SHARDS": "four"}, "SHARDS=four is not a whole number"),
+    ([3], 3, {"SHARDS": "4", "FIRST": "-1"}, "FIRST=-1 is not a whole number"),
+  ],
+)  # fmt: skip
+def test_slurm_arrays_of_unknown_shards_are_refused(
+  machine, ids, task, env, match
+):
+  code, calls, told = _array(machine, ids, task, **env)
+  assert (code, calls) == (2, [])
+  assert told.startswith(f"error: {match}")
+  assert told.count("\n") == 1
+
+
+def test_slurm_arrays_share_other_commands(machine):
+  code, calls, _ = _array(
+    machine, range(3), 0, MODULE="experiments.main_table", SHARD="table_shard"
   )
   assert code == 0
   assert calls[-1] == (
     "python",
     "-m",
     "experiments.main_table",
-    "--base=ov7b",
+    *GIVEN,
     "--table_shard=0/3",
   )
-  code, _, told = machine.run("slurm_evaluate.sbatch", *GIVEN)
-  assert code == 2
+
+
+def test_slurm_evaluate_without_an_array_is_refused(machine):
+  code, calls, told = machine.run("slurm_evaluate.sbatch", *GIVEN)
+  assert (code, calls) == (2, [])
   assert told == (
     "error: not a task of an array; submit it with sbatch --array=0-7\n"
   )

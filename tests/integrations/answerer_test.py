@@ -1,5 +1,6 @@
 """Answers to requests: those of an evaluation, in the order asked."""
 
+import dataclasses
 import logging
 import pathlib
 
@@ -98,6 +99,25 @@ def test_every_request_gets_the_length_of_its_task(make, questions, data_dir):
   mixed = [reply.text for reply in model.generate(asked, [6, 2])]
   assert mixed[0] == longer[0]
   assert mixed[1] != longer[1] and longer[1].startswith(mixed[1])
+
+
+def test_what_is_drawn_for_a_row_does_not_depend_on_other_rows(
+  make, questions, data_dir
+):
+  model = make(method="random", ratio=0.25, batch_size=2)
+  asked = _asked(questions[:3], data_dir)
+  alone = [reply.text for reply in model.generate(asked, [6] * 3)]
+  # Those of another task, which calls them the same.
+  others = [
+    requests.Asked(f"u/test/{row}", one.identity, one.video, "Who is it?")
+    for row, one in enumerate(asked)
+  ]
+  replies = model.generate([*others, *asked], [6] * 6)
+  assert [reply.text for reply in replies[3:]] == alone
+  # Of the same words under other names, other tokens are drawn.
+  renamed = [dataclasses.replace(one, identity="") for one in asked]
+  replies = model.generate(renamed, [6] * 3)
+  assert [reply.text for reply in replies] != alone
 
 
 def test_a_clip_that_cannot_be_read_is_answered_by_nothing_and_told_once(

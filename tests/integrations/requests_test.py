@@ -5,7 +5,9 @@ import os
 import pytest
 
 from cacovid_jax import errors
+from cacovid_jax.evals import benchmarks
 from cacovid_jax.integrations.lmms_eval import requests
+from tests.data import benchmark_files
 
 _DOC = {"question_id": "001-1", "path": "clips/a.mp4"}
 
@@ -30,15 +32,15 @@ def test_both_forms_ask_the_same():
     prompt="What?\nA. x\nB. y\n",
   )
   simple = requests.from_simple(
-    "What?\nA. x\nB. y\n", _visual, _DOC, "t/test/0"
+    "What?\nA. x\nB. y\n", _visual, _DOC, "t/test/0", "001-1"
   )
-  chat = requests.from_chat(_messages(_VIDEO, _TEXT), _DOC, "t/test/0")
+  chat = requests.from_chat(_messages(_VIDEO, _TEXT), "t/test/0", "001-1")
   assert simple == chat == expected
 
 
 def test_texts_of_a_turn_are_put_together():
   parts = [{"type": "text", "text": text} for text in ("one ", "two")]
-  found = requests.from_chat(_messages(parts[0], _VIDEO, parts[1]), {}, "p")
+  found = requests.from_chat(_messages(parts[0], _VIDEO, parts[1]), "p")
   assert (found.prompt, found.identity) == ("one two", "")
 
 
@@ -56,7 +58,7 @@ def test_texts_of_a_turn_are_put_together():
 )
 def test_other_conversations_are_refused(messages, match):
   with pytest.raises(errors.UserError, match=match) as caught:
-    requests.from_chat(messages, _DOC, "t/test/7")
+    requests.from_chat(messages, "t/test/7")
   assert str(caught.value).startswith("t/test/7: ")
 
 
@@ -93,6 +95,57 @@ def test_rows_keep_their_own_ids_unless_they_share_one():
   ]  # fmt: skip
   assert found[0] == found[4]
   assert found[2].prompt == "Who?"
+  # Draws go by the row's own name, whatever other tasks call theirs.
+  assert [question.drawn_by for question in found] == [
+    "1", "2", "2", "t/test/2", "1",
+  ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  "name, task, expected",
+  [
+    ("videomme", "videomme", "001-1"),
+    ("mlvu_dev", "mlvu_dev", "plotQA_0"),
+    ("mlvu_test", "mlvu_test_paper", "topic_reasoning_0"),
+    ("longvideobench", "longvideobench_val_v", "vX0_0"),
+    ("egoschema", "egoschema_subset", "10"),
+    ("nextqa", "nextqa_mc_test", "1234567890_0"),
+  ],
+)
+def test_rows_are_called_as_the_readers_call_them(
+  name, task, expected, tmp_path
+):
+  fixture = benchmark_files.write(name, tmp_path)
+  found = [
+    requests.identity(row, task, number)
+    for number, row in enumerate(fixture.rows)
+  ]
+  questions = benchmarks.load(tmp_path, benchmark=name).questions
+  assert found == [question.id for question in questions]
+  assert found[0] == expected
+  assert len(set(found)) == len(found) > 1
+
+
+def test_rows_without_a_name_are_counted_as_the_readers_count_them(tmp_path):
+  fixture = benchmark_files.write("mvbench", tmp_path)
+  rows = {
+    path.stem: row
+    for path, row in zip(fixture.files, fixture.rows, strict=True)
+  }
+  for question in benchmarks.load(tmp_path, benchmark="mvbench").questions:
+    kind = question.category
+    found = requests.identity(rows[kind], f"mvbench_{kind}", 0)
+    assert found == question.id == f"{kind}:1"
+  mlvu = {"video_name": "a.mp4", "task_type": "ego", "question": "What?"}
+  found = requests.identity(mlvu, "mlvu_dev", 4)
+  assert found == "test-00000-of-00001:5"
+
+
+def test_other_rows_have_no_name_but_their_place():
+  assert requests.identity({"question": "What?"}, "mvbench_other", 0) == ""
+  assert requests.identity({"question": "What?"}, "mlvu_dev", 0) == ""
+  assert requests.identity({"qid": 3}, "t", 0) == ""
+  assert requests.identity("What?", "t", 0) == ""
 
 
 def test_a_clip_is_named_from_the_root_of_the_file_system(tmp_path):

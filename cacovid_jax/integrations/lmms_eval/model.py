@@ -76,9 +76,9 @@ class Simple(model_lib.lmms):
 
   def _read(self, context, gen_kwargs, doc_to_visual, doc_id, task, split):
     """Returns (`requests.Asked`, longest answer) of a request's arguments."""
-    place, doc = self._row(task, split, doc_id)
+    place, doc, name = self._row(task, split, doc_id)
     return (
-      requests_lib.from_simple(context, doc_to_visual, doc, place),
+      requests_lib.from_simple(context, doc_to_visual, doc, place, name),
       self._length(gen_kwargs, place),
     )
 
@@ -90,14 +90,17 @@ class Simple(model_lib.lmms):
         " which cacovid_jax does not know; take another metric"
       )
     context, target, doc_to_visual, doc_id, task, split = request.args
-    place, doc = self._row(task, split, doc_id)
+    place, doc, name = self._row(task, split, doc_id)
     if callable(target):
       target = target(doc)
-    asked = requests_lib.from_simple(context, doc_to_visual, doc, place)
+    asked = requests_lib.from_simple(context, doc_to_visual, doc, place, name)
     return asked, str(target)
 
   def _row(self, task, split, doc_id):
-    return f"{task}/{split}/{doc_id}", self.task_dict[task][split][doc_id]
+    """Returns (place, row, its identity)."""
+    doc = self.task_dict[task][split][doc_id]
+    name = requests_lib.identity(doc, task, doc_id)
+    return f"{task}/{split}/{doc_id}", doc, name
 
   def _length(self, gen_kwargs, place) -> int:
     default = self._answerer.args.max_new_tokens
@@ -111,8 +114,8 @@ class Chat(Simple):
 
   def _read(self, context, doc_to_messages, gen_kwargs, doc_id, task, split):
     """Returns (`requests.Asked`, longest answer) of a request's arguments."""
-    place, doc = self._row(task, split, doc_id)
+    place, doc, name = self._row(task, split, doc_id)
     return (
-      requests_lib.from_chat(doc_to_messages(doc), doc, place),
+      requests_lib.from_chat(doc_to_messages(doc), place, name),
       self._length(gen_kwargs, place),
     )

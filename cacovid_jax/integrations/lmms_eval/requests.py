@@ -10,6 +10,7 @@ from typing import Any
 
 from cacovid_jax import errors
 from cacovid_jax.data import questions
+from cacovid_jax.data.readers import mvbench
 from cacovid_jax.evals import answering
 
 
@@ -19,7 +20,7 @@ class Asked:
 
   Attributes:
     place: task, split and row, to name it by.
-    identity: what the row calls itself, "" if it does not.
+    identity: what our own evaluation calls the row, "" if nothing is known.
     video: path of the clip.
     prompt: the user's text behind the clip, word for word.
   """
@@ -30,7 +31,9 @@ class Asked:
   prompt: str
 
 
-def from_simple(context: str, doc_to_visual, doc, place: str) -> Asked:
+def from_simple(
+  context: str, doc_to_visual, doc, place: str, name: str = ""
+) -> Asked:
   """Returns the request of a text and what is to be looked at.
 
   Args:
@@ -38,13 +41,12 @@ def from_simple(context: str, doc_to_visual, doc, place: str) -> Asked:
     doc_to_visual: row -> list of paths or pictures.
     doc: the row.
     place: see `Asked`.
+    name: its identity.
   """
-  return Asked(
-    place, _identity(doc), _only_video(doc_to_visual(doc), place), context
-  )
+  return Asked(place, name, _only_video(doc_to_visual(doc), place), context)
 
 
-def from_chat(messages: Sequence[Mapping], doc, place: str) -> Asked:
+def from_chat(messages: Sequence[Mapping], place: str, name: str = "") -> Asked:
   """Returns the request of a conversation of one turn.
 
   The prompt is what `from_simple` is given for the same row: the texts of the
@@ -53,8 +55,8 @@ def from_chat(messages: Sequence[Mapping], doc, place: str) -> Asked:
   Args:
     messages: [{"role": "user", "content": [{"type": "video", "url": path},
       {"type": "text", "text": ...}]}].
-    doc: the row.
     place: see `Asked`.
+    name: its identity.
   """
   roles = [message.get("role") for message in messages or ()]
   if roles != ["user"]:
@@ -75,9 +77,7 @@ def from_chat(messages: Sequence[Mapping], doc, place: str) -> Asked:
       raise errors.UserError(
         _NOT_A_VIDEO.format(place, f"content of type {part.get('type')!r}")
       )
-  return Asked(
-    place, _identity(doc), _only_video(videos, place), "".join(texts)
-  )
+  return Asked(place, name, _only_video(videos, place), "".join(texts))
 
 
 _NOT_A_VIDEO = (
@@ -97,20 +97,45 @@ def _only_video(visuals, place: str) -> str:
   raise errors.UserError(_NOT_A_VIDEO.format(place, what))
 
 
-def _identity(doc) -> str:
-  """Returns the row's `question_id`.
+# The columns that name a row, joined by "_": those of VideoMME and MLVU, of
+# EgoSchema, NExT-QA, LongVideoBench.
+_NAMES = (("question_id",), ("question_idx",), ("video", "qid"), ("id",))
+_MVBENCH = "mvbench_"
+# MLVU's one file, whose rows are counted where they have no name.
+_MLVU_FILE = "test-00000-of-00001"
+_MLVU_COLUMNS = ("video_name", "task_type")
+
+
+def identity(doc, task: str, number: int) -> str:
+  """Returns the `Question.id` that `data.readers` give a row, "" if unknown.
 
   Methods that draw do so by it: the same tokens as in our own evaluation.
+
+  Args:
+    doc: the row.
+    task: name of lmms-eval's task.
+    number: of the row in its data set, from 0.
   """
-  found = doc.get("question_id") if isinstance(doc, Mapping) else None
-  return "" if found is None else str(found)
+  if not isinstance(doc, Mapping):
+    return ""
+  for columns in _NAMES:
+    values = [doc.get(column) for column in columns]
+    if None not in values:
+      return "_".join(map(str, values))
+  kind = task.removeprefix(_MVBENCH)
+  if task.startswith(_MVBENCH) and kind in mvbench.TASKS:
+    return f"{kind}:{number + 1}"
+  if task.startswith("mlvu") and all(name in doc for name in _MLVU_COLUMNS):
+    return f"{_MLVU_FILE}:{number + 1}"
+  return ""
 
 
 def as_questions(asked: Sequence[Asked]) -> list[questions.Question]:
   """Returns a question per request; equal requests give equal questions.
 
-  A row keeps its own id unless two different ones share it: then both are
-  called by their places.
+  A row keeps its own id unless two different ones share it, of two tasks for
+  example: then both are called by their places. What is drawn for a row goes by
+  its own id in any case, whatever else is asked.
   """
   shared: dict[str, set] = {}
   for one in asked:
@@ -121,6 +146,7 @@ def as_questions(asked: Sequence[Asked]) -> list[questions.Question]:
     out.append(
       questions.Question(
         id=one.identity if unique else one.place,
+        stream=one.identity,
         video=answering.video_name(one.video),
         question=one.prompt,
         answer="",
