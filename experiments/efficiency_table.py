@@ -147,7 +147,11 @@ def main(argv):
   workdir = pathlib.Path(
     table_flags.WORKDIR.value or f"workdirs/efficiency_{name}"
   )
-  with ledger.Ledger(workdir / ROWS, run_of(name, repeats)) as rows:
+  with ledger.Ledger(
+    workdir / ROWS,
+    run_of(name, repeats),
+    mend="or give another --table_workdir",
+  ) as rows:
     subject, encode = make(SIZES[name], _WEIGHTS.value or workdir / "weights")
     out = measure(subject, encode, name, methods, ratios, repeats, rows)
   results.write_json(workdir / "results.json", out)

@@ -49,6 +49,7 @@ from cacovid_jax.evals import (
   frame_manifest,
   ledger,
   paper,
+  provenance,
   results,
   runner,
   shards,
@@ -583,12 +584,25 @@ def combine(
     "drift": found,
     "ratios": [results.ratio_key(ratio) for ratio in request.ratios],
     "seeds": list(request.seeds),
-    "provenance": {
-      key: parts[0].out["provenance"][key]
-      for key in ("checkpoint", "decoder", "git_commit", "packages",
-                  "policies", "python")
+    "provenance": _provenance(parts),
+  }
+
+
+def _provenance(parts) -> dict[str, Any]:
+  """Returns what all benchmarks were answered with, every environment."""
+  each = [part.out["provenance"] for part in parts]
+  found = provenance.describe(
+    frame_hashes={p.name: p.out["provenance"]["frame_hash"] for p in parts},
+    index_hashes={
+      p.name: p.out["provenance"]["frame_index_hash"] for p in parts
     },
-  }  # fmt: skip
+    # The same for all: they are asked by one plan.
+    checkpoint={"sha256": each[0]["checkpoint"]},
+    policies=each[0]["policies"],
+    settings=each[0]["settings"],
+    environments=[one for part in each for one in part["environments"]],
+  )
+  return found | {"template_hash": each[0]["template_hash"]}
 
 
 def _per_cent(row, absent) -> dict[str, float]:

@@ -9,18 +9,10 @@ Without --benchmark, prints the folder of the tasks that come with the package,
 for `--include_path "$(python -m cacovid_jax.integrations.lmms_eval.export)"`.
 """
 
-import json
-import os
-import pathlib
-
 from absl import flags
 
 from cacovid_jax import errors
-from cacovid_jax.evals import benchmarks
-from cacovid_jax.integrations.lmms_eval import functions
-
-TASKS = pathlib.Path(__file__).parent / "tasks"
-_FUNCTIONS = functions.__name__
+from cacovid_jax.integrations.lmms_eval import local_tasks
 
 for _name, _help in {
   "benchmark": "What --data holds; see cacovid_jax.evals.benchmarks.names().",
@@ -40,12 +32,12 @@ def main(argv):
     )
   values = flags.FLAGS
   if not values.benchmark:
-    print(TASKS)
+    print(local_tasks.TASKS)
     return
   for name in ("data", "out"):
     if not values[name].value:
       raise errors.UserError(f"nothing says which {name}: add --{name}=FOLDER")
-  path = write(
+  path = local_tasks.write(
     values.data,
     values.out,
     benchmark=values.benchmark,
@@ -53,71 +45,6 @@ def main(argv):
     media=values.media,
   )
   print(f"{path} (task {path.stem})")
-
-
-def write(
-  data: str | os.PathLike,
-  out: str | os.PathLike,
-  *,
-  benchmark: str,
-  split: str = "",
-  media: str = "",
-) -> pathlib.Path:
-  """Writes OUT/cacovid_NAME.yaml and its rows; returns the YAML's path.
-
-  Args:
-    data: folder of the benchmark.
-    out: where the files go.
-    benchmark: one of `benchmarks.names()`.
-    split: of the benchmark; "" is its own.
-    media: folder of the clips, below `data` or absolute.
-  """
-  found = benchmarks.load(data, split, benchmark=benchmark, media=media)
-  out = pathlib.Path(out).absolute()
-  out.mkdir(parents=True, exist_ok=True)
-  name = f"cacovid_{benchmark}"
-  rows = out / f"{name}.jsonl"
-  root = os.path.abspath(found.root)
-  with open(rows, "w", encoding="utf-8") as file:
-    for question in found.questions:
-      video = os.path.join(root, question.video)
-      file.write(json.dumps(functions.row(question, video, benchmark)) + "\n")
-  path = out / f"{name}.yaml"
-  path.write_text(_yaml(name, rows, found.task.max_new_tokens), "utf-8")
-  return path
-
-
-def _yaml(name: str, rows: pathlib.Path, max_new_tokens: int) -> str:
-  metrics = "".join(
-    f"""\
-  - metric: {metric}
-    aggregation: !function {_FUNCTIONS}.aggregate
-    higher_is_better: true
-"""
-    for metric in functions.RULES
-  )
-  # A JSON text is a YAML scalar, whatever the path holds.
-  return f"""\
-task: {name}
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {json.dumps(os.fspath(rows))}
-test_split: test
-output_type: generate_until
-cluster_key: video
-doc_to_visual: !function {_FUNCTIONS}.doc_to_visual
-doc_to_text: !function {_FUNCTIONS}.doc_to_text
-doc_to_target: answer
-generation_kwargs:
-  max_new_tokens: {max_new_tokens}
-  temperature: 0
-  do_sample: false
-process_results: !function {_FUNCTIONS}.process_results
-metric_list:
-{metrics}metadata:
-  - version: 1.0
-"""
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import pytest
 
 from cacovid_jax.data import questions as questions_lib
 from cacovid_jax.evals import answering, benchmarks, evaluation
-from cacovid_jax.integrations.lmms_eval import export
+from cacovid_jax.integrations.lmms_eval import local_tasks
 from tests.data import benchmark_files
 from tests.integrations.lmms import conftest
 
@@ -214,7 +214,7 @@ def test_the_seven_benchmarks_are_answered_and_scored_as_by_our_evaluator(
   monkeypatch.chdir(folder)
   found = conftest.run(
     list(_TASKS.values()),
-    export.TASKS,
+    local_tasks.TASKS,
     defaults=True,
     chat=chat,
     batch_size=str(_BATCH_SIZE),

@@ -24,7 +24,7 @@ from lmms_eval import evaluator, tasks  # noqa: E402
 
 from cacovid_jax.data.synthetic import build  # noqa: E402
 from cacovid_jax.evals import answering, evaluation  # noqa: E402
-from cacovid_jax.integrations.lmms_eval import export, model  # noqa: E402
+from cacovid_jax.integrations.lmms_eval import local_tasks, model  # noqa: E402
 
 BATCH_SIZE = 4
 
@@ -42,7 +42,7 @@ def data_dir(tmp_path_factory):
 def task_dir(data_dir, tmp_path_factory):
   """Returns the folder of the same as a task, `cacovid_prepared`."""
   path = tmp_path_factory.mktemp("tasks")
-  export.write(data_dir, path, benchmark="prepared", split="test")
+  local_tasks.write(data_dir, path, benchmark="prepared", split="test")
   return path
 
 
