@@ -4,8 +4,6 @@ Subset/test-00000-of-00001.parquet and videos/<video_idx>.mp4. The other 4531
 questions are scored on a public server only.
 """
 
-import os
-
 from cacovid_jax.data import questions
 from cacovid_jax.data.readers import rows as rows_lib
 
@@ -35,7 +33,7 @@ def read_egoschema(
     return _row(entry, places)
 
   return rows_lib.read_tables(
-    [os.fspath(path) for path in rows_lib.split_paths(paths)],
+    paths,
     _COLUMNS,
     "EgoSchema",
     parse,

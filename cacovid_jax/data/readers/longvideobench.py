@@ -5,8 +5,6 @@ test split has no answers. Subtitles are not used: a clip that has none is as
 good as another.
 """
 
-import os
-
 from cacovid_jax.data import prompts, questions
 from cacovid_jax.data.readers import rows as rows_lib
 
@@ -45,7 +43,7 @@ def read_longvideobench(
     return _row(entry, places)
 
   return rows_lib.read_tables(
-    [os.fspath(path) for path in rows_lib.split_paths(paths)],
+    paths,
     lambda columns: (
       (*_COMMON, "candidates")
       if "candidates" in columns

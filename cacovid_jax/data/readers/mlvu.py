@@ -7,7 +7,6 @@ questions get theirs here. Generation tasks are no part of M-Avg: their rows
 are left out and counted.
 """
 
-import os
 import re
 
 from cacovid_jax.data import questions
@@ -67,7 +66,7 @@ def read_mlvu(
     return _row(entry, name, row, places, types, most_options)
 
   return rows_lib.read_tables(
-    [os.fspath(path) for path in rows_lib.split_paths(paths)],
+    paths,
     _required,
     "MLVU",
     parse,

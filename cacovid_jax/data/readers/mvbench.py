@@ -5,7 +5,6 @@ are cut already: `start` and `end`, where a row has them, are not used. Some
 sources need a licence of their own, so tasks may be missing; they are named.
 """
 
-import os
 import pathlib
 
 from cacovid_jax import errors
@@ -78,7 +77,7 @@ def read_mvbench(
     return _row(entry, task, row, places)
 
   return rows_lib.read_tables(
-    [os.fspath(found[task]) for task in TASKS if task in found],
+    [found[task] for task in TASKS if task in found],
     _COLUMNS,
     "MVBench",
     parse,

@@ -4,8 +4,6 @@ MC/test-00000-of-00001.parquet and NExTVideo/<video>.mp4. The prompt has no
 instruction, as in lmms-eval.
 """
 
-import os
-
 from cacovid_jax.data import prompts, questions
 from cacovid_jax.data.readers import rows as rows_lib
 
@@ -38,7 +36,7 @@ def read_nextqa(
     return _row(entry, places)
 
   return rows_lib.read_tables(
-    [os.fspath(path) for path in rows_lib.split_paths(paths)],
+    paths,
     _COLUMNS,
     "NExT-QA",
     parse,

@@ -144,7 +144,7 @@ class Rows:
 
 
 def read_tables(
-  paths: Sequence[str],
+  paths,
   required: Sequence[str] | Callable[[frozenset[str]], Sequence[str]],
   form: str,
   parse: Callable[[dict[str, Any], str, int], questions.Question],
@@ -155,7 +155,7 @@ def read_tables(
   """Returns the questions of parquet or JSON files.
 
   Args:
-    paths: of the files, in order.
+    paths: of the files, in order; as `split_paths` takes them.
     required: columns that each must have; or that, of the columns it has.
     form: whose format it is, for errors.
     parse: (row, name of the file without ending, number of the row) -> its
@@ -164,6 +164,7 @@ def read_tables(
     report: filled with what was left out.
   """
   rows = Rows(on_bad_row, report)
+  paths = split_paths(paths)
   for path in paths:
     name = os.path.splitext(os.path.basename(path))[0]
     for row, entry in enumerate(load_table(path, required, form), start=1):

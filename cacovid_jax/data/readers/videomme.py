@@ -4,8 +4,6 @@ videomme/test-00000-of-00001.parquet, data/<videoID>.mp4. Subtitles are not
 used, though the prompt names them.
 """
 
-import os
-
 from cacovid_jax import errors
 from cacovid_jax.data import prompts, questions
 from cacovid_jax.data.readers import rows as rows_lib
@@ -52,7 +50,7 @@ def read_videomme(
     return _row(entry, style, places, released)
 
   return rows_lib.read_tables(
-    [os.fspath(path) for path in rows_lib.split_paths(paths)],
+    paths,
     _COLUMNS,
     "VideoMME",
     parse,
