@@ -19,12 +19,12 @@ import re
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import av
 import numpy as np
 
 from cacovid_jax import errors
+from cacovid_jax.data import clip_index
 from cacovid_jax.data import frames as frames_lib
 
 # Playlists, image sequences and network formats stay out: a playlist renamed
@@ -47,8 +47,6 @@ _EMPTY_VOP = 16
 # Pictures that are decoded to see whether stamps are theirs.
 _PROBED = 8
 _SEEK_TO_PTS = 0x4000000  # AVFMT_SEEK_TO_PTS of FFmpeg.
-_NONE = -(2**62)  # A missing stamp.
-_EMPTY = np.zeros(0, np.int64)
 _URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.,\-]*:")
 
 
@@ -240,121 +238,6 @@ def decode(
     return reader.decode(sampler, resize)
 
 
-class ClipIndex(NamedTuple):
-  """Which pictures a clip shows, and how they are reached.
-
-  Attributes:
-    num_frames: N, pictures that are shown.
-    stamps: int64[N], their time stamps, ascending; empty if they tell no order.
-    keys: int64[K], number of the first picture shown from each key frame on.
-    targets: int64[K], the time to seek to for each of them.
-    sound: whether packets alone tell the pictures, so that seeking may be
-      tried; if not, the clip is decoded in sequence.
-    numbers: int64[P], number of each picture that decodes, ascending.
-    damaged: bool[P], whether a picture shows damage or follows some.
-    lost: pictures that do not decode.
-  """
-
-  num_frames: int = 0
-  stamps: np.ndarray = _EMPTY
-  keys: np.ndarray = _EMPTY
-  targets: np.ndarray = _EMPTY
-  sound: bool = False
-  numbers: np.ndarray = _EMPTY
-  damaged: np.ndarray = _EMPTY
-  lost: int = 0
-
-  @classmethod
-  def of_packets(
-    cls, packets: np.ndarray, *, by_stamp: bool, delayed: bool
-  ) -> "ClipIndex":
-    """Returns what packets tell of streams of one picture a packet.
-
-    Packets that an edit list hides, and those that need a key frame before the
-    stream's first one, are never shown: counting them would shift every index.
-
-    Args:
-      packets: int64[n, 3]: stamp, decoding time, 1 for a key frame + 2 for a
-        hidden one.
-      by_stamp: whether the container seeks by stamps, not by decoding times.
-      delayed: whether the decoder gives pictures in another order than it takes
-        them. Stamps in decoding order are then no stamps of the pictures.
-    """
-    stamps, times, flags = packets.T
-    keys = np.flatnonzero(flags & 1)
-    if not keys.size or (stamps == _NONE).any():
-      return cls()
-    visible = flags & 2 == 0
-    shown = np.sort(stamps[visible & (stamps >= stamps[keys[0]])])
-    if not shown.size or (np.diff(shown) == 0).any():
-      return cls()
-    later, known = keys[keys > 0], times[times != _NONE]
-    ordered = np.sort(stamps)
-    # In a stream with reordering no packet is decoded later than the picture of
-    # its number minus one is shown, unless the clock jumps between the two.
-    late = times[1:] - ordered[:-1] > np.ptp(ordered) / len(ordered) / 2
-    reordered = (np.diff(stamps) < 0).any()
-    sound = (
-      keys[0] == 0
-      and shown.size == visible.sum()
-      and (np.diff(known) > 0).all()
-      and (np.maximum.accumulate(stamps)[later - 1] < stamps[later]).all()
-      and not (late.any() if reordered else delayed)
-    )
-    return cls(
-      num_frames=shown.size,
-      stamps=shown,
-      keys=np.searchsorted(shown, stamps[keys]),
-      targets=(stamps if by_stamp else times)[keys],
-      sound=bool(sound),
-      numbers=np.arange(shown.size),
-      damaged=np.zeros(shown.size, bool),
-    )
-
-  def decoded(self, pictures: np.ndarray, faults: int) -> "ClipIndex":
-    """Returns the index of a clip that was decoded as a whole.
-
-    Pictures are numbered as they come out. Where some are lost to damage, their
-    stamps tell which: the others keep their numbers.
-
-    Args:
-      pictures: int64[P, 2]: stamp, 1 for a key frame + 2 for a damaged picture.
-      faults: errors of the decoder, damaged pictures included.
-    """
-    stamps, flags = pictures.T
-    corrupt = flags & 2 > 0
-    numbers, lost = np.arange(len(stamps)), faults - corrupt.sum()
-    in_order = np.sort(stamps)
-    if (in_order[:1] == _NONE).any() or (np.diff(in_order) == 0).any():
-      in_order = _EMPTY
-    if (
-      faults
-      and np.array_equal(in_order, stamps)
-      and np.isin(stamps, self.stamps).all()
-    ):
-      numbers = np.searchsorted(self.stamps, stamps)
-      lost, in_order = len(self.stamps) - len(stamps), self.stamps
-    place = np.arange(len(numbers))
-    broken = corrupt | (np.diff(numbers, prepend=-1) > 1)
-    clean = (flags & 1 > 0) & ~corrupt
-    broken, clean = (
-      np.maximum.accumulate(np.where(mark, place, -1))
-      for mark in (broken, clean)
-    )
-    return ClipIndex(
-      num_frames=len(in_order) or len(numbers),
-      stamps=in_order,
-      numbers=numbers,
-      damaged=broken > clean,
-      lost=int(lost),
-    )
-
-  def places(self, wanted: np.ndarray) -> np.ndarray:
-    """Returns the place of each picture, or of the last before a lost one."""
-    places = np.searchsorted(self.numbers, wanted, side="right") - 1
-    return places.clip(min=0)
-
-
 class _UnverifiedError(Exception):
   """Seeking does not give the pictures that the index tells."""
 
@@ -384,11 +267,15 @@ class _Reader:
 
   def _check_file(self):
     if self._data is not None:
-      if not self._data:
-        raise self._fail("empty")
-      if len(self._data) > self.limits.max_bytes:
-        raise self._fail("too_large", f"{len(self._data)} bytes")
-      return
+      size = len(self._data)
+    else:
+      size = self._file_size()
+    if size == 0:
+      raise self._fail("empty")
+    if size > self.limits.max_bytes:
+      raise self._fail("too_large", f"{size} bytes")
+
+  def _file_size(self) -> int:
     if "\0" in self.path:
       raise VideoError(self.path.replace("\0", "\\0"), "unsafe")
     try:
@@ -399,10 +286,7 @@ class _Reader:
       raise self._fail("unreadable", error.strerror or str(error)) from None
     if not stat.S_ISREG(status.st_mode):
       raise self._fail("not_a_file")  # A pipe would block for ever.
-    if status.st_size == 0:
-      raise self._fail("empty")
-    if status.st_size > self.limits.max_bytes:
-      raise self._fail("too_large", f"{status.st_size} bytes")
+    return status.st_size
 
   def _open(self, thread_type: str = "AUTO"):
     self._faults = 0
@@ -503,7 +387,7 @@ class _Reader:
     if count > self.limits.max_frames:
       raise self._fail("too_long", f"above {self.limits.max_frames} frames")
 
-  def _index(self) -> ClipIndex:
+  def _index(self) -> clip_index.ClipIndex:
     """Returns what packets tell, or the whole decode if that is not sure."""
     rows, first = array.array("q"), []
     least, last = 2**31, None
@@ -522,11 +406,11 @@ class _Reader:
       raise self._fail("no_frames")
     # How long the last picture is shown; 0 if the container does not tell.
     self._tail = float((last.duration or 0) * (self._stream.time_base or 0))
-    index = ClipIndex()
+    index = clip_index.ClipIndex()
     context, container = self._stream.codec_context, self._container.format
     codec = context.codec.canonical_name
     if codec in _ONE_PICTURE and (codec != "mpeg4" or least > _EMPTY_VOP):
-      index = ClipIndex.of_packets(
+      index = clip_index.ClipIndex.of_packets(
         np.array(rows, np.int64).reshape(-1, 3),
         by_stamp=bool(container.flags & _SEEK_TO_PTS)
         or "matroska" in container.name,
@@ -537,7 +421,7 @@ class _Reader:
       return index
     return self._whole(index)
 
-  def _whole(self, index: ClipIndex) -> ClipIndex:
+  def _whole(self, index: clip_index.ClipIndex) -> clip_index.ClipIndex:
     """Decodes all that there is, in one thread, as the truth."""
     self._open("NONE")
     rows = array.array("q")
@@ -550,42 +434,35 @@ class _Reader:
     pictures = np.array(rows, np.int64).reshape(-1, 2)
     return index.decoded(pictures, self._faults)
 
-  def _timing(self, index: ClipIndex) -> tuple[float, list[str]]:
+  def _timing(self, index: clip_index.ClipIndex) -> tuple[float, list[str]]:
     """Returns the clip's seconds and what is odd about it."""
-    rate = self._stream.average_rate
+    rate, warnings = self._stream.average_rate, []
     seconds = self._container_seconds()
     if rate:
       seconds = index.num_frames / float(rate)
-    warnings = []
-    if len(index.stamps) > 1:
-      seconds, warnings = self._stamped(index.stamps, seconds)
+    times = index.stamps - index.stamps[:1]
+    times = times * float(self._stream.time_base or 0)
+    span = np.ptp(times) if len(times) > 1 else 0
+    shown = span + (self._tail or span / max(1, len(times) - 1))
+    if 0 < span and shown <= self.limits.max_seconds:  # Else a damaged stamp.
+      if abs(shown - seconds) > _SLACK * shown:
+        # Matroska's header tells the rate that the writer had in mind.
+        warnings.append(
+          f"the header gives {seconds:.2f} s, the time stamps {shown:.2f} s,"
+          " which are taken"
+        )
+        seconds = float(shown)
+      late = np.abs(times - np.linspace(0, span, len(times))).max()
+      if late > _SLACK * span:
+        warnings.append(
+          f"the frame rate varies: frames lie up to {late:.2f} s off an even"
+          " spacing, and are picked by number, as in the reference"
+        )
     if seconds > self.limits.max_seconds:
       raise self._fail("too_long", f"{seconds:.0f} s")
     if index.lost:
       warnings.append(
         f"{index.lost} of {index.num_frames} pictures cannot be decoded"
-      )
-    return seconds, warnings
-
-  def _stamped(self, stamps, seconds: float) -> tuple[float, list[str]]:
-    """Returns the clip's seconds, and what is odd about its stamps."""
-    times = (stamps - stamps[0]) * float(self._stream.time_base or 0)
-    span, warnings = times[-1], []
-    shown = span + (self._tail or span / (len(times) - 1))
-    if not 0 < shown <= self.limits.max_seconds:  # A damaged stamp.
-      return seconds, warnings
-    if abs(shown - seconds) > _SLACK * shown:
-      # Matroska's header tells the rate that the writer had in mind.
-      warnings.append(
-        f"the header gives {seconds:.2f} s, the time stamps {shown:.2f} s,"
-        " which are taken"
-      )
-      seconds = shown
-    late = np.abs(times - np.linspace(0, span, len(times))).max()
-    if late > _SLACK * span:
-      warnings.append(
-        f"the frame rate varies: frames lie up to {late:.2f} s off an even"
-        " spacing, and are picked by number, as in the reference"
       )
     return seconds, warnings
 
@@ -623,7 +500,7 @@ class _Reader:
     except _UnverifiedError:
       return self._clip(self._whole(index), sampler, resize)
 
-  def _clip(self, index: ClipIndex, sampler, resize) -> Clip:
+  def _clip(self, index: clip_index.ClipIndex, sampler, resize) -> Clip:
     """Reads the frames that the rule takes of the pictures of an index."""
     seconds, warnings = self._timing(index)
     count = index.num_frames
@@ -667,7 +544,9 @@ class _Reader:
       warnings=tuple(warnings),
     )
 
-  def _by_seeking(self, index: ClipIndex, order) -> Iterator[av.VideoFrame]:
+  def _by_seeking(
+    self, index: clip_index.ClipIndex, order
+  ) -> Iterator[av.VideoFrame]:
     """Yields the pictures of ascending numbers; seeks to what lies ahead."""
     group, number = None, -1
     for wanted in order.tolist():
@@ -677,7 +556,9 @@ class _Reader:
       yield next(itertools.islice(group, wanted - number - 1, None))
       number = wanted
 
-  def _from_key(self, index: ClipIndex, key: int) -> Iterator[av.VideoFrame]:
+  def _from_key(
+    self, index: clip_index.ClipIndex, key: int
+  ) -> Iterator[av.VideoFrame]:
     """Yields the pictures from a key frame on, each one's stamp verified.
 
     What comes out before it belongs to an earlier key frame, or cannot be told
@@ -693,15 +574,17 @@ class _Reader:
     expected = first = next(stamps)
     for picture in self._pictures():
       stamp = _stamp(picture.pts)
-      if expected == first and _NONE < stamp < first:
+      if expected == first and clip_index.NO_STAMP < stamp < first:
         continue
       if stamp != expected or self._faults:
         raise _UnverifiedError
       yield picture
-      expected = next(stamps, _NONE)
+      expected = next(stamps, clip_index.NO_STAMP)
     raise _UnverifiedError
 
-  def _in_sequence(self, index: ClipIndex, order) -> Iterator[av.VideoFrame]:
+  def _in_sequence(
+    self, index: clip_index.ClipIndex, order
+  ) -> Iterator[av.VideoFrame]:
     """Yields the pictures at ascending places of the whole decode."""
     self._open("NONE")
     places = iter(order.tolist())
@@ -764,7 +647,7 @@ def _fit(image: np.ndarray, shape) -> np.ndarray:
 
 
 def _stamp(value: int | None) -> int:
-  return _NONE if value is None else value
+  return clip_index.NO_STAMP if value is None else value
 
 
 def _is_cover(stream) -> bool:

@@ -138,7 +138,11 @@ def _check(path, expected):
   """Compares frames that lie apart, side by side and alone."""
   count = len(expected)
   apart = np.linspace(0, count - 1, 8).astype(int)
-  rules = [apart, range(min(count, FRAMES)), *([n] for n in (1, 9, 10, 11, 19, 21))]
+  rules = [
+    apart,
+    range(min(count, FRAMES)),
+    *([n] for n in (1, 9, 10, 11, 19, 21)),
+  ]
   for rule in rules:
     clip = video.decode(path, lambda n, s, rule=rule: rule)
     assert clip.num_frames == count
@@ -197,7 +201,9 @@ def test_clips_that_were_read_wrongly(name, count, shown):
   clip = video.decode(CASES / name, lambda n, s: np.linspace(0, n - 1, 8))
   assert clip.indices.tolist() == shown
   np.testing.assert_array_equal(clip.frames, [expected[n] for n in shown])
-  _check(CASES / name, expected)
+  for number in shown[1], shown[-2]:
+    (frame,) = video.read_frames(CASES / name, [number])
+    np.testing.assert_array_equal(frame, expected[number])
 
 
 def test_damage_inside_a_clip_is_counted_and_told():

@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 
 from cacovid_jax import errors
-from cacovid_jax.data import frames, qwen_frames, video, video_process
+from cacovid_jax.data import (
+  clip_index,
+  frames,
+  qwen_frames,
+  video,
+  video_process,
+)
 
 from . import clips
 
@@ -55,7 +61,7 @@ def test_probe_tells_frames_size_and_seconds(folder):
 def test_sequential_fallback_gives_the_same_frames(folder, monkeypatch):
   expected = video.read_frames(folder / "plain.mp4", WANTED)
   monkeypatch.setattr(
-    video.ClipIndex, "of_packets", lambda *a, **k: video.ClipIndex()
+    clip_index.ClipIndex, "of_packets", lambda *a, **k: clip_index.ClipIndex()
   )
   got = video.read_frames(folder / "plain.mp4", WANTED)
   np.testing.assert_array_equal(got, expected)
@@ -63,7 +69,7 @@ def test_sequential_fallback_gives_the_same_frames(folder, monkeypatch):
 
 def test_a_wrong_seek_index_falls_back_to_counting(folder, monkeypatch):
   # Keyframes that are none: the seek lands on an earlier one, or beyond.
-  of_packets = video.ClipIndex.of_packets
+  of_packets = clip_index.ClipIndex.of_packets
   whole = video._Reader._whole
   decoded = []
 
@@ -77,7 +83,7 @@ def test_a_wrong_seek_index_falls_back_to_counting(folder, monkeypatch):
     decoded.append(index)
     return whole(self, index)
 
-  monkeypatch.setattr(video.ClipIndex, "of_packets", wrong)
+  monkeypatch.setattr(clip_index.ClipIndex, "of_packets", wrong)
   monkeypatch.setattr(video._Reader, "_whole", count)
   got = video.read_frames(folder / "plain.mp4", WANTED)
   assert clips.numbers(got) == WANTED and len(decoded) == 1
