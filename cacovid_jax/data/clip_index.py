@@ -15,7 +15,8 @@ class ClipIndex(NamedTuple):
     num_frames: N, pictures that are shown.
     stamps: int64[N], their time stamps, ascending; empty if they tell no order.
     keys: int64[K], number of the first picture shown from each key frame on.
-    targets: int64[K], the time to seek to for each of them.
+    landings: int64[K, 3], of each key frame the time to seek to, its stamp and
+      its byte in the file.
     sound: whether packets alone tell the pictures, so that seeking may be
       tried; if not, the clip is decoded in sequence.
     numbers: int64[P], number of each picture that decodes, ascending.
@@ -26,7 +27,7 @@ class ClipIndex(NamedTuple):
   num_frames: int = 0
   stamps: np.ndarray = _EMPTY
   keys: np.ndarray = _EMPTY
-  targets: np.ndarray = _EMPTY
+  landings: np.ndarray = _EMPTY
   sound: bool = False
   numbers: np.ndarray = _EMPTY
   damaged: np.ndarray = _EMPTY
@@ -42,13 +43,13 @@ class ClipIndex(NamedTuple):
     stream's first one, are never shown: counting them would shift every index.
 
     Args:
-      packets: int64[n, 3]: stamp, decoding time, 1 for a key frame + 2 for a
-        hidden one.
+      packets: int64[n, 4]: stamp, decoding time, byte in the file, 1 for a key
+        frame + 2 for a hidden one.
       by_stamp: whether the container seeks by stamps, not by decoding times.
       delayed: whether the decoder gives pictures in another order than it takes
         them. Stamps in decoding order are then no stamps of the pictures.
     """
-    stamps, times, flags = packets.T
+    stamps, times, places, flags = packets.T
     keys = np.flatnonzero(flags & 1)
     if not keys.size or (stamps == NO_STAMP).any():
       return cls()
@@ -56,24 +57,20 @@ class ClipIndex(NamedTuple):
     shown = np.sort(stamps[visible & (stamps >= stamps[keys[0]])])
     if not shown.size or (np.diff(shown) == 0).any():
       return cls()
+    target = stamps if by_stamp else times
     later, known = keys[keys > 0], times[times != NO_STAMP]
-    ordered = np.sort(stamps)
-    # In a stream with reordering no packet is decoded later than the picture of
-    # its number minus one is shown, unless the clock jumps between the two.
-    late = times[1:] - ordered[:-1] > np.ptp(ordered) / len(ordered) / 2
-    reordered = (np.diff(stamps) < 0).any()
     sound = (
       keys[0] == 0
       and shown.size == visible.sum()
       and (np.diff(known) > 0).all()
       and (np.maximum.accumulate(stamps)[later - 1] < stamps[later]).all()
-      and not (late.any() if reordered else delayed)
+      and (not delayed or (np.diff(stamps) < 0).any())
     )
     return cls(
       num_frames=shown.size,
       stamps=shown,
       keys=np.searchsorted(shown, stamps[keys]),
-      targets=(stamps if by_stamp else times)[keys],
+      landings=np.stack([target, stamps, places], axis=1)[keys],
       sound=bool(sound),
       numbers=np.arange(shown.size),
       damaged=np.zeros(shown.size, bool),

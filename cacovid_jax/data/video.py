@@ -399,7 +399,9 @@ class _Reader:
       self._check_count(count + 1)
       least = min(least, packet.size)
       flags = packet.is_keyframe + 2 * packet.is_discard
-      rows.extend((_stamp(packet.pts), _stamp(packet.dts), flags))
+      rows.extend(
+        (_stamp(packet.pts), _stamp(packet.dts), packet.pos or 0, flags)
+      )
       if last is None or _stamp(packet.pts) > _stamp(last.pts):
         last = packet
     if last is None:
@@ -411,7 +413,7 @@ class _Reader:
     codec = context.codec.canonical_name
     if codec in _ONE_PICTURE and (codec != "mpeg4" or least > _EMPTY_VOP):
       index = clip_index.ClipIndex.of_packets(
-        np.array(rows, np.int64).reshape(-1, 3),
+        np.array(rows, np.int64).reshape(-1, 4),
         by_stamp=bool(container.flags & _SEEK_TO_PTS)
         or "matroska" in container.name,
         delayed=context.has_b_frames,
@@ -559,28 +561,36 @@ class _Reader:
   def _from_key(
     self, index: clip_index.ClipIndex, key: int
   ) -> Iterator[av.VideoFrame]:
-    """Yields the pictures from a key frame on, each one's stamp verified.
+    """Yields the pictures from a key frame on, the stamp of each verified.
 
     What comes out before it belongs to an earlier key frame, or cannot be told
-    to be whole.
+    to be whole. The place of the key frame in the file is verified too, since
+    some containers give other stamps after a seek, and that the next picture
+    is the right one: those that need what lies before the landing are missing.
     """
+    target, landing, place = index.landings[key].tolist()
     try:
-      target = int(index.targets[key])
       self._container.seek(target, stream=self._stream, backward=True)
     except av.error.FFmpegError:
       raise _UnverifiedError from None
     self._stream.codec_context.flush_buffers()
     stamps = iter(index.stamps[index.keys[key] :].tolist())
-    expected = first = next(stamps)
-    for picture in self._pictures():
-      stamp = _stamp(picture.pts)
-      if expected == first and clip_index.NO_STAMP < stamp < first:
-        continue
-      if stamp != expected or self._faults:
+    expected, verified = next(stamps), None
+    for packet in self._packets():
+      if (packet.pts == landing) != (packet.pos == place):
         raise _UnverifiedError
-      yield picture
-      expected = next(stamps, clip_index.NO_STAMP)
-    raise _UnverifiedError
+      for picture in self._decode(packet):
+        stamp = _stamp(picture.pts)
+        if not verified and clip_index.NO_STAMP < stamp < expected:
+          continue
+        if stamp != expected or self._faults:
+          raise _UnverifiedError
+        if verified:
+          yield verified
+        expected, verified = next(stamps, None), picture
+    if expected is not None:
+      raise _UnverifiedError
+    yield verified
 
   def _in_sequence(
     self, index: clip_index.ClipIndex, order

@@ -45,6 +45,14 @@ def _repeated(number, packet, ticks):
     packet.pts = packet.dts
 
 
+def _jumping(number, packet, ticks):
+  if (
+    number >= 20
+  ):  # In an open group, between a key frame and what precedes it.
+    packet.pts += 200 * ticks
+    packet.dts += 200 * ticks
+
+
 def _x264(text):
   return "libx264", {"preset": "fast", "x264-params": f"keyint=10:{text}"}
 
@@ -102,6 +110,9 @@ MATRIX = [
   ("h264_open", "ts", "twice", False),
   ("mpeg2_b", "mpg", "twice", False),
   ("h264_b", "mkv", _repeated, False),
+  ("h264_open", "mkv", _jumping, None),
+  ("h264_open", "mp4", _jumping, None),
+  ("h264", "asf", None, None),
   ("hevc_b", "mp4", None, True),
   ("hevc_open", "mp4", None, True),
   ("hevc_open", "ts", None, True),

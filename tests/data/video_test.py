@@ -76,8 +76,8 @@ def test_a_wrong_seek_index_falls_back_to_counting(folder, monkeypatch):
   def wrong(*args, **options):
     index = of_packets(*args, **options)
     keys = np.array([0, 5, 13])
-    # The first two times are those of others.
-    return index._replace(keys=keys, targets=index.stamps[keys + [8, 3, 0]])
+    landings = np.stack([index.stamps[keys + [8, 3, 0]]] * 3, axis=1)
+    return index._replace(keys=keys, landings=landings)
 
   def count(self, index):
     decoded.append(index)
