@@ -11,10 +11,8 @@ import pathlib
 
 from absl import flags
 
-from cacovid_jax import errors
-from cacovid_jax.data.synthetic import build
-from cacovid_jax.models import tiny_checkpoint
-from cacovid_jax.training import metrics
+from cacovid_jax import errors, metrics
+from cacovid_jax.synthetic import build, tiny_checkpoint
 
 _OUT = flags.DEFINE_string("out", None, "Folder; each variant is one below it.")
 _VARIANTS = flags.DEFINE_list("variants", ["dense"], "Variants to build.")

@@ -25,7 +25,7 @@ import pathlib
 import jax.numpy as jnp
 from absl import flags
 
-from cacovid_jax import compressors, errors
+from cacovid_jax import compressors, errors, metrics
 from cacovid_jax import config as config_lib
 from cacovid_jax.evals import (
   evaluation,
@@ -35,7 +35,6 @@ from cacovid_jax.evals import (
   runner,
 )
 from cacovid_jax.models import checkpoints
-from cacovid_jax.training import metrics
 from experiments import embedded, table_files, table_flags
 
 _CONFIG = "configs/synthetic_quickstart.py"

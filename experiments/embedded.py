@@ -3,8 +3,8 @@
 import os
 
 from cacovid_jax import config as config_lib
-from cacovid_jax.data.synthetic import build
-from cacovid_jax.training import metrics
+from cacovid_jax import metrics
+from cacovid_jax.synthetic import build
 
 
 def prepare(config, num_workers=None):

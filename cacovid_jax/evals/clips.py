@@ -11,13 +11,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from cacovid_jax import errors
+from cacovid_jax import errors, metrics
 from cacovid_jax.compressors import base
 from cacovid_jax.data import frames as frames_lib
 from cacovid_jax.data import qwen_frames, video
 from cacovid_jax.evals import frame_manifest
 from cacovid_jax.models import vision_signals
-from cacovid_jax.training import metrics
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from cacovid_jax import errors
-from cacovid_jax.data import video
-from cacovid_jax.evals import ledger, provenance
+from cacovid_jax.data import answer_log, video
+from cacovid_jax.evals import provenance
 
 FILE = "frames.jsonl"
 _HEADER = "frames"
@@ -175,7 +175,7 @@ class FrameManifest:
       return
     self._path.parent.mkdir(parents=True, exist_ok=True)
     with open(self._path, "a+b") as f:
-      ledger.lock(f, self._path, wait=True)
+      answer_log.lock(f, self._path, wait=True)
       # What other processes have found in the meantime.
       f.seek(self._read)
       data = f.read()

@@ -61,7 +61,7 @@ class Checkpoint:
   Attributes:
     model: the functions, computing in the dtype asked for.
     params: the weights.
-    tokenizer: `data.prompts.Tokenizer`, None without a tokenizer.json.
+    tokenizer: `data.tokenizer.Tokenizer`, None without a tokenizer.json.
     identity: {"path", "sha256"} of the weights.
     eos_ids: token ids that end an answer.
     pad_id: token id behind the end.
@@ -482,9 +482,9 @@ def _tokenizer(directory):
   if not os.path.exists(os.path.join(directory, "tokenizer.json")):
     return None
   # Here, so that weights can be read where no prompt is made.
-  from cacovid_jax.data import prompts
+  from cacovid_jax.data import tokenizer as tokenizer_lib
 
-  return prompts.Tokenizer.from_directory(directory)
+  return tokenizer_lib.Tokenizer.from_directory(directory)
 
 
 def _listed(names, most=8):
