@@ -3,6 +3,8 @@
 import io
 import math
 
+import pytest
+
 from cacovid_jax import progress as progress_lib
 
 
