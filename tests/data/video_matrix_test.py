@@ -128,6 +128,7 @@ MATRIX = [
   ("vp9", "webm", None, True),
   ("vp9", "webm", _first_left_out, False),
   ("vp8", "webm", None, False),
+  ("vp8", "webm", _first_left_out, False),
   ("mjpeg", "mov", None, True),
 ]
 
