@@ -19,7 +19,7 @@ import sys
 import ml_collections
 from absl import flags
 
-from cacovid_jax import errors
+from cacovid_jax import errors, extensions
 
 # Groups and keys that change how a run is recorded or spread over a machine and
 # not what it computes: they may differ between its start and its continuation.
@@ -42,18 +42,39 @@ def load(spec, overrides=()):
 
   Args:
     spec: a Python file that defines `get_config(arg=None)`, optionally with an
-      argument after a colon; or the `config.json` of a workdir.
+      argument after a colon; or the `config.json` of a workdir, whose names
+      of code (`policy.module`, a method in a file) an override must repeat.
     overrides: texts "key.subkey=value"; a value must have the type of the one
       it replaces.
   """
   path, _, arg = str(spec).partition(":")
   if path.endswith(".json"):
     config = _read_json(pathlib.Path(path))
+    _refuse_code(config, {text.partition("=")[0] for text in overrides}, path)
   else:
     config = _call_get_config(pathlib.Path(path), arg or None)
   for text in overrides:
     override(config, text)
   return config.lock()
+
+
+def _refuse_code(config, given, path, prefix=""):
+  """Stops at a value that names code, of a key that is not among `given`."""
+  for name, value in config.items():
+    key = f"{prefix}{name}"
+    if isinstance(value, ml_collections.ConfigDict) and key != "policy.module":
+      _refuse_code(value, given, path, f"{key}.")
+      continue
+    if key == "policy.module":
+      names_code = value not in extensions.BUILT_IN
+    else:
+      names_code = any(mark in str(value) for mark in (".py:", "?module="))
+    if names_code and key not in given:
+      how = "was trained with" if key == "policy.module" else "names"
+      raise errors.UserError(
+        f"{path} {how} {key}={value!r}, and a file of data runs no code:"
+        f" give --config.{key}={value!r} if you trust it"
+      )
 
 
 def override(config, text):

@@ -58,7 +58,7 @@ from cacovid_jax.models import (
   qwen2_5_vl,
   random_checkpoint,
 )
-from cacovid_jax.policy import network
+from cacovid_jax.policy import loading, network
 from experiments import (
   efficiency_files,
   selection_benchmark,
@@ -291,7 +291,7 @@ def make(size: Size, directory) -> tuple[latency.Subject, Any]:
     config.text, dtype=model.dtype, num_halvings=_halvings(config.text)
   )
   params = policy.init_from_llm(jax.random.key(0), checkpoint.params)
-  followed = runner.Policy(policy, params)
+  followed = loading.LoadedPolicy(policy, params)
   text = made.text(batch)
   aux = jax.tree.map(lambda leaf: leaf[None], aux)
   key = jax.random.split(jax.random.key(1), 1)

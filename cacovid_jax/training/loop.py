@@ -28,7 +28,7 @@ from jax.experimental import multihost_utils
 
 from cacovid_jax import config as config_lib
 from cacovid_jax import errors
-from cacovid_jax.policy import modules
+from cacovid_jax.policy import loading
 from cacovid_jax.training import checkpointing, metrics, optimizer, setup
 from cacovid_jax.training import programs as programs_lib
 from cacovid_jax.training import state as state_lib
@@ -131,13 +131,18 @@ def _step(run: setup.Run, state, batch, rows):
 
 
 class _Preemption:
-  """A SIGTERM sets a flag; the loop looks at it after each step."""
+  """Tells the loop, which asks after each step, of a SIGTERM.
+
+  One process sets a flag. Of several, JAX hears the signal, of which a handler
+  of ours would deprive it, and names the step at which all of them stop.
+  """
 
   def __enter__(self):
     self._flag = False
     self._old = None
     # Only the main thread may install a handler.
-    if threading.current_thread() is threading.main_thread():
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main and jax.process_count() == 1:
       self._old = signal.signal(signal.SIGTERM, self._set)
     return self
 
@@ -298,11 +303,11 @@ class _Saver:
     path = self._policy / name
     if jax.process_index() == 0:
       self._policy.mkdir(parents=True, exist_ok=True)
-      modules.save(path, self._run.recipe.policy, params)
+      loading.save(path, self._run.recipe.policy, params)
       _write_json(
         self._policy / "policy_config.json",
         {
-          "policy": self._run.policy_options,
+          **self._run.described_policy,
           "base_model": self._run.base_model,
           "grid": self._run.described_grid,
           "ratios": list(self._run.recipe.ladder.ratios),

@@ -11,7 +11,7 @@ import pytest
 
 from cacovid_jax import errors, evaluate
 from cacovid_jax.evals import defaults, evaluation
-from cacovid_jax.policy import network
+from cacovid_jax.policy import loading, network
 from tests.evals import report_test, tiny
 
 FILES = {
@@ -284,7 +284,7 @@ def test_the_table_names_every_row(finished):
 
 def test_validator_scores_a_policy(request_of, checkpoint, tmp_path):
   validate = evaluation.validator(request_of(tmp_path), checkpoint)
-  policy = evaluation.load_policy(request_of(tmp_path).policies["policy"],
+  policy = loading.load_policy(request_of(tmp_path).policies["policy"],
                                   checkpoint)  # fmt: skip
   found = validate(policy.module, policy.params)
   assert 0 <= found["accuracy"] <= 1
@@ -296,13 +296,13 @@ def test_policy_folders(checkpoint, policy_path, tmp_path):
   folder = pathlib.Path(policy_path).parent
   # The file, its folder, and the training workdir around it.
   loaded = [
-    evaluation.load_policy(str(path), checkpoint)
+    loading.load_policy(str(path), checkpoint)
     for path in (policy_path, folder, folder.parent)
   ]
   assert len({policy.identity for policy in loaded}) == 1
   assert isinstance(loaded[0].module, network.Policy)
   with pytest.raises(errors.UserError, match="no policy in"):
-    evaluation.load_policy(str(tmp_path), checkpoint)
+    loading.load_policy(str(tmp_path), checkpoint)
 
 
 def test_a_policy_of_another_base_model_is_refused(checkpoint, tmp_path):
@@ -311,7 +311,7 @@ def test_a_policy_of_another_base_model_is_refused(checkpoint, tmp_path):
   path = tmp_path / "policy" / "policy_config.json"
   path.write_text(json.dumps(described))
   with pytest.raises(errors.UserError, match="another base model"):
-    evaluation.load_policy(str(tmp_path), checkpoint)
+    loading.load_policy(str(tmp_path), checkpoint)
 
 
 def test_a_users_own_policy_is_loaded(checkpoint, tmp_path):
@@ -333,7 +333,7 @@ def test_a_users_own_policy_is_loaded(checkpoint, tmp_path):
   }
   path = tmp_path / "policy" / "policy_config.json"
   path.write_text(json.dumps(described))
-  policy = evaluation.load_policy(str(tmp_path), checkpoint)
+  policy = loading.load_policy(str(tmp_path), checkpoint)
   assert type(policy.module).__name__ == "Mine"
 
 

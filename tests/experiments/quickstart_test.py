@@ -15,8 +15,8 @@ import pytest
 
 from cacovid_jax.data import prompts, tokenizer_training
 from cacovid_jax.data.synthetic import packing
-from cacovid_jax.evals import evaluation
 from cacovid_jax.models import checkpoints, llava_onevision, siglip
+from cacovid_jax.policy import loading
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
@@ -184,6 +184,6 @@ def test_a_policy_of_ones_own_by_the_readmes_command(folder, finished):
   assert done.returncode == 0, done.stderr
   # An evaluation finds it in the workdir, by what was written beside it.
   checkpoint = checkpoints.load(folder / "base_model")
-  policy = evaluation.load_policy(folder / "bilinear", checkpoint)
+  policy = loading.load_policy(folder / "bilinear", checkpoint)
   assert type(policy.module).__name__ == "Bilinear"
   assert policy.params["question"]["kernel"].shape == (32, 16)

@@ -11,7 +11,7 @@ from cacovid_jax import errors
 from cacovid_jax.models import qwen2
 from cacovid_jax.policy import (
   buckets,
-  modules,
+  loading,
   network,
   objective,
   selection,
@@ -23,7 +23,7 @@ ROWS = np.arange(2, 14)
 
 
 def make(**options):
-  policy_class = modules.load_policy_module(f"{FILE}:Bilinear")
+  policy_class = loading.load_policy_module(f"{FILE}:Bilinear")
   # As the trainer calls it: with the options of every policy.
   policy = policy_class.from_llm_config(
     qwen2.Qwen2Config.tiny(), dtype=jnp.bfloat16, num_halvings=4, **options
@@ -32,12 +32,12 @@ def make(**options):
 
 
 def test_an_empty_name_is_the_papers_policy():
-  assert modules.load_policy_module("") is network.Policy
+  assert loading.load_policy_module("") is network.Policy
 
 
 def test_a_class_of_a_module_on_the_path():
   name = "cacovid_jax.policy.network:Policy"
-  assert modules.load_policy_module(name) is network.Policy
+  assert loading.load_policy_module(name) is network.Policy
 
 
 def test_it_scores_learns_and_selects():
@@ -99,13 +99,13 @@ def test_in_a_bucket_it_selects_as_alone():
 def test_its_weights_are_kept_under_its_own_names(tmp_path):
   policy, params = make()
   path = tmp_path / "mine.safetensors"
-  modules.save(path, policy, params)
-  assert "question/kernel" in modules.read(path)
-  back = modules.load(path, policy, params)
+  loading.save(path, policy, params)
+  assert "question/kernel" in loading.read(path)
+  back = loading.load(path, policy, params)
   jax.tree.map(np.testing.assert_array_equal, back, params)
   other, other_params = make(rank=3)
   with pytest.raises(errors.UserError, match="misshaped question/bias"):
-    modules.load(path, other, other_params)
+    loading.load(path, other, other_params)
 
 
 @pytest.mark.parametrize(
@@ -122,11 +122,11 @@ def test_its_weights_are_kept_under_its_own_names(tmp_path):
 )
 def test_a_name_that_leads_nowhere_is_refused(spec, named):
   with pytest.raises(errors.UserError, match=named):
-    modules.load_policy_module(spec)
+    loading.load_policy_module(spec)
 
 
 def test_a_file_that_fails_is_named_with_its_error(tmp_path):
   path = tmp_path / "broken.py"
   path.write_text("1 / 0\n")
   with pytest.raises(errors.UserError, match=r"broken\.py.*ZeroDivisionError"):
-    modules.load_policy_module(f"{path}:Any")
+    loading.load_policy_module(f"{path}:Any")

@@ -1,0 +1,335 @@
+"""A policy by name, one's own included, and from its files on disk.
+
+A policy of one's own is a Linen module in any file, selected by the config
+value `path/to/file.py:Class` (or `package.module:Class`). A policy_config.json
+says which one a policy was trained with; it is run only if whoever loads the
+policy names it as well, `PATH?module=path/to/file.py:Class`.
+
+  class MyPolicy(nn.Module):
+    @classmethod
+    def from_llm_config(cls, llm, **options): ...  # -> module
+    def __call__(self, x, positions, video_rows, grid, length=None): ...
+    @nn.nowrap
+    def init_from_llm(self, rng, llm_params): ...  # -> params
+
+`__call__` gets ONE prompt and returns `network.Scores`, as `network.Policy`
+does. `grid` is (T, H, W), or a `buckets.Grid` where programs serve videos of
+different grids; `buckets.as_grid(grid).frame_means` takes either. `options` are
+the keys of the config's policy section (`dtype` and `num_halvings` among them;
+ignore what does not apply). Parameters under a top-level name `layer` are
+trained with the lower rate of pretrained weights, all others with that of the
+heads.
+"""
+
+import dataclasses
+import hashlib
+import inspect
+import logging
+import os
+import pathlib
+import reprlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+from flax import traverse_util
+
+from cacovid_jax import errors, extensions
+from cacovid_jax.models import attention, checkpoints, safetensors_io
+from cacovid_jax.policy import network
+
+_log = logging.getLogger(__name__)
+
+_ENTRY_POINTS = ("from_llm_config", "init_from_llm", "__call__")
+# What values must be, in policy_config.json and in a config's policy section.
+_KINDS = {
+  "policy": dict,
+  "policy.module": str,
+  "policy.dtype": ("float32", "bfloat16"),
+  "policy.backend": attention.BACKENDS,
+  "policy.num_halvings": int,
+  "base_model": dict,
+  "base_model.sha256": str,
+  "module_sha256": str,
+}
+_WORDS = {dict: "an object", str: "a text", int: "a whole number"}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoadedPolicy:
+  """A policy with its weights.
+
+  Attributes:
+    module: Linen module; `apply(params, x, positions, video_rows, grid,
+      length)` gives `Scores`.
+    params: trained parameters.
+    identity: digest of the parameters.
+  """
+
+  module: Any
+  params: Any
+  identity: str = ""
+
+
+def load_policy_module(spec: str = "") -> extensions.Loaded:
+  """Returns the policy class that a config names; the paper's for "".
+
+  Args:
+    spec: `path/to/file.py:Class` or `package.module:Class`.
+
+  Raises:
+    UserError: no such file, module or class, or it lacks an entry point.
+  """
+  if spec in extensions.BUILT_IN:
+    return extensions.Loaded(network.Policy, "")
+  found = extensions.load(spec, "policy.module")
+  if not inspect.isclass(found.object):
+    raise errors.UserError(f"policy.module {spec!r} is no class")
+  lacking = [name for name in _ENTRY_POINTS if not hasattr(found.object, name)]
+  if lacking:
+    raise errors.UserError(
+      f"policy.module {spec!r} lacks {', '.join(lacking)}; see"
+      " cacovid_jax/policy/loading.py"
+    )
+  return found
+
+
+def make_policy(llm, options, *, where="config", dtype=None):
+  """Returns (the policy module, the sha256 of its file, "" if it is ours).
+
+  Args:
+    llm: config of the language model.
+    options: `module`, see `load_policy_module`, and what its `from_llm_config`
+      takes, with `dtype` as a text.
+    where: the policy's options stand, for messages.
+    dtype: to compute in, if it is not the one that the options name.
+  """
+  options = dict(options)
+  _check({"policy": options}, where)
+  found = load_policy_module(options.pop("module", ""))
+  if "dtype" in options:
+    options["dtype"] = jnp.dtype(options["dtype"]) if dtype is None else dtype
+  try:
+    return found.object.from_llm_config(llm, **options), found.sha256
+  except TypeError as error:
+    raise errors.UserError(
+      f"{where}: {found.object.__name__} does not take the options of policy"
+      f" ({errors.one_line(error)})"
+    ) from error
+
+
+def init_policy(policy, base_params, *, seed, init=""):
+  """Returns a policy's first parameters, float32.
+
+  Args:
+    policy: the module.
+    base_params: of the base model.
+    seed: of what is drawn.
+    init: file or directory to read them from instead, see `load`.
+  """
+  params = policy.init_from_llm(jax.random.key(seed), base_params)
+  return load(init, policy, params) if init else params
+
+
+def load_policy(spec: str | os.PathLike, checkpoint) -> LoadedPolicy:
+  """Returns a policy that training exported.
+
+  Args:
+    spec: a safetensors file; or a folder (or a training workdir that holds
+      `policy/`), whose `best.safetensors` is taken if validation chose one,
+      else `policy.safetensors`; or a checkpoint directory with the public
+      policy among its weights. `?module=path/to/file.py:Class` behind it names
+      the module, which a `policy_config.json` beside the weights cannot do:
+      without one it is the paper's.
+    checkpoint: the base model that it must have been trained with.
+  """
+  path, module = split(spec)
+  file = _find_policy(pathlib.Path(path))
+  if file is None:
+    raise errors.UserError(
+      f"there is no policy in {path}; give the workdir of a finished training"
+      " run, or a .safetensors file"
+    )
+  config = (file if file.is_dir() else file.parent) / "policy_config.json"
+  described = checkpoints.read_json(config) if config.is_file() else {}
+  _check(described, config)
+  trained_with = described.get("base_model", {}).get("sha256")
+  if trained_with not in (None, checkpoint.identity["sha256"]):
+    raise errors.UserError(
+      f"policy {path} was trained with another base model; give that one's"
+      " --checkpoint"
+    )
+  options = dict(described.get("policy", {}))
+  recorded = options.get("module", "")
+  if not module and recorded not in extensions.BUILT_IN:
+    raise errors.UserError(
+      f"policy {path} was trained with {recorded!r}, and a file of data runs no"
+      f" code: give --policy={path}?module={recorded!r} if you trust it"
+    )
+  if module:
+    options["module"] = module
+  elif not described:
+    options["num_halvings"] = _num_halvings(file)
+  # The dtype of the base model here, not of the accelerator it was trained on.
+  policy, digest = make_policy(
+    checkpoint.model.config.text,
+    options,
+    where=config,
+    dtype=checkpoint.model.dtype,
+  )
+  before = described.get("module_sha256", digest)
+  if digest and before != digest:
+    _log.warning(
+      "policy %s was trained with another text of %s: sha256 %.12s, now %.12s",
+      path,
+      options["module"],
+      before,
+      digest,
+    )
+  params = load(os.fspath(file), policy)
+  if file.is_dir():
+    identity = checkpoints.identity(os.fspath(file))["sha256"]
+  else:
+    identity = hashlib.sha256(file.read_bytes()).hexdigest()
+  return LoadedPolicy(policy, params, identity)
+
+
+def split(spec: str | os.PathLike) -> tuple[str, str]:
+  """Returns the path and the module of `PATH?module=NAME`; "" for no module."""
+  path, _, module = os.fspath(spec).partition("?module=")
+  return path, module
+
+
+def has_policy(spec: str) -> bool:
+  """Returns whether `spec` is, or holds, an exported policy."""
+  path, _ = split(spec)
+  return bool(path) and _find_policy(pathlib.Path(path)) is not None
+
+
+def _find_policy(path: pathlib.Path) -> pathlib.Path | None:
+  if path.is_file():
+    return path
+  for folder in (path, path / "policy"):
+    for name in ("best.safetensors", "policy.safetensors"):
+      if (folder / name).is_file():
+        return folder / name
+  # The public release keeps it among the base model's weights.
+  return path if is_released(path) else None
+
+
+def _num_halvings(file: pathlib.Path) -> int:
+  """Returns the hidden layers of the heads in a file of the public format."""
+  prefix, suffix = "compression_policy.token_compress.", ".weight"
+  names = read(os.fspath(file))
+  count = sum(n.startswith(prefix) and n.endswith(suffix) for n in names)
+  if not count:
+    raise errors.UserError(
+      f"{file} holds no policy under the public names, and no"
+      " policy_config.json lies beside it"
+    )
+  return count - 1
+
+
+def _check(described, where):
+  """Stops at a value of policy_config.json that is not what it must be."""
+  for key, kind in _KINDS.items():
+    group, _, name = key.rpartition(".")
+    values = described.get(group, {}) if group else described
+    if name not in values:
+      continue
+    value = values[name]
+    if isinstance(kind, tuple):
+      fits, what = value in kind, f"one of {', '.join(kind)}"
+    else:
+      fits = isinstance(value, kind) and not isinstance(value, bool)
+      what = _WORDS[kind]
+    if not fits:
+      raise errors.UserError(
+        f"{where}: {key} is {reprlib.repr(value)}; it must be {what}"
+      )
+
+
+def save(path, policy, params, dtype=np.float32):
+  """Writes params as safetensors; the paper's policy under public names.
+
+  A policy of one's own is written under its own names, joined by `/`, and in
+  its own types.
+
+  Args:
+    path: of the file.
+    policy: the module.
+    params: its parameters.
+    dtype: of the paper's policy in the file; float32 loses nothing.
+  """
+  if isinstance(policy, network.Policy):
+    tensors = network.to_public(params, dtype)
+  else:
+    flat = traverse_util.flatten_dict(params, sep="/")
+    tensors = {key: np.asarray(leaf) for key, leaf in flat.items()}
+  checkpoints.write_safetensors(path, tensors)
+
+
+def load(path, policy, params=None):
+  """Returns params read from a safetensors file.
+
+  Args:
+    path: written by `save`, or a public checkpoint's policy: the file, or the
+      directory where it lies among the weights of its base model.
+    policy: the module.
+    params: for a policy of one's own, params (or their shapes) to compare with.
+
+  Raises:
+    UserError: unreadable, or tensors missing, left over or misshaped.
+  """
+  tensors = read(path)
+  if isinstance(policy, network.Policy):
+    return network.from_public(tensors, policy.config)
+  given = {name: tensor.shape for name, tensor in tensors.items()}
+  if params is not None:
+    flat = traverse_util.flatten_dict(params, sep="/")
+    expected = {name: leaf.shape for name, leaf in flat.items()}
+    network.check_shapes(given, expected, f"{path}")
+  tensors = jax.tree.map(jnp.asarray, tensors)
+  return traverse_util.unflatten_dict(tensors, sep="/")
+
+
+def is_released(directory):
+  """Returns whether a checkpoint directory's weights hold a policy."""
+  files = (checkpoints.WEIGHTS, checkpoints.INDEX)
+  return any(
+    os.path.isfile(os.path.join(directory, name)) for name in files
+  ) and bool(_released(directory))
+
+
+def _released(directory):
+  """Returns the policy's tensors of a checkpoint directory, unread."""
+  return [
+    tensor
+    for tensor in safetensors_io.list_directory(directory)
+    if tensor.name.startswith(checkpoints.POLICY_PREFIX)
+  ]
+
+
+def read(path):
+  """Returns {name: array} of a safetensors file.
+
+  Of a checkpoint directory, it is the policy's tensors under public names.
+  """
+  if os.path.isdir(path):
+    found = _released(path)
+    if not found:
+      raise errors.UserError(
+        f"{path}: no tensor of it begins with {checkpoints.POLICY_PREFIX}; name"
+        " a checkpoint that holds a policy, or a policy's file"
+      )
+    return {tensor.name: np.array(tensor.view()) for tensor in found}
+  try:
+    with safetensors.safe_open(path, framework="numpy") as tensors:
+      return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+  except (OSError, safetensors.SafetensorError) as error:
+    raise errors.UserError(
+      f"{path}: cannot be read as safetensors ({error}); name a file that "
+      "training or the public release wrote"
+    ) from error
