@@ -62,15 +62,14 @@ def _refuse_code(config, given, path, prefix=""):
   """Stops at a value that names code, of a key that is not among `given`."""
   for name, value in config.items():
     key = f"{prefix}{name}"
-    if isinstance(value, ml_collections.ConfigDict) and key != "policy.module":
+    if isinstance(value, ml_collections.ConfigDict):
       _refuse_code(value, given, path, f"{key}.")
       continue
-    if key == "policy.module":
-      names_code = value not in extensions.BUILT_IN
-    else:
-      names_code = any(mark in str(value) for mark in (".py:", "?module="))
+    is_policy = key == "policy.module"
+    names_code = is_policy and value not in extensions.BUILT_IN
+    names_code |= any(mark in str(value) for mark in (".py:", "?module="))
     if names_code and key not in given:
-      how = "was trained with" if key == "policy.module" else "names"
+      how = "was trained with" if is_policy else "names"
       raise errors.UserError(
         f"{path} {how} {key}={value!r}, and a file of data runs no code:"
         f" give --config.{key}={value!r} if you trust it"

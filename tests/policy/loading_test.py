@@ -1,6 +1,9 @@
-"""A policy from a user's own file, from its name to its weights on disk."""
+"""A policy by name, from its files on disk, and from a user's own file."""
 
+import hashlib
+import json
 import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +11,7 @@ import numpy as np
 import pytest
 
 from cacovid_jax import errors
-from cacovid_jax.models import qwen2
+from cacovid_jax.models import checkpoints, qwen2
 from cacovid_jax.policy import (
   buckets,
   loading,
@@ -16,6 +19,7 @@ from cacovid_jax.policy import (
   objective,
   selection,
 )
+from tests.evals import tiny
 
 FILE = os.path.join(os.path.dirname(__file__), "bilinear_policy.py")
 GRID = (2, 2, 3)
@@ -23,7 +27,7 @@ ROWS = np.arange(2, 14)
 
 
 def make(**options):
-  policy_class = loading.load_policy_module(f"{FILE}:Bilinear")
+  policy_class = loading.load_policy_module(f"{FILE}:Bilinear").object
   # As the trainer calls it: with the options of every policy.
   policy = policy_class.from_llm_config(
     qwen2.Qwen2Config.tiny(), dtype=jnp.bfloat16, num_halvings=4, **options
@@ -31,13 +35,9 @@ def make(**options):
   return policy, policy.init_from_llm(jax.random.key(0), {})
 
 
-def test_an_empty_name_is_the_papers_policy():
-  assert loading.load_policy_module("") is network.Policy
-
-
-def test_a_class_of_a_module_on_the_path():
-  name = "cacovid_jax.policy.network:Policy"
-  assert loading.load_policy_module(name) is network.Policy
+@pytest.mark.parametrize("name", ["", "cacovid_jax.policy.network:Policy"])
+def test_names_of_the_papers_policy(name):
+  assert loading.load_policy_module(name) == (network.Policy, "")
 
 
 def test_it_scores_learns_and_selects():
@@ -115,7 +115,7 @@ def test_its_weights_are_kept_under_its_own_names(tmp_path):
     (":Bilinear", "must read"),
     ("no/such/file.py:Bilinear", "no file"),
     ("no_such_package.module:Bilinear", "ModuleNotFoundError"),
-    (f"{FILE}:Trilinear", "no class"),
+    (f"{FILE}:Trilinear", "has no Trilinear"),
     (f"{FILE}:nn", "no class"),
     ("cacovid_jax.policy.network:Head", "lacks from_llm_config"),
   ],
@@ -130,3 +130,169 @@ def test_a_file_that_fails_is_named_with_its_error(tmp_path):
   path.write_text("1 / 0\n")
   with pytest.raises(errors.UserError, match=r"broken\.py.*ZeroDivisionError"):
     loading.load_policy_module(f"{path}:Any")
+
+
+@pytest.fixture(scope="module")
+def checkpoint_dir(tmp_path_factory):
+  return tiny.write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(checkpoint_dir):
+  return tiny.load_checkpoint(checkpoint_dir)
+
+
+@pytest.fixture
+def write(checkpoint, tmp_path):
+  """Returns a function that writes W/policy as training does, and gives W."""
+
+  def write(**described):
+    tiny.write_policy(tmp_path / "policy", checkpoint)
+    path = tmp_path / "policy" / "policy_config.json"
+    path.write_text(json.dumps(described))
+    return tmp_path
+
+  return write
+
+
+def test_policy_folders(checkpoint, tmp_path):
+  path = tiny.write_policy(tmp_path / "policy", checkpoint)
+  # The file, its folder, and the training workdir around it.
+  loaded = [
+    loading.load_policy(place, checkpoint)
+    for place in (path, tmp_path / "policy", str(tmp_path))
+  ]
+  assert len({policy.identity for policy in loaded}) == 1
+  assert isinstance(loaded[0].module, network.Policy)
+  with pytest.raises(errors.UserError, match="no policy in"):
+    loading.load_policy(tmp_path / "other", checkpoint)
+
+
+def test_a_policy_of_another_base_model_is_refused(checkpoint, write):
+  workdir = write(policy={"module": ""}, base_model={"sha256": "other"})
+  with pytest.raises(errors.UserError, match="another base model"):
+    loading.load_policy(workdir, checkpoint)
+
+
+OWN = """
+from cacovid_jax.policy import network
+class Mine(network.Policy):
+  pass
+"""
+
+
+def test_a_users_own_policy_is_run_only_when_asked_for(
+  checkpoint, write, tmp_path, caplog
+):
+  source = tmp_path / "mine.py"
+  source.write_text(OWN)
+  module = f"{source}:Mine"
+  workdir = write(
+    policy={"module": module, "num_halvings": 2, "dtype": "float32"},
+    base_model={"sha256": checkpoint.identity["sha256"]},
+    module_sha256=hashlib.sha256(OWN.encode()).hexdigest(),
+  )
+  with pytest.raises(errors.UserError) as error:
+    loading.load_policy(workdir, checkpoint)
+  assert f"trained with '{module}'" in str(error.value)
+  assert f"--policy={workdir}?module='{module}'" in str(error.value)
+  spec = f"{workdir}?module={module}"
+  assert loading.has_policy(spec)
+  policy = loading.load_policy(spec, checkpoint)
+  assert type(policy.module).__name__ == "Mine"
+  assert not caplog.records
+  source.write_text(OWN + "# Changed since.\n")
+  loading.load_policy(spec, checkpoint)
+  [record] = caplog.records
+  assert "trained with another text of" in record.getMessage()
+
+
+def test_a_record_without_sha256_is_no_reason_to_warn(
+  checkpoint, write, tmp_path, caplog
+):
+  (tmp_path / "mine.py").write_text(OWN)
+  workdir = write(policy={"module": "elsewhere.py:Mine", "num_halvings": 2})
+  spec = f"{workdir}?module={tmp_path / 'mine.py'}:Mine"
+  policy = loading.load_policy(spec, checkpoint)
+  assert type(policy.module).__name__ == "Mine"
+  assert not caplog.records
+
+
+@pytest.mark.parametrize(
+  "module",
+  [
+    "evil:Policy",
+    "policy.evil:Policy",
+    "policy/evil.py:Policy",
+    "cacovid_jax.policy.network:Head",
+    "os:system",
+  ],
+)
+@pytest.mark.parametrize("place", ["policy", ".", "policy/policy.safetensors"])
+def test_a_module_that_a_file_of_data_names_never_runs(
+  checkpoint, write, monkeypatch, module, place
+):
+  workdir = write(policy={"module": module, "num_halvings": 2})
+  (workdir / "policy" / "evil.py").write_text("open('RUN', 'w')\n")
+  monkeypatch.chdir(workdir)
+  monkeypatch.syspath_prepend(str(workdir))
+  monkeypatch.syspath_prepend(str(workdir / "policy"))
+  with pytest.raises(errors.UserError, match=f"trained with '{module}'"):
+    loading.load_policy(place, checkpoint)
+  assert not (workdir / "RUN").exists()
+
+
+def test_nor_does_one_beside_a_checkpoint(
+  checkpoint, checkpoint_dir, tmp_path, monkeypatch
+):
+  released = tmp_path / "released"
+  shutil.copytree(checkpoint_dir, released)
+  tiny.write_policy(released, checkpoint)
+  described = {"policy": {"module": f"{released}/evil.py:Policy"}}
+  (released / "policy_config.json").write_text(json.dumps(described))
+  (released / "evil.py").write_text("open('RUN', 'w')\n")
+  monkeypatch.chdir(tmp_path)
+  base = checkpoints.load(str(released))
+  assert loading.has_policy(str(released))
+  with pytest.raises(errors.UserError, match="trained with"):
+    loading.load_policy(str(released), base)
+  assert not (tmp_path / "RUN").exists()
+
+
+@pytest.mark.parametrize(
+  ("described", "message"),
+  [
+    ({"policy": -1}, "policy is -1; it must be an object"),
+    ({"policy": "F64"}, "policy is 'F64'; it must be an object"),
+    (
+      {"policy": {"module": ["a"]}},
+      "policy.module is .'a'.; it must be a t",
+    ),
+    ({"policy": {"dtype": None}}, "policy.dtype is None; it must be one of fl"),
+    (
+      {"policy": {"backend": 1e308}},
+      "policy.backend is 1e.308; it must",
+    ),
+    ({"policy": {"backend": ["", 10**18]}}, "policy.backend is .* one of auto"),
+    ({"policy": {"num_halvings": True}}, "policy.num_halvings .* whole number"),
+    ({"policy": {"num_halvings": -1}}, "policy.num_halvings=-1"),
+    (
+      {"policy": {"num_halvings": 2, "": ""}},
+      "Policy does not take",
+    ),
+    ({"base_model": []}, r"base_model is \[\]; it must be an object"),
+    (
+      {"base_model": {"sha256": 3}},
+      "base_model.sha256 is 3; it must be",
+    ),
+    (
+      {"policy": {}, "module_sha256": 3},
+      "module_sha256 is 3; it must be a",
+    ),
+  ],
+)
+def test_values_of_wrong_kinds_are_named(checkpoint, write, described, message):
+  with pytest.raises(errors.UserError, match=message) as error:
+    loading.load_policy(write(**described), checkpoint)
+  assert "policy_config.json" in str(error.value) or "=-1" in message
+  assert len(str(error.value).splitlines()) == 1
