@@ -58,16 +58,12 @@ def load(spec, overrides=()):
   return config.lock()
 
 
-def _refuse_code(config, given, path, prefix=""):
+def _refuse_code(config, given, path):
   """Stops at a value that names code, of a key that is not among `given`."""
-  for name, value in config.items():
-    key = f"{prefix}{name}"
-    if isinstance(value, ml_collections.ConfigDict):
-      _refuse_code(value, given, path, f"{key}.")
-      continue
+  for key, value in _flat(config):
     is_policy = key == "policy.module"
-    names_code = is_policy and value not in extensions.BUILT_IN
-    names_code |= any(mark in str(value) for mark in (".py:", "?module="))
+    names_code = any(mark in str(value) for mark in (".py:", "?module="))
+    names_code |= is_policy and value not in extensions.BUILT_IN
     if names_code and key not in given:
       how = "was trained with" if is_policy else "names"
       raise errors.UserError(
@@ -272,7 +268,7 @@ def _read_json(path):
 
 
 def _unknown_key(config, key):
-  known = list(_flat(config))
+  known = [name for name, _ in _flat(config)]
   leaf = key.split(".")[-1]
   near = [other for other in known if other.split(".")[-1] == leaf]
   near += difflib.get_close_matches(key, known, n=3, cutoff=0.5)
@@ -297,12 +293,12 @@ def _known_files(folder):
 
 
 def _flat(config, prefix=""):
-  """Yields the dotted names of all values of nested mappings."""
+  """Yields dotted name and value of all that nested mappings hold."""
   for key, value in config.items():
     if isinstance(value, (dict, ml_collections.ConfigDict)):
       yield from _flat(value, f"{prefix}{key}.")
     else:
-      yield f"{prefix}{key}"
+      yield f"{prefix}{key}", value
 
 
 def _differences(there, here, prefix=""):

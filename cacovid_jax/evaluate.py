@@ -126,9 +126,8 @@ def request_from_flags(values) -> evaluation.Request:
   workdir = fields.get("workdir", "")
   if "policies" not in fields and loading.has_policy(workdir):
     module = config.policy.module if config and "policy" in config else ""
-    fields["policies"] = {
-      "policy": f"{workdir}?module={module}" if module else workdir
-    }
+    named = f"{workdir}?module={module}" if module else workdir
+    fields["policies"] = {"policy": named}
   if not fields.get("policies"):
     # The default rows are those that can be run.
     if "methods" not in flagged and config is None:

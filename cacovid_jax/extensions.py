@@ -12,7 +12,7 @@ import os
 import sys
 from typing import Any, NamedTuple
 
-from cacovid_jax import errors
+from cacovid_jax import errors, files
 
 # The policy modules that a file of data may name: the paper's own.
 BUILT_IN = ("", "cacovid_jax.policy.network:Policy")
@@ -31,9 +31,6 @@ def load(spec: str, key: str) -> Loaded:
   Args:
     spec: the name.
     key: what was set to it, for messages.
-
-  Raises:
-    UserError: no such file, module or object, or its code fails.
   """
   source, _, name = spec.rpartition(":") if isinstance(spec, str) else [""] * 3
   if not source or not name:
@@ -57,10 +54,8 @@ def load(spec: str, key: str) -> Loaded:
 
 def _import(name):
   module = importlib.import_module(name)
-  if not getattr(module, "__file__", None):
-    return module, ""
-  with open(module.__file__, "rb") as file:
-    return module, hashlib.sha256(file.read()).hexdigest()
+  path = getattr(module, "__file__", None)
+  return module, files.sha256(path) if path else ""
 
 
 def _run(path):

@@ -9,7 +9,7 @@ from absl import flags
 
 from cacovid_jax import config as config_lib
 from cacovid_jax import errors
-from cacovid_jax.training import base_model
+from cacovid_jax.synthetic import base_model
 
 config_lib.define_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")

@@ -27,6 +27,7 @@ from absl import flags
 
 from cacovid_jax import compressors, errors
 from cacovid_jax import config as config_lib
+from cacovid_jax import progress as progress_lib
 from cacovid_jax.evals import (
   evaluation,
   latency,
@@ -36,7 +37,6 @@ from cacovid_jax.evals import (
 )
 from cacovid_jax.models import checkpoints
 from cacovid_jax.policy import loading
-from cacovid_jax.training import metrics
 from experiments import embedded, table_files, table_flags
 
 _CONFIG = "configs/synthetic_quickstart.py"
@@ -220,7 +220,9 @@ def _measure(request, missing, times, repeats):
   wanted = runner.wanted([method for method, _ in missing])
   with (
     evaluation.open_source(request, checkpoint, wanted) as source,
-    metrics.Progress(len(missing), description="selection times") as progress,
+    progress_lib.Progress(
+      len(missing), description="selection times"
+    ) as progress,
   ):
     evaluator = runner.Evaluator(
       checkpoint,

@@ -29,12 +29,8 @@ import rich.table
 from absl import flags
 
 from cacovid_jax import errors
-from cacovid_jax.models import (
-  checkpoints,
-  llava_onevision,
-  random_checkpoint,
-  safetensors_io,
-)
+from cacovid_jax.models import checkpoints, llava_onevision, safetensors_io
+from cacovid_jax.synthetic import random_checkpoint
 
 _SIZE = flags.DEFINE_float(
   "size_gb", 2.0, "Size in 1e9 bytes of the checkpoint that is made."

@@ -22,11 +22,11 @@ heads.
 """
 
 import dataclasses
-import hashlib
 import inspect
 import logging
 import os
 import pathlib
+import re
 import reprlib
 from typing import Any
 
@@ -36,11 +36,9 @@ import numpy as np
 import safetensors
 from flax import traverse_util
 
-from cacovid_jax import errors, extensions
+from cacovid_jax import errors, extensions, files
 from cacovid_jax.models import attention, checkpoints, safetensors_io
 from cacovid_jax.policy import network
-
-_log = logging.getLogger(__name__)
 
 _ENTRY_POINTS = ("from_llm_config", "init_from_llm", "__call__")
 # What values must be, in policy_config.json and in a config's policy section.
@@ -74,14 +72,7 @@ class LoadedPolicy:
 
 
 def load_policy_module(spec: str = "") -> extensions.Loaded:
-  """Returns the policy class that a config names; the paper's for "".
-
-  Args:
-    spec: `path/to/file.py:Class` or `package.module:Class`.
-
-  Raises:
-    UserError: no such file, module or class, or it lacks an entry point.
-  """
+  """Returns the policy class that a config names; the paper's for ""."""
   if spec in extensions.BUILT_IN:
     return extensions.Loaded(network.Policy, "")
   found = extensions.load(spec, "policy.module")
@@ -97,14 +88,14 @@ def load_policy_module(spec: str = "") -> extensions.Loaded:
 
 
 def make_policy(llm, options, *, where="config", dtype=None):
-  """Returns (the policy module, the sha256 of its file, "" if it is ours).
+  """Returns the policy of a language model, and the sha256 of its module.
 
   Args:
     llm: config of the language model.
-    options: `module`, see `load_policy_module`, and what its `from_llm_config`
-      takes, with `dtype` as a text.
-    where: the policy's options stand, for messages.
-    dtype: to compute in, if it is not the one that the options name.
+    options: `module`, see `load_policy_module`, and what it takes, as a config
+      has them.
+    where: they stand, for messages.
+    dtype: to compute in, instead of theirs.
   """
   options = dict(options)
   _check({"policy": options}, where)
@@ -120,15 +111,8 @@ def make_policy(llm, options, *, where="config", dtype=None):
     ) from error
 
 
-def init_policy(policy, base_params, *, seed, init=""):
-  """Returns a policy's first parameters, float32.
-
-  Args:
-    policy: the module.
-    base_params: of the base model.
-    seed: of what is drawn.
-    init: file or directory to read them from instead, see `load`.
-  """
+def init_policy(policy, base_params, seed, init=""):
+  """Returns a policy's first parameters, drawn, or those that `init` holds."""
   params = policy.init_from_llm(jax.random.key(seed), base_params)
   return load(init, policy, params) if init else params
 
@@ -140,9 +124,8 @@ def load_policy(spec: str | os.PathLike, checkpoint) -> LoadedPolicy:
     spec: a safetensors file; or a folder (or a training workdir that holds
       `policy/`), whose `best.safetensors` is taken if validation chose one,
       else `policy.safetensors`; or a checkpoint directory with the public
-      policy among its weights. `?module=path/to/file.py:Class` behind it names
-      the module, which a `policy_config.json` beside the weights cannot do:
-      without one it is the paper's.
+      policy among its weights. `?module=NAME` behind it names a module that is
+      not the paper's, which a policy_config.json beside the weights cannot.
     checkpoint: the base model that it must have been trained with.
   """
   path, module = split(spec)
@@ -173,27 +156,19 @@ def load_policy(spec: str | os.PathLike, checkpoint) -> LoadedPolicy:
   elif not described:
     options["num_halvings"] = _num_halvings(file)
   # The dtype of the base model here, not of the accelerator it was trained on.
-  policy, digest = make_policy(
-    checkpoint.model.config.text,
-    options,
-    where=config,
-    dtype=checkpoint.model.dtype,
-  )
+  llm, dtype = checkpoint.model.config.text, checkpoint.model.dtype
+  policy, digest = make_policy(llm, options, where=config, dtype=dtype)
   before = described.get("module_sha256", digest)
   if digest and before != digest:
-    _log.warning(
-      "policy %s was trained with another text of %s: sha256 %.12s, now %.12s",
-      path,
-      options["module"],
-      before,
-      digest,
+    logging.getLogger(__name__).warning(
+      f"policy {path} was trained with another text of {options['module']}:"
+      f" sha256 {before:.12}, now {digest:.12}"
     )
-  params = load(os.fspath(file), policy)
-  if file.is_dir():
-    identity = checkpoints.identity(os.fspath(file))["sha256"]
+  if file.is_file():
+    identity = files.sha256(file)
   else:
-    identity = hashlib.sha256(file.read_bytes()).hexdigest()
-  return LoadedPolicy(policy, params, identity)
+    identity = checkpoints.identity(os.fspath(file))["sha256"]
+  return LoadedPolicy(policy, load(file, policy), identity)
 
 
 def split(spec: str | os.PathLike) -> tuple[str, str]:
@@ -221,9 +196,8 @@ def _find_policy(path: pathlib.Path) -> pathlib.Path | None:
 
 def _num_halvings(file: pathlib.Path) -> int:
   """Returns the hidden layers of the heads in a file of the public format."""
-  prefix, suffix = "compression_policy.token_compress.", ".weight"
-  names = read(os.fspath(file))
-  count = sum(n.startswith(prefix) and n.endswith(suffix) for n in names)
+  layer = re.compile(r"compression_policy\.token_compress\..*\.weight")
+  count = sum(map(bool, map(layer.fullmatch, read(file))))
   if not count:
     raise errors.UserError(
       f"{file} holds no policy under the public names, and no"
@@ -237,31 +211,20 @@ def _check(described, where):
   for key, kind in _KINDS.items():
     group, _, name = key.rpartition(".")
     values = described.get(group, {}) if group else described
-    if name not in values:
-      continue
-    value = values[name]
-    if isinstance(kind, tuple):
-      fits, what = value in kind, f"one of {', '.join(kind)}"
-    else:
-      fits = isinstance(value, kind) and not isinstance(value, bool)
-      what = _WORDS[kind]
-    if not fits:
+    value = values.get(name)
+    fits = value in kind if isinstance(kind, tuple) else type(value) is kind
+    if name in values and not fits:
+      what = _WORDS.get(kind) or f"one of {', '.join(kind)}"
       raise errors.UserError(
         f"{where}: {key} is {reprlib.repr(value)}; it must be {what}"
       )
 
 
 def save(path, policy, params, dtype=np.float32):
-  """Writes params as safetensors; the paper's policy under public names.
+  """Writes params as safetensors.
 
-  A policy of one's own is written under its own names, joined by `/`, and in
-  its own types.
-
-  Args:
-    path: of the file.
-    policy: the module.
-    params: its parameters.
-    dtype: of the paper's policy in the file; float32 loses nothing.
+  The paper's policy is written under public names in `dtype`, of which float32
+  loses nothing; one's own under its own names, joined by `/`, in its own types.
   """
   if isinstance(policy, network.Policy):
     tensors = network.to_public(params, dtype)
@@ -272,11 +235,10 @@ def save(path, policy, params, dtype=np.float32):
 
 
 def load(path, policy, params=None):
-  """Returns params read from a safetensors file.
+  """Returns params as `save` wrote them, or as a public checkpoint holds them.
 
   Args:
-    path: written by `save`, or a public checkpoint's policy: the file, or the
-      directory where it lies among the weights of its base model.
+    path: file, or the directory of the checkpoint.
     policy: the module.
     params: for a policy of one's own, params (or their shapes) to compare with.
 
@@ -297,19 +259,16 @@ def load(path, policy, params=None):
 
 def is_released(directory):
   """Returns whether a checkpoint directory's weights hold a policy."""
-  files = (checkpoints.WEIGHTS, checkpoints.INDEX)
-  return any(
-    os.path.isfile(os.path.join(directory, name)) for name in files
-  ) and bool(_released(directory))
+  return bool(_released(directory))
 
 
 def _released(directory):
   """Returns the policy's tensors of a checkpoint directory, unread."""
-  return [
-    tensor
-    for tensor in safetensors_io.list_directory(directory)
-    if tensor.name.startswith(checkpoints.POLICY_PREFIX)
-  ]
+  names = (checkpoints.WEIGHTS, checkpoints.INDEX)
+  if not any(os.path.isfile(os.path.join(directory, name)) for name in names):
+    return []
+  found = safetensors_io.list_directory(directory)
+  return [x for x in found if x.name.startswith(checkpoints.POLICY_PREFIX)]
 
 
 def read(path):

@@ -27,9 +27,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from cacovid_jax import config as config_lib
-from cacovid_jax import errors
+from cacovid_jax import errors, metrics
+from cacovid_jax import progress as progress_lib
 from cacovid_jax.policy import loading
-from cacovid_jax.training import checkpointing, metrics, optimizer, setup
+from cacovid_jax.training import checkpointing, optimizer, setup
 from cacovid_jax.training import programs as programs_lib
 from cacovid_jax.training import state as state_lib
 
@@ -61,11 +62,11 @@ def train(
   """Trains the policy of a config; continues what the workdir holds.
 
   Args:
-    config: see `training.defaults`; locked or not.
+    config: see `base_config`; locked or not.
     workdir: made if there is none; one of another config is refused.
     checkpoint: the frozen base model, instead of config.model.path.
     questions: rows, instead of those of config.data.
-    source: clips, see `data.pipeline`, instead of those of config.data.
+    source: clips, see `training.pipeline`, instead of those of config.data.
     validate: (policy module, params) -> {"accuracy": ..., ...} on validation
       questions, called every config.validation.every_steps; the best policy is
       kept beside the last one.
@@ -94,7 +95,7 @@ def train(
     metrics.MetricsWriter(
       workdir, start, enabled=jax.process_index() == 0
     ) as writer,
-    metrics.Progress(config.total_steps, start=start) as progress,
+    progress_lib.Progress(config.total_steps, start=start) as progress,
     _Preemption() as preemption,
   ):
     recorder = _Recorder(config, run, writer, progress, on_step)
@@ -131,16 +132,13 @@ def _step(run: setup.Run, state, batch, rows):
 
 
 class _Preemption:
-  """Tells the loop, which asks after each step, of a SIGTERM.
-
-  One process sets a flag. Of several, JAX hears the signal, of which a handler
-  of ours would deprive it, and names the step at which all of them stop.
-  """
+  """Tells the loop, which asks after each step, of a SIGTERM."""
 
   def __enter__(self):
     self._flag = False
     self._old = None
-    # Only the main thread may install a handler.
+    # Only the main thread may install a handler. Of several processes JAX hears
+    # the signal, unless it is replaced, and names the step where all stop.
     is_main = threading.current_thread() is threading.main_thread()
     if is_main and jax.process_count() == 1:
       self._old = signal.signal(signal.SIGTERM, self._set)

@@ -6,12 +6,8 @@ import numpy as np
 import pytest
 
 from cacovid_jax import errors
-from cacovid_jax.models import (
-  checkpoints,
-  llava_onevision,
-  qwen2_5_vl,
-  random_checkpoint,
-)
+from cacovid_jax.models import checkpoints, llava_onevision, qwen2_5_vl
+from cacovid_jax.synthetic import random_checkpoint
 from experiments import full_size_parity
 
 ONEVISION = llava_onevision.LlavaOnevisionConfig.tiny()

@@ -7,7 +7,8 @@ import pytest
 from absl.testing import flagsaver
 
 from cacovid_jax import errors
-from cacovid_jax.models import checkpoints, llava_onevision, random_checkpoint
+from cacovid_jax.models import checkpoints, llava_onevision
+from cacovid_jax.synthetic import random_checkpoint
 from experiments import import_benchmark
 
 TINY = llava_onevision.LlavaOnevisionConfig.tiny()

@@ -11,9 +11,9 @@ import time
 import numpy as np
 import pytest
 
-from cacovid_jax.models import tiny_checkpoint
+from cacovid_jax import metrics
 from cacovid_jax.policy import loading
-from cacovid_jax.training import metrics
+from cacovid_jax.synthetic import tiny_checkpoint
 from tests.training import tiny_qwen
 
 ROOT = pathlib.Path(__file__).parent.parent.parent

@@ -8,10 +8,9 @@ import pytest
 
 from cacovid_jax import config as config_lib
 from cacovid_jax import errors
-from cacovid_jax.data import chat_templates
-from cacovid_jax.data.synthetic import build
+from cacovid_jax.data import chat_template as chat_template_lib
 from cacovid_jax.evals import evaluation
-from cacovid_jax.models import tiny_checkpoint
+from cacovid_jax.synthetic import build, tiny_checkpoint
 from cacovid_jax.training import loop, setup
 from tests.training import tiny
 
@@ -122,7 +121,7 @@ def test_the_debug_form_trains_and_evaluates(name, prepared, tmp_path):
   )
   assert set(out["methods"]) == {"cacovid", "divprune"}
   # Of LLaVA-OneVision the paper's evaluator takes the tokenizer's template.
-  own = chat_templates.read(
+  own = chat_template_lib.read(
     prepared / RELEASED[name],
     "tokenizer" if name.startswith("llava") else "processor",
   )[0]

@@ -2,8 +2,8 @@
 
 import json
 
-from cacovid_jax.data import questions as questions_lib
-from cacovid_jax.models import tiny_checkpoint
+from cacovid_jax.data import question as question_lib
+from cacovid_jax.synthetic import tiny_checkpoint
 from tests.data import clips
 from tests.training import tiny
 
@@ -27,7 +27,7 @@ def write_clips(folder):
     width, height = SHAPES[shape]
     clips.write(folder / name, 8 + number, width=width, height=height)
     rows.append(
-      questions_lib.Question(
+      question_lib.Question(
         id=f"q{number}",
         video=name,
         question="What?",
