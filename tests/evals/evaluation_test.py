@@ -343,8 +343,8 @@ def test_a_workdirs_policy_takes_the_module_that_the_config_names(tmp_path):
   (tmp_path / "policy.safetensors").touch()
   path = tmp_path / "run.py"
   path.write_text(
-    "from cacovid_jax.training import defaults\n"
-    "get_config = lambda arg: defaults.get_config()\n"
+    "from cacovid_jax import base_config\n"
+    "get_config = lambda arg: base_config.get_config()\n"
   )
   values = flags.FLAGS
   values.mark_as_parsed()

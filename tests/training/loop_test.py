@@ -132,7 +132,12 @@ folder, port, number = sys.argv[1:]
 folder = pathlib.Path(folder)
 jax.config.update("jax_disable_most_optimizations", True)
 mesh.start_processes(f"localhost:{port}", 2, int(number))
-config = tiny.config(**{"mesh.data": 2, "total_steps": 3, "iterations": 1})
+config = tiny.config(**{
+  "mesh.data": 2,
+  "total_steps": 3,
+  "iterations": 1,
+  "policy.module": "tests.policy.bilinear_policy:Bilinear",  # Compiles sooner.
+})
 ask = multihost_utils.reached_preemption_sync_point
 
 def ask_until_told(step):
@@ -141,7 +146,7 @@ def ask_until_told(step):
   if step != 2:
     return ask(step)
   (folder / f"reached.{number}").touch()
-  limit = time.monotonic() + 300
+  limit = time.monotonic() + 1000
   for question in itertools.count(step):
     if ask(question):
       return True
@@ -191,7 +196,7 @@ def test_a_sigterm_to_two_processes_saves_and_exits_143(tmp_path):
       time.sleep(0.05)
     for process in two:
       process.send_signal(signal.SIGTERM)
-    told = [process.communicate(timeout=400)[1] for process in two]
+    told = [process.communicate(timeout=1500)[1] for process in two]
     assert [process.returncode for process in two] == [143, 143], told
   finally:
     for process in two:
@@ -340,12 +345,12 @@ def test_a_users_own_policy_validation_and_best(tmp_path):
 def test_questions_without_letters_are_marked_on_the_host(tmp_path):
   rows = tiny.questions(2)
   rows += [
-    tiny.questions_lib.Question(
+    tiny.question_lib.Question(
       id="n1",
       video="n.mp4",
       question="How many?",
       answer="3",
-      problem_type=tiny.questions_lib.NUMERICAL,
+      problem_type=tiny.question_lib.NUMERICAL,
       prompt="How many?\n",
     )
   ]
