@@ -42,8 +42,7 @@ def load(spec, overrides=()):
 
   Args:
     spec: a Python file that defines `get_config(arg=None)`, optionally with an
-      argument after a colon; or the `config.json` of a workdir, whose names
-      of code (`policy.module`, a method in a file) an override must repeat.
+      argument after a colon; or a workdir's `config.json`, which names no code.
     overrides: texts "key.subkey=value"; a value must have the type of the one
       it replaces.
   """
@@ -61,14 +60,13 @@ def load(spec, overrides=()):
 def _refuse_code(config, given, path):
   """Stops at a value that names code, of a key that is not among `given`."""
   for key, value in _flat(config):
-    is_policy = key == "policy.module"
     names_code = any(mark in str(value) for mark in (".py:", "?module="))
-    names_code |= is_policy and value not in extensions.BUILT_IN
+    if key == "policy.module":
+      names_code = value not in extensions.BUILT_IN
     if names_code and key not in given:
-      how = "was trained with" if is_policy else "names"
       raise errors.UserError(
-        f"{path} {how} {key}={value!r}, and a file of data runs no code:"
-        f" give --config.{key}={value!r} if you trust it"
+        f"{path} was trained with {key}={value!r}, and a file of data runs no"
+        f" code: give --config.{key}={value!r} if you trust it"
       )
 
 

@@ -34,8 +34,7 @@ _FLAGS = {
   "checkpoint": "Base model: a Hugging Face LLaVA-OneVision directory.",
   "policy": (
     "Policies, comma-separated: training workdirs or .safetensors files,"
-    " optionally as NAME=PATH; the first is the main one. Of a module of your"
-    " own: PATH?module=FILE.py:CLASS."
+    " optionally NAME=PATH, PATH?module=F.py:CLASS; the first is the main one."
   ),
   "benchmark": (
     "What is asked: " + ", ".join(benchmarks.names()) + "; prepared is"

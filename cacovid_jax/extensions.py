@@ -1,8 +1,7 @@
 """Code of one's own, found by name: a policy, a compressor.
 
-Whoever gives a command, writes a Python config or calls a function may name
-code. A file of data may not: JSON beside weights and the config.json of a
-workdir are copied and downloaded, and reading them must run nothing.
+A command, a Python config and a caller may name code. A file of data may not:
+JSON beside weights or in a workdir may be anybody's, and reading runs nothing.
 """
 
 import hashlib
@@ -10,7 +9,7 @@ import importlib
 import importlib.util
 import os
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 from cacovid_jax import errors, files
 
@@ -18,18 +17,11 @@ from cacovid_jax import errors, files
 BUILT_IN = ("", "cacovid_jax.policy.network:Policy")
 
 
-class Loaded(NamedTuple):
-  """What a name leads to, and the sha256 of its file ("" if it has none)."""
-
-  object: Any
-  sha256: str
-
-
-def load(spec: str, key: str) -> Loaded:
-  """Returns the object called `path/to/file.py:name` or `package.module:name`.
+def load(spec: str, key: str) -> tuple[Any, str]:
+  """Returns a named object, and the sha256 of its file ("" if it has none).
 
   Args:
-    spec: the name.
+    spec: `path/to/file.py:name` or `package.module:name`.
     key: what was set to it, for messages.
   """
   source, _, name = spec.rpartition(":") if isinstance(spec, str) else [""] * 3
@@ -49,7 +41,7 @@ def load(spec: str, key: str) -> Loaded:
     ) from error
   if not hasattr(module, name):
     raise errors.UserError(f"{key} {spec!r}: {source} has no {name}")
-  return Loaded(getattr(module, name), digest)
+  return getattr(module, name), digest
 
 
 def _import(name):

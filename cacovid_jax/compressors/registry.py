@@ -134,7 +134,8 @@ def _known(name: str):
 
 
 def _load(spec: str) -> base.Compressor:
-  found, attribute = extensions.load(spec, "method").object, spec.split(":")[-1]
+  found, _ = extensions.load(spec, "method")
+  attribute = spec.rpartition(":")[2]
   if isinstance(found, base.Compressor) or hasattr(found, "with_options"):
     return found
   if not callable(found):

@@ -3,7 +3,7 @@
 A policy of one's own is a Linen module in any file, selected by the config
 value `path/to/file.py:Class` (or `package.module:Class`). A policy_config.json
 says which one a policy was trained with; it is run only if whoever loads the
-policy names it as well, `PATH?module=path/to/file.py:Class`.
+policy names it, too: `PATH?module=path/to/file.py:Class`.
 
   class MyPolicy(nn.Module):
     @classmethod
@@ -60,8 +60,7 @@ class LoadedPolicy:
   """A policy with its weights.
 
   Attributes:
-    module: Linen module; `apply(params, x, positions, video_rows, grid,
-      length)` gives `Scores`.
+    module: Linen module, applied as `network.Policy` is.
     params: trained parameters.
     identity: digest of the parameters.
   """
@@ -71,42 +70,37 @@ class LoadedPolicy:
   identity: str = ""
 
 
-def load_policy_module(spec: str = "") -> extensions.Loaded:
-  """Returns the policy class that a config names; the paper's for ""."""
+def load_policy_module(spec: str = "") -> tuple[type, str]:
+  """Returns the policy class called `spec`, and the sha256 of its file."""
   if spec in extensions.BUILT_IN:
-    return extensions.Loaded(network.Policy, "")
-  found = extensions.load(spec, "policy.module")
-  if not inspect.isclass(found.object):
+    return network.Policy, ""
+  found, digest = extensions.load(spec, "policy.module")
+  if not inspect.isclass(found):
     raise errors.UserError(f"policy.module {spec!r} is no class")
-  lacking = [name for name in _ENTRY_POINTS if not hasattr(found.object, name)]
+  lacking = [name for name in _ENTRY_POINTS if not hasattr(found, name)]
   if lacking:
     raise errors.UserError(
-      f"policy.module {spec!r} lacks {', '.join(lacking)}; see"
-      " cacovid_jax/policy/loading.py"
+      f"policy.module {spec!r} lacks {', '.join(lacking)}; see policy/loading.py"
     )
-  return found
+  return found, digest
 
 
 def make_policy(llm, options, *, where="config", dtype=None):
-  """Returns the policy of a language model, and the sha256 of its module.
+  """Returns the policy of a language model's config, and its module's sha256.
 
-  Args:
-    llm: config of the language model.
-    options: `module`, see `load_policy_module`, and what it takes, as a config
-      has them.
-    where: they stand, for messages.
-    dtype: to compute in, instead of theirs.
+  `options` are those of a config's policy section without `init`; `where` is
+  where they stand. A `dtype` replaces theirs.
   """
   options = dict(options)
   _check({"policy": options}, where)
-  found = load_policy_module(options.pop("module", ""))
+  found, digest = load_policy_module(options.pop("module", ""))
   if "dtype" in options:
     options["dtype"] = jnp.dtype(options["dtype"]) if dtype is None else dtype
   try:
-    return found.object.from_llm_config(llm, **options), found.sha256
+    return found.from_llm_config(llm, **options), digest
   except TypeError as error:
     raise errors.UserError(
-      f"{where}: {found.object.__name__} does not take the options of policy"
+      f"{where}: {found.__name__} does not take the options of policy"
       f" ({errors.one_line(error)})"
     ) from error
 
@@ -124,8 +118,7 @@ def load_policy(spec: str | os.PathLike, checkpoint) -> LoadedPolicy:
     spec: a safetensors file; or a folder (or a training workdir that holds
       `policy/`), whose `best.safetensors` is taken if validation chose one,
       else `policy.safetensors`; or a checkpoint directory with the public
-      policy among its weights. `?module=NAME` behind it names a module that is
-      not the paper's, which a policy_config.json beside the weights cannot.
+      policy among its weights. `?module=NAME` behind it names one's own module.
     checkpoint: the base model that it must have been trained with.
   """
   path, module = split(spec)
@@ -177,21 +170,18 @@ def split(spec: str | os.PathLike) -> tuple[str, str]:
   return path, module
 
 
-def has_policy(spec: str) -> bool:
+def has_policy(spec: str | os.PathLike) -> bool:
   """Returns whether `spec` is, or holds, an exported policy."""
   path, _ = split(spec)
   return bool(path) and _find_policy(pathlib.Path(path)) is not None
 
 
 def _find_policy(path: pathlib.Path) -> pathlib.Path | None:
-  if path.is_file():
-    return path
-  for folder in (path, path / "policy"):
-    for name in ("best.safetensors", "policy.safetensors"):
-      if (folder / name).is_file():
-        return folder / name
+  names = ("best.safetensors", "policy.safetensors")
+  inside = [path / part / name for part in ("", "policy") for name in names]
+  found = next(filter(pathlib.Path.is_file, (path, *inside)), None)
   # The public release keeps it among the base model's weights.
-  return path if is_released(path) else None
+  return found or (path if _released(path) else None)
 
 
 def _num_halvings(file: pathlib.Path) -> int:
@@ -237,10 +227,8 @@ def save(path, policy, params, dtype=np.float32):
 def load(path, policy, params=None):
   """Returns params as `save` wrote them, or as a public checkpoint holds them.
 
-  Args:
-    path: file, or the directory of the checkpoint.
-    policy: the module.
-    params: for a policy of one's own, params (or their shapes) to compare with.
+  `path` is a file, or the directory of the checkpoint. Those of a policy of
+  one's own are compared with the shapes of `params`.
 
   Raises:
     UserError: unreadable, or tensors missing, left over or misshaped.
@@ -255,11 +243,6 @@ def load(path, policy, params=None):
     network.check_shapes(given, expected, f"{path}")
   tensors = jax.tree.map(jnp.asarray, tensors)
   return traverse_util.unflatten_dict(tensors, sep="/")
-
-
-def is_released(directory):
-  """Returns whether a checkpoint directory's weights hold a policy."""
-  return bool(_released(directory))
 
 
 def _released(directory):

@@ -26,7 +26,7 @@ ROWS = np.arange(2, 14)
 
 
 def make(**options):
-  policy_class = loading.load_policy_module(f"{FILE}:Bilinear").object
+  policy_class = loading.load_policy_module(f"{FILE}:Bilinear")[0]
   # As the trainer calls it: with the options of every policy.
   policy = policy_class.from_llm_config(
     qwen2.Qwen2Config.tiny(), dtype=jnp.bfloat16, num_halvings=4, **options

@@ -128,13 +128,13 @@ def test_a_policy_among_the_weights_of_its_base_model(
   )
   kwargs = dict(eos_ids=[1], pad_id=0, max_shard_bytes=max_shard_bytes)
   checkpoints.save(tmp_path, config, base, **kwargs)
-  assert not loading.is_released(tmp_path)
+  assert not loading.has_policy(tmp_path)
   with pytest.raises(errors.UserError, match="no tensor of it begins with"):
     loading.load(tmp_path, POLICY)
 
   public = network.to_public(params, ml_dtypes.bfloat16)
   checkpoints.save(tmp_path, config, base, extra=public, **kwargs)
-  assert loading.is_released(tmp_path)
+  assert loading.has_policy(tmp_path)
   expected = transfer.stored(POLICY, params, ml_dtypes.bfloat16)
   found = loading.load(tmp_path, POLICY)
   jax.tree.map(np.testing.assert_array_equal, found, expected)
