@@ -53,7 +53,7 @@ from cacovid_jax.evals import (
   runner,
 )
 from cacovid_jax.models import checkpoints, llava_onevision, qwen2_5_vl
-from cacovid_jax.policy import network
+from cacovid_jax.policy import loading, network
 from cacovid_jax.synthetic import tiny_checkpoints
 from experiments import (
   efficiency_files,
@@ -287,7 +287,7 @@ def make(size: Size, directory) -> tuple[latency.Subject, Any]:
     config.text, dtype=model.dtype, num_halvings=_halvings(config.text)
   )
   params = policy.init_from_llm(jax.random.key(0), checkpoint.params)
-  followed = runner.Policy(policy, params)
+  followed = loading.LoadedPolicy(policy, params)
   text = made.text(batch)
   aux = jax.tree.map(lambda leaf: leaf[None], aux)
   key = jax.random.split(jax.random.key(1), 1)

@@ -42,24 +42,9 @@ from cacovid_jax.evals import asker as asker_lib
 from cacovid_jax.evals import benchmarks, prompting, provenance, scoring
 from cacovid_jax.evals import clips as clips_lib
 from cacovid_jax.evals import programs as programs_lib
+from cacovid_jax.policy import loading
 
 VANILLA = "vanilla"
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Policy:
-  """A policy to evaluate.
-
-  Attributes:
-    module: Linen module; `apply(params, x, positions, video_rows, grid,
-      length)` gives `Scores`.
-    params: trained parameters.
-    identity: digest of the parameters.
-  """
-
-  module: Any
-  params: Any
-  identity: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -267,7 +252,7 @@ class Evaluator:
     questions: Sequence[question_lib.Question],
     settings: Settings,
     *,
-    policies: Mapping[str, Policy] | None = None,
+    policies: Mapping[str, loading.LoadedPolicy] | None = None,
     decisive: Mapping[str, Sequence[int]] | None = None,
     task: benchmarks.Task | None = None,
     programs: programs_lib.Programs | None = None,
