@@ -25,7 +25,7 @@ import rich.console
 from absl import flags
 
 from cacovid_jax import compressors, errors
-from cacovid_jax.compressors import base, framefusion, in_llm, prompt_rows
+from cacovid_jax.compressors import base, framefusion, layerwise, prompt_rows
 from cacovid_jax.evals import latency
 from cacovid_jax.models import llava_onevision
 from cacovid_jax.policy import network
@@ -110,7 +110,7 @@ def chosen_inside(method, model, grid, ratio):
   """Returns f(x, query, key, aux) -> `prompt_rows.Rows`, jitted.
 
   Args:
-    method: an `in_llm.InLLM`.
+    method: an `layerwise.InLLM`.
     model: of which only the sizes are read.
     grid: (T, H, W).
     ratio: retention ratio.
@@ -124,7 +124,7 @@ def chosen_inside(method, model, grid, ratio):
 
   def choose(x, query, key, aux):
     length = x.shape[1]
-    rows = in_llm.enter(
+    rows = layerwise.enter(
       method,
       x,
       jnp.arange(length)[None, None],
@@ -143,13 +143,13 @@ def chosen_inside(method, model, grid, ratio):
       if layer == 0:
         continue
       size = rows.x.shape[1]
-      look = in_llm.looker(
+      look = layerwise.looker(
         method.look, rows.video_start + rows.count, size - rows.index.shape[1]
       )
       attended = look(query[:, :size], key[:, :size], rows.lengths)
       keep = min(keep, rows.index.shape[1])
       step = functools.partial(method.step, layer=layer, keep=keep, grid=grid)
-      kept, count = jax.vmap(step)(in_llm.see(rows, attended))
+      kept, count = jax.vmap(step)(layerwise.see(rows, attended))
       _, rows = prompt_rows.take(rows, kept, count, num_video=num_video)
     return rows
 
@@ -207,7 +207,7 @@ def measure(names, grid, config, ratio, repeats, peer_device="", progress=None):
   for name in names:
     method = compressors.get(name)
     row = {"name": name, "goal": GOALS.get(name, _GOAL)}
-    if isinstance(method, in_llm.InLLM):
+    if isinstance(method, layerwise.InLLM):
       program = chosen_inside(method, model, grid, ratio)
       given = x[None], query, key, aux
     else:
@@ -218,7 +218,7 @@ def measure(names, grid, config, ratio, repeats, peer_device="", progress=None):
     found = jax.block_until_ready(run())
     row["compile_s"] = time.perf_counter() - start
     row["ms"] = latency.median_milliseconds(run, repeats)
-    if not isinstance(method, in_llm.InLLM):
+    if not isinstance(method, layerwise.InLLM):
       exact = program(unrounded, *given[1:])
       row["in_float32"] = _share(found.index, exact.index)
     if name in PEERS and peer_device:

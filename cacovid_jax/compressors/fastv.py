@@ -9,11 +9,11 @@ Paper: https://arxiv.org/abs/2403.06764 (section 4).
 import dataclasses
 
 from cacovid_jax import errors
-from cacovid_jax.compressors import budgets, in_llm
+from cacovid_jax.compressors import budgets, layerwise
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class FastV(in_llm.InLLM):
+class FastV(layerwise.InLLM):
   """One cut before layer K.
 
   Attributes:
@@ -49,10 +49,10 @@ class FastV(in_llm.InLLM):
   def step(self, seen, *, layer, keep, grid):
     """Returns the tokens that the last token attends to most."""
     del layer, grid
-    return in_llm.keep_by_last_query(seen, keep)
+    return layerwise.keep_by_last_query(seen, keep)
 
   def _cut(self, num_layers):
-    return in_llm.cut_layer(
+    return layerwise.cut_layer(
       self.name, self.layer, num_layers, self.scale_layers
     )
 

@@ -29,7 +29,7 @@ from cacovid_jax.compressors import (
   budgets,
   divprune,
   dpc_knn,
-  in_llm,
+  layerwise,
   rows,
   similarity,
 )
@@ -257,7 +257,7 @@ _BEFORE = base.Compressor(
   function=compress,
   needs=frozenset(["vision_attention"]),
 )
-COMPRESSOR = in_llm.TwoStages(
+COMPRESSOR = layerwise.TwoStages(
   name="flashvid",
   before=_BEFORE,
   needs=_BEFORE.needs,

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cacovid_jax import errors
-from cacovid_jax.compressors import budgets, in_llm, prompt_rows
+from cacovid_jax.compressors import budgets, layerwise, prompt_rows
 from cacovid_jax.models import attention, qwen2
 
 MODES = ("exact-mask", "bucketed")
@@ -51,7 +51,7 @@ class State(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class FrameFusion(in_llm.InLLM):
+class FrameFusion(layerwise.InLLM):
   """Merging by threshold, then pruning by attention.
 
   Attributes:
@@ -94,7 +94,7 @@ class FrameFusion(in_llm.InLLM):
 
     When they are met depends on the video; the mean over layers does not.
     """
-    total = in_llm.token_layers(num_layers, num_video, ratio)
+    total = layerwise.token_layers(num_layers, num_video, ratio)
     if total < num_layers:
       raise errors.UserError(
         f"{self.name}: ratio {ratio:g} keeps no token of {num_video}; use at"
@@ -109,10 +109,10 @@ class FrameFusion(in_llm.InLLM):
   def step(self, seen, *, layer, keep, grid):
     """Returns the pruning step alone; `prefill` merges, too."""
     del layer, grid
-    return in_llm.keep_by_last_query(seen, keep)
+    return layerwise.keep_by_last_query(seen, keep)
 
   def prefill(self, model, params, rows, *, grid, ratio, new_rows):
-    """See `in_llm.InLLM.prefill`; in bucketed mode it cannot be jitted."""
+    """See `layerwise.InLLM.prefill`; in bucketed mode it cannot be jitted."""
     self.plan(model.config.text.num_layers, math.prod(grid), ratio)
     if self.mode == "exact-mask":
       return _prefill_exactly(
@@ -125,7 +125,7 @@ class FrameFusion(in_llm.InLLM):
   def _most(self, num_layers, num_video, ratio):
     """Returns the most tokens that can be left at the last layer."""
     # A stage that merges less than is due leaves less for the later ones.
-    total = in_llm.token_layers(num_layers, num_video, ratio)
+    total = layerwise.token_layers(num_layers, num_video, ratio)
     most = total // num_layers + (not self.exact_budget)
     return min(most, num_video)
 
@@ -153,7 +153,7 @@ class _Stages(NamedTuple):
     last_merge = num_layers - 1
     if rule.mode == "bucketed":
       last_merge = min(rule.max_merges - 1, max(num_layers - 2, 0))
-    total = in_llm.token_layers(num_layers, math.prod(grid), ratio)
+    total = layerwise.token_layers(num_layers, math.prod(grid), ratio)
     return cls(rule, grid, num_layers, total, last_merge)
 
 
@@ -301,7 +301,7 @@ def _start(rows):
 
 def _trace(rows, state, counts, most):
   index = rows.index[:, :most]
-  return in_llm.Trace(
+  return layerwise.Trace(
     index=index,
     mask=jnp.arange(index.shape[1])[None] < rows.count[:, None],
     tokens=counts.T.astype(jnp.float32),
@@ -331,7 +331,7 @@ def _stage(stages, rows, state, attended, number):
     video, rows.index, rows.count, paid, state
   )
   x = prompt_rows.write_rows(rows.x, rows.video_start, merged)
-  kept, count = jax.vmap(lambda s: in_llm.compact(s, size))(survives)
+  kept, count = jax.vmap(lambda s: layerwise.compact(s, size))(survives)
   _, rows = prompt_rows.take(
     rows._replace(x=x), kept, count, num_video=num_video
   )

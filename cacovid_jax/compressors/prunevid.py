@@ -25,7 +25,7 @@ from cacovid_jax.compressors import (
   base,
   checks,
   dpc_knn,
-  in_llm,
+  layerwise,
   rows,
   similarity,
   windows,
@@ -205,7 +205,7 @@ def reference_rows(grid, ratio, cluster_share=None):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class PruneVID(in_llm.TwoStages):
+class PruneVID(layerwise.TwoStages):
   """Both stages; the second one shares its budget over the sets by size."""
 
   llm_layer: int = 10
@@ -216,8 +216,8 @@ class PruneVID(in_llm.TwoStages):
   def step(self, seen, *, layer, keep, grid):
     """Returns the tokens of each set that the text attends to most."""
     del layer
-    sets = in_llm.sets_of_static_and_frames(seen.entered, grid)
-    return in_llm.keep_by_text_attention(
+    sets = layerwise.sets_of_static_and_frames(seen.entered, grid)
+    return layerwise.keep_by_text_attention(
       seen,
       keep,
       jnp.take(sets, seen.row, mode="clip"),

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cacovid_jax.compressors import framefusion, in_llm
+from cacovid_jax.compressors import framefusion, layerwise
 from cacovid_jax.evals import latency
 from cacovid_jax.models import checkpoints, qwen2, qwen2_5_vl_vision
 from cacovid_jax.parallel import mesh as mesh_lib
@@ -138,11 +138,11 @@ def video_rows(
   num_video = math.prod(grid)
   if compressor is None:
     return [num_video] * num_layers
-  if not isinstance(compressor, in_llm.InLLM):
+  if not isinstance(compressor, layerwise.InLLM):
     return [compressor.rows(grid, ratio)] * num_layers
   steps = compressor.plan(num_layers, num_video, ratio)
   if isinstance(compressor, framefusion.FrameFusion):
-    total = in_llm.token_layers(num_layers, num_video, ratio)
+    total = layerwise.token_layers(num_layers, num_video, ratio)
     return [
       total // num_layers + (layer < total % num_layers)
       for layer in range(num_layers)

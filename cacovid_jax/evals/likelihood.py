@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from cacovid_jax.compressors import in_llm, prompt_rows
+from cacovid_jax.compressors import layerwise, prompt_rows
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import asker as asker_lib
 from cacovid_jax.evals import programs as programs_lib
@@ -167,7 +167,7 @@ class _Reader:
 
   def _read_inside(self, params, batch, text, aux, keys) -> Any:
     compressor = self._cell.method.compressor
-    rows = in_llm.enter(
+    rows = layerwise.enter(
       compressor,
       batch.x,
       batch.positions,

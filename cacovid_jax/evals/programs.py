@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cacovid_jax.compressors import base, in_llm, prompt_rows
+from cacovid_jax.compressors import base, layerwise, prompt_rows
 from cacovid_jax.models import generation
 
 
@@ -91,8 +91,8 @@ class Programs:
       self._selects[compressor, ratio] = self._select(compressor, ratio)
     return self._selects[compressor, ratio]
 
-  def inside(self, compressor: in_llm.InLLM, ratio: float):
-    """Returns f(params, batch, text, aux, keys) -> (ids, `in_llm.Trace`).
+  def inside(self, compressor: layerwise.InLLM, ratio: float):
+    """Returns f(params, batch, text, aux, keys) -> (ids, `layerwise.Trace`).
 
     One program per compressor and ratio, selection and answer in one.
     """
@@ -115,7 +115,7 @@ class Programs:
 
   def _inside(self, compressor, ratio):
     def ask(params, batch: Batch, text, aux, keys):
-      return in_llm.generate(
+      return layerwise.generate(
         self._model,
         params,
         compressor,
@@ -215,7 +215,7 @@ class Programs:
 
 def acts_inside(compressor: Any) -> bool:
   """True for a method that drops tokens inside the language model."""
-  return isinstance(compressor, in_llm.InLLM)
+  return isinstance(compressor, layerwise.InLLM)
 
 
 def _text(x, rows):

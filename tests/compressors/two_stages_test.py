@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from cacovid_jax import compressors, errors
-from cacovid_jax.compressors import base, budgets, in_llm
-from tests.compressors import decoder_loop, in_llm_test, quick
+from cacovid_jax.compressors import base, budgets, layerwise
+from tests.compressors import decoder_loop, layerwise_test, quick
 
 GRID, NUM_VIDEO, LAYERS, NEW = (
-  in_llm_test.GRID,
-  in_llm_test.NUM_VIDEO,
-  in_llm_test.LAYERS,
-  in_llm_test.NEW,
+  layerwise_test.GRID,
+  layerwise_test.NUM_VIDEO,
+  layerwise_test.LAYERS,
+  layerwise_test.NEW,
 )
 OPTIONS = {
   "prunevid": {"llm_stage": True, "frame_share": 0.5},
@@ -78,7 +78,7 @@ def by_hand(inputs, row, selection, layer, rule, keep, *, forget, exact=True):
   """Returns (ids, tokens left, video rows per layer)."""
   x, positions, lengths, starts, following = inputs
   decoder = decoder_loop.Decoder(
-    in_llm_test.model_of("qwen"), in_llm_test.params_of("qwen")
+    layerwise_test.model_of("qwen"), layerwise_test.params_of("qwen")
   )
   length, start = lengths[row], starts[row]
   size = int(np.asarray(selection.mask).sum())
@@ -113,19 +113,19 @@ def by_hand(inputs, row, selection, layer, rule, keep, *, forget, exact=True):
 @pytest.mark.parametrize("name", ["prunevid", "flashvid"])
 def test_both_parts_equal_a_loop_after_the_first_one(name):
   video = video_of(1)
-  inputs = in_llm_test.prompts("qwen", 1, video)
+  inputs = layerwise_test.prompts("qwen", 1, video)
   aux = base.Aux(vision_attention=attention_of(1))
   rule = method(name)
   (zero, entering), (layer, keep) = rule.plan(LAYERS, NUM_VIDEO, 0.5)
   # Layers 10 and 20 of 28 in a decoder of 5.
   assert zero == 0 and layer == {"prunevid": 2, "flashvid": 4}[name]
-  ids, trace = in_llm_test.run("qwen", rule, (*inputs, aux), 0.5)
+  ids, trace = layerwise_test.run("qwen", rule, (*inputs, aux), 0.5)
   several = 0
   for row in range(2):
     selection = first_part(
       rule, video[row], entering, aux.vision_attention[row]
     )
-    sets = in_llm.sets_of_static_and_frames(selection, GRID)
+    sets = layerwise.sets_of_static_and_frames(selection, GRID)
     several += (np.asarray(sets) >= GRID[0]).any()
     expected, index, counts = by_hand(
       inputs, row, selection, layer,
@@ -142,11 +142,11 @@ def test_both_parts_equal_a_loop_after_the_first_one(name):
 
 def test_prunevid_rounds_each_set_as_published():
   video = video_of(2)
-  inputs = in_llm_test.prompts("qwen", 2, video)
+  inputs = layerwise_test.prompts("qwen", 2, video)
   rule = method("prunevid", exact_budget=False)
   assert not rule.exact_budget and not rule.before.exact_budget
   (_, entering), (layer, _) = rule.plan(LAYERS, NUM_VIDEO, 0.5)
-  ids, trace = in_llm_test.run("qwen", rule, inputs, 0.5)
+  ids, trace = layerwise_test.run("qwen", rule, inputs, 0.5)
   share = entering / NUM_VIDEO
   for row in range(2):
     num_rows = rule.before.rows(GRID, share)

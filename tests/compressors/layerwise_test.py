@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cacovid_jax import compressors, errors
-from cacovid_jax.compressors import base, budgets, in_llm
+from cacovid_jax.compressors import base, budgets, layerwise
 from cacovid_jax.models import (
   attention,
   llava_onevision,
@@ -30,7 +30,7 @@ STATIC = (
 )  # fmt: skip
 
 generate = quick.jit(
-  lambda params, *args, model, compressor, **kwargs: in_llm.generate(
+  lambda params, *args, model, compressor, **kwargs: layerwise.generate(
     model, params, compressor, *args, **kwargs
   ),
   static_argnames=STATIC,
@@ -98,7 +98,7 @@ def run(kind, compressor, inputs, ratio, eos_ids=(), **kwargs):
   function = generate
   if compressor.on_host:
     function = lambda params, *args, model, compressor, **kwargs: (  # noqa: E731
-      in_llm.generate(model, params, compressor, *args, **kwargs)
+      layerwise.generate(model, params, compressor, *args, **kwargs)
     )
   return function(
     params_of(kind),
@@ -131,7 +131,7 @@ def all_logits(
       params, x, positions, lengths, cache_length=x.shape[1] + NEW
     )
   else:
-    rows = in_llm.enter(
+    rows = layerwise.enter(
       compressor, x, positions, lengths, starts,
       grid=GRID, ratio=ratio, num_layers=LAYERS,
     )  # fmt: skip
@@ -351,7 +351,7 @@ def test_unknown_options_list_the_known_ones():
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class PerFrame(in_llm.InLLM):
+class PerFrame(layerwise.InLLM):
   """For tests: two cuts by text attention with a quota for each frame."""
 
   keeps: tuple[int, int] = (8, 3)
@@ -365,7 +365,7 @@ class PerFrame(in_llm.InLLM):
 
   def step(self, seen, *, layer, keep, grid):
     frames = seen.index // (grid[1] * grid[2])
-    return in_llm.keep_by_text_attention(
+    return layerwise.keep_by_text_attention(
       seen, keep, frames, num_sets=grid[0], share=self.share
     )
 
@@ -448,7 +448,7 @@ def test_what_enters_may_be_chosen_and_merged_before():
     return base.merge(features, jnp.arange(num_keep) * 2, assign)
 
   @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-  class TwoStages(in_llm.InLLM):
+  class TwoStages(layerwise.InLLM):
     def plan(self, num_layers, num_video, ratio):
       return [(0, 10), (2, 4)]
 
@@ -459,7 +459,7 @@ def test_what_enters_may_be_chosen_and_merged_before():
       # What entered is at hand, and which of its rows this one was.
       mass = jnp.take(seen.entered.mass, seen.row)
       seen = seen._replace(attention=seen.attention + 0 * mass)
-      return in_llm.keep_by_last_query(seen, keep)
+      return layerwise.keep_by_last_query(seen, keep)
 
   compressor = TwoStages(
     name="two", before=base.Compressor(name="halves", function=halves)
@@ -505,7 +505,7 @@ def test_sets_of_merged_rows():
     jnp.ones([4, 2]), jnp.array([0, 1, 4, 6]),
     jnp.array([0, 1, 0, -1, 2, 2]), num_valid=3,
   )  # fmt: skip
-  sets = in_llm.sets_of_static_and_frames(selection, (3, 1, 2))
+  sets = layerwise.sets_of_static_and_frames(selection, (3, 1, 2))
   np.testing.assert_array_equal(sets, [3 + 0, 0, 2, 6])
 
 
@@ -537,7 +537,7 @@ def test_what_a_method_says_of_itself():
 def test_prompts_without_room_for_the_video():
   x = jnp.zeros((1, 20, 32))
   with pytest.raises(ValueError, match="do not hold 24 video tokens"):
-    in_llm.enter(
+    layerwise.enter(
       fastv(), x, jnp.zeros((1, 1, 20), jnp.int32), [20], [0],
       grid=GRID, ratio=0.5, num_layers=LAYERS,
     )  # fmt: skip
@@ -549,10 +549,10 @@ def test_a_rule_of_ones_own_is_selected_by_its_file(tmp_path):
     textwrap.dedent("""
     import dataclasses
     import jax.numpy as jnp
-    from cacovid_jax.compressors import in_llm
+    from cacovid_jax.compressors import layerwise
 
     @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-    class FirstOnes(in_llm.InLLM):
+    class FirstOnes(layerwise.InLLM):
       layer: int = 1
 
       def plan(self, num_layers, num_video, ratio):
@@ -589,7 +589,7 @@ def test_released_sizes_have_the_planned_shapes(spec):
   method = compressors.get(spec)
   ids, trace = jax.eval_shape(
     functools.partial(
-      in_llm.generate, model,
+      layerwise.generate, model,
       compressor=method, grid=(32, 14, 14), ratio=0.25,
       max_new_tokens=16, eos_ids=(1,), pad_id=0,
     ),
