@@ -135,7 +135,7 @@ class Asker:
       return jax.block_until_ready(selection)
 
   def _inside(self, cell):
-    """Returns (ids, `layerwise.Trace`): selection and answer are one program."""
+    """Returns (ids, `layerwise.Trace`) of one program that chooses and answers."""
     method = cell.method
     _, text, aux, keys = self.inputs(cell)
     with self._e.timed(f"answer {method.label}"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cacovid_jax import compressors, errors
-from cacovid_jax.compressors import base, in_llm
+from cacovid_jax.compressors import base, layerwise
 from cacovid_jax.data import frames, video
 from cacovid_jax.evals import answering
 from tests.evals import tiny
@@ -48,7 +48,7 @@ def by_hand(checkpoint, checkpoint_dir, path, text, method, ratio):
       params, jnp.asarray(prompt.ids), features, prompt.video_start
     )
     aux = base.Aux(vision_attention=signals["vision_attention"][None])
-    return in_llm.generate(
+    return layerwise.generate(
       model, params, method, x[None], jnp.arange(len(x))[None, None],
       [len(x)], [prompt.video_start], jnp.array([len(x)]), aux,
       grid=tiny.GRID, ratio=ratio, max_new_tokens=NEW,
