@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cacovid_jax import compressors, errors
-from cacovid_jax.compressors import framefusion, layerwise
+from cacovid_jax.compressors import framefusion, prompt_rows
 from tests.compressors import decoder_loop, layerwise_test, quick
 
 GRID, NUM_VIDEO, LAYERS, NEW = (
@@ -262,7 +262,8 @@ def test_bucketed_mode_runs_outside_of_jit_only():
   with pytest.raises(ValueError, match="outside jit"):
     layerwise_test.generate.trace(
       layerwise_test.params_of("llava"), *inputs,
-      model=layerwise_test.model_of("llava"), compressor=rule_of(mode="bucketed"),
+      model=layerwise_test.model_of("llava"),
+      compressor=rule_of(mode="bucketed"),
       grid=GRID, ratio=0.5, max_new_tokens=NEW, eos_ids=(), pad_id=63,
     )  # fmt: skip
 
@@ -289,10 +290,9 @@ def test_degenerate_videos_stay_within_the_budget(kind):
   x = jnp.zeros((1, size + 4, 8))
   if kind == "one frame":
     x = jax.random.normal(jax.random.key(0), x.shape)
-  rows = layerwise.enter(
-    rule_of(), x, jnp.zeros((1, 1, size + 4), jnp.int32), [size + 4], [2],
-    grid=grid, ratio=0.5, num_layers=LAYERS,
-  )  # fmt: skip
+  rows = prompt_rows.whole(
+    x, jnp.zeros((1, 1, size + 4), jnp.int32), [size + 4], [2], size
+  )
   step = quick.jit(functools.partial(framefusion._stage, stages))
   rows, state = step(rows, framefusion._start(rows), None, 0)
   total, paid = 0, jnp.ones((1, size + 4)) / size
@@ -317,9 +317,9 @@ def test_reference_rounding_rounds_the_share_that_is_left():
   for exact in (True, False):
     rule = compressors.get("framefusion", exact_budget=exact)
     stages = framefusion._Stages(rule, GRID, LAYERS, 62, LAYERS - 1)
-    rows = layerwise.enter(
-      rule, jnp.asarray(x), jnp.zeros((1, 1, NUM_VIDEO + 2), jnp.int32),
-      [NUM_VIDEO + 2], [1], grid=GRID, ratio=0.52, num_layers=LAYERS,
+    rows = prompt_rows.whole(
+      jnp.asarray(x), jnp.zeros((1, 1, NUM_VIDEO + 2), jnp.int32),
+      [NUM_VIDEO + 2], [1], NUM_VIDEO,
     )  # fmt: skip
     state = framefusion._start(rows)._replace(
       merged=jnp.array([True]), spent=jnp.array([24], jnp.int32)

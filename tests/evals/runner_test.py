@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cacovid_jax import compressors, errors
-from cacovid_jax.compressors import base
+from cacovid_jax.compressors import base, registry
 from cacovid_jax.data import answer_log, frames
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import (
@@ -252,7 +252,9 @@ def test_answers_equal_those_of_one_question_alone(shared, whole, checkpoint):
   positions = jnp.arange(prompt.length)[None]
   video = prompt.video_start + jnp.arange(64)
   _, out = model.forward(params, x[None], positions[None], want_attention=True)
-  aux = base.Aux(
+  inputs = base.CompressorInputs(
+    features=features,
+    grid=tiny.GRID,
     scores=policy.module.apply(
       {"params": policy.params}, x, positions, video, tiny.GRID
     ),
@@ -272,11 +274,7 @@ def test_answers_equal_those_of_one_question_alone(shared, whole, checkpoint):
     )
   )
   for name in ("uniform", "cacovid", "last_query"):
-    index = (
-      compressors.get(name)
-      .compress(features, grid=tiny.GRID, num_keep=6, aux=aux, ratio=0.1)
-      .index
-    )
+    index = compressors.get(name).select(inputs, num_keep=6, ratio=0.1).index
     dropped = set(range(64)) - set(np.asarray(index).tolist())
     rows = [
       i for i in range(prompt.length) if i - prompt.video_start not in dropped
@@ -317,15 +315,17 @@ def test_merged_rows_reach_the_model(shared, tmp_path, checkpoint):
   batch = asker.Asker(evaluator, benchmark.questions[:4]).batch
   ids = {}
   for function in (zeros, first):
-    compressor = base.Compressor(name="own", function=function)
+    compressor = registry.FunctionCompressor(name="own", function=function)
     program = evaluator.programs.select(compressor, 0.25)
-    selection = program(batch.features, None, base.Aux(), None)
+    selection = program(
+      base.CompressorInputs(features=batch.features, grid=tiny.GRID)
+    )
     ids[function] = evaluator.programs.answer(
       checkpoint.params, batch, selection
     )
   half = evaluator.programs.select(
-    base.Compressor(name="own", function=first), 0.125
-  )(batch.features * 0, None, base.Aux(), None)
+    registry.FunctionCompressor(name="own", function=first), 0.125
+  )(base.CompressorInputs(features=batch.features * 0, grid=tiny.GRID))
   expected = evaluator.programs.answer(checkpoint.params, batch, half)
   np.testing.assert_array_equal(ids[zeros], expected)
   assert not np.array_equal(ids[zeros], ids[first])
@@ -473,7 +473,9 @@ def ask(shared, methods, path=None, ratios=RATIOS, seeds=(0,)):
 
 
 def own(name, function, **fields):
-  compressor = base.Compressor(name=name, function=function, **fields)
+  compressor = registry.FunctionCompressor(
+    name=name, function=function, **fields
+  )
   return runner.Method(name, name, compressor)
 
 
