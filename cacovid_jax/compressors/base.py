@@ -488,22 +488,10 @@ def take(
     num_valid: int32[] how many of them are rows, the first ones, with N behind
       them; None for all.
   """
-  num_video, num_keep = features.shape[0], index.shape[0]
-  index = jnp.sort(index.astype(jnp.int32))
-  rows = jnp.arange(num_keep, dtype=jnp.int32)
-  taken = features[index]
-  mask = jnp.ones([num_keep], bool)
-  if num_valid is not None:
-    mask = rows < num_valid
-    taken = jnp.where(mask[:, None], taken, 0)
-  assign = jnp.full([num_video], -1, jnp.int32)
-  return Selection(
-    features=taken,
-    index=index,
-    mask=mask,
-    mass=mask.astype(jnp.float32),
-    assign=assign.at[index].set(rows, mode="drop"),
-  )
+  rows = jnp.arange(index.shape[0], dtype=jnp.int32)
+  assign = jnp.full(features.shape[:1], -1, jnp.int32)
+  assign = assign.at[index].set(rows, mode="drop")
+  return arrange(features[index], index, assign, num_valid)
 
 
 def take_top(features: jax.Array, values: jax.Array, num_keep: int):

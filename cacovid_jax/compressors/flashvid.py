@@ -102,7 +102,6 @@ class FlashVID(layerwise.TwoStages):
     )(mean, counts, root)
     # Frames without budget drop their trees.
     root &= counts[:, None] > 0
-    keep = diverse | (root & (clusters.rank < counts[:, None]))
 
     place = jnp.arange(P)
     # [T, P, P], centres by trees.
@@ -112,14 +111,10 @@ class FlashVID(layerwise.TwoStages):
     merged = (merged / jnp.maximum(count, 1.0)).astype(features.dtype)
     values = jnp.where(diverse[..., None], frames, merged)
 
-    first = jnp.arange(T)[:, None] * P
-    into = jnp.where(root, clusters.centre + first, T * P)
-    into = jnp.where(diverse, place + first, into).reshape(-1)
-    return selection_ops.collect(
-      values.reshape(features.shape),
-      keep.reshape(-1),
-      into[roots_of(parent)],
-      num_keep,
+    into = jnp.where(root, clusters.centre, P)
+    into = jnp.where(diverse, place, into)
+    return selection_ops.collect_parts(
+      values, into, num_keep, features.dtype, home=roots_of(parent)
     )
 
 

@@ -79,14 +79,8 @@ class HoliTom(base.Compressor):
       count,
       inputs.vision_attention.astype(jnp.float32).reshape(T, P),
     )
-    start = jnp.arange(T, dtype=jnp.int32)[:, None] * P
-    into = jnp.where(into < P, into + start, T * P).reshape(-1)
-    return selection_ops.collect(
-      values.reshape(inputs.features.shape),
-      into == jnp.arange(T * P),
-      into[sets.home.reshape(-1)],
-      num_keep,
-      dtype=inputs.features.dtype,
+    return selection_ops.collect_parts(
+      values, into, num_keep, inputs.features.dtype, home=sets.home
     )
 
   def reference_rows(self, grid, ratio):

@@ -78,15 +78,8 @@ class PruneVID(layerwise.TwoStages):
       count = jnp.array(self._own_counts(P, ratio))[sets.sizes]
     count = segments.of_kind(count, sets.kind)
     found, means = jax.vmap(self._merge)(sets.tokens, count, sets.kind)
-    start = jnp.arange(T, dtype=jnp.int32)[:, None] * P
-    centre = jnp.where(found.centre < P, found.centre + start, T * P)
-    centre = centre.reshape(-1)
-    return selection_ops.collect(
-      means.reshape(inputs.features.shape),
-      centre == jnp.arange(T * P),
-      centre[sets.home.reshape(-1)],
-      num_keep,
-      dtype=inputs.features.dtype,
+    return selection_ops.collect_parts(
+      means, found.centre, num_keep, inputs.features.dtype, home=sets.home
     )
 
   def reference_rows(self, grid, ratio):

@@ -79,6 +79,28 @@ def collect(
   )
 
 
+def collect_parts(values, into, num_rows, dtype, home=None) -> base.Selection:
+  """Returns `collect` of tokens that went into others of their own part.
+
+  Args:
+    values: float[G, P, D], what the row of each token shall hold, by parts:
+      mostly frames.
+    into: int32[G, P] the place in its part that each token went into, its own
+      for one that is kept, P where it was dropped.
+    num_rows: K, static.
+    dtype: of the rows.
+    home: int32[G, P] the token of the video, G * P in all, whose fate each
+      shares; None for its own.
+  """
+  G, P = into.shape
+  start = jnp.arange(G, dtype=jnp.int32)[:, None] * P
+  into = jnp.where(into < P, into + start, G * P).reshape(-1)
+  kept = into == jnp.arange(G * P)
+  if home is not None:
+    into = into[home.reshape(-1)]
+  return collect(values.reshape(G * P, -1), kept, into, num_rows, dtype)
+
+
 def anchored(
   own: jax.Array, others: jax.Array, count: jax.Array, weight: float
 ) -> jax.Array:

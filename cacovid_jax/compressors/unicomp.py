@@ -90,14 +90,10 @@ class UniComp(base.Compressor):
     around = around / jnp.maximum(num_near, 1)
     values = jnp.where(num_near > 0, (fused + around) / 2, fused)
 
-    first = jnp.arange(T)[:, None] * P
-    into = jnp.where(keeper < 0, T * P, keeper + first)[head]
-    return selection_ops.collect(
-      values.reshape(features.shape),
-      (keeper == place).reshape(-1),
-      into.reshape(-1),
-      num_keep,
-      dtype=features.dtype,
+    into = jnp.where(keeper < 0, P, keeper)
+    home = head[:, None] * P + place
+    return selection_ops.collect_parts(
+      values, into, num_keep, features.dtype, home
     )
 
 

@@ -70,24 +70,16 @@ class VisionZip(allocators.FrameShared):
       # Behind the last contextual token there is nowhere to write.
       values = x.at[contexts].set(merged.astype(x.dtype), mode="drop")
       into = jnp.append(contexts, size)[joined]
-      into = jnp.where(kept, jnp.arange(size), into)
-      return values, kept, into
+      return values, jnp.where(kept, jnp.arange(size), into)
 
-    values, kept, into = jax.vmap(part)(
+    values, into = jax.vmap(part)(
       features.reshape(num_parts, size, -1),
       attention,
       inputs.vision_keys.reshape(num_parts, size, -1),
       dominant,
       counts - dominant,
     )
-    start = jnp.arange(num_parts)[:, None] * size
-    into = jnp.where(into < size, into + start, T * H * W)
-    return selection_ops.collect(
-      values.reshape(features.shape),
-      kept.reshape(-1),
-      into.reshape(-1),
-      num_keep,
-    )
+    return selection_ops.collect_parts(values, into, num_keep, features.dtype)
 
   def reference_rows(self, grid, ratio):
     """Returns how many tokens are kept if each frame's count is cut off."""

@@ -34,19 +34,21 @@ def test_fastv_keeps_the_published_share():
     share(0.1, 28, 3)
 
 
-def two_stages(name, ratio, num_layers, num_video, layer=None):
+def two_stages(name, ratio, num_layers, num_video):
   """Returns (entering, keep) of PruneVID or FlashVID, layers as of 28."""
-  at, share = {"prunevid": (10, 0.4), "flashvid": (20, 0.3)}[name]
-  layer = budgets.scale_layer(layer or at, num_layers)
+  layer, share = {"prunevid": (10, 0.4), "flashvid": (20, 0.3)}[name]
+  layer = budgets.scale_layer(layer, num_layers)
   return budgets.two_stages(
     ratio, num_layers, num_video, layer=layer, share=share
   )
 
 
 def test_prunevid_lets_the_published_share_in():
-  def entering(ratio, num_layers, layer=None):
+  def entering(ratio, num_layers, layer=10):
     # Of so many tokens that rounding down to whole ones does not show.
-    found, _ = two_stages("prunevid", ratio, num_layers, 10**6, layer)
+    found, _ = budgets.two_stages(
+      ratio, num_layers, 10**6, layer=layer, share=0.4
+    )
     return percent(found / 10**6)
 
   assert [entering(r, 28) for r in RATIOS] == [40.7, 32.6, 24.4, 16.3]

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from cacovid_jax import compressors, errors
 from cacovid_jax.compressors import base, registry
@@ -427,6 +428,30 @@ def test_a_users_own_method_from_a_file(shared, tmp_path):
   # Answers of a file that has changed since are not taken for its own.
   path.write_text(path.read_text() + "# Changed.\n")
   assert runner.Method.parse(f"{path}:first").spec != method.spec
+
+
+def test_a_trained_method_follows_its_parameters(shared, tmp_path):
+  benchmark, evaluator = shared
+  question = benchmark.questions[0]
+  (tmp_path / "mine.py").write_text(
+    "import dataclasses\n"
+    "from cacovid_jax.compressors import base\n"
+    "@dataclasses.dataclass(frozen=True, kw_only=True)\n"
+    "class Mine(base.Compressor):\n"
+    "  trained = True\n"
+    "  def choose(self, inputs, num_keep, ratio, params):\n"
+    "    scores = inputs.features @ params['head']\n"
+    "    return base.take_top(inputs.features, scores, num_keep)\n"
+  )
+  features = evaluator.source[question.video].features
+  head = np.eye(features.shape[1], dtype=np.float32)[3]
+  for name, sign in (("a", 1), ("b", -1)):
+    path = tmp_path / f"{name}.safetensors"
+    safetensors.numpy.save_file({"head": sign * head}, path)
+    spec = f"{tmp_path}/mine.py:Mine?weights={path}"
+    trace = evaluator.trace(question, runner.Method.parse(spec), 0.1)
+    order = np.argsort(-sign * features[:, 3], kind="stable")
+    np.testing.assert_array_equal(trace.index, np.sort(order[:6]))
 
 
 def test_policies_by_name(shared, checkpoint, monkeypatch):
