@@ -10,7 +10,6 @@ Axes: N video tokens, D width, K kept tokens, T frames, H W token grid, B batch.
 
 import dataclasses
 import functools
-import hashlib
 import numbers
 import os
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from cacovid_jax import errors
+from cacovid_jax import errors, files
 from cacovid_jax.compressors import prompt_rows
 from cacovid_jax.compressors.math import similarity
 from cacovid_jax.models import safetensors_io
@@ -410,8 +409,7 @@ class Compressor:
       raise errors.UserError(
         f"{self.name}: weights={self.weights!r}: there is no such file"
       )
-    with open(self.weights, "rb") as file:
-      return hashlib.file_digest(file, "sha256").hexdigest()
+    return files.sha256(self.weights)
 
 
 @functools.lru_cache(maxsize=8)

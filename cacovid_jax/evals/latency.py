@@ -48,7 +48,7 @@ class Subject:
     programs: compiled functions for its grid.
     grid: (T, H, W) of the video.
     batch: the prompt, B = 1.
-    inputs: `runner.Cell` -> (features, text, `Aux`, keys) of its method.
+    inputs: `runner.Cell` -> `base.CompressorInputs` of its method.
     policy: `runner.Method` -> the `runner.Policy` that it follows.
   """
 
@@ -56,7 +56,7 @@ class Subject:
   programs: programs_lib.Programs
   grid: tuple[int, int, int]
   batch: programs_lib.Batch
-  inputs: Callable[[runner.Cell], tuple]
+  inputs: Callable[[runner.Cell], base.CompressorInputs]
   policy: Callable[[runner.Method], runner.Policy]
 
 

@@ -102,7 +102,6 @@ class _Reader:
       size: M, static.
     """
     self._cell, self._size = cell, size
-    self._grid = tools.grid
     self._model = evaluator.checkpoint.model
     self._params = evaluator.checkpoint.params
     self._rows = evaluator.settings.batch_size

@@ -194,8 +194,8 @@ class Programs:
     )
 
 
-def whole_prompts(batch: Batch) -> prompt_rows.Rows:
-  """Returns the prompts of a batch with all of their video tokens."""
+def whole_prompts(batch: Batch):
+  """Returns `prompt_rows.Rows` of a batch with all of its video tokens."""
   return prompt_rows.whole(
     batch.x,
     batch.positions,

@@ -518,8 +518,8 @@ def test_a_cell_that_cannot_be_run_stops_nothing(
   methods = [
     *methods_of("cacovid", "uniform", "fastv"),
     own("grumbling", grumbling),
-    own("asks", grumbling, needs=frozenset(["weather"])),
-    own("keys", grumbling, needs=frozenset(["vision_keys"])),
+    own("asks", grumbling, requires=frozenset(["weather"])),
+    own("keys", grumbling, requires=frozenset(["vision_keys"])),
   ]
   path = tmp_path / "answers.jsonl"
   failures, answers = ask(shared, methods, path)
@@ -618,8 +618,8 @@ def test_inside_the_language_model(shared, checkpoint):
 def test_the_questions_text_is_handed_over(shared, checkpoint):
   benchmark, evaluator = shared
   found = asker.Asker(evaluator, benchmark.questions[:4])
-  seen = own("reads", grumbling, needs=frozenset(["text"]))
-  _, text, _, _ = found.inputs(runner.Cell(seen, 0.25, 0))
+  seen = own("reads", grumbling, requires=frozenset(["text"]))
+  text = found.inputs(runner.Cell(seen, 0.25, 0)).text
   tokenizer = checkpoint.tokenizer
   for row, question in enumerate(benchmark.questions[:4]):
     prompt = tokenizer.encode_prompt(question.prompt, 64)
@@ -649,7 +649,7 @@ def test_rows_of_a_reference_rounding(shared):
     "rounds",
     first,
     exact_budget=False,
-    reference_rows=lambda grid, ratio: 7,
+    own_rows=lambda grid, ratio: 7,
   )
   benchmark, evaluator = shared
   failures, answers = ask(shared, [method], ratios=(0.1,))
@@ -674,7 +674,7 @@ def test_clips_bring_what_methods_read_of_the_tower(
   def strongest(features, *, grid, num_keep, text=None, aux=None, rng=None):
     return base.take_top(features, aux.vision_attention, num_keep)
 
-  method = own("strongest", strongest, needs=frozenset(["vision_attention"]))
+  method = own("strongest", strongest, requires=frozenset(["vision_attention"]))
   assert runner.wanted([method, *methods_of("uniform")]) == method.needs
   with clips.ClipSource(
     data_dir,
