@@ -178,6 +178,17 @@ class Compressor:
       if "check" in field.metadata and value is not field.default:
         field.metadata["check"](self.name, field.name, value)
 
+  # Written out, so that a subclass made with eq=False counts by its options.
+  def __eq__(self, other):
+    return type(self) is type(other) and self._values() == other._values()
+
+  def __hash__(self):
+    return hash(self._values())
+
+  def _values(self):
+    fields = dataclasses.fields(self)
+    return tuple(getattr(self, field.name) for field in fields if field.compare)
+
   def choose(self, inputs: CompressorInputs, num_keep: int, ratio) -> Selection:
     """Returns the selection of one video; `select` has checked the inputs.
 
@@ -210,9 +221,20 @@ class Compressor:
 
   @property
   def requirements(self) -> tuple[str, ...]:
-    """What it cannot do without, in words, of `requirements_of`."""
-    inside = set() if self.selects_first else {"attention"}
-    return requirements_of(self.requires | inside)
+    """What it cannot do without, in words, each once.
+
+    Words are "text" (the question), "training", "LLM attention", "vision
+    attention", "vision keys" and "answer"; a part that is not known stands as
+    it is.
+    """
+    parts = self.requires | (set() if self.selects_first else {"attention"})
+    words = [
+      word
+      for part, words in _REQUIREMENTS.items()
+      if part in parts
+      for word in words
+    ]
+    return tuple(dict.fromkeys([*words, *sorted(parts - set(_REQUIREMENTS))]))
 
   @classmethod
   def _general_fields(cls) -> set[str]:
@@ -457,22 +479,6 @@ def choice(default, *others):
       )
 
   return dataclasses.field(default=default, metadata={"check": check})
-
-
-def requirements_of(requires) -> tuple[str, ...]:
-  """Returns what the parts that are required amount to, in words, each once.
-
-  Words are "text" (the question), "vision attention", "vision keys", "LLM
-  attention" and "training"; a part that is not known stands as it is.
-  """
-  words = {
-    word for part in requires for word in _REQUIREMENTS.get(part, (part,))
-  }
-  order = list(
-    dict.fromkeys(word for known in _REQUIREMENTS.values() for word in known)
-  )
-  known = [word for word in order if word in words]
-  return (*known, *sorted(words - set(known)))
 
 
 def take(

@@ -276,7 +276,7 @@ class TwoStages(LayerwiseCompressor):
     except errors.UserError as error:
       raise errors.UserError(f"{self.name}: {error}") from None
     if not self.exact_budget:
-      # Of as many tokens as may enter; what does is known to `before`.
+      # Of as many tokens as may enter; what does is known to `pre_llm`.
       keep = max(1, int(self.llm_keep * num_video))
     return [(0, entering), (layer, keep)]
 

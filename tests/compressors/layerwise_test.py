@@ -587,6 +587,32 @@ def test_a_rule_of_ones_own_is_selected_by_its_file(tmp_path):
     compressors.get(f"{path}:FIRST?speed=3")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Learned(layerwise.LayerwiseCompressor):
+  """For tests: one cut that keeps the tokens of largest learned values."""
+
+  trained = True
+  name: str = "learned"
+
+  def plan(self, num_layers, num_video, ratio):
+    return [(2, 4)]
+
+  def step(self, state, *, layer, keep, params):
+    values = params["values"][state.index]
+    state = state._replace(attention=values)
+    return layerwise.keep_by_last_query(state, keep)
+
+
+def test_a_trained_rule_is_given_its_parameters():
+  values = np.random.default_rng(0).random(NUM_VIDEO).astype(np.float32)
+  inputs = prompts("llava", seed=3)
+  for sign in (1, -1):
+    own = {"values": jnp.asarray(1 + sign * values)}
+    _, trace = run("llava", Learned(), inputs, 0.5, own_params=own)
+    expected = np.sort(np.argsort(-sign * values)[:4])
+    np.testing.assert_array_equal(trace.index, [expected] * 2)
+
+
 @pytest.mark.parametrize(
   "spec", ["fastv", "framefusion", "prunevid?llm_stage=True", "flashvid"]
 )

@@ -1,5 +1,6 @@
 """Methods by name, from files, with parameters; and which are the same."""
 
+import dataclasses
 import json
 import pathlib
 import textwrap
@@ -11,6 +12,7 @@ import pytest
 import safetensors.numpy
 
 from cacovid_jax import compressors, errors
+from cacovid_jax.compressors import base
 from cacovid_jax.evals import runner
 from tests.compressors import given, quick
 
@@ -71,6 +73,18 @@ def test_options_tell_methods_apart_and_defaults_do_not():
   assert get("flashvid?llm_keep=0.5") != get("flashvid")
   kept = {get("floc?windows=2"): 1, get("floc"): 2}
   assert kept[get("floc", windows=2)] == 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class ByIdentity(base.Compressor):
+  """As classes of older files are made: still compared by its options."""
+
+  places: int = 1
+
+
+def test_a_class_without_an_equality_of_its_own_counts_by_its_options():
+  assert ByIdentity() == ByIdentity(places=1) != ByIdentity(places=2)
+  assert hash(ByIdentity()) == hash(ByIdentity(given=("places",)))
 
 
 OWN = """
