@@ -80,7 +80,8 @@ def load_policy_module(spec: str = "") -> tuple[type, str]:
   lacking = [name for name in _ENTRY_POINTS if not hasattr(found, name)]
   if lacking:
     raise errors.UserError(
-      f"policy.module {spec!r} lacks {', '.join(lacking)}; see policy/loading.py"
+      f"policy.module {spec!r} lacks {', '.join(lacking)}; see"
+      " policy/loading.py"
     )
   return found, digest
 
