@@ -3,11 +3,10 @@
 import difflib
 import types
 
+from cacovid_jax import base_config, errors
 from cacovid_jax import config as config_lib
-from cacovid_jax import errors
 from cacovid_jax.data import frames, qwen_frames
 from cacovid_jax.evals import defaults as evals_defaults
-from cacovid_jax.training import defaults
 
 
 def parse_arg(arg, **defaults):
@@ -48,10 +47,10 @@ def released(arg, *, path, family):
       tiny random model of the same family and on the embedded benchmark;
       `devices=8` trains that many videos a step, one on each.
     path: folder of the weights.
-    family: of `models.tiny_checkpoint`.
+    family: of `synthetic.tiny_checkpoints`.
   """
   arg = parse_arg(arg, debug=False, devices=1, seed=42)
-  config = defaults.get_config()  # The paper's numbers.
+  config = base_config.get_config()  # The paper's numbers.
   config.seed = arg.seed
   config.total_steps = 0  # One epoch.
   config.videos_per_step = arg.devices

@@ -3,7 +3,7 @@ r"""CaCoVID on LLaVA-OneVision-0.5B, 32 frames.
 Weights: llava-hf/llava-onevision-qwen2-0.5b-ov-hf
 in checkpoints/llava_onevision_0_5b. Rows: Video-R1 in datasets/video_r1;
 its filtered.json, without what the model answers unseen, is written by
-`cacovid_jax.data.blind_filter`.
+`cacovid_jax.preparation.blind_filter`.
 
 python -m cacovid_jax.train --config configs/llava_onevision_0_5b.py \
     --workdir workdirs/llava_onevision_0_5b

@@ -14,8 +14,8 @@ directory and the paper's settings.
 In a minute: `configs/own_videos.py:debug,data=FOLDER`.
 """
 
+from cacovid_jax import base_config
 from cacovid_jax.evals import defaults as evals_defaults
-from cacovid_jax.training import defaults
 from configs import common
 
 _ASSETS = "cacovid_jax/assets"
@@ -23,7 +23,7 @@ _ASSETS = "cacovid_jax/assets"
 
 def get_config(arg=None):
   arg = common.parse_arg(arg, data="videos", model="", debug=False)
-  config = defaults.get_config()
+  config = base_config.get_config()
   config.data.root = arg.data
   config.data.reader = "own"
   config.data.max_text_tokens = 0  # As long as the longest question.

@@ -3,7 +3,7 @@ r"""CaCoVID on Qwen2.5-VL-7B, 32 frames.
 Weights: Qwen/Qwen2.5-VL-7B-Instruct
 in checkpoints/qwen2_5_vl_7b. Rows: Video-R1 in datasets/video_r1;
 its filtered.json, without what the model answers unseen, is written by
-`cacovid_jax.data.blind_filter`.
+`cacovid_jax.preparation.blind_filter`.
 
 python -m cacovid_jax.train --config configs/qwen2_5_vl_7b.py \
     --workdir workdirs/qwen2_5_vl_7b

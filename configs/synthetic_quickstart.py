@@ -15,8 +15,8 @@ test, 600 questions, vanilla 90.7: 89.8 at 25 %, 83.3 at 10 %, 68.3 at 5 % (seed
 42, two CPU cores); all rows and the time are in the README.
 """
 
+from cacovid_jax import base_config
 from cacovid_jax.evals import defaults as evals_defaults
-from cacovid_jax.training import defaults
 from configs import common
 
 # METHOD.md's rule with the paper's half of the budget spread evenly, and with
@@ -28,7 +28,7 @@ _CHOSEN = ("cacovid", "cacovid_untrained", "cacovid_other_question")
 
 def get_config(arg=None):
   arg = common.parse_arg(arg, debug=False, seed=42)
-  config = defaults.get_config()
+  config = base_config.get_config()
   config.seed = arg.seed
   config.total_steps = 2 if arg.debug else 360
   config.videos_per_step = 1

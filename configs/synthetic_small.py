@@ -22,7 +22,7 @@ and at 5 % kept, mean and standard deviation of seeds 42, 43, 44:
 All rows, the paper's setting among them, are in the README.
 """
 
-from cacovid_jax.training import defaults
+from cacovid_jax import base_config
 from configs import common, synthetic_quickstart
 
 
@@ -59,7 +59,7 @@ def get_config(arg=None):
 
 def _as_the_paper_says(config):
   """Takes back what is ours; only rates stay those of a small model."""
-  paper = defaults.get_config()
+  paper = base_config.get_config()
   for section in ("objective", "ratio", "policy"):
     dtype = config[section].get("dtype")
     config[section] = paper[section]

@@ -27,6 +27,7 @@ from absl import flags
 
 from cacovid_jax import compressors, errors
 from cacovid_jax import config as config_lib
+from cacovid_jax import progress as progress_lib
 from cacovid_jax.evals import (
   evaluation,
   latency,
@@ -35,8 +36,8 @@ from cacovid_jax.evals import (
   runner,
 )
 from cacovid_jax.models import checkpoints
-from cacovid_jax.training import metrics
-from experiments import embedded, table_files, table_flags
+from cacovid_jax.synthetic import build
+from experiments import table_files, table_flags
 
 _CONFIG = "configs/synthetic_quickstart.py"
 _POLICY = "cacovid_jax/assets/policy"
@@ -62,7 +63,7 @@ def main(argv):
   ratios, seeds = table_flags.ratios(RATIOS), table_flags.seeds()
   config = config_lib.load(_CONFIG + (":debug" if _SHORT.value else ""))
   if table_flags.DATA.value is None:
-    embedded.prepare(config)
+    build.prepare(config)
   request = request_of(
     config,
     table_flags.WORKDIR.value
@@ -219,7 +220,9 @@ def _measure(request, missing, times, repeats):
   wanted = runner.wanted([method for method, _ in missing])
   with (
     evaluation.open_source(request, checkpoint, wanted) as source,
-    metrics.Progress(len(missing), description="selection times") as progress,
+    progress_lib.Progress(
+      len(missing), description="selection times"
+    ) as progress,
   ):
     evaluator = runner.Evaluator(
       checkpoint,

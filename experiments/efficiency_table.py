@@ -42,23 +42,19 @@ import rich.table
 from absl import flags
 
 from cacovid_jax import compressors, errors
+from cacovid_jax.data import answer_log
 from cacovid_jax.evals import (
   cost,
   latency,
-  ledger,
   paper,
   programs,
   provenance,
   results,
   runner,
 )
-from cacovid_jax.models import (
-  checkpoints,
-  llava_onevision,
-  qwen2_5_vl,
-  random_checkpoint,
-)
+from cacovid_jax.models import checkpoints, llava_onevision, qwen2_5_vl
 from cacovid_jax.policy import network
+from cacovid_jax.synthetic import tiny_checkpoints
 from experiments import (
   efficiency_files,
   selection_benchmark,
@@ -147,7 +143,7 @@ def main(argv):
   workdir = pathlib.Path(
     table_flags.WORKDIR.value or f"workdirs/efficiency_{name}"
   )
-  with ledger.Ledger(
+  with answer_log.Ledger(
     workdir / ROWS,
     run_of(name, repeats),
     mend="or give another --table_workdir",
@@ -323,7 +319,7 @@ def _draw(directory, config):
     )
   # The config is written first: a folder without an index was cut off.
   partial = directory.with_name(f"{directory.name}.partial")
-  random_checkpoint.write(partial, config, _SEED)
+  tiny_checkpoints.write_random(partial, config, _SEED)
   os.replace(partial, directory)
 
 
@@ -499,7 +495,7 @@ def _once(rows, what: str, ratio: float, function) -> dict[str, Any]:
   Raises:
     UserError: it cannot be run; nothing is written down then.
   """
-  key = ledger.Key(what or paper.VANILLA, ratio, 0, "prompt")
+  key = answer_log.Key(what or paper.VANILLA, ratio, 0, "prompt")
   if key not in rows:
     try:
       found = function()

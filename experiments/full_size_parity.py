@@ -18,13 +18,11 @@ import jax
 import rich.console
 from absl import flags
 
-from cacovid_jax import errors, parity
-from cacovid_jax.models import (
-  llava_onevision,
-  qwen2_5_vl,
-  random_checkpoint,
-  transformers_parity,
-)
+from cacovid_jax import errors
+from cacovid_jax.models import llava_onevision, qwen2_5_vl
+from cacovid_jax.parity import __main__
+from cacovid_jax.parity import transformers as transformers_lib
+from cacovid_jax.synthetic import tiny_checkpoints
 
 _ONEVISION = llava_onevision.LlavaOnevisionConfig
 _QWEN = qwen2_5_vl.Qwen2_5VLConfig
@@ -84,7 +82,7 @@ def compare(config, folder, *, num_layers, device, keep=False):
 
   def write(name, config):
     directory = os.path.join(folder, name)
-    random_checkpoint.write(directory, config)
+    tiny_checkpoints.write_random(directory, config)
     seconds = time.perf_counter() - started
     console.print(f"{directory} written ({seconds:.0f} s)")
     return directory
@@ -95,12 +93,12 @@ def compare(config, folder, *, num_layers, device, keep=False):
   try:
     write("cut", cut(config, num_layers))
     with jax.default_matmul_precision("highest"):
-      found = transformers_parity.check(short, device=device)
-    verdicts.append(parity.report(short, found))
+      found = transformers_lib.check(short, device=device)
+    verdicts.append(__main__.report(short, found))
     shutil.rmtree(short)
     write("whole", config)
-    both = transformers_parity.agree(whole, device=device)
-    verdicts.append(parity.report_half(whole, *both))
+    both = transformers_lib.agree(whole, device=device)
+    verdicts.append(__main__.report_half(whole, *both))
   finally:
     for directory in [short] if keep else [short, whole]:
       shutil.rmtree(directory, ignore_errors=True)

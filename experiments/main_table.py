@@ -40,14 +40,13 @@ from absl import flags
 
 from cacovid_jax import compressors, errors
 from cacovid_jax import config as config_lib
-from cacovid_jax.data import qwen_frames, readers
+from cacovid_jax.data import answer_log, qwen_frames, readers
 from cacovid_jax.evals import (
   benchmarks,
   combined,
   drift,
   evaluation,
   frame_manifest,
-  ledger,
   paper,
   provenance,
   results,
@@ -515,7 +514,7 @@ def asked(request: evaluation.Request, questions) -> dict[str, Any]:
     "questions": digest.hexdigest(),
     "ratios": list(map(results.ratio_key, request.ratios)),
     "rows": [[method.label, method.spec] for method in methods],
-    "run": ledger.header(pathlib.Path(request.workdir, own)),
+    "run": answer_log.header(pathlib.Path(request.workdir, own)),
     "seeds": list(request.seeds),
   }
 

@@ -96,9 +96,9 @@ def describe(
   if os.path.isfile(os.path.join(directory or "", "config.json")):
     config = checkpoints.load_config(directory)
     if os.path.isfile(os.path.join(directory, "tokenizer.json")):
-      from cacovid_jax.data import prompts
+      from cacovid_jax.data import tokenizer as tokenizer_lib
 
-      tokenizer = prompts.Tokenizer.from_directory(directory)
+      tokenizer = tokenizer_lib.Tokenizer.from_directory(directory)
   elif base_name:
     config = RELEASED[base_name]()
   else:

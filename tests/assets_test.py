@@ -7,10 +7,9 @@ import jax
 import numpy as np
 
 import cacovid_jax
-from cacovid_jax.data import tokenizer_training
-from cacovid_jax.data.synthetic import packing, world
 from cacovid_jax.models import checkpoints
-from cacovid_jax.training import pretraining
+from cacovid_jax.synthetic import packing, pretraining, world
+from cacovid_jax.synthetic import tokenizer as tokenizer_training
 from configs import synthetic_base
 
 _BASE = pathlib.Path(cacovid_jax.__file__).parent / "assets" / "base_model"

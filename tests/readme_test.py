@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from cacovid_jax import compressors
-from cacovid_jax.data.synthetic import build, render, world
+from cacovid_jax.synthetic import build, render, world
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
 

@@ -82,6 +82,12 @@ def test_every_module_is_in_a_package_and_has_a_docstring():
       assert not text or text.startswith(('"""', 'r"""')), name
 
 
+def _runs(module: str) -> bool:
+  """Returns whether `python -m` runs a dotted name."""
+  path = _ROOT / module.replace(".", "/")
+  return path.with_suffix(".py").exists() or (path / "__main__.py").exists()
+
+
 @pytest.mark.parametrize("path", _CONFIGS, ids=lambda path: path.stem)
 def test_every_config_loads(path):
   config = config_lib.load(path)
@@ -100,7 +106,7 @@ def test_every_config_names_its_own_command(path):
   text = path.read_text(encoding="utf-8")
   assert f"configs/{path.name}" in text
   for module in re.findall(r"python -m (cacovid_jax[\w.]*)", text):
-    assert (_ROOT / (module.replace(".", "/") + ".py")).exists(), module
+    assert _runs(module), module
 
 
 def test_the_version_is_stated_once():
@@ -159,7 +165,6 @@ def test_documented_commands_exist():
     for module in re.findall(
       r"python -m ((?:cacovid_jax|experiments)[\w.]*)", text
     ):
-      file = _ROOT / (module.replace(".", "/") + ".py")
-      assert file.exists(), f"{path}: {module}"
+      assert _runs(module), f"{path}: {module}"
     for config in re.findall(r"configs/\w+\.py", text):
       assert (_ROOT / config).exists(), f"{path}: {config}"

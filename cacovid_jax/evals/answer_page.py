@@ -9,7 +9,7 @@ import rich.console
 import rich.table
 import rich.text
 
-from cacovid_jax.data import questions
+from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import examples, report
 
 COLUMNS = (
@@ -92,7 +92,7 @@ def row(asked, answer) -> list[str]:
   ]
   text = answer.text or "(nothing)"
   if answer.letter:
-    place = questions.LETTERS.index(answer.letter)
+    place = question_lib.LETTERS.index(answer.letter)
     option = asked.question.options[place]
     text = f"{text} ({option})"
   share = answer.kept / asked.num_video

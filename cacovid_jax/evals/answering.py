@@ -27,7 +27,9 @@ import numpy as np
 import cacovid_jax
 from cacovid_jax import errors
 from cacovid_jax.compressors import base
-from cacovid_jax.data import frames, prompts, questions, qwen_frames, video
+from cacovid_jax.data import frames, qwen_frames, video
+from cacovid_jax.data import question as question_lib
+from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.evals import (
   answer_page,
   clips,
@@ -100,7 +102,7 @@ class Asked:
     warnings: what is unusual about the clip, one line each.
   """
 
-  question: questions.Question
+  question: question_lib.Question
   path: str
   clip: video.Probe
   grid: tuple[int, int, int]
@@ -357,7 +359,7 @@ def as_question(
   options: Sequence[str] = (),
   *,
   style: str = "video-r1",
-) -> questions.Question:
+) -> question_lib.Question:
   """Returns the question about the clip at `path`; its answer is not known.
 
   Without options the text is asked as it is; with options, in the words of
@@ -376,15 +378,15 @@ def as_question(
       f"options {', '.join(map(repr, options))}: give at least two, none of"
       " them empty, or none at all"
     )
-  prompt, problem_type = text, questions.FREE_FORM
+  prompt, problem_type = text, question_lib.FREE_FORM
   if options:
-    problem_type = questions.MULTIPLE_CHOICE
-    lettered = prompts.letter_options(options)
+    problem_type = question_lib.MULTIPLE_CHOICE
+    lettered = tokenizer_lib.letter_options(options)
     if style == "videomme":
-      prompt = prompts.videomme_prompt(text, lettered)
+      prompt = tokenizer_lib.videomme_prompt(text, lettered)
     else:
-      prompt = prompts.training_prompt(text, lettered, problem_type)
-  return questions.Question(
+      prompt = tokenizer_lib.training_prompt(text, lettered, problem_type)
+  return question_lib.Question(
     id=os.path.basename(os.path.realpath(path)),
     video=video_name(path),
     question=text,

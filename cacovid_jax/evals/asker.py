@@ -16,7 +16,7 @@ import numpy as np
 
 from cacovid_jax import errors
 from cacovid_jax.compressors import base
-from cacovid_jax.data import questions as questions_lib
+from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import programs as programs_lib
 from cacovid_jax.evals import prompting
 
@@ -260,7 +260,7 @@ class Asker:
   def _keys(self, seed: int):
     """Returns one key per question, from the seed and the question's name."""
     names = [question.drawn_by for question in self._questions]
-    hashes = [questions_lib.question_hash(name) for name in names]
+    hashes = [question_lib.question_hash(name) for name in names]
     rows = prompting.pad_rows(len(hashes), self._e.settings.batch_size)
     hashes = jnp.asarray(np.array(hashes, np.uint32)[np.array(rows)])
     key = jax.random.key(seed)

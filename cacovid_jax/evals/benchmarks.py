@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cacovid_jax import errors
-from cacovid_jax.data import prompts, readers
-from cacovid_jax.data import questions as questions_lib
+from cacovid_jax.data import question as question_lib
+from cacovid_jax.data import readers
+from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.data.readers import longvideobench as longvideobench_files
 from cacovid_jax.data.readers import mlvu as mlvu_files
 from cacovid_jax.data.readers import mvbench as mvbench_files
@@ -54,7 +55,7 @@ class Task:
 
   name: str
   splits: Mapping[str, Sequence[str]]
-  read: Callable[..., list[questions_lib.Question]]
+  read: Callable[..., list[question_lib.Question]]
   score: Callable[..., scoring.Scored]
   max_new_tokens: int = 16
   metric: str = "accuracy"
@@ -77,7 +78,7 @@ class Task:
     )
 
   def strata(
-    self, questions: Sequence[questions_lib.Question]
+    self, questions: Sequence[question_lib.Question]
   ) -> statistics.Strata | None:
     """Returns what the macro mean of these questions is taken over."""
     if not self.macro:
@@ -225,7 +226,7 @@ class Benchmark:
   name: str
   split: str
   root: str
-  questions: Sequence[questions_lib.Question]
+  questions: Sequence[question_lib.Question]
   decisive: Mapping[str, Sequence[int]]
   generator_hash: str | None = None
   task: Task = _TASKS[PREPARED]
@@ -331,9 +332,9 @@ def _restyled(questions, style: str, benchmark: str):
   return [
     dataclasses.replace(
       question,
-      prompt=prompts.training_prompt(
+      prompt=tokenizer_lib.training_prompt(
         question.question,
-        prompts.letter_options(question.options),
+        tokenizer_lib.letter_options(question.options),
         question.problem_type,
       ),
     )

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from cacovid_jax import errors
-from cacovid_jax.data import questions as questions_lib
-from cacovid_jax.evals import ledger as ledger_lib
+from cacovid_jax.data import answer_log
+from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import results, runner, shards, statistics
 
 _LEDGER = "answers.jsonl"
@@ -39,7 +39,7 @@ class Part:
   """
 
   name: str
-  questions: Sequence[questions_lib.Question]
+  questions: Sequence[question_lib.Question]
   out: Mapping[str, Any]
   scores: Mapping[tuple[str, str], np.ndarray]
   seed: int = 0
@@ -71,7 +71,7 @@ class Part:
 def read_part(
   name: str,
   workdir: str | os.PathLike,
-  questions: Sequence[questions_lib.Question],
+  questions: Sequence[question_lib.Question],
   methods: Sequence[runner.Method],
   ratios: Sequence[float],
   seeds: Sequence[int],
@@ -96,7 +96,7 @@ def read_part(
   """
   workdir = pathlib.Path(workdir)
   out = json.loads((workdir / "results.json").read_text(encoding="utf-8"))
-  answers = ledger_lib.Ledger(None, run)
+  answers = answer_log.Ledger(None, run)
   own = workdir / shard.file(_LEDGER)
   paths = shards.ledgers(workdir, _LEDGER)
   answers.look(sorted(paths, key=lambda path: path != own))

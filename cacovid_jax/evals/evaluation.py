@@ -25,23 +25,23 @@ import rich.table
 from absl import logging
 
 from cacovid_jax import config as config_lib
-from cacovid_jax import errors
+from cacovid_jax import errors, metrics
 from cacovid_jax.compressors import base
 from cacovid_jax.data import (
-  chat_templates,
+  answer_log,
   feature_cache,
   frames,
-  prompts,
   qwen_frames,
   readers,
 )
+from cacovid_jax.data import chat_template as chat_template_lib
+from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.evals import (
   benchmarks,
   clips,
   defaults,
   examples,
   frame_manifest,
-  ledger,
   provenance,
   report,
   results,
@@ -50,7 +50,6 @@ from cacovid_jax.evals import (
 )
 from cacovid_jax.models import checkpoints, qwen2_5_vl
 from cacovid_jax.policy import modules
-from cacovid_jax.training import metrics
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -379,7 +378,7 @@ def choose(
   methods: Sequence[runner.Method],
   candidates: Mapping[str, Sequence[runner.Method]],
   ratio: float,
-  answers: ledger.Ledger,
+  answers: answer_log.Ledger,
 ) -> tuple[list[runner.Method], dict[str, Any]]:
   """Returns the methods with options chosen on validation, and the record.
 
@@ -464,7 +463,7 @@ def validator(
 
   def validate(module, params):
     evaluator.policies = {"policy": runner.Policy(module, params)}
-    answers = ledger.Ledger(None, {})
+    answers = answer_log.Ledger(None, {})
     evaluator.run(
       validation.questions, [cell], answers, description="validation"
     )
@@ -489,13 +488,15 @@ def with_template(
   """
   if template in ("", "processor"):
     return checkpoint
-  if not chat_templates.has_tokenizer_template(directory):
+  if not chat_template_lib.has_tokenizer_template(directory):
     raise errors.UserError(
       f"{directory}: tokenizer_config.json has no chat_template, which"
       " template=tokenizer takes; copy that file from the checkpoint's origin,"
       " or use template=processor"
     )
-  tokenizer = prompts.Tokenizer.from_directory(directory, template=template)
+  tokenizer = tokenizer_lib.Tokenizer.from_directory(
+    directory, template=template
+  )
   return dataclasses.replace(checkpoint, tokenizer=tokenizer)
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cacovid_jax.data import questions as questions_lib
+from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import results, runner
 
 SHOWN_RATIO = 0.1
@@ -44,7 +44,7 @@ class Example:
     frames_per_slice: frames of the clip that a row of the grid stands for.
   """
 
-  question: questions_lib.Question
+  question: question_lib.Question
   frames: np.ndarray
   grid: tuple[int, int, int]
   views: Mapping[tuple[str, float], Any]
@@ -205,4 +205,4 @@ def _by_turns(questions):
 
 
 def _shuffled(question):
-  return questions_lib.question_hash(question.id), question.id
+  return question_lib.question_hash(question.id), question.id

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 
 from cacovid_jax.compressors import base
-from cacovid_jax.data import questions as questions_lib
+from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import asker as asker_lib
 from cacovid_jax.evals import programs as programs_lib
 from cacovid_jax.evals import runner
@@ -61,7 +61,7 @@ class Subject:
 
 
 def subject(
-  evaluator: runner.Evaluator, question: questions_lib.Question
+  evaluator: runner.Evaluator, question: question_lib.Question
 ) -> Subject:
   """Returns a question as it is asked in an evaluation; waits for its clip.
 
@@ -228,8 +228,8 @@ def median_milliseconds(
 
 
 def readable(
-  evaluator: runner.Evaluator, questions: Sequence[questions_lib.Question]
-) -> questions_lib.Question | None:
+  evaluator: runner.Evaluator, questions: Sequence[question_lib.Question]
+) -> question_lib.Question | None:
   """Returns the first question whose clip can be used."""
   usable = (q for q in questions if not evaluator.source[q.video].fault)
   return next(usable, None)

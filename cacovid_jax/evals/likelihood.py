@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from cacovid_jax.compressors import in_llm, prompt_rows
-from cacovid_jax.data import questions as questions_lib
+from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import asker as asker_lib
 from cacovid_jax.evals import programs as programs_lib
 from cacovid_jax.evals import runner
@@ -43,7 +43,7 @@ class Likelihood(NamedTuple):
 
 def score(
   evaluator: runner.Evaluator,
-  questions: Sequence[questions_lib.Question],
+  questions: Sequence[question_lib.Question],
   continuations: Sequence[str],
   cell: runner.Cell,
 ) -> list[Likelihood]:

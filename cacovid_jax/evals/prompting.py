@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from cacovid_jax import errors
-from cacovid_jax.data import prompts as prompts_lib
-from cacovid_jax.data import questions as questions_lib
+from cacovid_jax.data import question as question_lib
+from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.evals import programs as programs_lib
 
 # Lengths are rounded up to a multiple of this, so that a few texts more or
@@ -29,7 +29,7 @@ class Texts:
   """
 
   def __init__(
-    self, checkpoint: Any, questions: Sequence[questions_lib.Question]
+    self, checkpoint: Any, questions: Sequence[question_lib.Question]
   ):
     """Tokenises.
 
@@ -54,7 +54,7 @@ class Texts:
       for name, prompt in self._prompts.items()
     }
 
-  def prompt(self, name: str, num_video: int) -> prompts_lib.Prompt:
+  def prompt(self, name: str, num_video: int) -> tokenizer_lib.Prompt:
     """Returns a question's prompt about a clip of N tokens."""
     return self.tokenizer.resize(
       self._prompts[name], num_video, self._texts[name]
@@ -165,7 +165,7 @@ class Prompts:
 
 
 def question_span(
-  prompt: prompts_lib.Prompt, tokenizer: prompts_lib.Tokenizer
+  prompt: tokenizer_lib.Prompt, tokenizer: tokenizer_lib.Tokenizer
 ) -> tuple[int, int]:
   """Returns the first row of a question's text, and the one behind its last.
 

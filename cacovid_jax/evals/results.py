@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from cacovid_jax import errors
-from cacovid_jax.data import questions as questions_lib
+from cacovid_jax.data import answer_log
+from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import benchmarks, runner, statistics
-from cacovid_jax.evals import ledger as ledger_lib
 
 SCHEMA = 1
 REFERENCE = "cacovid"
@@ -42,7 +42,7 @@ class Table:
 
   benchmark: str
   split: str
-  questions: Sequence[questions_lib.Question]
+  questions: Sequence[question_lib.Question]
   methods: Sequence[runner.Method]
   ratios: Sequence[float]
   seeds: Sequence[int]
@@ -82,7 +82,7 @@ class Table:
 
 def build(
   table: Table,
-  ledger: ledger_lib.Ledger,
+  ledger: answer_log.Ledger,
   *,
   provenance: Mapping[str, Any],
   failures: Mapping[tuple[str, float], runner.Failure] | None = None,
@@ -211,7 +211,7 @@ def check_ratios(ratios: Iterable[float]) -> tuple[float, ...]:
 
 def keys(
   table: Table, failures: Mapping[tuple[str, float], runner.Failure]
-) -> list[ledger_lib.Key]:
+) -> list[answer_log.Key]:
   """Returns the keys of all answers of a table, less what could not be run."""
   return [
     cell.key(question.id)
@@ -222,7 +222,7 @@ def keys(
 
 
 def frame_hashes(
-  table: Table, ledger: ledger_lib.Ledger, field: str = "frame_hash"
+  table: Table, ledger: answer_log.Ledger, field: str = "frame_hash"
 ) -> dict[str, str]:
   """Returns clip -> sha256 of the frames that were shown to the model.
 

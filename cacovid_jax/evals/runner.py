@@ -34,14 +34,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from cacovid_jax import compressors, errors
+from cacovid_jax import progress as progress_lib
 from cacovid_jax.compressors import base
-from cacovid_jax.data import questions as questions_lib
+from cacovid_jax.data import answer_log
+from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import asker as asker_lib
 from cacovid_jax.evals import benchmarks, prompting, provenance, scoring
 from cacovid_jax.evals import clips as clips_lib
-from cacovid_jax.evals import ledger as ledger_lib
 from cacovid_jax.evals import programs as programs_lib
-from cacovid_jax.training import metrics
 
 VANILLA = "vanilla"
 
@@ -198,8 +198,8 @@ class Cell(NamedTuple):
   ratio: float
   seed: int
 
-  def key(self, question: str) -> ledger_lib.Key:
-    return ledger_lib.Key(self.spec, self.ratio, self.seed, question)
+  def key(self, question: str) -> answer_log.Key:
+    return answer_log.Key(self.spec, self.ratio, self.seed, question)
 
   @property
   def spec(self) -> str:
@@ -264,7 +264,7 @@ class Evaluator:
     self,
     checkpoint: Any,
     source: clips_lib.ClipSource,
-    questions: Sequence[questions_lib.Question],
+    questions: Sequence[question_lib.Question],
     settings: Settings,
     *,
     policies: Mapping[str, Policy] | None = None,
@@ -327,11 +327,11 @@ class Evaluator:
     """Programs compiled so far, for all grids; the vision tower's aside."""
     return sum(tools.programs.num_compiled for tools in self._tools.values())
 
-  def grid_of(self, question: questions_lib.Question) -> tuple[int, int, int]:
+  def grid_of(self, question: question_lib.Question) -> tuple[int, int, int]:
     """Returns (T, H, W) of the clip of a question."""
     return tuple(self.source.grid_of(question.video))
 
-  def tools(self, question: questions_lib.Question) -> Tools:
+  def tools(self, question: question_lib.Question) -> Tools:
     """Returns what a question is asked with; made once for a grid."""
     return self._of_grid(self.grid_of(question))
 
@@ -350,7 +350,7 @@ class Evaluator:
     return Tools(grid, prompts, programs)
 
   def identity(
-    self, questions: Sequence[questions_lib.Question]
+    self, questions: Sequence[question_lib.Question]
   ) -> dict[str, Any]:
     """Returns what the answers to `questions` depend on, for a ledger."""
     return {
@@ -382,9 +382,9 @@ class Evaluator:
 
   def run(
     self,
-    questions: Sequence[questions_lib.Question],
+    questions: Sequence[question_lib.Question],
     cells: Sequence[Cell],
-    ledger: ledger_lib.Ledger,
+    ledger: answer_log.Ledger,
     *,
     description: str = "evaluate",
     shard: tuple[int, int] = (0, 1),
@@ -423,7 +423,7 @@ class Evaluator:
     index, count = shard
     own = list(enumerate(batches))[index::count]
     total = len(cells) * sum(len(batch) for _, batch in own)
-    with metrics.Progress(total, description=description) as progress:
+    with progress_lib.Progress(total, description=description) as progress:
       done = 0
       for place, (number, batch) in enumerate(own):
         self._confirm_faults(batch, cells, ledger)
@@ -482,8 +482,8 @@ class Evaluator:
     return []
 
   def batches(
-    self, questions: Sequence[questions_lib.Question]
-  ) -> list[list[questions_lib.Question]]:
+    self, questions: Sequence[question_lib.Question]
+  ) -> list[list[question_lib.Question]]:
     """Returns at most B questions each, about clips of one grid.
 
     Questions about one clip stand side by side.
@@ -499,7 +499,7 @@ class Evaluator:
     ]
 
   def trace(
-    self, question: questions_lib.Question, method: Method | None, ratio: float
+    self, question: question_lib.Question, method: Method | None, ratio: float
   ) -> Trace:
     """Returns one question's answer together with what led to it.
 
@@ -527,7 +527,7 @@ class Evaluator:
     return Trace(text, letter, *kept)
 
   def kept(
-    self, questions: Sequence[questions_lib.Question], cells: Sequence[Cell]
+    self, questions: Sequence[question_lib.Question], cells: Sequence[Cell]
   ) -> dict[str, list[Kept]]:
     """Returns question id -> what each cell keeps of its clip.
 
@@ -588,7 +588,7 @@ class Evaluator:
       )
     return self._untrained[name, seed]
 
-  def other(self, question: questions_lib.Question, seed: int) -> str:
+  def other(self, question: question_lib.Question, seed: int) -> str:
     """Returns the id of another question, see `other_question`."""
     return other_question(question, self._pool, seed)
 
@@ -599,7 +599,7 @@ class Evaluator:
     yield
     self.seconds[name] += time.perf_counter() - start
 
-  def _check(self, cell: Cell, example: questions_lib.Question) -> None:
+  def _check(self, cell: Cell, example: question_lib.Question) -> None:
     """Refuses what is known not to run before anything is computed.
 
     Args:
@@ -748,7 +748,7 @@ def _lacking(batch, cells, ledger, failures) -> list[Cell]:
   ]
 
 
-def _facts(question: questions_lib.Question) -> dict[str, Any]:
+def _facts(question: question_lib.Question) -> dict[str, Any]:
   """Returns what a line says of its question, for a table made of lines."""
   facts = {
     "video": question.video,
@@ -776,8 +776,8 @@ def _inside(method: Method) -> bool:
 
 
 def by_clip(
-  questions: Sequence[questions_lib.Question],
-) -> list[questions_lib.Question]:
+  questions: Sequence[question_lib.Question],
+) -> list[question_lib.Question]:
   """Returns the questions with those about one clip side by side."""
   first = {}
   for place, question in enumerate(questions):
@@ -786,15 +786,15 @@ def by_clip(
 
 
 def other_question(
-  question: questions_lib.Question,
-  pool: Sequence[questions_lib.Question],
+  question: question_lib.Question,
+  pool: Sequence[question_lib.Question],
   seed: int,
 ) -> str:
   """Returns the id of a question about another clip, in other words.
 
   Drawn by the seed and the question's id, the same in every run.
   """
-  key = questions_lib.question_hash(f"{seed}/{question.drawn_by}")
+  key = question_lib.question_hash(f"{seed}/{question.drawn_by}")
   rng = np.random.default_rng(key)
   for place in rng.permutation(len(pool)):
     other = pool[int(place)]

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cacovid_jax import errors
-from cacovid_jax.evals import ledger as ledger_lib
+from cacovid_jax.data import answer_log
 from cacovid_jax.evals import provenance, results, runner
 
 _SHARD = re.compile(r"([0-9]+)/([0-9]+)")
@@ -80,7 +80,7 @@ def ledgers(workdir: pathlib.Path, name: str) -> list[pathlib.Path]:
 
 def ledger(
   workdir: pathlib.Path, shard: Shard, name: str, run: Mapping[str, Any]
-) -> ledger_lib.Ledger:
+) -> answer_log.Ledger:
   """Opens this process's ledger, with what all others have answered so far.
 
   Args:
@@ -89,7 +89,7 @@ def ledger(
     name: of the ledger of one process alone.
     run: what the answers depend on.
   """
-  found = ledger_lib.Ledger(
+  found = answer_log.Ledger(
     workdir / shard.file(name), run, environment=provenance.environment()
   )
   try:

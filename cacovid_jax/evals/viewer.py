@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cacovid_jax.data import questions as questions_lib
+from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import examples as examples_lib
 from cacovid_jax.evals import runner
 
@@ -98,7 +98,7 @@ def _clip(example, images) -> dict[str, Any]:
   question, said = example.question, _brief(example.said)
   return {
     "question": question,
-    "options": list(zip(questions_lib.LETTERS, question.options, strict=False)),
+    "options": list(zip(question_lib.LETTERS, question.options, strict=False)),
     "said": said,
     "known": said.right is not None,
     "method": method,

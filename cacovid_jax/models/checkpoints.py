@@ -20,7 +20,7 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import NamedSharding
 
-from cacovid_jax import errors
+from cacovid_jax import errors, files
 from cacovid_jax.models import (
   hf_config,
   llava_onevision,
@@ -61,7 +61,7 @@ class Checkpoint:
   Attributes:
     model: the functions, computing in the dtype asked for.
     params: the weights.
-    tokenizer: `data.prompts.Tokenizer`, None without a tokenizer.json.
+    tokenizer: `data.tokenizer.Tokenizer`, None without a tokenizer.json.
     identity: {"path", "sha256"} of the weights.
     eos_ids: token ids that end an answer.
     pad_id: token id behind the end.
@@ -388,8 +388,8 @@ def write_config(directory, config, *, eos_ids, pad_id, bos_id=None, dtype):
   described = config.to_hf() | {"torch_dtype": jnp.dtype(dtype).name}
   # Where the model keeps its text fields: a section, or the top level.
   described.get("text_config", described).update(ids)
-  hf_config.write_json(os.path.join(directory, "config.json"), described)
-  hf_config.write_json(
+  files.write_json(os.path.join(directory, "config.json"), described)
+  files.write_json(
     os.path.join(directory, "generation_config.json"),
     ids | {"do_sample": False},
   )
@@ -482,9 +482,9 @@ def _tokenizer(directory):
   if not os.path.exists(os.path.join(directory, "tokenizer.json")):
     return None
   # Here, so that weights can be read where no prompt is made.
-  from cacovid_jax.data import prompts
+  from cacovid_jax.data import tokenizer as tokenizer_lib
 
-  return prompts.Tokenizer.from_directory(directory)
+  return tokenizer_lib.Tokenizer.from_directory(directory)
 
 
 def _listed(names, most=8):

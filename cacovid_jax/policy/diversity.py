@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cacovid_jax.policy import buckets
+from cacovid_jax.models import token_grid
 
 
 def squared_distances(z, valid=None):
@@ -21,7 +21,7 @@ def squared_distances(z, valid=None):
   """
   if valid is None:
     valid = np.ones(z.shape[0], bool)
-  z = buckets.fill(z.astype(jnp.float32), valid[:, None], 0.0)
+  z = token_grid.fill(z.astype(jnp.float32), valid[:, None], 0.0)
   # Distances do not see a shift; small norms lose less to cancellation below.
   z = z - z.sum(axis=0) / valid.sum()
   # The matrix unit's default precision would reorder near neighbours.
@@ -50,23 +50,23 @@ def peak_scores(
   if valid is None:
     valid = np.ones(n, bool)
   squared = squared_distances(features, valid)
-  reach = buckets.fill(-squared, valid[None, :], -jnp.inf)
+  reach = token_grid.fill(-squared, valid[None, :], -jnp.inf)
   nearest, _ = jax.lax.top_k(reach, min(num_neighbours, n))
   # A token of a few has as many neighbours only.
   near = np.arange(nearest.shape[1]) < valid.sum()
-  nearest = buckets.fill(nearest, near, 0.0)
+  nearest = token_grid.fill(nearest, near, 0.0)
   density = jnp.exp(nearest.sum(axis=-1) / near.sum())
   if rng is not None:
     density += jax.random.uniform(rng, density.shape, maxval=noise)
   # The same bits on both sides, however a compiler would round each anew.
   density = jax.lax.optimization_barrier(density)
   denser = density[None, :] > density[:, None]  # [n, n]: column over row
-  denser = buckets.fill(denser, valid[None, :], False)
+  denser = token_grid.fill(denser, valid[None, :], False)
   closest = jnp.min(jnp.where(denser, squared, jnp.inf), axis=-1)
   pairs = valid[:, None] & valid[None, :]
-  largest = buckets.fill(squared, pairs, 0.0).max()
+  largest = token_grid.fill(squared, pairs, 0.0).max()
   closest = jnp.where(denser.any(axis=-1), closest, largest)
-  return buckets.fill(density * jnp.sqrt(closest), valid, -jnp.inf)
+  return token_grid.fill(density * jnp.sqrt(closest), valid, -jnp.inf)
 
 
 def density_peaks(
@@ -104,5 +104,5 @@ def density_peaks(
   _, index = jax.lax.top_k(scores, num_keep)
   if num_valid is not None:
     kept = np.arange(num_keep) < num_valid
-    index = buckets.fill(index, kept, features.shape[0])
+    index = token_grid.fill(index, kept, features.shape[0])
   return jnp.sort(index)

@@ -25,8 +25,7 @@ import numpy as np
 from flax import traverse_util
 
 from cacovid_jax import errors
-from cacovid_jax.models import qwen2, rope
-from cacovid_jax.policy import buckets
+from cacovid_jax.models import qwen2, rope, token_grid
 
 
 class Scores(NamedTuple):
@@ -128,7 +127,7 @@ class Policy(nn.Module):
     Returns:
       Scores; in a bucket f32[T_max, 2] and f32[N_max, 2], zero in padding.
     """
-    grid = buckets.as_grid(grid)
+    grid = token_grid.as_grid(grid)
     chex.assert_shape(video_rows, (grid.bucket.tokens,))
     video = self._encode(x, positions, length)[video_rows]  # [N, D]
     # The mean is taken before the norm, and in float32.
@@ -136,8 +135,8 @@ class Policy(nn.Module):
     frame = self.frame_compress(self.layernorm(frames))
     token = self.token_compress(self.layernorm(video))
     return Scores(
-      frame=buckets.fill(frame, grid.valid_frames[:, None], 0.0),
-      token=buckets.fill(token, grid.valid_tokens[:, None], 0.0),
+      frame=token_grid.fill(frame, grid.valid_frames[:, None], 0.0),
+      token=token_grid.fill(token, grid.valid_tokens[:, None], 0.0),
     )
 
   def mode_scores(self, x, positions, video_rows, length=None):

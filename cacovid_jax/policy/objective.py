@@ -15,7 +15,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from cacovid_jax.policy import buckets
+from cacovid_jax.models import token_grid
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,7 +142,7 @@ def balance_weights(mask, items=None):
   """Returns float32[M, N] that let kept and dropped tokens weigh alike."""
   share = kept_share(mask, items)
   weights = jnp.where(mask, 1.0 - share, share)
-  return weights if items is None else buckets.fill(weights, items, 0.0)
+  return weights if items is None else token_grid.fill(weights, items, 0.0)
 
 
 def mask_log_probs(scores, mask):
@@ -165,8 +165,8 @@ def _mode_loss(
   mask = mask.astype(bool)
   if items is not None:
     # Here, not only in the means: a zero times a NaN would be one.
-    scores = buckets.fill(scores, items[:, None], 0.0)
-    old_scores = buckets.fill(old_scores, items[:, None], 0.0)
+    scores = token_grid.fill(scores, items[:, None], 0.0)
+    old_scores = token_grid.fill(old_scores, items[:, None], 0.0)
   advantage = advantages(rewards, valid, epsilon=config.std_epsilon)[:, None]
   # Rows that are not filled stay out of the gradient too, where a zero times
   # an overflow would be NaN.
@@ -203,7 +203,7 @@ def _item_mean(x, items):
   """Returns [...], means over N of x [..., N], of the items bool[N] only."""
   if items is None:
     return x.mean(axis=-1)
-  return buckets.fill(x, items, 0).sum(axis=-1) / items.sum()
+  return token_grid.fill(x, items, 0).sum(axis=-1) / items.sum()
 
 
 def _valid_mean(rows, valid):

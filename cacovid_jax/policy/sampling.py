@@ -23,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from cacovid_jax import errors
-from cacovid_jax.policy import buckets, diversity
+from cacovid_jax.models import token_grid
+from cacovid_jax.policy import diversity
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -195,7 +196,7 @@ class BucketPlan:
     config: SamplingConfig.
   """
 
-  grid: buckets.Grid
+  grid: token_grid.Grid
   tokens_per_frame: Any
   frames_drawn: Any
   group_position: Any
@@ -330,7 +331,7 @@ def in_bucket(plan, bucket, sizes=None):
   Raises:
     UserError: the plan's grid does not fit, or it needs larger sizes.
   """
-  grid = buckets.place(plan.grid, bucket)
+  grid = token_grid.place(plan.grid, bucket)
   if sizes is None:
     sizes = largest_sizes(bucket, (plan.ratio,), plan.config)
   for field in dataclasses.fields(Sizes):
@@ -393,7 +394,7 @@ def _bucket_plan(plan, grid, sizes):
 
 def _exact(plan):
   """Returns the static BucketPlan of a Plan, without any padding."""
-  return _bucket_plan(plan, buckets.as_grid(plan.grid), _exact_sizes(plan))
+  return _bucket_plan(plan, token_grid.as_grid(plan.grid), _exact_sizes(plan))
 
 
 def _group_cap(num_groups, config):
@@ -465,7 +466,7 @@ def capped_distribution(probs, *, cap, limit=0.999):
   valid = fixed < size
 
   def raise_to_floor(probs):
-    return buckets.fill(jnp.maximum(probs, floor), valid, 0.0)
+    return token_grid.fill(jnp.maximum(probs, floor), valid, 0.0)
 
   floored = raise_to_floor(probs)
   floored = floored / floored.sum()
@@ -476,7 +477,7 @@ def capped_distribution(probs, *, cap, limit=0.999):
   rest = jnp.cumsum(ranked[::-1])[::-1]  # rest[j] = sum of ranked[j:]
   scale = jnp.asarray(left, jnp.float32) / rest
   enough = (ranked * scale <= cap) & (fixed >= 1)
-  enough = buckets.fill(enough, valid, False)
+  enough = token_grid.fill(enough, valid, False)
   num_fixed = jnp.where(enough.any(), jnp.argmax(enough), size)
   scale = scale[jnp.minimum(num_fixed, size - 1)]
   capped = jnp.where(fixed < num_fixed, cap, ranked * scale)
@@ -532,7 +533,7 @@ def rank_groups(token_scores, *, plan):
   chex.assert_shape(token_scores, (plan.grid.bucket.frame_tokens, 2))
   member = plan.group_member
   gap = _gap(token_scores)
-  gap = buckets.fill(gap, plan.grid.valid_frame_tokens, -jnp.inf)
+  gap = token_grid.fill(gap, plan.grid.valid_frame_tokens, -jnp.inf)
 
   # Ranked by score, not by probability: a softmax underflows to ties.
   tokens = jnp.argsort(-gap)[plan.group_position]
@@ -543,7 +544,7 @@ def rank_groups(token_scores, *, plan):
   weights = jnp.clip(weights, plan.min_weight, plan.max_weight)
   weights = jnp.where(member, weights, 0.0)
   sums = weights.sum(axis=-1, keepdims=True)
-  sums = buckets.fill(sums, member.any(axis=-1, keepdims=True), 1.0)
+  sums = token_grid.fill(sums, member.any(axis=-1, keepdims=True), 1.0)
   return Groups(probs, tokens.astype(jnp.int32), weights / sums)
 
 
@@ -663,7 +664,7 @@ def _token_mode(rng, token_scores, plan):
   # Of more draws than a frame has, the first are as if no more were drawn.
   place = draw_without_replacement(rng_tokens, log_weights, num_draws=k)
   drawn = groups.tokens[frame, group, place]  # [C, T, k]
-  gap = buckets.fill(_gap(token_scores), grid.valid_frame_tokens, -jnp.inf)
+  gap = token_grid.fill(_gap(token_scores), grid.valid_frame_tokens, -jnp.inf)
   _, greedy = jax.lax.top_k(gap, k)
   return _flatten(jnp.concatenate([greedy[None], drawn]), plan)
 
@@ -673,7 +674,7 @@ def _frame_mode(rng, frame_scores, features, plan):
   grid, sizes = plan.grid, plan.sizes
   num_frames = grid.bucket.frames
   rng_frames, rng_noise = jax.random.split(rng)
-  gap = buckets.fill(_gap(frame_scores), grid.valid_frames, -jnp.inf)
+  gap = token_grid.fill(_gap(frame_scores), grid.valid_frames, -jnp.inf)
   probs = capped_distribution(jax.nn.softmax(gap), cap=plan.frame_cap)
   shape = (plan.config.num_frame_mode, num_frames)
   drawn = draw_without_replacement(
@@ -684,7 +685,7 @@ def _frame_mode(rng, frame_scores, features, plan):
   _, top = jax.lax.top_k(gap, sizes.frames_drawn)
   frames = drawn.at[0].set(top)
   own = np.arange(sizes.frames_drawn) < plan.frames_drawn
-  frames = buckets.fill(frames, own, num_frames)
+  frames = token_grid.fill(frames, own, num_frames)
   frames = jnp.sort(frames, axis=-1)  # [G/4, F]
   row = np.arange(sizes.frame_rows)
   valid = row < plan.frames_drawn * grid.frame_tokens
@@ -696,7 +697,7 @@ def _frame_mode(rng, frame_scores, features, plan):
     peaks = _peaks(
       rng, features[rows], sizes.num_keep, plan, valid, plan.num_keep
     )
-    return buckets.fill(rows[peaks], kept, grid.bucket.tokens)
+    return token_grid.fill(rows[peaks], kept, grid.bucket.tokens)
 
   rngs = jax.random.split(rng_noise, plan.config.num_frame_mode)
   return jax.vmap(keep)(rngs, frames), token_masks(frames, num_frames)
@@ -731,12 +732,12 @@ def _flatten(tokens, plan):
   """
   grid, sizes = plan.grid, plan.sizes
   own = np.arange(sizes.tokens_per_frame) < plan.tokens_per_frame
-  tokens = buckets.fill(tokens, own, grid.bucket.frame_tokens)
+  tokens = token_grid.fill(tokens, own, grid.bucket.frame_tokens)
   offset = np.arange(grid.bucket.frames)[:, None] * grid.frame_tokens
   tokens = jnp.sort(tokens, axis=-1) + offset
   if grid.fills_bucket:
     return tokens.reshape(*tokens.shape[:-2], sizes.num_keep)
   valid = grid.valid_frames[:, None] & own
-  tokens = buckets.fill(tokens, valid, grid.bucket.tokens)
+  tokens = token_grid.fill(tokens, valid, grid.bucket.tokens)
   tokens = tokens.reshape(*tokens.shape[:-2], -1)
   return jnp.sort(tokens, axis=-1)[..., : sizes.num_keep]

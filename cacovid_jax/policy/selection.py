@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cacovid_jax import errors
-from cacovid_jax.policy import buckets
+from cacovid_jax.models import token_grid
 
 
 def num_keep(grid, ratio):
@@ -67,7 +67,7 @@ class Budget(NamedTuple):
       that are left; N_max where there is none.
   """
 
-  grid: buckets.Grid
+  grid: token_grid.Grid
   kept: Any
   num_important: Any
   shared: Any
@@ -102,7 +102,7 @@ def budget(
   Raises:
     UserError: the grid does not fit, or `select` would refuse the numbers.
   """
-  placed = buckets.place(grid, bucket)
+  placed = token_grid.place(grid, bucket)
   if num_keep_max is None:
     num_keep_max = most_kept(bucket, ratio)
   exact = _exact_budget(
@@ -216,7 +216,7 @@ def _exact_budget(
   unkept = num_frames * area - num_important
   spread = np.linspace(0, unkept - 1, kept - num_important)
   return Budget(
-    grid=buckets.as_grid(grid),
+    grid=token_grid.as_grid(grid),
     kept=kept,
     num_important=num_important,
     shared=round(important),
@@ -257,7 +257,7 @@ def _select(scores, budget, num_keep_max):
   gap = grid.by_frame(_gap(scores.token), -jnp.inf)
   keep = grid.packed(_top_of_each_frame(gap, budgets), False)
   if budget.places.size:
-    left = buckets.fill(~keep, grid.valid_tokens, False)
+    left = token_grid.fill(~keep, grid.valid_tokens, False)
     keep |= _spread(left, budget.places)
   (index,) = jnp.nonzero(keep, size=num_keep_max, fill_value=keep.shape[0])
   return index.astype(jnp.int32)
@@ -270,15 +270,15 @@ def frame_probs(gap, *, low, high, sharpness=3.0, valid=None):
   """
   if valid is None:
     valid = np.ones(gap.shape[0], bool)
-  largest = buckets.fill(jnp.abs(gap), valid, 0.0).max()
+  largest = token_grid.fill(jnp.abs(gap), valid, 0.0).max()
   scaled = gap / jnp.maximum(largest, 1e-38) * sharpness
   # Equal gaps, all zero above all, say nothing about the frames.
-  upper = buckets.fill(gap, valid, -jnp.inf).max()
-  lower = buckets.fill(gap, valid, jnp.inf).min()
+  upper = token_grid.fill(gap, valid, -jnp.inf).max()
+  lower = token_grid.fill(gap, valid, jnp.inf).min()
   scaled = jnp.where(upper == lower, 0.0, scaled)
-  scaled = buckets.fill(scaled, valid, -jnp.inf)
+  scaled = token_grid.fill(scaled, valid, -jnp.inf)
   probs = jnp.clip(jax.nn.softmax(scaled), low, high)
-  probs = buckets.fill(probs, valid, 0.0)
+  probs = token_grid.fill(probs, valid, 0.0)
   return probs / probs.sum()
 
 
@@ -300,7 +300,7 @@ def repair(budgets, total, *, max_budget, valid=None):
   """
   if valid is None:
     valid = np.ones(budgets.shape[0], bool)
-  budgets = buckets.fill(budgets, valid, 0)
+  budgets = token_grid.fill(budgets, valid, 0)
   levels = np.arange(max_budget + 1)
   # Too many: cut to the lowest level that still sums to enough, then take one
   # from the first frames on that level.
@@ -311,12 +311,12 @@ def repair(budgets, total, *, max_budget, valid=None):
   fewer = jnp.minimum(budgets, level) - take
   # Too few: fill to the highest level that sums to no more than enough.
   fill = jnp.maximum(budgets[:, None], levels)
-  fill = buckets.fill(fill, valid[:, None], 0).sum(axis=0)
+  fill = token_grid.fill(fill, valid[:, None], 0).sum(axis=0)
   level = max_budget - jnp.argmax((fill <= total)[::-1])
-  on_level = buckets.fill(budgets <= level, valid, False)
+  on_level = token_grid.fill(budgets <= level, valid, False)
   give = on_level & (jnp.cumsum(on_level) <= total - fill[level])
   more = jnp.maximum(budgets, level) + give
-  more = buckets.fill(more, valid, 0)
+  more = token_grid.fill(more, valid, 0)
   repaired = jnp.where(budgets.sum() > total, fewer, more)
   return jnp.where(budgets.sum() == total, budgets, repaired)
 

@@ -27,9 +27,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from cacovid_jax import config as config_lib
-from cacovid_jax import errors
+from cacovid_jax import errors, metrics
+from cacovid_jax import progress as progress_lib
 from cacovid_jax.policy import modules
-from cacovid_jax.training import checkpointing, metrics, optimizer, setup
+from cacovid_jax.training import checkpointing, optimizer, setup
 from cacovid_jax.training import programs as programs_lib
 from cacovid_jax.training import state as state_lib
 
@@ -61,11 +62,11 @@ def train(
   """Trains the policy of a config; continues what the workdir holds.
 
   Args:
-    config: see `training.defaults`; locked or not.
+    config: see `base_config`; locked or not.
     workdir: made if there is none; one of another config is refused.
     checkpoint: the frozen base model, instead of config.model.path.
     questions: rows, instead of those of config.data.
-    source: clips, see `data.pipeline`, instead of those of config.data.
+    source: clips, see `training.pipeline`, instead of those of config.data.
     validate: (policy module, params) -> {"accuracy": ..., ...} on validation
       questions, called every config.validation.every_steps; the best policy is
       kept beside the last one.
@@ -94,7 +95,7 @@ def train(
     metrics.MetricsWriter(
       workdir, start, enabled=jax.process_index() == 0
     ) as writer,
-    metrics.Progress(config.total_steps, start=start) as progress,
+    progress_lib.Progress(config.total_steps, start=start) as progress,
     _Preemption() as preemption,
   ):
     recorder = _Recorder(config, run, writer, progress, on_step)

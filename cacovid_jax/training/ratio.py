@@ -24,7 +24,8 @@ import numpy as np
 from flax import struct
 
 from cacovid_jax import errors
-from cacovid_jax.policy import buckets, sampling
+from cacovid_jax.models import token_grid
+from cacovid_jax.policy import sampling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,7 +106,7 @@ class BucketLadder:
     fixed: the ratio of a ladder of one rung, or None.
   """
 
-  bucket: buckets.Bucket
+  bucket: token_grid.Bucket
   ratios: tuple[float, ...]
   num_keep: tuple[int, ...]
   sizes: sampling.Sizes
@@ -160,7 +161,7 @@ def _rungs(ladder: BucketLadder, grid) -> Rungs:
 
 
 def make_bucket_ladder(
-  bucket: buckets.Bucket,
+  bucket: token_grid.Bucket,
   sampling_config: sampling.SamplingConfig,
   config: RatioConfig,
   *,

@@ -3,7 +3,7 @@
 Letters: T frames, N video tokens, L prompt tokens, D width, K kept tokens, G
 combinations, B videos, V vocabulary, P position rows, M new tokens, A letters.
 METHOD.md 3. Everything here runs on the device; marks of other than lettered
-answers are `training.rewards`, on the host.
+answers are `data.rewards`, on the host.
 """
 
 import dataclasses
@@ -187,7 +187,7 @@ def answer(
 def first_letters(tokenizer, vocab_size: int) -> np.ndarray:
   """Returns i32[V]: the code of each token's first letter, -1 if it has none.
 
-  Spaces and full stops in front do not count, as in `training.rewards`; ids
+  Spaces and full stops in front do not count, as in `data.rewards`; ids
   that the tokenizer does not know, and special tokens, have no text.
   """
   table = np.full((vocab_size,), -1, np.int32)

@@ -21,21 +21,27 @@ from cacovid_jax import errors
 from cacovid_jax.data import (
   feature_cache,
   frames,
-  pipeline,
   qwen_frames,
   readers,
-  video_qa,
+  rejected_clips,
 )
 from cacovid_jax.data import left_out as left_out_lib
-from cacovid_jax.data import questions as questions_lib
-from cacovid_jax.models import checkpoints, qwen2_5_vl, qwen2_5_vl_vision
+from cacovid_jax.data import question as question_lib
+from cacovid_jax.data import rewards as rewards_lib
+from cacovid_jax.data import tfds as tfds_lib
+from cacovid_jax.models import (
+  checkpoints,
+  qwen2_5_vl,
+  qwen2_5_vl_vision,
+  token_grid,
+)
 from cacovid_jax.parallel import mesh as mesh_lib
-from cacovid_jax.policy import buckets, modules, objective, sampling
+from cacovid_jax.policy import modules, objective, sampling
 from cacovid_jax.training import (
   optimizer,
+  pipeline,
   programs,
   ratio,
-  rewards,
   rollout,
   step,
 )
@@ -63,7 +69,7 @@ class Run:
     base_model: {"path", "sha256"} of the frozen model.
     policy_options: keys of the policy section that its module was built from.
     questions: rows that are trained on.
-    source: gives their clips, see `data.pipeline`.
+    source: gives their clips, see `training.pipeline`.
   """
 
   recipe: step.Recipe
@@ -75,7 +81,7 @@ class Run:
   mark: Callable | None
   base_model: dict[str, str]
   policy_options: dict[str, Any]
-  questions: Sequence[questions_lib.Question]
+  questions: Sequence[question_lib.Question]
   source: Any
 
   @property
@@ -97,13 +103,13 @@ def make(
   """Builds a run.
 
   Args:
-    config: see `training.defaults`.
+    config: see `base_config`.
     workdir: where the ledger of bad clips goes.
     checkpoint: `models.checkpoints.Checkpoint`; read from config.model.path
       by default. Weights that do not lie on the mesh are copied there.
     questions: rows to train on; read from config.data by default.
-    source: what gives a question's clip, see `data.pipeline`; by default the
-      clips below config.data.root, encoded by the base model.
+    source: what gives a question's clip, see `training.pipeline`; by default
+      the clips below config.data.root, encoded by the base model.
   """
   mesh = make_mesh(config)
   if checkpoint is None:
@@ -118,7 +124,7 @@ def make(
     config, checkpoint, policy, rollout_config, preprocessing
   )
   recipe = recipes[-1]
-  if isinstance(recipe.grid, buckets.Bucket):
+  if isinstance(recipe.grid, token_grid.Bucket):
     made = programs.BucketPrograms(recipes, mesh, host_marks=host_marks)
   else:
     made = programs.Programs(recipe, mesh, host_marks=host_marks)
@@ -196,11 +202,11 @@ def load_checkpoint(config) -> checkpoints.Checkpoint:
 
 def read_questions(
   config, workdir=None, *, resumes: bool = True
-) -> Sequence[questions_lib.Question]:
+) -> Sequence[question_lib.Question]:
   """Returns the training rows of config.data, whose clips are there.
 
   Args:
-    config: see `training.defaults`.
+    config: see `base_config`.
     workdir: what is left out is printed, one line for each kind, and listed
       in its `left_out.json`; None for neither.
     resumes: whether other rows than the workdir's are refused.
@@ -218,7 +224,7 @@ def read_questions(
   return rows
 
 
-def _read_rows(config, report) -> Sequence[questions_lib.Question]:
+def _read_rows(config, report) -> Sequence[question_lib.Question]:
   data = config.data
   if not data.root or not os.path.isdir(data.root):
     raise errors.UserError(
@@ -226,7 +232,7 @@ def _read_rows(config, report) -> Sequence[questions_lib.Question]:
       " the questions and clips (cacovid_jax.prepare makes one)"
     )
   if data.tfds:
-    return video_qa.open_source(
+    return tfds_lib.open_source(
       os.path.join(data.root, data.tfds), data.train_split
     )
   root = _media_root(config)
@@ -266,7 +272,7 @@ def _with_clips(config, rows, left_out):
     )
   if not missing:
     return rows
-  if isinstance(rows, video_qa.QuestionSource):
+  if isinstance(rows, tfds_lib.QuestionSource):
     return rows.take(found)
   return [rows[place] for place in found]
 
@@ -371,7 +377,7 @@ def make_recipes(
   ]
 
 
-def make_buckets(config, processor) -> list[buckets.Bucket]:
+def make_buckets(config, processor) -> list[token_grid.Bucket]:
   """Returns the buckets of config.data, the smallest first.
 
   By default one for the largest slices that the pixels' limits allow, and one
@@ -385,7 +391,7 @@ def make_buckets(config, processor) -> list[buckets.Bucket]:
     middle = int(math.sqrt(least * most))
     sizes = [(slices, area) for area in sorted({middle, most})]
   try:
-    found = {buckets.Bucket(*map(int, one)) for one in sizes}
+    found = {token_grid.Bucket(*map(int, one)) for one in sizes}
   except (TypeError, ValueError) as error:
     raise errors.UserError(
       f"config.data.buckets={tuple(sizes)}: give (slices, tokens of a slice) or"
@@ -404,7 +410,7 @@ def host_rewards(tokenizer, ids, questions) -> np.ndarray:
   """Returns f32[B,G] rewards of answers i32[B,G,M] of any problem type."""
   return np.stack(
     [
-      rewards.rewards(
+      rewards_lib.rewards(
         question.problem_type,
         [tokenizer.decode(answer) for answer in answers],
         question.answer,
@@ -469,14 +475,14 @@ def _clip_source(config, workdir, checkpoint, preprocessing, recipes):
   """
   data, model = config.data, checkpoint.model
   rule = pipeline.FrameRule(data.num_frames, data.frame_rule)
-  refused = pipeline.Quarantine(_ledger(workdir)).refused
+  refused = rejected_clips.RejectedClips(_ledger(workdir)).refused
   cache = None
   if data.feature_cache:
     cache = feature_cache.FeatureCache(data.feature_cache)
   limits = dict(refused=refused, min_side=data.min_side)
   kept = dict(cache=cache, memory_items=data.memory_items)
   identity = f"{checkpoint.identity['sha256']} {jnp.dtype(model.dtype).name}"
-  if isinstance(recipes[-1].grid, buckets.Bucket):
+  if isinstance(recipes[-1].grid, token_grid.Bucket):
     sizes = [recipe.grid for recipe in recipes]
     return pipeline.GridFeatureSource(
       pipeline.ShotSource(_media_root(config), rule, preprocessing, **limits),
@@ -534,7 +540,7 @@ class BucketTower:
     self._encode = jax.jit(model.encode_video)
     self._params = _tower_params(params)
 
-  def __call__(self, patches, grid, bucket: buckets.Bucket):
+  def __call__(self, patches, grid, bucket: token_grid.Bucket):
     """Returns features float[N_max,D] of patches float32[P,...] of a grid."""
     sizes = qwen2_5_vl_vision.Sizes.of_bucket(
       self._config,
@@ -558,14 +564,14 @@ class _Batches:
   def __init__(self, config, workdir, checkpoint, questions, source, recipes):
     self._config = config
     self._recipes = {recipe.bucket: recipe for recipe in recipes}
-    self._bucketed = isinstance(recipes[-1].grid, buckets.Bucket)
+    self._bucketed = isinstance(recipes[-1].grid, token_grid.Bucket)
     self._grid, self._num_video = recipes[-1].grid, recipes[-1].num_video
     self._model = checkpoint.model
     self._tokenizer = checkpoint.tokenizer
     self._questions, self._source = questions, source
     self._ledger = _ledger(workdir)
     self._letters = np.array(
-      [self._tokenizer.letter_id(x) for x in questions_lib.LETTERS], np.int32
+      [self._tokenizer.letter_id(x) for x in question_lib.LETTERS], np.int32
     )
     self._decisive = read_decisive(config)
     self._shapes = self._prompt_shapes()
@@ -583,7 +589,7 @@ class _Batches:
       start_step=start,
       num_threads=config.data.num_threads,
       num_workers=config.data.num_workers,
-      quarantine=pipeline.Quarantine(self._ledger),
+      quarantine=rejected_clips.RejectedClips(self._ledger),
     )
     for batch in batches:
       yield self._convert(batch), batch["questions"]
@@ -618,7 +624,7 @@ class _Batches:
       return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
 
     return step.Own(
-      grid=stack([buckets.place(grid, recipe.bucket) for grid in grids]),
+      grid=stack([token_grid.place(grid, recipe.bucket) for grid in grids]),
       positions=batch["positions"],
       following=batch["following"],
       rungs=stack([recipe.ladder.rungs(grid) for grid in grids]),

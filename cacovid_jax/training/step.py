@@ -5,8 +5,8 @@ kept tokens, G combinations, I iterations, B videos on this device, P position
 rows, M new tokens, A letters, R rungs.
 
 With a static grid every video has the same T and N. With a bucket (see
-`policy.buckets`) these are the bucket's sizes; a video's own grid is data, and
-what stands behind its own frames and tokens has no influence.
+`models.token_grid`) these are the bucket's sizes; a video's own grid is data,
+and what stands behind its own frames and tokens has no influence.
 
 The functions are written against the named axis `data`, over which they
 average explicitly; `training.programs` maps them over devices. Per-video maths
@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from cacovid_jax.policy import buckets, objective, sampling
+from cacovid_jax.models import token_grid
+from cacovid_jax.policy import objective, sampling
 from cacovid_jax.training import ratio, replay, rollout
 from cacovid_jax.training import state as state_lib
 
@@ -39,7 +40,7 @@ class Own(struct.PyTreeNode):
     rungs: `ratio.Rungs`, leading axis B.
   """
 
-  grid: buckets.Grid
+  grid: token_grid.Grid
   positions: jax.Array
   following: jax.Array
   rungs: ratio.Rungs
@@ -84,7 +85,7 @@ class Videos(struct.PyTreeNode):
   option_ids: jax.Array
   decisive_frames: jax.Array
   rng: jax.Array
-  grid: buckets.Grid | None = None
+  grid: token_grid.Grid | None = None
   rungs: ratio.Rungs | None = None
 
 
@@ -139,7 +140,7 @@ class Recipe:
   model: Any
   policy: Any
   tx: optax.GradientTransformation
-  grid: tuple[int, int, int] | buckets.Bucket
+  grid: tuple[int, int, int] | token_grid.Bucket
   ladder: ratio.Ladder | ratio.BucketLadder
   objective: objective.ObjectiveConfig
   rollout: rollout.RolloutConfig
@@ -149,8 +150,8 @@ class Recipe:
   to_pixels: Any = None
 
   @property
-  def bucket(self) -> buckets.Bucket:
-    return buckets.as_bucket(self.grid)
+  def bucket(self) -> token_grid.Bucket:
+    return token_grid.as_bucket(self.grid)
 
   @property
   def num_video(self) -> int:

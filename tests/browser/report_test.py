@@ -17,7 +17,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support import ui
 
-from cacovid_jax.data import questions as questions_lib
+from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import examples as examples_lib
 from cacovid_jax.evals import report, runner
 from tests.evals import report_test
@@ -52,7 +52,7 @@ def example(number):
     good = method == "cacovid" and (ratio == 0.25 or number % 2 == 0)
     answers.setdefault(method, {})[ratio] = right if good else wrong
   return examples_lib.Example(
-    question=questions_lib.Question(
+    question=question_lib.Question(
       id=f"q{number}{HOSTILE}",
       video=f"{HOSTILE}.mp4",
       question=f"Question {number} {HOSTILE}?",

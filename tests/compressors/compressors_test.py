@@ -11,7 +11,8 @@ import pytest
 
 from cacovid_jax import compressors, errors
 from cacovid_jax.compressors import base, cacovid, oracle, uniform
-from cacovid_jax.policy import buckets, selection
+from cacovid_jax.models import token_grid
+from cacovid_jax.policy import selection
 from tests.compressors import quick, videos
 
 GRID = (5, 2, 3)
@@ -319,7 +320,7 @@ def test_cacovid_uses_the_unrounded_ratio_when_given():
 
 
 def test_cacovid_in_a_bucket_keeps_the_same_rows_and_marks_the_padding():
-  bucket = buckets.Bucket(6, 8, 40)
+  bucket = token_grid.Bucket(6, 8, 40)
   run = quick.jit(
     lambda features, budget, aux: cacovid.compress_in_bucket(
       features, budget, aux=aux

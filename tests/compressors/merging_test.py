@@ -8,7 +8,8 @@ import pytest
 
 from cacovid_jax import compressors, errors
 from cacovid_jax.compressors import base, cacovid, merging
-from cacovid_jax.policy import buckets, selection
+from cacovid_jax.models import token_grid
+from cacovid_jax.policy import selection
 from tests.compressors import quick, selections, videos
 
 GRID, NUM_VIDEO = selections.GRID, selections.NUM_VIDEO
@@ -145,7 +146,7 @@ def test_merging_in_a_bucket_equals_merging_alone():
   )(
     jnp.pad(features, ((0, behind), (0, 0)), constant_values=jnp.nan),
     selection.budget(
-      grid, ratio, bucket=buckets.Bucket(4, 8, NUM_VIDEO), num_keep_max=16
+      grid, ratio, bucket=token_grid.Bucket(4, 8, NUM_VIDEO), num_keep_max=16
     ),
     base.Aux(
       scores=videos.Scores(

@@ -11,7 +11,8 @@ import pyarrow.parquet
 import pytest
 
 from cacovid_jax import errors
-from cacovid_jax.data import questions, readers
+from cacovid_jax.data import question as question_lib
+from cacovid_jax.data import readers
 from cacovid_jax.data.readers import mlvu, mvbench
 from cacovid_jax.evals import benchmarks
 from tests.data import benchmark_files
@@ -142,7 +143,7 @@ def _load(root, name, *rows, place=None, **options):
 
 def test_a_row_of_videomme(tmp_path):
   (got,) = _load(tmp_path, "videomme", VIDEOMME).questions
-  assert got == questions.Question(
+  assert got == question_lib.Question(
     id="007-2",
     video="data/AbC_12.mp4",
     question="How many moons appear?",
@@ -162,7 +163,7 @@ def test_a_row_of_videomme(tmp_path):
 
 def test_a_row_of_mlvu_shows_its_question_as_it_is(tmp_path):
   (got,) = _load(tmp_path, "mlvu_dev", MLVU).questions
-  assert got == questions.Question(
+  assert got == question_lib.Question(
     id="PQA_0",
     video="plotQA_demo.mp4",
     question="What colour is the coat?",
@@ -234,7 +235,7 @@ def test_generation_tasks_of_mlvu_are_left_out_and_counted(tmp_path):
 def test_a_row_of_longvideobench_ends_in_a_newline(tmp_path):
   # Its subtitles are named and not there, which is no fault.
   (got,) = _load(tmp_path, "longvideobench", LVB).questions
-  assert got == questions.Question(
+  assert got == question_lib.Question(
     id="vX1_0",
     video="videos/vX1.mp4",
     question="Who enters after the kettle boils?",
@@ -261,7 +262,7 @@ def test_both_files_of_longvideobench_say_the_same(tmp_path):
 def test_a_row_of_mvbench(tmp_path):
   found = _load(tmp_path, "mvbench", MVBENCH)
   assert found.questions == [
-    questions.Question(
+    question_lib.Question(
       id="state_change:1",
       video="perception/videos/000123.mp4",
       question="What happens to the cup?",
@@ -318,7 +319,7 @@ def test_mvbench_has_its_20_tasks():
 
 def test_a_row_of_egoschema(tmp_path):
   assert _load(tmp_path, "egoschema", EGOSCHEMA).questions == [
-    questions.Question(
+    question_lib.Question(
       id="12",
       video="videos/00aa-11bb.mp4",
       question="What is C mainly doing?",
@@ -334,7 +335,7 @@ def test_a_row_of_egoschema(tmp_path):
 
 def test_a_row_of_nextqa_has_no_instruction(tmp_path):
   assert _load(tmp_path, "nextqa", NEXTQA).questions == [
-    questions.Question(
+    question_lib.Question(
       id="1234567890_6",
       video="NExTVideo/1234567890.mp4",
       question="why did the boy bend down",

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from cacovid_jax import errors
-from cacovid_jax.data import questions, readers
+from cacovid_jax.data import question as question_lib
+from cacovid_jax.data import readers
 from cacovid_jax.data.readers import own
 from cacovid_jax.evals import benchmarks
 
@@ -51,7 +52,7 @@ def folder(path, text, name="questions.csv"):
 )
 def test_every_form_of_a_question(tmp_path, name, text):
   assert readers.read_own(folder(tmp_path, text, name), split="test") == [
-    questions.Question(
+    question_lib.Question(
       id="q7",
       video="a.mp4",
       question="Red, or blue?",

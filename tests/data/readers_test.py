@@ -8,9 +8,11 @@ import pyarrow.parquet
 import pytest
 
 from cacovid_jax import errors
-from cacovid_jax.data import prompts, questions, readers
+from cacovid_jax.data import question as question_lib
+from cacovid_jax.data import readers
+from cacovid_jax.data import tokenizer as tokenizer_lib
 
-HINT = prompts.HINTS["multiple choice"]
+HINT = tokenizer_lib.HINTS["multiple choice"]
 R1 = {
   "problem_id": 41,
   "problem": "What does the man pick up first?",
@@ -57,7 +59,7 @@ def _parquet(tmp_path, *rows):
 
 def test_a_row_of_video_r1_260k(tmp_path):
   (got,) = readers.read_video_r1(_json(tmp_path, R1))
-  assert got == questions.Question(
+  assert got == question_lib.Question(
     id="41",
     video="demo/clip_0001.mp4",
     question="What does the man pick up first?",
@@ -97,7 +99,7 @@ def test_the_types_without_options(tmp_path, problem_type, solution, answer):
   }
   (got,) = readers.read_video_r1(_json(tmp_path, row))
   assert (got.answer, got.options) == (answer, ())
-  assert got.prompt == f"{R1['problem']}\n{prompts.HINTS[problem_type]}"
+  assert got.prompt == f"{R1['problem']}\n{tokenizer_lib.HINTS[problem_type]}"
 
 
 def test_options_without_letters_get_them(tmp_path):
@@ -236,7 +238,7 @@ def test_files_roots_and_switches_that_do_not_exist(tmp_path):
 
 def test_a_row_of_videomme(tmp_path):
   (got,) = readers.read_videomme(_parquet(tmp_path, VIDEOMME))
-  assert got == questions.Question(
+  assert got == question_lib.Question(
     id="007-2",
     video="data/AbC_12.mp4",
     question="How many moons appear?",
@@ -247,7 +249,9 @@ def test_a_row_of_videomme(tmp_path):
     category="Counting Problem",
     groups=(("domain", "Knowledge"), ("sub_category", "Astronomy")),
     source="videomme",
-    prompt=prompts.videomme_prompt(VIDEOMME["question"], VIDEOMME["options"]),
+    prompt=tokenizer_lib.videomme_prompt(
+      VIDEOMME["question"], VIDEOMME["options"]
+    ),
   )
 
 
@@ -306,7 +310,7 @@ def test_parquet_files_that_cannot_be_used(tmp_path):
 def test_missing_clips_are_listed_with_their_questions(tmp_path):
   (tmp_path / "here.mp4").write_bytes(b"x")
   rows = [
-    questions.Question(id=str(i), video=name, question="q", answer="A")
+    question_lib.Question(id=str(i), video=name, question="q", answer="A")
     for i, name in enumerate(["here.mp4", "b.mp4", "a.mp4", "b.mp4"])
   ]
   assert readers.check_media(rows, tmp_path) == {"a.mp4": 1, "b.mp4": 2}
@@ -335,7 +339,7 @@ def test_damaged_files_give_rows_or_one_clear_line(tmp_path, kind):
   for _ in range(200):
     path.write_bytes(_damage(data, rng))
     try:
-      assert all(isinstance(q, questions.Question) for q in read(path))
+      assert all(isinstance(q, question_lib.Question) for q in read(path))
     except errors.UserError as error:
       assert "\n" not in str(error)
       clear += 1

@@ -4,7 +4,7 @@ import json
 
 import tokenizers
 
-from cacovid_jax.data import tokenizer_training
+from cacovid_jax.synthetic import tokenizer as tokenizer_training
 
 TEXTS = (
   "user\nWhat colour is the square?\nA. red\nB. blue\nassistant\nA",

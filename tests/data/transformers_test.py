@@ -11,7 +11,9 @@ import pytest
 import transformers
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl
 
-from cacovid_jax.data import chat_templates, prompts, qwen_frames
+from cacovid_jax.data import chat_template as chat_template_lib
+from cacovid_jax.data import qwen_frames
+from cacovid_jax.data import tokenizer as tokenizer_lib
 
 from . import tokenizers_for_tests as toks
 
@@ -76,9 +78,9 @@ def test_pixels_of_a_still_are_those_of_the_image_processor(
 @pytest.mark.parametrize("generation", [True, False])
 def test_conversations_are_rendered_alike(tmp_path, template, generation):
   toks.write(tmp_path, template=template)
-  ours = prompts.Tokenizer.from_directory(tmp_path)
+  ours = tokenizer_lib.Tokenizer.from_directory(tmp_path)
   theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-  text, _ = chat_templates.read(tmp_path)
+  text, _ = chat_template_lib.read(tmp_path)
   assert ours.render_messages(TURNS, generation) == theirs.apply_chat_template(
     TURNS,
     chat_template=text,
@@ -100,7 +102,7 @@ def test_conversations_are_rendered_alike(tmp_path, template, generation):
 )
 def test_the_environment_is_that_of_the_reference(tmp_path, text):
   toks.write(tmp_path, template=text)
-  ours = prompts.Tokenizer.from_directory(tmp_path)
+  ours = tokenizer_lib.Tokenizer.from_directory(tmp_path)
   theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
   assert ours.render_messages(TURNS) == theirs.apply_chat_template(
     TURNS, tokenize=False, add_generation_prompt=True
@@ -109,7 +111,7 @@ def test_the_environment_is_that_of_the_reference(tmp_path, text):
 
 def test_ids_of_a_qwen_prompt_are_those_of_the_reference(tmp_path):
   toks.write_qwen(tmp_path)
-  ours = prompts.Tokenizer.from_directory(tmp_path)
+  ours = tokenizer_lib.Tokenizer.from_directory(tmp_path)
   theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
   question = "Which shape?\nA. circle\nB. star 好"
   entry = json.loads((tmp_path / "chat_template.json").read_text())
@@ -128,7 +130,7 @@ def test_ids_of_a_qwen_prompt_are_those_of_the_reference(tmp_path):
 
 def test_ids_of_the_papers_evaluation_are_those_of_the_reference(tmp_path):
   toks.write(tmp_path, template=toks.STRING_TEMPLATE)
-  ours = prompts.Tokenizer.from_directory(tmp_path, template="tokenizer")
+  ours = tokenizer_lib.Tokenizer.from_directory(tmp_path, template="tokenizer")
   theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
   question = "Which shape?\nOnly give the best option.\nBest option: ("
   text = theirs.apply_chat_template(

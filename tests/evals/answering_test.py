@@ -16,9 +16,9 @@ import pytest
 from cacovid_jax import errors
 from cacovid_jax.compressors import uniform
 from cacovid_jax.data import frames, readers, video
-from cacovid_jax.data.synthetic import build
 from cacovid_jax.evals import answer_page, answering, runner
 from cacovid_jax.models import generation
+from cacovid_jax.synthetic import build
 from tests.evals import report_test, tiny
 
 QUESTION = "What colour is <b>it</b>?"

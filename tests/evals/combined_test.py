@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cacovid_jax import errors
-from cacovid_jax.data import questions
+from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import combined, runner, shards
 
 VANILLA = ("vanilla", "1.00")
@@ -21,7 +21,7 @@ def part(name, count, macro=(), seed=0, failed=()):
   rng = np.random.default_rng(seed + 7)
   kinds = macro or ("one",)
   asked = [
-    questions.Question(
+    question_lib.Question(
       id=f"{name}{i}",
       # Out of order, so that clips are not where their questions are.
       video=f"clip{(5 * i) % max(count // 2, 1)}",

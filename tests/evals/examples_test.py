@@ -5,13 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 
+from cacovid_jax.data import answer_log
 from cacovid_jax.data import frames as frames_lib
 from cacovid_jax.evals import (
   benchmarks,
   clips,
   evaluation,
   examples,
-  ledger,
   results,
   runner,
 )
@@ -80,7 +80,7 @@ RIGHT = {
 @pytest.fixture(scope="module")
 def answers(table):
   """Returns a ledger of made-up answers, as `RIGHT` has them."""
-  made = ledger.Ledger(None, {})
+  made = answer_log.Ledger(None, {})
   records = []
   for cell in runner.cells(table.methods, table.ratios, table.seeds):
     if cell.place in FAILURES:

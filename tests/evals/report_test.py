@@ -10,7 +10,7 @@ import re
 import numpy as np
 import pytest
 
-from cacovid_jax.data import questions as questions_lib
+from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import examples as examples_lib
 from cacovid_jax.evals import plots, report, runner, viewer
 
@@ -103,7 +103,7 @@ HOSTILE = '</script><img src=x onerror="alert(1)">'
 def example(number, right, *, scores=True, text=HOSTILE, method="cacovid"):
   """Returns an example with views of two methods; the second lacks 10 %."""
   rng = np.random.default_rng(number)
-  question = questions_lib.Question(
+  question = question_lib.Question(
     id=f"q{number}",
     video=f"clip{number}.mp4",
     question=f"Is {text} & first?",

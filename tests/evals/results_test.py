@@ -8,20 +8,15 @@ import numpy as np
 import pytest
 
 from cacovid_jax import errors
-from cacovid_jax.data import questions as questions_lib
-from cacovid_jax.evals import (
-  benchmarks,
-  ledger,
-  provenance,
-  results,
-  runner,
-)
+from cacovid_jax.data import answer_log
+from cacovid_jax.data import question as question_lib
+from cacovid_jax.evals import benchmarks, provenance, results, runner
 
 GRID = (4, 2, 2)
 
 
 def question(number, **fields):
-  return questions_lib.Question(
+  return question_lib.Question(
     id=f"q{number}",
     video=f"v{number // 2}.mp4",
     question="?",
@@ -47,7 +42,7 @@ def answers(tmp_path):
     ("random", 0.25, 1): [1, 1, 0, 0],
     ("uniform", 0.25, 0): [0, 0, 0, 0],
   }
-  out = ledger.Ledger(tmp_path / "answers.jsonl", {})
+  out = answer_log.Ledger(tmp_path / "answers.jsonl", {})
   for (label, ratio, seed), values in scores.items():
     for q, value in zip(QUESTIONS, values, strict=True):
       fields = {
@@ -56,7 +51,7 @@ def answers(tmp_path):
         # The best frame is the question's own number.
         "frames": [int(q.id[1:]), 0, 1, 2],
       }
-      out.add([(ledger.Key(label, ratio, seed, q.id), fields)])
+      out.add([(answer_log.Key(label, ratio, seed, q.id), fields)])
   return out
 
 
@@ -176,7 +171,7 @@ def test_guesses_are_counted(answers):
   for q in QUESTIONS:
     fields = {"score": 1.0, "kept": 2}
     fields |= {"fallback": True} if q.id != "q0" else {}
-    answers.add([(ledger.Key(method.spec, 0.25, 0, q.id), fields)])
+    answers.add([(answer_log.Key(method.spec, 0.25, 0, q.id), fields)])
   out = built(answers, [method])
   assert out["methods"]["guessing"]["0.25"]["num_fallbacks"] == 3
   assert "num_fallbacks" not in out["vanilla"]
@@ -221,7 +216,7 @@ def test_the_equivalent_ratio_is_a_mean_over_questions(answers):
   for number, q in enumerate(QUESTIONS):
     fields = {"score": 1.0, "kept": 2, "equivalent": 0.2 + number / 100}
     fields |= {"forced": True} if number == 0 else {}
-    answers.add([(ledger.Key(method.spec, 0.25, 0, q.id), fields)])
+    answers.add([(answer_log.Key(method.spec, 0.25, 0, q.id), fields)])
   cell = built(answers, [method])["methods"]["inside"]["0.25"]
   assert (cell["kept_tokens"], cell["equivalent_ratio"]) == (2, 0.215)
   assert cell["forced"] == 0.25
@@ -269,7 +264,7 @@ def test_frame_head_against_chance(answers):
 def test_oracles_are_not_methods(answers, tmp_path):
   methods = [*METHODS, runner.Method.parse("decisive_boxes")]
   for q in QUESTIONS:
-    key = ledger.Key("decisive_boxes", 0.25, 0, q.id)
+    key = answer_log.Key("decisive_boxes", 0.25, 0, q.id)
     answers.add([(key, {"score": 1.0, "kept": 4})])
   out = built(answers, methods)
   assert list(out["oracles"]) == ["decisive_boxes"]
@@ -301,11 +296,11 @@ def test_ratios_are_written_with_two_decimals():
 
 def test_shares_are_of_each_clips_own_tokens(tmp_path):
   """v0.mp4 has 16 tokens, v1.mp4 has 8; four are kept of each."""
-  with ledger.Ledger(tmp_path / "a.jsonl", {}) as out:
+  with answer_log.Ledger(tmp_path / "a.jsonl", {}) as out:
     for label, ratio, kept in (("vanilla", 1.0, (16, 8)), ("uniform", 0.25, 4)):
       for place, q in enumerate(QUESTIONS):
         count = kept if label == "uniform" else kept[place // 2]
-        key = ledger.Key(label, ratio, 0, q.id)
+        key = answer_log.Key(label, ratio, 0, q.id)
         out.add([(key, {"score": 1.0, "kept": count})])
   small = (2, 2, 2)
   table = results.Table(

@@ -12,13 +12,12 @@ import pytest
 
 from cacovid_jax import compressors, errors
 from cacovid_jax.compressors import base
-from cacovid_jax.data import frames
-from cacovid_jax.data import questions as questions_lib
+from cacovid_jax.data import answer_log, frames
+from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import (
   asker,
   benchmarks,
   clips,
-  ledger,
   prompting,
   provenance,
   results,
@@ -109,7 +108,7 @@ def whole(shared, tmp_path_factory):
   """Returns the ledger of an evaluation with every method."""
   benchmark, evaluator = shared
   path = tmp_path_factory.mktemp("whole") / "answers.jsonl"
-  answers = ledger.Ledger(path, evaluator.identity(benchmark.questions))
+  answers = answer_log.Ledger(path, evaluator.identity(benchmark.questions))
   cells = runner.cells(methods_of(*EVERY), RATIOS, (0, 1))
   evaluator.run(benchmark.questions, cells, answers)
   return path
@@ -117,7 +116,7 @@ def whole(shared, tmp_path_factory):
 
 def reopened(path, shared):
   benchmark, evaluator = shared
-  return ledger.Ledger(path, evaluator.identity(benchmark.questions))
+  return answer_log.Ledger(path, evaluator.identity(benchmark.questions))
 
 
 def test_every_question_is_answered_by_every_method(shared, whole):
@@ -171,7 +170,7 @@ def test_answers_of_another_run_are_refused(shared, whole):
   benchmark, evaluator = shared
   identity = evaluator.identity(benchmark.questions) | {"checkpoint": "another"}
   with pytest.raises(errors.UserError, match="differs in checkpoint"):
-    ledger.Ledger(whole, identity)
+    answer_log.Ledger(whole, identity)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +179,7 @@ def test_answers_of_another_run_are_refused(shared, whole):
     {"answer": "E"},
     {"options": ("one", "another")},
     {"video": "videos/test2.mp4"},
-    {"problem_type": questions_lib.FREE_FORM},
+    {"problem_type": question_lib.FREE_FORM},
     {"prompt": "Which colour?"},
   ],
 )
@@ -200,7 +199,7 @@ def test_answers_to_a_changed_question_are_refused(shared, whole, change):
   assert known == shared[1].identity(benchmark.questions)
   assert identity["questions"] != known["questions"]
   with pytest.raises(errors.UserError, match="differs in .*questions"):
-    ledger.Ledger(whole, identity)
+    answer_log.Ledger(whole, identity)
 
 
 def test_only_clips_that_are_asked_about_are_decoded_ahead(shared, monkeypatch):
@@ -210,7 +209,7 @@ def test_only_clips_that_are_asked_about_are_decoded_ahead(shared, monkeypatch):
   videos = [batch[0].video for batch in batches]
   assert len(set(videos)) == 3
   cells = runner.cells([], (), ())
-  answers = ledger.Ledger(None, {})
+  answers = answer_log.Ledger(None, {})
   answers.add([(cells[0].key(q.id), {"score": 0.0}) for q in batches[1]])
 
   def ask(questions, todo, failures, number, tell):
@@ -283,12 +282,12 @@ def test_answers_equal_those_of_one_question_alone(shared, whole, checkpoint):
       i for i in range(prompt.length) if i - prompt.video_start not in dropped
     ]
     text = checkpoint.tokenizer.decode(greedy(x, jnp.asarray(rows))[0]).strip()
-    assert answers[ledger.Key(name, 0.1, 0, question.id)]["text"] == text
+    assert answers[answer_log.Key(name, 0.1, 0, question.id)]["text"] == text
 
 
 def test_keeping_everything_answers_like_vanilla(shared, tmp_path):
   benchmark, evaluator = shared
-  answers = ledger.Ledger(
+  answers = answer_log.Ledger(
     tmp_path / "a.jsonl", evaluator.identity(benchmark.questions)
   )
   cells = runner.cells(methods_of("uniform"), (1.0,), (0,))
@@ -349,7 +348,7 @@ def test_bad_clips_count_as_wrong_and_are_listed(
     num_frames=4,
   )
   monkeypatch.setattr(evaluator, "source", source)
-  answers = ledger.Ledger(
+  answers = answer_log.Ledger(
     tmp_path / "a.jsonl", evaluator.identity(benchmark.questions)
   )
   methods = methods_of("random", "cacovid")
@@ -365,7 +364,7 @@ def test_bad_clips_count_as_wrong_and_are_listed(
   assert all(entry["questions"] == 2 for entry in table["unreadable"])
   bad = [q for q in benchmark.questions if q.video.endswith(found[0].name)]
   for question in bad:
-    record = answers[ledger.Key("random", 0.1, 0, question.id)]
+    record = answers[answer_log.Key("random", 0.1, 0, question.id)]
     assert record["score"] == 0 and record["text"] == ""
   assert str(tmp_path) not in json.dumps(table)
 
@@ -390,7 +389,7 @@ def test_seeds_are_reproducible_and_differ(shared, whole):
   answers = reopened(whole, shared)
   texts = {
     seed: [
-      answers[ledger.Key("random", 0.1, seed, question.id)]["text"]
+      answers[answer_log.Key("random", 0.1, seed, question.id)]["text"]
       for question in shared[0].questions
     ]
     for seed in (0, 1)
@@ -404,7 +403,7 @@ def test_trace_agrees_with_the_table(shared, whole):
   method = methods_of("cacovid")[0]
   for question in benchmark.questions[:2]:
     trace = evaluator.trace(question, method, 0.1)
-    record = answers[ledger.Key("cacovid", 0.1, 0, question.id)]
+    record = answers[answer_log.Key("cacovid", 0.1, 0, question.id)]
     assert trace.text == record["text"]
     assert trace.index.shape == (6,)
     assert trace.token_gap.shape == (64,)
@@ -455,7 +454,7 @@ def test_a_policy_that_gives_nan_is_refused(
   broken = dataclasses.replace(policy, params=params)
   benchmark, evaluator = shared
   monkeypatch.setattr(evaluator, "policies", {"policy": broken})
-  answers = ledger.Ledger(
+  answers = answer_log.Ledger(
     tmp_path / "a.jsonl", evaluator.identity(benchmark.questions)
   )
   cells = runner.cells(methods_of("cacovid"), (0.25,), (0,))
@@ -468,7 +467,7 @@ def ask(shared, methods, path=None, ratios=RATIOS, seeds=(0,)):
   benchmark, evaluator = shared
   cells = runner.cells(methods, ratios, seeds)
   identity = evaluator.identity(benchmark.questions)
-  with ledger.Ledger(path, identity) as answers:
+  with answer_log.Ledger(path, identity) as answers:
     failures = evaluator.run(benchmark.questions, cells, answers)
   return failures, answers
 
@@ -551,9 +550,9 @@ def test_what_fails_on_the_way_is_left_out_from_there(
   assert failure.reason.endswith(f"question {last}")
   first = runner.by_clip(benchmark.questions)[0].id
   for name in ("decisive_boxes", "uniform"):
-    assert ledger.Key(name, 0.25, 0, first) in answers
-  assert ledger.Key("uniform", 0.25, 0, last) in answers
-  assert ledger.Key("decisive_boxes", 0.25, 0, last) not in answers
+    assert answer_log.Key(name, 0.25, 0, first) in answers
+  assert answer_log.Key("uniform", 0.25, 0, last) in answers
+  assert answer_log.Key("decisive_boxes", 0.25, 0, last) not in answers
 
 
 def test_an_error_of_the_program_is_an_error(shared):
@@ -572,11 +571,11 @@ def test_inside_the_language_model(shared, checkpoint):
   assert not failures
   # 96 tokens for three layers: 64 for the first one, 16 for each other.
   for question in benchmark.questions:
-    record = answers[ledger.Key("fastv", 0.5, 0, question.id)]
+    record = answers[answer_log.Key("fastv", 0.5, 0, question.id)]
     assert (record["kept"], record["equivalent"]) == (16, 0.5)
   question = benchmark.questions[1]
   trace = evaluator.trace(question, method, 0.5)
-  record = answers[ledger.Key("fastv", 0.5, 0, question.id)]
+  record = answers[answer_log.Key("fastv", 0.5, 0, question.id)]
   assert trace.text == record["text"]
   # What the last token looks at in the first layer, of the whole prompt.
   looked = asker.Asker(evaluator, [question]).vanilla(True).attention[0, 0]
@@ -629,7 +628,7 @@ def test_rows_of_a_reference_rounding(shared):
   failures, answers = ask(shared, [method], ratios=(0.1,))
   assert not failures
   for question in benchmark.questions:
-    assert answers[ledger.Key("rounds", 0.1, 0, question.id)]["kept"] == 5
+    assert answers[answer_log.Key("rounds", 0.1, 0, question.id)]["kept"] == 5
   table = tabulate(
     benchmark, evaluator, answers, [method], seeds=(0,), ratios=(0.1,)
   )
@@ -690,7 +689,7 @@ def test_mistakes_are_one_line_before_anything_runs(
   benchmark, evaluator = shared
   monkeypatch.setattr(evaluator, "policies", {})
   monkeypatch.setattr(evaluator, "seconds", {})
-  answers = ledger.Ledger(
+  answers = answer_log.Ledger(
     tmp_path / "a.jsonl", evaluator.identity(benchmark.questions)
   )
 
@@ -725,7 +724,7 @@ def test_questions_of_one_clip_are_asked_together(shared):
   mixed = questions[::2] + questions[1::2]
   videos = [question.video for question in runner.by_clip(mixed)]
   assert videos == sorted(videos, key=[q.video for q in mixed].index)
-  assert questions_lib.question_hash("a") != questions_lib.question_hash("b")
+  assert question_lib.question_hash("a") != question_lib.question_hash("b")
 
 
 def test_decisive_tokens_are_read(shared):

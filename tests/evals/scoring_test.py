@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from cacovid_jax import errors
-from cacovid_jax.data import questions as questions_lib
+from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import benchmarks, scoring
 from cacovid_jax.evals.scoring import scored
 from tests.evals import awkward_answers
@@ -68,7 +68,7 @@ def test_unknown_rule_is_named():
 
 
 def _question(options, answer="A", **fields):
-  return questions_lib.Question(
+  return question_lib.Question(
     id="q", video="v.mp4", question="?", options=options, answer=answer,
     **fields,
   )  # fmt: skip

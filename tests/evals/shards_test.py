@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from cacovid_jax import errors
-from cacovid_jax.evals import evaluation, ledger, provenance, runner, shards
+from cacovid_jax.data import answer_log
+from cacovid_jax.evals import evaluation, provenance, runner, shards
 from tests.evals import tiny
 
 CHOSEN = dict(
@@ -63,7 +64,7 @@ def test_a_stopped_shard_and_two_processes_equal_one(
 
   shared = tmp_path / "shared"
   request = request_of(shared, checkpoint_dir, data_dir, shard=(0, 2))
-  add, batches = ledger.Ledger.add, []
+  add, batches = answer_log.Ledger.add, []
 
   def stop(self, records):
     if batches:
@@ -71,7 +72,7 @@ def test_a_stopped_shard_and_two_processes_equal_one(
     batches.append(1)
     add(self, records)
 
-  monkeypatch.setattr(ledger.Ledger, "add", stop)
+  monkeypatch.setattr(answer_log.Ledger, "add", stop)
   with pytest.raises(KeyboardInterrupt):
     evaluation.evaluate(request)
   # The second of its two batches was being written.

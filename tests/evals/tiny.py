@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from cacovid_jax.data import tokenizer_training
 from cacovid_jax.models import (
   checkpoints,
   llava_onevision,
@@ -19,6 +18,7 @@ from cacovid_jax.models import (
   siglip,
 )
 from cacovid_jax.policy import modules, network
+from cacovid_jax.synthetic import tokenizer as tokenizer_training
 from tests.data import tokenizers_for_tests as toks
 
 FRAMES = 4

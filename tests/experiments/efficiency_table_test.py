@@ -11,8 +11,10 @@ from absl.testing import flagsaver
 from PIL import Image
 
 from cacovid_jax import compressors, errors
-from cacovid_jax.evals import latency, ledger, paper, runner
-from cacovid_jax.models import checkpoints, random_checkpoint
+from cacovid_jax.data import answer_log
+from cacovid_jax.evals import latency, paper, runner
+from cacovid_jax.models import checkpoints
+from cacovid_jax.synthetic import tiny_checkpoints
 from experiments import efficiency_files, efficiency_table
 
 METHODS = ["cacovid", "uniform", "fastv"]
@@ -175,7 +177,7 @@ def timed(subject, tmp_path, monkeypatch):
   def run(*specs, path=tmp_path / "rows.jsonl", repeats=1):
     methods = [runner.Method.parse(spec) for spec in specs]
     identity = efficiency_table.run_of("tiny", repeats)
-    with ledger.Ledger(path, identity) as rows:
+    with answer_log.Ledger(path, identity) as rows:
       return efficiency_table.measure(
         *subject, "tiny", methods, (0.5, 0.25), repeats, rows
       )
@@ -254,7 +256,7 @@ def test_times_of_another_run_are_not_mixed(timed, subject, tmp_path):
   other = dataclasses.replace(subject[0], checkpoint=checkpoint)
   identity = efficiency_table.run_of("tiny", 1)
   with (
-    ledger.Ledger(tmp_path / "rows.jsonl", identity) as rows,
+    answer_log.Ledger(tmp_path / "rows.jsonl", identity) as rows,
     pytest.raises(errors.UserError, match="not the weights that earlier rows"),
   ):
     efficiency_table.measure(other, None, "tiny", [], (0.5,), 1, rows)
@@ -263,7 +265,7 @@ def test_times_of_another_run_are_not_mixed(timed, subject, tmp_path):
 def test_one_process_at_a_time(tmp_path, make):
   identity = efficiency_table.run_of("tiny", 1)
   with (
-    ledger.Ledger(tmp_path / "rows.jsonl", identity),
+    answer_log.Ledger(tmp_path / "rows.jsonl", identity),
     pytest.raises(errors.UserError, match="another process is writing to"),
   ):
     make(table_workdir=str(tmp_path))
@@ -276,7 +278,7 @@ def test_a_place_that_is_taken_is_refused_before_drawing(
 ):
   drawn = []
   monkeypatch.setattr(
-    random_checkpoint, "write", lambda *args: drawn.append(args)
+    tiny_checkpoints, "write", lambda *args: drawn.append(args)
   )
   taken = tmp_path / "taken"
   if kind == "folder":

@@ -13,9 +13,11 @@ from absl.testing import flagsaver
 from PIL import Image
 
 from cacovid_jax import errors
-from cacovid_jax.data import prompts, questions
+from cacovid_jax.data import question as question_lib
+from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.evals import benchmarks, paper, runner, scoring
-from cacovid_jax.models import checkpoints, random_checkpoint
+from cacovid_jax.models import checkpoints
+from cacovid_jax.synthetic import tiny_checkpoints
 from experiments import main_table, main_table_files, paper_rows
 from tests.data import benchmark_files
 from tests.evals import tiny
@@ -39,7 +41,7 @@ RATIOS = ("0.30",)
 
 def score(self, question, text):
   """Returns a coin's score: a model of random weights is never right."""
-  toss = questions.question_hash(f"{question.id} {text}") % 2
+  toss = question_lib.question_hash(f"{question.id} {text}") % 2
   return scoring.Scored(float(toss))
 
 
@@ -50,7 +52,7 @@ def folder(tmp_path_factory):
   (folder / "config.py").write_text(CONFIG)
   config, _ = tiny.write_tokenizer(folder / "model")
   # Drawn by NumPy: initialising the model would take longer than the table.
-  random_checkpoint.write(folder / "model", config)
+  tiny_checkpoints.write_random(folder / "model", config)
   checkpoint = checkpoints.load(folder / "model")
   tiny.write_policy(folder / "policy", checkpoint)
   for name in NAMES:
@@ -237,7 +239,7 @@ def test_a_dry_run_tells_what_the_run_took(folder, make, made, capsys):
   assert not (folder / name).exists()
   assert "memory of a device in GiB" in capsys.readouterr().out
   (told,) = told
-  tokenizer = prompts.Tokenizer.from_directory(str(folder / "model"))
+  tokenizer = tokenizer_lib.Tokenizer.from_directory(str(folder / "model"))
   for name in NAMES:
     found = told["benchmarks"][name]
     rows = answers(made, name)

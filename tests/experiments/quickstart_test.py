@@ -13,10 +13,11 @@ import jax
 import numpy as np
 import pytest
 
-from cacovid_jax.data import prompts, tokenizer_training
-from cacovid_jax.data.synthetic import packing
+from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.evals import evaluation
 from cacovid_jax.models import checkpoints, llava_onevision, siglip
+from cacovid_jax.synthetic import packing
+from cacovid_jax.synthetic import tokenizer as tokenizer_training
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
@@ -31,7 +32,7 @@ def write_base_model(directory):
     patch_size=8,
     max_length=1024,
   )
-  tokenizer = prompts.Tokenizer.from_directory(directory)
+  tokenizer = tokenizer_lib.Tokenizer.from_directory(directory)
   sizes = llava_onevision.LlavaOnevisionConfig.tiny()
   sizes = dataclasses.replace(
     sizes,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cacovid_jax import errors
-from cacovid_jax.data import questions
+from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import benchmarks, cost, evaluation, runner
 from cacovid_jax.models import checkpoints
 from experiments import table_estimate
@@ -165,7 +165,7 @@ def test_videos_of_several_grids_are_counted_apart(monkeypatch):
   grids = {"a.mp4": (16, 12, 21), "b.mp4": (16, 18, 14)}
   monkeypatch.setattr(table_estimate, "_grids", lambda *args: grids)
   asked = [
-    questions.Question(
+    question_lib.Question(
       id=f"{i}", video=name, question="", answer="A", prompt=""
     )
     for i, name in enumerate(["a.mp4", "b.mp4", "a.mp4"])

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from cacovid_jax import errors
-from cacovid_jax.data import frames
-from cacovid_jax.evals import benchmarks, clips, ledger, runner
+from cacovid_jax.data import answer_log, frames
+from cacovid_jax.evals import benchmarks, clips, runner
 from cacovid_jax.integrations.lmms_eval import answerer, arguments, requests
 from tests.evals import tiny
 
@@ -65,7 +65,7 @@ def _evaluated(checkpoint, checkpoint_dir, data_dir, questions, model, length):
       ),
       policies=model._policies,
     )
-    answers = ledger.Ledger(None, {})
+    answers = answer_log.Ledger(None, {})
     evaluator.run(questions, [model.cell], answers)
     return {q.id: answers[model.cell.key(q.id)] for q in questions}
 

@@ -17,12 +17,12 @@ from absl.testing import absltest
 
 from cacovid_jax.models import (
   checkpoints,
-  golden,
   qwen2,
   qwen2_5_vl,
   qwen2_5_vl_vision,
   qwen2_5_vl_weights,
 )
+from cacovid_jax.parity import models
 from tests.models import mrope_loop
 
 GOLDEN = os.path.join(
@@ -218,7 +218,7 @@ class TransformersTest(absltest.TestCase):
 
     loaded = checkpoints.load(folder)
     self.assertEqual(loaded.model.config, CONFIG)
-    found = golden.compare(loaded.model, loaded.params, arrays)
+    found = models.compare(loaded.model, loaded.params, arrays)
     self.assertEqual([stage for stage in found if not stage.ok], [])
     self.assertIn("dropped_logits", [stage.name for stage in found])
 
@@ -241,7 +241,7 @@ class TransformersTest(absltest.TestCase):
 
   def test_half_precision_strays_as_far_as_in_transformers(self):
     # The golden model in bfloat16, against its own float32 intermediates.
-    arrays = golden.read(GOLDEN)
+    arrays = models.read(GOLDEN)
     config = checkpoints.load_config(GOLDEN)
     model = qwen2_5_vl.Qwen2_5VLModel(config, jnp.bfloat16)
     params = checkpoints.load_params(GOLDEN, config, jnp.bfloat16)

@@ -4,7 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cacovid_jax.policy import buckets, network
+from cacovid_jax.models import token_grid
+from cacovid_jax.policy import network
 
 
 class Bilinear(nn.Module):
@@ -24,7 +25,7 @@ class Bilinear(nn.Module):
     question = nn.Dense(self.rank, name="question")(text @ x / text.sum())
     video = nn.Dense(self.rank, name="video")(x[video_rows])  # [N, rank]
     gap = video @ question
-    frame = buckets.as_grid(grid).frame_means(gap)
+    frame = token_grid.as_grid(grid).frame_means(gap)
     scores = [jnp.stack([-g, g], axis=-1) / 2 for g in (frame, gap)]
     return network.Scores(*scores)
 

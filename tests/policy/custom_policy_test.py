@@ -8,14 +8,8 @@ import numpy as np
 import pytest
 
 from cacovid_jax import errors
-from cacovid_jax.models import qwen2
-from cacovid_jax.policy import (
-  buckets,
-  modules,
-  network,
-  objective,
-  selection,
-)
+from cacovid_jax.models import qwen2, token_grid
+from cacovid_jax.policy import modules, network, objective, selection
 
 FILE = os.path.join(os.path.dirname(__file__), "bilinear_policy.py")
 GRID = (2, 2, 3)
@@ -73,7 +67,7 @@ def test_it_scores_learns_and_selects():
 
 def test_in_a_bucket_it_selects_as_alone():
   policy, params = make(rank=4)
-  bucket = buckets.Bucket(3, 10, 24)
+  bucket = token_grid.Bucket(3, 10, 24)
   x = np.full((30, 32), 9.0, np.float32)
   x[:16] = np.random.default_rng(1).standard_normal((16, 32))
   rows = np.full(24, 30)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cacovid_jax.policy import buckets, network, objective
+from cacovid_jax.models import token_grid
+from cacovid_jax.policy import network, objective
 
 T, N = 4, 24
 
@@ -258,7 +259,7 @@ def step_in_bucket(scores, old_scores, memory, grid):
 
 @pytest.mark.parametrize("filler", [0.0, 80.0, np.nan])
 def test_padding_of_a_bucket_has_no_influence(filler):
-  bucket = buckets.Bucket(6, 10, 40)
+  bucket = token_grid.Bucket(6, 10, 40)
   config = objective.ObjectiveConfig(kl_weight=0.02)
   new, old, memory = scores_of(1), scores_of(2), memory_of(3)
 
@@ -278,7 +279,7 @@ def test_padding_of_a_bucket_has_no_influence(filler):
       frame_mask=pad(memory.frame_mask, 1, 6, kept),
     )
     (total, metrics), grads = step_in_bucket(
-      padded(new), padded(old), more, buckets.place((T, 2, 3), bucket)
+      padded(new), padded(old), more, token_grid.place((T, 2, 3), bucket)
     )
     (expected, others), alone = step(new, old, memory, config)
     np.testing.assert_allclose(total, expected, rtol=1e-5)
@@ -292,6 +293,6 @@ def test_padding_of_a_bucket_has_no_influence(filler):
 
 def test_a_grid_of_another_bucket_is_refused():
   new, memory = scores_of(1), memory_of(3)
-  grid = buckets.place((T, 2, 3), buckets.Bucket(6, 10, 40))
+  grid = token_grid.place((T, 2, 3), token_grid.Bucket(6, 10, 40))
   with pytest.raises(AssertionError, match="shape"):
     objective.loss(new, new, memory, grid=grid)

@@ -11,7 +11,8 @@ import pytest
 from scipy import stats
 
 from cacovid_jax import errors
-from cacovid_jax.policy import buckets, diversity, network, sampling
+from cacovid_jax.models import token_grid
+from cacovid_jax.policy import diversity, network, sampling
 from tests.policy import diversity_test
 
 GRID = (4, 4, 4)
@@ -439,7 +440,7 @@ def test_the_sampler_lowers_for_tpu_at_full_size():
 # Videos of different grids in one program.
 
 
-BUCKET = buckets.Bucket(5, 24, 75)
+BUCKET = token_grid.Bucket(5, 24, 75)
 RATIOS = (0.05, 0.2, 0.5, 1.0)
 SIZES = sampling.largest_sizes(BUCKET, RATIOS, PLAN.config)
 CASES = [
@@ -579,7 +580,7 @@ def test_a_padded_capped_distribution_equals_a_loop(sharpness):
 def many_draws_in_a_bucket():
   """The draws of `many_draws`, of a grid that leaves padding everywhere."""
   plan = sampling.plan(GRID, 0.125, config(num_combinations=4000))
-  bucket = buckets.Bucket(5, 20, 75)
+  bucket = token_grid.Bucket(5, 20, 75)
   scores = scores_of(jax.random.key(1), scale=2.0)
   spoiled = network.Scores(
     frame=jnp.full((5, 2), jnp.nan).at[:4].set(scores.frame),
@@ -641,7 +642,7 @@ def test_rungs_and_videos_stack_and_each_draws_as_alone():
 
 def test_the_largest_sizes_hold_every_rung_of_every_grid():
   rng = np.random.default_rng(0)
-  bucket = buckets.Bucket(6, 30, 90)
+  bucket = token_grid.Bucket(6, 30, 90)
   ratios = (0.01, 0.02, 0.04, 0.12)
   sizes = sampling.largest_sizes(bucket, ratios)
   held = 0
@@ -653,7 +654,7 @@ def test_the_largest_sizes_hold_every_rung_of_every_grid():
         assert placed.num_keep == plan.num_keep
       held += 1
   # And they are no larger than needed: a bucket that is one grid's own.
-  alone = sampling.largest_sizes(buckets.Bucket(1, 1), (1.0,), PLAN.config)
+  alone = sampling.largest_sizes(token_grid.Bucket(1, 1), (1.0,), PLAN.config)
   assert alone == sampling.Sizes(1, 1, 1, 1, 1, 1)
 
 
@@ -669,7 +670,7 @@ def test_a_plan_that_does_not_fit_is_refused():
 
 
 def test_the_sampler_in_a_bucket_lowers_for_tpu_at_full_size():
-  bucket = buckets.Bucket(64, 256)
+  bucket = token_grid.Bucket(64, 256)
   plan = sampling.in_bucket(sampling.plan((60, 15, 17), 0.02), bucket)
   shape = jax.ShapeDtypeStruct
   scores = network.Scores(

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from cacovid_jax import errors
-from cacovid_jax.policy import buckets, network, selection
+from cacovid_jax.models import token_grid
+from cacovid_jax.policy import network, selection
 
 
 def scores_of(seed, grid, scale=1.0):
@@ -211,7 +212,7 @@ def test_selection_lowers_for_tpu_at_full_size():
 
 
 GOLDEN = os.path.join(os.path.dirname(__file__), "..", "golden", "policy")
-BUCKET = buckets.Bucket(6, 20, 70)
+BUCKET = token_grid.Bucket(6, 20, 70)
 
 
 select_in_bucket = jax.jit(selection.select_in_bucket)
@@ -277,7 +278,7 @@ def test_the_bucket_gives_the_indices_of_the_static_rule():
 
 @pytest.mark.parametrize("name", ["select", "select_repair"])
 def test_one_program_selects_all_golden_cases(name):
-  bucket = buckets.Bucket(66, 200, 64 * 196)
+  bucket = token_grid.Bucket(66, 200, 64 * 196)
   compiled = select_in_bucket._cache_size()
   with np.load(os.path.join(GOLDEN, f"{name}.npz")) as arrays:
     for i, meta in enumerate(json.loads(str(arrays["meta"]))):
@@ -323,7 +324,7 @@ def test_vmap_over_videos_of_different_grids_and_ratios():
 def test_the_default_room_is_the_most_that_a_grid_of_the_bucket_keeps():
   # 0.29 * 100 is below 29, 0.29 * 1 * 10 * 10 is not.
   assert math.floor(0.29 * 100) == 28
-  tight = selection.budget((1, 10, 10), 0.29, bucket=buckets.Bucket(1, 100))
+  tight = selection.budget((1, 10, 10), 0.29, bucket=token_grid.Bucket(1, 100))
   assert tight.kept == tight.places.shape[0] == 29
   for grid, ratio, _ in random_cases(2, 40):
     budget = selection.budget(grid, ratio, bucket=BUCKET)
@@ -343,7 +344,7 @@ def test_a_budget_that_does_not_fit_is_refused():
 
 
 def test_selection_in_a_bucket_lowers_for_tpu_at_full_size():
-  bucket = buckets.Bucket(64, 256)
+  bucket = token_grid.Bucket(64, 256)
   budget = selection.budget((60, 15, 17), 0.1, bucket=bucket)
   shape = jax.ShapeDtypeStruct
   scores = network.Scores(

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 
 from cacovid_jax import errors
-from cacovid_jax.data import feature_cache, pipeline, qwen_frames, video
-from cacovid_jax.models import checkpoints
-from cacovid_jax.policy import buckets, network, sampling
+from cacovid_jax.data import feature_cache, qwen_frames, video
+from cacovid_jax.models import checkpoints, token_grid
+from cacovid_jax.policy import network, sampling
 from cacovid_jax.training import (
   loop,
+  pipeline,
   programs,
   ratio,
   replay,
@@ -30,7 +31,7 @@ from cacovid_jax.training import (
 from tests.data import clips
 from tests.training import loop_test, tiny, tiny_qwen
 
-BUCKET = buckets.Bucket(3, 26, 60)
+BUCKET = token_grid.Bucket(3, 26, 60)
 NEW = 3
 
 
@@ -333,7 +334,7 @@ def test_a_video_walks_its_own_ladder_inside_a_bucket(fixed):
   config = ratio.RatioConfig(rungs=RATIOS)
   draws = sampling.SamplingConfig(num_combinations=8)
   ladder = ratio.make_bucket_ladder(
-    buckets.Bucket(3, 64), draws, config, fixed=fixed
+    token_grid.Bucket(3, 64), draws, config, fixed=fixed
   )
   assert len(ladder) == (5 if fixed is None else 1)
   rng = np.random.default_rng(0)
@@ -353,7 +354,7 @@ def test_a_video_walks_its_own_ladder_inside_a_bucket(fixed):
 
 def test_a_ratio_that_a_grid_does_not_allow_is_named():
   ladder = ratio.make_bucket_ladder(
-    buckets.Bucket(3, 64),
+    token_grid.Bucket(3, 64),
     sampling.SamplingConfig(num_combinations=8),
     ratio.RatioConfig(),
     fixed=0.02,
@@ -403,7 +404,11 @@ def _bucketing(**changes):
   def positions(ids, **_):
     return np.arange(len(ids))[None], len(ids)
 
-  sizes = (buckets.Bucket(2, 16), buckets.Bucket(2, 24), buckets.Bucket(9, 9))
+  sizes = (
+    token_grid.Bucket(2, 16),
+    token_grid.Bucket(2, 24),
+    token_grid.Bucket(9, 9),
+  )
   fields = dict(buckets=sizes, text_rows=4, positions=positions, multiple=8)
   return pipeline.Bucketing(**fields | changes)
 
@@ -466,7 +471,7 @@ def test_cached_clips_keep_their_grid_and_seconds(folder, rows, tmp_path):
       pipeline.ShotSource(folder, pipeline.FrameRule(tiny.FRAMES), processor),
       encode,
       processor,
-      buckets=[buckets.Bucket(2, 24)],
+      buckets=[token_grid.Bucket(2, 24)],
       identity="x",
       cache=feature_cache.FeatureCache(tmp_path),
     )
@@ -490,7 +495,7 @@ def test_cached_clips_keep_their_grid_and_seconds(folder, rows, tmp_path):
 def test_buckets_share_no_program(made):
   run, batch, _ = made
   assert list(run.programs.by_bucket) == [BUCKET]
-  other = dataclasses.replace(run.recipe, grid=buckets.Bucket(3, 30))
+  other = dataclasses.replace(run.recipe, grid=token_grid.Bucket(3, 30))
   both = programs.BucketPrograms([run.recipe, other], run.mesh)
   assert both.limit == 2 * (2 + 3)
   assert both.by_bucket[BUCKET].recipe.num_video == 60
@@ -535,6 +540,6 @@ def test_clips_of_odd_shapes_are_replaced_and_noted(rows, checkpoint, tmp_path):
   assert "a side of 28 or fewer" in found["small.mp4"]["detail"]
   # Buckets that hold no ordinary clip are a mistake, not odd clips.
   run.source._memory.clear()
-  run.source._buckets = (buckets.Bucket(2, 8),)
+  run.source._buckets = (token_grid.Bucket(2, 8),)
   with pytest.raises(errors.UserError, match="no bucket holds a video of 2 x"):
     run.source(rows[0])

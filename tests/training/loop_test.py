@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from cacovid_jax import errors
+from cacovid_jax import errors, metrics
 from cacovid_jax.policy import modules, network
-from cacovid_jax.training import checkpointing, metrics
+from cacovid_jax.training import checkpointing
 from tests.training import tiny
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from cacovid_jax import errors
-from cacovid_jax.data import video_qa
+from cacovid_jax.data import tfds as tfds_lib
 from cacovid_jax.training import loop, setup
 from tests.training import tiny
 
@@ -122,7 +122,7 @@ def test_rows_of_a_tfds_are_looked_for_too(folder):
   for name in ("gone.mp4", "lost.mp4"):
     (folder / name).write_bytes(b"x")
   rows = setup.read_questions(everything)
-  video_qa.prepare({"train": rows}, folder / "tfds")
+  tfds_lib.prepare({"train": rows}, folder / "tfds")
   whole = setup.read_questions(config(folder, tfds="tfds"))
   assert list(whole) == rows
   (folder / "gone.mp4").unlink()

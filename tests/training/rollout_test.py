@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from cacovid_jax import errors
-from cacovid_jax.data import questions
-from cacovid_jax.training import rewards, rollout
+from cacovid_jax.data import question as question_lib
+from cacovid_jax.data import rewards as rewards_lib
+from cacovid_jax.training import rollout
 from tests.training import tiny
 
 
@@ -101,7 +102,7 @@ def test_lettered_reward_is_the_hosts():
     ids[row, : len(tokens)] = tokens
   got = jax.jit(rollout.lettered_reward)(ids, tokenizer.letter_id("B"), letters)
   expected = [
-    rewards.reward(questions.MULTIPLE_CHOICE, tokenizer.decode(row), "B")
+    rewards_lib.reward(question_lib.MULTIPLE_CHOICE, tokenizer.decode(row), "B")
     for row in ids
   ]
   # The host's rule stops at a space behind a full stop; see `first_letters`.

@@ -9,20 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cacovid_jax.data import prompts, tokenizer_training
-from cacovid_jax.data import questions as questions_lib
+from cacovid_jax import base_config
+from cacovid_jax.data import question as question_lib
+from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.models import checkpoints, llava_onevision
 from cacovid_jax.parallel import mesh as mesh_lib
 from cacovid_jax.policy import network, objective, sampling
-from cacovid_jax.training import (
-  defaults,
-  loop,
-  optimizer,
-  programs,
-  ratio,
-  rollout,
-  step,
-)
+from cacovid_jax.synthetic import tokenizer as tokenizer_training
+from cacovid_jax.training import loop, optimizer, programs, ratio, rollout, step
 from cacovid_jax.training import (
   state as state_lib,
 )
@@ -145,7 +139,7 @@ def run(recipe, batches, *, data=1, host_marks=False, mark=None):
 def questions(count=6):
   """Returns lettered questions about clips that do not exist."""
   return [
-    questions_lib.Question(
+    question_lib.Question(
       id=f"q{i}",
       video=f"{i}.mp4",
       question=f"What is {i}?",
@@ -159,7 +153,7 @@ def questions(count=6):
 
 def features(question):
   """Returns f32[N,D] features that depend on the question's clip alone."""
-  rng = np.random.default_rng(questions_lib.question_hash(question.video))
+  rng = np.random.default_rng(question_lib.question_hash(question.video))
   return rng.normal(size=(NUM_VIDEO, 32)).astype(np.float32)
 
 
@@ -168,7 +162,7 @@ def checkpoint():
   """Returns a random model with a byte-level tokenizer."""
   with tempfile.TemporaryDirectory() as folder:
     tokenizer_training.train(["A B C D red blue"], 300, folder, image_size=14)
-    tokenizer = prompts.Tokenizer.from_directory(folder)
+    tokenizer = tokenizer_lib.Tokenizer.from_directory(folder)
   sizes = llava_onevision.LlavaOnevisionConfig.tiny()
   sizes = dataclasses.replace(
     sizes,
@@ -188,7 +182,7 @@ def checkpoint():
 
 def config(**changes):
   """Returns the default config at the tiny model's sizes; "a.b" keys."""
-  made = defaults.get_config()
+  made = base_config.get_config()
   made.total_steps, made.videos_per_step, made.iterations = 4, 2, 2
   made.log_every = 1
   made.sampling.ratio, made.sampling.num_combinations = 0.125, 8

@@ -4,8 +4,8 @@ Subset/test-00000-of-00001.parquet and videos/<video_idx>.mp4. The other 4531
 questions are scored on a public server only.
 """
 
-from cacovid_jax.data import questions
-from cacovid_jax.data.readers import rows as rows_lib
+from cacovid_jax.data import question as question_lib
+from cacovid_jax.data.readers import validation
 
 _COLUMNS = ("question_idx", "question", "video_idx", "option", "answer")
 
@@ -15,8 +15,8 @@ def read_egoschema(
   root=None,
   *,
   on_bad_row: str = "raise",
-  report: rows_lib.Report | None = None,
-) -> list[questions.Question]:
+  report: validation.Report | None = None,
+) -> list[question_lib.Question]:
   """Returns the questions of EgoSchema's subset.
 
   Args:
@@ -25,14 +25,14 @@ def read_egoschema(
     on_bad_row: "raise" or "skip".
     report: filled with what was left out.
   """
-  places = rows_lib.Places(
+  places = validation.Places(
     root, "videos/{}.mp4", "videos/{}.MP4", "videos/{}.mkv", "{}.mp4"
   )
 
   def parse(entry, unused_name, unused_row):
     return _row(entry, places)
 
-  return rows_lib.read_tables(
+  return validation.read_tables(
     paths,
     _COLUMNS,
     "EgoSchema",
@@ -52,18 +52,18 @@ def prompt(question: str, lettered_options) -> str:
   )
 
 
-def _row(entry, places) -> questions.Question:
-  question = rows_lib.text(entry, "question")
-  given = rows_lib.choices(entry, "option", most=5)
-  options = rows_lib.lettered(given, "option")
-  clip = rows_lib.text(entry, "video_idx")
-  return questions.Question(
-    id=rows_lib.identity(entry, "question_idx"),
+def _row(entry, places) -> question_lib.Question:
+  question = validation.text(entry, "question")
+  given = validation.choices(entry, "option", most=5)
+  options = validation.lettered(given, "option")
+  clip = validation.text(entry, "video_idx")
+  return question_lib.Question(
+    id=validation.identity(entry, "question_idx"),
     video=places(clip, field="video_idx"),
     question=question,
     options=options,
-    answer=rows_lib.letter_at(
-      rows_lib.integer(entry, "answer"), len(options), "answer"
+    answer=validation.letter_at(
+      validation.integer(entry, "answer"), len(options), "answer"
     ),
     source="egoschema",
     prompt=prompt(question, given),

@@ -5,8 +5,9 @@ test split has no answers. Subtitles are not used: a clip that has none is as
 good as another.
 """
 
-from cacovid_jax.data import prompts, questions
-from cacovid_jax.data.readers import rows as rows_lib
+from cacovid_jax.data import question as question_lib
+from cacovid_jax.data import tokenizer as tokenizer_lib
+from cacovid_jax.data.readers import validation
 
 DURATION_GROUPS = ("15", "60", "600", "3600")
 _SLOTS = tuple(f"option{i}" for i in range(5))
@@ -26,8 +27,8 @@ def read_longvideobench(
   root=None,
   *,
   on_bad_row: str = "raise",
-  report: rows_lib.Report | None = None,
-) -> list[questions.Question]:
+  report: validation.Report | None = None,
+) -> list[question_lib.Question]:
   """Returns the questions of LongVideoBench files.
 
   Args:
@@ -37,12 +38,12 @@ def read_longvideobench(
     on_bad_row: "raise" or "skip".
     report: filled with what was left out.
   """
-  places = rows_lib.Places(root, "videos/{}", "{}")
+  places = validation.Places(root, "videos/{}", "{}")
 
   def parse(entry, unused_name, unused_row):
     return _row(entry, places)
 
-  return rows_lib.read_tables(
+  return validation.read_tables(
     paths,
     lambda columns: (
       (*_COMMON, "candidates")
@@ -66,40 +67,40 @@ def prompt(question: str, lettered_options) -> str:
   )
 
 
-def _row(entry, places) -> questions.Question:
-  question = rows_lib.text(entry, "question")
+def _row(entry, places) -> question_lib.Question:
+  question = validation.text(entry, "question")
   if "candidates" in entry:
-    options = rows_lib.choices(entry, "candidates", most=5)
+    options = validation.choices(entry, "candidates", most=5)
   else:
     options = _slots(entry)
-  choice = rows_lib.integer(entry, "correct_choice")
+  choice = validation.integer(entry, "correct_choice")
   if choice < 0:
-    raise rows_lib.RowError(
+    raise validation.RowError(
       "correct_choice", "no answer; the validation split has them"
     )
-  topic = rows_lib.text(entry, "topic_category", required=False)
-  return questions.Question(
-    id=rows_lib.text(entry, "id"),
-    video=places(rows_lib.text(entry, "video_path"), field="video_path"),
+  topic = validation.text(entry, "topic_category", required=False)
+  return question_lib.Question(
+    id=validation.text(entry, "id"),
+    video=places(validation.text(entry, "video_path"), field="video_path"),
     question=question,
     options=tuple(options),
-    answer=rows_lib.letter_at(choice, len(options), "correct_choice"),
-    duration=str(rows_lib.integer(entry, "duration_group")),
-    category=rows_lib.text(entry, "question_category"),
+    answer=validation.letter_at(choice, len(options), "correct_choice"),
+    duration=str(validation.integer(entry, "duration_group")),
+    category=validation.text(entry, "question_category"),
     groups=(("topic_category", topic),) if topic else (),
     source="longvideobench",
-    prompt=prompt(question, prompts.letter_options(options)),
+    prompt=prompt(question, tokenizer_lib.letter_options(options)),
   )
 
 
 def _slots(entry) -> list[str]:
   """Returns the options before the first unused slot."""
-  given = [rows_lib.text(entry, slot) for slot in _SLOTS]
+  given = [validation.text(entry, slot) for slot in _SLOTS]
   used = [option != _UNUSED for option in given]
   count = used.index(False) if False in used else len(used)
   if any(used[count:]):
     # The letters of the prompt and those of the score would differ.
-    raise rows_lib.RowError(
+    raise validation.RowError(
       f"option{count}", "an unused option stands before one that is used"
     )
-  return rows_lib.choices({"option0": given[:count]}, "option0", most=5)
+  return validation.choices({"option0": given[:count]}, "option0", most=5)

@@ -9,8 +9,8 @@ are left out and counted.
 
 import re
 
-from cacovid_jax.data import questions
-from cacovid_jax.data.readers import rows as rows_lib
+from cacovid_jax.data import question as question_lib
+from cacovid_jax.data.readers import validation
 
 DEV_TYPES = (
   "plotQA",
@@ -47,8 +47,8 @@ def read_mlvu(
   types=DEV_TYPES,
   most_options: int = 4,
   on_bad_row: str = "raise",
-  report: rows_lib.Report | None = None,
-) -> list[questions.Question]:
+  report: validation.Report | None = None,
+) -> list[question_lib.Question]:
   """Returns the multiple choice questions of MLVU files of either layout.
 
   Args:
@@ -60,12 +60,12 @@ def read_mlvu(
     on_bad_row: "raise" or "skip".
     report: filled with what was left out.
   """
-  places = rows_lib.Places(root, "{}", "video/{}", "videos/{}")
+  places = validation.Places(root, "{}", "video/{}", "videos/{}")
 
   def parse(entry, name, row):
     return _row(entry, name, row, places, types, most_options)
 
-  return rows_lib.read_tables(
+  return validation.read_tables(
     paths,
     _required,
     "MLVU",
@@ -88,15 +88,15 @@ def _required(columns) -> tuple[str, ...]:
   return (*_ORIGINAL, *more)
 
 
-def _row(entry, name, row, places, types, most) -> questions.Question:
+def _row(entry, name, row, places, types, most) -> question_lib.Question:
   original = "video_name" not in entry
   field = "question_type" if original else "task_type"
-  kind = rows_lib.text(entry, field)
+  kind = validation.text(entry, field)
   kind = _RENAMED.get(kind, kind)
   if kind in _GENERATION:
-    raise rows_lib.LeftOutError("generation tasks")
+    raise validation.LeftOutError("generation tasks")
   if kind not in types:
-    raise rows_lib.RowError(
+    raise validation.RowError(
       field, f"{kind[:40]!r} is none of {', '.join(types)}"
     )
   parse = _original if original else _lmms
@@ -104,21 +104,21 @@ def _row(entry, name, row, places, types, most) -> questions.Question:
   if original:
     folders = (name, name.partition("_")[2] or name)
     place = places(
-      rows_lib.text(entry, "video"),
+      validation.text(entry, "video"),
       *(f"video/{folder}/{{}}" for folder in folders),
       field="video",
     )
   else:
-    place = places(rows_lib.text(entry, "video_name"), field="video_name")
+    place = places(validation.text(entry, "video_name"), field="video_name")
   identity = f"{name}:{row}"
   if entry.get("question_id") is not None:
-    identity = rows_lib.identity(entry, "question_id")
-  return questions.Question(
+    identity = validation.identity(entry, "question_id")
+  return question_lib.Question(
     id=identity,
     video=place,
     question=question,
     options=tuple(options),
-    answer=_answer(rows_lib.text(entry, "answer"), options, by_text=original),
+    answer=_answer(validation.text(entry, "answer"), options, by_text=original),
     category=kind,
     source="mlvu",
     prompt=prompt(shown),
@@ -127,23 +127,23 @@ def _row(entry, name, row, places, types, most) -> questions.Question:
 
 def _original(entry, most) -> tuple[str, str, list[str]]:
   """Returns (question, the same with its options, options)."""
-  question = rows_lib.text(entry, "question")
-  options = rows_lib.choices(entry, "candidates", most=most)
+  question = validation.text(entry, "question")
+  options = validation.choices(entry, "candidates", most=most)
   lines = [
     f"({letter}) {option}"
-    for letter, option in zip(questions.LETTERS, options, strict=False)
+    for letter, option in zip(question_lib.LETTERS, options, strict=False)
   ]
   return question, "\n".join([question, *lines]), options
 
 
 def _lmms(entry, most) -> tuple[str, str, list[str]]:
   """As `_original`, of a question that holds its options."""
-  shown = rows_lib.text(entry, "question")
+  shown = validation.text(entry, "question")
   if isinstance(entry.get("candidates"), list):
-    options = rows_lib.choices(entry, "candidates", most=most)
+    options = validation.choices(entry, "candidates", most=most)
   else:
-    found = {"question": list(rows_lib.inline_options(shown))}
-    options = rows_lib.choices(found, "question", most=most)
+    found = {"question": list(validation.inline_options(shown))}
+    options = validation.choices(found, "question", most=most)
   start = _FIRST_OPTION.search(shown)
   return shown[: start.start()] if start else shown, shown, options
 
@@ -151,7 +151,7 @@ def _lmms(entry, most) -> tuple[str, str, list[str]]:
 def _answer(answer: str, options, *, by_text: bool) -> str:
   """Returns the letter of an answer that is a letter, or an option's text."""
   if by_text and answer in options:
-    return rows_lib.letter_of(answer, options, "answer")
+    return validation.letter_of(answer, options, "answer")
   if len(answer.strip().strip("().")) == 1:
-    return rows_lib.letter(answer, options, "answer")
-  raise rows_lib.RowError("answer", f"{answer[:40]!r} is none of the options")
+    return validation.letter(answer, options, "answer")
+  raise validation.RowError("answer", f"{answer[:40]!r} is none of the options")

@@ -8,8 +8,8 @@ sources need a licence of their own, so tasks may be missing; they are named.
 import pathlib
 
 from cacovid_jax import errors
-from cacovid_jax.data import questions
-from cacovid_jax.data.readers import rows as rows_lib
+from cacovid_jax.data import question as question_lib
+from cacovid_jax.data.readers import validation
 
 _STAR = "star/Charades_segment"
 _CLEVRER = "clevrer/video_validation"
@@ -49,8 +49,8 @@ def read_mvbench(
   root=None,
   *,
   on_bad_row: str = "raise",
-  report: rows_lib.Report | None = None,
-) -> list[questions.Question]:
+  report: validation.Report | None = None,
+) -> list[question_lib.Question]:
   """Returns the questions of MVBench's files, one file for each task.
 
   Args:
@@ -59,9 +59,9 @@ def read_mvbench(
     on_bad_row: "raise" or "skip".
     report: filled with what was left out, and the tasks that are missing.
   """
-  report = rows_lib.Report() if report is None else report
+  report = validation.Report() if report is None else report
   found = {
-    pathlib.Path(path).stem: path for path in rows_lib.split_paths(paths)
+    pathlib.Path(path).stem: path for path in validation.split_paths(paths)
   }
   if not found.keys() & FOLDERS.keys():
     raise errors.UserError(
@@ -71,12 +71,12 @@ def read_mvbench(
   report.missing += [task for task in TASKS if task not in found]
   for name in sorted(found.keys() - FOLDERS.keys()):
     report.left_out[f"{name}.json, no task of MVBench"] += 1
-  places = rows_lib.Places(root)
+  places = validation.Places(root)
 
   def parse(entry, task, row):
     return _row(entry, task, row, places)
 
-  return rows_lib.read_tables(
+  return validation.read_tables(
     [found[task] for task in TASKS if task in found],
     _COLUMNS,
     "MVBench",
@@ -90,25 +90,25 @@ def prompt(question: str, options) -> str:
   """Returns the user's text; no space stands behind "Question:"."""
   shown = "".join(
     f"({letter}) {option}\n"
-    for letter, option in zip(questions.LETTERS, options, strict=False)
+    for letter, option in zip(question_lib.LETTERS, options, strict=False)
   )
   return f"Question:{question}\nOption:\n{shown}Only give the best option.\n"
 
 
-def _row(entry, task, row, places) -> questions.Question:
-  question = rows_lib.text(entry, "question")
-  options = rows_lib.choices(entry, "candidates", most=5)
+def _row(entry, task, row, places) -> question_lib.Question:
+  question = validation.text(entry, "question")
+  options = validation.choices(entry, "candidates", most=5)
   folder = FOLDERS[task]
   patterns = [f"{folder}/{{}}", f"video/{folder}/{{}}"]
   if folder in (_STAR, _CLEVRER):
     patterns.insert(1, f"{_DATED}{folder}/{{}}")
-  answer = rows_lib.text(entry, "answer")
-  return questions.Question(
+  answer = validation.text(entry, "answer")
+  return question_lib.Question(
     id=f"{task}:{row}",
-    video=places(rows_lib.text(entry, "video"), *patterns, field="video"),
+    video=places(validation.text(entry, "video"), *patterns, field="video"),
     question=question,
     options=tuple(options),
-    answer=rows_lib.letter_of(answer, options, "answer"),
+    answer=validation.letter_of(answer, options, "answer"),
     category=task,
     source="mvbench",
     prompt=prompt(question, options),

@@ -4,8 +4,9 @@ MC/test-00000-of-00001.parquet and NExTVideo/<video>.mp4. The prompt has no
 instruction, as in lmms-eval.
 """
 
-from cacovid_jax.data import prompts, questions
-from cacovid_jax.data.readers import rows as rows_lib
+from cacovid_jax.data import question as question_lib
+from cacovid_jax.data import tokenizer as tokenizer_lib
+from cacovid_jax.data.readers import validation
 
 _SLOTS = tuple(f"a{i}" for i in range(5))
 _COLUMNS = ("video", "question", "answer", "qid", "type", *_SLOTS)
@@ -20,8 +21,8 @@ def read_nextqa(
   root=None,
   *,
   on_bad_row: str = "raise",
-  report: rows_lib.Report | None = None,
-) -> list[questions.Question]:
+  report: validation.Report | None = None,
+) -> list[question_lib.Question]:
   """Returns the multiple choice questions of NExT-QA.
 
   Args:
@@ -30,12 +31,14 @@ def read_nextqa(
     on_bad_row: "raise" or "skip".
     report: filled with what was left out.
   """
-  places = rows_lib.Places(root, "NExTVideo/{}.mp4", "videos/{}.mp4", "{}.mp4")
+  places = validation.Places(
+    root, "NExTVideo/{}.mp4", "videos/{}.mp4", "{}.mp4"
+  )
 
   def parse(entry, unused_name, unused_row):
     return _row(entry, places)
 
-  return rows_lib.read_tables(
+  return validation.read_tables(
     paths,
     _COLUMNS,
     "NExT-QA",
@@ -50,26 +53,26 @@ def prompt(question: str, lettered_options) -> str:
   return question + "\n" + "\n".join(lettered_options)
 
 
-def _row(entry, places) -> questions.Question:
-  question = rows_lib.text(entry, "question").strip()
-  options = [rows_lib.text(entry, slot).strip() for slot in _SLOTS]
-  kind = rows_lib.text(entry, "type")
+def _row(entry, places) -> question_lib.Question:
+  question = validation.text(entry, "question").strip()
+  options = [validation.text(entry, slot).strip() for slot in _SLOTS]
+  kind = validation.text(entry, "type")
   kind = _FOLDED.get(kind, kind)
   if kind not in _TYPES:
-    raise rows_lib.RowError(
+    raise validation.RowError(
       "type", f"{kind[:40]!r} is none of {', '.join((*_TYPES, *_FOLDED))}"
     )
-  clip = rows_lib.identity(entry, "video")
-  return questions.Question(
-    id=f"{clip}_{rows_lib.identity(entry, 'qid')}",
+  clip = validation.identity(entry, "video")
+  return question_lib.Question(
+    id=f"{clip}_{validation.identity(entry, 'qid')}",
     video=places(clip, field="video"),
     question=question,
     options=tuple(options),
-    answer=rows_lib.letter_at(
-      rows_lib.integer(entry, "answer"), len(options), "answer"
+    answer=validation.letter_at(
+      validation.integer(entry, "answer"), len(options), "answer"
     ),
     category=kind[0],
     groups=(("type", kind),),
     source="nextqa",
-    prompt=prompt(question, prompts.letter_options(options)),
+    prompt=prompt(question, tokenizer_lib.letter_options(options)),
   )

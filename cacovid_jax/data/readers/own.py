@@ -18,8 +18,9 @@ import json
 import os
 
 from cacovid_jax import errors
-from cacovid_jax.data import prompts, questions
-from cacovid_jax.data.readers import rows as rows_lib
+from cacovid_jax.data import question as question_lib
+from cacovid_jax.data import tokenizer as tokenizer_lib
+from cacovid_jax.data.readers import validation
 
 FILES = ("questions.json", "questions.csv")
 SPLITS = ("train", "validation", "test")
@@ -28,7 +29,7 @@ _SHARES = (80, 10, 10)
 
 _REQUIRED = ("video", "question", "answer")
 _OPTIONAL = ("options", "split", "id", "category", "problem_type")
-_LETTERED = tuple(f"option_{letter.lower()}" for letter in questions.LETTERS)
+_LETTERED = tuple(f"option_{letter.lower()}" for letter in question_lib.LETTERS)
 
 
 def read_own(
@@ -37,8 +38,8 @@ def read_own(
   *,
   split: str = "",
   on_bad_row: str = "raise",
-  report: rows_lib.Report | None = None,
-) -> list[questions.Question]:
+  report: validation.Report | None = None,
+) -> list[question_lib.Question]:
   """Returns the questions of a folder, or of one of its files.
 
   Args:
@@ -52,11 +53,11 @@ def read_own(
     raise errors.UserError(
       f"there is no split {split!r}; give {', '.join(SPLITS)}"
     )
-  rows_lib.check_root(root)
+  validation.check_root(root)
   path = find(path[0] if isinstance(path, list) else path)
   entries, columns = _load(path)
   _check_columns(path, columns)
-  rows, splits = rows_lib.Rows(on_bad_row, report), {}
+  rows, splits = validation.Rows(on_bad_row, report), {}
   for number, entry in enumerate(entries, start=1):
 
     def parse(entry, number=number):
@@ -105,7 +106,7 @@ def _load(path: str) -> tuple[list, list[str]]:
   """Returns (rows, columns) of a CSV or JSON file."""
   if path.endswith(".csv"):
     return _load_csv(path)
-  entries = rows_lib.load_json(path)
+  entries = validation.load_json(path)
   if not isinstance(entries, list):
     raise errors.UserError(
       f"{path}: holds no JSON list; give a list of objects, one per question"
@@ -115,7 +116,7 @@ def _load(path: str) -> tuple[list, list[str]]:
 
 
 def _load_csv(path: str) -> tuple[list[dict], list[str]]:
-  rows_lib.check_size(path, rows_lib.MAX_JSON_BYTES)
+  validation.check_size(path, validation.MAX_JSON_BYTES)
   with open(path, "rb") as f:
     data = f.read()
   try:
@@ -164,50 +165,50 @@ def _check_columns(path: str, columns) -> None:
     )
 
 
-def _row(entry, number: int, columns) -> tuple[questions.Question, str]:
+def _row(entry, number: int, columns) -> tuple[question_lib.Question, str]:
   """Returns the question of a row, and its split."""
   if not isinstance(entry, dict):
-    raise rows_lib.RowError(
+    raise validation.RowError(
       "row", f"an object is needed, not {type(entry).__name__}"
     )
   if None in entry:
-    raise rows_lib.RowError("row", "has more cells than the first line")
-  clip = rows_lib.relative(rows_lib.text(entry, "video"), "video")
-  question = rows_lib.text(entry, "question").strip()
+    raise validation.RowError("row", "has more cells than the first line")
+  clip = validation.relative(validation.text(entry, "video"), "video")
+  question = validation.text(entry, "question").strip()
   options = _options(entry)
-  kind = rows_lib.text(entry, "problem_type", required=False).strip()
+  kind = validation.text(entry, "problem_type", required=False).strip()
   if not kind:
-    kind = questions.MULTIPLE_CHOICE if options else questions.FREE_FORM
-  if kind not in questions.PROBLEM_TYPES:
-    raise rows_lib.RowError(
+    kind = question_lib.MULTIPLE_CHOICE if options else question_lib.FREE_FORM
+  if kind not in question_lib.PROBLEM_TYPES:
+    raise validation.RowError(
       "problem_type",
-      f"{kind[:40]!r} is none of {', '.join(questions.PROBLEM_TYPES)}",
+      f"{kind[:40]!r} is none of {', '.join(question_lib.PROBLEM_TYPES)}",
     )
   answer = _cell(entry, "answer")
-  if kind == questions.MULTIPLE_CHOICE:
+  if kind == question_lib.MULTIPLE_CHOICE:
     if len(options) < 2:
-      raise rows_lib.RowError(
+      raise validation.RowError(
         "options", "a multiple choice question needs at least two"
       )
     answer = _letter(answer, options)
   split = split_of(clip)
   if "split" in columns:
-    split = rows_lib.text(entry, "split").strip()
+    split = validation.text(entry, "split").strip()
     if split not in SPLITS:
-      raise rows_lib.RowError(
+      raise validation.RowError(
         "split", f"{split[:40]!r} is none of {', '.join(SPLITS)}"
       )
-  found = questions.Question(
+  found = question_lib.Question(
     id=_cell(entry, "id") if "id" in columns else str(number),
     video=clip,
     question=question,
     options=options,
     answer=answer,
     problem_type=kind,
-    category=rows_lib.text(entry, "category", required=False).strip() or None,
+    category=validation.text(entry, "category", required=False).strip() or None,
     source="own",
-    prompt=prompts.training_prompt(
-      question, prompts.letter_options(options), kind
+    prompt=tokenizer_lib.training_prompt(
+      question, tokenizer_lib.letter_options(options), kind
     ),
   )
   return found, split
@@ -218,7 +219,7 @@ def _cell(entry: dict, field: str) -> str:
   value = entry.get(field)
   if isinstance(value, (int, float)) and not isinstance(value, bool):
     entry = {field: str(value)}
-  return rows_lib.text(entry, field).strip()
+  return validation.text(entry, field).strip()
 
 
 def _options(entry: dict) -> tuple[str, ...]:
@@ -232,16 +233,16 @@ def _options(entry: dict) -> tuple[str, ...]:
   elif isinstance(given, str):
     given = None
   if own and given:
-    raise rows_lib.RowError("options", "and option_a, ... are both given")
+    raise validation.RowError("options", "and option_a, ... are both given")
   for name, option in zip(_LETTERED, own, strict=False):
     if not option:
-      raise rows_lib.RowError(name, "empty, while a later option is not")
-  found = rows_lib.options({"options": own or given})
-  return tuple(option.strip() for option in rows_lib.strip_letters(found))
+      raise validation.RowError(name, "empty, while a later option is not")
+  found = validation.options({"options": own or given})
+  return tuple(option.strip() for option in validation.strip_letters(found))
 
 
 def _optional(entry: dict, name: str) -> str:
-  return rows_lib.text(entry, name, required=False).strip()
+  return validation.text(entry, name, required=False).strip()
 
 
 def _split_options(text: str) -> list:
@@ -250,7 +251,7 @@ def _split_options(text: str) -> list:
   try:
     return json.loads(text)
   except (ValueError, RecursionError) as error:
-    raise rows_lib.RowError(
+    raise validation.RowError(
       "options", f"{text[:40]!r} is no JSON list ({error})"
     ) from None
 
@@ -259,19 +260,19 @@ def _letter(answer: str, options) -> str:
   """Returns the letter of an answer, which is a letter or an option's text."""
   same = [
     letter
-    for letter, option in zip(questions.LETTERS, options, strict=False)
+    for letter, option in zip(question_lib.LETTERS, options, strict=False)
     if option.casefold() == answer.casefold()
   ]
   letter = answer.strip(".()").upper()
-  allowed = questions.LETTERS[: len(options)]
+  allowed = question_lib.LETTERS[: len(options)]
   if len(letter) == 1 and letter in allowed:
     same = list(dict.fromkeys([letter, *same]))
   if len(same) > 1:
-    raise rows_lib.RowError(
+    raise validation.RowError(
       "answer", f"{answer[:40]!r} stands for several options: {', '.join(same)}"
     )
   if not same:
-    raise rows_lib.RowError(
+    raise validation.RowError(
       "answer",
       f"{answer[:40]!r} is neither one of the letters {allowed} nor the text of"
       " an option",

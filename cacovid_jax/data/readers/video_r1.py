@@ -3,8 +3,9 @@
 import os
 
 from cacovid_jax import errors
-from cacovid_jax.data import prompts, questions
-from cacovid_jax.data.readers import rows as rows_lib
+from cacovid_jax.data import question as question_lib
+from cacovid_jax.data import tokenizer as tokenizer_lib
+from cacovid_jax.data.readers import validation
 
 # Of rows that name none.
 SOURCE = "video-r1"
@@ -15,8 +16,8 @@ def read_video_r1(
   root=None,
   *,
   on_bad_row: str = "raise",
-  report: rows_lib.Report | None = None,
-) -> list[questions.Question]:
+  report: validation.Report | None = None,
+) -> list[question_lib.Question]:
   """Returns the video questions of Video-R1 JSON files.
 
   Both key sets are read: that of Video-R1-260k (`data_type`, `path`,
@@ -32,11 +33,11 @@ def read_video_r1(
     on_bad_row: "raise" or "skip".
     report: filled with what was left out.
   """
-  rows_lib.check_root(root)
-  rows = rows_lib.Rows(on_bad_row, report)
-  paths = rows_lib.split_paths(paths)
+  validation.check_root(root)
+  rows = validation.Rows(on_bad_row, report)
+  paths = validation.split_paths(paths)
   for path in paths:
-    entries = rows_lib.load_json(path)
+    entries = validation.load_json(path)
     if not isinstance(entries, list):
       raise errors.UserError(
         f"{path}: holds no JSON list; give a file in Video-R1's format"
@@ -57,51 +58,56 @@ def read_video_r1(
   return rows.finish(", ".join(paths))
 
 
-def _video_r1_row(entry, name: str, prefix: str) -> questions.Question | None:
+def _video_r1_row(
+  entry, name: str, prefix: str
+) -> question_lib.Question | None:
   if not isinstance(entry, dict):
-    raise rows_lib.RowError(
+    raise validation.RowError(
       "row", f"an object is needed, not {type(entry).__name__}"
     )
   field = "modality_type" if "modality_type" in entry else "data_type"
-  modality = rows_lib.text(entry, field)
+  modality = validation.text(entry, field)
   if modality == "image":
     return None
   if modality != "video":
-    raise rows_lib.RowError(
+    raise validation.RowError(
       field, f"{modality[:40]!r} is neither video nor image"
     )
-  problem = rows_lib.text(entry, "problem")
-  problem_type = rows_lib.text(entry, "problem_type")
-  if problem_type not in questions.PROBLEM_TYPES:
-    raise rows_lib.RowError(
+  problem = validation.text(entry, "problem")
+  problem_type = validation.text(entry, "problem_type")
+  if problem_type not in question_lib.PROBLEM_TYPES:
+    raise validation.RowError(
       "problem_type",
-      f"{problem_type[:40]!r} is none of {', '.join(questions.PROBLEM_TYPES)}",
+      f"{problem_type[:40]!r} is none of"
+      f" {', '.join(question_lib.PROBLEM_TYPES)}",
     )
   path_field = "video" if "video" in entry else "path"
-  path = rows_lib.relative(rows_lib.text(entry, path_field), path_field)
-  answer = questions.extract_answer(rows_lib.text(entry, "solution")).strip()
+  path = validation.relative(validation.text(entry, path_field), path_field)
+  answer = question_lib.extract_answer(
+    validation.text(entry, "solution")
+  ).strip()
   if not answer:
-    raise rows_lib.RowError("solution", "the answer is empty")
-  given = rows_lib.options(entry)
-  options, lettered = rows_lib.strip_letters(given), given
-  if problem_type == questions.MULTIPLE_CHOICE:
-    options = options or rows_lib.inline_options(problem)
+    raise validation.RowError("solution", "the answer is empty")
+  given = validation.options(entry)
+  options, lettered = validation.strip_letters(given), given
+  if problem_type == question_lib.MULTIPLE_CHOICE:
+    options = options or validation.inline_options(problem)
     if len(options) < 2:
-      raise rows_lib.RowError(
+      raise validation.RowError(
         "options", "a multiple choice question without options"
       )
-    answer = rows_lib.letter(answer, options, "solution")
+    answer = validation.letter(answer, options, "solution")
     if given and options == tuple(given):
-      lettered = prompts.letter_options(given)
+      lettered = tokenizer_lib.letter_options(given)
   identity = entry.get("problem_id", name)
   if not isinstance(identity, (int, str)) or isinstance(identity, bool):
-    raise rows_lib.RowError(
+    raise validation.RowError(
       "problem_id", f"{identity!r} is neither number nor text"
     )
-  rows_lib.check_unicode(str(identity), "problem_id")
+  validation.check_unicode(str(identity), "problem_id")
   # Some sources give seconds here, which are no group.
   duration = entry.get("duration")
-  return questions.Question(
+  return question_lib.Question(
     id=f"{prefix}{identity}",
     video=path,
     question=problem,
@@ -109,7 +115,7 @@ def _video_r1_row(entry, name: str, prefix: str) -> questions.Question | None:
     answer=answer,
     problem_type=problem_type,
     duration=duration if isinstance(duration, str) else None,
-    category=rows_lib.text(entry, "category", required=False) or None,
-    source=rows_lib.text(entry, "data_source", required=False) or SOURCE,
-    prompt=prompts.training_prompt(problem, lettered, problem_type),
+    category=validation.text(entry, "category", required=False) or None,
+    source=validation.text(entry, "data_source", required=False) or SOURCE,
+    prompt=tokenizer_lib.training_prompt(problem, lettered, problem_type),
   )

@@ -5,8 +5,9 @@ used, though the prompt names them.
 """
 
 from cacovid_jax import errors
-from cacovid_jax.data import prompts, questions
-from cacovid_jax.data.readers import rows as rows_lib
+from cacovid_jax.data import question as question_lib
+from cacovid_jax.data import tokenizer as tokenizer_lib
+from cacovid_jax.data.readers import validation
 
 _COLUMNS = ("question_id", "videoID", "question", "options", "answer")
 _PLACES = (
@@ -26,8 +27,8 @@ def read_videomme(
   *,
   released: bool = False,
   on_bad_row: str = "raise",
-  report: rows_lib.Report | None = None,
-) -> list[questions.Question]:
+  report: validation.Report | None = None,
+) -> list[question_lib.Question]:
   """Returns the questions of VideoMME-format parquet files.
 
   Args:
@@ -44,12 +45,12 @@ def read_videomme(
     raise errors.UserError(
       f"prompt style {style!r}: give 'videomme' or 'video-r1'"
     )
-  places = rows_lib.Places(root, *_PLACES)
+  places = validation.Places(root, *_PLACES)
 
   def parse(entry, unused_name, unused_row):
     return _row(entry, style, places, released)
 
-  return rows_lib.read_tables(
+  return validation.read_tables(
     paths,
     _COLUMNS,
     "VideoMME",
@@ -59,34 +60,40 @@ def read_videomme(
   )
 
 
-def _row(entry, style, places, released) -> questions.Question:
-  identity = rows_lib.text(entry, "question_id")
-  clip = rows_lib.text(entry, "videoID")
-  question = rows_lib.text(entry, "question")
-  most = 4 if released else len(questions.LETTERS)
-  given = rows_lib.choices(entry, "options", most=most)
+def _row(entry, style, places, released) -> question_lib.Question:
+  identity = validation.text(entry, "question_id")
+  clip = validation.text(entry, "videoID")
+  question = validation.text(entry, "question")
+  most = 4 if released else len(question_lib.LETTERS)
+  given = validation.choices(entry, "options", most=most)
   if released:
-    options, shown = rows_lib.lettered(given, "options"), given
+    options, shown = validation.lettered(given, "options"), given
   else:
-    options = rows_lib.strip_letters(given)
-    shown = prompts.letter_options(given) if options == tuple(given) else given
+    options = validation.strip_letters(given)
+    shown = (
+      tokenizer_lib.letter_options(given) if options == tuple(given) else given
+    )
   place = places(clip, field="videoID")
   if style == "videomme":
-    prompt = prompts.videomme_prompt(question, shown)
+    prompt = tokenizer_lib.videomme_prompt(question, shown)
   else:
-    prompt = prompts.training_prompt(question, shown, questions.MULTIPLE_CHOICE)
+    prompt = tokenizer_lib.training_prompt(
+      question, shown, question_lib.MULTIPLE_CHOICE
+    )
   groups = {
-    facet: rows_lib.text(entry, facet, required=False) for facet in _GROUPS
+    facet: validation.text(entry, facet, required=False) for facet in _GROUPS
   }
-  return questions.Question(
+  return question_lib.Question(
     id=identity,
     video=place,
     question=question,
     options=options,
-    answer=rows_lib.letter(rows_lib.text(entry, "answer"), options, "answer"),
-    problem_type=questions.MULTIPLE_CHOICE,
-    duration=rows_lib.text(entry, "duration", required=False) or None,
-    category=rows_lib.text(entry, "task_type", required=False) or None,
+    answer=validation.letter(
+      validation.text(entry, "answer"), options, "answer"
+    ),
+    problem_type=question_lib.MULTIPLE_CHOICE,
+    duration=validation.text(entry, "duration", required=False) or None,
+    category=validation.text(entry, "task_type", required=False) or None,
     groups=tuple((facet, name) for facet, name in groups.items() if name),
     source="videomme",
     prompt=prompt,

@@ -5,11 +5,7 @@ rules, `paper` is that behind CaCoVID's tables and `lmms-0.7.3` that of
 lmms-eval 0.7.3.
 """
 
-from cacovid_jax.evals.scoring.letters import (
-  EXTRACTORS,
-  check_rule,
-  extract,
-)
+from cacovid_jax.data.letters import EXTRACTORS, check_rule, extract
 from cacovid_jax.evals.scoring.prepared import score
 from cacovid_jax.evals.scoring.scored import Scored
 

@@ -4,8 +4,8 @@ Both rules are the same here: CaCoVID's tables were counted by this one, and
 lmms-eval 0.7.3 has it unchanged.
 """
 
-from cacovid_jax.data import questions
-from cacovid_jax.evals.scoring import letters
+from cacovid_jax.data import letters
+from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals.scoring import scored as scored_lib
 
 _PREAMBLES = (
@@ -18,7 +18,7 @@ _PREAMBLES = (
 
 
 def score(
-  question: questions.Question, text: str, *, rule: str = "paper"
+  question: question_lib.Question, text: str, *, rule: str = "paper"
 ) -> scored_lib.Scored:
   """Returns the score of an answer.
 

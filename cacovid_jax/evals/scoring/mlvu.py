@@ -1,7 +1,7 @@
 """MLVU: the prompt ends in an open parenthesis, so the letter comes first."""
 
-from cacovid_jax.data import questions
-from cacovid_jax.evals.scoring import letters
+from cacovid_jax.data import letters
+from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals.scoring import scored as scored_lib
 
 
@@ -16,14 +16,14 @@ def extract_paper(text: str) -> str:
 
 
 def score_dev(
-  question: questions.Question, text: str, *, rule: str = "paper"
+  question: question_lib.Question, text: str, *, rule: str = "paper"
 ) -> scored_lib.Scored:
   """Returns the score of an answer to one of four options."""
   return _score(question, text, rule, 4)
 
 
 def score_test(
-  question: questions.Question, text: str, *, rule: str = "paper"
+  question: question_lib.Question, text: str, *, rule: str = "paper"
 ) -> scored_lib.Scored:
   """Returns the score of an answer to one of six options.
 
@@ -37,7 +37,7 @@ def _score(question, text, rule, num_options) -> scored_lib.Scored:
   letters.check_rule(rule)
   if rule == "paper":
     letter = extract_paper(text)
-    allowed = questions.LETTERS[:num_options]
+    allowed = question_lib.LETTERS[:num_options]
     letter = letter if len(letter) == 1 and letter in allowed else ""
   else:
     letter = letters.extract(text, num_options=num_options, rule=rule)

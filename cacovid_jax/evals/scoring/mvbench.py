@@ -6,8 +6,8 @@ Unlike there, an empty answer is counted, as wrong.
 
 import re
 
-from cacovid_jax.data import questions
-from cacovid_jax.evals.scoring import letters
+from cacovid_jax.data import letters
+from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals.scoring import scored as scored_lib
 
 _MARKS = ';/[]"{}()=+\\_-><@`,?!'
@@ -46,7 +46,7 @@ def _without_marks(text: str) -> str:
 
 
 def score(
-  question: questions.Question, text: str, *, rule: str = "paper"
+  question: question_lib.Question, text: str, *, rule: str = "paper"
 ) -> scored_lib.Scored:
   """Returns the score of an answer; what holds no letter is wrong."""
   letters.check_rule(rule)

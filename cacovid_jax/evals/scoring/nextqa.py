@@ -4,8 +4,9 @@ No table of the paper has NExT-QA: both rules are that of lmms-eval 0.7.3, but
 for the guess, which is drawn by the question's id.
 """
 
-from cacovid_jax.data import questions
-from cacovid_jax.evals.scoring import letters, mentions
+from cacovid_jax.data import letters
+from cacovid_jax.data import question as question_lib
+from cacovid_jax.evals.scoring import mentions
 from cacovid_jax.evals.scoring import scored as scored_lib
 
 
@@ -21,7 +22,7 @@ def extract(text: str, options) -> str:
     options: the choices, without letters.
   """
   text = mentions.framed(text)
-  named = questions.LETTERS[: len(options)]
+  named = question_lib.LETTERS[: len(options)]
   found = mentions.places(text, {letter: f"({letter})" for letter in named})
   for form in ("{} ", "{}."):
     if not found:
@@ -40,7 +41,7 @@ def extract(text: str, options) -> str:
 
 
 def score(
-  question: questions.Question, text: str, *, rule: str = "paper"
+  question: question_lib.Question, text: str, *, rule: str = "paper"
 ) -> scored_lib.Scored:
   """Returns the score of an answer; without a mention, that of a guess."""
   letters.check_rule(rule)

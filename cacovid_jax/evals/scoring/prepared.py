@@ -1,13 +1,13 @@
 """Scores of prepared data: its questions may be of any problem type."""
 
-from cacovid_jax.data import questions
-from cacovid_jax.evals.scoring import letters
+from cacovid_jax.data import letters
+from cacovid_jax.data import question as question_lib
+from cacovid_jax.data import rewards as rewards_lib
 from cacovid_jax.evals.scoring import scored as scored_lib
-from cacovid_jax.training import rewards
 
 
 def score(
-  question: questions.Question, text: str, *, rule: str = "paper"
+  question: question_lib.Question, text: str, *, rule: str = "paper"
 ) -> scored_lib.Scored:
   """Returns the score of an answer; that of an empty one is 0.
 
@@ -16,7 +16,7 @@ def score(
   """
   if not question.lettered:
     return scored_lib.Scored(
-      rewards.reward(question.problem_type, text, question.answer)
+      rewards_lib.reward(question.problem_type, text, question.answer)
     )
   num_options = len(question.options) or 4
   letter = letters.extract(text, num_options=num_options, rule=rule)

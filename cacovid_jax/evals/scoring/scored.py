@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from cacovid_jax.data import questions
+from cacovid_jax.data import question as question_lib
 
 
 class Scored(NamedTuple):
@@ -20,12 +20,12 @@ class Scored(NamedTuple):
   fallback: bool = False
 
 
-def of_letter(question: questions.Question, letter: str) -> Scored:
+def of_letter(question: question_lib.Question, letter: str) -> Scored:
   """Returns the score of an understood letter, "" is wrong."""
   return Scored(float(bool(letter) and letter == question.answer), letter)
 
 
-def guess(question: questions.Question) -> Scored:
+def guess(question: question_lib.Question) -> Scored:
   """Returns the score of a guessed option, flagged.
 
   The field's scorers draw at random here, so that a table cannot be repeated;
@@ -33,6 +33,6 @@ def guess(question: questions.Question) -> Scored:
   method.
   """
   count = max(len(question.options), 1)
-  place = questions.question_hash(f"guess/{question.id}") % count
-  letter = questions.LETTERS[place]
+  place = question_lib.question_hash(f"guess/{question.id}") % count
+  letter = question_lib.LETTERS[place]
   return of_letter(question, letter)._replace(fallback=True)

@@ -7,14 +7,9 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from cacovid_jax.data import questions
-from cacovid_jax.evals import (
-  answering,
-  evaluation,
-  ledger,
-  likelihood,
-  runner,
-)
+from cacovid_jax.data import answer_log
+from cacovid_jax.data import question as question_lib
+from cacovid_jax.evals import answering, evaluation, likelihood, runner
 from cacovid_jax.integrations.lmms_eval import arguments, requests
 from cacovid_jax.models import checkpoints
 
@@ -112,7 +107,7 @@ class Answerer:
 
   def _generate(self, rows, length) -> dict[str, Reply]:
     evaluator = self._evaluator(rows, length)
-    answers = ledger.Ledger(None, {})
+    answers = answer_log.Ledger(None, {})
     failures = evaluator.run(
       rows, [self.cell], answers, description="lmms-eval"
     )
@@ -160,7 +155,7 @@ class Answerer:
       return {}
     return {"policy": evaluation.load_policy(path, self.checkpoint)}
 
-  def _text_tokens(self, row: questions.Question) -> int:
+  def _text_tokens(self, row: question_lib.Question) -> int:
     """Returns the prompt's tokens that are none of the video's N."""
     return self.checkpoint.tokenizer.encode_prompt(row.prompt, 1).length - 1
 
@@ -179,5 +174,5 @@ class Answerer:
       )
 
 
-def _distinct(rows) -> list[questions.Question]:
+def _distinct(rows) -> list[question_lib.Question]:
   return list({row.id: row for row in rows}.values())

@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cacovid_jax.data import questions
+from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import benchmarks
 
 # Metric -> rule; names of metrics must not hold a comma.
@@ -20,7 +20,7 @@ RULES = {"paper": "paper", "lmms_0_7_3": "lmms-0.7.3"}
 
 
 def row(
-  question: questions.Question, video: str, benchmark: str
+  question: question_lib.Question, video: str, benchmark: str
 ) -> dict[str, Any]:
   """Returns the row of a question about the clip at `video`."""
   return {
@@ -54,7 +54,7 @@ def process_results(
   doc: Mapping[str, Any], results: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
   """Returns the scored answer for each metric."""
-  question = questions.Question(
+  question = question_lib.Question(
     id=doc["question_id"],
     video=doc["video"],
     question=doc["question"],
@@ -73,7 +73,7 @@ def process_mlvu_test(
   doc: Mapping[str, Any], results: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
   """Returns the same for a row of the data set `sy1998/MLVU_Test`."""
-  question = questions.Question(
+  question = question_lib.Question(
     id=str(doc.get("question_id") or doc["question"]),
     video=doc["video_name"],
     question=doc["question"],

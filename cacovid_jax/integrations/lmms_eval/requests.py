@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cacovid_jax import errors
-from cacovid_jax.data import questions
+from cacovid_jax.data import question as question_lib
 from cacovid_jax.data.readers import mvbench
 from cacovid_jax.evals import answering
 
@@ -130,7 +130,7 @@ def identity(doc, task: str, number: int) -> str:
   return ""
 
 
-def as_questions(asked: Sequence[Asked]) -> list[questions.Question]:
+def as_questions(asked: Sequence[Asked]) -> list[question_lib.Question]:
   """Returns a question per request; equal requests give equal questions.
 
   A row keeps its own id unless two different ones share it, of two tasks for
@@ -144,7 +144,7 @@ def as_questions(asked: Sequence[Asked]) -> list[questions.Question]:
   for one in asked:
     unique = one.identity and len(shared[one.identity]) == 1
     out.append(
-      questions.Question(
+      question_lib.Question(
         id=one.identity if unique else one.place,
         stream=one.identity,
         video=answering.video_name(one.video),

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from cacovid_jax.data import questions as questions_lib
+from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import answering, benchmarks, evaluation
 from cacovid_jax.integrations.lmms_eval import local_tasks
 from tests.data import benchmark_files
@@ -162,7 +162,7 @@ def our_guesses(monkeypatch):
     else:
       name = doc["question_idx"] if "question_idx" in doc else doc["id"]
     drawn.append(name)
-    return letters[questions_lib.question_hash(f"guess/{name}") % len(letters)]
+    return letters[question_lib.question_hash(f"guess/{name}") % len(letters)]
 
   drawn = []
   monkeypatch.setattr(random, "choice", guess)

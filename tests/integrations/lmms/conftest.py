@@ -22,9 +22,9 @@ os.environ |= {
 import pytest  # noqa: E402
 from lmms_eval import evaluator, tasks  # noqa: E402
 
-from cacovid_jax.data.synthetic import build  # noqa: E402
 from cacovid_jax.evals import answering, evaluation  # noqa: E402
 from cacovid_jax.integrations.lmms_eval import local_tasks, model  # noqa: E402
+from cacovid_jax.synthetic import build  # noqa: E402
 
 BATCH_SIZE = 4
 

@@ -1,0 +1,337 @@
+"""Video questions as TFDS data sets in array_record files, without TensorFlow.
+
+`prepare` writes rows of `Question` once; `open_source` gives them back by
+index, which is what Grain needs. A record holds the clip's path, or the encoded
+clip itself where `embed` asks for it (short clips only: records are read
+whole, and cannot be larger than `MAX_CLIP_BYTES`).
+
+`VideoR1` and `VideoR1Filtered` are the training sets under their own names, for
+`tfds.builder_from_directory` and `tfds.data_source` as well; `python -m
+cacovid_jax.preparation.tfds_build` prepares them.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from cacovid_jax import errors
+from cacovid_jax.data import question as question_lib
+from cacovid_jax.data import rejected_clips, video
+
+# Records are protocol buffers, which end at 2 GiB.
+MAX_CLIP_BYTES = 2**30
+
+_FINGERPRINT = "rows.blake2"
+_TEXTS = (
+  "id",
+  "video",
+  "question",
+  "answer",
+  "problem_type",
+  "duration",
+  "category",
+  "source",
+  "prompt",
+)
+# Absent texts are stored as this, since "" may be a value.
+_NONE = "\0"
+
+
+class VideoQa(tfds.core.GeneratorBasedBuilder):
+  """Questions about videos; one record is one question."""
+
+  VERSION = tfds.core.Version("1.1.0")
+  RELEASE_NOTES = {"1.1.0": "Further groupings of a question."}
+  # There are no checksums beside this file to look for. The base class's search
+  # imports importlib_resources, which newer releases of etils do not install.
+  code_path = None
+
+  def __init__(
+    self,
+    *,
+    splits=None,
+    media_root=None,
+    embed=False,
+    fingerprint="",
+    on_row=None,
+    **kwargs,
+  ):
+    """Sets the rows to write.
+
+    Args:
+      splits: split name -> rows; None if the files are there already.
+      media_root: folder of the clips, needed to embed them.
+      embed: whether records hold the encoded clips.
+      fingerprint: of the rows, kept beside the files.
+      on_row: called with the number of rows written so far.
+      **kwargs: of the base class (data_dir, file_format).
+    """
+    # Before the base class, which calls _info().
+    self._splits = splits or {}
+    self._media_root, self._embed = media_root, embed
+    self._fingerprint = fingerprint
+    self._on_row, self._written = on_row, 0
+    super().__init__(**kwargs)
+
+  def _info(self):
+    text = tfds.features.Text()
+    features = {name: text for name in _TEXTS}
+    features["options"] = tfds.features.Sequence(tfds.features.Text())
+    features["groups"] = tfds.features.Sequence(
+      {"facet": tfds.features.Text(), "name": tfds.features.Text()}
+    )
+    features["clip"] = tfds.features.Scalar(np.object_)
+    return tfds.core.DatasetInfo(
+      builder=self,
+      features=tfds.features.FeaturesDict(features),
+      disable_shuffling=True,  # Rows keep their order.
+    )
+
+  def _split_generators(self, dl_manager):
+    del dl_manager
+    # The folder is still another one, which gets its name once all is written:
+    # data without the fingerprint, or the other way round, there is none.
+    path = os.path.join(os.fspath(self.data_dir), _FINGERPRINT)
+    with open(path, "w", encoding="utf-8") as f:
+      f.write(self._fingerprint + "\n")
+    return {
+      name: self._generate_examples(rows) for name, rows in self._splits.items()
+    }
+
+  def _generate_examples(self, rows):
+    for index, row in enumerate(rows):
+      yield index, self._record(row)
+      self._written += 1
+      if self._on_row is not None:
+        self._on_row(self._written)
+
+  def _record(self, row: question_lib.Question) -> dict:
+    record = {name: getattr(row, name) for name in _TEXTS}
+    record = {k: _NONE if v is None else v for k, v in record.items()}
+    record["options"] = list(row.options)
+    record["groups"] = [
+      {"facet": facet, "name": name} for facet, name in row.groups
+    ]
+    record["clip"] = b""
+    if self._embed:
+      path = _embeddable(self._media_root, row.video)
+      try:
+        with open(path, "rb") as f:
+          record["clip"] = f.read()
+      except OSError as error:
+        raise video.VideoError(
+          path, "unreadable", error.strerror or ""
+        ) from None
+    return record
+
+
+class VideoR1(VideoQa):
+  """The video questions of Video-R1-260k."""
+
+
+class VideoR1Filtered(VideoQa):
+  """Those of Video-R1 that a base model needs the video for."""
+
+
+BUILDERS: dict[str, type[VideoQa]] = {
+  builder.name: builder for builder in (VideoQa, VideoR1, VideoR1Filtered)
+}
+
+
+class QuestionSource:
+  """Random access to a prepared split: `len`, `[i]`; can be pickled."""
+
+  def __init__(self, source, places: Sequence[int] | None = None):
+    """Sets the rows.
+
+    Args:
+      source: of all records.
+      places: numbers of those that are rows here; None takes all.
+    """
+    self._source, self._places = source, places
+
+  def __len__(self):
+    return len(self._source if self._places is None else self._places)
+
+  def take(self, indices: Sequence[int]) -> "QuestionSource":
+    """Returns the source of some of the rows."""
+    return QuestionSource(self._source, [self._place(i) for i in indices])
+
+  def __getitem__(self, index) -> question_lib.Question:
+    return _question(self._source[self._place(index)])
+
+  def __getitems__(self, indices) -> list[question_lib.Question]:
+    places = [self._place(index) for index in indices]
+    return [_question(record) for record in self._source.__getitems__(places)]
+
+  def __iter__(self):
+    return (self[index] for index in range(len(self)))
+
+  def clip(self, index) -> bytes:
+    """Returns the encoded clip of a row; empty if clips are not embedded."""
+    return bytes(self._source[self._place(index)]["clip"])
+
+  def _place(self, index) -> int:
+    index = int(index)
+    if not -len(self) <= index < len(self):
+      raise IndexError(f"row {index} of {len(self)}")
+    index %= len(self)
+    return index if self._places is None else self._places[index]
+
+
+def prepare(
+  splits: Mapping[str, Sequence[question_lib.Question]],
+  data_dir,
+  *,
+  media_root=None,
+  embed: bool = False,
+  name: str = VideoQa.name,
+  on_row: Callable[[int], Any] | None = None,
+) -> tfds.core.DatasetBuilder:
+  """Writes the rows as array_record files, unless the same rows are there.
+
+  Args:
+    splits: split name -> rows, at least one row each.
+    data_dir: the files go to `data_dir`/NAME/VERSION.
+    media_root: folder of the clips, needed to embed them.
+    embed: whether records hold the encoded clips.
+    name: of the data set, one of `BUILDERS`.
+    on_row: called with the number of rows written so far.
+  """
+  for split, rows in splits.items():
+    if not len(rows):
+      raise errors.UserError(f"split {split!r} has no rows; leave it out")
+  if embed and media_root is None:
+    raise errors.UserError("clips can be embedded only with a media_root")
+  fingerprint = _fingerprint(splits, media_root if embed else None)
+  builder = BUILDERS[name](
+    splits=splits,
+    media_root=media_root,
+    embed=embed,
+    fingerprint=fingerprint,
+    on_row=on_row,
+    data_dir=os.fspath(data_dir),
+    file_format="array_record",
+  )
+  path = os.path.join(os.fspath(builder.data_dir), _FINGERPRINT)
+  if os.path.isdir(builder.data_dir):
+    try:
+      with open(path, encoding="utf-8") as f:
+        present = f.read().strip()
+    except FileNotFoundError:
+      raise errors.UserError(
+        f"{builder.data_dir}: does not tell which rows it was prepared from"
+        f" (no {_FINGERPRINT}); delete the folder or give another data_dir"
+      ) from None
+    if present != fingerprint:
+      raise errors.UserError(
+        f"{builder.data_dir}: was prepared from other rows or clips; delete the"
+        " folder or give another data_dir"
+      )
+  tfds.disable_progress_bar()
+  with contextlib.redirect_stdout(io.StringIO()):  # It prints, not logs.
+    builder.download_and_prepare()
+  return builder
+
+
+def open_source(data_dir, split: str) -> QuestionSource:
+  """Returns random access to the rows of a split that `prepare` wrote.
+
+  Args:
+    data_dir: of `prepare`, or the folder of one data set below it.
+    split: name of the split.
+  """
+  data_dir = os.path.normpath(os.fspath(data_dir))
+  found = list(_prepared(data_dir))
+  # The folder of one of several data sets.
+  parent, name = os.path.split(data_dir)
+  if not found and name in BUILDERS:
+    data_dir = parent
+    found = [builder for builder in _prepared(parent) if builder.name == name]
+  if not found:
+    raise errors.UserError(
+      f"{os.path.join(data_dir, VideoQa.name)}: holds no prepared questions of"
+      f" version {VideoQa.VERSION}; run prepare first"
+    )
+  if len(found) > 1:
+    names = " and ".join(builder.name for builder in found)
+    raise errors.UserError(
+      f"{data_dir} holds {names}; name one of these folders"
+    )
+  builder = found[0](data_dir=data_dir, file_format="array_record")
+  names = sorted(builder.info.splits)
+  if split not in names:
+    raise errors.UserError(
+      f"{builder.data_dir}: no split {split!r}; there are {', '.join(names)}"
+    )
+  return QuestionSource(builder.as_data_source(split=split))
+
+
+def _prepared(data_dir: str) -> Iterator[type[VideoQa]]:
+  """Yields the data sets that `prepare` finished in a folder."""
+  for name, builder in BUILDERS.items():
+    folder = os.path.join(data_dir, name, str(builder.VERSION))
+    if os.path.isfile(os.path.join(folder, _FINGERPRINT)):
+      yield builder
+
+
+def _embeddable(media_root, name: str) -> str:
+  """Returns the path of a clip that a record can hold, or `VideoError`."""
+  path = video.safe_path(media_root, name)
+  try:
+    size = os.path.getsize(path)
+  except FileNotFoundError:
+    raise video.VideoError(path, "missing") from None
+  limit = min(MAX_CLIP_BYTES, video.Limits().max_bytes)
+  if size > limit:
+    raise video.VideoError(
+      path,
+      "too_large",
+      f"{size} bytes, where a record holds {limit}",
+      "leave the clip out or do not embed clips",
+    )
+  return path
+
+
+def _fingerprint(splits, embedded) -> str:
+  """Returns a digest of the rows.
+
+  Args:
+    splits: see `prepare`.
+    embedded: media root of the clips that records hold; None without them.
+  """
+  digest = hashlib.blake2b(digest_size=16)
+  for name, rows in sorted(splits.items()):
+    digest.update(json.dumps([name, embedded is not None]).encode())
+    for row in rows:
+      values = [getattr(row, field) for field in _TEXTS] + list(row.options)
+      values += [list(group) for group in row.groups]
+      digest.update(json.dumps(values).encode())
+      if embedded is not None:
+        path = _embeddable(embedded, row.video)
+        digest.update(rejected_clips.content_hash(path).encode())
+  return digest.hexdigest()
+
+
+def _string(value: bytes | str) -> str | None:
+  text = value.decode() if isinstance(value, bytes) else value
+  return None if text == _NONE else text
+
+
+def _question(record: dict) -> question_lib.Question:
+  groups = record["groups"]
+  return question_lib.Question(
+    options=tuple(_string(option) for option in record["options"]),
+    groups=tuple(
+      (_string(facet), _string(name))
+      for facet, name in zip(groups["facet"], groups["name"], strict=True)
+    ),
+    **{name: _string(record[name]) for name in _TEXTS},
+  )

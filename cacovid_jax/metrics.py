@@ -1,0 +1,93 @@
+"""Numbers of a run: JSON lines and TensorBoard."""
+
+import json
+import math
+import os
+import pathlib
+
+from cacovid_jax import files
+
+FILE = "metrics.jsonl"
+
+
+class MetricsWriter:
+  """Appends scalars to `metrics.jsonl` and to TensorBoard event files.
+
+  A resumed run passes the step it restored: lines of later steps, which it is
+  going to compute again, are removed first, so each step is there once. Of
+  several processes one writes; the others are not `enabled`.
+  """
+
+  def __init__(
+    self, workdir, restored_step=0, *, tensorboard=True, enabled=True
+  ):
+    self._tensorboard = None
+    if not enabled:
+      self._file = open(os.devnull, "w", encoding="utf-8")
+      return
+    workdir = pathlib.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / FILE
+    if path.exists():
+      _truncate(path, restored_step)
+    self._file = open(path, "a", encoding="utf-8")
+    if tensorboard:
+      import tensorboardX  # Takes PyTorch along where there is one: seconds.
+
+      self._tensorboard = tensorboardX.SummaryWriter(
+        str(workdir / "tensorboard"), purge_step=restored_step + 1
+      )
+
+  def write_scalars(self, step, scalars):
+    """Writes {name: number} of one step; flushed, so that a kill loses none.
+
+    Arrays of one element are taken as their number. JSON has no NaN and no
+    infinity: they are written as null.
+    """
+    numbers = {name: number(value) for name, value in scalars.items()}
+    line = {"step": int(step)}
+    for name, value in numbers.items():
+      line[name] = value if math.isfinite(value) else None
+    self._file.write(json.dumps(line) + "\n")
+    self._file.flush()
+    if self._tensorboard:
+      for name, value in numbers.items():
+        self._tensorboard.add_scalar(name, value, int(step))
+
+  def close(self):
+    self._file.close()
+    if self._tensorboard:
+      self._tensorboard.close()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exc_info):
+    self.close()
+
+
+def read(workdir):
+  """Returns the lines of `metrics.jsonl` as dicts, without a cut last one."""
+  path = pathlib.Path(workdir) / FILE
+  return _complete_lines(path) if path.exists() else []
+
+
+def number(value) -> float:
+  """Returns a Python float of a number or an array of one element."""
+  return float(value.item() if hasattr(value, "item") else value)
+
+
+def _complete_lines(path):
+  lines = []
+  for text in path.read_text(encoding="utf-8").splitlines():
+    try:
+      lines.append(json.loads(text))
+    except ValueError:
+      break  # A kill cut this line, the last one.
+  return lines
+
+
+def _truncate(path, last_step):
+  """Removes lines of steps after `last_step`, all or nothing."""
+  lines = [line for line in _complete_lines(path) if line["step"] <= last_step]
+  files.write(path, "".join(json.dumps(line) + "\n" for line in lines))

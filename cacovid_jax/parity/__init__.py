@@ -1,0 +1,1 @@
+"""Compares models and policy with golden files and with transformers."""

@@ -1,0 +1,117 @@
+r"""Compares the models and the policy with folders of golden files.
+
+python -m cacovid_jax.parity GOLDEN/policy GOLDEN/llava_onevision_tiny \
+    GOLDEN/qwen2_5_vl_tiny
+python -m cacovid_jax.parity --against_transformers CHECKPOINT
+
+A folder with config.json and golden.npz holds a model (LLaVA-OneVision or
+Qwen2.5-VL, as config.json says), any other folder cases of the policy. A
+checkpoint directory is compared with the installed transformers (the extra
+`[hf]`) on random pixels and chat prompts; `--half` asks besides how often both
+hold the same token most likely when both compute in bfloat16. Prints one row
+per stage and exits with 1 if any misses its tolerance.
+"""
+
+import os
+from collections.abc import Sequence
+
+import jax
+from absl import flags
+
+from cacovid_jax import errors
+
+_AGAINST = flags.DEFINE_string(
+  "against_transformers",
+  None,
+  "Checkpoint directory to run in the installed transformers beside ours.",
+)
+_DEVICE = flags.DEFINE_string(
+  "torch_device", "cpu", "Where PyTorch computes, for example cuda."
+)
+_HALF = flags.DEFINE_boolean(
+  "half", False, "Compare with transformers in bfloat16 as well."
+)
+
+
+def check(folder):
+  """Returns the list of `stage.Stage` of a folder of golden files."""
+  if not os.path.isdir(folder):
+    raise errors.UserError(f"{folder} is not a folder of golden files")
+  names = os.listdir(folder)
+  if "golden.npz" in names and "config.json" in names:
+    from cacovid_jax.parity import models as golden
+  elif any(name.endswith(".npz") for name in names):
+    from cacovid_jax.parity import policy as golden
+  else:
+    raise errors.UserError(
+      f"{folder} holds no golden file; expected config.json and golden.npz of"
+      " a model, or .npz files of the policy"
+    )
+  return golden.check(folder)
+
+
+def report(folder, found) -> bool:
+  """Prints a table of stages; returns whether all are within tolerance."""
+  width = max([len("stage"), *(len(stage.name) for stage in found)])
+  print(f"\n{folder}")
+  print(f"{'stage':{width}}  max abs error  tolerance  verdict")
+  for stage in found:
+    verdict = "ok" if stage.ok else "MISS"
+    print(
+      f"{stage.name:{width}}  {stage.max_abs_error:13.3e}"
+      f"  {stage.tolerance:9.1e}  {verdict}"
+    )
+  missed = sum(not stage.ok for stage in found)
+  print(f"{len(found) - missed} of {len(found)} stages within tolerance")
+  return bool(found) and not missed
+
+
+def report_half(directory, ours, control) -> bool:
+  """Prints the `Agreement`s in bfloat16; returns whether ours is enough."""
+  from cacovid_jax.parity import transformers as limits
+
+  print(
+    f"\n{directory}, all in bfloat16: {ours.positions} positions (at least"
+    f" {limits.HALF_POSITIONS})"
+  )
+  print(
+    "same top token                             ties left out  share  strict"
+  )
+  for name, found in (
+    ("ours and transformers'", ours),
+    ("transformers' two kernels, to compare", control),
+  ):
+    print(
+      f"{name:41}  {found.ties:13}  {found.share:6.2%}"
+      f"  {found.strict_share:6.2%}"
+    )
+  print(
+    f"ties: two logits within {limits.HALF_TIE:.0%} of the largest; strict:"
+    f" within {limits.HALF_TIE:g}\n"
+    f"at least {limits.HALF_SHARE:.0%}: {'ok' if ours.ok else 'MISS'}"
+  )
+  return ours.ok
+
+
+def main(argv: Sequence[str]):
+  folders = argv[1:]
+  if not folders and not _AGAINST.value:
+    raise errors.UserError(
+      "no folder given; use python -m cacovid_jax.parity DIR [DIR ...], or"
+      " --against_transformers CHECKPOINT"
+    )
+  jax.config.update("jax_default_matmul_precision", "highest")
+  verdicts = [report(folder, check(folder)) for folder in folders]
+  if _AGAINST.value:
+    from cacovid_jax.parity import transformers as transformers_lib
+
+    found = transformers_lib.check(_AGAINST.value, device=_DEVICE.value)
+    verdicts.append(report(_AGAINST.value, found))
+    if _HALF.value:
+      both = transformers_lib.agree(_AGAINST.value, device=_DEVICE.value)
+      verdicts.append(report_half(_AGAINST.value, *both))
+  return 0 if all(verdicts) else 1
+
+
+if __name__ == "__main__":
+  errors.run(main)

@@ -1,0 +1,476 @@
+"""Compares a model with a folder of golden intermediates.
+
+A folder holds config.json, model.safetensors and golden.npz: the inputs and
+the intermediates of the reference implementation in float32, on a left-padded
+batch of prompts with one video each. config.json says which model it is.
+
+Axes: B batch, L prompt tokens, D width, T frames or time slices, N video
+tokens, P position rows, V vocabulary.
+"""
+
+import functools
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cacovid_jax import errors
+from cacovid_jax.models import (
+  checkpoints,
+  generation,
+  pruning,
+  qwen2_5_vl,
+  qwen2_5_vl_vision,
+)
+from cacovid_jax.parity import stage
+
+# For stages whose largest value is at most `_SCALE`; they grow in proportion
+# beyond, as rounding does. (In the golden tiny model the projected features
+# reach 21, where the reference itself is 1.1e-5 away from its float64 result.)
+STAGE_TOLERANCE = 2e-5
+LOGITS_TOLERANCE = 1e-4
+# Qwen2.5-VL's residual streams, before any norm, carry the rounding of all that
+# came before. (Its golden tower ends in values up to 20: the reference is
+# 3.0e-5 away from its float64 result, this tower 2.4e-5 on the other side, and
+# the decoder's layers make the difference a few times larger.)
+RESIDUAL_TOLERANCE = 3e-5
+_SCALE = 8.0
+
+_DECODER_ARRAYS = (
+  "input_ids",
+  "attention_mask",
+  "position_ids",
+  "inputs_embeds",
+  "hidden_states",
+  "last_hidden_state",
+  "logits",
+  "generated_ids",
+)
+_DROPPED_ARRAYS = (
+  "dropped_keep_index",
+  "dropped_last_hidden_state",
+  "dropped_logits",
+)
+_LLAVA_ONEVISION_ARRAYS = (
+  "pixel_values_videos",
+  "vision_embeddings",
+  "vision_tower_output",
+  "projected_features",
+  "pooled_features",
+  "video_features",
+  *_DECODER_ARRAYS,
+  *_DROPPED_ARRAYS,
+)
+_QWEN2_5_VL_ARRAYS = (
+  "pixel_values_videos",
+  "video_grid_thw",
+  "second_per_grid_ts",
+  "patch_embed",
+  "window_index",
+  "cu_window_seqlens",
+  "vision_tower_output",
+  "video_features",
+  *_DECODER_ARRAYS,
+  "rope_deltas",
+  "v4_position_ids",
+  "v4_rope_deltas",
+  "v4_last_hidden_state",
+  "v4_logits",
+)
+
+
+def check(folder):
+  """Returns the list of `stages.Stage` of one golden folder."""
+  checkpoint = checkpoints.load(folder)
+  return compare(checkpoint.model, checkpoint.params, read(folder))
+
+
+def read(folder):
+  """Returns the arrays of a folder's golden.npz."""
+  path = os.path.join(folder, "golden.npz")
+  try:
+    with np.load(path, allow_pickle=False) as file:
+      return {name: file[name] for name in file.files}
+  except (OSError, ValueError) as error:
+    reason = " ".join(str(error).split())
+    raise errors.UserError(f"{path} is not readable ({reason})") from error
+
+
+def compare(model, params, golden):
+  """Returns the list of `stages.Stage`, from the pixels to the answers.
+
+  Args:
+    model: `LlavaOnevisionModel` or `Qwen2_5VLModel`, in float32.
+    params: its parameters.
+    golden: arrays of a golden.npz.
+  """
+  run = _Run(model, params, golden)
+  with jax.default_matmul_precision("highest"):
+    (_qwen2_5_vl if run.is_qwen else _llava_onevision)(run)
+  return run.stages
+
+
+def logits(model, params, golden):
+  """Returns (ours, theirs) float32[n, V] behind each of all n prompt tokens.
+
+  From the pixels, in the model's own dtype; with Qwen2.5-VL by the position
+  rule of transformers 5.
+
+  Args:
+    model: as in `compare`, in any dtype.
+    params: its parameters.
+    golden: arrays of a golden.npz.
+  """
+  run = _Run(model, params, golden)
+  if run.is_qwen:
+    prompts, x, placed = _qwen2_5_vl_embedded(run)
+    positions, _ = placed["v5"]
+  else:
+    prompts, x, positions = _llava_onevision_embedded(run)
+  hidden, _ = run.forward(x, positions, lengths=prompts.lengths)
+  mine = run.logits(hidden[prompts.valid])
+  return np.asarray(mine), prompts.rows("logits")
+
+
+class _Run:
+  """The compiled functions of one comparison, and the stages so far."""
+
+  def __init__(self, model, params, golden):
+    self.model, self.params, self.golden = model, params, golden
+    self.is_qwen = isinstance(model, qwen2_5_vl.Qwen2_5VLModel)
+    needed = _QWEN2_5_VL_ARRAYS if self.is_qwen else _LLAVA_ONEVISION_ARRAYS
+    if missing := [name for name in needed if name not in golden]:
+      raise errors.UserError(
+        f"golden.npz lacks {', '.join(missing)}; make the golden file again"
+      )
+    self.stages = []
+    # Compiled once for all prompts of a shape.
+    self._forward = jax.jit(functools.partial(model.forward, want_hidden=True))
+    self._logits = jax.jit(model.logits)
+
+  def add(self, name, actual, expected=None, tolerance=STAGE_TOLERANCE):
+    """Adds a stage; what it should be is the golden array of its name."""
+    expected = self.golden[name] if expected is None else np.asarray(expected)
+    largest = np.abs(expected).max(initial=0.0)
+    tolerance *= max(1.0, float(largest) / _SCALE)
+    self.stages.append(stage.compare(name, actual, expected, tolerance))
+
+  def encode_video(self, *videos):
+    """Returns (features, out) of a batch of videos."""
+
+    def one(params, *video):
+      module = self.model.module
+      return module.apply({"params": params}, *video, method="encode_video")
+
+    in_axes = (None, *[0] * len(videos))
+    return jax.jit(jax.vmap(one, in_axes))(self.params, *videos)
+
+  def embed_prompt(self, *prompts):
+    """Returns float[B, L, D] of a batch of prompts."""
+    in_axes = (None, *[0] * len(prompts))
+    return jax.jit(jax.vmap(self.model.embed_prompt, in_axes))(
+      self.params, *prompts
+    )
+
+  def forward(self, x, positions, **kwargs):
+    return self._forward(self.params, x, positions, **kwargs)
+
+  def logits(self, hidden):
+    return self._logits(self.params, hidden)
+
+
+def _llava_onevision(run):
+  prompts, x, positions = _llava_onevision_embedded(run)
+  _decoder(run, prompts, x, positions, prompts.lengths)
+  _dropped(run, prompts, x, positions)
+
+
+def _llava_onevision_embedded(run):
+  """Adds the stages of the tower; returns (prompts, embeddings, positions)."""
+  model, golden = run.model, run.golden
+  pixels = jnp.asarray(golden["pixel_values_videos"])
+  pixels = pixels.transpose(0, 1, 3, 4, 2)  # [B, T, h, w, 3]
+  features, out = run.encode_video(pixels)
+  for name in (
+    "vision_embeddings",
+    "vision_tower_output",
+    "projected_features",
+    "pooled_features",
+  ):
+    run.add(name, out[name].reshape(-1, *out[name].shape[2:]))
+  blocks = jax.vmap(
+    lambda video: model.module.apply(
+      {"params": run.params}, video, method="video_block"
+    )
+  )(features)
+  run.add("video_features", blocks)
+
+  num_video = np.full(len(features), features.shape[1])
+  prompts = _Prompts(model.config, golden, num_video, num_newlines=1)
+  x = run.embed_prompt(prompts.ids, features, prompts.video_start)
+  return prompts, x, prompts.roll(golden["position_ids"])[:, None]
+
+
+def _qwen2_5_vl(run):
+  prompts, x, placed = _qwen2_5_vl_embedded(run)
+  _decoder(run, prompts, x, *placed["v5"])
+  positions, _ = placed["4.50"]
+  hidden, _ = run.forward(x, positions, lengths=prompts.lengths)
+  _head(run, prompts, hidden, "v4_")
+  if all(name in run.golden for name in _DROPPED_ARRAYS):
+    _dropped(run, prompts, x, placed["v5"][0])
+  _pruned(run, prompts, x, positions)
+
+
+def _qwen2_5_vl_embedded(run):
+  """Adds the stages of the tower and the positions.
+
+  Returns:
+    The prompts, their embeddings, and {rule: (positions, next position)}.
+  """
+  model, golden = run.model, run.golden
+  vision = model.config.vision
+  merge = vision.merge_size
+  grids = golden["video_grid_thw"] // (1, merge, merge)
+  num_video = grids.prod(axis=1)
+  prompts = _Prompts(model.config, golden, num_video)
+  features = _qwen2_5_vl_features(run, grids, num_video)
+  x = run.embed_prompt(prompts.ids, features, prompts.video_start, num_video)
+
+  padded_length = golden["input_ids"].shape[1]
+  both = {}
+  for rule, prefix, counted in (
+    ("v5", "", prompts.lengths),
+    ("4.50", "v4_", padded_length),
+  ):
+    positions, following = _position_ids(run, prompts, grids, rule)
+    both[rule] = positions, following
+    expected = golden[f"{prefix}position_ids"].transpose(1, 2, 0)
+    run.add(
+      f"{prefix}position_ids",
+      positions.transpose(0, 2, 1)[prompts.valid],
+      prompts.select(expected),
+      tolerance=0.0,
+    )
+    # Deltas are how the reference keeps the next position: less the rows of
+    # the prompt, with (4.50) or without (5.x) its padding.
+    deltas = (following - counted)[:, None]
+    run.add(f"{prefix}rope_deltas", deltas, tolerance=0.0)
+  return prompts, x, both
+
+
+def _qwen2_5_vl_features(run, grids, num_video):
+  """Adds the stages of the tower; returns float[B, N, D], zero padded."""
+  model, vision = run.model, run.model.config.vision
+  num_patches = num_video * vision.patches_per_token
+  patches = run.golden["pixel_values_videos"]
+  if len(patches) != num_patches.sum():
+    raise errors.UserError(
+      f"golden.npz: pixel_values_videos has {len(patches)} patches,"
+      f" video_grid_thw {num_patches.sum()}"
+    )
+
+  # The reference's tower works through all videos in the order of windows.
+  starts = np.cumsum(num_patches) - num_patches
+  layouts = [model.layout(grid) for grid in grids]
+  windows = [
+    start + rows[:length]
+    for start, layout in zip(starts, layouts, strict=True)
+    for rows, length in zip(*layout.windows[:2], strict=True)
+  ]
+  order = np.concatenate(windows)
+  tokens = order[:: vision.patches_per_token] // vision.patches_per_token
+  run.add("window_index", tokens, tolerance=0.0)
+  ends = np.cumsum([0, *map(len, windows)])
+  run.add("cu_window_seqlens", ends, tolerance=0.0)
+
+  # One padded batch, as training and evaluation run it.
+  sizes = qwen2_5_vl_vision.Sizes.of(grids, vision)
+  layouts = [model.layout(grid, sizes) for grid in grids]
+  most = sizes.num_tokens * vision.patches_per_token
+  videos = np.split(patches, starts[1:])
+  features, out = run.encode_video(
+    np.stack([np.pad(x, [(0, most - len(x)), (0, 0)]) for x in videos]),
+    jax.tree.map(lambda *leaves: np.stack(leaves), *layouts),
+  )
+
+  def valid(x, lengths):
+    rows = zip(np.asarray(x), lengths, strict=True)
+    return np.concatenate([row[:length] for row, length in rows])
+
+  run.add("patch_embed", valid(out["patch_embed"], num_patches))
+  tower = valid(out["vision_tower_output"], num_patches)
+  run.add("vision_tower_output", tower[order], tolerance=RESIDUAL_TOLERANCE)
+  run.add("video_features", valid(features, num_video))
+  return features
+
+
+def _position_ids(run, prompts, grids, rule):
+  """Returns int32[B, P, L], zero behind the prompts, and int32[B] the next."""
+  ids = np.asarray(prompts.ids)
+  positions = np.zeros((len(ids), 3, ids.shape[1]), np.int32)
+  following = np.zeros(len(ids), np.int32)
+  for i, length in enumerate(prompts.lengths):
+    positions[i, :, :length], following[i] = qwen2_5_vl.position_ids(
+      ids[i, :length],
+      grid=grids[i],
+      seconds_per_slice=run.golden["second_per_grid_ts"][i],
+      config=run.model.config,
+      rule=rule,
+    )
+  return positions, following
+
+
+class _Prompts:
+  """The left-padded batch, rolled to right padding.
+
+  Attributes:
+    ids: int32[B, L].
+    lengths: int32[B] tokens of each prompt.
+    valid: bool[B, L].
+    num_video: int[B] tokens of each video.
+    video_start: int32[B] row of the first.
+  """
+
+  def __init__(self, config, golden, num_video, num_newlines=0):
+    self._golden = golden
+    mask = golden["attention_mask"].astype(bool)
+    if len(mask) != len(num_video):
+      raise errors.UserError(
+        f"golden.npz: {len(mask)} prompts and {len(num_video)} videos; each"
+        " prompt needs one"
+      )
+    self.num_video = num_video
+    self.lengths = np.asarray(mask.sum(axis=1), np.int32)
+    # Row i of the rolled prompt is row order[i] of the padded one.
+    self._order = np.argsort(~mask, axis=1, kind="stable")
+    self.valid = np.take_along_axis(mask, self._order, axis=1)
+    self.ids = self.roll(golden["input_ids"])
+    is_video = (np.asarray(self.ids) == config.video_token_id) & self.valid
+    if (is_video.sum(axis=1) != num_video + num_newlines).any():
+      raise errors.UserError(
+        f"golden.npz: the prompts need {num_video.tolist()} video tokens"
+        f"{' and one newline' if num_newlines else ''}; the pixels and the ids"
+        " do not belong together"
+      )
+    self.video_start = jnp.asarray(is_video.argmax(axis=1), jnp.int32)
+
+  def roll(self, array):
+    """Returns int32[B, L] of array[B, L], right padded."""
+    rolled = np.take_along_axis(array, self._order, axis=1)
+    return jnp.asarray(rolled, jnp.int32)
+
+  def select(self, array):
+    """Returns the valid rows of array[B, L, ...], in the rolled order."""
+    index = self._order.reshape(self._order.shape + (1,) * (array.ndim - 2))
+    return np.take_along_axis(array, index, axis=1)[self.valid]
+
+  def rows(self, name):
+    return self.select(self._golden[name])
+
+
+def _decoder(run, prompts, x, positions, next_positions):
+  """Adds the stages from the embedded prompts to the generated ids."""
+  valid = prompts.valid
+  run.add("inputs_embeds", x[valid], prompts.rows("inputs_embeds"))
+
+  hidden, out = run.forward(x, positions, lengths=prompts.lengths)
+  states = run.golden["hidden_states"]  # [layers + 1, B, L, D], last normed.
+  mine = [x, *out["hidden"][:-1], hidden]
+  inner = RESIDUAL_TOLERANCE if run.is_qwen else STAGE_TOLERANCE
+  if len(mine) != len(states):
+    raise errors.UserError(
+      f"golden.npz has {len(states)} hidden states, the config's model"
+      f" {len(mine)}; use the files of one folder"
+    )
+  for layer, (actual, expected) in enumerate(zip(mine, states, strict=True)):
+    run.add(
+      f"hidden_states[{layer}]",
+      actual[valid],
+      prompts.select(expected),
+      STAGE_TOLERANCE if layer == len(mine) - 1 else inner,
+    )
+  _head(run, prompts, hidden)
+
+  greedy = functools.partial(
+    generation.greedy,
+    run.model,
+    max_new_tokens=run.golden["generated_ids"].shape[1],
+    eos_ids=(),  # The reference loop ignored it, too.
+    pad_id=0,
+  )
+  ids = jax.jit(greedy)(
+    run.params, x, positions, prompts.lengths, next_positions
+  )
+  run.add("generated_ids", ids, tolerance=0.0)
+
+
+def _head(run, prompts, hidden, prefix=""):
+  """Adds the last hidden state and the logits of the whole prompts."""
+  valid = prompts.valid
+  name = f"{prefix}last_hidden_state"
+  run.add(name, hidden[valid], prompts.rows(name))
+  name = f"{prefix}logits"
+  logits = run.logits(hidden)
+  run.add(name, logits[valid], prompts.rows(name), LOGITS_TOLERANCE)
+
+
+def _dropped(run, prompts, x, positions):
+  """Runs the first prompt without the dropped tokens, positions kept."""
+  padding = int((run.golden["attention_mask"][0] == 0).sum())
+  kept = run.golden["dropped_keep_index"] - padding  # Rows after rolling.
+  length, num_video = int(prompts.lengths[0]), int(prompts.num_video[0])
+  start = int(prompts.video_start[0])
+  index = kept[(kept >= start) & (kept < start + num_video)] - start
+  rows, new_length = pruning.pruned_rows(
+    index,
+    len(index),
+    video_start=start,
+    num_video=num_video,
+    length=length,
+    out_length=length - num_video + len(index),
+  )
+  if int(new_length) != len(kept) or (np.asarray(rows) != kept).any():
+    # Text was dropped, too, which a compressor never does: take it literally.
+    rows = jnp.asarray(kept)
+  hidden, _ = run.forward(x[:1, rows], positions[:1, :, rows])
+  run.add("dropped_last_hidden_state", hidden)
+  run.add("dropped_logits", run.logits(hidden), tolerance=LOGITS_TOLERANCE)
+
+
+def _pruned(run, prompts, x, positions):
+  """Adds prompts without most video tokens, against the same tokens hidden.
+
+  Hiding tokens from every query is what leaving them out must equal, as long
+  as the other tokens keep their positions.
+  """
+  num_valid = -(-prompts.num_video // 3)
+  index = jnp.arange(num_valid.max()) * 3  # Every third token.
+  rows, lengths = jax.vmap(
+    lambda valid, start, video, length: pruning.pruned_rows(
+      index,
+      valid,
+      video_start=start,
+      num_video=video,
+      length=length,
+      out_length=x.shape[1],
+    )
+  )(num_valid, prompts.video_start, prompts.num_video, prompts.lengths)
+  batch = np.arange(len(rows))[:, None]
+  pruned, _ = run.forward(
+    x[batch, rows],
+    np.take_along_axis(positions, np.asarray(rows)[:, None], axis=2),
+    lengths=lengths,
+  )
+  visible = np.zeros(x.shape[:2], bool)
+  visible[batch, rows] = True
+  mask = np.broadcast_to(visible[:, None], (*visible.shape, x.shape[1]))
+  hidden, _ = run.forward(x, positions, mask=mask)
+
+  inside = np.arange(x.shape[1]) < np.asarray(lengths)[:, None]
+  pruned, hidden = pruned[inside], hidden[batch, rows][inside]
+  run.add("pruned_last_hidden_state", pruned, hidden)
+  run.add(
+    "pruned_logits", run.logits(pruned), run.logits(hidden), LOGITS_TOLERANCE
+  )

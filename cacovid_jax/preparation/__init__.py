@@ -1,0 +1,1 @@
+"""Work on a data set ahead of training: filters, features, TFDS."""

@@ -1,0 +1,79 @@
+r"""Fills a config's cache of video features before training.
+
+python -m cacovid_jax.preparation.encode_features --config configs/x.py
+python -m cacovid_jax.preparation.encode_features --config configs/x.py \
+    --shard=0/8
+
+Decodes every clip of the training questions and runs the vision tower over it
+once, into `config.data.feature_cache`, where training with the same config
+finds it. Several processes (one per accelerator, say) share the work by
+--shard, and a run that was stopped goes on when it is given again. Clips that
+cannot be used are listed in the cache's `quarantine.jsonl`, rows that are left
+out in its `left_out.json`.
+"""
+
+import os
+
+from absl import flags
+
+from cacovid_jax import config as config_lib
+from cacovid_jax import errors
+from cacovid_jax.data import rejected_clips
+from cacovid_jax.preparation import encoding
+from cacovid_jax.training import setup
+
+config_lib.define_flag()
+_SHARD = flags.DEFINE_string(
+  "shard", "0/1", "i/n: this process takes every n-th clip, from the i-th."
+)
+
+
+def main(argv):
+  """Encodes the clips that the flags name."""
+  if len(argv) > 1:
+    raise errors.UserError(
+      f"unexpected argument {argv[1]!r}; flags start by --"
+    )
+  shard = _parse_shard(_SHARD.value)
+  config = config_lib.from_flags()
+  directory = config.data.feature_cache
+  if not directory:
+    raise errors.UserError(
+      "config.data.feature_cache is empty, so there is no cache to fill; add"
+      " --config.data.feature_cache=FOLDER"
+    )
+  # A cache may serve several configs: what was left out is that of the last.
+  questions = setup.read_questions(config, directory, resumes=False)
+  run = setup.make(config, directory, questions=questions)
+  report = encoding.encode(
+    run.source,
+    run.questions,
+    directory,
+    shard=shard,
+    num_threads=config.data.num_threads,
+    quarantine=rejected_clips.RejectedClips(
+      os.path.join(directory, "quarantine.jsonl")
+    ),
+  )
+  print(
+    f"{directory}: {report.num_clips} clips, {report.num_present} were there,"
+    f" {report.num_encoded} encoded, {len(report.failed)} cannot be used"
+  )
+  for name, reason in list(report.failed.items())[:10]:
+    print(f"  {name}: {reason.replace('_', ' ')}")
+
+
+def _parse_shard(text: str) -> tuple[int, int]:
+  index, slash, number = text.partition("/")
+  try:
+    if not slash:
+      raise ValueError
+    return int(index), int(number)
+  except ValueError:
+    raise errors.UserError(
+      f"--shard={text} is not i/n; for example --shard=0/4"
+    ) from None
+
+
+if __name__ == "__main__":
+  errors.run(main)

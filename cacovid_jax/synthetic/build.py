@@ -1,0 +1,302 @@
+"""Writes the embedded benchmark to disk in the formats of the real ones.
+
+  DIR/videos/<clip>.mp4     H.264 clips, 112 x 112, 8 frames a second
+  DIR/train.json            rows as in Video-R1-260k
+  DIR/validation.parquet    rows as in VideoMME; so are test and test_fresh
+  DIR/decisive.jsonl        per question: the tokens that its answer rests on
+  DIR/tfds/                 all splits as array_record files
+  DIR/manifest.json         generator hash, seed, sizes; written last
+
+A clip is a function of (seed, split, number), so splits of other sizes share
+their first clips, and workers need not talk to each other.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import pathlib
+import shutil
+
+import av
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+
+from cacovid_jax import config as config_lib
+from cacovid_jax import errors, files
+from cacovid_jax import progress as progress_lib
+from cacovid_jax.data import readers
+from cacovid_jax.data import tfds as tfds_lib
+from cacovid_jax.data import tokenizer as tokenizer_lib
+from cacovid_jax.synthetic import questions, render, world
+
+FRAMES_PER_SECOND = 8
+# Frames of a clip by its length class; 16 are sampled from each.
+DURATIONS = {"short": 32, "medium": 64, "long": 128}
+# The order fixes the random streams: append only. `test_fresh` is a second
+# test split that no choice was ever made on.
+SPLITS = ("train", "validation", "test", "test_fresh")
+MANIFEST = "manifest.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BuildConfig:
+  """What to build.
+
+  Attributes:
+    variant: of `world.VARIANTS`.
+    seed: of everything.
+    clips: number per split, in the order of `SPLITS`; 0 leaves a split out.
+    questions_per_clip: at most; fewer where a scene allows no more.
+  """
+
+  variant: str = "dense"
+  seed: int = 0
+  clips: tuple[int, int, int, int] = (240, 40, 160, 0)
+  questions_per_clip: int = 4
+
+  def __post_init__(self):
+    if self.variant not in world.VARIANTS:
+      raise errors.UserError(
+        f"unknown variant {self.variant!r}; there are"
+        f" {', '.join(world.VARIANTS)}"
+      )
+    if min(self.clips) < 0 or not any(self.clips):
+      raise errors.UserError(f"clips {self.clips}: give one number per split")
+    if self.questions_per_clip < 1:
+      raise errors.UserError("questions_per_clip must be at least 1")
+
+
+@functools.cache
+def generator_hash() -> str:
+  """Returns the sha256 of what is drawn and asked, in hexadecimal digits.
+
+  Of the frames, questions and evidence tokens of three clips of each variant,
+  one of each length: a change of the sources that leaves the benchmark as it is
+  leaves the hash as it is. Frames are hashed before the codec sees them.
+  """
+  digest = hashlib.sha256()
+  for variant in sorted(world.VARIANTS):
+    config = BuildConfig(variant=variant)
+    for number, (duration, length) in enumerate(DURATIONS.items()):
+      scene, asked = draw(config, "train", number)
+      digest.update(f"{variant} {duration} {FRAMES_PER_SECOND}".encode())
+      for frame in render.clip(scene, length):
+        digest.update(np.ascontiguousarray(frame).data)
+      for question in asked:
+        fields = [*dataclasses.astuple(question), question.tokens(scene)]
+        digest.update(json.dumps(fields, default=int).encode())
+  return digest.hexdigest()
+
+
+def encode(path, frames, *, rate: int = FRAMES_PER_SECOND) -> None:
+  """Writes uint8[h, w, 3] RGB frames as an H.264 mp4 file."""
+  with (
+    files.replacing(path) as partial,
+    av.open(os.fspath(partial), "w", format="mp4") as container,
+  ):
+    stream = container.add_stream("libx264", rate=rate)
+    stream.width = stream.height = world.IMAGE_SIZE
+    stream.pix_fmt = "yuv420p"
+    # Bytes that depend on the frames alone: several threads would make them
+    # depend on the machine, and x264's macroblock tree reads memory that it
+    # did not write (one clip in twenty differed from run to run).
+    stream.options = {
+      "crf": "12",
+      "preset": "veryfast",
+      "g": "32",
+      "threads": "1",
+      "x264-params": "mbtree=0",
+    }
+    for frame in frames:
+      picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+      container.mux(stream.encode(picture))
+    container.mux(stream.encode())
+
+
+def draw(config: BuildConfig, split: str, number: int):
+  """Returns (scene, questions) of a clip."""
+  rng = np.random.default_rng((config.seed, SPLITS.index(split), number))
+  scene = world.sample_scene(rng, world.VARIANTS[config.variant])
+  return scene, questions.sample_questions(
+    rng, scene, config.questions_per_clip
+  )
+
+
+def make_clip(config: BuildConfig, split: str, number: int, directory: str):
+  """Writes one clip and returns its rows.
+
+  Returns:
+    A list of dicts with "id", "clip", "duration", "question" and "tokens".
+  """
+  scene, asked = draw(config, split, number)
+  duration = tuple(DURATIONS)[number % len(DURATIONS)]
+  name = f"{config.variant}_{split}_{number:05d}"
+  path = os.path.join(directory, "videos", f"{name}.mp4")
+  if not os.path.exists(path):
+    encode(path, render.clip(scene, DURATIONS[duration]))
+  return [
+    dict(
+      id=f"{name}-{i}",
+      clip=name,
+      duration=duration,
+      question=question,
+      tokens=question.tokens(scene),
+    )
+    for i, question in enumerate(asked)
+  ]
+
+
+def build(
+  config: BuildConfig, directory, *, num_workers=2, on_clip=None
+) -> str:
+  """Builds the benchmark unless it is there already.
+
+  Args:
+    config: what to build.
+    directory: of this variant; a folder with another build is refused.
+    num_workers: processes that draw and encode.
+    on_clip: called with (clips done, clips in all).
+
+  Returns:
+    The directory.
+  """
+  directory = pathlib.Path(directory)
+  manifest = {
+    **dataclasses.asdict(config),
+    "clips": list(config.clips),
+    "generator_hash": generator_hash(),
+  }
+  path = directory / MANIFEST
+  if path.exists():
+    present = json.loads(path.read_text())
+    different = [k for k in manifest if present.get(k) != manifest[k]]
+    if different:
+      raise errors.UserError(
+        f"{directory} holds another build ({', '.join(different)} differ);"
+        " give another --out or delete it"
+      )
+    return str(directory)
+  if (directory / "videos").exists():
+    # Unfinished: its clips may be of another build.
+    shutil.rmtree(directory / "videos")
+  (directory / "videos").mkdir(parents=True)
+  jobs = [
+    (split, number)
+    for split, count in zip(SPLITS, config.clips, strict=True)
+    for number in range(count)
+  ]
+  rows = {
+    split: []
+    for split, count in zip(SPLITS, config.clips, strict=True)
+    if count
+  }
+  for done, (split, found) in enumerate(
+    _make_all(config, jobs, str(directory), num_workers), start=1
+  ):
+    rows[split].extend(found)
+    if on_clip is not None:
+      on_clip(done, len(jobs))
+  _write_rows(config, directory, rows)
+  files.write_json(path, manifest)
+  return str(directory)
+
+
+def prepare(config, num_workers: int | None = None) -> None:
+  """Builds the benchmark of a config at its `data.root`, if not there.
+
+  Args:
+    config: with sections `prepare` (fields of `BuildConfig`) and `data`.
+    num_workers: processes; one per core by default.
+  """
+  wanted = config_lib.to_dict(config.prepare)
+  wanted = BuildConfig(**wanted | {"clips": tuple(wanted["clips"])})
+  with progress_lib.Progress(sum(wanted.clips), description="clips") as bar:
+    build(
+      wanted,
+      config.data.root,
+      num_workers=num_workers or os.cpu_count(),
+      on_clip=lambda done, unused_total: bar.update(done),
+    )
+
+
+def _make_all(config, jobs, directory, num_workers):
+  """Yields (split, rows) in the order of the jobs."""
+  if num_workers < 2:
+    for split, number in jobs:
+      yield split, make_clip(config, split, number, directory)
+    return
+  context = multiprocessing.get_context("spawn")
+  with concurrent.futures.ProcessPoolExecutor(
+    num_workers, mp_context=context
+  ) as pool:
+    splits, numbers = zip(*jobs, strict=True)
+    found = pool.map(
+      functools.partial(_make_job, config, directory),
+      splits,
+      numbers,
+      chunksize=4,
+    )
+    yield from zip(splits, found, strict=True)
+
+
+def _make_job(config, directory, split, number):
+  return make_clip(config, split, number, directory)
+
+
+def _video_r1_row(row) -> dict:
+  question = row["question"]
+  return {
+    "problem_id": row["id"],
+    "problem": question.text,
+    "data_type": "video",
+    "problem_type": "multiple choice",
+    "options": tokenizer_lib.letter_options(question.options),
+    "solution": f"<answer>{questions.LETTERS[question.answer]}</answer>",
+    "path": f"./videos/{row['clip']}.mp4",
+    "data_source": f"synthetic/{question.kind}",
+  }
+
+
+def _videomme_row(row) -> dict:
+  question = row["question"]
+  return {
+    "video_id": row["clip"].rsplit("_", 1)[1],
+    "duration": row["duration"],
+    "domain": "Synthetic",
+    "sub_category": row["clip"].split("_", 1)[0],
+    "url": "",
+    "videoID": row["clip"],
+    "question_id": row["id"],
+    "task_type": question.kind,
+    "question": question.text,
+    "options": tokenizer_lib.letter_options(question.options),
+    "answer": questions.LETTERS[question.answer],
+  }
+
+
+def _write_rows(config, directory, rows) -> None:
+  """Writes every split's rows, their decisive tokens, and the TFDS files."""
+  splits = {}
+  with open(directory / "decisive.jsonl", "w", encoding="utf-8") as f:
+    for row in (row for found in rows.values() for row in found):
+      line = {"question_id": row["id"], "tokens": row["tokens"]}
+      f.write(json.dumps(line) + "\n")
+  for split, found in rows.items():
+    if split == "train":
+      path = directory / "train.json"
+      entries = [_video_r1_row(row) for row in found]
+      path.write_text(json.dumps(entries, indent=1) + "\n")
+      splits[split] = readers.read_video_r1(str(path), str(directory))
+    else:
+      path = directory / f"{split}.parquet"
+      table = pa.Table.from_pylist([_videomme_row(row) for row in found])
+      pyarrow.parquet.write_table(table, path)
+      splits[split] = readers.read_videomme(
+        str(path), str(directory), style="video-r1"
+      )
+  tfds_lib.prepare(splits, directory / "tfds")

@@ -1,0 +1,261 @@
+"""Training batches for the small base model: scenes, packed questions, labels.
+
+NumPy and the tokenizer only: batches are made in worker processes that never
+import JAX. Frames are drawn later, on the accelerator, from the slots.
+"""
+
+import collections
+import dataclasses
+import multiprocessing
+from collections.abc import Iterator
+
+import numpy as np
+import tokenizers
+
+from cacovid_jax.data import question as rows
+from cacovid_jax.data import tokenizer as tokenizer_lib
+from cacovid_jax.synthetic import questions, render, world
+
+_TURN_END = "<|im_end|>\n<|im_start|>assistant\n"
+PREFIX = "<|im_start|>user\n"
+# Askable objects of a dense training clip, inclusive range; the benchmark's
+# clips hold more.
+_DENSE_OBJECTS = (76, 84)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackingConfig:
+  """Shape and mixture of the batches.
+
+  Attributes:
+    tokenizer_file: path of tokenizer.json.
+    seed: of the stream; batch i is a function of (seed, i).
+    batch_size: clips per step.
+    questions_per_clip: packed behind one shared video prefix.
+    question_length: tokens per packed question, answer included.
+    text_only: rows per step whose scene is told in words.
+    text_only_length: tokens of such a row.
+    sparse_share: share of clips of the sparse variant.
+    dense_objects: askable objects of the others, inclusive range.
+    text_answer_share: share of questions answered in words, not by letter,
+      in the first and in the second half of training.
+    ramp_steps: steps over which the number of objects grows to that range.
+    num_steps: of the whole training, for the two halves.
+  """
+
+  tokenizer_file: str
+  seed: int = 0
+  batch_size: int = 64
+  questions_per_clip: int = 8
+  question_length: int = 68
+  text_only: int = 64
+  text_only_length: int = 128
+  sparse_share: float = 0.25
+  dense_objects: tuple[int, int] = _DENSE_OBJECTS
+  text_answer_share: tuple[float, float] = (0.5, 0.2)
+  ramp_steps: int = 1000
+  num_steps: int = 10_000
+
+
+KINDS = ("attribute", "where", "first", "order", "count")
+MAX_DECISIVE = 24
+
+
+def prompt_text(question: questions.SceneQuestion, problem_type: str) -> str:
+  """Returns the user's text: question, lettered options, the type's hint."""
+  lettered = tokenizer_lib.letter_options(question.options)
+  return tokenizer_lib.training_prompt(question.text, lettered, problem_type)
+
+
+def describe(scene: world.Scene) -> str:
+  """Tells a sparse scene in words, in order of appearance."""
+  parts = []
+  for obj in np.argsort(scene.life[:, 0], kind="stable"):
+    color, pattern, shape = scene.attributes[obj]
+    x, y = scene.path[obj].mean(0) / world.CELL - 0.5
+    middle = (world.NUM_ROWS - 1) / 2
+    place = questions.PLACES[2 * int(y > middle) + int(x > middle)]
+    parts.append(
+      f"{world.COLOR_NAMES[color]} {world.PATTERNS[pattern]}"
+      f" {world.SHAPES[shape]} {place}"
+    )
+  return "\n".join(parts)
+
+
+def _dense_world(num_objects: tuple[int, int]) -> world.WorldConfig:
+  return dataclasses.replace(world.VARIANTS["dense"], num_objects=num_objects)
+
+
+def corpus(num_scenes: int = 200, seed: int = 0) -> list[str]:
+  """Returns texts of the training split to build a vocabulary from."""
+  rng = np.random.default_rng(seed)
+  # The template, and the wording of prompts that benchmarks use.
+  texts = [
+    f"{PREFIX}\nassistant\nsystem\nYou are a helpful assistant.",
+    "Select the best answer to the following multiple-choice question based"
+    " on the video and the subtitles. Respond with only the letter (A, B, C,"
+    " or D) of the correct option.",
+    "\nAnswer with the option's letter from the given choices directly.",
+    "\nOnly give the best option.\nBest option: (",
+  ] * num_scenes
+  for _ in range(num_scenes):
+    scene = world.sample_scene(rng, world.VARIANTS["sparse"])
+    texts.append(describe(scene))
+    dense = world.sample_scene(rng, _dense_world(_DENSE_OBJECTS))
+    for question in questions.sample_questions(rng, dense, 8):
+      for problem_type in (rows.MULTIPLE_CHOICE, rows.FREE_FORM):
+        texts.append("\n" + prompt_text(question, problem_type))
+      texts.append(question.options[question.answer])
+  return texts
+
+
+class Packer:
+  """Makes batch i from (seed, i); one per worker process."""
+
+  def __init__(self, config: PackingConfig):
+    self.config = config
+    self.tokenizer = tokenizers.Tokenizer.from_file(config.tokenizer_file)
+    self.pad = self.tokenizer.token_to_id("<|endoftext|>")
+
+  def _encode(self, text: str) -> list[int]:
+    return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+  def _row(self, prompt: str, answer: str, length: int):
+    """Returns (ids i32[length], target bool[length]) of one prompt."""
+    head = self._encode(prompt + _TURN_END)
+    tail = self._encode(answer + "<|im_end|>")
+    ids = np.full(length, self.pad, np.int32)
+    target = np.zeros(length, bool)
+    total = len(head) + len(tail)
+    if total > length:
+      raise ValueError(f"{total} tokens do not fit into {length}: {prompt!r}")
+    ids[: len(head)] = head
+    ids[len(head) : total] = tail
+    target[len(head) : total] = True
+    return ids, target
+
+  def _question(self, rng, question, text_share, length, prefix=""):
+    in_words = rng.random() < text_share
+    problem_type = rows.FREE_FORM if in_words else rows.MULTIPLE_CHOICE
+    answer = (
+      question.options[question.answer]
+      if in_words
+      else questions.LETTERS[question.answer]
+    )
+    prompt = f"{prefix}\n{prompt_text(question, problem_type)}"
+    return (*self._row(prompt, answer, length), in_words)
+
+  def _world(self, rng, step):
+    config = self.config
+    if rng.random() < config.sparse_share:
+      return world.VARIANTS["sparse"]
+    dense = _dense_world(config.dense_objects)
+    share = min(1.0, step / max(1, config.ramp_steps))
+    # A fifth of the clips stays between the variants in density.
+    if share < 1.0 or rng.random() < 0.2:
+      top = max(10, int(share * dense.num_objects[1]))
+      return dataclasses.replace(dense, num_objects=(6, top))
+    return dense
+
+  def clip(self, rng, scene, text_share):
+    """Returns the arrays of one clip, without the batch axis."""
+    config = self.config
+    found = questions.sample_questions(rng, scene, config.questions_per_clip)
+    count = config.questions_per_clip
+    ids = np.full((count, config.question_length), self.pad, np.int32)
+    target = np.zeros((count, config.question_length), bool)
+    decisive = np.full((count, MAX_DECISIVE), -1, np.int16)
+    kind = np.full(count, -1, np.int8)
+    in_words = np.zeros(count, bool)
+    for i, question in enumerate(found):
+      ids[i], target[i], in_words[i] = self._question(
+        rng, question, text_share, config.question_length
+      )
+      tokens = question.tokens(scene)[:MAX_DECISIVE]
+      decisive[i, : len(tokens)] = tokens
+      kind[i] = KINDS.index(question.kind)
+    drawn = [render.slots(scene, float(t)) for t in range(world.NUM_FRAMES)]
+    sprite, corner, color = (
+      np.stack(part) for part in zip(*drawn, strict=True)
+    )
+    owners = world.token_owners(scene).reshape(-1)
+    labels = np.where(
+      owners[:, None] >= 0, scene.attributes[np.maximum(owners, 0)], -1
+    )
+    return dict(
+      sprite=sprite,
+      corner=corner,
+      color=color.astype(np.uint8),
+      background=scene.background,
+      labels=labels.astype(np.int8),
+      ids=ids,
+      target=target,
+      decisive=decisive,
+      kind=kind,
+      in_words=in_words,
+    )
+
+  def batch(self, step: int):
+    """Returns a dict of arrays with a leading batch axis."""
+    config = self.config
+    rng = np.random.default_rng((config.seed, step))
+    late = step >= config.num_steps // 2
+    text_share = config.text_answer_share[int(late)]
+    clips = [
+      self.clip(
+        rng, world.sample_scene(rng, self._world(rng, step)), text_share
+      )
+      for _ in range(config.batch_size)
+    ]
+    batch = {key: np.stack([c[key] for c in clips]) for key in clips[0]}
+    told = [self._told(rng, text_share) for _ in range(config.text_only)]
+    batch["told_ids"] = np.stack([row[0] for row in told])
+    batch["told_target"] = np.stack([row[1] for row in told])
+    return batch
+
+  def _told(self, rng, text_share):
+    while True:
+      scene = world.sample_scene(rng, world.VARIANTS["sparse"])
+      found = questions.sample_questions(rng, scene, 1)
+      if found:
+        prefix = PREFIX + describe(scene)
+        return self._question(
+          rng, found[0], text_share, self.config.text_only_length, prefix
+        )[:2]
+
+
+# A worker process keeps one packer.
+_packer: Packer | None = None
+
+
+def _start_worker(config):
+  global _packer
+  _packer = Packer(config)
+
+
+def _worker_batch(step):
+  return _packer.batch(step)
+
+
+def batches(
+  config: PackingConfig, *, first_step: int, num_workers: int
+) -> Iterator[dict]:
+  """Yields batch `first_step`, `first_step + 1`, … made by worker processes.
+
+  At most twice as many batches as workers are in flight. Without workers they
+  are made here.
+  """
+  steps = range(first_step, config.num_steps)
+  if not num_workers:
+    packer = Packer(config)
+    yield from map(packer.batch, steps)
+    return
+  context = multiprocessing.get_context("spawn")
+  with context.Pool(num_workers, _start_worker, (config,)) as pool:
+    pending: collections.deque = collections.deque()
+    for step in steps:
+      pending.append(pool.apply_async(_worker_batch, (step,)))
+      if len(pending) > 2 * num_workers:
+        yield pending.popleft().get()
+    while pending:
+      yield pending.popleft().get()

@@ -1,0 +1,359 @@
+"""Pretraining of the small base model: from a config to its checkpoint.
+
+An answer-only loss on lettered questions stays at guessing; what makes the
+model learn is the sum of the six losses of `losses`. Frames are drawn on the
+accelerator, so every step sees fresh clips.
+
+Axes: B clips, T frames, N video tokens, Q questions of a clip, M decisive
+tokens of a question, K kept video tokens, D width.
+"""
+
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tokenizers
+
+from cacovid_jax import config as config_lib
+from cacovid_jax import errors, files
+from cacovid_jax import metrics as metrics_lib
+from cacovid_jax import progress as progress_lib
+from cacovid_jax.data import tokenizer as tokenizer_lib
+from cacovid_jax.models import checkpoints, llava_onevision, qwen2, siglip
+from cacovid_jax.synthetic import losses as losses_lib
+from cacovid_jax.synthetic import packing, world
+from cacovid_jax.synthetic import tokenizer as tokenizer_training
+
+# Safetensors of half precision keep the shipped directory small; bfloat16
+# because float16 would round small weights to zero.
+_STORED = jnp.bfloat16
+
+
+def model_of(config, tokenizer):
+  """Returns the model that a config describes, with the tokenizer's ids."""
+  vision = siglip.SiglipConfig(**config.vision)
+  text = qwen2.Qwen2Config(
+    vocab_size=config.vocab_size, tie_embeddings=True, **config.text
+  )
+  shape = llava_onevision.LlavaOnevisionConfig(
+    vision=vision,
+    text=text,
+    image_token_id=tokenizer.token_id("<image>"),
+    video_token_id=tokenizer.token_id("<video>"),
+  )
+  return llava_onevision.LlavaOnevisionModel(
+    shape, jnp.dtype(config.dtype), config.attention, config.remat
+  )
+
+
+def pretrain(config, workdir):
+  """Trains the base model; WORKDIR/base_model holds it at the end.
+
+  Every probe writes the checkpoint anew, so that a killed run leaves the last
+  one behind.
+  """
+  workdir = pathlib.Path(workdir)
+  config_lib.claim_workdir(workdir, config)
+  directory = workdir / "base_model"
+  tokenizer_training.train(
+    packing.corpus(),
+    config.vocab_size,
+    directory,
+    image_size=config.vision.image_size,
+    patch_size=config.vision.patch_size,
+    max_length=config.text.max_positions,
+    num_frames=world.NUM_FRAMES,
+  )
+  tokenizer = tokenizer_lib.Tokenizer.from_directory(directory)
+  if tokenizer.vocab_size > config.vocab_size:
+    raise errors.UserError(
+      f"config.vocab_size {config.vocab_size} is below the tokenizer's"
+      f" {tokenizer.vocab_size}; raise it"
+    )
+  model = model_of(config, tokenizer)
+  ends = ("<|im_end|>", "<|endoftext|>")
+  with (
+    metrics_lib.MetricsWriter(workdir, 0) as writer,
+    progress_lib.Progress(config.pretrain.num_steps) as progress,
+  ):
+
+    def on_metrics(step, values):
+      writer.write_scalars(step, values)
+      progress.update(step, {k: values[k] for k in ("hit_full", "hit_pruned")})
+
+    def on_probe(step, params, rows):
+      for variant, row in rows.items():
+        writer.write_scalars(
+          step, {f"{variant}/{rule}": value for rule, value in row.items()}
+        )
+        shown = ", ".join(f"{rule} {value:.3f}" for rule, value in row.items())
+        print(f"step {step}, {variant}: {shown}", flush=True)
+      checkpoints.save(
+        directory,
+        model.config,
+        params,
+        eos_ids=[tokenizer.token_id(token) for token in ends],
+        pad_id=tokenizer.token_id(ends[1]),
+        dtype=_STORED,
+      )
+      files.write_json(workdir / "probe.json", rows)
+
+    train(
+      model,
+      directory / "tokenizer.json",
+      config.pretrain,
+      on_metrics=on_metrics,
+      on_probe=on_probe,
+    )
+  return directory
+
+
+def make_tx(config):
+  """Returns (optimiser, schedule) of a pretraining run."""
+  schedule = optax.warmup_cosine_decay_schedule(
+    0.0, config.lr, config.warmup_steps, config.num_steps, config.lr * 0.01
+  )
+
+  def decayed(params):
+    return jax.tree.map(lambda p: p.ndim > 1, params)
+
+  return optax.chain(
+    optax.clip_by_global_norm(1.0),
+    optax.adamw(
+      schedule, b2=0.98, weight_decay=config.weight_decay, mask=decayed
+    ),
+  ), schedule
+
+
+def init_params(rng, model):
+  """Returns all parameters; residual writes start small, as depth asks."""
+  model_rng, head_rng = jax.random.split(rng)
+  params = model.init(model_rng)
+  layers = params["language_model"]["layers"]
+  scale = (2 * model.config.text.num_layers) ** -0.5
+  for name in ("o_proj", "down_proj"):
+    layers[name]["kernel"] = layers[name]["kernel"] * scale
+  table = params["language_model"]
+  table["embed_tokens"] = table["embed_tokens"] * 4.0
+  width = model.config.text.hidden_size
+  words = jnp.zeros((sum(losses_lib.ATTRIBUTES) + 4, width))
+  head = losses_lib.LabelHead().init(head_rng, jnp.zeros((1, width)), words)[
+    "params"
+  ]
+  asked = losses_lib.AskedHead().init(head_rng, jnp.zeros((1, width)))["params"]
+  return {"model": params, "head": head, "asked": asked}
+
+
+def _over_clips(function, mesh, *, split_from, out_split):
+  """Runs a function per device, its last argument split over axis `data`."""
+  spec = jax.sharding.PartitionSpec
+  # The default check would sum gradients of replicated parameters already.
+  return jax.shard_map(
+    function,
+    mesh=mesh,
+    in_specs=(*[spec()] * split_from, spec("data")),
+    out_specs=spec("data") if out_split else spec(),
+    check_vma=False,
+  )
+
+
+def make_update(model, prompts, tx, config, word_ids, mesh):
+  """Returns the jitted step.
+
+  (params, opt_state, step, batch) -> (params, opt_state, metrics), the batch
+  split over the mesh's axis `data`, the rest replicated.
+  """
+
+  def loss_fn(params, rng, batch):
+    losses, right = losses_lib.answer_losses(
+      model,
+      params,
+      rng,
+      batch,
+      prompts=prompts,
+      config=config,
+      word_ids=word_ids,
+    )
+    total = sum(config.weights[name] * loss for name, loss in losses.items())
+    metrics = {f"loss_{name}": loss for name, loss in losses.items()}
+    letters = (~batch["in_words"] & (batch["kind"] >= 0)).astype(jnp.float32)
+    for name in ("full", "pruned"):
+      share = (right[name] * letters).sum() / jnp.maximum(letters.sum(), 1)
+      metrics[f"hit_{name}"] = share
+    metrics["hit_told"] = right["told"].mean()
+    return total, metrics
+
+  def update(params, opt_state, step, batch):
+    rng = jax.random.fold_in(jax.random.key(config.seed), step)
+    rng = jax.random.fold_in(rng, jax.lax.axis_index("data"))
+    grads, metrics = jax.grad(loss_fn, has_aux=True)(params, rng, batch)
+    grads, metrics = jax.lax.pmean((grads, metrics), "data")
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state, metrics
+
+  update = _over_clips(update, mesh, split_from=3, out_split=False)
+  return jax.jit(update, donate_argnums=(0, 1))
+
+
+def make_probe(model, prompts, num_keep_of, mesh):
+  """Returns a jitted probe: hits of lettered questions by selection rule.
+
+  `num_keep_of` maps a rule's name to (function, K); a function takes (rng,
+  features [N, D], decisive int[M]) of one question and returns int32[K].
+  """
+
+  def probe(params, rng, batch):
+    rng = jax.random.fold_in(rng, jax.lax.axis_index("data"))
+    frame_rng, rule_rng = jax.random.split(rng)
+    pixels = losses_lib.draw_frames(frame_rng, batch).astype(model.dtype)
+    features = jax.vmap(lambda p: model.encode_video(params, p))(pixels)
+    ids, target = batch["ids"], batch["target"]
+    logits = losses_lib.packed_logits(model, params, prompts, features, ids)
+    hits = {"vanilla": losses_lib.hits(logits, ids, target)}
+    rngs = jax.random.split(rule_rng, ids.shape[:2])
+    for name, (rule, num_keep) in num_keep_of.items():
+      over_questions = jax.vmap(rule, in_axes=(0, None, 0))
+      index = jax.vmap(over_questions)(rngs, features, batch["decisive"])
+      valid = jnp.ones((*ids.shape[:2], num_keep), bool)
+      logits = losses_lib.pruned_logits(
+        model, params, prompts, features, ids, index, valid
+      )
+      hits[name] = losses_lib.hits(logits, ids, target)
+    return hits
+
+  return jax.jit(_over_clips(probe, mesh, split_from=2, out_split=True))
+
+
+def probe_rules(num_video):
+  """Random and decisive-first keeping at 10 % and 5 %, for progress lines."""
+
+  def random_rule(num_keep):
+    def rule(rng, features, decisive):
+      del features, decisive
+      return jnp.sort(
+        jax.random.choice(rng, num_video, (num_keep,), replace=False)
+      )
+
+    return rule, num_keep
+
+  def decisive_rule(num_keep):
+    def rule(rng, features, decisive):
+      del features
+      index, _ = losses_lib.random_subsets(
+        rng,
+        decisive[None, None],
+        jnp.full((1, 1), num_keep),
+        jnp.zeros((1, 1, num_video)),
+        num_keep=num_keep,
+      )
+      return index[0, 0]
+
+    return rule, num_keep
+
+  tenth, twentieth = num_video // 10, num_video // 20
+  return {
+    "random_0.10": random_rule(tenth),
+    "decisive_0.10": decisive_rule(tenth),
+    "decisive_0.05": decisive_rule(twentieth),
+  }
+
+
+def summarise(hits, kinds):
+  """Returns {rule: accuracy} plus vanilla accuracy by question kind."""
+  asked = kinds >= 0
+  rows = {name: float(h[asked].mean()) for name, h in hits.items()}
+  for i, kind in enumerate(packing.KINDS):
+    chosen = kinds == i
+    if chosen.any():
+      rows[f"vanilla/{kind}"] = float(hits["vanilla"][chosen].mean())
+      if "decisive_0.10" in hits:
+        rows[f"decisive/{kind}"] = float(hits["decisive_0.10"][chosen].mean())
+  return rows
+
+
+def held_out(config: packing.PackingConfig, variant: str, num_clips: int):
+  """Returns a batch of lettered questions that training never sees."""
+  packer = packing.Packer(config)
+  rng = np.random.default_rng((config.seed, 2**31, len(variant)))
+  clips = [
+    packer.clip(rng, world.sample_scene(rng, world.VARIANTS[variant]), 0.0)
+    for _ in range(num_clips)
+  ]
+  return {key: np.stack([clip[key] for clip in clips]) for key in clips[0]}
+
+
+def train(model, tokenizer_file, config, *, on_metrics, on_probe):
+  """Pretrains a model and returns its parameters and the last probe.
+
+  Args:
+    model: `models.llava_onevision.LlavaOnevisionModel`.
+    tokenizer_file: path of tokenizer.json.
+    config: the "pretrain" section of `configs/synthetic_base.py`.
+    on_metrics: called with (step, {name: value}) every config.log_every steps.
+    on_probe: called with (step, params, {variant: {rule: accuracy}}) every
+      config.probe_every steps and at the end.
+
+  Raises:
+    UserError: the loss is not finite.
+  """
+  pack = packing.PackingConfig(
+    tokenizer_file=str(tokenizer_file),
+    seed=config.seed,
+    num_steps=config.num_steps,
+    **config.packing,
+  )
+  tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_file))
+  word_ids = losses_lib.word_ids(tokenizer)
+  prompts = losses_lib.PackedPrompts(
+    tokenizer.encode(packing.PREFIX, add_special_tokens=False).ids,
+    world.NUM_TOKENS,
+    pack.questions_per_clip,
+    pack.question_length,
+  )
+  mesh = jax.make_mesh(
+    (jax.device_count(),),
+    ("data",),
+    axis_types=(jax.sharding.AxisType.Auto,),
+  )
+  split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  tx, schedule = make_tx(config)
+  params = init_params(jax.random.key(config.seed), model)
+  params = jax.device_put(params, whole)
+  # Placed as `update` returns it, or that would compile a second time.
+  opt_state = jax.device_put(jax.jit(tx.init)(params), whole)
+  update = make_update(model, prompts, tx, config, word_ids, mesh)
+  probe = make_probe(model, prompts, probe_rules(world.NUM_TOKENS), mesh)
+  tests = {
+    name: jax.device_put(held_out(pack, name, config.probe_clips), split)
+    for name in world.VARIANTS
+  }
+  start, seen, rows = time.time(), 0, {}
+  stream = packing.batches(pack, first_step=0, num_workers=config.num_workers)
+  for step, batch in enumerate(stream, start=1):
+    params, opt_state, metrics = update(
+      params, opt_state, jnp.int32(step - 1), jax.device_put(batch, split)
+    )
+    last = step == config.num_steps
+    if step % config.log_every == 0 or last:
+      values = {name: float(value) for name, value in metrics.items()}
+      if not np.isfinite(list(values.values())).all():
+        raise errors.UserError(
+          f"pretraining: the loss is not finite at step {step}; lower"
+          " config.pretrain.lr"
+        )
+      rate = (step - seen) / (time.time() - start)
+      seen, start = step, time.time()
+      values |= {"lr": float(schedule(step - 1)), "steps_per_second": rate}
+      on_metrics(step, values)
+    if step % config.probe_every == 0 or last:
+      rows = {}
+      for name, held in tests.items():
+        hits = probe(params["model"], jax.random.key(1), held)
+        hits = {rule: np.asarray(h) for rule, h in hits.items()}
+        rows[name] = summarise(hits, np.asarray(held["kind"]))
+      on_probe(step, params["model"], rows)
+  return params["model"], rows

@@ -1,0 +1,231 @@
+"""Questions about scenes, with the tokens that their answers rest on.
+
+Six kinds: the color, shape or pattern of an object named by the other two
+attributes ("attribute"), "where" an object is, which of four comes "first",
+which of four comes "after" or "before" a named one ("order"), and "count". A
+question is only asked of objects that its words single out in the whole clip.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from cacovid_jax.synthetic import world
+
+LETTERS = "ABCD"
+PLACES = ("top left", "top right", "bottom left", "bottom right")
+# Sampled frames between two first appearances, at least, for their order to
+# be asked.
+_ORDER_GAP = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SceneQuestion:
+  """A lettered question about one scene.
+
+  Attributes:
+    kind: "attribute", "where", "first", "order" or "count".
+    text: without options.
+    options: texts without letters, in the order shown.
+    answer: index of the right option.
+    objects: indices of the objects that the question is about.
+  """
+
+  kind: str
+  text: str
+  options: tuple[str, ...]
+  answer: int
+  objects: tuple[int, ...]
+
+  def tokens(self, scene: world.Scene) -> list[int]:
+    """Returns the decisive tokens, flat and ascending."""
+    tokens = set()
+    for obj in self.objects:
+      tokens.update(world.covered_tokens(scene, obj))
+    return sorted(tokens)
+
+
+class _Facts:
+  """What of a scene can be asked: which attribute groups are unique."""
+
+  def __init__(self, scene: world.Scene):
+    self.scene = scene
+    self.keys = [tuple(int(v) for v in row) for row in scene.attributes]
+    self.groups = {}
+    for parts in ((0, 1, 2), (0, 1), (0, 2), (1, 2)):
+      table: dict[tuple[int, ...], list[int]] = {}
+      for obj, key in enumerate(self.keys):
+        table.setdefault(tuple(key[p] for p in parts), []).append(obj)
+      self.groups[parts] = table
+
+  def unique(self, parts: tuple[int, ...]) -> list[int]:
+    """Objects singled out by these attributes alone."""
+    return [v[0] for v in self.groups[parts].values() if len(v) == 1]
+
+  def name(self, obj: int, parts: Sequence[int] = (0, 1, 2)) -> str:
+    key = self.keys[obj]
+    words = {
+      0: world.COLOR_NAMES[key[0]],
+      1: world.PATTERNS[key[1]],
+      2: world.SHAPES[key[2]],
+    }
+    return " ".join(words[part] for part in sorted(parts))
+
+  def onset(self, obj: int) -> int:
+    return int(self.scene.life[obj, 0])
+
+
+def _pick(rng, items):
+  return items[int(rng.integers(len(items)))] if len(items) else None
+
+
+def _shuffled(rng, right, wrong, **fields):
+  """Builds a question whose options are shuffled."""
+  options = [right, *wrong]
+  order = rng.permutation(len(options))
+  return SceneQuestion(
+    options=tuple(options[i] for i in order),
+    answer=int(np.flatnonzero(order == 0)[0]),
+    **fields,
+  )
+
+
+def _attribute(rng, facts):
+  asked = int(rng.integers(3))
+  parts = tuple(p for p in range(3) if p != asked)
+  obj = _pick(rng, facts.unique(parts))
+  if obj is None:
+    return None
+  values = (world.COLOR_NAMES, world.PATTERNS, world.SHAPES)[asked]
+  right = values[facts.keys[obj][asked]]
+  wrong = [value for value in values if value != right]
+  wrong = [wrong[i] for i in rng.permutation(len(wrong))[:3]]
+  name = facts.name(obj, parts)
+  text = (
+    f"What color is the {name}?",
+    f"What pattern does the {name} have?",
+    f"What shape is the {name} object?",
+  )[asked]
+  return _shuffled(
+    rng, right, wrong, kind="attribute", text=text, objects=(obj,)
+  )
+
+
+def _where(rng, facts):
+  scene = facts.scene
+  middle = (world.NUM_ROWS - 1) / 2
+
+  def place(obj):
+    x, y = scene.path[obj].mean(0) / world.CELL - 0.5
+    if min(abs(x - middle), abs(y - middle)) < 0.6:
+      return None
+    return PLACES[2 * int(y > middle) + int(x > middle)]
+
+  obj = _pick(rng, [o for o in facts.unique((0, 1, 2)) if place(o)])
+  if obj is None:
+    return None
+  right = place(obj)
+  return _shuffled(
+    rng,
+    right,
+    [p for p in PLACES if p != right],
+    kind="where",
+    text=f"Where is the {facts.name(obj)}?",
+    objects=(obj,),
+  )
+
+
+def _first(rng, facts):
+  named = facts.unique((0, 1, 2))
+  named = [named[i] for i in rng.permutation(len(named))]
+  if not named:
+    return None
+  # Any object may be the first of four: its rivals are drawn after it.
+  for obj in named[:4]:
+    later = [
+      o for o in named if facts.onset(o) >= facts.onset(obj) + _ORDER_GAP
+    ]
+    if len(later) >= 3:
+      later = later[:3]
+      return _shuffled(
+        rng,
+        facts.name(obj),
+        [facts.name(o) for o in later],
+        kind="first",
+        text="Which of these appears first?",
+        objects=(obj, *later),
+      )
+  return None
+
+
+def _order(rng, facts):
+  after = bool(rng.integers(2))
+  named = facts.unique((0, 1, 2))
+  named = [named[i] for i in rng.permutation(len(named))]
+  for obj in named[:4]:
+    onset = facts.onset(obj)
+    later = [o for o in named if facts.onset(o) >= onset + _ORDER_GAP]
+    earlier = [o for o in named if facts.onset(o) <= onset - _ORDER_GAP]
+    right, wrong = (later, earlier) if after else (earlier, later)
+    if right and len(wrong) >= 3:
+      word = "after" if after else "before"
+      return _shuffled(
+        rng,
+        facts.name(right[0]),
+        [facts.name(o) for o in wrong[:3]],
+        kind="order",
+        text=f"Which of these appears {word} the {facts.name(obj)}?",
+        objects=(obj, right[0], *wrong[:3]),
+      )
+  return None
+
+
+def _count(rng, facts):
+  groups = facts.groups[(0, 2)].values()
+  count = int(rng.integers(1, 5))
+  objects = _pick(rng, [g for g in groups if len(g) == count])
+  if objects is None:
+    objects = _pick(rng, [g for g in groups if len(g) <= 4])
+  if objects is None:
+    return None
+  name = facts.name(objects[0], (0, 2))
+  return _shuffled(
+    rng,
+    str(len(objects)),
+    [str(n) for n in range(1, 5) if n != len(objects)],
+    kind="count",
+    text=f"How many {name} objects appear?",
+    objects=tuple(objects),
+  )
+
+
+_KINDS: tuple[tuple[Callable, float], ...] = (
+  (_attribute, 0.4),
+  (_where, 0.08),
+  (_first, 0.2),
+  (_order, 0.2),
+  (_count, 0.12),
+)
+
+
+def sample_questions(
+  rng: np.random.Generator, scene: world.Scene, num_questions: int
+) -> list[SceneQuestion]:
+  """Draws questions with different wordings about one scene.
+
+  Returns fewer than asked for only if 20 draws a question do not find more.
+  """
+  facts = _Facts(scene)
+  makers = [maker for maker, _ in _KINDS]
+  weights = [weight for _, weight in _KINDS]
+  found: dict[str, SceneQuestion] = {}
+  for _ in range(20 * num_questions):
+    if len(found) == num_questions:
+      break
+    maker = makers[int(rng.choice(len(makers), p=weights))]
+    question = maker(rng, facts)
+    if question is not None:
+      wording = question.text + "|".join(sorted(question.options))
+      found.setdefault(wording, question)
+  return list(found.values())

@@ -1,0 +1,61 @@
+"""The command line of the parity check."""
+
+import os
+import subprocess
+import sys
+
+from absl.testing import absltest
+
+from cacovid_jax.parity import __main__, stage
+
+GOLDEN = os.path.join(os.path.dirname(__file__), "..", "golden")
+
+
+class ParityTest(absltest.TestCase):
+  def test_report_says_what_missed(self):
+    found = [
+      stage.Stage("near", 1e-6, 2e-5, True),
+      stage.Stage("far", 0.3, 2e-5, False),
+    ]
+    self.assertTrue(__main__.report("folder", found[:1]))
+    self.assertFalse(__main__.report("folder", found))
+    self.assertFalse(__main__.report("folder", []))
+
+  def test_exit_codes(self):
+    def run(*arguments):
+      return subprocess.run(
+        [sys.executable, "-m", "cacovid_jax.parity", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+      )
+
+    models = ("llava_onevision_tiny", "qwen2_5_vl_tiny")
+    good = run(*(os.path.join(GOLDEN, name) for name in models))
+    self.assertEqual(good.returncode, 0, good.stderr)
+    self.assertIn("15 of 15 stages within tolerance", good.stdout)
+    self.assertIn("21 of 21 stages within tolerance", good.stdout)
+    absent = run("nowhere")
+    self.assertEqual(absent.returncode, 2)
+    self.assertIn("error: nowhere is not a folder", absent.stderr)
+    self.assertNotIn("Traceback", absent.stderr)
+
+
+class CompareTest(absltest.TestCase):
+  def test_shapes_and_values_that_are_not_finite_are_misses(self):
+    inf = float("inf")
+    self.assertFalse(stage.compare("s", [1.0, 2.0], [1.0], 1.0).ok)
+    self.assertEqual(stage.compare("s", [1.0], [[1.0]], 1.0).max_abs_error, inf)
+    self.assertFalse(stage.compare("s", [float("nan")], [0.0], 1.0).ok)
+    self.assertTrue(stage.compare("s", [-inf, 1.0], [-inf, 1.0], 0.0).ok)
+    self.assertFalse(stage.compare("s", [-inf], [0.0], 1.0).ok)
+    self.assertTrue(stage.compare("s", [], [], 0.0).ok)
+
+  def test_zero_tolerance_asks_for_equality(self):
+    self.assertTrue(stage.compare("ids", [3, 4], [3, 4], 0.0).ok)
+    self.assertFalse(stage.compare("ids", [3, 4], [3, 5], 0.0).ok)
+    self.assertTrue(stage.compare("mask", [True], [True], 0.0).ok)
+
+
+if __name__ == "__main__":
+  absltest.main()
