@@ -87,8 +87,8 @@ class ClipIndex(NamedTuple):
     Args:
       pictures: int64[P, 2]: stamp, 1 for a key frame + 2 for a damaged picture.
       faults: errors of the decoder, damaged pictures included.
-      early: those of them before the first picture. Unless stamps tell more, the
-        clip begins between key frames there, and nothing is lost.
+      early: those before the first picture: unless stamps tell more, the clip
+        begins between key frames, and nothing is lost.
     """
     stamps, flags = pictures.T
     corrupt, place = flags & 2 > 0, np.arange(len(stamps))
