@@ -112,7 +112,7 @@ class Evaluation:
       evaluation.open_source(request, checkpoint, runner.wanted(parsed)),
       found.questions,
       evaluation.settings(request),
-      policies={"policy": evaluation.load_policy(str(policy), checkpoint)},
+      policies={"policy": loading.load_policy(str(policy), checkpoint)},
       decisive=found.decisive,
       task=found.task,
       programs=self._programs.get(request.checkpoint),
