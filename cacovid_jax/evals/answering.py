@@ -31,14 +31,14 @@ from cacovid_jax.data import frames, qwen_frames, video
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.evals import (
-  answer_page,
   clips,
   evaluation,
   provenance,
-  report,
+  results,
   runner,
 )
 from cacovid_jax.evals import programs as programs_lib
+from cacovid_jax.evals.report import answer as answer_page
 from cacovid_jax.models import checkpoints, qwen2_5_vl
 
 _ASSETS = pathlib.Path(cacovid_jax.__file__).parent / "assets"
@@ -279,7 +279,8 @@ class Answerer:
       policies={name: p.identity for name, p in self.policies.items()},
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    report.write_page(path, answer_page.render(asked, shown, described))
+    page = answer_page.render(asked, shown, described)
+    results.write_text(path, page)
 
   def close(self) -> None:
     """Stops the threads that decode."""

@@ -40,14 +40,13 @@ from cacovid_jax.evals import (
   benchmarks,
   clips,
   defaults,
-  examples,
   frame_manifest,
   provenance,
-  report,
   results,
   runner,
   shards,
 )
+from cacovid_jax.evals.report import html, viewer
 from cacovid_jax.models import checkpoints, qwen2_5_vl
 from cacovid_jax.policy import modules
 
@@ -200,7 +199,7 @@ def evaluate(
   out, shown = found
   times = measure(out) if measure else {}
   path = os.path.join(request.workdir, "report.html")
-  report.write(path, out, shown, _curves(request), times)
+  html.write(path, out, shown, _curves(request), times)
   return out
 
 
@@ -295,7 +294,7 @@ def _evaluate(request: Request):
           f" {out['unreadable'][0]['reason']}); prepare the data again"
         )
       results.write_json(workdir / "results.json", out)
-      shown = examples.choose(
+      shown = viewer.choose(
         table,
         answers,
         evaluator,

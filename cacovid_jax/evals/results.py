@@ -242,11 +242,16 @@ def frame_hashes(
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
   """Writes JSON with sorted keys, all or nothing."""
+  text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False)
+  write_text(path, text + "\n")
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+  """Writes a file so that a reader sees the old one or the new one."""
   path = pathlib.Path(path)
   partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-  text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False)
-  with open(partial, "w", encoding="utf-8") as f:
-    f.write(text + "\n")
+  with open(partial, "w", encoding="utf-8", newline="") as f:
+    f.write(text)
     f.flush()
     os.fsync(f.fileno())
   os.replace(partial, path)

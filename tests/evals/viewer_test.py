@@ -11,10 +11,10 @@ from cacovid_jax.evals import (
   benchmarks,
   clips,
   evaluation,
-  examples,
   results,
   runner,
 )
+from cacovid_jax.evals.report import viewer
 from tests.evals import tiny
 
 RATIOS = (0.25, 0.1)
@@ -98,7 +98,7 @@ def answers(table):
 @pytest.fixture(scope="module")
 def chosen(table, answers, evaluator):
   decisive = evaluator.decisive
-  return examples.choose(
+  return viewer.choose(
     table, answers, evaluator, decisive, 5, failures=FAILURES
   )
 
@@ -179,11 +179,11 @@ def test_pictures_and_deciding_tokens(chosen, evaluator):
 def test_none_are_chosen_where_there_is_nothing_to_show(
   table, answers, evaluator
 ):
-  assert examples.choose(table, answers, evaluator, {}, 0) == []
+  assert viewer.choose(table, answers, evaluator, {}, 0) == []
   alone = dataclasses.replace(
     table,
     methods=[m for m in table.methods if m.label == "fastv"],
     ratios=[0.1],
   )
-  found = examples.choose(alone, answers, evaluator, {}, 4, failures=FAILURES)
+  found = viewer.choose(alone, answers, evaluator, {}, 4, failures=FAILURES)
   assert found == []

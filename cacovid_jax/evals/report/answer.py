@@ -10,7 +10,7 @@ import rich.table
 import rich.text
 
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.evals import examples, report
+from cacovid_jax.evals.report import html, viewer
 
 COLUMNS = (
   "tokens from", "tokens kept", "embed ms", "scores ms", "select ms",
@@ -29,19 +29,19 @@ def render(asked, frames: np.ndarray, provenance: Mapping[str, Any]) -> str:
   pruned = [answer for answer in asked.answers if answer.ratio < 1]
   first = min(
     pruned or asked.answers,
-    key=lambda answer: abs(answer.ratio - examples.SHOWN_RATIO),
+    key=lambda answer: abs(answer.ratio - viewer.SHOWN_RATIO),
   )
   # Everything kept is the same whatever the method: one more ratio of it.
   method = first.method
-  shown, per_slice = examples.slices(frames, asked.grid[0])
-  example = examples.Example(
+  shown, per_slice = viewer.slices(frames, asked.grid[0])
+  example = viewer.Example(
     question=asked.question,
     frames=shown,
     grid=asked.grid,
     views={(method, answer.ratio): answer.trace for answer in asked.answers},
     answers={
       method: {
-        answer.ratio: examples.Said(answer.text, answer.letter)
+        answer.ratio: viewer.Said(answer.text, answer.letter)
         for answer in asked.answers
       }
     },
@@ -51,13 +51,13 @@ def render(asked, frames: np.ndarray, provenance: Mapping[str, Any]) -> str:
   facts = {
     "question": asked.question.question,
     "clip": asked.question.id,
-    "lead": lead(asked),
-    "note": note(asked),
+    "lead": _lead(asked),
+    "note": _note(asked),
     "columns": COLUMNS,
     "provenance": provenance,
   }
-  rows = [row(asked, answer) for answer in asked.answers]
-  return report.render_answers(facts, rows, [example])
+  rows = [_row(asked, answer) for answer in asked.answers]
+  return html.render_answers(facts, rows, [example])
 
 
 def show(asked, console: rich.console.Console | None = None) -> None:
@@ -71,7 +71,7 @@ def show(asked, console: rich.console.Console | None = None) -> None:
     console.print(text, markup=False, soft_wrap=True)
 
   line(f"question: {asked.question.question}")
-  line(lead(asked))
+  line(_lead(asked))
   table = rich.table.Table(box=rich.box.SIMPLE)
   for place, column in enumerate(COLUMNS):
     last = place == len(COLUMNS) - 1
@@ -79,12 +79,12 @@ def show(asked, console: rich.console.Console | None = None) -> None:
     table.add_column(column, justify=justify, overflow="fold")
   for answer in asked.answers:
     # Brackets of an answer are no markup.
-    table.add_row(*map(rich.text.Text, row(asked, answer)))
+    table.add_row(*map(rich.text.Text, _row(asked, answer)))
   console.print(table)
-  line(note(asked))
+  line(_note(asked))
 
 
-def row(asked, answer) -> list[str]:
+def _row(asked, answer) -> list[str]:
   """Returns the cells of an answer's row, by `COLUMNS`."""
   times = [
     _time(answer.milliseconds.get(name))
@@ -109,7 +109,7 @@ def _time(milliseconds: float | None) -> str:
   return "" if milliseconds is None else f"{milliseconds:.1f}"
 
 
-def lead(asked) -> str:
+def _lead(asked) -> str:
   """Returns what was shown to the model, and what that took."""
   T, H, W = asked.grid
   clip = asked.clip
@@ -121,7 +121,7 @@ def lead(asked) -> str:
   )
 
 
-def note(asked) -> str:
+def _note(asked) -> str:
   """Returns what the times include and what they do not."""
   stages = (
     "Scores: the policy, or what else the method reads. Answer: prefill and"

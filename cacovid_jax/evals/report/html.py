@@ -1,4 +1,4 @@
-"""report.html: one file that shows an evaluation, without any network.
+"""report.html and the page of an answer: one file each, without any network.
 
 Everything is in it: charts are inline SVG, frames are data URIs, the one script
 is allowed by its hash and reads its numbers from JSON in the page. Without
@@ -7,37 +7,32 @@ set and of models is escaped.
 """
 
 import base64
+import dataclasses
 import functools
 import hashlib
 import importlib.resources
 import json
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
 import markupsafe
 
-from cacovid_jax.evals import (
-  charts,
-  groups,
-  plots,
-  results,
-  runner,
-  troubles,
-  viewer,
-)
-from cacovid_jax.evals import examples as examples_lib
+from cacovid_jax.evals import results, runner
+from cacovid_jax.evals.report import charts, issues, viewer
 
 _STYLE = "page.css"
 _SCRIPTS = ("tables.js", "groups.js", "viewer.js")
+# Groups with an order of their own; others by name.
+_GROUP_ORDER = {"short": 0, "medium": 1, "long": 2}
+_GROUP_TITLES = {"category": "kind of question", "duration": "length of clip"}
 
 
 def write(
   path: str | os.PathLike,
   out: Mapping[str, Any],
-  examples: Sequence[examples_lib.Example],
+  examples: Sequence[viewer.Example],
   curves: Sequence[Mapping[str, Any]] = (),
   times: Mapping[str, Mapping[str, float]] | None = None,
 ) -> None:
@@ -46,50 +41,40 @@ def write(
   Args:
     path: of the HTML file.
     out: results.json.
-    examples: see `examples.choose`.
+    examples: see `viewer.choose`.
     curves: lines of a training run's metrics.jsonl.
     times: method -> ratio as in `out` -> milliseconds to choose the tokens of
       one video, where they were measured.
   """
-  write_page(path, render(out, examples, curves, times))
-
-
-def write_page(path: str | os.PathLike, text: str) -> None:
-  """Writes an HTML file so that a reader sees the old one or the new one."""
-  path = pathlib.Path(path)
-  partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-  partial.write_text(text, encoding="utf-8")
-  os.replace(partial, path)
+  results.write_text(path, render(out, examples, curves, times))
 
 
 def render(
   out: Mapping[str, Any],
-  examples: Sequence[examples_lib.Example],
+  examples: Sequence[viewer.Example],
   curves: Sequence[Mapping[str, Any]] = (),
   times: Mapping[str, Mapping[str, float]] | None = None,
 ) -> str:
   """Returns the HTML text of the report; arguments as of `write`."""
   rows = {**out["methods"], **out["oracles"]}
   ratios = list(next(iter(rows.values())))
-  shown = min(
-    ratios, key=lambda r: (abs(float(r) - examples_lib.SHOWN_RATIO), r)
-  )
-  facets = groups.facets(out)
+  shown = min(ratios, key=lambda r: (abs(float(r) - viewer.SHOWN_RATIO), r))
+  facets = _facets(out)
   return _page(
     "report.html.jinja",
-    {"groups": groups.data(out, facets), "viewer": viewer.data(examples)},
+    {"groups": _group_data(out, facets), "viewer": viewer.data(examples)},
     out=out,
     ratios=ratios,
     shown=shown,
     rows=_rows(out, ratios),
     reference=results.REFERENCE,
     cards=_cards(out, ratios),
-    ratio_chart=charts.over_ratio(out, ratios),
-    time_chart=charts.over_time(out, shown, times or {}),
-    reward_chart=charts.rewards(curves),
-    facets=[groups.table(out, facet, shown) for facet in facets],
+    ratio_chart=_chart(charts.over_ratio(out, ratios), len(ratios) > 1),
+    time_chart=_chart(charts.over_time(out, shown, times or {})),
+    reward_chart=_chart(charts.rewards(curves)),
+    facets=[_group_table(out, facet, shown) for facet in facets],
     differences=_differences(out, ratios),
-    troubles=troubles.listed(out),
+    issues=issues.listed(out),
     clips=viewer.clips(examples),
     num_right=sum(bool(example.said.right) for example in examples),
   )
@@ -98,7 +83,7 @@ def render(
 def render_answers(
   facts: Mapping[str, Any],
   rows: Sequence[Sequence[str]],
-  examples: Sequence[examples_lib.Example],
+  examples: Sequence[viewer.Example],
 ) -> str:
   """Returns the HTML text of a page about one question.
 
@@ -145,7 +130,7 @@ def json_block(value: Any) -> markupsafe.Markup:
 
 
 def _source(name: str) -> str:
-  folder = importlib.resources.files("cacovid_jax.evals") / "templates"
+  folder = importlib.resources.files(__package__) / "templates"
   return (folder / name).read_text(encoding="utf-8")
 
 
@@ -209,6 +194,11 @@ def _cards(out, ratios):
   return cards
 
 
+def _chart(chart, wanted=True) -> markupsafe.Markup | None:
+  """Returns a chart as markup, None if there is nothing in it."""
+  return chart.page() if wanted and chart.series else None
+
+
 def _number(value) -> str:
   return f"{value:g}" if value == int(value) else f"{value:.1f}"
 
@@ -259,7 +249,7 @@ def _differences(out, ratios):
   if not entries:
     return None
   ends = [end for entry in entries for end in entry["ci95"]]
-  ticks = plots.nice_ticks(100 * min(0, *ends), 100 * max(0, *ends), 5)
+  ticks = charts.nice_ticks(100 * min(0, *ends), 100 * max(0, *ends), 4)
   low, high = ticks[0], ticks[-1]
 
   def place(value):
@@ -290,3 +280,85 @@ def _differences(out, ratios):
       by_ratio.append({"ratio": ratio, "rows": found})
   marks = [(f"{tick:g}".replace("-", "−"), place(tick / 100)) for tick in ticks]
   return {"ratios": by_ratio, "ticks": marks, "zero": place(0)}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Facet:
+  """One way to group the questions.
+
+  Attributes:
+    key: `category`, `duration`, or a name in `by_group`.
+    title: in words.
+    names: of its groups.
+    counts: questions in each.
+  """
+
+  key: str
+  title: str
+  names: Sequence[str]
+  counts: Sequence[int]
+
+
+def _facets(out: Mapping[str, Any]) -> list[_Facet]:
+  """Returns the ways in which results.json groups the questions."""
+  vanilla = out["vanilla"]
+  keys = ["category", "duration", *vanilla.get("by_group", {})]
+  found = []
+  for key in keys:
+    by_name = _groups(vanilla, key)
+    names = sorted(by_name, key=_group_place)
+    if names:
+      counts = [by_name[name]["n"] for name in names]
+      title = _GROUP_TITLES.get(key, key.replace("_", " "))
+      found.append(_Facet(key, title, names, counts))
+  return found
+
+
+def _group_table(
+  out: Mapping[str, Any], facet: _Facet, ratio: str
+) -> dict[str, Any]:
+  """Returns a facet's groups and the accuracies of every row in them."""
+  rows = [("vanilla", _group_values(out["vanilla"], facet))]
+  for group in ("methods", "oracles"):
+    rows += [
+      (name, _group_values(row[ratio], facet))
+      for name, row in out[group].items()
+    ]
+  return {"facet": facet, "rows": rows}
+
+
+def _group_data(
+  out: Mapping[str, Any], facets: Sequence[_Facet]
+) -> dict[str, Any]:
+  """Returns all accuracies by method, ratio and facet, ready for JSON."""
+  vanilla = [_group_values(out["vanilla"], facet) for facet in facets]
+  values = {}
+  for group in ("methods", "oracles"):
+    for name, row in out[group].items():
+      values[name] = {
+        ratio: [_group_values(cell, facet) for facet in facets]
+        for ratio, cell in row.items()
+        if cell["status"] == "ok"
+      }
+  return {
+    "facets": [dataclasses.asdict(facet) for facet in facets],
+    "vanilla": vanilla,
+    "values": values,
+  }
+
+
+def _groups(cell, key):
+  if key in _GROUP_TITLES:
+    return cell.get(f"by_{key}", {})
+  return cell.get("by_group", {}).get(key, {})
+
+
+def _group_values(cell, facet) -> list[float | None]:
+  by_name = _groups(cell, facet.key)
+  return [by_name.get(name, {}).get("accuracy") for name in facet.names]
+
+
+def _group_place(name: str):
+  # Lengths in seconds are numbers in a string.
+  number = float(name) if name.isdecimal() else 0.0
+  return _GROUP_ORDER.get(name, len(_GROUP_ORDER)), number, name

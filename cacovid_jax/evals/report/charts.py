@@ -1,0 +1,603 @@
+"""Charts of a report and of tables, drawn by matplotlib as SVG.
+
+Text stays text, the same input gives the same bytes, and within a page colours
+are those of its style sheet, so that they follow its light or dark scheme.
+"""
+
+import dataclasses
+import io
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
+
+import markupsafe
+import matplotlib
+import matplotlib.figure
+import matplotlib.ticker
+import numpy as np
+
+from cacovid_jax.evals import results
+
+# Variables of the page's style sheet, in its light scheme.
+PALETTE = {
+  "ink": "#1e1e22", "muted": "#66656b", "hair": "#e5e2da", "accent": "#0b5fa5",
+  "c0": "#b4541a", "c1": "#2f7d4f", "c2": "#8a4fa3", "c3": "#8c7300",
+  "c4": "#b03060", "c5": "#4d7c8a", "c6": "#6b6257", "c7": "#c2762b",
+  "c8": "#5564a8",
+}  # fmt: skip
+_NUM_COLOURS = 9
+_HREF = "{http://www.w3.org/1999/xlink}href"
+_RC = {
+  "font.family": "sans-serif",
+  "font.sans-serif": ["DejaVu Sans"],
+  "font.size": 12,
+  "svg.fonttype": "none",
+  "svg.hashsalt": "cacovid_jax",
+  # A dollar sign in a name is no formula.
+  "text.parse_math": False,
+}
+_LEFT, _TOP, _BOTTOM = 46, 32, 46  # Pixels around the axes.
+_CHARACTER = 6.9  # Width of a character of a name, about.
+_LONGEST = 32  # Characters of a name; tables hold it in full.
+_LINE = 15  # Between two names.
+_STEPS = (1, 2, 2.5, 5, 10)
+# Reward curves of the training metrics: name, title, colour, strong, dashed.
+_CURVES = (
+  ("reward_token", "token mode, mean", "accent", False, False),
+  ("reward_token_greedy", "token mode, greedy", "accent", True, False),
+  ("reward_frame", "frame mode, mean", "c0", False, False),
+  ("reward_frame_greedy", "frame mode, greedy", "c0", True, False),
+  ("reward_content", "content control", "muted", False, True),
+)
+
+
+class Point(NamedTuple):
+  """A value y at x, and its interval, if any, from low to high."""
+
+  x: float
+  y: float
+  low: float | None = None
+  high: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Series:
+  """Named points, joined by a line if they are several.
+
+  Attributes:
+    name: written at the right end of the line, or beside the only point.
+    points: in ascending x.
+    colour: key of `PALETTE`.
+    strong: drawn heavier, on top.
+    dashed: drawn dashed.
+    reported: points of somebody else, drawn as open circles.
+  """
+
+  name: str
+  points: Sequence[Point]
+  colour: str
+  strong: bool = False
+  dashed: bool = False
+  reported: Sequence[Point] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chart:
+  """Lines, or single points, over one axis.
+
+  Attributes:
+    series: what is drawn; a chart of none has its levels alone.
+    levels: (name, y) of horizontal lines.
+    x_label: below the axis.
+    y_label: above the axis.
+    x_ticks: places on the axis; chosen if there are none.
+    log_x: whether the axis is logarithmic.
+    most: largest value that y can take, where the axis then ends.
+    marks: whether lines have circles and intervals at their points.
+    beside: whether names stand beside the points, not at the right end.
+    height: in pixels, where the names are written.
+  """
+
+  series: Sequence[Series]
+  levels: Sequence[tuple[str, float]] = ()
+  x_label: str
+  y_label: str
+  x_ticks: Sequence[float] = ()
+  log_x: bool = False
+  most: float | None = None
+  marks: bool = True
+  beside: bool = False
+  height: int = 380
+
+  def page(self) -> markupsafe.Markup:
+    """Returns the chart for wide pages, and one with names below for narrow.
+
+    The page's style shows one of them.
+    """
+    label = f"{self.y_label} over {self.x_label}"
+    wide = _inline(self._draw(1040, self.height), label)
+    narrow = _inline(self._draw(360, 280, names=False), label)
+    key = markupsafe.Markup("").join(
+      markupsafe.Markup(
+        '<li><i style="background:var(--{})"></i>{}</li>'
+      ).format(one.colour, one.name)
+      for one in self.series
+    )
+    return markupsafe.Markup(
+      f'<div class="wide">{wide}</div><div class="narrow">{narrow}'
+      f'<ul class="key">{key}</ul></div>'
+    )
+
+  def file(self, title: str) -> str:
+    """Returns the text of an SVG file."""
+    return _svg(self._draw(1040, max(self.height, 440), title=title), "white")
+
+  @matplotlib.rc_context(_RC)
+  def _draw(self, width, height, names=True, title=""):
+    longest = max(
+      (len(_short(name)) for name, *_ in [*self.levels, *self._names()]),
+      default=0,
+    )
+    at_end = names and not self.beside
+    right = round(24 + _CHARACTER * longest) if at_end else 10
+    axes = _axes(width, height, right, title)
+    self._scale(axes, width)
+    for name, y in self.levels:
+      axes.axhline(y, color=PALETTE["muted"], ls=(0, (2, 3)), lw=1, zorder=1)
+      if names and self.beside:
+        axes.annotate(
+          _short(name), (0, y), xytext=(4, 4), color=PALETTE["muted"],
+          xycoords=("axes fraction", "data"), textcoords="offset points",
+        )  # fmt: skip
+    for one in sorted(self.series, key=lambda one: one.strong):
+      self._draw_series(axes, one)
+    if at_end:
+      _write_at_end(axes, self._names(), self.levels)
+    elif names:
+      _write_beside(axes, self._names())
+    return axes.figure
+
+  def _names(self):
+    """Returns (name, last point, colour, strong) of all series with points."""
+    return [
+      (one.name, one.points[-1], PALETTE[one.colour], one.strong)
+      for one in self.series
+      if one.points
+    ]
+
+  def _scale(self, axes, width):
+    points = [p for one in self.series for p in (*one.points, *one.reported)]
+    ys = [value for point in points for value in point[1:] if value is not None]
+    ys += [y for _, y in self.levels]
+    top = max(ys) if self.most is None else min(max(ys), self.most)
+    ticks = nice_ticks(min(ys), top)
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_ylim(ticks[0], ticks[-1])
+    xs = np.array([*(point.x for point in points), *self.x_ticks] or [1.0])
+    low, high = xs.min(), xs.max()
+    if self.log_x:
+      low, high = np.log([low, high])
+    # Without given ticks, room for at least one of 1, 2, 5, 10.
+    least = 0.0 if self.x_ticks else 1.7
+    pad = max(0.03 * (high - low), (least - high + low) / 2) or 1.0
+    ends = np.array([low - pad, high + pad])
+    if self.log_x:
+      axes.set_xscale("log")
+      crowded = 3 * (high - low) / np.log(10) > width / 90
+      locator = matplotlib.ticker.LogLocator(
+        subs=(1,) if crowded else (1, 2, 5)
+      )
+      axes.xaxis.set_major_locator(locator)
+      ends = np.exp(ends)
+    if self.x_ticks:
+      axes.set_xticks(self.x_ticks)
+    axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+    axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    axes.set_xlim(*ends)
+    axes.set_xlabel(self.x_label, color=PALETTE["muted"], labelpad=5)
+    axes.set_title(
+      self.y_label, loc="left", color=PALETTE["muted"], fontsize=12, pad=8
+    )
+
+  def _draw_series(self, axes, one):
+    style = {"color": PALETTE[one.colour], "zorder": 3 if one.strong else 2}
+    xs, ys = [p.x for p in one.points], [p.y for p in one.points]
+    if len(one.points) > 1:
+      axes.plot(
+        xs, ys, lw=2.75 if one.strong else 1.5,
+        ls=(0, (3, 2)) if one.dashed else "-", **style,
+      )  # fmt: skip
+    if not self.marks:
+      return
+    top = axes.get_ylim()[1]
+    for point in one.points:
+      if point.low != point.high:
+        high = min(point.high, top)
+        axes.vlines(point.x, point.low, high, lw=1, alpha=0.45, **style)
+    size = 8 if one.strong else 6
+    for points, fill in ((one.points, style["color"]), (one.reported, "none")):
+      axes.plot(
+        [p.x for p in points], [p.y for p in points], "o", markersize=size,
+        markerfacecolor=fill, gid=f"points {_drawable(one.name)}", **style,
+      )  # fmt: skip
+
+
+def over_ratio(out: Mapping[str, Any], ratios: Sequence[str]) -> Chart:
+  """Returns accuracy over the share of tokens kept, of results.json."""
+  colours, series = _colours(out), []
+  ratios = sorted(ratios, key=float)
+  for name, row in _rows(out):
+    points = [
+      _point(100 * float(ratio), row[ratio])
+      for ratio in ratios
+      if row[ratio]["status"] == "ok"
+    ]
+    if points:
+      series.append(
+        Series(
+          name,
+          points,
+          colours[name],
+          name == results.REFERENCE,
+          dashed=name in out["oracles"],
+        )  # fmt: skip
+      )
+  levels = _levels(out)
+  if out["chance"]:
+    levels.append(("guessing", 100 * out["chance"]))
+  return Chart(
+    series=series,
+    levels=levels,
+    x_label="video tokens kept (%, logarithmic)",
+    y_label="accuracy (%)",
+    x_ticks=[100 * float(ratio) for ratio in ratios],
+    log_x=True,
+    most=100,
+    # A line of text for each name.
+    height=max(460, 18 * (len(series) + 6)),
+  )
+
+
+def over_time(
+  out: Mapping[str, Any],
+  ratio: str,
+  times: Mapping[str, Mapping[str, float]],
+) -> Chart:
+  """Returns accuracy over the milliseconds of choosing, where measured."""
+  colours = _colours(out)
+  found = [
+    (name, times[name][ratio], row[ratio])
+    for name, row in _rows(out)
+    if row[ratio]["status"] == "ok" and ratio in times.get(name, {})
+  ]
+  # A time of nothing has no place on a logarithmic axis.
+  floor = min((time for _, time, _ in found if time > 0), default=1.0)
+  return Chart(
+    series=[
+      Series(
+        name,
+        [_point(max(time, floor), cell)],
+        colours[name],
+        name == results.REFERENCE,
+      )
+      for name, time, cell in found
+    ],
+    levels=_levels(out),
+    x_label="milliseconds to choose (logarithmic)",
+    y_label="accuracy (%)",
+    log_x=True,
+    most=100,
+    beside=True,
+    height=440,
+  )
+
+
+def rewards(curves: Sequence[Mapping[str, Any]]) -> Chart:
+  """Returns the reward curves, smoothed over a twentieth of the run."""
+  series = []
+  for name, title, colour, strong, dashed in _CURVES:
+    found = [
+      (line["step"], line[name])
+      for line in curves
+      if line.get(name) is not None
+    ]
+    if len(found) > 1:
+      means = smooth([value for _, value in found], len(found) // 20 or 1)
+      points = [Point(step, mean) for (step, _), mean in zip(found, means)]  # noqa: B905
+      series.append(Series(title, points, colour, strong, dashed))
+  last = max((one.points[-1].x for one in series), default=0)
+  return Chart(
+    series=series,
+    x_label="training step",
+    y_label="mean reward",
+    x_ticks=[x for x in nice_ticks(0, last) if x <= last and x % 1 == 0],
+    marks=False,
+    height=330,
+  )
+
+
+def averages(out: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+  """Returns an SVG file of the main table's averages over the ratio.
+
+  Args:
+    out: results.json of the table.
+    rows: of `tables.main_rows`; vanilla's is the first.
+  """
+  names = list(dict.fromkeys(row["method"] for row in rows[1:]))
+  colours = _colours({"methods": names, "oracles": ()})
+
+  def points(name, column):
+    return [
+      Point(100 * float(row["ratio"]), row[column])
+      for row in sorted(rows[1:], key=lambda row: float(row["ratio"]))
+      if row["method"] == name and row[column] is not None
+    ]
+
+  chart = Chart(
+    series=[
+      Series(
+        name, points(name, "accuracy"), colours[name],
+        name == results.REFERENCE, reported=points(name, "paper"),
+      )
+      for name in names
+    ],
+    levels=[("vanilla", rows[0]["accuracy"])],
+    x_label="video tokens kept (%)",
+    y_label=f"average of {len(out['average']['benchmarks'])} (%)",
+    x_ticks=sorted({100 * float(row["ratio"]) for row in rows[1:]}),
+  )  # fmt: skip
+  return chart.file(f"{out['model'] or 'main table'}; open points: the paper")
+
+
+@matplotlib.rc_context(_RC)
+def first_token(out: Mapping[str, Any]) -> str:
+  """Returns an SVG file of milliseconds to the first token, a bar per row.
+
+  Args:
+    out: results.json of the efficiency table.
+  """
+  rows = [row for row in out["rows"] if row["status"] == "ok"]
+  title = f"{out['size']}, {out['dtype']}, {out['host']['device']}"
+  names = [f"{row['method']}, {row['ratio']:.0%}" for row in rows]
+  room = round(_CHARACTER * max(map(len, names), default=0))
+  axes = _axes(1040, 110 + 22 * len(rows), 10, title, left=room + 20)
+  shared = out["tower_ms"] + out["embed_ms"]
+  left = np.zeros(len(rows))
+  for label, colour, values in (
+    ("tower and prompt", "#c7ccd1", [shared] * len(rows)),
+    ("choosing tokens", "#e08a1e", [row["compression_ms"] for row in rows]),
+    ("prefill", PALETTE["accent"], [row["prefill_ms"] for row in rows]),
+  ):
+    axes.barh(names, values, left=left, color=colour, label=label, height=0.7)
+    left += np.array(values)
+  axes.invert_yaxis()
+  axes.set_xlabel("milliseconds to the first token")
+  axes.legend(frameon=False, loc="lower right")
+  return _svg(axes.figure, "white")
+
+
+def smooth(values: Sequence[float], window: int) -> list[float]:
+  """Returns running means over the last `window` values."""
+  sums = np.concatenate([[0.0], np.cumsum(values)])
+  last = np.arange(1, len(sums))
+  first = np.maximum(last - window, 0)
+  return ((sums[last] - sums[first]) / (last - first)).tolist()
+
+
+def nice_ticks(low: float, high: float, most: int = 5) -> list[float]:
+  """Returns round numbers, evenly spaced, that span [low, high]."""
+  if high <= low:
+    low, high = low - 0.5, high + 0.5
+  ticks = matplotlib.ticker.MaxNLocator(most, steps=_STEPS).tick_values(
+    low, high
+  )
+  ticks = [round(float(tick), 10) for tick in ticks]
+  first = max(i for i, tick in enumerate(ticks) if tick <= low + 1e-9)
+  last = min(i for i, tick in enumerate(ticks) if tick >= high - 1e-9)
+  return ticks[first : last + 1]
+
+
+def spread_labels(
+  places: Sequence[float], top: float, bottom: float
+) -> list[float]:
+  """Returns places at least a line apart, near the given ones, in order."""
+  order = np.argsort(places, kind="stable")
+  out, last = np.array(places, float), top - _LINE
+  for i in order:
+    last = out[i] = max(out[i], last + _LINE)
+  # Push back up from the bottom, as far as is needed.
+  limit = bottom
+  for i in order[::-1]:
+    if last <= bottom or out[i] <= limit:
+      break
+    out[i], limit = limit, limit - _LINE
+  return out.tolist()
+
+
+def _rows(out):
+  return [*out["methods"].items(), *out["oracles"].items()]
+
+
+def _colours(out) -> dict[str, str]:
+  """Returns the colour of each row, the same in every chart."""
+  names = [*out["methods"], *out["oracles"]]
+  colours = {name: f"c{i % _NUM_COLOURS}" for i, name in enumerate(names)}
+  return colours | {results.REFERENCE: "accent"}
+
+
+def _levels(out):
+  return [("vanilla", 100 * out["vanilla"]["accuracy"])]
+
+
+def _point(x, cell) -> Point:
+  return Point(x, 100 * cell["accuracy"], *(100 * v for v in cell["ci95"]))
+
+
+def _axes(width, height, right, title="", left=_LEFT):
+  """Returns axes of a new figure; a pixel is a point of it."""
+  top = _TOP + 24 * bool(title)
+  # 72 dots per inch, as those of SVG files are counted.
+  figure = matplotlib.figure.Figure((width / 72, height / 72), dpi=72)
+  axes = figure.add_axes(
+    (
+      left / width,
+      _BOTTOM / height,
+      max(width - left - right, 60) / width,
+      (height - top - _BOTTOM) / height,
+    ),
+    facecolor="none",
+  )
+  axes.tick_params(length=0, pad=7, labelsize=12, labelcolor=PALETTE["muted"])
+  axes.grid(axis="y", color=PALETTE["hair"], linewidth=1)
+  axes.set_axisbelow(True)
+  axes.spines[:].set_visible(False)
+  if title:
+    figure.text(
+      10 / width, 1 - 10 / height, _short(title, 120), va="top", fontsize=14,
+      color=PALETTE["ink"],
+    )  # fmt: skip
+  return axes
+
+
+def _write_at_end(axes, names, levels):
+  """Writes names at the right, kept apart."""
+  names = names + [(n, Point(0, y), PALETTE["muted"], False) for n, y in levels]
+  height = axes.figure.bbox.height
+  ys = [height - axes.transData.transform((1, p.y))[1] for _, p, *_ in names]
+  box = axes.bbox
+  places = spread_labels(ys, height - box.y1 + 4, height - box.y0)
+  for (name, point, colour, strong), y, place in zip(
+    names, ys, places, strict=True
+  ):
+    axes.annotate(
+      _short(name), (1, point.y), xytext=(15, y - place), va="center",
+      xycoords=("axes fraction", "data"), textcoords="offset points",
+      color=colour, fontweight="bold" if strong else "normal",
+      arrowprops=_leader(colour, relpos=(0, 0.5)),
+    )  # fmt: skip
+
+
+def _write_beside(axes, names):
+  """Writes names beside their points, where no other name or point is."""
+  places = [axes.transData.transform(point[:2]) for _, point, *_ in names]
+  taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in places]
+  pairs = zip(names, places, strict=True)
+  for (name, point, colour, strong), (x, y) in sorted(
+    pairs, key=lambda pair: not pair[0][3]
+  ):
+    box = _free(taken, x, y, _CHARACTER * len(_short(name)), axes)
+    taken.append(box)
+    shift = (box[1] + box[3]) / 2 - y
+    axes.annotate(
+      _short(name), point[:2], xytext=(box[0] - x, shift), va="center",
+      textcoords="offset points", color=colour,
+      fontweight="bold" if strong else "normal",
+      arrowprops=_leader(colour) if abs(shift) > 8 else None,
+    )  # fmt: skip
+
+
+def _leader(colour, **more):
+  """Returns the style of a thin line from a name to what it names."""
+  return dict(
+    arrowstyle="-", color=colour, alpha=0.5, linewidth=1, shrinkA=2, shrinkB=2,
+    **more,
+  )  # fmt: skip
+
+
+def _free(taken, x, y, length, axes):
+  """Returns the box (left, bottom, right, top) of a name, nearest first."""
+  inside = axes.bbox
+
+  def cost(box, shift):
+    outside = max(box[2] - axes.figure.bbox.x1, 0) + max(inside.x0 - box[0], 0)
+    outside += max(inside.y0 - box[1], 0) + max(box[3] - inside.y1 - 8, 0)
+    return sum(_overlap(box, other) for other in taken) + outside, shift
+
+  found = []
+  for shift in range(0, 120, 4):
+    for up in (-1, 1):
+      for left in (x + 9, x - 9 - length):
+        bottom = y + up * shift - 7
+        box = (left, bottom, left + length, bottom + 14)
+        found.append((cost(box, shift + (left < x)), box))
+  return min(found)[1]
+
+
+def _overlap(a, b) -> float:
+  """Returns the area that two boxes share."""
+  width = min(a[2], b[2]) - max(a[0], b[0])
+  height = min(a[3], b[3]) - max(a[1], b[1])
+  return max(width, 0) * max(height, 0)
+
+
+def _drawable(name: str) -> str:
+  """Returns a name without line breaks and what XML does not allow."""
+  return "".join(c if c.isprintable() else " " for c in name)
+
+
+def _short(name: str, longest: int = _LONGEST) -> str:
+  """Returns a name that fits beside a chart."""
+  name = _drawable(name)
+  return name if len(name) <= longest else f"{name[: longest - 1]}…"
+
+
+@matplotlib.rc_context(_RC)
+def _svg(figure, facecolor="none") -> str:
+  """Returns a figure as SVG, without date and version."""
+  buffer = io.StringIO()
+  with warnings.catch_warnings():
+    # A browser has the letters that matplotlib's font lacks.
+    warnings.filterwarnings("ignore", message="Glyph .* missing from")
+    figure.savefig(
+      buffer,
+      format="svg",
+      facecolor=facecolor,
+      metadata={"Creator": None, "Date": None, "Format": None, "Type": None},
+    )
+  return buffer.getvalue()
+
+
+def _inline(figure, label: str) -> str:
+  """Returns a figure as an <svg> element that can stand in a page.
+
+  Several charts of a page would share names: there are none, and each point is
+  a circle of its own, with its series' name as title.
+  """
+  root = ElementTree.fromstring(_svg(figure))
+  for element in root.iter():
+    element.tag = element.tag.rpartition("}")[2]
+  outlines = {path.get("id"): path.get("d") for path in root.iter("path")}
+  for parent in list(root.iter()):
+    name = parent.attrib.pop("id", "")
+    parent.attrib.pop("clip-path", None)
+    for part in list(parent):
+      if part.tag in ("defs", "metadata"):
+        parent.remove(part)
+    for part in parent.iter("use") if name.startswith("points ") else ():
+      _circle(part, outlines, name.removeprefix("points "))
+    style = parent.get("style", "")
+    for variable, colour in PALETTE.items():
+      style = style.replace(colour, f"var(--{variable})")
+    if style:
+      parent.set("style", style)
+  root.attrib = {
+    "class": "chart",
+    "viewBox": root.get("viewBox"),
+    "role": "img",
+    "aria-label": label,
+  }
+  text = ElementTree.tostring(root, encoding="unicode")
+  return re.sub(r"\s*\n\s*", " ", text)
+
+
+def _circle(element, outlines, title):
+  """Turns a reference to an outline of a circle into a circle."""
+  found = element.attrib
+  # The outline begins at the circle's lowest point: M 0 radius.
+  radius = outlines[found[_HREF].removeprefix("#")].split()[2]
+  element.tag, element.attrib = "circle", {
+    "cx": found["x"], "cy": found["y"], "r": radius, "style": found["style"],
+  }  # fmt: skip
+  ElementTree.SubElement(element, "title").text = title
