@@ -39,7 +39,6 @@ _RC = {
   "text.parse_math": False,
 }
 _LEFT, _TOP, _BOTTOM = 46, 32, 46  # Pixels around the axes.
-_CHARACTER = 6.9  # Width of a character of a name, about.
 _LONGEST = 32  # Characters of a name; tables hold it in full.
 _LINE = 15  # Between two names.
 _STEPS = (1, 2, 2.5, 5, 10)
@@ -137,11 +136,12 @@ class Chart:
   @matplotlib.rc_context(_RC)
   def _draw(self, width, height, names=True, title=""):
     longest = max(
-      (len(_short(name)) for name, *_ in [*self.levels, *self._names()]),
+      [_width(name, strong) for name, _, _, strong in self._names()]
+      + [_width(name) for name, _ in self.levels],
       default=0,
     )
     at_end = names and not self.beside
-    right = round(24 + _CHARACTER * longest) if at_end else 10
+    right = round(20 + longest) if at_end else 10
     axes = _axes(width, height, right, title)
     self._scale(axes, width)
     for name, y in self.levels:
@@ -361,7 +361,7 @@ def first_token(out: Mapping[str, Any]) -> str:
   rows = [row for row in out["rows"] if row["status"] == "ok"]
   title = f"{out['size']}, {out['dtype']}, {out['host']['device']}"
   names = [f"{row['method']}, {row['ratio']:.0%}" for row in rows]
-  room = round(_CHARACTER * max(map(len, names), default=0))
+  room = round(max(map(_width, names), default=0))
   axes = _axes(1040, 110 + 22 * len(rows), 10, title, left=room + 20)
   shared = out["tower_ms"] + out["embed_ms"]
   left = np.zeros(len(rows))
@@ -487,7 +487,7 @@ def _write_beside(axes, names):
   for (name, point, colour, strong), (x, y) in sorted(
     pairs, key=lambda pair: not pair[0][3]
   ):
-    box = _free(taken, x, y, _CHARACTER * len(_short(name)), axes)
+    box = _free(taken, x, y, _width(name, strong), axes)
     taken.append(box)
     shift = (box[1] + box[3]) / 2 - y
     axes.annotate(
@@ -530,6 +530,11 @@ def _overlap(a, b) -> float:
   width = min(a[2], b[2]) - max(a[0], b[0])
   height = min(a[3], b[3]) - max(a[1], b[1])
   return max(width, 0) * max(height, 0)
+
+
+def _width(name: str, strong: bool = False) -> float:
+  """Returns about how many pixels a name takes."""
+  return (8.4 if strong else 7.2) * len(_short(name))
 
 
 def _drawable(name: str) -> str:
