@@ -11,7 +11,8 @@ import pathlib
 
 from absl import flags
 
-from cacovid_jax import errors, metrics
+from cacovid_jax import errors
+from cacovid_jax import progress as progress_lib
 from cacovid_jax.synthetic import build, tiny_checkpoint
 
 _OUT = flags.DEFINE_string("out", None, "Folder; each variant is one below it.")
@@ -68,7 +69,9 @@ def main(argv):
       questions_per_clip=_QUESTIONS.value,
     )
     directory = os.path.join(_OUT.value, variant)
-    with metrics.Progress(sum(clips), description=f"{variant} clips") as bar:
+    with progress_lib.Progress(
+      sum(clips), description=f"{variant} clips"
+    ) as bar:
       build.build(
         config,
         directory,

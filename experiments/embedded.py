@@ -3,7 +3,7 @@
 import os
 
 from cacovid_jax import config as config_lib
-from cacovid_jax import metrics
+from cacovid_jax import progress as progress_lib
 from cacovid_jax.synthetic import build
 
 
@@ -11,7 +11,9 @@ def prepare(config, num_workers=None):
   """Builds the clips and questions of config.data.root, if not there."""
   wanted = config_lib.to_dict(config.prepare)
   wanted = build.BuildConfig(**wanted | {"clips": tuple(wanted["clips"])})
-  with metrics.Progress(sum(wanted.clips), description="clips") as progress:
+  with progress_lib.Progress(
+    sum(wanted.clips), description="clips"
+  ) as progress:
     build.build(
       wanted,
       config.data.root,
