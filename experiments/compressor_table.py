@@ -8,7 +8,7 @@ it takes to choose the tokens of one video. A budget is a mean over the layers
 of the language model: methods inside it see more in front and less behind.
 
 WORKDIR/table.md, table.csv       a row per method and ratio
-WORKDIR/accuracy_over_time.png    accuracy at 10 % over milliseconds
+WORKDIR/accuracy_over_time.svg    accuracy at 10 % over milliseconds
 WORKDIR/results.json, report.html as `python -m cacovid_jax.evaluate` has them
 WORKDIR/timings.json              times and host facts, by method and ratio
 
@@ -25,7 +25,7 @@ import pathlib
 import jax.numpy as jnp
 from absl import flags
 
-from cacovid_jax import compressors, errors
+from cacovid_jax import compressors, errors, files
 from cacovid_jax import config as config_lib
 from cacovid_jax import progress as progress_lib
 from cacovid_jax.evals import (
@@ -34,9 +34,10 @@ from cacovid_jax.evals import (
   provenance,
   results,
   runner,
+  tables,
 )
 from cacovid_jax.models import checkpoints
-from experiments import embedded, table_files, table_flags
+from experiments import embedded, table_flags
 
 _CONFIG = "configs/synthetic_quickstart.py"
 _POLICY = "cacovid_jax/assets/policy"
@@ -77,8 +78,8 @@ def main(argv):
   )
   out = run(request, repeats=table_flags.REPEATS.value)
   evaluation.show(out)
-  for name in ("table.md", "table.csv", "accuracy_over_time.png",
-               "results.json", "report.html", "timings.json"):  # fmt: skip
+  names = ("results.json", "report.html", "timings.json")
+  for name in (*tables.COMPRESSOR_FILES, *names):
     print(os.path.join(request.workdir, name))
 
 
@@ -147,10 +148,7 @@ def run(request, *, repeats=9):
     }
 
   out = evaluation.evaluate(request, measure_all)
-  rows = table_files.rows(out, costs)
-  table_files.write_csv(workdir / "table.csv", rows)
-  table_files.write_markdown(workdir / "table.md", out, rows)
-  table_files.plot(workdir / "accuracy_over_time.png", out, rows)
+  tables.write_compressors(workdir, out, costs)
   return out
 
 
@@ -264,7 +262,7 @@ def _read_times(path, repeats):
 def _write_times(path, times, repeats):
   found = json.loads(path.read_text(encoding="utf-8"))
   found["selection"] = {"milliseconds": times, "repeats": repeats}
-  results.write_json(path, found)
+  files.write_json(path, found)
 
 
 if __name__ == "__main__":

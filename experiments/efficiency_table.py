@@ -12,7 +12,7 @@ values, but for methods whose work depends on the video (FrameFusion). Medians
 of `--timing_repeats` runs after one that compiles.
 
 WORKDIR/table.md, table.csv   a row per method and ratio, the paper's beside it
-WORKDIR/prefill.png           milliseconds to the first token, by part
+WORKDIR/prefill.svg           milliseconds to the first token, by part
 WORKDIR/results.json          all of it, with shapes, dtype, device, versions
 WORKDIR/rows.jsonl            every time as it is measured
 
@@ -41,26 +41,23 @@ import rich.console
 import rich.table
 from absl import flags
 
-from cacovid_jax import compressors, errors
+from cacovid_jax import compressors, errors, files
 from cacovid_jax.data import answer_log
 from cacovid_jax.evals import (
   cost,
+  estimate,
   latency,
   paper,
   programs,
   provenance,
   results,
   runner,
+  tables,
 )
 from cacovid_jax.models import checkpoints, llava_onevision, qwen2_5_vl
 from cacovid_jax.policy import network
 from cacovid_jax.synthetic import random_checkpoint
-from experiments import (
-  efficiency_files,
-  selection_benchmark,
-  table_estimate,
-  table_flags,
-)
+from experiments import selection_speed, table_flags
 
 _LLAVA = llava_onevision.LlavaOnevisionConfig
 _QWEN = qwen2_5_vl.Qwen2_5VLConfig
@@ -137,7 +134,7 @@ def main(argv):
     if labels.count(label) > 1:
       raise errors.UserError(f"--table_methods lists {label} twice")
   name, repeats = _SIZE.value, table_flags.REPEATS.value
-  if table_estimate.DRY_RUN.value:
+  if table_flags.DRY_RUN.value:
     dry_run(name, methods, ratios, repeats)
     return
   workdir = pathlib.Path(
@@ -150,10 +147,10 @@ def main(argv):
   ) as rows:
     subject, encode = make(SIZES[name], _WEIGHTS.value or workdir / "weights")
     out = measure(subject, encode, name, methods, ratios, repeats, rows)
-  results.write_json(workdir / "results.json", out)
-  efficiency_files.write(workdir, out)
-  print(efficiency_files.markdown(out))
-  for written in efficiency_files.NAMES:
+  files.write_json(workdir / "results.json", out)
+  tables.write_efficiency(workdir, out)
+  print(tables.efficiency_markdown(out))
+  for written in (*tables.EFFICIENCY_FILES, "results.json"):
     print(os.path.join(workdir, written))
 
 
@@ -201,16 +198,14 @@ def dry_run(name: str, methods, ratios, repeats: int) -> dict[str, Any]:
   config, grid = size.config(), size.grid
   text, num_rows = config.text, _prompt_rows(config, grid)
   outside = num_rows - math.prod(grid)
-  speed = table_estimate.speed_of(
-    table_estimate.TFLOPS.value, table_estimate.GBPS.value, size.dtype
-  )
+  speed = table_flags.speed(size.dtype)
   rows = []
   cells = [(method, ratio) for ratio in ratios for method in methods]
   for method, ratio in [(None, 1.0), *cells]:
     compressor = method and method.compressor
     row = {"method": method.label if method else paper.VANILLA, "ratio": ratio}
     rows.append(row)
-    if not table_estimate.able(compressor, text.num_layers, grid, ratio):
+    if not estimate.able(compressor, text.num_layers, grid, ratio):
       row["status"] = "cannot be run at this ratio"
       continue
     kept = cost.computed_rows(compressor, text.num_layers, grid, ratio)
@@ -229,7 +224,7 @@ def dry_run(name: str, methods, ratios, repeats: int) -> dict[str, Any]:
     new_tokens=1,
     batch=1,
     dtype=size.dtype,
-    policy=table_estimate.policy_of(text, methods),
+    policy=estimate.policy_of(text, methods),
   )
   tower = speed.seconds(cost.tower_flops(config, grid))
   each = tower + sum(row.get("prefill_ms", 0.0) for row in rows) / 1e3
@@ -237,7 +232,7 @@ def dry_run(name: str, methods, ratios, repeats: int) -> dict[str, Any]:
     "size": name,
     "rows": rows,
     "programs": 1
-    + table_estimate.num_programs(methods, ratios, text.num_layers, grid),
+    + estimate.num_programs(methods, ratios, text.num_layers, grid),
     # As bfloat16, whatever the computation's type.
     "disk_bytes": cost.weight_bytes(config, "bfloat16"),
     "memory_bytes": memory.total,
@@ -279,7 +274,7 @@ def make(size: Size, directory) -> tuple[latency.Subject, Any]:
   _draw(directory, config)
   checkpoint = checkpoints.load(directory, jnp.dtype(size.dtype))
   model, grid = checkpoint.model, size.grid
-  features, aux, _ = selection_benchmark.inputs(grid, config)
+  features, aux, _ = selection_speed.inputs(grid, config)
   features = features.astype(model.dtype)[None]
   made = programs.Programs(checkpoint, grid, max_new_tokens=1)
   batch = _prompt(checkpoint, made, features, grid)

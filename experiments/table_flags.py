@@ -10,7 +10,7 @@ from absl import flags
 
 from cacovid_jax import errors
 from cacovid_jax.compressors import base
-from cacovid_jax.evals import results
+from cacovid_jax.evals import cost, estimate, results
 
 # Configs of the released models, by the short names that tables have for them.
 BASES = types.MappingProxyType(
@@ -44,6 +44,15 @@ SEEDS = flags.DEFINE_list("table_seeds", ["0", "1", "2"], "Evaluation seeds.")
 BATCH = flags.DEFINE_integer(
   "table_batch", None, "Questions asked at once.", lower_bound=1
 )
+DRY_RUN = flags.DEFINE_bool(
+  "dry_run", False, "Say what the table would take, and end."
+)
+TFLOPS = flags.DEFINE_float(
+  "table_tflops", None, "Speed for --dry_run; measured on this device else."
+)
+GBPS = flags.DEFINE_float(
+  "table_gbps", None, "Memory speed for --dry_run; measured likewise."
+)
 REPEATS = flags.DEFINE_integer(
   "timing_repeats", 9, "Runs that a time is the median of.", lower_bound=1
 )
@@ -60,6 +69,11 @@ def seeds() -> tuple[int, ...]:
 def ratios(default) -> tuple[float, ...]:
   """Returns the retention ratios, checked, or the table's own."""
   return results.check_ratios(map(base.check_ratio, RATIOS.value or default))
+
+
+def speed(dtype) -> cost.Speed:
+  """Returns what the device does in a second, as stated or measured."""
+  return estimate.speed_of(TFLOPS.value, GBPS.value, dtype)
 
 
 def batch_size() -> dict[str, int]:

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import cacovid_jax
-from cacovid_jax import errors
+from cacovid_jax import errors, files
 from cacovid_jax.compressors import base
 from cacovid_jax.data import frames, qwen_frames, video
 from cacovid_jax.data import question as question_lib
@@ -34,7 +34,6 @@ from cacovid_jax.evals import (
   clips,
   evaluation,
   provenance,
-  results,
   runner,
 )
 from cacovid_jax.evals import programs as programs_lib
@@ -280,7 +279,7 @@ class Answerer:
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     page = answer_page.render(asked, shown, described)
-    results.write_text(path, page)
+    files.write(path, page)
 
   def close(self) -> None:
     """Stops the threads that decode."""

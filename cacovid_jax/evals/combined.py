@@ -17,9 +17,19 @@ from typing import Any
 import numpy as np
 
 from cacovid_jax import errors
-from cacovid_jax.data import answer_log
+from cacovid_jax.data import answer_log, qwen_frames
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.evals import results, runner, shards, statistics
+from cacovid_jax.evals import (
+  benchmarks,
+  evaluation,
+  paper,
+  provenance,
+  results,
+  runner,
+  shards,
+  statistics,
+)
+from cacovid_jax.models import checkpoints
 
 _LEDGER = "answers.jsonl"
 _ALONE = shards.Shard()
@@ -256,3 +266,156 @@ def _paired(key, versus, mean, draws) -> dict[str, Any]:
 def _number(value) -> float:
   """Returns a number with the six decimals of results.json."""
   return round(float(value), 6)
+
+
+def combine(
+  requests: Mapping[str, evaluation.Request],
+  loaded: Mapping[str, benchmarks.Benchmark],
+  runs: Mapping[str, Mapping[str, Any]],
+  tolerance: float = paper.TOLERANCE,
+) -> dict[str, Any]:
+  """Returns results.json of a table from those of its benchmarks.
+
+  Args:
+    requests: benchmark -> its evaluation, which is complete.
+    loaded: benchmark -> its questions.
+    runs: benchmark -> what its answers belong to, see `read_part`.
+    tolerance: points between two runs of the same thing.
+  """
+  request = next(iter(requests.values()))
+  methods = [runner.Method.parse(spec) for spec in request.methods]
+  parts = [
+    read_part(
+      name,
+      each.workdir,
+      loaded[name].questions,
+      methods,
+      each.ratios,
+      each.seeds,
+      run=runs[name],
+      shard=shards.Shard(*each.shard),
+      seed=number,
+    )
+    for number, (name, each) in enumerate(requests.items())
+  ]
+  rows = average(parts, methods, request.ratios)
+  model = paper.model_of(checkpoints.load_config(request.checkpoint))
+  absent = [name for name in paper.BENCHMARKS if name not in requests]
+  own = _per_cent(rows["vanilla"], absent)
+  found = paper.drift(model, own, tolerance)
+  reasons = obstacles(request, parts, absent, model)
+  rows["vanilla"]["reproduced"] = paper.reproduced(
+    found, paper.row(model, paper.VANILLA, 1.0), own, reasons
+  )
+  for method in methods:
+    for ratio in request.ratios:
+      cell = rows["methods"][method.label][results.ratio_key(ratio)]
+      row = None
+      if paper.is_method(
+        method.label, method.compressor.name, method.compressor.options
+      ):
+        row = paper.row(model, method.label, ratio)
+      cell["paper"] = row.reported() if row else None
+      if cell["status"] == "ok":
+        cell["reproduced"] = paper.reproduced(
+          found, row, _per_cent(cell, absent), reasons
+        )
+  return {
+    "schema": results.SCHEMA,
+    "model": model and paper.MODELS[model].name,
+    "absent": absent,
+    "average": rows,
+    "benchmarks": {part.name: part.out for part in parts},
+    "drift": found,
+    "ratios": [results.ratio_key(ratio) for ratio in request.ratios],
+    "seeds": list(request.seeds),
+    "provenance": _provenance(parts),
+  }
+
+
+def _provenance(parts) -> dict[str, Any]:
+  """Returns what all benchmarks were answered with, every environment."""
+  each = [part.out["provenance"] for part in parts]
+  found = provenance.describe(
+    frame_hashes={p.name: p.out["provenance"]["frame_hash"] for p in parts},
+    index_hashes={
+      p.name: p.out["provenance"]["frame_index_hash"] for p in parts
+    },
+    # The same for all: they are asked by one plan.
+    checkpoint={"sha256": each[0]["checkpoint"]},
+    policies=each[0]["policies"],
+    settings=each[0]["settings"],
+    environments=[one for part in each for one in part["environments"]],
+  )
+  return found | {"template_hash": each[0]["template_hash"]}
+
+
+def _per_cent(row, absent) -> dict[str, float]:
+  """Returns a row's accuracies as the paper has them, by column."""
+  found = {name: 100 * value for name, value in row["columns"].items()}
+  if not absent:
+    found[paper.AVERAGE] = 100 * row["accuracy"]
+  return found
+
+
+def obstacles(
+  request: evaluation.Request,
+  parts: Sequence[Part],
+  absent: Sequence[str],
+  model: str | None,
+) -> list[str]:
+  """Returns what makes a comparison with the paper void, in words.
+
+  Args:
+    request: of one benchmark; the others are alike.
+    parts: benchmarks.
+    absent: benchmarks of the paper that were not asked.
+    model: key of `paper.MODELS`, None for a model that the paper has not.
+  """
+  found = []
+  if absent:
+    titles = ", ".join(paper.BENCHMARKS[name][0] for name in absent)
+    found.append(f"not asked: {titles}")
+  for part in parts:
+    title, expected = paper.BENCHMARKS[part.name]
+    num_asked = len(part.questions)
+    if num_asked != expected:
+      found.append(f"{num_asked} of {expected} questions of {title}")
+    lost = sum(entry["questions"] for entry in part.out["unreadable"])
+    if lost:
+      found.append(f"clips of {lost} questions of {title} cannot be used")
+  if request.num_frames != paper.NUM_FRAMES:
+    found.append(f"{request.num_frames} frames instead of {paper.NUM_FRAMES}")
+  found += _other_pixels(request)
+  template = model and paper.MODELS[model].template
+  if template and request.template != template:
+    found.append(
+      f"prompts by the {request.template or 'default'} chat template instead"
+      f" of the {template}'s"
+    )
+  if request.max_new_tokens:
+    found.append(f"answers of at most {request.max_new_tokens} tokens")
+  if request.rule != paper.RULE:
+    found.append(f"letters taken by the rule {request.rule}")
+  return found
+
+
+def _other_pixels(request) -> list[str]:
+  """Returns an obstacle if frames of Qwen2.5-VL have other bounds."""
+  if not (request.min_pixels or request.max_pixels):
+    return []
+  bounds = [
+    (config.min_pixels, config.max_pixels)
+    for config in (
+      qwen_frames.ProcessorConfig.with_paper_bounds(
+        request.checkpoint,
+        min_pixels=request.min_pixels,
+        max_pixels=request.max_pixels,
+      ),
+      qwen_frames.ProcessorConfig.with_paper_bounds(request.checkpoint),
+    )
+  ]
+  if bounds[0] == bounds[1]:
+    return []
+  own, papers = (f"{least} to {most}" for least, most in bounds)
+  return [f"frames of {own} pixels instead of {papers}"]

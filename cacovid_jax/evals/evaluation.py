@@ -25,7 +25,7 @@ import rich.table
 from absl import logging
 
 from cacovid_jax import config as config_lib
-from cacovid_jax import errors, metrics
+from cacovid_jax import errors, files, metrics
 from cacovid_jax.compressors import base
 from cacovid_jax.data import (
   answer_log,
@@ -293,7 +293,7 @@ def _evaluate(request: Request):
           f" (first: {out['unreadable'][0]['video']},"
           f" {out['unreadable'][0]['reason']}); prepare the data again"
         )
-      results.write_json(workdir / "results.json", out)
+      files.write_json(workdir / "results.json", out)
       shown = viewer.choose(
         table,
         answers,
@@ -368,7 +368,7 @@ def _write_timings(path, table, evaluator) -> None:
     "grids": len(set(map(table.grid_of, table.questions))),
     "programs": evaluator.num_compiled,
   }
-  results.write_json(path, timings)
+  files.write_json(path, timings)
 
 
 def choose(

@@ -6,10 +6,7 @@ so that the same run gives the same bytes.
 
 import collections
 import dataclasses
-import json
 import math
-import os
-import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -238,23 +235,6 @@ def frame_hashes(
     if digest:
       found[question.video] = digest
   return found
-
-
-def write_json(path: str | os.PathLike, value: Any) -> None:
-  """Writes JSON with sorted keys, all or nothing."""
-  text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False)
-  write_text(path, text + "\n")
-
-
-def write_text(path: str | os.PathLike, text: str) -> None:
-  """Writes a file so that a reader sees the old one or the new one."""
-  path = pathlib.Path(path)
-  partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-  with open(partial, "w", encoding="utf-8", newline="") as f:
-    f.write(text)
-    f.flush()
-    os.fsync(f.fileno())
-  os.replace(partial, path)
 
 
 def _values(table, ledger, cell) -> np.ndarray:

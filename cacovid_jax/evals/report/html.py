@@ -19,6 +19,7 @@ from typing import Any
 import jinja2
 import markupsafe
 
+from cacovid_jax import files
 from cacovid_jax.evals import results, runner
 from cacovid_jax.evals.report import charts, issues, viewer
 
@@ -46,7 +47,7 @@ def write(
     times: method -> ratio as in `out` -> milliseconds to choose the tokens of
       one video, where they were measured.
   """
-  results.write_text(path, render(out, examples, curves, times))
+  files.write(path, render(out, examples, curves, times))
 
 
 def render(

@@ -2,8 +2,8 @@
 
 import csv
 
-from cacovid_jax.evals import latency
-from experiments import table_files
+from cacovid_jax.evals import latency, tables
+from tests.evals import charts_test
 
 
 def cell(accuracy, kept=78, **more):
@@ -46,11 +46,11 @@ TIMES = {
 
 
 def test_rows_hold_what_is_known():
-  rows = {row["method"]: row for row in table_files.rows(OUT, TIMES)}
+  rows = {row["method"]: row for row in tables.compressor_rows(OUT, TIMES)}
   assert list(rows) == [
     "cacovid", "random", "fastv", "dyto", "decisive_boxes (oracle)"
   ]  # fmt: skip
-  assert all(tuple(row) == table_files.COLUMNS for row in rows.values())
+  assert all(tuple(row) == tables.COMPRESSOR_COLUMNS for row in rows.values())
   ours = rows["cacovid"]
   assert (ours["selection_ms"], ours["rule_ms"], ours["reads_ms"]) == (
     4.75, 0.5, 4.25,
@@ -66,8 +66,8 @@ def test_rows_hold_what_is_known():
 
 
 def test_markdown_is_sorted_and_escaped():
-  rows = table_files.rows(OUT, TIMES)
-  text = table_files.markdown(OUT, rows)
+  rows = tables.compressor_rows(OUT, TIMES)
+  text = tables.compressor_markdown(OUT, rows)
   table = [line for line in text.splitlines() if line.startswith("| ")][2:]
   names = [line.split(" | ")[0].strip("| ") for line in table]
   # Best first; what could not be run last.
@@ -87,17 +87,17 @@ def test_markdown_is_sorted_and_escaped():
 
 
 def test_csv_reads_back(tmp_path):
-  rows = table_files.rows(OUT, TIMES)
-  table_files.write_csv(tmp_path / "table.csv", rows)
+  rows = tables.compressor_rows(OUT, TIMES)
+  tables.write_compressors(tmp_path, OUT, TIMES)
   with open(tmp_path / "table.csv", encoding="utf-8", newline="") as f:
     found = list(csv.DictReader(f))
-  assert [p.name for p in tmp_path.iterdir()] == ["table.csv"]
+  assert {p.name for p in tmp_path.iterdir()} == set(tables.COMPRESSOR_FILES)
   for row, back in zip(rows, found, strict=True):
     for name, value in row.items():
       assert back[name] == ("" if value is None else str(value))
 
 
-def test_a_picture_of_few_points_and_of_many(tmp_path):
+def test_a_chart_of_few_points_and_of_many(tmp_path):
   """Rows without a time are left out; the same input, the same bytes."""
   many = {
     f"method_{i}": {"0.10": latency.Cost(0.1 * (i + 1))} for i in range(24)
@@ -106,16 +106,18 @@ def test_a_picture_of_few_points_and_of_many(tmp_path):
     "methods": {name: {"0.10": cell(0.7)} for name in many},
     "paired": [],
   }
+  path = tmp_path / "accuracy_over_time.svg"
   for out, times in ((OUT, TIMES), (crowd, many), (OUT, {})):
-    rows = table_files.rows(out, times)
-    for name in ("a.png", "b.png"):
-      table_files.plot(tmp_path / name, out, rows)
-    first = (tmp_path / "a.png").read_bytes()
-    assert first == (tmp_path / "b.png").read_bytes()
-  assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png"]
+    tables.write_compressors(tmp_path, out, times)
+    first = path.read_bytes()
+    tables.write_compressors(tmp_path, out, times)
+    assert path.read_bytes() == first
+    shown = charts_test.texts(first.decode())
+    methods = {*out["methods"], *out["oracles"]}
+    assert methods & set(shown) == set(times)
+    assert {"vanilla", "dense, 10% of the tokens"} <= set(shown)
 
 
-def test_names_beside_points_do_not_cover_each_other():
-  boxes = [(0, 0, 10, 10), (5, 5, 20, 20), (30, 0, 40, 10)]
-  assert table_files._overlap(boxes[0], boxes[1]) == 25
-  assert table_files._overlap(boxes[0], boxes[2]) == 0
+def test_a_cell_with_a_bar_and_numbers_to_the_right():
+  found = tables.as_markdown(["a", "b"], [["x | y", "1"]], range(1, 2))
+  assert found == "| a | b |\n| --- | ---: |\n| x \\| y | 1 |"

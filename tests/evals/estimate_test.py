@@ -7,9 +7,8 @@ import pytest
 
 from cacovid_jax import errors
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.evals import benchmarks, cost, evaluation, runner
+from cacovid_jax.evals import benchmarks, cost, estimate, evaluation, runner
 from cacovid_jax.models import checkpoints
-from experiments import table_estimate
 from tests.data import benchmark_files
 
 SPEED = cost.Speed(flops=1e12, bytes=1e9)
@@ -38,11 +37,11 @@ def loaded(tmp_path_factory):
   return benchmarks.load(root, benchmark="videomme")
 
 
-@pytest.mark.parametrize("name", table_estimate.RELEASED)
+@pytest.mark.parametrize("name", estimate.RELEASED)
 def test_released_models_on_questions_that_are_here(name, loaded):
-  checkpoint = table_estimate.describe("nowhere", name, "bfloat16")
+  checkpoint = estimate.describe("nowhere", name, "bfloat16")
   assert checkpoint.params is None and checkpoint.tokenizer is None
-  out = table_estimate.estimate(
+  out = estimate.estimate(
     checkpoint, {"videomme": request()}, {"videomme": loaded}, SPEED
   )
   row = out["benchmarks"]["videomme"]
@@ -60,9 +59,9 @@ def test_released_models_on_questions_that_are_here(name, loaded):
 
 
 def test_operations_and_tokens_are_those_of_loops(loaded):
-  checkpoint = table_estimate.describe("", "ov0.5b", "bfloat16")
+  checkpoint = estimate.describe("", "ov0.5b", "bfloat16")
   config, num_video = checkpoint.model.config, 6272
-  found = table_estimate.estimate(
+  found = estimate.estimate(
     checkpoint,
     {"videomme": request(methods=("uniform", "fastv"), ratios=(0.25,))},
     {"videomme": loaded},
@@ -98,18 +97,18 @@ def test_operations_and_tokens_are_those_of_loops(loaded):
 
 
 def test_a_policy_and_the_towers_signals_cost_more(loaded):
-  checkpoint = table_estimate.describe("", "ov0.5b", "bfloat16")
+  checkpoint = estimate.describe("", "ov0.5b", "bfloat16")
 
-  def estimate(*methods):
-    return table_estimate.estimate(
+  def told(*methods):
+    return estimate.estimate(
       checkpoint,
       {"videomme": request(methods=methods, ratios=(0.25,))},
       {"videomme": loaded},
       SPEED,
     )
 
-  plain, learned = estimate("uniform"), estimate("cacovid")
-  policy = table_estimate.policy_of(
+  plain, learned = told("uniform"), told("cacovid")
+  policy = estimate.policy_of(
     checkpoint.model.config.text, [runner.Method.parse("cacovid")]
   )
   longest = max(
@@ -120,7 +119,7 @@ def test_a_policy_and_the_towers_signals_cost_more(loaded):
   assert more == 8 * cost.policy_flops(policy, 6272 + longest, (32, 14, 14))
   assert plain["memory"]["policy"] == 0
   assert learned["memory"]["policy"] == cost.policy_bytes(policy)
-  seen = estimate("visionzip")
+  seen = told("visionzip")
   tower = cost.tower_flops(checkpoint.model.config, (32, 14, 14))
   assert seen["total"]["flops"] - plain["total"]["flops"] == 3 * tower
   # Attention and keys of 72 values beside the features.
@@ -130,21 +129,21 @@ def test_a_policy_and_the_towers_signals_cost_more(loaded):
 
 
 def test_a_benchmark_that_is_not_here_has_its_published_size():
-  checkpoint = table_estimate.describe("", "qwen3b", "bfloat16")
-  out = table_estimate.estimate(
+  checkpoint = estimate.describe("", "qwen3b", "bfloat16")
+  out = estimate.estimate(
     checkpoint, {"mlvu_test": request("mlvu_test")}, {}, SPEED
   )
   row = out["benchmarks"]["mlvu_test"]
   assert row["questions"] == row["clips"] == 502 and row["published"]
   limited = request("mlvu_test", num_questions=10)
-  out = table_estimate.estimate(checkpoint, {"mlvu_test": limited}, {}, SPEED)
+  out = estimate.estimate(checkpoint, {"mlvu_test": limited}, {}, SPEED)
   assert out["total"]["questions"] == 10
 
 
 def test_programs_are_counted_by_what_they_share():
   def count(*specs, ratios=(0.5, 0.25), grid=(4, 4, 4)):
     methods = [runner.Method.parse(spec) for spec in specs]
-    return table_estimate.num_programs(methods, ratios, 3, grid)
+    return estimate.num_programs(methods, ratios, 3, grid)
 
   # Prompt and answers of all tokens; two choices, two answers.
   assert count("uniform") == 2 + 2 + 2
@@ -161,9 +160,9 @@ def test_programs_are_counted_by_what_they_share():
 
 
 def test_videos_of_several_grids_are_counted_apart(monkeypatch):
-  checkpoint = table_estimate.describe("", "qwen3b", "bfloat16")
+  checkpoint = estimate.describe("", "qwen3b", "bfloat16")
   grids = {"a.mp4": (16, 12, 21), "b.mp4": (16, 18, 14)}
-  monkeypatch.setattr(table_estimate, "_grids", lambda *args: grids)
+  monkeypatch.setattr(estimate, "_grids", lambda *args: grids)
   asked = [
     question_lib.Question(
       id=f"{i}", video=name, question="", answer="A", prompt=""
@@ -174,7 +173,7 @@ def test_videos_of_several_grids_are_counted_apart(monkeypatch):
     "videomme", "test", "", asked, {}, task=benchmarks.task("videomme")
   )
   only = request(methods=("uniform",), ratios=(0.5,))
-  found = table_estimate.estimate(
+  found = estimate.estimate(
     checkpoint, {"videomme": only}, {"videomme": benchmark}, SPEED
   )
   row = found["benchmarks"]["videomme"]
@@ -185,11 +184,11 @@ def test_videos_of_several_grids_are_counted_apart(monkeypatch):
 
 
 def test_memory_is_that_of_the_largest_benchmark():
-  checkpoint = table_estimate.describe("", "ov7b", "bfloat16")
+  checkpoint = estimate.describe("", "ov7b", "bfloat16")
   requests = {"mlvu_dev": request("mlvu_dev", batch_size=1),
               "mlvu_test": request("mlvu_test", batch_size=8)}  # fmt: skip
-  out = table_estimate.estimate(checkpoint, requests, {}, SPEED, model_shards=4)
-  alone = table_estimate.estimate(
+  out = estimate.estimate(checkpoint, requests, {}, SPEED, model_shards=4)
+  alone = estimate.estimate(
     checkpoint, {"mlvu_test": requests["mlvu_test"]}, {}, SPEED, model_shards=4
   )
   assert out["memory"] == alone["memory"]
@@ -200,22 +199,22 @@ def test_memory_is_that_of_the_largest_benchmark():
 
 def test_mistakes_are_named(tmp_path):
   with pytest.raises(errors.UserError, match="no config.json in .*--base="):
-    table_estimate.describe(str(tmp_path), None, "float32")
+    estimate.describe(str(tmp_path), None, "float32")
   for flags, name in (((0.0, 1.0), "tflops"), ((1.0, math.inf), "gbps")):
     with pytest.raises(errors.UserError, match=f"--table_{name}"):
-      table_estimate.speed_of(*flags, "float32")
+      estimate.speed_of(*flags, "float32")
 
 
 def test_a_speed_that_is_not_stated_is_measured(monkeypatch):
   measured = cost.Speed(5e12, 6e9)
   monkeypatch.setattr(cost, "measure_speed", lambda dtype: measured)
-  assert table_estimate.speed_of(None, 2.0, "float32") == (5e12, 2e9)
-  assert table_estimate.speed_of(3.0, 2.0, "float32") == (3e12, 2e9)
+  assert estimate.speed_of(None, 2.0, "float32") == (5e12, 2e9)
+  assert estimate.speed_of(3.0, 2.0, "float32") == (3e12, 2e9)
   assert np.isclose(SPEED.seconds(1e12, 1, 10**9), 2.0)
 
 
 def test_models_are_made_without_weights():
-  for name in table_estimate.RELEASED:
-    config = table_estimate.describe("", name, "bfloat16").model.config
-    assert config == table_estimate.RELEASED[name]()
+  for name in estimate.RELEASED:
+    config = estimate.describe("", name, "bfloat16").model.config
+    assert config == estimate.RELEASED[name]()
     assert isinstance(checkpoints.param_shapes(config), dict)

@@ -20,11 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.table
-from absl import flags
 
 from cacovid_jax import errors
 from cacovid_jax.compressors import base
 from cacovid_jax.data import readers
+from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.evals import (
   benchmarks,
   cost,
@@ -36,16 +36,6 @@ from cacovid_jax.evals import (
 )
 from cacovid_jax.models import checkpoints, llava_onevision, qwen2_5_vl
 from cacovid_jax.policy import network
-
-DRY_RUN = flags.DEFINE_bool(
-  "dry_run", False, "Say what the table would take, and end."
-)
-TFLOPS = flags.DEFINE_float(
-  "table_tflops", None, "Speed for --dry_run; measured on this device else."
-)
-GBPS = flags.DEFINE_float(
-  "table_gbps", None, "Memory speed for --dry_run; measured likewise."
-)
 
 RELEASED = types.MappingProxyType(
   {
@@ -96,8 +86,6 @@ def describe(
   if os.path.isfile(os.path.join(directory or "", "config.json")):
     config = checkpoints.load_config(directory)
     if os.path.isfile(os.path.join(directory, "tokenizer.json")):
-      from cacovid_jax.data import tokenizer as tokenizer_lib
-
       tokenizer = tokenizer_lib.Tokenizer.from_directory(directory)
   elif base_name:
     config = RELEASED[base_name]()

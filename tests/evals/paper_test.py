@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cacovid_jax import compressors, errors
-from cacovid_jax.evals import drift, paper
+from cacovid_jax.evals import paper
 from cacovid_jax.models import llava_onevision, qwen2_5_vl
 
 VANILLA = paper.row("ov7b", "vanilla", 1.0)
@@ -60,49 +60,49 @@ def own(**changes):
 
 
 def test_drift_is_told_by_column():
-  found = drift.vanilla("ov7b", own(mlvu_dev=62.4), 1.0)
+  found = paper.drift("ov7b", own(mlvu_dev=62.4), 1.0)
   entry = found["columns"]["mlvu_dev"]
   assert (entry["own"], entry["paper"], entry["difference"]) == (
     62.4, 63.0, -0.6,
   )  # fmt: skip
   assert entry["within"] and found["worst"] == 0.6
   # Both have one decimal: 61.951 is 62.0 in a table.
-  assert drift.vanilla("ov7b", own(mlvu_dev=61.951), 1.0)["worst"] == 1.0
-  far = drift.vanilla("ov7b", own(mlvu_dev=60.7), 1.0)
+  assert paper.drift("ov7b", own(mlvu_dev=61.951), 1.0)["worst"] == 1.0
+  far = paper.drift("ov7b", own(mlvu_dev=60.7), 1.0)
   assert not far["columns"]["mlvu_dev"]["within"] and far["worst"] == 2.3
-  none = drift.vanilla(None, own(), 1.0)
+  none = paper.drift(None, own(), 1.0)
   assert none["columns"] == {} and none["worst"] is None
 
 
 def test_a_row_is_reproduced_only_where_vanilla_is():
   row = paper.row("ov7b", "cacovid", 0.25)
-  near = drift.vanilla("ov7b", own(), 1.0)
-  assert drift.reproduced(near, row, row.reported()) is True
+  near = paper.drift("ov7b", own(), 1.0)
+  assert paper.reproduced(near, row, row.reported()) is True
   off = row.reported() | {"videomme": row.scores["videomme"] - 1.2}
-  assert drift.reproduced(near, row, off) is False
-  far = drift.vanilla("ov7b", own(longvideobench=54.1), 1.0)
+  assert paper.reproduced(near, row, off) is False
+  far = paper.drift("ov7b", own(longvideobench=54.1), 1.0)
   # Equal to the last digit, and yet not reproduced.
-  assert drift.reproduced(far, row, row.reported()) == (
+  assert paper.reproduced(far, row, row.reported()) == (
     "vanilla off by 2.3 points (tolerance 1.0)"
   )
-  wide = drift.vanilla("ov7b", own(longvideobench=54.1), 3.0)
-  assert drift.reproduced(wide, row, row.reported()) is True
+  wide = paper.drift("ov7b", own(longvideobench=54.1), 3.0)
+  assert paper.reproduced(wide, row, row.reported()) is True
 
 
 def test_what_cannot_be_compared_says_why():
-  near = drift.vanilla("ov7b", own(), 1.0)
+  near = paper.drift("ov7b", own(), 1.0)
   row = paper.row("ov7b", "cacovid", 0.25)
-  assert drift.reproduced(near, None, {}) == "not in the paper"
-  assert drift.reproduced(near, row, row.reported(), ["16 frames", "b"]) == (
+  assert paper.reproduced(near, None, {}) == "not in the paper"
+  assert paper.reproduced(near, row, row.reported(), ["16 frames", "b"]) == (
     "16 frames"
   )
   # A model of which only averages are known, without one.
-  found = drift.vanilla("qwen3b", {"videomme": 60.0}, 1.0)
+  found = paper.drift("qwen3b", {"videomme": 60.0}, 1.0)
   row = paper.row("qwen3b", "cacovid", 0.25)
-  assert "no column" in drift.reproduced(found, row, {"videomme": 59.0})
+  assert "no column" in paper.reproduced(found, row, {"videomme": 59.0})
 
 
 @pytest.mark.parametrize("tolerance", [-0.1, float("nan"), float("inf")])
 def test_a_tolerance_is_a_number_of_points(tolerance):
   with pytest.raises(errors.UserError, match="tolerance"):
-    drift.check_tolerance(tolerance)
+    paper.check_tolerance(tolerance)
