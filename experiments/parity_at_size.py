@@ -1,6 +1,6 @@
 r"""Released sizes with random weights beside transformers, on one machine.
 
-python -m experiments.full_size_parity --full_size=ov-7b --on=cuda
+python -m experiments.parity_at_size --full_size=ov-7b --on=cuda
 
 Writes a checkpoint of the size twice to a scratch folder: cut to a few layers,
 to be compared in float32 stage by stage (tower, features, every layer, logits,

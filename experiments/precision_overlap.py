@@ -1,15 +1,21 @@
 r"""Does a policy choose the same tokens after half-precision storage?
 
-python -m experiments.policy_transfer --trained_policy=workdirs/quickstart
+python -m experiments.precision_overlap --trained_policy=workdirs/quickstart
 
-The policy is written under the public names in each type, read back, and scores
-the same videos; the table tells how many of the kept tokens are the same ones.
-The videos are drawn: frames of coloured blocks that change slowly, encoded by
-the base model, each with a random question.
+Public checkpoints keep a policy in half precision, training in float32. Where
+two tokens score almost alike, rounding may swap them. The policy is written
+under the public names in each type, read back, and scores the same videos; the
+table tells how many of the kept tokens are the same ones. The videos are drawn:
+frames of coloured blocks that change slowly, encoded by the base model, each
+with a random question.
+
+Axes: L prompt tokens, D width, P position rows, N video tokens, K kept tokens.
 """
 
 import functools
 import os
+import tempfile
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +29,7 @@ import cacovid_jax
 from cacovid_jax import errors
 from cacovid_jax.evals import evaluation
 from cacovid_jax.models import checkpoints, qwen2_5_vl
-from cacovid_jax.policy import network, transfer
+from cacovid_jax.policy import modules, network, selection
 
 _POLICY = flags.DEFINE_string(
   "trained_policy", None, "A policy's file, or the workdir of a training run."
@@ -45,8 +51,90 @@ _QUESTION_TOKENS = 24
 _BEFORE = 4  # Tokens of text before the video.
 
 
+class Prompt(NamedTuple):
+  """What a policy scores.
+
+  Attributes:
+    x: float[L, D] embeddings, video features in place.
+    positions: int32[P, L].
+    video_rows: int32[N] rows of the video tokens.
+    grid: (T, H, W) of the video.
+  """
+
+  x: Any
+  positions: Any
+  video_rows: Any
+  grid: tuple[int, int, int]
+
+
+class Overlap(NamedTuple):
+  """How alike two policies choose at one ratio.
+
+  Attributes:
+    ratio: retention ratio.
+    kept: K tokens of each video, summed up.
+    shared: of these, chosen by both.
+    identical: videos with the very same choice.
+    videos: of all videos.
+  """
+
+  ratio: float
+  kept: int
+  shared: int
+  identical: int
+  videos: int
+
+  @property
+  def share(self):
+    return self.shared / self.kept
+
+
+def stored(policy, params, dtype):
+  """Returns params after a file in the public format, kept in a dtype."""
+  with tempfile.TemporaryDirectory() as folder:
+    path = os.path.join(folder, "policy.safetensors")
+    modules.save(path, policy, params, dtype)
+    return modules.load(path, policy)
+
+
+def overlaps(policy, params, other, prompts, ratios):
+  """Returns an `Overlap` per ratio of what two sets of params select.
+
+  Args:
+    policy: the module.
+    params: its parameters.
+    other: parameters to compare with.
+    prompts: list of `Prompt`.
+    ratios: retention ratios.
+  """
+  ratios = tuple(ratios)
+  chosen = [
+    [
+      _select(each, *prompt[:3], policy=policy, grid=prompt.grid, ratios=ratios)
+      for each in (params, other)
+    ]
+    for prompt in prompts
+  ]
+  found = []
+  for i, ratio in enumerate(ratios):
+    kept = [len(ours[i]) for ours, _ in chosen]
+    shared = [len(np.intersect1d(ours[i], own[i])) for ours, own in chosen]
+    identical = sum(s == k for s, k in zip(shared, kept, strict=True))
+    found.append(
+      Overlap(ratio, sum(kept), sum(shared), identical, len(prompts))
+    )
+  return found
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "grid", "ratios"))
+def _select(params, x, positions, video_rows, *, policy, grid, ratios):
+  """Returns int32[K] kept tokens, per ratio."""
+  scores = policy.apply({"params": params}, x, positions, video_rows, grid)
+  return [selection.select(scores, grid=grid, ratio=ratio) for ratio in ratios]
+
+
 def draw_prompt(model, params, rng, num_frames):
-  """Returns a `transfer.Prompt` of a drawn video and question.
+  """Returns a `Prompt` of a drawn video and question.
 
   Args:
     model: base model.
@@ -77,7 +165,7 @@ def draw_prompt(model, params, rng, num_frames):
     positions, _ = qwen2_5_vl.position_ids(
       ids, grid=grid, seconds_per_slice=1.0, config=config
     )
-  return transfer.Prompt(
+  return Prompt(
     x, jnp.asarray(positions), jnp.asarray(video_rows, jnp.int32), grid
   )
 
@@ -103,7 +191,7 @@ def _blocks(rng, num_frames, size, cells=6, change=0.2):
 
 
 def report(found):
-  """Returns a table of {type: [transfer.Overlap]}."""
+  """Returns a table of {type: [Overlap]}."""
   table = rich.table.Table(box=rich.box.SIMPLE)
   for column in ("stored as", "ratio", "tokens kept", "the same", "videos"):
     table.add_column(column, justify="right")
@@ -149,8 +237,8 @@ def main(argv):
   ]
   found = {}
   for dtype in ("float32", "bfloat16", "float16"):
-    other = transfer.stored(policy.module, policy.params, jnp.dtype(dtype))
-    found[dtype] = transfer.overlaps(
+    other = stored(policy.module, policy.params, jnp.dtype(dtype))
+    found[dtype] = overlaps(
       policy.module, policy.params, other, prompts, ratios
     )
   rich.console.Console().print(report(found))

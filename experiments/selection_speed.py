@@ -1,6 +1,6 @@
 r"""How long every compressor takes to choose tokens, at a released size.
 
-python -m experiments.selection_benchmark
+python -m experiments.selection_speed
 
 One video of 32 x 14 x 14 tokens of width 3584 in bfloat16 (LLaVA-OneVision-7B's
 32 frames), a quarter kept: made-up scenes, in which half of the places hardly
@@ -26,7 +26,7 @@ from absl import flags
 
 from cacovid_jax import compressors, errors
 from cacovid_jax.compressors import base, framefusion, in_llm, prompt_rows
-from cacovid_jax.evals import latency
+from cacovid_jax.evals import latency, tables
 from cacovid_jax.models import llava_onevision
 from cacovid_jax.policy import network
 
@@ -243,21 +243,24 @@ def _share(index, others):
 
 def table(rows):
   """Returns Markdown of what `measure` found."""
-  lines = [
-    "| method | ms | goal | in float32 | PyTorch ms | same tokens |",
-    "| --- | --- | --- | --- | --- | --- |",
-  ]
-  for row in rows:
-    peer_ms = f"{row['peer_ms']:.1f}" if "peer_ms" in row else ""
-    shares = [
-      f"{row[name]:.1%}" if name in row else ""
-      for name in ("in_float32", "same")
-    ]
-    lines.append(
-      f"| `{row['name']}` | {row['ms']:.2f} | {row['goal']:g} | {shares[0]} |"
-      f" {peer_ms} | {shares[1]} |"
-    )
-  return "\n".join(lines)
+
+  def share(row, name):
+    return f"{row[name]:.1%}" if name in row else ""
+
+  return tables.as_markdown(
+    ("method", "ms", "goal", "in float32", "PyTorch ms", "same tokens"),
+    [
+      [
+        f"`{row['name']}`",
+        f"{row['ms']:.2f}",
+        f"{row['goal']:g}",
+        share(row, "in_float32"),
+        tables.number(row.get("peer_ms")),
+        share(row, "same"),
+      ]
+      for row in rows
+    ],
+  )
 
 
 def main(argv):

@@ -8,7 +8,7 @@ import pytest
 from cacovid_jax import errors
 from cacovid_jax.models import checkpoints, llava_onevision, qwen2_5_vl
 from cacovid_jax.synthetic import random_checkpoint
-from experiments import full_size_parity
+from experiments import parity_at_size
 
 ONEVISION = llava_onevision.LlavaOnevisionConfig.tiny()
 QWEN = qwen2_5_vl.Qwen2_5VLConfig.tiny()
@@ -38,9 +38,7 @@ def test_both_models_are_compared_and_the_files_deleted(
   tmp_path, config, capsys
 ):
   folder = tmp_path / "made"
-  fine = full_size_parity.compare(
-    config, str(folder), num_layers=2, device="cpu"
-  )
+  fine = parity_at_size.compare(config, str(folder), num_layers=2, device="cpu")
   printed = capsys.readouterr().out
   assert "MISS" not in printed.split("all in bfloat16")[0]
   assert "hidden_states[2]" in printed and "hidden_states[3]" not in printed
@@ -51,7 +49,7 @@ def test_both_models_are_compared_and_the_files_deleted(
 
 def test_a_cut_model_ends_its_tower_with_a_full_layer():
   released = qwen2_5_vl.Qwen2_5VLConfig.qwen2_5_vl_7b()
-  config = full_size_parity.cut(released, 3)
+  config = parity_at_size.cut(released, 3)
   assert config.vision.num_layers == config.text.num_layers == 3
   assert config.vision.full_layers == (2,)
   assert config.text.hidden_size == released.text.hidden_size
@@ -60,7 +58,5 @@ def test_a_cut_model_ends_its_tower_with_a_full_layer():
 def test_a_folder_with_files_is_left_alone(tmp_path):
   (tmp_path / "mine").write_text("kept")
   with pytest.raises(errors.UserError, match="is not empty"):
-    full_size_parity.compare(
-      ONEVISION, str(tmp_path), num_layers=1, device="cpu"
-    )
+    parity_at_size.compare(ONEVISION, str(tmp_path), num_layers=1, device="cpu")
   assert (tmp_path / "mine").read_text() == "kept"

@@ -9,7 +9,7 @@ from absl.testing import flagsaver
 
 from cacovid_jax import compressors, errors
 from cacovid_jax.models import llava_onevision
-from experiments import selection_benchmark, selection_peers
+from experiments import selection_peers, selection_speed
 
 TINY = llava_onevision.LlavaOnevisionConfig.tiny()
 TINY = dataclasses.replace(
@@ -18,9 +18,9 @@ TINY = dataclasses.replace(
 GRID = (8, 4, 4)
 
 
-@pytest.mark.parametrize("name", selection_benchmark.PEERS)
+@pytest.mark.parametrize("name", selection_speed.PEERS)
 def test_the_peer_keeps_the_same_tokens(name):
-  (row,) = selection_benchmark.measure([name], GRID, TINY, 0.25, 1, "cpu")
+  (row,) = selection_speed.measure([name], GRID, TINY, 0.25, 1, "cpu")
   assert row["ms"] > 0 and row["peer_ms"] > 0
   # Rounding of bfloat16 means may move a cluster's centre.
   assert row["same"] >= (0.9 if name == "prunevid" else 1.0)
@@ -29,23 +29,23 @@ def test_the_peer_keeps_the_same_tokens(name):
 def test_methods_of_every_kind_are_timed():
   names = ["cacovid", "evs", "fastv", "framefusion", "flashvid"]
   seen = []
-  rows = selection_benchmark.measure(
+  rows = selection_speed.measure(
     names, GRID, TINY, 0.5, 1, progress=seen.append
   )
   assert [row["name"] for row in rows] == names and seen == rows
   assert all(row["ms"] > 0 and "peer_ms" not in row for row in rows)
-  lines = selection_benchmark.table(rows).splitlines()
+  lines = selection_speed.table(rows).splitlines()
   assert len(lines) == 2 + len(names) and "`fastv`" in lines[4]
   assert rows[0]["in_float32"] == 1.0 and rows[1]["in_float32"] > 0.9
   assert "in_float32" not in rows[2]
 
 
 def test_a_share_counts_what_both_keep():
-  assert selection_benchmark._share([1, 2, 3, 4], [4, 3, 9]) == 0.5
+  assert selection_speed._share([1, 2, 3, 4], [4, 3, 9]) == 0.5
 
 
 def test_scenes_hold_still_and_moving_places():
-  tokens = selection_benchmark.video((8, 6, 6), 64).reshape(4, 2, 36, 64)
+  tokens = selection_speed.video((8, 6, 6), 64).reshape(4, 2, 36, 64)
   unit = tokens / np.linalg.norm(tokens, axis=-1, keepdims=True)
   cosine = (unit[:, 0] * unit[:, 1]).sum(axis=-1)
   assert 0.2 < (cosine > 0.9).mean() < 0.8
@@ -66,7 +66,7 @@ def test_budgets_of_the_peer_are_shared_out_exactly():
 def test_mistakes_are_named():
   with flagsaver.flagsaver(timed_methods=["divprun"]):
     with pytest.raises(errors.UserError, match="did you mean divprune"):
-      selection_benchmark.main(["selection_benchmark"])
+      selection_speed.main(["selection_speed"])
   with pytest.raises(errors.UserError, match="unknown argument 'fast'"):
-    selection_benchmark.main(["selection_benchmark", "fast"])
-  assert set(selection_benchmark.GOALS) <= set(compressors.names())
+    selection_speed.main(["selection_speed", "fast"])
+  assert set(selection_speed.GOALS) <= set(compressors.names())
