@@ -37,7 +37,8 @@ from cacovid_jax.evals import (
   tables,
 )
 from cacovid_jax.models import checkpoints
-from experiments import embedded, table_flags
+from cacovid_jax.synthetic import build
+from experiments import table_flags
 
 _CONFIG = "configs/synthetic_quickstart.py"
 _POLICY = "cacovid_jax/assets/policy"
@@ -63,7 +64,7 @@ def main(argv):
   ratios, seeds = table_flags.ratios(RATIOS), table_flags.seeds()
   config = config_lib.load(_CONFIG + (":debug" if _SHORT.value else ""))
   if table_flags.DATA.value is None:
-    embedded.prepare(config)
+    build.prepare(config)
   request = request_of(
     config,
     table_flags.WORKDIR.value

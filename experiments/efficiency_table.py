@@ -56,7 +56,7 @@ from cacovid_jax.evals import (
 )
 from cacovid_jax.models import checkpoints, llava_onevision, qwen2_5_vl
 from cacovid_jax.policy import network
-from cacovid_jax.synthetic import random_checkpoint
+from cacovid_jax.synthetic import tiny_checkpoints
 from experiments import selection_speed, table_flags
 
 _LLAVA = llava_onevision.LlavaOnevisionConfig
@@ -314,7 +314,7 @@ def _draw(directory, config):
     )
   # The config is written first: a folder without an index was cut off.
   partial = directory.with_name(f"{directory.name}.partial")
-  random_checkpoint.write(partial, config, _SEED)
+  tiny_checkpoints.write_random(partial, config, _SEED)
   os.replace(partial, directory)
 
 
