@@ -15,8 +15,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 def chart(*names, **options):
   """Returns a chart of points that all lie in one place."""
   series = [
-    charts.Series(name, [charts.Point(1.0, 50.0, 40.0, 60.0)], "c0")
-    for name in names
+    charts.Series(name, [(1.0, 50.0, 40.0, 60.0)], "c0") for name in names
   ]
   return charts.Chart(
     series=series, x_label="x", y_label="y", log_x=True, **options
@@ -128,7 +127,7 @@ def test_a_chart_of_nothing_has_its_levels():
   "low,high", [(2.2, 2.4), (0.04, 900), (0.3, 4), (5, 5)]
 )
 def test_a_logarithmic_axis_has_few_round_ticks(low, high):
-  points = [charts.Point(x, 50.0, 50.0, 50.0) for x in (low, high)]
+  points = [(x, 50.0) for x in (low, high)]
   made = charts.Chart(
     series=[charts.Series("a", points, "c0")], x_label="x", y_label="y",
     log_x=True,

@@ -15,8 +15,8 @@ from xml.etree import ElementTree
 import markupsafe
 import matplotlib
 import matplotlib.figure
-import matplotlib.ticker
 import numpy as np
+from matplotlib import ticker
 
 from cacovid_jax.evals import results
 
@@ -41,7 +41,6 @@ _RC = {
 _LEFT, _TOP, _BOTTOM = 46, 32, 46  # Pixels around the axes.
 _LONGEST = 32  # Characters of a name; tables hold it in full.
 _LINE = 15  # Between two names.
-_STEPS = (1, 2, 2.5, 5, 10)
 # Reward curves of the training metrics: name, title, colour, strong, dashed.
 _CURVES = (
   ("reward_token", "token mode, mean", "accent", False, False),
@@ -52,22 +51,12 @@ _CURVES = (
 )
 
 
-class Point(NamedTuple):
-  """A value y at x, and its interval, if any, from low to high."""
-
-  x: float
-  y: float
-  low: float | None = None
-  high: float | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Series:
+class Series(NamedTuple):
   """Named points, joined by a line if they are several.
 
   Attributes:
     name: written at the right end of the line, or beside the only point.
-    points: in ascending x.
+    points: (x, y), or (x, y, low, high) with an interval; in ascending x.
     colour: key of `PALETTE`.
     strong: drawn heavier, on top.
     dashed: drawn dashed.
@@ -75,11 +64,11 @@ class Series:
   """
 
   name: str
-  points: Sequence[Point]
+  points: Sequence[tuple[float, ...]]
   colour: str
   strong: bool = False
   dashed: bool = False
-  reported: Sequence[Point] = ()
+  reported: Sequence[tuple[float, float]] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,7 +94,7 @@ class Chart:
   y_label: str
   x_ticks: Sequence[float] = ()
   log_x: bool = False
-  most: float | None = None
+  most: float = np.inf
   marks: bool = True
   beside: bool = False
   height: int = 380
@@ -118,12 +107,8 @@ class Chart:
     label = f"{self.y_label} over {self.x_label}"
     wide = _inline(self._draw(1040, self.height), label)
     narrow = _inline(self._draw(360, 280, names=False), label)
-    key = markupsafe.Markup("").join(
-      markupsafe.Markup(
-        '<li><i style="background:var(--{})"></i>{}</li>'
-      ).format(one.colour, one.name)
-      for one in self.series
-    )
+    entry = markupsafe.Markup('<li><i style="background:var(--{})"></i>{}</li>')
+    key = "".join(entry.format(one.colour, one.name) for one in self.series)
     return markupsafe.Markup(
       f'<div class="wide">{wide}</div><div class="narrow">{narrow}'
       f'<ul class="key">{key}</ul></div>'
@@ -135,48 +120,37 @@ class Chart:
 
   @matplotlib.rc_context(_RC)
   def _draw(self, width, height, names=True, title=""):
-    longest = max(
-      [_width(name, strong) for name, _, _, strong in self._names()]
-      + [_width(name) for name, _ in self.levels],
-      default=0,
-    )
-    at_end = names and not self.beside
-    right = round(20 + longest) if at_end else 10
-    axes = _axes(width, height, right, title)
-    self._scale(axes, width)
-    for name, y in self.levels:
-      axes.axhline(y, color=PALETTE["muted"], ls=(0, (2, 3)), lw=1, zorder=1)
-      if names and self.beside:
-        axes.annotate(
-          _short(name), (0, y), xytext=(4, 4), color=PALETTE["muted"],
-          xycoords=("axes fraction", "data"), textcoords="offset points",
-        )  # fmt: skip
-    for one in sorted(self.series, key=lambda one: one.strong):
-      self._draw_series(axes, one)
-    if at_end:
-      _write_at_end(axes, self._names(), self.levels)
-    elif names:
-      _write_beside(axes, self._names())
-    return axes.figure
-
-  def _names(self):
-    """Returns (name, last point, colour, strong) of all series with points."""
-    return [
-      (one.name, one.points[-1], PALETTE[one.colour], one.strong)
+    labels = [
+      _Label(one.name, *one.points[-1][:2], PALETTE[one.colour], one.strong)
       for one in self.series
       if one.points
     ]
+    levels = [_Label(n, 0, y, PALETTE["muted"]) for n, y in self.levels]
+    at_end = names and not self.beside
+    room = max((label.width for label in labels + levels), default=0)
+    axes = _axes(width, height, round(20 + room) if at_end else 10, title)
+    self._scale(axes, width)
+    for label in levels:
+      axes.axhline(label.y, color=label.colour, ls=(0, (2, 3)), lw=1, zorder=1)
+      if names and self.beside:
+        label.write(axes, (0, label.y), (4, 4), ("axes fraction", "data"))
+    for one in sorted(self.series, key=lambda one: one.strong):
+      self._draw_series(axes, one)
+    if names:
+      (_write_at_end if at_end else _write_beside)(
+        axes, labels + levels if at_end else labels
+      )
+    return axes.figure
 
   def _scale(self, axes, width):
     points = [p for one in self.series for p in (*one.points, *one.reported)]
-    ys = [value for point in points for value in point[1:] if value is not None]
+    ys = [y for point in points for y in point[1:]]
     ys += [y for _, y in self.levels]
-    top = max(ys) if self.most is None else min(max(ys), self.most)
-    ticks = nice_ticks(min(ys), top)
+    ticks = nice_ticks(min(ys), min(max(ys), self.most))
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_ylim(ticks[0], ticks[-1])
-    xs = np.array([*(point.x for point in points), *self.x_ticks] or [1.0])
-    low, high = xs.min(), xs.max()
+    xs = np.array([*(x for x, *_ in points), *self.x_ticks] or [1.0])
+    low, high = np.array([xs.min(), xs.max()])
     if self.log_x:
       low, high = np.log([low, high])
     # Without given ticks, room for at least one of 1, 2, 5, 10.
@@ -186,41 +160,36 @@ class Chart:
     if self.log_x:
       axes.set_xscale("log")
       crowded = 3 * (high - low) / np.log(10) > width / 90
-      locator = matplotlib.ticker.LogLocator(
-        subs=(1,) if crowded else (1, 2, 5)
-      )
-      axes.xaxis.set_major_locator(locator)
+      subs = (1,) if crowded else (1, 2, 5)
+      axes.xaxis.set_major_locator(ticker.LogLocator(subs=subs))
       ends = np.exp(ends)
     if self.x_ticks:
       axes.set_xticks(self.x_ticks)
-    axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-    axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
     axes.set_xlim(*ends)
-    axes.set_xlabel(self.x_label, color=PALETTE["muted"], labelpad=5)
-    axes.set_title(
-      self.y_label, loc="left", color=PALETTE["muted"], fontsize=12, pad=8
-    )
+    style = {"color": PALETTE["muted"], "fontsize": 12}
+    axes.set_xlabel(self.x_label, labelpad=5, **style)
+    axes.set_title(self.y_label, loc="left", pad=8, **style)
 
   def _draw_series(self, axes, one):
     style = {"color": PALETTE[one.colour], "zorder": 3 if one.strong else 2}
-    xs, ys = [p.x for p in one.points], [p.y for p in one.points]
+    xs, ys = [p[0] for p in one.points], [p[1] for p in one.points]
     if len(one.points) > 1:
-      axes.plot(
-        xs, ys, lw=2.75 if one.strong else 1.5,
-        ls=(0, (3, 2)) if one.dashed else "-", **style,
-      )  # fmt: skip
+      width, dash = 2.75 if one.strong else 1.5, (0, (3, 2))
+      axes.plot(xs, ys, lw=width, ls=dash if one.dashed else "-", **style)
     if not self.marks:
       return
     top = axes.get_ylim()[1]
-    for point in one.points:
-      if point.low != point.high:
-        high = min(point.high, top)
-        axes.vlines(point.x, point.low, high, lw=1, alpha=0.45, **style)
-    size = 8 if one.strong else 6
+    for x, _, *interval in one.points:
+      low, high = interval or (0, 0)
+      if low != high:
+        axes.vlines(x, low, min(high, top), lw=1, alpha=0.45, **style)
     for points, fill in ((one.points, style["color"]), (one.reported, "none")):
       axes.plot(
-        [p.x for p in points], [p.y for p in points], "o", markersize=size,
-        markerfacecolor=fill, gid=f"points {_drawable(one.name)}", **style,
+        [p[0] for p in points], [p[1] for p in points], "o",
+        markersize=8 if one.strong else 6, markerfacecolor=fill,
+        gid=f"points {_drawable(one.name)}", **style,
       )  # fmt: skip
 
 
@@ -229,21 +198,11 @@ def over_ratio(out: Mapping[str, Any], ratios: Sequence[str]) -> Chart:
   colours, series = _colours(out), []
   ratios = sorted(ratios, key=float)
   for name, row in _rows(out):
-    points = [
-      _point(100 * float(ratio), row[ratio])
-      for ratio in ratios
-      if row[ratio]["status"] == "ok"
-    ]
+    cells = [(100 * float(ratio), row[ratio]) for ratio in ratios]
+    points = [_point(x, c) for x, c in cells if c["status"] == "ok"]
     if points:
-      series.append(
-        Series(
-          name,
-          points,
-          colours[name],
-          name == results.REFERENCE,
-          dashed=name in out["oracles"],
-        )  # fmt: skip
-      )
+      strong, dashed = name == results.REFERENCE, name in out["oracles"]
+      series.append(Series(name, points, colours[name], strong, dashed))
   levels = _levels(out)
   if out["chance"]:
     levels.append(("guessing", 100 * out["chance"]))
@@ -274,16 +233,13 @@ def over_time(
   ]
   # A time of nothing has no place on a logarithmic axis.
   floor = min((time for _, time, _ in found if time > 0), default=1.0)
+  series = []
+  for name, time, cell in found:
+    points = [_point(max(time, floor), cell)]
+    strong = name == results.REFERENCE
+    series.append(Series(name, points, colours[name], strong))
   return Chart(
-    series=[
-      Series(
-        name,
-        [_point(max(time, floor), cell)],
-        colours[name],
-        name == results.REFERENCE,
-      )
-      for name, time, cell in found
-    ],
+    series=series,
     levels=_levels(out),
     x_label="milliseconds to choose (logarithmic)",
     y_label="accuracy (%)",
@@ -297,17 +253,13 @@ def over_time(
 def rewards(curves: Sequence[Mapping[str, Any]]) -> Chart:
   """Returns the reward curves, smoothed over a twentieth of the run."""
   series = []
-  for name, title, colour, strong, dashed in _CURVES:
-    found = [
-      (line["step"], line[name])
-      for line in curves
-      if line.get(name) is not None
-    ]
-    if len(found) > 1:
-      means = smooth([value for _, value in found], len(found) // 20 or 1)
-      points = [Point(step, mean) for (step, _), mean in zip(found, means)]  # noqa: B905
-      series.append(Series(title, points, colour, strong, dashed))
-  last = max((one.points[-1].x for one in series), default=0)
+  for name, title, *style in _CURVES:
+    known = [line for line in curves if line.get(name) is not None]
+    if len(known) > 1:
+      means = smooth([line[name] for line in known], len(known) // 20 or 1)
+      steps = [line["step"] for line in known]
+      series.append(Series(title, list(zip(steps, means, strict=True)), *style))
+  last = max((one.points[-1][0] for one in series), default=0)
   return Chart(
     series=series,
     x_label="training step",
@@ -325,29 +277,28 @@ def averages(out: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     out: results.json of the table.
     rows: of `tables.main_rows`; vanilla's is the first.
   """
-  names = list(dict.fromkeys(row["method"] for row in rows[1:]))
-  colours = _colours({"methods": names, "oracles": ()})
-
-  def points(name, column):
-    return [
-      Point(100 * float(row["ratio"]), row[column])
-      for row in sorted(rows[1:], key=lambda row: float(row["ratio"]))
-      if row["method"] == name and row[column] is not None
-    ]
-
+  vanilla, *rows = rows
+  rows = sorted(rows, key=lambda row: float(row["ratio"]))
+  names = list(out["average"]["methods"])
+  colours, series = _colours({"methods": names, "oracles": ()}), []
+  for name in names:
+    own, papers = (
+      [
+        (100 * float(row["ratio"]), row[column])
+        for row in rows
+        if row["method"] == name and row[column] is not None
+      ]
+      for column in ("accuracy", "paper")
+    )
+    strong = name == results.REFERENCE
+    series.append(Series(name, own, colours[name], strong, reported=papers))
   chart = Chart(
-    series=[
-      Series(
-        name, points(name, "accuracy"), colours[name],
-        name == results.REFERENCE, reported=points(name, "paper"),
-      )
-      for name in names
-    ],
-    levels=[("vanilla", rows[0]["accuracy"])],
+    series=series,
+    levels=[("vanilla", vanilla["accuracy"])],
     x_label="video tokens kept (%)",
     y_label=f"average of {len(out['average']['benchmarks'])} (%)",
-    x_ticks=sorted({100 * float(row["ratio"]) for row in rows[1:]}),
-  )  # fmt: skip
+    x_ticks=sorted({100 * float(row["ratio"]) for row in rows}),
+  )
   return chart.file(f"{out['model'] or 'main table'}; open points: the paper")
 
 
@@ -361,8 +312,8 @@ def first_token(out: Mapping[str, Any]) -> str:
   rows = [row for row in out["rows"] if row["status"] == "ok"]
   title = f"{out['size']}, {out['dtype']}, {out['host']['device']}"
   names = [f"{row['method']}, {row['ratio']:.0%}" for row in rows]
-  room = round(max(map(_width, names), default=0))
-  axes = _axes(1040, 110 + 22 * len(rows), 10, title, left=room + 20)
+  room = 20 + round(max(map(_width, names), default=0))
+  axes = _axes(1040, 110 + 22 * len(rows), 10, title, left=room)
   shared = out["tower_ms"] + out["embed_ms"]
   left = np.zeros(len(rows))
   for label, colour, values in (
@@ -390,10 +341,8 @@ def nice_ticks(low: float, high: float, most: int = 5) -> list[float]:
   """Returns round numbers, evenly spaced, that span [low, high]."""
   if high <= low:
     low, high = low - 0.5, high + 0.5
-  ticks = matplotlib.ticker.MaxNLocator(most, steps=_STEPS).tick_values(
-    low, high
-  )
-  ticks = [round(float(tick), 10) for tick in ticks]
+  locator = ticker.MaxNLocator(most, steps=(1, 2, 2.5, 5, 10))
+  ticks = [round(float(tick), 10) for tick in locator.tick_values(low, high)]
   first = max(i for i, tick in enumerate(ticks) if tick <= low + 1e-9)
   last = min(i for i, tick in enumerate(ticks) if tick >= high - 1e-9)
   return ticks[first : last + 1]
@@ -431,98 +380,91 @@ def _levels(out):
   return [("vanilla", 100 * out["vanilla"]["accuracy"])]
 
 
-def _point(x, cell) -> Point:
-  return Point(x, 100 * cell["accuracy"], *(100 * v for v in cell["ci95"]))
+def _point(x, cell):
+  return (x, *(100 * value for value in (cell["accuracy"], *cell["ci95"])))
 
 
 def _axes(width, height, right, title="", left=_LEFT):
   """Returns axes of a new figure; a pixel is a point of it."""
-  top = _TOP + 24 * bool(title)
   # 72 dots per inch, as those of SVG files are counted.
   figure = matplotlib.figure.Figure((width / 72, height / 72), dpi=72)
-  axes = figure.add_axes(
-    (
-      left / width,
-      _BOTTOM / height,
-      max(width - left - right, 60) / width,
-      (height - top - _BOTTOM) / height,
-    ),
-    facecolor="none",
-  )
+  high = height - _TOP - 24 * bool(title) - _BOTTOM
+  box = (left, _BOTTOM, max(width - left - right, 60), high)
+  box = np.array(box) / (width, height, width, height)
+  axes = figure.add_axes(box, facecolor="none")
   axes.tick_params(length=0, pad=7, labelsize=12, labelcolor=PALETTE["muted"])
   axes.grid(axis="y", color=PALETTE["hair"], linewidth=1)
   axes.set_axisbelow(True)
   axes.spines[:].set_visible(False)
-  if title:
-    figure.text(
-      10 / width, 1 - 10 / height, _short(title, 120), va="top", fontsize=14,
-      color=PALETTE["ink"],
-    )  # fmt: skip
+  place, title = (10 / width, 1 - 10 / height), _short(title, 120)
+  figure.text(*place, title, va="top", fontsize=14, color=PALETTE["ink"])
   return axes
 
 
-def _write_at_end(axes, names, levels):
+class _Label(NamedTuple):
+  """A name, and the point that it is the name of."""
+
+  name: str
+  x: float
+  y: float
+  colour: str
+  strong: bool = False
+
+  @property
+  def width(self) -> float:
+    return _width(self.name, self.strong)
+
+  def write(self, axes, place, shift, coordinates="data", **leader):
+    """Writes it `shift` pixels from a place, with a thin line from there."""
+    style = dict(arrowstyle="-", color=self.colour, alpha=0.5, lw=1, shrinkA=2,
+                 shrinkB=2)  # fmt: skip
+    axes.annotate(
+      _short(self.name), place, xycoords=coordinates, xytext=shift,
+      textcoords="offset points", color=self.colour,
+      va="center" if self.x else "baseline",
+      fontweight="bold" if self.strong else "normal",
+      arrowprops=style | leader if leader else None,
+    )  # fmt: skip
+
+
+def _write_at_end(axes, labels):
   """Writes names at the right, kept apart."""
-  names = names + [(n, Point(0, y), PALETTE["muted"], False) for n, y in levels]
-  height = axes.figure.bbox.height
-  ys = [height - axes.transData.transform((1, p.y))[1] for _, p, *_ in names]
-  box = axes.bbox
+  height, box = axes.figure.bbox.height, axes.bbox
+  ys = [height - axes.transData.transform((1, label.y))[1] for label in labels]
   places = spread_labels(ys, height - box.y1 + 4, height - box.y0)
-  for (name, point, colour, strong), y, place in zip(
-    names, ys, places, strict=True
-  ):
-    axes.annotate(
-      _short(name), (1, point.y), xytext=(15, y - place), va="center",
-      xycoords=("axes fraction", "data"), textcoords="offset points",
-      color=colour, fontweight="bold" if strong else "normal",
-      arrowprops=_leader(colour, relpos=(0, 0.5)),
-    )  # fmt: skip
+  for label, y, place in zip(labels, ys, places, strict=True):
+    end = (1, label.y), (15, y - place), ("axes fraction", "data")
+    label._replace(x=1).write(axes, *end, relpos=(0, 0.5))
 
 
-def _write_beside(axes, names):
+def _write_beside(axes, labels):
   """Writes names beside their points, where no other name or point is."""
-  places = [axes.transData.transform(point[:2]) for _, point, *_ in names]
+  places = [axes.transData.transform((label.x, label.y)) for label in labels]
   taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in places]
-  pairs = zip(names, places, strict=True)
-  for (name, point, colour, strong), (x, y) in sorted(
-    pairs, key=lambda pair: not pair[0][3]
-  ):
-    box = _free(taken, x, y, _width(name, strong), axes)
+  pairs = zip(labels, places, strict=True)
+  for label, (x, y) in sorted(pairs, key=lambda pair: not pair[0].strong):
+    box = _free(taken, x, y, label.width, axes)
     taken.append(box)
-    shift = (box[1] + box[3]) / 2 - y
-    axes.annotate(
-      _short(name), point[:2], xytext=(box[0] - x, shift), va="center",
-      textcoords="offset points", color=colour,
-      fontweight="bold" if strong else "normal",
-      arrowprops=_leader(colour) if abs(shift) > 8 else None,
-    )  # fmt: skip
-
-
-def _leader(colour, **more):
-  """Returns the style of a thin line from a name to what it names."""
-  return dict(
-    arrowstyle="-", color=colour, alpha=0.5, linewidth=1, shrinkA=2, shrinkB=2,
-    **more,
-  )  # fmt: skip
+    shift = box[0] - x, (box[1] + box[3]) / 2 - y
+    far = {"relpos": (0.5, 0.5)} if abs(shift[1]) > 8 else {}
+    label.write(axes, (label.x, label.y), shift, **far)
 
 
 def _free(taken, x, y, length, axes):
   """Returns the box (left, bottom, right, top) of a name, nearest first."""
-  inside = axes.bbox
-
-  def cost(box, shift):
-    outside = max(box[2] - axes.figure.bbox.x1, 0) + max(inside.x0 - box[0], 0)
-    outside += max(inside.y0 - box[1], 0) + max(box[3] - inside.y1 - 8, 0)
-    return sum(_overlap(box, other) for other in taken) + outside, shift
-
-  found = []
+  inside, width = axes.bbox, axes.figure.bbox.x1
+  best = None
   for shift in range(0, 120, 4):
-    for up in (-1, 1):
+    for up in (-shift, shift):
       for left in (x + 9, x - 9 - length):
-        bottom = y + up * shift - 7
-        box = (left, bottom, left + length, bottom + 14)
-        found.append((cost(box, shift + (left < x)), box))
-  return min(found)[1]
+        box = (left, y + up - 7, left + length, y + up + 7)
+        outside = max(box[2] - width, 0) + max(inside.x0 - box[0], 0)
+        outside += max(inside.y0 - box[1], 0)
+        outside += max(box[3] - inside.y1 - 8, 0)
+        crossed = sum(_overlap(box, other) for other in taken) + outside
+        found = (crossed, shift + (left < x), box)
+        best = min(best or found, found)
+  return best[2]
 
 
 def _overlap(a, b) -> float:
