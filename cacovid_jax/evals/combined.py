@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from cacovid_jax import errors
-from cacovid_jax.data import answer_log, qwen_frames
+from cacovid_jax.data import answer_log
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import (
   benchmarks,
@@ -229,12 +229,13 @@ def _failure(parts, key) -> str:
   return ""
 
 
-def _estimate(value, draws) -> dict[str, Any]:
+def _interval(value, draws) -> list[float]:
   found = statistics.interval(value, draws)
-  return {
-    "accuracy": _number(value),
-    "ci95": [_number(found.low), _number(found.high)],
-  }
+  return [_number(found.low), _number(found.high)]
+
+
+def _estimate(value, draws) -> dict[str, Any]:
+  return {"accuracy": _number(value), "ci95": _interval(value, draws)}
 
 
 def _share(value, draws, vanilla, vanilla_draws) -> dict[str, Any]:
@@ -242,24 +243,21 @@ def _share(value, draws, vanilla, vanilla_draws) -> dict[str, Any]:
   if vanilla == 0:
     return {"of_vanilla": None, "of_vanilla_ci95": None}
   usable = vanilla_draws > 0
-  found = statistics.interval(
-    value / vanilla, draws[usable] / vanilla_draws[usable]
-  )
+  shares = draws[usable] / vanilla_draws[usable]
   return {
-    "of_vanilla": _number(found.mean),
-    "of_vanilla_ci95": [_number(found.low), _number(found.high)],
+    "of_vanilla": _number(value / vanilla),
+    "of_vanilla_ci95": _interval(value / vanilla, shares),
   }
 
 
 def _paired(key, versus, mean, draws) -> dict[str, Any]:
   difference = mean(key) - mean(versus)
-  found = statistics.interval(difference, draws(key) - draws(versus))
   return {
     "method": key[0],
     "vs": versus[0],
     "ratio": key[1],
     "mean": _number(difference),
-    "ci95": [_number(found.low), _number(found.high)],
+    "ci95": _interval(difference, draws(key) - draws(versus)),
   }
 
 
@@ -303,7 +301,7 @@ def combine(
   absent = [name for name in paper.BENCHMARKS if name not in requests]
   own = _per_cent(rows["vanilla"], absent)
   found = paper.drift(model, own, tolerance)
-  reasons = obstacles(request, parts, absent, model)
+  reasons = paper.obstacles(request, parts, absent, model)
   rows["vanilla"]["reproduced"] = paper.reproduced(
     found, paper.row(model, paper.VANILLA, 1.0), own, reasons
   )
@@ -356,66 +354,3 @@ def _per_cent(row, absent) -> dict[str, float]:
   if not absent:
     found[paper.AVERAGE] = 100 * row["accuracy"]
   return found
-
-
-def obstacles(
-  request: evaluation.Request,
-  parts: Sequence[Part],
-  absent: Sequence[str],
-  model: str | None,
-) -> list[str]:
-  """Returns what makes a comparison with the paper void, in words.
-
-  Args:
-    request: of one benchmark; the others are alike.
-    parts: benchmarks.
-    absent: benchmarks of the paper that were not asked.
-    model: key of `paper.MODELS`, None for a model that the paper has not.
-  """
-  found = []
-  if absent:
-    titles = ", ".join(paper.BENCHMARKS[name][0] for name in absent)
-    found.append(f"not asked: {titles}")
-  for part in parts:
-    title, expected = paper.BENCHMARKS[part.name]
-    num_asked = len(part.questions)
-    if num_asked != expected:
-      found.append(f"{num_asked} of {expected} questions of {title}")
-    lost = sum(entry["questions"] for entry in part.out["unreadable"])
-    if lost:
-      found.append(f"clips of {lost} questions of {title} cannot be used")
-  if request.num_frames != paper.NUM_FRAMES:
-    found.append(f"{request.num_frames} frames instead of {paper.NUM_FRAMES}")
-  found += _other_pixels(request)
-  template = model and paper.MODELS[model].template
-  if template and request.template != template:
-    found.append(
-      f"prompts by the {request.template or 'default'} chat template instead"
-      f" of the {template}'s"
-    )
-  if request.max_new_tokens:
-    found.append(f"answers of at most {request.max_new_tokens} tokens")
-  if request.rule != paper.RULE:
-    found.append(f"letters taken by the rule {request.rule}")
-  return found
-
-
-def _other_pixels(request) -> list[str]:
-  """Returns an obstacle if frames of Qwen2.5-VL have other bounds."""
-  if not (request.min_pixels or request.max_pixels):
-    return []
-  bounds = [
-    (config.min_pixels, config.max_pixels)
-    for config in (
-      qwen_frames.ProcessorConfig.with_paper_bounds(
-        request.checkpoint,
-        min_pixels=request.min_pixels,
-        max_pixels=request.max_pixels,
-      ),
-      qwen_frames.ProcessorConfig.with_paper_bounds(request.checkpoint),
-    )
-  ]
-  if bounds[0] == bounds[1]:
-    return []
-  own, papers = (f"{least} to {most}" for least, most in bounds)
-  return [f"frames of {own} pixels instead of {papers}"]

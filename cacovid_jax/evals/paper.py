@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cacovid_jax import errors
+from cacovid_jax.data import qwen_frames
 
 SOURCE = "arXiv 2602.01649, main table"
 VANILLA = "vanilla"
@@ -305,3 +306,66 @@ def reproduced(
     )
   columns = compare(own, reported.reported(), tolerance)
   return bool(columns) and all(entry["within"] for entry in columns.values())
+
+
+def obstacles(
+  request: Any,
+  parts: Sequence[Any],
+  absent: Sequence[str],
+  model: str | None,
+) -> list[str]:
+  """Returns what makes a comparison with the paper void, in words.
+
+  Args:
+    request: `evaluation.Request` of one benchmark; the others are alike.
+    parts: benchmarks, each a `combined.Part`.
+    absent: benchmarks of the paper that were not asked.
+    model: key of `MODELS`, None for a model that the paper has not.
+  """
+  found = []
+  if absent:
+    titles = ", ".join(BENCHMARKS[name][0] for name in absent)
+    found.append(f"not asked: {titles}")
+  for part in parts:
+    title, expected = BENCHMARKS[part.name]
+    num_asked = len(part.questions)
+    if num_asked != expected:
+      found.append(f"{num_asked} of {expected} questions of {title}")
+    lost = sum(entry["questions"] for entry in part.out["unreadable"])
+    if lost:
+      found.append(f"clips of {lost} questions of {title} cannot be used")
+  if request.num_frames != NUM_FRAMES:
+    found.append(f"{request.num_frames} frames instead of {NUM_FRAMES}")
+  found += _other_pixels(request)
+  template = model and MODELS[model].template
+  if template and request.template != template:
+    found.append(
+      f"prompts by the {request.template or 'default'} chat template instead"
+      f" of the {template}'s"
+    )
+  if request.max_new_tokens:
+    found.append(f"answers of at most {request.max_new_tokens} tokens")
+  if request.rule != RULE:
+    found.append(f"letters taken by the rule {request.rule}")
+  return found
+
+
+def _other_pixels(request) -> list[str]:
+  """Returns an obstacle if frames of Qwen2.5-VL have other bounds."""
+  if not (request.min_pixels or request.max_pixels):
+    return []
+  bounds = [
+    (config.min_pixels, config.max_pixels)
+    for config in (
+      qwen_frames.ProcessorConfig.with_paper_bounds(
+        request.checkpoint,
+        min_pixels=request.min_pixels,
+        max_pixels=request.max_pixels,
+      ),
+      qwen_frames.ProcessorConfig.with_paper_bounds(request.checkpoint),
+    )
+  ]
+  if bounds[0] == bounds[1]:
+    return []
+  own, papers = (f"{least} to {most}" for least, most in bounds)
+  return [f"frames of {own} pixels instead of {papers}"]

@@ -221,13 +221,9 @@ def main_rows(out: Mapping[str, Any]) -> list[dict[str, Any]]:
   """
   average = out["average"]
   paired = _paired(average, scale=100)
-  vanilla = average["vanilla"] | {
-    "status": "ok",
-    "of_vanilla": 1.0,
-    "paper": {
-      k: entry["paper"] for k, entry in out["drift"]["columns"].items()
-    },
-  }
+  known = {k: entry["paper"] for k, entry in out["drift"]["columns"].items()}
+  vanilla = {"status": "ok", "of_vanilla": 1.0, "paper": known}
+  vanilla |= average["vanilla"]
   cells = [(paper.VANILLA, "1.00", vanilla)] + [
     # In the order that they were asked for, which JSON does not keep.
     (method, ratio, row[ratio])

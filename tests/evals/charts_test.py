@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from cacovid_jax.evals.report import charts, html
+from cacovid_jax.evals.report import svg as svg_lib
 from tests.evals import report_test
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -80,12 +81,12 @@ def test_a_file_holds_its_title_and_names_as_text():
   root = ElementTree.fromstring(svg)
   assert root.tag == f"{SVG}svg" and root.get("viewBox") == "0 0 1040 440"
   # Colours of the light scheme: no page defines them there.
-  assert "var(--" not in svg and charts.PALETTE["c0"] in svg
+  assert "var(--" not in svg and svg_lib.PALETTE["c0"] in svg
 
 
 def test_within_a_page_colours_are_those_of_its_style():
   style = html._source("page.css")
-  for name, colour in charts.PALETTE.items():
+  for name, colour in svg_lib.PALETTE.items():
     assert f"--{name}: {colour};" in style
   page = chart("a").page()
   assert "var(--c0)" in page and "#" not in page
@@ -152,11 +153,11 @@ def test_a_logarithmic_axis_has_few_round_ticks(low, high):
   ],
 )
 def test_ticks_are_round_and_cover(low, high, expected):
-  np.testing.assert_allclose(charts.nice_ticks(low, high), expected)
+  np.testing.assert_allclose(svg_lib.nice_ticks(low, high), expected)
 
 
 def test_labels_keep_apart_and_stay_inside():
-  places = charts.spread_labels([50, 51, 52, 300, 299], 0, 300)
+  places = svg_lib.spread_labels([50, 51, 52, 300, 299], 0, 300)
   ordered = sorted(places)
   assert np.min(np.diff(ordered)) >= 14.9
   assert ordered[-1] <= 300

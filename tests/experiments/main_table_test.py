@@ -562,7 +562,7 @@ def test_another_template_or_frame_size_is_told(folder, monkeypatch):
       {"videomme": "y"},
       methods=["uniform"],
     )
-    return combined.obstacles(plan.first, [], [], model)
+    return paper.obstacles(plan.first, [], [], model)
 
   assert obstacles("ov7b", template="tokenizer") == []
   for given, name in (("", "default"), ("processor", "processor")):

@@ -28,10 +28,6 @@ def overrides(tmp_path_factory):
     f"data.root={folder / 'data'}",
     f"data.feature_cache={folder / 'features'}",
     "prepare.clips=2,2,2,0",
-    "evals.methods=cacovid,",
-    "evals.oracles=()",
-    "evals.select_on=none",
-    "evals.num_examples=0",
   ]
   build.prepare(config_lib.load(CONFIG, found), num_workers=1)
   return found
@@ -49,6 +45,18 @@ def run(workdir, overrides=(), **changes):
     sweep.main(["sweep"])
 
 
+TRAINED_ONLY = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from configs import synthetic_quickstart
+
+def get_config(arg=None):
+  config = synthetic_quickstart.get_config("debug")
+  del config["evals"]
+  return config
+"""
+
+
 @pytest.fixture(scope="module")
 def finished(overrides, tmp_path_factory):
   """Returns the folder of two runs that differ in their seed."""
@@ -60,45 +68,44 @@ def finished(overrides, tmp_path_factory):
     # The second run compiles nothing that the first one did.
     patch.setenv("JAX_COMPILATION_CACHE_DIR", str(workdir.parent / "compiled"))
     patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    run(workdir, overrides)
+    (workdir / "config.py").write_text(TRAINED_ONLY)
+    run(workdir, overrides, config=str(workdir / "config.py"))
   return workdir
 
 
-def test_every_run_is_trained_and_evaluated(finished, overrides):
+def test_every_run_is_trained(finished):
   point = finished / "optimizer.lr_heads=1e-3"
-  digests = set()
+  policies, rewards = set(), []
   for seed in (0, 1):
     folder = point / f"seed_{seed}"
     config = config_lib.load(folder / "config.json")
     assert (config.seed, config.optimizer.lr_heads) == (seed, 1e-3)
-    assert (folder / "policy" / "policy.safetensors").is_file()
-    digests.add((folder / "policy" / "policy.safetensors").read_bytes())
-  assert len(digests) == 2
+    policies.add((folder / "policy" / "policy.safetensors").read_bytes())
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    rewards.append(json.loads(lines[-1])["reward_token"])
+  assert len(policies) == 2
   with open(finished / "table.csv", encoding="utf-8", newline="") as f:
     (row,) = csv.DictReader(f)
-  outs = [
-    json.loads((point / f"seed_{seed}" / "results.json").read_text())
-    for seed in (0, 1)
-  ]
-  a, b = (100 * o["methods"]["cacovid"]["0.10"]["accuracy"] for o in outs)
-  assert float(row["accuracy_0.10"]) == pytest.approx((a + b) / 2, abs=1e-5)
+  a, b = rewards
+  assert float(row["reward_token"]) == pytest.approx((a + b) / 2, abs=1e-5)
   # Of two values: their distance by the root of two.
   spread = abs(a - b) / 2**0.5
-  assert float(row["accuracy_0.10_sd"]) == pytest.approx(spread, abs=1e-5)
+  assert float(row["reward_token_sd"]) == pytest.approx(spread, abs=1e-5)
   assert row["optimizer.lr_heads"] == "1e-3" and row["seeds"] == "2"
 
 
 def test_given_again_nothing_is_run(finished, overrides, monkeypatch, capsys):
+  config = {"config": str(finished / "config.py")}
   monkeypatch.setattr(subprocess, "Popen", None)
   before = (finished / "table.md").read_bytes()
-  run(finished, overrides)
+  run(finished, overrides, **config)
   assert (finished / "table.md").read_bytes() == before
   capsys.readouterr()
-  run(finished, overrides, dry_run=True, table_seeds=["0", "1", "2"])
+  run(finished, overrides, dry_run=True, table_seeds=["0", "1", "2"], **config)
   states = [line.split()[1:-1] for line in capsys.readouterr().out.splitlines()]
   assert states == [["done"], ["done"], ["to", "do"]]
-  # Other values of what does not change the training are another run, too.
-  run(finished, [*overrides, "evals.ratios=0.2"], dry_run=True)
+  # Another config, though only in what may change between two starts.
+  run(finished, [*overrides, "log_every=7"], dry_run=True, **config)
   assert "done" not in capsys.readouterr().out
 
 

@@ -1,46 +1,18 @@
-"""Charts of a report and of tables, drawn by matplotlib as SVG.
-
-Text stays text, the same input gives the same bytes, and within a page colours
-are those of its style sheet, so that they follow its light or dark scheme.
-"""
+"""Charts of a report and of tables: what they show, see `svg` for how."""
 
 import dataclasses
-import io
-import re
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
-from xml.etree import ElementTree
 
 import markupsafe
 import matplotlib
-import matplotlib.figure
 import numpy as np
 from matplotlib import ticker
 
 from cacovid_jax.evals import results
+from cacovid_jax.evals.report import svg
 
-# Variables of the page's style sheet, in its light scheme.
-PALETTE = {
-  "ink": "#1e1e22", "muted": "#66656b", "hair": "#e5e2da", "accent": "#0b5fa5",
-  "c0": "#b4541a", "c1": "#2f7d4f", "c2": "#8a4fa3", "c3": "#8c7300",
-  "c4": "#b03060", "c5": "#4d7c8a", "c6": "#6b6257", "c7": "#c2762b",
-  "c8": "#5564a8",
-}  # fmt: skip
 _NUM_COLOURS = 9
-_HREF = "{http://www.w3.org/1999/xlink}href"
-_RC = {
-  "font.family": "sans-serif",
-  "font.sans-serif": ["DejaVu Sans"],
-  "font.size": 12,
-  "svg.fonttype": "none",
-  "svg.hashsalt": "cacovid_jax",
-  # A dollar sign in a name is no formula.
-  "text.parse_math": False,
-}
-_LEFT, _TOP, _BOTTOM = 46, 32, 46  # Pixels around the axes.
-_LONGEST = 32  # Characters of a name; tables hold it in full.
-_LINE = 15  # Between two names.
 # Reward curves of the training metrics: name, title, colour, strong, dashed.
 _CURVES = (
   ("reward_token", "token mode, mean", "accent", False, False),
@@ -57,7 +29,7 @@ class Series(NamedTuple):
   Attributes:
     name: written at the right end of the line, or beside the only point.
     points: (x, y), or (x, y, low, high) with an interval; in ascending x.
-    colour: key of `PALETTE`.
+    colour: key of `svg.PALETTE`.
     strong: drawn heavier, on top.
     dashed: drawn dashed.
     reported: points of somebody else, drawn as open circles.
@@ -105,8 +77,8 @@ class Chart:
     The page's style shows one of them.
     """
     label = f"{self.y_label} over {self.x_label}"
-    wide = _inline(self._draw(1040, self.height), label)
-    narrow = _inline(self._draw(360, 280, names=False), label)
+    wide = svg.as_element(self._draw(1040, self.height), label)
+    narrow = svg.as_element(self._draw(360, 280, names=False), label)
     entry = markupsafe.Markup('<li><i style="background:var(--{})"></i>{}</li>')
     key = "".join(entry.format(one.colour, one.name) for one in self.series)
     return markupsafe.Markup(
@@ -116,19 +88,23 @@ class Chart:
 
   def file(self, title: str) -> str:
     """Returns the text of an SVG file."""
-    return _svg(self._draw(1040, max(self.height, 440), title=title), "white")
+    return svg.as_file(
+      self._draw(1040, max(self.height, 440), title=title), "white"
+    )
 
-  @matplotlib.rc_context(_RC)
+  @matplotlib.rc_context(svg.RC)
   def _draw(self, width, height, names=True, title=""):
+    colours = svg.PALETTE
     labels = [
-      _Label(one.name, *one.points[-1][:2], PALETTE[one.colour], one.strong)
+      svg.Label(one.name, *one.points[-1][:2], colours[one.colour], one.strong)
       for one in self.series
       if one.points
     ]
-    levels = [_Label(n, 0, y, PALETTE["muted"]) for n, y in self.levels]
+    levels = [svg.Label(n, 0, y, colours["muted"]) for n, y in self.levels]
     at_end = names and not self.beside
     room = max((label.width for label in labels + levels), default=0)
-    axes = _axes(width, height, round(20 + room) if at_end else 10, title)
+    right = round(20 + room) if at_end else 10
+    axes = svg.make_axes(width, height, right, title)
     self._scale(axes, width)
     for label in levels:
       axes.axhline(label.y, color=label.colour, ls=(0, (2, 3)), lw=1, zorder=1)
@@ -137,7 +113,7 @@ class Chart:
     for one in sorted(self.series, key=lambda one: one.strong):
       self._draw_series(axes, one)
     if names:
-      (_write_at_end if at_end else _write_beside)(
+      (svg.write_at_end if at_end else svg.write_beside)(
         axes, labels + levels if at_end else labels
       )
     return axes.figure
@@ -146,7 +122,7 @@ class Chart:
     points = [p for one in self.series for p in (*one.points, *one.reported)]
     ys = [y for point in points for y in point[1:]]
     ys += [y for _, y in self.levels]
-    ticks = nice_ticks(min(ys), min(max(ys), self.most))
+    ticks = svg.nice_ticks(min(ys), min(max(ys), self.most))
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_ylim(ticks[0], ticks[-1])
     xs = np.array([*(x for x, *_ in points), *self.x_ticks] or [1.0])
@@ -168,12 +144,12 @@ class Chart:
     axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
     axes.xaxis.set_minor_locator(ticker.NullLocator())
     axes.set_xlim(*ends)
-    style = {"color": PALETTE["muted"], "fontsize": 12}
+    style = {"color": svg.PALETTE["muted"], "fontsize": 12}
     axes.set_xlabel(self.x_label, labelpad=5, **style)
     axes.set_title(self.y_label, loc="left", pad=8, **style)
 
   def _draw_series(self, axes, one):
-    style = {"color": PALETTE[one.colour], "zorder": 3 if one.strong else 2}
+    style = {"color": svg.PALETTE[one.colour], "zorder": 3 if one.strong else 2}
     xs, ys = [p[0] for p in one.points], [p[1] for p in one.points]
     if len(one.points) > 1:
       width, dash = 2.75 if one.strong else 1.5, (0, (3, 2))
@@ -189,7 +165,7 @@ class Chart:
       axes.plot(
         [p[0] for p in points], [p[1] for p in points], "o",
         markersize=8 if one.strong else 6, markerfacecolor=fill,
-        gid=f"points {_drawable(one.name)}", **style,
+        gid=f"points {svg.drawable(one.name)}", **style,
       )  # fmt: skip
 
 
@@ -264,7 +240,7 @@ def rewards(curves: Sequence[Mapping[str, Any]]) -> Chart:
     series=series,
     x_label="training step",
     y_label="mean reward",
-    x_ticks=[x for x in nice_ticks(0, last) if x <= last and x % 1 == 0],
+    x_ticks=[x for x in svg.nice_ticks(0, last) if x <= last and x % 1 == 0],
     marks=False,
     height=330,
   )
@@ -302,7 +278,7 @@ def averages(out: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
   return chart.file(f"{out['model'] or 'main table'}; open points: the paper")
 
 
-@matplotlib.rc_context(_RC)
+@matplotlib.rc_context(svg.RC)
 def first_token(out: Mapping[str, Any]) -> str:
   """Returns an SVG file of milliseconds to the first token, a bar per row.
 
@@ -312,21 +288,21 @@ def first_token(out: Mapping[str, Any]) -> str:
   rows = [row for row in out["rows"] if row["status"] == "ok"]
   title = f"{out['size']}, {out['dtype']}, {out['host']['device']}"
   names = [f"{row['method']}, {row['ratio']:.0%}" for row in rows]
-  room = 20 + round(max(map(_width, names), default=0))
-  axes = _axes(1040, 110 + 22 * len(rows), 10, title, left=room)
+  room = 20 + round(max(map(svg.name_width, names), default=0))
+  axes = svg.make_axes(1040, 110 + 22 * len(rows), 10, title, left=room)
   shared = out["tower_ms"] + out["embed_ms"]
   left = np.zeros(len(rows))
   for label, colour, values in (
     ("tower and prompt", "#c7ccd1", [shared] * len(rows)),
     ("choosing tokens", "#e08a1e", [row["compression_ms"] for row in rows]),
-    ("prefill", PALETTE["accent"], [row["prefill_ms"] for row in rows]),
+    ("prefill", svg.PALETTE["accent"], [row["prefill_ms"] for row in rows]),
   ):
     axes.barh(names, values, left=left, color=colour, label=label, height=0.7)
     left += np.array(values)
   axes.invert_yaxis()
   axes.set_xlabel("milliseconds to the first token")
   axes.legend(frameon=False, loc="lower right")
-  return _svg(axes.figure, "white")
+  return svg.as_file(axes.figure, "white")
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
@@ -335,34 +311,6 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
   last = np.arange(1, len(sums))
   first = np.maximum(last - window, 0)
   return ((sums[last] - sums[first]) / (last - first)).tolist()
-
-
-def nice_ticks(low: float, high: float, most: int = 5) -> list[float]:
-  """Returns round numbers, evenly spaced, that span [low, high]."""
-  if high <= low:
-    low, high = low - 0.5, high + 0.5
-  locator = ticker.MaxNLocator(most, steps=(1, 2, 2.5, 5, 10))
-  ticks = [round(float(tick), 10) for tick in locator.tick_values(low, high)]
-  first = max(i for i, tick in enumerate(ticks) if tick <= low + 1e-9)
-  last = min(i for i, tick in enumerate(ticks) if tick >= high - 1e-9)
-  return ticks[first : last + 1]
-
-
-def spread_labels(
-  places: Sequence[float], top: float, bottom: float
-) -> list[float]:
-  """Returns places at least a line apart, near the given ones, in order."""
-  order = np.argsort(places, kind="stable")
-  out, last = np.array(places, float), top - _LINE
-  for i in order:
-    last = out[i] = max(out[i], last + _LINE)
-  # Push back up from the bottom, as far as is needed.
-  limit = bottom
-  for i in order[::-1]:
-    if last <= bottom or out[i] <= limit:
-      break
-    out[i], limit = limit, limit - _LINE
-  return out.tolist()
 
 
 def _rows(out):
@@ -382,169 +330,3 @@ def _levels(out):
 
 def _point(x, cell):
   return (x, *(100 * value for value in (cell["accuracy"], *cell["ci95"])))
-
-
-def _axes(width, height, right, title="", left=_LEFT):
-  """Returns axes of a new figure; a pixel is a point of it."""
-  # 72 dots per inch, as those of SVG files are counted.
-  figure = matplotlib.figure.Figure((width / 72, height / 72), dpi=72)
-  high = height - _TOP - 24 * bool(title) - _BOTTOM
-  box = (left, _BOTTOM, max(width - left - right, 60), high)
-  box = np.array(box) / (width, height, width, height)
-  axes = figure.add_axes(box, facecolor="none")
-  axes.tick_params(length=0, pad=7, labelsize=12, labelcolor=PALETTE["muted"])
-  axes.grid(axis="y", color=PALETTE["hair"], linewidth=1)
-  axes.set_axisbelow(True)
-  axes.spines[:].set_visible(False)
-  place, title = (10 / width, 1 - 10 / height), _short(title, 120)
-  figure.text(*place, title, va="top", fontsize=14, color=PALETTE["ink"])
-  return axes
-
-
-class _Label(NamedTuple):
-  """A name, and the point that it is the name of."""
-
-  name: str
-  x: float
-  y: float
-  colour: str
-  strong: bool = False
-
-  @property
-  def width(self) -> float:
-    return _width(self.name, self.strong)
-
-  def write(self, axes, place, shift, coordinates="data", **leader):
-    """Writes it `shift` pixels from a place, with a thin line from there."""
-    style = dict(arrowstyle="-", color=self.colour, alpha=0.5, lw=1, shrinkA=2,
-                 shrinkB=2)  # fmt: skip
-    axes.annotate(
-      _short(self.name), place, xycoords=coordinates, xytext=shift,
-      textcoords="offset points", color=self.colour,
-      va="center" if self.x else "baseline",
-      fontweight="bold" if self.strong else "normal",
-      arrowprops=style | leader if leader else None,
-    )  # fmt: skip
-
-
-def _write_at_end(axes, labels):
-  """Writes names at the right, kept apart."""
-  height, box = axes.figure.bbox.height, axes.bbox
-  ys = [height - axes.transData.transform((1, label.y))[1] for label in labels]
-  places = spread_labels(ys, height - box.y1 + 4, height - box.y0)
-  for label, y, place in zip(labels, ys, places, strict=True):
-    end = (1, label.y), (15, y - place), ("axes fraction", "data")
-    label._replace(x=1).write(axes, *end, relpos=(0, 0.5))
-
-
-def _write_beside(axes, labels):
-  """Writes names beside their points, where no other name or point is."""
-  places = [axes.transData.transform((label.x, label.y)) for label in labels]
-  taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in places]
-  pairs = zip(labels, places, strict=True)
-  for label, (x, y) in sorted(pairs, key=lambda pair: not pair[0].strong):
-    box = _free(taken, x, y, label.width, axes)
-    taken.append(box)
-    shift = box[0] - x, (box[1] + box[3]) / 2 - y
-    far = {"relpos": (0.5, 0.5)} if abs(shift[1]) > 8 else {}
-    label.write(axes, (label.x, label.y), shift, **far)
-
-
-def _free(taken, x, y, length, axes):
-  """Returns the box (left, bottom, right, top) of a name, nearest first."""
-  inside, width = axes.bbox, axes.figure.bbox.x1
-  best = None
-  for shift in range(0, 120, 4):
-    for up in (-shift, shift):
-      for left in (x + 9, x - 9 - length):
-        box = (left, y + up - 7, left + length, y + up + 7)
-        outside = max(box[2] - width, 0) + max(inside.x0 - box[0], 0)
-        outside += max(inside.y0 - box[1], 0)
-        outside += max(box[3] - inside.y1 - 8, 0)
-        crossed = sum(_overlap(box, other) for other in taken) + outside
-        found = (crossed, shift + (left < x), box)
-        best = min(best or found, found)
-  return best[2]
-
-
-def _overlap(a, b) -> float:
-  """Returns the area that two boxes share."""
-  width = min(a[2], b[2]) - max(a[0], b[0])
-  height = min(a[3], b[3]) - max(a[1], b[1])
-  return max(width, 0) * max(height, 0)
-
-
-def _width(name: str, strong: bool = False) -> float:
-  """Returns about how many pixels a name takes."""
-  return (8.4 if strong else 7.2) * len(_short(name))
-
-
-def _drawable(name: str) -> str:
-  """Returns a name without line breaks and what XML does not allow."""
-  return "".join(c if c.isprintable() else " " for c in name)
-
-
-def _short(name: str, longest: int = _LONGEST) -> str:
-  """Returns a name that fits beside a chart."""
-  name = _drawable(name)
-  return name if len(name) <= longest else f"{name[: longest - 1]}…"
-
-
-@matplotlib.rc_context(_RC)
-def _svg(figure, facecolor="none") -> str:
-  """Returns a figure as SVG, without date and version."""
-  buffer = io.StringIO()
-  with warnings.catch_warnings():
-    # A browser has the letters that matplotlib's font lacks.
-    warnings.filterwarnings("ignore", message="Glyph .* missing from")
-    figure.savefig(
-      buffer,
-      format="svg",
-      facecolor=facecolor,
-      metadata={"Creator": None, "Date": None, "Format": None, "Type": None},
-    )
-  return buffer.getvalue()
-
-
-def _inline(figure, label: str) -> str:
-  """Returns a figure as an <svg> element that can stand in a page.
-
-  Several charts of a page would share names: there are none, and each point is
-  a circle of its own, with its series' name as title.
-  """
-  root = ElementTree.fromstring(_svg(figure))
-  for element in root.iter():
-    element.tag = element.tag.rpartition("}")[2]
-  outlines = {path.get("id"): path.get("d") for path in root.iter("path")}
-  for parent in list(root.iter()):
-    name = parent.attrib.pop("id", "")
-    parent.attrib.pop("clip-path", None)
-    for part in list(parent):
-      if part.tag in ("defs", "metadata"):
-        parent.remove(part)
-    for part in parent.iter("use") if name.startswith("points ") else ():
-      _circle(part, outlines, name.removeprefix("points "))
-    style = parent.get("style", "")
-    for variable, colour in PALETTE.items():
-      style = style.replace(colour, f"var(--{variable})")
-    if style:
-      parent.set("style", style)
-  root.attrib = {
-    "class": "chart",
-    "viewBox": root.get("viewBox"),
-    "role": "img",
-    "aria-label": label,
-  }
-  text = ElementTree.tostring(root, encoding="unicode")
-  return re.sub(r"\s*\n\s*", " ", text)
-
-
-def _circle(element, outlines, title):
-  """Turns a reference to an outline of a circle into a circle."""
-  found = element.attrib
-  # The outline begins at the circle's lowest point: M 0 radius.
-  radius = outlines[found[_HREF].removeprefix("#")].split()[2]
-  element.tag, element.attrib = "circle", {
-    "cx": found["x"], "cy": found["y"], "r": radius, "style": found["style"],
-  }  # fmt: skip
-  ElementTree.SubElement(element, "title").text = title

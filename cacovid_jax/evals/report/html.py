@@ -21,7 +21,7 @@ import markupsafe
 
 from cacovid_jax import files
 from cacovid_jax.evals import results, runner
-from cacovid_jax.evals.report import charts, issues, viewer
+from cacovid_jax.evals.report import charts, issues, svg, viewer
 
 _STYLE = "page.css"
 _SCRIPTS = ("tables.js", "groups.js", "viewer.js")
@@ -144,12 +144,13 @@ def _templates() -> jinja2.Environment:
     trim_blocks=True,
     lstrip_blocks=True,
   )
-  environment.filters["percent"] = _percent
-  environment.filters["points"] = _points
-  environment.filters["options"] = _options
-  environment.filters["breakable"] = _breakable
-  environment.filters["ratio_key"] = lambda r: viewer.ratio_key(float(r))
-  environment.filters["grids"] = results.grid_words
+  environment.filters |= {
+    "percent": _percent,
+    "points": _points,
+    "options": _options,
+    "breakable": _breakable,
+    "grids": results.grid_words,
+  }
   return environment
 
 
@@ -250,7 +251,7 @@ def _differences(out, ratios):
   if not entries:
     return None
   ends = [end for entry in entries for end in entry["ci95"]]
-  ticks = charts.nice_ticks(100 * min(0, *ends), 100 * max(0, *ends), 4)
+  ticks = svg.nice_ticks(100 * min(0, *ends), 100 * max(0, *ends), 4)
   low, high = ticks[0], ticks[-1]
 
   def place(value):

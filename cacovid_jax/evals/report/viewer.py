@@ -123,10 +123,10 @@ def choose(
     if able(other, ratio)
   }
   asked = [
-    cell(other, r)
-    for other in table.methods
+    cell(each, r)
+    for each in table.methods
     for r in table.ratios
-    if able(other, r)
+    if able(each, r)
   ]
   looked = {method.label, *_others(table, method, accuracies)}
   views = [one for one in asked if one.method.label in looked]
@@ -134,11 +134,12 @@ def choose(
   kept = evaluator.kept(picked, views)
   examples = []
   for question in picked:
-    whole = _said(answers, runner.Cell(None, 1.0, 0), question)
-    said = {runner.VANILLA: {1.0: whole}}
-    for one in asked:
-      row = said.setdefault(one.method.label, {})
-      row[one.ratio] = _said(answers, one, question)
+    said = collections.defaultdict(dict)
+    for one in (runner.Cell(None, 1.0, 0), *asked):
+      found = answers[one.key(question.id)]
+      label = one.method.label if one.method else runner.VANILLA
+      right = found["score"] == 1
+      said[label][one.ratio] = Said(found["text"], found["letter"], right)
     frames = evaluator.source.frames(question.video)
     first, per_slice = slices(frames, evaluator.grid_of(question)[0])
     examples.append(
@@ -150,7 +151,7 @@ def choose(
           (one.method.label, one.ratio): found
           for one, found in zip(views, kept[question.id], strict=True)
         },
-        answers=said,
+        answers=dict(said),
         shown=(method.label, ratio),
         decisive=frozenset(decisive.get(question.id, ())),
         frames_per_slice=per_slice,
@@ -198,16 +199,13 @@ def _pick(usable, answers, cell, count):
   return right[: count - num_wrong] + wrong[:num_wrong]
 
 
-def _said(answers, cell, question) -> Said:
-  record = answers[cell.key(question.id)]
-  return Said(record["text"], record["letter"], record["score"] == 1)
-
-
 def _by_turns(questions):
   """Returns questions, new clips first, kinds of question taking turns."""
   groups = collections.defaultdict(list)
   seen = set()
-  for question in sorted(questions, key=_shuffled):
+  for question in sorted(
+    questions, key=lambda q: (question_lib.question_hash(q.id), q.id)
+  ):
     again = question.video in seen
     seen.add(question.video)
     groups[again, question.category or ""].append(question)
@@ -217,10 +215,6 @@ def _by_turns(questions):
     while any(queues):
       out += [queue.pop(0) for queue in queues if queue]
   return out
-
-
-def _shuffled(question):
-  return question_lib.question_hash(question.id), question.id
 
 
 def clips(examples: Sequence[Example]) -> list[dict[str, Any]]:
@@ -278,10 +272,10 @@ def _clip(example, images) -> dict[str, Any]:
   kept = set(view.index.tolist())
   frames = []
   for t in range(T):
-    first = t * H * W
-    mine = [i - first for i in kept if first <= i < first + H * W]
-    deciding = [i - first for i in example.decisive
-                if first <= i < first + H * W]  # fmt: skip
+    mine, deciding = (
+      [i - t * H * W for i in tokens if i // (H * W) == t]
+      for tokens in (kept, example.decisive)
+    )
     frames.append(
       {
         "label": _label(t, example.frames_per_slice),
@@ -312,23 +306,17 @@ def _clip(example, images) -> dict[str, Any]:
 
 def _answers(example) -> dict[str, Any]:
   """Returns the table of answers: ratios, and a row for each method."""
-  looked = {method for method, _ in example.views}
   # Whatever is looked at has a row of its own.
-  apart = {runner.VANILLA} - looked
+  apart = {runner.VANILLA} - {method for method, _ in example.views}
   methods = [name for name in example.answers if name not in apart]
   ratios = dict.fromkeys(r for name in methods for r in example.answers[name])
   rows = []
   for name in methods:
     row = example.answers[name]
     cells = [
-      {
-        "ratio": ratio_key(ratio),
-        "said": _brief(row.get(ratio)),
-        "view": (name, ratio) in example.views,
-      }
-      for ratio in ratios
+      {"ratio": ratio_key(r), "said": _brief(row.get(r))} for r in ratios
     ]
-    rows.append({"name": name, "looked": name in looked, "cells": cells})
+    rows.append({"name": name, "cells": cells})
   vanilla = None
   if apart & example.answers.keys():
     (vanilla,) = map(_brief, example.answers[runner.VANILLA].values())
@@ -337,17 +325,10 @@ def _answers(example) -> dict[str, Any]:
 
 def _data(example) -> dict[str, Any]:
   T, H, W = example.grid
-  methods = dict.fromkeys(method for method, _ in example.views)
-  views = {
-    method: {
-      ratio_key(ratio): pack(view.index, T * H * W)
-      for (name, ratio), view in example.views.items()
-      if name == method
-    }
-    for method in methods
-  }
-  scores = {}
-  for (method, _), view in example.views.items():
+  views, scores = {}, {}
+  for (method, ratio), view in example.views.items():
+    row = views.setdefault(method, {})
+    row[ratio_key(ratio)] = pack(view.index, T * H * W)
     # Scores are those of the policy, whatever the ratio.
     if view.token_gap is not None and method not in scores:
       scores[method] = {
