@@ -25,8 +25,8 @@ import pathlib
 import jax.numpy as jnp
 from absl import flags
 
-from cacovid_jax import compressors, errors, files
 from cacovid_jax import config as config_lib
+from cacovid_jax import errors, files
 from cacovid_jax import progress as progress_lib
 from cacovid_jax.evals import (
   evaluation,
@@ -62,6 +62,7 @@ def main(argv):
   if len(argv) > 1:
     raise errors.UserError(f"unknown argument {argv[1]!r}; flags begin with --")
   ratios, seeds = table_flags.ratios(RATIOS), table_flags.seeds()
+  methods = table_flags.METHODS.value
   config = config_lib.load(_CONFIG + (":debug" if _SHORT.value else ""))
   if table_flags.DATA.value is None:
     build.prepare(config)
@@ -69,7 +70,7 @@ def main(argv):
     config,
     table_flags.WORKDIR.value
     or f"workdirs/compressors{'_short' * _SHORT.value}",
-    methods=[*(table_flags.METHODS.value or default_rows()), *_MORE.value],
+    methods=[*(methods or table_flags.all_rows(VARIANTS)), *_MORE.value],
     ratios=ratios,
     seeds=seeds,
     policy=table_flags.POLICY.value or _POLICY,
@@ -82,17 +83,6 @@ def main(argv):
   names = ("results.json", "report.html", "timings.json")
   for name in (*tables.COMPRESSOR_FILES, *names):
     print(os.path.join(request.workdir, name))
-
-
-def default_rows():
-  """Returns the specs of all rows: every method, variants behind their own."""
-  rows = []
-  for name in compressors.names():
-    rows.append(name)
-    for label, (follows, spec) in VARIANTS.items():
-      if follows == name:
-        rows.append(f"{label}={spec}")
-  return rows
 
 
 def request_of(config, workdir, *, methods, ratios, seeds, policy, **fields):

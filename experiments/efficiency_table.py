@@ -41,7 +41,7 @@ import rich.console
 import rich.table
 from absl import flags
 
-from cacovid_jax import compressors, errors, files
+from cacovid_jax import errors, files
 from cacovid_jax.data import answer_log
 from cacovid_jax.evals import (
   cost,
@@ -102,7 +102,6 @@ VARIANTS = types.MappingProxyType(
 )
 # A policy before its training takes as long as after it.
 _LEFT_OUT = ("cacovid_untrained", "cacovid_other_question")
-_PAPER_HALVINGS = 4
 _NUM_TEXT = 75  # Tokens of a usual question with options and template.
 _SECONDS_PER_SLICE = 2.0
 _SEED = 0  # Of the random weights.
@@ -155,15 +154,9 @@ def main(argv):
 
 
 def default_rows() -> list[str]:
-  """Returns the specs of all rows: every method, variants behind their own."""
-  rows = []
-  for name in compressors.names():
-    if name not in _LEFT_OUT:
-      rows.append(name)
-    for label, (follows, spec) in VARIANTS.items():
-      if follows == name:
-        rows.append(f"{label}={spec}")
-  return rows
+  """Returns the specs of all rows but those that take as long as another."""
+  rows = table_flags.all_rows(VARIANTS)
+  return [spec for spec in rows if spec not in _LEFT_OUT]
 
 
 def run_of(name: str, repeats: int) -> dict[str, Any]:
@@ -279,7 +272,9 @@ def make(size: Size, directory) -> tuple[latency.Subject, Any]:
   made = programs.Programs(checkpoint, grid, max_new_tokens=1)
   batch = _prompt(checkpoint, made, features, grid)
   policy = network.Policy.from_llm_config(
-    config.text, dtype=model.dtype, num_halvings=_halvings(config.text)
+    config.text,
+    dtype=model.dtype,
+    num_halvings=estimate.num_halvings(config.text),
   )
   params = policy.init_from_llm(jax.random.key(0), checkpoint.params)
   followed = runner.Policy(policy, params)
@@ -316,11 +311,6 @@ def _draw(directory, config):
   partial = directory.with_name(f"{directory.name}.partial")
   tiny_checkpoints.write_random(partial, config, _SEED)
   os.replace(partial, directory)
-
-
-def _halvings(text) -> int:
-  """Returns the paper's number of hidden layers, or what the width allows."""
-  return min(_PAPER_HALVINGS, text.hidden_size.bit_length() - 2)
 
 
 def _prompt_rows(config, grid) -> int:
@@ -418,6 +408,7 @@ def measure(subject, encode, name, methods, ratios, repeats, rows):
       return found | {"status": errors.one_line(error)}
     kept = cost.video_rows(compressor, text.num_layers, grid, ratio)
     layers = [count + outside for count in kept]
+    note = getattr(compressor, "note", "")
     compression = times["rule_ms"] + times["reads_ms"]
     both = compression + times["prefill_ms"]
     return (
@@ -435,7 +426,7 @@ def measure(subject, encode, name, methods, ratios, repeats, rows):
         "first_token_ms": round(both + sum(shared.values()), 4),
         "git_commit": times["git_commit"],
       }
-      | _notes(compressor)
+      | ({"note": note} if note else {})
     )
 
   def answered(method, ratio):
@@ -507,11 +498,6 @@ def _once(rows, what: str, ratio: float, function) -> dict[str, Any]:
     }
     rows.add([(key, found | {"git_commit": provenance.git_commit()})])
   return rows[key]
-
-
-def _notes(compressor) -> dict[str, str]:
-  note = getattr(compressor, "note", "")
-  return {"note": note} if note else {}
 
 
 def _reported(method, ratio) -> dict[str, float]:

@@ -5,10 +5,11 @@ import both.
 """
 
 import types
+from collections.abc import Mapping
 
 from absl import flags
 
-from cacovid_jax import errors
+from cacovid_jax import compressors, errors
 from cacovid_jax.compressors import base
 from cacovid_jax.evals import cost, estimate, results
 
@@ -56,6 +57,21 @@ GBPS = flags.DEFINE_float(
 REPEATS = flags.DEFINE_integer(
   "timing_repeats", 9, "Runs that a time is the median of.", lower_bound=1
 )
+
+
+def all_rows(variants: Mapping[str, tuple[str, str]]) -> list[str]:
+  """Returns the specs of all methods, variants behind their own.
+
+  Args:
+    variants: label -> (the method it follows, its spec).
+  """
+  rows = []
+  for name in compressors.names():
+    rows.append(name)
+    for label, (follows, spec) in variants.items():
+      if follows == name:
+        rows.append(f"{label}={spec}")
+  return rows
 
 
 def seeds() -> tuple[int, ...]:

@@ -220,9 +220,12 @@ def policy_of(text, methods) -> network.PolicyConfig | None:
   """Returns the paper's policy, if a method reads one's scores."""
   if not any(_score_sets(method, 1) for method in methods):
     return None
-  # As many hidden layers as the paper has, or as the width allows.
-  halvings = min(4, text.hidden_size.bit_length() - 2)
-  return network.PolicyConfig(llm=text, num_halvings=halvings)
+  return network.PolicyConfig(llm=text, num_halvings=num_halvings(text))
+
+
+def num_halvings(text) -> int:
+  """Returns the paper's number of hidden layers, or what the width allows."""
+  return min(4, text.hidden_size.bit_length() - 2)
 
 
 def _score_sets(method, num_seeds) -> dict[str, int]:
