@@ -37,6 +37,7 @@ from cacovid_jax.evals import (
   tables,
 )
 from cacovid_jax.models import checkpoints
+from cacovid_jax.policy import loading
 from cacovid_jax.synthetic import build
 from experiments import table_flags
 
@@ -201,7 +202,7 @@ def _measure(request, missing, times, repeats):
     request, request.split, request.num_questions
   )
   policies = {
-    name: evaluation.load_policy(path, checkpoint)
+    name: loading.load_policy(path, checkpoint)
     for name, path in request.policies.items()
   }
   path = pathlib.Path(request.workdir) / "timings.json"

@@ -32,13 +32,13 @@ from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.evals import (
   clips,
-  evaluation,
   provenance,
   runner,
 )
 from cacovid_jax.evals import programs as programs_lib
 from cacovid_jax.evals.report import answer as answer_page
 from cacovid_jax.models import checkpoints, qwen2_5_vl
+from cacovid_jax.policy import loading
 
 _ASSETS = pathlib.Path(cacovid_jax.__file__).parent / "assets"
 SHIPPED_MODEL = _ASSETS / "base_model"
@@ -144,8 +144,8 @@ class Answerer:
     Args:
       model: Hugging Face checkpoint directory; None is the small model of the
         embedded benchmark, which comes with the package.
-      policy: training workdir or .safetensors file, for the learned methods;
-        None is the shipped model's own policy, where there is one.
+      policy: for the learned methods, see `loading.load_policy`; None is the
+        shipped model's own policy, where there is one.
       num_frames: T; None takes the number in the checkpoint's video
         preprocessor file, or 32, the number of the paper's evaluation.
       max_new_tokens: longest answer.
@@ -172,7 +172,7 @@ class Answerer:
       policy = SHIPPED_POLICY
     self.policies = {}
     if policy is not None:
-      loaded = evaluation.load_policy(os.fspath(policy), self.checkpoint)
+      loaded = loading.load_policy(policy, self.checkpoint)
       self.policies = {"policy": loaded}
     self._is_qwen = isinstance(self.checkpoint.model, qwen2_5_vl.Qwen2_5VLModel)
     if self._is_qwen:
@@ -220,7 +220,7 @@ class Answerer:
       base.budget(source.grid, ratio)
       if ratio < 1:
         self._check_budget(chosen, source.grid, ratio)
-    source.observe(chosen.needs & base.VISION_NEEDS)
+    source.observe(chosen.needs & base.VISION_SIGNALS)
     evaluator = runner.Evaluator(
       self.checkpoint,
       source,
@@ -345,12 +345,9 @@ class Answerer:
     )
 
   def _check_budget(self, method: runner.Method, grid, ratio) -> None:
-    """Refuses a ratio that a method inside the language model cannot meet."""
-    plan = getattr(method.compressor, "plan", None)
-    if plan is not None:
-      plan(
-        self.checkpoint.model.config.text.num_layers, int(np.prod(grid)), ratio
-      )
+    """Refuses a ratio that a method cannot meet."""
+    num_layers = self.checkpoint.model.config.text.num_layers
+    method.compressor.rows_per_layer(num_layers, grid, ratio)
 
 
 def as_question(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from cacovid_jax import metrics
-from cacovid_jax.policy import modules
+from cacovid_jax.policy import loading
 from cacovid_jax.synthetic import tiny_checkpoints
 from tests.training import tiny_qwen
 
@@ -421,7 +421,7 @@ def test_two_processes_train_what_one_process_trains(tmp_path):
       timeout=500,
     )
     assert (workdir / "checkpoints" / "2").is_dir()
-    policies[number] = modules.read(workdir / "policy/policy.safetensors")
+    policies[number] = loading.read(workdir / "policy/policy.safetensors")
     curves[number] = metrics.read(workdir)
   assert policies[1].keys() == policies[2].keys()
   for name, one in policies[1].items():
