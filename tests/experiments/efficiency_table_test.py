@@ -280,7 +280,7 @@ def test_a_place_that_is_taken_is_refused_before_drawing(
 ):
   drawn = []
   monkeypatch.setattr(
-    tiny_checkpoints, "write", lambda *args: drawn.append(args)
+    tiny_checkpoints, "write_random", lambda *args: drawn.append(args)
   )
   taken = tmp_path / "taken"
   if kind == "folder":
