@@ -124,6 +124,7 @@ def get_config() -> ml_collections.ConfigDict:
     batch_size=16,
     max_new_tokens=2,
   )
-  # Devices on each mesh axis; data = 0 takes all that `model` leaves.
-  config.mesh = dict(data=0, model=1)
+  # Devices on each mesh axis; data = 0 takes all that `model` leaves. `map`
+  # spreads the update over `data`: shard_map, or pmap (model = 1 only).
+  config.mesh = dict(data=0, model=1, map="shard_map")
   return config

@@ -50,23 +50,6 @@ def compress(
   )  # fmt: skip
 
 
-def compress_in_bucket(features, budget, *, aux, merge="none"):
-  """`compress` of a video inside a bucket: its grid and budget are data.
-
-  Args:
-    features: float[N_max, D] video tokens, the video's own first.
-    budget: selection.Budget; its options are those of `compress`.
-    aux: with `scores`, of the bucket's size.
-    merge: as of `compress`; padding joins no row.
-
-  Returns:
-    Selection of K_max rows, of which the video's K are valid.
-  """
-  index, num_valid = selection.select_in_bucket(aux.scores, budget)
-  taken = base.take(features, index, num_valid)
-  return merging.apply(merge, taken, features, valid=budget.grid.valid_tokens)
-
-
 def compress_untrained(
   features, *, grid, num_keep, text=None, aux=None, rng=None, ratio=None,
   importance_ratio=0.5, max_frame_share=1.5, merge="none",
@@ -98,13 +81,13 @@ def _follow(
   merging.check(merge)
   if ratio is None:
     ratio = ratio_of(grid, num_keep)
-  index = selection.select(
-    scores,
-    grid=grid,
-    ratio=ratio,
+  budget = selection.budget(
+    grid,
+    ratio,
     importance_ratio=importance_ratio,
     max_frame_share=max_frame_share,
   )
+  index = selection.select(scores, budget)
   if index.shape[0] != num_keep:
     raise ValueError(
       f"ratio {ratio} keeps {index.shape[0]} tokens, not {num_keep}"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cacovid_jax import compressors, errors
-from cacovid_jax.compressors import base, cacovid, merging
+from cacovid_jax.compressors import base, merging
 from cacovid_jax.models import token_grid
 from cacovid_jax.policy import selection
 from tests.compressors import quick, selections, videos
@@ -139,14 +139,20 @@ def test_merging_in_a_bucket_equals_merging_alone():
     )
   )(features, base.Aux(scores=scores))
   behind = NUM_VIDEO - num_video
-  out = quick.jit(
-    lambda features, budget, aux: cacovid.compress_in_bucket(
-      features, budget, aux=aux, merge="nearest"
-    )
-  )(
+
+  def select_and_merge(features, budget, aux):
+    index = selection.select(aux.scores, budget)
+    taken = base.take(features, index, budget.kept)
+    valid = budget.grid.valid_tokens
+    return merging.apply("nearest", taken, features, valid=valid)
+
+  out = quick.jit(select_and_merge)(
     jnp.pad(features, ((0, behind), (0, 0)), constant_values=jnp.nan),
     selection.budget(
-      grid, ratio, bucket=token_grid.Bucket(4, 8, NUM_VIDEO), num_keep_max=16
+      grid,
+      ratio,
+      bucket=token_grid.GridBucket(4, 8, NUM_VIDEO),
+      num_keep_max=16,
     ),
     base.Aux(
       scores=videos.Scores(
