@@ -22,7 +22,7 @@ _MODEL = flags.DEFINE_string(
   "model", None, "Hugging Face checkpoint directory; the shipped model if none."
 )
 _POLICY = flags.DEFINE_string(
-  "policy", None, "Training workdir or .safetensors file of a trained policy."
+  "policy", None, "Training workdir or policy file; PATH?module=F.py:CLASS."
 )
 _VIDEO = flags.DEFINE_string("video", None, "Video file.")
 _QUESTION = flags.DEFINE_string("question", None, "What to ask about it.")

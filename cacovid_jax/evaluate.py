@@ -24,6 +24,7 @@ from absl import flags
 from cacovid_jax import config as config_lib
 from cacovid_jax import errors
 from cacovid_jax.evals import benchmarks, evaluation, shards
+from cacovid_jax.policy import loading
 
 config_lib.define_flag()
 _SHARD = flags.DEFINE_string(
@@ -33,7 +34,7 @@ _FLAGS = {
   "checkpoint": "Base model: a Hugging Face LLaVA-OneVision directory.",
   "policy": (
     "Policies, comma-separated: training workdirs or .safetensors files,"
-    " optionally as NAME=PATH; the first is the main one."
+    " optionally NAME=PATH, PATH?module=F.py:CLASS; the first is the main one."
   ),
   "benchmark": (
     "What is asked: " + ", ".join(benchmarks.names()) + "; prepared is"
@@ -122,8 +123,10 @@ def request_from_flags(values) -> evaluation.Request:
   fields |= flagged
   fields["shard"] = shards.Shard.parse(values["shard"].value)
   workdir = fields.get("workdir", "")
-  if "policies" not in fields and evaluation.has_policy(workdir):
-    fields["policies"] = {"policy": workdir}
+  if "policies" not in fields and loading.has_policy(workdir):
+    module = config.policy.module if config and "policy" in config else ""
+    named = f"{workdir}?module={module}" if module else workdir
+    fields["policies"] = {"policy": named}
   if not fields.get("policies"):
     # The default rows are those that can be run.
     if "methods" not in flagged and config is None:
@@ -139,9 +142,9 @@ def request_from_flags(values) -> evaluation.Request:
 def _policies(text: str) -> dict[str, str]:
   out = {}
   for number, part in enumerate(_listed(text)):
-    name, equals, path = part.partition("=")
-    if not equals:
-      name, path = ("policy" if number == 0 else f"policy{number}"), part
+    name, path = ("policy" if number == 0 else f"policy{number}"), part
+    if "=" in part.partition("?")[0]:  # Behind it stands ?module=NAME.
+      name, _, path = part.partition("=")
     out[name] = path
   return out
 

@@ -11,8 +11,9 @@ import pathlib
 
 from absl import flags
 
-from cacovid_jax import errors, metrics
-from cacovid_jax.synthetic import build, tiny_checkpoint
+from cacovid_jax import errors
+from cacovid_jax import progress as progress_lib
+from cacovid_jax.synthetic import build, tiny_checkpoints
 
 _OUT = flags.DEFINE_string("out", None, "Folder; each variant is one below it.")
 _VARIANTS = flags.DEFINE_list("variants", ["dense"], "Variants to build.")
@@ -26,8 +27,8 @@ _QUESTIONS = flags.DEFINE_integer("questions_per_clip", 4, "At most.")
 _TINY_MODELS = flags.DEFINE_list(
   "tiny_models",
   [],
-  f"Of {', '.join(tiny_checkpoint.FAMILIES)}: random checkpoints, each a folder"
-  " of its name below --out.",
+  f"Of {', '.join(tiny_checkpoints.FAMILIES)}: random checkpoints, each a"
+  " folder of its name below --out.",
 )
 _DECISIVE = flags.DEFINE_bool(
   "decisive",
@@ -58,7 +59,7 @@ def main(argv):
   for family in _TINY_MODELS.value:
     directory = os.path.join(_OUT.value, family)
     if not os.path.exists(os.path.join(directory, "config.json")):
-      tiny_checkpoint.write(directory, family)
+      tiny_checkpoints.write_tiny(directory, family)
     print(f"{directory}: ready")
   for variant in _VARIANTS.value:
     config = build.BuildConfig(
@@ -68,7 +69,9 @@ def main(argv):
       questions_per_clip=_QUESTIONS.value,
     )
     directory = os.path.join(_OUT.value, variant)
-    with metrics.Progress(sum(clips), description=f"{variant} clips") as bar:
+    with progress_lib.Progress(
+      sum(clips), description=f"{variant} clips"
+    ) as bar:
       build.build(
         config,
         directory,

@@ -9,7 +9,7 @@ from absl import flags
 
 from cacovid_jax import config as config_lib
 from cacovid_jax import errors
-from cacovid_jax.synthetic import base_model
+from cacovid_jax.synthetic import pretraining
 
 config_lib.define_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
@@ -21,7 +21,7 @@ def main(argv):
     raise errors.UserError(f"unknown argument {argv[1]!r}; flags begin with --")
   if not _WORKDIR.value:
     raise errors.UserError("give --workdir, the folder of the run")
-  base_model.pretrain(config_lib.from_flags(), _WORKDIR.value)
+  pretraining.pretrain(config_lib.from_flags(), _WORKDIR.value)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def released(arg, *, path, family):
       tiny random model of the same family and on the embedded benchmark;
       `devices=8` trains that many videos a step, one on each.
     path: folder of the weights.
-    family: of `synthetic.tiny_checkpoint`.
+    family: of `synthetic.tiny_checkpoints`.
   """
   arg = parse_arg(arg, debug=False, devices=1, seed=42)
   config = base_config.get_config()  # The paper's numbers.

@@ -53,8 +53,8 @@ from cacovid_jax.evals import (
   runner,
 )
 from cacovid_jax.models import checkpoints, llava_onevision, qwen2_5_vl
-from cacovid_jax.policy import network
-from cacovid_jax.synthetic import random_checkpoint
+from cacovid_jax.policy import loading, network
+from cacovid_jax.synthetic import tiny_checkpoints
 from experiments import (
   efficiency_files,
   selection_benchmark,
@@ -287,7 +287,7 @@ def make(size: Size, directory) -> tuple[latency.Subject, Any]:
     config.text, dtype=model.dtype, num_halvings=_halvings(config.text)
   )
   params = policy.init_from_llm(jax.random.key(0), checkpoint.params)
-  followed = runner.Policy(policy, params)
+  followed = loading.LoadedPolicy(policy, params)
   text = made.text(batch)
   aux = jax.tree.map(lambda leaf: leaf[None], aux)
   key = jax.random.split(jax.random.key(1), 1)
@@ -319,7 +319,7 @@ def _draw(directory, config):
     )
   # The config is written first: a folder without an index was cut off.
   partial = directory.with_name(f"{directory.name}.partial")
-  random_checkpoint.write(partial, config, _SEED)
+  tiny_checkpoints.write_random(partial, config, _SEED)
   os.replace(partial, directory)
 
 

@@ -11,13 +11,11 @@ for.
 import ast
 import difflib
 import importlib
-import importlib.util
 import inspect
-import os
 from typing import Any
 from urllib import parse as url_parse
 
-from cacovid_jax import errors
+from cacovid_jax import errors, extensions
 from cacovid_jax.compressors import base
 
 # In the order of tables. Values are modules of this package.
@@ -136,23 +134,8 @@ def _known(name: str):
 
 
 def _load(spec: str) -> base.Compressor:
-  path, _, attribute = spec.rpartition(":")
-  if not os.path.isfile(path):
-    raise errors.UserError(f"method {spec!r}: there is no file {path}")
-  module_spec = importlib.util.spec_from_file_location(
-    "cacovid_jax_user_" + os.path.basename(path)[:-3], path
-  )
-  module = importlib.util.module_from_spec(module_spec)
-  try:
-    module_spec.loader.exec_module(module)
-  except Exception as error:
-    raise errors.UserError(
-      f"method {spec!r}: importing {path} failed with"
-      f" {type(error).__name__}: {error}"
-    ) from error
-  if not hasattr(module, attribute):
-    raise errors.UserError(f"method {spec!r}: {path} has no {attribute}")
-  found = getattr(module, attribute)
+  found, _ = extensions.load(spec, "method")
+  attribute = spec.rpartition(":")[2]
   if isinstance(found, base.Compressor) or hasattr(found, "with_options"):
     return found
   if not callable(found):

@@ -33,13 +33,13 @@ from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.evals import (
   answer_page,
   clips,
-  evaluation,
   provenance,
   report,
   runner,
 )
 from cacovid_jax.evals import programs as programs_lib
 from cacovid_jax.models import checkpoints, qwen2_5_vl
+from cacovid_jax.policy import loading
 
 _ASSETS = pathlib.Path(cacovid_jax.__file__).parent / "assets"
 SHIPPED_MODEL = _ASSETS / "base_model"
@@ -145,8 +145,8 @@ class Answerer:
     Args:
       model: Hugging Face checkpoint directory; None is the small model of the
         embedded benchmark, which comes with the package.
-      policy: training workdir or .safetensors file, for the learned methods;
-        None is the shipped model's own policy, where there is one.
+      policy: for the learned methods, see `loading.load_policy`; None is the
+        shipped model's own policy, where there is one.
       num_frames: T; None takes the number in the checkpoint's video
         preprocessor file, or 32, the number of the paper's evaluation.
       max_new_tokens: longest answer.
@@ -173,7 +173,7 @@ class Answerer:
       policy = SHIPPED_POLICY
     self.policies = {}
     if policy is not None:
-      loaded = evaluation.load_policy(os.fspath(policy), self.checkpoint)
+      loaded = loading.load_policy(policy, self.checkpoint)
       self.policies = {"policy": loaded}
     self._is_qwen = isinstance(self.checkpoint.model, qwen2_5_vl.Qwen2_5VLModel)
     if self._is_qwen:

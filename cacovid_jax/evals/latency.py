@@ -21,6 +21,7 @@ from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import asker as asker_lib
 from cacovid_jax.evals import programs as programs_lib
 from cacovid_jax.evals import runner
+from cacovid_jax.policy import loading
 
 
 class Cost(NamedTuple):
@@ -49,7 +50,7 @@ class Subject:
     grid: (T, H, W) of the video.
     batch: the prompt, B = 1.
     inputs: `runner.Cell` -> (features, text, `Aux`, keys) of its method.
-    policy: `runner.Method` -> the `runner.Policy` that it follows.
+    policy: `runner.Method` -> the `LoadedPolicy` that it follows.
   """
 
   checkpoint: Any
@@ -57,7 +58,7 @@ class Subject:
   grid: tuple[int, int, int]
   batch: programs_lib.Batch
   inputs: Callable[[runner.Cell], tuple]
-  policy: Callable[[runner.Method], runner.Policy]
+  policy: Callable[[runner.Method], loading.LoadedPolicy]
 
 
 def subject(

@@ -33,7 +33,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cacovid_jax import compressors, errors, metrics
+from cacovid_jax import compressors, errors
+from cacovid_jax import progress as progress_lib
 from cacovid_jax.compressors import base
 from cacovid_jax.data import answer_log
 from cacovid_jax.data import question as question_lib
@@ -41,24 +42,9 @@ from cacovid_jax.evals import asker as asker_lib
 from cacovid_jax.evals import benchmarks, prompting, provenance, scoring
 from cacovid_jax.evals import clips as clips_lib
 from cacovid_jax.evals import programs as programs_lib
+from cacovid_jax.policy import loading
 
 VANILLA = "vanilla"
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Policy:
-  """A policy to evaluate.
-
-  Attributes:
-    module: Linen module; `apply(params, x, positions, video_rows, grid,
-      length)` gives `Scores`.
-    params: trained parameters.
-    identity: digest of the parameters.
-  """
-
-  module: Any
-  params: Any
-  identity: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -266,7 +252,7 @@ class Evaluator:
     questions: Sequence[question_lib.Question],
     settings: Settings,
     *,
-    policies: Mapping[str, Policy] | None = None,
+    policies: Mapping[str, loading.LoadedPolicy] | None = None,
     decisive: Mapping[str, Sequence[int]] | None = None,
     task: benchmarks.Task | None = None,
     programs: programs_lib.Programs | None = None,
@@ -422,7 +408,7 @@ class Evaluator:
     index, count = shard
     own = list(enumerate(batches))[index::count]
     total = len(cells) * sum(len(batch) for _, batch in own)
-    with metrics.Progress(total, description=description) as progress:
+    with progress_lib.Progress(total, description=description) as progress:
       done = 0
       for place, (number, batch) in enumerate(own):
         self._confirm_faults(batch, cells, ledger)

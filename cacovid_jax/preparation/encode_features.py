@@ -18,8 +18,9 @@ from absl import flags
 
 from cacovid_jax import config as config_lib
 from cacovid_jax import errors
+from cacovid_jax.data import rejected_clips
 from cacovid_jax.preparation import encoding
-from cacovid_jax.training import pipeline, setup
+from cacovid_jax.training import setup
 
 config_lib.define_flag()
 _SHARD = flags.DEFINE_string(
@@ -50,7 +51,9 @@ def main(argv):
     directory,
     shard=shard,
     num_threads=config.data.num_threads,
-    quarantine=pipeline.Quarantine(os.path.join(directory, "quarantine.jsonl")),
+    quarantine=rejected_clips.RejectedClips(
+      os.path.join(directory, "quarantine.jsonl")
+    ),
   )
   print(
     f"{directory}: {report.num_clips} clips, {report.num_present} were there,"

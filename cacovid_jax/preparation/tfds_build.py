@@ -15,7 +15,8 @@ import os
 
 from absl import flags
 
-from cacovid_jax import errors, metrics
+from cacovid_jax import errors
+from cacovid_jax import progress as progress_lib
 from cacovid_jax.data import readers
 from cacovid_jax.data import tfds as tfds_lib
 
@@ -56,7 +57,7 @@ def main(argv):
     readers.require_media(
       rows, _MEDIA.value, mend="leave them out with --on_missing=skip"
     )
-  with metrics.Progress(len(present), description="rows") as bar:
+  with progress_lib.Progress(len(present), description="rows") as bar:
     builder = tfds_lib.prepare(
       {_SPLIT.value: present},
       _OUT.value,

@@ -18,7 +18,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cacovid_jax import errors
-from cacovid_jax.data import feature_cache, frames, qwen_frames, readers
+from cacovid_jax.data import (
+  feature_cache,
+  frames,
+  qwen_frames,
+  readers,
+  rejected_clips,
+)
 from cacovid_jax.data import left_out as left_out_lib
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import rewards as rewards_lib
@@ -30,7 +36,7 @@ from cacovid_jax.models import (
   token_grid,
 )
 from cacovid_jax.parallel import mesh as mesh_lib
-from cacovid_jax.policy import modules, objective, sampling
+from cacovid_jax.policy import loading, objective, sampling
 from cacovid_jax.training import (
   optimizer,
   pipeline,
@@ -57,7 +63,7 @@ class Run:
     batches: start step -> iterator of (step.Batch on the host, questions).
     reward: ids i32[B,G,M], questions -> f32[B,G]; None if the device rewards.
     base_model: {"path", "sha256"} of the frozen model.
-    policy_options: keys of the policy section that its module was built from.
+    described_policy: what policy_config.json says about the policy's module.
     questions: rows that are trained on.
     source: gives their clips, see `training.pipeline`.
   """
@@ -70,7 +76,7 @@ class Run:
   batches: Callable[[int], Iterator]
   reward: Callable | None
   base_model: dict[str, str]
-  policy_options: dict[str, Any]
+  described_policy: dict[str, Any]
   questions: Sequence[question_lib.Question]
   source: Any
 
@@ -108,7 +114,9 @@ def make(
   config = with_total_steps(config, questions)
   rollout_config = rollout.RolloutConfig(**config.rollout)
   from_host = _from_host(rollout_config, questions, checkpoint.tokenizer)
-  policy, options = make_policy(config, checkpoint.model.config.text)
+  options = dict(config.policy)
+  init = options.pop("init")
+  policy, digest = loading.make_policy(checkpoint.model.config.text, options)
   preprocessing = make_preprocessing(config, checkpoint.model)
   configs = make_step_configs(
     config, checkpoint, policy, rollout_config, preprocessing
@@ -134,14 +142,15 @@ def make(
     mesh=mesh,
     constants=constants,
     init_params=functools.partial(
-      init_policy, config, policy, checkpoint.params
+      loading.init_policy, policy, checkpoint.params, config.seed, init
     ),
     batches=_Batches(config, workdir, checkpoint, questions, source, configs),
     reward=functools.partial(host_rewards, checkpoint.tokenizer)
     if from_host
     else None,
     base_model=dict(checkpoint.identity),
-    policy_options=options,
+    described_policy={"policy": options}
+    | ({"module_sha256": digest} if digest else {}),
     questions=questions,
     source=source,
   )
@@ -176,9 +185,13 @@ def load_checkpoint(config) -> checkpoints.Checkpoint:
       "config.model.path is empty; name the checkpoint directory of a"
       " LLaVA-OneVision or a Qwen2.5-VL"
     )
+  if config.model.dtype not in ("float32", "bfloat16"):
+    raise errors.UserError(
+      f"config.model.dtype={config.model.dtype!r}: choose float32 or bfloat16"
+    )
   checkpoint = checkpoints.load(
     config.model.path,
-    dtype=_dtype(config.model.dtype, "model.dtype"),
+    dtype=jnp.dtype(config.model.dtype),
     # Each device reads its own part: none ever holds the whole model.
     mesh=make_mesh(config),
     backend=config.model.backend,
@@ -266,23 +279,6 @@ def _with_clips(config, rows, left_out):
   if isinstance(rows, tfds_lib.QuestionSource):
     return rows.take(found)
   return [rows[place] for place in found]
-
-
-def make_policy(config, llm):
-  """Returns (the policy module of config.policy, the options it was given)."""
-  options = dict(config.policy)
-  spec, _ = options.pop("module"), options.pop("init")
-  found = modules.load_policy_module(spec)
-  built = dict(options, dtype=_dtype(options["dtype"], "policy.dtype"))
-  return found.from_llm_config(llm, **built), {"module": spec, **options}
-
-
-def init_policy(config, policy, base_params):
-  """Returns the policy's first parameters, float32."""
-  params = policy.init_from_llm(jax.random.key(config.seed), base_params)
-  if config.policy.init:
-    params = modules.load(config.policy.init, policy, params)
-  return params
 
 
 def make_preprocessing(config, model):
@@ -419,12 +415,6 @@ def _to_pixels(preprocessing, video):
   return (video.astype(jnp.float32) / 255.0 - mean) / std
 
 
-def _dtype(name: str, key: str):
-  if name not in ("float32", "bfloat16"):
-    raise errors.UserError(f"config.{key}={name!r}: choose float32 or bfloat16")
-  return jnp.dtype(name)
-
-
 def _media_root(config) -> str:
   return os.path.join(config.data.root, config.data.media)
 
@@ -467,7 +457,7 @@ def _clip_source(config, workdir, checkpoint, preprocessing, configs):
   """
   data, model = config.data, checkpoint.model
   rule = pipeline.FrameRule(data.num_frames, data.frame_rule)
-  refused = pipeline.Quarantine(_ledger(workdir)).refused
+  refused = rejected_clips.RejectedClips(_ledger(workdir)).refused
   cache = None
   if data.feature_cache:
     cache = feature_cache.FeatureCache(data.feature_cache)
@@ -581,7 +571,7 @@ class _Batches:
       start_step=start,
       num_threads=config.data.num_threads,
       num_workers=config.data.num_workers,
-      quarantine=pipeline.Quarantine(self._ledger),
+      quarantine=rejected_clips.RejectedClips(self._ledger),
     )
     for batch in batches:
       yield self._convert(batch), batch["questions"]

@@ -2,16 +2,17 @@
 
 import hashlib
 import json
-import pathlib
 import shutil
 import subprocess
 import sys
 
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
 from cacovid_jax import errors, evaluate
 from cacovid_jax.evals import defaults, evaluation
-from cacovid_jax.policy import network
+from cacovid_jax.policy import loading
 from tests.evals import report_test, tiny
 
 FILES = {
@@ -284,57 +285,12 @@ def test_the_table_names_every_row(finished):
 
 def test_validator_scores_a_policy(request_of, checkpoint, tmp_path):
   validate = evaluation.validator(request_of(tmp_path), checkpoint)
-  policy = evaluation.load_policy(request_of(tmp_path).policies["policy"],
+  policy = loading.load_policy(request_of(tmp_path).policies["policy"],
                                   checkpoint)  # fmt: skip
   found = validate(policy.module, policy.params)
   assert 0 <= found["accuracy"] <= 1
   assert validate(policy.module, policy.params) == found
   assert not list(tmp_path.iterdir())
-
-
-def test_policy_folders(checkpoint, policy_path, tmp_path):
-  folder = pathlib.Path(policy_path).parent
-  # The file, its folder, and the training workdir around it.
-  loaded = [
-    evaluation.load_policy(str(path), checkpoint)
-    for path in (policy_path, folder, folder.parent)
-  ]
-  assert len({policy.identity for policy in loaded}) == 1
-  assert isinstance(loaded[0].module, network.Policy)
-  with pytest.raises(errors.UserError, match="no policy in"):
-    evaluation.load_policy(str(tmp_path), checkpoint)
-
-
-def test_a_policy_of_another_base_model_is_refused(checkpoint, tmp_path):
-  tiny.write_policy(tmp_path / "policy", checkpoint)
-  described = {"policy": {"module": ""}, "base_model": {"sha256": "other"}}
-  path = tmp_path / "policy" / "policy_config.json"
-  path.write_text(json.dumps(described))
-  with pytest.raises(errors.UserError, match="another base model"):
-    evaluation.load_policy(str(tmp_path), checkpoint)
-
-
-def test_a_users_own_policy_is_loaded(checkpoint, tmp_path):
-  """As training exports it, with the module named in policy_config.json."""
-  source = tmp_path / "mine.py"
-  source.write_text(
-    "from cacovid_jax.policy import network\n"
-    "class Mine(network.Policy):\n"
-    "  pass\n"
-  )
-  tiny.write_policy(tmp_path / "policy", checkpoint)
-  described = {
-    "policy": {
-      "module": f"{source}:Mine",
-      "num_halvings": 2,
-      "dtype": "float32",
-    },
-    "base_model": {"sha256": checkpoint.identity["sha256"]},
-  }
-  path = tmp_path / "policy" / "policy_config.json"
-  path.write_text(json.dumps(described))
-  policy = evaluation.load_policy(str(tmp_path), checkpoint)
-  assert type(policy.module).__name__ == "Mine"
 
 
 @pytest.mark.parametrize(
@@ -375,8 +331,31 @@ def test_flags_and_defaults(tmp_path):
   assert fields["methods"] == config.methods
   assert evaluate._policies("a,b") == {"policy": "a", "policy1": "b"}
   assert evaluate._policies("ours=a,paper=b") == {"ours": "a", "paper": "b"}
+  assert evaluate._policies("a?module=f.py:F,x=b?module=g.py:G") == {
+    "policy": "a?module=f.py:F",
+    "x": "b?module=g.py:G",
+  }
   with pytest.raises(errors.UserError, match="--ratios"):
     evaluate._numbers("ratios", "0.1,x", float)
+
+
+def test_a_workdirs_policy_takes_the_module_that_the_config_names(tmp_path):
+  (tmp_path / "policy.safetensors").touch()
+  path = tmp_path / "run.py"
+  path.write_text(
+    "from cacovid_jax import base_config\n"
+    "get_config = lambda arg: base_config.get_config()\n"
+  )
+  values = flags.FLAGS
+  values.mark_as_parsed()
+  given = dict(config=str(path), workdir=str(tmp_path), data="d")
+  for more, expected in (
+    ([], ""),
+    (["policy.module=m.py:A"], "?module=m.py:A"),
+  ):
+    with flagsaver.flagsaver(**given, checkpoint="c", config_override=more):
+      request = evaluate.request_from_flags(values)
+    assert request.policies == {"policy": f"{tmp_path}{expected}"}
 
 
 def test_command_line_mistakes_end_without_traceback():

@@ -24,7 +24,7 @@ from cacovid_jax.evals import (
   runner,
 )
 from cacovid_jax.models import generation
-from cacovid_jax.policy import network
+from cacovid_jax.policy import loading, network
 from tests.evals import tiny
 
 RATIOS = (0.25, 0.1)
@@ -36,7 +36,7 @@ def policy_of(checkpoint, seed=1):
     checkpoint.model.config.text, num_halvings=2
   )
   params = module.init_from_llm(jax.random.key(seed), checkpoint.params)
-  return runner.Policy(module, params, f"seed {seed}")
+  return loading.LoadedPolicy(module, params, f"seed {seed}")
 
 
 @pytest.fixture(scope="module")

@@ -350,7 +350,9 @@ def test_the_default_room_is_the_most_that_a_grid_of_the_bucket_keeps():
 
 
 def test_a_budget_that_does_not_fit_is_refused():
-  with pytest.raises(errors.UserError, match=r"7 x 2 x 2 .* GridBucket\(7, 4, 28"):
+  with pytest.raises(
+    errors.UserError, match=r"7 x 2 x 2 .* GridBucket\(7, 4, 28"
+  ):
     selection.budget((7, 2, 2), 0.5, bucket=BUCKET)
   with pytest.raises(errors.UserError, match="raise num_keep_max") as raised:
     selection.budget((4, 3, 5), 0.5, bucket=BUCKET, num_keep_max=29)

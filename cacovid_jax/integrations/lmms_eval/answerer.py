@@ -12,6 +12,7 @@ from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import answering, evaluation, likelihood, runner
 from cacovid_jax.integrations.lmms_eval import arguments, requests
 from cacovid_jax.models import checkpoints
+from cacovid_jax.policy import loading
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -145,15 +146,15 @@ class Answerer:
     self._programs[length] = evaluator.programs
     return evaluator
 
-  def _load_policies(self) -> dict[str, runner.Policy]:
+  def _load_policies(self) -> dict[str, loading.LoadedPolicy]:
     path = self.args.policy
     if not path and not self.args.pretrained:
       path = os.fspath(answering.SHIPPED_POLICY)
-    elif not path and evaluation.has_policy(self.args.pretrained):
+    elif not path and loading.has_policy(self.args.pretrained):
       path = self.args.pretrained
     if not path:
       return {}
-    return {"policy": evaluation.load_policy(path, self.checkpoint)}
+    return {"policy": loading.load_policy(path, self.checkpoint)}
 
   def _text_tokens(self, row: question_lib.Question) -> int:
     """Returns the prompt's tokens that are none of the video's N."""

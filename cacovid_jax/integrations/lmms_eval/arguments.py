@@ -27,8 +27,8 @@ class Arguments:
   Attributes:
     pretrained: Hugging Face checkpoint directory; "" is the small model that
       comes with the package.
-    policy: training workdir or .safetensors file, for the learned methods; ""
-      is the shipped model's own, or one among the weights of `pretrained`.
+    policy: for the learned methods, see `loading.load_policy`; "" is the
+      shipped model's own, or one among the weights of `pretrained`.
     method: as in an evaluation, `name?option=value`.
     ratio: share of the video tokens that is kept; 1.0 is the whole prompt,
       whatever the method.

@@ -13,7 +13,7 @@ import pytest
 from cacovid_jax import config as config_lib
 from cacovid_jax import errors, metrics
 from cacovid_jax.models import checkpoints
-from cacovid_jax.synthetic import base_model, packing
+from cacovid_jax.synthetic import packing, pretraining
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 SPEC = f"{ROOT / 'configs' / 'synthetic_base.py'}:debug"
@@ -62,11 +62,11 @@ def test_a_vocabulary_without_room_is_refused(tmp_path, monkeypatch):
   monkeypatch.setattr(packing, "corpus", lambda: corpus(5))
   config = config_lib.load(SPEC, ["vocab_size=300"])
   with pytest.raises(errors.UserError, match="vocab_size"):
-    base_model.pretrain(config, tmp_path / "small")
+    pretraining.pretrain(config, tmp_path / "small")
 
 
 def test_a_workdir_of_another_config_is_refused(tmp_path):
   config_lib.claim_workdir(tmp_path, config_lib.load(SPEC))
   changed = config_lib.load(SPEC, ["pretrain.lr=1e-4"])
   with pytest.raises(errors.UserError, match=r"pretrain\.lr is .* there"):
-    base_model.pretrain(changed, tmp_path)
+    pretraining.pretrain(changed, tmp_path)

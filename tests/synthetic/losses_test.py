@@ -10,7 +10,7 @@ import pytest
 
 from cacovid_jax.models import llava_onevision, pruning
 from cacovid_jax.policy import network
-from cacovid_jax.synthetic import pretraining, world
+from cacovid_jax.synthetic import losses, pretraining, world
 
 NUM_VIDEO, WIDTH, QUESTIONS, LENGTH = 64, 32, 3, 6
 PREFIX = (5, 6)
@@ -38,7 +38,7 @@ def inputs(seed=0, batch=2):
 
 
 def layout():
-  return pretraining.Prompts(PREFIX, NUM_VIDEO, QUESTIONS, LENGTH)
+  return losses.PackedPrompts(PREFIX, NUM_VIDEO, QUESTIONS, LENGTH)
 
 
 def whole_prompt(ids):
@@ -72,13 +72,13 @@ def test_packed_questions_are_answered_as_separate_prompts():
   model, params = tiny()
   features, ids = inputs()
   packed = jax.jit(
-    lambda f, i: pretraining.packed_logits(model, params, layout(), f, i)
+    lambda f, i: losses.packed_logits(model, params, layout(), f, i)
   )(features, ids)
   np.testing.assert_allclose(packed, separate(), atol=2e-5)
 
 
 def test_the_packed_mask_by_hand():
-  mask = pretraining.Prompts((1,), 1, 2, 2).packed_mask()
+  mask = losses.PackedPrompts((1,), 1, 2, 2).packed_mask()
   # Prefix, video token, newline; two questions of two tokens each.
   expected = """
     1......
@@ -91,7 +91,7 @@ def test_the_packed_mask_by_hand():
   """.split()
   found = ["".join("1" if seen else "." for seen in row) for row in mask]
   assert found == expected
-  positions = pretraining.Prompts((1,), 1, 2, 2).packed_positions()
+  positions = losses.PackedPrompts((1,), 1, 2, 2).packed_positions()
   assert positions.tolist() == [0, 1, 2, 3, 4, 3, 4]
 
 
@@ -99,7 +99,7 @@ def pruned(ids, index, valid):
   model, params = tiny()
   features, _ = inputs()
   return jax.jit(
-    lambda i, k, v: pretraining.pruned_logits(
+    lambda i, k, v: losses.pruned_logits(
       model, params, layout(), features, i, k, v
     )
   )(ids, index, valid)
@@ -156,9 +156,7 @@ def test_the_first_layer_reads_as_a_new_policy_does():
 
   @jax.jit
   def read(ids):
-    return pretraining.first_layer(
-      model, params, layout(), features, ids, lengths
-    )
+    return losses.first_layer(model, params, layout(), features, ids, lengths)
 
   policy = network.Policy.from_llm_config(model.config.text, num_halvings=1)
   layer = policy.init_from_llm(jax.random.key(0), params)
@@ -190,7 +188,7 @@ def test_random_subsets_hold_the_decisive_tokens():
     count = int(rng.integers(0, 6))
     decisive[place][:count] = rng.permutation(50)[:count]
   sizes = rng.integers(6, 13, (4, 5)).astype(np.int32)
-  index, valid = pretraining.random_subsets(
+  index, valid = losses.random_subsets(
     jax.random.key(0), decisive, sizes, np.zeros((4, 5, 50)), num_keep=12
   )
   index, valid = np.asarray(index), np.asarray(valid)
@@ -218,9 +216,9 @@ def test_lossy_subsets_miss_tokens_and_crowd_objects_as_often_as_said():
   config = types.SimpleNamespace(
     min_keep=20, num_keep=30, lossy_share=0.3, crowded_share=0.6
   )
-  index, valid = jax.jit(
-    lambda rng: pretraining.lossy_subsets(rng, batch, config)
-  )(jax.random.key(1))
+  index, valid = jax.jit(lambda rng: losses.lossy_subsets(rng, batch, config))(
+    jax.random.key(1)
+  )
   kept = [
     set(i[v].tolist())
     for i, v in zip(
@@ -293,7 +291,7 @@ def test_the_label_loss_against_a_loop():
     + np.mean(sides[0])
     + np.mean(sides[1])
   )
-  found = pretraining.label_loss(jnp.asarray(logits), labels)
+  found = losses.label_loss(jnp.asarray(logits), labels)
   np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
@@ -301,7 +299,7 @@ def test_tokens_of_the_size_of_words_cost_nothing():
   table = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
   table /= np.sqrt(np.square(table).mean())
   features = np.ones((2, 3, 8), np.float32)
-  size_loss = pretraining.size_loss
+  size_loss = losses.size_loss
   np.testing.assert_allclose(size_loss(features, table), 0, atol=1e-6)
   # By hand: e times the size is a difference of 1 in its logarithm.
   np.testing.assert_allclose(size_loss(np.e * features, table), 1, rtol=1e-4)
