@@ -106,8 +106,7 @@ class ProbabilityCap(NamedTuple):
     return cls(size, 1.0 / size**2, cap, left.astype(np.float32))
 
 
-@dataclasses.dataclass(frozen=True)
-class PlanShape:
+class PlanShape(NamedTuple):
   """The static sizes of a sampler; hashable. Random numbers depend on them.
 
   Attributes:
@@ -127,21 +126,7 @@ class PlanShape:
   num_keep: int
 
 
-@functools.partial(
-  jax.tree_util.register_dataclass,
-  data_fields=(
-    "grid",
-    "tokens_per_frame",
-    "frames_drawn",
-    "group_position",
-    "group_member",
-    "min_weight",
-    "max_weight",
-    "group_cap",
-    "frame_cap",
-  ),
-  meta_fields=("shape", "config"),
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class SamplingPlan:
   """The numbers of a grid and a ratio; a pytree of static shapes.
@@ -173,8 +158,8 @@ class SamplingPlan:
   max_weight: Any
   group_cap: ProbabilityCap
   frame_cap: ProbabilityCap
-  shape: PlanShape
-  config: SamplingConfig
+  shape: PlanShape = dataclasses.field(metadata=dict(static=True))
+  config: SamplingConfig = dataclasses.field(metadata=dict(static=True))
 
   @property
   def num_keep(self):
@@ -186,8 +171,7 @@ class Combinations(NamedTuple):
   """The G combinations of one video: token mode, frame mode, content.
 
   Attributes:
-    index: int32[G, K] kept video tokens, ascending; N_max
-      behind the K.
+    index: int32[G, K] kept video tokens, ascending; N_max behind the K.
     frame_mask: bool[G/4, T], True for a frame that a frame-mode row drew.
   """
 
@@ -229,12 +213,12 @@ def plan(grid, ratio, config=None, shape=None):
   if shape is None:
     bucket = grid.bucket
     shape = exact if grid.full else largest_shape(bucket, (ratio,), config)
-  for name, needed in dataclasses.asdict(exact).items():
-    if needed > getattr(shape, name):
+  for name, needed, room in zip(PlanShape._fields, exact, shape, strict=True):
+    if needed > room:
       raise errors.UserError(
         f"sampling.ratio={ratio} of a {num_frames}x{height}x{width} grid needs "
-        f"{name}={needed}, the program has room for {getattr(shape, name)}; "
-        "name this ratio in largest_shape"
+        f"{name}={needed}, the program has room for {room}; name this ratio in "
+        "largest_shape"
       )
   n = exact.num_groups
   quotient, longer = divmod(height * width, n)
@@ -322,29 +306,26 @@ def allowed_ratios(grid, ratios):
   return tuple(fits)
 
 
+@functools.lru_cache(maxsize=256)
 def largest_shape(bucket, ratios, config=None):
   """Returns the PlanShape that holds every rung of every grid in a bucket.
 
   Args:
     bucket: GridBucket.
-    ratios: the ratios in use, as for `allowed_ratios`.
+    ratios: tuple of the ratios in use, as for `allowed_ratios`.
     config: SamplingConfig.
   """
-  return _largest_shape(bucket, tuple(ratios), config or SamplingConfig())
-
-
-@functools.lru_cache(maxsize=256)
-def _largest_shape(bucket, ratios, config):
-  largest = (0,) * len(dataclasses.fields(PlanShape))
+  config = config or SamplingConfig()
+  largest = PlanShape(0, 0, 0, 0, 0, 0)
   for height in range(1, bucket.frame_tokens + 1):
     for width in range(1, bucket.frame_tokens // height + 1):
       # Shorter videos of the same frames need no more of anything.
       num_frames = min(bucket.frames, bucket.tokens // (height * width))
       grid = num_frames, height, width
       for ratio in allowed_ratios(grid, ratios):
-        needed = dataclasses.astuple(_exact_shape(grid, ratio, config))
-        largest = tuple(map(max, largest, needed))
-  return PlanShape(*largest)
+        needed = _exact_shape(grid, ratio, config)
+        largest = PlanShape(*map(max, largest, needed))
+  return largest
 
 
 def _group_cap(num_groups, config):

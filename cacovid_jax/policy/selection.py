@@ -14,7 +14,6 @@ Paper: https://arxiv.org/abs/2602.01649 (inference).
 """
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -54,21 +53,7 @@ def most_kept(bucket, ratio):
   return max(min(most, bucket.tokens), 1)
 
 
-@functools.partial(
-  jax.tree_util.register_dataclass,
-  data_fields=(
-    "grid",
-    "kept",
-    "num_important",
-    "shared",
-    "frame_cap",
-    "low",
-    "high",
-    "sharpness",
-    "spread",
-  ),
-  meta_fields=("num_keep_max",),
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Budget:
   """The numbers of a video and a ratio; a pytree.
@@ -96,7 +81,7 @@ class Budget:
   high: Any
   sharpness: Any
   spread: Any
-  num_keep_max: int
+  num_keep_max: int = dataclasses.field(metadata=dict(static=True))
 
 
 def budget(

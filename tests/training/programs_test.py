@@ -136,6 +136,21 @@ def test_base_weights_are_arguments_not_constants(fixed):
   assert largest < 1000
 
 
+def test_a_full_grid_leaves_no_trace_of_a_mask(fixed, monkeypatch):
+  _, made, constants, _, state, _, _ = fixed
+  fill, traces = token_grid.fill, []
+
+  def watched(x, valid, value):
+    filled = fill(x, valid, value)
+    traces.append(filled is not x)
+    return filled
+
+  monkeypatch.setattr(token_grid, "fill", watched)
+  batch = programs.place_batch(tiny.batch(), made.mesh)
+  made.jitted(BUCKET, "fixed_ratio_step").trace(state, constants, batch)
+  assert len(traces) > 20 and not any(traces)
+
+
 def test_step_lowers_for_tpu(fixed):
   _, made, constants, _, state, _, _ = fixed
   batch = programs.place_batch(tiny.batch(), made.mesh)
