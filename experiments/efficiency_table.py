@@ -279,8 +279,10 @@ def make(size: Size, directory) -> tuple[latency.Subject, Any]:
   _draw(directory, config)
   checkpoint = checkpoints.load(directory, jnp.dtype(size.dtype))
   model, grid = checkpoint.model, size.grid
-  features, aux, _ = selection_benchmark.inputs(grid, config)
-  features = features.astype(model.dtype)[None]
+  inputs = jax.tree.map(
+    lambda leaf: leaf[None], selection_benchmark.inputs(grid, config)
+  )
+  features = inputs.features.astype(model.dtype)
   made = programs.Programs(checkpoint, grid, max_new_tokens=1)
   batch = _prompt(checkpoint, made, features, grid)
   policy = network.Policy.from_llm_config(
@@ -288,15 +290,13 @@ def make(size: Size, directory) -> tuple[latency.Subject, Any]:
   )
   params = policy.init_from_llm(jax.random.key(0), checkpoint.params)
   followed = loading.LoadedPolicy(policy, params)
-  text = made.text(batch)
-  aux = jax.tree.map(lambda leaf: leaf[None], aux)
-  key = jax.random.split(jax.random.key(1), 1)
+  inputs = dataclasses.replace(inputs, features=features, text=made.text(batch))
   subject = latency.Subject(
     checkpoint=checkpoint,
     programs=made,
     grid=grid,
     batch=batch,
-    inputs=lambda cell: (features, text, aux, key),
+    inputs=lambda cell: inputs,
     policy=lambda method: followed,
   )
   return subject, _tower(checkpoint, grid)

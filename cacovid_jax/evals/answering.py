@@ -221,7 +221,7 @@ class Answerer:
       base.budget(source.grid, ratio)
       if ratio < 1:
         self._check_budget(chosen, source.grid, ratio)
-    source.observe(chosen.needs & base.VISION_NEEDS)
+    source.observe(chosen.needs & base.VISION_SIGNALS)
     evaluator = runner.Evaluator(
       self.checkpoint,
       source,
@@ -345,12 +345,9 @@ class Answerer:
     )
 
   def _check_budget(self, method: runner.Method, grid, ratio) -> None:
-    """Refuses a ratio that a method inside the language model cannot meet."""
-    plan = getattr(method.compressor, "plan", None)
-    if plan is not None:
-      plan(
-        self.checkpoint.model.config.text.num_layers, int(np.prod(grid)), ratio
-      )
+    """Refuses a ratio that a method cannot meet."""
+    num_layers = self.checkpoint.model.config.text.num_layers
+    method.compressor.rows_per_layer(num_layers, grid, ratio)
 
 
 def as_question(

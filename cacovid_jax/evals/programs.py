@@ -4,12 +4,13 @@ Letters: B batch, L prompt tokens, N video tokens, D width, K kept tokens,
 M generated tokens, P position rows, Q tokens of a question's text.
 """
 
-from typing import Any, NamedTuple
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from cacovid_jax.compressors import base, in_llm, prompt_rows
+from cacovid_jax.compressors import base, layerwise, prompt_rows
 from cacovid_jax.models import generation
 
 
@@ -83,73 +84,59 @@ class Programs:
     return sum(size() for size in sizes if size)
 
   def select(self, compressor: base.Compressor, ratio: float):
-    """Returns f(features [B, N, D], text, aux, keys) -> `Selection` [B, ...].
+    """Returns f(`CompressorInputs`) -> `Selection`, both with leading axis B.
 
     One program per compressor and ratio; its number of rows is the method's.
     """
     if (compressor, ratio) not in self._selects:
-      self._selects[compressor, ratio] = self._select(compressor, ratio)
-    return self._selects[compressor, ratio]
+      select = functools.partial(
+        compressor.select_batch,
+        num_keep=compressor.rows(self.grid, ratio),
+        ratio=ratio,
+      )
+      self._selects[compressor, ratio] = jax.jit(
+        lambda inputs, params: select(inputs, params=params)
+      )
+    program = self._selects[compressor, ratio]
+    return lambda inputs: program(inputs, compressor.load())
 
-  def inside(self, compressor: in_llm.InLLM, ratio: float):
-    """Returns f(params, batch, text, aux, keys) -> (ids, `in_llm.Trace`).
+  def select_and_answer(self, compressor: base.Compressor, ratio: float):
+    """Returns f(params, batch, inputs) -> (ids, `base.SelectionTrace`).
 
-    One program per compressor and ratio, selection and answer in one.
+    One program per compressor and ratio, for those that choose while the
+    language model reads.
     """
     if (compressor, ratio) not in self._insides:
       self._insides[compressor, ratio] = self._inside(compressor, ratio)
-    return self._insides[compressor, ratio]
+    program = self._insides[compressor, ratio]
+    return lambda params, batch, inputs: program(
+      params, batch, inputs, compressor.load()
+    )
 
-  def check(self, compressor: Any, ratio: float) -> None:
+  def check(self, compressor: base.Compressor, ratio: float) -> None:
     """Refuses a budget that the method cannot meet."""
-    if acts_inside(compressor):
-      compressor.plan(self._num_layers, self._num_video, ratio)
-    else:
-      compressor.rows(self.grid, ratio)
+    compressor.rows_per_layer(self._num_layers, self.grid, ratio)
 
-  def minimum_ratio(self, compressor: Any) -> float | None:
+  def minimum_ratio(self, compressor: base.Compressor) -> float | None:
     """Returns the lowest ratio that a method can; None where it is not told."""
-    if not acts_inside(compressor):
-      return None
     return compressor.minimum_ratio(self._num_layers, self._num_video)
 
   def _inside(self, compressor, ratio):
-    def ask(params, batch: Batch, text, aux, keys):
-      return in_llm.generate(
+    def ask(params, batch: Batch, inputs, own_params):
+      return layerwise.generate(
         self._model,
         params,
         compressor,
-        batch.x,
-        batch.positions,
-        batch.length,
-        batch.video_start,
+        whole_prompts(batch),
+        inputs,
         batch.next_position,
-        aux,
-        grid=self.grid,
         ratio=ratio,
-        text=text,
-        rngs=keys,
+        own_params=own_params,
         **self._ending,
       )
 
     # Some read on the host how many tokens go on.
     return ask if compressor.on_host else jax.jit(ask)
-
-  def _select(self, compressor, ratio):
-    num_keep = compressor.rows(self.grid, ratio)
-
-    def one(features, text, aux, key):
-      return compressor.compress(
-        features,
-        grid=self.grid,
-        num_keep=num_keep,
-        text=text,
-        aux=aux,
-        rng=key,
-        ratio=ratio,
-      )
-
-    return jax.jit(jax.vmap(one))
 
   def _vanilla(self, params, batch: Batch, *, want_attention: bool) -> Vanilla:
     logits, cache, out = self._model.prefill(
@@ -192,13 +179,7 @@ class Programs:
     )
 
   def _answer(self, params, batch: Batch, selection: base.Selection):
-    rows = prompt_rows.whole(
-      batch.x,
-      batch.positions,
-      batch.length,
-      batch.video_start,
-      self._num_video,
-    )
+    rows = whole_prompts(batch)
     rows = prompt_rows.keep(rows, selection, num_video=self._num_video)
     # Kept tokens keep their positions, and the answer goes on where that of
     # the whole prompt would.
@@ -213,9 +194,15 @@ class Programs:
     )
 
 
-def acts_inside(compressor: Any) -> bool:
-  """True for a method that drops tokens inside the language model."""
-  return isinstance(compressor, in_llm.InLLM)
+def whole_prompts(batch: Batch):
+  """Returns `prompt_rows.Rows` of a batch with all of its video tokens."""
+  return prompt_rows.whole(
+    batch.x,
+    batch.positions,
+    batch.length,
+    batch.video_start,
+    batch.features.shape[1],
+  )
 
 
 def _text(x, rows):

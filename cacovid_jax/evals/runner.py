@@ -76,15 +76,14 @@ class Method:
     name, options = compressors.parse(spec)
     policy = str(options.pop("policy", ""))
     compressor = compressors.get(name, **options)
-    if ".py:" in name:
-      # Answers of a file that has changed since are not its own.
-      content = pathlib.Path(name.rpartition(":")[0]).read_bytes()
-      spec = f"{spec}#{hashlib.sha256(content).hexdigest()[:12]}"
+    # Answers of a file that has changed since are not its own.
+    if compressor.fingerprint:
+      spec = f"{spec}#{compressor.fingerprint}"
     return cls(label, spec, compressor, policy)
 
   @property
   def needs(self) -> frozenset[str]:
-    return self.compressor.needs
+    return self.compressor.requires
 
   @property
   def per_seed(self) -> bool:
@@ -534,8 +533,8 @@ class Evaluator:
   def _kept(self, asker, cell: Cell, count: int, chosen=None) -> list[Kept]:
     """Returns the first `count` rows of what a cell has `chosen`, opened up."""
     if chosen is None:
-      choose = asker.reply if _inside(cell.method) else asker.select
-      chosen = choose(cell)
+      first = cell.method.compressor.selects_first
+      chosen = asker.select(cell) if first else asker.reply(cell)
     index, mask = np.asarray(chosen.index), np.asarray(chosen.mask)
     tokens = frames = [None] * count
     field = next((n for n in cell.method.needs if n.endswith("scores")), None)
@@ -595,16 +594,16 @@ class Evaluator:
     for need in sorted(method.needs):
       if need.endswith("scores"):
         self.policies[self.policy_name(method)]
-      elif need in base.VISION_NEEDS:
+      elif need in base.VISION_SIGNALS:
         if need not in self.source.want:
           raise errors.UserError(
             f"{method.label} needs {need.replace('_', ' ')}, which the clips"
             " of this evaluation come without"
           )
-      elif need != "text" and need not in base.Aux._fields:
+      elif need not in base.OFFERED:
         raise errors.UserError(
           f"{method.label} needs {need!r}, which this evaluation does not"
-          f" offer; it offers text, {', '.join(base.Aux._fields)}"
+          f" offer; it offers {', '.join(base.OFFERED)}"
         )
     self.tools(example).programs.check(method.compressor, cell.ratio)
 
@@ -699,7 +698,7 @@ class Evaluator:
           clip = self.source[question.video]
           fields["frame_hash"] = clip.frame_hash
           fields["index_hash"] = clip.index_hash
-        if cell.method is not None and _inside(cell.method):
+        if cell.method and not cell.method.compressor.selects_first:
           # Before the language model it follows from what was kept.
           fields["equivalent"] = round(float(reply.equivalent[row]), 9)
           if reply.forced[row]:
@@ -720,7 +719,7 @@ class Evaluator:
 def wanted(methods: Sequence[Method]) -> frozenset[str]:
   """Returns what the clips must bring along for these methods."""
   needs = frozenset().union(*[method.needs for method in methods])
-  return needs & base.VISION_NEEDS
+  return needs & base.VISION_SIGNALS
 
 
 def _lacking(batch, cells, ledger, failures) -> list[Cell]:
@@ -754,10 +753,6 @@ def _words(cell: Cell) -> str:
 
 def _by_id(questions):
   return sorted(questions, key=lambda question: question.id)
-
-
-def _inside(method: Method) -> bool:
-  return programs_lib.acts_inside(method.compressor)
 
 
 def by_clip(

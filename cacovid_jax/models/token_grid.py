@@ -224,6 +224,7 @@ def _flatten(grid):
 
 
 def _unflatten(static, leaves):
+  """Returns the TokenGrid of `_flatten`'s parts."""
   shape, bucket = static
   return TokenGrid(*(shape or leaves), bucket)
 

@@ -78,6 +78,7 @@ def train(
     UserError: a mistake, or too many refused steps in a row.
   """
   workdir = pathlib.Path(workdir)
+  setup.check_reward(config)
   config_lib.claim_workdir(workdir, config)
   if questions is None:
     questions = setup.read_questions(config, workdir)

@@ -71,9 +71,11 @@ class Programs:
     return sum(map(self._limit, self.configs.values()))
 
   def _limit(self, config):
+    """Returns the number of programs of a bucket."""
     return 1 if self._one_program(config) else 2 + len(config.ladder)
 
   def _one_program(self, config):
+    """Returns whether a step is one program."""
     return not self.host_rewards and len(config.ladder) == 1
 
   def run(

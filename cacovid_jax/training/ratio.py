@@ -89,6 +89,7 @@ class Ladder:
   fixed: float | None
 
   def __len__(self):
+    """R."""
     return len(self.ratios)
 
   @property

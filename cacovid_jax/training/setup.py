@@ -156,6 +156,19 @@ def make(
   )
 
 
+def check_reward(config) -> None:
+  """Refuses an adaptive ratio of rewards that are no shares of right answers.
+
+  The bounds at which the ratio moves would mean nothing.
+  """
+  if config.ratio.adaptive and config.rollout.reward != "accuracy":
+    raise errors.UserError(
+      f"config.rollout.reward={config.rollout.reward} is graded and the adaptive"
+      " ratio follows the share of right answers; set"
+      " config.ratio.adaptive=False, or rollout.reward=accuracy"
+    )
+
+
 def with_total_steps(config, questions):
   """Returns the config with the steps of one epoch where it leaves them open.
 
@@ -328,12 +341,6 @@ def make_step_configs(
   fixed = constants.pop("ratio")
   ladder_options = dict(config.ratio)
   adaptive = ladder_options.pop("adaptive")
-  if adaptive and rollout_config.reward != "accuracy":
-    raise errors.UserError(
-      f"rollout.reward={rollout_config.reward} is no share of right answers, so"
-      " that the bounds of an adaptive ratio mean nothing; set"
-      " config.ratio.adaptive=False, or rollout.reward=accuracy"
-    )
   if isinstance(preprocessing, qwen_frames.ProcessorConfig):
     grids = make_buckets(config, preprocessing)
   else:

@@ -277,7 +277,7 @@ def test_nor_does_one_beside_a_checkpoint(
     ({"policy": {"num_halvings": -1}}, "policy.num_halvings=-1"),
     (
       {"policy": {"num_halvings": 2, "": ""}},
-      "Policy does not take",
+      "Policy takes other options",
     ),
     ({"base_model": []}, r"base_model is \[\]; it must be an object"),
     (

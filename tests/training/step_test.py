@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cacovid_jax import errors
-from cacovid_jax.training import optimizer, setup, step
+from cacovid_jax.training import optimizer, step
 from tests.training import tiny
 
 
@@ -33,8 +33,7 @@ def test_a_skipped_update_leaves_every_bit():
 def test_a_graded_reward_with_an_adaptive_ratio_is_one_line(reward, tmp_path):
   config = tiny.config(**{"rollout.reward": reward, "ratio.adaptive": True})
   with pytest.raises(errors.UserError, match="ratio.adaptive=False") as raised:
-    setup.make(
-      config, tmp_path, checkpoint=tiny.checkpoint(), questions=tiny.questions()
-    )
+    tiny.train(tmp_path / "run", config)
   assert f"rollout.reward={reward}" in str(raised.value)
   assert "\n" not in str(raised.value)
+  assert not (tmp_path / "run").exists()

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cacovid_jax.compressors import similarity
+from cacovid_jax.compressors.math import similarity
 from tests.compressors import naive, quick, selections
 
 

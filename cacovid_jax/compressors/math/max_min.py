@@ -1,11 +1,15 @@
-"""The sequential loop of max-min diversity as one kernel for NVIDIA GPUs.
+"""Max-min diverse subsets, and their sequential loop as one kernel.
+
+Start from the item whose nearest neighbour is farthest, then add, again and
+again, the item farthest from all picked ones.
 
 Every pick depends on the one before, so the loop cannot be spread over the
 chip: what it costs is the way from one pick to the next. As separate kernels
-that is several launches for each pick; here one program holds the distances to
-the nearest pick in registers and only reads the row of the newest pick.
+that is several launches for each pick; on NVIDIA GPUs one program holds the
+distances to the nearest pick in registers and only reads the row of the newest
+pick.
 
-Axes: N items, K picks.
+Axes: N items, D width, K picks.
 """
 
 import functools
@@ -15,10 +19,70 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
+from cacovid_jax.compressors.math import similarity
+
+# Rows of the distance matrix held at a time while the first token is sought.
+_BLOCK = 256
+# Largest distance matrix that is held: 14188 tokens. A batch holds one of
+# them for each video.
+_MATRIX_BYTES = 768 * 2**20
 # Items that a warp holds, eight in each thread: a frame's items need one warp,
 # which has no other to wait for. Sixteen warps read a long row fast enough.
 _WARP_ITEMS = 256
 _MOST_WARPS = 16
+
+
+def max_min_subset(
+  features: jax.Array, *, num_keep: int, distances: str = "auto"
+) -> jax.Array:
+  """Returns int32[K] distinct rows of features f[N, D], in picking order.
+
+  Args:
+    features: float[N, D].
+    num_keep: K, static.
+    distances: "matrix" computes all at once and holds them, "rows" computes
+      those to a picked token when it is picked: less memory, and slower by far
+      on an accelerator; "auto" holds them where they fit.
+  """
+  num_tokens = features.shape[0]
+  if distances == "auto":
+    fits = 4 * num_tokens**2 <= _MATRIX_BYTES
+    distances = "matrix" if fits else "rows"
+  if distances == "matrix":
+    return max_min_of_matrix(1.0 - similarity.between(features), num_keep)
+  inverse = similarity.inverse_norm(features)
+
+  def distance_to(i):
+    products = similarity.dot(features, features[i]) * (inverse * inverse[i])
+    return 1.0 - jnp.clip(products, -1.0, 1.0)
+
+  def nearest(i):
+    return jnp.min(distance_to(i).at[i].set(jnp.inf))
+
+  first = _farthest(
+    jax.lax.map(nearest, jnp.arange(num_tokens), batch_size=_BLOCK)
+  )
+  return max_min_loop(distance_to, first, num_tokens, num_keep)
+
+
+def max_min_of_matrix(distances: jax.Array, num_keep: int) -> jax.Array:
+  """Returns int32[K] distinct items of distances float32[N, N], as picked.
+
+  Row j holds the distances of all items to j. The first pick is the item whose
+  nearest other one is farthest.
+  """
+  itself = jnp.eye(distances.shape[0], dtype=bool)
+  nearest = jnp.where(itself, jnp.inf, distances).min(axis=0)
+  return max_min(distances, _farthest(nearest), num_keep)
+
+
+def _farthest(nearest):
+  """Returns int32[], the first item with the largest of float32[N] distances.
+
+  Two items that are nearest to each other have the same distance, but for the
+  rounding of float32, which must not decide between them.
+  """
+  return jnp.argmax(similarity.settled(nearest)).astype(jnp.int32)
 
 
 def max_min(distances, first, num_keep):

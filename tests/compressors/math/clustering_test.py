@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cacovid_jax.compressors import dpc_knn
+from cacovid_jax.compressors.math import clustering
 from tests.compressors import naive, quick
 
 N, WIDTH, BOUND = 12, 5, 6
@@ -16,9 +16,11 @@ N, WIDTH, BOUND = 12, 5, 6
 @functools.cache
 def _compiled():
   def run(x, valid, num_clusters):
-    found = dpc_knn.cluster(x, num_clusters, valid=valid)
-    order = dpc_knn.centres(found, num_clusters, BOUND)
-    return found, order, dpc_knn.means(x, found)
+    found = clustering.cluster(x, num_clusters, valid=valid)
+    # The centres, best score first, then N.
+    rank = jnp.where(found.rank < jnp.maximum(num_clusters, 1), found.rank, N)
+    order = jnp.full([BOUND], N).at[rank].set(jnp.arange(N), mode="drop")
+    return found, order, clustering.means(x, found)
 
   return quick.jit(run)
 
@@ -121,7 +123,7 @@ def test_sets_are_clustered_on_their_own_from_one_matrix():
   x = rng.normal(size=[N, WIDTH]).astype(np.float32)
   sets = np.array([0, 1, 0, 2, 1, -1, 0, 1, 0, 0, 1, 0], np.int32)
   counts = np.array([2, 3, 1])
-  found = quick.jit(dpc_knn.cluster)(x, counts[sets], sets=sets)
+  found = quick.jit(clustering.cluster)(x, counts[sets], sets=sets)
   for s, count in enumerate(counts):
     members = np.flatnonzero(sets == s)
     _, centres, centre = naive.dpc_knn(x, members, count)
@@ -146,6 +148,6 @@ def test_vmap_equals_a_loop():
 def test_bfloat16_points_are_clustered_in_float32():
   x = jax.random.normal(jax.random.key(0), [N, WIDTH]).astype(jnp.bfloat16)
   check(x.astype(jnp.float32), np.ones(N, bool), 4)
-  same = dpc_knn.cluster(x, 4)
-  wide = dpc_knn.cluster(x.astype(jnp.float32), 4)
+  same = clustering.cluster(x, 4)
+  wide = clustering.cluster(x.astype(jnp.float32), 4)
   np.testing.assert_array_equal(same.centre, wide.centre)

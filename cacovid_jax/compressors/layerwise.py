@@ -12,13 +12,10 @@ layers, n of them of the video, K tokens left at the last layer, P position
 rows, T frames, H W token grid.
 """
 
-import abc
 import dataclasses
 import fractions
-import functools
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +25,7 @@ from cacovid_jax.compressors import base, budgets, prompt_rows
 from cacovid_jax.models import attention, generation, qwen2
 
 
-class Seen(NamedTuple):
+class LayerState(NamedTuple):
   """What a rule may look at between two layers, of ONE prompt.
 
   Attributes:
@@ -41,6 +38,7 @@ class Seen(NamedTuple):
     index: int32[n], see `prompt_rows.Rows`.
     row: int32[n], see `prompt_rows.Rows`.
     entered: `base.Selection` or None.
+    grid: static (T, H, W) of the whole video.
   """
 
   hidden: jax.Array
@@ -52,102 +50,36 @@ class Seen(NamedTuple):
   index: jax.Array
   row: jax.Array
   entered: base.Selection | None
+  grid: tuple[int, int, int] | None = None
 
 
-class Trace(NamedTuple):
-  """What became of the video tokens.
-
-  Attributes:
-    index: int32[B, K] tokens left at the last layer, ascending; N at padding.
-    mask: bool[B, K] which of them there are.
-    tokens: float32[B, layers] video tokens that each layer's attention saw.
-    forced: bool[B], True where a rule had to end early to stay within the
-      budget; None for rules that never have to.
-  """
-
-  index: jax.Array
-  mask: jax.Array
-  tokens: jax.Array
-  forced: jax.Array | None = None
-
-  def equivalent_ratio(self, num_video: int) -> jax.Array:
-    """Returns float32[B]: mean over layers of the share of N tokens seen."""
-    return self.tokens.mean(axis=1) / num_video
-
-
-# Compared by identity, as `base.Compressor` is: programs are cached by it.
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class InLLM(abc.ABC):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerwiseCompressor(base.Compressor):
   """A rule that drops video tokens inside the language model.
 
-  A subclass gives `plan` and `step`; the fields that it adds are its options.
+  A subclass gives `plan`, `step` and `minimum_ratio`; the fields that it adds
+  are its options. An exact budget spends the ratio as closely as whole tokens
+  allow, never more.
 
   Attributes:
-    name: what tables call it.
-    needs: names of the `base.Aux` fields that `before` reads.
-    stochastic: True if `before` draws from a key.
-    options: the options that were set, for the record.
-    oracle: True if it knows the answer's place.
-    before: what chooses the tokens that enter the model; None lets all in.
-    exact_budget: True spends the ratio as closely as whole tokens allow,
-      never more; False rounds as the method's own code does.
-    note: one sentence for tables, where the method is not quite what its name
-      says.
-    look: "last" for the attention of the prompt's last token, mean over heads;
-      "after_video" for the most that any head of any token behind the video
-      pays.
+    pre_llm: what chooses the tokens that enter the model; None lets all in.
+    attention_fn: "last" for the attention of the prompt's last token, mean
+      over heads; "after_video" for the most that any head of any token behind
+      the video pays.
     drop_from_caches: True also forgets dropped tokens in the layers that saw
       them, so that decoding sees the same tokens everywhere.
   """
 
-  name: str
-  needs: frozenset[str] = frozenset()
-  stochastic: bool = False
-  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  oracle: bool = False
-  before: base.Compressor | None = None
-  exact_budget: bool = True
-  note: str = ""
-  look: str = "last"
+  pre_llm: base.Compressor | None = None
+  attention_fn: str = "last"
   drop_from_caches: bool = False
 
-  @property
-  def sees_question(self) -> bool:
-    """True: the residual stream of later layers depends on the question."""
-    return True
+  selects_first: ClassVar[bool] = False
 
-  @property
-  def requirements(self) -> tuple[str, ...]:
-    """What it cannot do without, in words, of `base.requirements_of`."""
-    return base.requirements_of(self.needs | {"attention"})
+  @classmethod
+  def _general_fields(cls):
+    return {field.name for field in dataclasses.fields(LayerwiseCompressor)}
 
-  @property
-  def on_host(self) -> bool:
-    """True if `generate` reads counts on the host and cannot be jitted."""
-    return False
-
-  @property
-  def known_options(self) -> tuple[str, ...]:
-    """Names of the options that it takes, sorted."""
-    general = {field.name for field in dataclasses.fields(InLLM)}
-    own = {field.name for field in dataclasses.fields(self)}
-    return tuple(sorted(own - general))
-
-  def with_options(self, *, exact_budget: bool | None = None, **options):
-    """Returns the method with options set; `known_options` says which.
-
-    Args:
-      exact_budget: as of the class; None leaves it.
-      **options: values of the method's own options.
-    """
-    changes = dict(options)
-    if exact_budget is not None:
-      changes["exact_budget"] = exact_budget
-    return dataclasses.replace(
-      self, **changes, options={**self.options, **options}
-    )
-
-  @abc.abstractmethod
   def plan(
     self, num_layers: int, num_video: int, ratio: float
   ) -> list[tuple[int, int]]:
@@ -158,51 +90,50 @@ class InLLM(abc.ABC):
     Raises:
       UserError: the ratio cannot be met; names the lowest that can.
     """
+    raise NotImplementedError(f"{type(self).__name__} has no plan")
 
-  @abc.abstractmethod
-  def minimum_ratio(self, num_layers: int, num_video: int) -> float | None:
-    """Returns the lowest ratio that `plan` can meet; None if it meets none."""
-
-  @abc.abstractmethod
-  def step(self, seen: Seen, *, layer: int, keep: int, grid):
+  def step(self, state: LayerState, *, layer: int, keep: int):
     """Returns (kept int32[keep], num_valid int32[]) of ONE prompt.
 
     `kept` ascends among the video rows 0..n-1; entries behind the first
-    `num_valid` are not read.
+    `num_valid` are not read. A trained rule also takes `params`.
     """
+    raise NotImplementedError(f"{type(self).__name__} has no step")
 
-  def rows(self, grid, ratio: float, num_layers: int) -> int:
+  def rows(self, grid, ratio: float, num_layers: int | None = None) -> int:
     """Returns K, the tokens left at the last layer, static."""
+    if self.selects_first:
+      return super().rows(grid, ratio)
     num_video = math.prod(grid)
     steps = self.plan(num_layers, num_video, ratio)
     return steps[-1][1] if steps else num_video
 
-  def prefill(
-    self,
-    model,
-    params,
-    rows: prompt_rows.Rows,
-    *,
-    grid,
-    ratio: float,
-    new_rows: int,
-  ):
-    """Returns (logits, caches, trace) after reading the prompts.
-
-    Args:
-      model: `models.language.LanguageModel` of a video model.
-      params: its parameters.
-      rows: the prompts, with the tokens that `before` let in.
-      grid: static (T, H, W) of the whole video.
-      ratio: static.
-      new_rows: static, room in the caches for what follows.
-
-    Returns:
-      logits float32[B, V] behind each prompt, a tuple of `qwen2.Cache` for
-      consecutive slices of the layers, and the `Trace`.
-    """
-    num_layers = model.config.text.num_layers
+  def rows_per_layer(self, num_layers, grid, ratio):
+    """See `base.Compressor.rows_per_layer`."""
+    if self.selects_first:
+      return super().rows_per_layer(num_layers, grid, ratio)
     num_video = math.prod(grid)
+    steps = self.plan(num_layers, num_video, ratio)
+    return [
+      min([num_video, *(keep for first, keep in steps if first <= layer)])
+      for layer in range(num_layers)
+    ]
+
+  def prefill(
+    self, model, params, prompt, inputs, *, ratio, new_rows, own_params=None,
+    selection=None,
+  ):  # fmt: skip
+    """See `base.Compressor.prefill`; a slice of layers for each cut."""
+    if self.selects_first:
+      return super().prefill(
+        model, params, prompt, inputs, ratio=ratio, new_rows=new_rows,
+        own_params=own_params, selection=selection,
+      )  # fmt: skip
+    num_layers = model.config.text.num_layers
+    grid, num_video = inputs.grid, math.prod(inputs.grid)
+    rows = self.enter(
+      prompt, inputs, ratio=ratio, num_layers=num_layers, own_params=own_params
+    )
     cuts = [
       (layer, keep)
       for layer, keep in self.plan(num_layers, num_video, ratio)
@@ -213,7 +144,9 @@ class InLLM(abc.ABC):
     for layer, keep in [*cuts, (num_layers, None)]:
       look = None
       if keep is not None:
-        look = looker(self.look, rows.video_start + rows.count, num_behind)
+        look = attention_of(
+          self.attention_fn, rows.video_start + rows.count, num_behind
+        )
       x, keys, values, attended = model.run_layers(
         params, rows.x, rows.positions, rows.lengths,
         first=first, last=layer, look=look,
@@ -223,16 +156,15 @@ class InLLM(abc.ABC):
       first, rows = layer, rows._replace(x=x)
       if keep is None:
         break
-      # Rounded the method's own way, fewer may have entered.
-      keep = min(keep, rows.index.shape[1])
-      step = functools.partial(self.step, layer=layer, keep=keep, grid=grid)
-      kept, count = jax.vmap(step)(see(rows, attended))
+      kept, count = self.cut(
+        rows, attended, grid, layer=layer, keep=keep, own_params=own_params
+      )
       taken, rows = prompt_rows.take(rows, kept, count, num_video=num_video)
       if self.drop_from_caches:
         caches = [
           prompt_rows.drop(cache, taken, rows.lengths) for cache in caches
         ]
-    trace = Trace(
+    trace = base.SelectionTrace(
       index=rows.index,
       mask=jnp.arange(rows.index.shape[1])[None] < rows.count[:, None],
       tokens=jnp.stack(tokens, axis=1).astype(jnp.float32),
@@ -243,13 +175,52 @@ class InLLM(abc.ABC):
       trace,
     )
 
+  def enter(
+    self, prompt, inputs, *, ratio, num_layers, own_params=None
+  ) -> prompt_rows.Rows:
+    """Returns the prompts with the video tokens that enter the model.
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class TwoStages(InLLM):
+    Arguments are those of `prefill`.
+    """
+    if self.pre_llm is None:
+      return prompt
+    num_video = math.prod(inputs.grid)
+    steps = self.plan(num_layers, num_video, ratio)
+    num_keep = next((keep for layer, keep in steps if layer == 0), num_video)
+    share = num_keep / num_video
+    pre_llm = self.pre_llm
+    if not self.exact_budget:
+      pre_llm = pre_llm.with_options(exact_budget=False)
+      num_keep = pre_llm.rows(inputs.grid, share)
+    # As the prompt holds them, in its dtype.
+    features = prompt_rows.video_rows(prompt.x, prompt.video_start, num_video)
+    selection = pre_llm.select_batch(
+      dataclasses.replace(inputs, features=features),
+      num_keep=num_keep,
+      ratio=share,
+      params=own_params if self.trained else pre_llm.load(),
+    )
+    return prompt_rows.keep(prompt, selection, num_video=num_video)
+
+  def cut(self, rows, attended, grid, *, layer, keep, own_params=None):
+    """Returns `step` of B prompts, given float32[B, R] attention."""
+    given = {"params": own_params} if self.trained else {}
+    # Rounded the method's own way, fewer may have entered.
+    keep = min(keep, rows.index.shape[1])
+
+    def one(state):
+      state = state._replace(grid=grid)
+      return self.step(state, layer=layer, keep=keep, **given)
+
+    return jax.vmap(one)(state_of(rows, attended))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TwoStages(LayerwiseCompressor):
   """A method with one part before the language model and one inside it.
 
-  Its options are those of `before` and of the stage inside. The budgets of
-  both parts follow from the ratio: about `llm_keep` of what enters goes on.
+  A subclass gives `choose`, the first part. The budgets of both follow from
+  the ratio: about `llm_keep` of what enters goes on.
 
   Attributes:
     llm_stage: False for the part before the model alone, at the whole ratio.
@@ -262,42 +233,38 @@ class TwoStages(InLLM):
   llm_layer: int = 20
   llm_keep: float = 0.3
 
+  @property
+  def selects_first(self) -> bool:
+    """True without the second part: an ordinary compressor then."""
+    return not self.llm_stage
+
   def __post_init__(self):
+    super().__post_init__()
+    if not isinstance(self.llm_stage, bool):
+      raise errors.UserError(
+        f"{self.name}: llm_stage={self.llm_stage!r}; give True or False"
+      )
+    second = {
+      name: getattr(type(self), name) for name in ("llm_layer", "llm_keep")
+    }
+    for name in sorted(set(second) & set(self.given)):
+      if not self.llm_stage:
+        raise errors.UserError(
+          f"{self.name}: {name} is an option of the stage in the language"
+          " model; give llm_stage=True with it"
+        )
     share = self.llm_keep
     if not isinstance(share, int | float) or not 0 < share <= 1:
       raise errors.UserError(
         f"{self.name}: llm_keep={share!r} is outside (0, 1]"
       )
-
-  @property
-  def known_options(self):
-    """Names of the options of both parts, sorted."""
-    return tuple(sorted({*super().known_options, *self.before.known_options}))
-
-  def with_options(self, *, exact_budget=None, **options):
-    """See `InLLM.with_options`; without its second part, a `Compressor`."""
-    known = super().known_options
-    own = {k: v for k, v in options.items() if k in known}
-    rest = {k: v for k, v in options.items() if k not in own}
-    before = self.before.with_options(exact_budget=exact_budget, **rest)
-    stage = own.get("llm_stage", self.llm_stage)
-    if not isinstance(stage, bool):
-      raise errors.UserError(
-        f"{self.name}: llm_stage={stage!r}; give True or False"
+    pre_llm = None
+    if self.llm_stage:
+      given = tuple(n for n in self.given if n not in ("llm_stage", *second))
+      pre_llm = dataclasses.replace(
+        self, llm_stage=False, given=given, **second
       )
-    if not stage:
-      for name in sorted(set(own) - {"llm_stage"}):
-        raise errors.UserError(
-          f"{self.name}: {name} is an option of the stage in the language"
-          " model; give llm_stage=True with it"
-        )
-      return dataclasses.replace(
-        before, options={**before.options, "llm_stage": False}
-      )
-    made = dataclasses.replace(self, before=before, needs=before.needs)
-    # The class's own way, with options of both parts for the record.
-    made = InLLM.with_options(made, exact_budget=exact_budget, **own)
-    return dataclasses.replace(made, options={**self.options, **options})
+    object.__setattr__(self, "pre_llm", pre_llm)
 
   def plan(self, num_layers, num_video, ratio):
     """Returns what enters and what goes on; `ratio` from below in the mean."""
@@ -309,78 +276,64 @@ class TwoStages(InLLM):
     except errors.UserError as error:
       raise errors.UserError(f"{self.name}: {error}") from None
     if not self.exact_budget:
-      # Of as many tokens as may enter; what does is known to `before`.
+      # Of as many tokens as may enter; what does is known to `pre_llm`.
       keep = max(1, int(self.llm_keep * num_video))
     return [(0, entering), (layer, keep)]
 
   def minimum_ratio(self, num_layers, num_video):
     """Returns the ratio of one token per layer."""
-    if num_layers < 2:
+    if self.selects_first or num_layers < 2:
       return None
     return budgets.lowest_ratio(num_layers, num_video, entering=1)
 
-  def step(self, seen, *, layer, keep, grid):
+  def step(self, state, *, layer, keep):
     """Returns the tokens that the last token attends to most."""
-    del layer, grid
-    return keep_by_last_query(seen, keep)
+    del layer
+    return keep_by_last_query(state, keep)
 
 
 def generate(
   model,
   params,
-  compressor: InLLM,
-  x,
-  positions,
-  lengths,
-  video_start,
+  compressor: base.Compressor,
+  prompt: prompt_rows.Rows,
+  inputs: base.CompressorInputs,
   next_positions,
-  aux=None,
   *,
-  grid,
   ratio,
   max_new_tokens,
   eos_ids,
   pad_id,
-  text=None,
-  rngs=None,
+  own_params=None,
 ):
-  """Returns (ids int32[B, max_new_tokens], `Trace`) of whole prompts.
+  """Returns (ids int32[B, max_new_tokens], `SelectionTrace`) of whole prompts.
 
-  Can be jitted with the compressor, grid, ratio and everything behind static,
-  unless `compressor.on_host`.
+  Can be jitted with the compressor, ratio and everything behind static, unless
+  `compressor.on_host`.
 
   Args:
     model: `models.language.LanguageModel` of a video model.
     params: its parameters.
     compressor: the rule.
-    x: float[B, L, D] embeddings of the whole prompts, right padded.
-    positions: int32[B, P, L].
-    lengths: int32[B] valid tokens of each prompt.
-    video_start: int32[B] row of the first of N video tokens; a newline row
-      that ends the video counts as text.
+    prompt: whole prompts of `prompt_rows.whole`; a newline row that ends the
+      video counts as text.
+    inputs: leading axis B, what the compressor requires.
     next_positions: int32[B] position of the first generated token.
-    aux: `base.Aux` with leading axis B, for what `compressor.before` needs.
-    grid: static (T, H, W) with T * H * W = N.
     ratio: static, mean share of the video tokens that a layer sees.
     max_new_tokens: static, at least 1.
     eos_ids: static, token ids that end an answer.
     pad_id: id written behind the end.
-    text: float[B, Lq, D] embedded questions, if `before` needs them.
-    rngs: keys [B], if `before` draws.
+    own_params: of a trained compressor, from `load`.
   """
   ratio = base.check_ratio(ratio)
-  if compressor.on_host and isinstance(x, jax.core.Tracer):
+  if compressor.on_host and isinstance(prompt.x, jax.core.Tracer):
     raise ValueError(
       f"{compressor.name} reads counts on the host; call generate outside jit"
     )
-  rows = enter(
-    compressor, x, positions, lengths, video_start, aux,
-    grid=grid, ratio=ratio, num_layers=model.config.text.num_layers,
-    text=text, rngs=rngs,
-  )  # fmt: skip
   logits, caches, trace = compressor.prefill(
-    model, params, rows, grid=grid, ratio=ratio, new_rows=max_new_tokens - 1
-  )
+    model, params, prompt, inputs,
+    ratio=ratio, new_rows=max_new_tokens - 1, own_params=own_params,
+  )  # fmt: skip
   extend = _extend if compressor.on_host else generation.extend
   ids = extend(
     model,
@@ -388,7 +341,7 @@ def generate(
     logits,
     caches,
     next_positions,
-    num_position_rows=positions.shape[1],
+    num_position_rows=prompt.positions.shape[1],
     max_new_tokens=max_new_tokens,
     eos_ids=tuple(eos_ids),
     pad_id=pad_id,
@@ -403,63 +356,15 @@ _extend = jax.jit(
 )
 
 
-def enter(
-  compressor: InLLM,
-  x,
-  positions,
-  lengths,
-  video_start,
-  aux=None,
-  *,
-  grid,
-  ratio,
-  num_layers,
-  text=None,
-  rngs=None,
-) -> prompt_rows.Rows:
-  """Returns the prompts with the video tokens that enter the model.
+def state_of(rows: prompt_rows.Rows, attended) -> LayerState:
+  """Returns what a rule looks at, leading axis B, but for the grid.
 
-  Arguments are those of `generate`.
+  Args:
+    rows: B prompts.
+    attended: float32[B, R] attention that their rows receive.
   """
-  num_video = math.prod(grid)
-  if x.shape[1] < num_video:
-    raise ValueError(
-      f"prompts of {x.shape[1]} rows do not hold {num_video} video tokens"
-    )
-  rows = prompt_rows.whole(x, positions, lengths, video_start, num_video)
-  if compressor.before is None:
-    return rows
-  before, steps = (
-    compressor.before,
-    compressor.plan(num_layers, num_video, ratio),
-  )
-  num_keep = next((keep for layer, keep in steps if layer == 0), num_video)
-  share = num_keep / num_video
-  if not compressor.exact_budget:
-    before = before.with_options(exact_budget=False)
-    num_keep = before.rows(grid, share)
-
-  def choose(features, text, aux, rng):
-    return before.compress(
-      features,
-      grid=grid,
-      num_keep=num_keep,
-      text=text,
-      aux=aux,
-      rng=rng,
-      ratio=share,
-    )
-
-  selection = jax.vmap(choose)(
-    prompt_rows.video_rows(x, rows.video_start, num_video), text, aux, rngs
-  )
-  return prompt_rows.keep(rows, selection, num_video=num_video)
-
-
-def see(rows: prompt_rows.Rows, attended) -> Seen:
-  """Returns what a rule sees, leading axis B, given float32[B, R] attention."""
   size = rows.index.shape[1]
-  return Seen(
+  return LayerState(
     hidden=rows.x,
     positions=rows.positions,
     length=rows.lengths,
@@ -472,25 +377,25 @@ def see(rows: prompt_rows.Rows, attended) -> Seen:
   )
 
 
-def keep_by_last_query(seen: Seen, keep: int):
+def keep_by_last_query(state: LayerState, keep: int):
   """Returns (kept int32[keep], count): what the last token looks at most.
 
   Ties go to the earlier token.
   """
-  values = jnp.where(seen.mask, seen.attention, -1.0)
+  values = jnp.where(state.mask, state.attention, -1.0)
   _, kept = jax.lax.top_k(values, keep)
   # Rows that are not valid lie behind all that are.
-  count = jnp.minimum(seen.mask.sum(), keep).astype(jnp.int32)
+  count = jnp.minimum(state.mask.sum(), keep).astype(jnp.int32)
   return jnp.sort(kept).astype(jnp.int32), count
 
 
 def keep_by_text_attention(
-  seen: Seen, keep: int, sets, *, num_sets, share=None
+  state: LayerState, keep: int, sets, *, num_sets, share=None
 ):
   """Returns (kept int32[keep], count): the best of every set of tokens.
 
   Args:
-    seen: with the attention that the text pays.
+    state: with the attention that the text pays.
     keep: static.
     sets: int32[n] set of each video row, below `num_sets` where valid.
     num_sets: static.
@@ -498,10 +403,10 @@ def keep_by_text_attention(
       sizes, by largest remainder; a number keeps int(share * size) of each,
       as PruneVID's own code does, which is `keep` at most.
   """
-  size = seen.mask.shape[0]
-  sets = jnp.where(seen.mask, sets, num_sets)
+  size = state.mask.shape[0]
+  sets = jnp.where(state.mask, sets, num_sets)
   sizes = jnp.zeros(num_sets + 1, jnp.int32).at[sets].add(1)
-  total = seen.mask.sum()
+  total = state.mask.sum()
   if share is None:
     quotas = budgets.largest_remainder_on_device(
       sizes[:num_sets], jnp.minimum(keep, total), high=sizes[:num_sets]
@@ -511,7 +416,7 @@ def keep_by_text_attention(
     quotas = table[sizes[:num_sets]]
   quotas = jnp.append(quotas, 0)
   # Sorted by set and, in a set, by attention; the place in the set is the rank.
-  order = jnp.lexsort((-seen.attention, sets))
+  order = jnp.lexsort((-state.attention, sets))
   start = jnp.cumsum(sizes) - sizes
   rank = jnp.arange(size) - start[sets[order]]
   survives = jnp.zeros(size, bool).at[order].set(rank < quotas[sets[order]])
@@ -566,12 +471,12 @@ def token_layers(num_layers: int, num_video: int, ratio: float) -> int:
   return math.floor(exact * num_layers * num_video)
 
 
-def looker(kind: str, text_start, num_behind: int):
-  """Returns `look(q, k, lengths)` -> float32[B, R] for `run_layers`."""
+def attention_of(kind: str, text_start, num_behind: int):
+  """Returns `f(q, k, lengths)` -> float32[B, R] for `run_layers`."""
   if kind == "last":
     return attention.last_query_attention
   if kind == "after_video":
     return lambda q, k, lengths: attention.strongest_attention(
       q, k, text_start, lengths, num_queries=num_behind
     )
-  raise ValueError(f"look {kind!r} is neither 'last' nor 'after_video'")
+  raise ValueError(f"attention_fn {kind!r} is neither 'last' nor 'after_video'")

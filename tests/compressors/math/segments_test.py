@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cacovid_jax.compressors import windows
+from cacovid_jax.compressors.math import segments
 from tests.compressors import naive, quick
 
-_shares = quick.jit(jax.vmap(windows.shares, in_axes=(0, None)))
+_shares = quick.jit(jax.vmap(segments.shares, in_axes=(0, None)))
 
 
 @pytest.mark.parametrize("num_keep", [1, 3, 8, 40])
@@ -27,23 +27,23 @@ def test_no_set_goes_without(num_keep):
 
 
 def test_windows_by_their_starts():
-  first = windows.first_frames(jnp.array([True, False, False, True, True]))
+  first = segments.first_frames(jnp.array([True, False, False, True, True]))
   np.testing.assert_array_equal(first, [0, 0, 0, 3, 4])
   expected = np.zeros([5, 5], bool)
   expected[0, :3] = expected[3, 3] = expected[4, 4] = True
-  np.testing.assert_array_equal(windows.together(first), expected)
+  np.testing.assert_array_equal(segments.together(first), expected)
 
 
 def test_static_tokens_of_a_window_become_one():
   frames = jnp.arange(12.0).reshape(3, 2, 2)
   static = jnp.array([[True, False], [True, False], [False, False]])
-  found = windows.sets(frames, static, jnp.array([0, 0, 2]))
+  found = segments.sets(frames, static, jnp.array([0, 0, 2]))
   np.testing.assert_array_equal(
     found.kind,
     [
-      [windows.STATIC, windows.DYNAMIC],
-      [windows.NOWHERE, windows.DYNAMIC],
-      [windows.DYNAMIC, windows.DYNAMIC],
+      [segments.STATIC, segments.DYNAMIC],
+      [segments.NOWHERE, segments.DYNAMIC],
+      [segments.DYNAMIC, segments.DYNAMIC],
     ],
   )
   np.testing.assert_array_equal(found.home, [[0, 1], [0, 3], [4, 5]])

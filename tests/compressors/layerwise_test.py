@@ -11,14 +11,20 @@ import numpy as np
 import pytest
 
 from cacovid_jax import compressors, errors
-from cacovid_jax.compressors import base, budgets, in_llm
+from cacovid_jax.compressors import (
+  base,
+  budgets,
+  layerwise,
+  prompt_rows,
+  registry,
+)
 from cacovid_jax.models import (
   attention,
   llava_onevision,
   qwen2,
   qwen2_5_vl,
 )
-from tests.compressors import decoder_loop, quick
+from tests.compressors import decoder_loop, given, quick
 
 GRID = (4, 2, 3)
 NUM_VIDEO = 24
@@ -29,12 +35,22 @@ STATIC = (
   "model", "compressor", "grid", "ratio", "max_new_tokens", "eos_ids", "pad_id",
 )  # fmt: skip
 
-generate = quick.jit(
-  lambda params, *args, model, compressor, **kwargs: in_llm.generate(
-    model, params, compressor, *args, **kwargs
-  ),
-  static_argnames=STATIC,
-)
+
+def generate_now(
+  params, x, positions, lengths, starts, following, aux=None, *, model,
+  compressor, grid, **kwargs,
+):  # fmt: skip
+  """`layerwise.generate` of whole prompts."""
+  num_video = math.prod(grid)
+  prompt = prompt_rows.whole(x, positions, lengths, starts, num_video)
+  video = prompt_rows.video_rows(x, prompt.video_start, num_video)
+  return layerwise.generate(
+    model, params, compressor, prompt, given.inputs(video, grid, aux),
+    following, **kwargs,
+  )  # fmt: skip
+
+
+generate = quick.jit(generate_now, static_argnames=STATIC)
 
 
 def model_of(kind):
@@ -97,9 +113,7 @@ def prompts(kind, seed=0, video=None):
 def run(kind, compressor, inputs, ratio, eos_ids=(), **kwargs):
   function = generate
   if compressor.on_host:
-    function = lambda params, *args, model, compressor, **kwargs: (  # noqa: E731
-      in_llm.generate(model, params, compressor, *args, **kwargs)
-    )
+    function = generate_now
   return function(
     params_of(kind),
     *jax.tree.map(jnp.asarray, inputs),
@@ -131,13 +145,12 @@ def all_logits(
       params, x, positions, lengths, cache_length=x.shape[1] + NEW
     )
   else:
-    rows = in_llm.enter(
-      compressor, x, positions, lengths, starts,
-      grid=GRID, ratio=ratio, num_layers=LAYERS,
-    )  # fmt: skip
+    prompt = prompt_rows.whole(x, positions, lengths, starts, NUM_VIDEO)
+    video = prompt_rows.video_rows(x, prompt.video_start, NUM_VIDEO)
     logits, caches, trace = compressor.prefill(
-      model, params, rows, grid=GRID, ratio=ratio, new_rows=NEW
-    )
+      model, params, prompt, given.inputs(video, GRID), ratio=ratio,
+      new_rows=NEW,
+    )  # fmt: skip
 
   def one_more(caches, step):
     ids, number = step
@@ -288,9 +301,8 @@ def test_the_mean_over_layers_is_the_ratio_from_below(num_layers, ratio):
     with pytest.raises(errors.UserError, match="fastv: .* infeasible"):
       compressor.plan(num_layers, 6272, ratio)
     return
-  plan = compressor.plan(num_layers, 6272, ratio)
-  tokens = budgets.tokens_per_layer(plan, num_layers, 6272)
-  found = budgets.equivalent_ratio(tokens, 6272)
+  tokens = compressor.rows_per_layer(num_layers, (32, 14, 14), ratio)
+  found = np.mean(tokens) / 6272
   assert ratio - 1 / 6272 < found <= ratio + 1e-12
 
 
@@ -350,8 +362,8 @@ def test_unknown_options_list_the_known_ones():
     compressors.get("framefusion?speed=2")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class PerFrame(in_llm.InLLM):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PerFrame(layerwise.LayerwiseCompressor):
   """For tests: two cuts by text attention with a quota for each frame."""
 
   keeps: tuple[int, int] = (8, 3)
@@ -363,10 +375,10 @@ class PerFrame(in_llm.InLLM):
   def minimum_ratio(self, num_layers, num_video):
     return 0.0
 
-  def step(self, seen, *, layer, keep, grid):
-    frames = seen.index // (grid[1] * grid[2])
-    return in_llm.keep_by_text_attention(
-      seen, keep, frames, num_sets=grid[0], share=self.share
+  def step(self, state, *, layer, keep):
+    frames = state.index // (state.grid[1] * state.grid[2])
+    return layerwise.keep_by_text_attention(
+      state, keep, frames, num_sets=state.grid[0], share=self.share
     )
 
 
@@ -406,7 +418,9 @@ def per_frame_by_hand(kind, inputs, row, quotas):
 def test_text_attention_with_quotas_equals_a_loop():
   kind = "qwen"
   inputs = prompts(kind, seed=5)
-  rule = PerFrame(name="per_frame", look="after_video", drop_from_caches=True)
+  rule = PerFrame(
+    name="per_frame", attention_fn="after_video", drop_from_caches=True
+  )
   ids, trace = run(kind, rule, inputs, 0.5)
 
   def quotas(sizes, number):
@@ -422,7 +436,7 @@ def test_text_attention_with_quotas_equals_a_loop():
 def test_a_share_of_each_set_leaves_masked_rows():
   inputs = prompts("llava", seed=6)
   rule = PerFrame(
-    name="per_frame", look="after_video", drop_from_caches=True,
+    name="per_frame", attention_fn="after_video", drop_from_caches=True,
     keeps=(12, 6), share=0.45,
   )  # fmt: skip
   ids, trace = run("llava", rule, inputs, 0.5)
@@ -447,22 +461,23 @@ def test_what_enters_may_be_chosen_and_merged_before():
     assign = jnp.where(pairs < num_keep, pairs, -1)
     return base.merge(features, jnp.arange(num_keep) * 2, assign)
 
-  @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-  class TwoStages(in_llm.InLLM):
+  @dataclasses.dataclass(frozen=True, kw_only=True)
+  class TwoStages(layerwise.LayerwiseCompressor):
     def plan(self, num_layers, num_video, ratio):
       return [(0, 10), (2, 4)]
 
     def minimum_ratio(self, num_layers, num_video):
       return 0.0
 
-    def step(self, seen, *, layer, keep, grid):
+    def step(self, state, *, layer, keep):
       # What entered is at hand, and which of its rows this one was.
-      mass = jnp.take(seen.entered.mass, seen.row)
-      seen = seen._replace(attention=seen.attention + 0 * mass)
-      return in_llm.keep_by_last_query(seen, keep)
+      mass = jnp.take(state.entered.mass, state.row)
+      state = state._replace(attention=state.attention + 0 * mass)
+      return layerwise.keep_by_last_query(state, keep)
 
   compressor = TwoStages(
-    name="two", before=base.Compressor(name="halves", function=halves)
+    name="two",
+    pre_llm=registry.FunctionCompressor(name="halves", function=halves),
   )
   inputs = prompts("qwen", seed=7)
   ids, trace = run("qwen", compressor, inputs, 0.5)
@@ -505,7 +520,7 @@ def test_sets_of_merged_rows():
     jnp.ones([4, 2]), jnp.array([0, 1, 4, 6]),
     jnp.array([0, 1, 0, -1, 2, 2]), num_valid=3,
   )  # fmt: skip
-  sets = in_llm.sets_of_static_and_frames(selection, (3, 1, 2))
+  sets = layerwise.sets_of_static_and_frames(selection, (3, 1, 2))
   np.testing.assert_array_equal(sets, [3 + 0, 0, 2, 6])
 
 
@@ -528,7 +543,7 @@ def test_programs_lower_for_a_tpu():
 
 def test_what_a_method_says_of_itself():
   method = compressors.get("fastv")
-  assert method.sees_question and not method.stochastic and not method.needs
+  assert method.sees_question and not method.stochastic and not method.requires
   assert method.requirements == ("text", "LLM attention")
   assert compressors.get("fastv?layer=4").options == {"layer": 4}
   assert method.rows((32, 14, 14), 0.25, 28) == 1206
@@ -537,10 +552,7 @@ def test_what_a_method_says_of_itself():
 def test_prompts_without_room_for_the_video():
   x = jnp.zeros((1, 20, 32))
   with pytest.raises(ValueError, match="do not hold 24 video tokens"):
-    in_llm.enter(
-      fastv(), x, jnp.zeros((1, 1, 20), jnp.int32), [20], [0],
-      grid=GRID, ratio=0.5, num_layers=LAYERS,
-    )  # fmt: skip
+    prompt_rows.whole(x, jnp.zeros((1, 1, 20), jnp.int32), [20], [0], NUM_VIDEO)
 
 
 def test_a_rule_of_ones_own_is_selected_by_its_file(tmp_path):
@@ -549,10 +561,10 @@ def test_a_rule_of_ones_own_is_selected_by_its_file(tmp_path):
     textwrap.dedent("""
     import dataclasses
     import jax.numpy as jnp
-    from cacovid_jax.compressors import in_llm
+    from cacovid_jax.compressors import layerwise
 
-    @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-    class FirstOnes(in_llm.InLLM):
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class FirstOnes(layerwise.LayerwiseCompressor):
       layer: int = 1
 
       def plan(self, num_layers, num_video, ratio):
@@ -561,7 +573,7 @@ def test_a_rule_of_ones_own_is_selected_by_its_file(tmp_path):
       def minimum_ratio(self, num_layers, num_video):
         return 0.0
 
-      def step(self, seen, *, layer, keep, grid):
+      def step(self, state, *, layer, keep):
         return jnp.arange(keep), jnp.int32(keep)
 
     FIRST = FirstOnes(name="first_ones")
@@ -575,6 +587,32 @@ def test_a_rule_of_ones_own_is_selected_by_its_file(tmp_path):
     compressors.get(f"{path}:FIRST?speed=3")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Learned(layerwise.LayerwiseCompressor):
+  """For tests: one cut that keeps the tokens of largest learned values."""
+
+  trained = True
+  name: str = "learned"
+
+  def plan(self, num_layers, num_video, ratio):
+    return [(2, 4)]
+
+  def step(self, state, *, layer, keep, params):
+    values = params["values"][state.index]
+    state = state._replace(attention=values)
+    return layerwise.keep_by_last_query(state, keep)
+
+
+def test_a_trained_rule_is_given_its_parameters():
+  values = np.random.default_rng(0).random(NUM_VIDEO).astype(np.float32)
+  inputs = prompts("llava", seed=3)
+  for sign in (1, -1):
+    own = {"values": jnp.asarray(1 + sign * values)}
+    _, trace = run("llava", Learned(), inputs, 0.5, own_params=own)
+    expected = np.sort(np.argsort(-sign * values)[:4])
+    np.testing.assert_array_equal(trace.index, [expected] * 2)
+
+
 @pytest.mark.parametrize(
   "spec", ["fastv", "framefusion", "prunevid?llm_stage=True", "flashvid"]
 )
@@ -585,19 +623,18 @@ def test_released_sizes_have_the_planned_shapes(spec):
   params = jax.eval_shape(model.init, jax.random.key(0))
   shape = jax.ShapeDtypeStruct
   rows, number = 6272 + 64, shape((2,), jnp.int32)
-  aux = base.Aux(vision_attention=shape((2, 6272), jnp.float32))
+  aux = given.Aux(vision_attention=shape((2, 6272), jnp.float32))
   method = compressors.get(spec)
   ids, trace = jax.eval_shape(
     functools.partial(
-      in_llm.generate, model,
-      compressor=method, grid=(32, 14, 14), ratio=0.25,
+      generate_now, model=model, compressor=method, grid=(32, 14, 14),
+      ratio=0.25,
       max_new_tokens=16, eos_ids=(1,), pad_id=0,
     ),
     params,
-    x=shape((2, rows, 3584), jnp.bfloat16),
-    positions=shape((2, 1, rows), jnp.int32),
-    lengths=number, video_start=number, next_positions=number,
-    aux=aux,
+    shape((2, rows, 3584), jnp.bfloat16),
+    shape((2, 1, rows), jnp.int32),
+    number, number, number, aux,
   )  # fmt: skip
   assert ids.shape == (2, 16)
   assert trace.index.shape == (2, method.rows((32, 14, 14), 0.25, 28))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.sparse import csgraph
 
-from cacovid_jax.compressors import components
+from cacovid_jax.compressors.math import clustering
 from tests.compressors import quick
 
 # Graphs of all sizes are padded to this, so that one program serves them.
@@ -17,10 +17,10 @@ SIZE = 48
 # More edges than any graph below has.
 EDGES = SIZE * SIZE
 
-_components = quick.jit(components.connected_components)
-_of_edges = quick.jit(components.components_of_edges, static_argnums=3)
-_forest = quick.jit(components.maximum_spanning_forest)
-_cut = quick.jit(components.cut)
+_components = quick.jit(clustering.connected_components)
+_of_edges = quick.jit(clustering.components_of_edges, static_argnums=3)
+_forest = quick.jit(clustering.maximum_spanning_forest)
+_cut = quick.jit(clustering.cut)
 
 
 def graphs():
@@ -106,7 +106,7 @@ def test_a_batch_of_graphs_equals_single_ones():
   padded = jnp.stack(
     [np.pad(GRAPHS[n], (0, SIZE - len(GRAPHS[n]))) for n in names]
   )
-  batched = quick.jit(jax.vmap(components.connected_components))(padded)
+  batched = quick.jit(jax.vmap(clustering.connected_components))(padded)
   for one, label in zip(padded, batched, strict=True):
     np.testing.assert_array_equal(_components(one), label)
 
@@ -124,13 +124,13 @@ def test_a_chain_of_thousands_ends_after_few_rounds(kind):
 
     def hook(label):
       rounds.append(1)
-      return components._hook_neighbours(link, label)
+      return clustering._hook_neighbours(link, label)
   else:
     first, second = jnp.asarray(order[:-1]), jnp.asarray(order[1:])
 
     def hook(label):
       rounds.append(1)
-      return components._hook_edges(first, second, label)
+      return clustering._hook_edges(first, second, label)
 
   label = np.arange(n)
   while True:
@@ -252,7 +252,7 @@ def test_best_member_equals_a_loop():
       )
       for group in range(8)
     ]
-    found = components.best_member(value, label, 8, tie=order)
+    found = clustering.best_member(value, label, 8, tie=order)
     np.testing.assert_array_equal(found, expected)
 
 
@@ -261,5 +261,5 @@ def test_representatives_are_distinct_though_groups_are_empty():
   closeness = np.array([0.1, 0.9, 0.5, 0.5, 0.2, 0.4], np.float32)
   # Group 1 takes token 2, the first of two; group 4 takes token 1; the empty
   # ones the tokens left over: 0, 3, 4.
-  found = components.distinct_representatives(closeness, label, 5)
+  found = clustering.distinct_representatives(closeness, label, 5)
   np.testing.assert_array_equal(found, [0, 2, 3, 4, 1])

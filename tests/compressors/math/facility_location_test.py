@@ -7,16 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cacovid_jax.compressors import cover_kernel, floc
+from cacovid_jax.compressors.math import facility_location
 from tests.compressors import quick, selections
 
-kernel = quick.jit(functools.partial(cover_kernel.block_picks, interpret=True))
+kernel = quick.jit(
+  functools.partial(facility_location.block_picks, interpret=True)
+)
 
 
 @quick.jit
 def loop(rows, covered, gains, rival, limit):
   windows = jnp.zeros([rows.shape[0]], jnp.int32)
-  picked, count, covered, gains = floc.block_picks_loop(
+  picked, count, covered, gains = facility_location.block_picks_loop(
     rows, windows, covered[None], gains, rival, limit
   )
   return picked, count, covered[0], gains
@@ -88,7 +90,9 @@ def test_a_batch_of_kernels_is_each_of_them():
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 def test_other_platforms_get_the_loop(platform):
   program = quick.jit(
-    functools.partial(floc.greedy, num_keep=5, grid=(5, 2, 3), kernel=True)
+    functools.partial(
+      facility_location.greedy, num_keep=5, grid=(5, 2, 3), kernel=True
+    )
   ).trace(selections.video("random"))
   text = program.lower(lowering_platforms=(platform,)).as_text()
   assert "stablehlo.while" in text and "triton" not in text
@@ -96,17 +100,17 @@ def test_other_platforms_get_the_loop(platform):
 
 def test_facility_location_with_the_kernel_is_that_without(monkeypatch):
   options = {"num_keep": 11, "grid": selections.GRID, "block": 7}
-  without = quick.jit(functools.partial(floc.greedy, **options))
+  without = quick.jit(functools.partial(facility_location.greedy, **options))
   monkeypatch.setattr(
     jax.lax, "platform_dependent", lambda *args, cuda, default: cuda(*args)
   )
   monkeypatch.setattr(
-    cover_kernel,
+    facility_location,
     "block_picks",
-    functools.partial(cover_kernel.block_picks, interpret=True),
+    functools.partial(facility_location.block_picks, interpret=True),
   )
   with_kernel = quick.jit(
-    functools.partial(floc.greedy, kernel=True, **options)
+    functools.partial(facility_location.greedy, kernel=True, **options)
   )
   for kind in [*selections.KINDS, "scenes"]:
     features = selections.video(kind)

@@ -7,18 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cacovid_jax.compressors import divprune, greedy_kernel
+from cacovid_jax.compressors.math import max_min
 from tests.compressors import quick, selections
 
 kernel = quick.jit(
-  functools.partial(greedy_kernel.max_min_picks, interpret=True),
+  functools.partial(max_min.max_min_picks, interpret=True),
   static_argnums=2,
 )
 
 
 @functools.partial(quick.jit, static_argnums=2)
 def loop(distances, first, num_keep):
-  return greedy_kernel.max_min_loop(
+  return max_min.max_min_loop(
     lambda item: distances[item], first, len(distances), num_keep
   )
 
@@ -74,7 +74,7 @@ def test_a_batch_of_kernels_is_each_of_them():
 @pytest.mark.parametrize("batched", [False, True])
 def test_other_platforms_get_the_loop(batched):
   def picks(distances, first):
-    return greedy_kernel.max_min(distances, first, 5)
+    return max_min.max_min(distances, first, 5)
 
   shapes = [[33, 33], []]
   if batched:
@@ -94,7 +94,7 @@ def test_other_platforms_get_the_loop(batched):
 
 def test_divprune_with_the_kernel_is_that_without(monkeypatch):
   def pick(features):
-    return divprune.max_min_subset(features, num_keep=11)
+    return max_min.max_min_subset(features, num_keep=11)
 
   videos = [selections.video(k) for k in [*selections.KINDS, "scenes"]]
   without = quick.jit(lambda x: pick(x))
@@ -103,9 +103,9 @@ def test_divprune_with_the_kernel_is_that_without(monkeypatch):
     jax.lax, "platform_dependent", lambda *args, cuda, default: cuda(*args)
   )
   monkeypatch.setattr(
-    greedy_kernel,
+    max_min,
     "max_min_picks",
-    functools.partial(greedy_kernel.max_min_picks, interpret=True),
+    functools.partial(max_min.max_min_picks, interpret=True),
   )
   with_kernel = quick.jit(lambda x: pick(x))
   for features, picks in zip(videos, expected, strict=True):
