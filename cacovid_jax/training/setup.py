@@ -163,8 +163,8 @@ def check_reward(config) -> None:
   """
   if config.ratio.adaptive and config.rollout.reward != "accuracy":
     raise errors.UserError(
-      f"config.rollout.reward={config.rollout.reward} is graded and the adaptive"
-      " ratio follows the share of right answers; set"
+      f"config.rollout.reward={config.rollout.reward} is graded, and the"
+      " adaptive ratio follows the share of right answers; set"
       " config.ratio.adaptive=False, or rollout.reward=accuracy"
     )
 
