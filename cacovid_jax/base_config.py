@@ -60,7 +60,8 @@ def get_config() -> ml_collections.ConfigDict:
     max_new_tokens=768,
     # "accuracy" is the paper's reward. "log_likelihood" (log-probability
     # of the right letter) and "margin" (that, less the best wrong letter's)
-    # read the first answer token's logits and need lettered questions.
+    # read the first answer token's logits and need lettered questions and a
+    # fixed ratio.
     reward="accuracy",
     # Where answers are marked: "device" (lettered questions only), "host"
     # (all problem types), or "auto": on the device if all are lettered.
@@ -124,6 +125,7 @@ def get_config() -> ml_collections.ConfigDict:
     batch_size=16,
     max_new_tokens=2,
   )
-  # Devices on each mesh axis; data = 0 takes all that `model` leaves.
-  config.mesh = dict(data=0, model=1)
+  # Devices on each mesh axis; data = 0 takes all that `model` leaves. `map`
+  # spreads the update over `data`: shard_map, or pmap (model = 1 only).
+  config.mesh = dict(data=0, model=1, map="shard_map")
   return config
