@@ -10,15 +10,17 @@ import pathlib
 import rich.console
 import rich.table
 
-from cacovid_jax import errors
+from cacovid_jax import command, errors
 from cacovid_jax.training import checkpointing
 
+COMMAND = command.Command(__doc__, {}, config="none", num_arguments=2)
 
-def main(argv):
+
+def main(args):
   """Prints the table of verdicts; returns the exit code."""
-  if len(argv) != 3 or argv[1] != "doctor":
+  if len(args.arguments) != 2 or args.arguments[0] != "doctor":
     raise errors.UserError("usage: python -m cacovid_jax.ckpt doctor WORKDIR")
-  workdir = pathlib.Path(argv[2])
+  workdir = pathlib.Path(args.arguments[1])
   if not workdir.is_dir():
     raise errors.UserError(f"no directory {workdir}: give a workdir of a run")
   nested = workdir / "checkpoints"
@@ -50,4 +52,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-  errors.run(main)
+  COMMAND.run(main)

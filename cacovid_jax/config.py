@@ -7,6 +7,7 @@ workdir, so that a workdir belongs to one config.
 """
 
 import ast
+import copy
 import difflib
 import hashlib
 import importlib.util
@@ -19,11 +20,13 @@ import sys
 import ml_collections
 from absl import flags
 
-from cacovid_jax import errors
+from cacovid_jax import base_config, errors
 
-# Groups and keys that change how a run is recorded or spread over a machine and
-# not what it computes: they may differ between its start and its continuation.
+# Groups and keys that change how a run is recorded or spread over a machine, or
+# that belong to other commands, and not what training computes: they may differ
+# between a run's start and its continuation.
 NOT_HASHED = (
+  "blind",
   "ckpt",
   "data.feature_cache",
   "data.memory_items",
@@ -32,12 +35,14 @@ NOT_HASHED = (
   "evals",
   "log_every",
   "mesh",
+  "prepare",
+  "tfds",
 )
 
 _WORDS = {"true": True, "false": False, "none": None, "null": None}
 
 
-def load(spec, overrides=()):
+def load(spec, overrides=(), *, fill=False):
   """Returns the locked config of "path/to/file.py:argument".
 
   Args:
@@ -51,6 +56,8 @@ def load(spec, overrides=()):
     config = _read_json(pathlib.Path(path))
   else:
     config = _call_get_config(pathlib.Path(path), arg or None)
+  if fill:
+    complete(config)
   for text in overrides:
     override(config, text)
   return config.lock()
@@ -63,23 +70,75 @@ def override(config, text):
     raise errors.UserError(
       f"config override {text!r} has no value: write key.subkey=value"
     )
-  *groups, name = key.split(".")
-  group = config
-  for part in groups:
-    group = group.get(part) if isinstance(part, str) and part in group else None
-    if not isinstance(group, ml_collections.ConfigDict):
-      raise _unknown_key(config, key)
-  if name not in group:
-    raise _unknown_key(config, key)
-  old = group[name]
+  group, leaf = _find(config, key)
+  old = group[leaf]
   if isinstance(old, ml_collections.ConfigDict):
     raise errors.UserError(
       f"config key {key!r} is a group, not a value: set one of "
       + ", ".join(f"{key}.{child}" for child in sorted(old))
     )
-  new = parse_value(value, old, name=key, kind=group.get_type(name))
+  new = parse_value(value, old, name=key, kind=group.get_type(leaf))
+  assign(config, key, new)
+
+
+def assign(config, key, value):
+  """Sets "key.subkey" of `config`, locked or not, to a value of any type."""
+  group, leaf = _find(config, key)
   with group.unlocked(), group.ignore_type():
-    group[name] = new
+    group[leaf] = value
+
+
+def value_of(config, key):
+  """Returns the value of "key.subkey"."""
+  group, leaf = _find(config, key)
+  return group[leaf]
+
+
+def replace(config, changes, overrides=()):
+  """Returns a locked copy of a config.
+
+  Args:
+    config: locked or not.
+    changes: {"key.subkey": value}.
+    overrides: texts, as of `load`.
+  """
+  config = copy.deepcopy(config)
+  for key, value in changes.items():
+    assign(config, key, value)
+  for text in overrides:
+    override(config, text)
+  return config.lock()
+
+
+def train_files(config):
+  """Returns the paths of the question files of config.data."""
+  names = (name.strip() for name in config.data.train_file.split(","))
+  return [os.path.join(config.data.root, name) for name in names if name]
+
+
+def complete(config):
+  """Returns the config with what it leaves out of `base_config`, unlocked.
+
+  Its own further keys stay, such as options of one's own policy; but `evals`
+  has none, so a mistyped one is named.
+  """
+  defaults = base_config.get_config()
+  for key in config.get("evals", ()):
+    if key not in defaults.evals:
+      raise _unknown_key(defaults, f"evals.{key}")
+
+  def fill(group, known):
+    for key in known:
+      if key not in group:
+        group[key] = known[key]
+      elif isinstance(known[key], ml_collections.ConfigDict):
+        if not isinstance(group[key], ml_collections.ConfigDict):
+          raise errors.UserError(f"config key {key!r} must be a group")
+        fill(group[key], known[key])
+
+  with config.unlocked():
+    fill(config, defaults)
+  return config.unlock()
 
 
 def parse_value(text, like, *, name="value", kind=None):
@@ -126,11 +185,7 @@ def parse_value(text, like, *, name="value", kind=None):
 
 
 def define_flag(default=None):
-  """Defines `--config`, whose keys are set by `--config.key=value`.
-
-  Once in a process: flags are global, and a program that imports another one
-  that reads a config has the same flag.
-  """
+  """Defines `--config` of a program with flags of absl's, once in a process."""
   if "config" in flags.FLAGS:
     return
   flags.DEFINE_string(
@@ -146,10 +201,15 @@ def define_flag(default=None):
 def from_flags():
   """Returns the config that the flags of `define_flag` name."""
   if not flags.FLAGS.config:
-    raise errors.UserError(
-      "no config given: add --config=configs/x.py" + _known_files("configs")
-    )
+    raise no_config()
   return load(flags.FLAGS.config, flags.FLAGS.config_override)
+
+
+def no_config():
+  """Returns the error of a command without the config that it needs."""
+  return errors.UserError(
+    "no config given: add --config=configs/x.py" + _known_files("configs")
+  )
 
 
 def to_dict(config):
@@ -249,6 +309,19 @@ def _read_json(path):
       "restore it or use another workdir"
     ) from error
   return ml_collections.ConfigDict(_tuples(values))
+
+
+def _find(config, key):
+  """Returns (the group of a key, its name there)."""
+  *groups, leaf = key.split(".")
+  group = config
+  for part in groups:
+    group = group.get(part)
+    if not isinstance(group, ml_collections.ConfigDict):
+      raise _unknown_key(config, key)
+  if leaf not in group:
+    raise _unknown_key(config, key)
+  return group, leaf
 
 
 def _unknown_key(config, key):

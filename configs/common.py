@@ -6,7 +6,6 @@ import types
 from cacovid_jax import base_config, errors
 from cacovid_jax import config as config_lib
 from cacovid_jax.data import frames, qwen_frames
-from cacovid_jax.evals import defaults as evals_defaults
 
 
 def parse_arg(arg, **defaults):
@@ -64,7 +63,6 @@ def released(arg, *, path, family):
   if family == "qwen2_5_vl":
     config.data.min_pixels = qwen_frames.PAPER_MIN_PIXELS
     config.data.max_pixels = qwen_frames.PAPER_MAX_PIXELS
-  config.evals = evals_defaults.get_config()
   config.evals.methods = (
     # The paper's half of the budget, spread evenly, and its cap of 1.5 r.
     "cacovid=cacovid?importance_ratio=0.5&max_frame_share=1.5",

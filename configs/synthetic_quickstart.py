@@ -16,7 +16,6 @@ test, 600 questions, vanilla 90.7: 89.8 at 25 %, 83.3 at 10 %, 68.3 at 5 % (seed
 """
 
 from cacovid_jax import base_config
-from cacovid_jax.evals import defaults as evals_defaults
 from configs import common
 
 # METHOD.md's rule with the paper's half of the budget spread evenly, and with
@@ -58,12 +57,7 @@ def get_config(arg=None):
 
   size = "smoke" if arg.debug else "quickstart"
   # Clips of train, validation, test and the fresh test split.
-  config.prepare = dict(
-    variant="dense",
-    seed=0,
-    clips=(4, 2, 3, 0) if arg.debug else (150, 25, 150, 0),
-    questions_per_clip=4,
-  )
+  config.prepare.clips = (4, 2, 3, 0) if arg.debug else (150, 25, 150, 0)
   config.data.root = f"workdirs/data/{size}/dense"
   config.data.tfds = "tfds"
   config.data.num_frames = 16
@@ -71,7 +65,6 @@ def get_config(arg=None):
   config.data.feature_cache = "workdirs/features"
   config.data.decisive_file = "decisive.jsonl"
 
-  config.evals = evals_defaults.get_config()
   config.evals.methods = (
     "cacovid",
     "cacovid_untrained",

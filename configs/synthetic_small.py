@@ -41,7 +41,7 @@ def get_config(arg=None):
   config.optimizer.lr_layer = 3e-4
   dtype = "float32" if arg.debug else "bfloat16"
   config.model.dtype = config.policy.dtype = dtype
-  config.prepare.variant = arg.variant
+  config.prepare.variants = (arg.variant,)
   if not arg.debug:
     config.prepare.clips = (1600, 100, 150, 150)
     config.data.root = f"workdirs/data/{arg.variant}"

@@ -24,8 +24,8 @@ import rich.console
 import rich.table
 from absl import logging
 
+from cacovid_jax import base_config, errors, metrics
 from cacovid_jax import config as config_lib
-from cacovid_jax import errors, metrics
 from cacovid_jax.compressors import base
 from cacovid_jax.data import (
   answer_log,
@@ -39,7 +39,6 @@ from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.evals import (
   benchmarks,
   clips,
-  defaults,
   examples,
   frame_manifest,
   provenance,
@@ -155,7 +154,7 @@ def request_fields(config=None) -> dict[str, Any]:
     config: with sections `model`, `data` and `evals` as far as there are such;
       None gives the defaults of `evals`.
   """
-  section = defaults.get_config()
+  section = base_config.get_config().evals
   fields = {}
   if config is not None:
     if "evals" in config:
@@ -177,6 +176,7 @@ def request_fields(config=None) -> dict[str, Any]:
         f"unknown config key 'evals.{name}'; known: {', '.join(sorted(known))}"
       )
     fields[name] = tuple(value) if isinstance(value, list) else value
+  fields.pop("policies")
   return fields
 
 

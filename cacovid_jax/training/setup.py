@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from cacovid_jax import config as config_lib
 from cacovid_jax import errors
 from cacovid_jax.data import feature_cache, frames, qwen_frames, readers
 from cacovid_jax.data import left_out as left_out_lib
@@ -243,7 +244,7 @@ def _read_rows(config, report) -> Sequence[question_lib.Question]:
       f"config.data.reader={data.reader!r}: choose video-r1 or own"
     )
   return readers.read_video_r1(
-    os.path.join(data.root, data.train_file),
+    config_lib.train_files(config),
     root,
     on_bad_row=data.on_bad_row,
     report=report,
