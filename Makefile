@@ -56,6 +56,8 @@ browser-test: $(DEV)
 lint: $(DEV)
 	$(BIN)/ruff check -q $(CHECKED)
 	$(BIN)/ruff format -q --check $(CHECKED)
+	$(BIN)/lint-imports
+	$(BIN)/python -m tests.house
 
 format: $(DEV)
 	$(BIN)/ruff check -q --fix $(CHECKED)

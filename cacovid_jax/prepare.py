@@ -10,7 +10,8 @@ random weights as well, for the `:debug` forms of configs of released models.
 import os
 import pathlib
 
-from cacovid_jax import command, errors, metrics
+from cacovid_jax import command, errors
+from cacovid_jax import progress as progress_lib
 from cacovid_jax.synthetic import build, tiny_checkpoint
 
 COMMAND = command.Command(
@@ -88,7 +89,7 @@ def draw(config, variant, directory, num_workers=None):
     questions_per_clip=section.questions_per_clip,
   )
   title = f"{variant} clips"
-  with metrics.Progress(sum(wanted.clips), description=title) as bar:
+  with progress_lib.Progress(sum(wanted.clips), description=title) as bar:
     build.build(
       wanted,
       directory,

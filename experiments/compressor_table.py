@@ -25,8 +25,9 @@ import pathlib
 import jax.numpy as jnp
 from absl import flags
 
-from cacovid_jax import compressors, errors, metrics
+from cacovid_jax import compressors, errors
 from cacovid_jax import config as config_lib
+from cacovid_jax import progress as progress_lib
 from cacovid_jax.evals import (
   evaluation,
   latency,
@@ -218,7 +219,9 @@ def _measure(request, missing, times, repeats):
   wanted = runner.wanted([method for method, _ in missing])
   with (
     evaluation.open_source(request, checkpoint, wanted) as source,
-    metrics.Progress(len(missing), description="selection times") as progress,
+    progress_lib.Progress(
+      len(missing), description="selection times"
+    ) as progress,
   ):
     evaluator = runner.Evaluator(
       checkpoint,

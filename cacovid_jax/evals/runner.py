@@ -33,7 +33,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cacovid_jax import compressors, errors, metrics
+from cacovid_jax import compressors, errors
+from cacovid_jax import progress as progress_lib
 from cacovid_jax.compressors import base
 from cacovid_jax.data import answer_log
 from cacovid_jax.data import question as question_lib
@@ -422,7 +423,7 @@ class Evaluator:
     index, count = shard
     own = list(enumerate(batches))[index::count]
     total = len(cells) * sum(len(batch) for _, batch in own)
-    with metrics.Progress(total, description=description) as progress:
+    with progress_lib.Progress(total, description=description) as progress:
       done = 0
       for place, (number, batch) in enumerate(own):
         self._confirm_faults(batch, cells, ledger)

@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cacovid_jax import errors, metrics
+from cacovid_jax import errors
+from cacovid_jax import progress as progress_lib
 from cacovid_jax.data import answer_log
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import rewards as rewards_lib
@@ -72,7 +73,7 @@ def ask(
   settings: Settings,
   *,
   path: str | os.PathLike | None = None,
-  progress: Callable[..., Any] = metrics.Progress,
+  progress: Callable[..., Any] = progress_lib.Progress,
 ) -> list[str]:
   """Returns the greedy answer to each question's text.
 
@@ -84,7 +85,7 @@ def ask(
     questions: with distinct ids.
     settings: how they are asked.
     path: JSON lines of the answers so far, which grow; None keeps none.
-    progress: shows how far it is, made as `metrics.Progress` is.
+    progress: shows how far it is, made as `progress_lib.Progress` is.
   """
   tokenizer = checkpoint.tokenizer
   if tokenizer is None:

@@ -15,9 +15,10 @@ out in its `left_out.json`.
 import os
 
 from cacovid_jax import command, errors
+from cacovid_jax.data import rejected_clips
 from cacovid_jax.evals import shards
 from cacovid_jax.preparation import encoding
-from cacovid_jax.training import pipeline, setup
+from cacovid_jax.training import setup
 
 COMMAND = command.Command(
   __doc__,
@@ -49,7 +50,9 @@ def main(args):
     directory,
     shard=shard,
     num_threads=config.data.num_threads,
-    quarantine=pipeline.Quarantine(os.path.join(directory, "quarantine.jsonl")),
+    quarantine=rejected_clips.RejectedClips(
+      os.path.join(directory, "quarantine.jsonl")
+    ),
   )
   print(
     f"{directory}: {report.num_clips} clips, {report.num_present} were there,"

@@ -13,8 +13,9 @@ themselves. The same command again writes nothing.
 
 import os
 
-from cacovid_jax import command, metrics
+from cacovid_jax import command
 from cacovid_jax import config as config_lib
+from cacovid_jax import progress as progress_lib
 from cacovid_jax.data import readers
 from cacovid_jax.data import tfds as tfds_lib
 
@@ -64,7 +65,7 @@ def main(args):
     readers.require_media(
       rows, media, mend="leave them out with --on_missing=skip"
     )
-  with metrics.Progress(len(present), description="rows") as bar:
+  with progress_lib.Progress(len(present), description="rows") as bar:
     builder = tfds_lib.prepare(
       {data.train_split: present},
       config.tfds.out,

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from cacovid_jax import config as config_lib
 from cacovid_jax import errors, metrics
+from cacovid_jax import progress as progress_lib
 from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.models import checkpoints, llava_onevision, qwen2, siglip
 from cacovid_jax.synthetic import packing, pretraining, world
@@ -62,7 +63,7 @@ def pretrain(config, workdir):
   ends = ("<|im_end|>", "<|endoftext|>")
   with (
     metrics.MetricsWriter(workdir, 0) as writer,
-    metrics.Progress(config.pretrain.num_steps) as progress,
+    progress_lib.Progress(config.pretrain.num_steps) as progress,
   ):
 
     def on_metrics(step, values):

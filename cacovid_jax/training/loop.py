@@ -28,6 +28,7 @@ from jax.experimental import multihost_utils
 
 from cacovid_jax import config as config_lib
 from cacovid_jax import errors, metrics
+from cacovid_jax import progress as progress_lib
 from cacovid_jax.policy import modules
 from cacovid_jax.training import checkpointing, optimizer, setup
 from cacovid_jax.training import programs as programs_lib
@@ -94,7 +95,7 @@ def train(
     metrics.MetricsWriter(
       workdir, start, enabled=jax.process_index() == 0
     ) as writer,
-    metrics.Progress(config.total_steps, start=start) as progress,
+    progress_lib.Progress(config.total_steps, start=start) as progress,
     _Preemption() as preemption,
   ):
     recorder = _Recorder(config, run, writer, progress, on_step)

@@ -19,7 +19,13 @@ from jax.sharding import Mesh
 
 from cacovid_jax import config as config_lib
 from cacovid_jax import errors
-from cacovid_jax.data import feature_cache, frames, qwen_frames, readers
+from cacovid_jax.data import (
+  feature_cache,
+  frames,
+  qwen_frames,
+  readers,
+  rejected_clips,
+)
 from cacovid_jax.data import left_out as left_out_lib
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import rewards as rewards_lib
@@ -470,7 +476,7 @@ def _clip_source(config, workdir, checkpoint, preprocessing, recipes):
   """
   data, model = config.data, checkpoint.model
   rule = pipeline.FrameRule(data.num_frames, data.frame_rule)
-  refused = pipeline.Quarantine(_ledger(workdir)).refused
+  refused = rejected_clips.RejectedClips(_ledger(workdir)).refused
   cache = None
   if data.feature_cache:
     cache = feature_cache.FeatureCache(data.feature_cache)
@@ -584,7 +590,7 @@ class _Batches:
       start_step=start,
       num_threads=config.data.num_threads,
       num_workers=config.data.num_workers,
-      quarantine=pipeline.Quarantine(self._ledger),
+      quarantine=rejected_clips.RejectedClips(self._ledger),
     )
     for batch in batches:
       yield self._convert(batch), batch["questions"]

@@ -9,6 +9,7 @@ import pytest
 
 from cacovid_jax import errors
 from cacovid_jax.data import question as question_lib
+from cacovid_jax.data import rejected_clips
 from cacovid_jax.evals import answering
 from cacovid_jax.models import checkpoints
 from cacovid_jax.preparation import encoding
@@ -146,7 +147,10 @@ def test_clips_that_cannot_be_used_are_listed_once(
   for present in (0, 1):
     run = make(folder, checkpoint, tmp_path, asked)
     report = encoding.encode(
-      run.source, asked, str(tmp_path), quarantine=pipeline.Quarantine(path)
+      run.source,
+      asked,
+      str(tmp_path),
+      quarantine=rejected_clips.RejectedClips(path),
     )
     assert report.num_present == present
     assert report.failed == {
