@@ -158,8 +158,8 @@ class Command:
         raise config_lib.no_config()
       return config_lib.replace(base_config.get_config(), self.defaults, texts)
     except errors.UserError as error:
-      for text, (key, _, name) in zip(texts, overrides, strict=True):
-        if name and str(error).startswith(f"{text} "):
+      for key, _, name in overrides:
+        if name and str(error).startswith(f"{key}="):
           told = str(error).replace(key, name, 1)
           raise errors.UserError(told) from error
       raise

@@ -7,9 +7,10 @@ command on each, with --coordinator, --num_processes and --process_id.
 
 from cacovid_jax import command, errors
 from cacovid_jax import config as config_lib
+from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.evals import evaluation
 from cacovid_jax.parallel import mesh
-from cacovid_jax.training import loop, setup
+from cacovid_jax.training import loop
 
 COMMAND = command.Command(
   __doc__,
@@ -34,33 +35,13 @@ def main(args):
     raise errors.UserError("no workdir given: add --workdir=FOLDER")
   mesh.start_processes(args.coordinator, args.num_processes, args.process_id)
   print(config_lib.dumps(config), end="", flush=True)
-  checkpoint = setup.load_checkpoint(config)
+  experiment = experiment_lib.Experiment.from_config(
+    config, args.workdir, split="videos_per_step"
+  )
   validate = None
   if config.validation.every_steps:
-    validate = evaluation.validator(
-      evaluation.Request(
-        data=config.data.root,
-        media=config.data.media,
-        benchmark=config.evals.benchmark,
-        template=config.evals.template,
-        min_pixels=config.data.min_pixels,
-        max_pixels=config.data.max_pixels,
-        workdir=args.workdir,
-        checkpoint=config.model.path,
-        num_frames=config.data.num_frames,
-        dtype=config.model.dtype,
-        cache=config.data.feature_cache,
-        batch_size=config.validation.batch_size,
-        max_new_tokens=config.validation.max_new_tokens,
-        select_questions=config.validation.num_questions,
-      ),
-      checkpoint,
-      method=config.validation.method,
-      ratio=config.validation.ratio,
-    )
-  result = loop.train(
-    config, args.workdir, checkpoint=checkpoint, validate=validate
-  )
+    validate = evaluation.validator(experiment)
+  result = loop.train(experiment, validate=validate)
   print(f"policy: {result.policy_path}")
 
 

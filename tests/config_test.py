@@ -294,7 +294,7 @@ def test_a_config_of_its_own_sections_is_completed(path):
   assert config.sampling.ratio == 0.02 and config.name == "x"
   assert config.evals.seeds == (0,) and config.sampling.group_size == 2
   path.write_text(_FILE.replace("config.seed", "config.evals = dict(seed=1)#"))
-  with pytest.raises(errors.UserError, match="'evals.seed'; nearest: evals.se"):
+  with pytest.raises(errors.UserError, match="'evals.seed'; nearest: .*ls.seeds"):
     config_lib.load(path, fill=True)
 
 

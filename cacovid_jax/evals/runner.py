@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from cacovid_jax import compressors, errors
 from cacovid_jax import progress as progress_lib
@@ -258,6 +259,7 @@ class Evaluator:
     checkpoint: the base model.
     decisive: question id -> tokens that decide it, where known.
     task: how answers are scored.
+    mesh: that shares a batch; None is one device.
   """
 
   def __init__(
@@ -271,6 +273,7 @@ class Evaluator:
     decisive: Mapping[str, Sequence[int]] | None = None,
     task: benchmarks.Task | None = None,
     programs: programs_lib.Programs | None = None,
+    mesh: Mesh | None = None,
   ):
     """Prepares; compiles and computes nothing yet.
 
@@ -285,9 +288,12 @@ class Evaluator:
       programs: of an earlier evaluator of this checkpoint and number of new
         tokens, so that nothing compiles twice for clips of its grid; None makes
         new ones.
+      mesh: whose `data` axis shares the questions of a batch, if their number
+        divides; None is one device.
     """
     self.settings = settings
     self.source = source
+    self.mesh = _usable(mesh, settings.batch_size)
     self.seconds = collections.defaultdict(float)
     self.policies = dict(policies or {})
     self.checkpoint = checkpoint
@@ -338,7 +344,7 @@ class Evaluator:
   def _of_grid(self, grid: tuple[int, int, int]) -> Tools:
     if grid not in self._tools:
       programs = programs_lib.Programs(
-        self.checkpoint, grid, self.settings.max_new_tokens
+        self.checkpoint, grid, self.settings.max_new_tokens, self.mesh
       )
       self._tools[grid] = self._make_tools(grid, programs)
     return self._tools[grid]
@@ -765,6 +771,16 @@ def _words(cell: Cell) -> str:
   if cell.method is None:
     return VANILLA
   return f"{cell.method.label} at {100 * cell.ratio:g} %"
+
+
+def _usable(mesh, batch_size: int) -> Mesh | None:
+  """Returns the mesh if it shares the rows of a batch, else None.
+
+  Several processes of a training run each ask all of it.
+  """
+  if mesh is None or mesh.size == 1 or jax.process_count() > 1:
+    return None
+  return None if batch_size % mesh.shape["data"] else mesh
 
 
 def _by_id(questions):

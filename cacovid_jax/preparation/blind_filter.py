@@ -12,14 +12,13 @@ given again) and `*.report.json`, rows per source and problem type.
 
 import os
 
-import jax.numpy as jnp
 import rich.console
 import rich.table
 
 from cacovid_jax import command, errors
 from cacovid_jax import config as config_lib
+from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.data import readers
-from cacovid_jax.models import checkpoints
 from cacovid_jax.preparation import blind
 
 COMMAND = command.Command(
@@ -88,11 +87,16 @@ def main(args):
   questions, unreachable = _with_clips(questions, media, data.on_missing)
   if config.blind.num_questions > 0:
     questions = questions[: config.blind.num_questions]
-  checkpoint = checkpoints.load(
-    config.model.path, jnp.dtype(config.model.dtype)
+  experiment = experiment_lib.Experiment.from_config(
+    config, split="blind.batch_size"
   )
+  checkpoint = experiment.loaded
   texts = blind.ask(
-    checkpoint, questions, settings, path=f"{stem}.answers.jsonl"
+    checkpoint,
+    questions,
+    settings,
+    path=f"{stem}.answers.jsonl",
+    mesh=experiment.mesh,
   )
   kept = [
     question

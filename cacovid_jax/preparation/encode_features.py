@@ -15,10 +15,11 @@ out in its `left_out.json`.
 import os
 
 from cacovid_jax import command, errors
+from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.data import rejected_clips
 from cacovid_jax.evals import shards
 from cacovid_jax.preparation import encoding
-from cacovid_jax.training import setup
+from cacovid_jax.training import run as run_lib
 
 COMMAND = command.Command(
   __doc__,
@@ -42,8 +43,11 @@ def main(args):
       " --config.data.feature_cache=FOLDER"
     )
   # A cache may serve several configs: what was left out is that of the last.
-  questions = setup.read_questions(config, directory, resumes=False)
-  run = setup.make(config, directory, questions=questions)
+  questions = experiment_lib.read_questions(config, directory, resumes=False)
+  experiment = experiment_lib.Experiment.from_config(
+    config, directory, split="videos_per_step"
+  )
+  run = run_lib.make(experiment, questions=questions)
   report = encoding.encode(
     run.source,
     run.questions,

@@ -128,11 +128,7 @@ class Programs:
       mesh=self.mesh,
       in_specs=in_specs,
       out_specs=out_specs,
-      # The compiler splits the base model over `model` by its weights'
-      # sharding; only `data` is mapped by hand.
-      axis_names={step_lib.AXIS}
-      if self.mesh.shape["model"] > 1
-      else set(self.mesh.axis_names),
+      axis_names=mesh_lib.by_hand(self.mesh),
       # With the check, gradients of replicated parameters arrive summed
       # over devices, and the explicit mean would count them again.
       check_vma=False,

@@ -8,10 +8,12 @@ import pytest
 
 from cacovid_jax import config as config_lib
 from cacovid_jax import errors
+from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.data import chat_template as chat_template_lib
 from cacovid_jax.evals import evaluation
 from cacovid_jax.synthetic import build, tiny_checkpoint
-from cacovid_jax.training import loop, setup
+from cacovid_jax.training import loop
+from cacovid_jax.training import run as run_lib
 from tests.training import tiny
 
 CONFIGS = pathlib.Path(__file__).parent.parent.parent / "configs"
@@ -56,11 +58,10 @@ def test_a_released_model_is_trained_by_the_papers_recipe(name):
   # 128 to 256 tokens of 28 x 28 pixels, where a grid follows the frame.
   pixels = (100352, 200704) if name.startswith("qwen") else (0, 0)
   assert (config.data.min_pixels, config.data.max_pixels) == pixels
-  request = evaluation.request_fields(config)
-  assert request["num_frames"] == 32
+  assert config.data.num_frames == 32
   template = {"llava_onevision": "tokenizer", "qwen2_5_vl": ""}
-  assert request["template"] == template[RELEASED[name]]
-  names = [method.partition("=")[0] for method in request["methods"]]
+  assert config.evals.template == template[RELEASED[name]]
+  names = [method.partition("=")[0] for method in config.evals.methods]
   assert names == [
     "cacovid",
     "fastv",
@@ -110,14 +111,12 @@ def test_the_debug_form_trains_and_evaluates(name, prepared, tmp_path):
   )
   # The overrides are only about where things lie.
   assert config.model.path.endswith(config_lib.load(path).model.path[-10:])
-  result = loop.train(config, tmp_path)
+  result = loop.train(tiny.experiment_of(config, tmp_path))
   assert int(result.state.step) == 2
   assert len(result.run.programs.compile_seconds) <= result.run.programs.limit
-  fields = evaluation.request_fields(config)
+  config = config_lib.replace(config, {"evals.policies": (str(tmp_path),)})
   out = evaluation.evaluate(
-    evaluation.Request(
-      **fields | dict(workdir=str(tmp_path), policies={"policy": str(tmp_path)})
-    )
+    experiment_lib.Experiment.from_config(config, tmp_path)
   )
   assert set(out["methods"]) == {"cacovid", "divprune"}
   # Of LLaVA-OneVision the paper's evaluator takes the tokenizer's template.
@@ -143,8 +142,9 @@ def test_weights_are_read_onto_the_mesh_and_stay_there(prepared, tmp_path):
       "mesh.model=2",
     ],
   )
-  checkpoint = setup.load_checkpoint(config)
-  run = setup.make(config, tmp_path, checkpoint=checkpoint)
+  experiment = tiny.experiment_of(config, tmp_path)
+  checkpoint = experiment.loaded
+  run = run_lib.make(experiment)
 
   def pointers(params):
     return [
@@ -164,11 +164,12 @@ def test_weights_are_read_onto_the_mesh_and_stay_there(prepared, tmp_path):
 
 def test_no_total_steps_is_one_epoch():
   config = tiny.config(total_steps=0, videos_per_step=4)
-  found = setup.with_total_steps(config, tiny.questions(10))
+  experiment = tiny.experiment_of(config)
+  found = run_lib.with_total_steps(experiment, tiny.questions(10)).config
   assert found.total_steps == 3 and config.total_steps == 0
   assert found.is_locked
-  fixed = tiny.config(total_steps=7)
-  assert setup.with_total_steps(fixed, tiny.questions(10)) is fixed
+  fixed = tiny.experiment_of(tiny.config(total_steps=7))
+  assert run_lib.with_total_steps(fixed, tiny.questions(10)) is fixed
 
 
 def test_a_tiny_checkpoint_replaces_nothing(tmp_path):
