@@ -39,6 +39,20 @@ NOT_HASHED = (
   "tfds",
 )
 
+# Keys of earlier versions: old key -> (today's, its value from the old one).
+_RENAMED = {"prepare.variant": ("prepare.variants", lambda name: (name,))}
+# `NOT_HASHED` of the versions that had those.
+_NOT_HASHED_BEFORE = (
+  "ckpt",
+  "data.feature_cache",
+  "data.memory_items",
+  "data.num_threads",
+  "data.num_workers",
+  "evals",
+  "log_every",
+  "mesh",
+)
+
 _WORDS = {"true": True, "false": False, "none": None, "null": None}
 
 
@@ -53,7 +67,7 @@ def load(spec, overrides=(), *, fill=False):
   """
   path, _, arg = str(spec).partition(":")
   if path.endswith(".json"):
-    config = _read_json(pathlib.Path(path))
+    config = read_json(pathlib.Path(path))
   else:
     config = _call_get_config(pathlib.Path(path), arg or None)
   if fill:
@@ -126,19 +140,7 @@ def complete(config):
   for key in config.get("evals", ()):
     if key not in defaults.evals:
       raise _unknown_key(defaults, f"evals.{key}")
-
-  def fill(group, known):
-    for key in known:
-      if key not in group:
-        group[key] = known[key]
-      elif isinstance(known[key], ml_collections.ConfigDict):
-        if not isinstance(group[key], ml_collections.ConfigDict):
-          raise errors.UserError(f"config key {key!r} must be a group")
-        fill(group[key], known[key])
-
-  with config.unlocked():
-    fill(config, defaults)
-  return config.unlock()
+  return _fill(config.unlock(), defaults, defaults)
 
 
 def parse_value(text, like, *, name="value", kind=None):
@@ -230,10 +232,40 @@ def save(config, path):
   os.replace(partial, path)
 
 
-def config_hash(config):
-  """Returns 16 hexadecimal digits of the config without `NOT_HASHED` keys."""
-  text = json.dumps(_hashed(to_dict(config)), sort_keys=True)
+def config_hash(config, *, before=False):
+  """Returns 16 hexadecimal digits of the config without `NOT_HASHED` keys.
+
+  Args:
+    config: see `base_config`.
+    before: whether it is of an earlier version, and hashed as that one did.
+  """
+  skipped = _NOT_HASHED_BEFORE if before else NOT_HASHED
+  text = json.dumps(_hashed(to_dict(config), skipped), sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def upgraded(config, like=None):
+  """Returns a config of a workdir under today's keys, locked.
+
+  Args:
+    config: read from its config.json, whichever version wrote that.
+    like: config whose keys it gets where it lacks them, with the values of
+      `base_config`; all of that by default.
+  """
+  config = copy.deepcopy(config).unlock()
+  for old, (new, convert) in _RENAMED.items():
+    try:
+      group, leaf = _find(config, old)
+    except errors.UserError:
+      continue
+    value = convert(group[leaf])
+    del group[leaf]
+    config.update_from_flattened_dict({new: value})
+  # A base model's training has sections of its own.
+  if "pretrain" not in config:
+    known = base_config.get_config()
+    config = _fill(config, known, known if like is None else like)
+  return config.lock()
 
 
 def claim_workdir(workdir, config):
@@ -247,9 +279,18 @@ def claim_workdir(workdir, config):
       f"cannot make workdir {workdir}: {error.strerror}; give another --workdir"
     ) from error
   if path.exists():
-    # Through JSON text and back, so that tuples compare equal to lists.
-    here = json.loads(json.dumps(_hashed(to_dict(config))))
-    differences = _differences(_hashed(to_dict(_read_json(path))), here)
+    there = read_json(path)
+    now = upgraded(there, config)
+    differences = _differences(
+      *(_hashed(to_dict(each), NOT_HASHED) for each in (now, config))
+    )
+    old = to_dict(now) != to_dict(there)
+    if not differences and old:
+      if config_hash(there, before=True) != config_hash(config):
+        raise errors.UserError(
+          f"workdir {workdir} was written by an earlier version; continue it"
+          f" after: python -m cacovid_jax.ckpt upgrade {workdir}"
+        )
     if differences:
       shown = "; ".join(differences[:3])
       more = len(differences) - 3
@@ -295,7 +336,7 @@ def _call_get_config(path, arg):
   return config
 
 
-def _read_json(path):
+def read_json(path):
   """Returns the unlocked config in a JSON file; lists become tuples."""
   try:
     values = json.loads(path.read_text(encoding="utf-8"))
@@ -309,6 +350,20 @@ def _read_json(path):
       "restore it or use another workdir"
     ) from error
   return ml_collections.ConfigDict(_tuples(values))
+
+
+def _fill(group, known, wanted):
+  """Returns the group with those keys of `known` that `wanted` has, too."""
+  for key in known:
+    if key not in wanted:
+      continue
+    if key not in group:
+      group[key] = known[key]
+    elif isinstance(known[key], ml_collections.ConfigDict):
+      if not isinstance(group[key], ml_collections.ConfigDict):
+        raise errors.UserError(f"config key {key!r} must be a group")
+      _fill(group[key], known[key], wanted[key])
+  return group
 
 
 def _find(config, key):
@@ -374,11 +429,13 @@ def _differences(there, here, prefix=""):
   return out
 
 
-def _hashed(values, prefix=""):
+def _hashed(values, skipped, prefix=""):
   return {
-    key: _hashed(value, f"{prefix}{key}.") if isinstance(value, dict) else value
+    key: _hashed(value, skipped, f"{prefix}{key}.")
+    if isinstance(value, dict)
+    else value
     for key, value in values.items()
-    if f"{prefix}{key}" not in NOT_HASHED
+    if f"{prefix}{key}" not in skipped
   }
 
 
