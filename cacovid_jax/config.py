@@ -53,6 +53,16 @@ _NOT_HASHED_BEFORE = (
   "mesh",
 )
 
+# Config files of earlier versions: name -> today's file and argument.
+_MOVED = {
+  "llava_onevision_0_5b.py": "llava_onevision.py:size=0_5b",
+  "llava_onevision_7b.py": "llava_onevision.py:size=7b",
+  "qwen2_5_vl_3b.py": "qwen2_5_vl.py:size=3b",
+  "qwen2_5_vl_7b.py": "qwen2_5_vl.py:size=7b",
+  "synthetic_quickstart.py": "synthetic.py:size=quickstart",
+  "synthetic_small.py": "synthetic.py:size=small",
+}
+
 _WORDS = {"true": True, "false": False, "none": None, "null": None}
 
 
@@ -305,6 +315,11 @@ def claim_workdir(workdir, config):
 def _call_get_config(path, arg):
   """Returns the unlocked result of `get_config` of a Python file."""
   if not path.is_file():
+    if path.name in _MOVED:
+      now = ",".join(filter(None, (_MOVED[path.name], arg)))
+      raise errors.UserError(
+        f"no config file {path}: it is {path.with_name(now)} now"
+      )
     raise errors.UserError(
       f"no config file {path}" + _known_files(path.parent or ".")
     )

@@ -38,7 +38,7 @@ from cacovid_jax.evals import (
 from cacovid_jax.models import checkpoints
 from experiments import embedded, table_files, table_flags
 
-_CONFIG = "configs/synthetic_quickstart.py"
+_CONFIG = "configs/synthetic.py"
 _POLICY = "cacovid_jax/assets/policy"
 RATIOS = (0.25, 0.2, 0.15, 0.1, 0.05)
 # Rows beside the methods: label -> (the method it follows, its spec).

@@ -187,7 +187,7 @@ def test_flags_name_a_benchmark_and_its_folder(tmp_path):
     evaluate.COMMAND.parse(
       [
         "evaluate",
-        "--config=configs/synthetic_quickstart.py:debug",
+        "--config=configs/synthetic.py:size=quickstart,debug",
         "--benchmark=mlvu_test",
         f"--data={tmp_path}",
         f"--workdir={tmp_path}",

@@ -53,7 +53,7 @@ def test_values_arrive_as_lmms_eval_reads_them():
 
 def test_a_config_and_its_keys_are_arguments_too():
   found = arguments.parse(
-    config="configs/synthetic_quickstart.py",
+    config="configs/synthetic.py:size=quickstart",
     ratio=0.2,
     **{"mesh.model": "2", "data.feature_cache": "cache"},
   )

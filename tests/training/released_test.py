@@ -25,9 +25,16 @@ RELEASED = {
 }
 
 
+def spec(name, *arguments):
+  """Returns the config of a released model, as `--config` takes it."""
+  family = RELEASED[name]
+  size = name.removeprefix(f"{family}_")
+  return f"{CONFIGS / family}.py:" + ",".join((f"size={size}", *arguments))
+
+
 @pytest.mark.parametrize("name", RELEASED)
 def test_a_released_model_is_trained_by_the_papers_recipe(name):
-  config = config_lib.load(CONFIGS / f"{name}.py")
+  config = config_lib.load(spec(name))
   # METHOD of the paper, sections on sampling, iterations and optimiser.
   expected = {
     "seed": 42,
@@ -70,14 +77,14 @@ def test_a_released_model_is_trained_by_the_papers_recipe(name):
     "prunevid",
     "framefusion",
   ]
-  eight = config_lib.load(f"{CONFIGS / name}.py:devices=8")
+  eight = config_lib.load(spec(name, "devices=8"))
   assert eight.videos_per_step == 8
 
 
 def test_debug_forms_of_a_family_are_one_run():
   # So that running one of each family, as below, runs all of them.
   debug = {
-    name: config_lib.config_hash(config_lib.load(f"{CONFIGS / name}.py:debug"))
+    name: config_lib.config_hash(config_lib.load(spec(name, "debug")))
     for name in RELEASED
   }
   for family in tiny_checkpoint.FAMILIES:
@@ -100,7 +107,7 @@ def prepared(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["llava_onevision_7b", "qwen2_5_vl_3b"])
 def test_the_debug_form_trains_and_evaluates(name, prepared, tmp_path):
-  path = f"{CONFIGS / name}.py:debug"
+  path = spec(name, "debug")
   config = config_lib.load(
     path,
     [
@@ -134,7 +141,7 @@ def test_the_debug_form_trains_and_evaluates(name, prepared, tmp_path):
 
 def test_weights_are_read_onto_the_mesh_and_stay_there(prepared, tmp_path):
   config = config_lib.load(
-    CONFIGS / "llava_onevision_7b.py:debug",
+    spec("llava_onevision_7b", "debug"),
     [
       f"model.path={prepared / 'llava_onevision'}",
       f"data.root={prepared / 'dense'}",
@@ -179,3 +186,17 @@ def test_a_tiny_checkpoint_replaces_nothing(tmp_path):
   assert (tmp_path / "model.safetensors").read_bytes() == b"weights"
   with pytest.raises(errors.UserError, match="no tiny checkpoint of 'gpt'"):
     tiny_checkpoint.write(tmp_path / "new", "gpt")
+
+
+def test_a_size_that_there_is_not_and_a_file_of_before_are_one_line():
+  with pytest.raises(
+    errors.UserError, match="unknown size '8b': use 7b or 0_5"
+  ):
+    config_lib.load(f"{CONFIGS}/llava_onevision.py:size=8b")
+  half = config_lib.load(f"{CONFIGS}/llava_onevision.py:size=0.5b")
+  assert half.model.path == "checkpoints/llava_onevision_0_5b"
+  with pytest.raises(errors.UserError) as caught:
+    config_lib.load(f"{CONFIGS}/qwen2_5_vl_3b.py:debug")
+  now = f"{CONFIGS}/qwen2_5_vl.py:size=3b,debug"
+  assert str(caught.value).endswith(f"it is {now} now")
+  config_lib.load(now)
