@@ -245,7 +245,7 @@ def _provenance(table, answers, failures, evaluator, generator_hash):
     policies={name: p.identity for name, p in evaluator.policies.items()},
     generator_hash=generator_hash,
     settings={
-      **dataclasses.asdict(evaluator.settings),
+      **evaluator.settings.identity,
       **evaluator.source.identity,
     },
   )

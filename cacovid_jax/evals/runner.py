@@ -45,6 +45,23 @@ from cacovid_jax.evals import clips as clips_lib
 from cacovid_jax.evals import programs as programs_lib
 
 VANILLA = "vanilla"
+# What answer logs know of a question, under the names that they have for it.
+# The right answer is among it: scores are kept in the log. A clip that is not
+# there yet may turn up in another folder with another ending.
+_QUESTION = {
+  "id": lambda question: question.id,
+  "video": lambda question: pathlib.PurePosixPath(question.video).stem,
+  "question": lambda question: question.question,
+  "options": lambda question: question.options,
+  "answer": lambda question: question.answer,
+  "problem_type": lambda question: question.problem_type,
+  "duration": lambda question: question.duration,
+  "category": lambda question: question.category,
+  "groups": lambda question: question.groups,
+  "source": lambda question: question.source,
+  "prompt": lambda question: question.prompt,
+  "stream": lambda question: question.stream,
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -134,6 +151,16 @@ class Settings:
   batch_size: int = 8
   max_new_tokens: int = 16
   rule: str = "paper"
+
+  @property
+  def identity(self) -> dict[str, Any]:
+    """As answer logs have it; names here do not follow those of attributes."""
+    return {
+      "num_frames": self.num_frames,
+      "batch_size": self.batch_size,
+      "max_new_tokens": self.max_new_tokens,
+      "rule": self.rule,
+    }
 
   def __post_init__(self):
     for field in ("num_frames", "batch_size", "max_new_tokens"):
@@ -364,7 +391,7 @@ class Evaluator:
       "dtype": str(jnp.dtype(self.checkpoint.model.dtype)),
       "policies": {name: p.identity for name, p in self.policies.items()},
       "questions": self._digest(questions),
-      "settings": dataclasses.asdict(self.settings),
+      "settings": self.settings.identity,
       "template": provenance.digest(self.checkpoint.tokenizer.template),
       **self.source.identity,
       "task": self.task.name,
@@ -373,15 +400,12 @@ class Evaluator:
   def _digest(self, questions) -> str:
     """Returns a sha256 of all that is known of these questions.
 
-    The right answers among it: scores are kept in the ledger. A clip that is
-    not there yet may turn up in another of a benchmark's folders, with another
-    ending, and has no grid: it counts by its name alone, and prompts are as of
-    clips of one token.
+    A clip that is not there yet has no grid: prompts are as of clips of one
+    token.
     """
     digest = hashlib.sha256()
     for question in _by_id(questions):
-      fields = dataclasses.asdict(question)
-      fields["video"] = pathlib.PurePosixPath(question.video).stem
+      fields = {name: get(question) for name, get in _QUESTION.items()}
       digest.update(json.dumps(fields, sort_keys=True).encode() + b"\0")
       digest.update(self._texts.prompt(question.id, 1).ids.tobytes())
     return digest.hexdigest()
