@@ -20,7 +20,7 @@ import sys
 import ml_collections
 from absl import flags
 
-from cacovid_jax import base_config, errors
+from cacovid_jax import base_config, errors, extensions
 
 # Groups and keys that change how a run is recorded or spread over a machine, or
 # that belong to other commands, and not what training computes: they may differ
@@ -71,13 +71,14 @@ def load(spec, overrides=(), *, fill=False):
 
   Args:
     spec: a Python file that defines `get_config(arg=None)`, optionally with an
-      argument after a colon; or the `config.json` of a workdir.
+      argument after a colon; or a workdir's `config.json`, which names no code.
     overrides: texts "key.subkey=value"; a value must have the type of the one
       it replaces.
   """
   path, _, arg = str(spec).partition(":")
   if path.endswith(".json"):
     config = read_json(pathlib.Path(path))
+    _refuse_code(config, {text.partition("=")[0] for text in overrides}, path)
   else:
     config = _call_get_config(pathlib.Path(path), arg or None)
   if fill:
@@ -85,6 +86,19 @@ def load(spec, overrides=(), *, fill=False):
   for text in overrides:
     override(config, text)
   return config.lock()
+
+
+def _refuse_code(config, given, path):
+  """Stops at a value that names code, of a key that is not among `given`."""
+  for key, value in _flat(config):
+    names_code = any(mark in str(value) for mark in (".py:", "?module="))
+    if key == "policy.module":
+      names_code = value not in extensions.BUILT_IN
+    if names_code and key not in given:
+      raise errors.UserError(
+        f"{path} was trained with {key}={value!r}, and a file of data runs no"
+        f" code: give --config.{key}={value!r} if you trust it"
+      )
 
 
 def override(config, text):
@@ -395,7 +409,7 @@ def _find(config, key):
 
 
 def _unknown_key(config, key):
-  known = list(_flat(config))
+  known = [name for name, _ in _flat(config)]
   leaf = key.split(".")[-1]
   near = [other for other in known if other.split(".")[-1] == leaf]
   near += difflib.get_close_matches(key, known, n=3, cutoff=0.5)
@@ -420,12 +434,12 @@ def _known_files(folder):
 
 
 def _flat(config, prefix=""):
-  """Yields the dotted names of all values of nested mappings."""
+  """Yields dotted name and value of all that nested mappings hold."""
   for key, value in config.items():
     if isinstance(value, (dict, ml_collections.ConfigDict)):
       yield from _flat(value, f"{prefix}{key}.")
     else:
-      yield f"{prefix}{key}"
+      yield f"{prefix}{key}", value
 
 
 def _differences(there, here, prefix=""):

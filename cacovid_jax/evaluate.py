@@ -23,6 +23,7 @@ from cacovid_jax import command, errors
 from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.evals import benchmarks, evaluation, shards
+from cacovid_jax.policy import loading
 
 _RAISE = ("raise", "skip")
 COMMAND = command.Command(
@@ -150,8 +151,10 @@ def experiment_of(args) -> experiment_lib.Experiment:
     raise errors.UserError("nothing says which workdir: add --workdir=FOLDER")
   changes = {}
   if "evals.policies" not in args.given and not config.evals.policies:
-    if evaluation.has_policy(args.workdir):
-      changes["evals.policies"] = (f"policy={args.workdir}",)
+    if loading.has_policy(args.workdir):
+      module = config.policy.module
+      named = f"?module={module}" if module else ""
+      changes["evals.policies"] = (f"policy={args.workdir}{named}",)
     elif not args.has_config and "evals.methods" not in args.given:
       # The default rows are those that can be run.
       changes["evals.methods"] = tuple(

@@ -26,6 +26,7 @@ from cacovid_jax.data import tfds as tfds_lib
 from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.models import checkpoints
 from cacovid_jax.parallel import mesh as mesh_lib
+from cacovid_jax.policy import loading
 
 DTYPES = ("float32", "bfloat16")
 _ASSETS = pathlib.Path(cacovid_jax.__file__).parent / "assets"
@@ -145,6 +146,14 @@ class Experiment:
       self.loaded, self.config.model.path, self.config.evals.template
     )
 
+  @functools.cached_property
+  def policies(self) -> dict[str, loading.LoadedPolicy]:
+    """Name -> policy; plain `cacovid` follows the first one."""
+    return {
+      name: loading.load_policy(path, self.checkpoint)
+      for name, path in self.policy_paths.items()
+    }
+
   @property
   def policy_paths(self) -> dict[str, str]:
     """Name -> policy, of config.evals.policies; the first is the main one."""
@@ -184,21 +193,17 @@ def with_template(
   return dataclasses.replace(checkpoint, tokenizer=tokenizer)
 
 
-def with_shipped(config, has_policy) -> Any:
+def with_shipped(config) -> Any:
   """Returns the config with the shipped model where it names none.
 
   And with that one's policy, or one among the named model's own weights, if it
   names no policy; and the number of frames that the model's files say, for 0.
-
-  Args:
-    config: see `base_config`.
-    has_policy: whether a path is, or holds, a policy.
   """
   changes = {}
   path = config.model.path or os.fspath(SHIPPED_MODEL)
   if not config.evals.policies:
     policy = path if config.model.path else os.fspath(SHIPPED_POLICY)
-    if has_policy(policy):
+    if loading.has_policy(policy):
       changes["evals.policies"] = (f"policy={policy}",)
   if not config.data.num_frames:
     changes["data.num_frames"] = default_num_frames(path)

@@ -11,8 +11,7 @@ import os
 import pathlib
 
 from cacovid_jax import command, errors
-from cacovid_jax import progress as progress_lib
-from cacovid_jax.synthetic import build, tiny_checkpoint
+from cacovid_jax.synthetic import build, tiny_checkpoints
 
 COMMAND = command.Command(
   __doc__,
@@ -31,7 +30,7 @@ COMMAND = command.Command(
       "At most.", "prepare.questions_per_clip"
     ),
     "tiny_models": command.Flag(
-      f"Of {', '.join(tiny_checkpoint.FAMILIES)}: random checkpoints, each a"
+      f"Of {', '.join(tiny_checkpoints.FAMILIES)}: random checkpoints, each a"
       " folder of its name below --out.",
       "prepare.tiny_models",
     ),
@@ -57,45 +56,14 @@ def main(args):
   for family in config.prepare.tiny_models:
     directory = os.path.join(out, family)
     if not os.path.exists(os.path.join(directory, "config.json")):
-      tiny_checkpoint.write(directory, family)
+      tiny_checkpoints.write_tiny(directory, family)
     print(f"{directory}: ready")
   for variant in config.prepare.variants:
     directory = os.path.join(out, variant)
-    draw(config, variant, directory)
+    build.prepare(config, variant=variant, directory=directory)
     if not config.prepare.decisive:
       pathlib.Path(directory, "decisive.jsonl").unlink(missing_ok=True)
     print(f"{directory}: ready (generator {build.generator_hash()[:12]})")
-
-
-def draw(config, variant, directory, num_workers=None):
-  """Builds the clips and questions of a config's variant, if not there.
-
-  Args:
-    config: with a section `prepare`.
-    variant: of `world.VARIANTS`.
-    directory: of the variant.
-    num_workers: processes, instead of the config's.
-  """
-  section = config.prepare
-  if len(section.clips) != len(build.SPLITS):
-    raise errors.UserError(
-      f"--clips takes {len(build.SPLITS)} whole numbers, for"
-      f" {', '.join(build.SPLITS)}"
-    )
-  wanted = build.BuildConfig(
-    variant=variant,
-    seed=section.seed,
-    clips=tuple(section.clips),
-    questions_per_clip=section.questions_per_clip,
-  )
-  title = f"{variant} clips"
-  with progress_lib.Progress(sum(wanted.clips), description=title) as bar:
-    build.build(
-      wanted,
-      directory,
-      num_workers=num_workers or section.num_workers or os.cpu_count(),
-      on_clip=lambda done, unused_total: bar.update(done, {}),
-    )
 
 
 if __name__ == "__main__":

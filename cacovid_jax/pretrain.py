@@ -6,7 +6,7 @@ W/base_model becomes a complete Hugging Face checkpoint directory.
 """
 
 from cacovid_jax import command, errors
-from cacovid_jax.synthetic import base_model
+from cacovid_jax.synthetic import pretraining
 
 COMMAND = command.Command(
   __doc__,
@@ -21,7 +21,7 @@ def main(args):
   """Runs the pretraining that the command line describes."""
   if not args.workdir:
     raise errors.UserError("give --workdir, the folder of the run")
-  base_model.pretrain(args.config, args.workdir)
+  pretraining.pretrain(args.config, args.workdir)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,9 @@ from cacovid_jax.evals import (
   runner,
 )
 from cacovid_jax.models import checkpoints
-from experiments import embedded, table_files, table_flags
+from cacovid_jax.policy import loading
+from cacovid_jax.synthetic import build
+from experiments import table_files, table_flags
 
 _CONFIG = "configs/synthetic.py"
 _POLICY = "cacovid_jax/assets/policy"
@@ -62,7 +64,7 @@ def main(argv):
   ratios, seeds = table_flags.ratios(RATIOS), table_flags.seeds()
   config = config_lib.load(_CONFIG + (":debug" if _SHORT.value else ""))
   if table_flags.DATA.value is None:
-    embedded.prepare(config)
+    build.prepare(config)
   request = request_of(
     config,
     table_flags.WORKDIR.value
@@ -212,7 +214,7 @@ def _measure(request, missing, times, repeats):
     request, request.split, request.num_questions
   )
   policies = {
-    name: evaluation.load_policy(path, checkpoint)
+    name: loading.load_policy(path, checkpoint)
     for name, path in request.policies.items()
   }
   path = pathlib.Path(request.workdir) / "timings.json"

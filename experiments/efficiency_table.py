@@ -53,8 +53,8 @@ from cacovid_jax.evals import (
   runner,
 )
 from cacovid_jax.models import checkpoints, llava_onevision, qwen2_5_vl
-from cacovid_jax.policy import network
-from cacovid_jax.synthetic import random_checkpoint
+from cacovid_jax.policy import loading, network
+from cacovid_jax.synthetic import tiny_checkpoints
 from experiments import (
   efficiency_files,
   selection_benchmark,
@@ -279,24 +279,24 @@ def make(size: Size, directory) -> tuple[latency.Subject, Any]:
   _draw(directory, config)
   checkpoint = checkpoints.load(directory, jnp.dtype(size.dtype))
   model, grid = checkpoint.model, size.grid
-  features, aux, _ = selection_benchmark.inputs(grid, config)
-  features = features.astype(model.dtype)[None]
+  inputs = jax.tree.map(
+    lambda leaf: leaf[None], selection_benchmark.inputs(grid, config)
+  )
+  features = inputs.features.astype(model.dtype)
   made = programs.Programs(checkpoint, grid, max_new_tokens=1)
   batch = _prompt(checkpoint, made, features, grid)
   policy = network.Policy.from_llm_config(
     config.text, dtype=model.dtype, num_halvings=_halvings(config.text)
   )
   params = policy.init_from_llm(jax.random.key(0), checkpoint.params)
-  followed = runner.Policy(policy, params)
-  text = made.text(batch)
-  aux = jax.tree.map(lambda leaf: leaf[None], aux)
-  key = jax.random.split(jax.random.key(1), 1)
+  followed = loading.LoadedPolicy(policy, params)
+  inputs = dataclasses.replace(inputs, features=features, text=made.text(batch))
   subject = latency.Subject(
     checkpoint=checkpoint,
     programs=made,
     grid=grid,
     batch=batch,
-    inputs=lambda cell: (features, text, aux, key),
+    inputs=lambda cell: inputs,
     policy=lambda method: followed,
   )
   return subject, _tower(checkpoint, grid)
@@ -319,7 +319,7 @@ def _draw(directory, config):
     )
   # The config is written first: a folder without an index was cut off.
   partial = directory.with_name(f"{directory.name}.partial")
-  random_checkpoint.write(partial, config, _SEED)
+  tiny_checkpoints.write_random(partial, config, _SEED)
   os.replace(partial, directory)
 
 

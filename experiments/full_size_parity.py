@@ -22,7 +22,7 @@ from cacovid_jax import errors
 from cacovid_jax.models import llava_onevision, qwen2_5_vl
 from cacovid_jax.parity import __main__
 from cacovid_jax.parity import transformers as transformers_lib
-from cacovid_jax.synthetic import random_checkpoint
+from cacovid_jax.synthetic import tiny_checkpoints
 
 _ONEVISION = llava_onevision.LlavaOnevisionConfig
 _QWEN = qwen2_5_vl.Qwen2_5VLConfig
@@ -82,7 +82,7 @@ def compare(config, folder, *, num_layers, device, keep=False):
 
   def write(name, config):
     directory = os.path.join(folder, name)
-    random_checkpoint.write(directory, config)
+    tiny_checkpoints.write_random(directory, config)
     seconds = time.perf_counter() - started
     console.print(f"{directory} written ({seconds:.0f} s)")
     return directory

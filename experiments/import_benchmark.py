@@ -30,7 +30,7 @@ from absl import flags
 
 from cacovid_jax import errors
 from cacovid_jax.models import checkpoints, llava_onevision, safetensors_io
-from cacovid_jax.synthetic import random_checkpoint
+from cacovid_jax.synthetic import tiny_checkpoints
 
 _SIZE = flags.DEFINE_float(
   "size_gb", 2.0, "Size in 1e9 bytes of the checkpoint that is made."
@@ -223,7 +223,7 @@ def main(argv):
     os.makedirs(directory, exist_ok=True)
   try:
     if _DIRECTORY.value is None:
-      random_checkpoint.write(directory, config)
+      tiny_checkpoints.write_random(directory, config)
     num_bytes = sum(map(os.path.getsize, checkpoints.weight_files(directory)))
     dtype = None if _DTYPE.value == "stored" else jnp.dtype(_DTYPE.value)
     device = jax.devices()[0]

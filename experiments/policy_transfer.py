@@ -21,9 +21,8 @@ from absl import flags
 
 import cacovid_jax
 from cacovid_jax import errors
-from cacovid_jax.evals import evaluation
 from cacovid_jax.models import checkpoints, qwen2_5_vl
-from cacovid_jax.policy import network, transfer
+from cacovid_jax.policy import loading, network, transfer
 
 _POLICY = flags.DEFINE_string(
   "trained_policy", None, "A policy's file, or the workdir of a training run."
@@ -136,7 +135,7 @@ def main(argv):
     os.path.dirname(cacovid_jax.__file__), "assets", "base_model"
   )
   checkpoint = checkpoints.load(_MODEL.value or shipped)
-  policy = evaluation.load_policy(_POLICY.value, checkpoint)
+  policy = loading.load_policy(_POLICY.value, checkpoint)
   if not isinstance(policy.module, network.Policy):
     raise errors.UserError(
       f"{_POLICY.value} is a policy of another module; the public format holds"

@@ -26,8 +26,8 @@ from cacovid_jax import config as config_lib
 from cacovid_jax import errors
 from cacovid_jax.compressors import base
 from cacovid_jax.evals import evaluation, results
+from cacovid_jax.synthetic import build
 from cacovid_jax.training import loop, setup
-from experiments import embedded
 
 _CONFIG = "configs/synthetic.py"
 # The budget in minutes for two idle cores, compilation included: from the
@@ -79,7 +79,7 @@ def run(config, workdir, *, ratios=None, planned=False, num_workers=None):
   config_lib.claim_workdir(workdir, config)
   stages = Stages(PLANNED if planned else {})
   with stages("prepare"):
-    embedded.prepare(config, num_workers)
+    build.prepare(config, num_workers)
   with stages("load"):
     checkpoint = setup.load_checkpoint(config)
     grid = checkpoint.model.grid(config.data.num_frames)

@@ -14,6 +14,7 @@ three methods runs on `--peer_device` in turns with ours; `same` is the share of
 tokens that both keep.
 """
 
+import dataclasses
 import functools
 import math
 import time
@@ -25,7 +26,7 @@ import rich.console
 from absl import flags
 
 from cacovid_jax import compressors, errors
-from cacovid_jax.compressors import base, framefusion, in_llm, prompt_rows
+from cacovid_jax.compressors import base, framefusion, layerwise, prompt_rows
 from cacovid_jax.evals import latency
 from cacovid_jax.models import llava_onevision
 from cacovid_jax.policy import network
@@ -65,7 +66,7 @@ def video(grid, width, seed=0):
 
 
 def inputs(grid, config, seed=0):
-  """Returns (features bfloat16[N, D], `base.Aux`, text) for every method."""
+  """Returns the `base.CompressorInputs` of a bfloat16 video for any method."""
   T, num_video = grid[0], math.prod(grid)
   rng = np.random.default_rng(seed)
   width = config.text.hidden_size
@@ -76,41 +77,33 @@ def inputs(grid, config, seed=0):
   def scores():
     return network.Scores(frame=draw(T, 2), token=draw(num_video, 2))
 
-  aux = base.Aux(
+  return base.CompressorInputs(
+    features=jnp.asarray(video(grid, width, seed), jnp.bfloat16),
+    grid=grid,
     scores=scores(),
     untrained_scores=scores(),
     other_scores=scores(),
     attention=jax.nn.softmax(draw(config.text.num_layers, num_video)),
     vision_attention=jax.nn.softmax(draw(num_video)),
     vision_keys=draw(num_video, _KEY_WIDTH),
+    text=draw(_NUM_TEXT, width).astype(jnp.bfloat16),
+    rng=jax.random.key(1),
   )
-  features = jnp.asarray(video(grid, width, seed), jnp.bfloat16)
-  return features, aux, draw(_NUM_TEXT, width).astype(jnp.bfloat16)
 
 
 def chosen_before(method, grid, ratio):
-  """Returns f(features, aux, text, rng) -> `base.Selection`, jitted."""
+  """Returns f(inputs) -> `base.Selection`, jitted."""
   num_keep = method.rows(grid, ratio)
-
-  def choose(features, aux, text, rng):
-    return method.compress(
-      features,
-      grid=grid,
-      num_keep=num_keep,
-      text=text,
-      aux=aux,
-      rng=rng,
-      ratio=ratio,
-    )
-
-  return jax.jit(choose)
+  return jax.jit(
+    functools.partial(method.select, num_keep=num_keep, ratio=ratio)
+  )
 
 
 def chosen_inside(method, model, grid, ratio):
-  """Returns f(x, query, key, aux) -> `prompt_rows.Rows`, jitted.
+  """Returns f(x, query, key, inputs) -> `prompt_rows.Rows`, jitted.
 
   Args:
-    method: an `in_llm.InLLM`.
+    method: a `layerwise.LayerwiseCompressor`.
     model: of which only the sizes are read.
     grid: (T, H, W).
     ratio: retention ratio.
@@ -122,16 +115,13 @@ def chosen_inside(method, model, grid, ratio):
   num_layers = model.config.text.num_layers
   start = jnp.array([_NUM_TEXT // 3])
 
-  def choose(x, query, key, aux):
+  def choose(x, query, key, inputs):
     length = x.shape[1]
-    rows = in_llm.enter(
-      method,
-      x,
-      jnp.arange(length)[None, None],
-      jnp.array([length]),
-      start,
-      jax.tree.map(lambda leaf: leaf[None], aux),
-      grid=grid,
+    rows = method.enter(
+      prompt_rows.whole(
+        x, jnp.arange(length)[None, None], jnp.array([length]), start, num_video
+      ),
+      jax.tree.map(lambda leaf: leaf[None], inputs),
       ratio=ratio,
       num_layers=num_layers,
     )
@@ -143,20 +133,20 @@ def chosen_inside(method, model, grid, ratio):
       if layer == 0:
         continue
       size = rows.x.shape[1]
-      look = in_llm.looker(
-        method.look, rows.video_start + rows.count, size - rows.index.shape[1]
+      attend = layerwise.attention_of(
+        method.attention_fn,
+        rows.video_start + rows.count,
+        size - rows.index.shape[1],
       )
-      attended = look(query[:, :size], key[:, :size], rows.lengths)
-      keep = min(keep, rows.index.shape[1])
-      step = functools.partial(method.step, layer=layer, keep=keep, grid=grid)
-      kept, count = jax.vmap(step)(in_llm.see(rows, attended))
+      attended = attend(query[:, :size], key[:, :size], rows.lengths)
+      kept, count = method.cut(rows, attended, grid, layer=layer, keep=keep)
       _, rows = prompt_rows.take(rows, kept, count, num_video=num_video)
     return rows
 
   return jax.jit(choose)
 
 
-def peer(name, features, aux, grid, num_keep, device, repeats):
+def peer(name, given, num_keep, device, repeats):
   """Returns (median milliseconds, kept tokens int64[K]) of plain PyTorch."""
   import torch
 
@@ -165,15 +155,15 @@ def peer(name, features, aux, grid, num_keep, device, repeats):
   def tensor(array):
     return torch.from_numpy(np.array(array, np.float32)).to(device)
 
-  x = tensor(features).to(torch.bfloat16)
-  attention, keys = tensor(aux.vision_attention), tensor(aux.vision_keys)
+  x = tensor(given.features).to(torch.bfloat16)
+  attention, keys = tensor(given.vision_attention), tensor(given.vision_keys)
   torch.backends.cuda.matmul.allow_tf32 = False
   run = {
     "divprune": lambda: selection_peers.divprune(x, num_keep),
     "visionzip": lambda: selection_peers.visionzip(
-      x, attention, keys, grid[0], num_keep
+      x, attention, keys, given.grid[0], num_keep
     )[0],
-    "prunevid": lambda: selection_peers.prunevid(x, grid[0], num_keep),
+    "prunevid": lambda: selection_peers.prunevid(x, given.grid[0], num_keep),
   }[name]
 
   def wait(result):
@@ -191,11 +181,12 @@ def measure(names, grid, config, ratio, repeats, peer_device="", progress=None):
   share of tokens that are kept in float32 as well; beside a peer peer_ms and
   same.
   """
-  features, aux, text = inputs(grid, config)
+  of_video = inputs(grid, config)
+  features = of_video.features
   unrounded = jnp.asarray(video(grid, config.text.hidden_size))
   model = llava_onevision.LlavaOnevisionModel(config, jnp.bfloat16)
   llm, width = config.text, config.text.hidden_size
-  keys = jax.random.split(jax.random.key(0), 4)
+  keys = jax.random.split(jax.random.key(0), 3)
   length = len(features) + _NUM_TEXT
   behind = jax.random.normal(keys[0], (length, width), jnp.bfloat16)
   x = behind.at[_NUM_TEXT // 3 : _NUM_TEXT // 3 + len(features)].set(features)
@@ -207,25 +198,25 @@ def measure(names, grid, config, ratio, repeats, peer_device="", progress=None):
   for name in names:
     method = compressors.get(name)
     row = {"name": name, "goal": GOALS.get(name, _GOAL)}
-    if isinstance(method, in_llm.InLLM):
-      program = chosen_inside(method, model, grid, ratio)
-      given = x[None], query, key, aux
-    else:
+    if method.selects_first:
       program = chosen_before(method, grid, ratio)
-      given = features, aux, text, keys[3]
+      given = (of_video,)
+    else:
+      program = chosen_inside(method, model, grid, ratio)
+      given = x[None], query, key, of_video
     run = functools.partial(program, *given)
     start = time.perf_counter()
     found = jax.block_until_ready(run())
     row["compile_s"] = time.perf_counter() - start
     row["ms"] = latency.median_milliseconds(run, repeats)
-    if not isinstance(method, in_llm.InLLM):
-      exact = program(unrounded, *given[1:])
+    if method.selects_first:
+      exact = program(dataclasses.replace(of_video, features=unrounded))
       row["in_float32"] = _share(found.index, exact.index)
     if name in PEERS and peer_device:
       # Stage one alone: what enters the language model.
       num_keep = base.budget(grid, ratio)
       row["peer_ms"], theirs = peer(
-        name, features, aux, grid, num_keep, peer_device, repeats
+        name, of_video, num_keep, peer_device, repeats
       )
       again = latency.median_milliseconds(run, repeats)
       row["ms"] = min(row["ms"], again)

@@ -30,7 +30,6 @@ from cacovid_jax.evals import (
   cost,
   evaluation,
   paper,
-  programs,
   prompting,
   runner,
 )
@@ -337,7 +336,7 @@ def num_programs(
       compressor = method.compressor
       if not able(compressor, num_layers, grid, ratio):
         continue
-      if not programs.acts_inside(compressor):
+      if compressor.selects_first:
         chosen.add((method.spec, ratio))
         answers.add(compressor.rows(grid, ratio))
       elif not compressor.on_host:

@@ -44,6 +44,36 @@ def path(tmp_path):
   return path
 
 
+@pytest.mark.parametrize(
+  ("key", "value", "given"),
+  [
+    ("policy.module", "evil:Policy", "mine:Policy"),
+    ("policy.module", "evil.py:Policy", ""),
+    ("policy.module", "cacovid_jax.policy.network:Head", ""),
+    ("evals.methods", ["random", "evil.py:rule?a=1"], "random,"),
+    ("evals.candidates.cacovid", ["evil.py:rule"], "cacovid,"),
+    ("evals.policies.p", "W?module=evil:Policy", "W"),
+    ("validation.method", "evil.py:rule", "cacovid"),
+  ],
+)
+def test_a_json_config_names_no_code(tmp_path, key, value, given):
+  path = tmp_path / "config.json"
+  for name in reversed(key.split(".")):
+    value = {name: value}
+  path.write_text(json.dumps(value))
+  with pytest.raises(errors.UserError, match=f"{key}=.*--config.{key}="):
+    config_lib.load(path, ["seed=1"])
+  config_lib.load(path, [f"{key}={given}"])
+
+
+def test_a_json_config_names_the_papers_policy(tmp_path):
+  path = tmp_path / "config.json"
+  for module in ("", "cacovid_jax.policy.network:Policy"):
+    values = {"policy": {"module": module}, "evals": {"methods": ["cacovid"]}}
+    path.write_text(json.dumps(values))
+    assert config_lib.load(path).policy.module == module
+
+
 def test_argument_sets_fields(path):
   config = config_lib.load(f"{path}:ratio=0.05,name=a")
   assert config.sampling.ratio == 0.05
@@ -294,7 +324,9 @@ def test_a_config_of_its_own_sections_is_completed(path):
   assert config.sampling.ratio == 0.02 and config.name == "x"
   assert config.evals.seeds == (0,) and config.sampling.group_size == 2
   path.write_text(_FILE.replace("config.seed", "config.evals = dict(seed=1)#"))
-  with pytest.raises(errors.UserError, match="'evals.seed'; nearest: .*ls.seeds"):
+  with pytest.raises(
+    errors.UserError, match="evals.seed'; nearest: .*ls.seeds"
+  ):
     config_lib.load(path, fill=True)
 
 

@@ -7,12 +7,11 @@ Axes: B batch, D width, N video tokens of a whole prompt, R rows between two
 layers, n of them of the video, P position rows, V vocabulary.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from cacovid_jax.compressors import base
 from cacovid_jax.models import pruning, qwen2
 
 
@@ -41,12 +40,16 @@ class Rows(NamedTuple):
   index: jax.Array
   row: jax.Array
   count: jax.Array
-  entered: base.Selection | None = None
+  entered: Any = None
 
 
 def whole(x, positions, lengths, video_start, num_video: int) -> Rows:
   """Returns prompts with all N video tokens; arguments as in `Rows`."""
   batch = x.shape[0]
+  if x.shape[1] < num_video:
+    raise ValueError(
+      f"prompts of {x.shape[1]} rows do not hold {num_video} video tokens"
+    )
   every = jnp.broadcast_to(
     jnp.arange(num_video, dtype=jnp.int32), (batch, num_video)
   )
@@ -61,7 +64,7 @@ def whole(x, positions, lengths, video_start, num_video: int) -> Rows:
   )
 
 
-def keep(rows: Rows, selection: base.Selection, *, num_video: int) -> Rows:
+def keep(rows: Rows, selection, *, num_video: int) -> Rows:
   """Returns whole prompts with only the tokens of a selection [B, ...]."""
   size = selection.index.shape[1]
   count = selection.mask.sum(axis=1).astype(jnp.int32)

@@ -142,8 +142,8 @@ class Answerer:
     Args:
       model: Hugging Face checkpoint directory; None is the small model of the
         embedded benchmark, which comes with the package.
-      policy: training workdir or .safetensors file, for the learned methods;
-        None is the shipped model's own policy, where there is one.
+      policy: for the learned methods, see `loading.load_policy`; None is the
+        shipped model's own policy, where there is one.
       num_frames: T; None takes the number in the checkpoint's video
         preprocessor file, or 32, the number of the paper's evaluation.
       max_new_tokens: longest answer.
@@ -178,7 +178,7 @@ class Answerer:
 
   def _load(self, config, limits):
     self.shipped = not config.model.path
-    config = experiment_lib.with_shipped(config, evaluation.has_policy)
+    config = experiment_lib.with_shipped(config)
     # Clips are named by whole paths: a user's own word, not a data set's.
     changes = {"data.root": os.path.abspath(os.sep), "data.media": ""}
     # Times are those of encoding.
@@ -194,7 +194,7 @@ class Answerer:
       rule=config.evals.rule,
     )
     self.checkpoint = experiment.checkpoint
-    self.policies = evaluation.load_policies(experiment)
+    self.policies = experiment.policies
     self._is_qwen = isinstance(self.checkpoint.model, qwen2_5_vl.Qwen2_5VLModel)
 
   def ask(
@@ -235,7 +235,7 @@ class Answerer:
       base.budget(source.grid, ratio)
       if ratio < 1:
         self._check_budget(chosen, source.grid, ratio)
-    source.observe(chosen.needs & base.VISION_NEEDS)
+    source.observe(chosen.needs & base.VISION_SIGNALS)
     evaluator = runner.Evaluator(
       self.checkpoint,
       source,
@@ -355,12 +355,9 @@ class Answerer:
     )
 
   def _check_budget(self, method: runner.Method, grid, ratio) -> None:
-    """Refuses a ratio that a method inside the language model cannot meet."""
-    plan = getattr(method.compressor, "plan", None)
-    if plan is not None:
-      plan(
-        self.checkpoint.model.config.text.num_layers, int(np.prod(grid)), ratio
-      )
+    """Refuses a ratio that a method cannot meet."""
+    num_layers = self.checkpoint.model.config.text.num_layers
+    method.compressor.rows_per_layer(num_layers, grid, ratio)
 
 
 def as_question(

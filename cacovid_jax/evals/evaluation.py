@@ -11,8 +11,6 @@ Several processes may share a workdir, see `shards`.
 """
 
 import dataclasses
-import hashlib
-import os
 import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -46,8 +44,8 @@ from cacovid_jax.evals import (
   runner,
   shards,
 )
-from cacovid_jax.models import checkpoints, qwen2_5_vl
-from cacovid_jax.policy import modules
+from cacovid_jax.models import qwen2_5_vl
+from cacovid_jax.policy import loading
 
 
 def evaluate(
@@ -111,7 +109,7 @@ def _evaluate(experiment):
     validation = load_benchmark(
       experiment, "validation", evals.select_questions
     )
-  policies = load_policies(experiment)
+  policies = experiment.policies
   workdir = experiment.workdir
   workdir.mkdir(parents=True, exist_ok=True)
   questions = [*test.questions, *(validation.questions if validation else ())]
@@ -353,7 +351,7 @@ def validator(
   )
 
   def validate(module, params):
-    evaluator.policies = {"policy": runner.Policy(module, params)}
+    evaluator.policies = {"policy": loading.LoadedPolicy(module, params)}
     answers = answer_log.Ledger(None, {})
     evaluator.run(
       validation.questions, [cell], answers, description="validation"
@@ -362,55 +360,6 @@ def validator(
     return {"accuracy": float(np.mean([answers[k]["score"] for k in keys]))}
 
   return validate
-
-
-def load_policies(
-  experiment: experiment_lib.Experiment,
-) -> dict[str, runner.Policy]:
-  """Returns the policies of config.evals by name."""
-  return {
-    name: load_policy(path, experiment.checkpoint)
-    for name, path in experiment.policy_paths.items()
-  }
-
-
-def load_policy(path: str, checkpoint: checkpoints.Checkpoint) -> runner.Policy:
-  """Returns a policy that training exported.
-
-  Args:
-    path: a safetensors file; or a folder (or a training workdir that holds
-      `policy/`), whose `best.safetensors` is taken if validation chose one,
-      else `policy.safetensors`; or a checkpoint directory with the public
-      policy among its weights. A `policy_config.json` beside it names the
-      module; without one it is the paper's.
-    checkpoint: the base model that it must have been trained with.
-  """
-  file = _policy_file(pathlib.Path(path))
-  described = {}
-  folder = file if file.is_dir() else file.parent
-  config = folder / "policy_config.json"
-  if config.is_file():
-    described = checkpoints.read_json(os.fspath(config))
-  trained_with = described.get("base_model", {}).get("sha256")
-  if trained_with not in (None, checkpoint.identity["sha256"]):
-    raise errors.UserError(
-      f"policy {path} was trained with another base model; give that one's"
-      " --checkpoint"
-    )
-  options = dict(described.get("policy", {}))
-  module = modules.load_policy_module(options.pop("module", ""))
-  if "dtype" in options:
-    # That of the base model here, not of the accelerator it was trained on.
-    options["dtype"] = checkpoint.model.dtype
-  if not described:
-    options["num_halvings"] = _num_halvings(file)
-  policy = module.from_llm_config(checkpoint.model.config.text, **options)
-  params = modules.load(os.fspath(file), policy)
-  if file.is_dir():
-    digest = checkpoints.identity(os.fspath(file))["sha256"]
-  else:
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-  return runner.Policy(policy, params, digest)
 
 
 def load_benchmark(
@@ -625,47 +574,9 @@ def _curves(experiment) -> list[dict[str, Any]]:
   """Returns the metrics of the training run that made the main policy."""
   if experiment.config.evals.metrics:
     return metrics.read(experiment.config.evals.metrics)
-  for path in list(experiment.policy_paths.values())[:1]:
-    for folder in (pathlib.Path(path), *pathlib.Path(path).parents[:2]):
+  for spec in list(experiment.policy_paths.values())[:1]:
+    path = pathlib.Path(loading.split(spec)[0])
+    for folder in (path, *path.parents[:2]):
       if (folder / metrics.FILE).is_file():
         return metrics.read(folder)
   return []
-
-
-def has_policy(path: str) -> bool:
-  """Returns whether `path` is, or holds, an exported policy."""
-  return bool(path) and _find_policy(pathlib.Path(path)) is not None
-
-
-def _policy_file(path: pathlib.Path) -> pathlib.Path:
-  found = _find_policy(path)
-  if found is None:
-    raise errors.UserError(
-      f"there is no policy in {path}; give the workdir of a finished training"
-      " run, or a .safetensors file"
-    )
-  return found
-
-
-def _find_policy(path: pathlib.Path) -> pathlib.Path | None:
-  if path.is_file():
-    return path
-  for folder in (path, path / "policy"):
-    for name in ("best.safetensors", "policy.safetensors"):
-      if (folder / name).is_file():
-        return folder / name
-  # The public release keeps it among the base model's weights.
-  return path if modules.is_released(path) else None
-
-
-def _num_halvings(file: pathlib.Path) -> int:
-  """Returns the hidden layers of the heads in a file of the public format."""
-  prefix, suffix = "compression_policy.token_compress.", ".weight"
-  names = modules.read(os.fspath(file))
-  count = sum(n.startswith(prefix) and n.endswith(suffix) for n in names)
-  if not count:
-    raise errors.UserError(
-      f"{file} holds no policy under the public names, and no"
-      " policy_config.json lies beside it"
-    )
-  return count - 1

@@ -5,12 +5,12 @@ M generated tokens, P position rows, Q tokens of a question's text.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from cacovid_jax.compressors import base, in_llm, prompt_rows
+from cacovid_jax.compressors import base, layerwise, prompt_rows
 from cacovid_jax.models import generation
 from cacovid_jax.parallel import mesh as mesh_lib
 
@@ -79,7 +79,7 @@ class Programs:
     )
     self.embed = self._jit(jax.vmap(self._model.embed_prompt, (None, 0, 0, 0)))
     self.text = self._jit(
-      lambda batch: jax.vmap(_text)(batch.x, batch.text_rows), weights=0
+      lambda batch: jax.vmap(_text)(batch.x, batch.text_rows), weights=()
     )
     self.answer = self._jit(self._answer)
     # By what else they depend on.
@@ -112,76 +112,61 @@ class Programs:
     return self._scorers[module](params, batch)
 
   def select(self, compressor: base.Compressor, ratio: float):
-    """Returns f(features [B, N, D], text, aux, keys) -> `Selection` [B, ...].
+    """Returns f(`CompressorInputs`) -> `Selection`, both with leading axis B.
 
     One program per compressor and ratio; its number of rows is the method's.
     """
     if (compressor, ratio) not in self._selects:
-      self._selects[compressor, ratio] = self._select(compressor, ratio)
-    return self._selects[compressor, ratio]
+      select = functools.partial(
+        compressor.select_batch,
+        num_keep=compressor.rows(self.grid, ratio),
+        ratio=ratio,
+      )
+      # What never sees the question is run for one clip at a time.
+      jit = self._jit if compressor.sees_question else jax.jit
+      self._selects[compressor, ratio] = jit(
+        lambda params, inputs: select(inputs, params=params)
+      )
+    program = self._selects[compressor, ratio]
+    return lambda inputs: program(compressor.load(), inputs)
 
-  def inside(self, compressor: in_llm.InLLM, ratio: float):
-    """Returns f(params, batch, text, aux, keys) -> (ids, `in_llm.Trace`).
+  def select_and_answer(self, compressor: base.Compressor, ratio: float):
+    """Returns f(params, batch, inputs) -> (ids, `base.SelectionTrace`).
 
-    One program per compressor and ratio, selection and answer in one.
+    One program per compressor and ratio, for those that choose while the
+    language model reads.
     """
     if (compressor, ratio) not in self._insides:
       self._insides[compressor, ratio] = self._inside(compressor, ratio)
-    return self._insides[compressor, ratio]
+    program = self._insides[compressor, ratio]
+    return lambda params, batch, inputs: program(
+      params, batch, inputs, compressor.load()
+    )
 
-  def check(self, compressor: Any, ratio: float) -> None:
+  def check(self, compressor: base.Compressor, ratio: float) -> None:
     """Refuses a budget that the method cannot meet."""
-    if acts_inside(compressor):
-      compressor.plan(self._num_layers, self._num_video, ratio)
-    else:
-      compressor.rows(self.grid, ratio)
+    compressor.rows_per_layer(self._num_layers, self.grid, ratio)
 
-  def minimum_ratio(self, compressor: Any) -> float | None:
+  def minimum_ratio(self, compressor: base.Compressor) -> float | None:
     """Returns the lowest ratio that a method can; None where it is not told."""
-    if not acts_inside(compressor):
-      return None
     return compressor.minimum_ratio(self._num_layers, self._num_video)
 
   def _inside(self, compressor, ratio):
-    def ask(params, batch: Batch, text, aux, keys):
-      return in_llm.generate(
+    def ask(params, batch: Batch, inputs, own_params):
+      return layerwise.generate(
         self._model,
         params,
         compressor,
-        batch.x,
-        batch.positions,
-        batch.length,
-        batch.video_start,
+        whole_prompts(batch),
+        inputs,
         batch.next_position,
-        aux,
-        grid=self.grid,
         ratio=ratio,
-        text=text,
-        rngs=keys,
+        own_params=own_params,
         **self._ending,
       )
 
     # Some read on the host how many tokens go on.
-    return ask if compressor.on_host else self._jit(ask)
-
-  def _select(self, compressor, ratio):
-    num_keep = compressor.rows(self.grid, ratio)
-
-    def one(features, text, aux, key):
-      return compressor.compress(
-        features,
-        grid=self.grid,
-        num_keep=num_keep,
-        text=text,
-        aux=aux,
-        rng=key,
-        ratio=ratio,
-      )
-
-    # What never sees the question is run for one clip at a time.
-    if not compressor.sees_question:
-      return jax.jit(jax.vmap(one))
-    return self._jit(jax.vmap(one), weights=0)
+    return ask if compressor.on_host else self._jit(ask, weights=(0, 3))
 
   def _vanilla(self, params, batch: Batch, *, want_attention: bool) -> Vanilla:
     logits, cache, out = self._model.prefill(
@@ -224,13 +209,7 @@ class Programs:
     )
 
   def _answer(self, params, batch: Batch, selection: base.Selection):
-    rows = prompt_rows.whole(
-      batch.x,
-      batch.positions,
-      batch.length,
-      batch.video_start,
-      self._num_video,
-    )
+    rows = whole_prompts(batch)
     rows = prompt_rows.keep(rows, selection, num_video=self._num_video)
     # Kept tokens keep their positions, and the answer goes on where that of
     # the whole prompt would.
@@ -245,9 +224,15 @@ class Programs:
     )
 
 
-def acts_inside(compressor: Any) -> bool:
-  """True for a method that drops tokens inside the language model."""
-  return isinstance(compressor, in_llm.InLLM)
+def whole_prompts(batch: Batch):
+  """Returns `prompt_rows.Rows` of a batch with all of its video tokens."""
+  return prompt_rows.whole(
+    batch.x,
+    batch.positions,
+    batch.length,
+    batch.video_start,
+    batch.features.shape[1],
+  )
 
 
 def _text(x, rows):

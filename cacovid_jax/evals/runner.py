@@ -43,6 +43,7 @@ from cacovid_jax.evals import asker as asker_lib
 from cacovid_jax.evals import benchmarks, prompting, provenance, scoring
 from cacovid_jax.evals import clips as clips_lib
 from cacovid_jax.evals import programs as programs_lib
+from cacovid_jax.policy import loading
 
 VANILLA = "vanilla"
 # What answer logs know of a question, under the names that they have for it.
@@ -62,22 +63,6 @@ _QUESTION = {
   "prompt": lambda question: question.prompt,
   "stream": lambda question: question.stream,
 }
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Policy:
-  """A policy to evaluate.
-
-  Attributes:
-    module: Linen module; `apply(params, x, positions, video_rows, grid,
-      length)` gives `Scores`.
-    params: trained parameters.
-    identity: digest of the parameters.
-  """
-
-  module: Any
-  params: Any
-  identity: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -109,15 +94,14 @@ class Method:
     name, options = compressors.parse(spec)
     policy = str(options.pop("policy", ""))
     compressor = compressors.get(name, **options)
-    if ".py:" in name:
-      # Answers of a file that has changed since are not its own.
-      content = pathlib.Path(name.rpartition(":")[0]).read_bytes()
-      spec = f"{spec}#{hashlib.sha256(content).hexdigest()[:12]}"
+    # Answers of a file that has changed since are not its own.
+    if compressor.fingerprint:
+      spec = f"{spec}#{compressor.fingerprint}"
     return cls(label, spec, compressor, policy)
 
   @property
   def needs(self) -> frozenset[str]:
-    return self.compressor.needs
+    return self.compressor.requires
 
   @property
   def per_seed(self) -> bool:
@@ -296,7 +280,7 @@ class Evaluator:
     questions: Sequence[question_lib.Question],
     settings: Settings,
     *,
-    policies: Mapping[str, Policy] | None = None,
+    policies: Mapping[str, loading.LoadedPolicy] | None = None,
     decisive: Mapping[str, Sequence[int]] | None = None,
     task: benchmarks.Task | None = None,
     programs: programs_lib.Programs | None = None,
@@ -579,8 +563,8 @@ class Evaluator:
   def _kept(self, asker, cell: Cell, count: int, chosen=None) -> list[Kept]:
     """Returns the first `count` rows of what a cell has `chosen`, opened up."""
     if chosen is None:
-      choose = asker.reply if _inside(cell.method) else asker.select
-      chosen = choose(cell)
+      first = cell.method.compressor.selects_first
+      chosen = asker.select(cell) if first else asker.reply(cell)
     index, mask = np.asarray(chosen.index), np.asarray(chosen.mask)
     tokens = frames = [None] * count
     field = next((n for n in cell.method.needs if n.endswith("scores")), None)
@@ -640,16 +624,16 @@ class Evaluator:
     for need in sorted(method.needs):
       if need.endswith("scores"):
         self.policies[self.policy_name(method)]
-      elif need in base.VISION_NEEDS:
+      elif need in base.VISION_SIGNALS:
         if need not in self.source.want:
           raise errors.UserError(
             f"{method.label} needs {need.replace('_', ' ')}, which the clips"
             " of this evaluation come without"
           )
-      elif need != "text" and need not in base.Aux._fields:
+      elif need not in base.OFFERED:
         raise errors.UserError(
           f"{method.label} needs {need!r}, which this evaluation does not"
-          f" offer; it offers text, {', '.join(base.Aux._fields)}"
+          f" offer; it offers {', '.join(base.OFFERED)}"
         )
     self.tools(example).programs.check(method.compressor, cell.ratio)
 
@@ -744,7 +728,7 @@ class Evaluator:
           clip = self.source[question.video]
           fields["frame_hash"] = clip.frame_hash
           fields["index_hash"] = clip.index_hash
-        if cell.method is not None and _inside(cell.method):
+        if cell.method and not cell.method.compressor.selects_first:
           # Before the language model it follows from what was kept.
           fields["equivalent"] = round(float(reply.equivalent[row]), 9)
           if reply.forced[row]:
@@ -765,7 +749,7 @@ class Evaluator:
 def wanted(methods: Sequence[Method]) -> frozenset[str]:
   """Returns what the clips must bring along for these methods."""
   needs = frozenset().union(*[method.needs for method in methods])
-  return needs & base.VISION_NEEDS
+  return needs & base.VISION_SIGNALS
 
 
 def _lacking(batch, cells, ledger, failures) -> list[Cell]:
@@ -809,10 +793,6 @@ def _usable(mesh, batch_size: int) -> Mesh | None:
 
 def _by_id(questions):
   return sorted(questions, key=lambda question: question.id)
-
-
-def _inside(method: Method) -> bool:
-  return programs_lib.acts_inside(method.compressor)
 
 
 def by_clip(

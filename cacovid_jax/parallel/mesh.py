@@ -125,20 +125,22 @@ def by_hand(mesh: Mesh) -> set[str]:
   return {"data"} if mesh.shape["model"] > 1 else set(mesh.axis_names)
 
 
-def jit_rows(function: Callable, mesh: Mesh | None, *, weights: int = 1):
+def jit_rows(
+  function: Callable, mesh: Mesh | None, *, weights: Sequence[int] = (0,)
+):
   """Returns the jitted function; each device of `data` computes its own rows.
 
   Args:
-    function: takes weights, then trees whose arrays lead with a batch axis, as
+    function: takes weights, and trees whose arrays lead with a batch axis, as
       do those that it returns.
     mesh: None is one device.
-    weights: arguments that are weights.
+    weights: places of the arguments that are weights.
   """
   if mesh is None or mesh.size == 1:
     return jax.jit(function)
 
   def mapped(*args):
-    specs = [P() if n < weights else P("data") for n in range(len(args))]
+    specs = [P() if n in weights else P("data") for n in range(len(args))]
     return jax.shard_map(
       function,
       mesh=mesh,

@@ -25,7 +25,7 @@ from cacovid_jax.models import qwen2
 from cacovid_jax.parity import stage
 from cacovid_jax.policy import (
   diversity,
-  modules,
+  loading,
   network,
   objective,
   sampling,
@@ -227,7 +227,7 @@ def _check_policy(file):
   head_dim = width // max(num_heads, 1)
   if "head_dim" in record:
     head_dim = config("head_dim", kind=int)
-  tensors = modules.read(file.path[: -len(".npz")] + ".safetensors")
+  tensors = loading.read(file.path[: -len(".npz")] + ".safetensors")
   layers = [
     name
     for name in tensors

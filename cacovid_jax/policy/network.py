@@ -93,7 +93,7 @@ class Policy(nn.Module):
   """Token and frame scores of ONE prompt; callers `jax.vmap` it.
 
   A policy of one's own has the same three entry points: `from_llm_config`,
-  `init_from_llm` and `__call__` (see `policy.modules`).
+  `init_from_llm` and `__call__` (see `policy.loading`).
   """
 
   config: PolicyConfig

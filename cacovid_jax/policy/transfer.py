@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from cacovid_jax.policy import modules, selection
+from cacovid_jax.policy import loading, selection
 
 
 class Prompt(NamedTuple):
@@ -60,8 +60,8 @@ def stored(policy, params, dtype):
   """Returns params after a file in the public format, kept in a dtype."""
   with tempfile.TemporaryDirectory() as folder:
     path = os.path.join(folder, "policy.safetensors")
-    modules.save(path, policy, params, dtype)
-    return modules.load(path, policy)
+    loading.save(path, policy, params, dtype)
+    return loading.load(path, policy)
 
 
 def overlaps(policy, params, other, prompts, ratios):

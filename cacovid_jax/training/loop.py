@@ -30,7 +30,7 @@ from cacovid_jax import config as config_lib
 from cacovid_jax import errors, metrics
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax import progress as progress_lib
-from cacovid_jax.policy import modules
+from cacovid_jax.policy import loading
 from cacovid_jax.training import checkpointing, optimizer
 from cacovid_jax.training import programs as programs_lib
 from cacovid_jax.training import run as run_lib
@@ -126,13 +126,15 @@ def _step(run: run_lib.Run, state, batch, rows):
 
 
 class _Preemption:
-  """A SIGTERM sets a flag; the loop looks at it after each step."""
+  """Tells the loop, which asks after each step, of a SIGTERM."""
 
   def __enter__(self):
     self._flag = False
     self._old = None
-    # Only the main thread may install a handler.
-    if threading.current_thread() is threading.main_thread():
+    # Only the main thread may install a handler. Of several processes JAX hears
+    # the signal, unless it is replaced, and names the step where all stop.
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main and jax.process_count() == 1:
       self._old = signal.signal(signal.SIGTERM, self._set)
     return self
 
@@ -293,11 +295,11 @@ class _Saver:
     path = self._policy / name
     if jax.process_index() == 0:
       self._policy.mkdir(parents=True, exist_ok=True)
-      modules.save(path, self._run.recipe.policy, params)
+      loading.save(path, self._run.recipe.policy, params)
       _write_json(
         self._policy / "policy_config.json",
         {
-          "policy": self._run.policy_options,
+          **self._run.described_policy,
           "base_model": self._run.base_model,
           "grid": self._run.described_grid,
           "ratios": list(self._run.recipe.ladder.ratios),

@@ -33,7 +33,7 @@ from cacovid_jax.models import (
   token_grid,
 )
 from cacovid_jax.parallel import mesh as mesh_lib
-from cacovid_jax.policy import modules, objective, sampling
+from cacovid_jax.policy import loading, objective, sampling
 from cacovid_jax.training import (
   optimizer,
   pipeline,
@@ -64,7 +64,7 @@ class Run:
     mark: ids i32[B,G,M], questions -> rewards f32[B,G]; None if marks are made
       on the device.
     base_model: {"path", "sha256"} of the frozen model.
-    policy_options: keys of the policy section that its module was built from.
+    described_policy: what policy_config.json says about the policy's module.
     questions: rows that are trained on.
     source: gives their clips, see `training.pipeline`.
   """
@@ -77,7 +77,7 @@ class Run:
   batches: Callable[[int], Iterator]
   mark: Callable | None
   base_model: dict[str, str]
-  policy_options: dict[str, Any]
+  described_policy: dict[str, Any]
   questions: Sequence[question_lib.Question]
   source: Any
 
@@ -116,7 +116,9 @@ def make(experiment, *, questions=None, source=None) -> Run:
   checkpoint, workdir = experiment.loaded, experiment.workdir
   rollout_config = rollout.RolloutConfig(**config.rollout)
   host_marks = _host_marks(rollout_config, questions, checkpoint.tokenizer)
-  policy, options = make_policy(config, checkpoint.model.config.text)
+  options = dict(config.policy)
+  init = options.pop("init")
+  policy, digest = loading.make_policy(checkpoint.model.config.text, options)
   preprocessing = make_preprocessing(config, checkpoint.model)
   recipes = make_recipes(
     config, checkpoint, policy, rollout_config, preprocessing
@@ -142,14 +144,15 @@ def make(experiment, *, questions=None, source=None) -> Run:
     mesh=mesh,
     frozen=frozen,
     init_params=functools.partial(
-      init_policy, config, policy, checkpoint.params
+      loading.init_policy, policy, checkpoint.params, config.seed, init
     ),
     batches=_Batches(config, workdir, checkpoint, questions, source, recipes),
     mark=functools.partial(host_rewards, checkpoint.tokenizer)
     if host_marks
     else None,
     base_model=dict(checkpoint.identity),
-    policy_options=options,
+    described_policy={"policy": options}
+    | ({"module_sha256": digest} if digest else {}),
     questions=questions,
     source=source,
   )
@@ -166,23 +169,6 @@ def with_total_steps(experiment, questions):
     return experiment
   steps = -(-len(questions) // config.videos_per_step)
   return experiment.replace({"total_steps": steps})
-
-
-def make_policy(config, llm):
-  """Returns (the policy module of config.policy, the options it was given)."""
-  options = dict(config.policy)
-  spec, _ = options.pop("module"), options.pop("init")
-  found = modules.load_policy_module(spec)
-  built = dict(options, dtype=jnp.dtype(options["dtype"]))
-  return found.from_llm_config(llm, **built), {"module": spec, **options}
-
-
-def init_policy(config, policy, base_params):
-  """Returns the policy's first parameters, float32."""
-  params = policy.init_from_llm(jax.random.key(config.seed), base_params)
-  if config.policy.init:
-    params = modules.load(config.policy.init, policy, params)
-  return params
 
 
 def make_preprocessing(config, model):

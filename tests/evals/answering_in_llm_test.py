@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cacovid_jax import compressors, errors
-from cacovid_jax.compressors import base, in_llm
+from cacovid_jax.compressors import base, layerwise, prompt_rows
 from cacovid_jax.data import frames, video
 from cacovid_jax.evals import answering
 from tests.evals import tiny
@@ -47,11 +47,18 @@ def by_hand(checkpoint, checkpoint_dir, path, text, method, ratio):
     x = model.embed_prompt(
       params, jnp.asarray(prompt.ids), features, prompt.video_start
     )
-    aux = base.Aux(vision_attention=signals["vision_attention"][None])
-    return in_llm.generate(
-      model, params, method, x[None], jnp.arange(len(x))[None, None],
-      [len(x)], [prompt.video_start], jnp.array([len(x)]), aux,
-      grid=tiny.GRID, ratio=ratio, max_new_tokens=NEW,
+    inputs = base.CompressorInputs(
+      features=features[None],
+      grid=tiny.GRID,
+      vision_attention=signals["vision_attention"][None],
+    )
+    rows = prompt_rows.whole(
+      x[None], jnp.arange(len(x))[None, None], [len(x)],
+      [prompt.video_start], tiny.NUM_VIDEO,
+    )  # fmt: skip
+    return layerwise.generate(
+      model, params, method, rows, inputs, jnp.array([len(x)]),
+      ratio=ratio, max_new_tokens=NEW,
       eos_ids=checkpoint.eos_ids, pad_id=checkpoint.pad_id,
     )  # fmt: skip
 

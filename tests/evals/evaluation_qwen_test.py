@@ -22,6 +22,7 @@ from cacovid_jax.evals import (
   runner,
 )
 from cacovid_jax.models import checkpoints, generation
+from cacovid_jax.policy import loading
 from tests.evals import tiny
 from tests.models import mrope_loop
 
@@ -207,7 +208,7 @@ def test_other_pixels_are_another_run(finished, request_of):
 def test_a_policy_is_validated(request_of, directory, tmp_path):
   checkpoint = checkpoints.load(directory)
   path = tiny.write_policy(tmp_path / "policy", checkpoint)
-  policy = evaluation.load_policy(path, checkpoint)
+  policy = loading.load_policy(path, checkpoint)
   validate = evaluation.validator(
     request_of(tmp_path).replace(
       {"validation.num_questions": 2, "validation.ratio": 0.25}

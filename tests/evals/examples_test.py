@@ -10,11 +10,11 @@ from cacovid_jax.data import frames as frames_lib
 from cacovid_jax.evals import (
   benchmarks,
   clips,
-  evaluation,
   examples,
   results,
   runner,
 )
+from cacovid_jax.policy import loading
 from tests.evals import tiny
 
 RATIOS = (0.25, 0.1)
@@ -45,7 +45,7 @@ def evaluator(checkpoint, checkpoint_dir, data_dir, tmp_path_factory):
       source,
       benchmark.questions,
       runner.Settings(tiny.FRAMES, batch_size=4, max_new_tokens=3),
-      policies={"policy": evaluation.load_policy(path, checkpoint)},
+      policies={"policy": loading.load_policy(path, checkpoint)},
       decisive=benchmark.decisive,
     )
 

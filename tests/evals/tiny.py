@@ -20,7 +20,7 @@ from cacovid_jax.models import (
   qwen2_5_vl,
   siglip,
 )
-from cacovid_jax.policy import modules, network
+from cacovid_jax.policy import loading, network
 from cacovid_jax.synthetic import tokenizer as tokenizer_training
 from tests.data import tokenizers_for_tests as toks
 
@@ -107,7 +107,7 @@ def write_policy(directory: pathlib.Path, checkpoint, seed=1) -> str:
   params = policy.init_from_llm(jax.random.key(seed), checkpoint.params)
   directory.mkdir(exist_ok=True)
   path = directory / "policy.safetensors"
-  modules.save(path, policy, params)
+  loading.save(path, policy, params)
   return str(path)
 
 

@@ -14,7 +14,7 @@ from cacovid_jax import compressors, errors
 from cacovid_jax.data import answer_log
 from cacovid_jax.evals import latency, paper, runner
 from cacovid_jax.models import checkpoints
-from cacovid_jax.synthetic import random_checkpoint
+from cacovid_jax.synthetic import tiny_checkpoints
 from experiments import efficiency_files, efficiency_table
 
 METHODS = ["cacovid", "uniform", "fastv"]
@@ -278,7 +278,7 @@ def test_a_place_that_is_taken_is_refused_before_drawing(
 ):
   drawn = []
   monkeypatch.setattr(
-    random_checkpoint, "write", lambda *args: drawn.append(args)
+    tiny_checkpoints, "write", lambda *args: drawn.append(args)
   )
   taken = tmp_path / "taken"
   if kind == "folder":

@@ -7,7 +7,7 @@ import pytest
 
 from cacovid_jax import errors
 from cacovid_jax.models import checkpoints, llava_onevision, qwen2_5_vl
-from cacovid_jax.synthetic import random_checkpoint
+from cacovid_jax.synthetic import tiny_checkpoints
 from experiments import full_size_parity
 
 ONEVISION = llava_onevision.LlavaOnevisionConfig.tiny()
@@ -16,7 +16,7 @@ QWEN = qwen2_5_vl.Qwen2_5VLConfig.tiny()
 
 @pytest.mark.parametrize("config", [ONEVISION, QWEN], ids=["ov", "qvl"])
 def test_random_checkpoints_are_finite_and_load(tmp_path, config):
-  random_checkpoint.write(str(tmp_path), config)
+  tiny_checkpoints.write_random(str(tmp_path), config)
   params = checkpoints.load(tmp_path, None).params
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     assert leaf.dtype == jnp.bfloat16

@@ -8,7 +8,7 @@ from absl.testing import flagsaver
 
 from cacovid_jax import errors
 from cacovid_jax.models import checkpoints, llava_onevision
-from cacovid_jax.synthetic import random_checkpoint
+from cacovid_jax.synthetic import tiny_checkpoints
 from experiments import import_benchmark
 
 TINY = llava_onevision.LlavaOnevisionConfig.tiny()
@@ -28,7 +28,7 @@ def test_the_model_has_about_the_size_asked_for(gigabytes):
 
 
 def test_a_given_directory_is_measured_and_kept(tmp_path, capsys):
-  random_checkpoint.write(str(tmp_path), TINY)
+  tiny_checkpoints.write_random(str(tmp_path), TINY)
   before = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
   with flagsaver.flagsaver(directory=str(tmp_path), repeats=2):
     import_benchmark.main(["import_benchmark"])

@@ -17,7 +17,7 @@ from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.evals import benchmarks, paper, runner, scoring
 from cacovid_jax.models import checkpoints
-from cacovid_jax.synthetic import random_checkpoint
+from cacovid_jax.synthetic import tiny_checkpoints
 from experiments import main_table, main_table_files, paper_rows
 from tests.data import benchmark_files
 from tests.evals import tiny
@@ -52,7 +52,7 @@ def folder(tmp_path_factory):
   (folder / "config.py").write_text(CONFIG)
   config, _ = tiny.write_tokenizer(folder / "model")
   # Drawn by NumPy: initialising the model would take longer than the table.
-  random_checkpoint.write(folder / "model", config)
+  tiny_checkpoints.write_random(folder / "model", config)
   checkpoint = checkpoints.load(folder / "model")
   tiny.write_policy(folder / "policy", checkpoint)
   for name in NAMES:

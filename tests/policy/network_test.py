@@ -11,7 +11,7 @@ import pytest
 
 from cacovid_jax import errors
 from cacovid_jax.models import qwen2, token_grid
-from cacovid_jax.policy import modules, network
+from cacovid_jax.policy import loading, network
 
 GRID = (2, 3, 2)
 ROWS = np.arange(3, 15)  # 3 rows of text, 12 video tokens, newline, question.
@@ -428,14 +428,14 @@ def test_a_checkpoint_that_does_not_fit_lists_every_name(config, params):
 def test_files_round_trip_and_bad_files_are_refused(config, params, tmp_path):
   policy = network.Policy(config)
   path = tmp_path / "policy.safetensors"
-  modules.save(path, policy, params)
-  back = modules.load(path, policy)
+  loading.save(path, policy, params)
+  back = loading.load(path, policy)
   jax.tree.map(np.testing.assert_array_equal, back, params)
   assert [p.name for p in tmp_path.iterdir()] == [path.name]
   path.write_bytes(path.read_bytes()[:100])
   for bad in (path, tmp_path / "absent.safetensors"):
     with pytest.raises(errors.UserError, match="cannot be read"):
-      modules.load(bad, policy)
+      loading.load(bad, policy)
 
 
 def test_the_policy_lowers_for_tpu_at_full_size():

@@ -10,7 +10,7 @@ from flax import traverse_util
 
 from cacovid_jax import errors
 from cacovid_jax.models import checkpoints, llava_onevision, qwen2
-from cacovid_jax.policy import modules, network, selection, transfer
+from cacovid_jax.policy import loading, network, selection, transfer
 
 CONFIG = network.PolicyConfig.tiny()
 POLICY = network.Policy(CONFIG)
@@ -102,12 +102,12 @@ def test_files_have_the_type_asked_for(params, tmp_path, dtype, with_mode):
   if not with_mode:
     params = {k: v for k, v in params.items() if k != "mode_selection"}
   path = tmp_path / "policy.safetensors"
-  modules.save(path, POLICY, params, dtype)
+  loading.save(path, POLICY, params, dtype)
   tensors = safetensors.numpy.load_file(path)
   assert {tensor.dtype for tensor in tensors.values()} == {np.dtype(dtype)}
   mode = [name for name in tensors if ".mode_selection." in name]
   assert len(mode) == (8 if with_mode else 0)
-  back = modules.load(path, POLICY)
+  back = loading.load(path, POLICY)
   assert ("mode_selection" in back) == with_mode
   assert {leaf.dtype for leaf in jax.tree.leaves(back)} == {
     jnp.dtype("float32")
@@ -128,19 +128,19 @@ def test_a_policy_among_the_weights_of_its_base_model(
   )
   kwargs = dict(eos_ids=[1], pad_id=0, max_shard_bytes=max_shard_bytes)
   checkpoints.save(tmp_path, config, base, **kwargs)
-  assert not modules.is_released(tmp_path)
+  assert not loading.has_policy(tmp_path)
   with pytest.raises(errors.UserError, match="no tensor of it begins with"):
-    modules.load(tmp_path, POLICY)
+    loading.load(tmp_path, POLICY)
 
   public = network.to_public(params, ml_dtypes.bfloat16)
   checkpoints.save(tmp_path, config, base, extra=public, **kwargs)
-  assert modules.is_released(tmp_path)
+  assert loading.has_policy(tmp_path)
   expected = transfer.stored(POLICY, params, ml_dtypes.bfloat16)
-  found = modules.load(tmp_path, POLICY)
+  found = loading.load(tmp_path, POLICY)
   jax.tree.map(np.testing.assert_array_equal, found, expected)
   # Reading the base model and writing it elsewhere keeps the policy.
   loaded = checkpoints.load(tmp_path)
   out = tmp_path / "out"
   checkpoints.save(out, config, loaded.params, extra=loaded.extra, **kwargs)
-  found = modules.load(out, POLICY)
+  found = loading.load(out, POLICY)
   jax.tree.map(np.testing.assert_array_equal, found, expected)

@@ -11,7 +11,7 @@ from cacovid_jax import errors
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.data import chat_template as chat_template_lib
 from cacovid_jax.evals import evaluation
-from cacovid_jax.synthetic import build, tiny_checkpoint
+from cacovid_jax.synthetic import build, tiny_checkpoints
 from cacovid_jax.training import loop
 from cacovid_jax.training import run as run_lib
 from tests.training import tiny
@@ -87,7 +87,7 @@ def test_debug_forms_of_a_family_are_one_run():
     name: config_lib.config_hash(config_lib.load(spec(name, "debug")))
     for name in RELEASED
   }
-  for family in tiny_checkpoint.FAMILIES:
+  for family in tiny_checkpoints.FAMILIES:
     of = {debug[name] for name, found in RELEASED.items() if found == family}
     assert len(of) == 1
   assert len(set(debug.values())) == 2
@@ -97,8 +97,8 @@ def test_debug_forms_of_a_family_are_one_run():
 def prepared(tmp_path_factory):
   """Returns a folder as `prepare --tiny_models` leaves it."""
   folder = tmp_path_factory.mktemp("tiny")
-  for family in tiny_checkpoint.FAMILIES:
-    tiny_checkpoint.write(folder / family, family)
+  for family in tiny_checkpoints.FAMILIES:
+    tiny_checkpoints.write_tiny(folder / family, family)
   config = build.BuildConfig(variant="dense", seed=0, clips=(2, 0, 2, 0))
   build.build(config, folder / "dense", num_workers=0)
   (folder / "dense" / "decisive.jsonl").unlink()
@@ -182,10 +182,10 @@ def test_no_total_steps_is_one_epoch():
 def test_a_tiny_checkpoint_replaces_nothing(tmp_path):
   (tmp_path / "model.safetensors").write_bytes(b"weights")
   with pytest.raises(errors.UserError, match="is not empty; name another"):
-    tiny_checkpoint.write(tmp_path, "qwen2_5_vl")
+    tiny_checkpoints.write_tiny(tmp_path, "qwen2_5_vl")
   assert (tmp_path / "model.safetensors").read_bytes() == b"weights"
   with pytest.raises(errors.UserError, match="no tiny checkpoint of 'gpt'"):
-    tiny_checkpoint.write(tmp_path / "new", "gpt")
+    tiny_checkpoints.write_tiny(tmp_path / "new", "gpt")
 
 
 def test_a_size_that_there_is_not_and_a_file_of_before_are_one_line():

@@ -3,7 +3,7 @@
 import json
 
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.synthetic import tiny_checkpoint
+from cacovid_jax.synthetic import tiny_checkpoints
 from tests.data import clips
 from tests.training import tiny
 
@@ -14,7 +14,7 @@ GRIDS = {"wide": (2, 4, 6), "square": (2, 4, 4)}
 
 def write(folder):
   """Writes folder/model and clips; returns questions about them."""
-  tiny_checkpoint.write(folder / "model", "qwen2_5_vl")
+  tiny_checkpoints.write_tiny(folder / "model", "qwen2_5_vl")
   return write_clips(folder)
 
 

@@ -50,7 +50,7 @@ class Answerer:
       config_lib.replace(config, changes)
     )
     self.checkpoint = self.experiment.checkpoint
-    self._policies = evaluation.load_policies(self.experiment)
+    self._policies = self.experiment.policies
     methods = [self.cell.method] if self.cell.method else []
     self._source = evaluation.open_source(
       self.experiment, runner.wanted(methods)

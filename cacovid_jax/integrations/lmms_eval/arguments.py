@@ -9,7 +9,7 @@ from cacovid_jax import base_config, command, errors
 from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.compressors import base
-from cacovid_jax.evals import evaluation, runner
+from cacovid_jax.evals import runner
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ def parse(**given: Any):
   base.check_ratio(config.evals.ratios[0])
   # Looks at the other values.
   experiment_lib.Experiment.from_config(config)
-  return experiment_lib.with_shipped(config, evaluation.has_policy)
+  return experiment_lib.with_shipped(config)
 
 
 def cell(config) -> runner.Cell:
