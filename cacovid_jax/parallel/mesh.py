@@ -6,7 +6,7 @@ replicated over both.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -184,6 +184,42 @@ def put(tree, mesh: Mesh, spec: P):
     )
 
   return jax.tree.map(place, tree)
+
+
+def by_hand(mesh: Mesh) -> set[str]:
+  """Returns the axes that `shard_map` maps; the compiler splits the others.
+
+  It splits the base model over `model`, by the sharding of its weights.
+  """
+  return {"data"} if mesh.shape["model"] > 1 else set(mesh.axis_names)
+
+
+def jit_rows(
+  function: Callable, mesh: Mesh | None, *, weights: Sequence[int] = (0,)
+):
+  """Returns the jitted function; each device of `data` computes its own rows.
+
+  Args:
+    function: takes weights, and trees whose arrays lead with a batch axis, as
+      do those that it returns.
+    mesh: None is one device.
+    weights: places of the arguments that are weights.
+  """
+  if mesh is None or mesh.size == 1:
+    return jax.jit(function)
+
+  def mapped(*args):
+    specs = [P() if n in weights else P("data") for n in range(len(args))]
+    return jax.shard_map(
+      function,
+      mesh=mesh,
+      in_specs=tuple(specs),
+      out_specs=P("data"),
+      axis_names=by_hand(mesh),
+      check_vma=False,
+    )(*args)
+
+  return jax.jit(mapped)
 
 
 def start_processes(

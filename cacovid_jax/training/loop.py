@@ -28,10 +28,12 @@ from jax.experimental import multihost_utils
 
 from cacovid_jax import config as config_lib
 from cacovid_jax import errors, metrics
+from cacovid_jax import experiment as experiment_lib
 from cacovid_jax import progress as progress_lib
 from cacovid_jax.policy import loading
-from cacovid_jax.training import checkpointing, optimizer, setup
+from cacovid_jax.training import checkpointing, optimizer
 from cacovid_jax.training import programs as programs_lib
+from cacovid_jax.training import run as run_lib
 from cacovid_jax.training import step as step_lib
 
 _log = logging.getLogger(__name__)
@@ -46,25 +48,22 @@ class Result(NamedTuple):
   state: step_lib.TrainState
   policy: Any
   policy_path: pathlib.Path
-  run: setup.Run
+  run: run_lib.Run
 
 
 def train(
-  config,
-  workdir,
+  experiment,
   *,
-  checkpoint=None,
   questions=None,
   source=None,
   validate: Callable[[Any, Any], dict[str, float]] | None = None,
   on_step: Callable[[int, Any, np.ndarray, np.ndarray], None] | None = None,
 ) -> Result:
-  """Trains the policy of a config; continues what the workdir holds.
+  """Trains the policy of an experiment; continues what its workdir holds.
 
   Args:
-    config: see `base_config`; locked or not.
-    workdir: made if there is none; one of another config is refused.
-    checkpoint: the frozen base model, instead of config.model.path.
+    experiment: `experiment.Experiment` whose mesh shares the videos of a step;
+      a workdir of another config is refused.
     questions: rows, instead of those of config.data.
     source: clips, see `training.pipeline`, instead of those of config.data.
     validate: (policy module, params) -> {"accuracy": ..., ...} on validation
@@ -77,19 +76,14 @@ def train(
     SystemExit: with config.ckpt.exit_code, after a SIGTERM; all is saved.
     UserError: a mistake, or too many refused steps in a row.
   """
-  workdir = pathlib.Path(workdir)
-  setup.check_reward(config)
-  config_lib.claim_workdir(workdir, config)
+  workdir = experiment.workdir
+  run_lib.check_reward(experiment.config)
+  config_lib.claim_workdir(workdir, experiment.config)
   if questions is None:
-    questions = setup.read_questions(config, workdir)
-  config = setup.with_total_steps(config, questions)
-  run = setup.make(
-    config,
-    workdir,
-    checkpoint=checkpoint,
-    questions=questions,
-    source=source,
-  )
+    questions = experiment_lib.read_questions(experiment.config, workdir)
+  experiment = run_lib.with_total_steps(experiment, questions)
+  config = experiment.config
+  run = run_lib.make(experiment, questions=questions, source=source)
   saver = _Saver(config, workdir, run)
   start, state = saver.restore_or_init()
   with (
@@ -123,7 +117,7 @@ def train(
   return Result(state, run.config.policy, path, run)
 
 
-def _step(run: setup.Run, state, batch, rows):
+def _step(run: run_lib.Run, state, batch, rows):
   """Returns (state, ids, rewards, metrics) after all iterations of a step."""
   placed = programs_lib.place_batch(batch, run.mesh)
   reward = None if run.reward is None else lambda ids: run.reward(ids, rows)

@@ -19,15 +19,14 @@ from cacovid_jax.data import feature_cache, qwen_frames, video
 from cacovid_jax.models import checkpoints, token_grid
 from cacovid_jax.policy import network, sampling
 from cacovid_jax.training import (
-  loop,
   pipeline,
   programs,
   ratio,
   replay,
   rollout,
-  setup,
   step,
 )
+from cacovid_jax.training import run as run_lib
 from tests.data import clips
 from tests.training import loop_test, tiny, tiny_qwen
 
@@ -62,7 +61,9 @@ def made(folder, rows, checkpoint):
       "rollout.reward": "accuracy",
     },
   )
-  run = setup.make(config, folder, questions=rows, checkpoint=checkpoint)
+  run = run_lib.make(
+    tiny.experiment_of(config, folder, checkpoint=checkpoint), questions=rows
+  )
   for batch, questions in run.batches(0):
     if len({row.video[0] for row in questions}) == 2:
       return run, batch, questions
@@ -306,9 +307,9 @@ def test_a_run_on_clips_of_two_shapes_resumes_bit_identically(
       "data.feature_cache": str(tmp_path / "cache"),
     },
   )
-  given = dict(questions=rows, checkpoint=checkpoint)
+  given = dict(questions=rows, checkpoint=checkpoint, source=None)
   first, second = loop_test.Log(), loop_test.Log()
-  result = loop.train(config, tmp_path / "whole", on_step=first, **given)
+  result = tiny.train(tmp_path / "whole", config, on_step=first, **given)
   made = result.run.programs
   # One program for each bucket, which both are used.
   assert made.limit == 2
@@ -323,7 +324,7 @@ def test_a_run_on_clips_of_two_shapes_resumes_bit_identically(
   assert any((tmp_path / "cache").rglob("*.npy"))
   step_two = pathlib.Path("checkpoints", "2")
   shutil.copytree(tmp_path / "whole" / step_two, tmp_path / "cut" / step_two)
-  again = loop.train(config, tmp_path / "cut", on_step=second, **given)
+  again = tiny.train(tmp_path / "cut", config, on_step=second, **given)
   assert sorted(second.steps) == [3, 4]
   loop_test.assert_same(again.state, result.state)
   for done in (3, 4):
@@ -378,7 +379,7 @@ def test_default_buckets_follow_from_the_pixels():
   def sizes(processor, **changes):
     config = tiny.config(**{"data.num_frames": 32} | changes)
     return [
-      dataclasses.astuple(b) for b in setup.make_buckets(config, processor)
+      dataclasses.astuple(b) for b in run_lib.make_buckets(config, processor)
     ]
 
   paper = qwen_frames.ProcessorConfig(
@@ -403,12 +404,12 @@ def test_default_buckets_follow_from_the_pixels():
 def test_settings_of_the_other_kind_of_grid_are_refused(folder, checkpoint):
   for key, value in (("data.buckets", ((4, 16),)), ("data.min_pixels", 64)):
     with pytest.raises(errors.UserError, match="whose grids differ"):
-      setup.make_preprocessing(
+      run_lib.make_preprocessing(
         tiny.config(**{key: value}), tiny.checkpoint().model
       )
   config = tiny_qwen.config(folder, **{"data.decisive_file": "decisive.jsonl"})
   with pytest.raises(errors.UserError, match="decisive_file.*leave it empty"):
-    setup.make_preprocessing(config, checkpoint.model)
+    run_lib.make_preprocessing(config, checkpoint.model)
 
 
 def _bucketing(**changes):
@@ -540,7 +541,9 @@ def test_clips_of_odd_shapes_are_replaced_and_noted(rows, checkpoint, tmp_path):
       "model.path": checkpoint.identity["path"],
     },
   )
-  run = setup.make(config, tmp_path, questions=asked, checkpoint=checkpoint)
+  run = run_lib.make(
+    tiny.experiment_of(config, tmp_path, checkpoint=checkpoint), questions=asked
+  )
   # The tower is not what this is about.
   run.source._encode_fn = lambda patches, grid, bucket: np.zeros(
     (bucket.tokens, 32), np.float32

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cacovid_jax import base_config
+from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.models import checkpoints, llava_onevision
@@ -210,9 +211,16 @@ def config(**changes):
 
 def train(workdir, made=None, **arguments):
   """Runs `loop.train` on the tiny model and its questions."""
-  arguments = {
-    "checkpoint": checkpoint(),
-    "questions": questions(),
-    "source": features,
-  } | arguments
-  return loop.train(config() if made is None else made, workdir, **arguments)
+  arguments = {"questions": questions(), "source": features} | arguments
+  given = arguments.pop("checkpoint", None) or checkpoint()
+  experiment = experiment_of(
+    config() if made is None else made, workdir, checkpoint=given
+  )
+  return loop.train(experiment, **arguments)
+
+
+def experiment_of(made, workdir=None, **arguments):
+  """Returns the experiment of a training run."""
+  return experiment_lib.Experiment.from_config(
+    made, workdir, split="videos_per_step", **arguments
+  )

@@ -1,4 +1,4 @@
-"""From a config to everything a training run needs.
+"""From an experiment to everything that the training loop works with.
 
 Letters: T frames, N video tokens, L prompt tokens, D width, B videos of a step,
 A letters.
@@ -18,19 +18,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cacovid_jax import errors
+from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.data import (
   feature_cache,
   frames,
   qwen_frames,
-  readers,
   rejected_clips,
 )
-from cacovid_jax.data import left_out as left_out_lib
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import rewards as rewards_lib
-from cacovid_jax.data import tfds as tfds_lib
 from cacovid_jax.models import (
-  checkpoints,
   qwen2_5_vl,
   qwen2_5_vl_vision,
   token_grid,
@@ -93,25 +90,26 @@ class Run:
     return mesh_lib.put(state, self.mesh, programs.ONE)
 
 
-def make(
-  config, workdir, *, checkpoint=None, questions=None, source=None
-) -> Run:
+def make(experiment, *, questions=None, source=None) -> Run:
   """Builds a run.
 
   Args:
-    config: see `base_config`.
-    workdir: where the ledger of bad clips goes.
-    checkpoint: `models.checkpoints.Checkpoint`; read from config.model.path
-      by default. Weights that do not lie on the mesh are copied there.
+    experiment: `experiment.Experiment`; its workdir gets the list of bad clips.
     questions: rows to train on; read from config.data by default.
     source: what gives a question's clip, see `training.pipeline`; by default
       the clips below config.data.root, encoded by the base model.
   """
-  mesh = make_mesh(config)
-  if checkpoint is None:
-    checkpoint = load_checkpoint(config)
-  questions = read_questions(config) if questions is None else questions
-  config = with_total_steps(config, questions)
+  mesh = experiment.mesh
+  if questions is None:
+    questions = experiment_lib.read_questions(experiment.config)
+  experiment = with_total_steps(experiment, questions)
+  config = experiment.config
+  for key, least in (("total_steps", 0), ("iterations", 1)):
+    if config[key] < least:
+      raise errors.UserError(
+        f"config.{key}={config[key]} must be at least {least}"
+      )
+  checkpoint, workdir = experiment.loaded, experiment.workdir
   rollout_config = rollout.RolloutConfig(**config.rollout)
   from_host = _from_host(rollout_config, questions, checkpoint.tokenizer)
   options = dict(config.policy)
@@ -169,129 +167,17 @@ def check_reward(config) -> None:
     )
 
 
-def with_total_steps(config, questions):
-  """Returns the config with the steps of one epoch where it leaves them open.
+def with_total_steps(experiment, questions):
+  """Returns the experiment with the steps of one epoch if it leaves them open.
 
-  The copy has another hash than the workdir's: a checkpoint of other rows, and
-  so of another schedule, does not fit.
+  Its config has another hash than the workdir's: a checkpoint of other rows,
+  and so of another schedule, does not fit.
   """
+  config = experiment.config
   if config.total_steps:
-    return config
-  config = config.copy_and_resolve_references()
-  with config.unlocked():
-    config.total_steps = -(-len(questions) // config.videos_per_step)
-  return config.lock()
-
-
-def make_mesh(config) -> Mesh:
-  """Returns the devices of config.mesh, after a look at the run's sizes."""
-  mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.model)
-  mesh_lib.check_map(config.mesh.get("map", "shard_map"), mesh)
-  _check_videos_per_step(config, mesh)
-  return mesh
-
-
-def load_checkpoint(config) -> checkpoints.Checkpoint:
-  """Returns the frozen base model of config.model, on the mesh of the run."""
-  if not config.model.path:
-    raise errors.UserError(
-      "config.model.path is empty; name the checkpoint directory of a"
-      " LLaVA-OneVision or a Qwen2.5-VL"
-    )
-  if config.model.dtype not in ("float32", "bfloat16"):
-    raise errors.UserError(
-      f"config.model.dtype={config.model.dtype!r}: choose float32 or bfloat16"
-    )
-  checkpoint = checkpoints.load(
-    config.model.path,
-    dtype=jnp.dtype(config.model.dtype),
-    # Each device reads its own part: none ever holds the whole model.
-    mesh=make_mesh(config),
-    backend=config.model.backend,
-  )
-  if checkpoint.tokenizer is None:
-    raise errors.UserError(
-      f"{config.model.path}: no tokenizer.json; training needs a complete"
-      " checkpoint directory"
-    )
-  return checkpoint
-
-
-def read_questions(
-  config, workdir=None, *, resumes: bool = True
-) -> Sequence[question_lib.Question]:
-  """Returns the training rows of config.data, whose clips are there.
-
-  Args:
-    config: see `base_config`.
-    workdir: what is left out is printed, one line for each kind, and listed
-      in its `left_out.json`; None for neither.
-    resumes: whether other rows than the workdir's are refused.
-  """
-  left_out = left_out_lib.LeftOut()
-  rows = _with_clips(config, _read_rows(config, left_out.report), left_out)
-  left_out.num_questions = len(rows)
-  if workdir is not None:
-    if resumes:
-      left_out.check(workdir)
-    if jax.process_index() == 0:
-      for line in left_out.lines():
-        print(line, flush=True)
-      left_out.write(workdir)
-  return rows
-
-
-def _read_rows(config, report) -> Sequence[question_lib.Question]:
-  data = config.data
-  if not data.root or not os.path.isdir(data.root):
-    raise errors.UserError(
-      f"config.data.root={data.root!r} is no folder; give the one that holds"
-      " the questions and clips (cacovid_jax.prepare makes one)"
-    )
-  if data.tfds:
-    return tfds_lib.open_source(
-      os.path.join(data.root, data.tfds), data.train_split
-    )
-  root = _media_root(config)
-  if data.reader == "own":
-    return readers.read_own(
-      data.root,
-      root,
-      split=data.train_split,
-      on_bad_row=data.on_bad_row,
-      report=report,
-    )
-  if data.reader != "video-r1":
-    raise errors.UserError(
-      f"config.data.reader={data.reader!r}: choose video-r1 or own"
-    )
-  return readers.read_video_r1(
-    os.path.join(data.root, data.train_file),
-    root,
-    on_bad_row=data.on_bad_row,
-    report=report,
-  )
-
-
-def _with_clips(config, rows, left_out):
-  """Returns the rows whose clips are there; others are an error or noted."""
-  how, root = config.data.on_missing, _media_root(config)
-  if how not in ("raise", "skip"):
-    raise errors.UserError(
-      f"config.data.on_missing={how!r}: choose raise or skip"
-    )
-  names = [row.video for row in rows]
-  missing = left_out.missing = readers.find_missing(names, root)
-  found = [place for place, name in enumerate(names) if name not in missing]
-  if missing and (how == "raise" or not found):
-    raise readers.missing_error(
-      names, root, missing, "leave them out with config.data.on_missing=skip"
-    )
-  if not missing:
-    return rows
-  if isinstance(rows, tfds_lib.QuestionSource):
-    return rows.take(found)
-  return [rows[place] for place in found]
+    return experiment
+  steps = -(-len(questions) // config.videos_per_step)
+  return experiment.replace({"total_steps": steps})
 
 
 def make_preprocessing(config, model):
@@ -422,25 +308,6 @@ def _to_pixels(preprocessing, video):
   return (video.astype(jnp.float32) / 255.0 - mean) / std
 
 
-def _media_root(config) -> str:
-  return os.path.join(config.data.root, config.data.media)
-
-
-def _check_videos_per_step(config, mesh) -> None:
-  devices = mesh.shape["data"]
-  if config.videos_per_step < 1 or config.videos_per_step % devices:
-    raise errors.UserError(
-      f"config.videos_per_step={config.videos_per_step} does not divide among"
-      f" the {devices} devices of the data axis; use a multiple of it, or set"
-      " config.mesh.data"
-    )
-  for key, least in (("total_steps", 0), ("iterations", 1)):
-    if config[key] < least:
-      raise errors.UserError(
-        f"config.{key}={config[key]} must be at least {least}"
-      )
-
-
 def _from_host(config, questions, tokenizer) -> bool:
   """Returns whether rewards come from the host."""
   if config.marking == "host":
@@ -463,6 +330,7 @@ def _clip_source(config, workdir, checkpoint, preprocessing, configs):
   of its own, one per bucket.
   """
   data, model = config.data, checkpoint.model
+  root = experiment_lib.media_root(config)
   rule = pipeline.FrameRule(data.num_frames, data.frame_rule)
   refused = rejected_clips.RejectedClips(_ledger(workdir)).refused
   cache = None
@@ -474,7 +342,7 @@ def _clip_source(config, workdir, checkpoint, preprocessing, configs):
   if not configs[-1].ladder.plans:
     sizes = [one.ladder.bucket for one in configs]
     return pipeline.GridFeatureSource(
-      pipeline.ShotSource(_media_root(config), rule, preprocessing, **limits),
+      pipeline.ShotSource(root, rule, preprocessing, **limits),
       BucketTower(model, checkpoint.params),
       preprocessing,
       buckets=sizes,
@@ -483,7 +351,7 @@ def _clip_source(config, workdir, checkpoint, preprocessing, configs):
       **kept,
     )
   clips = pipeline.ClipSource(
-    _media_root(config),
+    root,
     rule,
     preprocessing.image_size,
     resample=preprocessing.resample,
