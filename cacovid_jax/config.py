@@ -36,6 +36,7 @@ NOT_HASHED = (
   "log_every",
   "mesh",
   "prepare",
+  "table",
   "tfds",
 )
 
@@ -61,6 +62,11 @@ _MOVED = {
   "qwen2_5_vl_7b.py": "qwen2_5_vl.py:size=7b",
   "synthetic_quickstart.py": "synthetic.py:size=quickstart",
   "synthetic_small.py": "synthetic.py:size=small",
+  # Short names that tables had for them.
+  "ov7b": "configs/llava_onevision.py:size=7b",
+  "ov0.5b": "configs/llava_onevision.py:size=0_5b",
+  "qwen3b": "configs/qwen2_5_vl.py:size=3b",
+  "qwen7b": "configs/qwen2_5_vl.py:size=7b",
 }
 
 _WORDS = {"true": True, "false": False, "none": None, "null": None}
@@ -102,7 +108,10 @@ def _refuse_code(config, given, path):
 
 
 def override(config, text):
-  """Applies one "key.subkey=value" to `config`, in place."""
+  """Applies one "key.subkey=value" to `config`, in place.
+
+  A value "+a,b" of a tuple adds to what there is.
+  """
   key, equals, value = text.partition("=")
   if not equals or not key:
     raise errors.UserError(
@@ -115,8 +124,9 @@ def override(config, text):
       f"config key {key!r} is a group, not a value: set one of "
       + ", ".join(f"{key}.{child}" for child in sorted(old))
     )
-  new = parse_value(value, old, name=key, kind=group.get_type(leaf))
-  assign(config, key, new)
+  adds = isinstance(old, tuple) and value.startswith("+")
+  new = parse_value(value[adds:], old, name=key, kind=group.get_type(leaf))
+  assign(config, key, (*old, *new) if adds else new)
 
 
 def assign(config, key, value):
@@ -332,7 +342,7 @@ def _call_get_config(path, arg):
     if path.name in _MOVED:
       now = ",".join(filter(None, (_MOVED[path.name], arg)))
       raise errors.UserError(
-        f"no config file {path}: it is {path.with_name(now)} now"
+        f"no config file {path}: it is {path.parent / now} now"
       )
     raise errors.UserError(
       f"no config file {path}" + _known_files(path.parent or ".")

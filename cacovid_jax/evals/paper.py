@@ -52,7 +52,7 @@ class Model:
 
   Attributes:
     name: of it in tables.
-    config: file that trains and evaluates it.
+    config: file and argument that train and evaluate it.
     sizes: (width, layers, feed-forward width) of its decoder.
     family: `model_type` of its checkpoints.
     template: whose chat template the paper's evaluation took; "" where both
@@ -70,14 +70,14 @@ MODELS = types.MappingProxyType(
   {
     "ov7b": Model(
       "LLaVA-OneVision-7B",
-      "configs/llava_onevision_7b.py",
+      "configs/llava_onevision.py:size=7b",
       (3584, 28, 18944),
       "llava_onevision",
       "tokenizer",
     ),
     "qwen3b": Model(
       "Qwen2.5-VL-3B",
-      "configs/qwen2_5_vl_3b.py",
+      "configs/qwen2_5_vl.py:size=3b",
       (2048, 36, 11008),
       "qwen2_5_vl",
     ),
@@ -309,7 +309,7 @@ def reproduced(
 
 
 def obstacles(
-  request: Any,
+  config: Any,
   parts: Sequence[Any],
   absent: Sequence[str],
   model: str | None,
@@ -317,7 +317,7 @@ def obstacles(
   """Returns what makes a comparison with the paper void, in words.
 
   Args:
-    request: `evaluation.Request` of one benchmark; the others are alike.
+    config: of the evaluation of one benchmark; the others are alike.
     parts: benchmarks, each a `combined.Part`.
     absent: benchmarks of the paper that were not asked.
     model: key of `MODELS`, None for a model that the paper has not.
@@ -334,35 +334,34 @@ def obstacles(
     lost = sum(entry["questions"] for entry in part.out["unreadable"])
     if lost:
       found.append(f"clips of {lost} questions of {title} cannot be used")
-  if request.num_frames != NUM_FRAMES:
-    found.append(f"{request.num_frames} frames instead of {NUM_FRAMES}")
-  found += _other_pixels(request)
+  num_frames, evals = config.data.num_frames, config.evals
+  if num_frames != NUM_FRAMES:
+    found.append(f"{num_frames} frames instead of {NUM_FRAMES}")
+  found += _other_pixels(config)
   template = model and MODELS[model].template
-  if template and request.template != template:
+  if template and evals.template != template:
     found.append(
-      f"prompts by the {request.template or 'default'} chat template instead"
+      f"prompts by the {evals.template or 'default'} chat template instead"
       f" of the {template}'s"
     )
-  if request.max_new_tokens:
-    found.append(f"answers of at most {request.max_new_tokens} tokens")
-  if request.rule != RULE:
-    found.append(f"letters taken by the rule {request.rule}")
+  if evals.max_new_tokens:
+    found.append(f"answers of at most {evals.max_new_tokens} tokens")
+  if evals.rule != RULE:
+    found.append(f"letters taken by the rule {evals.rule}")
   return found
 
 
-def _other_pixels(request) -> list[str]:
+def _other_pixels(config) -> list[str]:
   """Returns an obstacle if frames of Qwen2.5-VL have other bounds."""
-  if not (request.min_pixels or request.max_pixels):
+  path, data = config.model.path, config.data
+  if not (data.min_pixels or data.max_pixels):
     return []
+  given = dict(min_pixels=data.min_pixels, max_pixels=data.max_pixels)
   bounds = [
-    (config.min_pixels, config.max_pixels)
-    for config in (
-      qwen_frames.ProcessorConfig.with_paper_bounds(
-        request.checkpoint,
-        min_pixels=request.min_pixels,
-        max_pixels=request.max_pixels,
-      ),
-      qwen_frames.ProcessorConfig.with_paper_bounds(request.checkpoint),
+    (each.min_pixels, each.max_pixels)
+    for each in (
+      qwen_frames.ProcessorConfig.with_paper_bounds(path, **given),
+      qwen_frames.ProcessorConfig.with_paper_bounds(path),
     )
   ]
   if bounds[0] == bounds[1]:
