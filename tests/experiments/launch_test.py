@@ -310,16 +310,14 @@ def test_slurm_arrays_of_unknown_shards_are_refused(
 
 
 def test_slurm_arrays_share_other_commands(machine):
-  code, calls, _ = _array(
-    machine, range(3), 0, MODULE="experiments.main_table", SHARD="table_shard"
-  )
+  code, calls, _ = _array(machine, range(3), 0, MODULE="experiments.main_table")
   assert code == 0
   assert calls[-1] == (
     "python",
     "-m",
     "experiments.main_table",
     *GIVEN,
-    "--table_shard=0/3",
+    "--shard=0/3",
   )
 
 
