@@ -17,10 +17,11 @@ from tests.data import benchmark_files
 SPEED = cost.Speed(flops=1e12, bytes=1e9)
 
 
-def without_weights(name, benchmark="videomme", **changes):
+def without_weights(name, benchmark="videomme", chips=1, **changes):
   """Returns the evaluation of a released model that is not there."""
   changes = {
     "model.path": f"nowhere/{name}",
+    "mesh.model": chips,
     "data.num_frames": 32,
     "evals.benchmark": benchmark,
     "evals.methods": ("uniform", "fastv", "cacovid", "framefusion"),
@@ -179,8 +180,8 @@ def test_videos_of_several_grids_are_counted_apart(monkeypatch):
 
 
 def test_memory_is_that_of_the_largest_benchmark():
-  large = without_weights("llava_onevision_7b", "mlvu_test").replace(
-    {"mesh.model": 4, "evals.batch_size": 8}
+  large = without_weights(
+    "llava_onevision_7b", "mlvu_test", chips=4, batch_size=8
   )
   small = large.replace({"evals.benchmark": "mlvu_dev", "evals.batch_size": 1})
   both = {"mlvu_dev": small, "mlvu_test": large}
