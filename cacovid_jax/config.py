@@ -18,7 +18,6 @@ import pathlib
 import sys
 
 import ml_collections
-from absl import flags
 
 from cacovid_jax import base_config, errors, extensions
 
@@ -218,27 +217,6 @@ def parse_value(text, like, *, name="value", kind=None):
   raise errors.UserError(
     f"{name}={text} is not {expected} (it is {like!r} now)"
   )
-
-
-def define_flag(default=None):
-  """Defines `--config` of a program with flags of absl's, once in a process."""
-  if "config" in flags.FLAGS:
-    return
-  flags.DEFINE_string(
-    "config", default, "Config file and argument: configs/x.py:argument."
-  )
-  flags.DEFINE_multi_string(
-    "config_override",
-    [],
-    "key.subkey=value; --config.key.subkey=value is the same.",
-  )
-
-
-def from_flags():
-  """Returns the config that the flags of `define_flag` name."""
-  if not flags.FLAGS.config:
-    raise no_config()
-  return load(flags.FLAGS.config, flags.FLAGS.config_override)
 
 
 def no_config():

@@ -178,6 +178,9 @@ def _chosen_spec(evals, label, best):
 
 def _measure(experiment, missing, times):
   """Adds to `times`: spec -> ratio -> fields of a `latency.Cost`."""
+  if experiment.mesh.shape["data"] > 1:
+    # A batch of one question has no use for more devices.
+    experiment = experiment.replace({"mesh.data": 1})
   evals = experiment.config.evals
   benchmark = evaluation.load_benchmark(
     experiment, evals.split, evals.num_questions
@@ -228,11 +231,9 @@ def _read_times(path, repeats):
 
 
 def _write_times(experiment, times):
-  path, repeats = (
-    experiment.workdir / "timings.json",
-    experiment.config.table.repeats,
-  )
+  path = experiment.workdir / "timings.json"
   found = json.loads(path.read_text(encoding="utf-8"))
+  repeats = experiment.config.table.repeats
   found["selection"] = {"milliseconds": times, "repeats": repeats}
   files.write_json(path, found)
 

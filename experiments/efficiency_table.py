@@ -203,10 +203,8 @@ def dry_run(table, methods, ratios) -> dict[str, Any]:
   outside = num_rows - math.prod(grid)
   speed = estimate.speed_of(table, size.dtype)
   rows = []
-  cells = [(method, ratio) for ratio in ratios for method in methods]
-  for method, ratio in [(None, 1.0), *cells]:
-    compressor = method and method.compressor
-    row = {"method": method.label if method else paper.VANILLA, "ratio": ratio}
+  for method, ratio in _cells(methods, ratios):
+    compressor, row = method and method.compressor, _place(method, ratio)
     rows.append(row)
     if not estimate.able(compressor, text.num_layers, grid, ratio):
       row["status"] = "cannot be run at this ratio"
@@ -390,10 +388,8 @@ def measure(subject, encode, name, methods, ratios, repeats, rows):
   outside = num_rows - math.prod(grid)
   watch = latency.Stopwatch(subject, repeats)
   weights = {"sha256": subject.checkpoint.identity["sha256"]}
-  if (
-    _once(rows, "weights", 1.0, lambda: weights)["sha256"]
-    != (weights["sha256"])
-  ):
+  known = _once(rows, "weights", 1.0, lambda: weights)
+  if known["sha256"] != weights["sha256"]:
     raise errors.UserError(
       "these are not the weights that earlier rows were measured with; give"
       " those by --weights, or another --workdir"
@@ -406,14 +402,20 @@ def measure(subject, encode, name, methods, ratios, repeats, rows):
     "embed_ms": _once(rows, "embed", 1.0, lambda: {"ms": watch.embed()})["ms"],
   }  # fmt: skip
 
-  def row(method, ratio, times):
+  def timed(method, ratio):
+    if method is None:
+      return {"rule_ms": 0.0, "reads_ms": 0.0, "prefill_ms": watch.vanilla()}
+    found, prefill = watch.answered(method, ratio)
+    return {
+      "rule_ms": found.rule, "reads_ms": found.reads, "prefill_ms": prefill,
+    }  # fmt: skip
+
+  def row(method, ratio):
     compressor = method and method.compressor
-    found = {
-      "method": method.label if method else paper.VANILLA,
-      "ratio": ratio,
-    }
+    found = _place(method, ratio)
     try:
-      times = _once(rows, method.spec if method else "", ratio, times)
+      spec = method.spec if method else paper.VANILLA
+      times = _once(rows, spec, ratio, lambda: timed(method, ratio))
     except errors.UserError as error:
       return found | {"status": errors.one_line(error)}
     kept = cost.video_rows(compressor, text.num_layers, grid, ratio)
@@ -439,31 +441,11 @@ def measure(subject, encode, name, methods, ratios, repeats, rows):
       | ({"note": note} if note else {})
     )
 
-  def answered(method, ratio):
-    found, prefill = watch.answered(method, ratio)
-    return {
-      "rule_ms": found.rule, "reads_ms": found.reads, "prefill_ms": prefill,
-    }  # fmt: skip
-
-  found = [
-    row(
-      None,
-      1.0,
-      lambda: {
-        "rule_ms": 0.0,
-        "reads_ms": 0.0,
-        "prefill_ms": watch.vanilla(),
-      },
-    )  # fmt: skip
-  ]
-  for ratio in ratios:
-    for method in methods:
-      found.append(
-        row(method, ratio, functools.partial(answered, method, ratio))
-      )
-  for entry, method in zip(found, [None, *methods * len(ratios)], strict=True):
+  found = []
+  for method, ratio in _cells(methods, ratios):
+    found.append(row(method, ratio))
     if size.paper == paper.EFFICIENCY_MODEL:
-      entry |= _reported(method, entry["ratio"])
+      found[-1] |= _reported(method, ratio)
   return {
     "schema": results.SCHEMA,
     "size": name,
@@ -485,13 +467,23 @@ def measure(subject, encode, name, methods, ratios, repeats, rows):
   }
 
 
+def _cells(methods, ratios):
+  """Returns (method, ratio) of all rows; None is answering from all tokens."""
+  return [(None, 1.0), *((m, ratio) for ratio in ratios for m in methods)]
+
+
+def _place(method, ratio) -> dict[str, Any]:
+  """Returns what a row is called."""
+  return {"method": method.label if method else paper.VANILLA, "ratio": ratio}
+
+
 def _once(rows, what: str, ratio: float, function) -> dict[str, Any]:
   """Returns what the ledger knows, or adds what `function` measures.
 
   Raises:
     UserError: it cannot be run; nothing is written down then.
   """
-  key = answer_log.Key(what or paper.VANILLA, ratio, 0, "prompt")
+  key = answer_log.Key(what, ratio, 0, "prompt")
   if key not in rows:
     try:
       found = function()
