@@ -116,7 +116,7 @@ def asked(
   if loaded is None:
     count = paper.BENCHMARKS[request.benchmark][1]
     count = min(count, request.num_questions or count)
-    grid = _assumed_grid(model, request.num_frames)
+    grid, _ = _assumed_grid(model, request.num_frames)
     return [Asked(grid, np.full(count, _TEXT_TOKENS), _TEXT_TOKENS, count)]
   by_grid = collections.defaultdict(list)
   grids = _grids(checkpoint, request, loaded)
@@ -151,20 +151,21 @@ def _grids(checkpoint, request, loaded) -> dict[str, tuple[int, int, int]]:
   model = checkpoint.model
   known = os.path.isfile(os.path.join(request.checkpoint, "config.json"))
   missing = readers.check_media(loaded.questions, loaded.root)
-  alike = isinstance(model, llava_onevision.LlavaOnevisionModel)
+  assumed, alike = _assumed_grid(model, request.num_frames)
   if alike or not known or len(missing) == len(paths):
-    return dict.fromkeys(paths, _assumed_grid(model, request.num_frames))
+    return dict.fromkeys(paths, assumed)
   bare = dataclasses.replace(request, cache="")
   with evaluation.open_source(bare, checkpoint) as source:
     source.survey(paths)
     return {path: tuple(source.grid_of(path)) for path in paths}
 
 
-def _assumed_grid(model, num_frames) -> tuple[int, int, int]:
+def _assumed_grid(model, num_frames) -> tuple[tuple[int, int, int], bool]:
+  """Returns the grid of a 16:9 clip, and whether all clips have it."""
   if isinstance(model, llava_onevision.LlavaOnevisionModel):
-    return model.grid(num_frames)
+    return model.grid(num_frames), True
   slices = -(-num_frames // model.config.vision.temporal_patch_size)
-  return (slices, *_QWEN_SLICE)
+  return (slices, *_QWEN_SLICE), False
 
 
 def estimate(
