@@ -116,7 +116,7 @@ def asked(
   if loaded is None:
     count = paper.BENCHMARKS[request.benchmark][1]
     count = min(count, request.num_questions or count)
-    grid, _ = _assumed_grid(model, request.num_frames)
+    grid = _assumed_grid(model, request.num_frames)
     return [Asked(grid, np.full(count, _TEXT_TOKENS), _TEXT_TOKENS, count)]
   by_grid = collections.defaultdict(list)
   grids = _grids(checkpoint, request, loaded)
@@ -151,21 +151,20 @@ def _grids(checkpoint, request, loaded) -> dict[str, tuple[int, int, int]]:
   model = checkpoint.model
   known = os.path.isfile(os.path.join(request.checkpoint, "config.json"))
   missing = readers.check_media(loaded.questions, loaded.root)
-  assumed, alike = _assumed_grid(model, request.num_frames)
+  alike = isinstance(model, llava_onevision.LlavaOnevisionModel)
   if alike or not known or len(missing) == len(paths):
-    return dict.fromkeys(paths, assumed)
+    return dict.fromkeys(paths, _assumed_grid(model, request.num_frames))
   bare = dataclasses.replace(request, cache="")
   with evaluation.open_source(bare, checkpoint) as source:
     source.survey(paths)
     return {path: tuple(source.grid_of(path)) for path in paths}
 
 
-def _assumed_grid(model, num_frames) -> tuple[tuple[int, int, int], bool]:
-  """Returns the grid of a 16:9 clip, and whether all clips have it."""
+def _assumed_grid(model, num_frames) -> tuple[int, int, int]:
   if isinstance(model, llava_onevision.LlavaOnevisionModel):
-    return model.grid(num_frames), True
+    return model.grid(num_frames)
   slices = -(-num_frames // model.config.vision.temporal_patch_size)
-  return (slices, *_QWEN_SLICE), False
+  return (slices, *_QWEN_SLICE)
 
 
 def estimate(
