@@ -81,7 +81,10 @@ def run(config, workdir, *, ratios=None, planned=False, num_workers=None):
   with stages("prepare"):
     build.prepare(config, num_workers)
   with stages("load"):
-    checkpoint = setup.load_checkpoint(config)
+    experiment = experiment_lib.Experiment.from_config(
+      config, workdir, split="videos_per_step"
+    )
+    checkpoint = experiment.loaded
     grid = checkpoint.model.grid(config.data.num_frames)
     for ratio in ratios:
       base.budget(grid, ratio)
