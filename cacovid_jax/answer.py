@@ -15,7 +15,8 @@ import sys
 
 from cacovid_jax import command, errors
 from cacovid_jax import experiment as experiment_lib
-from cacovid_jax.evals import answer_page, answering
+from cacovid_jax.evals import answering
+from cacovid_jax.evals.report import answer as answer_page
 
 COMMAND = command.Command(
   __doc__,

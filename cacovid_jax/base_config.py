@@ -61,7 +61,8 @@ def get_config() -> ml_collections.ConfigDict:
     max_new_tokens=768,
     # "accuracy" is the paper's reward. "log_likelihood" (log-probability
     # of the right letter) and "margin" (that, less the best wrong letter's)
-    # read the first answer token's logits and need lettered questions.
+    # read the first answer token's logits and need lettered questions and a
+    # fixed ratio.
     reward="accuracy",
     # Where answers are marked: "device" (lettered questions only), "host"
     # (all problem types), or "auto": on the device if all are lettered.
@@ -130,7 +131,8 @@ def get_config() -> ml_collections.ConfigDict:
   # Devices on each mesh axis: `data` shares the videos of a training step, or
   # the questions of a batch, `model` the weights of the base model. data = 0
   # takes all that `model` leaves; asking, as many as divide the batch.
-  config.mesh = dict(data=0, model=1)
+  # `map` spreads an update over `data`: shard_map, or pmap (model = 1 only).
+  config.mesh = dict(data=0, model=1, map="shard_map")
   config.evals = _evals()
   # The embedded benchmark: `prepare` draws it into the folder of `data.root`.
   config.prepare = dict(

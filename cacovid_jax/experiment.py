@@ -108,6 +108,7 @@ class Experiment:
       left = max(jax.device_count() // max(model, 1), 1)
       data = max(n for n in range(1, left + 1) if share % n == 0)
     mesh = mesh_lib.make_mesh(data, model)
+    mesh_lib.check_map(self.config.mesh.map, mesh)
     devices = mesh.shape["data"]
     if share < 1 or share % devices:
       raise errors.UserError(

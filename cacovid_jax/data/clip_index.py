@@ -76,7 +76,9 @@ class ClipIndex(NamedTuple):
       damaged=np.zeros(shown.size, bool),
     )
 
-  def decoded(self, pictures: np.ndarray, faults: int) -> "ClipIndex":
+  def decoded(
+    self, pictures: np.ndarray, faults: int, early: int = 0
+  ) -> "ClipIndex":
     """Returns the index of a clip that was decoded as a whole.
 
     Pictures are numbered as they come out. Where some are lost to damage, their
@@ -85,10 +87,13 @@ class ClipIndex(NamedTuple):
     Args:
       pictures: int64[P, 2]: stamp, 1 for a key frame + 2 for a damaged picture.
       faults: errors of the decoder, damaged pictures included.
+      early: those before the first picture: unless stamps tell more, the clip
+        begins between key frames, and nothing is lost.
     """
     stamps, flags = pictures.T
     corrupt, place = flags & 2 > 0, np.arange(len(stamps))
-    numbers, lost, shown = place, faults - corrupt.sum(), np.sort(stamps)
+    numbers, shown = place, np.sort(stamps)
+    lost = max(0, faults - early - corrupt.sum())
     if shown[0] == NO_STAMP or (np.diff(shown) == 0).any():
       shown = _EMPTY
     in_order = np.array_equal(shown, stamps)

@@ -426,15 +426,17 @@ class _Reader:
   def _whole(self, index: clip_index.ClipIndex) -> clip_index.ClipIndex:
     """Decodes all that there is, in one thread, as the truth."""
     self._open("NONE")
-    rows = array.array("q")
+    rows, early = array.array("q"), 0
     for count, picture in enumerate(self._pictures(), start=1):
       self._check_count(count)
+      if count == 1:
+        early = self._faults
       flags = picture.key_frame + 2 * picture.is_corrupt
       rows.extend((_stamp(picture.pts), flags))
     if not rows:
       raise self._fail("no_frames", "no picture could be decoded")
     pictures = np.array(rows, np.int64).reshape(-1, 2)
-    return index.decoded(pictures, self._faults)
+    return index.decoded(pictures, self._faults, early)
 
   def _timing(self, index: clip_index.ClipIndex) -> tuple[float, list[str]]:
     """Returns the clip's seconds and what is odd about it."""

@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from cacovid_jax import base_config, errors
+from cacovid_jax import base_config, errors, files
 from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.compressors import base
@@ -31,14 +31,13 @@ from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.data import video
 from cacovid_jax.evals import (
-  answer_page,
   clips,
   evaluation,
   provenance,
-  report,
   runner,
 )
 from cacovid_jax.evals import programs as programs_lib
+from cacovid_jax.evals.report import answer as answer_page
 from cacovid_jax.models import qwen2_5_vl
 
 SHIPPED_MODEL = experiment_lib.SHIPPED_MODEL
@@ -294,7 +293,8 @@ class Answerer:
       policies={name: p.identity for name, p in self.policies.items()},
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    report.write_page(path, answer_page.render(asked, shown, described))
+    page = answer_page.render(asked, shown, described)
+    files.write(path, page)
 
   def close(self) -> None:
     """Stops the threads that decode."""

@@ -13,8 +13,8 @@ policy names it, too: `PATH?module=path/to/file.py:Class`.
     def init_from_llm(self, rng, llm_params): ...  # -> params
 
 `__call__` gets ONE prompt and returns `network.Scores`, as `network.Policy`
-does. `grid` is (T, H, W), or a `buckets.Grid` where programs serve videos of
-different grids; `buckets.as_grid(grid).frame_means` takes either. `options` are
+does. `grid` is (T, H, W), or a `TokenGrid` where programs serve videos of
+different grids; `TokenGrid.of(grid).frame_means` takes either. `options` are
 the keys of the config's policy section (`dtype` and `num_halvings` among them;
 ignore what does not apply). Parameters under a top-level name `layer` are
 trained with the lower rate of pretrained weights, all others with that of the
@@ -80,8 +80,7 @@ def load_policy_module(spec: str = "") -> tuple[type, str]:
   lacking = [name for name in _ENTRY_POINTS if not hasattr(found, name)]
   if lacking:
     raise errors.UserError(
-      f"policy.module {spec!r} lacks {', '.join(lacking)}; see"
-      " policy/loading.py"
+      f"policy.module {spec!r} lacks {', '.join(lacking)}; see policy.loading"
     )
   return found, digest
 
@@ -101,8 +100,7 @@ def make_policy(llm, options, *, where="config", dtype=None):
     return found.from_llm_config(llm, **options), digest
   except TypeError as error:
     raise errors.UserError(
-      f"{where}: {found.__name__} does not take the options of policy"
-      f" ({errors.one_line(error)})"
+      f"{where}: {found.__name__} takes other options: {errors.one_line(error)}"
     ) from error
 
 
@@ -237,11 +235,10 @@ def load(path, policy, params=None):
   tensors = read(path)
   if isinstance(policy, network.Policy):
     return network.from_public(tensors, policy.config)
-  given = {name: tensor.shape for name, tensor in tensors.items()}
   if params is not None:
     flat = traverse_util.flatten_dict(params, sep="/")
-    expected = {name: leaf.shape for name, leaf in flat.items()}
-    network.check_shapes(given, expected, f"{path}")
+    shapes = [{k: x.shape for k, x in tree.items()} for tree in (tensors, flat)]
+    network.check_shapes(*shapes, f"{path}")
   tensors = jax.tree.map(jnp.asarray, tensors)
   return traverse_util.unflatten_dict(tensors, sep="/")
 

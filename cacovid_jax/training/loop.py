@@ -34,7 +34,7 @@ from cacovid_jax.policy import loading
 from cacovid_jax.training import checkpointing, optimizer
 from cacovid_jax.training import programs as programs_lib
 from cacovid_jax.training import run as run_lib
-from cacovid_jax.training import state as state_lib
+from cacovid_jax.training import step as step_lib
 
 _log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ _SHOWN = ("reward_token", "reward_token_greedy", "reward_frame")
 class Result(NamedTuple):
   """What a finished run gives back."""
 
-  state: state_lib.TrainState
+  state: step_lib.TrainState
   policy: Any
   policy_path: pathlib.Path
   run: run_lib.Run
@@ -77,6 +77,7 @@ def train(
     UserError: a mistake, or too many refused steps in a row.
   """
   workdir = experiment.workdir
+  run_lib.check_reward(experiment.config)
   config_lib.claim_workdir(workdir, experiment.config)
   if questions is None:
     questions = experiment_lib.read_questions(experiment.config, workdir)
@@ -113,16 +114,16 @@ def train(
         _log.warning("stopped by a signal after step %d, saved", done)
         raise SystemExit(config.ckpt.exit_code)
   path = saver.export(state, config.total_steps)
-  return Result(state, run.recipe.policy, path, run)
+  return Result(state, run.config.policy, path, run)
 
 
 def _step(run: run_lib.Run, state, batch, rows):
   """Returns (state, ids, rewards, metrics) after all iterations of a step."""
   placed = programs_lib.place_batch(batch, run.mesh)
-  mark = None if run.mark is None else lambda ids: run.mark(ids, rows)
+  reward = None if run.reward is None else lambda ids: run.reward(ids, rows)
   # Nothing crosses between host and device that the programs do not state.
   with jax.transfer_guard("disallow"):
-    return run.programs.run(state, run.frozen, placed, mark)
+    return run.programs.run(state, run.constants, placed, reward)
 
 
 class _Preemption:
@@ -196,7 +197,7 @@ class _Recorder:
     if self._on_step is not None:
       self._on_step(step, rows, ids, rewards)
     means = {name: float(np.mean(x)) for name, x in out.mean.items()}
-    if means["refused"] > 0:
+    if means["skipped_update"] > 0:
       finite = np.asarray(out.per_video["finite"]).all(axis=1)
       bad = [row.id for row, ok in zip(rows, finite, strict=True) if not ok]
       # The gradient alone may fail: then any of the videos can be the cause.
@@ -272,7 +273,7 @@ class _Saver:
   def keep_best(self, state, step, writer, validate):
     """Validates, and exports the policy if it is the best one so far."""
     params = jax.device_get(state.params)
-    found = validate(self._run.recipe.policy, params)
+    found = validate(self._run.config.policy, params)
     writer.write_scalars(
       step, {f"validation_{name}": value for name, value in found.items()}
     )
@@ -295,14 +296,14 @@ class _Saver:
     path = self._policy / name
     if jax.process_index() == 0:
       self._policy.mkdir(parents=True, exist_ok=True)
-      loading.save(path, self._run.recipe.policy, params)
+      loading.save(path, self._run.config.policy, params)
       _write_json(
         self._policy / "policy_config.json",
         {
           **self._run.described_policy,
           "base_model": self._run.base_model,
           "grid": self._run.described_grid,
-          "ratios": list(self._run.recipe.ladder.ratios),
+          "ratios": list(self._run.config.ladder.ratios),
           "config_hash": self._hash,
           "steps": step,
         },

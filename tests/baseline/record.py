@@ -42,12 +42,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import cacovid_jax
-from cacovid_jax.compressors import registry
-from cacovid_jax.data.synthetic import build
-from cacovid_jax.evals import evaluation, ledger, likelihood, runner
-from cacovid_jax.models import checkpoints, tiny_checkpoint
-from cacovid_jax.policy import modules, network
-from cacovid_jax.training import defaults, programs, setup, step
+from cacovid_jax import base_config
+from cacovid_jax.data import answer_log
+from cacovid_jax.evals import evaluation, likelihood, runner
+from cacovid_jax.models import checkpoints
+from cacovid_jax.policy import loading, network
+from cacovid_jax.synthetic import build, tiny_checkpoints
+from cacovid_jax.training import programs, setup, step
 from tests.baseline import compare
 
 # --- Adapters: all that touches inner interfaces of the library. Code that
@@ -55,7 +56,6 @@ from tests.baseline import compare
 # --- of this kind, and no value of the recorded file.
 
 ASSETS = pathlib.Path(cacovid_jax.__file__).parent / "assets"
-METHODS = (*registry.names(), *registry.oracles())
 
 
 def write_benchmark(folder, variant: str) -> None:
@@ -70,14 +70,14 @@ def write_benchmark(folder, variant: str) -> None:
 
 def write_qwen(folder: pathlib.Path) -> None:
   """Writes a random Qwen2.5-VL and a random policy of it."""
-  tiny_checkpoint.write(folder / "model", "qwen2_5_vl")
+  tiny_checkpoints.write_tiny(folder / "model", "qwen2_5_vl")
   loaded = checkpoints.load(str(folder / "model"))
   policy = network.Policy.from_llm_config(
     loaded.model.config.text, num_halvings=2
   )
   params = policy.init_from_llm(jax.random.key(1), loaded.params)
   (folder / "policy").mkdir()
-  modules.save(str(folder / "policy" / "policy.safetensors"), policy, params)
+  loading.save(str(folder / "policy" / "policy.safetensors"), policy, params)
 
 
 class Evaluation:
@@ -112,7 +112,7 @@ class Evaluation:
       evaluation.open_source(request, checkpoint, runner.wanted(parsed)),
       found.questions,
       evaluation.settings(request),
-      policies={"policy": evaluation.load_policy(str(policy), checkpoint)},
+      policies={"policy": loading.load_policy(str(policy), checkpoint)},
       decisive=found.decisive,
       task=found.task,
       programs=self._programs.get(request.checkpoint),
@@ -123,7 +123,7 @@ class Evaluation:
 
   def answers(self):
     """Returns ({question: {cell: [text, letter, score]}}, {clip: sha256})."""
-    book = ledger.Ledger(None, {})
+    book = answer_log.Ledger(None, {})
     failures = self._evaluator.run(self._questions, self._cells, book)
     if failures:
       raise RuntimeError(f"methods that do not run here: {failures}")
@@ -189,25 +189,24 @@ def train(workdir, **changes):
     workdir: exists.
     **changes: "a.b" keys of the default config and their values.
   """
-  config = defaults.get_config()
+  config = base_config.get_config()
   config.update_from_flattened_dict(changes)
   config.lock()
   checkpoint = setup.load_checkpoint(config)
   run = setup.make(config, workdir, checkpoint=checkpoint)
   state, draws, steps = run.init_state(), {}, []
   for batch, rows in run.batches(0):
-    recipe = run.recipe
-    if batch.own is not None:
-      recipe = run.programs.by_bucket[batch.own.grid.bucket].recipe
-    if recipe.bucket not in draws:
-      draws[recipe.bucket] = jax.jit(functools.partial(_draw, recipe))
-    mark = run.mark and functools.partial(run.mark, questions=rows)
+    bucket = batch.grid_data.grid.bucket
+    if bucket not in draws:
+      draw = functools.partial(_draw, run.programs.configs[bucket])
+      draws[bucket] = jax.jit(draw)
+    reward = run.reward and functools.partial(run.reward, questions=rows)
     before = jax.device_get(state)  # The step gives up its buffers.
     placed = programs.place_batch(batch, run.mesh)
-    state, *out = run.programs.run(state, run.frozen, placed, mark)
+    state, *out = run.programs.run(state, run.constants, placed, reward)
     ids, rewards, metrics = jax.tree.map(programs.gather, out)
-    index, count = draws[recipe.bucket](
-      before, run.frozen, batch, metrics.per_video["rung"]
+    index, count = draws[bucket](
+      before, run.constants, batch, metrics.per_video["rung"]
     )
     index, count = np.asarray(index), np.asarray(count)
     steps.append(
@@ -228,20 +227,20 @@ def train(workdir, **changes):
   }
 
 
-def _draw(recipe, state, frozen, batch, rungs):
+def _draw(config, state, constants, batch, rungs):
   """Draws a step's combinations again, from the state before it.
 
   Args:
-    recipe: static.
+    config: static.
     state: before the step.
-    frozen: as of the step.
+    constants: as of the step.
     batch: as of the step.
     rungs: i32[B,I] where each video was on its ladder.
 
   Returns:
     (i32[I,B,G,K] padded, i32[I,B] how many of K are kept).
   """
-  videos, memory = step.begin(recipe, state, frozen, batch)
+  videos, memory = step.prepare_videos(config, state, constants, batch)
 
   def one(given):
     iteration, rung = given
@@ -249,7 +248,7 @@ def _draw(recipe, state, frozen, batch, rungs):
       iteration=jnp.full_like(memory.iteration, iteration), rung=rung
     )
     drawn, count = step.draw(
-      recipe, videos, memory_then, largest=len(recipe.ladder) - 1
+      config, videos, memory_then, max_rung=len(config.ladder) - 1
     )
     return drawn.index, count
 
@@ -258,6 +257,34 @@ def _draw(recipe, state, frozen, batch, rungs):
 
 # --- End of the adapters.
 
+# Those of the recorded commit; methods that came later have no values in the
+# file.
+METHODS = (
+  "cacovid",
+  "random",
+  "uniform",
+  "evs",
+  "vidcom2",
+  "fastv",
+  "visionzip",
+  "divprune",
+  "prunevid",
+  "framefusion",
+  "holitom",
+  "fastvid",
+  "flashvid",
+  "unicomp",
+  "floc",
+  "scissor",
+  "dyto",
+  "em",
+  "vqtoken",
+  "last_query",
+  "density_peaks",
+  "cacovid_untrained",
+  "cacovid_other_question",
+  "decisive_boxes",
+)
 RATIOS = (0.25, 0.1)
 # Width and height of the frames of tiny Qwen2.5-VL's clips.
 SHAPES = {"wide": (48, 32), "square": (32, 32), "tall": (32, 48)}
@@ -553,7 +580,7 @@ def _write_clip(path, seed: int, size: tuple[int, int]) -> None:
   with av.open(str(path), "w") as container:
     stream = container.add_stream("libx264", rate=8)
     stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-    # Bytes that depend on the frames alone, as in `data.synthetic.build`.
+    # Bytes that depend on the frames alone, as in `synthetic.build`.
     stream.options = {"threads": "1", "x264-params": "mbtree=0"}
     for _ in range(8):
       blocks = rng.integers(0, 256, (height // 8, width // 8, 3), np.uint8)

@@ -20,7 +20,7 @@ def largest(values, count):
   return sorted(order[:count])
 
 
-def clustering(x, members, num_clusters, k=7):
+def dpc_knn(x, members, num_clusters, k=7):
   """Scores, centres in order, and each point's centre, of some points."""
   x = np.asarray(x, np.float64)
   members = [int(i) for i in members]

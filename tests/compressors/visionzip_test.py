@@ -123,7 +123,7 @@ def counts_of(allocator, num_keep):
   def counts(x, aux):
     order = jnp.argsort(-aux.vision_attention.reshape(GRID[0], -1))
     return allocators.frame_counts(
-      allocator, x, order, grid=GRID, num_keep=num_keep, aux=aux
+      allocator, given.inputs(x, GRID, aux), order, num_keep
     )
 
   return quick.jit(counts)

@@ -78,7 +78,7 @@ CODECS = {
   ),
   "vp9": ("libvpx-vp9", {"g": "10", "cpu-used": "8", "auto-alt-ref": "1"}),
   # Packets of alternate references hold no picture.
-  "vp8": ("libvpx", {"g": "20", "auto-alt-ref": "1", "lag-in-frames": "16"}),
+  "vp8": ("libvpx", {"g": "10", "auto-alt-ref": "1", "lag-in-frames": "16"}),
   "mjpeg": ("mjpeg", {"strict": "unofficial"}),
 }
 # Name of the codec, container, what is done to the packets, and whether frames
@@ -128,6 +128,7 @@ MATRIX = [
   ("vp9", "webm", None, True),
   ("vp9", "webm", _first_left_out, False),
   ("vp8", "webm", None, False),
+  ("vp8", "webm", _first_left_out, False),
   ("mjpeg", "mov", None, True),
 ]
 

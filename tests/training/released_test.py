@@ -166,7 +166,7 @@ def test_weights_are_read_onto_the_mesh_and_stay_there(prepared, tmp_path):
   shapes = [shard.data.shape[-1] for shard in kernel.addressable_shards]
   assert shapes == [whole // 2] * 2
   # The run's weights are these, not a copy of them.
-  assert pointers(run.frozen.params) == pointers(checkpoint.params)
+  assert pointers(run.constants.params) == pointers(checkpoint.params)
 
 
 def test_no_total_steps_is_one_epoch():
