@@ -143,7 +143,8 @@ def draw_prompt(model, params, rng, num_frames):
     num_frames: frames of the video.
   """
   config = model.config
-  if isinstance(model, qwen2_5_vl.Qwen2_5VLModel):
+  of_qwen = isinstance(model, qwen2_5_vl.Qwen2_5VLModel)
+  if of_qwen:
     vision = config.vision
     grid = model.grid(num_frames, *2 * (8 * vision.patch_size * 2,))
     rows = int(np.prod(grid)) * vision.merge_size**2
@@ -161,7 +162,7 @@ def draw_prompt(model, params, rng, num_frames):
   ids[video_rows] = config.video_token_id
   x = _embed(params, jnp.asarray(ids, jnp.int32), arguments, model=model)
   positions = np.arange(length, dtype=np.int32)[None]
-  if isinstance(model, qwen2_5_vl.Qwen2_5VLModel):
+  if of_qwen:
     positions, _ = qwen2_5_vl.position_ids(
       ids, grid=grid, seconds_per_slice=1.0, config=config
     )
