@@ -99,6 +99,16 @@ class Experiment:
         made.__dict__[name] = self.__dict__[name]
     return made
 
+  @property
+  def data(self):
+    """Section of the config."""
+    return self.config.data
+
+  @property
+  def evals(self):
+    """Section of the config."""
+    return self.config.evals
+
   @functools.cached_property
   def mesh(self) -> Mesh:
     """The devices of config.mesh, after a look at what they share."""
