@@ -24,8 +24,8 @@ import jax
 import jax.numpy as jnp
 
 from cacovid_jax import errors
-from cacovid_jax.compressors import base, budgets, prompt_rows
-from cacovid_jax.models import attention, generation, qwen2
+from cacovid_jax.compressors import base, budgets
+from cacovid_jax.models import attention, generation, prompt_batch, qwen2
 
 
 class Seen(NamedTuple):
@@ -35,18 +35,16 @@ class Seen(NamedTuple):
     hidden: float[R, D] residual stream.
     positions: int32[P, R].
     length: int32[] valid rows.
-    video_start: int32[].
     attention: float32[n] paid to the video rows in the layer before.
     mask: bool[n] valid video rows, a prefix.
-    index: int32[n], see `prompt_rows.Rows`.
-    row: int32[n], see `prompt_rows.Rows`.
+    index: int32[n], see `prompt_batch.PrunedPrompts`.
+    row: int32[n], see `prompt_batch.PrunedPrompts`.
     entered: `base.Selection` or None.
   """
 
   hidden: jax.Array
   positions: jax.Array
   length: jax.Array
-  video_start: jax.Array
   attention: jax.Array
   mask: jax.Array
   index: jax.Array
@@ -181,7 +179,7 @@ class InLLM(abc.ABC):
     self,
     model,
     params,
-    rows: prompt_rows.Rows,
+    rows: prompt_batch.PrunedPrompts,
     *,
     grid,
     ratio: float,
@@ -190,7 +188,7 @@ class InLLM(abc.ABC):
     """Returns (logits, caches, trace) after reading the prompts.
 
     Args:
-      model: `models.language.LanguageModel` of a video model.
+      model: `models.video_llm.VideoLLM`.
       params: its parameters.
       rows: the prompts, with the tokens that `before` let in.
       grid: static (T, H, W) of the whole video.
@@ -213,10 +211,11 @@ class InLLM(abc.ABC):
     for layer, keep in [*cuts, (num_layers, None)]:
       look = None
       if keep is not None:
-        look = looker(self.look, rows.video_start + rows.count, num_behind)
+        look = looker(self.look, rows.lengths - rows.num_after, num_behind)
       x, keys, values, attended = model.run_layers(
         params, rows.x, rows.positions, rows.lengths,
         first=first, last=layer, look=look,
+        deep=rows.deep, video_rows=rows.video_rows,
       )  # fmt: skip
       caches.append(qwen2.Cache(keys, values, rows.lengths))
       tokens += [rows.count] * (layer - first)
@@ -227,10 +226,10 @@ class InLLM(abc.ABC):
       keep = min(keep, rows.index.shape[1])
       step = functools.partial(self.step, layer=layer, keep=keep, grid=grid)
       kept, count = jax.vmap(step)(see(rows, attended))
-      taken, rows = prompt_rows.take(rows, kept, count, num_video=num_video)
+      taken, rows = prompt_batch.take(rows, kept, count, num_video=num_video)
       if self.drop_from_caches:
         caches = [
-          prompt_rows.drop(cache, taken, rows.lengths) for cache in caches
+          prompt_batch.drop(cache, taken, rows.lengths) for cache in caches
         ]
     trace = Trace(
       index=rows.index,
@@ -238,7 +237,7 @@ class InLLM(abc.ABC):
       tokens=jnp.stack(tokens, axis=1).astype(jnp.float32),
     )
     return (
-      prompt_rows.last_logits(model, params, rows.x, rows.lengths),
+      prompt_batch.last_logits(model, params, rows),
       tuple(qwen2.with_room(cache, new_rows) for cache in caches),
       trace,
     )
@@ -329,11 +328,7 @@ def generate(
   model,
   params,
   compressor: InLLM,
-  x,
-  positions,
-  lengths,
-  video_start,
-  next_positions,
+  prompts: prompt_batch.PromptBatch,
   aux=None,
   *,
   grid,
@@ -350,15 +345,10 @@ def generate(
   unless `compressor.on_host`.
 
   Args:
-    model: `models.language.LanguageModel` of a video model.
+    model: `models.video_llm.VideoLLM`.
     params: its parameters.
     compressor: the rule.
-    x: float[B, L, D] embeddings of the whole prompts, right padded.
-    positions: int32[B, P, L].
-    lengths: int32[B] valid tokens of each prompt.
-    video_start: int32[B] row of the first of N video tokens; a newline row
-      that ends the video counts as text.
-    next_positions: int32[B] position of the first generated token.
+    prompts: B whole prompts with N video tokens each.
     aux: `base.Aux` with leading axis B, for what `compressor.before` needs.
     grid: static (T, H, W) with T * H * W = N.
     ratio: static, mean share of the video tokens that a layer sees.
@@ -369,12 +359,12 @@ def generate(
     rngs: keys [B], if `before` draws.
   """
   ratio = base.check_ratio(ratio)
-  if compressor.on_host and isinstance(x, jax.core.Tracer):
+  if compressor.on_host and isinstance(prompts.x, jax.core.Tracer):
     raise ValueError(
       f"{compressor.name} reads counts on the host; call generate outside jit"
     )
   rows = enter(
-    compressor, x, positions, lengths, video_start, aux,
+    compressor, prompts, aux,
     grid=grid, ratio=ratio, num_layers=model.config.text.num_layers,
     text=text, rngs=rngs,
   )  # fmt: skip
@@ -387,8 +377,8 @@ def generate(
     params,
     logits,
     caches,
-    next_positions,
-    num_position_rows=positions.shape[1],
+    prompts.next_position,
+    num_position_rows=prompts.positions.shape[1],
     max_new_tokens=max_new_tokens,
     eos_ids=tuple(eos_ids),
     pad_id=pad_id,
@@ -405,10 +395,7 @@ _extend = jax.jit(
 
 def enter(
   compressor: InLLM,
-  x,
-  positions,
-  lengths,
-  video_start,
+  prompts: prompt_batch.PromptBatch,
   aux=None,
   *,
   grid,
@@ -416,17 +403,18 @@ def enter(
   num_layers,
   text=None,
   rngs=None,
-) -> prompt_rows.Rows:
+) -> prompt_batch.PrunedPrompts:
   """Returns the prompts with the video tokens that enter the model.
 
   Arguments are those of `generate`.
   """
   num_video = math.prod(grid)
-  if x.shape[1] < num_video:
+  if prompts.video_rows.shape[1] != num_video:
     raise ValueError(
-      f"prompts of {x.shape[1]} rows do not hold {num_video} video tokens"
+      f"prompts of {prompts.video_rows.shape[1]} video tokens do not hold"
+      f" {num_video}"
     )
-  rows = prompt_rows.whole(x, positions, lengths, video_start, num_video)
+  rows = prompt_batch.whole(prompts)
   if compressor.before is None:
     return rows
   before, steps = (
@@ -451,20 +439,19 @@ def enter(
     )
 
   selection = jax.vmap(choose)(
-    prompt_rows.video_rows(x, rows.video_start, num_video), text, aux, rngs
+    prompt_batch.read_video(rows.x, rows.video_rows), text, aux, rngs
   )
-  return prompt_rows.keep(rows, selection, num_video=num_video)
+  return prompt_batch.keep(rows, selection, num_video=num_video)
 
 
-def see(rows: prompt_rows.Rows, attended) -> Seen:
+def see(rows: prompt_batch.PrunedPrompts, attended) -> Seen:
   """Returns what a rule sees, leading axis B, given float32[B, R] attention."""
   size = rows.index.shape[1]
   return Seen(
     hidden=rows.x,
     positions=rows.positions,
     length=rows.lengths,
-    video_start=rows.video_start,
-    attention=prompt_rows.video_rows(attended, rows.video_start, size),
+    attention=prompt_batch.read_video(attended, rows.video_rows),
     mask=jnp.arange(size)[None] < rows.count[:, None],
     index=rows.index,
     row=rows.row,

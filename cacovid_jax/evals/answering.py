@@ -27,9 +27,9 @@ import numpy as np
 import cacovid_jax
 from cacovid_jax import errors
 from cacovid_jax.compressors import base
-from cacovid_jax.data import frames, qwen_frames, video
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import tokenizer as tokenizer_lib
+from cacovid_jax.data import video
 from cacovid_jax.evals import (
   answer_page,
   clips,
@@ -39,7 +39,7 @@ from cacovid_jax.evals import (
   runner,
 )
 from cacovid_jax.evals import programs as programs_lib
-from cacovid_jax.models import checkpoints, qwen2_5_vl
+from cacovid_jax.models import checkpoints, processors
 
 _ASSETS = pathlib.Path(cacovid_jax.__file__).parent / "assets"
 SHIPPED_MODEL = _ASSETS / "base_model"
@@ -159,7 +159,7 @@ class Answerer:
     self.shipped = model is None
     self.directory = os.fspath(SHIPPED_MODEL if self.shipped else model)
     if num_frames is None:
-      num_frames = default_num_frames(self.directory)
+      num_frames = processors.default_num_frames(self.directory)
     self.settings = runner.Settings(
       num_frames=num_frames,
       batch_size=1,
@@ -175,13 +175,8 @@ class Answerer:
     if policy is not None:
       loaded = evaluation.load_policy(os.fspath(policy), self.checkpoint)
       self.policies = {"policy": loaded}
-    self._is_qwen = isinstance(self.checkpoint.model, qwen2_5_vl.Qwen2_5VLModel)
-    if self._is_qwen:
-      self._preprocessing = qwen_frames.ProcessorConfig.with_paper_bounds(
-        self.directory
-      )
-    else:
-      self._preprocessing = frames.Preprocessing.from_directory(self.directory)
+    found = self.checkpoint.model.read_processor(self.directory)
+    self._processor = found.with_paper_bounds()
 
   def ask(
     self,
@@ -294,21 +289,22 @@ class Answerer:
 
   def _grid(self, path) -> tuple[int, int, int]:
     """Returns (T, H, W) of a clip's video tokens."""
-    if not self._is_qwen:
-      return self.checkpoint.model.grid(self.settings.num_frames)
-    height, width = video.frame_size(path, self._limits)
-    return self._preprocessing.grid(height, width, self.settings.num_frames)
+    num_frames = self.settings.num_frames
+    if fixed := self._processor.fixed_grid(num_frames):
+      return fixed
+    return self._processor.grid(
+      num_frames, *video.frame_size(path, self._limits)
+    )
 
   def _open(self, grid) -> tuple[clips.ClipSource, programs_lib.Programs]:
     """Returns what encodes clips of a grid and answers; made once."""
     if grid not in self._opened:
-      kind = clips.PatchSource if self._is_qwen else clips.ClipSource
-      source = kind(
+      source = clips.ClipSource(
         # Clips are named by whole paths: a user's own word, not a data set's.
         os.path.abspath(os.sep),
         self.checkpoint.model,
         self.checkpoint.params,
-        self._preprocessing,
+        self._processor,
         num_frames=self.settings.num_frames,
         limits=self._limits,
         keep=1,
@@ -406,22 +402,6 @@ def video_name(path: str | os.PathLike) -> str:
   path = os.path.relpath(os.path.realpath(path), os.path.abspath(os.sep))
   # The dot keeps a colon in a name from being read as a URL's.
   return os.path.join(".", path)
-
-
-def default_num_frames(directory: str | os.PathLike) -> int:
-  """Returns the frames per clip that a checkpoint's files ask for, else 32."""
-  path = os.path.join(directory, "video_preprocessor_config.json")
-  number = None
-  if os.path.isfile(path):
-    number = checkpoints.read_json(path).get("num_frames")
-  if number is None:
-    return _NUM_FRAMES
-  if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-    raise errors.UserError(
-      f"{path}: num_frames {number!r} is no number of frames; correct it, or"
-      " give --num_frames"
-    )
-  return number
 
 
 def check_report_path(path: str | os.PathLike) -> pathlib.Path:

@@ -30,8 +30,6 @@ from cacovid_jax.compressors import base
 from cacovid_jax.data import (
   answer_log,
   feature_cache,
-  frames,
-  qwen_frames,
   readers,
 )
 from cacovid_jax.data import chat_template as chat_template_lib
@@ -48,7 +46,7 @@ from cacovid_jax.evals import (
   runner,
   shards,
 )
-from cacovid_jax.models import checkpoints, qwen2_5_vl
+from cacovid_jax.models import checkpoints
 from cacovid_jax.policy import modules
 
 
@@ -72,7 +70,7 @@ class Request:
     dtype: of the base model.
     cache: folder of cached features, "" for none.
     min_pixels: least pixels of a frame of models whose grid follows the clip; 0
-      for the paper's, see `qwen_frames.ProcessorConfig.with_paper_bounds`.
+      for the paper's, see `Processor.with_paper_bounds`.
     max_pixels: most pixels, likewise.
     frame_manifest: file of another run's frames; "" for none.
     shard: (i, n): this is process i of n that share the work.
@@ -598,31 +596,19 @@ def open_source(
   Args:
     request: see there.
     checkpoint: the base model.
-    want: names of `vision_signals` that clips bring along.
+    want: names of `video_llm.SIGNALS` that clips bring along.
     manifest: what their frames must agree with; None for nothing.
   """
   model = checkpoint.model
-  if isinstance(model, qwen2_5_vl.Qwen2_5VLModel):
-    kind = clips.PatchSource
-    preprocessing = qwen_frames.ProcessorConfig.with_paper_bounds(
-      request.checkpoint,
-      min_pixels=request.min_pixels,
-      max_pixels=request.max_pixels,
-    )
-  else:
-    if request.min_pixels or request.max_pixels:
-      raise errors.UserError(
-        f"min_pixels and max_pixels: {request.checkpoint} has frames of one"
-        " size; leave them out"
-      )
-    kind = clips.ClipSource
-    preprocessing = frames.Preprocessing.from_directory(request.checkpoint)
+  processor = model.read_processor(request.checkpoint).with_paper_bounds(
+    request.min_pixels, request.max_pixels
+  )
   dtype = jnp.dtype(model.dtype).name
-  return kind(
+  return clips.ClipSource(
     os.path.join(request.data, request.media),
     model,
     checkpoint.params,
-    preprocessing,
+    processor,
     num_frames=request.num_frames,
     cache=feature_cache.FeatureCache(request.cache) if request.cache else None,
     cache_key=f"{checkpoint.identity['sha256']} {dtype}",

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from cacovid_jax.compressors import in_llm, prompt_rows
+from cacovid_jax.compressors import in_llm
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import asker as asker_lib
 from cacovid_jax.evals import programs as programs_lib
 from cacovid_jax.evals import runner
-from cacovid_jax.models import generation
+from cacovid_jax.models import generation, prompt_batch
 
 # M is rounded up to a multiple of this: few programs for many lengths.
 _LENGTH_STEP = 8
@@ -109,7 +109,7 @@ class _Reader:
     self._rows = evaluator.settings.batch_size
     if cell.method is not None:
       tools.programs.check(cell.method.compressor, cell.ratio)
-    self._whole = jax.jit(self._read_whole)
+    self._whole = jax.jit(self._read)
     self._kept = jax.jit(self._read_kept)
     inside = cell.method is not None and programs_lib.acts_inside(
       cell.method.compressor
@@ -132,7 +132,9 @@ class _Reader:
     selection = asker.select(self._cell)
     return self._kept(self._params, asker.batch, selection)
 
-  def score(self, state, batch: programs_lib.Batch, ids: Sequence[list[int]]):
+  def score(
+    self, state, batch: prompt_batch.PromptBatch, ids: Sequence[list[int]]
+  ):
     """Returns (float32[B], bool[B]) of at most B continuations."""
     padded = np.zeros((self._rows, self._size), np.int32)
     lengths = np.zeros(self._rows, np.int32)
@@ -144,24 +146,21 @@ class _Reader:
     )
     return np.asarray(log_prob), np.asarray(greedy)
 
-  def _read_whole(self, params, batch):
-    return self._read(params, batch.x, batch.positions, batch.length)
-
   def _read_kept(self, params, batch, selection):
-    num_video = batch.features.shape[1]
-    rows = prompt_rows.whole(
-      batch.x, batch.positions, batch.length, batch.video_start, num_video
-    )
-    rows = prompt_rows.keep(rows, selection, num_video=num_video)
-    return self._read(params, rows.x, rows.positions, rows.lengths)
+    rows = prompt_batch.whole(batch)
+    num_video = rows.video_rows.shape[1]
+    rows = prompt_batch.keep(rows, selection, num_video=num_video)
+    return self._read(params, rows)
 
-  def _read(self, params, x, positions, lengths):
+  def _read(self, params, rows):
     logits, cache, _ = self._model.prefill(
       params,
-      x,
-      positions,
-      lengths,
-      cache_length=x.shape[1] + self._size - 1,
+      rows.x,
+      rows.positions,
+      rows.lengths,
+      cache_length=rows.x.shape[1] + self._size - 1,
+      deep=rows.deep,
+      video_rows=rows.video_rows,
     )
     return logits, cache
 
@@ -169,10 +168,7 @@ class _Reader:
     compressor = self._cell.method.compressor
     rows = in_llm.enter(
       compressor,
-      batch.x,
-      batch.positions,
-      batch.length,
-      batch.video_start,
+      batch,
       aux,
       grid=self._grid,
       ratio=self._cell.ratio,

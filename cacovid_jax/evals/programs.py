@@ -9,34 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cacovid_jax.compressors import base, in_llm, prompt_rows
-from cacovid_jax.models import generation
-
-
-class Batch(NamedTuple):
-  """B whole prompts on device.
-
-  Attributes:
-    features: float[B, N, D].
-    ids: int32[B, L].
-    length: int32[B] rows without padding.
-    video_start: int32[B] row of the first video token.
-    positions: int32[B, P, L].
-    next_position: int32[B] of the first generated token.
-    seconds: float32[B], from one row of the grid's first axis to the next.
-    text_rows: int32[B, Q] rows of the question's text, L where there are none.
-    x: float[B, L, D] embeddings.
-  """
-
-  features: jax.Array
-  ids: jax.Array
-  length: jax.Array
-  video_start: jax.Array
-  positions: jax.Array
-  next_position: jax.Array
-  seconds: jax.Array
-  text_rows: jax.Array
-  x: jax.Array
+from cacovid_jax.compressors import base, in_llm
+from cacovid_jax.models import generation, prompt_batch
 
 
 class Vanilla(NamedTuple):
@@ -114,16 +88,12 @@ class Programs:
     return compressor.minimum_ratio(self._num_layers, self._num_video)
 
   def _inside(self, compressor, ratio):
-    def ask(params, batch: Batch, text, aux, keys):
+    def ask(params, batch: prompt_batch.PromptBatch, text, aux, keys):
       return in_llm.generate(
         self._model,
         params,
         compressor,
-        batch.x,
-        batch.positions,
-        batch.length,
-        batch.video_start,
-        batch.next_position,
+        batch,
         aux,
         grid=self.grid,
         ratio=ratio,
@@ -151,13 +121,17 @@ class Programs:
 
     return jax.jit(jax.vmap(one))
 
-  def _vanilla(self, params, batch: Batch, *, want_attention: bool) -> Vanilla:
+  def _vanilla(
+    self, params, batch: prompt_batch.PromptBatch, *, want_attention: bool
+  ) -> Vanilla:
     logits, cache, out = self._model.prefill(
       params,
       batch.x,
       batch.positions,
-      batch.length,
+      batch.lengths,
       cache_length=batch.x.shape[1] + self._ending["max_new_tokens"] - 1,
+      deep=batch.deep,
+      video_rows=batch.video_rows,
       want_attention=want_attention,
     )
     ids = generation.extend(
@@ -171,35 +145,27 @@ class Programs:
     )
     if not want_attention:
       return Vanilla(ids, None)
-    rows = jax.vmap(
-      lambda row, start: jax.lax.dynamic_slice_in_dim(
-        row, start, self._num_video, axis=-1
-      ),
-      in_axes=(1, 0),
-    )(out["last_query_attention"], batch.video_start)
+    # float32[layers, B, L] -> [B, layers, N].
+    paid = jax.vmap(prompt_batch.read_video, (0, None), 1)
+    rows = paid(out["last_query_attention"], batch.video_rows)
     return Vanilla(ids, rows)
 
-  def _scores(self, module, params, batch: Batch):
-    video = jnp.arange(self._num_video, dtype=jnp.int32)
-
-    def one(x, positions, length, start):
+  def _scores(self, module, params, batch: prompt_batch.PromptBatch):
+    def one(x, positions, length, video_rows):
       return module.apply(
-        {"params": params}, x, positions, start + video, self.grid, length
+        {"params": params}, x, positions, video_rows, self.grid, length
       )
 
     return jax.vmap(one)(
-      batch.x, batch.positions, batch.length, batch.video_start
+      batch.x, batch.positions, batch.lengths, batch.video_rows
     )
 
-  def _answer(self, params, batch: Batch, selection: base.Selection):
-    rows = prompt_rows.whole(
-      batch.x,
-      batch.positions,
-      batch.length,
-      batch.video_start,
-      self._num_video,
+  def _answer(
+    self, params, batch: prompt_batch.PromptBatch, selection: base.Selection
+  ):
+    rows = prompt_batch.keep(
+      prompt_batch.whole(batch), selection, num_video=self._num_video
     )
-    rows = prompt_rows.keep(rows, selection, num_video=self._num_video)
     # Kept tokens keep their positions, and the answer goes on where that of
     # the whole prompt would.
     return generation.greedy(
@@ -209,6 +175,8 @@ class Programs:
       rows.positions,
       rows.lengths,
       batch.next_position,
+      deep=rows.deep,
+      video_rows=rows.video_rows,
       **self._ending,
     )
 

@@ -33,7 +33,7 @@ import optax
 import tokenizers
 
 from cacovid_jax import errors
-from cacovid_jax.models import qwen2, rope
+from cacovid_jax.models import processors, qwen2, rope
 from cacovid_jax.synthetic import packing, render, world
 
 _ATTRIBUTES = (
@@ -264,6 +264,7 @@ class Prompts:
     self.num_video = num_video
     self.num_questions = num_questions
     self.question_length = question_length
+    self.video_rows = len(self.prefix) + np.arange(num_video, dtype=np.int32)
     self.text_start = len(self.prefix) + num_video + 1
 
   def head_ids(self):
@@ -290,6 +291,12 @@ class Prompts:
     return np.concatenate([np.arange(self.text_start), text]).astype(np.int32)
 
 
+def _features(model, params, pixels):
+  """Returns float[N, D] of one clip float32[T, h, w, 3]."""
+  inputs = processors.TowerInputs(pixels, model.grid(*pixels.shape[:3]))
+  return model.encode(params, inputs).features
+
+
 def packed_logits(model, params, prompts, features, ids):
   """Answers all questions of each clip with the whole video.
 
@@ -307,10 +314,8 @@ def packed_logits(model, params, prompts, features, ids):
   head = prompts.head_ids()
   head = jnp.broadcast_to(head, (batch, len(head)))
   rows = jnp.concatenate([head, ids.reshape(batch, -1)], axis=1)
-  start = len(prompts.prefix)
-  x = jax.vmap(lambda i, f: model.embed_prompt(params, i, f, start))(
-    rows, features
-  )
+  embed = jax.vmap(model.embed_prompt, (None, 0, 0, None))
+  x = embed(params, rows, features, prompts.video_rows)
   positions = jnp.broadcast_to(
     prompts.packed_positions(), (batch, 1, x.shape[1])
   )
@@ -339,9 +344,9 @@ def pruned_logits(model, params, prompts, features, ids, index, valid):
   batch, num_questions, length = ids.shape
   start = len(prompts.prefix)
   head = prompts.head_ids()
-  whole = jax.vmap(lambda f: model.embed_prompt(params, head, f, start))(
-    features
-  )  # [B, prefix + N + 1, D]
+  embed = jax.vmap(model.embed_prompt, (None, None, 0, None))
+  # [B, prefix + N + 1, D]
+  whole = embed(params, head, features, prompts.video_rows)
   rows = jnp.concatenate(
     [
       jnp.broadcast_to(jnp.arange(start), (batch, num_questions, start)),
@@ -394,10 +399,9 @@ def first_layer(model, params, prompts, features, ids, lengths):
   """
   head = prompts.head_ids()
   head = jnp.broadcast_to(head, (len(ids), len(head)))
-  start = len(prompts.prefix)
-  x = jax.vmap(lambda i, f: model.embed_prompt(params, i, f, start))(
-    jnp.concatenate([head, ids], axis=1), features
-  )
+  rows = jnp.concatenate([head, ids], axis=1)
+  embed = jax.vmap(model.embed_prompt, (None, 0, 0, None))
+  x = embed(params, rows, features, prompts.video_rows)
   text = model.config.text
   layer = qwen2.DecoderLayer(text, model.dtype, model.backend)
   positions = jnp.arange(x.shape[1])[None]
@@ -413,7 +417,7 @@ def first_layer(model, params, prompts, features, ids, lengths):
     causal=False,
     lengths=prompts.text_start + lengths,
   )
-  return h[:, start : start + prompts.num_video]
+  return h[:, prompts.video_rows]
 
 
 def random_subsets(rng, decisive, num_valid, pull, *, num_keep):
@@ -529,9 +533,7 @@ def make_update(model, prompts, tx, config, word_ids, mesh):
   def loss_fn(params, rng, batch):
     frame_rng, subset_rng = jax.random.split(rng)
     pixels = draw_frames(frame_rng, batch).astype(model.dtype)
-    features = jax.vmap(lambda p: model.encode_video(params["model"], p))(
-      pixels
-    )
+    features = jax.vmap(lambda p: _features(model, params["model"], p))(pixels)
     ids, target = batch["ids"], batch["target"]
     logits = packed_logits(model, params["model"], prompts, features, ids)
     losses = {"full": _token_loss(logits, ids, target)}
@@ -618,7 +620,7 @@ def make_probe(model, prompts, num_keep_of, mesh):
     rng = jax.random.fold_in(rng, jax.lax.axis_index("data"))
     frame_rng, rule_rng = jax.random.split(rng)
     pixels = draw_frames(frame_rng, batch).astype(model.dtype)
-    features = jax.vmap(lambda p: model.encode_video(params, p))(pixels)
+    features = jax.vmap(lambda p: _features(model, params, p))(pixels)
     ids, target = batch["ids"], batch["target"]
     logits = packed_logits(model, params, prompts, features, ids)
     hits = {"vanilla": _hits(logits, ids, target)}
@@ -698,7 +700,7 @@ def train(model, tokenizer_file, config, *, on_metrics, on_probe):
   """Pretrains a model and returns its parameters and the last probe.
 
   Args:
-    model: `models.llava_onevision.LlavaOnevisionModel`.
+    model: `models.video_llm.VideoLLM`.
     tokenizer_file: path of tokenizer.json.
     config: the "pretrain" section of `configs/synthetic_base.py`.
     on_metrics: called with (step, {name: value}) every config.log_every steps.

@@ -18,17 +18,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cacovid_jax import errors
-from cacovid_jax.data import feature_cache, frames, qwen_frames, readers
+from cacovid_jax.data import feature_cache, readers
 from cacovid_jax.data import left_out as left_out_lib
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import rewards as rewards_lib
 from cacovid_jax.data import tfds as tfds_lib
-from cacovid_jax.models import (
-  checkpoints,
-  qwen2_5_vl,
-  qwen2_5_vl_vision,
-  token_grid,
-)
+from cacovid_jax.models import checkpoints, processors, token_grid
 from cacovid_jax.parallel import mesh as mesh_lib
 from cacovid_jax.policy import modules, objective, sampling
 from cacovid_jax.training import (
@@ -113,10 +108,8 @@ def make(
   rollout_config = rollout.RolloutConfig(**config.rollout)
   host_marks = _host_marks(rollout_config, questions, checkpoint.tokenizer)
   policy, options = make_policy(config, checkpoint.model.config.text)
-  preprocessing = make_preprocessing(config, checkpoint.model)
-  recipes = make_recipes(
-    config, checkpoint, policy, rollout_config, preprocessing
-  )
+  processor = make_processor(config, checkpoint.model)
+  recipes = make_recipes(config, checkpoint, policy, rollout_config, processor)
   recipe = recipes[-1]
   if isinstance(recipe.grid, token_grid.Bucket):
     made = programs.BucketPrograms(recipes, mesh, host_marks=host_marks)
@@ -131,7 +124,7 @@ def make(
     seed=mesh_lib.put(np.uint32(config.seed % 2**32), mesh, programs.ONE),
   )
   if source is None:
-    source = _clip_source(config, workdir, checkpoint, preprocessing, recipes)
+    source = _clip_source(config, workdir, checkpoint, processor, recipes)
   return Run(
     recipe=recipe,
     programs=made,
@@ -288,44 +281,28 @@ def init_policy(config, policy, base_params):
   return params
 
 
-def make_preprocessing(config, model):
+def make_processor(config, model) -> processors.Processor:
   """Returns what is done to frames before the tower of a model.
 
-  `frames.Preprocessing`, or `qwen_frames.ProcessorConfig` of a model whose
-  grids follow the shape of the frames; the pixels' limits are the config's.
+  That of the checkpoint's files, with the config's limits on pixels.
   """
-  vision, path = model.config.vision, str(config.model.path)
-  limits = {
-    name: config.data[name]
-    for name in ("min_pixels", "max_pixels")
-    if config.data[name]
-  }
-  if isinstance(model, qwen2_5_vl.Qwen2_5VLModel):
-    if config.data.decisive_file:
-      raise errors.UserError(
-        "config.data.decisive_file names tokens of one grid, but the videos of"
-        " this model differ; leave it empty"
-      )
-    if os.path.isdir(path):
-      return qwen_frames.ProcessorConfig.from_files(path, **limits)
-    return qwen_frames.ProcessorConfig(
-      patch_size=vision.patch_size,
-      temporal_patch_size=vision.temporal_patch_size,
-      merge_size=vision.merge_size,
-      **limits,
-    )
-  if limits or config.data.buckets:
+  data, path = config.data, str(config.model.path)
+  found = model.read_processor(path) if os.path.isdir(path) else model.processor
+  if found.one_grid and (data.buckets or data.min_pixels or data.max_pixels):
     raise errors.UserError(
       "config.data.buckets, min_pixels and max_pixels are for models whose"
       " grids differ (Qwen2.5-VL); leave them empty for this one"
     )
-  if os.path.isdir(path):
-    return frames.Preprocessing.from_directory(path)
-  return frames.Preprocessing(vision.image_size)
+  if data.decisive_file and not found.one_grid:
+    raise errors.UserError(
+      "config.data.decisive_file names tokens of one grid, but the videos of"
+      " this model differ; leave it empty"
+    )
+  return found.with_bounds(data.min_pixels, data.max_pixels)
 
 
 def make_recipes(
-  config, checkpoint, policy, rollout_config, preprocessing
+  config, checkpoint, policy, rollout_config, processor
 ) -> list[step.Recipe]:
   """Returns everything static about the run of a config.
 
@@ -335,12 +312,12 @@ def make_recipes(
   fixed = constants.pop("ratio")
   ladder_options = dict(config.ratio)
   adaptive = ladder_options.pop("adaptive")
-  if isinstance(preprocessing, qwen_frames.ProcessorConfig):
-    grids = make_buckets(config, preprocessing)
-    make_ladder = ratio.make_bucket_ladder
-  else:
-    grids = [checkpoint.model.grid(config.data.num_frames)]
+  if processor.one_grid:
+    grids = [processor.fixed_grid(config.data.num_frames)]
     make_ladder = ratio.make_ladder
+  else:
+    grids = make_buckets(config, processor)
+    make_ladder = ratio.make_bucket_ladder
   first = step.Recipe(
     model=checkpoint.model,
     policy=policy,
@@ -355,7 +332,7 @@ def make_recipes(
     iterations=config.iterations,
     eos_ids=tuple(checkpoint.eos_ids),
     pad_id=checkpoint.pad_id,
-    to_pixels=functools.partial(_to_pixels, preprocessing),
+    to_pixels=functools.partial(processor.normalise, xp=jnp),
   )
 
   def ladder(grid):
@@ -381,7 +358,7 @@ def make_buckets(config, processor) -> list[token_grid.Bucket]:
   slices = -(-config.data.num_frames // processor.temporal_patch_size)
   sizes = [tuple(sizes) for sizes in config.data.buckets]
   if not sizes:
-    least, most = processor.slice_tokens(config.data.num_frames)
+    least, most = processor.patch_tokens(config.data.num_frames)
     middle = int(math.sqrt(least * most))
     sizes = [(slices, area) for area in sorted({middle, most})]
   try:
@@ -412,13 +389,6 @@ def host_rewards(tokenizer, ids, questions) -> np.ndarray:
       for answers, question in zip(ids, questions, strict=True)
     ]
   )
-
-
-def _to_pixels(preprocessing, video):
-  """Returns f32[T,S,S,3] of u8[T,S,S,3], on the device."""
-  mean = jnp.asarray(preprocessing.mean, jnp.float32)
-  std = jnp.asarray(preprocessing.std, jnp.float32)
-  return (video.astype(jnp.float32) / 255.0 - mean) / std
 
 
 def _dtype(name: str, key: str):
@@ -461,7 +431,7 @@ def _host_marks(config, questions, tokenizer) -> bool:
   return True
 
 
-def _clip_source(config, workdir, checkpoint, preprocessing, recipes):
+def _clip_source(config, workdir, checkpoint, processor, recipes):
   """Returns the source of pixels, or of features that are kept on disk.
 
   Videos of several grids always come as features: their tower runs in programs
@@ -479,9 +449,9 @@ def _clip_source(config, workdir, checkpoint, preprocessing, recipes):
   if isinstance(recipes[-1].grid, token_grid.Bucket):
     sizes = [recipe.grid for recipe in recipes]
     return pipeline.GridFeatureSource(
-      pipeline.ShotSource(_media_root(config), rule, preprocessing, **limits),
+      pipeline.ShotSource(_media_root(config), rule, processor, **limits),
       BucketTower(model, checkpoint.params),
-      preprocessing,
+      processor,
       buckets=sizes,
       # Padding may move the last bit: other buckets, other entries.
       identity=f"{identity} {sizes}",
@@ -490,17 +460,25 @@ def _clip_source(config, workdir, checkpoint, preprocessing, recipes):
   clips = pipeline.ClipSource(
     _media_root(config),
     rule,
-    preprocessing.image_size,
-    resample=preprocessing.resample,
+    processor.image_size,
+    resample=processor.resample,
     **limits,
   )
   if cache is None:
     return clips
-  encode = jax.jit(jax.vmap(model.encode_video, (None, 0)))
+
+  @jax.jit
+  def encode(params, pixels):
+    def one(pixels):
+      inputs = processors.TowerInputs(pixels, recipes[-1].grid)
+      return model.encode(params, inputs).features
+
+    return jax.vmap(one)(pixels)
+
   return pipeline.FeatureSource(
     clips,
     functools.partial(encode, _tower_params(checkpoint.params)),
-    preprocessing,
+    processor,
     identity=identity,
     num_tokens=recipes[-1].num_video,
     width=model.config.text.hidden_size,
@@ -527,25 +505,16 @@ class BucketTower:
     """Compiles nothing yet.
 
     Args:
-      model: `Qwen2_5VLModel`.
+      model: `VideoLLM`.
       params: its parameters.
     """
-    self._config = model.config.vision
-    self._encode = jax.jit(model.encode_video)
+    self._model = model
+    self._encode = jax.jit(lambda *args: model.encode(*args).features)
     self._params = _tower_params(params)
 
-  def __call__(self, patches, grid, bucket: token_grid.Bucket):
-    """Returns features float[N_max,D] of patches float32[P,...] of a grid."""
-    sizes = qwen2_5_vl_vision.Sizes.of_bucket(
-      self._config,
-      num_slices=bucket.frames,
-      tokens_per_slice=bucket.frame_tokens,
-      num_tokens=bucket.tokens,
-    )
-    layout = qwen2_5_vl_vision.layout(grid, self._config, sizes)
-    rows = bucket.tokens * self._config.patches_per_token
-    patches = np.pad(patches, ((0, rows - len(patches)), (0, 0)))
-    return self._encode(self._params, patches, layout)
+  def __call__(self, inputs, bucket: token_grid.Bucket):
+    """Returns features float[N_max,D] of a processor's `TowerInputs`."""
+    return self._encode(self._params, self._model.tower_inputs(inputs, bucket))
 
 
 def _ledger(workdir) -> str:
@@ -641,7 +610,7 @@ class _Batches:
       video=visual,
       ids=batch["ids"],
       length=batch["length"],
-      video_start=batch["video_start"],
+      video_rows=batch["video_rows"],
       answer_id=batch["answer_id"],
       option_ids=options,
       question_hash=batch["question_hash"],

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from cacovid_jax.models import token_grid
+from cacovid_jax.models import processors, prompt_batch, token_grid
 from cacovid_jax.policy import objective, sampling
 from cacovid_jax.training import ratio, replay, rollout
 from cacovid_jax.training import state as state_lib
@@ -54,7 +54,7 @@ class Batch(struct.PyTreeNode):
       bucket features, zero behind a video's own.
     ids: i32[B,L] whole prompts, right padded.
     length: i32[B].
-    video_start: i32[B].
+    video_rows: i32[B,N] rows of the video tokens, L behind a video's own.
     answer_id: i32[B] token of the right letter, -1 if it is none.
     option_ids: i32[B,A] tokens of the question's letters, -1 where fewer.
     question_hash: u32[B].
@@ -66,7 +66,7 @@ class Batch(struct.PyTreeNode):
   video: jax.Array
   ids: jax.Array
   length: jax.Array
-  video_start: jax.Array
+  video_rows: jax.Array
   answer_id: jax.Array
   option_ids: jax.Array
   question_hash: jax.Array
@@ -80,7 +80,7 @@ class Videos(struct.PyTreeNode):
   `rng` is the key of each video; the rest is as in `Batch` and `Own`.
   """
 
-  prompts: rollout.Prompts
+  prompts: prompt_batch.PromptBatch
   answer_id: jax.Array
   option_ids: jax.Array
   decisive_frames: jax.Array
@@ -177,9 +177,9 @@ def policy_scores(recipe: Recipe, params, videos: Videos):
       {"params": params},
       prompt.x,
       prompt.positions,
-      prompt.video_rows(recipe.num_video),
+      prompt.video_rows,
       recipe.grid if grid is None else grid,
-      prompt.length,
+      prompt.lengths,
     )
 
   return jax.vmap(one)(videos.prompts, videos.grid)
@@ -196,7 +196,8 @@ def begin(recipe: Recipe, state, frozen: Frozen, batch: Batch):
   if features.ndim == 5:
 
     def encode(video):
-      return model.encode_video(params, recipe.to_pixels(video))
+      inputs = processors.TowerInputs(recipe.to_pixels(video), recipe.grid)
+      return model.encode(params, inputs).features
 
     # One video at a time: a tower's activations are the step's largest.
     features = jax.lax.map(encode, features)
@@ -222,28 +223,20 @@ def begin(recipe: Recipe, state, frozen: Frozen, batch: Batch):
   return videos, jax.vmap(memory)(scores, videos.rungs)
 
 
-def _prompts(model, params, batch: Batch, features) -> rollout.Prompts:
-  """Returns the prompts of a batch, features f[B,N,D] in place."""
-  given = (batch.ids, features, batch.video_start)
+def _prompts(model, params, batch: Batch, features):
+  """Returns the `PromptBatch` of a batch, features f[B,N,D] in place."""
+  x = jax.vmap(model.embed_prompt, (None, 0, 0, 0))(
+    params, batch.ids, features, batch.video_rows
+  )
   if batch.own is None:
-    x = jax.vmap(model.embed_prompt, (None, 0, 0, 0))(params, *given)
     positions = jnp.broadcast_to(
       jnp.arange(x.shape[1], dtype=jnp.int32), (x.shape[0], 1, x.shape[1])
     )
-    num_video = following = None
+    following = batch.length
   else:
-    num_video = batch.own.grid.num_tokens
-    x = jax.vmap(model.embed_prompt, (None, 0, 0, 0, 0))(
-      params, *given, num_video
-    )
     positions, following = batch.own.positions, batch.own.following
-  return rollout.Prompts(
-    x=x,
-    positions=positions,
-    length=batch.length,
-    video_start=batch.video_start,
-    num_video=num_video,
-    following=following,
+  return prompt_batch.PromptBatch(
+    x, positions, batch.length, batch.video_rows, following
   )
 
 
@@ -259,7 +252,7 @@ def draw(recipe: Recipe, videos: Videos, memory, *, largest: int):
   ladder = recipe.ladder
 
   def one(key, prompt, memory, rungs):
-    features = prompt.x[prompt.video_rows(recipe.num_video)]
+    features = prompt.x[prompt.video_rows]
     given = (
       jax.random.fold_in(key, memory.iteration),
       memory.old_scores,
@@ -290,7 +283,6 @@ def roll_out(recipe: Recipe, frozen, videos, memory, *, largest: int):
     videos.prompts,
     combinations.index,
     num_valid,
-    num_video=recipe.num_video,
     max_new_tokens=recipe.rollout.answer_length,
     eos_ids=recipe.eos_ids,
     pad_id=recipe.pad_id,

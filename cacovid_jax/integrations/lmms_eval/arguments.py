@@ -10,6 +10,7 @@ import jax
 from cacovid_jax import errors
 from cacovid_jax.compressors import base
 from cacovid_jax.evals import answering, runner
+from cacovid_jax.models import processors
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ class Arguments:
   @property
   def num_frames(self) -> int:
     """T."""
-    return self.max_frames_num or answering.default_num_frames(self.directory)
+    return self.max_frames_num or processors.default_num_frames(self.directory)
 
   def cell(self) -> runner.Cell:
     """Returns what is asked: the method at its ratio, or vanilla at 1.0."""
