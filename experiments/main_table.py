@@ -649,12 +649,12 @@ def _other_pixels(request) -> list[str]:
   bounds = [
     (config.min_pixels, config.max_pixels)
     for config in (
-      qwen_frames.ProcessorConfig.with_paper_bounds(
+      processors.Qwen2_5VLProcessor.with_paper_bounds(
         request.checkpoint,
         min_pixels=request.min_pixels,
         max_pixels=request.max_pixels,
       ),
-      qwen_frames.ProcessorConfig.with_paper_bounds(request.checkpoint),
+      processors.Qwen2_5VLProcessor.with_paper_bounds(request.checkpoint),
     )
   ]
   if bounds[0] == bounds[1]:

@@ -411,8 +411,8 @@ def enter(
   num_video = math.prod(grid)
   if prompts.video_rows.shape[1] != num_video:
     raise ValueError(
-      f"prompts of {prompts.video_rows.shape[1]} video tokens do not hold"
-      f" {num_video}"
+      f"prompts with {prompts.video_rows.shape[1]} video rows do not hold"
+      f" {num_video} video tokens"
     )
   rows = prompt_batch.whole(prompts)
   if compressor.before is None:

@@ -10,6 +10,7 @@ import pytest
 
 from cacovid_jax import compressors, errors
 from cacovid_jax.compressors import framefusion, in_llm
+from cacovid_jax.models import prompt_batch
 from tests.compressors import decoder_loop, in_llm_test, quick
 
 GRID, NUM_VIDEO, LAYERS, NEW = (
@@ -290,7 +291,11 @@ def test_degenerate_videos_stay_within_the_budget(kind):
   if kind == "one frame":
     x = jax.random.normal(jax.random.key(0), x.shape)
   rows = in_llm.enter(
-    rule_of(), x, jnp.zeros((1, 1, size + 4), jnp.int32), [size + 4], [2],
+    rule_of(),
+    prompt_batch.PromptBatch(
+      x, jnp.zeros((1, 1, size + 4), jnp.int32), jnp.array([size + 4]),
+      2 + jnp.arange(size)[None], jnp.array([size + 4]),
+    ),
     grid=grid, ratio=0.5, num_layers=LAYERS,
   )  # fmt: skip
   step = quick.jit(functools.partial(framefusion._stage, stages))
@@ -318,8 +323,13 @@ def test_reference_rounding_rounds_the_share_that_is_left():
     rule = compressors.get("framefusion", exact_budget=exact)
     stages = framefusion._Stages(rule, GRID, LAYERS, 62, LAYERS - 1)
     rows = in_llm.enter(
-      rule, jnp.asarray(x), jnp.zeros((1, 1, NUM_VIDEO + 2), jnp.int32),
-      [NUM_VIDEO + 2], [1], grid=GRID, ratio=0.52, num_layers=LAYERS,
+      rule,
+      prompt_batch.PromptBatch(
+        jnp.asarray(x), jnp.zeros((1, 1, NUM_VIDEO + 2), jnp.int32),
+        jnp.array([NUM_VIDEO + 2]), 1 + jnp.arange(NUM_VIDEO)[None],
+        jnp.array([NUM_VIDEO + 2]),
+      ),
+      grid=GRID, ratio=0.52, num_layers=LAYERS,
     )  # fmt: skip
     state = framefusion._start(rows)._replace(
       merged=jnp.array([True]), spent=jnp.array([24], jnp.int32)

@@ -15,8 +15,10 @@ from cacovid_jax.compressors import base, budgets, in_llm
 from cacovid_jax.models import (
   attention,
   llava_onevision,
+  prompt_batch,
   qwen2,
   qwen2_5_vl,
+  video_llm,
 )
 from tests.compressors import decoder_loop, quick
 
@@ -31,7 +33,7 @@ STATIC = (
 
 generate = quick.jit(
   lambda params, *args, model, compressor, **kwargs: in_llm.generate(
-    model, params, compressor, *args, **kwargs
+    model, params, compressor, batch_of(*args), **kwargs
   ),
   static_argnames=STATIC,
 )
@@ -62,6 +64,12 @@ def params_of(kind):
   return {"language_model": jax.tree.map(jnp.asarray, decoder)}
 
 
+def batch_of(x, positions, lengths, starts, next_position):
+  """Returns the `PromptBatch` of videos whose rows follow each other."""
+  rows = jnp.asarray(starts)[:, None] + jnp.arange(NUM_VIDEO)
+  return prompt_batch.PromptBatch(x, positions, lengths, rows, next_position)
+
+
 def prompts(kind, seed=0, video=None):
   """Two prompts of 31 and 33 rows, padded to 35, the video at rows 3 and 4.
 
@@ -81,7 +89,7 @@ def prompts(kind, seed=0, video=None):
     for length, start in zip(lengths, starts, strict=True):
       ids = np.zeros(length, int)
       ids[start : start + NUM_VIDEO] = model.config.video_token_id
-      found, after = model.positions(ids, grid=GRID, seconds_per_slice=1.0)
+      found, after = model.positions(ids, video_llm.VideoFeatures(None, GRID))
       rows.append(np.pad(found, [(0, 0), (0, 35 - length)]))
       following.append(after)
     positions = np.stack(rows)
@@ -98,7 +106,7 @@ def run(kind, compressor, inputs, ratio, eos_ids=(), **kwargs):
   function = generate
   if compressor.on_host:
     function = lambda params, *args, model, compressor, **kwargs: (  # noqa: E731
-      in_llm.generate(model, params, compressor, *args, **kwargs)
+      in_llm.generate(model, params, compressor, batch_of(*args), **kwargs)
     )
   return function(
     params_of(kind),
@@ -132,7 +140,7 @@ def all_logits(
     )
   else:
     rows = in_llm.enter(
-      compressor, x, positions, lengths, starts,
+      compressor, batch_of(x, positions, lengths, starts, following),
       grid=GRID, ratio=ratio, num_layers=LAYERS,
     )  # fmt: skip
     logits, caches, trace = compressor.prefill(
@@ -538,7 +546,11 @@ def test_prompts_without_room_for_the_video():
   x = jnp.zeros((1, 20, 32))
   with pytest.raises(ValueError, match="do not hold 24 video tokens"):
     in_llm.enter(
-      fastv(), x, jnp.zeros((1, 1, 20), jnp.int32), [20], [0],
+      fastv(),
+      prompt_batch.PromptBatch(
+        x, jnp.zeros((1, 1, 20), jnp.int32), jnp.array([20]),
+        jnp.arange(20)[None], jnp.array([20]),
+      ),
       grid=GRID, ratio=0.5, num_layers=LAYERS,
     )  # fmt: skip
 
@@ -594,9 +606,12 @@ def test_released_sizes_have_the_planned_shapes(spec):
       max_new_tokens=16, eos_ids=(1,), pad_id=0,
     ),
     params,
-    x=shape((2, rows, 3584), jnp.bfloat16),
-    positions=shape((2, 1, rows), jnp.int32),
-    lengths=number, video_start=number, next_positions=number,
+    prompts=prompt_batch.PromptBatch(
+      x=shape((2, rows, 3584), jnp.bfloat16),
+      positions=shape((2, 1, rows), jnp.int32),
+      lengths=number, video_rows=shape((2, 6272), jnp.int32),
+      next_position=number,
+    ),
     aux=aux,
   )  # fmt: skip
   assert ids.shape == (2, 16)

@@ -8,6 +8,7 @@ import pytest
 from cacovid_jax import errors
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import rewards as rewards_lib
+from cacovid_jax.models import prompt_batch
 from cacovid_jax.training import rollout
 from tests.training import tiny
 
@@ -18,17 +19,18 @@ def prompts():
   frozen = tiny.frozen(recipe)
   batch = tiny.batch()
   x = jax.vmap(recipe.model.embed_prompt, (None, 0, 0, 0))(
-    frozen.params, batch.ids, batch.video, batch.video_start
+    frozen.params, batch.ids, batch.video, batch.video_rows
   )
   positions = jnp.broadcast_to(jnp.arange(tiny.LENGTH), (2, 1, tiny.LENGTH))
   return (
     recipe,
     frozen.params,
-    rollout.Prompts(
+    prompt_batch.PromptBatch(
       x=x,
       positions=positions,
-      length=jnp.asarray(batch.length),
-      video_start=jnp.asarray(batch.video_start),
+      lengths=jnp.asarray(batch.length),
+      video_rows=jnp.asarray(batch.video_rows),
+      next_position=jnp.asarray(batch.length),
     ),
   )
 
@@ -41,7 +43,6 @@ def answer(prompts, index, num_valid, max_new_tokens):
     held,
     jnp.asarray(index, jnp.int32),
     jnp.asarray(num_valid, jnp.int32),
-    num_video=tiny.NUM_VIDEO,
     max_new_tokens=max_new_tokens,
     eos_ids=(1,),
     pad_id=0,
@@ -51,12 +52,11 @@ def answer(prompts, index, num_valid, max_new_tokens):
 def test_pruned_prompt_keeps_text_newline_and_original_positions(prompts):
   _, _, held = prompts
   one = jax.tree.map(lambda a: a[0], held)
-  x, positions, length = rollout.prune(
-    one, jnp.array([3, 10, 63]), 3, num_video=tiny.NUM_VIDEO
-  )
+  _, pruned = prompt_batch.prune(one, jnp.array([3, 10, 63]), 3)
+  x, positions, length = pruned.x, pruned.positions, pruned.lengths
   start, end = tiny.VIDEO_START, tiny.VIDEO_START + tiny.NUM_VIDEO
   expected = [*range(start), start + 3, start + 10, start + 63]
-  expected += range(end, int(one.length))
+  expected += range(end, int(one.lengths))
   assert int(length) == len(expected)
   np.testing.assert_array_equal(positions[0, : len(expected)], expected)
   np.testing.assert_array_equal(x[: len(expected)], one.x[np.array(expected)])
