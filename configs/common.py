@@ -5,8 +5,9 @@ import types
 
 from cacovid_jax import base_config, errors
 from cacovid_jax import config as config_lib
-from cacovid_jax.data import frames, qwen_frames
+from cacovid_jax.data import frames
 from cacovid_jax.evals import defaults as evals_defaults
+from cacovid_jax.models import processors
 
 
 def parse_arg(arg, **defaults):
@@ -62,8 +63,8 @@ def released(arg, *, path, family):
   config.data.max_text_tokens = 1024
   config.data.num_threads = 8
   if family == "qwen2_5_vl":
-    config.data.min_pixels = qwen_frames.PAPER_MIN_PIXELS
-    config.data.max_pixels = qwen_frames.PAPER_MAX_PIXELS
+    config.data.min_pixels = processors.PAPER_MIN_PIXELS
+    config.data.max_pixels = processors.PAPER_MAX_PIXELS
   config.evals = evals_defaults.get_config()
   config.evals.methods = (
     # The paper's half of the budget, spread evenly, and its cap of 1.5 r.

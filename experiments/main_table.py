@@ -40,7 +40,7 @@ from absl import flags
 
 from cacovid_jax import compressors, errors
 from cacovid_jax import config as config_lib
-from cacovid_jax.data import answer_log, qwen_frames, readers
+from cacovid_jax.data import answer_log, readers
 from cacovid_jax.evals import (
   benchmarks,
   combined,
@@ -646,15 +646,13 @@ def _other_pixels(request) -> list[str]:
   """Returns an obstacle if frames of Qwen2.5-VL have other bounds."""
   if not (request.min_pixels or request.max_pixels):
     return []
+  model = checkpoints.make_model(checkpoints.load_config(request.checkpoint))
+  found = model.read_processor(request.checkpoint)
   bounds = [
-    (config.min_pixels, config.max_pixels)
-    for config in (
-      processors.Qwen2_5VLProcessor.with_paper_bounds(
-        request.checkpoint,
-        min_pixels=request.min_pixels,
-        max_pixels=request.max_pixels,
-      ),
-      processors.Qwen2_5VLProcessor.with_paper_bounds(request.checkpoint),
+    (processor.min_pixels, processor.max_pixels)
+    for processor in (
+      found.with_paper_bounds(request.min_pixels, request.max_pixels),
+      found.with_paper_bounds(),
     )
   ]
   if bounds[0] == bounds[1]:

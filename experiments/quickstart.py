@@ -82,7 +82,7 @@ def run(config, workdir, *, ratios=None, planned=False, num_workers=None):
     embedded.prepare(config, num_workers)
   with stages("load"):
     checkpoint = setup.load_checkpoint(config)
-    grid = checkpoint.model.grid(config.data.num_frames)
+    grid = checkpoint.model.processor.fixed_grid(config.data.num_frames)
     for ratio in ratios:
       base.budget(grid, ratio)
   with stages("train"):

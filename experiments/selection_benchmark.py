@@ -25,9 +25,9 @@ import rich.console
 from absl import flags
 
 from cacovid_jax import compressors, errors
-from cacovid_jax.compressors import base, framefusion, in_llm, prompt_rows
+from cacovid_jax.compressors import base, framefusion, in_llm
 from cacovid_jax.evals import latency
-from cacovid_jax.models import llava_onevision
+from cacovid_jax.models import llava_onevision, prompt_batch
 from cacovid_jax.policy import network
 
 _FRAMES = flags.DEFINE_integer("video_slices", 32, "Frames.", lower_bound=1)
@@ -107,7 +107,7 @@ def chosen_before(method, grid, ratio):
 
 
 def chosen_inside(method, model, grid, ratio):
-  """Returns f(x, query, key, aux) -> `prompt_rows.Rows`, jitted.
+  """Returns f(x, query, key, aux) -> `prompt_batch.PrunedPrompts`, jitted.
 
   Args:
     method: an `in_llm.InLLM`.
@@ -120,16 +120,19 @@ def chosen_inside(method, model, grid, ratio):
   """
   num_video = math.prod(grid)
   num_layers = model.config.text.num_layers
-  start = jnp.array([_NUM_TEXT // 3])
+  video_rows = _NUM_TEXT // 3 + jnp.arange(num_video)[None]
 
   def choose(x, query, key, aux):
     length = x.shape[1]
     rows = in_llm.enter(
       method,
-      x,
-      jnp.arange(length)[None, None],
-      jnp.array([length]),
-      start,
+      prompt_batch.PromptBatch(
+        x,
+        jnp.arange(length)[None, None],
+        jnp.array([length]),
+        video_rows,
+        jnp.array([length]),
+      ),
       jax.tree.map(lambda leaf: leaf[None], aux),
       grid=grid,
       ratio=ratio,
@@ -144,13 +147,13 @@ def chosen_inside(method, model, grid, ratio):
         continue
       size = rows.x.shape[1]
       look = in_llm.looker(
-        method.look, rows.video_start + rows.count, size - rows.index.shape[1]
+        method.look, rows.lengths - rows.num_after, size - rows.index.shape[1]
       )
       attended = look(query[:, :size], key[:, :size], rows.lengths)
       keep = min(keep, rows.index.shape[1])
       step = functools.partial(method.step, layer=layer, keep=keep, grid=grid)
       kept, count = jax.vmap(step)(in_llm.see(rows, attended))
-      _, rows = prompt_rows.take(rows, kept, count, num_video=num_video)
+      _, rows = prompt_batch.take(rows, kept, count, num_video=num_video)
     return rows
 
   return jax.jit(choose)

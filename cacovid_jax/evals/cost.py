@@ -212,10 +212,10 @@ def tower_bytes(config: Any, grid, dtype: Any) -> int:
   The pixels in float32, and of one layer what `prefill_bytes` counts.
   """
   vision, itemsize = config.vision, jnp.dtype(dtype).itemsize
-  patches, values = vision.num_patches(grid), vision.num_values(grid)
+  patches = vision.num_patches(grid)
   state = max(4 * vision.hidden_size, vision.mlp_width)
   per_patch = vision.hidden_size * (2 * itemsize + 4) + state * itemsize
-  return 4 * values + patches * per_patch
+  return 4 * math.prod(vision.input_shape(grid)) + patches * per_patch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -218,6 +218,8 @@ class LlavaOnevisionModel(video_llm.VideoLLM):
 
   config: LlavaOnevisionConfig
 
+  num_newlines = 1
+
   @property
   def module(self):
     return LlavaOnevision(self.config, self.dtype, self.backend, self.remat)

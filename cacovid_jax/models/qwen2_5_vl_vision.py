@@ -179,9 +179,9 @@ class VisionConfig:
     """Returns P of a video's token grid (T, H, W)."""
     return math.prod(grid) * self.patches_per_token
 
-  def num_values(self, grid):
-    """Returns the values that the tower takes of a video."""
-    return self.num_patches(grid) * self.patch_values
+  def input_shape(self, grid):
+    """Returns the shape of what the tower takes of a video."""
+    return self.num_patches(grid), self.patch_values
 
   def flops(self, grid, out_width):
     """Returns the operations from one video's patches to its features.

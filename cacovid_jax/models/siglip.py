@@ -102,9 +102,9 @@ class SiglipConfig:
     """Returns the patches of a video's token grid (T, H, W)."""
     return grid[0] * self.side**2
 
-  def num_values(self, grid):
-    """Returns the values that the tower takes of a video."""
-    return grid[0] * 3 * self.image_size**2
+  def input_shape(self, grid):
+    """Returns the shape of what the tower takes of a video."""
+    return grid[0], self.image_size, self.image_size, 3
 
   def flops(self, grid, out_width):
     """Returns the operations from one video's pixels to its features.

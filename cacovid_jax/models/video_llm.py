@@ -86,8 +86,9 @@ class VideoLLM(abc.ABC):
   backend: str = "auto"
   remat: bool = False
 
-  # S of `VideoFeatures.deep`.
+  # S of `VideoFeatures.deep`, and rows of text that end a video in a prompt.
   num_deep = 0
+  num_newlines = 0
 
   @property
   def num_position_rows(self):

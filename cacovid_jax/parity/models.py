@@ -189,7 +189,9 @@ def _llava_onevision_embedded(run):
   pixels = jnp.asarray(golden["pixel_values_videos"])
   pixels = pixels.transpose(0, 1, 3, 4, 2)  # [B, T, h, w, 3]
   grids = np.array([model.grid(*video.shape[:3]) for video in pixels])
-  features, out = run.encode(processors.TowerInputs(pixels, tuple(grids.T)))
+  features, out = run.encode(
+    processors.TowerInputs(pixels, tuple(grids.T), np.ones(len(pixels)))
+  )
   for name in (
     "vision_embeddings",
     "vision_tower_output",
@@ -448,14 +450,15 @@ def _pruned(run, prompts, x, positions):
   """
   num_valid = -(-prompts.num_video // 3)
   index = jnp.arange(num_valid.max()) * 3  # Every third token.
+  # As many rows as before, for prompts of much text beside those of much video.
+  num_rows = x.shape[1] + prompts.video_rows.shape[1] - len(index)
   rows, lengths, _ = jax.vmap(
     lambda valid, video_rows, length: prompt_batch.kept_rows(
       index,
       valid,
       video_rows=video_rows,
       length=length,
-      # Room for a prompt of much text beside one of much video.
-      num_rows=x.shape[1] + prompts.video_rows.shape[1],
+      num_rows=num_rows,
     )
   )(num_valid, prompts.video_rows, prompts.lengths)
   batch = np.arange(len(rows))[:, None]

@@ -461,14 +461,13 @@ class Bucketing:
   Attributes:
     buckets: a batch takes the smallest that holds all of its videos.
     text_rows: rows that the longest prompt has beside its video tokens.
-    positions: (ids int32[L], video) -> (int32[P,L], the following position),
-      see `VideoLLM.positions`.
+    model: `VideoLLM`, of which `encode_prompt` and `positions` are called.
     multiple: prompts are padded to a multiple of this.
   """
 
   buckets: tuple[token_grid.Bucket, ...]
   text_rows: int
-  positions: Callable[..., tuple[np.ndarray, int]]
+  model: video_llm.VideoLLM
   multiple: int = 16
 
   def length(self, bucket: token_grid.Bucket) -> int:
@@ -876,14 +875,16 @@ def _assemble(
   shown = rows + [rows[-1]] * fillers
   visual, more = source.finish(payloads), {}
   if bucketing is None:
-    counts = [num_video_tokens] * size
+    prompts = [
+      tokenizer.encode_prompt(row.prompt, num_video_tokens) for row in shown
+    ]
   else:
-    counts = [len(clip.features) for clip in visual]
-  prompts = [
-    tokenizer.encode_prompt(row.prompt, count)
-    for row, count in zip(shown, counts, strict=True)
-  ]
-  if bucketing is not None:
+    prompts = [
+      bucketing.model.encode_prompt(
+        tokenizer, row.prompt, clip.grid, clip.second_per_grid_t
+      )
+      for row, clip in zip(shown, visual, strict=True)
+    ]
     visual, more = _in_bucket(visual, prompts, bucketing)
     num_video_tokens = more["bucket"].tokens
     length = bucketing.length(more["bucket"])
@@ -932,7 +933,7 @@ def _in_bucket(clips, prompts, bucketing: Bucketing):
         f"a prompt has {text} tokens beside its video, but the bucket leaves"
         f" {length - bucket.tokens}; raise config.data.max_text_tokens"
       )
-    own, after = bucketing.positions(prompt.ids, clip)
+    own, after = bucketing.model.positions(prompt.ids, clip)
     behind = ((0, 0), (0, length - own.shape[1]))
     positions.append(np.pad(own, behind))
     following.append(after)

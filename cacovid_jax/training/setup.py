@@ -565,7 +565,7 @@ class _Batches:
         text = pipeline.prompt_length(self._questions, self._tokenizer, 1, 1)
         text -= 1
       bucketing = pipeline.Bucketing(
-        tuple(self._recipes), text, self._model.positions, _LENGTH_STEP
+        tuple(self._recipes), text, self._model, _LENGTH_STEP
       )
       return {"bucketing": bucketing}
     if text:

@@ -31,12 +31,15 @@ STATIC = (
   "model", "compressor", "grid", "ratio", "max_new_tokens", "eos_ids", "pad_id",
 )  # fmt: skip
 
-generate = quick.jit(
-  lambda params, *args, model, compressor, **kwargs: in_llm.generate(
-    model, params, compressor, batch_of(*args), **kwargs
-  ),
-  static_argnames=STATIC,
-)
+
+def generate_anew(params, *args, model, compressor, **kwargs):
+  """Calls `in_llm.generate`, the five arrays of `prompts` first."""
+  return in_llm.generate(
+    model, params, compressor, batch_of(*args[:5]), *args[5:], **kwargs
+  )
+
+
+generate = quick.jit(generate_anew, static_argnames=STATIC)
 
 
 def model_of(kind):
@@ -103,11 +106,7 @@ def prompts(kind, seed=0, video=None):
 
 
 def run(kind, compressor, inputs, ratio, eos_ids=(), **kwargs):
-  function = generate
-  if compressor.on_host:
-    function = lambda params, *args, model, compressor, **kwargs: (  # noqa: E731
-      in_llm.generate(model, params, compressor, batch_of(*args), **kwargs)
-    )
+  function = generate_anew if compressor.on_host else generate
   return function(
     params_of(kind),
     *jax.tree.map(jnp.asarray, inputs),

@@ -403,15 +403,14 @@ def test_settings_of_the_other_kind_of_grid_are_refused(folder, checkpoint):
 
 
 def _bucketing(**changes):
-  def positions(ids, video):
-    return np.arange(len(ids))[None], len(ids)
-
   sizes = (
     token_grid.Bucket(2, 16),
     token_grid.Bucket(2, 24),
     token_grid.Bucket(9, 9),
   )
-  fields = dict(buckets=sizes, text_rows=4, positions=positions, multiple=8)
+  fields = dict(
+    buckets=sizes, text_rows=4, model=tiny.checkpoint().model, multiple=8
+  )
   return pipeline.Bucketing(**fields | changes)
 
 

@@ -81,7 +81,7 @@ def test_keeping_everything_equals_the_whole_prompt(prompts):
   recipe, params, held = prompts
   got = answer(prompts, [[np.arange(64)]] * 2, [64, 64], 1)
   logits, _, _ = recipe.model.prefill(
-    params, held.x, held.positions, held.length, cache_length=tiny.LENGTH
+    params, held.x, held.positions, held.lengths, cache_length=tiny.LENGTH
   )
   np.testing.assert_allclose(got.logits[:, 0], logits, rtol=1e-4, atol=1e-5)
 
