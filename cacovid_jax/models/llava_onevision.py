@@ -258,13 +258,6 @@ class LlavaOnevisionModel(video_llm.VideoLLM):
       {"params": params}, inputs.values, signals, method="encode_video"
     )
 
-  def signal_shapes(self, num_video):
-    """Returns the shape of each of `video_llm.SIGNALS` for N video tokens."""
-    vision = self.config.vision
-    return video_llm.signal_shapes(
-      num_video, vision.hidden_size // vision.num_heads
-    )
-
   def embed_prompt(self, params, ids, features, video_rows):
     """See `VideoLLM.embed_prompt`; behind the video's last row is the newline.
 

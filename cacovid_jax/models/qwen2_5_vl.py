@@ -279,10 +279,6 @@ class Qwen2_5VLModel(video_llm.VideoLLM):  # noqa: N801
       method="encode_video",
     )
 
-  def signal_shapes(self, num_video):
-    """Returns the shape of each of `video_llm.SIGNALS` for N video tokens."""
-    return video_llm.signal_shapes(num_video, self.config.vision.head_dim)
-
 
 def weight_table(config):
   """Returns the rows of the weights, see `qwen2.dense_rows`.

@@ -94,6 +94,10 @@ class SiglipConfig:
     return self.image_size // self.patch_size
 
   @property
+  def head_dim(self):
+    return self.hidden_size // self.num_heads
+
+  @property
   def mlp_width(self):
     """Values of a patch that the MLP holds at a time."""
     return self.intermediate_size
@@ -162,7 +166,7 @@ class SiglipLayer(nn.Module):
     def dense(size, name):
       return nn.Dense(size, dtype=self.dtype, name=name)
 
-    heads = (*x.shape[:2], cfg.num_heads, cfg.hidden_size // cfg.num_heads)
+    heads = (*x.shape[:2], cfg.num_heads, cfg.head_dim)
 
     h = LayerNorm(cfg.layer_norm_eps, self.dtype, name="layer_norm1")(x)
     q = dense(cfg.hidden_size, "q_proj")(h).reshape(heads)
@@ -228,9 +232,7 @@ class SiglipTower(nn.Module):
     x = x + table.astype(self.dtype)
     out = {"embeddings": x}
 
-    shapes = video_llm.signal_shapes(
-      side * side, cfg.hidden_size // cfg.num_heads
-    )
+    shapes = video_llm.signal_shapes(side * side, cfg.head_dim)
     signals = {
       name: jnp.zeros((frames, *shapes[name]), jnp.float32) for name in signals
     }

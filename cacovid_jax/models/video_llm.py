@@ -145,9 +145,9 @@ class VideoLLM(abc.ABC):
       out.get("deep"),
     )
 
-  @abc.abstractmethod
   def signal_shapes(self, num_video) -> Mapping[str, tuple[int, ...]]:
     """Returns the shape of each of `SIGNALS` for N video tokens."""
+    return signal_shapes(num_video, self.config.vision.head_dim)
 
   @abc.abstractmethod
   def positions(self, ids, video):
@@ -191,65 +191,23 @@ class VideoLLM(abc.ABC):
     """Returns the embeddings float[..., D] of text ids int32[...]."""
     return self._language(params, ids, method="embed")
 
-  def forward(
-    self,
-    params,
-    x,
-    positions,
-    *,
-    mask=None,
-    lengths=None,
-    causal=True,
-    deep=None,
-    video_rows=None,
-    want_hidden=False,
-    want_attention=False,
-  ):
+  def forward(self, params, x, positions, **options):
     """Returns (hidden float[B, L, D] after the final norm, out).
 
     Args:
       params: the model's parameters.
       x: float[B, L, D] embeddings.
       positions: int32[B, P, L].
-      mask: bool[B, L, L], True where a query may see a key, or None.
-      lengths: int32[B] valid tokens (right padding), or None.
-      causal: static.
-      deep: float[B, S, N, D], see `VideoFeatures`; None for none.
-      video_rows: int32[B, N] of `deep`, L for padding.
-      want_hidden: static; see `qwen2.Qwen2`.
-      want_attention: static; see `qwen2.Qwen2`.
+      **options: `mask`, `lengths`, `causal`, `deep` with `video_rows`,
+        `want_hidden` and `want_attention` of `qwen2.Qwen2.__call__`.
     """
-    return self._language(
-      params,
-      x,
-      positions,
-      mask=mask,
-      lengths=lengths,
-      causal=causal,
-      deep=deep,
-      video_rows=video_rows,
-      want_hidden=want_hidden,
-      want_attention=want_attention,
-      method="__call__",
-    )
+    return self._language(params, x, positions, method="__call__", **options)
 
   def logits(self, params, hidden):
     """Returns float32[..., V] of hidden float[..., D] (after the norm)."""
     return self._language(params, hidden, method="logits")
 
-  def prefill(
-    self,
-    params,
-    x,
-    positions,
-    lengths,
-    *,
-    cache_length,
-    deep=None,
-    video_rows=None,
-    want_hidden=False,
-    want_attention=False,
-  ):
+  def prefill(self, params, x, positions, lengths, *, cache_length, **options):
     """Returns (logits, cache, out) after reading the prompts.
 
     Args:
@@ -258,10 +216,7 @@ class VideoLLM(abc.ABC):
       positions: int32[B, P, L].
       lengths: int32[B] valid tokens of each prompt, at least 1.
       cache_length: static, at least L; room for the prompt and what follows.
-      deep: as of `forward`.
-      video_rows: as of `forward`.
-      want_hidden: static; see `qwen2.Qwen2`.
-      want_attention: static; see `qwen2.Qwen2`.
+      **options: as of `forward`, `mask` and `causal` apart.
 
     Returns:
       logits float32[B, V] behind each prompt's last valid token, the
@@ -276,12 +231,9 @@ class VideoLLM(abc.ABC):
       x,
       positions,
       lengths=lengths,
-      deep=deep,
-      video_rows=video_rows,
-      want_hidden=want_hidden,
-      want_attention=want_attention,
       want_cache=True,
       method="__call__",
+      **options,
     )
     cache = qwen2.Cache(out.pop("keys"), out.pop("values"), lengths)
     cache = qwen2.with_room(cache, cache_length - x.shape[1])
@@ -357,8 +309,8 @@ class VideoLLM(abc.ABC):
       last: static, the layer behind the slice.
       look: static; `look(q, k, lengths)` -> float32[B, L] of the slice's last
         layer, or None.
-      deep: as of `forward`.
-      video_rows: as of `forward`.
+      deep: float[B, S, N, D], see `VideoFeatures`; None for none.
+      video_rows: int32[B, N] of `deep`, L for padding.
 
     Returns:
       x without the final norm, keys and values float[last - first, B, L, K, H],

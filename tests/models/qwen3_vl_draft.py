@@ -242,9 +242,6 @@ class Qwen3VLModel(video_llm.VideoLLM):
       {"params": params["visual"]}, inputs.values, inputs.layout
     )
 
-  def signal_shapes(self, num_video):
-    return {}
-
   def encode_prompt(self, tokenizer, text, grid, second_per_grid_t=1.0):
     """Writes each temporal patch behind the time of its middle, as text."""
     cfg = self.config

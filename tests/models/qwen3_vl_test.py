@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cacovid_jax import compressors
+from cacovid_jax.compressors import in_llm
 from cacovid_jax.models import (
   generation,
   processors,
@@ -194,6 +196,61 @@ def test_slices_of_layers_add_what_all_layers_add(loaded, prompts):
   last = model.final_logits(params, x)
   _, _, logits = _read(model, params, batch)
   _close(last, logits, 1e-5)
+
+
+def test_tokens_dropped_between_layers_take_their_features_along(
+  loaded, prompts
+):
+  """FastV before layer 2 of 5, while layer 2 has features to add."""
+  model, params = loaded
+  batch, grid = prompts[0], (4, 3, 5)
+  method = compressors.get("fastv", layer=2, scale_layers=False)
+  logits, _, trace = method.prefill(
+    model, params, prompt_batch.whole(batch), grid=grid, ratio=0.6, new_rows=1
+  )
+  # What the last token attends to most in layer 1.
+  _, out, _ = _read(model, params, batch, want_attention=True)
+  video_rows = np.asarray(batch.video_rows[0])
+  paid = np.asarray(out["last_query_attention"])[1, 0, video_rows]
+  (keep,) = [keep for _, keep in method.plan(5, 60, 0.6)]
+  index = np.sort(np.argsort(-paid, kind="stable")[:keep])
+  assert 0 < keep < 40
+  np.testing.assert_array_equal(trace.index[0], index)
+  # The rest of the layers over the rows that are left, text among them.
+  rows = np.setdiff1d(np.arange(batch.x.shape[1]), np.delete(video_rows, index))
+  run = functools.partial(model.run_layers, params, lengths=batch.lengths)
+  x, *_ = run(
+    x=batch.x,
+    positions=batch.positions,
+    first=0,
+    last=2,
+    deep=batch.deep,
+    video_rows=batch.video_rows,
+  )
+  x, *_ = run(
+    x=x[:, rows],
+    positions=batch.positions[..., rows],
+    lengths=jnp.array([len(rows)]),
+    first=2,
+    last=5,
+    deep=batch.deep[:, :, index],
+    video_rows=jnp.asarray(np.searchsorted(rows, video_rows[index]))[None],
+  )
+  _close(logits, model.final_logits(params, x[:, -1]), 1e-5)
+
+
+def test_the_text_behind_the_video_is_not_that_between_its_patches(prompts):
+  batch = prompts[0]
+  whole = prompt_batch.whole(batch)
+  length, last = int(batch.lengths[0]), int(batch.video_rows[0, -1])
+  q = jax.random.normal(jax.random.key(0), (1, length, 4, 8))
+  k = jax.random.normal(jax.random.key(1), (1, length, 2, 8))
+  look = in_llm.looker("after_video", whole.lengths - whole.num_after, 40)
+  q_by_kv_head = q[0].reshape(-1, 2, 2, 8)
+  scores = jnp.einsum("tkgh,skh->kgts", q_by_kv_head, k[0]) / np.sqrt(8)
+  scores = jnp.where(jnp.tri(length, dtype=bool), scores, -jnp.inf)
+  most = jax.nn.softmax(scores)[:, :, last + 1 :].max(axis=(0, 1, 2))
+  np.testing.assert_allclose(look(q, k, batch.lengths)[0], most, atol=1e-6)
 
 
 class _Tokenizer:
