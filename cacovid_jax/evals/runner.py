@@ -376,7 +376,7 @@ class Evaluator:
       fields = dataclasses.asdict(question)
       fields["video"] = pathlib.PurePosixPath(question.video).stem
       digest.update(json.dumps(fields, sort_keys=True).encode() + b"\0")
-      digest.update(self._texts.prompt(question.id, 1).ids.tobytes())
+      digest.update(self._texts.prompt(question.id, (1, 1, 1)).ids.tobytes())
     return digest.hexdigest()
 
   def run(
