@@ -3,6 +3,7 @@
 # make test                linter, formatter and tests
 # make lmms-test           tests under lmms-eval, in .venv-lmms
 # make browser-test        tests of the report in a Chromium
+# make wheel-test          builds a wheel, installs it apart and asks a clip with it
 # make lint | format | clean
 #
 # EXTRAS=cuda13 (cuda12, tpu) installs JAX for an accelerator as well.
@@ -34,7 +35,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 CHECKED := .
 
 .DELETE_ON_ERROR:
-.PHONY: quickstart table test lmms-test browser-test lint format clean
+.PHONY: quickstart table test lmms-test browser-test wheel-test lint format clean
 
 quickstart: $(CORE)
 	$(BIN)/python -m experiments.quickstart $(if $(SMOKE),--smoke)
@@ -53,16 +54,33 @@ lmms-test: $(LMMS)
 browser-test: $(DEV)
 	$(BIN)/python -m pytest -q tests/browser
 
+# Outside the repository and without its path: what is not in the wheel fails.
+wheel-test: export PYTHONPATH :=
+wheel-test: $(BIN)/python
+	rm -rf dist build .venv-wheel
+	$(PIP) wheel --no-deps --wheel-dir dist .
+	$(BIN)/python -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip --disable-pip-version-check -qq install dist/*.whl
+	@folder=$$(mktemp -d) && cd $$folder && \
+	  python=$(CURDIR)/.venv-wheel/bin/python && \
+	  $$python -m cacovid_jax.prepare --out data --clips 1,0,0,0 && \
+	  $$python -m cacovid_jax.answer --video data/dense/videos/*.mp4 \
+	    --question "Which of these appears first?" \
+	    --options "red moon,blue star" --report answer.html && \
+	  test -s answer.html && rm -rf $$folder && echo "wheel: 1 passed, 0 failed"
+
 lint: $(DEV)
 	$(BIN)/ruff check -q $(CHECKED)
 	$(BIN)/ruff format -q --check $(CHECKED)
+	$(BIN)/lint-imports
+	$(BIN)/python -m tests.house
 
 format: $(DEV)
 	$(BIN)/ruff check -q --fix $(CHECKED)
 	$(BIN)/ruff format $(CHECKED)
 
 clean:
-	rm -rf $(VENV) $(LMMS_VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LMMS_VENV) .venv-wheel build dist *.egg-info .pytest_cache .ruff_cache
 
 $(BIN)/python $(LMMS_VENV)/bin/python:
 	@for python in $(PYTHON) python3.11 python3.12 python3.13 python3; do \

@@ -33,7 +33,7 @@ setuptools.setup(
   package_data={
     "cacovid_jax": [
       "assets/**/*",
-      "evals/templates/**/*",
+      "evals/report/templates/**/*",
       "integrations/lmms_eval/tasks/**/*.yaml",
     ]
   },
@@ -75,6 +75,7 @@ setuptools.setup(
     # Brings torch, and PyAV below 16.
     "lmms": ["lmms-eval>=0.7.3,<0.8"],
     "dev": [
+      "import-linter>=2.1",
       "ipykernel>=6",
       "nbclient>=0.10",
       "networkx>=3.2",

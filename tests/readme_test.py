@@ -5,8 +5,10 @@ import re
 
 import jax
 import numpy as np
+import safetensors.numpy
 
 from cacovid_jax import compressors
+from cacovid_jax.compressors import base
 from cacovid_jax.synthetic import build, render, world
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
@@ -31,9 +33,24 @@ def test_a_compressor_of_ones_own(tmp_path):
   path.write_text(block("def strongest("))
   method = compressors.get(f"{path}:strongest")
   features = jax.random.normal(jax.random.key(0), (12, 4))
-  kept = method.compress(features, grid=(3, 2, 2), num_keep=5)
+  inputs = base.CompressorInputs(features=features, grid=(3, 2, 2))
+  kept = method.select(inputs, num_keep=5)
   norms = np.linalg.norm(features, axis=-1)
   np.testing.assert_array_equal(kept.index, np.sort(np.argsort(-norms)[:5]))
+
+
+def test_a_trained_compressor_of_ones_own(tmp_path):
+  path = tmp_path / "my_scorer.py"
+  path.write_text(block("class Scorer("))
+  weights = tmp_path / "head.safetensors"
+  head = np.array([0, 1, 0, 0], np.float32)
+  safetensors.numpy.save_file({"head": head}, weights)
+  method = compressors.get(f"{path}:Scorer?weights={weights}")
+  features = jax.random.normal(jax.random.key(0), (12, 4))
+  inputs = base.CompressorInputs(features=features, grid=(3, 2, 2))
+  kept = method.select(inputs, num_keep=5, params=method.load())
+  best = np.sort(np.argsort(-np.asarray(features[:, 1]))[:5])
+  np.testing.assert_array_equal(kept.index, best)
 
 
 def test_an_answer_in_five_lines(tmp_path, monkeypatch, capsys):

@@ -24,6 +24,7 @@ Axes: T frames, P = H*W tokens of a frame, N = T*P, D width, K kept tokens.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -31,7 +32,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from cacovid_jax import errors
-from cacovid_jax.compressors import base, budgets, similarity
+from cacovid_jax.compressors import base, budgets
+from cacovid_jax.compressors.math import similarity
 from cacovid_jax.policy import selection
 
 # InfoTok's least rate of a frame.
@@ -204,33 +206,31 @@ class Allocator:
 
   Attributes:
     allocate: `f(signal, total, low, high)` -> int32[T].
-    measure: `f(features, order, grid, aux, low, high)` -> signal.
-    needs: fields of `Aux` that `measure` reads.
+    measure: `f(inputs, order, low, high)` -> signal.
+    requires: fields of `CompressorInputs` that `measure` reads.
   """
 
   allocate: Callable[..., jax.Array]
   measure: Callable[..., jax.Array]
-  needs: frozenset[str] = frozenset()
+  requires: frozenset[str] = frozenset()
 
 
 _ALLOCATORS = {
-  "uniform": Allocator(
-    uniform, lambda features, order, grid, aux, low, high: order
-  ),
+  "uniform": Allocator(uniform, lambda inputs, order, low, high: order),
   "adaptok": Allocator(
     adaptok,
-    lambda features, order, grid, aux, low, high: prefix_errors(
-      features, order, grid
+    lambda inputs, order, low, high: prefix_errors(
+      inputs.features, order, inputs.grid
     )[:, low : high + 1],
   ),
   "infotok": Allocator(
     infotok,
-    lambda features, order, grid, aux, low, high: code_errors(features, grid),
+    lambda inputs, order, low, high: code_errors(inputs.features, inputs.grid),
   ),
   "cacovid": Allocator(
     cacovid,
-    lambda features, order, grid, aux, low, high: aux.scores.frame,
-    needs=frozenset(["scores"]),
+    lambda inputs, order, low, high: inputs.scores.frame,
+    requires=frozenset(["scores"]),
   ),
 }
 
@@ -249,81 +249,82 @@ def get(name: str) -> Allocator:
   return _ALLOCATORS[name]
 
 
-def configure(compressor, *, allocator=None, **options):
-  """`base.Compressor.configure` of methods with an option `allocator`.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FrameShared(base.Compressor):
+  """A compressor whose frames can share the budget by an allocator.
 
-  Some allocators need more of `Aux` than the method itself.
+  Attributes:
+    allocator: its name; None for the method's own way. A method that has an
+      option `scope` takes one with scope "frame" only.
   """
-  del options
-  if allocator is None:
-    return compressor
-  needs = compressor.needs | get(allocator).needs
-  return dataclasses.replace(compressor, needs=needs)
+
+  allocator: str | None = None
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.allocator is None:
+      return
+    requires = self.requires | get(self.allocator).requires
+    object.__setattr__(self, "requires", requires)
+    if getattr(self, "scope", "frame") != "frame":
+      raise errors.UserError(
+        f"{self.name}: allocator {self.allocator!r} shares out the budget"
+        " between frames; it needs scope 'frame'"
+      )
 
 
-def frame_counts(name, features, order, *, grid, num_keep, aux=None):
+def frame_counts(name, inputs, order, num_keep):
   """Returns int32[T] counts that sum to K.
 
   Every frame keeps a token if there are as many.
 
   Args:
     name: of the allocator.
-    features: float[N, D] video tokens.
+    inputs: `base.CompressorInputs` of one video.
     order: int32[T, P] tokens of each frame, best first.
-    grid: static (T, H, W).
     num_keep: K, static.
-    aux: with what the allocator needs.
   """
+  T, H, W = inputs.grid
+  low, high = min(1, num_keep // T), H * W
   allocator = get(name)
-  low, high = min(1, num_keep // grid[0]), grid[1] * grid[2]
-  for need in sorted(allocator.needs):
-    if getattr(aux, need, None) is None:
-      raise ValueError(f"allocator {name} needs {need}, which was not given")
-  signal = allocator.measure(features, order, grid, aux, low, high)
+  signal = allocator.measure(inputs, order, low, high)
   return allocator.allocate(signal, num_keep, low, high)
 
 
-def take_by_counts(features, order, counts, num_keep) -> base.Selection:
+def select(name, inputs, order, num_keep) -> base.Selection:
   """Returns the selection of each frame's first tokens in its order.
 
-  Args:
-    features: float[N, D] video tokens.
-    order: int32[T, P] tokens of each frame, best first.
-    counts: int32[T], whose sum is K.
-    num_keep: K, static.
+  Arguments are those of `frame_counts`.
   """
+  counts = frame_counts(name, inputs, order, num_keep)
   rank = jnp.argsort(order, axis=-1)  # The order is a permutation.
   keep = (rank < counts[:, None]).reshape(-1)
-  return base.take_mask(features, keep, num_keep)
+  return base.take_mask(inputs.features, keep, num_keep)
 
 
-def select(name, features, order, *, grid, num_keep, aux=None):
-  """Returns the selection of prefixes; arguments as of `frame_counts`."""
-  counts = frame_counts(
-    name, features, order, grid=grid, num_keep=num_keep, aux=aux
-  )
-  return take_by_counts(features, order, counts, num_keep)
-
-
-def select_per_frame(rule, features, *, grid, num_keep, allocator, aux=None):
+def select_per_frame(rule, name, inputs, num_keep) -> base.Selection:
   """Returns the selection of a rule that ranks the tokens of one frame.
 
   Args:
     rule: `rule(frame f[P, D], num_keep=k)` -> int32[k] its k best tokens, best
       first; fewer of them are the first of more.
-    features: float[N, D] video tokens.
-    grid: static (T, H, W).
-    num_keep: K, static.
-    allocator: name, or None for equal shares.
-    aux: with what the allocator needs.
+    name: of the allocator, or None for equal shares, the first K mod T frames
+      one more.
+    inputs: `base.CompressorInputs` of one video.
+    num_keep: K, static, below N.
   """
-  if allocator in (None, "uniform"):
-    # The same counts, known in advance: no frame is ranked beyond its share.
-    index = base.per_frame(rule, features, grid, num_keep)
-    return base.take(features, index)
-  frames = _frames(features, grid)
-  area = frames.shape[1]
-  order = jax.vmap(lambda frame: rule(frame, num_keep=area))(frames)
-  return select(
-    allocator, features, order, grid=grid, num_keep=num_keep, aux=aux
-  )
+  frames = _frames(inputs.features, inputs.grid)
+  T, P, _ = frames.shape
+  if name not in (None, "uniform"):
+    order = jax.vmap(lambda frame: rule(frame, num_keep=P))(frames)
+    return select(name, inputs, order, num_keep)
+  # The same counts, known in advance: no frame is ranked beyond its share.
+  share, rest = divmod(num_keep, T)
+  parts = []
+  for first, last, count in ((0, rest, share + 1), (rest, T, share)):
+    if first == last or not count:
+      continue
+    own = functools.partial(rule, num_keep=count)
+    start = jnp.arange(first, last, dtype=jnp.int32)[:, None] * P
+    parts.append((jax.vmap(own)(frames[first:last]) + start).reshape(-1))
+  return base.take(inputs.features, jnp.concatenate(parts).astype(jnp.int32))

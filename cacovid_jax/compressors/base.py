@@ -1,41 +1,57 @@
 """What a token compressor is: one video in, exactly K of its tokens out.
 
-Axes: N video tokens, D width, K kept tokens, T frames, H W token grid.
-A compressor is a pure function on ONE video with static shapes; callers
-`jax.vmap` it over a batch and `jax.jit` it with `grid` and `num_keep` fixed.
+A compressor is a frozen dataclass whose own fields are its options. It says
+what it reads (`requires`) and chooses among the tokens of ONE video with
+static shapes; callers `jax.vmap` it over a batch and `jax.jit` it with the
+grid and K fixed. Compressors of equal values share their compiled programs.
+
+Axes: N video tokens, D width, K kept tokens, T frames, H W token grid, B batch.
 """
 
 import dataclasses
 import functools
-import inspect
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+import numbers
+import os
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from cacovid_jax import errors
-from cacovid_jax.compressors import similarity
+from cacovid_jax import errors, files
+from cacovid_jax.compressors.math import similarity
+from cacovid_jax.models import prompt_batch, safetensors_io
 from cacovid_jax.policy import selection
 
 
-class Aux(NamedTuple):
-  """What a method may look at besides the features; absent parts are None.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompressorInputs:
+  """What a compressor may look at; parts that it does not require are None.
 
-  The scores are `policy.network.Scores` of the same video: with the trained
-  policy, with a freshly initialised one, and with the trained policy but
-  another question. `attention` is float32[layers, N]: how much the prompt's
-  last token attends to each video token, mean over heads, per decoder layer.
-  `decisive` is bool[N], True where a token decides the question (oracles).
-
-  From the last layer that the vision tower runs, pooled to the token grid as
-  the features are: `vision_attention` is float32[N], how much attention a
-  token receives from its own frame, mean over heads and queries (a sum over
-  queries for towers that merge patches; only ratios matter within a frame);
-  `vision_keys` is float32[N, dk], the keys averaged over heads.
+  Attributes:
+    features: float[N, D] video tokens.
+    grid: static (T, H, W) with T * H * W = N.
+    text: float[Q, D] embedded question; rows of zeros are padding.
+    scores: `policy.network.Scores` of the trained policy.
+    untrained_scores: those of a freshly initialised policy.
+    other_scores: those of the trained policy and another question.
+    attention: float32[layers, N], how much the prompt's last token attends to
+      each video token, mean over heads, per decoder layer.
+    decisive: bool[N], True at the evidence tokens of the question (oracles).
+    vision_attention: float32[N], how much attention a token receives from its
+      own frame in the last layer that the vision tower runs, mean over heads
+      and queries (a sum over queries for towers that merge patches; only
+      ratios matter within a frame).
+    vision_keys: float32[N, dk], that layer's keys averaged over heads.
+    deep: float[S, N, D] per-layer visual features, of models that have them.
+    rng: key of stochastic methods.
   """
 
+  features: jax.Array
+  grid: tuple[int, int, int] = dataclasses.field(metadata=dict(static=True))
+  text: jax.Array | None = None
   scores: Any = None
   untrained_scores: Any = None
   other_scores: Any = None
@@ -43,9 +59,11 @@ class Aux(NamedTuple):
   decisive: jax.Array | None = None
   vision_attention: jax.Array | None = None
   vision_keys: jax.Array | None = None
+  deep: jax.Array | None = None
+  rng: jax.Array | None = None
 
 
-# What each need says to a reader. The scores of a policy and the attention of
+# What may be required, in words. The scores of a policy and the attention of
 # the language model both come from the question.
 _REQUIREMENTS = {
   "text": ("text",),
@@ -57,22 +75,14 @@ _REQUIREMENTS = {
   "vision_keys": ("vision keys",),
   "decisive": ("answer",),
 }
-# Needs that are the same for every question about a video.
-VISION_NEEDS = frozenset(["vision_attention", "vision_keys"])
-
-# Parameters of the interface; whatever else a function takes is an option.
-_INTERFACE = frozenset(
-  [
-    "features",
-    "grid",
-    "num_keep",
-    "text",
-    "aux",
-    "rng",
-    "ratio",
-    "rounding",
-  ]
+# Parts that an evaluation can hand to a method.
+OFFERED = tuple(
+  field.name
+  for field in dataclasses.fields(CompressorInputs)
+  if field.name in _REQUIREMENTS
 )
+# Parts that are the same for every question about a video.
+VISION_SIGNALS = frozenset(["vision_attention", "vision_keys"])
 
 
 class Selection(NamedTuple):
@@ -96,61 +106,156 @@ class Selection(NamedTuple):
   assign: jax.Array
 
 
-# Compared by identity: options may hold anything, and programs are cached
-# by compressor.
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class SelectionTrace(NamedTuple):
+  """What became of the video tokens inside the language model.
+
+  Attributes:
+    index: int32[B, K] tokens left at the last layer, ascending; N at padding.
+    mask: bool[B, K] which of them there are.
+    tokens: float32[B, layers] video tokens that each layer's attention saw.
+    forced: bool[B], True where a rule had to end early to stay within the
+      budget; None for rules that never have to.
+  """
+
+  index: jax.Array
+  mask: jax.Array
+  tokens: jax.Array
+  forced: jax.Array | None = None
+
+  def equivalent_ratio(self, num_video: int) -> jax.Array:
+    """Returns float32[B]: mean over layers of the share of N tokens seen."""
+    return self.tokens.mean(axis=1) / num_video
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Compressor:
-  """A named compression rule that acts before the language model.
+  """A token compression rule; what a subclass adds as fields are its options.
+
+  A subclass gives `choose`, and `reference_rows` if its publication rounds
+  otherwise than down. One with parameters of its own sets `trained = True`,
+  takes `weights` as an option and `params` as the last argument of `choose`.
 
   Attributes:
     name: what tables call it.
-    function: `f(features, *, grid, num_keep, text, aux, rng)` -> `Selection`;
-      it may also take `ratio` and `rounding`, see `compress`. Every further
-      parameter is an option.
-    needs: names of the `Aux` fields it reads; `"text"` for question features.
+    requires: names of the fields of `CompressorInputs` that it reads.
     stochastic: True if it draws from `rng` (then results are averaged over
       evaluation seeds).
-    options: the options that were set, for the record.
     oracle: True if it knows the answer's place; a bound, not a method.
     exact_budget: True to keep exactly floor(ratio * N) tokens, False to round
       as the method's own publication does.
-    reference_rows: `f(grid, ratio, **options)` -> int, the rows of a selection
-      without exact budget: how many are kept, or a bound where that depends on
-      the video. None if the method rounds down, as the exact budget does.
-    configure: `f(compressor, **options)` -> the method to use with options
-      set, for options that change more than what the function computes: what
-      is needed, or whether a part runs inside the language model.
     note: one sentence for tables, where the method is not quite what its name
       says.
+    weights: file of a trained method's parameters.
+    weights_sha256: of that file.
+    source: sha256 of the user's own file that the method comes from.
+    given: names of the options that were set, for the record.
   """
 
-  name: str
-  function: Callable[..., Selection]
-  needs: frozenset[str] = frozenset()
+  name: str = ""
+  requires: frozenset[str] = frozenset()
   stochastic: bool = False
-  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   oracle: bool = False
   exact_budget: bool = True
-  reference_rows: Callable[..., int] | None = None
-  configure: Callable[..., Any] | None = None
   note: str = ""
+  weights: str = ""
+  weights_sha256: str = dataclasses.field(default="", init=False)
+  source: str = ""
+  given: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+
+  trained: ClassVar[bool] = False
+  # Whether the choice is made before the language model runs, so that it can
+  # be a program of its own and methods of equal K share the one that answers.
+  selects_first: ClassVar[bool] = True
+  # Whether it reads counts on the host between programs.
+  on_host: ClassVar[bool] = False
+
+  def __post_init__(self):
+    if self.weights:
+      object.__setattr__(self, "weights_sha256", self._hash_weights())
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      if "check" in field.metadata and value is not field.default:
+        field.metadata["check"](self.name, field.name, value)
+
+  # Written out, so that a subclass made with eq=False counts by its options.
+  def __eq__(self, other):
+    return type(self) is type(other) and self._values() == other._values()
+
+  def __hash__(self):
+    return hash(self._values())
+
+  def _values(self):
+    fields = dataclasses.fields(self)
+    return tuple(getattr(self, field.name) for field in fields if field.compare)
+
+  def choose(self, inputs: CompressorInputs, num_keep: int, ratio) -> Selection:
+    """Returns the selection of one video; `select` has checked the inputs.
+
+    Args:
+      inputs: of one video.
+      num_keep: K, static, below N unless `reference_rows` gives as many.
+      ratio: retention ratio behind K, or None where `exact_budget` is set.
+    """
+    raise NotImplementedError(f"{type(self).__name__} chooses no tokens")
+
+  def reference_rows(self, grid, ratio: float) -> int:
+    """Returns the rows of a selection without exact budget.
+
+    That is how many tokens the publication keeps, or a bound where that
+    depends on the video.
+    """
+    return budget(grid, ratio)
+
+  @property
+  def rounds_itself(self) -> bool:
+    """True if `choose` is to round as the method's own publication does."""
+    own = type(self).reference_rows is not Compressor.reference_rows
+    return own and not self.exact_budget
 
   @property
   def sees_question(self) -> bool:
     """True if two questions about one clip may get different tokens."""
-    return bool(self.needs - VISION_NEEDS) or self.stochastic
+    read = self.requires - VISION_SIGNALS
+    return bool(read) or self.stochastic or not self.selects_first
 
   @property
   def requirements(self) -> tuple[str, ...]:
-    """What it cannot do without, in words, of `requirements_of`."""
-    return requirements_of(self.needs)
+    """What it cannot do without, in words, each once.
+
+    Words are "text" (the question), "training", "LLM attention", "vision
+    attention", "vision keys" and "answer"; a part that is not known stands as
+    it is.
+    """
+    parts = self.requires | (set() if self.selects_first else {"attention"})
+    words = [
+      word
+      for part, words in _REQUIREMENTS.items()
+      if part in parts
+      for word in words
+    ]
+    return tuple(dict.fromkeys([*words, *sorted(parts - set(_REQUIREMENTS))]))
+
+  @classmethod
+  def _general_fields(cls) -> set[str]:
+    return {field.name for field in dataclasses.fields(Compressor)}
 
   @property
   def known_options(self) -> tuple[str, ...]:
     """Names of the options that it takes, sorted."""
-    return tuple(
-      sorted(set(inspect.signature(self.function).parameters) - _INTERFACE)
-    )
+    own = {field.name for field in dataclasses.fields(self)}
+    own -= self._general_fields()
+    return tuple(sorted(own | ({"weights"} if self.trained else set())))
+
+  @property
+  def options(self) -> Mapping[str, Any]:
+    """The options that were set, for the record."""
+    return {name: getattr(self, name) for name in self.given}
+
+  @property
+  def fingerprint(self) -> str:
+    """What tells apart methods of one name: digests of the files behind it."""
+    digests = [self.source[:12], self.weights_sha256[:12]]
+    return "#".join(digest for digest in digests if digest)
 
   def with_options(self, *, exact_budget: bool | None = None, **options):
     """Returns the method with options set; `known_options` says which.
@@ -159,30 +264,31 @@ class Compressor:
       exact_budget: as of the class; None leaves it.
       **options: values of the method's own options.
     """
-    out = self
+    # Programs are cached by compressor: values have to be hashable.
+    changes = {
+      name: tuple(value) if isinstance(value, list) else value
+      for name, value in options.items()
+    }
     if exact_budget is not None:
-      out = dataclasses.replace(out, exact_budget=exact_budget)
-    if options:
-      out = dataclasses.replace(
-        out,
-        function=functools.partial(out.function, **options),
-        options={**out.options, **options},
-      )
-      if out.configure is not None:
-        out = out.configure(out, **out.options)
-    return out
+      changes["exact_budget"] = exact_budget
+    given = tuple(dict.fromkeys([*self.given, *options]))
+    return dataclasses.replace(self, **changes, given=given)
+
+  def load(self) -> Any:
+    """Returns the parameters in `weights`, read once; None without a file."""
+    return _loaded(self) if self.weights else None
+
+  def read(self, path: str) -> Any:
+    """Returns the parameters in a file: {name: array} of safetensors."""
+    tensors = safetensors_io.list_tensors(path)
+    return {tensor.name: jnp.asarray(tensor.view()) for tensor in tensors}
 
   def rows(self, grid: tuple[int, int, int], ratio: float) -> int:
     """Returns K, the static number of rows of a selection at `ratio`."""
     exact = budget(grid, ratio)
-    if self.exact_budget or self.reference_rows is None:
+    if self.exact_budget:
       return exact
-    options = {
-      name: value
-      for name, value in self.options.items()
-      if _takes(self.reference_rows, name, loosely=True)
-    }
-    rows = int(self.reference_rows(grid, ratio, **options))
+    rows = int(self.reference_rows(grid, ratio))
     if rows < 1:
       raise errors.UserError(
         f"{self.name}: its own rounding of ratio {ratio} keeps nothing of a"
@@ -190,27 +296,40 @@ class Compressor:
       )
     return min(rows, grid[0] * grid[1] * grid[2])
 
-  def compress(
-    self, features, *, grid, num_keep, text=None, aux=None, rng=None, ratio=None
+  def rows_per_layer(self, num_layers: int, grid, ratio: float) -> list[int]:
+    """Returns how many video tokens each layer of the language model sees.
+
+    Raises:
+      UserError: the ratio cannot be met.
+    """
+    return [self.rows(grid, ratio)] * num_layers
+
+  def computed_rows(self, num_layers: int, grid, ratio: float) -> list[int]:
+    """Returns `rows_per_layer` with what is computed though masked."""
+    return self.rows_per_layer(num_layers, grid, ratio)
+
+  def minimum_ratio(self, num_layers: int, num_video: int) -> float | None:
+    """Returns the lowest ratio that can be met; None where it is not told."""
+    del num_layers, num_video
+    return None
+
+  def select(
+    self, inputs: CompressorInputs, *, num_keep: int, ratio=None, params=None
   ) -> Selection:
     """Returns the selection of `num_keep` rows of one video.
 
-    With an exact budget every row is valid. Otherwise the function is told
-    `rounding="reference"`, and the mask says which rows are.
+    With an exact budget every row is valid; otherwise the mask says which are.
 
     Args:
-      features: float[N, D] video tokens.
-      grid: static (T, H, W) with T * H * W = N.
+      inputs: with the parts that the method requires.
       num_keep: K of `rows`, static, at least 1; an exact budget of K >= N
         keeps everything.
-      text: float[Lq, D] embedded question, for methods that need it; rows of
-        zeros are padding.
-      aux: `Aux` with the parts listed in `needs`.
-      rng: key, for stochastic methods.
       ratio: the retention ratio behind `num_keep`, for methods whose inner
         budgets are defined by it (METHOD.md 7); None derives it from K / N,
         which a reference rounding cannot.
+      params: of a trained method, from `load`.
     """
+    features, grid = inputs.features, inputs.grid
     chex.assert_rank(features, 2)
     num_video = features.shape[0]
     if num_video != grid[0] * grid[1] * grid[2]:
@@ -220,62 +339,147 @@ class Compressor:
         f"{self.name}: a budget of {num_keep} tokens keeps nothing; raise the"
         " retention ratio"
       )
-    for need in sorted(self.needs):
-      part = text if need == "text" else getattr(aux, need, None)
-      if part is None:
-        raise ValueError(f"{self.name} needs {need}, which was not given")
-    if self.stochastic and rng is None:
+    for part in sorted(self.requires):
+      if getattr(inputs, part, None) is None:
+        raise ValueError(f"{self.name} needs {part}, which was not given")
+    if self.stochastic and inputs.rng is None:
       raise ValueError(f"{self.name} is stochastic and needs rng")
-    self._check_values(features, text, aux)
-    extra = {}
-    if _takes(self.function, "rounding"):
-      extra["rounding"] = "exact" if self.exact_budget else "reference"
-      if not self.exact_budget and ratio is None:
-        raise ValueError(f"{self.name} without exact budget needs the ratio")
+    self._check_values(inputs)
+    if self.rounds_itself and ratio is None:
+      raise ValueError(f"{self.name} without exact budget needs the ratio")
     # The rows of a reference rounding may be a bound that is never reached.
-    bound_only = extra.get("rounding") == "reference" and ratio < 1
+    bound_only = self.rounds_itself and ratio < 1
     if num_keep >= num_video and not bound_only:
       return take(features, jnp.arange(num_video, dtype=jnp.int32))
-    if _takes(self.function, "ratio"):
-      extra["ratio"] = ratio
-    return self.function(
-      features, grid=grid, num_keep=num_keep, text=text, aux=aux, rng=rng,
-      **extra,
-    )  # fmt: skip
+    if self.trained:
+      return self.choose(inputs, num_keep, ratio, params)
+    return self.choose(inputs, num_keep, ratio)
 
-  def _check_values(self, features, text, aux) -> None:
+  def select_batch(self, inputs, *, num_keep, ratio=None, params=None):
+    """Returns `select` of B videos: inputs and selection have a leading B."""
+    return jax.vmap(
+      functools.partial(
+        self.select, num_keep=num_keep, ratio=ratio, params=params
+      )
+    )(inputs)
+
+  def prefill(
+    self,
+    model,
+    params,
+    prompt: prompt_batch.PrunedPrompts,
+    inputs: CompressorInputs,
+    *,
+    ratio: float,
+    new_rows: int,
+    own_params=None,
+    selection: Selection | None = None,
+  ):
+    """Returns (logits, cache, trace) after reading the prompts.
+
+    Args:
+      model: `models.video_llm.VideoLLM`.
+      params: its parameters.
+      prompt: whole prompts with all video tokens, leading axis B.
+      inputs: leading axis B.
+      ratio: static.
+      new_rows: static, room in the cache for what follows.
+      own_params: of a trained compressor, from `load`.
+      selection: leading axis B, where `select` has been called already.
+
+    Returns:
+      logits float32[B, V] behind each prompt, the cache (or a tuple, one for
+      each slice of layers), and the `SelectionTrace`.
+    """
+    if selection is None:
+      selection = self.select_batch(
+        inputs,
+        num_keep=self.rows(inputs.grid, ratio),
+        ratio=ratio,
+        params=own_params,
+      )
+    num_video = selection.assign.shape[1]
+    rows = prompt_batch.keep(prompt, selection, num_video=num_video)
+    logits, cache, _ = model.prefill(
+      params,
+      rows.x,
+      rows.positions,
+      rows.lengths,
+      cache_length=rows.x.shape[1] + new_rows,
+      deep=rows.deep,
+      video_rows=rows.video_rows,
+    )
+    layers = (rows.count.shape[0], model.config.text.num_layers)
+    tokens = jnp.broadcast_to(rows.count[:, None], layers)
+    trace = SelectionTrace(
+      selection.index, selection.mask, tokens.astype(jnp.float32)
+    )
+    return logits, cache, trace
+
+  def _check_values(self, inputs) -> None:
     """Refuses NaN and infinity in what is read, unless it is being traced."""
-    parts = {"video features": features}
-    for need in sorted(self.needs):
-      part = text if need == "text" else getattr(aux, need)
-      parts[need.replace("_", " ")] = part
+    parts = {"video features": inputs.features}
+    for part in sorted(self.requires):
+      parts[part.replace("_", " ")] = getattr(inputs, part)
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(parts)):
       return
     for name, part in parts.items():
       for leaf in jax.tree.leaves(part):
         check_finite(leaf, name)
 
+  def _hash_weights(self) -> str:
+    if not os.path.isfile(self.weights):
+      raise errors.UserError(
+        f"{self.name}: weights={self.weights!r}: there is no such file"
+      )
+    return files.sha256(self.weights)
 
-def requirements_of(needs) -> tuple[str, ...]:
-  """Returns what `needs` amount to, in words, each once.
 
-  Words are "text" (the question), "vision attention", "vision keys", "LLM
-  attention" and "training"; a need of one's own stands as it is.
+@functools.lru_cache(maxsize=8)
+def _loaded(compressor: Compressor):
+  return compressor.read(compressor.weights)
+
+
+def number(default, low, high=None, *, whole=False, open_low=False):
+  """Returns the field of an option that is a number between `low` and `high`.
+
+  Args:
+    default: always allowed, None as well.
+    low: least value, or with `open_low` the bound that it must exceed.
+    high: largest value; None for no bound.
+    whole: True if it must be an integer.
+    open_low: see `low`.
   """
-  words = {word for need in needs for word in _REQUIREMENTS.get(need, (need,))}
-  order = list(
-    dict.fromkeys(word for known in _REQUIREMENTS.values() for word in known)
-  )
-  known = [word for word in order if word in words]
-  return (*known, *sorted(words - set(known)))
+  kind = numbers.Integral if whole else numbers.Real
+
+  def check(method, name, value):
+    right = isinstance(value, kind) and not isinstance(value, bool)
+    right = right and (value > low if open_low else value >= low)
+    if right and (high is None or value <= high):
+      return
+    allowed = f"{'above' if open_low else 'at least'} {low}"
+    if high is not None:
+      allowed += f" and at most {high}"
+    noun = "an integer" if whole else "a number"
+    raise errors.UserError(
+      f"{method}: {name} is {value!r}; give {noun} {allowed}"
+    )
+
+  return dataclasses.field(default=default, metadata={"check": check})
 
 
-def _takes(function, parameter, loosely=False) -> bool:
-  """True if `function` names `parameter`, or loosely takes any keyword."""
-  parameters = inspect.signature(function).parameters
-  return parameter in parameters or (
-    loosely and any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-  )
+def choice(default, *others):
+  """Returns the field of an option that is one of the values given."""
+  allowed = (default, *others)
+
+  def check(method, name, value):
+    if value not in allowed:
+      *first, last = map(repr, allowed)
+      raise errors.UserError(
+        f"{method}: {name} is {value!r}; use {', '.join(first)} or {last}"
+      )
+
+  return dataclasses.field(default=default, metadata={"check": check})
 
 
 def take(
@@ -289,22 +493,10 @@ def take(
     num_valid: int32[] how many of them are rows, the first ones, with N behind
       them; None for all.
   """
-  num_video, num_keep = features.shape[0], index.shape[0]
-  index = jnp.sort(index.astype(jnp.int32))
-  rows = jnp.arange(num_keep, dtype=jnp.int32)
-  taken = features[index]
-  mask = jnp.ones([num_keep], bool)
-  if num_valid is not None:
-    mask = rows < num_valid
-    taken = jnp.where(mask[:, None], taken, 0)
-  assign = jnp.full([num_video], -1, jnp.int32)
-  return Selection(
-    features=taken,
-    index=index,
-    mask=mask,
-    mass=mask.astype(jnp.float32),
-    assign=assign.at[index].set(rows, mode="drop"),
-  )
+  rows = jnp.arange(index.shape[0], dtype=jnp.int32)
+  assign = jnp.full(features.shape[:1], -1, jnp.int32)
+  assign = assign.at[index].set(rows, mode="drop")
+  return arrange(features[index], index, assign, num_valid)
 
 
 def take_top(features: jax.Array, values: jax.Array, num_keep: int):
@@ -473,36 +665,3 @@ def check_finite(features, name: str = "video features") -> None:
     raise errors.UserError(
       f"{name} hold NaN or infinity; check the checkpoint and its dtype"
     )
-
-
-def per_frame(
-  rule: Callable[..., jax.Array],
-  features: jax.Array,
-  grid: tuple[int, int, int],
-  num_keep: int,
-) -> jax.Array:
-  """Applies `rule` to each frame on its own; exactly `num_keep` in total.
-
-  Every frame keeps floor(K / T) tokens and the first K mod T frames one more.
-
-  Args:
-    rule: `rule(features f[n, D], num_keep=k)` -> int32[k] rows of a frame.
-    features: float[N, D] video tokens.
-    grid: static (T, H, W).
-    num_keep: K, static, below N.
-
-  Returns:
-    int32[K] rows of the video.
-  """
-  T, H, W = grid
-  frames = features.reshape(T, H * W, -1)
-  start = jnp.arange(T, dtype=jnp.int32)[:, None] * (H * W)
-  share, rest = divmod(num_keep, T)
-  parts = []
-  if rest:
-    local = jax.vmap(lambda z: rule(z, num_keep=share + 1))(frames[:rest])
-    parts.append((local + start[:rest]).reshape(-1))
-  if share and rest < T:
-    local = jax.vmap(lambda z: rule(z, num_keep=share))(frames[rest:])
-    parts.append((local + start[rest:]).reshape(-1))
-  return jnp.concatenate(parts).astype(jnp.int32)

@@ -30,27 +30,6 @@ def scale_layer(layer: int, num_layers: int) -> int:
   return max(1, round(layer * num_layers / _PUBLISHED_LAYERS))
 
 
-def tokens_per_layer(
-  plan: Sequence[tuple[int, int]], num_layers: int, num_video: int
-) -> list[int]:
-  """Returns how many video tokens the attention of each layer sees.
-
-  Args:
-    plan: (layer, keep) in the order of layers: from `layer` on, `keep` tokens.
-    num_layers: L.
-    num_video: M, tokens in front of the first entry of the plan.
-  """
-  seen = [num_video] * num_layers
-  for layer, keep in plan:
-    seen[layer:] = [keep] * len(seen[layer:])
-  return seen
-
-
-def equivalent_ratio(tokens: Any, num_video: int):
-  """Returns the mean over layers of `tokens` [..., L], as a share of M."""
-  return np.mean(np.asarray(tokens, np.float64), axis=-1) / num_video
-
-
 def keep_behind(
   ratio: float, num_layers: int, num_video: int, *, layer: int, entering=None
 ) -> int:
@@ -116,17 +95,6 @@ def fastv_fraction(ratio: float, num_layers: int, layer: int = 2) -> float:
   return float(share)
 
 
-def entering_fraction(
-  ratio: float, num_layers: int, *, layer: int, share: float
-) -> float:
-  """Returns the share r1 of M that may enter if `share` goes on at `layer`.
-
-  r1 (K + share (L - K)) = ratio * L; above 1 where the budget is not used up.
-  """
-  seen = layer + _exact(share) * (num_layers - layer)
-  return float(_exact(ratio) * num_layers / seen)
-
-
 def two_stages(
   ratio: float, num_layers: int, num_video: int, *, layer: int, share: float
 ) -> tuple[int, int]:
@@ -159,38 +127,6 @@ def two_stages(
   entering = max(1, min(entering, most))
   return entering, keep_behind(
     ratio, num_layers, num_video, layer=layer, entering=entering
-  )
-
-
-def prunevid(ratio: float, num_layers: int, num_video: int, layer: int = 10):
-  """Returns (entering, keep) of PruneVID with its stage in the LLM.
-
-  Args:
-    ratio: equivalent retention ratio.
-    num_layers: L.
-    num_video: M.
-    layer: layers in front of the second stage, of 28.
-  """
-  return two_stages(
-    ratio,
-    num_layers,
-    num_video,
-    layer=scale_layer(layer, num_layers),
-    share=0.4,
-  )
-
-
-def flashvid(ratio: float, num_layers: int, num_video: int, layer: int = 20):
-  """Returns (entering, keep) of FlashVID; arguments as of `prunevid`.
-
-  At 28 layers 1.25 of the ratio enters, and 30 % of it goes on at layer 20.
-  """
-  return two_stages(
-    ratio,
-    num_layers,
-    num_video,
-    layer=scale_layer(layer, num_layers),
-    share=0.3,
   )
 
 

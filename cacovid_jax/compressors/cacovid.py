@@ -8,108 +8,68 @@ another question in the prompt: if it does as well, the policy has learnt what
 is striking in a video, not what is asked.
 """
 
-from cacovid_jax.compressors import base, merging
+import dataclasses
+
+from cacovid_jax.compressors import base, selection_ops
 from cacovid_jax.policy import selection
 
 
-def compress(
-  features,
-  *,
-  grid,
-  num_keep,
-  text=None,
-  aux=None,
-  rng=None,
-  ratio=None,
-  importance_ratio=0.5,
-  max_frame_share=1.5,
-  merge="none",
-):
-  """Returns the tokens of highest keep - drop gap, frame budgets by frame.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CaCoVID(base.Compressor):
+  """The tokens of highest keep - drop gap, frame budgets by frame scores.
 
-  Args:
-    features: float[N, D] video tokens.
-    grid: static (T, H, W).
-    num_keep: K, static.
-    text: unused.
-    aux: with `scores`, the policy's frame and token scores.
-    rng: unused.
-    ratio: retention ratio with floor(ratio * N) = K; the budget of important
-      tokens is a share of the unrounded ratio * N. None takes K / N.
+  Attributes:
     importance_ratio: iota, share of the budget that goes to the best tokens;
       the rest is spaced evenly over the tokens left.
     max_frame_share: most that one frame may take of the important tokens, in
       units of the ratio (METHOD.md's c = 1.5 * r).
     merge: "none" drops the other tokens, as the paper does; "nearest" folds
-      each into the kept token that it resembles most (`merging.fold`).
+      each into the kept token that it resembles most.
   """
-  del text, rng
-  return _follow(
-    aux.scores, features, grid, num_keep, ratio, importance_ratio,
-    max_frame_share, merge,
-  )  # fmt: skip
 
+  name: str = "cacovid"
+  requires: frozenset[str] = frozenset(["scores"])
+  importance_ratio: float = 0.5
+  max_frame_share: float = 1.5
+  merge: str = base.choice(*selection_ops.MERGES)
 
-def compress_in_bucket(features, budget, *, aux, merge="none"):
-  """`compress` of a video inside a bucket: its grid and budget are data.
+  def choose(self, inputs, num_keep, ratio):
+    """Returns the policy's tokens; ratio None stands for K / N.
 
-  Args:
-    features: float[N_max, D] video tokens, the video's own first.
-    budget: selection.Budget; its options are those of `compress`.
-    aux: with `scores`, of the bucket's size.
-    merge: as of `compress`; padding joins no row.
-
-  Returns:
-    Selection of K_max rows, of which the video's K are valid.
-  """
-  index, num_valid = selection.select_in_bucket(aux.scores, budget)
-  taken = base.take(features, index, num_valid)
-  return merging.apply(merge, taken, features, valid=budget.grid.valid_tokens)
-
-
-def compress_untrained(
-  features, *, grid, num_keep, text=None, aux=None, rng=None, ratio=None,
-  importance_ratio=0.5, max_frame_share=1.5, merge="none",
-):  # fmt: skip
-  """`compress` on `aux.untrained_scores`."""
-  del text, rng
-  return _follow(
-    aux.untrained_scores, features, grid, num_keep, ratio, importance_ratio,
-    max_frame_share, merge,
-  )  # fmt: skip
-
-
-def compress_other_question(
-  features, *, grid, num_keep, text=None, aux=None, rng=None, ratio=None,
-  importance_ratio=0.5, max_frame_share=1.5, merge="none",
-):  # fmt: skip
-  """`compress` on `aux.other_scores`."""
-  del text, rng
-  return _follow(
-    aux.other_scores, features, grid, num_keep, ratio, importance_ratio,
-    max_frame_share, merge,
-  )  # fmt: skip
-
-
-def _follow(
-  scores, features, grid, num_keep, ratio, importance_ratio, max_frame_share,
-  merge,
-):  # fmt: skip
-  merging.check(merge)
-  if ratio is None:
-    ratio = ratio_of(grid, num_keep)
-  index = selection.select(
-    scores,
-    grid=grid,
-    ratio=ratio,
-    importance_ratio=importance_ratio,
-    max_frame_share=max_frame_share,
-  )
-  if index.shape[0] != num_keep:
-    raise ValueError(
-      f"ratio {ratio} keeps {index.shape[0]} tokens, not {num_keep}"
+    The budget of important tokens is a share of the unrounded ratio * N.
+    """
+    if ratio is None:
+      ratio = ratio_of(inputs.grid, num_keep)
+    (scores,) = self.requires
+    budget = selection.budget(
+      inputs.grid,
+      ratio,
+      importance_ratio=self.importance_ratio,
+      max_frame_share=self.max_frame_share,
     )
-  return merging.apply(merge, base.take(features, index), features)
+    index = selection.select(getattr(inputs, scores), budget)
+    if index.shape[0] != num_keep:
+      raise ValueError(
+        f"ratio {ratio} keeps {index.shape[0]} tokens, not {num_keep}"
+      )
+    taken = base.take(inputs.features, index)
+    return selection_ops.merge_dropped(self.merge, taken, inputs.features)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Untrained(CaCoVID):
+  """The rule on the scores of a policy that was not trained."""
+
+  name: str = "cacovid_untrained"
+  requires: frozenset[str] = frozenset(["untrained_scores"])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OtherQuestion(CaCoVID):
+  """The rule on the policy's scores for another question."""
+
+  name: str = "cacovid_other_question"
+  requires: frozenset[str] = frozenset(["other_scores"])
 
 
 def ratio_of(grid: tuple[int, int, int], num_keep: int) -> float:
@@ -119,20 +79,3 @@ def ratio_of(grid: tuple[int, int, int], num_keep: int) -> float:
   while selection.num_keep(grid, ratio) < num_keep:
     ratio *= 1.0 + 1e-15
   return ratio
-
-
-COMPRESSORS = (
-  base.Compressor(
-    name="cacovid", function=compress, needs=frozenset(["scores"])
-  ),
-  base.Compressor(
-    name="cacovid_untrained",
-    function=compress_untrained,
-    needs=frozenset(["untrained_scores"]),
-  ),
-  base.Compressor(
-    name="cacovid_other_question",
-    function=compress_other_question,
-    needs=frozenset(["other_scores"]),
-  ),
-)

@@ -16,6 +16,7 @@ Axes: T frames, F frames that may enter, P = H*W tokens of a frame, D width,
 K kept tokens, n tokens of a frame that are left.
 """
 
+import dataclasses
 import math
 
 import jax
@@ -23,7 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from cacovid_jax import errors
-from cacovid_jax.compressors import base, components, oracle, similarity
+from cacovid_jax.compressors import base, simple
+from cacovid_jax.compressors.math import clustering, similarity
 
 # At most so many clusters give several frames each, so many in all.
 _FEW_CLUSTERS = 6
@@ -32,56 +34,56 @@ _HEADS = 16
 _SAME = 1e-6
 
 
-def compress(
-  features, *, grid, num_keep, text=None, aux=None, rng=None,
-  max_frames=25, reduce="max",
-):  # fmt: skip
-  """Returns the merged tokens of representative frames, K in all.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DyTo(base.Compressor):
+  """The merged tokens of representative frames, K in all.
 
-  Args:
-    features: float[N, D] video tokens.
-    grid: static (T, H, W).
-    num_keep: K, static.
-    text: unused.
-    aux: unused.
-    rng: unused.
+  Attributes:
     max_frames: most frames that enter, unless K needs more.
     reduce: "max" keeps the largest value of each channel of merged tokens, as
       published; "mean" their mean.
   """
-  del text, aux, rng
-  if reduce not in ("max", "mean"):
-    raise errors.UserError(
-      f"dyto: unknown reduce {reduce!r}; use 'max' or 'mean'"
-    )
-  if max_frames < 1:
-    raise errors.UserError(f"dyto: max_frames is {max_frames}; use 1 or more")
-  num_frames, area = grid[0], grid[1] * grid[2]
-  fewest, most = frame_bounds(grid, num_keep, max_frames)
-  frames = features.reshape(num_frames, area, -1)
-  chosen = representatives(
-    jnp.mean(frames.astype(jnp.float32), axis=1), fewest, most
-  )
-  (frame,) = jnp.nonzero(chosen, size=most, fill_value=num_frames)
-  num_chosen = chosen.sum()
-  # Equal shares; what is left over goes to the first frames, one each.
-  place = jnp.arange(most)
-  counts = num_keep // num_chosen + (place < num_keep % num_chosen)
-  counts = jnp.where(place < num_chosen, counts, 0)
-  taken = frames[jnp.minimum(frame, num_frames - 1)]
-  fewest_left = min(num_keep // most, area)
-  rows, into = jax.vmap(
-    lambda x, count: merge_frame(x, count, fewest_left, reduce=reduce)
-  )(taken, counts)
 
-  stands = (into == jnp.arange(area)) & (counts > 0)[:, None]
-  (slot,) = jnp.nonzero(stands.reshape(-1), size=num_keep)
-  index = frame[slot // area] * area + slot % area
-  row_of = jnp.cumsum(stands.reshape(-1)).reshape(most, area) - 1
-  row = jnp.take_along_axis(row_of, into, axis=1)
-  assign = jnp.full([num_frames, area], -1, jnp.int32)
-  assign = assign.at[frame].set(row, mode="drop").reshape(-1)
-  return base.arrange(rows.reshape(most * area, -1)[slot], index, assign)
+  name: str = "dyto"
+  max_frames: int = 25
+  reduce: str = base.choice("max", "mean")
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.max_frames < 1:
+      raise errors.UserError(
+        f"dyto: max_frames is {self.max_frames}; use 1 or more"
+      )
+
+  def choose(self, inputs, num_keep, ratio):
+    """Returns the rows of the frames that enter, equal shares of each."""
+    features, (num_frames, H, W) = inputs.features, inputs.grid
+    area = H * W
+    fewest, most = frame_bounds(inputs.grid, num_keep, self.max_frames)
+    frames = features.reshape(num_frames, area, -1)
+    chosen = representatives(
+      jnp.mean(frames.astype(jnp.float32), axis=1), fewest, most
+    )
+    (frame,) = jnp.nonzero(chosen, size=most, fill_value=num_frames)
+    num_chosen = chosen.sum()
+    # Equal shares; what is left over goes to the first frames, one each.
+    place = jnp.arange(most)
+    counts = num_keep // num_chosen + (place < num_keep % num_chosen)
+    counts = jnp.where(place < num_chosen, counts, 0)
+    taken = frames[jnp.minimum(frame, num_frames - 1)]
+    fewest_left = min(num_keep // most, area)
+    rows, into = jax.vmap(
+      lambda x, count: merge_frame(x, count, fewest_left, reduce=self.reduce)
+    )(taken, counts)
+
+    stands = (into == jnp.arange(area)) & (counts > 0)[:, None]
+    (slot,) = jnp.nonzero(stands.reshape(-1), size=num_keep)
+    index = frame[slot // area] * area + slot % area
+    row_of = jnp.cumsum(stands.reshape(-1)).reshape(most, area) - 1
+    row = jnp.take_along_axis(row_of, into, axis=1)
+    assign = jnp.full([num_frames, area], -1, jnp.int32)
+    assign = assign.at[frame].set(row, mode="drop").reshape(-1)
+    return base.arrange(rows.reshape(most * area, -1)[slot], index, assign)
 
 
 def frame_bounds(
@@ -139,7 +141,7 @@ def representatives(frames: jax.Array, fewest: int, most: int) -> jax.Array:
   count = chosen.sum()
   others = num_frames - count
   short = jnp.maximum(fewest - count, 0)
-  return chosen | oracle.spread(~chosen, others, short)
+  return chosen | simple.spread(~chosen, others, short)
 
 
 def second_level(frames: jax.Array) -> jax.Array:
@@ -179,7 +181,7 @@ def tw_finch(
     when = base.segment_mean(time[:, None], label, num_points)[:, 0]
     valid = label == slot
     nearest = _first_neighbours(mean, when, valid)
-    merged = components.components_of_edges(slot, nearest, valid, num_points)
+    merged = clustering.components_of_edges(slot, nearest, valid, num_points)
     label = merged[label]
     labels.append(label)
     counts.append(jnp.sum(label == slot))
@@ -262,6 +264,3 @@ def _metric(x):
   heads = math.gcd(x.shape[-1], _HEADS)
   x = x.reshape(x.shape[0], heads, -1)
   return jnp.mean(x.astype(jnp.float32), axis=1)
-
-
-COMPRESSOR = base.Compressor(name="dyto", function=compress)

@@ -16,54 +16,51 @@ depend on the scale of a projector's outputs.
 Axes: N video tokens, D width, K bases and kept tokens.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
-from cacovid_jax import errors
-from cacovid_jax.compressors import base, components, similarity, uniform
+from cacovid_jax.compressors import base, simple
+from cacovid_jax.compressors.math import clustering, similarity
 
 
-def compress(
-  features, *, grid, num_keep, text=None, aux=None, rng=None,
-  lam=0.05, rounds=9,
-):  # fmt: skip
-  """Returns K soft means of the video's tokens.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EM(base.Compressor):
+  """K soft means of the video's tokens.
 
-  Args:
-    features: float[N, D] video tokens.
-    grid: static (T, H, W).
-    num_keep: K, static.
-    text: unused.
-    aux: unused.
-    rng: unused.
+  Attributes:
     lam: width of a basis, in units of the cosine.
     rounds: how often the bases are moved.
   """
-  del grid, text, aux, rng
-  if not lam > 0:
-    raise errors.UserError(f"em: lam is {lam}; it is a width and above 0")
-  if rounds < 0:
-    raise errors.UserError(f"em: rounds is {rounds}; use 0 or more")
-  x = similarity.unit(features)
-  bases = x[uniform.positions(features.shape[0], num_keep)]
-  bases, _ = fit(x, bases, lam=lam, rounds=rounds)
-  share, _ = responsibilities(x, bases, lam=lam)
-  assign = jnp.argmax(share, axis=-1).astype(jnp.int32)
-  mass = share.sum(axis=0)
-  rows = jnp.matmul(
-    share.T, features.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
-  )
-  index = components.distinct_representatives(
-    jnp.max(share, axis=-1), assign, num_keep
-  )
-  # A basis that every token is far from may have no mass left in float32.
-  none = mass[:, None] <= 0
-  rows = jnp.where(
-    none, features[index], rows / jnp.where(none, 1.0, mass[:, None])
-  )
-  order = jnp.argsort(index)
-  out = base.arrange(rows.astype(features.dtype), index, assign)
-  return out._replace(mass=mass[order])
+
+  name: str = "em"
+  lam: float = base.number(0.05, 0, open_low=True)
+  rounds: int = base.number(9, 0, whole=True)
+
+  def choose(self, inputs, num_keep, ratio):
+    """Returns the means, each at the token that is closest to its basis."""
+    features = inputs.features
+    x = similarity.unit(features)
+    bases = x[simple.even_positions(features.shape[0], num_keep)]
+    bases, _ = fit(x, bases, lam=self.lam, rounds=self.rounds)
+    share, _ = responsibilities(x, bases, lam=self.lam)
+    assign = jnp.argmax(share, axis=-1).astype(jnp.int32)
+    mass = share.sum(axis=0)
+    rows = jnp.matmul(
+      share.T, features.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+    )
+    index = clustering.distinct_representatives(
+      jnp.max(share, axis=-1), assign, num_keep
+    )
+    # A basis that every token is far from may have no mass left in float32.
+    none = mass[:, None] <= 0
+    rows = jnp.where(
+      none, features[index], rows / jnp.where(none, 1.0, mass[:, None])
+    )
+    order = jnp.argsort(index)
+    out = base.arrange(rows.astype(features.dtype), index, assign)
+    return out._replace(mass=mass[order])
 
 
 def fit(x, bases, *, lam, rounds):
@@ -72,7 +69,7 @@ def fit(x, bases, *, lam, rounds):
   Args:
     x: float32[N, D] points.
     bases: float32[K, D] of norm 1, or 0.
-    lam: see `compress`.
+    lam: see `EM`.
     rounds: static.
 
   Returns:
@@ -99,6 +96,3 @@ def responsibilities(x, bases, *, lam, precision=jax.lax.Precision.HIGHEST):
   logits = jnp.matmul(x, bases.T, precision=precision) / lam
   objective = jax.nn.logsumexp(logits, axis=-1).sum()
   return jax.nn.softmax(logits, axis=-1), objective
-
-
-COMPRESSOR = base.Compressor(name="em", function=compress)

@@ -9,11 +9,11 @@ Paper: https://arxiv.org/abs/2403.06764 (section 4).
 import dataclasses
 
 from cacovid_jax import errors
-from cacovid_jax.compressors import budgets, in_llm
+from cacovid_jax.compressors import budgets, layerwise
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class FastV(in_llm.InLLM):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FastV(layerwise.LayerwiseCompressor):
   """One cut before layer K.
 
   Attributes:
@@ -22,6 +22,7 @@ class FastV(in_llm.InLLM):
       papers, and moves with the depth; False takes it as it is.
   """
 
+  name: str = "fastv"
   layer: int = 2
   scale_layers: bool = True
 
@@ -46,15 +47,12 @@ class FastV(in_llm.InLLM):
       return None
     return budgets.lowest_ratio(num_layers, num_video, layer=cut)
 
-  def step(self, seen, *, layer, keep, grid):
+  def step(self, state, *, layer, keep):
     """Returns the tokens that the last token attends to most."""
-    del layer, grid
-    return in_llm.keep_by_last_query(seen, keep)
+    del layer
+    return layerwise.keep_by_last_query(state, keep)
 
   def _cut(self, num_layers):
-    return in_llm.cut_layer(
+    return layerwise.cut_layer(
       self.name, self.layer, num_layers, self.scale_layers
     )
-
-
-COMPRESSOR = FastV(name="fastv")

@@ -9,58 +9,31 @@ Paper: https://arxiv.org/abs/2503.11187
 The published method reads SigLIP's pooling head, for frame embeddings and for
 the saliency of tokens. The video models' checkpoints do not hold that head:
 here mean features stand for the embedding, and the attention that a token
-receives in the tower's last layer for its saliency. `COMPRESSOR.note` says so
+receives in the tower's last layer for its saliency. `FastVID.note` says so
 wherever the method is listed.
 
 Axes: T frames, P tokens of a frame, N = T * P, D width, K kept tokens, A
 anchors.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
-from cacovid_jax.compressors import (
-  base,
-  budgets,
-  checks,
-  dpc_knn,
-  rows,
-  similarity,
-  windows,
-)
+from cacovid_jax.compressors import base, budgets, selection_ops
+from cacovid_jax.compressors.math import clustering, segments, similarity
 from cacovid_jax.policy import diversity
 
-_FALLBACK = (
-  "fallback: received attention and mean features stand in for SigLIP's"
-  " pooling head, which the checkpoints lack"
-)
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FastVID(base.Compressor):
+  """Salient tokens unchanged and anchors merged.
 
-def compress(
-  features,
-  *,
-  grid,
-  num_keep,
-  text=None,
-  aux=None,
-  rng=None,
-  num_segments=8,
-  threshold=0.9,
-  context_share=0.4,
-  anchor_stride=4,
-  anchor_weight=0.6,
-  num_neighbours=7,
-):
-  """Returns salient tokens unchanged and anchors merged.
+  Frames share the budget evenly, the first K mod T of them get one more,
+  before the part for anchors moves to the anchors' frames.
 
-  Args:
-    features: float[N, D] video tokens.
-    grid: static (T, H, W).
-    num_keep: K, static; frames share it evenly, the first K mod T of them get
-      one more, before the part for anchors moves to the anchors' frames.
-    text: unused.
-    aux: with `vision_attention` float32[N].
-    rng: unused.
+  Attributes:
     num_segments: segments that there are at least; the paper's c.
     threshold: cosine of neighbouring frames below which a segment ends.
     context_share: part of a frame's budget for anchors; the paper's d.
@@ -68,74 +41,84 @@ def compress(
     anchor_weight: least weight of an anchor among the tokens it takes in.
     num_neighbours: of the density.
   """
-  del text, rng
-  for name, value in (
-    ("num_segments", num_segments),
-    ("anchor_stride", anchor_stride),
-    ("num_neighbours", num_neighbours),
-  ):
-    checks.number("fastvid", name, value, 1, whole=True)
-  checks.number("fastvid", "threshold", threshold, -1)
-  checks.number("fastvid", "context_share", context_share, 0, 1)
-  checks.number("fastvid", "anchor_weight", anchor_weight, 0, 1)
-  T, H, W = grid
-  P = H * W
-  shares = budgets.evenly(num_keep, T)
-  wanted = [int(share * context_share) for share in shares]
-  frames = features.reshape(T, P, -1)
-  vectors = frames.mean(axis=1, dtype=jnp.float32)
-  first = windows.first_frames(
-    segment_starts(similarity.adjacent(vectors), num_segments, threshold)
+
+  name: str = "fastvid"
+  requires: frozenset[str] = frozenset(["vision_attention"])
+  note: str = (
+    "fallback: received attention and mean features stand in for SigLIP's"
+    " pooling head, which the checkpoints lack"
   )
-  num_salient, num_anchors = _counts(
-    jnp.array(shares), jnp.array(wanted), first, P, anchor_stride
-  )
-  attention = aux.vision_attention.astype(jnp.float32).reshape(T, P)
-  salient = rows.rank(attention) < num_salient[:, None]
-  peaks = jax.vmap(
-    lambda x, others: (
-      dpc_knn.from_distances(
-        diversity.squared_distances(x),
-        1,
-        num_neighbours=num_neighbours,
-        valid=others,
-      ).rank
+  num_segments: int = base.number(8, 1, whole=True)
+  threshold: float = base.number(0.9, -1)
+  context_share: float = base.number(0.4, 0, 1)
+  anchor_stride: int = base.number(4, 1, whole=True)
+  anchor_weight: float = base.number(0.6, 0, 1)
+  num_neighbours: int = base.number(7, 1, whole=True)
+
+  def choose(self, inputs, num_keep, ratio):
+    """Returns salient tokens and anchors of all frames."""
+    features = inputs.features
+    T, H, W = inputs.grid
+    P = H * W
+    shares = budgets.evenly(num_keep, T)
+    wanted = [int(share * self.context_share) for share in shares]
+    frames = features.reshape(T, P, -1)
+    cosine = similarity.adjacent(frames.mean(axis=1, dtype=jnp.float32))
+    first = segments.first_frames(
+      segments.unlike_neighbours(cosine, self.num_segments, self.threshold)
     )
-  )(frames, ~salient)
-  anchor = (~salient & (peaks < num_anchors[:, None])).reshape(-1)
-  salient = salient.reshape(-1)
+    num_salient, num_anchors = _counts(
+      jnp.array(shares), jnp.array(wanted), first, P, self.anchor_stride
+    )
+    attention = inputs.vision_attention.astype(jnp.float32).reshape(T, P)
+    salient = selection_ops.rank(attention) < num_salient[:, None]
+    peaks = jax.vmap(
+      lambda x, others: (
+        clustering.from_distances(
+          diversity.squared_distances(x),
+          1,
+          num_neighbours=self.num_neighbours,
+          valid=others,
+        ).rank
+      )
+    )(frames, ~salient)
+    anchor = (~salient & (peaks < num_anchors[:, None])).reshape(-1)
+    salient = salient.reshape(-1)
+    own_place = jnp.arange(T * P)
+    if not sum(wanted):
+      into = jnp.where(salient, own_place, T * P)
+      return selection_ops.collect(features, salient, into, num_keep)
+    (anchors,) = jnp.nonzero(anchor, size=sum(wanted), fill_value=T * P)
+    joined = _nearest(features, anchors, jnp.repeat(first, P))
+    kept = salient | anchor
+    joined = jnp.where(kept, len(anchors), joined)
+    values = self._merge(features, anchors, joined)
+    into = jnp.append(anchors, T * P)[joined]
+    into = jnp.where(kept, own_place, into)
+    return selection_ops.collect(values, kept, into, num_keep)
 
-  bound = sum(wanted)
-  own_place = jnp.arange(T * P)
-  if not bound:
-    into = jnp.where(salient, own_place, T * P)
-    return rows.collect(features, salient, into, num_keep)
-  (anchors,) = jnp.nonzero(anchor, size=bound, fill_value=T * P)
-  segment = jnp.repeat(first, P)
-  joined = _nearest(features, anchors, segment)
-  joins = ~(salient | anchor) & (joined < bound)
-  member = joins & (joined[None, :] == jnp.arange(bound)[:, None])
-  count = member.sum(axis=-1)
-  others = similarity.pooled(features, member)
-  own = features[jnp.minimum(anchors, T * P - 1)].astype(jnp.float32)
-  weight = jnp.maximum(1.0 / (count + 1), anchor_weight)[:, None]
-  merged = rows.anchored(own, others, count, weight)
-  values = features.at[anchors].set(merged.astype(features.dtype), mode="drop")
-  into = jnp.append(anchors, T * P)[jnp.where(joins, joined, bound)]
-  into = jnp.where(salient | anchor, own_place, into)
-  return rows.collect(values, salient | anchor, into, num_keep)
+  def reference_rows(self, grid, ratio):
+    """Returns how many tokens are kept if each frame's count is cut off."""
+    T, H, W = grid
+    return T * int(ratio * (H * W))
 
+  def _merge(self, features, anchors, joined):
+    """Returns float[N, D] with the anchors merged.
 
-def segment_starts(cosine, num_segments, threshold):
-  """Returns bool[T], True where a segment begins.
-
-  Args:
-    cosine: float32[T - 1] of neighbouring frames.
-    num_segments: the num_segments - 1 lowest cosines end a segment.
-    threshold: so do all below it.
-  """
-  cuts = (rows.rank(-cosine) < num_segments - 1) | (cosine < threshold)
-  return jnp.concatenate([jnp.ones(1, bool), cuts])
+    Args:
+      features: float[N, D] video tokens.
+      anchors: int32[A] tokens, N behind the last.
+      joined: int32[N] the anchor that each token joins, A for none.
+    """
+    member = joined[None, :] == jnp.arange(len(anchors))[:, None]
+    count = member.sum(axis=-1)
+    others = similarity.pooled(features, member)
+    own = features[jnp.minimum(anchors, len(features) - 1)]
+    weight = jnp.maximum(1.0 / (count + 1), self.anchor_weight)[:, None]
+    merged = selection_ops.anchored(
+      own.astype(jnp.float32), others, count, weight
+    )
+    return features.at[anchors].set(merged.astype(features.dtype), mode="drop")
 
 
 def _counts(shares, wanted, first, size, stride):
@@ -187,18 +170,3 @@ def _nearest(features, anchors, segment):
   near = jnp.where(reach, near, -jnp.inf)
   joined = jnp.argmax(near, axis=-1)
   return jnp.where(reach.any(axis=-1), joined, anchors.shape[0])
-
-
-def reference_rows(grid, ratio):
-  """Returns how many tokens are kept if each frame's count is cut off."""
-  T, H, W = grid
-  return T * int(ratio * (H * W))
-
-
-COMPRESSOR = base.Compressor(
-  name="fastvid",
-  function=compress,
-  needs=frozenset(["vision_attention"]),
-  reference_rows=reference_rows,
-  note=_FALLBACK,
-)

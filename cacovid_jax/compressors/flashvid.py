@@ -17,6 +17,7 @@ leaves it out.
 Axes: T frames, P = H * W tokens of a frame, N video tokens, D width, K rows.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -24,48 +25,23 @@ import jax
 import jax.numpy as jnp
 
 from cacovid_jax import errors
-from cacovid_jax.compressors import (
-  base,
-  budgets,
-  divprune,
-  dpc_knn,
-  in_llm,
-  rows,
+from cacovid_jax.compressors import base, budgets, layerwise, selection_ops
+from cacovid_jax.compressors.math import (
+  clustering,
+  max_min,
+  segments,
   similarity,
 )
 
-# What enters the language model, in units of the budget; the layer of 28 at
-# which the second part acts; and the share that it keeps.
-ENTERING = 1.25
-LLM_LAYER = 20
-LLM_KEEP = 0.3
 
-
-def compress(
-  features,
-  *,
-  grid,
-  num_keep,
-  text=None,
-  aux=None,
-  rng=None,
-  diverse_share=0.7,
-  link_above=0.8,
-  num_segments=8,
-  cut_below=0.9,
-):
-  """Returns diverse tokens that are attended to, and means of trees.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlashVID(layerwise.TwoStages):
+  """Diverse tokens that are attended to, and means of trees.
 
   A mean has the place of the first token of the tree that is the centre of
   its cluster, and counts every token alike.
 
-  Args:
-    features: float[N, D] video tokens.
-    grid: static (T, H, W).
-    num_keep: K, static.
-    text: unused.
-    aux: with `vision_attention` float32[N].
-    rng: unused.
+  Attributes:
     diverse_share: share of K that is picked, rounded down; frames get equal
       parts of it, the first ones one more.
     link_above: a token joins a tree above this cosine.
@@ -73,67 +49,73 @@ def compress(
       the mean features of neighbouring frames are least similar...
     cut_below: ...and wherever their cosine is below this.
   """
-  del text, rng
-  if not 0.0 <= diverse_share <= 1.0:
-    raise errors.UserError(
-      f"flashvid: diverse_share {diverse_share} is outside [0, 1]"
+
+  name: str = "flashvid"
+  requires: frozenset[str] = frozenset(["vision_attention"])
+  diverse_share: float = 0.7
+  link_above: float = 0.8
+  num_segments: int = base.number(8, 1, whole=True)
+  cut_below: float = 0.9
+
+  def __post_init__(self):
+    if not 0.0 <= self.diverse_share <= 1.0:
+      raise errors.UserError(
+        f"flashvid: diverse_share {self.diverse_share} is outside [0, 1]"
+      )
+    super().__post_init__()
+
+  def choose(self, inputs, num_keep, ratio):
+    """Returns the tokens that enter the language model."""
+    features = inputs.features
+    T, H, W = inputs.grid
+    P = H * W
+    frames = features.reshape(T, P, -1)
+    attention = inputs.vision_attention.astype(jnp.float32).reshape(T, P)
+    # 0.7 * 10 may be a rounding error below 7.
+    num_diverse = math.floor(self.diverse_share * num_keep + 1e-9)
+    num_merged = num_keep - num_diverse
+
+    diverse = pick_diverse(frames, attention, num_diverse)
+    vectors = frames.astype(jnp.float32).mean(axis=1)
+    cut = segments.unlike_neighbours(
+      similarity.settled(similarity.adjacent(vectors)),
+      self.num_segments,
+      self.cut_below,
     )
-  if not isinstance(num_segments, int) or num_segments < 1:
-    raise errors.UserError(
-      f"flashvid: num_segments is {num_segments!r}; give at least 1"
+    parent = link(
+      frames, ~diverse, cut, self.link_above, most=len(features) - num_keep
     )
-  T, H, W = grid
-  P = H * W
-  frames = features.reshape(T, P, -1)
-  attention = aux.vision_attention.astype(jnp.float32).reshape(T, P)
-  # 0.7 * 10 may be a rounding error below 7.
-  num_diverse = math.floor(diverse_share * num_keep + 1e-9)
-  num_merged = num_keep - num_diverse
+    root = ~diverse & (parent < 0)
+    total, size = tree_sums(frames, ~diverse, parent)
 
-  diverse = pick_diverse(frames, attention, num_diverse)
-  cut = segment_starts(
-    frames.astype(jnp.float32).mean(axis=1), num_segments, cut_below
-  )
-  parent = link(
-    frames, ~diverse, cut, link_above, most=features.shape[0] - num_keep
-  )
-  root = ~diverse & (parent < 0)
-  total, size = tree_sums(frames, ~diverse, parent)
+    num_trees = root.sum(axis=-1, dtype=jnp.int32)
+    some = num_trees > 0
+    counts = budgets.largest_remainder_on_device(
+      num_trees.astype(jnp.float32),
+      num_merged,
+      low=(some & (some.sum() <= num_merged)).astype(jnp.int32),
+      high=num_trees,
+    )
+    mean = total / jnp.maximum(size, 1.0)[..., None]
+    clusters = jax.vmap(
+      lambda x, count, valid: clustering.cluster(x, count, valid=valid)
+    )(mean, counts, root)
+    # Frames without budget drop their trees.
+    root &= counts[:, None] > 0
 
-  num_trees = root.sum(axis=-1, dtype=jnp.int32)
-  some = num_trees > 0
-  counts = budgets.largest_remainder_on_device(
-    num_trees.astype(jnp.float32),
-    num_merged,
-    low=(some & (some.sum() <= num_merged)).astype(jnp.int32),
-    high=num_trees,
-  )
-  mean = total / jnp.maximum(size, 1.0)[..., None]
-  clusters = jax.vmap(
-    lambda x, count, valid: dpc_knn.cluster(x, count, valid=valid)
-  )(mean, counts, root)
-  # Frames without budget drop their trees.
-  root &= counts[:, None] > 0
-  keep = diverse | (root & (clusters.rank < counts[:, None]))
+    place = jnp.arange(P)
+    # [T, P, P], centres by trees.
+    member = (clusters.centre[:, None, :] == place[:, None]) & root[:, None, :]
+    merged = similarity.pooled(total, member)
+    count = similarity.pooled(size[..., None], member)
+    merged = (merged / jnp.maximum(count, 1.0)).astype(features.dtype)
+    values = jnp.where(diverse[..., None], frames, merged)
 
-  place = jnp.arange(P)
-  # [T, P, P], centres by trees.
-  member = (clusters.centre[:, None, :] == place[:, None]) & root[:, None, :]
-  merged = similarity.pooled(total, member)
-  count = similarity.pooled(size[..., None], member)
-  merged = (merged / jnp.maximum(count, 1.0)).astype(features.dtype)
-  values = jnp.where(diverse[..., None], frames, merged)
-
-  first = jnp.arange(T)[:, None] * P
-  token = place + first
-  into = jnp.where(root, clusters.centre + first, T * P)
-  into = jnp.where(diverse, token, into).reshape(-1)
-  return rows.collect(
-    values.reshape(features.shape),
-    keep.reshape(-1),
-    into[roots_of(parent)],
-    num_keep,
-  )
+    into = jnp.where(root, clusters.centre, P)
+    into = jnp.where(diverse, place, into)
+    return selection_ops.collect_parts(
+      values, into, num_keep, features.dtype, home=roots_of(parent)
+    )
 
 
 def pick_diverse(frames, attention, num_keep):
@@ -156,30 +138,14 @@ def pick_diverse(frames, attention, num_keep):
   largest = attention.max(axis=-1, keepdims=True)
   attention = attention / jnp.where(largest > 0, largest, 1.0)
   distance = (1.0 - similarity.between(frames)) * attention[:, None, :]
-  picks = jax.vmap(
-    functools.partial(divprune.max_min_of_matrix, num_keep=most)
-  )(distance)
+  picks = jax.vmap(functools.partial(max_min.max_min_of_matrix, num_keep=most))(
+    distance
+  )
   # The picks of a smaller budget are the first ones of a larger.
   picks = jnp.where(jnp.arange(most) < jnp.array(count)[:, None], picks, P)
   return jax.vmap(
     lambda chosen: jnp.zeros([P], bool).at[chosen].set(True, mode="drop")
   )(picks)
-
-
-def segment_starts(vectors, num_segments, cut_below):
-  """Returns bool[T], True for the first frame of each segment.
-
-  Args:
-    vectors: float32[T, D], one of each frame.
-    num_segments: segments there are at least, if there are as many frames.
-    cut_below: cosine of neighbouring frames below which they are cut apart.
-  """
-  T = vectors.shape[0]
-  beside = similarity.settled(similarity.adjacent(vectors))
-  cut = beside < cut_below
-  _, lowest = jax.lax.top_k(-beside, min(num_segments, T) - 1)
-  cut = cut.at[lowest].set(True)
-  return jnp.concatenate([jnp.ones([1], bool), cut])
 
 
 def link(frames, free, cut, threshold, most):
@@ -250,17 +216,3 @@ def roots_of(parent):
   for _ in range((T - 1).bit_length()):
     root = root[root]
   return root
-
-
-_BEFORE = base.Compressor(
-  name="flashvid",
-  function=compress,
-  needs=frozenset(["vision_attention"]),
-)
-COMPRESSOR = in_llm.TwoStages(
-  name="flashvid",
-  before=_BEFORE,
-  needs=_BEFORE.needs,
-  llm_layer=LLM_LAYER,
-  llm_keep=LLM_KEEP,
-)

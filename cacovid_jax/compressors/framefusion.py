@@ -10,7 +10,7 @@ Paper: https://arxiv.org/abs/2501.01986 (sections 3 and 4).
 Two things differ from the published form. The number of layers is the
 model's. And where merging alone would use up the budget, so that no later
 layer could keep anything, merging ends one stage earlier with as many tokens
-as the rest of the budget allows; `Trace.forced` tells.
+as the rest of the budget allows; `SelectionTrace.forced` tells.
 
 Axes: B batch, L prompt tokens, R rows between two layers, n of them of the
 video, N video tokens, D width, T frames, H W token grid.
@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cacovid_jax import errors
-from cacovid_jax.compressors import budgets, in_llm
+from cacovid_jax.compressors import base, budgets, layerwise
 from cacovid_jax.models import attention, prompt_batch, qwen2
 
 MODES = ("exact-mask", "bucketed")
@@ -50,8 +50,8 @@ class State(NamedTuple):
   forced: jax.Array
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class FrameFusion(in_llm.InLLM):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FrameFusion(layerwise.LayerwiseCompressor):
   """Merging by threshold, then pruning by attention.
 
   Attributes:
@@ -64,12 +64,14 @@ class FrameFusion(in_llm.InLLM):
     max_merges: of the bucketed mode.
   """
 
+  name: str = "framefusion"
   threshold: float = 0.6
   min_merge: float = 0.1
   mode: str = "exact-mask"
   max_merges: int = 3
 
   def __post_init__(self):
+    super().__post_init__()
     if self.mode not in MODES:
       raise errors.UserError(
         f"{self.name}: mode={self.mode!r}; use {' or '.join(MODES)}"
@@ -94,7 +96,7 @@ class FrameFusion(in_llm.InLLM):
 
     When they are met depends on the video; the mean over layers does not.
     """
-    total = in_llm.token_layers(num_layers, num_video, ratio)
+    total = layerwise.token_layers(num_layers, num_video, ratio)
     if total < num_layers:
       raise errors.UserError(
         f"{self.name}: ratio {ratio:g} keeps no token of {num_video}; use at"
@@ -106,26 +108,41 @@ class FrameFusion(in_llm.InLLM):
     """Returns the ratio of one token per layer."""
     return budgets.lowest_ratio(num_layers, num_video, entering=1)
 
-  def step(self, seen, *, layer, keep, grid):
+  def step(self, state, *, layer, keep):
     """Returns the pruning step alone; `prefill` merges, too."""
-    del layer, grid
-    return in_llm.keep_by_last_query(seen, keep)
+    del layer
+    return layerwise.keep_by_last_query(state, keep)
 
-  def prefill(self, model, params, rows, *, grid, ratio, new_rows):
-    """See `in_llm.InLLM.prefill`; in bucketed mode it cannot be jitted."""
+  def rows_per_layer(self, num_layers, grid, ratio):
+    """Returns the mean that the ratio stands for: the video decides."""
+    self.plan(num_layers, math.prod(grid), ratio)
+    total = layerwise.token_layers(num_layers, math.prod(grid), ratio)
+    return budgets.evenly(total, num_layers)
+
+  def computed_rows(self, num_layers, grid, ratio):
+    """Returns N for every layer where tokens are only masked."""
+    rows = self.rows_per_layer(num_layers, grid, ratio)
+    exactly = self.mode == "exact-mask"
+    return [math.prod(grid)] * num_layers if exactly else rows
+
+  def prefill(
+    self, model, params, prompt, inputs, *, ratio, new_rows, own_params=None,
+    selection=None,
+  ):  # fmt: skip
+    """See `base.Compressor.prefill`; in bucketed mode it cannot be jitted."""
+    del own_params, selection
+    grid = inputs.grid
     self.plan(model.config.text.num_layers, math.prod(grid), ratio)
-    if self.mode == "exact-mask":
-      return _prefill_exactly(
-        self, model, params, rows, grid=grid, ratio=ratio, new_rows=new_rows
-      )
-    return _prefill_in_bucket(
-      self, model, params, rows, grid=grid, ratio=ratio, new_rows=new_rows
+    exactly = self.mode == "exact-mask"
+    read = _prefill_exactly if exactly else _prefill_in_bucket
+    return read(
+      self, model, params, prompt, grid=grid, ratio=ratio, new_rows=new_rows
     )
 
   def _most(self, num_layers, num_video, ratio):
     """Returns the most tokens that can be left at the last layer."""
     # A stage that merges less than is due leaves less for the later ones.
-    total = in_llm.token_layers(num_layers, num_video, ratio)
+    total = layerwise.token_layers(num_layers, num_video, ratio)
     most = total // num_layers + (not self.exact_budget)
     return min(most, num_video)
 
@@ -153,7 +170,7 @@ class _Stages(NamedTuple):
     last_merge = num_layers - 1
     if rule.mode == "bucketed":
       last_merge = min(rule.max_merges - 1, max(num_layers - 2, 0))
-    total = in_llm.token_layers(num_layers, math.prod(grid), ratio)
+    total = layerwise.token_layers(num_layers, math.prod(grid), ratio)
     return cls(rule, grid, num_layers, total, last_merge)
 
 
@@ -306,7 +323,7 @@ def _start(rows):
 
 def _trace(rows, state, counts, most):
   index = rows.index[:, :most]
-  return in_llm.Trace(
+  return base.SelectionTrace(
     index=index,
     mask=jnp.arange(index.shape[1])[None] < rows.count[:, None],
     tokens=counts.T.astype(jnp.float32),
@@ -337,7 +354,7 @@ def _stage(stages, rows, state, attended, number):
     video, rows.index, rows.count, paid, state
   )
   x = prompt_batch.write_video(rows.x, rows.video_rows, merged)
-  kept, count = jax.vmap(lambda s: in_llm.compact(s, size))(survives)
+  kept, count = jax.vmap(lambda s: layerwise.compact(s, size))(survives)
   _, rows = prompt_batch.take(
     rows._replace(x=x), kept, count, num_video=num_video
   )
@@ -468,6 +485,3 @@ def _inverse(order):
     .at[order]
     .set(jnp.arange(order.shape[0], dtype=jnp.int32))
   )
-
-
-COMPRESSOR = FrameFusion(name="framefusion")

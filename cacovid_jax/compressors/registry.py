@@ -1,52 +1,132 @@
 """Names and options of compressors -> the method.
 
-A module of this package offers its methods in a variable: `COMPRESSOR` for the
-one that is called like the module, `COMPRESSORS` for several. A method is a
-`base.Compressor`, or an object that acts inside the language model; here it is
-enough that it has `name`, `needs`, `stochastic`, `options`, `oracle`,
-`known_options` and `with_options`. Modules are imported when they are asked
-for.
+A known name leads to a class of this package, `path/file.py:attribute` or
+`package.module:attribute` to a compressor of the user's own. Modules are
+imported when they are asked for.
 """
 
 import ast
+import dataclasses
 import difflib
 import importlib
-import importlib.util
 import inspect
-import os
+from collections.abc import Callable, Mapping
 from typing import Any
 from urllib import parse as url_parse
 
-from cacovid_jax import errors
+from cacovid_jax import errors, extensions
 from cacovid_jax.compressors import base
 
-# In the order of tables. Values are modules of this package.
+# In the order of tables.
 _METHODS = {
-  "cacovid": "cacovid",
-  "random": "random",
-  "uniform": "uniform",
-  "evs": "evs",
-  "vidcom2": "vidcom2",
-  "fastv": "fastv",
-  "visionzip": "visionzip",
-  "divprune": "divprune",
-  "prunevid": "prunevid",
-  "framefusion": "framefusion",
-  "holitom": "holitom",
-  "fastvid": "fastvid",
-  "flashvid": "flashvid",
-  "unicomp": "unicomp",
-  "floc": "floc",
-  "scissor": "scissor",
-  "dyto": "dyto",
-  "em": "em",
-  "vqtoken": "vqtoken",
-  "last_query": "last_query",
-  "density_peaks": "density_peaks",
-  "cacovid_untrained": "cacovid",
-  "cacovid_other_question": "cacovid",
+  "cacovid": "cacovid:CaCoVID",
+  "random": "simple:Random",
+  "uniform": "simple:Uniform",
+  "evs": "simple:EVS",
+  "vidcom2": "vidcom2:VidCom2",
+  "fastv": "fastv:FastV",
+  "visionzip": "visionzip:VisionZip",
+  "divprune": "divprune:DivPrune",
+  "prunevid": "prunevid:PruneVID",
+  "framefusion": "framefusion:FrameFusion",
+  "holitom": "holitom:HoliTom",
+  "fastvid": "fastvid:FastVID",
+  "flashvid": "flashvid:FlashVID",
+  "unicomp": "unicomp:UniComp",
+  "floc": "floc:FLoC",
+  "scissor": "scissor:Scissor",
+  "dyto": "dyto:DyTo",
+  "em": "em:EM",
+  "vqtoken": "vqtoken:VQToken",
+  "last_query": "simple:LastQuery",
+  "density_peaks": "simple:DensityPeaks",
+  "cacovid_untrained": "cacovid:Untrained",
+  "cacovid_other_question": "cacovid:OtherQuestion",
 }
-_ORACLES = {"decisive_boxes": "oracle"}
+_ORACLES = {"decisive_boxes": "simple:DecisiveBoxes"}
+# Parameters of a bare function; whatever else it takes is an option.
+_INTERFACE = frozenset(
+  "features grid num_keep text aux rng ratio rounding".split()
+)
+# What files gave, by name and sha256: the same content is the same method.
+_LOADED = {}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FunctionCompressor(base.Compressor):
+  """A bare function `f(features, *, grid, num_keep, text, aux, rng)`.
+
+  It may also take `ratio` and `rounding` ("exact" or "reference"); every
+  further parameter is an option.
+
+  Attributes:
+    function: returns the `Selection`; `aux` are the `CompressorInputs`.
+    own_rows: `f(grid, ratio, **options)` -> int, see `reference_rows`; None
+      rounds down.
+    values: of the options that were set.
+  """
+
+  function: Callable[..., base.Selection]
+  own_rows: Callable[..., int] | None = None
+  values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  def __hash__(self):
+    # Values of options may be of any type.
+    return hash((self.name, self.source, self.function))
+
+  @property
+  def rounds_itself(self):
+    """True if the function is told of the rounding and it is its own."""
+    return self._takes("rounding") and not self.exact_budget
+
+  @property
+  def known_options(self):
+    """Names of the function's further parameters, sorted."""
+    parameters = inspect.signature(self.function).parameters
+    return tuple(sorted(set(parameters) - _INTERFACE))
+
+  @property
+  def options(self):
+    """The options that were set, for the record."""
+    return self.values
+
+  def with_options(self, *, exact_budget=None, **options):
+    """See `base.Compressor.with_options`."""
+    out = super().with_options(exact_budget=exact_budget)
+    return dataclasses.replace(out, values={**self.values, **options})
+
+  def reference_rows(self, grid, ratio):
+    """See `base.Compressor.reference_rows`."""
+    if self.own_rows is None:
+      return base.budget(grid, ratio)
+    parameters = inspect.signature(self.own_rows).parameters
+    loose = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    values = {
+      name: value
+      for name, value in self.values.items()
+      if loose or name in parameters
+    }
+    return self.own_rows(grid, ratio, **values)
+
+  def choose(self, inputs, num_keep, ratio):
+    """Returns what the function returns."""
+    extra = {"ratio": ratio, "rounding": "reference"}
+    if self.exact_budget:
+      extra["rounding"] = "exact"
+    extra = {name: extra[name] for name in extra if self._takes(name)}
+    return self.function(
+      inputs.features,
+      grid=inputs.grid,
+      num_keep=num_keep,
+      text=inputs.text,
+      aux=inputs,
+      rng=inputs.rng,
+      **extra,
+      **self.values,
+    )
+
+  def _takes(self, parameter):
+    return parameter in inspect.signature(self.function).parameters
 
 
 def names() -> tuple[str, ...]:
@@ -81,10 +161,11 @@ def get(spec: str, exact_budget: bool = True, **options):
   """Returns the method called `spec`, with `options` set.
 
   Args:
-    spec: a known name, or `path/file.py:attribute` for one's own, optionally
-      followed by `?option=value&...`. The attribute is a `Compressor`, or a
-      function with the interface of `Compressor.compress`; a function may say
-      what it reads by attributes `needs` and `stochastic`, and by
+    spec: a known name, or `path/file.py:attribute` or
+      `package.module:attribute` for the user's own, optionally followed by
+      `?option=value&...`. The attribute is a `Compressor`, its class, or a
+      bare function, see `FunctionCompressor`; a function may say what it reads
+      by attributes `requires` (or `needs`) and `stochastic`, and by
       `reference_rows` how many tokens it keeps without exact budget.
     exact_budget: False to round budgets as the method's own publication does;
       an option of that name in `spec` says the same.
@@ -101,7 +182,7 @@ def get(spec: str, exact_budget: bool = True, **options):
         f"method {name!r}: exact_budget is {exact!r}; give True or False"
       )
   exact_budget = options.pop("exact_budget", True) and exact_budget
-  if ".py:" in name:
+  if ":" in name:
     method = _load(name)
   elif name in _METHODS or name in _ORACLES:
     method = _known(name)
@@ -119,42 +200,31 @@ def get(spec: str, exact_budget: bool = True, **options):
         f"method {name!r} has no option {key!r}; known options:"
         f" {', '.join(known) or 'none'}"
       )
-  if not exact_budget:
-    return method.with_options(exact_budget=False, **options)
-  return method.with_options(**options) if options else method
+  if options or not exact_budget:
+    method = method.with_options(exact_budget=exact_budget, **options)
+  if method.trained and not method.weights:
+    raise errors.UserError(
+      f"method {name!r} is trained: give its parameters, as weights=FILE"
+    )
+  return method
 
 
-def _known(name: str):
-  module = importlib.import_module(
-    f"cacovid_jax.compressors.{(_METHODS | _ORACLES)[name]}"
-  )
-  several = getattr(module, "COMPRESSORS", None)
-  for method in several or [module.COMPRESSOR]:
-    if method.name == name:
-      return method
-  raise ValueError(f"{module.__name__} offers no method called {name}")
+def _known(name: str) -> base.Compressor:
+  module, _, attribute = (_METHODS | _ORACLES)[name].partition(":")
+  module = importlib.import_module(f"cacovid_jax.compressors.{module}")
+  return getattr(module, attribute)()
 
 
 def _load(spec: str) -> base.Compressor:
-  path, _, attribute = spec.rpartition(":")
-  if not os.path.isfile(path):
-    raise errors.UserError(f"method {spec!r}: there is no file {path}")
-  module_spec = importlib.util.spec_from_file_location(
-    "cacovid_jax_user_" + os.path.basename(path)[:-3], path
-  )
-  module = importlib.util.module_from_spec(module_spec)
-  try:
-    module_spec.loader.exec_module(module)
-  except Exception as error:
-    raise errors.UserError(
-      f"method {spec!r}: importing {path} failed with"
-      f" {type(error).__name__}: {error}"
-    ) from error
-  if not hasattr(module, attribute):
-    raise errors.UserError(f"method {spec!r}: {path} has no {attribute}")
-  found = getattr(module, attribute)
-  if isinstance(found, base.Compressor) or hasattr(found, "with_options"):
-    return found
+  found, digest = extensions.load(spec, "method")
+  attribute = spec.rpartition(":")[2]
+  found = _LOADED.setdefault((spec, digest), found)
+  if isinstance(found, type) and issubclass(found, base.Compressor):
+    found = found()
+  if isinstance(found, base.Compressor):
+    return dataclasses.replace(
+      found, name=found.name or attribute, source=digest
+    )
   if not callable(found):
     raise errors.UserError(
       f"method {spec!r}: {attribute} is neither a Compressor nor a function"
@@ -165,10 +235,12 @@ def _load(spec: str) -> base.Compressor:
       f"method {spec!r}: {attribute} does not take {', '.join(sorted(missing))}"
       "; its signature is (features, *, grid, num_keep, text, aux, rng)"
     )
-  return base.Compressor(
+  requires = getattr(found, "requires", getattr(found, "needs", ()))
+  return FunctionCompressor(
     name=attribute,
+    source=digest,
     function=found,
-    needs=frozenset(getattr(found, "needs", ())),
+    requires=frozenset(requires),
     stochastic=bool(getattr(found, "stochastic", False)),
-    reference_rows=getattr(found, "reference_rows", None),
+    own_rows=getattr(found, "reference_rows", None),
   )

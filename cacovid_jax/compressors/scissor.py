@@ -15,63 +15,71 @@ budget is met by cutting spanning trees (`mode="mst"`).
 Axes: T frames, P = H*W tokens of a frame, N = T*P, D width, K kept tokens.
 """
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 
 from cacovid_jax import errors
-from cacovid_jax.compressors import base, components, similarity
+from cacovid_jax.compressors import base
+from cacovid_jax.compressors.math import clustering, similarity
 
 _BISECTIONS = 16
 
 
-def compress(
-  features, *, grid, num_keep, text=None, aux=None, rng=None,
-  rounding="exact", mode=None, tau=0.9,
-):  # fmt: skip
-  """Returns the video as its semantic components.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scissor(base.Compressor):
+  """The video as its semantic clustering.
 
-  Args:
-    features: float[N, D] video tokens.
-    grid: static (T, H, W).
-    num_keep: K, static.
-    text: unused.
-    aux: unused.
-    rng: unused.
-    rounding: "exact", or "reference" for the mode "tau" by default.
+  Attributes:
     mode: "mst" cuts maximum spanning trees so that K components are left, the
       same as at a threshold that leaves K; "bisect" looks for the largest
       threshold that leaves K or more and keeps the K largest components, as
-      does "tau" with the threshold given, which may leave fewer than K.
+      does "tau" with the threshold given, which may leave fewer than K. None
+      is "mst" with an exact budget, else "tau".
     tau: cosine above which tokens are linked; in "mst" the frames' components
       are those of `tau` while they are K or more, otherwise as many as lie
       halfway, by ratio, between N and K.
   """
-  del text, aux, rng
-  if mode is None:
-    mode = "mst" if rounding == "exact" else "tau"
-  if mode == "mst":
-    melted = _by_trees(features, grid, num_keep, tau)
-  elif mode == "tau":
-    melted = _by_threshold(features, grid, tau)
-  elif mode == "bisect":
-    melted = _by_threshold(features, grid, _bisect(features, grid, num_keep))
-  else:
-    raise errors.UserError(
-      f"scissor: unknown mode {mode!r}; use 'mst', 'bisect' or 'tau'"
-    )
-  return _merge(features, *melted, num_keep)
+
+  name: str = "scissor"
+  mode: str | None = None
+  tau: float = 0.9
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.mode not in (None, "mst", "bisect", "tau"):
+      raise errors.UserError(
+        f"scissor: unknown mode {self.mode!r}; use 'mst', 'bisect' or 'tau'"
+      )
+
+  def choose(self, inputs, num_keep, ratio):
+    """Returns the means of the clustering."""
+    features, grid = inputs.features, inputs.grid
+    mode = self.mode or ("mst" if self.exact_budget else "tau")
+    if mode == "mst":
+      melted = _by_trees(features, grid, num_keep, self.tau)
+    else:
+      tau = self.tau
+      if mode == "bisect":
+        tau = _bisect(features, grid, num_keep)
+      melted = _by_threshold(features, grid, tau)
+    return _merge(features, *melted, num_keep)
+
+  def reference_rows(self, grid, ratio):
+    """Returns the most rows that a threshold leaves: those of the budget."""
+    return base.budget(grid, ratio)
 
 
 def _by_trees(features, grid, num_keep, tau):
-  """Returns what `_by_threshold` does, of exactly K components."""
+  """Returns what `_by_threshold` does, of exactly K clustering."""
   num_frames, area = grid[0], grid[1] * grid[2]
   num_video = num_frames * area
   alike = similarity.symmetric(_frames(features, grid))
-  forest = jax.vmap(components.maximum_spanning_forest)(alike)
+  forest = jax.vmap(clustering.maximum_spanning_forest)(alike)
   start = jnp.arange(num_frames, dtype=jnp.int32)[:, None] * area
-  forest = components.Forest(
+  forest = clustering.Forest(
     (forest.first + start).reshape(-1),
     (forest.second + start).reshape(-1),
     forest.weight.reshape(-1),
@@ -79,16 +87,16 @@ def _by_trees(features, grid, num_keep, tau):
   above = jnp.sum(forest.weight > tau)
   between = num_video - round(math.sqrt(num_keep * num_video))
   num_edges = jnp.where(num_video - above >= num_keep, above, between)
-  spatial = components.cut(forest, num_edges)
+  spatial = clustering.cut(forest, num_edges)
   links = _links(alike, _threshold(forest, num_edges, tau))
   hub = _hubs(links, spatial, grid)
 
   means = _means(features, spatial, grid)
   valid = spatial == jnp.arange(num_video)
   alike = similarity.symmetric(means)
-  forest = components.maximum_spanning_forest(alike, valid)
+  forest = clustering.maximum_spanning_forest(alike, valid)
   num_edges = valid.sum() - num_keep
-  label = components.cut(forest, num_edges)
+  label = clustering.cut(forest, num_edges)
   threshold = _threshold(forest, num_edges, tau)
   degree = jnp.sum(_links(alike, threshold) & valid[None, :], axis=-1)
   return means, spatial, hub, label, degree
@@ -108,7 +116,7 @@ def _by_threshold(features, grid, tau):
   alike = similarity.symmetric(_frames(features, grid))
   links = _links(alike, tau)
   start = jnp.arange(grid[0], dtype=jnp.int32)[:, None] * area
-  spatial = jax.vmap(components.connected_components)(links) + start
+  spatial = jax.vmap(clustering.connected_components)(links) + start
   spatial = spatial.reshape(-1)
   hub = _hubs(links, spatial, grid)
 
@@ -116,12 +124,12 @@ def _by_threshold(features, grid, tau):
   valid = spatial == jnp.arange(spatial.shape[0])
   links = _links(similarity.symmetric(means), tau)
   links &= valid[:, None] & valid[None, :]
-  label = components.connected_components(links)
+  label = clustering.connected_components(links)
   return means, spatial, hub, label, jnp.sum(links, axis=-1)
 
 
 def _bisect(features, grid, num_keep):
-  """Returns float32[], close to the largest tau that leaves K components."""
+  """Returns float32[], close to the largest tau that leaves K clustering."""
 
   def halve(_, bounds):
     low, high = bounds
@@ -150,7 +158,7 @@ def _merge(features, means, spatial, hub, label, degree, num_keep):
   row = jnp.where(spatial == slot, row[label], num_keep)
 
   # A component stands where its hub stands: that of the slot with most links.
-  place = components.best_member(degree, row, num_keep, tie=hub)
+  place = clustering.best_member(degree, row, num_keep, tie=hub)
   index = jnp.append(hub, num_video)[place]
   order = jnp.argsort(index)
   index = index[order]
@@ -195,7 +203,7 @@ def _threshold(forest, num_edges, tau):
 def _hubs(links, spatial, grid):
   """Returns int32[N], in a component's first slot, its most linked token."""
   degree = jnp.sum(links, axis=-1).reshape(-1)
-  return components.best_member(degree, spatial, spatial.shape[0])
+  return clustering.best_member(degree, spatial, spatial.shape[0])
 
 
 def _means(features, spatial, grid):
@@ -207,14 +215,3 @@ def _means(features, spatial, grid):
     _frames(features, grid), local, area
   )
   return means.reshape(num_frames * area, -1)
-
-
-def reference_rows(grid, ratio, **options) -> int:
-  """Returns the most rows that a threshold leaves: those of the budget."""
-  del options
-  return base.budget(grid, ratio)
-
-
-COMPRESSOR = base.Compressor(
-  name="scissor", function=compress, reference_rows=reference_rows
-)

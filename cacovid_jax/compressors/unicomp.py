@@ -14,98 +14,87 @@ left unsuppressed, suppressed ones return in the order of the visit.
 Axes: T frames, P = H * W tokens of a frame, N video tokens, D width, K rows.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
 from cacovid_jax import errors
-from cacovid_jax.compressors import base, budgets, rows, similarity
+from cacovid_jax.compressors import base, budgets, selection_ops
+from cacovid_jax.compressors.math import similarity
 
 
-def compress(
-  features,
-  *,
-  grid,
-  num_keep,
-  text=None,
-  aux=None,
-  rng=None,
-  frame_threshold=0.005,
-  token_threshold=0.2,
-  temperature=1.0,
-):
-  """Returns unique tokens of fused frames, averaged with those near them.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UniComp(base.Compressor):
+  """Unique tokens of fused frames, averaged with those near them.
 
   A row has the place of its token in the first frame of its group. It is the
   mean of that token and the mean of the tokens that it suppressed, each of
   them the mean over the frames of the group.
 
-  Args:
-    features: float[N, D] video tokens.
-    grid: static (T, H, W).
-    num_keep: K, static.
-    text: unused.
-    aux: unused.
-    rng: unused.
+  Attributes:
     frame_threshold: largest cosine distance between the mean features of a
       frame and the first one of its group.
     token_threshold: largest cosine distance at which a kept token suppresses
       another one of its frame.
     temperature: what uniqueness is divided by where frames share the budget.
   """
-  del text, aux, rng
-  for name, value in (
-    ("frame_threshold", frame_threshold),
-    ("token_threshold", token_threshold),
-  ):
-    if not 0.0 <= value <= 2.0:
-      raise errors.UserError(
-        f"unicomp: {name} {value} is no cosine distance; give 0 to 2"
-      )
-  if not temperature > 0:
-    raise errors.UserError(f"unicomp: temperature {temperature} is not above 0")
-  T, H, W = grid
-  P = H * W
-  frames = features.reshape(T, P, -1)
 
-  head = fuse(
-    frames.astype(jnp.float32).mean(axis=1),
-    frame_threshold,
-    least=-(-num_keep // P),
-  )
-  is_head = head == jnp.arange(T)
-  fused = base.segment_mean(features.reshape(T, -1), head, T)
-  fused = fused.reshape(T, P, -1)
+  name: str = "unicomp"
+  frame_threshold: float = 0.005
+  token_threshold: float = 0.2
+  temperature: float = base.number(1.0, 0, open_low=True)
 
-  unique = uniqueness(similarity.between(fused.mean(axis=1)), is_head)
-  share = jnp.where(is_head, unique / temperature, -jnp.inf)
-  # A fused frame gets a token at least, if there are enough.
-  least = is_head & (is_head.sum() <= num_keep)
-  counts = budgets.largest_remainder_on_device(
-    jax.nn.softmax(share),
-    num_keep,
-    low=least.astype(jnp.int32),
-    high=jnp.where(is_head, P, 0),
-  )
-  visit = jax.vmap(lambda x, count: visit_tokens(x, count, token_threshold))
-  keeper = visit(fused, counts)  # [T, P]
+  def __post_init__(self):
+    super().__post_init__()
+    for name in ("frame_threshold", "token_threshold"):
+      if not 0.0 <= getattr(self, name) <= 2.0:
+        raise errors.UserError(
+          f"unicomp: {name} {getattr(self, name)} is no cosine distance; give"
+          " 0 to 2"
+        )
 
-  near = (keeper[:, None, :] == jnp.arange(P)[:, None]) & ~jnp.eye(
-    P, dtype=bool
-  )
-  num_near = near.sum(axis=-1)[..., None]
-  around = similarity.pooled(fused, near)
-  around = around / jnp.maximum(num_near, 1)
-  values = jnp.where(num_near > 0, (fused + around) / 2, fused)
+  def choose(self, inputs, num_keep, ratio):
+    """Returns the rows of all groups of frames."""
+    features = inputs.features
+    T, H, W = inputs.grid
+    P = H * W
+    head = fuse(
+      features.reshape(T, P, -1).astype(jnp.float32).mean(axis=1),
+      self.frame_threshold,
+      least=-(-num_keep // P),
+    )
+    is_head = head == jnp.arange(T)
+    fused = base.segment_mean(features.reshape(T, -1), head, T)
+    fused = fused.reshape(T, P, -1)
 
-  first = jnp.arange(T)[:, None] * P
-  into = jnp.where(keeper < 0, T * P, keeper + first)[head]
-  return rows.collect(
-    values.reshape(features.shape),
-    (keeper == jnp.arange(P)).reshape(-1),
-    into.reshape(-1),
-    num_keep,
-    dtype=features.dtype,
-  )
+    unique = uniqueness(similarity.between(fused.mean(axis=1)), is_head)
+    share = jnp.where(is_head, unique / self.temperature, -jnp.inf)
+    # A fused frame gets a token at least, if there are enough.
+    least = is_head & (is_head.sum() <= num_keep)
+    counts = budgets.largest_remainder_on_device(
+      jax.nn.softmax(share),
+      num_keep,
+      low=least.astype(jnp.int32),
+      high=jnp.where(is_head, P, 0),
+    )
+    keeper = jax.vmap(
+      lambda x, count: visit_tokens(x, count, self.token_threshold)
+    )(fused, counts)  # [T, P]
+
+    place = jnp.arange(P)
+    near = keeper[:, None, :] == place[:, None]
+    near &= ~jnp.eye(P, dtype=bool)
+    num_near = near.sum(axis=-1)[..., None]
+    around = similarity.pooled(fused, near)
+    around = around / jnp.maximum(num_near, 1)
+    values = jnp.where(num_near > 0, (fused + around) / 2, fused)
+
+    into = jnp.where(keeper < 0, P, keeper)
+    home = head[:, None] * P + place
+    return selection_ops.collect_parts(
+      values, into, num_keep, features.dtype, home
+    )
 
 
 def fuse(vectors, threshold, least):
@@ -193,6 +182,3 @@ def visit_tokens(x, count, threshold):
   # From places in the visit back to tokens.
   token = jnp.where(joins < 0, -1, order[joins])
   return jnp.zeros([P], jnp.int32).at[order].set(token.astype(jnp.int32))
-
-
-COMPRESSOR = base.Compressor(name="unicomp", function=compress)

@@ -9,57 +9,49 @@ Here the tokens have unit length over the channels used, so that the widths
 have a scale, and the exact budget is reached by largest remainder.
 """
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 
-from cacovid_jax.compressors import base, budgets, checks, rows, similarity
+from cacovid_jax.compressors import base, budgets, selection_ops
+from cacovid_jax.compressors.math import similarity
 
 # Bandwidths of the Gaussians exp(-d^2 / (2 * bandwidth)).
 _BANDWIDTHS = (0.125, 0.25, 0.5, 1.0, 2.0)
 
 
-def compress(
-  features,
-  *,
-  grid,
-  num_keep,
-  text=None,
-  aux=None,
-  rng=None,
-  ratio=None,
-  rounding="exact",
-  temperature=0.01,
-):
-  """Returns the least similar tokens of each frame.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VidCom2(base.Compressor):
+  """The least similar tokens of each frame.
 
-  Args:
-    features: float[N, D] video tokens.
-    grid: static (T, H, W).
-    num_keep: K, static.
-    text: unused.
-    aux: unused.
-    rng: unused.
-    ratio: retention ratio behind K, for the reference rounding.
-    rounding: "exact", or "reference" to round each frame's count to the
-      nearest; the sum then depends on the video.
+  Attributes:
     temperature: of the softmax over frames; lower moves more of the budget.
   """
-  del text, aux, rng
-  checks.number("vidcom2", "temperature", temperature, 0, open_low=True)
-  T, H, W = grid
-  P = H * W
-  frames = features.reshape(T, P, -1)
-  to_video, to_frame = scores(frames)
-  weight = jax.nn.softmax(-to_video.mean(axis=-1) / temperature)
-  share = 1.0 + weight - 1.0 / T
-  if rounding == "reference":
-    count = jnp.round(ratio * share * P).astype(jnp.int32)
-  else:
-    count = budgets.largest_remainder_on_device(share, num_keep, high=P)
-  kept = rows.rank(-(to_video + to_frame)) < count[:, None]
-  return base.take_mask(features, kept.reshape(-1), num_keep)
+
+  name: str = "vidcom2"
+  temperature: float = base.number(0.01, 0, open_low=True)
+
+  def choose(self, inputs, num_keep, ratio):
+    """Returns the tokens; its own rounding makes K depend on the video."""
+    T, H, W = inputs.grid
+    P = H * W
+    to_video, to_frame = scores(inputs.features.reshape(T, P, -1))
+    weight = jax.nn.softmax(-to_video.mean(axis=-1) / self.temperature)
+    share = 1.0 + weight - 1.0 / T
+    if self.exact_budget:
+      count = budgets.largest_remainder_on_device(share, num_keep, high=P)
+    else:
+      count = jnp.round(ratio * share * P).astype(jnp.int32)
+    kept = selection_ops.rank(-(to_video + to_frame)) < count[:, None]
+    return base.take_mask(inputs.features, kept.reshape(-1), num_keep)
+
+  def reference_rows(self, grid, ratio):
+    """Returns the most tokens that rounding frame by frame can keep."""
+    # Each of the T counts gains at most a half.
+    T, H, W = grid
+    return min(math.floor(ratio * T * H * W + T / 2 + 1e-3), T * H * W)
 
 
 def scores(frames):
@@ -80,15 +72,3 @@ def scores(frames):
     return sum(jnp.exp(-squared / (2 * h)) for h in _BANDWIDTHS)
 
   return similar(x.mean(axis=(0, 1))), similar(x.mean(axis=1, keepdims=True))
-
-
-def reference_rows(grid, ratio):
-  """Returns the most tokens that rounding frame by frame can keep."""
-  # Each of the T counts gains at most a half.
-  T, H, W = grid
-  return min(math.floor(ratio * T * H * W + T / 2 + 1e-3), T * H * W)
-
-
-COMPRESSOR = base.Compressor(
-  name="vidcom2", function=compress, reference_rows=reference_rows
-)

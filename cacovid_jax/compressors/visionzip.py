@@ -9,115 +9,84 @@ Paper: https://arxiv.org/abs/2412.04467
 Axes: P tokens of a frame, D width, d dk widths of keys, c contextual tokens.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
-from cacovid_jax import errors
-from cacovid_jax.compressors import (
-  allocators,
-  base,
-  budgets,
-  checks,
-  rows,
-  similarity,
-)
-
-# The paper keeps 54 dominant and 10 contextual tokens, and multiples of that.
-_DOMINANT_SHARE = 54 / 64
+from cacovid_jax.compressors import allocators, base, budgets, selection_ops
+from cacovid_jax.compressors.math import similarity
 
 
-def compress(
-  features,
-  *,
-  grid,
-  num_keep,
-  text=None,
-  aux=None,
-  rng=None,
-  scope="frame",
-  dominant_share=_DOMINANT_SHARE,
-  contextual_reduce="sum",
-  allocator=None,
-):
-  """Returns dominant tokens unchanged and contextual tokens merged.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionZip(allocators.FrameShared):
+  """Dominant tokens unchanged and contextual tokens merged.
 
-  Args:
-    features: float[N, D] video tokens.
-    grid: static (T, H, W).
-    num_keep: K, static.
-    text: unused.
-    aux: with `vision_attention` float32[N] and `vision_keys` float32[N, dk],
-      and what the allocator needs.
-    rng: unused.
+  For an allocator a frame's tokens are in the order of their attention;
+  without one frames share evenly, the first K mod T get one more.
+
+  Attributes:
     scope: "frame", or "video" for one competition over all tokens, as in the
       ports to Qwen2.5-VL.
-    dominant_share: of a frame's budget that goes to dominant tokens.
+    dominant_share: of a frame's budget that goes to dominant tokens; the paper
+      keeps 54 dominant and 10 contextual tokens, and multiples of that.
     contextual_reduce: "sum" adds the mean of the tokens taken in to the
       contextual token, which about doubles its norm, as published; "mean" is
       the mean over all of them, itself included.
-    allocator: how frames share the budget, a name of `allocators`, for which
-      a frame's tokens are in the order of their attention; None for evenly,
-      the first K mod T frames get one more. Only with scope "frame".
   """
-  del text, rng
-  reductions = ("sum", "mean")
-  checks.choice("visionzip", "contextual_reduce", contextual_reduce, reductions)
-  checks.choice("visionzip", "scope", scope, ("frame", "video"))
-  checks.number("visionzip", "dominant_share", dominant_share, 0, 1)
-  T, H, W = grid
-  num_parts = T if scope == "frame" else 1
-  size = T * H * W // num_parts
-  attention = aux.vision_attention.astype(jnp.float32).reshape(num_parts, size)
-  if allocator is None:
-    counts = budgets.evenly(num_keep, num_parts)
-    most, counts = max(counts), jnp.array(counts)
-  elif scope == "video":
-    raise errors.UserError(
-      f"visionzip: allocator {allocator!r} shares out the budget between"
-      " frames; it needs scope 'frame'"
-    )
-  else:
-    counts = allocators.frame_counts(
-      allocator,
-      features,
-      jnp.argsort(-attention),
-      grid=grid,
-      num_keep=num_keep,
-      aux=aux,
-    )
-    most = min(num_keep, size)
-  # By the budget of a frame, how many of its tokens are dominant; the largest
-  # budget has the most contextual ones.
-  dominant = [int(k * dominant_share) for k in range(most + 1)]
-  max_contextual = most - dominant[-1]
-  dominant = jnp.array(dominant)[counts]
 
-  def part(x, attention, keys, num_dominant, num_contextual):
-    kept, contexts, joined = split(
-      attention, keys, num_dominant, num_contextual, max_contextual
-    )
-    merged = merge(x, contexts, joined, contextual_reduce)
-    # Behind the last contextual token there is nowhere to write.
-    values = x.at[contexts].set(merged.astype(x.dtype), mode="drop")
-    into = jnp.append(contexts, size)[joined]
-    into = jnp.where(kept, jnp.arange(size), into)
-    return values, kept, into
+  name: str = "visionzip"
+  requires: frozenset[str] = frozenset(["vision_attention", "vision_keys"])
+  scope: str = base.choice("frame", "video")
+  dominant_share: float = base.number(54 / 64, 0, 1)
+  contextual_reduce: str = base.choice("sum", "mean")
 
-  values, kept, into = jax.vmap(part)(
-    features.reshape(num_parts, size, -1),
-    attention,
-    aux.vision_keys.reshape(num_parts, size, -1),
-    dominant,
-    counts - dominant,
-  )
-  start = jnp.arange(num_parts)[:, None] * size
-  into = jnp.where(into < size, into + start, T * H * W)
-  return rows.collect(
-    values.reshape(features.shape),
-    kept.reshape(-1),
-    into.reshape(-1),
-    num_keep,
-  )
+  def choose(self, inputs, num_keep, ratio):
+    """Returns the tokens of all frames, or of the video as one."""
+    features = inputs.features
+    T, H, W = inputs.grid
+    num_parts = T if self.scope == "frame" else 1
+    size = T * H * W // num_parts
+    attention = inputs.vision_attention.astype(jnp.float32)
+    attention = attention.reshape(num_parts, size)
+    if self.allocator is None:
+      counts = budgets.evenly(num_keep, num_parts)
+      most, counts = max(counts), jnp.array(counts)
+    else:
+      order = jnp.argsort(-attention)
+      counts = allocators.frame_counts(self.allocator, inputs, order, num_keep)
+      most = min(num_keep, size)
+    # By the budget of a frame, how many of its tokens are dominant; the largest
+    # budget has the most contextual ones.
+    dominant = [int(k * self.dominant_share) for k in range(most + 1)]
+    max_contextual = most - dominant[-1]
+    dominant = jnp.array(dominant)[counts]
+
+    def part(x, attention, keys, num_dominant, num_contextual):
+      kept, contexts, joined = split(
+        attention, keys, num_dominant, num_contextual, max_contextual
+      )
+      merged = merge(x, contexts, joined, self.contextual_reduce)
+      # Behind the last contextual token there is nowhere to write.
+      values = x.at[contexts].set(merged.astype(x.dtype), mode="drop")
+      into = jnp.append(contexts, size)[joined]
+      return values, jnp.where(kept, jnp.arange(size), into)
+
+    values, into = jax.vmap(part)(
+      features.reshape(num_parts, size, -1),
+      attention,
+      inputs.vision_keys.reshape(num_parts, size, -1),
+      dominant,
+      counts - dominant,
+    )
+    return selection_ops.collect_parts(values, into, num_keep, features.dtype)
+
+  def reference_rows(self, grid, ratio):
+    """Returns how many tokens are kept if each frame's count is cut off."""
+    T, H, W = grid
+    if self.scope == "video":
+      return int(ratio * T * H * W)
+    return T * int(ratio * (H * W))
 
 
 def split(attention, keys, num_dominant, num_contextual, max_contextual):
@@ -137,7 +106,7 @@ def split(attention, keys, num_dominant, num_contextual, max_contextual):
     where there are none, for all.
   """
   size = attention.shape[0]
-  dominant = rows.rank(attention) < num_dominant
+  dominant = selection_ops.rank(attention) < num_dominant
   # The others in order of their index: every step-th is contextual.
   place = jnp.cumsum(~dominant) - 1
   step = (size - num_dominant) // jnp.maximum(num_contextual, 1)
@@ -163,20 +132,3 @@ def merge(x, contexts, joined, contextual_reduce):
   if contextual_reduce == "sum":
     return own + others / jnp.maximum(count, 1)
   return (own + others) / (1 + count)
-
-
-def reference_rows(grid, ratio, scope="frame"):
-  """Returns how many tokens are kept if each frame's count is cut off."""
-  T, H, W = grid
-  if scope == "video":
-    return int(ratio * T * H * W)
-  return T * int(ratio * (H * W))
-
-
-COMPRESSOR = base.Compressor(
-  name="visionzip",
-  function=compress,
-  needs=frozenset(["vision_attention", "vision_keys"]),
-  reference_rows=reference_rows,
-  configure=allocators.configure,
-)

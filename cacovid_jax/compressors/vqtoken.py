@@ -14,13 +14,15 @@ clusters is the budget, unless `elbow` is set.
 Axes: N video tokens, D width, K clusters and kept tokens.
 """
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 
 from cacovid_jax import errors
-from cacovid_jax.compressors import base, components, similarity
+from cacovid_jax.compressors import base
+from cacovid_jax.compressors.math import clustering, similarity
 
 # The range of the adaptive number of clusters starts here, as published.
 FEWEST_CLUSTERS = 12
@@ -31,19 +33,11 @@ _DRAWS = 16
 _STILL = 1e-4
 
 
-def compress(
-  features, *, grid, num_keep, text=None, aux=None, rng=None,
-  rounds=20, codes="raw", elbow=None, max_clusters=32, seeds_per_draw=None,
-):  # fmt: skip
-  """Returns the means of K clusters of the video's tokens.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VQToken(base.Compressor):
+  """The means of K clusters of the video's tokens.
 
-  Args:
-    features: float[N, D] video tokens.
-    grid: static (T, H, W).
-    num_keep: K, static.
-    text: unused.
-    aux: unused.
-    rng: key of the seeds.
+  Attributes:
     rounds: at most so many rounds; fewer once nothing moves.
     codes: "raw" for means of the tokens, "unit" for means of the tokens at
       norm 1.
@@ -56,47 +50,51 @@ def compress(
       distances to them; None for 1 up to K = 64, and
       for what 16 draws need above.
   """
-  del grid, text, aux
-  if codes not in ("raw", "unit"):
-    raise errors.UserError(
-      f"vqtoken: unknown codes {codes!r}; use 'raw' or 'unit'"
+
+  name: str = "vqtoken"
+  stochastic: bool = True
+  rounds: int = 20
+  codes: str = base.choice("raw", "unit")
+  elbow: str | None = base.choice(None, "corrected", "released")
+  max_clusters: int = 32
+  seeds_per_draw: int | None = base.number(None, 1, whole=True)
+
+  def choose(self, inputs, num_keep, ratio):
+    """Returns the means, each at the place of its medoid."""
+    features = inputs.features
+    num_clusters = self._num_clusters(num_keep)
+    per_draw = self.seeds_per_draw
+    if per_draw is None:
+      one_by_one = num_clusters <= _ONE_BY_ONE
+      per_draw = 1 if one_by_one else math.ceil(num_clusters / _DRAWS)
+    x = similarity.unit(features)
+    chosen = seeds(inputs.rng, x, num_clusters, per_draw=per_draw)
+    used = jnp.ones([num_clusters], bool)
+    if self.elbow:
+      bend = _bend(x, chosen, self.rounds, self.elbow)
+      used = jnp.arange(num_clusters) < bend
+    centres = lloyd(x, x[chosen], used, rounds=self.rounds)
+    assign, alike = nearest(x, centres, used)
+    index = clustering.distinct_representatives(alike, assign, num_clusters)
+    out = base.merge(
+      features if self.codes == "raw" else x,
+      jnp.pad(index, (0, num_keep - num_clusters)),
+      assign,
+      used.sum(),
     )
-  if elbow not in (None, "corrected", "released"):
-    raise errors.UserError(
-      f"vqtoken: unknown elbow {elbow!r}; use None, 'corrected' or 'released'"
-    )
-  num_clusters = num_keep
-  if elbow:
-    num_clusters = min(num_keep, max_clusters)
+    return out._replace(features=out.features.astype(features.dtype))
+
+  def _num_clusters(self, num_keep):
+    if not self.elbow:
+      return num_keep
+    num_clusters = min(num_keep, self.max_clusters)
     if num_clusters < FEWEST_CLUSTERS + 2:
       raise errors.UserError(
         f"vqtoken: an elbow needs room for {FEWEST_CLUSTERS + 2} clusters or"
         f" more, not {num_clusters}; raise the retention ratio or max_clusters,"
         " or leave elbow out"
       )
-  if seeds_per_draw is None:
-    seeds_per_draw = 1
-    if num_clusters > _ONE_BY_ONE:
-      seeds_per_draw = math.ceil(num_clusters / _DRAWS)
-  elif seeds_per_draw < 1:
-    raise errors.UserError(
-      f"vqtoken: seeds_per_draw is {seeds_per_draw}; use 1 or more"
-    )
-  x = similarity.unit(features)
-  chosen = seeds(rng, x, num_clusters, per_draw=seeds_per_draw)
-  used = jnp.ones([num_clusters], bool)
-  if elbow:
-    used = jnp.arange(num_clusters) < _bend(x, chosen, rounds, elbow)
-  centres = lloyd(x, x[chosen], used, rounds=rounds)
-  assign, alike = nearest(x, centres, used)
-  index = components.distinct_representatives(alike, assign, num_clusters)
-  out = base.merge(
-    features if codes == "raw" else x,
-    jnp.pad(index, (0, num_keep - num_clusters)),
-    assign,
-    used.sum(),
-  )
-  return out._replace(features=out.features.astype(features.dtype))
+    return num_clusters
 
 
 def seeds(rng, x, num_seeds, *, per_draw=1):
@@ -212,6 +210,3 @@ def bend(curve, elbow):
   if elbow == "released":
     return jnp.maximum(FEWEST_CLUSTERS, sharpest + 4)
   return sharpest + FEWEST_CLUSTERS + 1
-
-
-COMPRESSOR = base.Compressor(name="vqtoken", function=compress, stochastic=True)

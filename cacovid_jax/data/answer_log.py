@@ -15,16 +15,13 @@ confirms them or adds an answer, whose line stands behind that of the fault and
 wins.
 """
 
-import fcntl
 import json
 import os
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from absl import logging
-
-from cacovid_jax import errors
+from cacovid_jax import errors, files
 
 _HEADER = "run"
 _MEND = (
@@ -71,7 +68,7 @@ class Ledger:
       run: what the answers depend on; a file of another run is refused.
       environment: what computes new answers, see `provenance.environment`; None
         writes down none.
-      mend: see `lock`.
+      mend: end of the refusal of a locked file, see `files.lock`.
     """
     self._records: dict[Key, dict[str, Any]] = {}
     # Of files: what was wrong with a clip then.
@@ -90,7 +87,7 @@ class Ledger:
     self._path.parent.mkdir(parents=True, exist_ok=True)
     self._file = open(self._path, "a+b")
     try:
-      lock(self._file, self._path, mend=mend)
+      files.lock(self._file, self._path, hint=mend)
       self._open()
     except BaseException:
       self.close()
@@ -182,9 +179,7 @@ class Ledger:
     if not lines or self._path is None:
       return
     text = "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines)
-    self._file.write(text.encode("utf-8"))
-    self._file.flush()
-    os.fsync(self._file.fileno())
+    files.append(self._file, text.encode("utf-8"))
 
   def _open(self) -> None:
     self._file.seek(0)
@@ -265,25 +260,3 @@ def header(path: str | os.PathLike) -> dict[str, Any]:
       f"{path} line 1 is damaged ({type(error).__name__}); delete the file to"
       " evaluate again"
     ) from error
-
-
-def lock(
-  file, path: str | os.PathLike, *, wait: bool = False, mend: str = _MEND
-) -> None:
-  """Locks an open file until it is closed.
-
-  Args:
-    file: open for writing.
-    path: its name, for the error.
-    wait: for a process that has it, instead of refusing.
-    mend: end of the refusal: what else the command can do, by its own flags.
-  """
-  try:
-    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-  except BlockingIOError:
-    raise errors.UserError(
-      f"another process is writing to {path}; wait for it, {mend}"
-    ) from None
-  except OSError as error:
-    # Some network file systems have no locks; the rest works without.
-    logging.warning("%s cannot be locked (%s)", path, error.strerror)

@@ -15,13 +15,11 @@ import io
 import json
 import os
 import re
-import threading
-import uuid
 
 import numpy as np
 from absl import logging
 
-from cacovid_jax import errors
+from cacovid_jax import errors, files
 
 _DIGEST_BYTES = 32
 # The header that `put` writes: .npy version 1.0, float32 in C order.
@@ -86,21 +84,11 @@ class FeatureCache:
     value = np.asarray(value, np.float32, order="C")
     np.save(buffer, value, allow_pickle=False)
     body = buffer.getvalue()
-    aside = f"{path}.{os.getpid()}.{threading.get_ident()}.{uuid.uuid4().hex}"
     try:
       os.makedirs(os.path.dirname(path), exist_ok=True)
-      with open(aside, "wb") as f:
-        f.write(body)
-        f.write(hashlib.sha256(body).digest())
-        f.flush()
-        os.fsync(f.fileno())
-      os.replace(aside, path)
-    except BaseException as error:
-      if os.path.exists(aside):
-        os.remove(aside)
-      if isinstance(error, OSError):
-        raise self._unwritable(error) from error
-      raise
+      files.write(path, body + hashlib.sha256(body).digest())
+    except OSError as error:
+      raise self._unwritable(error) from error
 
   def _unwritable(self, error: OSError) -> errors.UserError:
     return errors.UserError(

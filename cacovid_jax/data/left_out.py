@@ -4,11 +4,10 @@ import collections
 import dataclasses
 import json
 import os
-import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from cacovid_jax import errors
+from cacovid_jax import errors, files
 from cacovid_jax.data import readers
 
 FILE = "left_out.json"
@@ -66,13 +65,8 @@ class LeftOut:
   def write(self, directory) -> None:
     """Writes `FILE` into a folder, which is made, all or nothing."""
     os.makedirs(directory, exist_ok=True)
-    path = os.path.join(directory, FILE)
     # Processes that share a folder write the same, each by itself.
-    aside = f"{path}.{uuid.uuid4().hex}"
-    with open(aside, "w", encoding="utf-8") as f:
-      json.dump(self.to_dict(), f, indent=2, sort_keys=True)
-      f.write("\n")
-    os.replace(aside, path)
+    files.write_json(os.path.join(directory, FILE), self.to_dict())
 
   def check(self, directory) -> None:
     """Refuses to go on with a run that saw other questions.

@@ -23,8 +23,7 @@ import tensorflow_datasets as tfds
 
 from cacovid_jax import errors
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.data import video
-from cacovid_jax.training import pipeline
+from cacovid_jax.data import rejected_clips, video
 
 # Records are protocol buffers, which end at 2 GiB.
 MAX_CLIP_BYTES = 2**30
@@ -317,7 +316,7 @@ def _fingerprint(splits, embedded) -> str:
       digest.update(json.dumps(values).encode())
       if embedded is not None:
         path = _embeddable(embedded, row.video)
-        digest.update(pipeline.content_hash(path).encode())
+        digest.update(rejected_clips.content_hash(path).encode())
   return digest.hexdigest()
 
 

@@ -1,26 +1,30 @@
 """Frames of video files, decoded by PyAV, with every fault named.
 
-The requested frames are found through a table of time stamps that demuxing
-gives without decoding; the decoder seeks only where a keyframe lies between two
-requested frames. Containers without usable stamps are decoded in sequence.
+A frame's number is its place in a decode of the whole stream. Demuxing gives an
+index without decoding; the decoder seeks where a key frame lies between two
+requested frames, and the stamp of every picture behind the landing is verified.
+Where the index or a landing cannot be relied on, the clip is decoded in
+sequence: once to number its pictures, once more to take them.
 Paths, protocols, formats and sizes are checked before anything is decoded,
 since a clip of a public data set is an untrusted file.
 """
 
+import array
 import dataclasses
 import functools
 import io
+import itertools
 import os
 import re
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import av
 import numpy as np
 
 from cacovid_jax import errors
+from cacovid_jax.data import clip_index
 from cacovid_jax.data import frames as frames_lib
 
 # Playlists, image sequences and network formats stay out: a playlist renamed
@@ -36,6 +40,13 @@ _OPEN_OPTIONS = (
 # Part of a clip's length by which stamps may differ from an even spacing, or
 # from the length that the header gives.
 _SLACK = 0.05
+# Packets of which each holds one picture. Those of VP8 may hold none.
+_ONE_PICTURE = {"h264", "hevc", "av1", "vp9", "mpeg2video", "mpeg4", "mjpeg"}
+# Bytes that say "as before" in MPEG-4, where no picture comes out.
+_EMPTY_VOP = 16
+# Pictures that are decoded to see whether stamps are theirs.
+_PROBED = 8
+_SEEK_TO_PTS = 0x4000000  # AVFMT_SEEK_TO_PTS of FFmpeg.
 _URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.,\-]*:")
 
 
@@ -130,8 +141,10 @@ class Clip:
     indices: the requested frame numbers, int64[T].
     num_frames: frames in the clip, as counted for the frame rule.
     duration: seconds.
-    clamped: requested frames that a damaged tail did not yield; the last
-      frame that could be decoded stands in for them.
+    replaced: requested frames that cannot be decoded; the last one before them
+      stands in.
+    damaged: other requested frames that show damage, or follow some.
+    lost: pictures of the clip that cannot be decoded, as far as was seen.
     warnings: what makes the frames less than they seem, one line each.
   """
 
@@ -139,7 +152,9 @@ class Clip:
   indices: np.ndarray
   num_frames: int
   duration: float
-  clamped: int
+  replaced: int = 0
+  damaged: int = 0
+  lost: int = 0
   warnings: tuple[str, ...] = ()
 
 
@@ -223,17 +238,8 @@ def decode(
     return reader.decode(sampler, resize)
 
 
-class _Length(NamedTuple):
-  """How long a clip is; `table` is None if stamps cannot be used."""
-
-  table: tuple[list[int], np.ndarray] | None
-  num_frames: int
-  seconds: float
-  warnings: tuple[str, ...]
-
-
-class _NoTableError(Exception):
-  """The container's stamps cannot be used; decode in sequence."""
+class _UnverifiedError(Exception):
+  """Seeking does not give the pictures that the index tells."""
 
 
 class _Reader:
@@ -261,11 +267,15 @@ class _Reader:
 
   def _check_file(self):
     if self._data is not None:
-      if not self._data:
-        raise self._fail("empty")
-      if len(self._data) > self.limits.max_bytes:
-        raise self._fail("too_large", f"{len(self._data)} bytes")
-      return
+      size = len(self._data)
+    else:
+      size = self._file_size()
+    if size == 0:
+      raise self._fail("empty")
+    if size > self.limits.max_bytes:
+      raise self._fail("too_large", f"{size} bytes")
+
+  def _file_size(self) -> int:
     if "\0" in self.path:
       raise VideoError(self.path.replace("\0", "\\0"), "unsafe")
     try:
@@ -276,12 +286,10 @@ class _Reader:
       raise self._fail("unreadable", error.strerror or str(error)) from None
     if not stat.S_ISREG(status.st_mode):
       raise self._fail("not_a_file")  # A pipe would block for ever.
-    if status.st_size == 0:
-      raise self._fail("empty")
-    if status.st_size > self.limits.max_bytes:
-      raise self._fail("too_large", f"{status.st_size} bytes")
+    return status.st_size
 
-  def _open(self):
+  def _open(self, thread_type: str = "AUTO"):
+    self._faults = 0
     if self._container is not None:
       self._container.close()
     # The prefix pins the protocol whatever the name looks like.
@@ -316,7 +324,7 @@ class _Reader:
         raise self._fail("unreadable", "unknown codec")
       if context.width * context.height > self.limits.max_pixels:
         raise self._fail("too_large", f"{context.width} x {context.height}")
-      self._stream.thread_type = "AUTO"
+      self._stream.thread_type = thread_type
       duration = self._container_seconds()
       if duration > self.limits.max_seconds:
         raise self._fail("too_long", f"{duration:.0f} s")
@@ -353,116 +361,132 @@ class _Reader:
       except (av.error.FFmpegError, ValueError):
         self._tick()
         return
-      yield packet
+      # An empty packet ends the decoder's work: only the last one, without a
+      # time, means that.
+      if packet.size or packet.dts is None:
+        yield packet
+
+  def _decode(self, packet) -> list[av.VideoFrame]:
+    """Decodes a packet; one that is damaged is counted and skipped."""
+    try:
+      pictures = packet.decode()
+    except EOFError:
+      return []
+    except (av.error.FFmpegError, ValueError):
+      self._faults += 1
+      return []
+    self._faults += sum(picture.is_corrupt for picture in pictures)
+    return pictures
 
   def _pictures(self) -> Iterator[av.VideoFrame]:
-    """Decodes from the current position; skips packets that are damaged."""
+    """Decodes from the current position."""
     for packet in self._packets():
-      try:
-        pictures = packet.decode()
-      except EOFError:
-        return
-      except (av.error.FFmpegError, ValueError):
-        continue
-      yield from pictures
+      yield from self._decode(packet)
 
-  def _table(self) -> tuple[list[int], np.ndarray]:
-    """Returns the shown frames' time stamps and those of keyframes.
+  def _check_count(self, count: int):
+    if count > self.limits.max_frames:
+      raise self._fail("too_long", f"above {self.limits.max_frames} frames")
 
-    Packets that an edit list discards are never shown: counting them would
-    shift every index.
-    """
-    stamps, keys, seen, last = [], [], 0, None
-    for packet in self._packets():
-      if packet.size == 0:  # The flush packet at the end.
+  def _index(self) -> clip_index.ClipIndex:
+    """Returns what packets tell, or the whole decode if that is not sure."""
+    rows, first = array.array("q"), []
+    least, last = 2**31, None
+    for count, packet in enumerate(self._packets()):
+      if len(first) < _PROBED:
+        first += [picture.pts for picture in self._decode(packet)]
+      if packet.size == 0:
         continue
-      seen += 1
-      if seen > self.limits.max_frames:
-        raise self._fail("too_long", f"above {self.limits.max_frames} frames")
-      if packet.pts is None:
-        raise _NoTableError
-      if packet.is_keyframe:
-        keys.append(packet.pts)
-      if not packet.is_discard:
-        stamps.append(packet.pts)
-        if last is None or packet.pts > last.pts:
-          last = packet
-    stamps.sort()
-    keys.sort()
-    if not stamps or not keys or len(set(stamps)) != len(stamps):
-      raise _NoTableError
+      self._check_count(count + 1)
+      least = min(least, packet.size)
+      flags = packet.is_keyframe + 2 * packet.is_discard
+      rows.extend(
+        (_stamp(packet.pts), _stamp(packet.dts), packet.pos or 0, flags)
+      )
+      if last is None or _stamp(packet.pts) > _stamp(last.pts):
+        last = packet
+    if last is None:
+      raise self._fail("no_frames")
     # How long the last picture is shown; 0 if the container does not tell.
     self._tail = float((last.duration or 0) * (self._stream.time_base or 0))
-    return stamps, np.array(keys)
+    index = clip_index.ClipIndex()
+    context, container = self._stream.codec_context, self._container.format
+    codec = context.codec.canonical_name
+    if codec in _ONE_PICTURE and (codec != "mpeg4" or least > _EMPTY_VOP):
+      index = clip_index.ClipIndex.of_packets(
+        np.array(rows, np.int64).reshape(-1, 4),
+        by_stamp=bool(container.flags & _SEEK_TO_PTS)
+        or "matroska" in container.name,
+        delayed=context.has_b_frames,
+      )
+    probed = first == index.stamps[: len(first)].tolist()
+    if index.sound and first and probed and not self._faults:
+      return index
+    return self._whole(index)
 
-  def _count(self) -> int:
-    """Counts the frames that decode, for files without usable stamps."""
-    self._open()
-    count = 0
-    for _ in self._pictures():
-      count += 1
-      if count > self.limits.max_frames:
-        raise self._fail("too_long", f"above {self.limits.max_frames} frames")
-    return count
+  def _whole(self, index: clip_index.ClipIndex) -> clip_index.ClipIndex:
+    """Decodes all that there is, in one thread, as the truth."""
+    self._open("NONE")
+    rows, early = array.array("q"), 0
+    for count, picture in enumerate(self._pictures(), start=1):
+      self._check_count(count)
+      if count == 1:
+        early = self._faults
+      flags = picture.key_frame + 2 * picture.is_corrupt
+      rows.extend((_stamp(picture.pts), flags))
+    if not rows:
+      raise self._fail("no_frames", "no picture could be decoded")
+    pictures = np.array(rows, np.int64).reshape(-1, 2)
+    return index.decoded(pictures, self._faults, early)
 
-  def _length(self) -> _Length:
-    """Counts the frames and the seconds, from stamps if there are any."""
-    try:
-      table = self._table()
-      num_frames = len(table[0])
-    except _NoTableError:
-      table = None
-      num_frames = self._count()
-    if num_frames == 0:
-      raise self._fail("no_frames")
-    rate = self._stream.average_rate
-    seconds = num_frames / float(rate) if rate else self._container_seconds()
-    warnings = []
-    if table is not None and num_frames > 1:
-      seconds, warnings = self._timing(table[0], seconds)
+  def _timing(self, index: clip_index.ClipIndex) -> tuple[float, list[str]]:
+    """Returns the clip's seconds and what is odd about it."""
+    rate, warnings = self._stream.average_rate, []
+    seconds = self._container_seconds()
+    if rate:
+      seconds = index.num_frames / float(rate)
+    times = index.stamps - index.stamps[:1]
+    times = times * float(self._stream.time_base or 0)
+    span = np.ptp(times) if len(times) > 1 else 0
+    shown = span + (self._tail or span / max(1, len(times) - 1))
+    if 0 < span and shown <= self.limits.max_seconds:  # Else a damaged stamp.
+      if abs(shown - seconds) > _SLACK * shown:
+        # Matroska's header tells the rate that the writer had in mind.
+        warnings.append(
+          f"the header gives {seconds:.2f} s, the time stamps {shown:.2f} s,"
+          " which are taken"
+        )
+        seconds = float(shown)
+      late = np.abs(times - np.linspace(0, span, len(times))).max()
+      if late > _SLACK * span:
+        warnings.append(
+          f"the frame rate varies: frames lie up to {late:.2f} s off an even"
+          " spacing, and are picked by number, as in the reference"
+        )
     if seconds > self.limits.max_seconds:
       raise self._fail("too_long", f"{seconds:.0f} s")
-    return _Length(table, num_frames, seconds, tuple(warnings))
-
-  def _timing(self, stamps, seconds: float) -> tuple[float, list[str]]:
-    """Returns the clip's seconds, and what is odd about its stamps."""
-    times = np.array([stamp - stamps[0] for stamp in stamps], np.float64)
-    times *= float(self._stream.time_base or 0)
-    span, warnings = times[-1], []
-    shown = span + (self._tail or span / (len(times) - 1))
-    if not 0 < shown <= self.limits.max_seconds:  # A damaged stamp.
-      return seconds, warnings
-    if abs(shown - seconds) > _SLACK * shown:
-      # Matroska's header tells the rate that the writer had in mind.
+    if index.lost:
       warnings.append(
-        f"the header gives {seconds:.2f} s, the time stamps {shown:.2f} s,"
-        " which are taken"
-      )
-      seconds = shown
-    late = np.abs(times - np.linspace(0, span, len(times))).max()
-    if late > _SLACK * span:
-      warnings.append(
-        f"the frame rate varies: frames lie up to {late:.2f} s off an even"
-        " spacing, and are picked by number, as in the reference"
+        f"{index.lost} of {index.num_frames} pictures cannot be decoded"
       )
     return seconds, warnings
 
   def probe(self) -> Probe:
     """See the function of this name."""
-    length = self._length()
+    index = self._index()
+    seconds, warnings = self._timing(index)
     context = self._stream.codec_context
     fps = self._stream.average_rate
-    if length.seconds and (fps is None or length.warnings):
-      fps = length.num_frames / length.seconds
+    if seconds and (fps is None or warnings):
+      fps = index.num_frames / seconds
     return Probe(
-      length.num_frames,
+      index.num_frames,
       context.width,
       context.height,
-      length.seconds,
+      seconds,
       float(fps or 0),
       context.name,
       self._container.format.name,
-      length.warnings,
+      tuple(warnings),
     )
 
   def frame_size(self) -> tuple[int, int]:
@@ -474,86 +498,116 @@ class _Reader:
 
   def decode(self, sampler, resize) -> Clip:
     """See the function of this name."""
-    table, num_frames, seconds, warnings = self._length()
-    indices = np.asarray(sampler(num_frames, seconds), np.int64)
+    index = self._index()
+    try:
+      return self._clip(index, sampler, resize)
+    except _UnverifiedError:
+      return self._clip(self._whole(index), sampler, resize)
+
+  def _clip(self, index: clip_index.ClipIndex, sampler, resize) -> Clip:
+    """Reads the frames that the rule takes of the pictures of an index."""
+    seconds, warnings = self._timing(index)
+    count = index.num_frames
+    indices = np.asarray(sampler(count, seconds), np.int64)
     if indices.size == 0:
-      raise self._fail("too_short", f"{num_frames} frames, {seconds:.2f} s")
-    if indices.min() < 0 or indices.max() >= num_frames:
+      raise self._fail("too_short", f"{count} frames, {seconds:.2f} s")
+    if indices.min() < 0 or indices.max() >= count:
       raise errors.UserError(
         f"{self.path}: frame indices {indices.min()}..{indices.max()} lie"
-        f" outside the clip's {num_frames} frames; correct the frame rule"
+        f" outside the clip's {count} frames; correct the frame rule"
       )
-    order = np.unique(indices)  # Ascending, without repetition.
-    pictures = None
-    if table is not None:
-      try:
-        pictures = self._by_stamp(table, order, resize)
-      except _NoTableError:
-        pictures = None
-    if pictures is None:
-      pictures = self._in_sequence(order, resize)
-    if not pictures:
-      raise self._fail("no_frames", "no picture could be decoded")
-    clamped = int((indices > order[len(pictures) - 1]).sum())
-    if clamped:
-      warnings += (
-        f"{clamped} of {len(indices)} frames cannot be decoded; the last one"
-        " before them stands in",
+    places = index.places(indices)
+    # Ascending, without repetition.
+    order, inverse = np.unique(places, return_inverse=True)
+    read = self._by_seeking if index.sound else self._in_sequence
+    pictures = [
+      self._upright(picture, resize) for picture in read(index, order)
+    ]
+    replaced = index.numbers[places] != indices
+    damaged = int((index.damaged[places] & ~replaced).sum())
+    replaced = int(replaced.sum())
+    if damaged:
+      warnings.append(
+        f"{damaged} of {len(indices)} frames show damage or follow some"
       )
-    places = np.searchsorted(order, indices).clip(max=len(pictures) - 1)
+    if replaced:
+      warnings.append(
+        f"{replaced} of {len(indices)} frames cannot be decoded; the last one"
+        " before them stands in"
+      )
     shape = pictures[0].shape
     pictures = [_fit(picture, shape) for picture in pictures]
     return Clip(
-      np.stack([pictures[place] for place in places]),
+      np.stack([pictures[place] for place in inverse]),
       indices,
-      num_frames,
+      count,
       seconds,
-      clamped,
-      warnings,
+      replaced=replaced,
+      damaged=damaged,
+      lost=index.lost,
+      warnings=tuple(warnings),
     )
 
-  def _by_stamp(self, table, order, resize) -> list[np.ndarray]:
-    """Returns the frames of ascending indices; fewer if the tail is damaged."""
-    stamps, keys = table
-    found, pictures, current = [], None, None
-    for index in order:
-      wanted = stamps[index]
-      key = int(keys[max(0, np.searchsorted(keys, wanted, side="right") - 1)])
-      landed = False
-      if current is None or key > current:
-        try:
-          self._container.seek(key, stream=self._stream, backward=True)
-        except av.error.FFmpegError:
-          raise _NoTableError from None
-        self._stream.codec_context.flush_buffers()
-        pictures, landed = self._pictures(), True
-      for picture in pictures:
-        current = picture.pts
-        if current is None or (landed and current > wanted and wanted != key):
-          # The seek went beyond the frame: the index of the file is wrong.
-          raise _NoTableError
-        landed = False
-        if current >= wanted:
-          found.append(self._upright(picture, resize))
-          break
-      else:
-        return found
-    return found
+  def _by_seeking(
+    self, index: clip_index.ClipIndex, order
+  ) -> Iterator[av.VideoFrame]:
+    """Yields the pictures of ascending numbers; seeks to what lies ahead."""
+    group, number = None, -1
+    for wanted in order.tolist():
+      key = int(np.searchsorted(index.keys, wanted, side="right")) - 1
+      if group is None or index.keys[key] > number:
+        group, number = self._from_key(index, key), index.keys[key] - 1
+      yield next(itertools.islice(group, wanted - number - 1, None))
+      number = wanted
 
-  def _in_sequence(self, order, resize) -> list[np.ndarray]:
-    """Returns the same, by counting the frames from the start."""
-    self._open()
-    found = []
-    wanted = iter(order.tolist())
-    index = next(wanted)
-    for count, picture in enumerate(self._pictures()):
-      if count < index:
-        continue
-      found.append(self._upright(picture, resize))
-      index = next(wanted, None)
-      if index is None:
-        break
-    return found
+  def _from_key(
+    self, index: clip_index.ClipIndex, key: int
+  ) -> Iterator[av.VideoFrame]:
+    """Yields the pictures from a key frame on, the stamp of each verified.
+
+    What comes out before it belongs to an earlier key frame, or cannot be told
+    to be whole. The place of the key frame in the file is verified too, since
+    some containers give other stamps after a seek, and that the next picture
+    is the right one: those that need what lies before the landing are missing.
+    """
+    target, landing, place = index.landings[key].tolist()
+    try:
+      self._container.seek(target, stream=self._stream, backward=True)
+    except av.error.FFmpegError:
+      raise _UnverifiedError from None
+    self._stream.codec_context.flush_buffers()
+    stamps = iter(index.stamps[index.keys[key] :].tolist())
+    expected, verified = next(stamps), None
+    for packet in self._packets():
+      if (packet.pts == landing) != (packet.pos == place):
+        raise _UnverifiedError
+      for picture in self._decode(packet):
+        stamp = _stamp(picture.pts)
+        if not verified and clip_index.NO_STAMP < stamp < expected:
+          continue
+        if stamp != expected or self._faults:
+          raise _UnverifiedError
+        if verified:
+          yield verified
+        expected, verified = next(stamps, None), picture
+    if expected is not None:
+      raise _UnverifiedError
+    yield verified
+
+  def _in_sequence(
+    self, index: clip_index.ClipIndex, order
+  ) -> Iterator[av.VideoFrame]:
+    """Yields the pictures at ascending places of the whole decode."""
+    self._open("NONE")
+    places = iter(order.tolist())
+    wanted = next(places)
+    for place, picture in enumerate(self._pictures()):
+      if place == wanted:
+        yield picture
+        wanted = next(places, None)
+        if wanted is None:
+          return
+    raise self._fail("unreadable", "it does not decode alike twice")
 
   def _upright(self, picture, resize) -> np.ndarray:
     """Returns uint8[h,w,3] with the display rotation applied."""
@@ -602,6 +656,10 @@ def _fit(image: np.ndarray, shape) -> np.ndarray:
     return image
   picture = av.VideoFrame.from_ndarray(image, format="rgb24")
   return picture.reformat(width=shape[1], height=shape[0]).to_ndarray()
+
+
+def _stamp(value: int | None) -> int:
+  return clip_index.NO_STAMP if value is None else value
 
 
 def _is_cover(stream) -> bool:

@@ -21,34 +21,29 @@ import pathlib
 import time
 from collections.abc import Mapping, Sequence
 
-import jax.numpy as jnp
 import numpy as np
 
-import cacovid_jax
-from cacovid_jax import errors
+from cacovid_jax import base_config, errors, files
+from cacovid_jax import config as config_lib
+from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.compressors import base
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.data import video
 from cacovid_jax.evals import (
-  answer_page,
   clips,
   evaluation,
   provenance,
-  report,
   runner,
 )
 from cacovid_jax.evals import programs as programs_lib
-from cacovid_jax.models import checkpoints, processors
+from cacovid_jax.evals.report import answer as answer_page
 
-_ASSETS = pathlib.Path(cacovid_jax.__file__).parent / "assets"
-SHIPPED_MODEL = _ASSETS / "base_model"
-SHIPPED_POLICY = _ASSETS / "policy"
+SHIPPED_MODEL = experiment_lib.SHIPPED_MODEL
+SHIPPED_POLICY = experiment_lib.SHIPPED_POLICY
 
-DTYPES = ("float32", "bfloat16")
 STYLES = ("video-r1", "videomme")
-# Of the paper's evaluation, for models whose files do not say another number.
-_NUM_FRAMES = 32
+_MAX_NEW_TOKENS = 64
 # Names of `runner.Evaluator.seconds`, by what they begin with.
 _STAGES = {
   "prompts": "embed",
@@ -145,8 +140,8 @@ class Answerer:
     Args:
       model: Hugging Face checkpoint directory; None is the small model of the
         embedded benchmark, which comes with the package.
-      policy: training workdir or .safetensors file, for the learned methods;
-        None is the shipped model's own policy, where there is one.
+      policy: for the learned methods, see `loading.load_policy`; None is the
+        shipped model's own policy, where there is one.
       num_frames: T; None takes the number in the checkpoint's video
         preprocessor file, or 32, the number of the paper's evaluation.
       max_new_tokens: longest answer.
@@ -154,29 +149,50 @@ class Answerer:
       rule: how a letter is taken from an answer, see `scoring`.
       limits: caps on what is decoded.
     """
-    if dtype not in DTYPES:
-      raise errors.UserError(f"dtype {dtype!r}: use {' or '.join(DTYPES)}")
-    self.shipped = model is None
-    self.directory = os.fspath(SHIPPED_MODEL if self.shipped else model)
-    if num_frames is None:
-      num_frames = processors.default_num_frames(self.directory)
-    self.settings = runner.Settings(
-      num_frames=num_frames,
-      batch_size=1,
-      max_new_tokens=max_new_tokens,
-      rule=rule,
-    )
-    self._limits = limits
-    self._opened = {}
-    self.checkpoint = checkpoints.load(self.directory, jnp.dtype(dtype))
-    if policy is None and self.shipped and SHIPPED_POLICY.is_dir():
-      policy = SHIPPED_POLICY
-    self.policies = {}
+    changes = {
+      "data.num_frames": num_frames or 0,
+      "evals.max_new_tokens": max_new_tokens,
+      "evals.rule": rule,
+      "model.dtype": dtype,
+      "model.path": "" if model is None else os.fspath(model),
+    }
     if policy is not None:
-      loaded = evaluation.load_policy(os.fspath(policy), self.checkpoint)
-      self.policies = {"policy": loaded}
-    found = self.checkpoint.model.read_processor(self.directory)
-    self._processor = found.with_paper_bounds()
+      changes["evals.policies"] = (f"policy={os.fspath(policy)}",)
+    config = config_lib.replace(base_config.get_config(), changes)
+    self._load(config, limits)
+
+  @classmethod
+  def from_config(cls, config, limits: video.Limits | None = None):
+    """Returns the answerer of `model`, `data`, `evals` and `mesh` of a config.
+
+    Args:
+      config: see `base_config`; an empty model.path is the shipped model, and
+        0 frames or new tokens are the usual number.
+      limits: caps on what is decoded.
+    """
+    made = cls.__new__(cls)
+    made._load(config, limits)
+    return made
+
+  def _load(self, config, limits):
+    self.shipped = not config.model.path
+    config = experiment_lib.with_shipped(config)
+    # Clips are named by whole paths: a user's own word, not a data set's.
+    changes = {"data.root": os.path.abspath(os.sep), "data.media": ""}
+    # Times are those of encoding.
+    changes["data.feature_cache"] = ""
+    experiment = experiment_lib.Experiment.from_config(
+      config_lib.replace(config, changes), split=""
+    )
+    self.experiment, self._limits, self._opened = experiment, limits, {}
+    self.settings = runner.Settings(
+      num_frames=config.data.num_frames,
+      batch_size=1,
+      max_new_tokens=config.evals.max_new_tokens or _MAX_NEW_TOKENS,
+      rule=config.evals.rule,
+    )
+    self.checkpoint = experiment.checkpoint
+    self.policies = experiment.policies
 
   def ask(
     self,
@@ -216,12 +232,13 @@ class Answerer:
       base.budget(source.grid, ratio)
       if ratio < 1:
         self._check_budget(chosen, source.grid, ratio)
-    source.observe(chosen.needs & base.VISION_NEEDS)
+    source.observe(chosen.needs & base.VISION_SIGNALS)
     evaluator = runner.Evaluator(
       self.checkpoint,
       source,
       [asked],
       self.settings,
+      mesh=self.experiment.mesh,
       policies=self.policies,
       programs=programs,
     )
@@ -274,7 +291,8 @@ class Answerer:
       policies={name: p.identity for name, p in self.policies.items()},
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    report.write_page(path, answer_page.render(asked, shown, described))
+    page = answer_page.render(asked, shown, described)
+    files.write(path, page)
 
   def close(self) -> None:
     """Stops the threads that decode."""
@@ -290,28 +308,22 @@ class Answerer:
   def _grid(self, path) -> tuple[int, int, int]:
     """Returns (T, H, W) of a clip's video tokens."""
     num_frames = self.settings.num_frames
-    if fixed := self._processor.fixed_grid(num_frames):
+    processor = evaluation.read_processor(self.experiment)
+    if fixed := processor.fixed_grid(num_frames):
       return fixed
-    return self._processor.grid(
-      num_frames, *video.frame_size(path, self._limits)
-    )
+    return processor.grid(num_frames, *video.frame_size(path, self._limits))
 
   def _open(self, grid) -> tuple[clips.ClipSource, programs_lib.Programs]:
     """Returns what encodes clips of a grid and answers; made once."""
     if grid not in self._opened:
-      source = clips.ClipSource(
-        # Clips are named by whole paths: a user's own word, not a data set's.
-        os.path.abspath(os.sep),
-        self.checkpoint.model,
-        self.checkpoint.params,
-        self._processor,
-        num_frames=self.settings.num_frames,
-        limits=self._limits,
-        keep=1,
-        grid=grid,
+      source = evaluation.open_source(
+        self.experiment, limits=self._limits, keep=1, grid=grid
       )
       programs = programs_lib.Programs(
-        self.checkpoint, grid, self.settings.max_new_tokens
+        self.checkpoint,
+        grid,
+        self.settings.max_new_tokens,
+        mesh=self.experiment.mesh,
       )
       self._opened[grid] = source, programs
     return self._opened[grid]
@@ -341,12 +353,9 @@ class Answerer:
     )
 
   def _check_budget(self, method: runner.Method, grid, ratio) -> None:
-    """Refuses a ratio that a method inside the language model cannot meet."""
-    plan = getattr(method.compressor, "plan", None)
-    if plan is not None:
-      plan(
-        self.checkpoint.model.config.text.num_layers, int(np.prod(grid)), ratio
-      )
+    """Refuses a ratio that a method cannot meet."""
+    num_layers = self.checkpoint.model.config.text.num_layers
+    method.compressor.rows_per_layer(num_layers, grid, ratio)
 
 
 def as_question(

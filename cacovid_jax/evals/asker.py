@@ -19,6 +19,7 @@ from cacovid_jax.compressors import base
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import programs as programs_lib
 from cacovid_jax.models import prompt_batch
+from cacovid_jax.parallel import mesh as mesh_lib
 
 
 class Reply(NamedTuple):
@@ -100,7 +101,7 @@ class Asker:
   def reply(self, cell) -> Reply:
     """Returns what the method of a `runner.Cell` answers."""
     num_video = self.batch.features.shape[1]
-    if programs_lib.acts_inside(cell.method.compressor):
+    if not cell.method.compressor.selects_first:
       ids, trace = self._inside(cell)
       return Reply(
         ids,
@@ -130,20 +131,18 @@ class Asker:
     with self._e.timed(f"select {method.label}"):
       program = self._programs.select(method.compressor, cell.ratio)
       if method.compressor.sees_question:
-        selection = program(*inputs)
+        selection = program(inputs)
       else:
         selection = self._select_by_clip(program, inputs)
       return jax.block_until_ready(selection)
 
   def _inside(self, cell):
-    """Returns (ids, `in_llm.Trace`): selection and answer are one program."""
+    """Returns (ids, `SelectionTrace`): choice and answer in one program."""
     method = cell.method
-    _, text, aux, keys = self.inputs(cell)
+    inputs = self.inputs(cell)
     with self._e.timed(f"answer {method.label}"):
-      program = self._programs.inside(method.compressor, cell.ratio)
-      return jax.block_until_ready(
-        program(self._params, self.batch, text, aux, keys)
-      )
+      program = self._programs.select_and_answer(method.compressor, cell.ratio)
+      return jax.block_until_ready(program(self._params, self.batch, inputs))
 
   def answer(self, selection: base.Selection):
     """Returns int32[B, M] ids of the answers to the pruned prompts."""
@@ -157,7 +156,7 @@ class Asker:
     """Returns the policy's Scores of the batch.
 
     Args:
-      field: field of `Aux` that they are for.
+      field: field of `CompressorInputs` that they are for.
       name: which policy.
       seed: of the untrained policy, or of the draw of another question.
     """
@@ -196,20 +195,20 @@ class Asker:
     return np.argsort(-gap, axis=1, kind="stable").tolist()
 
   def inputs(self, cell):
-    """Returns (features, text, `Aux`, keys): what the cell's method reads."""
+    """Returns the `CompressorInputs` of the cell's method, leading axis B."""
     method = cell.method
     parts = {}
-    for need in sorted(method.needs - {"text"}):
+    for need in sorted(method.needs):
       if need.endswith("scores"):
         name = self._e.policy_name(method)
         parts[need] = self.scores(need, name, cell.seed)
       else:
         parts[need] = self._part(need)
-    text = self._part("text") if "text" in method.needs else None
-    keys = None
     if method.compressor.stochastic:
-      keys = self._keys(cell.seed)
-    return self.batch.features, text, base.Aux(**parts), keys
+      parts["rng"] = self._keys(cell.seed)
+    return base.CompressorInputs(
+      features=self.batch.features, grid=self._programs.grid, **parts
+    )
 
   def _part(self, need: str):
     """Returns what needs no policy, leading axis B."""
@@ -251,12 +250,18 @@ class Asker:
       name: jax.tree.map(operator.itemgetter(slice(row, row + 1)), inputs)
       for name, row in first.items()
     }
-    per_clip = {name: program(*found) for name, found in alone.items()}
+    mesh = self._e.mesh
+    if mesh is not None:
+      alone = jax.device_put(alone, mesh.devices.flat[0])
+    per_clip = {name: program(found) for name, found in alone.items()}
     rows = prompt_batch.pad_rows(len(names), self._e.settings.batch_size)
-    return jax.tree.map(
+    joined = jax.tree.map(
       lambda *leaves: jnp.concatenate(leaves),
       *[per_clip[names[row]] for row in rows],
     )
+    if mesh is None:
+      return joined
+    return mesh_lib.put(joined, mesh, mesh_lib.P("data"))
 
   def _keys(self, seed: int):
     """Returns one key per question, from the seed and the question's name."""

@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from cacovid_jax import errors, metrics
+from cacovid_jax import errors
+from cacovid_jax import progress as progress_lib
 from cacovid_jax.compressors import base
 from cacovid_jax.data import frames as frames_lib
 from cacovid_jax.data import video
@@ -147,7 +148,9 @@ class ClipSource:
     if not paths:
       return
     found = self._pool.map(self._find_grid, paths)
-    with metrics.Progress(len(paths), description="clip shapes") as progress:
+    with progress_lib.Progress(
+      len(paths), description="clip shapes"
+    ) as progress:
       for done, path in enumerate(paths, start=1):
         result = next(found)
         known = self._faults if isinstance(result, str) else self._grids

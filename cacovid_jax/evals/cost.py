@@ -28,7 +28,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cacovid_jax.compressors import framefusion, in_llm
 from cacovid_jax.evals import latency
 from cacovid_jax.models import checkpoints, qwen2
 from cacovid_jax.parallel import mesh as mesh_lib
@@ -112,23 +111,9 @@ def video_rows(
     grid: (T, H, W).
     ratio: retention ratio.
   """
-  num_video = math.prod(grid)
   if compressor is None:
-    return [num_video] * num_layers
-  if not isinstance(compressor, in_llm.InLLM):
-    return [compressor.rows(grid, ratio)] * num_layers
-  steps = compressor.plan(num_layers, num_video, ratio)
-  if isinstance(compressor, framefusion.FrameFusion):
-    total = in_llm.token_layers(num_layers, num_video, ratio)
-    return [
-      total // num_layers + (layer < total % num_layers)
-      for layer in range(num_layers)
-    ]
-  out = []
-  for layer in range(num_layers):
-    kept = [keep for first, keep in steps if first <= layer]
-    out.append(min([num_video, *kept]))
-  return out
+    return [math.prod(grid)] * num_layers
+  return compressor.rows_per_layer(num_layers, grid, ratio)
 
 
 def computed_rows(
@@ -138,10 +123,9 @@ def computed_rows(
 
   Arguments as of `video_rows`, which tells what the tokens that are seen cost.
   """
-  masks = isinstance(compressor, framefusion.FrameFusion)
-  if masks and compressor.mode == "exact-mask":
+  if compressor is None:
     return [math.prod(grid)] * num_layers
-  return video_rows(compressor, num_layers, grid, ratio)
+  return compressor.computed_rows(num_layers, grid, ratio)
 
 
 def kv_bytes(

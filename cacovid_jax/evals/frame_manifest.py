@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from cacovid_jax import errors
-from cacovid_jax.data import answer_log, video
+from cacovid_jax import errors, files
+from cacovid_jax.data import video
 from cacovid_jax.evals import provenance
 
 FILE = "frames.jsonl"
@@ -175,7 +175,7 @@ class FrameManifest:
       return
     self._path.parent.mkdir(parents=True, exist_ok=True)
     with open(self._path, "a+b") as f:
-      answer_log.lock(f, self._path, wait=True)
+      files.lock(f, self._path, wait=True)
       # What other processes have found in the meantime.
       f.seek(self._read)
       data = f.read()
@@ -194,9 +194,7 @@ class FrameManifest:
       if not self._read:
         lines.insert(0, self._header())
       text = "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines)
-      f.write(text.encode("utf-8"))
-      f.flush()
-      os.fsync(f.fileno())
+      files.append(f, text.encode("utf-8"))
       self._take(text.encode("utf-8"))
 
   def _take(self, data: bytes) -> None:

@@ -22,6 +22,7 @@ from cacovid_jax.evals import asker as asker_lib
 from cacovid_jax.evals import programs as programs_lib
 from cacovid_jax.evals import runner
 from cacovid_jax.models import prompt_batch
+from cacovid_jax.policy import loading
 
 
 class Cost(NamedTuple):
@@ -49,16 +50,16 @@ class Subject:
     programs: compiled functions for its grid.
     grid: (T, H, W) of the video.
     batch: the prompt, B = 1.
-    inputs: `runner.Cell` -> (features, text, `Aux`, keys) of its method.
-    policy: `runner.Method` -> the `runner.Policy` that it follows.
+    inputs: `runner.Cell` -> `base.CompressorInputs` of its method.
+    policy: `runner.Method` -> the `LoadedPolicy` that it follows.
   """
 
   checkpoint: Any
   programs: programs_lib.Programs
   grid: tuple[int, int, int]
   batch: prompt_batch.PromptBatch
-  inputs: Callable[[runner.Cell], tuple]
-  policy: Callable[[runner.Method], runner.Policy]
+  inputs: Callable[[runner.Cell], base.CompressorInputs]
+  policy: Callable[[runner.Method], loading.LoadedPolicy]
 
 
 def subject(
@@ -153,20 +154,19 @@ class Stopwatch:
     inputs = self._subject.inputs(cell)
     needs = sorted(cell.method.needs)
     reads = sum(self._read(need, cell.method) for need in needs)
-    if programs_lib.acts_inside(compressor):
-      program = programs.inside(compressor, cell.ratio)
+    if not compressor.selects_first:
+      program = programs.select_and_answer(compressor, cell.ratio)
       params, batch = self._subject.checkpoint.params, self._subject.batch
-      whole = self._median(lambda: program(params, batch, *inputs[1:]))
+      whole = self._median(lambda: program(params, batch, inputs))
       even = runner.Cell(runner.Method.parse("uniform"), cell.ratio, 0)
       answer = self._answer(self._select(even, self._subject.inputs(even)))
       return Cost(max(whole - answer, 0.0), reads), whole
     program = programs.select(compressor, cell.ratio)
-    return Cost(self._median(lambda: program(*inputs)), reads), None
+    return Cost(self._median(lambda: program(inputs)), reads), None
 
   def _select(self, cell, inputs) -> base.Selection:
-    return self._subject.programs.select(cell.method.compressor, cell.ratio)(
-      *inputs
-    )
+    programs = self._subject.programs
+    return programs.select(cell.method.compressor, cell.ratio)(inputs)
 
   def _read(self, need: str, method: runner.Method) -> float:
     """Returns the milliseconds of what a method reads; 0 for by-products."""

@@ -8,15 +8,13 @@ Letters: B batch, L prompt tokens, M tokens of a continuation.
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from cacovid_jax.compressors import in_llm
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import asker as asker_lib
-from cacovid_jax.evals import programs as programs_lib
 from cacovid_jax.evals import runner
 from cacovid_jax.models import generation, prompt_batch
 
@@ -103,34 +101,30 @@ class _Reader:
       size: M, static.
     """
     self._cell, self._size = cell, size
-    self._grid = tools.grid
     self._model = evaluator.checkpoint.model
     self._params = evaluator.checkpoint.params
     self._rows = evaluator.settings.batch_size
     if cell.method is not None:
       tools.programs.check(cell.method.compressor, cell.ratio)
-    self._whole = jax.jit(self._read)
+    self._whole = jax.jit(self._read_whole)
     self._kept = jax.jit(self._read_kept)
-    inside = cell.method is not None and programs_lib.acts_inside(
-      cell.method.compressor
-    )
-    self._inside = None
-    if inside:
-      on_host = cell.method.compressor.on_host
-      self._inside = (
-        self._read_inside if on_host else jax.jit(self._read_inside)
-      )
+    self._compressor = cell.method and cell.method.compressor
+    if self._compressor and self._compressor.on_host:
+      self._kept = self._read_kept
     self._score = jax.jit(functools.partial(generation.score, self._model))
 
   def prefill(self, asker: asker_lib.Asker):
     """Returns (logits, cache) behind the prompts of a batch."""
     if self._cell.method is None:
       return self._whole(self._params, asker.batch)
-    if self._inside:
-      _, text, aux, keys = asker.inputs(self._cell)
-      return self._inside(self._params, asker.batch, text, aux, keys)
-    selection = asker.select(self._cell)
-    return self._kept(self._params, asker.batch, selection)
+    inputs = selection = None
+    if self._compressor.selects_first:
+      selection = asker.select(self._cell)
+    else:
+      inputs = asker.inputs(self._cell)
+    return self._kept(
+      self._params, asker.batch, inputs, selection, self._compressor.load()
+    )
 
   def score(
     self, state, batch: prompt_batch.PromptBatch, ids: Sequence[list[int]]
@@ -146,42 +140,27 @@ class _Reader:
     )
     return np.asarray(log_prob), np.asarray(greedy)
 
-  def _read_kept(self, params, batch, selection):
-    rows = prompt_batch.whole(batch)
-    num_video = rows.video_rows.shape[1]
-    rows = prompt_batch.keep(rows, selection, num_video=num_video)
-    return self._read(params, rows)
-
-  def _read(self, params, rows):
+  def _read_whole(self, params, batch):
     logits, cache, _ = self._model.prefill(
       params,
-      rows.x,
-      rows.positions,
-      rows.lengths,
-      cache_length=rows.x.shape[1] + self._size - 1,
-      deep=rows.deep,
-      video_rows=rows.video_rows,
+      batch.x,
+      batch.positions,
+      batch.lengths,
+      cache_length=batch.x.shape[1] + self._size - 1,
+      deep=batch.deep,
+      video_rows=batch.video_rows,
     )
     return logits, cache
 
-  def _read_inside(self, params, batch, text, aux, keys) -> Any:
-    compressor = self._cell.method.compressor
-    rows = in_llm.enter(
-      compressor,
-      batch,
-      aux,
-      grid=self._grid,
-      ratio=self._cell.ratio,
-      num_layers=self._model.config.text.num_layers,
-      text=text,
-      rngs=keys,
-    )
-    logits, caches, _ = compressor.prefill(
+  def _read_kept(self, params, batch, inputs, selection, own_params):
+    logits, cache, _ = self._compressor.prefill(
       self._model,
       params,
-      rows,
-      grid=self._grid,
+      prompt_batch.whole(batch),
+      inputs,
       ratio=self._cell.ratio,
       new_rows=self._size - 1,
+      own_params=own_params,
+      selection=selection,
     )
-    return logits, caches
+    return logits, cache

@@ -4,13 +4,15 @@ Letters: B batch, L prompt tokens, N video tokens, D width, K kept tokens,
 M generated tokens, P position rows, Q tokens of a question's text.
 """
 
-from typing import Any, NamedTuple
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from cacovid_jax.compressors import base, in_llm
+from cacovid_jax.compressors import base, layerwise
 from cacovid_jax.models import generation, prompt_batch
+from cacovid_jax.parallel import mesh as mesh_lib
 
 
 class Vanilla(NamedTuple):
@@ -30,8 +32,17 @@ class Programs:
     grid: (T, H, W) of the clips.
   """
 
-  def __init__(self, checkpoint, grid, max_new_tokens: int):
+  def __init__(self, checkpoint, grid, max_new_tokens: int, mesh=None):
+    """Compiles nothing yet.
+
+    Args:
+      checkpoint: `models.checkpoints.Checkpoint`.
+      grid: (T, H, W) of the clips.
+      max_new_tokens: M.
+      mesh: whose `data` axis shares the rows of a batch; None is one device.
+    """
     self.grid = grid
+    self._jit = functools.partial(mesh_lib.jit_rows, mesh=mesh)
     self._model = checkpoint.model
     self._num_video = grid[0] * grid[1] * grid[2]
     self._num_layers = self._model.config.text.num_layers
@@ -40,86 +51,100 @@ class Programs:
       eos_ids=tuple(checkpoint.eos_ids),
       pad_id=checkpoint.pad_id,
     )
-    self.embed = jax.jit(jax.vmap(self._model.embed_prompt, (None, 0, 0, 0)))
-    self.vanilla = jax.jit(self._vanilla, static_argnames="want_attention")
-    self.text = jax.jit(lambda batch: jax.vmap(_text)(batch.x, batch.text_rows))
-    self.scores = jax.jit(self._scores, static_argnums=0)
-    self.answer = jax.jit(self._answer)
-    self._selects, self._insides = {}, {}
+    self.embed = self._jit(jax.vmap(self._model.embed_prompt, (None, 0, 0, 0)))
+    self.text = self._jit(
+      lambda batch: jax.vmap(_text)(batch.x, batch.text_rows), weights=()
+    )
+    self.answer = self._jit(self._answer)
+    # By what else they depend on.
+    self._vanillas, self._scorers, self._selects, self._insides = {}, {}, {}, {}
 
   @property
   def num_compiled(self) -> int:
     """Programs that have been compiled."""
-    functions = [self.embed, self.vanilla, self.text, self.scores, self.answer]
-    functions += [*self._selects.values(), *self._insides.values()]
+    functions = [self.embed, self.text, self.answer]
+    for found in (self._vanillas, self._scorers, self._selects, self._insides):
+      functions += found.values()
     # What reads counts on the host is no program of its own.
     sizes = [getattr(f, "_cache_size", None) for f in functions]
     return sum(size() for size in sizes if size)
 
+  def vanilla(
+    self,
+    params,
+    batch: prompt_batch.PromptBatch,
+    *,
+    want_attention: bool = False,
+  ) -> Vanilla:
+    """Returns the answers to whole prompts."""
+    if want_attention not in self._vanillas:
+      self._vanillas[want_attention] = self._jit(
+        functools.partial(self._vanilla, want_attention=want_attention)
+      )
+    return self._vanillas[want_attention](params, batch)
+
+  def scores(self, module, params, batch: prompt_batch.PromptBatch):
+    """Returns the Scores of a policy module with its parameters."""
+    if module not in self._scorers:
+      self._scorers[module] = self._jit(functools.partial(self._scores, module))
+    return self._scorers[module](params, batch)
+
   def select(self, compressor: base.Compressor, ratio: float):
-    """Returns f(features [B, N, D], text, aux, keys) -> `Selection` [B, ...].
+    """Returns f(`CompressorInputs`) -> `Selection`, both with leading axis B.
 
     One program per compressor and ratio; its number of rows is the method's.
     """
     if (compressor, ratio) not in self._selects:
-      self._selects[compressor, ratio] = self._select(compressor, ratio)
-    return self._selects[compressor, ratio]
+      select = functools.partial(
+        compressor.select_batch,
+        num_keep=compressor.rows(self.grid, ratio),
+        ratio=ratio,
+      )
+      # What never sees the question is run for one clip at a time.
+      jit = self._jit if compressor.sees_question else jax.jit
+      self._selects[compressor, ratio] = jit(
+        lambda params, inputs: select(inputs, params=params)
+      )
+    program = self._selects[compressor, ratio]
+    return lambda inputs: program(compressor.load(), inputs)
 
-  def inside(self, compressor: in_llm.InLLM, ratio: float):
-    """Returns f(params, batch, text, aux, keys) -> (ids, `in_llm.Trace`).
+  def select_and_answer(self, compressor: base.Compressor, ratio: float):
+    """Returns f(params, batch, inputs) -> (ids, `base.SelectionTrace`).
 
-    One program per compressor and ratio, selection and answer in one.
+    One program per compressor and ratio, for those that choose while the
+    language model reads.
     """
     if (compressor, ratio) not in self._insides:
       self._insides[compressor, ratio] = self._inside(compressor, ratio)
-    return self._insides[compressor, ratio]
+    program = self._insides[compressor, ratio]
+    return lambda params, batch, inputs: program(
+      params, batch, inputs, compressor.load()
+    )
 
-  def check(self, compressor: Any, ratio: float) -> None:
+  def check(self, compressor: base.Compressor, ratio: float) -> None:
     """Refuses a budget that the method cannot meet."""
-    if acts_inside(compressor):
-      compressor.plan(self._num_layers, self._num_video, ratio)
-    else:
-      compressor.rows(self.grid, ratio)
+    compressor.rows_per_layer(self._num_layers, self.grid, ratio)
 
-  def minimum_ratio(self, compressor: Any) -> float | None:
+  def minimum_ratio(self, compressor: base.Compressor) -> float | None:
     """Returns the lowest ratio that a method can; None where it is not told."""
-    if not acts_inside(compressor):
-      return None
     return compressor.minimum_ratio(self._num_layers, self._num_video)
 
   def _inside(self, compressor, ratio):
-    def ask(params, batch: prompt_batch.PromptBatch, text, aux, keys):
-      return in_llm.generate(
+    def ask(params, batch: prompt_batch.PromptBatch, inputs, own_params):
+      return layerwise.generate(
         self._model,
         params,
         compressor,
-        batch,
-        aux,
-        grid=self.grid,
+        prompt_batch.whole(batch),
+        inputs,
+        batch.next_position,
         ratio=ratio,
-        text=text,
-        rngs=keys,
+        own_params=own_params,
         **self._ending,
       )
 
     # Some read on the host how many tokens go on.
-    return ask if compressor.on_host else jax.jit(ask)
-
-  def _select(self, compressor, ratio):
-    num_keep = compressor.rows(self.grid, ratio)
-
-    def one(features, text, aux, key):
-      return compressor.compress(
-        features,
-        grid=self.grid,
-        num_keep=num_keep,
-        text=text,
-        aux=aux,
-        rng=key,
-        ratio=ratio,
-      )
-
-    return jax.jit(jax.vmap(one))
+    return ask if compressor.on_host else self._jit(ask, weights=(0, 3))
 
   def _vanilla(
     self, params, batch: prompt_batch.PromptBatch, *, want_attention: bool
@@ -163,9 +188,8 @@ class Programs:
   def _answer(
     self, params, batch: prompt_batch.PromptBatch, selection: base.Selection
   ):
-    rows = prompt_batch.keep(
-      prompt_batch.whole(batch), selection, num_video=self._num_video
-    )
+    rows = prompt_batch.whole(batch)
+    rows = prompt_batch.keep(rows, selection, num_video=self._num_video)
     # Kept tokens keep their positions, and the answer goes on where that of
     # the whole prompt would.
     return generation.greedy(
@@ -179,11 +203,6 @@ class Programs:
       video_rows=rows.video_rows,
       **self._ending,
     )
-
-
-def acts_inside(compressor: Any) -> bool:
-  """True for a method that drops tokens inside the language model."""
-  return isinstance(compressor, in_llm.InLLM)
 
 
 def _text(x, rows):

@@ -32,33 +32,37 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from cacovid_jax import compressors, errors, metrics
+from cacovid_jax import compressors, errors
+from cacovid_jax import progress as progress_lib
 from cacovid_jax.compressors import base
-from cacovid_jax.data import answer_log
+from cacovid_jax.data import answer_log, letters
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import asker as asker_lib
 from cacovid_jax.evals import benchmarks, prompting, provenance, scoring
 from cacovid_jax.evals import clips as clips_lib
 from cacovid_jax.evals import programs as programs_lib
+from cacovid_jax.policy import loading
 
 VANILLA = "vanilla"
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Policy:
-  """A policy to evaluate.
-
-  Attributes:
-    module: Linen module; `apply(params, x, positions, video_rows, grid,
-      length)` gives `Scores`.
-    params: trained parameters.
-    identity: digest of the parameters.
-  """
-
-  module: Any
-  params: Any
-  identity: str = ""
+# What answer logs know of a question, under the names that they have for it.
+# The right answer is among it: scores are kept in the log. A clip that is not
+# there yet may turn up in another folder with another ending.
+_QUESTION = {
+  "id": lambda question: question.id,
+  "video": lambda question: pathlib.PurePosixPath(question.video).stem,
+  "question": lambda question: question.question,
+  "options": lambda question: question.options,
+  "answer": lambda question: question.answer,
+  "problem_type": lambda question: question.problem_type,
+  "duration": lambda question: question.duration,
+  "category": lambda question: question.category,
+  "groups": lambda question: question.groups,
+  "source": lambda question: question.source,
+  "prompt": lambda question: question.prompt,
+  "stream": lambda question: question.stream,
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -90,15 +94,14 @@ class Method:
     name, options = compressors.parse(spec)
     policy = str(options.pop("policy", ""))
     compressor = compressors.get(name, **options)
-    if ".py:" in name:
-      # Answers of a file that has changed since are not its own.
-      content = pathlib.Path(name.rpartition(":")[0]).read_bytes()
-      spec = f"{spec}#{hashlib.sha256(content).hexdigest()[:12]}"
+    # Answers of a file that has changed since are not its own.
+    if compressor.fingerprint:
+      spec = f"{spec}#{compressor.fingerprint}"
     return cls(label, spec, compressor, policy)
 
   @property
   def needs(self) -> frozenset[str]:
-    return self.compressor.needs
+    return self.compressor.requires
 
   @property
   def per_seed(self) -> bool:
@@ -133,15 +136,25 @@ class Settings:
   max_new_tokens: int = 16
   rule: str = "paper"
 
+  @property
+  def identity(self) -> dict[str, Any]:
+    """As answer logs have it; names here do not follow those of attributes."""
+    return {
+      "num_frames": self.num_frames,
+      "batch_size": self.batch_size,
+      "max_new_tokens": self.max_new_tokens,
+      "rule": self.rule,
+    }
+
   def __post_init__(self):
     for field in ("num_frames", "batch_size", "max_new_tokens"):
       if getattr(self, field) < 1:
         raise errors.UserError(
           f"evals.{field}={getattr(self, field)} must be at least 1"
         )
-    if self.rule not in scoring.EXTRACTORS:
+    if self.rule not in letters.EXTRACTORS:
       raise errors.UserError(
-        f"evals.rule={self.rule!r}: use {' or '.join(scoring.EXTRACTORS)}"
+        f"evals.rule={self.rule!r}: use {' or '.join(letters.EXTRACTORS)}"
       )
 
 
@@ -257,6 +270,7 @@ class Evaluator:
     checkpoint: the base model.
     decisive: question id -> tokens that decide it, where known.
     task: how answers are scored.
+    mesh: that shares a batch; None is one device.
   """
 
   def __init__(
@@ -266,10 +280,11 @@ class Evaluator:
     questions: Sequence[question_lib.Question],
     settings: Settings,
     *,
-    policies: Mapping[str, Policy] | None = None,
+    policies: Mapping[str, loading.LoadedPolicy] | None = None,
     decisive: Mapping[str, Sequence[int]] | None = None,
     task: benchmarks.Task | None = None,
     programs: programs_lib.Programs | None = None,
+    mesh: Mesh | None = None,
   ):
     """Prepares; compiles and computes nothing yet.
 
@@ -284,9 +299,12 @@ class Evaluator:
       programs: of an earlier evaluator of this checkpoint and number of new
         tokens, so that nothing compiles twice for clips of its grid; None makes
         new ones.
+      mesh: whose `data` axis shares the questions of a batch, if their number
+        divides; None is one device.
     """
     self.settings = settings
     self.source = source
+    self.mesh = _usable(mesh, settings.batch_size)
     self.seconds = collections.defaultdict(float)
     self.policies = dict(policies or {})
     self.checkpoint = checkpoint
@@ -337,7 +355,7 @@ class Evaluator:
   def _of_grid(self, grid: tuple[int, int, int]) -> Tools:
     if grid not in self._tools:
       programs = programs_lib.Programs(
-        self.checkpoint, grid, self.settings.max_new_tokens
+        self.checkpoint, grid, self.settings.max_new_tokens, self.mesh
       )
       self._tools[grid] = self._make_tools(grid, programs)
     return self._tools[grid]
@@ -357,7 +375,7 @@ class Evaluator:
       "dtype": str(jnp.dtype(self.checkpoint.model.dtype)),
       "policies": {name: p.identity for name, p in self.policies.items()},
       "questions": self._digest(questions),
-      "settings": dataclasses.asdict(self.settings),
+      "settings": self.settings.identity,
       "template": provenance.digest(self.checkpoint.tokenizer.template),
       **self.source.identity,
       "task": self.task.name,
@@ -366,15 +384,12 @@ class Evaluator:
   def _digest(self, questions) -> str:
     """Returns a sha256 of all that is known of these questions.
 
-    The right answers among it: scores are kept in the ledger. A clip that is
-    not there yet may turn up in another of a benchmark's folders, with another
-    ending, and has no grid: it counts by its name alone, and prompts are as of
-    clips of one token.
+    A clip that is not there yet has no grid: prompts are as of clips of one
+    token.
     """
     digest = hashlib.sha256()
     for question in _by_id(questions):
-      fields = dataclasses.asdict(question)
-      fields["video"] = pathlib.PurePosixPath(question.video).stem
+      fields = {name: get(question) for name, get in _QUESTION.items()}
       digest.update(json.dumps(fields, sort_keys=True).encode() + b"\0")
       digest.update(self._texts.prompt(question.id, (1, 1, 1)).ids.tobytes())
     return digest.hexdigest()
@@ -422,7 +437,7 @@ class Evaluator:
     index, count = shard
     own = list(enumerate(batches))[index::count]
     total = len(cells) * sum(len(batch) for _, batch in own)
-    with metrics.Progress(total, description=description) as progress:
+    with progress_lib.Progress(total, description=description) as progress:
       done = 0
       for place, (number, batch) in enumerate(own):
         self._confirm_faults(batch, cells, ledger)
@@ -548,8 +563,8 @@ class Evaluator:
   def _kept(self, asker, cell: Cell, count: int, chosen=None) -> list[Kept]:
     """Returns the first `count` rows of what a cell has `chosen`, opened up."""
     if chosen is None:
-      choose = asker.reply if _inside(cell.method) else asker.select
-      chosen = choose(cell)
+      first = cell.method.compressor.selects_first
+      chosen = asker.select(cell) if first else asker.reply(cell)
     index, mask = np.asarray(chosen.index), np.asarray(chosen.mask)
     tokens = frames = [None] * count
     field = next((n for n in cell.method.needs if n.endswith("scores")), None)
@@ -609,16 +624,16 @@ class Evaluator:
     for need in sorted(method.needs):
       if need.endswith("scores"):
         self.policies[self.policy_name(method)]
-      elif need in base.VISION_NEEDS:
+      elif need in base.VISION_SIGNALS:
         if need not in self.source.want:
           raise errors.UserError(
             f"{method.label} needs {need.replace('_', ' ')}, which the clips"
             " of this evaluation come without"
           )
-      elif need != "text" and need not in base.Aux._fields:
+      elif need not in base.OFFERED:
         raise errors.UserError(
           f"{method.label} needs {need!r}, which this evaluation does not"
-          f" offer; it offers text, {', '.join(base.Aux._fields)}"
+          f" offer; it offers {', '.join(base.OFFERED)}"
         )
     self.tools(example).programs.check(method.compressor, cell.ratio)
 
@@ -713,7 +728,7 @@ class Evaluator:
           clip = self.source[question.video]
           fields["frame_hash"] = clip.frame_hash
           fields["index_hash"] = clip.index_hash
-        if cell.method is not None and _inside(cell.method):
+        if cell.method and not cell.method.compressor.selects_first:
           # Before the language model it follows from what was kept.
           fields["equivalent"] = round(float(reply.equivalent[row]), 9)
           if reply.forced[row]:
@@ -734,7 +749,7 @@ class Evaluator:
 def wanted(methods: Sequence[Method]) -> frozenset[str]:
   """Returns what the clips must bring along for these methods."""
   needs = frozenset().union(*[method.needs for method in methods])
-  return needs & base.VISION_NEEDS
+  return needs & base.VISION_SIGNALS
 
 
 def _lacking(batch, cells, ledger, failures) -> list[Cell]:
@@ -766,12 +781,18 @@ def _words(cell: Cell) -> str:
   return f"{cell.method.label} at {100 * cell.ratio:g} %"
 
 
+def _usable(mesh, batch_size: int) -> Mesh | None:
+  """Returns the mesh if it shares the rows of a batch, else None.
+
+  Several processes of a training run each ask all of it.
+  """
+  if mesh is None or mesh.size == 1 or jax.process_count() > 1:
+    return None
+  return None if batch_size % mesh.shape["data"] else mesh
+
+
 def _by_id(questions):
   return sorted(questions, key=lambda question: question.id)
-
-
-def _inside(method: Method) -> bool:
-  return programs_lib.acts_inside(method.compressor)
 
 
 def by_clip(

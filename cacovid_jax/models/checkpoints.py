@@ -20,7 +20,7 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import NamedSharding
 
-from cacovid_jax import errors
+from cacovid_jax import errors, files
 from cacovid_jax.models import (
   hf_config,
   llava_onevision,
@@ -386,8 +386,8 @@ def write_config(directory, config, *, eos_ids, pad_id, bos_id=None, dtype):
   described = config.to_hf() | {"torch_dtype": jnp.dtype(dtype).name}
   # Where the model keeps its text fields: a section, or the top level.
   described.get("text_config", described).update(ids)
-  hf_config.write_json(os.path.join(directory, "config.json"), described)
-  hf_config.write_json(
+  files.write_json(os.path.join(directory, "config.json"), described)
+  files.write_json(
     os.path.join(directory, "generation_config.json"),
     ids | {"do_sample": False},
   )

@@ -5,7 +5,6 @@ of those are wrong for the released checkpoints.
 """
 
 import json
-import os
 
 from cacovid_jax import errors
 
@@ -27,16 +26,6 @@ def read_json(path):
   if not isinstance(value, dict):
     raise errors.UserError(f"{path} does not hold a JSON object")
   return value
-
-
-def write_json(path, value):
-  """Writes a dict so that a reader sees the old file or the new one."""
-  partial = f"{path}.partial"
-  with open(partial, "w", encoding="utf-8") as file:
-    file.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(partial, path)
 
 
 def section(config, name):

@@ -147,6 +147,10 @@ def prune(prompt, index, num_valid):
 def whole(prompts: PromptBatch) -> PrunedPrompts:
   """Returns whole prompts, with all their video, before the first layer."""
   num_video, num_rows = prompts.video_rows.shape[1], prompts.x.shape[1]
+  if num_rows < num_video:
+    raise ValueError(
+      f"prompts of {num_rows} rows do not hold {num_video} video tokens"
+    )
   valid = prompts.video_rows < num_rows
   every = jnp.where(valid, jnp.arange(num_video, dtype=jnp.int32), num_video)
   lengths = jnp.asarray(prompts.lengths, jnp.int32)

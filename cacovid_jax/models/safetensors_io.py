@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from cacovid_jax import errors
+from cacovid_jax import errors, files
 from cacovid_jax.models import hf_config
 
 WEIGHTS = "model.safetensors"
@@ -232,7 +232,7 @@ def write_lazily(path, tensors):
         raise ValueError(f"{name} is {array.dtype}{array.shape}")
       yield memoryview(array.reshape(-1).view(np.uint8))
 
-  write_file(path, pieces())
+  files.write(path, pieces())
 
 
 def write_directory(directory, tensors, max_shard_bytes=None):
@@ -262,13 +262,13 @@ def write_directory(directory, tensors, max_shard_bytes=None):
   if os.path.exists(index):
     stale.update(_indexed(directory))
   if len(shards) == 1:
-    files = [WEIGHTS]
+    parts = [WEIGHTS]
   else:
-    files = [
+    parts = [
       f"model-{i:05d}-of-{len(shards):05d}.safetensors"
       for i in range(1, len(shards) + 1)
     ]
-  for file, names in zip(files, shards, strict=True):
+  for file, names in zip(parts, shards, strict=True):
     path = os.path.join(directory, file)
     write_lazily(path, {name: tensors[name] for name in names})
     stale.discard(path)
@@ -276,11 +276,11 @@ def write_directory(directory, tensors, max_shard_bytes=None):
   if len(shards) > 1:
     weight_map = {
       name: file
-      for file, names in zip(files, shards, strict=True)
+      for file, names in zip(parts, shards, strict=True)
       for name in names
     }
     total = {"total_size": sum(sizes.values())}
-    hf_config.write_json(index, {"metadata": total, "weight_map": weight_map})
+    files.write_json(index, {"metadata": total, "weight_map": weight_map})
   elif os.path.exists(index):
     os.remove(index)
   for path in stale:
@@ -299,22 +299,6 @@ def _indexed(directory):
   ]
 
 
-def write_file(path, pieces):
-  """Writes bytes so that a reader sees the old file or the whole new one."""
-  partial = f"{path}.partial"
-  try:
-    with open(partial, "wb") as file:
-      for piece in pieces:
-        file.write(piece)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(partial, path)
-  except BaseException:
-    if os.path.exists(partial):
-      os.remove(partial)
-    raise
-
-
 def identity(directory):
   """Returns {"path", "sha256"} of a directory's weights.
 
@@ -323,16 +307,11 @@ def identity(directory):
   """
   # Hashing releases the interpreter's lock: files side by side.
   with concurrent.futures.ThreadPoolExecutor(4) as pool:
-    digests = list(pool.map(_sha256, weight_files(directory)))
+    digests = list(pool.map(files.sha256, weight_files(directory)))
   digest = digests[0]
   if len(digests) > 1:
     digest = hashlib.sha256("\n".join(digests).encode()).hexdigest()
   return {"path": os.path.abspath(directory), "sha256": digest}
-
-
-def _sha256(path):
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _same(array):

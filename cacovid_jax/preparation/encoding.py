@@ -13,9 +13,10 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from cacovid_jax import errors, metrics
+from cacovid_jax import errors
+from cacovid_jax import progress as progress_lib
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.data import video
+from cacovid_jax.data import rejected_clips, video
 from cacovid_jax.training import pipeline
 
 
@@ -64,8 +65,8 @@ def encode(
   *,
   shard: tuple[int, int] = (0, 1),
   num_threads: int = 2,
-  quarantine: pipeline.Quarantine | None = None,
-  progress: Callable[..., Any] = metrics.Progress,
+  quarantine: rejected_clips.RejectedClips | None = None,
+  progress: Callable[..., Any] = progress_lib.Progress,
 ) -> Report:
   """Makes the features that are missing; returns what was done.
 
@@ -77,9 +78,11 @@ def encode(
     shard: (index, number) of this process.
     num_threads: that decode ahead.
     quarantine: ledger of clips that cannot be used.
-    progress: shows how far it is, made as `metrics.Progress` is.
+    progress: shows how far it is, made as `progress_lib.Progress` is.
   """
-  quarantine = pipeline.Quarantine() if quarantine is None else quarantine
+  quarantine = (
+    rejected_clips.RejectedClips() if quarantine is None else quarantine
+  )
   report, todo, size = Report(), [], 0
   share = clips_of(rows, shard)
   mine = {row.video for row in share}
@@ -116,7 +119,7 @@ def encode(
 
 def _refuse(report, quarantine, row, error) -> None:
   report.failed[row.video] = error.reason
-  quarantine.add(row, error, pipeline.content_or_none(error))
+  quarantine.add(row, error, rejected_clips.content_or_none(error))
 
 
 def _check_room(source, directory: str, size: int, count: int, others) -> None:

@@ -15,7 +15,6 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
-import inspect
 import json
 import multiprocessing
 import os
@@ -27,7 +26,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from cacovid_jax import errors
+from cacovid_jax import errors, files
+from cacovid_jax import progress as progress_lib
 from cacovid_jax.data import readers
 from cacovid_jax.data import tfds as tfds_lib
 from cacovid_jax.data import tokenizer as tokenizer_lib
@@ -72,18 +72,32 @@ class BuildConfig:
 
 @functools.cache
 def generator_hash() -> str:
-  """Returns the sha256 of the sources that decide what is drawn and asked."""
+  """Returns the sha256 of what is drawn and asked, in hexadecimal digits.
+
+  Of the frames, questions and evidence tokens of three clips of each variant,
+  one of each length: a change of the sources that leaves the benchmark as it is
+  leaves the hash as it is. Frames are hashed before the codec sees them.
+  """
   digest = hashlib.sha256()
-  for module in (world, render, questions):
-    digest.update(inspect.getsource(module).encode())
-  digest.update(json.dumps([DURATIONS, FRAMES_PER_SECOND, SPLITS]).encode())
+  for variant in sorted(world.VARIANTS):
+    config = BuildConfig(variant=variant)
+    for number, (duration, length) in enumerate(DURATIONS.items()):
+      scene, asked = draw(config, "train", number)
+      digest.update(f"{variant} {duration} {FRAMES_PER_SECOND}".encode())
+      for frame in render.clip(scene, length):
+        digest.update(np.ascontiguousarray(frame).data)
+      for question in asked:
+        fields = [*dataclasses.astuple(question), question.tokens(scene)]
+        digest.update(json.dumps(fields, default=int).encode())
   return digest.hexdigest()
 
 
 def encode(path, frames, *, rate: int = FRAMES_PER_SECOND) -> None:
   """Writes uint8[h, w, 3] RGB frames as an H.264 mp4 file."""
-  partial = f"{path}.partial"
-  with av.open(partial, "w", format="mp4") as container:
+  with (
+    files.replacing(path) as partial,
+    av.open(os.fspath(partial), "w", format="mp4") as container,
+  ):
     stream = container.add_stream("libx264", rate=rate)
     stream.width = stream.height = world.IMAGE_SIZE
     stream.pix_fmt = "yuv420p"
@@ -101,7 +115,15 @@ def encode(path, frames, *, rate: int = FRAMES_PER_SECOND) -> None:
       picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
       container.mux(stream.encode(picture))
     container.mux(stream.encode())
-  os.replace(partial, path)
+
+
+def draw(config: BuildConfig, split: str, number: int):
+  """Returns (scene, questions) of a clip."""
+  rng = np.random.default_rng((config.seed, SPLITS.index(split), number))
+  scene = world.sample_scene(rng, world.VARIANTS[config.variant])
+  return scene, questions.sample_questions(
+    rng, scene, config.questions_per_clip
+  )
 
 
 def make_clip(config: BuildConfig, split: str, number: int, directory: str):
@@ -110,9 +132,7 @@ def make_clip(config: BuildConfig, split: str, number: int, directory: str):
   Returns:
     A list of dicts with "id", "clip", "duration", "question" and "tokens".
   """
-  rng = np.random.default_rng((config.seed, SPLITS.index(split), number))
-  scene = world.sample_scene(rng, world.VARIANTS[config.variant])
-  asked = questions.sample_questions(rng, scene, config.questions_per_clip)
+  scene, asked = draw(config, split, number)
   duration = tuple(DURATIONS)[number % len(DURATIONS)]
   name = f"{config.variant}_{split}_{number:05d}"
   path = os.path.join(directory, "videos", f"{name}.mp4")
@@ -181,10 +201,44 @@ def build(
     if on_clip is not None:
       on_clip(done, len(jobs))
   _write_rows(config, directory, rows)
-  partial = path.with_suffix(".partial")
-  partial.write_text(json.dumps(manifest, indent=2) + "\n")
-  os.replace(partial, path)
+  files.write_json(path, manifest)
   return str(directory)
+
+
+def prepare(
+  config,
+  num_workers: int | None = None,
+  *,
+  variant: str = "",
+  directory: str | os.PathLike = "",
+) -> None:
+  """Builds the benchmark of a config, if not there.
+
+  Args:
+    config: with a section `prepare`.
+    num_workers: processes, instead of the config's.
+    variant: of `world.VARIANTS`; the config's first one by default.
+    directory: of the variant; `data.root` by default.
+  """
+  section = config.prepare
+  if len(section.clips) != len(SPLITS):
+    raise errors.UserError(
+      f"--clips takes {len(SPLITS)} whole numbers, for {', '.join(SPLITS)}"
+    )
+  wanted = BuildConfig(
+    variant=variant or section.variants[0],
+    seed=section.seed,
+    clips=tuple(section.clips),
+    questions_per_clip=section.questions_per_clip,
+  )
+  title = f"{wanted.variant} clips"
+  with progress_lib.Progress(sum(wanted.clips), description=title) as bar:
+    build(
+      wanted,
+      directory or config.data.root,
+      num_workers=num_workers or section.num_workers or os.cpu_count(),
+      on_clip=lambda done, unused_total: bar.update(done),
+    )
 
 
 def _make_all(config, jobs, directory, num_workers):

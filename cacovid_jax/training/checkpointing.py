@@ -28,7 +28,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from cacovid_jax import errors
+from cacovid_jax import errors, files
 
 MANIFEST = "manifest.json"
 _STATE = "state"
@@ -101,12 +101,12 @@ def save(directory, step, tree, metadata=None, *, config_hash="", keep=None):
       }
       _write_synced(partial / MANIFEST, _encode_manifest(manifest))
       for folder, _, _ in os.walk(partial):
-        _sync(folder)
+        files.sync(folder)
       if final.exists():
         # The same step again, after a run went back: the new one counts.
         os.rename(final, _free_name(directory, f"{step}.replaced"))
       os.rename(partial, final)
-      _sync(directory)
+      files.sync(directory)
       if keep is not None:
         for old in steps(directory)[:-keep]:
           # Renamed first: a kill while deleting must not leave half a step.
@@ -228,7 +228,7 @@ def verify(path):
       return verdict(
         f"{name}: {sizes[name]} bytes instead of {file['bytes']}", manifest
       )
-    if _sha256(path / name) != file["sha256"]:
+    if files.sha256(path / name) != file["sha256"]:
       return verdict(f"{name}: content changed", manifest)
   # Orbax might read a file that it did not write here.
   added = sorted(
@@ -260,6 +260,34 @@ def doctor(directory):
       )
     verdicts.append(verdict)
   return sorted(verdicts, key=lambda verdict: (verdict.step, verdict.name))
+
+
+def rehash(directory, hashes):
+  """Gives every step the config hash of today's keys; returns their numbers.
+
+  A manifest as it was stays beside the new one, as `manifest.before.json`.
+
+  Args:
+    directory: of the checkpoints; need not exist.
+    hashes: config hash of an earlier version -> today's.
+  """
+  found = {}
+  for step in steps(directory):
+    manifest = read_manifest(directory, step)
+    if manifest["config_hash"] in hashes:
+      found[step] = manifest
+    elif manifest["config_hash"] not in hashes.values():
+      raise errors.UserError(
+        f"checkpoint {pathlib.Path(directory) / str(step)} belongs to another"
+        f" config ({manifest['config_hash']}) than config.json; nothing was"
+        " changed"
+      )
+  for step, manifest in found.items():
+    path = pathlib.Path(directory) / str(step) / MANIFEST
+    files.write(path.with_name("manifest.before.json"), path.read_bytes())
+    manifest["config_hash"] = hashes[manifest["config_hash"]]
+    files.write(path, _encode_manifest(manifest))
+  return list(found)
 
 
 def _read(path, like, config_hash):
@@ -359,14 +387,9 @@ def _digest_files(path):
   """Syncs every file below `path`; returns sizes and sha256 by name."""
   digests = {}
   for name, size in _file_sizes(path).items():
-    _sync(path / name)
-    digests[name] = {"bytes": size, "sha256": _sha256(path / name)}
+    files.sync(path / name)
+    digests[name] = {"bytes": size, "sha256": files.sha256(path / name)}
   return digests
-
-
-def _sha256(path):
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _encode_manifest(manifest):
@@ -390,18 +413,7 @@ def _decode_manifest(data):
 
 def _write_synced(path, data):
   with open(path, "wb") as file:
-    file.write(data)
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync(path):
-  """Forces a file or directory to disk."""
-  descriptor = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)
+    files.append(file, data)
 
 
 def _remove_leftovers(directory):

@@ -14,7 +14,6 @@ import collections
 import dataclasses
 import functools
 import hashlib
-import json
 import math
 import os
 import threading
@@ -25,7 +24,7 @@ import grain
 import numpy as np
 
 from cacovid_jax import errors
-from cacovid_jax.data import feature_cache, video
+from cacovid_jax.data import feature_cache, rejected_clips, video
 from cacovid_jax.data import frames as frames_lib
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import tokenizer as tokenizer_lib
@@ -137,7 +136,7 @@ class ClipSource:
     """Returns the decoded clip, its frames resized."""
     path = self.path(question)
     if self.refused:
-      reason = self.refused.get(content_hash(path))
+      reason = self.refused.get(rejected_clips.content_hash(path))
       if reason:
         raise video.VideoError(path, reason, "refused in an earlier run")
     resize = functools.partial(
@@ -249,7 +248,7 @@ class FeatureSource:
     # An entry tells that the clip was not refused: by which rule, counts too.
     refused = {"min_side": self.clips.min_side} if self.clips.min_side else {}
     return feature_cache.key(
-      content=content_hash(self.clips.path(question)),
+      content=rejected_clips.content_hash(self.clips.path(question)),
       **refused,
       rule=dataclasses.asdict(self.clips.rule),
       preprocessing=self._processor.described,
@@ -353,11 +352,11 @@ class GridFeatureSource(FeatureSource):
     self,
     clips: ShotSource,
     encode_fn: Callable[
-      [processors.TowerInputs, token_grid.Bucket], np.ndarray
+      [processors.TowerInputs, token_grid.GridBucket], np.ndarray
     ],
     processor: processors.Processor,
     *,
-    buckets: Sequence[token_grid.Bucket],
+    buckets: Sequence[token_grid.GridBucket],
     identity: str,
     cache: feature_cache.FeatureCache | None = None,
     memory_items: int = 256,
@@ -465,16 +464,16 @@ class Bucketing:
     multiple: prompts are padded to a multiple of this.
   """
 
-  buckets: tuple[token_grid.Bucket, ...]
+  buckets: tuple[token_grid.GridBucket, ...]
   text_rows: int
   model: video_llm.VideoLLM
   multiple: int = 16
 
-  def length(self, bucket: token_grid.Bucket) -> int:
+  def length(self, bucket: token_grid.GridBucket) -> int:
     """Returns L of a bucket's prompts."""
     return -(-(bucket.tokens + self.text_rows) // self.multiple) * self.multiple
 
-  def bucket(self, grids) -> token_grid.Bucket:
+  def bucket(self, grids) -> token_grid.GridBucket:
     """Returns the smallest bucket that holds all of the grids (T, H, W)."""
     fits = [
       bucket
@@ -542,87 +541,6 @@ class Order:
     text = f"{self._seed} {position} {attempt}"
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % self._num
-
-
-class Quarantine:
-  """Ledger of clips that could not be used, as JSON lines.
-
-  An entry is keyed by the clip's content, so a clip that is downloaded again is
-  tried again.
-  """
-
-  def __init__(self, path=None):
-    self.path = None if path is None else os.fspath(path)
-    self.entries = []
-    if self.path and os.path.isfile(self.path):
-      with open(self.path, encoding="utf-8", errors="replace") as f:
-        for line in f:
-          try:
-            entry = json.loads(line)
-            self.entries.append({k: entry[k] for k in _LEDGER_KEYS})
-          except (ValueError, KeyError, TypeError):
-            continue  # The last line of a run that was killed.
-    self._known = {self._key(entry) for entry in self.entries}
-
-  @staticmethod
-  def _key(entry):
-    return entry["content"] or entry["video"], entry["reason"]
-
-  @property
-  def refused(self) -> dict[str, str]:
-    """Content hash -> reason, of clips that need not be tried again."""
-    return {
-      entry["content"]: entry["reason"]
-      for entry in self.entries
-      if entry["content"]
-    }
-
-  def add(self, question, error: video.VideoError, content: str | None) -> bool:
-    """Notes a clip; returns whether it is new in the ledger."""
-    entry = {
-      "content": content,
-      "video": question.video,
-      "reason": error.reason,
-      "detail": error.detail,
-      "question": question.id,
-    }
-    if self._key(entry) in self._known:
-      return False
-    self._known.add(self._key(entry))
-    self.entries.append(entry)
-    if self.path:
-      os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
-      # One write in append mode: several processes may share the ledger.
-      line = json.dumps(entry, sort_keys=True) + "\n"
-      with open(self.path, "ab", buffering=0) as f:
-        f.write(line.encode())
-        os.fsync(f.fileno())
-    return True
-
-
-_LEDGER_KEYS = ("content", "video", "reason", "detail", "question")
-
-
-@functools.lru_cache(maxsize=65_536)
-def _hash_of(path: str, unused_size: int, unused_mtime_ns: int) -> str:
-  digest = hashlib.blake2b(digest_size=20)
-  with open(path, "rb") as f:
-    while chunk := f.read(2**20):
-      digest.update(chunk)
-  return digest.hexdigest()
-
-
-def content_hash(path: str) -> str:
-  """Returns blake2b of a clip's bytes; read again only if the file changes."""
-  try:
-    status = os.stat(path)
-    if not os.path.isfile(path):
-      raise video.VideoError(path, "not_a_file")
-    return _hash_of(path, status.st_size, status.st_mtime_ns)
-  except FileNotFoundError:
-    raise video.VideoError(path, "missing") from None
-  except OSError as error:
-    raise video.VideoError(path, "unreadable", error.strerror or "") from None
 
 
 @dataclasses.dataclass
@@ -699,7 +617,7 @@ def train_batches(
   num_threads: int = 2,
   num_workers: int = 0,
   prefetch: int = 4,
-  quarantine: Quarantine | None = None,
+  quarantine: rejected_clips.RejectedClips | None = None,
   max_failure_rate: float = 0.05,
   min_failures: int = 20,
 ) -> Iterator[dict]:
@@ -731,11 +649,13 @@ def train_batches(
     (-1 where the answer is no letter); `question_hash` uint32[B]; `valid`
     bool[B] (all True here); `questions` list[Question]; `errors` list (all None
     here). With `bucketing` also `bucket`, `grids` [(T, H, W)], `positions`
-    int32[B,P,L] and `following` int32[B]; features are then zero behind a
+    int32[B,P,L] and `next_position` int32[B]; features are then zero behind a
     video's own rows, and their `video_rows` are L.
   """
   source = _as_source(source)
-  quarantine = Quarantine() if quarantine is None else quarantine
+  quarantine = (
+    rejected_clips.RejectedClips() if quarantine is None else quarantine
+  )
   index, number = shard
   if batch_size % number:
     raise errors.UserError(
@@ -760,7 +680,7 @@ def train_batches(
       tried += 1
       for question, error in slot.failures:
         tried, failed = tried + 1, failed + 1
-        quarantine.add(question, error, content_or_none(error))
+        quarantine.add(question, error, rejected_clips.content_or_none(error))
       if slot.payload is None and len(slot.failures) > MAX_SUBSTITUTES:
         raise errors.UserError(
           f"{MAX_SUBSTITUTES + 1} clips in a row cannot be used, last:"
@@ -823,14 +743,6 @@ class _Position:
 
 def _as_source(source):
   return source if hasattr(source, "finish") else FunctionSource(source)
-
-
-def content_or_none(error: video.VideoError) -> str | None:
-  """Returns the hash of a bad clip's bytes, None where there are none."""
-  try:
-    return content_hash(error.path)
-  except (video.VideoError, OSError, ValueError):
-    return None
 
 
 def _prefetched(dataset, num_threads: int, num_workers: int, buffer: int):
@@ -924,7 +836,7 @@ def _in_bucket(clips, prompts, bucketing: Bucketing):
   length = bucketing.length(bucket)
   width = clips[0].features.shape[1]
   features = np.zeros((len(clips), bucket.tokens, width), np.float32)
-  positions, following = [], []
+  positions, next_positions = [], []
   for row, clip, prompt in zip(features, clips, prompts, strict=True):
     row[: len(clip.features)] = clip.features
     text = prompt.length - len(clip.features)
@@ -936,10 +848,10 @@ def _in_bucket(clips, prompts, bucketing: Bucketing):
     own, after = bucketing.model.positions(prompt.ids, clip)
     behind = ((0, 0), (0, length - own.shape[1]))
     positions.append(np.pad(own, behind))
-    following.append(after)
+    next_positions.append(after)
   return features, {
     "bucket": bucket,
     "grids": grids,
     "positions": np.stack(positions).astype(np.int32),
-    "following": np.array(following, np.int32),
+    "next_position": np.array(next_positions, np.int32),
   }

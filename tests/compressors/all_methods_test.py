@@ -9,13 +9,13 @@ import pytest
 
 from cacovid_jax import compressors, errors
 from cacovid_jax.compressors import base
-from tests.compressors import quick, videos
+from tests.compressors import given, quick, videos
 
 GRID = (4, 2, 3)
 NUM_VIDEO, WIDTH, KEEP = 24, 8, 7
 RATIO = 0.3  # 7.2 of 24.
 METHODS = {name: compressors.get(name) for name in compressors.names()}
-BEFORE = [n for n, m in METHODS.items() if isinstance(m, base.Compressor)]
+BEFORE = [n for n, m in METHODS.items() if m.selects_first]
 
 
 def degenerate():
@@ -46,7 +46,7 @@ def arguments(num_video=NUM_VIDEO, num_frames=GRID[0], dtype=jnp.float32):
     )
 
   attention = jax.random.uniform(keys[4], [num_video])
-  aux = base.Aux(
+  aux = given.Aux(
     scores=scores(keys[0]),
     untrained_scores=scores(keys[1]),
     other_scores=scores(keys[2]),
@@ -95,8 +95,8 @@ def test_exactly_k_valid_rows_whatever_the_video(name):
   @quick.jit
   @jax.vmap
   def run(features):
-    return method.compress(
-      features, grid=GRID, num_keep=KEEP, ratio=RATIO, **others
+    return given.compress(
+      method, features, grid=GRID, num_keep=KEEP, ratio=RATIO, **others
     )
 
   batch = degenerate()
@@ -115,7 +115,9 @@ def test_one_token_of_one_frame_in_half_precision(name):
   features = jnp.asarray(degenerate()[0][:6], jnp.bfloat16)
   others = arguments(6, 1, jnp.bfloat16)
   run = quick.jit(
-    functools.partial(method.compress, grid=(1, 2, 3), num_keep=1, ratio=0.17)
+    functools.partial(
+      given.compress, method, grid=(1, 2, 3), num_keep=1, ratio=0.17
+    )
   )
   out = run(features, **others)
   assert out.features.dtype == jnp.bfloat16
@@ -127,13 +129,13 @@ def test_reference_rounding_stays_within_its_rows(name):
   method = compressors.get(name, exact_budget=False)
   rows = method.rows(GRID, RATIO)
   assert 1 <= rows <= NUM_VIDEO
-  if method.reference_rows is None:
+  if not method.rounds_itself:
     assert rows == KEEP
     return  # The same program as with an exact budget.
   others = arguments()
   run = quick.jit(
-    lambda features: method.compress(
-      features, grid=GRID, num_keep=rows, ratio=RATIO, **others
+    lambda features: given.compress(
+      method, features, grid=GRID, num_keep=rows, ratio=RATIO, **others
     )
   )
   for features in degenerate()[:3]:
@@ -143,8 +145,13 @@ def test_reference_rounding_stays_within_its_rows(name):
 @pytest.mark.parametrize("name", BEFORE)
 def test_a_budget_of_everything_is_the_identity(name):
   features = degenerate()[0]
-  out = METHODS[name].compress(
-    features, grid=GRID, num_keep=NUM_VIDEO, ratio=1.0, **arguments()
+  out = given.compress(
+    METHODS[name],
+    features,
+    grid=GRID,
+    num_keep=NUM_VIDEO,
+    ratio=1.0,
+    **arguments(),
   )
   check(out, NUM_VIDEO, NUM_VIDEO, NUM_VIDEO)
   np.testing.assert_array_equal(out.features, features)
@@ -157,7 +164,7 @@ def test_says_what_it_is_called_needs_and_takes(name):
   known = {"text", "LLM attention", "vision attention", "vision keys"}
   assert set(method.requirements) <= known | {"training"}
   assert isinstance(method.stochastic, bool)
-  assert method.sees_question or not method.needs - base.VISION_NEEDS
+  assert method.sees_question or not method.requires - base.VISION_SIGNALS
   assert dict(method.options) == {}
   with pytest.raises(errors.UserError, match="known options") as caught:
     compressors.get(name, not_an_option=1)
@@ -169,8 +176,13 @@ def test_says_what_it_is_called_needs_and_takes(name):
 @pytest.mark.parametrize("name", BEFORE)
 def test_a_budget_of_nothing_is_refused(name):
   with pytest.raises(errors.UserError, match="raise the retention ratio"):
-    METHODS[name].compress(
-      degenerate()[0], grid=GRID, num_keep=0, ratio=0.01, **arguments()
+    given.compress(
+      METHODS[name],
+      degenerate()[0],
+      grid=GRID,
+      num_keep=0,
+      ratio=0.01,
+      **arguments(),
     )
 
 

@@ -11,8 +11,8 @@ import pytest
 from scipy import optimize
 
 from cacovid_jax import compressors, errors
-from cacovid_jax.compressors import allocators, base, density_peaks, uniform
-from tests.compressors import quick, videos
+from cacovid_jax.compressors import allocators, simple
+from tests.compressors import given, quick, videos
 
 GRID = (5, 2, 3)
 AREA, NUM_VIDEO = 6, 30
@@ -26,7 +26,7 @@ PER_FRAME = [
 
 def aux_of(seed, grid=GRID):
   frame, token = jax.random.split(jax.random.key(seed))
-  return base.Aux(
+  return given.Aux(
     scores=videos.Scores(
       jax.random.normal(frame, [grid[0], 2]),
       jax.random.normal(token, [math.prod(grid), 2]),
@@ -205,7 +205,7 @@ def test_no_signal_gives_equal_shares(kind):
   features = jnp.tile(frame if kind != "zeros" else frame * 0, (5, 1))
   order = jnp.tile(jnp.arange(AREA), (5, 1))
   counts = allocators.frame_counts(
-    "infotok", features, order, grid=GRID, num_keep=11
+    "infotok", given.inputs(features, GRID), order, 11
   )
   np.testing.assert_array_equal(np.sort(counts), [2, 2, 2, 2, 3])
 
@@ -215,8 +215,8 @@ def program(spec, allocator, num_keep):
   compressor = compressors.get(spec, allocator=allocator)
 
   def compress(features, aux, rng):
-    return compressor.compress(
-      features, grid=GRID, num_keep=num_keep, aux=aux, rng=rng
+    return given.compress(
+      compressor, features, grid=GRID, num_keep=num_keep, aux=aux, rng=rng
     )
 
   return quick.jit(compress)
@@ -268,9 +268,7 @@ def test_the_tokens_are_the_first_ones_of_the_frame_s_order():
   counts = allocators.get("cacovid").allocate(aux.scores.frame, 11, 1, AREA)
   expected = []
   for t, count in enumerate(np.asarray(counts)):
-    best = density_peaks.peaks(
-      features[t * AREA : (t + 1) * AREA], num_keep=AREA
-    )
+    best = simple.peaks(features[t * AREA : (t + 1) * AREA], num_keep=AREA)
     expected += sorted((t * AREA + np.asarray(best[:count])).tolist())
   np.testing.assert_array_equal(out.index, expected)
 
@@ -295,27 +293,27 @@ def test_measured_errors_beat_equal_shares_at_equal_tokens():
   frames = rng.normal(size=[5, AREA, 8])
   frames[::2] = frames[::2, :1]
   features = jnp.asarray(frames.reshape(30, 8), jnp.float32)
-  order = jax.vmap(lambda z: density_peaks.peaks(z, num_keep=AREA))(
+  order = jax.vmap(lambda z: simple.peaks(z, num_keep=AREA))(
     jnp.asarray(frames, jnp.float32)
   )
   table = np.asarray(allocators.prefix_errors(features, order, GRID))
   total = {}
   for name in ("uniform", "adaptok", "infotok"):
     counts = np.asarray(
-      allocators.frame_counts(name, features, order, grid=GRID, num_keep=12)
+      allocators.frame_counts(name, given.inputs(features, GRID), order, 12)
     )
     total[name] = cost(table, counts, 0)
   assert total["adaptok"] < total["uniform"]
   assert total["adaptok"] <= total["infotok"] + 1e-5
   counts = allocators.frame_counts(
-    "adaptok", features, order, grid=GRID, num_keep=12
+    "adaptok", given.inputs(features, GRID), order, 12
   )
   np.testing.assert_array_equal(np.asarray(counts)[::2], 1)
 
 
 def test_the_order_of_even_spacing_is_a_permutation_with_spread_prefixes():
   for n in (1, 2, 3, 6, 16, 49, 196):
-    order = uniform.spread_order(n)
+    order = simple.spread_order(n)
     np.testing.assert_array_equal(np.sort(order), np.arange(n))
     for k in (2, 4, 8):
       if 8 <= 2 * k <= n:
@@ -333,12 +331,12 @@ def test_allocators_lower_for_a_tpu():
 
 def test_an_allocator_adds_what_it_needs():
   plain = compressors.get("density_peaks")
-  assert plain.needs == frozenset()
+  assert plain.requires == frozenset()
   by_policy = compressors.get("density_peaks?allocator=cacovid")
-  assert by_policy.needs == {"scores"} and by_policy.sees_question
-  assert compressors.get("uniform?allocator=adaptok").needs == frozenset()
+  assert by_policy.requires == {"scores"} and by_policy.sees_question
+  assert compressors.get("uniform?allocator=adaptok").requires == frozenset()
   with pytest.raises(ValueError, match="needs scores"):
-    by_policy.compress(features_of(0), grid=GRID, num_keep=7)
+    given.compress(by_policy, features_of(0), grid=GRID, num_keep=7)
 
 
 @pytest.mark.parametrize("spec", PER_FRAME)
@@ -354,5 +352,5 @@ def test_an_unknown_allocator_lists_the_known_ones(spec):
 )
 def test_an_allocator_without_frames_to_share_is_one_line(spec):
   with pytest.raises(errors.UserError, match="needs scope 'frame'") as caught:
-    compressors.get(spec).compress(features_of(0), grid=GRID, num_keep=7)
+    given.compress(compressors.get(spec), features_of(0), grid=GRID, num_keep=7)
   assert "\n" not in str(caught.value)

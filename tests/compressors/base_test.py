@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from cacovid_jax import compressors, errors
-from cacovid_jax.compressors import base
-from tests.compressors import quick
+from cacovid_jax.compressors import base, registry
+from tests.compressors import given, quick
 
 GRID = (5, 2, 3)
 NUM_VIDEO = 30
@@ -131,10 +131,35 @@ def halves_rows(grid, ratio, shift=0):
   return round(ratio * grid[0] * grid[1] * grid[2]) + shift
 
 
-@pytest.fixture(name="rule")
-def fixture_rule():
-  return base.Compressor(
-    name="halves", function=halves, reference_rows=halves_rows
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Halves(base.Compressor):
+  """`halves` as a class; a shift is the question's."""
+
+  name: str = "halves"
+  shift: int = 0
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.shift > 1:
+      object.__setattr__(self, "requires", frozenset(["text"]))
+
+  def choose(self, inputs, num_keep, ratio):
+    rounding = "exact" if self.exact_budget else "reference"
+    return halves(
+      inputs.features, grid=inputs.grid, num_keep=num_keep, ratio=ratio,
+      rounding=rounding, shift=self.shift,
+    )  # fmt: skip
+
+  def reference_rows(self, grid, ratio):
+    return halves_rows(grid, ratio, self.shift)
+
+
+@pytest.fixture(name="rule", params=["function", "class"])
+def fixture_rule(request):
+  if request.param == "class":
+    return Halves()
+  return registry.FunctionCompressor(
+    name="halves", function=halves, own_rows=halves_rows
   )
 
 
@@ -157,21 +182,21 @@ def test_rows_follow_the_rounding(rule):
 def test_the_function_is_told_the_rounding(rule):
   loose = rule.with_options(exact_budget=False)
   features = features_of(0)
-  exact = rule.compress(features, grid=GRID, num_keep=1, ratio=0.05)
+  exact = given.compress(rule, features, grid=GRID, num_keep=1, ratio=0.05)
   assert exact.index.shape == (1,)
-  out = loose.compress(features, grid=GRID, num_keep=2, ratio=0.05)
+  out = given.compress(loose, features, grid=GRID, num_keep=2, ratio=0.05)
   np.testing.assert_array_equal(out.index, [0, 1])
   with pytest.raises(ValueError, match="needs the ratio"):
-    loose.compress(features, grid=GRID, num_keep=2)
+    given.compress(loose, features, grid=GRID, num_keep=2)
 
 
 def test_a_bound_of_everything_is_not_the_identity(rule):
   loose = rule.with_options(exact_budget=False)
   features = features_of(0)
-  out = loose.compress(features, grid=GRID, num_keep=30, ratio=0.5)
+  out = given.compress(loose, features, grid=GRID, num_keep=30, ratio=0.5)
   check_valid(out, NUM_VIDEO)
   assert int(out.mask.sum()) == 15
-  out = loose.compress(features, grid=GRID, num_keep=30, ratio=1.0)
+  out = given.compress(loose, features, grid=GRID, num_keep=30, ratio=1.0)
   assert int(out.mask.sum()) == 30
 
 
@@ -179,7 +204,9 @@ def test_methods_without_a_rounding_of_their_own_keep_the_exact_budget():
   for exact in (True, False):
     method = compressors.get("uniform", exact_budget=exact)
     assert method.rows(GRID, 0.35) == 10
-    out = method.compress(features_of(0), grid=GRID, num_keep=10, ratio=0.35)
+    out = given.compress(
+      method, features_of(0), grid=GRID, num_keep=10, ratio=0.35
+    )
     assert int(out.mask.sum()) == 10
 
 
@@ -195,47 +222,45 @@ def test_exact_budget_is_an_option_of_every_method():
     compressors.get("uniform", exact_budget=0)
 
 
-def test_options_may_change_what_is_needed(rule):
-  def configure(compressor, *, shift=0):
-    extra = ["text"] if shift else []
-    return dataclasses.replace(compressor, needs=frozenset(extra))
-
-  method = dataclasses.replace(rule, configure=configure)
-  assert not method.with_options(shift=0).sees_question
-  asked = method.with_options(shift=2)
+def test_options_may_change_what_is_needed():
+  assert not Halves().with_options(shift=0).sees_question
+  asked = Halves().with_options(shift=2)
   assert asked.sees_question and asked.requirements == ("text",)
   with pytest.raises(ValueError, match="needs text"):
-    asked.compress(features_of(0), grid=GRID, num_keep=3)
+    given.compress(asked, features_of(0), grid=GRID, num_keep=3)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_values_that_are_not_finite_are_refused_before_selection(bad):
   broken = features_of(0).at[3, 1].set(bad)
   with pytest.raises(errors.UserError, match="video features hold NaN"):
-    compressors.get("divprune").compress(broken, grid=GRID, num_keep=3)
+    given.compress(compressors.get("divprune"), broken, grid=GRID, num_keep=3)
   with pytest.raises(errors.UserError, match="video features hold NaN"):
-    compressors.get("uniform").compress(broken, grid=GRID, num_keep=30)
+    given.compress(compressors.get("uniform"), broken, grid=GRID, num_keep=30)
   attention = jnp.ones([3, 30]).at[2, 0].set(bad)
   with pytest.raises(errors.UserError, match="attention hold NaN"):
-    compressors.get("last_query").compress(
+    given.compress(
+      compressors.get("last_query"),
       features_of(0),
       grid=GRID,
       num_keep=3,
-      aux=base.Aux(attention=attention),
+      aux=given.Aux(attention=attention),
     )
 
 
 def test_a_program_may_be_traced_around_given_values():
-  aux = base.Aux(attention=jnp.arange(90.0).reshape(3, 30))
+  aux = given.Aux(attention=jnp.arange(90.0).reshape(3, 30))
   method = compressors.get("last_query")
   features = features_of(0)
   expected = [27, 28, 29]
   inputs = quick.jit(
-    lambda x: method.compress(x, grid=GRID, num_keep=3, aux=aux).index
+    lambda x: given.compress(method, x, grid=GRID, num_keep=3, aux=aux).index
   )
   np.testing.assert_array_equal(inputs(features), expected)
   constants = quick.jit(
-    lambda: method.compress(features, grid=GRID, num_keep=3, aux=aux).index
+    lambda: (
+      given.compress(method, features, grid=GRID, num_keep=3, aux=aux).index
+    )
   )
   np.testing.assert_array_equal(constants(), expected)
 
@@ -246,14 +271,14 @@ def test_requirements_are_words():
   assert compressors.get("last_query").requirements == ("text", "LLM attention")
   vision = dataclasses.replace(
     compressors.get("uniform"),
-    needs=frozenset(["vision_keys", "vision_attention", "depth"]),
+    requires=frozenset(["vision_keys", "vision_attention", "depth"]),
   )
   assert vision.requirements == ("vision attention", "vision keys", "depth")
 
 
 def test_what_the_vision_tower_saw_does_not_depend_on_the_question():
   method = dataclasses.replace(
-    compressors.get("uniform"), needs=base.VISION_NEEDS
+    compressors.get("uniform"), requires=base.VISION_SIGNALS
   )
   assert not method.sees_question
   assert compressors.get("last_query").sees_question
@@ -278,7 +303,7 @@ def test_a_users_own_rule_says_what_it_reads_and_how_it_rounds(tmp_path):
       def seen(features, *, grid, num_keep, text=None, aux=None, rng=None):
         return base.take_top(features, aux.vision_attention, num_keep)
 
-      seen.needs = ["vision_attention"]
+      seen.requires = ["vision_attention"]
       seen.stochastic = True
       seen.reference_rows = lambda grid, ratio, **options: 7
     """)
@@ -290,11 +315,12 @@ def test_a_users_own_rule_says_what_it_reads_and_how_it_rounds(tmp_path):
   loose = compressors.get(f"{path}:seen?exact_budget=False")
   assert loose.rows(GRID, 0.5) == 7
   attention = jnp.arange(30.0)
-  out = method.compress(
+  out = given.compress(
+    method,
     features_of(0),
     grid=GRID,
     num_keep=3,
-    aux=base.Aux(vision_attention=attention),
+    aux=given.Aux(vision_attention=attention),
     rng=jax.random.key(0),
   )
   np.testing.assert_array_equal(out.index, [27, 28, 29])

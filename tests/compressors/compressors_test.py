@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from cacovid_jax import compressors, errors
-from cacovid_jax.compressors import base, cacovid, oracle, uniform
+from cacovid_jax.compressors import base, cacovid, simple
 from cacovid_jax.models import token_grid
 from cacovid_jax.policy import selection
-from tests.compressors import quick, videos
+from tests.compressors import given, quick, videos
 
 GRID = (5, 2, 3)
 NUM_VIDEO = 30
@@ -44,7 +44,7 @@ def features_of(seed, grid=GRID, width=8):
 @functools.cache
 def aux_of(seed, grid=GRID):
   keys = jax.random.split(jax.random.key(seed), 4)
-  return base.Aux(
+  return given.Aux(
     scores=scores_of(keys[0], grid),
     untrained_scores=scores_of(keys[1], grid),
     other_scores=scores_of(keys[2], grid),
@@ -64,8 +64,8 @@ def _compiled(spec, num_keep, grid):
   compressor = compressors.get(spec[0], **dict(spec[1]))
 
   def compress(features, aux, rng):
-    return compressor.compress(
-      features, grid=grid, num_keep=num_keep, aux=aux, rng=rng
+    return given.compress(
+      compressor, features, grid=grid, num_keep=num_keep, aux=aux, rng=rng
     )
 
   return quick.jit(compress)
@@ -164,8 +164,8 @@ def test_vmap_and_jit_equal_a_python_loop(name):
   keys = jax.random.split(jax.random.key(7), 3)
 
   def one(features, aux, rng):
-    return compressor.compress(
-      features, grid=GRID, num_keep=9, aux=aux, rng=rng
+    return given.compress(
+      compressor, features, grid=GRID, num_keep=9, aux=aux, rng=rng
     ).index
 
   batched = quick.jit(jax.vmap(one))(features, aux, keys)
@@ -240,7 +240,7 @@ def test_unknown_scope_is_one_line(name):
 def test_uniform_positions_are_distinct_for_every_budget():
   for num_video in (1, 2, 7, 30, 784):
     for num_keep in range(1, num_video + 1):
-      index = uniform.positions(num_video, num_keep)
+      index = simple.even_positions(num_video, num_keep)
       assert len(index) == num_keep
       assert np.all(np.diff(index) > 0)
       assert index[0] == 0 and index[-1] < num_video
@@ -260,8 +260,8 @@ def test_random_follows_its_key_and_takes_each_token_equally_often():
   draw = quick.jit(
     jax.vmap(
       lambda rng: (
-        compressor.compress(
-          features_of(0), grid=GRID, num_keep=6, rng=rng
+        given.compress(
+          compressor, features_of(0), grid=GRID, num_keep=6, rng=rng
         ).index
       )
     )
@@ -274,7 +274,9 @@ def test_random_follows_its_key_and_takes_each_token_equally_often():
 
 def test_random_without_a_key_is_a_mistake_of_the_caller():
   with pytest.raises(ValueError, match="needs rng"):
-    compressors.get("random").compress(features_of(0), grid=GRID, num_keep=3)
+    given.compress(
+      compressors.get("random"), features_of(0), grid=GRID, num_keep=3
+    )
 
 
 @pytest.mark.parametrize("layer", [0, 3, -1])
@@ -302,7 +304,7 @@ def test_last_query_names_the_layers_there_are(layer):
 def test_policy_variants_follow_their_own_scores(name, field):
   aux = aux_of(100)
   expected = selection.select(
-    getattr(aux, field), grid=GRID, ratio=0.3, importance_ratio=1.0
+    getattr(aux, field), selection.budget(GRID, 0.3, importance_ratio=1.0)
   )
   out = run(name, features_of(0), 9, importance_ratio=1.0)
   np.testing.assert_array_equal(out.index, expected)
@@ -312,17 +314,17 @@ def test_cacovid_uses_the_unrounded_ratio_when_given():
   # 0.35 keeps 10 of 30; iota * r * N is 5.25 of them, not 5.
   aux = aux_of(3)
   compressor = compressors.get("cacovid")
-  out = compressor.compress(
-    features_of(0), grid=GRID, num_keep=10, aux=aux, ratio=0.35
+  out = given.compress(
+    compressor, features_of(0), grid=GRID, num_keep=10, aux=aux, ratio=0.35
   )
-  expected = selection.select(aux.scores, grid=GRID, ratio=0.35)
+  expected = selection.select(aux.scores, selection.budget(GRID, 0.35))
   np.testing.assert_array_equal(out.index, expected)
 
 
-def test_cacovid_in_a_bucket_keeps_the_same_rows_and_marks_the_padding():
-  bucket = token_grid.Bucket(6, 8, 40)
+def test_a_selection_in_a_bucket_is_cacovids_and_marks_the_padding():
+  bucket = token_grid.GridBucket(6, 8, 40)
   run = quick.jit(
-    lambda features, budget, aux: cacovid.compress_in_bucket(
+    lambda features, budget, aux: given.cacovid_in_bucket(
       features, budget, aux=aux
     )
   )
@@ -333,18 +335,19 @@ def test_cacovid_in_a_bucket_keeps_the_same_rows_and_marks_the_padding():
       scores_of(jax.random.key(seed), grid),
     )
     num_keep = selection.num_keep(grid, ratio)
-    alone = compressors.get("cacovid").compress(
+    alone = given.compress(
+      compressors.get("cacovid"),
       features,
       grid=grid,
       num_keep=num_keep,
-      aux=base.Aux(scores=scores),
+      aux=given.Aux(scores=scores),
       ratio=ratio,
     )
     behind = 40 - num_video
     out = run(
       jnp.pad(features, ((0, behind), (0, 0)), constant_values=jnp.nan),
       selection.budget(grid, ratio, bucket=bucket, num_keep_max=16),
-      base.Aux(
+      given.Aux(
         scores=videos.Scores(
           jnp.pad(scores.frame, ((0, 6 - grid[0]), (0, 0))),
           jnp.pad(scores.token, ((0, behind), (0, 0))),
@@ -371,8 +374,12 @@ def test_every_budget_has_a_ratio():
 
 def test_missing_parts_are_named():
   with pytest.raises(ValueError, match="cacovid needs scores"):
-    compressors.get("cacovid").compress(
-      features_of(0), grid=GRID, num_keep=3, aux=base.Aux()
+    given.compress(
+      compressors.get("cacovid"),
+      features_of(0),
+      grid=GRID,
+      num_keep=3,
+      aux=given.Aux(),
     )
 
 
@@ -462,8 +469,12 @@ def test_decisive_boxes_takes_the_right_tokens_first(num_decisive):
   decisive = np.zeros(NUM_VIDEO, bool)
   order = np.random.default_rng(num_decisive).permutation(NUM_VIDEO)
   decisive[order[:num_decisive]] = True
-  out = compressors.get("decisive_boxes").compress(
-    features_of(0), grid=GRID, num_keep=7, aux=base.Aux(decisive=decisive)
+  out = given.compress(
+    compressors.get("decisive_boxes"),
+    features_of(0),
+    grid=GRID,
+    num_keep=7,
+    aux=given.Aux(decisive=decisive),
   )
   index = np.asarray(out.index)
   assert len(set(index.tolist())) == 7
@@ -472,7 +483,7 @@ def test_decisive_boxes_takes_the_right_tokens_first(num_decisive):
 
 def test_spread_is_even():
   members = jnp.ones(30, bool)
-  taken = np.flatnonzero(oracle.spread(members, 30, 6))
+  taken = np.flatnonzero(simple.spread(members, 30, 6))
   np.testing.assert_array_equal(np.diff(taken), 5)
 
 

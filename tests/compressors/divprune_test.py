@@ -5,17 +5,20 @@ import numpy as np
 import pytest
 
 from cacovid_jax import compressors, errors
-from cacovid_jax.compressors import divprune
-from tests.compressors import quick, selections
+from cacovid_jax.compressors.math import max_min
+from tests.compressors import given, quick, selections
 
 
 @pytest.mark.parametrize("scope", ["video", "frame"])
 def test_distances_held_or_not_give_the_same_picks(scope):
   def picks(features):
     return [
-      compressors.get("divprune", distances=distances, scope=scope)
-      .compress(features, grid=selections.GRID, num_keep=11)
-      .index
+      given.compress(
+        compressors.get("divprune", distances=distances, scope=scope),
+        features,
+        grid=selections.GRID,
+        num_keep=11,
+      ).index
       for distances in ["auto", "matrix", "rows"]
     ]
 
@@ -30,12 +33,12 @@ def test_a_long_video_does_not_hold_the_matrix():
   # Shapes only: 20 000 tokens would take 1.6 GB.
   features = jax.ShapeDtypeStruct([20_000, 8], np.float32)
   shapes = str(
-    jax.make_jaxpr(lambda x: divprune.max_min_subset(x, num_keep=3))(features)
+    jax.make_jaxpr(lambda x: max_min.max_min_subset(x, num_keep=3))(features)
   )
   assert "20000,20000" not in shapes
   shapes = str(
     jax.make_jaxpr(
-      lambda x: divprune.max_min_subset(x, num_keep=3, distances="matrix")
+      lambda x: max_min.max_min_subset(x, num_keep=3, distances="matrix")
     )(features)
   )
   assert "20000,20000" in shapes
@@ -44,8 +47,11 @@ def test_a_long_video_does_not_hold_the_matrix():
 @pytest.mark.parametrize("kind", selections.KINDS)
 @pytest.mark.parametrize("num_keep", [1, 11, 29])
 def test_selection_of_any_video(kind, num_keep):
-  out = compressors.get("divprune", distances="matrix").compress(
-    selections.video(kind), grid=selections.GRID, num_keep=num_keep
+  out = given.compress(
+    compressors.get("divprune", distances="matrix"),
+    selections.video(kind),
+    grid=selections.GRID,
+    num_keep=num_keep,
   )
   selections.check(out, selections.NUM_VIDEO, num_keep)
 
@@ -63,8 +69,12 @@ def test_published_rounding_takes_the_even_number_of_two():
     for rule in (exact, published)
   ]
   assert rows == [(7, 10), (8, 10)]
-  out = published.compress(
-    selections.video("random"), grid=selections.GRID, num_keep=8, ratio=0.25
+  out = given.compress(
+    published,
+    selections.video("random"),
+    grid=selections.GRID,
+    num_keep=8,
+    ratio=0.25,
   )
   selections.check(out, selections.NUM_VIDEO, 8)
 
@@ -77,8 +87,11 @@ def test_published_rounding_to_nothing_is_one_line():
 
 def test_unknown_distances_are_one_line():
   with pytest.raises(errors.UserError, match="'matrix' or 'rows'"):
-    compressors.get("divprune", distances="all").compress(
-      selections.video("random"), grid=selections.GRID, num_keep=3
+    given.compress(
+      compressors.get("divprune", distances="all"),
+      selections.video("random"),
+      grid=selections.GRID,
+      num_keep=3,
     )
 
 

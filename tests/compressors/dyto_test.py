@@ -10,7 +10,7 @@ from sklearn import metrics
 
 from cacovid_jax import compressors, errors
 from cacovid_jax.compressors import dyto
-from tests.compressors import quick
+from tests.compressors import given, quick
 
 LENGTHS = (1, 2, 7, 20)
 
@@ -217,7 +217,7 @@ def test_a_video_equals_its_steps_put_together(num_keep):
   grid, area = (8, 2, 3), 6
   compressor = compressors.get("dyto")
   run = quick.jit(
-    lambda x: compressor.compress(x, grid=grid, num_keep=num_keep)
+    lambda x: given.compress(compressor, x, grid=grid, num_keep=num_keep)
   )
   for seed in range(4):
     x = np.random.default_rng(seed).normal(size=[48, 32]).astype(np.float32)
@@ -246,7 +246,10 @@ def test_a_video_equals_its_steps_put_together(num_keep):
 @pytest.mark.parametrize("option", [{"reduce": "sum"}, {"max_frames": 0}])
 def test_options_out_of_range_are_one_line(option):
   with pytest.raises(errors.UserError, match="dyto: .*use") as caught:
-    compressors.get("dyto", **option).compress(
-      jnp.ones([12, 8]), grid=(2, 2, 3), num_keep=3
+    given.compress(
+      compressors.get("dyto", **option),
+      jnp.ones([12, 8]),
+      grid=(2, 2, 3),
+      num_keep=3,
     )
   assert "\n" not in str(caught.value)

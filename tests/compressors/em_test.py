@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from cacovid_jax import compressors, errors
-from cacovid_jax.compressors import em, uniform
-from tests.compressors import quick
+from cacovid_jax.compressors import em, simple
+from tests.compressors import given, quick
 
 GRID = (4, 2, 3)
 
@@ -27,7 +27,7 @@ def naive(features, num_keep, lam, rounds):
   """One token and one basis at a time, in float64."""
   x = np.asarray(features, np.float64)
   points = unit(x)
-  bases = points[uniform.positions(len(x), num_keep)]
+  bases = points[simple.even_positions(len(x), num_keep)]
 
   def shares():
     z = np.zeros([len(x), num_keep])
@@ -56,7 +56,9 @@ def naive(features, num_keep, lam, rounds):
 @functools.cache
 def program(**options):
   compressor = compressors.get("em", **options)
-  return quick.jit(lambda x: compressor.compress(x, grid=GRID, num_keep=7))
+  return quick.jit(
+    lambda x: given.compress(compressor, x, grid=GRID, num_keep=7)
+  )
 
 
 @pytest.mark.parametrize("lam,rounds", [(0.05, 9), (0.5, 3), (1.0, 0)])
@@ -121,7 +123,7 @@ def test_planted_directions_are_found():
 @pytest.mark.parametrize("option", [{"lam": 0.0}, {"lam": -1}, {"rounds": -1}])
 def test_options_out_of_range_are_one_line(option):
   with pytest.raises(errors.UserError, match="em: ") as caught:
-    compressors.get("em", **option).compress(
-      jnp.ones([24, 8]), grid=GRID, num_keep=3
+    given.compress(
+      compressors.get("em", **option), jnp.ones([24, 8]), grid=GRID, num_keep=3
     )
   assert "\n" not in str(caught.value)

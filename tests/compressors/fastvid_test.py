@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from cacovid_jax import compressors
-from cacovid_jax.compressors import fastvid
+from cacovid_jax.compressors.math import segments
 from tests.compressors import naive, videos
 
 GRID = (7, 3, 3)
@@ -65,7 +65,7 @@ def expected(
         out[t * P + n] = x[t * P + n], [t * P + n]
       peaks = []
       if anchors[t]:
-        score, _, _ = naive.dpc_knn(frames[t], others, 1)
+        score, _, _ = naive.clustering(frames[t], others, 1)
         peaks = sorted(others, key=lambda n: (-score[n], n))[: anchors[t]]
       chosen += [t * P + n for n in sorted(peaks)]
       rest += [t * P + n for n in others if n not in peaks]
@@ -88,7 +88,7 @@ def test_segments_end_where_neighbours_are_unlike(T):
   rng = np.random.default_rng(T)
   for _ in range(10):
     cosine = rng.choice([0.3, 0.85, 0.92, 0.95, 0.99], T - 1)
-    found = fastvid.segment_starts(jnp.asarray(cosine), 4, 0.9)
+    found = segments.unlike_neighbours(jnp.asarray(cosine), 4, 0.9)
     starts = [s[0] for s in naive_segments(cosine.tolist(), 4, 0.9)]
     assert np.flatnonzero(found).tolist() == starts
 

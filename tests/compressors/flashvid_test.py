@@ -6,27 +6,30 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cacovid_jax import errors
-from cacovid_jax.compressors import base, budgets, flashvid
-from tests.compressors import quick, selections
+from cacovid_jax import compressors, errors
+from cacovid_jax.compressors import budgets, flashvid
+from cacovid_jax.compressors.math import segments, similarity
+from tests.compressors import given, quick, selections
 
 GRID, NUM_VIDEO = selections.GRID, selections.NUM_VIDEO
 
 
 def aux_of(seed, grid=GRID):
   attention = np.random.default_rng(seed).uniform(0.1, 1, np.prod(grid))
-  return base.Aux(vision_attention=jnp.asarray(attention, jnp.float32))
+  return given.Aux(vision_attention=jnp.asarray(attention, jnp.float32))
+
+
+def first_part(**options):
+  return compressors.get("flashvid", llm_stage=False, **options)
 
 
 @functools.cache
 def compressed(num_keep, grid=GRID, **options):
-  method = base.Compressor(
-    name="flashvid",
-    function=functools.partial(flashvid.compress, **options),
-    needs=frozenset(["vision_attention"]),
-  )
+  method = first_part(**options)
   return quick.jit(
-    lambda x, aux: method.compress(x, grid=grid, num_keep=num_keep, aux=aux)
+    lambda x, aux: given.compress(
+      method, x, grid=grid, num_keep=num_keep, aux=aux
+    )
   )
 
 
@@ -184,7 +187,7 @@ def test_attention_draws_the_diverse_tokens():
   features = selections.video("random", 1)
   flat = jnp.full(NUM_VIDEO, 0.01)
   for token in [3, 10, 29]:
-    aux = base.Aux(vision_attention=flat.at[token].set(1.0))
+    aux = given.Aux(vision_attention=flat.at[token].set(1.0))
     assert token in np.asarray(compressed(8)(features, aux).index)
 
 
@@ -196,7 +199,7 @@ def test_selection_of_any_video(kind, num_keep):
 
 
 def test_no_attention_at_all_still_keeps_distinct_tokens():
-  aux = base.Aux(vision_attention=jnp.zeros(NUM_VIDEO))
+  aux = given.Aux(vision_attention=jnp.zeros(NUM_VIDEO))
   out = compressed(11)(selections.video("random"), aux)
   selections.check(out, NUM_VIDEO, 11)
 
@@ -230,7 +233,9 @@ def test_segments_start_at_the_lowest_and_below_the_threshold(seed):
   z = selections.unit(vectors)
   beside = np.array([z[t] @ z[t - 1] for t in range(1, 7)])
   starts = np.asarray(
-    flashvid.segment_starts(jnp.asarray(vectors, jnp.float32), 3, 0.5)
+    segments.unlike_neighbours(
+      similarity.adjacent(jnp.asarray(vectors, jnp.float32)), 3, 0.5
+    )
   )
   expected = beside < 0.5
   expected[np.argsort(beside)[:2]] = True
@@ -245,15 +250,15 @@ def test_roots_are_found_through_any_number_of_frames():
 
 
 def test_a_batch_equals_single_videos_in_one_program():
-  method = base.Compressor(name="flashvid", function=flashvid.compress)
-  selections.check_batch_and_compilations(method, 11, aux_of)
+  selections.check_batch_and_compilations(first_part(), 11, aux_of)
 
 
 def test_what_enters_is_more_than_the_budget():
   # 28 layers: 20 see all that enters, 8 see 30 % of it.
-  mean = flashvid.ENTERING * (20 + 8 * flashvid.LLM_KEEP) / 28
-  assert flashvid.LLM_LAYER == 20
-  assert mean == pytest.approx(1.0)
+  method = compressors.get("flashvid")
+  assert (method.llm_layer, method.llm_keep) == (20, 0.3)
+  (_, entering), _ = method.plan(28, 6272, 0.25)
+  assert entering / 6272 == pytest.approx(1.25 * 0.25)
 
 
 @pytest.mark.parametrize(
@@ -265,27 +270,15 @@ def test_what_enters_is_more_than_the_budget():
 )
 def test_bad_options_are_one_line(options, said):
   with pytest.raises(errors.UserError, match=said) as caught:
-    flashvid.compress(
-      selections.video("random"),
-      grid=GRID,
-      num_keep=3,
-      aux=aux_of(0),
-      **options,
-    )
+    first_part(**options)
   assert "\n" not in str(caught.value)
 
 
 def test_missing_attention_is_named():
-  method = base.Compressor(
-    name="flashvid",
-    function=flashvid.compress,
-    needs=frozenset(["vision_attention"]),
-  )
+  method = first_part()
   with pytest.raises(ValueError, match="needs vision_attention"):
-    method.compress(selections.video("random"), grid=GRID, num_keep=3)
+    given.compress(method, selections.video("random"), grid=GRID, num_keep=3)
 
 
 def test_it_can_be_made_for_a_tpu():
-  selections.check_lowers_for_tpu(
-    base.Compressor(name="flashvid", function=flashvid.compress), 11, aux_of(0)
-  )
+  selections.check_lowers_for_tpu(first_part(), 11, aux_of(0))

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from cacovid_jax import compressors, errors
-from cacovid_jax.compressors import base, floc
-from tests.compressors import quick, selections
+from cacovid_jax.compressors import floc
+from cacovid_jax.compressors.math import facility_location
+from tests.compressors import given, quick, selections
 
 GRID, NUM_VIDEO = selections.GRID, selections.NUM_VIDEO
 
@@ -45,7 +46,9 @@ def plain_greedy(gain, num_keep):
 
 def greedy(num_keep, grid=GRID, **options):
   return quick.jit(
-    functools.partial(floc.greedy, num_keep=num_keep, grid=grid, **options)
+    functools.partial(
+      facility_location.greedy, num_keep=num_keep, grid=grid, **options
+    )
   )
 
 
@@ -58,7 +61,7 @@ def window_of(windows, grid=GRID):
 
 def test_200_instances_reach_the_bound_of_the_best_subset():
   pick = quick.jit(
-    jax.vmap(lambda x: floc.greedy(x, 3, grid=(1, 1, 10), block=4))
+    jax.vmap(lambda x: facility_location.greedy(x, 3, grid=(1, 1, 10), block=4))
   )
   rng = np.random.default_rng(0)
   features = rng.normal(size=(200, 10, 4)).astype(np.float32)
@@ -198,10 +201,10 @@ def test_question_weights_move_the_picks():
   )
   assert int(picked[0]) == 17
   method = compressors.get("floc", question_temperature=0.1)
-  assert method.needs == {"text"} and method.sees_question
+  assert method.requires == {"text"} and method.sees_question
   assert not compressors.get("floc").sees_question
   out = quick.jit(
-    lambda x, text: method.compress(x, grid=GRID, num_keep=5, text=text)
+    lambda x, text: given.compress(method, x, grid=GRID, num_keep=5, text=text)
   )(features, text)
   np.testing.assert_array_equal(out.index, np.sort(picked))
 
@@ -220,7 +223,9 @@ def test_selection_of_any_video(kind, num_keep):
 @functools.cache
 def compressed(num_keep, grid=GRID, **options):
   method = compressors.get("floc", **options)
-  return quick.jit(lambda x: method.compress(x, grid=grid, num_keep=num_keep))
+  return quick.jit(
+    lambda x: given.compress(method, x, grid=grid, num_keep=num_keep)
+  )
 
 
 def test_tokens_are_assigned_to_the_pick_they_resemble_most():
@@ -258,7 +263,7 @@ def test_a_batch_equals_single_videos_in_one_program():
 def test_gains_fit_into_32_bits():
   for num_video in [2, 30, 6272, 100_000]:
     for floor in [0.0, -1.0, 0.9]:
-      scale = floc._scale(num_video, floor)
+      scale = facility_location._scale(num_video, floor)
       largest = num_video * ((1 - floor) * scale + 0.5)
       assert largest < 2**31
       assert largest > 2**29 or scale == 2**20
@@ -278,7 +283,8 @@ def test_gains_fit_into_32_bits():
 )
 def test_bad_options_are_one_line(options, said):
   with pytest.raises(errors.UserError, match=said) as caught:
-    compressors.get("floc", **options).compress(
+    given.compress(
+      compressors.get("floc", **options),
       selections.video("random"),
       grid=GRID,
       num_keep=3,
@@ -289,8 +295,12 @@ def test_bad_options_are_one_line(options, said):
 
 def test_weights_without_a_question_are_refused():
   with pytest.raises(ValueError, match="floc needs text"):
-    compressors.get("floc", question_temperature=0.1).compress(
-      selections.video("random"), grid=GRID, num_keep=3, aux=base.Aux()
+    given.compress(
+      compressors.get("floc", question_temperature=0.1),
+      selections.video("random"),
+      grid=GRID,
+      num_keep=3,
+      aux=given.Aux(),
     )
 
 

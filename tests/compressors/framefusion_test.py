@@ -9,15 +9,14 @@ import numpy as np
 import pytest
 
 from cacovid_jax import compressors, errors
-from cacovid_jax.compressors import framefusion, in_llm
-from cacovid_jax.models import prompt_batch
-from tests.compressors import decoder_loop, in_llm_test, quick
+from cacovid_jax.compressors import framefusion
+from tests.compressors import decoder_loop, layerwise_test, quick
 
 GRID, NUM_VIDEO, LAYERS, NEW = (
-  in_llm_test.GRID,
-  in_llm_test.NUM_VIDEO,
-  in_llm_test.LAYERS,
-  in_llm_test.NEW,
+  layerwise_test.GRID,
+  layerwise_test.NUM_VIDEO,
+  layerwise_test.LAYERS,
+  layerwise_test.NEW,
 )
 T, PATCHES = 4, 6
 
@@ -91,7 +90,7 @@ def by_hand(kind, inputs, row, rule, ratio, last_merge=LAYERS - 1):
   """Returns (ids, logits, tokens left, tokens per layer, forced)."""
   x, positions, lengths, starts, following = inputs
   decoder = decoder_loop.Decoder(
-    in_llm_test.model_of(kind), in_llm_test.params_of(kind)
+    layerwise_test.model_of(kind), layerwise_test.params_of(kind)
   )
   length, start = lengths[row], starts[row]
   prefix = list(range(start))
@@ -152,10 +151,10 @@ def compare(kind, inputs, rule, ratio, **kwargs):
   ]
   ids = np.array([e[0] for e in expected])
   if rule.on_host:
-    found, trace = in_llm_test.run(kind, rule, inputs, ratio)
+    found, trace = layerwise_test.run(kind, rule, inputs, ratio)
     np.testing.assert_array_equal(found, ids)
   else:
-    logits, trace = in_llm_test.logits_of(kind, rule, inputs, ratio, ids)
+    logits, trace = layerwise_test.logits_of(kind, rule, inputs, ratio, ids)
     np.testing.assert_allclose(
       logits, np.stack([e[1] for e in expected]), rtol=2e-3, atol=2e-3
     )
@@ -177,7 +176,7 @@ MIXED = [0.1, 0.5, 0.7, 0.9, 2.0, 3.0]
 
 @pytest.mark.parametrize("kind", ["llava", "qwen"])
 def test_merging_then_pruning_equals_the_definition(kind):
-  inputs = in_llm_test.prompts(kind, seed=1, video=video_of(1, MIXED))
+  inputs = layerwise_test.prompts(kind, seed=1, video=video_of(1, MIXED))
   trace = compare(kind, inputs, rule_of(min_merge=0.2), 0.5)
   tokens = np.asarray(trace.tokens)
   # Merged at stage 0, then pruned to what the budget leaves.
@@ -189,7 +188,7 @@ def test_more_videos_equal_the_definition():
   seen = set()
   for seed in range(2, 8):
     noise = np.random.default_rng(seed).uniform(0.2, 2.5, PATCHES)
-    inputs = in_llm_test.prompts("llava", seed, video_of(seed, noise))
+    inputs = layerwise_test.prompts("llava", seed, video_of(seed, noise))
     trace = compare("llava", inputs, rule_of(min_merge=0.2), 0.5)
     seen |= {tuple(np.diff(row) < 0) for row in np.asarray(trace.tokens)}
   assert len(seen) > 1  # They do not all end at the same stage.
@@ -197,7 +196,7 @@ def test_more_videos_equal_the_definition():
 
 def test_identical_frames_merge_to_the_budget_before_layer_0():
   video = np.tile(video_of(3, 0.0)[:, :PATCHES], (1, T, 1))
-  inputs = in_llm_test.prompts("llava", 3, video)
+  inputs = layerwise_test.prompts("llava", 3, video)
   trace = compare("llava", inputs, rule_of(min_merge=0.2), 0.5)
   np.testing.assert_array_equal(trace.tokens, np.full((2, LAYERS), 12))
   # Merged into the first frame; what was not had to stay.
@@ -212,7 +211,7 @@ def test_orthogonal_frames_are_pruned_by_importance_after_layer_0():
   for frame in range(T):
     for patch in range(PATCHES):
       video[:, frame, patch, frame * PATCHES + patch] = 3.0
-  inputs = in_llm_test.prompts("llava", 4, video.reshape(2, NUM_VIDEO, 32))
+  inputs = layerwise_test.prompts("llava", 4, video.reshape(2, NUM_VIDEO, 32))
   trace = compare("llava", inputs, rule_of(min_merge=0.2), 0.5)
   # (0.5 * 5 - 1) / 4 of 24.
   np.testing.assert_array_equal(trace.tokens, [[24, 9, 9, 9, 9]] * 2)
@@ -222,36 +221,36 @@ def test_orthogonal_frames_are_pruned_by_importance_after_layer_0():
 def test_merging_that_would_spend_everything_is_ended_early():
   # A few merge at every stage, more than min_merge: unbounded, the budget
   # would be gone before pruning could begin.
-  inputs = in_llm_test.prompts("llava", 5, video_of(5, MIXED))
+  inputs = layerwise_test.prompts("llava", 5, video_of(5, MIXED))
   rule = rule_of(min_merge=0.0)
   trace = compare("llava", inputs, rule, 0.3)
   assert np.asarray(trace.forced).all()
 
 
 def test_a_ratio_below_one_token_per_place_still_meets_the_budget():
-  inputs = in_llm_test.prompts("llava", 6, video_of(6, 2.0))
+  inputs = layerwise_test.prompts("llava", 6, video_of(6, 2.0))
   trace = compare("llava", inputs, rule_of(min_merge=0.2), 0.2)
   assert np.asarray(trace.mask).sum(axis=1).max() <= 4
 
 
 def test_everything_kept_is_the_uncompressed_answer():
-  inputs = in_llm_test.prompts("qwen", 7, video_of(7, MIXED))
+  inputs = layerwise_test.prompts("qwen", 7, video_of(7, MIXED))
   ids = np.zeros((2, NEW), np.int32)
-  whole, _ = in_llm_test.logits_of("qwen", None, inputs, 1.0, ids)
-  found, trace = in_llm_test.logits_of("qwen", rule_of(), inputs, 1.0, ids)
+  whole, _ = layerwise_test.logits_of("qwen", None, inputs, 1.0, ids)
+  found, trace = layerwise_test.logits_of("qwen", rule_of(), inputs, 1.0, ids)
   np.testing.assert_allclose(found, whole, atol=1e-3)
   np.testing.assert_array_equal(trace.tokens, np.full((2, LAYERS), NUM_VIDEO))
   np.testing.assert_array_equal(trace.index[0], np.arange(NUM_VIDEO))
 
 
 def test_bucketed_mode_equals_the_definition():
-  inputs = in_llm_test.prompts("llava", 1, video_of(1, MIXED))
+  inputs = layerwise_test.prompts("llava", 1, video_of(1, MIXED))
   rule = rule_of(min_merge=0.2, mode="bucketed", max_merges=2)
   compare("llava", inputs, rule, 0.5, last_merge=1)
 
 
 def test_bucketed_mode_ends_merging_after_so_many_stages():
-  inputs = in_llm_test.prompts("llava", 1, video_of(1, MIXED))
+  inputs = layerwise_test.prompts("llava", 1, video_of(1, MIXED))
   rule = rule_of(min_merge=0.0, mode="bucketed", max_merges=1)
   trace = compare("llava", inputs, rule, 0.5, last_merge=0)
   tokens = np.asarray(trace.tokens)
@@ -259,11 +258,12 @@ def test_bucketed_mode_ends_merging_after_so_many_stages():
 
 
 def test_bucketed_mode_runs_outside_of_jit_only():
-  inputs = map(jnp.asarray, in_llm_test.prompts("llava"))
+  inputs = map(jnp.asarray, layerwise_test.prompts("llava"))
   with pytest.raises(ValueError, match="outside jit"):
-    in_llm_test.generate.trace(
-      in_llm_test.params_of("llava"), *inputs,
-      model=in_llm_test.model_of("llava"), compressor=rule_of(mode="bucketed"),
+    layerwise_test.generate.trace(
+      layerwise_test.params_of("llava"), *inputs,
+      model=layerwise_test.model_of("llava"),
+      compressor=rule_of(mode="bucketed"),
       grid=GRID, ratio=0.5, max_new_tokens=NEW, eos_ids=(), pad_id=63,
     )  # fmt: skip
 
@@ -290,14 +290,9 @@ def test_degenerate_videos_stay_within_the_budget(kind):
   x = jnp.zeros((1, size + 4, 8))
   if kind == "one frame":
     x = jax.random.normal(jax.random.key(0), x.shape)
-  rows = in_llm.enter(
-    rule_of(),
-    prompt_batch.PromptBatch(
-      x, jnp.zeros((1, 1, size + 4), jnp.int32), jnp.array([size + 4]),
-      2 + jnp.arange(size)[None], jnp.array([size + 4]),
-    ),
-    grid=grid, ratio=0.5, num_layers=LAYERS,
-  )  # fmt: skip
+  rows = layerwise_test.whole(
+    x, jnp.zeros((1, 1, size + 4), jnp.int32), [size + 4], [2], size
+  )
   step = quick.jit(functools.partial(framefusion._stage, stages))
   rows, state = step(rows, framefusion._start(rows), None, 0)
   total, paid = 0, jnp.ones((1, size + 4)) / size
@@ -322,14 +317,9 @@ def test_reference_rounding_rounds_the_share_that_is_left():
   for exact in (True, False):
     rule = compressors.get("framefusion", exact_budget=exact)
     stages = framefusion._Stages(rule, GRID, LAYERS, 62, LAYERS - 1)
-    rows = in_llm.enter(
-      rule,
-      prompt_batch.PromptBatch(
-        jnp.asarray(x), jnp.zeros((1, 1, NUM_VIDEO + 2), jnp.int32),
-        jnp.array([NUM_VIDEO + 2]), 1 + jnp.arange(NUM_VIDEO)[None],
-        jnp.array([NUM_VIDEO + 2]),
-      ),
-      grid=GRID, ratio=0.52, num_layers=LAYERS,
+    rows = layerwise_test.whole(
+      jnp.asarray(x), jnp.zeros((1, 1, NUM_VIDEO + 2), jnp.int32),
+      [NUM_VIDEO + 2], [1], NUM_VIDEO,
     )  # fmt: skip
     state = framefusion._start(rows)._replace(
       merged=jnp.array([True]), spent=jnp.array([24], jnp.int32)
@@ -343,10 +333,12 @@ def test_reference_rounding_rounds_the_share_that_is_left():
 
 
 def test_bfloat16_is_finite_and_keeps_the_budget():
-  model = dataclasses.replace(in_llm_test.model_of("llava"), dtype=jnp.bfloat16)
-  inputs = in_llm_test.prompts("llava", 1, video_of(1, MIXED))
-  logits, trace = in_llm_test.all_logits(
-    in_llm_test.params_of("llava"), *inputs, np.zeros((2, NEW), np.int32),
+  model = dataclasses.replace(
+    layerwise_test.model_of("llava"), dtype=jnp.bfloat16
+  )
+  inputs = layerwise_test.prompts("llava", 1, video_of(1, MIXED))
+  logits, trace = layerwise_test.all_logits(
+    layerwise_test.params_of("llava"), *inputs, np.zeros((2, NEW), np.int32),
     model=model, compressor=rule_of(), ratio=0.5,
   )  # fmt: skip
   assert np.isfinite(logits).all()
@@ -355,10 +347,10 @@ def test_bfloat16_is_finite_and_keeps_the_budget():
 
 
 def test_programs_lower_for_a_tpu():
-  traced = in_llm_test.generate.trace(
-    in_llm_test.params_of("qwen"),
-    *map(jnp.asarray, in_llm_test.prompts("qwen")),
-    model=in_llm_test.model_of("qwen"), compressor=rule_of(), grid=GRID,
+  traced = layerwise_test.generate.trace(
+    layerwise_test.params_of("qwen"),
+    *map(jnp.asarray, layerwise_test.prompts("qwen")),
+    model=layerwise_test.model_of("qwen"), compressor=rule_of(), grid=GRID,
     ratio=0.5, max_new_tokens=2, eos_ids=(5,), pad_id=63,
   )  # fmt: skip
   assert traced.lower(lowering_platforms=("tpu",)).as_text()

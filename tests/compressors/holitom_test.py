@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cacovid_jax import compressors
-from cacovid_jax.compressors import holitom
+from cacovid_jax.compressors.math import segments
 from tests.compressors import naive, quick, videos
 
 GRID = (7, 3, 3)
@@ -87,7 +87,7 @@ def expected(x, aux, grid, num_keep=None, ratio=None, tau=0.8, weight=0.6):
         out[t * P + n] = frames[t, n], [t * P + n]
       continue
     average = frames[window].mean(axis=0)
-    _, centres, centre = naive.dpc_knn(average, places, count)
+    _, centres, centre = naive.clustering(average, places, count)
     for c in centres:
       others = [n for n in places if centre[n] == c and n != c]
       row = average[c]
@@ -98,7 +98,7 @@ def expected(x, aux, grid, num_keep=None, ratio=None, tau=0.8, weight=0.6):
   return out
 
 
-_windows = quick.jit(holitom.best_windows)
+_windows = quick.jit(segments.most_saved)
 
 
 @pytest.mark.parametrize("T", [1, 2, 6, 7])

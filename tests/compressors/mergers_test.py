@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from cacovid_jax import compressors
-from tests.compressors import quick
+from tests.compressors import given, quick
 
 GRID = (5, 2, 3)
 NUM_VIDEO = 30
@@ -29,7 +29,9 @@ def program(spec, num_keep, grid=GRID):
   compressor = compressors.get(spec)
 
   def compress(features, rng):
-    return compressor.compress(features, grid=grid, num_keep=num_keep, rng=rng)
+    return given.compress(
+      compressor, features, grid=grid, num_keep=num_keep, rng=rng
+    )
 
   return quick.jit(compress)
 

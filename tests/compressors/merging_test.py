@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from cacovid_jax import compressors, errors
-from cacovid_jax.compressors import base, cacovid, merging
+from cacovid_jax.compressors import base, selection_ops
 from cacovid_jax.models import token_grid
 from cacovid_jax.policy import selection
-from tests.compressors import quick, selections, videos
+from tests.compressors import given, quick, selections, videos
 
 GRID, NUM_VIDEO = selections.GRID, selections.NUM_VIDEO
-fold = quick.jit(merging.fold, static_argnames="weighted")
+fold = quick.jit(selection_ops.fold, static_argnames="weighted")
 
 
 def scores_of(seed, grid=GRID):
@@ -113,11 +113,11 @@ def test_bfloat16_tokens_are_averaged_in_float32():
 )
 def test_the_policy_variants_merge_what_they_drop(name, field):
   features = selections.video("random", 7)
-  aux = base.Aux(**{field: scores_of(7)})
+  aux = given.Aux(**{field: scores_of(7)})
   rules = [compressors.get(name), compressors.get(name, merge="nearest")]
   plain, merged = quick.jit(
     lambda x, aux: [
-      rule.compress(x, grid=GRID, num_keep=9, aux=aux) for rule in rules
+      given.compress(rule, x, grid=GRID, num_keep=9, aux=aux) for rule in rules
     ]
   )(features, aux)
   np.testing.assert_array_equal(
@@ -134,21 +134,24 @@ def test_merging_in_a_bucket_equals_merging_alone():
   num_keep = selection.num_keep(grid, ratio)
   rule = compressors.get("cacovid", merge="nearest")
   alone = quick.jit(
-    lambda x, aux: rule.compress(
-      x, grid=grid, num_keep=num_keep, aux=aux, ratio=ratio
+    lambda x, aux: given.compress(
+      rule, x, grid=grid, num_keep=num_keep, aux=aux, ratio=ratio
     )
-  )(features, base.Aux(scores=scores))
+  )(features, given.Aux(scores=scores))
   behind = NUM_VIDEO - num_video
   out = quick.jit(
-    lambda features, budget, aux: cacovid.compress_in_bucket(
+    lambda features, budget, aux: given.cacovid_in_bucket(
       features, budget, aux=aux, merge="nearest"
     )
   )(
     jnp.pad(features, ((0, behind), (0, 0)), constant_values=jnp.nan),
     selection.budget(
-      grid, ratio, bucket=token_grid.Bucket(4, 8, NUM_VIDEO), num_keep_max=16
+      grid,
+      ratio,
+      bucket=token_grid.GridBucket(4, 8, NUM_VIDEO),
+      num_keep_max=16,
     ),
-    base.Aux(
+    given.Aux(
       scores=videos.Scores(
         jnp.pad(scores.frame, ((0, 1), (0, 0))),
         jnp.pad(scores.token, ((0, behind), (0, 0))),
@@ -168,15 +171,16 @@ def test_a_batch_equals_single_videos_in_one_program():
   selections.check_batch_and_compilations(
     compressors.get("cacovid", merge="nearest"),
     9,
-    lambda seed: base.Aux(scores=scores_of(seed)),
+    lambda seed: given.Aux(scores=scores_of(seed)),
   )
 
 
 def test_an_unknown_way_to_merge_is_one_line():
   with pytest.raises(errors.UserError, match="'none' or 'nearest'"):
-    compressors.get("cacovid", merge="mean").compress(
+    given.compress(
+      compressors.get("cacovid", merge="mean"),
       selections.video("random"),
       grid=GRID,
       num_keep=3,
-      aux=base.Aux(scores=scores_of(0)),
+      aux=given.Aux(scores=scores_of(0)),
     )

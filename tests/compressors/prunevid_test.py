@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from cacovid_jax import compressors
-from cacovid_jax.compressors import prunevid, windows
+from cacovid_jax.compressors import prunevid
+from cacovid_jax.compressors.math import segments
 from tests.compressors import naive, quick, videos
 
 GRID = (7, 3, 3)
@@ -65,7 +66,7 @@ def expected(x, grid, num_keep=None, share=None, frame_share=0.25, tau=0.8):
   frames = np.asarray(x, np.float64).reshape(T, P, -1)
   vectors = frames.mean(axis=1)
   count = max(1, int(frame_share * T))
-  _, centres, centre = naive.dpc_knn(vectors, range(T), count)
+  _, centres, centre = naive.clustering(vectors, range(T), count)
   segments = naive_segments([centres.index(centre[t]) for t in range(T)])
   sigma = {
     (s[0], n): mean_cosine(frames[s, n])
@@ -100,7 +101,7 @@ def expected(x, grid, num_keep=None, share=None, frame_share=0.25, tau=0.8):
   for (t, places), count in zip(sets, counts, strict=True):
     if not count:
       continue
-    _, centres, centre = naive.dpc_knn(values[t], places, count)
+    _, centres, centre = naive.clustering(values[t], places, count)
     for c in centres:
       joined = [n for n in places if centre[n] == c]
       tokens = [i for n in joined for i in members.get((t, n), [t * P + n])]
@@ -108,7 +109,7 @@ def expected(x, grid, num_keep=None, share=None, frame_share=0.25, tau=0.8):
   return out
 
 
-_starts = quick.jit(prunevid.segment_starts)
+_starts = quick.jit(segments.runs_of_labels)
 
 
 @pytest.mark.parametrize("T", [1, 2, 6, 7, 32])
@@ -233,7 +234,7 @@ def test_places_are_taken_back_only_as_far_as_needed():
   closeness = jnp.array([[0.9, 0.95]] * 3 + [[0.85, 0.99]] * 2)
   # Four averages stand for ten tokens; each place taken back adds 1 or 2.
   for num_keep, apart in [(4, []), (5, [(3, 0)]), (6, [(3, 0), (0, 0)])]:
-    kept = np.asarray(windows.keep_apart(static, closeness, first, num_keep))
+    kept = np.asarray(segments.keep_apart(static, closeness, first, num_keep))
     lost = {(int(first[t]), int(n)) for t, n in np.argwhere(~kept)}
     assert lost == set(apart)
   assert math.prod(kept.shape) == 10

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from cacovid_jax import compressors, errors
-from cacovid_jax.compressors import scissor
-from tests.compressors import quick
+from tests.compressors import given, quick
 
 GRID = (4, 2, 3)
 AREA, NUM_VIDEO = 6, 24
@@ -75,8 +74,11 @@ def naive(features, tau, num_keep):
 def thresholds(num_keep, mode):
   """A program with tau as data: one compilation for all thresholds."""
   return quick.jit(
-    lambda x, tau: scissor.compress(
-      x, grid=GRID, num_keep=num_keep, mode=mode, tau=tau
+    lambda x, tau: given.compress(
+      compressors.get("scissor", mode=mode, tau=tau),
+      x,
+      grid=GRID,
+      num_keep=num_keep,
     )
   )
 
@@ -172,13 +174,18 @@ def test_order_of_tokens_changes_the_labels_only():
 
 def test_without_exact_budget_the_threshold_decides():
   free = compressors.get("scissor", exact_budget=False)
-  run = quick.jit(lambda x: free.compress(x, grid=GRID, num_keep=12, ratio=0.5))
+  run = quick.jit(
+    lambda x: given.compress(free, x, grid=GRID, num_keep=12, ratio=0.5)
+  )
   assert int(run(clustered(0, noise=0.01)).mask.sum()) == 5
 
 
 def test_unknown_mode_is_one_line():
   with pytest.raises(errors.UserError, match="'mst', 'bisect' or 'tau'") as e:
-    compressors.get("scissor", mode="greedy").compress(
-      jnp.ones([24, 8]), grid=GRID, num_keep=3
+    given.compress(
+      compressors.get("scissor", mode="greedy"),
+      jnp.ones([24, 8]),
+      grid=GRID,
+      num_keep=3,
     )
   assert "\n" not in str(e.value)

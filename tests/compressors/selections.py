@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.compressors import quick
+from tests.compressors import given, quick
 
 GRID = (5, 2, 3)
 NUM_VIDEO = 30
@@ -15,8 +15,8 @@ KINDS = ("random", "zeros", "identical_frames", "identical_tokens", "one_zero")
 def check_lowers_for_tpu(compressor, num_keep, aux=None, grid=GRID):
   """Asserts that the program can be made for a TPU, on any machine."""
   quick.jit(
-    lambda features, aux: compressor.compress(
-      features, grid=grid, num_keep=num_keep, aux=aux
+    lambda features, aux: given.compress(
+      compressor, features, grid=grid, num_keep=num_keep, aux=aux
     )
   ).trace(video("random", grid=grid), aux).lower(lowering_platforms=("tpu",))
 
@@ -68,7 +68,9 @@ def check_batch_and_compilations(compressor, num_keep, aux_of=None, grid=GRID):
   aux_of = aux_of or (lambda seed: None)
 
   def one(features, aux):
-    return compressor.compress(features, grid=grid, num_keep=num_keep, aux=aux)
+    return given.compress(
+      compressor, features, grid=grid, num_keep=num_keep, aux=aux
+    )
 
   kinds = ["random", "scenes", "identical_frames", "zeros"] * 2
   inputs = [(video(k, i, grid), aux_of(i)) for i, k in enumerate(kinds)]

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from cacovid_jax import compressors, errors
-from cacovid_jax.compressors import base, budgets, in_llm
-from tests.compressors import decoder_loop, in_llm_test, quick
+from cacovid_jax.compressors import budgets, layerwise
+from tests.compressors import decoder_loop, given, layerwise_test, quick
 
 GRID, NUM_VIDEO, LAYERS, NEW = (
-  in_llm_test.GRID,
-  in_llm_test.NUM_VIDEO,
-  in_llm_test.LAYERS,
-  in_llm_test.NEW,
+  layerwise_test.GRID,
+  layerwise_test.NUM_VIDEO,
+  layerwise_test.LAYERS,
+  layerwise_test.NEW,
 )
 OPTIONS = {
   "prunevid": {"llm_stage": True, "frame_share": 0.5},
@@ -43,11 +43,12 @@ def attention_of(seed):
 
 def first_part(rule, features, num_keep, attention=None, ratio=None):
   def compress(features, attention):
-    return rule.before.compress(
+    return given.compress(
+      rule.pre_llm,
       features,
       grid=GRID,
       num_keep=num_keep,
-      aux=base.Aux(vision_attention=attention),
+      aux=given.Aux(vision_attention=attention),
       ratio=ratio,
     )
 
@@ -78,7 +79,7 @@ def by_hand(inputs, row, selection, layer, rule, keep, *, forget, exact=True):
   """Returns (ids, tokens left, video rows per layer)."""
   x, positions, lengths, starts, following = inputs
   decoder = decoder_loop.Decoder(
-    in_llm_test.model_of("qwen"), in_llm_test.params_of("qwen")
+    layerwise_test.model_of("qwen"), layerwise_test.params_of("qwen")
   )
   length, start = lengths[row], starts[row]
   size = int(np.asarray(selection.mask).sum())
@@ -113,19 +114,19 @@ def by_hand(inputs, row, selection, layer, rule, keep, *, forget, exact=True):
 @pytest.mark.parametrize("name", ["prunevid", "flashvid"])
 def test_both_parts_equal_a_loop_after_the_first_one(name):
   video = video_of(1)
-  inputs = in_llm_test.prompts("qwen", 1, video)
-  aux = base.Aux(vision_attention=attention_of(1))
+  inputs = layerwise_test.prompts("qwen", 1, video)
+  aux = given.Aux(vision_attention=attention_of(1))
   rule = method(name)
   (zero, entering), (layer, keep) = rule.plan(LAYERS, NUM_VIDEO, 0.5)
   # Layers 10 and 20 of 28 in a decoder of 5.
   assert zero == 0 and layer == {"prunevid": 2, "flashvid": 4}[name]
-  ids, trace = in_llm_test.run("qwen", rule, (*inputs, aux), 0.5)
+  ids, trace = layerwise_test.run("qwen", rule, (*inputs, aux), 0.5)
   several = 0
   for row in range(2):
     selection = first_part(
       rule, video[row], entering, aux.vision_attention[row]
     )
-    sets = in_llm.sets_of_static_and_frames(selection, GRID)
+    sets = layerwise.sets_of_static_and_frames(selection, GRID)
     several += (np.asarray(sets) >= GRID[0]).any()
     expected, index, counts = by_hand(
       inputs, row, selection, layer,
@@ -142,14 +143,14 @@ def test_both_parts_equal_a_loop_after_the_first_one(name):
 
 def test_prunevid_rounds_each_set_as_published():
   video = video_of(2)
-  inputs = in_llm_test.prompts("qwen", 2, video)
+  inputs = layerwise_test.prompts("qwen", 2, video)
   rule = method("prunevid", exact_budget=False)
-  assert not rule.exact_budget and not rule.before.exact_budget
+  assert not rule.exact_budget and not rule.pre_llm.exact_budget
   (_, entering), (layer, _) = rule.plan(LAYERS, NUM_VIDEO, 0.5)
-  ids, trace = in_llm_test.run("qwen", rule, inputs, 0.5)
+  ids, trace = layerwise_test.run("qwen", rule, inputs, 0.5)
   share = entering / NUM_VIDEO
   for row in range(2):
-    num_rows = rule.before.rows(GRID, share)
+    num_rows = rule.pre_llm.rows(GRID, share)
     selection = first_part(rule, video[row], num_rows, ratio=share)
     expected, index, counts = by_hand(
       inputs, row, selection, layer, keep_by_sets, None,
@@ -171,9 +172,8 @@ def test_everything_enters_and_stays_at_ratio_1(name):
 @pytest.mark.parametrize("ratio", [0.05, 0.1, 0.25, 0.8])
 @pytest.mark.parametrize("name", ["prunevid", "flashvid"])
 def test_the_mean_over_layers_is_the_ratio_from_below(name, ratio, num_layers):
-  plan = method(name).plan(num_layers, 6272, ratio)
-  tokens = budgets.tokens_per_layer(plan, num_layers, 6272)
-  found = budgets.equivalent_ratio(tokens, 6272)
+  tokens = method(name).rows_per_layer(num_layers, (32, 14, 14), ratio)
+  found = np.mean(tokens) / 6272
   assert ratio - 1 / 6272 < found <= ratio + 1e-12
   assert tokens[0] >= tokens[-1] >= 1
 
@@ -186,25 +186,23 @@ def test_plans_of_the_published_sizes():
 
 def test_the_first_part_alone_is_an_ordinary_compressor():
   plain = compressors.get("prunevid")
-  assert isinstance(plain, base.Compressor)
-  assert isinstance(
-    compressors.get("prunevid?llm_stage=False"), base.Compressor
-  )
+  assert plain.selects_first
+  assert compressors.get("prunevid?llm_stage=False").selects_first
   alone = compressors.get("flashvid?llm_stage=False&link_above=0.9")
-  assert isinstance(alone, base.Compressor)
+  assert alone.selects_first and alone.rows_per_layer(3, GRID, 0.5) == [12] * 3
   assert alone.options == {"llm_stage": False, "link_above": 0.9}
-  assert alone.needs == {"vision_attention"}
+  assert alone.requires == {"vision_attention"}
 
 
 def test_what_both_parts_say_of_themselves():
   flash = compressors.get("flashvid?llm_keep=0.5&diverse_share=0.6")
   assert flash.llm_keep == 0.5
-  assert flash.before.options == {"diverse_share": 0.6}
+  assert flash.pre_llm.options == {"diverse_share": 0.6}
   assert flash.options == {"llm_keep": 0.5, "diverse_share": 0.6}
-  assert flash.needs == {"vision_attention"}
+  assert flash.requires == {"vision_attention"}
   assert flash.requirements == ("text", "LLM attention", "vision attention")
   prune = method("prunevid")
-  assert prune.options == OPTIONS["prunevid"] and not prune.needs
+  assert prune.options == OPTIONS["prunevid"] and not prune.requires
   assert prune.sees_question
   assert "cluster_share" in prune.known_options
 

@@ -9,7 +9,7 @@ import pytest
 
 from cacovid_jax import compressors, errors
 from cacovid_jax.compressors import budgets, unicomp
-from tests.compressors import quick, selections
+from tests.compressors import given, quick, selections
 
 GRID, NUM_VIDEO = selections.GRID, selections.NUM_VIDEO
 
@@ -17,7 +17,9 @@ GRID, NUM_VIDEO = selections.GRID, selections.NUM_VIDEO
 @functools.cache
 def compressed(num_keep, grid=GRID, **options):
   method = compressors.get("unicomp", **options)
-  return quick.jit(lambda x: method.compress(x, grid=grid, num_keep=num_keep))
+  return quick.jit(
+    lambda x: given.compress(method, x, grid=grid, num_keep=num_keep)
+  )
 
 
 def naive_fuse(vectors, threshold, least):
@@ -192,8 +194,11 @@ def test_a_batch_equals_single_videos_in_one_program():
 )
 def test_bad_options_are_one_line(options, said):
   with pytest.raises(errors.UserError, match=said) as caught:
-    compressors.get("unicomp", **options).compress(
-      selections.video("random"), grid=GRID, num_keep=3
+    given.compress(
+      compressors.get("unicomp", **options),
+      selections.video("random"),
+      grid=GRID,
+      num_keep=3,
     )
   assert "\n" not in str(caught.value)
 

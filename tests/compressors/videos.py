@@ -8,8 +8,7 @@ import jax
 import numpy as np
 
 from cacovid_jax import compressors
-from cacovid_jax.compressors import base
-from tests.compressors import quick
+from tests.compressors import given, quick
 
 WIDTH = 10
 
@@ -48,7 +47,7 @@ def aux(grid, seed=0):
   """Returns what a vision tower would hand out, at random."""
   rng = np.random.default_rng(seed + 1000)
   num_video = math.prod(grid)
-  return base.Aux(
+  return given.Aux(
     vision_attention=rng.random(num_video).astype(np.float32),
     vision_keys=rng.normal(size=[num_video, 4]).astype(np.float32),
   )
@@ -74,8 +73,8 @@ def _program(name, options, grid, num_keep, ratio, batched):
   method = compressors.get(name, **options)
 
   def one(features, aux):
-    return method.compress(
-      features, grid=grid, num_keep=num_keep, aux=aux, ratio=ratio
+    return given.compress(
+      method, features, grid=grid, num_keep=num_keep, aux=aux, ratio=ratio
     )
 
   return quick.jit(jax.vmap(one) if batched else one)

@@ -9,7 +9,7 @@ import pytest
 
 from cacovid_jax import compressors, errors
 from cacovid_jax.compressors import allocators
-from tests.compressors import naive, quick, videos
+from tests.compressors import given, naive, quick, videos
 
 GRID = (7, 3, 3)
 
@@ -123,7 +123,7 @@ def counts_of(allocator, num_keep):
   def counts(x, aux):
     order = jnp.argsort(-aux.vision_attention.reshape(GRID[0], -1))
     return allocators.frame_counts(
-      allocator, x, order, grid=GRID, num_keep=num_keep, aux=aux
+      allocator, given.inputs(x, GRID, aux), order, num_keep
     )
 
   return quick.jit(counts)
@@ -180,15 +180,14 @@ def test_equal_shares_by_name_are_the_default():
 
 def test_an_allocator_adds_what_it_needs_and_shares_between_frames_only():
   needs = {"vision_attention", "vision_keys"}
-  assert compressors.get("visionzip?allocator=infotok").needs == needs
+  assert compressors.get("visionzip?allocator=infotok").requires == needs
   by_policy = compressors.get("visionzip?allocator=cacovid")
-  assert by_policy.needs == needs | {"scores"} and by_policy.sees_question
+  assert by_policy.requires == needs | {"scores"} and by_policy.sees_question
   x, aux = videos.features("noise", GRID), videos.aux(GRID)
   with pytest.raises(ValueError, match="needs scores"):
-    by_policy.compress(x, grid=GRID, num_keep=5, aux=aux)
+    given.compress(by_policy, x, grid=GRID, num_keep=5, aux=aux)
   with pytest.raises(errors.UserError, match="unknown allocator 'fair'"):
     compressors.get("visionzip?allocator=fair")
-  method = compressors.get("visionzip?scope=video&allocator=infotok")
   with pytest.raises(errors.UserError, match="needs scope 'frame'") as caught:
-    method.compress(x, grid=GRID, num_keep=5, aux=aux)
+    compressors.get("visionzip?scope=video&allocator=infotok")
   assert "\n" not in str(caught.value)

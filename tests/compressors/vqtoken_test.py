@@ -9,8 +9,8 @@ import pytest
 from sklearn import metrics
 
 from cacovid_jax import compressors, errors
-from cacovid_jax.compressors import uniform, vqtoken
-from tests.compressors import quick
+from cacovid_jax.compressors import simple, vqtoken
+from tests.compressors import given, quick
 
 GRID = (8, 2, 3)
 
@@ -58,7 +58,9 @@ def naive_lloyd(x, centres, rounds):
 def program(num_keep, **options):
   compressor = compressors.get("vqtoken", **options)
   return quick.jit(
-    lambda x, rng: compressor.compress(x, grid=GRID, num_keep=num_keep, rng=rng)
+    lambda x, rng: given.compress(
+      compressor, x, grid=GRID, num_keep=num_keep, rng=rng
+    )
   )
 
 
@@ -179,7 +181,7 @@ def test_means_reconstruct_better_than_tokens_that_were_picked():
     _, x = planted(seed, 16, noise=0.3)
     means = program(9)(x, jax.random.key(seed)).features
     rng = np.random.default_rng(seed)
-    picks = [x[uniform.positions(48, 9)], x[rng.permutation(48)[:9]]]
+    picks = [x[simple.even_positions(48, 9)], x[rng.permutation(48)[:9]]]
     best = [np.max(unit(x) @ unit(np.asarray(rows)).T, axis=-1).mean()
             for rows in (means, *picks)]  # fmt: skip
     assert best[0] > max(best[1:])
@@ -196,7 +198,11 @@ def test_means_reconstruct_better_than_tokens_that_were_picked():
 )
 def test_options_out_of_range_are_one_line(option):
   with pytest.raises(errors.UserError, match="vqtoken: ") as caught:
-    compressors.get("vqtoken", **option).compress(
-      jnp.ones([48, 8]), grid=GRID, num_keep=9, rng=jax.random.key(0)
+    given.compress(
+      compressors.get("vqtoken", **option),
+      jnp.ones([48, 8]),
+      grid=GRID,
+      num_keep=9,
+      rng=jax.random.key(0),
     )
   assert "\n" not in str(caught.value)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from cacovid_jax import errors
+from cacovid_jax import errors, files
 from cacovid_jax.data import answer_log
 
 RUN = {"checkpoint": "0"}
@@ -22,9 +22,9 @@ def test_one_process_at_a_time(tmp_path):
   program = (
     "import sys\n"
     "from cacovid_jax import errors\n"
-    "from cacovid_jax.evals import ledger\n"
+    "from cacovid_jax.data import answer_log\n"
     "try:\n"
-    f"  ledger.Ledger(sys.argv[1], {RUN!r})\n"
+    f"  answer_log.Ledger(sys.argv[1], {RUN!r})\n"
     "except errors.UserError as error:\n"
     "  print(error)\n"
   )
@@ -43,7 +43,7 @@ def test_one_process_at_a_time(tmp_path):
     # The remedy is the caller's: not every command has --shard.
     with open(path, "ab") as file:
       with pytest.raises(errors.UserError, match="wait for it, or stop$"):
-        answer_log.lock(file, path, mend="or stop")
+        files.lock(file, path, hint="or stop")
   assert another().stdout == ""
   # What is closed can still be looked up.
   assert answers[key("q")] == {"score": 1.0}
@@ -62,7 +62,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
   def refuse(file, how):
     raise OSError(errno.ENOLCK, "No locks available")
 
-  monkeypatch.setattr(answer_log.fcntl, "flock", refuse)
+  monkeypatch.setattr(files.fcntl, "flock", refuse)
   with answer_log.Ledger(tmp_path / "answers.jsonl", RUN) as answers:
     answers.add([(key("q"), {})])
   assert key("q") in answers

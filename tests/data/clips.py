@@ -41,6 +41,8 @@ def write(
   gop=8,
   rate=10,
   codec="libx264",
+  show=picture,
+  pix_fmt="yuv420p",
   **options,
 ):
   """Writes a clip whose frames show 0, 1, 2, ..., at `stamps` milliseconds."""
@@ -48,13 +50,14 @@ def write(
   with av.open(str(path), "w") as container:
     stream = container.add_stream(codec, rate=rate)
     stream.width, stream.height = width, height
-    stream.pix_fmt = "yuv420p"
+    stream.pix_fmt = pix_fmt
     if codec == "libx264":
-      stream.options = {"g": str(gop), "preset": "ultrafast", **options}
+      options = {"g": str(gop), "preset": "ultrafast", **options}
+    stream.options = options
     if stamps is not None:
       stream.codec_context.time_base = fractions.Fraction(1, 1000)
     for number in range(num_frames):
-      image = picture(number, width, height)
+      image = show(number, width, height)
       frame = av.VideoFrame.from_ndarray(image, format="rgb24")
       if stamps is not None:
         frame.pts = stamps[number]
@@ -77,21 +80,46 @@ def write_sound(path):
   return path
 
 
-def write_edited(path, source, hidden=5, rate=10):
-  """Copies a clip with an edit list that hides its first frames."""
+def copy(path, source, change, **options):
+  """Copies a clip; `change(number, packet, ticks of a frame)` edits packets.
+
+  Packets for which it returns False are left out.
+  """
   with av.open(str(source)) as given:
     old = given.streams.video[0]
-    shift = hidden * round(1 / (rate * old.time_base))
-    options = {"avoid_negative_ts": "disabled"}
+    ticks = round(1 / (old.average_rate * old.time_base))
     with av.open(str(path), "w", container_options=options) as container:
       new = container.add_stream_from_template(old)
-      for packet in given.demux(old):
-        if packet.pts is None:
-          continue
-        packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
-        packet.stream = new
-        container.mux(packet)
+      packets = (packet for packet in given.demux(old) if packet.size)
+      for number, packet in enumerate(packets):
+        if change(number, packet, ticks) is not False:
+          packet.stream = new
+          container.mux(packet)
   return path
+
+
+def write_edited(path, source, hidden=5):
+  """Copies a clip with an edit list that hides its first frames."""
+
+  def earlier(_, packet, ticks):
+    packet.pts -= hidden * ticks
+    packet.dts -= hidden * ticks
+
+  return copy(path, source, earlier, avoid_negative_ts="disabled")
+
+
+def decode_all(path) -> list[np.ndarray]:
+  """Returns the pictures uint8[h,w,3] of the whole stream, in one thread."""
+  pictures = []
+  with av.open(str(path)) as container:
+    stream = container.streams.video[0]
+    stream.thread_type, stream.codec_context.thread_count = "NONE", 1
+    for packet in container.demux(stream):
+      try:
+        pictures += packet.decode()
+      except av.error.FFmpegError:
+        continue
+    return [picture.to_ndarray(format="rgb24") for picture in pictures]
 
 
 # Display matrices (a, b, c, d): a player moves the pixel at (x, y) to

@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 
 from cacovid_jax import errors
-from cacovid_jax.data import frames, video, video_process
+from cacovid_jax.data import (
+  clip_index,
+  frames,
+  video,
+  video_process,
+)
 from cacovid_jax.models import processors
 
 from . import clips
@@ -54,26 +59,34 @@ def test_probe_tells_frames_size_and_seconds(folder):
 
 
 def test_sequential_fallback_gives_the_same_frames(folder, monkeypatch):
-  def no_table(self):
-    raise video._NoTableError
-
   expected = video.read_frames(folder / "plain.mp4", WANTED)
-  monkeypatch.setattr(video._Reader, "_table", no_table)
+  monkeypatch.setattr(
+    clip_index.ClipIndex, "of_packets", lambda *a, **k: clip_index.ClipIndex()
+  )
   got = video.read_frames(folder / "plain.mp4", WANTED)
   np.testing.assert_array_equal(got, expected)
 
 
 def test_a_wrong_seek_index_falls_back_to_counting(folder, monkeypatch):
   # Keyframes that are none: the seek lands on an earlier one, or beyond.
-  table = video._Reader._table
+  of_packets = clip_index.ClipIndex.of_packets
+  whole = video._Reader._whole
+  decoded = []
 
-  def wrong(self):
-    stamps, _ = table(self)
-    return stamps, np.array([stamps[0], stamps[5], stamps[13]])
+  def wrong(*args, **options):
+    index = of_packets(*args, **options)
+    keys = np.array([0, 5, 13])
+    landings = np.stack([index.stamps[keys + [8, 3, 0]]] * 3, axis=1)
+    return index._replace(keys=keys, landings=landings)
 
-  monkeypatch.setattr(video._Reader, "_table", wrong)
+  def count(self, index):
+    decoded.append(index)
+    return whole(self, index)
+
+  monkeypatch.setattr(clip_index.ClipIndex, "of_packets", wrong)
+  monkeypatch.setattr(video._Reader, "_whole", count)
   got = video.read_frames(folder / "plain.mp4", WANTED)
-  assert clips.numbers(got) == WANTED
+  assert clips.numbers(got) == WANTED and len(decoded) == 1
 
 
 def test_frames_that_an_edit_list_hides_do_not_count(folder):
@@ -211,7 +224,7 @@ def test_a_system_without_threads_is_not_taken_for_a_bad_clip(folder):
 def test_frames_are_resized_while_decoding(folder):
   clip = video.decode(folder / "plain.mp4", lambda n, s: [0, n - 1], size=32)
   assert clip.frames.shape == (2, 32, 32, 3)
-  assert clip.num_frames == 24 and clip.clamped == 0
+  assert clip.num_frames == 24 and clip.replaced == 0
 
 
 def test_an_encoded_clip_in_memory_is_decoded(folder):
@@ -256,7 +269,7 @@ def test_a_damaged_tail_clamps_to_the_last_decoded_frame(folder):
   assert clip.frames.shape == (4, 64, 64, 3)
   assert clips.numbers(clip.frames[:2]) == [0, 1]
   np.testing.assert_array_equal(clip.frames[2], clip.frames[3])
-  assert clip.clamped == 2
+  assert clip.replaced == 2
   assert "2 of 4 frames cannot be decoded" in clip.warnings[-1]
 
 

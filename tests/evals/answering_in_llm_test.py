@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cacovid_jax import compressors, errors
-from cacovid_jax.compressors import base, in_llm
+from cacovid_jax.compressors import base, layerwise
 from cacovid_jax.data import frames, video
 from cacovid_jax.evals import answering
 from cacovid_jax.models import prompt_batch
@@ -46,14 +46,23 @@ def by_hand(checkpoint, checkpoint_dir, path, text, method, ratio):
     x = model.embed_prompt(
       params, jnp.asarray(prompt.ids), found.features, prompt.video_rows
     )
-    aux = base.Aux(vision_attention=found.signals["vision_attention"][None])
-    return in_llm.generate(
-      model, params, method,
+    inputs = base.CompressorInputs(
+      features=found.features[None],
+      grid=tiny.GRID,
+      vision_attention=found.signals["vision_attention"][None],
+    )
+    rows = prompt_batch.whole(
       prompt_batch.PromptBatch(
-        x[None], jnp.arange(len(x))[None, None], jnp.array([len(x)]),
-        prompt.video_rows[None], jnp.array([len(x)]),
-      ), aux,
-      grid=tiny.GRID, ratio=ratio, max_new_tokens=NEW,
+        x[None],
+        jnp.arange(len(x))[None, None],
+        jnp.array([len(x)]),
+        jnp.asarray(prompt.video_rows)[None],
+        jnp.array([len(x)]),
+      )
+    )
+    return layerwise.generate(
+      model, params, method, rows, inputs, jnp.array([len(x)]),
+      ratio=ratio, max_new_tokens=NEW,
       eos_ids=checkpoint.eos_ids, pad_id=checkpoint.pad_id,
     )  # fmt: skip
 

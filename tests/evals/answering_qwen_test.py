@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cacovid_jax.compressors import uniform
+from cacovid_jax.compressors import simple
 from cacovid_jax.data import frames, video
 from cacovid_jax.evals import answering
 from cacovid_jax.models import checkpoints, generation, processors
@@ -78,7 +78,7 @@ def test_answers_are_those_of_the_model_alone(asked, clip):
   positions, following = mrope_loop.positions(
     prompt.ids, config.video_token_id, found.grid, 1.0, 2, "4.50"
   )
-  index = uniform.positions(T * H * W, T * H * W // 4)
+  index = simple.even_positions(T * H * W, T * H * W // 4)
   np.testing.assert_array_equal(found.answers[0].trace.index, index)
   dropped = set(range(T * H * W)) - set(index.tolist())
   rows = np.array(

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from cacovid_jax import errors
-from cacovid_jax.compressors import uniform
+from cacovid_jax.compressors import simple
 from cacovid_jax.data import frames, readers, video
-from cacovid_jax.evals import answer_page, answering, runner
+from cacovid_jax.evals import answering, runner
+from cacovid_jax.evals.report import answer as answer_page
 from cacovid_jax.models import generation, processors
 from cacovid_jax.synthetic import build
 from tests.evals import report_test, tiny
@@ -100,7 +101,7 @@ def test_answers_are_those_of_the_model_alone(
   )
   answer = found.answers[0]
   assert (answer.method, answer.kept) == ("uniform", 16)
-  index = uniform.positions(tiny.NUM_VIDEO, 16)
+  index = simple.even_positions(tiny.NUM_VIDEO, 16)
   expected = by_hand(
     checkpoint, checkpoint_dir, clip, found.question.prompt, index
   )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cacovid_jax import errors
-from cacovid_jax.compressors import uniform
+from cacovid_jax.compressors import simple
 from cacovid_jax.data import frames, video
 from cacovid_jax.evals import (
   asker,
@@ -23,6 +23,7 @@ from cacovid_jax.evals import (
   runner,
 )
 from cacovid_jax.models import checkpoints, generation, processors
+from cacovid_jax.policy import loading
 from tests.evals import tiny
 from tests.models import mrope_loop
 
@@ -52,7 +53,6 @@ def request_of(directory, data):
   def make(workdir, **changes):
     fields = dict(
       data=str(data),
-      workdir=str(workdir),
       checkpoint=directory,
       methods=("uniform",),
       ratios=(0.25,),
@@ -63,7 +63,7 @@ def request_of(directory, data):
       select_on="none",
       **PIXELS,
     )
-    return evaluation.Request(**fields | changes)
+    return tiny.experiment(workdir, **fields | changes)
 
   return make
 
@@ -144,7 +144,7 @@ def test_answers_are_those_of_the_model_alone(
   positions, following = mrope_loop.positions(
     prompt.ids, model.config.video_token_id, grid, 2 / 3, 2, "4.50"
   )
-  index = uniform.positions(num_video, num_video // 4)
+  index = simple.even_positions(num_video, num_video // 4)
   dropped = set(range(num_video)) - set(index.tolist())
   rows = np.array(
     [i for i in range(prompt.length) if i - prompt.video_rows[0] not in dropped]
@@ -208,9 +208,11 @@ def test_other_pixels_are_another_run(finished, request_of):
 def test_a_policy_is_validated(request_of, directory, tmp_path):
   checkpoint = checkpoints.load(directory)
   path = tiny.write_policy(tmp_path / "policy", checkpoint)
-  policy = evaluation.load_policy(path, checkpoint)
+  policy = loading.load_policy(path, checkpoint)
   validate = evaluation.validator(
-    request_of(tmp_path, select_questions=2), checkpoint, ratio=0.25
+    request_of(tmp_path).replace(
+      {"validation.num_questions": 2, "validation.ratio": 0.25}
+    )
   )
   found = validate(policy.module, policy.params)
   assert 0 <= found["accuracy"] <= 1
@@ -332,7 +334,7 @@ def test_pixels_of_a_model_with_one_size_are_refused(
 ):
   request = request_of("w", checkpoint=checkpoint_dir)
   with pytest.raises(errors.UserError, match="frames of one size"):
-    evaluation.open_source(request, checkpoint)
+    evaluation.open_source(request)
   with pytest.raises(errors.UserError, match="min_pixels=-1"):
     request_of("w", min_pixels=-1)
 

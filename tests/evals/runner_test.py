@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from cacovid_jax import compressors, errors
-from cacovid_jax.compressors import base
+from cacovid_jax.compressors import base, registry
 from cacovid_jax.data import answer_log
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import (
@@ -24,7 +25,7 @@ from cacovid_jax.evals import (
   runner,
 )
 from cacovid_jax.models import generation
-from cacovid_jax.policy import network
+from cacovid_jax.policy import loading, network
 from tests.evals import tiny
 
 RATIOS = (0.25, 0.1)
@@ -36,7 +37,7 @@ def policy_of(checkpoint, seed=1):
     checkpoint.model.config.text, num_halvings=2
   )
   params = module.init_from_llm(jax.random.key(seed), checkpoint.params)
-  return runner.Policy(module, params, f"seed {seed}")
+  return loading.LoadedPolicy(module, params, f"seed {seed}")
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +253,9 @@ def test_answers_equal_those_of_one_question_alone(shared, whole, checkpoint):
   positions = jnp.arange(prompt.length)[None]
   video = jnp.asarray(prompt.video_rows)
   _, out = model.forward(params, x[None], positions[None], want_attention=True)
-  aux = base.Aux(
+  inputs = base.CompressorInputs(
+    features=features,
+    grid=tiny.GRID,
     scores=policy.module.apply(
       {"params": policy.params}, x, positions, video, tiny.GRID
     ),
@@ -272,11 +275,7 @@ def test_answers_equal_those_of_one_question_alone(shared, whole, checkpoint):
     )
   )
   for name in ("uniform", "cacovid", "last_query"):
-    index = (
-      compressors.get(name)
-      .compress(features, grid=tiny.GRID, num_keep=6, aux=aux, ratio=0.1)
-      .index
-    )
+    index = compressors.get(name).select(inputs, num_keep=6, ratio=0.1).index
     dropped = set(range(64)) - set(np.asarray(index).tolist())
     rows = [
       i for i in range(prompt.length) if i - prompt.video_rows[0] not in dropped
@@ -317,15 +316,17 @@ def test_merged_rows_reach_the_model(shared, tmp_path, checkpoint):
   batch = asker.Asker(evaluator, benchmark.questions[:4]).batch
   ids = {}
   for function in (zeros, first):
-    compressor = base.Compressor(name="own", function=function)
+    compressor = registry.FunctionCompressor(name="own", function=function)
     program = evaluator.programs.select(compressor, 0.25)
-    selection = program(batch.features, None, base.Aux(), None)
+    selection = program(
+      base.CompressorInputs(features=batch.features, grid=tiny.GRID)
+    )
     ids[function] = evaluator.programs.answer(
       checkpoint.params, batch, selection
     )
   half = evaluator.programs.select(
-    base.Compressor(name="own", function=first), 0.125
-  )(batch.features * 0, None, base.Aux(), None)
+    registry.FunctionCompressor(name="own", function=first), 0.125
+  )(base.CompressorInputs(features=batch.features * 0, grid=tiny.GRID))
   expected = evaluator.programs.answer(checkpoint.params, batch, half)
   np.testing.assert_array_equal(ids[zeros], expected)
   assert not np.array_equal(ids[zeros], ids[first])
@@ -429,6 +430,30 @@ def test_a_users_own_method_from_a_file(shared, tmp_path):
   assert runner.Method.parse(f"{path}:first").spec != method.spec
 
 
+def test_a_trained_method_follows_its_parameters(shared, tmp_path):
+  benchmark, evaluator = shared
+  question = benchmark.questions[0]
+  (tmp_path / "mine.py").write_text(
+    "import dataclasses\n"
+    "from cacovid_jax.compressors import base\n"
+    "@dataclasses.dataclass(frozen=True, kw_only=True)\n"
+    "class Mine(base.Compressor):\n"
+    "  trained = True\n"
+    "  def choose(self, inputs, num_keep, ratio, params):\n"
+    "    scores = inputs.features @ params['head']\n"
+    "    return base.take_top(inputs.features, scores, num_keep)\n"
+  )
+  features = evaluator.source[question.video].features
+  head = np.eye(features.shape[1], dtype=np.float32)[3]
+  for name, sign in (("a", 1), ("b", -1)):
+    path = tmp_path / f"{name}.safetensors"
+    safetensors.numpy.save_file({"head": sign * head}, path)
+    spec = f"{tmp_path}/mine.py:Mine?weights={path}"
+    trace = evaluator.trace(question, runner.Method.parse(spec), 0.1)
+    order = np.argsort(-sign * features[:, 3], kind="stable")
+    np.testing.assert_array_equal(trace.index, np.sort(order[:6]))
+
+
 def test_policies_by_name(shared, checkpoint, monkeypatch):
   benchmark, evaluator = shared
   question = benchmark.questions[0]
@@ -473,7 +498,9 @@ def ask(shared, methods, path=None, ratios=RATIOS, seeds=(0,)):
 
 
 def own(name, function, **fields):
-  compressor = base.Compressor(name=name, function=function, **fields)
+  compressor = registry.FunctionCompressor(
+    name=name, function=function, **fields
+  )
   return runner.Method(name, name, compressor)
 
 
@@ -491,8 +518,8 @@ def test_a_cell_that_cannot_be_run_stops_nothing(
   methods = [
     *methods_of("cacovid", "uniform", "fastv"),
     own("grumbling", grumbling),
-    own("asks", grumbling, needs=frozenset(["weather"])),
-    own("keys", grumbling, needs=frozenset(["vision_keys"])),
+    own("asks", grumbling, requires=frozenset(["weather"])),
+    own("keys", grumbling, requires=frozenset(["vision_keys"])),
   ]
   path = tmp_path / "answers.jsonl"
   failures, answers = ask(shared, methods, path)
@@ -591,8 +618,8 @@ def test_inside_the_language_model(shared, checkpoint):
 def test_the_questions_text_is_handed_over(shared, checkpoint):
   benchmark, evaluator = shared
   found = asker.Asker(evaluator, benchmark.questions[:4])
-  seen = own("reads", grumbling, needs=frozenset(["text"]))
-  _, text, _, _ = found.inputs(runner.Cell(seen, 0.25, 0))
+  seen = own("reads", grumbling, requires=frozenset(["text"]))
+  text = found.inputs(runner.Cell(seen, 0.25, 0)).text
   tokenizer = checkpoint.tokenizer
   for row, question in enumerate(benchmark.questions[:4]):
     prompt = tokenizer.encode_prompt(question.prompt, 64)
@@ -622,7 +649,7 @@ def test_rows_of_a_reference_rounding(shared):
     "rounds",
     first,
     exact_budget=False,
-    reference_rows=lambda grid, ratio: 7,
+    own_rows=lambda grid, ratio: 7,
   )
   benchmark, evaluator = shared
   failures, answers = ask(shared, [method], ratios=(0.1,))
@@ -647,7 +674,7 @@ def test_clips_bring_what_methods_read_of_the_tower(
   def strongest(features, *, grid, num_keep, text=None, aux=None, rng=None):
     return base.take_top(features, aux.vision_attention, num_keep)
 
-  method = own("strongest", strongest, needs=frozenset(["vision_attention"]))
+  method = own("strongest", strongest, requires=frozenset(["vision_attention"]))
   assert runner.wanted([method, *methods_of("uniform")]) == method.needs
   with clips.ClipSource(
     data_dir,
@@ -757,3 +784,29 @@ def test_rows_of_one_spec_are_asked_once():
   keys = {cell.key("q") for cell in asked}
   for method in methods:
     assert runner.Cell(method, 0.2, 0).key("q") in keys
+
+
+def test_a_log_names_a_run_by_words_that_do_not_follow_the_code():
+  """Those of logs that exist: an attribute may be renamed, a log may not."""
+  question = question_lib.Question(
+    id="q", video="clips/a.mp4", question="Why?", options=("x", "y"), answer="B"
+  )
+  found = {name: get(question) for name, get in runner._QUESTION.items()}
+  assert json.loads(json.dumps(found)) == {
+    "answer": "B",
+    "category": None,
+    "duration": None,
+    "groups": [],
+    "id": "q",
+    "options": ["x", "y"],
+    "problem_type": "multiple choice",
+    "prompt": "",
+    "question": "Why?",
+    "source": "",
+    "stream": "",
+    "video": "a",
+  }
+  settings = runner.Settings(num_frames=4, batch_size=2, max_new_tokens=3)
+  assert settings.identity == {
+    "num_frames": 4, "batch_size": 2, "max_new_tokens": 3, "rule": "paper"
+  }  # fmt: skip

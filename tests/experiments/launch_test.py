@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from cacovid_jax import metrics
-from cacovid_jax.policy import modules
-from cacovid_jax.synthetic import tiny_checkpoint
+from cacovid_jax.policy import loading
+from cacovid_jax.synthetic import tiny_checkpoints
 from tests.training import tiny_qwen
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -383,8 +383,8 @@ def test_a_tpu_worker_finds_its_number_and_the_others(machine, known):
 def test_two_processes_train_what_one_process_trains(tmp_path):
   """On a CPU: two processes of a device each, and one of two devices."""
   tiny_qwen.write_clips(tmp_path)
-  tiny_checkpoint.write(tmp_path / "model", "llava_onevision")
-  config = str(ROOT / "configs" / "llava_onevision_7b.py") + ":debug"
+  tiny_checkpoints.write_tiny(tmp_path / "model", "llava_onevision")
+  config = str(ROOT / "configs" / "llava_onevision.py") + ":debug"
   flags = [
     f"--config={config}",
     f"--config.model.path={tmp_path / 'model'}",
@@ -421,7 +421,7 @@ def test_two_processes_train_what_one_process_trains(tmp_path):
       timeout=500,
     )
     assert (workdir / "checkpoints" / "2").is_dir()
-    policies[number] = modules.read(workdir / "policy/policy.safetensors")
+    policies[number] = loading.read(workdir / "policy/policy.safetensors")
     curves[number] = metrics.read(workdir)
   assert policies[1].keys() == policies[2].keys()
   for name, one in policies[1].items():

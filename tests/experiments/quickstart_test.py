@@ -13,9 +13,10 @@ import jax
 import numpy as np
 import pytest
 
+from cacovid_jax import errors
 from cacovid_jax.data import tokenizer as tokenizer_lib
-from cacovid_jax.evals import evaluation
 from cacovid_jax.models import checkpoints, llava_onevision, siglip
+from cacovid_jax.policy import loading
 from cacovid_jax.synthetic import packing
 from cacovid_jax.synthetic import tokenizer as tokenizer_training
 
@@ -176,15 +177,20 @@ def test_a_policy_of_ones_own_by_the_readmes_command(folder, finished):
   words = shlex.split(block.replace("\\\n", " "))
   assert words[:3] == ["python", "-m", "cacovid_jax.train"]
   changed = {
-    "configs/synthetic_quickstart.py": "configs/synthetic_quickstart.py:debug",
+    "configs/synthetic.py:size=quickstart": "configs/synthetic.py:debug",
     "workdirs/bilinear": str(folder / "bilinear"),
   }
   assert set(changed) < set(words)
   words = [changed.get(word, word) for word in words[1:]]
   done = command(folder, words)
   assert done.returncode == 0, done.stderr
-  # An evaluation finds it in the workdir, by what was written beside it.
+  # An evaluation finds it in the workdir, and runs its module when asked to.
   checkpoint = checkpoints.load(folder / "base_model")
-  policy = evaluation.load_policy(folder / "bilinear", checkpoint)
+  module = "tests/policy/bilinear_policy.py:Bilinear"
+  with pytest.raises(errors.UserError, match=f"trained with '{module}'"):
+    loading.load_policy(folder / "bilinear", checkpoint)
+  policy = loading.load_policy(
+    f"{folder / 'bilinear'}?module={ROOT / module}", checkpoint
+  )
   assert type(policy.module).__name__ == "Bilinear"
   assert policy.params["question"]["kernel"].shape == (32, 16)

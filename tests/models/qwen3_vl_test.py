@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from cacovid_jax import compressors
-from cacovid_jax.compressors import in_llm
+from cacovid_jax.compressors import base, layerwise
 from cacovid_jax.models import (
   generation,
   processors,
@@ -205,8 +205,12 @@ def test_tokens_dropped_between_layers_take_their_features_along(
   model, params = loaded
   batch, grid = prompts[0], (4, 3, 5)
   method = compressors.get("fastv", layer=2, scale_layers=False)
+  whole = prompt_batch.whole(batch)
+  inputs = base.CompressorInputs(
+    features=prompt_batch.read_video(batch.x, batch.video_rows), grid=grid
+  )
   logits, _, trace = method.prefill(
-    model, params, prompt_batch.whole(batch), grid=grid, ratio=0.6, new_rows=1
+    model, params, whole, inputs, ratio=0.6, new_rows=1
   )
   # What the last token attends to most in layer 1.
   _, out, _ = _read(model, params, batch, want_attention=True)
@@ -245,7 +249,9 @@ def test_the_text_behind_the_video_is_not_that_between_its_patches(prompts):
   length, last = int(batch.lengths[0]), int(batch.video_rows[0, -1])
   q = jax.random.normal(jax.random.key(0), (1, length, 4, 8))
   k = jax.random.normal(jax.random.key(1), (1, length, 2, 8))
-  look = in_llm.looker("after_video", whole.lengths - whole.num_after, 40)
+  look = layerwise.attention_of(
+    "after_video", whole.lengths - whole.num_after, 40
+  )
   q_by_kv_head = q[0].reshape(-1, 2, 2, 8)
   scores = jnp.einsum("tkgh,skh->kgts", q_by_kv_head, k[0]) / np.sqrt(8)
   scores = jnp.where(jnp.tri(length, dtype=bool), scores, -jnp.inf)

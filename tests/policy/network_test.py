@@ -11,7 +11,7 @@ import pytest
 
 from cacovid_jax import errors
 from cacovid_jax.models import qwen2, token_grid
-from cacovid_jax.policy import modules, network
+from cacovid_jax.policy import loading, network
 
 GRID = (2, 3, 2)
 ROWS = np.arange(3, 15)  # 3 rows of text, 12 video tokens, newline, question.
@@ -163,7 +163,7 @@ def test_mode_scores_ignore_padding(config, params, prompt):
 # Videos of different grids in one program, and three position rows.
 
 
-BUCKET = token_grid.Bucket(5, 24, 75)
+BUCKET = token_grid.GridBucket(5, 24, 75)
 ROOM = 85
 GRIDS = [(4, 5, 3), (3, 4, 6), (5, 3, 5), (1, 2, 1)]
 
@@ -208,7 +208,7 @@ def in_bucket(x, positions, rows, grid, filler=50.0):
   more[:, : len(x)] = positions
   padded_rows = np.full(BUCKET.tokens, ROOM, np.int32)
   padded_rows[: len(rows)] = rows
-  placed = token_grid.place(grid, BUCKET)
+  placed = token_grid.TokenGrid.of(grid, BUCKET)
   return padded, more, padded_rows, placed, np.int32(len(x))
 
 
@@ -320,7 +320,7 @@ def test_mode_scores_ignore_the_padding_of_a_bucket(mrope):
 def test_video_rows_of_another_size_than_the_grid_are_refused(mrope):
   config, params = mrope
   x, positions, rows = prompt_of(0, GRIDS[0])
-  for grid in (GRIDS[1], token_grid.place(GRIDS[0], BUCKET)):
+  for grid in (GRIDS[1], token_grid.TokenGrid.of(GRIDS[0], BUCKET)):
     with pytest.raises(AssertionError, match="shape"):
       network.Policy(config).apply({"params": params}, x, positions, rows, grid)
 
@@ -428,14 +428,14 @@ def test_a_checkpoint_that_does_not_fit_lists_every_name(config, params):
 def test_files_round_trip_and_bad_files_are_refused(config, params, tmp_path):
   policy = network.Policy(config)
   path = tmp_path / "policy.safetensors"
-  modules.save(path, policy, params)
-  back = modules.load(path, policy)
+  loading.save(path, policy, params)
+  back = loading.load(path, policy)
   jax.tree.map(np.testing.assert_array_equal, back, params)
   assert [p.name for p in tmp_path.iterdir()] == [path.name]
   path.write_bytes(path.read_bytes()[:100])
   for bad in (path, tmp_path / "absent.safetensors"):
     with pytest.raises(errors.UserError, match="cannot be read"):
-      modules.load(bad, policy)
+      loading.load(bad, policy)
 
 
 def test_the_policy_lowers_for_tpu_at_full_size():

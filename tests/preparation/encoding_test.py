@@ -9,10 +9,12 @@ import pytest
 
 from cacovid_jax import errors
 from cacovid_jax.data import question as question_lib
+from cacovid_jax.data import rejected_clips
 from cacovid_jax.evals import answering
 from cacovid_jax.models import checkpoints
 from cacovid_jax.preparation import encoding
-from cacovid_jax.training import pipeline, setup
+from cacovid_jax.training import pipeline
+from cacovid_jax.training import run as run_lib
 from tests.evals import tiny
 from tests.training import tiny as tiny_training
 
@@ -60,9 +62,8 @@ def make(folder, checkpoint, cache, questions=None):
       "data.feature_cache": str(cache),
     }
   )
-  return setup.make(
-    config, cache, checkpoint=checkpoint, questions=questions or rows()
-  )
+  experiment = tiny_training.experiment_of(config, cache, checkpoint=checkpoint)
+  return run_lib.make(experiment, questions=questions or rows())
 
 
 @pytest.fixture
@@ -146,7 +147,10 @@ def test_clips_that_cannot_be_used_are_listed_once(
   for present in (0, 1):
     run = make(folder, checkpoint, tmp_path, asked)
     report = encoding.encode(
-      run.source, asked, str(tmp_path), quarantine=pipeline.Quarantine(path)
+      run.source,
+      asked,
+      str(tmp_path),
+      quarantine=rejected_clips.RejectedClips(path),
     )
     assert report.num_present == present
     assert report.failed == {

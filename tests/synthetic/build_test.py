@@ -1,5 +1,6 @@
 """The benchmark on disk: same bytes, same rows, nothing overwritten."""
 
+import functools
 import json
 import pathlib
 import subprocess
@@ -185,11 +186,40 @@ def test_a_build_of_nothing_is_refused(fields, named):
     build.BuildConfig(**fields)
 
 
-def test_the_generators_hash_is_one_per_source(folder):
-  manifest = json.loads((folder / "manifest.json").read_text())
-  assert manifest["generator_hash"] == build.generator_hash()
+@pytest.fixture
+def fresh_hash():
   build.generator_hash.cache_clear()
-  assert manifest["generator_hash"] == build.generator_hash()
+  yield build.generator_hash
+  build.generator_hash.cache_clear()
+
+
+def test_the_generators_hash_is_of_what_it_makes(folder, fresh_hash):
+  manifest = json.loads((folder / "manifest.json").read_text())
+  assert manifest["generator_hash"] == fresh_hash()
+
+
+def _brighter(clip, scene, length):
+  for number, frame in enumerate(clip(scene, length)):
+    yield frame ^ (number == length - 1)
+
+
+@pytest.mark.parametrize("changed", ["pictures", "questions", "rate", "scenes"])
+def test_the_generators_hash_tells_changes(changed, fresh_hash, monkeypatch):
+  before = fresh_hash()
+  fresh_hash.cache_clear()
+  if changed == "pictures":  # One bit of the last frame's pixels.
+    clip = functools.partial(_brighter, build.render.clip)
+    monkeypatch.setattr(build.render, "clip", clip)
+  elif changed == "questions":
+    ask = build.questions.sample_questions
+    monkeypatch.setattr(
+      build.questions, "sample_questions", lambda *given: ask(*given)[:-1]
+    )
+  elif changed == "rate":
+    monkeypatch.setattr(build, "FRAMES_PER_SECOND", 10)
+  else:
+    monkeypatch.setattr(build, "SPLITS", ("test", "train"))
+  assert fresh_hash() != before
 
 
 def test_parquet_has_the_columns_of_videomme(folder):

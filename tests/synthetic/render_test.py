@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from cacovid_jax.synthetic import pretraining, render, world
+from cacovid_jax.synthetic import losses, render, world
 
 
 def scene_of(variant="dense", seed=0):
@@ -83,7 +83,7 @@ def test_jax_draws_what_numpy_draws():
     color=color.astype(np.uint8),
     background=np.stack([scene.background for scene in scenes]),
   )
-  drawn = pretraining.draw_frames(jax.random.key(0), batch, noise=0, grain=0)
+  drawn = losses.draw_frames(jax.random.key(0), batch, noise=0, grain=0)
   drawn = (np.asarray(drawn) + 1) * 127.5
   still = np.zeros((112, 112, 1), np.float32)
   for scene, ours in zip(scenes, drawn, strict=True):

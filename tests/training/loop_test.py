@@ -1,16 +1,22 @@
 """Whole runs on a tiny random model: resume, signals, refusals, export."""
 
+import hashlib
 import json
 import os
+import pathlib
 import shutil
 import signal
+import socket
+import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
 import pytest
 
 from cacovid_jax import errors, metrics
-from cacovid_jax.policy import modules, network
+from cacovid_jax.policy import loading, network
 from cacovid_jax.training import checkpointing
 from tests.training import tiny
 
@@ -113,6 +119,90 @@ def test_sigterm_saves_and_exits_143(whole, tmp_path):
   assert_same(again.state, result.state)
 
 
+_OF_TWO = """
+import itertools, pathlib, sys, time
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from cacovid_jax.parallel import mesh
+from cacovid_jax.training import checkpointing
+from tests.training import tiny
+
+folder, port, number = sys.argv[1:]
+folder = pathlib.Path(folder)
+jax.config.update("jax_disable_most_optimizations", True)
+mesh.start_processes(f"localhost:{port}", 2, int(number))
+config = tiny.config(**{
+  "mesh.data": 2,
+  "total_steps": 3,
+  "iterations": 1,
+  "policy.module": "tests.policy.bilinear_policy:Bilinear",  # Compiles sooner.
+})
+ask = multihost_utils.reached_preemption_sync_point
+
+def ask_until_told(step):
+  # Step 2 lasts until the signal has come through, however long that takes:
+  # a question of JAX's stands for a step, and all processes ask as many.
+  if step != 2:
+    return ask(step)
+  (folder / f"reached.{number}").touch()
+  limit = time.monotonic() + 1000
+  for question in itertools.count(step):
+    if ask(question):
+      return True
+    if time.monotonic() > limit:
+      raise TimeoutError("JAX has not heard of the signal")
+    time.sleep(0.01)
+
+multihost_utils.reached_preemption_sync_point = ask_until_told
+try:
+  tiny.train(folder / "parts", config)
+except SystemExit as error:
+  stopped = error
+multihost_utils.reached_preemption_sync_point = ask
+assert checkpointing.steps(folder / "parts" / "checkpoints") == [2]
+seen = []
+again = tiny.train(
+  folder / "parts", config, on_step=lambda step, *unused: seen.append(step)
+)
+assert seen == [3], seen
+whole = tiny.train(folder / "whole", config)
+jax.tree.map(np.testing.assert_array_equal, again.state, whole.state)
+raise stopped
+"""
+
+
+def test_a_sigterm_to_two_processes_saves_and_exits_143(tmp_path):
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  env = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+    "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "PYTHONPATH": str(pathlib.Path(__file__).parents[2]),
+  }
+  command = [sys.executable, "-c", _OF_TWO, str(tmp_path), str(port)]
+  two = [
+    subprocess.Popen(
+      [*command, str(number)], env=env, stderr=subprocess.PIPE, text=True
+    )
+    for number in range(2)
+  ]
+  try:
+    while len(list(tmp_path.glob("reached.*"))) < 2:
+      assert [process.poll() for process in two] == [None, None]
+      time.sleep(0.05)
+    for process in two:
+      process.send_signal(signal.SIGTERM)
+    told = [process.communicate(timeout=1500)[1] for process in two]
+    assert [process.returncode for process in two] == [143, 143], told
+  finally:
+    for process in two:
+      process.kill()
+
+
 def test_metrics_are_written_for_every_step(whole):
   workdir, _, _, _ = whole
   lines = metrics.read(workdir)
@@ -137,13 +227,14 @@ def test_policy_is_exported_under_the_public_names(whole):
   workdir, _, _, result = whole
   path = workdir / "policy" / "policy.safetensors"
   assert result.policy_path == path
-  tensors = modules.read(path)
+  tensors = loading.read(path)
   assert set(tensors) == set(network.to_public(result.state.params))
   assert all(name.startswith("compression_policy.") for name in tensors)
-  loaded = modules.load(path, result.policy)
+  loaded = loading.load(path, result.policy)
   assert_same(loaded, result.state.params)
   described = json.loads((workdir / "policy/policy_config.json").read_text())
   assert described["policy"]["num_halvings"] == 2
+  assert "module_sha256" not in described
   assert described["base_model"] == {"path": "nowhere", "sha256": "0"}
   assert described["steps"] == 8
 
@@ -230,13 +321,17 @@ def test_a_users_own_policy_validation_and_best(tmp_path):
 
   result = tiny.train(tmp_path / "run", config, validate=validate)
   folder = tmp_path / "run" / "policy"
+  described = json.loads((folder / "policy_config.json").read_text())
+  assert described["policy"]["module"] == f"{file}:Own"
+  digest = hashlib.sha256(_OWN_POLICY.encode()).hexdigest()
+  assert described["module_sha256"] == digest
   assert json.loads((folder / "best.json").read_text()) == {
     "step": 2,
     "accuracy": 0.6,
   }
-  best = modules.load(folder / "best.safetensors", result.policy, seen[1])
+  best = loading.load(folder / "best.safetensors", result.policy, seen[1])
   assert_same(best, seen[1])
-  assert set(modules.read(folder / "policy.safetensors")) == {
+  assert set(loading.read(folder / "policy.safetensors")) == {
     "frames/bias",
     "frames/kernel",
     "tokens/bias",
@@ -250,12 +345,12 @@ def test_a_users_own_policy_validation_and_best(tmp_path):
 def test_questions_without_letters_are_marked_on_the_host(tmp_path):
   rows = tiny.questions(2)
   rows += [
-    tiny.questions_lib.Question(
+    tiny.question_lib.Question(
       id="n1",
       video="n.mp4",
       question="How many?",
       answer="3",
-      problem_type=tiny.questions_lib.NUMERICAL,
+      problem_type=tiny.question_lib.NUMERICAL,
       prompt="How many?\n",
     )
   ]
@@ -279,7 +374,8 @@ def test_questions_without_letters_are_marked_on_the_host(tmp_path):
     ({"sampling.ratio": 0.001}, "keeps no token"),
     ({"sampling.ratio": 1.5}, r"outside \(0, 1\]"),
     ({"rollout.reward": "likelihood"}, "rollout.reward"),
-    ({"policy.dtype": "float8"}, "policy.dtype"),
+    ({"policy.dtype": "float8"}, "policy.dtype is 'float8'; it must be one of"),
+    ({"policy.backend": "cuda"}, "policy.backend is 'cuda'; it must be one of"),
     ({"policy.module": "nowhere.py:Own"}, "no file"),
     ({"iterations": 0}, "iterations"),
   ],

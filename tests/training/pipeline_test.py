@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cacovid_jax import errors
-from cacovid_jax.data import feature_cache, frames, video
+from cacovid_jax.data import feature_cache, frames, rejected_clips, video
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.models import processors
@@ -158,7 +158,7 @@ def _mixed():
 def test_bad_clips_are_replaced_by_place_alone(root, tokenizer, tmp_path):
   rows, path = _mixed(), tmp_path / "log" / "quarantine.jsonl"
   order = pipeline.Order(len(rows), seed=7)
-  ledger = pipeline.Quarantine(path)
+  ledger = rejected_clips.RejectedClips(path)
   batches = _train(tokenizer, _source(root), rows, quarantine=ledger)
   flat = [name for batch in _ids(batches) for name in batch]
   bad = {"q9", "q10"}
@@ -178,20 +178,20 @@ def test_bad_clips_are_replaced_by_place_alone(root, tokenizer, tmp_path):
   }
   assert len(lines) == 2  # Once each, however often they were met.
   contents = {entry["video"]: entry["content"] for entry in lines}
-  assert contents["bad.mp4"] == pipeline.content_hash(root / "bad.mp4")
+  assert contents["bad.mp4"] == rejected_clips.content_hash(root / "bad.mp4")
   assert contents["absent.mp4"] is None
 
 
 def test_the_ledger_is_read_again_and_forgives_a_cut_line(tmp_path, root):
   path = tmp_path / "quarantine.jsonl"
-  ledger = pipeline.Quarantine(path)
-  content = pipeline.content_hash(root / "0.mp4")
+  ledger = rejected_clips.RejectedClips(path)
+  content = rejected_clips.content_hash(root / "0.mp4")
   error = video.VideoError(root / "0.mp4", "timeout")
   assert ledger.add(GOOD[0], error, content)
   assert not ledger.add(GOOD[3], error, content)
   with open(path, "a", encoding="utf-8") as f:
     f.write('{"content": "12')
-  again = pipeline.Quarantine(path)
+  again = rejected_clips.RejectedClips(path)
   assert again.refused == {content: "timeout"}
   # A clip that once timed out is refused at once: resuming keeps its order.
   source = _source(root, refused=again.refused)

@@ -3,7 +3,7 @@
 import json
 
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.synthetic import tiny_checkpoint
+from cacovid_jax.synthetic import tiny_checkpoints
 from tests.data import clips
 from tests.training import tiny
 
@@ -14,7 +14,7 @@ GRIDS = {"wide": (2, 4, 6), "square": (2, 4, 4)}
 
 def write(folder):
   """Writes folder/model and clips; returns questions about them."""
-  tiny_checkpoint.write(folder / "model", "qwen2_5_vl")
+  tiny_checkpoints.write_tiny(folder / "model", "qwen2_5_vl")
   return write_clips(folder)
 
 
@@ -60,6 +60,8 @@ def config(folder, **changes):
       "model.path": str(folder / "model"),
       "data.root": str(folder),
       "ratio.adaptive": True,
+      # Graded rewards, as of `tiny`, are for a fixed ratio.
+      "rollout.reward": "accuracy",
       "ratio.rungs": (0.0625, 0.125, 0.25),
       "ratio.start": 0.125,
       "optimizer.lr_heads": 1e-3,

@@ -1,0 +1,480 @@
+"""Compressors that act inside the language model, between its layers.
+
+A plan says before which layers video tokens are dropped and how many go on;
+the layers in between run as slices of depth, each with its own number of rows
+and its own key-value cache. The budget is a mean over layers: a ratio of 10 %
+means that a layer's attention sees, on average, 10 % of the video tokens
+(SparseVLM, https://arxiv.org/abs/2410.04417, counts so, and VidCom2,
+https://arxiv.org/abs/2505.14454, says so).
+
+Axes: B batch, L prompt tokens, D width, N video tokens, R rows between two
+layers, n of them of the video, K tokens left at the last layer, P position
+rows, T frames, H W token grid.
+"""
+
+import dataclasses
+import fractions
+import math
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cacovid_jax import errors
+from cacovid_jax.compressors import base, budgets
+from cacovid_jax.models import attention, generation, prompt_batch, qwen2
+
+
+class LayerState(NamedTuple):
+  """What a rule may look at between two layers, of ONE prompt.
+
+  Attributes:
+    hidden: float[R, D] residual stream.
+    positions: int32[P, R].
+    length: int32[] valid rows.
+    attention: float32[n] paid to the video rows in the layer before.
+    mask: bool[n] valid video rows, a prefix.
+    index: int32[n], see `prompt_batch.PrunedPrompts`.
+    row: int32[n], see `prompt_batch.PrunedPrompts`.
+    entered: `base.Selection` or None.
+    grid: static (T, H, W) of the whole video.
+  """
+
+  hidden: jax.Array
+  positions: jax.Array
+  length: jax.Array
+  attention: jax.Array
+  mask: jax.Array
+  index: jax.Array
+  row: jax.Array
+  entered: base.Selection | None
+  grid: tuple[int, int, int] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerwiseCompressor(base.Compressor):
+  """A rule that drops video tokens inside the language model.
+
+  A subclass gives `plan`, `step` and `minimum_ratio`; the fields that it adds
+  are its options. An exact budget spends the ratio as closely as whole tokens
+  allow, never more.
+
+  Attributes:
+    pre_llm: what chooses the tokens that enter the model; None lets all in.
+    attention_fn: "last" for the attention of the prompt's last token, mean
+      over heads; "after_video" for the most that any head of any token behind
+      the video pays.
+    drop_from_caches: True also forgets dropped tokens in the layers that saw
+      them, so that decoding sees the same tokens everywhere.
+  """
+
+  pre_llm: base.Compressor | None = None
+  attention_fn: str = "last"
+  drop_from_caches: bool = False
+
+  selects_first: ClassVar[bool] = False
+
+  @classmethod
+  def _general_fields(cls):
+    return {field.name for field in dataclasses.fields(LayerwiseCompressor)}
+
+  def plan(
+    self, num_layers: int, num_video: int, ratio: float
+  ) -> list[tuple[int, int]]:
+    """Returns [(layer, keep), ...]: what each layer from `layer` on sees.
+
+    Layer 0 stands for what enters the model. Layers ascend, keeps do not.
+
+    Raises:
+      UserError: the ratio cannot be met; names the lowest that can.
+    """
+    raise NotImplementedError(f"{type(self).__name__} has no plan")
+
+  def step(self, state: LayerState, *, layer: int, keep: int):
+    """Returns (kept int32[keep], num_valid int32[]) of ONE prompt.
+
+    `kept` ascends among the video rows 0..n-1; entries behind the first
+    `num_valid` are not read. A trained rule also takes `params`.
+    """
+    raise NotImplementedError(f"{type(self).__name__} has no step")
+
+  def rows(self, grid, ratio: float, num_layers: int | None = None) -> int:
+    """Returns K, the tokens left at the last layer, static."""
+    if self.selects_first:
+      return super().rows(grid, ratio)
+    num_video = math.prod(grid)
+    steps = self.plan(num_layers, num_video, ratio)
+    return steps[-1][1] if steps else num_video
+
+  def rows_per_layer(self, num_layers, grid, ratio):
+    """See `base.Compressor.rows_per_layer`."""
+    if self.selects_first:
+      return super().rows_per_layer(num_layers, grid, ratio)
+    num_video = math.prod(grid)
+    steps = self.plan(num_layers, num_video, ratio)
+    return [
+      min([num_video, *(keep for first, keep in steps if first <= layer)])
+      for layer in range(num_layers)
+    ]
+
+  def prefill(
+    self, model, params, prompt, inputs, *, ratio, new_rows, own_params=None,
+    selection=None,
+  ):  # fmt: skip
+    """See `base.Compressor.prefill`; a slice of layers for each cut."""
+    if self.selects_first:
+      return super().prefill(
+        model, params, prompt, inputs, ratio=ratio, new_rows=new_rows,
+        own_params=own_params, selection=selection,
+      )  # fmt: skip
+    num_layers = model.config.text.num_layers
+    grid, num_video = inputs.grid, math.prod(inputs.grid)
+    rows = self.enter(
+      prompt, inputs, ratio=ratio, num_layers=num_layers, own_params=own_params
+    )
+    cuts = [
+      (layer, keep)
+      for layer, keep in self.plan(num_layers, num_video, ratio)
+      if layer > 0
+    ]
+    num_behind = rows.x.shape[1] - rows.index.shape[1]
+    caches, tokens, first = [], [], 0
+    for layer, keep in [*cuts, (num_layers, None)]:
+      look = None
+      if keep is not None:
+        look = attention_of(
+          self.attention_fn, rows.lengths - rows.num_after, num_behind
+        )
+      x, keys, values, attended = model.run_layers(
+        params, rows.x, rows.positions, rows.lengths,
+        first=first, last=layer, look=look,
+        deep=rows.deep, video_rows=rows.video_rows,
+      )  # fmt: skip
+      caches.append(qwen2.Cache(keys, values, rows.lengths))
+      tokens += [rows.count] * (layer - first)
+      first, rows = layer, rows._replace(x=x)
+      if keep is None:
+        break
+      kept, count = self.cut(
+        rows, attended, grid, layer=layer, keep=keep, own_params=own_params
+      )
+      taken, rows = prompt_batch.take(rows, kept, count, num_video=num_video)
+      if self.drop_from_caches:
+        caches = [
+          prompt_batch.drop(cache, taken, rows.lengths) for cache in caches
+        ]
+    trace = base.SelectionTrace(
+      index=rows.index,
+      mask=jnp.arange(rows.index.shape[1])[None] < rows.count[:, None],
+      tokens=jnp.stack(tokens, axis=1).astype(jnp.float32),
+    )
+    return (
+      prompt_batch.last_logits(model, params, rows),
+      tuple(qwen2.with_room(cache, new_rows) for cache in caches),
+      trace,
+    )
+
+  def enter(
+    self, prompt, inputs, *, ratio, num_layers, own_params=None
+  ) -> prompt_batch.PrunedPrompts:
+    """Returns the prompts with the video tokens that enter the model.
+
+    Arguments are those of `prefill`.
+    """
+    if self.pre_llm is None:
+      return prompt
+    num_video = math.prod(inputs.grid)
+    steps = self.plan(num_layers, num_video, ratio)
+    num_keep = next((keep for layer, keep in steps if layer == 0), num_video)
+    share = num_keep / num_video
+    pre_llm = self.pre_llm
+    if not self.exact_budget:
+      pre_llm = pre_llm.with_options(exact_budget=False)
+      num_keep = pre_llm.rows(inputs.grid, share)
+    # As the prompt holds them, in its dtype.
+    features = prompt_batch.read_video(prompt.x, prompt.video_rows)
+    selection = pre_llm.select_batch(
+      dataclasses.replace(inputs, features=features),
+      num_keep=num_keep,
+      ratio=share,
+      params=own_params if self.trained else pre_llm.load(),
+    )
+    return prompt_batch.keep(prompt, selection, num_video=num_video)
+
+  def cut(self, rows, attended, grid, *, layer, keep, own_params=None):
+    """Returns `step` of B prompts, given float32[B, R] attention."""
+    given = {"params": own_params} if self.trained else {}
+    # Rounded the method's own way, fewer may have entered.
+    keep = min(keep, rows.index.shape[1])
+
+    def one(state):
+      state = state._replace(grid=grid)
+      return self.step(state, layer=layer, keep=keep, **given)
+
+    return jax.vmap(one)(state_of(rows, attended))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TwoStages(LayerwiseCompressor):
+  """A method with one part before the language model and one inside it.
+
+  A subclass gives `choose`, the first part. The budgets of both follow from
+  the ratio: about `llm_keep` of what enters goes on.
+
+  Attributes:
+    llm_stage: False for the part before the model alone, at the whole ratio.
+    llm_layer: the layer before which the second part acts, of a decoder of 28
+      layers.
+    llm_keep: share of the entered tokens that goes on.
+  """
+
+  llm_stage: bool = True
+  llm_layer: int = 20
+  llm_keep: float = 0.3
+
+  @property
+  def selects_first(self) -> bool:
+    """True without the second part: an ordinary compressor then."""
+    return not self.llm_stage
+
+  def __post_init__(self):
+    super().__post_init__()
+    if not isinstance(self.llm_stage, bool):
+      raise errors.UserError(
+        f"{self.name}: llm_stage={self.llm_stage!r}; give True or False"
+      )
+    second = {
+      name: getattr(type(self), name) for name in ("llm_layer", "llm_keep")
+    }
+    for name in sorted(set(second) & set(self.given)):
+      if not self.llm_stage:
+        raise errors.UserError(
+          f"{self.name}: {name} is an option of the stage in the language"
+          " model; give llm_stage=True with it"
+        )
+    share = self.llm_keep
+    if not isinstance(share, int | float) or not 0 < share <= 1:
+      raise errors.UserError(
+        f"{self.name}: llm_keep={share!r} is outside (0, 1]"
+      )
+    pre_llm = None
+    if self.llm_stage:
+      given = tuple(n for n in self.given if n not in ("llm_stage", *second))
+      pre_llm = dataclasses.replace(
+        self, llm_stage=False, given=given, **second
+      )
+    object.__setattr__(self, "pre_llm", pre_llm)
+
+  def plan(self, num_layers, num_video, ratio):
+    """Returns what enters and what goes on; `ratio` from below in the mean."""
+    layer = cut_layer(self.name, self.llm_layer, num_layers, True)
+    try:
+      entering, keep = budgets.two_stages(
+        ratio, num_layers, num_video, layer=layer, share=self.llm_keep
+      )
+    except errors.UserError as error:
+      raise errors.UserError(f"{self.name}: {error}") from None
+    if not self.exact_budget:
+      # Of as many tokens as may enter; what does is known to `pre_llm`.
+      keep = max(1, int(self.llm_keep * num_video))
+    return [(0, entering), (layer, keep)]
+
+  def minimum_ratio(self, num_layers, num_video):
+    """Returns the ratio of one token per layer."""
+    if self.selects_first or num_layers < 2:
+      return None
+    return budgets.lowest_ratio(num_layers, num_video, entering=1)
+
+  def step(self, state, *, layer, keep):
+    """Returns the tokens that the last token attends to most."""
+    del layer
+    return keep_by_last_query(state, keep)
+
+
+def generate(
+  model,
+  params,
+  compressor: base.Compressor,
+  prompt: prompt_batch.PrunedPrompts,
+  inputs: base.CompressorInputs,
+  next_positions,
+  *,
+  ratio,
+  max_new_tokens,
+  eos_ids,
+  pad_id,
+  own_params=None,
+):
+  """Returns (ids int32[B, max_new_tokens], `SelectionTrace`) of whole prompts.
+
+  Can be jitted with the compressor, ratio and everything behind static, unless
+  `compressor.on_host`.
+
+  Args:
+    model: `models.video_llm.VideoLLM`.
+    params: its parameters.
+    compressor: the rule.
+    prompt: whole prompts of `prompt_batch.whole`; a newline row that ends the
+      video counts as text.
+    inputs: leading axis B, what the compressor requires.
+    next_positions: int32[B] position of the first generated token.
+    ratio: static, mean share of the video tokens that a layer sees.
+    max_new_tokens: static, at least 1.
+    eos_ids: static, token ids that end an answer.
+    pad_id: id written behind the end.
+    own_params: of a trained compressor, from `load`.
+  """
+  ratio = base.check_ratio(ratio)
+  if compressor.on_host and isinstance(prompt.x, jax.core.Tracer):
+    raise ValueError(
+      f"{compressor.name} reads counts on the host; call generate outside jit"
+    )
+  logits, caches, trace = compressor.prefill(
+    model, params, prompt, inputs,
+    ratio=ratio, new_rows=max_new_tokens - 1, own_params=own_params,
+  )  # fmt: skip
+  extend = _extend if compressor.on_host else generation.extend
+  ids = extend(
+    model,
+    params,
+    logits,
+    caches,
+    next_positions,
+    num_position_rows=prompt.positions.shape[1],
+    max_new_tokens=max_new_tokens,
+    eos_ids=tuple(eos_ids),
+    pad_id=pad_id,
+  )
+  return ids, trace
+
+
+_extend = jax.jit(
+  generation.extend,
+  static_argnums=0,
+  static_argnames=("num_position_rows", "max_new_tokens", "eos_ids", "pad_id"),
+)
+
+
+def state_of(rows: prompt_batch.PrunedPrompts, attended) -> LayerState:
+  """Returns what a rule looks at, leading axis B, but for the grid.
+
+  Args:
+    rows: B prompts.
+    attended: float32[B, R] attention that their rows receive.
+  """
+  size = rows.index.shape[1]
+  return LayerState(
+    hidden=rows.x,
+    positions=rows.positions,
+    length=rows.lengths,
+    attention=prompt_batch.read_video(attended, rows.video_rows),
+    mask=jnp.arange(size)[None] < rows.count[:, None],
+    index=rows.index,
+    row=rows.row,
+    entered=rows.entered,
+  )
+
+
+def keep_by_last_query(state: LayerState, keep: int):
+  """Returns (kept int32[keep], count): what the last token looks at most.
+
+  Ties go to the earlier token.
+  """
+  values = jnp.where(state.mask, state.attention, -1.0)
+  _, kept = jax.lax.top_k(values, keep)
+  # Rows that are not valid lie behind all that are.
+  count = jnp.minimum(state.mask.sum(), keep).astype(jnp.int32)
+  return jnp.sort(kept).astype(jnp.int32), count
+
+
+def keep_by_text_attention(
+  state: LayerState, keep: int, sets, *, num_sets, share=None
+):
+  """Returns (kept int32[keep], count): the best of every set of tokens.
+
+  Args:
+    state: with the attention that the text pays.
+    keep: static.
+    sets: int32[n] set of each video row, below `num_sets` where valid.
+    num_sets: static.
+    share: None shares out exactly `keep` tokens in proportion to the sets'
+      sizes, by largest remainder; a number keeps int(share * size) of each,
+      as PruneVID's own code does, which is `keep` at most.
+  """
+  size = state.mask.shape[0]
+  sets = jnp.where(state.mask, sets, num_sets)
+  sizes = jnp.zeros(num_sets + 1, jnp.int32).at[sets].add(1)
+  total = state.mask.sum()
+  if share is None:
+    quotas = budgets.largest_remainder_on_device(
+      sizes[:num_sets], jnp.minimum(keep, total), high=sizes[:num_sets]
+    )
+  else:
+    table = jnp.array([int(share * n) for n in range(size + 1)], jnp.int32)
+    quotas = table[sizes[:num_sets]]
+  quotas = jnp.append(quotas, 0)
+  # Sorted by set and, in a set, by attention; the place in the set is the rank.
+  order = jnp.lexsort((-state.attention, sets))
+  start = jnp.cumsum(sizes) - sizes
+  rank = jnp.arange(size) - start[sets[order]]
+  survives = jnp.zeros(size, bool).at[order].set(rank < quotas[sets[order]])
+  return compact(survives, keep)
+
+
+def sets_of_static_and_frames(selection: base.Selection, grid):
+  """Returns int32[K] sets of merged rows, 2 * T in all.
+
+  A row that stands for tokens of one frame belongs to that frame's set; one
+  that stands for several frames to set T + first of them: PruneVID's dynamic
+  and static tokens. Padding goes to set 2 * T.
+  """
+  T, H, W = grid
+  size = selection.index.shape[0]
+  frame = jnp.arange(T * H * W, dtype=jnp.int32) // (H * W)
+  group = jnp.where(selection.assign < 0, size, selection.assign)
+  first = jax.ops.segment_min(frame, group, size + 1)[:size]
+  last = jax.ops.segment_max(frame, group, size + 1)[:size]
+  sets = jnp.where(last > first, T + first, first)
+  return jnp.where(selection.mask, sets, 2 * T)
+
+
+def compact(survives, size: int):
+  """Returns (int32[size] ascending places of True, behind them n; count)."""
+  length = survives.shape[0]
+  (places,) = jnp.nonzero(survives, size=size, fill_value=length)
+  return places, survives.sum().astype(jnp.int32)
+
+
+def cut_layer(
+  name: str, layer: int, num_layers: int, scale_layers: bool
+) -> int:
+  """Returns the layer before which tokens are dropped, checked."""
+  if not isinstance(layer, int) or isinstance(layer, bool) or layer < 1:
+    raise errors.UserError(
+      f"{name}: layer={layer!r}; tokens can be dropped before layer 1 or later"
+    )
+  found = budgets.scale_layer(layer, num_layers) if scale_layers else layer
+  if found >= num_layers:
+    raise errors.UserError(
+      f"{name}: layer={layer} leaves none of the model's {num_layers} layers"
+      " behind it; use a lower layer"
+    )
+  return found
+
+
+def token_layers(num_layers: int, num_video: int, ratio: float) -> int:
+  """Returns floor(ratio * layers * N): tokens that all layers may see."""
+  # The decimal number that was written, not its nearest binary fraction.
+  exact = fractions.Fraction(str(base.check_ratio(ratio)))
+  return math.floor(exact * num_layers * num_video)
+
+
+def attention_of(kind: str, text_start, num_behind: int):
+  """Returns `f(q, k, lengths)` -> float32[B, R] for `run_layers`."""
+  if kind == "last":
+    return attention.last_query_attention
+  if kind == "after_video":
+    return lambda q, k, lengths: attention.strongest_attention(
+      q, k, text_start, lengths, num_queries=num_behind
+    )
+  raise ValueError(f"attention_fn {kind!r} is neither 'last' nor 'after_video'")

@@ -1,0 +1,346 @@
+"""Clusters of tokens: density peaks, connected components, spanning forests.
+
+All with static shapes. Density peaks cluster the points of masked sets, each
+on its own (PruneVID, HoliTom and FlashVID share them): a point is dense if its
+k nearest points, itself included, are near; it is separate if the nearest
+denser point is far. The points with the largest product of the two are the
+centres, every other point joins the nearest centre. How many points and
+clusters there are may be data. Nothing is drawn: among equal densities the
+earlier point is the denser one (the published code adds noise), equal scores
+and equal distances go to the earlier point.
+Paper: https://doi.org/10.1016/j.knosys.2016.02.001
+
+A partition of n nodes is a label int32[n] per node, one of the members of its
+component, so that the node with `label[i] == i` stands for the component.
+Rounds that depend on the data run in a `while_loop`; hooking roots onto roots
+and halving the way to them takes about log n rounds, where passing minima
+along edges would take as many as a chain is long.
+
+Axes: n points or nodes, m edges, D width, K groups.
+"""
+
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from cacovid_jax.compressors import base, selection_ops
+from cacovid_jax.policy import diversity
+
+
+class Clusters(NamedTuple):
+  """Clusters of one or several disjoint sets of points.
+
+  Attributes:
+    score: float32[n], log(density * separation); -inf where a point is not
+      there, and where it coincides with a denser one.
+    rank: int32[n], place of a point's score in its set, from 0; the points
+      with rank below the number of clusters are the centres. n if not there.
+    centre: int32[n], the centre that a point joins, itself for a centre; n if
+      not there.
+    label: int32[n], rank of that centre, -1 if not there.
+  """
+
+  score: jax.Array
+  rank: jax.Array
+  centre: jax.Array
+  label: jax.Array
+
+
+def cluster(x, num_clusters, *, num_neighbours=7, valid=None, sets=None):
+  """Clusters points by their Euclidean distance over the root of D.
+
+  Args:
+    x: float[n, D]; distances are taken in float32.
+    num_clusters: see `from_distances`.
+    num_neighbours: see `from_distances`.
+    valid: see `from_distances`.
+    sets: see `from_distances`.
+  """
+  chex.assert_rank(x, 2)
+  present = valid
+  if sets is not None:
+    present = sets >= 0 if valid is None else valid & (sets >= 0)
+  squared = diversity.squared_distances(x, present)
+  return from_distances(
+    squared,
+    num_clusters,
+    num_neighbours=num_neighbours,
+    valid=valid,
+    sets=sets,
+  )
+
+
+def from_distances(
+  squared, num_clusters, *, num_neighbours=7, valid=None, sets=None
+):
+  """Clusters points of which the squared distances are known.
+
+  Args:
+    squared: float32[n, n] squared distances, symmetric, zero diagonal.
+    num_clusters: number of clusters of a set; an int, an int32[], or int32[n]
+      which gives at each point the number of its set. Below 1 counts as 1; a
+      set of fewer points has each point in a cluster of its own.
+    num_neighbours: k; a set of fewer points has as many neighbours only.
+    valid: bool[n], the points that are there; None for all.
+    sets: int32[n], the set of each point, negative where it is not there;
+      None for one set. Points of different sets do not see each other.
+
+  Returns:
+    `Clusters`.
+  """
+  chex.assert_rank(squared, 2)
+  n = squared.shape[0]
+  points = jnp.arange(n, dtype=jnp.int32)
+  if sets is None:
+    sets = jnp.zeros([n], jnp.int32)
+  present = sets >= 0 if valid is None else valid & (sets >= 0)
+  together = (sets[:, None] == sets[None, :]) & present[:, None] & present
+
+  # Logarithms of the densities: their order is the same, and they do not
+  # vanish where all points are far apart.
+  nearest, _ = jax.lax.top_k(
+    jnp.where(together, -squared, -jnp.inf), min(num_neighbours, n)
+  )
+  size = together.sum(axis=-1)
+  near = jnp.arange(nearest.shape[1]) < size[:, None]
+  density = jnp.where(near, nearest, 0.0).sum(axis=-1)
+  density = density / jnp.maximum(near.sum(axis=-1), 1)
+
+  denser = together & selection_ops.before(density)
+  closest = jnp.min(jnp.where(denser, squared, jnp.inf), axis=-1)
+  widest = jnp.where(together, squared, 0.0).max(axis=-1)
+  widest = jnp.where(together, widest[None, :], 0.0).max(axis=-1)
+  separation = jnp.where(denser.any(axis=-1), closest, widest)
+  score = density + 0.5 * jnp.log(separation)
+  score = jnp.where(present, score, -jnp.inf)
+
+  rank = (together & selection_ops.before(score)).sum(axis=-1, dtype=jnp.int32)
+  num_clusters = jnp.maximum(jnp.asarray(num_clusters, jnp.int32), 1)
+  is_centre = present & (rank < num_clusters)
+  reach = jnp.where(together & is_centre[None, :], squared, jnp.inf)
+  centre = jnp.argmin(reach, axis=-1).astype(jnp.int32)
+  # A centre that coincides with an earlier one keeps its own cluster.
+  centre = jnp.where(is_centre, points, centre)
+  return Clusters(
+    score=score,
+    rank=jnp.where(present, rank, n),
+    centre=jnp.where(present, centre, n),
+    label=jnp.where(present, rank[centre], -1),
+  )
+
+
+def means(x, clusters: Clusters):
+  """Returns float32[n, D]: at each centre the mean of its cluster, else 0.
+
+  Args:
+    x: float[n, D] points; those that are not there must be finite.
+    clusters: clusters of these points, of any number of sets.
+  """
+  return base.segment_mean(x, clusters.centre, x.shape[0])
+
+
+def connected_components(adjacency: jax.Array) -> jax.Array:
+  """Returns int32[n] component labels, the smallest member of each.
+
+  Args:
+    adjacency: bool[n, n], symmetric; the diagonal has no influence.
+  """
+  return _until_stable(
+    lambda label: _hook_neighbours(adjacency, label), adjacency.shape[0]
+  )
+
+
+def _hook_neighbours(adjacency, label):
+  """Returns int32[n], the smallest label next to each node or its tree."""
+  others = jnp.where(adjacency, label[None, :], label.shape[0])
+  below = jnp.minimum(jnp.min(others, axis=-1), label)
+  # Written to the root as well, so that its whole tree follows at once.
+  return jnp.minimum(label.at[label].min(below), below)
+
+
+def components_of_edges(
+  first: jax.Array, second: jax.Array, present: jax.Array, num_nodes: int
+) -> jax.Array:
+  """Returns int32[n] component labels, the smallest member of each.
+
+  Args:
+    first: int32[m] one end of each edge.
+    second: int32[m] the other end.
+    present: bool[m], False where there is no edge.
+    num_nodes: n, static.
+  """
+  first = jnp.where(present, first, 0)
+  second = jnp.where(present, second, 0)
+
+  return _until_stable(
+    lambda label: _hook_edges(first, second, label), num_nodes
+  )
+
+
+def _hook_edges(first, second, label):
+  """As `_hook_neighbours`, of a list of edges."""
+  a, b = label[first], label[second]
+  below = jnp.minimum(a, b)
+  label = label.at[a].min(below).at[b].min(below)
+  return label.at[first].min(below).at[second].min(below)
+
+
+def _until_stable(hook, n):
+  start = jnp.arange(n, dtype=jnp.int32)
+
+  def step(state):
+    label, _ = state
+    hooked = hook(label)
+    hooked = hooked[hooked]
+    return hooked, jnp.any(hooked != label)
+
+  state = (start, jnp.array(True))
+  label, _ = jax.lax.while_loop(lambda state: state[1], step, state)
+  return label
+
+
+class Forest(NamedTuple):
+  """A maximum spanning forest; edges lie in n slots in no special order.
+
+  Attributes:
+    first: int32[n] one end of the slot's edge.
+    second: int32[n] the other end.
+    weight: float32[n] its similarity, -inf where the slot is empty.
+  """
+
+  first: jax.Array
+  second: jax.Array
+  weight: jax.Array
+
+
+def maximum_spanning_forest(
+  similarity: jax.Array, valid: jax.Array | None = None
+) -> Forest:
+  """Returns the spanning forest of largest total similarity (Boruvka).
+
+  In each round every tree takes the best edge that leaves it, all at once.
+  Edges are ordered by similarity, then by the smaller and the larger end, so
+  equal similarities give one well-defined forest.
+
+  Args:
+    similarity: float32[n, n], symmetric to the last bit; -inf for no edge.
+    valid: bool[n], the nodes that are there; None for all. The others are
+      trees of their own.
+  """
+  n = similarity.shape[0]
+  node = jnp.arange(n, dtype=jnp.int32)
+  if valid is None:
+    valid = jnp.ones([n], bool)
+
+  def grow(state):
+    label, forest, _ = state
+    outside = label[:, None] != label[None, :]
+    outside &= valid[:, None] & valid[None, :]
+    weight = jnp.where(outside, similarity, -jnp.inf)
+    # The first of several best ends also makes the first edge in the order.
+    other = jnp.argmax(weight, axis=-1).astype(jnp.int32)
+    weight = jnp.max(weight, axis=-1)
+    best = jax.ops.segment_max(weight, label, num_segments=n)
+    leads = (weight == best[label]) & (weight > -jnp.inf)
+    key = jnp.minimum(node, other) * n + jnp.maximum(node, other)
+    key = jnp.where(leads, key, n * n)
+    least = jax.ops.segment_min(key, label, num_segments=n)
+    # One node of a tree offers its best edge: both ends of an edge lie in
+    # different trees, hence no second node of this tree has the same key.
+    offers = leads & (key == least[label])
+    slot = jnp.where(offers, label, n)
+    target = node.at[slot].set(label[other], mode="drop")
+    # Trees hang onto the tree that their edge leads to. The only circle is a
+    # pair that took the same edge: its smaller tree stays a root.
+    root = (target[target] == node) & (node <= target)
+    parent = jnp.where(root, node, target)
+    hangs = offers & ~root[label]
+    slot = jnp.where(hangs, label, n)
+    forest = Forest(
+      forest.first.at[slot].set(node, mode="drop"),
+      forest.second.at[slot].set(other, mode="drop"),
+      forest.weight.at[slot].set(weight, mode="drop"),
+    )
+    for _ in range(max(n - 1, 1).bit_length()):
+      parent = parent[parent]
+    return parent[label], forest, jnp.any(hangs)
+
+  forest = Forest(node, node, jnp.full([n], -jnp.inf, jnp.float32))
+  state = (node, forest, jnp.array(n > 1))
+  _, forest, _ = jax.lax.while_loop(lambda state: state[2], grow, state)
+  return forest
+
+
+def cut(forest: Forest, num_edges: jax.Array) -> jax.Array:
+  """Returns int32[n] labels of the forest's `num_edges` strongest edges.
+
+  With s valid nodes in one tree, s - K edges leave exactly K components: those
+  of the graph of all similarities above a threshold that K components have.
+  Equal weights are cut in the order of the edges' ends.
+
+  Args:
+    forest: of n slots.
+    num_edges: int32[], how many edges to keep; may exceed what there is.
+  """
+  n = forest.weight.shape[0]
+  low = jnp.minimum(forest.first, forest.second)
+  high = jnp.maximum(forest.first, forest.second)
+  order = jnp.lexsort((high, low, -forest.weight))
+  rank = jnp.zeros([n], jnp.int32).at[order].set(jnp.arange(n))
+  keep = (rank < num_edges) & (forest.weight > -jnp.inf)
+  return components_of_edges(forest.first, forest.second, keep, n)
+
+
+def best_member(
+  value: jax.Array, label: jax.Array, num_groups: int, tie=None
+) -> jax.Array:
+  """Returns int32[K], the member of each group with the largest value.
+
+  Among equal values the lowest tie, then the lowest index. Groups without
+  members get n.
+
+  Args:
+    value: [n] what to compare.
+    label: int32[n]; labels of K or more are left out.
+    num_groups: K, static.
+    tie: int32[n] distinct numbers below n; None for the index.
+  """
+  n = value.shape[0]
+  node = jnp.arange(n, dtype=jnp.int32)
+  inside = label < num_groups
+  label = jnp.where(inside, label, num_groups)
+  if tie is None:
+    tie = node
+  best = jax.ops.segment_max(value, label, num_segments=num_groups + 1)
+  leads = inside & (value == best[label])
+  tie = jnp.where(leads, tie, n)
+  least = jax.ops.segment_min(tie, label, num_segments=num_groups + 1)
+  slot = jnp.where(leads & (tie == least[label]), label, num_groups)
+  found = jnp.full([num_groups + 1], n, jnp.int32).at[slot].set(node)
+  return found[:num_groups]
+
+
+def distinct_representatives(
+  closeness: jax.Array, label: jax.Array, num_groups: int
+) -> jax.Array:
+  """Returns int32[K] distinct tokens, each group's closest member.
+
+  A group without members gets a token that represents no group, the j-th such
+  group the j-th such token, since every row must have a place in the video.
+
+  Args:
+    closeness: float[n] in [-1, 1] of each token to its own group. The two
+      members of a pair are equally close to their mean, but for rounding:
+      differences below 2e-5 count as none, and the first one wins.
+    label: int32[n] group of each token, below K.
+    num_groups: K, static, at most n.
+  """
+  n = closeness.shape[0]
+  found = best_member(jnp.round(closeness * 2**16), label, num_groups)
+  empty = found == n
+  used = jnp.zeros([n], bool).at[found].set(True, mode="drop")
+  (spare,) = jnp.nonzero(~used, size=num_groups, fill_value=n)
+  place = jnp.cumsum(empty) - 1
+  return jnp.where(empty, spare[place], found).astype(jnp.int32)

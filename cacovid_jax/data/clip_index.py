@@ -1,0 +1,120 @@
+"""Which pictures a clip shows: from its packets, or from decoding all of it."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+NO_STAMP = -(2**62)  # Of packets and pictures without a time.
+_EMPTY = np.zeros(0, np.int64)
+
+
+class ClipIndex(NamedTuple):
+  """Which pictures a clip shows, and how they are reached.
+
+  Attributes:
+    num_frames: N, pictures that are shown.
+    stamps: int64[N], their time stamps, ascending; empty if they tell no order.
+    keys: int64[K], number of the first picture shown from each key frame on.
+    landings: int64[K, 3], of each key frame the time to seek to, its stamp and
+      its byte in the file.
+    sound: whether packets alone tell the pictures, so that seeking may be
+      tried; if not, the clip is decoded in sequence.
+    numbers: int64[P], number of each picture that decodes, ascending.
+    damaged: bool[P], whether a picture shows damage or follows some.
+    lost: pictures that do not decode.
+  """
+
+  num_frames: int = 0
+  stamps: np.ndarray = _EMPTY
+  keys: np.ndarray = _EMPTY
+  landings: np.ndarray = _EMPTY
+  sound: bool = False
+  numbers: np.ndarray = _EMPTY
+  damaged: np.ndarray = _EMPTY
+  lost: int = 0
+
+  @classmethod
+  def of_packets(
+    cls, packets: np.ndarray, *, by_stamp: bool, delayed: bool
+  ) -> "ClipIndex":
+    """Returns what packets tell of streams of one picture a packet.
+
+    Packets that an edit list hides, and those that need a key frame before the
+    stream's first one, are never shown: counting them would shift every index.
+
+    Args:
+      packets: int64[n, 4]: stamp, decoding time, byte in the file, 1 for a key
+        frame + 2 for a hidden one.
+      by_stamp: whether the container seeks by stamps, not by decoding times.
+      delayed: whether the decoder gives pictures in another order than it takes
+        them. Stamps in decoding order are then no stamps of the pictures.
+    """
+    stamps, times, places, flags = packets.T
+    keys = np.flatnonzero(flags & 1)
+    if not keys.size or (stamps == NO_STAMP).any():
+      return cls()
+    visible = flags & 2 == 0
+    shown = np.sort(stamps[visible & (stamps >= stamps[keys[0]])])
+    if not shown.size or (np.diff(shown) == 0).any():
+      return cls()
+    target = stamps if by_stamp else times
+    later, known = keys[keys > 0], times[times != NO_STAMP]
+    sound = (
+      keys[0] == 0
+      and shown.size == visible.sum()
+      and (np.diff(known) > 0).all()
+      and (np.maximum.accumulate(stamps)[later - 1] < stamps[later]).all()
+      and (not delayed or (np.diff(stamps) < 0).any())
+    )
+    return cls(
+      num_frames=shown.size,
+      stamps=shown,
+      keys=np.searchsorted(shown, stamps[keys]),
+      landings=np.stack([target, stamps, places], axis=1)[keys],
+      sound=bool(sound),
+      numbers=np.arange(shown.size),
+      damaged=np.zeros(shown.size, bool),
+    )
+
+  def decoded(
+    self, pictures: np.ndarray, faults: int, early: int = 0
+  ) -> "ClipIndex":
+    """Returns the index of a clip that was decoded as a whole.
+
+    Pictures are numbered as they come out. Where some are lost to damage, their
+    stamps tell which: the others keep their numbers.
+
+    Args:
+      pictures: int64[P, 2]: stamp, 1 for a key frame + 2 for a damaged picture.
+      faults: errors of the decoder, damaged pictures included.
+      early: those before the first picture: unless stamps tell more, the clip
+        begins between key frames, and nothing is lost.
+    """
+    stamps, flags = pictures.T
+    corrupt, place = flags & 2 > 0, np.arange(len(stamps))
+    numbers, shown = place, np.sort(stamps)
+    lost = max(0, faults - early - corrupt.sum())
+    if shown[0] == NO_STAMP or (np.diff(shown) == 0).any():
+      shown = _EMPTY
+    in_order = np.array_equal(shown, stamps)
+    if faults and in_order and np.isin(stamps, self.stamps).all():
+      numbers, shown = np.searchsorted(self.stamps, stamps), self.stamps
+      lost = len(shown) - len(stamps)
+    broken = corrupt | (np.diff(numbers, prepend=-1) > 1)
+    whole = (flags & 1 > 0) & ~corrupt
+    last_broken, last_whole = (
+      np.maximum.accumulate(np.where(mark, place, -1))
+      for mark in (broken, whole)
+    )
+    return ClipIndex(
+      num_frames=len(shown) or len(numbers),
+      stamps=shown,
+      numbers=numbers,
+      damaged=last_broken > last_whole,
+      lost=int(lost),
+    )
+
+  def places(self, wanted: np.ndarray) -> np.ndarray:
+    """Returns the place of each picture, or of the last before a lost one."""
+    places = np.searchsorted(self.numbers, wanted, side="right") - 1
+    return places.clip(min=0)

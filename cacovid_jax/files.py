@@ -1,0 +1,104 @@
+"""Files that survive a kill: atomic writes, appended lines, locks, hashes.
+
+A file is written beside its place and renamed, so that a reader sees the old
+file or the whole new one, whenever the writer is killed.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+import socket
+import uuid
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from absl import logging
+
+from cacovid_jax import errors
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+  """Gives a free path beside `path`; what is written there replaces it.
+
+  The name holds host and process, so that several processes may write the same
+  file. An error removes the partial file and leaves the old one.
+  """
+  path = pathlib.Path(path)
+  name = f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
+  partial = path.with_name(f"{path.name}.{name}.partial")
+  try:
+    yield partial
+    sync(partial)
+    os.replace(partial, path)
+  except BaseException:
+    partial.unlink(missing_ok=True)
+    raise
+
+
+def write(
+  path: str | os.PathLike, content: str | bytes | Iterable[bytes]
+) -> None:
+  """Writes text (UTF-8), bytes or pieces of bytes, all or nothing."""
+  if isinstance(content, str):
+    content = content.encode("utf-8")
+  pieces = [content] if isinstance(content, bytes) else content
+  with replacing(path) as partial, open(partial, "wb") as file:
+    file.writelines(pieces)
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+  """Writes JSON with sorted keys, all or nothing; NaN is a ValueError."""
+  text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False)
+  write(path, text + "\n")
+
+
+def append(file, data: bytes) -> None:
+  """Appends bytes to an open binary file and waits until they are on disk."""
+  file.write(data)
+  file.flush()
+  os.fsync(file.fileno())
+
+
+def sync(path: str | os.PathLike) -> None:
+  """Forces a file or a folder to disk."""
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
+
+
+def sha256(path: str | os.PathLike) -> str:
+  """Returns the sha256 of a file's content, in hexadecimal digits."""
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def lock(
+  file,
+  path: str | os.PathLike,
+  *,
+  wait: bool = False,
+  hint: str = "or use another workdir",
+) -> None:
+  """Locks an open file until it is closed.
+
+  Args:
+    file: open for writing.
+    path: its name, for the error.
+    wait: for the process that has it, instead of refusing.
+    hint: end of the refusal: what else the command can do, by its own flags.
+  """
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+  except BlockingIOError:
+    raise errors.UserError(
+      f"another process is writing to {path}; wait for it, {hint}"
+    ) from None
+  except OSError as error:
+    # Some network file systems have no locks; the rest works without.
+    logging.warning("%s cannot be locked (%s)", path, error.strerror)

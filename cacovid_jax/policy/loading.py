@@ -1,0 +1,275 @@
+"""A policy by name, one's own included, and from its files on disk.
+
+A policy of one's own is a Linen module in any file, selected by the config
+value `path/to/file.py:Class` (or `package.module:Class`). A policy_config.json
+says which one a policy was trained with; it is run only if whoever loads the
+policy names it, too: `PATH?module=path/to/file.py:Class`.
+
+  class MyPolicy(nn.Module):
+    @classmethod
+    def from_llm_config(cls, llm, **options): ...  # -> module
+    def __call__(self, x, positions, video_rows, grid, length=None): ...
+    @nn.nowrap
+    def init_from_llm(self, rng, llm_params): ...  # -> params
+
+`__call__` gets ONE prompt and returns `network.Scores`, as `network.Policy`
+does. `grid` is (T, H, W), or a `TokenGrid` where programs serve videos of
+different grids; `TokenGrid.of(grid).frame_means` takes either. `options` are
+the keys of the config's policy section (`dtype` and `num_halvings` among them;
+ignore what does not apply). Parameters under a top-level name `layer` are
+trained with the lower rate of pretrained weights, all others with that of the
+heads.
+"""
+
+import dataclasses
+import inspect
+import logging
+import os
+import pathlib
+import re
+import reprlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+from flax import traverse_util
+
+from cacovid_jax import errors, extensions, files
+from cacovid_jax.models import attention, checkpoints, safetensors_io
+from cacovid_jax.policy import network
+
+_ENTRY_POINTS = ("from_llm_config", "init_from_llm", "__call__")
+# What values must be, in policy_config.json and in a config's policy section.
+_KINDS = {
+  "policy": dict,
+  "policy.module": str,
+  "policy.dtype": ("float32", "bfloat16"),
+  "policy.backend": attention.BACKENDS,
+  "policy.num_halvings": int,
+  "base_model": dict,
+  "base_model.sha256": str,
+  "module_sha256": str,
+}
+_WORDS = {dict: "an object", str: "a text", int: "a whole number"}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoadedPolicy:
+  """A policy with its weights.
+
+  Attributes:
+    module: Linen module, applied as `network.Policy` is.
+    params: trained parameters.
+    identity: digest of the parameters.
+  """
+
+  module: Any
+  params: Any
+  identity: str = ""
+
+
+def load_policy_module(spec: str = "") -> tuple[type, str]:
+  """Returns the policy class called `spec`, and the sha256 of its file."""
+  if spec in extensions.BUILT_IN:
+    return network.Policy, ""
+  found, digest = extensions.load(spec, "policy.module")
+  if not inspect.isclass(found):
+    raise errors.UserError(f"policy.module {spec!r} is no class")
+  lacking = [name for name in _ENTRY_POINTS if not hasattr(found, name)]
+  if lacking:
+    raise errors.UserError(
+      f"policy.module {spec!r} lacks {', '.join(lacking)}; see policy.loading"
+    )
+  return found, digest
+
+
+def make_policy(llm, options, *, where="config", dtype=None):
+  """Returns the policy of a language model's config, and its module's sha256.
+
+  `options` are those of a config's policy section without `init`; `where` is
+  where they stand. A `dtype` replaces theirs.
+  """
+  options = dict(options)
+  _check({"policy": options}, where)
+  found, digest = load_policy_module(options.pop("module", ""))
+  if "dtype" in options:
+    options["dtype"] = jnp.dtype(options["dtype"]) if dtype is None else dtype
+  try:
+    return found.from_llm_config(llm, **options), digest
+  except TypeError as error:
+    raise errors.UserError(
+      f"{where}: {found.__name__} takes other options: {errors.one_line(error)}"
+    ) from error
+
+
+def init_policy(policy, base_params, seed, init=""):
+  """Returns a policy's first parameters, drawn, or those that `init` holds."""
+  params = policy.init_from_llm(jax.random.key(seed), base_params)
+  return load(init, policy, params) if init else params
+
+
+def load_policy(spec: str | os.PathLike, checkpoint) -> LoadedPolicy:
+  """Returns a policy that training exported.
+
+  Args:
+    spec: a safetensors file; or a folder (or a training workdir that holds
+      `policy/`), whose `best.safetensors` is taken if validation chose one,
+      else `policy.safetensors`; or a checkpoint directory with the public
+      policy among its weights. `?module=NAME` behind it names one's own module.
+    checkpoint: the base model that it must have been trained with.
+  """
+  path, module = split(spec)
+  file = _find_policy(pathlib.Path(path))
+  if file is None:
+    raise errors.UserError(
+      f"there is no policy in {path}; give the workdir of a finished training"
+      " run, or a .safetensors file"
+    )
+  config = (file if file.is_dir() else file.parent) / "policy_config.json"
+  described = checkpoints.read_json(config) if config.is_file() else {}
+  _check(described, config)
+  trained_with = described.get("base_model", {}).get("sha256")
+  if trained_with not in (None, checkpoint.identity["sha256"]):
+    raise errors.UserError(
+      f"policy {path} was trained with another base model; give that one's"
+      " --checkpoint"
+    )
+  options = dict(described.get("policy", {}))
+  recorded = options.get("module", "")
+  if not module and recorded not in extensions.BUILT_IN:
+    raise errors.UserError(
+      f"policy {path} was trained with {recorded!r}, and a file of data runs no"
+      f" code: give --policy={path}?module={recorded!r} if you trust it"
+    )
+  if module:
+    options["module"] = module
+  elif not described:
+    options["num_halvings"] = _num_halvings(file)
+  # The dtype of the base model here, not of the accelerator it was trained on.
+  llm, dtype = checkpoint.model.config.text, checkpoint.model.dtype
+  policy, digest = make_policy(llm, options, where=config, dtype=dtype)
+  before = described.get("module_sha256", digest)
+  if digest and before != digest:
+    logging.getLogger(__name__).warning(
+      f"policy {path} was trained with another text of {options['module']}:"
+      f" sha256 {before:.12}, now {digest:.12}"
+    )
+  if file.is_file():
+    identity = files.sha256(file)
+  else:
+    identity = checkpoints.identity(os.fspath(file))["sha256"]
+  return LoadedPolicy(policy, load(file, policy), identity)
+
+
+def split(spec: str | os.PathLike) -> tuple[str, str]:
+  """Returns the path and the module of `PATH?module=NAME`; "" for no module."""
+  path, _, module = os.fspath(spec).partition("?module=")
+  return path, module
+
+
+def has_policy(spec: str | os.PathLike) -> bool:
+  """Returns whether `spec` is, or holds, an exported policy."""
+  path, _ = split(spec)
+  return bool(path) and _find_policy(pathlib.Path(path)) is not None
+
+
+def _find_policy(path: pathlib.Path) -> pathlib.Path | None:
+  names = ("best.safetensors", "policy.safetensors")
+  inside = [path / part / name for part in ("", "policy") for name in names]
+  found = next(filter(pathlib.Path.is_file, (path, *inside)), None)
+  # The public release keeps it among the base model's weights.
+  return found or (path if _released(path) else None)
+
+
+def _num_halvings(file: pathlib.Path) -> int:
+  """Returns the hidden layers of the heads in a file of the public format."""
+  layer = re.compile(r"compression_policy\.token_compress\..*\.weight")
+  count = sum(map(bool, map(layer.fullmatch, read(file))))
+  if not count:
+    raise errors.UserError(
+      f"{file} holds no policy under the public names, and no"
+      " policy_config.json lies beside it"
+    )
+  return count - 1
+
+
+def _check(described, where):
+  """Stops at a value of policy_config.json that is not what it must be."""
+  for key, kind in _KINDS.items():
+    group, _, name = key.rpartition(".")
+    values = described.get(group, {}) if group else described
+    value = values.get(name)
+    fits = value in kind if isinstance(kind, tuple) else type(value) is kind
+    if name in values and not fits:
+      what = _WORDS.get(kind) or f"one of {', '.join(kind)}"
+      raise errors.UserError(
+        f"{where}: {key} is {reprlib.repr(value)}; it must be {what}"
+      )
+
+
+def save(path, policy, params, dtype=np.float32):
+  """Writes params as safetensors.
+
+  The paper's policy is written under public names in `dtype`, of which float32
+  loses nothing; one's own under its own names, joined by `/`, in its own types.
+  """
+  if isinstance(policy, network.Policy):
+    tensors = network.to_public(params, dtype)
+  else:
+    flat = traverse_util.flatten_dict(params, sep="/")
+    tensors = {key: np.asarray(leaf) for key, leaf in flat.items()}
+  checkpoints.write_safetensors(path, tensors)
+
+
+def load(path, policy, params=None):
+  """Returns params as `save` wrote them, or as a public checkpoint holds them.
+
+  `path` is a file, or the directory of the checkpoint. Those of a policy of
+  one's own are compared with the shapes of `params`.
+
+  Raises:
+    UserError: unreadable, or tensors missing, left over or misshaped.
+  """
+  tensors = read(path)
+  if isinstance(policy, network.Policy):
+    return network.from_public(tensors, policy.config)
+  if params is not None:
+    flat = traverse_util.flatten_dict(params, sep="/")
+    shapes = [{k: x.shape for k, x in tree.items()} for tree in (tensors, flat)]
+    network.check_shapes(*shapes, f"{path}")
+  tensors = jax.tree.map(jnp.asarray, tensors)
+  return traverse_util.unflatten_dict(tensors, sep="/")
+
+
+def _released(directory):
+  """Returns the policy's tensors of a checkpoint directory, unread."""
+  names = (checkpoints.WEIGHTS, checkpoints.INDEX)
+  if not any(os.path.isfile(os.path.join(directory, name)) for name in names):
+    return []
+  found = safetensors_io.list_directory(directory)
+  return [x for x in found if x.name.startswith(checkpoints.POLICY_PREFIX)]
+
+
+def read(path):
+  """Returns {name: array} of a safetensors file.
+
+  Of a checkpoint directory, it is the policy's tensors under public names.
+  """
+  if os.path.isdir(path):
+    found = _released(path)
+    if not found:
+      raise errors.UserError(
+        f"{path}: no tensor of it begins with {checkpoints.POLICY_PREFIX}; name"
+        " a checkpoint that holds a policy, or a policy's file"
+      )
+    return {tensor.name: np.array(tensor.view()) for tensor in found}
+  try:
+    with safetensors.safe_open(path, framework="numpy") as tensors:
+      return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+  except (OSError, safetensors.SafetensorError) as error:
+    raise errors.UserError(
+      f"{path}: cannot be read as safetensors ({error}); name a file that "
+      "training or the public release wrote"
+    ) from error

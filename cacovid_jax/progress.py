@@ -1,0 +1,133 @@
+"""A progress line with the time left and running means."""
+
+import collections
+import math
+import sys
+import time
+
+import rich.console
+import rich.progress
+
+from cacovid_jax import metrics as metrics_lib
+
+
+class Progress:
+  """A progress bar with time left and running means of metrics.
+
+  On a terminal a live bar; elsewhere a plain line now and then, so that logs
+  stay readable.
+  """
+
+  def __init__(
+    self,
+    total,
+    *,
+    start=0,
+    description="train",
+    window=20,
+    line_seconds=15.0,
+    stream=None,
+  ):
+    """Starts nothing yet; use it as a context manager.
+
+    Args:
+      total: number of steps of the whole run.
+      start: steps done by an earlier start of the run.
+      description: what is being done, in a word.
+      window: number of last steps that the running means are over.
+      line_seconds: time between two lines where there is no terminal.
+      stream: text file to print to; standard error by default.
+    """
+    self._total, self._start, self._step = total, start, start
+    self._description = description
+    self._line_seconds = line_seconds
+    self._values = collections.defaultdict(
+      lambda: collections.deque(maxlen=window)
+    )
+    self._recent = collections.deque(maxlen=window + 1)  # (time, step)
+    self._stream = stream or sys.stderr
+    self._console = rich.console.Console(file=self._stream)
+    self._bar = self._task = None
+    self._last_line = -math.inf
+    self._note = ""
+
+  def __enter__(self):
+    self._recent.append((time.monotonic(), self._start))
+    if self._console.is_terminal:
+      self._bar = rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TextColumn("{task.fields[text]}"),
+        console=self._console,
+      )
+      self._task = self._bar.add_task(
+        self._description, total=self._total, completed=self._start, text=""
+      )
+      self._bar.start()
+    return self
+
+  def __exit__(self, *exc_info):
+    if self._bar:
+      self._bar.stop()
+    elif self._step != self._start:
+      self._print_line()
+
+  def update(self, step, metrics=None, *, note=""):
+    """Shows that `step` steps are done and what they measured.
+
+    Args:
+      step: steps done.
+      metrics: name -> number.
+      note: what is being done now, for steps that take long.
+    """
+    self._note = note
+    if step != self._step:  # A mere note tells nothing of the speed.
+      self._recent.append((time.monotonic(), int(step)))
+    self._step = int(step)
+    for name, value in (metrics or {}).items():
+      if math.isfinite(value := metrics_lib.number(value)):
+        self._values[name].append(value)
+    if self._bar:
+      self._bar.update(self._task, completed=self._step, text=self._text())
+    elif time.monotonic() - self._last_line >= self._line_seconds:
+      self._print_line()
+
+  def means(self):
+    """Returns {name: mean over the last `window` steps}."""
+    return {
+      name: sum(values) / len(values) for name, values in self._values.items()
+    }
+
+  def seconds_left(self):
+    """Returns the estimate from the rate of the last steps; None at first."""
+    (then, first), (now, last) = self._recent[0], self._recent[-1]
+    if last <= first:
+      return None
+    return (self._total - last) * (now - then) / (last - first)
+
+  def _text(self):
+    left = self.seconds_left()
+    parts = ["eta " + ("?" if left is None else _clock(left))]
+    parts += [f"{name} {mean:.3g}" for name, mean in self.means().items()]
+    if self._note:
+      parts.append(self._note)
+    return "  ".join(parts)
+
+  def _print_line(self):
+    self._last_line = time.monotonic()
+    print(
+      f"{self._description} {self._step}/{self._total}  {self._text()}",
+      file=self._stream,
+      flush=True,
+    )
+
+
+def _clock(seconds):
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return (
+    f"{hours}:{minutes:02}:{seconds:02}"
+    if hours
+    else (f"{minutes}:{seconds:02}")
+  )

@@ -1,0 +1,250 @@
+"""Checkpoints of random weights: tiny and complete, or of released sizes.
+
+`write_tiny` is for the `:debug` forms of configs whose real weights do not
+travel with the code: the same files, formats and code paths, in seconds on a
+CPU. `write_random` is for what can be measured of a released model's sizes
+without its weights. Answers of such models mean nothing.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from cacovid_jax import errors, files
+from cacovid_jax.data import tokenizer as tokenizer_lib
+from cacovid_jax.models import (
+  checkpoints,
+  llava_onevision,
+  processors,
+  qwen2_5_vl,
+  safetensors_io,
+  siglip,
+)
+from cacovid_jax.synthetic import tokenizer as tokenizer_training
+
+FAMILIES = ("llava_onevision", "qwen2_5_vl")
+
+_VOCABULARY = 320
+_TEXTS = (
+  "What colour is the square? A. red B. green C. blue D. yellow",
+  "Please provide only the single option letter (e.g., A, B, C, D, etc.).",
+)
+_QWEN_TOKENS = (
+  "<|endoftext|>",
+  "<|im_start|>",
+  "<|im_end|>",
+  "<|vision_start|>",
+  "<|vision_end|>",
+  "<|image_pad|>",
+  "<|video_pad|>",
+)
+# Items in the order given, a clip between its two marks; a plain string is
+# taken as it is.
+_QWEN_TEMPLATE = """\
+{%- for message in messages -%}
+{{- '<|im_start|>' + message['role'] + '\\n' -}}
+{%- if message['content'] is string -%}
+{{- message['content'] -}}
+{%- else -%}
+{%- for item in message['content'] -%}
+{%- if item['type'] == 'video' -%}
+{{- '<|vision_start|><|video_pad|><|vision_end|>' -}}
+{%- else -%}
+{{- item['text'] -}}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{{- '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}
+"""
+# Of the tokenizer, as Qwen2's: plain strings only, and a default system turn.
+_TOKENIZER_TEMPLATE = """\
+{%- if messages[0]['role'] != 'system' -%}
+{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
+{%- endif -%}
+{%- for message in messages -%}
+{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] -}}
+{{- '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}
+"""
+
+_SHARD_BYTES = 4 * 10**9
+# Last linear maps of the branches of decoder, SigLIP and Qwen2.5-VL's tower.
+_INTO_RESIDUAL = ("o_proj", "down_proj", "out_proj", "fc2", "proj")
+# Of the released models; in a smaller vocabulary, its last ids.
+_EOS_ID, _PAD_ID = 151645, 151643
+
+
+def write_tiny(directory, family: str, seed: int = 0) -> None:
+  """Writes a checkpoint directory, float32.
+
+  Args:
+    directory: made if it does not exist; one that holds files is refused.
+    family: one of `FAMILIES`.
+    seed: of the weights.
+  """
+  if family not in FAMILIES:
+    raise errors.UserError(
+      f"no tiny checkpoint of {family!r}; there are {', '.join(FAMILIES)}"
+    )
+  directory = os.fspath(directory)
+  os.makedirs(directory, exist_ok=True)
+  if os.listdir(directory):
+    # They might be weights that took hours to download.
+    raise errors.UserError(f"{directory} is not empty; name another folder")
+  # Tells the tokenizer how prompts hold a clip.
+  files.write_json(
+    os.path.join(directory, "config.json"), {"model_type": family}
+  )
+  if family == "qwen2_5_vl":
+    model = _qwen2_5_vl(directory)
+  else:
+    model = _llava_onevision(directory)
+  tokenizer = tokenizer_lib.Tokenizer.from_directory(directory)
+  checkpoints.save(
+    directory,
+    model.config,
+    jax.jit(model.init)(jax.random.key(seed)),
+    eos_ids=tokenizer.eos_ids,
+    pad_id=tokenizer.pad_id,
+  )
+
+
+def _llava_onevision(directory):
+  """Writes all but config and weights; returns the model."""
+  base = llava_onevision.LlavaOnevisionConfig.tiny()
+  vision = dataclasses.replace(siglip.SiglipConfig.tiny(), image_size=28)
+  tokenizer = tokenizer_training.train(
+    _TEXTS,
+    _VOCABULARY,
+    directory,
+    image_size=vision.image_size,
+    patch_size=vision.patch_size,
+  )
+  name = "tokenizer_config.json"
+  described = checkpoints.read_json(os.path.join(directory, name))
+  described["chat_template"] = _TOKENIZER_TEMPLATE
+  files.write_json(os.path.join(directory, name), described)
+  config = dataclasses.replace(
+    base,
+    vision=vision,
+    text=_text(base.text, tokenizer),
+    image_token_id=tokenizer.token_to_id("<image>"),
+    video_token_id=tokenizer.token_to_id("<video>"),
+  )
+  return llava_onevision.LlavaOnevisionModel(config)
+
+
+def _qwen2_5_vl(directory):
+  """Writes all but config and weights; returns the model."""
+  base = qwen2_5_vl.Qwen2_5VLConfig.tiny()
+  tokenizer = tokenizer_training.learn(_TEXTS, _VOCABULARY, _QWEN_TOKENS)
+  tokenizer.save(os.path.join(directory, "tokenizer.json"))
+  vision = base.vision
+  processor = processors.Qwen2_5VLProcessor.tiny()
+  described = {
+    "tokenizer_config.json": {
+      "tokenizer_class": "PreTrainedTokenizerFast",
+      "eos_token": "<|im_end|>",
+      "pad_token": "<|endoftext|>",
+      # One text for both, as in the released files.
+      "chat_template": _QWEN_TEMPLATE,
+    },
+    "chat_template.json": {"chat_template": _QWEN_TEMPLATE},
+    "preprocessor_config.json": {
+      "patch_size": vision.patch_size,
+      "temporal_patch_size": vision.temporal_patch_size,
+      "merge_size": vision.merge_size,
+      "min_pixels": processor.min_pixels,
+      "max_pixels": processor.max_pixels,
+      "image_mean": list(processor.mean),
+      "image_std": list(processor.std),
+    },
+  }
+  for name, entry in described.items():
+    files.write_json(os.path.join(directory, name), entry)
+  config = dataclasses.replace(
+    base,
+    text=_text(base.text, tokenizer),
+    image_token_id=tokenizer.token_to_id("<|image_pad|>"),
+    video_token_id=tokenizer.token_to_id("<|video_pad|>"),
+    vision_start_token_id=tokenizer.token_to_id("<|vision_start|>"),
+    vision_end_token_id=tokenizer.token_to_id("<|vision_end|>"),
+  )
+  return qwen2_5_vl.Qwen2_5VLModel(config)
+
+
+def _text(base, tokenizer):
+  """Returns a decoder with the tokenizer's ids and room for long prompts."""
+  size = tokenizer.get_vocab_size(with_added_tokens=True)
+  return dataclasses.replace(base, vocab_size=size, max_positions=8192)
+
+
+def write_random(directory, config, seed=0):
+  """Writes a bfloat16 checkpoint of random weights, one tensor at a time.
+
+  Values have any sign and sizes between 2^-7 and 2^-5, so that no layer fades
+  or grows out of range at a width of some thousands. As in a trained model,
+  what a residual stream holds is not lost among what its layers add: text
+  embeddings and scales of norms lie between 1/2 and 1, video features come out
+  as large, and projections back into a stream are 16 times smaller. (With equal
+  sizes everywhere, bfloat16 moves logits by as much as the best two of 152 000
+  are apart: two kernels of one library choose otherwise at one position in
+  twenty-five.)
+
+  Args:
+    directory: made if it does not exist; earlier weights are replaced.
+    config: of the model.
+    seed: of the weights.
+  """
+  rng = np.random.default_rng(seed)
+  dtype = np.dtype(ml_dtypes.bfloat16)
+
+  def make(shape, kept, exponent):
+    bits = np.frombuffer(rng.bytes(2 * math.prod(shape)), np.uint16)
+    return ((bits & kept) | exponent).view(dtype).reshape(shape)
+
+  shapes = checkpoints.source_shapes(config)
+  tensors = {
+    name: (dtype, shape, functools.partial(make, shape, *_bits(name)))
+    for name, shape in shapes.items()
+  }
+  for name, array in checkpoints.unused_tensors(config).items():
+    make_given = functools.partial(np.asarray, array, dtype)
+    tensors[name] = (dtype, array.shape, make_given)
+  last = config.text.vocab_size - 1
+  eos_id, pad_id = min(_EOS_ID, last), min(_PAD_ID, last - 1)
+  os.makedirs(directory, exist_ok=True)
+  checkpoints.write_config(
+    directory, config, eos_ids=[eos_id, pad_id], pad_id=pad_id, dtype=dtype
+  )
+  safetensors_io.write_directory(directory, tensors, _SHARD_BYTES)
+
+
+def _bits(name):
+  """Returns (bits that are left as drawn, bits that are set) of a bfloat16.
+
+  All or all but one bit of the exponent are set: no infinities.
+  """
+  module = name.rpartition(".weight")[0]
+  last = module.rpartition(".")[2]
+  if "norm" in last or last == "ln_q":
+    return 0x007F, 0x3F00  # [1/2, 1).
+  if last == "embed_tokens":
+    return 0x807F, 0x3F00  # +-[1/2, 1).
+  if last == "linear_2" or module.endswith("merger.mlp.2"):
+    return 0x807F, 0x3E80  # +-[2^-2, 2^-1).
+  if last in _INTO_RESIDUAL and not module.endswith("patch_embed.proj"):
+    return 0x807F, 0x3A00  # +-[2^-11, 2^-10).
+  return 0x80FF, 0x3C00  # +-[2^-7, 2^-5).

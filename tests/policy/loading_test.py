@@ -1,0 +1,297 @@
+"""A policy by name, from its files on disk, and from a user's own file."""
+
+import hashlib
+import json
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cacovid_jax import errors
+from cacovid_jax.models import checkpoints, qwen2, token_grid
+from cacovid_jax.policy import (
+  loading,
+  network,
+  objective,
+  selection,
+)
+from tests.evals import tiny
+
+FILE = os.path.join(os.path.dirname(__file__), "bilinear_policy.py")
+GRID = (2, 2, 3)
+ROWS = np.arange(2, 14)
+
+
+def make(**options):
+  policy_class = loading.load_policy_module(f"{FILE}:Bilinear")[0]
+  # As the trainer calls it: with the options of every policy.
+  policy = policy_class.from_llm_config(
+    qwen2.Qwen2Config.tiny(), dtype=jnp.bfloat16, num_halvings=4, **options
+  )
+  return policy, policy.init_from_llm(jax.random.key(0), {})
+
+
+@pytest.mark.parametrize("name", ["", "cacovid_jax.policy.network:Policy"])
+def test_names_of_the_papers_policy(name):
+  assert loading.load_policy_module(name) == (network.Policy, "")
+
+
+def test_it_scores_learns_and_selects():
+  policy, params = make(rank=4)
+  assert params["question"]["kernel"].shape == (32, 4)
+  x = jax.random.normal(jax.random.key(1), (16, 32))
+  positions = jnp.arange(16)[None]
+  memory = objective.Memory(
+    token_mask=np.arange(24).reshape(2, 12) % 3 == 0,
+    token_reward=np.float32([0, 1]),
+    token_valid=np.ones(2, bool),
+    frame_mask=np.eye(2, dtype=bool),
+    frame_reward=np.float32([0, 1]),
+    frame_valid=np.ones(2, bool),
+  )
+  memory.token_mask[1] = ~memory.token_mask[1]
+
+  @jax.jit
+  def step(params):
+    def loss(params):
+      scores = policy.apply({"params": params}, x, positions, ROWS, GRID, 16)
+      old = jax.lax.stop_gradient(scores)
+      return objective.loss(scores, old, memory)[0], scores
+
+    return jax.grad(loss, has_aux=True)(params)
+
+  grads, scores = step(params)
+  assert scores.token.shape == (12, 2) and scores.frame.shape == (2, 2)
+  assert all(np.any(g) for g in jax.tree.leaves(grads))
+  index = selection.select(scores, selection.budget(GRID, 0.5))
+  assert index.shape == (6,)
+
+
+def test_in_a_bucket_it_selects_as_alone():
+  policy, params = make(rank=4)
+  bucket = token_grid.GridBucket(3, 10, 24)
+  x = np.full((30, 32), 9.0, np.float32)
+  x[:16] = np.random.default_rng(1).standard_normal((16, 32))
+  rows = np.full(24, 30)
+  rows[:12] = ROWS
+
+  @jax.jit
+  def select(budget, *prompt):
+    scores = policy.apply({"params": params}, *prompt)
+    return selection.select(scores, budget)
+
+  budget = selection.budget(GRID, 0.5, bucket=bucket)
+  positions = np.arange(30)[None]
+  index = select(budget, x, positions, rows, budget.grid, 16)
+  alone = policy.apply(
+    {"params": params}, x[:16], positions[:, :16], ROWS, GRID
+  )
+  expected = selection.select(alone, selection.budget(GRID, 0.5))
+  assert budget.kept == 6
+  np.testing.assert_array_equal(index[:6], expected)
+  assert (np.asarray(index[6:]) == 24).all()
+
+
+def test_its_weights_are_kept_under_its_own_names(tmp_path):
+  policy, params = make()
+  path = tmp_path / "mine.safetensors"
+  loading.save(path, policy, params)
+  assert "question/kernel" in loading.read(path)
+  back = loading.load(path, policy, params)
+  jax.tree.map(np.testing.assert_array_equal, back, params)
+  other, other_params = make(rank=3)
+  with pytest.raises(errors.UserError, match="misshaped question/bias"):
+    loading.load(path, other, other_params)
+
+
+@pytest.mark.parametrize(
+  ("spec", "named"),
+  [
+    ("bilinear", "must read"),
+    (":Bilinear", "must read"),
+    ("no/such/file.py:Bilinear", "no file"),
+    ("no_such_package.module:Bilinear", "ModuleNotFoundError"),
+    (f"{FILE}:Trilinear", "has no Trilinear"),
+    (f"{FILE}:nn", "no class"),
+    ("cacovid_jax.policy.network:Head", "lacks from_llm_config"),
+  ],
+)
+def test_a_name_that_leads_nowhere_is_refused(spec, named):
+  with pytest.raises(errors.UserError, match=named):
+    loading.load_policy_module(spec)
+
+
+def test_a_file_that_fails_is_named_with_its_error(tmp_path):
+  path = tmp_path / "broken.py"
+  path.write_text("1 / 0\n")
+  with pytest.raises(errors.UserError, match=r"broken\.py.*ZeroDivisionError"):
+    loading.load_policy_module(f"{path}:Any")
+
+
+@pytest.fixture(scope="module")
+def checkpoint_dir(tmp_path_factory):
+  return tiny.write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(checkpoint_dir):
+  return tiny.load_checkpoint(checkpoint_dir)
+
+
+@pytest.fixture
+def write(checkpoint, tmp_path):
+  """Returns a function that writes W/policy as training does, and gives W."""
+
+  def write(**described):
+    tiny.write_policy(tmp_path / "policy", checkpoint)
+    path = tmp_path / "policy" / "policy_config.json"
+    path.write_text(json.dumps(described))
+    return tmp_path
+
+  return write
+
+
+def test_policy_folders(checkpoint, tmp_path):
+  path = tiny.write_policy(tmp_path / "policy", checkpoint)
+  # The file, its folder, and the training workdir around it.
+  loaded = [
+    loading.load_policy(place, checkpoint)
+    for place in (path, tmp_path / "policy", str(tmp_path))
+  ]
+  assert len({policy.identity for policy in loaded}) == 1
+  assert isinstance(loaded[0].module, network.Policy)
+  with pytest.raises(errors.UserError, match="no policy in"):
+    loading.load_policy(tmp_path / "other", checkpoint)
+
+
+def test_a_policy_of_another_base_model_is_refused(checkpoint, write):
+  workdir = write(policy={"module": ""}, base_model={"sha256": "other"})
+  with pytest.raises(errors.UserError, match="another base model"):
+    loading.load_policy(workdir, checkpoint)
+
+
+OWN = """
+from cacovid_jax.policy import network
+class Mine(network.Policy):
+  pass
+"""
+
+
+def test_a_users_own_policy_is_run_only_when_asked_for(
+  checkpoint, write, tmp_path, caplog
+):
+  source = tmp_path / "mine.py"
+  source.write_text(OWN)
+  module = f"{source}:Mine"
+  workdir = write(
+    policy={"module": module, "num_halvings": 2, "dtype": "float32"},
+    base_model={"sha256": checkpoint.identity["sha256"]},
+    module_sha256=hashlib.sha256(OWN.encode()).hexdigest(),
+  )
+  with pytest.raises(errors.UserError) as error:
+    loading.load_policy(workdir, checkpoint)
+  assert f"trained with '{module}'" in str(error.value)
+  assert f"--policy={workdir}?module='{module}'" in str(error.value)
+  spec = f"{workdir}?module={module}"
+  assert loading.has_policy(spec)
+  policy = loading.load_policy(spec, checkpoint)
+  assert type(policy.module).__name__ == "Mine"
+  assert not caplog.records
+  source.write_text(OWN + "# Changed since.\n")
+  loading.load_policy(spec, checkpoint)
+  [record] = caplog.records
+  assert "trained with another text of" in record.getMessage()
+
+
+def test_a_record_without_sha256_is_no_reason_to_warn(
+  checkpoint, write, tmp_path, caplog
+):
+  (tmp_path / "mine.py").write_text(OWN)
+  workdir = write(policy={"module": "elsewhere.py:Mine", "num_halvings": 2})
+  spec = f"{workdir}?module={tmp_path / 'mine.py'}:Mine"
+  policy = loading.load_policy(spec, checkpoint)
+  assert type(policy.module).__name__ == "Mine"
+  assert not caplog.records
+
+
+@pytest.mark.parametrize(
+  "module",
+  [
+    "evil:Policy",
+    "policy.evil:Policy",
+    "policy/evil.py:Policy",
+    "cacovid_jax.policy.network:Head",
+    "os:system",
+  ],
+)
+@pytest.mark.parametrize("place", ["policy", ".", "policy/policy.safetensors"])
+def test_a_module_that_a_file_of_data_names_never_runs(
+  checkpoint, write, monkeypatch, module, place
+):
+  workdir = write(policy={"module": module, "num_halvings": 2})
+  (workdir / "policy" / "evil.py").write_text("open('RUN', 'w')\n")
+  monkeypatch.chdir(workdir)
+  monkeypatch.syspath_prepend(str(workdir))
+  monkeypatch.syspath_prepend(str(workdir / "policy"))
+  with pytest.raises(errors.UserError, match=f"trained with '{module}'"):
+    loading.load_policy(place, checkpoint)
+  assert not (workdir / "RUN").exists()
+
+
+def test_nor_does_one_beside_a_checkpoint(
+  checkpoint, checkpoint_dir, tmp_path, monkeypatch
+):
+  released = tmp_path / "released"
+  shutil.copytree(checkpoint_dir, released)
+  tiny.write_policy(released, checkpoint)
+  described = {"policy": {"module": f"{released}/evil.py:Policy"}}
+  (released / "policy_config.json").write_text(json.dumps(described))
+  (released / "evil.py").write_text("open('RUN', 'w')\n")
+  monkeypatch.chdir(tmp_path)
+  base = checkpoints.load(str(released))
+  assert loading.has_policy(str(released))
+  with pytest.raises(errors.UserError, match="trained with"):
+    loading.load_policy(str(released), base)
+  assert not (tmp_path / "RUN").exists()
+
+
+@pytest.mark.parametrize(
+  ("described", "message"),
+  [
+    ({"policy": -1}, "policy is -1; it must be an object"),
+    ({"policy": "F64"}, "policy is 'F64'; it must be an object"),
+    (
+      {"policy": {"module": ["a"]}},
+      "policy.module is .'a'.; it must be a t",
+    ),
+    ({"policy": {"dtype": None}}, "policy.dtype is None; it must be one of fl"),
+    (
+      {"policy": {"backend": 1e308}},
+      "policy.backend is 1e.308; it must",
+    ),
+    ({"policy": {"backend": ["", 10**18]}}, "policy.backend is .* one of auto"),
+    ({"policy": {"num_halvings": True}}, "policy.num_halvings .* whole number"),
+    ({"policy": {"num_halvings": -1}}, "policy.num_halvings=-1"),
+    (
+      {"policy": {"num_halvings": 2, "": ""}},
+      "Policy takes other options",
+    ),
+    ({"base_model": []}, r"base_model is \[\]; it must be an object"),
+    (
+      {"base_model": {"sha256": 3}},
+      "base_model.sha256 is 3; it must be",
+    ),
+    (
+      {"policy": {}, "module_sha256": 3},
+      "module_sha256 is 3; it must be a",
+    ),
+  ],
+)
+def test_values_of_wrong_kinds_are_named(checkpoint, write, described, message):
+  with pytest.raises(errors.UserError, match=message) as error:
+    loading.load_policy(write(**described), checkpoint)
+  assert "policy_config.json" in str(error.value) or "=-1" in message
+  assert len(str(error.value).splitlines()) == 1

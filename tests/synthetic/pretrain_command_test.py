@@ -1,0 +1,72 @@
+"""Pretraining by its command, to a checkpoint directory that loads."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from cacovid_jax import config as config_lib
+from cacovid_jax import errors, metrics
+from cacovid_jax.models import checkpoints
+from cacovid_jax.synthetic import packing, pretraining
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+SPEC = f"{ROOT / 'configs' / 'synthetic_base.py'}:debug"
+
+
+def command(*flags):
+  environment = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "JAX_LOG_COMPILES": "1",
+  }
+  return subprocess.run(
+    [sys.executable, "-m", "cacovid_jax.pretrain", *flags],
+    cwd=ROOT,
+    env=environment,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+
+
+def test_the_command_leaves_a_complete_checkpoint_directory(tmp_path):
+  workdir = tmp_path / "base"
+  done = command(f"--config={SPEC}", f"--workdir={workdir}")
+  assert done.returncode == 0, done.stderr[-2000:]
+  compiled = done.stderr.count("Finished XLA compilation of jit(update)")
+  assert compiled == 1
+  checkpoint = checkpoints.load(workdir / "base_model")
+  tokenizer = checkpoint.tokenizer
+  assert checkpoint.model.processor.fixed_grid(16) == (16, 7, 7)
+  assert tokenizer.decode([checkpoint.eos_ids[0]]) in ("", "<|im_end|>")
+  for leaf in jax.tree.leaves(checkpoint.params):
+    assert np.isfinite(leaf).all()
+  lines = metrics.read(workdir)
+  assert [line["step"] for line in lines] == [1, 2, 2, 2]
+  assert all(lines[0][f"loss_{name}"] > 0 for name in ("full", "pruned"))
+  rows = json.loads((workdir / "probe.json").read_text())
+  assert set(rows) == {"dense", "sparse"}
+  for row in rows.values():
+    assert all(0 <= value <= 1 for value in row.values())
+
+
+def test_a_vocabulary_without_room_is_refused(tmp_path, monkeypatch):
+  corpus = packing.corpus
+  monkeypatch.setattr(packing, "corpus", lambda: corpus(5))
+  config = config_lib.load(SPEC, ["vocab_size=300"])
+  with pytest.raises(errors.UserError, match="vocab_size"):
+    pretraining.pretrain(config, tmp_path / "small")
+
+
+def test_a_workdir_of_another_config_is_refused(tmp_path):
+  config_lib.claim_workdir(tmp_path, config_lib.load(SPEC))
+  changed = config_lib.load(SPEC, ["pretrain.lr=1e-4"])
+  with pytest.raises(errors.UserError, match=r"pretrain\.lr is .* there"):
+    pretraining.pretrain(changed, tmp_path)
