@@ -86,7 +86,7 @@ def run(config, workdir, *, ratios=None, planned=False, num_workers=None):
       config, workdir, split="videos_per_step"
     )
     checkpoint = experiment.loaded
-    grid = checkpoint.model.grid(config.data.num_frames)
+    grid = checkpoint.model.processor.fixed_grid(config.data.num_frames)
     for ratio in ratios:
       base.budget(grid, ratio)
   with stages("train"):

@@ -132,10 +132,10 @@ def asked(
     num_video = math.prod(grid)
     if texts:
       lengths = [
-        texts.prompt(question.id, num_video).length - num_video
+        texts.prompt(question.id, grid).length - num_video
         for question in questions
       ]
-      longest = texts.longest(num_video)[0] - num_video
+      longest = texts.longest(grid)[0] - num_video
     else:
       lengths = [
         -(-len(question.prompt.encode()) // _BYTES_PER_TOKEN) + _TEMPLATE_TOKENS
@@ -154,8 +154,7 @@ def _grids(checkpoint, experiment, loaded) -> dict[str, tuple[int, int, int]]:
   path = os.path.join(experiment.config.model.path, "config.json")
   known = os.path.isfile(path)
   missing = readers.check_media(loaded.questions, loaded.root)
-  alike = isinstance(model, llava_onevision.LlavaOnevisionModel)
-  if alike or not known or len(missing) == len(paths):
+  if model.processor.one_grid or not known or len(missing) == len(paths):
     grid = _assumed_grid(model, experiment.data.num_frames)
     return dict.fromkeys(paths, grid)
   bare = experiment_lib.Experiment.from_config(
@@ -168,9 +167,9 @@ def _grids(checkpoint, experiment, loaded) -> dict[str, tuple[int, int, int]]:
 
 
 def _assumed_grid(model, num_frames) -> tuple[int, int, int]:
-  if isinstance(model, llava_onevision.LlavaOnevisionModel):
-    return model.grid(num_frames)
-  slices = -(-num_frames // model.config.vision.temporal_patch_size)
+  if fixed := model.processor.fixed_grid(num_frames):
+    return fixed
+  slices = -(-num_frames // model.processor.temporal_patch_size)
   return (slices, *_QWEN_SLICE)
 
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cacovid_jax import errors
-from cacovid_jax.data import qwen_frames
+from cacovid_jax.models import checkpoints
 
 SOURCE = "arXiv 2602.01649, main table"
 VANILLA = "vanilla"
@@ -354,17 +354,16 @@ def _other_pixels(experiment) -> list[str]:
   """Returns an obstacle if frames of Qwen2.5-VL have other bounds."""
   if not (experiment.data.min_pixels or experiment.data.max_pixels):
     return []
+  path = experiment.config.model.path
+  model = checkpoints.make_model(checkpoints.load_config(path))
+  found = model.read_processor(path)
   bounds = [
-    (config.min_pixels, config.max_pixels)
-    for config in (
-      qwen_frames.ProcessorConfig.with_paper_bounds(
-        experiment.config.model.path,
-        min_pixels=experiment.data.min_pixels,
-        max_pixels=experiment.data.max_pixels,
+    (processor.min_pixels, processor.max_pixels)
+    for processor in (
+      found.with_paper_bounds(
+        experiment.data.min_pixels, experiment.data.max_pixels
       ),
-      qwen_frames.ProcessorConfig.with_paper_bounds(
-        experiment.config.model.path
-      ),
+      found.with_paper_bounds(),
     )
   ]
   if bounds[0] == bounds[1]:
