@@ -71,7 +71,8 @@ def run(config, workdir, *, planned=False):
   with stages("prepare"):
     build.prepare(config)
   with stages("load"):
-    grid = training.loaded.model.grid(config.data.num_frames)
+    processor = training.loaded.model.processor
+    grid = processor.fixed_grid(config.data.num_frames)
     for ratio in ratios:
       base.budget(grid, ratio)
   with stages("train"):

@@ -157,10 +157,10 @@ def asked(
     num_video = math.prod(grid)
     if texts:
       lengths = [
-        texts.prompt(question.id, num_video).length - num_video
+        texts.prompt(question.id, grid).length - num_video
         for question in questions
       ]
-      longest = texts.longest(num_video)[0] - num_video
+      longest = texts.longest(grid)[0] - num_video
     else:
       lengths = [
         -(-len(question.prompt.encode()) // _BYTES_PER_TOKEN) + _TEMPLATE_TOKENS
@@ -178,8 +178,7 @@ def _grids(experiment, loaded) -> dict[str, tuple[int, int, int]]:
   model, path = experiment.checkpoint.model, experiment.config.model.path
   known = os.path.isfile(os.path.join(path, "config.json"))
   missing = readers.check_media(loaded.questions, loaded.root)
-  alike = isinstance(model, llava_onevision.LlavaOnevisionModel)
-  if alike or not known or len(missing) == len(paths):
+  if model.processor.one_grid or not known or len(missing) == len(paths):
     return dict.fromkeys(paths, _assumed_grid(experiment))
   bare = experiment.replace({"data.feature_cache": ""})
   with evaluation.open_source(bare) as source:
@@ -190,9 +189,9 @@ def _grids(experiment, loaded) -> dict[str, tuple[int, int, int]]:
 def _assumed_grid(experiment) -> tuple[int, int, int]:
   model = experiment.checkpoint.model
   num_frames = experiment.config.data.num_frames
-  if isinstance(model, llava_onevision.LlavaOnevisionModel):
-    return model.grid(num_frames)
-  slices = -(-num_frames // model.config.vision.temporal_patch_size)
+  if fixed := model.processor.fixed_grid(num_frames):
+    return fixed
+  slices = -(-num_frames // model.processor.temporal_patch_size)
   return (slices, *_QWEN_SLICE)
 
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cacovid_jax import errors
-from cacovid_jax.data import qwen_frames
+from cacovid_jax.models import checkpoints
 
 SOURCE = "arXiv 2602.01649, main table"
 VANILLA = "vanilla"
@@ -356,12 +356,13 @@ def _other_pixels(config) -> list[str]:
   path, data = config.model.path, config.data
   if not (data.min_pixels or data.max_pixels):
     return []
-  given = dict(min_pixels=data.min_pixels, max_pixels=data.max_pixels)
+  model = checkpoints.make_model(checkpoints.load_config(path))
+  found = model.read_processor(path)
   bounds = [
     (each.min_pixels, each.max_pixels)
     for each in (
-      qwen_frames.ProcessorConfig.with_paper_bounds(path, **given),
-      qwen_frames.ProcessorConfig.with_paper_bounds(path),
+      found.with_paper_bounds(data.min_pixels, data.max_pixels),
+      found.with_paper_bounds(),
     )
   ]
   if bounds[0] == bounds[1]:

@@ -24,7 +24,7 @@ from cacovid_jax.evals import (
   scoring,
   tables,
 )
-from cacovid_jax.models import checkpoints
+from cacovid_jax.models import checkpoints, qwen2_5_vl
 from cacovid_jax.synthetic import tiny_checkpoints
 from experiments import main_table
 from tests.data import benchmark_files
@@ -39,6 +39,7 @@ def get_config(arg=None):
     dict(
       model=dict(dtype="float32"),
       data=dict(num_frames=4),
+      mesh=dict(data=1),
       # Reports have tests of their own.
       evals=dict(num_examples=0, batch_size=4, seeds=(0, 1, 2)),
     )
@@ -583,6 +584,8 @@ def test_another_template_or_frame_size_is_told(folder, monkeypatch):
                **tiny.QWEN_STATISTICS}  # fmt: skip
   path = folder / "qwen" / "preprocessor_config.json"
   path.write_text(json.dumps(described))
+  config = qwen2_5_vl.Qwen2_5VLConfig.qwen2_5_vl_3b().to_hf()
+  (folder / "qwen" / "config.json").write_text(json.dumps(config))
   # 128 and 256 tokens of 28 x 28 pixels.
   own = dict(data__min_pixels=100352, data__max_pixels=200704)
   assert obstacles("qwen3b", **own) == []
