@@ -33,7 +33,7 @@ setuptools.setup(
   package_data={
     "cacovid_jax": [
       "assets/**/*",
-      "evals/templates/**/*",
+      "evals/report/templates/**/*",
       "integrations/lmms_eval/tasks/**/*.yaml",
     ]
   },

@@ -16,7 +16,8 @@ import sys
 from absl import flags
 
 from cacovid_jax import errors
-from cacovid_jax.evals import answer_page, answering
+from cacovid_jax.evals import answering
+from cacovid_jax.evals.report import answer as answer_page
 
 _MODEL = flags.DEFINE_string(
   "model", None, "Hugging Face checkpoint directory; the shipped model if none."

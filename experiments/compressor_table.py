@@ -8,7 +8,7 @@ it takes to choose the tokens of one video. A budget is a mean over the layers
 of the language model: methods inside it see more in front and less behind.
 
 WORKDIR/table.md, table.csv       a row per method and ratio
-WORKDIR/accuracy_over_time.png    accuracy at 10 % over milliseconds
+WORKDIR/accuracy_over_time.svg    accuracy at 10 % over milliseconds
 WORKDIR/results.json, report.html as `python -m cacovid_jax.evaluate` has them
 WORKDIR/timings.json              times and host facts, by method and ratio
 
@@ -25,8 +25,8 @@ import pathlib
 import jax.numpy as jnp
 from absl import flags
 
-from cacovid_jax import compressors, errors
 from cacovid_jax import config as config_lib
+from cacovid_jax import errors, files
 from cacovid_jax import progress as progress_lib
 from cacovid_jax.evals import (
   evaluation,
@@ -34,11 +34,12 @@ from cacovid_jax.evals import (
   provenance,
   results,
   runner,
+  tables,
 )
 from cacovid_jax.models import checkpoints
 from cacovid_jax.policy import loading
 from cacovid_jax.synthetic import build
-from experiments import table_files, table_flags
+from experiments import table_flags
 
 _CONFIG = "configs/synthetic_quickstart.py"
 _POLICY = "cacovid_jax/assets/policy"
@@ -62,6 +63,7 @@ def main(argv):
   if len(argv) > 1:
     raise errors.UserError(f"unknown argument {argv[1]!r}; flags begin with --")
   ratios, seeds = table_flags.ratios(RATIOS), table_flags.seeds()
+  methods = table_flags.METHODS.value
   config = config_lib.load(_CONFIG + (":debug" if _SHORT.value else ""))
   if table_flags.DATA.value is None:
     build.prepare(config)
@@ -69,7 +71,7 @@ def main(argv):
     config,
     table_flags.WORKDIR.value
     or f"workdirs/compressors{'_short' * _SHORT.value}",
-    methods=[*(table_flags.METHODS.value or default_rows()), *_MORE.value],
+    methods=[*(methods or table_flags.all_rows(VARIANTS)), *_MORE.value],
     ratios=ratios,
     seeds=seeds,
     policy=table_flags.POLICY.value or _POLICY,
@@ -79,20 +81,9 @@ def main(argv):
   )
   out = run(request, repeats=table_flags.REPEATS.value)
   evaluation.show(out)
-  for name in ("table.md", "table.csv", "accuracy_over_time.png",
-               "results.json", "report.html", "timings.json"):  # fmt: skip
+  names = ("results.json", "report.html", "timings.json")
+  for name in (*tables.COMPRESSOR_FILES, *names):
     print(os.path.join(request.workdir, name))
-
-
-def default_rows():
-  """Returns the specs of all rows: every method, variants behind their own."""
-  rows = []
-  for name in compressors.names():
-    rows.append(name)
-    for label, (follows, spec) in VARIANTS.items():
-      if follows == name:
-        rows.append(f"{label}={spec}")
-  return rows
 
 
 def request_of(config, workdir, *, methods, ratios, seeds, policy, **fields):
@@ -149,10 +140,7 @@ def run(request, *, repeats=9):
     }
 
   out = evaluation.evaluate(request, measure_all)
-  rows = table_files.rows(out, costs)
-  table_files.write_csv(workdir / "table.csv", rows)
-  table_files.write_markdown(workdir / "table.md", out, rows)
-  table_files.plot(workdir / "accuracy_over_time.png", out, rows)
+  tables.write_compressors(workdir, out, costs)
   return out
 
 
@@ -266,7 +254,7 @@ def _read_times(path, repeats):
 def _write_times(path, times, repeats):
   found = json.loads(path.read_text(encoding="utf-8"))
   found["selection"] = {"milliseconds": times, "repeats": repeats}
-  results.write_json(path, found)
+  files.write_json(path, found)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ values, but for methods whose work depends on the video (FrameFusion). Medians
 of `--timing_repeats` runs after one that compiles.
 
 WORKDIR/table.md, table.csv   a row per method and ratio, the paper's beside it
-WORKDIR/prefill.png           milliseconds to the first token, by part
+WORKDIR/prefill.svg           milliseconds to the first token, by part
 WORKDIR/results.json          all of it, with shapes, dtype, device, versions
 WORKDIR/rows.jsonl            every time as it is measured
 
@@ -41,26 +41,23 @@ import rich.console
 import rich.table
 from absl import flags
 
-from cacovid_jax import compressors, errors
+from cacovid_jax import errors, files
 from cacovid_jax.data import answer_log
 from cacovid_jax.evals import (
   cost,
+  estimate,
   latency,
   paper,
   programs,
   provenance,
   results,
   runner,
+  tables,
 )
 from cacovid_jax.models import checkpoints, llava_onevision, qwen2_5_vl
 from cacovid_jax.policy import loading, network
 from cacovid_jax.synthetic import tiny_checkpoints
-from experiments import (
-  efficiency_files,
-  selection_benchmark,
-  table_estimate,
-  table_flags,
-)
+from experiments import selection_speed, table_flags
 
 _LLAVA = llava_onevision.LlavaOnevisionConfig
 _QWEN = qwen2_5_vl.Qwen2_5VLConfig
@@ -105,7 +102,6 @@ VARIANTS = types.MappingProxyType(
 )
 # A policy before its training takes as long as after it.
 _LEFT_OUT = ("cacovid_untrained", "cacovid_other_question")
-_PAPER_HALVINGS = 4
 _NUM_TEXT = 75  # Tokens of a usual question with options and template.
 _SECONDS_PER_SLICE = 2.0
 _SEED = 0  # Of the random weights.
@@ -137,7 +133,7 @@ def main(argv):
     if labels.count(label) > 1:
       raise errors.UserError(f"--table_methods lists {label} twice")
   name, repeats = _SIZE.value, table_flags.REPEATS.value
-  if table_estimate.DRY_RUN.value:
+  if table_flags.DRY_RUN.value:
     dry_run(name, methods, ratios, repeats)
     return
   workdir = pathlib.Path(
@@ -150,23 +146,17 @@ def main(argv):
   ) as rows:
     subject, encode = make(SIZES[name], _WEIGHTS.value or workdir / "weights")
     out = measure(subject, encode, name, methods, ratios, repeats, rows)
-  results.write_json(workdir / "results.json", out)
-  efficiency_files.write(workdir, out)
-  print(efficiency_files.markdown(out))
-  for written in efficiency_files.NAMES:
+  files.write_json(workdir / "results.json", out)
+  tables.write_efficiency(workdir, out)
+  print(tables.efficiency_markdown(out))
+  for written in (*tables.EFFICIENCY_FILES, "results.json"):
     print(os.path.join(workdir, written))
 
 
 def default_rows() -> list[str]:
-  """Returns the specs of all rows: every method, variants behind their own."""
-  rows = []
-  for name in compressors.names():
-    if name not in _LEFT_OUT:
-      rows.append(name)
-    for label, (follows, spec) in VARIANTS.items():
-      if follows == name:
-        rows.append(f"{label}={spec}")
-  return rows
+  """Returns the specs of all rows but those that take as long as another."""
+  rows = table_flags.all_rows(VARIANTS)
+  return [spec for spec in rows if spec not in _LEFT_OUT]
 
 
 def run_of(name: str, repeats: int) -> dict[str, Any]:
@@ -201,16 +191,14 @@ def dry_run(name: str, methods, ratios, repeats: int) -> dict[str, Any]:
   config, grid = size.config(), size.grid
   text, num_rows = config.text, _prompt_rows(config, grid)
   outside = num_rows - math.prod(grid)
-  speed = table_estimate.speed_of(
-    table_estimate.TFLOPS.value, table_estimate.GBPS.value, size.dtype
-  )
+  speed = table_flags.speed(size.dtype)
   rows = []
   cells = [(method, ratio) for ratio in ratios for method in methods]
   for method, ratio in [(None, 1.0), *cells]:
     compressor = method and method.compressor
     row = {"method": method.label if method else paper.VANILLA, "ratio": ratio}
     rows.append(row)
-    if not table_estimate.able(compressor, text.num_layers, grid, ratio):
+    if not estimate.able(compressor, text.num_layers, grid, ratio):
       row["status"] = "cannot be run at this ratio"
       continue
     kept = cost.computed_rows(compressor, text.num_layers, grid, ratio)
@@ -229,7 +217,7 @@ def dry_run(name: str, methods, ratios, repeats: int) -> dict[str, Any]:
     new_tokens=1,
     batch=1,
     dtype=size.dtype,
-    policy=table_estimate.policy_of(text, methods),
+    policy=estimate.policy_of(text, methods),
   )
   tower = speed.seconds(cost.tower_flops(config, grid))
   each = tower + sum(row.get("prefill_ms", 0.0) for row in rows) / 1e3
@@ -237,7 +225,7 @@ def dry_run(name: str, methods, ratios, repeats: int) -> dict[str, Any]:
     "size": name,
     "rows": rows,
     "programs": 1
-    + table_estimate.num_programs(methods, ratios, text.num_layers, grid),
+    + estimate.num_programs(methods, ratios, text.num_layers, grid),
     # As bfloat16, whatever the computation's type.
     "disk_bytes": cost.weight_bytes(config, "bfloat16"),
     "memory_bytes": memory.total,
@@ -280,13 +268,15 @@ def make(size: Size, directory) -> tuple[latency.Subject, Any]:
   checkpoint = checkpoints.load(directory, jnp.dtype(size.dtype))
   model, grid = checkpoint.model, size.grid
   inputs = jax.tree.map(
-    lambda leaf: leaf[None], selection_benchmark.inputs(grid, config)
+    lambda leaf: leaf[None], selection_speed.inputs(grid, config)
   )
   features = inputs.features.astype(model.dtype)
   made = programs.Programs(checkpoint, grid, max_new_tokens=1)
   batch = _prompt(checkpoint, made, features, grid)
   policy = network.Policy.from_llm_config(
-    config.text, dtype=model.dtype, num_halvings=_halvings(config.text)
+    config.text,
+    dtype=model.dtype,
+    num_halvings=estimate.num_halvings(config.text),
   )
   params = policy.init_from_llm(jax.random.key(0), checkpoint.params)
   followed = loading.LoadedPolicy(policy, params)
@@ -321,11 +311,6 @@ def _draw(directory, config):
   partial = directory.with_name(f"{directory.name}.partial")
   tiny_checkpoints.write_random(partial, config, _SEED)
   os.replace(partial, directory)
-
-
-def _halvings(text) -> int:
-  """Returns the paper's number of hidden layers, or what the width allows."""
-  return min(_PAPER_HALVINGS, text.hidden_size.bit_length() - 2)
 
 
 def _prompt_rows(config, grid) -> int:
@@ -423,6 +408,7 @@ def measure(subject, encode, name, methods, ratios, repeats, rows):
       return found | {"status": errors.one_line(error)}
     kept = cost.video_rows(compressor, text.num_layers, grid, ratio)
     layers = [count + outside for count in kept]
+    note = getattr(compressor, "note", "")
     compression = times["rule_ms"] + times["reads_ms"]
     both = compression + times["prefill_ms"]
     return (
@@ -440,7 +426,7 @@ def measure(subject, encode, name, methods, ratios, repeats, rows):
         "first_token_ms": round(both + sum(shared.values()), 4),
         "git_commit": times["git_commit"],
       }
-      | _notes(compressor)
+      | ({"note": note} if note else {})
     )
 
   def answered(method, ratio):
@@ -512,11 +498,6 @@ def _once(rows, what: str, ratio: float, function) -> dict[str, Any]:
     }
     rows.add([(key, found | {"git_commit": provenance.git_commit()})])
   return rows[key]
-
-
-def _notes(compressor) -> dict[str, str]:
-  note = getattr(compressor, "note", "")
-  return {"note": note} if note else {}
 
 
 def _reported(method, ratio) -> dict[str, float]:

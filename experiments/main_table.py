@@ -15,7 +15,7 @@ WORKDIR/<benchmark>/           an evaluation: answers.jsonl (every question),
                                asked.json, what those results were asked for
 WORKDIR/results.json           all of them, averages, drift, what is reproduced
 WORKDIR/table.md, table.csv    a row per method and ratio, the paper's beside it
-WORKDIR/accuracy.png           averages over the ratio
+WORKDIR/accuracy.svg           averages over the ratio
 WORKDIR/timings.json           times and host facts
 
 Stopped and given again, it goes on where it was, to the same bytes. Several
@@ -38,28 +38,23 @@ import rich.console
 import rich.table
 from absl import flags
 
-from cacovid_jax import compressors, errors
+from cacovid_jax import compressors, errors, files
 from cacovid_jax import config as config_lib
-from cacovid_jax.data import answer_log, qwen_frames, readers
+from cacovid_jax.data import answer_log, readers
 from cacovid_jax.evals import (
   benchmarks,
   combined,
-  drift,
+  estimate,
   evaluation,
   frame_manifest,
   paper,
-  provenance,
+  paper_rows,
   results,
   runner,
   shards,
+  tables,
 )
-from cacovid_jax.models import checkpoints
-from experiments import (
-  main_table_files,
-  paper_rows,
-  table_estimate,
-  table_flags,
-)
+from experiments import table_flags
 
 config_lib.define_flag()
 ASKED = "asked.json"
@@ -86,7 +81,7 @@ _MISSING = flags.DEFINE_enum(
   "What to do without a clip: end before the start, or count it as wrong.",
 )
 _TOLERANCE = flags.DEFINE_float(
-  "tolerance", drift.TOLERANCE, "Points between two runs of the same thing."
+  "tolerance", paper.TOLERANCE, "Points between two runs of the same thing."
 )
 _FRAMES = flags.DEFINE_integer(
   "table_frames", None, "Frames per clip; the config's, or 32.", lower_bound=1
@@ -127,7 +122,7 @@ def main(argv):
     print(paper_rows.markdown())
     return
   plan = plan_from_flags()
-  if table_estimate.DRY_RUN.value:
+  if table_flags.DRY_RUN.value:
     dry_run(plan)
     return
   test = preflight(plan)
@@ -135,7 +130,7 @@ def main(argv):
     print("this share is done; the last process to end writes the table")
     return
   print((plan.workdir / "table.md").read_text(encoding="utf-8"))
-  for name in main_table_files.NAMES:
+  for name in (*tables.MAIN_FILES, "results.json", "timings.json"):
     print(os.path.join(plan.workdir, name))
 
 
@@ -151,7 +146,7 @@ class Plan:
 
   workdir: pathlib.Path
   requests: Mapping[str, evaluation.Request]
-  tolerance: float = drift.TOLERANCE
+  tolerance: float = paper.TOLERANCE
 
   @property
   def first(self) -> evaluation.Request:
@@ -171,7 +166,7 @@ def dry_run(plan: Plan) -> dict[str, Any]:
   counted then.
   """
   request = plan.first
-  checkpoint = table_estimate.describe(
+  checkpoint = estimate.describe(
     request.checkpoint,
     # A model that was named is that one, or a mistake.
     None if table_flags.MODEL.value else _BASE.value,
@@ -191,10 +186,8 @@ def dry_run(plan: Plan) -> dict[str, Any]:
       "no benchmark can be read; complete the folders, or leave --table_data"
       " out to count the published questions"
     )
-  speed = table_estimate.speed_of(
-    table_estimate.TFLOPS.value, table_estimate.GBPS.value, request.dtype
-  )
-  out = table_estimate.estimate(
+  speed = table_flags.speed(request.dtype)
+  out = estimate.estimate(
     checkpoint, requests, loaded, speed, model_shards=_CHIPS.value
   )
   ratios = ", ".join(f"{ratio:g}" for ratio in request.ratios)
@@ -202,7 +195,7 @@ def dry_run(plan: Plan) -> dict[str, Any]:
   absent = [name for name in plan.requests if name not in requests]
   if absent:
     title += f"; not counted: {', '.join(absent)}"
-  table_estimate.show(out, speed, title)
+  estimate.show(out, speed, title)
   return out
 
 
@@ -237,7 +230,7 @@ def plan_from_flags() -> Plan:
   if model:
     fields["checkpoint"] = model
   if not fields.get("checkpoint") and not (
-    _BASE.value and table_estimate.DRY_RUN.value
+    _BASE.value and table_flags.DRY_RUN.value
   ):
     raise errors.UserError("nothing says which base model: add --table_model")
   fields.setdefault("checkpoint", "")
@@ -273,7 +266,7 @@ def make_plan(
   folders: Mapping[str, str],
   *,
   methods: Sequence[str],
-  tolerance: float = drift.TOLERANCE,
+  tolerance: float = paper.TOLERANCE,
   manifests: str = "",
   **more,
 ) -> Plan:
@@ -302,9 +295,7 @@ def make_plan(
       )
     scored = [need for need in method.needs if need.endswith("scores")]
     reads_scores |= bool(scored)
-    if (
-      scored and not fields.get("policies") and not table_estimate.DRY_RUN.value
-    ):
+    if scored and not fields.get("policies") and not table_flags.DRY_RUN.value:
       raise errors.UserError(
         f"{method.label} needs a trained policy: add --table_policy=FILE, or"
         f" leave it out: --table_methods="
@@ -342,7 +333,7 @@ def make_plan(
   return Plan(
     workdir=workdir,
     requests=requests,
-    tolerance=drift.check_tolerance(tolerance),
+    tolerance=paper.check_tolerance(tolerance),
   )
 
 
@@ -379,7 +370,7 @@ def _folders(root, given, names) -> dict[str, str]:
         " to take it below --table_data"
       )
     named[name] = folder
-  if root is None and table_estimate.DRY_RUN.value:
+  if root is None and table_flags.DRY_RUN.value:
     # Without a folder, a benchmark has its published size.
     return {name: named.get(name, "") for name in names}
   if root is None and any(name not in named for name in names):
@@ -475,7 +466,7 @@ def run(
       note.unlink(missing_ok=True)
   for name, request in plan.requests.items():
     if evaluation.evaluate(request) is not None:
-      results.write_json(notes[name], asked(request, loaded[name].questions))
+      files.write_json(notes[name], asked(request, loaded[name].questions))
   # A benchmark that another process still works on, or ended, is known by its
   # files alone.
   if not all(
@@ -483,9 +474,13 @@ def run(
     for name, request in plan.requests.items()
   ):
     return None
-  out = combine(plan, loaded)
-  results.write_json(plan.workdir / "results.json", out)
-  main_table_files.write(plan.workdir, out)
+  runs = {
+    name: asked(request, loaded[name].questions)["run"]
+    for name, request in plan.requests.items()
+  }
+  out = combined.combine(plan.requests, loaded, runs, plan.tolerance)
+  files.write_json(plan.workdir / "results.json", out)
+  tables.write_main(plan.workdir, out)
   times = {
     name: {
       path.name: json.loads(path.read_text(encoding="utf-8"))
@@ -493,7 +488,7 @@ def run(
     }
     for name, request in plan.requests.items()
   }
-  results.write_json(plan.workdir / "timings.json", times)
+  files.write_json(plan.workdir / "timings.json", times)
   return out
 
 
@@ -531,136 +526,6 @@ def is_complete(request: evaluation.Request, questions) -> bool:
       f"{note} is damaged ({error}); delete it and start again"
     ) from error
   return found == asked(request, questions)
-
-
-def combine(
-  plan: Plan, loaded: Mapping[str, benchmarks.Benchmark]
-) -> dict[str, Any]:
-  """Returns results.json of the table from those of its benchmarks."""
-  request, methods = plan.first, plan.methods
-  parts = [
-    combined.read_part(
-      name,
-      each.workdir,
-      loaded[name].questions,
-      methods,
-      each.ratios,
-      each.seeds,
-      run=asked(each, loaded[name].questions)["run"],
-      shard=shards.Shard(*each.shard),
-      seed=number,
-    )
-    for number, (name, each) in enumerate(plan.requests.items())
-  ]
-  average = combined.average(parts, methods, request.ratios)
-  model = paper.model_of(checkpoints.load_config(request.checkpoint))
-  absent = [name for name in paper.BENCHMARKS if name not in plan.requests]
-  own = _per_cent(average["vanilla"], absent)
-  found = drift.vanilla(model, own, plan.tolerance)
-  obstacles = _obstacles(plan, parts, absent, model)
-  average["vanilla"]["reproduced"] = drift.reproduced(
-    found, paper.row(model, paper.VANILLA, 1.0), own, obstacles
-  )
-  for method in methods:
-    for ratio in request.ratios:
-      cell = average["methods"][method.label][results.ratio_key(ratio)]
-      row = None
-      if paper.is_method(
-        method.label, method.compressor.name, method.compressor.options
-      ):
-        row = paper.row(model, method.label, ratio)
-      cell["paper"] = row.reported() if row else None
-      if cell["status"] == "ok":
-        cell["reproduced"] = drift.reproduced(
-          found, row, _per_cent(cell, absent), obstacles
-        )
-  return {
-    "schema": results.SCHEMA,
-    "model": model and paper.MODELS[model].name,
-    "absent": absent,
-    "average": average,
-    "benchmarks": {part.name: part.out for part in parts},
-    "drift": found,
-    "ratios": [results.ratio_key(ratio) for ratio in request.ratios],
-    "seeds": list(request.seeds),
-    "provenance": _provenance(parts),
-  }
-
-
-def _provenance(parts) -> dict[str, Any]:
-  """Returns what all benchmarks were answered with, every environment."""
-  each = [part.out["provenance"] for part in parts]
-  found = provenance.describe(
-    frame_hashes={p.name: p.out["provenance"]["frame_hash"] for p in parts},
-    index_hashes={
-      p.name: p.out["provenance"]["frame_index_hash"] for p in parts
-    },
-    # The same for all: they are asked by one plan.
-    checkpoint={"sha256": each[0]["checkpoint"]},
-    policies=each[0]["policies"],
-    settings=each[0]["settings"],
-    environments=[one for part in each for one in part["environments"]],
-  )
-  return found | {"template_hash": each[0]["template_hash"]}
-
-
-def _per_cent(row, absent) -> dict[str, float]:
-  """Returns a row's accuracies as the paper has them, by column."""
-  found = {name: 100 * value for name, value in row["columns"].items()}
-  if not absent:
-    found[paper.AVERAGE] = 100 * row["accuracy"]
-  return found
-
-
-def _obstacles(plan, parts, absent, model) -> list[str]:
-  """Returns what makes a comparison with the paper void, in words."""
-  request, found = plan.first, []
-  if absent:
-    titles = ", ".join(paper.BENCHMARKS[name][0] for name in absent)
-    found.append(f"not asked: {titles}")
-  for part in parts:
-    title, expected = paper.BENCHMARKS[part.name]
-    num_asked = len(part.questions)
-    if num_asked != expected:
-      found.append(f"{num_asked} of {expected} questions of {title}")
-    lost = sum(entry["questions"] for entry in part.out["unreadable"])
-    if lost:
-      found.append(f"clips of {lost} questions of {title} cannot be used")
-  if request.num_frames != paper.NUM_FRAMES:
-    found.append(f"{request.num_frames} frames instead of {paper.NUM_FRAMES}")
-  found += _other_pixels(request)
-  template = model and paper.MODELS[model].template
-  if template and request.template != template:
-    found.append(
-      f"prompts by the {request.template or 'default'} chat template instead"
-      f" of the {template}'s"
-    )
-  if request.max_new_tokens:
-    found.append(f"answers of at most {request.max_new_tokens} tokens")
-  if request.rule != paper.RULE:
-    found.append(f"letters taken by the rule {request.rule}")
-  return found
-
-
-def _other_pixels(request) -> list[str]:
-  """Returns an obstacle if frames of Qwen2.5-VL have other bounds."""
-  if not (request.min_pixels or request.max_pixels):
-    return []
-  bounds = [
-    (config.min_pixels, config.max_pixels)
-    for config in (
-      qwen_frames.ProcessorConfig.with_paper_bounds(
-        request.checkpoint,
-        min_pixels=request.min_pixels,
-        max_pixels=request.max_pixels,
-      ),
-      qwen_frames.ProcessorConfig.with_paper_bounds(request.checkpoint),
-    )
-  ]
-  if bounds[0] == bounds[1]:
-    return []
-  own, papers = (f"{least} to {most}" for least, most in bounds)
-  return [f"frames of {own} pixels instead of {papers}"]
 
 
 if __name__ == "__main__":

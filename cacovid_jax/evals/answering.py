@@ -25,19 +25,18 @@ import jax.numpy as jnp
 import numpy as np
 
 import cacovid_jax
-from cacovid_jax import errors
+from cacovid_jax import errors, files
 from cacovid_jax.compressors import base
 from cacovid_jax.data import frames, qwen_frames, video
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.evals import (
-  answer_page,
   clips,
   provenance,
-  report,
   runner,
 )
 from cacovid_jax.evals import programs as programs_lib
+from cacovid_jax.evals.report import answer as answer_page
 from cacovid_jax.models import checkpoints, qwen2_5_vl
 from cacovid_jax.policy import loading
 
@@ -279,7 +278,8 @@ class Answerer:
       policies={name: p.identity for name, p in self.policies.items()},
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    report.write_page(path, answer_page.render(asked, shown, described))
+    page = answer_page.render(asked, shown, described)
+    files.write(path, page)
 
   def close(self) -> None:
     """Stops the threads that decode."""

@@ -17,14 +17,6 @@ from cacovid_jax.data.readers import mlvu as mlvu_files
 from cacovid_jax.data.readers import mvbench as mvbench_files
 from cacovid_jax.data.readers import own as own_files
 from cacovid_jax.evals import scoring, statistics
-from cacovid_jax.evals.scoring import (
-  egoschema,
-  longvideobench,
-  mlvu,
-  mvbench,
-  nextqa,
-  videomme,
-)
 
 PREPARED = "prepared"
 
@@ -113,14 +105,14 @@ _TASKS = {
       name=PREPARED,
       splits={"test": ("test.parquet",), "validation": ("validation.parquet",)},
       read=readers.read_videomme,
-      score=scoring.score,
+      score=scoring.prepared,
       duration_groups=("short", "medium", "long"),
     ),
     Task(
       name="videomme",
       splits={"test": ("videomme/test-*.parquet", "test-*.parquet")},
       read=functools.partial(readers.read_videomme, released=True),
-      score=videomme.score,
+      score=scoring.videomme,
       metric="videomme_perception_score",
       scale=100,
       duration_groups=("short", "medium", "long"),
@@ -129,7 +121,7 @@ _TASKS = {
       name="mlvu_dev",
       splits={"dev": (*_MLVU_PARQUET, "json/[0-9]_*.json")},
       read=readers.read_mlvu,
-      score=mlvu.score_dev,
+      score=scoring.mlvu_dev,
       metric="mlvu_percetion_score",
       scale=100,
       macro=mlvu_files.DEV_TYPES,
@@ -140,7 +132,7 @@ _TASKS = {
       read=functools.partial(
         readers.read_mlvu, types=mlvu_files.TEST_TYPES, most_options=6
       ),
-      score=mlvu.score_test,
+      score=scoring.mlvu_test,
       metric="mlvu_percetion_score",
       scale=100,
       macro=mlvu_files.TEST_TYPES,
@@ -149,7 +141,7 @@ _TASKS = {
       name="longvideobench",
       splits={"validation": ("validation-*.parquet", "lvb_val.json")},
       read=readers.read_longvideobench,
-      score=longvideobench.score,
+      score=scoring.longvideobench,
       max_new_tokens=32,
       metric="lvb_acc",
       duration_groups=longvideobench_files.DURATION_GROUPS,
@@ -158,7 +150,7 @@ _TASKS = {
       name="mvbench",
       splits={"test": ("json/*.json",)},
       read=readers.read_mvbench,
-      score=mvbench.score,
+      score=scoring.mvbench,
       metric="mvbench_accuracy",
       scale=100,
       macro=mvbench_files.TASKS,
@@ -168,14 +160,14 @@ _TASKS = {
       name="egoschema",
       splits={"subset": ("Subset/test-*.parquet",)},
       read=readers.read_egoschema,
-      score=egoschema.score,
+      score=scoring.egoschema,
       metric="score",
     ),
     Task(
       name="nextqa",
       splits={"test": ("MC/test-*.parquet",)},
       read=readers.read_nextqa,
-      score=nextqa.score,
+      score=scoring.nextqa,
       # The task sets none; this is what the reference model falls back to.
       max_new_tokens=1024,
       metric="exact_match",
@@ -184,7 +176,7 @@ _TASKS = {
       name="own",
       splits=dict.fromkeys(("test", "validation", "train"), own_files.FILES),
       read=readers.read_own,
-      score=scoring.score,
+      score=scoring.prepared,
       # Of answers in words; a letter ends by itself.
       max_new_tokens=64,
       one_file=True,

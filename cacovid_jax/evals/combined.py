@@ -19,7 +19,17 @@ import numpy as np
 from cacovid_jax import errors
 from cacovid_jax.data import answer_log
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.evals import results, runner, shards, statistics
+from cacovid_jax.evals import (
+  benchmarks,
+  evaluation,
+  paper,
+  provenance,
+  results,
+  runner,
+  shards,
+  statistics,
+)
+from cacovid_jax.models import checkpoints
 
 _LEDGER = "answers.jsonl"
 _ALONE = shards.Shard()
@@ -219,12 +229,13 @@ def _failure(parts, key) -> str:
   return ""
 
 
-def _estimate(value, draws) -> dict[str, Any]:
+def _interval(value, draws) -> list[float]:
   found = statistics.interval(value, draws)
-  return {
-    "accuracy": _number(value),
-    "ci95": [_number(found.low), _number(found.high)],
-  }
+  return [_number(found.low), _number(found.high)]
+
+
+def _estimate(value, draws) -> dict[str, Any]:
+  return {"accuracy": _number(value), "ci95": _interval(value, draws)}
 
 
 def _share(value, draws, vanilla, vanilla_draws) -> dict[str, Any]:
@@ -232,27 +243,114 @@ def _share(value, draws, vanilla, vanilla_draws) -> dict[str, Any]:
   if vanilla == 0:
     return {"of_vanilla": None, "of_vanilla_ci95": None}
   usable = vanilla_draws > 0
-  found = statistics.interval(
-    value / vanilla, draws[usable] / vanilla_draws[usable]
-  )
+  shares = draws[usable] / vanilla_draws[usable]
   return {
-    "of_vanilla": _number(found.mean),
-    "of_vanilla_ci95": [_number(found.low), _number(found.high)],
+    "of_vanilla": _number(value / vanilla),
+    "of_vanilla_ci95": _interval(value / vanilla, shares),
   }
 
 
 def _paired(key, versus, mean, draws) -> dict[str, Any]:
   difference = mean(key) - mean(versus)
-  found = statistics.interval(difference, draws(key) - draws(versus))
   return {
     "method": key[0],
     "vs": versus[0],
     "ratio": key[1],
     "mean": _number(difference),
-    "ci95": [_number(found.low), _number(found.high)],
+    "ci95": _interval(difference, draws(key) - draws(versus)),
   }
 
 
 def _number(value) -> float:
   """Returns a number with the six decimals of results.json."""
   return round(float(value), 6)
+
+
+def combine(
+  requests: Mapping[str, evaluation.Request],
+  loaded: Mapping[str, benchmarks.Benchmark],
+  runs: Mapping[str, Mapping[str, Any]],
+  tolerance: float = paper.TOLERANCE,
+) -> dict[str, Any]:
+  """Returns results.json of a table from those of its benchmarks.
+
+  Args:
+    requests: benchmark -> its evaluation, which is complete.
+    loaded: benchmark -> its questions.
+    runs: benchmark -> what its answers belong to, see `read_part`.
+    tolerance: points between two runs of the same thing.
+  """
+  request = next(iter(requests.values()))
+  methods = [runner.Method.parse(spec) for spec in request.methods]
+  parts = [
+    read_part(
+      name,
+      each.workdir,
+      loaded[name].questions,
+      methods,
+      each.ratios,
+      each.seeds,
+      run=runs[name],
+      shard=shards.Shard(*each.shard),
+      seed=number,
+    )
+    for number, (name, each) in enumerate(requests.items())
+  ]
+  rows = average(parts, methods, request.ratios)
+  model = paper.model_of(checkpoints.load_config(request.checkpoint))
+  absent = [name for name in paper.BENCHMARKS if name not in requests]
+  own = _per_cent(rows["vanilla"], absent)
+  found = paper.drift(model, own, tolerance)
+  reasons = paper.obstacles(request, parts, absent, model)
+  rows["vanilla"]["reproduced"] = paper.reproduced(
+    found, paper.row(model, paper.VANILLA, 1.0), own, reasons
+  )
+  for method in methods:
+    for ratio in request.ratios:
+      cell = rows["methods"][method.label][results.ratio_key(ratio)]
+      row = None
+      if paper.is_method(
+        method.label, method.compressor.name, method.compressor.options
+      ):
+        row = paper.row(model, method.label, ratio)
+      cell["paper"] = row.reported() if row else None
+      if cell["status"] == "ok":
+        cell["reproduced"] = paper.reproduced(
+          found, row, _per_cent(cell, absent), reasons
+        )
+  return {
+    "schema": results.SCHEMA,
+    "model": model and paper.MODELS[model].name,
+    "absent": absent,
+    "average": rows,
+    "benchmarks": {part.name: part.out for part in parts},
+    "drift": found,
+    "ratios": [results.ratio_key(ratio) for ratio in request.ratios],
+    "seeds": list(request.seeds),
+    "provenance": _provenance(parts),
+  }
+
+
+def _provenance(parts) -> dict[str, Any]:
+  """Returns what all benchmarks were answered with, every environment."""
+  each = [part.out["provenance"] for part in parts]
+  found = provenance.describe(
+    frame_hashes={p.name: p.out["provenance"]["frame_hash"] for p in parts},
+    index_hashes={
+      p.name: p.out["provenance"]["frame_index_hash"] for p in parts
+    },
+    # The same for all: they are asked by one plan.
+    checkpoint={"sha256": each[0]["checkpoint"]},
+    policies=each[0]["policies"],
+    settings=each[0]["settings"],
+    environments=[one for part in each for one in part["environments"]],
+  )
+  return found | {"template_hash": each[0]["template_hash"]}
+
+
+def _per_cent(row, absent) -> dict[str, float]:
+  """Returns a row's accuracies as the paper has them, by column."""
+  found = {name: 100 * value for name, value in row["columns"].items()}
+  if not absent:
+    found[paper.AVERAGE] = 100 * row["accuracy"]
+  return found

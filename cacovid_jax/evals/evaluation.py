@@ -24,7 +24,7 @@ import rich.table
 from absl import logging
 
 from cacovid_jax import config as config_lib
-from cacovid_jax import errors, metrics
+from cacovid_jax import errors, files, metrics
 from cacovid_jax.compressors import base
 from cacovid_jax.data import (
   answer_log,
@@ -39,14 +39,13 @@ from cacovid_jax.evals import (
   benchmarks,
   clips,
   defaults,
-  examples,
   frame_manifest,
   provenance,
-  report,
   results,
   runner,
   shards,
 )
+from cacovid_jax.evals.report import html, viewer
 from cacovid_jax.models import checkpoints, qwen2_5_vl
 from cacovid_jax.policy import loading
 
@@ -200,7 +199,7 @@ def evaluate(
   out, shown = found
   times = measure(out) if measure else {}
   path = os.path.join(request.workdir, "report.html")
-  report.write(path, out, shown, _curves(request), times)
+  html.write(path, out, shown, _curves(request), times)
   return out
 
 
@@ -294,8 +293,8 @@ def _evaluate(request: Request):
           f" (first: {out['unreadable'][0]['video']},"
           f" {out['unreadable'][0]['reason']}); prepare the data again"
         )
-      results.write_json(workdir / "results.json", out)
-      shown = examples.choose(
+      files.write_json(workdir / "results.json", out)
+      shown = viewer.choose(
         table,
         answers,
         evaluator,
@@ -369,7 +368,7 @@ def _write_timings(path, table, evaluator) -> None:
     "grids": len(set(map(table.grid_of, table.questions))),
     "programs": evaluator.num_compiled,
   }
-  results.write_json(path, timings)
+  files.write_json(path, timings)
 
 
 def choose(

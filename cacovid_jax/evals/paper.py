@@ -1,17 +1,26 @@
-"""What the paper reports, in one place: accuracies in %, milliseconds.
+"""What the paper reports, and what of ours may be called the same.
 
 Paper: https://arxiv.org/abs/2602.01649, its main table and its efficiency
 table. The main table has 32 frames, greedy answers and the mean of four
 benchmarks; a share is that of the model's own answers from all tokens.
+Accuracies are per cent, times milliseconds.
+
+The answers from all tokens move by points with the decoder, the prompt and the
+versions of libraries. A compressed row says something of the paper's only where
+they agree, so that this drift is checked first.
 """
 
 import dataclasses
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from cacovid_jax import errors
+from cacovid_jax.data import qwen_frames
 
 SOURCE = "arXiv 2602.01649, main table"
 VANILLA = "vanilla"
+TOLERANCE = 1.0  # Points between two runs of the same thing.
 
 # Benchmark -> (its name in tables, questions it asks).
 BENCHMARKS = types.MappingProxyType(
@@ -43,7 +52,7 @@ class Model:
 
   Attributes:
     name: of it in tables.
-    config: the command line's name of it, `--base`.
+    config: file that trains and evaluates it.
     sizes: (width, layers, feed-forward width) of its decoder.
     family: `model_type` of its checkpoints.
     template: whose chat template the paper's evaluation took; "" where both
@@ -61,12 +70,17 @@ MODELS = types.MappingProxyType(
   {
     "ov7b": Model(
       "LLaVA-OneVision-7B",
-      "ov7b",
+      "configs/llava_onevision_7b.py",
       (3584, 28, 18944),
       "llava_onevision",
       "tokenizer",
     ),
-    "qwen3b": Model("Qwen2.5-VL-3B", "qwen3b", (2048, 36, 11008), "qwen2_5_vl"),
+    "qwen3b": Model(
+      "Qwen2.5-VL-3B",
+      "configs/qwen2_5_vl_3b.py",
+      (2048, 36, 11008),
+      "qwen2_5_vl",
+    ),
   }
 )
 
@@ -205,3 +219,153 @@ def column_title(column: str) -> str:
   """Returns what a column is called: "VideoMME short"."""
   benchmark, _, part = column.partition("/")
   return " ".join([BENCHMARKS[benchmark][0], part]).strip()
+
+
+def check_tolerance(tolerance: float) -> float:
+  """Returns the points that may lie between two runs of one thing, checked."""
+  if not 0 <= tolerance < float("inf"):
+    raise errors.UserError(
+      f"tolerance {tolerance:g}: give a number of points from 0 up, such as 1"
+    )
+  return tolerance
+
+
+def compare(
+  own: Mapping[str, float], reported: Mapping[str, float], tolerance: float
+) -> dict[str, dict[str, Any]]:
+  """Returns, by column that both have: own, paper, difference and within.
+
+  Args:
+    own: accuracies of a row.
+    reported: those of the paper's row.
+    tolerance: points.
+  """
+  out = {}
+  for column, value in reported.items():
+    if column not in own:
+      continue
+    # Tables have one decimal; so has what they are compared by.
+    difference = round(round(own[column], 1) - value, 1)
+    out[column] = {
+      "own": round(own[column], 4),
+      "paper": value,
+      "difference": difference,
+      "within": abs(difference) <= tolerance,
+    }
+  return out
+
+
+def drift(
+  model: str | None, own: Mapping[str, float], tolerance: float
+) -> dict[str, Any]:
+  """Returns the `drift` section of results.json.
+
+  Args:
+    model: key of `MODELS`, None for a model that the paper has not.
+    own: accuracies of answers from all tokens.
+    tolerance: points.
+  """
+  known = row(model, VANILLA, 1.0)
+  columns = compare(own, known.reported(), tolerance) if known else {}
+  return {
+    "model": model and MODELS[model].name,
+    "source": SOURCE,
+    "tolerance": tolerance,
+    "columns": columns,
+    "worst": max(
+      (abs(entry["difference"]) for entry in columns.values()), default=None
+    ),
+  }
+
+
+def reproduced(
+  found: Mapping[str, Any],
+  reported: Row | None,
+  own: Mapping[str, float],
+  obstacles: Sequence[str] = (),
+) -> bool | str:
+  """Returns whether a row says what the paper's says: True, False, or why not.
+
+  Args:
+    found: of `drift`.
+    reported: the paper's row; None if it has none.
+    own: accuracies of our row.
+    obstacles: what makes any comparison void: other settings, questions that
+      were not asked.
+  """
+  if reported is None:
+    return "not in the paper"
+  if obstacles:
+    return obstacles[0]
+  tolerance = found["tolerance"]
+  if found["worst"] is None:
+    return "no column of the paper's vanilla was measured"
+  if found["worst"] > tolerance:
+    return (
+      f"vanilla off by {found['worst']:.1f} points (tolerance {tolerance:.1f})"
+    )
+  columns = compare(own, reported.reported(), tolerance)
+  return bool(columns) and all(entry["within"] for entry in columns.values())
+
+
+def obstacles(
+  request: Any,
+  parts: Sequence[Any],
+  absent: Sequence[str],
+  model: str | None,
+) -> list[str]:
+  """Returns what makes a comparison with the paper void, in words.
+
+  Args:
+    request: `evaluation.Request` of one benchmark; the others are alike.
+    parts: benchmarks, each a `combined.Part`.
+    absent: benchmarks of the paper that were not asked.
+    model: key of `MODELS`, None for a model that the paper has not.
+  """
+  found = []
+  if absent:
+    titles = ", ".join(BENCHMARKS[name][0] for name in absent)
+    found.append(f"not asked: {titles}")
+  for part in parts:
+    title, expected = BENCHMARKS[part.name]
+    num_asked = len(part.questions)
+    if num_asked != expected:
+      found.append(f"{num_asked} of {expected} questions of {title}")
+    lost = sum(entry["questions"] for entry in part.out["unreadable"])
+    if lost:
+      found.append(f"clips of {lost} questions of {title} cannot be used")
+  if request.num_frames != NUM_FRAMES:
+    found.append(f"{request.num_frames} frames instead of {NUM_FRAMES}")
+  found += _other_pixels(request)
+  template = model and MODELS[model].template
+  if template and request.template != template:
+    found.append(
+      f"prompts by the {request.template or 'default'} chat template instead"
+      f" of the {template}'s"
+    )
+  if request.max_new_tokens:
+    found.append(f"answers of at most {request.max_new_tokens} tokens")
+  if request.rule != RULE:
+    found.append(f"letters taken by the rule {request.rule}")
+  return found
+
+
+def _other_pixels(request) -> list[str]:
+  """Returns an obstacle if frames of Qwen2.5-VL have other bounds."""
+  if not (request.min_pixels or request.max_pixels):
+    return []
+  bounds = [
+    (config.min_pixels, config.max_pixels)
+    for config in (
+      qwen_frames.ProcessorConfig.with_paper_bounds(
+        request.checkpoint,
+        min_pixels=request.min_pixels,
+        max_pixels=request.max_pixels,
+      ),
+      qwen_frames.ProcessorConfig.with_paper_bounds(request.checkpoint),
+    )
+  ]
+  if bounds[0] == bounds[1]:
+    return []
+  own, papers = (f"{least} to {most}" for least, most in bounds)
+  return [f"frames of {own} pixels instead of {papers}"]

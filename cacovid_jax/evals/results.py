@@ -6,10 +6,7 @@ so that the same run gives the same bytes.
 
 import collections
 import dataclasses
-import json
 import math
-import os
-import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -238,18 +235,6 @@ def frame_hashes(
     if digest:
       found[question.video] = digest
   return found
-
-
-def write_json(path: str | os.PathLike, value: Any) -> None:
-  """Writes JSON with sorted keys, all or nothing."""
-  path = pathlib.Path(path)
-  partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-  text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False)
-  with open(partial, "w", encoding="utf-8") as f:
-    f.write(text + "\n")
-    f.flush()
-    os.fsync(f.fileno())
-  os.replace(partial, path)
 
 
 def _values(table, ledger, cell) -> np.ndarray:

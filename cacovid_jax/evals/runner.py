@@ -36,7 +36,7 @@ import numpy as np
 from cacovid_jax import compressors, errors
 from cacovid_jax import progress as progress_lib
 from cacovid_jax.compressors import base
-from cacovid_jax.data import answer_log
+from cacovid_jax.data import answer_log, letters
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import asker as asker_lib
 from cacovid_jax.evals import benchmarks, prompting, provenance, scoring
@@ -124,9 +124,9 @@ class Settings:
         raise errors.UserError(
           f"evals.{field}={getattr(self, field)} must be at least 1"
         )
-    if self.rule not in scoring.EXTRACTORS:
+    if self.rule not in letters.EXTRACTORS:
       raise errors.UserError(
-        f"evals.rule={self.rule!r}: use {' or '.join(scoring.EXTRACTORS)}"
+        f"evals.rule={self.rule!r}: use {' or '.join(letters.EXTRACTORS)}"
       )
 
 

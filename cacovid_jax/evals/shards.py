@@ -15,9 +15,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from cacovid_jax import errors
+from cacovid_jax import errors, files
 from cacovid_jax.data import answer_log
-from cacovid_jax.evals import provenance, results, runner
+from cacovid_jax.evals import provenance, runner
 
 _SHARD = re.compile(r"([0-9]+)/([0-9]+)")
 
@@ -141,7 +141,7 @@ class Board:
         for (spec, ratio), failure in failures.items()
       ],
     }
-    results.write_json(self._path(self.shard), note)
+    files.write_json(self._path(self.shard), note)
 
   def missing(self) -> list[int]:
     """Returns the numbers of the processes that are not done."""

@@ -18,8 +18,9 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support import ui
 
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.evals import examples as examples_lib
-from cacovid_jax.evals import report, runner
+from cacovid_jax.evals import runner
+from cacovid_jax.evals.report import html as report
+from cacovid_jax.evals.report import viewer
 from tests.evals import report_test
 
 HOSTILE = report_test.HOSTILE
@@ -45,13 +46,13 @@ def example(number):
     for ratio in RATIOS
     if (method, ratio) != ("random", 0.05)
   }
-  right = examples_lib.Said(f"A {HOSTILE}", "A", True)
-  wrong = examples_lib.Said(f"B, says clip {number}", "B", False)
+  right = viewer.Said(f"A {HOSTILE}", "A", True)
+  wrong = viewer.Said(f"B, says clip {number}", "B", False)
   answers = {"vanilla": {1.0: right}}
   for method, ratio in views:
     good = method == "cacovid" and (ratio == 0.25 or number % 2 == 0)
     answers.setdefault(method, {})[ratio] = right if good else wrong
-  return examples_lib.Example(
+  return viewer.Example(
     question=question_lib.Question(
       id=f"q{number}{HOSTILE}",
       video=f"{HOSTILE}.mp4",
@@ -118,9 +119,7 @@ def paths(tmp_path_factory):
     examples[0],
     question=dataclasses.replace(examples[0].question, answer=""),
     views={k: v for k, v in examples[0].views.items() if k[0] == "cacovid"},
-    answers={
-      "cacovid": {r: examples_lib.Said(f"B {HOSTILE}", "B") for r in RATIOS}
-    },
+    answers={"cacovid": {r: viewer.Said(f"B {HOSTILE}", "B") for r in RATIOS}},
   )
   facts = {
     "question": f"What {HOSTILE}?",
@@ -131,7 +130,7 @@ def paths(tmp_path_factory):
     "provenance": results()["provenance"],
   }
   page = report.render_answers(facts, [("cacovid", HOSTILE)], [unknown])
-  report.write_page(folder / "answer.html", page)
+  (folder / "answer.html").write_text(page, "utf-8")
   return folder
 
 

@@ -16,7 +16,8 @@ import pytest
 from cacovid_jax import errors
 from cacovid_jax.compressors import uniform
 from cacovid_jax.data import frames, readers, video
-from cacovid_jax.evals import answer_page, answering, runner
+from cacovid_jax.evals import answering, runner
+from cacovid_jax.evals.report import answer as answer_page
 from cacovid_jax.models import generation
 from cacovid_jax.synthetic import build
 from tests.evals import report_test, tiny

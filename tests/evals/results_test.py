@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from cacovid_jax import errors
+from cacovid_jax import errors, files
 from cacovid_jax.data import answer_log
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import benchmarks, provenance, results, runner
@@ -273,7 +273,7 @@ def test_oracles_are_not_methods(answers, tmp_path):
 
 def test_the_same_answers_give_the_same_bytes(answers, tmp_path):
   for name in ("a.json", "b.json"):
-    results.write_json(tmp_path / name, built(answers))
+    files.write_json(tmp_path / name, built(answers))
   assert (tmp_path / "a.json").read_bytes() == (
     tmp_path / "b.json"
   ).read_bytes()

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 
 from cacovid_jax import errors
+from cacovid_jax.data import letters
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import benchmarks, scoring
-from cacovid_jax.evals.scoring import scored
 from tests.evals import awkward_answers
 
 
@@ -28,7 +28,7 @@ from tests.evals import awkward_answers
   ],
 )
 def test_paper_rule(text, letter):
-  assert scoring.extract(text) == letter
+  assert letters.extract(text) == letter
 
 
 @pytest.mark.parametrize(
@@ -45,15 +45,15 @@ def test_paper_rule(text, letter):
   ],
 )
 def test_lmms_rule(text, letter):
-  assert scoring.extract(text, rule="lmms-0.7.3") == letter
+  assert letters.extract(text, rule="lmms-0.7.3") == letter
 
 
 def test_letters_follow_the_number_of_options():
-  assert scoring.extract("F", num_options=6) == "F"
-  assert scoring.extract("F", num_options=4) == ""
+  assert letters.extract("F", num_options=6) == "F"
+  assert letters.extract("F", num_options=4) == ""
 
 
-@pytest.mark.parametrize("rule", scoring.EXTRACTORS)
+@pytest.mark.parametrize("rule", letters.EXTRACTORS)
 def test_an_empty_answer_is_never_correct(rule):
   for name in ("prepared", "videomme", "mlvu_dev", "mlvu_test", "mvbench"):
     for gold in "ABCDE":
@@ -64,7 +64,7 @@ def test_an_empty_answer_is_never_correct(rule):
 
 def test_unknown_rule_is_named():
   with pytest.raises(errors.UserError, match="bleu"):
-    scoring.extract("A", rule="bleu")
+    letters.extract("A", rule="bleu")
 
 
 def _question(options, answer="A", **fields):
@@ -84,7 +84,7 @@ def test_awkward_answers_are_read_as_the_benchmarks_read_them(name, rule):
       got = score(question, text, rule=rule)
       if letter == "?":
         assert got.fallback, text
-        assert got.letter == scored.guess(question).letter, text
+        assert got.letter == scoring.guess(question).letter, text
       else:
         wanted = ("" if letter == "-" else letter, False)
         assert (got.letter, got.fallback) == wanted, text
@@ -95,8 +95,8 @@ def test_every_benchmark_and_rule_has_its_awkward_answers():
   wanted = {
     (name, rule)
     for name in benchmarks.names()
-    for rule in scoring.EXTRACTORS
-    if benchmarks.task(name).score is not scoring.score
+    for rule in letters.EXTRACTORS
+    if benchmarks.task(name).score is not scoring.prepared
   }
   assert set(awkward_answers.EXPECTED) == wanted
 
@@ -106,8 +106,8 @@ def test_a_guess_depends_on_the_question_alone_and_reaches_every_option():
   for number in range(300):
     question = _question(("x", "y", "z"))
     question = dataclasses.replace(question, id=f"q{number}")
-    guess = scored.guess(question)
-    assert guess == scored.guess(question)
+    guess = scoring.guess(question)
+    assert guess == scoring.guess(question)
     assert guess.fallback and guess.score == (guess.letter == "A")
     counts[guess.letter] += 1
   # One third each; five standard deviations are 41.
@@ -130,8 +130,8 @@ def test_options_in_lower_case_words_are_found_in_long_answers():
 
 def test_prepared_data_of_other_problem_types_are_scored_by_reward():
   question = _question((), "3.50", problem_type="numerical")
-  assert scoring.score(question, "3.5") == (1.0, "", False)
-  assert scoring.score(question, "3.6") == (0.0, "", False)
+  assert scoring.prepared(question, "3.5") == (1.0, "", False)
+  assert scoring.prepared(question, "3.6") == (0.0, "", False)
 
 
 @pytest.mark.parametrize("name", benchmarks.names())

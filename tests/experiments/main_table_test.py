@@ -10,17 +10,25 @@ import jax
 import numpy as np
 import pytest
 from absl.testing import flagsaver
-from PIL import Image
 
 from cacovid_jax import errors
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import tokenizer as tokenizer_lib
-from cacovid_jax.evals import benchmarks, paper, runner, scoring
+from cacovid_jax.evals import (
+  benchmarks,
+  combined,
+  estimate,
+  paper,
+  paper_rows,
+  runner,
+  scoring,
+  tables,
+)
 from cacovid_jax.models import checkpoints
 from cacovid_jax.synthetic import tiny_checkpoints
-from experiments import main_table, main_table_files, paper_rows
+from experiments import main_table
 from tests.data import benchmark_files
-from tests.evals import tiny
+from tests.evals import charts_test, tiny
 
 CONFIG = """
 import ml_collections
@@ -201,8 +209,13 @@ def test_files_agree(made):
   text = (made / "table.md").read_text()
   for name in METHODS:
     assert text.count(f"| {name} |") == len(RATIOS)
-  image = np.asarray(Image.open(made / "accuracy.png").convert("L"))
-  assert 0.005 < (image < 200).mean() < 0.5
+  shown = charts_test.texts((made / "accuracy.svg").read_text())
+  assert {"vanilla", "cacovid", "uniform", "30", "average of 2 (%)"} <= set(
+    shown
+  )
+  assert "main table; open points: the paper" in shown
+  # FastV could not be run.
+  assert "fastv" not in shown
   times = json.loads((made / "timings.json").read_text())
   assert set(times) == set(NAMES)
   assert "seconds" not in (made / "results.json").read_text()
@@ -215,7 +228,7 @@ def test_what_was_not_asked_is_told_beside_the_table(made):
     {"video": "data/clip_1.mp4", "reason": "missing", "questions": 2}
   ]
   found["left_out"] = {"other_rows": {"about a picture": 3}}
-  text = main_table_files.markdown(out, main_table_files.rows(out))
+  text = tables.main_markdown(out, tables.main_rows(out))
   assert (
     "- VideoMME: counted as wrong: 2 questions about data/clip_1.mp4 (missing)"
     "\n- VideoMME: left out: 3 rows, about a picture\n"
@@ -228,13 +241,13 @@ def test_a_dry_run_tells_what_the_run_took(folder, make, made, capsys):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(checkpoints, "load_params", None)  # No weight is read.
     told = []
-    real = main_table.table_estimate.estimate
+    real = estimate.estimate
 
-    def estimate(*args, **options):
+    def recorded(*args, **options):
       told.append(real(*args, **options))
       return told[-1]
 
-    patch.setattr(main_table.table_estimate, "estimate", estimate)
+    patch.setattr(estimate, "estimate", recorded)
     make(name, dry_run=True, table_tflops=0.5, table_gbps=1.0)
   assert not (folder / name).exists()
   assert "memory of a device in GiB" in capsys.readouterr().out
@@ -297,13 +310,13 @@ def test_a_row_is_reproduced_only_beside_its_own_vanilla(
   columns = tuple(name for name in paper.COLUMNS if name.split("/")[0] in sizes)
   monkeypatch.setattr(paper, "COLUMNS", columns)
   plans = []
-  real = main_table.combine
+  real = combined.combine
 
-  def combine(plan, loaded):
-    plans.append((plan, loaded))
-    return real(plan, loaded)
+  def combine(*given):
+    plans.append(given)
+    return real(*given)
 
-  monkeypatch.setattr(main_table, "combine", combine)
+  monkeypatch.setattr(combined, "combine", combine)
   workdir = folder / f"beside{off:g}"
   for name in NAMES:
     shutil.copytree(made / name, workdir / name)
@@ -321,20 +334,20 @@ def test_a_row_is_reproduced_only_beside_its_own_vanilla(
   assert (str(expected) in text) == bool(off)
   assert f"| {0.0 - off:+.1f} |" in text
   # A part of the questions says nothing of the whole, however close it is.
-  ((plan, loaded),) = plans
+  (given,) = plans
   monkeypatch.setitem(sizes, "videomme", ("VideoMME", 12))
-  out = real(plan, loaded)
+  out = real(*given)
   cell = out["average"]["methods"]["uniform"]["0.30"]
   assert cell["reproduced"] == "6 of 12 questions of VideoMME"
   monkeypatch.setattr(paper, "NUM_FRAMES", 32)
   monkeypatch.setitem(sizes, "videomme", ("VideoMME", 6))
-  out = real(plan, loaded)
+  out = real(*given)
   cell = out["average"]["methods"]["uniform"]["0.30"]
   assert cell["reproduced"] == "4 frames instead of 32"
   monkeypatch.setattr(paper, "NUM_FRAMES", 4)
   # One question that is not there, and one whose clip is not.
   monkeypatch.setitem(sizes, "videomme", ("VideoMME", 7))
-  cell = real(plan, loaded)["average"]["vanilla"]
+  cell = real(*given)["average"]["vanilla"]
   assert cell["reproduced"] == "6 of 7 questions of VideoMME"
   monkeypatch.setitem(sizes, "videomme", ("VideoMME", 6))
   path = workdir / "videomme" / "results.json"
@@ -342,7 +355,7 @@ def test_a_row_is_reproduced_only_beside_its_own_vanilla(
   path.write_text(
     json.dumps(json.loads(path.read_text()) | {"unreadable": unreadable})
   )
-  cell = real(plan, loaded)["average"]["vanilla"]
+  cell = real(*given)["average"]["vanilla"]
   assert cell["reproduced"] == "clips of 1 questions of VideoMME cannot be used"
 
 
@@ -356,7 +369,7 @@ def test_a_table_that_was_stopped_goes_on_to_the_same_bytes(made, make):
   (resumed / "mlvu_dev" / "answers.jsonl").write_bytes(cut)
   shutil.copytree(made / "videomme", resumed / "videomme")
   make("resumed")
-  same = [name for name in main_table_files.NAMES if name != "timings.json"]
+  same = (*tables.MAIN_FILES, "results.json")
   for name in [*same, "mlvu_dev/results.json", "mlvu_dev/answers.jsonl"]:
     assert (resumed / name).read_bytes() == (made / name).read_bytes(), name
 
@@ -500,7 +513,7 @@ def test_printed_commands_fill_their_rows_in_folders_of_their_own():
   workdirs = []
   for key in paper.MODELS:
     whole = planned(paper_rows.command(key))
-    rest = planned(paper_rows.without_policy(key))
+    rest = planned(paper_rows.command(key, trained=False))
     labels = {method.label for method in whole.methods}
     for row in paper.ROWS:
       if row.model == key and row.method != paper.VANILLA:
@@ -549,7 +562,7 @@ def test_another_template_or_frame_size_is_told(folder, monkeypatch):
       {"videomme": "y"},
       methods=["uniform"],
     )
-    return main_table._obstacles(plan, [], [], model)
+    return paper.obstacles(plan.first, [], [], model)
 
   assert obstacles("ov7b", template="tokenizer") == []
   for given, name in (("", "default"), ("processor", "processor")):

@@ -1,0 +1,89 @@
+"""The README's tables: what the paper reports, and the command for each row.
+
+Commands are run as they stand, one after another and each in a folder of its
+own: weights, benchmarks and policies lie where the configs expect them.
+"""
+
+import pathlib
+
+from cacovid_jax.evals import paper, results, tables
+
+_EFFICIENCY = "python -m experiments.efficiency_table --table_size=ov-7b"
+
+
+def markdown() -> str:
+  """Returns all tables, one line per row, without a line break at the end."""
+  commands, rows, times = [], [], []
+  for key, model in paper.MODELS.items():
+    rest = f"{model.name}, vanilla and others without a policy"
+    commands.append([f"`{command(key)}`", f"all of {model.name}"])
+    commands.append([f"`{command(key, trained=False)}`", rest])
+  for row in paper.ROWS:
+    place = f"{row.method},{results.ratio_key(row.ratio)}"
+    kept = "all tokens" if row.method == paper.VANILLA else f"{row.ratio:.0%}"
+    trained = row.method == results.REFERENCE
+    rows.append(
+      [
+        f"{paper.MODELS[row.model].name}, {row.title}, {kept}",
+        f"`{place}`",
+        *(tables.number(row.scores.get(column)) for column in paper.COLUMNS),
+        f"{row.average:.1f} ({row.share:g} %)",
+        "not run: needs the weights",
+        "the paper's policy" if trained else "the base model's",
+      ]
+    )
+  name = paper.MODELS[paper.EFFICIENCY_MODEL].name
+  share, ratio = f"{paper.EFFICIENCY_RATIO:.0%}", paper.EFFICIENCY_RATIO
+  names = {row.method: row.title for row in paper.ROWS}
+  for title, place, value in (
+    ("prefill of all tokens", "vanilla,1.0`: `prefill_ms",
+     paper.VANILLA_PREFILL_MS),
+    (f"prefill at {share}", f"cacovid,{ratio}`: `prefill_ms",
+     paper.PREFILL_MS),
+    *(
+      (f"{names[method]}'s choice at {share}",
+       f"{method},{ratio}`: `compression_ms", value)
+      for method, value in paper.COMPRESSION_MS.items()
+    ),
+  ):  # fmt: skip
+    cells = [f"{name}, {title}", f"`{place}`", f"{value:.1f}"]
+    times.append([*cells, "not measured: needs an accelerator"])
+  titles = map(paper.column_title, paper.COLUMNS)
+  head = ["paper row", "of the command's `table.csv`", *titles,
+          "average (of vanilla)", "ours", "checkpoint"]  # fmt: skip
+  head_times = ["paper row, milliseconds", "of its `table.csv`", "paper",
+                "ours"]  # fmt: skip
+  last = [[f"`{_EFFICIENCY}`", "all milliseconds"]]
+  return "\n\n".join(
+    [
+      tables.as_markdown(["command", "rows it fills"], commands),
+      tables.as_markdown(head, rows),
+      tables.as_markdown(["command", "rows it fills"], last),
+      tables.as_markdown(head_times, times),
+    ]
+  )
+
+
+def command(model: str, *, trained: bool = True) -> str:
+  """Returns the command that fills the rows of a model.
+
+  Args:
+    model: key of `paper.MODELS`.
+    trained: all rows; else those that need no trained policy, and where the
+      paper has vanilla alone, another one with it.
+  """
+  command = f"python -m experiments.main_table --base={model}"
+  if trained:
+    policy = pathlib.PurePosixPath(paper.MODELS[model].config).stem
+    return f"{command} --table_policy=workdirs/{policy} --table_data=datasets"
+  methods = dict.fromkeys(
+    row.method
+    for row in paper.ROWS
+    if row.model == model
+    and row.method not in (paper.VANILLA, results.REFERENCE)
+  )
+  return (
+    f"{command} --table_data=datasets"
+    f" --table_methods={','.join(methods or ['uniform'])}"
+    f" --table_workdir=workdirs/main_table_{model}_no_policy"
+  )

@@ -1,0 +1,125 @@
+r"""Released sizes with random weights beside transformers, on one machine.
+
+python -m experiments.parity_at_size --full_size=ov-7b --on=cuda
+
+Writes a checkpoint of the size twice to a scratch folder: cut to a few layers,
+to be compared in float32 stage by stage (tower, features, every layer, logits,
+greedy ids), and whole, to be compared in bfloat16 by the most likely token.
+Both are deleted in the end; `--keep_full_size` keeps the whole one. Needs
+PyTorch and transformers (the extra `[hf]`); JAX computes on its default device.
+"""
+
+import dataclasses
+import os
+import shutil
+import time
+
+import jax
+import rich.console
+from absl import flags
+
+from cacovid_jax import errors
+from cacovid_jax.models import llava_onevision, qwen2_5_vl
+from cacovid_jax.parity import __main__
+from cacovid_jax.parity import transformers as transformers_lib
+from cacovid_jax.synthetic import tiny_checkpoints
+
+_ONEVISION = llava_onevision.LlavaOnevisionConfig
+_QWEN = qwen2_5_vl.Qwen2_5VLConfig
+CONFIGS = {
+  "ov-0.5b": _ONEVISION.llava_onevision_0_5b,
+  "ov-7b": _ONEVISION.llava_onevision_7b,
+  "qvl-3b": _QWEN.qwen2_5_vl_3b,
+  "qvl-7b": _QWEN.qwen2_5_vl_7b,
+}
+
+_SIZE = flags.DEFINE_enum(
+  "full_size", "ov-7b", list(CONFIGS), "Released model whose shapes are taken."
+)
+_LAYERS = flags.DEFINE_integer(
+  "cut_layers",
+  4,
+  "Layers of tower and decoder that are compared in float32.",
+  lower_bound=1,
+)
+_DEVICE = flags.DEFINE_string("on", "cpu", "Where PyTorch computes.")
+_FOLDER = flags.DEFINE_string(
+  "full_size_scratch",
+  "workdirs/full_size",
+  "Where the checkpoints are written, up to 17 GB.",
+)
+_KEEP = flags.DEFINE_boolean(
+  "keep_full_size", False, "Do not delete the whole checkpoint."
+)
+
+
+def cut(config, num_layers):
+  """Returns `config` with this many layers in tower and decoder."""
+  vision = dataclasses.replace(config.vision, num_layers=num_layers)
+  if isinstance(config, qwen2_5_vl.Qwen2_5VLConfig):
+    # The last layer sees whole slices, as in the released depth.
+    vision = dataclasses.replace(vision, full_layers=(num_layers - 1,))
+  text = dataclasses.replace(config.text, num_layers=num_layers)
+  return dataclasses.replace(config, vision=vision, text=text)
+
+
+def compare(config, folder, *, num_layers, device, keep=False):
+  """Prints both comparisons; returns whether both are within their limits.
+
+  Args:
+    config: of the whole model.
+    folder: an empty or missing folder for the checkpoints.
+    num_layers: of the one that is compared in float32.
+    device: where PyTorch computes.
+    keep: whether the whole checkpoint stays, as `folder`/whole.
+  """
+  if os.path.isdir(folder) and os.listdir(folder):
+    raise errors.UserError(
+      f"{folder} is not empty; name another --full_size_scratch"
+    )
+  console = rich.console.Console()
+  started = time.perf_counter()
+
+  def write(name, config):
+    directory = os.path.join(folder, name)
+    tiny_checkpoints.write_random(directory, config)
+    seconds = time.perf_counter() - started
+    console.print(f"{directory} written ({seconds:.0f} s)")
+    return directory
+
+  verdicts = []
+  short = os.path.join(folder, "cut")
+  whole = os.path.join(folder, "whole")
+  try:
+    write("cut", cut(config, num_layers))
+    with jax.default_matmul_precision("highest"):
+      found = transformers_lib.check(short, device=device)
+    verdicts.append(__main__.report(short, found))
+    shutil.rmtree(short)
+    write("whole", config)
+    both = transformers_lib.agree(whole, device=device)
+    verdicts.append(__main__.report_half(whole, *both))
+  finally:
+    for directory in [short] if keep else [short, whole]:
+      shutil.rmtree(directory, ignore_errors=True)
+    if os.path.isdir(folder) and not os.listdir(folder):
+      os.rmdir(folder)
+  console.print(f"{time.perf_counter() - started:.0f} s in all")
+  return all(verdicts)
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise errors.UserError(f"unknown argument {argv[1]!r}; flags begin with --")
+  fine = compare(
+    CONFIGS[_SIZE.value](),
+    _FOLDER.value,
+    num_layers=_LAYERS.value,
+    device=_DEVICE.value,
+    keep=_KEEP.value,
+  )
+  return 0 if fine else 1
+
+
+if __name__ == "__main__":
+  errors.run(main)

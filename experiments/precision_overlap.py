@@ -1,0 +1,247 @@
+r"""Does a policy choose the same tokens after half-precision storage?
+
+python -m experiments.precision_overlap --trained_policy=workdirs/quickstart
+
+Public checkpoints keep a policy in half precision, training in float32. Where
+two tokens score almost alike, rounding may swap them. The policy is written
+under the public names in each type, read back, and scores the same videos; the
+table tells how many of the kept tokens are the same ones. The videos are drawn:
+frames of coloured blocks that change slowly, encoded by the base model, each
+with a random question.
+
+Axes: L prompt tokens, D width, P position rows, N video tokens, K kept tokens.
+"""
+
+import functools
+import os
+import tempfile
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.box
+import rich.console
+import rich.table
+from absl import flags
+
+import cacovid_jax
+from cacovid_jax import errors
+from cacovid_jax.models import checkpoints, qwen2_5_vl
+from cacovid_jax.policy import loading, network, selection
+
+_POLICY = flags.DEFINE_string(
+  "trained_policy", None, "A policy's file, or the workdir of a training run."
+)
+_MODEL = flags.DEFINE_string(
+  "base_model", None, "Its base model; the shipped one by default."
+)
+_RATIOS = flags.DEFINE_list(
+  "keep_ratios", ["0.25", "0.10", "0.05"], "Retention ratios."
+)
+_VIDEOS = flags.DEFINE_integer(
+  "num_videos", 8, "Videos to draw.", lower_bound=1
+)
+_FRAMES = flags.DEFINE_integer(
+  "video_frames", 16, "Frames of each video.", lower_bound=1
+)
+
+_QUESTION_TOKENS = 24
+_BEFORE = 4  # Tokens of text before the video.
+
+
+class Prompt(NamedTuple):
+  """What a policy scores.
+
+  Attributes:
+    x: float[L, D] embeddings, video features in place.
+    positions: int32[P, L].
+    video_rows: int32[N] rows of the video tokens.
+    grid: (T, H, W) of the video.
+  """
+
+  x: Any
+  positions: Any
+  video_rows: Any
+  grid: tuple[int, int, int]
+
+
+class Overlap(NamedTuple):
+  """How alike two policies choose at one ratio.
+
+  Attributes:
+    ratio: retention ratio.
+    kept: K tokens of each video, summed up.
+    shared: of these, chosen by both.
+    identical: videos with the very same choice.
+    videos: of all videos.
+  """
+
+  ratio: float
+  kept: int
+  shared: int
+  identical: int
+  videos: int
+
+  @property
+  def share(self):
+    return self.shared / self.kept
+
+
+def stored(policy, params, dtype):
+  """Returns params after a file in the public format, kept in a dtype."""
+  with tempfile.TemporaryDirectory() as folder:
+    path = os.path.join(folder, "policy.safetensors")
+    loading.save(path, policy, params, dtype)
+    return loading.load(path, policy)
+
+
+def overlaps(policy, params, other, prompts, ratios):
+  """Returns an `Overlap` per ratio of what two sets of params select.
+
+  Args:
+    policy: the module.
+    params: its parameters.
+    other: parameters to compare with.
+    prompts: list of `Prompt`.
+    ratios: retention ratios.
+  """
+  ratios = tuple(ratios)
+  chosen = [
+    [
+      _select(each, *prompt[:3], policy=policy, grid=prompt.grid, ratios=ratios)
+      for each in (params, other)
+    ]
+    for prompt in prompts
+  ]
+  found = []
+  for i, ratio in enumerate(ratios):
+    kept = [len(ours[i]) for ours, _ in chosen]
+    shared = [len(np.intersect1d(ours[i], own[i])) for ours, own in chosen]
+    identical = sum(s == k for s, k in zip(shared, kept, strict=True))
+    found.append(
+      Overlap(ratio, sum(kept), sum(shared), identical, len(prompts))
+    )
+  return found
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "grid", "ratios"))
+def _select(params, x, positions, video_rows, *, policy, grid, ratios):
+  """Returns int32[K] kept tokens, per ratio."""
+  scores = policy.apply({"params": params}, x, positions, video_rows, grid)
+  return [selection.select(scores, grid=grid, ratio=ratio) for ratio in ratios]
+
+
+def draw_prompt(model, params, rng, num_frames):
+  """Returns a `Prompt` of a drawn video and question.
+
+  Args:
+    model: base model.
+    params: its parameters.
+    rng: `numpy.random.Generator`.
+    num_frames: frames of the video.
+  """
+  config = model.config
+  if isinstance(model, qwen2_5_vl.Qwen2_5VLModel):
+    vision = config.vision
+    grid = model.grid(num_frames, *2 * (8 * vision.patch_size * 2,))
+    rows = int(np.prod(grid)) * vision.merge_size**2
+    patches = rng.normal(size=(rows, vision.patch_values))
+    arguments = (patches.astype(np.float32), model.layout(grid))
+    block = int(np.prod(grid))
+  else:
+    grid = model.grid(num_frames)
+    arguments = (_blocks(rng, num_frames, config.vision.image_size),)
+    block = int(np.prod(grid)) + 1  # The newline behind the video.
+  length = _BEFORE + block + _QUESTION_TOKENS
+  # Ids of text alone: special tokens have the highest ids.
+  ids = rng.integers(0, config.text.vocab_size // 2, length)
+  video_rows = _BEFORE + np.arange(np.prod(grid))
+  ids[video_rows] = config.video_token_id
+  x = _embed(params, jnp.asarray(ids, jnp.int32), arguments, model=model)
+  positions = np.arange(length, dtype=np.int32)[None]
+  if isinstance(model, qwen2_5_vl.Qwen2_5VLModel):
+    positions, _ = qwen2_5_vl.position_ids(
+      ids, grid=grid, seconds_per_slice=1.0, config=config
+    )
+  return Prompt(
+    x, jnp.asarray(positions), jnp.asarray(video_rows, jnp.int32), grid
+  )
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _embed(params, ids, arguments, *, model):
+  """Returns a prompt's embeddings float[L, D], its video encoded."""
+  features = model.encode_video(params, *arguments)
+  return model.embed_prompt(params, ids, features, _BEFORE)
+
+
+def _blocks(rng, num_frames, size, cells=6, change=0.2):
+  """Returns float32[T, size, size, 3] in [-1, 1]; few cells change a frame."""
+  colours = rng.uniform(-1, 1, (cells, cells, 3))
+  frames = []
+  for _ in range(num_frames):
+    fresh = rng.uniform(-1, 1, colours.shape)
+    new = rng.uniform(size=(cells, cells, 1)) < change
+    colours = np.where(new, fresh, colours)
+    where = np.arange(size) * cells // size
+    frames.append(colours[where][:, where])
+  return np.stack(frames).astype(np.float32)
+
+
+def report(found):
+  """Returns a table of {type: [Overlap]}."""
+  table = rich.table.Table(box=rich.box.SIMPLE)
+  for column in ("stored as", "ratio", "tokens kept", "the same", "videos"):
+    table.add_column(column, justify="right")
+  for dtype, rows in found.items():
+    for row in rows:
+      table.add_row(
+        dtype,
+        f"{row.ratio:.2f}",
+        str(row.kept),
+        f"{row.share:.2%}",
+        f"{row.identical} of {row.videos} identical",
+      )
+  return table
+
+
+def main(argv):
+  """Compares the stored policies and prints the table."""
+  if len(argv) > 1:
+    raise errors.UserError(f"unknown argument {argv[1]!r}; flags begin with --")
+  if _POLICY.value is None:
+    raise errors.UserError(
+      "no policy given; use --trained_policy=FILE, or the workdir of a training"
+      " run"
+    )
+  try:
+    ratios = [float(ratio) for ratio in _RATIOS.value]
+  except ValueError as error:
+    raise errors.UserError(f"--keep_ratios: {error}; give numbers") from error
+  shipped = os.path.join(
+    os.path.dirname(cacovid_jax.__file__), "assets", "base_model"
+  )
+  checkpoint = checkpoints.load(_MODEL.value or shipped)
+  policy = loading.load_policy(_POLICY.value, checkpoint)
+  if not isinstance(policy.module, network.Policy):
+    raise errors.UserError(
+      f"{_POLICY.value} is a policy of another module; the public format holds"
+      " the paper's only"
+    )
+  rng = np.random.default_rng(0)
+  prompts = [
+    draw_prompt(checkpoint.model, checkpoint.params, rng, _FRAMES.value)
+    for _ in range(_VIDEOS.value)
+  ]
+  found = {}
+  for dtype in ("float32", "bfloat16", "float16"):
+    other = stored(policy.module, policy.params, jnp.dtype(dtype))
+    found[dtype] = overlaps(
+      policy.module, policy.params, other, prompts, ratios
+    )
+  rich.console.Console().print(report(found))
+
+
+if __name__ == "__main__":
+  errors.run(main)

@@ -1,0 +1,289 @@
+r"""How long every compressor takes to choose tokens, at a released size.
+
+python -m experiments.selection_speed
+
+One video of 32 x 14 x 14 tokens of width 3584 in bfloat16 (LLaVA-OneVision-7B's
+32 frames), a quarter kept: made-up scenes, in which half of the places hardly
+change. Times are medians after compilation, of everything between features and
+chosen rows; what a method reads (scores, attention of the vision tower) is
+given. Methods inside the language model are given queries and keys of a layer
+and the residual stream: the attention that they read, their choice and the
+gathered rows. `in float32` is the share of the kept tokens that stay if the
+same features come in float32. Where PyTorch is installed, a plain version of
+three methods runs on `--peer_device` in turns with ours; `same` is the share of
+tokens that both keep.
+"""
+
+import dataclasses
+import functools
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.console
+from absl import flags
+
+from cacovid_jax import compressors, errors
+from cacovid_jax.compressors import base, framefusion, layerwise, prompt_rows
+from cacovid_jax.evals import latency, tables
+from cacovid_jax.models import llava_onevision
+from cacovid_jax.policy import network
+
+_FRAMES = flags.DEFINE_integer("video_slices", 32, "Frames.", lower_bound=1)
+_SIDE = flags.DEFINE_integer(
+  "video_side", 14, "Rows and columns of tokens.", lower_bound=1
+)
+_RATIO = flags.DEFINE_float("kept_share", 0.25, "Retention ratio.")
+_NAMES = flags.DEFINE_list("timed_methods", None, "Methods; all by default.")
+_REPEATS = flags.DEFINE_integer("timed_runs", 20, "Runs.", lower_bound=1)
+_PEER = flags.DEFINE_string(
+  "peer_device", "cuda", "Where PyTorch computes; empty for no peers."
+)
+
+# Milliseconds on one H200 at the full size.
+GOALS = {"divprune": 15.0, "prunevid": 8.0}
+_GOAL = 10.0
+PEERS = ("divprune", "visionzip", "prunevid")
+_NUM_SCENES, _KEY_WIDTH, _NUM_TEXT = 4, 72, 75
+
+
+def video(grid, width, seed=0):
+  """Returns float32[N, D] tokens of made-up scenes.
+
+  In a scene half of the places keep their token but for a little noise.
+  """
+  T, H, W = grid
+  rng = np.random.default_rng(seed)
+  draw = functools.partial(rng.standard_normal, dtype=np.float32)
+  scene = np.arange(T) * min(_NUM_SCENES, T) // T
+  steady = draw((scene[-1] + 1, H * W, width))[scene]
+  moving = rng.random((scene[-1] + 1, H * W)) < 0.5
+  change = np.where(moving[scene][..., None], 2.0, 0.2).astype(np.float32)
+  tokens = steady + change * draw((T, H * W, width))
+  return tokens.reshape(-1, width)
+
+
+def inputs(grid, config, seed=0):
+  """Returns the `base.CompressorInputs` of a bfloat16 video for any method."""
+  T, num_video = grid[0], math.prod(grid)
+  rng = np.random.default_rng(seed)
+  width = config.text.hidden_size
+
+  def draw(*shape):
+    return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+  def scores():
+    return network.Scores(frame=draw(T, 2), token=draw(num_video, 2))
+
+  return base.CompressorInputs(
+    features=jnp.asarray(video(grid, width, seed), jnp.bfloat16),
+    grid=grid,
+    scores=scores(),
+    untrained_scores=scores(),
+    other_scores=scores(),
+    attention=jax.nn.softmax(draw(config.text.num_layers, num_video)),
+    vision_attention=jax.nn.softmax(draw(num_video)),
+    vision_keys=draw(num_video, _KEY_WIDTH),
+    text=draw(_NUM_TEXT, width).astype(jnp.bfloat16),
+    rng=jax.random.key(1),
+  )
+
+
+def chosen_before(method, grid, ratio):
+  """Returns f(inputs) -> `base.Selection`, jitted."""
+  num_keep = method.rows(grid, ratio)
+  return jax.jit(
+    functools.partial(method.select, num_keep=num_keep, ratio=ratio)
+  )
+
+
+def chosen_inside(method, model, grid, ratio):
+  """Returns f(x, query, key, inputs) -> `prompt_rows.Rows`, jitted.
+
+  Args:
+    method: a `layerwise.LayerwiseCompressor`.
+    model: of which only the sizes are read.
+    grid: (T, H, W).
+    ratio: retention ratio.
+
+  The prompt is the video between text; x float[1, L, D], query and key
+  float[1, L, heads, H] of the layer before a cut, of any whole prompt.
+  """
+  num_video = math.prod(grid)
+  num_layers = model.config.text.num_layers
+  start = jnp.array([_NUM_TEXT // 3])
+
+  def choose(x, query, key, inputs):
+    length = x.shape[1]
+    rows = method.enter(
+      prompt_rows.whole(
+        x, jnp.arange(length)[None, None], jnp.array([length]), start, num_video
+      ),
+      jax.tree.map(lambda leaf: leaf[None], inputs),
+      ratio=ratio,
+      num_layers=num_layers,
+    )
+    if isinstance(method, framefusion.FrameFusion):
+      return framefusion.first_stage(
+        rows, rule=method, model=model, grid=grid, ratio=ratio
+      )[0]
+    for layer, keep in method.plan(num_layers, num_video, ratio):
+      if layer == 0:
+        continue
+      size = rows.x.shape[1]
+      attend = layerwise.attention_of(
+        method.attention_fn,
+        rows.video_start + rows.count,
+        size - rows.index.shape[1],
+      )
+      attended = attend(query[:, :size], key[:, :size], rows.lengths)
+      kept, count = method.cut(rows, attended, grid, layer=layer, keep=keep)
+      _, rows = prompt_rows.take(rows, kept, count, num_video=num_video)
+    return rows
+
+  return jax.jit(choose)
+
+
+def peer(name, given, num_keep, device, repeats):
+  """Returns (median milliseconds, kept tokens int64[K]) of plain PyTorch."""
+  import torch
+
+  from experiments import selection_peers
+
+  def tensor(array):
+    return torch.from_numpy(np.array(array, np.float32)).to(device)
+
+  x = tensor(given.features).to(torch.bfloat16)
+  attention, keys = tensor(given.vision_attention), tensor(given.vision_keys)
+  torch.backends.cuda.matmul.allow_tf32 = False
+  run = {
+    "divprune": lambda: selection_peers.divprune(x, num_keep),
+    "visionzip": lambda: selection_peers.visionzip(
+      x, attention, keys, given.grid[0], num_keep
+    )[0],
+    "prunevid": lambda: selection_peers.prunevid(x, given.grid[0], num_keep),
+  }[name]
+
+  def wait(result):
+    # Reading one value waits for all that is under way.
+    return int(result[0])
+
+  taken = latency.median_milliseconds(run, repeats, wait)
+  return taken, run().cpu().numpy()
+
+
+def measure(names, grid, config, ratio, repeats, peer_device="", progress=None):
+  """Returns one dict per method.
+
+  With name, ms, compile_s, goal; before the language model `in_float32`, the
+  share of tokens that are kept in float32 as well; beside a peer peer_ms and
+  same.
+  """
+  of_video = inputs(grid, config)
+  features = of_video.features
+  unrounded = jnp.asarray(video(grid, config.text.hidden_size))
+  model = llava_onevision.LlavaOnevisionModel(config, jnp.bfloat16)
+  llm, width = config.text, config.text.hidden_size
+  keys = jax.random.split(jax.random.key(0), 3)
+  length = len(features) + _NUM_TEXT
+  behind = jax.random.normal(keys[0], (length, width), jnp.bfloat16)
+  x = behind.at[_NUM_TEXT // 3 : _NUM_TEXT // 3 + len(features)].set(features)
+  query, key = (
+    jax.random.normal(rng, (1, length, heads, llm.head_dim), jnp.bfloat16)
+    for rng, heads in ((keys[1], llm.num_heads), (keys[2], llm.num_kv_heads))
+  )
+  rows = []
+  for name in names:
+    method = compressors.get(name)
+    row = {"name": name, "goal": GOALS.get(name, _GOAL)}
+    if method.selects_first:
+      program = chosen_before(method, grid, ratio)
+      given = (of_video,)
+    else:
+      program = chosen_inside(method, model, grid, ratio)
+      given = x[None], query, key, of_video
+    run = functools.partial(program, *given)
+    start = time.perf_counter()
+    found = jax.block_until_ready(run())
+    row["compile_s"] = time.perf_counter() - start
+    row["ms"] = latency.median_milliseconds(run, repeats)
+    if method.selects_first:
+      exact = program(dataclasses.replace(of_video, features=unrounded))
+      row["in_float32"] = _share(found.index, exact.index)
+    if name in PEERS and peer_device:
+      # Stage one alone: what enters the language model.
+      num_keep = base.budget(grid, ratio)
+      row["peer_ms"], theirs = peer(
+        name, of_video, num_keep, peer_device, repeats
+      )
+      again = latency.median_milliseconds(run, repeats)
+      row["ms"] = min(row["ms"], again)
+      row["same"] = _share(found.index, theirs)
+    rows.append(row)
+    if progress:
+      progress(row)
+  return rows
+
+
+def _share(index, others):
+  """Returns how many of the kept tokens are among others."""
+  return float(np.isin(np.asarray(index), np.asarray(others)).mean())
+
+
+def table(rows):
+  """Returns Markdown of what `measure` found."""
+
+  def share(row, name):
+    return f"{row[name]:.1%}" if name in row else ""
+
+  return tables.as_markdown(
+    ("method", "ms", "goal", "in float32", "PyTorch ms", "same tokens"),
+    [
+      [
+        f"`{row['name']}`",
+        f"{row['ms']:.2f}",
+        f"{row['goal']:g}",
+        share(row, "in_float32"),
+        tables.number(row.get("peer_ms")),
+        share(row, "same"),
+      ]
+      for row in rows
+    ],
+  )
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise errors.UserError(f"unknown argument {argv[1]!r}; flags begin with --")
+  variants = ("cacovid_untrained", "cacovid_other_question")
+  names = _NAMES.value or [
+    name for name in compressors.names() if name not in variants
+  ]
+  for name in names:
+    compressors.get(name)
+  config = llava_onevision.LlavaOnevisionConfig.llava_onevision_7b()
+  grid = (_FRAMES.value, _SIDE.value, _SIDE.value)
+  ratio = base.check_ratio(_RATIO.value)
+  console = rich.console.Console()
+  device = jax.devices()[0].device_kind
+  console.print(
+    f"{math.prod(grid)} x {config.text.hidden_size} bfloat16, ratio {ratio:g},"
+    f" {device}, jax {jax.__version__}, median of {_REPEATS.value}"
+  )
+
+  def progress(row):
+    console.print(
+      f"{row['name']:14} {row['ms']:9.2f} ms"
+      f" (compiled in {row['compile_s']:.1f} s)"
+    )
+
+  rows = measure(
+    names, grid, config, ratio, _REPEATS.value, _PEER.value, progress
+  )
+  print(f"\n{table(rows)}")
+
+
+if __name__ == "__main__":
+  errors.run(main)

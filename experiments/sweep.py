@@ -1,0 +1,263 @@
+r"""A grid of config values times seeds: a run each, and one table of all.
+
+python -m experiments.sweep --config=configs/own_videos.py \
+    --grid=optimizer.lr_heads=1e-3,3e-3 --grid=sampling.ratio=0.02,0.05 \
+    --table_seeds=0,1,2 --table_workdir=workdirs/rates
+python -m experiments.sweep ... --dry_run   # the runs, and which are done
+python -m experiments.sweep ... --slurm     # a job array instead, printed
+
+Every run is `python -m cacovid_jax.train`, and where the config has a section
+`evals`, `python -m cacovid_jax.evaluate` of the policy that it made. Values of
+a key are separated by commas, or by semicolons where they hold commas.
+
+WORKDIR/key=value,.../seed_N/   a run
+WORKDIR/table.md, table.csv     a row per point of the grid: mean and standard
+                                deviation, over seeds, of the rewards in the
+                                last tenth of training and of the accuracies
+
+Given again, it goes on where it was: finished runs stay, the others continue.
+A run that fails does not stop the next ones, and has no part in the table.
+Where a job array was submitted, the same command without --slurm writes the
+table in the end.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import itertools
+import json
+import pathlib
+import re
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+
+from absl import flags
+
+from cacovid_jax import config as config_lib
+from cacovid_jax import errors, files, metrics
+from cacovid_jax.evals import results, tables
+from experiments import table_flags
+
+config_lib.define_flag()
+_GRID = flags.DEFINE_multi_string(
+  "grid", [], "KEY=VALUE,VALUE,...; several of them make a grid."
+)
+_SLURM = flags.DEFINE_bool(
+  "slurm", False, "Print the lines of a SLURM job array, a task per run."
+)
+_REWARDS = ("reward_token", "reward_token_greedy", "reward_frame",
+            "reward_frame_greedy")  # fmt: skip
+_DONE = "sweep_done"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """One point of the grid with one seed.
+
+  Attributes:
+    point: key -> value, as they were written.
+    seed: of the run.
+    workdir: of the run.
+    digest: of the resolved config; a finished run of another one goes on.
+    commands: that make it, one after the other.
+  """
+
+  point: Mapping[str, str]
+  seed: int
+  workdir: pathlib.Path
+  digest: str
+  commands: Sequence[Sequence[str]]
+
+  @property
+  def done(self) -> bool:
+    path = self.workdir / _DONE
+    return path.is_file() and path.read_text("utf-8").strip() == self.digest
+
+
+def main(argv):
+  """Runs the sweep that the flags describe."""
+  if len(argv) > 1:
+    raise errors.UserError(f"unknown argument {argv[1]!r}; flags begin with --")
+  if not flags.FLAGS.config:
+    raise errors.UserError("no config given: add --config=configs/x.py")
+  workdir = pathlib.Path(table_flags.WORKDIR.value or "workdirs/sweep")
+  runs = plan(
+    flags.FLAGS.config,
+    flags.FLAGS.config_override or [],
+    parse_grid(_GRID.value),
+    table_flags.seeds(),
+    workdir,
+  )
+  if table_flags.DRY_RUN.value:
+    for number, run in enumerate(runs):
+      print(f"{number} {'done' if run.done else 'to do'} {run.workdir}")
+  elif _SLURM.value:
+    print(job_array(runs))
+  else:
+    failed = [run for run in runs if not run.done and not perform(run)]
+    print(write_table(workdir, [run for run in runs if run not in failed]))
+    if failed:
+      raise errors.UserError(
+        f"{len(failed)} of {len(runs)} runs failed, first {failed[0].workdir};"
+        " see what it told above, and give the command again"
+      )
+
+
+def parse_grid(texts: Sequence[str]) -> dict[str, list[str]]:
+  """Returns key -> its values, of "key=value,value" each."""
+  grid = {}
+  for text in texts:
+    key, equals, listed = text.partition("=")
+    values = listed.split(";" if ";" in listed else ",")
+    values = [value.strip() for value in values]
+    if not equals or not key or "" in values:
+      raise errors.UserError(f"--grid={text}: write KEY=VALUE,VALUE")
+    if key in grid:
+      raise errors.UserError(
+        f"--grid names {key} twice; give it all its values"
+      )
+    if key == "seed":
+      raise errors.UserError("--grid=seed: seeds are --table_seeds=0,1,2")
+    grid[key] = values
+  return grid
+
+
+def plan(
+  spec: str,
+  overrides: Sequence[str],
+  grid: Mapping[str, Sequence[str]],
+  seeds: Sequence[int],
+  workdir: pathlib.Path,
+) -> list[Run]:
+  """Returns all runs, seeds next to each other; every config was resolved.
+
+  Args:
+    spec: config file and argument.
+    overrides: "key=value" that all runs share.
+    grid: of `parse_grid`.
+    seeds: of every point.
+    workdir: of the sweep.
+  """
+  runs = []
+  for values in itertools.product(*grid.values()):
+    point = dict(zip(grid, values, strict=True))
+    listed = [f"{key}={value}" for key, value in point.items()]
+    name = re.sub(r"[^\w.=+,-]", "_", ",".join(listed)) or "all"
+    for seed in seeds:
+      given = [*overrides, *listed, f"seed={seed}"]
+      config = config_lib.load(spec, given)
+      folder = workdir / name / f"seed_{seed}"
+      arguments = [
+        f"--config={spec}",
+        *(f"--config.{text}" for text in given),
+        f"--workdir={folder}",
+      ]
+      modules = ["cacovid_jax.train"]
+      if "evals" in config:
+        modules.append("cacovid_jax.evaluate")
+      digest = hashlib.sha256(config_lib.dumps(config).encode()).hexdigest()
+      commands = [["-m", module, *arguments] for module in modules]
+      runs.append(Run(point, seed, folder, digest, commands))
+  for run, other in itertools.combinations(runs, 2):
+    if run.digest == other.digest or run.workdir == other.workdir:
+      raise errors.UserError(
+        f"{run.workdir} and {other.workdir} are one run: --grid or"
+        " --table_seeds lists a value twice"
+      )
+  return runs
+
+
+def job_array(runs: Sequence[Run]) -> str:
+  """Returns the lines of a SLURM script, behind its first one."""
+  lines = [f"#SBATCH --array=0-{len(runs) - 1}", "case $SLURM_ARRAY_TASK_ID in"]
+  for number, run in enumerate(runs):
+    steps = [shlex.join(["python", *command]) for command in run.commands]
+    done = shlex.quote(str(run.workdir / _DONE))
+    steps.append(f"echo {run.digest} > {done}")
+    lines.append(f"{number}) {' && '.join(steps)} ;;")
+  return "\n".join([*lines, "esac"])
+
+
+def perform(run: Run) -> bool:
+  """Returns whether a run came to its end; goes on with one that was begun.
+
+  Raises:
+    SystemExit: a signal ended it, which ends the sweep as well.
+  """
+  print(f"{run.workdir}", flush=True)
+  for command in run.commands:
+    process = subprocess.Popen([sys.executable, *command])
+    # It saves what it has, and says so by its exit code.
+    before = signal.signal(signal.SIGTERM, lambda *_, p=process: p.terminate())
+    try:
+      code = process.wait()
+    finally:
+      signal.signal(signal.SIGTERM, before)
+    if code < 0 or code == 128 + signal.SIGTERM:
+      sys.exit(128 - code if code < 0 else code)
+    if code:
+      return False
+  files.write(run.workdir / _DONE, run.digest + "\n")
+  return True
+
+
+def read(workdir: pathlib.Path) -> dict[str, float]:
+  """Returns a finished run's numbers by name, accuracies in per cent."""
+  lines, found = metrics.read(workdir), {}
+  for name in _REWARDS:
+    values = [line.get(name) for line in lines[-max(1, len(lines) // 10) :]]
+    values = [value for value in values if value is not None]
+    if values:
+      found[name] = statistics.fmean(values)
+  path = workdir / "results.json"
+  if path.is_file():
+    out = json.loads(path.read_text("utf-8"))
+    for ratio, cell in out["methods"].get(results.REFERENCE, {}).items():
+      if cell["status"] == "ok":
+        found[f"accuracy_{ratio}"] = 100 * cell["accuracy"]
+  return found
+
+
+def write_table(workdir: pathlib.Path, runs: Sequence[Run]) -> str:
+  """Writes table.md and table.csv of finished runs; returns the Markdown."""
+  points = collections.defaultdict(list)
+  for run in runs:
+    points[tuple(run.point.items())].append(read(run.workdir))
+  names = list(
+    dict.fromkeys(n for r in points.values() for one in r for n in one)
+  )
+  keys = [key for key, _ in next(iter(points), ())]
+  rows, cells = [], []
+  for point, found in points.items():
+    row = dict(point) | {"seeds": len(found)}
+    shown = [*dict(point).values(), str(len(found))]
+    for name in names:
+      values = [one[name] for one in found if name in one]
+      row[name] = row[f"{name}_sd"] = None
+      if values:
+        row[name] = round(statistics.fmean(values), 6)
+      if len(values) > 1:
+        row[f"{name}_sd"] = round(statistics.stdev(values), 6)
+      shown.append(_with_spread(row[name], row[f"{name}_sd"]))
+    rows.append(row)
+    cells.append(shown)
+  columns = [*keys, "seeds", *(n + end for n in names for end in ("", "_sd"))]
+  head = [*keys, "seeds", *(name.replace("_", " ") for name in names)]
+  text = tables.as_markdown(head, cells, range(len(keys), len(head))) + "\n"
+  files.write(workdir / "table.md", text)
+  files.write(workdir / "table.csv", tables.as_csv(columns, rows))
+  return text
+
+
+def _with_spread(mean, spread) -> str:
+  if mean is None:
+    return ""
+  return f"{mean:.4g}" + ("" if spread is None else f" ± {spread:.2g}")
+
+
+if __name__ == "__main__":
+  errors.run(main)

@@ -1,0 +1,147 @@
+"""The command that compares a policy's choices after storage."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from absl.testing import flagsaver
+from flax import traverse_util
+
+from cacovid_jax import errors
+from cacovid_jax.models import checkpoints, qwen2_5_vl
+from cacovid_jax.policy import network, selection
+from experiments import precision_overlap
+from tests.evals import tiny
+
+CONFIG = network.PolicyConfig.tiny()
+POLICY = network.Policy(CONFIG)
+GRID = (4, 3, 5)
+RATIOS = (0.1, 0.4)
+
+
+@pytest.fixture(name="params", scope="module")
+def fixture_params():
+  """Returns parameters of which no value is a bfloat16."""
+  rng = np.random.default_rng(0)
+  return traverse_util.unflatten_dict(
+    {
+      path: jnp.asarray(0.3 * rng.normal(size=shape), jnp.float32)
+      for path, shape in network.shapes(CONFIG).items()
+    },
+    sep="/",
+  )
+
+
+@pytest.fixture(name="prompts", scope="module")
+def fixture_prompts():
+  found = []
+  for seed in range(3):
+    x = jax.random.normal(jax.random.key(seed), (70, CONFIG.llm.hidden_size))
+    rows = jnp.arange(60) + 3
+    found.append(precision_overlap.Prompt(x, jnp.arange(70)[None], rows, GRID))
+  return found
+
+
+def chosen(params, prompt, ratio):
+  """Returns the set of tokens that a policy selects."""
+  scores = score(params, *prompt[:3])
+  kept = jax.jit(selection.select, static_argnames=("grid", "ratio"))(
+    scores, grid=GRID, ratio=ratio
+  )
+  return set(np.asarray(kept).tolist())
+
+
+@jax.jit
+def score(params, x, positions, video_rows):
+  return POLICY.apply({"params": params}, x, positions, video_rows, GRID)
+
+
+def test_float32_storage_selects_the_very_same_tokens(params, prompts):
+  other = precision_overlap.stored(POLICY, params, np.float32)
+  jax.tree.map(np.testing.assert_array_equal, other, params)
+  found = precision_overlap.overlaps(POLICY, params, other, prompts, RATIOS)
+  assert [row.ratio for row in found] == list(RATIOS)
+  for row in found:
+    assert row.kept == 3 * int(60 * row.ratio)
+    assert (row.shared, row.identical, row.share) == (row.kept, 3, 1.0)
+
+
+def test_half_precision_storage_rounds_and_is_stable(params, prompts):
+  once = precision_overlap.stored(POLICY, params, ml_dtypes.bfloat16)
+  jax.tree.map(
+    lambda leaf, rounded: np.testing.assert_array_equal(
+      rounded, leaf.astype(jnp.bfloat16).astype(jnp.float32)
+    ),
+    params,
+    once,
+  )
+  # A policy that was stored in half precision moves between types unharmed.
+  for dtype in (ml_dtypes.bfloat16, np.float32):
+    again = precision_overlap.stored(POLICY, once, dtype)
+    jax.tree.map(np.testing.assert_array_equal, again, once)
+  found = precision_overlap.overlaps(POLICY, params, once, prompts, RATIOS)
+  for row in found:
+    assert 0.5 < row.share <= 1
+    # Counted by hand.
+    shared = identical = 0
+    for prompt in prompts:
+      ours, theirs = (chosen(p, prompt, row.ratio) for p in (params, once))
+      shared += len(ours & theirs)
+      identical += ours == theirs
+    assert (row.shared, row.identical) == (shared, identical)
+
+
+def test_another_policy_does_not_overlap_in_full(params, prompts):
+  other = jax.tree.map(lambda leaf: -leaf, params)
+  found = precision_overlap.overlaps(POLICY, params, other, prompts, RATIOS)
+  assert all(row.share < 1 and row.identical == 0 for row in found)
+
+
+def test_prints_a_row_per_type_and_ratio(tmp_path, capsys):
+  directory = tiny.write_checkpoint(tmp_path / "model")
+  policy = tiny.write_policy(tmp_path / "policy", checkpoints.load(directory))
+  with flagsaver.flagsaver(
+    base_model=directory,
+    trained_policy=policy,
+    keep_ratios=["0.25", "0.5"],
+    num_videos=2,
+    video_frames=3,
+  ):
+    precision_overlap.main(["precision_overlap"])
+  rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+  rows = {tuple(row[:2]): row[2:] for row in rows if len(row) > 4}
+  # 3 frames of 4 x 4 tokens, two videos.
+  for dtype in ("float32", "bfloat16", "float16"):
+    assert rows[dtype, "0.25"][0] == "24"
+    assert rows[dtype, "0.50"][0] == "48"
+  for ratio in ("0.25", "0.50"):
+    assert rows["float32", ratio][1:4] == ["100.00%", "2", "of"]
+
+
+def test_videos_of_qwen_are_drawn_on_its_grid():
+  model = qwen2_5_vl.Qwen2_5VLModel(qwen2_5_vl.Qwen2_5VLConfig.tiny())
+  params = jax.tree.map(
+    lambda leaf: np.full(leaf.shape, 0.01, np.float32),
+    jax.eval_shape(model.init, jax.random.key(0)),
+  )
+  prompt = precision_overlap.draw_prompt(
+    model, params, np.random.default_rng(0), num_frames=4
+  )
+  assert prompt.grid == (2, 8, 8)
+  assert len(prompt.video_rows) == 128
+  assert prompt.positions.shape == (3, len(prompt.x))
+
+
+@pytest.mark.parametrize(
+  "flags,message",
+  [
+    (dict(trained_policy=None), "no policy given"),
+    (dict(trained_policy="x", keep_ratios=["a"]), "--keep_ratios"),
+    (dict(trained_policy="nowhere"), "no policy in nowhere"),
+  ],
+)
+def test_mistakes_are_named(flags, message):
+  with flagsaver.flagsaver(**flags):
+    with pytest.raises(errors.UserError, match=message):
+      precision_overlap.main(["precision_overlap"])
