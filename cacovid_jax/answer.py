@@ -1,9 +1,9 @@
 r"""Asks a video model a question and says what it answers from fewer tokens.
 
 python -m cacovid_jax.answer --video clip.mp4 --question "Which came first?" \
-    --options "red,blue,green,grey" --method uniform --compare 1.0,0.25,0.1
+    --options "red,blue,green,grey" --method uniform --ratios 1.0,0.25,0.1
 python -m cacovid_jax.answer --model DIR --policy POLICY --video clip.mp4 \
-    --question "What happens?" --ratio 0.1 --report report.html
+    --question "What happens?" --ratios 0.1 --report report.html
 
 Prints the answer, the tokens kept of all, and milliseconds per stage of a
 second run, so that compilation is apart. Without --model, the small model of
@@ -13,95 +13,88 @@ the embedded benchmark answers; it knows questions with options, about clips as
 
 import sys
 
-from absl import flags
-
-from cacovid_jax import errors
+from cacovid_jax import command, errors
+from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.evals import answering
 from cacovid_jax.evals.report import answer as answer_page
 
-_MODEL = flags.DEFINE_string(
-  "model", None, "Hugging Face checkpoint directory; the shipped model if none."
-)
-_POLICY = flags.DEFINE_string(
-  "policy", None, "Training workdir or policy file; PATH?module=F.py:CLASS."
-)
-_VIDEO = flags.DEFINE_string("video", None, "Video file.")
-_QUESTION = flags.DEFINE_string("question", None, "What to ask about it.")
-_OPTIONS = flags.DEFINE_string(
-  "options",
-  None,
-  "Choices, comma-separated (or separated by | where one holds a comma).",
-)
-_RATIO = flags.DEFINE_string(
-  "ratio", None, "Share of the video tokens to keep, in (0, 1]; 0.1 if none."
-)
-_COMPARE = flags.DEFINE_string(
-  "compare", None, "Several ratios side by side; 1.0 keeps everything."
-)
-_METHOD = flags.DEFINE_string(
-  "method", "cacovid", "Which tokens are kept; see compressors.names()."
-)
-_NUM_FRAMES = flags.DEFINE_integer(
-  "num_frames", None, "Frames shown; what the checkpoint's files say, or 32."
-)
-_MAX_NEW_TOKENS = flags.DEFINE_integer(
-  "max_new_tokens", 64, "Longest answer in tokens."
-)
-_DTYPE = flags.DEFINE_enum(
-  "dtype", "float32", answering.DTYPES, "Of weights and computation."
-)
-_STYLE = flags.DEFINE_enum(
-  "prompt_style", "video-r1", answering.STYLES, "Wording around the options."
-)
-_REPORT = flags.DEFINE_string(
-  "report", None, "HTML page to write: kept tokens on the frames."
+COMMAND = command.Command(
+  __doc__,
+  {
+    "video": command.Flag("Video file."),
+    "question": command.Flag("What to ask about it."),
+    "options": command.Flag(
+      "Choices, comma-separated (or separated by | where one holds a comma)."
+    ),
+    "report": command.Flag("HTML page to write: kept tokens on the frames."),
+    "model": command.Flag(
+      "Hugging Face checkpoint directory; the shipped model if empty.",
+      "model.path",
+    ),
+    "policy": command.Flag(
+      "Training workdir or .safetensors file of a trained policy.",
+      "evals.policies",
+    ),
+    "ratios": command.Flag(
+      "Shares of the video tokens to keep, side by side; 1.0 keeps everything.",
+      "evals.ratios",
+      old=("ratio", "compare"),
+    ),
+    "methods": command.Flag(
+      "Which tokens are kept, by the first of these; see compressors.names().",
+      "evals.methods",
+      old=("method",),
+    ),
+    "num_frames": command.Flag(
+      "Frames shown; 0 is what the checkpoint's files say, or 32.",
+      "data.num_frames",
+    ),
+    "max_new_tokens": command.Flag(
+      "Longest answer in tokens; 0 is 64.", "evals.max_new_tokens"
+    ),
+    "dtype": command.Flag(
+      "Of weights and computation.",
+      "model.dtype",
+      choices=experiment_lib.DTYPES,
+    ),
+    "prompt_style": command.Flag(
+      "Wording around the options; empty is video-r1.",
+      "evals.prompt_style",
+      choices=answering.STYLES,
+    ),
+  },
+  defaults={
+    "model.dtype": "float32",
+    "data.num_frames": 0,
+    "evals.ratios": (0.1,),
+    "evals.methods": ("cacovid",),
+  },
 )
 
 
-def main(argv):
-  """Asks what the flags say."""
-  if len(argv) > 1:
-    raise errors.UserError(
-      f"unexpected argument {argv[1]!r}; flags start by --"
-    )
-  for flag in (_VIDEO, _QUESTION):
-    if flag.value is None:
-      raise errors.UserError(
-        f"nothing says which {flag.name}: add --{flag.name}"
-      )
-  if _REPORT.value:
-    answering.check_report_path(_REPORT.value)
-  with answering.Answerer(
-    _MODEL.value,
-    _POLICY.value,
-    num_frames=_NUM_FRAMES.value,
-    max_new_tokens=_MAX_NEW_TOKENS.value,
-    dtype=_DTYPE.value,
-  ) as answerer:
+def main(args):
+  """Asks what the command line says."""
+  for name in ("video", "question"):
+    if getattr(args, name) is None:
+      raise errors.UserError(f"nothing says which {name}: add --{name}")
+  if args.report:
+    answering.check_report_path(args.report)
+  evals = args.config.evals
+  with answering.Answerer.from_config(args.config) as answerer:
     asked = answerer.ask(
-      _VIDEO.value,
-      _QUESTION.value,
-      _listed(_OPTIONS.value),
-      ratios=_ratios(),
-      method=_METHOD.value,
-      style=_STYLE.value,
+      args.video,
+      args.question,
+      _listed(args.options),
+      ratios=evals.ratios,
+      method=evals.methods[0],
+      style=evals.prompt_style or answering.STYLES[0],
     )
     for warning in asked.warnings:
       print(f"warning: {warning}", file=sys.stderr)
     answer_page.show(asked)
-    if _REPORT.value:
-      answerer.write_report(_REPORT.value, asked)
-      print(f"report: {_REPORT.value}")
-
-
-def _ratios():
-  if _RATIO.value is not None and _COMPARE.value is not None:
-    raise errors.UserError(
-      "--ratio and --compare are both given; --compare takes all the ratios"
-    )
-  if _COMPARE.value is None:
-    return [0.1 if _RATIO.value is None else _RATIO.value]
-  return [part for part in _COMPARE.value.split(",") if part.strip()]
+    if args.report:
+      answerer.write_report(args.report, asked)
+      print(f"report: {args.report}")
 
 
 def _listed(text):
@@ -111,4 +104,4 @@ def _listed(text):
 
 
 if __name__ == "__main__":
-  errors.run(main)
+  COMMAND.run(main)

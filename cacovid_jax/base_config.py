@@ -1,9 +1,10 @@
-"""The paper's settings of a training run, one documented section each.
+"""Every option of every command with its default, one documented section each.
 
 A config file starts from `get_config()` and overrides what its run changes, so
 that a run is described by its file and these defaults together. Numbers are
 those of the paper and its public code (METHOD.md 2 to 6); extras that the
-paper does not have are off.
+paper does not have are off. A key that a config leaves out has its value here;
+flags of commands are other names of keys (see `command`).
 """
 
 import ml_collections
@@ -11,7 +12,7 @@ from ml_collections import config_dict
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """Returns the unlocked default config of `cacovid_jax.train`."""
+  """Returns the unlocked default config."""
   config = ml_collections.ConfigDict()
   config.seed = 42
   # One step is `videos_per_step` videos, each with `iterations` iterations,
@@ -60,7 +61,8 @@ def get_config() -> ml_collections.ConfigDict:
     max_new_tokens=768,
     # "accuracy" is the paper's reward. "log_likelihood" (log-probability
     # of the right letter) and "margin" (that, less the best wrong letter's)
-    # read the first answer token's logits and need lettered questions.
+    # read the first answer token's logits and need lettered questions and a
+    # fixed ratio.
     reward="accuracy",
     # Where answers are marked: "device" (lettered questions only), "host"
     # (all problem types), or "auto": on the device if all are lettered.
@@ -77,6 +79,8 @@ def get_config() -> ml_collections.ConfigDict:
     # Folder of the question files, and of the clips: `media` below it.
     root="",
     media="",
+    # Question file below `root`; `blind_filter` and `tfds_build` take several,
+    # comma-separated.
     train_file="train.json",
     # Folder below `root` of rows that `prepare` wrote as array_record files,
     # read instead of `train_file` if given.
@@ -124,6 +128,106 @@ def get_config() -> ml_collections.ConfigDict:
     batch_size=16,
     max_new_tokens=2,
   )
-  # Devices on each mesh axis; data = 0 takes all that `model` leaves.
-  config.mesh = dict(data=0, model=1)
+  # Devices on each mesh axis: `data` shares the videos of a training step, or
+  # the questions of a batch, `model` the weights of the base model. data = 0
+  # takes all that `model` leaves; asking, as many as divide the batch.
+  # `map` spreads an update over `data`: shard_map, or pmap (model = 1 only).
+  config.mesh = dict(data=0, model=1, map="shard_map")
+  config.evals = _evals()
+  # The embedded benchmark: `prepare` draws it into the folder of `data.root`.
+  config.prepare = dict(
+    variants=("dense",),
+    seed=0,
+    # Of the splits train, validation, test and test_fresh.
+    clips=(240, 40, 160, 0),
+    # At most.
+    questions_per_clip=4,
+    # Whether decisive.jsonl is kept, the tokens that answers rest on: of the
+    # embedded base model's grid, so that other models refuse it.
+    decisive=True,
+    # Random checkpoints that are written too: llava_onevision, qwen2_5_vl.
+    tiny_models=(),
+    # Processes that draw and encode; 0 takes one per core.
+    num_workers=0,
+  )
+  # Training questions that the base model answers without the video.
+  config.blind = dict(
+    out="",
+    batch_size=16,
+    # As in training.
+    max_new_tokens=768,
+    # Reward of OCR, free-form and regression that counts as right.
+    threshold=1.0,
+    # First so many questions; 0 takes all of them.
+    num_questions=0,
+  )
+  # Folder that `tfds_build` writes below, name of the data set (video_r1 or
+  # video_r1_filtered), and whether records hold the clips themselves.
+  config.tfds = dict(out="", name="video_r1", embed=False)
   return config
+
+
+def _evals():
+  """Returns the settings of an evaluation."""
+  return dict(
+    # Trained policies as "NAME=PATH": training workdirs or .safetensors files,
+    # with "?module=file.py:Class" behind them where that is not the paper's.
+    # Without names they are policy, policy1, ...; the first one is the main
+    # one. Empty takes that of the workdir, if one was trained there.
+    policies=(),
+    # Rows: names of `compressors.names()`, with options as in
+    # "density_peaks?scope=video", or one's own "path/file.py:function";
+    # "label=name?option=value" gives a row another name.
+    methods=(
+      "cacovid",
+      "cacovid_untrained",
+      "cacovid_other_question",
+      "random",
+      "uniform",
+      "last_query",
+      "divprune",
+      "density_peaks",
+    ),
+    # Bounds, shown apart; only where decisive tokens are known.
+    oracles=("decisive_boxes",),
+    ratios=(0.25, 0.1, 0.05),
+    # What is asked: one of `benchmarks.names()`, in the folder `data.root`.
+    benchmark="prepared",
+    # Empty takes the benchmark's first split.
+    split="",
+    # Seeds of random draws, of the untrained policy and of other questions;
+    # accuracies are means over them.
+    seeds=(0,),
+    batch_size=8,
+    # Longest answer in tokens; 0 takes the benchmark's own.
+    max_new_tokens=0,
+    # How letters are taken from answers: "paper" or "lmms-0.7.3".
+    rule="paper",
+    # The user's text: empty is the benchmark's own, "video-r1" that of
+    # training, which prepared data has as its own.
+    prompt_style="",
+    # Chat template: "processor" or "tokenizer"; empty is the checkpoint's
+    # default, the processor's where there is one.
+    template="",
+    # Rows that are unfit: "raise", or "skip" to leave them out and list them.
+    on_bad_row="raise",
+    # Clips that are not there: "raise" before anything is asked, or "count"
+    # to count their questions as wrong and list them.
+    on_missing="raise",
+    # First so many questions; 0 asks all of them.
+    num_questions=0,
+    # File of another run's frames, which this one then has to show as well.
+    frame_manifest="",
+    # Where options are chosen: "validation" or "none". Candidates are
+    # "name?option=value" texts by method; last_query tries all layers even
+    # if it is not listed. The best one at `select_ratio` goes to the test.
+    select_on="validation",
+    select_ratio=0.1,
+    select_questions=200,
+    candidates=dict(),
+    # Clips that the report shows frame by frame.
+    num_examples=8,
+    # Training workdir whose reward curves the report shows; empty takes that
+    # of the main policy, if it is a training workdir.
+    metrics="",
+  )

@@ -1,26 +1,84 @@
-"""Looks after checkpoints: `python -m cacovid_jax.ckpt doctor WORKDIR`.
+"""Looks after the checkpoints of a run.
 
-Lists every step of a run with its size and whether each byte of it is as it was
+python -m cacovid_jax.ckpt doctor WORKDIR
+python -m cacovid_jax.ckpt upgrade WORKDIR
+
+`doctor` lists every step with its size and whether each byte of it is as it was
 written. Exits with 1 if the newest step is damaged or a step is kept aside as
 bad, 0 otherwise; nothing is changed.
+
+`upgrade` gives a workdir of an earlier version the keys of today's configs: its
+config.json and the manifests of its steps, which then resume. The files as they
+were stay beside the new ones, with `.before` in their names.
 """
 
+import json
 import pathlib
 
 import rich.console
 import rich.table
 
-from cacovid_jax import errors
+from cacovid_jax import command, errors, files
+from cacovid_jax import config as config_lib
+from cacovid_jax.data import left_out
 from cacovid_jax.training import checkpointing
 
+COMMAND = command.Command(__doc__, {}, config="none", num_arguments=2)
 
-def main(argv):
-  """Prints the table of verdicts; returns the exit code."""
-  if len(argv) != 3 or argv[1] != "doctor":
-    raise errors.UserError("usage: python -m cacovid_jax.ckpt doctor WORKDIR")
-  workdir = pathlib.Path(argv[2])
+
+def main(args):
+  """Runs what the command line says; returns the exit code."""
+  words = args.arguments
+  if len(words) != 2 or words[0] not in ("doctor", "upgrade"):
+    raise errors.UserError(
+      "usage: python -m cacovid_jax.ckpt doctor WORKDIR, or upgrade WORKDIR"
+    )
+  workdir = pathlib.Path(words[1])
   if not workdir.is_dir():
     raise errors.UserError(f"no directory {workdir}: give a workdir of a run")
+  return (doctor if words[0] == "doctor" else upgrade)(workdir)
+
+
+def upgrade(workdir: pathlib.Path) -> int:
+  """Writes config.json and manifests under today's keys, with backups."""
+  path = workdir / "config.json"
+  old = config_lib.read_json(path)
+  new = config_lib.upgraded(old)
+  if config_lib.dumps(new) == config_lib.dumps(old):
+    print(f"{workdir}: has today's keys already")
+    return 0
+  # A step knows the config with the number of steps of its one epoch.
+  known = {}
+  if "total_steps" in old and not old.total_steps:
+    known = {"total_steps": _one_epoch(workdir, old)}
+  hashes = {
+    config_lib.config_hash(
+      config_lib.replace(old, known), before=True
+    ): config_lib.config_hash(config_lib.replace(new, known))
+  }
+  done = checkpointing.rehash(workdir / "checkpoints", hashes)
+  files.write(workdir / "config.before.json", path.read_bytes())
+  # Last, so that an upgrade that was cut off goes on when given again.
+  config_lib.save(new, path)
+  print(f"{workdir}: config.json and {len(done)} checkpoints upgraded")
+  return 0
+
+
+def _one_epoch(workdir, config) -> int:
+  """Returns the steps of an epoch, of the questions that the run began with."""
+  path = workdir / left_out.FILE
+  try:
+    count = json.loads(path.read_text(encoding="utf-8"))["questions"]
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise errors.UserError(
+      f"{path} does not say how many questions the run has"
+      f" ({errors.one_line(error)}); restore it"
+    ) from error
+  return -(-count // config.videos_per_step)
+
+
+def doctor(workdir: pathlib.Path) -> int:
+  """Prints the table of verdicts; returns the exit code."""
   nested = workdir / "checkpoints"
   directory = nested if nested.is_dir() else workdir
   verdicts = checkpointing.doctor(directory)
@@ -50,4 +108,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-  errors.run(main)
+  COMMAND.run(main)

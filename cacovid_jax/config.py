@@ -7,6 +7,7 @@ workdir, so that a workdir belongs to one config.
 """
 
 import ast
+import copy
 import difflib
 import hashlib
 import importlib.util
@@ -19,11 +20,29 @@ import sys
 import ml_collections
 from absl import flags
 
-from cacovid_jax import errors, extensions
+from cacovid_jax import base_config, errors, extensions
 
-# Groups and keys that change how a run is recorded or spread over a machine and
-# not what it computes: they may differ between its start and its continuation.
+# Groups and keys that change how a run is recorded or spread over a machine, or
+# that belong to other commands, and not what training computes: they may differ
+# between a run's start and its continuation.
 NOT_HASHED = (
+  "blind",
+  "ckpt",
+  "data.feature_cache",
+  "data.memory_items",
+  "data.num_threads",
+  "data.num_workers",
+  "evals",
+  "log_every",
+  "mesh",
+  "prepare",
+  "tfds",
+)
+
+# Keys of earlier versions: old key -> (today's, its value from the old one).
+_RENAMED = {"prepare.variant": ("prepare.variants", lambda name: (name,))}
+# `NOT_HASHED` of the versions that had those.
+_NOT_HASHED_BEFORE = (
   "ckpt",
   "data.feature_cache",
   "data.memory_items",
@@ -34,10 +53,20 @@ NOT_HASHED = (
   "mesh",
 )
 
+# Config files of earlier versions: name -> today's file and argument.
+_MOVED = {
+  "llava_onevision_0_5b.py": "llava_onevision.py:size=0_5b",
+  "llava_onevision_7b.py": "llava_onevision.py:size=7b",
+  "qwen2_5_vl_3b.py": "qwen2_5_vl.py:size=3b",
+  "qwen2_5_vl_7b.py": "qwen2_5_vl.py:size=7b",
+  "synthetic_quickstart.py": "synthetic.py:size=quickstart",
+  "synthetic_small.py": "synthetic.py:size=small",
+}
+
 _WORDS = {"true": True, "false": False, "none": None, "null": None}
 
 
-def load(spec, overrides=()):
+def load(spec, overrides=(), *, fill=False):
   """Returns the locked config of "path/to/file.py:argument".
 
   Args:
@@ -48,10 +77,12 @@ def load(spec, overrides=()):
   """
   path, _, arg = str(spec).partition(":")
   if path.endswith(".json"):
-    config = _read_json(pathlib.Path(path))
+    config = read_json(pathlib.Path(path))
     _refuse_code(config, {text.partition("=")[0] for text in overrides}, path)
   else:
     config = _call_get_config(pathlib.Path(path), arg or None)
+  if fill:
+    complete(config)
   for text in overrides:
     override(config, text)
   return config.lock()
@@ -77,23 +108,63 @@ def override(config, text):
     raise errors.UserError(
       f"config override {text!r} has no value: write key.subkey=value"
     )
-  *groups, name = key.split(".")
-  group = config
-  for part in groups:
-    group = group.get(part) if isinstance(part, str) and part in group else None
-    if not isinstance(group, ml_collections.ConfigDict):
-      raise _unknown_key(config, key)
-  if name not in group:
-    raise _unknown_key(config, key)
-  old = group[name]
+  group, leaf = _find(config, key)
+  old = group[leaf]
   if isinstance(old, ml_collections.ConfigDict):
     raise errors.UserError(
       f"config key {key!r} is a group, not a value: set one of "
       + ", ".join(f"{key}.{child}" for child in sorted(old))
     )
-  new = parse_value(value, old, name=key, kind=group.get_type(name))
+  new = parse_value(value, old, name=key, kind=group.get_type(leaf))
+  assign(config, key, new)
+
+
+def assign(config, key, value):
+  """Sets "key.subkey" of `config`, locked or not, to a value of any type."""
+  group, leaf = _find(config, key)
   with group.unlocked(), group.ignore_type():
-    group[name] = new
+    group[leaf] = value
+
+
+def value_of(config, key):
+  """Returns the value of "key.subkey"."""
+  group, leaf = _find(config, key)
+  return group[leaf]
+
+
+def replace(config, changes, overrides=()):
+  """Returns a locked copy of a config.
+
+  Args:
+    config: locked or not.
+    changes: {"key.subkey": value}.
+    overrides: texts, as of `load`.
+  """
+  config = copy.deepcopy(config)
+  for key, value in changes.items():
+    assign(config, key, value)
+  for text in overrides:
+    override(config, text)
+  return config.lock()
+
+
+def train_files(config):
+  """Returns the paths of the question files of config.data."""
+  names = (name.strip() for name in config.data.train_file.split(","))
+  return [os.path.join(config.data.root, name) for name in names if name]
+
+
+def complete(config):
+  """Returns the config with what it leaves out of `base_config`, unlocked.
+
+  Its own further keys stay, such as options of one's own policy; but `evals`
+  has none, so a mistyped one is named.
+  """
+  defaults = base_config.get_config()
+  for key in config.get("evals", ()):
+    if key not in defaults.evals:
+      raise _unknown_key(defaults, f"evals.{key}")
+  return _fill(config.unlock(), defaults, defaults)
 
 
 def parse_value(text, like, *, name="value", kind=None):
@@ -140,11 +211,7 @@ def parse_value(text, like, *, name="value", kind=None):
 
 
 def define_flag(default=None):
-  """Defines `--config`, whose keys are set by `--config.key=value`.
-
-  Once in a process: flags are global, and a program that imports another one
-  that reads a config has the same flag.
-  """
+  """Defines `--config` of a program with flags of absl's, once in a process."""
   if "config" in flags.FLAGS:
     return
   flags.DEFINE_string(
@@ -160,10 +227,15 @@ def define_flag(default=None):
 def from_flags():
   """Returns the config that the flags of `define_flag` name."""
   if not flags.FLAGS.config:
-    raise errors.UserError(
-      "no config given: add --config=configs/x.py" + _known_files("configs")
-    )
+    raise no_config()
   return load(flags.FLAGS.config, flags.FLAGS.config_override)
+
+
+def no_config():
+  """Returns the error of a command without the config that it needs."""
+  return errors.UserError(
+    "no config given: add --config=configs/x.py" + _known_files("configs")
+  )
 
 
 def to_dict(config):
@@ -184,10 +256,40 @@ def save(config, path):
   os.replace(partial, path)
 
 
-def config_hash(config):
-  """Returns 16 hexadecimal digits of the config without `NOT_HASHED` keys."""
-  text = json.dumps(_hashed(to_dict(config)), sort_keys=True)
+def config_hash(config, *, before=False):
+  """Returns 16 hexadecimal digits of the config without `NOT_HASHED` keys.
+
+  Args:
+    config: see `base_config`.
+    before: whether it is of an earlier version, and hashed as that one did.
+  """
+  skipped = _NOT_HASHED_BEFORE if before else NOT_HASHED
+  text = json.dumps(_hashed(to_dict(config), skipped), sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def upgraded(config, like=None):
+  """Returns a config of a workdir under today's keys, locked.
+
+  Args:
+    config: read from its config.json, whichever version wrote that.
+    like: config whose keys it gets where it lacks them, with the values of
+      `base_config`; all of that by default.
+  """
+  config = copy.deepcopy(config).unlock()
+  for old, (new, convert) in _RENAMED.items():
+    try:
+      group, leaf = _find(config, old)
+    except errors.UserError:
+      continue
+    value = convert(group[leaf])
+    del group[leaf]
+    config.update_from_flattened_dict({new: value})
+  # A base model's training has sections of its own.
+  if "pretrain" not in config:
+    known = base_config.get_config()
+    config = _fill(config, known, known if like is None else like)
+  return config.lock()
 
 
 def claim_workdir(workdir, config):
@@ -201,9 +303,18 @@ def claim_workdir(workdir, config):
       f"cannot make workdir {workdir}: {error.strerror}; give another --workdir"
     ) from error
   if path.exists():
-    # Through JSON text and back, so that tuples compare equal to lists.
-    here = json.loads(json.dumps(_hashed(to_dict(config))))
-    differences = _differences(_hashed(to_dict(_read_json(path))), here)
+    there = read_json(path)
+    now = upgraded(there, config)
+    differences = _differences(
+      *(_hashed(to_dict(each), NOT_HASHED) for each in (now, config))
+    )
+    old = to_dict(now) != to_dict(there)
+    if not differences and old:
+      if config_hash(there, before=True) != config_hash(config):
+        raise errors.UserError(
+          f"workdir {workdir} was written by an earlier version; continue it"
+          f" after: python -m cacovid_jax.ckpt upgrade {workdir}"
+        )
     if differences:
       shown = "; ".join(differences[:3])
       more = len(differences) - 3
@@ -218,6 +329,11 @@ def claim_workdir(workdir, config):
 def _call_get_config(path, arg):
   """Returns the unlocked result of `get_config` of a Python file."""
   if not path.is_file():
+    if path.name in _MOVED:
+      now = ",".join(filter(None, (_MOVED[path.name], arg)))
+      raise errors.UserError(
+        f"no config file {path}: it is {path.with_name(now)} now"
+      )
     raise errors.UserError(
       f"no config file {path}" + _known_files(path.parent or ".")
     )
@@ -249,7 +365,7 @@ def _call_get_config(path, arg):
   return config
 
 
-def _read_json(path):
+def read_json(path):
   """Returns the unlocked config in a JSON file; lists become tuples."""
   try:
     values = json.loads(path.read_text(encoding="utf-8"))
@@ -263,6 +379,33 @@ def _read_json(path):
       "restore it or use another workdir"
     ) from error
   return ml_collections.ConfigDict(_tuples(values))
+
+
+def _fill(group, known, wanted):
+  """Returns the group with those keys of `known` that `wanted` has, too."""
+  for key in known:
+    if key not in wanted:
+      continue
+    if key not in group:
+      group[key] = known[key]
+    elif isinstance(known[key], ml_collections.ConfigDict):
+      if not isinstance(group[key], ml_collections.ConfigDict):
+        raise errors.UserError(f"config key {key!r} must be a group")
+      _fill(group[key], known[key], wanted[key])
+  return group
+
+
+def _find(config, key):
+  """Returns (the group of a key, its name there)."""
+  *groups, leaf = key.split(".")
+  group = config
+  for part in groups:
+    group = group.get(part)
+    if not isinstance(group, ml_collections.ConfigDict):
+      raise _unknown_key(config, key)
+  if leaf not in group:
+    raise _unknown_key(config, key)
+  return group, leaf
 
 
 def _unknown_key(config, key):
@@ -315,11 +458,13 @@ def _differences(there, here, prefix=""):
   return out
 
 
-def _hashed(values, prefix=""):
+def _hashed(values, skipped, prefix=""):
   return {
-    key: _hashed(value, f"{prefix}{key}.") if isinstance(value, dict) else value
+    key: _hashed(value, skipped, f"{prefix}{key}.")
+    if isinstance(value, dict)
+    else value
     for key, value in values.items()
-    if f"{prefix}{key}" not in NOT_HASHED
+    if f"{prefix}{key}" not in skipped
   }
 
 

@@ -1,33 +1,48 @@
 """Mistakes that a user can mend, and how entry points report them."""
 
+import functools
 import logging
 import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl import app, flags
 from absl import logging as absl_logging
+
+# `--config.a.b=v` of a program with flags of absl's.
+_OVERRIDE = re.compile(r"^--?config\.(?=[^=]+=)")
 
 
 class UserError(Exception):
   """A user's mistake; the message is one line naming the thing and the mend."""
 
 
-def run(main: Callable[[Sequence[str]], int | None]) -> None:
+def run(
+  main: Callable[[Any], int | None],
+  parse: Callable[[Sequence[str]], Any] | None = None,
+) -> None:
   """Runs an absl `main`; a `UserError` ends it with one line and exit code 2.
 
-  `--config.a.b=value` sets a key of the config (see `config.define_flag`).
+  Args:
+    main: takes what `parse` returns; its result is the exit code.
+    parse: reads the command line, see `command.Command`; by default absl's
+      flags are parsed, and `main` gets the rest.
   """
 
-  def guarded(argv):
-    quiet()
+  def guarded(function, *args):
     try:
-      return main(argv)
+      return function(*args)
     except UserError as error:
       print(f"error: {one_line(error)}", file=sys.stderr)
-      return 2
+      sys.exit(2)
 
-  app.run(guarded, flags_parser=_parse_flags)
+  def parsed(argv):
+    found = guarded(parse or _parse_flags, argv)
+    quiet()
+    return found
+
+  app.run(functools.partial(guarded, main), flags_parser=parsed)
 
 
 def quiet() -> None:
@@ -46,15 +61,9 @@ def one_line(error: Exception) -> str:
 
 
 def _parse_flags(argv):
-  """Parses absl flags; a mistake is one line and exit code 2, no usage text."""
-  argv = [_override_flag(argument) for argument in argv]
+  """Parses absl flags; a mistake is one line, no usage text."""
+  argv = [re.sub(_OVERRIDE, "--config_override=", each) for each in argv]
   try:
     return flags.FLAGS(argv)
   except flags.Error as error:
-    print(f"error: {one_line(error)} (--help lists the flags)", file=sys.stderr)
-    sys.exit(2)
-
-
-def _override_flag(argument):
-  """Returns `--config_override=a.b=v` for `--config.a.b=v`; else no change."""
-  return re.sub(r"^--?config\.(?=[^=]+=)", "--config_override=", argument)
+    raise UserError(f"{one_line(error)} (--help lists the flags)") from error

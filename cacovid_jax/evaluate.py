@@ -5,8 +5,8 @@ python -m cacovid_jax.evaluate --checkpoint DIR --data DIR --workdir W \
     --policy TRAINING_WORKDIR --methods cacovid,random --ratios 0.25,0.1
 python -m cacovid_jax.evaluate --benchmark videomme --data VIDEO_MME ...
 
-A config's `model`, `data` and `evals` sections are read; flags win over them.
-Without --policy, that of the workdir is taken, if a policy was trained there.
+A config's `model`, `data`, `evals` and `mesh` sections are read. Without
+--policy, that of the workdir is taken, if a policy was trained there.
 A method that cannot be run at a ratio keeps its row, which says why. An
 evaluation that was stopped goes on when the same command is given again. Writes
 results.json, timings.json and report.html into the workdir.
@@ -19,149 +19,153 @@ again does.
 
 import os
 
-from absl import flags
-
+from cacovid_jax import command, errors
 from cacovid_jax import config as config_lib
-from cacovid_jax import errors
+from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.evals import benchmarks, evaluation, shards
 from cacovid_jax.policy import loading
 
-config_lib.define_flag()
-_SHARD = flags.DEFINE_string(
-  "shard", "0/1", "I/N: this is process I of N, from 0, that share the work."
+_RAISE = ("raise", "skip")
+COMMAND = command.Command(
+  __doc__,
+  {
+    "workdir": command.Flag("Where answers, results and the report go."),
+    "shard": command.Flag(
+      "I/N: this is process I of N, from 0, that share the work.", default="0/1"
+    ),
+    "checkpoint": command.Flag(
+      "Base model: a Hugging Face checkpoint directory.", "model.path"
+    ),
+    "model": command.Flag("The same as --checkpoint.", "model.path"),
+    "dtype": command.Flag(
+      "Of the base model.", "model.dtype", choices=experiment_lib.DTYPES
+    ),
+    "policy": command.Flag(
+      "Policies, comma-separated: training workdirs or .safetensors files,"
+      " optionally as NAME=PATH; the first is the main one.",
+      "evals.policies",
+    ),
+    "benchmark": command.Flag(
+      f"What is asked: {', '.join(benchmarks.names())}; prepared is data in"
+      " VideoMME's columns, the others are as they were released.",
+      "evals.benchmark",
+    ),
+    "data": command.Flag(
+      "Folder of the benchmark: questions and clips.", "data.root"
+    ),
+    "media": command.Flag(
+      "Folder of the clips, below --data or absolute; empty is --data.",
+      "data.media",
+    ),
+    "split": command.Flag(
+      "Of the benchmark; by default its first one, as a rule the test.",
+      "evals.split",
+    ),
+    "num_questions": command.Flag(
+      "First so many questions; 0 for all.", "evals.num_questions"
+    ),
+    "on_bad_row": command.Flag(
+      "raise, or skip to leave unfit rows out and list them.",
+      "evals.on_bad_row",
+      choices=_RAISE,
+    ),
+    "on_missing": command.Flag(
+      "raise if clips are not there, or count to count their questions as"
+      " wrong.",
+      "evals.on_missing",
+      choices=("raise", "count"),
+    ),
+    "methods": command.Flag(
+      "Rows, comma-separated; see cacovid_jax.compressors.names().",
+      "evals.methods",
+    ),
+    "oracles": command.Flag(
+      "Oracle rows, comma-separated; empty for none.", "evals.oracles"
+    ),
+    "ratios": command.Flag(
+      "Retention ratios, comma-separated.", "evals.ratios"
+    ),
+    "seeds": command.Flag("Evaluation seeds, comma-separated.", "evals.seeds"),
+    "select_on": command.Flag(
+      "Where options are chosen: validation or none.", "evals.select_on"
+    ),
+    "batch_size": command.Flag("Questions asked at once.", "evals.batch_size"),
+    "max_new_tokens": command.Flag(
+      "Longest answer in tokens; 0 for the benchmark's own.",
+      "evals.max_new_tokens",
+    ),
+    "rule": command.Flag(
+      "How letters are taken from answers: paper or lmms-0.7.3.", "evals.rule"
+    ),
+    "prompt_style": command.Flag(
+      "Empty for the benchmark's own prompt, video-r1 for that of training.",
+      "evals.prompt_style",
+    ),
+    "template": command.Flag(
+      "Chat template: processor, or tokenizer as in the paper's evaluation;"
+      " empty for the checkpoint's default.",
+      "evals.template",
+    ),
+    "num_frames": command.Flag("Frames per clip.", "data.num_frames"),
+    "min_pixels": command.Flag(
+      "Least pixels of a frame, of Qwen2.5-VL; 0 for the paper's.",
+      "data.min_pixels",
+    ),
+    "max_pixels": command.Flag(
+      "Most pixels of a frame, likewise.", "data.max_pixels"
+    ),
+    "feature_cache": command.Flag(
+      "Folder of cached video features; empty for none.", "data.feature_cache"
+    ),
+    "frame_manifest": command.Flag(
+      "frames.jsonl of another run, whose frames are shown; empty for none.",
+      "evals.frame_manifest",
+    ),
+    "metrics": command.Flag(
+      "Training workdir whose reward curves the report shows.", "evals.metrics"
+    ),
+    "num_examples": command.Flag(
+      "Clips that the report shows frame by frame.", "evals.num_examples"
+    ),
+  },
+  defaults={"model.dtype": "float32", "data.num_frames": 16},
 )
-_FLAGS = {
-  "checkpoint": "Base model: a Hugging Face LLaVA-OneVision directory.",
-  "policy": (
-    "Policies, comma-separated: training workdirs or .safetensors files,"
-    " optionally NAME=PATH, PATH?module=F.py:CLASS; the first is the main one."
-  ),
-  "benchmark": (
-    "What is asked: " + ", ".join(benchmarks.names()) + "; prepared is"
-    " data in VideoMME's columns, the others are as they were released."
-  ),
-  "data": "Folder of the benchmark: questions and clips.",
-  "media": "Folder of the clips, below --data or absolute; empty is --data.",
-  "workdir": "Where answers, results and the report go.",
-  "methods": "Rows, comma-separated; see cacovid_jax.compressors.names().",
-  "oracles": "Oracle rows, comma-separated; empty for none.",
-  "ratios": "Retention ratios, comma-separated.",
-  "seeds": "Evaluation seeds, comma-separated.",
-  "split": "Of the benchmark; by default its first one, as a rule the test.",
-  "on_bad_row": "raise, or skip to leave unfit rows out and list them.",
-  "on_missing": (
-    "raise if clips are not there, or count to count their questions as wrong."
-  ),
-  "select_on": "Where options are chosen: validation or none.",
-  "rule": "How letters are taken from answers: paper or lmms-0.7.3.",
-  "prompt_style": (
-    "Empty for the benchmark's own prompt, video-r1 for that of training."
-  ),
-  "template": (
-    "Chat template: processor, or tokenizer as in the paper's evaluation; empty"
-    " for the checkpoint's default."
-  ),
-  "dtype": "Of the base model: float32 or bfloat16.",
-  "feature_cache": "Folder of cached video features; empty for none.",
-  "frame_manifest": (
-    "frames.jsonl of another run, whose frames are shown; empty for none."
-  ),
-  "metrics": "Training workdir whose reward curves the report shows.",
-}
-for _name, _help in _FLAGS.items():
-  flags.DEFINE_string(_name, None, _help)
-for _name, _help in {
-  "batch_size": "Questions asked at once.",
-  "num_frames": "Frames per clip.",
-  "num_questions": "First so many questions; 0 for all.",
-  "num_examples": "Clips that the report shows frame by frame.",
-  "max_new_tokens": "Longest answer in tokens; 0 for the benchmark's own.",
-  "min_pixels": "Least pixels of a frame, of Qwen2.5-VL; 0 for the paper's.",
-  "max_pixels": "Most pixels of a frame, likewise.",
-}.items():
-  flags.DEFINE_integer(_name, None, _help)
 
 
-def main(argv):
-  """Runs the evaluation that the flags describe."""
-  if len(argv) > 1:
-    raise errors.UserError(
-      f"unexpected argument {argv[1]!r}; flags start by --"
-    )
-  request = request_from_flags(flags.FLAGS)
-  out = evaluation.evaluate(request)
+def main(args):
+  """Runs the evaluation that the command line describes."""
+  experiment = experiment_of(args)
+  out = evaluation.evaluate(experiment)
   if out is None:
     return  # Other processes are not done.
   evaluation.show(out)
   for name in ("results.json", "report.html", "timings.json", "answers.jsonl"):
-    print(os.path.join(request.workdir, name))
+    print(os.path.join(args.workdir, name))
 
 
-def request_from_flags(values) -> evaluation.Request:
-  """Returns the request of a config, if there is one, and of the flags."""
-  config = config_lib.from_flags() if values.config else None
-  fields = evaluation.request_fields(config)
-  flagged = {
-    name: values[name].value
-    for name in (*_FLAGS, "batch_size", "num_frames", "num_questions",
-                 "num_examples", "max_new_tokens", "min_pixels", "max_pixels")
-    if values[name].value is not None
-  }  # fmt: skip
-  if "policy" in flagged:
-    fields["policies"] = _policies(flagged.pop("policy"))
-  if "feature_cache" in flagged:
-    fields["cache"] = flagged.pop("feature_cache")
-  for name, kind in (("ratios", float), ("seeds", int)):
-    if name in flagged:
-      flagged[name] = _numbers(name, flagged[name], kind)
-  for name in ("methods", "oracles"):
-    if name in flagged:
-      flagged[name] = _listed(flagged[name])
-  if "benchmark" in flagged:
-    # A config's folder of clips is that of its own data.
-    fields["media"] = ""
-  fields |= flagged
-  fields["shard"] = shards.Shard.parse(values["shard"].value)
-  workdir = fields.get("workdir", "")
-  if "policies" not in fields and loading.has_policy(workdir):
-    module = config.policy.module if config and "policy" in config else ""
-    named = f"{workdir}?module={module}" if module else workdir
-    fields["policies"] = {"policy": named}
-  if not fields.get("policies"):
-    # The default rows are those that can be run.
-    if "methods" not in flagged and config is None:
-      fields["methods"] = tuple(
-        name for name in fields["methods"] if not name.startswith("cacovid")
+def experiment_of(args) -> experiment_lib.Experiment:
+  """Returns what a command line evaluates."""
+  config = args.config
+  COMMAND.require(config, "checkpoint", "data")
+  if not args.workdir:
+    raise errors.UserError("nothing says which workdir: add --workdir=FOLDER")
+  changes = {}
+  if "evals.policies" not in args.given and not config.evals.policies:
+    if loading.has_policy(args.workdir):
+      module = config.policy.module
+      named = f"?module={module}" if module else ""
+      changes["evals.policies"] = (f"policy={args.workdir}{named}",)
+    elif not args.has_config and "evals.methods" not in args.given:
+      # The default rows are those that can be run.
+      changes["evals.methods"] = tuple(
+        name for name in config.evals.methods if not name.startswith("cacovid")
       )
-  for name in ("checkpoint", "data", "workdir"):
-    if not fields.get(name):
-      raise errors.UserError(f"nothing says which {name}: add --{name}=FOLDER")
-  return evaluation.Request(**fields)
-
-
-def _policies(text: str) -> dict[str, str]:
-  out = {}
-  for number, part in enumerate(_listed(text)):
-    name, path = ("policy" if number == 0 else f"policy{number}"), part
-    if "=" in part.partition("?")[0]:  # Behind it stands ?module=NAME.
-      name, _, path = part.partition("=")
-    out[name] = path
-  return out
-
-
-def _listed(text: str) -> tuple[str, ...]:
-  return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def _numbers(name, text, kind):
-  try:
-    return tuple(kind(part) for part in _listed(text))
-  except ValueError:
-    raise errors.UserError(
-      f"--{name}={text} is not a list of numbers; for example"
-      f" --{name}={'0,1' if kind is int else '0.25,0.1'}"
-    ) from None
+  return experiment_lib.Experiment.from_config(
+    config_lib.replace(config, changes),
+    args.workdir,
+    shard=shards.Shard.parse(args.shard),
+  )
 
 
 if __name__ == "__main__":
-  errors.run(main)
+  COMMAND.run(main)

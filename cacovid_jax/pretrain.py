@@ -5,24 +5,24 @@ python -m cacovid_jax.pretrain --config configs/synthetic_base.py --workdir W
 W/base_model becomes a complete Hugging Face checkpoint directory.
 """
 
-from absl import flags
-
-from cacovid_jax import config as config_lib
-from cacovid_jax import errors
+from cacovid_jax import command, errors
 from cacovid_jax.synthetic import pretraining
 
-config_lib.define_flag()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+COMMAND = command.Command(
+  __doc__,
+  {"workdir": command.Flag("Folder of the run.")},
+  config="required",
+  # This config describes a base model, not a policy's training.
+  sections=False,
+)
 
 
-def main(argv):
-  """Runs the pretraining that the flags describe."""
-  if len(argv) > 1:
-    raise errors.UserError(f"unknown argument {argv[1]!r}; flags begin with --")
-  if not _WORKDIR.value:
+def main(args):
+  """Runs the pretraining that the command line describes."""
+  if not args.workdir:
     raise errors.UserError("give --workdir, the folder of the run")
-  pretraining.pretrain(config_lib.from_flags(), _WORKDIR.value)
+  pretraining.pretrain(args.config, args.workdir)
 
 
 if __name__ == "__main__":
-  errors.run(main)
+  COMMAND.run(main)

@@ -5,67 +5,45 @@ stopped continues when the same command is given again. Several hosts: the same
 command on each, with --coordinator, --num_processes and --process_id.
 """
 
-from absl import flags
-
+from cacovid_jax import command, errors
 from cacovid_jax import config as config_lib
-from cacovid_jax import errors
+from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.evals import evaluation
 from cacovid_jax.parallel import mesh
-from cacovid_jax.training import loop, setup
+from cacovid_jax.training import loop
 
-config_lib.define_flag()
-_WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Folder of the run's checkpoints, metrics and policy."
+COMMAND = command.Command(
+  __doc__,
+  {
+    "workdir": command.Flag(
+      "Folder of the run's checkpoints, metrics and policy."
+    ),
+    "coordinator": command.Flag(
+      "host:port of process 0, with several processes."
+    ),
+    "num_processes": command.Flag("Processes in all.", default=1),
+    "process_id": command.Flag("Number of this process.", default=0),
+  },
+  config="required",
 )
-_COORDINATOR = flags.DEFINE_string(
-  "coordinator", None, "host:port of process 0, with several processes."
-)
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", 1, "Processes in all.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", 0, "Number of this process.")
 
 
-def main(argv):
-  """Runs the training that the flags describe."""
-  if len(argv) > 1:
-    raise errors.UserError(
-      f"unexpected argument {argv[1]!r}; flags start by --"
-    )
-  config = config_lib.from_flags()
-  if not _WORKDIR.value:
+def main(args):
+  """Runs the training that the command line describes."""
+  config = args.config
+  if not args.workdir:
     raise errors.UserError("no workdir given: add --workdir=FOLDER")
-  mesh.start_processes(
-    _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
-  )
+  mesh.start_processes(args.coordinator, args.num_processes, args.process_id)
   print(config_lib.dumps(config), end="", flush=True)
-  checkpoint = setup.load_checkpoint(config)
+  experiment = experiment_lib.Experiment.from_config(
+    config, args.workdir, split="videos_per_step"
+  )
   validate = None
   if config.validation.every_steps:
-    validate = evaluation.validator(
-      evaluation.Request(
-        data=config.data.root,
-        media=config.data.media,
-        benchmark=config.evals.benchmark if "evals" in config else "prepared",
-        template=config.evals.template if "evals" in config else "",
-        min_pixels=config.data.min_pixels,
-        max_pixels=config.data.max_pixels,
-        workdir=_WORKDIR.value,
-        checkpoint=config.model.path,
-        num_frames=config.data.num_frames,
-        dtype=config.model.dtype,
-        cache=config.data.feature_cache,
-        batch_size=config.validation.batch_size,
-        max_new_tokens=config.validation.max_new_tokens,
-        select_questions=config.validation.num_questions,
-      ),
-      checkpoint,
-      method=config.validation.method,
-      ratio=config.validation.ratio,
-    )
-  result = loop.train(
-    config, _WORKDIR.value, checkpoint=checkpoint, validate=validate
-  )
+    validate = evaluation.validator(experiment)
+  result = loop.train(experiment, validate=validate)
   print(f"policy: {result.policy_path}")
 
 
 if __name__ == "__main__":
-  errors.run(main)
+  COMMAND.run(main)

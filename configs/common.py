@@ -6,7 +6,6 @@ import types
 from cacovid_jax import base_config, errors
 from cacovid_jax import config as config_lib
 from cacovid_jax.data import frames, qwen_frames
-from cacovid_jax.evals import defaults as evals_defaults
 
 
 def parse_arg(arg, **defaults):
@@ -39,22 +38,28 @@ def parse_arg(arg, **defaults):
   return types.SimpleNamespace(**fields)
 
 
-def released(arg, *, path, family):
+def released(arg, *, family, sizes):
   """Returns the paper's run on a released model.
 
   Args:
-    arg: text after the colon: `debug` is two steps and a few questions on a
-      tiny random model of the same family and on the embedded benchmark;
-      `devices=8` trains that many videos a step, one on each.
-    path: folder of the weights.
+    arg: text after the colon: `size=7b` is one of `sizes`, the first one by
+      default; `debug` is two steps and a few questions on a tiny random model
+      of the same family and on the embedded benchmark; `devices=8` trains that
+      many videos a step, one on each.
     family: of `synthetic.tiny_checkpoints`.
+    sizes: there are; the weights lie in checkpoints/FAMILY_SIZE.
   """
-  arg = parse_arg(arg, debug=False, devices=1, seed=42)
+  arg = parse_arg(arg, size=sizes[0], debug=False, devices=1, seed=42)
+  size = arg.size.replace(".", "_")
+  if size not in sizes:
+    raise errors.UserError(
+      f"unknown size {arg.size!r}: use {' or '.join(sizes)}"
+    )
   config = base_config.get_config()  # The paper's numbers.
   config.seed = arg.seed
   config.total_steps = 0  # One epoch.
   config.videos_per_step = arg.devices
-  config.model.path = path
+  config.model.path = f"checkpoints/{family}_{size}"
   config.data.root = "datasets/video_r1"
   config.data.train_file = "filtered.json"
   config.data.frame_rule = frames.TRAIN_RULE
@@ -64,7 +69,6 @@ def released(arg, *, path, family):
   if family == "qwen2_5_vl":
     config.data.min_pixels = qwen_frames.PAPER_MIN_PIXELS
     config.data.max_pixels = qwen_frames.PAPER_MAX_PIXELS
-  config.evals = evals_defaults.get_config()
   config.evals.methods = (
     # The paper's half of the budget, spread evenly, and its cap of 1.5 r.
     "cacovid=cacovid?importance_ratio=0.5&max_frame_share=1.5",

@@ -15,7 +15,6 @@ In a minute: `configs/own_videos.py:debug,data=FOLDER`.
 """
 
 from cacovid_jax import base_config
-from cacovid_jax.evals import defaults as evals_defaults
 from configs import common
 
 _ASSETS = "cacovid_jax/assets"
@@ -38,7 +37,6 @@ def get_config(arg=None):
     config.iterations = 1
     config.sampling.num_combinations = 4
 
-  config.evals = evals_defaults.get_config()
   config.evals.benchmark = "own"
   config.evals.methods = ("cacovid", "cacovid_untrained", "uniform", "divprune")
   config.evals.oracles = ()

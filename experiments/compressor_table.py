@@ -41,7 +41,7 @@ from cacovid_jax.policy import loading
 from cacovid_jax.synthetic import build
 from experiments import table_flags
 
-_CONFIG = "configs/synthetic_quickstart.py"
+_CONFIG = "configs/synthetic.py"
 _POLICY = "cacovid_jax/assets/policy"
 RATIOS = (0.25, 0.2, 0.15, 0.1, 0.05)
 # Rows beside the methods: label -> (the method it follows, its spec).

@@ -129,7 +129,8 @@ def overlaps(policy, params, other, prompts, ratios):
 def _select(params, x, positions, video_rows, *, policy, grid, ratios):
   """Returns int32[K] kept tokens, per ratio."""
   scores = policy.apply({"params": params}, x, positions, video_rows, grid)
-  return [selection.select(scores, grid=grid, ratio=ratio) for ratio in ratios]
+  budgets = [selection.budget(grid, ratio) for ratio in ratios]
+  return [selection.select(scores, budget) for budget in budgets]
 
 
 def draw_prompt(model, params, rng, num_frames):

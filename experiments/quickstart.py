@@ -29,7 +29,7 @@ from cacovid_jax.evals import evaluation, results
 from cacovid_jax.synthetic import build
 from cacovid_jax.training import loop, setup
 
-_CONFIG = "configs/synthetic_quickstart.py"
+_CONFIG = "configs/synthetic.py"
 # The budget in minutes for two idle cores, compilation included: from the
 # processor time that each stage of the config takes. Change both together.
 PLANNED = {"prepare": 0.8, "load": 0.1, "train": 4.5, "evaluate": 4.5}
@@ -65,7 +65,7 @@ def run(config, workdir, *, ratios=None, planned=False, num_workers=None):
   """Runs all stages and returns results.json as a dict.
 
   Args:
-    config: see configs/synthetic_quickstart.py.
+    config: see configs/synthetic.py:size=quickstart.
     workdir: one of another config is refused.
     ratios: retention ratios, instead of those of config.evals.
     planned: whether to show the planned minutes, which are those of the

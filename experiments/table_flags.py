@@ -16,10 +16,10 @@ from cacovid_jax.evals import cost, estimate, results
 # Configs of the released models, by the short names that tables have for them.
 BASES = types.MappingProxyType(
   {
-    "ov7b": "configs/llava_onevision_7b.py",
-    "ov0.5b": "configs/llava_onevision_0_5b.py",
-    "qwen3b": "configs/qwen2_5_vl_3b.py",
-    "qwen7b": "configs/qwen2_5_vl_7b.py",
+    "ov7b": "configs/llava_onevision.py:size=7b",
+    "ov0.5b": "configs/llava_onevision.py:size=0_5b",
+    "qwen3b": "configs/qwen2_5_vl.py:size=3b",
+    "qwen7b": "configs/qwen2_5_vl.py:size=7b",
   }
 )
 

@@ -1,6 +1,8 @@
 """Configs: typed overrides, one-line mistakes, workdirs of one config."""
 
+import importlib
 import json
+import pathlib
 import subprocess
 import sys
 import textwrap
@@ -9,8 +11,8 @@ import ml_collections
 import pytest
 from ml_collections import config_dict
 
+from cacovid_jax import command, errors
 from cacovid_jax import config as config_lib
-from cacovid_jax import errors
 from configs import common
 
 _FILE = """
@@ -218,11 +220,17 @@ def test_a_workdir_belongs_to_one_config(tmp_path, path):
 
 
 _MAIN = textwrap.dedent("""
-  from cacovid_jax import config, errors
-  config.define_flag()
-  def main(argv):
-    print(config.from_flags().sampling.ratio, argv[1:])
-  errors.run(main)
+  from cacovid_jax import command
+  flags = {
+    "ratio": command.Flag("Kept share.", "sampling.ratio", old=("topk",)),
+    "shuffle": command.Flag("Whether to mix.", default=True),
+    "count": command.Flag("How many.", default=1),
+    "to": command.Flag("Where to.", choices=("here", "there")),
+  }
+  made = command.Command("Runs.", flags, config="required", num_arguments=1)
+  def main(args):
+    print(args.config.sampling.ratio, args.arguments, args.shuffle, args.to)
+  made.run(main)
 """)
 
 
@@ -237,12 +245,17 @@ def _run(*arguments):
 
 def test_flags_of_an_entry_point(path):
   done = _run(f"--config={path}:ratio=0.1", "--config.sampling.ratio=0.3", "x")
-  assert done.stdout == "0.3 ['x']\n"
+  assert done.stdout == "0.3 ['x'] True None\n"
   for arguments in (
     (f"--config={path}", "--config.sampling.ratoi=0.3"),
     (f"--config={path}", "--config.seed=x"),
     (f"--config={path}", "--config.seed"),
     (f"--config={path}", "--unknown=1"),
+    (f"--config={path}", "--ratio=x"),
+    (f"--config={path}", "--count=x"),
+    (f"--config={path}", "--count"),
+    (f"--config={path}", "--to=nowhere"),
+    (f"--config={path}", "one", "two"),
     (f"--config={path}:nothing",),
     ("--config=missing.py",),
     (),
@@ -251,3 +264,96 @@ def test_flags_of_an_entry_point(path):
     assert done.returncode == 2, arguments
     assert done.stderr.startswith("error: "), done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_flag_is_another_name_of_a_key(path):
+  done = _run(
+    f"--config={path}", "--config.sampling.ratio=0.3", "--ratio", "0.2",
+    "--noshuffle", "--to=there",
+  )  # fmt: skip
+  assert (done.stdout, done.stderr) == ("0.2 [] False there\n", "")
+  # The last of several counts, and a key that the file lacks has its default.
+  done = _run(f"--config={path}", "--ratio=0.2", "--config.sampling.ratio=0.3")
+  assert done.stdout == "0.3 [] True None\n"
+  done = _run(f"--config={path}", "--config.evals.seeds=1,2")
+  assert done.stdout == "0.02 [] True None\n"
+
+
+def test_an_old_spelling_of_a_flag_tells_the_new_one(path):
+  done = _run(f"--config={path}", "--topk=0.2")
+  assert done.stdout == "0.2 [] True None\n"
+  assert done.stderr == "hint: --topk is --ratio now\n"
+
+
+@pytest.mark.parametrize(
+  ("word", "match"),
+  [
+    ("--ratoi=1", "unknown flag --ratoi; nearest: --ratio, "),
+    ("--config.evals.ratoi=1", "'evals.ratoi'; nearest: evals.ratios"),
+    ("--ratio=x", "--ratio=x is not a number .it is 0.02 now"),
+    ("--to=nowhere", "--to=nowhere: choose here or there"),
+  ],
+)
+def test_a_mistyped_flag_names_the_nearest(path, word, match):
+  made = command.Command(
+    "",
+    {
+      "ratio": command.Flag("", "sampling.ratio"),
+      "to": command.Flag("", choices=("here", "there")),
+    },
+  )
+  with pytest.raises(errors.UserError, match=match):
+    made.parse(["x", f"--config={path}", word])
+
+
+def test_defaults_without_a_config_are_those_of_the_command():
+  made = command.Command(
+    "", {"dtype": command.Flag("", "model.dtype")},
+    defaults={"model.dtype": "float32"},
+  )  # fmt: skip
+  args = made.parse(["x"])
+  assert args.config.model.dtype == "float32" and args.config.is_locked
+  assert not args.given and not args.has_config
+  args = made.parse(["x", "--dtype=bfloat16"])
+  assert args.config.model.dtype == "bfloat16"
+  assert args.given == {"model.dtype"}
+
+
+def test_a_config_of_its_own_sections_is_completed(path):
+  config = config_lib.load(path, fill=True)
+  assert config.sampling.ratio == 0.02 and config.name == "x"
+  assert config.evals.seeds == (0,) and config.sampling.group_size == 2
+  path.write_text(_FILE.replace("config.seed", "config.evals = dict(seed=1)#"))
+  with pytest.raises(
+    errors.UserError, match="evals.seed'; nearest: .*ls.seeds"
+  ):
+    config_lib.load(path, fill=True)
+
+
+COMMANDS = (
+  "train", "evaluate", "answer", "prepare", "pretrain", "ckpt",
+  "preparation.blind_filter", "preparation.encode_features",
+  "preparation.tfds_build",
+)  # fmt: skip
+HELP = pathlib.Path(__file__).parent / "help.txt"
+
+
+def test_help_shows_the_config_and_every_flag():
+  """Compares with help.txt; `python -m tests.config_test` writes it anew."""
+  assert HELP.read_text("utf-8") == help_of_all()
+
+
+def help_of_all():
+  """Returns what --help prints of each command, less its documentation."""
+  parts = []
+  for name in COMMANDS:
+    module = importlib.import_module(f"cacovid_jax.{name}")
+    text = module.COMMAND.help()
+    assert text.startswith(module.__doc__.strip())
+    assert ("--config=FILE" in text) == (name != "ckpt")
+    parts.append(f"{name}\n{text[len(module.__doc__.strip()) :].lstrip()}")
+  return "\n".join(parts)
+
+
+if __name__ == "__main__":
+  HELP.write_text(help_of_all(), "utf-8")

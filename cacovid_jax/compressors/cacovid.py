@@ -41,13 +41,13 @@ class CaCoVID(base.Compressor):
     if ratio is None:
       ratio = ratio_of(inputs.grid, num_keep)
     (scores,) = self.requires
-    index = selection.select(
-      getattr(inputs, scores),
-      grid=inputs.grid,
-      ratio=ratio,
+    budget = selection.budget(
+      inputs.grid,
+      ratio,
       importance_ratio=self.importance_ratio,
       max_frame_share=self.max_frame_share,
     )
+    index = selection.select(getattr(inputs, scores), budget)
     if index.shape[0] != num_keep:
       raise ValueError(
         f"ratio {ratio} keeps {index.shape[0]} tokens, not {num_keep}"

@@ -21,33 +21,30 @@ import pathlib
 import time
 from collections.abc import Mapping, Sequence
 
-import jax.numpy as jnp
 import numpy as np
 
-import cacovid_jax
-from cacovid_jax import errors, files
+from cacovid_jax import base_config, errors, files
+from cacovid_jax import config as config_lib
+from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.compressors import base
-from cacovid_jax.data import frames, qwen_frames, video
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import tokenizer as tokenizer_lib
+from cacovid_jax.data import video
 from cacovid_jax.evals import (
   clips,
+  evaluation,
   provenance,
   runner,
 )
 from cacovid_jax.evals import programs as programs_lib
 from cacovid_jax.evals.report import answer as answer_page
-from cacovid_jax.models import checkpoints, qwen2_5_vl
-from cacovid_jax.policy import loading
+from cacovid_jax.models import qwen2_5_vl
 
-_ASSETS = pathlib.Path(cacovid_jax.__file__).parent / "assets"
-SHIPPED_MODEL = _ASSETS / "base_model"
-SHIPPED_POLICY = _ASSETS / "policy"
+SHIPPED_MODEL = experiment_lib.SHIPPED_MODEL
+SHIPPED_POLICY = experiment_lib.SHIPPED_POLICY
 
-DTYPES = ("float32", "bfloat16")
 STYLES = ("video-r1", "videomme")
-# Of the paper's evaluation, for models whose files do not say another number.
-_NUM_FRAMES = 32
+_MAX_NEW_TOKENS = 64
 # Names of `runner.Evaluator.seconds`, by what they begin with.
 _STAGES = {
   "prompts": "embed",
@@ -153,34 +150,51 @@ class Answerer:
       rule: how a letter is taken from an answer, see `scoring`.
       limits: caps on what is decoded.
     """
-    if dtype not in DTYPES:
-      raise errors.UserError(f"dtype {dtype!r}: use {' or '.join(DTYPES)}")
-    self.shipped = model is None
-    self.directory = os.fspath(SHIPPED_MODEL if self.shipped else model)
-    if num_frames is None:
-      num_frames = default_num_frames(self.directory)
-    self.settings = runner.Settings(
-      num_frames=num_frames,
-      batch_size=1,
-      max_new_tokens=max_new_tokens,
-      rule=rule,
-    )
-    self._limits = limits
-    self._opened = {}
-    self.checkpoint = checkpoints.load(self.directory, jnp.dtype(dtype))
-    if policy is None and self.shipped and SHIPPED_POLICY.is_dir():
-      policy = SHIPPED_POLICY
-    self.policies = {}
+    changes = {
+      "data.num_frames": num_frames or 0,
+      "evals.max_new_tokens": max_new_tokens,
+      "evals.rule": rule,
+      "model.dtype": dtype,
+      "model.path": "" if model is None else os.fspath(model),
+    }
     if policy is not None:
-      loaded = loading.load_policy(policy, self.checkpoint)
-      self.policies = {"policy": loaded}
+      changes["evals.policies"] = (f"policy={os.fspath(policy)}",)
+    config = config_lib.replace(base_config.get_config(), changes)
+    self._load(config, limits)
+
+  @classmethod
+  def from_config(cls, config, limits: video.Limits | None = None):
+    """Returns the answerer of `model`, `data`, `evals` and `mesh` of a config.
+
+    Args:
+      config: see `base_config`; an empty model.path is the shipped model, and
+        0 frames or new tokens are the usual number.
+      limits: caps on what is decoded.
+    """
+    made = cls.__new__(cls)
+    made._load(config, limits)
+    return made
+
+  def _load(self, config, limits):
+    self.shipped = not config.model.path
+    config = experiment_lib.with_shipped(config)
+    # Clips are named by whole paths: a user's own word, not a data set's.
+    changes = {"data.root": os.path.abspath(os.sep), "data.media": ""}
+    # Times are those of encoding.
+    changes["data.feature_cache"] = ""
+    experiment = experiment_lib.Experiment.from_config(
+      config_lib.replace(config, changes), split=""
+    )
+    self.experiment, self._limits, self._opened = experiment, limits, {}
+    self.settings = runner.Settings(
+      num_frames=config.data.num_frames,
+      batch_size=1,
+      max_new_tokens=config.evals.max_new_tokens or _MAX_NEW_TOKENS,
+      rule=config.evals.rule,
+    )
+    self.checkpoint = experiment.checkpoint
+    self.policies = experiment.policies
     self._is_qwen = isinstance(self.checkpoint.model, qwen2_5_vl.Qwen2_5VLModel)
-    if self._is_qwen:
-      self._preprocessing = qwen_frames.ProcessorConfig.with_paper_bounds(
-        self.directory
-      )
-    else:
-      self._preprocessing = frames.Preprocessing.from_directory(self.directory)
 
   def ask(
     self,
@@ -226,6 +240,7 @@ class Answerer:
       source,
       [asked],
       self.settings,
+      mesh=self.experiment.mesh,
       policies=self.policies,
       programs=programs,
     )
@@ -297,25 +312,20 @@ class Answerer:
     if not self._is_qwen:
       return self.checkpoint.model.grid(self.settings.num_frames)
     height, width = video.frame_size(path, self._limits)
-    return self._preprocessing.grid(height, width, self.settings.num_frames)
+    processor = evaluation.preprocessing(self.experiment)
+    return processor.grid(height, width, self.settings.num_frames)
 
   def _open(self, grid) -> tuple[clips.ClipSource, programs_lib.Programs]:
     """Returns what encodes clips of a grid and answers; made once."""
     if grid not in self._opened:
-      kind = clips.PatchSource if self._is_qwen else clips.ClipSource
-      source = kind(
-        # Clips are named by whole paths: a user's own word, not a data set's.
-        os.path.abspath(os.sep),
-        self.checkpoint.model,
-        self.checkpoint.params,
-        self._preprocessing,
-        num_frames=self.settings.num_frames,
-        limits=self._limits,
-        keep=1,
-        grid=grid,
+      source = evaluation.open_source(
+        self.experiment, limits=self._limits, keep=1, grid=grid
       )
       programs = programs_lib.Programs(
-        self.checkpoint, grid, self.settings.max_new_tokens
+        self.checkpoint,
+        grid,
+        self.settings.max_new_tokens,
+        mesh=self.experiment.mesh,
       )
       self._opened[grid] = source, programs
     return self._opened[grid]
@@ -403,22 +413,6 @@ def video_name(path: str | os.PathLike) -> str:
   path = os.path.relpath(os.path.realpath(path), os.path.abspath(os.sep))
   # The dot keeps a colon in a name from being read as a URL's.
   return os.path.join(".", path)
-
-
-def default_num_frames(directory: str | os.PathLike) -> int:
-  """Returns the frames per clip that a checkpoint's files ask for, else 32."""
-  path = os.path.join(directory, "video_preprocessor_config.json")
-  number = None
-  if os.path.isfile(path):
-    number = checkpoints.read_json(path).get("num_frames")
-  if number is None:
-    return _NUM_FRAMES
-  if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-    raise errors.UserError(
-      f"{path}: num_frames {number!r} is no number of frames; correct it, or"
-      " give --num_frames"
-    )
-  return number
 
 
 def check_report_path(path: str | os.PathLike) -> pathlib.Path:

@@ -19,6 +19,7 @@ from cacovid_jax.compressors import base
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import programs as programs_lib
 from cacovid_jax.evals import prompting
+from cacovid_jax.parallel import mesh as mesh_lib
 
 
 class Reply(NamedTuple):
@@ -248,12 +249,18 @@ class Asker:
       name: jax.tree.map(operator.itemgetter(slice(row, row + 1)), inputs)
       for name, row in first.items()
     }
+    mesh = self._e.mesh
+    if mesh is not None:
+      alone = jax.device_put(alone, mesh.devices.flat[0])
     per_clip = {name: program(found) for name, found in alone.items()}
     rows = prompting.pad_rows(len(names), self._e.settings.batch_size)
-    return jax.tree.map(
+    joined = jax.tree.map(
       lambda *leaves: jnp.concatenate(leaves),
       *[per_clip[names[row]] for row in rows],
     )
+    if mesh is None:
+      return joined
+    return mesh_lib.put(joined, mesh, mesh_lib.P("data"))
 
   def _keys(self, seed: int):
     """Returns one key per question, from the seed and the question's name."""

@@ -339,7 +339,21 @@ class PatchSource(ClipSource):
 
   @property
   def identity(self) -> dict[str, Any]:
-    return {"preprocessing": repr(self._preprocessing)}
+    of = self._preprocessing
+    # The words of logs that exist, whatever attributes are called.
+    named = {
+      "patch_size": of.patch_size,
+      "temporal_patch_size": of.temporal_patch_size,
+      "merge_size": of.merge_size,
+      "min_pixels": of.min_pixels,
+      "max_pixels": of.max_pixels,
+      "mean": of.mean,
+      "std": of.std,
+      "resample": of.resample,
+      "max_video_tokens": of.max_video_tokens,
+    }
+    listed = ", ".join(f"{name}={value!r}" for name, value in named.items())
+    return {"preprocessing": f"ProcessorConfig({listed})"}
 
   def survey(self, paths: Iterable[str]) -> None:
     """Finds out the grids of clips by their first frames.

@@ -11,7 +11,6 @@ Several processes may share a workdir, see `shards`.
 """
 
 import dataclasses
-import os
 import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +24,7 @@ from absl import logging
 
 from cacovid_jax import config as config_lib
 from cacovid_jax import errors, files, metrics
+from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.compressors import base
 from cacovid_jax.data import (
   answer_log,
@@ -33,12 +33,9 @@ from cacovid_jax.data import (
   qwen_frames,
   readers,
 )
-from cacovid_jax.data import chat_template as chat_template_lib
-from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.evals import (
   benchmarks,
   clips,
-  defaults,
   frame_manifest,
   provenance,
   results,
@@ -46,141 +43,12 @@ from cacovid_jax.evals import (
   shards,
 )
 from cacovid_jax.evals.report import html, viewer
-from cacovid_jax.models import checkpoints, qwen2_5_vl
+from cacovid_jax.models import qwen2_5_vl
 from cacovid_jax.policy import loading
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
-  """What to evaluate; fields as in `evals.defaults`, and where things lie.
-
-  Attributes:
-    data: folder of the benchmark, see `benchmarks.load`.
-    benchmark: one of `benchmarks.names()`.
-    on_bad_row: "raise", or "skip" to leave unfit rows out and list them.
-    on_missing: "raise" if clips are not there, or "count" to count their
-      questions as wrong.
-    media: folder of its clips, below it or absolute; "" is itself.
-    workdir: where results go.
-    checkpoint: base model's directory.
-    policies: name -> policy file or folder, see `loading.load_policy`; the
-      first is the main one.
-    template: chat template, that of the "processor" or of the "tokenizer"; ""
-      is the checkpoint's default, see `with_template`.
-    num_frames: T.
-    dtype: of the base model.
-    cache: folder of cached features, "" for none.
-    min_pixels: least pixels of a frame of models whose grid follows the clip; 0
-      for the paper's, see `qwen_frames.ProcessorConfig.with_paper_bounds`.
-    max_pixels: most pixels, likewise.
-    frame_manifest: file of another run's frames; "" for none.
-    shard: (i, n): this is process i of n that share the work.
-    metrics: workdir of the training run whose curves the report shows; ""
-      takes that of the main policy, if it is a training workdir.
-  """
-
-  data: str
-  workdir: str
-  checkpoint: str
-  policies: Mapping[str, str] = dataclasses.field(default_factory=dict)
-  benchmark: str = benchmarks.PREPARED
-  media: str = ""
-  num_frames: int = 16
-  dtype: str = "float32"
-  cache: str = ""
-  min_pixels: int = 0
-  max_pixels: int = 0
-  frame_manifest: str = ""
-  shard: tuple[int, int] = (0, 1)
-  metrics: str = ""
-  methods: Sequence[str] = ("random", "uniform", "divprune", "density_peaks")
-  oracles: Sequence[str] = ()
-  ratios: Sequence[float] = (0.25, 0.1, 0.05)
-  split: str = ""
-  seeds: Sequence[int] = (0,)
-  batch_size: int = 8
-  max_new_tokens: int = 0
-  rule: str = "paper"
-  prompt_style: str = ""
-  template: str = ""
-  on_bad_row: str = "raise"
-  on_missing: str = "raise"
-  num_questions: int = 0
-  select_on: str = "validation"
-  select_ratio: float = 0.1
-  select_questions: int = 200
-  candidates: Mapping[str, Sequence[str]] = dataclasses.field(
-    default_factory=dict
-  )
-  num_examples: int = 8
-
-  def __post_init__(self):
-    if self.select_on not in ("validation", "none"):
-      raise errors.UserError(
-        f"select_on={self.select_on!r}: use validation or none"
-      )
-    if self.template not in ("", "processor", "tokenizer"):
-      raise errors.UserError(
-        f"template={self.template!r}: use processor or tokenizer, or leave it"
-        " empty for the checkpoint's default"
-      )
-    if self.on_missing not in ("raise", "count"):
-      raise errors.UserError(
-        f"on_missing={self.on_missing!r}: use raise or count"
-      )
-    shards.Shard(*self.shard).checked()
-    for name in ("min_pixels", "max_pixels"):
-      if getattr(self, name) < 0:
-        raise errors.UserError(
-          f"{name}={getattr(self, name)}: give a number of pixels, or 0 for the"
-          " paper's"
-        )
-    if not self.seeds:
-      raise errors.UserError("no evaluation seed given; for example seeds=0")
-    labels = [
-      runner.split_label(spec)[0] for spec in (*self.methods, *self.oracles)
-    ]
-    twice = sorted({name for name in labels if labels.count(name) > 1})
-    if twice:
-      raise errors.UserError(f"method {twice[0]!r} is listed twice")
-    if not labels:
-      raise errors.UserError("no method given; for example methods=random")
-
-
-def request_fields(config=None) -> dict[str, Any]:
-  """Returns the fields of a `Request` that a config sets.
-
-  Args:
-    config: with sections `model`, `data` and `evals` as far as there are such;
-      None gives the defaults of `evals`.
-  """
-  section = defaults.get_config()
-  fields = {}
-  if config is not None:
-    if "evals" in config:
-      section.update(config.evals)
-    if "model" in config:
-      fields["checkpoint"] = config.model.get("path", "")
-      fields["dtype"] = config.model.get("dtype", "float32")
-    if "data" in config:
-      fields["data"] = config.data.get("root", "")
-      fields["media"] = config.data.get("media", "")
-      fields["num_frames"] = config.data.get("num_frames", 16)
-      fields["cache"] = config.data.get("feature_cache", "")
-      for name in ("min_pixels", "max_pixels"):
-        fields[name] = config.data.get(name, 0)
-  known = {field.name for field in dataclasses.fields(Request)}
-  for name, value in config_lib.to_dict(section).items():
-    if name not in known:
-      raise errors.UserError(
-        f"unknown config key 'evals.{name}'; known: {', '.join(sorted(known))}"
-      )
-    fields[name] = tuple(value) if isinstance(value, list) else value
-  return fields
-
-
 def evaluate(
-  request: Request,
+  experiment: experiment_lib.Experiment,
   measure: Callable[[dict[str, Any]], Mapping] | None = None,
 ) -> dict[str, Any] | None:
   """Evaluates, writes all files of the workdir, and returns results.json.
@@ -189,57 +57,76 @@ def evaluate(
   they are done return None; the last one makes the files.
 
   Args:
-    request: what to evaluate.
+    experiment: what to evaluate; its workdir gets the files.
     measure: returns the report's `times` of results.json; called when that is
       written and the model's memory is free again.
   """
-  found = _evaluate(request)
+  found = _evaluate(experiment)
   if found is None:
     return None
   out, shown = found
   times = measure(out) if measure else {}
-  path = os.path.join(request.workdir, "report.html")
-  html.write(path, out, shown, _curves(request), times)
+  path = experiment.workdir / "report.html"
+  html.write(path, out, shown, _curves(experiment), times)
   return out
 
 
-def _evaluate(request: Request):
+def check(config) -> None:
+  """Refuses what is wrong with config.evals whatever the data and the model."""
+  evals = config.evals
+  for key, values in (
+    ("select_on", ("validation", "none")),
+    ("on_missing", ("raise", "count")),
+  ):
+    if evals[key] not in values:
+      raise errors.UserError(
+        f"evals.{key}={evals[key]!r}: use {' or '.join(values)}"
+      )
+  if not evals.seeds:
+    raise errors.UserError("no evaluation seed given; for example seeds=0")
+  specs = (*evals.methods, *evals.oracles)
+  labels = [runner.split_label(spec)[0] for spec in specs]
+  twice = sorted({name for name in labels if labels.count(name) > 1})
+  if twice:
+    raise errors.UserError(f"method {twice[0]!r} is listed twice")
+  if not labels:
+    raise errors.UserError("no method given; for example methods=random")
+
+
+def _evaluate(experiment):
   """Returns (results.json as a dict, examples for the report), or None."""
-  ratios = results.check_ratios(map(base.check_ratio, request.ratios))
-  test = load_benchmark(request, request.split, request.num_questions)
-  specs = [*request.methods, *(request.oracles if test.decisive else ())]
+  config, evals = experiment.config, experiment.config.evals
+  check(config)
+  shard = shards.Shard(*experiment.shard).checked()
+  ratios = results.check_ratios(map(base.check_ratio, evals.ratios))
+  test = load_benchmark(experiment, evals.split, evals.num_questions)
+  specs = [*evals.methods, *(evals.oracles if test.decisive else ())]
   methods = [runner.Method.parse(spec) for spec in specs]
-  checkpoint = with_template(
-    checkpoints.load(request.checkpoint, jnp.dtype(request.dtype)),
-    request.checkpoint,
-    request.template,
-  )
-  candidates = _candidates(request, methods, checkpoint)
+  candidates = _candidates(experiment, methods)
   validation = None
   if candidates:
-    validation = load_benchmark(request, "validation", request.select_questions)
-  policies = {
-    name: loading.load_policy(path, checkpoint)
-    for name, path in request.policies.items()
-  }
-  workdir = pathlib.Path(request.workdir)
+    validation = load_benchmark(
+      experiment, "validation", evals.select_questions
+    )
+  policies = experiment.policies
+  workdir = experiment.workdir
   workdir.mkdir(parents=True, exist_ok=True)
-  shard = shards.Shard(*request.shard)
   questions = [*test.questions, *(validation.questions if validation else ())]
   manifest = frame_manifest.FrameManifest(
     workdir / frame_manifest.FILE,
-    num_frames=request.num_frames,
-    given=request.frame_manifest,
+    num_frames=config.data.num_frames,
+    given=evals.frame_manifest,
   )
   manifest.require(question.video for question in questions)
   tried = [*methods, *(m for found in candidates.values() for m in found)]
   wanted = runner.wanted(tried)
-  with open_source(request, checkpoint, wanted, manifest=manifest) as source:
+  with open_source(experiment, wanted, manifest=manifest) as source:
     evaluator = runner.Evaluator(
-      checkpoint,
+      experiment.checkpoint,
       source,
       questions,
-      settings(request),
+      settings(experiment),
+      mesh=experiment.mesh,
       policies=policies,
       task=test.task,
       decisive={**(validation.decisive if validation else {}), **test.decisive},
@@ -255,7 +142,7 @@ def _evaluate(request: Request):
           validation,
           methods,
           candidates,
-          base.check_ratio(request.select_ratio),
+          base.check_ratio(evals.select_ratio),
           answers,
         )
     table = results.Table(
@@ -264,7 +151,7 @@ def _evaluate(request: Request):
       test.questions,
       methods,
       ratios,
-      tuple(request.seeds),
+      tuple(evals.seeds),
       evaluator.grid,
       test.task,
       {q.video: evaluator.grid_of(q) for q in test.questions},
@@ -284,7 +171,7 @@ def _evaluate(request: Request):
         failures=failures,
         chosen=chosen,
         decisive=test.decisive,
-        rule=request.rule,
+        rule=evals.rule,
         left_out=test.left_out(),
       )
       if len(out["unreadable"]) == out["num_clips"]:
@@ -299,7 +186,7 @@ def _evaluate(request: Request):
         answers,
         evaluator,
         test.decisive,
-        request.num_examples,
+        evals.num_examples,
         failures=failures,
       )
   return out, shown
@@ -355,7 +242,7 @@ def _provenance(table, answers, failures, evaluator, generator_hash):
     policies={name: p.identity for name, p in evaluator.policies.items()},
     generator_hash=generator_hash,
     settings={
-      **dataclasses.asdict(evaluator.settings),
+      **evaluator.settings.identity,
       **evaluator.source.identity,
     },
   )
@@ -433,30 +320,32 @@ def choose(
 
 
 def validator(
-  request: Request,
-  checkpoint: checkpoints.Checkpoint,
-  *,
-  method: str = "cacovid",
-  ratio: float = 0.1,
+  experiment: experiment_lib.Experiment,
 ) -> Callable[[Any, Any], dict[str, float]]:
   """Returns (policy module, params) -> accuracy on validation, for training.
 
   Programs and clips are kept from one call to the next.
 
   Args:
-    request: `data`, `template`, `select_questions` and the settings are read.
-    checkpoint: the base model that the policy is trained with.
-    method: how the policy's scores are followed.
-    ratio: retention ratio.
+    experiment: that is trained; config.validation says how it is asked.
   """
-  checkpoint = with_template(checkpoint, request.checkpoint, request.template)
-  validation = load_benchmark(request, "validation", request.select_questions)
-  cell = runner.Cell(runner.Method.parse(method), base.check_ratio(ratio), 0)
+  config = experiment.config.validation
+  validation = load_benchmark(experiment, "validation", config.num_questions)
+  method = runner.Method.parse(config.method)
+  cell = runner.Cell(method, base.check_ratio(config.ratio), 0)
+  asked = dataclasses.replace(
+    settings(experiment),
+    batch_size=config.batch_size,
+    max_new_tokens=config.max_new_tokens,
+  )
   evaluator = runner.Evaluator(
-    checkpoint,
-    open_source(request, checkpoint, runner.wanted([cell.method])),
+    experiment.checkpoint,
+    open_source(
+      experiment, runner.wanted([method]), keep=2 * config.batch_size
+    ),
     validation.questions,
-    settings(request),
+    asked,
+    mesh=experiment.mesh,
     task=validation.task,
   )
 
@@ -472,55 +361,29 @@ def validator(
   return validate
 
 
-def with_template(
-  checkpoint: checkpoints.Checkpoint, directory: str, template: str
-) -> checkpoints.Checkpoint:
-  """Returns a checkpoint that writes prompts by the chat template asked for.
-
-  Args:
-    checkpoint: as loaded, with its default template: the processor's, or where
-      there is none the tokenizer's.
-    directory: where it was loaded from.
-    template: "" or "processor" is that default; "tokenizer" takes the template
-      of tokenizer_config.json and gives it plain texts, as the paper's
-      evaluation does.
-  """
-  if template in ("", "processor"):
-    return checkpoint
-  if not chat_template_lib.has_tokenizer_template(directory):
-    raise errors.UserError(
-      f"{directory}: tokenizer_config.json has no chat_template, which"
-      " template=tokenizer takes; copy that file from the checkpoint's origin,"
-      " or use template=processor"
-    )
-  tokenizer = tokenizer_lib.Tokenizer.from_directory(
-    directory, template=template
-  )
-  return dataclasses.replace(checkpoint, tokenizer=tokenizer)
-
-
 def load_benchmark(
-  request: Request, split: str = "", count: int = 0
+  experiment: experiment_lib.Experiment, split: str = "", count: int = 0
 ) -> benchmarks.Benchmark:
-  """Returns a split of a request's data.
+  """Returns a split of what config.evals asks.
 
   Clips that are not there are an error before anything is asked, or are
-  listed and counted as wrong, as the request says.
+  listed and counted as wrong, as the config says.
 
   Args:
-    request: see there.
+    experiment: see there.
     split: "" takes the benchmark's first one.
     count: questions taken, in order; 0 takes all.
   """
+  data, evals = experiment.config.data, experiment.config.evals
   found = benchmarks.load(
-    request.data,
+    data.root,
     split,
-    benchmark=request.benchmark,
-    media=request.media,
-    style=request.prompt_style,
-    on_bad_row=request.on_bad_row,
+    benchmark=evals.benchmark,
+    media=data.media,
+    style=evals.prompt_style,
+    on_bad_row=evals.on_bad_row,
   ).limited(count)
-  if request.on_missing == "raise":
+  if evals.on_missing == "raise":
     readers.require_media(found.questions, found.root)
   elif missing := readers.check_media(found.questions, found.root):
     logging.warning(
@@ -533,63 +396,67 @@ def load_benchmark(
   return found
 
 
-def settings(request: Request) -> runner.Settings:
-  """Returns what the answers of a request depend on besides weights."""
+def settings(experiment: experiment_lib.Experiment) -> runner.Settings:
+  """Returns what the answers depend on besides weights and questions."""
+  evals = experiment.config.evals
+  own = benchmarks.task(evals.benchmark).max_new_tokens
   return runner.Settings(
-    num_frames=request.num_frames,
-    batch_size=request.batch_size,
-    max_new_tokens=(
-      request.max_new_tokens
-      or benchmarks.task(request.benchmark).max_new_tokens
-    ),
-    rule=request.rule,
+    num_frames=experiment.config.data.num_frames,
+    batch_size=evals.batch_size,
+    max_new_tokens=evals.max_new_tokens or own,
+    rule=evals.rule,
   )
 
 
+def preprocessing(experiment: experiment_lib.Experiment):
+  """Returns what is done to frames before the tower, with the paper's bounds.
+
+  `frames.Preprocessing`, or `qwen_frames.ProcessorConfig` of a model whose
+  grids follow the shape of the frames.
+  """
+  path, data = experiment.config.model.path, experiment.config.data
+  if isinstance(experiment.checkpoint.model, qwen2_5_vl.Qwen2_5VLModel):
+    return qwen_frames.ProcessorConfig.with_paper_bounds(
+      path, min_pixels=data.min_pixels, max_pixels=data.max_pixels
+    )
+  if data.min_pixels or data.max_pixels:
+    raise errors.UserError(
+      f"min_pixels and max_pixels: {path} has frames of one size; leave them"
+      " out"
+    )
+  return frames.Preprocessing.from_directory(path)
+
+
 def open_source(
-  request: Request,
-  checkpoint: checkpoints.Checkpoint,
+  experiment: experiment_lib.Experiment,
   want: frozenset[str] = frozenset(),
   *,
-  manifest: frame_manifest.FrameManifest | None = None,
+  keep: int = 0,
+  **options,
 ) -> clips.ClipSource:
-  """Returns the encoded clips of a request's data.
+  """Returns the encoded clips of config.data.
 
   Args:
-    request: see there.
-    checkpoint: the base model.
+    experiment: see there.
     want: names of `vision_signals` that clips bring along.
-    manifest: what their frames must agree with; None for nothing.
+    keep: clips held in memory; 0 is those of this batch and of the next one.
+    **options: further ones of `clips.ClipSource`.
   """
-  model = checkpoint.model
-  if isinstance(model, qwen2_5_vl.Qwen2_5VLModel):
-    kind = clips.PatchSource
-    preprocessing = qwen_frames.ProcessorConfig.with_paper_bounds(
-      request.checkpoint,
-      min_pixels=request.min_pixels,
-      max_pixels=request.max_pixels,
-    )
-  else:
-    if request.min_pixels or request.max_pixels:
-      raise errors.UserError(
-        f"min_pixels and max_pixels: {request.checkpoint} has frames of one"
-        " size; leave them out"
-      )
-    kind = clips.ClipSource
-    preprocessing = frames.Preprocessing.from_directory(request.checkpoint)
+  config, checkpoint = experiment.config, experiment.checkpoint
+  model, cache = checkpoint.model, config.data.feature_cache
+  is_qwen = isinstance(model, qwen2_5_vl.Qwen2_5VLModel)
   dtype = jnp.dtype(model.dtype).name
-  return kind(
-    os.path.join(request.data, request.media),
+  return (clips.PatchSource if is_qwen else clips.ClipSource)(
+    experiment_lib.media_root(config),
     model,
     checkpoint.params,
-    preprocessing,
-    num_frames=request.num_frames,
-    cache=feature_cache.FeatureCache(request.cache) if request.cache else None,
+    preprocessing(experiment),
+    num_frames=config.data.num_frames,
+    cache=feature_cache.FeatureCache(cache) if cache else None,
     cache_key=f"{checkpoint.identity['sha256']} {dtype}",
-    # The clips of this batch and of the next one.
-    keep=2 * request.batch_size,
+    keep=keep or 2 * config.evals.batch_size,
     want=want,
-    manifest=manifest,
+    **options,
   )
 
 
@@ -667,13 +534,15 @@ def _cell_text(cell) -> str:
   return text.replace("[", "\\[")
 
 
-def _candidates(request, methods, checkpoint) -> dict[str, list[runner.Method]]:
+def _candidates(experiment, methods) -> dict[str, list[runner.Method]]:
   """Returns label -> methods to choose from on validation."""
-  if request.select_on == "none":
+  evals = experiment.config.evals
+  given = config_lib.to_dict(evals.candidates)
+  if evals.select_on == "none":
     return {}
-  task = benchmarks.task(request.benchmark)
-  if not task.can_choose(request.split):
-    if request.candidates:
+  task = benchmarks.task(evals.benchmark)
+  if not task.can_choose(evals.split):
+    if given:
       raise errors.UserError(
         f"candidates are given, and {task.name} has no validation split apart"
         " from what is asked; name the options in the methods themselves"
@@ -682,13 +551,14 @@ def _candidates(request, methods, checkpoint) -> dict[str, list[runner.Method]]:
   out = {}
   for method in methods:
     name = method.label.partition("?")[0]
-    listed = request.candidates.get(method.label)
+    listed = given.get(method.label)
     if listed:
       out[method.label] = list(listed)
     elif name == "last_query" and "layer" not in method.compressor.options:
-      layers = range(checkpoint.model.config.text.num_layers)
+      text = experiment.checkpoint.model.config.text
+      layers = range(text.num_layers)
       out[method.label] = [f"last_query?layer={layer}" for layer in layers]
-  unknown = sorted(set(request.candidates) - {m.label for m in methods})
+  unknown = sorted(set(given) - {m.label for m in methods})
   if unknown:
     raise errors.UserError(
       f"candidates are given for {unknown[0]!r}, which is not among the methods"
@@ -699,11 +569,11 @@ def _candidates(request, methods, checkpoint) -> dict[str, list[runner.Method]]:
   }
 
 
-def _curves(request) -> list[dict[str, Any]]:
+def _curves(experiment) -> list[dict[str, Any]]:
   """Returns the metrics of the training run that made the main policy."""
-  if request.metrics:
-    return metrics.read(request.metrics)
-  for spec in list(request.policies.values())[:1]:
+  if experiment.config.evals.metrics:
+    return metrics.read(experiment.config.evals.metrics)
+  for spec in list(experiment.policy_paths.values())[:1]:
     path = pathlib.Path(loading.split(spec)[0])
     for folder in (path, *path.parents[:2]):
       if (folder / metrics.FILE).is_file():

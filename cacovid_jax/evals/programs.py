@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from cacovid_jax.compressors import base, layerwise, prompt_rows
 from cacovid_jax.models import generation
+from cacovid_jax.parallel import mesh as mesh_lib
 
 
 class Batch(NamedTuple):
@@ -57,8 +58,17 @@ class Programs:
     grid: (T, H, W) of the clips.
   """
 
-  def __init__(self, checkpoint, grid, max_new_tokens: int):
+  def __init__(self, checkpoint, grid, max_new_tokens: int, mesh=None):
+    """Compiles nothing yet.
+
+    Args:
+      checkpoint: `models.checkpoints.Checkpoint`.
+      grid: (T, H, W) of the clips.
+      max_new_tokens: M.
+      mesh: whose `data` axis shares the rows of a batch; None is one device.
+    """
     self.grid = grid
+    self._jit = functools.partial(mesh_lib.jit_rows, mesh=mesh)
     self._model = checkpoint.model
     self._num_video = grid[0] * grid[1] * grid[2]
     self._num_layers = self._model.config.text.num_layers
@@ -67,21 +77,39 @@ class Programs:
       eos_ids=tuple(checkpoint.eos_ids),
       pad_id=checkpoint.pad_id,
     )
-    self.embed = jax.jit(jax.vmap(self._model.embed_prompt, (None, 0, 0, 0)))
-    self.vanilla = jax.jit(self._vanilla, static_argnames="want_attention")
-    self.text = jax.jit(lambda batch: jax.vmap(_text)(batch.x, batch.text_rows))
-    self.scores = jax.jit(self._scores, static_argnums=0)
-    self.answer = jax.jit(self._answer)
-    self._selects, self._insides = {}, {}
+    self.embed = self._jit(jax.vmap(self._model.embed_prompt, (None, 0, 0, 0)))
+    self.text = self._jit(
+      lambda batch: jax.vmap(_text)(batch.x, batch.text_rows), weights=()
+    )
+    self.answer = self._jit(self._answer)
+    # By what else they depend on.
+    self._vanillas, self._scorers, self._selects, self._insides = {}, {}, {}, {}
 
   @property
   def num_compiled(self) -> int:
     """Programs that have been compiled."""
-    functions = [self.embed, self.vanilla, self.text, self.scores, self.answer]
-    functions += [*self._selects.values(), *self._insides.values()]
+    functions = [self.embed, self.text, self.answer]
+    for found in (self._vanillas, self._scorers, self._selects, self._insides):
+      functions += found.values()
     # What reads counts on the host is no program of its own.
     sizes = [getattr(f, "_cache_size", None) for f in functions]
     return sum(size() for size in sizes if size)
+
+  def vanilla(
+    self, params, batch: Batch, *, want_attention: bool = False
+  ) -> Vanilla:
+    """Returns the answers to whole prompts."""
+    if want_attention not in self._vanillas:
+      self._vanillas[want_attention] = self._jit(
+        functools.partial(self._vanilla, want_attention=want_attention)
+      )
+    return self._vanillas[want_attention](params, batch)
+
+  def scores(self, module, params, batch: Batch):
+    """Returns the Scores of a policy module with its parameters."""
+    if module not in self._scorers:
+      self._scorers[module] = self._jit(functools.partial(self._scores, module))
+    return self._scorers[module](params, batch)
 
   def select(self, compressor: base.Compressor, ratio: float):
     """Returns f(`CompressorInputs`) -> `Selection`, both with leading axis B.
@@ -94,11 +122,13 @@ class Programs:
         num_keep=compressor.rows(self.grid, ratio),
         ratio=ratio,
       )
-      self._selects[compressor, ratio] = jax.jit(
-        lambda inputs, params: select(inputs, params=params)
+      # What never sees the question is run for one clip at a time.
+      jit = self._jit if compressor.sees_question else jax.jit
+      self._selects[compressor, ratio] = jit(
+        lambda params, inputs: select(inputs, params=params)
       )
     program = self._selects[compressor, ratio]
-    return lambda inputs: program(inputs, compressor.load())
+    return lambda inputs: program(compressor.load(), inputs)
 
   def select_and_answer(self, compressor: base.Compressor, ratio: float):
     """Returns f(params, batch, inputs) -> (ids, `base.SelectionTrace`).
@@ -136,7 +166,7 @@ class Programs:
       )
 
     # Some read on the host how many tokens go on.
-    return ask if compressor.on_host else jax.jit(ask)
+    return ask if compressor.on_host else self._jit(ask, weights=(0, 3))
 
   def _vanilla(self, params, batch: Batch, *, want_attention: bool) -> Vanilla:
     logits, cache, out = self._model.prefill(

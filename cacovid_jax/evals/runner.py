@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from cacovid_jax import compressors, errors
 from cacovid_jax import progress as progress_lib
@@ -45,6 +46,23 @@ from cacovid_jax.evals import programs as programs_lib
 from cacovid_jax.policy import loading
 
 VANILLA = "vanilla"
+# What answer logs know of a question, under the names that they have for it.
+# The right answer is among it: scores are kept in the log. A clip that is not
+# there yet may turn up in another folder with another ending.
+_QUESTION = {
+  "id": lambda question: question.id,
+  "video": lambda question: pathlib.PurePosixPath(question.video).stem,
+  "question": lambda question: question.question,
+  "options": lambda question: question.options,
+  "answer": lambda question: question.answer,
+  "problem_type": lambda question: question.problem_type,
+  "duration": lambda question: question.duration,
+  "category": lambda question: question.category,
+  "groups": lambda question: question.groups,
+  "source": lambda question: question.source,
+  "prompt": lambda question: question.prompt,
+  "stream": lambda question: question.stream,
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -117,6 +135,16 @@ class Settings:
   batch_size: int = 8
   max_new_tokens: int = 16
   rule: str = "paper"
+
+  @property
+  def identity(self) -> dict[str, Any]:
+    """As answer logs have it; names here do not follow those of attributes."""
+    return {
+      "num_frames": self.num_frames,
+      "batch_size": self.batch_size,
+      "max_new_tokens": self.max_new_tokens,
+      "rule": self.rule,
+    }
 
   def __post_init__(self):
     for field in ("num_frames", "batch_size", "max_new_tokens"):
@@ -242,6 +270,7 @@ class Evaluator:
     checkpoint: the base model.
     decisive: question id -> tokens that decide it, where known.
     task: how answers are scored.
+    mesh: that shares a batch; None is one device.
   """
 
   def __init__(
@@ -255,6 +284,7 @@ class Evaluator:
     decisive: Mapping[str, Sequence[int]] | None = None,
     task: benchmarks.Task | None = None,
     programs: programs_lib.Programs | None = None,
+    mesh: Mesh | None = None,
   ):
     """Prepares; compiles and computes nothing yet.
 
@@ -269,9 +299,12 @@ class Evaluator:
       programs: of an earlier evaluator of this checkpoint and number of new
         tokens, so that nothing compiles twice for clips of its grid; None makes
         new ones.
+      mesh: whose `data` axis shares the questions of a batch, if their number
+        divides; None is one device.
     """
     self.settings = settings
     self.source = source
+    self.mesh = _usable(mesh, settings.batch_size)
     self.seconds = collections.defaultdict(float)
     self.policies = dict(policies or {})
     self.checkpoint = checkpoint
@@ -322,7 +355,7 @@ class Evaluator:
   def _of_grid(self, grid: tuple[int, int, int]) -> Tools:
     if grid not in self._tools:
       programs = programs_lib.Programs(
-        self.checkpoint, grid, self.settings.max_new_tokens
+        self.checkpoint, grid, self.settings.max_new_tokens, self.mesh
       )
       self._tools[grid] = self._make_tools(grid, programs)
     return self._tools[grid]
@@ -342,7 +375,7 @@ class Evaluator:
       "dtype": str(jnp.dtype(self.checkpoint.model.dtype)),
       "policies": {name: p.identity for name, p in self.policies.items()},
       "questions": self._digest(questions),
-      "settings": dataclasses.asdict(self.settings),
+      "settings": self.settings.identity,
       "template": provenance.digest(self.checkpoint.tokenizer.template),
       **self.source.identity,
       "task": self.task.name,
@@ -351,15 +384,12 @@ class Evaluator:
   def _digest(self, questions) -> str:
     """Returns a sha256 of all that is known of these questions.
 
-    The right answers among it: scores are kept in the ledger. A clip that is
-    not there yet may turn up in another of a benchmark's folders, with another
-    ending, and has no grid: it counts by its name alone, and prompts are as of
-    clips of one token.
+    A clip that is not there yet has no grid: prompts are as of clips of one
+    token.
     """
     digest = hashlib.sha256()
     for question in _by_id(questions):
-      fields = dataclasses.asdict(question)
-      fields["video"] = pathlib.PurePosixPath(question.video).stem
+      fields = {name: get(question) for name, get in _QUESTION.items()}
       digest.update(json.dumps(fields, sort_keys=True).encode() + b"\0")
       digest.update(self._texts.prompt(question.id, 1).ids.tobytes())
     return digest.hexdigest()
@@ -749,6 +779,16 @@ def _words(cell: Cell) -> str:
   if cell.method is None:
     return VANILLA
   return f"{cell.method.label} at {100 * cell.ratio:g} %"
+
+
+def _usable(mesh, batch_size: int) -> Mesh | None:
+  """Returns the mesh if it shares the rows of a batch, else None.
+
+  Several processes of a training run each ask all of it.
+  """
+  if mesh is None or mesh.size == 1 or jax.process_count() > 1:
+    return None
+  return None if batch_size % mesh.shape["data"] else mesh
 
 
 def _by_id(questions):

@@ -1,19 +1,16 @@
-"""Buckets: static sizes for videos whose token grids differ.
+"""One token grid: (T, H, W) of a video as data inside static sizes.
 
 A compiled program needs static shapes; a bucket gives them. A video's own grid
 is data inside it. Its tokens stay packed: row i of N_max is token i of the
 video, in order of time and space, and the rows behind its N are padding.
 
-Everything that takes a `Grid` also takes a static (T, H, W); that is the bucket
-which the video fills, and its program has no trace of a mask.
+A grid that fills its bucket is not data: programs have no trace of a mask.
 
 Axes: T frames, A = H*W tokens of a frame, N = T*A video tokens; T_max, A_max,
 N_max those of the bucket.
 """
 
 import dataclasses
-import functools
-import math
 from typing import Any
 
 import jax
@@ -24,7 +21,7 @@ from cacovid_jax import errors
 
 
 @dataclasses.dataclass(frozen=True)
-class Bucket:
+class GridBucket:
   """Sizes that a program is compiled for; hashable.
 
   Attributes:
@@ -82,8 +79,8 @@ def pick(grid, buckets):
     raise errors.UserError(
       f"no bucket holds a video of {num_frames} x {height} x {width} tokens "
       f"(T x H x W); buckets: {listed or 'none'}; add "
-      f"Bucket({num_frames}, {area}, {num_frames * area}) or a larger one, or "
-      "sample fewer frames or fewer pixels"
+      f"GridBucket({num_frames}, {area}, {num_frames * area}) or a larger one, "
+      "or sample fewer frames or fewer pixels"
     )
   return min(fits, key=lambda b: (b.tokens, b.frames * b.frame_tokens))
 
@@ -98,24 +95,53 @@ def check(grid):
   return grid
 
 
-@functools.partial(
-  jax.tree_util.register_dataclass,
-  data_fields=("num_frames", "frame_tokens"),
-  meta_fields=("bucket",),
-)
 @dataclasses.dataclass(frozen=True)
-class Grid:
-  """A video's own grid inside a bucket: a pytree, its bucket static.
+class TokenGrid:
+  """The grid of ONE video inside a bucket: a pytree, its bucket static.
+
+  A full grid has no leaves; it is as static as its bucket.
 
   Attributes:
-    num_frames: T, int32[]; a Python int makes the grid static.
-    frame_tokens: A, likewise.
-    bucket: Bucket.
+    num_frames: T, int32[]; a Python int in a full grid,
+    height: H, likewise,
+    width: W, likewise.
+    bucket: GridBucket.
   """
 
   num_frames: Any
-  frame_tokens: Any
-  bucket: Bucket
+  height: Any
+  width: Any
+  bucket: GridBucket
+
+  @classmethod
+  def of(cls, grid, bucket=None):
+    """Returns the TokenGrid of a (T, H, W), or the TokenGrid given.
+
+    Args:
+      grid: full without a bucket.
+      bucket: GridBucket that (T, H, W) is data in, ready for the device.
+
+    Raises:
+      UserError: it has an empty side or does not fit.
+    """
+    if isinstance(grid, cls):
+      return grid
+    grid = check(grid)
+    if bucket is None:
+      num_frames, height, width = grid
+      return cls(*grid, GridBucket(num_frames, height * width))
+    pick(grid, [bucket])
+    return cls(*map(np.int32, grid), bucket)
+
+  @property
+  def shape(self):
+    """(T, H, W)."""
+    return self.num_frames, self.height, self.width
+
+  @property
+  def frame_tokens(self):
+    """A, int32[]."""
+    return self.height * self.width
 
   @property
   def num_tokens(self):
@@ -123,13 +149,13 @@ class Grid:
     return self.num_frames * self.frame_tokens
 
   @property
-  def fills_bucket(self):
+  def full(self):
     """True if the grid is static and leaves no padding."""
-    sizes = (self.num_frames, self.frame_tokens)
     return (
-      all(isinstance(size, int) for size in sizes)
-      and sizes == (self.bucket.frames, self.bucket.frame_tokens)
-      and self.bucket.tokens == math.prod(sizes)
+      all(isinstance(size, int) for size in self.shape)
+      and self.num_frames == self.bucket.frames
+      and self.frame_tokens == self.bucket.frame_tokens
+      and self.num_tokens == self.bucket.tokens
     )
 
   @property
@@ -150,7 +176,7 @@ class Grid:
   def by_frame(self, x, value=0):
     """Returns x [N_max, ...] as [T_max, A_max, ...], `value` as padding."""
     shape = (self.bucket.frames, self.bucket.frame_tokens)
-    if self.fills_bucket:
+    if self.full:
       return x.reshape(*shape, *x.shape[1:])
     valid = self.valid_frames[:, None] & self.valid_frame_tokens
     rows = np.arange(shape[0])[:, None] * self.frame_tokens
@@ -161,7 +187,7 @@ class Grid:
   def packed(self, x, value=0):
     """Returns x [T_max, A_max, ...] as [N_max, ...], `value` as padding."""
     x = x.reshape(-1, *x.shape[2:])
-    if self.fills_bucket:
+    if self.full:
       return x
     rows = np.arange(self.bucket.tokens)
     place = rows // self.frame_tokens * self.bucket.frame_tokens
@@ -175,7 +201,7 @@ class Grid:
     Padding has no influence on them; frames of the padding have zero.
     """
     x = x.astype(jnp.float32)
-    if self.fills_bucket:
+    if self.full:
       return self.by_frame(x).mean(axis=1)
     # A product instead of a sum by frame numbers: those are not reproducible
     # on a GPU. A zero weight would let a NaN of the padding through.
@@ -190,29 +216,20 @@ class Grid:
     return means.reshape(self.bucket.frames, *x.shape[1:])
 
 
-def place(grid, bucket):
-  """Returns the Grid of a video (T, H, W) in a bucket, ready for the device.
-
-  Raises:
-    UserError: it does not fit.
-  """
-  num_frames, height, width = check(grid)
-  pick(grid, [bucket])
-  return Grid(np.int32(num_frames), np.int32(height * width), bucket)
+def _flatten(grid):
+  """Returns (leaves, static part) of a TokenGrid; a full one has no leaves."""
+  if grid.full:
+    return (), (grid.shape, grid.bucket)
+  return grid.shape, (None, grid.bucket)
 
 
-def as_grid(grid):
-  """Returns a Grid of a static (T, H, W), or the Grid that was given."""
-  if isinstance(grid, Grid):
-    return grid
-  num_frames, height, width = check(grid)
-  area = height * width
-  return Grid(num_frames, area, Bucket(num_frames, area))
+def _unflatten(static, leaves):
+  """Returns the TokenGrid of `_flatten`'s parts."""
+  shape, bucket = static
+  return TokenGrid(*(shape or leaves), bucket)
 
 
-def as_bucket(grid):
-  """Returns the Bucket that a static (T, H, W) fills, or the Bucket given."""
-  return grid if isinstance(grid, Bucket) else as_grid(grid).bucket
+jax.tree_util.register_pytree_node(TokenGrid, _flatten, _unflatten)
 
 
 def fill(x, valid, value):

@@ -6,7 +6,7 @@ replicated over both.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -58,6 +58,75 @@ def make_mesh(
     axis_types=(AxisType.Auto, AxisType.Auto),
     devices=devices[: data * model],
   )
+
+
+def check_map(how: str, mesh: Mesh) -> None:
+  """Refuses a config.mesh.map that is unknown or that the mesh does not fit."""
+  if how not in ("shard_map", "pmap"):
+    raise errors.UserError(f"config.mesh.map={how!r}: choose shard_map or pmap")
+  if how == "pmap" and (mesh.shape["model"] > 1 or jax.process_count() > 1):
+    raise errors.UserError(
+      f"config.mesh.map=pmap cannot split the base model (mesh.model="
+      f"{mesh.shape['model']}) or span processes ({jax.process_count()}); set"
+      " config.mesh.map=shard_map"
+    )
+
+
+def map_over_data(
+  function, mesh: Mesh, in_specs, out_specs, *, how: str = "shard_map"
+):
+  """Returns a function mapped over the axis `data`, to be jitted.
+
+  Args:
+    function: of one device's share; it may average over the axis by name.
+    mesh: with axes `data` and `model`.
+    in_specs: prefix tree, P() for what all devices have and P("data") for
+      what is split by its leading axis,
+    out_specs: likewise.
+    how: "shard_map" or "pmap", see `check_map`; both compute the same.
+  """
+  if how == "shard_map":
+    return jax.shard_map(
+      function,
+      mesh=mesh,
+      in_specs=in_specs,
+      out_specs=out_specs,
+      # The compiler splits the base model over `model` by its weights'
+      # sharding; only `data` is mapped by hand.
+      axis_names={"data"} if mesh.shape["model"] > 1 else set(mesh.axis_names),
+      # With the check, gradients of replicated parameters arrive summed
+      # over devices, and the explicit mean would count them again.
+      check_vma=False,
+    )
+
+  devices = list(mesh.devices[:, 0])
+
+  def axes(specs):
+    return jax.tree.map(lambda spec: None if spec == P() else 0, specs)
+
+  def reshape(specs, tree, shape, start):
+    def change(x):
+      return x.reshape(shape + x.shape[start:])
+
+    return jax.tree.map(
+      lambda spec, part: part if spec == P() else jax.tree.map(change, part),
+      specs,
+      tree,
+    )
+
+  mapped = jax.pmap(
+    function,
+    axis_name="data",
+    in_axes=axes(in_specs),
+    out_axes=axes(out_specs),
+    devices=devices,
+  )
+
+  def call(*args):
+    out = mapped(*reshape(in_specs, args, (len(devices), -1), 1))
+    return reshape(out_specs, out, (-1,), 2)
+
+  return call
 
 
 def path_name(path) -> str:
@@ -115,6 +184,42 @@ def put(tree, mesh: Mesh, spec: P):
     )
 
   return jax.tree.map(place, tree)
+
+
+def by_hand(mesh: Mesh) -> set[str]:
+  """Returns the axes that `shard_map` maps; the compiler splits the others.
+
+  It splits the base model over `model`, by the sharding of its weights.
+  """
+  return {"data"} if mesh.shape["model"] > 1 else set(mesh.axis_names)
+
+
+def jit_rows(
+  function: Callable, mesh: Mesh | None, *, weights: Sequence[int] = (0,)
+):
+  """Returns the jitted function; each device of `data` computes its own rows.
+
+  Args:
+    function: takes weights, and trees whose arrays lead with a batch axis, as
+      do those that it returns.
+    mesh: None is one device.
+    weights: places of the arguments that are weights.
+  """
+  if mesh is None or mesh.size == 1:
+    return jax.jit(function)
+
+  def mapped(*args):
+    specs = [P() if n in weights else P("data") for n in range(len(args))]
+    return jax.shard_map(
+      function,
+      mesh=mesh,
+      in_specs=tuple(specs),
+      out_specs=P("data"),
+      axis_names=by_hand(mesh),
+      check_vma=False,
+    )(*args)
+
+  return jax.jit(mapped)
 
 
 def start_processes(

@@ -72,7 +72,7 @@ _PAPER = {
     std_epsilon=1e-4,
     weight_epsilon=1e-7,
   ),
-  selection.select: dict(
+  selection.budget: dict(
     importance_ratio=0.5,
     max_frame_share=1.5,
     frame_sharpness=3.0,
@@ -289,21 +289,17 @@ def _check_select(file):
   for label, case in file.cases():
     grid = tuple(case.number(side, int) for side in "thw")
     num_tokens = int(np.prod(grid))
-    select = jax.jit(
-      functools.partial(
-        selection.select,
-        grid=grid,
-        ratio=case.number("retention_ratio"),
-        importance_ratio=case.number("importance_ratio"),
-        max_frame_ratio=case.number("max_frame_ratio"),
-      )
+    budget = selection.budget(
+      grid,
+      case.number("retention_ratio"),
+      importance_ratio=case.number("importance_ratio"),
+      max_frame_ratio=case.number("max_frame_ratio"),
     )
-    index = select(
-      network.Scores(
-        frame=jnp.asarray(case.array("frame_logits", grid[0], 2)),
-        token=jnp.asarray(case.array("token_logits", num_tokens, 2)),
-      )
+    scores = network.Scores(
+      frame=jnp.asarray(case.array("frame_logits", grid[0], 2)),
+      token=jnp.asarray(case.array("token_logits", num_tokens, 2)),
     )
+    index = jax.jit(selection.select)(scores, budget)
     keep = sampling.token_masks(index, num_tokens)
     checked.append(
       _compare(f"{label} keep", keep, case.array("keep", num_tokens))
@@ -324,8 +320,8 @@ def _check_sampling(file):
       ),
     )
     for name, ours, kind in (
-      ("num_groups", plan.num_groups, int),
-      ("group_cap", plan.group_cap, float),
+      ("num_groups", plan.group_cap.size, int),
+      ("group_cap", plan.group_cap.cap, float),
       ("num_draws", plan.tokens_per_frame, int),
     ):
       if case.has(name):
@@ -336,8 +332,8 @@ def _check_sampling(file):
     rank = jax.jit(functools.partial(sampling.rank_groups, plan=plan))
     scores = case.array("token_scores", num_tokens, 2)
     groups = jax.device_get(rank(jnp.asarray(scores)))
-    weights = np.zeros((plan.num_groups, num_tokens), np.float32)
-    rows = np.arange(plan.num_groups)[:, None]
+    weights = np.zeros((len(groups.probs), num_tokens), np.float32)
+    rows = np.arange(len(weights))[:, None]
     np.add.at(weights, (rows, groups.tokens), groups.weights)
     probs = case.array("group_probs", None)
     expected = case.array("token_weights", None, num_tokens)
@@ -352,7 +348,7 @@ def _check_cap(file):
   checked = []
   for label, case in file.cases():
     size = case.number("n", int)
-    cap = case.number("max_prob")
+    cap = sampling.ProbabilityCap.of(size, case.number("max_prob"))
     flatten = jax.jit(functools.partial(sampling.capped_distribution, cap=cap))
     capped = flatten(jnp.asarray(case.array("p", size)))
     expected = case.array("q", size)

@@ -13,8 +13,8 @@ policy names it, too: `PATH?module=path/to/file.py:Class`.
     def init_from_llm(self, rng, llm_params): ...  # -> params
 
 `__call__` gets ONE prompt and returns `network.Scores`, as `network.Policy`
-does. `grid` is (T, H, W), or a `buckets.Grid` where programs serve videos of
-different grids; `buckets.as_grid(grid).frame_means` takes either. `options` are
+does. `grid` is (T, H, W), or a `TokenGrid` where programs serve videos of
+different grids; `TokenGrid.of(grid).frame_means` takes either. `options` are
 the keys of the config's policy section (`dtype` and `num_halvings` among them;
 ignore what does not apply). Parameters under a top-level name `layer` are
 trained with the lower rate of pretrained weights, all others with that of the

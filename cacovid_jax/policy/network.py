@@ -40,6 +40,12 @@ class Scores(NamedTuple):
   token: jax.Array
 
 
+def keep_gap(scores):
+  """Returns float32[...], keep - drop, of scores float[..., 2]."""
+  scores = scores.astype(jnp.float32)
+  return scores[..., 1] - scores[..., 0]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PolicyConfig:
   """Sizes of the policy.
@@ -121,13 +127,13 @@ class Policy(nn.Module):
       positions: int32[P, L].
       video_rows: int32[N] rows of the video tokens, without the newline's;
         in a bucket int32[N_max], L behind the video's own.
-      grid: (T, H, W), static; or a `buckets.Grid`, data.
+      grid: (T, H, W), static; or a `token_grid.TokenGrid`.
       length: int32[] valid rows of a right-padded prompt; None for all.
 
     Returns:
       Scores; in a bucket f32[T_max, 2] and f32[N_max, 2], zero in padding.
     """
-    grid = token_grid.as_grid(grid)
+    grid = token_grid.TokenGrid.of(grid)
     chex.assert_shape(video_rows, (grid.bucket.tokens,))
     video = self._encode(x, positions, length)[video_rows]  # [N, D]
     # The mean is taken before the norm, and in float32.

@@ -14,8 +14,10 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cacovid_jax.models import token_grid
+from cacovid_jax.policy import network
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,8 +71,8 @@ def loss(scores, old_scores, memory, config=None, grid=None):
     old_scores: those that the combinations were drawn from; no gradient.
     memory: Memory. Rows that are not valid have no influence at all.
     config: ObjectiveConfig.
-    grid: `buckets.Grid` of a video inside a bucket; then T and N are those of
-      the bucket, and what stands behind the video's own has no influence.
+    grid: TokenGrid; None for a full one. T and N are those of its bucket, and
+      what stands behind the video's own has no influence.
 
   Returns:
     (float32[], dict of float32[]).
@@ -78,11 +80,14 @@ def loss(scores, old_scores, memory, config=None, grid=None):
   config = config or ObjectiveConfig()
   chex.assert_equal_shape([scores.token, old_scores.token])
   chex.assert_equal_shape([scores.frame, old_scores.frame])
-  tokens = frames = None
-  if grid is not None:
-    tokens, frames = grid.valid_tokens, grid.valid_frames
-    chex.assert_shape(scores.token, (*tokens.shape, 2))
-    chex.assert_shape(scores.frame, (*frames.shape, 2))
+  tokens = (
+    np.ones(len(scores.token), bool) if grid is None else grid.valid_tokens
+  )
+  frames = (
+    np.ones(len(scores.frame), bool) if grid is None else grid.valid_frames
+  )
+  chex.assert_shape(scores.token, (*tokens.shape, 2))
+  chex.assert_shape(scores.frame, (*frames.shape, 2))
   token_loss, token_metrics = _mode_loss(
     scores.token,
     old_scores.token,
@@ -130,19 +135,19 @@ def advantages(rewards, valid, *, epsilon=1e-4):
   return centred / (jnp.sqrt(variance) + epsilon)
 
 
-def kept_share(mask, items=None):
+def kept_share(mask, items):
   """Returns float32[M, 1], the kept share of each combination, bool[M, N].
 
-  Of the items that are there, bool[N]; None for all.
+  Of the items that are there, bool[N].
   """
   return _item_mean(mask.astype(jnp.float32), items)[:, None]
 
 
-def balance_weights(mask, items=None):
+def balance_weights(mask, items):
   """Returns float32[M, N] that let kept and dropped tokens weigh alike."""
   share = kept_share(mask, items)
   weights = jnp.where(mask, 1.0 - share, share)
-  return weights if items is None else token_grid.fill(weights, items, 0.0)
+  return token_grid.fill(weights, items, 0.0)
 
 
 def mask_log_probs(scores, mask):
@@ -163,10 +168,9 @@ def _mode_loss(
 ):
   """Returns the loss and the metrics of token mode or frame mode."""
   mask = mask.astype(bool)
-  if items is not None:
-    # Here, not only in the means: a zero times a NaN would be one.
-    scores = token_grid.fill(scores, items[:, None], 0.0)
-    old_scores = token_grid.fill(old_scores, items[:, None], 0.0)
+  # Here, not only in the means: a zero times a NaN would be one.
+  scores = token_grid.fill(scores, items[:, None], 0.0)
+  old_scores = token_grid.fill(old_scores, items[:, None], 0.0)
   advantage = advantages(rewards, valid, epsilon=config.std_epsilon)[:, None]
   # Rows that are not filled stay out of the gradient too, where a zero times
   # an overflow would be NaN.
@@ -201,8 +205,6 @@ def _mode_loss(
 
 def _item_mean(x, items):
   """Returns [...], means over N of x [..., N], of the items bool[N] only."""
-  if items is None:
-    return x.mean(axis=-1)
   return token_grid.fill(x, items, 0).sum(axis=-1) / items.sum()
 
 
@@ -220,13 +222,15 @@ def _metrics(scores, ratio, advantage, valid, config, items):
   )
   log_probs = jax.nn.log_softmax(scores.astype(jnp.float32), axis=-1)
   entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
-  gap = scores[:, 1] - scores[:, 0]
+  gap = network.keep_gap(scores)
+  mean_gap = _item_mean(gap, items)
   spread = jnp.sqrt(jnp.sum(advantage**2) / jnp.maximum(valid.sum() - 1, 1))
   metrics = {
     "clip_fraction": _valid_mean(_item_mean(clipped, items), valid),
     "mean_ratio": _valid_mean(_item_mean(ratio, items), valid),
     "entropy": _item_mean(entropy, items),
-    "mean_gap": _item_mean(gap, items),
+    "mean_gap": mean_gap,
+    "gap_std": jnp.sqrt(_item_mean((gap - mean_gap) ** 2, items)),
     "advantage_std": spread,
   }
   return jax.lax.stop_gradient(metrics)

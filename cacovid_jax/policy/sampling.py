@@ -1,9 +1,9 @@
 """Online combination space sampling: which combinations of tokens to try.
 
 Everything here works on ONE video; callers `jax.vmap` it. All numbers come from
-a `Plan`, which is static and computed on the host. `sample` compiles them in;
-`sample_in_bucket` takes them as data (`BucketPlan`), so that videos of
-different grids and ratios share a program.
+a `SamplingPlan` that the host computes. Of a full grid they are constants of
+the program; in a bucket they are data, so that videos of different grids and
+ratios share a program.
 
 Axes: T frames, H W token grid, A = H*W, N = T*A video tokens, G combinations, K
 kept tokens, k = K / T tokens per frame, n groups of a frame, E tokens of the
@@ -24,7 +24,7 @@ import numpy as np
 
 from cacovid_jax import errors
 from cacovid_jax.models import token_grid
-from cacovid_jax.policy import diversity
+from cacovid_jax.policy import diversity, network
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,58 +72,8 @@ class SamplingConfig:
     return self.num_combinations - self.num_frame_mode - 1
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-  """The static numbers of a grid and a ratio; hashable.
-
-  Attributes:
-    grid: (T, H, W).
-    ratio: retention ratio r.
-    tokens_per_frame: k, round(r*H*W), half to even.
-    num_groups: n groups that a frame's ranked tokens are cut into.
-    group_cap: largest probability of a group.
-    frame_cap: largest probability of a frame.
-    frames_drawn: frames of a frame-mode combination.
-    config: SamplingConfig.
-  """
-
-  grid: tuple[int, int, int]
-  ratio: float
-  tokens_per_frame: int
-  num_groups: int
-  group_cap: float
-  frame_cap: float
-  frames_drawn: int
-  config: SamplingConfig
-
-  @property
-  def num_tokens(self):
-    """N."""
-    return math.prod(self.grid)
-
-  @property
-  def num_keep(self):
-    """K: tokens of every combination, exactly."""
-    return self.tokens_per_frame * self.grid[0]
-
-  @property
-  def num_combinations(self):
-    """G."""
-    return self.config.num_combinations
-
-  @property
-  def num_frame_mode(self):
-    """G/4."""
-    return self.config.num_frame_mode
-
-  @property
-  def num_token_mode(self):
-    """3G/4 - 1; the first of them is greedy."""
-    return self.config.num_token_mode
-
-
-class Cap(NamedTuple):
-  """The numbers of a capped distribution; of the host, or data on a device.
+class ProbabilityCap(NamedTuple):
+  """The numbers of a capped distribution.
 
   Attributes:
     size: how many entries there are, int32[]; those behind have none.
@@ -137,10 +87,27 @@ class Cap(NamedTuple):
   cap: Any
   left: Any
 
+  @classmethod
+  def of(cls, size, cap, *, room=None):
+    """Returns the numbers of the host.
 
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-  """The static sizes of a sampler; hashable.
+    Args:
+      size: number of entries.
+      cap: largest probability, at least 1 / size; lowered to 0.999.
+      room: n, at least `size`; None for `size`.
+    """
+    # A single entry has all the mass, whatever the cap.
+    cap = 1.0 if size == 1 else min(cap, 0.999)
+    if cap * size < 1 - 1e-9:
+      raise ValueError(
+        f"{size} probabilities capped at {cap} cannot sum to one"
+      )
+    left = np.maximum(1.0 - cap * np.arange(room or size), 0.0)
+    return cls(size, 1.0 / size**2, cap, left.astype(np.float32))
+
+
+class PlanShape(NamedTuple):
+  """The static sizes of a sampler; hashable. Random numbers depend on them.
 
   Attributes:
     tokens_per_frame: k_max.
@@ -159,30 +126,16 @@ class Sizes:
   num_keep: int
 
 
-@functools.partial(
-  jax.tree_util.register_dataclass,
-  data_fields=(
-    "grid",
-    "tokens_per_frame",
-    "frames_drawn",
-    "group_position",
-    "group_member",
-    "min_weight",
-    "max_weight",
-    "group_cap",
-    "frame_cap",
-  ),
-  meta_fields=("sizes", "config"),
-)
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BucketPlan:
-  """A Plan's numbers as data, its largest sizes static; a pytree.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class SamplingPlan:
+  """The numbers of a grid and a ratio; a pytree of static shapes.
 
-  Plans of the same sizes stack along a new axis, of videos or of rungs.
+  Plans of the same shape stack along a new axis, of videos or of rungs.
 
   Attributes:
-    grid: buckets.Grid.
-    tokens_per_frame: k, int32[].
+    grid: TokenGrid.
+    tokens_per_frame: k, round(r*H*W) half to even, int32[].
     frames_drawn: F, int32[].
     group_position: int32[n_max, E_max], place in a frame's ranking of each
       group's tokens; short groups repeat their last,
@@ -190,27 +143,27 @@ class BucketPlan:
       have no True.
     min_weight: bounds of a token's weight within its group, float32[],
     max_weight: the upper one.
-    group_cap: Cap of the n groups.
-    frame_cap: Cap of the T frames.
-    sizes: Sizes.
+    group_cap: ProbabilityCap of the n groups.
+    frame_cap: ProbabilityCap of the T frames.
+    shape: PlanShape.
     config: SamplingConfig.
   """
 
-  grid: token_grid.Grid
+  grid: token_grid.TokenGrid
   tokens_per_frame: Any
   frames_drawn: Any
   group_position: Any
   group_member: Any
   min_weight: Any
   max_weight: Any
-  group_cap: Cap
-  frame_cap: Cap
-  sizes: Sizes
-  config: SamplingConfig
+  group_cap: ProbabilityCap
+  frame_cap: ProbabilityCap
+  shape: PlanShape = dataclasses.field(metadata=dict(static=True))
+  config: SamplingConfig = dataclasses.field(metadata=dict(static=True))
 
   @property
   def num_keep(self):
-    """K, int32[]."""
+    """K, int32[]: tokens of every combination, exactly."""
     return self.tokens_per_frame * self.grid.num_frames
 
 
@@ -218,8 +171,7 @@ class Combinations(NamedTuple):
   """The G combinations of one video: token mode, frame mode, content.
 
   Attributes:
-    index: int32[G, K] kept video tokens, ascending; N (in a bucket N_max)
-      where there is none.
+    index: int32[G, K] kept video tokens, ascending; N_max behind the K.
     frame_mask: bool[G/4, T], True for a frame that a frame-mode row drew.
   """
 
@@ -234,19 +186,77 @@ def smallest_ratio(grid):
   return min(ratio, 1.0)
 
 
-def plan(grid, ratio, config=None):
-  """Returns the Plan of a grid (T, H, W) and a ratio in (0, 1].
+def plan(grid, ratio, config=None, shape=None):
+  """Returns the SamplingPlan of a grid and a ratio in (0, 1].
 
   Small grids: the number of groups is lowered until a group holds k tokens, and
   more frames are drawn until they hold K.
 
+  Args:
+    grid: (T, H, W), which fills its bucket; or TokenGrid, of the host.
+    ratio: retention ratio r.
+    config: SamplingConfig.
+    shape: PlanShape of a program that serves several ratios; None for what this
+      ratio needs, in a bucket the most of any grid.
+
+  Returns:
+    SamplingPlan; in a bucket NumPy numbers for a device.
+
   Raises:
-    UserError: the ratio keeps nothing of the grid, or a constant cannot work.
+    UserError: the ratio keeps nothing of the grid, a constant cannot work, or
+      the shape is too small.
   """
   config = config or SamplingConfig()
-  num_frames, height, width = grid = tuple(int(size) for size in grid)
-  if min(grid) < 1:
-    raise errors.UserError(f"grid {grid}: every side must be at least 1")
+  grid = token_grid.TokenGrid.of(grid)
+  num_frames, height, width = map(int, grid.shape)
+  exact = _exact_shape((num_frames, height, width), ratio, config)
+  if shape is None:
+    bucket = grid.bucket
+    shape = exact if grid.full else largest_shape(bucket, (ratio,), config)
+  for name, needed, room in zip(PlanShape._fields, exact, shape, strict=True):
+    if needed > room:
+      raise errors.UserError(
+        f"sampling.ratio={ratio} of a {num_frames}x{height}x{width} grid needs "
+        f"{name}={needed}, the program has room for {room}; name this ratio in "
+        "largest_shape"
+      )
+  n = exact.num_groups
+  quotient, longer = divmod(height * width, n)
+  lengths = np.full(n, quotient) + (np.arange(n) < longer)
+  starts = np.cumsum(lengths) - lengths
+  column = np.arange(shape.group_tokens)
+  position = starts[:, None] + np.minimum(column, lengths[:, None] - 1)
+  unused = ((0, shape.num_groups - n), (0, 0))
+  made = SamplingPlan(
+    grid=grid,
+    tokens_per_frame=exact.tokens_per_frame,
+    frames_drawn=exact.frames_drawn,
+    group_position=np.pad(position, unused),
+    group_member=np.pad(column < lengths[:, None], unused),
+    # The bounds use the short groups' size for the longer groups too.
+    min_weight=config.min_token_weight / quotient,
+    max_weight=config.max_token_weight / quotient,
+    group_cap=ProbabilityCap.of(
+      n, _group_cap(n, config), room=shape.num_groups
+    ),
+    frame_cap=ProbabilityCap.of(
+      num_frames, config.max_frame_prob / num_frames, room=grid.bucket.frames
+    ),
+    shape=shape,
+    config=config,
+  )
+  if grid.full:
+    return made
+  # Half as wide as NumPy's own: what a device takes.
+  kinds = {"b": np.bool_, "i": np.int32, "f": np.float32}
+  return jax.tree.map(
+    lambda x: np.asarray(x, kinds[np.asarray(x).dtype.kind]), made
+  )
+
+
+def _exact_shape(grid, ratio, config):
+  """Returns the PlanShape that a (T, H, W) needs at a ratio."""
+  num_frames, height, width = grid
   if not 0 < ratio <= 1:
     raise errors.UserError(f"sampling.ratio={ratio} is outside (0, 1]")
   _check_config(config)
@@ -259,142 +269,63 @@ def plan(grid, ratio, config=None):
     )
   num_groups = max(int(1 / ratio / config.group_size), 1)
   num_groups = min(num_groups, area // tokens_per_frame)
-  return Plan(
-    grid=grid,
-    ratio=float(ratio),
+  # T * k tokens fill at least ceil(T * k / (H * W)) frames.
+  frames_drawn = max(
+    math.ceil(config.frame_ratio * num_frames),
+    -(-num_frames * tokens_per_frame // area),
+  )
+  return PlanShape(
     tokens_per_frame=tokens_per_frame,
     num_groups=num_groups,
-    group_cap=_group_cap(num_groups, config),
-    frame_cap=config.max_frame_prob / num_frames,
-    # T * k tokens fill at least ceil(T * k / (H * W)) frames.
-    frames_drawn=max(
-      math.ceil(config.frame_ratio * num_frames),
-      -(-num_frames * tokens_per_frame // area),
-    ),
-    config=config,
+    group_tokens=-(-area // num_groups),
+    frames_drawn=frames_drawn,
+    frame_rows=frames_drawn * area,
+    num_keep=tokens_per_frame * num_frames,
   )
 
 
-def ladder(grid, ratios, config=None):
-  """Returns the Plans of an adaptive ratio's rungs, ascending by ratio.
+def allowed_ratios(grid, ratios):
+  """Returns the ratios of an adaptive ratio's rungs on a (T, H, W), rising.
 
   A ratio that keeps nothing of the grid is raised to the smallest that keeps
   a token a frame; it is left out when another rung already keeps as few.
   """
   if not ratios:
     raise errors.UserError("sampling.ratios is empty: name at least one ratio")
-  config = config or SamplingConfig()
-  bound = smallest_ratio(grid)
   _, height, width = grid
-  fits = [r for r in sorted(set(ratios)) if round(r * height * width) >= 1]
-  plans = [plan(grid, ratio, config) for ratio in fits]
-  if len(fits) < len(set(ratios)):
-    raised = plan(grid, bound, config)
-    if not plans or raised.num_keep < plans[0].num_keep:
-      plans.insert(0, raised)
-  return tuple(plans)
 
+  def kept(ratio):
+    return round(ratio * height * width)
 
-def largest_sizes(bucket, ratios, config=None):
-  """Returns the Sizes that hold every ladder of every grid in a bucket.
-
-  Args:
-    bucket: buckets.Bucket.
-    ratios: the ratios in use, as for `ladder`.
-    config: SamplingConfig.
-  """
-  return _largest_sizes(bucket, tuple(ratios), config or SamplingConfig())
+  fits = [ratio for ratio in sorted(set(ratios)) if kept(ratio) >= 1]
+  raised = smallest_ratio(grid)
+  if len(fits) < len(set(ratios)) and (
+    not fits or kept(raised) < kept(fits[0])
+  ):
+    fits.insert(0, raised)
+  return tuple(fits)
 
 
 @functools.lru_cache(maxsize=256)
-def _largest_sizes(bucket, ratios, config):
-  largest = (0,) * len(dataclasses.fields(Sizes))
+def largest_shape(bucket, ratios, config=None):
+  """Returns the PlanShape that holds every rung of every grid in a bucket.
+
+  Args:
+    bucket: GridBucket.
+    ratios: tuple of the ratios in use, as for `allowed_ratios`.
+    config: SamplingConfig.
+  """
+  config = config or SamplingConfig()
+  largest = PlanShape(0, 0, 0, 0, 0, 0)
   for height in range(1, bucket.frame_tokens + 1):
     for width in range(1, bucket.frame_tokens // height + 1):
       # Shorter videos of the same frames need no more of anything.
       num_frames = min(bucket.frames, bucket.tokens // (height * width))
-      for p in ladder((num_frames, height, width), ratios, config):
-        needed = dataclasses.astuple(_exact_sizes(p))
-        largest = tuple(map(max, largest, needed))
-  return Sizes(*largest)
-
-
-def in_bucket(plan, bucket, sizes=None):
-  """Returns the BucketPlan of a Plan, NumPy numbers for a device.
-
-  Args:
-    plan: Plan of the video.
-    bucket: buckets.Bucket.
-    sizes: Sizes, for a program that serves several ratios; None for those of
-      the plan's ratio in the bucket.
-
-  Raises:
-    UserError: the plan's grid does not fit, or it needs larger sizes.
-  """
-  grid = token_grid.place(plan.grid, bucket)
-  if sizes is None:
-    sizes = largest_sizes(bucket, (plan.ratio,), plan.config)
-  for field in dataclasses.fields(Sizes):
-    needed = getattr(_exact_sizes(plan), field.name)
-    if needed > getattr(sizes, field.name):
-      raise errors.UserError(
-        f"sampling.ratio={plan.ratio} of a {'x'.join(map(str, plan.grid))} "
-        f"grid needs {field.name}={needed}, the program has room for "
-        f"{getattr(sizes, field.name)}; name this ratio in largest_sizes"
-      )
-  # Half as wide as NumPy's own: what a device takes.
-  kinds = {"b": np.bool_, "i": np.int32, "f": np.float32}
-  return jax.tree.map(
-    lambda x: np.asarray(x, kinds[np.asarray(x).dtype.kind]),
-    _bucket_plan(plan, grid, sizes),
-  )
-
-
-def _exact_sizes(plan):
-  """Returns the Sizes that a Plan needs."""
-  area = plan.grid[1] * plan.grid[2]
-  return Sizes(
-    tokens_per_frame=plan.tokens_per_frame,
-    num_groups=plan.num_groups,
-    group_tokens=-(-area // plan.num_groups),
-    frames_drawn=plan.frames_drawn,
-    frame_rows=plan.frames_drawn * area,
-    num_keep=plan.num_keep,
-  )
-
-
-def _bucket_plan(plan, grid, sizes):
-  """Returns the BucketPlan of a Plan, host numbers; static if it fills."""
-  config = plan.config
-  area = plan.grid[1] * plan.grid[2]
-  n = plan.num_groups
-  quotient, longer = divmod(area, n)
-  lengths = np.full(n, quotient) + (np.arange(n) < longer)
-  starts = np.cumsum(lengths) - lengths
-  column = np.arange(sizes.group_tokens)
-  position = starts[:, None] + np.minimum(column, lengths[:, None] - 1)
-  unused = ((0, sizes.num_groups - n), (0, 0))
-  return BucketPlan(
-    grid=grid,
-    tokens_per_frame=plan.tokens_per_frame,
-    frames_drawn=plan.frames_drawn,
-    group_position=np.pad(position, unused),
-    group_member=np.pad(column < lengths[:, None], unused),
-    # The bounds use the short groups' size for the longer groups too.
-    min_weight=config.min_token_weight / quotient,
-    max_weight=config.max_token_weight / quotient,
-    group_cap=cap_numbers(n, plan.group_cap, room=sizes.num_groups),
-    frame_cap=cap_numbers(
-      plan.grid[0], plan.frame_cap, room=grid.bucket.frames
-    ),
-    sizes=sizes,
-    config=config,
-  )
-
-
-def _exact(plan):
-  """Returns the static BucketPlan of a Plan, without any padding."""
-  return _bucket_plan(plan, token_grid.as_grid(plan.grid), _exact_sizes(plan))
+      grid = num_frames, height, width
+      for ratio in allowed_ratios(grid, ratios):
+        needed = _exact_shape(grid, ratio, config)
+        largest = PlanShape(*map(max, largest, needed))
+  return largest
 
 
 def _group_cap(num_groups, config):
@@ -422,24 +353,7 @@ def _check_config(config):
     )
 
 
-def cap_numbers(size, cap, *, limit=0.999, room=None):
-  """Returns the Cap of `size` entries, host numbers.
-
-  Args:
-    size: number of entries.
-    cap: largest probability, at least 1 / size,
-    limit: lowered to this.
-    room: n, at least `size`; None for `size`.
-  """
-  # A single entry has all the mass, whatever the cap.
-  cap = 1.0 if size == 1 else min(cap, limit)
-  if cap * size < 1 - 1e-9:
-    raise ValueError(f"{size} probabilities capped at {cap} cannot sum to one")
-  left = np.maximum(1.0 - cap * np.arange(room or size), 0.0)
-  return Cap(size, 1.0 / size**2, cap, left.astype(np.float32))
-
-
-def capped_distribution(probs, *, cap, limit=0.999):
+def capped_distribution(probs, cap):
   """Flattens a distribution until no entry exceeds the cap.
 
   Entries are first raised to 1/n**2. Then, where the cap is exceeded, entries
@@ -448,9 +362,8 @@ def capped_distribution(probs, *, cap, limit=0.999):
   fixed entries.
 
   Args:
-    probs: float32[n], not negative; zero behind the first `size` of a Cap.
-    cap: static, at least 1/n; or a Cap, data.
-    limit: static; a cap that is not a Cap is lowered to this.
+    probs: float32[n], not negative; zero behind the first `cap.size`.
+    cap: ProbabilityCap.
 
   Returns:
     float32[n], sums to one.
@@ -459,8 +372,6 @@ def capped_distribution(probs, *, cap, limit=0.999):
   n = probs.shape[0]
   if n == 1:
     return jnp.ones_like(probs)
-  if not isinstance(cap, Cap):
-    cap = cap_numbers(n, cap, limit=limit)
   size, floor, cap, left = cap
   fixed = np.arange(n)
   valid = fixed < size
@@ -521,25 +432,21 @@ class Groups(NamedTuple):
   weights: jax.Array
 
 
-def rank_groups(token_scores, *, plan):
+def rank_groups(token_scores, plan):
   """Returns the Groups of one frame, of token_scores float32[H*W, 2].
 
-  Args:
-    token_scores: see above; float32[A_max, 2] in a bucket.
-    plan: Plan, static, or BucketPlan.
+  In a bucket they are float32[A_max, 2].
   """
-  if isinstance(plan, Plan):
-    plan = _exact(plan)
   chex.assert_shape(token_scores, (plan.grid.bucket.frame_tokens, 2))
   member = plan.group_member
-  gap = _gap(token_scores)
+  gap = network.keep_gap(token_scores)
   gap = token_grid.fill(gap, plan.grid.valid_frame_tokens, -jnp.inf)
 
   # Ranked by score, not by probability: a softmax underflows to ties.
   tokens = jnp.argsort(-gap)[plan.group_position]
   mass = jnp.where(member, jax.nn.softmax(gap)[tokens], 0.0)
   total = mass.sum(axis=-1)
-  probs = capped_distribution(total, cap=plan.group_cap)
+  probs = capped_distribution(total, plan.group_cap)
   weights = mass / (total[:, None] + plan.config.mass_epsilon)
   weights = jnp.clip(weights, plan.min_weight, plan.max_weight)
   weights = jnp.where(member, weights, 0.0)
@@ -548,44 +455,23 @@ def rank_groups(token_scores, *, plan):
   return Groups(probs, tokens.astype(jnp.int32), weights / sums)
 
 
-def sample(rng, scores, features, *, plan):
+def sample(rng, scores, features, plan):
   """Samples the combinations of one video.
+
+  The random numbers depend on the plan's shape: the same key draws other
+  combinations, of the same distribution, in another bucket.
 
   Args:
     rng: key for this video and iteration.
-    scores: Scores(frame f32[T, 2], token f32[N, 2]) of the old policy.
-    features: float[N, D] video features, as they enter the LLM.
-    plan: Plan, static.
+    scores: Scores(frame f32[T, 2], token f32[N, 2]) of the old policy; in a
+      bucket f32[T_max, 2] and f32[N_max, 2], the video's own first. What stands
+      behind them has no influence.
+    features: float[N, D] video features, as they enter the LLM, likewise.
+    plan: SamplingPlan.
 
   Returns:
     Combinations.
   """
-  return _sample(rng, scores, features, _exact(plan))
-
-
-def sample_in_bucket(rng, scores, features, plan):
-  """Samples the combinations of one video inside a bucket.
-
-  The distribution is that of `sample`. The random numbers depend on the sizes:
-  the same key draws other combinations in another bucket.
-
-  Args:
-    rng: key for this video and iteration.
-    scores: Scores(frame f32[T_max, 2], token f32[N_max, 2]), the video's own
-      first; what stands behind them has no influence.
-    features: float[N_max, D], likewise.
-    plan: BucketPlan, data; see `in_bucket`.
-
-  Returns:
-    Combinations with K_max entries a row, index N_max behind the video's K;
-    and int32[] K.
-  """
-  drawn = _sample(rng, scores, features, plan)
-  return drawn, jnp.asarray(plan.num_keep, jnp.int32)
-
-
-def _sample(rng, scores, features, plan):
-  """Returns Combinations, of a BucketPlan static or data."""
   bucket = plan.grid.bucket
   chex.assert_shape(scores.token, (bucket.tokens, 2))
   chex.assert_shape(scores.frame, (bucket.frames, 2))
@@ -598,34 +484,41 @@ def _sample(rng, scores, features, plan):
   return Combinations(index.astype(jnp.int32), frame_mask)
 
 
-def sample_rung(rng, scores, features, *, plans, rung):
+def sample_rung(rng, scores, features, plans, rung, *, num_keep):
   """Samples with the plan of a rung that is only known on the device.
 
-  Under `jax.vmap` over videos of different rungs every branch is computed.
+  Plans of exact shapes draw what each draws alone. Under `jax.vmap` over videos
+  of different rungs all of them are computed.
 
   Args:
     rng: as for `sample`, also the next two.
     scores: see above.
     features: see above.
-    plans: static tuple of Plans of one grid, up to the program's largest.
+    plans: tuple of a full grid's plans, up to the program's largest; or one
+      SamplingPlan with a leading axis of rungs.
     rung: int32[], which of the plans to use.
+    num_keep: static, entries of a row; no plan up to the largest keeps more.
 
   Returns:
-    Combinations with K that of the largest plan, index N behind the tokens of
-    a smaller one; and int32[] the number of valid entries in each row.
+    Combinations with index N_max behind a rung's K; and int32[] K.
   """
-  largest = max(p.num_keep for p in plans)
+  if isinstance(plans, SamplingPlan):
+    # With room for every rung: random numbers depend on the sizes drawn.
+    plan = jax.tree.map(lambda leaf: leaf[rung], plans)
+    drawn = sample(rng, scores, features, plan)
+    return drawn._replace(index=drawn.index[:, :num_keep]), plan.num_keep
 
-  def branch(p):
-    def run(rng, scores, features):
-      drawn = sample(rng, scores, features, plan=p)
-      behind = ((0, 0), (0, largest - p.num_keep))
-      index = jnp.pad(drawn.index, behind, constant_values=p.num_tokens)
-      return drawn._replace(index=index), jnp.int32(p.num_keep)
+  def branch(plan):
+    def run(*given):
+      drawn = sample(*given, plan)
+      behind = ((0, 0), (0, num_keep - plan.num_keep))
+      padding = plan.grid.bucket.tokens
+      index = jnp.pad(drawn.index, behind, constant_values=padding)
+      return drawn._replace(index=index), jnp.int32(plan.num_keep)
 
     return run
 
-  branches = [branch(p) for p in plans]
+  branches = [branch(plan) for plan in plans]
   return jax.lax.switch(rung, branches, rng, scores, features)
 
 
@@ -638,19 +531,13 @@ def token_masks(index, num_tokens):
   return mask.at[index].set(True, mode="drop")
 
 
-def _gap(scores):
-  """Returns float32[...], keep - drop, of scores float[..., 2]."""
-  scores = scores.astype(jnp.float32)
-  return scores[..., 1] - scores[..., 0]
-
-
 def _token_mode(rng, token_scores, plan):
   """Returns [3G/4 - 1, K]: the greedy combination, then sampled ones."""
   grid = plan.grid
   num_frames = grid.bucket.frames
-  k = plan.sizes.tokens_per_frame
+  k = plan.shape.tokens_per_frame
   token_scores = grid.by_frame(token_scores)  # [T, H*W, 2]
-  groups = jax.vmap(lambda s: rank_groups(s, plan=plan))(token_scores)
+  groups = jax.vmap(lambda s: rank_groups(s, plan))(token_scores)
 
   # One key for all draws: a key for each compiles far longer.
   rng_group, rng_tokens = jax.random.split(rng)
@@ -664,38 +551,42 @@ def _token_mode(rng, token_scores, plan):
   # Of more draws than a frame has, the first are as if no more were drawn.
   place = draw_without_replacement(rng_tokens, log_weights, num_draws=k)
   drawn = groups.tokens[frame, group, place]  # [C, T, k]
-  gap = token_grid.fill(_gap(token_scores), grid.valid_frame_tokens, -jnp.inf)
+  gap = token_grid.fill(
+    network.keep_gap(token_scores), grid.valid_frame_tokens, -jnp.inf
+  )
   _, greedy = jax.lax.top_k(gap, k)
   return _flatten(jnp.concatenate([greedy[None], drawn]), plan)
 
 
 def _frame_mode(rng, frame_scores, features, plan):
   """Returns [G/4, K] and the drawn frames bool[G/4, T]; row 0 takes the top."""
-  grid, sizes = plan.grid, plan.sizes
+  grid, shape = plan.grid, plan.shape
   num_frames = grid.bucket.frames
   rng_frames, rng_noise = jax.random.split(rng)
-  gap = token_grid.fill(_gap(frame_scores), grid.valid_frames, -jnp.inf)
-  probs = capped_distribution(jax.nn.softmax(gap), cap=plan.frame_cap)
-  shape = (plan.config.num_frame_mode, num_frames)
+  gap = token_grid.fill(
+    network.keep_gap(frame_scores), grid.valid_frames, -jnp.inf
+  )
+  probs = capped_distribution(jax.nn.softmax(gap), plan.frame_cap)
+  log_probs = jnp.log(probs)
   drawn = draw_without_replacement(
     rng_frames,
-    jnp.broadcast_to(jnp.log(probs), shape),
-    num_draws=sizes.frames_drawn,
+    jnp.broadcast_to(log_probs, (plan.config.num_frame_mode, num_frames)),
+    num_draws=shape.frames_drawn,
   )
-  _, top = jax.lax.top_k(gap, sizes.frames_drawn)
+  _, top = jax.lax.top_k(gap, shape.frames_drawn)
   frames = drawn.at[0].set(top)
-  own = np.arange(sizes.frames_drawn) < plan.frames_drawn
+  own = np.arange(shape.frames_drawn) < plan.frames_drawn
   frames = token_grid.fill(frames, own, num_frames)
   frames = jnp.sort(frames, axis=-1)  # [G/4, F]
-  row = np.arange(sizes.frame_rows)
+  row = np.arange(shape.frame_rows)
   valid = row < plan.frames_drawn * grid.frame_tokens
-  kept = np.arange(sizes.num_keep) < plan.num_keep
+  kept = np.arange(shape.num_keep) < plan.num_keep
 
   def keep(rng, frames):
     rows = frames[row // grid.frame_tokens] * grid.frame_tokens
     rows = rows + row % grid.frame_tokens  # [F*H*W]
     peaks = _peaks(
-      rng, features[rows], sizes.num_keep, plan, valid, plan.num_keep
+      rng, features[rows], shape.num_keep, plan, valid, plan.num_keep
     )
     return token_grid.fill(rows[peaks], kept, grid.bucket.tokens)
 
@@ -706,7 +597,7 @@ def _frame_mode(rng, frame_scores, features, plan):
 def _content_mode(rng, features, plan):
   """Returns [K]: k diverse tokens of every frame, without the policy."""
   grid = plan.grid
-  room, valid = plan.sizes.tokens_per_frame, grid.valid_frame_tokens
+  room, valid = plan.shape.tokens_per_frame, grid.valid_frame_tokens
   peaks = jax.vmap(
     lambda r, z: _peaks(r, z, room, plan, valid, plan.tokens_per_frame)
   )(jax.random.split(rng, grid.bucket.frames), grid.by_frame(features))
@@ -730,14 +621,14 @@ def _flatten(tokens, plan):
 
   The first k of a frame's k_max count.
   """
-  grid, sizes = plan.grid, plan.sizes
-  own = np.arange(sizes.tokens_per_frame) < plan.tokens_per_frame
+  grid, shape = plan.grid, plan.shape
+  own = np.arange(shape.tokens_per_frame) < plan.tokens_per_frame
   tokens = token_grid.fill(tokens, own, grid.bucket.frame_tokens)
   offset = np.arange(grid.bucket.frames)[:, None] * grid.frame_tokens
   tokens = jnp.sort(tokens, axis=-1) + offset
-  if grid.fills_bucket:
-    return tokens.reshape(*tokens.shape[:-2], sizes.num_keep)
+  if grid.full:
+    return tokens.reshape(*tokens.shape[:-2], shape.num_keep)
   valid = grid.valid_frames[:, None] & own
   tokens = token_grid.fill(tokens, valid, grid.bucket.tokens)
   tokens = tokens.reshape(*tokens.shape[:-2], -1)
-  return jnp.sort(tokens, axis=-1)[..., : sizes.num_keep]
+  return jnp.sort(tokens, axis=-1)[..., : shape.num_keep]

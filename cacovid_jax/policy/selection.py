@@ -4,17 +4,18 @@ Half of the budget goes to the tokens that the policy ranks highest, shared out
 between frames by the frame scores; the rest is spread evenly over the others.
 Works on ONE video; callers `jax.vmap` it.
 
-All budgets are numbers of the host (`Budget`). `select` compiles them in, with
-the grid; `select_in_bucket` takes them as data, so that videos of different
-grids and ratios share a program.
+All numbers are of the host (`Budget`). Of a full grid they are constants of the
+program; in a bucket they are data, so that videos of different grids and ratios
+share a program.
 
 Axes: T frames, H W token grid, A = H*W, N = T*A video tokens, K kept tokens;
 T_max, A_max, N_max, K_max those of a bucket.
 Paper: https://arxiv.org/abs/2602.01649 (inference).
 """
 
+import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
 import jax
@@ -23,6 +24,7 @@ import numpy as np
 
 from cacovid_jax import errors
 from cacovid_jax.models import token_grid
+from cacovid_jax.policy import network
 
 
 def num_keep(grid, ratio):
@@ -51,11 +53,13 @@ def most_kept(bucket, ratio):
   return max(min(most, bucket.tokens), 1)
 
 
-class Budget(NamedTuple):
-  """The numbers of a video and a ratio; of the host, or data on a device.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Budget:
+  """The numbers of a video and a ratio; a pytree.
 
   Attributes:
-    grid: buckets.Grid.
+    grid: TokenGrid.
     kept: K, int32[].
     num_important: how many of them the scores decide on, int32[].
     shared: what the frames' shares are multiplied by, float32[].
@@ -63,11 +67,12 @@ class Budget(NamedTuple):
     low: least probability of a frame, float32[].
     high: largest probability of a frame, float32[].
     sharpness: what the largest frame gap is scaled to, float32[].
-    places: int32[K_max], the evenly spread tokens by their place among those
-      that are left; N_max where there is none.
+    spread: bool[N_max], True at the place, among the tokens that the scores
+      leave, of an evenly spread one.
+    num_keep_max: K_max.
   """
 
-  grid: token_grid.Grid
+  grid: token_grid.TokenGrid
   kept: Any
   num_important: Any
   shared: Any
@@ -75,14 +80,15 @@ class Budget(NamedTuple):
   low: Any
   high: Any
   sharpness: Any
-  places: Any
+  spread: Any
+  num_keep_max: int = dataclasses.field(metadata=dict(static=True))
 
 
 def budget(
   grid,
   ratio,
   *,
-  bucket,
+  bucket=None,
   num_keep_max=None,
   importance_ratio=0.5,
   max_frame_share=1.5,
@@ -90,117 +96,35 @@ def budget(
   frame_sharpness=3.0,
   min_frame_prob=0.5,
 ):
-  """Returns the Budget of a video in a bucket, NumPy numbers for a device.
+  """Returns the Budget of a video.
 
   Args:
-    grid: (T, H, W) of the video.
-    ratio: as for `select`, also the options that are not listed here.
-    bucket: buckets.Bucket.
+    grid: (T, H, W).
+    ratio: retention ratio r in (0, 1]; floor(r*T*H*W) tokens are kept.
+    bucket: GridBucket that the grid is data in; None for its own. In a bucket
+      the numbers are NumPy's, for a device.
     num_keep_max: K_max, for a program that serves several ratios; None for
       the largest K of this ratio in the bucket.
-
-  Raises:
-    UserError: the grid does not fit, or `select` would refuse the numbers.
-  """
-  placed = token_grid.place(grid, bucket)
-  if num_keep_max is None:
-    num_keep_max = most_kept(bucket, ratio)
-  exact = _exact_budget(
-    grid,
-    ratio,
-    importance_ratio,
-    max_frame_share,
-    max_frame_ratio,
-    frame_sharpness,
-    min_frame_prob,
-  )
-  if exact.kept > num_keep_max:
-    raise errors.UserError(
-      f"retention ratio {ratio} keeps {exact.kept} tokens of a "
-      f"{'x'.join(map(str, grid))} grid, more than the {num_keep_max} that the "
-      "program has room for; raise num_keep_max"
-    )
-  places = np.full(num_keep_max, bucket.tokens, np.int32)
-  places[: len(exact.places)] = exact.places
-  return Budget(
-    grid=placed,
-    kept=np.int32(exact.kept),
-    num_important=np.int32(exact.num_important),
-    shared=np.float32(exact.shared),
-    frame_cap=np.int32(exact.frame_cap),
-    low=np.float32(exact.low),
-    high=np.float32(exact.high),
-    sharpness=np.float32(exact.sharpness),
-    places=places,
-  )
-
-
-def select(
-  scores,
-  *,
-  grid,
-  ratio,
-  importance_ratio=0.5,
-  max_frame_share=1.5,
-  max_frame_ratio=None,
-  frame_sharpness=3.0,
-  min_frame_prob=0.5,
-):
-  """Selects floor(r*T*H*W) video tokens.
-
-  Args:
-    scores: Scores(frame f32[T, 2], token f32[N, 2]), drop then keep.
-    grid: (T, H, W), static.
-    ratio: retention ratio r in (0, 1], static.
     importance_ratio: share of the budget that the scores decide on, in [0, 1].
     max_frame_share: a frame's cap is max_frame_share * ratio of its tokens,
     max_frame_ratio: unless given here as a share of its tokens.
     frame_sharpness: the largest frame gap is scaled to this before the softmax.
     min_frame_prob: least probability of a frame, in multiples of 1/T.
 
-  Returns:
-    int32[K] kept tokens, ascending.
+  Raises:
+    UserError: the grid does not fit, or a number is outside its range.
   """
-  exact = _exact_budget(
-    grid,
-    ratio,
-    importance_ratio,
-    max_frame_share,
-    max_frame_ratio,
-    frame_sharpness,
-    min_frame_prob,
-  )
-  return _select(scores, exact, exact.kept)
-
-
-def select_in_bucket(scores, budget):
-  """Selects the tokens that `select` does, of a video inside a bucket.
-
-  Args:
-    scores: Scores(frame f32[T_max, 2], token f32[N_max, 2]), the video's own
-      first; what stands behind them has no influence.
-    budget: Budget, data; see `budget`.
-
-  Returns:
-    (int32[K_max], int32[]): kept tokens, ascending, then N_max; and K.
-  """
-  index = _select(scores, budget, budget.places.shape[0])
-  return index, jnp.asarray(budget.kept, jnp.int32)
-
-
-def _exact_budget(
-  grid,
-  ratio,
-  importance_ratio,
-  max_frame_share,
-  max_frame_ratio,
-  frame_sharpness,
-  min_frame_prob,
-):
-  """Returns the Budget of a grid that fills its bucket, Python numbers."""
   num_frames, height, width = grid
-  area = height * width
   kept = num_keep(grid, ratio)
+  grid = token_grid.TokenGrid.of(grid, bucket)
+  if num_keep_max is None:
+    num_keep_max = kept if bucket is None else most_kept(bucket, ratio)
+  if kept > num_keep_max:
+    raise errors.UserError(
+      f"retention ratio {ratio} keeps {kept} tokens of a {num_frames}x{height}x"
+      f"{width} grid, more than the {num_keep_max} that the program has room "
+      "for; raise num_keep_max"
+    )
   if not 0 <= importance_ratio <= 1:
     raise errors.UserError(
       f"importance ratio {importance_ratio} is outside [0, 1]"
@@ -213,32 +137,40 @@ def _exact_budget(
   if importance_ratio == 1:
     num_important = kept
   # In float64 on the host: float32 is off by one in places.
-  unkept = num_frames * area - num_important
-  spread = np.linspace(0, unkept - 1, kept - num_important)
+  unkept = num_frames * height * width - num_important
+  places = np.round(np.linspace(0, unkept - 1, kept - num_important))
+  spread = np.zeros(grid.bucket.tokens, bool)
+  spread[places.astype(int)] = True
+  # No frame has more than its H*W tokens to give.
+  frame_cap = math.floor(importance_ratio * height * width * max_frame_ratio)
   return Budget(
-    grid=token_grid.as_grid(grid),
-    kept=kept,
-    num_important=num_important,
-    shared=round(important),
-    # No frame has more than its H*W tokens to give.
-    frame_cap=min(
-      math.floor(importance_ratio * height * width * max_frame_ratio), area
-    ),
-    low=min_frame_prob / num_frames,
-    high=max_frame_ratio / (num_frames * ratio),
-    sharpness=frame_sharpness,
-    places=np.round(spread).astype(np.int32),
+    grid=grid,
+    kept=np.int32(kept),
+    num_important=np.int32(num_important),
+    shared=np.float32(round(important)),
+    frame_cap=np.int32(min(frame_cap, height * width)),
+    low=np.float32(min_frame_prob / num_frames),
+    high=np.float32(max_frame_ratio / (num_frames * ratio)),
+    sharpness=np.float32(frame_sharpness),
+    spread=spread,
+    num_keep_max=num_keep_max,
   )
 
 
-def _select(scores, budget, num_keep_max):
-  """Returns int32[K_max] of a Budget of either kind."""
-  grid = budget.grid
-  sizes = grid.bucket
+def select(scores, budget):
+  """Returns int32[K_max] kept tokens, ascending, N_max behind the K.
+
+  Args:
+    scores: Scores(frame f32[T, 2], token f32[N, 2]), drop then keep; in a
+      bucket f32[T_max, 2] and f32[N_max, 2], the video's own first. What stands
+      behind them has no influence.
+    budget: Budget.
+  """
+  grid, sizes = budget.grid, budget.grid.bucket
   chex.assert_shape(scores.frame, (sizes.frames, 2))
   chex.assert_shape(scores.token, (sizes.tokens, 2))
   probs = frame_probs(
-    _gap(scores.frame),
+    network.keep_gap(scores.frame),
     low=budget.low,
     high=budget.high,
     sharpness=budget.sharpness,
@@ -254,12 +186,15 @@ def _select(scores, budget, num_keep_max):
     valid=grid.valid_frames,
   )
   # Behind all others in a frame's order.
-  gap = grid.by_frame(_gap(scores.token), -jnp.inf)
-  keep = grid.packed(_top_of_each_frame(gap, budgets), False)
-  if budget.places.size:
-    left = token_grid.fill(~keep, grid.valid_tokens, False)
-    keep |= _spread(left, budget.places)
-  (index,) = jnp.nonzero(keep, size=num_keep_max, fill_value=keep.shape[0])
+  gap = grid.by_frame(network.keep_gap(scores.token), -jnp.inf)
+  rank = jnp.argsort(jnp.argsort(-gap, axis=-1), axis=-1)  # [T, H*W]
+  keep = grid.packed(rank < budgets[:, None], False)
+  left = token_grid.fill(~keep, grid.valid_tokens, False)
+  place = jnp.cumsum(left) - 1  # Of a token among those that are left.
+  keep |= left & jnp.asarray(budget.spread)[jnp.maximum(place, 0)]
+  (index,) = jnp.nonzero(
+    keep, size=budget.num_keep_max, fill_value=sizes.tokens
+  )
   return index.astype(jnp.int32)
 
 
@@ -319,28 +254,3 @@ def repair(budgets, total, *, max_budget, valid=None):
   more = token_grid.fill(more, valid, 0)
   repaired = jnp.where(budgets.sum() > total, fewer, more)
   return jnp.where(budgets.sum() == total, budgets, repaired)
-
-
-def _top_of_each_frame(gap, budgets):
-  """Returns bool[T, H*W], the budgets int32[T] best of gap float32[T, H*W]."""
-  order = jnp.argsort(-gap, axis=-1)
-  rank = jnp.argsort(order, axis=-1)
-  return rank < budgets[:, None]
-
-
-def _spread(left, places):
-  """Returns bool[N], True for the tokens of left bool[N] at int32 places."""
-  if isinstance(places, np.ndarray):
-    chosen = np.zeros(left.shape[0] + 1, bool)
-    chosen[places] = True
-    chosen = jnp.asarray(chosen[:-1])
-  else:
-    chosen = jnp.zeros(left.shape[0], bool).at[places].set(True, mode="drop")
-  place = jnp.cumsum(left) - 1  # place of a token among the unkept
-  return left & chosen[jnp.maximum(place, 0)]
-
-
-def _gap(scores):
-  """Returns float32[...], keep - drop, of scores float[..., 2]."""
-  scores = scores.astype(jnp.float32)
-  return scores[..., 1] - scores[..., 0]

@@ -17,9 +17,9 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from cacovid_jax import errors
 from cacovid_jax import progress as progress_lib
@@ -28,6 +28,7 @@ from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import rewards as rewards_lib
 from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.models import generation
+from cacovid_jax.parallel import mesh as mesh_lib
 
 # Rows of an exact number earn a hair less than 1 by the trainer's formula.
 _TOLERANCE = 1e-6
@@ -73,6 +74,7 @@ def ask(
   settings: Settings,
   *,
   path: str | os.PathLike | None = None,
+  mesh: Mesh | None = None,
   progress: Callable[..., Any] = progress_lib.Progress,
 ) -> list[str]:
   """Returns the greedy answer to each question's text.
@@ -85,6 +87,7 @@ def ask(
     questions: with distinct ids.
     settings: how they are asked.
     path: JSON lines of the answers so far, which grow; None keeps none.
+    mesh: whose `data` axis shares a batch; None is one device.
     progress: shows how far it is, made as `progress_lib.Progress` is.
   """
   tokenizer = checkpoint.tokenizer
@@ -105,7 +108,8 @@ def ask(
     if any(keys[i] not in answers for i in batch.rows)
   ]
   done = len(questions) - sum(len(batch.rows) for batch in todo)
-  program = jax.jit(functools.partial(_answer, checkpoint, settings))
+  answer = functools.partial(_answer, checkpoint, settings)
+  program = mesh_lib.jit_rows(answer, mesh)
   with progress(len(questions), start=done, description="asked blind") as bar:
     for batch in todo:
       texts = _ask_batch(

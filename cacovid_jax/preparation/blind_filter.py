@@ -12,77 +12,98 @@ given again) and `*.report.json`, rows per source and problem type.
 
 import os
 
-import jax.numpy as jnp
 import rich.console
 import rich.table
-from absl import flags
 
-from cacovid_jax import errors
+from cacovid_jax import command, errors
+from cacovid_jax import config as config_lib
+from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.data import readers
-from cacovid_jax.models import checkpoints
 from cacovid_jax.preparation import blind
 
-_MODEL = flags.DEFINE_string(
-  "model", None, "Base model: a Hugging Face checkpoint directory."
-)
-_TRAIN = flags.DEFINE_list("train", [], "Files of Video-R1, comma-separated.")
-_MEDIA = flags.DEFINE_string(
-  "media", None, "Folder of the clips; without it, none is looked for."
-)
-_OUT = flags.DEFINE_string("out", None, "JSON file to write.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Questions asked at once.")
-_DTYPE = flags.DEFINE_enum(
-  "dtype", "bfloat16", ("bfloat16", "float32"), "Of weights and computation."
-)
-_MAX_NEW_TOKENS = flags.DEFINE_integer(
-  "max_new_tokens", 768, "Longest answer in tokens, as in training."
-)
-_THRESHOLD = flags.DEFINE_float(
-  "threshold", 1.0, "Reward of OCR, free-form and regression that is right."
-)
-_LIMIT = flags.DEFINE_integer("limit", 0, "First so many questions; 0 for all.")
-_ON_MISSING = flags.DEFINE_enum(
-  "on_missing", "raise", ("raise", "skip"), "What to do with a missing clip."
-)
-_ON_BAD_ROW = flags.DEFINE_enum(
-  "on_bad_row", "raise", ("raise", "skip"), "What to do with a malformed row."
+COMMAND = command.Command(
+  __doc__,
+  {
+    "model": command.Flag(
+      "Base model: a Hugging Face checkpoint directory.", "model.path"
+    ),
+    "train": command.Flag(
+      "Files of Video-R1, comma-separated, below data.root or absolute.",
+      "data.train_file",
+    ),
+    "media": command.Flag(
+      "Folder of the clips; without it, none is looked for.", "data.media"
+    ),
+    "out": command.Flag("JSON file to write.", "blind.out"),
+    "batch_size": command.Flag("Questions asked at once.", "blind.batch_size"),
+    "dtype": command.Flag(
+      "Of weights and computation.",
+      "model.dtype",
+      choices=("bfloat16", "float32"),
+    ),
+    "max_new_tokens": command.Flag(
+      "Longest answer in tokens, as in training.", "blind.max_new_tokens"
+    ),
+    "threshold": command.Flag(
+      "Reward of OCR, free-form and regression that is right.",
+      "blind.threshold",
+    ),
+    "num_questions": command.Flag(
+      "First so many questions; 0 for all.",
+      "blind.num_questions",
+      old=("limit",),
+    ),
+    "on_missing": command.Flag(
+      "What to do with a missing clip.",
+      "data.on_missing",
+      choices=("raise", "skip"),
+    ),
+    "on_bad_row": command.Flag(
+      "What to do with a malformed row.",
+      "data.on_bad_row",
+      choices=("raise", "skip"),
+    ),
+  },
+  defaults={"data.train_file": ""},
 )
 
 
-def main(argv):
-  """Filters what the flags name."""
-  if len(argv) > 1:
-    raise errors.UserError(
-      f"unexpected argument {argv[1]!r}; flags start by --"
-    )
-  for flag in (_MODEL, _TRAIN, _OUT):
-    if not flag.value:
-      raise errors.UserError(
-        f"nothing says which {flag.name}: add --{flag.name}"
-      )
-  stem = _stem(_OUT.value, _TRAIN.value)
+def main(args):
+  """Filters what the command line names."""
+  config, data, out = args.config, args.config.data, args.config.blind.out
+  COMMAND.require(config, "model", "train", "out")
+  train = config_lib.train_files(config)
+  media = os.path.join(data.root, data.media) or None
+  stem = _stem(out, train)
   settings = blind.Settings(
-    batch_size=_BATCH_SIZE.value,
-    max_new_tokens=_MAX_NEW_TOKENS.value,
-    threshold=_THRESHOLD.value,
+    batch_size=config.blind.batch_size,
+    max_new_tokens=config.blind.max_new_tokens,
+    threshold=config.blind.threshold,
   )
   left_out = readers.Report()
   questions = readers.read_video_r1(
-    _TRAIN.value, _MEDIA.value, on_bad_row=_ON_BAD_ROW.value, report=left_out
+    train, media, on_bad_row=data.on_bad_row, report=left_out
   )
-  questions, unreachable = _with_clips(questions, _MEDIA.value)
-  if _LIMIT.value > 0:
-    questions = questions[: _LIMIT.value]
-  checkpoint = checkpoints.load(_MODEL.value, jnp.dtype(_DTYPE.value))
+  questions, unreachable = _with_clips(questions, media, data.on_missing)
+  if config.blind.num_questions > 0:
+    questions = questions[: config.blind.num_questions]
+  experiment = experiment_lib.Experiment.from_config(
+    config, split="blind.batch_size"
+  )
+  checkpoint = experiment.loaded
   texts = blind.ask(
-    checkpoint, questions, settings, path=f"{stem}.answers.jsonl"
+    checkpoint,
+    questions,
+    settings,
+    path=f"{stem}.answers.jsonl",
+    mesh=experiment.mesh,
   )
   kept = [
     question
     for question, text in zip(questions, texts, strict=True)
     if not blind.right(question, text, settings.threshold)
   ]
-  blind.write(_OUT.value, kept)
+  blind.write(out, kept)
   rows = blind.table(questions, kept, left_out.images, unreachable)
   blind.write_report(
     f"{stem}.report.json",
@@ -91,12 +112,12 @@ def main(argv):
       "bad_rows": [str(bad) for bad in left_out.bad_rows],
       "missing_clips": sorted({question.video for question in unreachable}),
       "threshold": settings.threshold,
-      "limit": _LIMIT.value,
+      "limit": config.blind.num_questions,
       "base_model": checkpoint.identity["sha256"],
     },
   )
   _show(rows, len(left_out.bad_rows))
-  for name in (_OUT.value, f"{stem}.report.json", f"{stem}.answers.jsonl"):
+  for name in (out, f"{stem}.report.json", f"{stem}.answers.jsonl"):
     print(name)
 
 
@@ -112,13 +133,13 @@ def _stem(out: str, train) -> str:
   return os.path.splitext(out)[0]
 
 
-def _with_clips(questions, media):
+def _with_clips(questions, media, on_missing):
   """Returns (the questions whose clips are there, the others)."""
   if media is None:
     return questions, []
   missing = readers.check_media(questions, media)
   found = [question for question in questions if question.video not in missing]
-  if missing and (_ON_MISSING.value == "raise" or not found):
+  if missing and (on_missing == "raise" or not found):
     readers.require_media(
       questions, media, mend="leave them out with --on_missing=skip"
     )
@@ -149,4 +170,4 @@ def _show(rows, num_bad: int) -> None:
 
 
 if __name__ == "__main__":
-  errors.run(main)
+  COMMAND.run(main)

@@ -14,28 +14,28 @@ out in its `left_out.json`.
 
 import os
 
-from absl import flags
-
-from cacovid_jax import config as config_lib
-from cacovid_jax import errors
+from cacovid_jax import command, errors
+from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.data import rejected_clips
+from cacovid_jax.evals import shards
 from cacovid_jax.preparation import encoding
-from cacovid_jax.training import setup
+from cacovid_jax.training import run as run_lib
 
-config_lib.define_flag()
-_SHARD = flags.DEFINE_string(
-  "shard", "0/1", "i/n: this process takes every n-th clip, from the i-th."
+COMMAND = command.Command(
+  __doc__,
+  {
+    "feature_cache": command.Flag("Folder to fill.", "data.feature_cache"),
+    "shard": command.Flag(
+      "i/n: this process takes every n-th clip, from the i-th.", default="0/1"
+    ),
+  },
+  config="required",
 )
 
 
-def main(argv):
-  """Encodes the clips that the flags name."""
-  if len(argv) > 1:
-    raise errors.UserError(
-      f"unexpected argument {argv[1]!r}; flags start by --"
-    )
-  shard = _parse_shard(_SHARD.value)
-  config = config_lib.from_flags()
+def main(args):
+  """Encodes the clips that the command line names."""
+  shard, config = shards.Shard.parse(args.shard), args.config
   directory = config.data.feature_cache
   if not directory:
     raise errors.UserError(
@@ -43,8 +43,11 @@ def main(argv):
       " --config.data.feature_cache=FOLDER"
     )
   # A cache may serve several configs: what was left out is that of the last.
-  questions = setup.read_questions(config, directory, resumes=False)
-  run = setup.make(config, directory, questions=questions)
+  questions = experiment_lib.read_questions(config, directory, resumes=False)
+  experiment = experiment_lib.Experiment.from_config(
+    config, directory, split="videos_per_step"
+  )
+  run = run_lib.make(experiment, questions=questions)
   report = encoding.encode(
     run.source,
     run.questions,
@@ -63,17 +66,5 @@ def main(argv):
     print(f"  {name}: {reason.replace('_', ' ')}")
 
 
-def _parse_shard(text: str) -> tuple[int, int]:
-  index, slash, number = text.partition("/")
-  try:
-    if not slash:
-      raise ValueError
-    return int(index), int(number)
-  except ValueError:
-    raise errors.UserError(
-      f"--shard={text} is not i/n; for example --shard=0/4"
-    ) from None
-
-
 if __name__ == "__main__":
-  errors.run(main)
+  COMMAND.run(main)

@@ -13,57 +13,65 @@ themselves. The same command again writes nothing.
 
 import os
 
-from absl import flags
-
-from cacovid_jax import errors
+from cacovid_jax import command
+from cacovid_jax import config as config_lib
 from cacovid_jax import progress as progress_lib
 from cacovid_jax.data import readers
 from cacovid_jax.data import tfds as tfds_lib
 
 _NAMES = ("video_r1", "video_r1_filtered")
-
-_TRAIN = flags.DEFINE_list("train", [], "Files of Video-R1, comma-separated.")
-_MEDIA = flags.DEFINE_string("media", None, "Folder of the clips.")
-_OUT = flags.DEFINE_string("out", None, "Folder that the data set goes below.")
-_NAME = flags.DEFINE_enum("name", _NAMES[0], _NAMES, "Of the data set.")
-_SPLIT = flags.DEFINE_string("split", "train", "Name of the split.")
-_EMBED = flags.DEFINE_bool("embed", False, "Store the clips in the records.")
-_ON_BAD_ROW = flags.DEFINE_enum(
-  "on_bad_row", "raise", ("raise", "skip"), "What to do with a malformed row."
+COMMAND = command.Command(
+  __doc__,
+  {
+    "train": command.Flag(
+      "Files of Video-R1, comma-separated, below data.root or absolute.",
+      "data.train_file",
+    ),
+    "media": command.Flag("Folder of the clips.", "data.media"),
+    "out": command.Flag("Folder that the data set goes below.", "tfds.out"),
+    "name": command.Flag("Of the data set.", "tfds.name", choices=_NAMES),
+    "split": command.Flag("Name of the split.", "data.train_split"),
+    "embed": command.Flag("Store the clips in the records.", "tfds.embed"),
+    "on_bad_row": command.Flag(
+      "What to do with a malformed row.",
+      "data.on_bad_row",
+      choices=("raise", "skip"),
+    ),
+    "on_missing": command.Flag(
+      "What to do with a missing clip.",
+      "data.on_missing",
+      choices=("raise", "skip"),
+    ),
+  },
+  defaults={"data.train_file": ""},
 )
-_ON_MISSING = flags.DEFINE_enum(
-  "on_missing", "raise", ("raise", "skip"), "What to do with a missing clip."
-)
 
 
-def main(argv):
-  """Prepares what the flags name."""
-  if len(argv) > 1:
-    raise errors.UserError(
-      f"unexpected argument {argv[1]!r}; flags start by --"
-    )
-  for flag in (_TRAIN, _MEDIA, _OUT):
-    if not flag.value:
-      raise errors.UserError(
-        f"nothing says which {flag.name}: add --{flag.name}"
-      )
+def main(args):
+  """Prepares what the command line names."""
+  config, data = args.config, args.config.data
+  COMMAND.require(config, "train", "media", "out")
+  media = os.path.join(data.root, data.media)
   report = readers.Report()
   rows = readers.read_video_r1(
-    _TRAIN.value, _MEDIA.value, on_bad_row=_ON_BAD_ROW.value, report=report
+    config_lib.train_files(config),
+    media,
+    on_bad_row=data.on_bad_row,
+    report=report,
   )
-  missing = readers.check_media(rows, _MEDIA.value)
+  missing = readers.check_media(rows, media)
   present = [row for row in rows if row.video not in missing]
-  if missing and (_ON_MISSING.value == "raise" or not present):
+  if missing and (data.on_missing == "raise" or not present):
     readers.require_media(
-      rows, _MEDIA.value, mend="leave them out with --on_missing=skip"
+      rows, media, mend="leave them out with --on_missing=skip"
     )
   with progress_lib.Progress(len(present), description="rows") as bar:
     builder = tfds_lib.prepare(
-      {_SPLIT.value: present},
-      _OUT.value,
-      media_root=_MEDIA.value,
-      embed=_EMBED.value,
-      name=_NAME.value,
+      {data.train_split: present},
+      config.tfds.out,
+      media_root=media,
+      embed=config.tfds.embed,
+      name=config.tfds.name,
       on_row=bar.update,
     )
   print(
@@ -78,4 +86,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-  errors.run(main)
+  COMMAND.run(main)

@@ -26,7 +26,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from cacovid_jax import config as config_lib
 from cacovid_jax import errors, files
 from cacovid_jax import progress as progress_lib
 from cacovid_jax.data import readers
@@ -206,20 +205,38 @@ def build(
   return str(directory)
 
 
-def prepare(config, num_workers: int | None = None) -> None:
-  """Builds the benchmark of a config at its `data.root`, if not there.
+def prepare(
+  config,
+  num_workers: int | None = None,
+  *,
+  variant: str = "",
+  directory: str | os.PathLike = "",
+) -> None:
+  """Builds the benchmark of a config, if not there.
 
   Args:
-    config: with sections `prepare` (fields of `BuildConfig`) and `data`.
-    num_workers: processes; one per core by default.
+    config: with a section `prepare`.
+    num_workers: processes, instead of the config's.
+    variant: of `world.VARIANTS`; the config's first one by default.
+    directory: of the variant; `data.root` by default.
   """
-  wanted = config_lib.to_dict(config.prepare)
-  wanted = BuildConfig(**wanted | {"clips": tuple(wanted["clips"])})
-  with progress_lib.Progress(sum(wanted.clips), description="clips") as bar:
+  section = config.prepare
+  if len(section.clips) != len(SPLITS):
+    raise errors.UserError(
+      f"--clips takes {len(SPLITS)} whole numbers, for {', '.join(SPLITS)}"
+    )
+  wanted = BuildConfig(
+    variant=variant or section.variants[0],
+    seed=section.seed,
+    clips=tuple(section.clips),
+    questions_per_clip=section.questions_per_clip,
+  )
+  title = f"{wanted.variant} clips"
+  with progress_lib.Progress(sum(wanted.clips), description=title) as bar:
     build(
       wanted,
-      config.data.root,
-      num_workers=num_workers or os.cpu_count(),
+      directory or config.data.root,
+      num_workers=num_workers or section.num_workers or os.cpu_count(),
       on_clip=lambda done, unused_total: bar.update(done),
     )
 

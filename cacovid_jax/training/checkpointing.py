@@ -262,6 +262,34 @@ def doctor(directory):
   return sorted(verdicts, key=lambda verdict: (verdict.step, verdict.name))
 
 
+def rehash(directory, hashes):
+  """Gives every step the config hash of today's keys; returns their numbers.
+
+  A manifest as it was stays beside the new one, as `manifest.before.json`.
+
+  Args:
+    directory: of the checkpoints; need not exist.
+    hashes: config hash of an earlier version -> today's.
+  """
+  found = {}
+  for step in steps(directory):
+    manifest = read_manifest(directory, step)
+    if manifest["config_hash"] in hashes:
+      found[step] = manifest
+    elif manifest["config_hash"] not in hashes.values():
+      raise errors.UserError(
+        f"checkpoint {pathlib.Path(directory) / str(step)} belongs to another"
+        f" config ({manifest['config_hash']}) than config.json; nothing was"
+        " changed"
+      )
+  for step, manifest in found.items():
+    path = pathlib.Path(directory) / str(step) / MANIFEST
+    files.write(path.with_name("manifest.before.json"), path.read_bytes())
+    manifest["config_hash"] = hashes[manifest["config_hash"]]
+    files.write(path, _encode_manifest(manifest))
+  return list(found)
+
+
 def _read(path, like, config_hash):
   """Returns the tree of a verified step, in the structure of `like`."""
   manifest = _decode_manifest((path / MANIFEST).read_bytes())

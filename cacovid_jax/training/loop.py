@@ -28,11 +28,13 @@ from jax.experimental import multihost_utils
 
 from cacovid_jax import config as config_lib
 from cacovid_jax import errors, metrics
+from cacovid_jax import experiment as experiment_lib
 from cacovid_jax import progress as progress_lib
 from cacovid_jax.policy import loading
-from cacovid_jax.training import checkpointing, optimizer, setup
+from cacovid_jax.training import checkpointing, optimizer
 from cacovid_jax.training import programs as programs_lib
-from cacovid_jax.training import state as state_lib
+from cacovid_jax.training import run as run_lib
+from cacovid_jax.training import step as step_lib
 
 _log = logging.getLogger(__name__)
 
@@ -43,28 +45,25 @@ _SHOWN = ("reward_token", "reward_token_greedy", "reward_frame")
 class Result(NamedTuple):
   """What a finished run gives back."""
 
-  state: state_lib.TrainState
+  state: step_lib.TrainState
   policy: Any
   policy_path: pathlib.Path
-  run: setup.Run
+  run: run_lib.Run
 
 
 def train(
-  config,
-  workdir,
+  experiment,
   *,
-  checkpoint=None,
   questions=None,
   source=None,
   validate: Callable[[Any, Any], dict[str, float]] | None = None,
   on_step: Callable[[int, Any, np.ndarray, np.ndarray], None] | None = None,
 ) -> Result:
-  """Trains the policy of a config; continues what the workdir holds.
+  """Trains the policy of an experiment; continues what its workdir holds.
 
   Args:
-    config: see `base_config`; locked or not.
-    workdir: made if there is none; one of another config is refused.
-    checkpoint: the frozen base model, instead of config.model.path.
+    experiment: `experiment.Experiment` whose mesh shares the videos of a step;
+      a workdir of another config is refused.
     questions: rows, instead of those of config.data.
     source: clips, see `training.pipeline`, instead of those of config.data.
     validate: (policy module, params) -> {"accuracy": ..., ...} on validation
@@ -77,18 +76,14 @@ def train(
     SystemExit: with config.ckpt.exit_code, after a SIGTERM; all is saved.
     UserError: a mistake, or too many refused steps in a row.
   """
-  workdir = pathlib.Path(workdir)
-  config_lib.claim_workdir(workdir, config)
+  workdir = experiment.workdir
+  run_lib.check_reward(experiment.config)
+  config_lib.claim_workdir(workdir, experiment.config)
   if questions is None:
-    questions = setup.read_questions(config, workdir)
-  config = setup.with_total_steps(config, questions)
-  run = setup.make(
-    config,
-    workdir,
-    checkpoint=checkpoint,
-    questions=questions,
-    source=source,
-  )
+    questions = experiment_lib.read_questions(experiment.config, workdir)
+  experiment = run_lib.with_total_steps(experiment, questions)
+  config = experiment.config
+  run = run_lib.make(experiment, questions=questions, source=source)
   saver = _Saver(config, workdir, run)
   start, state = saver.restore_or_init()
   with (
@@ -119,16 +114,16 @@ def train(
         _log.warning("stopped by a signal after step %d, saved", done)
         raise SystemExit(config.ckpt.exit_code)
   path = saver.export(state, config.total_steps)
-  return Result(state, run.recipe.policy, path, run)
+  return Result(state, run.config.policy, path, run)
 
 
-def _step(run: setup.Run, state, batch, rows):
+def _step(run: run_lib.Run, state, batch, rows):
   """Returns (state, ids, rewards, metrics) after all iterations of a step."""
   placed = programs_lib.place_batch(batch, run.mesh)
-  mark = None if run.mark is None else lambda ids: run.mark(ids, rows)
+  reward = None if run.reward is None else lambda ids: run.reward(ids, rows)
   # Nothing crosses between host and device that the programs do not state.
   with jax.transfer_guard("disallow"):
-    return run.programs.run(state, run.frozen, placed, mark)
+    return run.programs.run(state, run.constants, placed, reward)
 
 
 class _Preemption:
@@ -202,7 +197,7 @@ class _Recorder:
     if self._on_step is not None:
       self._on_step(step, rows, ids, rewards)
     means = {name: float(np.mean(x)) for name, x in out.mean.items()}
-    if means["refused"] > 0:
+    if means["skipped_update"] > 0:
       finite = np.asarray(out.per_video["finite"]).all(axis=1)
       bad = [row.id for row, ok in zip(rows, finite, strict=True) if not ok]
       # The gradient alone may fail: then any of the videos can be the cause.
@@ -278,7 +273,7 @@ class _Saver:
   def keep_best(self, state, step, writer, validate):
     """Validates, and exports the policy if it is the best one so far."""
     params = jax.device_get(state.params)
-    found = validate(self._run.recipe.policy, params)
+    found = validate(self._run.config.policy, params)
     writer.write_scalars(
       step, {f"validation_{name}": value for name, value in found.items()}
     )
@@ -301,14 +296,14 @@ class _Saver:
     path = self._policy / name
     if jax.process_index() == 0:
       self._policy.mkdir(parents=True, exist_ok=True)
-      loading.save(path, self._run.recipe.policy, params)
+      loading.save(path, self._run.config.policy, params)
       _write_json(
         self._policy / "policy_config.json",
         {
           **self._run.described_policy,
           "base_model": self._run.base_model,
           "grid": self._run.described_grid,
-          "ratios": list(self._run.recipe.ladder.ratios),
+          "ratios": list(self._run.config.ladder.ratios),
           "config_hash": self._hash,
           "steps": step,
         },

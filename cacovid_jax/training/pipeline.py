@@ -366,10 +366,10 @@ class GridFeatureSource(FeatureSource):
   def __init__(
     self,
     clips: ShotSource,
-    encode_fn: Callable[[np.ndarray, token_grid.Bucket, tuple], np.ndarray],
+    encode_fn: Callable[[np.ndarray, token_grid.GridBucket, tuple], np.ndarray],
     processor: qwen_frames.ProcessorConfig,
     *,
-    buckets: Sequence[token_grid.Bucket],
+    buckets: Sequence[token_grid.GridBucket],
     identity: str,
     cache: feature_cache.FeatureCache | None = None,
     memory_items: int = 256,
@@ -477,16 +477,16 @@ class Bucketing:
     multiple: prompts are padded to a multiple of this.
   """
 
-  buckets: tuple[token_grid.Bucket, ...]
+  buckets: tuple[token_grid.GridBucket, ...]
   text_rows: int
   positions: Callable[..., tuple[np.ndarray, int]]
   multiple: int = 16
 
-  def length(self, bucket: token_grid.Bucket) -> int:
+  def length(self, bucket: token_grid.GridBucket) -> int:
     """Returns L of a bucket's prompts."""
     return -(-(bucket.tokens + self.text_rows) // self.multiple) * self.multiple
 
-  def bucket(self, grids) -> token_grid.Bucket:
+  def bucket(self, grids) -> token_grid.GridBucket:
     """Returns the smallest bucket that holds all of the grids (T, H, W)."""
     fits = [
       bucket
@@ -662,7 +662,7 @@ def train_batches(
     answer is no letter), `question_hash` uint32[B], `valid` bool[B] (all True
     here), `questions` list[Question], `errors` list (all None here). With
     `bucketing` also `bucket`, `grids` [(T, H, W)], `positions` int32[B,P,L] and
-    `following` int32[B]; features are then zero behind a video's own rows.
+    `next_position` int32[B]; features are then zero behind a video's own rows.
   """
   source = _as_source(source)
   quarantine = (
@@ -846,7 +846,7 @@ def _in_bucket(clips, prompts, bucketing: Bucketing):
   length = bucketing.length(bucket)
   width = clips[0].features.shape[1]
   features = np.zeros((len(clips), bucket.tokens, width), np.float32)
-  positions, following = [], []
+  positions, next_positions = [], []
   for row, clip, prompt in zip(features, clips, prompts, strict=True):
     row[: len(clip.features)] = clip.features
     text = prompt.length - len(clip.features)
@@ -860,10 +860,10 @@ def _in_bucket(clips, prompts, bucketing: Bucketing):
     )
     behind = ((0, 0), (0, length - own.shape[1]))
     positions.append(np.pad(own, behind))
-    following.append(after)
+    next_positions.append(after)
   return features, {
     "bucket": bucket,
     "grids": grids,
     "positions": np.stack(positions).astype(np.int32),
-    "following": np.array(following, np.int32),
+    "next_position": np.array(next_positions, np.int32),
   }

@@ -3,27 +3,26 @@
 Letters: G combinations, I iterations, B videos of a step, M new tokens.
 
 Three schedules, chosen once from the config:
-  fixed ratio, marks on the device: one program, all iterations inside;
-  adaptive ratio, marks on the device: `begin`, and one program per rung;
-  marks on the host: `begin`, one rollout program per rung, and `update`.
-So at most 2 + rungs programs, and as many for each bucket of grids. They are
-compiled ahead of time and called as executables, which cannot retrace: another
-shape or dtype is an error, never a silent compilation. No program has a host
-callback.
+  fixed ratio, device rewards: `fixed_ratio_step`, all iterations inside;
+  adaptive ratio, device rewards: `prepare_videos`, and one program per rung;
+  host rewards: `prepare_videos`, one rollout program per rung, and `update`.
+So at most 2 + rungs programs for each bucket of grids. They are compiled ahead
+of time and called as executables, which cannot retrace: another shape or dtype
+is an error, never a silent compilation. No program has a host callback.
 """
 
 import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from cacovid_jax.models import token_grid
 from cacovid_jax.parallel import mesh as mesh_lib
 from cacovid_jax.training import step as step_lib
 
@@ -36,216 +35,160 @@ _METRICS = step_lib.Metrics(mean=ONE, per_video=EACH)
 
 
 class Programs:
-  """Programs of one recipe on one mesh.
+  """Programs of a run on one mesh, a set for each bucket of grids.
 
   Attributes:
-    compile_seconds: {name: seconds} of what was compiled so far.
+    configs: {bucket: StepConfig}.
+    compile_seconds: {(bucket, name): seconds} of what was compiled so far.
   """
 
   def __init__(
-    self, recipe: step_lib.Recipe, mesh: Mesh, *, host_marks: bool = False
+    self,
+    configs: Sequence[step_lib.StepConfig],
+    mesh: Mesh,
+    *,
+    host_rewards: bool = False,
+    map_with: str = "shard_map",
   ):
     """Compiles nothing yet.
 
     Args:
-      recipe: the run.
+      configs: one per bucket, alike but for the ladder.
       mesh: with axes `data` and `model`.
-      host_marks: rewards come from the host, see `run`.
+      host_rewards: rewards come from the host, see `run`.
+      map_with: see `mesh.map_over_data`.
     """
-    self.recipe = recipe
+    self.configs = {config.ladder.bucket: config for config in configs}
     self.mesh = mesh
-    self.host_marks = host_marks
-    self.one_program = not host_marks and len(recipe.ladder) == 1
-    self.compile_seconds: dict[str, float] = {}
-    self._compiled: dict[str, Any] = {}
+    self.host_rewards = host_rewards
+    self.compile_seconds: dict[tuple[token_grid.GridBucket, str], float] = {}
+    self._map_with = map_with
+    self._compiled = {}
 
   @property
   def limit(self) -> int:
     """The number of programs that the run may compile."""
-    return 1 if self.one_program else 2 + len(self.recipe.ladder)
+    return sum(map(self._limit, self.configs.values()))
+
+  def _limit(self, config):
+    """Returns the number of programs of a bucket."""
+    return 1 if self._one_program(config) else 2 + len(config.ladder)
+
+  def _one_program(self, config):
+    """Returns whether a step is one program."""
+    return not self.host_rewards and len(config.ladder) == 1
 
   def run(
     self,
     state,
-    frozen: step_lib.Frozen,
+    constants: step_lib.Constants,
     batch: step_lib.Batch,
-    mark: Callable[[np.ndarray], np.ndarray] | None = None,
+    reward: Callable[[np.ndarray], np.ndarray] | None = None,
   ):
     """Runs all iterations on one batch of videos.
 
     Args:
       state: TrainState; its buffers are given up.
-      frozen: base weights and letter table, on the mesh.
+      constants: base weights and letter table, on the mesh.
       batch: on the mesh, split over `data`.
-      mark: with marks on the host, ids i32[B,G,M] -> rewards f32[B,G].
+      reward: with host rewards, ids i32[B,G,M] -> f32[B,G].
 
     Returns:
       (state, ids [B,I,G,M], rewards [B,I,G], Metrics with means [I] and
       per-video arrays [B,I]). The one program leaves them on the device;
       otherwise they are joined on the host.
     """
-    if self.one_program:
-      return self.call("whole", state, frozen, batch)
-    videos, memory = self.call("begin", state, frozen, batch)
+    bucket = batch.grid_data.grid.bucket
+    config, call = self.configs[bucket], functools.partial(self.call, bucket)
+    if self._one_program(config):
+      return call("fixed_ratio_step", state, constants, batch)
+    videos, memory = call("prepare_videos", state, constants, batch)
     outs = []
-    if batch.own is None:
-      largest = self.recipe.ladder.start
-    else:
-      largest = int(gather(batch.own.rungs.start).max())
-    for _ in range(self.recipe.iterations):
-      if self.host_marks:
-        ids, masks = self.call(f"rollout_{largest}", frozen, videos, memory)
-        rewards = np.asarray(mark(gather(ids)), np.float32)
+    max_rung = int(gather(batch.grid_data.rungs.start).max())
+    for _ in range(config.iterations):
+      if self.host_rewards:
+        ids, masks = call(f"rollout_{max_rung}", constants, videos, memory)
+        rewards = np.asarray(reward(gather(ids)), np.float32)
         placed = mesh_lib.put(rewards, self.mesh, EACH)
-        state, memory, metrics = self.call(
+        state, memory, metrics = call(
           "update", state, videos, memory, masks, placed
         )
       else:
-        state, memory, ids, rewards, metrics = self.call(
-          f"iterate_{largest}", state, frozen, videos, memory
+        state, memory, ids, rewards, metrics = call(
+          f"iterate_{max_rung}", state, constants, videos, memory
         )
       outs.append((ids, rewards, metrics))
-      if len(self.recipe.ladder) > 1:
+      if len(config.ladder) > 1:
         # The one scalar per video that leaves the device.
-        largest = int(gather(metrics.per_video["next_rung"]).max())
+        max_rung = int(gather(metrics.per_video["next_rung"]).max())
     return state, *_join(outs)
 
-  def call(self, name: str, *args):
+  def call(self, bucket: token_grid.GridBucket, name: str, *args):
     """Calls a program, compiled on its first call."""
-    if name not in self._compiled:
-      self._compile(name, args)
-    return self._compiled[name](*args)
+    if (bucket, name) not in self._compiled:
+      self._compile(bucket, name, args)
+    return self._compiled[bucket, name](*args)
 
-  def lower(self, name: str, *args, **kwargs):
-    """Returns the lowered program (for its text, or another platform)."""
-    return self.jitted(name).trace(*args).lower(**kwargs)
-
-  def jitted(self, name: str):
+  def jitted(self, bucket: token_grid.GridBucket, name: str):
     """Returns the mapped, jitted function of a program."""
-    function, in_specs, out_specs, donated = self._definition(name)
-    mapped = jax.shard_map(
-      function,
-      mesh=self.mesh,
-      in_specs=in_specs,
-      out_specs=out_specs,
-      # The compiler splits the base model over `model` by its weights'
-      # sharding; only `data` is mapped by hand.
-      axis_names={step_lib.AXIS}
-      if self.mesh.shape["model"] > 1
-      else set(self.mesh.axis_names),
-      # With the check, gradients of replicated parameters arrive summed
-      # over devices, and the explicit mean would count them again.
-      check_vma=False,
+    function, in_specs, out_specs, donated = _definition(
+      self.configs[bucket], name
+    )
+    mapped = mesh_lib.map_over_data(
+      function, self.mesh, in_specs, out_specs, how=self._map_with
     )
     return jax.jit(mapped, donate_argnums=donated)
 
-  def _compile(self, name, args):
-    if len(self._compiled) >= self.limit:
+  def _compile(self, bucket, name, args):
+    limit = self._limit(self.configs[bucket])
+    known = [name for found, name in self._compiled if found == bucket]
+    if len(known) >= limit:
       raise RuntimeError(
-        f"program {name!r} is one more than the {self.limit} of this run:"
-        f" {sorted(self._compiled)}"
+        f"program {name!r} is one more than the {limit} of this run:"
+        f" {sorted(known)}"
       )
     start = time.monotonic()
     # Constants of the traced functions may visit the device.
     with jax.transfer_guard("allow"):
-      self._compiled[name] = self.lower(name, *args).compile()
-    self.compile_seconds[name] = time.monotonic() - start
-    _log.info("compiled %s in %.1f s", name, self.compile_seconds[name])
-
-  def _definition(self, name):
-    """Returns (function, input specs, output specs, donated arguments)."""
-    kind, _, rung = name.partition("_")
-    recipe = self.recipe
-    if kind == "whole":
-      return (
-        functools.partial(step_lib.whole, recipe),
-        (ONE, ONE, EACH),
-        (ONE, EACH, EACH, _METRICS),
-        (0,),
-      )
-    if kind == "begin":
-      return (
-        functools.partial(step_lib.begin, recipe),
-        (ONE, ONE, EACH),
-        (EACH, EACH),
-        (),
-      )
-    if kind == "iterate":
-      return (
-        functools.partial(step_lib.iterate, recipe, largest=int(rung)),
-        (ONE, ONE, EACH, EACH),
-        (ONE, EACH, EACH, EACH, _METRICS),
-        (0, 3),
-      )
-    if kind == "rollout":
-
-      def ids_and_masks(frozen, videos, memory):
-        answers, masks = step_lib.roll_out(
-          recipe, frozen, videos, memory, largest=int(rung)
-        )
-        return answers.ids, masks
-
-      return ids_and_masks, (ONE, EACH, EACH), (EACH, EACH), ()
-    if kind == "update":
-      return (
-        functools.partial(step_lib.update, recipe),
-        (ONE, EACH, EACH, EACH, EACH),
-        (ONE, EACH, _METRICS),
-        (0, 2),
-      )
-    raise ValueError(f"no program is called {name!r}")
+      lowered = self.jitted(bucket, name).trace(*args).lower()
+      self._compiled[bucket, name] = lowered.compile()
+    seconds = time.monotonic() - start
+    self.compile_seconds[bucket, name] = seconds
+    _log.info("compiled %s of %s in %.1f s", name, bucket, seconds)
 
 
-class BucketPrograms:
-  """Programs for videos of several grids: a set of `Programs` per bucket."""
+def _definition(config, name):
+  """Returns (function, input specs, output specs, donated arguments)."""
+  kind, _, rung = name.rpartition("_")
+  if not rung.isdigit():
+    kind, options = name, {}
+  else:
+    options = {"max_rung": int(rung)}
+  specs = {
+    "fixed_ratio_step": ((ONE, ONE, EACH), (ONE, EACH, EACH, _METRICS), (0,)),
+    "prepare_videos": ((ONE, ONE, EACH), (EACH, EACH), ()),
+    "iterate": (
+      (ONE, ONE, EACH, EACH),
+      (ONE, EACH, EACH, EACH, _METRICS),
+      (0, 3),
+    ),
+    "rollout": ((ONE, EACH, EACH), (EACH, EACH), ()),
+    "update": ((ONE, EACH, EACH, EACH, EACH), (ONE, EACH, _METRICS), (0, 2)),
+  }
+  function = functools.partial(getattr(step_lib, kind), config, **options)
+  if kind == "rollout":
 
-  def __init__(
-    self,
-    recipes: Sequence[step_lib.Recipe],
-    mesh: Mesh,
-    *,
-    host_marks: bool = False,
-  ):
-    """Compiles nothing yet.
+    def ids_and_masks(*args):
+      answers, masks = function(*args)
+      return answers.ids, masks
 
-    Args:
-      recipes: one per bucket, alike but for grid and ladder.
-      mesh: as of `Programs`.
-      host_marks: as of `Programs`.
-    """
-    self.by_bucket = {
-      recipe.bucket: Programs(recipe, mesh, host_marks=host_marks)
-      for recipe in recipes
-    }
-
-  @property
-  def limit(self) -> int:
-    """The number of programs that the run may compile."""
-    return sum(made.limit for made in self.by_bucket.values())
-
-  @property
-  def compile_seconds(self) -> dict[str, float]:
-    """{bucket and name: seconds} of what was compiled so far."""
-    return {
-      f"{bucket.frames}x{bucket.frame_tokens}/{name}": seconds
-      for bucket, made in self.by_bucket.items()
-      for name, seconds in made.compile_seconds.items()
-    }
-
-  def run(self, state, frozen, batch: step_lib.Batch, mark=None):
-    """Runs a batch with the programs of its bucket; see `Programs.run`."""
-    bucket = batch.own.grid.bucket
-    return self.by_bucket[bucket].run(state, frozen, batch, mark)
+    return ids_and_masks, *specs[kind]
+  return function, *specs[kind]
 
 
 def place_batch(batch: step_lib.Batch, mesh: Mesh) -> step_lib.Batch:
   """Puts a batch of host arrays on the mesh, split over `data`."""
   return mesh_lib.put(batch, mesh, EACH)
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-  """Returns the placement of state and letter table."""
-  return NamedSharding(mesh, ONE)
 
 
 def gather(array) -> np.ndarray:

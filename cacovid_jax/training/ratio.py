@@ -8,8 +8,8 @@ nearest to half or twice the ratio (on a log scale) and always at least one
 rung on. On the default ladder that is the paper's schedule, except that 0.12
 steps down to 0.08 where the paper goes to 0.06.
 
-A small grid raises or drops rungs. Where videos of several grids share a
-program (`BucketLadder`), each has a ladder of its own, as data.
+A small grid raises or drops rungs. Each video has the ladder of its own grid,
+as data.
 """
 
 import dataclasses
@@ -39,82 +39,57 @@ class RatioConfig:
   high: float = 0.875
 
 
-@dataclasses.dataclass(frozen=True)
-class Ladder:
-  """The rungs of a run; a hashable constant of its programs.
-
-  Attributes:
-    ratios: rising retention ratios.
-    plans: one `sampling.Plan` per rung.
-    num_keep: K per rung, rising.
-    start: rung at which every video starts.
-    down, up: rung reached from each rung.
-    low, high: see `RatioConfig`.
-  """
-
-  ratios: tuple[float, ...]
-  plans: tuple[sampling.Plan, ...]
-  num_keep: tuple[int, ...]
-  start: int
-  down: tuple[int, ...]
-  up: tuple[int, ...]
-  low: float
-  high: float
-
-  def __len__(self):
-    return len(self.ratios)
-
-  @property
-  def num_combinations(self) -> int:
-    """G."""
-    return self.plans[0].num_combinations
-
-
 class Rungs(struct.PyTreeNode):
-  """ONE video's ladder at the R places of a `BucketLadder`, as data.
+  """ONE video's ladder at the R places of a `Ladder`, as data.
 
   Attributes:
     ratios: f32[R]; a place without a rung of this video's repeats another.
     down: i32[R] place reached from each place,
     up: upwards.
     start: i32[].
-    plans: `sampling.BucketPlan` with a leading axis R.
+    plans: `sampling.SamplingPlan` with a leading axis R; None where the ladder
+      has the plans of all videos.
   """
 
   ratios: Any
   down: Any
   up: Any
   start: Any
-  plans: sampling.BucketPlan
+  plans: sampling.SamplingPlan | None
 
 
 @dataclasses.dataclass(frozen=True)
-class BucketLadder:
+class Ladder:
   """The ladders of all grids in a bucket; a hashable constant of its programs.
 
-  Its places are the ratios of the config. A video's rungs lie at the places of
-  their ratios, one that its grid raised lies at the first; so the program of a
-  place has room for every rung up to it, whatever the video.
+  Its places are the ratios of the config, less those that the one grid of a run
+  does not allow. A video's rungs lie at the places of their ratios, one that
+  its grid raised lies at the first; so the program of a place has room for
+  every rung up to it, whatever the video.
 
   Attributes:
-    bucket: that the grids lie in.
+    grid: (T, H, W) of all videos, or the GridBucket that they lie in.
     ratios: rising retention ratios, one per place.
     num_keep: largest K of any grid per place.
-    sizes: of the sampler, for all places.
+    plans: of one grid one `sampling.SamplingPlan` per place, of exact shape, so
+      that draws do not depend on the other places; empty in a bucket.
+    shape: of the sampler, for all places of a bucket; None for one grid.
     config: rungs and bounds.
     sampling_config: sizes of the combination space.
     fixed: the ratio of a ladder of one rung, or None.
   """
 
-  bucket: token_grid.Bucket
+  grid: tuple[int, int, int] | token_grid.GridBucket
   ratios: tuple[float, ...]
   num_keep: tuple[int, ...]
-  sizes: sampling.Sizes
+  plans: tuple[sampling.SamplingPlan, ...]
+  shape: sampling.PlanShape | None
   config: RatioConfig
   sampling_config: sampling.SamplingConfig
   fixed: float | None
 
   def __len__(self):
+    """R."""
     return len(self.ratios)
 
   @property
@@ -123,12 +98,15 @@ class BucketLadder:
     return self.sampling_config.num_combinations
 
   @property
-  def low(self) -> float:
-    return self.config.low
+  def bucket(self) -> token_grid.GridBucket:
+    """That every video's grid lies in."""
+    if isinstance(self.grid, token_grid.GridBucket):
+      return self.grid
+    return token_grid.TokenGrid.of(self.grid).bucket
 
-  @property
-  def high(self) -> float:
-    return self.config.high
+  def place(self, grid: tuple[int, int, int]) -> token_grid.TokenGrid:
+    """Returns the grid of a video, full where all have this one."""
+    return token_grid.TokenGrid.of(grid, None if self.plans else self.grid)
 
   def rungs(self, grid: tuple[int, int, int]) -> Rungs:
     """Returns the Rungs of a video (T, H, W), NumPy arrays."""
@@ -136,111 +114,105 @@ class BucketLadder:
 
 
 @functools.lru_cache(maxsize=1024)
-def _rungs(ladder: BucketLadder, grid) -> Rungs:
-  own = make_ladder(
-    grid, ladder.sampling_config, ladder.config, fixed=ladder.fixed
-  )
+def _rungs(ladder: Ladder, grid) -> Rungs:
+  ratios = _own_ratios(grid, ladder.config, ladder.fixed)
   places = [
     ladder.ratios.index(ratio) if ratio in ladder.ratios else 0
-    for ratio in own.ratios
+    for ratio in ratios
   ]
   # A place that no rung has is never reached; anything will do.
-  nearest = [int(np.searchsorted(places, j)) for j in range(len(ladder))]
-  nearest = [min(rung, len(own) - 1) for rung in nearest]
-  plans = [
-    sampling.in_bucket(own.plans[rung], ladder.bucket, ladder.sizes)
-    for rung in nearest
-  ]
+  nearest = np.searchsorted(places, np.arange(len(ladder)))
+  nearest = np.minimum(nearest, len(ratios) - 1)
+
+  def moves(factor):
+    moved = [places[_moved(ratios, rung, factor)] for rung in nearest]
+    return np.array(moved, np.int32)
+
+  # The start may itself be a rung that the grid raised or dropped.
+  start = ladder.config.start if ladder.fixed is None else ladder.fixed
+  start = min(
+    range(len(ratios)), key=lambda j: abs(math.log(ratios[j] / start))
+  )
+  plans = None
+  if not ladder.plans:
+    own = [
+      sampling.plan(
+        ladder.place(grid), ratios[j], ladder.sampling_config, ladder.shape
+      )
+      for j in nearest
+    ]
+    plans = jax.tree.map(lambda *leaves: np.stack(leaves), *own)
   return Rungs(
-    ratios=np.array([own.ratios[rung] for rung in nearest], np.float32),
-    down=np.array([places[own.down[rung]] for rung in nearest], np.int32),
-    up=np.array([places[own.up[rung]] for rung in nearest], np.int32),
-    start=np.int32(places[own.start]),
-    plans=jax.tree.map(lambda *leaves: np.stack(leaves), *plans),
+    ratios=np.array([ratios[j] for j in nearest], np.float32),
+    down=moves(0.5),
+    up=moves(2.0),
+    start=np.int32(places[start]),
+    plans=plans,
   )
 
 
-def make_bucket_ladder(
-  bucket: token_grid.Bucket,
+def make_ladder(
+  grid: tuple[int, int, int] | token_grid.GridBucket,
   sampling_config: sampling.SamplingConfig,
   config: RatioConfig,
   *,
   fixed: float | None = None,
-) -> BucketLadder:
-  """Returns the ladders of a bucket's grids; arguments as of `make_ladder`."""
+) -> Ladder:
+  """Returns the ladder of a run.
+
+  Args:
+    grid: (T, H, W) of all videos, or the GridBucket that they lie in.
+    sampling_config: sizes of the combination space.
+    config: rungs and bounds.
+    fixed: a ratio for a ladder of this one rung, which is never left. A
+      fixed ratio that a grid does not allow is an error; the rungs of an
+      adaptive ladder are raised to what it allows.
+  """
   if fixed is None:
     _check(config)
-  ratios = config.rungs if fixed is None else (float(fixed),)
-  up_to = [
-    sampling.largest_sizes(bucket, ratios[: place + 1], sampling_config)
-    for place in range(len(ratios))
-  ]
-  return BucketLadder(
-    bucket=bucket,
-    ratios=tuple(ratios),
-    num_keep=tuple(sizes.num_keep for sizes in up_to),
-    sizes=up_to[-1],
+  if isinstance(grid, token_grid.GridBucket):
+    ratios = tuple(config.rungs) if fixed is None else (float(fixed),)
+    plans = ()
+    shapes = [
+      sampling.largest_shape(grid, ratios[: place + 1], sampling_config)
+      for place in range(len(ratios))
+    ]
+  else:
+    ratios = _own_ratios(grid, config, fixed)
+    plans = tuple(sampling.plan(grid, r, sampling_config) for r in ratios)
+    shapes = [plan.shape for plan in plans]
+  return Ladder(
+    grid=grid,
+    ratios=ratios,
+    num_keep=tuple(shape.num_keep for shape in shapes),
+    plans=plans,
+    shape=None if plans else shapes[-1],
     config=config,
     sampling_config=sampling_config,
     fixed=fixed,
   )
 
 
-def make_ladder(
-  grid: tuple[int, int, int],
-  sampling_config: sampling.SamplingConfig,
-  config: RatioConfig,
-  *,
-  fixed: float | None = None,
-) -> Ladder:
-  """Returns the ladder of one token grid.
-
-  Args:
-    grid: (T, H, W).
-    sampling_config: sizes of the combination space.
-    config: rungs and bounds.
-    fixed: a ratio for a ladder of this one rung, which is never left. A
-      fixed ratio that the grid does not allow is an error; the rungs of an
-      adaptive ladder are raised to what it allows (`sampling.ladder`).
-  """
-  if fixed is not None:
-    plans, start = (sampling.plan(grid, fixed, sampling_config),), 0
-    ratios = (plans[0].ratio,)
-  else:
-    _check(config)
-    plans = sampling.ladder(grid, config.rungs, sampling_config)
-    ratios = tuple(plan.ratio for plan in plans)
-    # The start may itself be a rung that the grid raised or dropped.
-    start = min(
-      range(len(ratios)),
-      key=lambda j: abs(math.log(ratios[j] / config.start)),
-    )
-  return Ladder(
-    ratios=ratios,
-    plans=plans,
-    num_keep=tuple(plan.num_keep for plan in plans),
-    start=start,
-    down=tuple(_moved(ratios, j, 0.5) for j in range(len(ratios))),
-    up=tuple(_moved(ratios, j, 2.0) for j in range(len(ratios))),
-    low=config.low,
-    high=config.high,
-  )
-
-
-def next_rung(ladder, rung, mean_reward, rungs=None):
+def next_rung(ladder: Ladder, rungs: Rungs, rung, mean_reward):
   """Returns the rung i32[] of a video's next iteration.
 
   Args:
-    ladder: Ladder or BucketLadder.
+    ladder: its bounds.
+    rungs: of the video.
     rung: i32[], this iteration's rung.
     mean_reward: f32[], mean token-mode reward of the memory so far.
-    rungs: the video's own, of a BucketLadder.
   """
-  moves = ladder if rungs is None else rungs
-  down = jnp.asarray(moves.down, jnp.int32)[rung]
-  up = jnp.asarray(moves.up, jnp.int32)[rung]
-  moved = jnp.where(mean_reward >= ladder.high, down, rung)
-  return jnp.where(mean_reward <= ladder.low, up, moved)
+  down = jnp.asarray(rungs.down)[rung]
+  up = jnp.asarray(rungs.up)[rung]
+  moved = jnp.where(mean_reward >= ladder.config.high, down, rung)
+  return jnp.where(mean_reward <= ladder.config.low, up, moved)
+
+
+def _own_ratios(grid, config: RatioConfig, fixed) -> tuple[float, ...]:
+  """Returns the ratios of one grid's rungs."""
+  if fixed is not None:
+    return (float(fixed),)
+  return sampling.allowed_ratios(grid, config.rungs)
 
 
 def _moved(ratios: Sequence[float], rung: int, factor: float) -> int:

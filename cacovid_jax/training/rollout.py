@@ -65,16 +65,15 @@ class Prompts(struct.PyTreeNode):
     video_start: i32[B] row of the first video token.
     num_video: i32[B] video tokens of each prompt, at most N, where they
       differ; the text behind them stands right after. None for N everywhere.
-    following: i32[B] position of the first generated token; None for the one
-      behind the last row's.
+    next_position: i32[B] position of the first generated token.
   """
 
   x: jax.Array
   positions: jax.Array
   length: jax.Array
   video_start: jax.Array
+  next_position: jax.Array
   num_video: jax.Array | None = None
-  following: jax.Array | None = None
 
   def video_rows(self, num_video: int):
     """Returns i32[N] rows of ONE example's video tokens, L behind its own."""
@@ -164,19 +163,14 @@ def answer(
     ids = jnp.argmax(logits, axis=-1).astype(jnp.int32)[:, None]
     return Answers(grouped(ids), grouped(logits))
   # Generated text goes on where the whole prompt ends.
-  if prompts.following is None:
-    following = jnp.repeat(prompts.positions[:, 0, :], num_combinations, axis=0)
-    last = jnp.repeat(prompts.length, num_combinations) - 1
-    following = jnp.take_along_axis(following, last[:, None], axis=1)[:, 0] + 1
-  else:
-    following = jnp.repeat(prompts.following, num_combinations)
+  next_position = jnp.repeat(prompts.next_position, num_combinations)
   ids = generation.greedy(
     model,
     params,
     x,
     positions,
     lengths,
-    following,
+    next_position,
     max_new_tokens=max_new_tokens,
     eos_ids=tuple(eos_ids),
     pad_id=pad_id,

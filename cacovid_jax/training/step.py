@@ -4,9 +4,9 @@ Letters: T frames, H W token grid, N video tokens, L prompt tokens, D width, K
 kept tokens, G combinations, I iterations, B videos on this device, P position
 rows, M new tokens, A letters, R rungs.
 
-With a static grid every video has the same T and N. With a bucket (see
-`models.token_grid`) these are the bucket's sizes; a video's own grid is data,
-and what stands behind its own frames and tokens has no influence.
+T and N are those of a bucket (see `models.token_grid`). What stands behind a
+video's own frames and tokens has no influence; where one grid fills the bucket,
+programs know nothing of it.
 
 The functions are written against the named axis `data`, over which they
 average explicitly; `training.programs` maps them over devices. Per-video maths
@@ -24,25 +24,64 @@ from flax import struct
 
 from cacovid_jax.models import token_grid
 from cacovid_jax.policy import objective, sampling
-from cacovid_jax.training import ratio, replay, rollout
-from cacovid_jax.training import state as state_lib
+from cacovid_jax.training import ratio, replay
+from cacovid_jax.training import rollout as rollout_lib
 
 AXIS = "data"
 
 
-class Own(struct.PyTreeNode):
-  """What each of B videos has of its own where their grids differ.
+class TrainState(struct.PyTreeNode):
+  """Everything that a run must remember: one pytree.
 
   Attributes:
-    grid: `buckets.Grid` of the bucket, its numbers i32[B].
+    step: i32[], steps done; a step is all iterations of `videos_per_step`
+      videos. A skipped update counts, so that the data order goes on.
+    params: policy parameters, float32.
+    opt_state: optimiser state; its own count is that of accepted updates.
+  """
+
+  step: jax.Array
+  params: Any
+  opt_state: Any
+
+  @classmethod
+  def create(cls, params, tx: optax.GradientTransformation):
+    """Returns the state before the first step."""
+    step = jnp.zeros((), jnp.int32)
+    return cls(step=step, params=params, opt_state=tx.init(params))
+
+  def apply_gradients(self, grads, tx: optax.GradientTransformation, accept):
+    """Returns the state after one optimiser update, unchanged if skipped.
+
+    Args:
+      grads: like `params`.
+      tx: the optimiser.
+      accept: bool[], False leaves parameters and moments bit for bit as they
+        were; one NaN in a moment would otherwise stay for good.
+    """
+    updates, opt_state = tx.update(grads, self.opt_state, self.params)
+    params = optax.apply_updates(self.params, updates)
+    new = params, opt_state
+    old = self.params, self.opt_state
+    params, opt_state = jax.tree.map(
+      lambda a, b: jnp.where(accept, a, b), new, old
+    )
+    return self.replace(params=params, opt_state=opt_state)
+
+
+class VideoGridData(struct.PyTreeNode):
+  """What follows from the grids of B videos.
+
+  Attributes:
+    grid: TokenGrid, its numbers i32[B].
     positions: i32[B,P,L].
-    following: i32[B] position of the first generated token.
+    next_position: i32[B] position of the first generated token.
     rungs: `ratio.Rungs`, leading axis B.
   """
 
-  grid: token_grid.Grid
+  grid: token_grid.TokenGrid
   positions: jax.Array
-  following: jax.Array
+  next_position: jax.Array
   rungs: ratio.Rungs
 
 
@@ -50,8 +89,8 @@ class Batch(struct.PyTreeNode):
   """What a step reads of its B videos.
 
   Attributes:
-    video: u8[B,T,h,w,3] pixels, or f[B,N,D] features encoded before; in a
-      bucket features, zero behind a video's own.
+    video: u8[B,T,h,w,3] pixels, or f[B,N,D] features encoded before, zero
+      behind a video's own.
     ids: i32[B,L] whole prompts, right padded.
     length: i32[B].
     video_start: i32[B].
@@ -60,7 +99,7 @@ class Batch(struct.PyTreeNode):
     question_hash: u32[B].
     decisive_frames: bool[B,T] where the answer is to be seen; all False if
       unknown. It feeds a metric and nothing else.
-    own: Own, in a bucket; None with a static grid, where positions count on.
+    grid_data: VideoGridData.
   """
 
   video: jax.Array
@@ -71,25 +110,25 @@ class Batch(struct.PyTreeNode):
   option_ids: jax.Array
   question_hash: jax.Array
   decisive_frames: jax.Array
-  own: Own | None = None
+  grid_data: VideoGridData
 
 
 class Videos(struct.PyTreeNode):
   """A batch that was embedded: what all iterations on it share.
 
-  `rng` is the key of each video; the rest is as in `Batch` and `Own`.
+  `rng` is the key of each video; the rest is as in `Batch`, `VideoGridData`.
   """
 
-  prompts: rollout.Prompts
+  prompts: rollout_lib.Prompts
   answer_id: jax.Array
   option_ids: jax.Array
   decisive_frames: jax.Array
   rng: jax.Array
-  grid: token_grid.Grid | None = None
-  rungs: ratio.Rungs | None = None
+  grid: token_grid.TokenGrid
+  rungs: ratio.Rungs
 
 
-class Frozen(struct.PyTreeNode):
+class Constants(struct.PyTreeNode):
   """Arrays that no step changes.
 
   They are arguments of every program; captured, the weights would become
@@ -97,7 +136,7 @@ class Frozen(struct.PyTreeNode):
 
   Attributes:
     params: base weights.
-    letters: i32[V] of `rollout.first_letters`.
+    letters: i32[V] of `rollout_lib.first_letters`.
     seed: u32[], of all random draws.
   """
 
@@ -120,15 +159,14 @@ class Metrics(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class StepConfig:
   """Everything static about a run; the programs are made from it.
 
   Attributes:
     model: the frozen video LLM.
     policy: the policy module, see `policy.network`.
     tx: the optimiser.
-    grid: (T, H, W) of all videos, or the `buckets.Bucket` that holds them.
-    ladder: retention ratios, `ratio.Ladder` or, in a bucket, `BucketLadder`.
+    ladder: retention ratios, of the one grid or the bucket of the videos.
     objective: constants of the loss.
     rollout: how the model answers.
     iterations: I.
@@ -140,23 +178,18 @@ class Recipe:
   model: Any
   policy: Any
   tx: optax.GradientTransformation
-  grid: tuple[int, int, int] | token_grid.Bucket
-  ladder: ratio.Ladder | ratio.BucketLadder
+  ladder: ratio.Ladder
   objective: objective.ObjectiveConfig
-  rollout: rollout.RolloutConfig
+  rollout: rollout_lib.RolloutConfig
   iterations: int
   eos_ids: tuple[int, ...]
   pad_id: int
   to_pixels: Any = None
 
   @property
-  def bucket(self) -> token_grid.Bucket:
-    return token_grid.as_bucket(self.grid)
-
-  @property
   def num_video(self) -> int:
     """N, the rows of features."""
-    return self.bucket.tokens
+    return self.ladder.bucket.tokens
 
   @property
   def num_combinations(self) -> int:
@@ -169,34 +202,37 @@ def video_keys(seed, step, question_hash):
   return jax.vmap(jax.random.fold_in, (None, 0))(key, question_hash)
 
 
-def policy_scores(recipe: Recipe, params, videos: Videos):
+def policy_scores(config: StepConfig, params, videos: Videos):
   """Returns Scores of B whole prompts under the policy."""
 
   def one(prompt, grid):
-    return recipe.policy.apply(
+    return config.policy.apply(
       {"params": params},
       prompt.x,
       prompt.positions,
-      prompt.video_rows(recipe.num_video),
-      recipe.grid if grid is None else grid,
+      prompt.video_rows(config.num_video),
+      # What a policy of one's own reads where all videos have this one.
+      grid.shape if grid.full else grid,
       prompt.length,
     )
 
   return jax.vmap(one)(videos.prompts, videos.grid)
 
 
-def begin(recipe: Recipe, state, frozen: Frozen, batch: Batch):
+def prepare_videos(
+  config: StepConfig, state, constants: Constants, batch: Batch
+):
   """Embeds the prompts, scores them once, and empties the memories.
 
   Returns:
     (Videos, replay.Replay), leading axis B.
   """
-  model, params = recipe.model, frozen.params
+  model, params = config.model, constants.params
   features = batch.video
   if features.ndim == 5:
 
     def encode(video):
-      return model.encode_video(params, recipe.to_pixels(video))
+      return model.encode_video(params, config.to_pixels(video))
 
     # One video at a time: a tower's activations are the step's largest.
     features = jax.lax.map(encode, features)
@@ -205,120 +241,95 @@ def begin(recipe: Recipe, state, frozen: Frozen, batch: Batch):
     answer_id=batch.answer_id,
     option_ids=batch.option_ids,
     decisive_frames=batch.decisive_frames,
-    rng=video_keys(frozen.seed, state.step, batch.question_hash),
-    grid=None if batch.own is None else batch.own.grid,
-    rungs=None if batch.own is None else batch.own.rungs,
+    rng=video_keys(constants.seed, state.step, batch.question_hash),
+    grid=batch.grid_data.grid,
+    rungs=batch.grid_data.rungs,
   )
-  scores = policy_scores(recipe, state.params, videos)
+  scores = policy_scores(config, state.params, videos)
 
-  def memory(old, rungs):
-    return replay.empty(
-      old,
-      num_combinations=recipe.num_combinations,
-      iterations=recipe.iterations,
-      rung=recipe.ladder.start if rungs is None else rungs.start,
+  memory = jax.vmap(
+    functools.partial(
+      replay.empty,
+      num_combinations=config.num_combinations,
+      iterations=config.iterations,
     )
+  )(scores, rung=videos.rungs.start)
+  return videos, memory
 
-  return videos, jax.vmap(memory)(scores, videos.rungs)
 
-
-def _prompts(model, params, batch: Batch, features) -> rollout.Prompts:
+def _prompts(model, params, batch: Batch, features) -> rollout_lib.Prompts:
   """Returns the prompts of a batch, features f[B,N,D] in place."""
-  given = (batch.ids, features, batch.video_start)
-  if batch.own is None:
-    x = jax.vmap(model.embed_prompt, (None, 0, 0, 0))(params, *given)
-    positions = jnp.broadcast_to(
-      jnp.arange(x.shape[1], dtype=jnp.int32), (x.shape[0], 1, x.shape[1])
-    )
-    num_video = following = None
-  else:
-    num_video = batch.own.grid.num_tokens
-    x = jax.vmap(model.embed_prompt, (None, 0, 0, 0, 0))(
-      params, *given, num_video
-    )
-    positions, following = batch.own.positions, batch.own.following
-  return rollout.Prompts(
-    x=x,
-    positions=positions,
+  data = batch.grid_data
+  # A video that fills its features needs no count of them.
+  count = () if data.grid.full else (data.grid.num_tokens,)
+  embed = functools.partial(model.embed_prompt, params)
+  return rollout_lib.Prompts(
+    x=jax.vmap(embed)(batch.ids, features, batch.video_start, *count),
+    positions=data.positions,
     length=batch.length,
     video_start=batch.video_start,
-    num_video=num_video,
-    following=following,
+    num_video=count[0] if count else None,
+    next_position=data.next_position,
   )
 
 
-def draw(recipe: Recipe, videos: Videos, memory, *, largest: int):
+def draw(config: StepConfig, videos: Videos, memory, *, max_rung: int):
   """Draws every video's combinations from its old scores.
 
-  A video on a smaller rung than `largest` gets that rung's combinations,
+  A video on a smaller rung than `max_rung` gets that rung's combinations,
   padded; which program runs has no influence on what is drawn.
 
   Returns:
     (sampling.Combinations with index i32[B,G,K], num_valid i32[B]).
   """
-  ladder = recipe.ladder
+  ladder = config.ladder
 
   def one(key, prompt, memory, rungs):
-    features = prompt.x[prompt.video_rows(recipe.num_video)]
-    given = (
+    return sampling.sample_rung(
       jax.random.fold_in(key, memory.iteration),
       memory.old_scores,
-      features,
+      prompt.x[prompt.video_rows(config.num_video)],
+      ladder.plans[: max_rung + 1] or rungs.plans,
+      memory.rung,
+      num_keep=ladder.num_keep[max_rung],
     )
-    if rungs is None:
-      plans = ladder.plans[: largest + 1]
-      return sampling.sample_rung(*given, plans=plans, rung=memory.rung)
-    # With room for every rung: random numbers depend on the sizes drawn.
-    plan = jax.tree.map(lambda leaf: leaf[memory.rung], rungs.plans)
-    drawn, num_valid = sampling.sample_in_bucket(*given, plan)
-    index = drawn.index[:, : ladder.num_keep[largest]]
-    return drawn._replace(index=index), num_valid
 
   return jax.vmap(one)(videos.rng, videos.prompts, memory, videos.rungs)
 
 
-def roll_out(recipe: Recipe, frozen, videos, memory, *, largest: int):
+def rollout(config: StepConfig, constants, videos, memory, *, max_rung: int):
   """Draws combinations and lets the frozen model answer from each.
 
   Returns:
-    (rollout.Answers, replay.Masks), leading axis B.
+    (rollout_lib.Answers, replay.Masks), leading axis B.
   """
-  combinations, num_valid = draw(recipe, videos, memory, largest=largest)
-  answers = rollout.answer(
-    recipe.model,
-    frozen.params,
+  combinations, num_valid = draw(config, videos, memory, max_rung=max_rung)
+  answers = rollout_lib.answer(
+    config.model,
+    constants.params,
     videos.prompts,
     combinations.index,
     num_valid,
-    num_video=recipe.num_video,
-    max_new_tokens=recipe.rollout.answer_length,
-    eos_ids=recipe.eos_ids,
-    pad_id=recipe.pad_id,
+    num_video=config.num_video,
+    max_new_tokens=config.rollout.answer_length,
+    eos_ids=config.eos_ids,
+    pad_id=config.pad_id,
   )
-  masks = jax.vmap(lambda c: replay.masks(c, recipe.num_video))(combinations)
+  masks = jax.vmap(lambda c: replay.masks(c, config.num_video))(combinations)
   return answers, masks
 
 
-def gradients(recipe: Recipe, params, videos: Videos, memory):
+def gradients(config: StepConfig, params, videos: Videos, memory):
   """Returns (gradient, (loss f32[B], metrics)), averaged over all devices.
 
   The metrics are averages as well; the losses are this device's.
   """
 
-  def one(new, old, rows, grid):
-    loss, metrics = objective.loss(new, old, rows, recipe.objective, grid)
-    for name in ("token", "frame"):
-      scores = getattr(new, name)
-      valid = None if grid is None else getattr(grid, f"valid_{name}s")
-      gap = scores[..., 1] - scores[..., 0]
-      metrics[f"{name}_gap_std"] = jnp.std(gap, where=valid)
-    return loss, metrics
-
   def mean_loss(params):
-    scores = policy_scores(recipe, params, videos)
-    loss, metrics = jax.vmap(one)(
-      scores, memory.old_scores, memory.rows, videos.grid
-    )
+    scores = policy_scores(config, params, videos)
+    loss, metrics = jax.vmap(
+      lambda *given: objective.loss(*given[:3], config.objective, given[3])
+    )(scores, memory.old_scores, memory.rows, videos.grid)
     return loss.mean(), (loss, metrics)
 
   grads, (loss, metrics) = jax.grad(mean_loss, has_aux=True)(params)
@@ -327,11 +338,11 @@ def gradients(recipe: Recipe, params, videos: Videos, memory):
   return grads, (loss, metrics)
 
 
-def update(recipe: Recipe, state, videos, memory, masks, rewards):
+def update(config: StepConfig, state, videos, memory, masks, rewards):
   """Remembers one iteration's rewards and makes one optimiser step.
 
   Args:
-    recipe: the run.
+    config: the run.
     state: TrainState.
     videos: Videos.
     memory: replay.Replay with room for the iteration.
@@ -343,41 +354,37 @@ def update(recipe: Recipe, state, videos, memory, masks, rewards):
   """
   rung = memory.rung
   memory = jax.vmap(replay.append)(memory, masks, rewards)
-  grads, (loss, metrics) = gradients(recipe, state.params, videos, memory)
+  grads, (loss, metrics) = gradients(config, state.params, videos, memory)
   finite = jnp.isfinite(loss) & jnp.isfinite(rewards).all(axis=-1)
   norm = optax.tree.norm(grads)
   # Every device must decide alike, or the replicas part for good.
   everywhere = jax.lax.pmin(finite.all().astype(jnp.int32), AXIS) > 0
   accept = everywhere & jnp.isfinite(norm)
-  new = state_lib.apply_gradients(state, grads, recipe.tx, accept)
-  last = memory.iteration[0] == recipe.iterations
+  new = state.apply_gradients(grads, config.tx, accept)
+  last = memory.iteration[0] == config.iterations
   new = new.replace(step=state.step + last.astype(jnp.int32))
   mean_reward = jax.vmap(replay.mean_token_reward)(memory)
-  if videos.rungs is None:
-    next_rung = ratio.next_rung(recipe.ladder, rung, mean_reward)
-    ratios = jnp.asarray(recipe.ladder.ratios, jnp.float32)[rung]
-  else:
-    move = functools.partial(ratio.next_rung, recipe.ladder)
-    next_rung = jax.vmap(move)(rung, mean_reward, videos.rungs)
-    ratios = jax.vmap(lambda own, j: own.ratios[j])(videos.rungs, rung)
+  move = functools.partial(ratio.next_rung, config.ladder)
+  next_rung = jax.vmap(move)(videos.rungs, rung, mean_reward)
+  ratios = jax.vmap(lambda rungs, j: rungs.ratios[j])(videos.rungs, rung)
   memory = memory.replace(rung=next_rung)
-  metrics |= reward_metrics(recipe, rewards)
+  metrics |= reward_metrics(config, rewards)
   metrics |= frame_metrics(videos, masks)
   metrics["loss"] = jax.lax.pmean(loss.mean(), AXIS)
   metrics["gradient_norm"] = norm
-  metrics["refused"] = 1.0 - accept.astype(jnp.float32)
+  metrics["skipped_update"] = 1.0 - accept.astype(jnp.float32)
   metrics["ratio"] = jax.lax.pmean(ratios.mean(), AXIS)
   per_video = {"finite": finite, "rung": rung, "next_rung": next_rung}
   return new, memory, Metrics(metrics, per_video)
 
 
-def reward_metrics(recipe: Recipe, rewards):
+def reward_metrics(config: StepConfig, rewards):
   """Returns mean rewards by mode; greedy and drawn combinations apart.
 
   The drawn ones hardly move (the group cap keeps draws near uniform): the
   greedy combination shows whether the policy learns.
   """
-  num_token, num_frame = replay.counts(recipe.num_combinations)
+  num_token, num_frame = replay.counts(config.num_combinations)
   frame = rewards[:, num_token : num_token + num_frame]
   means = {
     "reward_token": rewards[:, :num_token].mean(),
@@ -399,9 +406,7 @@ def frame_metrics(videos: Videos, masks: replay.Masks):
   hit = (masks.frame[:, 0] & decisive).any(axis=-1)
   drawn = masks.frame[:, 0].sum(axis=-1)
   taken = jnp.arange(decisive.shape[-1])
-  frames = decisive.shape[-1]
-  if videos.grid is not None:
-    frames = videos.grid.num_frames[:, None]
+  frames = jnp.reshape(videos.grid.num_frames, (-1, 1))
   # All drawn frames miss: prod over draws of (others left) / (frames left).
   others = frames - decisive.sum(axis=-1, keepdims=True) - taken
   factor = jnp.maximum(others, 0) / (frames - taken)
@@ -419,42 +424,44 @@ def frame_metrics(videos: Videos, masks: replay.Masks):
   return {"decisive_frame": hits / count, "decisive_chance": chances / count}
 
 
-def iterate(recipe, state, frozen, videos, memory, *, largest: int):
+def iterate(config, state, constants, videos, memory, *, max_rung: int):
   """One iteration with on-device rewards.
 
   Returns:
     (state, memory, ids i32[B,G,M], rewards f32[B,G], metrics).
   """
-  answers, masks = roll_out(recipe, frozen, videos, memory, largest=largest)
-  rewards = rollout.reward(
-    recipe.rollout,
+  answers, masks = rollout(config, constants, videos, memory, max_rung=max_rung)
+  rewards = rollout_lib.reward(
+    config.rollout,
     answers,
     videos.answer_id,
     videos.option_ids,
-    frozen.letters,
+    constants.letters,
   )
-  state, memory, metrics = update(recipe, state, videos, memory, masks, rewards)
+  state, memory, metrics = update(config, state, videos, memory, masks, rewards)
   return state, memory, answers.ids, rewards, metrics
 
 
-def whole(recipe: Recipe, state, frozen: Frozen, batch: Batch):
+def fixed_ratio_step(
+  config: StepConfig, state, constants: Constants, batch: Batch
+):
   """All iterations on a batch at a fixed ratio, rewards on the device.
 
   Returns:
     (state, ids i32[B,I,G,M], rewards f32[B,I,G], metrics); means of the
     metrics are f32[I], those per video [B,I].
   """
-  videos, memory = begin(recipe, state, frozen, batch)
+  videos, memory = prepare_videos(config, state, constants, batch)
 
   def body(carry, _):
     state, memory = carry
     state, memory, *out = iterate(
-      recipe, state, frozen, videos, memory, largest=0
+      config, state, constants, videos, memory, max_rung=0
     )
     return (state, memory), tuple(out)
 
   (state, _), (ids, rewards, metrics) = jax.lax.scan(
-    body, (state, memory), None, length=recipe.iterations
+    body, (state, memory), None, length=config.iterations
   )
 
   def by_video(a):

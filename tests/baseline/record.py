@@ -112,7 +112,7 @@ class Evaluation:
       evaluation.open_source(request, checkpoint, runner.wanted(parsed)),
       found.questions,
       evaluation.settings(request),
-      policies={"policy": evaluation.load_policy(str(policy), checkpoint)},
+      policies={"policy": loading.load_policy(str(policy), checkpoint)},
       decisive=found.decisive,
       task=found.task,
       programs=self._programs.get(request.checkpoint),
@@ -196,18 +196,17 @@ def train(workdir, **changes):
   run = setup.make(config, workdir, checkpoint=checkpoint)
   state, draws, steps = run.init_state(), {}, []
   for batch, rows in run.batches(0):
-    recipe = run.recipe
-    if batch.own is not None:
-      recipe = run.programs.by_bucket[batch.own.grid.bucket].recipe
-    if recipe.bucket not in draws:
-      draws[recipe.bucket] = jax.jit(functools.partial(_draw, recipe))
-    mark = run.mark and functools.partial(run.mark, questions=rows)
+    bucket = batch.grid_data.grid.bucket
+    if bucket not in draws:
+      draw = functools.partial(_draw, run.programs.configs[bucket])
+      draws[bucket] = jax.jit(draw)
+    reward = run.reward and functools.partial(run.reward, questions=rows)
     before = jax.device_get(state)  # The step gives up its buffers.
     placed = programs.place_batch(batch, run.mesh)
-    state, *out = run.programs.run(state, run.frozen, placed, mark)
+    state, *out = run.programs.run(state, run.constants, placed, reward)
     ids, rewards, metrics = jax.tree.map(programs.gather, out)
-    index, count = draws[recipe.bucket](
-      before, run.frozen, batch, metrics.per_video["rung"]
+    index, count = draws[bucket](
+      before, run.constants, batch, metrics.per_video["rung"]
     )
     index, count = np.asarray(index), np.asarray(count)
     steps.append(
@@ -228,20 +227,20 @@ def train(workdir, **changes):
   }
 
 
-def _draw(recipe, state, frozen, batch, rungs):
+def _draw(config, state, constants, batch, rungs):
   """Draws a step's combinations again, from the state before it.
 
   Args:
-    recipe: static.
+    config: static.
     state: before the step.
-    frozen: as of the step.
+    constants: as of the step.
     batch: as of the step.
     rungs: i32[B,I] where each video was on its ladder.
 
   Returns:
     (i32[I,B,G,K] padded, i32[I,B] how many of K are kept).
   """
-  videos, memory = step.begin(recipe, state, frozen, batch)
+  videos, memory = step.prepare_videos(config, state, constants, batch)
 
   def one(given):
     iteration, rung = given
@@ -249,7 +248,7 @@ def _draw(recipe, state, frozen, batch, rungs):
       iteration=jnp.full_like(memory.iteration, iteration), rung=rung
     )
     drawn, count = step.draw(
-      recipe, videos, memory_then, largest=len(recipe.ladder) - 1
+      config, videos, memory_then, max_rung=len(config.ladder) - 1
     )
     return drawn.index, count
 

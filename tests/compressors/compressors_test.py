@@ -304,7 +304,7 @@ def test_last_query_names_the_layers_there_are(layer):
 def test_policy_variants_follow_their_own_scores(name, field):
   aux = aux_of(100)
   expected = selection.select(
-    getattr(aux, field), grid=GRID, ratio=0.3, importance_ratio=1.0
+    getattr(aux, field), selection.budget(GRID, 0.3, importance_ratio=1.0)
   )
   out = run(name, features_of(0), 9, importance_ratio=1.0)
   np.testing.assert_array_equal(out.index, expected)
@@ -317,12 +317,12 @@ def test_cacovid_uses_the_unrounded_ratio_when_given():
   out = given.compress(
     compressor, features_of(0), grid=GRID, num_keep=10, aux=aux, ratio=0.35
   )
-  expected = selection.select(aux.scores, grid=GRID, ratio=0.35)
+  expected = selection.select(aux.scores, selection.budget(GRID, 0.35))
   np.testing.assert_array_equal(out.index, expected)
 
 
-def test_cacovid_in_a_bucket_keeps_the_same_rows_and_marks_the_padding():
-  bucket = token_grid.Bucket(6, 8, 40)
+def test_a_selection_in_a_bucket_is_cacovids_and_marks_the_padding():
+  bucket = token_grid.GridBucket(6, 8, 40)
   run = quick.jit(
     lambda features, budget, aux: given.cacovid_in_bucket(
       features, budget, aux=aux

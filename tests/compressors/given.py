@@ -37,10 +37,10 @@ def compress(
 
 def cacovid_in_bucket(features, budget, *, aux, merge="none"):
   """Returns what `cacovid` selects of a video inside a bucket."""
-  index, num_valid = selection.select_in_bucket(aux.scores, budget)
+  index = selection.select(aux.scores, budget)
   return selection_ops.merge_dropped(
     merge,
-    base.take(features, index, num_valid),
+    base.take(features, index, budget.kept),
     features,
     valid=budget.grid.valid_tokens,
   )

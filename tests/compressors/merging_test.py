@@ -146,7 +146,10 @@ def test_merging_in_a_bucket_equals_merging_alone():
   )(
     jnp.pad(features, ((0, behind), (0, 0)), constant_values=jnp.nan),
     selection.budget(
-      grid, ratio, bucket=token_grid.Bucket(4, 8, NUM_VIDEO), num_keep_max=16
+      grid,
+      ratio,
+      bucket=token_grid.GridBucket(4, 8, NUM_VIDEO),
+      num_keep_max=16,
     ),
     given.Aux(
       scores=videos.Scores(

@@ -1,15 +1,14 @@
 """Every benchmark from its released folder to results.json."""
 
-import dataclasses
 import json
 
 import pytest
 import rich.console
-from absl import flags
 
 from cacovid_jax import errors, evaluate
 from cacovid_jax.evals import benchmarks, evaluation, prompting
 from tests.data import benchmark_files
+from tests.evals import tiny
 
 NAMES = tuple(benchmark_files.LAYOUTS)
 
@@ -39,7 +38,6 @@ def request_of(checkpoint_dir, folder):
     fields = dict(
       data=folder(name).data_dir,
       benchmark=name,
-      workdir=str(workdir),
       checkpoint=checkpoint_dir,
       methods=("uniform",),
       ratios=(0.25,),
@@ -48,7 +46,7 @@ def request_of(checkpoint_dir, folder):
       max_new_tokens=2,
       num_examples=0,
     )
-    return evaluation.Request(**fields | changes)
+    return tiny.experiment(workdir, **fields | changes)
 
   return make
 
@@ -121,7 +119,7 @@ def test_missing_clips_are_named_before_anything_is_asked(
   (entry,) = out["unreadable"]
   assert (entry["video"], entry["questions"]) == ("data/clip_1.mp4", 2)
   with pytest.raises(errors.UserError, match="on_missing='skip': use raise"):
-    request_of("videomme", workdir, on_missing="skip")
+    evaluation.check(request_of("videomme", workdir, on_missing="skip").config)
 
 
 def test_what_is_left_out_is_listed_and_printed(request_of, tmp_path):
@@ -185,12 +183,11 @@ def test_a_test_split_is_not_chosen_on(request_of, tmp_path):
 
 
 def test_flags_name_a_benchmark_and_its_folder(tmp_path):
-  flags.FLAGS.unparse_flags()
-  try:
-    flags.FLAGS(
+  experiment = evaluate.experiment_of(
+    evaluate.COMMAND.parse(
       [
         "evaluate",
-        "--config=configs/synthetic_quickstart.py:debug",
+        "--config=configs/synthetic.py:size=quickstart,debug",
         "--benchmark=mlvu_test",
         f"--data={tmp_path}",
         f"--workdir={tmp_path}",
@@ -199,15 +196,12 @@ def test_flags_name_a_benchmark_and_its_folder(tmp_path):
         "--max_new_tokens=0",
       ]
     )
-    request = evaluate.request_from_flags(flags.FLAGS)
-  finally:
-    for name in ("config", "benchmark", "data", "workdir", "on_bad_row",
-                 "on_missing", "max_new_tokens"):  # fmt: skip
-      flags.FLAGS[name].unparse()
-  assert (request.benchmark, request.data) == ("mlvu_test", str(tmp_path))
-  assert (request.media, request.split) == ("", "")
-  assert (request.on_bad_row, request.on_missing) == ("skip", "count")
-  assert evaluation.settings(request).max_new_tokens == 16
+  )
+  evals, data = experiment.config.evals, experiment.config.data
+  assert (evals.benchmark, data.root) == ("mlvu_test", str(tmp_path))
+  assert (data.media, evals.split) == ("", "")
+  assert (evals.on_bad_row, evals.on_missing) == ("skip", "count")
+  assert evaluation.settings(experiment).max_new_tokens == 16
   for name, tokens in (("longvideobench", 32), ("nextqa", 1024)):
-    longer = dataclasses.replace(request, benchmark=name)
+    longer = experiment.replace({"evals.benchmark": name})
     assert evaluation.settings(longer).max_new_tokens == tokens

@@ -52,7 +52,6 @@ def request_of(directory, data):
   def make(workdir, **changes):
     fields = dict(
       data=str(data),
-      workdir=str(workdir),
       checkpoint=directory,
       methods=("uniform",),
       ratios=(0.25,),
@@ -63,7 +62,7 @@ def request_of(directory, data):
       select_on="none",
       **PIXELS,
     )
-    return evaluation.Request(**fields | changes)
+    return tiny.experiment(workdir, **fields | changes)
 
   return make
 
@@ -211,7 +210,9 @@ def test_a_policy_is_validated(request_of, directory, tmp_path):
   path = tiny.write_policy(tmp_path / "policy", checkpoint)
   policy = loading.load_policy(path, checkpoint)
   validate = evaluation.validator(
-    request_of(tmp_path, select_questions=2), checkpoint, ratio=0.25
+    request_of(tmp_path).replace(
+      {"validation.num_questions": 2, "validation.ratio": 0.25}
+    )
   )
   found = validate(policy.module, policy.params)
   assert 0 <= found["accuracy"] <= 1
@@ -332,7 +333,7 @@ def test_pixels_of_a_model_with_one_size_are_refused(
 ):
   request = request_of("w", checkpoint=checkpoint_dir)
   with pytest.raises(errors.UserError, match="frames of one size"):
-    evaluation.open_source(request, checkpoint)
+    evaluation.open_source(request)
   with pytest.raises(errors.UserError, match="min_pixels=-1"):
     request_of("w", min_pixels=-1)
 

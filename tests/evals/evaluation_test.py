@@ -7,12 +7,10 @@ import subprocess
 import sys
 
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
-from cacovid_jax import errors, evaluate
-from cacovid_jax.evals import defaults, evaluation
-from cacovid_jax.policy import loading
+from cacovid_jax import base_config, errors, evaluate
+from cacovid_jax import experiment as experiment_lib
+from cacovid_jax.evals import evaluation
 from tests.evals import report_test, tiny
 
 FILES = {
@@ -37,7 +35,6 @@ def request_of(checkpoint_dir, data_dir, policy_path):
   def make(workdir, **changes):
     fields = dict(
       data=data_dir,
-      workdir=str(workdir),
       checkpoint=checkpoint_dir,
       policies={"policy": policy_path},
       methods=("cacovid", "last_query"),
@@ -47,7 +44,7 @@ def request_of(checkpoint_dir, data_dir, policy_path):
       max_new_tokens=3,
       num_examples=2,
     )
-    return evaluation.Request(**fields | changes)
+    return tiny.experiment(workdir, **fields | changes)
 
   return make
 
@@ -180,7 +177,9 @@ def set_tokenizer_template(folder, text):
 
 def test_the_papers_template_has_a_system_turn(two_templates, checkpoint):
   def rendered(template):
-    found = evaluation.with_template(checkpoint, str(two_templates), template)
+    found = experiment_lib.with_template(
+      checkpoint, str(two_templates), template
+    )
     return found.tokenizer.render("Why?")
 
   turn = "<|im_start|>user\n<video>\nWhy?<|im_end|>\n<|im_start|>assistant\n"
@@ -284,9 +283,9 @@ def test_the_table_names_every_row(finished):
 
 
 def test_validator_scores_a_policy(request_of, checkpoint, tmp_path):
-  validate = evaluation.validator(request_of(tmp_path), checkpoint)
-  policy = loading.load_policy(request_of(tmp_path).policies["policy"],
-                                  checkpoint)  # fmt: skip
+  experiment = request_of(tmp_path)
+  validate = evaluation.validator(experiment)
+  policy = experiment.policies["policy"]
   found = validate(policy.module, policy.params)
   assert 0 <= found["accuracy"] <= 1
   assert validate(policy.module, policy.params) == found
@@ -326,17 +325,27 @@ def test_mistakes_are_one_line(changes, match, request_of, tmp_path):
 
 
 def test_flags_and_defaults(tmp_path):
-  config = defaults.get_config()
-  fields = evaluation.request_fields()
-  assert fields["methods"] == config.methods
-  assert evaluate._policies("a,b") == {"policy": "a", "policy1": "b"}
-  assert evaluate._policies("ours=a,paper=b") == {"ours": "a", "paper": "b"}
-  assert evaluate._policies("a?module=f.py:F,x=b?module=g.py:G") == {
+  def experiment_of(*words):
+    words = ("--checkpoint=m", "--data=d", f"--workdir={tmp_path}", *words)
+    return evaluate.experiment_of(evaluate.COMMAND.parse(["evaluate", *words]))
+
+  defaults = base_config.get_config().evals
+  found = experiment_of("--policy=a,b")
+  assert found.config.evals.methods == defaults.methods
+  assert found.policy_paths == {"policy": "a", "policy1": "b"}
+  # Without a policy, the default rows are those that can be run.
+  methods = experiment_of().config.evals.methods
+  assert methods == tuple(m for m in defaults.methods if "cacovid" not in m)
+  assert experiment_of("--methods=cacovid").config.evals.methods == ("cacovid",)
+  found = experiment_of("--policy=ours=a,paper=b").policy_paths
+  assert found == {"ours": "a", "paper": "b"}
+  found = experiment_of("--policy=a?module=f.py:F,x=b?module=g.py:G")
+  assert found.policy_paths == {
     "policy": "a?module=f.py:F",
     "x": "b?module=g.py:G",
   }
   with pytest.raises(errors.UserError, match="--ratios"):
-    evaluate._numbers("ratios", "0.1,x", float)
+    experiment_of("--ratios=0.1,x")
 
 
 def test_a_workdirs_policy_takes_the_module_that_the_config_names(tmp_path):
@@ -346,16 +355,14 @@ def test_a_workdirs_policy_takes_the_module_that_the_config_names(tmp_path):
     "from cacovid_jax import base_config\n"
     "get_config = lambda arg: base_config.get_config()\n"
   )
-  values = flags.FLAGS
-  values.mark_as_parsed()
-  given = dict(config=str(path), workdir=str(tmp_path), data="d")
+  given = (f"--config={path}", f"--workdir={tmp_path}", "--data=d")
   for more, expected in (
     ([], ""),
-    (["policy.module=m.py:A"], "?module=m.py:A"),
+    (["--config.policy.module=m.py:A"], "?module=m.py:A"),
   ):
-    with flagsaver.flagsaver(**given, checkpoint="c", config_override=more):
-      request = evaluate.request_from_flags(values)
-    assert request.policies == {"policy": f"{tmp_path}{expected}"}
+    words = ["evaluate", *given, "--checkpoint=c", *more]
+    found = evaluate.experiment_of(evaluate.COMMAND.parse(words))
+    assert found.policy_paths == {"policy": f"{tmp_path}{expected}"}
 
 
 def test_command_line_mistakes_end_without_traceback():

@@ -784,3 +784,29 @@ def test_rows_of_one_spec_are_asked_once():
   keys = {cell.key("q") for cell in asked}
   for method in methods:
     assert runner.Cell(method, 0.2, 0).key("q") in keys
+
+
+def test_a_log_names_a_run_by_words_that_do_not_follow_the_code():
+  """Those of logs that exist: an attribute may be renamed, a log may not."""
+  question = question_lib.Question(
+    id="q", video="clips/a.mp4", question="Why?", options=("x", "y"), answer="B"
+  )
+  found = {name: get(question) for name, get in runner._QUESTION.items()}
+  assert json.loads(json.dumps(found)) == {
+    "answer": "B",
+    "category": None,
+    "duration": None,
+    "groups": [],
+    "id": "q",
+    "options": ["x", "y"],
+    "problem_type": "multiple choice",
+    "prompt": "",
+    "question": "Why?",
+    "source": "",
+    "stream": "",
+    "video": "a",
+  }
+  settings = runner.Settings(num_frames=4, batch_size=2, max_new_tokens=3)
+  assert settings.identity == {
+    "num_frames": 4, "batch_size": 2, "max_new_tokens": 3, "rule": "paper"
+  }  # fmt: skip

@@ -25,11 +25,8 @@ CHOSEN = dict(
 
 
 def request_of(workdir, checkpoint_dir, data_dir, **changes):
-  return evaluation.Request(
-    data=data_dir,
-    checkpoint=checkpoint_dir,
-    workdir=str(workdir),
-    **CHOSEN | changes,
+  return tiny.experiment(
+    workdir, data=data_dir, checkpoint=checkpoint_dir, **CHOSEN | changes
   )
 
 
@@ -40,10 +37,10 @@ def command(request, shard):
     "-m",
     "cacovid_jax.evaluate",
     f"--shard={shard}",
-    f"--data={request.data}",
-    f"--checkpoint={request.checkpoint}",
+    f"--data={request.config.data.root}",
+    f"--checkpoint={request.config.model.path}",
     f"--workdir={request.workdir}",
-    f"--methods={','.join(request.methods)}",
+    f"--methods={','.join(request.config.evals.methods)}",
     "--oracles=",
     "--ratios=0.25",
     "--select_on=none",
@@ -232,7 +229,7 @@ def test_shards_of_a_table_say_when_work_is_left(
   assert cell == {"status": "in 1", "minimum_ratio": 0.5}
   assert json.loads((tmp_path / "results.json").read_text()) == out
   # Other work: what was noted before does not count.
-  request = evaluation.dataclasses.replace(request, ratios=(0.5,))
+  request = request.replace({"evals.ratios": (0.5,)})
   assert shard(0) is None
   note = tmp_path / "answers-1-of-3.done.json"
   note.write_text('{"work": ')
@@ -280,5 +277,7 @@ def test_shards_that_do_not_exist(text, match):
 
 def test_a_request_checks_its_shard(checkpoint_dir, data_dir, tmp_path):
   with pytest.raises(errors.UserError, match="give 0/2 to 1/2"):
-    request_of(tmp_path, checkpoint_dir, data_dir, shard=(2, 2))
+    evaluation.evaluate(
+      request_of(tmp_path, checkpoint_dir, data_dir, shard=(2, 2))
+    )
   assert tiny.FRAMES == CHOSEN["num_frames"]

@@ -11,6 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
+from cacovid_jax import base_config
+from cacovid_jax import config as config_lib
+from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.models import (
   checkpoints,
   llava_onevision,
@@ -29,6 +32,42 @@ QWEN_STATISTICS = {
   "image_std": [0.3, 0.3, 0.2],
 }
 COLOURS = ("red", "green", "blue", "grey")
+
+
+# Names of an evaluation's options that are no key of `evals`.
+_KEYS = {
+  "data": "data.root",
+  "media": "data.media",
+  "num_frames": "data.num_frames",
+  "min_pixels": "data.min_pixels",
+  "max_pixels": "data.max_pixels",
+  "cache": "data.feature_cache",
+  "checkpoint": "model.path",
+  "dtype": "model.dtype",
+}
+
+
+def experiment(workdir, *, shard=(0, 1), **options):
+  """Returns an experiment on one device.
+
+  Args:
+    workdir: of the results.
+    shard: (i, n).
+    **options: names in `_KEYS`, keys of `evals`, or `policies` as a dict.
+  """
+  changes = {
+    "model.dtype": "float32",
+    "data.num_frames": 16,
+    "evals.methods": ("random", "uniform", "divprune", "density_peaks"),
+    "evals.oracles": (),
+    "mesh.data": 1,
+  }
+  for name, value in options.items():
+    if name == "policies":
+      value = tuple(f"{label}={path}" for label, path in value.items())
+    changes[_KEYS.get(name, f"evals.{name}")] = value
+  config = config_lib.replace(base_config.get_config(), changes)
+  return experiment_lib.Experiment.from_config(config, workdir, shard=shard)
 
 
 def write_checkpoint(directory: pathlib.Path) -> str:

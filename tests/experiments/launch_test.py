@@ -384,7 +384,7 @@ def test_two_processes_train_what_one_process_trains(tmp_path):
   """On a CPU: two processes of a device each, and one of two devices."""
   tiny_qwen.write_clips(tmp_path)
   tiny_checkpoints.write_tiny(tmp_path / "model", "llava_onevision")
-  config = str(ROOT / "configs" / "llava_onevision_7b.py") + ":debug"
+  config = str(ROOT / "configs" / "llava_onevision.py") + ":debug"
   flags = [
     f"--config={config}",
     f"--config.model.path={tmp_path / 'model'}",

@@ -11,8 +11,7 @@ import sys
 import pytest
 
 from cacovid_jax import config as config_lib
-from cacovid_jax import errors
-from cacovid_jax.training import setup
+from cacovid_jax import errors, experiment
 from tests.evals import tiny
 from tests.experiments import quickstart_test
 
@@ -108,7 +107,7 @@ def test_missing_clips_are_counted_before_training_starts(tmp_path):
   (tmp_path / "questions.csv").write_text(table())
   config = config_lib.load(f"{CONFIG}:data={tmp_path}")
   with pytest.raises(errors.UserError) as error:
-    setup.read_questions(config)
+    experiment.read_questions(config)
   assert "1 of 1 clips are missing (2 of 2 questions)" in str(error.value)
   assert CLIPS[0] in str(error.value)
 
@@ -118,4 +117,4 @@ def test_a_reader_that_there_is_not(tmp_path):
     f"{CONFIG}:data={tmp_path}", ["data.reader=video-r2"]
   )
   with pytest.raises(errors.UserError, match="choose video-r1 or own"):
-    setup.read_questions(config)
+    experiment.read_questions(config)

@@ -177,7 +177,7 @@ def test_a_policy_of_ones_own_by_the_readmes_command(folder, finished):
   words = shlex.split(block.replace("\\\n", " "))
   assert words[:3] == ["python", "-m", "cacovid_jax.train"]
   changed = {
-    "configs/synthetic_quickstart.py": "configs/synthetic_quickstart.py:debug",
+    "configs/synthetic.py:size=quickstart": "configs/synthetic.py:debug",
     "workdirs/bilinear": str(folder / "bilinear"),
   }
   assert set(changed) < set(words)

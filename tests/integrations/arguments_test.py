@@ -4,18 +4,25 @@ import logging
 
 import pytest
 
+from cacovid_jax import config as config_lib
 from cacovid_jax import errors
 from cacovid_jax.evals import answering
 from cacovid_jax.integrations.lmms_eval import arguments
 
 
+def cell(**given):
+  return arguments.cell(arguments.parse(**given))
+
+
 def test_nothing_given_is_the_shipped_model_and_its_policy_at_ten_percent():
   found = arguments.parse(batch_size="1")
-  assert found.directory == str(answering.SHIPPED_MODEL)
-  assert (found.method, found.ratio, found.batch_size) == ("cacovid", 0.1, 1)
-  assert found.num_frames == 16  # Of the shipped model's files.
-  cell = found.cell()
-  assert (cell.spec, cell.ratio) == ("cacovid", 0.1)
+  assert found.model.path == str(answering.SHIPPED_MODEL)
+  assert found.evals.policies == (f"policy={answering.SHIPPED_POLICY}",)
+  assert found.evals.methods == ("cacovid",) and found.evals.ratios == (0.1,)
+  assert found.evals.batch_size == 1
+  assert found.data.num_frames == 16  # Of the shipped model's files.
+  asked = arguments.cell(found)
+  assert (asked.spec, asked.ratio) == ("cacovid", 0.1)
 
 
 def test_values_arrive_as_lmms_eval_reads_them():
@@ -29,25 +36,40 @@ def test_values_arrive_as_lmms_eval_reads_them():
     device=None,
     max_batch_size=64,
   )
-  assert found == arguments.Arguments(
-    pretrained="some/folder",
-    ratio=0.25,
-    max_frames_num=32,
-    batch_size=8,
-    dtype="bfloat16",
-    method="divprune?exact_budget=false",
+  default = arguments.parse()
+  assert found == config_lib.replace(
+    default,
+    {
+      "model.path": "some/folder",
+      "evals.policies": (),
+      "evals.ratios": (0.25,),
+      "data.num_frames": 32,
+      "evals.batch_size": 8,
+      "model.dtype": "bfloat16",
+      "evals.methods": ("divprune?exact_budget=false",),
+    },
   )
-  assert found.num_frames == 32
+
+
+def test_a_config_and_its_keys_are_arguments_too():
+  found = arguments.parse(
+    config="configs/synthetic.py:size=quickstart",
+    ratio=0.2,
+    **{"mesh.model": "2", "data.feature_cache": "cache"},
+  )
+  assert found.model.path == "cacovid_jax/assets/base_model"
+  assert found.evals.ratios == (0.2,) and found.mesh.model == 2
+  assert found.data.feature_cache == "cache"
 
 
 def test_the_whole_prompt_needs_no_method():
-  assert arguments.parse(ratio=1).cell().method is None
-  assert arguments.parse(ratio=1.0, method="random").cell().spec == "vanilla"
+  assert cell(ratio=1).method is None
+  assert cell(ratio=1.0, method="random").spec == "vanilla"
 
 
 def test_the_seed_is_that_of_methods_that_draw():
-  assert arguments.parse(method="random", seed=3).cell().seed == 3
-  assert arguments.parse(method="uniform", seed=3).cell().seed == 0
+  assert cell(method="random", seed=3).seed == 3
+  assert cell(method="uniform", seed=3).seed == 0
 
 
 @pytest.mark.parametrize(
@@ -55,7 +77,7 @@ def test_the_seed_is_that_of_methods_that_draw():
   [
     (
       {"model": "x"},
-      "unknown model argument 'model'; known: batch_size, dtype",
+      "unknown model argument 'model'; known: batch_size, config, dtype",
     ),
     ({"ratio": 0.1, "topk": 0.2}, "topk is another name of ratio"),
     ({"ratio": "half"}, "ratio='half' is not a number"),
@@ -78,9 +100,9 @@ def test_a_mistake_is_one_line(given, match):
 
 def test_oracles_and_unknown_methods_are_refused():
   with pytest.raises(errors.UserError, match="knows where the answer lies"):
-    arguments.parse(method="decisive_boxes").cell()
+    cell(method="decisive_boxes")
   with pytest.raises(errors.UserError, match="nonesuch"):
-    arguments.parse(method="nonesuch").cell()
+    cell(method="nonesuch")
 
 
 def test_a_device_that_is_not_ours_is_told(caplog):

@@ -10,7 +10,7 @@ import pytest
 from cacovid_jax import errors
 from cacovid_jax.models import token_grid
 
-BUCKET = token_grid.Bucket(5, 24, 75)
+BUCKET = token_grid.GridBucket(5, 24, 75)
 GRIDS = [(4, 5, 3), (3, 4, 6), (5, 3, 5), (1, 1, 1)]
 
 
@@ -27,11 +27,11 @@ GRIDS = [(4, 5, 3), (3, 4, 6), (5, 3, 5), (1, 1, 1)]
 )
 def test_the_smallest_bucket_that_holds_a_grid_is_picked(grid, expected):
   listed = [
-    token_grid.Bucket(8, 16, 32),
-    token_grid.Bucket(4, 16),
-    token_grid.Bucket(8, 20, 128),
-    token_grid.Bucket(8, 20),
-    token_grid.Bucket(2, 16),
+    token_grid.GridBucket(8, 16, 32),
+    token_grid.GridBucket(4, 16),
+    token_grid.GridBucket(8, 20, 128),
+    token_grid.GridBucket(8, 20),
+    token_grid.GridBucket(2, 16),
   ]
   assert token_grid.pick(grid, listed) == listed[expected]
 
@@ -40,7 +40,7 @@ def test_the_smallest_bucket_that_holds_a_grid_is_picked(grid, expected):
   "grid", [(6, 2, 2), (2, 5, 5), (4, 4, 5), (64, 14, 14)]
 )
 def test_a_grid_that_fits_nowhere_is_named_with_the_mend(grid):
-  small = token_grid.Bucket(2, 8)
+  small = token_grid.GridBucket(2, 8)
   with pytest.raises(errors.UserError) as raised:
     token_grid.pick(grid, [BUCKET, small])
   message = str(raised.value)
@@ -50,7 +50,7 @@ def test_a_grid_that_fits_nowhere_is_named_with_the_mend(grid):
   # The mend that it names works.
   area = grid[1] * grid[2]
   assert f"Bucket({grid[0]}, {area}, {grid[0] * area})" in message
-  mend = token_grid.Bucket(grid[0], area, grid[0] * area)
+  mend = token_grid.GridBucket(grid[0], area, grid[0] * area)
   assert token_grid.pick(grid, [small, mend]) == mend
   with pytest.raises(errors.UserError, match="buckets: none"):
     token_grid.pick(grid, [])
@@ -60,8 +60,8 @@ def test_a_grid_that_fits_nowhere_is_named_with_the_mend(grid):
 def test_an_empty_grid_is_refused(grid):
   for refuse in (
     lambda: token_grid.pick(grid, [BUCKET]),
-    lambda: token_grid.place(grid, BUCKET),
-    lambda: token_grid.as_grid(grid),
+    lambda: token_grid.TokenGrid.of(grid, BUCKET),
+    lambda: token_grid.TokenGrid.of(grid),
   ):
     with pytest.raises(errors.UserError, match="at least 1"):
       refuse()
@@ -72,7 +72,7 @@ def test_an_empty_grid_is_refused(grid):
 )
 def test_a_bucket_that_cannot_be_filled_is_refused(sizes):
   with pytest.raises(errors.UserError, match="cannot be filled"):
-    token_grid.Bucket(*sizes)
+    token_grid.GridBucket(*sizes)
 
 
 def test_rows_go_to_their_frame_and_back():
@@ -80,7 +80,7 @@ def test_rows_go_to_their_frame_and_back():
   back = jax.jit(lambda grid, x: grid.packed(grid.by_frame(x), -1))
   x = np.arange(100, 175)
   for grid in GRIDS:
-    placed = token_grid.place(grid, BUCKET)
+    placed = token_grid.TokenGrid.of(grid, BUCKET)
     T, area = grid[0], grid[1] * grid[2]
     expected = np.full((5, 24), -1)
     expected[:T, :area] = x[: T * area].reshape(T, area)
@@ -103,15 +103,15 @@ def test_frame_means_are_those_of_the_videos_own_rows():
     expected = np.zeros((5, 3))
     expected[:T] = x[: T * area].reshape(T, area, 3).mean(axis=1)
     x[T * area :] = np.nan
-    found = means(token_grid.place(grid, BUCKET), x)
+    found = means(token_grid.TokenGrid.of(grid, BUCKET), x)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-    static = token_grid.as_grid(grid).frame_means(x[: T * area])
+    static = token_grid.TokenGrid.of(grid).frame_means(x[: T * area])
     np.testing.assert_allclose(found[:T], static, rtol=1e-5, atol=1e-6)
 
 
 def test_frame_means_of_a_vector_and_under_vmap():
   stack = functools.partial(jax.tree.map, lambda *leaves: np.stack(leaves))
-  placed = stack(*[token_grid.place(grid, BUCKET) for grid in GRIDS])
+  placed = stack(*[token_grid.TokenGrid.of(grid, BUCKET) for grid in GRIDS])
   x = np.tile(np.arange(75.0, dtype=np.float32), (len(GRIDS), 1))
   means = jax.vmap(lambda grid, x: grid.frame_means(x))(placed, x)
   assert means.shape == (len(GRIDS), 5)
@@ -119,10 +119,41 @@ def test_frame_means_of_a_vector_and_under_vmap():
   np.testing.assert_allclose(means[3], [0, 0, 0, 0, 0])
 
 
-def test_a_static_grid_fills_its_bucket_and_leaves_no_trace():
-  grid = token_grid.as_grid((4, 5, 3))
-  assert grid.fills_bucket and grid.bucket == token_grid.Bucket(4, 15)
-  assert token_grid.as_grid(grid) is grid
-  assert not token_grid.place((4, 5, 3), token_grid.Bucket(4, 15)).fills_bucket
+def test_a_full_grid_is_static_and_leaves_no_trace():
+  grid = token_grid.TokenGrid.of((4, 5, 3))
+  assert grid.full and grid.bucket == token_grid.GridBucket(4, 15)
+  assert token_grid.TokenGrid.of(grid) is grid
+  assert not token_grid.TokenGrid.of(
+    (4, 5, 3), token_grid.GridBucket(4, 15)
+  ).full
   x = jnp.ones(60)
   assert token_grid.fill(x, grid.valid_tokens, 0.0) is x
+  # Nothing to trace, to stack or to send to a device.
+  assert not jax.tree.leaves(grid)
+  assert jax.tree.map(lambda *leaves: 1 / 0, grid, grid) == grid
+  seen = []
+  jax.jit(seen.append)(grid)
+  assert seen == [grid] and seen[0].full
+
+
+def test_a_program_of_a_full_grid_has_no_trace_of_a_mask():
+  """Its operations are those of plain reshapes and means."""
+  grid = token_grid.TokenGrid.of((4, 5, 3))
+  x = jnp.ones((60, 2))
+
+  def ours(x):
+    return grid.packed(grid.by_frame(x)), grid.frame_means(x)
+
+  def plain(x):
+    frames = x.reshape(4, 15, 2)
+    return frames.reshape(60, 2), x.reshape(4, 15, 2).mean(axis=1)
+
+  assert str(jax.make_jaxpr(ours)(x)) == str(jax.make_jaxpr(plain)(x))
+
+
+def test_shape_and_sizes_of_a_grid_inside_its_bucket():
+  grid = token_grid.TokenGrid.of((3, 4, 6), BUCKET)
+  leaves = [leaf.dtype for leaf in jax.tree.leaves(grid)]
+  assert leaves == [np.int32] * 3
+  assert grid.shape == (3, 4, 6)
+  assert (grid.frame_tokens, grid.num_tokens) == (24, 72)

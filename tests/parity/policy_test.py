@@ -51,7 +51,7 @@ def test_every_stage_of_every_file_is_within_its_tolerance():
 
 def scale_kappa(patch):
   share = objective.kept_share
-  changed = lambda mask, items=None: 1.01 * share(mask, items)  # noqa: E731
+  changed = lambda mask, items: 1.01 * share(mask, items)  # noqa: E731
   patch.setattr(objective, "kept_share", changed)
 
 
@@ -80,13 +80,15 @@ def scale_cap(patch):
   patch.setattr(
     sampling,
     "capped_distribution",
-    lambda probs, *, cap: capped(probs, cap=1.01 * cap),
+    lambda probs, cap: capped(
+      probs, sampling.ProbabilityCap.of(cap.size, 1.01 * cap.cap)
+    ),
   )
 
 
 def scale_sharpness(patch):
-  select = functools.partial(selection.select, frame_sharpness=3.03)
-  patch.setattr(selection, "select", select)
+  budget = functools.partial(selection.budget, frame_sharpness=3.03)
+  patch.setattr(selection, "budget", budget)
 
 
 @pytest.mark.parametrize(

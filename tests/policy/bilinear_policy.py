@@ -25,7 +25,7 @@ class Bilinear(nn.Module):
     question = nn.Dense(self.rank, name="question")(text @ x / text.sum())
     video = nn.Dense(self.rank, name="video")(x[video_rows])  # [N, rank]
     gap = video @ question
-    frame = token_grid.as_grid(grid).frame_means(gap)
+    frame = token_grid.TokenGrid.of(grid).frame_means(gap)
     scores = [jnp.stack([-g, g], axis=-1) / 2 for g in (frame, gap)]
     return network.Scores(*scores)
 

@@ -66,13 +66,13 @@ def test_it_scores_learns_and_selects():
   grads, scores = step(params)
   assert scores.token.shape == (12, 2) and scores.frame.shape == (2, 2)
   assert all(np.any(g) for g in jax.tree.leaves(grads))
-  index = selection.select(scores, grid=GRID, ratio=0.5)
+  index = selection.select(scores, selection.budget(GRID, 0.5))
   assert index.shape == (6,)
 
 
 def test_in_a_bucket_it_selects_as_alone():
   policy, params = make(rank=4)
-  bucket = token_grid.Bucket(3, 10, 24)
+  bucket = token_grid.GridBucket(3, 10, 24)
   x = np.full((30, 32), 9.0, np.float32)
   x[:16] = np.random.default_rng(1).standard_normal((16, 32))
   rows = np.full(24, 30)
@@ -81,16 +81,16 @@ def test_in_a_bucket_it_selects_as_alone():
   @jax.jit
   def select(budget, *prompt):
     scores = policy.apply({"params": params}, *prompt)
-    return selection.select_in_bucket(scores, budget)
+    return selection.select(scores, budget)
 
   budget = selection.budget(GRID, 0.5, bucket=bucket)
   positions = np.arange(30)[None]
-  index, kept = select(budget, x, positions, rows, budget.grid, 16)
+  index = select(budget, x, positions, rows, budget.grid, 16)
   alone = policy.apply(
     {"params": params}, x[:16], positions[:, :16], ROWS, GRID
   )
-  expected = selection.select(alone, grid=GRID, ratio=0.5)
-  assert int(kept) == 6
+  expected = selection.select(alone, selection.budget(GRID, 0.5))
+  assert budget.kept == 6
   np.testing.assert_array_equal(index[:6], expected)
   assert (np.asarray(index[6:]) == 24).all()
 

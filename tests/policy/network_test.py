@@ -163,7 +163,7 @@ def test_mode_scores_ignore_padding(config, params, prompt):
 # Videos of different grids in one program, and three position rows.
 
 
-BUCKET = token_grid.Bucket(5, 24, 75)
+BUCKET = token_grid.GridBucket(5, 24, 75)
 ROOM = 85
 GRIDS = [(4, 5, 3), (3, 4, 6), (5, 3, 5), (1, 2, 1)]
 
@@ -208,7 +208,7 @@ def in_bucket(x, positions, rows, grid, filler=50.0):
   more[:, : len(x)] = positions
   padded_rows = np.full(BUCKET.tokens, ROOM, np.int32)
   padded_rows[: len(rows)] = rows
-  placed = token_grid.place(grid, BUCKET)
+  placed = token_grid.TokenGrid.of(grid, BUCKET)
   return padded, more, padded_rows, placed, np.int32(len(x))
 
 
@@ -320,7 +320,7 @@ def test_mode_scores_ignore_the_padding_of_a_bucket(mrope):
 def test_video_rows_of_another_size_than_the_grid_are_refused(mrope):
   config, params = mrope
   x, positions, rows = prompt_of(0, GRIDS[0])
-  for grid in (GRIDS[1], token_grid.place(GRIDS[0], BUCKET)):
+  for grid in (GRIDS[1], token_grid.TokenGrid.of(GRIDS[0], BUCKET)):
     with pytest.raises(AssertionError, match="shape"):
       network.Policy(config).apply({"params": params}, x, positions, rows, grid)
 

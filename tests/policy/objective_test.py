@@ -174,7 +174,9 @@ def test_a_single_combination_has_no_advantage():
 def test_kept_and_dropped_tokens_weigh_alike():
   mask = np.zeros((1, N), bool)
   mask[0, :3] = True
-  weights = np.asarray(objective.balance_weights(mask))
+  weights = np.asarray(
+    objective.balance_weights(mask, np.ones(mask.shape[1], bool))
+  )
   np.testing.assert_allclose(weights[0, :3].sum(), weights[0, 3:].sum())
 
 
@@ -259,7 +261,7 @@ def step_in_bucket(scores, old_scores, memory, grid):
 
 @pytest.mark.parametrize("filler", [0.0, 80.0, np.nan])
 def test_padding_of_a_bucket_has_no_influence(filler):
-  bucket = token_grid.Bucket(6, 10, 40)
+  bucket = token_grid.GridBucket(6, 10, 40)
   config = objective.ObjectiveConfig(kl_weight=0.02)
   new, old, memory = scores_of(1), scores_of(2), memory_of(3)
 
@@ -279,7 +281,7 @@ def test_padding_of_a_bucket_has_no_influence(filler):
       frame_mask=pad(memory.frame_mask, 1, 6, kept),
     )
     (total, metrics), grads = step_in_bucket(
-      padded(new), padded(old), more, token_grid.place((T, 2, 3), bucket)
+      padded(new), padded(old), more, token_grid.TokenGrid.of((T, 2, 3), bucket)
     )
     (expected, others), alone = step(new, old, memory, config)
     np.testing.assert_allclose(total, expected, rtol=1e-5)
@@ -293,6 +295,6 @@ def test_padding_of_a_bucket_has_no_influence(filler):
 
 def test_a_grid_of_another_bucket_is_refused():
   new, memory = scores_of(1), memory_of(3)
-  grid = token_grid.place((T, 2, 3), token_grid.Bucket(6, 10, 40))
+  grid = token_grid.TokenGrid.of((T, 2, 3), token_grid.GridBucket(6, 10, 40))
   with pytest.raises(AssertionError, match="shape"):
     objective.loss(new, new, memory, grid=grid)

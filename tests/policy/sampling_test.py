@@ -59,12 +59,12 @@ def test_plan_of_the_paper():
   plan = sampling.plan((32, 14, 14), 0.02)
   assert plan.tokens_per_frame == 4
   assert plan.num_keep == 128
-  assert plan.num_groups == 25
-  assert plan.group_cap == 0.1
-  assert plan.frame_cap == 3 / 32
+  assert plan.group_cap.size == plan.shape.num_groups == 25
+  assert plan.group_cap.cap == 0.1
+  assert plan.frame_cap.cap == 3 / 32
   assert plan.frames_drawn == 4
-  counts = plan.num_token_mode, plan.num_frame_mode, plan.num_combinations
-  assert counts == (23, 8, 32)
+  assert (plan.config.num_token_mode, plan.config.num_frame_mode) == (23, 8)
+  assert plan.config.num_combinations == 32
 
 
 def test_tokens_per_frame_round_half_to_even():
@@ -75,7 +75,7 @@ def test_tokens_per_frame_round_half_to_even():
 def test_fewer_groups_when_they_could_not_hold_the_draws():
   # k = round(0.17 * 9) = 2 and 1 / 0.17 gives 5 groups, but only 4 hold 2.
   plan = sampling.plan((1, 3, 3), 0.17, config(group_size=1))
-  assert (plan.tokens_per_frame, plan.num_groups) == (2, 4)
+  assert (plan.tokens_per_frame, plan.group_cap.size) == (2, 4)
 
 
 def test_more_frames_when_the_drawn_ones_could_not_hold_the_tokens():
@@ -84,9 +84,9 @@ def test_more_frames_when_the_drawn_ones_could_not_hold_the_tokens():
 
 
 def test_groups_of_the_smallest_caps():
-  assert sampling.plan((1, 8, 8), 0.5).group_cap == 1.0
-  assert sampling.plan((1, 8, 8), 0.25).group_cap == 0.9
-  assert sampling.plan((1, 8, 8), 0.1).group_cap == 2 / 5
+  assert sampling.plan((1, 8, 8), 0.5).group_cap.cap == 1.0
+  assert sampling.plan((1, 8, 8), 0.25).group_cap.cap == 0.9
+  assert sampling.plan((1, 8, 8), 0.1).group_cap.cap == 2 / 5
 
 
 @pytest.mark.parametrize("grid", [(2, 5, 5), (1, 14, 14), (3, 1, 2), (9, 7, 3)])
@@ -129,20 +129,20 @@ def test_a_plan_that_cannot_work_is_refused(grid, ratio, changes, named):
   ],
 )
 def test_ladder_leaves_out_or_raises_rungs_below_the_grid(grid, expected):
-  plans = sampling.ladder(grid, (0.01, 0.02, 0.04, 0.08, 0.12))
-  assert [plan.ratio for plan in plans] == expected
-  kept = [plan.num_keep for plan in plans]
+  ratios = sampling.allowed_ratios(grid, (0.01, 0.02, 0.04, 0.08, 0.12))
+  assert list(ratios) == expected
+  kept = [sampling.plan(grid, ratio).num_keep for ratio in ratios]
   assert kept == sorted(set(kept))
 
 
 def test_ladder_raises_a_rung_when_none_keeps_as_few():
-  plans = sampling.ladder((2, 5, 5), (0.01, 0.08))
-  assert [plan.ratio for plan in plans] == [0.0201, 0.08]
+  ratios = sampling.allowed_ratios((2, 5, 5), (0.01, 0.08))
+  assert ratios == (0.0201, 0.08)
 
 
 def test_an_empty_ladder_is_refused():
   with pytest.raises(errors.UserError, match="empty"):
-    sampling.ladder(GRID, ())
+    sampling.allowed_ratios(GRID, ())
 
 
 # Capped distribution.
@@ -174,7 +174,8 @@ def test_capped_distribution_equals_a_loop(n, cap, sharpness):
   rng = np.random.default_rng([n, int(sharpness * 10)])
   draws = np.exp(sharpness * rng.standard_normal((8, n))).astype(np.float32)
   draws /= draws.sum(axis=-1, keepdims=True)
-  capped = jax.vmap(lambda p: sampling.capped_distribution(p, cap=cap))(draws)
+  numbers = sampling.ProbabilityCap.of(n, cap)
+  capped = jax.vmap(lambda p: sampling.capped_distribution(p, numbers))(draws)
   expected = [capped_by_a_loop(p, cap) for p in draws]
   np.testing.assert_allclose(capped, expected, rtol=1e-5)
   np.testing.assert_allclose(capped.sum(axis=-1), 1.0, rtol=1e-6)
@@ -183,18 +184,22 @@ def test_capped_distribution_equals_a_loop(n, cap, sharpness):
 
 def test_a_tight_cap_gives_the_uniform_distribution():
   probs = jnp.array([0.7, 0.1, 0.1, 0.1])
-  capped = sampling.capped_distribution(probs, cap=0.25)
+  capped = sampling.capped_distribution(
+    probs, sampling.ProbabilityCap.of(4, 0.25)
+  )
   np.testing.assert_allclose(capped, 0.25, rtol=1e-6)
 
 
 def test_one_entry_has_all_the_mass():
-  capped = sampling.capped_distribution(jnp.array([0.3]), cap=0.5)
+  capped = sampling.capped_distribution(
+    jnp.array([0.3]), sampling.ProbabilityCap.of(1, 0.5)
+  )
   np.testing.assert_array_equal(capped, [1.0])
 
 
 def test_a_cap_that_cannot_sum_to_one_is_refused():
   with pytest.raises(ValueError, match="cannot sum"):
-    sampling.capped_distribution(jnp.ones(4) / 4, cap=0.2)
+    sampling.ProbabilityCap.of(4, 0.2)
 
 
 # Draws.
@@ -231,7 +236,7 @@ def test_draws_have_the_distribution_of_sequential_draws():
 
 def test_groups_hold_every_token_once_and_best_first():
   plan = sampling.plan((1, 6, 6), 0.1)  # 5 groups of 8, 7, 7, 7, 7.
-  scores = scores_of(jax.random.key(0), plan.grid).token
+  scores = scores_of(jax.random.key(0), plan.grid.shape).token
   groups = sampling.rank_groups(scores, plan=plan)
   valid = np.asarray(groups.weights) > 0
   np.testing.assert_array_equal(valid.sum(axis=-1), [8, 7, 7, 7, 7])
@@ -242,7 +247,7 @@ def test_groups_hold_every_token_once_and_best_first():
 
 def test_underflow_keeps_the_order_and_finite_weights():
   plan = sampling.plan((1, 6, 6), 0.1)
-  scores = scores_of(jax.random.key(0), plan.grid, scale=5000.0).token
+  scores = scores_of(jax.random.key(0), plan.grid.shape, scale=5000.0).token
   groups = sampling.rank_groups(scores, plan=plan)
   valid = np.asarray(groups.weights) > 0
   order = np.asarray(groups.tokens)[valid]
@@ -257,7 +262,7 @@ def many_draws():
   """Plan, scores, and 2 998 token-mode and 999 frame-mode draws."""
   # Groups of 4, 2 draws a frame; 1 frame of 4.
   plan = sampling.plan(GRID, 0.125, config(num_combinations=4000))
-  assert (plan.num_groups, plan.frames_drawn) == (4, 1)
+  assert (plan.group_cap.size, plan.frames_drawn) == (4, 1)
   scores = scores_of(jax.random.key(1), scale=2.0)
   features = features_of(jax.random.key(3))
   return plan, scores, sample(jax.random.key(2), scores, features, plan=plan)
@@ -268,7 +273,7 @@ def test_group_and_token_frequencies_match_their_probabilities(many_draws):
 
 
 def check_frequencies(plan, scores, drawn):
-  rows = np.asarray(drawn.index[1 : plan.num_token_mode])
+  rows = np.asarray(drawn.index[1 : plan.config.num_token_mode])
   rows = rows.reshape(-1, 4, 2) - 16 * np.arange(4)[:, None]
   rank = jax.jit(functools.partial(sampling.rank_groups, plan=plan))
   for frame in range(4):
@@ -353,7 +358,7 @@ def test_frame_mode_draws_whole_frames_and_first_the_top_ones():
   top = np.sort(np.argsort(-gap(scores.frame))[:2])
   np.testing.assert_array_equal(np.flatnonzero(frame_mask[0]), top)
   peaks = jax.jit(diversity.density_peaks, static_argnums=1)
-  rows = np.asarray(drawn.index[PLAN.num_token_mode : -1])
+  rows = np.asarray(drawn.index[PLAN.config.num_token_mode : -1])
   for row, frames in zip(rows, frame_mask, strict=True):
     # The diversity rule sees the tokens of all drawn frames at once.
     tokens = np.flatnonzero(np.repeat(frames, 16))
@@ -404,15 +409,17 @@ def test_token_masks_ignore_the_padding():
 
 
 def test_each_video_draws_what_its_own_rung_draws_padded():
-  plans = sampling.ladder(GRID, (0.05, 0.2), PLAN.config)
+  plans = [sampling.plan(GRID, ratio, PLAN.config) for ratio in (0.05, 0.2)]
   rngs = jax.random.split(jax.random.key(0), 2)
   scores = jax.vmap(scores_of)(rngs)
   features = jax.vmap(features_of)(rngs)
-  draw = functools.partial(sampling.sample_rung, plans=plans)
-  drawn, num_valid = jax.jit(jax.vmap(lambda *a: draw(*a[:3], rung=a[3])))(
-    rngs, scores, features, jnp.array([1, 0])
+  most = plans[1].num_keep
+  draw = jax.vmap(
+    lambda *a: sampling.sample_rung(*a[:3], plans, a[3], num_keep=most)
   )
-  assert drawn.index.shape == (2, 8, plans[1].num_keep)
+  rungs = jnp.array([1, 0])
+  drawn, num_valid = jax.jit(draw)(rngs, scores, features, rungs)
+  assert drawn.index.shape == (2, 8, most)
   for i, plan in enumerate(plans[::-1]):
     alone = sample(
       rngs[i], jax.tree.map(lambda s, i=i: s[i], scores), features[i], plan=plan
@@ -440,9 +447,9 @@ def test_the_sampler_lowers_for_tpu_at_full_size():
 # Videos of different grids in one program.
 
 
-BUCKET = token_grid.Bucket(5, 24, 75)
+BUCKET = token_grid.GridBucket(5, 24, 75)
 RATIOS = (0.05, 0.2, 0.5, 1.0)
-SIZES = sampling.largest_sizes(BUCKET, RATIOS, PLAN.config)
+SHAPE = sampling.largest_shape(BUCKET, RATIOS, PLAN.config)
 CASES = [
   ((4, 5, 3), 0.2),
   ((3, 4, 6), 0.05),
@@ -454,7 +461,7 @@ CASES = [
 ]
 
 
-sample_in_bucket = jax.jit(sampling.sample_in_bucket)
+sample_in_bucket = jax.jit(sampling.sample)
 
 
 def plan_of(grid, ratio):
@@ -462,7 +469,8 @@ def plan_of(grid, ratio):
 
 
 def in_bucket(grid, ratio):
-  return sampling.in_bucket(plan_of(grid, ratio), BUCKET, SIZES)
+  placed = token_grid.TokenGrid.of(grid, BUCKET)
+  return sampling.plan(placed, ratio, PLAN.config, SHAPE)
 
 
 def inputs(seed):
@@ -486,14 +494,13 @@ def test_one_program_draws_the_exact_counts_of_every_grid(filler):
   for seed, (grid, ratio) in enumerate(CASES):
     plan = plan_of(grid, ratio)
     given = spoil(*inputs(seed), grid, filler)
-    drawn, num_valid = sample_in_bucket(
-      jax.random.key(seed), *given, in_bucket(grid, ratio)
-    )
-    assert int(num_valid) == plan.num_keep
-    assert drawn.index.shape == (8, SIZES.num_keep)
+    padded = in_bucket(grid, ratio)
+    drawn = sample_in_bucket(jax.random.key(seed), *given, padded)
+    assert padded.num_keep == plan.num_keep
+    assert drawn.index.shape == (8, SHAPE.num_keep)
     rows = np.asarray(drawn.index[:, : plan.num_keep])
     assert (np.diff(rows, axis=-1) > 0).all()
-    assert rows.min() >= 0 and rows.max() < plan.num_tokens
+    assert rows.min() >= 0 and rows.max() < plan.grid.num_tokens
     assert (np.asarray(drawn.index[:, plan.num_keep :]) == 75).all()
     # Token mode and content mode spread evenly over frames.
     even = np.delete(rows, [5, 6], axis=0) // (grid[1] * grid[2])
@@ -507,18 +514,18 @@ def test_one_program_draws_the_exact_counts_of_every_grid(filler):
   assert sample_in_bucket._cache_size() - compiled <= 1
 
 
-def test_in_a_bucket_the_rules_without_chance_are_the_static_ones():
+def test_in_a_bucket_the_rules_without_chance_are_those_of_a_full_grid():
   for seed, (grid, ratio) in enumerate(CASES):
     plan = plan_of(grid, ratio)
     num_frames, area = grid[0], grid[1] * grid[2]
     scores, features = spoil(*inputs(seed), grid, 1e6)
-    drawn, _ = sample_in_bucket(
+    drawn = sample_in_bucket(
       jax.random.key(seed), scores, features, in_bucket(grid, ratio)
     )
     rows = np.asarray(drawn.index[:, : plan.num_keep])
-    features = features[: plan.num_tokens]
+    features = features[: plan.grid.num_tokens]
     # Greedy, the first of token mode.
-    by_gap = gap(scores.token)[: plan.num_tokens].reshape(num_frames, area)
+    by_gap = gap(scores.token)[: plan.grid.num_tokens].reshape(num_frames, area)
     best = np.argsort(-by_gap, axis=-1)[:, : plan.tokens_per_frame]
     best = np.sort(best, axis=-1) + area * np.arange(num_frames)[:, None]
     np.testing.assert_array_equal(rows[0], best.reshape(-1))
@@ -538,7 +545,7 @@ def test_in_a_bucket_the_rules_without_chance_are_the_static_ones():
     np.testing.assert_array_equal(rows[-1], np.concatenate(expected))
 
 
-def test_groups_in_a_bucket_are_those_of_the_static_plan():
+def test_groups_in_a_bucket_are_those_of_a_full_grid():
   rank = jax.jit(lambda scores, plan: sampling.rank_groups(scores, plan=plan))
   for seed, (grid, ratio) in enumerate(CASES):
     plan = plan_of(grid, ratio)
@@ -563,13 +570,13 @@ def test_groups_in_a_bucket_are_those_of_the_static_plan():
 
 @pytest.mark.parametrize("sharpness", [0.1, 1.0, 4.0, 20.0])
 def test_a_padded_capped_distribution_equals_a_loop(sharpness):
-  capped = jax.jit(lambda p, cap: sampling.capped_distribution(p, cap=cap))
+  capped = jax.jit(sampling.capped_distribution)
   rng = np.random.default_rng(int(10 * sharpness))
   for size, cap in [(1, 0.3), (2, 1.5), (5, 0.4), (5, 0.2), (12, 0.1), (7, 1)]:
     probs = np.zeros(12, np.float32)
     probs[:size] = np.exp(sharpness * rng.standard_normal(size))
     probs /= probs.sum()
-    numbers = sampling.cap_numbers(size, cap, room=12)
+    numbers = sampling.ProbabilityCap.of(size, cap, room=12)
     found = np.asarray(capped(probs, numbers))
     expected = capped_by_a_loop(probs[:size], cap)
     np.testing.assert_allclose(found[:size], expected, rtol=1e-5)
@@ -580,7 +587,7 @@ def test_a_padded_capped_distribution_equals_a_loop(sharpness):
 def many_draws_in_a_bucket():
   """The draws of `many_draws`, of a grid that leaves padding everywhere."""
   plan = sampling.plan(GRID, 0.125, config(num_combinations=4000))
-  bucket = token_grid.Bucket(5, 20, 75)
+  bucket = token_grid.GridBucket(5, 20, 75)
   scores = scores_of(jax.random.key(1), scale=2.0)
   spoiled = network.Scores(
     frame=jnp.full((5, 2), jnp.nan).at[:4].set(scores.frame),
@@ -590,18 +597,15 @@ def many_draws_in_a_bucket():
     jnp.zeros((75, 2)).at[:64].set(features_of(jax.random.key(3), width=2))
   )
   # Larger sizes than this plan needs: other ratios share the program.
-  sizes = sampling.largest_sizes(bucket, (0.125, 0.3), plan.config)
-  drawn, num_valid = sample_in_bucket(
-    jax.random.key(2),
-    spoiled,
-    features,
-    sampling.in_bucket(plan, bucket, sizes),
-  )
-  assert int(num_valid) == 8 < sizes.num_keep
+  shape = sampling.largest_shape(bucket, (0.125, 0.3), plan.config)
+  grid = token_grid.TokenGrid.of(GRID, bucket)
+  padded = sampling.plan(grid, 0.125, plan.config, shape)
+  drawn = sample_in_bucket(jax.random.key(2), spoiled, features, padded)
+  assert int(padded.num_keep) == 8 < shape.num_keep
   return plan, scores, drawn._replace(index=drawn.index[:, :8])
 
 
-def test_frequencies_in_a_bucket_match_the_static_probabilities(
+def test_frequencies_in_a_bucket_match_the_full_grids_probabilities(
   many_draws_in_a_bucket,
 ):
   check_frequencies(*many_draws_in_a_bucket)
@@ -628,55 +632,59 @@ def test_rungs_and_videos_stack_and_each_draws_as_alone():
   rngs = jax.random.split(jax.random.key(0), 2)
 
   def draw(rng, given, ladder, rung):
-    plan = jax.tree.map(lambda leaf: leaf[rung], ladder)
-    return sampling.sample_in_bucket(rng, *given, plan)
+    most = SHAPE.num_keep
+    return sampling.sample_rung(rng, *given, ladder, rung, num_keep=most)
 
   rungs = np.array([2, 1])
   drawn, num_valid = jax.jit(jax.vmap(draw))(rngs, stack(given), ladders, rungs)
   for i, (grid, ratio) in enumerate(zip(grids, (0.5, 0.2), strict=True)):
-    alone, kept = sample_in_bucket(rngs[i], *given[i], in_bucket(grid, ratio))
-    assert int(num_valid[i]) == int(kept) == plan_of(grid, ratio).num_keep
+    alone = sample_in_bucket(rngs[i], *given[i], in_bucket(grid, ratio))
+    assert int(num_valid[i]) == plan_of(grid, ratio).num_keep
     np.testing.assert_array_equal(drawn.index[i], alone.index)
     np.testing.assert_array_equal(drawn.frame_mask[i], alone.frame_mask)
 
 
-def test_the_largest_sizes_hold_every_rung_of_every_grid():
+def test_the_largest_shape_holds_every_rung_of_every_grid():
   rng = np.random.default_rng(0)
-  bucket = token_grid.Bucket(6, 30, 90)
+  bucket = token_grid.GridBucket(6, 30, 90)
   ratios = (0.01, 0.02, 0.04, 0.12)
-  sizes = sampling.largest_sizes(bucket, ratios)
+  shape = sampling.largest_shape(bucket, ratios)
   held = 0
   while held < 60:
     grid = tuple(int(side) for side in rng.integers(1, [7, 7, 31]))
     if bucket.holds(grid):
-      for plan in sampling.ladder(grid, ratios):
-        placed = sampling.in_bucket(plan, bucket, sizes)
-        assert placed.num_keep == plan.num_keep
+      placed = token_grid.TokenGrid.of(grid, bucket)
+      for ratio in sampling.allowed_ratios(grid, ratios):
+        plan = sampling.plan(placed, ratio, shape=shape)
+        assert plan.num_keep == sampling.plan(grid, ratio).num_keep
       held += 1
   # And they are no larger than needed: a bucket that is one grid's own.
-  alone = sampling.largest_sizes(token_grid.Bucket(1, 1), (1.0,), PLAN.config)
-  assert alone == sampling.Sizes(1, 1, 1, 1, 1, 1)
+  alone = sampling.largest_shape(
+    token_grid.GridBucket(1, 1), (1.0,), PLAN.config
+  )
+  assert alone == sampling.PlanShape(1, 1, 1, 1, 1, 1)
 
 
 def test_a_plan_that_does_not_fit_is_refused():
   with pytest.raises(errors.UserError, match="no bucket holds .* 6 x 2 x 2"):
-    sampling.in_bucket(plan_of((6, 2, 2), 0.5), BUCKET)
-  small = sampling.largest_sizes(BUCKET, (0.05,), PLAN.config)
-  with pytest.raises(errors.UserError, match="ratio=1.0 .*largest_sizes") as e:
-    sampling.in_bucket(plan_of((3, 4, 6), 1.0), BUCKET, small)
+    in_bucket((6, 2, 2), 0.5)
+  small = sampling.largest_shape(BUCKET, (0.05,), PLAN.config)
+  grid = token_grid.TokenGrid.of((3, 4, 6), BUCKET)
+  with pytest.raises(errors.UserError, match="ratio=1.0 .*largest_shape") as e:
+    sampling.plan(grid, 1.0, PLAN.config, small)
   assert "\n" not in str(e.value)
   with pytest.raises(errors.UserError, match="empty"):
-    sampling.largest_sizes(BUCKET, (), PLAN.config)
+    sampling.largest_shape(BUCKET, (), PLAN.config)
 
 
 def test_the_sampler_in_a_bucket_lowers_for_tpu_at_full_size():
-  bucket = token_grid.Bucket(64, 256)
-  plan = sampling.in_bucket(sampling.plan((60, 15, 17), 0.02), bucket)
+  bucket = token_grid.GridBucket(64, 256)
+  plan = sampling.plan(token_grid.TokenGrid.of((60, 15, 17), bucket), 0.02)
   shape = jax.ShapeDtypeStruct
   scores = network.Scores(
     frame=shape((64, 2), jnp.float32), token=shape((64 * 256, 2), jnp.float32)
   )
   features = shape((64 * 256, 2048), jnp.bfloat16)
   rng = jax.eval_shape(lambda: jax.random.key(0))
-  traced = jax.jit(sampling.sample_in_bucket).trace(rng, scores, features, plan)
+  traced = jax.jit(sampling.sample).trace(rng, scores, features, plan)
   assert traced.lower(lowering_platforms=("tpu",)).as_text()

@@ -67,9 +67,11 @@ def select_by_a_loop(scores, grid, r, iota=0.5, share=1.5):
   return np.flatnonzero(keep)
 
 
-def select(scores, **options):
-  static = functools.partial(selection.select, **options)
-  return np.asarray(jax.jit(static)(jax.tree.map(jnp.asarray, scores)))
+def select(scores, grid, ratio, **options):
+  budget = selection.budget(grid, ratio, **options)
+  # Closed over: its numbers are constants of the program.
+  run = jax.jit(lambda scores: selection.select(scores, budget))
+  return np.asarray(run(jax.tree.map(jnp.asarray, scores)))
 
 
 CASES = [
@@ -90,10 +92,10 @@ CASES = [
 
 @pytest.mark.parametrize(("grid", "ratio", "iota", "share"), CASES)
 def test_equals_a_loop(grid, ratio, iota, share):
-  options = dict(
-    grid=grid, ratio=ratio, importance_ratio=iota, max_frame_share=share
+  budget = selection.budget(
+    grid, ratio, importance_ratio=iota, max_frame_share=share
   )
-  run = jax.jit(functools.partial(selection.select, **options))
+  run = jax.jit(functools.partial(selection.select, budget=budget))
   for seed in range(3):
     scores = scores_of(seed, grid, scale=[0.01, 1.0, 300.0][seed])
     index = np.asarray(run(scores))
@@ -179,15 +181,13 @@ def test_a_budget_of_nothing_is_refused_and_names_what_is_enough():
 
 def test_an_importance_ratio_outside_its_range_is_refused():
   with pytest.raises(errors.UserError, match="importance"):
-    selection.select(
-      scores_of(0, (2, 2, 2)), grid=(2, 2, 2), ratio=0.5, importance_ratio=1.1
-    )
+    selection.budget((2, 2, 2), 0.5, importance_ratio=1.1)
 
 
 def test_vmap_equals_a_loop():
   grid = (4, 4, 4)
   many = [scores_of(seed, grid) for seed in range(3)]
-  run = functools.partial(selection.select, grid=grid, ratio=0.2)
+  run = functools.partial(selection.select, budget=selection.budget(grid, 0.2))
   batch = jax.tree.map(lambda *s: jnp.stack(s), *many)
   batched = jax.jit(jax.vmap(run))(batch)
   for i, scores in enumerate(many):
@@ -197,9 +197,8 @@ def test_vmap_equals_a_loop():
 
 
 def test_selection_lowers_for_tpu_at_full_size():
-  run = jax.jit(
-    functools.partial(selection.select, grid=(32, 14, 14), ratio=0.1)
-  )
+  budget = selection.budget((32, 14, 14), 0.1)
+  run = jax.jit(functools.partial(selection.select, budget=budget))
   scores = network.Scores(
     frame=jax.ShapeDtypeStruct((32, 2), jnp.float32),
     token=jax.ShapeDtypeStruct((6272, 2), jnp.float32),
@@ -208,14 +207,35 @@ def test_selection_lowers_for_tpu_at_full_size():
   assert traced.lower(lowering_platforms=("tpu",)).as_text()
 
 
+def test_a_full_grid_has_no_trace_of_a_mask(monkeypatch):
+  fill, traces = token_grid.fill, []
+
+  def watched(x, valid, value):
+    filled = fill(x, valid, value)
+    traces.append(filled is not x)
+    return filled
+
+  monkeypatch.setattr(token_grid, "fill", watched)
+  for bucket in (None, token_grid.GridBucket(4, 15)):
+    traces.clear()
+    budget = selection.budget((4, 3, 5), 0.3, bucket=bucket)
+    if bucket is None:
+      run = functools.partial(selection.select, budget=budget)
+      jax.eval_shape(run, scores_of(0, (4, 3, 5)))
+      assert traces and not any(traces)
+    else:
+      jax.eval_shape(selection.select, scores_of(0, (4, 3, 5)), budget)
+      assert all(traces)
+
+
 # Videos of different grids in one program.
 
 
 GOLDEN = os.path.join(os.path.dirname(__file__), "..", "golden", "policy")
-BUCKET = token_grid.Bucket(6, 20, 70)
+BUCKET = token_grid.GridBucket(6, 20, 70)
 
 
-select_in_bucket = jax.jit(selection.select_in_bucket)
+select_in_bucket = jax.jit(selection.select)
 
 
 def padded(scores, bucket, filler):
@@ -257,28 +277,28 @@ def test_one_program_selects_for_every_grid_what_a_loop_does(kind):
     budget = selection.budget(
       grid, ratio, bucket=BUCKET, num_keep_max=70, importance_ratio=iota
     )
-    index, kept = select_in_bucket(given, budget)
+    index = select_in_bucket(given, budget)
     expected = select_by_a_loop(scores, grid, ratio, iota)
-    assert int(kept) == len(expected)
+    assert budget.kept == len(expected)
     np.testing.assert_array_equal(index[: len(expected)], expected)
     np.testing.assert_array_equal(index[len(expected) :], BUCKET.tokens)
   assert select_in_bucket._cache_size() - compiled <= 1
 
 
-def test_the_bucket_gives_the_indices_of_the_static_rule():
+def test_the_bucket_gives_the_indices_of_a_full_grid():
   for seed, (grid, ratio, iota) in enumerate(random_cases(1, 7)):
     scores = scores_of(seed, grid)
     budget = selection.budget(
       grid, ratio, bucket=BUCKET, num_keep_max=70, importance_ratio=iota
     )
-    index, kept = select_in_bucket(padded(scores, BUCKET, 0.0), budget)
+    index = select_in_bucket(padded(scores, BUCKET, 0.0), budget)
     expected = select(scores, grid=grid, ratio=ratio, importance_ratio=iota)
-    np.testing.assert_array_equal(index[: int(kept)], expected)
+    np.testing.assert_array_equal(index[: int(budget.kept)], expected)
 
 
 @pytest.mark.parametrize("name", ["select", "select_repair"])
 def test_one_program_selects_all_golden_cases(name):
-  bucket = token_grid.Bucket(66, 200, 64 * 196)
+  bucket = token_grid.GridBucket(66, 200, 64 * 196)
   compiled = select_in_bucket._cache_size()
   with np.load(os.path.join(GOLDEN, f"{name}.npz")) as arrays:
     for i, meta in enumerate(json.loads(str(arrays["meta"]))):
@@ -294,8 +314,8 @@ def test_one_program_selects_all_golden_cases(name):
         importance_ratio=meta["importance_ratio"],
         max_frame_ratio=meta["max_frame_ratio"],
       )
-      index, kept = select_in_bucket(padded(scores, bucket, 7.0), budget)
-      assert int(kept) == meta["kept"]
+      index = select_in_bucket(padded(scores, bucket, 7.0), budget)
+      assert budget.kept == meta["kept"]
       np.testing.assert_array_equal(
         index[: meta["kept"]], np.flatnonzero(arrays[f"keep_{i}"])
       )
@@ -311,28 +331,32 @@ def test_vmap_over_videos_of_different_grids_and_ratios():
     for grid, ratio in cases
   ]
   stack = functools.partial(jax.tree.map, lambda *leaves: np.stack(leaves))
-  index, kept = jax.jit(jax.vmap(selection.select_in_bucket))(
+  index = jax.jit(jax.vmap(selection.select))(
     stack(*[padded(s, BUCKET, 5.0) for s in scores]), stack(*budgets)
   )
   assert index.shape == (3, 20)
   for i, (grid, ratio) in enumerate(cases):
     np.testing.assert_array_equal(
-      index[i, : int(kept[i])], select_by_a_loop(scores[i], grid, ratio)
+      index[i, : int(budgets[i].kept)], select_by_a_loop(scores[i], grid, ratio)
     )
 
 
 def test_the_default_room_is_the_most_that_a_grid_of_the_bucket_keeps():
   # 0.29 * 100 is below 29, 0.29 * 1 * 10 * 10 is not.
   assert math.floor(0.29 * 100) == 28
-  tight = selection.budget((1, 10, 10), 0.29, bucket=token_grid.Bucket(1, 100))
-  assert tight.kept == tight.places.shape[0] == 29
+  tight = selection.budget(
+    (1, 10, 10), 0.29, bucket=token_grid.GridBucket(1, 100)
+  )
+  assert tight.kept == tight.num_keep_max == 29
   for grid, ratio, _ in random_cases(2, 40):
     budget = selection.budget(grid, ratio, bucket=BUCKET)
-    assert budget.kept <= budget.places.shape[0] <= BUCKET.tokens
+    assert budget.kept <= budget.num_keep_max <= BUCKET.tokens
 
 
 def test_a_budget_that_does_not_fit_is_refused():
-  with pytest.raises(errors.UserError, match=r"7 x 2 x 2 .* Bucket\(7, 4, 28"):
+  with pytest.raises(
+    errors.UserError, match=r"7 x 2 x 2 .* GridBucket\(7, 4, 28"
+  ):
     selection.budget((7, 2, 2), 0.5, bucket=BUCKET)
   with pytest.raises(errors.UserError, match="raise num_keep_max") as raised:
     selection.budget((4, 3, 5), 0.5, bucket=BUCKET, num_keep_max=29)
@@ -344,11 +368,11 @@ def test_a_budget_that_does_not_fit_is_refused():
 
 
 def test_selection_in_a_bucket_lowers_for_tpu_at_full_size():
-  bucket = token_grid.Bucket(64, 256)
+  bucket = token_grid.GridBucket(64, 256)
   budget = selection.budget((60, 15, 17), 0.1, bucket=bucket)
   shape = jax.ShapeDtypeStruct
   scores = network.Scores(
     frame=shape((64, 2), jnp.float32), token=shape((64 * 256, 2), jnp.float32)
   )
-  traced = jax.jit(selection.select_in_bucket).trace(scores, budget)
+  traced = jax.jit(selection.select).trace(scores, budget)
   assert traced.lower(lowering_platforms=("tpu",)).as_text()

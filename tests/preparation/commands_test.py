@@ -1,23 +1,25 @@
 """The commands about training data, from flags to files, in this process."""
 
-import contextlib
 import importlib
 import json
 import pathlib
 import re
-import sys
 
 import jax.numpy as jnp
 import pytest
 import tensorflow_datasets as tfds
-from absl import flags
 
 from cacovid_jax import errors
 from cacovid_jax.data import readers
 from cacovid_jax.data import tfds as tfds_lib
 from cacovid_jax.evals import answering
 from cacovid_jax.models import checkpoints
-from cacovid_jax.preparation import blind
+from cacovid_jax.preparation import (
+  blind,
+  blind_filter,
+  encode_features,
+  tfds_build,
+)
 from tests.evals import tiny
 from tests.preparation import blind_test
 
@@ -31,35 +33,8 @@ ROWS = [
 BAD = blind_test.entry(23, "Bad?", "guess")
 
 
-@contextlib.contextmanager
-def entry_point(name):
-  """Imports an entry point as if it were the only one: others share its flags.
-
-  Yields a function of flags that runs its main.
-  """
-  others = {
-    flag: flags.FLAGS[flag]
-    for flag in list(flags.FLAGS)
-    if not flags.FLAGS.find_module_defining_flag(flag, "").startswith("absl")
-  }
-  for flag in others:
-    delattr(flags.FLAGS, flag)
-  before = set(flags.FLAGS)
-  sys.modules.pop(name, None)
-  module = importlib.import_module(name)
-
-  def run(*arguments):
-    flags.FLAGS([name, *arguments])
-    return module.main([name])
-
-  try:
-    yield run
-  finally:
-    for flag in set(flags.FLAGS) - before:
-      delattr(flags.FLAGS, flag)
-    for flag, held in others.items():
-      flags.FLAGS[flag] = held
-    sys.modules.pop(name, None)
+def run(module, *words):
+  return module.main(module.COMMAND.parse([module.__name__, *words]))
 
 
 @pytest.fixture(scope="module")
@@ -88,19 +63,16 @@ def test_blind_filter(tmp_path, root, capsys):
     "--max_new_tokens=5",
     "--on_bad_row=skip",
   )
-  with entry_point("cacovid_jax.preparation.blind_filter") as run:
-    with pytest.raises(errors.UserError) as error:
-      run(*arguments)
-    assert "1 of 6 clips are missing (1 of 6 questions)" in str(error.value)
-    assert "with --on_missing=skip" in str(error.value)
-    assert [path.name for path in tmp_path.iterdir()] == ["train.json"]
-    arguments += ("--on_missing=skip",)
-    run(*arguments)
-    first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    run(*arguments)
-    assert first == {
-      path.name: path.read_bytes() for path in tmp_path.iterdir()
-    }
+  with pytest.raises(errors.UserError) as error:
+    run(blind_filter, *arguments)
+  assert "1 of 6 clips are missing (1 of 6 questions)" in str(error.value)
+  assert "with --on_missing=skip" in str(error.value)
+  assert [path.name for path in tmp_path.iterdir()] == ["train.json"]
+  arguments += ("--on_missing=skip",)
+  run(blind_filter, *arguments)
+  first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+  run(blind_filter, *arguments)
+  assert first == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
   assert set(first) == {
     "train.json",
     "filtered.json",
@@ -160,25 +132,24 @@ def test_blind_filter(tmp_path, root, capsys):
 )
 def test_blind_filter_refuses(tmp_path, flag, match):
   train = blind_test.write(tmp_path / "train.json")
-  with entry_point("cacovid_jax.preparation.blind_filter") as run:
-    with pytest.raises(errors.UserError, match=match):
-      run(
-        f"--model={answering.SHIPPED_MODEL}",
-        f"--train={train}",
-        f"--out={tmp_path / 'out.json'}",
-        flag.format(train=train, folder=tmp_path),
-      )
+  with pytest.raises(errors.UserError, match=match):
+    run(
+      blind_filter,
+      f"--model={answering.SHIPPED_MODEL}",
+      f"--train={train}",
+      f"--out={tmp_path / 'out.json'}",
+      flag.format(train=train, folder=tmp_path),
+    )
   assert not (tmp_path / "out.json").exists()
 
 
 def test_tfds_build(tmp_path, root, capsys):
   train = blind_test.write(tmp_path / "train.json", ROWS)
   arguments = (f"--train={train}", f"--media={root}", f"--out={tmp_path}")
-  with entry_point("cacovid_jax.preparation.tfds_build") as run:
-    with pytest.raises(errors.UserError, match="1 of 6 clips are missing") as e:
-      run(*arguments)
-    assert str(e.value).endswith("leave them out with --on_missing=skip")
-    run(*arguments, "--on_missing=skip", "--embed")
+  with pytest.raises(errors.UserError, match="1 of 6 clips are missing") as e:
+    run(tfds_build, *arguments)
+  assert str(e.value).endswith("leave them out with --on_missing=skip")
+  run(tfds_build, *arguments, "--on_missing=skip", "--embed")
   shown = capsys.readouterr().out
   assert "5 questions; left out 2 image rows, 0 malformed rows, 1 rows" in shown
   assert "missing: gone.mp4" in shown
@@ -204,16 +175,15 @@ def test_encode_features(tmp_path, root, capsys):
     "  config.rollout.reward = 'accuracy'\n"
     "  return config\n"
   )
-  with entry_point("cacovid_jax.preparation.encode_features") as run:
-    with pytest.raises(errors.UserError, match="there is no cache to fill"):
-      run(f"--config={config}")
-    for text in ("1", "a/b"):
-      with pytest.raises(errors.UserError, match="is not i/n"):
-        run(f"--config={config}", f"--shard={text}")
-    features = tmp_path / "features"
-    override = f"--config_override=data.feature_cache={features}"
-    for index in (0, 1):
-      run(f"--config={config}", override, f"--shard={index}/2")
+  with pytest.raises(errors.UserError, match="there is no cache to fill"):
+    run(encode_features, f"--config={config}")
+  for text in ("1", "a/b"):
+    with pytest.raises(errors.UserError, match="give I/N"):
+      run(encode_features, f"--config={config}", f"--shard={text}")
+  features = tmp_path / "features"
+  override = f"--config.data.feature_cache={features}"
+  for index in (0, 1):
+    run(encode_features, f"--config={config}", override, f"--shard={index}/2")
   shown = capsys.readouterr().out
   assert "2 clips, 0 were there, 2 encoded, 0 cannot be used" in shown
   assert "1 clips, 0 were there, 1 encoded, 0 cannot be used" in shown
@@ -230,8 +200,7 @@ def test_the_guides_commands_have_their_flags():
     python, dash, name, *words = block.split()
     assert (python, dash) == ("python", "-m")
     names.append(name.rpartition(".")[2])
-    with entry_point(name):
-      # --config.key=value is rewritten by `errors.run`.
-      words = [word for word in words if not word.startswith("--config.")]
-      assert flags.FLAGS([name, *words]) == [name], words
+    assert (
+      not importlib.import_module(name).COMMAND.parse([name, *words]).arguments
+    )
   assert names == ["blind_filter", "tfds_build", "encode_features"]

@@ -13,7 +13,8 @@ from cacovid_jax.data import rejected_clips
 from cacovid_jax.evals import answering
 from cacovid_jax.models import checkpoints
 from cacovid_jax.preparation import encoding
-from cacovid_jax.training import pipeline, setup
+from cacovid_jax.training import pipeline
+from cacovid_jax.training import run as run_lib
 from tests.evals import tiny
 from tests.training import tiny as tiny_training
 
@@ -61,9 +62,8 @@ def make(folder, checkpoint, cache, questions=None):
       "data.feature_cache": str(cache),
     }
   )
-  return setup.make(
-    config, cache, checkpoint=checkpoint, questions=questions or rows()
-  )
+  experiment = tiny_training.experiment_of(config, cache, checkpoint=checkpoint)
+  return run_lib.make(experiment, questions=questions or rows())
 
 
 @pytest.fixture

@@ -248,17 +248,21 @@ def test_several_devices_and_back_to_one(tmp_path):
       np.testing.assert_array_equal(leaf, np.arange(8))
 
 
+def run_ckpt(*words):
+  return ckpt.main(ckpt.COMMAND.parse(["ckpt", *words]))
+
+
 def test_doctor_lists_steps_and_verdicts(tmp_path, capsys):
   steps = tmp_path / "checkpoints"
   for step in (1, 2):
     checkpointing.save(steps, step, {"a": jnp.ones(3)}, config_hash="cafe")
-  assert ckpt.main(["ckpt", "doctor", str(tmp_path)]) == 0
+  assert run_ckpt("doctor", str(tmp_path)) == 0
   (steps / "3.partial").mkdir()
   manifest = steps / "2" / checkpointing.MANIFEST
   manifest.write_bytes(
     manifest.read_bytes().replace(b'"step": 2', b'"step": 3')
   )
-  assert ckpt.main(["ckpt", "doctor", str(tmp_path)]) == 1
+  assert run_ckpt("doctor", str(tmp_path)) == 1
   printed = capsys.readouterr().out
   for text in ("cafe", "content changed", "unfinished", "damaged: 2"):
     assert text in printed
@@ -266,6 +270,6 @@ def test_doctor_lists_steps_and_verdicts(tmp_path, capsys):
   assert list(by_name) == ["1", "2", "3.partial"]
   assert json.dumps(by_name["1"].manifest["files"])
   with pytest.raises(errors.UserError, match="no directory"):
-    ckpt.main(["ckpt", "doctor", str(tmp_path / "none")])
+    run_ckpt("doctor", str(tmp_path / "none"))
   with pytest.raises(errors.UserError, match="usage"):
-    ckpt.main(["ckpt"])
+    run_ckpt()

@@ -10,51 +10,50 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from cacovid_jax import errors
 from cacovid_jax.parallel import mesh as mesh_lib
-from cacovid_jax.training import programs, step
+from cacovid_jax.training import programs, rollout, setup, step
 from tests.training import tiny
 
 VIDEOS = 8
 
 
-def gradient(recipe, state, frozen, batch):
+def gradient(config, state, constants, batch):
   """Returns one iteration's averaged gradient, on one device's share."""
-  videos, memory = step.begin(recipe, state, frozen, batch)
-  answers, masks = step.roll_out(recipe, frozen, videos, memory, largest=0)
-  rewards = step.rollout.reward(
-    recipe.rollout,
+  videos, memory = step.prepare_videos(config, state, constants, batch)
+  answers, masks = step.rollout(config, constants, videos, memory, max_rung=0)
+  rewards = rollout.reward(
+    config.rollout,
     answers,
     videos.answer_id,
     videos.option_ids,
-    frozen.letters,
+    constants.letters,
   )
   memory = jax.vmap(step.replay.append)(memory, masks, rewards)
   # Away from the point where the policy equals the old one.
   moved = jax.tree.map(lambda p: p * 1.1, state.params)
-  return step.gradients(recipe, moved, videos, memory)[0]
+  return step.gradients(config, moved, videos, memory)[0]
 
 
-def mapped(recipe, data, model=1):
+def mapped(config, data, model=1, how="shard_map"):
   """Returns the gradient function over `data` devices, as the trainer maps."""
   mesh = tiny.mesh(data, model)
-  return mesh, jax.jit(
-    jax.shard_map(
-      functools.partial(gradient, recipe),
-      mesh=mesh,
-      in_specs=(P(), P(), P("data")),
-      out_specs=P(),
-      axis_names={"data"} if model > 1 else {"data", "model"},
-      check_vma=False,
-    )
+  function = mesh_lib.map_over_data(
+    functools.partial(gradient, config),
+    mesh,
+    (P(), P(), P("data")),
+    P(),
+    how=how,
   )
+  return mesh, jax.jit(function)
 
 
 @pytest.fixture(scope="module")
 def reference():
-  recipe = tiny.recipe(reward="margin")
-  arguments = tiny.state(recipe), tiny.frozen(recipe), tiny.batch(VIDEOS)
-  _, function = mapped(recipe, 1)
-  return recipe, arguments, jax.device_get(function(*arguments))
+  config = tiny.step_config(reward="margin")
+  arguments = tiny.state(config), tiny.constants(config), tiny.batch(VIDEOS)
+  _, function = mapped(config, 1)
+  return config, arguments, jax.device_get(function(*arguments))
 
 
 def assert_close(got, expected, rtol=1e-5):
@@ -66,33 +65,60 @@ def assert_close(got, expected, rtol=1e-5):
 
 
 def test_gradient_on_eight_devices_is_that_of_one(reference):
-  recipe, arguments, expected = reference
+  config, arguments, expected = reference
   assert max(np.abs(g).max() for g in jax.tree.leaves(expected)) > 1e-4
-  _, function = mapped(recipe, 8)
+  _, function = mapped(config, 8)
   assert_close(jax.device_get(function(*arguments)), expected)
 
 
-def test_pmap_of_the_same_function_gives_the_same_gradient(reference):
-  recipe, (state, frozen, batch), expected = reference
-  devices = 4
-  split = jax.tree.map(
-    lambda a: a.reshape(devices, VIDEOS // devices, *a.shape[1:]), batch
-  )
-  function = jax.pmap(
-    functools.partial(gradient, recipe),
-    axis_name="data",
-    in_axes=(None, None, 0),
-    devices=jax.devices()[:devices],
-  )
-  got = jax.device_get(function(state, frozen, split))
-  for device in range(devices):
-    assert_close(jax.tree.map(lambda a: a[device], got), expected)  # noqa: B023
+def test_pmap_gives_the_bytes_of_shard_map():
+  config = tiny.step_config(reward="margin")
+  batches = [tiny.batch(VIDEOS, seed=i) for i in range(2)]
+  runs = [
+    tiny.run(config, batches, data=8, map_with=how)[1:]
+    for how in ("shard_map", "pmap")
+  ]
+  leaves = [jax.tree.leaves(jax.device_get(run)) for run in runs]
+  for one, other in zip(*leaves, strict=True):
+    np.testing.assert_array_equal(one, other)
+
+
+def test_pmap_runs_every_program_of_an_adaptive_ratio():
+  config = tiny.step_config(fixed=None, rungs=(0.125, 0.25))
+  batches = [tiny.batch(4, ladder=config.ladder)]
+  runs = [
+    tiny.run(config, batches, data=2, map_with=how)
+    for how in ("shard_map", "pmap")
+  ]
+  assert {name for _, name in runs[1][0].compile_seconds} >= {
+    "prepare_videos",
+    "iterate_0",
+  }
+  leaves = [jax.tree.leaves(jax.device_get(run[1:])) for run in runs]
+  for one, other in zip(*leaves, strict=True):
+    np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+  ("how", "model", "message"),
+  [
+    ("vmap", 1, "choose shard_map or pmap"),
+    ("pmap", 2, "cannot split the base model .mesh.model=2."),
+  ],
+)
+def test_a_map_that_does_not_fit_the_mesh_is_one_line(how, model, message):
+  config = tiny.config(**{"mesh.map": how, "mesh.model": model})
+  with pytest.raises(errors.UserError, match=message) as raised:
+    setup.make_mesh(config)
+  assert "\n" not in str(raised.value)
 
 
 def test_base_weights_split_over_the_model_axis_change_nothing(reference):
-  recipe, (state, frozen, batch), expected = reference
-  mesh, function = mapped(recipe, 2, 2)
-  split = frozen.replace(params=mesh_lib.shard_base_params(frozen.params, mesh))
+  config, (state, constants, batch), expected = reference
+  mesh, function = mapped(config, 2, 2)
+  split = constants.replace(
+    params=mesh_lib.shard_base_params(constants.params, mesh)
+  )
   kernels = split.params["language_model"]["layers"]["gate_proj"]["kernel"]
   assert kernels.sharding.spec == P(None, None, "model")
   got = function(
@@ -104,10 +130,10 @@ def test_base_weights_split_over_the_model_axis_change_nothing(reference):
 
 
 def test_parameters_after_twenty_steps_agree():
-  recipe = tiny.recipe(reward="margin", iterations=1, learning_rate=1e-3)
+  config = tiny.step_config(reward="margin", iterations=1, learning_rate=1e-3)
   batches = [tiny.batch(VIDEOS, seed=i) for i in range(20)]
-  _, one, outs_one = tiny.run(recipe, batches)
-  _, many, outs_many = tiny.run(recipe, batches, data=4)
+  _, one, outs_one = tiny.run(config, batches)
+  _, many, outs_many = tiny.run(config, batches, data=4)
   assert int(many.step) == 20
   for (ids, rewards, _), (ids_many, rewards_many, _) in zip(
     outs_one, outs_many, strict=True

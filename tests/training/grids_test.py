@@ -19,19 +19,18 @@ from cacovid_jax.data import feature_cache, qwen_frames, video
 from cacovid_jax.models import checkpoints, token_grid
 from cacovid_jax.policy import network, sampling
 from cacovid_jax.training import (
-  loop,
   pipeline,
   programs,
   ratio,
   replay,
   rollout,
-  setup,
   step,
 )
+from cacovid_jax.training import run as run_lib
 from tests.data import clips
 from tests.training import loop_test, tiny, tiny_qwen
 
-BUCKET = token_grid.Bucket(3, 26, 60)
+BUCKET = token_grid.GridBucket(3, 26, 60)
 NEW = 3
 
 
@@ -62,7 +61,9 @@ def made(folder, rows, checkpoint):
       "rollout.reward": "accuracy",
     },
   )
-  run = setup.make(config, folder, questions=rows, checkpoint=checkpoint)
+  run = run_lib.make(
+    tiny.experiment_of(config, folder, checkpoint=checkpoint), questions=rows
+  )
   for batch, questions in run.batches(0):
     if len({row.video[0] for row in questions}) == 2:
       return run, batch, questions
@@ -71,29 +72,30 @@ def made(folder, rows, checkpoint):
 
 @pytest.fixture(scope="module")
 def bucketed(made):
-  """Returns what a step's parts give in the bucket, marks by a rule."""
+  """Returns what a step's parts give in the bucket, rewards by a rule."""
   run, batch, _ = made
   state = jax.device_get(run.init_state())
-  given = (state, run.frozen, batch)
-  videos, memory = jax.jit(functools.partial(step.begin, run.recipe))(*given)
-  largest = int(batch.own.rungs.start.max())
+  given = (state, run.constants, batch)
+  prepare = jax.jit(functools.partial(step.prepare_videos, run.config))
+  videos, memory = prepare(*given)
+  largest = int(batch.grid_data.rungs.start.max())
 
   @jax.jit
-  def iterate(videos, memory, state, frozen):
-    recipe = run.recipe
-    drawn, kept = step.draw(recipe, videos, memory, largest=largest)
-    answers, masks = step.roll_out(
-      recipe, frozen, videos, memory, largest=largest
+  def iterate(videos, memory, state, constants):
+    config = run.config
+    drawn, kept = step.draw(config, videos, memory, max_rung=largest)
+    answers, masks = step.rollout(
+      config, constants, videos, memory, max_rung=largest
     )
-    rewards = marks(drawn.index.shape[:2])
+    rewards = rewarded(drawn.index.shape[:2])
     memory = jax.vmap(replay.append)(memory, masks, rewards)
     grads, (loss, metrics) = averaged(
-      functools.partial(step.gradients, recipe), state.params, videos, memory
+      functools.partial(step.gradients, config), state.params, videos, memory
     )
     return drawn, kept, answers, masks, loss, grads, metrics
 
   params = _nudged(state.params)
-  out = iterate(videos, memory, state.replace(params=params), run.frozen)
+  out = iterate(videos, memory, state.replace(params=params), run.constants)
   return run, state.params, params, videos, memory, out
 
 
@@ -104,7 +106,7 @@ def averaged(function, params, *args):
   return jax.tree.map(lambda leaf: leaf[0], out)
 
 
-def marks(shape):
+def rewarded(shape):
   return jnp.asarray((np.arange(np.prod(shape)) % 3 == 0).reshape(shape), float)
 
 
@@ -124,22 +126,23 @@ class Alone:
     prompt = checkpoint.tokenizer.encode_prompt(question.prompt, N)
     # Four frames of a clip of 8, 9, ... tenths of a second.
     seconds = 2 * (8 + int(question.id[1:])) / 10 / 4
-    positions, following = run.recipe.model.positions(
+    positions, following = run.config.model.positions(
       prompt.ids, grid=self.grid, seconds_per_slice=seconds
     )
     self.prompt = rollout.Prompts(
-      x=run.recipe.model.embed_prompt(
-        run.frozen.params, prompt.ids, batch.video[i, :N], prompt.video_start
+      x=run.config.model.embed_prompt(
+        run.constants.params, prompt.ids, batch.video[i, :N], prompt.video_start
       ),
       positions=positions,
       length=np.int32(prompt.length),
       video_start=np.int32(prompt.video_start),
-      following=np.int32(following),
+      next_position=np.int32(following),
     )
-    given = run.recipe.ladder
+    given = run.config.ladder
     ladder = ratio.make_ladder(self.grid, given.sampling_config, given.config)
-    self.plan = ladder.plans[ladder.start]
-    self.recipe = dataclasses.replace(run.recipe, grid=self.grid, ladder=ladder)
+    self.rungs = ladder.rungs(self.grid)
+    self.plan = ladder.plans[self.rungs.start]
+    self.config = dataclasses.replace(run.config, ladder=ladder)
 
   @functools.cached_property
   def videos(self):
@@ -149,36 +152,38 @@ class Alone:
       option_ids=np.zeros((1, 2), int),
       decisive_frames=np.zeros((1, self.grid[0]), bool),
       rng=jax.random.split(jax.random.key(0), 1),
+      grid=token_grid.TokenGrid.of(self.grid),
+      rungs=jax.tree.map(lambda leaf: leaf[None], self.rungs),
     )
 
   @functools.cached_property
   def learn(self):
-    """(before, after, weights, index, kept, masks, marks) -> what it gives."""
-    recipe, videos = self.recipe, self.videos
+    """(before, after, weights, index, kept, masks, rewards) -> its results."""
+    config, videos = self.config, self.videos
 
     @jax.jit
     def learn(before, after, params, index, kept, masks, rewards):
       answers = rollout.answer(
-        recipe.model,
+        config.model,
         params,
         videos.prompts,
         index[None],
         kept[None],
         num_video=self.num_video,
         max_new_tokens=NEW,
-        eos_ids=recipe.eos_ids,
-        pad_id=recipe.pad_id,
+        eos_ids=config.eos_ids,
+        pad_id=config.pad_id,
       )
-      scores = step.policy_scores(recipe, before, videos)
+      scores = step.policy_scores(config, before, videos)
       memory = replay.empty(
         jax.tree.map(lambda leaf: leaf[0], scores),
         num_combinations=8,
-        iterations=recipe.iterations,
+        iterations=config.iterations,
         rung=0,
       )
       memory = replay.append(memory, masks, rewards)
       grads, (loss, metrics) = averaged(
-        functools.partial(step.gradients, recipe),
+        functools.partial(step.gradients, config),
         after,
         videos,
         jax.tree.map(lambda leaf: leaf[None], memory),
@@ -200,14 +205,14 @@ def alone(made, checkpoint, bucketed):
     own = replay.Masks(masks.token[i, :, :N], masks.frame[i, :, :T])
     assert not masks.token[i, :, N:].any() and not masks.frame[i, :, T:].any()
     index = drawn.index[i, :, : one.plan.num_keep]
-    given = before, after, run.frozen.params, index, kept[i], own
-    found.append((one, one.learn(*given, marks((2, 8))[i])))
+    given = before, after, run.constants.params, index, kept[i], own
+    found.append((one, one.learn(*given, rewarded((2, 8))[i])))
   return found
 
 
 def test_features_are_those_of_the_clip_alone(made, folder):
   run, batch, questions = made
-  model = run.recipe.model
+  model = run.config.model
   for i, question in enumerate(questions):
     clip = video.decode(
       folder / question.video, pipeline.FrameRule(tiny.FRAMES)
@@ -216,7 +221,7 @@ def test_features_are_those_of_the_clip_alone(made, folder):
     fps = len(clip.frames) / clip.duration
     patches = processor(clip.frames, fps=fps)
     expected = model.encode_video(
-      run.frozen.params, patches.patches, model.layout(patches.grid)
+      run.constants.params, patches.patches, model.layout(patches.grid)
     )
     N = len(expected)
     np.testing.assert_allclose(batch.video[i, :N], expected, atol=1e-5)
@@ -230,9 +235,9 @@ def test_prompts_and_positions_are_those_of_each_video_alone(made, alone):
     length = one.prompt.length
     assert batch.length[i] == length
     assert batch.video_start[i] == one.prompt.video_start
-    found = batch.own.positions[i]
+    found = batch.grid_data.positions[i]
     np.testing.assert_array_equal(found[:, :length], one.prompt.positions)
-    assert batch.own.following[i] == one.prompt.following
+    assert batch.grid_data.next_position[i] == one.prompt.next_position
 
 
 def test_scores_are_those_of_each_video_alone(bucketed, alone):
@@ -253,19 +258,19 @@ def test_combinations_follow_each_videos_own_plan(bucketed, alone):
     assert kept[i] == K
     assert (index[:, :K] < N).all() and (np.diff(index[:, :K]) > 0).all()
     assert (index[:, K:] == BUCKET.tokens).all()
-    # What no chance enters is the static rule's, index by index.
+    # What no chance enters is the full grid's, index by index.
     scores = jax.tree.map(lambda leaf, at=i: leaf[at], memory.old_scores)
     start = one.prompt.video_start
-    static = jax.jit(functools.partial(sampling.sample, plan=one.plan))(
+    alone = jax.jit(functools.partial(sampling.sample, plan=one.plan))(
       jax.random.key(5),
       network.Scores(scores.frame[:T], scores.token[:N]),
       one.prompt.x[start : start + N],
     )
     num_token, _ = replay.counts(len(index))
     for row in (0, num_token, -1):
-      np.testing.assert_array_equal(index[row, :K], static.index[row])
+      np.testing.assert_array_equal(index[row, :K], alone.index[row])
     np.testing.assert_array_equal(
-      drawn.frame_mask[i, 0, :T], static.frame_mask[0]
+      drawn.frame_mask[i, 0, :T], alone.frame_mask[0]
     )
 
 
@@ -297,22 +302,29 @@ def test_a_run_on_clips_of_two_shapes_resumes_bit_identically(
       "ckpt.every_steps": 2,
       "videos_per_step": 1,
       "ratio.adaptive": False,
+      "rollout.reward": "margin",
       "data.buckets": ((2, 16), (2, 24)),
       "data.feature_cache": str(tmp_path / "cache"),
     },
   )
-  given = dict(questions=rows, checkpoint=checkpoint)
+  given = dict(questions=rows, checkpoint=checkpoint, source=None)
   first, second = loop_test.Log(), loop_test.Log()
-  result = loop.train(config, tmp_path / "whole", on_step=first, **given)
+  result = tiny.train(tmp_path / "whole", config, on_step=first, **given)
   made = result.run.programs
   # One program for each bucket, which both are used.
   assert made.limit == 2
-  assert sorted(made.compile_seconds) == ["2x16/whole", "2x24/whole"]
+  assert list(made.configs) == [
+    token_grid.GridBucket(2, 16),
+    token_grid.GridBucket(2, 24),
+  ]
+  assert set(made.compile_seconds) == {
+    (bucket, "fixed_ratio_step") for bucket in made.configs
+  }
   # The second time, features come from the disk.
   assert any((tmp_path / "cache").rglob("*.npy"))
   step_two = pathlib.Path("checkpoints", "2")
   shutil.copytree(tmp_path / "whole" / step_two, tmp_path / "cut" / step_two)
-  again = loop.train(config, tmp_path / "cut", on_step=second, **given)
+  again = tiny.train(tmp_path / "cut", config, on_step=second, **given)
   assert sorted(second.steps) == [3, 4]
   loop_test.assert_same(again.state, result.state)
   for done in (3, 4):
@@ -333,28 +345,28 @@ RATIOS = (0.01, 0.02, 0.04, 0.08, 0.12)
 def test_a_video_walks_its_own_ladder_inside_a_bucket(fixed):
   config = ratio.RatioConfig(rungs=RATIOS)
   draws = sampling.SamplingConfig(num_combinations=8)
-  ladder = ratio.make_bucket_ladder(
-    token_grid.Bucket(3, 64), draws, config, fixed=fixed
+  ladder = ratio.make_ladder(
+    token_grid.GridBucket(3, 64), draws, config, fixed=fixed
   )
   assert len(ladder) == (5 if fixed is None else 1)
   rng = np.random.default_rng(0)
   for grid in [(3, 8, 8), (2, 5, 5), (1, 3, 3), (3, 6, 7), (2, 4, 4)]:
-    static = ratio.make_ladder(grid, draws, config, fixed=fixed)
-    own = ladder.rungs(grid)
-    place, rung = int(own.start), static.start
+    alone = ratio.make_ladder(grid, draws, config, fixed=fixed)
+    full, own = alone.rungs(grid), ladder.rungs(grid)
+    place, rung = int(own.start), int(full.start)
     for reward in rng.choice([0.0, 0.5, 1.0], 20):
-      np.testing.assert_allclose(own.ratios[place], static.ratios[rung])
+      np.testing.assert_allclose(own.ratios[place], alone.ratios[rung])
       plan = jax.tree.map(lambda leaf, at=place: leaf[at], own.plans)
-      assert int(plan.num_keep) == static.num_keep[rung]
+      assert int(plan.num_keep) == alone.num_keep[rung]
       # The program of a place has room for what is drawn there.
-      assert static.num_keep[rung] <= ladder.num_keep[place]
-      place = int(ratio.next_rung(ladder, place, reward, own))
-      rung = int(ratio.next_rung(static, rung, reward))
+      assert alone.num_keep[rung] <= ladder.num_keep[place]
+      place = int(ratio.next_rung(ladder, own, place, reward))
+      rung = int(ratio.next_rung(alone, full, rung, reward))
 
 
 def test_a_ratio_that_a_grid_does_not_allow_is_named():
-  ladder = ratio.make_bucket_ladder(
-    token_grid.Bucket(3, 64),
+  ladder = ratio.make_ladder(
+    token_grid.GridBucket(3, 64),
     sampling.SamplingConfig(num_combinations=8),
     ratio.RatioConfig(),
     fixed=0.02,
@@ -367,7 +379,7 @@ def test_default_buckets_follow_from_the_pixels():
   def sizes(processor, **changes):
     config = tiny.config(**{"data.num_frames": 32} | changes)
     return [
-      dataclasses.astuple(b) for b in setup.make_buckets(config, processor)
+      dataclasses.astuple(b) for b in run_lib.make_buckets(config, processor)
     ]
 
   paper = qwen_frames.ProcessorConfig(
@@ -392,12 +404,12 @@ def test_default_buckets_follow_from_the_pixels():
 def test_settings_of_the_other_kind_of_grid_are_refused(folder, checkpoint):
   for key, value in (("data.buckets", ((4, 16),)), ("data.min_pixels", 64)):
     with pytest.raises(errors.UserError, match="whose grids differ"):
-      setup.make_preprocessing(
+      run_lib.make_preprocessing(
         tiny.config(**{key: value}), tiny.checkpoint().model
       )
   config = tiny_qwen.config(folder, **{"data.decisive_file": "decisive.jsonl"})
   with pytest.raises(errors.UserError, match="decisive_file.*leave it empty"):
-    setup.make_preprocessing(config, checkpoint.model)
+    run_lib.make_preprocessing(config, checkpoint.model)
 
 
 def _bucketing(**changes):
@@ -405,9 +417,9 @@ def _bucketing(**changes):
     return np.arange(len(ids))[None], len(ids)
 
   sizes = (
-    token_grid.Bucket(2, 16),
-    token_grid.Bucket(2, 24),
-    token_grid.Bucket(9, 9),
+    token_grid.GridBucket(2, 16),
+    token_grid.GridBucket(2, 24),
+    token_grid.GridBucket(9, 9),
   )
   fields = dict(buckets=sizes, text_rows=4, positions=positions, multiple=8)
   return pipeline.Bucketing(**fields | changes)
@@ -471,7 +483,7 @@ def test_cached_clips_keep_their_grid_and_seconds(folder, rows, tmp_path):
       pipeline.ShotSource(folder, pipeline.FrameRule(tiny.FRAMES), processor),
       encode,
       processor,
-      buckets=[token_grid.Bucket(2, 24)],
+      buckets=[token_grid.GridBucket(2, 24)],
       identity="x",
       cache=feature_cache.FeatureCache(tmp_path),
     )
@@ -493,12 +505,17 @@ def test_cached_clips_keep_their_grid_and_seconds(folder, rows, tmp_path):
 
 
 def test_buckets_share_no_program(made):
-  run, batch, _ = made
-  assert list(run.programs.by_bucket) == [BUCKET]
-  other = dataclasses.replace(run.recipe, grid=token_grid.Bucket(3, 30))
-  both = programs.BucketPrograms([run.recipe, other], run.mesh)
+  run, *_ = made
+  assert list(run.programs.configs) == [BUCKET]
+  given = run.config.ladder
+  ladder = ratio.make_ladder(
+    token_grid.GridBucket(3, 30), given.sampling_config, given.config
+  )
+  other = dataclasses.replace(run.config, ladder=ladder)
+  both = programs.Programs([run.config, other], run.mesh)
   assert both.limit == 2 * (2 + 3)
-  assert both.by_bucket[BUCKET].recipe.num_video == 60
+  assert both.configs[BUCKET].num_video == 60
+  assert both.configs[ladder.bucket].num_video == 90
 
 
 def test_clips_of_odd_shapes_are_replaced_and_noted(rows, checkpoint, tmp_path):
@@ -524,7 +541,9 @@ def test_clips_of_odd_shapes_are_replaced_and_noted(rows, checkpoint, tmp_path):
       "model.path": checkpoint.identity["path"],
     },
   )
-  run = setup.make(config, tmp_path, questions=asked, checkpoint=checkpoint)
+  run = run_lib.make(
+    tiny.experiment_of(config, tmp_path, checkpoint=checkpoint), questions=asked
+  )
   # The tower is not what this is about.
   run.source._encode_fn = lambda patches, grid, bucket: np.zeros(
     (bucket.tokens, 32), np.float32
@@ -540,6 +559,6 @@ def test_clips_of_odd_shapes_are_replaced_and_noted(rows, checkpoint, tmp_path):
   assert "a side of 28 or fewer" in found["small.mp4"]["detail"]
   # Buckets that hold no ordinary clip are a mistake, not odd clips.
   run.source._memory.clear()
-  run.source._buckets = (token_grid.Bucket(2, 8),)
+  run.source._buckets = (token_grid.GridBucket(2, 8),)
   with pytest.raises(errors.UserError, match="no bucket holds a video of 2 x"):
     run.source(rows[0])

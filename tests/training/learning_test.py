@@ -63,13 +63,13 @@ def batch(seed, marked, videos=8):
 
 def curves(needed, marked, reward, steps=60):
   """Returns {metric: f32[steps]} of a run."""
-  recipe = dataclasses.replace(
-    tiny.recipe(
+  config = dataclasses.replace(
+    tiny.step_config(
       reward=reward, iterations=3, learning_rate=2e-2, total_steps=steps
     ),
     model=Spotter(needed),
   )
-  _, _, outs = tiny.run(recipe, [batch(seed, marked) for seed in range(steps)])
+  _, _, outs = tiny.run(config, [batch(seed, marked) for seed in range(steps)])
   return {
     name: np.array([metrics.mean[name].mean() for _, _, metrics in outs])
     for name in outs[0][2].mean

@@ -7,10 +7,12 @@ import jax
 import numpy as np
 import pytest
 
+from cacovid_jax.models import token_grid
 from cacovid_jax.parallel import mesh as mesh_lib
 from cacovid_jax.training import programs, step
 from tests.training import tiny
 
+BUCKET = token_grid.TokenGrid.of(tiny.GRID).bucket
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 _events = []
 jax.monitoring.register_event_duration_secs_listener(
@@ -26,60 +28,64 @@ def compilations():
   found += [name for name in _events[before:] if name == _COMPILED]
 
 
-def held(recipe):
+def names(made):
+  return sorted(name for _, name in made.compile_seconds)
+
+
+def held(config):
   mesh = tiny.mesh()
   return (
     mesh,
-    mesh_lib.put(tiny.state(recipe), mesh, programs.ONE),
-    mesh_lib.put(tiny.frozen(recipe), mesh, programs.ONE),
+    mesh_lib.put(tiny.state(config), mesh, programs.ONE),
+    mesh_lib.put(tiny.constants(config), mesh, programs.ONE),
   )
 
 
-def steps(made, state, frozen, batches, mark=None):
+def steps(made, state, constants, batches, reward=None):
   outs = []
   for batch in batches:
     placed = programs.place_batch(batch, made.mesh)
     with jax.transfer_guard("disallow"):
-      state, *out = made.run(state, frozen, placed, mark)
+      state, *out = made.run(state, constants, placed, reward)
     outs.append(jax.device_get(out))
   return state, outs
 
 
 @pytest.fixture(scope="module")
 def fixed():
-  """A fixed ratio with marks on the device, after two steps."""
-  recipe = tiny.recipe(reward="margin")
-  mesh, state, frozen = held(recipe)
-  made = programs.Programs(recipe, mesh)
+  """A fixed ratio with device rewards, after two steps."""
+  config = tiny.step_config(reward="margin")
+  mesh, state, constants = held(config)
+  made = programs.Programs([config], mesh)
   before = jax.device_get(state)
-  state, outs = steps(made, state, frozen, [tiny.batch()])
+  state, outs = steps(made, state, constants, [tiny.batch()])
   with compilations() as found:
-    state, more = steps(made, state, frozen, [tiny.batch(seed=1)])
-  return recipe, made, frozen, before, state, outs + more, found
+    state, more = steps(made, state, constants, [tiny.batch(seed=1)])
+  return config, made, constants, before, state, outs + more, found
 
 
 def test_fixed_ratio_is_one_program_compiled_once(fixed):
   _, made, *_, found = fixed
-  assert list(made.compile_seconds) == ["whole"]
+  assert list(made.compile_seconds) == [(BUCKET, "fixed_ratio_step")]
   assert made.limit == 1
   assert not found
 
 
 def test_a_step_learns_from_all_iterations(fixed):
-  recipe, _, _, before, state, outs, _ = fixed
+  config, _, _, before, state, outs, _ = fixed
   assert int(state.step) == 2
   ids, rewards, metrics = outs[-1]
-  assert ids.shape == (2, recipe.iterations, 8, 1)
-  assert rewards.shape == (2, recipe.iterations, 8)
+  assert ids.shape == (2, config.iterations, 8, 1)
+  assert rewards.shape == (2, config.iterations, 8)
   assert set(metrics.per_video) == {"finite", "rung", "next_rung"}
-  assert metrics.mean["gradient_norm"].shape == (recipe.iterations,)
+  assert metrics.mean["gradient_norm"].shape == (config.iterations,)
   assert (metrics.mean["gradient_norm"] > 0).all()
   counts = [
     leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)
     if mesh_lib.path_name(path).endswith("count")
   ]
-  assert {int(count) for count in counts} == {2 * recipe.iterations}
+  assert {int(count) for count in counts} == {2 * config.iterations}
   old, new = before.params["token"], state.params["token"]
   assert np.abs(old["kernel"] - new["kernel"]).max() > 0
 
@@ -106,66 +112,87 @@ def test_decisive_frames_against_their_chance(fixed):
 
 
 def test_program_has_no_callback_and_returns_what_it_says(fixed):
-  recipe, made, frozen, _, state, _, _ = fixed
+  config, made, constants, _, state, _, _ = fixed
   batch = programs.place_batch(tiny.batch(), made.mesh)
-  lowered = made.lower("whole", state, frozen, batch)
+  jitted = made.jitted(BUCKET, "fixed_ratio_step")
+  lowered = jitted.trace(state, constants, batch).lower()
   text = lowered.as_text()
   for word in ("callback", "infeed", "outfeed", "send", "recv"):
     assert f"@{word}" not in text and f"_{word}" not in text, word
   out = lowered.out_info
   assert jax.tree.structure(out[0]) == jax.tree.structure(state)
-  assert out[1].shape == (2, recipe.iterations, 8, 1)
-  assert out[2].shape == (2, recipe.iterations, 8)
+  assert out[1].shape == (2, config.iterations, 8, 1)
+  assert out[2].shape == (2, config.iterations, 8)
   assert len(out) == 4
 
 
 def test_base_weights_are_arguments_not_constants(fixed):
-  _, made, frozen, _, state, _, _ = fixed
+  _, made, constants, _, state, _, _ = fixed
   batch = programs.place_batch(tiny.batch(), made.mesh)
-  jaxpr = made.jitted("whole").trace(state, frozen, batch).jaxpr
+  jaxpr = (
+    made.jitted(BUCKET, "fixed_ratio_step").trace(state, constants, batch).jaxpr
+  )
   largest = max((np.size(c) for c in jaxpr.consts), default=0)
   assert largest < 1000
 
 
-def test_step_lowers_for_tpu(fixed):
-  _, made, frozen, _, state, _, _ = fixed
+def test_a_full_grid_leaves_no_trace_of_a_mask(fixed, monkeypatch):
+  _, made, constants, _, state, _, _ = fixed
+  fill, traces = token_grid.fill, []
+
+  def watched(x, valid, value):
+    filled = fill(x, valid, value)
+    traces.append(filled is not x)
+    return filled
+
+  monkeypatch.setattr(token_grid, "fill", watched)
   batch = programs.place_batch(tiny.batch(), made.mesh)
-  traced = made.jitted("whole").trace(state, frozen, batch)
+  made.jitted(BUCKET, "fixed_ratio_step").trace(state, constants, batch)
+  assert len(traces) > 20 and not any(traces)
+
+
+def test_step_lowers_for_tpu(fixed):
+  _, made, constants, _, state, _, _ = fixed
+  batch = programs.place_batch(tiny.batch(), made.mesh)
+  traced = made.jitted(BUCKET, "fixed_ratio_step").trace(
+    state, constants, batch
+  )
   assert traced.lower(lowering_platforms=("tpu",)).as_text()
 
 
 def test_another_shape_is_an_error_and_no_compilation(fixed):
-  _, made, frozen, _, state, _, _ = fixed
+  _, made, constants, _, state, _, _ = fixed
   placed = programs.place_batch(tiny.batch(videos=1), made.mesh)
   with compilations() as found, pytest.raises(TypeError):
-    made.run(state, frozen, placed)
+    made.run(state, constants, placed)
   assert not found
 
 
 def test_more_programs_than_allowed_is_an_error(fixed):
-  _, made, frozen, _, state, _, _ = fixed
+  _, made, constants, _, state, _, _ = fixed
   placed = programs.place_batch(tiny.batch(), made.mesh)
   with pytest.raises(RuntimeError, match="one more than"):
-    made.call("begin", state, frozen, placed)
+    made.call(BUCKET, "prepare_videos", state, constants, placed)
 
 
 @pytest.fixture(scope="module")
 def adaptive():
   """An adaptive ratio; no answer is right, so the ratio rises."""
-  recipe = tiny.recipe(fixed=None, rungs=(0.125, 0.25), iterations=3)
-  mesh, state, frozen = held(recipe)
-  frozen = frozen.replace(letters=frozen.letters * 0 - 1)
-  made = programs.Programs(recipe, mesh)
-  state, _ = steps(made, state, frozen, [tiny.batch()])
+  config = tiny.step_config(fixed=None, rungs=(0.125, 0.25), iterations=3)
+  mesh, state, constants = held(config)
+  constants = constants.replace(letters=constants.letters * 0 - 1)
+  made = programs.Programs([config], mesh)
+  one, other = (tiny.batch(seed=i, ladder=config.ladder) for i in range(2))
+  state, _ = steps(made, state, constants, [one])
   with compilations() as found:
-    state, outs = steps(made, state, frozen, [tiny.batch(seed=1)])
-  return recipe, made, frozen, state, outs, found
+    state, outs = steps(made, state, constants, [other])
+  return config, made, constants, state, outs, found
 
 
 def test_adaptive_ratio_has_one_program_per_rung(adaptive):
-  _, made, *_, found = adaptive
-  assert sorted(made.compile_seconds) == ["begin", "iterate_0", "iterate_1"]
-  assert len(made.compile_seconds) <= 2 + len(made.recipe.ladder)
+  config, made, *_, found = adaptive
+  assert names(made) == ["iterate_0", "iterate_1", "prepare_videos"]
+  assert len(made.compile_seconds) <= 2 + len(config.ladder)
   assert not found
 
 
@@ -181,28 +208,30 @@ def test_ratio_rises_when_no_answer_is_right(adaptive):
 
 
 def test_what_is_drawn_does_not_depend_on_the_program(adaptive):
-  recipe, _, frozen, state, _, _ = adaptive
-  videos, memory = step.begin(recipe, state, frozen, tiny.batch())
+  config, _, constants, state, _, _ = adaptive
+  batch = tiny.batch(ladder=config.ladder)
+  videos, memory = step.prepare_videos(config, state, constants, batch)
   draws = [
-    jax.jit(functools.partial(step.draw, recipe, largest=largest))(
+    jax.jit(functools.partial(step.draw, config, max_rung=largest))(
       videos, memory
     )
     for largest in (0, 1)
   ]
   (small, few), (large, also_few) = draws
   np.testing.assert_array_equal(few, also_few)
-  num_keep = recipe.ladder.num_keep[0]
+  num_keep = config.ladder.num_keep[0]
   np.testing.assert_array_equal(small.index, large.index[..., :num_keep])
   assert (large.index[..., num_keep:] == tiny.NUM_VIDEO).all()
   np.testing.assert_array_equal(small.frame_mask, large.frame_mask)
 
 
 def test_a_masked_video_answers_as_in_its_own_program(adaptive):
-  recipe, _, frozen, state, _, _ = adaptive
-  videos, memory = step.begin(recipe, state, frozen, tiny.batch())
+  config, _, constants, state, _, _ = adaptive
+  batch = tiny.batch(ladder=config.ladder)
+  videos, memory = step.prepare_videos(config, state, constants, batch)
   logits = [
-    jax.jit(functools.partial(step.roll_out, recipe, largest=largest))(
-      frozen, videos, memory
+    jax.jit(functools.partial(step.rollout, config, max_rung=largest))(
+      constants, videos, memory
     )[0].logits
     for largest in (0, 1)
   ]
@@ -211,17 +240,17 @@ def test_a_masked_video_answers_as_in_its_own_program(adaptive):
 
 @pytest.fixture(scope="module")
 def hosted():
-  """Marks on the host: the programs, and a function that runs a step."""
-  recipe = tiny.recipe(max_new_tokens=3, iterations=1)
-  mesh, state, frozen = held(recipe)
-  made = programs.Programs(recipe, mesh, host_marks=True)
+  """Host rewards: the programs, and a function that runs a step."""
+  config = tiny.step_config(max_new_tokens=3, iterations=1)
+  mesh, state, constants = held(config)
+  made = programs.Programs([config], mesh, host_rewards=True)
 
-  def run(mark):
-    start = mesh_lib.put(tiny.state(recipe), mesh, programs.ONE)
-    return steps(made, start, frozen, [tiny.batch()], mark)
+  def run(reward):
+    start = mesh_lib.put(tiny.state(config), mesh, programs.ONE)
+    return steps(made, start, constants, [tiny.batch()], reward)
 
   del state
-  return made, jax.device_get(tiny.state(recipe)), run
+  return made, jax.device_get(tiny.state(config)), run
 
 
 def graded(ids):
@@ -229,16 +258,16 @@ def graded(ids):
   return np.tile(rewards, (ids.shape[0], 1))
 
 
-def test_host_marks_take_three_programs(hosted):
+def test_host_rewards_take_three_programs(hosted):
   made, before, run = hosted
   seen = []
 
-  def mark(ids):
+  def reward(ids):
     seen.append(ids)
     return graded(ids)
 
-  state, [(ids, rewards, metrics)] = run(mark)
-  assert sorted(made.compile_seconds) == ["begin", "rollout_0", "update"]
+  state, [(ids, rewards, metrics)] = run(reward)
+  assert names(made) == ["prepare_videos", "rollout_0", "update"]
   assert seen[0].shape == (2, 8, 3) and ids.shape == (2, 1, 8, 3)
   np.testing.assert_allclose(rewards[0, 0], np.linspace(0, 1, 8))
   np.testing.assert_allclose(metrics.mean["reward_token_greedy"], [0.0])
@@ -253,16 +282,16 @@ def test_equal_rewards_give_no_gradient(hosted):
   assert metrics.mean["gradient_norm"] == 0
 
 
-def test_a_reward_that_is_not_finite_is_refused(hosted):
+def test_a_reward_that_is_not_finite_skips_the_update(hosted):
   _, before, run = hosted
 
-  def mark(ids):
+  def reward(ids):
     rewards = graded(ids)
     rewards[1, 3] = np.nan
     return rewards
 
-  state, [(_, _, metrics)] = run(mark)
-  assert metrics.mean["refused"] == 1
+  state, [(_, _, metrics)] = run(reward)
+  assert metrics.mean["skipped_update"] == 1
   np.testing.assert_array_equal(metrics.per_video["finite"], [[True], [False]])
   assert int(state.step) == 1
   for old, new in zip(

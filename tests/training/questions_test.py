@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from cacovid_jax import errors
+from cacovid_jax import errors, experiment
 from cacovid_jax.data import tfds as tfds_lib
-from cacovid_jax.training import loop, setup
+from cacovid_jax.training import loop
 from tests.training import tiny
 
 CLIPS = ("a.mp4", "b.mp4", "gone.mp4", "gone.mp4", "lost.mp4")
@@ -61,7 +61,7 @@ TOLD = [
 
 def test_what_is_left_out_is_told_and_listed(folder, capsys):
   made = config(folder, on_bad_row="skip", on_missing="skip")
-  assert ids(setup.read_questions(made, folder / "w")) == ["0", "1"]
+  assert ids(experiment.read_questions(made, folder / "w")) == ["0", "1"]
   file = folder / "train.json"
   expected = [line.format(file=file) for line in TOLD]
   assert capsys.readouterr().out.splitlines() == expected
@@ -75,18 +75,22 @@ def test_what_is_left_out_is_told_and_listed(folder, capsys):
     "missing_clips": {"gone.mp4": 2, "lost.mp4": 1},
   }
   # Only where a workdir is named.
-  assert ids(setup.read_questions(made)) == ["0", "1"]
+  assert ids(experiment.read_questions(made)) == ["0", "1"]
   assert capsys.readouterr().out == ""
 
 
 def test_missing_clips_stop_the_run_before_its_first_step(folder):
   with pytest.raises(errors.UserError) as error:
-    loop.train(config(folder, on_bad_row="skip"), folder / "w")
+    loop.train(
+      tiny.experiment_of(config(folder, on_bad_row="skip"), folder / "w")
+    )
   assert "2 of 4 clips are missing (3 of 5 questions)" in str(error.value)
   assert "config.data.on_missing=skip" in str(error.value)
   assert not (folder / "w" / "left_out.json").exists()
   with pytest.raises(errors.UserError, match="choose raise or skip"):
-    setup.read_questions(config(folder, on_bad_row="skip", on_missing="count"))
+    experiment.read_questions(
+      config(folder, on_bad_row="skip", on_missing="count")
+    )
 
 
 def test_a_folder_without_any_clip_is_never_skipped(folder):
@@ -94,42 +98,43 @@ def test_a_folder_without_any_clip_is_never_skipped(folder):
     (folder / name).unlink()
   made = config(folder, on_bad_row="skip", on_missing="skip")
   with pytest.raises(errors.UserError, match="4 of 4 clips are missing"):
-    setup.read_questions(made)
+    experiment.read_questions(made)
 
 
 def test_a_run_goes_on_with_the_questions_that_it_began_with(folder):
   made = config(folder, on_bad_row="skip", on_missing="skip")
   for _ in range(2):
-    setup.read_questions(made, folder)
+    experiment.read_questions(made, folder)
   before = (folder / "left_out.json").read_bytes()
   (folder / "lost.mp4").write_bytes(b"x")
   match = (
     "began with 2 questions and 2 missing clips, and now there are 3 and 1"
   )
   with pytest.raises(errors.UserError, match=match):
-    setup.read_questions(made, folder)
+    experiment.read_questions(made, folder)
   assert (folder / "left_out.json").read_bytes() == before
   # A cache of features, which several configs share, is no run.
-  rows = setup.read_questions(made, folder, resumes=False)
+  rows = experiment.read_questions(made, folder, resumes=False)
   assert ids(rows) == ["0", "1", "4"]
   (folder / "left_out.json").write_text("{")
   with pytest.raises(errors.UserError, match="not readable"):
-    setup.read_questions(made, folder)
+    experiment.read_questions(made, folder)
 
 
 def test_rows_of_a_tfds_are_looked_for_too(folder):
   everything = config(folder, on_bad_row="skip", on_missing="skip")
   for name in ("gone.mp4", "lost.mp4"):
     (folder / name).write_bytes(b"x")
-  rows = setup.read_questions(everything)
+  rows = experiment.read_questions(everything)
   tfds_lib.prepare({"train": rows}, folder / "tfds")
-  whole = setup.read_questions(config(folder, tfds="tfds"))
+  whole = experiment.read_questions(config(folder, tfds="tfds"))
   assert list(whole) == rows
   (folder / "gone.mp4").unlink()
   with pytest.raises(errors.UserError, match="1 of 4 clips.*2 of 5 questions"):
-    setup.read_questions(config(folder, tfds="tfds"))
+    experiment.read_questions(config(folder, tfds="tfds"))
   skipping = config(folder, tfds="tfds", on_missing="skip")
-  assert list(setup.read_questions(skipping)) == [rows[0], rows[1], rows[4]]
+  found = list(experiment.read_questions(skipping))
+  assert found == [rows[0], rows[1], rows[4]]
 
 
 def test_own_rows_can_be_skipped_as_well(folder):
@@ -137,6 +142,7 @@ def test_own_rows_can_be_skipped_as_well(folder):
     "video,question,answer,split\na.mp4,Who?,me,train\ngone.mp4,Who?,me,train\n"
   )
   with pytest.raises(errors.UserError, match="1 of 2 clips are missing"):
-    setup.read_questions(config(folder, reader="own"))
-  rows = setup.read_questions(config(folder, reader="own", on_missing="skip"))
+    experiment.read_questions(config(folder, reader="own"))
+  made = config(folder, reader="own", on_missing="skip")
+  rows = experiment.read_questions(made)
   assert [row.video for row in rows] == ["a.mp4"]

@@ -1,5 +1,7 @@
 """The ladder of retention ratios; moves worked out by hand."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,16 +24,16 @@ def make(grid=GRID, fixed=None, **changes):
 def test_default_ladder_starts_at_two_percent():
   ladder = make()
   assert ladder.ratios == (0.01, 0.02, 0.04, 0.08, 0.12)
-  assert ladder.ratios[ladder.start] == 0.02
+  assert ladder.ratios[ladder.rungs(GRID).start] == 0.02
   # round(r * 196) tokens of each of 32 frames.
   assert ladder.num_keep == (64, 128, 256, 512, 768)
 
 
 def test_half_and_double_move_to_the_nearest_rung():
-  ladder = make()
-  assert ladder.up == (1, 2, 3, 4, 4)
+  rungs = make().rungs(GRID)
+  np.testing.assert_array_equal(rungs.up, [1, 2, 3, 4, 4])
   # Half of 0.12 is 0.06, nearer to 0.08 than to 0.04 by ratio.
-  assert ladder.down == (0, 0, 1, 2, 3)
+  np.testing.assert_array_equal(rungs.down, [0, 0, 1, 2, 3])
 
 
 @pytest.mark.parametrize(
@@ -47,15 +49,16 @@ def test_half_and_double_move_to_the_nearest_rung():
   ],
 )
 def test_rewards_at_the_bounds_move_the_rung(reward, rung, expected):
-  step = jax.jit(lambda rung, reward: ratio.next_rung(make(), rung, reward))
-  assert step(jnp.int32(rung), jnp.float32(reward)) == expected
+  ladder = make()
+  step = jax.jit(functools.partial(ratio.next_rung, ladder))
+  given = jnp.int32(rung), jnp.float32(reward)
+  assert step(ladder.rungs(GRID), *given) == expected
 
 
 def test_next_rung_is_vmapped_over_videos():
   ladder = make()
-  got = jax.vmap(lambda rung, reward: ratio.next_rung(ladder, rung, reward))(
-    jnp.array([1, 1, 1]), jnp.array([0.9, 0.5, 0.1])
-  )
+  move = functools.partial(ratio.next_rung, ladder, ladder.rungs(GRID))
+  got = jax.vmap(move)(jnp.array([1, 1, 1]), jnp.array([0.9, 0.5, 0.1]))
   np.testing.assert_array_equal(got, [0, 1, 2])
 
 
@@ -64,13 +67,14 @@ def test_small_grid_raises_the_lowest_rung():
   # 0.01 of 49 tokens is none; 0.02 is one already.
   assert ladder.ratios[0] >= 0.0102
   assert ladder.num_keep == tuple(sorted(set(ladder.num_keep)))
-  assert ladder.num_keep[ladder.start] == 16
+  assert ladder.num_keep[ladder.rungs((16, 7, 7)).start] == 16
 
 
 def test_fixed_ratio_is_a_ladder_of_one_rung():
   ladder = make(fixed=0.05)
   assert len(ladder) == 1 and ladder.ratios == (0.05,)
-  assert ladder.up == ladder.down == (0,)
+  rungs = ladder.rungs(GRID)
+  assert rungs.up == rungs.down == rungs.start == 0
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,12 @@ import pytest
 
 from cacovid_jax import config as config_lib
 from cacovid_jax import errors
+from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.data import chat_template as chat_template_lib
 from cacovid_jax.evals import evaluation
 from cacovid_jax.synthetic import build, tiny_checkpoints
-from cacovid_jax.training import loop, setup
+from cacovid_jax.training import loop
+from cacovid_jax.training import run as run_lib
 from tests.training import tiny
 
 CONFIGS = pathlib.Path(__file__).parent.parent.parent / "configs"
@@ -23,9 +25,16 @@ RELEASED = {
 }
 
 
+def spec(name, *arguments):
+  """Returns the config of a released model, as `--config` takes it."""
+  family = RELEASED[name]
+  size = name.removeprefix(f"{family}_")
+  return f"{CONFIGS / family}.py:" + ",".join((f"size={size}", *arguments))
+
+
 @pytest.mark.parametrize("name", RELEASED)
 def test_a_released_model_is_trained_by_the_papers_recipe(name):
-  config = config_lib.load(CONFIGS / f"{name}.py")
+  config = config_lib.load(spec(name))
   # METHOD of the paper, sections on sampling, iterations and optimiser.
   expected = {
     "seed": 42,
@@ -56,11 +65,10 @@ def test_a_released_model_is_trained_by_the_papers_recipe(name):
   # 128 to 256 tokens of 28 x 28 pixels, where a grid follows the frame.
   pixels = (100352, 200704) if name.startswith("qwen") else (0, 0)
   assert (config.data.min_pixels, config.data.max_pixels) == pixels
-  request = evaluation.request_fields(config)
-  assert request["num_frames"] == 32
+  assert config.data.num_frames == 32
   template = {"llava_onevision": "tokenizer", "qwen2_5_vl": ""}
-  assert request["template"] == template[RELEASED[name]]
-  names = [method.partition("=")[0] for method in request["methods"]]
+  assert config.evals.template == template[RELEASED[name]]
+  names = [method.partition("=")[0] for method in config.evals.methods]
   assert names == [
     "cacovid",
     "fastv",
@@ -69,14 +77,14 @@ def test_a_released_model_is_trained_by_the_papers_recipe(name):
     "prunevid",
     "framefusion",
   ]
-  eight = config_lib.load(f"{CONFIGS / name}.py:devices=8")
+  eight = config_lib.load(spec(name, "devices=8"))
   assert eight.videos_per_step == 8
 
 
 def test_debug_forms_of_a_family_are_one_run():
   # So that running one of each family, as below, runs all of them.
   debug = {
-    name: config_lib.config_hash(config_lib.load(f"{CONFIGS / name}.py:debug"))
+    name: config_lib.config_hash(config_lib.load(spec(name, "debug")))
     for name in RELEASED
   }
   for family in tiny_checkpoints.FAMILIES:
@@ -99,7 +107,7 @@ def prepared(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["llava_onevision_7b", "qwen2_5_vl_3b"])
 def test_the_debug_form_trains_and_evaluates(name, prepared, tmp_path):
-  path = f"{CONFIGS / name}.py:debug"
+  path = spec(name, "debug")
   config = config_lib.load(
     path,
     [
@@ -110,14 +118,12 @@ def test_the_debug_form_trains_and_evaluates(name, prepared, tmp_path):
   )
   # The overrides are only about where things lie.
   assert config.model.path.endswith(config_lib.load(path).model.path[-10:])
-  result = loop.train(config, tmp_path)
+  result = loop.train(tiny.experiment_of(config, tmp_path))
   assert int(result.state.step) == 2
   assert len(result.run.programs.compile_seconds) <= result.run.programs.limit
-  fields = evaluation.request_fields(config)
+  config = config_lib.replace(config, {"evals.policies": (str(tmp_path),)})
   out = evaluation.evaluate(
-    evaluation.Request(
-      **fields | dict(workdir=str(tmp_path), policies={"policy": str(tmp_path)})
-    )
+    experiment_lib.Experiment.from_config(config, tmp_path)
   )
   assert set(out["methods"]) == {"cacovid", "divprune"}
   # Of LLaVA-OneVision the paper's evaluator takes the tokenizer's template.
@@ -135,7 +141,7 @@ def test_the_debug_form_trains_and_evaluates(name, prepared, tmp_path):
 
 def test_weights_are_read_onto_the_mesh_and_stay_there(prepared, tmp_path):
   config = config_lib.load(
-    CONFIGS / "llava_onevision_7b.py:debug",
+    spec("llava_onevision_7b", "debug"),
     [
       f"model.path={prepared / 'llava_onevision'}",
       f"data.root={prepared / 'dense'}",
@@ -143,8 +149,9 @@ def test_weights_are_read_onto_the_mesh_and_stay_there(prepared, tmp_path):
       "mesh.model=2",
     ],
   )
-  checkpoint = setup.load_checkpoint(config)
-  run = setup.make(config, tmp_path, checkpoint=checkpoint)
+  experiment = tiny.experiment_of(config, tmp_path)
+  checkpoint = experiment.loaded
+  run = run_lib.make(experiment)
 
   def pointers(params):
     return [
@@ -159,16 +166,17 @@ def test_weights_are_read_onto_the_mesh_and_stay_there(prepared, tmp_path):
   shapes = [shard.data.shape[-1] for shard in kernel.addressable_shards]
   assert shapes == [whole // 2] * 2
   # The run's weights are these, not a copy of them.
-  assert pointers(run.frozen.params) == pointers(checkpoint.params)
+  assert pointers(run.constants.params) == pointers(checkpoint.params)
 
 
 def test_no_total_steps_is_one_epoch():
   config = tiny.config(total_steps=0, videos_per_step=4)
-  found = setup.with_total_steps(config, tiny.questions(10))
+  experiment = tiny.experiment_of(config)
+  found = run_lib.with_total_steps(experiment, tiny.questions(10)).config
   assert found.total_steps == 3 and config.total_steps == 0
   assert found.is_locked
-  fixed = tiny.config(total_steps=7)
-  assert setup.with_total_steps(fixed, tiny.questions(10)) is fixed
+  fixed = tiny.experiment_of(tiny.config(total_steps=7))
+  assert run_lib.with_total_steps(fixed, tiny.questions(10)) is fixed
 
 
 def test_a_tiny_checkpoint_replaces_nothing(tmp_path):
@@ -178,3 +186,17 @@ def test_a_tiny_checkpoint_replaces_nothing(tmp_path):
   assert (tmp_path / "model.safetensors").read_bytes() == b"weights"
   with pytest.raises(errors.UserError, match="no tiny checkpoint of 'gpt'"):
     tiny_checkpoints.write_tiny(tmp_path / "new", "gpt")
+
+
+def test_a_size_that_there_is_not_and_a_file_of_before_are_one_line():
+  with pytest.raises(
+    errors.UserError, match="unknown size '8b': use 7b or 0_5"
+  ):
+    config_lib.load(f"{CONFIGS}/llava_onevision.py:size=8b")
+  half = config_lib.load(f"{CONFIGS}/llava_onevision.py:size=0.5b")
+  assert half.model.path == "checkpoints/llava_onevision_0_5b"
+  with pytest.raises(errors.UserError) as caught:
+    config_lib.load(f"{CONFIGS}/qwen2_5_vl_3b.py:debug")
+  now = f"{CONFIGS}/qwen2_5_vl.py:size=3b,debug"
+  assert str(caught.value).endswith(f"it is {now} now")
+  config_lib.load(now)

@@ -14,29 +14,30 @@ from tests.training import tiny
 
 @pytest.fixture(scope="module")
 def prompts():
-  recipe = tiny.recipe()
-  frozen = tiny.frozen(recipe)
+  config = tiny.step_config()
+  constants = tiny.constants(config)
   batch = tiny.batch()
-  x = jax.vmap(recipe.model.embed_prompt, (None, 0, 0, 0))(
-    frozen.params, batch.ids, batch.video, batch.video_start
+  x = jax.vmap(config.model.embed_prompt, (None, 0, 0, 0))(
+    constants.params, batch.ids, batch.video, batch.video_start
   )
   positions = jnp.broadcast_to(jnp.arange(tiny.LENGTH), (2, 1, tiny.LENGTH))
   return (
-    recipe,
-    frozen.params,
+    config,
+    constants.params,
     rollout.Prompts(
       x=x,
       positions=positions,
       length=jnp.asarray(batch.length),
       video_start=jnp.asarray(batch.video_start),
+      next_position=jnp.asarray(batch.length),
     ),
   )
 
 
 def answer(prompts, index, num_valid, max_new_tokens):
-  recipe, params, held = prompts
+  config, params, held = prompts
   return rollout.answer(
-    recipe.model,
+    config.model,
     params,
     held,
     jnp.asarray(index, jnp.int32),
@@ -78,9 +79,9 @@ def test_first_token_alone_equals_generation(prompts):
 
 
 def test_keeping_everything_equals_the_whole_prompt(prompts):
-  recipe, params, held = prompts
+  config, params, held = prompts
   got = answer(prompts, [[np.arange(64)]] * 2, [64, 64], 1)
-  logits, _, _ = recipe.model.prefill(
+  logits, _, _ = config.model.prefill(
     params, held.x, held.positions, held.length, cache_length=tiny.LENGTH
   )
   np.testing.assert_allclose(got.logits[:, 0], logits, rtol=1e-4, atol=1e-5)

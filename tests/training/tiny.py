@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cacovid_jax import base_config
+from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.models import checkpoints, llava_onevision
@@ -17,9 +18,6 @@ from cacovid_jax.parallel import mesh as mesh_lib
 from cacovid_jax.policy import network, objective, sampling
 from cacovid_jax.synthetic import tokenizer as tokenizer_training
 from cacovid_jax.training import loop, optimizer, programs, ratio, rollout, step
-from cacovid_jax.training import (
-  state as state_lib,
-)
 
 FRAMES, LENGTH, VIDEO_START = 4, 78, 5
 VOCABULARY = 64
@@ -41,7 +39,7 @@ class Policy(nn.Module):
     )
 
 
-def recipe(
+def step_config(
   *,
   fixed=0.125,
   rungs=(0.0625, 0.125, 0.25),
@@ -53,7 +51,7 @@ def recipe(
   total_steps=20,
   **fields,
 ):
-  """Returns a Recipe of the tiny model; `fixed=None` is an adaptive ratio."""
+  """Returns a StepConfig of the tiny model; `fixed=None` adapts the ratio."""
   config = llava_onevision.LlavaOnevisionConfig.tiny()
   ladder = ratio.make_ladder(
     GRID,
@@ -68,10 +66,9 @@ def recipe(
     total_steps,
   )
   fields = dict(policy=Policy(), objective=objective.ObjectiveConfig()) | fields
-  return step.Recipe(
+  return step.StepConfig(
     model=llava_onevision.LlavaOnevisionModel(config),
     tx=tx,
-    grid=GRID,
     ladder=ladder,
     rollout=rollout.RolloutConfig(reward=reward, max_new_tokens=max_new_tokens),
     iterations=iterations,
@@ -81,16 +78,17 @@ def recipe(
   )
 
 
-def frozen(recipe):
+def constants(config):
   """Returns random base weights and letters A.. for tokens 2.. ."""
   letters = np.full((VOCABULARY,), -1, np.int32)
   letters[2:28] = np.arange(26) + ord("A")
-  params = recipe.model.init(jax.random.key(7))
-  return step.Frozen(params=params, letters=letters, seed=np.uint32(0))
+  params = config.model.init(jax.random.key(7))
+  return step.Constants(params=params, letters=letters, seed=np.uint32(0))
 
 
-def batch(videos=2, seed=0):
+def batch(videos=2, seed=0, *, ladder=None):
   """Returns a host batch of random features and questions."""
+  ladder = step_config().ladder if ladder is None else ladder
   rng = np.random.default_rng(seed)
   shape = (videos,)
   length = rng.integers(LENGTH - 4, LENGTH + 1, shape).astype(np.int32)
@@ -103,12 +101,20 @@ def batch(videos=2, seed=0):
     option_ids=np.tile(np.arange(2, 6, dtype=np.int32), (videos, 1)),
     question_hash=rng.integers(0, 2**32, shape, dtype=np.uint32),
     decisive_frames=rng.random((videos, FRAMES)) < 0.3,
+    grid_data=step.VideoGridData(
+      grid=ladder.place(GRID),
+      positions=np.tile(np.arange(LENGTH, dtype=np.int32), (videos, 1, 1)),
+      next_position=length,
+      rungs=jax.tree.map(
+        lambda leaf: np.stack([leaf] * videos), ladder.rungs(GRID)
+      ),
+    ),
   )
 
 
-def state(recipe, seed=0):
+def state(config, seed=0):
   """Returns the state before the first step."""
-  params = recipe.policy.init(
+  params = config.policy.init(
     jax.random.key(seed),
     jnp.zeros((LENGTH, 32)),
     jnp.arange(LENGTH)[None],
@@ -116,22 +122,24 @@ def state(recipe, seed=0):
     GRID,
     jnp.int32(LENGTH),
   )["params"]
-  return state_lib.create(params, recipe.tx)
+  return step.TrainState.create(params, config.tx)
 
 
 def mesh(data=1, model=1):
   return mesh_lib.make_mesh(data, model, devices=jax.devices()[: data * model])
 
 
-def run(recipe, batches, *, data=1, host_marks=False, mark=None):
+def run(config, batches, *, data=1, host_rewards=False, reward=None, **options):
   """Returns (programs, state, outputs per batch) of steps from the start."""
   on = mesh(data)
-  made = programs.Programs(recipe, on, host_marks=host_marks)
-  current = mesh_lib.put(state(recipe), on, programs.ONE)
-  held = mesh_lib.put(frozen(recipe), on, programs.ONE)
+  made = programs.Programs([config], on, host_rewards=host_rewards, **options)
+  current = mesh_lib.put(state(config), on, programs.ONE)
+  held = mesh_lib.put(constants(config), on, programs.ONE)
   outs = []
   for one in batches:
-    current, *out = made.run(current, held, programs.place_batch(one, on), mark)
+    current, *out = made.run(
+      current, held, programs.place_batch(one, on), reward
+    )
     outs.append(jax.device_get(out))
   return made, current, outs
 
@@ -203,9 +211,16 @@ def config(**changes):
 
 def train(workdir, made=None, **arguments):
   """Runs `loop.train` on the tiny model and its questions."""
-  arguments = {
-    "checkpoint": checkpoint(),
-    "questions": questions(),
-    "source": features,
-  } | arguments
-  return loop.train(config() if made is None else made, workdir, **arguments)
+  arguments = {"questions": questions(), "source": features} | arguments
+  given = arguments.pop("checkpoint", None) or checkpoint()
+  experiment = experiment_of(
+    config() if made is None else made, workdir, checkpoint=given
+  )
+  return loop.train(experiment, **arguments)
+
+
+def experiment_of(made, workdir=None, **arguments):
+  """Returns the experiment of a training run."""
+  return experiment_lib.Experiment.from_config(
+    made, workdir, split="videos_per_step", **arguments
+  )

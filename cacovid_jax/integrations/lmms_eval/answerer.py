@@ -1,18 +1,17 @@
 """Answers to lmms-eval's requests, by the evaluation's own programs."""
 
+import dataclasses
 import logging
 import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax.numpy as jnp
-
+from cacovid_jax import config as config_lib
+from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.data import answer_log
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.evals import answering, evaluation, likelihood, runner
+from cacovid_jax.evals import evaluation, likelihood, runner
 from cacovid_jax.integrations.lmms_eval import arguments, requests
-from cacovid_jax.models import checkpoints
-from cacovid_jax.policy import loading
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -37,34 +36,24 @@ class Answerer:
   Clips and programs are kept from one call to the next.
   """
 
-  def __init__(self, args: arguments.Arguments):
-    """Loads the weights."""
-    self.args = args
-    self.cell = args.cell()
-    self.checkpoint = checkpoint = evaluation.with_template(
-      checkpoints.load(args.directory, jnp.dtype(args.dtype)),
-      args.directory,
-      args.template,
+  def __init__(self, config):
+    """Loads the weights of a config, see `arguments.parse`."""
+    self.cell = arguments.cell(config)
+    changes = {
+      # Clips are named by whole paths: a task says where they are.
+      "data.root": os.path.abspath(os.sep),
+      "data.media": "",
+    }
+    if self.cell.method is None:
+      changes["evals.policies"] = ()
+    self.experiment = experiment_lib.Experiment.from_config(
+      config_lib.replace(config, changes)
     )
-    self._policies = {}
-    if self.cell.method is not None:
-      self._policies = self._load_policies()
+    self.checkpoint = self.experiment.checkpoint
+    self._policies = self.experiment.policies
     methods = [self.cell.method] if self.cell.method else []
     self._source = evaluation.open_source(
-      evaluation.Request(
-        # Clips are named by whole paths: a task says where they are.
-        data=os.path.abspath(os.sep),
-        workdir="",
-        checkpoint=args.directory,
-        num_frames=args.num_frames,
-        min_pixels=args.min_pixels,
-        max_pixels=args.max_pixels,
-        batch_size=args.batch_size,
-        dtype=args.dtype,
-        cache=args.feature_cache,
-      ),
-      checkpoint,
-      runner.wanted(methods),
+      self.experiment, runner.wanted(methods)
     )
     self._programs = {}
 
@@ -135,26 +124,15 @@ class Answerer:
       self.checkpoint,
       self._source,
       rows,
-      runner.Settings(
-        num_frames=self.args.num_frames,
-        batch_size=self.args.batch_size,
-        max_new_tokens=length,
+      dataclasses.replace(
+        evaluation.settings(self.experiment), max_new_tokens=length
       ),
+      mesh=self.experiment.mesh,
       policies=self._policies,
       programs=self._programs.get(length),
     )
     self._programs[length] = evaluator.programs
     return evaluator
-
-  def _load_policies(self) -> dict[str, loading.LoadedPolicy]:
-    path = self.args.policy
-    if not path and not self.args.pretrained:
-      path = os.fspath(answering.SHIPPED_POLICY)
-    elif not path and loading.has_policy(self.args.pretrained):
-      path = self.args.pretrained
-    if not path:
-      return {}
-    return {"policy": loading.load_policy(path, self.checkpoint)}
 
   def _text_tokens(self, row: question_lib.Question) -> int:
     """Returns the prompt's tokens that are none of the video's N."""

@@ -1,144 +1,160 @@
-"""The `--model_args` of lmms-eval."""
+"""The `--model_args` of lmms-eval: other names of config keys."""
 
-import dataclasses
 import logging
-import os
 from typing import Any
 
 import jax
 
-from cacovid_jax import errors
+from cacovid_jax import base_config, command, errors
+from cacovid_jax import config as config_lib
+from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.compressors import base
-from cacovid_jax.evals import answering, runner
+from cacovid_jax.evals import runner
 
 _LOGGER = logging.getLogger(__name__)
 
-# Other names of the same: of the paper's evaluator and of models of lmms-eval.
-_ALIASES = {"topk": "ratio", "num_frames": "max_frames_num"}
+# What `--model_args` takes besides `config` and any key with a dot in it, such
+# as mesh.data. `old` has other names: of the paper's evaluator and of models of
+# lmms-eval.
+ARGUMENTS = {
+  "pretrained": command.Flag(
+    "Hugging Face checkpoint directory; the shipped model if empty.",
+    "model.path",
+  ),
+  "policy": command.Flag(
+    "Training workdir or .safetensors file, for the learned methods; empty is"
+    " the shipped model's own, or one among the weights of `pretrained`.",
+    "evals.policies",
+  ),
+  "method": command.Flag(
+    "As in an evaluation, `name?option=value`.", "evals.methods"
+  ),
+  "ratio": command.Flag(
+    "Share of the video tokens that is kept; 1.0 is the whole prompt, whatever"
+    " the method.",
+    "evals.ratios",
+    old=("topk",),
+  ),
+  "max_frames_num": command.Flag(
+    "Frames; 0 takes the number of the checkpoint's files, or 32.",
+    "data.num_frames",
+    old=("num_frames",),
+  ),
+  "min_pixels": command.Flag(
+    "Least pixels of a frame, of Qwen2.5-VL; 0 is the paper's bound.",
+    "data.min_pixels",
+  ),
+  "max_pixels": command.Flag("Most of them, likewise.", "data.max_pixels"),
+  "dtype": command.Flag("Of weights and computation.", "model.dtype"),
+  "batch_size": command.Flag("Questions asked at once.", "evals.batch_size"),
+  "max_new_tokens": command.Flag(
+    "Longest answer of tasks that set no length.", "evals.max_new_tokens"
+  ),
+  "seed": command.Flag("Of methods that draw.", "evals.seeds"),
+  "template": command.Flag(
+    "Chat template, that of the processor or of the tokenizer (the paper's"
+    " evaluator takes the latter).",
+    "evals.template",
+  ),
+  "feature_cache": command.Flag(
+    "Folder of cached video features.", "data.feature_cache"
+  ),
+}
+_DEFAULTS = {
+  "model.dtype": "float32",
+  "data.num_frames": 0,
+  "evals.methods": ("cacovid",),
+  "evals.ratios": (0.1,),
+  "evals.batch_size": 1,
+  "evals.max_new_tokens": 1024,
+}
 # What lmms-eval may give to every model, and what it says here.
 _GENERAL = ("device", "max_batch_size")
-_TEMPLATES = ("processor", "tokenizer")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Arguments:
-  """How the model answers.
-
-  Attributes:
-    pretrained: Hugging Face checkpoint directory; "" is the small model that
-      comes with the package.
-    policy: for the learned methods, see `loading.load_policy`; "" is the
-      shipped model's own, or one among the weights of `pretrained`.
-    method: as in an evaluation, `name?option=value`.
-    ratio: share of the video tokens that is kept; 1.0 is the whole prompt,
-      whatever the method.
-    max_frames_num: T; 0 takes the number of the checkpoint's files, or 32.
-    min_pixels: least pixels of a frame of models whose grid follows the clip
-      (Qwen2.5-VL); 0 is the paper's bound.
-    max_pixels: most of them, likewise.
-    dtype: of weights and computation, float32 or bfloat16.
-    batch_size: questions asked at once.
-    max_new_tokens: longest answer of tasks that set no length.
-    seed: of methods that draw.
-    template: chat template, that of the "processor" or of the "tokenizer" (the
-      paper's evaluator takes the latter).
-    feature_cache: folder of cached video features, "" for none.
-  """
-
-  pretrained: str = ""
-  policy: str = ""
-  method: str = "cacovid"
-  ratio: float = 0.1
-  max_frames_num: int = 0
-  min_pixels: int = 0
-  max_pixels: int = 0
-  dtype: str = "float32"
-  batch_size: int = 1
-  max_new_tokens: int = 1024
-  seed: int = 0
-  template: str = "processor"
-  feature_cache: str = ""
-
-  def __post_init__(self):
-    for field in ("batch_size", "max_new_tokens"):
-      if getattr(self, field) < 1:
-        raise errors.UserError(f"{field}={getattr(self, field)}: at least 1")
-    for field in ("max_frames_num", "min_pixels", "max_pixels"):
-      if getattr(self, field) < 0:
-        raise errors.UserError(
-          f"{field}={getattr(self, field)}: at least 1, or 0 for the usual"
-          " number"
-        )
-    _check("dtype", self.dtype, answering.DTYPES)
-    _check("template", self.template, _TEMPLATES)
-    base.check_ratio(self.ratio)
-
-  @property
-  def directory(self) -> str:
-    """The checkpoint's folder."""
-    return self.pretrained or os.fspath(answering.SHIPPED_MODEL)
-
-  @property
-  def num_frames(self) -> int:
-    """T."""
-    return self.max_frames_num or answering.default_num_frames(self.directory)
-
-  def cell(self) -> runner.Cell:
-    """Returns what is asked: the method at its ratio, or vanilla at 1.0."""
-    ratio = base.check_ratio(self.ratio)
-    if ratio == 1:
-      return runner.Cell(None, 1.0, 0)
-    method = runner.Method.parse(self.method)
-    if method.compressor.oracle:
-      raise errors.UserError(
-        f"method={self.method} knows where the answer lies, which a benchmark"
-        " does not tell; use another method"
-      )
-    return runner.Cell(method, ratio, self.seed if method.per_seed else 0)
-
-
-def parse(**given: Any) -> Arguments:
-  """Returns the arguments of a command line; a mistake is a `UserError`.
+def parse(**given: Any):
+  """Returns the config of a command line; a mistake is a `UserError`.
 
   Args:
     **given: values as lmms-eval reads them: numbers and truth values already
       converted, `batch_size` a text, and its own `device` and
       `max_batch_size`, of which nothing is taken.
   """
-  fields = {field.name: field for field in dataclasses.fields(Arguments)}
-  values = {}
+  others = {old: name for name, flag in ARGUMENTS.items() for old in flag.old}
+  spec, values = given.pop("config", ""), {}
+  if spec:
+    config = config_lib.load(spec, fill=True)
+  else:
+    config = config_lib.replace(base_config.get_config(), _DEFAULTS)
   for name, value in given.items():
     if name in _GENERAL:
       _check_general(name, value)
       continue
-    field = fields.get(_ALIASES.get(name, name))
-    if field is None:
-      known = ", ".join(sorted({*fields, *_ALIASES}))
+    own = others.get(name, name)
+    if own not in ARGUMENTS and "." not in name:
+      known = ", ".join(sorted({*ARGUMENTS, *others, "config"}))
       raise errors.UserError(f"unknown model argument {name!r}; known: {known}")
-    if field.name in values:
+    key = ARGUMENTS[own].key if own in ARGUMENTS else name
+    if key in values:
       raise errors.UserError(
-        f"{name} is another name of {field.name}; give one of them"
+        f"{name} is another name of {own}; give one of them"
       )
-    values[field.name] = _converted(name, value, type(field.default))
-  return Arguments(**values)
+    old = config_lib.value_of(config, key)
+    like = old[0] if isinstance(old, tuple) and old else old
+    values[key] = _converted(name, value, like)
+    if isinstance(old, tuple):
+      values[key] = (values[key],) if values[key] != "" else ()
+  config = config_lib.replace(config, values)
+  for key in ("evals.batch_size", "evals.max_new_tokens"):
+    if config_lib.value_of(config, key) < 1:
+      raise errors.UserError(
+        f"{key.partition('.')[2]}={config_lib.value_of(config, key)}: at least"
+        " 1"
+      )
+  if config.data.num_frames < 0:
+    raise errors.UserError(
+      f"max_frames_num={config.data.num_frames}: at least 1, or 0 for the usual"
+      " number"
+    )
+  base.check_ratio(config.evals.ratios[0])
+  # Looks at the other values.
+  experiment_lib.Experiment.from_config(config)
+  return experiment_lib.with_shipped(config)
 
 
-def _converted(name, value, kind):
-  if kind is str:
+def cell(config) -> runner.Cell:
+  """Returns what is asked: the method at its ratio, or vanilla at 1.0.
+
+  Those of config.evals that stand first.
+  """
+  evals = config.evals
+  ratio = base.check_ratio(evals.ratios[0])
+  if ratio == 1:
+    return runner.Cell(None, 1.0, 0)
+  method = runner.Method.parse(evals.methods[0])
+  if method.compressor.oracle:
+    raise errors.UserError(
+      f"method={evals.methods[0]} knows where the answer lies, which a"
+      " benchmark does not tell; use another method"
+    )
+  return runner.Cell(method, ratio, evals.seeds[0] if method.per_seed else 0)
+
+
+def _converted(name, value, like):
+  """Returns a value of the type of `like`; a text for an empty list."""
+  if isinstance(like, (str, tuple)):
     # An empty value arrives as it is, a word such as "none" as one of these.
     return "" if value is None else str(value)
+  kind = type(like)
   try:
-    if isinstance(value, bool) or (kind is int and float(value) % 1):
+    if isinstance(value, bool) != (kind is bool):
+      raise ValueError
+    if kind is int and float(value) % 1:
       raise ValueError
     return kind(float(value)) if kind is int else kind(value)
   except (TypeError, ValueError, OverflowError):
     what = "a whole number" if kind is int else "a number"
     raise errors.UserError(f"{name}={value!r} is not {what}") from None
-
-
-def _check(name, value, known):
-  if value not in known:
-    raise errors.UserError(f"{name}={value!r}: use {' or '.join(known)}")
 
 
 def _check_general(name, value):

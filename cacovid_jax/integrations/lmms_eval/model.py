@@ -4,7 +4,7 @@
         --model_args pretrained=DIR,method=cacovid,policy=DIR,ratio=0.1 \\
         --tasks videomme --batch_size 8
 
-`arguments.Arguments` lists what `--model_args` takes.
+`arguments.ARGUMENTS` lists what `--model_args` takes.
 """
 
 from lmms_eval.api import instance as instance_lib
@@ -103,7 +103,7 @@ class Simple(model_lib.lmms):
     return f"{task}/{split}/{doc_id}", doc, name
 
   def _length(self, gen_kwargs, place) -> int:
-    default = self._answerer.args.max_new_tokens
+    default = self._answerer.experiment.config.evals.max_new_tokens
     return requests_lib.max_new_tokens(gen_kwargs, default, place)
 
 

@@ -16,6 +16,7 @@ from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import answering, benchmarks, evaluation
 from cacovid_jax.integrations.lmms_eval import local_tasks
 from tests.data import benchmark_files
+from tests.evals import tiny
 from tests.integrations.lmms import conftest
 
 # Benchmark -> task, folder of its data set, the configuration of its README,
@@ -119,10 +120,10 @@ def expected(fixtures, tmp_path_factory):
   found = {}
   for name in _PLACES:
     out = evaluation.evaluate(
-      evaluation.Request(
+      tiny.experiment(
+        workdir / name,
         data=str(fixtures[2] / name),
         benchmark=name,
-        workdir=str(workdir / name),
         checkpoint=str(answering.SHIPPED_MODEL),
         policies={"policy": str(answering.SHIPPED_POLICY)},
         methods=("cacovid", "divprune", "random"),

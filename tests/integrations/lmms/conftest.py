@@ -25,6 +25,7 @@ from lmms_eval import evaluator, tasks  # noqa: E402
 from cacovid_jax.evals import answering, evaluation  # noqa: E402
 from cacovid_jax.integrations.lmms_eval import local_tasks, model  # noqa: E402
 from cacovid_jax.synthetic import build  # noqa: E402
+from tests.evals import tiny  # noqa: E402
 
 BATCH_SIZE = 4
 
@@ -51,9 +52,9 @@ def evaluated(data_dir, tmp_path_factory):
   """Returns (results.json, {(spec, question id): answer}) of our evaluator."""
   workdir = tmp_path_factory.mktemp("evaluated")
   out = evaluation.evaluate(
-    evaluation.Request(
+    tiny.experiment(
+      workdir,
       data=str(data_dir),
-      workdir=str(workdir),
       checkpoint=os.fspath(answering.SHIPPED_MODEL),
       policies={"policy": os.fspath(answering.SHIPPED_POLICY)},
       methods=("cacovid", "divprune", "random"),

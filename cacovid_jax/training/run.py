@@ -1,4 +1,4 @@
-"""From a config to everything a training run needs.
+"""From an experiment to everything that the training loop works with.
 
 Letters: T frames, N video tokens, L prompt tokens, D width, B videos of a step,
 A letters.
@@ -18,19 +18,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cacovid_jax import errors
+from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.data import (
   feature_cache,
   frames,
   qwen_frames,
-  readers,
   rejected_clips,
 )
-from cacovid_jax.data import left_out as left_out_lib
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import rewards as rewards_lib
-from cacovid_jax.data import tfds as tfds_lib
 from cacovid_jax.models import (
-  checkpoints,
   qwen2_5_vl,
   qwen2_5_vl_vision,
   token_grid,
@@ -45,9 +42,6 @@ from cacovid_jax.training import (
   rollout,
   step,
 )
-from cacovid_jax.training import (
-  state as state_lib,
-)
 
 # Prompts are padded to a multiple of this.
 _LENGTH_STEP = 16
@@ -58,27 +52,26 @@ class Run:
   """What the loop works with.
 
   Attributes:
-    recipe: everything static; where grids differ, of the largest bucket.
-    programs: compiled programs, `BucketPrograms` where grids differ.
+    config: everything static; where grids differ, of the largest bucket.
+    programs: compiled programs.
     mesh: device mesh.
-    frozen: base weights and letter table, on the mesh.
+    constants: base weights and letter table, on the mesh.
     init_params: () -> the policy's first parameters.
     batches: start step -> iterator of (step.Batch on the host, questions).
-    mark: ids i32[B,G,M], questions -> rewards f32[B,G]; None if marks are made
-      on the device.
+    reward: ids i32[B,G,M], questions -> f32[B,G]; None if the device rewards.
     base_model: {"path", "sha256"} of the frozen model.
     described_policy: what policy_config.json says about the policy's module.
     questions: rows that are trained on.
     source: gives their clips, see `training.pipeline`.
   """
 
-  recipe: step.Recipe
-  programs: programs.Programs | programs.BucketPrograms
+  config: step.StepConfig
+  programs: programs.Programs
   mesh: Mesh
-  frozen: step.Frozen
+  constants: step.Constants
   init_params: Callable[[], Any]
   batches: Callable[[int], Iterator]
-  mark: Callable | None
+  reward: Callable | None
   base_model: dict[str, str]
   described_policy: dict[str, Any]
   questions: Sequence[question_lib.Question]
@@ -87,70 +80,71 @@ class Run:
   @property
   def described_grid(self) -> list:
     """[T, H, W] of all videos, or the sizes of each bucket."""
-    if isinstance(self.programs, programs.Programs):
-      return list(self.recipe.grid)
-    return [dataclasses.astuple(b) for b in self.programs.by_bucket]
+    if self.config.ladder.plans:
+      return list(self.config.ladder.grid)
+    return [dataclasses.astuple(b) for b in self.programs.configs]
 
-  def init_state(self) -> state_lib.TrainState:
+  def init_state(self) -> step.TrainState:
     """Returns the state before the first step, on the mesh."""
-    state = state_lib.create(self.init_params(), self.recipe.tx)
+    state = step.TrainState.create(self.init_params(), self.config.tx)
     return mesh_lib.put(state, self.mesh, programs.ONE)
 
 
-def make(
-  config, workdir, *, checkpoint=None, questions=None, source=None
-) -> Run:
+def make(experiment, *, questions=None, source=None) -> Run:
   """Builds a run.
 
   Args:
-    config: see `base_config`.
-    workdir: where the ledger of bad clips goes.
-    checkpoint: `models.checkpoints.Checkpoint`; read from config.model.path
-      by default. Weights that do not lie on the mesh are copied there.
+    experiment: `experiment.Experiment`; its workdir gets the list of bad clips.
     questions: rows to train on; read from config.data by default.
     source: what gives a question's clip, see `training.pipeline`; by default
       the clips below config.data.root, encoded by the base model.
   """
-  mesh = make_mesh(config)
-  if checkpoint is None:
-    checkpoint = load_checkpoint(config)
-  questions = read_questions(config) if questions is None else questions
-  config = with_total_steps(config, questions)
+  mesh = experiment.mesh
+  if questions is None:
+    questions = experiment_lib.read_questions(experiment.config)
+  experiment = with_total_steps(experiment, questions)
+  config = experiment.config
+  for key, least in (("total_steps", 0), ("iterations", 1)):
+    if config[key] < least:
+      raise errors.UserError(
+        f"config.{key}={config[key]} must be at least {least}"
+      )
+  checkpoint, workdir = experiment.loaded, experiment.workdir
   rollout_config = rollout.RolloutConfig(**config.rollout)
-  host_marks = _host_marks(rollout_config, questions, checkpoint.tokenizer)
+  from_host = _from_host(rollout_config, questions, checkpoint.tokenizer)
   options = dict(config.policy)
   init = options.pop("init")
   policy, digest = loading.make_policy(checkpoint.model.config.text, options)
   preprocessing = make_preprocessing(config, checkpoint.model)
-  recipes = make_recipes(
+  configs = make_step_configs(
     config, checkpoint, policy, rollout_config, preprocessing
   )
-  recipe = recipes[-1]
-  if isinstance(recipe.grid, token_grid.Bucket):
-    made = programs.BucketPrograms(recipes, mesh, host_marks=host_marks)
-  else:
-    made = programs.Programs(recipe, mesh, host_marks=host_marks)
   letters = rollout.first_letters(
     checkpoint.tokenizer, checkpoint.model.config.text.vocab_size
   )
-  frozen = step.Frozen(
+  constants = step.Constants(
     params=mesh_lib.shard_base_params(checkpoint.params, mesh),
     letters=mesh_lib.put(letters, mesh, programs.ONE),
     seed=mesh_lib.put(np.uint32(config.seed % 2**32), mesh, programs.ONE),
   )
   if source is None:
-    source = _clip_source(config, workdir, checkpoint, preprocessing, recipes)
+    source = _clip_source(config, workdir, checkpoint, preprocessing, configs)
   return Run(
-    recipe=recipe,
-    programs=made,
+    config=configs[-1],
+    programs=programs.Programs(
+      configs,
+      mesh,
+      host_rewards=from_host,
+      map_with=config.mesh.get("map", "shard_map"),
+    ),
     mesh=mesh,
-    frozen=frozen,
+    constants=constants,
     init_params=functools.partial(
       loading.init_policy, policy, checkpoint.params, config.seed, init
     ),
-    batches=_Batches(config, workdir, checkpoint, questions, source, recipes),
-    mark=functools.partial(host_rewards, checkpoint.tokenizer)
-    if host_marks
+    batches=_Batches(config, workdir, checkpoint, questions, source, configs),
+    reward=functools.partial(host_rewards, checkpoint.tokenizer)
+    if from_host
     else None,
     base_model=dict(checkpoint.identity),
     described_policy={"policy": options}
@@ -160,128 +154,30 @@ def make(
   )
 
 
-def with_total_steps(config, questions):
-  """Returns the config with the steps of one epoch where it leaves them open.
+def check_reward(config) -> None:
+  """Refuses an adaptive ratio of rewards that are no shares of right answers.
 
-  The copy has another hash than the workdir's: a checkpoint of other rows, and
-  so of another schedule, does not fit.
+  The bounds at which the ratio moves would mean nothing.
   """
+  if config.ratio.adaptive and config.rollout.reward != "accuracy":
+    raise errors.UserError(
+      f"config.rollout.reward={config.rollout.reward} is graded, and the"
+      " adaptive ratio follows the share of right answers; set"
+      " config.ratio.adaptive=False, or rollout.reward=accuracy"
+    )
+
+
+def with_total_steps(experiment, questions):
+  """Returns the experiment with the steps of one epoch if it leaves them open.
+
+  Its config has another hash than the workdir's: a checkpoint of other rows,
+  and so of another schedule, does not fit.
+  """
+  config = experiment.config
   if config.total_steps:
-    return config
-  config = config.copy_and_resolve_references()
-  with config.unlocked():
-    config.total_steps = -(-len(questions) // config.videos_per_step)
-  return config.lock()
-
-
-def make_mesh(config) -> Mesh:
-  """Returns the devices of config.mesh, after a look at the run's sizes."""
-  mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.model)
-  _check_videos_per_step(config, mesh)
-  return mesh
-
-
-def load_checkpoint(config) -> checkpoints.Checkpoint:
-  """Returns the frozen base model of config.model, on the mesh of the run."""
-  if not config.model.path:
-    raise errors.UserError(
-      "config.model.path is empty; name the checkpoint directory of a"
-      " LLaVA-OneVision or a Qwen2.5-VL"
-    )
-  if config.model.dtype not in ("float32", "bfloat16"):
-    raise errors.UserError(
-      f"config.model.dtype={config.model.dtype!r}: choose float32 or bfloat16"
-    )
-  checkpoint = checkpoints.load(
-    config.model.path,
-    dtype=jnp.dtype(config.model.dtype),
-    # Each device reads its own part: none ever holds the whole model.
-    mesh=make_mesh(config),
-    backend=config.model.backend,
-  )
-  if checkpoint.tokenizer is None:
-    raise errors.UserError(
-      f"{config.model.path}: no tokenizer.json; training needs a complete"
-      " checkpoint directory"
-    )
-  return checkpoint
-
-
-def read_questions(
-  config, workdir=None, *, resumes: bool = True
-) -> Sequence[question_lib.Question]:
-  """Returns the training rows of config.data, whose clips are there.
-
-  Args:
-    config: see `base_config`.
-    workdir: what is left out is printed, one line for each kind, and listed
-      in its `left_out.json`; None for neither.
-    resumes: whether other rows than the workdir's are refused.
-  """
-  left_out = left_out_lib.LeftOut()
-  rows = _with_clips(config, _read_rows(config, left_out.report), left_out)
-  left_out.num_questions = len(rows)
-  if workdir is not None:
-    if resumes:
-      left_out.check(workdir)
-    if jax.process_index() == 0:
-      for line in left_out.lines():
-        print(line, flush=True)
-      left_out.write(workdir)
-  return rows
-
-
-def _read_rows(config, report) -> Sequence[question_lib.Question]:
-  data = config.data
-  if not data.root or not os.path.isdir(data.root):
-    raise errors.UserError(
-      f"config.data.root={data.root!r} is no folder; give the one that holds"
-      " the questions and clips (cacovid_jax.prepare makes one)"
-    )
-  if data.tfds:
-    return tfds_lib.open_source(
-      os.path.join(data.root, data.tfds), data.train_split
-    )
-  root = _media_root(config)
-  if data.reader == "own":
-    return readers.read_own(
-      data.root,
-      root,
-      split=data.train_split,
-      on_bad_row=data.on_bad_row,
-      report=report,
-    )
-  if data.reader != "video-r1":
-    raise errors.UserError(
-      f"config.data.reader={data.reader!r}: choose video-r1 or own"
-    )
-  return readers.read_video_r1(
-    os.path.join(data.root, data.train_file),
-    root,
-    on_bad_row=data.on_bad_row,
-    report=report,
-  )
-
-
-def _with_clips(config, rows, left_out):
-  """Returns the rows whose clips are there; others are an error or noted."""
-  how, root = config.data.on_missing, _media_root(config)
-  if how not in ("raise", "skip"):
-    raise errors.UserError(
-      f"config.data.on_missing={how!r}: choose raise or skip"
-    )
-  names = [row.video for row in rows]
-  missing = left_out.missing = readers.find_missing(names, root)
-  found = [place for place, name in enumerate(names) if name not in missing]
-  if missing and (how == "raise" or not found):
-    raise readers.missing_error(
-      names, root, missing, "leave them out with config.data.on_missing=skip"
-    )
-  if not missing:
-    return rows
-  if isinstance(rows, tfds_lib.QuestionSource):
-    return rows.take(found)
-  return [rows[place] for place in found]
+    return experiment
+  steps = -(-len(questions) // config.videos_per_step)
+  return experiment.replace({"total_steps": steps})
 
 
 def make_preprocessing(config, model):
@@ -320,12 +216,12 @@ def make_preprocessing(config, model):
   return frames.Preprocessing(vision.image_size)
 
 
-def make_recipes(
+def make_step_configs(
   config, checkpoint, policy, rollout_config, preprocessing
-) -> list[step.Recipe]:
+) -> list[step.StepConfig]:
   """Returns everything static about the run of a config.
 
-  One recipe per bucket, rising; or one of the grid that all videos have.
+  One per bucket, rising; or one of the grid that all videos have.
   """
   constants = dict(config.sampling)
   fixed = constants.pop("ratio")
@@ -333,18 +229,15 @@ def make_recipes(
   adaptive = ladder_options.pop("adaptive")
   if isinstance(preprocessing, qwen_frames.ProcessorConfig):
     grids = make_buckets(config, preprocessing)
-    make_ladder = ratio.make_bucket_ladder
   else:
     grids = [checkpoint.model.grid(config.data.num_frames)]
-    make_ladder = ratio.make_ladder
-  first = step.Recipe(
+  first = step.StepConfig(
     model=checkpoint.model,
     policy=policy,
     tx=optimizer.make(
       optimizer.OptimizerConfig(**config.optimizer),
       config.total_steps * config.iterations,
     ),
-    grid=grids[0],
     ladder=None,
     objective=objective.ObjectiveConfig(**config.objective),
     rollout=rollout_config,
@@ -355,19 +248,17 @@ def make_recipes(
   )
 
   def ladder(grid):
-    return make_ladder(
+    return ratio.make_ladder(
       grid,
       sampling.SamplingConfig(**constants),
       ratio.RatioConfig(**ladder_options),
       fixed=None if adaptive else fixed,
     )
 
-  return [
-    dataclasses.replace(first, grid=grid, ladder=ladder(grid)) for grid in grids
-  ]
+  return [dataclasses.replace(first, ladder=ladder(grid)) for grid in grids]
 
 
-def make_buckets(config, processor) -> list[token_grid.Bucket]:
+def make_buckets(config, processor) -> list[token_grid.GridBucket]:
   """Returns the buckets of config.data, the smallest first.
 
   By default one for the largest slices that the pixels' limits allow, and one
@@ -381,7 +272,7 @@ def make_buckets(config, processor) -> list[token_grid.Bucket]:
     middle = int(math.sqrt(least * most))
     sizes = [(slices, area) for area in sorted({middle, most})]
   try:
-    found = {token_grid.Bucket(*map(int, one)) for one in sizes}
+    found = {token_grid.GridBucket(*map(int, one)) for one in sizes}
   except (TypeError, ValueError) as error:
     raise errors.UserError(
       f"config.data.buckets={tuple(sizes)}: give (slices, tokens of a slice) or"
@@ -417,26 +308,7 @@ def _to_pixels(preprocessing, video):
   return (video.astype(jnp.float32) / 255.0 - mean) / std
 
 
-def _media_root(config) -> str:
-  return os.path.join(config.data.root, config.data.media)
-
-
-def _check_videos_per_step(config, mesh) -> None:
-  devices = mesh.shape["data"]
-  if config.videos_per_step < 1 or config.videos_per_step % devices:
-    raise errors.UserError(
-      f"config.videos_per_step={config.videos_per_step} does not divide among"
-      f" the {devices} devices of the data axis; use a multiple of it, or set"
-      " config.mesh.data"
-    )
-  for key, least in (("total_steps", 0), ("iterations", 1)):
-    if config[key] < least:
-      raise errors.UserError(
-        f"config.{key}={config[key]} must be at least {least}"
-      )
-
-
-def _host_marks(config, questions, tokenizer) -> bool:
+def _from_host(config, questions, tokenizer) -> bool:
   """Returns whether rewards come from the host."""
   if config.marking == "host":
     return True
@@ -451,13 +323,14 @@ def _host_marks(config, questions, tokenizer) -> bool:
   return True
 
 
-def _clip_source(config, workdir, checkpoint, preprocessing, recipes):
+def _clip_source(config, workdir, checkpoint, preprocessing, configs):
   """Returns the source of pixels, or of features that are kept on disk.
 
   Videos of several grids always come as features: their tower runs in programs
   of its own, one per bucket.
   """
   data, model = config.data, checkpoint.model
+  root = experiment_lib.media_root(config)
   rule = pipeline.FrameRule(data.num_frames, data.frame_rule)
   refused = rejected_clips.RejectedClips(_ledger(workdir)).refused
   cache = None
@@ -466,10 +339,10 @@ def _clip_source(config, workdir, checkpoint, preprocessing, recipes):
   limits = dict(refused=refused, min_side=data.min_side)
   kept = dict(cache=cache, memory_items=data.memory_items)
   identity = f"{checkpoint.identity['sha256']} {jnp.dtype(model.dtype).name}"
-  if isinstance(recipes[-1].grid, token_grid.Bucket):
-    sizes = [recipe.grid for recipe in recipes]
+  if not configs[-1].ladder.plans:
+    sizes = [one.ladder.bucket for one in configs]
     return pipeline.GridFeatureSource(
-      pipeline.ShotSource(_media_root(config), rule, preprocessing, **limits),
+      pipeline.ShotSource(root, rule, preprocessing, **limits),
       BucketTower(model, checkpoint.params),
       preprocessing,
       buckets=sizes,
@@ -478,7 +351,7 @@ def _clip_source(config, workdir, checkpoint, preprocessing, recipes):
       **kept,
     )
   clips = pipeline.ClipSource(
-    _media_root(config),
+    root,
     rule,
     preprocessing.image_size,
     resample=preprocessing.resample,
@@ -492,7 +365,7 @@ def _clip_source(config, workdir, checkpoint, preprocessing, recipes):
     functools.partial(encode, _tower_params(checkpoint.params)),
     preprocessing,
     identity=identity,
-    num_tokens=recipes[-1].num_video,
+    num_tokens=configs[-1].num_video,
     width=model.config.text.hidden_size,
     **kept,
   )
@@ -524,7 +397,7 @@ class BucketTower:
     self._encode = jax.jit(model.encode_video)
     self._params = _tower_params(params)
 
-  def __call__(self, patches, grid, bucket: token_grid.Bucket):
+  def __call__(self, patches, grid, bucket: token_grid.GridBucket):
     """Returns features float[N_max,D] of patches float32[P,...] of a grid."""
     sizes = qwen2_5_vl_vision.Sizes.of_bucket(
       self._config,
@@ -545,11 +418,11 @@ def _ledger(workdir) -> str:
 class _Batches:
   """Iterates over a run's batches from any step."""
 
-  def __init__(self, config, workdir, checkpoint, questions, source, recipes):
+  def __init__(self, config, workdir, checkpoint, questions, source, configs):
     self._config = config
-    self._recipes = {recipe.bucket: recipe for recipe in recipes}
-    self._bucketed = isinstance(recipes[-1].grid, token_grid.Bucket)
-    self._grid, self._num_video = recipes[-1].grid, recipes[-1].num_video
+    self._ladders = {one.ladder.bucket: one.ladder for one in configs}
+    self._ladder, self._num_video = configs[-1].ladder, configs[-1].num_video
+    self._bucketed = not self._ladder.plans
     self._model = checkpoint.model
     self._tokenizer = checkpoint.tokenizer
     self._questions, self._source = questions, source
@@ -586,7 +459,7 @@ class _Batches:
         text = pipeline.prompt_length(self._questions, self._tokenizer, 1, 1)
         text -= 1
       bucketing = pipeline.Bucketing(
-        tuple(self._recipes), text, self._model.positions, _LENGTH_STEP
+        tuple(self._ladders), text, self._model.positions, _LENGTH_STEP
       )
       return {"bucketing": bucketing}
     if text:
@@ -598,33 +471,35 @@ class _Batches:
       )
     return {"num_video_tokens": num_video, "length": length}
 
-  def _own(self, batch) -> step.Own | None:
-    """Returns what the videos of a batch have of their own in its bucket."""
-    if not self._bucketed:
-      return None
-    recipe, grids = self._recipes[batch["bucket"]], batch["grids"]
+  def _grid_data(self, batch) -> step.VideoGridData:
+    """Returns what follows from the grids of a batch's videos."""
+    count, length = batch["ids"].shape
+    ladder = self._ladders.get(batch.get("bucket"), self._ladder)
+    grids = batch.get("grids", [ladder.grid] * count)
+    counted = np.tile(np.arange(length, dtype=np.int32), (count, 1, 1))
 
     def stack(trees):
       return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
 
-    return step.Own(
-      grid=stack([token_grid.place(grid, recipe.bucket) for grid in grids]),
-      positions=batch["positions"],
-      following=batch["following"],
-      rungs=stack([recipe.ladder.rungs(grid) for grid in grids]),
+    return step.VideoGridData(
+      grid=stack([ladder.place(grid) for grid in grids]),
+      # Of one grid for all, rows count on.
+      positions=batch.get("positions", counted),
+      next_position=batch.get("next_position", batch["length"]),
+      rungs=stack([ladder.rungs(grid) for grid in grids]),
     )
 
   def _convert(self, batch) -> step.Batch:
     questions = batch["questions"]
     options = np.full((len(questions), len(self._letters)), -1, np.int32)
-    num_frames = batch["bucket"].frames if self._bucketed else self._grid[0]
+    num_frames = batch.get("bucket", self._ladder.bucket).frames
     frames_shown = np.zeros((len(questions), num_frames), bool)
     for row, question in enumerate(questions):
       count = len(question.options)
       options[row, :count] = self._letters[:count]
       tokens = self._decisive.get(question.id)
       if tokens is not None:
-        area = self._grid[1] * self._grid[2]
+        area = self._ladder.bucket.frame_tokens
         frames_shown[row, np.asarray(tokens, int) // area] = True
     visual = batch["features"] if "features" in batch else batch["pixels"]
     return step.Batch(
@@ -636,7 +511,7 @@ class _Batches:
       option_ids=options,
       question_hash=batch["question_hash"],
       decisive_frames=frames_shown,
-      own=self._own(batch),
+      grid_data=self._grid_data(batch),
     )
 
 

@@ -1,0 +1,235 @@
+"""Command lines: a config, its keys, aliases of keys, flags of a process.
+
+  --config=FILE.py:ARGUMENT   the config that a command starts from
+  --config.KEY=VALUE          any key of it
+  --NAME=VALUE                an alias of a key, or a flag of the command itself
+
+Of several values for one key, the last one counts. No flag is global: several
+commands may be imported, and their command lines parsed, in one process.
+"""
+
+import dataclasses
+import difflib
+import sys
+import textwrap
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from absl import flags as absl_flags
+
+from cacovid_jax import base_config, errors
+from cacovid_jax import config as config_lib
+
+_HELP = ("help", "h", "helpshort", "helpfull")
+
+
+class Flag(NamedTuple):
+  """One flag of a command.
+
+  Attributes:
+    help: one sentence.
+    key: config key that it is an alias of; "" for a flag of the process.
+    default: of a flag without a key. Its type is the flag's; None is a text
+      that need not be given.
+    choices: texts that are allowed; empty allows all.
+    old: earlier spellings, accepted for one more version, with a hint.
+  """
+
+  help: str
+  key: str = ""
+  default: Any = None
+  choices: Sequence[str] = ()
+  old: Sequence[str] = ()
+
+  @property
+  def is_switch(self) -> bool:
+    """Whether the name alone, or with `no` before it, is a value."""
+    return isinstance(self.like, bool)
+
+  @property
+  def like(self) -> Any:
+    """A value of the flag's type."""
+    return _value(base_config.get_config(), self.key or None, self.default)
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+  """What a command takes.
+
+  Attributes:
+    doc: its documentation.
+    flags: by name.
+    config: "required"; "optional", where all keys have defaults; "none".
+    default: config taken without `--config`, as "file.py:argument".
+    defaults: key -> value that wins over `base_config` without a config.
+    sections: whether missing keys are filled in from `base_config`.
+    num_arguments: words behind the command that are no flags, at most.
+  """
+
+  doc: str
+  flags: Mapping[str, Flag]
+  config: str = "optional"
+  default: str = ""
+  defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  sections: bool = True
+  num_arguments: int = 0
+
+  def run(self, main: Callable[[types.SimpleNamespace], int | None]) -> None:
+    """Runs `main` of the process's arguments; see `errors.run`."""
+    errors.run(main, self.parse)
+
+  def parse(self, argv: Sequence[str]) -> types.SimpleNamespace:
+    """Returns what a command line says.
+
+    Args:
+      argv: the command's name and its arguments.
+
+    Returns:
+      Flags without a key by their names; `config`, locked; `given`, the keys
+      set by flags; `arguments`, the words that are no flags.
+    """
+    values = {n: f.default for n, f in self.flags.items() if not f.key}
+    spec, overrides, words = self.default, [], []
+    for name, text in self._words(argv[1:], words):
+      if name == "config":
+        spec = text
+      elif name.startswith("config."):
+        overrides.append((name.removeprefix("config."), text, ""))
+      elif self.flags[name].key:
+        overrides.append((self.flags[name].key, text, f"--{name}"))
+      else:
+        like = self.flags[name].default
+        values[name] = config_lib.parse_value(text, like, name=f"--{name}")
+    if len(words) > self.num_arguments:
+      raise errors.UserError(
+        f"unexpected argument {words[self.num_arguments]!r}; flags start by --"
+      )
+    config = self._load(spec, overrides) if self.config != "none" else None
+    return types.SimpleNamespace(
+      **values,
+      config=config,
+      given=frozenset(key for key, _, _ in overrides),
+      has_config=bool(spec),
+      arguments=words,
+    )
+
+  def require(self, config, *names: str) -> None:
+    """Refuses a config that leaves the key of one of these flags empty."""
+    for name in names:
+      if not config_lib.value_of(config, self.flags[name].key):
+        raise errors.UserError(f"nothing says which {name}: add --{name}")
+
+  def help(self) -> str:
+    """Returns the documentation and every flag with its key and default."""
+    lines = [self.doc.strip(), "", "Flags:"]
+    if self.config != "none":
+      default = f" ({self.default})" if self.default else ""
+      lines += [
+        f"  --config=FILE.py:ARGUMENT{default}",
+        f"      Config file and argument; {self.config}.",
+        "  --config.KEY=VALUE",
+        "      Any key of the config; flags that name one are its aliases.",
+      ]
+    config = None
+    if self.config == "optional":
+      config = self._load(self.default)
+    for name, flag in self.flags.items():
+      default = _value(config, flag.key or None, flag.default)
+      told = [f"config.{flag.key}"] if flag.key else []
+      if default not in (None, "", ()) and not (flag.key and config is None):
+        told.append(f"default {_text(default)}")
+      behind = f" ({', '.join(told)})" if told else ""
+      lines += [
+        f"  --{'[no]' * flag.is_switch}{name}{behind}",
+        textwrap.fill(
+          flag.help, 80, initial_indent=" " * 6, subsequent_indent=" " * 6
+        ),
+      ]
+    return "\n".join(lines) + "\n"
+
+  def _load(self, spec: str, overrides=()):
+    """Returns the config of `--config`, or of the defaults, locked."""
+    texts = [f"{key}={text}" for key, text, _ in overrides]
+    try:
+      if spec:
+        return config_lib.load(spec, texts, fill=self.sections)
+      if self.config == "required":
+        raise config_lib.no_config()
+      return config_lib.replace(base_config.get_config(), self.defaults, texts)
+    except errors.UserError as error:
+      for key, _, name in overrides:
+        if name and str(error).startswith(f"{key}="):
+          told = str(error).replace(key, name, 1)
+          raise errors.UserError(told) from error
+      raise
+
+  def _words(self, argv, words: list[str]) -> Iterator[tuple[str, str]]:
+    """Yields (flag, value), current names; other words go into `words`."""
+    rest, others = iter(argv), []
+    for argument in rest:
+      if not argument.startswith("-"):
+        words.append(argument)
+        continue
+      given, equals, text = argument.lstrip("-").partition("=")
+      if given in _HELP:
+        print(self.help(), end="")
+        sys.exit(0)
+      if given.startswith("config.") and self.config != "none":
+        if not equals:
+          raise errors.UserError(f"--{given} has no value: write --{given}=X")
+        yield given, text
+        continue
+      name, negated = self._name(given)
+      if name is None:
+        # Of absl, such as --verbosity=1.
+        others.append(argument)
+        continue
+      flag = self.flags.get(name)
+      if flag and flag.is_switch and not equals:
+        text = "false" if negated else "true"
+      elif not equals:
+        text = next(rest, None)
+        if text is None:
+          raise errors.UserError(f"--{given} has no value: write --{given}=X")
+      if flag and flag.choices and text not in flag.choices:
+        raise errors.UserError(
+          f"--{given}={text}: choose {' or '.join(flag.choices)}"
+        )
+      yield name, text
+    absl_flags.FLAGS([sys.argv[0], *others])
+
+  def _name(self, given: str) -> tuple[str | None, bool]:
+    """Returns (name of a flag today, whether `no` stands before it)."""
+    switches = {f"no{n}": n for n, f in self.flags.items() if f.is_switch}
+    old = {o: name for name, flag in self.flags.items() for o in flag.old}
+    if given in self.flags or (given == "config" and self.config != "none"):
+      return given, False
+    if given in switches:
+      return switches[given], True
+    if given in old:
+      print(f"hint: --{given} is --{old[given]} now", file=sys.stderr)
+      return old[given], False
+    if given in absl_flags.FLAGS:
+      return None, False
+    names = [*self.flags, "config"]
+    near = difflib.get_close_matches(given, names, n=3, cutoff=0.5)
+    told = ", ".join(f"--{name}" for name in near)
+    raise errors.UserError(
+      f"unknown flag --{given}"
+      + (f"; nearest: {told}" if told else "")
+      + " (--help lists the flags)"
+    )
+
+
+def _value(config, key: str | None, default):
+  """Returns the value of a config's key; without either, the default."""
+  if config is None or key is None:
+    return default
+  return config_lib.value_of(config, key)
+
+
+def _text(value) -> str:
+  if isinstance(value, (tuple, list)):
+    return ",".join(map(str, value))
+  return str(value).lower() if isinstance(value, bool) else str(value)

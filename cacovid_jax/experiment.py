@@ -1,0 +1,318 @@
+"""From a config to what a command needs: the only constructor.
+
+Every command starts from `Experiment.from_config`. Its parts are made when they
+are first asked for, so that a command which only counts reads no weight.
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+import cacovid_jax
+from cacovid_jax import config as config_lib
+from cacovid_jax import errors
+from cacovid_jax.data import chat_template as chat_template_lib
+from cacovid_jax.data import left_out as left_out_lib
+from cacovid_jax.data import question as question_lib
+from cacovid_jax.data import readers
+from cacovid_jax.data import tfds as tfds_lib
+from cacovid_jax.data import tokenizer as tokenizer_lib
+from cacovid_jax.models import checkpoints
+from cacovid_jax.parallel import mesh as mesh_lib
+from cacovid_jax.policy import loading
+
+DTYPES = ("float32", "bfloat16")
+_ASSETS = pathlib.Path(cacovid_jax.__file__).parent / "assets"
+SHIPPED_MODEL = _ASSETS / "base_model"
+SHIPPED_POLICY = _ASSETS / "policy"
+# Of the paper's evaluation, for models whose files do not say another number.
+_NUM_FRAMES = 32
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Experiment:
+  """What a config describes.
+
+  Attributes:
+    config: locked; see `base_config`.
+    workdir: where files of the run go; None for nowhere.
+    shard: (i, n): this is process i of n that share the work.
+    split: key of what the `data` axis of the mesh shares: videos of a training
+      step, or questions of a batch; "" is a batch of one question.
+  """
+
+  config: Any
+  workdir: pathlib.Path | None = None
+  shard: tuple[int, int] = (0, 1)
+  split: str = "evals.batch_size"
+
+  @classmethod
+  def from_config(
+    cls,
+    config,
+    workdir: str | os.PathLike | None = None,
+    *,
+    shard: tuple[int, int] = (0, 1),
+    split: str = "evals.batch_size",
+    checkpoint: checkpoints.Checkpoint | None = None,
+  ) -> "Experiment":
+    """Returns an experiment; looks at the config and reads nothing.
+
+    Args:
+      config: see `base_config`; keys that it leaves out have defaults.
+      workdir: see `Experiment`.
+      shard: see `Experiment`.
+      split: see `Experiment`.
+      checkpoint: the base model, instead of config.model.path.
+    """
+    config = config_lib.complete(config.copy_and_resolve_references()).lock()
+    for key in ("model.dtype", "policy.dtype"):
+      _choose(config, key, DTYPES)
+    _choose(config, "evals.template", ("", "processor", "tokenizer"))
+    for key in ("data.min_pixels", "data.max_pixels"):
+      if config_lib.value_of(config, key) < 0:
+        raise errors.UserError(
+          f"config.{key}={config_lib.value_of(config, key)}: give a number of"
+          " pixels, or 0 for the usual number"
+        )
+    made = cls(config, workdir and pathlib.Path(workdir), tuple(shard), split)
+    if checkpoint is not None:
+      # Where a cached property looks first.
+      made.__dict__["loaded"] = checkpoint
+    return made
+
+  def replace(self, changes: Mapping[str, Any]) -> "Experiment":
+    """Returns the experiment with {key: value} changed, loaded parts shared."""
+    config = config_lib.replace(self.config, changes)
+    made = dataclasses.replace(self, config=config)
+    for name in ("mesh", "loaded"):
+      if name in self.__dict__ and not any(
+        key.startswith(("model.", "mesh.")) for key in changes
+      ):
+        made.__dict__[name] = self.__dict__[name]
+    return made
+
+  @functools.cached_property
+  def mesh(self) -> Mesh:
+    """The devices of config.mesh, after a look at what they share."""
+    share = config_lib.value_of(self.config, self.split) if self.split else 1
+    data, model = self.config.mesh.data, self.config.mesh.model
+    if not data and self.split != "videos_per_step":
+      left = max(jax.device_count() // max(model, 1), 1)
+      data = max(n for n in range(1, left + 1) if share % n == 0)
+    mesh = mesh_lib.make_mesh(data, model)
+    mesh_lib.check_map(self.config.mesh.map, mesh)
+    devices = mesh.shape["data"]
+    if share < 1 or share % devices:
+      raise errors.UserError(
+        f"config.{self.split or 'mesh.data'}={share} does not divide among the"
+        f" {devices} devices of the data axis; use a multiple of it, or set"
+        " config.mesh.data"
+      )
+    return mesh
+
+  @functools.cached_property
+  def loaded(self) -> checkpoints.Checkpoint:
+    """The frozen base model, on the mesh, with its default chat template."""
+    model = self.config.model
+    if not model.path:
+      raise errors.UserError(
+        "config.model.path is empty; name the checkpoint directory of a"
+        " LLaVA-OneVision or a Qwen2.5-VL"
+      )
+    checkpoint = checkpoints.load(
+      model.path,
+      dtype=jnp.dtype(model.dtype),
+      # Each device reads its own part: none ever holds the whole model.
+      mesh=self.mesh,
+      backend=model.backend,
+    )
+    if checkpoint.tokenizer is None:
+      raise errors.UserError(
+        f"{model.path}: no tokenizer.json; give a complete checkpoint directory"
+      )
+    return checkpoint
+
+  @functools.cached_property
+  def checkpoint(self) -> checkpoints.Checkpoint:
+    """The base model with the chat template of config.evals."""
+    return with_template(
+      self.loaded, self.config.model.path, self.config.evals.template
+    )
+
+  @functools.cached_property
+  def policies(self) -> dict[str, loading.LoadedPolicy]:
+    """Name -> policy; plain `cacovid` follows the first one."""
+    return {
+      name: loading.load_policy(path, self.checkpoint)
+      for name, path in self.policy_paths.items()
+    }
+
+  @property
+  def policy_paths(self) -> dict[str, str]:
+    """Name -> policy, of config.evals.policies; the first is the main one."""
+    out = {}
+    for number, text in enumerate(map(str, self.config.evals.policies)):
+      name, path = f"policy{number or ''}", text
+      if "=" in text.partition("?")[0]:  # Behind it stands ?module=NAME.
+        name, _, path = text.partition("=")
+      out[name] = path
+    return out
+
+
+def with_template(
+  checkpoint: checkpoints.Checkpoint, directory: str, template: str
+) -> checkpoints.Checkpoint:
+  """Returns a checkpoint that writes prompts by the chat template asked for.
+
+  Args:
+    checkpoint: as loaded, with its default template: the processor's, or where
+      there is none the tokenizer's.
+    directory: where it was loaded from.
+    template: "" or "processor" is that default; "tokenizer" takes the template
+      of tokenizer_config.json and gives it plain texts, as the paper's
+      evaluation does.
+  """
+  if template in ("", "processor"):
+    return checkpoint
+  if not chat_template_lib.has_tokenizer_template(directory):
+    raise errors.UserError(
+      f"{directory}: tokenizer_config.json has no chat_template, which"
+      " template=tokenizer takes; copy that file from the checkpoint's origin,"
+      " or use template=processor"
+    )
+  tokenizer = tokenizer_lib.Tokenizer.from_directory(
+    directory, template=template
+  )
+  return dataclasses.replace(checkpoint, tokenizer=tokenizer)
+
+
+def with_shipped(config) -> Any:
+  """Returns the config with the shipped model where it names none.
+
+  And with that one's policy, or one among the named model's own weights, if it
+  names no policy; and the number of frames that the model's files say, for 0.
+  """
+  changes = {}
+  path = config.model.path or os.fspath(SHIPPED_MODEL)
+  if not config.evals.policies:
+    policy = path if config.model.path else os.fspath(SHIPPED_POLICY)
+    if loading.has_policy(policy):
+      changes["evals.policies"] = (f"policy={policy}",)
+  if not config.data.num_frames:
+    changes["data.num_frames"] = default_num_frames(path)
+  return config_lib.replace(config, {"model.path": path} | changes)
+
+
+def default_num_frames(directory: str | os.PathLike) -> int:
+  """Returns the frames per clip that a checkpoint's files ask for, else 32."""
+  path = os.path.join(directory, "video_preprocessor_config.json")
+  number = None
+  if os.path.isfile(path):
+    number = checkpoints.read_json(path).get("num_frames")
+  if number is None:
+    return _NUM_FRAMES
+  if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+    raise errors.UserError(
+      f"{path}: num_frames {number!r} is no number of frames; correct it, or"
+      " give --num_frames"
+    )
+  return number
+
+
+def read_questions(
+  config, workdir=None, *, resumes: bool = True
+) -> Sequence[question_lib.Question]:
+  """Returns the training rows of config.data, whose clips are there.
+
+  Args:
+    config: see `base_config`.
+    workdir: what is left out is printed, one line for each kind, and listed
+      in its `left_out.json`; None for neither.
+    resumes: whether other rows than the workdir's are refused.
+  """
+  left_out = left_out_lib.LeftOut()
+  rows = _with_clips(config, _read_rows(config, left_out.report), left_out)
+  left_out.num_questions = len(rows)
+  if workdir is not None:
+    if resumes:
+      left_out.check(workdir)
+    if jax.process_index() == 0:
+      for line in left_out.lines():
+        print(line, flush=True)
+      left_out.write(workdir)
+  return rows
+
+
+def media_root(config) -> str:
+  """Returns the folder that the clips of config.data lie below."""
+  return os.path.join(config.data.root, config.data.media)
+
+
+def _read_rows(config, report) -> Sequence[question_lib.Question]:
+  data = config.data
+  if not data.root or not os.path.isdir(data.root):
+    raise errors.UserError(
+      f"config.data.root={data.root!r} is no folder; give the one that holds"
+      " the questions and clips (cacovid_jax.prepare makes one)"
+    )
+  if data.tfds:
+    return tfds_lib.open_source(
+      os.path.join(data.root, data.tfds), data.train_split
+    )
+  root = media_root(config)
+  if data.reader == "own":
+    return readers.read_own(
+      data.root,
+      root,
+      split=data.train_split,
+      on_bad_row=data.on_bad_row,
+      report=report,
+    )
+  if data.reader != "video-r1":
+    raise errors.UserError(
+      f"config.data.reader={data.reader!r}: choose video-r1 or own"
+    )
+  return readers.read_video_r1(
+    config_lib.train_files(config),
+    root,
+    on_bad_row=data.on_bad_row,
+    report=report,
+  )
+
+
+def _with_clips(config, rows, left_out):
+  """Returns the rows whose clips are there; others are an error or noted."""
+  how, root = config.data.on_missing, media_root(config)
+  if how not in ("raise", "skip"):
+    raise errors.UserError(
+      f"config.data.on_missing={how!r}: choose raise or skip"
+    )
+  names = [row.video for row in rows]
+  missing = left_out.missing = readers.find_missing(names, root)
+  found = [place for place, name in enumerate(names) if name not in missing]
+  if missing and (how == "raise" or not found):
+    raise readers.missing_error(
+      names, root, missing, "leave them out with config.data.on_missing=skip"
+    )
+  if not missing:
+    return rows
+  if isinstance(rows, tfds_lib.QuestionSource):
+    return rows.take(found)
+  return [rows[place] for place in found]
+
+
+def _choose(config, key, values) -> None:
+  value = config_lib.value_of(config, key)
+  if value not in values:
+    told = " or ".join(filter(None, values))
+    if "" in values:
+      told += ", or leave it empty for the default"
+    raise errors.UserError(f"config.{key}={value!r}: use {told}")

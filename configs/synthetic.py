@@ -1,0 +1,165 @@
+r"""CaCoVID on the embedded benchmark: `:size=quickstart` or `:size=small`.
+
+`quickstart`: two CPU cores, in minutes; `make quickstart` runs all of it.
+
+python -m cacovid_jax.prepare --config configs/synthetic.py:size=quickstart
+python -m cacovid_jax.train --config configs/synthetic.py:size=quickstart \
+    --workdir workdirs/quickstart
+python -m cacovid_jax.evaluate --config configs/synthetic.py:size=quickstart \
+    --workdir workdirs/quickstart
+Completion only, in a minute or two: `configs/synthetic.py:debug`.
+
+360 videos, a fortieth of what `small` trains on. Ours, dense test, 600
+questions, vanilla 90.7: 89.8 at 25 %, 83.3 at 10 %, 68.3 at 5 % (seed 42, two
+CPU cores); all rows and the time are in the README.
+
+`small`: one GPU, more clips, more steps.
+
+python -m cacovid_jax.prepare --out workdirs/data --variants dense,sparse \
+    --clips 1600,100,150,150
+python -m cacovid_jax.train --config configs/synthetic.py:size=small,seed=0 \
+    --workdir workdirs/small_s0
+python -m cacovid_jax.evaluate --config configs/synthetic.py:size=small,seed=0 \
+    --workdir workdirs/small_s0
+The paper's objective, heads, ratio and importance ratio: `:size=small,paper`.
+
+Measured on H200 (jax 0.11.2, two runs sharing a chip, 0.04 s per step of 16
+videos, 100 s a run with compilation), 600 test questions, accuracy in % at 10
+and at 5 % kept, mean and standard deviation of seeds 42, 43, 44:
+
+                 vanilla   this policy               best rule
+  dense, test    90.8      88.2 +- 0.6, 82.1 +- 0.7  65.8, 47.5
+  dense, fresh   90.2      86.0 +- 1.4, 78.8 +- 1.5  66.0, 46.3
+  sparse, test   94.3      95.8 +- 0.2, 94.9 +- 1.9  94.0, 91.0
+  sparse, fresh  92.3      94.2 +- 0.3, 93.2 +- 1.8  91.3, 89.2
+
+All rows, the paper's setting among them, are in the README.
+"""
+
+from cacovid_jax import base_config, errors
+from configs import common
+
+# METHOD.md's rule with the paper's half of the budget spread evenly, and with
+# all of it going to the best tokens.
+_EVEN_SHARES = ("importance_ratio=0.5", "importance_ratio=1.0")
+# The policy and its controls are allowed the same choice, on validation.
+_CHOSEN = ("cacovid", "cacovid_untrained", "cacovid_other_question")
+
+
+def get_config(arg=None):
+  arg = common.parse_arg(
+    arg,
+    size="quickstart",
+    debug=False,
+    seed=42,
+    variant="dense",
+    paper=False,
+  )
+  if arg.size not in ("quickstart", "small"):
+    raise errors.UserError(
+      f"unknown size {arg.size!r}: use quickstart or small"
+    )
+  config = _quickstart(arg)
+  if arg.size == "small":
+    _make_small(config, arg)
+  if arg.paper:
+    _as_the_paper_says(config)
+  return config
+
+
+def _quickstart(arg):
+  config = base_config.get_config()
+  config.seed = arg.seed
+  config.total_steps = 2 if arg.debug else 360
+  config.videos_per_step = 1
+  config.iterations = 2 if arg.debug else 3
+  config.log_every = 1 if arg.debug else 5
+  config.ckpt.every_steps = 1 if arg.debug else 90
+  config.sampling.ratio = 0.05
+  config.sampling.num_combinations = 8 if arg.debug else 32
+  config.ratio.adaptive = False
+  config.optimizer.lr_heads = 3e-3
+  # A hundredth, not the paper's tenth: the layer starts with the match of
+  # tokens and question, and noisy rewards of few videos wear that down.
+  config.optimizer.lr_layer = 3e-5
+  # Off in the paper; a thousand times its rates need them. Without the pull to
+  # the even policy, scores run away within a hundred videos on "is anything
+  # here?", and what is far beyond the sigmoid's bend no longer learns "is it
+  # what was asked for?".
+  config.objective.log_ratio_clamp = 1.1
+  config.objective.kl_weight = 0.1
+  # One linear map in place of the paper's five layers: of 128 channels, four
+  # halvings would leave eight.
+  config.policy.num_halvings = 0
+  # The letter: what comes behind it changes no reward.
+  config.rollout.max_new_tokens = 1
+  config.model.path = "cacovid_jax/assets/base_model"
+  config.model.dtype = config.policy.dtype = "float32"
+
+  size = "smoke" if arg.debug else "quickstart"
+  config.prepare.variants = (arg.variant,)
+  # Clips of train, validation, test and the fresh test split.
+  config.prepare.clips = (4, 2, 3, 0) if arg.debug else (150, 25, 150, 0)
+  config.data.root = f"workdirs/data/{size}/{arg.variant}"
+  config.data.tfds = "tfds"
+  config.data.num_frames = 16
+  config.data.max_text_tokens = 64
+  config.data.feature_cache = "workdirs/features"
+  config.data.decisive_file = "decisive.jsonl"
+
+  config.evals.methods = (
+    "cacovid",
+    "cacovid_untrained",
+    "cacovid_other_question",
+    "random",
+    "uniform",
+    "last_query",
+    "divprune",
+    "density_peaks",
+  )
+  config.evals.ratios = (0.1,) if arg.debug else (0.25, 0.1, 0.05)
+  config.evals.max_new_tokens = 1
+  config.evals.num_examples = 2 if arg.debug else 8
+  config.evals.num_questions = 8 if arg.debug else 0
+  config.evals.select_questions = 6 if arg.debug else 80
+  config.evals.select_on = "validation"
+  config.evals.candidates = {
+    name: tuple(f"{name}?{share}" for share in _EVEN_SHARES) for name in _CHOSEN
+  }
+  return config
+
+
+def _make_small(config, arg):
+  """Takes other sizes and precision, for the same benchmark and controls."""
+  config.total_steps = 2 if arg.debug else 1000
+  config.videos_per_step = 1 if arg.debug else 16
+  config.log_every = 1 if arg.debug else 10
+  config.iterations = 2 if arg.debug else 5
+  config.optimizer.lr_heads = 1e-3
+  config.optimizer.lr_layer = 3e-4
+  dtype = "float32" if arg.debug else "bfloat16"
+  config.model.dtype = config.policy.dtype = dtype
+  if not arg.debug:
+    config.prepare.clips = (1600, 100, 150, 150)
+    config.data.root = f"workdirs/data/{arg.variant}"
+    config.data.memory_items = 2000
+    config.data.num_threads = 12
+    config.evals.ratios = (0.25, 0.2, 0.15, 0.1, 0.05)
+    # The paper's share is a row of its own, whatever is chosen for the first.
+    config.evals.methods += ("cacovid_paper=cacovid?importance_ratio=0.5",)
+    config.evals.batch_size = 50
+    config.evals.select_questions = 400
+
+
+def _as_the_paper_says(config):
+  """Takes back what is ours; only rates stay those of a small model."""
+  paper = base_config.get_config()
+  for section in ("objective", "ratio", "policy"):
+    dtype = config[section].get("dtype")
+    config[section] = paper[section]
+    if dtype:
+      config[section].dtype = dtype
+  config.optimizer.lr_heads = 3e-4
+  config.optimizer.lr_layer = 3e-5
+  config.evals.methods = ("cacovid",)
+  config.evals.candidates = {"cacovid": ("cacovid?importance_ratio=0.5",)}
