@@ -24,7 +24,7 @@ from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import readers
 from cacovid_jax.data import tfds as tfds_lib
 from cacovid_jax.data import tokenizer as tokenizer_lib
-from cacovid_jax.models import checkpoints
+from cacovid_jax.models import checkpoints, processors
 from cacovid_jax.parallel import mesh as mesh_lib
 from cacovid_jax.policy import loading
 
@@ -98,6 +98,16 @@ class Experiment:
       ):
         made.__dict__[name] = self.__dict__[name]
     return made
+
+  @property
+  def data(self):
+    """Section of the config."""
+    return self.config.data
+
+  @property
+  def evals(self):
+    """Section of the config."""
+    return self.config.evals
 
   @functools.cached_property
   def mesh(self) -> Mesh:
@@ -207,24 +217,8 @@ def with_shipped(config) -> Any:
     if loading.has_policy(policy):
       changes["evals.policies"] = (f"policy={policy}",)
   if not config.data.num_frames:
-    changes["data.num_frames"] = default_num_frames(path)
+    changes["data.num_frames"] = processors.default_num_frames(path)
   return config_lib.replace(config, {"model.path": path} | changes)
-
-
-def default_num_frames(directory: str | os.PathLike) -> int:
-  """Returns the frames per clip that a checkpoint's files ask for, else 32."""
-  path = os.path.join(directory, "video_preprocessor_config.json")
-  number = None
-  if os.path.isfile(path):
-    number = checkpoints.read_json(path).get("num_frames")
-  if number is None:
-    return _NUM_FRAMES
-  if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-    raise errors.UserError(
-      f"{path}: num_frames {number!r} is no number of frames; correct it, or"
-      " give --num_frames"
-    )
-  return number
 
 
 def read_questions(

@@ -5,7 +5,8 @@ import types
 
 from cacovid_jax import base_config, errors
 from cacovid_jax import config as config_lib
-from cacovid_jax.data import frames, qwen_frames
+from cacovid_jax.data import frames
+from cacovid_jax.models import processors
 
 
 def parse_arg(arg, **defaults):
@@ -67,8 +68,8 @@ def released(arg, *, family, sizes):
   config.data.max_text_tokens = 1024
   config.data.num_threads = 8
   if family == "qwen2_5_vl":
-    config.data.min_pixels = qwen_frames.PAPER_MIN_PIXELS
-    config.data.max_pixels = qwen_frames.PAPER_MAX_PIXELS
+    config.data.min_pixels = processors.PAPER_MIN_PIXELS
+    config.data.max_pixels = processors.PAPER_MAX_PIXELS
   config.evals.methods = (
     # The paper's half of the budget, spread evenly, and its cap of 1.5 r.
     "cacovid=cacovid?importance_ratio=0.5&max_frame_share=1.5",

@@ -22,11 +22,11 @@ import json
 import os
 import pathlib
 
-import jax.numpy as jnp
 from absl import flags
 
 from cacovid_jax import config as config_lib
 from cacovid_jax import errors, files
+from cacovid_jax import experiment as experiment_lib
 from cacovid_jax import progress as progress_lib
 from cacovid_jax.evals import (
   evaluation,
@@ -36,8 +36,6 @@ from cacovid_jax.evals import (
   runner,
   tables,
 )
-from cacovid_jax.models import checkpoints
-from cacovid_jax.policy import loading
 from cacovid_jax.synthetic import build
 from experiments import table_flags
 
@@ -67,106 +65,103 @@ def main(argv):
   config = config_lib.load(_CONFIG + (":debug" if _SHORT.value else ""))
   if table_flags.DATA.value is None:
     build.prepare(config)
-  request = request_of(
+  experiment = experiment_of(
     config,
     table_flags.WORKDIR.value
     or f"workdirs/compressors{'_short' * _SHORT.value}",
+    {
+      "evals.ratios": ratios,
+      "evals.seeds": seeds,
+      "evals.policies": (f"policy={table_flags.POLICY.value or _POLICY}",),
+      "evals.batch_size": table_flags.BATCH.value or config.evals.batch_size,
+      "data.root": table_flags.DATA.value or config.data.root,
+      "model.path": table_flags.MODEL.value or config.model.path,
+    },
     methods=[*(methods or table_flags.all_rows(VARIANTS)), *_MORE.value],
-    ratios=ratios,
-    seeds=seeds,
-    policy=table_flags.POLICY.value or _POLICY,
-    data=table_flags.DATA.value or config.data.root,
-    checkpoint=table_flags.MODEL.value or config.model.path,
-    **table_flags.batch_size(),
   )
-  out = run(request, repeats=table_flags.REPEATS.value)
+  out = run(experiment, repeats=table_flags.REPEATS.value)
   evaluation.show(out)
   names = ("results.json", "report.html", "timings.json")
   for name in (*tables.COMPRESSOR_FILES, *names):
-    print(os.path.join(request.workdir, name))
+    print(os.path.join(experiment.workdir, name))
 
 
-def request_of(config, workdir, *, methods, ratios, seeds, policy, **fields):
+def experiment_of(config, workdir, changes, *, methods):
   """Returns the evaluation behind a table.
 
   Args:
-    config: with `model`, `data` and `evals`, such as the quickstart's.
+    config: such as the quickstart's.
     workdir: of the table.
+    changes: {key: value} of the config, besides `methods`.
     methods: specs of its rows.
-    ratios: its columns.
-    seeds: for methods that draw.
-    policy: file or folder.
-    **fields: more fields of `evaluation.Request`.
   """
   labels = [runner.split_label(spec)[0] for spec in methods]
-  known = evaluation.request_fields(config)
   # The merging policy is allowed the choice that the plain one is.
-  candidates = dict(known["candidates"])
+  candidates = config_lib.to_dict(config.evals.candidates)
   candidates["cacovid_merged"] = [
     f"{spec}{'&' if '?' in spec else '?'}merge=nearest"
     for spec in candidates.get("cacovid", ())
   ]
-  known["candidates"] = {
-    label: specs
-    for label, specs in candidates.items()
-    if specs and label in labels
-  }
-  return evaluation.Request(
-    **known
-    | dict(
-      workdir=os.fspath(workdir),
-      methods=tuple(methods),
-      ratios=tuple(ratios),
-      seeds=tuple(seeds),
-      policies={"policy": os.fspath(policy)},
-      cache=os.path.join(workdir, "features"),
-    )
-    | fields
+  return experiment_lib.Experiment.from_config(
+    config_lib.replace(
+      config,
+      {
+        "evals.methods": tuple(methods),
+        "evals.candidates": {
+          label: tuple(specs)
+          for label, specs in candidates.items()
+          if specs and label in labels
+        },
+        "data.feature_cache": os.path.join(workdir, "features"),
+      }
+      | changes,
+    ),
+    workdir,
   )
 
 
-def run(request, *, repeats=9):
+def run(experiment, *, repeats=9):
   """Writes all files of the table and returns results.json as a dict."""
-  workdir = pathlib.Path(request.workdir)
+  workdir = pathlib.Path(experiment.workdir)
   # Taken before the evaluation writes its own times anew.
   times = _read_times(workdir / "timings.json", repeats)
   costs = {}
 
   def measure_all(out):
-    costs.update(measure(request, out, times, repeats))
+    costs.update(measure(experiment, out, times, repeats))
     return {
       label: {ratio: cost.total for ratio, cost in row.items()}
       for label, row in costs.items()
     }
 
-  out = evaluation.evaluate(request, measure_all)
+  out = evaluation.evaluate(experiment, measure_all)
   tables.write_compressors(workdir, out, costs)
   return out
 
 
-def measure(request, out, times, repeats):
+def measure(experiment, out, times, repeats):
   """Returns {label: {ratio: milliseconds}}, the missing ones measured.
 
   Written to timings.json as they come.
 
   Args:
-    request: of the evaluation.
+    experiment: of the evaluation.
     out: its results.json, which says what was chosen and what cannot be run.
     times: what an earlier start measured on this machine.
     repeats: runs that a time is the median of.
   """
   methods = {}
-  for spec in request.methods:
+  for spec in experiment.evals.methods:
     label, _ = runner.split_label(spec)
     chosen = out["chosen"].get(label)
     method = runner.Method.parse(
-      _chosen_spec(request, label, chosen["best"]) if chosen else spec
+      _chosen_spec(experiment, label, chosen["best"]) if chosen else spec
     )
     methods[label] = dataclasses.replace(method, label=label)
   cells = [
     (method, ratio)
     for method in methods.values()
-    for ratio in request.ratios
+    for ratio in experiment.evals.ratios
     if out["methods"][method.label][results.ratio_key(ratio)]["status"] == "ok"
   ]
   missing = [
@@ -174,8 +169,8 @@ def measure(request, out, times, repeats):
     if results.ratio_key(ratio) not in times.get(method.spec, {})
   ]  # fmt: skip
   if missing:
-    _measure(request, missing, times, repeats)
-  path = pathlib.Path(request.workdir) / "timings.json"
+    _measure(experiment, missing, times, repeats)
+  path = pathlib.Path(experiment.workdir) / "timings.json"
   _write_times(path, times, repeats)
   found = {method.label: {} for method in methods.values()}
   for method, ratio in cells:
@@ -184,41 +179,33 @@ def measure(request, out, times, repeats):
   return found
 
 
-def _chosen_spec(request, label, best):
+def _chosen_spec(experiment, label, best):
   """Returns the candidate called `best`, with the path of one's own method."""
-  listed = request.candidates.get(label, ())
+  listed = experiment.evals.candidates.get(label, ())
   named = (spec for spec in listed if runner.split_label(spec)[0] == best)
   return next(named, best)
 
 
-def _measure(request, missing, times, repeats):
+def _measure(experiment, missing, times, repeats):
   """Adds to `times`: spec -> ratio -> fields of a `latency.Cost`."""
-  checkpoint = evaluation.with_template(
-    checkpoints.load(request.checkpoint, jnp.dtype(request.dtype)),
-    request.checkpoint,
-    request.template,
-  )
+  evals = experiment.evals
   benchmark = evaluation.load_benchmark(
-    request, request.split, request.num_questions
+    experiment, evals.split, evals.num_questions
   )
-  policies = {
-    name: loading.load_policy(path, checkpoint)
-    for name, path in request.policies.items()
-  }
-  path = pathlib.Path(request.workdir) / "timings.json"
+  path = pathlib.Path(experiment.workdir) / "timings.json"
   wanted = runner.wanted([method for method, _ in missing])
   with (
-    evaluation.open_source(request, checkpoint, wanted) as source,
+    evaluation.open_source(experiment, wanted) as source,
     progress_lib.Progress(
       len(missing), description="selection times"
     ) as progress,
   ):
     evaluator = runner.Evaluator(
-      checkpoint,
+      experiment.checkpoint,
       source,
       benchmark.questions,
-      dataclasses.replace(evaluation.settings(request), batch_size=1),
-      policies=policies,
+      dataclasses.replace(evaluation.settings(experiment), batch_size=1),
+      policies=experiment.policies,
       decisive=benchmark.decisive,
     )
     question = latency.readable(evaluator, benchmark.questions)

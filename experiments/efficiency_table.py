@@ -54,7 +54,14 @@ from cacovid_jax.evals import (
   runner,
   tables,
 )
-from cacovid_jax.models import checkpoints, llava_onevision, qwen2_5_vl
+from cacovid_jax.models import (
+  checkpoints,
+  llava_onevision,
+  processors,
+  prompt_batch,
+  qwen2_5_vl,
+  video_llm,
+)
 from cacovid_jax.policy import loading, network
 from cacovid_jax.synthetic import tiny_checkpoints
 from experiments import selection_speed, table_flags
@@ -103,7 +110,7 @@ VARIANTS = types.MappingProxyType(
 # A policy before its training takes as long as after it.
 _LEFT_OUT = ("cacovid_untrained", "cacovid_other_question")
 _NUM_TEXT = 75  # Tokens of a usual question with options and template.
-_SECONDS_PER_SLICE = 2.0
+_SECONDS_PER_PATCH = 2.0
 _SEED = 0  # Of the random weights.
 ROWS = "rows.jsonl"
 
@@ -315,34 +322,33 @@ def _draw(directory, config):
 
 def _prompt_rows(config, grid) -> int:
   """Returns the rows of a prompt; LLaVA-OneVision ends a video in a newline."""
-  newline = isinstance(config, llava_onevision.LlavaOnevisionConfig)
-  return _NUM_TEXT + math.prod(grid) + newline
+  newlines = checkpoints.make_model(config).num_newlines
+  return _NUM_TEXT + math.prod(grid) + newlines
 
 
-def _prompt(checkpoint, made, features, grid) -> programs.Batch:
-  """Returns a prompt of made-up text around the video, as `Batch`."""
+def _prompt(checkpoint, made, features, grid) -> prompt_batch.PromptBatch:
+  """Returns a prompt of made-up text around the video."""
   model, config = checkpoint.model, checkpoint.model.config
   num_video, start = math.prod(grid), _NUM_TEXT // 3
-  newline = _prompt_rows(config, grid) - _NUM_TEXT - num_video
+  newline = model.num_newlines
   ids = np.random.default_rng(0).integers(0, 32, _NUM_TEXT + num_video)
   ids[start : start + num_video] = config.video_token_id
   ids = np.insert(ids, start + num_video, [config.video_token_id] * newline)
   positions, following = model.positions(
-    ids, grid=grid, seconds_per_slice=_SECONDS_PER_SLICE
+    ids, video_llm.VideoFeatures(None, grid, _SECONDS_PER_PATCH)
   )
   behind = np.arange(start + num_video + newline, len(ids), dtype=np.int32)
   ids = jnp.asarray(ids, jnp.int32)[None]
-  where = jnp.array([start])
-  return programs.Batch(
+  video_rows = start + jnp.arange(num_video)[None]
+  return prompt_batch.PromptBatch(
+    x=made.embed(checkpoint.params, ids, features, video_rows),
+    positions=jnp.asarray(positions)[None],
+    lengths=jnp.array([ids.shape[1]]),
+    video_rows=video_rows,
+    next_position=jnp.array([following]),
     features=features,
     ids=ids,
-    length=jnp.array([ids.shape[1]]),
-    video_start=where,
-    positions=jnp.asarray(positions)[None],
-    next_position=jnp.array([following]),
-    seconds=jnp.array([_SECONDS_PER_SLICE], jnp.float32),
     text_rows=jnp.asarray(behind)[None],
-    x=made.embed(checkpoint.params, ids, features, where),
   )
 
 
@@ -350,16 +356,11 @@ def _tower(checkpoint, grid):
   """Returns f(), the compiled tower over made-up pixels."""
   model, vision = checkpoint.model, checkpoint.model.config.vision
   rng = np.random.default_rng(2)
-  if isinstance(model, llava_onevision.LlavaOnevisionModel):
-    shape = (grid[0], vision.image_size, vision.image_size, 3)
-    more = ()
-  else:
-    shape = (math.prod(grid) * vision.patches_per_token, vision.patch_values)
-    more = (jax.tree.map(jnp.asarray, model.layout(grid)),)
-  pixels = jnp.asarray(rng.standard_normal(shape, np.float32))
-  return functools.partial(
-    jax.jit(model.encode_video), checkpoint.params, pixels, *more
-  )
+  values = rng.standard_normal(vision.input_shape(grid), np.float32)
+  inputs = model.tower_inputs(processors.TowerInputs(values, grid))
+  inputs = jax.tree.map(jnp.asarray, inputs)
+  encode = jax.jit(lambda *args: model.encode(*args).features)
+  return functools.partial(encode, checkpoint.params, inputs)
 
 
 def measure(subject, encode, name, methods, ratios, repeats, rows):

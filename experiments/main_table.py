@@ -38,8 +38,9 @@ import rich.console
 import rich.table
 from absl import flags
 
-from cacovid_jax import compressors, errors, files
+from cacovid_jax import base_config, compressors, errors, files
 from cacovid_jax import config as config_lib
+from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.data import answer_log, readers
 from cacovid_jax.evals import (
   benchmarks,
@@ -140,22 +141,22 @@ class Plan:
 
   Attributes:
     workdir: of the table.
-    requests: benchmark -> its evaluation.
+    experiments: benchmark -> its evaluation.
     tolerance: points between two runs of the same thing.
   """
 
   workdir: pathlib.Path
-  requests: Mapping[str, evaluation.Request]
+  experiments: Mapping[str, experiment_lib.Experiment]
   tolerance: float = paper.TOLERANCE
 
   @property
-  def first(self) -> evaluation.Request:
+  def first(self) -> experiment_lib.Experiment:
     """The evaluation of one benchmark; in most fields all are alike."""
-    return next(iter(self.requests.values()))
+    return next(iter(self.experiments.values()))
 
   @property
   def methods(self) -> list[runner.Method]:
-    return [runner.Method.parse(spec) for spec in self.first.methods]
+    return [runner.Method.parse(spec) for spec in self.first.evals.methods]
 
 
 def dry_run(plan: Plan) -> dict[str, Any]:
@@ -165,34 +166,35 @@ def dry_run(plan: Plan) -> dict[str, Any]:
   given and cannot be read is a fault, which is printed; the benchmark is not
   counted then.
   """
-  request = plan.first
+  experiment = plan.first
   checkpoint = estimate.describe(
-    request.checkpoint,
+    experiment.config.model.path,
     # A model that was named is that one, or a mistake.
     None if table_flags.MODEL.value else _BASE.value,
-    request.dtype,
-    request.template,
+    experiment.config.model.dtype,
+    experiment.evals.template,
   )
   loaded, faults = survey(plan)
   for name, fault in faults.items():
     print(f"{name}: {fault}")
-  requests = {
+  experiments = {
     name: each
-    for name, each in plan.requests.items()
+    for name, each in plan.experiments.items()
     if name in loaded or name not in faults
   }
-  if not requests:
+  if not experiments:
     raise errors.UserError(
       "no benchmark can be read; complete the folders, or leave --table_data"
       " out to count the published questions"
     )
-  speed = table_flags.speed(request.dtype)
+  speed = table_flags.speed(experiment.config.model.dtype)
   out = estimate.estimate(
-    checkpoint, requests, loaded, speed, model_shards=_CHIPS.value
+    checkpoint, experiments, loaded, speed, model_shards=_CHIPS.value
   )
-  ratios = ", ".join(f"{ratio:g}" for ratio in request.ratios)
-  title = f"{len(plan.methods)} methods at ratios {ratios}, {request.dtype}"
-  absent = [name for name in plan.requests if name not in requests]
+  ratios = ", ".join(f"{ratio:g}" for ratio in experiment.evals.ratios)
+  title = f"{len(plan.methods)} methods at ratios {ratios},"
+  title += f" {experiment.config.model.dtype}"
+  absent = [name for name in plan.experiments if name not in experiments]
   if absent:
     title += f"; not counted: {', '.join(absent)}"
   estimate.show(out, speed, title)
@@ -218,49 +220,59 @@ def plan_from_flags() -> Plan:
   else:
     config = None
   model = table_flags.MODEL.value
-  fields = {"num_frames": paper.NUM_FRAMES}
-  fields |= evaluation.request_fields(config)
-  methods = table_flags.METHODS.value or (
-    paper.METHODS if config is None else fields["methods"]
-  )
+  changes = {}
+  if config is None:
+    config = config_lib.replace(
+      base_config.get_config(), {"model.dtype": "float32"}
+    )
+    changes["data.num_frames"] = paper.NUM_FRAMES
+    methods = paper.METHODS
+  else:
+    config = config_lib.complete(config)
+    methods = config.evals.methods
+  methods = table_flags.METHODS.value or methods
   if list(methods) == ["all"]:
     methods = all_rows()
-  if _FRAMES.value:
-    fields["num_frames"] = _FRAMES.value
-  if model:
-    fields["checkpoint"] = model
-  if not fields.get("checkpoint") and not (
+  for key, value in {
+    "data.num_frames": _FRAMES.value,
+    "model.path": model,
+    "evals.template": _TEMPLATE.value,
+    "data.feature_cache": _CACHE.value,
+    "evals.batch_size": table_flags.BATCH.value,
+  }.items():
+    if value:
+      changes[key] = value
+  if not (model or config.model.path) and not (
     _BASE.value and table_flags.DRY_RUN.value
   ):
     raise errors.UserError("nothing says which base model: add --table_model")
-  fields.setdefault("checkpoint", "")
-  if _TEMPLATE.value:
-    fields["template"] = _TEMPLATE.value
-  if _CACHE.value:
-    fields["cache"] = _CACHE.value
   if table_flags.POLICY.value:
-    fields["policies"] = {"policy": table_flags.POLICY.value}
+    changes["evals.policies"] = (f"policy={table_flags.POLICY.value}",)
   name = _BASE.value or "table"
   return make_plan(
-    fields,
+    config_lib.replace(
+      config,
+      changes
+      | {
+        "evals.ratios": table_flags.ratios(paper.RATIOS),
+        "evals.seeds": table_flags.seeds(),
+        "evals.num_questions": _LIMIT.value,
+        "evals.on_bad_row": _BAD_ROWS.value,
+        "evals.on_missing": _MISSING.value,
+      },
+    ),
     table_flags.WORKDIR.value or f"workdirs/main_table_{name}",
     _checked_benchmarks(_BENCHMARKS.value),
     _folders(table_flags.DATA.value, _FOLDERS.value, _BENCHMARKS.value),
     methods=methods,
-    ratios=table_flags.ratios(paper.RATIOS),
-    seeds=table_flags.seeds(),
-    num_questions=_LIMIT.value,
-    on_bad_row=_BAD_ROWS.value,
-    on_missing=_MISSING.value,
     tolerance=_TOLERANCE.value,
     manifests=_MANIFESTS.value or "",
     shard=shards.Shard.parse(_SHARD.value),
-    **table_flags.batch_size(),
   )
 
 
 def make_plan(
-  fields: Mapping[str, Any],
+  config,
   workdir: str | os.PathLike,
   names: Sequence[str],
   folders: Mapping[str, str],
@@ -268,24 +280,24 @@ def make_plan(
   methods: Sequence[str],
   tolerance: float = paper.TOLERANCE,
   manifests: str = "",
-  **more,
+  shard: tuple[int, int] = (0, 1),
 ) -> Plan:
   """Returns a plan.
 
   Args:
-    fields: of `evaluation.Request`, such as a config's.
+    config: what all benchmarks share, see `base_config`.
     workdir: of the table.
     names: benchmarks.
     folders: benchmark -> folder.
     methods: rows.
     tolerance: points.
     manifests: workdir of another table, whose frames are shown; "" for none.
-    **more: fields that win over `fields`.
+    shard: (i, n): this is process i of n that share the work.
   """
   workdir = pathlib.Path(workdir)
-  fields = dict(fields)
   parsed = [runner.Method.parse(spec) for spec in methods]
   labels = [method.label for method in parsed]
+  policies = config.evals.policies
   reads_scores = False
   for method in parsed:
     if method.compressor.oracle:
@@ -295,44 +307,39 @@ def make_plan(
       )
     scored = [need for need in method.needs if need.endswith("scores")]
     reads_scores |= bool(scored)
-    if scored and not fields.get("policies") and not table_flags.DRY_RUN.value:
+    if scored and not policies and not table_flags.DRY_RUN.value:
       raise errors.UserError(
         f"{method.label} needs a trained policy: add --table_policy=FILE, or"
         f" leave it out: --table_methods="
         f"{','.join(label for label in labels if 'cacovid' not in label)}"
       )
-  if not reads_scores:
+  common = {
+    "evals.methods": tuple(methods),
+    "evals.oracles": (),
     # Answers are those of no policy: one given later asks nothing anew.
-    fields["policies"] = {}
-  common = fields | more | {
-    "methods": tuple(methods),
-    "oracles": (),
+    "evals.policies": policies if reads_scores else (),
     # Benchmarks have no split to choose options on.
-    "select_on": "none",
-    "candidates": {},
-    "prompt_style": "",
-    "media": "",
-    "split": "",
-  }  # fmt: skip
-  requests = {
-    name: evaluation.Request(
-      **common
-      | {
-        "benchmark": name,
-        "data": folders[name],
-        "workdir": os.fspath(workdir / name),
-        "frame_manifest": (
-          os.path.join(manifests, name, frame_manifest.FILE)
-          if manifests
-          else ""
-        ),
-      }
-    )
-    for name in names
+    "evals.select_on": "none",
+    "evals.candidates": {},
+    "evals.prompt_style": "",
+    "evals.split": "",
+    "data.media": "",
   }
+  experiments = {}
+  for name in names:
+    frames = os.path.join(manifests, name, frame_manifest.FILE)
+    own = {
+      "evals.benchmark": name,
+      "data.root": folders[name],
+      "evals.frame_manifest": frames if manifests else "",
+    }
+    experiments[name] = experiment_lib.Experiment.from_config(
+      config_lib.replace(config, common | own), workdir / name, shard=shard
+    )
+    evaluation.check(experiments[name].config)
   return Plan(
     workdir=workdir,
-    requests=requests,
+    experiments=experiments,
     tolerance=paper.check_tolerance(tolerance),
   )
 
@@ -392,7 +399,7 @@ def preflight(plan: Plan) -> dict[str, benchmarks.Benchmark]:
   found, faults = survey(plan)
   if not faults:
     return found
-  ready = [name for name in plan.requests if name not in faults]
+  ready = [name for name in plan.experiments if name not in faults]
   mend = "; complete the folders"
   if ready:
     mend += f", or ask what is there: --table_benchmarks={','.join(ready)}"
@@ -414,14 +421,14 @@ def survey(
   table = rich.table.Table(title="benchmarks")
   for title in ("benchmark", "questions", "clips", "missing", "left out"):
     table.add_column(title)
-  for name, request in plan.requests.items():
-    if not request.data:
+  for name, experiment in plan.experiments.items():
+    if not experiment.data.root:
       table.add_row(name, "", "", "", "no folder given")
       continue
     try:
-      counted = dataclasses.replace(request, on_missing="count")
+      counted = experiment.replace({"evals.on_missing": "count"})
       loaded = evaluation.load_benchmark(
-        counted, request.split, request.num_questions
+        counted, experiment.evals.split, experiment.evals.num_questions
       )
     except errors.UserError as error:
       faults[name] = errors.one_line(error)
@@ -433,7 +440,7 @@ def survey(
     counts = (len(loaded.questions), num_clips, len(missing),
               len(loaded.report.bad_rows))  # fmt: skip
     table.add_row(name, *map(str, counts))
-    if missing and request.on_missing == "raise":
+    if missing and experiment.evals.on_missing == "raise":
       faults[name] = (
         f"{len(missing)} of {num_clips} clips are missing below {loaded.root}"
         f" ({sum(missing.values())} questions), first: {next(iter(missing))}"
@@ -456,67 +463,67 @@ def run(
   """
   plan.workdir.mkdir(parents=True, exist_ok=True)
   notes = {
-    name: pathlib.Path(request.workdir, ASKED)
-    for name, request in plan.requests.items()
+    name: pathlib.Path(experiment.workdir, ASKED)
+    for name, experiment in plan.experiments.items()
   }
   # Processes that share the work wait for each other's results of this start:
   # those of an earlier one may hold failures that are mended by now.
   if not shards.Shard(*plan.first.shard).alone:
     for note in notes.values():
       note.unlink(missing_ok=True)
-  for name, request in plan.requests.items():
-    if evaluation.evaluate(request) is not None:
-      files.write_json(notes[name], asked(request, loaded[name].questions))
+  for name, experiment in plan.experiments.items():
+    if evaluation.evaluate(experiment) is not None:
+      files.write_json(notes[name], asked(experiment, loaded[name].questions))
   # A benchmark that another process still works on, or ended, is known by its
   # files alone.
   if not all(
-    is_complete(request, loaded[name].questions)
-    for name, request in plan.requests.items()
+    is_complete(experiment, loaded[name].questions)
+    for name, experiment in plan.experiments.items()
   ):
     return None
   runs = {
-    name: asked(request, loaded[name].questions)["run"]
-    for name, request in plan.requests.items()
+    name: asked(experiment, loaded[name].questions)["run"]
+    for name, experiment in plan.experiments.items()
   }
-  out = combined.combine(plan.requests, loaded, runs, plan.tolerance)
+  out = combined.combine(plan.experiments, loaded, runs, plan.tolerance)
   files.write_json(plan.workdir / "results.json", out)
   tables.write_main(plan.workdir, out)
   times = {
     name: {
       path.name: json.loads(path.read_text(encoding="utf-8"))
-      for path in sorted(pathlib.Path(request.workdir).glob("timings*.json"))
+      for path in sorted(pathlib.Path(experiment.workdir).glob("timings*.json"))
     }
-    for name, request in plan.requests.items()
+    for name, experiment in plan.experiments.items()
   }
   files.write_json(plan.workdir / "timings.json", times)
   return out
 
 
-def asked(request: evaluation.Request, questions) -> dict[str, Any]:
+def asked(experiment: experiment_lib.Experiment, questions) -> dict[str, Any]:
   """Returns what an evaluation was asked for, for `ASKED` beside its results.
 
   Args:
-    request: that this process has taken part in.
+    experiment: that this process has taken part in.
     questions: of the benchmark.
   """
   digest = hashlib.sha256()
   for question in questions:
     fields = dataclasses.asdict(question)
     digest.update(json.dumps(fields, sort_keys=True).encode() + b"\n")
-  own = shards.Shard(*request.shard).file("answers.jsonl")
-  methods = map(runner.Method.parse, request.methods)
+  own = shards.Shard(*experiment.shard).file("answers.jsonl")
+  methods = map(runner.Method.parse, experiment.evals.methods)
   return {
     "questions": digest.hexdigest(),
-    "ratios": list(map(results.ratio_key, request.ratios)),
+    "ratios": list(map(results.ratio_key, experiment.evals.ratios)),
     "rows": [[method.label, method.spec] for method in methods],
-    "run": answer_log.header(pathlib.Path(request.workdir, own)),
-    "seeds": list(request.seeds),
+    "run": answer_log.header(pathlib.Path(experiment.workdir, own)),
+    "seeds": list(experiment.evals.seeds),
   }
 
 
-def is_complete(request: evaluation.Request, questions) -> bool:
+def is_complete(experiment: experiment_lib.Experiment, questions) -> bool:
   """Returns whether a benchmark's results.json is of just what is asked for."""
-  note = pathlib.Path(request.workdir, ASKED)
+  note = pathlib.Path(experiment.workdir, ASKED)
   try:
     found = json.loads(note.read_text(encoding="utf-8"))
   except FileNotFoundError:
@@ -525,7 +532,7 @@ def is_complete(request: evaluation.Request, questions) -> bool:
     raise errors.UserError(
       f"{note} is damaged ({error}); delete it and start again"
     ) from error
-  return found == asked(request, questions)
+  return found == asked(experiment, questions)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ _KEEP = flags.DEFINE_boolean(
 def cut(config, num_layers):
   """Returns `config` with this many layers in tower and decoder."""
   vision = dataclasses.replace(config.vision, num_layers=num_layers)
-  if isinstance(config, qwen2_5_vl.Qwen2_5VLConfig):
+  if hasattr(vision, "full_layers"):
     # The last layer sees whole slices, as in the released depth.
     vision = dataclasses.replace(vision, full_layers=(num_layers - 1,))
   text = dataclasses.replace(config.text, num_layers=num_layers)

@@ -27,7 +27,7 @@ from absl import flags
 
 import cacovid_jax
 from cacovid_jax import errors
-from cacovid_jax.models import checkpoints, qwen2_5_vl
+from cacovid_jax.models import checkpoints, processors
 from cacovid_jax.policy import loading, network, selection
 
 _POLICY = flags.DEFINE_string(
@@ -143,38 +143,32 @@ def draw_prompt(model, params, rng, num_frames):
     num_frames: frames of the video.
   """
   config = model.config
-  if isinstance(model, qwen2_5_vl.Qwen2_5VLModel):
-    vision = config.vision
-    grid = model.grid(num_frames, *2 * (8 * vision.patch_size * 2,))
-    rows = int(np.prod(grid)) * vision.merge_size**2
-    patches = rng.normal(size=(rows, vision.patch_values))
-    arguments = (patches.astype(np.float32), model.layout(grid))
-    block = int(np.prod(grid))
+  if grid := model.processor.fixed_grid(num_frames):
+    values = _blocks(rng, num_frames, config.vision.image_size)
   else:
-    grid = model.grid(num_frames)
-    arguments = (_blocks(rng, num_frames, config.vision.image_size),)
-    block = int(np.prod(grid)) + 1  # The newline behind the video.
+    side = 8 * config.vision.patch_size * 2
+    grid = model.grid(num_frames, side, side)
+    values = rng.normal(size=config.vision.input_shape(grid))
+    values = values.astype(np.float32)
+  inputs = model.tower_inputs(processors.TowerInputs(values, grid))
+  block = int(np.prod(grid)) + model.num_newlines
   length = _BEFORE + block + _QUESTION_TOKENS
   # Ids of text alone: special tokens have the highest ids.
   ids = rng.integers(0, config.text.vocab_size // 2, length)
   video_rows = _BEFORE + np.arange(np.prod(grid))
   ids[video_rows] = config.video_token_id
-  x = _embed(params, jnp.asarray(ids, jnp.int32), arguments, model=model)
-  positions = np.arange(length, dtype=np.int32)[None]
-  if isinstance(model, qwen2_5_vl.Qwen2_5VLModel):
-    positions, _ = qwen2_5_vl.position_ids(
-      ids, grid=grid, seconds_per_slice=1.0, config=config
-    )
-  return Prompt(
-    x, jnp.asarray(positions), jnp.asarray(video_rows, jnp.int32), grid
-  )
+  video_rows = jnp.asarray(video_rows, jnp.int32)
+  positions, _ = model.positions(ids, inputs)
+  ids = jnp.asarray(ids, jnp.int32)
+  x = _embed(params, ids, inputs, video_rows, model=model)
+  return Prompt(x, jnp.asarray(positions), video_rows, grid)
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _embed(params, ids, arguments, *, model):
+def _embed(params, ids, inputs, video_rows, *, model):
   """Returns a prompt's embeddings float[L, D], its video encoded."""
-  features = model.encode_video(params, *arguments)
-  return model.embed_prompt(params, ids, features, _BEFORE)
+  features = model.encode(params, inputs).features
+  return model.embed_prompt(params, ids, features, video_rows)
 
 
 def _blocks(rng, num_frames, size, cells=6, change=0.2):

@@ -24,10 +24,11 @@ from absl import flags
 
 from cacovid_jax import config as config_lib
 from cacovid_jax import errors
+from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.compressors import base
 from cacovid_jax.evals import evaluation, results
 from cacovid_jax.synthetic import build
-from cacovid_jax.training import loop, setup
+from cacovid_jax.training import loop
 
 _CONFIG = "configs/synthetic.py"
 # The budget in minutes for two idle cores, compilation included: from the
@@ -81,14 +82,25 @@ def run(config, workdir, *, ratios=None, planned=False, num_workers=None):
   with stages("prepare"):
     build.prepare(config, num_workers)
   with stages("load"):
-    checkpoint = setup.load_checkpoint(config)
-    grid = checkpoint.model.grid(config.data.num_frames)
+    experiment = experiment_lib.Experiment.from_config(
+      config, workdir, split="videos_per_step"
+    )
+    checkpoint = experiment.loaded
+    grid = checkpoint.model.processor.fixed_grid(config.data.num_frames)
     for ratio in ratios:
       base.budget(grid, ratio)
   with stages("train"):
-    loop.train(config, workdir, checkpoint=checkpoint)
+    loop.train(experiment)
   with stages("evaluate"):
-    out = evaluation.evaluate(request_of(config, workdir, ratios))
+    asked = {
+      "evals.ratios": ratios,
+      "evals.policies": (f"policy={os.fspath(workdir)}",),
+    }
+    out = evaluation.evaluate(
+      experiment_lib.Experiment.from_config(
+        config_lib.replace(config, asked), workdir
+      )
+    )
   evaluation.show(out)
   stages.show()
   # A line for every start: a run that goes on takes less time.
@@ -98,16 +110,6 @@ def run(config, workdir, *, ratios=None, planned=False, num_workers=None):
     print(os.path.join(workdir, name))
   print(f"\nopen {os.path.join(workdir, 'report.html')} in a browser")
   return out
-
-
-def request_of(config, workdir, ratios) -> evaluation.Request:
-  """Returns the evaluation of the policy that a workdir's training made."""
-  fields = evaluation.request_fields(config)
-  workdir = os.fspath(workdir)
-  return evaluation.Request(
-    **fields
-    | dict(workdir=workdir, ratios=ratios, policies={"policy": workdir})
-  )
 
 
 @dataclasses.dataclass

@@ -26,9 +26,9 @@ import rich.console
 from absl import flags
 
 from cacovid_jax import compressors, errors
-from cacovid_jax.compressors import base, framefusion, layerwise, prompt_rows
+from cacovid_jax.compressors import base, framefusion, layerwise
 from cacovid_jax.evals import latency, tables
-from cacovid_jax.models import llava_onevision
+from cacovid_jax.models import llava_onevision, prompt_batch
 from cacovid_jax.policy import network
 
 _FRAMES = flags.DEFINE_integer("video_slices", 32, "Frames.", lower_bound=1)
@@ -100,7 +100,7 @@ def chosen_before(method, grid, ratio):
 
 
 def chosen_inside(method, model, grid, ratio):
-  """Returns f(x, query, key, inputs) -> `prompt_rows.Rows`, jitted.
+  """Returns f(x, query, key, inputs) -> `prompt_batch.PrunedPrompts`, jitted.
 
   Args:
     method: a `layerwise.LayerwiseCompressor`.
@@ -113,13 +113,19 @@ def chosen_inside(method, model, grid, ratio):
   """
   num_video = math.prod(grid)
   num_layers = model.config.text.num_layers
-  start = jnp.array([_NUM_TEXT // 3])
+  video_rows = _NUM_TEXT // 3 + jnp.arange(num_video)[None]
 
   def choose(x, query, key, inputs):
     length = x.shape[1]
     rows = method.enter(
-      prompt_rows.whole(
-        x, jnp.arange(length)[None, None], jnp.array([length]), start, num_video
+      prompt_batch.whole(
+        prompt_batch.PromptBatch(
+          x,
+          jnp.arange(length)[None, None],
+          jnp.array([length]),
+          video_rows,
+          jnp.array([length]),
+        )
       ),
       jax.tree.map(lambda leaf: leaf[None], inputs),
       ratio=ratio,
@@ -135,12 +141,12 @@ def chosen_inside(method, model, grid, ratio):
       size = rows.x.shape[1]
       attend = layerwise.attention_of(
         method.attention_fn,
-        rows.video_start + rows.count,
+        rows.lengths - rows.num_after,
         size - rows.index.shape[1],
       )
       attended = attend(query[:, :size], key[:, :size], rows.lengths)
       kept, count = method.cut(rows, attended, grid, layer=layer, keep=keep)
-      _, rows = prompt_rows.take(rows, kept, count, num_video=num_video)
+      _, rows = prompt_batch.take(rows, kept, count, num_video=num_video)
     return rows
 
   return jax.jit(choose)

@@ -90,8 +90,3 @@ def ratios(default) -> tuple[float, ...]:
 def speed(dtype) -> cost.Speed:
   """Returns what the device does in a second, as stated or measured."""
   return estimate.speed_of(TFLOPS.value, GBPS.value, dtype)
-
-
-def batch_size() -> dict[str, int]:
-  """Returns the field of a request that the flag sets, if it was given."""
-  return {} if BATCH.value is None else {"batch_size": BATCH.value}

@@ -20,9 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from cacovid_jax import errors, files
-from cacovid_jax.compressors import prompt_rows
 from cacovid_jax.compressors.math import similarity
-from cacovid_jax.models import safetensors_io
+from cacovid_jax.models import prompt_batch, safetensors_io
 from cacovid_jax.policy import selection
 
 
@@ -368,7 +367,7 @@ class Compressor:
     self,
     model,
     params,
-    prompt: prompt_rows.Rows,
+    prompt: prompt_batch.PrunedPrompts,
     inputs: CompressorInputs,
     *,
     ratio: float,
@@ -379,7 +378,7 @@ class Compressor:
     """Returns (logits, cache, trace) after reading the prompts.
 
     Args:
-      model: `models.language.LanguageModel` of a video model.
+      model: `models.video_llm.VideoLLM`.
       params: its parameters.
       prompt: whole prompts with all video tokens, leading axis B.
       inputs: leading axis B.
@@ -400,13 +399,15 @@ class Compressor:
         params=own_params,
       )
     num_video = selection.assign.shape[1]
-    rows = prompt_rows.keep(prompt, selection, num_video=num_video)
+    rows = prompt_batch.keep(prompt, selection, num_video=num_video)
     logits, cache, _ = model.prefill(
       params,
       rows.x,
       rows.positions,
       rows.lengths,
       cache_length=rows.x.shape[1] + new_rows,
+      deep=rows.deep,
+      video_rows=rows.video_rows,
     )
     layers = (rows.count.shape[0], model.config.text.num_layers)
     tokens = jnp.broadcast_to(rows.count[:, None], layers)

@@ -26,8 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from cacovid_jax import errors
-from cacovid_jax.compressors import base, budgets, layerwise, prompt_rows
-from cacovid_jax.models import attention, qwen2
+from cacovid_jax.compressors import base, budgets, layerwise
+from cacovid_jax.models import attention, prompt_batch, qwen2
 
 MODES = ("exact-mask", "bucketed")
 # Entering lengths of the bucketed mode are multiples of this share of N.
@@ -197,6 +197,7 @@ def _prefill_exactly(rule, model, params, rows, *, grid, ratio, new_rows):
       look=attention.last_query_attention, between=between,
     )  # fmt: skip
     went_on, new_state = out["between"]
+    x = qwen2.add_deep(x, number, went_on.deep, went_on.video_rows)
     seen = out["keys"], out["values"], rows.lengths, rows.count
     return (went_on._replace(x=x), new_state), seen
 
@@ -205,7 +206,7 @@ def _prefill_exactly(rule, model, params, rows, *, grid, ratio, new_rows):
     block, (rows, state), jnp.arange(stages.num_layers)
   )
   cache = qwen2.with_room(qwen2.Cache(keys, values, lengths), new_rows)
-  logits = prompt_rows.last_logits(model, params, rows.x, rows.lengths)
+  logits = prompt_batch.last_logits(model, params, rows)
   most = rule._most(stages.num_layers, math.prod(grid), ratio)
   return logits, (cache,), _trace(rows, state, counts, most)
 
@@ -235,7 +236,7 @@ def first_stage(rows, *, rule, model, grid, ratio):
   """Returns (rows, `State`) behind stage 0, in front of layer 0.
 
   Args:
-    rows: `prompt_rows.Rows` of whole prompts.
+    rows: `prompt_batch.PrunedPrompts` of whole prompts.
     rule: `FrameFusion`.
     model: of which only the sizes are read.
     grid: (T, H, W).
@@ -280,6 +281,7 @@ def _rest(
     parts.append((out["keys"], out["values"], rows.lengths))
     counts.append(rows.count)
     rows, state = out["between"]
+    x = qwen2.add_deep(x, number, rows.deep, rows.video_rows)
     rows = rows._replace(x=x)
   caches = []
   if parts:
@@ -289,12 +291,13 @@ def _rest(
     x, keys, values, _ = model.run_layers(
       params, rows.x, rows.positions, rows.lengths,
       first=last_stage, last=num_layers,
+      deep=rows.deep, video_rows=rows.video_rows,
     )  # fmt: skip
     rows = rows._replace(x=x)
     caches.append(qwen2.Cache(keys, values, rows.lengths))
   counts += [rows.count] * (num_layers - last_stage)
   caches = tuple(qwen2.with_room(cache, new_rows) for cache in caches)
-  logits = prompt_rows.last_logits(model, params, rows.x, rows.lengths)
+  logits = prompt_batch.last_logits(model, params, rows)
   return logits, caches, _trace(rows, state, jnp.stack(counts), most)
 
 
@@ -305,8 +308,10 @@ def _first_rows(rows, size):
   return rows._replace(
     x=rows.x[:, :out_length],
     positions=rows.positions[..., :out_length],
+    video_rows=rows.video_rows[:, :size],
     index=rows.index[:, :size],
     row=rows.row[:, :size],
+    deep=None if rows.deep is None else rows.deep[:, :, :size],
   )
 
 
@@ -331,25 +336,26 @@ def _stage(stages, rows, state, attended, number):
 
   Args:
     stages: `_Stages`.
-    rows: `prompt_rows.Rows`; as many come back, the gone ones as padding.
+    rows: `prompt_batch.PrunedPrompts`; as many come back, the gone ones as
+      padding.
     state: `State`, with the tokens of layers 0 to `number` - 1 spent.
     attended: float32[B, R] attention of each prompt's last token in the layer
       before; None at stage 0.
     number: int or int32[], which stage.
   """
   size, num_video = rows.index.shape[1], math.prod(stages.grid)
-  video = prompt_rows.video_rows(rows.x, rows.video_start, size)
+  video = prompt_batch.read_video(rows.x, rows.video_rows)
   if attended is None:
     paid = jnp.zeros(rows.index.shape, jnp.float32)
   else:
-    paid = prompt_rows.video_rows(attended, rows.video_start, size)
+    paid = prompt_batch.read_video(attended, rows.video_rows)
   one = functools.partial(_stage_of_one, stages, number=number)
   merged, survives, state = jax.vmap(one)(
     video, rows.index, rows.count, paid, state
   )
-  x = prompt_rows.write_rows(rows.x, rows.video_start, merged)
+  x = prompt_batch.write_video(rows.x, rows.video_rows, merged)
   kept, count = jax.vmap(lambda s: layerwise.compact(s, size))(survives)
-  _, rows = prompt_rows.take(
+  _, rows = prompt_batch.take(
     rows._replace(x=x), kept, count, num_video=num_video
   )
   return rows, state

@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 
 from cacovid_jax import errors
-from cacovid_jax.compressors import base, budgets, prompt_rows
-from cacovid_jax.models import attention, generation, qwen2
+from cacovid_jax.compressors import base, budgets
+from cacovid_jax.models import attention, generation, prompt_batch, qwen2
 
 
 class LayerState(NamedTuple):
@@ -32,11 +32,10 @@ class LayerState(NamedTuple):
     hidden: float[R, D] residual stream.
     positions: int32[P, R].
     length: int32[] valid rows.
-    video_start: int32[].
     attention: float32[n] paid to the video rows in the layer before.
     mask: bool[n] valid video rows, a prefix.
-    index: int32[n], see `prompt_rows.Rows`.
-    row: int32[n], see `prompt_rows.Rows`.
+    index: int32[n], see `prompt_batch.PrunedPrompts`.
+    row: int32[n], see `prompt_batch.PrunedPrompts`.
     entered: `base.Selection` or None.
     grid: static (T, H, W) of the whole video.
   """
@@ -44,7 +43,6 @@ class LayerState(NamedTuple):
   hidden: jax.Array
   positions: jax.Array
   length: jax.Array
-  video_start: jax.Array
   attention: jax.Array
   mask: jax.Array
   index: jax.Array
@@ -145,11 +143,12 @@ class LayerwiseCompressor(base.Compressor):
       look = None
       if keep is not None:
         look = attention_of(
-          self.attention_fn, rows.video_start + rows.count, num_behind
+          self.attention_fn, rows.lengths - rows.num_after, num_behind
         )
       x, keys, values, attended = model.run_layers(
         params, rows.x, rows.positions, rows.lengths,
         first=first, last=layer, look=look,
+        deep=rows.deep, video_rows=rows.video_rows,
       )  # fmt: skip
       caches.append(qwen2.Cache(keys, values, rows.lengths))
       tokens += [rows.count] * (layer - first)
@@ -159,10 +158,10 @@ class LayerwiseCompressor(base.Compressor):
       kept, count = self.cut(
         rows, attended, grid, layer=layer, keep=keep, own_params=own_params
       )
-      taken, rows = prompt_rows.take(rows, kept, count, num_video=num_video)
+      taken, rows = prompt_batch.take(rows, kept, count, num_video=num_video)
       if self.drop_from_caches:
         caches = [
-          prompt_rows.drop(cache, taken, rows.lengths) for cache in caches
+          prompt_batch.drop(cache, taken, rows.lengths) for cache in caches
         ]
     trace = base.SelectionTrace(
       index=rows.index,
@@ -170,14 +169,14 @@ class LayerwiseCompressor(base.Compressor):
       tokens=jnp.stack(tokens, axis=1).astype(jnp.float32),
     )
     return (
-      prompt_rows.last_logits(model, params, rows.x, rows.lengths),
+      prompt_batch.last_logits(model, params, rows),
       tuple(qwen2.with_room(cache, new_rows) for cache in caches),
       trace,
     )
 
   def enter(
     self, prompt, inputs, *, ratio, num_layers, own_params=None
-  ) -> prompt_rows.Rows:
+  ) -> prompt_batch.PrunedPrompts:
     """Returns the prompts with the video tokens that enter the model.
 
     Arguments are those of `prefill`.
@@ -193,14 +192,14 @@ class LayerwiseCompressor(base.Compressor):
       pre_llm = pre_llm.with_options(exact_budget=False)
       num_keep = pre_llm.rows(inputs.grid, share)
     # As the prompt holds them, in its dtype.
-    features = prompt_rows.video_rows(prompt.x, prompt.video_start, num_video)
+    features = prompt_batch.read_video(prompt.x, prompt.video_rows)
     selection = pre_llm.select_batch(
       dataclasses.replace(inputs, features=features),
       num_keep=num_keep,
       ratio=share,
       params=own_params if self.trained else pre_llm.load(),
     )
-    return prompt_rows.keep(prompt, selection, num_video=num_video)
+    return prompt_batch.keep(prompt, selection, num_video=num_video)
 
   def cut(self, rows, attended, grid, *, layer, keep, own_params=None):
     """Returns `step` of B prompts, given float32[B, R] attention."""
@@ -296,7 +295,7 @@ def generate(
   model,
   params,
   compressor: base.Compressor,
-  prompt: prompt_rows.Rows,
+  prompt: prompt_batch.PrunedPrompts,
   inputs: base.CompressorInputs,
   next_positions,
   *,
@@ -312,10 +311,10 @@ def generate(
   `compressor.on_host`.
 
   Args:
-    model: `models.language.LanguageModel` of a video model.
+    model: `models.video_llm.VideoLLM`.
     params: its parameters.
     compressor: the rule.
-    prompt: whole prompts of `prompt_rows.whole`; a newline row that ends the
+    prompt: whole prompts of `prompt_batch.whole`; a newline row that ends the
       video counts as text.
     inputs: leading axis B, what the compressor requires.
     next_positions: int32[B] position of the first generated token.
@@ -356,7 +355,7 @@ _extend = jax.jit(
 )
 
 
-def state_of(rows: prompt_rows.Rows, attended) -> LayerState:
+def state_of(rows: prompt_batch.PrunedPrompts, attended) -> LayerState:
   """Returns what a rule looks at, leading axis B, but for the grid.
 
   Args:
@@ -368,8 +367,7 @@ def state_of(rows: prompt_rows.Rows, attended) -> LayerState:
     hidden=rows.x,
     positions=rows.positions,
     length=rows.lengths,
-    video_start=rows.video_start,
-    attention=prompt_rows.video_rows(attended, rows.video_start, size),
+    attention=prompt_batch.read_video(attended, rows.video_rows),
     mask=jnp.arange(size)[None] < rows.count[:, None],
     index=rows.index,
     row=rows.row,

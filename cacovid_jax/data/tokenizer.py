@@ -117,11 +117,10 @@ def videomme_prompt(question: str, lettered_options: Sequence[str]) -> str:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prompt:
-  """One tokenised prompt: int32[L] ids and the row of its first video token."""
+  """One tokenised prompt: int32[L] ids and int32[N] rows of video tokens."""
 
   ids: np.ndarray
-  video_start: int
-  num_video_tokens: int
+  video_rows: np.ndarray
 
   @property
   def length(self) -> int:
@@ -131,11 +130,17 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PaddedPrompts:
-  """Right-padded prompts: ids int32[B,L], length and video_start int32[B]."""
+  """Right-padded prompts.
+
+  Attributes:
+    ids: int32[B,L].
+    length: int32[B].
+    video_rows: int32[B,N], L behind those of a video of fewer tokens.
+  """
 
   ids: np.ndarray
   length: np.ndarray
-  video_start: np.ndarray
+  video_rows: np.ndarray
 
 
 def _token_text(entry) -> str | None:
@@ -190,6 +195,10 @@ class Tokenizer:
     self._variables = variables or {}
     self._plain = plain
     self._form = None  # The form of messages that the template has taken.
+    # Questions are asked about clips of many sizes.
+    self._with_one_token = functools.lru_cache(65_536)(
+      self._encode_with_one_token
+    )
     for token in style.tokens:
       if tokenizer.token_to_id(token) is None:
         what = "video token" if token == style.token else "token"
@@ -427,7 +436,21 @@ class Tokenizer:
       ) from error
 
   def encode_prompt(self, text: str, num_video_tokens: int) -> Prompt:
-    """Returns the ids of a question about a clip of N video tokens."""
+    """Returns the ids of a question about a clip of N tokens in one block."""
+    ids, start = self._with_one_token(text)
+    length = len(ids) - 1 + num_video_tokens
+    if self.max_length and length > self.max_length:
+      raise errors.UserError(
+        f"the prompt {text[:40]!r} has {length} tokens, but the model takes"
+        f" {self.max_length}; use fewer frames or shorten the question"
+      )
+    block = np.full(num_video_tokens, self.video_id, np.int32)
+    ids = np.concatenate([ids[:start], block, ids[start + 1 :]])
+    rows = np.arange(start, start + num_video_tokens, dtype=np.int32)
+    return Prompt(ids, rows)
+
+  def _encode_with_one_token(self, text: str) -> tuple[np.ndarray, int]:
+    """Returns the ids of a prompt about one video token, and that one's row."""
     ids = self.encode(self.render(text))
     places = [i for i, token in enumerate(ids) if token == self.video_id]
     if len(places) != 1:
@@ -437,34 +460,8 @@ class Tokenizer:
         f" {self.video_token!r} as a single special token"
       )
     start = places[0]
-    ids = np.insert(
-      np.array(ids, np.int32),
-      start,
-      np.full(self.style.newline_tokens, self.video_id, np.int32),
-    )
-    return self.resize(Prompt(ids, start, 1), num_video_tokens, text)
-
-  def resize(
-    self, prompt: Prompt, num_video_tokens: int, text: str = ""
-  ) -> Prompt:
-    """Returns the prompt for a clip of another number of video tokens.
-
-    Args:
-      prompt: of this tokenizer.
-      num_video_tokens: N of the clip.
-      text: of the question, for the error where the model takes fewer rows.
-    """
-    start, more = prompt.video_start, num_video_tokens - prompt.num_video_tokens
-    length = prompt.length + more
-    if self.max_length and length > self.max_length:
-      raise errors.UserError(
-        f"the prompt {text[:40]!r} has {length} tokens, but the model takes"
-        f" {self.max_length}; use fewer frames or shorten the question"
-      )
-    block = np.full(num_video_tokens, self.video_id, np.int32)
-    behind = start + prompt.num_video_tokens
-    ids = np.concatenate([prompt.ids[:start], block, prompt.ids[behind:]])
-    return Prompt(ids, start, num_video_tokens)
+    newline = np.full(self.style.newline_tokens, self.video_id, np.int32)
+    return np.insert(np.array(ids, np.int32), start, newline), start
 
   def encode_blind(self, text: str) -> np.ndarray:
     """Returns int32[L], the ids of a question that is asked without a clip."""
@@ -481,21 +478,29 @@ class Tokenizer:
       )
     return ids
 
-  def pad(self, prompts: Sequence[Prompt], length: int) -> PaddedPrompts:
-    """Returns the prompts right-padded to `length` (the bucket)."""
+  def pad(
+    self, prompts: Sequence[Prompt], length: int, num_video_tokens: int = 0
+  ) -> PaddedPrompts:
+    """Returns the prompts right-padded to `length` (the bucket).
+
+    Args:
+      prompts: of this tokenizer.
+      length: L.
+      num_video_tokens: N; 0 for that of the prompt with most.
+    """
+    num_video = num_video_tokens or max(len(p.video_rows) for p in prompts)
     ids = np.full((len(prompts), length), self.pad_id, np.int32)
-    for row, prompt in zip(ids, prompts, strict=True):
+    video_rows = np.full((len(prompts), num_video), length, np.int32)
+    for row, prompt in enumerate(prompts):
       if prompt.length > length:
         raise errors.UserError(
           f"a prompt of {prompt.length} tokens does not fit into the bucket of"
           f" {length}; raise the bucket to at least {prompt.length}"
         )
-      row[: prompt.length] = prompt.ids
-    return PaddedPrompts(
-      ids,
-      np.array([prompt.length for prompt in prompts], np.int32),
-      np.array([prompt.video_start for prompt in prompts], np.int32),
-    )
+      ids[row, : prompt.length] = prompt.ids
+      video_rows[row, : len(prompt.video_rows)] = prompt.video_rows
+    lengths = np.array([prompt.length for prompt in prompts], np.int32)
+    return PaddedPrompts(ids, lengths, video_rows)
 
 
 def _rebuild(text: str, template: str, options: dict) -> Tokenizer:

@@ -38,7 +38,6 @@ from cacovid_jax.evals import (
 )
 from cacovid_jax.evals import programs as programs_lib
 from cacovid_jax.evals.report import answer as answer_page
-from cacovid_jax.models import qwen2_5_vl
 
 SHIPPED_MODEL = experiment_lib.SHIPPED_MODEL
 SHIPPED_POLICY = experiment_lib.SHIPPED_POLICY
@@ -194,7 +193,6 @@ class Answerer:
     )
     self.checkpoint = experiment.checkpoint
     self.policies = experiment.policies
-    self._is_qwen = isinstance(self.checkpoint.model, qwen2_5_vl.Qwen2_5VLModel)
 
   def ask(
     self,
@@ -309,11 +307,11 @@ class Answerer:
 
   def _grid(self, path) -> tuple[int, int, int]:
     """Returns (T, H, W) of a clip's video tokens."""
-    if not self._is_qwen:
-      return self.checkpoint.model.grid(self.settings.num_frames)
-    height, width = video.frame_size(path, self._limits)
-    processor = evaluation.preprocessing(self.experiment)
-    return processor.grid(height, width, self.settings.num_frames)
+    num_frames = self.settings.num_frames
+    processor = evaluation.read_processor(self.experiment)
+    if fixed := processor.fixed_grid(num_frames):
+      return fixed
+    return processor.grid(num_frames, *video.frame_size(path, self._limits))
 
   def _open(self, grid) -> tuple[clips.ClipSource, programs_lib.Programs]:
     """Returns what encodes clips of a grid and answers; made once."""

@@ -18,7 +18,7 @@ from cacovid_jax import errors
 from cacovid_jax.compressors import base
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import programs as programs_lib
-from cacovid_jax.evals import prompting
+from cacovid_jax.models import prompt_batch
 from cacovid_jax.parallel import mesh as mesh_lib
 
 
@@ -45,7 +45,7 @@ class Asker:
   """At most B questions about clips of one grid, and their prompts.
 
   Attributes:
-    batch: `programs.Batch`.
+    batch: `prompt_batch.PromptBatch`.
     faults: row -> why its clip cannot be used.
   """
 
@@ -74,12 +74,13 @@ class Asker:
     self.faults = {
       row: clip.fault for row, clip in enumerate(self._clips) if clip.fault
     }
+    self._seconds = [clip.second_per_grid_t for clip in self._clips]
     with evaluator.timed("prompts"):
       self.batch = self._prompts.batch(
         self._programs,
         np.stack([clip.features for clip in self._clips]),
         [question.id for question in questions],
-        [clip.seconds_per_slice for clip in self._clips],
+        self._seconds,
       )
     self._scores, self._parts = {}, {}
     self._vanilla = None
@@ -168,7 +169,7 @@ class Asker:
             self._programs,
             batch.features,
             [self._e.other(question, seed) for question in self._questions],
-            batch.seconds,
+            self._seconds,
           )
       with self._e.timed("policy"):
         scores = self._programs.scores(
@@ -226,7 +227,7 @@ class Asker:
 
   def _of_clips(self, name: str):
     """Returns what the vision tower hands out beside the features."""
-    rows = prompting.pad_rows(len(self._clips), self._e.settings.batch_size)
+    rows = prompt_batch.pad_rows(len(self._clips), self._e.settings.batch_size)
     return jnp.asarray(
       np.stack([self._clips[row].extras[name] for row in rows])
     )
@@ -253,7 +254,7 @@ class Asker:
     if mesh is not None:
       alone = jax.device_put(alone, mesh.devices.flat[0])
     per_clip = {name: program(found) for name, found in alone.items()}
-    rows = prompting.pad_rows(len(names), self._e.settings.batch_size)
+    rows = prompt_batch.pad_rows(len(names), self._e.settings.batch_size)
     joined = jax.tree.map(
       lambda *leaves: jnp.concatenate(leaves),
       *[per_clip[names[row]] for row in rows],
@@ -266,7 +267,7 @@ class Asker:
     """Returns one key per question, from the seed and the question's name."""
     names = [question.drawn_by for question in self._questions]
     hashes = [question_lib.question_hash(name) for name in names]
-    rows = prompting.pad_rows(len(hashes), self._e.settings.batch_size)
+    rows = prompt_batch.pad_rows(len(hashes), self._e.settings.batch_size)
     hashes = jnp.asarray(np.array(hashes, np.uint32)[np.array(rows)])
     key = jax.random.key(seed)
     return jax.vmap(jax.random.fold_in, (None, 0))(key, hashes)

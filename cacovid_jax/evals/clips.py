@@ -15,9 +15,9 @@ from cacovid_jax import errors
 from cacovid_jax import progress as progress_lib
 from cacovid_jax.compressors import base
 from cacovid_jax.data import frames as frames_lib
-from cacovid_jax.data import qwen_frames, video
+from cacovid_jax.data import video
 from cacovid_jax.evals import frame_manifest
-from cacovid_jax.models import vision_signals
+from cacovid_jax.models import processors, video_llm
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,10 +29,9 @@ class Clip:
     frame_hash: sha256 of the decoded frames, "" if the clip cannot be used.
     index_hash: digest of which frames they are, "" likewise.
     fault: why it cannot be used, else "".
-    seconds_per_slice: time between two rows of the grid's first axis, for
-      models whose positions tell it; 1 where it is not known.
+    second_per_grid_t: see `video_llm.VideoFeatures`.
     warnings: what makes the frames less than they seem, one line each.
-    extras: float32[N, ...] of each wanted `vision_signals` name; zeros if the
+    extras: float32[N, ...] of each wanted of `video_llm.SIGNALS`; zeros if the
       clip cannot be used.
   """
 
@@ -40,7 +39,7 @@ class Clip:
   frame_hash: str
   fault: str = ""
   index_hash: str = ""
-  seconds_per_slice: float = 1.0
+  second_per_grid_t: float = 1.0
   warnings: tuple[str, ...] = ()
   extras: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
@@ -60,7 +59,7 @@ class ClipSource:
   Attributes:
     grid: (T, H, W) of the clips; where they differ, of most of them.
     manifest: frames that clips must agree with, or None.
-    want: names of the `vision_signals` that each clip's `extras` hold.
+    want: names of `video_llm.SIGNALS` that each clip's `extras` hold.
     seconds: spent so far on "decode" (frames to pixels included; threads add
       up) and "tower".
   """
@@ -70,7 +69,7 @@ class ClipSource:
     root: str,
     model: Any,
     params: Any,
-    preprocessing: frames_lib.Preprocessing,
+    processor: processors.Processor,
     *,
     num_frames: int,
     limits: video.Limits | None = None,
@@ -85,30 +84,37 @@ class ClipSource:
 
     Args:
       root: folder that the questions' video paths are relative to.
-      model: `LlavaOnevisionModel`.
+      model: `models.video_llm.VideoLLM`.
       params: its weights.
-      preprocessing: frames to pixels.
+      processor: frames to the tower's inputs.
       num_frames: T.
       limits: caps on what is decoded.
       cache: `data.feature_cache.FeatureCache`, or None.
       cache_key: identity of the weights, part of the cache's keys.
       keep: clips held in memory.
-      grid: (T, H, W) of every clip; None takes the model's own.
-      want: names of `vision_signals` that are needed besides features.
+      grid: (T, H, W) of every clip; None finds it by the processor, which may
+        need the shape of each clip's frames, see `survey`.
+      want: names of `video_llm.SIGNALS` that are needed besides features.
       manifest: where the frames are written down, and what they must agree
         with; None for neither.
     """
-    self.want = frozenset(vision_signals.check(want))
+    self.want = frozenset(video_llm.check_signals(want))
     self.num_frames = num_frames
-    self.grid = self._own_grid(model) if grid is None else tuple(grid)
+    if grid is None:
+      grid = processor.fixed_grid(num_frames)
+    self.grid = None if grid is None else tuple(grid)
+    # Of surveyed clips: the grid, or why there is none.
+    self._grids: dict[str, tuple[int, int, int]] = {}
+    self._faults: dict[str, str] = {}
+    self._given = self.grid is not None
     self.manifest = manifest
     self.seconds = collections.Counter()
     self._root, self._params = root, params
-    self._preprocessing, self._limits = preprocessing, limits
+    self._processor, self._limits = processor, limits
     self._width = model.config.text.hidden_size
     self._cache, self._cache_key = cache, cache_key
     self._model = model
-    self._encode = jax.jit(model.encode_video)
+    self._encode = jax.jit(lambda *args: model.encode(*args).features)
     # Program of the missing `extras`; what it does not return is not run.
     self._observe = jax.jit(self._run_observe, static_argnums=0)
     self._keep = keep
@@ -119,241 +125,9 @@ class ClipSource:
   @property
   def identity(self) -> dict[str, Any]:
     """What features depend on besides the checkpoint and T, for a ledger."""
-    return {}
-
-  def survey(self, paths: Iterable[str]) -> None:
-    """Finds out the grids of clips that will be asked for."""
-
-  def grid_of(self, path: str) -> tuple[int, int, int]:
-    """Returns (T, H, W) of a clip; of one that cannot be used, `grid`."""
-    return self.grid
-
-  def frames(self, path: str) -> np.ndarray:
-    """Returns uint8[T, h, w, 3]; raises `VideoError` if it cannot."""
-    return self._decode(path)[0].frames
-
-  def _own_grid(self, model):
-    return model.grid(self.num_frames)
-
-  def _decode(self, path: str):
-    """Returns (`video.Clip`, its line in a manifest)."""
-    file = video.safe_path(self._root, path)
-
-    def rule(count, _):
-      known = self.manifest and self.manifest.indices(path, count)
-      return known or frames_lib.eval_linspace(count, self.num_frames)
-
-    clip = video.decode(file, rule, limits=self._limits)
-    entry = frame_manifest.Entry.of(
-      path, file, clip, hashed=self.manifest is not None
-    )
-    if self.manifest:
-      self.manifest.check(entry)
-    return clip, entry
-
-  def prefetch(self, paths: Iterable[str]) -> None:
-    """Starts to decode clips that will be asked for next."""
-    for path in dict.fromkeys(paths):
-      if path not in self._clips and path not in self._ahead:
-        self._ahead[path] = self._pool.submit(self._prepare, path)
-
-  def discard(self, keep: Iterable[str] = ()) -> None:
-    """Drops what was decoded ahead and is not asked for after all.
-
-    Args:
-      keep: clips that will be.
-    """
-    for path in self._ahead.keys() - set(keep):
-      self._ahead.pop(path).cancel()
-
-  def __getitem__(self, path: str) -> Clip:
-    if path in self._clips:
-      self._clips.move_to_end(path)
-      return self._clips[path]
-    self.prefetch([path])
-    entry, prepared = self._ahead.pop(path).result()
-    if self.manifest:
-      # Here and not in the threads, so that the order is that of the questions.
-      self.manifest.add(entry)
-    clip = prepared
-    if not isinstance(prepared, Clip):
-      clip = self._finish(path, *prepared)
-    self._clips[path] = clip
-    while len(self._clips) > self._keep:
-      self._clips.popitem(last=False)
-    return clip
-
-  def observe(self, want: Iterable[str]) -> None:
-    """Changes what clips bring along; those that bring other things go."""
-    want = frozenset(vision_signals.check(want))
-    if want != self.want:
-      self.want = want
-      self.clear()
-
-  def clear(self) -> None:
-    """Forgets the clips: the next one is decoded and encoded anew."""
-    self._clips.clear()
-
-  def close(self) -> None:
-    self._pool.shutdown(cancel_futures=True)
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *exc_info):
-    self.close()
-
-  def unusable(self, path: str, reason: str) -> Clip:
-    """Returns what stands for a clip that cannot be used."""
-    T, H, W = self.grid_of(path)
-    features = np.zeros([T * H * W, self._width], np.float32)
-    extras = {
-      name: np.zeros(shape, np.float32)
-      for name, shape in self._extra_shapes(path).items()
-    }
-    return Clip(features, "", reason, extras=extras)
-
-  def _extra_shapes(self, path: str) -> dict[str, tuple[int, ...]]:
-    if not self.want:
+    if self._processor.one_grid:
       return {}
-    T, H, W = self.grid_of(path)
-    shapes = self._model.vision_signal_shapes(T * H * W)
-    return {name: shapes[name] for name in self.want}
-
-  def _run_observe(self, want, params, *pixels):
-    return self._model.encode_video_with(params, *pixels, want=want)[1]
-
-  def _fault(self, path: str) -> str:
-    """Returns why a clip is not even tried, "" if it is."""
-    known = self.manifest[path] if self.manifest else None
-    return known.fault if known else ""
-
-  def _prepare(self, path: str):
-    """Returns (the manifest's line, a Clip or what `_finish` takes)."""
-    start = time.perf_counter()
-    try:
-      if fault := self._fault(path):
-        return self._unusable(path, fault)
-      clip, entry = self._decode(path)
-      facts = self._facts(path, clip)
-    except video.VideoError as error:
-      # Without the path: results must not depend on where the data lies.
-      return self._unusable(path, error.reason.replace("_", " "))
-    facts |= {
-      "frame_hash": entry.frame_hash,
-      "index_hash": entry.index_hash,
-      "warnings": clip.warnings,
-    }
-    found = self._cached(path, entry.frame_hash)
-    features, extras = found
-    if features is not None and extras.keys() == self.want:
-      return entry, Clip(features, extras=extras, **facts)
-    pixels = self._pixels(path, clip)
-    self.seconds["decode"] += time.perf_counter() - start
-    return entry, (found, pixels, facts)
-
-  def _unusable(self, path: str, reason: str):
-    entry = frame_manifest.Entry(video=path, fault=reason)
-    return entry, self.unusable(path, reason)
-
-  def _cached(self, path: str, frame_hash: str):
-    """Returns (features or None, extras) as far as the cache holds them."""
-    if self._cache is None:
-      return None, {}
-    features = self._cache.get(self._key(frame_hash))
-    extras = {
-      name: self._cache.get(self._key(frame_hash, name)) for name in self.want
-    }
-    shapes = self._extra_shapes(path)
-    # An entry that does not fit is no entry: it is made anew.
-    return features, {
-      name: value
-      for name, value in extras.items()
-      if value is not None and value.shape == shapes[name]
-    }
-
-  def _facts(self, path: str, clip: video.Clip) -> dict[str, Any]:
-    """Returns fields of the encoded clip that its frames do not tell.
-
-    Raises:
-      VideoError: the clip cannot be used.
-    """
-    return {}
-
-  def _pixels(self, path: str, clip: video.Clip) -> tuple[Any, ...]:
-    """Returns what the tower takes."""
-    return (self._preprocessing(clip.frames),)
-
-  def _finish(self, path: str, found, pixels, facts: dict[str, Any]) -> Clip:
-    """Returns the clip, running the tower for what was not `found`."""
-    features, extras = found
-    start = time.perf_counter()
-    new = {}
-    if features is None:
-      new[""] = self._encode(self._params, *pixels)
-    missing = vision_signals.check(self.want - extras.keys())
-    if missing:
-      new |= self._observe(missing, self._params, *pixels)
-    new = jax.block_until_ready(new)
-    self.seconds["tower"] += time.perf_counter() - start
-    # As the cache keeps them, so that a hit changes no shape, type or bit.
-    new = {name: np.asarray(value, np.float32) for name, value in new.items()}
-    for name, value in new.items():
-      what = name.replace("_", " ") or "features"
-      base.check_finite(value, f"{what} of the vision tower")
-    if self._cache is not None:
-      for name, value in new.items():
-        self._cache.put(self._key(facts["frame_hash"], name), value)
-    features = new.pop("", features)
-    return Clip(features, extras={**extras, **new}, **facts)
-
-  def _key(self, frame_hash: str, name: str = "") -> str:
-    """Names features by what they are made of: pixels and weights.
-
-    Args:
-      frame_hash: of the decoded frames.
-      name: of an extra; empty for the features.
-    """
-    parts = [frame_hash, self._cache_key, repr(self._preprocessing)]
-    if name:
-      parts.append(name)
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-class PatchSource(ClipSource):
-  """The same for models whose grid follows the frames' shape (Qwen2.5-VL).
-
-  `preprocessing` is a `data.qwen_frames.ProcessorConfig`. With a `grid`, that
-  is every clip's; without one, `survey` finds the grid of each by its first
-  frame. There is one compiled tower per grid.
-  """
-
-  def __init__(self, root: str, model: Any, *args, **options):
-    """As of `ClipSource`."""
-    # Of surveyed clips: the grid, or why there is none.
-    self._grids: dict[str, tuple[int, int, int]] = {}
-    self._faults: dict[str, str] = {}
-    self._layouts = {}
-    super().__init__(root, model, *args, **options)
-    self._given = self.grid is not None
-
-  @property
-  def identity(self) -> dict[str, Any]:
-    of = self._preprocessing
-    # The words of logs that exist, whatever attributes are called.
-    named = {
-      "patch_size": of.patch_size,
-      "temporal_patch_size": of.temporal_patch_size,
-      "merge_size": of.merge_size,
-      "min_pixels": of.min_pixels,
-      "max_pixels": of.max_pixels,
-      "mean": of.mean,
-      "std": of.std,
-      "resample": of.resample,
-      "max_video_tokens": of.max_video_tokens,
-    }
-    listed = ", ".join(f"{name}={value!r}" for name, value in named.items())
-    return {"preprocessing": f"ProcessorConfig({listed})"}
+    return {"preprocessing": self._processor.identity}
 
   def survey(self, paths: Iterable[str]) -> None:
     """Finds out the grids of clips by their first frames.
@@ -393,17 +167,163 @@ class PatchSource(ClipSource):
     self.grid = counts.most_common(1)[0][0]
 
   def grid_of(self, path: str) -> tuple[int, int, int]:
+    """Returns (T, H, W) of a clip; of one that cannot be used, `grid`."""
     self.survey([path])
     return self._grids.get(path, self.grid)
 
+  def frames(self, path: str) -> np.ndarray:
+    """Returns uint8[T, h, w, 3]; raises `VideoError` if it cannot."""
+    return self._decode(path)[0].frames
+
+  def _decode(self, path: str):
+    """Returns (`video.Clip`, its line in a manifest)."""
+    file = video.safe_path(self._root, path)
+
+    def rule(count, _):
+      known = self.manifest and self.manifest.indices(path, count)
+      return known or frames_lib.eval_linspace(count, self.num_frames)
+
+    clip = video.decode(file, rule, limits=self._limits)
+    entry = frame_manifest.Entry.of(
+      path, file, clip, hashed=self.manifest is not None
+    )
+    if self.manifest:
+      self.manifest.check(entry)
+    return clip, entry
+
   def prefetch(self, paths: Iterable[str]) -> None:
-    paths = list(paths)
+    """Starts to decode clips that will be asked for next."""
+    paths = list(dict.fromkeys(paths))
     # Not from the threads that decode: they would wait for each other.
     self.survey(paths)
-    super().prefetch(paths)
+    for path in paths:
+      if path not in self._clips and path not in self._ahead:
+        self._ahead[path] = self._pool.submit(self._prepare, path)
 
-  def _own_grid(self, model):
-    return None
+  def discard(self, keep: Iterable[str] = ()) -> None:
+    """Drops what was decoded ahead and is not asked for after all.
+
+    Args:
+      keep: clips that will be.
+    """
+    for path in self._ahead.keys() - set(keep):
+      self._ahead.pop(path).cancel()
+
+  def __getitem__(self, path: str) -> Clip:
+    if path in self._clips:
+      self._clips.move_to_end(path)
+      return self._clips[path]
+    self.prefetch([path])
+    entry, prepared = self._ahead.pop(path).result()
+    if self.manifest:
+      # Here and not in the threads, so that the order is that of the questions.
+      self.manifest.add(entry)
+    clip = prepared
+    if not isinstance(prepared, Clip):
+      clip = self._finish(path, *prepared)
+    self._clips[path] = clip
+    while len(self._clips) > self._keep:
+      self._clips.popitem(last=False)
+    return clip
+
+  def observe(self, want: Iterable[str]) -> None:
+    """Changes what clips bring along; those that bring other things go."""
+    want = frozenset(video_llm.check_signals(want))
+    if want != self.want:
+      self.want = want
+      self.clear()
+
+  def clear(self) -> None:
+    """Forgets the clips: the next one is decoded and encoded anew."""
+    self._clips.clear()
+
+  def close(self) -> None:
+    self._pool.shutdown(cancel_futures=True)
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exc_info):
+    self.close()
+
+  def unusable(self, path: str, reason: str) -> Clip:
+    """Returns what stands for a clip that cannot be used."""
+    T, H, W = self.grid_of(path)
+    features = np.zeros([T * H * W, self._width], np.float32)
+    extras = {
+      name: np.zeros(shape, np.float32)
+      for name, shape in self._extra_shapes(path).items()
+    }
+    return Clip(features, "", reason, extras=extras)
+
+  def _extra_shapes(self, path: str) -> dict[str, tuple[int, ...]]:
+    if not self.want:
+      return {}
+    T, H, W = self.grid_of(path)
+    shapes = self._model.signal_shapes(T * H * W)
+    return {name: shapes[name] for name in self.want}
+
+  def _run_observe(self, want, params, inputs):
+    return self._model.encode(params, inputs, signals=want).signals
+
+  def _fault(self, path: str) -> str:
+    """Returns why a clip is not even tried, "" if it is."""
+    # A clip that could not be used when batches were made is not used later.
+    if path in self._faults:
+      return self._faults[path]
+    known = self.manifest[path] if self.manifest else None
+    return known.fault if known else ""
+
+  def _prepare(self, path: str):
+    """Returns (the manifest's line, a Clip or what `_finish` takes)."""
+    start = time.perf_counter()
+    try:
+      if fault := self._fault(path):
+        return self._unusable(path, fault)
+      clip, entry = self._decode(path)
+      size = clip.frames.shape[1:3]
+      grid = self._grid_of_frames(path, *size, len(clip.frames))
+      if grid != self.grid_of(path):
+        raise video.VideoError(
+          path, "unreadable", f"a grid of {grid}, not of {self.grid_of(path)}"
+        )
+    except video.VideoError as error:
+      # Without the path: results must not depend on where the data lies.
+      return self._unusable(path, error.reason.replace("_", " "))
+    fps = frames_lib.sampled_fps(self.num_frames, clip.duration)
+    facts = {
+      "second_per_grid_t": self._processor.second_per_grid_t(fps),
+      "frame_hash": entry.frame_hash,
+      "index_hash": entry.index_hash,
+      "warnings": clip.warnings,
+    }
+    found = self._cached(path, entry.frame_hash)
+    features, extras = found
+    if features is not None and extras.keys() == self.want:
+      return entry, Clip(features, extras=extras, **facts)
+    inputs = self._model.tower_inputs(self._processor(clip.frames, fps=fps))
+    self.seconds["decode"] += time.perf_counter() - start
+    return entry, (found, inputs, facts)
+
+  def _unusable(self, path: str, reason: str):
+    entry = frame_manifest.Entry(video=path, fault=reason)
+    return entry, self.unusable(path, reason)
+
+  def _cached(self, path: str, frame_hash: str):
+    """Returns (features or None, extras) as far as the cache holds them."""
+    if self._cache is None:
+      return None, {}
+    features = self._cache.get(self._key(frame_hash))
+    extras = {
+      name: self._cache.get(self._key(frame_hash, name)) for name in self.want
+    }
+    shapes = self._extra_shapes(path)
+    # An entry that does not fit is no entry: it is made anew.
+    return features, {
+      name: value
+      for name, value in extras.items()
+      if value is not None and value.shape == shapes[name]
+    }
 
   def _find_grid(self, path: str) -> tuple[int, int, int] | str:
     known = self.manifest[path] if self.manifest else None
@@ -415,39 +335,52 @@ class PatchSource(ClipSource):
       else:
         file = video.safe_path(self._root, path)
         size = video.frame_size(file, self._limits)
-      return self._shape(path, *size, self.num_frames)
+      return self._grid_of_frames(path, *size, self.num_frames)
     except video.VideoError as error:
       return error.reason.replace("_", " ")
 
-  def _shape(
+  def _grid_of_frames(
     self, path: str, height: int, width: int, num_frames: int
   ) -> tuple[int, int, int]:
     """Returns the grid of frames of a clip; `VideoError` if they have none."""
     try:
-      return self._preprocessing.grid(height, width, num_frames)
+      return self._processor.grid(num_frames, height, width)
     except frames_lib.ShapeError as error:
       raise video.VideoError(
         path, "bad_shape", error.detail, error.mend
       ) from error
 
-  def _fault(self, path: str) -> str:
-    # A clip that could not be used when batches were made is not used later.
-    return self._faults.get(path, "") or super()._fault(path)
+  def _finish(self, path: str, found, inputs, facts: dict[str, Any]) -> Clip:
+    """Returns the clip, running the tower for what was not `found`."""
+    features, extras = found
+    start = time.perf_counter()
+    new = {}
+    if features is None:
+      new[""] = self._encode(self._params, inputs)
+    missing = video_llm.check_signals(self.want - extras.keys())
+    if missing:
+      new |= self._observe(missing, self._params, inputs)
+    new = jax.block_until_ready(new)
+    self.seconds["tower"] += time.perf_counter() - start
+    # As the cache keeps them, so that a hit changes no shape, type or bit.
+    new = {name: np.asarray(value, np.float32) for name, value in new.items()}
+    for name, value in new.items():
+      what = name.replace("_", " ") or "features"
+      base.check_finite(value, f"{what} of the vision tower")
+    if self._cache is not None:
+      for name, value in new.items():
+        self._cache.put(self._key(facts["frame_hash"], name), value)
+    features = new.pop("", features)
+    return Clip(features, extras={**extras, **new}, **facts)
 
-  def _facts(self, path: str, clip: video.Clip) -> dict[str, Any]:
-    height, width = clip.frames.shape[1:3]
-    grid = self._shape(path, height, width, len(clip.frames))
-    if grid != self.grid_of(path):
-      raise video.VideoError(
-        path, "unreadable", f"a grid of {grid}, not of {self.grid_of(path)}"
-      )
-    fps = qwen_frames.sampled_fps(self.num_frames, clip.duration)
-    return {"seconds_per_slice": self._preprocessing.seconds_per_slice(fps)}
+  def _key(self, frame_hash: str, name: str = "") -> str:
+    """Names features by what they are made of: pixels and weights.
 
-  def _pixels(self, path: str, clip: video.Clip) -> tuple[Any, ...]:
-    fps = qwen_frames.sampled_fps(self.num_frames, clip.duration)
-    grid = self.grid_of(path)
-    if grid not in self._layouts:
-      self._layouts[grid] = self._model.layout(grid)
-    found = self._preprocessing(clip.frames, fps=fps)
-    return found.patches, self._layouts[grid]
+    Args:
+      frame_hash: of the decoded frames.
+      name: of an extra; empty for the features.
+    """
+    parts = [frame_hash, self._cache_key, self._processor.identity]
+    if name:
+      parts.append(name)
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

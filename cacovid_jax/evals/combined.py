@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from cacovid_jax import errors
+from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.data import answer_log
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import (
   benchmarks,
-  evaluation,
   paper,
   provenance,
   results,
@@ -267,7 +267,7 @@ def _number(value) -> float:
 
 
 def combine(
-  requests: Mapping[str, evaluation.Request],
+  experiments: Mapping[str, experiment_lib.Experiment],
   loaded: Mapping[str, benchmarks.Benchmark],
   runs: Mapping[str, Mapping[str, Any]],
   tolerance: float = paper.TOLERANCE,
@@ -275,38 +275,38 @@ def combine(
   """Returns results.json of a table from those of its benchmarks.
 
   Args:
-    requests: benchmark -> its evaluation, which is complete.
+    experiments: benchmark -> its evaluation, which is complete.
     loaded: benchmark -> its questions.
     runs: benchmark -> what its answers belong to, see `read_part`.
     tolerance: points between two runs of the same thing.
   """
-  request = next(iter(requests.values()))
-  methods = [runner.Method.parse(spec) for spec in request.methods]
+  experiment = next(iter(experiments.values()))
+  methods = [runner.Method.parse(spec) for spec in experiment.evals.methods]
   parts = [
     read_part(
       name,
       each.workdir,
       loaded[name].questions,
       methods,
-      each.ratios,
-      each.seeds,
+      each.evals.ratios,
+      each.evals.seeds,
       run=runs[name],
       shard=shards.Shard(*each.shard),
       seed=number,
     )
-    for number, (name, each) in enumerate(requests.items())
+    for number, (name, each) in enumerate(experiments.items())
   ]
-  rows = average(parts, methods, request.ratios)
-  model = paper.model_of(checkpoints.load_config(request.checkpoint))
-  absent = [name for name in paper.BENCHMARKS if name not in requests]
+  rows = average(parts, methods, experiment.evals.ratios)
+  model = paper.model_of(checkpoints.load_config(experiment.config.model.path))
+  absent = [name for name in paper.BENCHMARKS if name not in experiments]
   own = _per_cent(rows["vanilla"], absent)
   found = paper.drift(model, own, tolerance)
-  reasons = paper.obstacles(request, parts, absent, model)
+  reasons = paper.obstacles(experiment, parts, absent, model)
   rows["vanilla"]["reproduced"] = paper.reproduced(
     found, paper.row(model, paper.VANILLA, 1.0), own, reasons
   )
   for method in methods:
-    for ratio in request.ratios:
+    for ratio in experiment.evals.ratios:
       cell = rows["methods"][method.label][results.ratio_key(ratio)]
       row = None
       if paper.is_method(
@@ -325,8 +325,8 @@ def combine(
     "average": rows,
     "benchmarks": {part.name: part.out for part in parts},
     "drift": found,
-    "ratios": [results.ratio_key(ratio) for ratio in request.ratios],
-    "seeds": list(request.seeds),
+    "ratios": [results.ratio_key(ratio) for ratio in experiment.evals.ratios],
+    "seeds": list(experiment.evals.seeds),
     "provenance": _provenance(parts),
   }
 

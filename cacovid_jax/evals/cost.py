@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cacovid_jax.evals import latency
-from cacovid_jax.models import checkpoints, qwen2, qwen2_5_vl_vision
+from cacovid_jax.models import checkpoints, qwen2
 from cacovid_jax.parallel import mesh as mesh_lib
 from cacovid_jax.policy import network
 
@@ -90,34 +90,11 @@ def policy_flops(config: network.PolicyConfig, rows: int, grid) -> int:
 def tower_flops(config: Any, grid: tuple[int, int, int]) -> int:
   """Returns the operations from one video's pixels to its features.
 
-  SigLIP's patches see their frame; Qwen2.5-VL's their window, in four layers
-  their slice. LLaVA-OneVision's pooling is left out.
-
   Args:
     config: of the base model.
     grid: (T, H, W) of the video's tokens.
   """
-  vision, width = config.vision, config.text.hidden_size
-  D, F = vision.hidden_size, vision.intermediate_size  # noqa: N806
-  if isinstance(vision, qwen2_5_vl_vision.VisionConfig):
-    sizes = qwen2_5_vl_vision.Sizes.of([grid], vision)
-    merge = vision.patches_per_token
-    patches = sizes.num_tokens * merge
-    total = 2 * patches * vision.patch_values * D
-    total += vision.num_layers * 2 * patches * (4 * D * D + 3 * D * F)
-    # Smaller windows at the edges are padded to whole ones.
-    window = (vision.window_side**2 * merge) ** 2 * sizes.num_windows
-    whole = (sizes.tokens_per_slice * merge) ** 2 * sizes.num_slices
-    full = len(vision.full_layers)
-    total += 4 * D * (full * whole + (vision.num_layers - full) * window)
-    joined = D * merge
-    return total + 2 * sizes.num_tokens * (joined * joined + joined * width)
-  per_frame = vision.side**2
-  patches = grid[0] * per_frame
-  total = 2 * patches * 3 * vision.patch_size**2 * D
-  total += vision.num_layers * 2 * patches * (4 * D * D + 2 * D * F)
-  total += vision.num_layers * 4 * patches * per_frame * D
-  return total + 2 * patches * (D * width + width * width)
+  return config.vision.flops(grid, config.text.hidden_size)
 
 
 def video_rows(
@@ -219,15 +196,10 @@ def tower_bytes(config: Any, grid, dtype: Any) -> int:
   The pixels in float32, and of one layer what `prefill_bytes` counts.
   """
   vision, itemsize = config.vision, jnp.dtype(dtype).itemsize
-  if isinstance(vision, qwen2_5_vl_vision.VisionConfig):
-    patches = math.prod(grid) * vision.patches_per_token
-    pixels, mlp = patches * vision.patch_values, 2
-  else:
-    patches = grid[0] * vision.side**2
-    pixels, mlp = grid[0] * 3 * vision.image_size**2, 1
-  state = max(4 * vision.hidden_size, mlp * vision.intermediate_size)
+  patches = vision.num_patches(grid)
+  state = max(4 * vision.hidden_size, vision.mlp_width)
   per_patch = vision.hidden_size * (2 * itemsize + 4) + state * itemsize
-  return 4 * pixels + patches * per_patch
+  return 4 * math.prod(vision.input_shape(grid)) + patches * per_patch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

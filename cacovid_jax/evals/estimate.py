@@ -21,7 +21,9 @@ import numpy as np
 import rich.console
 import rich.table
 
+from cacovid_jax import config as config_lib
 from cacovid_jax import errors
+from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.compressors import base
 from cacovid_jax.data import readers
 from cacovid_jax.data import tokenizer as tokenizer_lib
@@ -79,7 +81,7 @@ def describe(
     directory: of the base model; its config and tokenizer are read.
     base_name: key of `RELEASED`, for a directory that is not there.
     dtype: of the computation.
-    template: chat template that prompts are counted with, as in a request.
+    template: chat template that prompts are counted with, as in an experiment.
   """
   tokenizer = None
   if os.path.isfile(os.path.join(directory or "", "config.json")):
@@ -103,23 +105,23 @@ def describe(
   )
   if tokenizer is None:
     return found
-  return evaluation.with_template(found, directory, template)
+  return experiment_lib.with_template(found, directory, template)
 
 
 def asked(
   checkpoint: Any,
-  request: evaluation.Request,
+  experiment: experiment_lib.Experiment,
   loaded: benchmarks.Benchmark | None,
 ) -> list[Asked]:
   """Returns the questions of a benchmark by the grid of their clips."""
   model = checkpoint.model
   if loaded is None:
-    count = paper.BENCHMARKS[request.benchmark][1]
-    count = min(count, request.num_questions or count)
-    grid = _assumed_grid(model, request.num_frames)
+    count = paper.BENCHMARKS[experiment.evals.benchmark][1]
+    count = min(count, experiment.evals.num_questions or count)
+    grid = _assumed_grid(model, experiment.data.num_frames)
     return [Asked(grid, np.full(count, _TEXT_TOKENS), _TEXT_TOKENS, count)]
   by_grid = collections.defaultdict(list)
-  grids = _grids(checkpoint, request, loaded)
+  grids = _grids(checkpoint, experiment, loaded)
   for question in loaded.questions:
     by_grid[grids[question.video]].append(question)
   texts = None
@@ -130,10 +132,10 @@ def asked(
     num_video = math.prod(grid)
     if texts:
       lengths = [
-        texts.prompt(question.id, num_video).length - num_video
+        texts.prompt(question.id, grid).length - num_video
         for question in questions
       ]
-      longest = texts.longest(num_video)[0] - num_video
+      longest = texts.longest(grid)[0] - num_video
     else:
       lengths = [
         -(-len(question.prompt.encode()) // _BYTES_PER_TOKEN) + _TEMPLATE_TOKENS
@@ -145,31 +147,35 @@ def asked(
   return found
 
 
-def _grids(checkpoint, request, loaded) -> dict[str, tuple[int, int, int]]:
+def _grids(checkpoint, experiment, loaded) -> dict[str, tuple[int, int, int]]:
   """Returns clip -> grid; frames of Qwen2.5-VL are looked at for it."""
   paths = list(dict.fromkeys(question.video for question in loaded.questions))
   model = checkpoint.model
-  known = os.path.isfile(os.path.join(request.checkpoint, "config.json"))
+  path = os.path.join(experiment.config.model.path, "config.json")
+  known = os.path.isfile(path)
   missing = readers.check_media(loaded.questions, loaded.root)
-  alike = isinstance(model, llava_onevision.LlavaOnevisionModel)
-  if alike or not known or len(missing) == len(paths):
-    return dict.fromkeys(paths, _assumed_grid(model, request.num_frames))
-  bare = dataclasses.replace(request, cache="")
-  with evaluation.open_source(bare, checkpoint) as source:
+  if model.processor.one_grid or not known or len(missing) == len(paths):
+    grid = _assumed_grid(model, experiment.data.num_frames)
+    return dict.fromkeys(paths, grid)
+  bare = experiment_lib.Experiment.from_config(
+    config_lib.replace(experiment.config, {"data.feature_cache": ""}),
+    checkpoint=checkpoint,
+  )
+  with evaluation.open_source(bare) as source:
     source.survey(paths)
     return {path: tuple(source.grid_of(path)) for path in paths}
 
 
 def _assumed_grid(model, num_frames) -> tuple[int, int, int]:
-  if isinstance(model, llava_onevision.LlavaOnevisionModel):
-    return model.grid(num_frames)
-  slices = -(-num_frames // model.config.vision.temporal_patch_size)
+  if fixed := model.processor.fixed_grid(num_frames):
+    return fixed
+  slices = -(-num_frames // model.processor.temporal_patch_size)
   return (slices, *_QWEN_SLICE)
 
 
 def estimate(
   checkpoint: Any,
-  requests: Mapping[str, evaluation.Request],
+  experiments: Mapping[str, experiment_lib.Experiment],
   loaded: Mapping[str, benchmarks.Benchmark],
   speed: cost.Speed,
   *,
@@ -179,20 +185,20 @@ def estimate(
 
   Args:
     checkpoint: of `describe`.
-    requests: benchmark -> its evaluation.
+    experiments: benchmark -> its evaluation.
     loaded: benchmark -> its questions, those that are here.
     speed: of the device.
     model_shards: devices that share one model, for the memory.
   """
   found, memory = {}, []
-  for name, request in requests.items():
-    methods = [runner.Method.parse(spec) for spec in request.methods]
-    parts = asked(checkpoint, request, loaded.get(name))
+  for name, experiment in experiments.items():
+    methods = [runner.Method.parse(spec) for spec in experiment.evals.methods]
+    parts = asked(checkpoint, experiment, loaded.get(name))
     found[name] = _sum(
-      [_part(checkpoint, request, methods, part, speed) for part in parts]
+      [_part(checkpoint, experiment, methods, part, speed) for part in parts]
     )
     found[name]["published"] = name not in loaded
-    settings = evaluation.settings(request)
+    settings = evaluation.settings(experiment)
     policy = policy_of(checkpoint.model.config.text, methods)
     memory += [
       cost.memory(
@@ -200,8 +206,8 @@ def estimate(
         grid=part.grid,
         prompt_rows=part.longest + math.prod(part.grid),
         new_tokens=settings.max_new_tokens,
-        batch=request.batch_size,
-        dtype=request.dtype,
+        batch=experiment.evals.batch_size,
+        dtype=experiment.config.model.dtype,
         policy=policy,
         model_shards=model_shards,
       )
@@ -236,13 +242,16 @@ def _score_sets(method, num_seeds) -> dict[str, int]:
   }
 
 
-def _part(checkpoint, request, methods, part: Asked, speed) -> dict[str, Any]:
+def _part(
+  checkpoint, experiment, methods, part: Asked, speed
+) -> dict[str, Any]:
   config = checkpoint.model.config
   text, num_video = config.text, math.prod(part.grid)
   count, outside = len(part.texts), part.longest
   # Video rows by layer of each thing that is asked: seen, and computed.
   seen, computed = [], []
-  for cell in runner.cells(methods, request.ratios, request.seeds):
+  evals = experiment.evals
+  for cell in runner.cells(methods, evals.ratios, evals.seeds):
     compressor = cell.method and cell.method.compressor
     given = compressor, text.num_layers, part.grid, cell.ratio
     if able(*given):
@@ -257,20 +266,20 @@ def _part(checkpoint, request, methods, part: Asked, speed) -> dict[str, Any]:
   if policy:
     sets = {}
     for method in methods:
-      sets |= _score_sets(method, len(request.seeds))
+      sets |= _score_sets(method, len(experiment.evals.seeds))
     per_question += sum(sets.values()) * cost.policy_flops(
       policy, num_video + outside, part.grid
     )
   # Attention and keys of the tower come from a second run of it.
   signals = bool(runner.wanted(methods))
   tower = (1 + signals) * part.num_clips
-  batches = -(-count // request.batch_size)
+  batches = -(-count // experiment.evals.batch_size)
   flops = (
-    batches * request.batch_size * per_question
+    batches * experiment.evals.batch_size * per_question
     + tower * cost.tower_flops(config, part.grid)
   )
   steps = batches * len(seen) * (_ANSWER_TOKENS - 1)
-  weights = cost.weight_bytes(config, request.dtype)
+  weights = cost.weight_bytes(config, experiment.config.model.dtype)
   return {
     "questions": count,
     "clips": part.num_clips,
@@ -280,7 +289,7 @@ def _part(checkpoint, request, methods, part: Asked, speed) -> dict[str, Any]:
       sum(part.texts.sum() + count * np.mean(rows) for rows in seen)
     ),
     "programs": num_programs(
-      methods, request.ratios, text.num_layers, part.grid
+      methods, experiment.evals.ratios, text.num_layers, part.grid
     )
     + 1
     + signals,

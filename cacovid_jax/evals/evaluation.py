@@ -29,8 +29,6 @@ from cacovid_jax.compressors import base
 from cacovid_jax.data import (
   answer_log,
   feature_cache,
-  frames,
-  qwen_frames,
   readers,
 )
 from cacovid_jax.evals import (
@@ -43,7 +41,6 @@ from cacovid_jax.evals import (
   shards,
 )
 from cacovid_jax.evals.report import html, viewer
-from cacovid_jax.models import qwen2_5_vl
 from cacovid_jax.policy import loading
 
 
@@ -408,23 +405,11 @@ def settings(experiment: experiment_lib.Experiment) -> runner.Settings:
   )
 
 
-def preprocessing(experiment: experiment_lib.Experiment):
-  """Returns what is done to frames before the tower, with the paper's bounds.
-
-  `frames.Preprocessing`, or `qwen_frames.ProcessorConfig` of a model whose
-  grids follow the shape of the frames.
-  """
+def read_processor(experiment: experiment_lib.Experiment):
+  """Returns what is done to frames, with the paper's bounds on pixels."""
   path, data = experiment.config.model.path, experiment.config.data
-  if isinstance(experiment.checkpoint.model, qwen2_5_vl.Qwen2_5VLModel):
-    return qwen_frames.ProcessorConfig.with_paper_bounds(
-      path, min_pixels=data.min_pixels, max_pixels=data.max_pixels
-    )
-  if data.min_pixels or data.max_pixels:
-    raise errors.UserError(
-      f"min_pixels and max_pixels: {path} has frames of one size; leave them"
-      " out"
-    )
-  return frames.Preprocessing.from_directory(path)
+  found = experiment.checkpoint.model.read_processor(path)
+  return found.with_paper_bounds(data.min_pixels, data.max_pixels)
 
 
 def open_source(
@@ -438,19 +423,18 @@ def open_source(
 
   Args:
     experiment: see there.
-    want: names of `vision_signals` that clips bring along.
+    want: names of `video_llm.SIGNALS` that clips bring along.
     keep: clips held in memory; 0 is those of this batch and of the next one.
     **options: further ones of `clips.ClipSource`.
   """
   config, checkpoint = experiment.config, experiment.checkpoint
   model, cache = checkpoint.model, config.data.feature_cache
-  is_qwen = isinstance(model, qwen2_5_vl.Qwen2_5VLModel)
   dtype = jnp.dtype(model.dtype).name
-  return (clips.PatchSource if is_qwen else clips.ClipSource)(
+  return clips.ClipSource(
     experiment_lib.media_root(config),
     model,
     checkpoint.params,
-    preprocessing(experiment),
+    read_processor(experiment),
     num_frames=config.data.num_frames,
     cache=feature_cache.FeatureCache(cache) if cache else None,
     cache_key=f"{checkpoint.identity['sha256']} {dtype}",

@@ -21,6 +21,7 @@ from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import asker as asker_lib
 from cacovid_jax.evals import programs as programs_lib
 from cacovid_jax.evals import runner
+from cacovid_jax.models import prompt_batch
 from cacovid_jax.policy import loading
 
 
@@ -56,7 +57,7 @@ class Subject:
   checkpoint: Any
   programs: programs_lib.Programs
   grid: tuple[int, int, int]
-  batch: programs_lib.Batch
+  batch: prompt_batch.PromptBatch
   inputs: Callable[[runner.Cell], base.CompressorInputs]
   policy: Callable[[runner.Method], loading.LoadedPolicy]
 
@@ -142,7 +143,7 @@ class Stopwatch:
         self._subject.checkpoint.params,
         batch.ids,
         batch.features,
-        batch.video_start,
+        batch.video_rows,
       ),
     )
 

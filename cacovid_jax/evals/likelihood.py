@@ -15,9 +15,8 @@ import numpy as np
 
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import asker as asker_lib
-from cacovid_jax.evals import programs as programs_lib
 from cacovid_jax.evals import runner
-from cacovid_jax.models import generation
+from cacovid_jax.models import generation, prompt_batch
 
 # M is rounded up to a multiple of this: few programs for many lengths.
 _LENGTH_STEP = 8
@@ -127,7 +126,9 @@ class _Reader:
       self._params, asker.batch, inputs, selection, self._compressor.load()
     )
 
-  def score(self, state, batch: programs_lib.Batch, ids: Sequence[list[int]]):
+  def score(
+    self, state, batch: prompt_batch.PromptBatch, ids: Sequence[list[int]]
+  ):
     """Returns (float32[B], bool[B]) of at most B continuations."""
     padded = np.zeros((self._rows, self._size), np.int32)
     lengths = np.zeros(self._rows, np.int32)
@@ -144,8 +145,10 @@ class _Reader:
       params,
       batch.x,
       batch.positions,
-      batch.length,
+      batch.lengths,
       cache_length=batch.x.shape[1] + self._size - 1,
+      deep=batch.deep,
+      video_rows=batch.video_rows,
     )
     return logits, cache
 
@@ -153,7 +156,7 @@ class _Reader:
     logits, cache, _ = self._compressor.prefill(
       self._model,
       params,
-      programs_lib.whole_prompts(batch),
+      prompt_batch.whole(batch),
       inputs,
       ratio=self._cell.ratio,
       new_rows=self._size - 1,

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cacovid_jax import errors
-from cacovid_jax.data import qwen_frames
+from cacovid_jax.models import checkpoints
 
 SOURCE = "arXiv 2602.01649, main table"
 VANILLA = "vanilla"
@@ -309,7 +309,7 @@ def reproduced(
 
 
 def obstacles(
-  request: Any,
+  experiment: Any,
   parts: Sequence[Any],
   absent: Sequence[str],
   model: str | None,
@@ -317,7 +317,7 @@ def obstacles(
   """Returns what makes a comparison with the paper void, in words.
 
   Args:
-    request: `evaluation.Request` of one benchmark; the others are alike.
+    experiment: `experiment.Experiment` of one benchmark; the others are alike.
     parts: benchmarks, each a `combined.Part`.
     absent: benchmarks of the paper that were not asked.
     model: key of `MODELS`, None for a model that the paper has not.
@@ -334,35 +334,36 @@ def obstacles(
     lost = sum(entry["questions"] for entry in part.out["unreadable"])
     if lost:
       found.append(f"clips of {lost} questions of {title} cannot be used")
-  if request.num_frames != NUM_FRAMES:
-    found.append(f"{request.num_frames} frames instead of {NUM_FRAMES}")
-  found += _other_pixels(request)
+  if experiment.data.num_frames != NUM_FRAMES:
+    found.append(f"{experiment.data.num_frames} frames instead of {NUM_FRAMES}")
+  found += _other_pixels(experiment)
   template = model and MODELS[model].template
-  if template and request.template != template:
+  if template and experiment.evals.template != template:
     found.append(
-      f"prompts by the {request.template or 'default'} chat template instead"
-      f" of the {template}'s"
+      f"prompts by the {experiment.evals.template or 'default'} chat template"
+      f" instead of the {template}'s"
     )
-  if request.max_new_tokens:
-    found.append(f"answers of at most {request.max_new_tokens} tokens")
-  if request.rule != RULE:
-    found.append(f"letters taken by the rule {request.rule}")
+  if experiment.evals.max_new_tokens:
+    found.append(f"answers of at most {experiment.evals.max_new_tokens} tokens")
+  if experiment.evals.rule != RULE:
+    found.append(f"letters taken by the rule {experiment.evals.rule}")
   return found
 
 
-def _other_pixels(request) -> list[str]:
+def _other_pixels(experiment) -> list[str]:
   """Returns an obstacle if frames of Qwen2.5-VL have other bounds."""
-  if not (request.min_pixels or request.max_pixels):
+  if not (experiment.data.min_pixels or experiment.data.max_pixels):
     return []
+  path = experiment.config.model.path
+  model = checkpoints.make_model(checkpoints.load_config(path))
+  found = model.read_processor(path)
   bounds = [
-    (config.min_pixels, config.max_pixels)
-    for config in (
-      qwen_frames.ProcessorConfig.with_paper_bounds(
-        request.checkpoint,
-        min_pixels=request.min_pixels,
-        max_pixels=request.max_pixels,
+    (processor.min_pixels, processor.max_pixels)
+    for processor in (
+      found.with_paper_bounds(
+        experiment.data.min_pixels, experiment.data.max_pixels
       ),
-      qwen_frames.ProcessorConfig.with_paper_bounds(request.checkpoint),
+      found.with_paper_bounds(),
     )
   ]
   if bounds[0] == bounds[1]:

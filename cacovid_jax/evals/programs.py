@@ -10,35 +10,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cacovid_jax.compressors import base, layerwise, prompt_rows
-from cacovid_jax.models import generation
+from cacovid_jax.compressors import base, layerwise
+from cacovid_jax.models import generation, prompt_batch
 from cacovid_jax.parallel import mesh as mesh_lib
-
-
-class Batch(NamedTuple):
-  """B whole prompts on device.
-
-  Attributes:
-    features: float[B, N, D].
-    ids: int32[B, L].
-    length: int32[B] rows without padding.
-    video_start: int32[B] row of the first video token.
-    positions: int32[B, P, L].
-    next_position: int32[B] of the first generated token.
-    seconds: float32[B], from one row of the grid's first axis to the next.
-    text_rows: int32[B, Q] rows of the question's text, L where there are none.
-    x: float[B, L, D] embeddings.
-  """
-
-  features: jax.Array
-  ids: jax.Array
-  length: jax.Array
-  video_start: jax.Array
-  positions: jax.Array
-  next_position: jax.Array
-  seconds: jax.Array
-  text_rows: jax.Array
-  x: jax.Array
 
 
 class Vanilla(NamedTuple):
@@ -96,7 +70,11 @@ class Programs:
     return sum(size() for size in sizes if size)
 
   def vanilla(
-    self, params, batch: Batch, *, want_attention: bool = False
+    self,
+    params,
+    batch: prompt_batch.PromptBatch,
+    *,
+    want_attention: bool = False,
   ) -> Vanilla:
     """Returns the answers to whole prompts."""
     if want_attention not in self._vanillas:
@@ -105,7 +83,7 @@ class Programs:
       )
     return self._vanillas[want_attention](params, batch)
 
-  def scores(self, module, params, batch: Batch):
+  def scores(self, module, params, batch: prompt_batch.PromptBatch):
     """Returns the Scores of a policy module with its parameters."""
     if module not in self._scorers:
       self._scorers[module] = self._jit(functools.partial(self._scores, module))
@@ -152,12 +130,12 @@ class Programs:
     return compressor.minimum_ratio(self._num_layers, self._num_video)
 
   def _inside(self, compressor, ratio):
-    def ask(params, batch: Batch, inputs, own_params):
+    def ask(params, batch: prompt_batch.PromptBatch, inputs, own_params):
       return layerwise.generate(
         self._model,
         params,
         compressor,
-        whole_prompts(batch),
+        prompt_batch.whole(batch),
         inputs,
         batch.next_position,
         ratio=ratio,
@@ -168,13 +146,17 @@ class Programs:
     # Some read on the host how many tokens go on.
     return ask if compressor.on_host else self._jit(ask, weights=(0, 3))
 
-  def _vanilla(self, params, batch: Batch, *, want_attention: bool) -> Vanilla:
+  def _vanilla(
+    self, params, batch: prompt_batch.PromptBatch, *, want_attention: bool
+  ) -> Vanilla:
     logits, cache, out = self._model.prefill(
       params,
       batch.x,
       batch.positions,
-      batch.length,
+      batch.lengths,
       cache_length=batch.x.shape[1] + self._ending["max_new_tokens"] - 1,
+      deep=batch.deep,
+      video_rows=batch.video_rows,
       want_attention=want_attention,
     )
     ids = generation.extend(
@@ -188,29 +170,26 @@ class Programs:
     )
     if not want_attention:
       return Vanilla(ids, None)
-    rows = jax.vmap(
-      lambda row, start: jax.lax.dynamic_slice_in_dim(
-        row, start, self._num_video, axis=-1
-      ),
-      in_axes=(1, 0),
-    )(out["last_query_attention"], batch.video_start)
+    # float32[layers, B, L] -> [B, layers, N].
+    paid = jax.vmap(prompt_batch.read_video, (0, None), 1)
+    rows = paid(out["last_query_attention"], batch.video_rows)
     return Vanilla(ids, rows)
 
-  def _scores(self, module, params, batch: Batch):
-    video = jnp.arange(self._num_video, dtype=jnp.int32)
-
-    def one(x, positions, length, start):
+  def _scores(self, module, params, batch: prompt_batch.PromptBatch):
+    def one(x, positions, length, video_rows):
       return module.apply(
-        {"params": params}, x, positions, start + video, self.grid, length
+        {"params": params}, x, positions, video_rows, self.grid, length
       )
 
     return jax.vmap(one)(
-      batch.x, batch.positions, batch.length, batch.video_start
+      batch.x, batch.positions, batch.lengths, batch.video_rows
     )
 
-  def _answer(self, params, batch: Batch, selection: base.Selection):
-    rows = whole_prompts(batch)
-    rows = prompt_rows.keep(rows, selection, num_video=self._num_video)
+  def _answer(
+    self, params, batch: prompt_batch.PromptBatch, selection: base.Selection
+  ):
+    rows = prompt_batch.whole(batch)
+    rows = prompt_batch.keep(rows, selection, num_video=self._num_video)
     # Kept tokens keep their positions, and the answer goes on where that of
     # the whole prompt would.
     return generation.greedy(
@@ -220,19 +199,10 @@ class Programs:
       rows.positions,
       rows.lengths,
       batch.next_position,
+      deep=rows.deep,
+      video_rows=rows.video_rows,
       **self._ending,
     )
-
-
-def whole_prompts(batch: Batch):
-  """Returns `prompt_rows.Rows` of a batch with all of its video tokens."""
-  return prompt_rows.whole(
-    batch.x,
-    batch.positions,
-    batch.length,
-    batch.video_start,
-    batch.features.shape[1],
-  )
 
 
 def _text(x, rows):

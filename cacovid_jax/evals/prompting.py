@@ -15,6 +15,7 @@ from cacovid_jax import errors
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.evals import programs as programs_lib
+from cacovid_jax.models import prompt_batch, video_llm
 
 # Lengths are rounded up to a multiple of this, so that a few texts more or
 # less do not mean another program.
@@ -43,36 +44,35 @@ class Texts:
         "the checkpoint has no tokenizer.json; evaluation needs a complete"
         " checkpoint directory"
       )
+    self._model = checkpoint.model
     self._texts = {question.id: question.prompt for question in questions}
     # About a clip of one token; with all of them only when they are needed.
-    self._prompts = {
-      name: self.tokenizer.encode_prompt(text, 1)
-      for name, text in self._texts.items()
-    }
-    self._spans = {
-      name: question_span(prompt, self.tokenizer)
-      for name, prompt in self._prompts.items()
-    }
+    prompts = {name: self.prompt(name, (1, 1, 1)) for name in self._texts}
+    self._longest = max(
+      prompts, key=lambda name: prompts[name].length, default=""
+    )
+    spans = (
+      question_span(prompt, self.tokenizer) for prompt in prompts.values()
+    )
+    self._text_length = max((end - start for start, end in spans), default=0)
 
-  def prompt(self, name: str, num_video: int) -> tokenizer_lib.Prompt:
-    """Returns a question's prompt about a clip of N tokens."""
-    return self.tokenizer.resize(
-      self._prompts[name], num_video, self._texts[name]
+  def prompt(
+    self, name: str, grid: tuple[int, int, int], seconds: float = 1.0
+  ) -> tokenizer_lib.Prompt:
+    """Returns a question's prompt about a clip of a grid (T, H, W).
+
+    `seconds` pass from one temporal patch to the next.
+    """
+    return self._model.encode_prompt(
+      self.tokenizer, self._texts[name], grid, seconds
     )
 
-  def span(self, name: str, num_video: int) -> tuple[int, int]:
-    """Returns `question_span` of that prompt."""
-    start, end = self._spans[name]
-    return start + num_video - 1, end + num_video - 1
-
-  def longest(self, num_video: int) -> tuple[int, int]:
-    """Returns L and Q that hold every question about a clip of N tokens.
+  def longest(self, grid: tuple[int, int, int]) -> tuple[int, int]:
+    """Returns L and Q that hold every question about a clip of a grid.
 
     Refuses a clip that leaves a question no room.
     """
-    name = max(self._prompts, key=lambda name: self._prompts[name].length)
-    length = self.prompt(name, num_video).length
-    return length, max(end - start for start, end in self._spans.values())
+    return self.prompt(self._longest, grid).length, self._text_length
 
 
 class Prompts:
@@ -98,8 +98,7 @@ class Prompts:
     """
     self._checkpoint, self._texts = checkpoint, texts
     self._grid, self._size = grid, batch_size
-    self._num_video = grid[0] * grid[1] * grid[2]
-    length, text_length = texts.longest(self._num_video)
+    length, text_length = texts.longest(grid)
     self._length, self._text_length = _rounded(length), _rounded(text_length)
 
   def batch(
@@ -108,57 +107,59 @@ class Prompts:
     features,
     ids: Sequence[str],
     seconds: Sequence[float],
-  ) -> programs_lib.Batch:
+  ) -> prompt_batch.PromptBatch:
     """Returns the prompts of the questions `ids`, padded to B rows.
 
     Args:
       programs: with the one that embeds.
       features: float[b, N, D] of their clips, b = len(ids) or B.
       ids: of at most B questions.
-      seconds: per clip, see `Batch.seconds`.
+      seconds: per clip, from one temporal patch to the next.
     """
-    rows = pad_rows(len(ids), self._size)
-    names = [ids[row] for row in rows]
-    prompts = [self._texts.prompt(name, self._num_video) for name in names]
+    rows = prompt_batch.pad_rows(len(ids), self._size)
+    # In float32, as features are: what follows has the same bits everywhere.
+    videos = [
+      video_llm.VideoFeatures(None, self._grid, float(np.float32(seconds[row])))
+      for row in rows
+    ]
+    prompts = [
+      self._texts.prompt(ids[row], self._grid, video.second_per_grid_t)
+      for row, video in zip(rows, videos, strict=True)
+    ]
     padded = self._texts.tokenizer.pad(prompts, self._length)
-    seconds = np.asarray(seconds, np.float32)
-    seconds = seconds[np.minimum(rows, len(seconds) - 1)]
     placed = [
-      self._positions(prompt.ids, gap)
-      for prompt, gap in zip(prompts, seconds, strict=True)
+      self._positions(prompt.ids, video)
+      for prompt, video in zip(prompts, videos, strict=True)
     ]
     positions, following = map(np.array, zip(*placed, strict=True))
-    text_rows = np.full([len(names), self._text_length], self._length, np.int32)
-    for row, name in zip(text_rows, names, strict=True):
-      start, end = self._texts.span(name, self._num_video)
+    text_rows = np.full([len(rows), self._text_length], self._length, np.int32)
+    for row, prompt in zip(text_rows, prompts, strict=True):
+      start, end = question_span(prompt, self._texts.tokenizer)
       row[: end - start] = np.arange(start, end)
     features = jnp.asarray(features)
     if features.shape[0] != len(rows):
       features = features[np.array(rows)]
-    ids, length, start = map(
-      jnp.asarray, (padded.ids, padded.length, padded.video_start)
+    ids, lengths, video_rows = map(
+      jnp.asarray, (padded.ids, padded.length, padded.video_rows)
     )
     # Awaited, so that its time is not taken for that of what follows.
     x = jax.block_until_ready(
-      programs.embed(self._checkpoint.params, ids, features, start)
+      programs.embed(self._checkpoint.params, ids, features, video_rows)
     )
-    return programs_lib.Batch(
-      features,
-      ids,
-      length,
-      start,
-      jnp.asarray(positions),
-      jnp.asarray(following, jnp.int32),
-      jnp.asarray(seconds),
-      jnp.asarray(text_rows),
-      x,
+    return prompt_batch.PromptBatch(
+      x=x,
+      positions=jnp.asarray(positions),
+      lengths=lengths,
+      video_rows=video_rows,
+      next_position=jnp.asarray(following, jnp.int32),
+      features=features,
+      ids=ids,
+      text_rows=jnp.asarray(text_rows),
     )
 
-  def _positions(self, ids, seconds):
+  def _positions(self, ids, video):
     """Returns (int32[P, L], next position), counting on behind the prompt."""
-    positions, following = self._checkpoint.model.positions(
-      ids, grid=self._grid, seconds_per_slice=float(seconds)
-    )
+    positions, following = self._checkpoint.model.positions(ids, video)
     behind = np.arange(1, self._length - len(ids) + 1, dtype=np.int32)
     behind = positions[:, -1:] + behind
     return np.concatenate([positions, behind], axis=1), following
@@ -172,16 +173,11 @@ def question_span(
   The text lies between the video's block and the end of the user's turn.
   """
   style = tokenizer.style
-  start = prompt.video_start + prompt.num_video_tokens + style.newline_tokens
+  start = prompt.video_rows[-1] + 1 + style.newline_tokens
   start += len(style.around[1:])
   ends = np.isin(prompt.ids[start:], tokenizer.eos_ids)
   end = start + int(ends.argmax()) if ends.any() else prompt.length
   return start, end
-
-
-def pad_rows(count: int, size: int) -> list[int]:
-  """Returns `size` row numbers below `count`; the last one is repeated."""
-  return [min(row, count - 1) for row in range(size)]
 
 
 def _rounded(length: int) -> int:

@@ -391,7 +391,7 @@ class Evaluator:
     for question in _by_id(questions):
       fields = {name: get(question) for name, get in _QUESTION.items()}
       digest.update(json.dumps(fields, sort_keys=True).encode() + b"\0")
-      digest.update(self._texts.prompt(question.id, 1).ids.tobytes())
+      digest.update(self._texts.prompt(question.id, (1, 1, 1)).ids.tobytes())
     return digest.hexdigest()
 
   def run(

@@ -14,6 +14,8 @@ BACKENDS = ("auto", "xla", "cudnn", "splash")
 # Query rows per step once a whole T x S map would be too large.
 _CHUNK = 512
 _LARGEST_MAP = 2048 * 2048
+# Queries whose rows `attention_received` holds at a time.
+_RECEIVED_CHUNK = 1024
 # Row blocks of a map: they stay in a CPU's cache, and each of a causal map is
 # computed up to its own diagonal only, 5/8 of the whole.
 _BLOCKS = 4
@@ -360,3 +362,49 @@ def strongest_attention(q, k, start, lengths, *, num_queries):
     one_head, jnp.zeros((batch, length), jnp.float32), heads
   )
   return most
+
+
+def attention_received(q, k, lengths=None):
+  """Returns float32[S, R]: the attention that each key gets in all.
+
+  Softmax of q k / sqrt(H), averaged over heads and summed over queries. The
+  maps exist one segment at a time, of long segments some rows at a time.
+
+  Axes: S segments that attend within themselves, R patches of a segment.
+
+  Args:
+    q: float[S, R, N, H].
+    k: float[S, R, N, H].
+    lengths: int32[S] valid patches of each segment, at least 1, which come
+      first; those behind ask for nothing and get nothing. None for all.
+  """
+  num_patches, head_dim = q.shape[1], q.shape[3]
+  patch = jnp.arange(num_patches)
+  chunk = min(num_patches, _RECEIVED_CHUNK)
+  num_chunks = -(-num_patches // chunk)
+
+  def segment(arguments):
+    q, k, length = arguments
+    k = k.astype(jnp.float32)
+    rows = jnp.pad(q, [(0, num_chunks * chunk - num_patches), (0, 0), (0, 0)])
+    rows = rows.reshape(num_chunks, chunk, *q.shape[1:])
+
+    def some_rows(total, numbered):
+      number, q = numbered
+      scores = jnp.einsum(
+        "RNH,SNH->NRS", q.astype(jnp.float32), k, precision="highest"
+      )
+      scores = jnp.where(
+        patch < length, scores * head_dim**-0.5, jnp.finfo(jnp.float32).min
+      )
+      asks = number * chunk + jnp.arange(chunk) < length
+      seen = jax.nn.softmax(scores, axis=-1).mean(axis=0)  # [R, S]
+      return total + jnp.where(asks[:, None], seen, 0).sum(axis=0), None
+
+    total = jnp.zeros([num_patches], jnp.float32)
+    total, _ = jax.lax.scan(some_rows, total, (jnp.arange(num_chunks), rows))
+    return total
+
+  if lengths is None:
+    lengths = jnp.full(q.shape[:1], num_patches, jnp.int32)
+  return jax.lax.map(segment, (q, k, lengths))

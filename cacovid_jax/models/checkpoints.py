@@ -24,10 +24,8 @@ from cacovid_jax import errors, files
 from cacovid_jax.models import (
   hf_config,
   llava_onevision,
-  llava_onevision_weights,
   placement,
   qwen2_5_vl,
-  qwen2_5_vl_weights,
   safetensors_io,
 )
 from cacovid_jax.parallel import mesh as mesh_lib
@@ -109,7 +107,7 @@ class _Family:
 def _identity_norm(config):
   """Returns SigLIP's unused norm as one that changes nothing."""
   width = config.vision.hidden_size
-  norm = llava_onevision_weights.POST_NORM
+  norm = llava_onevision.POST_NORM
   return {
     f"{norm}weight": np.ones(width, np.float32),
     f"{norm}bias": np.zeros(width, np.float32),
@@ -120,18 +118,18 @@ _FAMILIES = {
   "llava_onevision": _Family(
     config=llava_onevision.LlavaOnevisionConfig,
     model=llava_onevision.LlavaOnevisionModel,
-    table=llava_onevision_weights.table,
-    hub_name=llava_onevision_weights.hub_name,
+    table=llava_onevision.weight_table,
+    hub_name=llava_onevision.hub_name,
     head="language_model.lm_head.weight",
-    unused=(llava_onevision_weights.POST_NORM,),
+    unused=(llava_onevision.POST_NORM,),
     kernel_shape=lambda config: (3,) + (config.vision.patch_size,) * 2,
     defaults=_identity_norm,
   ),
   "qwen2_5_vl": _Family(
     config=qwen2_5_vl.Qwen2_5VLConfig,
     model=qwen2_5_vl.Qwen2_5VLModel,
-    table=qwen2_5_vl_weights.table,
-    hub_name=qwen2_5_vl_weights.hub_name,
+    table=qwen2_5_vl.weight_table,
+    hub_name=qwen2_5_vl.hub_name,
     head="lm_head.weight",
     unused=(),
     kernel_shape=lambda config: (

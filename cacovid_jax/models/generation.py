@@ -18,13 +18,15 @@ def greedy(
   max_new_tokens,
   eos_ids,
   pad_id,
+  deep=None,
+  video_rows=None,
 ):
   """Returns int32[B, max_new_tokens] of the most likely continuation.
 
   Stops as soon as every row has ended. Ties go to the lowest id.
 
   Args:
-    model: `llava_onevision.LlavaOnevisionModel` or alike.
+    model: `video_llm.VideoLLM`.
     params: its parameters.
     x: float[B, L, D] prompt embeddings, right padded.
     positions: int32[B, P, L].
@@ -34,6 +36,8 @@ def greedy(
     max_new_tokens: static, at least 1.
     eos_ids: static, token ids that end an answer; they are part of it.
     pad_id: id written behind the end.
+    deep: as of `VideoLLM.forward`.
+    video_rows: as of `VideoLLM.forward`.
   """
   logits, cache, _ = model.prefill(
     params,
@@ -41,6 +45,8 @@ def greedy(
     positions,
     lengths,
     cache_length=x.shape[1] + max_new_tokens - 1,
+    deep=deep,
+    video_rows=video_rows,
   )
   return extend(
     model,

@@ -9,17 +9,20 @@ import dataclasses
 import functools
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from cacovid_jax.models import (
   hf_config,
-  language,
+  processors,
   qwen2,
   siglip,
-  vision_signals,
+  video_llm,
 )
+
+# The norm behind SigLIP's last block is in every checkpoint and in no
+# computation.
+POST_NORM = "vision_tower.vision_model.post_layernorm."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -181,12 +184,12 @@ class LlavaOnevision(nn.Module):
     )
     self.language_model = qwen2.Qwen2(cfg.text, **kwargs)
 
-  def encode_video(self, pixels, want=()):
+  def encode_video(self, pixels, signals=()):
     """Returns (features float[N, D], out) of pixels float[T, h, w, 3].
 
-    `out` also holds the `vision_signals` in `want`, of the token grid.
+    `out` also holds the wanted `signals`, of the token grid.
     """
-    hidden, tower = self.vision_tower(pixels, want)
+    hidden, tower = self.vision_tower(pixels, signals)
     projected = self.projector(hidden)
     pooled = pool(projected)
     out = {
@@ -195,105 +198,137 @@ class LlavaOnevision(nn.Module):
       "projected_features": projected,
       "pooled_features": pooled,
     }
-    for name in want:
+    for name in signals:
       signal = tower[name].reshape(*hidden.shape[:2], -1)
       out[name] = pool(signal).reshape(-1, *tower[name].shape[2:])
     return pooled.reshape(-1, pooled.shape[-1]), out
 
-  def video_block(self, features):
-    """Returns float[N + 1, D]: the features and the newline behind them."""
-    newline = self.image_newline.astype(features.dtype)[None]
-    return jnp.concatenate([features, newline])
-
-  def embed_prompt(self, ids, features, video_start):
-    """Returns float[L, D]; see `LlavaOnevisionModel.embed_prompt`."""
-    block = self.video_block(features.astype(self.dtype))
-    return jax.lax.dynamic_update_slice(
-      self.language_model.embed(ids), block, (video_start, 0)
-    )
-
-  def __call__(self, pixels, ids):
+  def __call__(self, pixels):
     """Touches every parameter; only initialisation calls it."""
     features, _ = self.encode_video(pixels)
-    x = self.embed_prompt(ids, features, 0)
+    x = jnp.concatenate([features, self.image_newline[None]])
     positions = jnp.arange(x.shape[0])[None, None]
     hidden, _ = self.language_model(x[None], positions)
     return self.language_model.logits(hidden)
 
 
 @dataclasses.dataclass(frozen=True)
-class LlavaOnevisionModel(language.LanguageModel):
-  """Pure functions of (params, arrays): what the rest of the library calls."""
+class LlavaOnevisionModel(video_llm.VideoLLM):
+  """LLaVA-OneVision as a `VideoLLM`."""
 
   config: LlavaOnevisionConfig
+
+  num_newlines = 1
 
   @property
   def module(self):
     return LlavaOnevision(self.config, self.dtype, self.backend, self.remat)
 
-  def grid(self, num_frames):
-    """Returns (T, H, W) of a video of `num_frames` frames."""
-    return (num_frames, self.config.pooled_side, self.config.pooled_side)
+  @property
+  def processor(self):
+    """The processor of the config's sizes and SigLIP's statistics."""
+    return processors.LlavaOnevisionProcessor(
+      image_size=self.config.vision.image_size,
+      frame_side=self.config.pooled_side,
+    )
 
-  def positions(self, ids, *, grid=None, seconds_per_slice=None):
+  def read_processor(self, directory):
+    """Returns the processor of a checkpoint's files."""
+    return processors.LlavaOnevisionProcessor.from_files(
+      directory, frame_side=self.config.pooled_side
+    )
+
+  def positions(self, ids, video=None):
     """Returns (int32[1, L], next position) of ONE prompt: rows count on."""
-    del grid, seconds_per_slice  # Time and place are not in the positions.
+    del video  # Time and place are not in the positions.
     return np.arange(len(ids), dtype=np.int32)[None], len(ids)
 
   def init(self, rng):
     """Returns random float32 parameters."""
-    size, side = self.config.vision.image_size, self.config.pooled_side
-    pixels = jnp.zeros((1, size, size, 3))
-    ids = jnp.zeros(side * side + 1, jnp.int32)
-    return self.module.init(rng, pixels, ids)["params"]
+    size = self.config.vision.image_size
+    return self.module.init(rng, jnp.zeros((1, size, size, 3)))["params"]
 
-  def encode_video(self, params, pixels):
-    """Returns features float[N, D] of one video, without the newline.
+  def encode_stages(self, params, inputs, signals=()):
+    """See `VideoLLM.encode_stages`; the newline is no part of the features.
 
-    Args:
-      params: the model's parameters.
-      pixels: float32[T, h, w, 3], normalised.
+    Signals are of the tower's last layer and pooled as the features are;
+    "vision_attention" is a mean over queries.
     """
-    return self._apply(params, pixels, method="encode_video")[0]
-
-  def encode_video_with(self, params, pixels, *, want):
-    """Returns (features, signals) of one video, features of `encode_video`.
-
-    Args:
-      params: the model's parameters.
-      pixels: float32[T, h, w, 3], normalised.
-      want: static, names of `vision_signals`. Of the tower's last layer and
-        pooled as the features are, "vision_attention" float32[N] is the
-        attention that a place receives from its frame, mean over heads and
-        queries; "vision_keys" float32[N, H] are the keys averaged over heads.
-    """
-    want = vision_signals.check(want)
-    features, out = self._apply(
-      params, pixels, want=want, method="encode_video"
-    )
-    return features, {name: out[name] for name in want}
-
-  def vision_signal_shapes(self, num_video):
-    """Returns the shape of each of `vision_signals` for N video tokens."""
-    vision = self.config.vision
-    return vision_signals.shapes(
-      num_video, vision.hidden_size // vision.num_heads
+    return self.module.apply(
+      {"params": params}, inputs.values, signals, method="encode_video"
     )
 
-  def embed_prompt(self, params, ids, features, video_start):
-    """Returns one prompt's embeddings float[L, D].
+  def embed_prompt(self, params, ids, features, video_rows):
+    """See `VideoLLM.embed_prompt`; behind the video's last row is the newline.
 
-    Args:
-      params: the model's parameters.
-      ids: int32[L]; the ids under the video are ignored, and rows behind the
-        prompt may be padding.
-      features: float[N, D] of the video.
-      video_start: int32[] row of the first video token; the newline follows
-        the last one, so video_start + N + 1 <= L.
+    The newline is a row of text: every pruned prompt has it, too.
     """
-    return self._apply(
-      params, ids, features, video_start, method="embed_prompt"
+    x = super().embed_prompt(params, ids, features, video_rows)
+    last = jnp.where(video_rows < len(ids), video_rows, -1).max()
+    newline = params["image_newline"].astype(x.dtype)
+    return x.at[last + 1].set(newline, mode="drop")
+
+
+def weight_table(config):
+  """Returns the rows of the weights, see `qwen2.dense_rows`.
+
+  Source names are those of the hub (transformers up to 4.51); `hub_name` turns
+  the other spellings into them.
+  """
+  rows = {"image_newline": (("image_newline",), "same", None)}
+
+  def dense(source, path, **options):
+    rows.update(qwen2.dense_rows(source, path, **options))
+
+  for name in ("linear_1", "linear_2"):
+    dense(
+      f"multi_modal_projector.{name}",
+      ("projector", name),
+      use_bias=config.projector_bias,
     )
 
-  def _apply(self, params, *args, **kwargs):
-    return self.module.apply({"params": params}, *args, **kwargs)
+  tower, ours = "vision_tower.vision_model", ("vision_tower",)
+  dense(
+    f"{tower}.embeddings.patch_embedding",
+    (*ours, "patch_embedding"),
+    layout="patches",
+  )
+  rows[f"{tower}.embeddings.position_embedding.weight"] = (
+    (*ours, "position_embedding"),
+    "same",
+    None,
+  )
+  layers, layer = config.vision.num_layers, f"{tower}.encoder.layers.{{}}"
+  for name in ("layer_norm1", "layer_norm2"):
+    path = (*ours, "layers", name)
+    rows[f"{layer}.{name}.weight"] = ((*path, "scale"), "same", layers)
+    rows[f"{layer}.{name}.bias"] = ((*path, "bias"), "same", layers)
+  for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+    dense(f"{layer}.self_attn.{name}", (*ours, "layers", name), layers=layers)
+  for name in ("fc1", "fc2"):
+    dense(f"{layer}.mlp.{name}", (*ours, "layers", name), layers=layers)
+
+  rows |= qwen2.decoder_rows(
+    config.text, "language_model.model", "language_model.lm_head.weight"
+  )
+  return rows
+
+
+def hub_name(name):
+  """Returns the hub's (4.x) name of a tensor in any of the known spellings."""
+  stems = (
+    "language_model.",
+    "vision_tower.",
+    "multi_modal_projector.",
+    "image_newline",
+  )
+  if name.startswith("model.") and name[len("model.") :].startswith(stems):
+    name = name[len("model.") :]
+  head, _, rest = name.partition(".")
+  if head == "lm_head":
+    return f"language_model.{name}"
+  if head == "vision_tower" and not rest.startswith("vision_model."):
+    return f"vision_tower.vision_model.{rest}"
+  if head == "language_model" and not rest.startswith(("model.", "lm_head.")):
+    return f"language_model.model.{rest}"
+  return name

@@ -18,7 +18,15 @@ from cacovid_jax.models import attention, hf_config, rope
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Qwen2Config:
-  """Sizes of a decoder. `rope_sections` is None for one position row."""
+  """Sizes of a decoder.
+
+  Attributes:
+    rope_sections: rotary frequencies of each position row; None for one row.
+    rope_interleaved: whether the rows take turns instead of following each
+      other, see `rope.angles`.
+    attention_bias: whether queries, keys and values have biases.
+    qk_norm: whether heads of queries and keys are normalised (Qwen3).
+  """
 
   vocab_size: int
   hidden_size: int
@@ -32,6 +40,9 @@ class Qwen2Config:
   rms_norm_eps: float = 1e-6
   tie_embeddings: bool = False
   max_positions: int = 32768
+  rope_interleaved: bool = False
+  attention_bias: bool = True
+  qk_norm: bool = False
 
   @classmethod
   def qwen2_0_5b(cls, vocab_size=152000):
@@ -219,7 +230,28 @@ def angles(config: Qwen2Config, positions):
     config.head_dim,
     config.rope_theta,
     config.rope_sections,
+    interleaved=config.rope_interleaved,
   )
+
+
+def add_deep(x, number, deep, video_rows):
+  """Returns x float[B, L, D] of layer `number` with its visual features.
+
+  Args:
+    x: output of the layer.
+    number: int or int32[], from 0.
+    deep: float[B, S, N, D], added behind layers 0 to S - 1; None for none.
+    video_rows: int32[B, N] rows that they are added to, L for padding.
+  """
+  if deep is None:
+    return x
+
+  def add():
+    own = jax.lax.dynamic_index_in_dim(deep, number, axis=1, keepdims=False)
+    batch = jnp.arange(len(x))[:, None]
+    return x.at[batch, video_rows].add(own.astype(x.dtype), mode="drop")
+
+  return jax.lax.cond(number < deep.shape[1], add, lambda: x)
 
 
 class RMSNorm(nn.Module):
@@ -288,12 +320,18 @@ class DecoderLayer(nn.Module):
       return nn.Dense(size, use_bias=use_bias, dtype=self.dtype, name=name)
 
     def project(x, num_heads, name):
-      x = dense(num_heads * cfg.head_dim, name, use_bias=True)(x)
+      x = dense(num_heads * cfg.head_dim, name, cfg.attention_bias)(x)
       return x.reshape(*x.shape[:-1], num_heads, cfg.head_dim)
 
+    def turned(x, num_heads, name):
+      x = project(x, num_heads, f"{name}_proj")
+      if cfg.qk_norm:
+        x = RMSNorm(cfg.rms_norm_eps, self.dtype, name=f"{name}_norm")(x)
+      return rope.apply(x, cos, sin)
+
     h = RMSNorm(cfg.rms_norm_eps, self.dtype, name="input_layernorm")(x)
-    q = rope.apply(project(h, cfg.num_heads, "q_proj"), cos, sin)
-    k = rope.apply(project(h, cfg.num_kv_heads, "k_proj"), cos, sin)
+    q = turned(h, cfg.num_heads, "q")
+    k = turned(h, cfg.num_kv_heads, "k")
     v = project(h, cfg.num_kv_heads, "v_proj")
     out = {"keys": k, "values": v}
     if cache is not None:
@@ -379,6 +417,8 @@ class Qwen2(nn.Module):
     causal=True,
     lengths=None,
     mask=None,
+    deep=None,
+    video_rows=None,
     want_hidden=False,
     want_attention=False,
     want_cache=False,
@@ -391,8 +431,10 @@ class Qwen2(nn.Module):
       causal: static; False for a bidirectional pass.
       lengths: int32[B] valid tokens of each row (right padding) or None.
       mask: bool[B, L, L] or None.
+      deep: see `add_deep`, None for none.
+      video_rows: see `add_deep`.
       want_hidden: static; out["hidden"] float[layers, B, L, D], the output of
-        every layer, before the final norm.
+        every layer, before `deep` is added and before the final norm.
       want_attention: static; out["last_query_attention"]
         float32[layers, B, L], the attention row of each last valid token.
       want_cache: static; out["keys"] and out["values"]
@@ -400,7 +442,7 @@ class Qwen2(nn.Module):
     """
     cos, sin = angles(self.config, positions)
 
-    def block(layer, x, _):
+    def block(layer, x, number):
       x, aux = layer(
         x,
         cos,
@@ -415,9 +457,10 @@ class Qwen2(nn.Module):
         out["last_query_attention"] = aux["last_query_attention"]
       if want_cache:
         out.update(keys=aux["keys"], values=aux["values"])
-      return x, out
+      return add_deep(x, number, deep, video_rows), out
 
-    x, out = self._scan(block, x.astype(self.dtype), None)
+    numbers = jnp.arange(self.config.num_layers)
+    x, out = self._scan(block, x.astype(self.dtype), numbers)
     return self.norm(x), out
 
   def decode(self, x, positions, cache):
@@ -456,3 +499,49 @@ class Qwen2(nn.Module):
       length=self.config.num_layers,
     )
     return scan(self.layers, x, per_layer)
+
+
+def dense_rows(source, path, use_bias=True, layers=None, layout="transpose"):
+  """Returns the rows of a linear layer in a table of weights.
+
+  A row is source name, "{}" for the layer number -> (path, layout, layers):
+  `path` leads to a leaf of the parameters, `layout` is one of
+  `placement.to_ours`, `layers` the depth of a stack that the tensors of all
+  layers fill, None for a single tensor.
+  """
+  rows = {f"{source}.weight": ((*path, "kernel"), layout, layers)}
+  if use_bias:
+    rows[f"{source}.bias"] = ((*path, "bias"), "same", layers)
+  return rows
+
+
+def decoder_rows(config, source, lm_head):
+  """Returns the rows of a Qwen2 decoder; its parameters are `language_model`.
+
+  Args:
+    config: `qwen2.Qwen2Config`.
+    source: what the decoder's names begin with, without the dot.
+    lm_head: name of the output table; unused with tied embeddings.
+  """
+  ours = ("language_model",)
+  rows = {
+    f"{source}.embed_tokens.weight": ((*ours, "embed_tokens"), "same", None),
+    f"{source}.norm.weight": ((*ours, "norm", "scale"), "same", None),
+  }
+  if not config.tie_embeddings:
+    rows[lm_head] = ((*ours, "lm_head"), "same", None)
+  layers, layer = config.num_layers, f"{source}.layers.{{}}"
+  for name in ("input_layernorm", "post_attention_layernorm"):
+    path = (*ours, "layers", name, "scale")
+    rows[f"{layer}.{name}.weight"] = (path, "same", layers)
+  for name in ("q_norm", "k_norm") if config.qk_norm else ():
+    path = (*ours, "layers", name, "scale")
+    rows[f"{layer}.self_attn.{name}.weight"] = (path, "same", layers)
+  for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+    path = (*ours, "layers", name)
+    use_bias = config.attention_bias and name != "o_proj"
+    rows |= dense_rows(f"{layer}.self_attn.{name}", path, use_bias, layers)
+  for name in ("gate_proj", "up_proj", "down_proj"):
+    path = (*ours, "layers", name)
+    rows |= dense_rows(f"{layer}.mlp.{name}", path, False, layers)
+  return rows

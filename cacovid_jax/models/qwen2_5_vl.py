@@ -16,10 +16,10 @@ import numpy as np
 from cacovid_jax import errors
 from cacovid_jax.models import (
   hf_config,
-  language,
+  processors,
   qwen2,
   qwen2_5_vl_vision,
-  vision_signals,
+  video_llm,
 )
 
 POSITION_RULES = ("4.50", "v5")
@@ -125,17 +125,18 @@ class Qwen2_5VLConfig:  # noqa: N801 (the model's own name)
     }
 
 
-def position_ids(ids, *, grid, seconds_per_slice, config, rule="4.50"):
+def position_ids(ids, video, *, config, rule="4.50"):
   """Returns (positions int32[3, L], next position) of ONE prompt, on the host.
 
-  Text counts on in all three rows alike. A video token that lies `k` slices,
-  `row` and `column` into its grid adds (floor(k · seconds · tokens_per_second),
-  row, column) to the position where the video starts.
+  Text counts on in all three rows alike. A video token that lies `k` temporal
+  patches, `row` and `column` into its grid adds
+  (floor(k · seconds · tokens_per_second), row, column) to the position where
+  the video starts.
 
   Args:
     ids: int[L] of the prompt without padding.
-    grid: (T, H, W) of the video, after merging; None for a prompt without one.
-    seconds_per_slice: float, from one time slice to the next.
+    video: with the `grid` (T, H, W) after merging and the seconds
+      `second_per_grid_t`; None for a prompt without a video.
     config: `Qwen2_5VLConfig`.
     rule: where the text behind the video goes on. "4.50" (transformers 4.50,
       which the released models were trained and evaluated with): behind the
@@ -148,7 +149,7 @@ def position_ids(ids, *, grid, seconds_per_slice, config, rule="4.50"):
     raise ValueError(f"position rule {rule!r} is not one of {POSITION_RULES}")
   ids = np.asarray(ids)
   where = np.flatnonzero(ids == config.video_token_id)
-  expected = 0 if grid is None else math.prod(map(int, grid))
+  expected = 0 if video is None else math.prod(map(int, video.grid))
   together = len(where) == 0 or where[-1] - where[0] + 1 == len(where)
   if len(where) != expected or not together:
     raise errors.UserError(
@@ -160,22 +161,22 @@ def position_ids(ids, *, grid, seconds_per_slice, config, rule="4.50"):
   positions = positions.astype(np.int32)
   if len(where):
     start, end = where[0], where[-1] + 1
-    video = _video_positions(grid, seconds_per_slice, config.tokens_per_second)
-    taken = max(grid[1:]) if rule == "v5" else video.max() + 1
-    positions[:, start:end] = start + video
+    own = _video_positions(video, config.tokens_per_second)
+    taken = max(video.grid[1:]) if rule == "v5" else own.max() + 1
+    positions[:, start:end] = start + own
     positions[:, end:] += taken - len(where)
   return positions, int(positions.max()) + 1 if len(ids) else 0
 
 
-def _video_positions(grid, seconds_per_slice, tokens_per_second):
+def _video_positions(video, tokens_per_second):
   """Returns int32[3, N], counted from the video's first token."""
-  seconds = np.float32(seconds_per_slice)
+  seconds = np.float32(video.second_per_grid_t)
   if not (np.isfinite(seconds) and seconds > 0):
     raise errors.UserError(
-      f"seconds_per_slice is {seconds_per_slice!r}; give a positive number of"
-      " seconds"
+      f"second_per_grid_t is {video.second_per_grid_t!r}; give a positive"
+      " number of seconds"
     )
-  time, row, column = np.indices(grid).reshape(_POSITION_ROWS, -1)
+  time, row, column = np.indices(video.grid).reshape(_POSITION_ROWS, -1)
   # float32 as in the reference, whose floor falls elsewhere in float64.
   step = seconds * np.float32(tokens_per_second)
   time = np.floor(time.astype(np.float32) * step)
@@ -196,9 +197,9 @@ class Qwen2_5VL(nn.Module):  # noqa: N801
     self.visual = qwen2_5_vl_vision.Tower(cfg.vision, **kwargs)
     self.language_model = qwen2.Qwen2(cfg.text, **kwargs)
 
-  def encode_video(self, patches, layout, want=()):
-    """Returns (features float[N, D], out); see `Qwen2_5VLModel`."""
-    return self.visual(patches, layout, want)
+  def encode_video(self, patches, layout, signals=()):
+    """Returns (features float[N, D], out); see `Qwen2_5VLModel.encode`."""
+    return self.visual(patches, layout, signals)
 
   def __call__(self, patches, layout):
     """Touches every parameter; only initialisation calls it."""
@@ -209,8 +210,8 @@ class Qwen2_5VL(nn.Module):  # noqa: N801
 
 
 @dataclasses.dataclass(frozen=True)
-class Qwen2_5VLModel(language.LanguageModel):  # noqa: N801
-  """Pure functions of (params, arrays): what the rest of the library calls."""
+class Qwen2_5VLModel(video_llm.VideoLLM):  # noqa: N801
+  """Qwen2.5-VL as a `VideoLLM`."""
 
   config: Qwen2_5VLConfig
 
@@ -218,24 +219,43 @@ class Qwen2_5VLModel(language.LanguageModel):  # noqa: N801
   def module(self):
     return Qwen2_5VL(self.config, self.dtype, self.backend, self.remat)
 
-  def grid(self, num_frames, height, width):
-    """Returns (T, H, W) of a video, from the resized frames' pixels."""
+  @property
+  def processor(self):
+    """The processor of the config's sizes and CLIP's statistics."""
     vision = self.config.vision
-    token = vision.patch_size * vision.merge_size
-    if height % token or width % token:
-      raise ValueError(f"{height} x {width} pixels do not split into {token}s")
-    slices = -(-num_frames // vision.temporal_patch_size)
-    return (slices, height // token, width // token)
+    return processors.Qwen2_5VLProcessor(
+      patch_size=vision.patch_size,
+      temporal_patch_size=vision.temporal_patch_size,
+      merge_size=vision.merge_size,
+    )
+
+  def read_processor(self, directory):
+    """Returns the processor of a checkpoint's files."""
+    return processors.Qwen2_5VLProcessor.from_files(directory)
 
   def layout(self, grid, sizes=None):
     """Returns the `qwen2_5_vl_vision.Layout` of a grid (T, H, W)."""
+    grid = tuple(map(int, grid))
     return qwen2_5_vl_vision.layout(grid, self.config.vision, sizes)
 
-  def positions(self, ids, *, grid, seconds_per_slice):
+  def tower_inputs(self, inputs, bucket=None):
+    """Returns the patches, padded to a bucket, and their grid's layout."""
+    vision, values, sizes = self.config.vision, inputs.values, None
+    if bucket is not None:
+      sizes = qwen2_5_vl_vision.Sizes.of_bucket(
+        vision,
+        num_slices=bucket.frames,
+        tokens_per_slice=bucket.frame_tokens,
+        num_tokens=bucket.tokens,
+      )
+      rows = bucket.tokens * vision.patches_per_token
+      values = np.pad(values, ((0, rows - len(values)), (0, 0)))
+    layout = self.layout(inputs.grid, sizes)
+    return inputs._replace(values=values, layout=layout)
+
+  def positions(self, ids, video):
     """Returns (int32[3, L], next position) of ONE prompt, by rule 4.50."""
-    return position_ids(
-      ids, grid=grid, seconds_per_slice=seconds_per_slice, config=self.config
-    )
+    return position_ids(ids, video, config=self.config)
 
   def init(self, rng):
     """Returns random float32 parameters."""
@@ -244,58 +264,62 @@ class Qwen2_5VLModel(language.LanguageModel):  # noqa: N801
     layout = self.layout((1, 1, 1))
     return self.module.init(rng, patches, layout)["params"]
 
-  def encode_video(self, params, patches, layout):
-    """Returns features float[N, D] of one video, zero behind its tokens.
+  def encode_stages(self, params, inputs, signals=()):
+    """See `VideoLLM.encode_stages`; features are zero behind the video's.
 
-    Args:
-      params: the model's parameters.
-      patches: float[P, patch_values], normalised, in the order of the layout's
-        patches.
-      layout: of the video's grid, see `layout`.
+    Signals are of the tower's last layer, averaged over the patches of a token
+    and zero behind the video's tokens; "vision_attention" is a sum over
+    queries, "vision_keys" are turned by their place.
     """
-    return self._apply(params, patches, layout, method="encode_video")[0]
-
-  def encode_video_with(self, params, patches, layout, *, want):
-    """Returns (features, signals) of one video, features of `encode_video`.
-
-    Args:
-      params: the model's parameters.
-      patches: float[P, patch_values], as of `encode_video`.
-      layout: of the video's grid.
-      want: static, names of `vision_signals`. Of the tower's last layer and
-        averaged over the patches of a token, "vision_attention" float32[N] is
-        the attention that it receives from its slice, mean over heads, sum
-        over queries; "vision_keys" float32[N, H] are the keys, turned by their
-        place, averaged over heads. Both are zero behind the video's tokens.
-    """
-    want = vision_signals.check(want)
-    features, out = self._apply(
-      params, patches, layout, want=want, method="encode_video"
+    return self.module.apply(
+      {"params": params},
+      inputs.values,
+      inputs.layout,
+      signals,
+      method="encode_video",
     )
-    return features, {name: out[name] for name in want}
 
-  def vision_signal_shapes(self, num_video):
-    """Returns the shape of each of `vision_signals` for N video tokens."""
-    return vision_signals.shapes(num_video, self.config.vision.head_dim)
 
-  def embed_prompt(self, params, ids, features, video_start, num_video=None):
-    """Returns one prompt's embeddings float[L, D].
+def weight_table(config):
+  """Returns the rows of the weights, see `qwen2.dense_rows`.
 
-    Args:
-      params: the model's parameters.
-      ids: int32[L]; the ids under the video are ignored, and rows behind the
-        prompt may be padding.
-      features: float[N, D] of the video.
-      video_start: int32[] row of the first video token.
-      num_video: int32[] video tokens where `features` are padded; None for
-        all N.
-    """
-    num_video = len(features) if num_video is None else num_video
-    place = jnp.arange(len(ids)) - video_start
-    x = self.embed_text(params, ids)
-    video = jnp.take(features.astype(x.dtype), place, axis=0, mode="clip")
-    inside = (place >= 0) & (place < num_video)
-    return jnp.where(inside[:, None], video, x)
+  Source names are those of the hub (transformers up to 4.51, and what 5.x
+  saves); `hub_name` turns the other spellings into them.
+  """
+  rows = {}
 
-  def _apply(self, params, *args, **kwargs):
-    return self.module.apply({"params": params}, *args, **kwargs)
+  def dense(source, path, layers=None):
+    rows.update(qwen2.dense_rows(source, path, layers=layers))
+
+  def norm(source, path, layers=None):
+    rows[f"{source}.weight"] = ((*path, "scale"), "same", layers)
+
+  ours = ("visual",)
+  rows["visual.patch_embed.proj.weight"] = (
+    (*ours, "patch_embed", "kernel"),
+    "conv3d",
+    None,
+  )
+  layers, block = config.vision.num_layers, "visual.blocks.{}"
+  for name in ("norm1", "norm2"):
+    norm(f"{block}.{name}", (*ours, "blocks", name), layers)
+  for name in ("qkv", "proj"):
+    dense(f"{block}.attn.{name}", (*ours, "blocks", name), layers=layers)
+  for name in ("gate_proj", "up_proj", "down_proj"):
+    dense(f"{block}.mlp.{name}", (*ours, "blocks", name), layers=layers)
+  norm("visual.merger.ln_q", (*ours, "merger", "ln_q"))
+  # The entries of a Sequential; number 1 is the activation.
+  dense("visual.merger.mlp.0", (*ours, "merger", "linear_1"))
+  dense("visual.merger.mlp.2", (*ours, "merger", "linear_2"))
+
+  rows |= qwen2.decoder_rows(config.text, "model", "lm_head.weight")
+  return rows
+
+
+def hub_name(name):
+  """Returns the hub's name of a tensor in any of the known spellings."""
+  if name.startswith("model.visual."):
+    return name.removeprefix("model.")
+  if name.startswith("model.language_model."):
+    return "model." + name.removeprefix("model.language_model.")
+  return name

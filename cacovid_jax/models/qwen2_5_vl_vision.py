@@ -8,6 +8,8 @@ Paper: https://arxiv.org/abs/2502.13923 (section 2.1.1).
 """
 
 import dataclasses
+import functools
+import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -21,7 +23,7 @@ from cacovid_jax.models import (
   hf_config,
   qwen2,
   rope,
-  vision_signals,
+  video_llm,
 )
 
 # Not in any config.json: the released code has it fixed.
@@ -168,6 +170,38 @@ class VisionConfig:
     """Tokens along one side of a window."""
     return self.window_size // self.merge_size // self.patch_size
 
+  @property
+  def mlp_width(self):
+    """Values of a patch that the MLP holds at a time: both halves."""
+    return 2 * self.intermediate_size
+
+  def num_patches(self, grid):
+    """Returns P of a video's token grid (T, H, W)."""
+    return math.prod(grid) * self.patches_per_token
+
+  def input_shape(self, grid):
+    """Returns the shape of what the tower takes of a video."""
+    return self.num_patches(grid), self.patch_values
+
+  def flops(self, grid, out_width):
+    """Returns the operations from one video's patches to its features.
+
+    Args:
+      grid: (T, H, W) of its tokens.
+      out_width: of the features.
+    """
+    sizes, D = Sizes.of([grid], self), self.hidden_size  # noqa: N806
+    patches, merge = self.num_patches(grid), self.patches_per_token
+    per_layer = 4 * D * D + 3 * D * self.intermediate_size
+    total = patches * (self.patch_values * D + self.num_layers * per_layer)
+    # Smaller windows at the edges are padded to whole ones.
+    window = (self.window_side**2 * merge) ** 2 * sizes.num_windows
+    whole = (sizes.tokens_per_slice * merge) ** 2 * sizes.num_slices
+    full = len(self.full_layers)
+    total += 2 * D * (full * whole + (self.num_layers - full) * window)
+    joined = D * merge
+    return 2 * (total + sizes.num_tokens * joined * (joined + out_width))
+
 
 class Segments(NamedTuple):
   """Patches that attend to each other, one segment per row, right padded."""
@@ -241,8 +275,11 @@ class Sizes:
     )
 
 
+@functools.lru_cache(maxsize=32)
 def layout(grid, config, sizes=None):
   """Returns the `Layout` of one video, NumPy arrays made on the host.
+
+  Remembered: many videos have one grid. Nobody writes into the arrays.
 
   Args:
     grid: (T, H, W) of its tokens, after merging.
@@ -347,7 +384,7 @@ def received(q, k, segments):
     k: float[P, N, H], turned.
     segments: `Segments`; patches in none of them get a number without meaning.
   """
-  got = vision_signals.attention_received(
+  got = attention.attention_received(
     jnp.take(q, segments.rows, axis=0),
     jnp.take(k, segments.rows, axis=0),
     segments.lengths,
@@ -380,7 +417,7 @@ class Block(nn.Module):
 
     Args:
       x: float[P, D].
-      signals: dict of the wanted `vision_signals`, float32[P, ...].
+      signals: dict of the wanted `video_llm.SIGNALS`, float32[P, ...].
       is_full: bool[], True to see the whole slice, False the window.
       is_last: bool[], True for the layer whose signals are to be returned.
       cos: float32[P, H] of `rotary`.
@@ -453,7 +490,7 @@ class Tower(nn.Module):
   remat: bool = False
 
   @nn.compact
-  def __call__(self, patches, layout, want=()):
+  def __call__(self, patches, layout, signals=()):
     """Returns (features float[N, out_hidden_size], out) of one video.
 
     Tokens stay in the order of the grid. Features of padding are zero.
@@ -461,7 +498,7 @@ class Tower(nn.Module):
     Args:
       patches: float[P, patch_values], normalised.
       layout: `Layout` for P patches.
-      want: names of `vision_signals`; `out` then holds, of the last layer and
+      signals: of `video_llm.SIGNALS`; `out` then holds, of the last layer and
         averaged over the patches of a token, "vision_attention" float32[N], a
         sum over queries, and "vision_keys" float32[N, H], turned. Zero for
         padding.
@@ -477,11 +514,8 @@ class Tower(nn.Module):
     out = {"patch_embed": x}
     cos, sin = rotary(layout.coordinates, cfg.head_dim, cfg.rope_theta)
 
-    shapes = vision_signals.shapes(len(x), cfg.head_dim)
-    signals = {
-      name: jnp.zeros(shapes[name], jnp.float32)
-      for name in vision_signals.check(want)
-    }
+    shapes = video_llm.signal_shapes(len(x), cfg.head_dim)
+    signals = {name: jnp.zeros(shapes[name], jnp.float32) for name in signals}
 
     def block(layer, carry, kind):
       return layer(*carry, *kind, cos, sin, layout), None

@@ -10,9 +10,17 @@ from collections.abc import Sequence
 
 import chex
 import jax.numpy as jnp
+import numpy as np
 
 
-def angles(positions, head_dim, theta, sections: Sequence[int] | None = None):
+def angles(
+  positions,
+  head_dim,
+  theta,
+  sections: Sequence[int] | None = None,
+  *,
+  interleaved: bool = False,
+):
   """Returns the cosines and sines that rotate queries and keys.
 
   Args:
@@ -21,6 +29,8 @@ def angles(positions, head_dim, theta, sections: Sequence[int] | None = None):
     theta: base of the geometric row of wavelengths.
     sections: how many of the H / 2 frequencies each position row drives, in
       order; None for plain RoPE.
+    interleaved: whether the rows take turns (0, 1, 2, 0, 1, 2, ...) until a
+      later one has all of its own; the first row drives the rest (Qwen3-VL).
 
   Returns:
     (cos, sin), both float32[..., L, H]. The halves are equal, as the
@@ -28,25 +38,23 @@ def angles(positions, head_dim, theta, sections: Sequence[int] | None = None):
   """
   exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
   frequencies = 1.0 / theta**exponents
-  # float32 holds every position below 2**24 exactly.
-  phase = positions[..., None].astype(jnp.float32) * frequencies
   if sections is None:
     chex.assert_axis_dimension(positions, 0, 1)
-    phase = phase[0]
+    rows = positions[0][..., None]
   else:
     if len(sections) != positions.shape[0] or sum(sections) != head_dim // 2:
       raise ValueError(
         f"sections {tuple(sections)} do not split {head_dim // 2} frequencies "
         f"over {positions.shape[0]} position rows"
       )
-    starts = [sum(sections[:row]) for row in range(len(sections))]
-    phase = jnp.concatenate(
-      [
-        phase[row, ..., start : start + size]
-        for row, (start, size) in enumerate(zip(starts, sections, strict=True))
-      ],
-      axis=-1,
-    )
+    driver = np.repeat(np.arange(len(sections)), sections)
+    if interleaved:
+      driver[:] = 0
+      for row, size in enumerate(sections[1:], start=1):
+        driver[row : len(sections) * size : len(sections)] = row
+    rows = jnp.moveaxis(positions[driver], 0, -1)
+  # float32 holds every position below 2**24 exactly.
+  phase = rows.astype(jnp.float32) * frequencies
   phase = jnp.concatenate([phase, phase], axis=-1)
   return jnp.cos(phase), jnp.sin(phase)
 

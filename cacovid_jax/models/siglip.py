@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cacovid_jax.models import attention, hf_config, vision_signals
+from cacovid_jax.models import attention, hf_config, video_llm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,6 +93,38 @@ class SiglipConfig:
     """Patches along one side of a frame."""
     return self.image_size // self.patch_size
 
+  @property
+  def head_dim(self):
+    return self.hidden_size // self.num_heads
+
+  @property
+  def mlp_width(self):
+    """Values of a patch that the MLP holds at a time."""
+    return self.intermediate_size
+
+  def num_patches(self, grid):
+    """Returns the patches of a video's token grid (T, H, W)."""
+    return grid[0] * self.side**2
+
+  def input_shape(self, grid):
+    """Returns the shape of what the tower takes of a video."""
+    return grid[0], self.image_size, self.image_size, 3
+
+  def flops(self, grid, out_width):
+    """Returns the operations from one video's pixels to its features.
+
+    LLaVA-OneVision's projector is among them, its pooling is not.
+
+    Args:
+      grid: (T, H, W) of its tokens.
+      out_width: of the features.
+    """
+    patches, D = self.num_patches(grid), self.hidden_size  # noqa: N806
+    per_layer = 4 * D * D + 2 * D * self.intermediate_size
+    per_layer += 2 * D * self.side**2  # Patches see their frame.
+    total = 3 * self.patch_size**2 * D + self.num_layers * per_layer
+    return 2 * patches * (total + D * out_width + out_width * out_width)
+
 
 class LayerNorm(nn.Module):
   """LayerNorm in float32 throughout, rounded to `dtype` once at the end."""
@@ -126,7 +158,7 @@ class SiglipLayer(nn.Module):
 
     Args:
       x: what the layer below gave.
-      signals: dict of the wanted `vision_signals`, float32[F, P, ...].
+      signals: dict of the wanted `video_llm.SIGNALS`, float32[F, P, ...].
       is_last: bool[], True for the layer whose signals are to be returned.
     """
     cfg = self.config
@@ -134,7 +166,7 @@ class SiglipLayer(nn.Module):
     def dense(size, name):
       return nn.Dense(size, dtype=self.dtype, name=name)
 
-    heads = (*x.shape[:2], cfg.num_heads, cfg.hidden_size // cfg.num_heads)
+    heads = (*x.shape[:2], cfg.num_heads, cfg.head_dim)
 
     h = LayerNorm(cfg.layer_norm_eps, self.dtype, name="layer_norm1")(x)
     q = dense(cfg.hidden_size, "q_proj")(h).reshape(heads)
@@ -147,7 +179,7 @@ class SiglipLayer(nn.Module):
       found = {
         # A mean over queries: a frame's attention adds up to 1.
         "vision_attention": lambda: (
-          vision_signals.attention_received(q, k) / x.shape[1]
+          attention.attention_received(q, k) / x.shape[1]
         ),
         "vision_keys": lambda: k.astype(jnp.float32).mean(axis=2),
       }
@@ -177,12 +209,12 @@ class SiglipTower(nn.Module):
   remat: bool = False
 
   @nn.compact
-  def __call__(self, pixels, want=()):
+  def __call__(self, pixels, signals=()):
     """Returns (hidden float[F, P, D], out) of pixels float[F, h, w, 3].
 
     Args:
       pixels: normalised frames.
-      want: names of `vision_signals`; `out` then holds, of the last layer,
+      signals: of `video_llm.SIGNALS`; `out` then holds, of the last layer,
         "vision_attention" float32[F, P] and "vision_keys" float32[F, P, H].
     """
     cfg = self.config
@@ -200,12 +232,9 @@ class SiglipTower(nn.Module):
     x = x + table.astype(self.dtype)
     out = {"embeddings": x}
 
-    shapes = vision_signals.shapes(
-      side * side, cfg.hidden_size // cfg.num_heads
-    )
+    shapes = video_llm.signal_shapes(side * side, cfg.head_dim)
     signals = {
-      name: jnp.zeros((frames, *shapes[name]), jnp.float32)
-      for name in vision_signals.check(want)
+      name: jnp.zeros((frames, *shapes[name]), jnp.float32) for name in signals
     }
 
     def block(layer, carry, is_last):

@@ -186,14 +186,6 @@ def put(tree, mesh: Mesh, spec: P):
   return jax.tree.map(place, tree)
 
 
-def by_hand(mesh: Mesh) -> set[str]:
-  """Returns the axes that `shard_map` maps; the compiler splits the others.
-
-  It splits the base model over `model`, by the sharding of its weights.
-  """
-  return {"data"} if mesh.shape["model"] > 1 else set(mesh.axis_names)
-
-
 def jit_rows(
   function: Callable, mesh: Mesh | None, *, weights: Sequence[int] = (0,)
 ):
@@ -210,14 +202,7 @@ def jit_rows(
 
   def mapped(*args):
     specs = [P() if n in weights else P("data") for n in range(len(args))]
-    return jax.shard_map(
-      function,
-      mesh=mesh,
-      in_specs=tuple(specs),
-      out_specs=P("data"),
-      axis_names=by_hand(mesh),
-      check_vma=False,
-    )(*args)
+    return map_over_data(function, mesh, tuple(specs), P("data"))(*args)
 
   return jax.jit(mapped)
 

@@ -19,9 +19,11 @@ from cacovid_jax import errors
 from cacovid_jax.models import (
   checkpoints,
   generation,
-  pruning,
+  processors,
+  prompt_batch,
   qwen2_5_vl,
   qwen2_5_vl_vision,
+  video_llm,
 )
 from cacovid_jax.parity import stage
 
@@ -101,13 +103,13 @@ def compare(model, params, golden):
   """Returns the list of `stages.Stage`, from the pixels to the answers.
 
   Args:
-    model: `LlavaOnevisionModel` or `Qwen2_5VLModel`, in float32.
+    model: `video_llm.VideoLLM`, in float32.
     params: its parameters.
     golden: arrays of a golden.npz.
   """
   run = _Run(model, params, golden)
   with jax.default_matmul_precision("highest"):
-    (_qwen2_5_vl if run.is_qwen else _llava_onevision)(run)
+    (_llava_onevision if run.one_grid else _qwen2_5_vl)(run)
   return run.stages
 
 
@@ -123,11 +125,11 @@ def logits(model, params, golden):
     golden: arrays of a golden.npz.
   """
   run = _Run(model, params, golden)
-  if run.is_qwen:
+  if run.one_grid:
+    prompts, x, positions = _llava_onevision_embedded(run)
+  else:
     prompts, x, placed = _qwen2_5_vl_embedded(run)
     positions, _ = placed["v5"]
-  else:
-    prompts, x, positions = _llava_onevision_embedded(run)
   hidden, _ = run.forward(x, positions, lengths=prompts.lengths)
   mine = run.logits(hidden[prompts.valid])
   return np.asarray(mine), prompts.rows("logits")
@@ -138,8 +140,8 @@ class _Run:
 
   def __init__(self, model, params, golden):
     self.model, self.params, self.golden = model, params, golden
-    self.is_qwen = isinstance(model, qwen2_5_vl.Qwen2_5VLModel)
-    needed = _QWEN2_5_VL_ARRAYS if self.is_qwen else _LLAVA_ONEVISION_ARRAYS
+    self.one_grid = model.processor.one_grid
+    needed = _LLAVA_ONEVISION_ARRAYS if self.one_grid else _QWEN2_5_VL_ARRAYS
     if missing := [name for name in needed if name not in golden]:
       raise errors.UserError(
         f"golden.npz lacks {', '.join(missing)}; make the golden file again"
@@ -156,15 +158,10 @@ class _Run:
     tolerance *= max(1.0, float(largest) / _SCALE)
     self.stages.append(stage.compare(name, actual, expected, tolerance))
 
-  def encode_video(self, *videos):
-    """Returns (features, out) of a batch of videos."""
-
-    def one(params, *video):
-      module = self.model.module
-      return module.apply({"params": params}, *video, method="encode_video")
-
-    in_axes = (None, *[0] * len(videos))
-    return jax.jit(jax.vmap(one, in_axes))(self.params, *videos)
+  def encode(self, videos):
+    """Returns (features, out) of `TowerInputs` of a batch of videos."""
+    encode = jax.jit(jax.vmap(self.model.encode_stages, (None, 0)))
+    return encode(self.params, videos)
 
   def embed_prompt(self, *prompts):
     """Returns float[B, L, D] of a batch of prompts."""
@@ -191,7 +188,10 @@ def _llava_onevision_embedded(run):
   model, golden = run.model, run.golden
   pixels = jnp.asarray(golden["pixel_values_videos"])
   pixels = pixels.transpose(0, 1, 3, 4, 2)  # [B, T, h, w, 3]
-  features, out = run.encode_video(pixels)
+  grids = np.array([model.grid(*video.shape[:3]) for video in pixels])
+  features, out = run.encode(
+    processors.TowerInputs(pixels, tuple(grids.T), np.ones(len(pixels)))
+  )
   for name in (
     "vision_embeddings",
     "vision_tower_output",
@@ -199,16 +199,13 @@ def _llava_onevision_embedded(run):
     "pooled_features",
   ):
     run.add(name, out[name].reshape(-1, *out[name].shape[2:]))
-  blocks = jax.vmap(
-    lambda video: model.module.apply(
-      {"params": run.params}, video, method="video_block"
-    )
-  )(features)
-  run.add("video_features", blocks)
-
   num_video = np.full(len(features), features.shape[1])
   prompts = _Prompts(model.config, golden, num_video, num_newlines=1)
-  x = run.embed_prompt(prompts.ids, features, prompts.video_start)
+  x = run.embed_prompt(prompts.ids, features, prompts.video_rows)
+  # The newline is the row behind the video's.
+  rows = prompts.video_rows
+  rows = np.concatenate([rows, rows[:, -1:] + 1], axis=1)
+  run.add("video_features", np.take_along_axis(x, rows[..., None], axis=1))
   return prompts, x, prompts.roll(golden["position_ids"])[:, None]
 
 
@@ -236,7 +233,7 @@ def _qwen2_5_vl_embedded(run):
   num_video = grids.prod(axis=1)
   prompts = _Prompts(model.config, golden, num_video)
   features = _qwen2_5_vl_features(run, grids, num_video)
-  x = run.embed_prompt(prompts.ids, features, prompts.video_start, num_video)
+  x = run.embed_prompt(prompts.ids, features, prompts.video_rows)
 
   padded_length = golden["input_ids"].shape[1]
   both = {}
@@ -290,9 +287,13 @@ def _qwen2_5_vl_features(run, grids, num_video):
   layouts = [model.layout(grid, sizes) for grid in grids]
   most = sizes.num_tokens * vision.patches_per_token
   videos = np.split(patches, starts[1:])
-  features, out = run.encode_video(
-    np.stack([np.pad(x, [(0, most - len(x)), (0, 0)]) for x in videos]),
-    jax.tree.map(lambda *leaves: np.stack(leaves), *layouts),
+  features, out = run.encode(
+    processors.TowerInputs(
+      np.stack([np.pad(x, [(0, most - len(x)), (0, 0)]) for x in videos]),
+      tuple(grids.T),
+      run.golden["second_per_grid_ts"],
+      jax.tree.map(lambda *leaves: np.stack(leaves), *layouts),
+    )
   )
 
   def valid(x, lengths):
@@ -314,8 +315,9 @@ def _position_ids(run, prompts, grids, rule):
   for i, length in enumerate(prompts.lengths):
     positions[i, :, :length], following[i] = qwen2_5_vl.position_ids(
       ids[i, :length],
-      grid=grids[i],
-      seconds_per_slice=run.golden["second_per_grid_ts"][i],
+      video_llm.VideoFeatures(
+        None, tuple(grids[i]), run.golden["second_per_grid_ts"][i]
+      ),
       config=run.model.config,
       rule=rule,
     )
@@ -330,7 +332,7 @@ class _Prompts:
     lengths: int32[B] tokens of each prompt.
     valid: bool[B, L].
     num_video: int[B] tokens of each video.
-    video_start: int32[B] row of the first.
+    video_rows: int32[B, N] their rows, L behind those of a video.
   """
 
   def __init__(self, config, golden, num_video, num_newlines=0):
@@ -354,7 +356,10 @@ class _Prompts:
         f"{' and one newline' if num_newlines else ''}; the pixels and the ids"
         " do not belong together"
       )
-    self.video_start = jnp.asarray(is_video.argmax(axis=1), jnp.int32)
+    # A newline, of the same id, is behind them.
+    first = np.argsort(~is_video, axis=1, kind="stable")[:, : max(num_video)]
+    is_own = np.arange(first.shape[1]) < num_video[:, None]
+    self.video_rows = np.where(is_own, first, mask.shape[1]).astype(np.int32)
 
   def roll(self, array):
     """Returns int32[B, L] of array[B, L], right padded."""
@@ -378,7 +383,7 @@ def _decoder(run, prompts, x, positions, next_positions):
   hidden, out = run.forward(x, positions, lengths=prompts.lengths)
   states = run.golden["hidden_states"]  # [layers + 1, B, L, D], last normed.
   mine = [x, *out["hidden"][:-1], hidden]
-  inner = RESIDUAL_TOLERANCE if run.is_qwen else STAGE_TOLERANCE
+  inner = STAGE_TOLERANCE if run.one_grid else RESIDUAL_TOLERANCE
   if len(mine) != len(states):
     raise errors.UserError(
       f"golden.npz has {len(states)} hidden states, the config's model"
@@ -420,16 +425,14 @@ def _dropped(run, prompts, x, positions):
   """Runs the first prompt without the dropped tokens, positions kept."""
   padding = int((run.golden["attention_mask"][0] == 0).sum())
   kept = run.golden["dropped_keep_index"] - padding  # Rows after rolling.
-  length, num_video = int(prompts.lengths[0]), int(prompts.num_video[0])
-  start = int(prompts.video_start[0])
-  index = kept[(kept >= start) & (kept < start + num_video)] - start
-  rows, new_length = pruning.pruned_rows(
+  video_rows = prompts.video_rows[0, : prompts.num_video[0]]
+  index = np.flatnonzero(np.isin(video_rows, kept))
+  rows, new_length, _ = prompt_batch.kept_rows(
     index,
     len(index),
-    video_start=start,
-    num_video=num_video,
-    length=length,
-    out_length=length - num_video + len(index),
+    video_rows=video_rows,
+    length=prompts.lengths[0],
+    num_rows=prompts.lengths[0],
   )
   if int(new_length) != len(kept) or (np.asarray(rows) != kept).any():
     # Text was dropped, too, which a compressor never does: take it literally.
@@ -447,16 +450,17 @@ def _pruned(run, prompts, x, positions):
   """
   num_valid = -(-prompts.num_video // 3)
   index = jnp.arange(num_valid.max()) * 3  # Every third token.
-  rows, lengths = jax.vmap(
-    lambda valid, start, video, length: pruning.pruned_rows(
+  # As many rows as before, for prompts of much text beside those of much video.
+  num_rows = x.shape[1] + prompts.video_rows.shape[1] - len(index)
+  rows, lengths, _ = jax.vmap(
+    lambda valid, video_rows, length: prompt_batch.kept_rows(
       index,
       valid,
-      video_start=start,
-      num_video=video,
+      video_rows=video_rows,
       length=length,
-      out_length=x.shape[1],
+      num_rows=num_rows,
     )
-  )(num_valid, prompts.video_start, prompts.num_video, prompts.lengths)
+  )(num_valid, prompts.video_rows, prompts.lengths)
   batch = np.arange(len(rows))[:, None]
   pruned, _ = run.forward(
     x[batch, rows],
@@ -468,7 +472,7 @@ def _pruned(run, prompts, x, positions):
   mask = np.broadcast_to(visible[:, None], (*visible.shape, x.shape[1]))
   hidden, _ = run.forward(x, positions, mask=mask)
 
-  inside = np.arange(x.shape[1]) < np.asarray(lengths)[:, None]
+  inside = np.arange(rows.shape[1]) < np.asarray(lengths)[:, None]
   pruned, hidden = pruned[inside], hidden[batch, rows][inside]
   run.add("pruned_last_hidden_state", pruned, hidden)
   run.add(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cacovid_jax import errors
-from cacovid_jax.models import checkpoints, qwen2_5_vl
+from cacovid_jax.models import checkpoints
 from cacovid_jax.parity import models
 
 _QUESTIONS = (
@@ -185,12 +185,8 @@ def reference(
   directory = os.fspath(directory)
   config = checkpoints.load_config(directory)  # Our own one-line mistakes.
   rng = np.random.default_rng(seed)
-  is_qwen = isinstance(config, qwen2_5_vl.Qwen2_5VLConfig)
-  make, name = (
-    (_qwen2_5_vl, "Qwen2_5_VLForConditionalGeneration")
-    if is_qwen
-    else (_llava_onevision, "LlavaOnevisionForConditionalGeneration")
-  )
+  described = config.to_hf()
+  make, (name,) = _MAKERS[described["model_type"]], described["architectures"]
   torch, model = _load(directory, name, device, dtype, attention)
   with torch.no_grad():
     run = _Run(torch, model, device, rng, max_new_tokens)
@@ -289,10 +285,14 @@ def _qwen2_5_vl(run, directory, config, num_slices) -> dict[str, Any]:
   }
 
 
+_MAKERS = {"llava_onevision": _llava_onevision, "qwen2_5_vl": _qwen2_5_vl}
+
+
 def _frame_sizes(config):
   """Returns (rows, columns) of tokens of a frame of each of the two clips."""
-  if not isinstance(config, qwen2_5_vl.Qwen2_5VLConfig):
-    return [(config.pooled_side, config.pooled_side)] * 2
+  processor = checkpoints.make_model(config).processor
+  if processor.one_grid:
+    return [processor.fixed_grid(1)[1:]] * 2
   # Grids that the windows do and do not divide.
   vision = config.vision
   side = max(2, vision.window_size // (vision.patch_size * vision.merge_size))

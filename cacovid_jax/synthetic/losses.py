@@ -30,7 +30,7 @@ import numpy as np
 import optax
 
 from cacovid_jax import errors
-from cacovid_jax.models import qwen2, rope
+from cacovid_jax.models import processors, qwen2, rope
 from cacovid_jax.synthetic import render, world
 
 ATTRIBUTES = (
@@ -261,6 +261,7 @@ class PackedPrompts:
     self.num_video = num_video
     self.num_questions = num_questions
     self.question_length = question_length
+    self.video_rows = len(self.prefix) + np.arange(num_video, dtype=np.int32)
     self.text_start = len(self.prefix) + num_video + 1
 
   def head_ids(self):
@@ -287,6 +288,12 @@ class PackedPrompts:
     return np.concatenate([np.arange(self.text_start), text]).astype(np.int32)
 
 
+def encode(model, params, pixels):
+  """Returns features float[N, D] of one clip float32[T, h, w, 3]."""
+  inputs = processors.TowerInputs(pixels, model.grid(*pixels.shape[:3]))
+  return model.encode(params, inputs).features
+
+
 def packed_logits(model, params, prompts, features, ids):
   """Answers all questions of each clip with the whole video.
 
@@ -304,10 +311,8 @@ def packed_logits(model, params, prompts, features, ids):
   head = prompts.head_ids()
   head = jnp.broadcast_to(head, (batch, len(head)))
   rows = jnp.concatenate([head, ids.reshape(batch, -1)], axis=1)
-  start = len(prompts.prefix)
-  x = jax.vmap(lambda i, f: model.embed_prompt(params, i, f, start))(
-    rows, features
-  )
+  embed = jax.vmap(model.embed_prompt, (None, 0, 0, None))
+  x = embed(params, rows, features, prompts.video_rows)
   positions = jnp.broadcast_to(
     prompts.packed_positions(), (batch, 1, x.shape[1])
   )
@@ -336,9 +341,9 @@ def pruned_logits(model, params, prompts, features, ids, index, valid):
   batch, num_questions, length = ids.shape
   start = len(prompts.prefix)
   head = prompts.head_ids()
-  whole = jax.vmap(lambda f: model.embed_prompt(params, head, f, start))(
-    features
-  )  # [B, prefix + N + 1, D]
+  embed = jax.vmap(model.embed_prompt, (None, None, 0, None))
+  # [B, prefix + N + 1, D]
+  whole = embed(params, head, features, prompts.video_rows)
   rows = jnp.concatenate(
     [
       jnp.broadcast_to(jnp.arange(start), (batch, num_questions, start)),
@@ -391,10 +396,9 @@ def first_layer(model, params, prompts, features, ids, lengths):
   """
   head = prompts.head_ids()
   head = jnp.broadcast_to(head, (len(ids), len(head)))
-  start = len(prompts.prefix)
-  x = jax.vmap(lambda i, f: model.embed_prompt(params, i, f, start))(
-    jnp.concatenate([head, ids], axis=1), features
-  )
+  rows = jnp.concatenate([head, ids], axis=1)
+  embed = jax.vmap(model.embed_prompt, (None, 0, 0, None))
+  x = embed(params, rows, features, prompts.video_rows)
   text = model.config.text
   layer = qwen2.DecoderLayer(text, model.dtype, model.backend)
   positions = jnp.arange(x.shape[1])[None]
@@ -410,7 +414,7 @@ def first_layer(model, params, prompts, features, ids, lengths):
     causal=False,
     lengths=prompts.text_start + lengths,
   )
-  return h[:, start : start + prompts.num_video]
+  return h[:, prompts.video_rows]
 
 
 def random_subsets(rng, decisive, num_valid, pull, *, num_keep):
@@ -486,7 +490,7 @@ def answer_losses(model, params, rng, batch, *, prompts, config, word_ids):
   """
   frame_rng, subset_rng = jax.random.split(rng)
   weights = params["model"]
-  features = jax.vmap(lambda p: model.encode_video(weights, p))(
+  features = jax.vmap(lambda p: encode(model, weights, p))(
     draw_frames(frame_rng, batch).astype(model.dtype)
   )
   ids, target = batch["ids"], batch["target"]

@@ -209,7 +209,7 @@ def make_probe(model, prompts, num_keep_of, mesh):
     rng = jax.random.fold_in(rng, jax.lax.axis_index("data"))
     frame_rng, rule_rng = jax.random.split(rng)
     pixels = losses_lib.draw_frames(frame_rng, batch).astype(model.dtype)
-    features = jax.vmap(lambda p: model.encode_video(params, p))(pixels)
+    features = jax.vmap(lambda p: losses_lib.encode(model, params, p))(pixels)
     ids, target = batch["ids"], batch["target"]
     logits = losses_lib.packed_logits(model, params, prompts, features, ids)
     hits = {"vanilla": losses_lib.hits(logits, ids, target)}
@@ -289,7 +289,7 @@ def train(model, tokenizer_file, config, *, on_metrics, on_probe):
   """Pretrains a model and returns its parameters and the last probe.
 
   Args:
-    model: `models.llava_onevision.LlavaOnevisionModel`.
+    model: `models.video_llm.VideoLLM`.
     tokenizer_file: path of tokenizer.json.
     config: the "pretrain" section of `configs/synthetic_base.py`.
     on_metrics: called with (step, {name: value}) every config.log_every steps.

@@ -16,11 +16,11 @@ import ml_dtypes
 import numpy as np
 
 from cacovid_jax import errors, files
-from cacovid_jax.data import qwen_frames
 from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.models import (
   checkpoints,
   llava_onevision,
+  processors,
   qwen2_5_vl,
   safetensors_io,
   siglip,
@@ -152,7 +152,7 @@ def _qwen2_5_vl(directory):
   tokenizer = tokenizer_training.learn(_TEXTS, _VOCABULARY, _QWEN_TOKENS)
   tokenizer.save(os.path.join(directory, "tokenizer.json"))
   vision = base.vision
-  processor = qwen_frames.ProcessorConfig.tiny()
+  processor = processors.Qwen2_5VLProcessor.tiny()
   described = {
     "tokenizer_config.json": {
       "tokenizer_class": "PreTrainedTokenizerFast",

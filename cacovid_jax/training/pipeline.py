@@ -14,6 +14,7 @@ import collections
 import dataclasses
 import functools
 import hashlib
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -23,11 +24,11 @@ import grain
 import numpy as np
 
 from cacovid_jax import errors
-from cacovid_jax.data import feature_cache, qwen_frames, rejected_clips, video
+from cacovid_jax.data import feature_cache, rejected_clips, video
 from cacovid_jax.data import frames as frames_lib
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import tokenizer as tokenizer_lib
-from cacovid_jax.models import token_grid
+from cacovid_jax.models import processors, token_grid, video_llm
 
 MAX_SUBSTITUTES = 16
 
@@ -167,7 +168,7 @@ class ShotSource(ClipSource):
     self,
     media_root,
     rule: FrameRule,
-    processor: qwen_frames.ProcessorConfig,
+    processor: processors.Processor,
     **options,
   ):
     """As of `ClipSource`, with a processor in place of size and filter."""
@@ -179,7 +180,7 @@ class ShotSource(ClipSource):
   def load(self, question: question_lib.Question) -> Shot:
     """Returns the clip's frames as the model sees them."""
     clip = self.read(question)
-    fps = qwen_frames.sampled_fps(len(clip.frames), clip.duration)
+    fps = frames_lib.sampled_fps(len(clip.frames), clip.duration)
     return Shot(clip.frames, fps)
 
 
@@ -196,7 +197,7 @@ class FeatureSource:
     self,
     clips: ClipSource,
     encode_fn: Callable[[np.ndarray], np.ndarray],
-    preprocessing: frames_lib.Preprocessing,
+    processor: processors.Processor,
     *,
     identity: str,
     num_tokens: int,
@@ -210,7 +211,7 @@ class FeatureSource:
     Args:
       clips: gives the frames.
       encode_fn: float32[b,T,S,S,3] -> float[b,N,D], jitted; b is encode_batch.
-      preprocessing: mean and deviation of the pixels.
+      processor: frames to pixels.
       identity: of the model's weights (their sha256, say).
       num_tokens: N.
       width: D.
@@ -219,7 +220,7 @@ class FeatureSource:
       memory_items: clips whose features stay in memory.
     """
     self.clips, self._encode_fn = clips, encode_fn
-    self._preprocessing, self._identity = preprocessing, identity
+    self._processor, self._identity = processor, identity
     self._shape = (num_tokens, width)
     self._encode_batch = encode_batch
     self._cache, self._memory_items = cache, memory_items
@@ -250,7 +251,7 @@ class FeatureSource:
       content=rejected_clips.content_hash(self.clips.path(question)),
       **refused,
       rule=dataclasses.asdict(self.clips.rule),
-      preprocessing=dataclasses.asdict(self._preprocessing),
+      preprocessing=self._processor.described,
       identity=self._identity,
     )
 
@@ -303,9 +304,7 @@ class FeatureSource:
   def _encode(self, clips: list[np.ndarray]) -> list[np.ndarray]:
     count = len(clips)
     clips = clips + [clips[-1]] * (self._encode_batch - count)
-    pixels = frames_lib.normalise(
-      np.stack(clips), self._preprocessing.mean, self._preprocessing.std
-    )
+    pixels = self._processor.normalise(np.stack(clips))
     features = np.asarray(self._encode_fn(pixels), np.float32)
     if features.shape[1:] != self._shape:
       raise ValueError(
@@ -342,22 +341,8 @@ class FeatureSource:
     self._cache.put(name, features)
 
 
-class Encoded(NamedTuple):
-  """Features of one clip and the grid that they lie on.
-
-  Attributes:
-    features: float32[N,D], of the clip's own N.
-    grid: (T, H, W).
-    seconds_per_slice: see `qwen_frames.Patches`.
-  """
-
-  features: np.ndarray
-  grid: tuple[int, int, int]
-  seconds_per_slice: float
-
-
 class GridFeatureSource(FeatureSource):
-  """`Encoded` clips, each of its own grid.
+  """`VideoFeatures` of clips, each of its own grid.
 
   A clip is encoded in the smallest bucket that holds it, whatever others are in
   the batch, so that its features do not depend on them.
@@ -366,8 +351,10 @@ class GridFeatureSource(FeatureSource):
   def __init__(
     self,
     clips: ShotSource,
-    encode_fn: Callable[[np.ndarray, token_grid.GridBucket, tuple], np.ndarray],
-    processor: qwen_frames.ProcessorConfig,
+    encode_fn: Callable[
+      [processors.TowerInputs, token_grid.GridBucket], np.ndarray
+    ],
+    processor: processors.Processor,
     *,
     buckets: Sequence[token_grid.GridBucket],
     identity: str,
@@ -378,9 +365,9 @@ class GridFeatureSource(FeatureSource):
 
     Args:
       clips: gives the frames.
-      encode_fn: (patches float32[P,...], grid, bucket) -> float[N_max,D] of the
-        bucket, the clip's own N rows first.
-      processor: frames to patches.
+      encode_fn: (inputs, bucket) -> float[N_max,D] of the bucket, the clip's
+        own N rows first.
+      processor: frames to the tower's inputs.
       buckets: sizes that programs are compiled for.
       identity: as of `FeatureSource`, also the next two.
       cache: see above.
@@ -399,7 +386,7 @@ class GridFeatureSource(FeatureSource):
     self._buckets = tuple(buckets)
 
   def load(self, question: question_lib.Question):
-    """Returns (key, `Encoded` or None, `Shot` or None) of the clip."""
+    """Returns (key, `VideoFeatures` or None, `Shot` or None) of the clip."""
     name, known, shot = super().load(question)
     if shot is not None:
       self._check_shape(self.clips.path(question), shot)
@@ -411,13 +398,9 @@ class GridFeatureSource(FeatureSource):
     Other clips that find no bucket tell that the buckets are wrong, which stops
     the run.
     """
-    processor, (count, height, width, _) = (
-      self._preprocessing,
-      shot.frames.shape,
-    )
-    rows, columns = height // processor.factor, width // processor.factor
-    grid = -(-count // processor.temporal_patch_size), rows, columns
-    _, most = processor.slice_tokens(count)
+    grid = self._processor.resized_grid(*shot.frames.shape[:3])
+    _, rows, columns = grid
+    _, most = self._processor.patch_tokens(len(shot.frames))
     fits = any(bucket.holds(grid) for bucket in self._buckets)
     if rows * columns > most and not fits:
       raise video.VideoError(
@@ -426,7 +409,7 @@ class GridFeatureSource(FeatureSource):
         f"long and narrow: {columns} x {rows} tokens, above {most}",
       )
 
-  def finish(self, payloads) -> list[Encoded]:
+  def finish(self, payloads) -> list[video_llm.VideoFeatures]:
     """Returns the clips, encoding what is not known yet."""
     return self._finished(payloads)
 
@@ -436,32 +419,37 @@ class GridFeatureSource(FeatureSource):
       " training, where another question stands in"
     )
 
-  def _encode(self, shots: list[Shot]) -> list[Encoded]:
+  def _encode(self, shots: list[Shot]) -> list[video_llm.VideoFeatures]:
     found = []
     for shot in shots:
-      clip = self._preprocessing(shot.frames, fps=shot.fps, resized=True)
-      bucket = token_grid.pick(clip.grid, self._buckets)
-      features = self._encode_fn(clip.patches, clip.grid, bucket)
-      features = np.asarray(features, np.float32)[: clip.num_tokens]
-      found.append(Encoded(features, clip.grid, clip.seconds_per_slice))
+      inputs = self._processor(shot.frames, fps=shot.fps, resized=True)
+      bucket = token_grid.pick(inputs.grid, self._buckets)
+      features = np.asarray(self._encode_fn(inputs, bucket), np.float32)
+      found.append(
+        video_llm.VideoFeatures(
+          features[: math.prod(inputs.grid)],
+          inputs.grid,
+          inputs.second_per_grid_t,
+        )
+      )
     return found
 
-  def _read(self, name) -> Encoded | None:
+  def _read(self, name) -> video_llm.VideoFeatures | None:
     # The grid is the shape of the entry; seconds are an entry of their own.
     features = self._cache.get(name)
     seconds = self._cache.get(_seconds(name))
     if features is None or seconds is None or features.ndim != 4:
       return None
     flat = features.reshape(-1, features.shape[-1])
-    return Encoded(flat, features.shape[:3], float(seconds[0]))
+    return video_llm.VideoFeatures(flat, features.shape[:3], float(seconds[0]))
 
-  def _write(self, name, clip: Encoded) -> None:
-    self._cache.put(_seconds(name), [clip.seconds_per_slice])
+  def _write(self, name, clip: video_llm.VideoFeatures) -> None:
+    self._cache.put(_seconds(name), [clip.second_per_grid_t])
     self._cache.put(name, clip.features.reshape(*clip.grid, -1))
 
 
 def _seconds(name: str) -> str:
-  """Returns the name of the cache entry of a clip's seconds per slice."""
+  """Returns the name of the cache entry of a clip's `second_per_grid_t`."""
   return feature_cache.key(seconds_of=name)
 
 
@@ -472,14 +460,13 @@ class Bucketing:
   Attributes:
     buckets: a batch takes the smallest that holds all of its videos.
     text_rows: rows that the longest prompt has beside its video tokens.
-    positions: (ids int32[L], grid, seconds per slice) -> (int32[P,L], the
-      following position), see `models.qwen2_5_vl.position_ids`.
+    model: `VideoLLM`, of which `encode_prompt` and `positions` are called.
     multiple: prompts are padded to a multiple of this.
   """
 
   buckets: tuple[token_grid.GridBucket, ...]
   text_rows: int
-  positions: Callable[..., tuple[np.ndarray, int]]
+  model: video_llm.VideoLLM
   multiple: int = 16
 
   def length(self, bucket: token_grid.GridBucket) -> int:
@@ -658,11 +645,12 @@ def train_batches(
 
   Yields:
     dict: `features` float32[B,N,D] or `pixels` uint8[B,T,S,S,3]; `ids`
-    int32[B,L], `length`, `video_start`, `answer_id` int32[B] (-1 where the
-    answer is no letter), `question_hash` uint32[B], `valid` bool[B] (all True
-    here), `questions` list[Question], `errors` list (all None here). With
-    `bucketing` also `bucket`, `grids` [(T, H, W)], `positions` int32[B,P,L] and
-    `next_position` int32[B]; features are then zero behind a video's own rows.
+    int32[B,L]; `length` int32[B]; `video_rows` int32[B,N]; `answer_id` int32[B]
+    (-1 where the answer is no letter); `question_hash` uint32[B]; `valid`
+    bool[B] (all True here); `questions` list[Question]; `errors` list (all None
+    here). With `bucketing` also `bucket`, `grids` [(T, H, W)], `positions`
+    int32[B,P,L] and `next_position` int32[B]; features are then zero behind a
+    video's own rows, and their `video_rows` are L.
   """
   source = _as_source(source)
   quarantine = (
@@ -799,18 +787,20 @@ def _assemble(
   shown = rows + [rows[-1]] * fillers
   visual, more = source.finish(payloads), {}
   if bucketing is None:
-    counts = [num_video_tokens] * size
+    prompts = [
+      tokenizer.encode_prompt(row.prompt, num_video_tokens) for row in shown
+    ]
   else:
-    counts = [len(clip.features) for clip in visual]
-  prompts = [
-    tokenizer.encode_prompt(row.prompt, count)
-    for row, count in zip(shown, counts, strict=True)
-  ]
-  if bucketing is not None:
+    prompts = [
+      bucketing.model.encode_prompt(
+        tokenizer, row.prompt, clip.grid, clip.second_per_grid_t
+      )
+      for row, clip in zip(shown, visual, strict=True)
+    ]
     visual, more = _in_bucket(visual, prompts, bucketing)
     num_video_tokens = more["bucket"].tokens
     length = bucketing.length(more["bucket"])
-  padded = tokenizer.pad(prompts, length)
+  padded = tokenizer.pad(prompts, length, num_video_tokens)
   if source.field == "features" and visual.shape[1] != num_video_tokens:
     # A clip that silently fell out of a prompt would teach nonsense.
     raise errors.UserError(
@@ -821,7 +811,7 @@ def _assemble(
     source.field: visual,
     "ids": padded.ids,
     "length": padded.length,
-    "video_start": padded.video_start,
+    "video_rows": padded.video_rows,
     "answer_id": np.array([tokenizer.answer_id(r) for r in shown], np.int32),
     "question_hash": np.array(
       [question_lib.question_hash(row.id) for row in shown], np.uint32
@@ -837,7 +827,7 @@ def _in_bucket(clips, prompts, bucketing: Bucketing):
   """Returns (features float32[B,N_max,D], what else a batch of a bucket has).
 
   Args:
-    clips: [Encoded].
+    clips: [VideoFeatures].
     prompts: their prompts.
     bucketing: see above.
   """
@@ -855,9 +845,7 @@ def _in_bucket(clips, prompts, bucketing: Bucketing):
         f"a prompt has {text} tokens beside its video, but the bucket leaves"
         f" {length - bucket.tokens}; raise config.data.max_text_tokens"
       )
-    own, after = bucketing.positions(
-      prompt.ids, grid=clip.grid, seconds_per_slice=clip.seconds_per_slice
-    )
+    own, after = bucketing.model.positions(prompt.ids, clip)
     behind = ((0, 0), (0, length - own.shape[1]))
     positions.append(np.pad(own, behind))
     next_positions.append(after)

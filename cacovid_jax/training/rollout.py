@@ -14,10 +14,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
 from cacovid_jax import errors
-from cacovid_jax.models import generation, pruning
+from cacovid_jax.models import generation, prompt_batch
 
 REWARDS = ("accuracy", "log_likelihood", "margin")
 
@@ -55,35 +54,6 @@ class RolloutConfig:
     return self.max_new_tokens if self.reward == "accuracy" else 1
 
 
-class Prompts(struct.PyTreeNode):
-  """Whole prompts, leading axis B (or none, for one example).
-
-  Attributes:
-    x: f[B,L,D] embeddings with all N video tokens.
-    positions: i32[B,P,L].
-    length: i32[B] rows without padding.
-    video_start: i32[B] row of the first video token.
-    num_video: i32[B] video tokens of each prompt, at most N, where they
-      differ; the text behind them stands right after. None for N everywhere.
-    next_position: i32[B] position of the first generated token.
-  """
-
-  x: jax.Array
-  positions: jax.Array
-  length: jax.Array
-  video_start: jax.Array
-  next_position: jax.Array
-  num_video: jax.Array | None = None
-
-  def video_rows(self, num_video: int):
-    """Returns i32[N] rows of ONE example's video tokens, L behind its own."""
-    place = jnp.arange(num_video, dtype=jnp.int32)
-    rows = self.video_start + place
-    if self.num_video is None:
-      return rows
-    return jnp.where(place < self.num_video, rows, self.x.shape[0])
-
-
 class Answers(NamedTuple):
   """ids i32[B,G,M] of the answers; logits f32[B,G,V] of their first token."""
 
@@ -91,39 +61,13 @@ class Answers(NamedTuple):
   logits: jax.Array | None
 
 
-def prune(prompts: Prompts, index, num_valid, *, num_video: int):
-  """Returns ONE prompt with its kept tokens only, ready to be read.
-
-  Args:
-    prompts: one example; its text has at most L - N rows.
-    index: i32[K] kept tokens, ascending.
-    num_valid: i32[], how many leading entries of `index` count.
-    num_video: N, static: the rows that L has room for.
-
-  Returns:
-    (x f[L-N+K,D], positions i32[P,L-N+K], length i32[]); positions are those
-    of the whole prompt, so RoPE sees the gaps.
-  """
-  length = prompts.x.shape[0]
-  rows, new_length = pruning.pruned_rows(
-    index,
-    num_valid,
-    video_start=prompts.video_start,
-    num_video=num_video if prompts.num_video is None else prompts.num_video,
-    length=prompts.length,
-    out_length=length - num_video + index.shape[0],
-  )
-  return prompts.x[rows], prompts.positions[:, rows], new_length
-
-
 def answer(
   model,
   params,
-  prompts: Prompts,
+  prompts: prompt_batch.PromptBatch,
   index,
   num_valid,
   *,
-  num_video: int,
   max_new_tokens: int,
   eos_ids: Sequence[int],
   pad_id: int,
@@ -134,43 +78,45 @@ def answer(
     model: a video LLM (see `models`).
     params: its weights.
     prompts: B whole prompts.
-    index: i32[B,G,K].
+    index: i32[B,G,K] kept tokens, ascending over the first `num_valid`.
     num_valid: i32[B].
-    num_video: N.
     max_new_tokens: M; with 1 nothing is decoded, and the logits come too.
     eos_ids: ids that end an answer.
     pad_id: filler behind the end.
   """
   batch, num_combinations = index.shape[:2]
+  # Of the prompt that is kept, tokens have the positions of the whole one.
   of_video = jax.vmap(
-    lambda prompt, index, num_valid: prune(
-      prompt, index, num_valid, num_video=num_video
-    ),
-    (None, 0, None),
+    lambda *arguments: prompt_batch.prune(*arguments)[1], (None, 0, None)
   )
   pruned = jax.vmap(of_video)(prompts, index, num_valid)
-  x, positions, lengths = jax.tree.map(
+  pruned = jax.tree.map(
     lambda a: a.reshape(batch * num_combinations, *a.shape[2:]), pruned
   )
 
   def grouped(a):
     return a.reshape(batch, num_combinations, *a.shape[1:])
 
+  logits, cache, _ = model.prefill(
+    params,
+    pruned.x,
+    pruned.positions,
+    pruned.lengths,
+    cache_length=pruned.x.shape[1] + max_new_tokens - 1,
+    deep=pruned.deep,
+    video_rows=pruned.video_rows,
+  )
   if max_new_tokens == 1:
-    logits, _, _ = model.prefill(
-      params, x, positions, lengths, cache_length=x.shape[1]
-    )
     ids = jnp.argmax(logits, axis=-1).astype(jnp.int32)[:, None]
     return Answers(grouped(ids), grouped(logits))
   # Generated text goes on where the whole prompt ends.
-  next_position = jnp.repeat(prompts.next_position, num_combinations)
-  ids = generation.greedy(
+  ids = generation.extend(
     model,
     params,
-    x,
-    positions,
-    lengths,
-    next_position,
+    logits,
+    cache,
+    pruned.next_position,
+    num_position_rows=pruned.positions.shape[1],
     max_new_tokens=max_new_tokens,
     eos_ids=tuple(eos_ids),
     pad_id=pad_id,

@@ -19,19 +19,10 @@ from jax.sharding import Mesh
 
 from cacovid_jax import errors
 from cacovid_jax import experiment as experiment_lib
-from cacovid_jax.data import (
-  feature_cache,
-  frames,
-  qwen_frames,
-  rejected_clips,
-)
+from cacovid_jax.data import feature_cache, rejected_clips
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import rewards as rewards_lib
-from cacovid_jax.models import (
-  qwen2_5_vl,
-  qwen2_5_vl_vision,
-  token_grid,
-)
+from cacovid_jax.models import processors, token_grid
 from cacovid_jax.parallel import mesh as mesh_lib
 from cacovid_jax.policy import loading, objective, sampling
 from cacovid_jax.training import (
@@ -115,9 +106,9 @@ def make(experiment, *, questions=None, source=None) -> Run:
   options = dict(config.policy)
   init = options.pop("init")
   policy, digest = loading.make_policy(checkpoint.model.config.text, options)
-  preprocessing = make_preprocessing(config, checkpoint.model)
+  processor = make_processor(config, checkpoint.model)
   configs = make_step_configs(
-    config, checkpoint, policy, rollout_config, preprocessing
+    config, checkpoint, policy, rollout_config, processor
   )
   letters = rollout.first_letters(
     checkpoint.tokenizer, checkpoint.model.config.text.vocab_size
@@ -128,7 +119,7 @@ def make(experiment, *, questions=None, source=None) -> Run:
     seed=mesh_lib.put(np.uint32(config.seed % 2**32), mesh, programs.ONE),
   )
   if source is None:
-    source = _clip_source(config, workdir, checkpoint, preprocessing, configs)
+    source = _clip_source(config, workdir, checkpoint, processor, configs)
   return Run(
     config=configs[-1],
     programs=programs.Programs(
@@ -180,44 +171,28 @@ def with_total_steps(experiment, questions):
   return experiment.replace({"total_steps": steps})
 
 
-def make_preprocessing(config, model):
+def make_processor(config, model) -> processors.Processor:
   """Returns what is done to frames before the tower of a model.
 
-  `frames.Preprocessing`, or `qwen_frames.ProcessorConfig` of a model whose
-  grids follow the shape of the frames; the pixels' limits are the config's.
+  That of the checkpoint's files, with the config's limits on pixels.
   """
-  vision, path = model.config.vision, str(config.model.path)
-  limits = {
-    name: config.data[name]
-    for name in ("min_pixels", "max_pixels")
-    if config.data[name]
-  }
-  if isinstance(model, qwen2_5_vl.Qwen2_5VLModel):
-    if config.data.decisive_file:
-      raise errors.UserError(
-        "config.data.decisive_file names tokens of one grid, but the videos of"
-        " this model differ; leave it empty"
-      )
-    if os.path.isdir(path):
-      return qwen_frames.ProcessorConfig.from_files(path, **limits)
-    return qwen_frames.ProcessorConfig(
-      patch_size=vision.patch_size,
-      temporal_patch_size=vision.temporal_patch_size,
-      merge_size=vision.merge_size,
-      **limits,
-    )
-  if limits or config.data.buckets:
+  data, path = config.data, str(config.model.path)
+  found = model.read_processor(path) if os.path.isdir(path) else model.processor
+  if found.one_grid and (data.buckets or data.min_pixels or data.max_pixels):
     raise errors.UserError(
       "config.data.buckets, min_pixels and max_pixels are for models whose"
       " grids differ (Qwen2.5-VL); leave them empty for this one"
     )
-  if os.path.isdir(path):
-    return frames.Preprocessing.from_directory(path)
-  return frames.Preprocessing(vision.image_size)
+  if data.decisive_file and not found.one_grid:
+    raise errors.UserError(
+      "config.data.decisive_file names tokens of one grid, but the videos of"
+      " this model differ; leave it empty"
+    )
+  return found.with_bounds(data.min_pixels, data.max_pixels)
 
 
 def make_step_configs(
-  config, checkpoint, policy, rollout_config, preprocessing
+  config, checkpoint, policy, rollout_config, processor
 ) -> list[step.StepConfig]:
   """Returns everything static about the run of a config.
 
@@ -227,10 +202,10 @@ def make_step_configs(
   fixed = constants.pop("ratio")
   ladder_options = dict(config.ratio)
   adaptive = ladder_options.pop("adaptive")
-  if isinstance(preprocessing, qwen_frames.ProcessorConfig):
-    grids = make_buckets(config, preprocessing)
+  if processor.one_grid:
+    grids = [processor.fixed_grid(config.data.num_frames)]
   else:
-    grids = [checkpoint.model.grid(config.data.num_frames)]
+    grids = make_buckets(config, processor)
   first = step.StepConfig(
     model=checkpoint.model,
     policy=policy,
@@ -244,7 +219,7 @@ def make_step_configs(
     iterations=config.iterations,
     eos_ids=tuple(checkpoint.eos_ids),
     pad_id=checkpoint.pad_id,
-    to_pixels=functools.partial(_to_pixels, preprocessing),
+    to_pixels=functools.partial(processor.normalise, xp=jnp),
   )
 
   def ladder(grid):
@@ -268,7 +243,7 @@ def make_buckets(config, processor) -> list[token_grid.GridBucket]:
   slices = -(-config.data.num_frames // processor.temporal_patch_size)
   sizes = [tuple(sizes) for sizes in config.data.buckets]
   if not sizes:
-    least, most = processor.slice_tokens(config.data.num_frames)
+    least, most = processor.patch_tokens(config.data.num_frames)
     middle = int(math.sqrt(least * most))
     sizes = [(slices, area) for area in sorted({middle, most})]
   try:
@@ -301,13 +276,6 @@ def host_rewards(tokenizer, ids, questions) -> np.ndarray:
   )
 
 
-def _to_pixels(preprocessing, video):
-  """Returns f32[T,S,S,3] of u8[T,S,S,3], on the device."""
-  mean = jnp.asarray(preprocessing.mean, jnp.float32)
-  std = jnp.asarray(preprocessing.std, jnp.float32)
-  return (video.astype(jnp.float32) / 255.0 - mean) / std
-
-
 def _from_host(config, questions, tokenizer) -> bool:
   """Returns whether rewards come from the host."""
   if config.marking == "host":
@@ -323,7 +291,7 @@ def _from_host(config, questions, tokenizer) -> bool:
   return True
 
 
-def _clip_source(config, workdir, checkpoint, preprocessing, configs):
+def _clip_source(config, workdir, checkpoint, processor, configs):
   """Returns the source of pixels, or of features that are kept on disk.
 
   Videos of several grids always come as features: their tower runs in programs
@@ -342,9 +310,9 @@ def _clip_source(config, workdir, checkpoint, preprocessing, configs):
   if not configs[-1].ladder.plans:
     sizes = [one.ladder.bucket for one in configs]
     return pipeline.GridFeatureSource(
-      pipeline.ShotSource(root, rule, preprocessing, **limits),
+      pipeline.ShotSource(root, rule, processor, **limits),
       BucketTower(model, checkpoint.params),
-      preprocessing,
+      processor,
       buckets=sizes,
       # Padding may move the last bit: other buckets, other entries.
       identity=f"{identity} {sizes}",
@@ -353,17 +321,25 @@ def _clip_source(config, workdir, checkpoint, preprocessing, configs):
   clips = pipeline.ClipSource(
     root,
     rule,
-    preprocessing.image_size,
-    resample=preprocessing.resample,
+    processor.image_size,
+    resample=processor.resample,
     **limits,
   )
   if cache is None:
     return clips
-  encode = jax.jit(jax.vmap(model.encode_video, (None, 0)))
+
+  @jax.jit
+  def encode(params, pixels):
+    def one(pixels):
+      inputs = processors.TowerInputs(pixels, configs[-1].ladder.grid)
+      return model.encode(params, inputs).features
+
+    return jax.vmap(one)(pixels)
+
   return pipeline.FeatureSource(
     clips,
     functools.partial(encode, _tower_params(checkpoint.params)),
-    preprocessing,
+    processor,
     identity=identity,
     num_tokens=configs[-1].num_video,
     width=model.config.text.hidden_size,
@@ -390,25 +366,16 @@ class BucketTower:
     """Compiles nothing yet.
 
     Args:
-      model: `Qwen2_5VLModel`.
+      model: `VideoLLM`.
       params: its parameters.
     """
-    self._config = model.config.vision
-    self._encode = jax.jit(model.encode_video)
+    self._model = model
+    self._encode = jax.jit(lambda *args: model.encode(*args).features)
     self._params = _tower_params(params)
 
-  def __call__(self, patches, grid, bucket: token_grid.GridBucket):
-    """Returns features float[N_max,D] of patches float32[P,...] of a grid."""
-    sizes = qwen2_5_vl_vision.Sizes.of_bucket(
-      self._config,
-      num_slices=bucket.frames,
-      tokens_per_slice=bucket.frame_tokens,
-      num_tokens=bucket.tokens,
-    )
-    layout = qwen2_5_vl_vision.layout(grid, self._config, sizes)
-    rows = bucket.tokens * self._config.patches_per_token
-    patches = np.pad(patches, ((0, rows - len(patches)), (0, 0)))
-    return self._encode(self._params, patches, layout)
+  def __call__(self, inputs, bucket: token_grid.GridBucket):
+    """Returns features float[N_max,D] of a processor's `TowerInputs`."""
+    return self._encode(self._params, self._model.tower_inputs(inputs, bucket))
 
 
 def _ledger(workdir) -> str:
@@ -459,7 +426,7 @@ class _Batches:
         text = pipeline.prompt_length(self._questions, self._tokenizer, 1, 1)
         text -= 1
       bucketing = pipeline.Bucketing(
-        tuple(self._ladders), text, self._model.positions, _LENGTH_STEP
+        tuple(self._ladders), text, self._model, _LENGTH_STEP
       )
       return {"bucketing": bucketing}
     if text:
@@ -506,7 +473,7 @@ class _Batches:
       video=visual,
       ids=batch["ids"],
       length=batch["length"],
-      video_start=batch["video_start"],
+      video_rows=batch["video_rows"],
       answer_id=batch["answer_id"],
       option_ids=options,
       question_hash=batch["question_hash"],

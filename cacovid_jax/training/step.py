@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from cacovid_jax.models import token_grid
+from cacovid_jax.models import processors, prompt_batch, token_grid
 from cacovid_jax.policy import objective, sampling
 from cacovid_jax.training import ratio, replay
 from cacovid_jax.training import rollout as rollout_lib
@@ -93,7 +93,7 @@ class Batch(struct.PyTreeNode):
       behind a video's own.
     ids: i32[B,L] whole prompts, right padded.
     length: i32[B].
-    video_start: i32[B].
+    video_rows: i32[B,N] rows of the video tokens, L behind a video's own.
     answer_id: i32[B] token of the right letter, -1 if it is none.
     option_ids: i32[B,A] tokens of the question's letters, -1 where fewer.
     question_hash: u32[B].
@@ -105,7 +105,7 @@ class Batch(struct.PyTreeNode):
   video: jax.Array
   ids: jax.Array
   length: jax.Array
-  video_start: jax.Array
+  video_rows: jax.Array
   answer_id: jax.Array
   option_ids: jax.Array
   question_hash: jax.Array
@@ -119,7 +119,7 @@ class Videos(struct.PyTreeNode):
   `rng` is the key of each video; the rest is as in `Batch`, `VideoGridData`.
   """
 
-  prompts: rollout_lib.Prompts
+  prompts: prompt_batch.PromptBatch
   answer_id: jax.Array
   option_ids: jax.Array
   decisive_frames: jax.Array
@@ -210,10 +210,10 @@ def policy_scores(config: StepConfig, params, videos: Videos):
       {"params": params},
       prompt.x,
       prompt.positions,
-      prompt.video_rows(config.num_video),
+      prompt.video_rows,
       # What a policy of one's own reads where all videos have this one.
       grid.shape if grid.full else grid,
-      prompt.length,
+      prompt.lengths,
     )
 
   return jax.vmap(one)(videos.prompts, videos.grid)
@@ -232,7 +232,9 @@ def prepare_videos(
   if features.ndim == 5:
 
     def encode(video):
-      return model.encode_video(params, config.to_pixels(video))
+      pixels = config.to_pixels(video)
+      inputs = processors.TowerInputs(pixels, config.ladder.grid)
+      return model.encode(params, inputs).features
 
     # One video at a time: a tower's activations are the step's largest.
     features = jax.lax.map(encode, features)
@@ -257,18 +259,14 @@ def prepare_videos(
   return videos, memory
 
 
-def _prompts(model, params, batch: Batch, features) -> rollout_lib.Prompts:
-  """Returns the prompts of a batch, features f[B,N,D] in place."""
-  data = batch.grid_data
-  # A video that fills its features needs no count of them.
-  count = () if data.grid.full else (data.grid.num_tokens,)
-  embed = functools.partial(model.embed_prompt, params)
-  return rollout_lib.Prompts(
-    x=jax.vmap(embed)(batch.ids, features, batch.video_start, *count),
+def _prompts(model, params, batch: Batch, features):
+  """Returns the `PromptBatch` of a batch, features f[B,N,D] in place."""
+  data, embed = batch.grid_data, functools.partial(model.embed_prompt, params)
+  return prompt_batch.PromptBatch(
+    x=jax.vmap(embed)(batch.ids, features, batch.video_rows),
     positions=data.positions,
-    length=batch.length,
-    video_start=batch.video_start,
-    num_video=count[0] if count else None,
+    lengths=batch.length,
+    video_rows=batch.video_rows,
     next_position=data.next_position,
   )
 
@@ -288,7 +286,7 @@ def draw(config: StepConfig, videos: Videos, memory, *, max_rung: int):
     return sampling.sample_rung(
       jax.random.fold_in(key, memory.iteration),
       memory.old_scores,
-      prompt.x[prompt.video_rows(config.num_video)],
+      prompt.x[prompt.video_rows],
       ladder.plans[: max_rung + 1] or rungs.plans,
       memory.rung,
       num_keep=ladder.num_keep[max_rung],
@@ -310,7 +308,6 @@ def rollout(config: StepConfig, constants, videos, memory, *, max_rung: int):
     videos.prompts,
     combinations.index,
     num_valid,
-    num_video=config.num_video,
     max_new_tokens=config.rollout.answer_length,
     eos_ids=config.eos_ids,
     pad_id=config.pad_id,

@@ -13,7 +13,7 @@ def _in_float64(tree):
 
 
 class Decoder:
-  """Reads the parameters of a `models.language.LanguageModel`."""
+  """Reads the parameters of a `models.video_llm.VideoLLM`."""
 
   def __init__(self, model, params):
     self.cfg = model.config.text

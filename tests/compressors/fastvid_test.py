@@ -65,7 +65,7 @@ def expected(
         out[t * P + n] = x[t * P + n], [t * P + n]
       peaks = []
       if anchors[t]:
-        score, _, _ = naive.clustering(frames[t], others, 1)
+        score, _, _ = naive.dpc_knn(frames[t], others, 1)
         peaks = sorted(others, key=lambda n: (-score[n], n))[: anchors[t]]
       chosen += [t * P + n for n in sorted(peaks)]
       rest += [t * P + n for n in others if n not in peaks]

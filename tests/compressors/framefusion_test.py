@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cacovid_jax import compressors, errors
-from cacovid_jax.compressors import framefusion, prompt_rows
+from cacovid_jax.compressors import framefusion
 from tests.compressors import decoder_loop, layerwise_test, quick
 
 GRID, NUM_VIDEO, LAYERS, NEW = (
@@ -290,7 +290,7 @@ def test_degenerate_videos_stay_within_the_budget(kind):
   x = jnp.zeros((1, size + 4, 8))
   if kind == "one frame":
     x = jax.random.normal(jax.random.key(0), x.shape)
-  rows = prompt_rows.whole(
+  rows = layerwise_test.whole(
     x, jnp.zeros((1, 1, size + 4), jnp.int32), [size + 4], [2], size
   )
   step = quick.jit(functools.partial(framefusion._stage, stages))
@@ -317,7 +317,7 @@ def test_reference_rounding_rounds_the_share_that_is_left():
   for exact in (True, False):
     rule = compressors.get("framefusion", exact_budget=exact)
     stages = framefusion._Stages(rule, GRID, LAYERS, 62, LAYERS - 1)
-    rows = prompt_rows.whole(
+    rows = layerwise_test.whole(
       jnp.asarray(x), jnp.zeros((1, 1, NUM_VIDEO + 2), jnp.int32),
       [NUM_VIDEO + 2], [1], NUM_VIDEO,
     )  # fmt: skip

@@ -87,7 +87,7 @@ def expected(x, aux, grid, num_keep=None, ratio=None, tau=0.8, weight=0.6):
         out[t * P + n] = frames[t, n], [t * P + n]
       continue
     average = frames[window].mean(axis=0)
-    _, centres, centre = naive.clustering(average, places, count)
+    _, centres, centre = naive.dpc_knn(average, places, count)
     for c in centres:
       others = [n for n in places if centre[n] == c and n != c]
       row = average[c]

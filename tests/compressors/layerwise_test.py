@@ -15,14 +15,15 @@ from cacovid_jax.compressors import (
   base,
   budgets,
   layerwise,
-  prompt_rows,
   registry,
 )
 from cacovid_jax.models import (
   attention,
   llava_onevision,
+  prompt_batch,
   qwen2,
   qwen2_5_vl,
+  video_llm,
 )
 from tests.compressors import decoder_loop, given, quick
 
@@ -36,14 +37,27 @@ STATIC = (
 )  # fmt: skip
 
 
+def whole(x, positions, lengths, starts, num_video):
+  """Returns whole prompts of videos whose rows follow each other."""
+  return prompt_batch.whole(
+    prompt_batch.PromptBatch(
+      x,
+      positions,
+      jnp.asarray(lengths),
+      jnp.asarray(starts)[:, None] + jnp.arange(num_video),
+      next_position=jnp.asarray(lengths),
+    )
+  )
+
+
 def generate_now(
   params, x, positions, lengths, starts, following, aux=None, *, model,
   compressor, grid, **kwargs,
 ):  # fmt: skip
   """`layerwise.generate` of whole prompts."""
   num_video = math.prod(grid)
-  prompt = prompt_rows.whole(x, positions, lengths, starts, num_video)
-  video = prompt_rows.video_rows(x, prompt.video_start, num_video)
+  prompt = whole(x, positions, lengths, starts, num_video)
+  video = prompt_batch.read_video(x, prompt.video_rows)
   return layerwise.generate(
     model, params, compressor, prompt, given.inputs(video, grid, aux),
     following, **kwargs,
@@ -97,7 +111,7 @@ def prompts(kind, seed=0, video=None):
     for length, start in zip(lengths, starts, strict=True):
       ids = np.zeros(length, int)
       ids[start : start + NUM_VIDEO] = model.config.video_token_id
-      found, after = model.positions(ids, grid=GRID, seconds_per_slice=1.0)
+      found, after = model.positions(ids, video_llm.VideoFeatures(None, GRID))
       rows.append(np.pad(found, [(0, 0), (0, 35 - length)]))
       following.append(after)
     positions = np.stack(rows)
@@ -145,8 +159,8 @@ def all_logits(
       params, x, positions, lengths, cache_length=x.shape[1] + NEW
     )
   else:
-    prompt = prompt_rows.whole(x, positions, lengths, starts, NUM_VIDEO)
-    video = prompt_rows.video_rows(x, prompt.video_start, NUM_VIDEO)
+    prompt = whole(x, positions, lengths, starts, NUM_VIDEO)
+    video = prompt_batch.read_video(x, prompt.video_rows)
     logits, caches, trace = compressor.prefill(
       model, params, prompt, given.inputs(video, GRID), ratio=ratio,
       new_rows=NEW,
@@ -552,7 +566,7 @@ def test_what_a_method_says_of_itself():
 def test_prompts_without_room_for_the_video():
   x = jnp.zeros((1, 20, 32))
   with pytest.raises(ValueError, match="do not hold 24 video tokens"):
-    prompt_rows.whole(x, jnp.zeros((1, 1, 20), jnp.int32), [20], [0], NUM_VIDEO)
+    whole(x, jnp.zeros((1, 1, 20), jnp.int32), [20], [0], NUM_VIDEO)
 
 
 def test_a_rule_of_ones_own_is_selected_by_its_file(tmp_path):

@@ -66,7 +66,7 @@ def expected(x, grid, num_keep=None, share=None, frame_share=0.25, tau=0.8):
   frames = np.asarray(x, np.float64).reshape(T, P, -1)
   vectors = frames.mean(axis=1)
   count = max(1, int(frame_share * T))
-  _, centres, centre = naive.clustering(vectors, range(T), count)
+  _, centres, centre = naive.dpc_knn(vectors, range(T), count)
   segments = naive_segments([centres.index(centre[t]) for t in range(T)])
   sigma = {
     (s[0], n): mean_cosine(frames[s, n])
@@ -101,7 +101,7 @@ def expected(x, grid, num_keep=None, share=None, frame_share=0.25, tau=0.8):
   for (t, places), count in zip(sets, counts, strict=True):
     if not count:
       continue
-    _, centres, centre = naive.clustering(values[t], places, count)
+    _, centres, centre = naive.dpc_knn(values[t], places, count)
     for c in centres:
       joined = [n for n in places if centre[n] == c]
       tokens = [i for n in joined for i in members.get((t, n), [t * P + n])]

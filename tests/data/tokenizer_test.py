@@ -27,7 +27,8 @@ def test_one_placeholder_becomes_all_video_tokens_and_the_newline(tokenizer):
   expected = before + [tokenizer.video_id] * 6 + after
   assert prompt.ids.tolist() == expected
   assert prompt.ids.dtype == np.int32
-  assert (prompt.video_start, prompt.length) == (len(before), len(expected))
+  assert prompt.length == len(expected)
+  np.testing.assert_array_equal(prompt.video_rows, len(before) + np.arange(5))
 
 
 @pytest.mark.parametrize(
@@ -107,8 +108,7 @@ def test_qwen_prompts_repeat_the_pad_between_start_and_end(qwen):
   before, after = tokenizer.encode(before), tokenizer.encode(after)
   pad = tokenizer.token_id("<|video_pad|>")
   assert prompt.ids.tolist() == before + [pad] * 5 + after
-  assert prompt.video_start == len(before)
-  assert prompt.num_video_tokens == 5
+  np.testing.assert_array_equal(prompt.video_rows, len(before) + np.arange(5))
   assert tokenizer.decode(before[-1:], skip_special_tokens=False) == (
     "<|vision_start|>"
   )
@@ -166,7 +166,11 @@ def test_padding_is_on_the_right(tokenizer):
   padded = tokenizer.pad([first, second], length)
   assert padded.ids.shape == (2, length)
   assert padded.length.tolist() == [first.length, second.length]
-  assert padded.video_start.tolist() == [first.video_start] * 2
+  np.testing.assert_array_equal(padded.video_rows, [first.video_rows] * 2)
+  # A video of fewer tokens has no row behind its own.
+  wider = tokenizer.pad([first, second], length, num_video_tokens=5)
+  np.testing.assert_array_equal(wider.video_rows[:, :3], padded.video_rows)
+  assert (wider.video_rows[:, 3:] == length).all()
   np.testing.assert_array_equal(padded.ids[0, : first.length], first.ids)
   assert set(padded.ids[0, first.length :]) == {tokenizer.pad_id}
   with pytest.raises(errors.UserError, match="does not fit into the bucket"):

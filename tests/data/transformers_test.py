@@ -1,7 +1,8 @@
 """The installed transformers as an oracle of sizes, pixels, texts and ids.
 
 Its video processors need torchvision, so that what they give is stored (see
-qwen_frames_test.py); the image processor on PIL does the same to one frame.
+models/processors_test.py); the image processor on PIL does the same to one
+frame.
 """
 
 import json
@@ -12,8 +13,8 @@ import transformers
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl
 
 from cacovid_jax.data import chat_template as chat_template_lib
-from cacovid_jax.data import qwen_frames
 from cacovid_jax.data import tokenizer as tokenizer_lib
+from cacovid_jax.models import processors
 
 from . import tokenizers_for_tests as toks
 
@@ -40,7 +41,7 @@ def test_sides_are_those_of_the_reference():
       continue
     factor = int(rng.choice([8, 28, 32]))
     low, high = sorted(int(x) for x in rng.integers(1, 2000, 2) * factor**2)
-    assert qwen_frames.smart_resize(
+    assert processors.smart_resize(
       height, width, factor=factor, min_pixels=low, max_pixels=high
     ) == image_processing_pil_qwen2_vl.smart_resize(
       height, width, factor, low, high
@@ -57,17 +58,18 @@ def test_pixels_of_a_still_are_those_of_the_image_processor(
     min_pixels=9 * 784, max_pixels=12 * 784, image_mean=[0.4, 0.5, 0.6]
   )
   reference.save_pretrained(tmp_path)
-  config = qwen_frames.ProcessorConfig.from_files(tmp_path)
+  config = processors.Qwen2_5VLProcessor.from_files(tmp_path)
   assert config.mean == (0.4, 0.5, 0.6)
   assert config.max_pixels == 12 * 784
   rng = np.random.default_rng(height)
   frame = rng.integers(0, 256, (height, width, 3), np.uint8)
   expected = reference(images=[frame], return_tensors="np")
   got = config(frame[None])
-  assert [list(got.grid_thw)] == expected["image_grid_thw"].tolist()
-  assert got.patches.shape == expected["pixel_values"].shape
+  T, H, W = got.grid
+  assert [[T, 2 * H, 2 * W]] == expected["image_grid_thw"].tolist()
+  assert got.values.shape == expected["pixel_values"].shape
   # One level: the order of PIL's passes is its own (see frames.resize_frame).
-  difference = np.abs(got.patches - expected["pixel_values"])
+  difference = np.abs(got.values - expected["pixel_values"])
   levels = difference.reshape(len(difference), 3, -1).max(axis=(0, 2))
   assert (levels < 1.001 / 255 / np.array(config.std)).all()
 

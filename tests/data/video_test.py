@@ -12,10 +12,10 @@ from cacovid_jax import errors
 from cacovid_jax.data import (
   clip_index,
   frames,
-  qwen_frames,
   video,
   video_process,
 )
+from cacovid_jax.models import processors
 
 from . import clips
 
@@ -193,19 +193,19 @@ def test_4k_frames_are_decoded_and_resized_one_by_one(folder):
   clip = video.decode(path, lambda n, s: [0, 1, 3], size=64)
   assert clip.frames.shape == (3, 64, 64, 3)
   assert clips.numbers(clip.frames) == [0, 1, 3]
-  config = qwen_frames.ProcessorConfig(
-    min_pixels=qwen_frames.PAPER_MIN_PIXELS,
-    max_pixels=qwen_frames.PAPER_MAX_PIXELS,
+  config = processors.Qwen2_5VLProcessor(
+    min_pixels=processors.PAPER_MIN_PIXELS,
+    max_pixels=processors.PAPER_MAX_PIXELS,
   )
   fit = functools.partial(config.resize_frame, num_frames=3)
   clip = video.decode(path, lambda n, s: [0, 1, 3], resize=fit)
   # sqrt(3840 * 2160 / 200704) = 6.43: 336 and 597 pixels.
   assert clip.frames.shape == (3, 336, 588, 3)
   assert clips.numbers(clip.frames) == [0, 1, 3]
-  fps = qwen_frames.sampled_fps(3, clip.duration)
+  fps = frames.sampled_fps(3, clip.duration)
   patches = config(clip.frames, fps=fps, resized=True)
   assert patches.grid == (2, 12, 21)
-  assert patches.seconds_per_slice == pytest.approx(2 * 0.4 / 3)
+  assert patches.second_per_grid_t == pytest.approx(2 * 0.4 / 3)
 
 
 def test_a_system_without_threads_is_not_taken_for_a_bad_clip(folder):
@@ -239,10 +239,10 @@ def test_a_clip_with_one_frame(folder):
   clip = video.decode(path, lambda n, s: frames.eval_linspace(n, 3))
   assert clips.numbers(clip.frames) == [0, 0, 0]
   assert clip.duration == pytest.approx(0.1)
-  patches = qwen_frames.ProcessorConfig.tiny()(video.read_frames(path, [0]))
+  patches = processors.Qwen2_5VLProcessor.tiny()(video.read_frames(path, [0]))
   assert patches.grid[0] == 1
   # Both frames of the only slice are that frame.
-  halves = patches.patches.reshape(-1, 3, 2, 4, 4)
+  halves = patches.values.reshape(-1, 3, 2, 4, 4)
   np.testing.assert_array_equal(halves[:, :, 0], halves[:, :, 1])
 
 

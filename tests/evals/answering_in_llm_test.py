@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from cacovid_jax import compressors, errors
-from cacovid_jax.compressors import base, layerwise, prompt_rows
+from cacovid_jax.compressors import base, layerwise
 from cacovid_jax.data import frames, video
 from cacovid_jax.evals import answering
+from cacovid_jax.models import prompt_batch
 from tests.evals import tiny
 
 QUESTION = "What colour is it?"
@@ -36,33 +37,36 @@ def by_hand(checkpoint, checkpoint_dir, path, text, method, ratio):
   model, params = checkpoint.model, checkpoint.params
   count = video.probe(path).num_frames
   shown = video.read_frames(path, frames.eval_linspace(count, tiny.FRAMES))
-  pixels = frames.Preprocessing.from_directory(checkpoint_dir)(shown)
+  inputs = model.read_processor(checkpoint_dir)(shown)
   prompt = checkpoint.tokenizer.encode_prompt(text, tiny.NUM_VIDEO)
 
   @jax.jit
-  def answer(params, pixels):
-    features, signals = model.encode_video_with(
-      params, pixels, want=("vision_attention",)
-    )
+  def answer(params, inputs):
+    found = model.encode(params, inputs, signals=("vision_attention",))
     x = model.embed_prompt(
-      params, jnp.asarray(prompt.ids), features, prompt.video_start
+      params, jnp.asarray(prompt.ids), found.features, prompt.video_rows
     )
     inputs = base.CompressorInputs(
-      features=features[None],
+      features=found.features[None],
       grid=tiny.GRID,
-      vision_attention=signals["vision_attention"][None],
+      vision_attention=found.signals["vision_attention"][None],
     )
-    rows = prompt_rows.whole(
-      x[None], jnp.arange(len(x))[None, None], [len(x)],
-      [prompt.video_start], tiny.NUM_VIDEO,
-    )  # fmt: skip
+    rows = prompt_batch.whole(
+      prompt_batch.PromptBatch(
+        x[None],
+        jnp.arange(len(x))[None, None],
+        jnp.array([len(x)]),
+        jnp.asarray(prompt.video_rows)[None],
+        jnp.array([len(x)]),
+      )
+    )
     return layerwise.generate(
       model, params, method, rows, inputs, jnp.array([len(x)]),
       ratio=ratio, max_new_tokens=NEW,
       eos_ids=checkpoint.eos_ids, pad_id=checkpoint.pad_id,
     )  # fmt: skip
 
-  ids, trace = answer(params, pixels)
+  ids, trace = answer(params, inputs)
   left = np.asarray(trace.index[0])[np.asarray(trace.mask[0])]
   return checkpoint.tokenizer.decode(ids[0]).strip(), left
 

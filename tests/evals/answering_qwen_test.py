@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cacovid_jax.compressors import uniform
-from cacovid_jax.data import frames, qwen_frames, video
+from cacovid_jax.compressors import simple
+from cacovid_jax.data import frames, video
 from cacovid_jax.evals import answering
-from cacovid_jax.models import checkpoints, generation
+from cacovid_jax.models import checkpoints, generation, processors
 from tests.evals import report_test, tiny
 from tests.models import mrope_loop
 
@@ -63,33 +63,34 @@ def test_answers_are_those_of_the_model_alone(asked, clip):
   T, H, W = found.grid
   assert T == 2 and 128 <= H * W <= 256 and 1.3 < W / H < 1.7
   shown = video.read_frames(clip, frames.eval_linspace(9, FRAMES))
-  processor = qwen_frames.ProcessorConfig(
+  processor = processors.Qwen2_5VLProcessor(
     patch_size=4,
     min_pixels=128 * 64,
     max_pixels=256 * 64,
     mean=tuple(tiny.QWEN_STATISTICS["image_mean"]),
     std=tuple(tiny.QWEN_STATISTICS["image_std"]),
   )
-  patches = processor(shown, fps=FRAMES / 1.5)
-  assert patches.grid == found.grid
+  inputs = processor(shown, fps=FRAMES / 1.5)
+  assert inputs.grid == found.grid
+  inputs = model.checkpoint.model.tower_inputs(inputs)
   prompt = model.checkpoint.tokenizer.encode_prompt(QUESTION, T * H * W)
   # A slice of two frames, two a second, lasts a second.
   positions, following = mrope_loop.positions(
     prompt.ids, config.video_token_id, found.grid, 1.0, 2, "4.50"
   )
-  index = uniform.positions(T * H * W, T * H * W // 4)
+  index = simple.even_positions(T * H * W, T * H * W // 4)
   np.testing.assert_array_equal(found.answers[0].trace.index, index)
   dropped = set(range(T * H * W)) - set(index.tolist())
   rows = np.array(
-    [i for i in range(prompt.length) if i - prompt.video_start not in dropped]
+    [i for i in range(prompt.length) if i - prompt.video_rows[0] not in dropped]
   )
 
   @jax.jit
-  def answer(params, pixels):
+  def answer(params, inputs):
     vlm = model.checkpoint.model
-    features = vlm.encode_video(params, pixels, vlm.layout(found.grid))
+    features = vlm.encode(params, inputs).features
     x = vlm.embed_prompt(
-      params, jnp.asarray(prompt.ids), features, prompt.video_start
+      params, jnp.asarray(prompt.ids), features, prompt.video_rows
     )
     return generation.greedy(
       vlm,
@@ -103,7 +104,7 @@ def test_answers_are_those_of_the_model_alone(asked, clip):
       pad_id=model.checkpoint.pad_id,
     )
 
-  ids = answer(params, patches.patches)[0]
+  ids = answer(params, inputs)[0]
   expected = model.checkpoint.tokenizer.decode(ids).strip()
   assert found.answers[0].text == expected and expected
 

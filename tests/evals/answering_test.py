@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from cacovid_jax import errors
-from cacovid_jax.compressors import uniform
+from cacovid_jax.compressors import simple
 from cacovid_jax.data import frames, readers, video
 from cacovid_jax.evals import answering, runner
 from cacovid_jax.evals.report import answer as answer_page
-from cacovid_jax.models import generation
+from cacovid_jax.models import generation, processors
 from cacovid_jax.synthetic import build
 from tests.evals import report_test, tiny
 
@@ -59,18 +59,18 @@ def by_hand(checkpoint, checkpoint_dir, path, text, index):
   model, params = checkpoint.model, checkpoint.params
   count = video.probe(path).num_frames
   shown = video.read_frames(path, frames.eval_linspace(count, tiny.FRAMES))
-  pixels = frames.Preprocessing.from_directory(checkpoint_dir)(shown)
+  inputs = model.read_processor(checkpoint_dir)(shown)
   prompt = checkpoint.tokenizer.encode_prompt(text, tiny.NUM_VIDEO)
   dropped = set(range(tiny.NUM_VIDEO)) - set(np.asarray(index).tolist())
   rows = jnp.array(
-    [i for i in range(prompt.length) if i - prompt.video_start not in dropped]
+    [i for i in range(prompt.length) if i - prompt.video_rows[0] not in dropped]
   )
 
   @jax.jit
-  def answer(params, pixels):
-    features = model.encode_video(params, pixels)
+  def answer(params, inputs):
+    features = model.encode(params, inputs).features
     x = model.embed_prompt(
-      params, jnp.asarray(prompt.ids), features, prompt.video_start
+      params, jnp.asarray(prompt.ids), features, prompt.video_rows
     )
     return generation.greedy(
       model,
@@ -84,7 +84,7 @@ def by_hand(checkpoint, checkpoint_dir, path, text, index):
       pad_id=checkpoint.pad_id,
     )
 
-  ids = answer(params, pixels)
+  ids = answer(params, inputs)
   return checkpoint.tokenizer.decode(ids[0]).strip()
 
 
@@ -101,7 +101,7 @@ def test_answers_are_those_of_the_model_alone(
   )
   answer = found.answers[0]
   assert (answer.method, answer.kept) == ("uniform", 16)
-  index = uniform.positions(tiny.NUM_VIDEO, 16)
+  index = simple.even_positions(tiny.NUM_VIDEO, 16)
   expected = by_hand(
     checkpoint, checkpoint_dir, clip, found.question.prompt, index
   )
@@ -357,14 +357,14 @@ def test_learned_methods_say_where_a_policy_comes_from(
 
 
 def test_number_of_frames_is_the_checkpoints(checkpoint_dir, tmp_path):
-  assert answering.default_num_frames(answering.SHIPPED_MODEL) == 16
-  assert answering.default_num_frames(checkpoint_dir) == 32
-  assert answering.default_num_frames(tmp_path) == 32
+  assert processors.default_num_frames(answering.SHIPPED_MODEL) == 16
+  assert processors.default_num_frames(checkpoint_dir) == 32
+  assert processors.default_num_frames(tmp_path) == 32
   path = tmp_path / "video_preprocessor_config.json"
   for wrong in ("16", 0, True, 2.5):
     path.write_text(json.dumps({"num_frames": wrong}))
     with pytest.raises(errors.UserError, match="is no number of frames"):
-      answering.default_num_frames(tmp_path)
+      processors.default_num_frames(tmp_path)
 
 
 def test_bad_settings_are_one_line(checkpoint_dir):

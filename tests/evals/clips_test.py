@@ -8,10 +8,17 @@ import numpy as np
 import pytest
 
 from cacovid_jax import errors
-from cacovid_jax.data import feature_cache, frames, qwen_frames
+from cacovid_jax.data import feature_cache
 from cacovid_jax.evals import clips
-from cacovid_jax.models import llava_onevision, qwen2_5_vl
+from cacovid_jax.models import (
+  llava_onevision,
+  processors,
+  qwen2_5_vl,
+  video_llm,
+)
 from tests.evals import tiny
+
+PROCESSOR = processors.LlavaOnevisionProcessor(image_size=16, frame_side=1)
 
 
 class Model:
@@ -22,23 +29,24 @@ class Model:
   def __init__(self, scale=1.0):
     self.traced, self.scale, self.observed = 0, scale, []
 
-  def grid(self, num_frames):
-    return (num_frames, 1, 1)
+  def tower_inputs(self, inputs):
+    return inputs
 
-  def encode_video(self, params, pixels):
-    self.traced += 1
-    return pixels.mean(axis=(1, 2)) * self.scale * params
-
-  def encode_video_with(self, params, pixels, *, want):
-    self.observed.append(want)
-    features = pixels.mean(axis=(1, 2)) * self.scale * params
-    signals = {
+  def encode(self, params, inputs, *, signals=()):
+    if signals:
+      self.observed.append(signals)
+    else:
+      self.traced += 1
+    features = inputs.values.mean(axis=(1, 2)) * self.scale * params
+    found = {
       "vision_attention": features[:, 0] + 1,
       "vision_keys": features[:, :2] + 2,
     }
-    return features, {name: signals[name] for name in want}
+    return video_llm.VideoFeatures(
+      features, inputs.grid, signals={name: found[name] for name in signals}
+    )
 
-  def vision_signal_shapes(self, num_video):
+  def signal_shapes(self, num_video):
     return {"vision_attention": (num_video,), "vision_keys": (num_video, 2)}
 
 
@@ -55,7 +63,7 @@ def source_of(root, model=None, **options):
     str(root),
     model or Model(),
     jnp.float32(1),
-    frames.Preprocessing(16),
+    PROCESSOR,
     num_frames=4,
     **options,
   )
@@ -73,7 +81,7 @@ def test_frames_follow_the_evaluation_rule(root):
 def test_features_and_hash_are_of_the_frames(root):
   with source_of(root) as source:
     clip = source["a.mp4"]
-    pixels = frames.Preprocessing(16)(source.frames("a.mp4"))
+    pixels = PROCESSOR(source.frames("a.mp4")).values
     expected = pixels.mean(axis=(1, 2))
     np.testing.assert_allclose(clip.features, expected, rtol=1e-5)
     assert clip.features.dtype == np.float32
@@ -253,16 +261,16 @@ def test_extras_of_a_tower_that_reads_patches(tmp_path):
   tiny.write_clip(tmp_path / "a.mp4", seed=0, num_frames=5)
   model = qwen2_5_vl.Qwen2_5VLModel(qwen2_5_vl.Qwen2_5VLConfig.tiny())
   params = model.init(jax.random.key(0))
-  processor = qwen_frames.ProcessorConfig(
+  processor = processors.Qwen2_5VLProcessor(
     patch_size=4, min_pixels=6 * 64, max_pixels=16 * 64
   )
-  with clips.PatchSource(
+  with clips.ClipSource(
     str(tmp_path),
     model,
     params,
     processor,
     num_frames=4,
-    grid=processor.grid(32, 32, 4),
+    grid=processor.grid(4, 32, 32),
     want=WANT,
   ) as source:
     clip, missing = source["a.mp4"], source["gone.mp4"]
@@ -282,7 +290,7 @@ def test_extras_of_a_real_tower_have_the_shapes_that_it_says(tmp_path):
     str(tmp_path),
     model,
     params,
-    frames.Preprocessing(30),
+    model.processor,
     num_frames=3,
     want=WANT,
   ) as source:

@@ -17,6 +17,7 @@ from cacovid_jax.evals import cost
 from cacovid_jax.models import checkpoints, llava_onevision, qwen2_5_vl
 from cacovid_jax.parallel import mesh as mesh_lib
 from cacovid_jax.policy import network
+from tests.models import towers
 
 LLAVA = llava_onevision.LlavaOnevisionConfig.tiny()
 QWEN = qwen2_5_vl.Qwen2_5VLConfig.tiny()
@@ -99,8 +100,8 @@ def test_llava_tower_is_its_matrix_products():
   model, params = shapes_of(LLAVA)
   size = LLAVA.vision.image_size
   pixels = jax.ShapeDtypeStruct((3, size, size, 3), jnp.float32)
-  found = counted(lambda p, x: model.encode_video(p, x), params, pixels)
-  grid = model.grid(3)
+  found = counted(towers.features(model), params, pixels)
+  grid = model.grid(3, size, size)
   pooling = found - cost.tower_flops(LLAVA, grid)
   side, width = LLAVA.vision.side, LLAVA.text.hidden_size
   pooled = LLAVA.pooled_side
@@ -116,7 +117,7 @@ def test_qwen_tower_is_its_matrix_products():
   count = math.prod(grid) * QWEN.vision.patches_per_token
   patches = jax.ShapeDtypeStruct((count, QWEN.vision.patch_values), jnp.float32)
   found = counted(
-    lambda p, x: model.encode_video(p, x, layout), params, patches
+    lambda p, x: towers.features(model)(p, x, layout), params, patches
   )
   # The walker takes the dearer branch, whole slices, in every layer.
   every = dataclasses.replace(
@@ -272,8 +273,8 @@ def test_a_compiled_tower_needs_about_what_is_said(config):
   config = dataclasses.replace(config, vision=vision)
   model, params = shapes_of(config)
   if hasattr(vision, "image_size"):
-    grid, more = model.grid(8), ()
     shape = (8, vision.image_size, vision.image_size, 3)
+    grid, more = model.grid(*shape[:3]), ()
   else:
     grid = (2, 8, 8)
     more = (model.layout(grid),)
@@ -281,7 +282,7 @@ def test_a_compiled_tower_needs_about_what_is_said(config):
   pixels = jax.ShapeDtypeStruct(shape, jnp.float32)
 
   def encode(params, pixels):
-    return model.encode_video(params, pixels, *more)
+    return towers.features(model)(params, pixels, *more)
 
   found = jax.jit(encode).lower(params, pixels).compile().memory_analysis()
   expected = cost.tower_bytes(config, grid, jnp.float32)

@@ -7,17 +7,16 @@ import pytest
 
 from cacovid_jax import errors
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.evals import benchmarks, cost, estimate, evaluation, runner
+from cacovid_jax.evals import benchmarks, cost, estimate, runner
 from cacovid_jax.models import checkpoints
 from tests.data import benchmark_files
+from tests.evals import tiny
 
 SPEED = cost.Speed(flops=1e12, bytes=1e9)
 
 
 def request(benchmark="videomme", **fields):
   known = dict(
-    data="",
-    workdir="",
     checkpoint="",
     benchmark=benchmark,
     methods=("uniform", "fastv", "cacovid", "framefusion"),
@@ -27,7 +26,7 @@ def request(benchmark="videomme", **fields):
     batch_size=4,
     select_on="none",
   )
-  return evaluation.Request(**known | fields)
+  return tiny.experiment(None, **known | fields)
 
 
 @pytest.fixture(scope="module")

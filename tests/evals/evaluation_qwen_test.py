@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 
 import jax
@@ -10,8 +11,8 @@ import numpy as np
 import pytest
 
 from cacovid_jax import errors
-from cacovid_jax.compressors import uniform
-from cacovid_jax.data import frames, qwen_frames, video
+from cacovid_jax.compressors import simple
+from cacovid_jax.data import frames, video
 from cacovid_jax.evals import (
   asker,
   benchmarks,
@@ -21,7 +22,7 @@ from cacovid_jax.evals import (
   prompting,
   runner,
 )
-from cacovid_jax.models import checkpoints, generation
+from cacovid_jax.models import checkpoints, generation, processors
 from cacovid_jax.policy import loading
 from tests.evals import tiny
 from tests.models import mrope_loop
@@ -128,7 +129,7 @@ def test_answers_are_those_of_the_model_alone(
     q for q in benchmarks.load(data, "test").questions if q.id == f"{clip}-1"
   )
   path = data / "videos" / f"{clip}.mp4"
-  processor = qwen_frames.ProcessorConfig(
+  processor = processors.Qwen2_5VLProcessor(
     patch_size=4,
     mean=tuple(tiny.QWEN_STATISTICS["image_mean"]),
     std=tuple(tiny.QWEN_STATISTICS["image_std"]),
@@ -136,24 +137,24 @@ def test_answers_are_those_of_the_model_alone(
   )
   # Eight frames in a second, three of them shown: a slice lasts 2/3 s.
   shown = video.read_frames(path, frames.eval_linspace(8, FRAMES))
-  patches = processor(shown, fps=FRAMES / 1.0)
-  assert patches.grid == grid
-  num_video = patches.num_tokens
+  inputs = model.tower_inputs(processor(shown, fps=FRAMES / 1.0))
+  assert inputs.grid == grid
+  num_video = math.prod(grid)
   prompt = tokenizer.encode_prompt(question.prompt, num_video)
   positions, following = mrope_loop.positions(
     prompt.ids, model.config.video_token_id, grid, 2 / 3, 2, "4.50"
   )
-  index = uniform.positions(num_video, num_video // 4)
+  index = simple.even_positions(num_video, num_video // 4)
   dropped = set(range(num_video)) - set(index.tolist())
   rows = np.array(
-    [i for i in range(prompt.length) if i - prompt.video_start not in dropped]
+    [i for i in range(prompt.length) if i - prompt.video_rows[0] not in dropped]
   )
 
   @jax.jit
-  def answers(params, pixels):
-    features = model.encode_video(params, pixels, model.layout(grid))
+  def answers(params, inputs):
+    features = model.encode(params, inputs).features
     x = model.embed_prompt(
-      params, jnp.asarray(prompt.ids), features, prompt.video_start
+      params, jnp.asarray(prompt.ids), features, prompt.video_rows
     )
     return [
       generation.greedy(
@@ -171,8 +172,7 @@ def test_answers_are_those_of_the_model_alone(
     ]
 
   expected = [
-    tokenizer.decode(ids).strip()
-    for ids in answers(checkpoint.params, patches.patches)
+    tokenizer.decode(ids).strip() for ids in answers(checkpoint.params, inputs)
   ]
   found = {
     line["method"]: line["text"]
@@ -221,11 +221,11 @@ def test_a_policy_is_validated(request_of, directory, tmp_path):
 
 def source_of(data, directory, **options):
   checkpoint = checkpoints.load(directory)
-  return clips.PatchSource(
+  return clips.ClipSource(
     str(data),
     checkpoint.model,
     checkpoint.params,
-    qwen_frames.ProcessorConfig.with_paper_bounds(directory, **PIXELS),
+    checkpoint.model.read_processor(directory).with_paper_bounds(**PIXELS),
     num_frames=FRAMES,
     **options,
   )
@@ -240,8 +240,8 @@ def test_cached_clips_keep_their_seconds(data, directory, tmp_path):
       assert source.grid_of("videos/test1.mp4") == WIDE
   first, second = found
   np.testing.assert_array_equal(first.features, second.features)
-  assert first.seconds_per_slice == second.seconds_per_slice
-  assert second.seconds_per_slice == pytest.approx(2 / 3)
+  assert first.second_per_grid_t == second.second_per_grid_t
+  assert second.second_per_grid_t == pytest.approx(2 / 3)
 
 
 def test_clips_of_unknown_shape_can_be_decoded_ahead(data, directory):
@@ -316,16 +316,17 @@ def test_prompts_of_any_number_of_tokens(directory, checkpoint, data):
     for question in questions[:2]:
       for num_video in (1, 48):
         made = found.tokenizer.encode_prompt(question.prompt, num_video)
-        prompt = texts.prompt(question.id, num_video)
+        prompt = texts.prompt(question.id, (1, 1, num_video))
         np.testing.assert_array_equal(prompt.ids, made.ids)
-        assert prompt.video_start == made.video_start
-        assert prompt.num_video_tokens == num_video
-        span = prompting.question_span(made, found.tokenizer)
-        assert texts.span(question.id, num_video) == span
+        np.testing.assert_array_equal(prompt.video_rows, made.video_rows)
+        assert len(prompt.video_rows) == num_video
+        start, end = prompting.question_span(prompt, found.tokenizer)
+        text = found.tokenizer.decode(prompt.ids[start:end])
+        assert text.strip() == question.prompt.strip()
   short = dataclasses.replace(checkpoints.load(directory))
   short.tokenizer.max_length = 60
   with pytest.raises(errors.UserError, match="the model takes 60"):
-    prompting.Texts(short, questions).longest(48)
+    prompting.Texts(short, questions).longest((1, 1, 48))
 
 
 def test_pixels_of_a_model_with_one_size_are_refused(

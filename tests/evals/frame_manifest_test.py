@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from cacovid_jax import errors
-from cacovid_jax.data import frames, video
+from cacovid_jax.data import video
 from cacovid_jax.evals import clips, frame_manifest
+from cacovid_jax.models import processors, video_llm
 from tests.evals import tiny
 
 
@@ -19,11 +20,12 @@ class Model:
 
   config = types.SimpleNamespace(text=types.SimpleNamespace(hidden_size=3))
 
-  def grid(self, num_frames):
-    return (num_frames, 1, 1)
+  def tower_inputs(self, inputs):
+    return inputs
 
-  def encode_video(self, params, pixels):
-    return pixels.mean(axis=(1, 2)) * params
+  def encode(self, params, inputs):
+    features = inputs.values.mean(axis=(1, 2)) * params
+    return video_llm.VideoFeatures(features, inputs.grid)
 
 
 @pytest.fixture
@@ -45,7 +47,7 @@ def source_of(root, manifest):
     str(root),
     Model(),
     jnp.float32(1),
-    frames.Preprocessing(16),
+    processors.LlavaOnevisionProcessor(image_size=16, frame_side=1),
     num_frames=4,
     manifest=manifest,
   )

@@ -2,7 +2,6 @@
 
 import pytest
 
-from cacovid_jax.data import frames
 from cacovid_jax.evals import benchmarks, clips, latency, runner
 from tests.evals import tiny
 
@@ -35,7 +34,7 @@ def evaluator(checkpoint, checkpoint_dir, data_dir):
     data_dir,
     checkpoint.model,
     checkpoint.params,
-    frames.Preprocessing.from_directory(checkpoint_dir),
+    checkpoint.model.read_processor(checkpoint_dir),
     num_frames=tiny.FRAMES,
   )
   settings = runner.Settings(num_frames=4, batch_size=1, max_new_tokens=1)

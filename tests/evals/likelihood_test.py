@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from cacovid_jax import errors
-from cacovid_jax.data import frames
 from cacovid_jax.evals import asker as asker_lib
 from cacovid_jax.evals import benchmarks, clips, likelihood, runner
 from tests.evals import tiny
@@ -20,7 +19,7 @@ def evaluator(checkpoint, checkpoint_dir, data_dir):
     data_dir,
     checkpoint.model,
     checkpoint.params,
-    frames.Preprocessing.from_directory(checkpoint_dir),
+    checkpoint.model.read_processor(checkpoint_dir),
     num_frames=tiny.FRAMES,
   ) as source:
     yield runner.Evaluator(
@@ -44,7 +43,7 @@ def _naive(evaluator, question, cell, ids):
   asker = asker_lib.Asker(evaluator, [question])
   batch, model = asker.batch, evaluator.checkpoint.model
   params = evaluator.checkpoint.params
-  length, start = int(batch.length[0]), int(batch.video_start[0])
+  length, start = int(batch.lengths[0]), int(batch.video_rows[0, 0])
   rows = np.arange(length)
   if cell.method is not None:
     kept = np.asarray(asker.select(cell).index[0])

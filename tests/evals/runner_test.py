@@ -13,7 +13,7 @@ import safetensors.numpy
 
 from cacovid_jax import compressors, errors
 from cacovid_jax.compressors import base, registry
-from cacovid_jax.data import answer_log, frames
+from cacovid_jax.data import answer_log
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import (
   asker,
@@ -48,7 +48,7 @@ def shared(checkpoint, checkpoint_dir, data_dir):
     data_dir,
     checkpoint.model,
     checkpoint.params,
-    frames.Preprocessing.from_directory(checkpoint_dir),
+    checkpoint.model.read_processor(checkpoint_dir),
     num_frames=4,
   )
   return benchmark, runner.Evaluator(
@@ -248,10 +248,10 @@ def test_answers_equal_those_of_one_question_alone(shared, whole, checkpoint):
   prompt = checkpoint.tokenizer.encode_prompt(question.prompt, 64)
   features = jnp.asarray(evaluator.source[question.video].features)
   x = model.embed_prompt(
-    params, jnp.asarray(prompt.ids), features, prompt.video_start
+    params, jnp.asarray(prompt.ids), features, prompt.video_rows
   )
   positions = jnp.arange(prompt.length)[None]
-  video = prompt.video_start + jnp.arange(64)
+  video = jnp.asarray(prompt.video_rows)
   _, out = model.forward(params, x[None], positions[None], want_attention=True)
   inputs = base.CompressorInputs(
     features=features,
@@ -278,7 +278,7 @@ def test_answers_equal_those_of_one_question_alone(shared, whole, checkpoint):
     index = compressors.get(name).select(inputs, num_keep=6, ratio=0.1).index
     dropped = set(range(64)) - set(np.asarray(index).tolist())
     rows = [
-      i for i in range(prompt.length) if i - prompt.video_start not in dropped
+      i for i in range(prompt.length) if i - prompt.video_rows[0] not in dropped
     ]
     text = checkpoint.tokenizer.decode(greedy(x, jnp.asarray(rows))[0]).strip()
     assert answers[answer_log.Key(name, 0.1, 0, question.id)]["text"] == text
@@ -345,7 +345,7 @@ def test_bad_clips_count_as_wrong_and_are_listed(
     str(root),
     checkpoint.model,
     checkpoint.params,
-    frames.Preprocessing(28),
+    checkpoint.model.processor,
     num_frames=4,
   )
   monkeypatch.setattr(evaluator, "source", source)
@@ -680,7 +680,7 @@ def test_clips_bring_what_methods_read_of_the_tower(
     data_dir,
     checkpoint.model,
     checkpoint.params,
-    frames.Preprocessing.from_directory(checkpoint_dir),
+    checkpoint.model.read_processor(checkpoint_dir),
     num_frames=4,
     want=runner.wanted([method]),
   ) as source:

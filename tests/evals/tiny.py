@@ -53,7 +53,8 @@ def experiment(workdir, *, shard=(0, 1), **options):
   Args:
     workdir: of the results.
     shard: (i, n).
-    **options: names in `_KEYS`, keys of `evals`, or `policies` as a dict.
+    **options: names in `_KEYS`, keys of `evals`, whole keys such as
+      "mesh.data", or `policies` as a dict.
   """
   changes = {
     "model.dtype": "float32",
@@ -65,7 +66,8 @@ def experiment(workdir, *, shard=(0, 1), **options):
   for name, value in options.items():
     if name == "policies":
       value = tuple(f"{label}={path}" for label, path in value.items())
-    changes[_KEYS.get(name, f"evals.{name}")] = value
+    key = name if "." in name else f"evals.{name}"
+    changes[_KEYS.get(name, key)] = value
   config = config_lib.replace(base_config.get_config(), changes)
   return experiment_lib.Experiment.from_config(config, workdir, shard=shard)
 

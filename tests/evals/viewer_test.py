@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from cacovid_jax.data import answer_log
-from cacovid_jax.data import frames as frames_lib
 from cacovid_jax.evals import (
   benchmarks,
   clips,
@@ -37,7 +36,7 @@ def evaluator(checkpoint, checkpoint_dir, data_dir, tmp_path_factory):
     benchmark.root,
     checkpoint.model,
     checkpoint.params,
-    frames_lib.Preprocessing.from_directory(checkpoint_dir),
+    checkpoint.model.read_processor(checkpoint_dir),
     num_frames=tiny.FRAMES,
   ) as source:
     yield runner.Evaluator(

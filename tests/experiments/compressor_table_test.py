@@ -194,15 +194,16 @@ def test_every_method_is_a_row_by_default():
 
 
 def test_a_chosen_method_of_ones_own_is_found_again():
-  request = compressor_table.evaluation.Request(
-    data="", workdir="", checkpoint="", methods=("mine",),
+  experiment = tiny.experiment(
+    None,
+    methods=("mine",),
     candidates={"mine": ("folder/rule.py:mine?a=1", "folder/rule.py:mine?a=2")},
-  )  # fmt: skip
-  spec = compressor_table._chosen_spec(request, "mine", "mine?a=2")
+  )
+  spec = compressor_table._chosen_spec(experiment, "mine", "mine?a=2")
   assert spec == "folder/rule.py:mine?a=2"
   # What is chosen without a list reads as a spec does.
   best = "last_query?layer=3"
-  assert compressor_table._chosen_spec(request, "last_query", best) == best
+  assert compressor_table._chosen_spec(experiment, "last_query", best) == best
 
 
 def test_variants_are_what_they_say():

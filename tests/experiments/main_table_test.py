@@ -37,6 +37,8 @@ def get_config(arg=None):
   return ml_collections.ConfigDict(
     dict(
       data=dict(num_frames=4),
+      model=dict(dtype="float32"),
+      mesh=dict(data=1),
       # Reports have tests of their own.
       evals=dict(num_examples=0, batch_size=4),
     )
@@ -517,15 +519,15 @@ def test_printed_commands_fill_their_rows_in_folders_of_their_own():
     labels = {method.label for method in whole.methods}
     for row in paper.ROWS:
       if row.model == key and row.method != paper.VANILLA:
-        assert row.method in labels and row.ratio in whole.first.ratios
+        assert row.method in labels and row.ratio in whole.first.evals.ratios
     for method in whole.methods:
       if method.label in paper.METHODS:
         options = method.compressor.options
         assert paper.is_method(method.label, method.compressor.name, options)
-    assert list(whole.first.policies) == ["policy"]
-    assert rest.first.policies == {}
-    assert whole.first.checkpoint == rest.first.checkpoint
-    assert whole.first.template == paper.MODELS[key].template
+    assert list(whole.first.policy_paths) == ["policy"]
+    assert rest.first.policy_paths == {}
+    assert whole.first.config.model.path == rest.first.config.model.path
+    assert whole.first.evals.template == paper.MODELS[key].template
     workdirs += [whole.workdir, rest.workdir]
   assert len(set(workdirs)) == 4
 
@@ -536,13 +538,18 @@ def test_the_template_is_the_one_that_was_asked_for(folder):
   config = str(folder / "config.py")
   for given, expected in ((None, ""), ("tokenizer", "tokenizer")):
     with flagsaver.flagsaver(**flags, config=config, table_template=given):
-      assert main_table.plan_from_flags().first.template == expected
+      plan = main_table.plan_from_flags()
+      assert plan.first.evals.template == expected
+
+
+def config_of(**options):
+  return tiny.experiment(None, **options).config
 
 
 def test_a_policy_that_no_row_follows_makes_no_other_run(folder):
   plans = [
     main_table.make_plan(
-      {"checkpoint": "x", "policies": policies},
+      config_of(checkpoint="x", policies=policies),
       folder / "unused",
       ["videomme"],
       {"videomme": "y"},
@@ -550,13 +557,13 @@ def test_a_policy_that_no_row_follows_makes_no_other_run(folder):
     )
     for policies in ({}, {"policy": "file"})
   ]
-  assert plans[0] == plans[1]
+  assert plans[0].first.config == plans[1].first.config
 
 
 def test_another_template_or_frame_size_is_told(folder, monkeypatch):
   def obstacles(model, **fields):
     plan = main_table.make_plan(
-      {"checkpoint": str(folder / "qwen"), "num_frames": 32} | fields,
+      config_of(checkpoint=str(folder / "qwen"), num_frames=32, **fields),
       folder / "unused",
       ["videomme"],
       {"videomme": "y"},
@@ -585,23 +592,25 @@ def test_another_template_or_frame_size_is_told(folder, monkeypatch):
 def test_results_of_other_questions_or_rows_are_not_complete(made, folder):
   """Labels and counts may be the same; what is behind them is compared."""
   given = dict(
-    fields={"checkpoint": "x", "num_frames": 4},
     workdir=made,
     names=["videomme"],
     folders={"videomme": str(folder / "data" / "videomme")},
   )
 
   def complete(methods=METHODS, ratios=(0.3,), seeds=(0, 1, 2), change=None):
-    plan = main_table.make_plan(
-      **given, methods=methods, ratios=ratios, seeds=seeds
+    config = config_of(
+      checkpoint="x",
+      num_frames=4,
+      policies={"policy": "file"},
+      ratios=ratios,
+      seeds=seeds,
     )
-    plan.first.policies["policy"] = "file"
+    plan = main_table.make_plan(config, **given, methods=methods)
     asked = loaded.questions
     if change:
       asked = [dataclasses.replace(asked[0], **change), *asked[1:]]
     return main_table.is_complete(plan.first, asked)
 
-  given["fields"]["policies"] = {"policy": "file"}
   loaded = benchmarks.load(folder / "data" / "videomme", benchmark="videomme")
   assert complete()
   assert not complete(methods=("cacovid", "uniform", "fastv=fastv?layer=1"))

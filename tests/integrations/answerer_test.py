@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cacovid_jax import errors
-from cacovid_jax.data import answer_log, frames
+from cacovid_jax.data import answer_log
 from cacovid_jax.evals import benchmarks, clips, runner
 from cacovid_jax.integrations.lmms_eval import answerer, arguments, requests
 from tests.evals import tiny
@@ -53,7 +53,7 @@ def _evaluated(checkpoint, checkpoint_dir, data_dir, questions, model, length):
     data_dir,
     checkpoint.model,
     checkpoint.params,
-    frames.Preprocessing.from_directory(checkpoint_dir),
+    checkpoint.model.read_processor(checkpoint_dir),
     num_frames=tiny.FRAMES,
   ) as source:
     evaluator = runner.Evaluator(

@@ -10,6 +10,7 @@ from absl.testing import absltest, parameterized
 
 from cacovid_jax import errors
 from cacovid_jax.models import llava_onevision
+from tests.models import towers
 
 CONFIG = llava_onevision.LlavaOnevisionConfig.tiny()
 MODEL = llava_onevision.LlavaOnevisionModel(CONFIG)
@@ -67,15 +68,15 @@ class PoolTest(parameterized.TestCase):
 
 class LlavaOnevisionModelTest(absltest.TestCase):
   def test_grid(self):
-    self.assertEqual(MODEL.grid(16), (16, 4, 4))
+    self.assertEqual(MODEL.grid(16, 30, 30), (16, 4, 4))
     released = llava_onevision.LlavaOnevisionConfig.llava_onevision_7b()
     model = llava_onevision.LlavaOnevisionModel(released)
-    self.assertEqual(model.grid(32), (32, 14, 14))
+    self.assertEqual(model.grid(32, 384, 384), (32, 14, 14))
 
   def test_videos_of_a_batch_are_encoded_alone(self):
     pixels = jax.random.normal(jax.random.key(1), (2, 3, 30, 30, 3))
-    encode = jax.jit(MODEL.encode_video)
-    batch = jax.jit(jax.vmap(MODEL.encode_video, in_axes=(None, 0)))(
+    encode = jax.jit(towers.features(MODEL))
+    batch = jax.jit(jax.vmap(towers.features(MODEL), in_axes=(None, 0)))(
       _params(), pixels
     )
     self.assertEqual(batch.shape, (2, 3 * 16, CONFIG.text.hidden_size))
@@ -86,7 +87,7 @@ class LlavaOnevisionModelTest(absltest.TestCase):
   def test_prompt_holds_text_features_newline_and_text(self):
     features = jax.random.normal(jax.random.key(2), (16, 32))
     ids = jnp.arange(24)
-    x = MODEL.embed_prompt(_params(), ids, features, jnp.array(3))
+    x = MODEL.embed_prompt(_params(), ids, features, 3 + jnp.arange(16))
     table = _params()["language_model"]["embed_tokens"]
     np.testing.assert_array_equal(x[:3], table[:3])
     np.testing.assert_array_equal(x[3:19], features)
@@ -148,7 +149,7 @@ class LlavaOnevisionModelTest(absltest.TestCase):
       )
       _, cache, _ = jax.eval_shape(prefill, params, x, positions, per_row)
       calls = (
-        (model.encode_video, (params, pixels)),
+        (towers.features(model), (params, pixels)),
         (prefill, (params, x, positions, per_row)),
         (
           model.decode_step,

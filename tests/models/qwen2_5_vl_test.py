@@ -10,8 +10,13 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from cacovid_jax import errors
-from cacovid_jax.models import generation, qwen2_5_vl, qwen2_5_vl_vision
-from tests.models import mrope_loop
+from cacovid_jax.models import (
+  generation,
+  qwen2_5_vl,
+  qwen2_5_vl_vision,
+  video_llm,
+)
+from tests.models import mrope_loop, towers
 
 CONFIG = qwen2_5_vl.Qwen2_5VLConfig.tiny()
 MODEL = qwen2_5_vl.Qwen2_5VLModel(CONFIG)
@@ -73,6 +78,10 @@ def _params():
   )
 
 
+def _video(grid, seconds):
+  return video_llm.VideoFeatures(None, grid, seconds)
+
+
 class PositionIdsTest(parameterized.TestCase):
   @parameterized.product(
     grid=((4, 3, 5), (3, 4, 2), (1, 1, 1), (8, 1, 2)),
@@ -82,7 +91,7 @@ class PositionIdsTest(parameterized.TestCase):
   def test_equals_a_loop(self, grid, seconds, rule):
     ids = [5, 58, *[VIDEO] * math.prod(grid), 59, 7, 8]
     positions, following = qwen2_5_vl.position_ids(
-      ids, grid=grid, seconds_per_slice=seconds, config=CONFIG, rule=rule
+      ids, _video(grid, seconds), config=CONFIG, rule=rule
     )
     expected, next_expected = mrope_loop.positions(
       ids, VIDEO, grid, seconds, 2, rule
@@ -97,8 +106,7 @@ class PositionIdsTest(parameterized.TestCase):
     place = functools.partial(
       qwen2_5_vl.position_ids,
       ids,
-      grid=(2, 1, 2),
-      seconds_per_slice=1.5,
+      _video((2, 1, 2), 1.5),
       config=CONFIG,
     )
     positions, following = place()
@@ -113,7 +121,7 @@ class PositionIdsTest(parameterized.TestCase):
 
   def test_a_prompt_without_a_video_counts_on(self):
     positions, following = qwen2_5_vl.position_ids(
-      [3, 1, 2], grid=None, seconds_per_slice=1.0, config=CONFIG
+      [3, 1, 2], None, config=CONFIG
     )
     np.testing.assert_array_equal(positions, [[0, 1, 2]] * 3)
     self.assertEqual(following, 3)
@@ -122,20 +130,18 @@ class PositionIdsTest(parameterized.TestCase):
     ([1, VIDEO, 2], (1, 1, 2), 1.0, "1 video tokens, the video 2"),
     ([1, VIDEO, 2, VIDEO], (1, 1, 2), 1.0, "2 video tokens in several places"),
     ([1, VIDEO], None, 1.0, "1 video tokens, the video 0"),
-    ([VIDEO, 1], (1, 1, 1), 0.0, "seconds_per_slice is 0.0"),
-    ([VIDEO, 1], (1, 1, 1), math.nan, "seconds_per_slice is nan"),
+    ([VIDEO, 1], (1, 1, 1), 0.0, "second_per_grid_t is 0.0"),
+    ([VIDEO, 1], (1, 1, 1), math.nan, "second_per_grid_t is nan"),
   )
   def test_what_does_not_belong_together_stops(self, ids, grid, seconds, text):
     with self.assertRaisesRegex(errors.UserError, text):
       qwen2_5_vl.position_ids(
-        ids, grid=grid, seconds_per_slice=seconds, config=CONFIG
+        ids, grid and _video(grid, seconds), config=CONFIG
       )
 
   def test_unknown_rule(self):
     with self.assertRaisesRegex(ValueError, "rule '4.57'"):
-      qwen2_5_vl.position_ids(
-        [1], grid=None, seconds_per_slice=1.0, config=CONFIG, rule="4.57"
-      )
+      qwen2_5_vl.position_ids([1], None, config=CONFIG, rule="4.57")
 
 
 class Qwen2_5VLModelTest(absltest.TestCase):  # noqa: N801
@@ -153,8 +159,10 @@ class Qwen2_5VLModelTest(absltest.TestCase):  # noqa: N801
     features = jax.random.normal(jax.random.key(2), (6, 32))
     ids = jnp.arange(12)
     table = jnp.asarray(_params()["language_model"]["embed_tokens"])
-    for num_video, kept in ((None, 6), (jnp.array(4), 4)):
-      x = MODEL.embed_prompt(_params(), ids, features, jnp.array(3), num_video)
+    for kept in (6, 4):
+      place = jnp.arange(6)
+      rows = jnp.where(place < kept, 3 + place, len(ids))
+      x = MODEL.embed_prompt(_params(), ids, features, rows)
       np.testing.assert_array_equal(x[:3], table[:3])
       np.testing.assert_array_equal(x[3 : 3 + kept], features[:kept])
       np.testing.assert_array_equal(x[3 + kept :], table[3 + kept : 12])
@@ -163,7 +171,7 @@ class Qwen2_5VLModelTest(absltest.TestCase):  # noqa: N801
     grid = (2, 2, 3)
     patches = jax.random.normal(jax.random.key(1), (48, 96))
     sizes = qwen2_5_vl_vision.Sizes.of([(2, 4, 3)], CONFIG.vision)
-    encode = jax.jit(MODEL.encode_video)
+    encode = jax.jit(towers.features(MODEL))
     features = encode(_params(), patches, MODEL.layout(grid))
     self.assertEqual(features.shape, (12, CONFIG.text.hidden_size))
     padded = encode(
@@ -235,7 +243,7 @@ class Qwen2_5VLModelTest(absltest.TestCase):  # noqa: N801
       _, cache, _ = jax.eval_shape(prefill, params, x, positions, per_row)
       next_positions = jax.ShapeDtypeStruct((2, 3), jnp.int32)
       calls = (
-        (model.encode_video, (params, patches, model.layout((2, 3, 5)))),
+        (towers.features(model), (params, patches, model.layout((2, 3, 5)))),
         (prefill, (params, x, positions, per_row)),
         (model.decode_step, (params, per_row, next_positions, cache)),
       )

@@ -20,10 +20,9 @@ from cacovid_jax.models import (
   qwen2,
   qwen2_5_vl,
   qwen2_5_vl_vision,
-  qwen2_5_vl_weights,
 )
 from cacovid_jax.parity import models
-from tests.models import mrope_loop
+from tests.models import mrope_loop, towers
 
 GOLDEN = os.path.join(
   os.path.dirname(__file__), os.pardir, "golden", "qwen2_5_vl_tiny"
@@ -235,7 +234,7 @@ class TransformersTest(absltest.TestCase):
     again = checkpoints.load_params(saved, config)
     jax.tree.map(np.testing.assert_array_equal, again, params)
     # The modules' own names, which 4.52 and later may have written.
-    modules = set(map(qwen2_5_vl_weights.hub_name, oracle.state_dict()))
+    modules = set(map(qwen2_5_vl.hub_name, oracle.state_dict()))
     file = safetensors.numpy.load_file(f"{folder}/model.safetensors")
     self.assertEqual(modules, set(file))
 
@@ -263,7 +262,7 @@ class TransformersTest(absltest.TestCase):
       ).last_hidden_state
       their_logits = oracle.lm_head(hidden)
     starts = np.cumsum(arrays["video_grid_thw"].prod(axis=1))[:-1]
-    encode = jax.jit(model.encode_video)
+    encode = jax.jit(towers.features(model))
     ours = [
       encode(params, video, model.layout(grid // (1, 2, 2)))
       for video, grid in zip(

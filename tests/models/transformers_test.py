@@ -20,6 +20,7 @@ from cacovid_jax.models import (
   qwen2,
   siglip,
 )
+from tests.models import towers
 
 CONFIG = llava_onevision.LlavaOnevisionConfig(
   vision=siglip.SiglipConfig(
@@ -68,7 +69,7 @@ class TransformersTest(absltest.TestCase):
     self.assertEmpty(info["missing_keys"])
     self.assertEmpty(info["unexpected_keys"])
 
-    num_video = int(np.prod(model.grid(FRAMES)))
+    num_video = int(np.prod(model.grid(FRAMES, 33, 33)))
     self.assertEqual(num_video, 27)
     pixels = gen.standard_normal((FRAMES, 3, 33, 33)).astype(np.float32)
     ids = np.concatenate(
@@ -86,8 +87,8 @@ class TransformersTest(absltest.TestCase):
 
     @jax.jit
     def run(params, pixels, ids):
-      features = model.encode_video(params, pixels)
-      x = model.embed_prompt(params, ids, features, 4)[None]
+      features, _ = towers.encode(model, params, pixels)
+      x = model.embed_prompt(params, ids, features, 4 + jnp.arange(27))[None]
       positions = jnp.arange(len(ids))[None, None]
       hidden, _ = model.forward(params, x, positions)
       lengths = jnp.array([len(ids)])

@@ -10,12 +10,14 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from cacovid_jax.models import (
+  attention,
   llava_onevision,
   qwen2_5_vl,
   siglip,
-  vision_signals,
+  video_llm,
 )
 from cacovid_jax.models import qwen2_5_vl_vision as qwen_vision
+from tests.models import towers
 
 WANT = ("vision_attention", "vision_keys")
 LLAVA = llava_onevision.LlavaOnevisionModel(
@@ -52,9 +54,9 @@ class AttentionReceivedTest(parameterized.TestCase):
     gen = np.random.default_rng(0)
     q, k = gen.standard_normal((2, 4, 16, 3, 8)).astype(np.float32) * 2
     lengths = np.array([16, 1, 7, 15], np.int32)
-    with absltest.mock.patch.object(vision_signals, "_CHUNK", chunk):
-      got = vision_signals.attention_received(q, k, lengths)
-      every = vision_signals.attention_received(q, k)
+    with absltest.mock.patch.object(attention, "_RECEIVED_CHUNK", chunk):
+      got = attention.attention_received(q, k, lengths)
+      every = attention.attention_received(q, k)
     for i, length in enumerate(lengths):
       valid = slice(0, length)
       seen = full_map(q[i, valid], k[i, valid]).mean(axis=0).sum(axis=0)
@@ -66,9 +68,9 @@ class AttentionReceivedTest(parameterized.TestCase):
   @parameterized.parameters((100, 3 * 50 * 50), (20, 3 * 20 * 50))
   def test_only_a_part_of_one_map_exists_at_a_time(self, chunk, most):
     q = jnp.zeros((2, 50, 3, 8))
-    with absltest.mock.patch.object(vision_signals, "_CHUNK", chunk):
+    with absltest.mock.patch.object(attention, "_RECEIVED_CHUNK", chunk):
       # A function of its own: traces are kept by function.
-      received = functools.partial(vision_signals.attention_received)
+      received = functools.partial(attention.attention_received)
       text = str(jax.make_jaxpr(received)(q, q))
     sizes = {
       int(np.prod([int(side) for side in shape.split(",")]))
@@ -78,22 +80,22 @@ class AttentionReceivedTest(parameterized.TestCase):
 
   def test_half_precision_is_read_in_float32(self):
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 9, 2, 8), jnp.bfloat16)
-    got = vision_signals.attention_received(q, k)
+    got = attention.attention_received(q, k)
     self.assertEqual(got.dtype, jnp.float32)
-    full = vision_signals.attention_received(
+    full = attention.attention_received(
       q.astype(jnp.float32), k.astype(jnp.float32)
     )
     np.testing.assert_array_equal(got, full)
 
   def test_zeros_give_every_patch_the_same(self):
     zeros = jnp.zeros((2, 5, 2, 4))
-    got = vision_signals.attention_received(zeros, zeros)
+    got = attention.attention_received(zeros, zeros)
     np.testing.assert_allclose(got, np.ones((2, 5)), rtol=1e-6)
 
   def test_unknown_names_list_the_known_ones(self):
     with self.assertRaisesRegex(ValueError, "'depth'.*vision_keys"):
-      vision_signals.check(["depth"])
-    self.assertEqual(vision_signals.check({"vision_keys"}), ("vision_keys",))
+      video_llm.check_signals(["depth"])
+    self.assertEqual(video_llm.check_signals({"vision_keys"}), ("vision_keys",))
 
 
 @functools.cache
@@ -101,7 +103,7 @@ def llava_case():
   params = random_params(LLAVA, 0, 0.3)
   gen = np.random.default_rng(1)
   pixels = gen.standard_normal((FRAMES, 30, 30, 3)).astype(np.float32)
-  encode = jax.jit(functools.partial(LLAVA.encode_video_with, want=WANT))
+  encode = jax.jit(functools.partial(towers.encode, LLAVA, signals=WANT))
   return params, pixels, *encode(params, pixels)
 
 
@@ -145,7 +147,7 @@ class SiglipSignalsTest(absltest.TestCase):
 
   def test_leave_the_features_as_they_are(self):
     params, pixels, features, signals = llava_case()
-    plain = jax.jit(LLAVA.encode_video)(params, pixels)
+    plain = jax.jit(towers.features(LLAVA))(params, pixels)
     np.testing.assert_allclose(features, plain, rtol=1e-5, atol=1e-5)
     self.assertEqual(signals["vision_attention"].shape, (len(features),))
     self.assertEqual(signals["vision_keys"].shape, (len(features), 8))
@@ -153,7 +155,7 @@ class SiglipSignalsTest(absltest.TestCase):
   def test_only_what_is_wanted_is_given(self):
     params, pixels, _, signals = llava_case()
     encode = jax.jit(
-      functools.partial(LLAVA.encode_video_with, want=["vision_keys"])
+      functools.partial(towers.encode, LLAVA, signals=["vision_keys"])
     )
     _, found = encode(params, pixels)
     self.assertEqual(list(found), ["vision_keys"])
@@ -165,7 +167,7 @@ class SiglipSignalsTest(absltest.TestCase):
     params, pixels, _, signals = llava_case()
     model = dataclasses.replace(LLAVA, dtype=jnp.bfloat16)
     features, found = jax.jit(
-      functools.partial(model.encode_video_with, want=WANT)
+      functools.partial(towers.encode, model, signals=WANT)
     )(params, pixels)
     self.assertEqual(features.dtype, jnp.bfloat16)
     for name in WANT:
@@ -176,7 +178,7 @@ class SiglipSignalsTest(absltest.TestCase):
   def test_videos_of_a_batch_are_seen_alone(self):
     params, pixels, _, signals = llava_case()
     batch = np.stack([pixels[::-1], pixels])
-    encode = functools.partial(LLAVA.encode_video_with, want=WANT)
+    encode = functools.partial(towers.encode, LLAVA, signals=WANT)
     _, found = jax.jit(jax.vmap(encode, in_axes=(None, 0)))(params, batch)
     for name in WANT:
       np.testing.assert_allclose(found[name][1], signals[name], atol=1e-5)
@@ -215,7 +217,7 @@ class QwenSignalsTest(parameterized.TestCase):
     patches = np.random.default_rng(2).standard_normal(shape, np.float32)
     extra = len(layout.windows.place) - count
     padded = np.pad(patches, [(0, extra), (0, 0)], constant_values=9.0)
-    encode = jax.jit(functools.partial(model.encode_video_with, want=WANT))
+    encode = jax.jit(functools.partial(towers.encode, model, signals=WANT))
     return model, params, patches, encode(params, padded, layout)
 
   @parameterized.parameters(((1, 2), False), ((1,), True))
@@ -280,7 +282,7 @@ class QwenSignalsTest(parameterized.TestCase):
 
   def test_leave_the_features_as_they_are(self):
     model, params, patches, (features, signals) = self.case((1, 2))
-    plain = jax.jit(model.encode_video)(
+    plain = jax.jit(towers.features(model))(
       params, patches, model.layout(self.GRID)
     )
     np.testing.assert_allclose(features, plain, rtol=1e-5, atol=1e-5)
@@ -293,7 +295,7 @@ class LoweringTest(absltest.TestCase):
     model = llava_onevision.LlavaOnevisionModel(released, dtype=jnp.bfloat16)
     params = jax.eval_shape(model.init, jax.random.key(0))
     pixels = jax.ShapeDtypeStruct((32, 384, 384, 3), jnp.float32)
-    encode = jax.jit(functools.partial(model.encode_video_with, want=WANT))
+    encode = jax.jit(functools.partial(towers.encode, model, signals=WANT))
     traced = encode.trace(params, pixels)
     features, signals = traced.out_info
     self.assertEqual(features.shape, (6272, 3584))
@@ -307,7 +309,7 @@ class LoweringTest(absltest.TestCase):
     layout = model.layout((4, 18, 10))
     params = jax.eval_shape(model.init, jax.random.key(0))
     patches = jax.ShapeDtypeStruct((2880, 1176), jnp.float32)
-    encode = jax.jit(functools.partial(model.encode_video_with, want=WANT))
+    encode = jax.jit(functools.partial(towers.encode, model, signals=WANT))
     traced = encode.trace(params, patches, layout)
     self.assertEqual(traced.out_info[1]["vision_keys"].shape, (720, 80))
     traced.lower(lowering_platforms=("tpu",))

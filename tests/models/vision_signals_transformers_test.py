@@ -7,6 +7,7 @@ import transformers
 from absl.testing import absltest
 
 from cacovid_jax.models import checkpoints, llava_onevision, siglip
+from tests.models import towers
 
 WANT = ("vision_attention", "vision_keys")
 
@@ -46,9 +47,7 @@ class VisionSignalsTransformersTest(absltest.TestCase):
       x = torch.nn.functional.interpolate(x, size=size, mode="bilinear")
       return x.flatten(2).permute(0, 2, 1).flatten(0, 1).numpy()
 
-    encode = jax.jit(
-      lambda params, pixels: model.encode_video_with(params, pixels, want=WANT)
-    )
+    encode = jax.jit(lambda *args: towers.encode(model, *args, signals=WANT))
     with jax.default_matmul_precision("highest"):
       _, signals = encode(params, pixels.transpose(0, 2, 3, 1))
     self.assertEqual(siglip.SiglipConfig.tiny().num_layers, len(out.attentions))

@@ -18,9 +18,9 @@ from absl.testing import absltest
 from cacovid_jax import errors
 from cacovid_jax.models import (
   checkpoints,
-  language,
   qwen2_5_vl,
   qwen2_5_vl_vision,
+  video_llm,
 )
 from cacovid_jax.parity import models
 
@@ -114,7 +114,7 @@ class GoldenTest(absltest.TestCase):
     self.assertNotIn("pruned_logits", missed)
 
   def test_positions_numbered_anew_after_pruning_are_noticed(self):
-    forward = language.LanguageModel.forward
+    forward = video_llm.VideoLLM.forward
     batch, length = self.golden["input_ids"].shape
 
     def renumbered(model, params, x, positions, *, lengths=None, **kwargs):
@@ -124,7 +124,7 @@ class GoldenTest(absltest.TestCase):
       positions = jnp.where(is_pruned, anew, positions)
       return forward(model, params, x, positions, lengths=lengths, **kwargs)
 
-    with mock.patch.object(language.LanguageModel, "forward", renumbered):
+    with mock.patch.object(video_llm.VideoLLM, "forward", renumbered):
       missed = _missed(self._compare())
     self.assertEqual(missed, ["pruned_last_hidden_state", "pruned_logits"])
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cacovid_jax.models import llava_onevision, pruning
+from cacovid_jax.models import llava_onevision, prompt_batch
 from cacovid_jax.policy import network
 from cacovid_jax.synthetic import losses, pretraining, world
 
@@ -55,7 +55,7 @@ def separate():
 
   @jax.jit
   def logits(ids, features):
-    x = model.embed_prompt(params, ids, features, len(PREFIX))[None]
+    x = model.embed_prompt(params, ids, features, layout().video_rows)[None]
     positions = jnp.arange(x.shape[1])[None, None]
     hidden, _ = model.forward(params, x, positions)
     return model.logits(params, hidden[0, -LENGTH:])
@@ -121,20 +121,18 @@ def test_pruned_questions_are_answered_as_by_the_pruning_of_rollouts():
   model, params = tiny()
   features, ids = inputs()
   index, valid = subsets()
-  num_keep = index.shape[-1]
   length = len(PREFIX) + NUM_VIDEO + 1 + LENGTH
   found = pruned(ids, index, valid)
 
   @jax.jit
   def expected(ids, features, index, count):
-    x = model.embed_prompt(params, ids, features, len(PREFIX))
-    rows, new_length = pruning.pruned_rows(
+    x = model.embed_prompt(params, ids, features, layout().video_rows)
+    rows, new_length, _ = prompt_batch.kept_rows(
       index,
       count,
-      video_start=len(PREFIX),
-      num_video=NUM_VIDEO,
+      video_rows=layout().video_rows,
       length=length,
-      out_length=length - NUM_VIDEO + num_keep,
+      num_rows=length,
     )
     hidden, _ = model.forward(
       params, x[rows][None], rows[None, None], lengths=new_length[None]
@@ -163,7 +161,7 @@ def test_the_first_layer_reads_as_a_new_policy_does():
 
   @jax.jit
   def encoded(ids, features, length):
-    x = model.embed_prompt(params, ids, features, len(PREFIX))
+    x = model.embed_prompt(params, ids, features, layout().video_rows)
     positions = jnp.arange(len(x))[None]
     total = layout().text_start + length
     h = policy.apply({"params": layer}, x, positions, total, method="_encode")

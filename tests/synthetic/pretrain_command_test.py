@@ -44,7 +44,7 @@ def test_the_command_leaves_a_complete_checkpoint_directory(tmp_path):
   assert compiled == 1
   checkpoint = checkpoints.load(workdir / "base_model")
   tokenizer = checkpoint.tokenizer
-  assert checkpoint.model.grid(16) == (16, 7, 7)
+  assert checkpoint.model.processor.fixed_grid(16) == (16, 7, 7)
   assert tokenizer.decode([checkpoint.eos_ids[0]]) in ("", "<|im_end|>")
   for leaf in jax.tree.leaves(checkpoint.params):
     assert np.isfinite(leaf).all()

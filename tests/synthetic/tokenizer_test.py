@@ -5,8 +5,8 @@ import json
 import pytest
 
 from cacovid_jax import errors
-from cacovid_jax.data import frames
 from cacovid_jax.data import tokenizer as tokenizer_lib
+from cacovid_jax.models import processors
 from cacovid_jax.synthetic import tokenizer as tokenizer_training
 from tests.data import tokenizers_for_tests as toks
 
@@ -52,8 +52,8 @@ def test_every_text_can_be_encoded(tmp_path):
 
 def test_processor_files_carry_the_image_size(tmp_path):
   toks.write(tmp_path, image_size=56)
-  got = frames.Preprocessing.from_directory(tmp_path)
-  assert got == frames.Preprocessing(56)
+  got = processors.LlavaOnevisionProcessor.from_files(tmp_path)
+  assert got == processors.LlavaOnevisionProcessor(image_size=56)
 
 
 def test_a_vocabulary_without_room_for_all_bytes_is_refused(tmp_path):

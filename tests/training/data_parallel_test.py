@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from cacovid_jax import errors
 from cacovid_jax.parallel import mesh as mesh_lib
-from cacovid_jax.training import programs, rollout, setup, step
+from cacovid_jax.training import programs, rollout, step
 from tests.training import tiny
 
 VIDEOS = 8
@@ -109,7 +109,7 @@ def test_pmap_runs_every_program_of_an_adaptive_ratio():
 def test_a_map_that_does_not_fit_the_mesh_is_one_line(how, model, message):
   config = tiny.config(**{"mesh.map": how, "mesh.model": model})
   with pytest.raises(errors.UserError, match=message) as raised:
-    setup.make_mesh(config)
+    assert tiny.experiment_of(config).mesh
   assert "\n" not in str(raised.value)
 
 

@@ -15,8 +15,14 @@ import numpy as np
 import pytest
 
 from cacovid_jax import errors
-from cacovid_jax.data import feature_cache, qwen_frames, video
-from cacovid_jax.models import checkpoints, token_grid
+from cacovid_jax.data import feature_cache, video
+from cacovid_jax.models import (
+  checkpoints,
+  processors,
+  prompt_batch,
+  token_grid,
+  video_llm,
+)
 from cacovid_jax.policy import network, sampling
 from cacovid_jax.training import (
   pipeline,
@@ -127,15 +133,15 @@ class Alone:
     # Four frames of a clip of 8, 9, ... tenths of a second.
     seconds = 2 * (8 + int(question.id[1:])) / 10 / 4
     positions, following = run.config.model.positions(
-      prompt.ids, grid=self.grid, seconds_per_slice=seconds
+      prompt.ids, video_llm.VideoFeatures(None, self.grid, seconds)
     )
-    self.prompt = rollout.Prompts(
+    self.prompt = prompt_batch.PromptBatch(
       x=run.config.model.embed_prompt(
-        run.constants.params, prompt.ids, batch.video[i, :N], prompt.video_start
+        run.constants.params, prompt.ids, batch.video[i, :N], prompt.video_rows
       ),
       positions=positions,
-      length=np.int32(prompt.length),
-      video_start=np.int32(prompt.video_start),
+      lengths=np.int32(prompt.length),
+      video_rows=prompt.video_rows,
       next_position=np.int32(following),
     )
     given = run.config.ladder
@@ -169,7 +175,6 @@ class Alone:
         videos.prompts,
         index[None],
         kept[None],
-        num_video=self.num_video,
         max_new_tokens=NEW,
         eos_ids=config.eos_ids,
         pad_id=config.pad_id,
@@ -217,24 +222,24 @@ def test_features_are_those_of_the_clip_alone(made, folder):
     clip = video.decode(
       folder / question.video, pipeline.FrameRule(tiny.FRAMES)
     )
-    processor = qwen_frames.ProcessorConfig.from_files(folder / "model")
+    processor = processors.Qwen2_5VLProcessor.from_files(folder / "model")
     fps = len(clip.frames) / clip.duration
-    patches = processor(clip.frames, fps=fps)
-    expected = model.encode_video(
-      run.constants.params, patches.patches, model.layout(patches.grid)
-    )
+    inputs = model.tower_inputs(processor(clip.frames, fps=fps))
+    expected = model.encode(run.constants.params, inputs).features
     N = len(expected)
     np.testing.assert_allclose(batch.video[i, :N], expected, atol=1e-5)
     assert not batch.video[i, N:].any()
-    assert patches.grid == tiny_qwen.GRIDS[question.video.rstrip(".mp4")[:-1]]
+    assert inputs.grid == tiny_qwen.GRIDS[question.video.rstrip(".mp4")[:-1]]
 
 
 def test_prompts_and_positions_are_those_of_each_video_alone(made, alone):
   _, batch, _ = made
   for i, (one, _) in enumerate(alone):
-    length = one.prompt.length
+    length = one.prompt.lengths
     assert batch.length[i] == length
-    assert batch.video_start[i] == one.prompt.video_start
+    rows = batch.video_rows[i]
+    np.testing.assert_array_equal(rows[: one.num_video], one.prompt.video_rows)
+    assert (rows[one.num_video :] == batch.ids.shape[1]).all()
     found = batch.grid_data.positions[i]
     np.testing.assert_array_equal(found[:, :length], one.prompt.positions)
     assert batch.grid_data.next_position[i] == one.prompt.next_position
@@ -260,11 +265,10 @@ def test_combinations_follow_each_videos_own_plan(bucketed, alone):
     assert (index[:, K:] == BUCKET.tokens).all()
     # What no chance enters is the full grid's, index by index.
     scores = jax.tree.map(lambda leaf, at=i: leaf[at], memory.old_scores)
-    start = one.prompt.video_start
     alone = jax.jit(functools.partial(sampling.sample, plan=one.plan))(
       jax.random.key(5),
       network.Scores(scores.frame[:T], scores.token[:N]),
-      one.prompt.x[start : start + N],
+      one.prompt.x[one.prompt.video_rows],
     )
     num_token, _ = replay.counts(len(index))
     for row in (0, num_token, -1):
@@ -382,9 +386,9 @@ def test_default_buckets_follow_from_the_pixels():
       dataclasses.astuple(b) for b in run_lib.make_buckets(config, processor)
     ]
 
-  paper = qwen_frames.ProcessorConfig(
-    min_pixels=qwen_frames.PAPER_MIN_PIXELS,
-    max_pixels=qwen_frames.PAPER_MAX_PIXELS,
+  paper = processors.Qwen2_5VLProcessor(
+    min_pixels=processors.PAPER_MIN_PIXELS,
+    max_pixels=processors.PAPER_MAX_PIXELS,
   )
   # 181 is the whole part of the root of 128 x 256.
   assert sizes(paper) == [(16, 181, 2896), (16, 256, 4096)]
@@ -404,24 +408,23 @@ def test_default_buckets_follow_from_the_pixels():
 def test_settings_of_the_other_kind_of_grid_are_refused(folder, checkpoint):
   for key, value in (("data.buckets", ((4, 16),)), ("data.min_pixels", 64)):
     with pytest.raises(errors.UserError, match="whose grids differ"):
-      run_lib.make_preprocessing(
+      run_lib.make_processor(
         tiny.config(**{key: value}), tiny.checkpoint().model
       )
   config = tiny_qwen.config(folder, **{"data.decisive_file": "decisive.jsonl"})
   with pytest.raises(errors.UserError, match="decisive_file.*leave it empty"):
-    run_lib.make_preprocessing(config, checkpoint.model)
+    run_lib.make_processor(config, checkpoint.model)
 
 
 def _bucketing(**changes):
-  def positions(ids, **_):
-    return np.arange(len(ids))[None], len(ids)
-
   sizes = (
     token_grid.GridBucket(2, 16),
     token_grid.GridBucket(2, 24),
     token_grid.GridBucket(9, 9),
   )
-  fields = dict(buckets=sizes, text_rows=4, positions=positions, multiple=8)
+  fields = dict(
+    buckets=sizes, text_rows=4, model=tiny.checkpoint().model, multiple=8
+  )
   return pipeline.Bucketing(**fields | changes)
 
 
@@ -465,17 +468,19 @@ class _Known:
 
   def finish(self, payloads):
     return [
-      pipeline.Encoded(np.ones((np.prod(grid), 3), np.float32), grid, 1.0)
+      video_llm.VideoFeatures(
+        np.ones((np.prod(grid), 3), np.float32), grid, 1.0
+      )
       for grid in payloads
     ]
 
 
 def test_cached_clips_keep_their_grid_and_seconds(folder, rows, tmp_path):
-  processor = qwen_frames.ProcessorConfig.from_files(folder / "model")
+  processor = processors.Qwen2_5VLProcessor.from_files(folder / "model")
   calls = []
 
-  def encode(patches, grid, bucket):
-    calls.append(grid)
+  def encode(inputs, bucket):
+    calls.append(inputs.grid)
     return np.arange(bucket.tokens * 3.0).reshape(-1, 3)
 
   def source():
@@ -497,9 +502,9 @@ def test_cached_clips_keep_their_grid_and_seconds(folder, rows, tmp_path):
     np.testing.assert_array_equal(one.features, other.features)
     assert len(one.features) == np.prod(one.grid)
     assert one.grid == other.grid
-    assert np.float32(one.seconds_per_slice) == other.seconds_per_slice
+    assert np.float32(one.second_per_grid_t) == other.second_per_grid_t
   # Frames at a tenth of a second: two of four samples of 0.8 s.
-  np.testing.assert_allclose(after[0].seconds_per_slice, 0.4)
+  np.testing.assert_allclose(after[0].second_per_grid_t, 0.4)
   with pytest.raises(errors.UserError, match="has no grid"):
     again.missing()
 
@@ -545,7 +550,7 @@ def test_clips_of_odd_shapes_are_replaced_and_noted(rows, checkpoint, tmp_path):
     tiny.experiment_of(config, tmp_path, checkpoint=checkpoint), questions=asked
   )
   # The tower is not what this is about.
-  run.source._encode_fn = lambda patches, grid, bucket: np.zeros(
+  run.source._encode_fn = lambda inputs, bucket: np.zeros(
     (bucket.tokens, 32), np.float32
   )
   seen = {question.id for _, given in run.batches(0) for question in given}

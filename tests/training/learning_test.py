@@ -9,7 +9,6 @@ frame, never does, and a blind draw of one frame does in 1 of 4 cases.
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -29,14 +28,12 @@ class Spotter:
     del rng
     return {"scale": jnp.ones(())}
 
-  def embed_prompt(self, params, ids, features, video_start):
+  def embed_prompt(self, params, ids, features, video_rows):
     x = jnp.zeros((ids.shape[0], features.shape[1]))
-    return jax.lax.dynamic_update_slice(
-      x, features * params["scale"], (video_start, 0)
-    )
+    return x.at[video_rows].set(features * params["scale"])
 
-  def prefill(self, params, x, positions, lengths, *, cache_length):
-    del params, positions, cache_length
+  def prefill(self, params, x, positions, lengths, **unused):
+    del params, positions, unused
     visible = jnp.arange(x.shape[1]) < lengths[:, None]
     seen = jnp.sum(visible & (x[..., 0] > 2.0), axis=1) >= self.needed
     logits = jnp.zeros((x.shape[0], tiny.VOCABULARY))

@@ -10,6 +10,7 @@ from cacovid_jax import errors
 from cacovid_jax.data import feature_cache, frames, rejected_clips, video
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import tokenizer as tokenizer_lib
+from cacovid_jax.models import processors
 from cacovid_jax.training import pipeline
 from tests.data import clips
 from tests.data import tokenizers_for_tests as toks
@@ -48,6 +49,7 @@ def tokenizer(tmp_path_factory):
   )
 
 
+PROCESSOR = processors.LlavaOnevisionProcessor(image_size=32)
 GOOD = _rows([f"{i % 3}.mp4" for i in range(10)])
 
 
@@ -91,7 +93,7 @@ def test_a_batch_holds_what_the_trainer_needs(root, tokenizer):
   for i, row in enumerate(rows):
     prompt = tokenizer.encode_prompt(row.prompt, NUM_TOKENS)
     assert batch["length"][i] == prompt.length
-    assert batch["video_start"][i] == prompt.video_start
+    np.testing.assert_array_equal(batch["video_rows"][i], prompt.video_rows)
     np.testing.assert_array_equal(batch["ids"][i, : prompt.length], prompt.ids)
     assert batch["answer_id"][i] == tokenizer.letter_id(row.answer)
     assert batch["question_hash"][i] == question_lib.question_hash(row.id)
@@ -250,7 +252,7 @@ def _features(root, encoder, **options):
   return pipeline.FeatureSource(
     _source(root),
     encoder,
-    frames.Preprocessing(32),
+    PROCESSOR,
     identity=options.pop("identity", "weights"),
     num_tokens=NUM_TOKENS,
     width=3,
@@ -267,7 +269,7 @@ def test_every_clip_is_encoded_once(root, tokenizer):
   for batch, plain in zip(batches, pixels, strict=True):
     assert batch["features"].dtype == np.float32
     expected = [
-      _Encoder(1)(frames.normalise(clip, [0.5] * 3, [0.5] * 3)[None])[0]
+      _Encoder(1)(PROCESSOR.normalise(clip)[None])[0]
       for clip in plain["pixels"]
     ]
     np.testing.assert_array_equal(batch["features"], expected)

@@ -8,6 +8,7 @@ import pytest
 from cacovid_jax import errors
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import rewards as rewards_lib
+from cacovid_jax.models import prompt_batch
 from cacovid_jax.training import rollout
 from tests.training import tiny
 
@@ -18,17 +19,17 @@ def prompts():
   constants = tiny.constants(config)
   batch = tiny.batch()
   x = jax.vmap(config.model.embed_prompt, (None, 0, 0, 0))(
-    constants.params, batch.ids, batch.video, batch.video_start
+    constants.params, batch.ids, batch.video, batch.video_rows
   )
   positions = jnp.broadcast_to(jnp.arange(tiny.LENGTH), (2, 1, tiny.LENGTH))
   return (
     config,
     constants.params,
-    rollout.Prompts(
+    prompt_batch.PromptBatch(
       x=x,
       positions=positions,
-      length=jnp.asarray(batch.length),
-      video_start=jnp.asarray(batch.video_start),
+      lengths=jnp.asarray(batch.length),
+      video_rows=jnp.asarray(batch.video_rows),
       next_position=jnp.asarray(batch.length),
     ),
   )
@@ -42,7 +43,6 @@ def answer(prompts, index, num_valid, max_new_tokens):
     held,
     jnp.asarray(index, jnp.int32),
     jnp.asarray(num_valid, jnp.int32),
-    num_video=tiny.NUM_VIDEO,
     max_new_tokens=max_new_tokens,
     eos_ids=(1,),
     pad_id=0,
@@ -52,12 +52,11 @@ def answer(prompts, index, num_valid, max_new_tokens):
 def test_pruned_prompt_keeps_text_newline_and_original_positions(prompts):
   _, _, held = prompts
   one = jax.tree.map(lambda a: a[0], held)
-  x, positions, length = rollout.prune(
-    one, jnp.array([3, 10, 63]), 3, num_video=tiny.NUM_VIDEO
-  )
+  _, pruned = prompt_batch.prune(one, jnp.array([3, 10, 63]), 3)
+  x, positions, length = pruned.x, pruned.positions, pruned.lengths
   start, end = tiny.VIDEO_START, tiny.VIDEO_START + tiny.NUM_VIDEO
   expected = [*range(start), start + 3, start + 10, start + 63]
-  expected += range(end, int(one.length))
+  expected += range(end, int(one.lengths))
   assert int(length) == len(expected)
   np.testing.assert_array_equal(positions[0, : len(expected)], expected)
   np.testing.assert_array_equal(x[: len(expected)], one.x[np.array(expected)])
@@ -82,7 +81,7 @@ def test_keeping_everything_equals_the_whole_prompt(prompts):
   config, params, held = prompts
   got = answer(prompts, [[np.arange(64)]] * 2, [64, 64], 1)
   logits, _, _ = config.model.prefill(
-    params, held.x, held.positions, held.length, cache_length=tiny.LENGTH
+    params, held.x, held.positions, held.lengths, cache_length=tiny.LENGTH
   )
   np.testing.assert_allclose(got.logits[:, 0], logits, rtol=1e-4, atol=1e-5)
 

@@ -96,7 +96,9 @@ def batch(videos=2, seed=0, *, ladder=None):
     video=rng.normal(size=(videos, NUM_VIDEO, 32)).astype(np.float32),
     ids=rng.integers(2, 60, (videos, LENGTH)).astype(np.int32),
     length=length,
-    video_start=np.full(shape, VIDEO_START, np.int32),
+    video_rows=np.tile(
+      VIDEO_START + np.arange(NUM_VIDEO, dtype=np.int32), (videos, 1)
+    ),
     answer_id=rng.integers(2, 6, shape).astype(np.int32),
     option_ids=np.tile(np.arange(2, 6, dtype=np.int32), (videos, 1)),
     question_hash=rng.integers(0, 2**32, shape, dtype=np.uint32),

@@ -109,7 +109,9 @@ class Chart:
     for label in levels:
       axes.axhline(label.y, color=label.colour, ls=(0, (2, 3)), lw=1, zorder=1)
       if names and self.beside:
-        label.write(axes, (0, label.y), (4, 4), ("axes fraction", "data"))
+        # Below the line where it is the top of the axis.
+        shift = (4, 4) if label.y < axes.get_ylim()[1] else (4, -14)
+        label.write(axes, (0, label.y), shift, ("axes fraction", "data"))
     for one in sorted(self.series, key=lambda one: one.strong):
       self._draw_series(axes, one)
     if names:

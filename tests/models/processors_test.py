@@ -1,4 +1,4 @@
-"""Patches of Qwen2.5-VL: values by hand, plain loops, and stored references.
+"""What towers take: values by hand, plain loops, and stored references.
 
 golden/processors.npz holds what transformers' own video processors, which need
 torchvision, make of the same noise; make_processors.py made it.
@@ -9,20 +9,22 @@ import json
 import pathlib
 import pickle
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from cacovid_jax import errors
 from cacovid_jax.data import frames as frames_lib
-from cacovid_jax.data import qwen_frames, video
+from cacovid_jax.data import video
+from cacovid_jax.models import processors
+from tests.data import clips
 from tests.golden import make_processors as golden
-
-from . import clips
 
 GOLDEN = np.load(
   pathlib.Path(__file__).parents[1] / "golden" / "processors.npz"
 )
-TINY = qwen_frames.ProcessorConfig.tiny()
+TINY = processors.Qwen2_5VLProcessor.tiny()
 
 
 @pytest.mark.parametrize(
@@ -45,7 +47,7 @@ TINY = qwen_frames.ProcessorConfig.tiny()
   ],
 )
 def test_sides_are_multiples_within_the_limits(height, width, limits, expected):
-  got = qwen_frames.smart_resize(
+  got = processors.smart_resize(
     height, width, min_pixels=limits[0], max_pixels=limits[1]
   )
   assert got == expected
@@ -57,8 +59,8 @@ def test_sides_are_multiples_within_the_limits(height, width, limits, expected):
 )
 def test_frames_that_cannot_be_resized_are_named(height, width, message):
   with pytest.raises(errors.UserError, match=message):
-    qwen_frames.smart_resize(height, width, min_pixels=784, max_pixels=10**6)
-  qwen_frames.smart_resize(1, 200, min_pixels=784, max_pixels=10**6)
+    processors.smart_resize(height, width, min_pixels=784, max_pixels=10**6)
+  processors.smart_resize(1, 200, min_pixels=784, max_pixels=10**6)
 
 
 def test_patches_are_those_of_plain_loops():
@@ -81,7 +83,7 @@ def test_patches_are_those_of_plain_loops():
                 for v in range(p)
               ]
             )
-  got = qwen_frames.patchify(frames, patch=p, temporal_patch=t, merge=m)
+  got = processors.patchify(frames, patch=p, temporal_patch=t, merge=m)
   np.testing.assert_array_equal(got, rows)
 
 
@@ -91,29 +93,27 @@ def test_the_last_frame_fills_the_last_slice(num_frames, slices):
   got = TINY(frames)
   assert got.grid[0] == slices
   whole = np.concatenate([frames, frames[-1:]])[: 2 * slices]
-  np.testing.assert_array_equal(got.patches, TINY(whole).patches)
+  np.testing.assert_array_equal(got.values, TINY(whole).values)
 
 
 def test_a_clip_knows_its_grid_tokens_and_seconds():
   frames = np.zeros((5, 40, 64, 3), np.uint8)
-  got = TINY(frames, fps=qwen_frames.sampled_fps(5, 4.0))
+  got = TINY(frames, fps=frames_lib.sampled_fps(5, 4.0))
   # 40 x 64 is 5 x 8 tokens of 8 pixels, above 24: sqrt(2560 / 1536) = 1.29,
   # 40 / 1.29 / 8 = 3.9 and 64 / 1.29 / 8 = 6.2.
-  assert got.grid == TINY.grid(40, 64, 5) == (3, 3, 6)
-  assert got.grid_thw == (3, 6, 12)
-  assert got.num_tokens == 54
-  assert got.patches.shape == (3 * 6 * 12, 3 * 2 * 4 * 4)
-  assert got.patches.dtype == np.float32
+  assert got.grid == TINY.grid(5, 40, 64) == (3, 3, 6)
+  assert got.values.shape == (3 * 6 * 12, 3 * 2 * 4 * 4)
+  assert got.values.dtype == np.float32
   # Five frames of 4 s: 1.25 a second; a slice holds two.
-  assert got.seconds_per_slice == 2 / 1.25
-  assert TINY(frames).seconds_per_slice == 1.0
-  assert qwen_frames.sampled_fps(5, 0.0) is None
+  assert got.second_per_grid_t == 2 / 1.25
+  assert TINY(frames).second_per_grid_t == 1.0
+  assert frames_lib.sampled_fps(5, 0.0) is None
 
 
 def test_pixels_are_normalised_channel_by_channel():
   frames = np.zeros((2, 16, 16, 3), np.uint8)
   frames[...] = [0, 51, 255]
-  got = TINY(frames).patches.reshape(-1, 3, 2 * 4 * 4)
+  got = TINY(frames).values.reshape(-1, 3, 2 * 4 * 4)
   expected = [
     (value - mean) / std
     for value, mean, std in zip(
@@ -131,15 +131,16 @@ def test_pixels_are_normalised_channel_by_channel():
 @pytest.mark.parametrize("index", range(len(golden.QWEN)))
 def test_pixels_of_the_reference_within_a_level(index):
   F, h, w, least, most, total = golden.QWEN[index]
-  config = qwen_frames.ProcessorConfig(
+  config = processors.Qwen2_5VLProcessor(
     min_pixels=least * 784,
     max_pixels=most * 784,
     max_video_tokens=total or None,
   )
   got = config(golden.noise(index, F, h, w))
-  assert got.grid_thw == tuple(GOLDEN[f"qwen_{index}_grid_thw"].tolist())
+  T, H, W = GOLDEN[f"qwen_{index}_grid_thw"].tolist()
+  assert got.grid == (T, H // 2, W // 2)
   levels = _levels(
-    got.patches.reshape(len(got.patches), 3, -1), config.mean, config.std, 1
+    got.values.reshape(len(got.values), 3, -1), config.mean, config.std, 1
   )
   _check_levels(levels, GOLDEN[f"qwen_{index}"])
 
@@ -147,8 +148,10 @@ def test_pixels_of_the_reference_within_a_level(index):
 @pytest.mark.parametrize("index", range(len(golden.LLAVA)))
 def test_llava_pixels_of_the_reference_within_a_level(index):
   F, h, w, size = golden.LLAVA[index]
-  config = frames_lib.Preprocessing(size)
-  got = config(golden.noise(index, F, h, w))
+  config = processors.LlavaOnevisionProcessor(image_size=size, frame_side=3)
+  made = config(golden.noise(index, F, h, w))
+  assert made.grid == config.fixed_grid(F) == (F, 3, 3)
+  got = made.values
   _check_levels(
     _levels(got, config.mean, config.std, 3), GOLDEN[f"llava_{index}"]
   )
@@ -178,7 +181,7 @@ def test_large_frames_are_resized_while_they_are_decoded(tmp_path):
   whole = video.read_frames(path, wanted)
   got, expected = TINY(small.frames, resized=True), TINY(whole)
   assert got.grid == expected.grid == (2, 3, 6)
-  np.testing.assert_array_equal(got.patches, expected.patches)
+  np.testing.assert_array_equal(got.values, expected.values)
 
 
 def pickled(value):
@@ -187,14 +190,14 @@ def pickled(value):
 
 
 def test_a_clip_shares_its_budget_among_its_frames():
-  config = qwen_frames.ProcessorConfig(
+  config = processors.Qwen2_5VLProcessor(
     min_pixels=784, max_pixels=100 * 784, max_video_tokens=100
   )
   # 90 tokens: two slices of 45 each, less than the 100 of a frame; many slices
   # still have 1.05 of the least.
-  assert config.grid(600, 600, 4) == (2, 6, 6)
-  assert config.grid(600, 600, 1) == (1, 10, 10)
-  assert config.grid(600, 600, 4000) == (2000, 1, 1)
+  assert config.grid(4, 600, 600) == (2, 6, 6)
+  assert config.grid(1, 600, 600) == (1, 10, 10)
+  assert config.grid(4000, 600, 600) == (2000, 1, 1)
 
 
 HUB = {
@@ -212,16 +215,16 @@ HUB = {
 
 
 def test_limits_are_read_from_every_form_of_the_file(tmp_path):
-  read = qwen_frames.ProcessorConfig.from_files
+  read = processors.Qwen2_5VLProcessor.from_files
   path = tmp_path / "preprocessor_config.json"
   path.write_text(json.dumps(HUB))
-  assert read(tmp_path) == qwen_frames.ProcessorConfig(
+  assert read(tmp_path) == processors.Qwen2_5VLProcessor(
     min_pixels=3136, max_pixels=12845056
   )
-  assert read(tmp_path, max_pixels=9999).max_pixels == 9999
+  assert read(tmp_path).with_bounds(max_pixels=9999).max_pixels == 9999
   # Without numbers: the defaults of the video processor.
   path.write_text("{}")
-  assert read(tmp_path) == qwen_frames.ProcessorConfig()
+  assert read(tmp_path) == processors.Qwen2_5VLProcessor()
   path.write_text(
     json.dumps({"size": {"min_pixels": 1000, "max_pixels": 2000}})
   )
@@ -236,7 +239,7 @@ def test_limits_are_read_from_every_form_of_the_file(tmp_path):
     "max_video_tokens": 77,
   }
   (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(newer))
-  expected = qwen_frames.ProcessorConfig(
+  expected = processors.Qwen2_5VLProcessor(
     patch_size=7,
     min_pixels=5000,
     max_pixels=6000,
@@ -272,7 +275,7 @@ def test_files_that_cannot_be_followed_are_named(tmp_path, entry, message):
   if entry is not None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(entry))
   with pytest.raises(errors.UserError, match=message) as caught:
-    qwen_frames.ProcessorConfig.from_files(tmp_path)
+    processors.Qwen2_5VLProcessor.from_files(tmp_path)
   assert str(tmp_path) in str(caught.value)
   assert "\n" not in str(caught.value)
 
@@ -281,3 +284,112 @@ def test_files_that_cannot_be_followed_are_named(tmp_path, entry, message):
 def test_an_impossible_rate_is_refused(fps):
   with pytest.raises(errors.UserError, match="frames a second"):
     TINY(np.zeros((2, 16, 16, 3), np.uint8), fps=fps)
+
+
+def test_pixels_are_scaled_then_normalised():
+  given = np.array([0, 51, 255], np.uint8).reshape(1, 1, 1, 3)
+  statistics = dict(mean=(0.5, 0.1, 0.0), std=(0.5, 0.1, 2.0))
+  processor = processors.LlavaOnevisionProcessor(image_size=1, **statistics)
+  got = processor(given).values
+  assert got.dtype == np.float32
+  np.testing.assert_allclose(got.reshape(-1), [-1.0, 1.0, 0.5], rtol=1e-6)
+  # The same on the device.
+  on_device = processor.normalise(jnp.asarray(given), xp=jnp)
+  np.testing.assert_allclose(on_device, got, rtol=1e-6)
+
+
+def test_bounds_are_for_frames_that_keep_their_shape():
+  square = processors.LlavaOnevisionProcessor()
+  assert square.with_paper_bounds() == square
+  with pytest.raises(errors.UserError, match="one size: leave them out"):
+    square.with_bounds(max_pixels=9)
+  paper = processors.Qwen2_5VLProcessor().with_paper_bounds()
+  assert paper.min_pixels == processors.PAPER_MIN_PIXELS
+  assert paper.max_pixels == processors.PAPER_MAX_PIXELS
+  # In tokens: a model of other patches gets as many.
+  assert TINY.with_paper_bounds().max_pixels == 256 * 8 * 8
+  assert TINY.with_paper_bounds(7, 9).min_pixels == 7
+  with pytest.raises(errors.UserError, match="the smaller one first"):
+    TINY.with_bounds(9, 7)
+
+
+def test_rules_are_named_as_in_earlier_runs():
+  # Feature caches and answer logs on disk have these words.
+  square = processors.LlavaOnevisionProcessor(frame_side=4)
+  assert square.identity == (
+    "Preprocessing(image_size=384, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),"
+    " resample=3)"
+  )
+  assert TINY.identity == (
+    "ProcessorConfig(patch_size=4, temporal_patch_size=2, merge_size=2,"
+    " min_pixels=256, max_pixels=1536, mean=(0.48145466, 0.4578275,"
+    " 0.40821073), std=(0.26862954, 0.26130258, 0.27577711), resample=3,"
+    " max_video_tokens=None)"
+  )
+
+
+def test_preprocessing_is_read_from_the_checkpoint(tmp_path):
+  entry = {
+    "image_mean": [0.5, 0.4, 0.3],
+    "image_std": [0.1, 0.2, 0.3],
+    "size": {"height": 112, "width": 112},
+    "resample": 2,
+    "rescale_factor": 1 / 255,
+  }
+  (tmp_path / "preprocessor_config.json").write_text(json.dumps(entry))
+  got = processors.LlavaOnevisionProcessor.from_files(tmp_path)
+  assert got == processors.LlavaOnevisionProcessor(
+    image_size=112, mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.3), resample=2
+  )
+  rng = np.random.default_rng(0)
+  given = rng.integers(0, 256, (1, 130, 140, 3), np.uint8)
+  bilinear = Image.fromarray(given[0]).resize((112, 112), Image.BILINEAR)
+  np.testing.assert_allclose(
+    got(given).values[0] * [0.1, 0.2, 0.3] + [0.5, 0.4, 0.3],
+    np.asarray(bilinear) / 255,
+    atol=1e-6,
+  )
+  # transformers 5 stores the video part inside processor_config.json.
+  entry = {"video_processor": {**entry, "size": {"height": 56, "width": 56}}}
+  (tmp_path / "processor_config.json").write_text(json.dumps(entry))
+  assert (
+    processors.LlavaOnevisionProcessor.from_files(tmp_path).image_size == 56
+  )
+
+
+@pytest.mark.parametrize("text", [None, "{", '{"image_mean": 3}', "[1]"])
+def test_a_missing_or_malformed_file_of_llava_is_named(tmp_path, text):
+  if text is not None:
+    (tmp_path / "preprocessor_config.json").write_text(text)
+  with pytest.raises(errors.UserError, match="checkpoint's origin"):
+    processors.LlavaOnevisionProcessor.from_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"size": {"shortest_edge": 384}}, "no square tile"),
+    ({"size": {"height": 384, "width": 378}}, "no square tile"),
+    ({"size": 0}, "image_size=0"),
+    ({"size": 10**30}, "at most 8192"),
+    ({"size": float("inf")}, "checkpoint's origin"),
+    ({"resample": 9}, "filter of PIL"),
+    ({"image_std": [0.5, 0.5, 0.0]}, "deviations above 0"),
+    ({"do_center_crop": True}, "do_center_crop=True is not supported"),
+    ({"do_rescale": False}, "do_rescale=False is not supported"),
+    ({"rescale_factor": 1 / 127.5}, "rescale_factor"),
+    ({"rescale_factor": "1/255"}, "checkpoint's origin"),
+  ],
+)
+def test_steps_that_are_not_ours_are_refused(tmp_path, changes, message):
+  entry = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": 384}
+  path = tmp_path / "preprocessor_config.json"
+  path.write_text(json.dumps(entry))
+  assert (
+    processors.LlavaOnevisionProcessor.from_files(tmp_path)
+    == processors.LlavaOnevisionProcessor()
+  )
+  path.write_text(json.dumps({**entry, **changes}))
+  with pytest.raises(errors.UserError, match=message) as caught:
+    processors.LlavaOnevisionProcessor.from_files(tmp_path)
+  assert str(path) in str(caught.value)

@@ -1,20 +1,75 @@
-"""The text half of a video model: decoder, cache and head, as functions.
+"""What a video language model is, and the decoder functions all of them share.
 
-Axes: B batch, L prompt tokens, D width, P position rows, V vocabulary.
+Axes: B batch, L prompt tokens, D width, P position rows, V vocabulary, T
+temporal patches, H W token grid of one, N = T·H·W video tokens, S auxiliary
+feature maps.
 """
 
+import abc
 import dataclasses
-from typing import Any
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from cacovid_jax.models import qwen2
 
+# What a vision tower can tell besides features, float32 on the token grid.
+# "vision_attention" [N]: attention that a token receives from its own temporal
+# patch in the last layer, mean over heads. "vision_keys" [N, head]: that
+# layer's keys, mean over heads.
+#
+# The attention of SigLIP's pooling head is not among them: LLaVA-OneVision's
+# checkpoints come without that head (`"vision_use_head": false`).
+SIGNALS = ("vision_attention", "vision_keys")
+
+
+def check_signals(signals) -> tuple[str, ...]:
+  """Returns the wanted names in the order of `SIGNALS`; refuses others."""
+  unknown = set(signals) - set(SIGNALS)
+  if unknown:
+    raise ValueError(
+      f"no vision signal is called {', '.join(map(repr, sorted(unknown)))};"
+      f" there are {', '.join(SIGNALS)}"
+    )
+  return tuple(name for name in SIGNALS if name in signals)
+
+
+def signal_shapes(num_tokens, head_dim):
+  """Returns the shape of each signal of that many patches or tokens."""
+  return {
+    "vision_attention": (num_tokens,),
+    "vision_keys": (num_tokens, head_dim),
+  }
+
+
+class VideoFeatures(NamedTuple):
+  """ONE encoded video.
+
+  Attributes:
+    features: float[N, D], zero behind the grid's own tokens.
+    grid: (T, H, W).
+    second_per_grid_t: seconds from one temporal patch to the next; 1.0 where
+      nothing tells it or positions do not depend on it.
+    signals: those of `SIGNALS` that were wanted.
+    deep: float[S, N, D] that is added to the video rows of the output of
+      decoder layers 0 to S - 1 (Qwen3-VL's DeepStack), None for most models.
+      Pruning gathers it as it does features; merging averages it over the
+      tokens that a row stands for.
+  """
+
+  features: Any
+  grid: tuple[int, int, int]
+  second_per_grid_t: float = 1.0
+  signals: Mapping[str, jax.Array] = {}
+  deep: jax.Array | None = None
+
 
 @dataclasses.dataclass(frozen=True)
-class LanguageModel:
-  """Pure functions of (params, arrays) that every video model shares.
+class VideoLLM(abc.ABC):
+  """Pure functions of (params, arrays): what the rest of the library calls.
 
   Frozen and hashable, so it can be a static argument of a jitted function.
   `params` may be stored in another dtype than `dtype`, in which it computes.
@@ -31,67 +86,128 @@ class LanguageModel:
   backend: str = "auto"
   remat: bool = False
 
+  # S of `VideoFeatures.deep`, and rows of text that end a video in a prompt.
+  num_deep = 0
+  num_newlines = 0
+
   @property
   def num_position_rows(self):
     """P of every `positions` argument: 1, or 3 for time, row and column."""
     sections = self.config.text.rope_sections
     return 1 if sections is None else len(sections)
 
+  @property
+  @abc.abstractmethod
+  def processor(self):
+    """The `processors.Processor` of the config's sizes."""
+
+  @abc.abstractmethod
+  def read_processor(self, directory):
+    """Returns the `processors.Processor` of a checkpoint's files."""
+
+  def grid(self, num_frames, height, width) -> tuple[int, int, int]:
+    """Returns (T, H, W) of a video from its frames' pixels after resizing."""
+    return self.processor.resized_grid(num_frames, height, width)
+
+  def tower_inputs(self, inputs, bucket=None):
+    """Returns a processor's `TowerInputs` as `encode` takes them.
+
+    Args:
+      inputs: of one video, on the host.
+      bucket: `token_grid.Bucket` to pad to; None for the video's own sizes.
+    """
+    del bucket  # Of models whose grids differ.
+    return inputs
+
+  @abc.abstractmethod
+  def encode_stages(self, params, inputs, signals=()):
+    """Returns (features float[N, D], out) of one video.
+
+    `out` holds the tower's intermediates by name, what `VideoFeatures.deep`
+    is, and the wanted signals; arguments as of `encode`.
+    """
+
+  def encode(self, params, inputs, *, signals=()) -> VideoFeatures:
+    """Returns the features of one video.
+
+    Args:
+      params: the model's parameters.
+      inputs: `processors.TowerInputs`, of `tower_inputs`.
+      signals: static, those of `SIGNALS` that are wanted.
+    """
+    signals = check_signals(signals)
+    features, out = self.encode_stages(params, inputs, signals)
+    return VideoFeatures(
+      features,
+      inputs.grid,
+      inputs.second_per_grid_t,
+      {name: out[name] for name in signals},
+      out.get("deep"),
+    )
+
+  def signal_shapes(self, num_video) -> Mapping[str, tuple[int, ...]]:
+    """Returns the shape of each of `SIGNALS` for N video tokens."""
+    return signal_shapes(num_video, self.config.vision.head_dim)
+
+  @abc.abstractmethod
+  def positions(self, ids, video):
+    """Returns (int32[P, L], next position) of ONE prompt, on the host.
+
+    Args:
+      ids: int[L] of the prompt without padding.
+      video: what has the `grid` and `second_per_grid_t` of its video.
+    """
+
+  @abc.abstractmethod
+  def init(self, rng):
+    """Returns random float32 parameters."""
+
+  def encode_prompt(self, tokenizer, text, grid, second_per_grid_t=1.0):
+    """Returns the `data.tokenizer.Prompt` of a question about a video.
+
+    Args:
+      tokenizer: of the checkpoint.
+      text: the question.
+      grid: (T, H, W) of the video.
+      second_per_grid_t: see `VideoFeatures`.
+    """
+    del second_per_grid_t  # Not in these models' text.
+    return tokenizer.encode_prompt(text, math.prod(grid))
+
+  def embed_prompt(self, params, ids, features, video_rows):
+    """Returns one prompt's embeddings float[L, D].
+
+    Args:
+      params: the model's parameters.
+      ids: int32[L]; the ids under the video are ignored, and rows behind the
+        prompt may be padding.
+      features: float[N, D] of the video.
+      video_rows: int32[N] rows of its tokens; of padded features L.
+    """
+    x = self.embed_text(params, ids)
+    return x.at[video_rows].set(features.astype(x.dtype), mode="drop")
+
   def embed_text(self, params, ids):
     """Returns the embeddings float[..., D] of text ids int32[...]."""
     return self._language(params, ids, method="embed")
 
-  def forward(
-    self,
-    params,
-    x,
-    positions,
-    *,
-    mask=None,
-    lengths=None,
-    causal=True,
-    want_hidden=False,
-    want_attention=False,
-  ):
+  def forward(self, params, x, positions, **options):
     """Returns (hidden float[B, L, D] after the final norm, out).
 
     Args:
       params: the model's parameters.
       x: float[B, L, D] embeddings.
       positions: int32[B, P, L].
-      mask: bool[B, L, L], True where a query may see a key, or None.
-      lengths: int32[B] valid tokens (right padding), or None.
-      causal: static.
-      want_hidden: static; see `qwen2.Qwen2`.
-      want_attention: static; see `qwen2.Qwen2`.
+      **options: `mask`, `lengths`, `causal`, `deep` with `video_rows`,
+        `want_hidden` and `want_attention` of `qwen2.Qwen2.__call__`.
     """
-    return self._language(
-      params,
-      x,
-      positions,
-      mask=mask,
-      lengths=lengths,
-      causal=causal,
-      want_hidden=want_hidden,
-      want_attention=want_attention,
-      method="__call__",
-    )
+    return self._language(params, x, positions, method="__call__", **options)
 
   def logits(self, params, hidden):
     """Returns float32[..., V] of hidden float[..., D] (after the norm)."""
     return self._language(params, hidden, method="logits")
 
-  def prefill(
-    self,
-    params,
-    x,
-    positions,
-    lengths,
-    *,
-    cache_length,
-    want_hidden=False,
-    want_attention=False,
-  ):
+  def prefill(self, params, x, positions, lengths, *, cache_length, **options):
     """Returns (logits, cache, out) after reading the prompts.
 
     Args:
@@ -100,8 +216,7 @@ class LanguageModel:
       positions: int32[B, P, L].
       lengths: int32[B] valid tokens of each prompt, at least 1.
       cache_length: static, at least L; room for the prompt and what follows.
-      want_hidden: static; see `qwen2.Qwen2`.
-      want_attention: static; see `qwen2.Qwen2`.
+      **options: as of `forward`, `mask` and `causal` apart.
 
     Returns:
       logits float32[B, V] behind each prompt's last valid token, the
@@ -116,10 +231,9 @@ class LanguageModel:
       x,
       positions,
       lengths=lengths,
-      want_hidden=want_hidden,
-      want_attention=want_attention,
       want_cache=True,
       method="__call__",
+      **options,
     )
     cache = qwen2.Cache(out.pop("keys"), out.pop("values"), lengths)
     cache = qwen2.with_room(cache, cache_length - x.shape[1])
@@ -147,7 +261,7 @@ class LanguageModel:
       x, part = self._decode_slice(params, x, positions, part, first)
       caches.append(part)
       first += part.keys.shape[0]
-    return self.end(params, x[:, 0]), tuple(caches)
+    return self.final_logits(params, x[:, 0]), tuple(caches)
 
   def layer(self, params, number, x, positions, **kwargs):
     """Returns (x, out) after decoder layer `number`, on its own.
@@ -172,7 +286,17 @@ class LanguageModel:
     )
 
   def run_layers(
-    self, params, x, positions, lengths, *, first, last, look=None
+    self,
+    params,
+    x,
+    positions,
+    lengths,
+    *,
+    first,
+    last,
+    look=None,
+    deep=None,
+    video_rows=None,
   ):
     """Returns (x, keys, values, seen) after layers `first` to `last` - 1.
 
@@ -185,6 +309,8 @@ class LanguageModel:
       last: static, the layer behind the slice.
       look: static; `look(q, k, lengths)` -> float32[B, L] of the slice's last
         layer, or None.
+      deep: float[B, S, N, D], see `VideoFeatures`; None for none.
+      video_rows: int32[B, N] of `deep`, L for padding.
 
     Returns:
       x without the final norm, keys and values float[last - first, B, L, K, H],
@@ -210,6 +336,7 @@ class LanguageModel:
         lengths=lengths,
         look=only_last(number),
       )
+      x = qwen2.add_deep(x, number, deep, video_rows)
       return (x, out.get("look")), (out["keys"], out["values"])
 
     nothing = None if look is None else jnp.zeros(x.shape[:2], jnp.float32)
@@ -218,7 +345,7 @@ class LanguageModel:
     )
     return x, keys, values, seen
 
-  def end(self, params, x):
+  def final_logits(self, params, x):
     """Returns float32[..., V] of x float[..., D], before the final norm."""
     hidden = self._language(params, x, method="normalise")
     return self.logits(params, hidden)

@@ -1,0 +1,619 @@
+"""Frames of a clip -> what a vision tower takes, one class per model.
+
+Letters: F frames, h w pixels of a frame, S pixels of a square tile's side; T H
+W the token grid, P patches, C = 3 channels, t p m frames, pixels and patches a
+side of a patch, a patch, a token.
+"""
+
+import abc
+import dataclasses
+import json
+import math
+import os
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from cacovid_jax import errors
+from cacovid_jax.data import frames as frames_lib
+from cacovid_jax.models import hf_config
+
+# Statistics of CLIP's images, which Qwen2.5-VL's tower was trained with.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+# What the paper's scripts allow a frame, in tokens and in pixels of 28 x 28
+# tokens.
+PAPER_TOKENS = (128, 256)
+PAPER_MIN_PIXELS = 128 * 28 * 28
+PAPER_MAX_PIXELS = 256 * 28 * 28
+
+# Frames per clip where a checkpoint's files do not tell.
+_NUM_FRAMES = 32
+_MAX_ASPECT = 200
+_MAX_FILE_BYTES = 2**20
+_MAX_SIDE = 8192
+# Steps of the reference processors: key -> (what we do, when it is not given).
+_STEPS = {
+  "do_resize": (True, True),
+  "do_rescale": (True, True),
+  "do_normalize": (True, True),
+  "do_center_crop": (False, False),
+}
+
+
+class TowerInputs(NamedTuple):
+  """ONE clip for the tower; a pytree.
+
+  Attributes:
+    values: float32[F, S, S, C] pixels or float32[P, C*t*p*p] patches.
+    grid: (T, H, W) of the video's tokens.
+    second_per_grid_t: seconds from one temporal patch to the next; 1.0 where
+      nothing tells it or the model's positions do not.
+    layout: arrays that the tower reads of the grid, `VideoLLM.tower_inputs`.
+  """
+
+  values: Any
+  grid: tuple[int, int, int]
+  second_per_grid_t: float = 1.0
+  layout: Any = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Processor(abc.ABC):
+  """What a checkpoint does to frames before its vision tower.
+
+  Attributes:
+    mean: of each channel, of pixels between 0 and 1.
+    std: standard deviation of each channel.
+    resample: PIL's number of the filter; 3 is bicubic.
+    one_grid: whether all clips of as many frames have one token grid.
+  """
+
+  mean: tuple[float, float, float]
+  std: tuple[float, float, float]
+  resample: int = frames_lib.BICUBIC
+
+  one_grid: ClassVar[bool]
+  # What files of earlier runs call the class, and its fields there.
+  _on_disk: ClassVar[tuple[str, ...]]
+
+  def __post_init__(self):
+    if (
+      not all(math.isfinite(x) for x in (*self.mean, *self.std))
+      or min(self.std) <= 0
+    ):
+      raise errors.UserError(
+        f"mean={tuple(self.mean)} and std={tuple(self.std)}: give finite"
+        " numbers, the deviations above 0"
+      )
+    if self.resample not in {int(method) for method in Image.Resampling}:
+      raise errors.UserError(
+        f"resample={self.resample}: give the number of a filter of PIL (3 is"
+        " bicubic)"
+      )
+
+  @classmethod
+  def from_files(cls, directory, **known) -> "Processor":
+    """Reads the processor's JSON of a Hugging Face checkpoint directory.
+
+    Args:
+      directory: the checkpoint.
+      **known: fields that its files do not tell.
+    """
+    entry, path = _read_file(directory)
+    try:
+      _check_steps(entry, path)
+      values = cls._values_of(entry)
+    except KeyError as error:
+      raise _unusable(path, f"no {error}") from error
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+      raise _unusable(path, error) from error
+    try:
+      return cls(**values, **known)
+    except errors.UserError as error:
+      raise errors.UserError(f"{path}: {error}") from error
+
+  @classmethod
+  @abc.abstractmethod
+  def _values_of(cls, entry) -> dict[str, Any]:
+    """Returns the fields that a file's JSON tells."""
+
+  def with_bounds(self, min_pixels=0, max_pixels=0) -> "Processor":
+    """Returns the processor with other bounds on a frame, 0 for its own."""
+    if min_pixels or max_pixels:
+      raise errors.UserError(
+        "min_pixels and max_pixels are for models whose grids differ; this one"
+        " has frames of one size: leave them out"
+      )
+    return self
+
+  def with_paper_bounds(self, min_pixels=0, max_pixels=0) -> "Processor":
+    """Returns the processor with the paper's bounds on a frame.
+
+    Args:
+      min_pixels: another bound than the paper's; 0 for the paper's.
+      max_pixels: another bound than the paper's; 0 for the paper's.
+    """
+    return self.with_bounds(min_pixels, max_pixels)
+
+  @property
+  def described(self) -> dict[str, Any]:
+    """What pixels depend on, as the keys of feature caches have it."""
+    return {name: getattr(self, name) for name in self._on_disk[1:]}
+
+  @property
+  def identity(self) -> str:
+    """The same in one line, as answer logs have it."""
+    parts = [f"{name}={value!r}" for name, value in self.described.items()]
+    return f"{self._on_disk[0]}({', '.join(parts)})"
+
+  @abc.abstractmethod
+  def frame_size(
+    self, height: int, width: int, num_frames: int
+  ) -> tuple[int, int]:
+    """Returns the (height, width) of each of F frames after resizing.
+
+    Raises:
+      ShapeError: no size suits such frames.
+    """
+
+  @abc.abstractmethod
+  def resized_grid(
+    self, num_frames: int, height: int, width: int
+  ) -> tuple[int, int, int]:
+    """Returns (T, H, W) of F frames of h x w pixels after resizing."""
+
+  def grid(
+    self, num_frames: int, height: int, width: int
+  ) -> tuple[int, int, int]:
+    """Returns (T, H, W) of F frames of h x w pixels, without any pixels."""
+    size = self.frame_size(height, width, num_frames)
+    return self.resized_grid(num_frames, *size)
+
+  def fixed_grid(self, num_frames: int) -> tuple[int, int, int] | None:
+    """Returns the one grid of all clips of F frames, None if they differ."""
+    return self.grid(num_frames, 1, 1) if self.one_grid else None
+
+  def second_per_grid_t(self, fps: float | None) -> float:
+    """Returns the seconds between temporal patches of `fps` frames a second.
+
+    1.0 if that is not known, as in the reference, or not told by positions.
+    """
+    del fps
+    return 1.0
+
+  def resize_frame(self, frame: np.ndarray, num_frames: int) -> np.ndarray:
+    """Returns uint8[h',w',3], one of F frames uint8[h,w,3], resized.
+
+    Given to the decoder (`functools.partial(processor.resize_frame,
+    num_frames=F)`), it spares the memory of large frames.
+    """
+    size = self.frame_size(*frame.shape[:2], num_frames)
+    return frames_lib.resize_frame(frame, size, self.resample)
+
+  def __call__(
+    self,
+    frames: np.ndarray,
+    *,
+    fps: float | None = None,
+    resized: bool = False,
+  ) -> TowerInputs:
+    """Returns what the tower takes of one clip.
+
+    Args:
+      frames: uint8[F,h,w,3], upright.
+      fps: of these frames (see `frames.sampled_fps`), not of the clip; None if
+        it is not known.
+      resized: whether the decoder has applied `resize_frame`.
+    """
+    if frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
+      raise ValueError(f"frames of shape {frames.shape} are not [F,h,w,3]")
+    if fps is not None and not 0 < fps < math.inf:
+      raise errors.UserError(f"{fps} frames a second: give a positive number")
+    if not resized:
+      count = len(frames)
+      frames = np.stack([self.resize_frame(frame, count) for frame in frames])
+    return TowerInputs(
+      self._values(frames),
+      self.resized_grid(*frames.shape[:3]),
+      self.second_per_grid_t(fps),
+    )
+
+  @abc.abstractmethod
+  def _values(self, frames):
+    """Returns `TowerInputs.values` of resized frames."""
+
+  def normalise(self, pixels, axis: int = -1, xp=np):
+    """Returns float32 (x / 255 - mean) / std of uint8, channels along `axis`.
+
+    Args:
+      pixels: uint8 array of `xp`.
+      axis: of the channels.
+      xp: numpy, or jax.numpy to do it on the device.
+    """
+    shape = [1] * pixels.ndim
+    shape[axis] = -1
+    mean, std = (
+      xp.asarray(x, xp.float32).reshape(shape) for x in (self.mean, self.std)
+    )
+    pixels = pixels.astype(xp.float32)
+    # In place on the host, where clips are large.
+    pixels /= 255.0
+    pixels -= mean
+    pixels /= std
+    return pixels
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlavaOnevisionProcessor(Processor):
+  """Frames squeezed into one square tile.
+
+  Attributes:
+    image_size: S.
+    frame_side: H = W, tokens of a frame's side.
+  """
+
+  image_size: int = 384
+  frame_side: int = 14
+  mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+  std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+  one_grid = True
+  _on_disk = ("Preprocessing", "image_size", "mean", "std", "resample")
+
+  def __post_init__(self):
+    if not 1 <= self.image_size <= _MAX_SIDE:
+      raise errors.UserError(
+        f"image_size={self.image_size}: give pixels, at most {_MAX_SIDE}"
+      )
+    super().__post_init__()
+
+  @classmethod
+  def _values_of(cls, entry):
+    # Class defaults of the library are wrong for the released checkpoints
+    # (CLIP statistics instead of SigLIP's): the files have to state them.
+    resample = entry.get("resample")
+    return {
+      "image_size": _square(entry.get("size", 384)),
+      "mean": _triple(entry["image_mean"]),
+      "std": _triple(entry["image_std"]),
+      "resample": frames_lib.BICUBIC if resample is None else int(resample),
+    }
+
+  def frame_size(self, height, width, num_frames):
+    """Returns (S, S), whatever the frames."""
+    return self.image_size, self.image_size
+
+  def resized_grid(self, num_frames, height, width):
+    """Returns (F, H, W), whatever the frames."""
+    return num_frames, self.frame_side, self.frame_side
+
+  def _values(self, frames):
+    return self.normalise(frames)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Qwen2_5VLProcessor(Processor):  # noqa: N801 (the model's own name)
+  """Frames that keep their aspect ratio, cut into patches.
+
+  Sides are multiples of a merged token's, so that the grid differs from clip to
+  clip. Paper: https://arxiv.org/abs/2502.13923, section 2.1.
+
+  Attributes:
+    patch_size: p, pixels.
+    temporal_patch_size: t, frames.
+    merge_size: m, patches.
+    min_pixels: least pixels of a resized frame.
+    max_pixels: most pixels of a resized frame.
+    max_video_tokens: tokens that set the pixels of a whole clip: its frames
+      share 90 % of them evenly. None bounds each frame by itself, as releases
+      of the reference below 5.22 do.
+  """
+
+  patch_size: int = 14
+  temporal_patch_size: int = 2
+  merge_size: int = 2
+  min_pixels: int = 128 * 28 * 28
+  max_pixels: int = 768 * 28 * 28
+  mean: tuple[float, float, float] = CLIP_MEAN
+  std: tuple[float, float, float] = CLIP_STD
+  max_video_tokens: int | None = None
+
+  one_grid = False
+  _on_disk = (
+    "ProcessorConfig",
+    "patch_size",
+    "temporal_patch_size",
+    "merge_size",
+    "min_pixels",
+    "max_pixels",
+    "mean",
+    "std",
+    "resample",
+    "max_video_tokens",
+  )
+
+  def __post_init__(self):
+    for name in ("patch_size", "temporal_patch_size", "merge_size"):
+      if getattr(self, name) < 1:
+        raise errors.UserError(
+          f"{name}={getattr(self, name)}: give a positive number"
+        )
+    if not 0 < self.min_pixels <= self.max_pixels:
+      raise errors.UserError(
+        f"min_pixels={self.min_pixels} and max_pixels={self.max_pixels}: give"
+        " positive numbers, the smaller one first"
+      )
+    super().__post_init__()
+
+  @classmethod
+  def tiny(cls) -> "Qwen2_5VLProcessor":
+    """For tests: patches of 4 pixels, at most 24 tokens a temporal patch."""
+    return cls(patch_size=4, min_pixels=4 * 8 * 8, max_pixels=24 * 8 * 8)
+
+  @classmethod
+  def _values_of(cls, entry):
+    size = entry.get("size") or {}
+    values = {
+      "min_pixels": entry.get("min_pixels")
+      or size.get("shortest_edge")
+      or size.get("min_pixels"),
+      "max_pixels": entry.get("max_pixels")
+      or size.get("longest_edge")
+      or size.get("max_pixels"),
+    }
+    names = ("patch_size", "temporal_patch_size", "merge_size", "resample")
+    values |= {name: entry.get(name) for name in names}
+    if entry.get("cap_pixels_per_frame"):
+      values["max_video_tokens"] = entry.get("max_video_tokens", 128_000)
+    values = {k: int(v) for k, v in values.items() if v is not None}
+    for name in ("mean", "std"):
+      if entry.get(f"image_{name}") is not None:
+        values[name] = _triple(entry[f"image_{name}"])
+    return values
+
+  def with_bounds(self, min_pixels=0, max_pixels=0):
+    """Returns the processor with other bounds on a frame, 0 for its own.
+
+    Those of the released checkpoints' files are made for images.
+    """
+    return dataclasses.replace(
+      self,
+      min_pixels=min_pixels or self.min_pixels,
+      max_pixels=max_pixels or self.max_pixels,
+    )
+
+  def with_paper_bounds(self, min_pixels=0, max_pixels=0):
+    """Returns the processor with the paper's bounds, or those given.
+
+    The paper's are taken in tokens, so that a model of other patches gets as
+    many of them.
+    """
+    least, most = (count * self.factor**2 for count in PAPER_TOKENS)
+    return self.with_bounds(min_pixels or least, max_pixels or most)
+
+  @property
+  def factor(self) -> int:
+    """Pixels of a merged token's side."""
+    return self.patch_size * self.merge_size
+
+  def frame_size(self, height, width, num_frames):
+    """Returns the (height, width) of each of F frames after resizing."""
+    return smart_resize(
+      height,
+      width,
+      factor=self.factor,
+      min_pixels=self.min_pixels,
+      max_pixels=self._max_pixels(num_frames),
+    )
+
+  def _max_pixels(self, num_frames: int) -> int:
+    """Returns the most pixels of each of F frames."""
+    if self.max_video_tokens is None:
+      return self.max_pixels
+    total = int(self.max_video_tokens * self.factor**2 * 0.9)
+    share = total * self.temporal_patch_size // num_frames
+    return max(min(self.max_pixels, share), int(self.min_pixels * 1.05))
+
+  def patch_tokens(self, num_frames: int) -> tuple[int, int]:
+    """Returns the fewest and the most tokens of a temporal patch of F frames.
+
+    Frames that are very long and narrow may lie beyond them.
+    """
+    least = -(-self.min_pixels // self.factor**2)
+    most = self._max_pixels(num_frames) // self.factor**2
+    return least, max(most, least)
+
+  def resized_grid(self, num_frames, height, width):
+    """Returns (T, H, W) of F frames of h x w pixels after resizing."""
+    if height % self.factor or width % self.factor:
+      raise ValueError(
+        f"{height} x {width} pixels do not split into {self.factor}s"
+      )
+    patches = -(-num_frames // self.temporal_patch_size)
+    return patches, height // self.factor, width // self.factor
+
+  def second_per_grid_t(self, fps):
+    """Returns the seconds between temporal patches; 1.0 if not known."""
+    return 1.0 if fps is None else self.temporal_patch_size / fps
+
+  def _values(self, frames):
+    # Bytes are moved before they become floats: a quarter of the memory.
+    patches = patchify(
+      frames,
+      patch=self.patch_size,
+      temporal_patch=self.temporal_patch_size,
+      merge=self.merge_size,
+    )
+    pixels = self.normalise(patches.reshape(len(patches), 3, -1), axis=1)
+    return pixels.reshape(patches.shape)
+
+
+def smart_resize(
+  height: int,
+  width: int,
+  *,
+  factor: int = 28,
+  min_pixels: int,
+  max_pixels: int,
+) -> tuple[int, int]:
+  """Returns the (height, width) that a frame is resized to.
+
+  Both are multiples of `factor`, close to the frame's aspect ratio; their
+  product lies between the limits, as far as multiples can.
+
+  Args:
+    height: h, pixels.
+    width: w, pixels.
+    factor: pixels of a merged token's side.
+    min_pixels: a smaller frame is enlarged.
+    max_pixels: a larger frame is reduced.
+
+  Raises:
+    ShapeError: no such size suits the frame.
+  """
+  if min(height, width) < 1:
+    raise frames_lib.ShapeError(
+      f"a frame of {width} x {height} pixels holds nothing",
+      "leave the clip out",
+    )
+  if max(height, width) > _MAX_ASPECT * min(height, width):
+    raise frames_lib.ShapeError(
+      f"a frame of {width} x {height} pixels is longer than {_MAX_ASPECT} times"
+      " its width",
+      "crop the clip",
+    )
+  # Python's round, half to even, as in the reference.
+  rows, columns = round(height / factor), round(width / factor)
+  if rows * columns * factor**2 > max_pixels:
+    scale = math.sqrt(height * width / max_pixels)
+    rows = max(1, math.floor(height / scale / factor))
+    columns = max(1, math.floor(width / scale / factor))
+  elif rows * columns * factor**2 < min_pixels:
+    scale = math.sqrt(min_pixels / (height * width))
+    rows = math.ceil(height * scale / factor)
+    columns = math.ceil(width * scale / factor)
+  return rows * factor, columns * factor
+
+
+def patchify(
+  frames: np.ndarray, *, patch: int, temporal_patch: int, merge: int
+) -> np.ndarray:
+  """Returns [P, C*t*p*p] patches of frames [F,h,w,C], any dtype.
+
+  Rows run over temporal patches, then over tokens row by row, then over the
+  m x m patches of a token. Columns are (channel, frame, row, column), as in the
+  weight of the tower's convolution. Where F is no multiple of t, the last frame
+  is repeated.
+
+  Args:
+    frames: h and w multiples of p m.
+    patch: p.
+    temporal_patch: t.
+    merge: m.
+  """
+  missing = -len(frames) % temporal_patch
+  if missing:
+    frames = np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)])
+  F, h, w, C = frames.shape
+  side = patch * merge
+  if h % side or w % side:
+    raise ValueError(f"{w} x {h} pixels are no multiples of {side}")
+  T, H, W = F // temporal_patch, h // side, w // side
+  split = frames.reshape(
+    T, temporal_patch, H, merge, patch, W, merge, patch, C
+  )  # [T, t, H, m, p, W, m, p, C]
+  split = split.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
+  return split.reshape(T * H * W * merge**2, -1)  # [T,H,W,m,m, C,t,p,p]
+
+
+def default_num_frames(directory) -> int:
+  """Returns the frames per clip that a checkpoint's files ask for, else 32."""
+  path = os.path.join(directory, "video_preprocessor_config.json")
+  number = None
+  if os.path.isfile(path):
+    number = hf_config.read_json(path).get("num_frames")
+  if number is None:
+    return _NUM_FRAMES
+  if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+    raise errors.UserError(
+      f"{path}: num_frames {number!r} is no number of frames; correct it, or"
+      " give --num_frames"
+    )
+  return number
+
+
+def _read_file(directory) -> tuple[dict, str]:
+  """Returns the JSON of a checkpoint's video processor, and its path.
+
+  Files are tried in the reference's order: the video part that transformers 5
+  stores in processor_config.json, then the two files of earlier releases.
+  """
+  for name, key in (
+    ("processor_config.json", "video_processor"),
+    ("video_preprocessor_config.json", None),
+    ("preprocessor_config.json", None),
+  ):
+    path = os.path.join(directory, name)
+    if not os.path.isfile(path):
+      continue
+    try:
+      if os.path.getsize(path) > _MAX_FILE_BYTES:
+        raise ValueError(f"above {_MAX_FILE_BYTES} bytes")
+      with open(path, encoding="utf-8") as f:
+        entry = json.load(f)
+      if not isinstance(entry, dict):
+        raise ValueError("no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+      raise _unusable(path, error) from error
+    entry = entry.get(key) if key else entry
+    if isinstance(entry, dict):
+      return entry, path
+  raise errors.UserError(
+    f"{directory}: no preprocessor_config.json or"
+    " video_preprocessor_config.json; copy it from the checkpoint's origin"
+  )
+
+
+def _unusable(path, error) -> errors.UserError:
+  """Returns the error for a processor file that cannot be used."""
+  return errors.UserError(
+    f"{path}: not a usable processor file ({error}); copy it again from the"
+    " checkpoint's origin"
+  )
+
+
+def _check_steps(entry: dict, path) -> None:
+  """Refuses a processor file that asks for steps other than ours.
+
+  Silence about a step would give other pixels than the reference's.
+  """
+  for name, (ours, default) in _STEPS.items():
+    value = entry.get(name)
+    if bool(default if value is None else value) != ours:
+      raise errors.UserError(
+        f"{path}: {name}={value} is not supported; set it to"
+        f" {json.dumps(ours)}, or use the checkpoint's original file"
+      )
+  factor = entry.get("rescale_factor")
+  if factor is not None and not math.isclose(factor, 1 / 255, rel_tol=1e-6):
+    raise errors.UserError(
+      f"{path}: rescale_factor={factor} is not supported; pixels are divided"
+      " by 255"
+    )
+
+
+def _square(size) -> int:
+  """Returns the side of the tile that a processor's `size` asks for."""
+  if not isinstance(size, dict):
+    return int(size)
+  if "height" not in size or size["height"] != size.get("width"):
+    raise ValueError(f"size {size} is no square tile of height and width")
+  return int(size["height"])
+
+
+def _triple(values) -> tuple[float, float, float]:
+  """Returns three numbers, one a channel."""
+  first, second, third = (float(value) for value in values)
+  return first, second, third

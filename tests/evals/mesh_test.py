@@ -1,0 +1,128 @@
+"""Evaluation on a mesh: the letters of one device, whatever it shares."""
+
+import json
+
+import jax.numpy as jnp
+import pytest
+
+from cacovid_jax import errors
+from cacovid_jax import experiment as experiment_lib
+from cacovid_jax.data import readers
+from cacovid_jax.evals import answering, evaluation
+from cacovid_jax.models import checkpoints
+from cacovid_jax.parallel import mesh as mesh_lib
+from cacovid_jax.preparation import blind
+from tests.evals import tiny
+from tests.preparation import blind_test
+
+# A policy, draws, a rule per clip, what the language model looks at, and two
+# that choose inside it, the second one on the host.
+METHODS = (
+  "cacovid", "random", "divprune", "last_query?layer=1", "fastv?layer=1",
+  "framefusion",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def asked(checkpoint_dir, checkpoint, data_dir, tmp_path_factory):
+  """Returns a function of a mesh: {(method, question): answer}."""
+  policy = tiny.write_policy(tmp_path_factory.mktemp("p") / "p", checkpoint)
+
+  def ask(workdir, **mesh):
+    experiment = tiny.experiment(
+      workdir,
+      data=data_dir,
+      checkpoint=checkpoint_dir,
+      policies={"policy": policy},
+      methods=METHODS,
+      ratios=(0.5,),
+      num_frames=tiny.FRAMES,
+      batch_size=4,
+      max_new_tokens=2,
+      select_on="none",
+      num_examples=0,
+      **mesh,
+    )
+    evaluation.evaluate(experiment)
+    lines = (workdir / "answers.jsonl").read_text().splitlines()[1:]
+    answers = map(json.loads, lines)
+    return experiment, {
+      (one["method"], one["question"]): (one["text"], one["kept"])
+      for one in answers
+    }
+
+  return ask
+
+
+@pytest.fixture(scope="module")
+def alone(asked, tmp_path_factory):
+  return asked(tmp_path_factory.mktemp("alone"))[1]
+
+
+@pytest.mark.parametrize("axis", ["data", "model"])
+def test_two_devices_give_the_answers_of_one(axis, asked, alone, tmp_path):
+  experiment, found = asked(tmp_path, **{f"mesh.{axis}": 2})
+  assert experiment.mesh.shape[axis] == experiment.mesh.size == 2
+  assert {method for method, _ in found} == {"vanilla", *METHODS}
+  assert len(set(alone.values())) > len(METHODS)
+  assert found == alone
+
+
+def test_zero_takes_the_devices_that_divide_a_batch(tmp_path):
+  # Of eight, four and two.
+  for batch_size, model, data in ((4, 1, 4), (6, 1, 6), (7, 2, 1), (8, 2, 4)):
+    found = tiny.experiment(
+      tmp_path,
+      batch_size=batch_size,
+      **{"mesh.data": 0, "mesh.model": model},
+    )
+    assert found.mesh.shape["data"] == data
+    assert found.mesh.shape["model"] == model
+
+
+@pytest.mark.parametrize(
+  ("mesh", "match"),
+  [
+    ({"mesh.data": 3}, "evals.batch_size=4 does not divide among the 3 dev"),
+    ({"mesh.data": 16}, "needs 16 devices and there are 8; lower"),
+    ({"mesh.model": 9}, "needs 9 devices and there are 8; lower"),
+  ],
+)
+def test_a_mesh_that_does_not_fit_is_one_line(asked, mesh, match, tmp_path):
+  with pytest.raises(errors.UserError, match=match) as caught:
+    asked(tmp_path, **mesh)
+  assert "\n" not in str(caught.value)
+
+
+def test_one_question_is_answered_on_a_mesh(tmp_path):
+  tiny.write_clip(tmp_path / "clip.mp4", seed=1)
+  texts = []
+  for model in (1, 2):
+    made = tiny.experiment(
+      None,
+      num_frames=0,
+      checkpoint="",
+      methods=("uniform",),
+      **{"mesh.model": model, "mesh.data": 0},
+    )
+    with answering.Answerer.from_config(made.config) as answerer:
+      assert answerer.experiment.mesh.size == model
+      asked = answerer.ask(
+        tmp_path / "clip.mp4", "What is it?", ("red", "blue"),
+        ratios=(1.0, 0.25), method="uniform", warm_up=False,
+      )  # fmt: skip
+    texts.append([answer.text for answer in asked.answers])
+  assert texts[0] == texts[1]
+
+
+def test_the_blind_filter_shares_its_batches(tmp_path):
+  model = str(experiment_lib.SHIPPED_MODEL)
+  rows = readers.read_video_r1(blind_test.write(tmp_path / "rows.json"))
+  expected = blind.ask(
+    checkpoints.load(model, jnp.float32), rows, blind_test.SETTINGS
+  )
+  for axes in ((2, 1), (1, 2)):
+    mesh = mesh_lib.make_mesh(*axes)
+    checkpoint = checkpoints.load(model, jnp.float32, mesh=mesh)
+    found = blind.ask(checkpoint, rows, blind_test.SETTINGS, mesh=mesh)
+    assert found == expected

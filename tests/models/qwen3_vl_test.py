@@ -1,0 +1,296 @@
+"""Does the protocol hold Qwen3-VL? A draft of it against golden/qwen3_vl_tiny.
+
+The golden folder was made with transformers 5.24 in float32. In its prompts
+text stands between the temporal patches; one of them is also run without two of
+three video tokens, all text, positions and auxiliary features kept.
+"""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cacovid_jax import compressors
+from cacovid_jax.compressors import base, layerwise
+from cacovid_jax.models import (
+  generation,
+  processors,
+  prompt_batch,
+  video_llm,
+)
+
+from . import qwen3_vl_draft
+
+FOLDER = pathlib.Path(__file__).parents[1] / "golden" / "qwen3_vl_tiny"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _exact():
+  with jax.default_matmul_precision("highest"):
+    yield
+
+
+@pytest.fixture(scope="module")
+def loaded():
+  return qwen3_vl_draft.load(FOLDER)
+
+
+@pytest.fixture(scope="module")
+def golden():
+  with np.load(FOLDER / "golden.npz") as file:
+    return dict(file)
+
+
+@pytest.fixture(scope="module")
+def videos(loaded, golden):
+  """The encoded clips, and the tower's stages of both in a row."""
+  model, params = loaded
+  found, stages, start = [], [], 0
+  for T, height, width in golden["video_grid_thw"].tolist():
+    end = start + T * height * width
+    inputs = model.tower_inputs(
+      processors.TowerInputs(
+        golden["pixel_values_videos"][start:end], (T, height // 2, width // 2)
+      )
+    )
+    found.append(model.encode(params, inputs))
+    stages.append(model.encode_stages(params, inputs)[1])
+    start = end
+  return found, jax.tree.map(lambda *x: np.concatenate(x, axis=-2), *stages)
+
+
+@pytest.fixture(scope="module")
+def prompts(loaded, golden, videos):
+  """Each whole prompt, right padded: a list of `PromptBatch` of one."""
+  model, params = loaded
+  found = []
+  for row, video in enumerate(videos[0]):
+    ids = _unpadded(golden, golden["input_ids"], row)
+    positions, following = model.positions(ids, video)
+    rows = np.flatnonzero(ids == model.config.video_token_id)
+    batch = prompt_batch.PromptBatch(
+      x=model.embed_prompt(params, jnp.asarray(ids), video.features, rows),
+      positions=positions,
+      lengths=np.int32(len(ids)),
+      video_rows=np.int32(rows),
+      next_position=np.int32(following),
+      deep=video.deep,
+    )
+    found.append(jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], batch))
+  return found
+
+
+def _unpadded(golden, array, row):
+  return array[row][golden["attention_mask"][row] == 1]
+
+
+def _close(actual, expected, tolerance=2e-5):
+  tolerance *= max(1.0, np.abs(expected).max() / 8)
+  np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)
+
+
+def _read(model, params, batch, **options):
+  hidden, out = model.forward(
+    params,
+    batch.x,
+    batch.positions,
+    deep=batch.deep,
+    video_rows=batch.video_rows,
+    **options,
+  )
+  return hidden, out, model.logits(params, hidden)
+
+
+def test_tower_mergers_and_auxiliary_features(loaded, golden, videos):
+  found, stages = videos
+  for name in ("patch_embed", "vision_tower_output"):
+    _close(stages[name], golden[name], 3e-5)
+  features = np.concatenate([video.features for video in found])
+  _close(features, golden["video_features"])
+  deep = np.concatenate([video.deep for video in found], axis=1)
+  _close(deep, golden["deepstack_features"])
+  assert loaded[0].num_deep == len(deep) == 3
+
+
+def test_positions_leave_time_to_the_text(golden, prompts):
+  for row, batch in enumerate(prompts):
+    expected = np.stack(
+      [_unpadded(golden, one, row) for one in golden["position_ids"]]
+    )
+    np.testing.assert_array_equal(batch.positions[0], expected)
+    delta = batch.next_position - batch.lengths
+    assert delta == golden["rope_deltas"][row]
+
+
+def test_every_layer_and_the_logits(loaded, golden, prompts):
+  for row, batch in enumerate(prompts):
+    hidden, out, logits = _read(*loaded, batch, want_hidden=True)
+    states = golden["hidden_states"][:, row]
+    states = states[:, golden["attention_mask"][row] == 1]
+    # Of the last layer the file holds what the norm made of it.
+    for mine, theirs in zip(
+      [batch.x[0], *out["hidden"][:-1, 0], hidden[0]], states, strict=True
+    ):
+      _close(mine, theirs, 3e-5)
+    _close(logits[0], _unpadded(golden, golden["logits"], row), 1e-4)
+
+
+def test_pruned_logits_with_text_between_the_patches(loaded, golden, prompts):
+  model, params = loaded
+  rows = golden["pruned_keep_index"] - (golden["attention_mask"][0] == 0).sum()
+  index = np.flatnonzero(np.isin(prompts[0].video_rows[0], rows))
+  alone = jax.tree.map(lambda leaf: leaf[0], prompts[0])
+  taken, pruned = prompt_batch.prune(alone, index, len(index))
+  np.testing.assert_array_equal(taken, rows)
+  pruned = jax.tree.map(lambda leaf: leaf[None], pruned)
+  _, _, logits = _read(model, params, pruned)
+  _close(logits, golden["pruned_logits"], 1e-4)
+  # They matter: without them the logits are elsewhere.
+  _, _, without = _read(model, params, pruned._replace(deep=None))
+  assert np.abs(without - golden["pruned_logits"]).max() > 1
+
+
+def test_prefill_and_greedy_answers(loaded, golden, prompts):
+  model, params = loaded
+  for row, batch in enumerate(prompts):
+    num_new = golden["generated_ids"].shape[1]
+    logits, cache, _ = model.prefill(
+      params,
+      batch.x,
+      batch.positions,
+      batch.lengths,
+      cache_length=batch.x.shape[1] + num_new - 1,
+      deep=batch.deep,
+      video_rows=batch.video_rows,
+    )
+    ids = generation.extend(
+      model,
+      params,
+      logits,
+      cache,
+      batch.next_position,
+      num_position_rows=3,
+      max_new_tokens=num_new,
+      eos_ids=(),
+      pad_id=0,
+    )
+    np.testing.assert_array_equal(ids[0], golden["generated_ids"][row])
+
+
+def test_slices_of_layers_add_what_all_layers_add(loaded, prompts):
+  model, params = loaded
+  batch = prompts[1]
+  run = functools.partial(
+    model.run_layers,
+    params,
+    positions=batch.positions,
+    lengths=batch.lengths,
+    deep=batch.deep,
+    video_rows=batch.video_rows,
+  )
+  x, *_ = run(x=batch.x, first=0, last=2)
+  x, *_ = run(x=x, first=2, last=model.config.text.num_layers)
+  last = model.final_logits(params, x)
+  _, _, logits = _read(model, params, batch)
+  _close(last, logits, 1e-5)
+
+
+def test_tokens_dropped_between_layers_take_their_features_along(
+  loaded, prompts
+):
+  """FastV before layer 2 of 5, while layer 2 has features to add."""
+  model, params = loaded
+  batch, grid = prompts[0], (4, 3, 5)
+  method = compressors.get("fastv", layer=2, scale_layers=False)
+  whole = prompt_batch.whole(batch)
+  inputs = base.CompressorInputs(
+    features=prompt_batch.read_video(batch.x, batch.video_rows), grid=grid
+  )
+  logits, _, trace = method.prefill(
+    model, params, whole, inputs, ratio=0.6, new_rows=1
+  )
+  # What the last token attends to most in layer 1.
+  _, out, _ = _read(model, params, batch, want_attention=True)
+  video_rows = np.asarray(batch.video_rows[0])
+  paid = np.asarray(out["last_query_attention"])[1, 0, video_rows]
+  (keep,) = [keep for _, keep in method.plan(5, 60, 0.6)]
+  index = np.sort(np.argsort(-paid, kind="stable")[:keep])
+  assert 0 < keep < 40
+  np.testing.assert_array_equal(trace.index[0], index)
+  # The rest of the layers over the rows that are left, text among them.
+  rows = np.setdiff1d(np.arange(batch.x.shape[1]), np.delete(video_rows, index))
+  run = functools.partial(model.run_layers, params, lengths=batch.lengths)
+  x, *_ = run(
+    x=batch.x,
+    positions=batch.positions,
+    first=0,
+    last=2,
+    deep=batch.deep,
+    video_rows=batch.video_rows,
+  )
+  x, *_ = run(
+    x=x[:, rows],
+    positions=batch.positions[..., rows],
+    lengths=jnp.array([len(rows)]),
+    first=2,
+    last=5,
+    deep=batch.deep[:, :, index],
+    video_rows=jnp.asarray(np.searchsorted(rows, video_rows[index]))[None],
+  )
+  _close(logits, model.final_logits(params, x[:, -1]), 1e-5)
+
+
+def test_the_text_behind_the_video_is_not_that_between_its_patches(prompts):
+  batch = prompts[0]
+  whole = prompt_batch.whole(batch)
+  length, last = int(batch.lengths[0]), int(batch.video_rows[0, -1])
+  q = jax.random.normal(jax.random.key(0), (1, length, 4, 8))
+  k = jax.random.normal(jax.random.key(1), (1, length, 2, 8))
+  look = layerwise.attention_of(
+    "after_video", whole.lengths - whole.num_after, 40
+  )
+  q_by_kv_head = q[0].reshape(-1, 2, 2, 8)
+  scores = jnp.einsum("tkgh,skh->kgts", q_by_kv_head, k[0]) / np.sqrt(8)
+  scores = jnp.where(jnp.tri(length, dtype=bool), scores, -jnp.inf)
+  most = jax.nn.softmax(scores)[:, :, last + 1 :].max(axis=(0, 1, 2))
+  np.testing.assert_allclose(look(q, k, batch.lengths)[0], most, atol=1e-6)
+
+
+class _Tokenizer:
+  """One id per character; the tags and the placeholder by their names."""
+
+  def render(self, text):
+    return ["before ", 246, 249, 247, text]
+
+  def encode(self, text):
+    parts = [text] if isinstance(text, str) else text
+    return [
+      i
+      for part in parts
+      for i in (map(ord, part) if isinstance(part, str) else [part])
+    ]
+
+
+def test_times_are_text_between_the_patches(loaded):
+  model, _ = loaded
+  # Frames at 0, 0.5, 1, 1.5 s: the middles of the pairs are 0.25 and 1.25 s.
+  prompt = model.encode_prompt(_Tokenizer(), "why?", (2, 1, 2), 1.0)
+  text = "".join(
+    {246: "[", 247: "]", 249: "*"}.get(i, chr(i)) for i in prompt.ids
+  )
+  assert text == "before <0.2 seconds>[**]<1.2 seconds>[**]why?"
+  rows = [i for i, letter in enumerate(text) if letter == "*"]
+  np.testing.assert_array_equal(prompt.video_rows, rows)
+  # Another rate changes the text and no position of the video.
+  slower = model.encode_prompt(_Tokenizer(), "why?", (2, 1, 2), 2.0)
+  assert len(slower.ids) == len(prompt.ids)
+  assert (slower.ids != prompt.ids).any()
+  for ids in (prompt.ids, slower.ids):
+    positions, following = model.positions(
+      ids, video_llm.VideoFeatures(None, (2, 1, 2))
+    )
+    assert following == len(ids)  # Each 1 x 2 patch takes two positions.
+    assert (positions[0, rows[:2]] == positions[0, rows[0]]).all()
