@@ -76,8 +76,8 @@ wheel-test: $(BIN)/python
 docs: $(DOCS)
 	rm -rf docs/_api docs/_build
 	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -q -W --keep-going -b html docs \
-	  docs/_build
-	@echo "open docs/_build/index.html in a browser"
+	  docs/_build/html
+	@echo "open docs/_build/html/index.html in a browser"
 
 lint: $(DEV)
 	$(BIN)/ruff check -q $(CHECKED)

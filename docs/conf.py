@@ -1,4 +1,4 @@
-"""The site: `make docs` builds it into docs/_build."""
+"""The site: `make docs` builds it into docs/_build/html."""
 
 import pathlib
 import re
@@ -73,7 +73,8 @@ def _escape(part):
     if number % 2:
       # Code ends at a word's end only: `Question`s.
       behind = r"\ " if re.match(r"\w", pieces[number + 1]) else ""
-      pieces[number] = f"``{piece}``{behind}"
+      shown = re.sub(r"^ | $", "␣", piece)  # Code has no space at its ends.
+      pieces[number] = f"``{shown}``{behind}"
     else:
       pieces[number] = re.sub(r"([*|\\]|_\b)", r"\\\1", piece)
   return "".join(pieces)
