@@ -3,7 +3,7 @@ r"""The paper's main table: four benchmarks, every method, four ratios.
 python -m experiments.main_table --base=ov7b --table_model=DIR \
     --table_policy=FILE --table_data=ROOT
 python -m experiments.main_table ... --dry_run    # what it would take
-python -m experiments.main_table --paper_rows     # the README's table
+python -m experiments.main_table --paper_rows     # docs/paper_table.md
 
 ROOT holds one folder per benchmark: longvideobench, mlvu_dev, mlvu_test,
 videomme, each as it was released (`--folders=videomme=DIR` names another one).
@@ -111,7 +111,7 @@ _CHIPS = flags.DEFINE_integer(
   lower_bound=1,
 )  # fmt: skip
 _PAPER_ROWS = flags.DEFINE_bool(
-  "paper_rows", False, "Print the README's table and end."
+  "paper_rows", False, "Print the tables of docs/paper_table.md and end."
 )
 
 
