@@ -27,6 +27,7 @@ templates_path = ["_templates"]
 
 html_theme = "furo"
 html_title = "cacovid_jax"
+html_show_copyright = False
 lexers["csv"] = TextLexer()
 
 # Headings are link targets, as on GitHub.
@@ -46,6 +47,12 @@ napoleon_use_rtype = False
 def setup(app):
   """Reads docstrings as the plain text that they are, before napoleon."""
   app.connect("autodoc-process-docstring", _as_plain_text, priority=400)
+  app.connect("autodoc-skip-member", _is_told_above)
+
+
+def _is_told_above(app, what, name, obj, skip, options):
+  """Skips fields of named tuples: their class has told what they are."""
+  return True if type(obj).__name__ == "_tuplegetter" else None
 
 
 def _as_plain_text(app, what, name, obj, options, lines):

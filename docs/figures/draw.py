@@ -55,7 +55,8 @@ def floors() -> list[list[str]]:
 def read_floors() -> tuple[dict[str, str], dict[str, list]]:
   """Returns floors.txt: what each name holds, and the rows of its figure.
 
-  A row is its label and a chain of (name, words).
+  A row is its label and a chain of (name, words). What stands behind a label
+  with a colon is no chain.
   """
   holds, flows = {}, {}
   for line in (HERE / "floors.txt").read_text(encoding="utf-8").splitlines():
@@ -64,7 +65,7 @@ def read_floors() -> tuple[dict[str, str], dict[str, list]]:
     if indent == 0:
       holds[name], rows = words, flows.setdefault(name, [])
     elif indent == 2:
-      rows.append((name, []))
+      rows.append((line.strip(), []))
     else:
       rows[-1][1].append((name, words))
   return holds, {name: rows for name, rows in flows.items() if rows}
@@ -93,10 +94,10 @@ def flow(name: str, rows) -> str:
   shapes = []
   for number, (label, chain) in enumerate(rows):
     y = MARGIN + 20 + number * step
-    shapes.append(_text(MARGIN, y - 7, label, "label"))
+    shapes.append(_text(MARGIN, y - 7, label.rstrip(":"), "label"))
     for x, width, (title, words) in _spread(chain, MARGIN, WIDTH - MARGIN, 34):
       shapes += _box(x, y, width, height, title, words)
-      if (title, words) != chain[-1]:
+      if (title, words) != chain[-1] and not label.endswith(":"):
         middle = y + height / 2
         shapes.append(
           f'<path class="line" marker-end="url(#tip)"'
