@@ -137,11 +137,13 @@ class Experiment:
         "config.model.path is empty; name the checkpoint directory of a"
         " LLaVA-OneVision or a Qwen2.5-VL"
       )
+    # On one device that nothing is placed on, arrays go where they are used.
+    alone = self.mesh.size == 1 and self.split != "videos_per_step"
     checkpoint = checkpoints.load(
       model.path,
       dtype=jnp.dtype(model.dtype),
       # Each device reads its own part: none ever holds the whole model.
-      mesh=self.mesh,
+      mesh=None if alone else self.mesh,
       backend=model.backend,
     )
     if checkpoint.tokenizer is None:

@@ -279,6 +279,8 @@ def _part(
     + tower * cost.tower_flops(config, part.grid)
   )
   steps = batches * len(seen) * (_ANSWER_TOKENS - 1)
+  ratios = experiment.evals.ratios
+  own = num_programs(methods, ratios, text.num_layers, part.grid)
   weights = cost.weight_bytes(config, experiment.config.model.dtype)
   return {
     "questions": count,
@@ -288,11 +290,7 @@ def _part(
     "llm_tokens": float(
       sum(part.texts.sum() + count * np.mean(rows) for rows in seen)
     ),
-    "programs": num_programs(
-      methods, experiment.evals.ratios, text.num_layers, part.grid
-    )
-    + 1
-    + signals,
+    "programs": own + 1 + signals,
     "flops": flops,
     "seconds": speed.seconds(flops, steps, weights),
     "feature_bytes": part.num_clips

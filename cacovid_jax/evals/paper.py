@@ -52,7 +52,7 @@ class Model:
 
   Attributes:
     name: of it in tables.
-    config: file that trains and evaluates it.
+    workdir: of its policy's training, by the command of its config.
     sizes: (width, layers, feed-forward width) of its decoder.
     family: `model_type` of its checkpoints.
     template: whose chat template the paper's evaluation took; "" where both
@@ -60,7 +60,7 @@ class Model:
   """
 
   name: str
-  config: str
+  workdir: str
   sizes: tuple[int, int, int]
   family: str
   template: str = ""
@@ -70,14 +70,14 @@ MODELS = types.MappingProxyType(
   {
     "ov7b": Model(
       "LLaVA-OneVision-7B",
-      "configs/llava_onevision_7b.py",
+      "workdirs/llava_onevision_7b",
       (3584, 28, 18944),
       "llava_onevision",
       "tokenizer",
     ),
     "qwen3b": Model(
       "Qwen2.5-VL-3B",
-      "configs/qwen2_5_vl_3b.py",
+      "workdirs/qwen2_5_vl_3b",
       (2048, 36, 11008),
       "qwen2_5_vl",
     ),

@@ -4,8 +4,6 @@ Commands are run as they stand, one after another and each in a folder of its
 own: weights, benchmarks and policies lie where the configs expect them.
 """
 
-import pathlib
-
 from cacovid_jax.evals import paper, results, tables
 
 _EFFICIENCY = "python -m experiments.efficiency_table --table_size=ov-7b"
@@ -74,8 +72,8 @@ def command(model: str, *, trained: bool = True) -> str:
   """
   command = f"python -m experiments.main_table --base={model}"
   if trained:
-    policy = pathlib.PurePosixPath(paper.MODELS[model].config).stem
-    return f"{command} --table_policy=workdirs/{policy} --table_data=datasets"
+    policy = paper.MODELS[model].workdir
+    return f"{command} --table_policy={policy} --table_data=datasets"
   methods = dict.fromkeys(
     row.method
     for row in paper.ROWS

@@ -24,7 +24,7 @@ from cacovid_jax.evals import (
   scoring,
   tables,
 )
-from cacovid_jax.models import checkpoints
+from cacovid_jax.models import checkpoints, qwen2_5_vl
 from cacovid_jax.synthetic import tiny_checkpoints
 from experiments import main_table
 from tests.data import benchmark_files
@@ -582,6 +582,8 @@ def test_another_template_or_frame_size_is_told(folder, monkeypatch):
                **tiny.QWEN_STATISTICS}  # fmt: skip
   path = folder / "qwen" / "preprocessor_config.json"
   path.write_text(json.dumps(described))
+  config = qwen2_5_vl.Qwen2_5VLConfig.qwen2_5_vl_3b().to_hf()
+  (folder / "qwen" / "config.json").write_text(json.dumps(config))
   # 128 and 256 tokens of 28 x 28 pixels.
   assert obstacles("qwen3b", min_pixels=100352, max_pixels=200704) == []
   assert obstacles("qwen3b", max_pixels=401408) == [

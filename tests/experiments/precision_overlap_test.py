@@ -46,9 +46,7 @@ def fixture_prompts():
 def chosen(params, prompt, ratio):
   """Returns the set of tokens that a policy selects."""
   scores = score(params, *prompt[:3])
-  kept = jax.jit(selection.select, static_argnames=("grid", "ratio"))(
-    scores, grid=GRID, ratio=ratio
-  )
+  kept = selection.select(scores, selection.budget(GRID, ratio))
   return set(np.asarray(kept).tolist())
 
 

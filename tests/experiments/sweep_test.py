@@ -15,7 +15,7 @@ from experiments import sweep
 from tests.experiments import quickstart_test
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
-CONFIG = f"{ROOT}/configs/synthetic_quickstart.py:debug"
+CONFIG = f"{ROOT}/configs/synthetic.py:size=quickstart,debug"
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +48,10 @@ def run(workdir, overrides=(), **changes):
 TRAINED_ONLY = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-from configs import synthetic_quickstart
+from configs import synthetic
 
 def get_config(arg=None):
-  config = synthetic_quickstart.get_config("debug")
+  config = synthetic.get_config("size=quickstart,debug")
   del config["evals"]
   return config
 """
