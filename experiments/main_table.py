@@ -3,7 +3,7 @@ r"""The paper's main table: four benchmarks, every method, four ratios.
 python -m experiments.main_table --config=configs/llava_onevision.py:size=7b \
     --model=DIR --policy=FILE --data=ROOT
 python -m experiments.main_table ... --dry_run    # what it would take
-python -m experiments.main_table --paper_rows     # the README's table
+python -m experiments.main_table --paper_rows     # docs/paper_table.md
 
 ROOT holds one folder per benchmark: longvideobench, mlvu_dev, mlvu_test,
 videomme, each as it was released (`--folders=videomme=DIR` names another one).
@@ -96,7 +96,7 @@ COMMAND = command.Command(
     "chips": command.Flag(
       "Devices that share a model.", "mesh.model", old=["table_chips"], least=1
     ),
-    "paper_rows": command.Flag("Print the README's table.", default=False),
+    "paper_rows": command.Flag("Print docs/paper_table.md's tables and end.", default=False),
   }
   | estimate.FLAGS,
   old_config=["base"],

@@ -1,4 +1,4 @@
-"""The README's tables: what the paper reports, and the command for each row.
+"""The tables of docs/paper_table.md: the paper's rows and their commands.
 
 Commands are run as they stand, one after another and each in a folder of its
 own: weights, benchmarks and policies lie where the configs expect them.
