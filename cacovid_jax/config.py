@@ -83,22 +83,33 @@ def load(spec, overrides=(), *, fill=False):
   path, _, arg = str(spec).partition(":")
   if path.endswith(".json"):
     config = read_json(pathlib.Path(path))
-    _refuse_code(config, {text.partition("=")[0] for text in overrides}, path)
+    _refuse_code(config, set(map(_key, overrides)), path)
   else:
     config = _call_get_config(pathlib.Path(path), arg or None)
   if fill:
     complete(config)
-  for text in overrides:
-    override(config, text)
+  _override_all(config, overrides)
   return config.lock()
+
+
+def _override_all(config, texts):
+  """Applies overrides; those first that say which others there may be."""
+  for text in sorted(texts, key=lambda text: _key(text) not in extensions.KEYS):
+    override(config, text)
+
+
+def _key(text):
+  return text.partition("=")[0]
 
 
 def _refuse_code(config, given, path):
   """Stops at a value that names code, of a key that is not among `given`."""
   for key, value in _flat(config):
     names_code = any(mark in str(value) for mark in (".py:", "?module="))
-    if key == "policy.module":
+    if key in extensions.KEYS and key.endswith(".module"):
       names_code = value not in extensions.BUILT_IN
+    elif key in extensions.KEYS:
+      names_code = ":" in str(value)
     if names_code and key not in given:
       raise errors.UserError(
         f"{path} was trained with {key}={value!r}, and a file of data runs no"
@@ -116,6 +127,12 @@ def override(config, text):
     raise errors.UserError(
       f"config override {text!r} has no value: write key.subkey=value"
     )
+  if _is_option(config, key):
+    section, _, name = key.partition(".")
+    if name not in config[section]:
+      with config[section].unlocked():
+        config[section][name] = _parse_literal(value)
+      return
   group, leaf = _find(config, key)
   old = group[leaf]
   if isinstance(old, ml_collections.ConfigDict):
@@ -126,6 +143,18 @@ def override(config, text):
   adds = isinstance(old, tuple) and value.startswith("+")
   new = parse_value(value[adds:], old, name=key, kind=group.get_type(leaf))
   assign(config, key, (*old, *new) if adds else new)
+
+
+def _is_option(config, key):
+  """Returns whether a key is an option of one's own code, which has it."""
+  section, _, name = key.partition(".")
+  spec = extensions.own(config, section)
+  known = extensions.SECTIONS.get(section, ())
+  if not spec or not name or name in known:
+    return False
+  found, _ = extensions.load(spec, f"config.{section}.{known[0]}")
+  extensions.fitting(found, section, {name: None})
+  return True
 
 
 def assign(config, key, value):
@@ -152,8 +181,7 @@ def replace(config, changes, overrides=()):
   config = copy.deepcopy(config)
   for key, value in changes.items():
     assign(config, key, value)
-  for text in overrides:
-    override(config, text)
+  _override_all(config, overrides)
   return config.lock()
 
 
