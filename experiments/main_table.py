@@ -96,7 +96,9 @@ COMMAND = command.Command(
     "chips": command.Flag(
       "Devices that share a model.", "mesh.model", old=["table_chips"], least=1
     ),
-    "paper_rows": command.Flag("Print docs/paper_table.md's tables and end.", default=False),
+    "paper_rows": command.Flag(
+      "Print docs/paper_table.md's tables and end.", default=False
+    ),
   }
   | estimate.FLAGS,
   old_config=["base"],
