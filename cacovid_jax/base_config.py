@@ -173,10 +173,32 @@ def get_config() -> ml_collections.ConfigDict:
     # First so many questions; 0 takes all of them.
     num_questions=0,
   )
+  config.table = _table()
   # Folder that `tfds_build` writes below, name of the data set (video_r1 or
   # video_r1_filtered), and whether records hold the clips themselves.
   config.tfds = dict(out="", name="video_r1", embed=False)
   return config
+
+
+def _table():
+  """Returns the settings of tables in `experiments` that nothing else has."""
+  return dict(
+    # Columns of the main table, each a folder below `data.root`, unless one of
+    # these names it as "videomme=DIR".
+    benchmarks=("longvideobench", "mlvu_dev", "mlvu_test", "videomme"),
+    folders=(),
+    # Points between two runs of the same thing.
+    tolerance=1.0,
+    # Runs that a time is the median of.
+    repeats=9,
+    # Model and video of the efficiency table, and the folder of its random
+    # weights; below the workdir if empty.
+    size="ov-7b",
+    weights="",
+    # TFLOP/s and GB/s that --dry_run counts with; None measures them.
+    tflops=config_dict.placeholder(float),
+    gbps=config_dict.placeholder(float),
+  )
 
 
 def _evals():

@@ -18,7 +18,6 @@ import pathlib
 import sys
 
 import ml_collections
-from absl import flags
 
 from cacovid_jax import base_config, errors, extensions
 
@@ -36,6 +35,7 @@ NOT_HASHED = (
   "log_every",
   "mesh",
   "prepare",
+  "table",
   "tfds",
 )
 
@@ -61,6 +61,11 @@ _MOVED = {
   "qwen2_5_vl_7b.py": "qwen2_5_vl.py:size=7b",
   "synthetic_quickstart.py": "synthetic.py:size=quickstart",
   "synthetic_small.py": "synthetic.py:size=small",
+  # Short names that tables had for them.
+  "ov7b": "configs/llava_onevision.py:size=7b",
+  "ov0.5b": "configs/llava_onevision.py:size=0_5b",
+  "qwen3b": "configs/qwen2_5_vl.py:size=3b",
+  "qwen7b": "configs/qwen2_5_vl.py:size=7b",
 }
 
 _WORDS = {"true": True, "false": False, "none": None, "null": None}
@@ -113,7 +118,10 @@ def _refuse_code(config, given, path):
 
 
 def override(config, text):
-  """Applies one "key.subkey=value" to `config`, in place."""
+  """Applies one "key.subkey=value" to `config`, in place.
+
+  A value "+a,b" of a tuple adds to what there is.
+  """
   key, equals, value = text.partition("=")
   if not equals or not key:
     raise errors.UserError(
@@ -132,8 +140,9 @@ def override(config, text):
       f"config key {key!r} is a group, not a value: set one of "
       + ", ".join(f"{key}.{child}" for child in sorted(old))
     )
-  new = parse_value(value, old, name=key, kind=group.get_type(leaf))
-  assign(config, key, new)
+  adds = isinstance(old, tuple) and value.startswith("+")
+  new = parse_value(value[adds:], old, name=key, kind=group.get_type(leaf))
+  assign(config, key, (*old, *new) if adds else new)
 
 
 def _is_option(config, key):
@@ -238,27 +247,6 @@ def parse_value(text, like, *, name="value", kind=None):
   )
 
 
-def define_flag(default=None):
-  """Defines `--config` of a program with flags of absl's, once in a process."""
-  if "config" in flags.FLAGS:
-    return
-  flags.DEFINE_string(
-    "config", default, "Config file and argument: configs/x.py:argument."
-  )
-  flags.DEFINE_multi_string(
-    "config_override",
-    [],
-    "key.subkey=value; --config.key.subkey=value is the same.",
-  )
-
-
-def from_flags():
-  """Returns the config that the flags of `define_flag` name."""
-  if not flags.FLAGS.config:
-    raise no_config()
-  return load(flags.FLAGS.config, flags.FLAGS.config_override)
-
-
 def no_config():
   """Returns the error of a command without the config that it needs."""
   return errors.UserError(
@@ -360,7 +348,7 @@ def _call_get_config(path, arg):
     if path.name in _MOVED:
       now = ",".join(filter(None, (_MOVED[path.name], arg)))
       raise errors.UserError(
-        f"no config file {path}: it is {path.with_name(now)} now"
+        f"no config file {path}: it is {path.parent / now} now"
       )
     raise errors.UserError(
       f"no config file {path}" + _known_files(path.parent or ".")

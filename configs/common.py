@@ -84,6 +84,8 @@ def released(arg, *, family, sizes):
   )
   config.evals.oracles = ()
   config.evals.ratios = (0.25, 0.2, 0.15, 0.1)
+  # Of methods that draw, if some are asked for.
+  config.evals.seeds = (0, 1, 2)
   config.evals.select_on = "none"
   config.evals.rule = "paper"
   if family == "llava_onevision":

@@ -316,7 +316,7 @@ def test_defaults_without_a_config_are_those_of_the_command():
   )  # fmt: skip
   args = made.parse(["x"])
   assert args.config.model.dtype == "float32" and args.config.is_locked
-  assert not args.given and not args.has_config
+  assert not args.given and not args.spec
   args = made.parse(["x", "--dtype=bfloat16"])
   assert args.config.model.dtype == "bfloat16"
   assert args.given == {"model.dtype"}

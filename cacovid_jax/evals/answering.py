@@ -149,6 +149,8 @@ class Answerer:
       rule: how a letter is taken from an answer, see `scoring`.
       limits: caps on what is decoded.
     """
+    if num_frames is not None:
+      runner.Settings(num_frames=num_frames)  # Refuses what is no number.
     changes = {
       "data.num_frames": num_frames or 0,
       "evals.max_new_tokens": max_new_tokens,
@@ -333,7 +335,7 @@ class Answerer:
     if method.compressor.oracle:
       raise errors.UserError(
         f"{method.label} knows where the answer lies, which a clip of one's"
-        " own does not tell; use another --method"
+        " own does not tell; use another --methods"
       )
     if "other_scores" in method.needs:
       raise errors.UserError(
@@ -349,7 +351,7 @@ class Answerer:
       )
     raise errors.UserError(
       f"{method.label} needs a trained policy; {mend}, or take a method without"
-      " one, such as --method=uniform"
+      " one, such as --methods=uniform"
     )
 
   def _check_budget(self, method: runner.Method, grid, ratio) -> None:

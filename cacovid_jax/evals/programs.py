@@ -60,14 +60,27 @@ class Programs:
     self._vanillas, self._scorers, self._selects, self._insides = {}, {}, {}, {}
 
   @property
+  def compiled(self) -> dict[str, int]:
+    """How many programs have been compiled, by what they do."""
+    by_kind = {
+      "embed": [self.embed],
+      "text": [self.text],
+      "answer": [self.answer],
+      "vanilla": self._vanillas.values(),
+      "scores": self._scorers.values(),
+      "select": self._selects.values(),
+      "select and answer": self._insides.values(),
+    }
+    return {
+      # What reads counts on the host is no program of its own.
+      kind: sum(getattr(f, "_cache_size", lambda: 0)() for f in functions)
+      for kind, functions in by_kind.items()
+    }
+
+  @property
   def num_compiled(self) -> int:
     """Programs that have been compiled."""
-    functions = [self.embed, self.text, self.answer]
-    for found in (self._vanillas, self._scorers, self._selects, self._insides):
-      functions += found.values()
-    # What reads counts on the host is no program of its own.
-    sizes = [getattr(f, "_cache_size", None) for f in functions]
-    return sum(size() for size in sizes if size)
+    return sum(self.compiled.values())
 
   def vanilla(
     self,

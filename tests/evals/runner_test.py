@@ -135,10 +135,10 @@ def test_every_question_is_answered_by_every_method(shared, whole):
 def test_one_answering_program_per_ratio(shared, whole):
   del whole  # It has run.
   programs = shared[1].programs
-  assert programs.answer._cache_size() == len(RATIOS)
-  assert programs.vanilla._cache_size() == 1
-  assert programs.embed._cache_size() == 1
-  assert programs.scores._cache_size() == 1  # Shared by all three policies.
+  assert programs.compiled["answer"] == len(RATIOS)
+  assert programs.compiled["vanilla"] == 1
+  assert programs.compiled["embed"] == 1
+  assert programs.compiled["scores"] == 1  # Shared by all three policies.
 
 
 def test_a_stopped_evaluation_goes_on_to_the_same_bytes(
