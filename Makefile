@@ -4,6 +4,7 @@
 # make lmms-test           tests under lmms-eval, in .venv-lmms
 # make browser-test        tests of the report in a Chromium
 # make wheel-test          builds a wheel, installs it apart and asks a clip with it
+# make docs               builds the site into docs/_build, warnings are errors
 # make lint | format | clean
 #
 # EXTRAS=cuda13 (cuda12, tpu) installs JAX for an accelerator as well.
@@ -19,6 +20,7 @@ comma := ,
 KEY := $(shell cat setup.py pyproject.toml Makefile | cksum | cut -d" " -f1)
 CORE := $(VENV)/.core-$(KEY)-$(EXTRAS)
 DEV := $(VENV)/.dev-$(KEY)-$(EXTRAS)
+DOCS := $(VENV)/.docs-$(KEY)-$(EXTRAS)
 # lmms-eval has an environment of its own: it holds PyAV and others back. Pip
 # is not to find the package in this folder before it is installed there.
 LMMS_VENV := .venv-lmms
@@ -35,7 +37,8 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 CHECKED := .
 
 .DELETE_ON_ERROR:
-.PHONY: quickstart table test lmms-test browser-test wheel-test lint format clean
+.PHONY: quickstart table test lmms-test browser-test wheel-test docs lint format \
+  clean
 
 quickstart: $(CORE)
 	$(BIN)/python -m experiments.quickstart $(if $(SMOKE),--smoke)
@@ -69,6 +72,13 @@ wheel-test: $(BIN)/python
 	    --options "red moon,blue star" --report answer.html && \
 	  test -s answer.html && rm -rf $$folder && echo "wheel: 1 passed, 0 failed"
 
+# Pages of modules are written anew, so that none outlives its module.
+docs: $(DOCS)
+	rm -rf docs/_api docs/_build
+	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -q -W --keep-going -b html docs \
+	  docs/_build/html
+	@echo "open docs/_build/html/index.html in a browser"
+
 lint: $(DEV)
 	$(BIN)/ruff check -q $(CHECKED)
 	$(BIN)/ruff format -q --check $(CHECKED)
@@ -80,7 +90,7 @@ format: $(DEV)
 	$(BIN)/ruff format $(CHECKED)
 
 clean:
-	rm -rf $(VENV) $(LMMS_VENV) .venv-wheel build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LMMS_VENV) .venv-wheel build dist docs/_api docs/_build *.egg-info .pytest_cache .ruff_cache
 
 $(BIN)/python $(LMMS_VENV)/bin/python:
 	@for python in $(PYTHON) python3.11 python3.12 python3.13 python3; do \
@@ -96,6 +106,11 @@ $(BIN)/python $(LMMS_VENV)/bin/python:
 $(CORE): | $(BIN)/python
 	@echo "installing cacovid_jax into $(VENV) (a minute or two)"
 	@$(PIP) install -e ".$(if $(EXTRAS),[$(EXTRAS)])"
+	@touch $@
+
+$(DOCS): $(CORE)
+	@echo "installing what the site needs (a minute)"
+	@$(PIP) install -e ".[$(if $(EXTRAS),$(EXTRAS)$(comma))docs]"
 	@touch $@
 
 # Torch first and by itself: where a CPU build of just this version is on offer,

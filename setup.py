@@ -74,6 +74,7 @@ setuptools.setup(
     "hf": ["torch>=2.6", "transformers>=5"],
     # Brings torch, and PyAV below 16.
     "lmms": ["lmms-eval>=0.7.3,<0.8"],
+    "docs": ["furo>=2025.7", "myst-nb>=1.3", "sphinx>=8.2"],
     "dev": [
       "import-linter>=2.1",
       "ipykernel>=6",

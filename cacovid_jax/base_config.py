@@ -26,12 +26,18 @@ def get_config() -> ml_collections.ConfigDict:
   config.max_bad_steps = 10
   # How many tokens are kept while training. `ratio` is the fixed ratio of
   # runs with `config.ratio.adaptive = False`.
+  # `module` here, in `objective` and in `policy`, and `reward` in `rollout`,
+  # name code of one's own as "path/to/file.py:name" or "package.module:name";
+  # empty is the paper's. Options of that code are further keys of the section.
   config.sampling = dict(
+    module="",
     ratio=0.02,
     num_combinations=32,
     group_size=2,
     max_group_prob=2.0,
     max_frame_prob=3.0,
+    # How frames are capped: "per_frame", or "public" as the public code does.
+    frame_cap="per_frame",
     frame_ratio=0.125,
   )
   # The adaptive ratio: rungs of the ladder, the rung a video starts at, and
@@ -44,6 +50,7 @@ def get_config() -> ml_collections.ConfigDict:
     high=0.875,
   )
   config.objective = dict(
+    module="",
     clip_low=0.2,
     clip_high=0.28,
     kl_weight=0.0,
@@ -56,20 +63,21 @@ def get_config() -> ml_collections.ConfigDict:
     weight_decay=0.01,
     clip=5.0,
     warmup=0,
+    # "cosine" is one decay, "cosine_repeated" the public code's several.
+    schedule="cosine",
   )
   config.rollout = dict(
     max_new_tokens=768,
     # "accuracy" is the paper's reward. "log_likelihood" (log-probability
     # of the right letter) and "margin" (that, less the best wrong letter's)
     # read the first answer token's logits and need lettered questions and a
-    # fixed ratio.
+    # fixed ratio. So does one's own, unless its `graded` is False.
     reward="accuracy",
     # Where answers are marked: "device" (lettered questions only), "host"
     # (all problem types), or "auto": on the device if all are lettered.
     marking="auto",
   )
-  # `module` names a user's own policy as "path/to/file.py:ClassName"; empty
-  # is the paper's network. `init` is a safetensors file to start from.
+  # `init` is a safetensors file to start from.
   config.policy = dict(
     module="", dtype="bfloat16", num_halvings=4, backend="auto", init=""
   )
@@ -117,7 +125,11 @@ def get_config() -> ml_collections.ConfigDict:
     decisive_file="",
   )
   # `exit_code` is that of a run that a SIGTERM stopped (and saved).
-  config.ckpt = dict(every_steps=500, keep=3, exit_code=143)
+  # `accept_changed_code` goes on although a file of one's own is no longer the
+  # one that the run started with.
+  config.ckpt = dict(
+    every_steps=500, keep=3, exit_code=143, accept_changed_code=False
+  )
   # Accuracy on the validation questions below config.data.root, every so many
   # steps (0 never); the best policy is then kept beside the last one.
   config.validation = dict(
@@ -161,10 +173,32 @@ def get_config() -> ml_collections.ConfigDict:
     # First so many questions; 0 takes all of them.
     num_questions=0,
   )
+  config.table = _table()
   # Folder that `tfds_build` writes below, name of the data set (video_r1 or
   # video_r1_filtered), and whether records hold the clips themselves.
   config.tfds = dict(out="", name="video_r1", embed=False)
   return config
+
+
+def _table():
+  """Returns the settings of tables in `experiments` that nothing else has."""
+  return dict(
+    # Columns of the main table, each a folder below `data.root`, unless one of
+    # these names it as "videomme=DIR".
+    benchmarks=("longvideobench", "mlvu_dev", "mlvu_test", "videomme"),
+    folders=(),
+    # Points between two runs of the same thing.
+    tolerance=1.0,
+    # Runs that a time is the median of.
+    repeats=9,
+    # Model and video of the efficiency table, and the folder of its random
+    # weights; below the workdir if empty.
+    size="ov-7b",
+    weights="",
+    # TFLOP/s and GB/s that --dry_run counts with; None measures them.
+    tflops=config_dict.placeholder(float),
+    gbps=config_dict.placeholder(float),
+  )
 
 
 def _evals():

@@ -34,6 +34,8 @@ class Flag(NamedTuple):
       that need not be given.
     choices: texts that are allowed; empty allows all.
     old: earlier spellings, accepted for one more version, with a hint.
+    least: smallest number that is allowed.
+    many: whether it may be given several times: all texts, in order.
   """
 
   help: str
@@ -41,6 +43,8 @@ class Flag(NamedTuple):
   default: Any = None
   choices: Sequence[str] = ()
   old: Sequence[str] = ()
+  least: float | None = None
+  many: bool = False
 
   @property
   def is_switch(self) -> bool:
@@ -61,8 +65,11 @@ class Command:
     doc: its documentation.
     flags: by name.
     config: "required"; "optional", where all keys have defaults; "none".
-    default: config taken without `--config`, as "file.py:argument".
-    defaults: key -> value that wins over `base_config` without a config.
+    default: config taken without `--config`, as "file.py"; its `:debug` form
+      with a flag `smoke`.
+    defaults: key -> value that wins over that, or over `base_config`, without
+      `--config`.
+    old_config: earlier spellings of `--config`.
     sections: whether missing keys are filled in from `base_config`.
     num_arguments: words behind the command that are no flags, at most.
   """
@@ -72,6 +79,7 @@ class Command:
   config: str = "optional"
   default: str = ""
   defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  old_config: Sequence[str] = ()
   sections: bool = True
   num_arguments: int = 0
 
@@ -86,11 +94,12 @@ class Command:
       argv: the command's name and its arguments.
 
     Returns:
-      Flags without a key by their names; `config`, locked; `given`, the keys
-      set by flags; `arguments`, the words that are no flags.
+      Flags without a key by their names; `config`, locked; `spec`, what
+      --config says; `overrides`, texts "key=value" of flags, and `given`, their
+      keys; `arguments`, the words that are no flags.
     """
     values = {n: f.default for n, f in self.flags.items() if not f.key}
-    spec, overrides, words = self.default, [], []
+    spec, overrides, words = "", [], []
     for name, text in self._words(argv[1:], words):
       if name == "config":
         spec = text
@@ -98,6 +107,8 @@ class Command:
         overrides.append((name.removeprefix("config."), text, ""))
       elif self.flags[name].key:
         overrides.append((self.flags[name].key, text, f"--{name}"))
+      elif self.flags[name].many:
+        values[name] = (*values[name], text)
       else:
         like = self.flags[name].default
         values[name] = config_lib.parse_value(text, like, name=f"--{name}")
@@ -105,12 +116,21 @@ class Command:
       raise errors.UserError(
         f"unexpected argument {words[self.num_arguments]!r}; flags start by --"
       )
-    config = self._load(spec, overrides) if self.config != "none" else None
+    config = None
+    if self.config != "none":
+      config = self._load(spec, overrides, smoke=values.get("smoke", False))
+    for name, flag in self.flags.items():
+      value = _value(config, flag.key or None, values.get(name))
+      if flag.least is not None and value < flag.least:
+        raise errors.UserError(
+          f"--{name}={value}: give a number of at least {flag.least:g}"
+        )
     return types.SimpleNamespace(
       **values,
       config=config,
+      spec=spec,
+      overrides=[f"{key}={text}" for key, text, _ in overrides],
       given=frozenset(key for key, _, _ in overrides),
-      has_config=bool(spec),
       arguments=words,
     )
 
@@ -133,7 +153,7 @@ class Command:
       ]
     config = None
     if self.config == "optional":
-      config = self._load(self.default)
+      config = self._load("")
     for name, flag in self.flags.items():
       default = _value(config, flag.key or None, flag.default)
       told = [f"config.{flag.key}"] if flag.key else []
@@ -148,7 +168,7 @@ class Command:
       ]
     return "\n".join(lines) + "\n"
 
-  def _load(self, spec: str, overrides=()):
+  def _load(self, spec: str, overrides=(), *, smoke: bool = False):
     """Returns the config of `--config`, or of the defaults, locked."""
     texts = [f"{key}={text}" for key, text, _ in overrides]
     try:
@@ -156,7 +176,11 @@ class Command:
         return config_lib.load(spec, texts, fill=self.sections)
       if self.config == "required":
         raise config_lib.no_config()
-      return config_lib.replace(base_config.get_config(), self.defaults, texts)
+      config = base_config.get_config()
+      if self.default:
+        short = f"{self.default}:debug" if smoke else self.default
+        config = config_lib.load(short, fill=self.sections)
+      return config_lib.replace(config, self.defaults, texts)
     except errors.UserError as error:
       for key, _, name in overrides:
         if name and str(error).startswith(f"{key}="):
@@ -202,7 +226,8 @@ class Command:
   def _name(self, given: str) -> tuple[str | None, bool]:
     """Returns (name of a flag today, whether `no` stands before it)."""
     switches = {f"no{n}": n for n, f in self.flags.items() if f.is_switch}
-    old = {o: name for name, flag in self.flags.items() for o in flag.old}
+    old = dict.fromkeys(self.old_config, "config")
+    old |= {o: name for name, flag in self.flags.items() for o in flag.old}
     if given in self.flags or (given == "config" and self.config != "none"):
       return given, False
     if given in switches:

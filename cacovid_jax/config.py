@@ -18,7 +18,6 @@ import pathlib
 import sys
 
 import ml_collections
-from absl import flags
 
 from cacovid_jax import base_config, errors, extensions
 
@@ -36,6 +35,7 @@ NOT_HASHED = (
   "log_every",
   "mesh",
   "prepare",
+  "table",
   "tfds",
 )
 
@@ -61,6 +61,11 @@ _MOVED = {
   "qwen2_5_vl_7b.py": "qwen2_5_vl.py:size=7b",
   "synthetic_quickstart.py": "synthetic.py:size=quickstart",
   "synthetic_small.py": "synthetic.py:size=small",
+  # Short names that tables had for them.
+  "ov7b": "configs/llava_onevision.py:size=7b",
+  "ov0.5b": "configs/llava_onevision.py:size=0_5b",
+  "qwen3b": "configs/qwen2_5_vl.py:size=3b",
+  "qwen7b": "configs/qwen2_5_vl.py:size=7b",
 }
 
 _WORDS = {"true": True, "false": False, "none": None, "null": None}
@@ -78,22 +83,33 @@ def load(spec, overrides=(), *, fill=False):
   path, _, arg = str(spec).partition(":")
   if path.endswith(".json"):
     config = read_json(pathlib.Path(path))
-    _refuse_code(config, {text.partition("=")[0] for text in overrides}, path)
+    _refuse_code(config, set(map(_key, overrides)), path)
   else:
     config = _call_get_config(pathlib.Path(path), arg or None)
   if fill:
     complete(config)
-  for text in overrides:
-    override(config, text)
+  _override_all(config, overrides)
   return config.lock()
+
+
+def _override_all(config, texts):
+  """Applies overrides; those first that say which others there may be."""
+  for text in sorted(texts, key=lambda text: _key(text) not in extensions.KEYS):
+    override(config, text)
+
+
+def _key(text):
+  return text.partition("=")[0]
 
 
 def _refuse_code(config, given, path):
   """Stops at a value that names code, of a key that is not among `given`."""
   for key, value in _flat(config):
     names_code = any(mark in str(value) for mark in (".py:", "?module="))
-    if key == "policy.module":
+    if key in extensions.KEYS and key.endswith(".module"):
       names_code = value not in extensions.BUILT_IN
+    elif key in extensions.KEYS:
+      names_code = ":" in str(value)
     if names_code and key not in given:
       raise errors.UserError(
         f"{path} was trained with {key}={value!r}, and a file of data runs no"
@@ -102,12 +118,21 @@ def _refuse_code(config, given, path):
 
 
 def override(config, text):
-  """Applies one "key.subkey=value" to `config`, in place."""
+  """Applies one "key.subkey=value" to `config`, in place.
+
+  A value "+a,b" of a tuple adds to what there is.
+  """
   key, equals, value = text.partition("=")
   if not equals or not key:
     raise errors.UserError(
       f"config override {text!r} has no value: write key.subkey=value"
     )
+  if _is_option(config, key):
+    section, _, name = key.partition(".")
+    if name not in config[section]:
+      with config[section].unlocked():
+        config[section][name] = _parse_literal(value)
+      return
   group, leaf = _find(config, key)
   old = group[leaf]
   if isinstance(old, ml_collections.ConfigDict):
@@ -115,8 +140,21 @@ def override(config, text):
       f"config key {key!r} is a group, not a value: set one of "
       + ", ".join(f"{key}.{child}" for child in sorted(old))
     )
-  new = parse_value(value, old, name=key, kind=group.get_type(leaf))
-  assign(config, key, new)
+  adds = isinstance(old, tuple) and value.startswith("+")
+  new = parse_value(value[adds:], old, name=key, kind=group.get_type(leaf))
+  assign(config, key, (*old, *new) if adds else new)
+
+
+def _is_option(config, key):
+  """Returns whether a key is an option of one's own code, which has it."""
+  section, _, name = key.partition(".")
+  spec = extensions.own(config, section)
+  known = extensions.SECTIONS.get(section, ())
+  if not spec or not name or name in known:
+    return False
+  found, _ = extensions.load(spec, f"config.{section}.{known[0]}")
+  extensions.fitting(found, section, {name: None})
+  return True
 
 
 def assign(config, key, value):
@@ -143,8 +181,7 @@ def replace(config, changes, overrides=()):
   config = copy.deepcopy(config)
   for key, value in changes.items():
     assign(config, key, value)
-  for text in overrides:
-    override(config, text)
+  _override_all(config, overrides)
   return config.lock()
 
 
@@ -208,27 +245,6 @@ def parse_value(text, like, *, name="value", kind=None):
   raise errors.UserError(
     f"{name}={text} is not {expected} (it is {like!r} now)"
   )
-
-
-def define_flag(default=None):
-  """Defines `--config` of a program with flags of absl's, once in a process."""
-  if "config" in flags.FLAGS:
-    return
-  flags.DEFINE_string(
-    "config", default, "Config file and argument: configs/x.py:argument."
-  )
-  flags.DEFINE_multi_string(
-    "config_override",
-    [],
-    "key.subkey=value; --config.key.subkey=value is the same.",
-  )
-
-
-def from_flags():
-  """Returns the config that the flags of `define_flag` name."""
-  if not flags.FLAGS.config:
-    raise no_config()
-  return load(flags.FLAGS.config, flags.FLAGS.config_override)
 
 
 def no_config():
@@ -332,7 +348,7 @@ def _call_get_config(path, arg):
     if path.name in _MOVED:
       now = ",".join(filter(None, (_MOVED[path.name], arg)))
       raise errors.UserError(
-        f"no config file {path}: it is {path.with_name(now)} now"
+        f"no config file {path}: it is {path.parent / now} now"
       )
     raise errors.UserError(
       f"no config file {path}" + _known_files(path.parent or ".")

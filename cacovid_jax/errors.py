@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,24 +9,19 @@ from typing import Any
 from absl import app, flags
 from absl import logging as absl_logging
 
-# `--config.a.b=v` of a program with flags of absl's.
-_OVERRIDE = re.compile(r"^--?config\.(?=[^=]+=)")
-
 
 class UserError(Exception):
   """A user's mistake; the message is one line naming the thing and the mend."""
 
 
 def run(
-  main: Callable[[Any], int | None],
-  parse: Callable[[Sequence[str]], Any] | None = None,
+  main: Callable[[Any], int | None], parse: Callable[[Sequence[str]], Any]
 ) -> None:
-  """Runs an absl `main`; a `UserError` ends it with one line and exit code 2.
+  """Runs a `main`; a `UserError` ends it with one line and exit code 2.
 
   Args:
     main: takes what `parse` returns; its result is the exit code.
-    parse: reads the command line, see `command.Command`; by default absl's
-      flags are parsed, and `main` gets the rest.
+    parse: reads the command line, see `command.Command`.
   """
 
   def guarded(function, *args):
@@ -38,7 +32,7 @@ def run(
       sys.exit(2)
 
   def parsed(argv):
-    found = guarded(parse or _parse_flags, argv)
+    found = guarded(parse, argv)
     quiet()
     return found
 
@@ -58,12 +52,3 @@ def quiet() -> None:
 def one_line(error: Exception) -> str:
   """Returns the message of an error, line breaks turned into spaces."""
   return " ".join(str(error).split())
-
-
-def _parse_flags(argv):
-  """Parses absl flags; a mistake is one line, no usage text."""
-  argv = [re.sub(_OVERRIDE, "--config_override=", each) for each in argv]
-  try:
-    return flags.FLAGS(argv)
-  except flags.Error as error:
-    raise UserError(f"{one_line(error)} (--help lists the flags)") from error

@@ -33,10 +33,10 @@ COMMAND = command.Command(
     "shard": command.Flag(
       "I/N: this is process I of N, from 0, that share the work.", default="0/1"
     ),
-    "checkpoint": command.Flag(
+    "model": command.Flag(
       "Base model: a Hugging Face checkpoint directory.", "model.path"
     ),
-    "model": command.Flag("The same as --checkpoint.", "model.path"),
+    "checkpoint": command.Flag("The same as --model.", "model.path"),
     "dtype": command.Flag(
       "Of the base model.", "model.dtype", choices=experiment_lib.DTYPES
     ),
@@ -62,7 +62,7 @@ COMMAND = command.Command(
       "evals.split",
     ),
     "num_questions": command.Flag(
-      "First so many questions; 0 for all.", "evals.num_questions"
+      "First so many questions; 0 for all.", "evals.num_questions", least=0
     ),
     "on_bad_row": command.Flag(
       "raise, or skip to leave unfit rows out and list them.",
@@ -89,7 +89,9 @@ COMMAND = command.Command(
     "select_on": command.Flag(
       "Where options are chosen: validation or none.", "evals.select_on"
     ),
-    "batch_size": command.Flag("Questions asked at once.", "evals.batch_size"),
+    "batch_size": command.Flag(
+      "Questions asked at once.", "evals.batch_size", least=1
+    ),
     "max_new_tokens": command.Flag(
       "Longest answer in tokens; 0 for the benchmark's own.",
       "evals.max_new_tokens",
@@ -106,7 +108,7 @@ COMMAND = command.Command(
       " empty for the checkpoint's default.",
       "evals.template",
     ),
-    "num_frames": command.Flag("Frames per clip.", "data.num_frames"),
+    "num_frames": command.Flag("Frames per clip.", "data.num_frames", least=1),
     "min_pixels": command.Flag(
       "Least pixels of a frame, of Qwen2.5-VL; 0 for the paper's.",
       "data.min_pixels",
@@ -132,6 +134,14 @@ COMMAND = command.Command(
 )
 
 
+def flags(**old: str) -> dict[str, command.Flag]:
+  """Returns the flags of these names for a table, which spelled them so."""
+  return {
+    name: COMMAND.flags[name]._replace(old=(before,))
+    for name, before in old.items()
+  }
+
+
 def main(args):
   """Runs the evaluation that the command line describes."""
   experiment = experiment_of(args)
@@ -155,7 +165,7 @@ def experiment_of(args) -> experiment_lib.Experiment:
       module = config.policy.module
       named = f"?module={module}" if module else ""
       changes["evals.policies"] = (f"policy={args.workdir}{named}",)
-    elif not args.has_config and "evals.methods" not in args.given:
+    elif not args.spec and "evals.methods" not in args.given:
       # The default rows are those that can be run.
       changes["evals.methods"] = tuple(
         name for name in config.evals.methods if not name.startswith("cacovid")

@@ -32,6 +32,13 @@ DTYPES = ("float32", "bfloat16")
 _ASSETS = pathlib.Path(cacovid_jax.__file__).parent / "assets"
 SHIPPED_MODEL = _ASSETS / "base_model"
 SHIPPED_POLICY = _ASSETS / "policy"
+# What a part of an experiment depends on; a model stays on its mesh.
+_PARTS = {
+  "mesh": ("mesh",),
+  "loaded": ("mesh", "model"),
+  "checkpoint": ("mesh", "model", "evals.template"),
+  "policies": ("mesh", "model", "evals.template", "evals.policies"),
+}
 # Of the paper's evaluation, for models whose files do not say another number.
 _NUM_FRAMES = 32
 
@@ -88,26 +95,34 @@ class Experiment:
       made.__dict__["loaded"] = checkpoint
     return made
 
-  def replace(self, changes: Mapping[str, Any]) -> "Experiment":
-    """Returns the experiment with {key: value} changed, loaded parts shared."""
-    config = config_lib.replace(self.config, changes)
-    made = dataclasses.replace(self, config=config)
-    for name in ("mesh", "loaded"):
-      if name in self.__dict__ and not any(
-        key.startswith(("model.", "mesh.")) for key in changes
-      ):
-        made.__dict__[name] = self.__dict__[name]
+  def replace(
+    self,
+    changes: Mapping[str, Any],
+    workdir: str | os.PathLike | None = None,
+  ) -> "Experiment":
+    """Returns the experiment with {key: value} changed, loaded parts shared.
+
+    Args:
+      changes: of the config.
+      workdir: another one.
+    """
+    made = dataclasses.replace(
+      self,
+      config=config_lib.replace(self.config, changes),
+      workdir=self.workdir if workdir is None else pathlib.Path(workdir),
+    )
+    made.adopt(self)
     return made
 
-  @property
-  def data(self):
-    """Section of the config."""
-    return self.config.data
-
-  @property
-  def evals(self):
-    """Section of the config."""
-    return self.config.evals
+  def adopt(self, other: "Experiment") -> None:
+    """Takes over the parts that another one has made, where both are alike."""
+    for name, keys in _PARTS.items():
+      if name in other.__dict__ and all(
+        config_lib.value_of(self.config, key)
+        == config_lib.value_of(other.config, key)
+        for key in keys
+      ):
+        self.__dict__[name] = other.__dict__[name]
 
   @functools.cached_property
   def mesh(self) -> Mesh:

@@ -1,12 +1,15 @@
-"""Code of one's own, found by name: a policy, a compressor.
+"""Code of one's own, found by name: a policy, a sampler, a compressor.
 
 A command, a Python config and a caller may name code. A file of data may not:
 JSON beside weights or in a workdir may be anybody's, and reading runs nothing.
 """
 
+import difflib
+import functools
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
 from typing import Any
@@ -15,6 +18,15 @@ from cacovid_jax import errors, files
 
 # The policy modules that a file of data may name: the paper's own.
 BUILT_IN = ("", "cacovid_jax.policy.network:Policy")
+# Sections of a config that may name code: the key that does, and the keys that
+# are there whatever it names. All others are options of the code.
+SECTIONS = {
+  "policy": ("module", "init", "dtype", "num_halvings", "backend"),
+  "sampling": ("module", "ratio"),
+  "objective": ("module",),
+  "rollout": ("reward", "marking", "max_new_tokens"),
+}
+KEYS = {f"{name}.{keys[0]}" for name, keys in SECTIONS.items()}
 
 
 def load(spec: str, key: str) -> tuple[Any, str]:
@@ -42,6 +54,67 @@ def load(spec: str, key: str) -> tuple[Any, str]:
   if not hasattr(module, name):
     raise errors.UserError(f"{key} {spec!r}: {source} has no {name}")
   return getattr(module, name), digest
+
+
+def own(config, section: str) -> str:
+  """Returns the code of one's own that a section names, "" if none."""
+  if section not in SECTIONS or section not in config:
+    return ""
+  spec = config[section].get(SECTIONS[section][0], "")
+  return spec if ":" in str(spec) and spec not in BUILT_IN else ""
+
+
+def fitting(found, section: str, options, known=()) -> dict[str, Any]:
+  """Returns the options that code takes; stops at one that it does not have.
+
+  Args:
+    found: a class, whose options are the arguments of `from_llm_config` or
+      else of itself; or a function, whose options are keyword-only.
+    section: of the config, for messages.
+    options: {name: value}.
+    known: names that are left out where it does not take them.
+  """
+  call = getattr(found, "from_llm_config", found)
+  given = list(inspect.signature(call).parameters.values())
+  if call is not found:
+    given = given[1:]  # The language model's config.
+  elif not inspect.isclass(found):
+    given = [x for x in given if x.kind in (x.KEYWORD_ONLY, x.VAR_KEYWORD)]
+  has = [x.name for x in given if x.kind != x.VAR_KEYWORD]
+  takes_any = len(has) < len(given)
+  called = getattr(found, "__name__", found)
+  for name in options:
+    if name in has or name in known or (takes_any and not has):
+      continue
+    near = difflib.get_close_matches(name, has, n=1, cutoff=0.4)
+    told = f"the nearest is {near[0]!r}" if near else f"it has {sorted(has)}"
+    raise errors.UserError(
+      f"config.{section}.{name}: {called} has no option {name!r}, {told};"
+      f" correct or remove the key, or add the option to {called}"
+    )
+  return {k: v for k, v in options.items() if takes_any or k in has}
+
+
+def make(found, section: str, options, known=()) -> Any:
+  """Returns an object of a class, or a function, with its options set.
+
+  The arguments are as for `fitting`.
+  """
+  options = fitting(found, section, options, known)
+  if not inspect.isclass(found):
+    if not options:
+      return found
+    return functools.update_wrapper(functools.partial(found, **options), found)
+  try:
+    made = found(**options)
+    hash(made)  # Programs are told apart by it.
+  except TypeError as error:
+    raise errors.UserError(
+      f"config.{section}: {found.__name__} cannot be made"
+      f" ({errors.one_line(error)}); give its options defaults, and make it a"
+      " frozen dataclass"
+    ) from error
+  return made
 
 
 def _import(name):

@@ -60,6 +60,9 @@ def released(arg, *, family, sizes):
   config.seed = arg.seed
   config.total_steps = 0  # One epoch.
   config.videos_per_step = arg.devices
+  # As the public code trains, which is what the paper's tables come from.
+  config.optimizer.schedule = "cosine_repeated"
+  config.sampling.frame_cap = "public"
   config.model.path = f"checkpoints/{family}_{size}"
   config.data.root = "datasets/video_r1"
   config.data.train_file = "filtered.json"
@@ -81,6 +84,8 @@ def released(arg, *, family, sizes):
   )
   config.evals.oracles = ()
   config.evals.ratios = (0.25, 0.2, 0.15, 0.1)
+  # Of methods that draw, if some are asked for.
+  config.evals.seeds = (0, 1, 2)
   config.evals.select_on = "none"
   config.evals.rule = "paper"
   if family == "llava_onevision":

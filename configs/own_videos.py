@@ -6,7 +6,7 @@ python -m cacovid_jax.evaluate --config configs/own_videos.py:data=FOLDER \
     --workdir workdirs/own
 
 FOLDER holds the clips and questions.csv or questions.json; the guide
-experiments/guides/own_videos.md says which columns. Without a model, the small
+docs/own_videos.md says which columns. Without a model, the small
 one of the embedded benchmark is trained for, from its shipped policy, on two
 CPU cores: enough to see that the folder is read well, and no model of real
 videos. `configs/own_videos.py:data=FOLDER,model=DIR` takes a checkpoint

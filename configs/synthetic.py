@@ -11,7 +11,7 @@ Completion only, in a minute or two: `configs/synthetic.py:debug`.
 
 360 videos, a fortieth of what `small` trains on. Ours, dense test, 600
 questions, vanilla 90.7: 89.8 at 25 %, 83.3 at 10 %, 68.3 at 5 % (seed 42, two
-CPU cores); all rows and the time are in the README.
+CPU cores); all rows and the time are in docs/results.md.
 
 `small`: one GPU, more clips, more steps.
 
@@ -33,7 +33,7 @@ and at 5 % kept, mean and standard deviation of seeds 42, 43, 44:
   sparse, test   94.3      95.8 +- 0.2, 94.9 +- 1.9  94.0, 91.0
   sparse, fresh  92.3      94.2 +- 0.3, 93.2 +- 1.8  91.3, 89.2
 
-All rows, the paper's setting among them, are in the README.
+All rows, the paper's setting among them, are in docs/results.md.
 """
 
 from cacovid_jax import base_config, errors

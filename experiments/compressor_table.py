@@ -1,6 +1,6 @@
 r"""Every compressor at every budget, on the embedded benchmark.
 
-python -m experiments.compressor_table [--short]
+python -m experiments.compressor_table [--smoke]
 
 Asks the test questions from what each method of `compressors.names()` keeps at
 25, 20, 15, 10 and 5 %, three seeds where a method draws, and measures how long
@@ -14,18 +14,16 @@ WORKDIR/timings.json              times and host facts, by method and ratio
 
 A method that cannot be run at a ratio keeps its row, which says why. Stopped
 and given again, it goes on where it was. The policy is the shipped one; the
-clips are drawn if they are not there.
+clips are drawn if they are not there. `--methods=+my_rule.py:strongest` adds a
+row.
 """
 
 import dataclasses
 import json
 import os
-import pathlib
 
-from absl import flags
-
+from cacovid_jax import command, errors, evaluate, files
 from cacovid_jax import config as config_lib
-from cacovid_jax import errors, files
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax import progress as progress_lib
 from cacovid_jax.evals import (
@@ -37,131 +35,124 @@ from cacovid_jax.evals import (
   tables,
 )
 from cacovid_jax.synthetic import build
-from experiments import table_flags
 
-_CONFIG = "configs/synthetic.py"
-_POLICY = "cacovid_jax/assets/policy"
-RATIOS = (0.25, 0.2, 0.15, 0.1, 0.05)
 # Rows beside the methods: label -> (the method it follows, its spec).
 VARIANTS = {
   "cacovid_merged": ("cacovid", "cacovid?merge=nearest"),
   "prunevid_llm": ("prunevid", "prunevid?llm_stage=True"),
 }
-
-_SHORT = flags.DEFINE_bool(
-  "short", False, "Few clips and questions, to see that everything runs."
-)
-_MORE = flags.DEFINE_list(
-  "more_methods", [], "Rows beside those, such as my_rule.py:strongest."
-)
-
-
-def main(argv):
-  """Makes the table that the flags describe."""
-  if len(argv) > 1:
-    raise errors.UserError(f"unknown argument {argv[1]!r}; flags begin with --")
-  ratios, seeds = table_flags.ratios(RATIOS), table_flags.seeds()
-  methods = table_flags.METHODS.value
-  config = config_lib.load(_CONFIG + (":debug" if _SHORT.value else ""))
-  if table_flags.DATA.value is None:
-    build.prepare(config)
-  experiment = experiment_of(
-    config,
-    table_flags.WORKDIR.value
-    or f"workdirs/compressors{'_short' * _SHORT.value}",
-    {
-      "evals.ratios": ratios,
-      "evals.seeds": seeds,
-      "evals.policies": (f"policy={table_flags.POLICY.value or _POLICY}",),
-      "evals.batch_size": table_flags.BATCH.value or config.evals.batch_size,
-      "data.root": table_flags.DATA.value or config.data.root,
-      "model.path": table_flags.MODEL.value or config.model.path,
-    },
-    methods=[*(methods or table_flags.all_rows(VARIANTS)), *_MORE.value],
+COMMAND = command.Command(
+  __doc__,
+  evaluate.flags(
+    workdir="table_workdir",
+    model="table_model",
+    policy="table_policy",
+    data="table_data",
+    methods="table_methods",
+    ratios="table_ratios",
+    seeds="table_seeds",
+    batch_size="table_batch",
   )
-  out = run(experiment, repeats=table_flags.REPEATS.value)
+  | {
+    "repeats": latency.REPEATS,
+    "smoke": command.Flag(
+      "Few clips and questions, to see that everything runs.",
+      default=False,
+      old=["short"],
+    ),
+  },
+  default="configs/synthetic.py",
+  defaults={
+    "evals.policies": (f"policy={experiment_lib.SHIPPED_POLICY}",),
+    "evals.methods": tables.all_rows(VARIANTS),
+    "evals.ratios": (0.25, 0.2, 0.15, 0.1, 0.05),
+    "evals.seeds": (0, 1, 2),
+  },
+)
+
+
+def main(args):
+  """Makes the table that the command line describes."""
+  config = args.config
+  if "data.root" not in args.given:
+    build.prepare(config)
+  workdir = args.workdir or f"workdirs/compressors{'_smoke' * args.smoke}"
+  out = run(experiment_of(config, workdir))
   evaluation.show(out)
   names = ("results.json", "report.html", "timings.json")
   for name in (*tables.COMPRESSOR_FILES, *names):
-    print(os.path.join(experiment.workdir, name))
+    print(os.path.join(workdir, name))
 
 
-def experiment_of(config, workdir, changes, *, methods):
+def experiment_of(config, workdir) -> experiment_lib.Experiment:
   """Returns the evaluation behind a table.
 
   Args:
-    config: such as the quickstart's.
-    workdir: of the table.
-    changes: {key: value} of the config, besides `methods`.
-    methods: specs of its rows.
+    config: see `base_config`; candidates of methods that are no rows are left
+      out.
+    workdir: of the table, and of its features.
   """
-  labels = [runner.split_label(spec)[0] for spec in methods]
-  # The merging policy is allowed the choice that the plain one is.
+  labels = [runner.split_label(spec)[0] for spec in config.evals.methods]
   candidates = config_lib.to_dict(config.evals.candidates)
+  # The merging policy is allowed the choice that the plain one is.
   candidates["cacovid_merged"] = [
     f"{spec}{'&' if '?' in spec else '?'}merge=nearest"
     for spec in candidates.get("cacovid", ())
   ]
+  changes = {
+    "evals.candidates": {
+      label: tuple(specs)
+      for label, specs in candidates.items()
+      if specs and label in labels
+    },
+    "data.feature_cache": os.path.join(workdir, "features"),
+  }
   return experiment_lib.Experiment.from_config(
-    config_lib.replace(
-      config,
-      {
-        "evals.methods": tuple(methods),
-        "evals.candidates": {
-          label: tuple(specs)
-          for label, specs in candidates.items()
-          if specs and label in labels
-        },
-        "data.feature_cache": os.path.join(workdir, "features"),
-      }
-      | changes,
-    ),
-    workdir,
+    config_lib.replace(config, changes), workdir
   )
 
 
-def run(experiment, *, repeats=9):
+def run(experiment):
   """Writes all files of the table and returns results.json as a dict."""
-  workdir = pathlib.Path(experiment.workdir)
+  path = experiment.workdir / "timings.json"
   # Taken before the evaluation writes its own times anew.
-  times = _read_times(workdir / "timings.json", repeats)
+  times = _read_times(path, experiment.config.table.repeats)
   costs = {}
 
   def measure_all(out):
-    costs.update(measure(experiment, out, times, repeats))
+    costs.update(measure(experiment, out, times))
     return {
       label: {ratio: cost.total for ratio, cost in row.items()}
       for label, row in costs.items()
     }
 
   out = evaluation.evaluate(experiment, measure_all)
-  tables.write_compressors(workdir, out, costs)
+  tables.write_compressors(experiment.workdir, out, costs)
   return out
 
 
-def measure(experiment, out, times, repeats):
+def measure(experiment, out, times):
   """Returns {label: {ratio: milliseconds}}, the missing ones measured.
 
   Written to timings.json as they come.
 
   Args:
-    experiment: of the evaluation.
+    experiment: that was evaluated.
     out: its results.json, which says what was chosen and what cannot be run.
     times: what an earlier start measured on this machine.
-    repeats: runs that a time is the median of.
   """
-  methods = {}
-  for spec in experiment.evals.methods:
+  evals, methods = experiment.config.evals, {}
+  for spec in evals.methods:
     label, _ = runner.split_label(spec)
     chosen = out["chosen"].get(label)
     method = runner.Method.parse(
-      _chosen_spec(experiment, label, chosen["best"]) if chosen else spec
+      _chosen_spec(evals, label, chosen["best"]) if chosen else spec
     )
     methods[label] = dataclasses.replace(method, label=label)
   cells = [
     (method, ratio)
     for method in methods.values()
-    for ratio in experiment.evals.ratios
+    for ratio in evals.ratios
     if out["methods"][method.label][results.ratio_key(ratio)]["status"] == "ok"
   ]
   missing = [
@@ -169,9 +160,8 @@ def measure(experiment, out, times, repeats):
     if results.ratio_key(ratio) not in times.get(method.spec, {})
   ]  # fmt: skip
   if missing:
-    _measure(experiment, missing, times, repeats)
-  path = pathlib.Path(experiment.workdir) / "timings.json"
-  _write_times(path, times, repeats)
+    _measure(experiment, missing, times)
+  _write_times(experiment, times)
   found = {method.label: {} for method in methods.values()}
   for method, ratio in cells:
     key = results.ratio_key(ratio)
@@ -179,20 +169,22 @@ def measure(experiment, out, times, repeats):
   return found
 
 
-def _chosen_spec(experiment, label, best):
+def _chosen_spec(evals, label, best):
   """Returns the candidate called `best`, with the path of one's own method."""
-  listed = experiment.evals.candidates.get(label, ())
+  listed = evals.candidates.get(label, ())
   named = (spec for spec in listed if runner.split_label(spec)[0] == best)
   return next(named, best)
 
 
-def _measure(experiment, missing, times, repeats):
+def _measure(experiment, missing, times):
   """Adds to `times`: spec -> ratio -> fields of a `latency.Cost`."""
-  evals = experiment.evals
+  if experiment.mesh.shape["data"] > 1:
+    # A batch of one question has no use for more devices.
+    experiment = experiment.replace({"mesh.data": 1})
+  evals = experiment.config.evals
   benchmark = evaluation.load_benchmark(
     experiment, evals.split, evals.num_questions
   )
-  path = pathlib.Path(experiment.workdir) / "timings.json"
   wanted = runner.wanted([method for method, _ in missing])
   with (
     evaluation.open_source(experiment, wanted) as source,
@@ -210,13 +202,13 @@ def _measure(experiment, missing, times, repeats):
     )
     question = latency.readable(evaluator, benchmark.questions)
     subject = latency.subject(evaluator, question)
-    stopwatch = latency.Stopwatch(subject, repeats)
+    stopwatch = latency.Stopwatch(subject, experiment.config.table.repeats)
     for done, (method, ratio) in enumerate(missing, start=1):
       cost = stopwatch.cost(method, ratio)
       times.setdefault(method.spec, {})[results.ratio_key(ratio)] = {
         name: round(value, 4) for name, value in cost._asdict().items()
       }
-      _write_times(path, times, repeats)
+      _write_times(experiment, times)
       progress.update(done)
 
 
@@ -238,11 +230,13 @@ def _read_times(path, repeats):
   return selection["milliseconds"]
 
 
-def _write_times(path, times, repeats):
+def _write_times(experiment, times):
+  path = experiment.workdir / "timings.json"
   found = json.loads(path.read_text(encoding="utf-8"))
+  repeats = experiment.config.table.repeats
   found["selection"] = {"milliseconds": times, "repeats": repeats}
   files.write_json(path, found)
 
 
 if __name__ == "__main__":
-  errors.run(main)
+  COMMAND.run(main)

@@ -1,15 +1,15 @@
 r"""The paper's efficiency table: what compression costs and what it saves.
 
-python -m experiments.efficiency_table --table_size=ov-7b
-python -m experiments.efficiency_table --table_size=tiny   # on a CPU
-python -m experiments.efficiency_table ... --dry_run       # what it would take
+python -m experiments.efficiency_table --size=ov-7b
+python -m experiments.efficiency_table --size=tiny     # on a CPU
+python -m experiments.efficiency_table ... --dry_run   # what it would take
 
 Times one prompt about one video on this device: the tower, the prefill of all
 tokens, and for every method the choice of its tokens and the prefill of what
 is left, up to the first token of the answer. Weights are random ones in the
-released size, drawn once into `--weights_dir`: times do not depend on their
+released size, drawn once into `--weights`: times do not depend on their
 values, but for methods whose work depends on the video (FrameFusion). Medians
-of `--timing_repeats` runs after one that compiles.
+of `--repeats` runs after one that compiles.
 
 WORKDIR/table.md, table.csv   a row per method and ratio, the paper's beside it
 WORKDIR/prefill.svg           milliseconds to the first token, by part
@@ -39,9 +39,9 @@ import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.table
-from absl import flags
 
-from cacovid_jax import errors, files
+from cacovid_jax import command, errors, evaluate, files
+from cacovid_jax.compressors import base
 from cacovid_jax.data import answer_log
 from cacovid_jax.evals import (
   cost,
@@ -64,7 +64,7 @@ from cacovid_jax.models import (
 )
 from cacovid_jax.policy import loading, network
 from cacovid_jax.synthetic import tiny_checkpoints
-from experiments import selection_speed, table_flags
+from experiments import selection_speed
 
 _LLAVA = llava_onevision.LlavaOnevisionConfig
 _QWEN = qwen2_5_vl.Qwen2_5VLConfig
@@ -99,7 +99,6 @@ SIZES = types.MappingProxyType(
     "qwen-tiny": Size(_QWEN.tiny, (4, 4, 6), "float32"),
   }
 )
-RATIOS = (0.25,)
 # Rows beside the methods: label -> (the method it follows, its spec).
 VARIANTS = types.MappingProxyType(
   {
@@ -114,56 +113,68 @@ _SECONDS_PER_PATCH = 2.0
 _SEED = 0  # Of the random weights.
 ROWS = "rows.jsonl"
 
-_SIZE = flags.DEFINE_enum(
-  "table_size", "ov-7b", list(SIZES), "Model and video."
-)
-_WEIGHTS = flags.DEFINE_string(
-  "weights_dir", None, "Folder of random weights; below --table_workdir else."
+COMMAND = command.Command(
+  __doc__,
+  evaluate.flags(
+    workdir="table_workdir", methods="table_methods", ratios="table_ratios"
+  )
+  | {
+    "size": command.Flag(
+      "Model and video.",
+      "table.size",
+      choices=list(SIZES),
+      old=["table_size"],
+    ),
+    "weights": command.Flag(
+      "Folder of random weights; below --workdir if empty.",
+      "table.weights",
+      old=["weights_dir"],
+    ),
+    "repeats": latency.REPEATS,
+  }
+  | estimate.FLAGS,
+  defaults={
+    "evals.methods": tuple(
+      spec for spec in tables.all_rows(VARIANTS) if spec not in _LEFT_OUT
+    ),
+    "evals.ratios": (0.25,),
+  },
 )
 
 
-def main(argv):
-  """Measures the table that the flags describe."""
-  if len(argv) > 1:
-    raise errors.UserError(f"unknown argument {argv[1]!r}; flags begin with --")
-  ratios = table_flags.ratios(RATIOS)
-  specs = table_flags.METHODS.value or default_rows()
-  methods = [runner.Method.parse(spec) for spec in specs]
+def main(args):
+  """Measures the table that the command line describes."""
+  evals, table = args.config.evals, args.config.table
+  ratios = results.check_ratios(map(base.check_ratio, evals.ratios))
+  methods = [runner.Method.parse(spec) for spec in evals.methods]
+  labels = [method.label for method in methods]
   for method in methods:
     if method.compressor.oracle:
       raise errors.UserError(
         f"{method.label} knows where the answer lies; it is no row of a table"
         " of times"
       )
-  labels = [method.label for method in methods]
-  for label in labels:
-    if labels.count(label) > 1:
-      raise errors.UserError(f"--table_methods lists {label} twice")
-  name, repeats = _SIZE.value, table_flags.REPEATS.value
-  if table_flags.DRY_RUN.value:
-    dry_run(name, methods, ratios, repeats)
+    if labels.count(method.label) > 1:
+      raise errors.UserError(f"--methods lists {method.label} twice")
+  name, repeats = table.size, table.repeats
+  if name not in SIZES:
+    raise errors.UserError(
+      f"config.table.size={name}: use {' or '.join(SIZES)}"
+    )
+  if args.dry_run:
+    dry_run(table, methods, ratios)
     return
-  workdir = pathlib.Path(
-    table_flags.WORKDIR.value or f"workdirs/efficiency_{name}"
-  )
+  workdir = pathlib.Path(args.workdir or f"workdirs/efficiency_{name}")
   with answer_log.Ledger(
-    workdir / ROWS,
-    run_of(name, repeats),
-    mend="or give another --table_workdir",
+    workdir / ROWS, run_of(name, repeats), mend="or give another --workdir"
   ) as rows:
-    subject, encode = make(SIZES[name], _WEIGHTS.value or workdir / "weights")
+    subject, encode = make(SIZES[name], table.weights or workdir / "weights")
     out = measure(subject, encode, name, methods, ratios, repeats, rows)
   files.write_json(workdir / "results.json", out)
   tables.write_efficiency(workdir, out)
   print(tables.efficiency_markdown(out))
   for written in (*tables.EFFICIENCY_FILES, "results.json"):
     print(os.path.join(workdir, written))
-
-
-def default_rows() -> list[str]:
-  """Returns the specs of all rows but those that take as long as another."""
-  rows = table_flags.all_rows(VARIANTS)
-  return [spec for spec in rows if spec not in _LEFT_OUT]
 
 
 def run_of(name: str, repeats: int) -> dict[str, Any]:
@@ -185,25 +196,22 @@ def run_of(name: str, repeats: int) -> dict[str, Any]:
   }
 
 
-def dry_run(name: str, methods, ratios, repeats: int) -> dict[str, Any]:
+def dry_run(table, methods, ratios) -> dict[str, Any]:
   """Prints what a table would take, and returns it; draws no weights.
 
   Args:
-    name: key of `SIZES`.
+    table: section of the config.
     methods: rows.
     ratios: of each.
-    repeats: runs that a time is the median of.
   """
-  size = SIZES[name]
+  size = SIZES[table.size]
   config, grid = size.config(), size.grid
   text, num_rows = config.text, _prompt_rows(config, grid)
   outside = num_rows - math.prod(grid)
-  speed = table_flags.speed(size.dtype)
+  speed = estimate.speed_of(table, size.dtype)
   rows = []
-  cells = [(method, ratio) for ratio in ratios for method in methods]
-  for method, ratio in [(None, 1.0), *cells]:
-    compressor = method and method.compressor
-    row = {"method": method.label if method else paper.VANILLA, "ratio": ratio}
+  for method, ratio in _cells(methods, ratios):
+    compressor, row = method and method.compressor, _place(method, ratio)
     rows.append(row)
     if not estimate.able(compressor, text.num_layers, grid, ratio):
       row["status"] = "cannot be run at this ratio"
@@ -229,14 +237,14 @@ def dry_run(name: str, methods, ratios, repeats: int) -> dict[str, Any]:
   tower = speed.seconds(cost.tower_flops(config, grid))
   each = tower + sum(row.get("prefill_ms", 0.0) for row in rows) / 1e3
   out = {
-    "size": name,
+    "size": table.size,
     "rows": rows,
     "programs": 1
     + estimate.num_programs(methods, ratios, text.num_layers, grid),
     # As bfloat16, whatever the computation's type.
     "disk_bytes": cost.weight_bytes(config, "bfloat16"),
     "memory_bytes": memory.total,
-    "seconds": (1 + repeats) * each,
+    "seconds": (1 + table.repeats) * each,
   }
   _show(out, speed)
   return out
@@ -258,7 +266,7 @@ def _show(out, speed):
     f"weights {out['disk_bytes'] / 1e9:.3g} GB on disk, memory of the device"
     f" {out['memory_bytes'] / 2**30:.2f} GiB, {out['programs']} programs to"
     f" compile, runs {out['seconds']:.3g} s without choosing tokens and"
-    f" compiling, at {speed.flops / 1e12:.4g} TFLOP/s (--table_tflops)",
+    f" compiling, at {speed.flops / 1e12:.4g} TFLOP/s (--tflops)",
     highlight=False,
   )
 
@@ -304,7 +312,7 @@ def _draw(directory, config):
   if (directory / "config.json").exists():
     if checkpoints.load_config(directory) != config:
       raise errors.UserError(
-        f"{directory} holds another model; give another --weights_dir"
+        f"{directory} holds another model; give another --weights"
       )
     return
   if directory.exists() and (
@@ -312,7 +320,7 @@ def _draw(directory, config):
   ):
     raise errors.UserError(
       f"{directory} holds something else than weights; give an empty or a new"
-      " --weights_dir"
+      " --weights"
     )
   # The config is written first: a folder without an index was cut off.
   partial = directory.with_name(f"{directory.name}.partial")
@@ -381,13 +389,11 @@ def measure(subject, encode, name, methods, ratios, repeats, rows):
   outside = num_rows - math.prod(grid)
   watch = latency.Stopwatch(subject, repeats)
   weights = {"sha256": subject.checkpoint.identity["sha256"]}
-  if (
-    _once(rows, "weights", 1.0, lambda: weights)["sha256"]
-    != (weights["sha256"])
-  ):
+  known = _once(rows, "weights", 1.0, lambda: weights)
+  if known["sha256"] != weights["sha256"]:
     raise errors.UserError(
       "these are not the weights that earlier rows were measured with; give"
-      " those by --weights_dir, or another --table_workdir"
+      " those by --weights, or another --workdir"
     )
   shared = {
     "tower_ms": _once(
@@ -397,14 +403,20 @@ def measure(subject, encode, name, methods, ratios, repeats, rows):
     "embed_ms": _once(rows, "embed", 1.0, lambda: {"ms": watch.embed()})["ms"],
   }  # fmt: skip
 
-  def row(method, ratio, times):
+  def timed(method, ratio):
+    if method is None:
+      return {"rule_ms": 0.0, "reads_ms": 0.0, "prefill_ms": watch.vanilla()}
+    found, prefill = watch.answered(method, ratio)
+    return {
+      "rule_ms": found.rule, "reads_ms": found.reads, "prefill_ms": prefill,
+    }  # fmt: skip
+
+  def row(method, ratio):
     compressor = method and method.compressor
-    found = {
-      "method": method.label if method else paper.VANILLA,
-      "ratio": ratio,
-    }
+    found = _place(method, ratio)
     try:
-      times = _once(rows, method.spec if method else "", ratio, times)
+      spec = method.spec if method else paper.VANILLA
+      times = _once(rows, spec, ratio, lambda: timed(method, ratio))
     except errors.UserError as error:
       return found | {"status": errors.one_line(error)}
     kept = cost.video_rows(compressor, text.num_layers, grid, ratio)
@@ -430,31 +442,11 @@ def measure(subject, encode, name, methods, ratios, repeats, rows):
       | ({"note": note} if note else {})
     )
 
-  def answered(method, ratio):
-    found, prefill = watch.answered(method, ratio)
-    return {
-      "rule_ms": found.rule, "reads_ms": found.reads, "prefill_ms": prefill,
-    }  # fmt: skip
-
-  found = [
-    row(
-      None,
-      1.0,
-      lambda: {
-        "rule_ms": 0.0,
-        "reads_ms": 0.0,
-        "prefill_ms": watch.vanilla(),
-      },
-    )  # fmt: skip
-  ]
-  for ratio in ratios:
-    for method in methods:
-      found.append(
-        row(method, ratio, functools.partial(answered, method, ratio))
-      )
-  for entry, method in zip(found, [None, *methods * len(ratios)], strict=True):
+  found = []
+  for method, ratio in _cells(methods, ratios):
+    found.append(row(method, ratio))
     if size.paper == paper.EFFICIENCY_MODEL:
-      entry |= _reported(method, entry["ratio"])
+      found[-1] |= _reported(method, ratio)
   return {
     "schema": results.SCHEMA,
     "size": name,
@@ -476,13 +468,23 @@ def measure(subject, encode, name, methods, ratios, repeats, rows):
   }
 
 
+def _cells(methods, ratios):
+  """Returns (method, ratio) of all rows; None is answering from all tokens."""
+  return [(None, 1.0), *((m, ratio) for ratio in ratios for m in methods)]
+
+
+def _place(method, ratio) -> dict[str, Any]:
+  """Returns what a row is called."""
+  return {"method": method.label if method else paper.VANILLA, "ratio": ratio}
+
+
 def _once(rows, what: str, ratio: float, function) -> dict[str, Any]:
   """Returns what the ledger knows, or adds what `function` measures.
 
   Raises:
     UserError: it cannot be run; nothing is written down then.
   """
-  key = answer_log.Key(what or paper.VANILLA, ratio, 0, "prompt")
+  key = answer_log.Key(what, ratio, 0, "prompt")
   if key not in rows:
     try:
       found = function()
@@ -518,4 +520,4 @@ def _reported(method, ratio) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-  errors.run(main)
+  COMMAND.run(main)

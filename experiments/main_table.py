@@ -1,13 +1,12 @@
 r"""The paper's main table: four benchmarks, every method, four ratios.
 
-python -m experiments.main_table --base=ov7b --table_model=DIR \
-    --table_policy=FILE --table_data=ROOT
+python -m experiments.main_table --config=configs/llava_onevision.py:size=7b \
+    --model=DIR --policy=FILE --data=ROOT
 python -m experiments.main_table ... --dry_run    # what it would take
-python -m experiments.main_table --paper_rows     # the README's table
+python -m experiments.main_table --paper_rows     # docs/paper_table.md
 
 ROOT holds one folder per benchmark: longvideobench, mlvu_dev, mlvu_test,
 videomme, each as it was released (`--folders=videomme=DIR` names another one).
-`--base` is a config of `configs/` by its short name, `--config` any other.
 Answers from all tokens are part of the same run, on the same frames.
 
 WORKDIR/<benchmark>/           an evaluation: answers.jsonl (every question),
@@ -19,14 +18,15 @@ WORKDIR/accuracy.svg           averages over the ratio
 WORKDIR/timings.json           times and host facts
 
 Stopped and given again, it goes on where it was, to the same bytes. Several
-processes share the work by `--table_shard=0/4`, `1/4`, ...; the last one to
-end writes the table. `--table_manifests=OTHER_WORKDIR` shows the frames of
-another table. A row is called reproduced only if it lies within `--tolerance`
-points of the paper's, the answers from all tokens do, too, and every question
-was asked, about a clip that could be read.
+processes share the work by `--shard=0/4`, `1/4`, ...; the last one to end
+writes the table. `--frame_manifest=OTHER_WORKDIR` shows the frames of another
+table. A row is called reproduced only if it lies within `--tolerance` points of
+the paper's, the answers from all tokens do, too, and every question was asked,
+about a clip that could be read.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -36,11 +36,11 @@ from typing import Any
 
 import rich.console
 import rich.table
-from absl import flags
 
-from cacovid_jax import base_config, compressors, errors, files
+from cacovid_jax import command, compressors, errors, evaluate, files
 from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
+from cacovid_jax.compressors import base
 from cacovid_jax.data import answer_log, readers
 from cacovid_jax.evals import (
   benchmarks,
@@ -55,79 +55,73 @@ from cacovid_jax.evals import (
   shards,
   tables,
 )
-from experiments import table_flags
 
-config_lib.define_flag()
 ASKED = "asked.json"
+COMMAND = command.Command(
+  __doc__,
+  evaluate.flags(
+    workdir="table_workdir",
+    shard="table_shard",
+    model="table_model",
+    policy="table_policy",
+    methods="table_methods",
+    ratios="table_ratios",
+    seeds="table_seeds",
+    batch_size="table_batch",
+    num_questions="table_limit",
+    num_frames="table_frames",
+    template="table_template",
+    feature_cache="table_cache",
+    on_bad_row="table_bad_rows",
+    on_missing="table_missing",
+  )
+  | {
+    "data": command.Flag(
+      "Folder with one folder per benchmark.", "data.root", old=["table_data"]
+    ),
+    "frame_manifest": command.Flag(
+      "Workdir of another table, whose frames are shown.",
+      "evals.frame_manifest",
+      old=["table_manifests"],
+    ),
+    "folders": command.Flag(
+      "Folders that are not below --data: videomme=DIR.", "table.folders"
+    ),
+    "benchmarks": command.Flag(
+      "Columns.", "table.benchmarks", old=["table_benchmarks"]
+    ),
+    "tolerance": command.Flag(
+      "Points between two runs of the same thing.", "table.tolerance"
+    ),
+    "chips": command.Flag(
+      "Devices that share a model.", "mesh.model", old=["table_chips"], least=1
+    ),
+    "paper_rows": command.Flag(
+      "Print docs/paper_table.md's tables and end.", default=False
+    ),
+  }
+  | estimate.FLAGS,
+  old_config=["base"],
+  defaults={
+    "model.dtype": "float32",
+    "data.num_frames": paper.NUM_FRAMES,
+    "evals.methods": tuple(paper.METHODS),
+    "evals.ratios": tuple(paper.RATIOS),
+    "evals.seeds": (0, 1, 2),
+  },
+)
 
-_BASE = flags.DEFINE_enum(
-  "base", None, list(table_flags.BASES), "Config of a released model."
-)
-_BENCHMARKS = flags.DEFINE_list(
-  "table_benchmarks", list(paper.BENCHMARKS), "Columns."
-)
-_FOLDERS = flags.DEFINE_list(
-  "folders", [], "Folders that are not below --table_data: videomme=DIR."
-)
-_LIMIT = flags.DEFINE_integer(
-  "table_limit", 0, "First so many questions of each; 0 for all.", lower_bound=0
-)
-_BAD_ROWS = flags.DEFINE_enum(
-  "table_bad_rows", "raise", ["raise", "skip"], "What to do with unfit rows."
-)
-_MISSING = flags.DEFINE_enum(
-  "table_missing",
-  "raise",
-  ["raise", "count"],
-  "What to do without a clip: end before the start, or count it as wrong.",
-)
-_TOLERANCE = flags.DEFINE_float(
-  "tolerance", paper.TOLERANCE, "Points between two runs of the same thing."
-)
-_FRAMES = flags.DEFINE_integer(
-  "table_frames", None, "Frames per clip; the config's, or 32.", lower_bound=1
-)
-_TEMPLATE = flags.DEFINE_enum(
-  "table_template",
-  None,
-  ["processor", "tokenizer"],
-  "Whose chat template prompts are written by; the config's, or the default.",
-)
-_MANIFESTS = flags.DEFINE_string(
-  "table_manifests",
-  None,
-  "Workdir of another table, whose frames are to be shown.",
-)
-_CACHE = flags.DEFINE_string(
-  "table_cache",
-  None,
-  "Folder of cached features, for further tables; --dry_run tells its size.",
-)
-_SHARD = flags.DEFINE_string(
-  "table_shard", "0/1", "i/n: this is process i of n that share the work."
-)
-_CHIPS = flags.DEFINE_integer(
-  "table_chips", 1, "Devices that share one model, for --dry_run's memory.",
-  lower_bound=1,
-)  # fmt: skip
-_PAPER_ROWS = flags.DEFINE_bool(
-  "paper_rows", False, "Print the README's table and end."
-)
 
-
-def main(argv):
-  """Makes the table that the flags describe."""
-  if len(argv) > 1:
-    raise errors.UserError(f"unknown argument {argv[1]!r}; flags begin with --")
-  if _PAPER_ROWS.value:
+def main(args):
+  """Makes the table that the command line describes."""
+  if args.paper_rows:
     print(paper_rows.markdown())
     return
-  plan = plan_from_flags()
-  if table_flags.DRY_RUN.value:
-    dry_run(plan)
+  plan = plan_of(args)
+  if args.dry_run:
+    dry_run(plan, published="model.path" not in args.given)
     return
-  test = preflight(plan)
-  if run(plan, test) is None:
+  if run(plan, preflight(plan)) is None:
     print("this share is done; the last process to end writes the table")
     return
   print((plan.workdir / "table.md").read_text(encoding="utf-8"))
@@ -135,189 +129,138 @@ def main(argv):
     print(os.path.join(plan.workdir, name))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
   """What to make.
 
   Attributes:
-    workdir: of the table.
-    experiments: benchmark -> its evaluation.
-    tolerance: points between two runs of the same thing.
+    experiment: what the evaluations of all benchmarks have in common.
+    folders: benchmark -> folder; "" takes its published size in a dry run.
   """
 
-  workdir: pathlib.Path
-  experiments: Mapping[str, experiment_lib.Experiment]
-  tolerance: float = paper.TOLERANCE
+  experiment: experiment_lib.Experiment
+  folders: Mapping[str, str]
 
   @property
-  def first(self) -> experiment_lib.Experiment:
-    """The evaluation of one benchmark; in most fields all are alike."""
-    return next(iter(self.experiments.values()))
+  def workdir(self) -> pathlib.Path:
+    return self.experiment.workdir
 
-  @property
-  def methods(self) -> list[runner.Method]:
-    return [runner.Method.parse(spec) for spec in self.first.evals.methods]
+  @functools.cached_property
+  def experiments(self) -> dict[str, experiment_lib.Experiment]:
+    """Benchmark -> its evaluation."""
+    manifests = self.experiment.config.evals.frame_manifest
+    found = {}
+    for name, folder in self.folders.items():
+      changes = {"evals.benchmark": name, "data.root": folder}
+      if manifests:
+        path = os.path.join(manifests, name, frame_manifest.FILE)
+        changes["evals.frame_manifest"] = path
+      found[name] = self.experiment.replace(changes, self.workdir / name)
+    return found
 
 
-def dry_run(plan: Plan) -> dict[str, Any]:
+def dry_run(plan: Plan, *, published: bool = True) -> dict[str, Any]:
   """Prints what a plan would take, and returns it; reads no weights.
 
-  Where no folder or model was given, published sizes are taken. One that was
-  given and cannot be read is a fault, which is printed; the benchmark is not
-  counted then.
+  Where no folder was given, published sizes are taken. One that was given and
+  cannot be read is a fault, which is printed; the benchmark is not counted
+  then.
+
+  Args:
+    plan: what to make.
+    published: see `estimate.without_weights`.
   """
-  experiment = plan.first
-  checkpoint = estimate.describe(
-    experiment.config.model.path,
-    # A model that was named is that one, or a mistake.
-    None if table_flags.MODEL.value else _BASE.value,
-    experiment.config.model.dtype,
-    experiment.evals.template,
+  plan = dataclasses.replace(
+    plan,
+    experiment=estimate.without_weights(plan.experiment, published=published),
   )
   loaded, faults = survey(plan)
   for name, fault in faults.items():
     print(f"{name}: {fault}")
-  experiments = {
+  counted = {
     name: each
     for name, each in plan.experiments.items()
     if name in loaded or name not in faults
   }
-  if not experiments:
+  if not counted:
     raise errors.UserError(
-      "no benchmark can be read; complete the folders, or leave --table_data"
-      " out to count the published questions"
+      "no benchmark can be read; complete the folders, or leave --data out to"
+      " count the published questions"
     )
-  speed = table_flags.speed(experiment.config.model.dtype)
-  out = estimate.estimate(
-    checkpoint, experiments, loaded, speed, model_shards=_CHIPS.value
-  )
-  ratios = ", ".join(f"{ratio:g}" for ratio in experiment.evals.ratios)
-  title = f"{len(plan.methods)} methods at ratios {ratios},"
-  title += f" {experiment.config.model.dtype}"
-  absent = [name for name in plan.experiments if name not in experiments]
+  config = plan.experiment.config
+  ratios = ", ".join(f"{ratio:g}" for ratio in config.evals.ratios)
+  methods, dtype = config.evals.methods, config.model.dtype
+  speed = estimate.speed_of(config.table, dtype)
+  out = estimate.estimate(counted, loaded, speed)
+  title = f"{len(methods)} methods at ratios {ratios}, {dtype}"
+  absent = [name for name in plan.folders if name not in counted]
   if absent:
     title += f"; not counted: {', '.join(absent)}"
   estimate.show(out, speed, title)
   return out
 
 
-def all_rows() -> list[str]:
-  """Returns the paper's methods, and all others behind them."""
-  rest = [name for name in compressors.names() if name not in paper.METHODS]
-  return [*paper.METHODS, *rest]
-
-
-def plan_from_flags() -> Plan:
-  """Returns the plan that the flags describe; reads no data."""
-  if _BASE.value and flags.FLAGS.config:
-    raise errors.UserError("--base and --config name two configs; give one")
-  if _BASE.value:
-    config = config_lib.load(
-      table_flags.BASES[_BASE.value], flags.FLAGS.config_override or []
-    )
-  elif flags.FLAGS.config:
-    config = config_lib.from_flags()
-  else:
-    config = None
-  model = table_flags.MODEL.value
-  changes = {}
-  if config is None:
-    config = config_lib.replace(
-      base_config.get_config(), {"model.dtype": "float32"}
-    )
-    changes["data.num_frames"] = paper.NUM_FRAMES
-    methods = paper.METHODS
-  else:
-    config = config_lib.complete(config)
-    methods = config.evals.methods
-  methods = table_flags.METHODS.value or methods
-  if list(methods) == ["all"]:
-    methods = all_rows()
-  for key, value in {
-    "data.num_frames": _FRAMES.value,
-    "model.path": model,
-    "evals.template": _TEMPLATE.value,
-    "data.feature_cache": _CACHE.value,
-    "evals.batch_size": table_flags.BATCH.value,
-  }.items():
-    if value:
-      changes[key] = value
-  if not (model or config.model.path) and not (
-    _BASE.value and table_flags.DRY_RUN.value
-  ):
-    raise errors.UserError("nothing says which base model: add --table_model")
-  if table_flags.POLICY.value:
-    changes["evals.policies"] = (f"policy={table_flags.POLICY.value}",)
-  name = _BASE.value or "table"
+def plan_of(args) -> Plan:
+  """Returns the plan that a command line describes; reads no data."""
+  config = args.config
+  COMMAND.require(config, "model")
+  names = _checked_benchmarks(config.table.benchmarks)
+  root = config.data.root if "data.root" in args.given else ""
+  name = pathlib.PurePath(config.model.path).name
   return make_plan(
-    config_lib.replace(
-      config,
-      changes
-      | {
-        "evals.ratios": table_flags.ratios(paper.RATIOS),
-        "evals.seeds": table_flags.seeds(),
-        "evals.num_questions": _LIMIT.value,
-        "evals.on_bad_row": _BAD_ROWS.value,
-        "evals.on_missing": _MISSING.value,
-      },
-    ),
-    table_flags.WORKDIR.value or f"workdirs/main_table_{name}",
-    _checked_benchmarks(_BENCHMARKS.value),
-    _folders(table_flags.DATA.value, _FOLDERS.value, _BENCHMARKS.value),
-    methods=methods,
-    tolerance=_TOLERANCE.value,
-    manifests=_MANIFESTS.value or "",
-    shard=shards.Shard.parse(_SHARD.value),
+    config,
+    args.workdir or f"workdirs/main_table_{name}",
+    _folders(root, config.table.folders, names, args.dry_run),
+    shard=shards.Shard.parse(args.shard),
+    asks=not args.dry_run,
   )
 
 
 def make_plan(
   config,
   workdir: str | os.PathLike,
-  names: Sequence[str],
   folders: Mapping[str, str],
   *,
-  methods: Sequence[str],
-  tolerance: float = paper.TOLERANCE,
-  manifests: str = "",
-  shard: tuple[int, int] = (0, 1),
+  shard: Sequence[int] = (0, 1),
+  asks: bool = True,
 ) -> Plan:
   """Returns a plan.
 
   Args:
-    config: what all benchmarks share, see `base_config`.
+    config: see `base_config`.
     workdir: of the table.
-    names: benchmarks.
-    folders: benchmark -> folder.
-    methods: rows.
-    tolerance: points.
-    manifests: workdir of another table, whose frames are shown; "" for none.
+    folders: see `Plan`.
     shard: (i, n): this is process i of n that share the work.
+    asks: whether it is to be run, for which a policy may be needed.
   """
-  workdir = pathlib.Path(workdir)
-  parsed = [runner.Method.parse(spec) for spec in methods]
-  labels = [method.label for method in parsed]
-  policies = config.evals.policies
+  paper.check_tolerance(config.table.tolerance)
+  specs = tuple(config.evals.methods)
+  if specs == ("all",):
+    rest = [name for name in compressors.names() if name not in paper.METHODS]
+    specs = (*paper.METHODS, *rest)
+  methods = [runner.Method.parse(spec) for spec in specs]
+  labels = [method.label for method in methods]
   reads_scores = False
-  for method in parsed:
+  for method in methods:
     if method.compressor.oracle:
       raise errors.UserError(
         f"{method.label} knows where the answer lies, which no benchmark tells;"
-        " leave it out of --table_methods"
+        " leave it out of --methods"
       )
-    scored = [need for need in method.needs if need.endswith("scores")]
-    reads_scores |= bool(scored)
-    if scored and not policies and not table_flags.DRY_RUN.value:
+    scored = any(need.endswith("scores") for need in method.needs)
+    reads_scores |= scored
+    if scored and asks and not config.evals.policies:
       raise errors.UserError(
-        f"{method.label} needs a trained policy: add --table_policy=FILE, or"
-        f" leave it out: --table_methods="
+        f"{method.label} needs a trained policy: add --policy=FILE, or leave it"
+        " out: --methods="
         f"{','.join(label for label in labels if 'cacovid' not in label)}"
       )
-  common = {
-    "evals.methods": tuple(methods),
+  changes = {
+    "evals.methods": specs,
+    "evals.ratios": results.check_ratios(
+      map(base.check_ratio, config.evals.ratios)
+    ),
     "evals.oracles": (),
-    # Answers are those of no policy: one given later asks nothing anew.
-    "evals.policies": policies if reads_scores else (),
     # Benchmarks have no split to choose options on.
     "evals.select_on": "none",
     "evals.candidates": {},
@@ -325,30 +268,20 @@ def make_plan(
     "evals.split": "",
     "data.media": "",
   }
-  experiments = {}
-  for name in names:
-    frames = os.path.join(manifests, name, frame_manifest.FILE)
-    own = {
-      "evals.benchmark": name,
-      "data.root": folders[name],
-      "evals.frame_manifest": frames if manifests else "",
-    }
-    experiments[name] = experiment_lib.Experiment.from_config(
-      config_lib.replace(config, common | own), workdir / name, shard=shard
-    )
-    evaluation.check(experiments[name].config)
-  return Plan(
-    workdir=workdir,
-    experiments=experiments,
-    tolerance=paper.check_tolerance(tolerance),
+  if not reads_scores:
+    # Answers are those of no policy: one given later asks nothing anew.
+    changes["evals.policies"] = ()
+  experiment = experiment_lib.Experiment.from_config(
+    config_lib.replace(config, changes), workdir, shard=shard
   )
+  return Plan(experiment, folders)
 
 
 def _checked_benchmarks(names) -> list[str]:
   for name in names:
     benchmarks.task(name)
     if names.count(name) > 1:
-      raise errors.UserError(f"--table_benchmarks names {name} twice")
+      raise errors.UserError(f"--benchmarks names {name} twice")
     if name not in paper.BENCHMARKS:
       raise errors.UserError(
         f"{name} is no column of the paper's table; evaluate it with `python -m"
@@ -356,15 +289,15 @@ def _checked_benchmarks(names) -> list[str]:
       )
   if not names:
     raise errors.UserError(
-      f"--table_benchmarks is empty; there are {', '.join(paper.BENCHMARKS)}"
+      f"--benchmarks is empty; there are {', '.join(paper.BENCHMARKS)}"
     )
   return list(names)
 
 
-def _folders(root, given, names) -> dict[str, str]:
-  """Returns benchmark -> folder, of `--table_data` and `--folders`."""
+def _folders(root, given, names, published) -> dict[str, str]:
+  """Returns benchmark -> folder, of `--data` and `--folders`."""
   named = {}
-  for entry in given:
+  for entry in map(str, given):
     name, equals, folder = entry.partition("=")
     if not equals or name not in paper.BENCHMARKS:
       raise errors.UserError(
@@ -374,20 +307,16 @@ def _folders(root, given, names) -> dict[str, str]:
     if not folder:
       raise errors.UserError(
         f"--folders={entry} names no folder: give {name}=DIR, or leave it out"
-        " to take it below --table_data"
+        " to take it below --data"
       )
     named[name] = folder
-  if root is None and table_flags.DRY_RUN.value:
-    # Without a folder, a benchmark has its published size.
-    return {name: named.get(name, "") for name in names}
-  if root is None and any(name not in named for name in names):
+  if not root and not published and any(name not in named for name in names):
     raise errors.UserError(
-      "nothing says where the benchmarks lie: add --table_data=ROOT"
+      "nothing says where the benchmarks lie: add --data=ROOT"
     )
-  return {
-    name: named[name] if name in named else os.path.join(root, name)
-    for name in names
-  }
+  # Without a folder, a benchmark has its published size.
+  below = {name: os.path.join(root, name) if root else "" for name in names}
+  return {name: named.get(name, below[name]) for name in names}
 
 
 def preflight(plan: Plan) -> dict[str, benchmarks.Benchmark]:
@@ -399,12 +328,12 @@ def preflight(plan: Plan) -> dict[str, benchmarks.Benchmark]:
   found, faults = survey(plan)
   if not faults:
     return found
-  ready = [name for name in plan.experiments if name not in faults]
+  ready = [name for name in plan.folders if name not in faults]
   mend = "; complete the folders"
   if ready:
-    mend += f", or ask what is there: --table_benchmarks={','.join(ready)}"
+    mend += f", or ask what is there: --benchmarks={','.join(ready)}"
   if any(name in found for name in faults):
-    mend += ", or count missing clips as wrong: --table_missing=count"
+    mend += ", or count missing clips as wrong: --on_missing=count"
   listed = "; ".join(f"{name}: {fault}" for name, fault in faults.items())
   raise errors.UserError(listed + mend)
 
@@ -422,14 +351,13 @@ def survey(
   for title in ("benchmark", "questions", "clips", "missing", "left out"):
     table.add_column(title)
   for name, experiment in plan.experiments.items():
-    if not experiment.data.root:
+    evals = experiment.config.evals
+    if not plan.folders[name]:
       table.add_row(name, "", "", "", "no folder given")
       continue
     try:
       counted = experiment.replace({"evals.on_missing": "count"})
-      loaded = evaluation.load_benchmark(
-        counted, experiment.evals.split, experiment.evals.num_questions
-      )
+      loaded = evaluation.load_benchmark(counted, count=evals.num_questions)
     except errors.UserError as error:
       faults[name] = errors.one_line(error)
       table.add_row(name, "", "", "", "no data")
@@ -440,7 +368,7 @@ def survey(
     counts = (len(loaded.questions), num_clips, len(missing),
               len(loaded.report.bad_rows))  # fmt: skip
     table.add_row(name, *map(str, counts))
-    if missing and experiment.evals.on_missing == "raise":
+    if missing and evals.on_missing == "raise":
       faults[name] = (
         f"{len(missing)} of {num_clips} clips are missing below {loaded.root}"
         f" ({sum(missing.values())} questions), first: {next(iter(missing))}"
@@ -462,16 +390,16 @@ def run(
     loaded: of `preflight`.
   """
   plan.workdir.mkdir(parents=True, exist_ok=True)
-  notes = {
-    name: pathlib.Path(experiment.workdir, ASKED)
-    for name, experiment in plan.experiments.items()
-  }
+  notes = {name: plan.workdir / name / ASKED for name in plan.folders}
   # Processes that share the work wait for each other's results of this start:
   # those of an earlier one may hold failures that are mended by now.
-  if not shards.Shard(*plan.first.shard).alone:
+  if not shards.Shard(*plan.experiment.shard).alone:
     for note in notes.values():
       note.unlink(missing_ok=True)
+  last = plan.experiment
   for name, experiment in plan.experiments.items():
+    experiment.adopt(last)  # The model and the policy are read once.
+    last = experiment
     if evaluation.evaluate(experiment) is not None:
       files.write_json(notes[name], asked(experiment, loaded[name].questions))
   # A benchmark that another process still works on, or ended, is known by its
@@ -485,15 +413,15 @@ def run(
     name: asked(experiment, loaded[name].questions)["run"]
     for name, experiment in plan.experiments.items()
   }
-  out = combined.combine(plan.experiments, loaded, runs, plan.tolerance)
+  out = combined.combine(plan.experiments, loaded, runs)
   files.write_json(plan.workdir / "results.json", out)
   tables.write_main(plan.workdir, out)
   times = {
     name: {
       path.name: json.loads(path.read_text(encoding="utf-8"))
-      for path in sorted(pathlib.Path(experiment.workdir).glob("timings*.json"))
+      for path in sorted((plan.workdir / name).glob("timings*.json"))
     }
-    for name, experiment in plan.experiments.items()
+    for name in plan.folders
   }
   files.write_json(plan.workdir / "timings.json", times)
   return out
@@ -510,20 +438,21 @@ def asked(experiment: experiment_lib.Experiment, questions) -> dict[str, Any]:
   for question in questions:
     fields = dataclasses.asdict(question)
     digest.update(json.dumps(fields, sort_keys=True).encode() + b"\n")
+  evals = experiment.config.evals
   own = shards.Shard(*experiment.shard).file("answers.jsonl")
-  methods = map(runner.Method.parse, experiment.evals.methods)
+  methods = map(runner.Method.parse, evals.methods)
   return {
     "questions": digest.hexdigest(),
-    "ratios": list(map(results.ratio_key, experiment.evals.ratios)),
+    "ratios": list(map(results.ratio_key, evals.ratios)),
     "rows": [[method.label, method.spec] for method in methods],
-    "run": answer_log.header(pathlib.Path(experiment.workdir, own)),
-    "seeds": list(experiment.evals.seeds),
+    "run": answer_log.header(experiment.workdir / own),
+    "seeds": list(evals.seeds),
   }
 
 
 def is_complete(experiment: experiment_lib.Experiment, questions) -> bool:
   """Returns whether a benchmark's results.json is of just what is asked for."""
-  note = pathlib.Path(experiment.workdir, ASKED)
+  note = experiment.workdir / ASKED
   try:
     found = json.loads(note.read_text(encoding="utf-8"))
   except FileNotFoundError:
@@ -536,4 +465,4 @@ def is_complete(experiment: experiment_lib.Experiment, questions) -> bool:
 
 
 if __name__ == "__main__":
-  errors.run(main)
+  COMMAND.run(main)

@@ -1,11 +1,11 @@
 r"""Released sizes with random weights beside transformers, on one machine.
 
-python -m experiments.parity_at_size --full_size=ov-7b --on=cuda
+python -m experiments.parity_at_size --size=ov-7b --torch_device=cuda
 
 Writes a checkpoint of the size twice to a scratch folder: cut to a few layers,
 to be compared in float32 stage by stage (tower, features, every layer, logits,
 greedy ids), and whole, to be compared in bfloat16 by the most likely token.
-Both are deleted in the end; `--keep_full_size` keeps the whole one. Needs
+Both are deleted in the end; `--keep` keeps the whole one. Needs
 PyTorch and transformers (the extra `[hf]`); JAX computes on its default device.
 """
 
@@ -16,9 +16,8 @@ import time
 
 import jax
 import rich.console
-from absl import flags
 
-from cacovid_jax import errors
+from cacovid_jax import command, errors
 from cacovid_jax.models import llava_onevision, qwen2_5_vl
 from cacovid_jax.parity import __main__
 from cacovid_jax.parity import transformers as transformers_lib
@@ -33,23 +32,36 @@ CONFIGS = {
   "qvl-7b": _QWEN.qwen2_5_vl_7b,
 }
 
-_SIZE = flags.DEFINE_enum(
-  "full_size", "ov-7b", list(CONFIGS), "Released model whose shapes are taken."
-)
-_LAYERS = flags.DEFINE_integer(
-  "cut_layers",
-  4,
-  "Layers of tower and decoder that are compared in float32.",
-  lower_bound=1,
-)
-_DEVICE = flags.DEFINE_string("on", "cpu", "Where PyTorch computes.")
-_FOLDER = flags.DEFINE_string(
-  "full_size_scratch",
-  "workdirs/full_size",
-  "Where the checkpoints are written, up to 17 GB.",
-)
-_KEEP = flags.DEFINE_boolean(
-  "keep_full_size", False, "Do not delete the whole checkpoint."
+COMMAND = command.Command(
+  __doc__,
+  {
+    "size": command.Flag(
+      "Released model whose shapes are taken.",
+      default="ov-7b",
+      choices=list(CONFIGS),
+      old=["full_size"],
+    ),
+    "layers": command.Flag(
+      "Layers of tower and decoder that are compared in float32.",
+      default=4,
+      old=["cut_layers"],
+      least=1,
+    ),
+    "torch_device": command.Flag(
+      "Where PyTorch computes.", default="cpu", old=["on"]
+    ),
+    "scratch": command.Flag(
+      "Where the checkpoints are written, up to 17 GB.",
+      default="workdirs/full_size",
+      old=["full_size_scratch"],
+    ),
+    "keep": command.Flag(
+      "Do not delete the whole checkpoint.",
+      default=False,
+      old=["keep_full_size"],
+    ),
+  },
+  config="none",
 )
 
 
@@ -74,9 +86,7 @@ def compare(config, folder, *, num_layers, device, keep=False):
     keep: whether the whole checkpoint stays, as `folder`/whole.
   """
   if os.path.isdir(folder) and os.listdir(folder):
-    raise errors.UserError(
-      f"{folder} is not empty; name another --full_size_scratch"
-    )
+    raise errors.UserError(f"{folder} is not empty; name another --scratch")
   console = rich.console.Console()
   started = time.perf_counter()
 
@@ -108,18 +118,17 @@ def compare(config, folder, *, num_layers, device, keep=False):
   return all(verdicts)
 
 
-def main(argv):
-  if len(argv) > 1:
-    raise errors.UserError(f"unknown argument {argv[1]!r}; flags begin with --")
+def main(args):
+  """Compares the models that the command line names."""
   fine = compare(
-    CONFIGS[_SIZE.value](),
-    _FOLDER.value,
-    num_layers=_LAYERS.value,
-    device=_DEVICE.value,
-    keep=_KEEP.value,
+    CONFIGS[args.size](),
+    args.scratch,
+    num_layers=args.layers,
+    device=args.torch_device,
+    keep=args.keep,
   )
   return 0 if fine else 1
 
 
 if __name__ == "__main__":
-  errors.run(main)
+  COMMAND.run(main)

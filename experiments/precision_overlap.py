@@ -1,6 +1,6 @@
 r"""Does a policy choose the same tokens after half-precision storage?
 
-python -m experiments.precision_overlap --trained_policy=workdirs/quickstart
+python -m experiments.precision_overlap --policy=workdirs/quickstart
 
 Public checkpoints keep a policy in half precision, training in float32. Where
 two tokens score almost alike, rounding may swap them. The policy is written
@@ -23,27 +23,42 @@ import numpy as np
 import rich.box
 import rich.console
 import rich.table
-from absl import flags
 
-import cacovid_jax
-from cacovid_jax import errors
-from cacovid_jax.models import checkpoints, processors
+from cacovid_jax import command, errors
+from cacovid_jax import experiment as experiment_lib
+from cacovid_jax.compressors import base
+from cacovid_jax.models import processors
 from cacovid_jax.policy import loading, network, selection
 
-_POLICY = flags.DEFINE_string(
-  "trained_policy", None, "A policy's file, or the workdir of a training run."
-)
-_MODEL = flags.DEFINE_string(
-  "base_model", None, "Its base model; the shipped one by default."
-)
-_RATIOS = flags.DEFINE_list(
-  "keep_ratios", ["0.25", "0.10", "0.05"], "Retention ratios."
-)
-_VIDEOS = flags.DEFINE_integer(
-  "num_videos", 8, "Videos to draw.", lower_bound=1
-)
-_FRAMES = flags.DEFINE_integer(
-  "video_frames", 16, "Frames of each video.", lower_bound=1
+COMMAND = command.Command(
+  __doc__,
+  {
+    "policy": command.Flag(
+      "A policy's file, or the workdir of a training run.",
+      "evals.policies",
+      old=["trained_policy"],
+    ),
+    "model": command.Flag(
+      "Its base model; the shipped one by default.",
+      "model.path",
+      old=["base_model"],
+    ),
+    "ratios": command.Flag(
+      "Retention ratios.", "evals.ratios", old=["keep_ratios"]
+    ),
+    "num_videos": command.Flag("Videos to draw.", default=8, least=1),
+    "num_frames": command.Flag(
+      "Frames of each video.",
+      "data.num_frames",
+      old=["video_frames"],
+      least=1,
+    ),
+  },
+  defaults={
+    "model.path": str(experiment_lib.SHIPPED_MODEL),
+    "model.dtype": "float32",
+    "data.num_frames": 16,
+  },
 )
 
 _QUESTION_TOKENS = 24
@@ -201,33 +216,23 @@ def report(found):
   return table
 
 
-def main(argv):
+def main(args):
   """Compares the stored policies and prints the table."""
-  if len(argv) > 1:
-    raise errors.UserError(f"unknown argument {argv[1]!r}; flags begin with --")
-  if _POLICY.value is None:
-    raise errors.UserError(
-      "no policy given; use --trained_policy=FILE, or the workdir of a training"
-      " run"
-    )
-  try:
-    ratios = [float(ratio) for ratio in _RATIOS.value]
-  except ValueError as error:
-    raise errors.UserError(f"--keep_ratios: {error}; give numbers") from error
-  shipped = os.path.join(
-    os.path.dirname(cacovid_jax.__file__), "assets", "base_model"
-  )
-  checkpoint = checkpoints.load(_MODEL.value or shipped)
-  policy = loading.load_policy(_POLICY.value, checkpoint)
+  config = args.config
+  COMMAND.require(config, "policy")
+  ratios = [base.check_ratio(ratio) for ratio in config.evals.ratios]
+  experiment = experiment_lib.Experiment.from_config(config, split="")
+  model, params = experiment.checkpoint.model, experiment.checkpoint.params
+  name, policy = next(iter(experiment.policies.items()))
   if not isinstance(policy.module, network.Policy):
     raise errors.UserError(
-      f"{_POLICY.value} is a policy of another module; the public format holds"
-      " the paper's only"
+      f"{experiment.policy_paths[name]} is a policy of another module; the"
+      " public format holds the paper's only"
     )
   rng = np.random.default_rng(0)
   prompts = [
-    draw_prompt(checkpoint.model, checkpoint.params, rng, _FRAMES.value)
-    for _ in range(_VIDEOS.value)
+    draw_prompt(model, params, rng, config.data.num_frames)
+    for _ in range(args.num_videos)
   ]
   found = {}
   for dtype in ("float32", "bfloat16", "float16"):
@@ -239,4 +244,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-  errors.run(main)
+  COMMAND.run(main)

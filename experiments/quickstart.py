@@ -15,100 +15,82 @@ import contextlib
 import dataclasses
 import functools
 import json
-import os
 import time
 
 import rich.console
 import rich.table
-from absl import flags
 
+from cacovid_jax import command
 from cacovid_jax import config as config_lib
-from cacovid_jax import errors
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.compressors import base
 from cacovid_jax.evals import evaluation, results
 from cacovid_jax.synthetic import build
 from cacovid_jax.training import loop
 
-_CONFIG = "configs/synthetic.py"
 # The budget in minutes for two idle cores, compilation included: from the
 # processor time that each stage of the config takes. Change both together.
 PLANNED = {"prepare": 0.8, "load": 0.1, "train": 4.5, "evaluate": 4.5}
 _FILES = ("results.json", "report.html", "metrics.jsonl", "config.json")
 
-config_lib.define_flag(_CONFIG)
-_SMOKE = flags.DEFINE_bool(
-  "smoke", False, "The shortest form, to see that everything runs."
+COMMAND = command.Command(
+  __doc__,
+  {
+    "smoke": command.Flag(
+      "The shortest form, to see that everything runs.", default=False
+    ),
+    "workdir": command.Flag("Folder of the run; below workdirs/ by default."),
+    "ratios": command.Flag("Retention ratios of the table.", "evals.ratios"),
+  },
+  default="configs/synthetic.py",
 )
-_WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Folder of the run; workdirs/quickstart by default."
-)
-_RATIOS = flags.DEFINE_list(
-  "ratios", None, "Retention ratios of the table, instead of the config's."
-)
 
 
-def main(argv):
-  """Runs the quickstart that the flags describe."""
-  if len(argv) > 1:
-    raise errors.UserError(f"unknown argument {argv[1]!r}; flags begin with --")
-  spec = flags.FLAGS.config
-  if _SMOKE.value and spec == _CONFIG:
-    spec += ":debug"
-  config = config_lib.load(spec, flags.FLAGS.config_override)
-  workdir = _WORKDIR.value
-  if workdir is None:
-    workdir = "workdirs/smoke" if _SMOKE.value else "workdirs/quickstart"
-  run(config, workdir, ratios=_RATIOS.value, planned=not _SMOKE.value)
+def main(args):
+  """Runs the quickstart that the command line describes."""
+  workdir = f"workdirs/{'smoke' if args.smoke else 'quickstart'}"
+  run(args.config, args.workdir or workdir, planned=not args.smoke)
 
 
-def run(config, workdir, *, ratios=None, planned=False, num_workers=None):
+def run(config, workdir, *, planned=False):
   """Runs all stages and returns results.json as a dict.
 
   Args:
     config: see configs/synthetic.py:size=quickstart.
     workdir: one of another config is refused.
-    ratios: retention ratios, instead of those of config.evals.
     planned: whether to show the planned minutes, which are those of the
       config as it stands.
-    num_workers: processes that draw clips; one per core by default.
   """
   # Mistakes are told before minutes of work, not after.
-  ratios = results.check_ratios(
-    map(base.check_ratio, config.evals.ratios if ratios is None else ratios)
-  )
+  ratios = results.check_ratios(map(base.check_ratio, config.evals.ratios))
   config_lib.claim_workdir(workdir, config)
   stages = Stages(PLANNED if planned else {})
+  training = experiment_lib.Experiment.from_config(
+    config, workdir, split="videos_per_step"
+  )
   with stages("prepare"):
-    build.prepare(config, num_workers)
+    build.prepare(config)
   with stages("load"):
-    experiment = experiment_lib.Experiment.from_config(
-      config, workdir, split="videos_per_step"
-    )
-    checkpoint = experiment.loaded
-    grid = checkpoint.model.processor.fixed_grid(config.data.num_frames)
+    processor = training.loaded.model.processor
+    grid = processor.fixed_grid(config.data.num_frames)
     for ratio in ratios:
       base.budget(grid, ratio)
   with stages("train"):
-    loop.train(experiment)
+    loop.train(training)
+  policy = config_lib.replace(
+    config, {"evals.policies": (f"policy={workdir}",)}
+  )
+  asking = experiment_lib.Experiment.from_config(policy, workdir)
   with stages("evaluate"):
-    asked = {
-      "evals.ratios": ratios,
-      "evals.policies": (f"policy={os.fspath(workdir)}",),
-    }
-    out = evaluation.evaluate(
-      experiment_lib.Experiment.from_config(
-        config_lib.replace(config, asked), workdir
-      )
-    )
+    out = evaluation.evaluate(asking)
   evaluation.show(out)
   stages.show()
   # A line for every start: a run that goes on takes less time.
-  with open(os.path.join(workdir, "stages.jsonl"), "a", encoding="utf-8") as f:
+  with open(asking.workdir / "stages.jsonl", "a", encoding="utf-8") as f:
     f.write(json.dumps({"minutes": stages.minutes}) + "\n")
   for name in _FILES:
-    print(os.path.join(workdir, name))
-  print(f"\nopen {os.path.join(workdir, 'report.html')} in a browser")
+    print(asking.workdir / name)
+  print(f"\nopen {asking.workdir / 'report.html'} in a browser")
   return out
 
 
@@ -159,4 +141,4 @@ class Stages:
 
 
 if __name__ == "__main__":
-  errors.run(main)
+  COMMAND.run(main)

@@ -10,8 +10,8 @@ given. Methods inside the language model are given queries and keys of a layer
 and the residual stream: the attention that they read, their choice and the
 gathered rows. `in float32` is the share of the kept tokens that stay if the
 same features come in float32. Where PyTorch is installed, a plain version of
-three methods runs on `--peer_device` in turns with ours; `same` is the share of
-tokens that both keep.
+three methods runs on `--torch_device` in turns with ours; `same` is the share
+of tokens that both keep.
 """
 
 import dataclasses
@@ -23,23 +23,42 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import rich.console
-from absl import flags
 
-from cacovid_jax import compressors, errors
+from cacovid_jax import command, compressors
 from cacovid_jax.compressors import base, framefusion, layerwise
-from cacovid_jax.evals import latency, tables
+from cacovid_jax.evals import latency, results, tables
 from cacovid_jax.models import llava_onevision, prompt_batch
 from cacovid_jax.policy import network
 
-_FRAMES = flags.DEFINE_integer("video_slices", 32, "Frames.", lower_bound=1)
-_SIDE = flags.DEFINE_integer(
-  "video_side", 14, "Rows and columns of tokens.", lower_bound=1
-)
-_RATIO = flags.DEFINE_float("kept_share", 0.25, "Retention ratio.")
-_NAMES = flags.DEFINE_list("timed_methods", None, "Methods; all by default.")
-_REPEATS = flags.DEFINE_integer("timed_runs", 20, "Runs.", lower_bound=1)
-_PEER = flags.DEFINE_string(
-  "peer_device", "cuda", "Where PyTorch computes; empty for no peers."
+_VARIANTS = ("cacovid_untrained", "cacovid_other_question")
+COMMAND = command.Command(
+  __doc__,
+  {
+    "num_frames": command.Flag(
+      "Frames.", "data.num_frames", old=["video_slices"], least=1
+    ),
+    "side": command.Flag(
+      "Rows and columns of tokens.", default=14, old=["video_side"], least=1
+    ),
+    "ratios": command.Flag(
+      "Retention ratio, the first of these.", "evals.ratios", old=["kept_share"]
+    ),
+    "methods": command.Flag("Rows.", "evals.methods", old=["timed_methods"]),
+    "repeats": latency.REPEATS,
+    "torch_device": command.Flag(
+      "Where PyTorch computes; empty for no peers.",
+      default="cuda",
+      old=["peer_device"],
+    ),
+  },
+  defaults={
+    "data.num_frames": 32,
+    "evals.ratios": (0.25,),
+    "evals.methods": tuple(
+      name for name in compressors.names() if name not in _VARIANTS
+    ),
+    "table.repeats": 20,
+  },
 )
 
 # Milliseconds on one H200 at the full size.
@@ -260,23 +279,20 @@ def table(rows):
   )
 
 
-def main(argv):
-  if len(argv) > 1:
-    raise errors.UserError(f"unknown argument {argv[1]!r}; flags begin with --")
-  variants = ("cacovid_untrained", "cacovid_other_question")
-  names = _NAMES.value or [
-    name for name in compressors.names() if name not in variants
-  ]
+def main(args):
+  """Times the methods that the command line names."""
+  evals, repeats = args.config.evals, args.config.table.repeats
+  names = evals.methods
   for name in names:
     compressors.get(name)
   config = llava_onevision.LlavaOnevisionConfig.llava_onevision_7b()
-  grid = (_FRAMES.value, _SIDE.value, _SIDE.value)
-  ratio = base.check_ratio(_RATIO.value)
+  grid = (args.config.data.num_frames, args.side, args.side)
+  ratio = base.check_ratio(results.check_ratios(evals.ratios)[0])
   console = rich.console.Console()
   device = jax.devices()[0].device_kind
   console.print(
     f"{math.prod(grid)} x {config.text.hidden_size} bfloat16, ratio {ratio:g},"
-    f" {device}, jax {jax.__version__}, median of {_REPEATS.value}"
+    f" {device}, jax {jax.__version__}, median of {repeats}"
   )
 
   def progress(row):
@@ -286,10 +302,10 @@ def main(argv):
     )
 
   rows = measure(
-    names, grid, config, ratio, _REPEATS.value, _PEER.value, progress
+    names, grid, config, ratio, repeats, args.torch_device, progress
   )
   print(f"\n{table(rows)}")
 
 
 if __name__ == "__main__":
-  errors.run(main)
+  COMMAND.run(main)

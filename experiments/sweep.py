@@ -2,7 +2,7 @@ r"""A grid of config values times seeds: a run each, and one table of all.
 
 python -m experiments.sweep --config=configs/own_videos.py \
     --grid=optimizer.lr_heads=1e-3,3e-3 --grid=sampling.ratio=0.02,0.05 \
-    --table_seeds=0,1,2 --table_workdir=workdirs/rates
+    --seeds=0,1,2 --workdir=workdirs/rates
 python -m experiments.sweep ... --dry_run   # the runs, and which are done
 python -m experiments.sweep ... --slurm     # a job array instead, printed
 
@@ -35,19 +35,30 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
-from absl import flags
-
+from cacovid_jax import command, errors, files, metrics
 from cacovid_jax import config as config_lib
-from cacovid_jax import errors, files, metrics
 from cacovid_jax.evals import results, tables
-from experiments import table_flags
 
-config_lib.define_flag()
-_GRID = flags.DEFINE_multi_string(
-  "grid", [], "KEY=VALUE,VALUE,...; several of them make a grid."
-)
-_SLURM = flags.DEFINE_bool(
-  "slurm", False, "Print the lines of a SLURM job array, a task per run."
+COMMAND = command.Command(
+  __doc__,
+  {
+    "grid": command.Flag(
+      "KEY=VALUE,VALUE,...; several of them make a grid.", default=(), many=True
+    ),
+    "seeds": command.Flag(
+      "Of every point.", default=(0, 1, 2), old=["table_seeds"]
+    ),
+    "workdir": command.Flag(
+      "Folder of the sweep.", default="workdirs/sweep", old=["table_workdir"]
+    ),
+    "dry_run": command.Flag("List the runs, and end.", default=False),
+    "slurm": command.Flag(
+      "Print the lines of a SLURM job array, a task per run.", default=False
+    ),
+  },
+  config="required",
+  # Runs are told apart by what their config says.
+  sections=False,
 )
 _REWARDS = ("reward_token", "reward_token_greedy", "reward_frame",
             "reward_frame_greedy")  # fmt: skip
@@ -78,24 +89,14 @@ class Run:
     return path.is_file() and path.read_text("utf-8").strip() == self.digest
 
 
-def main(argv):
-  """Runs the sweep that the flags describe."""
-  if len(argv) > 1:
-    raise errors.UserError(f"unknown argument {argv[1]!r}; flags begin with --")
-  if not flags.FLAGS.config:
-    raise errors.UserError("no config given: add --config=configs/x.py")
-  workdir = pathlib.Path(table_flags.WORKDIR.value or "workdirs/sweep")
-  runs = plan(
-    flags.FLAGS.config,
-    flags.FLAGS.config_override or [],
-    parse_grid(_GRID.value),
-    table_flags.seeds(),
-    workdir,
-  )
-  if table_flags.DRY_RUN.value:
+def main(args):
+  """Runs the sweep that the command line describes."""
+  workdir, grid = pathlib.Path(args.workdir), parse_grid(args.grid)
+  runs = plan(args.spec, args.overrides, grid, args.seeds, workdir)
+  if args.dry_run:
     for number, run in enumerate(runs):
       print(f"{number} {'done' if run.done else 'to do'} {run.workdir}")
-  elif _SLURM.value:
+  elif args.slurm:
     print(job_array(runs))
   else:
     failed = [run for run in runs if not run.done and not perform(run)]
@@ -121,7 +122,7 @@ def parse_grid(texts: Sequence[str]) -> dict[str, list[str]]:
         f"--grid names {key} twice; give it all its values"
       )
     if key == "seed":
-      raise errors.UserError("--grid=seed: seeds are --table_seeds=0,1,2")
+      raise errors.UserError("--grid=seed: seeds are --seeds=0,1,2")
     grid[key] = values
   return grid
 
@@ -166,7 +167,7 @@ def plan(
     if run.digest == other.digest or run.workdir == other.workdir:
       raise errors.UserError(
         f"{run.workdir} and {other.workdir} are one run: --grid or"
-        " --table_seeds lists a value twice"
+        " --seeds lists a value twice"
       )
   return runs
 
@@ -189,8 +190,8 @@ def perform(run: Run) -> bool:
     SystemExit: a signal ended it, which ends the sweep as well.
   """
   print(f"{run.workdir}", flush=True)
-  for command in run.commands:
-    process = subprocess.Popen([sys.executable, *command])
+  for arguments in run.commands:
+    process = subprocess.Popen([sys.executable, *arguments])
     # It saves what it has, and says so by its exit code.
     before = signal.signal(signal.SIGTERM, lambda *_, p=process: p.terminate())
     try:
@@ -260,4 +261,4 @@ def _with_spread(mean, spread) -> str:
 
 
 if __name__ == "__main__":
-  errors.run(main)
+  COMMAND.run(main)

@@ -8,7 +8,7 @@ import numpy as np
 
 import cacovid_jax
 from cacovid_jax.models import checkpoints
-from cacovid_jax.synthetic import packing, pretraining, world
+from cacovid_jax.synthetic import losses, packing, pretraining, world
 from cacovid_jax.synthetic import tokenizer as tokenizer_training
 from configs import synthetic_base
 
@@ -49,7 +49,7 @@ def test_it_answers_questions_about_clips_it_never_saw():
   )
   batch = pretraining.held_out(pack, "dense", 6)
   prefix = checkpoint.tokenizer.encode(packing.PREFIX)
-  prompts = pretraining.Prompts(
+  prompts = losses.PackedPrompts(
     prefix, world.NUM_TOKENS, pack.questions_per_clip, pack.question_length
   )
   mesh = jax.make_mesh(

@@ -50,6 +50,9 @@ def path(tmp_path):
     ("policy.module", "evil:Policy", "mine:Policy"),
     ("policy.module", "evil.py:Policy", ""),
     ("policy.module", "cacovid_jax.policy.network:Head", ""),
+    ("sampling.module", "evil:Sampler", ""),
+    ("objective.module", "evil.py:Objective", "mine:Objective"),
+    ("rollout.reward", "evil:reward", "accuracy"),
     ("evals.methods", ["random", "evil.py:rule?a=1"], "random,"),
     ("evals.candidates.cacovid", ["evil.py:rule"], "cacovid,"),
     ("evals.policies.p", "W?module=evil:Policy", "W"),
@@ -313,7 +316,7 @@ def test_defaults_without_a_config_are_those_of_the_command():
   )  # fmt: skip
   args = made.parse(["x"])
   assert args.config.model.dtype == "float32" and args.config.is_locked
-  assert not args.given and not args.has_config
+  assert not args.given and not args.spec
   args = made.parse(["x", "--dtype=bfloat16"])
   assert args.config.model.dtype == "bfloat16"
   assert args.given == {"model.dtype"}

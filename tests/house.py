@@ -28,15 +28,15 @@ FAMILIES = "cacovid_jax/models/checkpoints.py"
 
 # Largest values allowed; the last one is a smallest.
 LIMITS = {
-  "lines": 42_700,
-  "files over 400 lines": 28,
-  "functions over 50 lines, %": 2.1,
-  "functions with more than 7 parameters, %": 2.5,
-  "class names with two owners": 10,
-  "isinstance on a model class": 10,
-  "undocumented public functions that only tests call": 7,
+  "lines": 42_900,
+  "files over 400 lines": 30,
+  "functions over 50 lines, %": 1.8,
+  "functions with more than 7 parameters, %": 1.5,
+  "class names with two owners": 5,
+  "isinstance on a model class": 0,
+  "undocumented public functions that only tests call": 1,
 }
-LEAST_DOCUMENTED = 73.0
+LEAST_DOCUMENTED = 74.0
 
 
 @dataclasses.dataclass(frozen=True)

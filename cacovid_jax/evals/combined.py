@@ -270,43 +270,43 @@ def combine(
   experiments: Mapping[str, experiment_lib.Experiment],
   loaded: Mapping[str, benchmarks.Benchmark],
   runs: Mapping[str, Mapping[str, Any]],
-  tolerance: float = paper.TOLERANCE,
 ) -> dict[str, Any]:
   """Returns results.json of a table from those of its benchmarks.
 
   Args:
-    experiments: benchmark -> its evaluation, which is complete.
+    experiments: benchmark -> its evaluation, which is complete; but for the
+      benchmark and its folders, their configs are alike.
     loaded: benchmark -> its questions.
     runs: benchmark -> what its answers belong to, see `read_part`.
-    tolerance: points between two runs of the same thing.
   """
-  experiment = next(iter(experiments.values()))
-  methods = [runner.Method.parse(spec) for spec in experiment.evals.methods]
+  config = next(iter(experiments.values())).config
+  evals = config.evals
+  methods = [runner.Method.parse(spec) for spec in evals.methods]
   parts = [
     read_part(
       name,
       each.workdir,
       loaded[name].questions,
       methods,
-      each.evals.ratios,
-      each.evals.seeds,
+      evals.ratios,
+      evals.seeds,
       run=runs[name],
       shard=shards.Shard(*each.shard),
       seed=number,
     )
     for number, (name, each) in enumerate(experiments.items())
   ]
-  rows = average(parts, methods, experiment.evals.ratios)
-  model = paper.model_of(checkpoints.load_config(experiment.config.model.path))
+  rows = average(parts, methods, evals.ratios)
+  model = paper.model_of(checkpoints.load_config(config.model.path))
   absent = [name for name in paper.BENCHMARKS if name not in experiments]
   own = _per_cent(rows["vanilla"], absent)
-  found = paper.drift(model, own, tolerance)
-  reasons = paper.obstacles(experiment, parts, absent, model)
+  found = paper.drift(model, own, config.table.tolerance)
+  reasons = paper.obstacles(config, parts, absent, model)
   rows["vanilla"]["reproduced"] = paper.reproduced(
     found, paper.row(model, paper.VANILLA, 1.0), own, reasons
   )
   for method in methods:
-    for ratio in experiment.evals.ratios:
+    for ratio in evals.ratios:
       cell = rows["methods"][method.label][results.ratio_key(ratio)]
       row = None
       if paper.is_method(
@@ -325,8 +325,8 @@ def combine(
     "average": rows,
     "benchmarks": {part.name: part.out for part in parts},
     "drift": found,
-    "ratios": [results.ratio_key(ratio) for ratio in experiment.evals.ratios],
-    "seeds": list(experiment.evals.seeds),
+    "ratios": [results.ratio_key(ratio) for ratio in evals.ratios],
+    "seeds": list(evals.seeds),
     "provenance": _provenance(parts),
   }
 

@@ -12,6 +12,7 @@ import collections
 import dataclasses
 import math
 import os
+import pathlib
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,8 +22,8 @@ import numpy as np
 import rich.console
 import rich.table
 
+from cacovid_jax import command, errors
 from cacovid_jax import config as config_lib
-from cacovid_jax import errors
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.compressors import base
 from cacovid_jax.data import readers
@@ -38,12 +39,33 @@ from cacovid_jax.evals import (
 from cacovid_jax.models import checkpoints, llava_onevision, qwen2_5_vl
 from cacovid_jax.policy import network
 
+FLAGS = types.MappingProxyType(
+  {
+    "dry_run": command.Flag(
+      "Say what the table would take, and end.", default=False
+    ),
+    "tflops": command.Flag(
+      "TFLOP/s for --dry_run; measured on this device else.",
+      "table.tflops",
+      old=("table_tflops",),
+    ),
+    "gbps": command.Flag(
+      "GB/s of memory for --dry_run; measured likewise.",
+      "table.gbps",
+      old=("table_gbps",),
+    ),
+  }
+)
+# Folder that a released model's config names -> what lies there.
 RELEASED = types.MappingProxyType(
   {
-    "ov7b": llava_onevision.LlavaOnevisionConfig.llava_onevision_7b,
-    "ov0.5b": llava_onevision.LlavaOnevisionConfig.llava_onevision_0_5b,
-    "qwen3b": qwen2_5_vl.Qwen2_5VLConfig.qwen2_5_vl_3b,
-    "qwen7b": qwen2_5_vl.Qwen2_5VLConfig.qwen2_5_vl_7b,
+    make.__name__: make
+    for make in (
+      llava_onevision.LlavaOnevisionConfig.llava_onevision_7b,
+      llava_onevision.LlavaOnevisionConfig.llava_onevision_0_5b,
+      qwen2_5_vl.Qwen2_5VLConfig.qwen2_5_vl_3b,
+      qwen2_5_vl.Qwen2_5VLConfig.qwen2_5_vl_7b,
+    )
   }
 )
 _BYTES_PER_TOKEN = 4
@@ -72,56 +94,59 @@ class Asked:
   num_clips: int
 
 
-def describe(
-  directory: str, base_name: str | None, dtype, template: str = ""
-) -> Any:
-  """Returns a `Checkpoint` without weights.
+def without_weights(
+  experiment: experiment_lib.Experiment, *, published: bool = True
+) -> experiment_lib.Experiment:
+  """Returns the experiment with a base model that has no weights.
 
   Args:
-    directory: of the base model; its config and tokenizer are read.
-    base_name: key of `RELEASED`, for a directory that is not there.
-    dtype: of the computation.
-    template: chat template that prompts are counted with, as in an experiment.
+    experiment: the config and the tokenizer of its base model are read.
+    published: whether the released model of its folder's name is taken, where
+      there is no such folder.
   """
-  tokenizer = None
-  if os.path.isfile(os.path.join(directory or "", "config.json")):
+  directory, tokenizer = experiment.config.model.path, None
+  name = pathlib.PurePath(directory).name
+  if os.path.isfile(os.path.join(directory, "config.json")):
     config = checkpoints.load_config(directory)
     if os.path.isfile(os.path.join(directory, "tokenizer.json")):
       tokenizer = tokenizer_lib.Tokenizer.from_directory(directory)
-  elif base_name:
-    config = RELEASED[base_name]()
+  elif published and name in RELEASED:
+    config = RELEASED[name]()
   else:
     raise errors.UserError(
       f"there is no config.json in {directory or 'no folder at all'}; give the"
-      f" base model by --table_model, or one of --base={'|'.join(RELEASED)}"
+      " base model by --model, or a released one's config by --config"
     )
   found = checkpoints.Checkpoint(
-    model=checkpoints.make_model(config, dtype),
+    model=checkpoints.make_model(config, experiment.config.model.dtype),
     params=None,
     tokenizer=tokenizer,
     identity={"path": directory, "sha256": ""},
     eos_ids=(),
     pad_id=0,
   )
-  if tokenizer is None:
-    return found
-  return experiment_lib.with_template(found, directory, template)
+  # Without a tokenizer there is no template to take.
+  changes = {} if tokenizer else {"evals.template": ""}
+  return experiment_lib.Experiment.from_config(
+    config_lib.replace(experiment.config, changes),
+    experiment.workdir,
+    shard=experiment.shard,
+    checkpoint=found,
+  )
 
 
 def asked(
-  checkpoint: Any,
-  experiment: experiment_lib.Experiment,
-  loaded: benchmarks.Benchmark | None,
+  experiment: experiment_lib.Experiment, loaded: benchmarks.Benchmark | None
 ) -> list[Asked]:
   """Returns the questions of a benchmark by the grid of their clips."""
-  model = checkpoint.model
+  checkpoint, evals = experiment.checkpoint, experiment.config.evals
   if loaded is None:
-    count = paper.BENCHMARKS[experiment.evals.benchmark][1]
-    count = min(count, experiment.evals.num_questions or count)
-    grid = _assumed_grid(model, experiment.data.num_frames)
+    count = paper.BENCHMARKS[evals.benchmark][1]
+    count = min(count, evals.num_questions or count)
+    grid = _assumed_grid(experiment)
     return [Asked(grid, np.full(count, _TEXT_TOKENS), _TEXT_TOKENS, count)]
   by_grid = collections.defaultdict(list)
-  grids = _grids(checkpoint, experiment, loaded)
+  grids = _grids(experiment, loaded)
   for question in loaded.questions:
     by_grid[grids[question.video]].append(question)
   texts = None
@@ -147,26 +172,23 @@ def asked(
   return found
 
 
-def _grids(checkpoint, experiment, loaded) -> dict[str, tuple[int, int, int]]:
+def _grids(experiment, loaded) -> dict[str, tuple[int, int, int]]:
   """Returns clip -> grid; frames of Qwen2.5-VL are looked at for it."""
   paths = list(dict.fromkeys(question.video for question in loaded.questions))
-  model = checkpoint.model
-  path = os.path.join(experiment.config.model.path, "config.json")
-  known = os.path.isfile(path)
+  model, path = experiment.checkpoint.model, experiment.config.model.path
+  known = os.path.isfile(os.path.join(path, "config.json"))
   missing = readers.check_media(loaded.questions, loaded.root)
   if model.processor.one_grid or not known or len(missing) == len(paths):
-    grid = _assumed_grid(model, experiment.data.num_frames)
-    return dict.fromkeys(paths, grid)
-  bare = experiment_lib.Experiment.from_config(
-    config_lib.replace(experiment.config, {"data.feature_cache": ""}),
-    checkpoint=checkpoint,
-  )
+    return dict.fromkeys(paths, _assumed_grid(experiment))
+  bare = experiment.replace({"data.feature_cache": ""})
   with evaluation.open_source(bare) as source:
     source.survey(paths)
     return {path: tuple(source.grid_of(path)) for path in paths}
 
 
-def _assumed_grid(model, num_frames) -> tuple[int, int, int]:
+def _assumed_grid(experiment) -> tuple[int, int, int]:
+  model = experiment.checkpoint.model
+  num_frames = experiment.config.data.num_frames
   if fixed := model.processor.fixed_grid(num_frames):
     return fixed
   slices = -(-num_frames // model.processor.temporal_patch_size)
@@ -174,42 +196,38 @@ def _assumed_grid(model, num_frames) -> tuple[int, int, int]:
 
 
 def estimate(
-  checkpoint: Any,
   experiments: Mapping[str, experiment_lib.Experiment],
   loaded: Mapping[str, benchmarks.Benchmark],
   speed: cost.Speed,
-  *,
-  model_shards: int = 1,
 ) -> dict[str, Any]:
   """Returns what a table takes, by benchmark, and the memory of a device.
 
   Args:
-    checkpoint: of `describe`.
-    experiments: benchmark -> its evaluation.
+    experiments: benchmark -> its evaluation, see `without_weights`;
+      config.mesh.model devices share one model.
     loaded: benchmark -> its questions, those that are here.
     speed: of the device.
-    model_shards: devices that share one model, for the memory.
   """
   found, memory = {}, []
   for name, experiment in experiments.items():
-    methods = [runner.Method.parse(spec) for spec in experiment.evals.methods]
-    parts = asked(checkpoint, experiment, loaded.get(name))
+    config, model = experiment.config, experiment.checkpoint.model
+    methods = [runner.Method.parse(spec) for spec in config.evals.methods]
+    parts = asked(experiment, loaded.get(name))
     found[name] = _sum(
-      [_part(checkpoint, experiment, methods, part, speed) for part in parts]
+      [_part(model.config, config, methods, part, speed) for part in parts]
     )
     found[name]["published"] = name not in loaded
     settings = evaluation.settings(experiment)
-    policy = policy_of(checkpoint.model.config.text, methods)
     memory += [
       cost.memory(
-        checkpoint.model.config,
+        model.config,
         grid=part.grid,
         prompt_rows=part.longest + math.prod(part.grid),
         new_tokens=settings.max_new_tokens,
-        batch=experiment.evals.batch_size,
-        dtype=experiment.config.model.dtype,
-        policy=policy,
-        model_shards=model_shards,
+        batch=settings.batch_size,
+        dtype=config.model.dtype,
+        policy=policy_of(model.config.text, methods),
+        model_shards=config.mesh.model,
       )
       for part in parts
     ]
@@ -242,15 +260,12 @@ def _score_sets(method, num_seeds) -> dict[str, int]:
   }
 
 
-def _part(
-  checkpoint, experiment, methods, part: Asked, speed
-) -> dict[str, Any]:
-  config = checkpoint.model.config
-  text, num_video = config.text, math.prod(part.grid)
+def _part(model, config, methods, part: Asked, speed) -> dict[str, Any]:
+  """Returns what one `Asked` takes; model is the base model's config."""
+  evals, text, num_video = config.evals, model.text, math.prod(part.grid)
   count, outside = len(part.texts), part.longest
   # Video rows by layer of each thing that is asked: seen, and computed.
   seen, computed = [], []
-  evals = experiment.evals
   for cell in runner.cells(methods, evals.ratios, evals.seeds):
     compressor = cell.method and cell.method.compressor
     given = compressor, text.num_layers, part.grid, cell.ratio
@@ -266,20 +281,19 @@ def _part(
   if policy:
     sets = {}
     for method in methods:
-      sets |= _score_sets(method, len(experiment.evals.seeds))
+      sets |= _score_sets(method, len(evals.seeds))
     per_question += sum(sets.values()) * cost.policy_flops(
       policy, num_video + outside, part.grid
     )
   # Attention and keys of the tower come from a second run of it.
   signals = bool(runner.wanted(methods))
   tower = (1 + signals) * part.num_clips
-  batches = -(-count // experiment.evals.batch_size)
-  flops = (
-    batches * experiment.evals.batch_size * per_question
-    + tower * cost.tower_flops(config, part.grid)
+  batches = -(-count // evals.batch_size)
+  flops = batches * evals.batch_size * per_question + tower * cost.tower_flops(
+    model, part.grid
   )
   steps = batches * len(seen) * (_ANSWER_TOKENS - 1)
-  weights = cost.weight_bytes(config, experiment.config.model.dtype)
+  weights = cost.weight_bytes(model, config.model.dtype)
   return {
     "questions": count,
     "clips": part.num_clips,
@@ -288,15 +302,13 @@ def _part(
     "llm_tokens": float(
       sum(part.texts.sum() + count * np.mean(rows) for rows in seen)
     ),
-    "programs": num_programs(
-      methods, experiment.evals.ratios, text.num_layers, part.grid
-    )
+    "programs": num_programs(methods, evals.ratios, text.num_layers, part.grid)
     + 1
     + signals,
     "flops": flops,
     "seconds": speed.seconds(flops, steps, weights),
     "feature_bytes": part.num_clips
-    * cost.feature_bytes(config, part.grid, signals),
+    * cost.feature_bytes(model, part.grid, signals),
   }
 
 
@@ -374,7 +386,7 @@ def show(out: Mapping[str, Any], speed: cost.Speed, title: str) -> None:
   console.print(f"memory of a device in GiB: {memory}", highlight=False)
   console.print(
     f"at {speed.flops / 1e12:.4g} TFLOP/s and {speed.bytes / 1e9:.4g} GB/s"
-    f" (--table_tflops, --table_gbps); one process",
+    f" (--tflops, --gbps); one process",
     highlight=False,
   )
 
@@ -387,9 +399,10 @@ def _short(count) -> str:
   return f"{count:g}"
 
 
-def speed_of(tflops: float | None, gbps: float | None, dtype) -> cost.Speed:
-  """Returns the stated speed; what is not stated is measured here."""
-  for name, value in (("table_tflops", tflops), ("table_gbps", gbps)):
+def speed_of(table, dtype) -> cost.Speed:
+  """Returns the speed of config.table; what is not stated is measured here."""
+  tflops, gbps = table.tflops, table.gbps
+  for name, value in (("tflops", tflops), ("gbps", gbps)):
     if value is not None and not 0 < value < float("inf"):
       raise errors.UserError(f"--{name}={value:g}: give a positive number")
   measured = None

@@ -56,7 +56,7 @@ def evaluate(
   Args:
     experiment: what to evaluate; its workdir gets the files.
     measure: returns the report's `times` of results.json; called when that is
-      written and the model's memory is free again.
+      written.
   """
   found = _evaluate(experiment)
   if found is None:

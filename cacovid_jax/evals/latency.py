@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from cacovid_jax import command
 from cacovid_jax.compressors import base
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import asker as asker_lib
@@ -23,6 +24,13 @@ from cacovid_jax.evals import programs as programs_lib
 from cacovid_jax.evals import runner
 from cacovid_jax.models import prompt_batch
 from cacovid_jax.policy import loading
+
+REPEATS = command.Flag(
+  "Runs that a time is the median of.",
+  "table.repeats",
+  old=("timing_repeats", "timed_runs"),
+  least=1,
+)
 
 
 class Cost(NamedTuple):

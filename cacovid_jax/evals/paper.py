@@ -52,7 +52,7 @@ class Model:
 
   Attributes:
     name: of it in tables.
-    config: file that trains and evaluates it.
+    config: file and argument that train and evaluate it.
     sizes: (width, layers, feed-forward width) of its decoder.
     family: `model_type` of its checkpoints.
     template: whose chat template the paper's evaluation took; "" where both
@@ -70,14 +70,14 @@ MODELS = types.MappingProxyType(
   {
     "ov7b": Model(
       "LLaVA-OneVision-7B",
-      "configs/llava_onevision_7b.py",
+      "configs/llava_onevision.py:size=7b",
       (3584, 28, 18944),
       "llava_onevision",
       "tokenizer",
     ),
     "qwen3b": Model(
       "Qwen2.5-VL-3B",
-      "configs/qwen2_5_vl_3b.py",
+      "configs/qwen2_5_vl.py:size=3b",
       (2048, 36, 11008),
       "qwen2_5_vl",
     ),
@@ -309,7 +309,7 @@ def reproduced(
 
 
 def obstacles(
-  experiment: Any,
+  config: Any,
   parts: Sequence[Any],
   absent: Sequence[str],
   model: str | None,
@@ -317,7 +317,7 @@ def obstacles(
   """Returns what makes a comparison with the paper void, in words.
 
   Args:
-    experiment: `experiment.Experiment` of one benchmark; the others are alike.
+    config: of the evaluation of one benchmark; the others are alike.
     parts: benchmarks, each a `combined.Part`.
     absent: benchmarks of the paper that were not asked.
     model: key of `MODELS`, None for a model that the paper has not.
@@ -334,35 +334,34 @@ def obstacles(
     lost = sum(entry["questions"] for entry in part.out["unreadable"])
     if lost:
       found.append(f"clips of {lost} questions of {title} cannot be used")
-  if experiment.data.num_frames != NUM_FRAMES:
-    found.append(f"{experiment.data.num_frames} frames instead of {NUM_FRAMES}")
-  found += _other_pixels(experiment)
+  num_frames, evals = config.data.num_frames, config.evals
+  if num_frames != NUM_FRAMES:
+    found.append(f"{num_frames} frames instead of {NUM_FRAMES}")
+  found += _other_pixels(config)
   template = model and MODELS[model].template
-  if template and experiment.evals.template != template:
+  if template and evals.template != template:
     found.append(
-      f"prompts by the {experiment.evals.template or 'default'} chat template"
-      f" instead of the {template}'s"
+      f"prompts by the {evals.template or 'default'} chat template instead"
+      f" of the {template}'s"
     )
-  if experiment.evals.max_new_tokens:
-    found.append(f"answers of at most {experiment.evals.max_new_tokens} tokens")
-  if experiment.evals.rule != RULE:
-    found.append(f"letters taken by the rule {experiment.evals.rule}")
+  if evals.max_new_tokens:
+    found.append(f"answers of at most {evals.max_new_tokens} tokens")
+  if evals.rule != RULE:
+    found.append(f"letters taken by the rule {evals.rule}")
   return found
 
 
-def _other_pixels(experiment) -> list[str]:
+def _other_pixels(config) -> list[str]:
   """Returns an obstacle if frames of Qwen2.5-VL have other bounds."""
-  if not (experiment.data.min_pixels or experiment.data.max_pixels):
+  path, data = config.model.path, config.data
+  if not (data.min_pixels or data.max_pixels):
     return []
-  path = experiment.config.model.path
   model = checkpoints.make_model(checkpoints.load_config(path))
   found = model.read_processor(path)
   bounds = [
-    (processor.min_pixels, processor.max_pixels)
-    for processor in (
-      found.with_paper_bounds(
-        experiment.data.min_pixels, experiment.data.max_pixels
-      ),
+    (each.min_pixels, each.max_pixels)
+    for each in (
+      found.with_paper_bounds(data.min_pixels, data.max_pixels),
       found.with_paper_bounds(),
     )
   ]

@@ -1,4 +1,4 @@
-"""The README's tables: what the paper reports, and the command for each row.
+"""The tables of docs/paper_table.md: the paper's rows and their commands.
 
 Commands are run as they stand, one after another and each in a folder of its
 own: weights, benchmarks and policies lie where the configs expect them.
@@ -8,7 +8,7 @@ import pathlib
 
 from cacovid_jax.evals import paper, results, tables
 
-_EFFICIENCY = "python -m experiments.efficiency_table --table_size=ov-7b"
+_EFFICIENCY = "python -m experiments.efficiency_table --size=ov-7b"
 
 
 def markdown() -> str:
@@ -72,10 +72,12 @@ def command(model: str, *, trained: bool = True) -> str:
     trained: all rows; else those that need no trained policy, and where the
       paper has vanilla alone, another one with it.
   """
-  command = f"python -m experiments.main_table --base={model}"
+  config = paper.MODELS[model].config
+  path, _, size = config.partition(":size=")
+  name = f"{pathlib.PurePosixPath(path).stem}_{size}"
+  command = f"python -m experiments.main_table --config={config}"
   if trained:
-    policy = pathlib.PurePosixPath(paper.MODELS[model].config).stem
-    return f"{command} --table_policy=workdirs/{policy} --table_data=datasets"
+    return f"{command} --policy=workdirs/{name} --data=datasets"
   methods = dict.fromkeys(
     row.method
     for row in paper.ROWS
@@ -83,7 +85,6 @@ def command(model: str, *, trained: bool = True) -> str:
     and row.method not in (paper.VANILLA, results.REFERENCE)
   )
   return (
-    f"{command} --table_data=datasets"
-    f" --table_methods={','.join(methods or ['uniform'])}"
-    f" --table_workdir=workdirs/main_table_{model}_no_policy"
+    f"{command} --data=datasets --methods={','.join(methods or ['uniform'])}"
+    f" --workdir=workdirs/main_table_{name}_no_policy"
   )

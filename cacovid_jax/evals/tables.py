@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cacovid_jax import files
+from cacovid_jax import compressors, files
 from cacovid_jax.evals import evaluation, paper, results
 from cacovid_jax.evals.report import charts, viewer
 
@@ -37,6 +37,21 @@ EFFICIENCY_COLUMNS = (
 EFFICIENCY_FILES = ("table.md", "table.csv", "prefill.svg")
 
 Rows = Sequence[Mapping[str, Any]]
+
+
+def all_rows(variants: Mapping[str, tuple[str, str]]) -> tuple[str, ...]:
+  """Returns the specs of all methods, variants behind their own.
+
+  Args:
+    variants: label -> (the method it follows, its spec).
+  """
+  rows = []
+  for name in compressors.names():
+    rows.append(name)
+    for label, (follows, spec) in variants.items():
+      if follows == name:
+        rows.append(f"{label}={spec}")
+  return tuple(rows)
 
 
 def as_csv(columns: Sequence[str], rows: Rows) -> str:

@@ -114,7 +114,7 @@ class VideoLLM(abc.ABC):
 
     Args:
       inputs: of one video, on the host.
-      bucket: `token_grid.Bucket` to pad to; None for the video's own sizes.
+      bucket: `token_grid.GridBucket` to pad to; None for the video's own sizes.
     """
     del bucket  # Of models whose grids differ.
     return inputs

@@ -13,23 +13,27 @@ per stage and exits with 1 if any misses its tolerance.
 """
 
 import os
-from collections.abc import Sequence
+import sys
 
 import jax
-from absl import flags
 
-from cacovid_jax import errors
+from cacovid_jax import command, errors
 
-_AGAINST = flags.DEFINE_string(
-  "against_transformers",
-  None,
-  "Checkpoint directory to run in the installed transformers beside ours.",
-)
-_DEVICE = flags.DEFINE_string(
-  "torch_device", "cpu", "Where PyTorch computes, for example cuda."
-)
-_HALF = flags.DEFINE_boolean(
-  "half", False, "Compare with transformers in bfloat16 as well."
+COMMAND = command.Command(
+  __doc__,
+  {
+    "against_transformers": command.Flag(
+      "Checkpoint directory to run in the installed transformers beside ours."
+    ),
+    "torch_device": command.Flag(
+      "Where PyTorch computes, for example cuda.", default="cpu"
+    ),
+    "half": command.Flag(
+      "Compare with transformers in bfloat16 as well.", default=False
+    ),
+  },
+  config="none",
+  num_arguments=sys.maxsize,
 )
 
 
@@ -93,25 +97,26 @@ def report_half(directory, ours, control) -> bool:
   return ours.ok
 
 
-def main(argv: Sequence[str]):
-  folders = argv[1:]
-  if not folders and not _AGAINST.value:
+def main(args):
+  """Makes the comparisons that the command line names."""
+  folders, directory = args.arguments, args.against_transformers
+  if not folders and not directory:
     raise errors.UserError(
       "no folder given; use python -m cacovid_jax.parity DIR [DIR ...], or"
       " --against_transformers CHECKPOINT"
     )
   jax.config.update("jax_default_matmul_precision", "highest")
   verdicts = [report(folder, check(folder)) for folder in folders]
-  if _AGAINST.value:
+  if directory:
     from cacovid_jax.parity import transformers as transformers_lib
 
-    found = transformers_lib.check(_AGAINST.value, device=_DEVICE.value)
-    verdicts.append(report(_AGAINST.value, found))
-    if _HALF.value:
-      both = transformers_lib.agree(_AGAINST.value, device=_DEVICE.value)
-      verdicts.append(report_half(_AGAINST.value, *both))
+    found = transformers_lib.check(directory, device=args.torch_device)
+    verdicts.append(report(directory, found))
+    if args.half:
+      both = transformers_lib.agree(directory, device=args.torch_device)
+      verdicts.append(report_half(directory, *both))
   return 0 if all(verdicts) else 1
 
 
 if __name__ == "__main__":
-  errors.run(main)
+  COMMAND.run(main)

@@ -85,15 +85,28 @@ def load_policy_module(spec: str = "") -> tuple[type, str]:
   return found, digest
 
 
+def find_policy(options, where="config") -> tuple[type, str, dict[str, Any]]:
+  """Returns the policy class, its sha256, and the options that it takes.
+
+  The arguments are as for `make_policy`.
+  """
+  options = dict(options)
+  _check({"policy": options}, where)
+  spec = options.pop("module", "")
+  found, digest = load_policy_module(spec)
+  if spec not in extensions.BUILT_IN:
+    known = extensions.SECTIONS["policy"]
+    options = extensions.fitting(found, "policy", options, known)
+  return found, digest, options
+
+
 def make_policy(llm, options, *, where="config", dtype=None):
   """Returns the policy of a language model's config, and its module's sha256.
 
   `options` are those of a config's policy section without `init`; `where` is
   where they stand. A `dtype` replaces theirs.
   """
-  options = dict(options)
-  _check({"policy": options}, where)
-  found, digest = load_policy_module(options.pop("module", ""))
+  found, digest, options = find_policy(options, where)
   if "dtype" in options:
     options["dtype"] = jnp.dtype(options["dtype"]) if dtype is None else dtype
   try:

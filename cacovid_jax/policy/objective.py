@@ -22,7 +22,9 @@ from cacovid_jax.policy import network
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-  """Constants of the loss, with the paper's values.
+  """The paper's objective: constants of the loss, with the paper's values.
+
+  An objective of one's own is called alike; see `training.seams`.
 
   Attributes:
     clip_low: the ratio is clipped below at 1 - clip_low,
@@ -41,6 +43,10 @@ class ObjectiveConfig:
   log_ratio_clamp: float | None = None
   std_epsilon: float = 1e-4
   weight_epsilon: float = 1e-7
+
+  def __call__(self, scores, old_scores, memory, grid=None):
+    """Returns what `loss` does."""
+    return loss(scores, old_scores, memory, self, grid)
 
 
 class Memory(NamedTuple):
@@ -127,7 +133,7 @@ def advantages(rewards, valid, *, epsilon=1e-4):
   count = valid.sum()
   # Shifted first: the mean of equal numbers may be off by a rounding, which
   # the division by epsilon would blow up.
-  shift = jnp.max(jnp.where(valid, rewards, -jnp.inf))
+  shift = jnp.max(jnp.where(valid, rewards, -jnp.inf), initial=-jnp.inf)
   shifted = jnp.where(valid, rewards - shift, 0.0)
   mean = shifted.sum() / jnp.maximum(count, 1)
   centred = jnp.where(valid, shifted - mean, 0.0)

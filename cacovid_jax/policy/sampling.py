@@ -26,10 +26,28 @@ from cacovid_jax import errors
 from cacovid_jax.models import token_grid
 from cacovid_jax.policy import diversity, network
 
+FRAME_CAPS = ("per_frame", "public")
+
+
+class Modes(NamedTuple):
+  """How many of an iteration's draws are of each mode, in this order.
+
+  Attributes:
+    token: learn from the tokens that they keep; the first is the greedy one,
+    frame: learn from the frames that they draw, likewise,
+    control: enter no loss.
+  """
+
+  token: int
+  frame: int = 0
+  control: int = 0
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-  """Constants of the sampler, with the paper's values.
+  """The paper's sampler: its constants, with the paper's values.
+
+  A sampler of one's own has `modes` and `sample` as well; see `training.seams`.
 
   Attributes:
     num_combinations: G, a multiple of 4: 3G/4 - 1 in token mode, G/4 in frame
@@ -39,6 +57,9 @@ class SamplingConfig:
     min_group_cap: but the cap is not below this
     max_group_cap: nor above this.
     max_frame_prob: a frame's probability is capped at max_frame_prob / T.
+    frame_cap: "per_frame" caps the frames as the groups are, with the floor
+      1 / T**2. "public" is what the public code comes to, which takes the G/4
+      copies for the entries: cap max_frame_prob (G/4) / T, floor 1 / (G/4)**2.
     frame_ratio: share of the frames that a frame-mode combination draws.
     min_token_weight: a token's weight within its group is at least this many
       times the uniform weight,
@@ -54,6 +75,7 @@ class SamplingConfig:
   min_group_cap: float = 0.1
   max_group_cap: float = 0.9
   max_frame_prob: float = 3.0
+  frame_cap: str = "per_frame"
   frame_ratio: float = 0.125
   min_token_weight: float = 0.5
   max_token_weight: float = 2.0
@@ -70,6 +92,15 @@ class SamplingConfig:
   def num_token_mode(self):
     """3G/4 - 1; the first of them is greedy."""
     return self.num_combinations - self.num_frame_mode - 1
+
+  @property
+  def modes(self) -> Modes:
+    """Which combinations are of which mode."""
+    return Modes(self.num_token_mode, self.num_frame_mode, 1)
+
+  def sample(self, rng, scores, features, plan):
+    """Returns what `sample` does."""
+    return sample(rng, scores, features, plan)
 
 
 class ProbabilityCap(NamedTuple):
@@ -88,13 +119,14 @@ class ProbabilityCap(NamedTuple):
   left: Any
 
   @classmethod
-  def of(cls, size, cap, *, room=None):
+  def of(cls, size, cap, *, room=None, floor=None):
     """Returns the numbers of the host.
 
     Args:
       size: number of entries.
       cap: largest probability, at least 1 / size; lowered to 0.999.
       room: n, at least `size`; None for `size`.
+      floor: least probability before others are scaled; None for 1 / size**2.
     """
     # A single entry has all the mass, whatever the cap.
     cap = 1.0 if size == 1 else min(cap, 0.999)
@@ -103,7 +135,8 @@ class ProbabilityCap(NamedTuple):
         f"{size} probabilities capped at {cap} cannot sum to one"
       )
     left = np.maximum(1.0 - cap * np.arange(room or size), 0.0)
-    return cls(size, 1.0 / size**2, cap, left.astype(np.float32))
+    floor = 1.0 / size**2 if floor is None else floor
+    return cls(size, floor, cap, left.astype(np.float32))
 
 
 class PlanShape(NamedTuple):
@@ -168,11 +201,11 @@ class SamplingPlan:
 
 
 class Combinations(NamedTuple):
-  """The G combinations of one video: token mode, frame mode, content.
+  """The G combinations of one video, in the order of `Modes`.
 
   Attributes:
     index: int32[G, K] kept video tokens, ascending; N_max behind the K.
-    frame_mask: bool[G/4, T], True for a frame that a frame-mode row drew.
+    frame_mask: bool[F, T] of the F in frame mode, True for a drawn frame.
   """
 
   index: jax.Array
@@ -195,7 +228,7 @@ def plan(grid, ratio, config=None, shape=None):
   Args:
     grid: (T, H, W), which fills its bucket; or TokenGrid, of the host.
     ratio: retention ratio r.
-    config: SamplingConfig.
+    config: SamplingConfig; a sampler of one's own gets the paper's numbers.
     shape: PlanShape of a program that serves several ratios; None for what this
       ratio needs, in a bucket the most of any grid.
 
@@ -206,7 +239,7 @@ def plan(grid, ratio, config=None, shape=None):
     UserError: the ratio keeps nothing of the grid, a constant cannot work, or
       the shape is too small.
   """
-  config = config or SamplingConfig()
+  config = _numbers(config)
   grid = token_grid.TokenGrid.of(grid)
   num_frames, height, width = map(int, grid.shape)
   exact = _exact_shape((num_frames, height, width), ratio, config)
@@ -239,9 +272,7 @@ def plan(grid, ratio, config=None, shape=None):
     group_cap=ProbabilityCap.of(
       n, _group_cap(n, config), room=shape.num_groups
     ),
-    frame_cap=ProbabilityCap.of(
-      num_frames, config.max_frame_prob / num_frames, room=grid.bucket.frames
-    ),
+    frame_cap=_frame_cap(num_frames, config, grid.bucket.frames),
     shape=shape,
     config=config,
   )
@@ -313,9 +344,9 @@ def largest_shape(bucket, ratios, config=None):
   Args:
     bucket: GridBucket.
     ratios: tuple of the ratios in use, as for `allowed_ratios`.
-    config: SamplingConfig.
+    config: as for `plan`.
   """
-  config = config or SamplingConfig()
+  config = _numbers(config)
   largest = PlanShape(0, 0, 0, 0, 0, 0)
   for height in range(1, bucket.frame_tokens + 1):
     for width in range(1, bucket.frame_tokens // height + 1):
@@ -335,7 +366,25 @@ def _group_cap(num_groups, config):
   return max(cap, config.min_group_cap)
 
 
+def _frame_cap(num_frames, config, room):
+  cap, floor = config.max_frame_prob / num_frames, None
+  if config.frame_cap == "public":
+    copies = config.num_frame_mode
+    cap, floor = cap * copies, 1.0 / copies**2
+  return ProbabilityCap.of(num_frames, cap, room=room, floor=floor)
+
+
+def _numbers(sampler) -> SamplingConfig:
+  """Returns the constants that plans of a sampler are made with."""
+  return sampler if isinstance(sampler, SamplingConfig) else SamplingConfig()
+
+
 def _check_config(config):
+  if config.frame_cap not in FRAME_CAPS:
+    raise errors.UserError(
+      f"sampling.frame_cap={config.frame_cap!r}: choose one of"
+      f" {', '.join(FRAME_CAPS)}"
+    )
   if config.num_combinations < 4 or config.num_combinations % 4:
     raise errors.UserError(
       f"sampling.num_combinations={config.num_combinations} must be a positive "
@@ -484,7 +533,7 @@ def sample(rng, scores, features, plan):
   return Combinations(index.astype(jnp.int32), frame_mask)
 
 
-def sample_rung(rng, scores, features, plans, rung, *, num_keep):
+def sample_rung(rng, scores, features, plans, rung, *, num_keep, sampler=None):
   """Samples with the plan of a rung that is only known on the device.
 
   Plans of exact shapes draw what each draws alone. Under `jax.vmap` over videos
@@ -498,19 +547,21 @@ def sample_rung(rng, scores, features, plans, rung, *, num_keep):
       SamplingPlan with a leading axis of rungs.
     rung: int32[], which of the plans to use.
     num_keep: static, entries of a row; no plan up to the largest keeps more.
+    sampler: one's own; None for the paper's.
 
   Returns:
     Combinations with index N_max behind a rung's K; and int32[] K.
   """
+  draw = sample if sampler is None else sampler.sample
   if isinstance(plans, SamplingPlan):
     # With room for every rung: random numbers depend on the sizes drawn.
     plan = jax.tree.map(lambda leaf: leaf[rung], plans)
-    drawn = sample(rng, scores, features, plan)
+    drawn = draw(rng, scores, features, plan)
     return drawn._replace(index=drawn.index[:, :num_keep]), plan.num_keep
 
   def branch(plan):
     def run(*given):
-      drawn = sample(*given, plan)
+      drawn = draw(*given, plan)
       behind = ((0, 0), (0, num_keep - plan.num_keep))
       padding = plan.grid.bucket.tokens
       index = jnp.pad(drawn.index, behind, constant_values=padding)

@@ -31,7 +31,7 @@ from cacovid_jax import errors, metrics
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax import progress as progress_lib
 from cacovid_jax.policy import loading
-from cacovid_jax.training import checkpointing, optimizer
+from cacovid_jax.training import checkpointing, optimizer, seams
 from cacovid_jax.training import programs as programs_lib
 from cacovid_jax.training import run as run_lib
 from cacovid_jax.training import step as step_lib
@@ -77,13 +77,15 @@ def train(
     UserError: a mistake, or too many refused steps in a row.
   """
   workdir = experiment.workdir
-  run_lib.check_reward(experiment.config)
+  parts = seams.load(experiment.config)
   config_lib.claim_workdir(workdir, experiment.config)
   if questions is None:
     questions = experiment_lib.read_questions(experiment.config, workdir)
   experiment = run_lib.with_total_steps(experiment, questions)
   config = experiment.config
-  run = run_lib.make(experiment, questions=questions, source=source)
+  run = run_lib.make(
+    experiment, questions=questions, source=source, parts=parts
+  )
   saver = _Saver(config, workdir, run)
   start, state = saver.restore_or_init()
   with (
@@ -205,7 +207,8 @@ class _Recorder:
     else:
       self._bad.clear()
     self._window.append(means)
-    self._progress.update(step, {name: means[name] for name in _SHOWN})
+    shown = {name: means[name] for name in _SHOWN if name in means}
+    self._progress.update(step, shown)
     if step % self._config.log_every == 0 or step == self._config.total_steps:
       self._write(step)
 
@@ -220,7 +223,10 @@ class _Recorder:
     total = config.total_steps * config.iterations
     for group in ("heads", "layer"):
       rate = optimizer.schedule(
-        getattr(self._rates, f"lr_{group}"), self._rates, total
+        getattr(self._rates, f"lr_{group}"),
+        self._rates,
+        total,
+        config.iterations,
       )
       scalars[f"lr_{group}"] = float(rate(updates - 1))
     now = time.monotonic()
@@ -252,6 +258,12 @@ class _Saver:
     if found is None:
       return 0, state
     step, state = found
+    manifest = checkpointing.read_manifest(self._directory, step)
+    seams.check_code(
+      manifest["metadata"].get("code"),
+      self._run.code,
+      self._config.ckpt.accept_changed_code,
+    )
     self._saved = step
     _log.info("continuing after step %d", step)
     return step, state
@@ -264,7 +276,8 @@ class _Saver:
       self._directory,
       step,
       state,
-      {"base_model": self._run.base_model},
+      {"base_model": self._run.base_model}
+      | ({"code": self._run.code} if self._run.code else {}),
       config_hash=self._hash,
       keep=self._config.ckpt.keep,
     )

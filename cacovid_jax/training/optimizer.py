@@ -1,6 +1,6 @@
 """AdamW with one rate for heads and norm, a lower one for the pretrained layer.
 
-METHOD.md 6: weight decay on matrices only, cosine decay to 0 over the run,
+METHOD.md 6: weight decay on matrices only, a cosine decay of the rates,
 gradient norm clipped, `mode_selection` frozen (its loss is never added, so the
 public code never moves it either).
 """
@@ -9,6 +9,7 @@ import dataclasses
 import re
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from cacovid_jax import errors
@@ -21,15 +22,31 @@ _FROZEN = re.compile(r"^mode_selection(/|$)")
 _NO_DECAY = re.compile(r"(^|/)[^/]*norm[^/]*(/|$)|(^|/)(bias|scale)$")
 
 
+SCHEDULES = ("cosine", "cosine_repeated")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-  """Rates and limits; `warmup` counts optimiser steps."""
+  """Rates and limits.
+
+  Attributes:
+    lr_heads: largest rate of heads and norm,
+    lr_layer: and of the pretrained layer.
+    weight_decay: of matrices.
+    clip: bound of the gradient's norm.
+    warmup: optimiser steps.
+    schedule: one of `SCHEDULES`. "cosine" is one decay to 0 over the run.
+      "cosine_repeated" is what the public code does: its horizon counts videos
+      while each of their I iterations moves it on, so that the rate is 0 after
+      1/I of the run, full after 2/I, and so on.
+  """
 
   lr_heads: float = 1e-6
   lr_layer: float = 1e-7
   weight_decay: float = 0.01
   clip: float = 5.0
   warmup: int = 0
+  schedule: str = "cosine"
 
   def __post_init__(self):
     for name in ("lr_heads", "lr_layer", "weight_decay", "warmup"):
@@ -41,6 +58,11 @@ class OptimizerConfig:
       raise errors.UserError(
         f"optimizer.clip={self.clip} must be positive; it bounds the"
         " gradient's norm"
+      )
+    if self.schedule not in SCHEDULES:
+      raise errors.UserError(
+        f"optimizer.schedule={self.schedule!r}: choose one of"
+        f" {', '.join(SCHEDULES)}"
       )
 
 
@@ -75,11 +97,26 @@ def decay_mask(params):
   )
 
 
-def schedule(peak: float, config: OptimizerConfig, total_steps: int):
-  """Returns rate(optimiser step): linear warm-up, then cosine to 0."""
-  cosine = optax.cosine_decay_schedule(
-    peak, max(total_steps - config.warmup, 1)
-  )
+def schedule(
+  peak: float, config: OptimizerConfig, total_steps: int, iterations: int = 1
+):
+  """Returns rate(optimiser step): linear warm-up, then `config.schedule`.
+
+  Args:
+    peak: largest rate.
+    config: see `OptimizerConfig`.
+    total_steps: optimiser steps of the run.
+    iterations: I, those of them on each video.
+  """
+  if config.schedule == "cosine_repeated":
+    horizon = max(total_steps // iterations - config.warmup, 1)
+
+    def cosine(step):
+      return peak * 0.5 * (1 + jnp.cos(jnp.pi * step / horizon))
+  else:
+    cosine = optax.cosine_decay_schedule(
+      peak, max(total_steps - config.warmup, 1)
+    )
   if not config.warmup:
     return cosine
   warmup = optax.linear_schedule(0.0, peak, config.warmup)
@@ -87,13 +124,16 @@ def schedule(peak: float, config: OptimizerConfig, total_steps: int):
 
 
 def make(
-  config: OptimizerConfig, total_steps: int
+  config: OptimizerConfig, total_steps: int, iterations: int = 1
 ) -> optax.GradientTransformation:
-  """Returns the optimiser of a run of `total_steps` optimiser steps."""
+  """Returns the optimiser of a run of `total_steps` optimiser steps.
+
+  `iterations` of them are on each video.
+  """
 
   def adamw(peak):
     return optax.adamw(
-      schedule(peak, config, total_steps),
+      schedule(peak, config, total_steps, iterations),
       weight_decay=config.weight_decay,
       mask=decay_mask,
     )

@@ -75,7 +75,7 @@ class Ladder:
       that draws do not depend on the other places; empty in a bucket.
     shape: of the sampler, for all places of a bucket; None for one grid.
     config: rungs and bounds.
-    sampling_config: sizes of the combination space.
+    sampler: how combinations are drawn.
     fixed: the ratio of a ladder of one rung, or None.
   """
 
@@ -85,7 +85,7 @@ class Ladder:
   plans: tuple[sampling.SamplingPlan, ...]
   shape: sampling.PlanShape | None
   config: RatioConfig
-  sampling_config: sampling.SamplingConfig
+  sampler: Any
   fixed: float | None
 
   def __len__(self):
@@ -95,7 +95,7 @@ class Ladder:
   @property
   def num_combinations(self) -> int:
     """G."""
-    return self.sampling_config.num_combinations
+    return sum(self.sampler.modes)
 
   @property
   def bucket(self) -> token_grid.GridBucket:
@@ -136,9 +136,7 @@ def _rungs(ladder: Ladder, grid) -> Rungs:
   plans = None
   if not ladder.plans:
     own = [
-      sampling.plan(
-        ladder.place(grid), ratios[j], ladder.sampling_config, ladder.shape
-      )
+      sampling.plan(ladder.place(grid), ratios[j], ladder.sampler, ladder.shape)
       for j in nearest
     ]
     plans = jax.tree.map(lambda *leaves: np.stack(leaves), *own)
@@ -153,7 +151,7 @@ def _rungs(ladder: Ladder, grid) -> Rungs:
 
 def make_ladder(
   grid: tuple[int, int, int] | token_grid.GridBucket,
-  sampling_config: sampling.SamplingConfig,
+  sampler,
   config: RatioConfig,
   *,
   fixed: float | None = None,
@@ -162,7 +160,7 @@ def make_ladder(
 
   Args:
     grid: (T, H, W) of all videos, or the GridBucket that they lie in.
-    sampling_config: sizes of the combination space.
+    sampler: `sampling.SamplingConfig`, or one's own (see `training.seams`).
     config: rungs and bounds.
     fixed: a ratio for a ladder of this one rung, which is never left. A
       fixed ratio that a grid does not allow is an error; the rungs of an
@@ -174,12 +172,12 @@ def make_ladder(
     ratios = tuple(config.rungs) if fixed is None else (float(fixed),)
     plans = ()
     shapes = [
-      sampling.largest_shape(grid, ratios[: place + 1], sampling_config)
+      sampling.largest_shape(grid, ratios[: place + 1], sampler)
       for place in range(len(ratios))
     ]
   else:
     ratios = _own_ratios(grid, config, fixed)
-    plans = tuple(sampling.plan(grid, r, sampling_config) for r in ratios)
+    plans = tuple(sampling.plan(grid, r, sampler) for r in ratios)
     shapes = [plan.shape for plan in plans]
   return Ladder(
     grid=grid,
@@ -188,7 +186,7 @@ def make_ladder(
     plans=plans,
     shape=None if plans else shapes[-1],
     config=config,
-    sampling_config=sampling_config,
+    sampler=sampler,
     fixed=fixed,
   )
 

@@ -1,11 +1,11 @@
 """The memory of one video: what was kept, what it earned.
 
-Letters: T frames, N video tokens, G combinations, I iterations, K kept tokens,
-Mt = I (3G/4 - 1) and Mf = I G/4 rows.
+Letters: T frames, N video tokens, G combinations, C of them in token mode and F
+in frame mode, I iterations, K kept tokens, Mt = I C and Mf = I F rows.
 
 It is allocated once for all I iterations, so that one program serves every
 iteration; unfilled rows are not valid and `policy.objective` leaves them out.
-The content-mode combination enters neither loss and is not stored.
+Combinations of neither mode enter no loss and are not stored.
 """
 
 from typing import NamedTuple
@@ -33,15 +33,10 @@ class Replay(struct.PyTreeNode):
   rung: jax.Array
 
 
-def counts(num_combinations: int) -> tuple[int, int]:
-  """Returns (token-mode, frame-mode) combinations of an iteration."""
-  return 3 * num_combinations // 4 - 1, num_combinations // 4
-
-
 def empty(
   old_scores: network.Scores,
   *,
-  num_combinations: int,
+  modes: sampling.Modes,
   iterations: int,
   rung,
 ) -> Replay:
@@ -49,11 +44,11 @@ def empty(
 
   Args:
     old_scores: of the policy before the first iteration.
-    num_combinations: G.
+    modes: combinations of each mode.
     iterations: I.
     rung: int or i32[], that the first iteration uses.
   """
-  num_token, num_frame = counts(num_combinations)
+  num_token, num_frame = modes.token, modes.frame
   frames, tokens = old_scores.frame.shape[0], old_scores.token.shape[0]
   rows = objective.Memory(
     token_mask=jnp.zeros((iterations * num_token, tokens), bool),
@@ -75,19 +70,21 @@ class Masks(NamedTuple):
   """What an iteration's combinations kept, of one shape for every rung.
 
   Attributes:
-    token: bool[3G/4-1,N], True where a token-mode combination keeps a token.
-    frame: bool[G/4,T], True where a frame-mode combination drew a frame.
+    token: bool[C,N], True where a token-mode combination keeps a token.
+    frame: bool[F,T], True where a frame-mode combination drew a frame.
   """
 
   token: jax.Array
   frame: jax.Array
 
 
-def masks(combinations: sampling.Combinations, num_tokens: int) -> Masks:
+def masks(
+  combinations: sampling.Combinations, modes: sampling.Modes, num_tokens: int
+) -> Masks:
   """Returns the masks of ONE video's combinations."""
-  num_token, _ = counts(combinations.index.shape[0])
+  by_token = combinations.index[: modes.token]
   return Masks(
-    token=sampling.token_masks(combinations.index[:num_token], num_tokens),
+    token=sampling.token_masks(by_token, num_tokens),
     frame=combinations.frame_mask,
   )
 
@@ -98,10 +95,10 @@ def append(replay: Replay, masks: Masks, rewards) -> Replay:
   Args:
     replay: memory with room for them.
     masks: what they kept.
-    rewards: f32[G] in the sampler's order (token mode, frame mode, content
-      mode); a row whose reward is not finite is stored as not valid.
+    rewards: f32[G] in the order of `sampling.Modes`; a row whose reward is not
+      finite is stored as not valid.
   """
-  num_token, num_frame = counts(rewards.shape[0])
+  num_token, num_frame = len(masks.token), len(masks.frame)
   rows = replay.rows
   finite = jnp.isfinite(rewards)
   rewards = jnp.where(finite, rewards, 0.0).astype(jnp.float32)

@@ -7,8 +7,7 @@ answers are `data.rewards`, on the host.
 """
 
 import dataclasses
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -18,21 +17,26 @@ import numpy as np
 from cacovid_jax import errors
 from cacovid_jax.models import generation, prompt_batch
 
-REWARDS = ("accuracy", "log_likelihood", "margin")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
-  """How the model answers, and what its answers earn."""
+  """How the model answers, and what its answers earn.
+
+  Attributes:
+    max_new_tokens: of an answer.
+    reward: a name of `REWARDS`, or a function of one's own (`training.seams`).
+    marking: where answers are marked: device, host or auto.
+  """
 
   max_new_tokens: int = 768
-  reward: str = "accuracy"
+  reward: str | Callable = "accuracy"
   marking: str = "auto"
 
   def __post_init__(self):
-    if self.reward not in REWARDS:
+    if isinstance(self.reward, str) and self.reward not in REWARDS:
       raise errors.UserError(
-        f"rollout.reward={self.reward!r}: choose one of {REWARDS}"
+        f"rollout.reward={self.reward!r}: choose one of {tuple(REWARDS)}, or"
+        " name your own as path/to/file.py:name"
       )
     if self.marking not in ("auto", "device", "host"):
       raise errors.UserError(
@@ -42,16 +46,35 @@ class RolloutConfig:
       raise errors.UserError(
         f"rollout.max_new_tokens={self.max_new_tokens}: at least 1 is needed"
       )
-    if self.reward != "accuracy" and self.marking == "host":
+    on_host = getattr(self.function, "on_host", False)
+    if on_host and self.marking == "device":
       raise errors.UserError(
-        f"rollout.reward={self.reward!r} is read from the model's logits on"
+        "rollout.marking=device, but rollout.reward says that it runs on the"
+        " host; set rollout.marking=auto"
+      )
+    if self.reward != "accuracy" and not on_host and self.marking == "host":
+      raise errors.UserError(
+        f"rollout.reward={self.reward!r} is read from the model's answers on"
         " the device; set rollout.marking=auto"
       )
 
   @property
   def answer_length(self) -> int:
     """Tokens generated; rewards of the first token's logits need no more."""
-    return self.max_new_tokens if self.reward == "accuracy" else 1
+    first_token = getattr(self.function, "first_token", False)
+    return 1 if first_token else self.max_new_tokens
+
+  @property
+  def function(self) -> Callable:
+    """(Answers of ONE video, Target) -> f32[G]."""
+    if isinstance(self.reward, str):
+      return REWARDS[self.reward]
+    return self.reward
+
+  @property
+  def graded(self) -> bool:
+    """Whether rewards are more than right or wrong."""
+    return getattr(self.function, "graded", True)
 
 
 class Answers(NamedTuple):
@@ -59,6 +82,20 @@ class Answers(NamedTuple):
 
   ids: jax.Array
   logits: jax.Array | None
+
+
+class Target(NamedTuple):
+  """What a reward on the device knows of ONE question.
+
+  Attributes:
+    answer_id: i32[], token of the right letter, -1 if it is none.
+    option_ids: i32[A] tokens of the question's letters, -1 where fewer.
+    letters: i32[V] of `first_letters`.
+  """
+
+  answer_id: jax.Array
+  option_ids: jax.Array
+  letters: jax.Array
 
 
 def answer(
@@ -177,13 +214,32 @@ def logit_reward(kind: str, logits, answer_id, option_ids):
   return right - jnp.max(wrong, axis=-1)
 
 
+def _accuracy(answers: Answers, target: Target):
+  return lettered_reward(answers.ids, target.answer_id, target.letters)
+
+
+def _graded(kind: str):
+  def mark(answers: Answers, target: Target):
+    return logit_reward(
+      kind, answers.logits, target.answer_id, target.option_ids
+    )
+
+  mark.first_token = True
+  return mark
+
+
+_accuracy.graded = False
+REWARDS = {
+  "accuracy": _accuracy,
+  "log_likelihood": _graded("log_likelihood"),
+  "margin": _graded("margin"),
+}
+
+
 def reward(
   config: RolloutConfig, answers: Answers, answer_id, option_ids, letters
 ):
-  """Returns f32[B,G] rewards of lettered questions, on the device."""
-  if config.reward == "accuracy":
-    return jax.vmap(lettered_reward, (0, 0, None))(
-      answers.ids, answer_id, letters
-    )
-  graded = functools.partial(logit_reward, config.reward)
-  return jax.vmap(graded)(answers.logits, answer_id, option_ids)
+  """Returns f32[B,G] rewards, on the device."""
+  target = Target(answer_id, option_ids, letters)
+  each = (0, Target(0, 0, None))
+  return jax.vmap(config.function, each)(answers, target)

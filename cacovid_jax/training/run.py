@@ -21,16 +21,16 @@ from cacovid_jax import errors
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.data import feature_cache, rejected_clips
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.data import rewards as rewards_lib
 from cacovid_jax.models import processors, token_grid
 from cacovid_jax.parallel import mesh as mesh_lib
-from cacovid_jax.policy import loading, objective, sampling
+from cacovid_jax.policy import loading
 from cacovid_jax.training import (
   optimizer,
   pipeline,
   programs,
   ratio,
   rollout,
+  seams,
   step,
 )
 
@@ -52,6 +52,7 @@ class Run:
     reward: ids i32[B,G,M], questions -> f32[B,G]; None if the device rewards.
     base_model: {"path", "sha256"} of the frozen model.
     described_policy: what policy_config.json says about the policy's module.
+    code: {key of the config: sha256} of files of one's own.
     questions: rows that are trained on.
     source: gives their clips, see `training.pipeline`.
   """
@@ -65,6 +66,7 @@ class Run:
   reward: Callable | None
   base_model: dict[str, str]
   described_policy: dict[str, Any]
+  code: dict[str, str]
   questions: Sequence[question_lib.Question]
   source: Any
 
@@ -81,7 +83,7 @@ class Run:
     return mesh_lib.put(state, self.mesh, programs.ONE)
 
 
-def make(experiment, *, questions=None, source=None) -> Run:
+def make(experiment, *, questions=None, source=None, parts=None) -> Run:
   """Builds a run.
 
   Args:
@@ -89,7 +91,9 @@ def make(experiment, *, questions=None, source=None) -> Run:
     questions: rows to train on; read from config.data by default.
     source: what gives a question's clip, see `training.pipeline`; by default
       the clips below config.data.root, encoded by the base model.
+    parts: `seams.Seams`; those of the config by default.
   """
+  parts = parts or seams.load(experiment.config)
   mesh = experiment.mesh
   if questions is None:
     questions = experiment_lib.read_questions(experiment.config)
@@ -101,15 +105,14 @@ def make(experiment, *, questions=None, source=None) -> Run:
         f"config.{key}={config[key]} must be at least {least}"
       )
   checkpoint, workdir = experiment.loaded, experiment.workdir
-  rollout_config = rollout.RolloutConfig(**config.rollout)
-  from_host = _from_host(rollout_config, questions, checkpoint.tokenizer)
+  from_host = _from_host(parts.rollout, questions, checkpoint.tokenizer)
   options = dict(config.policy)
   init = options.pop("init")
   policy, digest = loading.make_policy(checkpoint.model.config.text, options)
   processor = make_processor(config, checkpoint.model)
-  configs = make_step_configs(
-    config, checkpoint, policy, rollout_config, processor
-  )
+  configs = make_step_configs(config, checkpoint, policy, parts, processor)
+  for one in configs:
+    seams.check(config, one, questions)
   letters = rollout.first_letters(
     checkpoint.tokenizer, checkpoint.model.config.text.vocab_size
   )
@@ -134,28 +137,17 @@ def make(experiment, *, questions=None, source=None) -> Run:
       loading.init_policy, policy, checkpoint.params, config.seed, init
     ),
     batches=_Batches(config, workdir, checkpoint, questions, source, configs),
-    reward=functools.partial(host_rewards, checkpoint.tokenizer)
+    reward=functools.partial(host_rewards, checkpoint.tokenizer, parts.rollout)
     if from_host
     else None,
     base_model=dict(checkpoint.identity),
     described_policy={"policy": options}
-    | ({"module_sha256": digest} if digest else {}),
+    | ({"module_sha256": digest} if digest else {})
+    | ({"code": parts.code} if parts.code else {}),
+    code=parts.code,
     questions=questions,
     source=source,
   )
-
-
-def check_reward(config) -> None:
-  """Refuses an adaptive ratio of rewards that are no shares of right answers.
-
-  The bounds at which the ratio moves would mean nothing.
-  """
-  if config.ratio.adaptive and config.rollout.reward != "accuracy":
-    raise errors.UserError(
-      f"config.rollout.reward={config.rollout.reward} is graded, and the"
-      " adaptive ratio follows the share of right answers; set"
-      " config.ratio.adaptive=False, or rollout.reward=accuracy"
-    )
 
 
 def with_total_steps(experiment, questions):
@@ -192,14 +184,12 @@ def make_processor(config, model) -> processors.Processor:
 
 
 def make_step_configs(
-  config, checkpoint, policy, rollout_config, processor
+  config, checkpoint, policy, parts: seams.Seams, processor
 ) -> list[step.StepConfig]:
   """Returns everything static about the run of a config.
 
   One per bucket, rising; or one of the grid that all videos have.
   """
-  constants = dict(config.sampling)
-  fixed = constants.pop("ratio")
   ladder_options = dict(config.ratio)
   adaptive = ladder_options.pop("adaptive")
   if processor.one_grid:
@@ -212,10 +202,11 @@ def make_step_configs(
     tx=optimizer.make(
       optimizer.OptimizerConfig(**config.optimizer),
       config.total_steps * config.iterations,
+      config.iterations,
     ),
     ladder=None,
-    objective=objective.ObjectiveConfig(**config.objective),
-    rollout=rollout_config,
+    objective=parts.objective,
+    rollout=parts.rollout,
     iterations=config.iterations,
     eos_ids=tuple(checkpoint.eos_ids),
     pad_id=checkpoint.pad_id,
@@ -225,9 +216,9 @@ def make_step_configs(
   def ladder(grid):
     return ratio.make_ladder(
       grid,
-      sampling.SamplingConfig(**constants),
+      parts.sampler,
       ratio.RatioConfig(**ladder_options),
-      fixed=None if adaptive else fixed,
+      fixed=None if adaptive else config.sampling.ratio,
     )
 
   return [dataclasses.replace(first, ladder=ladder(grid)) for grid in grids]
@@ -262,14 +253,12 @@ def make_buckets(config, processor) -> list[token_grid.GridBucket]:
   return sorted(found, key=lambda b: (b.tokens, b.frames * b.frame_tokens))
 
 
-def host_rewards(tokenizer, ids, questions) -> np.ndarray:
+def host_rewards(tokenizer, config, ids, questions) -> np.ndarray:
   """Returns f32[B,G] rewards of answers i32[B,G,M] of any problem type."""
   return np.stack(
     [
-      rewards_lib.rewards(
-        question.problem_type,
-        [tokenizer.decode(answer) for answer in answers],
-        question.answer,
+      seams.host_reward(
+        config, question, [tokenizer.decode(answer) for answer in answers]
       )
       for answers, question in zip(ids, questions, strict=True)
     ]
@@ -278,15 +267,17 @@ def host_rewards(tokenizer, ids, questions) -> np.ndarray:
 
 def _from_host(config, questions, tokenizer) -> bool:
   """Returns whether rewards come from the host."""
-  if config.marking == "host":
+  if config.marking == "host" or getattr(config.function, "on_host", False):
     return True
   lettered = all(tokenizer.answer_id(row) >= 0 for row in questions)
   if lettered:
     return False
   if config.marking == "device" or config.reward != "accuracy":
+    name = getattr(config.reward, "__name__", config.reward)
     raise errors.UserError(
-      f"rollout.marking={config.marking} with reward={config.reward} needs"
-      " lettered questions only; use marking=host and reward=accuracy"
+      f"rollout.marking={config.marking} with reward={name} needs lettered"
+      " questions only; use marking=host and reward=accuracy, or a reward of"
+      " your own with on_host = True"
     )
   return True
 

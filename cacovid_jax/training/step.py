@@ -23,7 +23,7 @@ import optax
 from flax import struct
 
 from cacovid_jax.models import processors, prompt_batch, token_grid
-from cacovid_jax.policy import objective, sampling
+from cacovid_jax.policy import sampling
 from cacovid_jax.training import ratio, replay
 from cacovid_jax.training import rollout as rollout_lib
 
@@ -167,7 +167,7 @@ class StepConfig:
     policy: the policy module, see `policy.network`.
     tx: the optimiser.
     ladder: retention ratios, of the one grid or the bucket of the videos.
-    objective: constants of the loss.
+    objective: the loss of a video's memory, see `policy.objective`.
     rollout: how the model answers.
     iterations: I.
     eos_ids: ids that end an answer.
@@ -179,7 +179,7 @@ class StepConfig:
   policy: Any
   tx: optax.GradientTransformation
   ladder: ratio.Ladder
-  objective: objective.ObjectiveConfig
+  objective: Any
   rollout: rollout_lib.RolloutConfig
   iterations: int
   eos_ids: tuple[int, ...]
@@ -194,6 +194,10 @@ class StepConfig:
   @property
   def num_combinations(self) -> int:
     return self.ladder.num_combinations
+
+  @property
+  def modes(self) -> sampling.Modes:
+    return self.ladder.sampler.modes
 
 
 def video_keys(seed, step, question_hash):
@@ -252,7 +256,7 @@ def prepare_videos(
   memory = jax.vmap(
     functools.partial(
       replay.empty,
-      num_combinations=config.num_combinations,
+      modes=config.modes,
       iterations=config.iterations,
     )
   )(scores, rung=videos.rungs.start)
@@ -290,6 +294,7 @@ def draw(config: StepConfig, videos: Videos, memory, *, max_rung: int):
       ladder.plans[: max_rung + 1] or rungs.plans,
       memory.rung,
       num_keep=ladder.num_keep[max_rung],
+      sampler=ladder.sampler,
     )
 
   return jax.vmap(one)(videos.rng, videos.prompts, memory, videos.rungs)
@@ -312,7 +317,9 @@ def rollout(config: StepConfig, constants, videos, memory, *, max_rung: int):
     eos_ids=config.eos_ids,
     pad_id=config.pad_id,
   )
-  masks = jax.vmap(lambda c: replay.masks(c, config.num_video))(combinations)
+  masks = jax.vmap(
+    lambda drawn: replay.masks(drawn, config.modes, config.num_video)
+  )(combinations)
   return answers, masks
 
 
@@ -324,9 +331,9 @@ def gradients(config: StepConfig, params, videos: Videos, memory):
 
   def mean_loss(params):
     scores = policy_scores(config, params, videos)
-    loss, metrics = jax.vmap(
-      lambda *given: objective.loss(*given[:3], config.objective, given[3])
-    )(scores, memory.old_scores, memory.rows, videos.grid)
+    loss, metrics = jax.vmap(config.objective)(
+      scores, memory.old_scores, memory.rows, videos.grid
+    )
     return loss.mean(), (loss, metrics)
 
   grads, (loss, metrics) = jax.grad(mean_loss, has_aux=True)(params)
@@ -376,28 +383,32 @@ def update(config: StepConfig, state, videos, memory, masks, rewards):
 
 
 def reward_metrics(config: StepConfig, rewards):
-  """Returns mean rewards by mode; greedy and drawn combinations apart.
+  """Returns mean rewards of the modes that there are, the greedy ones apart.
 
   The drawn ones hardly move (the group cap keeps draws near uniform): the
   greedy combination shows whether the policy learns.
   """
-  num_token, num_frame = replay.counts(config.num_combinations)
-  frame = rewards[:, num_token : num_token + num_frame]
-  means = {
-    "reward_token": rewards[:, :num_token].mean(),
-    "reward_token_greedy": rewards[:, 0].mean(),
-    "reward_frame": frame.mean(),
-    "reward_frame_greedy": frame[:, 0].mean(),
-    "reward_content": rewards[:, -1].mean(),
-  }
+  modes, means = config.modes, {}
+  frame = rewards[:, modes.token : modes.token + modes.frame]
+  if modes.token:
+    means["reward_token"] = rewards[:, : modes.token].mean()
+    means["reward_token_greedy"] = rewards[:, 0].mean()
+  if modes.frame:
+    means["reward_frame"] = frame.mean()
+    means["reward_frame_greedy"] = frame[:, 0].mean()
+  if modes.control:
+    means["reward_content"] = rewards[:, -1].mean()
   return jax.lax.pmean(means, AXIS)
 
 
 def frame_metrics(videos: Videos, masks: replay.Masks):
   """Returns how often greedy frames hold a decisive one, and its chance.
 
-  Over the videos whose decisive frames are known; zeros if none is.
+  Over the videos whose decisive frames are known; zeros if none is. Empty
+  without a frame mode.
   """
+  if not masks.frame.shape[1]:
+    return {}
   decisive = videos.decisive_frames
   known = decisive.any(axis=-1)
   hit = (masks.frame[:, 0] & decisive).any(axis=-1)

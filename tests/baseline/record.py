@@ -42,13 +42,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import cacovid_jax
-from cacovid_jax import base_config
+from cacovid_jax import base_config, experiment
 from cacovid_jax.data import answer_log
 from cacovid_jax.evals import evaluation, likelihood, runner
 from cacovid_jax.models import checkpoints
 from cacovid_jax.policy import loading, network
 from cacovid_jax.synthetic import build, tiny_checkpoints
-from cacovid_jax.training import programs, setup, step
+from cacovid_jax.training import programs, step
+from cacovid_jax.training import run as run_lib
 from tests.baseline import compare
 
 # --- Adapters: all that touches inner interfaces of the library. Code that
@@ -80,13 +81,29 @@ def write_qwen(folder: pathlib.Path) -> None:
   loading.save(str(folder / "policy" / "policy.safetensors"), policy, params)
 
 
+def _experiment(changes, workdir=None, **options) -> experiment.Experiment:
+  """Returns what the default config with "a.b" keys changed describes."""
+  config = base_config.get_config()
+  config.update_from_flattened_dict(changes)
+  return experiment.Experiment.from_config(config, workdir, **options)
+
+
 class Evaluation:
   """The test questions of a folder, asked with several methods."""
 
   # Of the model last asked: two benchmarks compile nothing twice.
   _programs: ClassVar[dict[str, Any]] = {}
 
-  def __init__(self, folder, model, policy, methods: Sequence[str], **fields):
+  def __init__(
+    self,
+    folder,
+    model,
+    policy,
+    methods: Sequence[str],
+    *,
+    num_frames: int = 16,
+    **fields,
+  ):
     """Loads model, policy and questions.
 
     Args:
@@ -94,32 +111,38 @@ class Evaluation:
       model: checkpoint directory.
       policy: file or folder.
       methods: names, with options as an evaluation takes them.
-      **fields: further fields of an evaluation's request.
+      num_frames: of a clip.
+      **fields: further settings of an evaluation.
     """
-    request = evaluation.Request(
-      data=str(folder),
-      workdir="",
-      checkpoint=str(model),
-      methods=methods,
-      **fields,
+    made = _experiment(
+      {
+        "data.root": str(folder),
+        "data.num_frames": num_frames,
+        "model.path": str(model),
+        "model.dtype": "float32",
+        "evals.policies": (str(policy),),
+        "evals.methods": methods,
+      }
+      | {f"evals.{name}": value for name, value in fields.items()}
     )
-    checkpoint = checkpoints.load(request.checkpoint)
-    found = evaluation.load_benchmark(request, request.split)
+    found = evaluation.load_benchmark(made, made.config.evals.split)
     parsed = [runner.Method.parse(spec) for spec in methods]
     self._questions = found.questions
     self._evaluator = runner.Evaluator(
-      checkpoint,
-      evaluation.open_source(request, checkpoint, runner.wanted(parsed)),
+      made.checkpoint,
+      evaluation.open_source(made, runner.wanted(parsed)),
       found.questions,
-      evaluation.settings(request),
-      policies={"policy": loading.load_policy(str(policy), checkpoint)},
+      evaluation.settings(made),
+      policies=made.policies,
       decisive=found.decisive,
       task=found.task,
-      programs=self._programs.get(request.checkpoint),
+      programs=self._programs.get(str(model)),
     )
     self._programs.clear()
-    self._programs[request.checkpoint] = self._evaluator.programs
-    self._cells = runner.cells(parsed, request.ratios, request.seeds)
+    self._programs[str(model)] = self._evaluator.programs
+    self._cells = runner.cells(
+      parsed, made.config.evals.ratios, made.config.evals.seeds
+    )
 
   def answers(self):
     """Returns ({question: {cell: [text, letter, score]}}, {clip: sha256})."""
@@ -189,11 +212,9 @@ def train(workdir, **changes):
     workdir: exists.
     **changes: "a.b" keys of the default config and their values.
   """
-  config = base_config.get_config()
-  config.update_from_flattened_dict(changes)
-  config.lock()
-  checkpoint = setup.load_checkpoint(config)
-  run = setup.make(config, workdir, checkpoint=checkpoint)
+  made = _experiment(changes, workdir, split="videos_per_step")
+  decode = made.checkpoint.tokenizer.decode
+  run = run_lib.make(made)
   state, draws, steps = run.init_state(), {}, []
   for batch, rows in run.batches(0):
     bucket = batch.grid_data.grid.bucket
@@ -214,7 +235,7 @@ def train(workdir, **changes):
         Step(
           row.id,
           [[k[:n] for k in index[i, b]] for i, n in enumerate(count[:, b])],
-          [[checkpoint.tokenizer.decode(g) for g in i] for i in ids[b]],
+          [[decode(g) for g in i] for i in ids[b]],
           rewards[b],
         )
         for b, row in enumerate(rows)

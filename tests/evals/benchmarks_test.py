@@ -78,7 +78,7 @@ def test_folders_splits_and_names_that_do_not_exist(tmp_path):
 
 
 def test_the_guide_says_what_is_read_and_counted():
-  folder = pathlib.Path(__file__).parents[2] / "experiments" / "guides"
+  folder = pathlib.Path(__file__).parents[2] / "docs"
   lines = (folder / "benchmarks.md").read_text(encoding="utf-8").splitlines()
   rows = [line.split("|")[1:-1] for line in lines if line.startswith("| `")]
   assert rows[0][0].strip() == "`--benchmark`"

@@ -1,32 +1,37 @@
 """What a table would take, against loops and against what was run."""
 
 import math
+import types
 
 import numpy as np
 import pytest
 
-from cacovid_jax import errors
+from cacovid_jax import base_config, errors
+from cacovid_jax import config as config_lib
+from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import benchmarks, cost, estimate, runner
 from cacovid_jax.models import checkpoints
 from tests.data import benchmark_files
-from tests.evals import tiny
 
 SPEED = cost.Speed(flops=1e12, bytes=1e9)
 
 
-def request(benchmark="videomme", **fields):
-  known = dict(
-    checkpoint="",
-    benchmark=benchmark,
-    methods=("uniform", "fastv", "cacovid", "framefusion"),
-    ratios=(0.5, 0.25),
-    num_frames=32,
-    dtype="bfloat16",
-    batch_size=4,
-    select_on="none",
-  )
-  return tiny.experiment(None, **known | fields)
+def without_weights(name, benchmark="videomme", chips=1, **changes):
+  """Returns the evaluation of a released model that is not there."""
+  changes = {
+    "model.path": f"nowhere/{name}",
+    "mesh.model": chips,
+    "data.num_frames": 32,
+    "evals.benchmark": benchmark,
+    "evals.methods": ("uniform", "fastv", "cacovid", "framefusion"),
+    "evals.ratios": (0.5, 0.25),
+    "evals.batch_size": 4,
+    "evals.select_on": "none",
+    "evals.template": "tokenizer",
+  } | {f"evals.{key}": value for key, value in changes.items()}
+  config = config_lib.replace(base_config.get_config(), changes)
+  return estimate.without_weights(experiment_lib.Experiment.from_config(config))
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +43,14 @@ def loaded(tmp_path_factory):
 
 @pytest.mark.parametrize("name", estimate.RELEASED)
 def test_released_models_on_questions_that_are_here(name, loaded):
-  checkpoint = estimate.describe("nowhere", name, "bfloat16")
+  experiment = without_weights(name)
+  checkpoint = experiment.checkpoint
   assert checkpoint.params is None and checkpoint.tokenizer is None
-  out = estimate.estimate(
-    checkpoint, {"videomme": request()}, {"videomme": loaded}, SPEED
-  )
+  out = estimate.estimate({"videomme": experiment}, {"videomme": loaded}, SPEED)
   row = out["benchmarks"]["videomme"]
   # 6 questions about 3 clips; vanilla and four methods at two ratios.
   assert (row["questions"], row["clips"], row["answers"]) == (6, 3, 6 * 9)
-  num_video = 32 * 14 * 14 if name.startswith("ov") else 16 * 12 * 21
+  num_video = 32 * 14 * 14 if name.startswith("llava") else 16 * 12 * 21
   assert row["video_tokens"] == 6 * num_video
   assert out["memory"]["weights"] == cost.weight_bytes(
     checkpoint.model.config, "bfloat16"
@@ -58,13 +62,12 @@ def test_released_models_on_questions_that_are_here(name, loaded):
 
 
 def test_operations_and_tokens_are_those_of_loops(loaded):
-  checkpoint = estimate.describe("", "ov0.5b", "bfloat16")
-  config, num_video = checkpoint.model.config, 6272
+  experiment = without_weights(
+    "llava_onevision_0_5b", methods=("uniform", "fastv"), ratios=(0.25,)
+  )
+  config, num_video = experiment.checkpoint.model.config, 6272
   found = estimate.estimate(
-    checkpoint,
-    {"videomme": request(methods=("uniform", "fastv"), ratios=(0.25,))},
-    {"videomme": loaded},
-    SPEED,
+    {"videomme": experiment}, {"videomme": loaded}, SPEED
   )["benchmarks"]["videomme"]
   # A token per four bytes, and thirty of the template.
   texts = [
@@ -96,14 +99,13 @@ def test_operations_and_tokens_are_those_of_loops(loaded):
 
 
 def test_a_policy_and_the_towers_signals_cost_more(loaded):
-  checkpoint = estimate.describe("", "ov0.5b", "bfloat16")
+  small = without_weights("llava_onevision_0_5b", ratios=(0.25,))
+  checkpoint = small.checkpoint
 
   def told(*methods):
+    experiment = small.replace({"evals.methods": methods})
     return estimate.estimate(
-      checkpoint,
-      {"videomme": request(methods=methods, ratios=(0.25,))},
-      {"videomme": loaded},
-      SPEED,
+      {"videomme": experiment}, {"videomme": loaded}, SPEED
     )
 
   plain, learned = told("uniform"), told("cacovid")
@@ -128,14 +130,12 @@ def test_a_policy_and_the_towers_signals_cost_more(loaded):
 
 
 def test_a_benchmark_that_is_not_here_has_its_published_size():
-  checkpoint = estimate.describe("", "qwen3b", "bfloat16")
-  out = estimate.estimate(
-    checkpoint, {"mlvu_test": request("mlvu_test")}, {}, SPEED
-  )
+  experiment = without_weights("qwen2_5_vl_3b", "mlvu_test")
+  out = estimate.estimate({"mlvu_test": experiment}, {}, SPEED)
   row = out["benchmarks"]["mlvu_test"]
   assert row["questions"] == row["clips"] == 502 and row["published"]
-  limited = request("mlvu_test", num_questions=10)
-  out = estimate.estimate(checkpoint, {"mlvu_test": limited}, {}, SPEED)
+  limited = experiment.replace({"evals.num_questions": 10})
+  out = estimate.estimate({"mlvu_test": limited}, {}, SPEED)
   assert out["total"]["questions"] == 10
 
 
@@ -159,7 +159,6 @@ def test_programs_are_counted_by_what_they_share():
 
 
 def test_videos_of_several_grids_are_counted_apart(monkeypatch):
-  checkpoint = estimate.describe("", "qwen3b", "bfloat16")
   grids = {"a.mp4": (16, 12, 21), "b.mp4": (16, 18, 14)}
   monkeypatch.setattr(estimate, "_grids", lambda *args: grids)
   asked = [
@@ -171,10 +170,8 @@ def test_videos_of_several_grids_are_counted_apart(monkeypatch):
   benchmark = benchmarks.Benchmark(
     "videomme", "test", "", asked, {}, task=benchmarks.task("videomme")
   )
-  only = request(methods=("uniform",), ratios=(0.5,))
-  found = estimate.estimate(
-    checkpoint, {"videomme": only}, {"videomme": benchmark}, SPEED
-  )
+  only = without_weights("qwen2_5_vl_3b", methods=("uniform",), ratios=(0.5,))
+  found = estimate.estimate({"videomme": only}, {"videomme": benchmark}, SPEED)
   row = found["benchmarks"]["videomme"]
   assert (row["questions"], row["clips"]) == (3, 2)
   assert row["video_tokens"] == 2 * 16 * 12 * 21 + 16 * 18 * 14
@@ -183,37 +180,45 @@ def test_videos_of_several_grids_are_counted_apart(monkeypatch):
 
 
 def test_memory_is_that_of_the_largest_benchmark():
-  checkpoint = estimate.describe("", "ov7b", "bfloat16")
-  requests = {"mlvu_dev": request("mlvu_dev", batch_size=1),
-              "mlvu_test": request("mlvu_test", batch_size=8)}  # fmt: skip
-  out = estimate.estimate(checkpoint, requests, {}, SPEED, model_shards=4)
-  alone = estimate.estimate(
-    checkpoint, {"mlvu_test": requests["mlvu_test"]}, {}, SPEED, model_shards=4
+  large = without_weights(
+    "llava_onevision_7b", "mlvu_test", chips=4, batch_size=8
   )
+  small = large.replace({"evals.benchmark": "mlvu_dev", "evals.batch_size": 1})
+  both = {"mlvu_dev": small, "mlvu_test": large}
+  out = estimate.estimate(both, {}, SPEED)
+  alone = estimate.estimate({"mlvu_test": large}, {}, SPEED)
   assert out["memory"] == alone["memory"]
-  config = checkpoint.model.config
+  config = large.checkpoint.model.config
   assert out["memory"]["weights"] == cost.weight_bytes(config, "bfloat16", 4)
   assert out["memory"]["weights"] < cost.weight_bytes(config, "bfloat16") / 2
 
 
 def test_mistakes_are_named(tmp_path):
-  with pytest.raises(errors.UserError, match="no config.json in .*--base="):
-    estimate.describe(str(tmp_path), None, "float32")
-  for flags, name in (((0.0, 1.0), "tflops"), ((1.0, math.inf), "gbps")):
-    with pytest.raises(errors.UserError, match=f"--table_{name}"):
-      estimate.speed_of(*flags, "float32")
+  config = config_lib.replace(
+    base_config.get_config(), {"model.path": str(tmp_path)}
+  )
+  experiment = experiment_lib.Experiment.from_config(config)
+  with pytest.raises(errors.UserError, match="no config.json in .*--config"):
+    estimate.without_weights(experiment)
+  for values, name in (((0.0, 1.0), "tflops"), ((1.0, math.inf), "gbps")):
+    with pytest.raises(errors.UserError, match=f"--{name}"):
+      estimate.speed_of(table(*values), "float32")
+
+
+def table(tflops, gbps):
+  return types.SimpleNamespace(tflops=tflops, gbps=gbps)
 
 
 def test_a_speed_that_is_not_stated_is_measured(monkeypatch):
   measured = cost.Speed(5e12, 6e9)
   monkeypatch.setattr(cost, "measure_speed", lambda dtype: measured)
-  assert estimate.speed_of(None, 2.0, "float32") == (5e12, 2e9)
-  assert estimate.speed_of(3.0, 2.0, "float32") == (3e12, 2e9)
+  assert estimate.speed_of(table(None, 2.0), "float32") == (5e12, 2e9)
+  assert estimate.speed_of(table(3.0, 2.0), "float32") == (3e12, 2e9)
   assert np.isclose(SPEED.seconds(1e12, 1, 10**9), 2.0)
 
 
 def test_models_are_made_without_weights():
   for name in estimate.RELEASED:
-    config = estimate.describe("", name, "bfloat16").model.config
+    config = without_weights(name).checkpoint.model.config
     assert config == estimate.RELEASED[name]()
     assert isinstance(checkpoints.param_shapes(config), dict)

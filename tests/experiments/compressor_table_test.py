@@ -8,13 +8,14 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from absl.testing import flagsaver
 
-from cacovid_jax import compressors, errors
+from cacovid_jax import base_config, compressors, errors
+from cacovid_jax import config as config_lib
 from cacovid_jax.evals import runner
 from cacovid_jax.models import checkpoints
 from experiments import compressor_table
 from tests.evals import charts_test, tiny
+from tests.experiments import commands
 
 MINE = """
 import jax.numpy as jnp
@@ -36,23 +37,20 @@ def make(tmp_path_factory):
   model = tiny.write_checkpoint(folder / "model")
   (folder / "mine.py").write_text(MINE)
   flags = dict(
-    short=True,
-    table_data=tiny.write_data(folder / "data", num_clips=3, per_clip=2),
-    table_model=model,
-    table_policy=tiny.write_policy(folder / "policy", checkpoints.load(model)),
-    table_methods=["cacovid", "random", "uniform", "fastv"],
-    more_methods=[f"{folder / 'mine.py'}:strongest"],
-    table_ratios=list(RATIOS),
-    table_seeds=["0", "1"],
-    table_batch=4,
-    timing_repeats=2,
+    smoke=True,
+    data=tiny.write_data(folder / "data", num_clips=3, per_clip=2),
+    model=model,
+    policy=tiny.write_policy(folder / "policy", checkpoints.load(model)),
+    methods=[*ROWS[:-1], f"{folder / 'mine.py'}:strongest"],
+    ratios=RATIOS,
+    seeds=[0, 1],
+    batch_size=4,
+    repeats=2,
   )
 
   def run(name, **changes):
     workdir = folder / name
-    changes |= {"table_workdir": str(workdir)}
-    with flagsaver.flagsaver(**flags | changes):
-      compressor_table.main(["compressor_table"])
+    commands.run(compressor_table, workdir=workdir, **flags | changes)
     return workdir
 
   # Compiling takes all of the time.
@@ -180,10 +178,10 @@ def test_a_table_that_was_stopped_goes_on_to_the_same_bytes(made, make):
 
 
 def test_every_method_is_a_row_by_default():
-  labels = [
-    runner.split_label(spec)[0]
-    for spec in compressor_table.table_flags.all_rows(compressor_table.VARIANTS)
-  ]
+  config = commands.parse(compressor_table, methods="+mine.py:strongest").config
+  *specs, mine = config.evals.methods
+  assert mine == "mine.py:strongest"
+  labels = [runner.split_label(spec)[0] for spec in specs]
   assert [name for name in labels if name in compressors.names()] == list(
     compressors.names()
   )
@@ -194,16 +192,15 @@ def test_every_method_is_a_row_by_default():
 
 
 def test_a_chosen_method_of_ones_own_is_found_again():
-  experiment = tiny.experiment(
-    None,
-    methods=("mine",),
-    candidates={"mine": ("folder/rule.py:mine?a=1", "folder/rule.py:mine?a=2")},
+  listed = ("folder/rule.py:mine?a=1", "folder/rule.py:mine?a=2")
+  config = config_lib.replace(
+    base_config.get_config(), {"evals.candidates": {"mine": listed}}
   )
-  spec = compressor_table._chosen_spec(experiment, "mine", "mine?a=2")
+  spec = compressor_table._chosen_spec(config.evals, "mine", "mine?a=2")
   assert spec == "folder/rule.py:mine?a=2"
   # What is chosen without a list reads as a spec does.
   best = "last_query?layer=3"
-  assert compressor_table._chosen_spec(experiment, "last_query", best) == best
+  assert compressor_table._chosen_spec(config.evals, "last_query", best) == best
 
 
 def test_variants_are_what_they_say():
@@ -220,10 +217,11 @@ def test_variants_are_what_they_say():
 @pytest.mark.parametrize(
   "changes,message",
   [
-    (dict(table_seeds=["a"]), "--table_seeds"),
-    (dict(table_ratios=["0.1", "1.5"]), "outside"),
-    (dict(table_methods=["randon"]), "did you mean random"),
-    (dict(table_data="nowhere"), "no data in nowhere"),
+    (dict(seeds="a"), "--seeds"),
+    (dict(ratios=[0.1, 1.5]), "outside"),
+    (dict(methods="randon"), "did you mean random"),
+    (dict(data="nowhere"), "no data in nowhere"),
+    (dict(repeats=0), "--repeats=0: give a number of at least 1"),
   ],
 )
 def test_mistakes_are_named(make, changes, message):

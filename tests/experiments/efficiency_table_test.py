@@ -6,7 +6,6 @@ import json
 
 import jax
 import pytest
-from absl.testing import flagsaver
 
 from cacovid_jax import compressors, errors
 from cacovid_jax.data import answer_log
@@ -15,6 +14,7 @@ from cacovid_jax.models import checkpoints
 from cacovid_jax.synthetic import tiny_checkpoints
 from experiments import efficiency_table
 from tests.evals import charts_test
+from tests.experiments import commands
 
 METHODS = ["cacovid", "uniform", "fastv"]
 FILES = {*tables.EFFICIENCY_FILES, "results.json"}
@@ -26,14 +26,13 @@ def make(tmp_path_factory):
 
   def run(**changes):
     flags = dict(
-      table_size="tiny",
-      table_workdir=str(folder / "table"),
-      table_methods=METHODS,
-      table_ratios=["0.5", "0.2"],
-      timing_repeats=1,
+      size="tiny",
+      workdir=folder / "table",
+      methods=METHODS,
+      ratios=[0.5, 0.2],
+      repeats=1,
     )
-    with flagsaver.flagsaver(**flags | changes):
-      efficiency_table.main(["efficiency_table"])
+    commands.run(efficiency_table, **flags | changes)
     return folder / "table"
 
   jax.config.update("jax_disable_most_optimizations", True)
@@ -131,15 +130,15 @@ def test_the_csv_and_the_picture(made):
 
 def test_weights_are_drawn_once(made, make):
   before = (made / "weights" / "config.json").stat().st_mtime_ns
-  make(table_methods=["uniform"], table_ratios=["0.5"])
+  make(methods="uniform", ratios=0.5)
   assert (made / "weights" / "config.json").stat().st_mtime_ns == before
   with pytest.raises(errors.UserError, match="another run .*grid.* size"):
-    make(table_size="qwen-tiny")
+    make(size="qwen-tiny")
   with pytest.raises(errors.UserError, match="holds another model"):
     make(
-      table_size="qwen-tiny",
-      table_workdir=str(made.parent / "other"),
-      weights_dir=str(made / "weights"),
+      size="qwen-tiny",
+      workdir=made.parent / "other",
+      weights=made / "weights",
     )
 
 
@@ -270,7 +269,7 @@ def test_one_process_at_a_time(tmp_path, make):
     answer_log.Ledger(tmp_path / "rows.jsonl", identity),
     pytest.raises(errors.UserError, match="another process is writing to"),
   ):
-    make(table_workdir=str(tmp_path))
+    make(workdir=tmp_path)
   assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl"}
 
 
@@ -289,7 +288,7 @@ def test_a_place_that_is_taken_is_refused_before_drawing(
   else:
     taken.write_text("years of work")
   with pytest.raises(errors.UserError, match="taken holds something else than"):
-    make(table_workdir=str(tmp_path / "table"), weights_dir=str(taken))
+    make(workdir=tmp_path / "table", weights=taken)
   assert not drawn
 
 
@@ -302,8 +301,8 @@ def test_a_dry_run_counts_what_is_measured(made, make, tmp_path, capsys):
       efficiency_table, "dry_run", lambda *args: told.append(real(*args))
     )
     make(
-      table_workdir=str(folder), dry_run=True, table_tflops=0.5, table_gbps=1.0,
-      table_methods=["uniform", "fastv"], timing_repeats=3,
+      workdir=folder, dry_run=True, tflops=0.5, gbps=1.0,
+      methods=["uniform", "fastv"], repeats=3,
     )  # fmt: skip
   assert not folder.exists() and "MiB" in capsys.readouterr().out
   (out,) = told
@@ -326,10 +325,10 @@ def test_a_dry_run_counts_what_is_measured(made, make, tmp_path, capsys):
 
 def test_the_other_family_is_timed_as_well(tmp_path, make):
   make(
-    table_size="qwen-tiny",
-    table_workdir=str(tmp_path),
-    table_methods=["uniform"],
-    table_ratios=["0.5"],
+    size="qwen-tiny",
+    workdir=tmp_path,
+    methods="uniform",
+    ratios=0.5,
   )
   out = read(tmp_path)
   # No newline behind the video.
@@ -363,9 +362,8 @@ def test_the_papers_times_stand_beside_its_own_model_alone(made):
 
 
 def test_every_method_is_a_row_by_default():
-  labels = [
-    runner.split_label(spec)[0] for spec in efficiency_table.default_rows()
-  ]
+  specs = commands.parse(efficiency_table).config.evals.methods
+  labels = [runner.split_label(spec)[0] for spec in specs]
   known = set(compressors.names()) - set(efficiency_table._LEFT_OUT)
   assert set(labels) == known | set(efficiency_table.VARIANTS)
   assert {row.method for row in paper.ROWS} - {"vanilla"} <= set(labels)
@@ -383,11 +381,13 @@ def test_videos_fit_the_models(name):
 @pytest.mark.parametrize(
   "changes,message",
   [
-    (dict(table_ratios=["2"]), "outside"),
-    (dict(table_methods=["fastw"]), "did you mean"),
-    (dict(table_methods=["decisive_boxes"]), "knows where the answer lies"),
-    (dict(table_methods=["uniform", "uniform"]), "lists uniform twice"),
-    (dict(dry_run=True, table_tflops=-1.0), "--table_tflops=-1"),
+    (dict(ratios=2.0), "outside"),
+    (dict(methods="fastw"), "did you mean"),
+    (dict(methods="decisive_boxes"), "knows where the answer lies"),
+    (dict(methods=["uniform", "uniform"]), "lists uniform twice"),
+    (dict(size="ov-70b"), "--size=ov-70b: choose ov-7b or"),
+    ({"config.table.size": "ov-70b", "size": None}, "size=ov-70b: use ov-7b"),
+    (dict(dry_run=True, tflops=-1.0), "--tflops=-1"),
   ],
 )
 def test_mistakes_are_named(make, changes, message):

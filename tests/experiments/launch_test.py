@@ -92,7 +92,7 @@ TRAIN = ("-m", "cacovid_jax.train", *GIVEN)
 def test_a_script_is_valid_and_may_be_run(script):
   subprocess.run(["bash", "-n", str(LAUNCH / script)], check=True)
   assert os.access(LAUNCH / script, os.X_OK)
-  assert f"`{script}`" in (LAUNCH / "README.md").read_text()
+  assert f"`{script}`" in (ROOT / "docs" / "launching.md").read_text()
 
 
 def test_gpu_box_starts_again_after_143_and_only_then(machine):
@@ -310,16 +310,14 @@ def test_slurm_arrays_of_unknown_shards_are_refused(
 
 
 def test_slurm_arrays_share_other_commands(machine):
-  code, calls, _ = _array(
-    machine, range(3), 0, MODULE="experiments.main_table", SHARD="table_shard"
-  )
+  code, calls, _ = _array(machine, range(3), 0, MODULE="experiments.main_table")
   assert code == 0
   assert calls[-1] == (
     "python",
     "-m",
     "experiments.main_table",
     *GIVEN,
-    "--table_shard=0/3",
+    "--shard=0/3",
   )
 
 

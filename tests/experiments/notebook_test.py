@@ -8,7 +8,7 @@ import nbformat
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
-PATH = ROOT / "experiments" / "guides" / "clip_to_policy.ipynb"
+PATH = ROOT / "docs" / "clip_to_policy.ipynb"
 
 
 @pytest.fixture(scope="module")

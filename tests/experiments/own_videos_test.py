@@ -17,7 +17,7 @@ from tests.experiments import quickstart_test
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 CONFIG = ROOT / "configs" / "own_videos.py"
-GUIDE = ROOT / "experiments" / "guides" / "own_videos.md"
+GUIDE = ROOT / "docs" / "own_videos.md"
 CLIPS = ("kitchen/0001.mp4", "kitchen/0002.mp4", "kitchen/0003.mp4")
 
 

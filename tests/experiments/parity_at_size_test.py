@@ -60,3 +60,12 @@ def test_a_folder_with_files_is_left_alone(tmp_path):
   with pytest.raises(errors.UserError, match="is not empty"):
     parity_at_size.compare(ONEVISION, str(tmp_path), num_layers=1, device="cpu")
   assert (tmp_path / "mine").read_text() == "kept"
+
+
+def test_earlier_spellings_are_taken_for_another_version(capsys):
+  words = ["--full_size=qvl-3b", "--on=cuda", "--cut_layers=2"]
+  args = parity_at_size.COMMAND.parse(["parity_at_size", *words])
+  assert (args.size, args.torch_device, args.layers) == ("qvl-3b", "cuda", 2)
+  assert "hint: --full_size is --size now" in capsys.readouterr().err
+  with pytest.raises(errors.UserError, match="--layers=0: give a number of"):
+    parity_at_size.COMMAND.parse(["parity_at_size", "--layers=0"])

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from absl.testing import flagsaver
 from flax import traverse_util
 
 from cacovid_jax import errors
@@ -13,6 +12,7 @@ from cacovid_jax.models import checkpoints, qwen2_5_vl
 from cacovid_jax.policy import network, selection
 from experiments import precision_overlap
 from tests.evals import tiny
+from tests.experiments import commands
 
 CONFIG = network.PolicyConfig.tiny()
 POLICY = network.Policy(CONFIG)
@@ -46,9 +46,7 @@ def fixture_prompts():
 def chosen(params, prompt, ratio):
   """Returns the set of tokens that a policy selects."""
   scores = score(params, *prompt[:3])
-  kept = jax.jit(selection.select, static_argnames=("grid", "ratio"))(
-    scores, grid=GRID, ratio=ratio
-  )
+  kept = jax.jit(selection.select)(scores, selection.budget(GRID, ratio))
   return set(np.asarray(kept).tolist())
 
 
@@ -101,14 +99,14 @@ def test_another_policy_does_not_overlap_in_full(params, prompts):
 def test_prints_a_row_per_type_and_ratio(tmp_path, capsys):
   directory = tiny.write_checkpoint(tmp_path / "model")
   policy = tiny.write_policy(tmp_path / "policy", checkpoints.load(directory))
-  with flagsaver.flagsaver(
-    base_model=directory,
-    trained_policy=policy,
-    keep_ratios=["0.25", "0.5"],
+  commands.run(
+    precision_overlap,
+    model=directory,
+    policy=policy,
+    ratios=[0.25, 0.5],
     num_videos=2,
-    video_frames=3,
-  ):
-    precision_overlap.main(["precision_overlap"])
+    num_frames=3,
+  )
   rows = [line.split() for line in capsys.readouterr().out.splitlines()]
   rows = {tuple(row[:2]): row[2:] for row in rows if len(row) > 4}
   # 3 frames of 4 x 4 tokens, two videos.
@@ -136,12 +134,12 @@ def test_videos_of_qwen_are_drawn_on_its_grid():
 @pytest.mark.parametrize(
   "flags,message",
   [
-    (dict(trained_policy=None), "no policy given"),
-    (dict(trained_policy="x", keep_ratios=["a"]), "--keep_ratios"),
-    (dict(trained_policy="nowhere"), "no policy in nowhere"),
+    (dict(), "add --policy"),
+    (dict(policy="x", ratios="a"), "--ratios=a"),
+    (dict(policy="x", ratios="2"), "outside"),
+    (dict(policy="nowhere"), "no policy in nowhere"),
   ],
 )
 def test_mistakes_are_named(flags, message):
-  with flagsaver.flagsaver(**flags):
-    with pytest.raises(errors.UserError, match=message):
-      precision_overlap.main(["precision_overlap"])
+  with pytest.raises(errors.UserError, match=message):
+    commands.run(precision_overlap, **flags)

@@ -5,11 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from absl.testing import flagsaver
 
 from cacovid_jax import compressors, errors
 from cacovid_jax.models import llava_onevision
 from experiments import selection_peers, selection_speed
+from tests.experiments import commands
 
 TINY = llava_onevision.LlavaOnevisionConfig.tiny()
 TINY = dataclasses.replace(
@@ -64,9 +64,8 @@ def test_budgets_of_the_peer_are_shared_out_exactly():
 
 
 def test_mistakes_are_named():
-  with flagsaver.flagsaver(timed_methods=["divprun"]):
-    with pytest.raises(errors.UserError, match="did you mean divprune"):
-      selection_speed.main(["selection_speed"])
-  with pytest.raises(errors.UserError, match="unknown argument 'fast'"):
-    selection_speed.main(["selection_speed", "fast"])
+  with pytest.raises(errors.UserError, match="did you mean divprune"):
+    commands.run(selection_speed, methods="divprun")
+  with pytest.raises(errors.UserError, match="unexpected argument 'fast'"):
+    selection_speed.COMMAND.parse(["selection_speed", "fast"])
   assert set(selection_speed.GOALS) <= set(compressors.names())

@@ -6,7 +6,6 @@ import pathlib
 import subprocess
 
 import pytest
-from absl.testing import flagsaver
 
 from cacovid_jax import config as config_lib
 from cacovid_jax import errors
@@ -15,7 +14,7 @@ from experiments import sweep
 from tests.experiments import quickstart_test
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
-CONFIG = f"{ROOT}/configs/synthetic_quickstart.py:debug"
+CONFIG = f"{ROOT}/configs/synthetic.py:debug"
 
 
 @pytest.fixture(scope="module")
@@ -34,24 +33,25 @@ def overrides(tmp_path_factory):
 
 
 def run(workdir, overrides=(), **changes):
-  given = dict(
-    config=CONFIG,
-    config_override=list(overrides),
-    grid=["optimizer.lr_heads=1e-3"],
-    table_seeds=["0", "1"],
-    table_workdir=str(workdir),
-  )
-  with flagsaver.flagsaver(**given | changes):
-    sweep.main(["sweep"])
+  given = dict(config=CONFIG, seeds=[0, 1], workdir=workdir) | changes
+  grid = given.pop("grid", ["optimizer.lr_heads=1e-3"])
+  words = [f"--grid={text}" for text in grid]
+  words += [f"--config.{text}" for text in overrides]
+  for name, value in given.items():
+    if isinstance(value, list):
+      value = ",".join(map(str, value))
+    if value is not None:
+      words.append(f"--{name}={value}")
+  sweep.main(sweep.COMMAND.parse(["sweep", *words]))
 
 
 TRAINED_ONLY = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-from configs import synthetic_quickstart
+from configs import synthetic
 
 def get_config(arg=None):
-  config = synthetic_quickstart.get_config("debug")
+  config = synthetic.get_config("debug")
   del config["evals"]
   return config
 """
@@ -101,7 +101,7 @@ def test_given_again_nothing_is_run(finished, overrides, monkeypatch, capsys):
   run(finished, overrides, **config)
   assert (finished / "table.md").read_bytes() == before
   capsys.readouterr()
-  run(finished, overrides, dry_run=True, table_seeds=["0", "1", "2"], **config)
+  run(finished, overrides, dry_run=True, seeds=[0, 1, 2], **config)
   states = [line.split()[1:-1] for line in capsys.readouterr().out.splitlines()]
   assert states == [["done"], ["done"], ["to", "do"]]
   # Another config, though only in what may change between two starts.
@@ -207,11 +207,11 @@ def test_a_table_of_numbers_written_by_hand(tmp_path):
     (dict(grid=["total_steps=few"]), "total_steps=few is not a whole number"),
     (dict(grid=["total_steps"]), "write KEY=VALUE,VALUE"),
     (dict(grid=["total_steps=1,"]), "write KEY=VALUE,VALUE"),
-    (dict(grid=["seed=1,2"]), "--table_seeds=0,1,2"),
+    (dict(grid=["seed=1,2"]), "--seeds=0,1,2"),
     (dict(grid=["total_steps=1", "total_steps=2"]), "names total_steps twice"),
     (dict(grid=["total_steps=10,1e1"]), "lists a value twice"),
-    (dict(table_seeds=["0", "0"]), "lists a value twice"),
-    (dict(table_seeds=["a"]), "--table_seeds"),
+    (dict(seeds=[0, 0]), "lists a value twice"),
+    (dict(seeds="a"), "--seeds"),
   ],
 )
 def test_mistakes_are_named_before_anything_runs(tmp_path, changes, message):

@@ -12,7 +12,6 @@ import pytest
 import safetensors.numpy
 import torch
 import transformers
-from absl.testing import flagsaver
 
 import cacovid_jax
 from cacovid_jax import errors
@@ -38,13 +37,11 @@ def case(request):
   return checkpoint.model, checkpoint.params, arrays
 
 
-def run_command(directory):
+def run_command(directory, *words):
   """Returns the exit code of the command line."""
-  with (
-    flagsaver.flagsaver(against_transformers=str(directory)),
-    mock.patch.object(jax.config, "update"),  # Of other tests, too.
-  ):
-    return __main__.main(["parity"])
+  words = ["parity", f"--against_transformers={directory}", *words]
+  with mock.patch.object(jax.config, "update"):  # Of other tests, too.
+    return __main__.main(__main__.COMMAND.parse(words))
 
 
 def test_the_shipped_base_model_passes(capsys):
@@ -78,7 +75,7 @@ def test_a_miss_is_exit_code_1(capsys):
     assert run_command(LLAVA) == 1
   assert "1 of 2 stages within tolerance" in capsys.readouterr().out
   with pytest.raises(errors.UserError, match="no folder given"):
-    __main__.main(["parity"])
+    __main__.main(__main__.COMMAND.parse(["parity"]))
 
 
 def test_every_stage_of_a_golden_folder_is_there_and_passes(case):
@@ -163,9 +160,8 @@ def test_the_command_compares_in_half_precision_when_asked(capsys):
   with (
     mock.patch.object(transformers_lib, "check", return_value=[stage]),
     mock.patch.object(transformers_lib, "agree", return_value=[half] * 2),
-    flagsaver.flagsaver(half=True),
   ):
-    assert run_command(LLAVA) == 0
+    assert run_command(LLAVA, "--half") == 0
   *_, ours, control, _, verdict = capsys.readouterr().out.splitlines()
   assert (
     ours.split()[-3:] == control.split()[-3:] == ["3", "100.00%", "100.00%"]

@@ -193,7 +193,7 @@ def test_encode_features(tmp_path, root, capsys):
 
 
 def test_the_guides_commands_have_their_flags():
-  guide = ROOT / "experiments" / "guides" / "training_data.md"
+  guide = ROOT / "docs" / "training_data.md"
   blocks = re.findall(r"```bash\n(.*?)```", guide.read_text("utf-8"), re.S)
   names = []
   for block in blocks:

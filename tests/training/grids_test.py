@@ -145,7 +145,7 @@ class Alone:
       next_position=np.int32(following),
     )
     given = run.config.ladder
-    ladder = ratio.make_ladder(self.grid, given.sampling_config, given.config)
+    ladder = ratio.make_ladder(self.grid, given.sampler, given.config)
     self.rungs = ladder.rungs(self.grid)
     self.plan = ladder.plans[self.rungs.start]
     self.config = dataclasses.replace(run.config, ladder=ladder)
@@ -182,7 +182,7 @@ class Alone:
       scores = step.policy_scores(config, before, videos)
       memory = replay.empty(
         jax.tree.map(lambda leaf: leaf[0], scores),
-        num_combinations=8,
+        modes=config.modes,
         iterations=config.iterations,
         rung=0,
       )
@@ -270,7 +270,7 @@ def test_combinations_follow_each_videos_own_plan(bucketed, alone):
       network.Scores(scores.frame[:T], scores.token[:N]),
       one.prompt.x[one.prompt.video_rows],
     )
-    num_token, _ = replay.counts(len(index))
+    num_token = one.plan.config.modes.token
     for row in (0, num_token, -1):
       np.testing.assert_array_equal(index[row, :K], alone.index[row])
     np.testing.assert_array_equal(
@@ -514,7 +514,7 @@ def test_buckets_share_no_program(made):
   assert list(run.programs.configs) == [BUCKET]
   given = run.config.ladder
   ladder = ratio.make_ladder(
-    token_grid.GridBucket(3, 30), given.sampling_config, given.config
+    token_grid.GridBucket(3, 30), given.sampler, given.config
   )
   other = dataclasses.replace(run.config, ladder=ladder)
   both = programs.Programs([run.config, other], run.mesh)

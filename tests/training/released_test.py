@@ -48,6 +48,8 @@ def test_a_released_model_is_trained_by_the_papers_recipe(name):
     "optimizer.lr_layer": 1e-7,
     "optimizer.weight_decay": 0.01,
     "optimizer.clip": 5.0,
+    "optimizer.schedule": "cosine_repeated",
+    "sampling.frame_cap": "public",
     "model.dtype": "bfloat16",
     "policy.dtype": "bfloat16",
     "data.num_frames": 32,

@@ -8,7 +8,8 @@ import pytest
 from cacovid_jax.policy import network, objective, sampling
 from cacovid_jax.training import replay
 
-FRAMES, TOKENS, COMBINATIONS = 2, 6, 8  # 5 token mode, 2 frame mode, 1 content.
+FRAMES, TOKENS, COMBINATIONS = 2, 6, 8
+MODES = sampling.Modes(token=5, frame=2, control=1)
 
 
 def scores(seed):
@@ -20,9 +21,7 @@ def scores(seed):
 
 
 def empty(iterations=3):
-  return replay.empty(
-    scores(0), num_combinations=COMBINATIONS, iterations=iterations, rung=1
-  )
+  return replay.empty(scores(0), modes=MODES, iterations=iterations, rung=1)
 
 
 def iteration(seed):
@@ -35,7 +34,7 @@ def iteration(seed):
     index=jnp.asarray(index), frame_mask=jnp.eye(FRAMES, dtype=bool)
   )
   rewards = jnp.asarray(rng.random(COMBINATIONS), jnp.float32)
-  return replay.masks(combinations, TOKENS), rewards
+  return replay.masks(combinations, MODES, TOKENS), rewards
 
 
 def test_masks_follow_the_order_of_the_sampler():
@@ -44,7 +43,7 @@ def test_masks_follow_the_order_of_the_sampler():
   combinations = sampling.Combinations(
     jnp.asarray(index), jnp.eye(FRAMES, dtype=bool)
   )
-  masks = replay.masks(combinations, TOKENS)
+  masks = replay.masks(combinations, MODES, TOKENS)
   assert masks.token.shape == (5, TOKENS)
   np.testing.assert_array_equal(masks.token[0], [0, 1, 0, 0, 1, 0])
   assert not masks.token[1:].any()

@@ -9,43 +9,48 @@ Without --benchmark, prints the folder of the tasks that come with the package,
 for `--include_path "$(python -m cacovid_jax.integrations.lmms_eval.export)"`.
 """
 
-from absl import flags
-
-from cacovid_jax import errors
+from cacovid_jax import command, errors
 from cacovid_jax.integrations.lmms_eval import local_tasks
 
-for _name, _help in {
-  "benchmark": "What --data holds; see cacovid_jax.evals.benchmarks.names().",
-  "data": "Folder of a benchmark, as `cacovid_jax.evaluate` takes it.",
-  "media": "Folder of the clips, below --data or absolute; empty is --data.",
-  "split": "Split; empty is the benchmark's own.",
-  "out": "Folder for the task; made if it is missing.",
-}.items():
-  flags.DEFINE_string(_name, "", _help)
+COMMAND = command.Command(
+  __doc__,
+  {
+    "benchmark": command.Flag(
+      "What --data holds; see cacovid_jax.evals.benchmarks.names().",
+      "evals.benchmark",
+    ),
+    "data": command.Flag(
+      "Folder of a benchmark, as `cacovid_jax.evaluate` takes it.", "data.root"
+    ),
+    "media": command.Flag(
+      "Folder of the clips, below --data or absolute; empty is --data.",
+      "data.media",
+    ),
+    "split": command.Flag("Empty is the benchmark's own.", "evals.split"),
+    "out": command.Flag("Folder for the task; made if it is missing."),
+  },
+  defaults={"evals.benchmark": ""},
+)
 
 
-def main(argv):
-  """Runs the command."""
-  if len(argv) > 1:
-    raise errors.UserError(
-      f"unexpected argument {argv[1]!r}; flags start by --"
-    )
-  values = flags.FLAGS
-  if not values.benchmark:
+def main(args):
+  """Writes the task that the command line describes."""
+  data, evals = args.config.data, args.config.evals
+  if not evals.benchmark:
     print(local_tasks.TASKS)
     return
-  for name in ("data", "out"):
-    if not values[name].value:
+  for name, folder in (("data", data.root), ("out", args.out)):
+    if not folder:
       raise errors.UserError(f"nothing says which {name}: add --{name}=FOLDER")
   path = local_tasks.write(
-    values.data,
-    values.out,
-    benchmark=values.benchmark,
-    split=values.split,
-    media=values.media,
+    data.root,
+    args.out,
+    benchmark=evals.benchmark,
+    split=evals.split,
+    media=data.media,
   )
   print(f"{path} (task {path.stem})")
 
 
 if __name__ == "__main__":
-  errors.run(main)
+  COMMAND.run(main)
