@@ -61,11 +61,12 @@ def scale_config(owner, name, field):
   def mutate(patch):
     config = getattr(owner, name)
 
-    def changed(**fields):
-      value = fields.pop(field, getattr(config(), field))
-      return config(**fields, **{field: 1.01 * value})
+    class Changed(config):
+      def __init__(self, **fields):
+        value = fields.pop(field, getattr(config(), field))
+        super().__init__(**fields, **{field: 1.01 * value})
 
-    patch.setattr(owner, name, changed)
+    patch.setattr(owner, name, Changed)
 
   return mutate
 
