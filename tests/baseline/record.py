@@ -125,7 +125,7 @@ class Evaluation:
       }
       | {f"evals.{name}": value for name, value in fields.items()}
     )
-    found = evaluation.load_benchmark(made, made.evals.split)
+    found = evaluation.load_benchmark(made, made.config.evals.split)
     parsed = [runner.Method.parse(spec) for spec in methods]
     self._questions = found.questions
     self._evaluator = runner.Evaluator(
@@ -140,7 +140,9 @@ class Evaluation:
     )
     self._programs.clear()
     self._programs[str(model)] = self._evaluator.programs
-    self._cells = runner.cells(parsed, made.evals.ratios, made.evals.seeds)
+    self._cells = runner.cells(
+      parsed, made.config.evals.ratios, made.config.evals.seeds
+    )
 
   def answers(self):
     """Returns ({question: {cell: [text, letter, score]}}, {clip: sha256})."""
