@@ -71,11 +71,13 @@ setuptools.setup(
     "cuda12": _jax("[cuda12]"),
     "cuda13": _jax("[cuda13]"),
     "tpu": _jax("[tpu]"),
+    "wandb": ["wandb>=0.19"],
     "hf": ["torch>=2.6", "transformers>=5"],
     # Brings torch, and PyAV below 16.
     "lmms": ["lmms-eval>=0.7.3,<0.8"],
     "docs": ["furo>=2025.7", "myst-nb>=1.3", "sphinx>=8.2"],
     "dev": [
+      "wandb>=0.19",
       "import-linter>=2.1",
       "ipykernel>=6",
       "nbclient>=0.10",

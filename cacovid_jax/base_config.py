@@ -21,6 +21,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.videos_per_step = 1
   config.iterations = 5
   config.log_every = 10
+  # Weights & Biases project that metrics go to as well; empty is none.
+  config.wandb = dict(project="")
   # Steps refused in a row (non-finite loss, gradient or reward) before a run
   # stops.
   config.max_bad_steps = 10

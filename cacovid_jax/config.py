@@ -37,6 +37,7 @@ NOT_HASHED = (
   "prepare",
   "table",
   "tfds",
+  "wandb",
 )
 
 # Keys of earlier versions: old key -> (today's, its value from the old one).

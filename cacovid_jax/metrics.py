@@ -1,17 +1,18 @@
-"""Numbers of a run: JSON lines and TensorBoard."""
+"""Numbers of a run: JSON lines, TensorBoard and, if asked for, W&B."""
 
+import hashlib
 import json
 import math
 import os
 import pathlib
 
-from cacovid_jax import files
+from cacovid_jax import errors, files
 
 FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
-  """Appends scalars to `metrics.jsonl` and to TensorBoard event files.
+  """Appends scalars to `metrics.jsonl`, TensorBoard event files and W&B.
 
   A resumed run passes the step it restored: lines of later steps, which it is
   going to compute again, are removed first, so each step is there once. Of
@@ -19,9 +20,25 @@ class MetricsWriter:
   """
 
   def __init__(
-    self, workdir, restored_step=0, *, tensorboard=True, enabled=True
+    self,
+    workdir,
+    restored_step=0,
+    *,
+    tensorboard=True,
+    wandb_project="",
+    enabled=True,
   ):
-    self._tensorboard = None
+    """Opens the files.
+
+    Args:
+      workdir: folder of the run.
+      restored_step: of the checkpoint that the run goes on from.
+      tensorboard: whether event files are written.
+      wandb_project: of Weights & Biases; "" writes nothing there. Without a
+        network set WANDB_MODE=offline, and send the runs with `wandb sync`.
+      enabled: whether anything is written.
+    """
+    self._tensorboard = self._wandb = None
     if not enabled:
       self._file = open(os.devnull, "w", encoding="utf-8")
       return
@@ -37,6 +54,8 @@ class MetricsWriter:
       self._tensorboard = tensorboardX.SummaryWriter(
         str(workdir / "tensorboard"), purge_step=restored_step + 1
       )
+    if wandb_project:
+      self._wandb = _start_wandb(workdir, wandb_project)
 
   def write_scalars(self, step, scalars):
     """Writes {name: number} of one step; flushed, so that a kill loses none.
@@ -53,17 +72,40 @@ class MetricsWriter:
     if self._tensorboard:
       for name, value in numbers.items():
         self._tensorboard.add_scalar(name, value, int(step))
+    if self._wandb:
+      self._wandb.log(numbers, step=int(step))
 
   def close(self):
     self._file.close()
     if self._tensorboard:
       self._tensorboard.close()
+    if self._wandb:
+      self._wandb.finish()
 
   def __enter__(self):
     return self
 
   def __exit__(self, *exc_info):
     self.close()
+
+
+def _start_wandb(workdir: pathlib.Path, project: str):
+  """Returns the W&B run of a workdir; a run that resumes keeps its id."""
+  try:
+    import wandb
+  except ImportError:
+    raise errors.UserError(
+      'config.wandb.project needs wandb: pip install "cacovid_jax[wandb]", or'
+      " leave it empty"
+    ) from None
+  digest = hashlib.sha256(os.fsencode(workdir.resolve())).hexdigest()
+  return wandb.init(
+    project=project,
+    id=digest[:16],
+    name=workdir.name,
+    dir=workdir,
+    resume="allow",
+  )
 
 
 def read(workdir):

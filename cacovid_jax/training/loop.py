@@ -90,7 +90,10 @@ def train(
   start, state = saver.restore_or_init()
   with (
     metrics.MetricsWriter(
-      workdir, start, enabled=jax.process_index() == 0
+      workdir,
+      start,
+      wandb_project=config.wandb.project,
+      enabled=jax.process_index() == 0,
     ) as writer,
     progress_lib.Progress(config.total_steps, start=start) as progress,
     _Preemption() as preemption,

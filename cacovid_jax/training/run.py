@@ -389,6 +389,13 @@ class _Batches:
       [self._tokenizer.letter_id(x) for x in question_lib.LETTERS], np.int32
     )
     self._decisive = read_decisive(config)
+    most = max((max(t) for t in self._decisive.values() if t), default=-1)
+    if most >= self._num_video:
+      raise errors.UserError(
+        f"config.data.decisive_file names token {most}, and a video of"
+        f" {config.data.num_frames} frames has {self._num_video}: take as many"
+        " frames as the data was prepared for, or leave the file empty"
+      )
     self._shapes = self._prompt_shapes()
 
   def __call__(self, start: int) -> Iterator:

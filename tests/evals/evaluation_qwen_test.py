@@ -12,7 +12,7 @@ import pytest
 
 from cacovid_jax import errors
 from cacovid_jax.compressors import simple
-from cacovid_jax.data import frames, video
+from cacovid_jax.data import answer_log, frames, video
 from cacovid_jax.evals import (
   asker,
   benchmarks,
@@ -304,7 +304,7 @@ def test_a_batch_of_two_grids_is_a_mistake_of_the_caller(data, directory):
     # A budget that one of the grids cannot hold is told before anything.
     cells = runner.cells([runner.Method.parse("uniform")], (0.03,), (0,))
     with pytest.raises(errors.UserError, match="keeps no token"):
-      evaluator.run(questions, cells, evaluation.ledger.Ledger(None, {}))
+      evaluator.run(questions, cells, answer_log.Ledger(None, {}))
     assert not evaluator.seconds
 
 

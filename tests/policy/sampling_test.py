@@ -350,6 +350,34 @@ def test_the_first_combination_is_greedy():
   np.testing.assert_array_equal(drawn.index[0], expected)
 
 
+def test_the_public_cap_on_frames_by_hand():
+  # G/4 = 2 copies of T = 4 frames: the cap 3 * 2 / 4 is limited to 0.999, the
+  # floor is 1/4: [0.85, 0.25, 0.25, 0.25] / 1.6.
+  probs = jnp.array([0.85, 0.05, 0.05, 0.05])
+  public = config(num_combinations=8, frame_cap="public")
+  plan = sampling.plan((4, 5, 5), 0.2, public)
+  np.testing.assert_allclose(
+    sampling.capped_distribution(probs, plan.frame_cap),
+    np.array([0.85, 0.25, 0.25, 0.25]) / 1.6,
+    rtol=1e-6,
+  )
+  # The cap per frame is 3/4, the floor 1/16: [0.85, 3 * 0.0625] / 1.0375 is
+  # above it, and 1/4 is left for the other three.
+  plan = sampling.plan((4, 5, 5), 0.2, config(num_combinations=8))
+  np.testing.assert_allclose(
+    sampling.capped_distribution(probs, plan.frame_cap),
+    [0.75, 0.25 / 3, 0.25 / 3, 0.25 / 3],
+    rtol=1e-6,
+  )
+  # As the paper samples: 0.75 and 1/64 at T = 32, against 3/32 and 1/1024.
+  for name, cap, floor in (
+    ("public", 0.75, 1 / 64),
+    ("per_frame", 3 / 32, 1 / 1024),
+  ):
+    numbers = sampling.plan((32, 14, 14), 0.02, config(frame_cap=name))
+    assert (numbers.frame_cap.cap, numbers.frame_cap.floor) == (cap, floor)
+
+
 def test_frame_mode_draws_whole_frames_and_first_the_top_ones():
   scores, features = given()
   drawn = sample(jax.random.key(0), scores, features, plan=PLAN)

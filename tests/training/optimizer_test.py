@@ -1,5 +1,7 @@
 """Rates, decay and clipping by parameter name, on hand-made trees."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -124,6 +126,22 @@ def test_cosine_falls_to_zero_behind_a_warm_up():
   np.testing.assert_allclose(
     [plain(i) for i in (0, 5, 10)], [1, 0.5, 0], atol=1e-6
   )
+
+
+def test_the_repeated_cosine_is_zero_at_a_fifth_of_the_run_and_full_at_two():
+  config = optimizer.OptimizerConfig(schedule="cosine_repeated")
+  # Ten videos of five iterations; the horizon counts videos.
+  rate = optimizer.schedule(2.0, config, 50, 5)
+  found = [float(rate(step)) for step in (0, 5, 10, 20, 25, 30, 40, 50)]
+  np.testing.assert_allclose(found, [2, 1, 0, 2, 1, 0, 2, 0], atol=1e-6)
+  warm = dataclasses.replace(config, warmup=2)
+  rate = optimizer.schedule(2.0, warm, 50, 5)
+  found = [float(rate(step)) for step in (0, 1, 2, 6, 10, 18)]
+  np.testing.assert_allclose(found, [0, 1, 2, 1, 0, 2], atol=1e-6)
+  once = optimizer.schedule(2.0, config, 10)
+  plain = optimizer.schedule(2.0, optimizer.OptimizerConfig(), 10)
+  for step in range(11):
+    np.testing.assert_allclose(once(step), plain(step), atol=1e-6)
 
 
 @pytest.mark.parametrize("changes", [{"lr_heads": -1.0}, {"clip": 0.0}])

@@ -146,3 +146,15 @@ def test_own_rows_can_be_skipped_as_well(folder):
   made = config(folder, reader="own", on_missing="skip")
   rows = experiment.read_questions(made)
   assert [row.video for row in rows] == ["a.mp4"]
+
+
+def test_evidence_tokens_of_more_frames_are_one_line(folder):
+  (folder / "decisive.jsonl").write_text(
+    '{"question_id": "q0", "tokens": [3, 70]}\n'
+  )
+  made = tiny.config(
+    **{"data.root": str(folder), "data.decisive_file": "decisive.jsonl"}
+  )
+  # Four frames of 16 tokens.
+  with pytest.raises(errors.UserError, match="token 70, and a video of 4 fra"):
+    tiny.train(folder / "w", made)
