@@ -14,7 +14,8 @@ Parts:
                    rewards, answers, kept tokens, the trained parameters
   host             a few steps whose rewards the host makes
   qwen             a tiny random Qwen2.5-VL on clips of three shapes
-  qwen_training    training its policy in buckets
+  qwen_training    training its policy in buckets, with graded rewards
+  qwen_adaptive    the same at an adaptive ratio, with rewards of 0 and 1
 
 Letters: B videos of a step, I iterations, G combinations, K kept tokens, N
 video tokens.
@@ -344,11 +345,7 @@ _QWEN = _SHIPPED | {
   "videos_per_step": 1,
   "optimizer.lr_heads": 1e-3,
   "policy.num_halvings": 2,
-  # Graded: a random model's letters are never right.
-  "rollout.reward": "margin",
-  "ratio.adaptive": True,
-  "ratio.rungs": (0.0625, 0.125, 0.25),
-  "ratio.start": 0.125,
+  "total_steps": 6,
   "data.reader": "own",
   "data.num_frames": 4,
   "data.max_text_tokens": 0,
@@ -393,12 +390,11 @@ def shipped_training(root: pathlib.Path, name: str, **changes):
   return _trained(root / name, _SHIPPED | {"data.root": root_of_data} | changes)
 
 
-def qwen_training(root: pathlib.Path) -> dict[str, Any]:
+def qwen_training(root: pathlib.Path, name: str, **changes):
   """Returns the sections of training in buckets of two sizes."""
   folder = _qwen_folder(root)
   paths = {"data.root": str(folder), "model.path": str(folder / "model")}
-  changes = _QWEN | paths | {"total_steps": 6}
-  return _trained(root / "qwen_training", changes)
+  return _trained(root / name, _QWEN | paths | changes)
 
 
 _ADAPTIVE = {
@@ -428,7 +424,25 @@ PARTS = {
     },
   ),
   "qwen": qwen,
-  "qwen_training": qwen_training,
+  "qwen_training": functools.partial(
+    qwen_training,
+    name="qwen_training",
+    **{
+      "ratio.adaptive": False,
+      "sampling.ratio": 0.125,
+      # Graded: a random model's letters are never right.
+      "rollout.reward": "margin",
+    },
+  ),
+  "qwen_adaptive": functools.partial(
+    qwen_training,
+    name="qwen_adaptive",
+    **{
+      "ratio.adaptive": True,
+      "ratio.rungs": (0.0625, 0.125, 0.25),
+      "ratio.start": 0.125,
+    },
+  ),
 }
 
 
