@@ -214,7 +214,9 @@ def config(**changes):
 def train(workdir, made=None, **arguments):
   """Runs `loop.train` on the tiny model and its questions."""
   arguments = {"questions": questions(), "source": features} | arguments
-  given = arguments.pop("checkpoint", None) or checkpoint()
+  given = (
+    arguments.pop("checkpoint") if "checkpoint" in arguments else checkpoint()
+  )
   experiment = experiment_of(
     config() if made is None else made, workdir, checkpoint=given
   )
