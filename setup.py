@@ -74,7 +74,8 @@ setuptools.setup(
     "wandb": ["wandb>=0.19"],
     "hf": ["torch>=2.6", "transformers>=5"],
     # Brings torch, and PyAV below 16.
-    "lmms": ["lmms-eval>=0.7.3,<0.8"],
+    # It patches a module that filelock 4 does not have any more.
+    "lmms": ["lmms-eval>=0.7.3,<0.8", "filelock<4"],
     "docs": ["furo>=2025.7", "myst-nb>=1.3", "sphinx>=8.2"],
     "dev": [
       "wandb>=0.19",
