@@ -375,7 +375,7 @@ def test_questions_without_letters_are_marked_on_the_host(tmp_path):
     ({"sampling.ratio": 0.001}, "keeps no token"),
     ({"sampling.ratio": 1.5}, r"outside \(0, 1\]"),
     ({"rollout.reward": "likelihood"}, "rollout.reward"),
-    ({"policy.dtype": "float8"}, "policy.dtype is 'float8'; it must be one of"),
+    ({"policy.dtype": "float8"}, "policy.dtype='float8': use float32 or bfl"),
     ({"policy.backend": "cuda"}, "policy.backend is 'cuda'; it must be one of"),
     ({"policy.module": "nowhere.py:Own"}, "no file"),
     ({"iterations": 0}, "iterations"),
