@@ -19,7 +19,7 @@ import sys
 
 import ml_collections
 
-from cacovid_jax import base_config, errors, extensions
+from cacovid_jax import base_config, errors, extensions, files
 
 # Groups and keys that change how a run is recorded or spread over a machine, or
 # that belong to other commands, and not what training computes: they may differ
@@ -267,10 +267,7 @@ def dumps(config):
 
 def save(config, path):
   """Writes a config as JSON, all or nothing."""
-  path = pathlib.Path(path)
-  partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-  partial.write_text(dumps(config), encoding="utf-8")
-  os.replace(partial, path)
+  files.write(path, dumps(config))
 
 
 def config_hash(config, *, before=False):

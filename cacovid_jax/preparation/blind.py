@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from cacovid_jax import errors
+from cacovid_jax import errors, files
 from cacovid_jax import progress as progress_lib
 from cacovid_jax.data import answer_log
 from cacovid_jax.data import question as question_lib
@@ -177,7 +177,7 @@ def write(
 ) -> None:
   """Writes the questions in the filtered format, all or nothing."""
   lines = [json.dumps(row(question)) for question in questions]
-  _write_text(path, "[\n" + ",\n".join(lines) + "\n]\n")
+  files.write(path, "[\n" + ",\n".join(lines) + "\n]\n")
 
 
 def table(
@@ -219,7 +219,7 @@ def table(
 
 def write_report(path: str | os.PathLike, report: Mapping[str, Any]) -> None:
   """Writes what `table` returns, and more, as JSON."""
-  _write_text(path, json.dumps(report, indent=2, sort_keys=True) + "\n")
+  files.write(path, json.dumps(report, indent=2, sort_keys=True) + "\n")
 
 
 def _group(question) -> tuple[str, str]:
@@ -309,13 +309,3 @@ def _answer(checkpoint, settings, params, ids, lengths):
     eos_ids=checkpoint.eos_ids,
     pad_id=checkpoint.pad_id,
   )
-
-
-def _write_text(path, text: str) -> None:
-  path = os.fspath(path)
-  partial = f"{path}.partial"
-  with open(partial, "w", encoding="utf-8") as f:
-    f.write(text)
-    f.flush()
-    os.fsync(f.fileno())
-  os.replace(partial, path)

@@ -14,7 +14,6 @@ that was killed continues with the very bits it would have computed.
 import collections
 import json
 import logging
-import os
 import pathlib
 import signal
 import threading
@@ -27,7 +26,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from cacovid_jax import config as config_lib
-from cacovid_jax import errors, metrics
+from cacovid_jax import errors, files, metrics
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax import progress as progress_lib
 from cacovid_jax.policy import loading
@@ -301,7 +300,7 @@ class _Saver:
       best = best if best["step"] < step else None
     if best is None or found["accuracy"] > best["accuracy"]:
       self._write_policy("best.safetensors", params, step)
-      _write_json(path, {"step": step, **found})
+      files.write_json(path, {"step": step, **found})
 
   def export(self, state, step) -> pathlib.Path:
     """Writes the policy as safetensors under the public names."""
@@ -313,7 +312,7 @@ class _Saver:
     if jax.process_index() == 0:
       self._policy.mkdir(parents=True, exist_ok=True)
       loading.save(path, self._run.config.policy, params)
-      _write_json(
+      files.write_json(
         self._policy / "policy_config.json",
         {
           **self._run.described_policy,
@@ -331,11 +330,3 @@ def _finite_mean(values) -> float:
   """Returns the mean of the finite values; NaN if there are none."""
   finite = [value for value in values if np.isfinite(value)]
   return float(np.mean(finite)) if finite else float("nan")
-
-
-def _write_json(path, value) -> None:
-  partial = path.with_name(path.name + ".partial")
-  partial.write_text(
-    json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-  )
-  os.replace(partial, path)
