@@ -80,8 +80,7 @@ class Experiment:
       checkpoint: the base model, instead of config.model.path.
     """
     config = config_lib.complete(config.copy_and_resolve_references()).lock()
-    for key in ("model.dtype", "policy.dtype"):
-      _choose(config, key, DTYPES)
+    _choose(config, "model.dtype", DTYPES)
     _choose(config, "evals.template", ("", "processor", "tokenizer"))
     for key in ("data.min_pixels", "data.max_pixels"):
       if config_lib.value_of(config, key) < 0:

@@ -377,7 +377,7 @@ def test_questions_without_letters_are_marked_on_the_host(tmp_path):
     ({"rollout.reward": "likelihood"}, "rollout.reward"),
     (
       {"policy.dtype": "float8"},
-      "policy.dtype='float8': use float32 or bfloat16",
+      "policy.dtype is 'float8'; it must be one of",
     ),
     ({"policy.backend": "cuda"}, "policy.backend is 'cuda'; it must be one of"),
     ({"policy.module": "nowhere.py:Own"}, "no file"),
