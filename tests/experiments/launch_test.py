@@ -24,8 +24,8 @@ GIVEN = ("--config=c.py:devices=8", "--workdir=a folder")
 # Notes how it was called, one argument a line; exits as CODES says, call by
 # call, 0 when they have run out.
 _STUB = """#!/usr/bin/env bash
-{ printf '%s' "${0##*/}"; printf '|%s' "$@"; echo; } >> "$CALLS"
 exec 9> "$CALLS.lock"; flock 9
+{ printf '%s' "${0##*/}"; printf '|%s' "$@"; echo; } >> "$CALLS"
 number=$(cat "$CALLS.number" 2>/dev/null || echo 0)
 echo $((number + 1)) > "$CALLS.number"
 flock -u 9
