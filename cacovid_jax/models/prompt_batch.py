@@ -9,12 +9,80 @@ video tokens, n of them left, K kept next, P position rows, S auxiliary feature
 maps, Q tokens of a question's text, V vocabulary.
 """
 
+import bisect
+import dataclasses
+import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from cacovid_jax import errors
 from cacovid_jax.models import qwen2
+
+_MULTIPLE = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptBuckets:
+  """How long the text of prompts is padded to: a few lengths for many texts.
+
+  Attributes:
+    text_rows: rising; rows of a prompt beside its video tokens.
+  """
+
+  text_rows: tuple[int, ...]
+
+  def __post_init__(self):
+    rows = tuple(map(int, self.text_rows))
+    if not 1 <= len(rows) <= 3 or rows[0] < 1 or sorted({*rows}) != [*rows]:
+      raise errors.UserError(
+        f"config.data.prompt_rows={self.text_rows}: give one to three rising"
+        " numbers of rows, or leave it empty"
+      )
+    object.__setattr__(self, "text_rows", rows)
+
+  @classmethod
+  def of(
+    cls, lengths: Sequence[int], *, beside: int = 0, worth: float = 0.1
+  ) -> "PromptBuckets":
+    """Returns the buckets that pad these prompts least.
+
+    Each more means more programs, and so has to spare a share of the rows.
+
+    Args:
+      lengths: text rows of every prompt, at least one.
+      beside: video rows of a prompt as it is computed.
+      worth: the share of all rows that one more bucket has to spare.
+    """
+    rounded = -(-np.maximum(lengths, 1) // _MULTIPLE) * _MULTIPLE
+    sizes, counts = np.unique(rounded, return_counts=True)
+
+    def rows(chosen):
+      padded = np.asarray(chosen)[np.searchsorted(chosen, sizes)]
+      return int(((padded + beside) * counts).sum())
+
+    best = (int(sizes[-1]),)
+    for number in (2, 3):
+      smaller = itertools.combinations(sizes[:-1].tolist(), number - 1)
+      found = min(((*c, best[-1]) for c in smaller), key=rows, default=best)
+      if rows(found) > (1 - worth) * rows(best):
+        break
+      best = found
+    return cls(best)
+
+  def pick(self, text_rows: int) -> int:
+    """Returns the smallest length that holds so many rows."""
+    place = bisect.bisect_left(self.text_rows, text_rows)
+    if place == len(self.text_rows):
+      raise errors.UserError(
+        f"a prompt has {text_rows} rows beside its video, above the"
+        f" {self.text_rows[-1]} of config.data.prompt_rows; raise the last of"
+        " them, or leave the key empty"
+      )
+    return self.text_rows[place]
 
 
 class PromptBatch(NamedTuple):

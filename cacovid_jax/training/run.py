@@ -7,7 +7,6 @@ A letters.
 import dataclasses
 import functools
 import json
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -195,7 +194,8 @@ def make_step_configs(
   if processor.one_grid:
     grids = [processor.fixed_grid(config.data.num_frames)]
   else:
-    grids = make_buckets(config, processor)
+    data = config.data
+    grids = token_grid.make_buckets(data.buckets, processor, data.num_frames)
   first = step.StepConfig(
     model=checkpoint.model,
     policy=policy,
@@ -222,35 +222,6 @@ def make_step_configs(
     )
 
   return [dataclasses.replace(first, ladder=ladder(grid)) for grid in grids]
-
-
-def make_buckets(config, processor) -> list[token_grid.GridBucket]:
-  """Returns the buckets of config.data, the smallest first.
-
-  By default one for the largest slices that the pixels' limits allow, and one
-  for those half way (in proportion) from the smallest: limits of 128 and 256
-  tokens give buckets of 181 and 256.
-  """
-  slices = -(-config.data.num_frames // processor.temporal_patch_size)
-  sizes = [tuple(sizes) for sizes in config.data.buckets]
-  if not sizes:
-    least, most = processor.patch_tokens(config.data.num_frames)
-    middle = int(math.sqrt(least * most))
-    sizes = [(slices, area) for area in sorted({middle, most})]
-  try:
-    found = {token_grid.GridBucket(*map(int, one)) for one in sizes}
-  except (TypeError, ValueError) as error:
-    raise errors.UserError(
-      f"config.data.buckets={tuple(sizes)}: give (slices, tokens of a slice) or"
-      " (slices, tokens of a slice, tokens) for each"
-    ) from error
-  short = [bucket for bucket in found if bucket.frames < slices]
-  if short:
-    raise errors.UserError(
-      f"config.data.buckets: {short[0]} has fewer slices than the {slices} of"
-      f" {config.data.num_frames} frames; no clip would use it"
-    )
-  return sorted(found, key=lambda b: (b.tokens, b.frames * b.frame_tokens))
 
 
 def host_rewards(tokenizer, config, ids, questions) -> np.ndarray:

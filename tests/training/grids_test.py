@@ -379,32 +379,6 @@ def test_a_ratio_that_a_grid_does_not_allow_is_named():
     ladder.rungs((3, 4, 4))
 
 
-def test_default_buckets_follow_from_the_pixels():
-  def sizes(processor, **changes):
-    config = tiny.config(**{"data.num_frames": 32} | changes)
-    return [
-      dataclasses.astuple(b) for b in run_lib.make_buckets(config, processor)
-    ]
-
-  paper = processors.Qwen2_5VLProcessor(
-    min_pixels=processors.PAPER_MIN_PIXELS,
-    max_pixels=processors.PAPER_MAX_PIXELS,
-  )
-  # 181 is the whole part of the root of 128 x 256.
-  assert sizes(paper) == [(16, 181, 2896), (16, 256, 4096)]
-  one = dataclasses.replace(paper, min_pixels=paper.max_pixels)
-  assert sizes(one) == [(16, 256, 4096)]
-  given = {"data.buckets": ((16, 256, 4000), (16, 128))}
-  assert sizes(paper, **given) == [(16, 128, 2048), (16, 256, 4000)]
-  for bad, match in (
-    (((16,),), "give .slices, tokens of a slice."),
-    (((16, "x"),), "give .slices"),
-    (((8, 256),), "fewer slices than the 16"),
-  ):
-    with pytest.raises(errors.UserError, match=match):
-      sizes(paper, **{"data.buckets": bad})
-
-
 def test_settings_of_the_other_kind_of_grid_are_refused(folder, checkpoint):
   for key, value in (("data.buckets", ((4, 16),)), ("data.min_pixels", 64)):
     with pytest.raises(errors.UserError, match="whose grids differ"):
