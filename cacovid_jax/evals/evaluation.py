@@ -16,7 +16,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.table
@@ -26,14 +25,10 @@ from cacovid_jax import config as config_lib
 from cacovid_jax import errors, files, metrics
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.compressors import base
-from cacovid_jax.data import (
-  answer_log,
-  feature_cache,
-  readers,
-)
+from cacovid_jax.data import answer_log, readers
+from cacovid_jax.data import frames as frames_lib
 from cacovid_jax.evals import (
   benchmarks,
-  clips,
   frame_manifest,
   provenance,
   results,
@@ -41,6 +36,7 @@ from cacovid_jax.evals import (
   shards,
 )
 from cacovid_jax.evals.report import html, viewer
+from cacovid_jax.inference import features
 from cacovid_jax.policy import loading
 
 
@@ -418,26 +414,20 @@ def open_source(
   *,
   keep: int = 0,
   **options,
-) -> clips.ClipSource:
-  """Returns the encoded clips of config.data.
+) -> features.FeatureStore:
+  """Returns the encoded clips of config.data, at the frames of config.evals.
 
   Args:
     experiment: see there.
     want: names of `video_llm.SIGNALS` that clips bring along.
     keep: clips held in memory; 0 is those of this batch and of the next one.
-    **options: further ones of `clips.ClipSource`.
+    **options: further ones of `features.FeatureStore`.
   """
-  config, checkpoint = experiment.config, experiment.checkpoint
-  model, cache = checkpoint.model, config.data.feature_cache
-  dtype = jnp.dtype(model.dtype).name
-  return clips.ClipSource(
-    experiment_lib.media_root(config),
-    model,
-    checkpoint.params,
+  config = experiment.config
+  return features.open_store(
+    experiment,
     read_processor(experiment),
-    num_frames=config.data.num_frames,
-    cache=feature_cache.FeatureCache(cache) if cache else None,
-    cache_key=f"{checkpoint.identity['sha256']} {dtype}",
+    frames_lib.FrameRule(config.data.num_frames, config.evals.frame_rule),
     keep=keep or 2 * config.evals.batch_size,
     want=want,
     **options,

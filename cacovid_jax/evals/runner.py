@@ -41,8 +41,8 @@ from cacovid_jax.data import answer_log, letters
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import asker as asker_lib
 from cacovid_jax.evals import benchmarks, prompting, provenance, scoring
-from cacovid_jax.evals import clips as clips_lib
 from cacovid_jax.evals import programs as programs_lib
+from cacovid_jax.inference import features
 from cacovid_jax.policy import loading
 
 VANILLA = "vanilla"
@@ -276,7 +276,7 @@ class Evaluator:
   def __init__(
     self,
     checkpoint: Any,
-    source: clips_lib.ClipSource,
+    source: features.FeatureStore,
     questions: Sequence[question_lib.Question],
     settings: Settings,
     *,

@@ -1,0 +1,709 @@
+"""Video features: each clip is decoded once, encoded once, and kept.
+
+One store serves training, evaluation, single questions and features that are
+encoded ahead. What a clip's features depend on (its content, which frames are
+shown and what is done to them, the weights, their dtype and attention backend,
+the sizes that the tower's program is compiled for) is the key of its entry on
+disk, whoever asks; the entry also says which frames they are, so that a clip
+with an entry is not opened.
+
+Letters: T frames, H W token grid, N = T·H·W video tokens, D width, S auxiliary
+feature maps.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from cacovid_jax import errors
+from cacovid_jax import experiment as experiment_lib
+from cacovid_jax import progress as progress_lib
+from cacovid_jax.compressors import base
+from cacovid_jax.data import (
+  feature_cache,
+  frame_record,
+  rejected_clips,
+  video,
+)
+from cacovid_jax.data import frames as frames_lib
+from cacovid_jax.models import processors, token_grid, video_llm
+from cacovid_jax.parallel import mesh as mesh_lib
+
+# Names of a clip's arrays beside those of `video_llm.SIGNALS`.
+_FEATURES, _DEEP = "features", "deep"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Clip:
+  """One encoded clip, or the reason why there is none.
+
+  Attributes:
+    record: of its frames, with the fault of a clip that cannot be used.
+    grid: (T, H, W).
+    arrays: float32: "features" [N, D], "deep" [S, N, D] of models that have
+      it, and the wanted ones of `video_llm.SIGNALS`; zeros of a clip that
+      cannot be used.
+    second_per_grid_t: see `video_llm.VideoFeatures`.
+    warnings: what makes the frames less than they seem, one line each.
+  """
+
+  record: frame_record.FrameRecord
+  grid: tuple[int, int, int]
+  arrays: Mapping[str, np.ndarray]
+  second_per_grid_t: float = 1.0
+  warnings: tuple[str, ...] = ()
+
+  @property
+  def features(self) -> np.ndarray:
+    return self.arrays[_FEATURES]
+
+  @property
+  def deep(self) -> np.ndarray | None:
+    return self.arrays.get(_DEEP)
+
+  @property
+  def extras(self) -> dict[str, np.ndarray]:
+    """Those of `video_llm.SIGNALS` that are there."""
+    names = [name for name in video_llm.SIGNALS if name in self.arrays]
+    return {name: self.arrays[name] for name in names}
+
+  @property
+  def fault(self) -> str:
+    """Why the clip cannot be used, else ""."""
+    return self.record.fault
+
+  @property
+  def frame_hash(self) -> str:
+    return self.record.frame_hash
+
+  @property
+  def index_hash(self) -> str:
+    return self.record.index_hash
+
+
+class Loaded(NamedTuple):
+  """A clip on its way into the store; can be pickled.
+
+  Attributes:
+    path: as the questions name it.
+    clip: with the arrays that are known, zero or more.
+    inputs: of the tower, for those that are not; None if all are known.
+    key: what the entry on disk depends on; None without a disk.
+  """
+
+  path: str
+  clip: Clip
+  inputs: processors.TowerInputs | None = None
+  key: Mapping[str, Any] | None = None
+
+
+class FeatureStore:
+  """Encoded clips below a media root.
+
+  `load` decodes (in threads or other processes) and `finish` encodes (on the
+  main thread); `store[path]` does both for a clip that threads have decoded
+  ahead, and takes a clip that cannot be used as it is, with its fault.
+
+  What a tower tells beside features comes from a second run of it, in a program
+  of its own: the features of a clip are the same, to the bit, whatever else is
+  wanted.
+
+  Attributes:
+    grid: (T, H, W) of the clips; where they differ, of most of them.
+    rule: which frames are shown.
+    manifest: records that clips must agree with, or None.
+    want: names of `video_llm.SIGNALS` that each clip brings along.
+    buckets: sizes that the tower is compiled for.
+    seconds: spent so far on "decode" (frames to pixels included; threads add
+      up) and "tower".
+  """
+
+  def __init__(
+    self,
+    root: str,
+    model: video_llm.VideoLLM,
+    params: Any,
+    processor: processors.Processor,
+    *,
+    rule: frames_lib.FrameRule,
+    identity: str = "",
+    grid: tuple[int, int, int] | None = None,
+    buckets: Sequence[token_grid.GridBucket] = (),
+    want: Iterable[str] = (),
+    cache: feature_cache.FeatureCache | None = None,
+    keep: int = 64,
+    limits: video.Limits | None = None,
+    min_side: int = 0,
+    refused: Mapping[str, str] | None = None,
+    manifest: Any = None,
+    mesh: Mesh | None = None,
+    only_buckets: bool = False,
+    hashed: bool = True,
+  ):
+    """Starts nothing.
+
+    Args:
+      root: folder that video paths are relative to.
+      model: runs the tower.
+      params: its weights; those of the language model are not used.
+      processor: frames to the tower's inputs.
+      rule: which frames are shown.
+      identity: of the weights, part of the keys.
+      grid: of every clip; None finds it by the processor, which may need the
+        shape of each clip's frames, see `survey`.
+      buckets: sizes that the tower is compiled for, where grids differ; a clip
+        that fits none is encoded in its own size.
+      want: names of `video_llm.SIGNALS` that are needed besides features.
+      cache: on disk.
+      keep: clips held in memory.
+      limits: caps on what is decoded.
+      min_side: clips are refused whose frames have a side of so many pixels or
+        fewer.
+      refused: content hash -> reason, of clips that are known to be bad.
+      manifest: `frame_manifest.FrameManifest`, where the frames are written
+        down, and what they must agree with.
+      mesh: whose `data` axis shares the clips that are encoded at once; None is
+        one at a time.
+      only_buckets: whether clips are refused that are too long and narrow for
+        any bucket.
+      hashed: whether records tell what the frames' pixels are; with a disk they
+        always do.
+    """
+    self.want = frozenset(video_llm.check_signals(want))
+    self.rule, self.manifest, self.buckets = rule, manifest, tuple(buckets)
+    if grid is None:
+      grid = processor.fixed_grid(rule.num_frames)
+    self.grid = None if grid is None else tuple(grid)
+    self._given = self.grid is not None
+    # Of surveyed clips: the grid, or why there is none.
+    self._grids: dict[str, tuple[int, int, int]] = {}
+    self._faults: dict[str, str] = {}
+    self.seconds = collections.Counter()
+    self._root, self._model, self._processor = root, model, processor
+    self._limits, self._min_side = limits, min_side
+    self._only_buckets = only_buckets
+    self._hashed = hashed or cache is not None
+    self._refused = refused or {}
+    self._cache, self._keep = cache, keep
+    self._identity = f"{identity} {jnp.dtype(model.dtype).name} {model.backend}"
+    self._set_up_memory()
+    self._rows = mesh.shape["data"] if mesh is not None else 1
+    tower = {k: v for k, v in params.items() if k != "language_model"}
+    if self._rows > 1:
+      tower = mesh_lib.put(tower, mesh, mesh_lib.P())
+    self._tower = _Tower(model, tower, mesh if self._rows > 1 else None)
+
+  def _set_up_memory(self):
+    self._clips: collections.OrderedDict[str, Clip] = collections.OrderedDict()
+    self._lock = threading.Lock()
+    self._pool = None
+    self._ahead: dict[str, concurrent.futures.Future] = {}
+
+  def __getstate__(self):
+    # For loading ahead in processes, which encode nothing.
+    state = dict(self.__dict__, _tower=None)
+    for name in ("_clips", "_lock", "_pool", "_ahead"):
+      del state[name]
+    return state
+
+  def __setstate__(self, state):
+    self.__dict__.update(state)
+    self._set_up_memory()
+
+  @property
+  def identity(self) -> dict[str, Any]:
+    """What features depend on besides the checkpoint and T, for a log."""
+    found = {}
+    if not self._processor.one_grid:
+      found["preprocessing"] = self._processor.identity
+    if self.rule.name != frames_lib.EVAL_RULE:
+      found["frame_rule"] = self.rule.name
+    return found
+
+  # Grids.
+
+  def survey(self, paths: Iterable[str]) -> None:
+    """Finds out the grids of clips by their first frames.
+
+    Clips whose size a manifest or the disk knows are not opened.
+
+    Args:
+      paths: as the questions name them. The grid that most of those have stands
+        for those that cannot be used, so give all at once.
+    """
+    if self._given:
+      return
+    known = self._grids.keys() | self._faults.keys()
+    paths = [path for path in dict.fromkeys(paths) if path not in known]
+    if not paths:
+      return
+    found = self._threads().map(self._find_grid, paths)
+    with progress_lib.Progress(
+      len(paths), description="clip shapes"
+    ) as progress:
+      for done, path in enumerate(paths, start=1):
+        result = next(found)
+        known = self._faults if isinstance(result, str) else self._grids
+        known[path] = result
+        progress.update(done)
+    counts = collections.Counter(self._grids.values())
+    if not counts:
+      first = next(iter(self._faults))
+      raise errors.UserError(
+        f"none of the {len(self._faults)} clips below {self._root} can be read"
+        f" (first: {first}, {self._faults[first]}); download them, or correct"
+        " the folder of the clips"
+      )
+    self.grid = counts.most_common(1)[0][0]
+
+  def grid_of(self, path: str) -> tuple[int, int, int]:
+    """Returns (T, H, W) of a clip; of one that cannot be used, `grid`."""
+    self.survey([path])
+    return self._grids.get(path, self.grid)
+
+  def bucket_of(self, grid: tuple[int, int, int]) -> token_grid.GridBucket:
+    """Returns the smallest bucket that holds a grid, or else its own size."""
+    fits = [bucket for bucket in self.buckets if bucket.holds(grid)]
+    if fits:
+      return token_grid.pick(grid, fits)
+    return token_grid.TokenGrid.of(grid).bucket
+
+  # One clip at a time, decoded ahead by threads; faults are noted.
+
+  def __getitem__(self, path: str) -> Clip:
+    if (clip := self._recall(path)) is not None:
+      return clip
+    self.prefetch([path])
+    loaded = self._ahead.pop(path).result()
+    if self.manifest:
+      # Here and not in the threads, so that the order is that of the questions.
+      self.manifest.add(loaded.clip.record)
+    return self.finish([loaded])[0]
+
+  def prefetch(self, paths: Iterable[str]) -> None:
+    """Starts to decode clips that will be asked for next."""
+    paths = list(dict.fromkeys(paths))
+    # Not from the threads that decode: they would wait for each other.
+    self.survey(paths)
+    for path in paths:
+      if path not in self._clips and path not in self._ahead:
+        self._ahead[path] = self._threads().submit(self._load_or_fault, path)
+
+  def discard(self, keep: Iterable[str] = ()) -> None:
+    """Drops what was decoded ahead and is not asked for after all.
+
+    Args:
+      keep: clips that will be.
+    """
+    for path in self._ahead.keys() - set(keep):
+      self._ahead.pop(path).cancel()
+
+  def observe(self, want: Iterable[str]) -> None:
+    """Changes what clips bring along; those that bring other things go."""
+    want = frozenset(video_llm.check_signals(want))
+    if want != self.want:
+      self.want = want
+      self.discard()
+      self.clear()
+
+  def clear(self) -> None:
+    """Forgets the clips in memory: the next one is decoded anew."""
+    self._clips.clear()
+
+  def close(self) -> None:
+    """Stops the threads."""
+    if self._pool is not None:
+      self._pool.shutdown(cancel_futures=True)
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exc_info):
+    self.close()
+
+  def unusable(self, path: str, reason: str) -> Clip:
+    """Returns what stands for a clip that cannot be used."""
+    grid = self.grid_of(path)
+    count, width = int(np.prod(grid)), self._model.config.text.hidden_size
+    shapes = {_FEATURES: (count, width), **self._signal_shapes(grid)}
+    if self._model.num_deep:
+      shapes[_DEEP] = (self._model.num_deep, count, width)
+    arrays = {k: np.zeros(shape, np.float32) for k, shape in shapes.items()}
+    return Clip(
+      frame_record.FrameRecord(video=path, fault=reason), grid, arrays
+    )
+
+  def frames(self, path: str) -> np.ndarray:
+    """Returns uint8[T,h,w,3] of the clip's own size; may raise `VideoError`."""
+    return self._decode(path, hashed=False)[0].frames
+
+  # Loading ahead, here or in another process, and encoding.
+
+  def load(self, path: str) -> Loaded:
+    """Returns a clip as far as it is known, decoded if not all of it is.
+
+    Raises:
+      VideoError: it cannot be used.
+    """
+    if (clip := self._recall(path)) is not None:
+      return Loaded(path, clip)
+    start = time.perf_counter()
+    if self.manifest and (known := self.manifest[path]) and known.fault:
+      raise video.VideoError(path, known.fault)
+    file = video.safe_path(self._root, path)
+    content = ""
+    if self._refused or self._cache:
+      content = rejected_clips.content_hash(file)
+      if reason := self._refused.get(content):
+        raise video.VideoError(file, reason, "refused in an earlier run")
+    key, clip = self._read(path, content)
+    if clip is not None:
+      self._check(path, file, clip.record, clip.grid)
+      if clip.arrays.keys() >= {_FEATURES, *self.want}:
+        return Loaded(path, clip)
+    shown, record = self._decode(path, self._resize, hashed=self._hashed)
+    grid = self._processor.resized_grid(*shown.frames.shape[:3])
+    self._check(path, file, record, grid)
+    fps = frames_lib.sampled_fps(len(shown.frames), shown.duration)
+    inputs = self._processor(shown.frames, fps=fps, resized=True)
+    if clip is None:
+      clip = Clip(record, grid, {}, inputs.second_per_grid_t, shown.warnings)
+      if self._cache is not None:
+        plain = self.rule(shown.num_frames, shown.duration)
+        same = record.indices == tuple(plain.tolist())
+        key = self._key(content, None if same else record.indices)
+    bucket = self.bucket_of(grid) if self.buckets else None
+    inputs = self._model.tower_inputs(inputs, bucket)
+    self.seconds["decode"] += time.perf_counter() - start
+    return Loaded(path, clip, inputs, key)
+
+  def finish(self, loaded: Sequence[Loaded]) -> list[Clip]:
+    """Returns the clips, encoding what is not known yet; they are kept."""
+    found, todo = {}, {}
+    for one in loaded:
+      # A clip may have been encoded since it was loaded ahead.
+      known = self._recall(one.path)
+      if known is None and one.inputs is not None:
+        todo[one.path] = one
+      else:
+        found[one.path] = known or one.clip
+    start = time.perf_counter()
+    for one, new in self._encode(list(todo.values())):
+      if one.key is not None:
+        self._write(one, new)
+      arrays = {**one.clip.arrays, **new}
+      found[one.path] = dataclasses.replace(one.clip, arrays=arrays)
+    if todo:
+      self.seconds["tower"] += time.perf_counter() - start
+    for path, clip in found.items():
+      self._remember(path, clip)
+    return [found[one.path] for one in loaded]
+
+  def __call__(self, path: str) -> Clip:
+    """Returns a clip; raises `VideoError` if it cannot be used."""
+    return self.finish([self.load(path)])[0]
+
+  def cached_bytes(self, path: str) -> int:
+    """Returns the size of a clip's features on disk; 0 if there are none."""
+    if self._cache is None:
+      return 0
+    file = video.safe_path(self._root, path)
+    key = self._key(rejected_clips.content_hash(file))
+    return self._cache.size(feature_cache.key(**key))
+
+  def _encode(self, todo: list[Loaded]):
+    """Yields (loaded clip, {name: float32 array} of what it lacked)."""
+    groups = collections.defaultdict(list)
+    for one in todo:
+      lacks = {_FEATURES, *self.want} - one.clip.arrays.keys()
+      bucket = self.bucket_of(one.clip.grid)
+      groups[bucket, frozenset(lacks)].append(one)
+    for (_, lacks), members in groups.items():
+      for start in range(0, len(members), self._rows):
+        part = members[start : start + self._rows]
+        inputs = [one.inputs for one in part]
+        new = self._tower(lacks, inputs)
+        for one, arrays in zip(part, new, strict=True):
+          count = int(np.prod(one.clip.grid))
+          # Behind the clip's own tokens there is padding of the bucket.
+          arrays = {
+            name: value[:, :count] if name == _DEEP else value[:count]
+            for name, value in arrays.items()
+          }
+          for name, value in arrays.items():
+            what = name.replace("_", " ")
+            base.check_finite(value, f"{what} of the vision tower")
+          yield one, arrays
+
+  def _threads(self):
+    if self._pool is None:
+      self._pool = concurrent.futures.ThreadPoolExecutor(2, "decode")
+    return self._pool
+
+  def _load_or_fault(self, path: str) -> Loaded:
+    # A clip that could not be used when batches were made is not used later.
+    reason = self._faults.get(path)
+    try:
+      if not reason:
+        return self.load(path)
+    except video.VideoError as error:
+      # Without the path: results must not depend on where the data lies.
+      reason = error.reason.replace("_", " ")
+    return Loaded(path, self.unusable(path, reason))
+
+  def _resize(self, frame: np.ndarray) -> np.ndarray:
+    """Returns a frame resized; `ShapeError` if it is not above `min_side`."""
+    height, width = frame.shape[:2]
+    if min(height, width) <= self._min_side:
+      raise _too_small(height, width, self._min_side)
+    return self._processor.resize_frame(frame, self.rule.num_frames)
+
+  def _decode(self, path: str, resize=None, *, hashed: bool):
+    """Returns (`video.Clip`, its `FrameRecord`)."""
+    file = video.safe_path(self._root, path)
+
+    def rule(count, seconds):
+      known = self.manifest and self.manifest.indices(path, count)
+      return known or self.rule(count, seconds)
+
+    shown = video.decode(
+      file, rule, resize=resize, limits=self._limits, hashed=hashed
+    )
+    noted = hashed and (self._cache or self.manifest) is not None
+    content = frame_record.hash_file(file) if noted else ""
+    return shown, frame_record.FrameRecord.of(path, shown, content)
+
+  def _check(self, path: str, file: str, record, grid) -> None:
+    """Refuses frames that are not those known, or that no program takes."""
+    if self.manifest:
+      self.manifest.check(record)
+    height, width = record.size
+    if min(height, width) <= self._min_side:
+      error = _too_small(height, width, self._min_side)
+      raise video.VideoError(file, "bad_shape", error.detail, error.mend)
+    expected = self.grid if self._given else self._grids.get(path, grid)
+    if grid != expected:
+      raise video.VideoError(
+        file, "unreadable", f"a grid of {grid}, not of {expected}"
+      )
+    if not self._only_buckets or any(b.holds(grid) for b in self.buckets):
+      return
+    # Other clips that fit no bucket tell that the buckets are wrong.
+    _, rows, columns = grid
+    _, most = self._processor.patch_tokens(self.rule.num_frames)
+    if rows * columns > most:
+      detail = f"long and narrow: {columns} x {rows} tokens, above {most}"
+      raise video.VideoError(file, "bad_shape", detail)
+
+  def _find_grid(self, path: str) -> tuple[int, int, int] | str:
+    """Returns the grid of a clip, or why it has none."""
+    known = self.manifest[path] if self.manifest else None
+    if known and known.fault:
+      return known.fault
+    try:
+      file = video.safe_path(self._root, path)
+      if known:
+        size = known.size
+      elif self._cache and (facts := self._facts(file)):
+        size = facts["record"]["size"]
+      else:
+        size = video.frame_size(file, self._limits)
+      return self._processor.grid(self.rule.num_frames, *size)
+    except frames_lib.ShapeError:
+      return "bad shape"
+    except video.VideoError as error:
+      return error.reason.replace("_", " ")
+
+  # Memory and disk.
+
+  def _recall(self, path: str) -> Clip | None:
+    with self._lock:
+      clip = self._clips.get(path)
+      if clip is not None:
+        self._clips.move_to_end(path)
+      return clip
+
+  def _remember(self, path: str, clip: Clip) -> None:
+    with self._lock:
+      self._clips[path] = clip
+      while len(self._clips) > self._keep:
+        self._clips.popitem(last=False)
+
+  def _key(self, content: str, indices: Sequence[int] | None = None):
+    """Returns all that the features of a clip depend on.
+
+    Args:
+      content: hash of the file.
+      indices: of its frames, where they are not those of the rule.
+    """
+    frames = dataclasses.asdict(self.rule)
+    return {
+      "content": content,
+      "decoder": frame_record.decoder(),
+      "frames": frames if indices is None else list(indices),
+      "preprocessing": self._processor.identity,
+      "model": self._identity,
+      # Padding may move the last bit.
+      "buckets": [dataclasses.astuple(bucket) for bucket in self.buckets],
+    }
+
+  def _facts(self, file: str) -> dict[str, Any] | None:
+    key = self._key(rejected_clips.content_hash(file))
+    return self._cache.facts(feature_cache.key(**key))
+
+  def _read(self, path: str, content: str):
+    """Returns (key, Clip) of what the disk holds; (None, None) if nothing."""
+    if self._cache is None:
+      return None, None
+    known = self.manifest[path] if self.manifest else None
+    wanted = known and known.indices
+    for indices in (None, wanted) if wanted else (None,):
+      key = self._key(content, indices)
+      entry = self._cache.get(feature_cache.key(**key))
+      if entry is None:
+        continue
+      try:
+        record = frame_record.FrameRecord(**entry.facts.pop("record"))
+        grid = tuple(entry.facts.pop("grid"))
+        entry.facts["warnings"] = tuple(entry.facts["warnings"])
+        clip = Clip(record, grid, dict(entry.arrays), **entry.facts)
+      except (KeyError, TypeError):
+        continue
+      if wanted and record.indices != wanted:
+        continue
+      record = dataclasses.replace(record, video=path)
+      clip = dataclasses.replace(clip, record=record)
+      shapes = self._signal_shapes(grid)
+      for name in self.want:
+        signal = self._cache.get(feature_cache.key(**key, signal=name))
+        # An entry that does not fit is no entry: it is made anew.
+        if signal and signal.arrays[name].shape == shapes[name]:
+          clip.arrays[name] = signal.arrays[name]
+      return key, clip
+    return None, None
+
+  def _write(self, one: Loaded, new: Mapping[str, np.ndarray]) -> None:
+    clip, key = one.clip, one.key
+    signals = {name: new[name] for name in self.want & new.keys()}
+    for name, value in signals.items():
+      self._cache.put(feature_cache.key(**key, signal=name), {name: value})
+    if _FEATURES in new:
+      arrays = {k: v for k, v in new.items() if k not in signals}
+      facts = {
+        "record": dataclasses.asdict(clip.record),
+        "grid": clip.grid,
+        "second_per_grid_t": clip.second_per_grid_t,
+        "warnings": clip.warnings,
+      }
+      self._cache.put(feature_cache.key(**key), arrays, facts)
+
+  def _signal_shapes(self, grid) -> dict[str, tuple[int, ...]]:
+    if not self.want:
+      return {}
+    shapes = self._model.signal_shapes(int(np.prod(grid)))
+    return {name: shapes[name] for name in self.want}
+
+
+class _Tower:
+  """The programs of a vision tower: features, and signals apart."""
+
+  def __init__(self, model, params, mesh: Mesh | None):
+    """Compiles nothing yet.
+
+    Args:
+      model: `VideoLLM`.
+      params: of the tower.
+      mesh: each device of its `data` axis encodes a clip; None is one at once.
+    """
+    self._model, self._params, self._mesh = model, params, mesh
+    self._programs = {}
+
+  def __call__(self, names: frozenset[str], inputs) -> list[dict[str, Any]]:
+    """Returns {name: float32 array} of each of the clips' TowerInputs."""
+    wanted = [()] if _FEATURES in names else []
+    if signals := video_llm.check_signals(names - {_FEATURES}):
+      wanted.append(signals)
+    found = [{} for _ in inputs]
+    for signals in wanted:
+      for out, new in zip(found, self._run(signals, inputs), strict=True):
+        # In float32 as on disk, so that a hit changes no type or bit.
+        out |= {k: np.asarray(v, np.float32) for k, v in new.items()}
+    return found
+
+  def _run(self, signals, inputs) -> list[dict[str, jax.Array]]:
+    if signals not in self._programs:
+      self._programs[signals] = self._compile(signals)
+    program = self._programs[signals]
+    if self._mesh is None:
+      out = [program(self._params, one) for one in inputs]
+      return jax.block_until_ready(out)
+    count, rows = len(inputs), self._mesh.shape["data"]
+    inputs = [*inputs, *[inputs[-1]] * (rows - count)]
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *inputs)
+    out = jax.device_get(program(self._params, stacked))
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], out) for i in range(count)]
+
+  def _compile(self, signals):
+    def encode(params, inputs):
+      video = self._model.encode(params, inputs, signals=signals)
+      # What is not returned is not run.
+      if signals:
+        return dict(video.signals)
+      found = {_FEATURES: video.features, _DEEP: video.deep}
+      return {k: v for k, v in found.items() if v is not None}
+
+    def encode_each(params, inputs):
+      return jax.lax.map(lambda one: encode(params, one), inputs)
+
+    if self._mesh is None:
+      return jax.jit(encode)
+    return mesh_lib.jit_rows(encode_each, self._mesh)
+
+
+def _too_small(height: int, width: int, side: int) -> frames_lib.ShapeError:
+  return frames_lib.ShapeError(
+    f"a frame of {width} x {height} pixels has a side of {side} or fewer",
+    "leave the clip out",
+  )
+
+
+def open_store(
+  experiment: experiment_lib.Experiment,
+  processor: processors.Processor,
+  rule: frames_lib.FrameRule,
+  **options,
+) -> FeatureStore:
+  """Returns the encoded clips of config.data.
+
+  Args:
+    experiment: whose base model encodes them.
+    processor: what is done to frames.
+    rule: which frames are shown.
+    **options: further ones of `FeatureStore`.
+  """
+  config, checkpoint = experiment.config, experiment.loaded
+  folder = config.data.feature_cache
+  if not processor.one_grid and "grid" not in options:
+    options.setdefault(
+      "buckets",
+      token_grid.make_buckets(config.data.buckets, processor, rule.num_frames),
+    )
+  return FeatureStore(
+    experiment_lib.media_root(config),
+    checkpoint.model,
+    options.pop("params", checkpoint.params),
+    processor,
+    rule=rule,
+    identity=checkpoint.identity["sha256"],
+    cache=feature_cache.FeatureCache(folder) if folder else None,
+    **options,
+  )
