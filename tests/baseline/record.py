@@ -336,7 +336,7 @@ _SHIPPED = {
   "model.path": str(ASSETS / "base_model"),
   "rollout.max_new_tokens": 1,
   "data.num_frames": 16,
-  "data.max_text_tokens": 64,
+  "data.prompt_rows": (80,),
   "data.num_threads": 0,
   "mesh.data": 1,
 }
@@ -348,7 +348,6 @@ _QWEN = _SHIPPED | {
   "total_steps": 6,
   "data.reader": "own",
   "data.num_frames": 4,
-  "data.max_text_tokens": 0,
   "data.buckets": ((2, 16), (2, 24)),
 }
 

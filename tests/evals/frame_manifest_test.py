@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from cacovid_jax import errors
-from cacovid_jax.data import video
-from cacovid_jax.evals import clips, frame_manifest
+from cacovid_jax.data import frames, video
+from cacovid_jax.evals import frame_manifest
+from cacovid_jax.inference import features
 from cacovid_jax.models import processors, video_llm
 from tests.evals import tiny
 
@@ -19,13 +20,14 @@ class Model:
   """Features are mean colours."""
 
   config = types.SimpleNamespace(text=types.SimpleNamespace(hidden_size=3))
+  dtype, backend, num_deep = jnp.float32, "auto", 0
 
-  def tower_inputs(self, inputs):
+  def tower_inputs(self, inputs, bucket=None):
     return inputs
 
-  def encode(self, params, inputs):
-    features = inputs.values.mean(axis=(1, 2)) * params
-    return video_llm.VideoFeatures(features, inputs.grid)
+  def encode(self, params, inputs, signals=()):
+    colours = inputs.values.mean(axis=(1, 2)) * params["weight"]
+    return video_llm.VideoFeatures(colours, inputs.grid)
 
 
 @pytest.fixture
@@ -43,14 +45,20 @@ def manifest_of(root, given="", num_frames=4):
 
 
 def source_of(root, manifest):
-  return clips.ClipSource(
+  return features.FeatureStore(
     str(root),
     Model(),
-    jnp.float32(1),
+    {"weight": jnp.float32(1)},
     processors.LlavaOnevisionProcessor(image_size=16, frame_side=1),
-    num_frames=4,
+    rule=frames.FrameRule(4),
     manifest=manifest,
   )
+
+
+def frame_hash(pixels):
+  """Returns the sha256 of frames and their shape, the plain way."""
+  shape = str(pixels.shape).encode()
+  return hashlib.sha256(shape + pixels.tobytes()).hexdigest()
 
 
 def lines_of(root):
@@ -78,8 +86,7 @@ def test_a_clip_is_written_down_when_it_is_asked_for(root):
   content = hashlib.blake2b((root / "a.mp4").read_bytes(), digest_size=16)
   assert first["content"] == content.hexdigest()
   pixels = video.read_frames(root / "a.mp4", [0, 2, 5, 8])
-  digest = hashlib.sha256(b"(4, 32, 32, 3)" + pixels.tobytes()).hexdigest()
-  assert first["frame_hash"] == shown["a.mp4"].frame_hash == digest
+  assert first["frame_hash"] == shown["a.mp4"].frame_hash == frame_hash(pixels)
   # Both clips are asked about at the same four of nine frames.
   assert shown["a.mp4"].index_hash == shown["b.mp4"].index_hash != ""
   assert shown["text.mp4"].index_hash == ""
@@ -93,7 +100,7 @@ def test_the_indices_of_the_manifest_are_decoded(root):
   # Somebody else's frame rule.
   line["indices"] = [1, 2, 3, 8]
   pixels = video.read_frames(root / "a.mp4", line["indices"])
-  line["frame_hash"] = frame_manifest.hash_frames(pixels)
+  line["frame_hash"] = frame_hash(pixels)
   given = root / "given.jsonl"
   given.write_text(json.dumps(header) + "\n" + json.dumps(line) + "\n")
   path.unlink()
