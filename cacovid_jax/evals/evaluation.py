@@ -413,7 +413,8 @@ def open_source(
   want: frozenset[str] = frozenset(),
   *,
   keep: int = 0,
-  **options,
+  grid: tuple[int, int, int] | None = None,
+  **reading,
 ) -> features.FeatureStore:
   """Returns the encoded clips of config.data, at the frames of config.evals.
 
@@ -421,7 +422,8 @@ def open_source(
     experiment: see there.
     want: names of `video_llm.SIGNALS` that clips bring along.
     keep: clips held in memory; 0 is those of this batch and of the next one.
-    **options: further ones of `features.FeatureStore`.
+    grid: of every clip, where it is known.
+    **reading: further options of `clips.ClipReader`.
   """
   config = experiment.config
   return features.open_store(
@@ -430,7 +432,8 @@ def open_source(
     frames_lib.FrameRule(config.data.num_frames, config.evals.frame_rule),
     keep=keep or 2 * config.evals.batch_size,
     want=want,
-    **options,
+    reading=reading,
+    **({} if grid is None else {"grid": grid}),
   )
 
 

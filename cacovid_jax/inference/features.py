@@ -19,7 +19,6 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -28,66 +27,14 @@ from cacovid_jax import errors
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax import progress as progress_lib
 from cacovid_jax.compressors import base
-from cacovid_jax.data import (
-  feature_cache,
-  frame_record,
-  rejected_clips,
-  video,
-)
+from cacovid_jax.data import feature_cache, frame_record, video
 from cacovid_jax.data import frames as frames_lib
+from cacovid_jax.inference import clips
+from cacovid_jax.inference import tower as tower_lib
+from cacovid_jax.inference.clips import Clip
 from cacovid_jax.models import processors, token_grid, video_llm
-from cacovid_jax.parallel import mesh as mesh_lib
 
-# Names of a clip's arrays beside those of `video_llm.SIGNALS`.
-_FEATURES, _DEEP = "features", "deep"
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Clip:
-  """One encoded clip, or the reason why there is none.
-
-  Attributes:
-    record: of its frames, with the fault of a clip that cannot be used.
-    grid: (T, H, W).
-    arrays: float32: "features" [N, D], "deep" [S, N, D] of models that have
-      it, and the wanted ones of `video_llm.SIGNALS`; zeros of a clip that
-      cannot be used.
-    second_per_grid_t: see `video_llm.VideoFeatures`.
-    warnings: what makes the frames less than they seem, one line each.
-  """
-
-  record: frame_record.FrameRecord
-  grid: tuple[int, int, int]
-  arrays: Mapping[str, np.ndarray]
-  second_per_grid_t: float = 1.0
-  warnings: tuple[str, ...] = ()
-
-  @property
-  def features(self) -> np.ndarray:
-    return self.arrays[_FEATURES]
-
-  @property
-  def deep(self) -> np.ndarray | None:
-    return self.arrays.get(_DEEP)
-
-  @property
-  def extras(self) -> dict[str, np.ndarray]:
-    """Those of `video_llm.SIGNALS` that are there."""
-    names = [name for name in video_llm.SIGNALS if name in self.arrays]
-    return {name: self.arrays[name] for name in names}
-
-  @property
-  def fault(self) -> str:
-    """Why the clip cannot be used, else ""."""
-    return self.record.fault
-
-  @property
-  def frame_hash(self) -> str:
-    return self.record.frame_hash
-
-  @property
-  def index_hash(self) -> str:
-    return self.record.index_hash
+_FEATURES, _DEEP = tower_lib.FEATURES, tower_lib.DEEP
 
 
 class Loaded(NamedTuple):
@@ -118,9 +65,8 @@ class FeatureStore:
   wanted.
 
   Attributes:
+    reader: decodes the clips.
     grid: (T, H, W) of the clips; where they differ, of most of them.
-    rule: which frames are shown.
-    manifest: records that clips must agree with, or None.
     want: names of `video_llm.SIGNALS` that each clip brings along.
     buckets: sizes that the tower is compiled for.
     seconds: spent so far on "decode" (frames to pixels included; threads add
@@ -129,78 +75,51 @@ class FeatureStore:
 
   def __init__(
     self,
-    root: str,
+    reader: clips.ClipReader,
     model: video_llm.VideoLLM,
     params: Any,
-    processor: processors.Processor,
     *,
-    rule: frames_lib.FrameRule,
     identity: str = "",
     grid: tuple[int, int, int] | None = None,
     buckets: Sequence[token_grid.GridBucket] = (),
+    only_buckets: bool = False,
     want: Iterable[str] = (),
     cache: feature_cache.FeatureCache | None = None,
     keep: int = 64,
-    limits: video.Limits | None = None,
-    min_side: int = 0,
-    refused: Mapping[str, str] | None = None,
-    manifest: Any = None,
     mesh: Mesh | None = None,
-    only_buckets: bool = False,
-    hashed: bool = True,
   ):
     """Starts nothing.
 
     Args:
-      root: folder that video paths are relative to.
+      reader: decodes the clips.
       model: runs the tower.
       params: its weights; those of the language model are not used.
-      processor: frames to the tower's inputs.
-      rule: which frames are shown.
       identity: of the weights, part of the keys.
       grid: of every clip; None finds it by the processor, which may need the
         shape of each clip's frames, see `survey`.
       buckets: sizes that the tower is compiled for, where grids differ; a clip
-        that fits none is encoded in its own size.
+        that fits none is encoded in its own size...
+      only_buckets: ... or refused if it is too long and narrow for all of them.
       want: names of `video_llm.SIGNALS` that are needed besides features.
       cache: on disk.
       keep: clips held in memory.
-      limits: caps on what is decoded.
-      min_side: clips are refused whose frames have a side of so many pixels or
-        fewer.
-      refused: content hash -> reason, of clips that are known to be bad.
-      manifest: `frame_manifest.FrameManifest`, where the frames are written
-        down, and what they must agree with.
       mesh: whose `data` axis shares the clips that are encoded at once; None is
         one at a time.
-      only_buckets: whether clips are refused that are too long and narrow for
-        any bucket.
-      hashed: whether records tell what the frames' pixels are; with a disk they
-        always do.
     """
     self.want = frozenset(video_llm.check_signals(want))
-    self.rule, self.manifest, self.buckets = rule, manifest, tuple(buckets)
+    self.reader, self.buckets = reader, tuple(buckets)
     if grid is None:
-      grid = processor.fixed_grid(rule.num_frames)
+      grid = reader.processor.fixed_grid(reader.rule.num_frames)
     self.grid = None if grid is None else tuple(grid)
-    self._given = self.grid is not None
+    self._given, self._only_buckets = self.grid is not None, only_buckets
     # Of surveyed clips: the grid, or why there is none.
     self._grids: dict[str, tuple[int, int, int]] = {}
     self._faults: dict[str, str] = {}
     self.seconds = collections.Counter()
-    self._root, self._model, self._processor = root, model, processor
-    self._limits, self._min_side = limits, min_side
-    self._only_buckets = only_buckets
-    self._hashed = hashed or cache is not None
-    self._refused = refused or {}
-    self._cache, self._keep = cache, keep
+    self._model, self._cache, self._keep = model, cache, keep
     self._identity = f"{identity} {jnp.dtype(model.dtype).name} {model.backend}"
     self._set_up_memory()
-    self._rows = mesh.shape["data"] if mesh is not None else 1
-    tower = {k: v for k, v in params.items() if k != "language_model"}
-    if self._rows > 1:
-      tower = mesh_lib.put(tower, mesh, mesh_lib.P())
-    self._tower = _Tower(model, tower, mesh if self._rows > 1 else None)
+    self._tower = tower_lib.Tower(model, params, mesh)
 
   def _set_up_memory(self):
     self._clips: collections.OrderedDict[str, Clip] = collections.OrderedDict()
@@ -223,11 +142,16 @@ class FeatureStore:
   def identity(self) -> dict[str, Any]:
     """What features depend on besides the checkpoint and T, for a log."""
     found = {}
-    if not self._processor.one_grid:
-      found["preprocessing"] = self._processor.identity
-    if self.rule.name != frames_lib.EVAL_RULE:
-      found["frame_rule"] = self.rule.name
+    if not self.reader.processor.one_grid:
+      found["preprocessing"] = self.reader.processor.identity
+    if self.reader.rule.name != frames_lib.EVAL_RULE:
+      found["frame_rule"] = self.reader.rule.name
     return found
+
+  @property
+  def manifest(self):
+    """Records that clips must agree with, or None."""
+    return self.reader.manifest
 
   # Grids.
 
@@ -259,9 +183,9 @@ class FeatureStore:
     if not counts:
       first = next(iter(self._faults))
       raise errors.UserError(
-        f"none of the {len(self._faults)} clips below {self._root} can be read"
-        f" (first: {first}, {self._faults[first]}); download them, or correct"
-        " the folder of the clips"
+        f"none of the {len(self._faults)} clips below {self.reader.root} can be"
+        f" read (first: {first}, {self._faults[first]}); download them, or"
+        " correct the folder of the clips"
       )
     self.grid = counts.most_common(1)[0][0]
 
@@ -284,9 +208,9 @@ class FeatureStore:
       return clip
     self.prefetch([path])
     loaded = self._ahead.pop(path).result()
-    if self.manifest:
+    if self.reader.manifest:
       # Here and not in the threads, so that the order is that of the questions.
-      self.manifest.add(loaded.clip.record)
+      self.reader.manifest.add(loaded.clip.record)
     return self.finish([loaded])[0]
 
   def prefetch(self, paths: Iterable[str]) -> None:
@@ -344,7 +268,7 @@ class FeatureStore:
 
   def frames(self, path: str) -> np.ndarray:
     """Returns uint8[T,h,w,3] of the clip's own size; may raise `VideoError`."""
-    return self._decode(path, hashed=False)[0].frames
+    return self.reader.frames(path)
 
   # Loading ahead, here or in another process, and encoding.
 
@@ -357,31 +281,20 @@ class FeatureStore:
     if (clip := self._recall(path)) is not None:
       return Loaded(path, clip)
     start = time.perf_counter()
-    if self.manifest and (known := self.manifest[path]) and known.fault:
+    if (known := self.reader.known(path)) and known.fault:
       raise video.VideoError(path, known.fault)
-    file = video.safe_path(self._root, path)
-    content = ""
-    if self._refused or self._cache:
-      content = rejected_clips.content_hash(file)
-      if reason := self._refused.get(content):
-        raise video.VideoError(file, reason, "refused in an earlier run")
-    key, clip = self._read(path, content)
+    key, clip = self._read(path)
     if clip is not None:
-      self._check(path, file, clip.record, clip.grid)
+      self._check(path, clip)
       if clip.arrays.keys() >= {_FEATURES, *self.want}:
         return Loaded(path, clip)
-    shown, record = self._decode(path, self._resize, hashed=self._hashed)
-    grid = self._processor.resized_grid(*shown.frames.shape[:3])
-    self._check(path, file, record, grid)
-    fps = frames_lib.sampled_fps(len(shown.frames), shown.duration)
-    inputs = self._processor(shown.frames, fps=fps, resized=True)
+    found, inputs, ruled = self.reader.read(path)
+    self._check(path, found)
     if clip is None:
-      clip = Clip(record, grid, {}, inputs.second_per_grid_t, shown.warnings)
+      clip = found
       if self._cache is not None:
-        plain = self.rule(shown.num_frames, shown.duration)
-        same = record.indices == tuple(plain.tolist())
-        key = self._key(content, None if same else record.indices)
-    bucket = self.bucket_of(grid) if self.buckets else None
+        key = self._key(path, None if ruled else clip.record.indices)
+    bucket = self.bucket_of(clip.grid) if self.buckets else None
     inputs = self._model.tower_inputs(inputs, bucket)
     self.seconds["decode"] += time.perf_counter() - start
     return Loaded(path, clip, inputs, key)
@@ -416,9 +329,7 @@ class FeatureStore:
     """Returns the size of a clip's features on disk; 0 if there are none."""
     if self._cache is None:
       return 0
-    file = video.safe_path(self._root, path)
-    key = self._key(rejected_clips.content_hash(file))
-    return self._cache.size(feature_cache.key(**key))
+    return self._cache.size(feature_cache.key(**self._key(path)))
 
   def _encode(self, todo: list[Loaded]):
     """Yields (loaded clip, {name: float32 array} of what it lacked)."""
@@ -428,8 +339,8 @@ class FeatureStore:
       bucket = self.bucket_of(one.clip.grid)
       groups[bucket, frozenset(lacks)].append(one)
     for (_, lacks), members in groups.items():
-      for start in range(0, len(members), self._rows):
-        part = members[start : start + self._rows]
+      for start in range(0, len(members), self._tower.rows):
+        part = members[start : start + self._tower.rows]
         inputs = [one.inputs for one in part]
         new = self._tower(lacks, inputs)
         for one, arrays in zip(part, new, strict=True):
@@ -460,66 +371,39 @@ class FeatureStore:
       reason = error.reason.replace("_", " ")
     return Loaded(path, self.unusable(path, reason))
 
-  def _resize(self, frame: np.ndarray) -> np.ndarray:
-    """Returns a frame resized; `ShapeError` if it is not above `min_side`."""
-    height, width = frame.shape[:2]
-    if min(height, width) <= self._min_side:
-      raise _too_small(height, width, self._min_side)
-    return self._processor.resize_frame(frame, self.rule.num_frames)
-
-  def _decode(self, path: str, resize=None, *, hashed: bool):
-    """Returns (`video.Clip`, its `FrameRecord`)."""
-    file = video.safe_path(self._root, path)
-
-    def rule(count, seconds):
-      known = self.manifest and self.manifest.indices(path, count)
-      return known or self.rule(count, seconds)
-
-    shown = video.decode(
-      file, rule, resize=resize, limits=self._limits, hashed=hashed
-    )
-    noted = hashed and (self._cache or self.manifest) is not None
-    content = frame_record.hash_file(file) if noted else ""
-    return shown, frame_record.FrameRecord.of(path, shown, content)
-
-  def _check(self, path: str, file: str, record, grid) -> None:
+  def _check(self, path: str, clip: Clip) -> None:
     """Refuses frames that are not those known, or that no program takes."""
-    if self.manifest:
-      self.manifest.check(record)
-    height, width = record.size
-    if min(height, width) <= self._min_side:
-      error = _too_small(height, width, self._min_side)
-      raise video.VideoError(file, "bad_shape", error.detail, error.mend)
-    expected = self.grid if self._given else self._grids.get(path, grid)
-    if grid != expected:
+    self.reader.check(path, clip.record)
+    expected = self.grid if self._given else self._grids.get(path, clip.grid)
+    if clip.grid != expected:
       raise video.VideoError(
-        file, "unreadable", f"a grid of {grid}, not of {expected}"
+        path, "unreadable", f"a grid of {clip.grid}, not of {expected}"
       )
-    if not self._only_buckets or any(b.holds(grid) for b in self.buckets):
+    fits = any(bucket.holds(clip.grid) for bucket in self.buckets)
+    if fits or not self._only_buckets:
       return
     # Other clips that fit no bucket tell that the buckets are wrong.
-    _, rows, columns = grid
-    _, most = self._processor.patch_tokens(self.rule.num_frames)
+    _, rows, columns = clip.grid
+    reader = self.reader
+    _, most = reader.processor.patch_tokens(reader.rule.num_frames)
     if rows * columns > most:
+      file = video.safe_path(reader.root, path)
       detail = f"long and narrow: {columns} x {rows} tokens, above {most}"
       raise video.VideoError(file, "bad_shape", detail)
 
   def _find_grid(self, path: str) -> tuple[int, int, int] | str:
     """Returns the grid of a clip, or why it has none."""
-    known = self.manifest[path] if self.manifest else None
+    known = self.reader.known(path)
     if known and known.fault:
       return known.fault
     try:
-      file = video.safe_path(self._root, path)
       if known:
         size = known.size
-      elif self._cache and (facts := self._facts(file)):
+      elif self._cache and (facts := self._facts(path)):
         size = facts["record"]["size"]
       else:
-        size = video.frame_size(file, self._limits)
-      return self._processor.grid(self.rule.num_frames, *size)
-    except frames_lib.ShapeError:
-      return "bad shape"
+        size = self.reader.size(path)
+      return self.reader.grid(path, size)
     except video.VideoError as error:
       return error.reason.replace("_", " ")
 
@@ -538,36 +422,33 @@ class FeatureStore:
       while len(self._clips) > self._keep:
         self._clips.popitem(last=False)
 
-  def _key(self, content: str, indices: Sequence[int] | None = None):
+  def _key(self, path: str, indices: Sequence[int] | None = None):
     """Returns all that the features of a clip depend on.
 
     Args:
-      content: hash of the file.
+      path: of the clip.
       indices: of its frames, where they are not those of the rule.
     """
-    frames = dataclasses.asdict(self.rule)
-    return {
-      "content": content,
-      "decoder": frame_record.decoder(),
-      "frames": frames if indices is None else list(indices),
-      "preprocessing": self._processor.identity,
+    key = {
+      "content": self.reader.content(path),
+      **self.reader.described,
       "model": self._identity,
       # Padding may move the last bit.
       "buckets": [dataclasses.astuple(bucket) for bucket in self.buckets],
     }
+    return key if indices is None else key | {"frames": list(indices)}
 
-  def _facts(self, file: str) -> dict[str, Any] | None:
-    key = self._key(rejected_clips.content_hash(file))
-    return self._cache.facts(feature_cache.key(**key))
+  def _facts(self, path: str) -> dict[str, Any] | None:
+    return self._cache.facts(feature_cache.key(**self._key(path)))
 
-  def _read(self, path: str, content: str):
+  def _read(self, path: str):
     """Returns (key, Clip) of what the disk holds; (None, None) if nothing."""
     if self._cache is None:
       return None, None
-    known = self.manifest[path] if self.manifest else None
+    known = self.reader.known(path)
     wanted = known and known.indices
     for indices in (None, wanted) if wanted else (None,):
-      key = self._key(content, indices)
+      key = self._key(path, indices)
       entry = self._cache.get(feature_cache.key(**key))
       if entry is None:
         continue
@@ -613,73 +494,13 @@ class FeatureStore:
     return {name: shapes[name] for name in self.want}
 
 
-class _Tower:
-  """The programs of a vision tower: features, and signals apart."""
-
-  def __init__(self, model, params, mesh: Mesh | None):
-    """Compiles nothing yet.
-
-    Args:
-      model: `VideoLLM`.
-      params: of the tower.
-      mesh: each device of its `data` axis encodes a clip; None is one at once.
-    """
-    self._model, self._params, self._mesh = model, params, mesh
-    self._programs = {}
-
-  def __call__(self, names: frozenset[str], inputs) -> list[dict[str, Any]]:
-    """Returns {name: float32 array} of each of the clips' TowerInputs."""
-    wanted = [()] if _FEATURES in names else []
-    if signals := video_llm.check_signals(names - {_FEATURES}):
-      wanted.append(signals)
-    found = [{} for _ in inputs]
-    for signals in wanted:
-      for out, new in zip(found, self._run(signals, inputs), strict=True):
-        # In float32 as on disk, so that a hit changes no type or bit.
-        out |= {k: np.asarray(v, np.float32) for k, v in new.items()}
-    return found
-
-  def _run(self, signals, inputs) -> list[dict[str, jax.Array]]:
-    if signals not in self._programs:
-      self._programs[signals] = self._compile(signals)
-    program = self._programs[signals]
-    if self._mesh is None:
-      out = [program(self._params, one) for one in inputs]
-      return jax.block_until_ready(out)
-    count, rows = len(inputs), self._mesh.shape["data"]
-    inputs = [*inputs, *[inputs[-1]] * (rows - count)]
-    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *inputs)
-    out = jax.device_get(program(self._params, stacked))
-    return [jax.tree.map(lambda leaf, i=i: leaf[i], out) for i in range(count)]
-
-  def _compile(self, signals):
-    def encode(params, inputs):
-      video = self._model.encode(params, inputs, signals=signals)
-      # What is not returned is not run.
-      if signals:
-        return dict(video.signals)
-      found = {_FEATURES: video.features, _DEEP: video.deep}
-      return {k: v for k, v in found.items() if v is not None}
-
-    def encode_each(params, inputs):
-      return jax.lax.map(lambda one: encode(params, one), inputs)
-
-    if self._mesh is None:
-      return jax.jit(encode)
-    return mesh_lib.jit_rows(encode_each, self._mesh)
-
-
-def _too_small(height: int, width: int, side: int) -> frames_lib.ShapeError:
-  return frames_lib.ShapeError(
-    f"a frame of {width} x {height} pixels has a side of {side} or fewer",
-    "leave the clip out",
-  )
-
-
 def open_store(
   experiment: experiment_lib.Experiment,
   processor: processors.Processor,
   rule: frames_lib.FrameRule,
+  *,
+  params: Any = None,
+  reading: Mapping[str, Any] | None = None,
   **options,
 ) -> FeatureStore:
   """Returns the encoded clips of config.data.
@@ -688,21 +509,22 @@ def open_store(
     experiment: whose base model encodes them.
     processor: what is done to frames.
     rule: which frames are shown.
+    params: instead of the base model's.
+    reading: further options of `clips.ClipReader`.
     **options: further ones of `FeatureStore`.
   """
   config, checkpoint = experiment.config, experiment.loaded
   folder = config.data.feature_cache
   if not processor.one_grid and "grid" not in options:
-    options.setdefault(
-      "buckets",
-      token_grid.make_buckets(config.data.buckets, processor, rule.num_frames),
+    options["buckets"] = token_grid.make_buckets(
+      config.data.buckets, processor, rule.num_frames
     )
   return FeatureStore(
-    experiment_lib.media_root(config),
+    clips.ClipReader(
+      experiment_lib.media_root(config), processor, rule, **(reading or {})
+    ),
     checkpoint.model,
-    options.pop("params", checkpoint.params),
-    processor,
-    rule=rule,
+    checkpoint.params if params is None else params,
     identity=checkpoint.identity["sha256"],
     cache=feature_cache.FeatureCache(folder) if folder else None,
     **options,

@@ -269,13 +269,10 @@ def open_store(experiment, processor, **options) -> features.FeatureStore:
     for device in mesh.devices[:, 0]
     if device.process_index == jax.process_index()
   ]
-  params = {
-    name: value
-    for name, value in experiment.loaded.params.items()
-    if name != "language_model"
-  }
+  params = experiment.loaded.params
   if jax.process_count() > 1:
     # Which clips are encoded depends on what this process has on disk.
+    params = {k: v for k, v in params.items() if k != "language_model"}
     params = jax.tree.map(lambda x: jnp.asarray(programs.gather(x)), params)
   return features.open_store(
     experiment,
@@ -283,10 +280,12 @@ def open_store(experiment, processor, **options) -> features.FeatureStore:
     frames_lib.FrameRule(data.num_frames, data.frame_rule),
     params=params,
     keep=data.memory_items,
-    min_side=data.min_side,
-    refused=rejected_clips.RejectedClips(listed).refused,
+    reading={
+      "min_side": data.min_side,
+      "refused": rejected_clips.RejectedClips(listed).refused,
+      "hashed": bool(data.feature_cache),
+    },
     mesh=mesh_lib.make_mesh(len(here), devices=here) if here[1:] else None,
     only_buckets=not processor.one_grid,
-    hashed=False,
     **options,
   )

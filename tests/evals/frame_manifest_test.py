@@ -1,5 +1,6 @@
 """Frames are written down once and must be the same ever after."""
 
+import dataclasses
 import hashlib
 import json
 import types
@@ -9,9 +10,8 @@ import numpy as np
 import pytest
 
 from cacovid_jax import errors
-from cacovid_jax.data import frames, video
+from cacovid_jax.data import frame_record, video
 from cacovid_jax.evals import frame_manifest
-from cacovid_jax.inference import features
 from cacovid_jax.models import processors, video_llm
 from tests.evals import tiny
 
@@ -45,12 +45,12 @@ def manifest_of(root, given="", num_frames=4):
 
 
 def source_of(root, manifest):
-  return features.FeatureStore(
-    str(root),
+  return tiny.open_store(
+    root,
     Model(),
     {"weight": jnp.float32(1)},
     processors.LlavaOnevisionProcessor(image_size=16, frame_side=1),
-    rule=frames.FrameRule(4),
+    num_frames=4,
     manifest=manifest,
   )
 
@@ -155,13 +155,12 @@ def test_another_decoder_is_refused_by_name(root, monkeypatch):
     source["a.mp4"]
   decode = video.decode
 
-  def brighter(*args, **options):
+  def changed(*args, **options):
     clip = decode(*args, **options)
-    np.add(clip.frames, 1, out=clip.frames)
-    return clip
+    return dataclasses.replace(clip, frame_hash=clip.frame_hash[::-1])
 
-  monkeypatch.setattr(video, "decode", brighter)
-  monkeypatch.setattr(frame_manifest.provenance, "decoder", lambda: "New 2.0")
+  monkeypatch.setattr(video, "decode", changed)
+  monkeypatch.setattr(frame_record, "decoder", lambda: "New 2.0")
   with source_of(root, manifest_of(root)) as source:
     with pytest.raises(
       errors.UserError, match="New 2.0 gives other frames than PyAV"

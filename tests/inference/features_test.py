@@ -21,7 +21,6 @@ from cacovid_jax.data import (
   video,
 )
 from cacovid_jax.evals import frame_manifest
-from cacovid_jax.inference import features
 from cacovid_jax.models import (
   llava_onevision,
   processors,
@@ -82,13 +81,9 @@ def frame_hash(shown):
 
 
 def source_of(root, model=None, **options):
-  return features.FeatureStore(
-    str(root),
-    model or Model(),
-    {"weight": jnp.float32(1)},
-    PROCESSOR,
-    rule=options.pop("rule", RULE),
-    **options,
+  params = {"weight": jnp.float32(1)}
+  return tiny.open_store(
+    root, model or Model(), params, PROCESSOR, num_frames=4, **options
   )
 
 
@@ -252,8 +247,7 @@ def test_a_cache_without_extras_is_completed(root, tmp_path):
   model = Model()
   with source_of(root, model, cache=cache, want=WANT) as source:
     clip = source["a.mp4"]
-    content = rejected_clips.content_hash(root / "a.mp4")
-    parts = source._key(content)
+    parts = source._key("a.mp4")
   assert model.traced == 0 and model.observed == [("vision_attention",)]
   for name in WANT:
     np.testing.assert_array_equal(clip.extras[name], fresh.extras[name])
@@ -292,12 +286,12 @@ def test_extras_of_a_tower_that_reads_patches(tmp_path):
   processor = processors.Qwen2_5VLProcessor(
     patch_size=4, min_pixels=6 * 64, max_pixels=16 * 64
   )
-  with features.FeatureStore(
-    str(tmp_path),
+  with tiny.open_store(
+    tmp_path,
     model,
     params,
     processor,
-    rule=RULE,
+    num_frames=4,
     grid=processor.grid(4, 32, 32),
     want=WANT,
   ) as source:
@@ -314,12 +308,12 @@ def test_extras_of_a_real_tower_have_the_shapes_that_it_says(tmp_path):
     llava_onevision.LlavaOnevisionConfig.tiny()
   )
   params = model.init(jax.random.key(0))
-  with features.FeatureStore(
-    str(tmp_path),
+  with tiny.open_store(
+    tmp_path,
     model,
     params,
     model.processor,
-    rule=frames.FrameRule(3),
+    num_frames=3,
     want=WANT,
   ) as source:
     clip, missing = source["a.mp4"], source["gone.mp4"]
@@ -404,7 +398,7 @@ def test_other_frames_than_those_of_the_rule_have_an_entry_of_their_own(
 @pytest.mark.parametrize("what", ["frame", "preprocessing", "model", "decoder"])
 def test_the_key_names_all_that_features_depend_on(root, monkeypatch, what):
   with source_of(root) as source:
-    key = source._key("content")
+    key = source._key("a.mp4")
   options = {}
   if what == "frame":
     options["rule"] = frames.FrameRule(4, frames.TRAIN_RULE)
@@ -418,7 +412,7 @@ def test_the_key_names_all_that_features_depend_on(root, monkeypatch, what):
   else:
     monkeypatch.setattr(frame_record, "decoder", lambda: "PyAV 0")
   with source_of(root, **options) as source:
-    assert source._key("content") != key
+    assert source._key("a.mp4") != key
 
 
 def test_clips_are_loaded_in_another_process(root, tmp_path):
@@ -483,9 +477,7 @@ class TestBuckets:
 
   def store(self, folder, model, **options):
     processor = processors.Qwen2_5VLProcessor.tiny()
-    return features.FeatureStore(
-      str(folder), *model, processor, rule=RULE, **options
-    )
+    return tiny.open_store(folder, *model, processor, num_frames=4, **options)
 
   def test_padding_is_cut_off(self, folder, model):
     buckets = [token_grid.GridBucket(2, 24), token_grid.GridBucket(3, 40)]
