@@ -1,14 +1,17 @@
 """Stateless order, bad clips, what a batch holds: on clips made here."""
 
+import functools
 import json
 import pickle
 
+import jax
 import numpy as np
 import pytest
 
 from cacovid_jax import errors
 from cacovid_jax.data import frames, rejected_clips, video
 from cacovid_jax.data import question as question_lib
+from cacovid_jax.models import prompt_batch
 from cacovid_jax.policy import sampling
 from cacovid_jax.training import batches as batches_lib
 from cacovid_jax.training import ratio
@@ -254,3 +257,32 @@ def test_an_odd_shape_can_cross_processes():
   error = pickle.loads(pickle.dumps(frames.ShapeError("too long", "cut it")))
   assert (error.detail, error.mend) == ("too long", "cut it")
   assert str(error) == "too long; cut it"
+
+
+@pytest.mark.parametrize(
+  ("prompt_rows", "expected"), [((1 + 25 + 64,), 218), ((), 208)]
+)
+def test_rollouts_compute_the_rows_of_their_text(prompt_rows, expected):
+  """Of 32 frames of 14 x 14 tokens at r = 0.02, which keeps 128 at most.
+
+  A newline, 25 tokens of the template and 50 of a question; padded to 1 024
+  tokens of text the rows would be 1 168.
+  """
+  grid = (32, 14, 14)
+  ladder = ratio.make_ladder(
+    grid, sampling.SamplingConfig(), ratio.RatioConfig(), fixed=0.02
+  )
+  (K,) = ladder.num_keep
+  buckets = prompt_batch.PromptBuckets.of([1 + 25 + 50], beside=K)
+  if prompt_rows:
+    buckets = prompt_batch.PromptBuckets(prompt_rows)
+  N = ladder.bucket.tokens
+  L = N + buckets.pick(1 + 25 + 50)
+  rows, _, _ = jax.eval_shape(
+    functools.partial(prompt_batch.kept_rows, num_rows=L),
+    jax.ShapeDtypeStruct((K,), np.int32),
+    jax.ShapeDtypeStruct((), np.int32),
+    video_rows=jax.ShapeDtypeStruct((N,), np.int32),
+    length=jax.ShapeDtypeStruct((), np.int32),
+  )
+  assert (K, N, rows.shape[0]) == (128, 6272, expected)
