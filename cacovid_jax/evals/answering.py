@@ -37,7 +37,7 @@ from cacovid_jax.evals import (
 )
 from cacovid_jax.evals import programs as programs_lib
 from cacovid_jax.evals.report import answer as answer_page
-from cacovid_jax.inference import features
+from cacovid_jax.inference import clip_queue
 
 SHIPPED_MODEL = experiment_lib.SHIPPED_MODEL
 SHIPPED_POLICY = experiment_lib.SHIPPED_POLICY
@@ -315,7 +315,7 @@ class Answerer:
       return fixed
     return processor.grid(num_frames, *video.frame_size(path, self._limits))
 
-  def _open(self, grid) -> tuple[features.FeatureStore, programs_lib.Programs]:
+  def _open(self, grid) -> tuple[clip_queue.ClipQueue, programs_lib.Programs]:
     """Returns what encodes clips of a grid and answers; made once."""
     if grid not in self._opened:
       source = evaluation.open_source(

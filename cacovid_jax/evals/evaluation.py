@@ -36,7 +36,7 @@ from cacovid_jax.evals import (
   shards,
 )
 from cacovid_jax.evals.report import html, viewer
-from cacovid_jax.inference import features
+from cacovid_jax.inference import clip_queue, features
 from cacovid_jax.policy import loading
 
 
@@ -415,7 +415,7 @@ def open_source(
   keep: int = 0,
   grid: tuple[int, int, int] | None = None,
   **reading,
-) -> features.FeatureStore:
+) -> clip_queue.ClipQueue:
   """Returns the encoded clips of config.data, at the frames of config.evals.
 
   Args:
@@ -430,6 +430,7 @@ def open_source(
     experiment,
     read_processor(experiment),
     frames_lib.FrameRule(config.data.num_frames, config.evals.frame_rule),
+    make=clip_queue.ClipQueue,
     keep=keep or 2 * config.evals.batch_size,
     want=want,
     reading=reading,

@@ -42,7 +42,7 @@ from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import asker as asker_lib
 from cacovid_jax.evals import benchmarks, prompting, provenance, scoring
 from cacovid_jax.evals import programs as programs_lib
-from cacovid_jax.inference import features
+from cacovid_jax.inference import clip_queue
 from cacovid_jax.policy import loading
 
 VANILLA = "vanilla"
@@ -276,7 +276,7 @@ class Evaluator:
   def __init__(
     self,
     checkpoint: Any,
-    source: features.FeatureStore,
+    source: clip_queue.ClipQueue,
     questions: Sequence[question_lib.Question],
     settings: Settings,
     *,

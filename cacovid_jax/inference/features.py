@@ -12,7 +12,6 @@ feature maps.
 """
 
 import collections
-import concurrent.futures
 import dataclasses
 import threading
 import time
@@ -23,9 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from cacovid_jax import errors
 from cacovid_jax import experiment as experiment_lib
-from cacovid_jax import progress as progress_lib
 from cacovid_jax.compressors import base
 from cacovid_jax.data import feature_cache, frame_record, video
 from cacovid_jax.data import frames as frames_lib
@@ -57,8 +54,7 @@ class FeatureStore:
   """Encoded clips below a media root.
 
   `load` decodes (in threads or other processes) and `finish` encodes (on the
-  main thread); `store[path]` does both for a clip that threads have decoded
-  ahead, and takes a clip that cannot be used as it is, with its fault.
+  main thread). See `clip_clip_queue.ClipQueue` for one clip after the other.
 
   What a tower tells beside features comes from a second run of it, in a program
   of its own: the features of a clip are the same, to the bit, whatever else is
@@ -96,7 +92,7 @@ class FeatureStore:
       params: its weights; those of the language model are not used.
       identity: of the weights, part of the keys.
       grid: of every clip; None finds it by the processor, which may need the
-        shape of each clip's frames, see `survey`.
+        shape of each clip's frames.
       buckets: sizes that the tower is compiled for, where grids differ; a clip
         that fits none is encoded in its own size...
       only_buckets: ... or refused if it is too long and narrow for all of them.
@@ -112,9 +108,8 @@ class FeatureStore:
       grid = reader.processor.fixed_grid(reader.rule.num_frames)
     self.grid = None if grid is None else tuple(grid)
     self._given, self._only_buckets = self.grid is not None, only_buckets
-    # Of surveyed clips: the grid, or why there is none.
+    # Of clips whose shape was looked at before.
     self._grids: dict[str, tuple[int, int, int]] = {}
-    self._faults: dict[str, str] = {}
     self.seconds = collections.Counter()
     self._model, self._cache, self._keep = model, cache, keep
     self._identity = f"{identity} {jnp.dtype(model.dtype).name} {model.backend}"
@@ -124,14 +119,11 @@ class FeatureStore:
   def _set_up_memory(self):
     self._clips: collections.OrderedDict[str, Clip] = collections.OrderedDict()
     self._lock = threading.Lock()
-    self._pool = None
-    self._ahead: dict[str, concurrent.futures.Future] = {}
 
   def __getstate__(self):
     # For loading ahead in processes, which encode nothing.
     state = dict(self.__dict__, _tower=None)
-    for name in ("_clips", "_lock", "_pool", "_ahead"):
-      del state[name]
+    del state["_clips"], state["_lock"]
     return state
 
   def __setstate__(self, state):
@@ -153,47 +145,6 @@ class FeatureStore:
     """Records that clips must agree with, or None."""
     return self.reader.manifest
 
-  # Grids.
-
-  def survey(self, paths: Iterable[str]) -> None:
-    """Finds out the grids of clips by their first frames.
-
-    Clips whose size a manifest or the disk knows are not opened.
-
-    Args:
-      paths: as the questions name them. The grid that most of those have stands
-        for those that cannot be used, so give all at once.
-    """
-    if self._given:
-      return
-    known = self._grids.keys() | self._faults.keys()
-    paths = [path for path in dict.fromkeys(paths) if path not in known]
-    if not paths:
-      return
-    found = self._threads().map(self._find_grid, paths)
-    with progress_lib.Progress(
-      len(paths), description="clip shapes"
-    ) as progress:
-      for done, path in enumerate(paths, start=1):
-        result = next(found)
-        known = self._faults if isinstance(result, str) else self._grids
-        known[path] = result
-        progress.update(done)
-    counts = collections.Counter(self._grids.values())
-    if not counts:
-      first = next(iter(self._faults))
-      raise errors.UserError(
-        f"none of the {len(self._faults)} clips below {self.reader.root} can be"
-        f" read (first: {first}, {self._faults[first]}); download them, or"
-        " correct the folder of the clips"
-      )
-    self.grid = counts.most_common(1)[0][0]
-
-  def grid_of(self, path: str) -> tuple[int, int, int]:
-    """Returns (T, H, W) of a clip; of one that cannot be used, `grid`."""
-    self.survey([path])
-    return self._grids.get(path, self.grid)
-
   def bucket_of(self, grid: tuple[int, int, int]) -> token_grid.GridBucket:
     """Returns the smallest bucket that holds a grid, or else its own size."""
     fits = [bucket for bucket in self.buckets if bucket.holds(grid)]
@@ -201,70 +152,16 @@ class FeatureStore:
       return token_grid.pick(grid, fits)
     return token_grid.TokenGrid.of(grid).bucket
 
-  # One clip at a time, decoded ahead by threads; faults are noted.
-
-  def __getitem__(self, path: str) -> Clip:
-    if (clip := self._recall(path)) is not None:
-      return clip
-    self.prefetch([path])
-    loaded = self._ahead.pop(path).result()
-    if self.reader.manifest:
-      # Here and not in the threads, so that the order is that of the questions.
-      self.reader.manifest.add(loaded.clip.record)
-    return self.finish([loaded])[0]
-
-  def prefetch(self, paths: Iterable[str]) -> None:
-    """Starts to decode clips that will be asked for next."""
-    paths = list(dict.fromkeys(paths))
-    # Not from the threads that decode: they would wait for each other.
-    self.survey(paths)
-    for path in paths:
-      if path not in self._clips and path not in self._ahead:
-        self._ahead[path] = self._threads().submit(self._load_or_fault, path)
-
-  def discard(self, keep: Iterable[str] = ()) -> None:
-    """Drops what was decoded ahead and is not asked for after all.
-
-    Args:
-      keep: clips that will be.
-    """
-    for path in self._ahead.keys() - set(keep):
-      self._ahead.pop(path).cancel()
-
   def observe(self, want: Iterable[str]) -> None:
     """Changes what clips bring along; those that bring other things go."""
     want = frozenset(video_llm.check_signals(want))
     if want != self.want:
       self.want = want
-      self.discard()
       self.clear()
 
   def clear(self) -> None:
     """Forgets the clips in memory: the next one is decoded anew."""
     self._clips.clear()
-
-  def close(self) -> None:
-    """Stops the threads."""
-    if self._pool is not None:
-      self._pool.shutdown(cancel_futures=True)
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *exc_info):
-    self.close()
-
-  def unusable(self, path: str, reason: str) -> Clip:
-    """Returns what stands for a clip that cannot be used."""
-    grid = self.grid_of(path)
-    count, width = int(np.prod(grid)), self._model.config.text.hidden_size
-    shapes = {_FEATURES: (count, width), **self._signal_shapes(grid)}
-    if self._model.num_deep:
-      shapes[_DEEP] = (self._model.num_deep, count, width)
-    arrays = {k: np.zeros(shape, np.float32) for k, shape in shapes.items()}
-    return Clip(
-      frame_record.FrameRecord(video=path, fault=reason), grid, arrays
-    )
 
   def frames(self, path: str) -> np.ndarray:
     """Returns uint8[T,h,w,3] of the clip's own size; may raise `VideoError`."""
@@ -355,22 +252,6 @@ class FeatureStore:
             base.check_finite(value, f"{what} of the vision tower")
           yield one, arrays
 
-  def _threads(self):
-    if self._pool is None:
-      self._pool = concurrent.futures.ThreadPoolExecutor(2, "decode")
-    return self._pool
-
-  def _load_or_fault(self, path: str) -> Loaded:
-    # A clip that could not be used when batches were made is not used later.
-    reason = self._faults.get(path)
-    try:
-      if not reason:
-        return self.load(path)
-    except video.VideoError as error:
-      # Without the path: results must not depend on where the data lies.
-      reason = error.reason.replace("_", " ")
-    return Loaded(path, self.unusable(path, reason))
-
   def _check(self, path: str, clip: Clip) -> None:
     """Refuses frames that are not those known, or that no program takes."""
     self.reader.check(path, clip.record)
@@ -390,22 +271,6 @@ class FeatureStore:
       file = video.safe_path(reader.root, path)
       detail = f"long and narrow: {columns} x {rows} tokens, above {most}"
       raise video.VideoError(file, "bad_shape", detail)
-
-  def _find_grid(self, path: str) -> tuple[int, int, int] | str:
-    """Returns the grid of a clip, or why it has none."""
-    known = self.reader.known(path)
-    if known and known.fault:
-      return known.fault
-    try:
-      if known:
-        size = known.size
-      elif self._cache and (facts := self._facts(path)):
-        size = facts["record"]["size"]
-      else:
-        size = self.reader.size(path)
-      return self.reader.grid(path, size)
-    except video.VideoError as error:
-      return error.reason.replace("_", " ")
 
   # Memory and disk.
 
@@ -499,6 +364,7 @@ def open_store(
   processor: processors.Processor,
   rule: frames_lib.FrameRule,
   *,
+  make: type[FeatureStore] = FeatureStore,
   params: Any = None,
   reading: Mapping[str, Any] | None = None,
   **options,
@@ -509,6 +375,7 @@ def open_store(
     experiment: whose base model encodes them.
     processor: what is done to frames.
     rule: which frames are shown.
+    make: the class.
     params: instead of the base model's.
     reading: further options of `clips.ClipReader`.
     **options: further ones of `FeatureStore`.
@@ -519,7 +386,7 @@ def open_store(
     options["buckets"] = token_grid.make_buckets(
       config.data.buckets, processor, rule.num_frames
     )
-  return FeatureStore(
+  return make(
     clips.ClipReader(
       experiment_lib.media_root(config), processor, rule, **(reading or {})
     ),

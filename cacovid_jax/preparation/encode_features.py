@@ -237,15 +237,14 @@ def main(args):
       experiment, config.evals.split, config.evals.num_questions
     )
     questions, store = found.questions, evaluation.open_source(experiment)
-  with store:
-    report = encode(
-      store,
-      questions,
-      directory,
-      shard=shard,
-      num_threads=config.data.num_threads,
-      rejected=rejected_clips.RejectedClips(batches.rejected_path(directory)),
-    )
+  report = encode(
+    store,
+    questions,
+    directory,
+    shard=shard,
+    num_threads=config.data.num_threads,
+    rejected=rejected_clips.RejectedClips(batches.rejected_path(directory)),
+  )
   print(
     f"{directory}: {report.num_clips} clips, {report.num_present} were there,"
     f" {report.num_encoded} encoded, {len(report.failed)} cannot be used"

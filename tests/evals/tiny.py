@@ -15,7 +15,7 @@ from cacovid_jax import base_config
 from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.data import frames
-from cacovid_jax.inference import clips, features
+from cacovid_jax.inference import clip_queue, clips
 from cacovid_jax.models import (
   checkpoints,
   llava_onevision,
@@ -231,9 +231,9 @@ def load_checkpoint(directory: str):
 
 
 def open_store(root, model, params, processor, *, num_frames, **options):
-  """Returns a `FeatureStore`; takes the options of its reader as well."""
+  """Returns a `ClipQueue`; takes the options of its reader as well."""
   names = ("limits", "min_side", "refused", "manifest", "hashed")
   reading = {name: options.pop(name) for name in names if name in options}
   rule = options.pop("rule", frames.FrameRule(num_frames))
   reader = clips.ClipReader(str(root), processor, rule, **reading)
-  return features.FeatureStore(reader, model, params, **options)
+  return clip_queue.ClipQueue(reader, model, params, **options)

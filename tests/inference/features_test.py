@@ -21,6 +21,7 @@ from cacovid_jax.data import (
   video,
 )
 from cacovid_jax.evals import frame_manifest
+from cacovid_jax.inference import features
 from cacovid_jax.models import (
   llava_onevision,
   processors,
@@ -418,7 +419,10 @@ def test_the_key_names_all_that_features_depend_on(root, monkeypatch, what):
 def test_clips_are_loaded_in_another_process(root, tmp_path):
   cache = feature_cache.FeatureCache(tmp_path / "cache")
   with source_of(root, cache=cache) as source:
-    there = pickle.loads(pickle.dumps(source))
+    alone = features.FeatureStore(
+      source.reader, source._model, {"weight": jnp.float32(1)}, cache=cache
+    )
+    there = pickle.loads(pickle.dumps(alone))
     loaded = pickle.loads(pickle.dumps(there.load("a.mp4")))
     assert loaded.inputs is not None and not loaded.clip.arrays
     expected = source.finish([loaded, loaded])
