@@ -5,7 +5,7 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from cacovid_jax.compressors import base
 from cacovid_jax.data import frames as frames_lib
 from cacovid_jax.data import video
 from cacovid_jax.evals import frame_manifest
-from cacovid_jax.models import processors, video_llm
+from cacovid_jax.models import processors, token_grid, video_llm
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,6 +33,7 @@ class Clip:
     warnings: what makes the frames less than they seem, one line each.
     extras: float32[N, ...] of each wanted of `video_llm.SIGNALS`; zeros if the
       clip cannot be used.
+    deep: see `video_llm.VideoFeatures`.
   """
 
   features: np.ndarray
@@ -42,6 +43,7 @@ class Clip:
   second_per_grid_t: float = 1.0
   warnings: tuple[str, ...] = ()
   extras: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  deep: np.ndarray | None = None
 
 
 class ClipSource:
@@ -59,6 +61,7 @@ class ClipSource:
   Attributes:
     grid: (T, H, W) of the clips; where they differ, of most of them.
     manifest: frames that clips must agree with, or None.
+    buckets: static sizes that clips of several grids are asked in.
     want: names of `video_llm.SIGNALS` that each clip's `extras` hold.
     seconds: spent so far on "decode" (frames to pixels included; threads add
       up) and "tower".
@@ -79,6 +82,7 @@ class ClipSource:
     grid: tuple[int, int, int] | None = None,
     want: Iterable[str] = (),
     manifest: frame_manifest.FrameManifest | None = None,
+    buckets: Sequence[token_grid.GridBucket] = (),
   ):
     """Starts nothing but the threads.
 
@@ -97,7 +101,9 @@ class ClipSource:
       want: names of `video_llm.SIGNALS` that are needed besides features.
       manifest: where the frames are written down, and what they must agree
         with; None for neither.
+      buckets: for clips of several grids; a clip that fits in none has its own.
     """
+    self.buckets = tuple(buckets)
     self.want = frozenset(video_llm.check_signals(want))
     self.num_frames = num_frames
     if grid is None:
@@ -170,6 +176,13 @@ class ClipSource:
     """Returns (T, H, W) of a clip; of one that cannot be used, `grid`."""
     self.survey([path])
     return self._grids.get(path, self.grid)
+
+  def bucket_of(self, grid: tuple[int, int, int]) -> token_grid.GridBucket:
+    """Returns the smallest bucket that holds a grid, else the grid's own."""
+    holding = [bucket for bucket in self.buckets if bucket.holds(grid)]
+    return token_grid.pick(
+      grid, holding or [token_grid.TokenGrid.of(grid).bucket]
+    )
 
   def frames(self, path: str) -> np.ndarray:
     """Returns uint8[T, h, w, 3]; raises `VideoError` if it cannot."""

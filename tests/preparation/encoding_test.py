@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from cacovid_jax import errors
+from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import rejected_clips
-from cacovid_jax.evals import answering
 from cacovid_jax.models import checkpoints
 from cacovid_jax.preparation import encoding
 from cacovid_jax.training import pipeline
@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def checkpoint():
-  return checkpoints.load(str(answering.SHIPPED_MODEL), jnp.float32)
+  return checkpoints.load(str(experiment_lib.SHIPPED_MODEL), jnp.float32)
 
 
 def rows(names=("0.mp4", "1.mp4", "2.mp4", "1.mp4")):
@@ -54,7 +54,7 @@ def make(folder, checkpoint, cache, questions=None):
   """Returns a run of two epochs of four questions, one after the other."""
   config = tiny_training.config(
     **{
-      "model.path": str(answering.SHIPPED_MODEL),
+      "model.path": str(experiment_lib.SHIPPED_MODEL),
       "total_steps": 8,
       "videos_per_step": 1,
       "data.root": str(folder),

@@ -16,6 +16,7 @@ import pytest
 
 from cacovid_jax import errors
 from cacovid_jax.data import feature_cache, video
+from cacovid_jax.inference import programs as inference
 from cacovid_jax.models import (
   checkpoints,
   processors,
@@ -29,7 +30,6 @@ from cacovid_jax.training import (
   programs,
   ratio,
   replay,
-  rollout,
   step,
 )
 from cacovid_jax.training import run as run_lib
@@ -169,7 +169,7 @@ class Alone:
 
     @jax.jit
     def learn(before, after, params, index, kept, masks, rewards):
-      answers = rollout.answer(
+      ids, _ = inference.answer_rows(
         config.model,
         params,
         videos.prompts,
@@ -193,7 +193,7 @@ class Alone:
         videos,
         jax.tree.map(lambda leaf: leaf[None], memory),
       )
-      return scores, answers.ids[0], loss[0], grads, metrics
+      return scores, ids[0], loss[0], grads, metrics
 
     return learn
 

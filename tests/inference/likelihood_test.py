@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from cacovid_jax import errors
-from cacovid_jax.evals import asker as asker_lib
-from cacovid_jax.evals import benchmarks, clips, likelihood, runner
+from cacovid_jax.evals import benchmarks, clips
+from cacovid_jax.inference import engine as engine_lib
+from cacovid_jax.inference import methods as methods_lib
 from tests.evals import tiny
 
 
 @pytest.fixture(scope="module")
-def evaluator(checkpoint, checkpoint_dir, data_dir):
+def engine(checkpoint, checkpoint_dir, data_dir):
   with clips.ClipSource(
     data_dir,
     checkpoint.model,
@@ -22,11 +23,13 @@ def evaluator(checkpoint, checkpoint_dir, data_dir):
     checkpoint.model.read_processor(checkpoint_dir),
     num_frames=tiny.FRAMES,
   ) as source:
-    yield runner.Evaluator(
+    yield engine_lib.Engine(
       checkpoint,
       source,
       benchmarks.load(data_dir, "test").questions,
-      runner.Settings(num_frames=tiny.FRAMES, batch_size=2, max_new_tokens=5),
+      engine_lib.Settings(
+        num_frames=tiny.FRAMES, batch_size=2, max_new_tokens=5
+      ),
     )
 
 
@@ -38,15 +41,15 @@ def _forward(model, params, x, positions, length):
   return model.logits(params, hidden)[0]
 
 
-def _naive(evaluator, question, cell, ids):
+def _naive(engine, question, condition, ids):
   """Returns (log-probability, greedy) by one forward pass over all tokens."""
-  asker = asker_lib.Asker(evaluator, [question])
-  batch, model = asker.batch, evaluator.checkpoint.model
-  params = evaluator.checkpoint.params
+  runner = engine.batch([question])
+  batch, model = runner.batch, engine.checkpoint.model
+  params = engine.checkpoint.params
   length, start = int(batch.lengths[0]), int(batch.video_rows[0, 0])
   rows = np.arange(length)
-  if cell.method is not None:
-    kept = np.asarray(asker.select(cell).index[0])
+  if condition.method is not None:
+    kept = np.asarray(runner.select(condition).index[0])
     video = np.arange(start, start + tiny.NUM_VIDEO)
     rows = np.concatenate(
       [rows[:start], video[kept], rows[start + tiny.NUM_VIDEO :]]
@@ -70,63 +73,56 @@ def _naive(evaluator, question, cell, ids):
 
 
 @pytest.mark.parametrize("spec", ["vanilla", "uniform"])
-def test_it_is_the_sum_over_the_tokens_of_a_forward_pass(evaluator, spec):
-  method = None if spec == "vanilla" else runner.Method.parse(spec)
-  cell = runner.Cell(method, 1.0 if method is None else 0.25, 0)
-  questions = _questions(evaluator)[:3]
+def test_it_is_the_sum_over_the_tokens_of_a_forward_pass(engine, spec):
+  method = None if spec == "vanilla" else methods_lib.Method.parse(spec)
+  condition = methods_lib.Condition(method, 1.0 if method is None else 0.25, 0)
+  questions = _questions(engine)[:3]
   texts = ["A", "red or blue?", "grey", "A"]
   asked = [questions[0], questions[0], questions[1], questions[2]]
-  found = likelihood.score(evaluator, asked, texts, cell)
-  encode = evaluator.checkpoint.tokenizer.encode
+  found = engine.likelihoods(asked, texts, condition)
+  encode = engine.checkpoint.tokenizer.encode
   assert len(encode(texts[1])) > len(encode(texts[0]))
   for question, text, got in zip(asked, texts, found, strict=True):
-    log_prob, greedy = _naive(evaluator, question, cell, encode(text))
+    log_prob, greedy = _naive(engine, question, condition, encode(text))
     np.testing.assert_allclose(got.log_prob, log_prob, rtol=1e-4)
     assert got.greedy == greedy
 
 
-def _questions(evaluator):
-  return [evaluator._pool[i] for i in range(len(evaluator._pool))]
+def _questions(engine):
+  return engine.pool
 
 
 @pytest.mark.parametrize("spec", ["fastv"])
-def test_what_would_be_generated_is_greedy_and_likelier(evaluator, spec):
-  method = None if spec == "vanilla" else runner.Method.parse(spec)
-  cell = runner.Cell(method, 1.0 if method is None else 0.5, 0)
-  question = _questions(evaluator)[0]
-  asker = asker_lib.Asker(evaluator, [question])
-  ids = asker.vanilla().ids if method is None else asker.reply(cell).ids
-  reader = likelihood._Reader(evaluator, evaluator.tools(question), cell, 8)
-  state = reader.prefill(asker)
+def test_what_would_be_generated_is_greedy_and_likelier(engine, spec):
+  method = None if spec == "vanilla" else methods_lib.Method.parse(spec)
+  condition = methods_lib.Condition(method, 1.0 if method is None else 0.5, 0)
+  question = _questions(engine)[0]
+  runner = engine.batch([question])
+  ids = runner.output(condition).ids
   said = np.asarray(ids)[0].tolist()
-  ends = [i for i, one in enumerate(said) if one in asker._e.checkpoint.eos_ids]
+  eos_ids = engine.checkpoint.eos_ids
+  ends = [i for i, one in enumerate(said) if one in eos_ids]
   said = said[: ends[0]] if ends else said
   assert said
-  log_prob, greedy = reader.score(state, asker.batch, [said])
-  assert greedy[0] and log_prob[0] < 0
   # Any other last token is less likely, and not greedy.
   other = [*said[:-1], (said[-1] + 1) % 200]
-  less, not_greedy = reader.score(state, asker.batch, [other])
-  assert less[0] < log_prob[0] and not not_greedy[0]
+  ((found, less),) = runner.likelihood(condition, [[said, other]], 8)
+  assert found.greedy and found.log_prob < 0
+  assert less.log_prob < found.log_prob and not less.greedy
 
 
-def test_probabilities_of_all_first_tokens_sum_to_one(evaluator):
-  question = _questions(evaluator)[1]
-  reader = likelihood._Reader(
-    evaluator, evaluator.tools(question), runner.Cell(None, 1.0, 0), 8
+def test_probabilities_of_all_first_tokens_sum_to_one(engine):
+  question = _questions(engine)[1]
+  vocab = engine.checkpoint.model.config.text.vocab_size
+  first = [[number] for number in range(vocab)]
+  (found,) = engine.batch([question]).likelihood(
+    methods_lib.Condition(), [first], 8
   )
-  asker = asker_lib.Asker(evaluator, [question, question])
-  state = reader.prefill(asker)
-  vocab = evaluator.checkpoint.model.config.text.vocab_size
-  total = 0.0
-  for first in range(0, vocab, 2):
-    pair = [[first], [min(first + 1, vocab - 1)]]
-    log_prob, _ = reader.score(state, asker.batch, pair)
-    total += np.exp(log_prob[: min(2, vocab - first)]).sum()
+  total = sum(np.exp(one.log_prob) for one in found)
   np.testing.assert_allclose(total, 1.0, rtol=1e-4)
 
 
-def test_a_budget_that_cannot_be_met_is_refused(evaluator):
-  cell = runner.Cell(runner.Method.parse("fastv"), 0.01, 0)
+def test_a_budget_that_cannot_be_met_is_refused(engine):
+  condition = methods_lib.Condition(methods_lib.Method.parse("fastv"), 0.01, 0)
   with pytest.raises(errors.UserError):
-    likelihood.score(evaluator, _questions(evaluator)[:1], ["A"], cell)
+    engine.likelihoods(_questions(engine)[:1], ["A"], condition)
