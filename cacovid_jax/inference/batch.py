@@ -187,8 +187,7 @@ class BatchRunner:
     The prompt is read once for all of them; what they are scored from is what
     an answer is generated from.
 
-    Each question has at least one continuation; `size` is the length of the
-    longest in any batch.
+    Each question has one at least; `size` is that of the longest anywhere.
     """
     size = -(-size // _CONTINUATION_STEP) * _CONTINUATION_STEP
     state = self._read(condition, size - 1)
@@ -371,7 +370,7 @@ class BatchRunner:
 
   def _keys(self, seed: int):
     """Returns one key per question, from the seed and the question's name."""
-    names = [question.drawn_by for question in self._questions]
+    names = [question.rng_id for question in self._questions]
     hashes = [question_lib.question_hash(name) for name in names]
     hashes = jnp.asarray(np.array(hashes, np.uint32)[np.array(self._rows)])
     key = jax.random.key(seed)

@@ -130,7 +130,7 @@ def other_question(
 
   Drawn by the seed and the question's id, the same in every run.
   """
-  key = question_lib.question_hash(f"{seed}/{question.drawn_by}")
+  key = question_lib.question_hash(f"{seed}/{question.rng_id}")
   rng = np.random.default_rng(key)
   for place in rng.permutation(len(pool)):
     other = pool[int(place)]

@@ -101,10 +101,9 @@ class Programs:
     embed: (params, ids, features, video rows) -> float[B, L, D].
     text: (batch) -> float[B, Q, D] of the questions, padded by zeros.
     answer: (params, batch, `Selection` [B, ...]) -> ids int32[B, M].
-    answer_text: (params, ids int32[B, L], lengths) -> ids int32[B, M], of
-      prompts without a video.
-    read: (params, batch, `Selection` or None, room) -> (logits, cache) behind
-      pruned or whole prompts, with static room for more rows.
+    answer_text: (params, ids int32[B, L], lengths) -> ids, without a video.
+    read: (params, batch, `Selection` or None for all, room) -> (logits, cache)
+      with static room for more rows.
     score: `generation.score` of this model.
   """
 
@@ -211,7 +210,9 @@ class Programs:
 
     program = ask  # Some read on the host how many tokens go on.
     if not compressor.on_host:
-      program = self._once("select and answer", key, ask, weights=(0, 3))
+      # A cache does not lead with the batch.
+      options = {"weights": (0, 3), "rows": room is None}
+      program = self._once("select and answer", key, ask, **options)
     return lambda params, batch, inputs: program(
       params, batch, inputs, compressor.load()
     )
