@@ -48,12 +48,12 @@ from cacovid_jax.evals import (
   estimate,
   latency,
   paper,
-  programs,
   provenance,
   results,
-  runner,
   tables,
 )
+from cacovid_jax.inference import methods as methods_lib
+from cacovid_jax.inference import programs as programs_lib
 from cacovid_jax.models import (
   checkpoints,
   llava_onevision,
@@ -146,7 +146,7 @@ def main(args):
   """Measures the table that the command line describes."""
   evals, table = args.config.evals, args.config.table
   ratios = results.check_ratios(map(base.check_ratio, evals.ratios))
-  methods = [runner.Method.parse(spec) for spec in evals.methods]
+  methods = [methods_lib.Method.parse(spec) for spec in evals.methods]
   labels = [method.label for method in methods]
   for method in methods:
     if method.compressor.oracle:
@@ -286,7 +286,7 @@ def make(size: Size, directory) -> tuple[latency.Subject, Any]:
     lambda leaf: leaf[None], selection_speed.inputs(grid, config)
   )
   features = inputs.features.astype(model.dtype)
-  made = programs.Programs(checkpoint, grid, max_new_tokens=1)
+  made = programs_lib.Programs(checkpoint, max_new_tokens=1)
   batch = _prompt(checkpoint, made, features, grid)
   policy = network.Policy.from_llm_config(
     config.text,

@@ -51,10 +51,10 @@ from cacovid_jax.evals import (
   paper,
   paper_rows,
   results,
-  runner,
   shards,
   tables,
 )
+from cacovid_jax.inference import methods as methods_lib
 
 ASKED = "asked.json"
 COMMAND = command.Command(
@@ -238,7 +238,7 @@ def make_plan(
   if specs == ("all",):
     rest = [name for name in compressors.names() if name not in paper.METHODS]
     specs = (*paper.METHODS, *rest)
-  methods = [runner.Method.parse(spec) for spec in specs]
+  methods = [methods_lib.Method.parse(spec) for spec in specs]
   labels = [method.label for method in methods]
   reads_scores = False
   for method in methods:
@@ -440,7 +440,7 @@ def asked(experiment: experiment_lib.Experiment, questions) -> dict[str, Any]:
     digest.update(json.dumps(fields, sort_keys=True).encode() + b"\n")
   evals = experiment.config.evals
   own = shards.Shard(*experiment.shard).file("answers.jsonl")
-  methods = map(runner.Method.parse, evals.methods)
+  methods = map(methods_lib.Method.parse, evals.methods)
   return {
     "questions": digest.hexdigest(),
     "ratios": list(map(results.ratio_key, evals.ratios)),

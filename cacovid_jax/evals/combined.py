@@ -25,10 +25,10 @@ from cacovid_jax.evals import (
   paper,
   provenance,
   results,
-  runner,
   shards,
   statistics,
 )
+from cacovid_jax.inference import methods as methods_lib
 from cacovid_jax.models import checkpoints
 
 _LEDGER = "answers.jsonl"
@@ -82,7 +82,7 @@ def read_part(
   name: str,
   workdir: str | os.PathLike,
   questions: Sequence[question_lib.Question],
-  methods: Sequence[runner.Method],
+  methods: Sequence[methods_lib.Method],
   ratios: Sequence[float],
   seeds: Sequence[int],
   *,
@@ -118,11 +118,11 @@ def read_part(
     *((method, ratio) for method in methods for ratio in ratios),
   ]:
     key = results.ratio_key(ratio)
-    label = runner.VANILLA if method is None else method.label
+    label = methods_lib.VANILLA if method is None else method.label
     if method and out["methods"][label][key]["status"] != "ok":
       continue
     used = seeds if method and method.per_seed else (0,)
-    cells = [runner.Cell(method, ratio, one) for one in used]
+    cells = [methods_lib.Condition(method, ratio, one) for one in used]
     try:
       scores[label, key] = np.mean(
         [
@@ -142,7 +142,7 @@ def read_part(
 
 def average(
   parts: Sequence[Part],
-  methods: Sequence[runner.Method],
+  methods: Sequence[methods_lib.Method],
   ratios: Sequence[float],
   *,
   replicates: int = statistics.REPLICATES,
@@ -165,7 +165,7 @@ def average(
   def mean(key):
     return float(np.mean([part.value(key) for part in parts]))
 
-  vanilla = runner.VANILLA, results.ratio_key(1.0)
+  vanilla = methods_lib.VANILLA, results.ratio_key(1.0)
   rows = {}
   for method in methods:
     cells = {}
@@ -281,7 +281,7 @@ def combine(
   """
   config = next(iter(experiments.values())).config
   evals = config.evals
-  methods = [runner.Method.parse(spec) for spec in evals.methods]
+  methods = [methods_lib.Method.parse(spec) for spec in evals.methods]
   parts = [
     read_part(
       name,

@@ -15,7 +15,9 @@ import numpy as np
 from cacovid_jax import errors
 from cacovid_jax.data import answer_log
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.evals import benchmarks, runner, statistics
+from cacovid_jax.evals import benchmarks, statistics
+from cacovid_jax.evals import evaluator as evaluator_lib
+from cacovid_jax.inference import methods as methods_lib
 
 SCHEMA = 1
 REFERENCE = "cacovid"
@@ -40,7 +42,7 @@ class Table:
   benchmark: str
   split: str
   questions: Sequence[question_lib.Question]
-  methods: Sequence[runner.Method]
+  methods: Sequence[methods_lib.Method]
   ratios: Sequence[float]
   seeds: Sequence[int]
   grid: tuple[int, int, int]
@@ -69,8 +71,8 @@ class Table:
   def shown_method(
     self,
     ratio: float,
-    failures: Mapping[tuple[str, float], runner.Failure],
-  ) -> runner.Method:
+    failures: Mapping[tuple[str, float], evaluator_lib.Failure],
+  ) -> methods_lib.Method:
     """Returns the learned method, or the first row that can be run."""
     able = [m for m in self.methods if (m.spec, ratio) not in failures]
     named = (m for m in able if m.label == REFERENCE)
@@ -82,7 +84,7 @@ def build(
   ledger: answer_log.Ledger,
   *,
   provenance: Mapping[str, Any],
-  failures: Mapping[tuple[str, float], runner.Failure] | None = None,
+  failures: Mapping[tuple[str, float], evaluator_lib.Failure] | None = None,
   chosen: Mapping[str, Any] | None = None,
   decisive: Mapping[str, Sequence[int]] | None = None,
   rule: str = "paper",
@@ -109,7 +111,7 @@ def build(
     frame_ratio: share of frames that the frame head would draw in training.
   """
   failures = failures or {}
-  vanilla = _values(table, ledger, runner.Cell(None, 1.0, 0))
+  vanilla = _values(table, ledger, methods_lib.Condition())
   methods, oracles, paired = {}, {}, []
   values = {}
   for method in table.methods:
@@ -135,7 +137,7 @@ def build(
                   reference)
         )  # fmt: skip
     paired.append(
-      _paired(table, REFERENCE, runner.VANILLA, ratio, reference, vanilla)
+      _paired(table, REFERENCE, methods_lib.VANILLA, ratio, reference, vanilla)
     )
   out = {
     "schema": SCHEMA,
@@ -154,7 +156,7 @@ def build(
       "n": len(vanilla),
       "kept_tokens": _number(table.num_video.mean()),
       **_breakdowns(table, vanilla),
-      **_fallbacks(_records(table, ledger, runner.Cell(None, 1.0, 0))),
+      **_fallbacks(_records(table, ledger, methods_lib.Condition())),
     },
     "methods": methods,
     "oracles": oracles,
@@ -207,12 +209,12 @@ def check_ratios(ratios: Iterable[float]) -> tuple[float, ...]:
 
 
 def keys(
-  table: Table, failures: Mapping[tuple[str, float], runner.Failure]
+  table: Table, failures: Mapping[tuple[str, float], evaluator_lib.Failure]
 ) -> list[answer_log.Key]:
   """Returns the keys of all answers of a table, less what could not be run."""
   return [
     cell.key(question.id)
-    for cell in runner.cells(table.methods, table.ratios, table.seeds)
+    for cell in methods_lib.conditions(table.methods, table.ratios, table.seeds)
     if cell.place not in failures
     for question in table.questions
   ]
@@ -228,7 +230,7 @@ def frame_hashes(
     ledger: with the answers to whole prompts.
     field: "frame_hash" is of their pixels, "index_hash" of which they are.
   """
-  cell = runner.Cell(None, 1.0, 0)
+  cell = methods_lib.Condition()
   found = {}
   for question in table.questions:
     digest = ledger[cell.key(question.id)].get(field)
@@ -251,7 +253,7 @@ def _cell(table, ledger, method, ratio, vanilla):
   """Returns (the cell of results.json, float64[Q] mean over seeds)."""
   cells = [
     cell
-    for cell in runner.cells([method], [ratio], table.seeds)
+    for cell in methods_lib.conditions([method], [ratio], table.seeds)
     if cell.method is not None
   ]
   per_seed = [_values(table, ledger, cell) for cell in cells]
@@ -291,7 +293,7 @@ def _cell(table, ledger, method, ratio, vanilla):
   return out, mean
 
 
-def _failed(method, failure: runner.Failure) -> dict[str, Any]:
+def _failed(method, failure: evaluator_lib.Failure) -> dict[str, Any]:
   """Returns the cell of a method that cannot be run at a ratio."""
   out = {"status": failure.reason, **_facts(method)}
   if failure.minimum_ratio is not None:
@@ -408,7 +410,7 @@ def _frame_head(table, ledger, decisive, frame_ratio, failures):
     return None
   T, H, W = table.grid  # Decisive tokens are known of one grid alone.
   drawn = math.ceil(frame_ratio * T)
-  cell = runner.Cell(method, table.ratios[0], 0)
+  cell = methods_lib.Condition(method, table.ratios[0], 0)
   hits, chances, clips = [], [], []
   for question in table.questions:
     order = ledger[cell.key(question.id)].get("frames")

@@ -7,8 +7,10 @@ from collections.abc import Iterable
 import numpy as np
 
 from cacovid_jax import errors
+from cacovid_jax import experiment as experiment_lib
 from cacovid_jax import progress as progress_lib
 from cacovid_jax.data import frame_record, video
+from cacovid_jax.data import frames as frames_lib
 from cacovid_jax.inference import features, tower
 from cacovid_jax.inference.clips import Clip
 
@@ -148,3 +150,40 @@ class ClipQueue(features.FeatureStore):
       return self.reader.grid(path, size)
     except video.VideoError as error:
       return error.reason.replace("_", " ")
+
+
+def read_processor(experiment: experiment_lib.Experiment):
+  """Returns what an evaluation does to frames, with the paper's bounds."""
+  path, data = experiment.config.model.path, experiment.config.data
+  found = experiment.checkpoint.model.read_processor(path)
+  return found.with_paper_bounds(data.min_pixels, data.max_pixels)
+
+
+def open_queue(
+  experiment: experiment_lib.Experiment,
+  want: frozenset[str] = frozenset(),
+  *,
+  keep: int = 0,
+  grid: tuple[int, int, int] | None = None,
+  **reading,
+) -> ClipQueue:
+  """Returns the encoded clips of config.data, at the frames of config.evals.
+
+  Args:
+    experiment: see there.
+    want: names of `video_llm.SIGNALS` that clips bring along.
+    keep: clips held in memory; 0 is those of this batch and of the next one.
+    grid: of every clip, where it is known.
+    **reading: further options of `clips.ClipReader`.
+  """
+  config = experiment.config
+  return features.open_store(
+    experiment,
+    read_processor(experiment),
+    frames_lib.FrameRule(config.data.num_frames, config.evals.frame_rule),
+    make=ClipQueue,
+    keep=keep or 2 * config.evals.batch_size,
+    want=want,
+    reading=reading,
+    **({} if grid is None else {"grid": grid}),
+  )

@@ -236,18 +236,48 @@ def whole(prompts: PromptBatch) -> PrunedPrompts:
   )
 
 
+def crop(prompts: PromptBatch, num_video: int) -> PromptBatch:
+  """Returns what a model reads of prompts, without the padding of a bucket.
+
+  Every video has `num_video` tokens.
+  """
+  num_rows = prompts.x.shape[1] + num_video - prompts.video_rows.shape[1]
+  return prompts._replace(
+    x=prompts.x[:, :num_rows],
+    positions=prompts.positions[:, :, :num_rows],
+    video_rows=prompts.video_rows[:, :num_video],
+    deep=None if prompts.deep is None else prompts.deep[:, :, :num_video],
+    features=None,
+    ids=None,
+    text_rows=None,
+  )
+
+
 def keep(prompts: PrunedPrompts, selection, *, num_video) -> PrunedPrompts:
   """Returns whole prompts with only what a selection [B, ...] keeps of N."""
   count = selection.mask.sum(axis=1).astype(jnp.int32)
   _, kept = take(prompts, selection.index, count, num_video=num_video)
-  if prompts.deep is not None:
-    kept = kept._replace(deep=jax.vmap(_means)(prompts.deep, selection))
+  kept = write_selection(kept, prompts.deep, selection)
   own = jnp.arange(selection.index.shape[1], dtype=jnp.int32)
-  # A method may have changed the rows that it keeps (merged tokens).
   return kept._replace(
-    x=write_video(kept.x, kept.video_rows, selection.features),
-    row=jnp.broadcast_to(own, selection.index.shape),
-    entered=selection,
+    row=jnp.broadcast_to(own, selection.index.shape), entered=selection
+  )
+
+
+def write_selection(kept, deep, selection):
+  """Returns pruned prompts with a selection's rows [B, ...] in their places.
+
+  A method may have changed the rows that it keeps (merged tokens).
+
+  Args:
+    kept: B prompts with what the selection keeps.
+    deep: float[B, S, N, D] of the whole videos, or None.
+    selection: see `compressors.base.Selection`.
+  """
+  if deep is not None:
+    kept = kept._replace(deep=jax.vmap(_means)(deep, selection))
+  return kept._replace(
+    x=write_video(kept.x, kept.video_rows, selection.features)
   )
 
 

@@ -29,7 +29,7 @@ from cacovid_jax import progress as progress_lib
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import rejected_clips, video
 from cacovid_jax.evals import evaluation, shards
-from cacovid_jax.inference import features
+from cacovid_jax.inference import clip_queue, features
 from cacovid_jax.training import batches
 from cacovid_jax.training import run as run_lib
 
@@ -236,7 +236,7 @@ def main(args):
     found = evaluation.load_benchmark(
       experiment, config.evals.split, config.evals.num_questions
     )
-    questions, store = found.questions, evaluation.open_source(experiment)
+    questions, store = found.questions, clip_queue.open_queue(experiment)
   report = encode(
     store,
     questions,

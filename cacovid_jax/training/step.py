@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from cacovid_jax.inference import programs
 from cacovid_jax.models import prompt_batch, token_grid
 from cacovid_jax.policy import sampling
 from cacovid_jax.training import ratio, replay
@@ -296,7 +297,7 @@ def rollout(config: StepConfig, constants, videos, memory, *, max_rung: int):
     (rollout_lib.Answers, replay.Masks), leading axis B.
   """
   combinations, num_valid = draw(config, videos, memory, max_rung=max_rung)
-  answers = rollout_lib.answer(
+  ids, logits = programs.answer_rows(
     config.model,
     constants.params,
     videos.prompts,
@@ -309,7 +310,7 @@ def rollout(config: StepConfig, constants, videos, memory, *, max_rung: int):
   masks = jax.vmap(
     lambda drawn: replay.masks(drawn, config.modes, config.num_video)
   )(combinations)
-  return answers, masks
+  return rollout_lib.Answers(ids, logits), masks
 
 
 def gradients(config: StepConfig, params, videos: Videos, memory):

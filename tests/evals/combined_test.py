@@ -8,12 +8,13 @@ import pytest
 
 from cacovid_jax import errors
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.evals import combined, runner, shards
+from cacovid_jax.evals import combined, shards
+from cacovid_jax.inference import methods as methods_lib
 
 VANILLA = ("vanilla", "1.00")
 COMPRESSED = ("cacovid", "0.10")
 OTHER = ("uniform", "0.10")
-METHODS = [runner.Method.parse(name) for name in ("cacovid", "uniform")]
+METHODS = [methods_lib.Method.parse(name) for name in ("cacovid", "uniform")]
 
 
 def part(name, count, macro=(), seed=0, failed=()):
@@ -158,7 +159,7 @@ def evaluated(tmp_path):
   """Returns (a workdir's answers, f(shard) that reads its scores)."""
   asked = PARTS[0].questions[:2]
   names = [question.id for question in asked]
-  method = runner.Method.parse("random")
+  method = methods_lib.Method.parse("random")
   records = [record("vanilla", 1.0, 0, name, 1.0) for name in names]
   for seed, scores in ((0, (1, 0)), (1, (1, 1))):
     records += [

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from cacovid_jax import errors
+from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import rejected_clips
-from cacovid_jax.evals import answering, evaluation
-from cacovid_jax.inference import tower
+from cacovid_jax.inference import clip_queue, tower
 from cacovid_jax.models import checkpoints
 from cacovid_jax.preparation import encode_features
 from cacovid_jax.training import run as run_lib
@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def checkpoint():
-  return checkpoints.load(str(answering.SHIPPED_MODEL), jnp.float32)
+  return checkpoints.load(str(experiment_lib.SHIPPED_MODEL), jnp.float32)
 
 
 def rows(names=("0.mp4", "1.mp4", "2.mp4", "1.mp4")):
@@ -54,7 +54,7 @@ def run_config(folder, cache):
   """Returns the config of two epochs of four questions."""
   return tiny_training.config(
     **{
-      "model.path": str(answering.SHIPPED_MODEL),
+      "model.path": str(experiment_lib.SHIPPED_MODEL),
       "total_steps": 8,
       "videos_per_step": 1,
       "data.root": str(folder),
@@ -261,13 +261,13 @@ def test_an_evaluation_takes_what_training_has_encoded(
   experiment = tiny_training.experiment_of(
     run_config(folder, tmp_path), tmp_path, checkpoint=checkpoint
   )
-  with evaluation.open_source(experiment) as store:
+  with clip_queue.open_queue(experiment) as store:
     clip = store["1.mp4"]
     assert opened == []
     np.testing.assert_array_equal(clip.features, run.store("1.mp4").features)
     assert clip.frame_hash and clip.index_hash and not clip.fault
     # The frames of another rule are others.
   other = experiment.replace({"evals.frame_rule": "train_linspace_1fps"})
-  with evaluation.open_source(other) as store:
+  with clip_queue.open_queue(other) as store:
     store["1.mp4"]
   assert opened == ["1.mp4"]

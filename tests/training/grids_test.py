@@ -18,6 +18,7 @@ from cacovid_jax import config as config_lib
 from cacovid_jax import errors
 from cacovid_jax.data import frames as frames_lib
 from cacovid_jax.data import video
+from cacovid_jax.inference import programs as inference
 from cacovid_jax.models import (
   checkpoints,
   processors,
@@ -31,7 +32,6 @@ from cacovid_jax.training import (
   programs,
   ratio,
   replay,
-  rollout,
   step,
 )
 from cacovid_jax.training import run as run_lib
@@ -171,7 +171,7 @@ class Alone:
 
     @jax.jit
     def learn(before, after, params, index, kept, masks, rewards):
-      answers = rollout.answer(
+      ids, _ = inference.answer_rows(
         config.model,
         params,
         videos.prompts,
@@ -195,7 +195,7 @@ class Alone:
         videos,
         jax.tree.map(lambda leaf: leaf[None], memory),
       )
-      return scores, answers.ids[0], loss[0], grads, metrics
+      return scores, ids[0], loss[0], grads, metrics
 
     return learn
 

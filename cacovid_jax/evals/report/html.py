@@ -20,8 +20,9 @@ import jinja2
 import markupsafe
 
 from cacovid_jax import files
-from cacovid_jax.evals import results, runner
+from cacovid_jax.evals import results
 from cacovid_jax.evals.report import charts, issues, svg, viewer
+from cacovid_jax.inference import methods as methods_lib
 
 _STYLE = "page.css"
 _SCRIPTS = ("tables.js", "groups.js", "viewer.js")
@@ -264,7 +265,7 @@ def _differences(out, ratios):
       if entry["ratio"] != ratio:
         continue
       start, end = entry["ci95"]
-      to_vanilla = entry["vs"] == runner.VANILLA
+      to_vanilla = entry["vs"] == methods_lib.VANILLA
       name = f"{entry['method']} against vanilla" if to_vanilla else None
       found.append(
         {

@@ -17,7 +17,10 @@ import numpy as np
 from PIL import Image
 
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.evals import results, runner
+from cacovid_jax.evals import evaluator as evaluator_lib
+from cacovid_jax.evals import results
+from cacovid_jax.inference import engine as engine_lib
+from cacovid_jax.inference import methods as methods_lib
 
 SHOWN_RATIO = 0.1
 # Methods whose kept tokens can be looked at, besides the shown one.
@@ -52,7 +55,7 @@ class Example:
     question: the question.
     frames: uint8[T, h, w, 3], one for each row of the grid's first axis.
     grid: (T, H, W).
-    views: (method, ratio) -> what it kept: `runner.Trace` or `runner.Kept`.
+    views: (method, ratio) -> its `inference.batch.KeptTokens`.
     answers: method -> ratio -> what was said; vanilla's ratio is 1.
     shown: the (method, ratio) that is shown first, one of `views`.
     decisive: tokens that decide the question; empty if not known.
@@ -78,11 +81,11 @@ class Example:
 def choose(
   table: results.Table,
   answers: Any,
-  evaluator: runner.Evaluator,
+  engine: engine_lib.Engine,
   decisive: Mapping[str, Sequence[int]],
   count: int,
   *,
-  failures: Mapping[tuple[str, float], runner.Failure] | None = None,
+  failures: Mapping[tuple[str, float], evaluator_lib.Failure] | None = None,
 ) -> list[Example]:
   """Returns right and wrong answers, half each as far as there are such.
 
@@ -93,7 +96,7 @@ def choose(
   Args:
     table: of the run.
     answers: its ledger.
-    evaluator: that asked.
+    engine: that asked.
     decisive: question id -> tokens that decide it, where known.
     count: at most as many examples.
     failures: what could not be asked.
@@ -109,7 +112,7 @@ def choose(
 
   def cell(method, ratio):
     seed = table.seeds[0] if method.per_seed else 0
-    return runner.Cell(method, ratio, seed)
+    return methods_lib.Condition(method, ratio, seed)
 
   shown = cell(method, ratio)
   usable = [
@@ -131,22 +134,21 @@ def choose(
   looked = {method.label, *_others(table, method, accuracies)}
   views = [one for one in asked if one.method.label in looked]
   picked = _pick(usable, answers, shown, count)
-  kept = evaluator.kept(picked, views)
+  kept = engine.kept(picked, views)
   examples = []
   for question in picked:
     said = collections.defaultdict(dict)
-    for one in (runner.Cell(None, 1.0, 0), *asked):
+    for one in (methods_lib.Condition(), *asked):
       found = answers[one.key(question.id)]
-      label = one.method.label if one.method else runner.VANILLA
       right = found["score"] == 1
-      said[label][one.ratio] = Said(found["text"], found["letter"], right)
-    frames = evaluator.source.frames(question.video)
-    first, per_slice = slices(frames, evaluator.grid_of(question)[0])
+      said[one.label][one.ratio] = Said(found["text"], found["letter"], right)
+    frames = engine.source.frames(question.video)
+    first, per_slice = slices(frames, engine.grid_of(question)[0])
     examples.append(
       Example(
         question=question,
         frames=first,
-        grid=evaluator.grid_of(question),
+        grid=engine.grid_of(question),
         views={
           (one.method.label, one.ratio): found
           for one, found in zip(views, kept[question.id], strict=True)
@@ -307,7 +309,7 @@ def _clip(example, images) -> dict[str, Any]:
 def _answers(example) -> dict[str, Any]:
   """Returns the table of answers: ratios, and a row for each method."""
   # Whatever is looked at has a row of its own.
-  apart = {runner.VANILLA} - {method for method, _ in example.views}
+  apart = {methods_lib.VANILLA} - {method for method, _ in example.views}
   methods = [name for name in example.answers if name not in apart]
   ratios = dict.fromkeys(r for name in methods for r in example.answers[name])
   rows = []
@@ -319,7 +321,7 @@ def _answers(example) -> dict[str, Any]:
     rows.append({"name": name, "cells": cells})
   vanilla = None
   if apart & example.answers.keys():
-    (vanilla,) = map(_brief, example.answers[runner.VANILLA].values())
+    (vanilla,) = map(_brief, example.answers[methods_lib.VANILLA].values())
   return {"ratios": list(ratios), "rows": rows, "vanilla": vanilla}
 
 
