@@ -12,7 +12,7 @@ import pytest
 
 from cacovid_jax import errors
 from cacovid_jax.compressors import simple
-from cacovid_jax.data import answer_log, frames, video
+from cacovid_jax.data import answer_log, feature_cache, frames, video
 from cacovid_jax.evals import (
   benchmarks,
   evaluation,
@@ -233,7 +233,7 @@ def source_of(data, directory, **options):
 
 
 def test_cached_clips_keep_their_seconds(data, directory, tmp_path):
-  cache = evaluation.feature_cache.FeatureCache(tmp_path / "cache")
+  cache = feature_cache.FeatureCache(tmp_path / "cache")
   found = []
   for _ in range(2):
     with source_of(data, directory, cache=cache) as source:

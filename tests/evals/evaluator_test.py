@@ -226,7 +226,7 @@ def test_only_clips_that_are_asked_about_are_decoded_ahead(shared, monkeypatch):
     return [(cells[0].key(q.id), {"score": 0.0}) for q in questions]
 
   source.clear()
-  monkeypatch.setattr(source, "_prepare", prepared.append)
+  monkeypatch.setattr(source, "_load_or_fault", prepared.append)
   monkeypatch.setattr(evaluator.engine, "batches", lambda questions: batches)
   monkeypatch.setattr(evaluator, "_ask", ask)
   evaluator.run(benchmark.questions, cells, answers)
@@ -717,7 +717,9 @@ def test_features_that_are_not_finite_are_refused_by_name(shared, monkeypatch):
   clip = evaluator.engine.source[video]
   broken = clip.features.copy()
   broken[3, 0] = np.nan
-  changed = dataclasses.replace(clip, features=broken)
+  changed = dataclasses.replace(
+    clip, arrays={**clip.arrays, "features": broken}
+  )
   monkeypatch.setitem(evaluator.engine.source._clips, video, changed)
   with pytest.raises(errors.UserError, match=f"{video} hold NaN"):
     ask(shared, methods_of("uniform"))
