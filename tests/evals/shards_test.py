@@ -194,7 +194,7 @@ def test_shards_of_a_table_say_when_work_is_left(
   def run(self, questions, cells, answers, *, description, shard):
     failures = {}
     shown.append(description)
-    for number, batch in list(enumerate(self.batches(questions)))[
+    for number, batch in list(enumerate(self.engine.batches(questions)))[
       shard[0] :: 3
     ]:
       for cell in cells:

@@ -145,7 +145,8 @@ def test_kept_tokens_are_those_of_a_question_by_itself(chosen, engine):
   method = methods_lib.Method.parse("cacovid")
   for one in chosen:
     view = one.views["cacovid", 0.1]
-    alone = engine.trace(one.question, method, 0.1)
+    condition = methods_lib.Condition(method, 0.1)
+    alone = engine.answer(one.question, condition).trace
     np.testing.assert_array_equal(view.index, alone.index)
     for name in ("token_gap", "frame_gap"):
       np.testing.assert_allclose(
@@ -156,8 +157,9 @@ def test_kept_tokens_are_those_of_a_question_by_itself(chosen, engine):
 def test_methods_inside_the_language_model_show_their_last_layer(table, engine):
   question = table.questions[0]
   method = methods_lib.Method.parse("fastv")
-  kept = engine.kept([question], [methods_lib.Condition(method, 0.5, 0)])
-  alone = engine.trace(question, method, 0.5)
+  condition = methods_lib.Condition(method, 0.5)
+  kept = engine.kept([question], [condition])
+  alone = engine.answer(question, condition).trace
   np.testing.assert_array_equal(kept[question.id][0].index, alone.index)
 
 
