@@ -136,10 +136,10 @@ class Prompts:
     length = features.shape[1] + text
     padded = self.tokenizer.pad(prompts, length, features.shape[1])
     placed = [
-      self._positions(prompt.ids, video, length)
+      self._model.positions(prompt.ids, video)
       for prompt, video in zip(prompts, videos, strict=True)
     ]
-    positions, following = map(np.array, zip(*placed, strict=True))
+    positions = [prompt_batch.count_on(rows, length) for rows, _ in placed]
     shape = len(rows), self._question_rows or text
     text_rows = np.full(shape, length, np.int32)
     for row, prompt in zip(text_rows, prompts, strict=True):
@@ -151,22 +151,15 @@ class Prompts:
     return prompt_batch.PromptBatch(
       # Awaited, so that its time is not taken for that of what follows.
       x=jax.block_until_ready(embed(ids, features, video_rows)),
-      positions=jnp.asarray(positions),
+      positions=jnp.asarray(np.stack(positions)),
       lengths=lengths,
       video_rows=video_rows,
-      next_position=jnp.asarray(following, jnp.int32),
+      next_position=jnp.asarray([place for _, place in placed], jnp.int32),
       deep=deep,
       features=features,
       ids=ids,
       text_rows=jnp.asarray(text_rows),
     )
-
-  def _positions(self, ids, video, length):
-    """Returns (int32[P, L], next position), counting on behind the prompt."""
-    positions, following = self._model.positions(ids, video)
-    behind = np.arange(1, length - len(ids) + 1, dtype=np.int32)
-    behind = positions[:, -1:] + behind
-    return np.concatenate([positions, behind], axis=1), following
 
 
 def question_span(

@@ -356,6 +356,12 @@ def drop(cache: qwen2.Cache, taken, lengths) -> qwen2.Cache:
   )
 
 
+def count_on(positions, length: int):
+  """Returns int32[P, length]: positions int32[P, L] that go on behind them."""
+  behind = np.arange(1, length - positions.shape[1] + 1, dtype=np.int32)
+  return np.concatenate([positions, positions[:, -1:] + behind], axis=1)
+
+
 def pad_rows(count: int, size: int) -> list[int]:
   """Returns `size` row numbers below `count`; the last one is repeated."""
   return [min(row, count - 1) for row in range(size)]

@@ -276,7 +276,7 @@ class Batches:
     bucket = ladder.bucket
     padded = self._tokenizer.pad(prompts, length, bucket.tokens)
     placed = [
-      _positions(*self._model.positions(prompt.ids, clip), length)
+      self._model.positions(prompt.ids, clip)
       for prompt, clip in zip(prompts, clips, strict=True)
     ]
     options, shown = self._marks(questions, bucket)
@@ -301,7 +301,9 @@ class Batches:
       decisive_frames=shown,
       grid_data=step.VideoGridData(
         grid=_stacked([ladder.place(grid) for grid in grids]),
-        positions=np.stack([rows for rows, _ in placed]),
+        positions=np.stack(
+          [prompt_batch.count_on(rows, length) for rows, _ in placed]
+        ),
         next_position=np.array([place for _, place in placed], np.int32),
         rungs=_stacked([ladder.rungs(grid) for grid in grids]),
       ),
@@ -386,12 +388,6 @@ def read_evidence(config) -> dict[str, list[int]]:
       f"{path}: line {number} is not {{'question_id', 'tokens'}} ({error})"
     ) from error
   return found
-
-
-def _positions(rows, following, length: int):
-  """Returns (i32[P,L], next position); rows count on behind the prompt."""
-  behind = np.arange(1, length - rows.shape[1] + 1, dtype=np.int32)
-  return np.concatenate([rows, rows[:, -1:] + behind], axis=1), following
 
 
 def _padded(array, axis: int, size: int):
