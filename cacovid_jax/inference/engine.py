@@ -176,13 +176,12 @@ class Engine:
     With `more_follow`, programs are to serve later questions as well; the rest
     is as of the constructor.
     """
-    rows = experiment.config.data.get("prompt_rows", ())
     return cls(
       experiment.checkpoint,
       source,
       questions,
       settings,
-      prompt_rows=rows or (None if more_follow else ()),
+      prompt_rows=None if more_follow else (),
       mesh=experiment.mesh,
       **options,
     )

@@ -52,8 +52,8 @@ class Prompts:
       grid_of: returns (T, H, W) of a question's clip; refused is one that
         leaves a question no room.
       num_video: largest N_max.
-      rows: config.data.prompt_rows; empty chooses the lengths that pad these
-        questions least, None takes usual ones that serve others as well.
+      rows: lengths of text; empty chooses those that pad these questions
+        least, None takes usual ones that serve others as well.
     """
     self.tokenizer = checkpoint.tokenizer
     if self.tokenizer is None:

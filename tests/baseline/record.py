@@ -353,6 +353,7 @@ _QWEN = _SHIPPED | {
   "total_steps": 6,
   "data.reader": "own",
   "data.num_frames": 4,
+  "data.prompt_rows": (),
   "data.buckets": ((2, 16), (2, 24)),
 }
 
