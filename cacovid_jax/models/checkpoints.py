@@ -229,7 +229,6 @@ def _plan(directory, config, dtype=None):
   # Every single tensor that should come: {name: (path, layout, layer)}.
   pending = {}
   for name, (path, layout, layers) in family.table(config).items():
-    path = "/".join(path)
     if layers is None:
       pending[name] = (path, layout, None)
     else:
@@ -399,7 +398,7 @@ def source_shapes(config):
   kernel_shape = family.kernel_shape(config)
   found = {}
   for name, (path, layout, layers) in family.table(config).items():
-    shape = shapes["/".join(path)]
+    shape = shapes[path]
     if layers is None:
       found[name] = _source_shape(layout, shape, kernel_shape)
     for layer in range(layers or 0):
@@ -423,7 +422,7 @@ def _source_tensors(config, params, dtype):
   leaves = traverse_util.flatten_dict(params, sep="/")
   tensors = {}
   for name, (path, layout, layers) in family.table(config).items():
-    leaf = leaves["/".join(path)]
+    leaf = leaves[path]
     stored = dtype or jnp.dtype(leaf.dtype)
 
     def make(leaf=leaf, layer=None, layout=layout, stored=stored):

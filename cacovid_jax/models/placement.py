@@ -33,6 +33,43 @@ _SMALL_BYTES = 16 * 2**20
 _TILE_ROWS, _TILE_COLUMNS = 128, 4096
 
 
+# Leaves of a module: {its tensor at the source: (our leaf, layout)}.
+_LEAVES = {
+  "linear": {"weight": ("kernel", "transpose")},
+  "dense": {"weight": ("kernel", "transpose"), "bias": ("bias", "same")},
+  "patches": {"weight": ("kernel", "patches"), "bias": ("bias", "same")},
+  "conv3d": {"weight": ("kernel", "conv3d")},
+  "scale": {"weight": ("scale", "same")},
+  "norm": {"weight": ("scale", "same"), "bias": ("bias", "same")},
+  "table": {"weight": ("", "same")},
+}
+
+
+def rows(source, path, layers=None, **kinds):
+  """Returns the rows of some modules in a table of weights.
+
+  A row is name at the source, "{}" for the layer number -> (path, layout,
+  layers): `path` leads to a leaf of our parameters, `layout` is one of
+  `to_ours`, `layers` the depth of a stack that the tensors of all layers fill,
+  None for a single tensor.
+
+  Args:
+    source: what the modules' names begin with, without the dot.
+    path: of the module of ours that holds them.
+    layers: see above.
+    **kinds: name of each module -> one of `_LEAVES`, and behind a space the
+      name of ours where that is not the last part of the name.
+  """
+  found = {}
+  for name, kind in kinds.items():
+    kind, _, ours = kind.partition(" ")
+    ours = ours or name.rpartition(".")[2]
+    for tensor, (leaf, layout) in _LEAVES[kind].items():
+      whole = "/".join(filter(None, (path, ours, leaf)))
+      found[f"{source}.{name}.{tensor}"] = (whole, layout, layers)
+  return found
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
   """One tensor of a file and the place it fills.

@@ -6,6 +6,7 @@ Paper: https://arxiv.org/abs/2407.10671.
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -13,7 +14,17 @@ import jax
 import jax.numpy as jnp
 
 from cacovid_jax import errors
-from cacovid_jax.models import attention, hf_config, rope
+from cacovid_jax.models import attention, hf_config, placement, rope
+
+# Our sizes -> keys of the `text_config` section.
+_KEYS = dict(
+  vocab_size="vocab_size",
+  hidden_size="hidden_size",
+  intermediate_size="intermediate_size",
+  num_layers="num_hidden_layers",
+  num_heads="num_attention_heads",
+  num_kv_heads="num_key_value_heads",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,25 +116,23 @@ class Qwen2Config:
     where="text_config.",
     num_sections=None,
   ):
-    """Reads the `text_config` section of a config.json.
+    """Reads the `text_config` section of a config.json, of 4.x or 5.x.
 
     Args:
-      config: the section, as transformers 4.x or 5.x writes it.
-      tie_embeddings: what the file says outside the section; set in either
-        place means tied.
+      config: the section.
+      tie_embeddings: what the file says outside it; either place may say so.
       model_type: that the section may name.
       where: name of the section in messages, "" for a file without one.
       num_sections: position rows that share the rotary frequencies; None for
         plain RoPE.
     """
-    hf_config.require(config, "model_type", [model_type], where)
-    hf_config.require(config, "hidden_act", ["silu"], where)
-    hf_config.require(config, "use_sliding_window", [False], where)
-
-    def size(name, default=None):
-      kwargs = {} if default is None else {"default": default}
-      return hf_config.number(config, name, where=where, **kwargs)
-
+    hf_config.require(
+      config,
+      where,
+      model_type=[model_type],
+      hidden_act=["silu"],
+      use_sliding_window=[False],
+    )
     rotary = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rotary.get("rope_type", rotary.get("type", "default"))
     if kind not in ["default"] + ["mrope"] * (num_sections is not None):
@@ -131,47 +140,37 @@ class Qwen2Config:
         f"config.json: {where}rope_parameters has type {kind!r}; only the"
         " default rotary embedding is implemented"
       )
-    theta_from = rotary if "rope_theta" in rotary else config
-    num_heads = size("num_attention_heads")
-    num_kv_heads = size("num_key_value_heads")
+    number = functools.partial(hf_config.number, where=where)
+    sizes = hf_config.sizes(config, _KEYS, where)
+    num_heads, num_kv_heads = sizes["num_heads"], sizes["num_kv_heads"]
     if num_heads % num_kv_heads:
       raise errors.UserError(
         f"config.json: {where}num_attention_heads {num_heads} is no multiple of"
         f" num_key_value_heads {num_kv_heads}"
       )
-    head_dim = size("head_dim", size("hidden_size") // num_heads)
+    head_dim = number(
+      config, "head_dim", default=sizes["hidden_size"] // num_heads
+    )
     sections = None
     if num_sections is not None:
       sections = _sections(rotary, num_sections, head_dim // 2, where)
+    tied = tie_embeddings or config.get("tie_word_embeddings", False)
     return cls(
-      vocab_size=size("vocab_size"),
-      hidden_size=size("hidden_size"),
-      intermediate_size=size("intermediate_size"),
-      num_layers=size("num_hidden_layers"),
-      num_heads=num_heads,
-      num_kv_heads=num_kv_heads,
+      **sizes,
       head_dim=head_dim,
-      rope_theta=hf_config.number(theta_from, "rope_theta", float, where=where),
+      rope_theta=number(
+        rotary if "rope_theta" in rotary else config, "rope_theta", float
+      ),
       rope_sections=sections,
-      rms_norm_eps=hf_config.number(
-        config, "rms_norm_eps", float, default=1e-6, where=where
-      ),
-      tie_embeddings=bool(
-        tie_embeddings or config.get("tie_word_embeddings", False)
-      ),
-      max_positions=size("max_position_embeddings", 32768),
+      rms_norm_eps=number(config, "rms_norm_eps", float, default=1e-6),
+      tie_embeddings=bool(tied),
+      max_positions=number(config, "max_position_embeddings", default=32768),
     )
 
   def to_hf(self):
     """Returns the `text_config` section, in a form 4.x and 5.x both read."""
-    described = {
+    described = hf_config.described(self, _KEYS) | {
       "model_type": "qwen2",
-      "vocab_size": self.vocab_size,
-      "hidden_size": self.hidden_size,
-      "intermediate_size": self.intermediate_size,
-      "num_hidden_layers": self.num_layers,
-      "num_attention_heads": self.num_heads,
-      "num_key_value_heads": self.num_kv_heads,
       "head_dim": self.head_dim,
       "hidden_act": "silu",
       "rope_theta": self.rope_theta,
@@ -235,7 +234,7 @@ def angles(config: Qwen2Config, positions):
 
 
 def add_deep(x, number, deep, video_rows):
-  """Returns x float[B, L, D] of layer `number` with its visual features.
+  """Returns x float[B, L, D], output of layer `number`, with its features.
 
   Args:
     x: output of the layer.
@@ -311,8 +310,7 @@ class DecoderLayer(nn.Module):
         other rows; `more` becomes out["between"].
 
     Returns:
-      x float[B, L, D] and a dict with the new "keys" and "values",
-      float[B, L, K, H].
+      x, and a dict with the new "keys" and "values", float[B, L, K, H].
     """
     cfg = self.config
 
@@ -338,13 +336,7 @@ class DecoderLayer(nn.Module):
       h = attention.attention_over_cache(q, k, v, *cache, lengths)
     else:
       h = attention.attention(
-        q,
-        k,
-        v,
-        causal=causal,
-        lengths=lengths,
-        mask=mask,
-        backend=self.backend,
+        q, k, v, causal=causal, lengths=lengths, mask=mask, backend=self.backend
       )
     if want_attention:
       out["last_query_attention"] = attention.last_query_attention(
@@ -428,9 +420,9 @@ class Qwen2(nn.Module):
     Args:
       x: float[B, L, D] embeddings.
       positions: int32[B, P, L].
-      causal: static; False for a bidirectional pass.
-      lengths: int32[B] valid tokens of each row (right padding) or None.
-      mask: bool[B, L, L] or None.
+      causal: as of `DecoderLayer`, also the next two.
+      lengths: see above.
+      mask: see above.
       deep: see `add_deep`, None for none.
       video_rows: see `add_deep`.
       want_hidden: static; out["hidden"] float[layers, B, L, D], the output of
@@ -466,10 +458,8 @@ class Qwen2(nn.Module):
   def decode(self, x, positions, cache):
     """Returns (hidden float[B, D], cache) after one more token per row.
 
-    Args:
-      x: float[B, D] embeddings of the new tokens.
-      positions: int32[B, P].
-      cache: `Cache` with room for one more token in every row.
+    Of embeddings float[B, D] at positions int32[B, P], by a `Cache` with room
+    for one more token in every row.
     """
     cos, sin = angles(self.config, positions[..., None])
 
@@ -501,47 +491,32 @@ class Qwen2(nn.Module):
     return scan(self.layers, x, per_layer)
 
 
-def dense_rows(source, path, use_bias=True, layers=None, layout="transpose"):
-  """Returns the rows of a linear layer in a table of weights.
-
-  A row is source name, "{}" for the layer number -> (path, layout, layers):
-  `path` leads to a leaf of the parameters, `layout` is one of
-  `placement.to_ours`, `layers` the depth of a stack that the tensors of all
-  layers fill, None for a single tensor.
-  """
-  rows = {f"{source}.weight": ((*path, "kernel"), layout, layers)}
-  if use_bias:
-    rows[f"{source}.bias"] = ((*path, "bias"), "same", layers)
-  return rows
-
-
 def decoder_rows(config, source, lm_head):
-  """Returns the rows of a Qwen2 decoder; its parameters are `language_model`.
+  """Returns the `placement.rows` of a decoder, `language_model` of ours.
 
-  Args:
-    config: `qwen2.Qwen2Config`.
-    source: what the decoder's names begin with, without the dot.
-    lm_head: name of the output table; unused with tied embeddings.
+  Its names begin with `source`; `lm_head` is the output table's whole name.
   """
-  ours = ("language_model",)
-  rows = {
-    f"{source}.embed_tokens.weight": ((*ours, "embed_tokens"), "same", None),
-    f"{source}.norm.weight": ((*ours, "norm", "scale"), "same", None),
-  }
+  ours = "language_model"
+  rows = placement.rows(source, ours, embed_tokens="table", norm="scale")
   if not config.tie_embeddings:
-    rows[lm_head] = ((*ours, "lm_head"), "same", None)
-  layers, layer = config.num_layers, f"{source}.layers.{{}}"
-  for name in ("input_layernorm", "post_attention_layernorm"):
-    path = (*ours, "layers", name, "scale")
-    rows[f"{layer}.{name}.weight"] = (path, "same", layers)
-  for name in ("q_norm", "k_norm") if config.qk_norm else ():
-    path = (*ours, "layers", name, "scale")
-    rows[f"{layer}.self_attn.{name}.weight"] = (path, "same", layers)
-  for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-    path = (*ours, "layers", name)
-    use_bias = config.attention_bias and name != "o_proj"
-    rows |= dense_rows(f"{layer}.self_attn.{name}", path, use_bias, layers)
+    rows[lm_head] = (f"{ours}/lm_head", "same", None)
+  return rows | layer_rows(
+    f"{source}.layers.{{}}",
+    f"{ours}/layers",
+    bias=config.attention_bias,
+    qk_norm=config.qk_norm,
+    layers=config.num_layers,
+  )
+
+
+def layer_rows(source, path, *, bias=True, qk_norm=False, layers=None):
+  """Returns the rows of one decoder layer or of a stack; `placement.rows`."""
+  norms = ["input_layernorm", "post_attention_layernorm"]
+  norms += ["self_attn.q_norm", "self_attn.k_norm"] * qk_norm
+  kinds = dict.fromkeys(norms, "scale")
+  for name in ("q_proj", "k_proj", "v_proj"):
+    kinds[f"self_attn.{name}"] = "dense" if bias else "linear"
+  kinds["self_attn.o_proj"] = "linear"
   for name in ("gate_proj", "up_proj", "down_proj"):
-    path = (*ours, "layers", name)
-    rows |= dense_rows(f"{layer}.mlp.{name}", path, False, layers)
-  return rows
+    kinds[f"mlp.{name}"] = "linear"
+  return placement.rows(source, path, layers, **kinds)

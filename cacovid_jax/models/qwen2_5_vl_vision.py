@@ -18,17 +18,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from cacovid_jax import errors
-from cacovid_jax.models import (
-  attention,
-  hf_config,
-  qwen2,
-  rope,
-  video_llm,
-)
+from cacovid_jax.models import attention, hf_config, qwen2, rope, video_llm
 
 # Not in any config.json: the released code has it fixed.
 _RMS_NORM_EPS = 1e-6
 _CHANNELS = 3
+# Our sizes -> keys of the `vision_config` section.
+_KEYS = dict(
+  hidden_size="hidden_size",
+  intermediate_size="intermediate_size",
+  num_layers="depth",
+  num_heads="num_heads",
+  out_hidden_size="out_hidden_size",
+  patch_size="patch_size",
+  temporal_patch_size="temporal_patch_size",
+  merge_size="spatial_merge_size",
+  window_size="window_size",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,78 +84,57 @@ class VisionConfig:
     """Reads the `vision_config` section of a config.json."""
     where = "vision_config."
     hf_config.require(
-      config, "model_type", ["qwen2_5_vl", "qwen2_5_vl_vision"], where
+      config,
+      where,
+      model_type=["qwen2_5_vl", "qwen2_5_vl_vision"],
+      hidden_act=["silu"],
+      in_channels=[_CHANNELS],  # transformers 5.x,
+      in_chans=[_CHANNELS],  # and 4.x.
     )
-    hf_config.require(config, "hidden_act", ["silu"], where)
-    for name in ("in_channels", "in_chans"):  # transformers 5.x, 4.x.
-      hf_config.require(config, name, [_CHANNELS], where)
-
-    def size(name):
-      return hf_config.number(config, name, where=where)
-
     rotary = config.get("rope_parameters") or {}
     hf_config.require(
-      rotary, "rope_type", ["axial", "default"], f"{where}rope_parameters."
+      rotary, f"{where}rope_parameters.", rope_type=["axial", "default"]
     )
     full_layers = config.get("fullatt_block_indexes")
+    depth = hf_config.number(config, "depth", where=where)
     if not isinstance(full_layers, list) or not all(
-      isinstance(layer, int) and 0 <= layer < size("depth")
-      for layer in full_layers
+      isinstance(layer, int) and 0 <= layer < depth for layer in full_layers
     ):
       raise errors.UserError(
         f"config.json: {where}fullatt_block_indexes is {full_layers!r}; give a"
-        f" list of layer numbers below depth {size('depth')}"
+        f" list of layer numbers below depth {depth}"
       )
-    token = size("patch_size") * size("spatial_merge_size")
-    if size("window_size") < token:
-      raise errors.UserError(
-        f"config.json: {where}window_size {size('window_size')} is below one"
-        f" token of {token} pixels"
-      )
-    # Rows and columns turn a quarter of a head's values each, in pairs.
-    if size("hidden_size") % (4 * size("num_heads")):
-      raise errors.UserError(
-        f"config.json: {where}hidden_size {size('hidden_size')} does not split"
-        f" into num_heads {size('num_heads')} of a multiple of 4"
-      )
-    return cls(
-      hidden_size=size("hidden_size"),
-      intermediate_size=size("intermediate_size"),
-      num_layers=size("depth"),
-      num_heads=size("num_heads"),
-      out_hidden_size=size("out_hidden_size"),
+    found = cls(
+      **hf_config.sizes(config, _KEYS, where),
       full_layers=tuple(sorted(full_layers)),
-      patch_size=size("patch_size"),
-      temporal_patch_size=size("temporal_patch_size"),
-      merge_size=size("spatial_merge_size"),
-      window_size=size("window_size"),
       rope_theta=hf_config.number(
         rotary, "rope_theta", float, default=1e4, where=where
       ),
     )
+    token = found.patch_size * found.merge_size
+    if found.window_size < token:
+      raise errors.UserError(
+        f"config.json: {where}window_size {found.window_size} is below one"
+        f" token of {token} pixels"
+      )
+    # Rows and columns turn a quarter of a head's values each, in pairs.
+    if found.hidden_size % (4 * found.num_heads):
+      raise errors.UserError(
+        f"config.json: {where}hidden_size {found.hidden_size} does not split"
+        f" into num_heads {found.num_heads} of a multiple of 4"
+      )
+    return found
 
   def to_hf(self):
     """Returns the `vision_config` section, for 4.x and 5.x readers."""
-    return {
+    return hf_config.described(self, _KEYS) | {
       "model_type": "qwen2_5_vl",
-      "depth": self.num_layers,
-      "hidden_size": self.hidden_size,
-      "intermediate_size": self.intermediate_size,
-      "num_heads": self.num_heads,
-      "out_hidden_size": self.out_hidden_size,
       "in_chans": _CHANNELS,
       "in_channels": _CHANNELS,
       "hidden_act": "silu",
-      "patch_size": self.patch_size,
       "spatial_patch_size": self.patch_size,
-      "temporal_patch_size": self.temporal_patch_size,
-      "spatial_merge_size": self.merge_size,
-      "window_size": self.window_size,
       "fullatt_block_indexes": list(self.full_layers),
-      "rope_parameters": {
-        "rope_type": "axial",
-        "rope_theta": self.rope_theta,
-      },
+      "rope_parameters": {"rope_type": "axial", "rope_theta": self.rope_theta},
     }
 
   @property

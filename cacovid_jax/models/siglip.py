@@ -13,6 +13,16 @@ import numpy as np
 
 from cacovid_jax.models import attention, hf_config, video_llm
 
+# Our sizes -> keys of the `vision_config` section.
+_KEYS = dict(
+  hidden_size="hidden_size",
+  intermediate_size="intermediate_size",
+  num_layers="num_hidden_layers",
+  num_heads="num_attention_heads",
+  image_size="image_size",
+  patch_size="patch_size",
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SiglipConfig:
@@ -53,20 +63,15 @@ class SiglipConfig:
   def from_hf(cls, config):
     """Reads the `vision_config` section of a config.json."""
     where = "vision_config."
-    hf_config.require(config, "model_type", ["siglip_vision_model"], where)
-    hf_config.require(config, "hidden_act", ["gelu_pytorch_tanh"], where)
-    hf_config.require(config, "num_channels", [3], where)
-
-    def size(name):
-      return hf_config.number(config, name, where=where)
-
+    hf_config.require(
+      config,
+      where,
+      model_type=["siglip_vision_model"],
+      hidden_act=["gelu_pytorch_tanh"],
+      num_channels=[3],
+    )
     return cls(
-      hidden_size=size("hidden_size"),
-      intermediate_size=size("intermediate_size"),
-      num_layers=size("num_hidden_layers"),
-      num_heads=size("num_attention_heads"),
-      image_size=size("image_size"),
-      patch_size=size("patch_size"),
+      **hf_config.sizes(config, _KEYS, where),
       layer_norm_eps=hf_config.number(
         config, "layer_norm_eps", float, default=1e-6, where=where
       ),
@@ -74,14 +79,8 @@ class SiglipConfig:
 
   def to_hf(self):
     """Returns the `vision_config` section of a config.json."""
-    return {
+    return hf_config.described(self, _KEYS) | {
       "model_type": "siglip_vision_model",
-      "hidden_size": self.hidden_size,
-      "intermediate_size": self.intermediate_size,
-      "num_hidden_layers": self.num_layers,
-      "num_attention_heads": self.num_heads,
-      "image_size": self.image_size,
-      "patch_size": self.patch_size,
       "num_channels": 3,
       "hidden_act": "gelu_pytorch_tanh",
       "layer_norm_eps": self.layer_norm_eps,

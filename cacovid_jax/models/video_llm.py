@@ -110,11 +110,9 @@ class VideoLLM(abc.ABC):
     return self.processor.resized_grid(num_frames, height, width)
 
   def tower_inputs(self, inputs, bucket=None):
-    """Returns a processor's `TowerInputs` as `encode` takes them.
+    """Returns a processor's `TowerInputs` of one video as `encode` takes them.
 
-    Args:
-      inputs: of one video, on the host.
-      bucket: `token_grid.GridBucket` to pad to; None for the video's own sizes.
+    On the host; padded to `bucket`, a `token_grid.GridBucket`, if one is given.
     """
     del bucket  # Of models whose grids differ.
     return inputs
@@ -128,12 +126,9 @@ class VideoLLM(abc.ABC):
     """
 
   def encode(self, params, inputs, *, signals=()) -> VideoFeatures:
-    """Returns the features of one video.
+    """Returns the features of one video, of `tower_inputs`.
 
-    Args:
-      params: the model's parameters.
-      inputs: `processors.TowerInputs`, of `tower_inputs`.
-      signals: static, those of `SIGNALS` that are wanted.
+    `signals` are static, those of `SIGNALS` that are wanted.
     """
     signals = check_signals(signals)
     features, out = self.encode_stages(params, inputs, signals)
@@ -153,9 +148,8 @@ class VideoLLM(abc.ABC):
   def positions(self, ids, video):
     """Returns (int32[P, L], next position) of ONE prompt, on the host.
 
-    Args:
-      ids: int[L] of the prompt without padding.
-      video: what has the `grid` and `second_per_grid_t` of its video.
+    Of ids int[L] without padding, and what has the `grid` and the
+    `second_per_grid_t` of their video.
     """
 
   @abc.abstractmethod
@@ -165,11 +159,7 @@ class VideoLLM(abc.ABC):
   def encode_prompt(self, tokenizer, text, grid, second_per_grid_t=1.0):
     """Returns the `data.tokenizer.Prompt` of a question about a video.
 
-    Args:
-      tokenizer: of the checkpoint.
-      text: the question.
-      grid: (T, H, W) of the video.
-      second_per_grid_t: see `VideoFeatures`.
+    The tokenizer is the checkpoint's, `grid` the video's (T, H, W).
     """
     del second_per_grid_t  # Not in these models' text.
     return tokenizer.encode_prompt(text, math.prod(grid))
@@ -179,8 +169,7 @@ class VideoLLM(abc.ABC):
 
     Args:
       params: the model's parameters.
-      ids: int32[L]; the ids under the video are ignored, and rows behind the
-        prompt may be padding.
+      ids: int32[L]; those under the video are ignored.
       features: float[N, D] of the video.
       video_rows: int32[N] rows of its tokens; of padded features L.
     """
@@ -194,12 +183,8 @@ class VideoLLM(abc.ABC):
   def forward(self, params, x, positions, **options):
     """Returns (hidden float[B, L, D] after the final norm, out).
 
-    Args:
-      params: the model's parameters.
-      x: float[B, L, D] embeddings.
-      positions: int32[B, P, L].
-      **options: `mask`, `lengths`, `causal`, `deep` with `video_rows`,
-        `want_hidden` and `want_attention` of `qwen2.Qwen2.__call__`.
+    Of embeddings float[B, L, D] at positions int32[B, P, L]; `options` are
+    those of `qwen2.Qwen2.__call__`, `want_cache` apart.
     """
     return self._language(params, x, positions, method="__call__", **options)
 
@@ -243,12 +228,9 @@ class VideoLLM(abc.ABC):
   def decode_step(self, params, ids, positions, cache):
     """Returns (logits float32[B, V], cache) after one more token per row.
 
-    Args:
-      params: the model's parameters.
-      ids: int32[B] the new tokens.
-      positions: int32[B, P] their positions.
-      cache: `qwen2.Cache` with room left in every row, or a tuple of them for
-        consecutive slices of the layers, each with rows of its own.
+    Of tokens int32[B] at positions int32[B, P]. The `qwen2.Cache` has room
+    left in every row; or it is a tuple of them for consecutive slices of the
+    layers, each with rows of its own.
     """
     x = self._language(params, ids, method="embed")
     if isinstance(cache, qwen2.Cache):
@@ -264,14 +246,10 @@ class VideoLLM(abc.ABC):
     return self.final_logits(params, x[:, 0]), tuple(caches)
 
   def layer(self, params, number, x, positions, **kwargs):
-    """Returns (x, out) after decoder layer `number`, on its own.
+    """Returns (x, out) after decoder layer `number` on its own, int or int32[].
 
-    Args:
-      params: the model's parameters.
-      number: int or int32[], from 0.
-      x: float[B, L, D].
-      positions: int32[B, P, L].
-      **kwargs: see `qwen2.DecoderLayer`.
+    Of x float[B, L, D] at positions int32[B, P, L]; `kwargs` as of
+    `qwen2.DecoderLayer`.
     """
     # Indexed where it is used: a slice of all the layers would copy them.
     own = jax.tree.map(

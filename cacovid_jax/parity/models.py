@@ -39,51 +39,26 @@ LOGITS_TOLERANCE = 1e-4
 RESIDUAL_TOLERANCE = 3e-5
 _SCALE = 8.0
 
-_DECODER_ARRAYS = (
-  "input_ids",
-  "attention_mask",
-  "position_ids",
-  "inputs_embeds",
-  "hidden_states",
-  "last_hidden_state",
-  "logits",
-  "generated_ids",
-)
+# Names of arrays; the stages of LLaVA-OneVision's tower apart.
+_TOWER_STAGES = (
+  "vision_embeddings vision_tower_output projected_features pooled_features"
+).split()
 _DROPPED_ARRAYS = (
-  "dropped_keep_index",
-  "dropped_last_hidden_state",
-  "dropped_logits",
-)
-_LLAVA_ONEVISION_ARRAYS = (
-  "pixel_values_videos",
-  "vision_embeddings",
-  "vision_tower_output",
-  "projected_features",
-  "pooled_features",
-  "video_features",
-  *_DECODER_ARRAYS,
-  *_DROPPED_ARRAYS,
-)
+  "dropped_keep_index dropped_last_hidden_state dropped_logits"
+).split()
+_DECODER_ARRAYS = (
+  "pixel_values_videos video_features input_ids attention_mask position_ids"
+  " inputs_embeds hidden_states last_hidden_state logits generated_ids"
+).split()
 _QWEN2_5_VL_ARRAYS = (
-  "pixel_values_videos",
-  "video_grid_thw",
-  "second_per_grid_ts",
-  "patch_embed",
-  "window_index",
-  "cu_window_seqlens",
-  "vision_tower_output",
-  "video_features",
-  *_DECODER_ARRAYS,
-  "rope_deltas",
-  "v4_position_ids",
-  "v4_rope_deltas",
-  "v4_last_hidden_state",
-  "v4_logits",
-)
+  "video_grid_thw second_per_grid_ts patch_embed window_index"
+  " cu_window_seqlens vision_tower_output rope_deltas v4_position_ids"
+  " v4_rope_deltas v4_last_hidden_state v4_logits"
+).split()
 
 
 def check(folder):
-  """Returns the list of `stages.Stage` of one golden folder."""
+  """Returns the list of `stage.Stage` of one golden folder."""
   checkpoint = checkpoints.load(folder)
   return compare(checkpoint.model, checkpoint.params, read(folder))
 
@@ -100,7 +75,7 @@ def read(folder):
 
 
 def compare(model, params, golden):
-  """Returns the list of `stages.Stage`, from the pixels to the answers.
+  """Returns the list of `stage.Stage`, from the pixels to the answers.
 
   Args:
     model: `video_llm.VideoLLM`, in float32.
@@ -116,13 +91,8 @@ def compare(model, params, golden):
 def logits(model, params, golden):
   """Returns (ours, theirs) float32[n, V] behind each of all n prompt tokens.
 
-  From the pixels, in the model's own dtype; with Qwen2.5-VL by the position
-  rule of transformers 5.
-
-  Args:
-    model: as in `compare`, in any dtype.
-    params: its parameters.
-    golden: arrays of a golden.npz.
+  From the pixels, in the model's own dtype, which may be any; with Qwen2.5-VL
+  by the position rule of transformers 5. Arguments as of `compare`.
   """
   run = _Run(model, params, golden)
   if run.one_grid:
@@ -141,15 +111,19 @@ class _Run:
   def __init__(self, model, params, golden):
     self.model, self.params, self.golden = model, params, golden
     self.one_grid = model.processor.one_grid
-    needed = _LLAVA_ONEVISION_ARRAYS if self.one_grid else _QWEN2_5_VL_ARRAYS
+    own = (
+      _TOWER_STAGES + _DROPPED_ARRAYS if self.one_grid else _QWEN2_5_VL_ARRAYS
+    )
+    needed = [*_DECODER_ARRAYS, *own]
     if missing := [name for name in needed if name not in golden]:
       raise errors.UserError(
         f"golden.npz lacks {', '.join(missing)}; make the golden file again"
       )
     self.stages = []
     # Compiled once for all prompts of a shape.
-    self._forward = jax.jit(functools.partial(model.forward, want_hidden=True))
-    self._logits = jax.jit(model.logits)
+    forward = jax.jit(functools.partial(model.forward, want_hidden=True))
+    self.forward = functools.partial(forward, params)
+    self.logits = functools.partial(jax.jit(model.logits), params)
 
   def add(self, name, actual, expected=None, tolerance=STAGE_TOLERANCE):
     """Adds a stage; what it should be is the golden array of its name."""
@@ -158,23 +132,10 @@ class _Run:
     tolerance *= max(1.0, float(largest) / _SCALE)
     self.stages.append(stage.compare(name, actual, expected, tolerance))
 
-  def encode(self, videos):
-    """Returns (features, out) of `TowerInputs` of a batch of videos."""
-    encode = jax.jit(jax.vmap(self.model.encode_stages, (None, 0)))
-    return encode(self.params, videos)
-
-  def embed_prompt(self, *prompts):
-    """Returns float[B, L, D] of a batch of prompts."""
-    in_axes = (None, *[0] * len(prompts))
-    return jax.jit(jax.vmap(self.model.embed_prompt, in_axes))(
-      self.params, *prompts
-    )
-
-  def forward(self, x, positions, **kwargs):
-    return self._forward(self.params, x, positions, **kwargs)
-
-  def logits(self, hidden):
-    return self._logits(self.params, hidden)
+  def batched(self, function, *batch):
+    """Returns what a function of the model does to each entry of a batch."""
+    in_axes = (None, *[0] * len(batch))
+    return jax.jit(jax.vmap(function, in_axes))(self.params, *batch)
 
 
 def _llava_onevision(run):
@@ -189,19 +150,15 @@ def _llava_onevision_embedded(run):
   pixels = jnp.asarray(golden["pixel_values_videos"])
   pixels = pixels.transpose(0, 1, 3, 4, 2)  # [B, T, h, w, 3]
   grids = np.array([model.grid(*video.shape[:3]) for video in pixels])
-  features, out = run.encode(
-    processors.TowerInputs(pixels, tuple(grids.T), np.ones(len(pixels)))
+  features, out = run.batched(
+    model.encode_stages,
+    processors.TowerInputs(pixels, tuple(grids.T), np.ones(len(pixels))),
   )
-  for name in (
-    "vision_embeddings",
-    "vision_tower_output",
-    "projected_features",
-    "pooled_features",
-  ):
+  for name in _TOWER_STAGES:
     run.add(name, out[name].reshape(-1, *out[name].shape[2:]))
   num_video = np.full(len(features), features.shape[1])
   prompts = _Prompts(model.config, golden, num_video, num_newlines=1)
-  x = run.embed_prompt(prompts.ids, features, prompts.video_rows)
+  x = run.batched(model.embed_prompt, prompts.ids, features, prompts.video_rows)
   # The newline is the row behind the video's.
   rows = prompts.video_rows
   rows = np.concatenate([rows, rows[:, -1:] + 1], axis=1)
@@ -233,7 +190,7 @@ def _qwen2_5_vl_embedded(run):
   num_video = grids.prod(axis=1)
   prompts = _Prompts(model.config, golden, num_video)
   features = _qwen2_5_vl_features(run, grids, num_video)
-  x = run.embed_prompt(prompts.ids, features, prompts.video_rows)
+  x = run.batched(model.embed_prompt, prompts.ids, features, prompts.video_rows)
 
   padded_length = golden["input_ids"].shape[1]
   both = {}
@@ -287,13 +244,14 @@ def _qwen2_5_vl_features(run, grids, num_video):
   layouts = [model.layout(grid, sizes) for grid in grids]
   most = sizes.num_tokens * vision.patches_per_token
   videos = np.split(patches, starts[1:])
-  features, out = run.encode(
+  features, out = run.batched(
+    model.encode_stages,
     processors.TowerInputs(
       np.stack([np.pad(x, [(0, most - len(x)), (0, 0)]) for x in videos]),
       tuple(grids.T),
       run.golden["second_per_grid_ts"],
       jax.tree.map(lambda *leaves: np.stack(leaves), *layouts),
-    )
+    ),
   )
 
   def valid(x, lengths):
@@ -327,12 +285,7 @@ def _position_ids(run, prompts, grids, rule):
 class _Prompts:
   """The left-padded batch, rolled to right padding.
 
-  Attributes:
-    ids: int32[B, L].
-    lengths: int32[B] tokens of each prompt.
-    valid: bool[B, L].
-    num_video: int[B] tokens of each video.
-    video_rows: int32[B, N] their rows, L behind those of a video.
+  `video_rows` int32[B, N] are L behind the `num_video` int[B] of a video.
   """
 
   def __init__(self, config, golden, num_video, num_newlines=0):
@@ -413,12 +366,12 @@ def _decoder(run, prompts, x, positions, next_positions):
 
 def _head(run, prompts, hidden, prefix=""):
   """Adds the last hidden state and the logits of the whole prompts."""
-  valid = prompts.valid
-  name = f"{prefix}last_hidden_state"
-  run.add(name, hidden[valid], prompts.rows(name))
-  name = f"{prefix}logits"
-  logits = run.logits(hidden)
-  run.add(name, logits[valid], prompts.rows(name), LOGITS_TOLERANCE)
+  for name, ours, tolerance in (
+    ("last_hidden_state", hidden, STAGE_TOLERANCE),
+    ("logits", run.logits(hidden), LOGITS_TOLERANCE),
+  ):
+    name = f"{prefix}{name}"
+    run.add(name, ours[prompts.valid], prompts.rows(name), tolerance)
 
 
 def _dropped(run, prompts, x, positions):
@@ -454,11 +407,7 @@ def _pruned(run, prompts, x, positions):
   num_rows = x.shape[1] + prompts.video_rows.shape[1] - len(index)
   rows, lengths, _ = jax.vmap(
     lambda valid, video_rows, length: prompt_batch.kept_rows(
-      index,
-      valid,
-      video_rows=video_rows,
-      length=length,
-      num_rows=num_rows,
+      index, valid, video_rows=video_rows, length=length, num_rows=num_rows
     )
   )(num_valid, prompts.video_rows, prompts.lengths)
   batch = np.arange(len(rows))[:, None]

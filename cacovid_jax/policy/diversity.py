@@ -95,11 +95,7 @@ def density_peaks(
     int32[num_keep] token indices, ascending; n behind the first num_valid.
   """
   scores = peak_scores(
-    features,
-    rng=rng,
-    num_neighbours=num_neighbours,
-    noise=noise,
-    valid=valid,
+    features, rng=rng, num_neighbours=num_neighbours, noise=noise, valid=valid
   )
   _, index = jax.lax.top_k(scores, num_keep)
   if num_valid is not None:
