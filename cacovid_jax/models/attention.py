@@ -306,16 +306,11 @@ def last_query_attention(q, k, lengths):
 def strongest_attention(q, k, start, lengths, *, num_queries):
   """Returns float32[B, S]: the most that any late query looks at each key.
 
-  The softmax rows of the queries `start` to `lengths` - 1, each causal over
-  all its keys, their maximum over heads and over those queries. Only these
-  rows are computed, one kv head at a time, never a T x S map.
-
-  Args:
-    q: float[B, T, N, H].
-    k: float[B, T, K, H].
-    start: int32[B] first query that counts, below `lengths`.
-    lengths: int32[B] valid tokens of each row, at least 1, right padded.
-    num_queries: static bound on `lengths - start`, at least 1.
+  The softmax rows of the queries `start` to `lengths` - 1, int32[B], each
+  causal over all its keys, their maximum over heads and over those queries.
+  Only these rows are computed, one kv head at a time, never a T x S map. q is
+  float[B, T, N, H], k float[B, T, K, H], right padded; num_queries, static and
+  at least 1, bounds `lengths - start`.
   """
   batch, length, num_heads, head_dim = q.shape
   num_kv_heads = k.shape[2]

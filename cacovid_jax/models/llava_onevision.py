@@ -38,21 +38,17 @@ class LlavaOnevisionConfig:
 
   @classmethod
   def llava_onevision_0_5b(cls):
-    return cls(
-      vision=siglip.SiglipConfig.so400m(),
-      text=qwen2.Qwen2Config.qwen2_0_5b(),
-      image_token_id=151646,
-      video_token_id=151647,
-    )
+    return cls._released(qwen2.Qwen2Config.qwen2_0_5b())
 
   @classmethod
   def llava_onevision_7b(cls):
-    return cls(
-      vision=siglip.SiglipConfig.so400m(),
-      text=qwen2.Qwen2Config.qwen2_7b(),
-      image_token_id=151646,
-      video_token_id=151647,
-    )
+    return cls._released(qwen2.Qwen2Config.qwen2_7b())
+
+  @classmethod
+  def _released(cls, text):
+    vision = siglip.SiglipConfig.so400m()
+    ids = dict(image_token_id=151646, video_token_id=151647)
+    return cls(vision=vision, text=text, **ids)
 
   @classmethod
   def tiny(cls):

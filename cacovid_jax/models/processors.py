@@ -51,38 +51,23 @@ _UNUSABLE += (OverflowError, RecursionError)
 
 
 class TowerInputs(NamedTuple):
-  """ONE clip for the tower; a pytree.
+  """ONE clip for the tower; a pytree."""
 
-  Attributes:
-    values: float32[F, S, S, C] pixels or float32[P, C*t*p*p] patches.
-    grid: (T, H, W) of the video's tokens.
-    second_per_grid_t: seconds from one temporal patch to the next; 1.0 where
-      nothing tells it or the model's positions do not.
-    layout: arrays that the tower reads of the grid, `VideoLLM.tower_inputs`.
-  """
-
-  values: Any
-  grid: tuple[int, int, int]
-  second_per_grid_t: float = 1.0
-  layout: Any = None
+  values: Any  # float32[F, S, S, C] pixels or float32[P, C*t*p*p] patches.
+  grid: tuple[int, int, int]  # (T, H, W) of the video's tokens.
+  second_per_grid_t: float = 1.0  # Seconds between temporal patches.
+  layout: Any = None  # Of the grid, see `VideoLLM.tower_inputs`.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Processor(abc.ABC):
-  """What a checkpoint does to frames before its vision tower.
+  """What a checkpoint does to frames before its vision tower."""
 
-  Attributes:
-    mean: of each channel, of pixels between 0 and 1.
-    std: standard deviation of each channel.
-    resample: PIL's number of the filter; 3 is bicubic.
-    one_grid: whether all clips of as many frames have one token grid.
-  """
+  mean: tuple[float, float, float]  # Of each channel, of pixels from 0 to 1.
+  std: tuple[float, float, float]  # Standard deviation of each channel.
+  resample: int = frames_lib.BICUBIC  # PIL's filter; 3 is bicubic.
 
-  mean: tuple[float, float, float]
-  std: tuple[float, float, float]
-  resample: int = frames_lib.BICUBIC
-
-  one_grid: ClassVar[bool]
+  one_grid: ClassVar[bool]  # Whether clips of as many frames have one grid.
   # What files of earlier runs call the class, and its fields there.
   _on_disk: ClassVar[str]
 
@@ -243,15 +228,10 @@ class Processor(abc.ABC):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlavaOnevisionProcessor(Processor):
-  """Frames squeezed into one square tile.
+  """Frames squeezed into one square tile."""
 
-  Attributes:
-    image_size: S.
-    frame_side: H = W, tokens of a frame's side.
-  """
-
-  image_size: int = 384
-  frame_side: int = 14
+  image_size: int = 384  # S.
+  frame_side: int = 14  # H = W, tokens of a frame's side.
   mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
   std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
@@ -295,25 +275,18 @@ class Qwen2_5VLProcessor(Processor):  # noqa: N801 (the model's own name)
 
   Sides are multiples of a merged token's, so that the grid differs from clip to
   clip. Paper: https://arxiv.org/abs/2502.13923, section 2.1.
-
-  Attributes:
-    patch_size: p, pixels.
-    temporal_patch_size: t, frames.
-    merge_size: m, patches.
-    min_pixels: least pixels of a resized frame.
-    max_pixels: most pixels of a resized frame.
-    max_video_tokens: tokens that set the pixels of a whole clip: its frames
-      share 90 % of them evenly. None bounds each frame by itself, as releases
-      of the reference below 5.22 do.
   """
 
-  patch_size: int = 14
-  temporal_patch_size: int = 2
-  merge_size: int = 2
-  min_pixels: int = 128 * 28 * 28
-  max_pixels: int = 768 * 28 * 28
+  patch_size: int = 14  # p, pixels.
+  temporal_patch_size: int = 2  # t, frames.
+  merge_size: int = 2  # m, patches.
+  min_pixels: int = 128 * 28 * 28  # Least pixels of a resized frame.
+  max_pixels: int = 768 * 28 * 28  # Most pixels of a resized frame.
   mean: tuple[float, float, float] = CLIP_MEAN
   std: tuple[float, float, float] = CLIP_STD
+  # Tokens that set the pixels of a whole clip: its frames share 90 % of them
+  # evenly. None bounds each frame by itself, as releases of the reference below
+  # 5.22 do.
   max_video_tokens: int | None = None
 
   one_grid = False

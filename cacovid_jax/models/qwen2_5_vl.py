@@ -19,6 +19,7 @@ from cacovid_jax.models import (
   placement,
   processors,
   qwen2,
+  qwen2_5_vl_layout,
   qwen2_5_vl_vision,
   video_llm,
 )
@@ -126,21 +127,19 @@ def position_ids(ids, video, *, config, rule="4.50"):
   """Returns (positions int32[3, L], next position) of ONE prompt, on the host.
 
   Text counts on in all three rows alike. A video token that lies `k` temporal
-  patches, `row` and `column` into its grid adds
-  (floor(k · seconds · tokens_per_second), row, column) to the position where
-  the video starts.
+  patches, `row` and `column` into its grid adds (floor(k · seconds ·
+  tokens_per_second), row, column) to the position where the video starts. The
+  next position, of the first generated token, is the largest plus one.
 
   Args:
     ids: int[L] of the prompt without padding.
-    video: with the `grid` (T, H, W) after merging and the seconds
+    video: has the `grid` (T, H, W) after merging and the seconds
       `second_per_grid_t`; None for a prompt without a video.
     config: `Qwen2_5VLConfig`.
     rule: where the text behind the video goes on. "4.50" (transformers 4.50,
       which the released models were trained and evaluated with): behind the
       video's largest position. "v5" (transformers 5.x): behind the longer side
       of the grid, whatever the time.
-
-  The next position, of the first generated token, is the largest plus one.
   """
   if rule not in POSITION_RULES:
     raise ValueError(f"position rule {rule!r} is not one of {POSITION_RULES}")
@@ -231,15 +230,15 @@ class Qwen2_5VLModel(video_llm.VideoLLM):  # noqa: N801
     return processors.Qwen2_5VLProcessor.from_files(directory)
 
   def layout(self, grid, sizes=None):
-    """Returns the `qwen2_5_vl_vision.Layout` of a grid (T, H, W)."""
+    """Returns the `qwen2_5_vl_layout.Layout` of a grid (T, H, W)."""
     grid = tuple(map(int, grid))
-    return qwen2_5_vl_vision.layout(grid, self.config.vision, sizes)
+    return qwen2_5_vl_layout.layout(grid, self.config.vision, sizes)
 
   def tower_inputs(self, inputs, bucket=None):
     """Returns the patches, padded to a bucket, and their grid's layout."""
     vision, values, sizes = self.config.vision, inputs.values, None
     if bucket is not None:
-      sizes = qwen2_5_vl_vision.Sizes.of_bucket(
+      sizes = qwen2_5_vl_layout.Sizes.of_bucket(
         vision,
         num_slices=bucket.frames,
         tokens_per_slice=bucket.frame_tokens,

@@ -22,8 +22,7 @@ from cacovid_jax.models import (
   processors,
   prompt_batch,
   qwen2_5_vl,
-  qwen2_5_vl_vision,
-  video_llm,
+  qwen2_5_vl_layout,
 )
 from cacovid_jax.parity import stage
 
@@ -65,13 +64,7 @@ def check(folder):
 
 def read(folder):
   """Returns the arrays of a folder's golden.npz."""
-  path = os.path.join(folder, "golden.npz")
-  try:
-    with np.load(path, allow_pickle=False) as file:
-      return {name: file[name] for name in file.files}
-  except (OSError, ValueError) as error:
-    reason = " ".join(str(error).split())
-    raise errors.UserError(f"{path} is not readable ({reason})") from error
+  return stage.read(os.path.join(folder, "golden.npz"))
 
 
 def compare(model, params, golden):
@@ -101,8 +94,7 @@ def logits(model, params, golden):
     prompts, x, placed = _qwen2_5_vl_embedded(run)
     positions, _ = placed["v5"]
   hidden, _ = run.forward(x, positions, lengths=prompts.lengths)
-  mine = run.logits(hidden[prompts.valid])
-  return np.asarray(mine), prompts.rows("logits")
+  return np.asarray(run.logits(hidden[prompts.valid])), prompts.rows("logits")
 
 
 class _Run:
@@ -111,10 +103,9 @@ class _Run:
   def __init__(self, model, params, golden):
     self.model, self.params, self.golden = model, params, golden
     self.one_grid = model.processor.one_grid
-    own = (
-      _TOWER_STAGES + _DROPPED_ARRAYS if self.one_grid else _QWEN2_5_VL_ARRAYS
-    )
-    needed = [*_DECODER_ARRAYS, *own]
+    needed = [*_DECODER_ARRAYS, *_QWEN2_5_VL_ARRAYS]
+    if self.one_grid:
+      needed = [*_DECODER_ARRAYS, *_TOWER_STAGES, *_DROPPED_ARRAYS]
     if missing := [name for name in needed if name not in golden]:
       raise errors.UserError(
         f"golden.npz lacks {', '.join(missing)}; make the golden file again"
@@ -178,35 +169,26 @@ def _qwen2_5_vl(run):
 
 
 def _qwen2_5_vl_embedded(run):
-  """Adds the stages of the tower and the positions.
-
-  Returns:
-    The prompts, their embeddings, and {rule: (positions, next position)}.
-  """
+  """Likewise of Qwen2.5-VL, with {rule: (positions, next position)}."""
   model, golden = run.model, run.golden
-  vision = model.config.vision
-  merge = vision.merge_size
+  merge = model.config.vision.merge_size
   grids = golden["video_grid_thw"] // (1, merge, merge)
   num_video = grids.prod(axis=1)
   prompts = _Prompts(model.config, golden, num_video)
   features = _qwen2_5_vl_features(run, grids, num_video)
   x = run.batched(model.embed_prompt, prompts.ids, features, prompts.video_rows)
 
-  padded_length = golden["input_ids"].shape[1]
-  both = {}
+  both, padded = {}, golden["input_ids"].shape[1]
   for rule, prefix, counted in (
     ("v5", "", prompts.lengths),
-    ("4.50", "v4_", padded_length),
+    ("4.50", "v4_", padded),
   ):
-    positions, following = _position_ids(run, prompts, grids, rule)
-    both[rule] = positions, following
-    expected = golden[f"{prefix}position_ids"].transpose(1, 2, 0)
-    run.add(
-      f"{prefix}position_ids",
-      positions.transpose(0, 2, 1)[prompts.valid],
-      prompts.select(expected),
-      tolerance=0.0,
-    )
+    both[rule] = _position_ids(run, prompts, grids, rule)
+    positions, following = both[rule]
+    name = f"{prefix}position_ids"
+    ours = positions.transpose(0, 2, 1)[prompts.valid]
+    expected = prompts.select(golden[name].transpose(1, 2, 0))
+    run.add(name, ours, expected, tolerance=0.0)
     # Deltas are how the reference keeps the next position: less the rows of
     # the prompt, with (4.50) or without (5.x) its padding.
     deltas = (following - counted)[:, None]
@@ -238,9 +220,8 @@ def _qwen2_5_vl_features(run, grids, num_video):
   run.add("window_index", tokens, tolerance=0.0)
   ends = np.cumsum([0, *map(len, windows)])
   run.add("cu_window_seqlens", ends, tolerance=0.0)
-
   # One padded batch, as training and evaluation run it.
-  sizes = qwen2_5_vl_vision.Sizes.of(grids, vision)
+  sizes = qwen2_5_vl_layout.Sizes.of(grids, vision)
   layouts = [model.layout(grid, sizes) for grid in grids]
   most = sizes.num_tokens * vision.patches_per_token
   videos = np.split(patches, starts[1:])
@@ -267,15 +248,13 @@ def _qwen2_5_vl_features(run, grids, num_video):
 
 def _position_ids(run, prompts, grids, rule):
   """Returns int32[B, P, L], zero behind the prompts, and int32[B] the next."""
-  ids = np.asarray(prompts.ids)
+  ids, seconds = np.asarray(prompts.ids), run.golden["second_per_grid_ts"]
   positions = np.zeros((len(ids), 3, ids.shape[1]), np.int32)
   following = np.zeros(len(ids), np.int32)
   for i, length in enumerate(prompts.lengths):
     positions[i, :, :length], following[i] = qwen2_5_vl.position_ids(
       ids[i, :length],
-      video_llm.VideoFeatures(
-        None, tuple(grids[i]), run.golden["second_per_grid_ts"][i]
-      ),
+      processors.TowerInputs(None, tuple(grids[i]), seconds[i]),
       config=run.model.config,
       rule=rule,
     )
@@ -316,8 +295,7 @@ class _Prompts:
 
   def roll(self, array):
     """Returns int32[B, L] of array[B, L], right padded."""
-    rolled = np.take_along_axis(array, self._order, axis=1)
-    return jnp.asarray(rolled, jnp.int32)
+    return jnp.asarray(np.take_along_axis(array, self._order, 1), jnp.int32)
 
   def select(self, array):
     """Returns the valid rows of array[B, L, ...], in the rolled order."""
@@ -343,12 +321,9 @@ def _decoder(run, prompts, x, positions, next_positions):
       f" {len(mine)}; use the files of one folder"
     )
   for layer, (actual, expected) in enumerate(zip(mine, states, strict=True)):
-    run.add(
-      f"hidden_states[{layer}]",
-      actual[valid],
-      prompts.select(expected),
-      STAGE_TOLERANCE if layer == len(mine) - 1 else inner,
-    )
+    tolerance = STAGE_TOLERANCE if layer == len(mine) - 1 else inner
+    expected = prompts.select(expected)
+    run.add(f"hidden_states[{layer}]", actual[valid], expected, tolerance)
   _head(run, prompts, hidden)
 
   greedy = functools.partial(
@@ -380,12 +355,9 @@ def _dropped(run, prompts, x, positions):
   kept = run.golden["dropped_keep_index"] - padding  # Rows after rolling.
   video_rows = prompts.video_rows[0, : prompts.num_video[0]]
   index = np.flatnonzero(np.isin(video_rows, kept))
+  length = prompts.lengths[0]
   rows, new_length, _ = prompt_batch.kept_rows(
-    index,
-    len(index),
-    video_rows=video_rows,
-    length=prompts.lengths[0],
-    num_rows=prompts.lengths[0],
+    index, len(index), video_rows=video_rows, length=length, num_rows=length
   )
   if int(new_length) != len(kept) or (np.asarray(rows) != kept).any():
     # Text was dropped, too, which a compressor never does: take it literally.
@@ -424,6 +396,5 @@ def _pruned(run, prompts, x, positions):
   inside = np.arange(rows.shape[1]) < np.asarray(lengths)[:, None]
   pruned, hidden = pruned[inside], hidden[batch, rows][inside]
   run.add("pruned_last_hidden_state", pruned, hidden)
-  run.add(
-    "pruned_logits", run.logits(pruned), run.logits(hidden), LOGITS_TOLERANCE
-  )
+  pruned, hidden = run.logits(pruned), run.logits(hidden)
+  run.add("pruned_logits", pruned, hidden, LOGITS_TOLERANCE)

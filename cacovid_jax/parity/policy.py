@@ -11,7 +11,6 @@ import functools
 import inspect
 import json
 import os
-import zipfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -155,13 +154,7 @@ class _Case:
 
 def _cases(path, whole):
   """Returns the cases of a file, or the `whole` file as one."""
-  try:
-    with np.load(path, allow_pickle=False) as file:
-      arrays = {key: file[key] for key in file.files}
-  except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-    raise errors.UserError(
-      f"{path} cannot be read ({error}); make the golden file again"
-    ) from error
+  arrays = stage.read(path)
   entry, kind = ("config", dict) if whole else ("meta", list)
   if entry not in arrays:
     raise errors.UserError(f"{path} has no entry {entry}")

@@ -1,8 +1,11 @@
 """One compared stage of a parity check, as every golden checker reports it."""
 
+import zipfile
 from typing import NamedTuple
 
 import numpy as np
+
+from cacovid_jax import errors
 
 
 class Stage(NamedTuple):
@@ -41,3 +44,15 @@ def compare(name, actual, expected, tolerance=0.0, relative=0.0):
     float(allowed[worst]),
     bool((error <= allowed).all()),
   )
+
+
+def read(path):
+  """Returns {name: array} of a golden .npz file."""
+  try:
+    with np.load(path, allow_pickle=False) as file:
+      return {name: file[name] for name in file.files}
+  except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    raise errors.UserError(
+      f"{path} cannot be read ({errors.one_line(error)}); make the golden file"
+      " again"
+    ) from error

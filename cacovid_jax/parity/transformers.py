@@ -44,22 +44,15 @@ HALF_SHARE, HALF_POSITIONS = 0.99, 500
 
 
 class Agreement(NamedTuple):
-  """How often two models in half precision hold the same token most likely.
+  """How often two models in half precision hold the same token most likely."""
 
-  Attributes:
-    positions: prompt tokens compared.
-    ties: of these, where the reference's best two logits are within `HALF_TIE`
-      of the largest.
-    same: of the others, where the best token is the same.
-    near: positions whose best two logits are within `HALF_TIE` itself.
-    same_but_near: of the others, where the best token is the same.
-  """
-
-  positions: int
+  positions: int  # Prompt tokens compared.
+  # Of these, where the reference's best two logits are within `HALF_TIE` of the
+  # largest.
   ties: int
-  same: int
-  near: int
-  same_but_near: int
+  same: int  # Of the others, where the best token is the same.
+  near: int  # Positions whose best two logits are within `HALF_TIE` itself.
+  same_but_near: int  # Of the others, where the best token is the same.
 
   @property
   def share(self) -> float:
@@ -345,10 +338,9 @@ class _Run:
   def decoder(self, inputs, positions, **extra) -> dict[str, Any]:
     """Returns the arrays from the embedded prompts to the generated ids.
 
-    Args:
-      inputs: of the whole model, by name.
-      positions: int64[B, L] or [3, B, L], what the decoder is to use.
-      **extra: inputs of a direct call that generation finds out for itself.
+    `inputs` of the whole model by name, `extra` those of a direct call that
+    generation finds out for itself; `positions`, int64[B, L] or [3, B, L], are
+    what the decoder is to use.
     """
     tensors = {name: self.tensor(value) for name, value in inputs.items()}
     given = {name: self.tensor(value) for name, value in extra.items()}

@@ -28,6 +28,7 @@ from cacovid_jax.models import (
   siglip,
   video_llm,
 )
+from tests.models import tensors as tensor_files
 
 _EPSILON = 1e-6
 
@@ -341,7 +342,7 @@ def load(directory):
   model = Qwen3VLModel(
     Config.from_hf(checkpoints.read_json(directory / "config.json"))
   )
-  tensors = dict(checkpoints.read_safetensors(directory))
+  tensors = tensor_files.read(directory)
   params = {}
   for name, (path, layout, layers) in weight_table(model.config).items():
     if layers is None:
