@@ -25,19 +25,12 @@ _LANES = 128
 
 
 def attention(
-  q,
-  k,
-  v,
-  *,
-  causal=False,
-  lengths=None,
-  mask=None,
-  q_offset=0,
-  backend="auto",
+  q, k, v, *, causal=False, lengths=None, mask=None, q_offset=0, backend="auto"
 ):
   """Returns softmax(q k / sqrt(H)) v, float[B, T, N, H].
 
   No backend holds a T x S map of long sequences in memory, `mask` apart.
+  Queries without any visible key give finite values without meaning.
 
   Args:
     q: float[B, T, N, H].
@@ -51,8 +44,6 @@ def attention(
     backend: one of `BACKENDS`. "auto" chooses by platform and dtype; a kernel
       that cannot do what is asked (cuDNN in float32 or with an offset, splash
       with a mask or an offset) gives way to "xla".
-
-  Queries without any visible key give finite values without meaning.
   """
   backend = _resolve(q, k, mask, q_offset, backend)
   if backend == "cudnn":
@@ -271,16 +262,9 @@ def _block_sizes(num_queries, num_keys):
 def attention_over_cache(q, k, v, cache_k, cache_v, lengths):
   """Returns float[B, 1, N, H]: one new query over a cache and its own key.
 
-  The new key is not written into the cache first, so a scan over layers reads
-  the cache and never copies it.
-
-  Args:
-    q: float[B, 1, N, H] of the new token.
-    k: float[B, 1, K, H] of the new token.
-    v: float[B, 1, K, H] of the new token.
-    cache_k: float[B, S, K, H] of the earlier tokens.
-    cache_v: float[B, S, K, H] of the earlier tokens.
-    lengths: int32[B] number of valid rows of the cache.
+  The new q [B, 1, N, H] and k, v [B, 1, K, H] are not written into the cache
+  float[B, S, K, H] first, so a scan over layers reads the cache and never
+  copies it. `lengths` int32[B] are its valid rows.
   """
   batch, _, num_heads, head_dim = q.shape
   grouped = q.reshape(batch, k.shape[2], num_heads // k.shape[2], head_dim)
@@ -303,12 +287,8 @@ def last_query_attention(q, k, lengths):
   """Returns float32[B, S]: how each row's last valid token sees the keys.
 
   The softmax row of the last valid query, averaged over heads. Only this row
-  is computed, never a T x S map.
-
-  Args:
-    q: float[B, T, N, H].
-    k: float[B, T, K, H].
-    lengths: int32[B] valid tokens of each row, at least 1, right padded.
+  is computed, never a T x S map. q is float[B, T, N, H], k float[B, T, K, H],
+  `lengths` int32[B] their valid tokens, at least 1, right padded.
   """
   batch, _, num_heads, head_dim = q.shape
   last = jnp.take_along_axis(q, (lengths - 1)[:, None, None, None], axis=1)
@@ -326,16 +306,11 @@ def last_query_attention(q, k, lengths):
 def strongest_attention(q, k, start, lengths, *, num_queries):
   """Returns float32[B, S]: the most that any late query looks at each key.
 
-  The softmax rows of the queries `start` to `lengths` - 1, each causal over
-  all its keys, their maximum over heads and over those queries. Only these
-  rows are computed, one kv head at a time, never a T x S map.
-
-  Args:
-    q: float[B, T, N, H].
-    k: float[B, T, K, H].
-    start: int32[B] first query that counts, below `lengths`.
-    lengths: int32[B] valid tokens of each row, at least 1, right padded.
-    num_queries: static bound on `lengths - start`, at least 1.
+  The softmax rows of the queries `start` to `lengths` - 1, int32[B], each
+  causal over all its keys, their maximum over heads and over those queries.
+  Only these rows are computed, one kv head at a time, never a T x S map. q is
+  float[B, T, N, H], k float[B, T, K, H], right padded; num_queries, static and
+  at least 1, bounds `lengths - start`.
   """
   batch, length, num_heads, head_dim = q.shape
   num_kv_heads = k.shape[2]
@@ -367,16 +342,11 @@ def strongest_attention(q, k, start, lengths, *, num_queries):
 def attention_received(q, k, lengths=None):
   """Returns float32[S, R]: the attention that each key gets in all.
 
-  Softmax of q k / sqrt(H), averaged over heads and summed over queries. The
-  maps exist one segment at a time, of long segments some rows at a time.
-
-  Axes: S segments that attend within themselves, R patches of a segment.
-
-  Args:
-    q: float[S, R, N, H].
-    k: float[S, R, N, H].
-    lengths: int32[S] valid patches of each segment, at least 1, which come
-      first; those behind ask for nothing and get nothing. None for all.
+  Softmax of q k / sqrt(H), float[S, R, N, H] both, averaged over heads and
+  summed over queries, of S segments of R patches that attend within themselves.
+  The maps exist one segment at a time, of long segments some rows at a time.
+  The first `lengths` int32[S] patches of a segment are valid, at least 1; those
+  behind ask for nothing and get nothing. None for all.
   """
   num_patches, head_dim = q.shape[1], q.shape[3]
   patch = jnp.arange(num_patches)

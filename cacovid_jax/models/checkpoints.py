@@ -10,12 +10,11 @@ they are compared with it before the first byte of them is read.
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from flax import traverse_util
 from jax.sharding import NamedSharding
@@ -30,117 +29,83 @@ from cacovid_jax.models import (
 )
 from cacovid_jax.parallel import mesh as mesh_lib
 
-WEIGHTS = safetensors_io.WEIGHTS
-INDEX = safetensors_io.INDEX
-
-# What others read and write of a directory without its model.
 read_json = hf_config.read_json
-read_safetensors = safetensors_io.read_safetensors
-write_safetensors = safetensors_io.write_safetensors
-weight_files = safetensors_io.weight_files
 identity = safetensors_io.identity
 
 # A policy trained by the public code travels with its base model's weights;
 # `cacovid_jax.policy` reads it.
 POLICY_PREFIX = "compression_policy."
 
-_READABLE = {
-  np.dtype(np.float16),
-  np.dtype(np.float32),
-  np.dtype(np.float64),
-  np.dtype(ml_dtypes.bfloat16),
-}
+_READABLE = ("F16", "BF16", "F32", "F64")
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-  """A loaded directory; everything generation needs.
+  """A loaded directory; everything generation needs."""
 
-  Attributes:
-    model: the functions, computing in the dtype asked for.
-    params: the weights.
-    tokenizer: `data.tokenizer.Tokenizer`, None without a tokenizer.json.
-    identity: {"path", "sha256"} of the weights.
-    eos_ids: token ids that end an answer.
-    pad_id: token id behind the end.
-    extra: tensors of the files that no computation of ours reads, {hub name:
-      array mapped from the file}: SigLIP's last norm, a second copy of tied
-      embeddings, a policy. `save` writes them back.
-  """
-
-  model: Any
-  params: Any
-  tokenizer: Any
-  identity: dict[str, str]
-  eos_ids: tuple[int, ...]
-  pad_id: int
+  model: Any  # `video_llm.VideoLLM`, computing in the dtype asked for.
+  params: Any  # The weights.
+  tokenizer: Any  # `data.tokenizer.Tokenizer`, None without a tokenizer.json.
+  identity: dict[str, str]  # {"path", "sha256"} of the weights.
+  eos_ids: tuple[int, ...]  # Token ids that end an answer.
+  pad_id: int  # Token id behind the end.
+  # Tensors of the files that no computation of ours reads, {hub name: array
+  # mapped from the file}: SigLIP's last norm, a second copy of tied embeddings,
+  # a policy. `save` writes them back.
   extra: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Family:
-  """What tells one kind of model from another.
+  """What tells one kind of model from another."""
 
-  Attributes:
-    config: class of its config.
-    model: class of its functions.
-    table: config -> {source name: (path, layout, layers)}.
-    hub_name: any spelling of a source name -> the table's.
-    head: source name of the output embeddings.
-    unused: beginnings of source names that no computation reads.
-    kernel_shape: config -> sizes of the patch convolution's kernel behind the
-      outputs, as the source has them.
-    defaults: config -> {source name: array} written where a reader asks for
-      what we do not keep.
-  """
-
-  config: type
-  model: type
-  table: Callable[[Any], dict[str, tuple]]
-  hub_name: Callable[[str], str]
-  head: str
-  unused: tuple[str, ...]
-  kernel_shape: Callable[[Any], tuple[int, ...]]
-  defaults: Callable[[Any], dict[str, np.ndarray]]
-
-
-def _identity_norm(config):
-  """Returns SigLIP's unused norm as one that changes nothing."""
-  width = config.vision.hidden_size
-  norm = llava_onevision.POST_NORM
-  return {
-    f"{norm}weight": np.ones(width, np.float32),
-    f"{norm}bias": np.zeros(width, np.float32),
-  }
+  # Has `weight_table(config)`, see `placement.rows`, and `hub_name`, which
+  # turns any spelling of a source name into the table's.
+  module: Any
+  config: type  # Class of its config.
+  model: type  # Class of its functions.
+  head: str  # Source name of the output embeddings.
+  post_norm: str = ""  # Where names begin of a norm that nothing reads.
 
 
 _FAMILIES = {
   "llava_onevision": _Family(
+    module=llava_onevision,
     config=llava_onevision.LlavaOnevisionConfig,
     model=llava_onevision.LlavaOnevisionModel,
-    table=llava_onevision.weight_table,
-    hub_name=llava_onevision.hub_name,
     head="language_model.lm_head.weight",
-    unused=(llava_onevision.POST_NORM,),
-    kernel_shape=lambda config: (3,) + (config.vision.patch_size,) * 2,
-    defaults=_identity_norm,
+    post_norm=llava_onevision.POST_NORM,
   ),
   "qwen2_5_vl": _Family(
+    module=qwen2_5_vl,
     config=qwen2_5_vl.Qwen2_5VLConfig,
     model=qwen2_5_vl.Qwen2_5VLModel,
-    table=qwen2_5_vl.weight_table,
-    hub_name=qwen2_5_vl.hub_name,
     head="lm_head.weight",
-    unused=(),
-    kernel_shape=lambda config: (
-      3,
-      config.vision.temporal_patch_size,
-      config.vision.patch_size,
-      config.vision.patch_size,
-    ),
-    defaults=lambda config: {},
   ),
 }
+
+
+class _Entry(NamedTuple):
+  """One tensor that a checkpoint must have, and what it fills of ours."""
+
+  path: str
+  layout: str  # Of `placement.to_ours`.
+  layer: int | None  # Place in a stack; None for a parameter of its own.
+  shape: tuple[int, ...]  # Of the tensor.
+
+
+@functools.cache
+def _entries(config) -> dict[str, _Entry]:
+  """Returns {hub name: `_Entry`}."""
+  shapes, found = _shapes(config), {}
+  table = _family(config).module.weight_table(config)
+  for name, (path, layout, layers) in table.items():
+    shape = shapes[path] if layers is None else shapes[path][1:]
+    ours = np.broadcast_to(np.float32(0), shape)
+    theirs = placement.to_source(layout, ours, config.vision.kernel_shape)
+    for layer in [None] if layers is None else range(layers):
+      found[name.format(layer)] = _Entry(path, layout, layer, theirs.shape)
+  return found
 
 
 def load_config(directory):
@@ -163,57 +128,39 @@ def make_model(config, dtype=jnp.float32, backend="auto"):
 
 def param_shapes(config):
   """Returns the weights' tree, `jax.ShapeDtypeStruct` in float32 as leaves."""
-  return traverse_util.unflatten_dict(
-    {
-      path: jax.ShapeDtypeStruct(shape, jnp.float32)
-      for path, shape in _shapes(config).items()
-    },
-    sep="/",
-  )
+  return jax.eval_shape(make_model(config).init, jax.random.key(0))
+
+
+@functools.cache
+def _shapes(config):
+  """Returns {path: shape} of every parameter."""
+  flat = traverse_util.flatten_dict(param_shapes(config), sep="/")
+  return {path: leaf.shape for path, leaf in flat.items()}
 
 
 def _family(config):
   return next(f for f in _FAMILIES.values() if isinstance(config, f.config))
 
 
-def load_params(
-  directory,
-  config,
-  dtype=jnp.float32,
-  *,
-  mesh=None,
-  rules=mesh_lib.BASE_MODEL_RULES,
-):
+def load_params(directory, config, dtype=jnp.float32, *, mesh=None):
   """Returns the weights, layers stacked, where they will be used.
 
-  Args:
-    directory: checkpoint directory.
-    config: of its model.
-    dtype: floating-point type of the parameters; None keeps the files' own.
-    mesh: `parallel.mesh`; the default device without.
-    rules: how weights are split over the mesh.
-
-  Raises:
-    UserError: tensors are missing, unknown, misshaped or not floating point;
-      the message lists their names.
+  Split over the mesh by `mesh.BASE_MODEL_RULES`; on the default device without
+  one. `dtype` is their floating-point type; None keeps the files' own. Tensors
+  that are missing, unknown, misshaped or not floating point are a UserError
+  that lists their names.
   """
   sources, shapes, _ = _plan(directory, config, dtype)
   shardings = None
   if mesh is not None:
-    specs = mesh_lib.partition_specs(
-      traverse_util.unflatten_dict(shapes, sep="/"), mesh, rules
-    )
+    tree = traverse_util.unflatten_dict(shapes, sep="/")
+    specs = mesh_lib.partition_specs(tree, mesh)
     shardings = {
       path: NamedSharding(mesh, spec)
       for path, spec in traverse_util.flatten_dict(specs, sep="/").items()
     }
   params = placement.fill(shapes, sources, shardings)
   return traverse_util.unflatten_dict(params, sep="/")
-
-
-def load_extra(directory, config):
-  """Returns {hub name: array mapped from its file}; see `Checkpoint.extra`."""
-  return {name: t.view() for name, t in _plan(directory, config)[2].items()}
 
 
 def _plan(directory, config, dtype=None):
@@ -224,96 +171,72 @@ def _plan(directory, config, dtype=None):
     our parameters, {hub name: Tensor} of what no parameter is made of.
   """
   family = _family(config)
-  shapes = _shapes(config)
-
-  # Every single tensor that should come: {name: (path, layout, layer)}.
-  pending = {}
-  for name, (path, layout, layers) in family.table(config).items():
-    path = "/".join(path)
-    if layers is None:
-      pending[name] = (path, layout, None)
-    else:
-      for layer in range(layers):
-        pending[name.format(layer)] = (path, layout, layer)
-
-  unused = (*family.unused, POLICY_PREFIX)
+  unused = (*filter(None, [family.post_norm]), POLICY_PREFIX)
   if config.text.tie_embeddings:
     unused += (family.head,)  # A second copy of the embedding table.
+  pending = dict(_entries(config))
   sources, extra, unknown, misshaped, not_float = [], {}, [], [], []
   for tensor in safetensors_io.list_directory(directory):
-    name = family.hub_name(tensor.name)
+    name = family.module.hub_name(tensor.name)
     if name.startswith(unused) and name not in extra:
       extra[name] = tensor
       continue
     if name not in pending:
       unknown.append(tensor.name)  # Or one tensor under two spellings.
       continue
-    path, layout, layer = pending.pop(name)
-    shape = shapes[path] if layer is None else shapes[path][1:]
-    expected = _source_shape(layout, shape, family.kernel_shape(config))
-    if tensor.shape != expected:
-      misshaped.append(f"{tensor.name} {tensor.shape} instead of {expected}")
-    elif tensor.dtype not in _READABLE:
+    path, layout, layer, shape = pending.pop(name)
+    if tensor.shape != shape:
+      misshaped.append(f"{tensor.name} {tensor.shape} instead of {shape}")
+    elif tensor.code not in _READABLE:
       not_float.append(f"{tensor.name} {tensor.dtype or tensor.code}")
     else:
       sources.append(placement.Source(tensor, path, layer, layout))
 
-  problems = [
-    f"{kind} {_listed(names)}"
-    for kind, names in (
-      ("missing", sorted(pending)),
-      ("unknown", unknown),
-      ("misshaped", misshaped),
-      ("not floating point", not_float),
-    )
-    if names
+  problems = {
+    "missing": sorted(pending),
+    "unknown": unknown,
+    "misshaped": misshaped,
+    "not floating point": not_float,
+  }
+  told = [
+    f"{kind} {_listed(names)}" for kind, names in problems.items() if names
   ]
-  if problems:
+  if told:
     raise errors.UserError(
-      f"{directory}: the weights do not fit config.json:"
-      f" {'; '.join(problems)}; use the two files of one checkpoint"
+      f"{directory}: the weights do not fit config.json: {'; '.join(told)}; use"
+      " the two files of one checkpoint"
     )
+  return sources, _leaves(config, sources, dtype), extra
+
+
+def _leaves(config, sources, dtype):
+  """Returns {path: ShapeDtypeStruct}, of the files' types without a dtype."""
   stored = {}
   for source in sources:
     kind = jnp.dtype(dtype or source.tensor.dtype)
-    # JAX has no float64 unless asked; no checkpoint needs it.
     kind = jnp.promote_types(stored.get(source.leaf, kind), kind)
-    stored[source.leaf] = min(kind, jnp.dtype(jnp.float32), key=_itemsize)
-  leaves = {
+    # JAX has no float64 unless asked; no checkpoint needs it.
+    stored[source.leaf] = jnp.dtype("float32") if kind.itemsize > 4 else kind
+  return {
     path: jax.ShapeDtypeStruct(shape, stored[path])
-    for path, shape in shapes.items()
+    for path, shape in _shapes(config).items()
   }
-  return sources, leaves, extra
 
 
-def _itemsize(dtype):
-  return dtype.itemsize
+def load(directory, dtype=jnp.float32, *, mesh=None, backend="auto"):
+  """Returns the `Checkpoint` of a Hugging Face directory.
 
-
-def load(
-  directory,
-  dtype=jnp.float32,
-  *,
-  mesh=None,
-  rules=mesh_lib.BASE_MODEL_RULES,
-  backend="auto",
-):
-  """Returns the `Checkpoint` of a directory.
-
-  Args:
-    directory: Hugging Face checkpoint directory.
-    dtype: of the weights and of the computation; None keeps the weights in the
-      files' own types and computes in that of the embeddings.
-    mesh: where the weights go, see `load_params`.
-    rules: see `load_params`.
-    backend: attention backend, see `models.attention`.
+  `mesh` as of `load_params`, `backend` as of `models.attention`. `dtype` is
+  that of the weights and of the computation; None keeps the weights in the
+  files' own types and computes in that of the embeddings.
   """
   directory = os.fspath(directory)
   config = load_config(directory)
   eos_ids, pad_id = _ending(directory)
   tokenizer = _tokenizer(directory)
-  params = load_params(directory, config, dtype, mesh=mesh, rules=rules)
+  params = load_params(directory, config, dtype, mesh=mesh)
   dtype = dtype or params["language_model"]["embed_tokens"].dtype
+  extra = _plan(directory, config)[2]
   return Checkpoint(
     model=make_model(config, dtype, backend),
     params=params,
@@ -321,7 +244,7 @@ def load(
     identity=identity(directory),
     eos_ids=eos_ids,
     pad_id=pad_id,
-    extra=load_extra(directory, config),
+    extra={name: tensor.view() for name, tensor in extra.items()},
   )
 
 
@@ -346,11 +269,10 @@ def save(
     directory: made if it does not exist; earlier weights are replaced.
     config: of the model.
     params: the weights.
-    eos_ids: token ids that end an answer.
-    pad_id: token id behind the end.
-    bos_id: token id of a beginning, where the tokenizer has one.
-    dtype: floating-point type of the written weights; each parameter's own by
-      default.
+    eos_ids: token ids that end an answer,
+    pad_id: stands behind the end,
+    bos_id: begins a text, where the tokenizer has one.
+    dtype: type of the written weights; each parameter's own by default.
     extra: {hub name: array} written beside them as they are, such as
       `Checkpoint.extra` or a policy under its public names. What readers ask
       for and nothing uses, SigLIP's last norm, is the identity unless given.
@@ -362,14 +284,11 @@ def save(
   main = dtype or jnp.dtype(params["language_model"]["embed_tokens"].dtype)
   extra = dict(extra or {})
   for name, array in unused_tensors(config).items():
-    if name not in extra:
-      extra[name] = array.astype(main)
+    extra.setdefault(name, array.astype(main))
   if taken := sorted(tensors.keys() & extra.keys()):
     raise ValueError(f"extra names parameters: {', '.join(taken)}")
   for name, array in extra.items():
-    array = np.asarray(array)
-    make = functools.partial(np.asarray, array)
-    tensors[name] = (array.dtype, array.shape, make)
+    tensors[name] = safetensors_io.made(array)
 
   write_config(
     directory, config, eos_ids=eos_ids, pad_id=pad_id, bos_id=bos_id, dtype=main
@@ -395,65 +314,33 @@ def write_config(directory, config, *, eos_ids, pad_id, bos_id=None, dtype):
 
 def source_shapes(config):
   """Returns {hub name: shape} of every tensor that a checkpoint must have."""
-  family, shapes = _family(config), _shapes(config)
-  kernel_shape = family.kernel_shape(config)
-  found = {}
-  for name, (path, layout, layers) in family.table(config).items():
-    shape = shapes["/".join(path)]
-    if layers is None:
-      found[name] = _source_shape(layout, shape, kernel_shape)
-    for layer in range(layers or 0):
-      one = _source_shape(layout, shape[1:], kernel_shape)
-      found[name.format(layer)] = one
-  return found
+  return {name: entry.shape for name, entry in _entries(config).items()}
 
 
 def unused_tensors(config):
-  """Returns {hub name: float32 array} of what readers expect and nothing uses.
-
-  SigLIP's last norm, as the identity; see `save`.
-  """
-  return _family(config).defaults(config)
+  """Returns {hub name: float32 array} of what readers want and nothing uses."""
+  norm, width = _family(config).post_norm, config.vision.hidden_size
+  ones, zeros = np.ones(width, np.float32), np.zeros(width, np.float32)
+  return {f"{norm}weight": ones, f"{norm}bias": zeros} if norm else {}
 
 
 def _source_tensors(config, params, dtype):
   """Returns {hub name: (dtype, shape, function that makes the array)}."""
-  family = _family(config)
-  kernel_shape = family.kernel_shape(config)
   leaves = traverse_util.flatten_dict(params, sep="/")
+
+  def make(entry, stored):
+    # One layer at a time leaves the device.
+    leaf = leaves[entry.path]
+    value = np.asarray(leaf if entry.layer is None else leaf[entry.layer])
+    value = value.astype(stored, copy=False)
+    return placement.to_source(entry.layout, value, config.vision.kernel_shape)
+
   tensors = {}
-  for name, (path, layout, layers) in family.table(config).items():
-    leaf = leaves["/".join(path)]
-    stored = dtype or jnp.dtype(leaf.dtype)
-
-    def make(leaf=leaf, layer=None, layout=layout, stored=stored):
-      # One layer at a time leaves the device.
-      value = np.asarray(leaf if layer is None else leaf[layer])
-      value = value.astype(stored, copy=False)
-      return placement.to_source(layout, value, kernel_shape)
-
-    shape = leaf.shape if layers is None else leaf.shape[1:]
-    shape = _source_shape(layout, shape, kernel_shape)
-    if layers is None:
-      tensors[name] = (stored, shape, make)
-    for layer in range(layers or 0):
-      made = functools.partial(make, layer=layer)
-      tensors[name.format(layer)] = (stored, shape, made)
+  for name, entry in _entries(config).items():
+    stored = dtype or jnp.dtype(leaves[entry.path].dtype)
+    made = functools.partial(make, entry, stored)
+    tensors[name] = (stored, entry.shape, made)
   return tensors
-
-
-def _source_shape(layout, shape, kernel_shape):
-  ours = np.broadcast_to(np.float32(0), shape)
-  return placement.to_source(layout, ours, kernel_shape).shape
-
-
-@functools.cache
-def _shapes(config):
-  """Returns {path: shape} of every parameter."""
-  model = make_model(config)
-  params = jax.eval_shape(model.init, jax.random.key(0))
-  flat = traverse_util.flatten_dict(params, sep="/")
-  return {path: leaf.shape for path, leaf in flat.items()}
 
 
 def _ending(directory):

@@ -18,8 +18,7 @@ def greedy(
   max_new_tokens,
   eos_ids,
   pad_id,
-  deep=None,
-  video_rows=None,
+  **options,
 ):
   """Returns int32[B, max_new_tokens] of the most likely continuation.
 
@@ -36,8 +35,7 @@ def greedy(
     max_new_tokens: static, at least 1.
     eos_ids: static, token ids that end an answer; they are part of it.
     pad_id: id written behind the end.
-    deep: as of `VideoLLM.forward`.
-    video_rows: as of `VideoLLM.forward`.
+    **options: of `VideoLLM.prefill`.
   """
   logits, cache, _ = model.prefill(
     params,
@@ -45,8 +43,7 @@ def greedy(
     positions,
     lengths,
     cache_length=x.shape[1] + max_new_tokens - 1,
-    deep=deep,
-    video_rows=video_rows,
+    **options,
   )
   return extend(
     model,
@@ -75,18 +72,9 @@ def extend(
 ):
   """Returns what `greedy` returns, after a prefill that the caller ran.
 
-  For callers that need more of the prefill than its end.
-
-  Args:
-    model: as in `greedy`.
-    params: its parameters.
-    logits: float32[B, V] of the prefill.
-    cache: of the prefill, with room for max_new_tokens - 1 more rows.
-    next_positions: int32[B] position of the first generated token.
-    num_position_rows: P, static.
-    max_new_tokens: static, at least 1.
-    eos_ids: static, token ids that end an answer.
-    pad_id: id written behind the end.
+  For callers that need more of the prefill than its end: of its logits
+  float32[B, V] and its cache, with room for max_new_tokens - 1 more rows. P is
+  `num_position_rows`, static; the other arguments are those of `greedy`.
   """
   batch = logits.shape[0]
   ends = jnp.asarray(tuple(eos_ids), jnp.int32)
@@ -118,16 +106,9 @@ def score(model, params, logits, cache, next_positions, ids, lengths):
   """Returns (log_probs float32[B], greedy bool[B]) of given continuations.
 
   `log_probs` sums over a continuation's tokens; `greedy` says whether each of
-  them is what `greedy` would say.
-
-  Args:
-    model: as in `greedy`.
-    params: its parameters.
-    logits: float32[B, V] of a prefill.
-    cache: of the prefill, with room for M - 1 more rows.
-    next_positions: int32[B] position of the first token.
-    ids: int32[B, M] continuations, right padded by any id.
-    lengths: int32[B] their tokens; none give (0, True).
+  them is what `greedy` would say. Arguments are those of `extend`, the cache
+  with room for M - 1 more rows, and the continuations int32[B, M], right padded
+  by any id to `lengths` int32[B]; none give (0, True).
   """
   rows = model.num_position_rows
 

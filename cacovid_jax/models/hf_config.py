@@ -37,14 +37,9 @@ def section(config, name):
 
 
 def number(config, name, kind=int, default=_REQUIRED, where=""):
-  """Returns a positive number of a config.
+  """Returns a positive number (`kind`, int or float) of a config.
 
-  Args:
-    config: the dict that holds it.
-    name: its key.
-    kind: int or float.
-    default: value where the key is absent or null; required if not given.
-    where: name of the section, for the message.
+  Required unless it has a default; `where` names the section in messages.
   """
   value = config.get(name)
   if value is None:
@@ -63,11 +58,22 @@ def number(config, name, kind=int, default=_REQUIRED, where=""):
   return kind(value)
 
 
-def require(config, name, allowed, where=""):
-  """Stops unless the field is absent or one of the `allowed` values."""
-  value = config.get(name)
-  if value is not None and value not in allowed:
-    raise errors.UserError(
-      f"config.json: {where}{name} is {value!r}; this model is implemented for"
-      f" {' or '.join(map(repr, allowed))} only"
-    )
+def sizes(config, keys, where=""):
+  """Returns {our name: positive int} of `keys` {our name: key of a config}."""
+  return {ours: number(config, key, where=where) for ours, key in keys.items()}
+
+
+def described(sizes, keys):
+  """Returns {key of a config: value} of an object's attributes, see `sizes`."""
+  return {key: getattr(sizes, ours) for ours, key in keys.items()}
+
+
+def require(config, where="", **allowed):
+  """Stops unless each field is absent or one of its allowed values."""
+  for name, values in allowed.items():
+    value = config.get(name)
+    if value is not None and value not in values:
+      raise errors.UserError(
+        f"config.json: {where}{name} is {value!r}; this model is implemented"
+        f" for {' or '.join(map(repr, values))} only"
+      )

@@ -14,6 +14,7 @@ import numpy as np
 
 from cacovid_jax.models import (
   hf_config,
+  placement,
   processors,
   qwen2,
   siglip,
@@ -37,21 +38,17 @@ class LlavaOnevisionConfig:
 
   @classmethod
   def llava_onevision_0_5b(cls):
-    return cls(
-      vision=siglip.SiglipConfig.so400m(),
-      text=qwen2.Qwen2Config.qwen2_0_5b(),
-      image_token_id=151646,
-      video_token_id=151647,
-    )
+    return cls._released(qwen2.Qwen2Config.qwen2_0_5b())
 
   @classmethod
   def llava_onevision_7b(cls):
-    return cls(
-      vision=siglip.SiglipConfig.so400m(),
-      text=qwen2.Qwen2Config.qwen2_7b(),
-      image_token_id=151646,
-      video_token_id=151647,
-    )
+    return cls._released(qwen2.Qwen2Config.qwen2_7b())
+
+  @classmethod
+  def _released(cls, text):
+    vision = siglip.SiglipConfig.so400m()
+    ids = dict(image_token_id=151646, video_token_id=151647)
+    return cls(vision=vision, text=text, **ids)
 
   @classmethod
   def tiny(cls):
@@ -66,15 +63,17 @@ class LlavaOnevisionConfig:
   @classmethod
   def from_hf(cls, config):
     """Reads a config.json, as transformers 4.x or 5.x writes it."""
-    hf_config.require(config, "model_type", ["llava_onevision"])
-    hf_config.require(config, "projector_hidden_act", ["gelu"])
-    hf_config.require(config, "vision_feature_layer", [-1])
-    hf_config.require(config, "vision_feature_select_strategy", ["full"])
+    hf_config.require(
+      config,
+      model_type=["llava_onevision"],
+      projector_hidden_act=["gelu"],
+      vision_feature_layer=[-1],
+      vision_feature_select_strategy=["full"],
+    )
     text = hf_config.section(config, "text_config")
+    vision = hf_config.section(config, "vision_config")
     return cls(
-      vision=siglip.SiglipConfig.from_hf(
-        hf_config.section(config, "vision_config")
-      ),
+      vision=siglip.SiglipConfig.from_hf(vision),
       text=qwen2.Qwen2Config.from_hf(
         text, tie_embeddings=config.get("tie_word_embeddings", False)
       ),
@@ -270,48 +269,38 @@ class LlavaOnevisionModel(video_llm.VideoLLM):
 
 
 def weight_table(config):
-  """Returns the rows of the weights, see `qwen2.dense_rows`.
+  """Returns the rows of the weights, see `placement.rows`.
 
   Source names are those of the hub (transformers up to 4.51); `hub_name` turns
   the other spellings into them.
   """
-  rows = {"image_newline": (("image_newline",), "same", None)}
-
-  def dense(source, path, **options):
-    rows.update(qwen2.dense_rows(source, path, **options))
-
-  for name in ("linear_1", "linear_2"):
-    dense(
-      f"multi_modal_projector.{name}",
-      ("projector", name),
-      use_bias=config.projector_bias,
+  tower, ours = "vision_tower.vision_model", "vision_tower"
+  dense = "dense" if config.projector_bias else "linear"
+  norms = dict.fromkeys(("layer_norm1", "layer_norm2"), "norm")
+  names = [f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")]
+  linear = dict.fromkeys([*names, "mlp.fc1", "mlp.fc2"], "dense")
+  return (
+    {"image_newline": ("image_newline", "same", None)}
+    | placement.rows(
+      "multi_modal_projector", "projector", linear_1=dense, linear_2=dense
     )
-
-  tower, ours = "vision_tower.vision_model", ("vision_tower",)
-  dense(
-    f"{tower}.embeddings.patch_embedding",
-    (*ours, "patch_embedding"),
-    layout="patches",
+    | placement.rows(
+      f"{tower}.embeddings",
+      ours,
+      patch_embedding="patches",
+      position_embedding="table",
+    )
+    | placement.rows(
+      f"{tower}.encoder.layers.{{}}",
+      f"{ours}/layers",
+      config.vision.num_layers,
+      **norms,
+      **linear,
+    )
+    | qwen2.decoder_rows(
+      config.text, "language_model.model", "language_model.lm_head.weight"
+    )
   )
-  rows[f"{tower}.embeddings.position_embedding.weight"] = (
-    (*ours, "position_embedding"),
-    "same",
-    None,
-  )
-  layers, layer = config.vision.num_layers, f"{tower}.encoder.layers.{{}}"
-  for name in ("layer_norm1", "layer_norm2"):
-    path = (*ours, "layers", name)
-    rows[f"{layer}.{name}.weight"] = ((*path, "scale"), "same", layers)
-    rows[f"{layer}.{name}.bias"] = ((*path, "bias"), "same", layers)
-  for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-    dense(f"{layer}.self_attn.{name}", (*ours, "layers", name), layers=layers)
-  for name in ("fc1", "fc2"):
-    dense(f"{layer}.mlp.{name}", (*ours, "layers", name), layers=layers)
-
-  rows |= qwen2.decoder_rows(
-    config.text, "language_model.model", "language_model.lm_head.weight"
-  )
-  return rows
 
 
 def hub_name(name):

@@ -33,31 +33,56 @@ _SMALL_BYTES = 16 * 2**20
 _TILE_ROWS, _TILE_COLUMNS = 128, 4096
 
 
+# Leaves of a module: {its tensor at the source: (our leaf, layout)}.
+_LEAVES = {
+  "linear": {"weight": ("kernel", "transpose")},
+  "dense": {"weight": ("kernel", "transpose"), "bias": ("bias", "same")},
+  "patches": {"weight": ("kernel", "patches"), "bias": ("bias", "same")},
+  "conv3d": {"weight": ("kernel", "conv3d")},
+  "scale": {"weight": ("scale", "same")},
+  "norm": {"weight": ("scale", "same"), "bias": ("bias", "same")},
+  "table": {"weight": ("", "same")},
+}
+
+
+def rows(source, path, layers=None, **kinds):
+  """Returns the rows of some modules in a table of weights.
+
+  A row is name at the source, "{}" for the layer number -> (path, layout,
+  layers): `path` leads to a leaf of our parameters, `layout` is one of
+  `to_ours`, `layers` the depth of a stack that the tensors of all layers fill,
+  None for a single tensor.
+
+  The modules' names at the source begin with `source`, ours lie in `path`.
+  `kinds` are {name: one of `_LEAVES`}, and behind a space the name of ours
+  where that is not the last part of the name.
+  """
+  found = {}
+  for name, kind in kinds.items():
+    kind, _, ours = kind.partition(" ")
+    ours = ours or name.rpartition(".")[2]
+    for tensor, (leaf, layout) in _LEAVES[kind].items():
+      whole = "/".join(filter(None, (path, ours, leaf)))
+      found[f"{source}.{name}.{tensor}"] = (whole, layout, layers)
+  return found
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """One tensor of a file and the place it fills.
-
-  Attributes:
-    tensor: `safetensors_io.Tensor`.
-    leaf: name of the parameter.
-    layer: index on the parameter's first axis; None for all of it.
-    layout: how a source tensor turns into ours, see `to_ours`.
-  """
+  """One tensor of a file (`safetensors_io.Tensor`) and the place it fills."""
 
   tensor: Any
-  leaf: str
-  layer: int | None
-  layout: str
+  leaf: str  # Name of the parameter.
+  layer: int | None  # Index on the parameter's first axis; None for all of it.
+  layout: str  # How a source tensor turns into ours, see `to_ours`.
 
 
 def to_ours(layout, tensor):
   """Returns the parameter of a source tensor, or its columns of some rows.
 
-  Args:
-    layout: "same"; "transpose", (out, in) -> (in, out); "patches",
-      (out, in, kh, kw) -> (kh * kw * in, out); "conv3d", (out, in, t, kh, kw)
-      -> (in * t * kh * kw, out).
-    tensor: array; fewer of the outputs give fewer of the columns.
+  Layouts: "same"; "transpose", (out, in) -> (in, out); "patches", (out, in, kh,
+  kw) -> (kh * kw * in, out); "conv3d", (out, in, t, kh, kw) -> (in * t * kh *
+  kw, out). Fewer of the outputs give fewer of the columns.
   """
   if layout == "transpose":
     return tensor.T
@@ -71,10 +96,8 @@ def to_ours(layout, tensor):
 def to_source(layout, param, kernel_shape):
   """Returns the source tensor of a parameter; undoes `to_ours`.
 
-  Args:
-    layout: see `to_ours`.
-    param: array.
-    kernel_shape: sizes behind a convolution's outputs, as the source has them.
+  `kernel_shape` are a convolution's sizes behind its outputs, as the source has
+  them.
   """
   if layout == "transpose":
     return param.T

@@ -28,8 +28,6 @@ PAPER_TOKENS = (128, 256)
 PAPER_MIN_PIXELS = 128 * 28 * 28
 PAPER_MAX_PIXELS = 256 * 28 * 28
 
-# Frames per clip where a checkpoint's files do not tell.
-_NUM_FRAMES = 32
 _MAX_ASPECT = 200
 _MAX_FILE_BYTES = 2**20
 _MAX_SIDE = 8192
@@ -40,43 +38,38 @@ _STEPS = {
   "do_normalize": (True, True),
   "do_center_crop": (False, False),
 }
+# Files of a checkpoint and keys in them, in the reference's order: transformers
+# 5 stores the video part in the first, earlier releases wrote the others.
+_FILES = {
+  "processor_config.json": "video_processor",
+  "video_preprocessor_config.json": None,
+  "preprocessor_config.json": None,
+}
+# What reading a file raises that holds something else than it should.
+_UNUSABLE = (OSError, ValueError, TypeError, LookupError, AttributeError)
+_UNUSABLE += (OverflowError, RecursionError)
 
 
 class TowerInputs(NamedTuple):
-  """ONE clip for the tower; a pytree.
+  """ONE clip for the tower; a pytree."""
 
-  Attributes:
-    values: float32[F, S, S, C] pixels or float32[P, C*t*p*p] patches.
-    grid: (T, H, W) of the video's tokens.
-    second_per_grid_t: seconds from one temporal patch to the next; 1.0 where
-      nothing tells it or the model's positions do not.
-    layout: arrays that the tower reads of the grid, `VideoLLM.tower_inputs`.
-  """
-
-  values: Any
-  grid: tuple[int, int, int]
-  second_per_grid_t: float = 1.0
-  layout: Any = None
+  values: Any  # float32[F, S, S, C] pixels or float32[P, C*t*p*p] patches.
+  grid: tuple[int, int, int]  # (T, H, W) of the video's tokens.
+  second_per_grid_t: float = 1.0  # Seconds between temporal patches.
+  layout: Any = None  # Of the grid, see `VideoLLM.tower_inputs`.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Processor(abc.ABC):
-  """What a checkpoint does to frames before its vision tower.
+  """What a checkpoint does to frames before its vision tower."""
 
-  Attributes:
-    mean: of each channel, of pixels between 0 and 1.
-    std: standard deviation of each channel.
-    resample: PIL's number of the filter; 3 is bicubic.
-    one_grid: whether all clips of as many frames have one token grid.
-  """
+  mean: tuple[float, float, float]  # Of each channel, of pixels from 0 to 1.
+  std: tuple[float, float, float]  # Standard deviation of each channel.
+  resample: int = frames_lib.BICUBIC  # PIL's filter; 3 is bicubic.
 
-  mean: tuple[float, float, float]
-  std: tuple[float, float, float]
-  resample: int = frames_lib.BICUBIC
-
-  one_grid: ClassVar[bool]
+  one_grid: ClassVar[bool]  # Whether clips of as many frames have one grid.
   # What files of earlier runs call the class, and its fields there.
-  _on_disk: ClassVar[tuple[str, ...]]
+  _on_disk: ClassVar[str]
 
   def __post_init__(self):
     if (
@@ -95,24 +88,32 @@ class Processor(abc.ABC):
 
   @classmethod
   def from_files(cls, directory, **known) -> "Processor":
-    """Reads the processor's JSON of a Hugging Face checkpoint directory.
-
-    Args:
-      directory: the checkpoint.
-      **known: fields that its files do not tell.
-    """
-    entry, path = _read_file(directory)
-    try:
-      _check_steps(entry, path)
-      values = cls._values_of(entry)
-    except KeyError as error:
-      raise _unusable(path, f"no {error}") from error
-    except (ValueError, TypeError, AttributeError, OverflowError) as error:
-      raise _unusable(path, error) from error
-    try:
-      return cls(**values, **known)
-    except errors.UserError as error:
-      raise errors.UserError(f"{path}: {error}") from error
+    """Reads a Hugging Face checkpoint directory; `known` are other fields."""
+    for name, key in _FILES.items():
+      path = os.path.join(directory, name)
+      if not os.path.isfile(path):
+        continue
+      try:
+        entry = _read_file(path)
+        entry = entry if key is None else entry.get(key)
+        if not isinstance(entry, dict):
+          continue
+        _check_steps(entry, path)
+        values = cls._values_of(entry)
+      except _UNUSABLE as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise errors.UserError(
+          f"{path}: not a usable processor file ({reason}); copy it again from"
+          " the checkpoint's origin"
+        ) from error
+      try:
+        return cls(**values, **known)
+      except errors.UserError as error:
+        raise errors.UserError(f"{path}: {error}") from error
+    raise errors.UserError(
+      f"{directory}: no preprocessor_config.json or"
+      " video_preprocessor_config.json; copy it from the checkpoint's origin"
+    )
 
   @classmethod
   @abc.abstractmethod
@@ -129,44 +130,33 @@ class Processor(abc.ABC):
     return self
 
   def with_paper_bounds(self, min_pixels=0, max_pixels=0) -> "Processor":
-    """Returns the processor with the paper's bounds on a frame.
-
-    Args:
-      min_pixels: another bound than the paper's; 0 for the paper's.
-      max_pixels: another bound than the paper's; 0 for the paper's.
-    """
+    """Returns the processor with the paper's bounds, or those given."""
     return self.with_bounds(min_pixels, max_pixels)
 
   @property
   def described(self) -> dict[str, Any]:
     """What pixels depend on, as the keys of feature caches have it."""
-    return {name: getattr(self, name) for name in self._on_disk[1:]}
+    _, *names = self._on_disk.split()
+    return {name: getattr(self, name) for name in names}
 
   @property
   def identity(self) -> str:
     """The same in one line, as answer logs have it."""
     parts = [f"{name}={value!r}" for name, value in self.described.items()]
-    return f"{self._on_disk[0]}({', '.join(parts)})"
+    return f"{self._on_disk.split()[0]}({', '.join(parts)})"
 
   @abc.abstractmethod
-  def frame_size(
-    self, height: int, width: int, num_frames: int
-  ) -> tuple[int, int]:
+  def frame_size(self, height, width, num_frames) -> tuple[int, int]:
     """Returns the (height, width) of each of F frames after resizing.
 
-    Raises:
-      ShapeError: no size suits such frames.
+    `frames.ShapeError` where no size suits such frames.
     """
 
   @abc.abstractmethod
-  def resized_grid(
-    self, num_frames: int, height: int, width: int
-  ) -> tuple[int, int, int]:
+  def resized_grid(self, num_frames, height, width) -> tuple[int, int, int]:
     """Returns (T, H, W) of F frames of h x w pixels after resizing."""
 
-  def grid(
-    self, num_frames: int, height: int, width: int
-  ) -> tuple[int, int, int]:
+  def grid(self, num_frames, height, width) -> tuple[int, int, int]:
     """Returns (T, H, W) of F frames of h x w pixels, without any pixels."""
     size = self.frame_size(height, width, num_frames)
     return self.resized_grid(num_frames, *size)
@@ -192,13 +182,7 @@ class Processor(abc.ABC):
     size = self.frame_size(*frame.shape[:2], num_frames)
     return frames_lib.resize_frame(frame, size, self.resample)
 
-  def __call__(
-    self,
-    frames: np.ndarray,
-    *,
-    fps: float | None = None,
-    resized: bool = False,
-  ) -> TowerInputs:
+  def __call__(self, frames, *, fps=None, resized=False) -> TowerInputs:
     """Returns what the tower takes of one clip.
 
     Args:
@@ -227,10 +211,7 @@ class Processor(abc.ABC):
   def normalise(self, pixels, axis: int = -1, xp=np):
     """Returns float32 (x / 255 - mean) / std of uint8, channels along `axis`.
 
-    Args:
-      pixels: uint8 array of `xp`.
-      axis: of the channels.
-      xp: numpy, or jax.numpy to do it on the device.
+    `xp` is the array's module: numpy, or jax.numpy to do it on the device.
     """
     shape = [1] * pixels.ndim
     shape[axis] = -1
@@ -247,20 +228,15 @@ class Processor(abc.ABC):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlavaOnevisionProcessor(Processor):
-  """Frames squeezed into one square tile.
+  """Frames squeezed into one square tile."""
 
-  Attributes:
-    image_size: S.
-    frame_side: H = W, tokens of a frame's side.
-  """
-
-  image_size: int = 384
-  frame_side: int = 14
+  image_size: int = 384  # S.
+  frame_side: int = 14  # H = W, tokens of a frame's side.
   mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
   std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
   one_grid = True
-  _on_disk = ("Preprocessing", "image_size", "mean", "std", "resample")
+  _on_disk = "Preprocessing image_size mean std resample"
 
   def __post_init__(self):
     if not 1 <= self.image_size <= _MAX_SIDE:
@@ -299,39 +275,24 @@ class Qwen2_5VLProcessor(Processor):  # noqa: N801 (the model's own name)
 
   Sides are multiples of a merged token's, so that the grid differs from clip to
   clip. Paper: https://arxiv.org/abs/2502.13923, section 2.1.
-
-  Attributes:
-    patch_size: p, pixels.
-    temporal_patch_size: t, frames.
-    merge_size: m, patches.
-    min_pixels: least pixels of a resized frame.
-    max_pixels: most pixels of a resized frame.
-    max_video_tokens: tokens that set the pixels of a whole clip: its frames
-      share 90 % of them evenly. None bounds each frame by itself, as releases
-      of the reference below 5.22 do.
   """
 
-  patch_size: int = 14
-  temporal_patch_size: int = 2
-  merge_size: int = 2
-  min_pixels: int = 128 * 28 * 28
-  max_pixels: int = 768 * 28 * 28
+  patch_size: int = 14  # p, pixels.
+  temporal_patch_size: int = 2  # t, frames.
+  merge_size: int = 2  # m, patches.
+  min_pixels: int = 128 * 28 * 28  # Least pixels of a resized frame.
+  max_pixels: int = 768 * 28 * 28  # Most pixels of a resized frame.
   mean: tuple[float, float, float] = CLIP_MEAN
   std: tuple[float, float, float] = CLIP_STD
+  # Tokens that set the pixels of a whole clip: its frames share 90 % of them
+  # evenly. None bounds each frame by itself, as releases of the reference below
+  # 5.22 do.
   max_video_tokens: int | None = None
 
   one_grid = False
   _on_disk = (
-    "ProcessorConfig",
-    "patch_size",
-    "temporal_patch_size",
-    "merge_size",
-    "min_pixels",
-    "max_pixels",
-    "mean",
-    "std",
-    "resample",
-    "max_video_tokens",
+    "ProcessorConfig patch_size temporal_patch_size merge_size min_pixels"
+    " max_pixels mean std resample max_video_tokens"
   )
 
   def __post_init__(self):
@@ -374,10 +335,7 @@ class Qwen2_5VLProcessor(Processor):  # noqa: N801 (the model's own name)
     return values
 
   def with_bounds(self, min_pixels=0, max_pixels=0):
-    """Returns the processor with other bounds on a frame, 0 for its own.
-
-    Those of the released checkpoints' files are made for images.
-    """
+    """See `Processor`; the released checkpoints' own are made for images."""
     return dataclasses.replace(
       self,
       min_pixels=min_pixels or self.min_pixels,
@@ -385,11 +343,7 @@ class Qwen2_5VLProcessor(Processor):  # noqa: N801 (the model's own name)
     )
 
   def with_paper_bounds(self, min_pixels=0, max_pixels=0):
-    """Returns the processor with the paper's bounds, or those given.
-
-    The paper's are taken in tokens, so that a model of other patches gets as
-    many of them.
-    """
+    """See `Processor`; in tokens: a model of other patches gets as many."""
     least, most = (count * self.factor**2 for count in PAPER_TOKENS)
     return self.with_bounds(min_pixels or least, max_pixels or most)
 
@@ -450,39 +404,19 @@ class Qwen2_5VLProcessor(Processor):  # noqa: N801 (the model's own name)
     return pixels.reshape(patches.shape)
 
 
-def smart_resize(
-  height: int,
-  width: int,
-  *,
-  factor: int = 28,
-  min_pixels: int,
-  max_pixels: int,
-) -> tuple[int, int]:
-  """Returns the (height, width) that a frame is resized to.
+def smart_resize(height, width, *, factor=28, min_pixels, max_pixels):
+  """Returns the (height, width) that a frame of as many pixels is resized to.
 
-  Both are multiples of `factor`, close to the frame's aspect ratio; their
-  product lies between the limits, as far as multiples can.
-
-  Args:
-    height: h, pixels.
-    width: w, pixels.
-    factor: pixels of a merged token's side.
-    min_pixels: a smaller frame is enlarged.
-    max_pixels: a larger frame is reduced.
-
-  Raises:
-    ShapeError: no such size suits the frame.
+  Both are multiples of `factor`, the pixels of a merged token's side, close to
+  the frame's aspect ratio; their product lies between the limits, as far as
+  multiples can. `frames.ShapeError` where no such size suits the frame.
   """
+  frame = f"a frame of {width} x {height} pixels"
   if min(height, width) < 1:
-    raise frames_lib.ShapeError(
-      f"a frame of {width} x {height} pixels holds nothing",
-      "leave the clip out",
-    )
+    raise frames_lib.ShapeError(f"{frame} holds nothing", "leave the clip out")
   if max(height, width) > _MAX_ASPECT * min(height, width):
     raise frames_lib.ShapeError(
-      f"a frame of {width} x {height} pixels is longer than {_MAX_ASPECT} times"
-      " its width",
-      "crop the clip",
+      f"{frame} is longer than {_MAX_ASPECT} times its width", "crop the clip"
     )
   # Python's round, half to even, as in the reference.
   rows, columns = round(height / factor), round(width / factor)
@@ -497,24 +431,15 @@ def smart_resize(
   return rows * factor, columns * factor
 
 
-def patchify(
-  frames: np.ndarray, *, patch: int, temporal_patch: int, merge: int
-) -> np.ndarray:
+def patchify(frames, *, patch, temporal_patch, merge):
   """Returns [P, C*t*p*p] patches of frames [F,h,w,C], any dtype.
 
   Rows run over temporal patches, then over tokens row by row, then over the
   m x m patches of a token. Columns are (channel, frame, row, column), as in the
   weight of the tower's convolution. Where F is no multiple of t, the last frame
-  is repeated.
-
-  Args:
-    frames: h and w multiples of p m.
-    patch: p.
-    temporal_patch: t.
-    merge: m.
+  is repeated; h and w are multiples of p m.
   """
-  missing = -len(frames) % temporal_patch
-  if missing:
+  if missing := -len(frames) % temporal_patch:
     frames = np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)])
   F, h, w, C = frames.shape
   side = patch * merge
@@ -531,11 +456,10 @@ def patchify(
 def default_num_frames(directory) -> int:
   """Returns the frames per clip that a checkpoint's files ask for, else 32."""
   path = os.path.join(directory, "video_preprocessor_config.json")
-  number = None
-  if os.path.isfile(path):
-    number = hf_config.read_json(path).get("num_frames")
+  found = hf_config.read_json(path) if os.path.isfile(path) else {}
+  number = found.get("num_frames")
   if number is None:
-    return _NUM_FRAMES
+    return 32
   if not isinstance(number, int) or isinstance(number, bool) or number < 1:
     raise errors.UserError(
       f"{path}: num_frames {number!r} is no number of frames; correct it, or"
@@ -544,51 +468,19 @@ def default_num_frames(directory) -> int:
   return number
 
 
-def _read_file(directory) -> tuple[dict, str]:
-  """Returns the JSON of a checkpoint's video processor, and its path.
-
-  Files are tried in the reference's order: the video part that transformers 5
-  stores in processor_config.json, then the two files of earlier releases.
-  """
-  for name, key in (
-    ("processor_config.json", "video_processor"),
-    ("video_preprocessor_config.json", None),
-    ("preprocessor_config.json", None),
-  ):
-    path = os.path.join(directory, name)
-    if not os.path.isfile(path):
-      continue
-    try:
-      if os.path.getsize(path) > _MAX_FILE_BYTES:
-        raise ValueError(f"above {_MAX_FILE_BYTES} bytes")
-      with open(path, encoding="utf-8") as f:
-        entry = json.load(f)
-      if not isinstance(entry, dict):
-        raise ValueError("no JSON object")
-    except (OSError, ValueError, RecursionError) as error:
-      raise _unusable(path, error) from error
-    entry = entry.get(key) if key else entry
-    if isinstance(entry, dict):
-      return entry, path
-  raise errors.UserError(
-    f"{directory}: no preprocessor_config.json or"
-    " video_preprocessor_config.json; copy it from the checkpoint's origin"
-  )
-
-
-def _unusable(path, error) -> errors.UserError:
-  """Returns the error for a processor file that cannot be used."""
-  return errors.UserError(
-    f"{path}: not a usable processor file ({error}); copy it again from the"
-    " checkpoint's origin"
-  )
+def _read_file(path) -> dict:
+  """Returns the JSON object in a small file."""
+  if os.path.getsize(path) > _MAX_FILE_BYTES:
+    raise ValueError(f"above {_MAX_FILE_BYTES} bytes")
+  with open(path, encoding="utf-8") as file:
+    entry = json.load(file)
+  if not isinstance(entry, dict):
+    raise ValueError("no JSON object")
+  return entry
 
 
 def _check_steps(entry: dict, path) -> None:
-  """Refuses a processor file that asks for steps other than ours.
-
-  Silence about a step would give other pixels than the reference's.
-  """
+  """Refuses steps other than ours: they would give other pixels."""
   for name, (ours, default) in _STEPS.items():
     value = entry.get(name)
     if bool(default if value is None else value) != ours:

@@ -6,6 +6,7 @@ Paper: https://arxiv.org/abs/2407.10671.
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -13,20 +14,29 @@ import jax
 import jax.numpy as jnp
 
 from cacovid_jax import errors
-from cacovid_jax.models import attention, hf_config, rope
+from cacovid_jax.models import attention, hf_config, placement, rope
+
+# Our sizes -> keys of the `text_config` section.
+_KEYS = dict(
+  vocab_size="vocab_size",
+  hidden_size="hidden_size",
+  intermediate_size="intermediate_size",
+  num_layers="num_hidden_layers",
+  num_heads="num_attention_heads",
+  num_kv_heads="num_key_value_heads",
+)
+# Vocabulary, width, width of the MLP, layers, heads, kv heads, width of a head.
+_SIZES = {
+  "qwen2_0_5b": (152000, 896, 4864, 24, 14, 2, 64),
+  "qwen2_7b": (152128, 3584, 18944, 28, 28, 4, 128),
+  "qwen2_5_3b": (151936, 2048, 11008, 36, 16, 2, 128),
+  "tiny": (64, 32, 48, 3, 4, 2, 8),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Qwen2Config:
-  """Sizes of a decoder.
-
-  Attributes:
-    rope_sections: rotary frequencies of each position row; None for one row.
-    rope_interleaved: whether the rows take turns instead of following each
-      other, see `rope.angles`.
-    attention_bias: whether queries, keys and values have biases.
-    qk_norm: whether heads of queries and keys are normalised (Qwen3).
-  """
+  """Sizes of a decoder."""
 
   vocab_size: int
   hidden_size: int
@@ -36,64 +46,34 @@ class Qwen2Config:
   num_kv_heads: int
   head_dim: int
   rope_theta: float = 1e6
-  rope_sections: tuple[int, ...] | None = None
+  rope_sections: tuple[int, ...] | None = None  # Frequencies a row.
   rms_norm_eps: float = 1e-6
   tie_embeddings: bool = False
   max_positions: int = 32768
-  rope_interleaved: bool = False
-  attention_bias: bool = True
-  qk_norm: bool = False
+  rope_interleaved: bool = False  # See `rope.angles`.
+  attention_bias: bool = True  # Whether queries, keys and values have biases.
+  qk_norm: bool = False  # Whether heads of q and k are normalised (Qwen3).
 
   @classmethod
-  def qwen2_0_5b(cls, vocab_size=152000):
-    return cls(
-      vocab_size=vocab_size,
-      hidden_size=896,
-      intermediate_size=4864,
-      num_layers=24,
-      num_heads=14,
-      num_kv_heads=2,
-      head_dim=64,
-      tie_embeddings=True,
-    )
+  def qwen2_0_5b(cls):
+    return cls._of("qwen2_0_5b", tie_embeddings=True)
 
   @classmethod
-  def qwen2_7b(cls, vocab_size=152128):
-    return cls(
-      vocab_size=vocab_size,
-      hidden_size=3584,
-      intermediate_size=18944,
-      num_layers=28,
-      num_heads=28,
-      num_kv_heads=4,
-      head_dim=128,
-    )
+  def qwen2_7b(cls, **changes):
+    return cls._of("qwen2_7b", **changes)
 
   @classmethod
-  def qwen2_5_3b(cls, vocab_size=151936):
-    return cls(
-      vocab_size=vocab_size,
-      hidden_size=2048,
-      intermediate_size=11008,
-      num_layers=36,
-      num_heads=16,
-      num_kv_heads=2,
-      head_dim=128,
-      tie_embeddings=True,
-    )
+  def qwen2_5_3b(cls):
+    return cls._of("qwen2_5_3b", tie_embeddings=True)
 
   @classmethod
   def tiny(cls):
-    return cls(
-      vocab_size=64,
-      hidden_size=32,
-      intermediate_size=48,
-      num_layers=3,
-      num_heads=4,
-      num_kv_heads=2,
-      head_dim=8,
-      max_positions=512,
-    )
+    return cls._of("tiny", max_positions=512)
+
+  @classmethod
+  def _of(cls, name, **changes):
+    names = (*_KEYS, "head_dim")
+    return cls(**dict(zip(names, _SIZES[name], strict=True)) | changes)
 
   @classmethod
   def from_hf(
@@ -105,25 +85,20 @@ class Qwen2Config:
     where="text_config.",
     num_sections=None,
   ):
-    """Reads the `text_config` section of a config.json.
+    """Reads the `text_config` section of a config.json, of 4.x or 5.x.
 
-    Args:
-      config: the section, as transformers 4.x or 5.x writes it.
-      tie_embeddings: what the file says outside the section; set in either
-        place means tied.
-      model_type: that the section may name.
-      where: name of the section in messages, "" for a file without one.
-      num_sections: position rows that share the rotary frequencies; None for
-        plain RoPE.
+    Tied embeddings may be told outside the section, too. `model_type` is what
+    it may name, `where` its name in messages ("" for a file without one). Of
+    position rows, `num_sections` share the rotary frequencies; None for plain
+    RoPE.
     """
-    hf_config.require(config, "model_type", [model_type], where)
-    hf_config.require(config, "hidden_act", ["silu"], where)
-    hf_config.require(config, "use_sliding_window", [False], where)
-
-    def size(name, default=None):
-      kwargs = {} if default is None else {"default": default}
-      return hf_config.number(config, name, where=where, **kwargs)
-
+    hf_config.require(
+      config,
+      where,
+      model_type=[model_type],
+      hidden_act=["silu"],
+      use_sliding_window=[False],
+    )
     rotary = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rotary.get("rope_type", rotary.get("type", "default"))
     if kind not in ["default"] + ["mrope"] * (num_sections is not None):
@@ -131,47 +106,37 @@ class Qwen2Config:
         f"config.json: {where}rope_parameters has type {kind!r}; only the"
         " default rotary embedding is implemented"
       )
-    theta_from = rotary if "rope_theta" in rotary else config
-    num_heads = size("num_attention_heads")
-    num_kv_heads = size("num_key_value_heads")
+    number = functools.partial(hf_config.number, where=where)
+    sizes = hf_config.sizes(config, _KEYS, where)
+    num_heads, num_kv_heads = sizes["num_heads"], sizes["num_kv_heads"]
     if num_heads % num_kv_heads:
       raise errors.UserError(
         f"config.json: {where}num_attention_heads {num_heads} is no multiple of"
         f" num_key_value_heads {num_kv_heads}"
       )
-    head_dim = size("head_dim", size("hidden_size") // num_heads)
+    head_dim = number(
+      config, "head_dim", default=sizes["hidden_size"] // num_heads
+    )
     sections = None
     if num_sections is not None:
       sections = _sections(rotary, num_sections, head_dim // 2, where)
+    tied = tie_embeddings or config.get("tie_word_embeddings", False)
     return cls(
-      vocab_size=size("vocab_size"),
-      hidden_size=size("hidden_size"),
-      intermediate_size=size("intermediate_size"),
-      num_layers=size("num_hidden_layers"),
-      num_heads=num_heads,
-      num_kv_heads=num_kv_heads,
+      **sizes,
       head_dim=head_dim,
-      rope_theta=hf_config.number(theta_from, "rope_theta", float, where=where),
+      rope_theta=number(
+        rotary if "rope_theta" in rotary else config, "rope_theta", float
+      ),
       rope_sections=sections,
-      rms_norm_eps=hf_config.number(
-        config, "rms_norm_eps", float, default=1e-6, where=where
-      ),
-      tie_embeddings=bool(
-        tie_embeddings or config.get("tie_word_embeddings", False)
-      ),
-      max_positions=size("max_position_embeddings", 32768),
+      rms_norm_eps=number(config, "rms_norm_eps", float, default=1e-6),
+      tie_embeddings=bool(tied),
+      max_positions=number(config, "max_position_embeddings", default=32768),
     )
 
   def to_hf(self):
     """Returns the `text_config` section, in a form 4.x and 5.x both read."""
-    described = {
+    described = hf_config.described(self, _KEYS) | {
       "model_type": "qwen2",
-      "vocab_size": self.vocab_size,
-      "hidden_size": self.hidden_size,
-      "intermediate_size": self.intermediate_size,
-      "num_hidden_layers": self.num_layers,
-      "num_attention_heads": self.num_heads,
-      "num_key_value_heads": self.num_kv_heads,
       "head_dim": self.head_dim,
       "hidden_act": "silu",
       "rope_theta": self.rope_theta,
@@ -235,13 +200,10 @@ def angles(config: Qwen2Config, positions):
 
 
 def add_deep(x, number, deep, video_rows):
-  """Returns x float[B, L, D] of layer `number` with its visual features.
+  """Returns x float[B, L, D], output of layer `number`, with its features.
 
-  Args:
-    x: output of the layer.
-    number: int or int32[], from 0.
-    deep: float[B, S, N, D], added behind layers 0 to S - 1; None for none.
-    video_rows: int32[B, N] rows that they are added to, L for padding.
+  `deep` float[B, S, N, D] is added behind layers 0 to S - 1, to the rows
+  `video_rows` int32[B, N], L for padding; None for none.
   """
   if deep is None:
     return x
@@ -252,6 +214,22 @@ def add_deep(x, number, deep, video_rows):
     return x.at[batch, video_rows].add(own.astype(x.dtype), mode="drop")
 
   return jax.lax.cond(number < deep.shape[1], add, lambda: x)
+
+
+def scan_layers(block, layer, x, per_layer, remat):
+  """Returns (x, outputs) of `block(layer, x, own)`, layer after layer.
+
+  The parameters of `layer` are stacked, as the leaves of `per_layer` are.
+  """
+  if remat:
+    block = nn.remat(block, prevent_cse=False)
+  scan = nn.scan(
+    block,
+    variable_axes={"params": 0},
+    split_rngs={"params": True},
+    length=len(jax.tree.leaves(per_layer)[0]),
+  )
+  return scan(layer, x, per_layer)
 
 
 class RMSNorm(nn.Module):
@@ -267,6 +245,13 @@ class RMSNorm(nn.Module):
     mean_square = jnp.square(x).mean(axis=-1, keepdims=True)
     x = x * jax.lax.rsqrt(mean_square + self.epsilon)
     return x.astype(self.dtype) * scale.astype(self.dtype)
+
+
+def gated_mlp(x, dense, width):
+  """Returns [..., D] of x [..., D]; `dense(size, name)` makes a layer."""
+  gate = nn.silu(dense(width, "gate_proj")(x))
+  up = dense(width, "up_proj")(x)
+  return dense(x.shape[-1], "down_proj")(gate * up)
 
 
 class DecoderLayer(nn.Module):
@@ -287,7 +272,6 @@ class DecoderLayer(nn.Module):
     lengths=None,
     mask=None,
     cache=None,
-    want_attention=False,
     look=None,
     between=None,
   ):
@@ -303,7 +287,6 @@ class DecoderLayer(nn.Module):
       mask: bool[B, L, L], True where a query may see a key.
       cache: None or (keys, values) float[B, S, K, H] of earlier tokens; then
         L is 1 and `lengths` is required.
-      want_attention: static; adds "last_query_attention" float32[B, L] to out.
       look: static; `look(q, k, lengths)` of the rotated queries and keys, its
         result becomes out["look"].
       between: static; `between(x, out)` of the residual stream behind the
@@ -311,13 +294,15 @@ class DecoderLayer(nn.Module):
         other rows; `more` becomes out["between"].
 
     Returns:
-      x float[B, L, D] and a dict with the new "keys" and "values",
-      float[B, L, K, H].
+      x, and a dict with the new "keys" and "values", float[B, L, K, H].
     """
     cfg = self.config
 
     def dense(size, name, use_bias=False):
       return nn.Dense(size, use_bias=use_bias, dtype=self.dtype, name=name)
+
+    def norm(name):
+      return RMSNorm(cfg.rms_norm_eps, self.dtype, name=name)
 
     def project(x, num_heads, name):
       x = dense(num_heads * cfg.head_dim, name, cfg.attention_bias)(x)
@@ -326,10 +311,10 @@ class DecoderLayer(nn.Module):
     def turned(x, num_heads, name):
       x = project(x, num_heads, f"{name}_proj")
       if cfg.qk_norm:
-        x = RMSNorm(cfg.rms_norm_eps, self.dtype, name=f"{name}_norm")(x)
+        x = norm(f"{name}_norm")(x)
       return rope.apply(x, cos, sin)
 
-    h = RMSNorm(cfg.rms_norm_eps, self.dtype, name="input_layernorm")(x)
+    h = norm("input_layernorm")(x)
     q = turned(h, cfg.num_heads, "q")
     k = turned(h, cfg.num_kv_heads, "k")
     v = project(h, cfg.num_kv_heads, "v_proj")
@@ -338,37 +323,19 @@ class DecoderLayer(nn.Module):
       h = attention.attention_over_cache(q, k, v, *cache, lengths)
     else:
       h = attention.attention(
-        q,
-        k,
-        v,
-        causal=causal,
-        lengths=lengths,
-        mask=mask,
-        backend=self.backend,
-      )
-    if want_attention:
-      out["last_query_attention"] = attention.last_query_attention(
-        q, k, _lengths_or_full(lengths, x)
+        q, k, v, causal=causal, lengths=lengths, mask=mask, backend=self.backend
       )
     if look is not None:
-      out["look"] = look(q, k, _lengths_or_full(lengths, x))
+      if lengths is None:
+        lengths = jnp.full(x.shape[0], x.shape[1], jnp.int32)
+      out["look"] = look(q, k, lengths)
     h = h.reshape(*x.shape[:-1], cfg.num_heads * cfg.head_dim)
     x = x + dense(cfg.hidden_size, "o_proj")(h)
     if between is not None:
       x, out["between"] = between(x, out)
 
-    h = RMSNorm(cfg.rms_norm_eps, self.dtype, name="post_attention_layernorm")(
-      x
-    )
-    gate = nn.silu(dense(cfg.intermediate_size, "gate_proj")(h))
-    up = dense(cfg.intermediate_size, "up_proj")(h)
-    return x + dense(cfg.hidden_size, "down_proj")(gate * up), out
-
-
-def _lengths_or_full(lengths, x):
-  if lengths is None:
-    return jnp.full(x.shape[0], x.shape[1], jnp.int32)
-  return lengths
+    h = norm("post_attention_layernorm")(x)
+    return x + gated_mlp(h, dense, cfg.intermediate_size), out
 
 
 class Qwen2(nn.Module):
@@ -425,12 +392,11 @@ class Qwen2(nn.Module):
   ):
     """Returns (hidden float[B, L, D] after the final norm, out).
 
+    `causal`, `lengths` and `mask` are as of `DecoderLayer`.
+
     Args:
       x: float[B, L, D] embeddings.
       positions: int32[B, P, L].
-      causal: static; False for a bidirectional pass.
-      lengths: int32[B] valid tokens of each row (right padding) or None.
-      mask: bool[B, L, L] or None.
       deep: see `add_deep`, None for none.
       video_rows: see `add_deep`.
       want_hidden: static; out["hidden"] float[layers, B, L, D], the output of
@@ -441,35 +407,29 @@ class Qwen2(nn.Module):
         float[layers, B, L, K, H].
     """
     cos, sin = angles(self.config, positions)
+    look = attention.last_query_attention if want_attention else None
+    options = dict(causal=causal, lengths=lengths, mask=mask, look=look)
 
     def block(layer, x, number):
-      x, aux = layer(
-        x,
-        cos,
-        sin,
-        causal=causal,
-        lengths=lengths,
-        mask=mask,
-        want_attention=want_attention,
-      )
+      x, aux = layer(x, cos, sin, **options)
       out = {"hidden": x} if want_hidden else {}
       if want_attention:
-        out["last_query_attention"] = aux["last_query_attention"]
+        out["last_query_attention"] = aux["look"]
       if want_cache:
         out.update(keys=aux["keys"], values=aux["values"])
       return add_deep(x, number, deep, video_rows), out
 
     numbers = jnp.arange(self.config.num_layers)
-    x, out = self._scan(block, x.astype(self.dtype), numbers)
+    x, out = scan_layers(
+      block, self.layers, x.astype(self.dtype), numbers, self.remat
+    )
     return self.norm(x), out
 
   def decode(self, x, positions, cache):
     """Returns (hidden float[B, D], cache) after one more token per row.
 
-    Args:
-      x: float[B, D] embeddings of the new tokens.
-      positions: int32[B, P].
-      cache: `Cache` with room for one more token in every row.
+    Of embeddings float[B, D] at positions int32[B, P], by a `Cache` with room
+    for one more token in every row.
     """
     cos, sin = angles(self.config, positions[..., None])
 
@@ -477,8 +437,12 @@ class Qwen2(nn.Module):
       x, aux = layer(x, cos, sin, cache=earlier, lengths=cache.lengths)
       return x, (aux["keys"][:, 0], aux["values"][:, 0])
 
-    x, (keys, values) = self._scan(
-      block, x[:, None].astype(self.dtype), (cache.keys, cache.values)
+    x, (keys, values) = scan_layers(
+      block,
+      self.layers,
+      x[:, None].astype(self.dtype),
+      (cache.keys, cache.values),
+      self.remat,
     )
     # Written once for all layers: inside the scan it would copy the cache.
     rows = jnp.arange(x.shape[0])
@@ -489,59 +453,33 @@ class Qwen2(nn.Module):
     )
     return self.norm(x)[:, 0], cache
 
-  def _scan(self, block, x, per_layer):
-    if self.remat:
-      block = nn.remat(block, prevent_cse=False)
-    scan = nn.scan(
-      block,
-      variable_axes={"params": 0},
-      split_rngs={"params": True},
-      length=self.config.num_layers,
-    )
-    return scan(self.layers, x, per_layer)
-
-
-def dense_rows(source, path, use_bias=True, layers=None, layout="transpose"):
-  """Returns the rows of a linear layer in a table of weights.
-
-  A row is source name, "{}" for the layer number -> (path, layout, layers):
-  `path` leads to a leaf of the parameters, `layout` is one of
-  `placement.to_ours`, `layers` the depth of a stack that the tensors of all
-  layers fill, None for a single tensor.
-  """
-  rows = {f"{source}.weight": ((*path, "kernel"), layout, layers)}
-  if use_bias:
-    rows[f"{source}.bias"] = ((*path, "bias"), "same", layers)
-  return rows
-
 
 def decoder_rows(config, source, lm_head):
-  """Returns the rows of a Qwen2 decoder; its parameters are `language_model`.
+  """Returns the `placement.rows` of a decoder, `language_model` of ours.
 
-  Args:
-    config: `qwen2.Qwen2Config`.
-    source: what the decoder's names begin with, without the dot.
-    lm_head: name of the output table; unused with tied embeddings.
+  Its names begin with `source`; `lm_head` is the output table's whole name.
   """
-  ours = ("language_model",)
-  rows = {
-    f"{source}.embed_tokens.weight": ((*ours, "embed_tokens"), "same", None),
-    f"{source}.norm.weight": ((*ours, "norm", "scale"), "same", None),
-  }
+  ours = "language_model"
+  rows = placement.rows(source, ours, embed_tokens="table", norm="scale")
   if not config.tie_embeddings:
-    rows[lm_head] = ((*ours, "lm_head"), "same", None)
-  layers, layer = config.num_layers, f"{source}.layers.{{}}"
-  for name in ("input_layernorm", "post_attention_layernorm"):
-    path = (*ours, "layers", name, "scale")
-    rows[f"{layer}.{name}.weight"] = (path, "same", layers)
-  for name in ("q_norm", "k_norm") if config.qk_norm else ():
-    path = (*ours, "layers", name, "scale")
-    rows[f"{layer}.self_attn.{name}.weight"] = (path, "same", layers)
-  for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-    path = (*ours, "layers", name)
-    use_bias = config.attention_bias and name != "o_proj"
-    rows |= dense_rows(f"{layer}.self_attn.{name}", path, use_bias, layers)
+    rows[lm_head] = (f"{ours}/lm_head", "same", None)
+  return rows | layer_rows(
+    f"{source}.layers.{{}}",
+    f"{ours}/layers",
+    bias=config.attention_bias,
+    qk_norm=config.qk_norm,
+    layers=config.num_layers,
+  )
+
+
+def layer_rows(source, path, *, bias=True, qk_norm=False, layers=None):
+  """Returns the rows of one decoder layer or of a stack; `placement.rows`."""
+  norms = ["input_layernorm", "post_attention_layernorm"]
+  norms += ["self_attn.q_norm", "self_attn.k_norm"] * qk_norm
+  kinds = dict.fromkeys(norms, "scale")
+  for name in ("q_proj", "k_proj", "v_proj"):
+    kinds[f"self_attn.{name}"] = "dense" if bias else "linear"
+  kinds["self_attn.o_proj"] = "linear"
   for name in ("gate_proj", "up_proj", "down_proj"):
-    path = (*ours, "layers", name)
-    rows |= dense_rows(f"{layer}.mlp.{name}", path, False, layers)
-  return rows
+    kinds[f"mlp.{name}"] = "linear"
+  return placement.rows(source, path, layers, **kinds)

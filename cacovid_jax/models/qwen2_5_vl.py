@@ -16,14 +16,18 @@ import numpy as np
 from cacovid_jax import errors
 from cacovid_jax.models import (
   hf_config,
+  placement,
   processors,
   qwen2,
+  qwen2_5_vl_layout,
   qwen2_5_vl_vision,
   video_llm,
 )
 
 POSITION_RULES = ("4.50", "v5")
 _POSITION_ROWS = 3
+_TOKEN_IDS = [f"{kind}_token_id" for kind in ("image", "video")]
+_TOKEN_IDS += ["vision_start_token_id", "vision_end_token_id"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,7 +82,7 @@ class Qwen2_5VLConfig:  # noqa: N801 (the model's own name)
   @classmethod
   def from_hf(cls, config):
     """Reads a config.json: flat, as on the hub, or with a text section."""
-    hf_config.require(config, "model_type", ["qwen2_5_vl"])
+    hf_config.require(config, model_type=["qwen2_5_vl"])
     vision = hf_config.section(config, "vision_config")
     tied = config.get("tie_word_embeddings", False)
     if config.get("text_config") is None:
@@ -95,10 +99,7 @@ class Qwen2_5VLConfig:  # noqa: N801 (the model's own name)
         where=where,
         num_sections=_POSITION_ROWS,
       ),
-      image_token_id=hf_config.number(config, "image_token_id"),
-      video_token_id=hf_config.number(config, "video_token_id"),
-      vision_start_token_id=hf_config.number(config, "vision_start_token_id"),
-      vision_end_token_id=hf_config.number(config, "vision_end_token_id"),
+      **hf_config.sizes(config, {name: name for name in _TOKEN_IDS}),
       tokens_per_second=hf_config.number(
         vision, "tokens_per_second", where="vision_config."
       ),
@@ -118,10 +119,7 @@ class Qwen2_5VLConfig:  # noqa: N801 (the model's own name)
       "architectures": ["Qwen2_5_VLForConditionalGeneration"],
       "model_type": "qwen2_5_vl",
       "vision_config": vision | {"tokens_per_second": self.tokens_per_second},
-      "image_token_id": self.image_token_id,
-      "video_token_id": self.video_token_id,
-      "vision_start_token_id": self.vision_start_token_id,
-      "vision_end_token_id": self.vision_end_token_id,
+      **{name: getattr(self, name) for name in _TOKEN_IDS},
     }
 
 
@@ -129,21 +127,19 @@ def position_ids(ids, video, *, config, rule="4.50"):
   """Returns (positions int32[3, L], next position) of ONE prompt, on the host.
 
   Text counts on in all three rows alike. A video token that lies `k` temporal
-  patches, `row` and `column` into its grid adds
-  (floor(k · seconds · tokens_per_second), row, column) to the position where
-  the video starts.
+  patches, `row` and `column` into its grid adds (floor(k · seconds ·
+  tokens_per_second), row, column) to the position where the video starts. The
+  next position, of the first generated token, is the largest plus one.
 
   Args:
     ids: int[L] of the prompt without padding.
-    video: with the `grid` (T, H, W) after merging and the seconds
+    video: has the `grid` (T, H, W) after merging and the seconds
       `second_per_grid_t`; None for a prompt without a video.
     config: `Qwen2_5VLConfig`.
     rule: where the text behind the video goes on. "4.50" (transformers 4.50,
       which the released models were trained and evaluated with): behind the
       video's largest position. "v5" (transformers 5.x): behind the longer side
       of the grid, whatever the time.
-
-  The next position, of the first generated token, is the largest plus one.
   """
   if rule not in POSITION_RULES:
     raise ValueError(f"position rule {rule!r} is not one of {POSITION_RULES}")
@@ -234,15 +230,15 @@ class Qwen2_5VLModel(video_llm.VideoLLM):  # noqa: N801
     return processors.Qwen2_5VLProcessor.from_files(directory)
 
   def layout(self, grid, sizes=None):
-    """Returns the `qwen2_5_vl_vision.Layout` of a grid (T, H, W)."""
+    """Returns the `qwen2_5_vl_layout.Layout` of a grid (T, H, W)."""
     grid = tuple(map(int, grid))
-    return qwen2_5_vl_vision.layout(grid, self.config.vision, sizes)
+    return qwen2_5_vl_layout.layout(grid, self.config.vision, sizes)
 
   def tower_inputs(self, inputs, bucket=None):
     """Returns the patches, padded to a bucket, and their grid's layout."""
     vision, values, sizes = self.config.vision, inputs.values, None
     if bucket is not None:
-      sizes = qwen2_5_vl_vision.Sizes.of_bucket(
+      sizes = qwen2_5_vl_layout.Sizes.of_bucket(
         vision,
         num_slices=bucket.frames,
         tokens_per_slice=bucket.frame_tokens,
@@ -281,39 +277,32 @@ class Qwen2_5VLModel(video_llm.VideoLLM):  # noqa: N801
 
 
 def weight_table(config):
-  """Returns the rows of the weights, see `qwen2.dense_rows`.
+  """Returns the rows of the weights, see `placement.rows`.
 
   Source names are those of the hub (transformers up to 4.51, and what 5.x
   saves); `hub_name` turns the other spellings into them.
   """
-  rows = {}
-
-  def dense(source, path, layers=None):
-    rows.update(qwen2.dense_rows(source, path, layers=layers))
-
-  def norm(source, path, layers=None):
-    rows[f"{source}.weight"] = ((*path, "scale"), "same", layers)
-
-  ours = ("visual",)
-  rows["visual.patch_embed.proj.weight"] = (
-    (*ours, "patch_embed", "kernel"),
-    "conv3d",
-    None,
-  )
-  layers, block = config.vision.num_layers, "visual.blocks.{}"
-  for name in ("norm1", "norm2"):
-    norm(f"{block}.{name}", (*ours, "blocks", name), layers)
-  for name in ("qkv", "proj"):
-    dense(f"{block}.attn.{name}", (*ours, "blocks", name), layers=layers)
-  for name in ("gate_proj", "up_proj", "down_proj"):
-    dense(f"{block}.mlp.{name}", (*ours, "blocks", name), layers=layers)
-  norm("visual.merger.ln_q", (*ours, "merger", "ln_q"))
+  dense = ("attn.qkv", "attn.proj")
+  dense += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+  patches = {"patch_embed.proj": "conv3d patch_embed"}
   # The entries of a Sequential; number 1 is the activation.
-  dense("visual.merger.mlp.0", (*ours, "merger", "linear_1"))
-  dense("visual.merger.mlp.2", (*ours, "merger", "linear_2"))
-
-  rows |= qwen2.decoder_rows(config.text, "model", "lm_head.weight")
-  return rows
+  merger = {
+    "ln_q": "scale",
+    "mlp.0": "dense linear_1",
+    "mlp.2": "dense linear_2",
+  }
+  return (
+    placement.rows("visual", "visual", **patches)
+    | placement.rows(
+      "visual.blocks.{}",
+      "visual/blocks",
+      config.vision.num_layers,
+      **dict.fromkeys(("norm1", "norm2"), "scale"),
+      **dict.fromkeys(dense, "dense"),
+    )
+    | placement.rows("visual.merger", "visual/merger", **merger)
+    | qwen2.decoder_rows(config.text, "model", "lm_head.weight")
+  )
 
 
 def hub_name(name):

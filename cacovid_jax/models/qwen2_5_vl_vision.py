@@ -8,9 +8,7 @@ Paper: https://arxiv.org/abs/2502.13923 (section 2.1.1).
 """
 
 import dataclasses
-import functools
 import math
-from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -22,6 +20,7 @@ from cacovid_jax.models import (
   attention,
   hf_config,
   qwen2,
+  qwen2_5_vl_layout,
   rope,
   video_llm,
 )
@@ -29,6 +28,18 @@ from cacovid_jax.models import (
 # Not in any config.json: the released code has it fixed.
 _RMS_NORM_EPS = 1e-6
 _CHANNELS = 3
+# Our sizes -> keys of the `vision_config` section.
+_KEYS = dict(
+  hidden_size="hidden_size",
+  intermediate_size="intermediate_size",
+  num_layers="depth",
+  num_heads="num_heads",
+  out_hidden_size="out_hidden_size",
+  patch_size="patch_size",
+  temporal_patch_size="temporal_patch_size",
+  merge_size="spatial_merge_size",
+  window_size="window_size",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,78 +89,57 @@ class VisionConfig:
     """Reads the `vision_config` section of a config.json."""
     where = "vision_config."
     hf_config.require(
-      config, "model_type", ["qwen2_5_vl", "qwen2_5_vl_vision"], where
+      config,
+      where,
+      model_type=["qwen2_5_vl", "qwen2_5_vl_vision"],
+      hidden_act=["silu"],
+      in_channels=[_CHANNELS],  # transformers 5.x,
+      in_chans=[_CHANNELS],  # and 4.x.
     )
-    hf_config.require(config, "hidden_act", ["silu"], where)
-    for name in ("in_channels", "in_chans"):  # transformers 5.x, 4.x.
-      hf_config.require(config, name, [_CHANNELS], where)
-
-    def size(name):
-      return hf_config.number(config, name, where=where)
-
     rotary = config.get("rope_parameters") or {}
     hf_config.require(
-      rotary, "rope_type", ["axial", "default"], f"{where}rope_parameters."
+      rotary, f"{where}rope_parameters.", rope_type=["axial", "default"]
     )
     full_layers = config.get("fullatt_block_indexes")
+    depth = hf_config.number(config, "depth", where=where)
     if not isinstance(full_layers, list) or not all(
-      isinstance(layer, int) and 0 <= layer < size("depth")
-      for layer in full_layers
+      isinstance(layer, int) and 0 <= layer < depth for layer in full_layers
     ):
       raise errors.UserError(
         f"config.json: {where}fullatt_block_indexes is {full_layers!r}; give a"
-        f" list of layer numbers below depth {size('depth')}"
+        f" list of layer numbers below depth {depth}"
       )
-    token = size("patch_size") * size("spatial_merge_size")
-    if size("window_size") < token:
-      raise errors.UserError(
-        f"config.json: {where}window_size {size('window_size')} is below one"
-        f" token of {token} pixels"
-      )
-    # Rows and columns turn a quarter of a head's values each, in pairs.
-    if size("hidden_size") % (4 * size("num_heads")):
-      raise errors.UserError(
-        f"config.json: {where}hidden_size {size('hidden_size')} does not split"
-        f" into num_heads {size('num_heads')} of a multiple of 4"
-      )
-    return cls(
-      hidden_size=size("hidden_size"),
-      intermediate_size=size("intermediate_size"),
-      num_layers=size("depth"),
-      num_heads=size("num_heads"),
-      out_hidden_size=size("out_hidden_size"),
+    found = cls(
+      **hf_config.sizes(config, _KEYS, where),
       full_layers=tuple(sorted(full_layers)),
-      patch_size=size("patch_size"),
-      temporal_patch_size=size("temporal_patch_size"),
-      merge_size=size("spatial_merge_size"),
-      window_size=size("window_size"),
       rope_theta=hf_config.number(
         rotary, "rope_theta", float, default=1e4, where=where
       ),
     )
+    token = found.patch_size * found.merge_size
+    if found.window_size < token:
+      raise errors.UserError(
+        f"config.json: {where}window_size {found.window_size} is below one"
+        f" token of {token} pixels"
+      )
+    # Rows and columns turn a quarter of a head's values each, in pairs.
+    if found.hidden_size % (4 * found.num_heads):
+      raise errors.UserError(
+        f"config.json: {where}hidden_size {found.hidden_size} does not split"
+        f" into num_heads {found.num_heads} of a multiple of 4"
+      )
+    return found
 
   def to_hf(self):
     """Returns the `vision_config` section, for 4.x and 5.x readers."""
-    return {
+    return hf_config.described(self, _KEYS) | {
       "model_type": "qwen2_5_vl",
-      "depth": self.num_layers,
-      "hidden_size": self.hidden_size,
-      "intermediate_size": self.intermediate_size,
-      "num_heads": self.num_heads,
-      "out_hidden_size": self.out_hidden_size,
       "in_chans": _CHANNELS,
       "in_channels": _CHANNELS,
       "hidden_act": "silu",
-      "patch_size": self.patch_size,
       "spatial_patch_size": self.patch_size,
-      "temporal_patch_size": self.temporal_patch_size,
-      "spatial_merge_size": self.merge_size,
-      "window_size": self.window_size,
       "fullatt_block_indexes": list(self.full_layers),
-      "rope_parameters": {
-        "rope_type": "axial",
-        "rope_theta": self.rope_theta,
-      },
+      "rope_parameters": {"rope_type": "axial", "rope_theta": self.rope_theta},
     }
 
   @property
@@ -157,9 +147,15 @@ class VisionConfig:
     return self.hidden_size // self.num_heads
 
   @property
+  def kernel_shape(self):
+    """Sizes of the patch convolution's kernel behind its outputs."""
+    side = self.patch_size
+    return _CHANNELS, self.temporal_patch_size, side, side
+
+  @property
   def patch_values(self):
-    """Values of one patch: channels x time x rows x columns."""
-    return _CHANNELS * self.temporal_patch_size * self.patch_size**2
+    """Values of one patch."""
+    return math.prod(self.kernel_shape)
 
   @property
   def patches_per_token(self):
@@ -186,11 +182,10 @@ class VisionConfig:
   def flops(self, grid, out_width):
     """Returns the operations from one video's patches to its features.
 
-    Args:
-      grid: (T, H, W) of its tokens.
-      out_width: of the features.
+    The video has a grid (T, H, W) of tokens, the features `out_width` values.
     """
-    sizes, D = Sizes.of([grid], self), self.hidden_size  # noqa: N806
+    sizes = qwen2_5_vl_layout.Sizes.of([grid], self)
+    D = self.hidden_size  # noqa: N806
     patches, merge = self.num_patches(grid), self.patches_per_token
     per_layer = 4 * D * D + 3 * D * self.intermediate_size
     total = patches * (self.patch_values * D + self.num_layers * per_layer)
@@ -201,158 +196,6 @@ class VisionConfig:
     total += 2 * D * (full * whole + (self.num_layers - full) * window)
     joined = D * merge
     return 2 * (total + sizes.num_tokens * joined * (joined + out_width))
-
-
-class Segments(NamedTuple):
-  """Patches that attend to each other, one segment per row, right padded."""
-
-  rows: Any  # int32[S, R] patches of each segment; 0 behind its end.
-  lengths: Any  # int32[S] patches in it; 1 for a segment that does not exist.
-  place: Any  # int32[P] where each patch is in `rows`, flattened.
-
-
-class Layout(NamedTuple):
-  """What the tower must know of ONE video's grid, as arrays.
-
-  Padded to `Sizes`, so that a compiled program takes every grid they hold.
-  Patches behind the valid ones see nothing and are seen by none.
-  """
-
-  coordinates: Any  # int32[2, P] row and column of each patch in its slice.
-  windows: Segments
-  slices: Segments
-  num_tokens: Any  # int32[], N without padding.
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sizes:
-  """Static sizes of a `Layout`."""
-
-  num_tokens: int
-  num_windows: int
-  num_slices: int
-  tokens_per_slice: int
-
-  @classmethod
-  def of(cls, grids, config):
-    """Returns the smallest sizes that hold each of the grids (T, H, W)."""
-    side = config.window_side
-    found = []
-    for slices, height, width in map(_checked_grid, grids):
-      windows = slices * -(-height // side) * -(-width // side)
-      per_slice = height * width
-      found.append((slices * per_slice, windows, slices, per_slice))
-    if not found:
-      raise ValueError("sizes of no grid at all")
-    names = [field.name for field in dataclasses.fields(cls)]
-    largest = (max(column) for column in zip(*found, strict=True))
-    return cls(**dict(zip(names, largest, strict=True)))
-
-  @classmethod
-  def of_bucket(cls, config, *, num_slices, tokens_per_slice, num_tokens):
-    """Returns sizes that hold every grid within the three limits.
-
-    Args:
-      config: `VisionConfig`.
-      num_slices: largest T.
-      tokens_per_slice: largest H·W, of whatever shape.
-      num_tokens: largest N.
-    """
-    side = config.window_side
-    # Long and narrow slices have the most windows, one token wide each.
-    num_windows = max(
-      min(num_slices, num_tokens // (height * width))
-      * -(-height // side)
-      * -(-width // side)
-      for height in range(1, tokens_per_slice + 1)
-      for width in range(1, tokens_per_slice // height + 1)
-    )
-    return cls(
-      num_tokens=num_tokens,
-      num_windows=num_windows,
-      num_slices=num_slices,
-      tokens_per_slice=tokens_per_slice,
-    )
-
-
-@functools.lru_cache(maxsize=32)
-def layout(grid, config, sizes=None):
-  """Returns the `Layout` of one video, NumPy arrays made on the host.
-
-  Remembered: many videos have one grid. Nobody writes into the arrays.
-
-  Args:
-    grid: (T, H, W) of its tokens, after merging.
-    config: `VisionConfig`.
-    sizes: `Sizes` to pad to; None for none.
-  """
-  exact = Sizes.of([grid], config)
-  sizes = sizes or exact
-  short = [
-    f"{name} {getattr(sizes, name)} of {needed}"
-    for name, needed in dataclasses.asdict(exact).items()
-    if getattr(sizes, name) < needed
-  ]
-  if short:
-    raise ValueError(f"no room for grid {tuple(grid)}: {', '.join(short)}")
-  _, height, width = map(int, grid)
-  merge, side = config.merge_size, config.window_side
-
-  token = np.arange(exact.num_tokens)
-  slice_of = token // (height * width)
-  row, column = token // width % height, token % width
-  # Windows of a slice are numbered row by row; those at the far edges are
-  # smaller. None reaches from one slice into the next.
-  across, down = -(-width // side), -(-height // side)
-  window_of = (slice_of * down + row // side) * across + column // side
-
-  inside = np.arange(config.patches_per_token)
-  coordinates = np.stack(
-    [
-      (row[:, None] * merge + inside // merge).ravel(),
-      (column[:, None] * merge + inside % merge).ravel(),
-    ]
-  )
-  num_patches = sizes.num_tokens * config.patches_per_token
-  extra = num_patches - coordinates.shape[1]
-  return Layout(
-    coordinates=np.pad(coordinates, [(0, 0), (0, extra)]).astype(np.int32),
-    windows=_segments(
-      window_of, sizes.num_windows, side**2, num_patches, config
-    ),
-    slices=_segments(
-      slice_of, sizes.num_slices, sizes.tokens_per_slice, num_patches, config
-    ),
-    num_tokens=np.int32(exact.num_tokens),
-  )
-
-
-def _segments(segment_of, num_segments, tokens, num_patches, config):
-  """Returns `Segments` of up to `tokens` tokens from each token's segment."""
-  size = config.patches_per_token
-  counts = np.bincount(segment_of, minlength=num_segments)
-  # Stable: the tokens of a segment stay in the order of the slice.
-  order = np.argsort(segment_of, kind="stable")
-  starts = np.cumsum(counts) - counts
-  slot = np.arange(len(order)) - starts[segment_of[order]]
-  place = np.zeros(len(order), np.int64)
-  place[order] = segment_of[order] * tokens + slot
-  place = (place[:, None] * size + np.arange(size)).ravel()
-  rows = np.zeros(num_segments * tokens * size, np.int32)
-  rows[place] = np.arange(len(place))
-  extra = num_patches - len(place)
-  return Segments(
-    rows=rows.reshape(num_segments, -1),
-    lengths=np.maximum(counts * size, 1).astype(np.int32),
-    place=np.pad(place, (0, extra)).astype(np.int32),
-  )
-
-
-def _checked_grid(grid):
-  slices, height, width = map(int, grid)
-  if min(slices, height, width) < 1:
-    raise ValueError(f"grid {tuple(grid)} holds no token")
-  return slices, height, width
 
 
 def rotary(coordinates, head_dim, theta):
@@ -379,10 +222,8 @@ def rotate(x, cos, sin):
 def received(q, k, segments):
   """Returns float32[P]: attention that each patch gets within its segment.
 
-  Args:
-    q: float[P, N, H], turned.
-    k: float[P, N, H], turned.
-    segments: `Segments`; patches in none of them get a number without meaning.
+  Of q, k float[P, N, H], turned; patches in none of the `Segments` get a number
+  without meaning.
   """
   got = attention.attention_received(
     jnp.take(q, segments.rows, axis=0),
@@ -413,16 +254,12 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x, signals, is_full, is_last, cos, sin, layout):
-    """Returns (float[P, D], signals).
+    """Returns (float[P, D], signals) of x float[P, D].
 
-    Args:
-      x: float[P, D].
-      signals: dict of the wanted `video_llm.SIGNALS`, float32[P, ...].
-      is_full: bool[], True to see the whole slice, False the window.
-      is_last: bool[], True for the layer whose signals are to be returned.
-      cos: float32[P, H] of `rotary`.
-      sin: float32[P, H].
-      layout: `Layout`.
+    `signals` is a dict of the wanted `video_llm.SIGNALS`, float32[P, ...]. A
+    layer sees the whole slice if `is_full`, bool[], else the window; `is_last`,
+    bool[], says of which layer signals are returned. cos and sin are those of
+    `rotary`, float32[P, H].
     """
     cfg = self.config
 
@@ -444,23 +281,16 @@ class Block(nn.Module):
     )
     x = x + dense(cfg.hidden_size, "proj")(h.reshape(x.shape))
 
-    def observe():
-      last_is_full = cfg.num_layers - 1 in cfg.full_layers
-      segments = layout.slices if last_is_full else layout.windows
-      found = {
-        "vision_attention": lambda: received(q, k, segments),
-        "vision_keys": lambda: k.astype(jnp.float32).mean(axis=1),
-      }
-      return {name: found[name]() for name in signals}
-
-    if signals:
-      # A branch and not an output of each layer: only one layer pays.
-      signals = jax.lax.cond(is_last, observe, lambda: signals)
-
-    h = norm("norm2")(x)
-    gate = nn.silu(dense(cfg.intermediate_size, "gate_proj")(h))
-    up = dense(cfg.intermediate_size, "up_proj")(h)
-    return x + dense(cfg.hidden_size, "down_proj")(gate * up), signals
+    last_is_full = cfg.num_layers - 1 in cfg.full_layers
+    segments = layout.slices if last_is_full else layout.windows
+    signals = video_llm.observe(
+      signals,
+      is_last,
+      lambda: received(q, k, segments),
+      lambda: k.astype(jnp.float32).mean(axis=1),
+    )
+    h = qwen2.gated_mlp(norm("norm2")(x), dense, cfg.intermediate_size)
+    return x + h, signals
 
 
 class Merger(nn.Module):
@@ -493,15 +323,12 @@ class Tower(nn.Module):
   def __call__(self, patches, layout, signals=()):
     """Returns (features float[N, out_hidden_size], out) of one video.
 
-    Tokens stay in the order of the grid. Features of padding are zero.
+    Of normalised patches float[P, patch_values] and their `Layout`. Tokens stay
+    in the order of the grid; features of padding are zero.
 
-    Args:
-      patches: float[P, patch_values], normalised.
-      layout: `Layout` for P patches.
-      signals: of `video_llm.SIGNALS`; `out` then holds, of the last layer and
-        averaged over the patches of a token, "vision_attention" float32[N], a
-        sum over queries, and "vision_keys" float32[N, H], turned. Zero for
-        padding.
+    Of the wanted `video_llm.SIGNALS`, `out` holds those of the last layer,
+    averaged over the patches of a token, zero for padding: "vision_attention"
+    float32[N], a sum over queries, and "vision_keys" float32[N, H], turned.
     """
     cfg = self.config
     if len(patches) != layout.coordinates.shape[1]:
@@ -520,19 +347,13 @@ class Tower(nn.Module):
     def block(layer, carry, kind):
       return layer(*carry, *kind, cos, sin, layout), None
 
-    if self.remat:
-      block = nn.remat(block, prevent_cse=False)
-    scan = nn.scan(
-      block,
-      variable_axes={"params": 0},
-      split_rngs={"params": True},
-      length=cfg.num_layers,
-    )
     number = np.arange(cfg.num_layers)
     is_full = jnp.asarray(np.isin(number, cfg.full_layers))
     is_last = jnp.asarray(number == cfg.num_layers - 1)
     blocks = Block(cfg, self.dtype, self.backend, name="blocks")
-    (x, signals), _ = scan(blocks, (x, signals), (is_full, is_last))
+    (x, signals), _ = qwen2.scan_layers(
+      block, blocks, (x, signals), (is_full, is_last), self.remat
+    )
     out["vision_tower_output"] = x
     features = Merger(cfg, self.dtype, name="merger")(x)
     valid = jnp.arange(len(features)) < layout.num_tokens

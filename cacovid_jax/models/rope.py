@@ -21,7 +21,9 @@ def angles(
   *,
   interleaved: bool = False,
 ):
-  """Returns the cosines and sines that rotate queries and keys.
+  """Returns (cos, sin), both float32[..., L, H], that rotate queries and keys.
+
+  Their halves are equal, as the rotate-half form wants them.
 
   Args:
     positions: int32[P, ..., L] position ids; P is 1 without `sections`.
@@ -31,10 +33,6 @@ def angles(
       order; None for plain RoPE.
     interleaved: whether the rows take turns (0, 1, 2, 0, 1, 2, ...) until a
       later one has all of its own; the first row drives the rest (Qwen3-VL).
-
-  Returns:
-    (cos, sin), both float32[..., L, H]. The halves are equal, as the
-    rotate-half form wants them.
   """
   exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
   frequencies = 1.0 / theta**exponents

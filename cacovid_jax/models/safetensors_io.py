@@ -24,20 +24,12 @@ from cacovid_jax.models import hf_config
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-_DTYPES = {
-  "BOOL": np.dtype(np.bool_),
-  "U8": np.dtype(np.uint8),
-  "I8": np.dtype(np.int8),
-  "U16": np.dtype(np.uint16),
-  "I16": np.dtype(np.int16),
-  "U32": np.dtype(np.uint32),
-  "I32": np.dtype(np.int32),
-  "U64": np.dtype(np.uint64),
-  "I64": np.dtype(np.int64),
-  "F16": np.dtype(np.float16),
-  "BF16": np.dtype(ml_dtypes.bfloat16),
-  "F32": np.dtype(np.float32),
-  "F64": np.dtype(np.float64),
+_DTYPES = {"BOOL": np.dtype(bool), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_DTYPES |= {
+  f"{code}{bits}": np.dtype(f"{kind}{bits}")
+  for code, kind in (("U", "uint"), ("I", "int"), ("F", "float"))
+  for bits in (8, 16, 32, 64)
+  if (code, bits) != ("F", 8)  # NumPy has none.
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
@@ -48,23 +40,14 @@ _ALIGNMENT = 64
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """One tensor of a file, not read yet.
+  """One tensor of a file, not read yet."""
 
-  Attributes:
-    name: as the file spells it.
-    path: of the file.
-    code: the file's name of the dtype, "BF16" and so on.
-    shape: sizes.
-    offset: bytes from the beginning of the file.
-    num_bytes: size in the file.
-  """
-
-  name: str
-  path: str
-  code: str
-  shape: tuple[int, ...]
-  offset: int
-  num_bytes: int
+  name: str  # As the file spells it.
+  path: str  # Of the file.
+  code: str  # The file's name of the dtype, "BF16" and so on.
+  shape: tuple[int, ...]  # Sizes.
+  offset: int  # Bytes from the beginning of the file.
+  num_bytes: int  # Size in the file.
 
   @property
   def dtype(self):
@@ -88,11 +71,7 @@ class Tensor:
   def read_rows(self, start, stop, scratch=None):
     """Returns the rows [start, stop) of the first axis; all of a scalar.
 
-    Args:
-      start: first row.
-      stop: row behind the last.
-      scratch: uint8[n], large enough, that the result may lie in; a fresh
-        array without.
+    The result may lie in `scratch`, uint8[n], large enough.
     """
     shape = (stop - start, *self.shape[1:]) if self.shape else ()
     num_bytes = self.row_bytes * (stop - start)
@@ -176,38 +155,21 @@ def list_directory(directory):
   return [t for path in weight_files(directory) for t in list_tensors(path)]
 
 
-def read_safetensors(directory):
-  """Yields (name, array) of every tensor of a directory, one at a time."""
-  for tensor in list_directory(directory):
-    yield tensor.name, np.array(tensor.view())
-
-
-def read_file(path):
-  """Returns {name: array} of one file."""
-  return {tensor.name: np.array(tensor.view()) for tensor in list_tensors(path)}
+def made(array):
+  """Returns an array as `write_lazily` takes it."""
+  array = np.asarray(array)
+  return array.dtype, array.shape, functools.partial(np.asarray, array)
 
 
 def write_safetensors(path, tensors):
   """Writes {name: array} so that a reader sees the old file or the new one."""
-  write_lazily(
-    path,
-    {
-      name: (
-        np.dtype(array.dtype),
-        array.shape,
-        functools.partial(_same, array),
-      )
-      for name, array in tensors.items()
-    },
-  )
+  write_lazily(path, {name: made(array) for name, array in tensors.items()})
 
 
 def write_lazily(path, tensors):
-  """Writes one file, making one tensor at a time.
+  """Writes one file, complete or not at all, making one tensor at a time.
 
-  Args:
-    path: of the file; appears complete or not at all.
-    tensors: {name: (dtype, shape, function that returns the array)}.
+  `tensors` is {name: (dtype, shape, function that returns the array)}.
   """
   header, offset, order = {"__metadata__": {"format": "pt"}}, 0, []
   # Wide types first, as the library writes them: all stay aligned.
@@ -238,42 +200,34 @@ def write_lazily(path, tensors):
 def write_directory(directory, tensors, max_shard_bytes=None):
   """Writes model.safetensors, or shards and their index.
 
-  Args:
-    directory: exists; weights of an earlier save are replaced.
-    tensors: {name: (dtype, shape, function that returns the array)}, in the
-      order in which they fill the shards.
-    max_shard_bytes: size at which a new shard is begun; a single tensor may be
-      larger. None for one file.
+  Weights of an earlier save are replaced. `tensors` are as of `write_lazily`,
+  in the order in which they fill the shards. A new shard is begun at
+  `max_shard_bytes`, though a single tensor may be larger; None for one file.
   """
   sizes = {
     name: math.prod(shape) * dtype.itemsize
     for name, (dtype, shape, _) in tensors.items()
   }
-  shards = [[]]
-  filled = 0
+  shards, filled = [[]], 0
   for name, size in sizes.items():
     if max_shard_bytes and shards[-1] and filled + size > max_shard_bytes:
       shards.append([])
       filled = 0
     shards[-1].append(name)
     filled += size
-  stale = {os.path.join(directory, WEIGHTS)}
   index = os.path.join(directory, INDEX)
-  if os.path.exists(index):
-    stale.update(_indexed(directory))
-  if len(shards) == 1:
-    parts = [WEIGHTS]
-  else:
-    parts = [
-      f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-      for i in range(1, len(shards) + 1)
-    ]
+  stale = {os.path.join(directory, name) for name in _indexed(index)}
+  count = len(shards)
+  parts = [
+    f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)
+  ]
+  parts = [WEIGHTS] if count == 1 else parts
   for file, names in zip(parts, shards, strict=True):
     path = os.path.join(directory, file)
     write_lazily(path, {name: tensors[name] for name in names})
     stale.discard(path)
   # Only now: until here a reader found the earlier weights.
-  if len(shards) > 1:
+  if count > 1:
     weight_map = {
       name: file
       for file, names in zip(parts, shards, strict=True)
@@ -283,20 +237,17 @@ def write_directory(directory, tensors, max_shard_bytes=None):
     files.write_json(index, {"metadata": total, "weight_map": weight_map})
   elif os.path.exists(index):
     os.remove(index)
-  for path in stale:
-    if os.path.exists(path):
-      os.remove(path)
+  for path in filter(os.path.exists, stale):
+    os.remove(path)
 
 
-def _indexed(directory):
-  """Returns the files of a directory's index that are there."""
-  found = hf_config.read_json(os.path.join(directory, INDEX)).get("weight_map")
-  names = set(map(str, found.values())) if isinstance(found, dict) else set()
-  return [
-    os.path.join(directory, name)
-    for name in names
-    if os.path.basename(name) == name
-  ]
+def _indexed(index):
+  """Returns the names of files that an earlier save may have written."""
+  found = {}
+  if os.path.exists(index):
+    found = hf_config.read_json(index).get("weight_map")
+  names = map(str, found.values()) if isinstance(found, dict) else ()
+  return {WEIGHTS, *(name for name in names if os.path.basename(name) == name)}
 
 
 def identity(directory):
@@ -312,7 +263,3 @@ def identity(directory):
   if len(digests) > 1:
     digest = hashlib.sha256("\n".join(digests).encode()).hexdigest()
   return {"path": os.path.abspath(directory), "sha256": digest}
-
-
-def _same(array):
-  return np.asarray(array)

@@ -7,11 +7,20 @@ Paper: https://arxiv.org/abs/2303.15343.
 import dataclasses
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cacovid_jax.models import attention, hf_config, video_llm
+from cacovid_jax.models import attention, hf_config, qwen2, video_llm
+
+# Our sizes -> keys of the `vision_config` section.
+_KEYS = dict(
+  hidden_size="hidden_size",
+  intermediate_size="intermediate_size",
+  num_layers="num_hidden_layers",
+  num_heads="num_attention_heads",
+  image_size="image_size",
+  patch_size="patch_size",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,20 +62,15 @@ class SiglipConfig:
   def from_hf(cls, config):
     """Reads the `vision_config` section of a config.json."""
     where = "vision_config."
-    hf_config.require(config, "model_type", ["siglip_vision_model"], where)
-    hf_config.require(config, "hidden_act", ["gelu_pytorch_tanh"], where)
-    hf_config.require(config, "num_channels", [3], where)
-
-    def size(name):
-      return hf_config.number(config, name, where=where)
-
+    hf_config.require(
+      config,
+      where,
+      model_type=["siglip_vision_model"],
+      hidden_act=["gelu_pytorch_tanh"],
+      num_channels=[3],
+    )
     return cls(
-      hidden_size=size("hidden_size"),
-      intermediate_size=size("intermediate_size"),
-      num_layers=size("num_hidden_layers"),
-      num_heads=size("num_attention_heads"),
-      image_size=size("image_size"),
-      patch_size=size("patch_size"),
+      **hf_config.sizes(config, _KEYS, where),
       layer_norm_eps=hf_config.number(
         config, "layer_norm_eps", float, default=1e-6, where=where
       ),
@@ -74,14 +78,8 @@ class SiglipConfig:
 
   def to_hf(self):
     """Returns the `vision_config` section of a config.json."""
-    return {
+    return hf_config.described(self, _KEYS) | {
       "model_type": "siglip_vision_model",
-      "hidden_size": self.hidden_size,
-      "intermediate_size": self.intermediate_size,
-      "num_hidden_layers": self.num_layers,
-      "num_attention_heads": self.num_heads,
-      "image_size": self.image_size,
-      "patch_size": self.patch_size,
       "num_channels": 3,
       "hidden_act": "gelu_pytorch_tanh",
       "layer_norm_eps": self.layer_norm_eps,
@@ -96,6 +94,11 @@ class SiglipConfig:
   @property
   def head_dim(self):
     return self.hidden_size // self.num_heads
+
+  @property
+  def kernel_shape(self):
+    """Sizes of the patch convolution's kernel behind its outputs."""
+    return 3, self.patch_size, self.patch_size
 
   @property
   def mlp_width(self):
@@ -113,11 +116,8 @@ class SiglipConfig:
   def flops(self, grid, out_width):
     """Returns the operations from one video's pixels to its features.
 
+    The video has a grid (T, H, W) of tokens, the features `out_width` values.
     LLaVA-OneVision's projector is among them, its pooling is not.
-
-    Args:
-      grid: (T, H, W) of its tokens.
-      out_width: of the features.
     """
     patches, D = self.num_patches(grid), self.hidden_size  # noqa: N806
     per_layer = 4 * D * D + 2 * D * self.intermediate_size
@@ -156,10 +156,8 @@ class SiglipLayer(nn.Module):
   def __call__(self, x, signals, is_last):
     """Returns (float[F, P, D], signals) of x float[F, P, D].
 
-    Args:
-      x: what the layer below gave.
-      signals: dict of the wanted `video_llm.SIGNALS`, float32[F, P, ...].
-      is_last: bool[], True for the layer whose signals are to be returned.
+    `signals` is a dict of the wanted `video_llm.SIGNALS`, float32[F, P, ...];
+    `is_last`, bool[], says of which layer they are returned.
     """
     cfg = self.config
 
@@ -175,20 +173,13 @@ class SiglipLayer(nn.Module):
     h = attention.attention(q, k, v, backend=self.backend).reshape(x.shape)
     x = x + dense(cfg.hidden_size, "out_proj")(h)
 
-    def observe():
-      found = {
-        # A mean over queries: a frame's attention adds up to 1.
-        "vision_attention": lambda: (
-          attention.attention_received(q, k) / x.shape[1]
-        ),
-        "vision_keys": lambda: k.astype(jnp.float32).mean(axis=2),
-      }
-      return {name: found[name]() for name in signals}
-
-    if signals:
-      # A branch and not an output of each layer: only one layer pays.
-      signals = jax.lax.cond(is_last, observe, lambda: signals)
-
+    signals = video_llm.observe(
+      signals,
+      is_last,
+      # A mean over queries: a frame's attention adds up to 1.
+      lambda: attention.attention_received(q, k) / x.shape[1],
+      lambda: k.astype(jnp.float32).mean(axis=2),
+    )
     h = LayerNorm(cfg.layer_norm_eps, self.dtype, name="layer_norm2")(x)
     h = dense(cfg.intermediate_size, "fc1")(h)
     # The tower was trained with the tanh form; the projector with the exact.
@@ -210,12 +201,10 @@ class SiglipTower(nn.Module):
 
   @nn.compact
   def __call__(self, pixels, signals=()):
-    """Returns (hidden float[F, P, D], out) of pixels float[F, h, w, 3].
+    """Returns (hidden float[F, P, D], out) of normalised float[F, h, w, 3].
 
-    Args:
-      pixels: normalised frames.
-      signals: of `video_llm.SIGNALS`; `out` then holds, of the last layer,
-        "vision_attention" float32[F, P] and "vision_keys" float32[F, P, H].
+    Of the wanted `video_llm.SIGNALS`, `out` holds those of the last layer:
+    "vision_attention" float32[F, P] and "vision_keys" float32[F, P, H].
     """
     cfg = self.config
     frames, side, size = pixels.shape[0], cfg.side, cfg.patch_size
@@ -240,15 +229,9 @@ class SiglipTower(nn.Module):
     def block(layer, carry, is_last):
       return layer(*carry, is_last), None
 
-    if self.remat:
-      block = nn.remat(block, prevent_cse=False)
-    scan = nn.scan(
-      block,
-      variable_axes={"params": 0},
-      split_rngs={"params": True},
-      length=cfg.num_layers,
-    )
     layers = SiglipLayer(cfg, self.dtype, self.backend, name="layers")
-    is_last = np.arange(cfg.num_layers) == cfg.num_layers - 1
-    (x, signals), _ = scan(layers, (x, signals), jnp.asarray(is_last))
+    is_last = jnp.asarray(np.arange(cfg.num_layers) == cfg.num_layers - 1)
+    (x, signals), _ = qwen2.scan_layers(
+      block, layers, (x, signals), is_last, self.remat
+    )
     return x, out | signals

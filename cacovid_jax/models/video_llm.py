@@ -45,25 +45,32 @@ def signal_shapes(num_tokens, head_dim):
   }
 
 
-class VideoFeatures(NamedTuple):
-  """ONE encoded video.
+def observe(signals, is_last, *found):
+  """Returns the wanted signals, those that are found now in the last layer.
 
-  Attributes:
-    features: float[N, D], zero behind the grid's own tokens.
-    grid: (T, H, W).
-    second_per_grid_t: seconds from one temporal patch to the next; 1.0 where
-      nothing tells it or positions do not depend on it.
-    signals: those of `SIGNALS` that were wanted.
-    deep: float[S, N, D] that is added to the video rows of the output of
-      decoder layers 0 to S - 1 (Qwen3-VL's DeepStack), None for most models.
-      Pruning gathers it as it does features; merging averages it over the
-      tokens that a row stands for.
+  `signals` is a dict of the wanted `SIGNALS`, `is_last` bool[], `found` are the
+  functions that make each of `SIGNALS`.
   """
+  if not signals:
+    return signals
+  makers = dict(zip(SIGNALS, found, strict=True))
+  # A branch and not an output of each layer: only one layer pays.
+  return jax.lax.cond(
+    is_last, lambda: {name: makers[name]() for name in signals}, lambda: signals
+  )
 
-  features: Any
-  grid: tuple[int, int, int]
-  second_per_grid_t: float = 1.0
-  signals: Mapping[str, jax.Array] = {}
+
+class VideoFeatures(NamedTuple):
+  """ONE encoded video."""
+
+  features: Any  # float[N, D], zero behind the grid's own tokens.
+  grid: tuple[int, int, int]  # (T, H, W).
+  second_per_grid_t: float = 1.0  # See `processors.TowerInputs`.
+  signals: Mapping[str, jax.Array] = {}  # Those of `SIGNALS` that were wanted.
+  # float[S, N, D] that is added to the video rows of the output of decoder
+  # layers 0 to S - 1 (Qwen3-VL's DeepStack), None for most models. Pruning
+  # gathers it as it does features; merging averages it over the tokens that a
+  # row stands for.
   deep: jax.Array | None = None
 
 
@@ -73,18 +80,12 @@ class VideoLLM(abc.ABC):
 
   Frozen and hashable, so it can be a static argument of a jitted function.
   `params` may be stored in another dtype than `dtype`, in which it computes.
-
-  Attributes:
-    config: has the decoder's `qwen2.Qwen2Config` as `text`.
-    dtype: of the computation.
-    backend: attention backend, see `models.attention`.
-    remat: recompute a layer's intermediates in a backward pass.
   """
 
-  config: Any
-  dtype: jnp.dtype = jnp.float32
-  backend: str = "auto"
-  remat: bool = False
+  config: Any  # Has the decoder's `qwen2.Qwen2Config` as `text`.
+  dtype: jnp.dtype = jnp.float32  # Of the computation.
+  backend: str = "auto"  # Attention backend, see `models.attention`.
+  remat: bool = False  # Recompute a layer's intermediates in a backward pass.
 
   # S of `VideoFeatures.deep`, and rows of text that end a video in a prompt.
   num_deep = 0
@@ -110,11 +111,9 @@ class VideoLLM(abc.ABC):
     return self.processor.resized_grid(num_frames, height, width)
 
   def tower_inputs(self, inputs, bucket=None):
-    """Returns a processor's `TowerInputs` as `encode` takes them.
+    """Returns a processor's `TowerInputs` of one video as `encode` takes them.
 
-    Args:
-      inputs: of one video, on the host.
-      bucket: `token_grid.GridBucket` to pad to; None for the video's own sizes.
+    On the host; padded to `bucket`, a `token_grid.GridBucket`, if one is given.
     """
     del bucket  # Of models whose grids differ.
     return inputs
@@ -128,12 +127,9 @@ class VideoLLM(abc.ABC):
     """
 
   def encode(self, params, inputs, *, signals=()) -> VideoFeatures:
-    """Returns the features of one video.
+    """Returns the features of one video, of `tower_inputs`.
 
-    Args:
-      params: the model's parameters.
-      inputs: `processors.TowerInputs`, of `tower_inputs`.
-      signals: static, those of `SIGNALS` that are wanted.
+    `signals` are static, those of `SIGNALS` that are wanted.
     """
     signals = check_signals(signals)
     features, out = self.encode_stages(params, inputs, signals)
@@ -153,9 +149,8 @@ class VideoLLM(abc.ABC):
   def positions(self, ids, video):
     """Returns (int32[P, L], next position) of ONE prompt, on the host.
 
-    Args:
-      ids: int[L] of the prompt without padding.
-      video: what has the `grid` and `second_per_grid_t` of its video.
+    Of ids int[L] without padding, and what has the `grid` and the
+    `second_per_grid_t` of their video.
     """
 
   @abc.abstractmethod
@@ -165,11 +160,7 @@ class VideoLLM(abc.ABC):
   def encode_prompt(self, tokenizer, text, grid, second_per_grid_t=1.0):
     """Returns the `data.tokenizer.Prompt` of a question about a video.
 
-    Args:
-      tokenizer: of the checkpoint.
-      text: the question.
-      grid: (T, H, W) of the video.
-      second_per_grid_t: see `VideoFeatures`.
+    The tokenizer is the checkpoint's, `grid` the video's (T, H, W).
     """
     del second_per_grid_t  # Not in these models' text.
     return tokenizer.encode_prompt(text, math.prod(grid))
@@ -177,12 +168,8 @@ class VideoLLM(abc.ABC):
   def embed_prompt(self, params, ids, features, video_rows):
     """Returns one prompt's embeddings float[L, D].
 
-    Args:
-      params: the model's parameters.
-      ids: int32[L]; the ids under the video are ignored, and rows behind the
-        prompt may be padding.
-      features: float[N, D] of the video.
-      video_rows: int32[N] rows of its tokens; of padded features L.
+    Of ids int32[L], of which those under the video are ignored, and its
+    features float[N, D], whose rows are int32[N], L for padded ones.
     """
     x = self.embed_text(params, ids)
     return x.at[video_rows].set(features.astype(x.dtype), mode="drop")
@@ -194,12 +181,8 @@ class VideoLLM(abc.ABC):
   def forward(self, params, x, positions, **options):
     """Returns (hidden float[B, L, D] after the final norm, out).
 
-    Args:
-      params: the model's parameters.
-      x: float[B, L, D] embeddings.
-      positions: int32[B, P, L].
-      **options: `mask`, `lengths`, `causal`, `deep` with `video_rows`,
-        `want_hidden` and `want_attention` of `qwen2.Qwen2.__call__`.
+    Of embeddings float[B, L, D] at positions int32[B, P, L]; `options` are
+    those of `qwen2.Qwen2.__call__`, `want_cache` apart.
     """
     return self._language(params, x, positions, method="__call__", **options)
 
@@ -243,12 +226,9 @@ class VideoLLM(abc.ABC):
   def decode_step(self, params, ids, positions, cache):
     """Returns (logits float32[B, V], cache) after one more token per row.
 
-    Args:
-      params: the model's parameters.
-      ids: int32[B] the new tokens.
-      positions: int32[B, P] their positions.
-      cache: `qwen2.Cache` with room left in every row, or a tuple of them for
-        consecutive slices of the layers, each with rows of its own.
+    Of tokens int32[B] at positions int32[B, P]. The `qwen2.Cache` has room
+    left in every row; or it is a tuple of them for consecutive slices of the
+    layers, each with rows of its own.
     """
     x = self._language(params, ids, method="embed")
     if isinstance(cache, qwen2.Cache):
@@ -264,14 +244,10 @@ class VideoLLM(abc.ABC):
     return self.final_logits(params, x[:, 0]), tuple(caches)
 
   def layer(self, params, number, x, positions, **kwargs):
-    """Returns (x, out) after decoder layer `number`, on its own.
+    """Returns (x, out) after decoder layer `number` on its own, int or int32[].
 
-    Args:
-      params: the model's parameters.
-      number: int or int32[], from 0.
-      x: float[B, L, D].
-      positions: int32[B, P, L].
-      **kwargs: see `qwen2.DecoderLayer`.
+    Of x float[B, L, D] at positions int32[B, P, L]; `kwargs` as of
+    `qwen2.DecoderLayer`.
     """
     # Indexed where it is used: a slice of all the layers would copy them.
     own = jax.tree.map(
@@ -300,21 +276,10 @@ class VideoLLM(abc.ABC):
   ):
     """Returns (x, keys, values, seen) after layers `first` to `last` - 1.
 
-    Args:
-      params: the model's parameters.
-      x: float[B, L, D] residual stream, right padded.
-      positions: int32[B, P, L].
-      lengths: int32[B] valid tokens of each row.
-      first: static, first layer of the slice.
-      last: static, the layer behind the slice.
-      look: static; `look(q, k, lengths)` -> float32[B, L] of the slice's last
-        layer, or None.
-      deep: float[B, S, N, D], see `VideoFeatures`; None for none.
-      video_rows: int32[B, N] of `deep`, L for padding.
-
-    Returns:
-      x without the final norm, keys and values float[last - first, B, L, K, H],
-      and what `look` saw, None without it.
+    Of the residual stream float[B, L, D], right padded, as in `prefill`; `deep`
+    as in `qwen2.add_deep`. x comes without the final norm, keys and values are
+    float[last - first, B, L, K, H]. `look`, static, gives what is seen in the
+    slice's last layer: `look(q, k, lengths)` -> float32[B, L]; None for None.
     """
 
     def only_last(number):

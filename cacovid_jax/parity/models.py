@@ -22,8 +22,7 @@ from cacovid_jax.models import (
   processors,
   prompt_batch,
   qwen2_5_vl,
-  qwen2_5_vl_vision,
-  video_llm,
+  qwen2_5_vl_layout,
 )
 from cacovid_jax.parity import stage
 
@@ -39,68 +38,37 @@ LOGITS_TOLERANCE = 1e-4
 RESIDUAL_TOLERANCE = 3e-5
 _SCALE = 8.0
 
-_DECODER_ARRAYS = (
-  "input_ids",
-  "attention_mask",
-  "position_ids",
-  "inputs_embeds",
-  "hidden_states",
-  "last_hidden_state",
-  "logits",
-  "generated_ids",
-)
+# Names of arrays; the stages of LLaVA-OneVision's tower apart.
+_TOWER_STAGES = (
+  "vision_embeddings vision_tower_output projected_features pooled_features"
+).split()
 _DROPPED_ARRAYS = (
-  "dropped_keep_index",
-  "dropped_last_hidden_state",
-  "dropped_logits",
-)
-_LLAVA_ONEVISION_ARRAYS = (
-  "pixel_values_videos",
-  "vision_embeddings",
-  "vision_tower_output",
-  "projected_features",
-  "pooled_features",
-  "video_features",
-  *_DECODER_ARRAYS,
-  *_DROPPED_ARRAYS,
-)
+  "dropped_keep_index dropped_last_hidden_state dropped_logits"
+).split()
+_DECODER_ARRAYS = (
+  "pixel_values_videos video_features input_ids attention_mask position_ids"
+  " inputs_embeds hidden_states last_hidden_state logits generated_ids"
+).split()
 _QWEN2_5_VL_ARRAYS = (
-  "pixel_values_videos",
-  "video_grid_thw",
-  "second_per_grid_ts",
-  "patch_embed",
-  "window_index",
-  "cu_window_seqlens",
-  "vision_tower_output",
-  "video_features",
-  *_DECODER_ARRAYS,
-  "rope_deltas",
-  "v4_position_ids",
-  "v4_rope_deltas",
-  "v4_last_hidden_state",
-  "v4_logits",
-)
+  "video_grid_thw second_per_grid_ts patch_embed window_index"
+  " cu_window_seqlens vision_tower_output rope_deltas v4_position_ids"
+  " v4_rope_deltas v4_last_hidden_state v4_logits"
+).split()
 
 
 def check(folder):
-  """Returns the list of `stages.Stage` of one golden folder."""
+  """Returns the list of `stage.Stage` of one golden folder."""
   checkpoint = checkpoints.load(folder)
   return compare(checkpoint.model, checkpoint.params, read(folder))
 
 
 def read(folder):
   """Returns the arrays of a folder's golden.npz."""
-  path = os.path.join(folder, "golden.npz")
-  try:
-    with np.load(path, allow_pickle=False) as file:
-      return {name: file[name] for name in file.files}
-  except (OSError, ValueError) as error:
-    reason = " ".join(str(error).split())
-    raise errors.UserError(f"{path} is not readable ({reason})") from error
+  return stage.read(os.path.join(folder, "golden.npz"))
 
 
 def compare(model, params, golden):
-  """Returns the list of `stages.Stage`, from the pixels to the answers.
+  """Returns the list of `stage.Stage`, from the pixels to the answers.
 
   Args:
     model: `video_llm.VideoLLM`, in float32.
@@ -116,13 +84,8 @@ def compare(model, params, golden):
 def logits(model, params, golden):
   """Returns (ours, theirs) float32[n, V] behind each of all n prompt tokens.
 
-  From the pixels, in the model's own dtype; with Qwen2.5-VL by the position
-  rule of transformers 5.
-
-  Args:
-    model: as in `compare`, in any dtype.
-    params: its parameters.
-    golden: arrays of a golden.npz.
+  From the pixels, in the model's own dtype, which may be any; with Qwen2.5-VL
+  by the position rule of transformers 5. Arguments as of `compare`.
   """
   run = _Run(model, params, golden)
   if run.one_grid:
@@ -131,8 +94,7 @@ def logits(model, params, golden):
     prompts, x, placed = _qwen2_5_vl_embedded(run)
     positions, _ = placed["v5"]
   hidden, _ = run.forward(x, positions, lengths=prompts.lengths)
-  mine = run.logits(hidden[prompts.valid])
-  return np.asarray(mine), prompts.rows("logits")
+  return np.asarray(run.logits(hidden[prompts.valid])), prompts.rows("logits")
 
 
 class _Run:
@@ -141,15 +103,18 @@ class _Run:
   def __init__(self, model, params, golden):
     self.model, self.params, self.golden = model, params, golden
     self.one_grid = model.processor.one_grid
-    needed = _LLAVA_ONEVISION_ARRAYS if self.one_grid else _QWEN2_5_VL_ARRAYS
+    needed = [*_DECODER_ARRAYS, *_QWEN2_5_VL_ARRAYS]
+    if self.one_grid:
+      needed = [*_DECODER_ARRAYS, *_TOWER_STAGES, *_DROPPED_ARRAYS]
     if missing := [name for name in needed if name not in golden]:
       raise errors.UserError(
         f"golden.npz lacks {', '.join(missing)}; make the golden file again"
       )
     self.stages = []
     # Compiled once for all prompts of a shape.
-    self._forward = jax.jit(functools.partial(model.forward, want_hidden=True))
-    self._logits = jax.jit(model.logits)
+    forward = jax.jit(functools.partial(model.forward, want_hidden=True))
+    self.forward = functools.partial(forward, params)
+    self.logits = functools.partial(jax.jit(model.logits), params)
 
   def add(self, name, actual, expected=None, tolerance=STAGE_TOLERANCE):
     """Adds a stage; what it should be is the golden array of its name."""
@@ -158,23 +123,10 @@ class _Run:
     tolerance *= max(1.0, float(largest) / _SCALE)
     self.stages.append(stage.compare(name, actual, expected, tolerance))
 
-  def encode(self, videos):
-    """Returns (features, out) of `TowerInputs` of a batch of videos."""
-    encode = jax.jit(jax.vmap(self.model.encode_stages, (None, 0)))
-    return encode(self.params, videos)
-
-  def embed_prompt(self, *prompts):
-    """Returns float[B, L, D] of a batch of prompts."""
-    in_axes = (None, *[0] * len(prompts))
-    return jax.jit(jax.vmap(self.model.embed_prompt, in_axes))(
-      self.params, *prompts
-    )
-
-  def forward(self, x, positions, **kwargs):
-    return self._forward(self.params, x, positions, **kwargs)
-
-  def logits(self, hidden):
-    return self._logits(self.params, hidden)
+  def batched(self, function, *batch):
+    """Returns what a function of the model does to each entry of a batch."""
+    in_axes = (None, *[0] * len(batch))
+    return jax.jit(jax.vmap(function, in_axes))(self.params, *batch)
 
 
 def _llava_onevision(run):
@@ -189,19 +141,15 @@ def _llava_onevision_embedded(run):
   pixels = jnp.asarray(golden["pixel_values_videos"])
   pixels = pixels.transpose(0, 1, 3, 4, 2)  # [B, T, h, w, 3]
   grids = np.array([model.grid(*video.shape[:3]) for video in pixels])
-  features, out = run.encode(
-    processors.TowerInputs(pixels, tuple(grids.T), np.ones(len(pixels)))
+  features, out = run.batched(
+    model.encode_stages,
+    processors.TowerInputs(pixels, tuple(grids.T), np.ones(len(pixels))),
   )
-  for name in (
-    "vision_embeddings",
-    "vision_tower_output",
-    "projected_features",
-    "pooled_features",
-  ):
+  for name in _TOWER_STAGES:
     run.add(name, out[name].reshape(-1, *out[name].shape[2:]))
   num_video = np.full(len(features), features.shape[1])
   prompts = _Prompts(model.config, golden, num_video, num_newlines=1)
-  x = run.embed_prompt(prompts.ids, features, prompts.video_rows)
+  x = run.batched(model.embed_prompt, prompts.ids, features, prompts.video_rows)
   # The newline is the row behind the video's.
   rows = prompts.video_rows
   rows = np.concatenate([rows, rows[:, -1:] + 1], axis=1)
@@ -221,35 +169,26 @@ def _qwen2_5_vl(run):
 
 
 def _qwen2_5_vl_embedded(run):
-  """Adds the stages of the tower and the positions.
-
-  Returns:
-    The prompts, their embeddings, and {rule: (positions, next position)}.
-  """
+  """Likewise of Qwen2.5-VL, with {rule: (positions, next position)}."""
   model, golden = run.model, run.golden
-  vision = model.config.vision
-  merge = vision.merge_size
+  merge = model.config.vision.merge_size
   grids = golden["video_grid_thw"] // (1, merge, merge)
   num_video = grids.prod(axis=1)
   prompts = _Prompts(model.config, golden, num_video)
   features = _qwen2_5_vl_features(run, grids, num_video)
-  x = run.embed_prompt(prompts.ids, features, prompts.video_rows)
+  x = run.batched(model.embed_prompt, prompts.ids, features, prompts.video_rows)
 
-  padded_length = golden["input_ids"].shape[1]
-  both = {}
+  both, padded = {}, golden["input_ids"].shape[1]
   for rule, prefix, counted in (
     ("v5", "", prompts.lengths),
-    ("4.50", "v4_", padded_length),
+    ("4.50", "v4_", padded),
   ):
-    positions, following = _position_ids(run, prompts, grids, rule)
-    both[rule] = positions, following
-    expected = golden[f"{prefix}position_ids"].transpose(1, 2, 0)
-    run.add(
-      f"{prefix}position_ids",
-      positions.transpose(0, 2, 1)[prompts.valid],
-      prompts.select(expected),
-      tolerance=0.0,
-    )
+    both[rule] = _position_ids(run, prompts, grids, rule)
+    positions, following = both[rule]
+    name = f"{prefix}position_ids"
+    ours = positions.transpose(0, 2, 1)[prompts.valid]
+    expected = prompts.select(golden[name].transpose(1, 2, 0))
+    run.add(name, ours, expected, tolerance=0.0)
     # Deltas are how the reference keeps the next position: less the rows of
     # the prompt, with (4.50) or without (5.x) its padding.
     deltas = (following - counted)[:, None]
@@ -281,19 +220,19 @@ def _qwen2_5_vl_features(run, grids, num_video):
   run.add("window_index", tokens, tolerance=0.0)
   ends = np.cumsum([0, *map(len, windows)])
   run.add("cu_window_seqlens", ends, tolerance=0.0)
-
   # One padded batch, as training and evaluation run it.
-  sizes = qwen2_5_vl_vision.Sizes.of(grids, vision)
+  sizes = qwen2_5_vl_layout.Sizes.of(grids, vision)
   layouts = [model.layout(grid, sizes) for grid in grids]
   most = sizes.num_tokens * vision.patches_per_token
   videos = np.split(patches, starts[1:])
-  features, out = run.encode(
+  features, out = run.batched(
+    model.encode_stages,
     processors.TowerInputs(
       np.stack([np.pad(x, [(0, most - len(x)), (0, 0)]) for x in videos]),
       tuple(grids.T),
       run.golden["second_per_grid_ts"],
       jax.tree.map(lambda *leaves: np.stack(leaves), *layouts),
-    )
+    ),
   )
 
   def valid(x, lengths):
@@ -309,15 +248,13 @@ def _qwen2_5_vl_features(run, grids, num_video):
 
 def _position_ids(run, prompts, grids, rule):
   """Returns int32[B, P, L], zero behind the prompts, and int32[B] the next."""
-  ids = np.asarray(prompts.ids)
+  ids, seconds = np.asarray(prompts.ids), run.golden["second_per_grid_ts"]
   positions = np.zeros((len(ids), 3, ids.shape[1]), np.int32)
   following = np.zeros(len(ids), np.int32)
   for i, length in enumerate(prompts.lengths):
     positions[i, :, :length], following[i] = qwen2_5_vl.position_ids(
       ids[i, :length],
-      video_llm.VideoFeatures(
-        None, tuple(grids[i]), run.golden["second_per_grid_ts"][i]
-      ),
+      processors.TowerInputs(None, tuple(grids[i]), seconds[i]),
       config=run.model.config,
       rule=rule,
     )
@@ -327,12 +264,7 @@ def _position_ids(run, prompts, grids, rule):
 class _Prompts:
   """The left-padded batch, rolled to right padding.
 
-  Attributes:
-    ids: int32[B, L].
-    lengths: int32[B] tokens of each prompt.
-    valid: bool[B, L].
-    num_video: int[B] tokens of each video.
-    video_rows: int32[B, N] their rows, L behind those of a video.
+  `video_rows` int32[B, N] are L behind the `num_video` int[B] of a video.
   """
 
   def __init__(self, config, golden, num_video, num_newlines=0):
@@ -363,8 +295,7 @@ class _Prompts:
 
   def roll(self, array):
     """Returns int32[B, L] of array[B, L], right padded."""
-    rolled = np.take_along_axis(array, self._order, axis=1)
-    return jnp.asarray(rolled, jnp.int32)
+    return jnp.asarray(np.take_along_axis(array, self._order, 1), jnp.int32)
 
   def select(self, array):
     """Returns the valid rows of array[B, L, ...], in the rolled order."""
@@ -390,12 +321,9 @@ def _decoder(run, prompts, x, positions, next_positions):
       f" {len(mine)}; use the files of one folder"
     )
   for layer, (actual, expected) in enumerate(zip(mine, states, strict=True)):
-    run.add(
-      f"hidden_states[{layer}]",
-      actual[valid],
-      prompts.select(expected),
-      STAGE_TOLERANCE if layer == len(mine) - 1 else inner,
-    )
+    tolerance = STAGE_TOLERANCE if layer == len(mine) - 1 else inner
+    expected = prompts.select(expected)
+    run.add(f"hidden_states[{layer}]", actual[valid], expected, tolerance)
   _head(run, prompts, hidden)
 
   greedy = functools.partial(
@@ -413,12 +341,12 @@ def _decoder(run, prompts, x, positions, next_positions):
 
 def _head(run, prompts, hidden, prefix=""):
   """Adds the last hidden state and the logits of the whole prompts."""
-  valid = prompts.valid
-  name = f"{prefix}last_hidden_state"
-  run.add(name, hidden[valid], prompts.rows(name))
-  name = f"{prefix}logits"
-  logits = run.logits(hidden)
-  run.add(name, logits[valid], prompts.rows(name), LOGITS_TOLERANCE)
+  for name, ours, tolerance in (
+    ("last_hidden_state", hidden, STAGE_TOLERANCE),
+    ("logits", run.logits(hidden), LOGITS_TOLERANCE),
+  ):
+    name = f"{prefix}{name}"
+    run.add(name, ours[prompts.valid], prompts.rows(name), tolerance)
 
 
 def _dropped(run, prompts, x, positions):
@@ -427,12 +355,9 @@ def _dropped(run, prompts, x, positions):
   kept = run.golden["dropped_keep_index"] - padding  # Rows after rolling.
   video_rows = prompts.video_rows[0, : prompts.num_video[0]]
   index = np.flatnonzero(np.isin(video_rows, kept))
+  length = prompts.lengths[0]
   rows, new_length, _ = prompt_batch.kept_rows(
-    index,
-    len(index),
-    video_rows=video_rows,
-    length=prompts.lengths[0],
-    num_rows=prompts.lengths[0],
+    index, len(index), video_rows=video_rows, length=length, num_rows=length
   )
   if int(new_length) != len(kept) or (np.asarray(rows) != kept).any():
     # Text was dropped, too, which a compressor never does: take it literally.
@@ -454,11 +379,7 @@ def _pruned(run, prompts, x, positions):
   num_rows = x.shape[1] + prompts.video_rows.shape[1] - len(index)
   rows, lengths, _ = jax.vmap(
     lambda valid, video_rows, length: prompt_batch.kept_rows(
-      index,
-      valid,
-      video_rows=video_rows,
-      length=length,
-      num_rows=num_rows,
+      index, valid, video_rows=video_rows, length=length, num_rows=num_rows
     )
   )(num_valid, prompts.video_rows, prompts.lengths)
   batch = np.arange(len(rows))[:, None]
@@ -475,6 +396,5 @@ def _pruned(run, prompts, x, positions):
   inside = np.arange(rows.shape[1]) < np.asarray(lengths)[:, None]
   pruned, hidden = pruned[inside], hidden[batch, rows][inside]
   run.add("pruned_last_hidden_state", pruned, hidden)
-  run.add(
-    "pruned_logits", run.logits(pruned), run.logits(hidden), LOGITS_TOLERANCE
-  )
+  pruned, hidden = run.logits(pruned), run.logits(hidden)
+  run.add("pruned_logits", pruned, hidden, LOGITS_TOLERANCE)

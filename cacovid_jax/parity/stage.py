@@ -1,8 +1,11 @@
 """One compared stage of a parity check, as every golden checker reports it."""
 
+import zipfile
 from typing import NamedTuple
 
 import numpy as np
+
+from cacovid_jax import errors
 
 
 class Stage(NamedTuple):
@@ -14,10 +17,12 @@ class Stage(NamedTuple):
   ok: bool
 
 
-def compare(name, actual, expected, tolerance):
-  """Returns the `Stage` of two arrays; a zero tolerance asks for equality.
+def compare(name, actual, expected, tolerance=0.0, relative=0.0):
+  """Returns the `Stage` of two arrays; without tolerances they must be equal.
 
-  A wrong shape or a value that is not finite is an infinite error.
+  Allowed at each entry is tolerance + relative * |expected|; the stage tells
+  the entry that lies closest to that, or furthest beyond. A wrong shape or a
+  value that is not finite is an infinite error.
   """
   actual, expected = np.asarray(actual), np.asarray(expected)
   if actual.shape != expected.shape:
@@ -26,9 +31,28 @@ def compare(name, actual, expected, tolerance):
     return Stage(name, 0.0, tolerance, True)
   # Equal infinities (a score that was masked out) do not differ.
   with np.errstate(invalid="ignore"):
-    difference = actual.astype(np.float64) - expected.astype(np.float64)
-  difference = np.where(actual == expected, 0.0, difference)
-  error = float(np.abs(difference).max())
-  if not np.isfinite(error):
-    error = float("inf")
-  return Stage(name, error, tolerance, error <= tolerance)
+    error = np.abs(actual.astype(np.float64) - expected.astype(np.float64))
+  error = np.where(actual == expected, 0.0, error)
+  error = np.where(np.isfinite(error), error, np.inf).reshape(-1)
+  allowed = np.full(error.shape, tolerance, np.float64)
+  if relative:
+    allowed += relative * np.abs(expected.astype(np.float64)).reshape(-1)
+  worst = np.argmax(np.where(error > 0, error / np.maximum(allowed, 1e-300), 0))
+  return Stage(
+    name,
+    float(error[worst]),
+    float(allowed[worst]),
+    bool((error <= allowed).all()),
+  )
+
+
+def read(path):
+  """Returns {name: array} of a golden .npz file."""
+  try:
+    with np.load(path, allow_pickle=False) as file:
+      return {name: file[name] for name in file.files}
+  except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    raise errors.UserError(
+      f"{path} cannot be read ({errors.one_line(error)}); make the golden file"
+      " again"
+    ) from error

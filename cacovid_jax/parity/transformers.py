@@ -9,6 +9,7 @@ checkpoint is its own golden folder, where PyTorch and transformers (the extra
 Axes: B prompts, L prompt tokens, D width, T frames, N video tokens.
 """
 
+import functools
 import os
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cacovid_jax import errors
+from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.models import checkpoints
 from cacovid_jax.parity import models
 
@@ -42,22 +44,15 @@ HALF_SHARE, HALF_POSITIONS = 0.99, 500
 
 
 class Agreement(NamedTuple):
-  """How often two models in half precision hold the same token most likely.
+  """How often two models in half precision hold the same token most likely."""
 
-  Attributes:
-    positions: prompt tokens compared.
-    ties: of these, where the reference's best two logits are within `HALF_TIE`
-      of the largest.
-    same: of the others, where the best token is the same.
-    near: positions whose best two logits are within `HALF_TIE` itself.
-    same_but_near: of the others, where the best token is the same.
-  """
-
-  positions: int
+  positions: int  # Prompt tokens compared.
+  # Of these, where the reference's best two logits are within `HALF_TIE` of the
+  # largest.
   ties: int
-  same: int
-  near: int
-  same_but_near: int
+  same: int  # Of the others, where the best token is the same.
+  near: int  # Positions whose best two logits are within `HALF_TIE` itself.
+  same_but_near: int  # Of the others, where the best token is the same.
 
   @property
   def share(self) -> float:
@@ -74,61 +69,36 @@ class Agreement(NamedTuple):
     return self.positions >= HALF_POSITIONS and self.share >= HALF_SHARE
 
 
-def check(
-  directory: str | os.PathLike,
-  *,
-  seed: int = 0,
-  num_frames: int = 2,
-  max_new_tokens: int = 8,
-  device: str = "cpu",
-):
-  """Returns the list of `stages.Stage` of our model beside transformers'.
+def check(directory: str | os.PathLike, **options):
+  """Returns the list of `stage.Stage` of our model beside transformers'.
 
   Args:
     directory: Hugging Face checkpoint directory.
-    seed: of pixels and dropped tokens.
-    num_frames: T, frames of each of the two clips.
-    max_new_tokens: tokens that are generated greedily.
-    device: where PyTorch computes.
+    **options: of `reference`.
   """
-  arrays = reference(
-    directory,
-    seed=seed,
-    num_frames=num_frames,
-    max_new_tokens=max_new_tokens,
-    device=device,
-  )
+  arrays = reference(directory, **options)
   checkpoint = checkpoints.load(directory)
   return compare(checkpoint.model, checkpoint.params, arrays)
 
 
 def compare(model, params, arrays: dict[str, np.ndarray]):
-  """Returns the list of `stages.Stage` of a model beside a `reference`."""
-  found = models.compare(model, params, arrays)
-  wider = [
-    stage._replace(tolerance=_SLACK * stage.tolerance) for stage in found
-  ]
-  return [s._replace(ok=s.max_abs_error <= s.tolerance) for s in wider]
+  """Returns the list of `stage.Stage` of a model beside a `reference`."""
+  found = []
+  for stage in models.compare(model, params, arrays):
+    most = _SLACK * stage.tolerance
+    ok = stage.max_abs_error <= most
+    found.append(stage._replace(tolerance=most, ok=ok))
+  return found
 
 
 def agree(
-  directory: str | os.PathLike,
-  *,
-  dtype: str = "bfloat16",
-  seed: int = 0,
-  device: str = "cpu",
+  directory: str | os.PathLike, *, dtype="bfloat16", seed=0, device="cpu"
 ) -> tuple[Agreement, Agreement]:
   """Returns two `Agreement`s of models that all compute in `dtype`.
 
   The first is ours with transformers'. The second is transformers' with itself,
   by another of its attention kernels: what rounding alone does to the
-  checkpoint.
-
-  Args:
-    directory: Hugging Face checkpoint directory.
-    dtype: name of a floating-point type.
-    seed: of the pixels.
-    device: where PyTorch computes.
+  checkpoint. Arguments as of `reference`.
   """
   sizes = _frame_sizes(checkpoints.load_config(os.fspath(directory)))
   tokens = sum(rows * columns for rows, columns in sizes)
@@ -162,12 +132,12 @@ def agreement(ours: np.ndarray, theirs: np.ndarray) -> Agreement:
 def reference(
   directory: str | os.PathLike,
   *,
-  seed: int = 0,
-  num_frames: int = 2,
-  max_new_tokens: int = 8,
-  device: str = "cpu",
-  dtype: str = "float32",
-  attention: str = "eager",
+  seed=0,
+  num_frames=2,
+  max_new_tokens=8,
+  device="cpu",
+  dtype="float32",
+  attention="eager",
 ) -> dict[str, np.ndarray]:
   """Returns the arrays of a golden.npz, as transformers computes them.
 
@@ -243,31 +213,20 @@ def _qwen2_5_vl(run, directory, config, num_slices) -> dict[str, Any]:
     "attention_mask": mask,
     "pixel_values_videos": rng.uniform(-1, 1, shape).astype(np.float32),
     "video_grid_thw": grids * (1, vision.merge_size, vision.merge_size),
-    "second_per_grid_ts": None,  # Below.
     # 2 marks videos.
     "mm_token_type_ids": np.where(ids == config.video_token_id, 2, 0),
   }
-  known = {
-    name: run.tensor(value)
-    for name, value in inputs.items()
-    if name not in ("pixel_values_videos", "second_per_grid_ts")
-  }
-  for seconds in _SECONDS:
-    inputs["second_per_grid_ts"] = np.array(seconds, np.float32)
-    known["second_per_grid_ts"] = run.tensor(inputs["second_per_grid_ts"])
-    positions, deltas = map(_numpy, core.get_rope_index(**known))
-    whole = known | {"second_per_grid_ts": run.tensor(np.trunc(seconds))}
-    if (positions != _numpy(core.get_rope_index(**whole)[0])).any():
-      break  # Fractions count in this version.
+  seconds, positions, deltas = _counted_seconds(run, inputs)
+  inputs["second_per_grid_ts"] = seconds
   seen = _Recorder(patch_embed=core.visual.patch_embed, tower=core.visual)
   with seen:
     arrays = run.decoder(inputs, positions)
   tower = seen.outputs["tower"]
   rows = np.flatnonzero(ids[0] == config.video_token_id)
   arrays |= run.dropped(positions, rows, mask)
-  order, ends = _windows(core.visual, known["video_grid_thw"])
+  order, ends = _windows(core.visual, run.tensor(inputs["video_grid_thw"]))
 
-  old = _positions_4_50(ids, mask, grids, inputs["second_per_grid_ts"], config)
+  old = _positions_4_50(ids, mask, grids, seconds, config)
   hidden, logits = run.language(arrays["inputs_embeds"], mask, old)
   following = np.where(mask == 1, old, -1).max(axis=(0, 2)) + 1
   return arrays | {
@@ -286,6 +245,24 @@ def _qwen2_5_vl(run, directory, config, num_slices) -> dict[str, Any]:
 
 
 _MAKERS = {"llava_onevision": _llava_onevision, "qwen2_5_vl": _qwen2_5_vl}
+
+
+def _counted_seconds(run, inputs):
+  """Returns (seconds, positions, deltas): fractions if this version counts."""
+  known = {name: run.tensor(value) for name, value in inputs.items()}
+  del known["pixel_values_videos"]
+
+  def index(seconds):
+    known["second_per_grid_ts"] = run.tensor(seconds)
+    return map(_numpy, run.model.model.get_rope_index(**known))
+
+  for seconds in _SECONDS:
+    seconds = np.array(seconds, np.float32)
+    positions, deltas = index(seconds)
+    whole, _ = index(np.trunc(seconds))
+    if (positions != whole).any():
+      break
+  return seconds, positions, deltas
 
 
 def _frame_sizes(config):
@@ -314,8 +291,7 @@ def _windows(tower, grids):
       patch_size=tower.patch_size,
     )
   # Windows without a token end where the one before does.
-  order, ends = (np.asarray(_on_host(value)) for value in (order, ends))
-  return order, np.unique(ends)
+  return np.asarray(_on_host(order)), np.unique(_on_host(ends))
 
 
 def _positions_4_50(ids, mask, grids, seconds, config) -> np.ndarray:
@@ -348,12 +324,7 @@ def _positions_4_50(ids, mask, grids, seconds, config) -> np.ndarray:
 
 
 class _Run:
-  """The reference model and how it is run.
-
-  Attributes:
-    model: of transformers.
-    rng: of everything random.
-  """
+  """The reference model and how it is run; `rng` of everything random."""
 
   def __init__(self, torch, model, device, rng, max_new_tokens):
     self.model, self.rng = model, rng
@@ -367,10 +338,9 @@ class _Run:
   def decoder(self, inputs, positions, **extra) -> dict[str, Any]:
     """Returns the arrays from the embedded prompts to the generated ids.
 
-    Args:
-      inputs: of the whole model, by name.
-      positions: int64[B, L] or [3, B, L], what the decoder is to use.
-      **extra: inputs of a direct call that generation finds out for itself.
+    `inputs` of the whole model by name, `extra` those of a direct call that
+    generation finds out for itself; `positions`, int64[B, L] or [3, B, L], are
+    what the decoder is to use.
     """
     tensors = {name: self.tensor(value) for name, value in inputs.items()}
     given = {name: self.tensor(value) for name, value in extra.items()}
@@ -465,13 +435,7 @@ def _load(directory, name, device, dtype, attention):
       local_files_only=True,
       output_loading_info=True,
     )
-  except (
-    OSError,
-    ValueError,
-    RuntimeError,
-    KeyError,
-    AssertionError,
-  ) as error:
+  except (OSError, ValueError, RuntimeError, KeyError, AssertionError) as error:
     raise errors.UserError(
       f"transformers {transformers.__version__} cannot load {directory}"
       f" ({errors.one_line(error)})"
@@ -496,19 +460,12 @@ class _Recorder:
   """Keeps what named modules are given and give while it is entered."""
 
   def __init__(self, **modules):
-    self.inputs: dict[str, tuple] = {}
-    self.keywords: dict[str, dict[str, Any]] = {}
-    self.outputs: dict[str, Any] = {}
+    self.inputs, self.keywords, self.outputs = {}, {}, {}
     self._modules, self._hooks = modules, []
 
   def __enter__(self):
     for name, module in self._modules.items():
-
-      def keep(module, args, kwargs, output, name=name):
-        del module
-        self.inputs[name], self.keywords[name] = args, kwargs
-        self.outputs[name] = output
-
+      keep = functools.partial(self._keep, name)
       hook = module.register_forward_hook(keep, with_kwargs=True)
       self._hooks.append(hook)
     return self
@@ -517,29 +474,23 @@ class _Recorder:
     for hook in self._hooks:
       hook.remove()
 
+  def _keep(self, name, module, args, kwargs, output):
+    del module
+    self.inputs[name], self.keywords[name] = args, kwargs
+    self.outputs[name] = output
 
-def _prompts(
-  directory, config, num_video, rng, num_newlines=0
-) -> list[np.ndarray]:
+
+def _prompts(directory, config, num_video, rng, num_newlines=0):
   """Returns int64[L] ids of each question; random ids without a tokenizer.
 
-  Args:
-    directory: may hold a tokenizer.
-    config: of the model.
-    num_video: N of each prompt's video.
-    rng: for random ids.
-    num_newlines: rows behind the video that have its id.
+  Behind the N tokens of each video are as many newlines of the same id.
   """
   if os.path.isfile(os.path.join(directory, "tokenizer.json")):
-    # Here, so that weights can be read where no prompt is made.
-    from cacovid_jax.data import tokenizer as tokenizer_lib
-
     tokenizer = tokenizer_lib.Tokenizer.from_directory(directory)
-    found = [
-      tokenizer.encode_prompt(question, int(count)).ids
+    return [
+      tokenizer.encode_prompt(question, int(count)).ids.astype(np.int64)
       for question, count in zip(_QUESTIONS, num_video, strict=True)
     ]
-    return [ids.astype(np.int64) for ids in found]
   around = [
     [getattr(config, name)] if hasattr(config, name) else []
     for name in ("vision_start_token_id", "vision_end_token_id")

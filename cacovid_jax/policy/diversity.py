@@ -37,14 +37,11 @@ def peak_scores(
 ):
   """Returns float32[n], density times distance to the next denser token.
 
-  Args:
-    features: float[n, D], one row a token.
-    rng: key of the noise that breaks ties between densities; None for none.
-    num_neighbours: how many smallest distances make the density; the token
-      itself counts as one of them.
-    noise: the noise is uniform in [0, noise).
-    valid: bool[n], the tokens that are there; None for all. The others get
-      -inf and are nobody's neighbours.
+  Of features float[n, D]. `num_neighbours` smallest distances make the density;
+  the token itself counts as one of them. `rng` is the key of noise, uniform in
+  [0, noise), that breaks ties between densities; None for none. `valid`,
+  bool[n], are the tokens that are there, None for all; the others get -inf and
+  are nobody's neighbours.
   """
   n = features.shape[0]
   if valid is None:
@@ -79,27 +76,14 @@ def density_peaks(
   valid=None,
   num_valid=None,
 ):
-  """Picks the tokens with the largest density times distance.
+  """Returns int32[num_keep], tokens with the largest `peak_scores`, ascending.
 
-  Args:
-    features: float[n, D].
-    num_keep: how many to keep, static, at most n.
-    rng: key of the noise that breaks ties; None for none.
-    num_neighbours: see `peak_scores`.
-    noise: see `peak_scores`.
-    valid: see `peak_scores`.
-    num_valid: int32[] how many to keep where that is data; num_keep is then
-      the most that it can be. At most the number of valid tokens.
-
-  Returns:
-    int32[num_keep] token indices, ascending; n behind the first num_valid.
+  Where the number to keep is data, `num_valid` int32[], `num_keep` is the most
+  that it can be, and the index is n behind it. It is at most the number of
+  valid tokens. The other arguments are those of `peak_scores`.
   """
   scores = peak_scores(
-    features,
-    rng=rng,
-    num_neighbours=num_neighbours,
-    noise=noise,
-    valid=valid,
+    features, rng=rng, num_neighbours=num_neighbours, noise=noise, valid=valid
   )
   _, index = jax.lax.top_k(scores, num_keep)
   if num_valid is not None:

@@ -57,17 +57,11 @@ _WORDS = {dict: "an object", str: "a text", int: "a whole number"}
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoadedPolicy:
-  """A policy with its weights.
+  """A policy with its weights."""
 
-  Attributes:
-    module: Linen module, applied as `network.Policy` is.
-    params: trained parameters.
-    identity: digest of the parameters.
-  """
-
-  module: Any
-  params: Any
-  identity: str = ""
+  module: Any  # Linen module, applied as `network.Policy` is.
+  params: Any  # Trained parameters.
+  identity: str = ""  # Digest of the parameters.
 
 
 def load_policy_module(spec: str = "") -> tuple[type, str]:
@@ -233,17 +227,15 @@ def save(path, policy, params, dtype=np.float32):
   else:
     flat = traverse_util.flatten_dict(params, sep="/")
     tensors = {key: np.asarray(leaf) for key, leaf in flat.items()}
-  checkpoints.write_safetensors(path, tensors)
+  safetensors_io.write_safetensors(path, tensors)
 
 
 def load(path, policy, params=None):
   """Returns params as `save` wrote them, or as a public checkpoint holds them.
 
   `path` is a file, or the directory of the checkpoint. Those of a policy of
-  one's own are compared with the shapes of `params`.
-
-  Raises:
-    UserError: unreadable, or tensors missing, left over or misshaped.
+  one's own are compared with the shapes of `params`. What is unreadable, or has
+  tensors missing, left over or misshaped, is a UserError.
   """
   tensors = read(path)
   if isinstance(policy, network.Policy):
@@ -258,7 +250,7 @@ def load(path, policy, params=None):
 
 def _released(directory):
   """Returns the policy's tensors of a checkpoint directory, unread."""
-  names = (checkpoints.WEIGHTS, checkpoints.INDEX)
+  names = (safetensors_io.WEIGHTS, safetensors_io.INDEX)
   if not any(os.path.isfile(os.path.join(directory, name)) for name in names):
     return []
   found = safetensors_io.list_directory(directory)

@@ -25,19 +25,17 @@ import numpy as np
 from flax import traverse_util
 
 from cacovid_jax import errors
-from cacovid_jax.models import qwen2, rope, token_grid
+from cacovid_jax.models import placement, qwen2, rope, token_grid
+
+_HEADS = ("token_compress", "frame_compress", "mode_selection")
+_PUBLIC = "compression_policy"
 
 
 class Scores(NamedTuple):
-  """Drop/keep scores of one video; column 0 is drop, column 1 keep.
+  """Drop/keep scores of one video; column 0 is drop, column 1 keep."""
 
-  Attributes:
-    frame: float32[T, 2].
-    token: float32[N, 2].
-  """
-
-  frame: jax.Array
-  token: jax.Array
+  frame: jax.Array  # float32[T, 2].
+  token: jax.Array  # float32[N, 2].
 
 
 def keep_gap(scores):
@@ -48,19 +46,12 @@ def keep_gap(scores):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PolicyConfig:
-  """Sizes of the policy.
+  """Sizes of the policy."""
 
-  Attributes:
-    llm: sizes of the LLM, whose decoder layer is the policy's.
-    num_halvings: hidden layers of an MLP, each half as wide as the last.
-    dtype: compute dtype of the layer and of hidden layers; scores are float32.
-    backend: attention backend, see `models.attention`.
-  """
-
-  llm: qwen2.Qwen2Config
-  num_halvings: int = 4
-  dtype: jnp.dtype = jnp.float32
-  backend: str = "auto"
+  llm: qwen2.Qwen2Config  # Of the LLM, whose decoder layer is the policy's.
+  num_halvings: int = 4  # Hidden layers, each half as wide as the last.
+  dtype: jnp.dtype = jnp.float32  # Of the hidden layers; scores are float32.
+  backend: str = "auto"  # Attention backend, see `models.attention`.
 
   def __post_init__(self):
     narrowest = self.llm.hidden_size >> max(self.num_halvings, 0)
@@ -112,7 +103,7 @@ class Policy(nn.Module):
 
   def setup(self):
     cfg = self.config
-    head = {"num_halvings": cfg.num_halvings, "dtype": cfg.dtype}
+    head = dict(num_halvings=cfg.num_halvings, dtype=cfg.dtype)
     self.layer = qwen2.DecoderLayer(cfg.llm, cfg.dtype, cfg.backend)
     self.layernorm = qwen2.RMSNorm(cfg.llm.rms_norm_eps, cfg.dtype)
     self.token_compress = Head(2, **head)
@@ -120,7 +111,9 @@ class Policy(nn.Module):
     self.mode_selection = Head(3, **head)
 
   def __call__(self, x, positions, video_rows, grid, length=None):
-    """Scores one prompt's video tokens and frames.
+    """Returns the Scores of one prompt's video tokens and frames.
+
+    In a bucket they are f32[T_max, 2] and f32[N_max, 2], zero in padding.
 
     Args:
       x: float[L, D] unpruned prompt embeddings, video features in place.
@@ -129,9 +122,6 @@ class Policy(nn.Module):
         in a bucket int32[N_max], L behind the video's own.
       grid: (T, H, W), static; or a `token_grid.TokenGrid`.
       length: int32[] valid rows of a right-padded prompt; None for all.
-
-    Returns:
-      Scores; in a bucket f32[T_max, 2] and f32[N_max, 2], zero in padding.
     """
     grid = token_grid.TokenGrid.of(grid)
     chex.assert_shape(video_rows, (grid.bucket.tokens,))
@@ -183,17 +173,24 @@ class Policy(nn.Module):
 
   @nn.nowrap
   def init_from_llm(self, rng, llm_params):
-    """Returns float32 params: the LLM's layer 0, and new heads.
+    """Returns float32 params: a copy of the LLM's layer 0, and new heads.
 
-    Args:
-      rng: key of the heads.
-      llm_params: the base model's or its language model's parameters.
+    `rng` is the heads' key; `llm_params` are the base model's parameters or
+    those of its decoder, whose `layers` are stacked by depth.
     """
-
     params = _new_heads(rng, config=self.config)
-    layer = layer_zero(llm_params)
-    expected = shapes(self.config)
+    llm_params = llm_params.get("language_model", llm_params)
+    if "layers" not in llm_params:
+      raise errors.UserError(
+        "the language model's parameters have no `layers`; found "
+        f"{', '.join(sorted(llm_params))}"
+      )
+    # A copy: training donates its buffers, the base model keeps its own.
+    layer = jax.tree.map(
+      lambda leaf: jnp.array(leaf[0], jnp.float32), llm_params["layers"]
+    )
     given = {f"layer/{key}": p.shape for key, p in _flatten(layer).items()}
+    expected = shapes(self.config)
     expected = {k: s for k, s in expected.items() if k.startswith("layer/")}
     check_shapes(given, expected, "the LLM's layer 0")
     return {"layer": layer, **params}
@@ -207,30 +204,6 @@ def _new_heads(rng, *, config):
   return {key: leaf for key, leaf in params.items() if key != "layer"}
 
 
-def layer_zero(llm_params):
-  """Returns a float32 copy of the LLM's first decoder layer.
-
-  Args:
-    llm_params: parameters of a Qwen2 decoder (`layers` stacked by depth), or
-      of a model that has one as `language_model`.
-  """
-  llm_params = llm_params.get("language_model", llm_params)
-  if "layers" not in llm_params:
-    raise errors.UserError(
-      "the language model's parameters have no `layers`; found "
-      f"{', '.join(sorted(llm_params))}"
-    )
-  # A copy: training donates its buffers, the base model keeps its own.
-  return jax.tree.map(
-    lambda leaf: jnp.array(leaf[0], jnp.float32), llm_params["layers"]
-  )
-
-
-def init_from_llm(rng, config, llm_params):
-  """Returns params of `Policy(config)`; see `Policy.init_from_llm`."""
-  return Policy(config).init_from_llm(rng, llm_params)
-
-
 def shapes(config):
   """Returns the shape of every parameter by its `/` path."""
   params = jax.eval_shape(
@@ -241,34 +214,17 @@ def shapes(config):
 
 
 def public_names(num_halvings):
-  """Returns {our path: (public name, transposed)} of every parameter.
-
-  Heads are `Sequential`s there: odd indices are activations.
-  """
-  names = {"layernorm/scale": ("layernorm.weight", False)}
-  for norm in ("input_layernorm", "post_attention_layernorm"):
-    names[f"layer/{norm}/scale"] = (f"layers.0.{norm}.weight", False)
-  for module, group in (
-    ("q_proj", "self_attn"),
-    ("k_proj", "self_attn"),
-    ("v_proj", "self_attn"),
-    ("o_proj", "self_attn"),
-    ("gate_proj", "mlp"),
-    ("up_proj", "mlp"),
-    ("down_proj", "mlp"),
-  ):
-    public = f"layers.0.{group}.{module}"
-    names[f"layer/{module}/kernel"] = (f"{public}.weight", True)
-    if module in ("q_proj", "k_proj", "v_proj"):
-      names[f"layer/{module}/bias"] = (f"{public}.bias", False)
-  for head in ("token_compress", "frame_compress", "mode_selection"):
-    for i in range(num_halvings + 1):
-      ours = f"{head}/hidden_{i}" if i < num_halvings else f"{head}/score"
-      names[f"{ours}/kernel"] = (f"{head}.{2 * i}.weight", True)
-      names[f"{ours}/bias"] = (f"{head}.{2 * i}.bias", False)
+  """Returns {our path: (public name, transposed)} of every parameter."""
+  rows = placement.rows(_PUBLIC, "", layernorm="scale")
+  rows |= qwen2.layer_rows(f"{_PUBLIC}.layers.0", "layer")
+  for head in _HEADS:
+    # A `Sequential`: odd indices are activations.
+    kinds = {f"{2 * i}": f"dense hidden_{i}" for i in range(num_halvings)}
+    kinds[f"{2 * num_halvings}"] = "dense score"
+    rows |= placement.rows(f"{_PUBLIC}.{head}", head, **kinds)
   return {
-    ours: (f"compression_policy.{public}", transposed)
-    for ours, (public, transposed) in names.items()
+    path: (name, layout == "transpose")
+    for name, (path, layout, _) in rows.items()
   }
 
 
@@ -290,23 +246,17 @@ def to_public(params, dtype=np.float32):
 
 
 def from_public(tensors, config):
-  """Returns float32 params of arrays under the public names.
+  """Returns float32 params of {public name: array}.
 
-  `mode_selection` may be absent, all of it; params then lack it too.
-
-  Args:
-    tensors: {public name: array}.
-    config: PolicyConfig.
-
-  Raises:
-    UserError: names that are missing, left over, or of another shape.
+  `mode_selection` may be absent, all of it; params then lack it too. Names that
+  are missing, left over, or of another shape are a UserError.
   """
   names = public_names(config.num_halvings)
   expected = {}
   for path, shape in shapes(config).items():
     name, transposed = names[path]
     expected[name] = shape[::-1] if transposed else shape
-  optional = "compression_policy.mode_selection."
+  optional = f"{_PUBLIC}.mode_selection."
   if not any(name.startswith(optional) for name in tensors):
     expected = {k: s for k, s in expected.items() if not k.startswith(optional)}
   given = {name: np.shape(tensor) for name, tensor in tensors.items()}
@@ -325,19 +275,17 @@ def _flatten(params):
 
 def check_shapes(given, expected, where):
   """Raises UserError unless two {name: shape} agree."""
-  faults = []
-  if missing := sorted(expected.keys() - given.keys()):
-    faults.append(f"missing {', '.join(missing)}")
-  if extra := sorted(given.keys() - expected.keys()):
-    faults.append(f"not known {', '.join(extra)}")
-  wrong = [
-    f"{name} is {tuple(given[name])}, expected {tuple(expected[name])}"
-    for name in sorted(expected.keys() & given.keys())
-    if tuple(given[name]) != tuple(expected[name])
-  ]
-  if wrong:
-    faults.append(f"misshaped {', '.join(wrong)}")
-  if faults:
+  faults = {
+    "missing": sorted(expected.keys() - given.keys()),
+    "not known": sorted(given.keys() - expected.keys()),
+    "misshaped": [
+      f"{name} is {tuple(given[name])}, expected {tuple(expected[name])}"
+      for name in sorted(expected.keys() & given.keys())
+      if tuple(given[name]) != tuple(expected[name])
+    ],
+  }
+  told = [f"{k} {', '.join(names)}" for k, names in faults.items() if names]
+  if told:
     raise errors.UserError(
-      f"{where} does not fit the policy's config: {'; '.join(faults)}"
+      f"{where} does not fit the policy's config: {'; '.join(told)}"
     )

@@ -25,24 +25,17 @@ class ObjectiveConfig:
   """The paper's objective: constants of the loss, with the paper's values.
 
   An objective of one's own is called alike; see `training.seams`.
-
-  Attributes:
-    clip_low: the ratio is clipped below at 1 - clip_low,
-    clip_high: and above at 1 + clip_high.
-    kl_weight: weight of the divergence from the uniform policy.
-    log_ratio_clamp: if given, the log-ratio stays within +- this. The paper
-      has none (None); the unclipped side, negative advantage and a growing
-      ratio, then has no bound and large learning rates diverge.
-    std_epsilon: added to the rewards' standard deviation.
-    weight_epsilon: added to the sum of a combination's token weights.
   """
 
-  clip_low: float = 0.2
-  clip_high: float = 0.28
-  kl_weight: float = 0.0
+  clip_low: float = 0.2  # The ratio is clipped below at 1 - clip_low.
+  clip_high: float = 0.28  # And above at 1 + clip_high.
+  kl_weight: float = 0.0  # Weight of the divergence from the uniform policy.
+  # If given, the log-ratio stays within +- this. The paper has none (None); the
+  # unclipped side, negative advantage and a growing ratio, then has no bound
+  # and large learning rates diverge.
   log_ratio_clamp: float | None = None
-  std_epsilon: float = 1e-4
-  weight_epsilon: float = 1e-7
+  std_epsilon: float = 1e-4  # Added to the rewards' standard deviation.
+  weight_epsilon: float = 1e-7  # Added to the sum of a row's token weights.
 
   def __call__(self, scores, old_scores, memory, grid=None):
     """Returns what `loss` does."""
@@ -50,27 +43,18 @@ class ObjectiveConfig:
 
 
 class Memory(NamedTuple):
-  """Combinations and rewards of one video, preallocated for all iterations.
+  """Combinations and rewards of one video, preallocated for all iterations."""
 
-  Attributes:
-    token_mask: bool[Mt, N], True where a token was kept.
-    token_reward: float32[Mt].
-    token_valid: bool[Mt], False for a row that is not filled yet.
-    frame_mask: bool[Mf, T], True where a frame was drawn.
-    frame_reward: float32[Mf].
-    frame_valid: bool[Mf].
-  """
-
-  token_mask: jax.Array
-  token_reward: jax.Array
-  token_valid: jax.Array
-  frame_mask: jax.Array
-  frame_reward: jax.Array
-  frame_valid: jax.Array
+  token_mask: jax.Array  # bool[Mt, N], True where a token was kept.
+  token_reward: jax.Array  # float32[Mt].
+  token_valid: jax.Array  # bool[Mt], False for a row that is not filled yet.
+  frame_mask: jax.Array  # bool[Mf, T], True where a frame was drawn.
+  frame_reward: jax.Array  # float32[Mf].
+  frame_valid: jax.Array  # bool[Mf].
 
 
 def loss(scores, old_scores, memory, config=None, grid=None):
-  """Returns the loss of one video's memory, and metrics.
+  """Returns (the loss float32[] of one video's memory, metrics float32[]).
 
   Args:
     scores: Scores(frame f32[T, 2], token f32[N, 2]) of the current policy.
@@ -79,40 +63,20 @@ def loss(scores, old_scores, memory, config=None, grid=None):
     config: ObjectiveConfig.
     grid: TokenGrid; None for a full one. T and N are those of its bucket, and
       what stands behind the video's own has no influence.
-
-  Returns:
-    (float32[], dict of float32[]).
   """
   config = config or ObjectiveConfig()
-  chex.assert_equal_shape([scores.token, old_scores.token])
-  chex.assert_equal_shape([scores.frame, old_scores.frame])
-  tokens = (
-    np.ones(len(scores.token), bool) if grid is None else grid.valid_tokens
-  )
-  frames = (
-    np.ones(len(scores.frame), bool) if grid is None else grid.valid_frames
-  )
-  chex.assert_shape(scores.token, (*tokens.shape, 2))
-  chex.assert_shape(scores.frame, (*frames.shape, 2))
+  tokens = np.ones(len(scores.token), bool)
+  frames = np.ones(len(scores.frame), bool)
+  if grid is not None:
+    tokens, frames = grid.valid_tokens, grid.valid_frames
+  chex.assert_shape([scores.token, old_scores.token], (*tokens.shape, 2))
+  chex.assert_shape([scores.frame, old_scores.frame], (*frames.shape, 2))
+  weights = balance_weights(memory.token_mask, tokens)
   token_loss, token_metrics = _mode_loss(
-    scores.token,
-    old_scores.token,
-    memory.token_mask,
-    memory.token_reward,
-    memory.token_valid,
-    balance_weights(memory.token_mask, tokens),
-    config,
-    tokens,
+    scores.token, old_scores.token, memory[:3], weights, config, tokens
   )
   frame_loss, frame_metrics = _mode_loss(
-    scores.frame,
-    old_scores.frame,
-    memory.frame_mask,
-    memory.frame_reward,
-    memory.frame_valid,
-    None,
-    config,
-    frames,
+    scores.frame, old_scores.frame, memory[3:], None, config, frames
   )
   metrics = {"token_loss": token_loss, "frame_loss": frame_loss}
   metrics |= {f"token_{name}": x for name, x in token_metrics.items()}
@@ -121,14 +85,10 @@ def loss(scores, old_scores, memory, config=None, grid=None):
 
 
 def advantages(rewards, valid, *, epsilon=1e-4):
-  """Returns float32[M], standardised rewards; zero in rows not valid.
+  """Returns float32[M], standardised rewards float32[M]; zero if not valid.
 
-  Exactly zero everywhere when all valid rewards agree.
-
-  Args:
-    rewards: float32[M].
-    valid: bool[M].
-    epsilon: added to the standard deviation (with Bessel's correction).
+  Exactly zero everywhere when all valid rewards agree. `epsilon` is added to
+  the standard deviation (with Bessel's correction).
   """
   count = valid.sum()
   # Shifted first: the mean of equal numbers may be off by a rounding, which
@@ -142,10 +102,7 @@ def advantages(rewards, valid, *, epsilon=1e-4):
 
 
 def kept_share(mask, items):
-  """Returns float32[M, 1], the kept share of each combination, bool[M, N].
-
-  Of the items that are there, bool[N].
-  """
+  """Returns float32[M, 1]: kept share of the items bool[N], of bool[M, N]."""
   return _item_mean(mask.astype(jnp.float32), items)[:, None]
 
 
@@ -169,10 +126,9 @@ def clipped_term(log_ratio, advantage, config):
   return -jnp.minimum(ratio * advantage, clipped * advantage)
 
 
-def _mode_loss(
-  scores, old_scores, mask, rewards, valid, weights, config, items
-):
-  """Returns the loss and the metrics of token mode or frame mode."""
+def _mode_loss(scores, old_scores, memory, weights, config, items):
+  """Returns the loss and the metrics of a mode's masks, rewards and valid."""
+  mask, rewards, valid = memory
   mask = mask.astype(bool)
   # Here, not only in the means: a zero times a NaN would be one.
   scores = token_grid.fill(scores, items[:, None], 0.0)
@@ -180,14 +136,14 @@ def _mode_loss(
   advantage = advantages(rewards, valid, epsilon=config.std_epsilon)[:, None]
   # Rows that are not filled stay out of the gradient too, where a zero times
   # an overflow would be NaN.
-  log_probs = jnp.where(
-    valid[:, None], mask_log_probs(scores, mask), math.log(0.5)
-  )
-  old_log_probs = jnp.where(
-    valid[:, None],
-    mask_log_probs(jax.lax.stop_gradient(old_scores), mask),
-    math.log(0.5),
-  )
+
+  def choices(scores):
+    return jnp.where(
+      valid[:, None], mask_log_probs(scores, mask), math.log(0.5)
+    )
+
+  log_probs = choices(scores)
+  old_log_probs = choices(jax.lax.stop_gradient(old_scores))
   log_ratio = log_probs - old_log_probs  # [M, N]
   if config.log_ratio_clamp is not None:
     bound = config.log_ratio_clamp

@@ -30,17 +30,11 @@ FRAME_CAPS = ("per_frame", "public")
 
 
 class Modes(NamedTuple):
-  """How many of an iteration's draws are of each mode, in this order.
+  """How many of an iteration's draws are of each mode, in this order."""
 
-  Attributes:
-    token: learn from the tokens that they keep; the first is the greedy one,
-    frame: learn from the frames that they draw, likewise,
-    control: enter no loss.
-  """
-
-  token: int
-  frame: int = 0
-  control: int = 0
+  token: int  # Learn from the tokens they keep; the first is greedy.
+  frame: int = 0  # Learn from the frames that they draw, likewise.
+  control: int = 0  # Enter no loss.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,40 +42,24 @@ class SamplingConfig:
   """The paper's sampler: its constants, with the paper's values.
 
   A sampler of one's own has `modes` and `sample` as well; see `training.seams`.
-
-  Attributes:
-    num_combinations: G, a multiple of 4: 3G/4 - 1 in token mode, G/4 in frame
-      mode, 1 by content.
-    group_size: how many times the tokens to draw a group holds.
-    max_group_prob: a group's probability is capped at max_group_prob / n,
-    min_group_cap: but the cap is not below this
-    max_group_cap: nor above this.
-    max_frame_prob: a frame's probability is capped at max_frame_prob / T.
-    frame_cap: "per_frame" caps the frames as the groups are, with the floor
-      1 / T**2. "public" is what the public code comes to, which takes the G/4
-      copies for the entries: cap max_frame_prob (G/4) / T, floor 1 / (G/4)**2.
-    frame_ratio: share of the frames that a frame-mode combination draws.
-    min_token_weight: a token's weight within its group is at least this many
-      times the uniform weight,
-    max_token_weight: and at most this many times.
-    mass_epsilon: added to a group's mass before its tokens are divided by it.
-    num_neighbours: see `diversity.peak_scores`.
-    density_noise: see `diversity.peak_scores`.
   """
 
-  num_combinations: int = 32
-  group_size: float = 2
-  max_group_prob: float = 2.0
-  min_group_cap: float = 0.1
-  max_group_cap: float = 0.9
-  max_frame_prob: float = 3.0
+  num_combinations: int = 32  # G, a multiple of 4, see `modes`.
+  group_size: float = 2  # How many times the tokens to draw a group holds.
+  max_group_prob: float = 2.0  # A group's cap is this / n.
+  min_group_cap: float = 0.1  # But the cap is not below this.
+  max_group_cap: float = 0.9  # Nor above this.
+  max_frame_prob: float = 3.0  # A frame's cap is this / T.
+  # "per_frame" caps the frames as the groups are, with the floor 1 / T**2.
+  # "public" is what the public code comes to, which takes the G/4 copies for
+  # the entries: cap max_frame_prob (G/4) / T, floor 1 / (G/4)**2.
   frame_cap: str = "per_frame"
-  frame_ratio: float = 0.125
-  min_token_weight: float = 0.5
-  max_token_weight: float = 2.0
-  mass_epsilon: float = 1e-8
-  num_neighbours: int = 4
-  density_noise: float = 1e-6
+  frame_ratio: float = 0.125  # Of the frames that a combination draws.
+  min_token_weight: float = 0.5  # Times the uniform weight within a group.
+  max_token_weight: float = 2.0  # And at most so many times.
+  mass_epsilon: float = 1e-8  # Added to a group's mass that divides.
+  num_neighbours: int = 4  # See `diversity.peak_scores`.
+  density_noise: float = 1e-6  # See `diversity.peak_scores`.
 
   @property
   def num_frame_mode(self):
@@ -104,29 +82,19 @@ class SamplingConfig:
 
 
 class ProbabilityCap(NamedTuple):
-  """The numbers of a capped distribution.
+  """The numbers of a capped distribution."""
 
-  Attributes:
-    size: how many entries there are, int32[]; those behind have none.
-    floor: 1 / size**2, float32[].
-    cap: largest probability, float32[].
-    left: float32[n], mass beside as many entries that sit at the cap.
-  """
-
-  size: Any
-  floor: Any
-  cap: Any
-  left: Any
+  size: Any  # How many entries there are, int32[]; those behind have none.
+  floor: Any  # Least probability before others are scaled, float32[].
+  cap: Any  # Largest probability, float32[].
+  left: Any  # float32[n], mass beside as many entries at the cap.
 
   @classmethod
   def of(cls, size, cap, *, room=None, floor=None):
-    """Returns the numbers of the host.
+    """Returns the numbers of the host, with room for n >= size entries.
 
-    Args:
-      size: number of entries.
-      cap: largest probability, at least 1 / size; lowered to 0.999.
-      room: n, at least `size`; None for `size`.
-      floor: least probability before others are scaled; None for 1 / size**2.
+    The cap is at least 1 / size, and lowered to 0.999; the floor is 1 / size**2
+    unless given.
     """
     # A single entry has all the mass, whatever the cap.
     cap = 1.0 if size == 1 else min(cap, 0.999)
@@ -140,23 +108,14 @@ class ProbabilityCap(NamedTuple):
 
 
 class PlanShape(NamedTuple):
-  """The static sizes of a sampler; hashable. Random numbers depend on them.
+  """The static sizes of a sampler, on which random numbers depend."""
 
-  Attributes:
-    tokens_per_frame: k_max.
-    num_groups: n_max.
-    group_tokens: E_max.
-    frames_drawn: F_max.
-    frame_rows: R_max.
-    num_keep: K_max.
-  """
-
-  tokens_per_frame: int
-  num_groups: int
-  group_tokens: int
-  frames_drawn: int
-  frame_rows: int
-  num_keep: int
+  tokens_per_frame: int  # k_max.
+  num_groups: int  # n_max.
+  group_tokens: int  # E_max.
+  frames_drawn: int  # F_max.
+  frame_rows: int  # R_max.
+  num_keep: int  # K_max.
 
 
 @jax.tree_util.register_dataclass
@@ -165,32 +124,20 @@ class SamplingPlan:
   """The numbers of a grid and a ratio; a pytree of static shapes.
 
   Plans of the same shape stack along a new axis, of videos or of rungs.
-
-  Attributes:
-    grid: TokenGrid.
-    tokens_per_frame: k, round(r*H*W) half to even, int32[].
-    frames_drawn: F, int32[].
-    group_position: int32[n_max, E_max], place in a frame's ranking of each
-      group's tokens; short groups repeat their last,
-    group_member: bool[n_max, E_max], with False. Rows behind the n groups
-      have no True.
-    min_weight: bounds of a token's weight within its group, float32[],
-    max_weight: the upper one.
-    group_cap: ProbabilityCap of the n groups.
-    frame_cap: ProbabilityCap of the T frames.
-    shape: PlanShape.
-    config: SamplingConfig.
   """
 
   grid: token_grid.TokenGrid
-  tokens_per_frame: Any
-  frames_drawn: Any
+  tokens_per_frame: Any  # k, round(r*H*W) half to even, int32[].
+  frames_drawn: Any  # F, int32[].
+  # int32[n_max, E_max], place in a frame's ranking of each group's tokens;
+  # short groups repeat their last.
   group_position: Any
+  # bool[n_max, E_max], False there and in the rows behind the n groups.
   group_member: Any
-  min_weight: Any
-  max_weight: Any
-  group_cap: ProbabilityCap
-  frame_cap: ProbabilityCap
+  min_weight: Any  # Of a token within its group, float32[].
+  max_weight: Any  # Likewise.
+  group_cap: ProbabilityCap  # Of the n groups.
+  frame_cap: ProbabilityCap  # Of the T frames.
   shape: PlanShape = dataclasses.field(metadata=dict(static=True))
   config: SamplingConfig = dataclasses.field(metadata=dict(static=True))
 
@@ -201,15 +148,10 @@ class SamplingPlan:
 
 
 class Combinations(NamedTuple):
-  """The G combinations of one video, in the order of `Modes`.
+  """The G combinations of one video, in the order of `Modes`."""
 
-  Attributes:
-    index: int32[G, K] kept video tokens, ascending; N_max behind the K.
-    frame_mask: bool[F, T] of the F in frame mode, True for a drawn frame.
-  """
-
-  index: jax.Array
-  frame_mask: jax.Array
+  index: jax.Array  # int32[G, K] kept tokens, ascending; N_max behind K.
+  frame_mask: jax.Array  # bool[F, T], frame mode, True for a drawn frame.
 
 
 def smallest_ratio(grid):
@@ -222,8 +164,9 @@ def smallest_ratio(grid):
 def plan(grid, ratio, config=None, shape=None):
   """Returns the SamplingPlan of a grid and a ratio in (0, 1].
 
-  Small grids: the number of groups is lowered until a group holds k tokens, and
-  more frames are drawn until they hold K.
+  In a bucket its numbers are NumPy's, for a device. Small grids: the number of
+  groups is lowered until a group holds k tokens, and more frames are drawn
+  until they hold K.
 
   Args:
     grid: (T, H, W), which fills its bucket; or TokenGrid, of the host.
@@ -231,9 +174,6 @@ def plan(grid, ratio, config=None, shape=None):
     config: SamplingConfig; a sampler of one's own gets the paper's numbers.
     shape: PlanShape of a program that serves several ratios; None for what this
       ratio needs, in a bucket the most of any grid.
-
-  Returns:
-    SamplingPlan; in a bucket NumPy numbers for a device.
 
   Raises:
     UserError: the ratio keeps nothing of the grid, a constant cannot work, or
@@ -341,10 +281,7 @@ def allowed_ratios(grid, ratios):
 def largest_shape(bucket, ratios, config=None):
   """Returns the PlanShape that holds every rung of every grid in a bucket.
 
-  Args:
-    bucket: GridBucket.
-    ratios: tuple of the ratios in use, as for `allowed_ratios`.
-    config: as for `plan`.
+  `ratios` is the tuple of those in use, as for `allowed_ratios`.
   """
   config = _numbers(config)
   largest = PlanShape(0, 0, 0, 0, 0, 0)
@@ -403,19 +340,12 @@ def _check_config(config):
 
 
 def capped_distribution(probs, cap):
-  """Flattens a distribution until no entry exceeds the cap.
+  """Returns float32[n], flattened until no entry exceeds the ProbabilityCap.
 
-  Entries are first raised to 1/n**2. Then, where the cap is exceeded, entries
-  above it are fixed at it one by one, the largest first, and the
-  rest is scaled to what remains; written as a closed form over the number of
-  fixed entries.
-
-  Args:
-    probs: float32[n], not negative; zero behind the first `cap.size`.
-    cap: ProbabilityCap.
-
-  Returns:
-    float32[n], sums to one.
+  Of probs float32[n], not negative, zero behind the first `cap.size`. Entries
+  are first raised to the floor. Then, where the cap is exceeded, entries above
+  it are fixed at it one by one, the largest first, and the rest is scaled to
+  what remains; written as a closed form over the number of fixed entries.
   """
   chex.assert_rank(probs, 1)
   n = probs.shape[0]
@@ -446,17 +376,11 @@ def capped_distribution(probs, cap):
 
 
 def draw_without_replacement(rng, log_weights, *, num_draws):
-  """Draws distinct items by Gumbel top-k (https://arxiv.org/abs/1903.06059).
+  """Returns int32[..., num_draws] distinct items, in the order of their draw.
 
-  The distribution is that of sequential draws from softmax(log_weights).
-
-  Args:
-    rng: key for this draw, or for these draws.
-    log_weights: float[..., n], -inf where an item may not be drawn.
-    num_draws: static; at most the number of finite weights.
-
-  Returns:
-    int32[..., num_draws] item indices, in the order in which they were drawn.
+  Gumbel top-k (https://arxiv.org/abs/1903.06059): the distribution is that of
+  sequential draws from softmax(log_weights), float[..., n], -inf where an item
+  may not be drawn. num_draws is static, at most the number of finite weights.
   """
   # Drawn flat: on CPU, XLA compiles the same bits in three axes in seconds.
   noise = jax.random.gumbel(rng, (log_weights.size,))
@@ -466,19 +390,11 @@ def draw_without_replacement(rng, log_weights, *, num_draws):
 
 
 class Groups(NamedTuple):
-  """A frame's tokens, ranked by the policy and cut into groups.
+  """A frame's tokens, ranked by the policy and cut into groups."""
 
-  Attributes:
-    probs: float32[n] probability of each group, capped; zero for a group that
-      only the bucket has.
-    tokens: int32[n, E] tokens of each group, best first; short groups repeat
-      their last token,
-    weights: float32[n, E] with weight zero. Rows sum to one.
-  """
-
-  probs: jax.Array
-  tokens: jax.Array
-  weights: jax.Array
+  probs: jax.Array  # float32[n], capped; zero for a group only in the bucket.
+  tokens: jax.Array  # int32[n, E], best first; short groups repeat their last.
+  weights: jax.Array  # float32[n, E], zero for repeats; rows sum to one.
 
 
 def rank_groups(token_scores, plan):
@@ -505,7 +421,7 @@ def rank_groups(token_scores, plan):
 
 
 def sample(rng, scores, features, plan):
-  """Samples the combinations of one video.
+  """Returns the Combinations of one video.
 
   The random numbers depend on the plan's shape: the same key draws other
   combinations, of the same distribution, in another bucket.
@@ -517,9 +433,6 @@ def sample(rng, scores, features, plan):
       behind them has no influence.
     features: float[N, D] video features, as they enter the LLM, likewise.
     plan: SamplingPlan.
-
-  Returns:
-    Combinations.
   """
   bucket = plan.grid.bucket
   chex.assert_shape(scores.token, (bucket.tokens, 2))
@@ -534,10 +447,10 @@ def sample(rng, scores, features, plan):
 
 
 def sample_rung(rng, scores, features, plans, rung, *, num_keep, sampler=None):
-  """Samples with the plan of a rung that is only known on the device.
+  """Returns (Combinations, int32[] K) of a rung only known on the device.
 
   Plans of exact shapes draw what each draws alone. Under `jax.vmap` over videos
-  of different rungs all of them are computed.
+  of different rungs all of them are computed. The index is N_max behind K.
 
   Args:
     rng: as for `sample`, also the next two.
@@ -548,9 +461,6 @@ def sample_rung(rng, scores, features, plans, rung, *, num_keep, sampler=None):
     rung: int32[], which of the plans to use.
     num_keep: static, entries of a row; no plan up to the largest keeps more.
     sampler: one's own; None for the paper's.
-
-  Returns:
-    Combinations with index N_max behind a rung's K; and int32[] K.
   """
   draw = sample if sampler is None else sampler.sample
   if isinstance(plans, SamplingPlan):

@@ -30,8 +30,7 @@ from cacovid_jax.policy import network
 def num_keep(grid, ratio):
   """Returns K = floor(r*T*H*W), in float64 and in this order of products.
 
-  Raises:
-    UserError: the ratio is outside (0, 1] or keeps no token.
+  A ratio outside (0, 1], or one that keeps no token, is a UserError.
   """
   num_frames, height, width = grid
   if not 0 < ratio <= 1:
@@ -56,32 +55,20 @@ def most_kept(bucket, ratio):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Budget:
-  """The numbers of a video and a ratio; a pytree.
-
-  Attributes:
-    grid: TokenGrid.
-    kept: K, int32[].
-    num_important: how many of them the scores decide on, int32[].
-    shared: what the frames' shares are multiplied by, float32[].
-    frame_cap: most that a frame gets before the repair, int32[].
-    low: least probability of a frame, float32[].
-    high: largest probability of a frame, float32[].
-    sharpness: what the largest frame gap is scaled to, float32[].
-    spread: bool[N_max], True at the place, among the tokens that the scores
-      leave, of an evenly spread one.
-    num_keep_max: K_max.
-  """
+  """The numbers of a video and a ratio; a pytree."""
 
   grid: token_grid.TokenGrid
-  kept: Any
-  num_important: Any
-  shared: Any
-  frame_cap: Any
-  low: Any
-  high: Any
-  sharpness: Any
+  kept: Any  # K, int32[].
+  num_important: Any  # How many of them the scores decide on, int32[].
+  shared: Any  # What the frames' shares are multiplied by, float32[].
+  frame_cap: Any  # Most that a frame gets before the repair, int32[].
+  low: Any  # Least probability of a frame, float32[].
+  high: Any  # Largest probability of a frame, float32[].
+  sharpness: Any  # What the largest frame gap is scaled to, float32[].
+  # bool[N_max], True at the place, among the tokens that the scores leave, of
+  # an evenly spread one.
   spread: Any
-  num_keep_max: int = dataclasses.field(metadata=dict(static=True))
+  num_keep_max: int = dataclasses.field(metadata=dict(static=True))  # K_max.
 
 
 def budget(
@@ -136,11 +123,7 @@ def budget(
   num_important = min(math.floor(important), kept)
   if importance_ratio == 1:
     num_important = kept
-  # In float64 on the host: float32 is off by one in places.
   unkept = num_frames * height * width - num_important
-  places = np.round(np.linspace(0, unkept - 1, kept - num_important))
-  spread = np.zeros(grid.bucket.tokens, bool)
-  spread[places.astype(int)] = True
   # No frame has more than its H*W tokens to give.
   frame_cap = math.floor(importance_ratio * height * width * max_frame_ratio)
   return Budget(
@@ -152,19 +135,26 @@ def budget(
     low=np.float32(min_frame_prob / num_frames),
     high=np.float32(max_frame_ratio / (num_frames * ratio)),
     sharpness=np.float32(frame_sharpness),
-    spread=spread,
+    spread=_spread(grid.bucket.tokens, unkept, kept - num_important),
     num_keep_max=num_keep_max,
   )
+
+
+def _spread(size, num_tokens, num_spread):
+  """Returns bool[size], evenly spread True places among the first tokens."""
+  # In float64 on the host: float32 is off by one in places.
+  places = np.round(np.linspace(0, num_tokens - 1, num_spread))
+  spread = np.zeros(size, bool)
+  spread[places.astype(int)] = True
+  return spread
 
 
 def select(scores, budget):
   """Returns int32[K_max] kept tokens, ascending, N_max behind the K.
 
-  Args:
-    scores: Scores(frame f32[T, 2], token f32[N, 2]), drop then keep; in a
-      bucket f32[T_max, 2] and f32[N_max, 2], the video's own first. What stands
-      behind them has no influence.
-    budget: Budget.
+  Of Scores(frame f32[T, 2], token f32[N, 2]), drop then keep; in a bucket
+  f32[T_max, 2] and f32[N_max, 2], the video's own first. What stands behind
+  them has no influence.
   """
   grid, sizes = budget.grid, budget.grid.bucket
   chex.assert_shape(scores.frame, (sizes.frames, 2))
@@ -218,20 +208,13 @@ def frame_probs(gap, *, low, high, sharpness=3.0, valid=None):
 
 
 def repair(budgets, total, *, max_budget, valid=None):
-  """Changes budgets by single tokens until they sum to the total.
+  """Returns budgets int32[T] changed by single tokens until they sum to total.
 
   While they sum to more, the largest gives one up; while to less, the smallest
   gets one; the first among equals. That levels the budgets from above or from
-  below, so the level is looked up and no loop is needed.
-
-  Args:
-    budgets: int32[T], between 0 and max_budget.
-    total: int, between 0 and T * max_budget.
-    max_budget: static.
-    valid: bool[T], the frames that are there, the first ones; None for all.
-
-  Returns:
-    int32[T], sums to total; zero for frames that are not valid.
+  below, so the level is looked up and no loop is needed. Budgets lie between 0
+  and max_budget, static. Frames that are not valid, bool[T], get zero; the
+  valid ones come first, None for all.
   """
   if valid is None:
     valid = np.ones(budgets.shape[0], bool)

@@ -13,7 +13,7 @@ from cacovid_jax import errors
 from cacovid_jax.models import (
   generation,
   qwen2_5_vl,
-  qwen2_5_vl_vision,
+  qwen2_5_vl_layout,
   video_llm,
 )
 from tests.models import mrope_loop, towers
@@ -170,7 +170,7 @@ class Qwen2_5VLModelTest(absltest.TestCase):  # noqa: N801
   def test_encoded_video_fits_the_decoder(self):
     grid = (2, 2, 3)
     patches = jax.random.normal(jax.random.key(1), (48, 96))
-    sizes = qwen2_5_vl_vision.Sizes.of([(2, 4, 3)], CONFIG.vision)
+    sizes = qwen2_5_vl_layout.Sizes.of([(2, 4, 3)], CONFIG.vision)
     encode = jax.jit(towers.features(MODEL))
     features = encode(_params(), patches, MODEL.layout(grid))
     self.assertEqual(features.shape, (12, CONFIG.text.hidden_size))

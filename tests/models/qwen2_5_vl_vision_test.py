@@ -9,6 +9,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from cacovid_jax import errors
+from cacovid_jax.models import qwen2_5_vl_layout as layouts
 from cacovid_jax.models import qwen2_5_vl_vision as vision
 
 CONFIG = vision.VisionConfig.tiny()  # Windows of 2 x 2 tokens.
@@ -24,7 +25,7 @@ def _params():
   # No bias at zero and no norm at one, which would hide them.
   gen = np.random.default_rng(0)
   patches = jnp.zeros((4, CONFIG.patch_values))
-  layout = vision.layout((1, 1, 1), CONFIG)
+  layout = layouts.layout((1, 1, 1), CONFIG)
   shapes = jax.eval_shape(_tower().init, jax.random.key(0), patches, layout)
   return jax.tree.map(
     lambda leaf: gen.standard_normal(leaf.shape, np.float32) * 0.25,
@@ -43,7 +44,7 @@ def _apply(params, patches, layout):
 
 
 def _encode(grid, patches):
-  return _apply(_params(), patches, vision.layout(grid, CONFIG))
+  return _apply(_params(), patches, layouts.layout(grid, CONFIG))
 
 
 def _where(grid, config=CONFIG):
@@ -69,7 +70,7 @@ class LayoutTest(parameterized.TestCase):
   def test_windows_of_a_small_grid_by_hand(self):
     # Tokens 0 1 2 / 3 4 5 / 6 7 8 in windows of 2 x 2: the right and the lower
     # ones are cut off. Four patches to a token.
-    layout = vision.layout((1, 3, 3), CONFIG)
+    layout = layouts.layout((1, 3, 3), CONFIG)
     np.testing.assert_array_equal(layout.windows.lengths, [16, 8, 8, 4])
     tokens = layout.windows.rows[:, ::4] // 4
     np.testing.assert_array_equal(tokens[0], [0, 1, 3, 4])
@@ -86,8 +87,8 @@ class LayoutTest(parameterized.TestCase):
 
   @parameterized.product(grid=GRIDS, padded=(False, True))
   def test_segments_are_those_of_a_loop(self, grid, padded):
-    sizes = vision.Sizes.of([*GRIDS, (4, 6, 6)], CONFIG) if padded else None
-    layout = vision.layout(grid, CONFIG, sizes)
+    sizes = layouts.Sizes.of([*GRIDS, (4, 6, 6)], CONFIG) if padded else None
+    layout = layouts.layout(grid, CONFIG, sizes)
     where = _where(grid)
     count = len(where)
     self.assertEqual(layout.num_tokens * 4, count)
@@ -112,10 +113,10 @@ class LayoutTest(parameterized.TestCase):
       )
 
   def test_sizes_hold_every_grid(self):
-    sizes = vision.Sizes.of([(1, 5, 2), (3, 1, 2)], CONFIG)
+    sizes = layouts.Sizes.of([(1, 5, 2), (3, 1, 2)], CONFIG)
     self.assertEqual(
       sizes,
-      vision.Sizes(
+      layouts.Sizes(
         num_tokens=10, num_windows=3, num_slices=3, tokens_per_slice=10
       ),
     )
@@ -131,30 +132,32 @@ class LayoutTest(parameterized.TestCase):
       for w in range(1, area // h + 1)
       if t * h * w <= most
     ]
-    sizes = vision.Sizes.of_bucket(
+    sizes = layouts.Sizes.of_bucket(
       CONFIG, num_slices=slices, tokens_per_slice=area, num_tokens=most
     )
-    needed = vision.Sizes.of(grids, CONFIG)
+    needed = layouts.Sizes.of(grids, CONFIG)
     self.assertEqual(sizes.num_windows, needed.num_windows)
     for grid in grids:
-      self.assertLen(vision.layout(grid, CONFIG, sizes).windows.place, 4 * most)
+      self.assertLen(
+        layouts.layout(grid, CONFIG, sizes).windows.place, 4 * most
+      )
 
   def test_released_windows_are_four_tokens_wide(self):
     config = vision.VisionConfig.qwen2_5_vl(3584)
     self.assertEqual(config.window_side, 4)
     self.assertEqual(config.patch_values, 1176)
-    layout = vision.layout((2, 18, 10), config)
+    layout = layouts.layout((2, 18, 10), config)
     self.assertEqual(layout.windows.rows.shape, (2 * 5 * 3, 64))
     self.assertEqual(layout.slices.rows.shape, (2, 720))
 
   def test_what_does_not_fit_is_named(self):
-    sizes = vision.Sizes.of([(2, 2, 2)], CONFIG)
+    sizes = layouts.Sizes.of([(2, 2, 2)], CONFIG)
     with self.assertRaisesRegex(ValueError, "num_slices 2 of 3"):
-      vision.layout((3, 1, 2), CONFIG, sizes)
+      layouts.layout((3, 1, 2), CONFIG, sizes)
     with self.assertRaisesRegex(ValueError, "holds no token"):
-      vision.layout((3, 0, 2), CONFIG)
+      layouts.layout((3, 0, 2), CONFIG)
     with self.assertRaisesRegex(ValueError, "no grid at all"):
-      vision.Sizes.of([], CONFIG)
+      layouts.Sizes.of([], CONFIG)
     with self.assertRaisesRegex(ValueError, "8 patches for a layout of 4"):
       _encode((1, 1, 1), _patches((1, 1, 2)))
 
@@ -172,7 +175,7 @@ class AttentionTest(parameterized.TestCase):
     weights = np.where(together, np.exp(scores), 0)
     weights /= weights.sum(axis=-1, keepdims=True)
     expected = np.einsum("nps,snh->pnh", weights, v)
-    segments = getattr(vision.layout(grid, CONFIG), kind)
+    segments = getattr(layouts.layout(grid, CONFIG), kind)
     np.testing.assert_allclose(
       vision.attend(q, k, v, segments), expected, atol=1e-5
     )
@@ -208,7 +211,7 @@ class AttentionTest(parameterized.TestCase):
 
 class TowerTest(parameterized.TestCase):
   def test_a_padded_batch_equals_its_videos_alone_in_one_program(self):
-    sizes = vision.Sizes.of(GRIDS, CONFIG)
+    sizes = layouts.Sizes.of(GRIDS, CONFIG)
     traces = []
 
     @jax.jit
@@ -223,7 +226,7 @@ class TowerTest(parameterized.TestCase):
       padded = np.full((sizes.num_tokens * 4, patches.shape[1]), 1e3)
       padded[: len(patches)] = patches
       features = encode(
-        padded.astype(np.float32), vision.layout(grid, CONFIG, sizes)
+        padded.astype(np.float32), layouts.layout(grid, CONFIG, sizes)
       )
       count = len(alone)
       np.testing.assert_allclose(features[:count], alone, atol=2e-5)
@@ -232,8 +235,8 @@ class TowerTest(parameterized.TestCase):
 
   def test_videos_of_other_grids_may_be_batched(self):
     grids = GRIDS[1:3]
-    sizes = vision.Sizes.of(grids, CONFIG)
-    layouts = [vision.layout(grid, CONFIG, sizes) for grid in grids]
+    sizes = layouts.Sizes.of(grids, CONFIG)
+    found = [layouts.layout(grid, CONFIG, sizes) for grid in grids]
     videos = [_patches(grid, seed) for seed, grid in enumerate(grids)]
     most = sizes.num_tokens * 4
     batch = np.stack(
@@ -242,7 +245,7 @@ class TowerTest(parameterized.TestCase):
     features, _ = jax.jit(jax.vmap(_apply, in_axes=(None, 0, 0)))(
       _params(),
       batch,
-      jax.tree.map(lambda *leaves: np.stack(leaves), *layouts),
+      jax.tree.map(lambda *leaves: np.stack(leaves), *found),
     )
     for i, grid in enumerate(grids):
       alone, _ = _encode(grid, videos[i])
@@ -259,7 +262,7 @@ class TowerTest(parameterized.TestCase):
   def test_only_full_layers_reach_beyond_a_window(self, full_layers, reaches):
     config = dataclasses.replace(CONFIG, full_layers=full_layers)
     grid = (1, 2, 4)  # Two windows: columns 0-1 and 2-3.
-    layout = vision.layout(grid, config)
+    layout = layouts.layout(grid, config)
     patches = _patches(grid).reshape(2, 4, 4, -1)
     changed = patches.copy()
     changed[:, 2:] += 1.0
@@ -277,7 +280,7 @@ class TowerTest(parameterized.TestCase):
 
   def test_no_map_of_all_patches_is_ever_made(self):
     grid = (5, 3, 3)
-    layout = vision.layout(grid, CONFIG)
+    layout = layouts.layout(grid, CONFIG)
     num_patches = 5 * 3 * 3 * 4
     jaxpr = jax.make_jaxpr(
       lambda patches: _tower().apply({"params": _params()}, patches, layout)
@@ -290,7 +293,7 @@ class TowerTest(parameterized.TestCase):
     def size(depth):
       config = dataclasses.replace(CONFIG, num_layers=depth)
       patches = jnp.zeros((4, CONFIG.patch_values))
-      layout = vision.layout((1, 1, 1), config)
+      layout = layouts.layout((1, 1, 1), config)
       tower = _tower(config)
       params = jax.eval_shape(tower.init, jax.random.key(0), patches, layout)
       return len(jax.jit(tower.apply).lower(params, patches, layout).as_text())
@@ -299,7 +302,7 @@ class TowerTest(parameterized.TestCase):
 
   def test_recomputed_layers_give_the_same_gradient(self):
     grid = (1, 2, 3)
-    layout, patches = vision.layout(grid, CONFIG), _patches(grid)
+    layout, patches = layouts.layout(grid, CONFIG), _patches(grid)
 
     def gradient(remat):
       def loss(params):
@@ -319,7 +322,7 @@ class TowerTest(parameterized.TestCase):
 
   def test_half_precision_is_near_float32(self):
     grid = (2, 3, 5)
-    layout, patches = vision.layout(grid, CONFIG), _patches(grid)
+    layout, patches = layouts.layout(grid, CONFIG), _patches(grid)
     full, _ = _encode(grid, patches)
     tower = _tower(dtype=jnp.bfloat16)
     half, out = jax.jit(tower.apply)({"params": _params()}, patches, layout)

@@ -28,6 +28,7 @@ from cacovid_jax.models import (
   siglip,
   video_llm,
 )
+from tests.models import tensors as tensor_files
 
 _EPSILON = 1e-6
 
@@ -299,42 +300,41 @@ class Qwen3VLModel(video_llm.VideoLLM):
 
 
 def weight_table(config):
-  """Returns the rows of the weights, see `qwen2.dense_rows`."""
-  rows = qwen2.decoder_rows(
-    config.text, "model.language_model", "lm_head.weight"
-  )
-
-  def norm(source, path):
-    rows[f"{source}.weight"] = ((*path, "scale"), "same", None)
-    rows[f"{source}.bias"] = ((*path, "bias"), "same", None)
-
+  """Returns the rows of the weights, see `placement.rows`."""
   hub = "model.visual"
-  rows |= qwen2.dense_rows(
-    f"{hub}.patch_embed.proj", ("visual", "patch_embed"), layout="conv3d"
-  )
-  rows[f"{hub}.pos_embed.weight"] = (("visual", "pos_embed"), "same", None)
+  patches = {"patch_embed.proj": "dense patch_embed", "pos_embed": "table"}
+  rows = placement.rows(hub, "visual", **patches)
+  source = f"{hub}.patch_embed.proj.weight"
+  rows[source] = (rows[source][0], "conv3d", None)
   for number in range(config.vision.num_layers):
-    source, path = f"{hub}.blocks.{number}", f"blocks_{number}"
-    for name in ("norm1", "norm2"):
-      norm(f"{source}.{name}", ("visual", f"{path}_{name}"))
-    for theirs, ours in (
-      ("attn.qkv", "qkv"),
-      ("attn.proj", "proj"),
-      ("mlp.linear_fc1", "fc1"),
-      ("mlp.linear_fc2", "fc2"),
-    ):
-      rows |= qwen2.dense_rows(
-        f"{source}.{theirs}", ("visual", f"{path}_{ours}")
-      )
+    kinds = {
+      "norm1": "norm",
+      "norm2": "norm",
+      "attn.qkv": "dense",
+      "attn.proj": "dense",
+      "mlp.linear_fc1": "dense fc1",
+      "mlp.linear_fc2": "dense fc2",
+    }
+    for name, kind in kinds.items():
+      kind, _, ours = kind.partition(" ")
+      ours = ours or name.rpartition(".")[2]
+      kinds[name] = f"{kind} blocks_{number}_{ours}"
+    rows |= placement.rows(f"{hub}.blocks.{number}", "visual", **kinds)
   mergers = {"merger": "merger"} | {
     f"deepstack_merger_list.{i}": f"deep_{i}"
     for i in range(len(config.vision.deep_layers))
   }
   for theirs, ours in mergers.items():
-    norm(f"{hub}.{theirs}.norm", ("visual", ours, "norm"))
-    for name in ("linear_fc1", "linear_fc2"):
-      rows |= qwen2.dense_rows(f"{hub}.{theirs}.{name}", ("visual", ours, name))
-  return rows
+    rows |= placement.rows(
+      f"{hub}.{theirs}",
+      f"visual/{ours}",
+      norm="norm",
+      linear_fc1="dense",
+      linear_fc2="dense",
+    )
+  return rows | qwen2.decoder_rows(
+    config.text, "model.language_model", "lm_head.weight"
+  )
 
 
 def load(directory):
@@ -342,7 +342,7 @@ def load(directory):
   model = Qwen3VLModel(
     Config.from_hf(checkpoints.read_json(directory / "config.json"))
   )
-  tensors = dict(checkpoints.read_safetensors(directory))
+  tensors = tensor_files.read(directory)
   params = {}
   for name, (path, layout, layers) in weight_table(model.config).items():
     if layers is None:
@@ -355,5 +355,5 @@ def load(directory):
         ]
       )
   assert not tensors, sorted(tensors)
-  params = traverse_util.unflatten_dict(params)
+  params = traverse_util.unflatten_dict(params, sep="/")
   return model, jax.tree.map(jnp.asarray, params)

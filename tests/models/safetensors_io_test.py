@@ -12,6 +12,7 @@ import safetensors.numpy
 
 from cacovid_jax import errors
 from cacovid_jax.models import safetensors_io
+from tests.models import tensors as tensor_files
 
 TENSORS = {
   "b": np.arange(12, dtype=np.float16).reshape(3, 4),
@@ -86,7 +87,7 @@ def test_shards_hold_what_fits_and_an_index_names_them(tmp_path):
     a=files[0], b=files[0], c=files[1], d=files[1], large=files[2]
   )
   assert index["metadata"] == {"total_size": 4 * 1400}
-  assert_same(dict(safetensors_io.read_safetensors(str(tmp_path))), tensors)
+  assert_same(tensor_files.read(str(tmp_path)), tensors)
 
 
 @pytest.mark.parametrize("before,after", [(None, 500), (500, None), (500, 900)])
@@ -95,7 +96,7 @@ def test_a_second_save_leaves_nothing_of_the_first(tmp_path, before, after):
   safetensors_io.write_directory(str(tmp_path), lazily(tensors), before)
   tensors = {name: np.zeros(100, np.float32) for name in "abcd"}
   safetensors_io.write_directory(str(tmp_path), lazily(tensors), after)
-  assert_same(dict(safetensors_io.read_safetensors(str(tmp_path))), tensors)
+  assert_same(tensor_files.read(str(tmp_path)), tensors)
   files = {os.path.basename(path) for path in _weights(tmp_path)}
   if after:
     files.add(safetensors_io.INDEX)

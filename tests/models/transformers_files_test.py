@@ -6,7 +6,13 @@ import pytest
 import torch
 import transformers
 
-from cacovid_jax.models import checkpoints, llava_onevision, qwen2_5_vl
+from cacovid_jax.models import (
+  checkpoints,
+  llava_onevision,
+  qwen2_5_vl,
+  safetensors_io,
+)
+from tests.models import tensors as tensor_files
 
 MODELS = {
   "llava_onevision": (
@@ -45,14 +51,16 @@ def test_the_same_bits_there_and_back(kind, max_shard_bytes, tmp_path):
   )
   assert not info["missing_keys"] and not info["unexpected_keys"]
   assert not info["mismatched_keys"]
-  written = dict(checkpoints.read_safetensors(ours))
+  written = tensor_files.read(ours)
   # Not one value is left as their initialisation made it.
   values = {id(p): p for p in oracle.parameters()}.values()
   assert sum(p.numel() for p in values) == sum(v.size for v in written.values())
 
   shard = "10GB" if max_shard_bytes is None else max_shard_bytes
   oracle.save_pretrained(theirs, max_shard_size=shard)
-  assert (theirs / checkpoints.INDEX).exists() == (max_shard_bytes is not None)
+  assert (theirs / safetensors_io.INDEX).exists() == (
+    max_shard_bytes is not None
+  )
   loaded = checkpoints.load(theirs, None)
   assert loaded.model == model
   assert (loaded.eos_ids, loaded.pad_id) == ((5,), 7)

@@ -16,6 +16,7 @@ from cacovid_jax.models import (
   siglip,
   video_llm,
 )
+from cacovid_jax.models import qwen2_5_vl_layout as layouts
 from cacovid_jax.models import qwen2_5_vl_vision as qwen_vision
 from tests.models import towers
 
@@ -272,7 +273,7 @@ class QwenSignalsTest(parameterized.TestCase):
 
   def test_padding_changes_nothing_and_is_zero(self):
     model, _, _, (features, signals) = self.case((1, 2))
-    sizes = qwen_vision.Sizes.of([self.GRID, (3, 4, 5)], model.config.vision)
+    sizes = layouts.Sizes.of([self.GRID, (3, 4, 5)], model.config.vision)
     _, _, _, (padded_features, padded) = self.case((1, 2), sizes)
     count = len(features)
     np.testing.assert_allclose(padded_features[:count], features, atol=1e-4)

@@ -40,7 +40,7 @@ def llm_params(config):
 
 @pytest.fixture(scope="module")
 def params(config, llm_params):
-  return network.init_from_llm(jax.random.key(0), config, llm_params)
+  return network.Policy(config).init_from_llm(jax.random.key(0), llm_params)
 
 
 @pytest.fixture(scope="module")
@@ -348,9 +348,9 @@ def test_starts_from_a_whole_model_in_half_precision(config, llm_params):
 
 
 def test_same_key_same_heads(config, params, llm_params):
-  again = network.init_from_llm(jax.random.key(0), config, llm_params)
+  again = network.Policy(config).init_from_llm(jax.random.key(0), llm_params)
   jax.tree.map(np.testing.assert_array_equal, again, params)
-  other = network.init_from_llm(jax.random.key(1), config, llm_params)
+  other = network.Policy(config).init_from_llm(jax.random.key(1), llm_params)
   assert np.any(
     other["token_compress"]["score"]["kernel"]
     != params["token_compress"]["score"]["kernel"]
@@ -361,9 +361,9 @@ def test_an_llm_of_another_shape_is_refused(config, llm_params):
   layers = dict(llm_params["layers"])
   layers["up_proj"] = {"kernel": jnp.zeros((3, WIDTH, 99))}
   with pytest.raises(errors.UserError, match="layer/up_proj/kernel"):
-    network.init_from_llm(jax.random.key(0), config, {"layers": layers})
+    network.Policy(config).init_from_llm(jax.random.key(0), {"layers": layers})
   with pytest.raises(errors.UserError, match="no `layers`"):
-    network.init_from_llm(jax.random.key(0), config, {"blocks": layers})
+    network.Policy(config).init_from_llm(jax.random.key(0), {"blocks": layers})
 
 
 @pytest.mark.parametrize("num_halvings", [-1, 5])
