@@ -151,18 +151,13 @@ def chosen_inside(method, model, grid, ratio):
       num_layers=num_layers,
     )
     if isinstance(method, framefusion.FrameFusion):
-      return framefusion.first_stage(
-        rows, rule=method, model=model, grid=grid, ratio=ratio
-      )[0]
+      stages = method.stages(num_layers, grid, ratio)
+      return framefusion.first_stage(rows, stages=stages)[0]
     for layer, keep in method.plan(num_layers, num_video, ratio):
       if layer == 0:
         continue
       size = rows.x.shape[1]
-      attend = layerwise.attention_of(
-        method.attention_fn,
-        rows.lengths - rows.num_after,
-        size - rows.index.shape[1],
-      )
+      attend = layerwise.attention_of(method.attention_fn, rows)
       attended = attend(query[:, :size], key[:, :size], rows.lengths)
       kept, count = method.cut(rows, attended, grid, layer=layer, keep=keep)
       _, rows = prompt_batch.take(rows, kept, count, num_video=num_video)

@@ -1,8 +1,8 @@
 """How many tokens each frame of a video may keep.
 
 An allocator is `allocate(signal, total, low, high)` -> int32[G] counts within
-[low, high] that sum to `total` exactly; the parts G are frames here. What the
-signal is, differs:
+[low, high] that sum to `total` exactly, all three static; the parts G are
+frames here. What the signal is, differs:
 
   uniform   nothing: equal shares.
   adaptok   the error of each part at each count; the sum of errors is made as
@@ -26,6 +26,7 @@ Axes: T frames, P = H*W tokens of a frame, N = T*P, D width, K kept tokens.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ import numpy as np
 from cacovid_jax import errors
 from cacovid_jax.compressors import base, budgets
 from cacovid_jax.compressors.math import similarity
-from cacovid_jax.policy import selection
+from cacovid_jax.policy import network, selection
 
 # InfoTok's least rate of a frame.
 _MIN_RATE = 1 / 16
@@ -46,14 +47,11 @@ _CODE_ROUNDS = 3
 def uniform(signal, total, low, high):
   """Returns equal counts; the first parts get what is left over.
 
-  Args:
-    signal: [G, ...], of which only the number of parts counts.
-    total: static, sum of the counts.
-    low: static, least count of a part.
-    high: static, most of a part.
+  Of the signal [G, ...] only the number of parts counts.
   """
-  counts = budgets.largest_remainder([1] * signal.shape[0], total, low, high)
-  return jnp.asarray(counts, jnp.int32)
+  num_parts = signal.shape[0]
+  budgets.check_feasible(total, low, high, num_parts)
+  return jnp.asarray(budgets.evenly(total, num_parts), jnp.int32)
 
 
 def adaptok(signal, total, low, high):
@@ -61,14 +59,8 @@ def adaptok(signal, total, low, high):
 
   Exact, by dynamic programming over parts and budgets. Of equally good
   allocations the one with the fewest tokens in the first part, then in the
-  second, and so on.
-
-  Args:
-    signal: float[G, high - low + 1] error of a part with low, low + 1, ...,
-      high tokens; need not fall with them.
-    total: static, sum of the counts.
-    low: static, least count of a part.
-    high: static, most of a part.
+  second, and so on. The signal float[G, high - low + 1] is the error of a part
+  with low, low + 1, ..., high tokens; it need not fall with them.
   """
   num_parts, num_levels = signal.shape
   if num_levels != high - low + 1:
@@ -76,7 +68,7 @@ def adaptok(signal, total, low, high):
       f"errors of {num_levels} counts for the {high - low + 1} from {low} to"
       f" {high}"
     )
-  budgets.check_feasible(total, [low] * num_parts, [high] * num_parts)
+  budgets.check_feasible(total, low, high, num_parts)
   spare = total - num_parts * low
   budget = np.arange(spare + 1)
   # What is left of a budget for the parts behind, and whether there is any.
@@ -101,18 +93,12 @@ def adaptok(signal, total, low, high):
 
 
 def infotok(signal, total, low, high):
-  """Returns counts in proportion to the rates of the parts' errors.
+  """Returns counts in proportion to the rates of errors float[G] >= 0.
 
-  Args:
-    signal: float[G] errors, not negative.
-    total: static, sum of the counts.
-    low: static, least count of a part.
-    high: static, tokens of a part at the full rate, 1.
+  A part has `high` tokens at the full rate, 1.
   """
-  mean = total / (signal.shape[0] * high)
-  return budgets.largest_remainder_on_device(
-    rates(signal, mean), total, low, high
-  )
+  weights = rates(signal, total / (signal.shape[0] * high))
+  return budgets.largest_remainder_on_device(weights, total, low, high)
 
 
 def rates(signal, mean):
@@ -132,35 +118,22 @@ def rates(signal, mean):
 
 
 def cacovid(signal, total, low, high):
-  """Returns counts by the shares that the policy's frame scores give.
-
-  Args:
-    signal: float[T, 2] scores of the frames, drop and keep.
-    total: static, sum of the counts.
-    low: static, least count of a frame.
-    high: static, most of a frame.
-  """
+  """Returns counts by the policy's frame scores float[T, 2], drop and keep."""
   num_frames = signal.shape[0]
-  scores = signal.astype(jnp.float32)
   # Between a half and one and a half times an equal share, as `selection` has.
   shares = selection.frame_probs(
-    scores[:, 1] - scores[:, 0], low=0.5 / num_frames, high=1.5 / num_frames
+    network.keep_gap(signal), low=0.5 / num_frames, high=1.5 / num_frames
   )
   return budgets.largest_remainder_on_device(shares, total, low, high)
 
 
-def prefix_errors(features, order, grid):
+def prefix_errors(frames, order):
   """Returns float32[T, P + 1], error of a frame with its first tokens kept.
 
   That is the sum over its tokens of 1 - cosine to the nearest kept one, with
-  negative cosines as 0; at no token kept it is P.
-
-  Args:
-    features: float[N, D] video tokens.
-    order: int32[T, P] tokens of each frame, best first.
-    grid: static (T, H, W).
+  negative cosines as 0; at no token kept it is P. The order int32[T, P] has the
+  best token first.
   """
-  frames = _frames(features, grid)
   ranked = jnp.take_along_axis(frames, order[..., None], axis=1)
   alike = jnp.maximum(similarity.between(ranked, split=True), 0.0)
   # Also a token of zeros, that is similar to nothing, is no error once kept.
@@ -171,14 +144,14 @@ def prefix_errors(features, order, grid):
   return jnp.concatenate([none, kept], axis=1)
 
 
-def code_errors(features, grid):
+def code_errors(frames):
   """Returns float32[T], mean error of a frame's tokens under a linear code.
 
   The code has 16 numbers a token, a quarter of the width where that is less,
   and is the best for this video: its principal directions, found by a few
   rounds of subspace iteration.
   """
-  x = features.astype(jnp.float32)
+  x = frames.reshape(-1, frames.shape[-1]).astype(jnp.float32)
   x = x - x.mean(axis=0)
   num_video, width = x.shape
   size = max(1, min(_CODE_WIDTH, width // 4, num_video // 4))
@@ -191,27 +164,16 @@ def code_errors(features, grid):
   axes = jnp.linalg.qr(axes)[0]
   code = jnp.matmul(x, axes, precision=dot)
   error = jnp.abs(x - jnp.matmul(code, axes.T, precision=dot))
-  error = error.reshape(grid[0], -1).mean(axis=-1)
+  error = error.reshape(len(frames), -1).mean(axis=-1)
   # What rounding leaves of a video that the code holds entirely is no signal.
   return jnp.where(error > 1e-5 * jnp.mean(jnp.abs(x)), error, 0.0)
 
 
-def _frames(features, grid):
-  return features.reshape(grid[0], grid[1] * grid[2], -1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Allocator:
-  """An allocator and where its signal comes from.
-
-  Attributes:
-    allocate: `f(signal, total, low, high)` -> int32[T].
-    measure: `f(inputs, order, low, high)` -> signal.
-    requires: fields of `CompressorInputs` that `measure` reads.
-  """
+class Allocator(NamedTuple):
+  """An allocator, where its signal comes from, and what that reads."""
 
   allocate: Callable[..., jax.Array]
-  measure: Callable[..., jax.Array]
+  measure: Callable[..., jax.Array]  # f(inputs, order, low, high) -> signal
   requires: frozenset[str] = frozenset()
 
 
@@ -219,18 +181,17 @@ _ALLOCATORS = {
   "uniform": Allocator(uniform, lambda inputs, order, low, high: order),
   "adaptok": Allocator(
     adaptok,
-    lambda inputs, order, low, high: prefix_errors(
-      inputs.features, order, inputs.grid
-    )[:, low : high + 1],
+    lambda inputs, order, low, high: prefix_errors(inputs.frames, order)[
+      :, low : high + 1
+    ],
   ),
   "infotok": Allocator(
-    infotok,
-    lambda inputs, order, low, high: code_errors(inputs.features, inputs.grid),
+    infotok, lambda inputs, order, low, high: code_errors(inputs.frames)
   ),
   "cacovid": Allocator(
     cacovid,
     lambda inputs, order, low, high: inputs.scores.frame,
-    requires=frozenset(["scores"]),
+    frozenset(["scores"]),
   ),
 }
 
@@ -272,17 +233,41 @@ class FrameShared(base.Compressor):
         " between frames; it needs scope 'frame'"
       )
 
+  def by_rule(self, rule, inputs, num_keep: int) -> base.Selection:
+    """Returns the selection of a rule on each frame, or with scope the video.
+
+    Args:
+      rule: `rule(tokens f[n, D], num_keep=k)` -> int32[k], the best first;
+        fewer of them are the first of more.
+      inputs: of one video.
+      num_keep: K, static, below N.
+    """
+    if getattr(self, "scope", "frame") == "video":
+      index = rule(inputs.features, num_keep=num_keep)
+      return base.take(inputs.features, index)
+    frames = inputs.frames
+    T, P, _ = frames.shape
+    if self.allocator not in (None, "uniform"):
+      order = jax.vmap(lambda frame: rule(frame, num_keep=P))(frames)
+      return select(self.allocator, inputs, order, num_keep)
+    # The same counts, known in advance: no frame is ranked beyond its share.
+    share, rest = divmod(num_keep, T)
+    parts = []
+    for first, last, count in ((0, rest, share + 1), (rest, T, share)):
+      if first == last or not count:
+        continue
+      own = functools.partial(rule, num_keep=count)
+      start = jnp.arange(first, last, dtype=jnp.int32)[:, None] * P
+      parts.append((jax.vmap(own)(frames[first:last]) + start).reshape(-1))
+    index = jnp.concatenate(parts).astype(jnp.int32)
+    return base.take(inputs.features, index)
+
 
 def frame_counts(name, inputs, order, num_keep):
-  """Returns int32[T] counts that sum to K.
+  """Returns int32[T] counts that sum to K, of the allocator called `name`.
 
-  Every frame keeps a token if there are as many.
-
-  Args:
-    name: of the allocator.
-    inputs: `base.CompressorInputs` of one video.
-    order: int32[T, P] tokens of each frame, best first.
-    num_keep: K, static.
+  Every frame keeps a token if there are as many. The order int32[T, P] of each
+  frame's tokens has the best first.
   """
   T, H, W = inputs.grid
   low, high = min(1, num_keep // T), H * W
@@ -292,39 +277,8 @@ def frame_counts(name, inputs, order, num_keep):
 
 
 def select(name, inputs, order, num_keep) -> base.Selection:
-  """Returns the selection of each frame's first tokens in its order.
-
-  Arguments are those of `frame_counts`.
-  """
+  """Returns the selection of each frame's first tokens, see `frame_counts`."""
   counts = frame_counts(name, inputs, order, num_keep)
   rank = jnp.argsort(order, axis=-1)  # The order is a permutation.
   keep = (rank < counts[:, None]).reshape(-1)
   return base.take_mask(inputs.features, keep, num_keep)
-
-
-def select_per_frame(rule, name, inputs, num_keep) -> base.Selection:
-  """Returns the selection of a rule that ranks the tokens of one frame.
-
-  Args:
-    rule: `rule(frame f[P, D], num_keep=k)` -> int32[k] its k best tokens, best
-      first; fewer of them are the first of more.
-    name: of the allocator, or None for equal shares, the first K mod T frames
-      one more.
-    inputs: `base.CompressorInputs` of one video.
-    num_keep: K, static, below N.
-  """
-  frames = _frames(inputs.features, inputs.grid)
-  T, P, _ = frames.shape
-  if name not in (None, "uniform"):
-    order = jax.vmap(lambda frame: rule(frame, num_keep=P))(frames)
-    return select(name, inputs, order, num_keep)
-  # The same counts, known in advance: no frame is ranked beyond its share.
-  share, rest = divmod(num_keep, T)
-  parts = []
-  for first, last, count in ((0, rest, share + 1), (rest, T, share)):
-    if first == last or not count:
-      continue
-    own = functools.partial(rule, num_keep=count)
-    start = jnp.arange(first, last, dtype=jnp.int32)[:, None] * P
-    parts.append((jax.vmap(own)(frames[first:last]) + start).reshape(-1))
-  return base.take(inputs.features, jnp.concatenate(parts).astype(jnp.int32))

@@ -10,7 +10,7 @@ Axes: N video tokens, D width, K kept tokens, T frames, H W token grid, B batch.
 
 import dataclasses
 import functools
-import numbers
+import math
 import os
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
@@ -20,9 +20,15 @@ import jax
 import jax.numpy as jnp
 
 from cacovid_jax import errors, files
-from cacovid_jax.compressors.math import similarity
+from cacovid_jax.compressors import budgets, option_fields, selection_ops
 from cacovid_jax.models import prompt_batch, safetensors_io
-from cacovid_jax.policy import selection
+
+# What a rule of one's own needs besides, see there.
+Selection, arrange = selection_ops.Selection, selection_ops.arrange
+take, take_top = selection_ops.take, selection_ops.take_top
+take_mask, merge = selection_ops.take_mask, selection_ops.merge
+number, choice = option_fields.number, option_fields.choice
+budget, check_ratio = budgets.budget, budgets.check_ratio
 
 
 @jax.tree_util.register_dataclass
@@ -37,13 +43,12 @@ class CompressorInputs:
     scores: `policy.network.Scores` of the trained policy.
     untrained_scores: those of a freshly initialised policy.
     other_scores: those of the trained policy and another question.
-    attention: float32[layers, N], how much the prompt's last token attends to
-      each video token, mean over heads, per decoder layer.
+    attention: float32[layers, N] that the prompt's last token pays to each
+      video token, mean over heads.
     decisive: bool[N], True at the evidence tokens of the question (oracles).
-    vision_attention: float32[N], how much attention a token receives from its
-      own frame in the last layer that the vision tower runs, mean over heads
-      and queries (a sum over queries for towers that merge patches; only
-      ratios matter within a frame).
+    vision_attention: float32[N] that a token receives from its own frame in
+      the last layer that the vision tower runs, mean over heads and queries (a
+      sum over queries for towers that merge patches; only ratios matter).
     vision_keys: float32[N, dk], that layer's keys averaged over heads.
     deep: float[S, N, D] per-layer visual features, of models that have them.
     rng: key of stochastic methods.
@@ -62,6 +67,17 @@ class CompressorInputs:
   deep: jax.Array | None = None
   rng: jax.Array | None = None
 
+  @property
+  def frames(self) -> jax.Array:
+    """The tokens frame by frame, float[T, H * W, D]."""
+    T, H, W = self.grid
+    return self.features.reshape(T, H * W, -1)
+
+  @property
+  def frame_attention(self) -> jax.Array:
+    """`vision_attention` frame by frame, float32[T, H * W]."""
+    return self.vision_attention.astype(jnp.float32).reshape(self.grid[0], -1)
+
 
 # What may be required, in words. The scores of a policy and the attention of
 # the language model both come from the question.
@@ -77,33 +93,10 @@ _REQUIREMENTS = {
 }
 # Parts that an evaluation can hand to a method.
 OFFERED = tuple(
-  field.name
-  for field in dataclasses.fields(CompressorInputs)
-  if field.name in _REQUIREMENTS
+  name for name in CompressorInputs.__annotations__ if name in _REQUIREMENTS
 )
 # Parts that are the same for every question about a video.
 VISION_SIGNALS = frozenset(["vision_attention", "vision_keys"])
-
-
-class Selection(NamedTuple):
-  """The compressed video.
-
-  Valid entries of `index` are a strictly increasing prefix; padding has index
-  N, mask False, zero features and zero mass.
-
-  Attributes:
-    features: float[K, D] rows that enter the language model.
-    index: int32[K] position of each row in the uncompressed video.
-    mask: bool[K], True where a row is valid.
-    mass: float32[K], number of tokens that a row stands for.
-    assign: int32[N], row that each token went into, -1 = dropped.
-  """
-
-  features: jax.Array
-  index: jax.Array
-  mask: jax.Array
-  mass: jax.Array
-  assign: jax.Array
 
 
 class SelectionTrace(NamedTuple):
@@ -113,8 +106,8 @@ class SelectionTrace(NamedTuple):
     index: int32[B, K] tokens left at the last layer, ascending; N at padding.
     mask: bool[B, K] which of them there are.
     tokens: float32[B, layers] video tokens that each layer's attention saw.
-    forced: bool[B], True where a rule had to end early to stay within the
-      budget; None for rules that never have to.
+    forced: bool[B], True where a rule had to end early to meet the budget;
+      None for rules that never have to.
   """
 
   index: jax.Array
@@ -125,6 +118,13 @@ class SelectionTrace(NamedTuple):
   def equivalent_ratio(self, num_video: int) -> jax.Array:
     """Returns float32[B]: mean over layers of the share of N tokens seen."""
     return self.tokens.mean(axis=1) / num_video
+
+  @classmethod
+  def of(cls, rows, tokens, **more):
+    """Returns that of `prompt_batch.PrunedPrompts` behind the last layer."""
+    place = jnp.arange(rows.index.shape[1])[None]
+    mask = place < rows.count[:, None]
+    return cls(rows.index, mask, tokens.astype(jnp.float32), **more)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,15 +138,12 @@ class Compressor:
   Attributes:
     name: what tables call it.
     requires: names of the fields of `CompressorInputs` that it reads.
-    stochastic: True if it draws from `rng` (then results are averaged over
-      evaluation seeds).
+    stochastic: True if it draws from `rng`; results are means over seeds then.
     oracle: True if it knows the answer's place; a bound, not a method.
     exact_budget: True to keep exactly floor(ratio * N) tokens, False to round
       as the method's own publication does.
-    note: one sentence for tables, where the method is not quite what its name
-      says.
+    note: one sentence for tables, where its name says not quite what it does.
     weights: file of a trained method's parameters.
-    weights_sha256: of that file.
     source: sha256 of the user's own file that the method comes from.
     given: names of the options that were set, for the record.
   """
@@ -170,8 +167,12 @@ class Compressor:
   on_host: ClassVar[bool] = False
 
   def __post_init__(self):
-    if self.weights:
-      object.__setattr__(self, "weights_sha256", self._hash_weights())
+    if self.weights and not os.path.isfile(self.weights):
+      raise errors.UserError(
+        f"{self.name}: weights={self.weights!r}: there is no such file"
+      )
+    digest = files.sha256(self.weights) if self.weights else ""
+    object.__setattr__(self, "weights_sha256", digest)
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
       if "check" in field.metadata and value is not field.default:
@@ -191,19 +192,13 @@ class Compressor:
   def choose(self, inputs: CompressorInputs, num_keep: int, ratio) -> Selection:
     """Returns the selection of one video; `select` has checked the inputs.
 
-    Args:
-      inputs: of one video.
-      num_keep: K, static, below N unless `reference_rows` gives as many.
-      ratio: retention ratio behind K, or None where `exact_budget` is set.
+    `num_keep` is K, static, below N unless `reference_rows` gives as many;
+    `ratio` the one behind K, or None where `exact_budget` is set.
     """
     raise NotImplementedError(f"{type(self).__name__} chooses no tokens")
 
   def reference_rows(self, grid, ratio: float) -> int:
-    """Returns the rows of a selection without exact budget.
-
-    That is how many tokens the publication keeps, or a bound where that
-    depends on the video.
-    """
+    """Returns how many tokens the publication keeps, or a bound of them."""
     return budget(grid, ratio)
 
   @property
@@ -220,20 +215,11 @@ class Compressor:
 
   @property
   def requirements(self) -> tuple[str, ...]:
-    """What it cannot do without, in words, each once.
-
-    Words are "text" (the question), "training", "LLM attention", "vision
-    attention", "vision keys" and "answer"; a part that is not known stands as
-    it is.
-    """
+    """What it cannot do without, in words; unknown parts as they are."""
     parts = self.requires | (set() if self.selects_first else {"attention"})
-    words = [
-      word
-      for part, words in _REQUIREMENTS.items()
-      if part in parts
-      for word in words
-    ]
-    return tuple(dict.fromkeys([*words, *sorted(parts - set(_REQUIREMENTS))]))
+    known = [part for part in _REQUIREMENTS if part in parts]
+    words = [word for part in known for word in _REQUIREMENTS[part]]
+    return tuple(dict.fromkeys([*words, *sorted(parts.difference(known))]))
 
   @classmethod
   def _general_fields(cls) -> set[str]:
@@ -258,12 +244,7 @@ class Compressor:
     return "#".join(digest for digest in digests if digest)
 
   def with_options(self, *, exact_budget: bool | None = None, **options):
-    """Returns the method with options set; `known_options` says which.
-
-    Args:
-      exact_budget: as of the class; None leaves it.
-      **options: values of the method's own options.
-    """
+    """Returns the method with some of `known_options` set; None leaves it."""
     # Programs are cached by compressor: values have to be hashable.
     changes = {
       name: tuple(value) if isinstance(value, list) else value
@@ -294,14 +275,10 @@ class Compressor:
         f"{self.name}: its own rounding of ratio {ratio} keeps nothing of a"
         f" {'x'.join(map(str, grid))} grid; raise the retention ratio"
       )
-    return min(rows, grid[0] * grid[1] * grid[2])
+    return min(rows, math.prod(grid))
 
   def rows_per_layer(self, num_layers: int, grid, ratio: float) -> list[int]:
-    """Returns how many video tokens each layer of the language model sees.
-
-    Raises:
-      UserError: the ratio cannot be met.
-    """
+    """Returns how many video tokens each layer sees; UserError if it cannot."""
     return [self.rows(grid, ratio)] * num_layers
 
   def computed_rows(self, num_layers: int, grid, ratio: float) -> list[int]:
@@ -324,16 +301,14 @@ class Compressor:
       inputs: with the parts that the method requires.
       num_keep: K of `rows`, static, at least 1; an exact budget of K >= N
         keeps everything.
-      ratio: the retention ratio behind `num_keep`, for methods whose inner
-        budgets are defined by it (METHOD.md 7); None derives it from K / N,
-        which a reference rounding cannot.
+      ratio: behind `num_keep`, for methods whose inner budgets are defined by
+        it (METHOD.md 7); None stands for K / N, with an exact budget only.
       params: of a trained method, from `load`.
     """
-    features, grid = inputs.features, inputs.grid
-    chex.assert_rank(features, 2)
-    num_video = features.shape[0]
-    if num_video != grid[0] * grid[1] * grid[2]:
-      raise ValueError(f"{num_video} tokens do not fill the grid {grid}")
+    chex.assert_rank(inputs.features, 2)
+    num_video = inputs.features.shape[0]
+    if num_video != math.prod(inputs.grid):
+      raise ValueError(f"{num_video} tokens do not fill the grid {inputs.grid}")
     if num_keep < 1:
       raise errors.UserError(
         f"{self.name}: a budget of {num_keep} tokens keeps nothing; raise the"
@@ -350,37 +325,25 @@ class Compressor:
     # The rows of a reference rounding may be a bound that is never reached.
     bound_only = self.rounds_itself and ratio < 1
     if num_keep >= num_video and not bound_only:
-      return take(features, jnp.arange(num_video, dtype=jnp.int32))
-    if self.trained:
-      return self.choose(inputs, num_keep, ratio, params)
-    return self.choose(inputs, num_keep, ratio)
+      return take(inputs.features, jnp.arange(num_video, dtype=jnp.int32))
+    own = (params,) if self.trained else ()
+    return self.choose(inputs, num_keep, ratio, *own)
 
   def select_batch(self, inputs, *, num_keep, ratio=None, params=None):
     """Returns `select` of B videos: inputs and selection have a leading B."""
-    return jax.vmap(
-      functools.partial(
-        self.select, num_keep=num_keep, ratio=ratio, params=params
-      )
-    )(inputs)
+    own = dict(num_keep=num_keep, ratio=ratio, params=params)
+    return jax.vmap(functools.partial(self.select, **own))(inputs)
 
   def prefill(
-    self,
-    model,
-    params,
-    prompt: prompt_batch.PrunedPrompts,
-    inputs: CompressorInputs,
-    *,
-    ratio: float,
-    new_rows: int,
-    own_params=None,
-    selection: Selection | None = None,
-  ):
+    self, model, params, prompt, inputs, *, ratio, new_rows, own_params=None,
+    selection=None,
+  ):  # fmt: skip
     """Returns (logits, cache, trace) after reading the prompts.
 
     Args:
       model: `models.video_llm.VideoLLM`.
       params: its parameters.
-      prompt: whole prompts with all video tokens, leading axis B.
+      prompt: whole `prompt_batch.PrunedPrompts`, leading axis B.
       inputs: leading axis B.
       ratio: static.
       new_rows: static, room in the cache for what follows.
@@ -388,33 +351,24 @@ class Compressor:
       selection: leading axis B, where `select` has been called already.
 
     Returns:
-      logits float32[B, V] behind each prompt, the cache (or a tuple, one for
-      each slice of layers), and the `SelectionTrace`.
+      logits float32[B, V] behind each prompt, the cache (or one for each slice
+      of layers), and the `SelectionTrace`.
     """
     if selection is None:
+      num_keep = self.rows(inputs.grid, ratio)
       selection = self.select_batch(
-        inputs,
-        num_keep=self.rows(inputs.grid, ratio),
-        ratio=ratio,
-        params=own_params,
+        inputs, num_keep=num_keep, ratio=ratio, params=own_params
       )
     num_video = selection.assign.shape[1]
     rows = prompt_batch.keep(prompt, selection, num_video=num_video)
     logits, cache, _ = model.prefill(
-      params,
-      rows.x,
-      rows.positions,
-      rows.lengths,
+      params, rows.x, rows.positions, rows.lengths,
       cache_length=rows.x.shape[1] + new_rows,
-      deep=rows.deep,
-      video_rows=rows.video_rows,
-    )
+      deep=rows.deep, video_rows=rows.video_rows,
+    )  # fmt: skip
     layers = (rows.count.shape[0], model.config.text.num_layers)
     tokens = jnp.broadcast_to(rows.count[:, None], layers)
-    trace = SelectionTrace(
-      selection.index, selection.mask, tokens.astype(jnp.float32)
-    )
-    return logits, cache, trace
+    return logits, cache, SelectionTrace.of(rows, tokens)
 
   def _check_values(self, inputs) -> None:
     """Refuses NaN and infinity in what is read, unless it is being traced."""
@@ -427,237 +381,14 @@ class Compressor:
       for leaf in jax.tree.leaves(part):
         check_finite(leaf, name)
 
-  def _hash_weights(self) -> str:
-    if not os.path.isfile(self.weights):
-      raise errors.UserError(
-        f"{self.name}: weights={self.weights!r}: there is no such file"
-      )
-    return files.sha256(self.weights)
-
 
 @functools.lru_cache(maxsize=8)
 def _loaded(compressor: Compressor):
   return compressor.read(compressor.weights)
 
 
-def number(default, low, high=None, *, whole=False, open_low=False):
-  """Returns the field of an option that is a number between `low` and `high`.
-
-  Args:
-    default: always allowed, None as well.
-    low: least value, or with `open_low` the bound that it must exceed.
-    high: largest value; None for no bound.
-    whole: True if it must be an integer.
-    open_low: see `low`.
-  """
-  kind = numbers.Integral if whole else numbers.Real
-
-  def check(method, name, value):
-    right = isinstance(value, kind) and not isinstance(value, bool)
-    right = right and (value > low if open_low else value >= low)
-    if right and (high is None or value <= high):
-      return
-    allowed = f"{'above' if open_low else 'at least'} {low}"
-    if high is not None:
-      allowed += f" and at most {high}"
-    noun = "an integer" if whole else "a number"
-    raise errors.UserError(
-      f"{method}: {name} is {value!r}; give {noun} {allowed}"
-    )
-
-  return dataclasses.field(default=default, metadata={"check": check})
-
-
-def choice(default, *others):
-  """Returns the field of an option that is one of the values given."""
-  allowed = (default, *others)
-
-  def check(method, name, value):
-    if value not in allowed:
-      *first, last = map(repr, allowed)
-      raise errors.UserError(
-        f"{method}: {name} is {value!r}; use {', '.join(first)} or {last}"
-      )
-
-  return dataclasses.field(default=default, metadata={"check": check})
-
-
-def take(
-  features: jax.Array, index: jax.Array, num_valid: jax.Array | None = None
-) -> Selection:
-  """Returns the selection that keeps the rows `index` int32[K] unchanged.
-
-  Args:
-    features: float[N, D] video tokens.
-    index: int32[K] distinct rows in any order.
-    num_valid: int32[] how many of them are rows, the first ones, with N behind
-      them; None for all.
-  """
-  rows = jnp.arange(index.shape[0], dtype=jnp.int32)
-  assign = jnp.full(features.shape[:1], -1, jnp.int32)
-  assign = assign.at[index].set(rows, mode="drop")
-  return arrange(features[index], index, assign, num_valid)
-
-
-def take_top(features: jax.Array, values: jax.Array, num_keep: int):
-  """Returns the selection of the `num_keep` largest `values` float[N].
-
-  Among equal values the earlier token wins.
-  """
-  _, index = jax.lax.top_k(values.astype(jnp.float32), num_keep)
-  return take(features, index)
-
-
-def take_mask(features: jax.Array, mask: jax.Array, num_rows: int) -> Selection:
-  """Returns the selection of the tokens where `mask` is True, unchanged.
-
-  Args:
-    features: float[N, D] video tokens.
-    mask: bool[N] with at most `num_rows` True; of more, the first are taken.
-    num_rows: K, static; rows behind the last token are padding.
-  """
-  chex.assert_shape(mask, features.shape[:1])
-  (index,) = jnp.nonzero(mask, size=num_rows, fill_value=features.shape[0])
-  return take(features, index, jnp.minimum(mask.sum(), num_rows))
-
-
-def arrange(
-  rows: jax.Array,
-  index: jax.Array,
-  assign: jax.Array,
-  num_valid: jax.Array | None = None,
-) -> Selection:
-  """Returns a valid `Selection` of rows made in any order.
-
-  Args:
-    rows: float[K, D] what each row holds.
-    index: int32[K] position of each row in the uncompressed video, distinct
-      among the valid ones.
-    assign: int32[N] row that each token went into, -1 = dropped. Tokens of
-      rows that are not valid count as dropped.
-    num_valid: int32[] how many rows there are, the first ones; None for all.
-  """
-  num_video, num_rows = assign.shape[0], index.shape[0]
-  place = jnp.arange(num_rows, dtype=jnp.int32)
-  valid = num_rows if num_valid is None else num_valid
-  index = jnp.where(place < valid, index.astype(jnp.int32), num_video)
-  order = jnp.argsort(index)
-  mask = place < valid
-  # Row -1 of tokens that were dropped: one place more, at the end.
-  place_of = jnp.full([num_rows + 1], -1, jnp.int32)
-  place_of = place_of.at[order].set(jnp.where(mask, place, -1))
-  assign = place_of[jnp.where(assign < 0, num_rows, assign)]
-  return Selection(
-    features=jnp.where(mask[:, None], rows[order], 0),
-    index=index[order],
-    mask=mask,
-    mass=segment_count(assign, num_rows),
-    assign=assign,
-  )
-
-
-def merge(
-  features: jax.Array,
-  representative: jax.Array,
-  assign: jax.Array,
-  num_valid: jax.Array | None = None,
-  reduce: str = "mean",
-) -> Selection:
-  """Returns the selection whose rows stand for groups of tokens.
-
-  Args:
-    features: float[N, D] video tokens.
-    representative: int32[K] token whose place each group takes, distinct among
-      the valid groups, in any order.
-    assign: int32[N] group of each token, -1 = dropped.
-    num_valid: int32[] how many groups there are, the first ones; None for all.
-    reduce: "mean" or "max" over a group's tokens, or "representative" for
-      that token unchanged. A group without tokens keeps its representative's
-      features and has no mass.
-  """
-  num_rows = representative.shape[0]
-  own = features[jnp.minimum(representative, features.shape[0] - 1)]
-  count = segment_count(assign, num_rows)[:, None]
-  if reduce == "mean":
-    rows = segment_mean(features, assign, num_rows)
-  elif reduce == "max":
-    group = jnp.where(assign < 0, num_rows, assign)
-    rows = jax.ops.segment_max(features, group, num_rows + 1)[:num_rows]
-  elif reduce == "representative":
-    rows = own
-  else:
-    raise ValueError(f"reduce {reduce!r} is not mean, max or representative")
-  rows = jnp.where(count > 0, rows.astype(features.dtype), own)
-  return arrange(rows, representative, assign, num_valid)
-
-
-def segment_sum(
-  features: jax.Array, assign: jax.Array, num_rows: int
-) -> jax.Array:
-  """Returns float32[K, D], the sum of the tokens of each row.
-
-  Args:
-    features: float[N, D].
-    assign: int32[N] row of each token; tokens outside [0, K) count nowhere.
-    num_rows: K, static.
-  """
-  member = assign[None] == jnp.arange(num_rows, dtype=assign.dtype)[:, None]
-  return similarity.pooled(features, member)
-
-
-def segment_mean(
-  features: jax.Array, assign: jax.Array, num_rows: int
-) -> jax.Array:
-  """Returns float32[K, D], the mean of the tokens of each row.
-
-  A row without tokens gets zeros; arguments as of `segment_sum`.
-  """
-  count = segment_count(assign, num_rows)[:, None]
-  return segment_sum(features, assign, num_rows) / jnp.maximum(count, 1.0)
-
-
-def segment_count(assign: jax.Array, num_rows: int) -> jax.Array:
-  """Returns float32[K], the number of tokens of each row, of int32[N]."""
-  # Row -1 would count from the end: behind the last row it is left out.
-  row = jnp.where(assign < 0, num_rows, assign)
-  return jnp.zeros([num_rows], jnp.float32).at[row].add(1.0, mode="drop")
-
-
-def budget(grid: tuple[int, int, int], ratio: float) -> int:
-  """Returns K, the number of tokens that `ratio` keeps of `grid`.
-
-  Raises:
-    UserError: the ratio lies outside (0, 1] or keeps no token.
-  """
-  ratio = check_ratio(ratio)
-  num_keep = selection.num_keep(grid, ratio)
-  if num_keep < 1:
-    raise errors.UserError(
-      f"ratio {ratio} keeps no token of a {'x'.join(map(str, grid))} grid;"
-      f" use at least {1 / (grid[0] * grid[1] * grid[2]):.4f}"
-    )
-  return num_keep
-
-
-def check_ratio(ratio: Any) -> float:
-  """Returns `ratio` as a float if it is a retention ratio in (0, 1]."""
-  try:
-    value = float(ratio)
-  except (TypeError, ValueError):
-    value = float("nan")
-  if not 0.0 < value <= 1.0:
-    raise errors.UserError(
-      f"retention ratio {ratio!r} is outside (0, 1]; 0.1 keeps 10 % of the"
-      " video tokens"
-    )
-  return value
-
-
 def check_finite(features, name: str = "video features") -> None:
-  """Refuses NaN and infinity; every ordering below would be meaningless.
-
-  On the host, because a compiled program cannot raise.
-  """
+  """Refuses NaN and infinity, on the host: a compiled program cannot raise."""
   # Also of a constant that a program is being traced around.
   with jax.ensure_compile_time_eval():
     finite = bool(jnp.isfinite(features).all())

@@ -12,7 +12,6 @@ results are whole numbers of the host and never exceed the ratio asked for,
 
 import fractions
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,9 +19,32 @@ import jax.numpy as jnp
 import numpy as np
 
 from cacovid_jax import errors
+from cacovid_jax.policy import selection
 
 # The depth that published layer numbers are meant for.
 _PUBLISHED_LAYERS = 28
+
+
+def budget(grid: tuple[int, int, int], ratio: float) -> int:
+  """Returns K, the number of tokens that `ratio` keeps of `grid`.
+
+  Raises UserError where the ratio lies outside (0, 1] or keeps no token.
+  """
+  return selection.num_keep(grid, check_ratio(ratio))
+
+
+def check_ratio(ratio: Any) -> float:
+  """Returns `ratio` as a float if it is a retention ratio in (0, 1]."""
+  try:
+    value = float(ratio)
+  except (TypeError, ValueError):
+    value = float("nan")
+  if not 0.0 < value <= 1.0:
+    raise errors.UserError(
+      f"retention ratio {ratio!r} is outside (0, 1]; 0.1 keeps 10 % of the"
+      " video tokens"
+    )
+  return value
 
 
 def scale_layer(layer: int, num_layers: int) -> int:
@@ -36,14 +58,8 @@ def keep_behind(
   """Returns how many tokens may go on at `layer` for a mean of `ratio`.
 
   The most that keep the equivalent ratio at or below `ratio`; it then falls
-  short of it by less than 1 / M.
-
-  Args:
-    ratio: retention ratio in (0, 1].
-    num_layers: L.
-    num_video: M.
-    layer: first layer that sees the smaller number, 0 to L - 1.
-    entering: tokens in front of it; None for M.
+  short of it by less than 1 / M. Of L layers those in front of `layer` see the
+  `entering` tokens, None for M.
 
   Raises:
     UserError: the layers in front take more than the whole budget.
@@ -54,7 +70,7 @@ def keep_behind(
       f"layer {layer} has no layer of {num_layers} behind it; choose one below"
       f" {num_layers}"
     )
-  total = _exact(ratio) * num_layers * num_video
+  total = exact(ratio) * num_layers * num_video
   keep = math.floor((total - layer * entering) / (num_layers - layer))
   if keep < 1:
     lowest = lowest_ratio(num_layers, num_video, layer=layer, entering=entering)
@@ -78,21 +94,15 @@ def lowest_ratio(
 def fastv_fraction(ratio: float, num_layers: int, layer: int = 2) -> float:
   """Returns x, the share that FastV keeps: K + x (L - K) = ratio * L.
 
-  Args:
-    ratio: retention ratio in (0, 1].
-    num_layers: L.
-    layer: K, layers that see every token.
-
-  Raises:
-    UserError: K layers alone take more than the budget.
+  Raises UserError where K layers that see every token take more alone.
   """
-  if not 0 <= layer < num_layers or _exact(ratio) * num_layers < layer:
+  left = exact(ratio) * num_layers - layer
+  if left < 0:
     raise errors.UserError(
       f"ratio {ratio} is infeasible with {layer} of {num_layers} layers in"
-      f" full; use more than {min(layer, num_layers) / num_layers:.4f}"
+      f" full; use more than {layer / num_layers:.4f}"
     )
-  share = (_exact(ratio) * num_layers - layer) / (num_layers - layer)
-  return float(share)
+  return float(left / (num_layers - layer))
 
 
 def two_stages(
@@ -102,18 +112,10 @@ def two_stages(
 
   `entering` tokens are seen by the layers up to `layer`, `keep` of them, about
   `share`, by those behind it; together at most `ratio` in the mean of layers
-  and short of it by less than 1 / M.
-
-  Raises:
-    UserError: fewer than one token could go on.
+  and short of it by less than 1 / M. UserError where no token could go on.
   """
-  if not 0 <= layer < num_layers:
-    raise errors.UserError(
-      f"layer {layer} has no layer of {num_layers} behind it; choose one below"
-      f" {num_layers}"
-    )
-  seen = layer + _exact(share) * (num_layers - layer)
-  total = _exact(ratio) * num_layers * num_video
+  seen = layer + exact(share) * (num_layers - layer)
+  total = exact(ratio) * num_layers * num_video
   entering = min(math.floor(total / seen), num_video)
   if total < num_layers:
     raise errors.UserError(
@@ -130,100 +132,35 @@ def two_stages(
   )
 
 
-def largest_remainder(
-  weights: Sequence[float], total: int, low: Any = 0, high: Any = None
-) -> list[int]:
+def largest_remainder_on_device(weights, total, low=0, high=None):
   """Shares out `total` in proportion to weights, each count within bounds.
 
   Parts at a bound stay there and the others are proportional to their weights;
   what rounding down leaves goes to the largest remainders, of equal ones to
   the first. What no part with a weight can take is shared evenly.
 
-  Args:
-    weights: finite, not negative, G of them.
-    total: tokens in all.
-    low: int or G ints, the least of each part.
-    high: int or G ints, the most of each part; None for `total`.
-
-  Returns:
-    G ints, whose sum is `total` exactly.
-
-  Raises:
-    UserError: no counts within the bounds have that sum.
-  """
-  count = len(weights)
-  low = _each(low, count)
-  high = _each(total if high is None else high, count)
-  check_feasible(total, low, high)
-  exact = [fractions.Fraction(float(w)) for w in weights]
-  if any(w < 0 for w in exact):
-    raise ValueError(f"weights {list(weights)} are not all positive or 0")
-
-  weighted = [g for g in range(count) if exact[g]]
-  reach = sum(high[g] if exact[g] else low[g] for g in range(count))
-  if total > reach or not weighted:
-    for g in weighted:
-      low[g] = high[g]
-    exact = [fractions.Fraction(not w) for w in exact]
-    weighted = [g for g in range(count) if exact[g]]
-
-  def at(level):
-    return [
-      min(max(level * w, lo), hi)
-      for w, lo, hi in zip(exact, low, high, strict=True)
-    ]
-
-  # The sum grows with the level, in a straight line between these.
-  levels = sorted(
-    {fractions.Fraction(0)}
-    | {bound[g] / exact[g] for g in weighted for bound in (low, high)}
-  )
-  first, last = 0, len(levels) - 1
-  while first < last:
-    middle = (first + last) // 2
-    if sum(at(levels[middle])) < total:
-      first = middle + 1
-    else:
-      last = middle
-  parts = at(levels[first])
-  surplus = sum(parts) - total
-  if surplus:
-    below = at(levels[first - 1])
-    rise = sum(parts) - sum(below)
-    parts = [
-      p - (p - b) * surplus / rise for p, b in zip(parts, below, strict=True)
-    ]
-  counts = [math.floor(p) for p in parts]
-  order = sorted(range(count), key=lambda g: (counts[g] - parts[g], g))
-  for g in order[: total - sum(counts)]:
-    counts[g] += 1
-  return counts
-
-
-def largest_remainder_on_device(
-  weights: jax.Array, total: Any, low: Any = 0, high: Any = None
-) -> jax.Array:
-  """`largest_remainder` with weights that are data; int32[G].
-
   The sum is exact whatever float32 makes of the proportions. Of float weights,
-  remainders that differ by rounding only may win in another order than on the
-  host; shares of integer weights are exact, as long as their products with the
+  the rounding of float32 may decide between remainders that are nearly equal;
+  shares of integer weights are exact, as long as their products with the
   budget fit into int32.
 
   Args:
     weights: float[G] or int[G], finite, not negative.
     total: int, or int32[].
-    low: int or G ints, or int32[G].
-    high: int or G ints, or int32[G]; None for `total`.
+    low: the least of each part, int or G ints, or int32[G].
+    high: the most of each part, likewise; None for `total`.
+
+  Returns:
+    int32[G].
 
   Raises:
-    UserError: as `largest_remainder`, where total and bounds are static. Of
-      bounds that are data, the nearest possible sum is taken.
+    UserError: no counts within static bounds have the static sum. Of bounds
+      that are data, the nearest possible sum is taken.
   """
   (count,) = weights.shape
   high = total if high is None else high
   if not any(isinstance(x, jax.core.Tracer) for x in (total, low, high)):
-    check_feasible(int(total), _each(low, count), _each(high, count))
+    check_feasible(int(total), low, high, count)
   low = jnp.broadcast_to(jnp.asarray(low, jnp.int32), [count])
   high = jnp.broadcast_to(jnp.asarray(high, jnp.int32), [count])
   total = jnp.asarray(total, jnp.int32)
@@ -238,14 +175,8 @@ def largest_remainder_on_device(
     return jnp.clip(wanted, lowest, highest)
 
   divisor = jnp.where(w > 0, w, 1.0)
-  levels = jnp.sort(
-    jnp.concatenate(
-      [
-        jnp.where(w > 0, lowest / divisor, 0.0),
-        jnp.where(w > 0, highest / divisor, 0.0),
-      ]
-    )
-  )
+  bounds = jnp.concatenate([lowest / divisor, highest / divisor])
+  levels = jnp.sort(jnp.where(jnp.tile(w, 2) > 0, bounds, 0.0))
   sums = jax.vmap(lambda level: at(level).sum())(levels)
   after = jnp.minimum(jnp.sum(sums < total), len(levels) - 1)
   before = jnp.maximum(after - 1, 0)
@@ -260,10 +191,15 @@ def largest_remainder_on_device(
     free = (parts > lowest) & (parts < highest) & (weights > 0)
     left = total - jnp.where(free, 0, counts).sum()
     whole = jnp.maximum(jnp.where(free, weights, 0).sum(), 1)
-    exact = jnp.clip(left * weights // whole, low, high)
-    counts = jnp.where(free, exact, counts)
+    shares = jnp.clip(left * weights // whole, low, high)
+    counts = jnp.where(free, shares, counts)
     rest = (left * weights % whole).astype(jnp.float32)
     remainder = jnp.where(free, rest, 0.0)
+  return _completed(counts, remainder, total, low, high)
+
+
+def _completed(counts, remainder, total, low, high):
+  """Returns counts int32[G] of the right sum, largest remainders first."""
 
   def unfinished(state):
     counts, _ = state
@@ -280,7 +216,7 @@ def largest_remainder_on_device(
     room = jnp.where(up, high - counts, counts - low)
     key = jnp.where(up, -remainder, remainder)
     order = jnp.argsort(jnp.where(room > 0, key, jnp.inf))
-    place = jnp.zeros([count], jnp.int32).at[order].set(jnp.arange(count))
+    place = jnp.argsort(order)
     missing = jnp.abs(missing)
     even = jnp.maximum(missing // jnp.maximum(jnp.sum(room > 0), 1), 1)
     amount = jnp.where(place < missing, jnp.minimum(room, even), 0)
@@ -288,8 +224,7 @@ def largest_remainder_on_device(
     # Remainders are used up once.
     return counts, jnp.zeros_like(remainder)
 
-  counts, _ = jax.lax.while_loop(unfinished, adjust, (counts, remainder))
-  return counts
+  return jax.lax.while_loop(unfinished, adjust, (counts, remainder))[0]
 
 
 def evenly(total: int, num_parts: int) -> list[int]:
@@ -298,21 +233,19 @@ def evenly(total: int, num_parts: int) -> list[int]:
   return [share + (part < rest) for part in range(num_parts)]
 
 
-def _exact(ratio: float) -> fractions.Fraction:
-  """The number that was written: 0.15 and not the float below it."""
+def exact(ratio: float) -> fractions.Fraction:
+  """Returns the number that was written: 0.15 and not the float below it."""
   return fractions.Fraction(str(float(ratio)))
 
 
-def _each(bound: Any, count: int) -> list[int]:
-  return [int(b) for b in np.broadcast_to(np.asarray(bound), [count])]
-
-
-def check_feasible(total: int, low: list[int], high: list[int]) -> None:
+def check_feasible(total: int, low, high, num_parts: int) -> None:
   """Refuses a total that no counts within the bounds of the parts have."""
-  if any(lo > hi for lo, hi in zip(low, high, strict=True)):
+  low, high = (np.broadcast_to(bound, [num_parts]) for bound in (low, high))
+  if (low > high).any():
     raise ValueError(f"lower bounds {low} exceed upper bounds {high}")
-  if not sum(low) <= total <= sum(high):
+  least, most = low.sum(), high.sum()
+  if not least <= total <= most:
     raise errors.UserError(
-      f"a budget of {total} tokens cannot be shared by {len(low)} parts that"
-      f" take {sum(low)} to {sum(high)} in all; change the ratio or the bounds"
+      f"a budget of {total} tokens cannot be shared by {num_parts} parts that"
+      f" take {least} to {most} in all; change the ratio or the bounds"
     )

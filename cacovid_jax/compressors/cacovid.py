@@ -9,6 +9,7 @@ is striking in a video, not what is asked.
 """
 
 import dataclasses
+import math
 
 from cacovid_jax.compressors import base, selection_ops
 from cacovid_jax.policy import selection
@@ -40,13 +41,13 @@ class CaCoVID(base.Compressor):
     """
     if ratio is None:
       ratio = ratio_of(inputs.grid, num_keep)
-    (scores,) = self.requires
     budget = selection.budget(
       inputs.grid,
       ratio,
       importance_ratio=self.importance_ratio,
       max_frame_share=self.max_frame_share,
     )
+    (scores,) = self.requires
     index = selection.select(getattr(inputs, scores), budget)
     if index.shape[0] != num_keep:
       raise ValueError(
@@ -74,7 +75,7 @@ class OtherQuestion(CaCoVID):
 
 def ratio_of(grid: tuple[int, int, int], num_keep: int) -> float:
   """Returns a ratio whose budget on `grid` is exactly `num_keep` tokens."""
-  ratio = num_keep / (grid[0] * grid[1] * grid[2])
+  ratio = num_keep / math.prod(grid)
   # The quotient may fall a rounding error short of the budget it came from.
   while selection.num_keep(grid, ratio) < num_keep:
     ratio *= 1.0 + 1e-15

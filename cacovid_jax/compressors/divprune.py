@@ -31,11 +31,9 @@ class DivPrune(allocators.FrameShared):
   def choose(self, inputs, num_keep, ratio):
     """Returns the subset over the video or of each frame."""
     pick = functools.partial(max_min.max_min_subset, distances=self.distances)
-    if self.scope == "video":
-      index = pick(inputs.features, num_keep=num_keep)
-      return base.take(inputs.features, index)
-    return allocators.select_per_frame(pick, self.allocator, inputs, num_keep)
+    return self.by_rule(pick, inputs, num_keep)
 
   def reference_rows(self, grid, ratio):
     """Returns K of the published code: half a token goes to the even number."""
-    return round(ratio * grid[0] * grid[1] * grid[2])
+    T, H, W = grid
+    return round(ratio * T * H * W)

@@ -23,8 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cacovid_jax import errors
-from cacovid_jax.compressors import base, simple
+from cacovid_jax.compressors import base, selection_ops, simple
 from cacovid_jax.compressors.math import clustering, similarity
 
 # At most so many clusters give several frames each, so many in all.
@@ -45,22 +44,14 @@ class DyTo(base.Compressor):
   """
 
   name: str = "dyto"
-  max_frames: int = 25
+  max_frames: int = base.number(25, 1, whole=True)
   reduce: str = base.choice("max", "mean")
-
-  def __post_init__(self):
-    super().__post_init__()
-    if self.max_frames < 1:
-      raise errors.UserError(
-        f"dyto: max_frames is {self.max_frames}; use 1 or more"
-      )
 
   def choose(self, inputs, num_keep, ratio):
     """Returns the rows of the frames that enter, equal shares of each."""
-    features, (num_frames, H, W) = inputs.features, inputs.grid
-    area = H * W
+    frames = inputs.frames
+    num_frames, area, _ = frames.shape
     fewest, most = frame_bounds(inputs.grid, num_keep, self.max_frames)
-    frames = features.reshape(num_frames, area, -1)
     chosen = representatives(
       jnp.mean(frames.astype(jnp.float32), axis=1), fewest, most
     )
@@ -76,46 +67,33 @@ class DyTo(base.Compressor):
       lambda x, count: merge_frame(x, count, fewest_left, reduce=self.reduce)
     )(taken, counts)
 
-    stands = (into == jnp.arange(area)) & (counts > 0)[:, None]
-    (slot,) = jnp.nonzero(stands.reshape(-1), size=num_keep)
-    index = frame[slot // area] * area + slot % area
-    row_of = jnp.cumsum(stands.reshape(-1)).reshape(most, area) - 1
-    row = jnp.take_along_axis(row_of, into, axis=1)
-    assign = jnp.full([num_frames, area], -1, jnp.int32)
-    assign = assign.at[frame].set(row, mode="drop").reshape(-1)
-    return base.arrange(rows.reshape(most * area, -1)[slot], index, assign)
+    # Of frames that do not enter all tokens are dropped.
+    values = frames.at[frame].set(rows, mode="drop")
+    dropped = jnp.full([num_frames, area], area, jnp.int32)
+    into = dropped.at[frame].set(into, mode="drop")
+    return selection_ops.collect_parts(values, into, num_keep, frames.dtype)
 
 
-def frame_bounds(
-  grid: tuple[int, int, int], num_keep: int, max_frames: int
-) -> tuple[int, int]:
+def frame_bounds(grid, num_keep: int, max_frames: int) -> tuple[int, int]:
   """Returns the fewest and the most frames that K tokens may come from.
 
   Two mergings leave a quarter of a frame, so more frames than K has quarters
   do not enter; but as many as hold K tokens must.
   """
   area = grid[1] * grid[2]
-  quarter = _left(_left(area))
+  half = area - area // 2
+  quarter = half - half // 2
   fewest = math.ceil(num_keep / area)
   most = min(grid[0], max_frames, max(1, num_keep // quarter))
   return fewest, max(fewest, most)
 
 
-def _left(n):
-  """Returns how many of n tokens a merging leaves at least."""
-  return n - n // 2
-
-
 def representatives(frames: jax.Array, fewest: int, most: int) -> jax.Array:
   """Returns bool[T], the frames that stand for their clusters.
 
-  Of up to 6 clusters the first floor(12 / clusters) frames each, of more the
-  middle one.
-
-  Args:
-    frames: float32[T, D] descriptions of the frames.
-    fewest: how many frames at least; evenly spaced others join.
-    most: how many at most; evenly spaced ones are taken.
+  Of up to 6 clusters the first floor(12 / clusters) frames float32[T, D] each,
+  of more the middle one; of too many evenly spaced ones, and to too few evenly
+  spaced others join.
   """
   num_frames = frames.shape[0]
   label = second_level(frames)
@@ -139,36 +117,26 @@ def representatives(frames: jax.Array, fewest: int, most: int) -> jax.Array:
   place = jnp.maximum(jnp.cumsum(chosen) - 1, 0)
   chosen &= jnp.asarray(spaced)[count, place]
   count = chosen.sum()
-  others = num_frames - count
   short = jnp.maximum(fewest - count, 0)
-  return chosen | simple.spread(~chosen, others, short)
+  return chosen | simple.spread(~chosen, num_frames - count, short)
 
 
 def second_level(frames: jax.Array) -> jax.Array:
-  """Returns int32[T] labels of the clusters' second level.
-
-  Of the first one where the second would be one cluster only.
-  """
+  """Returns int32[T] labels, of level 2 or, if that is one cluster, level 1."""
   labels, counts = tw_finch(frames, num_levels=2)
   return jnp.where(counts[1] > 1, labels[1], labels[0])
 
 
-def tw_finch(
-  points: jax.Array, *, num_levels: int
-) -> tuple[jax.Array, jax.Array]:
+def tw_finch(points, *, num_levels: int) -> tuple[jax.Array, jax.Array]:
   """Clusters a sequence by first neighbours; returns its first levels.
 
   Every point is linked to its nearest one, by cosine distance times distance
   in time; linked points are a cluster, and clusters, by the means of their
   points and times, are the points of the next level. One cluster stays one.
 
-  Args:
-    points: float[T, D] in order of time, evenly spaced.
-    num_levels: static.
-
-  Returns:
-    (int32[num_levels, T], int32[num_levels]) label of each point, the first
-    point of its cluster, and the number of clusters.
+  Returns, of points float[T, D] evenly spaced in time, (int32[num_levels, T],
+  int32[num_levels]): label of each point, the first point of its cluster, and
+  the number of clusters.
   """
   num_points = points.shape[0]
   points = points.astype(jnp.float32)
@@ -177,8 +145,8 @@ def tw_finch(
   label = slot
   labels, counts = [], []
   for _ in range(num_levels):
-    mean = base.segment_mean(points, label, num_points)
-    when = base.segment_mean(time[:, None], label, num_points)[:, 0]
+    mean = similarity.segment_mean(points, label, num_points)
+    when = similarity.segment_mean(time[:, None], label, num_points)[:, 0]
     valid = label == slot
     nearest = _first_neighbours(mean, when, valid)
     merged = clustering.components_of_edges(slot, nearest, valid, num_points)
@@ -202,9 +170,7 @@ def _first_neighbours(mean, when, valid):
   return jnp.where(alone, slot, nearest).astype(jnp.int32)
 
 
-def merge_frame(
-  x: jax.Array, count: jax.Array, fewest: int, *, reduce: str = "max"
-) -> tuple[jax.Array, jax.Array]:
+def merge_frame(x, count, fewest: int, *, reduce: str = "max"):
   """Merges the tokens of one frame until `count` are left.
 
   In a step each token of the first half finds its best partner in the second
@@ -213,8 +179,7 @@ def merge_frame(
 
   Args:
     x: float[P, D] tokens of a frame.
-    count: int32[] how many to leave, from `fewest` to P; or 0, for a frame
-      that is not used.
+    count: int32[] how many to leave, from `fewest` to P, or 0.
     fewest: static, at least 1.
     reduce: "max" or "mean".
 
@@ -234,33 +199,26 @@ def merge_frame(
     a, b = out[start : start + half], out[start + half :]
     alike = similarity.between(_metric(a), _metric(b), split=True)
     best = jnp.argmax(alike, axis=-1).astype(jnp.int32)
-    order = jnp.argsort(-jnp.max(alike, axis=-1))
-    rank = jnp.zeros([half], jnp.int32).at[order].set(jnp.arange(half))
-    merged = rank < num_merged
+    merged = selection_ops.rank(jnp.max(alike, axis=-1)) < num_merged
     group = jnp.where(merged, best, n - half)
     if reduce == "max":
       b = jnp.maximum(b, jax.ops.segment_max(a, group, n - half + 1)[:-1])
     else:
       of_a, of_b = mass[start : start + half], mass[start + half :]
       total = of_b + jax.ops.segment_sum(of_a, group, n - half + 1)[:-1]
-      added = base.segment_sum(a * of_a[:, None], group, n - half)
+      added = similarity.segment_sum(a * of_a[:, None], group, n - half)
       b = (b * of_b[:, None] + added) / total[:, None]
       mass = mass.at[start + half :].set(total)
     out = out.at[start + half :].set(b)
     step = jnp.arange(area, dtype=jnp.int32)
-    step = step.at[start : start + half].set(
-      jnp.where(merged, start + half + best, step[start : start + half])
-    )
-    into = step[into]
+    moved = jnp.where(merged, start + half + best, step[start : start + half])
+    into = step.at[start : start + half].set(moved)[into]
     start += half
   return out.astype(x.dtype), into
 
 
 def _metric(x):
-  """Returns float32[n, D/16], tokens averaged over 16 stretches of channels.
-
-  Over as many as divide the width, if 16 do not.
-  """
+  """Returns float32[n, D / h], means over h = gcd(D, 16) channel stretches."""
   heads = math.gcd(x.shape[-1], _HEADS)
   x = x.reshape(x.shape[0], heads, -1)
   return jnp.mean(x.astype(jnp.float32), axis=1)

@@ -43,8 +43,8 @@ class EM(base.Compressor):
     features = inputs.features
     x = similarity.unit(features)
     bases = x[simple.even_positions(features.shape[0], num_keep)]
-    bases, _ = fit(x, bases, lam=self.lam, rounds=self.rounds)
-    share, _ = responsibilities(x, bases, lam=self.lam)
+    bases = fit(x, bases, lam=self.lam, rounds=self.rounds)
+    share = responsibilities(x, bases, lam=self.lam)
     assign = jnp.argmax(share, axis=-1).astype(jnp.int32)
     mass = share.sum(axis=0)
     rows = jnp.matmul(
@@ -64,35 +64,26 @@ class EM(base.Compressor):
 
 
 def fit(x, bases, *, lam, rounds):
-  """Moves the bases; returns them and the objective before each round.
+  """Returns the bases float32[K, D], of norm 1 or 0, after some rounds.
 
-  Args:
-    x: float32[N, D] points.
-    bases: float32[K, D] of norm 1, or 0.
-    lam: see `EM`.
-    rounds: static.
-
-  Returns:
-    (float32[K, D], float32[rounds]): sum_i log sum_k exp(x_i . m_k / lam),
-    which no round lowers.
+  No round lowers sum_i log sum_k exp(x_i . m_k / lam) of points float32[N, D].
   """
 
-  def step(bases, _):
+  def step(_, bases):
     # No order hangs on a round, so a faster product may do.
-    share, objective = responsibilities(
+    share = responsibilities(
       x, bases, lam=lam, precision=jax.lax.Precision.HIGH
     )
     pulled = jnp.matmul(share.T, x, precision=jax.lax.Precision.HIGH)
     norm = jnp.linalg.norm(pulled, axis=-1, keepdims=True)
     # Where nothing pulls, any direction is as good: stay.
     moved = pulled / jnp.where(norm > 0, norm, 1.0)
-    return jnp.where(norm > 0, moved, bases), objective
+    return jnp.where(norm > 0, moved, bases)
 
-  return jax.lax.scan(step, bases, length=rounds)
+  return jax.lax.fori_loop(0, rounds, step, bases)
 
 
 def responsibilities(x, bases, *, lam, precision=jax.lax.Precision.HIGHEST):
-  """Returns float32[N, K], rows summing to 1, and the objective float32[]."""
+  """Returns float32[N, K], rows summing to 1."""
   logits = jnp.matmul(x, bases.T, precision=precision) / lam
-  objective = jax.nn.logsumexp(logits, axis=-1).sum()
-  return jax.nn.softmax(logits, axis=-1), objective
+  return jax.nn.softmax(logits, axis=-1)

@@ -47,11 +47,6 @@ class FastV(layerwise.LayerwiseCompressor):
       return None
     return budgets.lowest_ratio(num_layers, num_video, layer=cut)
 
-  def step(self, state, *, layer, keep):
-    """Returns the tokens that the last token attends to most."""
-    del layer
-    return layerwise.keep_by_last_query(state, keep)
-
   def _cut(self, num_layers):
     return layerwise.cut_layer(
       self.name, self.layer, num_layers, self.scale_layers

@@ -9,8 +9,7 @@ Paper: https://arxiv.org/abs/2503.11187
 The published method reads SigLIP's pooling head, for frame embeddings and for
 the saliency of tokens. The video models' checkpoints do not hold that head:
 here mean features stand for the embedding, and the attention that a token
-receives in the tower's last layer for its saliency. `FastVID.note` says so
-wherever the method is listed.
+receives in the tower's last layer for its saliency; see `FastVID.note`.
 
 Axes: T frames, P tokens of a frame, N = T * P, D width, K kept tokens, A
 anchors.
@@ -57,12 +56,10 @@ class FastVID(base.Compressor):
 
   def choose(self, inputs, num_keep, ratio):
     """Returns salient tokens and anchors of all frames."""
-    features = inputs.features
-    T, H, W = inputs.grid
-    P = H * W
+    features, frames = inputs.features, inputs.frames
+    T, P, _ = frames.shape
     shares = budgets.evenly(num_keep, T)
     wanted = [int(share * self.context_share) for share in shares]
-    frames = features.reshape(T, P, -1)
     cosine = similarity.adjacent(frames.mean(axis=1, dtype=jnp.float32))
     first = segments.first_frames(
       segments.unlike_neighbours(cosine, self.num_segments, self.threshold)
@@ -70,31 +67,28 @@ class FastVID(base.Compressor):
     num_salient, num_anchors = _counts(
       jnp.array(shares), jnp.array(wanted), first, P, self.anchor_stride
     )
-    attention = inputs.vision_attention.astype(jnp.float32).reshape(T, P)
+    attention = inputs.frame_attention
     salient = selection_ops.rank(attention) < num_salient[:, None]
-    peaks = jax.vmap(
-      lambda x, others: (
-        clustering.from_distances(
-          diversity.squared_distances(x),
-          1,
-          num_neighbours=self.num_neighbours,
-          valid=others,
-        ).rank
-      )
-    )(frames, ~salient)
-    anchor = (~salient & (peaks < num_anchors[:, None])).reshape(-1)
+
+    def peaks(x, taken):
+      return clustering.from_distances(
+        diversity.squared_distances(x),
+        1,
+        num_neighbours=self.num_neighbours,
+        sets=jnp.where(taken, -1, 0),
+      ).rank
+
+    rank = jax.vmap(peaks)(frames, salient)
+    anchor = (~salient & (rank < num_anchors[:, None])).reshape(-1)
     salient = salient.reshape(-1)
-    own_place = jnp.arange(T * P)
-    if not sum(wanted):
-      into = jnp.where(salient, own_place, T * P)
-      return selection_ops.collect(features, salient, into, num_keep)
-    (anchors,) = jnp.nonzero(anchor, size=sum(wanted), fill_value=T * P)
+    num_rows = max(sum(wanted), 1)
+    (anchors,) = jnp.nonzero(anchor, size=num_rows, fill_value=T * P)
     joined = _nearest(features, anchors, jnp.repeat(first, P))
     kept = salient | anchor
     joined = jnp.where(kept, len(anchors), joined)
     values = self._merge(features, anchors, joined)
     into = jnp.append(anchors, T * P)[joined]
-    into = jnp.where(kept, own_place, into)
+    into = jnp.where(kept, jnp.arange(T * P), into)
     return selection_ops.collect(values, kept, into, num_keep)
 
   def reference_rows(self, grid, ratio):
@@ -103,37 +97,21 @@ class FastVID(base.Compressor):
     return T * int(ratio * (H * W))
 
   def _merge(self, features, anchors, joined):
-    """Returns float[N, D] with the anchors merged.
-
-    Args:
-      features: float[N, D] video tokens.
-      anchors: int32[A] tokens, N behind the last.
-      joined: int32[N] the anchor that each token joins, A for none.
-    """
-    member = joined[None, :] == jnp.arange(len(anchors))[:, None]
-    count = member.sum(axis=-1)
-    others = similarity.pooled(features, member)
-    own = features[jnp.minimum(anchors, len(features) - 1)]
+    """Returns float[N, D] with the anchors merged; see `_nearest`."""
+    count = similarity.segment_count(joined, len(anchors))
+    own = features[jnp.minimum(anchors, len(features) - 1)].astype(jnp.float32)
     weight = jnp.maximum(1.0 / (count + 1), self.anchor_weight)[:, None]
-    merged = selection_ops.anchored(
-      own.astype(jnp.float32), others, count, weight
-    )
+    merged = selection_ops.anchored(own, features, joined, weight)
     return features.at[anchors].set(merged.astype(features.dtype), mode="drop")
 
 
 def _counts(shares, wanted, first, size, stride):
   """Returns int32[T] salient tokens and int32[T] anchors of each frame.
 
-  A segment's anchors are split evenly over its anchor frames, the earlier ones
-  get one more. What does not fit into a frame becomes salient tokens, of all
+  Of `shares` int32[T] tokens a frame, `wanted` int32[T] are anchors; those of a
+  segment are split evenly over its anchor frames, the first ones get one more.
+  What does not fit into a frame of P = `size` becomes salient tokens, of all
   frames in proportion to their room, so that the sum stays.
-
-  Args:
-    shares: int32[T] tokens of each frame.
-    wanted: int32[T] how many of them are anchors.
-    first: int32[T], the first frame of each frame's segment.
-    size: P, static.
-    stride: frames between anchor frames, static.
   """
   T = first.shape[0]
   place = jnp.arange(T)
@@ -155,13 +133,8 @@ def _counts(shares, wanted, first, size, stride):
 def _nearest(features, anchors, segment):
   """Returns int32[N], the anchor of a token's segment with the best cosine.
 
-  Args:
-    features: float[N, D] video tokens.
-    anchors: int32[A] tokens, N behind the last.
-    segment: int32[N], the segment of each token.
-
-  Returns:
-    int32[N], index into `anchors`; A where the segment has none.
+  That is a place in `anchors` int32[A], tokens with N behind the last; A where
+  the token's segment int32[N] has none.
   """
   num_video = features.shape[0]
   near = similarity.between(features, features[anchors])

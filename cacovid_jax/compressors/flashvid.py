@@ -4,11 +4,9 @@ Most of the budget goes, frame by frame, to tokens that differ from each other
 and that the vision tower attends to. The tokens left form trees through time:
 within a segment, a token hangs on the token of the previous frame that it
 resembles most. A tree becomes the mean of its tokens, and density peak
-clustering brings the trees of a frame down to what is left of the budget.
-
-The budget is met exactly, which takes choices of ours: the weakest links are
-cut until there are enough trees, and frames share the budget of trees in
-proportion to how many begin in them.
+clustering brings the trees of a frame down to what is left of the budget. To
+meet the budget exactly (ours), the weakest links are cut until there are enough
+trees, and frames share the budget of trees by how many begin in them.
 
 The second part keeps 30 % of what entered at layer 20 of 28, by the attention
 of the last token; 1.25 times the budget enters then. Option `llm_stage=False`
@@ -24,7 +22,6 @@ import math
 import jax
 import jax.numpy as jnp
 
-from cacovid_jax import errors
 from cacovid_jax.compressors import base, budgets, layerwise, selection_ops
 from cacovid_jax.compressors.math import (
   clustering,
@@ -52,39 +49,27 @@ class FlashVID(layerwise.TwoStages):
 
   name: str = "flashvid"
   requires: frozenset[str] = frozenset(["vision_attention"])
-  diverse_share: float = 0.7
+  diverse_share: float = base.number(0.7, 0, 1)
   link_above: float = 0.8
   num_segments: int = base.number(8, 1, whole=True)
   cut_below: float = 0.9
 
-  def __post_init__(self):
-    if not 0.0 <= self.diverse_share <= 1.0:
-      raise errors.UserError(
-        f"flashvid: diverse_share {self.diverse_share} is outside [0, 1]"
-      )
-    super().__post_init__()
-
   def choose(self, inputs, num_keep, ratio):
     """Returns the tokens that enter the language model."""
-    features = inputs.features
-    T, H, W = inputs.grid
-    P = H * W
-    frames = features.reshape(T, P, -1)
-    attention = inputs.vision_attention.astype(jnp.float32).reshape(T, P)
+    frames = inputs.frames
+    T, P, _ = frames.shape
     # 0.7 * 10 may be a rounding error below 7.
     num_diverse = math.floor(self.diverse_share * num_keep + 1e-9)
     num_merged = num_keep - num_diverse
 
-    diverse = pick_diverse(frames, attention, num_diverse)
+    diverse = pick_diverse(frames, inputs.frame_attention, num_diverse)
     vectors = frames.astype(jnp.float32).mean(axis=1)
     cut = segments.unlike_neighbours(
       similarity.settled(similarity.adjacent(vectors)),
       self.num_segments,
       self.cut_below,
     )
-    parent = link(
-      frames, ~diverse, cut, self.link_above, most=len(features) - num_keep
-    )
+    parent = link(frames, ~diverse, cut, self.link_above, T * P - num_keep)
     root = ~diverse & (parent < 0)
     total, size = tree_sums(frames, ~diverse, parent)
 
@@ -96,38 +81,34 @@ class FlashVID(layerwise.TwoStages):
       low=(some & (some.sum() <= num_merged)).astype(jnp.int32),
       high=num_trees,
     )
-    mean = total / jnp.maximum(size, 1.0)[..., None]
-    clusters = jax.vmap(
-      lambda x, count, valid: clustering.cluster(x, count, valid=valid)
-    )(mean, counts, root)
+    centre = jax.vmap(
+      lambda x, count, sets: clustering.cluster(x, count, sets=sets).centre
+    )(
+      total / jnp.maximum(size, 1.0)[..., None],
+      counts,
+      jnp.where(root, 0, segments.NOWHERE),
+    )
     # Frames without budget drop their trees.
     root &= counts[:, None] > 0
 
     place = jnp.arange(P)
-    # [T, P, P], centres by trees.
-    member = (clusters.centre[:, None, :] == place[:, None]) & root[:, None, :]
-    merged = similarity.pooled(total, member)
-    count = similarity.pooled(size[..., None], member)
-    merged = (merged / jnp.maximum(count, 1.0)).astype(features.dtype)
+    joins = jnp.where(root, centre, P)
+    merged = similarity.segment_sum(total, joins, P)
+    count = similarity.segment_sum(size[..., None], joins, P)
+    merged = (merged / jnp.maximum(count, 1.0)).astype(frames.dtype)
     values = jnp.where(diverse[..., None], frames, merged)
-
-    into = jnp.where(root, clusters.centre, P)
-    into = jnp.where(diverse, place, into)
+    into = jnp.where(diverse, place, joins)
     return selection_ops.collect_parts(
-      values, into, num_keep, features.dtype, home=roots_of(parent)
+      values, into, num_keep, frames.dtype, home=roots_of(parent)
     )
 
 
 def pick_diverse(frames, attention, num_keep):
   """Returns bool[T, P] with `num_keep` True, in every frame max-min diverse.
 
-  A token is as far from another as their cosine distance times the attention
-  that it receives.
-
-  Args:
-    frames: float[T, P, D].
-    attention: float32[T, P], not negative.
-    num_keep: static; frames get equal parts, the first ones one more.
+  A token of float[T, P, D] is as far from another as their cosine distance
+  times the attention that it receives, float32[T, P], not negative. Frames get
+  equal parts, the first ones one more.
   """
   T, P = attention.shape
   count = budgets.evenly(num_keep, T)
@@ -138,29 +119,19 @@ def pick_diverse(frames, attention, num_keep):
   largest = attention.max(axis=-1, keepdims=True)
   attention = attention / jnp.where(largest > 0, largest, 1.0)
   distance = (1.0 - similarity.between(frames)) * attention[:, None, :]
-  picks = jax.vmap(functools.partial(max_min.max_min_of_matrix, num_keep=most))(
-    distance
-  )
+  pick = functools.partial(max_min.max_min_of_matrix, num_keep=most)
+  picks = jax.vmap(pick)(distance)
   # The picks of a smaller budget are the first ones of a larger.
   picks = jnp.where(jnp.arange(most) < jnp.array(count)[:, None], picks, P)
-  return jax.vmap(
-    lambda chosen: jnp.zeros([P], bool).at[chosen].set(True, mode="drop")
-  )(picks)
+  return (picks[..., None] == jnp.arange(P)).any(axis=1)
 
 
 def link(frames, free, cut, threshold, most):
   """Returns int32[T, P], the token of the frame before that each hangs on.
 
-  Args:
-    frames: float[T, P, D].
-    free: bool[T, P], the tokens that may hang on another or have one hang on.
-    cut: bool[T], frames whose tokens hang on none.
-    threshold: links have a larger cosine.
-    most: static, only so many links are made, the strongest; of equal ones,
-      the first.
-
-  Returns:
-    -1 for tokens that hang on none.
+  Only tokens that are `free` bool[T, P] hang on or are hung on, with a cosine
+  above the threshold; those of frames `cut` bool[T] hang on none, -1. No more
+  than `most`, static, are made, the strongest; of equal ones, the first.
   """
   T, P = free.shape
   if T == 1 or not most:
@@ -170,9 +141,8 @@ def link(frames, free, cut, threshold, most):
   parent = jnp.argmax(likeness, axis=-1).astype(jnp.int32)
   best = likeness.max(axis=-1)
   linked = free[1:] & ~cut[1:, None] & (best > threshold)
-  order = jnp.argsort(jnp.where(linked, -best, jnp.inf).reshape(-1))
-  strongest = jnp.zeros([order.shape[0]], bool).at[order[:most]].set(True)
-  linked &= strongest.reshape(linked.shape)
+  rank = selection_ops.rank(jnp.where(linked, best, -jnp.inf).reshape(-1))
+  linked &= (rank < most).reshape(linked.shape)
   parent = jnp.where(linked, parent, -1)
   return jnp.concatenate([jnp.full([1, P], -1, jnp.int32), parent])
 
@@ -181,14 +151,9 @@ def tree_sums(frames, free, parent):
   """Returns (float32[T, P, D], float32[T, P]): sums and sizes of trees.
 
   Of each free token and all that hang on it, through however many frames; at
-  a root, of its tree.
-
-  Args:
-    frames: float[T, P, D].
-    free: bool[T, P], tokens that belong to trees.
-    parent: int32[T, P], see `link`.
+  a root, of its tree. Arguments are those of `link` and what it returns.
   """
-  place = jnp.arange(parent.shape[1])
+  P = parent.shape[1]
   free = free.astype(jnp.float32)
   tokens = frames.astype(jnp.float32) * free[..., None]
 
@@ -196,9 +161,8 @@ def tree_sums(frames, free, parent):
     (total, size, hangs_on) = later
     tokens, free, parent = frame
     # A product instead of a scatter: its sums are reproducible on a GPU.
-    child = hangs_on[None, :] == place[:, None]
-    total = tokens + similarity.pooled(total, child)
-    size = free + similarity.pooled(size, child)
+    total = tokens + similarity.segment_sum(total, hangs_on, P)
+    size = free + similarity.segment_sum(size, hangs_on, P)
     return (total, size, parent), (total, size)
 
   nothing = jax.tree.map(jnp.zeros_like, (tokens[0], free[0], parent[0]))

@@ -70,16 +70,10 @@ class FLoC(base.Compressor):
         features, inputs.text, self.question_temperature
       )
     index = facility_location.greedy(
-      features,
-      num_keep,
-      grid=inputs.grid,
-      block=self.block,
-      windows=self.windows,
-      floor=self.floor,
-      weights=weights,
-      similarities=self.similarities,
-      kernel=self.kernel,
-    )
+      features, num_keep, grid=inputs.grid, weights=weights,
+      block=self.block, windows=self.windows, floor=self.floor,
+      similarities=self.similarities, kernel=self.kernel,
+    )  # fmt: skip
     taken = base.take(features, index)
     merged = selection_ops.fold(taken, features)
     if self.merge == "none":
@@ -90,10 +84,7 @@ class FLoC(base.Compressor):
 def question_weights(features, text, temperature):
   """Returns float32[N] that sum to N, larger for tokens like the question.
 
-  Args:
-    features: float[N, D] video tokens.
-    text: float[Lq, D] embedded question, rows of zeros are padding.
-    temperature: above 0, what the cosines are divided by.
+  Of tokens float[N, D] and text float[Q, D], whose rows of zeros are padding.
   """
   question = text.astype(jnp.float32).sum(axis=0, keepdims=True)
   cosines = similarity.between(features.astype(jnp.float32), question)[:, 0]

@@ -46,9 +46,8 @@ class HoliTom(base.Compressor):
 
   def choose(self, inputs, num_keep, ratio):
     """Returns the rows of all windows and frames."""
-    T, H, W = inputs.grid
-    P = H * W
-    frames = inputs.features.reshape(T, P, -1)
+    frames = inputs.frames
+    T, P, _ = frames.shape
     cosine = similarity.adjacent(frames)
     first = segments.most_saved(cosine > self.threshold)
     closeness = least_cosine(cosine, first)
@@ -62,25 +61,21 @@ class HoliTom(base.Compressor):
       share = jnp.minimum(ratio * T * P / sets.sizes.sum(), 1.0)
       count = jnp.floor(share * sets.sizes).astype(jnp.int32)
 
+    place = jnp.arange(P, dtype=jnp.int32)
+
     def frame(x, kind, count, attention):
       dynamic = kind == segments.DYNAMIC
       looked_at = selection_ops.rank(attention, dynamic) < count[1]
-      merged, centre = self._merge(
-        x, (kind == segments.STATIC) & (count[0] > 0), count[0]
-      )
-      place = jnp.arange(P, dtype=jnp.int32)
+      static = (kind == segments.STATIC) & (count[0] > 0)
+      merged, centre = self._merge(x, static, count[0])
       into = jnp.where(dynamic, jnp.where(looked_at, place, P), centre)
-      values = jnp.where(dynamic[:, None], x, merged)
-      return values, into
+      return jnp.where(dynamic[:, None], x, merged), into
 
     values, into = jax.vmap(frame)(
-      sets.tokens,
-      sets.kind,
-      count,
-      inputs.vision_attention.astype(jnp.float32).reshape(T, P),
+      sets.tokens, sets.kind, count, inputs.frame_attention
     )
     return selection_ops.collect_parts(
-      values, into, num_keep, inputs.features.dtype, home=sets.home
+      values, into, num_keep, frames.dtype, home=sets.home
     )
 
   def reference_rows(self, grid, ratio):
@@ -95,25 +90,19 @@ class HoliTom(base.Compressor):
       diversity.squared_distances(x),
       count,
       num_neighbours=self.num_neighbours,
-      valid=valid,
+      sets=jnp.where(valid, 0, segments.NOWHERE),
     )
-    place = jnp.arange(x.shape[0])
-    joins = found.centre[None, :] == place[:, None]
-    joins &= place[:, None] != place
-    others = similarity.pooled(x, joins)
-    merged = selection_ops.anchored(
-      x, others, joins.sum(axis=-1), self.centre_weight
-    )
+    itself = found.centre == jnp.arange(len(x))
+    joins = jnp.where(itself, -1, found.centre)
+    merged = selection_ops.anchored(x, x, joins, self.centre_weight)
     return merged, found.centre
 
 
 def least_cosine(cosine, first):
   """Returns float32[T, P], the least cosine of neighbours in a window.
 
-  Args:
-    cosine: float32[T - 1, P] of `similarity.adjacent`.
-    first: int32[T], the first frame of each frame's window; in a window of one
-      frame the value is -inf.
+  Of `cosine` float32[T - 1, P] and the first frame of each frame's window
+  int32[T]; in a window of one frame it is -inf.
   """
   P = cosine.shape[1]
   to_last = jnp.concatenate([jnp.full([1, P], jnp.inf), cosine])

@@ -3,9 +3,8 @@
 A plan says before which layers video tokens are dropped and how many go on;
 the layers in between run as slices of depth, each with its own number of rows
 and its own key-value cache. The budget is a mean over layers: a ratio of 10 %
-means that a layer's attention sees, on average, 10 % of the video tokens
-(SparseVLM, https://arxiv.org/abs/2410.04417, counts so, and VidCom2,
-https://arxiv.org/abs/2505.14454, says so).
+means that a layer's attention sees, on average, 10 % of the video tokens, as
+https://arxiv.org/abs/2410.04417 and https://arxiv.org/abs/2505.14454 count.
 
 Axes: B batch, L prompt tokens, D width, N video tokens, R rows between two
 layers, n of them of the video, K tokens left at the last layer, P position
@@ -13,7 +12,6 @@ rows, T frames, H W token grid.
 """
 
 import dataclasses
-import fractions
 import math
 from typing import ClassVar, NamedTuple
 
@@ -34,9 +32,7 @@ class LayerState(NamedTuple):
     length: int32[] valid rows.
     attention: float32[n] paid to the video rows in the layer before.
     mask: bool[n] valid video rows, a prefix.
-    index: int32[n], see `prompt_batch.PrunedPrompts`.
-    row: int32[n], see `prompt_batch.PrunedPrompts`.
-    entered: `base.Selection` or None.
+    index: int32[n]; it, `row` and `entered` are those of `PrunedPrompts`.
     grid: static (T, H, W) of the whole video.
   """
 
@@ -55,9 +51,9 @@ class LayerState(NamedTuple):
 class LayerwiseCompressor(base.Compressor):
   """A rule that drops video tokens inside the language model.
 
-  A subclass gives `plan`, `step` and `minimum_ratio`; the fields that it adds
-  are its options. An exact budget spends the ratio as closely as whole tokens
-  allow, never more.
+  A subclass gives `plan` and `minimum_ratio`, and its own `step` where it keeps
+  others than those that the last token attends to most. An exact budget spends
+  the ratio as closely as whole tokens allow, never more.
 
   Attributes:
     pre_llm: what chooses the tokens that enter the model; None lets all in.
@@ -78,15 +74,11 @@ class LayerwiseCompressor(base.Compressor):
   def _general_fields(cls):
     return {field.name for field in dataclasses.fields(LayerwiseCompressor)}
 
-  def plan(
-    self, num_layers: int, num_video: int, ratio: float
-  ) -> list[tuple[int, int]]:
+  def plan(self, num_layers, num_video, ratio) -> list[tuple[int, int]]:
     """Returns [(layer, keep), ...]: what each layer from `layer` on sees.
 
     Layer 0 stands for what enters the model. Layers ascend, keeps do not.
-
-    Raises:
-      UserError: the ratio cannot be met; names the lowest that can.
+    Raises UserError where the ratio cannot be met; it names the lowest.
     """
     raise NotImplementedError(f"{type(self).__name__} has no plan")
 
@@ -96,24 +88,24 @@ class LayerwiseCompressor(base.Compressor):
     `kept` ascends among the video rows 0..n-1; entries behind the first
     `num_valid` are not read. A trained rule also takes `params`.
     """
-    raise NotImplementedError(f"{type(self).__name__} has no step")
+    del layer
+    return keep_by_last_query(state, keep)
 
   def rows(self, grid, ratio: float, num_layers: int | None = None) -> int:
     """Returns K, the tokens left at the last layer, static."""
     if self.selects_first:
       return super().rows(grid, ratio)
-    num_video = math.prod(grid)
-    steps = self.plan(num_layers, num_video, ratio)
-    return steps[-1][1] if steps else num_video
+    steps = self.plan(num_layers, math.prod(grid), ratio)
+    return steps[-1][1] if steps else math.prod(grid)
 
   def rows_per_layer(self, num_layers, grid, ratio):
     """See `base.Compressor.rows_per_layer`."""
     if self.selects_first:
       return super().rows_per_layer(num_layers, grid, ratio)
-    num_video = math.prod(grid)
-    steps = self.plan(num_layers, num_video, ratio)
+    steps = [(0, math.prod(grid))]
+    steps += self.plan(num_layers, math.prod(grid), ratio)
     return [
-      min([num_video, *(keep for first, keep in steps if first <= layer)])
+      min(keep for first, keep in steps if first <= layer)
       for layer in range(num_layers)
     ]
 
@@ -128,59 +120,38 @@ class LayerwiseCompressor(base.Compressor):
         own_params=own_params, selection=selection,
       )  # fmt: skip
     num_layers = model.config.text.num_layers
-    grid, num_video = inputs.grid, math.prod(inputs.grid)
+    num_video = math.prod(inputs.grid)
     rows = self.enter(
       prompt, inputs, ratio=ratio, num_layers=num_layers, own_params=own_params
     )
-    cuts = [
-      (layer, keep)
-      for layer, keep in self.plan(num_layers, num_video, ratio)
-      if layer > 0
-    ]
-    num_behind = rows.x.shape[1] - rows.index.shape[1]
     caches, tokens, first = [], [], 0
-    for layer, keep in [*cuts, (num_layers, None)]:
-      look = None
-      if keep is not None:
-        look = attention_of(
-          self.attention_fn, rows.lengths - rows.num_after, num_behind
-        )
-      x, keys, values, attended = model.run_layers(
-        params, rows.x, rows.positions, rows.lengths,
-        first=first, last=layer, look=look,
-        deep=rows.deep, video_rows=rows.video_rows,
-      )  # fmt: skip
-      caches.append(qwen2.Cache(keys, values, rows.lengths))
+    for layer, keep in self.plan(num_layers, num_video, ratio):
+      if layer == 0:
+        continue
       tokens += [rows.count] * (layer - first)
-      first, rows = layer, rows._replace(x=x)
-      if keep is None:
-        break
+      look = attention_of(self.attention_fn, rows)
+      rows, cache, attended = run_slice(model, params, rows, first, layer, look)
       kept, count = self.cut(
-        rows, attended, grid, layer=layer, keep=keep, own_params=own_params
-      )
+        rows, attended, inputs.grid,
+        layer=layer, keep=keep, own_params=own_params,
+      )  # fmt: skip
       taken, rows = prompt_batch.take(rows, kept, count, num_video=num_video)
+      caches.append(cache)
       if self.drop_from_caches:
-        caches = [
-          prompt_batch.drop(cache, taken, rows.lengths) for cache in caches
-        ]
-    trace = base.SelectionTrace(
-      index=rows.index,
-      mask=jnp.arange(rows.index.shape[1])[None] < rows.count[:, None],
-      tokens=jnp.stack(tokens, axis=1).astype(jnp.float32),
-    )
+        caches = [prompt_batch.drop(c, taken, rows.lengths) for c in caches]
+      first = layer
+    tokens += [rows.count] * (num_layers - first)
+    rows, cache, _ = run_slice(model, params, rows, first, num_layers)
     return (
       prompt_batch.last_logits(model, params, rows),
-      tuple(qwen2.with_room(cache, new_rows) for cache in caches),
-      trace,
+      tuple(qwen2.with_room(c, new_rows) for c in [*caches, cache]),
+      base.SelectionTrace.of(rows, jnp.stack(tokens, axis=1)),
     )
 
   def enter(
     self, prompt, inputs, *, ratio, num_layers, own_params=None
   ) -> prompt_batch.PrunedPrompts:
-    """Returns the prompts with the video tokens that enter the model.
-
-    Arguments are those of `prefill`.
-    """
+    """Returns the prompts with the video tokens that enter, see `prefill`."""
     if self.pre_llm is None:
       return prompt
     num_video = math.prod(inputs.grid)
@@ -205,32 +176,41 @@ class LayerwiseCompressor(base.Compressor):
     """Returns `step` of B prompts, given float32[B, R] attention."""
     given = {"params": own_params} if self.trained else {}
     # Rounded the method's own way, fewer may have entered.
-    keep = min(keep, rows.index.shape[1])
+    size = rows.index.shape[1]
+    keep = min(keep, size)
 
     def one(state):
       state = state._replace(grid=grid)
       return self.step(state, layer=layer, keep=keep, **given)
 
-    return jax.vmap(one)(state_of(rows, attended))
+    state = LayerState(
+      hidden=rows.x,
+      positions=rows.positions,
+      length=rows.lengths,
+      attention=prompt_batch.read_video(attended, rows.video_rows),
+      mask=jnp.arange(size)[None] < rows.count[:, None],
+      index=rows.index,
+      row=rows.row,
+      entered=rows.entered,
+    )
+    return jax.vmap(one)(state)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TwoStages(LayerwiseCompressor):
   """A method with one part before the language model and one inside it.
 
-  A subclass gives `choose`, the first part. The budgets of both follow from
-  the ratio: about `llm_keep` of what enters goes on.
+  A subclass gives `choose`, the first part; the budgets follow from the ratio.
 
   Attributes:
     llm_stage: False for the part before the model alone, at the whole ratio.
-    llm_layer: the layer before which the second part acts, of a decoder of 28
-      layers.
-    llm_keep: share of the entered tokens that goes on.
+    llm_layer: where the second part acts, of a decoder of 28 layers.
+    llm_keep: share of the entered tokens that goes on, about.
   """
 
   llm_stage: bool = True
   llm_layer: int = 20
-  llm_keep: float = 0.3
+  llm_keep: float = base.number(0.3, 0, 1, open_low=True)
 
   @property
   def selects_first(self) -> bool:
@@ -243,25 +223,17 @@ class TwoStages(LayerwiseCompressor):
       raise errors.UserError(
         f"{self.name}: llm_stage={self.llm_stage!r}; give True or False"
       )
-    second = {
-      name: getattr(type(self), name) for name in ("llm_layer", "llm_keep")
+    own = {
+      name: getattr(type(self), name) for name in ("llm_keep", "llm_layer")
     }
-    for name in sorted(set(second) & set(self.given)):
-      if not self.llm_stage:
-        raise errors.UserError(
-          f"{self.name}: {name} is an option of the stage in the language"
-          " model; give llm_stage=True with it"
-        )
-    share = self.llm_keep
-    if not isinstance(share, int | float) or not 0 < share <= 1:
-      raise errors.UserError(
-        f"{self.name}: llm_keep={share!r} is outside (0, 1]"
-      )
     pre_llm = None
     if self.llm_stage:
-      given = tuple(n for n in self.given if n not in ("llm_stage", *second))
-      pre_llm = dataclasses.replace(
-        self, llm_stage=False, given=given, **second
+      given = tuple(n for n in self.given if n not in ("llm_stage", *own))
+      pre_llm = dataclasses.replace(self, llm_stage=False, given=given, **own)
+    elif misplaced := [name for name in own if name in self.given]:
+      raise errors.UserError(
+        f"{self.name}: {misplaced[0]} is an option of the stage in the language"
+        " model; give llm_stage=True with it"
       )
     object.__setattr__(self, "pre_llm", pre_llm)
 
@@ -285,26 +257,11 @@ class TwoStages(LayerwiseCompressor):
       return None
     return budgets.lowest_ratio(num_layers, num_video, entering=1)
 
-  def step(self, state, *, layer, keep):
-    """Returns the tokens that the last token attends to most."""
-    del layer
-    return keep_by_last_query(state, keep)
-
 
 def generate(
-  model,
-  params,
-  compressor: base.Compressor,
-  prompt: prompt_batch.PrunedPrompts,
-  inputs: base.CompressorInputs,
-  next_positions,
-  *,
-  ratio,
-  max_new_tokens,
-  eos_ids,
-  pad_id,
-  own_params=None,
-):
+  model, params, compressor, prompt, inputs, next_positions, *,
+  ratio, max_new_tokens, eos_ids, pad_id, own_params=None,
+):  # fmt: skip
   """Returns (ids int32[B, max_new_tokens], `SelectionTrace`) of whole prompts.
 
   Can be jitted with the compressor, ratio and everything behind static, unless
@@ -313,12 +270,11 @@ def generate(
   Args:
     model: `models.video_llm.VideoLLM`.
     params: its parameters.
-    compressor: the rule.
-    prompt: whole prompts of `prompt_batch.whole`; a newline row that ends the
-      video counts as text.
-    inputs: leading axis B, what the compressor requires.
+    compressor: `base.Compressor`.
+    prompt: of `prompt_batch.whole`.
+    inputs: leading axis B.
     next_positions: int32[B] position of the first generated token.
-    ratio: static, mean share of the video tokens that a layer sees.
+    ratio: static.
     max_new_tokens: static, at least 1.
     eos_ids: static, token ids that end an answer.
     pad_id: id written behind the end.
@@ -335,16 +291,10 @@ def generate(
   )  # fmt: skip
   extend = _extend if compressor.on_host else generation.extend
   ids = extend(
-    model,
-    params,
-    logits,
-    caches,
-    next_positions,
+    model, params, logits, caches, next_positions,
     num_position_rows=prompt.positions.shape[1],
-    max_new_tokens=max_new_tokens,
-    eos_ids=tuple(eos_ids),
-    pad_id=pad_id,
-  )
+    max_new_tokens=max_new_tokens, eos_ids=tuple(eos_ids), pad_id=pad_id,
+  )  # fmt: skip
   return ids, trace
 
 
@@ -355,31 +305,22 @@ _extend = jax.jit(
 )
 
 
-def state_of(rows: prompt_batch.PrunedPrompts, attended) -> LayerState:
-  """Returns what a rule looks at, leading axis B, but for the grid.
+def run_slice(model, params, rows, first, last, look=None):
+  """Runs the layers from `first` up to `last` on `prompt_batch.PrunedPrompts`.
 
-  Args:
-    rows: B prompts.
-    attended: float32[B, R] attention that their rows receive.
+  Returns (rows, cache, attention): the attention float32[B, R] that rows
+  receive in the last of these layers, by `look`, see `attention_of`.
   """
-  size = rows.index.shape[1]
-  return LayerState(
-    hidden=rows.x,
-    positions=rows.positions,
-    length=rows.lengths,
-    attention=prompt_batch.read_video(attended, rows.video_rows),
-    mask=jnp.arange(size)[None] < rows.count[:, None],
-    index=rows.index,
-    row=rows.row,
-    entered=rows.entered,
-  )
+  x, keys, values, attended = model.run_layers(
+    params, rows.x, rows.positions, rows.lengths, first=first, last=last,
+    look=look, deep=rows.deep, video_rows=rows.video_rows,
+  )  # fmt: skip
+  cache = qwen2.Cache(keys, values, rows.lengths)
+  return rows._replace(x=x), cache, attended
 
 
 def keep_by_last_query(state: LayerState, keep: int):
-  """Returns (kept int32[keep], count): what the last token looks at most.
-
-  Ties go to the earlier token.
-  """
+  """Returns (kept int32[keep], count): what the last token looks at most."""
   values = jnp.where(state.mask, state.attention, -1.0)
   _, kept = jax.lax.top_k(values, keep)
   # Rows that are not valid lie behind all that are.
@@ -387,19 +328,16 @@ def keep_by_last_query(state: LayerState, keep: int):
   return jnp.sort(kept).astype(jnp.int32), count
 
 
-def keep_by_text_attention(
-  state: LayerState, keep: int, sets, *, num_sets, share=None
-):
+def keep_by_text_attention(state, keep: int, sets, *, num_sets, share=None):
   """Returns (kept int32[keep], count): the best of every set of tokens.
 
   Args:
-    state: with the attention that the text pays.
+    state: `LayerState` with the attention that the text pays.
     keep: static.
     sets: int32[n] set of each video row, below `num_sets` where valid.
     num_sets: static.
     share: None shares out exactly `keep` tokens in proportion to the sets'
-      sizes, by largest remainder; a number keeps int(share * size) of each,
-      as PruneVID's own code does, which is `keep` at most.
+      sizes; a number keeps int(share * size) of each, as PruneVID's own code.
   """
   size = state.mask.shape[0]
   sets = jnp.where(state.mask, sets, num_sets)
@@ -421,23 +359,6 @@ def keep_by_text_attention(
   return compact(survives, keep)
 
 
-def sets_of_static_and_frames(selection: base.Selection, grid):
-  """Returns int32[K] sets of merged rows, 2 * T in all.
-
-  A row that stands for tokens of one frame belongs to that frame's set; one
-  that stands for several frames to set T + first of them: PruneVID's dynamic
-  and static tokens. Padding goes to set 2 * T.
-  """
-  T, H, W = grid
-  size = selection.index.shape[0]
-  frame = jnp.arange(T * H * W, dtype=jnp.int32) // (H * W)
-  group = jnp.where(selection.assign < 0, size, selection.assign)
-  first = jax.ops.segment_min(frame, group, size + 1)[:size]
-  last = jax.ops.segment_max(frame, group, size + 1)[:size]
-  sets = jnp.where(last > first, T + first, first)
-  return jnp.where(selection.mask, sets, 2 * T)
-
-
 def compact(survives, size: int):
   """Returns (int32[size] ascending places of True, behind them n; count)."""
   length = survives.shape[0]
@@ -445,9 +366,7 @@ def compact(survives, size: int):
   return places, survives.sum().astype(jnp.int32)
 
 
-def cut_layer(
-  name: str, layer: int, num_layers: int, scale_layers: bool
-) -> int:
+def cut_layer(name: str, layer: int, num_layers: int, scale_layers: bool):
   """Returns the layer before which tokens are dropped, checked."""
   if not isinstance(layer, int) or isinstance(layer, bool) or layer < 1:
     raise errors.UserError(
@@ -464,16 +383,17 @@ def cut_layer(
 
 def token_layers(num_layers: int, num_video: int, ratio: float) -> int:
   """Returns floor(ratio * layers * N): tokens that all layers may see."""
-  # The decimal number that was written, not its nearest binary fraction.
-  exact = fractions.Fraction(str(base.check_ratio(ratio)))
+  exact = budgets.exact(budgets.check_ratio(ratio))
   return math.floor(exact * num_layers * num_video)
 
 
-def attention_of(kind: str, text_start, num_behind: int):
+def attention_of(kind: str, rows: prompt_batch.PrunedPrompts):
   """Returns `f(q, k, lengths)` -> float32[B, R] for `run_layers`."""
   if kind == "last":
     return attention.last_query_attention
   if kind == "after_video":
+    text_start = rows.lengths - rows.num_after
+    num_behind = rows.x.shape[1] - rows.index.shape[1]
     return lambda q, k, lengths: attention.strongest_attention(
       q, k, text_start, lengths, num_queries=num_behind
     )

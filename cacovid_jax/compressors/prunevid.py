@@ -47,7 +47,7 @@ class PruneVID(layerwise.TwoStages):
   name: str = "prunevid"
   llm_stage: bool = False
   llm_layer: int = 10
-  llm_keep: float = 0.4
+  llm_keep: float = base.number(0.4, 0, 1, open_low=True)
   attention_fn: str = "after_video"
   drop_from_caches: bool = True
   frame_share: float = base.number(0.25, 0, 1, open_low=True)
@@ -57,12 +57,10 @@ class PruneVID(layerwise.TwoStages):
 
   def choose(self, inputs, num_keep, ratio):
     """Returns the means, static rows in the first frame of their segment."""
-    T, H, W = inputs.grid
-    P = H * W
-    frames = inputs.features.reshape(T, P, -1)
-    vectors = frames.mean(axis=1, dtype=jnp.float32)
+    frames = inputs.frames
+    T, P, _ = frames.shape
     labels = clustering.cluster(
-      vectors,
+      frames.mean(axis=1, dtype=jnp.float32),
       max(int(self.frame_share * T), 1),
       num_neighbours=self.num_neighbours,
     ).label
@@ -77,9 +75,9 @@ class PruneVID(layerwise.TwoStages):
     else:
       count = jnp.array(self._own_counts(P, ratio))[sets.sizes]
     count = segments.of_kind(count, sets.kind)
-    found, means = jax.vmap(self._merge)(sets.tokens, count, sets.kind)
+    centre, means = jax.vmap(self._merge)(sets.tokens, count, sets.kind)
     return selection_ops.collect_parts(
-      means, found.centre, num_keep, inputs.features.dtype, home=sets.home
+      means, centre, num_keep, frames.dtype, home=sets.home
     )
 
   def reference_rows(self, grid, ratio):
@@ -91,7 +89,7 @@ class PruneVID(layerwise.TwoStages):
   def step(self, state, *, layer, keep):
     """Returns the tokens of each set that the text attends to most."""
     del layer
-    sets = layerwise.sets_of_static_and_frames(state.entered, state.grid)
+    sets = sets_of_static_and_frames(state.entered, state.grid)
     return layerwise.keep_by_text_attention(
       state,
       keep,
@@ -101,14 +99,14 @@ class PruneVID(layerwise.TwoStages):
     )
 
   def _merge(self, x, count, kind):
-    # A set that gets no row is no set.
     found = clustering.from_distances(
       diversity.squared_distances(x),
       count,
       num_neighbours=self.num_neighbours,
+      # A set that gets no row is no set.
       sets=jnp.where(count > 0, kind, segments.NOWHERE),
     )
-    return found, clustering.means(x, found)
+    return found.centre, similarity.segment_mean(x, found.centre, len(x))
 
   def _own_counts(self, size, ratio):
     """Returns int32[size + 1], clusters of a set by its number of tokens."""
@@ -123,10 +121,7 @@ def mean_cosine(frames, first):
   """Returns float32[T, P], a place's mean cosine over pairs of its segment.
 
   Of w unit vectors it is (|sum|^2 - w) / (w (w - 1)); -inf for one frame.
-
-  Args:
-    frames: float[T, P, D] video tokens.
-    first: int32[T], the first frame of each frame's segment.
+  `first` int32[T] is the first frame of each frame's segment.
   """
   T, P, _ = frames.shape
   unit = similarity.unit(frames)
@@ -138,3 +133,20 @@ def mean_cosine(frames, first):
   pairs = member.sum(axis=-1) * (member.sum(axis=-1) - 1)
   mean = (jnp.square(total).sum(axis=-1) - own) / jnp.maximum(pairs, 1)[:, None]
   return jnp.where(pairs[:, None] > 0, mean, -jnp.inf)[first]
+
+
+def sets_of_static_and_frames(selection: base.Selection, grid):
+  """Returns int32[K] sets of merged rows, 2 * T in all.
+
+  A row that stands for tokens of one frame belongs to that frame's set; one
+  that stands for several frames to set T + first of them: PruneVID's dynamic
+  and static tokens. Padding goes to set 2 * T.
+  """
+  T, H, W = grid
+  size = selection.index.shape[0]
+  frame = jnp.arange(T * H * W, dtype=jnp.int32) // (H * W)
+  group = jnp.where(selection.assign < 0, size, selection.assign)
+  first = jax.ops.segment_min(frame, group, size + 1)[:size]
+  last = jax.ops.segment_max(frame, group, size + 1)[:size]
+  sets = jnp.where(last > first, T + first, first)
+  return jnp.where(selection.mask, sets, 2 * T)

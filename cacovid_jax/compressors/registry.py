@@ -77,13 +77,12 @@ class FunctionCompressor(base.Compressor):
   @property
   def rounds_itself(self):
     """True if the function is told of the rounding and it is its own."""
-    return self._takes("rounding") and not self.exact_budget
+    return "rounding" in _parameters(self.function) and not self.exact_budget
 
   @property
   def known_options(self):
     """Names of the function's further parameters, sorted."""
-    parameters = inspect.signature(self.function).parameters
-    return tuple(sorted(set(parameters) - _INTERFACE))
+    return tuple(sorted(set(_parameters(self.function)) - _INTERFACE))
 
   @property
   def options(self):
@@ -99,21 +98,17 @@ class FunctionCompressor(base.Compressor):
     """See `base.Compressor.reference_rows`."""
     if self.own_rows is None:
       return base.budget(grid, ratio)
-    parameters = inspect.signature(self.own_rows).parameters
-    loose = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    values = {
-      name: value
-      for name, value in self.values.items()
-      if loose or name in parameters
-    }
-    return self.own_rows(grid, ratio, **values)
+    takes = _parameters(self.own_rows)
+    if not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+      known = {name: self.values[name] for name in self.values if name in takes}
+      return self.own_rows(grid, ratio, **known)
+    return self.own_rows(grid, ratio, **self.values)
 
   def choose(self, inputs, num_keep, ratio):
     """Returns what the function returns."""
-    extra = {"ratio": ratio, "rounding": "reference"}
-    if self.exact_budget:
-      extra["rounding"] = "exact"
-    extra = {name: extra[name] for name in extra if self._takes(name)}
+    rounding = "exact" if self.exact_budget else "reference"
+    extra = {"ratio": ratio, "rounding": rounding}
+    takes = _parameters(self.function)
     return self.function(
       inputs.features,
       grid=inputs.grid,
@@ -121,12 +116,13 @@ class FunctionCompressor(base.Compressor):
       text=inputs.text,
       aux=inputs,
       rng=inputs.rng,
-      **extra,
+      **{name: extra[name] for name in extra if name in takes},
       **self.values,
     )
 
-  def _takes(self, parameter):
-    return parameter in inspect.signature(self.function).parameters
+
+def _parameters(function):
+  return inspect.signature(function).parameters
 
 
 def names() -> tuple[str, ...]:
@@ -182,17 +178,7 @@ def get(spec: str, exact_budget: bool = True, **options):
         f"method {name!r}: exact_budget is {exact!r}; give True or False"
       )
   exact_budget = options.pop("exact_budget", True) and exact_budget
-  if ":" in name:
-    method = _load(name)
-  elif name in _METHODS or name in _ORACLES:
-    method = _known(name)
-  else:
-    close = difflib.get_close_matches(name, names(), n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    raise errors.UserError(
-      f"unknown method {name!r}; {hint}known: {', '.join(names())}, or"
-      " your own as path/file.py:function"
-    )
+  method = _load(name) if ":" in name else _known(name)
   known = method.known_options
   for key in options:
     if key not in known:
@@ -210,7 +196,15 @@ def get(spec: str, exact_budget: bool = True, **options):
 
 
 def _known(name: str) -> base.Compressor:
-  module, _, attribute = (_METHODS | _ORACLES)[name].partition(":")
+  known = _METHODS | _ORACLES
+  if name not in known:
+    close = difflib.get_close_matches(name, names(), n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise errors.UserError(
+      f"unknown method {name!r}; {hint}known: {', '.join(names())}, or"
+      " your own as path/file.py:function"
+    )
+  module, _, attribute = known[name].partition(":")
   module = importlib.import_module(f"cacovid_jax.compressors.{module}")
   return getattr(module, attribute)()
 
@@ -229,7 +223,7 @@ def _load(spec: str) -> base.Compressor:
     raise errors.UserError(
       f"method {spec!r}: {attribute} is neither a Compressor nor a function"
     )
-  missing = {"grid", "num_keep"} - set(inspect.signature(found).parameters)
+  missing = {"grid", "num_keep"} - set(_parameters(found))
   if missing:
     raise errors.UserError(
       f"method {spec!r}: {attribute} does not take {', '.join(sorted(missing))}"

@@ -21,8 +21,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from cacovid_jax import errors
-from cacovid_jax.compressors import base
+from cacovid_jax.compressors import base, selection_ops
 from cacovid_jax.compressors.math import clustering, similarity
 
 _BISECTIONS = 16
@@ -44,41 +43,32 @@ class Scissor(base.Compressor):
   """
 
   name: str = "scissor"
-  mode: str | None = None
+  mode: str | None = base.choice(None, "mst", "bisect", "tau")
   tau: float = 0.9
-
-  def __post_init__(self):
-    super().__post_init__()
-    if self.mode not in (None, "mst", "bisect", "tau"):
-      raise errors.UserError(
-        f"scissor: unknown mode {self.mode!r}; use 'mst', 'bisect' or 'tau'"
-      )
 
   def choose(self, inputs, num_keep, ratio):
     """Returns the means of the clustering."""
-    features, grid = inputs.features, inputs.grid
+    frames, tau = inputs.frames, self.tau
     mode = self.mode or ("mst" if self.exact_budget else "tau")
+    if mode == "bisect":
+      tau = _bisect(frames, num_keep)
     if mode == "mst":
-      melted = _by_trees(features, grid, num_keep, self.tau)
+      melted = _by_trees(frames, num_keep, tau)
     else:
-      tau = self.tau
-      if mode == "bisect":
-        tau = _bisect(features, grid, num_keep)
-      melted = _by_threshold(features, grid, tau)
-    return _merge(features, *melted, num_keep)
+      melted = _by_threshold(frames, tau)
+    return _merge(inputs.features, *melted, num_keep)
 
   def reference_rows(self, grid, ratio):
     """Returns the most rows that a threshold leaves: those of the budget."""
     return base.budget(grid, ratio)
 
 
-def _by_trees(features, grid, num_keep, tau):
+def _by_trees(frames, num_keep, tau):
   """Returns what `_by_threshold` does, of exactly K clustering."""
-  num_frames, area = grid[0], grid[1] * grid[2]
-  num_video = num_frames * area
-  alike = similarity.symmetric(_frames(features, grid))
+  num_video = frames.shape[0] * frames.shape[1]
+  alike = similarity.symmetric(frames)
   forest = jax.vmap(clustering.maximum_spanning_forest)(alike)
-  start = jnp.arange(num_frames, dtype=jnp.int32)[:, None] * area
+  start = _first_tokens(frames)
   forest = clustering.Forest(
     (forest.first + start).reshape(-1),
     (forest.second + start).reshape(-1),
@@ -89,20 +79,17 @@ def _by_trees(features, grid, num_keep, tau):
   num_edges = jnp.where(num_video - above >= num_keep, above, between)
   spatial = clustering.cut(forest, num_edges)
   links = _links(alike, _threshold(forest, num_edges, tau))
-  hub = _hubs(links, spatial, grid)
+  means, hub, valid = _melted(frames, links, spatial)
 
-  means = _means(features, spatial, grid)
-  valid = spatial == jnp.arange(num_video)
   alike = similarity.symmetric(means)
   forest = clustering.maximum_spanning_forest(alike, valid)
   num_edges = valid.sum() - num_keep
   label = clustering.cut(forest, num_edges)
-  threshold = _threshold(forest, num_edges, tau)
-  degree = jnp.sum(_links(alike, threshold) & valid[None, :], axis=-1)
-  return means, spatial, hub, label, degree
+  links = _links(alike, _threshold(forest, num_edges, tau))
+  return means, spatial, hub, label, jnp.sum(links & valid[None, :], axis=-1)
 
 
-def _by_threshold(features, grid, tau):
+def _by_threshold(frames, tau):
   """Links and melts tokens within frames, then the means of all frames.
 
   Returns:
@@ -112,29 +99,24 @@ def _by_threshold(features, grid, tau):
     none; int32[N] component that each slot belongs to, by its first slot;
     int32[N] how many other slots each is linked to.
   """
-  area = grid[1] * grid[2]
-  alike = similarity.symmetric(_frames(features, grid))
-  links = _links(alike, tau)
-  start = jnp.arange(grid[0], dtype=jnp.int32)[:, None] * area
-  spatial = jax.vmap(clustering.connected_components)(links) + start
-  spatial = spatial.reshape(-1)
-  hub = _hubs(links, spatial, grid)
+  links = _links(similarity.symmetric(frames), tau)
+  spatial = jax.vmap(clustering.connected_components)(links)
+  spatial = (spatial + _first_tokens(frames)).reshape(-1)
+  means, hub, valid = _melted(frames, links, spatial)
 
-  means = _means(features, spatial, grid)
-  valid = spatial == jnp.arange(spatial.shape[0])
   links = _links(similarity.symmetric(means), tau)
   links &= valid[:, None] & valid[None, :]
   label = clustering.connected_components(links)
   return means, spatial, hub, label, jnp.sum(links, axis=-1)
 
 
-def _bisect(features, grid, num_keep):
+def _bisect(frames, num_keep):
   """Returns float32[], close to the largest tau that leaves K clustering."""
 
   def halve(_, bounds):
     low, high = bounds
     tau = (low + high) / 2
-    _, spatial, _, label, _ = _by_threshold(features, grid, tau)
+    _, spatial, _, label, _ = _by_threshold(frames, tau)
     slot = jnp.arange(spatial.shape[0])
     enough = jnp.sum((spatial == slot) & (label == slot)) >= num_keep
     # At the upper end there are always enough: at 1 every token is alone.
@@ -162,21 +144,23 @@ def _merge(features, means, spatial, hub, label, degree, num_keep):
   index = jnp.append(hub, num_video)[place]
   order = jnp.argsort(index)
   index = index[order]
-  row = jnp.append(jnp.argsort(order).astype(jnp.int32), num_keep)[row]
+  row = jnp.append(selection_ops.inverse(order), num_keep)[row]
 
   # Equal votes: a large and a small component of a frame count the same.
-  own = base.segment_mean(means, row, num_keep)
+  own = similarity.segment_mean(means, row, num_keep)
   alike = similarity.between(features.astype(own.dtype), own, split=True)
   alike = jnp.where(slot[:num_keep] < num_valid, alike, -jnp.inf)
   assign = jnp.argmax(alike, axis=-1).astype(jnp.int32)
-  count = base.segment_count(assign, num_keep)
-  total = own + base.segment_sum(features, assign, num_keep)
+  count = similarity.segment_count(assign, num_keep)
+  total = own + similarity.segment_sum(features, assign, num_keep)
   rows = (total / (1.0 + count)[:, None]).astype(features.dtype)
   return base.arrange(rows, index, assign, num_valid)
 
 
-def _frames(features, grid):
-  return features.reshape(grid[0], grid[1] * grid[2], -1)
+def _first_tokens(frames):
+  """Returns int32[T, 1], the first token of each frame."""
+  T, P, _ = frames.shape
+  return jnp.arange(T, dtype=jnp.int32)[:, None] * P
 
 
 def _links(alike, threshold):
@@ -191,27 +175,22 @@ def _threshold(forest, num_edges, tau):
   one equals a similarity that was kept, no threshold gives the same
   components, and it serves only to count links.
   """
-  weight = jnp.sort(forest.weight)[::-1]
-  weight = jnp.concatenate(
-    [jnp.array([jnp.inf]), weight, jnp.array([-jnp.inf])]
-  )
+  ends = [-jnp.inf, jnp.inf]
+  weight = jnp.sort(jnp.append(forest.weight, jnp.array(ends)))[::-1]
   num_edges = jnp.minimum(num_edges, jnp.sum(forest.weight > -jnp.inf))
   kept, removed = weight[num_edges], weight[num_edges + 1]
   return jnp.where((removed <= tau) & (tau < kept), tau, removed)
 
 
-def _hubs(links, spatial, grid):
-  """Returns int32[N], in a component's first slot, its most linked token."""
+def _melted(frames, links, spatial):
+  """Returns means, hubs and whether they are there, of each slot.
+
+  The first two are those of `_by_threshold`, the last one bool[N].
+  """
+  T, P, D = frames.shape
+  local = spatial.reshape(T, P) - _first_tokens(frames)
+  means = similarity.segment_mean(frames, local, P).reshape(T * P, D)
   degree = jnp.sum(links, axis=-1).reshape(-1)
-  return clustering.best_member(degree, spatial, spatial.shape[0])
-
-
-def _means(features, spatial, grid):
-  """Returns float32[N, D] means of components within frames, by first slot."""
-  num_frames, area = grid[0], grid[1] * grid[2]
-  start = jnp.arange(num_frames, dtype=jnp.int32)[:, None] * area
-  local = spatial.reshape(num_frames, area) - start
-  means = jax.vmap(base.segment_mean, in_axes=(0, 0, None))(
-    _frames(features, grid), local, area
-  )
-  return means.reshape(num_frames * area, -1)
+  hub = clustering.best_member(degree, spatial, T * P)
+  valid = spatial == jnp.arange(T * P)
+  return means, hub, valid

@@ -102,13 +102,11 @@ class EVS(base.Compressor):
 
   def choose(self, inputs, num_keep, ratio):
     """Returns the tokens that changed most; the first frame has changed."""
-    T, H, W = inputs.grid
-    cosine = similarity.adjacent(inputs.features.reshape(T, H * W, -1))
+    cosine = similarity.adjacent(inputs.frames)
     # Where nothing moves, ties go to the earlier token and not to rounding.
     changed = 1.0 - similarity.settled(cosine)
-    first = jnp.full([1, H * W], _FIRST_FRAME, jnp.float32)
-    values = jnp.concatenate([first, changed]).reshape(-1)
-    return base.take_top(inputs.features, values, num_keep)
+    values = jnp.pad(changed, [(1, 0), (0, 0)], constant_values=_FIRST_FRAME)
+    return base.take_top(inputs.features, values.reshape(-1), num_keep)
 
   def reference_rows(self, grid, ratio):
     """Returns how many tokens the publication keeps: a whole frame or more."""
@@ -133,10 +131,7 @@ class DensityPeaks(allocators.FrameShared):
 
   def choose(self, inputs, num_keep, ratio):
     """Returns the density peaks of each frame, or of the whole video."""
-    if self.scope == "video":
-      index = peaks(inputs.features, num_keep=num_keep)
-      return base.take(inputs.features, index)
-    return allocators.select_per_frame(peaks, self.allocator, inputs, num_keep)
+    return self.by_rule(peaks, inputs, num_keep)
 
 
 def peaks(features, *, num_keep):
@@ -151,11 +146,8 @@ class LastQuery(base.Compressor):
 
   The signal behind FastV (https://arxiv.org/abs/2403.06764), used here before
   the language model: a first, uncompressed prefill tells which video tokens
-  the question looks at, a second one answers from those alone. It costs more
-  than it saves; it is a strong rule to compare with, not a way to save time.
-
-  Attributes:
-    layer: decoder layer, from 0; negative counts from the last one.
+  the question looks at, a second one answers from those alone. A strong rule to
+  compare with, no way to save time. Negative layers count from the last one.
   """
 
   name: str = "last_query"
@@ -200,8 +192,8 @@ class DecisiveBoxes(base.Compressor):
 def spread(members, num_members, count):
   """Returns bool[N] with `count` evenly spaced ones of `members` bool[N].
 
-  Member j is taken where floor(count * (j + 1) / num_members) steps up: exact
-  in integers, though neither number is static.
+  Those where floor(count * (j + 1) / num_members) steps up: exact in integers,
+  though neither number is static.
   """
   rank = jnp.cumsum(members) - 1
   total = jnp.maximum(num_members, 1)

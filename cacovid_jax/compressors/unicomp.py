@@ -19,7 +19,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from cacovid_jax import errors
 from cacovid_jax.compressors import base, budgets, selection_ops
 from cacovid_jax.compressors.math import similarity
 
@@ -28,9 +27,8 @@ from cacovid_jax.compressors.math import similarity
 class UniComp(base.Compressor):
   """Unique tokens of fused frames, averaged with those near them.
 
-  A row has the place of its token in the first frame of its group. It is the
-  mean of that token and the mean of the tokens that it suppressed, each of
-  them the mean over the frames of the group.
+  A row has the place of its token in the first frame of its group: the mean of
+  that token and the mean of those that it suppressed, all of fused frames.
 
   Attributes:
     frame_threshold: largest cosine distance between the mean features of a
@@ -41,32 +39,22 @@ class UniComp(base.Compressor):
   """
 
   name: str = "unicomp"
-  frame_threshold: float = 0.005
-  token_threshold: float = 0.2
+  frame_threshold: float = base.number(0.005, 0, 2)
+  token_threshold: float = base.number(0.2, 0, 2)
   temperature: float = base.number(1.0, 0, open_low=True)
-
-  def __post_init__(self):
-    super().__post_init__()
-    for name in ("frame_threshold", "token_threshold"):
-      if not 0.0 <= getattr(self, name) <= 2.0:
-        raise errors.UserError(
-          f"unicomp: {name} {getattr(self, name)} is no cosine distance; give"
-          " 0 to 2"
-        )
 
   def choose(self, inputs, num_keep, ratio):
     """Returns the rows of all groups of frames."""
-    features = inputs.features
-    T, H, W = inputs.grid
-    P = H * W
+    frames = inputs.frames
+    T, P, _ = frames.shape
     head = fuse(
-      features.reshape(T, P, -1).astype(jnp.float32).mean(axis=1),
+      frames.astype(jnp.float32).mean(axis=1),
       self.frame_threshold,
       least=-(-num_keep // P),
     )
     is_head = head == jnp.arange(T)
-    fused = base.segment_mean(features.reshape(T, -1), head, T)
-    fused = fused.reshape(T, P, -1)
+    fused = similarity.segment_mean(frames.reshape(T, -1), head, T)
+    fused = fused.reshape(frames.shape)
 
     unique = uniqueness(similarity.between(fused.mean(axis=1)), is_head)
     share = jnp.where(is_head, unique / self.temperature, -jnp.inf)
@@ -83,28 +71,21 @@ class UniComp(base.Compressor):
     )(fused, counts)  # [T, P]
 
     place = jnp.arange(P)
-    near = keeper[:, None, :] == place[:, None]
-    near &= ~jnp.eye(P, dtype=bool)
-    num_near = near.sum(axis=-1)[..., None]
-    around = similarity.pooled(fused, near)
-    around = around / jnp.maximum(num_near, 1)
-    values = jnp.where(num_near > 0, (fused + around) / 2, fused)
-
+    joins = jnp.where(keeper == place, -1, keeper)
+    values = selection_ops.anchored(fused, fused, joins, 0.5)
     into = jnp.where(keeper < 0, P, keeper)
     home = head[:, None] * P + place
     return selection_ops.collect_parts(
-      values, into, num_keep, features.dtype, home
+      values, into, num_keep, frames.dtype, home
     )
 
 
 def fuse(vectors, threshold, least):
   """Returns int32[T], the first frame of the group that each frame joins.
 
-  Args:
-    vectors: float32[T, D], one of each frame.
-    threshold: largest cosine distance of a frame to the first of its group.
-    least: static, at least as many groups are made: where the threshold gives
-      fewer, the frames that are farthest from their first one start groups.
+  Frames float32[T, D] are as far from the first of their group as the threshold
+  at most. Where that gives fewer than `least` groups, static, the frames that
+  are farthest from their first one start groups.
   """
   T = vectors.shape[0]
   distance = 1.0 - similarity.between(vectors)
@@ -117,25 +98,19 @@ def fuse(vectors, threshold, least):
 
   _, (head, far) = jax.lax.scan(join, jnp.int32(0), frame)
   starts = (head == frame).at[0].set(True)
-  far = similarity.settled(far)
-  order = jnp.argsort(jnp.where(starts, jnp.inf, -far))
-  place = jnp.zeros([T], jnp.int32).at[order].set(frame)
-  starts |= place < least - starts.sum()
+  far = jnp.where(starts, -jnp.inf, similarity.settled(far))
+  starts |= selection_ops.rank(far) < least - starts.sum()
   return jax.lax.cummax(jnp.where(starts, frame, 0))
 
 
 def uniqueness(cosines, valid=None):
-  """Returns float32[n], one minus the mean cosine of a row to the others.
+  """Returns float32[n], one minus the mean cosine float32[n, n] to the others.
 
-  Args:
-    cosines: float32[n, n] of the rows.
-    valid: bool[n], the rows that are there; None for all. A single row has
-      uniqueness 0.
+  Only to those that are `valid` bool[n], if given; 0 if there is no other.
   """
-  n = cosines.shape[0]
-  if valid is None:
-    valid = jnp.ones([n], bool)
-  others = valid & ~jnp.eye(n, dtype=bool)
+  others = ~jnp.eye(cosines.shape[0], dtype=bool)
+  if valid is not None:
+    others &= valid
   distance = jnp.where(others, 1.0 - cosines, 0.0)
   return distance.sum(axis=-1) / jnp.maximum(others.sum(axis=-1), 1)
 
@@ -143,19 +118,11 @@ def uniqueness(cosines, valid=None):
 def visit_tokens(x, count, threshold):
   """Returns int32[P], the kept token that each joins; itself if it is kept.
 
-  Tokens are visited by falling uniqueness, of equals the first one first. A
-  token that is not suppressed yet stays, and suppresses all later ones within
-  the threshold. The first `count` of those that stay are kept; then, if they
-  are fewer, suppressed ones in the order of the visit.
-
-  Args:
-    x: float[P, D] tokens of a frame.
-    count: int32[], at most P.
-    threshold: largest cosine distance of suppression.
-
-  Returns:
-    -1 where a token is dropped: it stayed too late, or is suppressed by one
-    that did.
+  Tokens float[P, D] are visited by falling uniqueness, of equals the first one
+  first. One that is not suppressed yet stays, and suppresses all later ones
+  within the threshold. The first `count` of those that stay are kept; then, if
+  they are fewer, suppressed ones in the order of the visit. Dropped are (-1)
+  those that stay too late, or are suppressed by one that does.
   """
   P = x.shape[0]
   place = jnp.arange(P, dtype=jnp.int32)
@@ -171,13 +138,8 @@ def visit_tokens(x, count, threshold):
     return jnp.where(near_i & free & free[i], i, joins), None
 
   joins, _ = jax.lax.scan(look, place, (place, near))
-  stays = joins == place
-  rank = jnp.where(
-    stays,
-    jnp.cumsum(stays) - 1,
-    stays.sum() + jnp.cumsum(~stays) - 1,
-  )
-  kept = rank < count
+  stays = (joins == place).astype(jnp.int32)
+  kept = selection_ops.rank(stays) < count
   joins = jnp.where(kept, place, jnp.where(kept[joins], joins, -1))
   # From places in the visit back to tokens.
   token = jnp.where(joins < 0, -1, order[joins])

@@ -35,9 +35,8 @@ class VidCom2(base.Compressor):
 
   def choose(self, inputs, num_keep, ratio):
     """Returns the tokens; its own rounding makes K depend on the video."""
-    T, H, W = inputs.grid
-    P = H * W
-    to_video, to_frame = scores(inputs.features.reshape(T, P, -1))
+    T, P, _ = inputs.frames.shape
+    to_video, to_frame = scores(inputs.frames)
     weight = jax.nn.softmax(-to_video.mean(axis=-1) / self.temperature)
     share = 1.0 + weight - 1.0 / T
     if self.exact_budget:
@@ -55,11 +54,7 @@ class VidCom2(base.Compressor):
 
 
 def scores(frames):
-  """Returns similarities float32[T, P] to the video's and the frame's mean.
-
-  Args:
-    frames: float[T, P, D] video tokens.
-  """
+  """Returns similarities float32[T, P] to the video's and the frame's mean."""
   x = frames.astype(jnp.float32)
   width = x.shape[-1]
   # Ones for the half of the channels with the lowest variance: a mask costs

@@ -44,11 +44,9 @@ class VisionZip(allocators.FrameShared):
   def choose(self, inputs, num_keep, ratio):
     """Returns the tokens of all frames, or of the video as one."""
     features = inputs.features
-    T, H, W = inputs.grid
-    num_parts = T if self.scope == "frame" else 1
-    size = T * H * W // num_parts
-    attention = inputs.vision_attention.astype(jnp.float32)
-    attention = attention.reshape(num_parts, size)
+    num_parts = inputs.grid[0] if self.scope == "frame" else 1
+    attention = inputs.frame_attention.reshape(num_parts, -1)
+    size = attention.shape[1]
     if self.allocator is None:
       counts = budgets.evenly(num_keep, num_parts)
       most, counts = max(counts), jnp.array(counts)
@@ -59,7 +57,7 @@ class VisionZip(allocators.FrameShared):
     # By the budget of a frame, how many of its tokens are dominant; the largest
     # budget has the most contextual ones.
     dominant = [int(k * self.dominant_share) for k in range(most + 1)]
-    max_contextual = most - dominant[-1]
+    max_contextual = max(most - dominant[-1], 1)
     dominant = jnp.array(dominant)[counts]
 
     def part(x, attention, keys, num_dominant, num_contextual):
@@ -95,15 +93,14 @@ def split(attention, keys, num_dominant, num_contextual, max_contextual):
   Args:
     attention: float32[P] attention that each token receives.
     keys: float32[P, dk].
-    num_dominant: int32[], d.
-    num_contextual: int32[]; with d at most P.
-    max_contextual: c, static bound of the contextual tokens.
+    num_dominant: int32[].
+    num_contextual: int32[]; both together at most P.
+    max_contextual: c, static bound of the contextual tokens, at least 1.
 
   Returns:
     kept bool[P], True for dominant and contextual tokens; contexts int32[c],
     the contextual ones, P behind the last; joined int32[P], which of them a
-    token goes into, c for the dominant, the contextual ones themselves and,
-    where there are none, for all.
+    token goes into, c for those that are kept or if there are none.
   """
   size = attention.shape[0]
   dominant = selection_ops.rank(attention) < num_dominant
@@ -114,8 +111,6 @@ def split(attention, keys, num_dominant, num_contextual, max_contextual):
   context = ~dominant & (place % step == 0) & (place // step < num_contextual)
   (contexts,) = jnp.nonzero(context, size=max_contextual, fill_value=size)
   kept = dominant | context
-  if not max_contextual:
-    return kept, contexts, jnp.zeros([size], jnp.int32)
   near = similarity.between(keys, keys[contexts])
   near = jnp.where(contexts < size, near, -jnp.inf)
   joined = jnp.argmax(near, axis=-1)
@@ -125,10 +120,9 @@ def split(attention, keys, num_dominant, num_contextual, max_contextual):
 
 def merge(x, contexts, joined, contextual_reduce):
   """Returns float32[c, D], the contextual tokens with what they took in."""
-  member = joined[None, :] == jnp.arange(contexts.shape[0])[:, None]
   own = x[contexts].astype(jnp.float32)
-  others = similarity.pooled(x, member)
-  count = member.sum(axis=-1, keepdims=True)
+  others = similarity.segment_sum(x, joined, len(contexts))
+  count = similarity.segment_count(joined, len(contexts))[:, None]
   if contextual_reduce == "sum":
     return own + others / jnp.maximum(count, 1)
   return (own + others) / (1 + count)

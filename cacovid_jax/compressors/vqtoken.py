@@ -47,8 +47,7 @@ class VQToken(base.Compressor):
       published code, which looks for the bend 9 too early and never below 12.
     max_clusters: the most clusters that `elbow` tries.
     seeds_per_draw: how many seeds k-means++ draws before it looks at the
-      distances to them; None for 1 up to K = 64, and
-      for what 16 draws need above.
+      distances to them; None for 1 up to K = 64, for K / 16 above.
   """
 
   name: str = "vqtoken"
@@ -100,16 +99,9 @@ class VQToken(base.Compressor):
 def seeds(rng, x, num_seeds, *, per_draw=1):
   """Draws distinct seeds by k-means++ (squared distance to the nearest seed).
 
-  Args:
-    rng: key.
-    x: float32[N, D] tokens of norm 1, or 0.
-    num_seeds: K, static.
-    per_draw: static; so many are drawn, without replacement, before distances
-      to them count. 1 is k-means++ itself.
-
-  Returns:
-    int32[K] distinct tokens, in the order of drawing. A draw of fewer gives
-    the first of them.
+  Returns int32[K] of the tokens float32[N, D] of norm 1, or 0, in the order of
+  drawing; a draw of fewer gives the first of them. `per_draw` are drawn without
+  replacement before distances to them count; 1 is k-means++ itself.
   """
   num_draws = math.ceil((num_seeds - 1) / per_draw)
   per_draw = min(per_draw, x.shape[0])
@@ -140,16 +132,13 @@ def seeds(rng, x, num_seeds, *, per_draw=1):
 
 
 def nearest(x, centres, used, precision=jax.lax.Precision.HIGHEST):
-  """Returns each token's cluster and its cosine to it.
+  """Returns each token's cluster int32[N] and its cosine to it float32[N].
 
   Args:
     x: float32[N, D] tokens of norm 1, or 0.
     centres: float32[K, D] of any norm.
     used: bool[K], the clusters that there are.
     precision: of the products.
-
-  Returns:
-    (int32[N], float32[N]).
   """
   alike = jnp.matmul(x, similarity.unit(centres).T, precision=precision)
   alike = jnp.where(used, alike, -jnp.inf)
@@ -160,13 +149,7 @@ def lloyd(x, centres, used, *, rounds):
   """Returns float32[K, D] means after at most `rounds` rounds of k-means.
 
   A cluster without tokens keeps its centre. Ends once no number of a centre
-  moves by 1e-4.
-
-  Args:
-    x: float32[N, D] tokens of norm 1, or 0.
-    centres: float32[K, D] to start from.
-    used: bool[K], the clusters that there are.
-    rounds: static.
+  moves by 1e-4. Arguments are those of `nearest`.
   """
   # No order of rows hangs on a round, so a faster product may do.
   fast = jax.lax.Precision.HIGH
@@ -181,11 +164,11 @@ def lloyd(x, centres, used, *, rounds):
     mean = jnp.where(count > 0, mean, centres)
     return mean, jnp.max(jnp.abs(mean - centres)), done + 1
 
-  def moving(state):
-    return (state[1] >= _STILL) & (state[2] < rounds)
-
-  state = centres, jnp.float32(jnp.inf), jnp.int32(0)
-  return jax.lax.while_loop(moving, step, state)[0]
+  return jax.lax.while_loop(
+    lambda state: (state[1] >= _STILL) & (state[2] < rounds),
+    step,
+    (centres, jnp.float32(jnp.inf), jnp.int32(0)),
+  )[0]
 
 
 def _bend(x, chosen, rounds, elbow):
@@ -199,8 +182,7 @@ def _bend(x, chosen, rounds, elbow):
     centres = lloyd(x, x[chosen], used, rounds=rounds)
     return jnp.sum(1.0 - nearest(x, centres, used)[1])
 
-  curve = jax.vmap(inertia)(sizes)
-  return bend(curve, elbow)
+  return bend(jax.vmap(inertia)(sizes), elbow)
 
 
 def bend(curve, elbow):

@@ -34,6 +34,10 @@ def aux_of(seed, grid=GRID):
   )
 
 
+def frames_of(features, grid):
+  return jnp.reshape(features, [grid[0], grid[1] * grid[2], -1])
+
+
 def features_of(seed, grid=GRID):
   return jax.random.normal(jax.random.key(seed), [math.prod(grid), 8])
 
@@ -167,7 +171,7 @@ def test_prefix_errors_equal_a_loop():
   order = np.array(
     [np.random.default_rng(t).permutation(AREA) for t in range(5)]
   )
-  found = allocators.prefix_errors(jnp.asarray(features), order, GRID)
+  found = allocators.prefix_errors(frames_of(features, GRID), order)
   for t, frame in enumerate(features.reshape(5, AREA, 8)):
     for k in range(AREA + 1):
       kept = order[t, :k].tolist()
@@ -192,7 +196,7 @@ def test_code_errors_equal_those_of_principal_components():
   _, _, directions = np.linalg.svd(centred)
   directions = directions[:4]
   left = np.abs(centred - centred @ directions.T @ directions)
-  found = allocators.code_errors(jnp.asarray(x), grid)
+  found = allocators.code_errors(frames_of(x, grid))
   np.testing.assert_allclose(
     found, left.reshape(5, -1).mean(axis=-1), rtol=0.05, atol=1e-3
   )
@@ -296,7 +300,7 @@ def test_measured_errors_beat_equal_shares_at_equal_tokens():
   order = jax.vmap(lambda z: simple.peaks(z, num_keep=AREA))(
     jnp.asarray(frames, jnp.float32)
   )
-  table = np.asarray(allocators.prefix_errors(features, order, GRID))
+  table = np.asarray(allocators.prefix_errors(frames_of(features, GRID), order))
   total = {}
   for name in ("uniform", "adaptok", "infotok"):
     counts = np.asarray(

@@ -10,6 +10,7 @@ import pytest
 
 from cacovid_jax import compressors, errors
 from cacovid_jax.compressors import base, registry
+from cacovid_jax.compressors.math import similarity
 from tests.compressors import given, quick
 
 GRID = (5, 2, 3)
@@ -61,18 +62,15 @@ def test_take_mask_compacts_and_pads(num_rows):
     assert int(out.mask.sum()) == len(kept)
 
 
-@pytest.mark.parametrize("reduce", ["mean", "max", "representative"])
-def test_merge_equals_a_loop_over_groups(reduce):
+def test_merge_equals_a_loop_over_groups():
   rng = np.random.default_rng(0)
-  merge = quick.jit(base.merge, static_argnames="reduce")
+  merge = quick.jit(base.merge)
   for seed in range(6):
     features = np.asarray(features_of(seed))
     representative = rng.permutation(NUM_VIDEO)[:7].astype(np.int32)
     assign = rng.integers(-1, 7, NUM_VIDEO).astype(np.int32)
     num_valid = [7, 7, 5, 1, 0, 6][seed]
-    out = merge(
-      features, representative, assign, jnp.int32(num_valid), reduce=reduce
-    )
+    out = merge(features, representative, assign, jnp.int32(num_valid))
     check_valid(out, NUM_VIDEO)
     order = sorted(range(num_valid), key=lambda g: representative[g])
     for row, group in enumerate(order):
@@ -83,8 +81,8 @@ def test_merge_equals_a_loop_over_groups(reduce):
         np.flatnonzero(np.asarray(out.assign) == row), members
       )
       expected = features[representative[group]]
-      if len(members) and reduce != "representative":
-        expected = getattr(np, reduce)(features[members], axis=0)
+      if len(members):
+        expected = features[members].mean(axis=0)
       np.testing.assert_allclose(out.features[row], expected, atol=1e-6)
     assert int(out.mask.sum()) == num_valid
 
@@ -107,13 +105,6 @@ def test_merge_of_bfloat16_sums_in_float32():
   np.testing.assert_array_equal(
     out.features[0], jnp.full(2, 555 / 300, jnp.bfloat16)
   )
-
-
-def test_merge_refuses_an_unknown_reduction():
-  with pytest.raises(ValueError, match="median"):
-    base.merge(
-      features_of(0), jnp.array([0]), jnp.zeros(30, jnp.int32), reduce="median"
-    )
 
 
 def halves(features, *, grid, num_keep, text=None, aux=None, rng=None,
@@ -335,6 +326,6 @@ def test_segment_mean_equals_a_loop_and_leaves_out_foreign_labels():
   for group in range(7):
     if np.any(label == group):
       expected[group] = x[label == group].mean(axis=0)
-  mean = base.segment_mean(x, label, 7)
+  mean = similarity.segment_mean(x, label, 7)
   np.testing.assert_allclose(mean, expected, atol=1e-6)
   assert not np.any(mean[3])

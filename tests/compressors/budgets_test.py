@@ -11,7 +11,7 @@ import pytest
 
 from cacovid_jax import errors
 from cacovid_jax.compressors import budgets
-from tests.compressors import naive, quick
+from tests.compressors import naive, quick, shares
 
 RATIOS = (0.25, 0.2, 0.15, 0.1)
 TOKENS = 6272
@@ -195,7 +195,7 @@ def rounded(share, total):
 def test_largest_remainder_equals_brute_force():
   compared = 0
   for weights, total, low, high in cases():
-    counts = budgets.largest_remainder(weights, total, low, high)
+    counts = shares.largest_remainder(weights, total, low, high)
     assert sum(counts) == total
     assert np.all(counts >= np.broadcast_to(low, len(weights)))
     assert np.all(counts <= np.broadcast_to(high, len(weights)))
@@ -207,7 +207,7 @@ def test_largest_remainder_equals_brute_force():
 
 
 def test_largest_remainder_by_hand():
-  share = budgets.largest_remainder
+  share = shares.largest_remainder
   assert share([1, 1, 1], 7) == [3, 2, 2]
   assert share([5, 3, 2], 5) == [3, 1, 1]  # 2.5, 1.5 and 1: the first half.
   assert share([5, 3, 2], 5, high=2) == [2, 2, 1]
@@ -231,7 +231,7 @@ def test_largest_remainder_on_device_is_that_of_the_host():
   for (weights, total, low, high), counts in zip(rows, found, strict=True):
     assert counts.sum() == total
     assert np.all((low <= counts) & (counts <= high))
-    expected = budgets.largest_remainder(weights, total, low, high)
+    expected = shares.largest_remainder(weights, total, low, high)
     # Rounding may decide between remainders that are as good as equal.
     assert np.abs(counts - expected).max() <= 1
     equal += np.array_equal(counts, expected)
@@ -253,7 +253,7 @@ def test_whole_weights_are_shared_on_the_device_exactly_as_on_the_host():
     rows.append([np.int32(x) for x in (weights, total, low, sizes)])
   found = np.asarray(share(*map(np.stack, zip(*rows, strict=True))))
   for row, counts in zip(rows, found, strict=True):
-    expected = budgets.largest_remainder(row[0].tolist(), int(row[1]), *row[2:])
+    expected = shares.largest_remainder(row[0].tolist(), int(row[1]), *row[2:])
     np.testing.assert_array_equal(counts, expected)
 
 
@@ -293,18 +293,18 @@ def test_largest_remainder_of_many_parts():
     counts = np.asarray(share(weights, total, low, high))
     assert counts.sum() == total and low <= counts.min()
     assert counts.max() <= high
-    expected = budgets.largest_remainder(weights, total, low, high)
+    expected = shares.largest_remainder(weights, total, low, high)
     assert np.abs(counts - expected).sum() <= 4
 
 
 def test_infeasible_shares_are_one_line_at_trace_time():
   with pytest.raises(errors.UserError, match="3 parts that take 0 to 6"):
-    budgets.largest_remainder([1, 1, 1], 7, 0, 2)
+    shares.largest_remainder([1, 1, 1], 7, 0, 2)
   with pytest.raises(errors.UserError, match="take 6 to 9"):
     quick.jit(
       lambda w: budgets.largest_remainder_on_device(w, 5, 2, 3)
     )(jnp.ones(3))  # fmt: skip
   with pytest.raises(ValueError, match="exceed"):
-    budgets.largest_remainder([1, 1], 3, 2, 1)
+    shares.largest_remainder([1, 1], 3, 2, 1)
   with pytest.raises(ValueError, match="positive"):
-    budgets.largest_remainder([1, -1], 3)
+    shares.largest_remainder([1, -1], 3)

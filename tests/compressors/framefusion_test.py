@@ -359,11 +359,11 @@ def test_programs_lower_for_a_tpu():
 @pytest.mark.parametrize(
   "options,match",
   [
-    ({"mode": "fast"}, "mode='fast'; use exact-mask or bucketed"),
-    ({"threshold": 1.5}, r"threshold=1.5 is outside \[-1, 1\]"),
-    ({"threshold": "high"}, "threshold='high' is outside"),
-    ({"min_merge": -0.1}, r"min_merge=-0.1 is outside \[0, 1\]"),
-    ({"max_merges": 0}, "max_merges=0"),
+    ({"mode": "fast"}, "mode is 'fast'; use 'exact-mask' or 'bucketed'"),
+    ({"threshold": 1.5}, "threshold is 1.5; give .* at least -1 and at most 1"),
+    ({"threshold": "high"}, "threshold is 'high'; give a number"),
+    ({"min_merge": -0.1}, "min_merge is -0.1; give a number at least 0"),
+    ({"max_merges": 0}, "max_merges is 0; give an integer at least 1"),
   ],
 )
 def test_bad_options_are_one_line(options, match):

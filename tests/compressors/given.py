@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from cacovid_jax.compressors import base, selection_ops
+from cacovid_jax.compressors import base
 from cacovid_jax.policy import selection
 
 
@@ -35,12 +35,7 @@ def compress(
   )
 
 
-def cacovid_in_bucket(features, budget, *, aux, merge="none"):
+def cacovid_in_bucket(features, budget, *, aux):
   """Returns what `cacovid` selects of a video inside a bucket."""
   index = selection.select(aux.scores, budget)
-  return selection_ops.merge_dropped(
-    merge,
-    base.take(features, index, budget.kept),
-    features,
-    valid=budget.grid.valid_tokens,
-  )
+  return base.take(features, index, budget.kept)

@@ -13,8 +13,8 @@ import pytest
 from cacovid_jax import compressors, errors
 from cacovid_jax.compressors import (
   base,
-  budgets,
   layerwise,
+  prunevid,
   registry,
 )
 from cacovid_jax.models import (
@@ -25,7 +25,7 @@ from cacovid_jax.models import (
   qwen2_5_vl,
   video_llm,
 )
-from tests.compressors import decoder_loop, given, quick
+from tests.compressors import decoder_loop, given, quick, shares
 
 GRID = (4, 2, 3)
 NUM_VIDEO = 24
@@ -438,7 +438,7 @@ def test_text_attention_with_quotas_equals_a_loop():
   ids, trace = run(kind, rule, inputs, 0.5)
 
   def quotas(sizes, number):
-    return budgets.largest_remainder(sizes, rule.keeps[number == 3])
+    return shares.largest_remainder(sizes, rule.keeps[number == 3])
 
   for row in range(2):
     expected, tokens, counts = per_frame_by_hand(kind, inputs, row, quotas)
@@ -534,7 +534,7 @@ def test_sets_of_merged_rows():
     jnp.ones([4, 2]), jnp.array([0, 1, 4, 6]),
     jnp.array([0, 1, 0, -1, 2, 2]), num_valid=3,
   )  # fmt: skip
-  sets = layerwise.sets_of_static_and_frames(selection, (3, 1, 2))
+  sets = prunevid.sets_of_static_and_frames(selection, (3, 1, 2))
   np.testing.assert_array_equal(sets, [3 + 0, 0, 2, 6])
 
 

@@ -8,12 +8,10 @@ import pytest
 
 from cacovid_jax import compressors, errors
 from cacovid_jax.compressors import base, selection_ops
-from cacovid_jax.models import token_grid
-from cacovid_jax.policy import selection
 from tests.compressors import given, quick, selections, videos
 
 GRID, NUM_VIDEO = selections.GRID, selections.NUM_VIDEO
-fold = quick.jit(selection_ops.fold, static_argnames="weighted")
+fold = quick.jit(selection_ops.fold)
 
 
 def scores_of(seed, grid=GRID):
@@ -24,16 +22,16 @@ def scores_of(seed, grid=GRID):
   )
 
 
-def assert_folded(out, selection, features, weighted=True, valid=None):
+def assert_folded(out, selection, features):
   """Token by token: each joins a nearest row, rows are means of all."""
   x = np.asarray(features, np.float64)
   rows = np.asarray(selection.features, np.float64)
   mask, mass = np.asarray(selection.mask), np.array(selection.mass)
-  weight = mass.astype(np.float64) if weighted else mask.astype(np.float64)
+  weight = mass.astype(np.float64)
   total = rows * weight[:, None]
   joined = np.asarray(out.assign)
   for i, row in enumerate(np.asarray(selection.assign)):
-    if row >= 0 or (valid is not None and not valid[i]):
+    if row >= 0:
       assert joined[i] == row
       continue
     cosines = selections.unit(rows) @ selections.unit(x[i])
@@ -50,28 +48,26 @@ def assert_folded(out, selection, features, weighted=True, valid=None):
   np.testing.assert_array_equal(out.mask, selection.mask)
 
 
-@pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("kind", [*selections.KINDS, "scenes"])
-def test_a_plain_selection_folds_as_the_loop_does(kind, weighted):
+def test_a_plain_selection_folds_as_the_loop_does(kind):
   for seed in range(3):
     features = selections.video(kind, seed)
     order = np.random.default_rng(seed).permutation(NUM_VIDEO)
     plain = base.take(features, jnp.asarray(order[:7]))
-    out = fold(plain, features, weighted=weighted)
+    out = fold(plain, features)
     selections.check(out, NUM_VIDEO, 7)
     assert np.asarray(out.mass).sum() == NUM_VIDEO
-    assert_folded(out, plain, features, weighted)
+    assert_folded(out, plain, features)
 
 
-@pytest.mark.parametrize("weighted", [True, False])
-def test_rows_that_are_merged_already_count_by_their_mass_or_once(weighted):
+def test_rows_that_are_merged_already_count_by_their_mass():
   features = selections.video("random", 5)
   assign = np.full(NUM_VIDEO, -1, np.int32)
   assign[:12] = [0, 1, 2, 0, 0, 1, 0, 0, 0, 0, 0, 0]
   merged = base.merge(features, jnp.array([0, 1, 2]), jnp.asarray(assign))
   np.testing.assert_array_equal(merged.mass, [9, 2, 1])
-  out = fold(merged, features, weighted=weighted)
-  assert_folded(out, merged, features, weighted)
+  out = fold(merged, features)
+  assert_folded(out, merged, features)
 
 
 def test_a_row_that_nothing_joins_stays_bit_by_bit():
@@ -82,15 +78,13 @@ def test_a_row_that_nothing_joins_stays_bit_by_bit():
   np.testing.assert_array_equal(out.mass, [1, 3])
 
 
-def test_padding_rows_and_tokens_take_no_part():
-  features = selections.video("random", 6).at[25:].set(jnp.nan)
+def test_padding_rows_take_no_part():
+  features = selections.video("random", 6)
   index = jnp.array([3, 9, 20, NUM_VIDEO, NUM_VIDEO])
   plain = base.take(features, index, jnp.int32(3))
-  valid = np.arange(NUM_VIDEO) < 25
-  out = fold(plain, features, valid=valid)
-  assert_folded(out, plain, np.nan_to_num(np.asarray(features)), valid=valid)
+  out = fold(plain, features)
+  assert_folded(out, plain, features)
   assert not np.any(out.features[3:]) and not np.any(out.mass[3:])
-  assert (np.asarray(out.assign[25:]) == -1).all()
 
 
 def test_bfloat16_tokens_are_averaged_in_float32():
@@ -125,46 +119,6 @@ def test_the_policy_variants_merge_what_they_drop(name, field):
   )
   assert_folded(merged, plain, features)
   selections.check(merged, NUM_VIDEO, 9)
-
-
-def test_merging_in_a_bucket_equals_merging_alone():
-  grid, ratio = (3, 4, 2), 0.5
-  num_video = math.prod(grid)
-  features, scores = selections.video("random", 8, grid), scores_of(8, grid)
-  num_keep = selection.num_keep(grid, ratio)
-  rule = compressors.get("cacovid", merge="nearest")
-  alone = quick.jit(
-    lambda x, aux: given.compress(
-      rule, x, grid=grid, num_keep=num_keep, aux=aux, ratio=ratio
-    )
-  )(features, given.Aux(scores=scores))
-  behind = NUM_VIDEO - num_video
-  out = quick.jit(
-    lambda features, budget, aux: given.cacovid_in_bucket(
-      features, budget, aux=aux, merge="nearest"
-    )
-  )(
-    jnp.pad(features, ((0, behind), (0, 0)), constant_values=jnp.nan),
-    selection.budget(
-      grid,
-      ratio,
-      bucket=token_grid.GridBucket(4, 8, NUM_VIDEO),
-      num_keep_max=16,
-    ),
-    given.Aux(
-      scores=videos.Scores(
-        jnp.pad(scores.frame, ((0, 1), (0, 0))),
-        jnp.pad(scores.token, ((0, behind), (0, 0))),
-      )
-    ),
-  )
-  np.testing.assert_array_equal(out.index[:num_keep], alone.index)
-  np.testing.assert_allclose(out.features[:num_keep], alone.features, atol=1e-6)
-  np.testing.assert_array_equal(out.mass[:num_keep], alone.mass)
-  np.testing.assert_array_equal(out.assign[:num_video], alone.assign)
-  assert not np.any(out.features[num_keep:])
-  assert not np.any(out.mass[num_keep:])
-  assert (np.asarray(out.assign[num_video:]) == -1).all()
 
 
 def test_a_batch_equals_single_videos_in_one_program():

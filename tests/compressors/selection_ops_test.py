@@ -42,8 +42,8 @@ def test_collect_takes_marked_tokens_and_remembers_who_joined():
 def test_anchored_leaves_lonely_tokens_alone():
   out = selection_ops.anchored(
     jnp.array([[10.0], [3.0]]),
-    jnp.array([[4.0], [0.0]]),
-    jnp.array([2, 0]),
+    jnp.array([[9.0], [1.0], [3.0]]),
+    jnp.array([-1, 0, 0]),
     0.6,
   )
   np.testing.assert_allclose(out, [[0.6 * 10 + 0.4 * 2], [3.0]], rtol=1e-6)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from cacovid_jax import compressors, errors
-from cacovid_jax.compressors import budgets, layerwise
-from tests.compressors import decoder_loop, given, layerwise_test, quick
+from cacovid_jax.compressors import prunevid
+from tests.compressors import decoder_loop, given, layerwise_test, quick, shares
 
 GRID, NUM_VIDEO, LAYERS, NEW = (
   layerwise_test.GRID,
@@ -68,7 +68,7 @@ def keep_by_sets(probs, start, size, sets, keep, exact):
   sizes = [len(members[s]) for s in names]
   quotas = [int(0.4 * n) for n in sizes]
   if exact:
-    quotas = budgets.largest_remainder(sizes, keep)
+    quotas = shares.largest_remainder(sizes, keep)
   kept = []
   for name, quota in zip(names, quotas, strict=True):
     kept += sorted(members[name], key=lambda i: (-paid[i], i))[:quota]
@@ -126,7 +126,7 @@ def test_both_parts_equal_a_loop_after_the_first_one(name):
     selection = first_part(
       rule, video[row], entering, aux.vision_attention[row]
     )
-    sets = layerwise.sets_of_static_and_frames(selection, GRID)
+    sets = prunevid.sets_of_static_and_frames(selection, GRID)
     several += (np.asarray(sets) >= GRID[0]).any()
     expected, index, counts = by_hand(
       inputs, row, selection, layer,
@@ -214,7 +214,7 @@ def test_what_both_parts_say_of_themselves():
     ("flashvid?llm_stage=False&llm_keep=0.5", "llm_keep is an option of"),
     ("prunevid?llm_stage=yes", "llm_stage='yes'; give True or False"),
     ("flashvid?llm_stage=3", "llm_stage=3; give True or False"),
-    ("flashvid?llm_keep=0", r"llm_keep=0 is outside \(0, 1\]"),
+    ("flashvid?llm_keep=0", "llm_keep is 0; give a number above 0"),
     ("prunevid?llm_stage=True&speed=1", "has no option 'speed'"),
     ("flashvid?speed=1", "no option 'speed'; known options: cut_below, "),
   ],

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from cacovid_jax import compressors, errors
-from cacovid_jax.compressors import budgets, unicomp
-from tests.compressors import given, quick, selections
+from cacovid_jax.compressors import unicomp
+from tests.compressors import given, quick, selections, shares
 
 GRID, NUM_VIDEO = selections.GRID, selections.NUM_VIDEO
 
@@ -75,7 +75,7 @@ def naive(features, num_keep, grid=GRID, frame=0.005, token=0.2, heat=1.0):
   }
   unique = naive_uniqueness([fused[g].mean(axis=0) for g in groups])
   weights = np.exp(np.array(unique) / heat)
-  counts = budgets.largest_remainder(
+  counts = shares.largest_remainder(
     list(weights / weights.sum()),
     num_keep,
     low=1 if len(groups) <= num_keep else 0,
@@ -187,8 +187,8 @@ def test_a_batch_equals_single_videos_in_one_program():
 @pytest.mark.parametrize(
   "options,said",
   [
-    ({"frame_threshold": -0.1}, "give 0 to 2"),
-    ({"token_threshold": 3.0}, "give 0 to 2"),
+    ({"frame_threshold": -0.1}, "a number at least 0 and at most 2"),
+    ({"token_threshold": 3.0}, "a number at least 0 and at most 2"),
     ({"temperature": 0.0}, "above 0"),
   ],
 )

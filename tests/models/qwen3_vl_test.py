@@ -249,9 +249,7 @@ def test_the_text_behind_the_video_is_not_that_between_its_patches(prompts):
   length, last = int(batch.lengths[0]), int(batch.video_rows[0, -1])
   q = jax.random.normal(jax.random.key(0), (1, length, 4, 8))
   k = jax.random.normal(jax.random.key(1), (1, length, 2, 8))
-  look = layerwise.attention_of(
-    "after_video", whole.lengths - whole.num_after, 40
-  )
+  look = layerwise.attention_of("after_video", whole)
   q_by_kv_head = q[0].reshape(-1, 2, 2, 8)
   scores = jnp.einsum("tkgh,skh->kgts", q_by_kv_head, k[0]) / np.sqrt(8)
   scores = jnp.where(jnp.tri(length, dtype=bool), scores, -jnp.inf)

@@ -1,13 +1,12 @@
 """Clusters of tokens: density peaks, connected components, spanning forests.
 
 All with static shapes. Density peaks cluster the points of masked sets, each
-on its own (PruneVID, HoliTom and FlashVID share them): a point is dense if its
-k nearest points, itself included, are near; it is separate if the nearest
-denser point is far. The points with the largest product of the two are the
-centres, every other point joins the nearest centre. How many points and
-clusters there are may be data. Nothing is drawn: among equal densities the
-earlier point is the denser one (the published code adds noise), equal scores
-and equal distances go to the earlier point.
+on its own: a point is dense if its k nearest points, itself included, are
+near; it is separate if the nearest denser point is far. The points with the
+largest product of the two are the centres, every other point joins the nearest
+centre. How many points and clusters there are may be data. Nothing is drawn:
+of equal densities (the published code adds noise), scores and distances the
+earlier point comes first.
 Paper: https://doi.org/10.1016/j.knosys.2016.02.001
 
 A partition of n nodes is a label int32[n] per node, one of the members of its
@@ -19,13 +18,14 @@ along edges would take as many as a chain is long.
 Axes: n points or nodes, m edges, D width, K groups.
 """
 
+import functools
 from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from cacovid_jax.compressors import base, selection_ops
+from cacovid_jax.compressors import selection_ops
 from cacovid_jax.policy import diversity
 
 
@@ -48,54 +48,36 @@ class Clusters(NamedTuple):
   label: jax.Array
 
 
-def cluster(x, num_clusters, *, num_neighbours=7, valid=None, sets=None):
+def cluster(x, num_clusters, *, num_neighbours=7, sets=None):
   """Clusters points by their Euclidean distance over the root of D.
 
-  Args:
-    x: float[n, D]; distances are taken in float32.
-    num_clusters: see `from_distances`.
-    num_neighbours: see `from_distances`.
-    valid: see `from_distances`.
-    sets: see `from_distances`.
+  Arguments but x float[n, D] are those of `from_distances`.
   """
   chex.assert_rank(x, 2)
-  present = valid
-  if sets is not None:
-    present = sets >= 0 if valid is None else valid & (sets >= 0)
-  squared = diversity.squared_distances(x, present)
+  squared = diversity.squared_distances(x, None if sets is None else sets >= 0)
   return from_distances(
-    squared,
-    num_clusters,
-    num_neighbours=num_neighbours,
-    valid=valid,
-    sets=sets,
+    squared, num_clusters, num_neighbours=num_neighbours, sets=sets
   )
 
 
-def from_distances(
-  squared, num_clusters, *, num_neighbours=7, valid=None, sets=None
-):
-  """Clusters points of which the squared distances are known.
+def from_distances(squared, num_clusters, *, num_neighbours=7, sets=None):
+  """Returns the `Clusters` of points of which the squared distances are known.
 
   Args:
     squared: float32[n, n] squared distances, symmetric, zero diagonal.
-    num_clusters: number of clusters of a set; an int, an int32[], or int32[n]
-      which gives at each point the number of its set. Below 1 counts as 1; a
-      set of fewer points has each point in a cluster of its own.
+    num_clusters: of a set; an int, an int32[], or int32[n] which gives at each
+      point the number of its set. Below 1 counts as 1; a set of fewer points
+      has each point in a cluster of its own.
     num_neighbours: k; a set of fewer points has as many neighbours only.
-    valid: bool[n], the points that are there; None for all.
     sets: int32[n], the set of each point, negative where it is not there;
       None for one set. Points of different sets do not see each other.
-
-  Returns:
-    `Clusters`.
   """
   chex.assert_rank(squared, 2)
   n = squared.shape[0]
   points = jnp.arange(n, dtype=jnp.int32)
   if sets is None:
     sets = jnp.zeros([n], jnp.int32)
-  present = sets >= 0 if valid is None else valid & (sets >= 0)
+  present = sets >= 0
   together = (sets[:, None] == sets[None, :]) & present[:, None] & present
 
   # Logarithms of the densities: their order is the same, and they do not
@@ -131,25 +113,13 @@ def from_distances(
   )
 
 
-def means(x, clusters: Clusters):
-  """Returns float32[n, D]: at each centre the mean of its cluster, else 0.
-
-  Args:
-    x: float[n, D] points; those that are not there must be finite.
-    clusters: clusters of these points, of any number of sets.
-  """
-  return base.segment_mean(x, clusters.centre, x.shape[0])
-
-
 def connected_components(adjacency: jax.Array) -> jax.Array:
   """Returns int32[n] component labels, the smallest member of each.
 
-  Args:
-    adjacency: bool[n, n], symmetric; the diagonal has no influence.
+  The diagonal of adjacency bool[n, n], symmetric, has no influence.
   """
-  return _until_stable(
-    lambda label: _hook_neighbours(adjacency, label), adjacency.shape[0]
-  )
+  hook = functools.partial(_hook_neighbours, adjacency)
+  return _until_stable(hook, adjacency.shape[0])
 
 
 def _hook_neighbours(adjacency, label):
@@ -160,23 +130,15 @@ def _hook_neighbours(adjacency, label):
   return jnp.minimum(label.at[label].min(below), below)
 
 
-def components_of_edges(
-  first: jax.Array, second: jax.Array, present: jax.Array, num_nodes: int
-) -> jax.Array:
+def components_of_edges(first, second, present, num_nodes: int) -> jax.Array:
   """Returns int32[n] component labels, the smallest member of each.
 
-  Args:
-    first: int32[m] one end of each edge.
-    second: int32[m] the other end.
-    present: bool[m], False where there is no edge.
-    num_nodes: n, static.
+  Edges are given by their ends int32[m] and int32[m], where bool[m] is True.
   """
   first = jnp.where(present, first, 0)
   second = jnp.where(present, second, 0)
-
-  return _until_stable(
-    lambda label: _hook_edges(first, second, label), num_nodes
-  )
+  hook = functools.partial(_hook_edges, first, second)
+  return _until_stable(hook, num_nodes)
 
 
 def _hook_edges(first, second, label):
@@ -202,32 +164,20 @@ def _until_stable(hook, n):
 
 
 class Forest(NamedTuple):
-  """A maximum spanning forest; edges lie in n slots in no special order.
-
-  Attributes:
-    first: int32[n] one end of the slot's edge.
-    second: int32[n] the other end.
-    weight: float32[n] its similarity, -inf where the slot is empty.
-  """
+  """Edges in n slots: two ends int32[n], and a weight, -inf if it is empty."""
 
   first: jax.Array
   second: jax.Array
   weight: jax.Array
 
 
-def maximum_spanning_forest(
-  similarity: jax.Array, valid: jax.Array | None = None
-) -> Forest:
+def maximum_spanning_forest(similarity, valid=None) -> Forest:
   """Returns the spanning forest of largest total similarity (Boruvka).
 
   In each round every tree takes the best edge that leaves it, all at once.
-  Edges are ordered by similarity, then by the smaller and the larger end, so
-  equal similarities give one well-defined forest.
-
-  Args:
-    similarity: float32[n, n], symmetric to the last bit; -inf for no edge.
-    valid: bool[n], the nodes that are there; None for all. The others are
-      trees of their own.
+  Edges are ordered by similarity float32[n, n], symmetric to the last bit, -inf
+  for no edge, then by the smaller and the larger end, so that there is one such
+  forest. Nodes that are not `valid` bool[n] are trees of their own.
   """
   n = similarity.shape[0]
   node = jnp.arange(n, dtype=jnp.int32)
@@ -278,34 +228,23 @@ def cut(forest: Forest, num_edges: jax.Array) -> jax.Array:
 
   With s valid nodes in one tree, s - K edges leave exactly K components: those
   of the graph of all similarities above a threshold that K components have.
-  Equal weights are cut in the order of the edges' ends.
-
-  Args:
-    forest: of n slots.
-    num_edges: int32[], how many edges to keep; may exceed what there is.
+  Equal weights are cut in the order of the edges' ends; `num_edges` int32[] may
+  exceed what there is.
   """
-  n = forest.weight.shape[0]
   low = jnp.minimum(forest.first, forest.second)
   high = jnp.maximum(forest.first, forest.second)
   order = jnp.lexsort((high, low, -forest.weight))
-  rank = jnp.zeros([n], jnp.int32).at[order].set(jnp.arange(n))
-  keep = (rank < num_edges) & (forest.weight > -jnp.inf)
-  return components_of_edges(forest.first, forest.second, keep, n)
+  keep = selection_ops.inverse(order) < num_edges
+  keep &= forest.weight > -jnp.inf
+  return components_of_edges(forest.first, forest.second, keep, len(order))
 
 
-def best_member(
-  value: jax.Array, label: jax.Array, num_groups: int, tie=None
-) -> jax.Array:
-  """Returns int32[K], the member of each group with the largest value.
+def best_member(value, label, num_groups: int, tie=None) -> jax.Array:
+  """Returns int32[K], the member of each group with the largest value [n].
 
-  Among equal values the lowest tie, then the lowest index. Groups without
-  members get n.
-
-  Args:
-    value: [n] what to compare.
-    label: int32[n]; labels of K or more are left out.
-    num_groups: K, static.
-    tie: int32[n] distinct numbers below n; None for the index.
+  Among equal values the one of lowest `tie` int32[n], distinct numbers below n,
+  or None for the index. Groups without members get n; labels int32[n] of K or
+  more are left out.
   """
   n = value.shape[0]
   node = jnp.arange(n, dtype=jnp.int32)
@@ -322,22 +261,19 @@ def best_member(
   return found[:num_groups]
 
 
-def distinct_representatives(
-  closeness: jax.Array, label: jax.Array, num_groups: int
-) -> jax.Array:
+def distinct_representatives(closeness, label, num_groups: int) -> jax.Array:
   """Returns int32[K] distinct tokens, each group's closest member.
 
   A group without members gets a token that represents no group, the j-th such
   group the j-th such token, since every row must have a place in the video.
 
   Args:
-    closeness: float[n] in [-1, 1] of each token to its own group. The two
-      members of a pair are equally close to their mean, but for rounding:
-      differences below 2e-5 count as none, and the first one wins.
+    closeness: float[n] in [-1, 1] of each token to its own group.
     label: int32[n] group of each token, below K.
     num_groups: K, static, at most n.
   """
   n = closeness.shape[0]
+  # The two members of a pair are equally close to their mean, but for rounding.
   found = best_member(jnp.round(closeness * 2**16), label, num_groups)
   empty = found == n
   used = jnp.zeros([n], bool).at[found].set(True, mode="drop")

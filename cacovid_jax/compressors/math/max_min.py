@@ -23,30 +23,22 @@ from cacovid_jax.compressors.math import similarity
 
 # Rows of the distance matrix held at a time while the first token is sought.
 _BLOCK = 256
-# Largest distance matrix that is held: 14188 tokens. A batch holds one of
-# them for each video.
-_MATRIX_BYTES = 768 * 2**20
 # Items that a warp holds, eight in each thread: a frame's items need one warp,
 # which has no other to wait for. Sixteen warps read a long row fast enough.
 _WARP_ITEMS = 256
 _MOST_WARPS = 16
 
 
-def max_min_subset(
-  features: jax.Array, *, num_keep: int, distances: str = "auto"
-) -> jax.Array:
+def max_min_subset(features, *, num_keep: int, distances: str = "auto"):
   """Returns int32[K] distinct rows of features f[N, D], in picking order.
 
-  Args:
-    features: float[N, D].
-    num_keep: K, static.
-    distances: "matrix" computes all at once and holds them, "rows" computes
-      those to a picked token when it is picked: less memory, and slower by far
-      on an accelerator; "auto" holds them where they fit.
+  Of `distances`, "matrix" computes all at once and holds them, "rows" computes
+  those to a picked token when it is picked: less memory, and slower by far on
+  an accelerator; "auto" holds them where they fit.
   """
   num_tokens = features.shape[0]
   if distances == "auto":
-    fits = 4 * num_tokens**2 <= _MATRIX_BYTES
+    fits = 4 * num_tokens**2 <= similarity.MATRIX_BYTES
     distances = "matrix" if fits else "rows"
   if distances == "matrix":
     return max_min_of_matrix(1.0 - similarity.between(features), num_keep)
@@ -65,7 +57,7 @@ def max_min_subset(
   return max_min_loop(distance_to, first, num_tokens, num_keep)
 
 
-def max_min_of_matrix(distances: jax.Array, num_keep: int) -> jax.Array:
+def max_min_of_matrix(distances, num_keep: int) -> jax.Array:
   """Returns int32[K] distinct items of distances float32[N, N], as picked.
 
   Row j holds the distances of all items to j. The first pick is the item whose
@@ -88,18 +80,16 @@ def _farthest(nearest):
 def max_min(distances, first, num_keep):
   """Returns int32[K] picks, by the kernel on NVIDIA GPUs, else by the loop.
 
-  See `max_min_picks`. Which of the two is decided when the program is lowered
-  for a platform.
+  See `max_min_picks`; decided when the program is lowered for a platform.
   """
-  num_items = distances.shape[0]
-  return jax.lax.platform_dependent(
-    distances,
-    first,
-    cuda=lambda d, i: max_min_picks(d, i, num_keep),
-    default=lambda d, i: max_min_loop(
-      lambda item: d[item], i, num_items, num_keep
-    ),
-  )
+
+  def loop(distances, first):
+    return max_min_loop(
+      lambda item: distances[item], first, len(distances), num_keep
+    )
+
+  kernel = functools.partial(max_min_picks, num_keep=num_keep)
+  return jax.lax.platform_dependent(distances, first, cuda=kernel, default=loop)
 
 
 def max_min_picks(distances, first, num_keep, interpret=False):
@@ -162,11 +152,7 @@ def _max_min_kernel(
 def max_min_loop(distance_to, first, num_items, num_keep):
   """Returns what `max_min_picks` does, on any platform.
 
-  Args:
-    distance_to: int32[] item -> float32[N], distances of all items to it.
-    first: int32[], the first pick.
-    num_items: N, static.
-    num_keep: K, static.
+  `distance_to` an item int32[] gives float32[N], distances of all to it.
   """
   item = jnp.arange(num_items, dtype=jnp.int32)
 

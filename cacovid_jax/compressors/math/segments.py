@@ -28,10 +28,9 @@ class Sets(NamedTuple):
   Attributes:
     tokens: float32[T, P, D]; the average where a window's first frame is
       static, else the token itself.
-    kind: int32[T, P]: STATIC at the first frame of a window, DYNAMIC, or
+    kind: int32[T, P]: STATIC in the first frame of a window, DYNAMIC, or
       NOWHERE for static places of later frames.
-    home: int32[T, P], where among the N tokens a token's value is now: itself
-      or the average that it is part of.
+    home: int32[T, P], the one of N tokens that holds a token's value now.
     sizes: int32[T, 2], tokens of each frame's STATIC and DYNAMIC set.
   """
 
@@ -44,8 +43,7 @@ class Sets(NamedTuple):
 def first_frames(starts: jax.Array) -> jax.Array:
   """Returns int32[T], the first frame of each frame's window.
 
-  Args:
-    starts: bool[T], True where a window begins; frame 0 always does.
+  Of `starts` bool[T], True where one begins; frame 0 always does.
   """
   place = jnp.arange(starts.shape[0], dtype=jnp.int32)
   return jax.lax.cummax(jnp.where(starts, place, 0))
@@ -54,11 +52,8 @@ def first_frames(starts: jax.Array) -> jax.Array:
 def unlike_neighbours(cosine, num_segments, threshold):
   """Returns bool[T], True where a window begins.
 
-  Args:
-    cosine: float32[T - 1] of neighbouring frames.
-    num_segments: windows there are at least, if there are as many frames: the
-      num_segments - 1 lowest cosines end a window, of equal ones the first.
-    threshold: so do all below it.
+  Of cosines float32[T - 1] of neighbouring frames, the num_segments - 1 lowest
+  end a window, of equal ones the first; so do all below the threshold.
   """
   lowest = selection_ops.rank(-cosine) < num_segments - 1
   return jnp.append(jnp.ones(1, bool), lowest | (cosine < threshold))
@@ -112,8 +107,7 @@ def most_saved(alike):
   stay alike all through it times its frames less one. Of equal sums the one
   with the longer last window, and so on backwards.
 
-  Args:
-    alike: bool[T - 1, P], True where a place stays alike to the next frame.
+  `alike` is bool[T - 1, P], True where a place stays alike to the next frame.
   """
   T = alike.shape[0] + 1
   place = jnp.arange(T, dtype=jnp.int32)
@@ -152,14 +146,9 @@ def keep_apart(static, closeness, first, num_keep):
   A video so static that it has fewer tokens than the budget keeps tokens of
   its least close places apart, as few as do.
 
-  Args:
-    static: bool[T, P], equal within a window.
-    closeness: float32[T, P], likewise; the lowest go first, ties by place.
-    first: int32[T] of `first_frames`.
-    num_keep: K, static.
-
-  Returns:
-    bool[T, P], `static` without these.
+  Returns `static` bool[T, P], equal within a window, without these: those of
+  lowest `closeness` float32[T, P], also equal there, ties by place. `first` is
+  int32[T] of `first_frames`.
   """
   T, P = static.shape
   leads = first == jnp.arange(T)
@@ -175,13 +164,7 @@ def keep_apart(static, closeness, first, num_keep):
 
 
 def sets(frames, static, first) -> Sets:
-  """Averages static tokens over their windows.
-
-  Args:
-    frames: float[T, P, D] video tokens.
-    static: bool[T, P], equal within a window.
-    first: int32[T] of `first_frames`.
-  """
+  """Averages static tokens bool[T, P] of frames over their windows."""
   T, P, _ = frames.shape
   member = together(first)
   length = jnp.maximum(member.sum(axis=-1), 1)
@@ -191,13 +174,12 @@ def sets(frames, static, first) -> Sets:
   kind = jnp.where(static, jnp.where(leads, STATIC, NOWHERE), DYNAMIC)
   place = jnp.arange(P, dtype=jnp.int32)
   frame = jnp.where(static, first[:, None], jnp.arange(T)[:, None])
+  of_kind = kind[..., None] == jnp.array([STATIC, DYNAMIC])
   return Sets(
     tokens=jnp.where(kind[..., None] == STATIC, average, frames),
     kind=kind,
     home=frame * P + place,
-    sizes=jnp.stack(
-      [(kind == STATIC).sum(axis=-1), (kind == DYNAMIC).sum(axis=-1)], axis=-1
-    ),
+    sizes=of_kind.sum(axis=1),
   )
 
 

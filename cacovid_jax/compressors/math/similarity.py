@@ -1,13 +1,16 @@
-"""Cosine similarities of tokens, in full float32 at the price of their type.
+"""Cosines and sums of tokens, in full float32 at the price of their type.
 
 A token of zeros is similar to nothing, itself included.
 
-Axes: T frames, n and m tokens, g groups, D width.
+Axes: T frames, n, m and N tokens, g groups, K rows, D width.
 """
 
 import jax
 import jax.numpy as jnp
 
+# Largest matrix of all pairs that is held: 14188 tokens. A batch holds one of
+# them for each video.
+MATRIX_BYTES = 768 * 2**20
 # Below this norm a token counts as zeros; no division by zero follows.
 _LEAST_NORM = 1e-6
 
@@ -15,19 +18,19 @@ _LEAST_NORM = 1e-6
 def unit(x: jax.Array) -> jax.Array:
   """Returns float32[..., D], x float[..., D] at norm 1; zeros stay zeros."""
   x = x.astype(jnp.float32)
-  norm = jnp.linalg.norm(x, axis=-1, keepdims=True)
-  return x / jnp.maximum(norm, _LEAST_NORM)
+  return x / _norm(x)[..., None]
 
 
 def inverse_norm(x: jax.Array) -> jax.Array:
   """Returns float32[...], one over the norms of tokens x float[..., D]."""
-  norm = jnp.linalg.norm(x.astype(jnp.float32), axis=-1)
-  return 1.0 / jnp.maximum(norm, _LEAST_NORM)
+  return 1.0 / _norm(x.astype(jnp.float32))
 
 
-def between(
-  x: jax.Array, y: jax.Array | None = None, *, split: bool = False
-) -> jax.Array:
+def _norm(x):
+  return jnp.maximum(jnp.linalg.norm(x, axis=-1), _LEAST_NORM)
+
+
+def between(x, y=None, *, split: bool = False) -> jax.Array:
   """Returns float32[..., n, m] in [-1, 1], the cosines of tokens x and y.
 
   Tokens are multiplied in the type that they have and divided by their norms
@@ -36,8 +39,8 @@ def between(
   Args:
     x: float[..., n, D].
     y: float[..., m, D]; None for x.
-    split: True multiplies tokens of float32 by `split_dot` on NVIDIA GPUs, a
-      few times faster, with an error of about 1e-6 instead of 1e-7.
+    split: multiplies float32 by `split_dot` on NVIDIA GPUs, a few times faster,
+      with an error of about 1e-6 instead of 1e-7.
   """
   y = x if y is None else y
   if split and not _exact_in_float32(x, y):
@@ -63,14 +66,9 @@ def symmetric(x: jax.Array) -> jax.Array:
 
 
 def adjacent(frames: jax.Array) -> jax.Array:
-  """Returns float32[T - 1, ...] cosines of neighbours along the first axis.
-
-  Args:
-    frames: float[T, ..., D]; each vector is compared with the one at the same
-      place of the next frame.
-  """
+  """Returns float32[T - 1, ...], cosines to the next, of float[T, ..., D]."""
   x = frames.astype(jnp.float32)
-  norm = jnp.maximum(jnp.linalg.norm(x, axis=-1), _LEAST_NORM)
+  norm = _norm(x)
   product = jnp.sum(x[1:] * x[:-1], axis=-1)
   return product / norm[1:] / norm[:-1]
 
@@ -103,10 +101,9 @@ def split_dot(x: jax.Array, y: jax.Array) -> jax.Array:
   """Returns `dot` of x and y, as three products of bfloat16.
 
   Each number is split in two of bfloat16, and the product of the small parts
-  left out: an error of 2^-16 of a product at most, and of the many in a row
-  most cancels, 1e-7 of the norms at the widths of language models. It takes a
-  quarter of the time of a product of float32 on a GPU, whose matrix unit has
-  none of full precision.
+  left out: an error of 2^-16 of a product at most, in sums 1e-7 of the norms.
+  It takes a quarter of the time of a product of float32 on a GPU, whose matrix
+  unit has none of full precision.
   """
   (x_high, x_low), (y_high, y_low) = _halves(x), _halves(y)
   return (dot(x_high, y_low) + dot(x_low, y_high)) + dot(x_high, y_high)
@@ -115,15 +112,38 @@ def split_dot(x: jax.Array, y: jax.Array) -> jax.Array:
 def pooled(x: jax.Array, member: jax.Array) -> jax.Array:
   """Returns float32[..., g, D], the sum of the tokens of each group.
 
-  A product with zeros and ones: exact in whatever type the tokens have, sums
-  in float32, fast on accelerators, and unlike a scatter in an order that does
-  not change.
-
-  Args:
-    x: float[..., n, D] tokens.
-    member: bool[..., g, n], True where a token belongs to a group.
+  A product of float[..., n, D] with zeros and ones, `member` bool[..., g, n]:
+  exact in whatever type the tokens have, sums in float32, fast on accelerators,
+  and unlike a scatter in an order that does not change.
   """
   return dot(member.astype(x.dtype), x)
+
+
+def segment_sum(features, assign, num_rows: int):
+  """Returns float32[..., K, D], the sum of the tokens of each row.
+
+  Args:
+    features: float[..., N, D].
+    assign: int32[..., N] row of each token; those outside [0, K) count nowhere.
+    num_rows: K, static.
+  """
+  return pooled(features, _members(assign, num_rows))
+
+
+def segment_mean(features, assign, num_rows: int):
+  """Returns float32[..., K, D], as `segment_sum`; means, of no tokens zeros."""
+  count = segment_count(assign, num_rows)[..., None]
+  return segment_sum(features, assign, num_rows) / jnp.maximum(count, 1.0)
+
+
+def segment_count(assign, num_rows: int):
+  """Returns float32[..., K], the number of tokens of each row."""
+  return _members(assign, num_rows).sum(axis=-1, dtype=jnp.float32)
+
+
+def _members(assign, num_rows):
+  rows = jnp.arange(num_rows, dtype=assign.dtype)
+  return assign[..., None, :] == rows[:, None]
 
 
 def _exact_in_float32(x, y):

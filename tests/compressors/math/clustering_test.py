@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cacovid_jax.compressors.math import clustering
+from cacovid_jax.compressors.math import clustering, similarity
 from tests.compressors import naive, quick
 
 N, WIDTH, BOUND = 12, 5, 6
@@ -16,11 +16,11 @@ N, WIDTH, BOUND = 12, 5, 6
 @functools.cache
 def _compiled():
   def run(x, valid, num_clusters):
-    found = clustering.cluster(x, num_clusters, valid=valid)
+    found = clustering.cluster(x, num_clusters, sets=jnp.where(valid, 0, -1))
     # The centres, best score first, then N.
     rank = jnp.where(found.rank < jnp.maximum(num_clusters, 1), found.rank, N)
     order = jnp.full([BOUND], N).at[rank].set(jnp.arange(N), mode="drop")
-    return found, order, clustering.means(x, found)
+    return found, order, similarity.segment_mean(x, found.centre, N)
 
   return quick.jit(run)
 
