@@ -134,11 +134,11 @@ COMMAND = command.Command(
 )
 
 
-def flags(**old: str) -> dict[str, command.Flag]:
-  """Returns the flags of these names for a table, which spelled them so."""
+def flags(*names: str, **old: str) -> dict[str, command.Flag]:
+  """Returns flags for a table, which spelled `names` as "table_NAME"."""
   return {
     name: COMMAND.flags[name]._replace(old=(before,))
-    for name, before in old.items()
+    for name, before in ({n: f"table_{n}" for n in names} | old).items()
   }
 
 

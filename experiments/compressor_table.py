@@ -38,23 +38,15 @@ from cacovid_jax.inference import engine as engine_lib
 from cacovid_jax.inference import methods as methods_lib
 from cacovid_jax.synthetic import build
 
-# Rows beside the methods: label -> (the method it follows, its spec).
+# Rows beside the methods, by label.
 VARIANTS = {
-  "cacovid_merged": ("cacovid", "cacovid?merge=nearest"),
-  "prunevid_llm": ("prunevid", "prunevid?llm_stage=True"),
+  "cacovid_merged": "cacovid?merge=nearest",
+  "prunevid_llm": "prunevid?llm_stage=True",
 }
+_SHARED = ("workdir", "model", "policy", "data", "methods", "ratios", "seeds")
 COMMAND = command.Command(
   __doc__,
-  evaluate.flags(
-    workdir="table_workdir",
-    model="table_model",
-    policy="table_policy",
-    data="table_data",
-    methods="table_methods",
-    ratios="table_ratios",
-    seeds="table_seeds",
-    batch_size="table_batch",
-  )
+  evaluate.flags(*_SHARED, batch_size="table_batch")
   | {
     "repeats": latency.REPEATS,
     "smoke": command.Flag(
@@ -123,10 +115,7 @@ def run(experiment):
 
   def measure_all(out):
     costs.update(measure(experiment, out, times))
-    return {
-      label: {ratio: cost.total for ratio, cost in row.items()}
-      for label, row in costs.items()
-    }
+    return tables.totals(costs)
 
   out = evaluation.evaluate(experiment, measure_all)
   tables.write_compressors(experiment.workdir, out, costs)
@@ -139,7 +128,6 @@ def measure(experiment, out, times):
   Written to timings.json as they come.
 
   Args:
-    experiment: that was evaluated.
     out: its results.json, which says what was chosen and what cannot be run.
     times: what an earlier start measured on this machine.
   """

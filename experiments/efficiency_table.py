@@ -26,13 +26,12 @@ beyond prefilling as many tokens chosen before it. What a tower hands out
 beside its features (attention, keys) is not timed.
 """
 
-import dataclasses
 import functools
 import math
 import os
 import pathlib
 import types
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,38 +52,24 @@ from cacovid_jax.evals import (
   tables,
 )
 from cacovid_jax.inference import methods as methods_lib
-from cacovid_jax.inference import programs as programs_lib
 from cacovid_jax.models import (
   checkpoints,
   llava_onevision,
-  processors,
-  prompt_batch,
   qwen2_5_vl,
-  video_llm,
 )
-from cacovid_jax.policy import loading, network
-from cacovid_jax.synthetic import tiny_checkpoints
-from experiments import selection_speed
+from experiments import made_up
 
 _LLAVA = llava_onevision.LlavaOnevisionConfig
 _QWEN = qwen2_5_vl.Qwen2_5VLConfig
 
 
-@dataclasses.dataclass(frozen=True)
-class Size:
-  """A model and a video to time.
+class Size(NamedTuple):
+  """A model and a video to time."""
 
-  Attributes:
-    config: makes the base model's config.
-    grid: (T, H, W) of the video's tokens.
-    dtype: of weights and computation.
-    paper: key of `paper.MODELS` whose times stand beside, or "".
-  """
-
-  config: Any
-  grid: tuple[int, int, int]
-  dtype: str = "bfloat16"
-  paper: str = ""
+  config: Any  # Makes the base model's config.
+  grid: tuple[int, int, int]  # (T, H, W) of the video's tokens.
+  dtype: str = "bfloat16"  # Of weights and computation.
+  paper: str = ""  # Key of `paper.MODELS` whose times stand beside, or "".
 
 
 # 32 frames; Qwen2.5-VL joins two of them, and a 16:9 clip has 12 x 21 tokens
@@ -99,31 +84,23 @@ SIZES = types.MappingProxyType(
     "qwen-tiny": Size(_QWEN.tiny, (4, 4, 6), "float32"),
   }
 )
-# Rows beside the methods: label -> (the method it follows, its spec).
+# Rows beside the methods, by label.
 VARIANTS = types.MappingProxyType(
   {
-    "framefusion_bucketed": ("framefusion", "framefusion?mode=bucketed"),
-    "prunevid_llm": ("prunevid", "prunevid?llm_stage=True"),
+    "framefusion_bucketed": "framefusion?mode=bucketed",
+    "prunevid_llm": "prunevid?llm_stage=True",
   }
 )
 # A policy before its training takes as long as after it.
 _LEFT_OUT = ("cacovid_untrained", "cacovid_other_question")
-_NUM_TEXT = 75  # Tokens of a usual question with options and template.
-_SECONDS_PER_PATCH = 2.0
-_SEED = 0  # Of the random weights.
 ROWS = "rows.jsonl"
 
 COMMAND = command.Command(
   __doc__,
-  evaluate.flags(
-    workdir="table_workdir", methods="table_methods", ratios="table_ratios"
-  )
+  evaluate.flags("workdir", "methods", "ratios")
   | {
     "size": command.Flag(
-      "Model and video.",
-      "table.size",
-      choices=list(SIZES),
-      old=["table_size"],
+      "Model and video.", "table.size", choices=[*SIZES], old=["table_size"]
     ),
     "weights": command.Flag(
       "Folder of random weights; below --workdir if empty.",
@@ -168,7 +145,10 @@ def main(args):
   with answer_log.Ledger(
     workdir / ROWS, run_of(name, repeats), mend="or give another --workdir"
   ) as rows:
-    subject, encode = make(SIZES[name], table.weights or workdir / "weights")
+    size, weights = SIZES[name], table.weights or workdir / "weights"
+    subject, encode = made_up.subject(
+      size.config(), size.grid, size.dtype, weights
+    )
     out = measure(subject, encode, name, methods, ratios, repeats, rows)
   files.write_json(workdir / "results.json", out)
   tables.write_efficiency(workdir, out)
@@ -178,12 +158,7 @@ def main(args):
 
 
 def run_of(name: str, repeats: int) -> dict[str, Any]:
-  """Returns what the times in a ledger depend on, besides the code's commit.
-
-  Args:
-    name: key of `SIZES`.
-    repeats: runs that a time is the median of.
-  """
+  """Returns what the times in a ledger depend on, besides the code's commit."""
   size = SIZES[name]
   return {
     "device": provenance.device_kind(),
@@ -191,23 +166,18 @@ def run_of(name: str, repeats: int) -> dict[str, Any]:
     "grid": list(size.grid),
     "packages": provenance.packages(),
     "repeats": repeats,
-    "seed": _SEED,
+    "seed": made_up.SEED,
     "size": name,
   }
 
 
 def dry_run(table, methods, ratios) -> dict[str, Any]:
-  """Prints what a table would take, and returns it; draws no weights.
-
-  Args:
-    table: section of the config.
-    methods: rows.
-    ratios: of each.
-  """
+  """Prints what a table would take, and returns it; draws no weights."""
   size = SIZES[table.size]
   config, grid = size.config(), size.grid
-  text, num_rows = config.text, _prompt_rows(config, grid)
-  outside = num_rows - math.prod(grid)
+  text, num_video = config.text, math.prod(grid)
+  # LLaVA-OneVision ends a video in a newline.
+  outside = made_up.NUM_TEXT + checkpoints.make_model(config).num_newlines
   speed = estimate.speed_of(table, size.dtype)
   rows = []
   for method, ratio in _cells(methods, ratios):
@@ -217,18 +187,12 @@ def dry_run(table, methods, ratios) -> dict[str, Any]:
       row["status"] = "cannot be run at this ratio"
       continue
     kept = cost.computed_rows(compressor, text.num_layers, grid, ratio)
-    layers = [count + outside for count in kept]
-    flops = cost.prefill_flops(text, layers)
-    row |= {
-      "status": "ok",
-      "prefill_tflops": flops / 1e12,
-      "prefill_ms": 1e3 * speed.seconds(flops),
-      "kv_mib": cost.kv_bytes(text, layers, size.dtype) / 2**20,
-    }
+    row |= {"status": "ok", **_counts(text, kept, outside, size.dtype)}
+    row["prefill_ms"] = 1e3 * speed.seconds(1e12 * row["prefill_tflops"])
   memory = cost.memory(
     config,
     grid=grid,
-    prompt_rows=num_rows,
+    prompt_rows=num_video + outside,
     new_tokens=1,
     batch=1,
     dtype=size.dtype,
@@ -236,11 +200,11 @@ def dry_run(table, methods, ratios) -> dict[str, Any]:
   )
   tower = speed.seconds(cost.tower_flops(config, grid))
   each = tower + sum(row.get("prefill_ms", 0.0) for row in rows) / 1e3
+  programs = estimate.num_programs(methods, ratios, text.num_layers, grid)
   out = {
     "size": table.size,
     "rows": rows,
-    "programs": 1
-    + estimate.num_programs(methods, ratios, text.num_layers, grid),
+    "programs": 1 + programs,
     # As bfloat16, whatever the computation's type.
     "disk_bytes": cost.weight_bytes(config, "bfloat16"),
     "memory_bytes": memory.total,
@@ -250,8 +214,17 @@ def dry_run(table, methods, ratios) -> dict[str, Any]:
   return out
 
 
+def _counts(text, kept, outside, dtype) -> dict[str, float]:
+  """Returns operations and cache of a prefill, of the video rows by layer."""
+  layers = [count + outside for count in kept]
+  return {
+    "prefill_tflops": cost.prefill_flops(text, layers) / 1e12,
+    "kv_mib": cost.kv_bytes(text, layers, dtype) / 2**20,
+  }
+
+
 def _show(out, speed):
-  console = rich.console.Console(width=100)
+  console = rich.console.Console(width=100, highlight=False)
   table = rich.table.Table(title=f"{out['size']}, prefills, as counted")
   for title in ("method", "ratio", "TFLOP", "ms", "cache MiB"):
     table.add_column(title)
@@ -266,127 +239,19 @@ def _show(out, speed):
     f"weights {out['disk_bytes'] / 1e9:.3g} GB on disk, memory of the device"
     f" {out['memory_bytes'] / 2**30:.2f} GiB, {out['programs']} programs to"
     f" compile, runs {out['seconds']:.3g} s without choosing tokens and"
-    f" compiling, at {speed.flops / 1e12:.4g} TFLOP/s (--tflops)",
-    highlight=False,
+    f" compiling, at {speed.flops / 1e12:.4g} TFLOP/s (--tflops)"
   )
-
-
-def make(size: Size, directory) -> tuple[latency.Subject, Any]:
-  """Returns (the prompt to time, f() that runs the tower over its video).
-
-  Args:
-    size: of model and video.
-    directory: of the random weights, drawn if they are not there.
-  """
-  config, directory = size.config(), pathlib.Path(directory)
-  _draw(directory, config)
-  checkpoint = checkpoints.load(directory, jnp.dtype(size.dtype))
-  model, grid = checkpoint.model, size.grid
-  inputs = jax.tree.map(
-    lambda leaf: leaf[None], selection_speed.inputs(grid, config)
-  )
-  features = inputs.features.astype(model.dtype)
-  made = programs_lib.Programs(checkpoint, max_new_tokens=1)
-  batch = _prompt(checkpoint, made, features, grid)
-  policy = network.Policy.from_llm_config(
-    config.text,
-    dtype=model.dtype,
-    num_halvings=estimate.num_halvings(config.text),
-  )
-  params = policy.init_from_llm(jax.random.key(0), checkpoint.params)
-  followed = loading.LoadedPolicy(policy, params)
-  inputs = dataclasses.replace(inputs, features=features, text=made.text(batch))
-  subject = latency.Subject(
-    checkpoint=checkpoint,
-    programs=made,
-    grid=grid,
-    batch=batch,
-    inputs=lambda cell: inputs,
-    policy=lambda method: followed,
-  )
-  return subject, _tower(checkpoint, grid)
-
-
-def _draw(directory, config):
-  """Writes random weights, unless those of this config are there."""
-  if (directory / "config.json").exists():
-    if checkpoints.load_config(directory) != config:
-      raise errors.UserError(
-        f"{directory} holds another model; give another --weights"
-      )
-    return
-  if directory.exists() and (
-    not directory.is_dir() or any(directory.iterdir())
-  ):
-    raise errors.UserError(
-      f"{directory} holds something else than weights; give an empty or a new"
-      " --weights"
-    )
-  # The config is written first: a folder without an index was cut off.
-  partial = directory.with_name(f"{directory.name}.partial")
-  tiny_checkpoints.write_random(partial, config, _SEED)
-  os.replace(partial, directory)
-
-
-def _prompt_rows(config, grid) -> int:
-  """Returns the rows of a prompt; LLaVA-OneVision ends a video in a newline."""
-  newlines = checkpoints.make_model(config).num_newlines
-  return _NUM_TEXT + math.prod(grid) + newlines
-
-
-def _prompt(checkpoint, made, features, grid) -> prompt_batch.PromptBatch:
-  """Returns a prompt of made-up text around the video."""
-  model, config = checkpoint.model, checkpoint.model.config
-  num_video, start = math.prod(grid), _NUM_TEXT // 3
-  newline = model.num_newlines
-  ids = np.random.default_rng(0).integers(0, 32, _NUM_TEXT + num_video)
-  ids[start : start + num_video] = config.video_token_id
-  ids = np.insert(ids, start + num_video, [config.video_token_id] * newline)
-  positions, following = model.positions(
-    ids, video_llm.VideoFeatures(None, grid, _SECONDS_PER_PATCH)
-  )
-  behind = np.arange(start + num_video + newline, len(ids), dtype=np.int32)
-  ids = jnp.asarray(ids, jnp.int32)[None]
-  video_rows = start + jnp.arange(num_video)[None]
-  return prompt_batch.PromptBatch(
-    x=made.embed(checkpoint.params, ids, features, video_rows),
-    positions=jnp.asarray(positions)[None],
-    lengths=jnp.array([ids.shape[1]]),
-    video_rows=video_rows,
-    next_position=jnp.array([following]),
-    features=features,
-    ids=ids,
-    text_rows=jnp.asarray(behind)[None],
-  )
-
-
-def _tower(checkpoint, grid):
-  """Returns f(), the compiled tower over made-up pixels."""
-  model, vision = checkpoint.model, checkpoint.model.config.vision
-  rng = np.random.default_rng(2)
-  values = rng.standard_normal(vision.input_shape(grid), np.float32)
-  inputs = model.tower_inputs(processors.TowerInputs(values, grid))
-  inputs = jax.tree.map(jnp.asarray, inputs)
-  encode = jax.jit(lambda *args: model.encode(*args).features)
-  return functools.partial(encode, checkpoint.params, inputs)
 
 
 def measure(subject, encode, name, methods, ratios, repeats, rows):
   """Returns results.json as a dict: facts, and one row per method and ratio.
 
   Args:
-    subject: of `make`.
-    encode: of `make`.
-    name: of the size, key of `SIZES`.
-    methods: rows.
-    ratios: of each.
-    repeats: runs that a time is the median of.
-    rows: `ledger.Ledger` of times; those that it has are not measured again,
-      others are added one by one.
+    subject: of `made_up.subject`, likewise `encode`.
+    rows: `answer_log.Ledger` of times; those that it has are not measured
+      again, others are added one by one.
   """
   model, grid, size = subject.checkpoint.model, subject.grid, SIZES[name]
-  text, num_rows = model.config.text, subject.batch.x.shape[1]
-  outside = num_rows - math.prod(grid)
   watch = latency.Stopwatch(subject, repeats)
   weights = {"sha256": subject.checkpoint.identity["sha256"]}
   known = _once(rows, "weights", 1.0, lambda: weights)
@@ -395,65 +260,34 @@ def measure(subject, encode, name, methods, ratios, repeats, rows):
       "these are not the weights that earlier rows were measured with; give"
       " those by --weights, or another --workdir"
     )
+  alone = {
+    "tower": lambda: latency.median_milliseconds(encode, repeats),
+    "embed": watch.embed,
+  }
   shared = {
-    "tower_ms": _once(
-      rows, "tower", 1.0,
-      lambda: {"ms": latency.median_milliseconds(encode, repeats)},
-    )["ms"],
-    "embed_ms": _once(rows, "embed", 1.0, lambda: {"ms": watch.embed()})["ms"],
-  }  # fmt: skip
-
-  def timed(method, ratio):
-    if method is None:
-      return {"rule_ms": 0.0, "reads_ms": 0.0, "prefill_ms": watch.vanilla()}
-    found, prefill = watch.answered(method, ratio)
-    return {
-      "rule_ms": found.rule, "reads_ms": found.reads, "prefill_ms": prefill,
-    }  # fmt: skip
-
-  def row(method, ratio):
-    compressor = method and method.compressor
-    found = _place(method, ratio)
-    try:
-      spec = method.spec if method else paper.VANILLA
-      times = _once(rows, spec, ratio, lambda: timed(method, ratio))
-    except errors.UserError as error:
-      return found | {"status": errors.one_line(error)}
-    kept = cost.video_rows(compressor, text.num_layers, grid, ratio)
-    layers = [count + outside for count in kept]
-    note = getattr(compressor, "note", "")
-    compression = times["rule_ms"] + times["reads_ms"]
-    both = compression + times["prefill_ms"]
-    return (
-      found
-      | {
-        "status": "ok",
-        "kept_tokens": round(float(np.mean(kept)), 2),
-        "rule_ms": times["rule_ms"],
-        "reads_ms": times["reads_ms"],
-        "compression_ms": round(compression, 4),
-        "prefill_ms": times["prefill_ms"],
-        "prefill_tflops": cost.prefill_flops(text, layers) / 1e12,
-        "kv_mib": cost.kv_bytes(text, layers, model.dtype) / 2**20,
-        "total_ms": round(both, 4),
-        "first_token_ms": round(both + sum(shared.values()), 4),
-        "git_commit": times["git_commit"],
-      }
-      | ({"note": note} if note else {})
-    )
-
+    f"{part}_ms": _once(rows, part, 1.0, lambda f=run: {"ms": f()})["ms"]
+    for part, run in alone.items()
+  }
   found = []
   for method, ratio in _cells(methods, ratios):
-    found.append(row(method, ratio))
+    row = _place(method, ratio)
+    found.append(row)
+    spec = method.spec if method else paper.VANILLA
+    timed = functools.partial(_timed, watch, method, ratio)
+    try:
+      times = _once(rows, spec, ratio, timed)
+      row |= {"status": "ok", **_told(subject, method, ratio, times, shared)}
+    except errors.UserError as error:
+      row["status"] = errors.one_line(error)
     if size.paper == paper.EFFICIENCY_MODEL:
-      found[-1] |= _reported(method, ratio)
+      row |= _reported(method, ratio)
   return {
     "schema": results.SCHEMA,
     "size": name,
-    "checkpoint": {"size": name, "seed": _SEED, **weights},
+    "checkpoint": {"size": name, "seed": made_up.SEED, **weights},
     "dtype": str(jnp.dtype(model.dtype)),
     "grid": list(grid),
-    "prompt_rows": num_rows,
+    "prompt_rows": subject.batch.x.shape[1],
     "repeats": repeats,
     "host": provenance.host(),
     "packages": provenance.packages(),
@@ -465,6 +299,36 @@ def measure(subject, encode, name, methods, ratios, repeats, rows):
     **shared,
     "tower_tflops": cost.tower_flops(model.config, grid) / 1e12,
     "rows": found,
+  }
+
+
+def _timed(watch, method, ratio) -> dict[str, float]:
+  """Returns what is measured of a row; a method of None keeps all tokens."""
+  if method is None:
+    return {"rule_ms": 0.0, "reads_ms": 0.0, "prefill_ms": watch.vanilla()}
+  found, prefill = watch.answered(method, ratio)
+  return {
+    "rule_ms": found.rule, "reads_ms": found.reads, "prefill_ms": prefill
+  }  # fmt: skip
+
+
+def _told(subject, method, ratio, times, shared) -> dict[str, Any]:
+  """Returns the columns of a row: what was measured, sums and counts."""
+  compressor, model = method and method.compressor, subject.checkpoint.model
+  text, grid = model.config.text, subject.grid
+  outside = subject.batch.x.shape[1] - math.prod(grid)
+  kept = cost.video_rows(compressor, text.num_layers, grid, ratio)
+  compression = times["rule_ms"] + times["reads_ms"]
+  both = compression + times["prefill_ms"]
+  note = getattr(compressor, "note", "")
+  return {
+    **times,
+    "kept_tokens": round(float(np.mean(kept)), 2),
+    "compression_ms": round(compression, 4),
+    **_counts(text, kept, outside, model.dtype),
+    "total_ms": round(both, 4),
+    "first_token_ms": round(both + sum(shared.values()), 4),
+    **({"note": note} if note else {}),
   }
 
 
@@ -507,16 +371,12 @@ def _reported(method, ratio) -> dict[str, float]:
   """Returns the paper's times of a method; None is answering from all."""
   if method is None:
     return {"paper_prefill_ms": paper.VANILLA_PREFILL_MS}
-  compressor = method.compressor
   known = paper.COMPRESSION_MS.get(method.label)
-  if known is None or ratio != paper.EFFICIENCY_RATIO:
+  if not known or ratio != paper.EFFICIENCY_RATIO:
     return {}
-  if not paper.is_method(method.label, compressor.name, compressor.options):
+  if not paper.is_method(method):
     return {}
-  return {
-    "paper_compression_ms": known,
-    "paper_prefill_ms": paper.PREFILL_MS,
-  }
+  return {"paper_compression_ms": known, "paper_prefill_ms": paper.PREFILL_MS}
 
 
 if __name__ == "__main__":

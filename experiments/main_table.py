@@ -27,7 +27,6 @@ about a clip that could be read.
 
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 import pathlib
@@ -41,7 +40,7 @@ from cacovid_jax import command, compressors, errors, evaluate, files
 from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.compressors import base
-from cacovid_jax.data import answer_log, readers
+from cacovid_jax.data import readers
 from cacovid_jax.evals import (
   benchmarks,
   combined,
@@ -56,21 +55,15 @@ from cacovid_jax.evals import (
 )
 from cacovid_jax.inference import methods as methods_lib
 
-ASKED = "asked.json"
+_SHARED = ("workdir", "shard", "model", "policy", "methods", "ratios", "seeds",
+           "template")  # fmt: skip
 COMMAND = command.Command(
   __doc__,
   evaluate.flags(
-    workdir="table_workdir",
-    shard="table_shard",
-    model="table_model",
-    policy="table_policy",
-    methods="table_methods",
-    ratios="table_ratios",
-    seeds="table_seeds",
+    *_SHARED,
     batch_size="table_batch",
     num_questions="table_limit",
     num_frames="table_frames",
-    template="table_template",
     feature_cache="table_cache",
     on_bad_row="table_bad_rows",
     on_missing="table_missing",
@@ -120,25 +113,21 @@ def main(args):
   plan = plan_of(args)
   if args.dry_run:
     dry_run(plan, published="model.path" not in args.given)
-    return
-  if run(plan, preflight(plan)) is None:
+  elif run(plan, preflight(plan)) is None:
     print("this share is done; the last process to end writes the table")
-    return
-  print((plan.workdir / "table.md").read_text(encoding="utf-8"))
-  for name in (*tables.MAIN_FILES, "results.json", "timings.json"):
-    print(os.path.join(plan.workdir, name))
+  else:
+    print((plan.workdir / "table.md").read_text(encoding="utf-8"))
+    for name in (*tables.MAIN_FILES, "results.json", "timings.json"):
+      print(os.path.join(plan.workdir, name))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
-  """What to make.
+  """What to make."""
 
-  Attributes:
-    experiment: what the evaluations of all benchmarks have in common.
-    folders: benchmark -> folder; "" takes its published size in a dry run.
-  """
-
+  # What the evaluations of all benchmarks have in common.
   experiment: experiment_lib.Experiment
+  # Benchmark -> folder; "" takes its published size in a dry run.
   folders: Mapping[str, str]
 
   @property
@@ -162,26 +151,16 @@ class Plan:
 def dry_run(plan: Plan, *, published: bool = True) -> dict[str, Any]:
   """Prints what a plan would take, and returns it; reads no weights.
 
-  Where no folder was given, published sizes are taken. One that was given and
-  cannot be read is a fault, which is printed; the benchmark is not counted
-  then.
-
-  Args:
-    plan: what to make.
-    published: see `estimate.without_weights`.
+  Where no folder was given, published sizes are taken. What was given and
+  cannot be read is printed as a fault, and not counted.
   """
-  plan = dataclasses.replace(
-    plan,
-    experiment=estimate.without_weights(plan.experiment, published=published),
-  )
+  bare = estimate.without_weights(plan.experiment, published=published)
+  plan = Plan(bare, plan.folders)
   loaded, faults = survey(plan)
   for name, fault in faults.items():
     print(f"{name}: {fault}")
-  counted = {
-    name: each
-    for name, each in plan.experiments.items()
-    if name in loaded or name not in faults
-  }
+  lost = faults.keys() - loaded.keys()
+  counted = {n: one for n, one in plan.experiments.items() if n not in lost}
   if not counted:
     raise errors.UserError(
       "no benchmark can be read; complete the folders, or leave --data out to"
@@ -193,9 +172,8 @@ def dry_run(plan: Plan, *, published: bool = True) -> dict[str, Any]:
   speed = estimate.speed_of(config.table, dtype)
   out = estimate.estimate(counted, loaded, speed)
   title = f"{len(methods)} methods at ratios {ratios}, {dtype}"
-  absent = [name for name in plan.folders if name not in counted]
-  if absent:
-    title += f"; not counted: {', '.join(absent)}"
+  if absent := ", ".join(n for n in plan.folders if n in lost):
+    title += f"; not counted: {absent}"
   estimate.show(out, speed, title)
   return out
 
@@ -204,13 +182,12 @@ def plan_of(args) -> Plan:
   """Returns the plan that a command line describes; reads no data."""
   config = args.config
   COMMAND.require(config, "model")
-  names = _checked_benchmarks(config.table.benchmarks)
   root = config.data.root if "data.root" in args.given else ""
   name = pathlib.PurePath(config.model.path).name
   return make_plan(
     config,
     args.workdir or f"workdirs/main_table_{name}",
-    _folders(root, config.table.folders, names, args.dry_run),
+    _folders(root, config.table, args.dry_run),
     shard=shards.Shard.parse(args.shard),
     asks=not args.dry_run,
   )
@@ -227,39 +204,17 @@ def make_plan(
   """Returns a plan.
 
   Args:
-    config: see `base_config`.
-    workdir: of the table.
-    folders: see `Plan`.
     shard: (i, n): this is process i of n that share the work.
     asks: whether it is to be run, for which a policy may be needed.
   """
   paper.check_tolerance(config.table.tolerance)
-  specs = tuple(config.evals.methods)
+  evals = config.evals
+  specs, ratios = tuple(evals.methods), map(base.check_ratio, evals.ratios)
   if specs == ("all",):
-    rest = [name for name in compressors.names() if name not in paper.METHODS]
-    specs = (*paper.METHODS, *rest)
-  methods = [methods_lib.Method.parse(spec) for spec in specs]
-  labels = [method.label for method in methods]
-  reads_scores = False
-  for method in methods:
-    if method.compressor.oracle:
-      raise errors.UserError(
-        f"{method.label} knows where the answer lies, which no benchmark tells;"
-        " leave it out of --methods"
-      )
-    scored = any(need.endswith("scores") for need in method.needs)
-    reads_scores |= scored
-    if scored and asks and not config.evals.policies:
-      raise errors.UserError(
-        f"{method.label} needs a trained policy: add --policy=FILE, or leave it"
-        " out: --methods="
-        f"{','.join(label for label in labels if 'cacovid' not in label)}"
-      )
+    specs = tuple(dict.fromkeys([*paper.METHODS, *compressors.names()]))
   changes = {
     "evals.methods": specs,
-    "evals.ratios": results.check_ratios(
-      map(base.check_ratio, config.evals.ratios)
-    ),
+    "evals.ratios": results.check_ratios(ratios),
     "evals.oracles": (),
     # Benchmarks have no split to choose options on.
     "evals.select_on": "none",
@@ -268,7 +223,7 @@ def make_plan(
     "evals.split": "",
     "data.media": "",
   }
-  if not reads_scores:
+  if not _check_methods(specs, evals.policies or not asks):
     # Answers are those of no policy: one given later asks nothing anew.
     changes["evals.policies"] = ()
   experiment = experiment_lib.Experiment.from_config(
@@ -277,7 +232,30 @@ def make_plan(
   return Plan(experiment, folders)
 
 
-def _checked_benchmarks(names) -> list[str]:
+def _check_methods(specs, has_policy) -> bool:
+  """Returns whether a method reads a policy's scores; refuses oracles."""
+  methods = [methods_lib.Method.parse(spec) for spec in specs]
+  scored = []
+  for method in methods:
+    if method.compressor.oracle:
+      raise errors.UserError(
+        f"{method.label} knows where the answer lies, which no benchmark tells;"
+        " leave it out of --methods"
+      )
+    if any(need.endswith("scores") for need in method.needs):
+      scored.append(method.label)
+  if scored and not has_policy:
+    rest = [m.label for m in methods if "cacovid" not in m.label]
+    raise errors.UserError(
+      f"{scored[0]} needs a trained policy: add --policy=FILE, or leave it"
+      f" out: --methods={','.join(rest)}"
+    )
+  return bool(scored)
+
+
+def _folders(root, table, published) -> dict[str, str]:
+  """Returns benchmark -> folder, of the section `table` and of `--data`."""
+  names, named = list(table.benchmarks), {}
   for name in names:
     benchmarks.task(name)
     if names.count(name) > 1:
@@ -291,13 +269,7 @@ def _checked_benchmarks(names) -> list[str]:
     raise errors.UserError(
       f"--benchmarks is empty; there are {', '.join(paper.BENCHMARKS)}"
     )
-  return list(names)
-
-
-def _folders(root, given, names, published) -> dict[str, str]:
-  """Returns benchmark -> folder, of `--data` and `--folders`."""
-  named = {}
-  for entry in map(str, given):
+  for entry in map(str, table.folders):
     name, equals, folder = entry.partition("=")
     if not equals or name not in paper.BENCHMARKS:
       raise errors.UserError(
@@ -310,13 +282,14 @@ def _folders(root, given, names, published) -> dict[str, str]:
         " to take it below --data"
       )
     named[name] = folder
-  if not root and not published and any(name not in named for name in names):
+  if root:
+    named = {name: os.path.join(root, name) for name in names} | named
+  elif not published and not named.keys() >= set(names):
     raise errors.UserError(
       "nothing says where the benchmarks lie: add --data=ROOT"
     )
   # Without a folder, a benchmark has its published size.
-  below = {name: os.path.join(root, name) if root else "" for name in names}
-  return {name: named.get(name, below[name]) for name in names}
+  return {name: named.get(name, "") for name in names}
 
 
 def preflight(plan: Plan) -> dict[str, benchmarks.Benchmark]:
@@ -338,9 +311,7 @@ def preflight(plan: Plan) -> dict[str, benchmarks.Benchmark]:
   raise errors.UserError(listed + mend)
 
 
-def survey(
-  plan: Plan,
-) -> tuple[dict[str, benchmarks.Benchmark], dict[str, str]]:
+def survey(plan: Plan) -> tuple[dict[str, Any], dict[str, str]]:
   """Returns (the benchmarks that can be read, name -> what is missing).
 
   Prints the counts of all. One whose clips are missing is in both, unless they
@@ -365,8 +336,8 @@ def survey(
     found[name] = loaded
     missing = readers.check_media(loaded.questions, loaded.root)
     num_clips = len({question.video for question in loaded.questions})
-    counts = (len(loaded.questions), num_clips, len(missing),
-              len(loaded.report.bad_rows))  # fmt: skip
+    num_bad = len(loaded.report.bad_rows)
+    counts = (len(loaded.questions), num_clips, len(missing), num_bad)
     table.add_row(name, *map(str, counts))
     if missing and evals.on_missing == "raise":
       faults[name] = (
@@ -384,13 +355,9 @@ def run(
 
   Of several processes that share the work, those that end before the last one
   return None.
-
-  Args:
-    plan: what to make.
-    loaded: of `preflight`.
   """
   plan.workdir.mkdir(parents=True, exist_ok=True)
-  notes = {name: plan.workdir / name / ASKED for name in plan.folders}
+  notes = {name: plan.workdir / name / combined.ASKED for name in plan.folders}
   # Processes that share the work wait for each other's results of this start:
   # those of an earlier one may hold failures that are mended by now.
   if not shards.Shard(*plan.experiment.shard).alone:
@@ -401,19 +368,16 @@ def run(
     experiment.adopt(last)  # The model and the policy are read once.
     last = experiment
     if evaluation.evaluate(experiment) is not None:
-      files.write_json(notes[name], asked(experiment, loaded[name].questions))
+      asked = combined.asked(experiment, loaded[name].questions)
+      files.write_json(notes[name], asked)
   # A benchmark that another process still works on, or ended, is known by its
   # files alone.
   if not all(
-    is_complete(experiment, loaded[name].questions)
+    combined.is_complete(experiment, loaded[name].questions)
     for name, experiment in plan.experiments.items()
   ):
     return None
-  runs = {
-    name: asked(experiment, loaded[name].questions)["run"]
-    for name, experiment in plan.experiments.items()
-  }
-  out = combined.combine(plan.experiments, loaded, runs)
+  out = combined.combine(plan.experiments, loaded)
   files.write_json(plan.workdir / "results.json", out)
   tables.write_main(plan.workdir, out)
   times = {
@@ -425,43 +389,6 @@ def run(
   }
   files.write_json(plan.workdir / "timings.json", times)
   return out
-
-
-def asked(experiment: experiment_lib.Experiment, questions) -> dict[str, Any]:
-  """Returns what an evaluation was asked for, for `ASKED` beside its results.
-
-  Args:
-    experiment: that this process has taken part in.
-    questions: of the benchmark.
-  """
-  digest = hashlib.sha256()
-  for question in questions:
-    fields = dataclasses.asdict(question)
-    digest.update(json.dumps(fields, sort_keys=True).encode() + b"\n")
-  evals = experiment.config.evals
-  own = shards.Shard(*experiment.shard).file("answers.jsonl")
-  methods = map(methods_lib.Method.parse, evals.methods)
-  return {
-    "questions": digest.hexdigest(),
-    "ratios": list(map(results.ratio_key, evals.ratios)),
-    "rows": [[method.label, method.spec] for method in methods],
-    "run": answer_log.header(experiment.workdir / own),
-    "seeds": list(evals.seeds),
-  }
-
-
-def is_complete(experiment: experiment_lib.Experiment, questions) -> bool:
-  """Returns whether a benchmark's results.json is of just what is asked for."""
-  note = experiment.workdir / ASKED
-  try:
-    found = json.loads(note.read_text(encoding="utf-8"))
-  except FileNotFoundError:
-    return False
-  except ValueError as error:
-    raise errors.UserError(
-      f"{note} is damaged ({error}); delete it and start again"
-    ) from error
-  return found == asked(experiment, questions)
 
 
 if __name__ == "__main__":

@@ -79,10 +79,8 @@ def compare(config, folder, *, num_layers, device, keep=False):
   """Prints both comparisons; returns whether both are within their limits.
 
   Args:
-    config: of the whole model.
     folder: an empty or missing folder for the checkpoints.
     num_layers: of the one that is compared in float32.
-    device: where PyTorch computes.
     keep: whether the whole checkpoint stays, as `folder`/whole.
   """
   if os.path.isdir(folder) and os.listdir(folder):
@@ -90,23 +88,19 @@ def compare(config, folder, *, num_layers, device, keep=False):
   console = rich.console.Console()
   started = time.perf_counter()
 
-  def write(name, config):
-    directory = os.path.join(folder, name)
+  def write(directory, config):
     tiny_checkpoints.write_random(directory, config)
     seconds = time.perf_counter() - started
     console.print(f"{directory} written ({seconds:.0f} s)")
-    return directory
 
-  verdicts = []
-  short = os.path.join(folder, "cut")
-  whole = os.path.join(folder, "whole")
+  short, whole = (os.path.join(folder, name) for name in ("cut", "whole"))
   try:
-    write("cut", cut(config, num_layers))
+    write(short, cut(config, num_layers))
     with jax.default_matmul_precision("highest"):
       found = transformers_lib.check(short, device=device)
-    verdicts.append(__main__.report(short, found))
+    verdicts = [__main__.report(short, found)]
     shutil.rmtree(short)
-    write("whole", config)
+    write(whole, config)
     both = transformers_lib.agree(whole, device=device)
     verdicts.append(__main__.report_half(whole, *both))
   finally:

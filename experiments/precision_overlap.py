@@ -48,10 +48,7 @@ COMMAND = command.Command(
     ),
     "num_videos": command.Flag("Videos to draw.", default=8, least=1),
     "num_frames": command.Flag(
-      "Frames of each video.",
-      "data.num_frames",
-      old=["video_frames"],
-      least=1,
+      "Frames of each video.", "data.num_frames", old=["video_frames"], least=1
     ),
   },
   defaults={
@@ -65,37 +62,22 @@ _QUESTION_TOKENS = 24
 _BEFORE = 4  # Tokens of text before the video.
 
 
-class Prompt(NamedTuple):
-  """What a policy scores.
+class VideoPrompt(NamedTuple):
+  """What a policy scores: a prompt with the video's features in place."""
 
-  Attributes:
-    x: float[L, D] embeddings, video features in place.
-    positions: int32[P, L].
-    video_rows: int32[N] rows of the video tokens.
-    grid: (T, H, W) of the video.
-  """
-
-  x: Any
-  positions: Any
-  video_rows: Any
-  grid: tuple[int, int, int]
+  x: Any  # float[L, D].
+  positions: Any  # int32[P, L].
+  video_rows: Any  # int32[N], rows of the video tokens.
+  grid: tuple[int, int, int]  # (T, H, W) of the video.
 
 
 class Overlap(NamedTuple):
-  """How alike two policies choose at one ratio.
-
-  Attributes:
-    ratio: retention ratio.
-    kept: K tokens of each video, summed up.
-    shared: of these, chosen by both.
-    identical: videos with the very same choice.
-    videos: of all videos.
-  """
+  """How alike two policies choose at one ratio."""
 
   ratio: float
-  kept: int
-  shared: int
-  identical: int
+  kept: int  # K tokens of each video, summed up.
+  shared: int  # Of these, chosen by both.
+  identical: int  # Videos with the very same choice.
   videos: int
 
   @property
@@ -115,18 +97,11 @@ def overlaps(policy, params, other, prompts, ratios):
   """Returns an `Overlap` per ratio of what two sets of params select.
 
   Args:
-    policy: the module.
-    params: its parameters.
     other: parameters to compare with.
-    prompts: list of `Prompt`.
-    ratios: retention ratios.
   """
-  ratios = tuple(ratios)
+  select = functools.partial(_select, policy=policy, ratios=tuple(ratios))
   chosen = [
-    [
-      _select(each, *prompt[:3], policy=policy, grid=prompt.grid, ratios=ratios)
-      for each in (params, other)
-    ]
+    [select(each, *prompt[:3], grid=prompt.grid) for each in (params, other)]
     for prompt in prompts
   ]
   found = []
@@ -149,14 +124,7 @@ def _select(params, x, positions, video_rows, *, policy, grid, ratios):
 
 
 def draw_prompt(model, params, rng, num_frames):
-  """Returns a `Prompt` of a drawn video and question.
-
-  Args:
-    model: base model.
-    params: its parameters.
-    rng: `numpy.random.Generator`.
-    num_frames: frames of the video.
-  """
+  """Returns a `VideoPrompt` of a drawn video and question."""
   config = model.config
   if grid := model.processor.fixed_grid(num_frames):
     values = _blocks(rng, num_frames, config.vision.image_size)
@@ -176,7 +144,7 @@ def draw_prompt(model, params, rng, num_frames):
   positions, _ = model.positions(ids, inputs)
   ids = jnp.asarray(ids, jnp.int32)
   x = _embed(params, ids, inputs, video_rows, model=model)
-  return Prompt(x, jnp.asarray(positions), video_rows, grid)
+  return VideoPrompt(x, jnp.asarray(positions), video_rows, grid)
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -206,13 +174,9 @@ def report(found):
     table.add_column(column, justify="right")
   for dtype, rows in found.items():
     for row in rows:
-      table.add_row(
-        dtype,
-        f"{row.ratio:.2f}",
-        str(row.kept),
-        f"{row.share:.2%}",
-        f"{row.identical} of {row.videos} identical",
-      )
+      same = f"{row.identical} of {row.videos} identical"
+      ratio, share = f"{row.ratio:.2f}", f"{row.share:.2%}"
+      table.add_row(dtype, ratio, str(row.kept), share, same)
   return table
 
 
@@ -224,7 +188,8 @@ def main(args):
   experiment = experiment_lib.Experiment.from_config(config, split="")
   model, params = experiment.checkpoint.model, experiment.checkpoint.params
   name, policy = next(iter(experiment.policies.items()))
-  if not isinstance(policy.module, network.Policy):
+  module, trained = policy.module, policy.params
+  if not isinstance(module, network.Policy):
     raise errors.UserError(
       f"{experiment.policy_paths[name]} is a policy of another module; the"
       " public format holds the paper's only"
@@ -236,10 +201,8 @@ def main(args):
   ]
   found = {}
   for dtype in ("float32", "bfloat16", "float16"):
-    other = stored(policy.module, policy.params, jnp.dtype(dtype))
-    found[dtype] = overlaps(
-      policy.module, policy.params, other, prompts, ratios
-    )
+    other = stored(module, trained, jnp.dtype(dtype))
+    found[dtype] = overlaps(module, trained, other, prompts, ratios)
   rich.console.Console().print(report(found))
 
 

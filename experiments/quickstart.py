@@ -12,8 +12,6 @@ Other settings: --config.total_steps=600 and so on, with another --workdir.
 """
 
 import contextlib
-import dataclasses
-import functools
 import json
 import time
 
@@ -94,28 +92,18 @@ def run(config, workdir, *, planned=False):
   return out
 
 
-@dataclasses.dataclass
 class Stages:
-  """Minutes of each stage: planned ahead, measured as they go.
+  """Minutes of each stage: planned ahead, measured as they go."""
 
-  Attributes:
-    planned: by stage; empty where nothing is planned.
-    minutes: measured.
-  """
-
-  planned: dict[str, float]
-  minutes: dict[str, float] = dataclasses.field(default_factory=dict)
-
-  @functools.cached_property
-  def _console(self):
-    return rich.console.Console(highlight=False)
-
-  def __post_init__(self):
-    if self.planned:
-      listed = ", ".join(f"{n} {m:g}" for n, m in self.planned.items())
+  def __init__(self, planned: dict[str, float]):
+    """Tells what is planned by stage; nothing if that is empty."""
+    self.minutes, self._planned = {}, planned
+    self._console = rich.console.Console(highlight=False)
+    if planned:
+      listed = ", ".join(f"{n} {m:g}" for n, m in planned.items())
       self._console.print(
         f"time budget in minutes, on two idle cores: {listed}; in all"
-        f" {sum(self.planned.values()):g}"
+        f" {sum(planned.values()):g}"
       )
 
   @contextlib.contextmanager
@@ -129,14 +117,15 @@ class Stages:
   def show(self) -> None:
     """Prints the minutes of all stages."""
     table = rich.table.Table(title="time in minutes")
-    for column in ("stage", "planned", "measured"):
-      table.add_column(column, justify="left" if column == "stage" else "right")
-    rows = [(n, self.planned.get(n), m) for n, m in self.minutes.items()]
-    planned = sum(self.planned.values()) or None
+    table.add_column("stage")
+    table.add_column("planned", justify="right")
+    table.add_column("measured", justify="right")
+    rows = [(n, self._planned.get(n), m) for n, m in self.minutes.items()]
+    planned = sum(self._planned.values()) or None
     rows.append(("in all", planned, sum(self.minutes.values())))
-    for name, ahead, minutes in rows:
-      shown = "" if ahead is None else f"{ahead:.1f}"
-      table.add_row(name, shown, f"{minutes:.1f}")
+    for name, *minutes in rows:
+      shown = ("" if value is None else f"{value:.1f}" for value in minutes)
+      table.add_row(name, *shown)
     self._console.print(table)
 
 

@@ -28,7 +28,7 @@ from cacovid_jax import command, compressors
 from cacovid_jax.compressors import base, framefusion, layerwise
 from cacovid_jax.evals import latency, results, tables
 from cacovid_jax.models import llava_onevision, prompt_batch
-from cacovid_jax.policy import network
+from experiments import made_up
 
 _VARIANTS = ("cacovid_untrained", "cacovid_other_question")
 COMMAND = command.Command(
@@ -65,49 +65,6 @@ COMMAND = command.Command(
 GOALS = {"divprune": 15.0, "prunevid": 8.0}
 _GOAL = 10.0
 PEERS = ("divprune", "visionzip", "prunevid")
-_NUM_SCENES, _KEY_WIDTH, _NUM_TEXT = 4, 72, 75
-
-
-def video(grid, width, seed=0):
-  """Returns float32[N, D] tokens of made-up scenes.
-
-  In a scene half of the places keep their token but for a little noise.
-  """
-  T, H, W = grid
-  rng = np.random.default_rng(seed)
-  draw = functools.partial(rng.standard_normal, dtype=np.float32)
-  scene = np.arange(T) * min(_NUM_SCENES, T) // T
-  steady = draw((scene[-1] + 1, H * W, width))[scene]
-  moving = rng.random((scene[-1] + 1, H * W)) < 0.5
-  change = np.where(moving[scene][..., None], 2.0, 0.2).astype(np.float32)
-  tokens = steady + change * draw((T, H * W, width))
-  return tokens.reshape(-1, width)
-
-
-def inputs(grid, config, seed=0):
-  """Returns the `base.CompressorInputs` of a bfloat16 video for any method."""
-  T, num_video = grid[0], math.prod(grid)
-  rng = np.random.default_rng(seed)
-  width = config.text.hidden_size
-
-  def draw(*shape):
-    return jnp.asarray(rng.standard_normal(shape), jnp.float32)
-
-  def scores():
-    return network.Scores(frame=draw(T, 2), token=draw(num_video, 2))
-
-  return base.CompressorInputs(
-    features=jnp.asarray(video(grid, width, seed), jnp.bfloat16),
-    grid=grid,
-    scores=scores(),
-    untrained_scores=scores(),
-    other_scores=scores(),
-    attention=jax.nn.softmax(draw(config.text.num_layers, num_video)),
-    vision_attention=jax.nn.softmax(draw(num_video)),
-    vision_keys=draw(num_video, _KEY_WIDTH),
-    text=draw(_NUM_TEXT, width).astype(jnp.bfloat16),
-    rng=jax.random.key(1),
-  )
 
 
 def chosen_before(method, grid, ratio):
@@ -124,15 +81,13 @@ def chosen_inside(method, model, grid, ratio):
   Args:
     method: a `layerwise.LayerwiseCompressor`.
     model: of which only the sizes are read.
-    grid: (T, H, W).
-    ratio: retention ratio.
 
   The prompt is the video between text; x float[1, L, D], query and key
   float[1, L, heads, H] of the layer before a cut, of any whole prompt.
   """
   num_video = math.prod(grid)
   num_layers = model.config.text.num_layers
-  video_rows = _NUM_TEXT // 3 + jnp.arange(num_video)[None]
+  video_rows = made_up.START + jnp.arange(num_video)[None]
 
   def choose(x, query, key, inputs):
     length = x.shape[1]
@@ -175,15 +130,15 @@ def peer(name, given, num_keep, device, repeats):
   def tensor(array):
     return torch.from_numpy(np.array(array, np.float32)).to(device)
 
-  x = tensor(given.features).to(torch.bfloat16)
+  x, num_frames = tensor(given.features).to(torch.bfloat16), given.grid[0]
   attention, keys = tensor(given.vision_attention), tensor(given.vision_keys)
   torch.backends.cuda.matmul.allow_tf32 = False
   run = {
     "divprune": lambda: selection_peers.divprune(x, num_keep),
     "visionzip": lambda: selection_peers.visionzip(
-      x, attention, keys, given.grid[0], num_keep
+      x, attention, keys, num_frames, num_keep
     )[0],
-    "prunevid": lambda: selection_peers.prunevid(x, given.grid[0], num_keep),
+    "prunevid": lambda: selection_peers.prunevid(x, num_frames, num_keep),
   }[name]
 
   def wait(result):
@@ -201,15 +156,17 @@ def measure(names, grid, config, ratio, repeats, peer_device="", progress=None):
   share of tokens that are kept in float32 as well; beside a peer peer_ms and
   same.
   """
-  of_video = inputs(grid, config)
-  features = of_video.features
-  unrounded = jnp.asarray(video(grid, config.text.hidden_size))
-  model = llava_onevision.LlavaOnevisionModel(config, jnp.bfloat16)
+  of_video = made_up.inputs(grid, config)
   llm, width = config.text, config.text.hidden_size
+  unrounded = dataclasses.replace(
+    of_video, features=jnp.asarray(made_up.video(grid, width))
+  )
+  model = llava_onevision.LlavaOnevisionModel(config, jnp.bfloat16)
   keys = jax.random.split(jax.random.key(0), 3)
-  length = len(features) + _NUM_TEXT
-  behind = jax.random.normal(keys[0], (length, width), jnp.bfloat16)
-  x = behind.at[_NUM_TEXT // 3 : _NUM_TEXT // 3 + len(features)].set(features)
+  num_video, start = math.prod(grid), made_up.START
+  length = num_video + made_up.NUM_TEXT
+  x = jax.random.normal(keys[0], (1, length, width), jnp.bfloat16)
+  x = x.at[0, start : start + num_video].set(of_video.features)
   query, key = (
     jax.random.normal(rng, (1, length, heads, llm.head_dim), jnp.bfloat16)
     for rng, heads in ((keys[1], llm.num_heads), (keys[2], llm.num_kv_heads))
@@ -217,21 +174,19 @@ def measure(names, grid, config, ratio, repeats, peer_device="", progress=None):
   rows = []
   for name in names:
     method = compressors.get(name)
-    row = {"name": name, "goal": GOALS.get(name, _GOAL)}
     if method.selects_first:
-      program = chosen_before(method, grid, ratio)
-      given = (of_video,)
+      program, given = chosen_before(method, grid, ratio), (of_video,)
     else:
       program = chosen_inside(method, model, grid, ratio)
-      given = x[None], query, key, of_video
+      given = x, query, key, of_video
     run = functools.partial(program, *given)
-    start = time.perf_counter()
+    began = time.perf_counter()
     found = jax.block_until_ready(run())
-    row["compile_s"] = time.perf_counter() - start
+    row = {"name": name, "goal": GOALS.get(name, _GOAL)}
+    row["compile_s"] = time.perf_counter() - began
     row["ms"] = latency.median_milliseconds(run, repeats)
     if method.selects_first:
-      exact = program(dataclasses.replace(of_video, features=unrounded))
-      row["in_float32"] = _share(found.index, exact.index)
+      row["in_float32"] = _share(found.index, program(unrounded).index)
     if name in PEERS and peer_device:
       # Stage one alone: what enters the language model.
       num_keep = base.budget(grid, ratio)
@@ -258,36 +213,34 @@ def table(rows):
   def share(row, name):
     return f"{row[name]:.1%}" if name in row else ""
 
-  return tables.as_markdown(
-    ("method", "ms", "goal", "in float32", "PyTorch ms", "same tokens"),
+  head = ("method", "ms", "goal", "in float32", "PyTorch ms", "same tokens")
+  cells = [
     [
-      [
-        f"`{row['name']}`",
-        f"{row['ms']:.2f}",
-        f"{row['goal']:g}",
-        share(row, "in_float32"),
-        tables.number(row.get("peer_ms")),
-        share(row, "same"),
-      ]
-      for row in rows
-    ],
-  )
+      f"`{row['name']}`",
+      f"{row['ms']:.2f}",
+      f"{row['goal']:g}",
+      share(row, "in_float32"),
+      tables.number(row.get("peer_ms")),
+      share(row, "same"),
+    ]
+    for row in rows
+  ]
+  return tables.as_markdown(head, cells)
 
 
 def main(args):
   """Times the methods that the command line names."""
   evals, repeats = args.config.evals, args.config.table.repeats
-  names = evals.methods
-  for name in names:
+  for name in evals.methods:
     compressors.get(name)
   config = llava_onevision.LlavaOnevisionConfig.llava_onevision_7b()
   grid = (args.config.data.num_frames, args.side, args.side)
   ratio = base.check_ratio(results.check_ratios(evals.ratios)[0])
   console = rich.console.Console()
-  device = jax.devices()[0].device_kind
   console.print(
     f"{math.prod(grid)} x {config.text.hidden_size} bfloat16, ratio {ratio:g},"
-    f" {device}, jax {jax.__version__}, median of {repeats}"
+    f" {jax.devices()[0].device_kind}, jax {jax.__version__}, median of"
+    f" {repeats}"
   )
 
   def progress(row):
@@ -297,7 +250,7 @@ def main(args):
     )
 
   rows = measure(
-    names, grid, config, ratio, repeats, args.torch_device, progress
+    evals.methods, grid, config, ratio, repeats, args.torch_device, progress
   )
   print(f"\n{table(rows)}")
 

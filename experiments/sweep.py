@@ -67,21 +67,13 @@ _DONE = "sweep_done"
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """One point of the grid with one seed.
+  """One point of the grid with one seed."""
 
-  Attributes:
-    point: key -> value, as they were written.
-    seed: of the run.
-    workdir: of the run.
-    digest: of the resolved config; a finished run of another one goes on.
-    commands: that make it, one after the other.
-  """
-
-  point: Mapping[str, str]
+  point: Mapping[str, str]  # Key -> value, as they were written.
   seed: int
   workdir: pathlib.Path
-  digest: str
-  commands: Sequence[Sequence[str]]
+  digest: str  # Of the resolved config; a finished run of another one goes on.
+  commands: Sequence[Sequence[str]]  # That make it, one after the other.
 
   @property
   def done(self) -> bool:
@@ -139,9 +131,6 @@ def plan(
   Args:
     spec: config file and argument.
     overrides: "key=value" that all runs share.
-    grid: of `parse_grid`.
-    seeds: of every point.
-    workdir: of the sweep.
   """
   runs = []
   for values in itertools.product(*grid.values()):
@@ -152,16 +141,11 @@ def plan(
       given = [*overrides, *listed, f"seed={seed}"]
       config = config_lib.load(spec, given)
       folder = workdir / name / f"seed_{seed}"
-      arguments = [
-        f"--config={spec}",
-        *(f"--config.{text}" for text in given),
-        f"--workdir={folder}",
-      ]
-      modules = ["cacovid_jax.train"]
-      if "evals" in config:
-        modules.append("cacovid_jax.evaluate")
+      changes = [f"--config.{text}" for text in given]
+      arguments = [f"--config={spec}", *changes, f"--workdir={folder}"]
+      modules = ["train", "evaluate"] if "evals" in config else ["train"]
+      commands = [["-m", f"cacovid_jax.{m}", *arguments] for m in modules]
       digest = hashlib.sha256(config_lib.dumps(config).encode()).hexdigest()
-      commands = [["-m", module, *arguments] for module in modules]
       runs.append(Run(point, seed, folder, digest, commands))
   for run, other in itertools.combinations(runs, 2):
     if run.digest == other.digest or run.workdir == other.workdir:
@@ -209,9 +193,9 @@ def perform(run: Run) -> bool:
 def read(workdir: pathlib.Path) -> dict[str, float]:
   """Returns a finished run's numbers by name, accuracies in per cent."""
   lines, found = metrics.read(workdir), {}
+  last = lines[-max(1, len(lines) // 10) :]
   for name in _REWARDS:
-    values = [line.get(name) for line in lines[-max(1, len(lines) // 10) :]]
-    values = [value for value in values if value is not None]
+    values = [line[name] for line in last if line.get(name) is not None]
     if values:
       found[name] = statistics.fmean(values)
   path = workdir / "results.json"
@@ -228,22 +212,19 @@ def write_table(workdir: pathlib.Path, runs: Sequence[Run]) -> str:
   points = collections.defaultdict(list)
   for run in runs:
     points[tuple(run.point.items())].append(read(run.workdir))
-  names = list(
-    dict.fromkeys(n for r in points.values() for one in r for n in one)
-  )
-  keys = [key for key, _ in next(iter(points), ())]
+  every = [name for found in points.values() for one in found for name in one]
+  names, keys = [*dict.fromkeys(every)], [k for k, _ in next(iter(points), ())]
   rows, cells = [], []
   for point, found in points.items():
     row = dict(point) | {"seeds": len(found)}
-    shown = [*dict(point).values(), str(len(found))]
+    shown = [*map(str, row.values())]
     for name in names:
       values = [one[name] for one in found if name in one]
-      row[name] = row[f"{name}_sd"] = None
-      if values:
-        row[name] = round(statistics.fmean(values), 6)
-      if len(values) > 1:
-        row[f"{name}_sd"] = round(statistics.stdev(values), 6)
-      shown.append(_with_spread(row[name], row[f"{name}_sd"]))
+      mean = round(statistics.fmean(values), 6) if values else None
+      spread = round(statistics.stdev(values), 6) if values[1:] else None
+      row |= {name: mean, f"{name}_sd": spread}
+      text = "" if mean is None else f"{mean:.4g}"
+      shown.append(text if spread is None else f"{text} ± {spread:.2g}")
     rows.append(row)
     cells.append(shown)
   columns = [*keys, "seeds", *(n + end for n in names for end in ("", "_sd"))]
@@ -252,12 +233,6 @@ def write_table(workdir: pathlib.Path, runs: Sequence[Run]) -> str:
   files.write(workdir / "table.md", text)
   files.write(workdir / "table.csv", tables.as_csv(columns, rows))
   return text
-
-
-def _with_spread(mean, spread) -> str:
-  if mean is None:
-    return ""
-  return f"{mean:.4g}" + ("" if spread is None else f" ± {spread:.2g}")
 
 
 if __name__ == "__main__":

@@ -25,36 +25,30 @@ _MLVU_PARQUET = ("mlvu/test-*.parquet", "test-*.parquet")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-  """How a benchmark is read, prompted and counted.
-
-  Attributes:
-    name: as in `names()`.
-    splits: split -> the layouts that are read, best first; each is a pattern
-      of files below the data directory. The first split is the default.
-    read: (paths, media root, on_bad_row=..., report=...) -> questions.
-    score: (question, text, rule=...) -> `scoring.Scored`.
-    max_new_tokens: longest answer.
-    metric: the name that lmms-eval gives the number.
-    scale: 100 where lmms-eval prints per cent, 1 for a fraction. Our results
-      are fractions throughout.
-    macro: categories whose unweighted mean is the number; () takes the mean
-      over questions.
-    macro_of_present: whether categories without questions are left out of that
-      mean, rather than counted as 0.
-    duration_groups: values of `Question.duration`, shortest first.
-    one_file: whether all splits lie in one file; `read` then takes `split`.
-  """
+  """How a benchmark is read, prompted and counted."""
 
   name: str
+  # Split -> the layouts that are read, best first; each is a pattern of
+  # files below the data directory. The first split is the default.
   splits: Mapping[str, Sequence[str]]
+  # (paths, media root, on_bad_row=..., report=...) -> questions.
   read: Callable[..., list[question_lib.Question]]
+  # (question, text, rule=...) -> `scoring.Scored`.
   score: Callable[..., scoring.Scored]
-  max_new_tokens: int = 16
-  metric: str = "accuracy"
+  max_new_tokens: int = 16  # Longest answer.
+  metric: str = "accuracy"  # The name that lmms-eval gives the number.
+  # 100 where lmms-eval prints per cent, 1 for a fraction. Our results are
+  # fractions throughout.
   scale: int = 1
+  # Categories whose unweighted mean is the number; () takes the mean over
+  # questions.
   macro: tuple[str, ...] = ()
+  # Whether categories without questions are left out of that mean, rather
+  # than counted as 0.
   macro_of_present: bool = False
+  # Values of `Question.duration`, shortest first.
   duration_groups: tuple[str, ...] = ()
+  # Whether all splits lie in one file; `read` then takes `split`.
   one_file: bool = False
 
   @property
@@ -65,9 +59,8 @@ class Task:
     """True if there is a validation split besides the one that is asked."""
     if self.name == PREPARED:
       return True
-    return "validation" in self.splits and "validation" != (
-      split or self.default_split
-    )
+    asked = split or self.default_split
+    return "validation" in self.splits and asked != "validation"
 
   def strata(
     self, questions: Sequence[question_lib.Question]
@@ -201,27 +194,19 @@ def task(name: str) -> Task:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Benchmark:
-  """Questions of one split.
-
-  Attributes:
-    name: of the data set.
-    split: "validation", "test", or another that the data has.
-    root: folder that video paths are relative to.
-    questions: in the order of the file.
-    decisive: question id -> tokens of the grid that decide it; empty where
-      that is not known.
-    generator_hash: of the program that made the clips, None for real ones.
-    task: how answers are scored and counted.
-    report: what was left out.
-  """
+  """Questions of one split."""
 
   name: str
-  split: str
-  root: str
-  questions: Sequence[question_lib.Question]
+  split: str  # "validation", "test", or another that the data has.
+  root: str  # Folder that video paths are relative to.
+  questions: Sequence[question_lib.Question]  # In the order of the file.
+  # Question id -> tokens of the grid that decide it; empty where that is
+  # not known.
   decisive: Mapping[str, Sequence[int]]
+  # Of the program that made the clips, None for real ones.
   generator_hash: str | None = None
   task: Task = _TASKS[PREPARED]
+  # What was left out.
   report: readers.Report = dataclasses.field(default_factory=readers.Report)
 
   def limited(self, count: int) -> "Benchmark":
@@ -260,8 +245,6 @@ def load(
     directory: a benchmark as it was released; or prepared data, which holds
       `validation.parquet`, `test.parquet`, ... in VideoMME's columns, the
       clips, and for synthetic clips `decisive.jsonl` and `manifest.json`.
-    split: of the task; "" takes its first one.
-    benchmark: one of `names()`.
     media: folder of the clips, below `directory` or absolute.
     style: of the prompt: "" is the benchmark's own, and that of training for
       prepared data; "video-r1" is as in training, "videomme" as in VideoMME.
@@ -275,41 +258,31 @@ def load(
     if benchmark != PREPARED:
       mend = f"give the folder that holds {benchmark} as --data"
     raise errors.UserError(f"there is no data in {directory}; {mend}")
-  root = os.path.join(directory, media)
-  report = readers.Report()
+  root, report = os.path.join(directory, media), readers.Report()
   options = dict(on_bad_row=on_bad_row, report=report)
+  told = dict(split=split, root=root, task=found, report=report)
   if benchmark != PREPARED:
     paths = found.files(directory, split)
     if found.one_file:
       options["split"] = split
     questions = found.read(paths, root, **options)
-    return Benchmark(
-      name=benchmark,
-      split=split,
-      root=root,
-      questions=_restyled(questions, style, benchmark),
-      decisive={},
-      task=found,
-      report=report,
-    )
+    questions = _restyled(questions, style, benchmark)
+    return Benchmark(name=benchmark, questions=questions, decisive={}, **told)
   path = directory / f"{split}.parquet"
   if not path.is_file():
     splits = sorted(path.stem for path in directory.glob("*.parquet"))
-    listed = ", ".join(splits) or "none"
     raise errors.UserError(
-      f"{directory} has no {path.name}; its splits: {listed}"
+      f"{directory} has no {path.name}; its splits:"
+      f" {', '.join(splits) or 'none'}"
     )
   questions = found.read(str(path), root, style or "video-r1", **options)
   manifest = _read_manifest(directory / "manifest.json")
   return Benchmark(
     name=str(manifest.get("name") or manifest.get("variant") or directory.name),
-    split=split,
-    root=root,
     questions=questions,
     decisive=_read_decisive(directory / "decisive.jsonl", questions),
     generator_hash=manifest.get("generator_hash"),
-    task=found,
-    report=report,
+    **told,
   )
 
 
@@ -321,17 +294,16 @@ def _restyled(questions, style: str, benchmark: str):
     raise errors.UserError(
       f"prompt style {style!r}: give 'video-r1', or '' for that of {benchmark}"
     )
-  return [
-    dataclasses.replace(
-      question,
-      prompt=tokenizer_lib.training_prompt(
-        question.question,
-        tokenizer_lib.letter_options(question.options),
-        question.problem_type,
-      ),
+  prompts = (
+    tokenizer_lib.training_prompt(
+      question.question,
+      tokenizer_lib.letter_options(question.options),
+      question.problem_type,
     )
     for question in questions
-  ]
+  )
+  pairs = zip(questions, prompts, strict=True)
+  return [dataclasses.replace(q, prompt=prompt) for q, prompt in pairs]
 
 
 def _read_manifest(path: pathlib.Path) -> dict:
@@ -351,10 +323,9 @@ def _read_manifest(path: pathlib.Path) -> dict:
 
 def _read_decisive(path: pathlib.Path, questions) -> dict[str, tuple[int, ...]]:
   """Returns the decisive tokens of the given questions."""
-  if not os.path.isfile(path):
+  if not path.is_file():
     return {}
-  wanted = {question.id for question in questions}
-  found = {}
+  wanted, found = {question.id for question in questions}, {}
   with open(path, encoding="utf-8") as f:
     for number, line in enumerate(f, start=1):
       try:

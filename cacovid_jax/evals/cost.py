@@ -18,8 +18,6 @@ Axes: R rows of a prompt, D width, F width of the MLP, N heads, K kv heads,
 H head dimension, V vocabulary, B batch, T frames.
 """
 
-import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -33,6 +31,8 @@ from cacovid_jax.models import checkpoints, qwen2
 from cacovid_jax.parallel import mesh as mesh_lib
 from cacovid_jax.policy import network
 
+Grid = tuple[int, int, int]  # (T, H, W)
+
 
 def layer_flops(text: qwen2.Qwen2Config, rows: int, seen: int | None = None):
   """Returns the operations of one decoder layer.
@@ -43,12 +43,16 @@ def layer_flops(text: qwen2.Qwen2Config, rows: int, seen: int | None = None):
     seen: P, rows that each row's attention looks at; R by default.
   """
   seen = rows if seen is None else seen
-  heads = text.num_heads * text.head_dim
-  kv_heads = text.num_kv_heads * text.head_dim
+  heads, kv_heads = _widths(text)
   weights = text.hidden_size * (
     2 * heads + 2 * kv_heads + 3 * text.intermediate_size
   )
   return 2 * rows * weights + 4 * rows * seen * heads
+
+
+def _widths(text) -> tuple[int, int]:
+  """Returns (N H, K H)."""
+  return text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
 
 
 def head_flops(text: qwen2.Qwen2Config) -> int:
@@ -57,12 +61,7 @@ def head_flops(text: qwen2.Qwen2Config) -> int:
 
 
 def prefill_flops(text: qwen2.Qwen2Config, rows: Sequence[int]) -> int:
-  """Returns the operations from a prompt to its first logits.
-
-  Args:
-    text: sizes of the decoder.
-    rows: of the prompt, in each layer.
-  """
+  """Returns the operations to the first logits, of `rows` in each layer."""
   return sum(layer_flops(text, count) for count in rows) + head_flops(text)
 
 
@@ -72,7 +71,7 @@ def decode_flops(text: qwen2.Qwen2Config, rows: Sequence[int]) -> int:
   return layers + head_flops(text)
 
 
-def policy_flops(config: network.PolicyConfig, rows: int, grid) -> int:
+def policy_flops(config: network.PolicyConfig, rows: int, grid: Grid) -> int:
   """Returns the operations of scoring one prompt of `rows` rows.
 
   One decoder layer over the prompt, and two MLPs that halve the width: one
@@ -87,29 +86,18 @@ def policy_flops(config: network.PolicyConfig, rows: int, grid) -> int:
   return layer_flops(config.llm, rows) + count * mlp
 
 
-def tower_flops(config: Any, grid: tuple[int, int, int]) -> int:
-  """Returns the operations from one video's pixels to its features.
-
-  Args:
-    config: of the base model.
-    grid: (T, H, W) of the video's tokens.
-  """
+def tower_flops(config: Any, grid: Grid) -> int:
+  """Returns the operations from one video's pixels to its features."""
   return config.vision.flops(grid, config.text.hidden_size)
 
 
 def video_rows(
-  compressor: Any, num_layers: int, grid, ratio: float
+  compressor: Any, num_layers: int, grid: Grid, ratio: float
 ) -> list[int]:
   """Returns how many video tokens each layer of the language model sees.
 
   Where it depends on the video (FrameFusion) it is the mean that the ratio
-  stands for.
-
-  Args:
-    compressor: a method; None keeps every token.
-    num_layers: of the language model.
-    grid: (T, H, W).
-    ratio: retention ratio.
+  stands for. A compressor of None keeps every token.
   """
   if compressor is None:
     return [math.prod(grid)] * num_layers
@@ -117,7 +105,7 @@ def video_rows(
 
 
 def computed_rows(
-  compressor: Any, num_layers: int, grid, ratio: float
+  compressor: Any, num_layers: int, grid: Grid, ratio: float
 ) -> list[int]:
   """Returns how many video tokens each layer computes, masked ones included.
 
@@ -138,13 +126,8 @@ def kv_bytes(
 ) -> int:
   """Returns the bytes of keys and values of `rows` in each layer.
 
-  Args:
-    text: sizes of the decoder.
-    rows: in each layer.
-    dtype: of the cache.
-    batch: B.
-    model_shards: devices that share one model; heads that they cannot share
-      evenly are on each of them.
+  Of `model_shards` devices that share a model, on each; heads that they cannot
+  share evenly are on each of them.
   """
   heads = text.num_kv_heads
   if heads % model_shards == 0:
@@ -156,10 +139,7 @@ def kv_bytes(
 def weight_bytes(config: Any, dtype: Any, model_shards: int = 1) -> int:
   """Returns the bytes of the base model's weights on each device.
 
-  Args:
-    config: of the base model.
-    dtype: of the weights.
-    model_shards: devices that share them, by `mesh.BASE_MODEL_RULES`.
+  The devices share them by `mesh.BASE_MODEL_RULES`.
   """
   # Sizes alone decide how weights are split: no device is asked.
   mesh = jax.sharding.AbstractMesh((1, model_shards), ("data", "model"))
@@ -168,8 +148,7 @@ def weight_bytes(config: Any, dtype: Any, model_shards: int = 1) -> int:
   def count(shape, spec):
     return math.prod(shape.shape) // (model_shards if "model" in spec else 1)
 
-  specs = mesh_lib.partition_specs(shapes, mesh)
-  counts = jax.tree.map(count, shapes, specs)
+  counts = jax.tree.map(count, shapes, mesh_lib.partition_specs(shapes, mesh))
   return sum(jax.tree.leaves(counts)) * jnp.dtype(dtype).itemsize
 
 
@@ -182,55 +161,48 @@ def prefill_bytes(
   of two states, queries with keys, values and what attention gives, or the
   two halves of the gated MLP. And the logits.
   """
-  itemsize = jnp.dtype(dtype).itemsize
-  heads = text.num_heads * text.head_dim
-  kv_heads = text.num_kv_heads * text.head_dim
+  heads, kv_heads = _widths(text)
   state = max(2 * heads + 2 * kv_heads, 2 * text.intermediate_size)
-  per_row = text.hidden_size * (2 * itemsize + 4) + state * itemsize
+  per_row = _row_bytes(text.hidden_size, state, dtype)
   return batch * (rows * per_row + 4 * text.vocab_size)
 
 
-def tower_bytes(config: Any, grid, dtype: Any) -> int:
+def tower_bytes(config: Any, grid: Grid, dtype: Any) -> int:
   """Returns about how many bytes the tower needs beside its weights.
 
   The pixels in float32, and of one layer what `prefill_bytes` counts.
   """
-  vision, itemsize = config.vision, jnp.dtype(dtype).itemsize
-  patches = vision.num_patches(grid)
+  vision = config.vision
   state = max(4 * vision.hidden_size, vision.mlp_width)
-  per_patch = vision.hidden_size * (2 * itemsize + 4) + state * itemsize
-  return 4 * math.prod(vision.input_shape(grid)) + patches * per_patch
+  per_patch = _row_bytes(vision.hidden_size, state, dtype)
+  pixels = 4 * math.prod(vision.input_shape(grid))
+  return pixels + vision.num_patches(grid) * per_patch
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Memory:
-  """Bytes on one device while a batch of whole prompts is asked.
+def _row_bytes(width, state, dtype) -> int:
+  itemsize = jnp.dtype(dtype).itemsize
+  return width * (2 * itemsize + 4) + state * itemsize
 
-  Attributes:
-    weights: of the base model.
-    policy: of the policy's weights.
-    features: of the batch's videos, float32.
-    prompts: embeddings of the batch.
-    cache: keys and values, with the copy that makes room for the answer.
-    activations: of the prefill or the tower, whichever is larger.
-  """
 
-  weights: int
-  policy: int
-  features: int
-  prompts: int
-  cache: int
-  activations: int
+class Memory(NamedTuple):
+  """Bytes on one device while a batch of whole prompts is asked."""
+
+  weights: int  # Of the base model.
+  policy: int  # Of the policy's weights.
+  features: int  # Of the batch's videos, float32.
+  prompts: int  # Embeddings of the batch.
+  cache: int  # Keys and values, with the copy that makes room for the answer.
+  activations: int  # Of the prefill or the tower, whichever is larger.
 
   @property
   def total(self) -> int:
-    return sum(dataclasses.asdict(self).values())
+    return sum(self)
 
 
 def memory(
   config: Any,
   *,
-  grid,
+  grid: Grid,
   prompt_rows: int,
   new_tokens: int,
   batch: int,
@@ -241,27 +213,29 @@ def memory(
   """Returns what asking a batch of whole prompts takes on each device.
 
   Args:
-    config: of the base model.
     grid: (T, H, W) of the largest video.
     prompt_rows: of the longest prompt, video included.
     new_tokens: of the longest answer.
-    batch: B.
     dtype: of weights and computation.
     policy: of the policy that scores the tokens, None for none.
     model_shards: devices that share one model.
   """
   text, itemsize = config.text, jnp.dtype(dtype).itemsize
-  width, num_layers = text.hidden_size, text.num_layers
-  kv = functools.partial(
-    kv_bytes, text, dtype=dtype, batch=batch, model_shards=model_shards
-  )
-  room = prompt_rows + new_tokens - 1
+  width = text.hidden_size
+  # Once as prefilled, once with room for the answer.
+  rows = 2 * prompt_rows + new_tokens - 1
   return Memory(
     weights=weight_bytes(config, dtype, model_shards),
     policy=policy_bytes(policy) if policy else 0,
     features=4 * batch * math.prod(grid) * width,
     prompts=batch * prompt_rows * width * itemsize,
-    cache=kv([prompt_rows] * num_layers) + kv([room] * num_layers),
+    cache=kv_bytes(
+      text,
+      [rows] * text.num_layers,
+      dtype,
+      batch=batch,
+      model_shards=model_shards,
+    ),
     activations=max(
       prefill_bytes(text, prompt_rows, dtype, batch=batch),
       tower_bytes(config, grid, dtype),
@@ -283,14 +257,10 @@ def policy_bytes(config: network.PolicyConfig) -> int:
   return 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
-def feature_bytes(config: Any, grid, vision_keys: bool = False) -> int:
+def feature_bytes(config: Any, grid: Grid, vision_keys: bool = False) -> int:
   """Returns the bytes of one video in the feature cache, in float32.
 
-  Args:
-    config: of the base model.
-    grid: (T, H, W).
-    vision_keys: with the tower's attention and keys, for methods that read
-      them.
+  With the tower's attention and keys if methods that read them are asked.
   """
   per_token = config.text.hidden_size
   if vision_keys:
@@ -300,15 +270,10 @@ def feature_bytes(config: Any, grid, vision_keys: bool = False) -> int:
 
 
 class Speed(NamedTuple):
-  """What a device does in a second.
+  """What a device does in a second."""
 
-  Attributes:
-    flops: operations of matrix products.
-    bytes: read from its memory.
-  """
-
-  flops: float
-  bytes: float
+  flops: float  # Operations of matrix products.
+  bytes: float  # Read from its memory.
 
   def seconds(self, flops: float, steps: int = 0, step_bytes: int = 0) -> float:
     """Returns the time of `flops`, and of `steps` that read `step_bytes` each.
@@ -321,10 +286,8 @@ class Speed(NamedTuple):
 def measure_speed(dtype: Any, size: int = 0, repeats: int = 5) -> Speed:
   """Returns what a square matrix product and a copy reach on this device.
 
-  Args:
-    dtype: of the matrices.
-    size: their side; by default as large as takes milliseconds.
-    repeats: runs that the median is taken over.
+  Medians of `repeats` runs of matrices of side `size`, by default as large as
+  takes milliseconds.
   """
   size = size or (1024 if jax.default_backend() == "cpu" else 8192)
   matrix = jnp.ones((size, size), dtype)

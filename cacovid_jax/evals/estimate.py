@@ -57,16 +57,15 @@ FLAGS = types.MappingProxyType(
     ),
   }
 )
+_LLAVA = llava_onevision.LlavaOnevisionConfig
+_QWEN = qwen2_5_vl.Qwen2_5VLConfig
 # Folder that a released model's config names -> what lies there.
 RELEASED = types.MappingProxyType(
   {
-    make.__name__: make
-    for make in (
-      llava_onevision.LlavaOnevisionConfig.llava_onevision_7b,
-      llava_onevision.LlavaOnevisionConfig.llava_onevision_0_5b,
-      qwen2_5_vl.Qwen2_5VLConfig.qwen2_5_vl_3b,
-      qwen2_5_vl.Qwen2_5VLConfig.qwen2_5_vl_7b,
-    )
+    "llava_onevision_7b": _LLAVA.llava_onevision_7b,
+    "llava_onevision_0_5b": _LLAVA.llava_onevision_0_5b,
+    "qwen2_5_vl_3b": _QWEN.qwen2_5_vl_3b,
+    "qwen2_5_vl_7b": _QWEN.qwen2_5_vl_7b,
   }
 )
 _BYTES_PER_TOKEN = 4
@@ -80,19 +79,12 @@ _ANSWER_TOKENS = 2  # A letter, and the end.
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Asked:
-  """Questions of one benchmark about clips of one grid.
+  """Questions of one benchmark about clips of one grid."""
 
-  Attributes:
-    grid: (T, H, W).
-    texts: int[Q] rows of each prompt that are not of the video.
-    longest: rows that each prompt is padded to, less those of the video.
-    num_clips: that they are about.
-  """
-
-  grid: tuple[int, int, int]
-  texts: np.ndarray
-  longest: int
-  num_clips: int
+  grid: tuple[int, int, int]  # (T, H, W).
+  texts: np.ndarray  # int[Q] rows of each prompt that are not of the video.
+  longest: int  # Rows that each prompt is padded to, less those of the video.
+  num_clips: int  # That they are about.
 
 
 def without_weights(
@@ -101,7 +93,6 @@ def without_weights(
   """Returns the experiment with a base model that has no weights.
 
   Args:
-    experiment: the config and the tokenizer of its base model are read.
     published: whether the released model of its folder's name is taken, where
       there is no such folder.
   """
@@ -209,23 +200,23 @@ def estimate(
   """
   found, memory = {}, []
   for name, experiment in experiments.items():
-    config, model = experiment.config, experiment.checkpoint.model
+    config, model = experiment.config, experiment.checkpoint.model.config
     methods = [methods_lib.Method.parse(spec) for spec in config.evals.methods]
     parts = asked(experiment, loaded.get(name))
     found[name] = _sum(
-      [_part(model.config, config, methods, part, speed) for part in parts]
+      [_part(model, config, methods, part, speed) for part in parts]
     )
     found[name]["published"] = name not in loaded
     settings = evaluation.settings(experiment)
     memory += [
       cost.memory(
-        model.config,
+        model,
         grid=part.grid,
         prompt_rows=part.longest + math.prod(part.grid),
         new_tokens=settings.max_new_tokens,
         batch=settings.batch_size,
         dtype=config.model.dtype,
-        policy=policy_of(model.config.text, methods),
+        policy=policy_of(model.text, methods),
         model_shards=config.mesh.model,
       )
       for part in parts
@@ -233,14 +224,14 @@ def estimate(
   largest = max(memory, key=lambda one: one.total)
   return {
     "benchmarks": found,
-    "memory": {**dataclasses.asdict(largest), "total": largest.total},
+    "memory": {**largest._asdict(), "total": largest.total},
     "total": _sum(list(found.values())),
   }
 
 
 def policy_of(text, methods) -> network.PolicyConfig | None:
   """Returns the paper's policy, if a method reads one's scores."""
-  if not any(_score_sets(method, 1) for method in methods):
+  if not _score_sets(methods):
     return None
   return network.PolicyConfig(llm=text, num_halvings=num_halvings(text))
 
@@ -250,64 +241,52 @@ def num_halvings(text) -> int:
   return min(4, text.hidden_size.bit_length() - 2)
 
 
-def _score_sets(method, num_seeds) -> dict[str, int]:
-  """Returns what scores a method reads, and how often anew."""
-  return {
-    need: 1 if need == "scores" else num_seeds
-    for need in method.needs
-    if need.endswith("scores")
-  }
+def _score_sets(methods) -> set[str]:
+  """Returns which scores methods read; all but "scores" anew for each seed."""
+  needs = frozenset().union(*[method.needs for method in methods])
+  return {need for need in needs if need.endswith("scores")}
 
 
 def _part(model, config, methods, part: Asked, speed) -> dict[str, Any]:
   """Returns what one `Asked` takes; model is the base model's config."""
   evals, text, num_video = config.evals, model.text, math.prod(part.grid)
   count, outside = len(part.texts), part.longest
-  # Video rows by layer of each thing that is asked: seen, and computed.
+  # Video rows by layer of each thing that is asked: mean seen, and computed.
   seen, computed = [], []
   for cell in methods_lib.conditions(methods, evals.ratios, evals.seeds):
     compressor = cell.method and cell.method.compressor
     given = compressor, text.num_layers, part.grid, cell.ratio
     if able(*given):
-      seen.append(cost.video_rows(*given))
+      seen.append(np.mean(cost.video_rows(*given)))
       computed.append(cost.computed_rows(*given))
   per_question = 0
   for rows in computed:
     padded = [kept + outside for kept in rows]
     per_question += cost.prefill_flops(text, padded)
     per_question += (_ANSWER_TOKENS - 1) * cost.decode_flops(text, padded)
-  policy = policy_of(text, methods)
-  if policy:
-    sets = {}
-    for method in methods:
-      sets |= _score_sets(method, len(evals.seeds))
-    per_question += sum(sets.values()) * cost.policy_flops(
-      policy, num_video + outside, part.grid
-    )
+  if policy := policy_of(text, methods):
+    scored = cost.policy_flops(policy, num_video + outside, part.grid)
+    for need in _score_sets(methods):
+      per_question += scored * (1 if need == "scores" else len(evals.seeds))
   # Attention and keys of the tower come from a second run of it.
   signals = bool(methods_lib.wanted(methods))
-  tower = (1 + signals) * part.num_clips
+  tower = (1 + signals) * part.num_clips * cost.tower_flops(model, part.grid)
   batches = -(-count // evals.batch_size)
-  flops = batches * evals.batch_size * per_question + tower * cost.tower_flops(
-    model, part.grid
-  )
+  flops = batches * evals.batch_size * per_question + tower
   steps = batches * len(seen) * (_ANSWER_TOKENS - 1)
   weights = cost.weight_bytes(model, config.model.dtype)
+  programs = num_programs(methods, evals.ratios, text.num_layers, part.grid)
+  features = cost.feature_bytes(model, part.grid, signals)
   return {
     "questions": count,
     "clips": part.num_clips,
     "answers": count * len(seen),
     "video_tokens": count * num_video,
-    "llm_tokens": float(
-      sum(part.texts.sum() + count * np.mean(rows) for rows in seen)
-    ),
-    "programs": num_programs(methods, evals.ratios, text.num_layers, part.grid)
-    + 1
-    + signals,
+    "llm_tokens": float(sum(part.texts.sum() + count * rows for rows in seen)),
+    "programs": programs + 1 + signals,
     "flops": flops,
     "seconds": speed.seconds(flops, steps, weights),
-    "feature_bytes": part.num_clips
-    * cost.feature_bytes(model, part.grid, signals),
+    "feature_bytes": part.num_clips * features,
   }
 
 
@@ -332,7 +311,7 @@ def num_programs(
   methods: Sequence[methods_lib.Method],
   ratios: Sequence[float],
   num_layers: int,
-  grid,
+  grid: cost.Grid,
 ) -> int:
   """Returns how many programs clips of one grid need beside the tower.
 
@@ -340,26 +319,27 @@ def num_programs(
   method reads them; a choice for every method and ratio; answers, one for
   every number of tokens kept; and one for both, of methods inside the model.
   """
-  needs = frozenset().union(*[method.needs for method in methods])
-  chosen, inside, answers = set(), set(), set()
+  found = {"embedding", "whole prompt"}
+  if any("text" in method.needs for method in methods):
+    found.add("text")
+  if _score_sets(methods):
+    found.add("policy")
   for method in methods:
     for ratio in ratios:
       compressor = method.compressor
       if not able(compressor, num_layers, grid, ratio):
         continue
       if compressor.selects_first:
-        chosen.add((method.spec, ratio))
-        answers.add(compressor.rows(grid, ratio))
+        found.add((method.spec, ratio))
+        found.add(compressor.rows(grid, ratio))
       elif not compressor.on_host:
-        inside.add((method.spec, ratio))
-  scored = any(need.endswith("scores") for need in needs)
-  shared = 2 + ("text" in needs) + scored
-  return shared + len(chosen) + len(inside) + len(answers)
+        found.add((method.spec, ratio))
+  return len(found)
 
 
 def show(out: Mapping[str, Any], speed: cost.Speed, title: str) -> None:
   """Prints an estimate; LLM tokens are text and video through all layers."""
-  console = rich.console.Console(width=132)
+  console = rich.console.Console(width=132, highlight=False)
   table = rich.table.Table(title=title)
   table.add_column(no_wrap=True)
   for head in ("questions", "clips", "answers", "video tokens", "LLM tokens",
@@ -368,11 +348,8 @@ def show(out: Mapping[str, Any], speed: cost.Speed, title: str) -> None:
   for name, row in {**out["benchmarks"], "all": out["total"]}.items():
     table.add_row(
       name + (" (published)" if row.get("published") else ""),
-      str(row["questions"]),
-      str(row["clips"]),
-      str(row["answers"]),
-      _short(row["video_tokens"]),
-      _short(row["llm_tokens"]),
+      *(str(row[key]) for key in ("questions", "clips", "answers")),
+      *(_short(row[key]) for key in ("video_tokens", "llm_tokens")),
       str(row["programs"]),
       f"{row['flops'] / 1e15:.4g}",
       f"{row['seconds'] / 3600:.3g}",
@@ -382,11 +359,10 @@ def show(out: Mapping[str, Any], speed: cost.Speed, title: str) -> None:
   memory = ", ".join(
     f"{name} {value / 2**30:.2f}" for name, value in out["memory"].items()
   )
-  console.print(f"memory of a device in GiB: {memory}", highlight=False)
+  console.print(f"memory of a device in GiB: {memory}")
   console.print(
     f"at {speed.flops / 1e12:.4g} TFLOP/s and {speed.bytes / 1e9:.4g} GB/s"
-    f" (--tflops, --gbps); one process",
-    highlight=False,
+    f" (--tflops, --gbps); one process"
   )
 
 

@@ -20,7 +20,6 @@ from cacovid_jax.models import checkpoints
 
 SOURCE = "arXiv 2602.01649, main table"
 VANILLA = "vanilla"
-TOLERANCE = 1.0  # Points between two runs of the same thing.
 
 # Benchmark -> (its name in tables, questions it asks).
 BENCHMARKS = types.MappingProxyType(
@@ -48,21 +47,15 @@ RULE = "paper"
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """A base model of the table.
-
-  Attributes:
-    name: of it in tables.
-    config: file and argument that train and evaluate it.
-    sizes: (width, layers, feed-forward width) of its decoder.
-    family: `model_type` of its checkpoints.
-    template: whose chat template the paper's evaluation took; "" where both
-      write the same prompt.
-  """
+  """A base model of the table."""
 
   name: str
-  config: str
+  config: str  # File and argument that train and evaluate it.
+  # (width, layers, feed-forward width) of its decoder.
   sizes: tuple[int, int, int]
-  family: str
+  family: str  # `model_type` of its checkpoints.
+  # Whose chat template the paper's evaluation took; "" where both write the
+  # same prompt.
   template: str = ""
 
 
@@ -87,24 +80,15 @@ MODELS = types.MappingProxyType(
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """A row of the main table.
-
-  Attributes:
-    model: key of `MODELS`.
-    title: the method as the paper calls it.
-    method: the method as `compressors.names()` calls it, or "vanilla".
-    ratio: share of video tokens kept.
-    average: mean of the four benchmarks.
-    share: per cent of vanilla's average.
-    scores: by column; empty where only averages are reported.
-  """
+  """A row of the main table."""
 
   model: str
-  title: str
-  method: str
+  title: str  # The method as the paper calls it.
+  method: str  # The method as `compressors.names()` calls it, or "vanilla".
   ratio: float
-  average: float
-  share: float
+  average: float  # Mean of the four benchmarks.
+  share: float  # Per cent of vanilla's average.
+  # By column; empty where only averages are reported.
   scores: Mapping[str, float]
 
   def reported(self) -> dict[str, float]:
@@ -112,8 +96,16 @@ class Row:
     return {**self.scores, AVERAGE: self.average}
 
 
-def _rows():
-  table = (
+def _row(model, title, ratio, *values) -> Row:
+  *scores, average, share = values
+  known = dict(zip(COLUMNS, scores, strict=bool(scores)))
+  method, known = title.lower(), types.MappingProxyType(known)
+  return Row(model, title, method, ratio, average, share, known)
+
+
+# Method, ratio, `COLUMNS` where they are reported, average, share.
+_TABLE = {
+  "ov7b": (
     ("vanilla", 1.0, 56.4, 63.0, 47.7, 70.3, 56.8, 48.6, 58.6, 56.4, 100.0),
     ("FastV", 0.25, 53.5, 59.0, 41.7, 64.1, 53.1, 48.1, 55.1, 52.3, 92.7),
     ("VisionZip", 0.25, 56.0, 61.5, 43.5, 69.0, 55.0, 48.3, 57.4, 54.6, 96.8),
@@ -121,47 +113,24 @@ def _rows():
     ("PruneVID", 0.25, 56.1, 60.9, 45.4, 68.6, 56.7, 48.9, 58.0, 55.1, 97.7),
     ("FrameFusion", 0.25, 55.7, 61.1, 44.2, 68.7, 55.2, 48.2, 57.4, 54.6, 96.7),
     ("CaCoVID", 0.25, 56.2, 62.3, 46.3, 70.7, 56.3, 48.4, 58.5, 55.8, 98.9),
+    ("CaCoVID", 0.20, 55.3, 98.1),
+    ("CaCoVID", 0.15, 55.0, 97.5),
     ("FastV", 0.10, 47.6, 52.9, 35.2, 53.3, 48.0, 44.2, 48.5, 46.1, 81.6),
     ("VisionZip", 0.10, 48.9, 57.6, 41.5, 58.6, 52.3, 46.2, 52.4, 50.1, 88.8),
     ("DivPrune", 0.10, 53.3, 60.7, 44.9, 63.9, 52.9, 46.2, 54.3, 53.3, 94.5),
     ("PruneVID", 0.10, 54.4, 59.7, 42.7, 66.0, 52.4, 46.3, 54.9, 52.9, 93.8),
     ("FrameFusion", 0.10, 49.1, 56.5, 39.8, 59.6, 49.8, 45.1, 51.5, 49.2, 87.2),
     ("CaCoVID", 0.10, 55.2, 60.6, 44.6, 67.6, 54.9, 46.6, 56.3, 54.2, 96.1),
-  )
-  averages = (
-    ("ov7b", "CaCoVID", 0.20, 55.3, 98.1),
-    ("ov7b", "CaCoVID", 0.15, 55.0, 97.5),
-    ("qwen3b", "vanilla", 1.0, 55.6, 100.0),
-    ("qwen3b", "CaCoVID", 0.25, 54.2, 97.5),
-    ("qwen3b", "CaCoVID", 0.20, 53.9, 96.9),
-    ("qwen3b", "CaCoVID", 0.15, 52.5, 94.4),
-    ("qwen3b", "CaCoVID", 0.10, 52.0, 93.4),
-  )
-  whole = [
-    Row(
-      model="ov7b",
-      title=title,
-      method=title.lower(),
-      ratio=ratio,
-      average=values[-2],
-      share=values[-1],
-      scores=types.MappingProxyType(
-        dict(zip(COLUMNS, values[:-2], strict=True))
-      ),
-    )
-    for title, ratio, *values in table
-  ]
-  rest = [
-    Row(model, title, title.lower(), ratio, average, share, {})
-    for model, title, ratio, average, share in averages
-  ]
-  models = list(MODELS)
-  return tuple(
-    sorted(whole + rest, key=lambda row: (models.index(row.model), -row.ratio))
-  )
-
-
-ROWS = _rows()
+  ),
+  "qwen3b": (
+    ("vanilla", 1.0, 55.6, 100.0),
+    ("CaCoVID", 0.25, 54.2, 97.5),
+    ("CaCoVID", 0.20, 53.9, 96.9),
+    ("CaCoVID", 0.15, 52.5, 94.4),
+    ("CaCoVID", 0.10, 52.0, 93.4),
+  ),
+}
+ROWS = tuple(_row(model, *row) for model in MODELS for row in _TABLE[model])
 METHODS = tuple(
   dict.fromkeys(row.method for row in ROWS if row.method != VANILLA)
 )
@@ -201,17 +170,17 @@ def row(model: str | None, method: str, ratio: float) -> Row | None:
   return None
 
 
-def is_method(label: str, name: str, options: Mapping[str, Any]) -> bool:
-  """Returns whether a row is the paper's method of that label.
+def row_of(model: str | None, method: Any, ratio: float) -> Row | None:
+  """Returns the paper's row of a `methods.Method`, if it is the paper's."""
+  return row(model, method.label, ratio) if is_method(method) else None
 
-  Args:
-    label: of the row.
-    name: of its method.
-    options: that were set.
-  """
-  known = OPTIONS.get(name, {})
-  return label == name and all(
-    known.get(key) == value for key, value in options.items()
+
+def is_method(method: Any) -> bool:
+  """Returns whether a `Method` is the paper's method of its label."""
+  compressor = method.compressor
+  known = OPTIONS.get(compressor.name, {})
+  return method.label == compressor.name and all(
+    known.get(key) == value for key, value in compressor.options.items()
   )
 
 
@@ -235,10 +204,7 @@ def compare(
 ) -> dict[str, dict[str, Any]]:
   """Returns, by column that both have: own, paper, difference and within.
 
-  Args:
-    own: accuracies of a row.
-    reported: those of the paper's row.
-    tolerance: points.
+  Within is a difference of at most `tolerance` points.
   """
   out = {}
   for column, value in reported.items():
@@ -258,23 +224,16 @@ def compare(
 def drift(
   model: str | None, own: Mapping[str, float], tolerance: float
 ) -> dict[str, Any]:
-  """Returns the `drift` section of results.json.
-
-  Args:
-    model: key of `MODELS`, None for a model that the paper has not.
-    own: accuracies of answers from all tokens.
-    tolerance: points.
-  """
+  """Returns the `drift` section of results.json."""
   known = row(model, VANILLA, 1.0)
   columns = compare(own, known.reported(), tolerance) if known else {}
+  differences = [abs(entry["difference"]) for entry in columns.values()]
   return {
     "model": model and MODELS[model].name,
     "source": SOURCE,
     "tolerance": tolerance,
     "columns": columns,
-    "worst": max(
-      (abs(entry["difference"]) for entry in columns.values()), default=None
-    ),
+    "worst": max(differences, default=None),
   }
 
 
@@ -287,9 +246,7 @@ def reproduced(
   """Returns whether a row says what the paper's says: True, False, or why not.
 
   Args:
-    found: of `drift`.
     reported: the paper's row; None if it has none.
-    own: accuracies of our row.
     obstacles: what makes any comparison void: other settings, questions that
       were not asked.
   """
@@ -300,27 +257,20 @@ def reproduced(
   tolerance = found["tolerance"]
   if found["worst"] is None:
     return "no column of the paper's vanilla was measured"
-  if found["worst"] > tolerance:
-    return (
-      f"vanilla off by {found['worst']:.1f} points (tolerance {tolerance:.1f})"
-    )
+  if (worst := found["worst"]) > tolerance:
+    return f"vanilla off by {worst:.1f} points (tolerance {tolerance:.1f})"
   columns = compare(own, reported.reported(), tolerance)
   return bool(columns) and all(entry["within"] for entry in columns.values())
 
 
 def obstacles(
-  config: Any,
-  parts: Sequence[Any],
-  absent: Sequence[str],
-  model: str | None,
+  config: Any, parts: Sequence[Any], absent: Sequence[str], model: str | None
 ) -> list[str]:
   """Returns what makes a comparison with the paper void, in words.
 
   Args:
     config: of the evaluation of one benchmark; the others are alike.
     parts: benchmarks, each a `combined.Part`.
-    absent: benchmarks of the paper that were not asked.
-    model: key of `MODELS`, None for a model that the paper has not.
   """
   found = []
   if absent:
@@ -358,14 +308,13 @@ def _other_pixels(config) -> list[str]:
     return []
   model = checkpoints.make_model(checkpoints.load_config(path))
   found = model.read_processor(path)
-  bounds = [
-    (each.min_pixels, each.max_pixels)
+  own, papers = (
+    f"{each.min_pixels} to {each.max_pixels}"
     for each in (
       found.with_paper_bounds(data.min_pixels, data.max_pixels),
       found.with_paper_bounds(),
     )
-  ]
-  if bounds[0] == bounds[1]:
-    return []
-  own, papers = (f"{least} to {most}" for least, most in bounds)
-  return [f"frames of {own} pixels instead of {papers}"]
+  )
+  return (
+    [] if own == papers else [f"frames of {own} pixels instead of {papers}"]
+  )

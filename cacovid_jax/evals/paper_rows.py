@@ -13,19 +13,18 @@ _EFFICIENCY = "python -m experiments.efficiency_table --size=ov-7b"
 
 def markdown() -> str:
   """Returns all tables, one line per row, without a line break at the end."""
-  commands, rows, times = [], [], []
+  commands, rows = [], []
   for key, model in paper.MODELS.items():
     rest = f"{model.name}, vanilla and others without a policy"
     commands.append([f"`{command(key)}`", f"all of {model.name}"])
     commands.append([f"`{command(key, trained=False)}`", rest])
   for row in paper.ROWS:
-    place = f"{row.method},{results.ratio_key(row.ratio)}"
     kept = "all tokens" if row.method == paper.VANILLA else f"{row.ratio:.0%}"
     trained = row.method == results.REFERENCE
     rows.append(
       [
         f"{paper.MODELS[row.model].name}, {row.title}, {kept}",
-        f"`{place}`",
+        f"`{row.method},{results.ratio_key(row.ratio)}`",
         *(tables.number(row.scores.get(column)) for column in paper.COLUMNS),
         f"{row.average:.1f} ({row.share:g} %)",
         "not run: needs the weights",
@@ -33,32 +32,33 @@ def markdown() -> str:
       ]
     )
   name = paper.MODELS[paper.EFFICIENCY_MODEL].name
-  share, ratio = f"{paper.EFFICIENCY_RATIO:.0%}", paper.EFFICIENCY_RATIO
+  ratio = paper.EFFICIENCY_RATIO
   names = {row.method: row.title for row in paper.ROWS}
-  for title, place, value in (
-    ("prefill of all tokens", "vanilla,1.0`: `prefill_ms",
+  measured = [
+    ("prefill of all tokens", "vanilla,1.0", "prefill_ms",
      paper.VANILLA_PREFILL_MS),
-    (f"prefill at {share}", f"cacovid,{ratio}`: `prefill_ms",
+    (f"prefill at {ratio:.0%}", f"cacovid,{ratio}", "prefill_ms",
      paper.PREFILL_MS),
-    *(
-      (f"{names[method]}'s choice at {share}",
-       f"{method},{ratio}`: `compression_ms", value)
-      for method, value in paper.COMPRESSION_MS.items()
-    ),
-  ):  # fmt: skip
-    cells = [f"{name}, {title}", f"`{place}`", f"{value:.1f}"]
-    times.append([*cells, "not measured: needs an accelerator"])
+    *((f"{names[method]}'s choice at {ratio:.0%}", f"{method},{ratio}",
+       "compression_ms", value)
+      for method, value in paper.COMPRESSION_MS.items()),
+  ]  # fmt: skip
+  times = [
+    [f"{name}, {title}", f"`{place}`: `{column}`", f"{value:.1f}",
+     "not measured: needs an accelerator"]
+    for title, place, column, value in measured
+  ]  # fmt: skip
   titles = map(paper.column_title, paper.COLUMNS)
   head = ["paper row", "of the command's `table.csv`", *titles,
           "average (of vanilla)", "ours", "checkpoint"]  # fmt: skip
   head_times = ["paper row, milliseconds", "of its `table.csv`", "paper",
                 "ours"]  # fmt: skip
-  last = [[f"`{_EFFICIENCY}`", "all milliseconds"]]
+  fills, last = ["command", "rows it fills"], "all milliseconds"
   return "\n\n".join(
     [
-      tables.as_markdown(["command", "rows it fills"], commands),
+      tables.as_markdown(fills, commands),
       tables.as_markdown(head, rows),
-      tables.as_markdown(["command", "rows it fills"], last),
+      tables.as_markdown(fills, [[f"`{_EFFICIENCY}`", last]]),
       tables.as_markdown(head_times, times),
     ]
   )

@@ -16,17 +16,8 @@ import cacovid_jax
 from cacovid_jax.data import frame_record
 
 # Packages whose version can change a number in a table.
-_PACKAGES = (
-  "av",
-  "flax",
-  "jax",
-  "jaxlib",
-  "jinja2",
-  "numpy",
-  "pillow",
-  "safetensors",
-  "tokenizers",
-)
+_PACKAGES = ("av", "flax", "jax", "jaxlib", "jinja2", "numpy", "pillow",
+             "safetensors", "tokenizers")  # fmt: skip
 
 
 def describe(
@@ -56,12 +47,12 @@ def describe(
       this process's. All are listed; where they differ in a field, that names
       every value.
   """
-  texts = {
-    json.dumps(dict(found), sort_keys=True)
-    for found in ([environment()] if environments is None else environments)
-  }
+  if environments is None:
+    environments = [environment()]
+  texts = {json.dumps(dict(found), sort_keys=True) for found in environments}
   environments = [json.loads(text) for text in sorted(texts)]
   versions = [found["packages"] for found in environments]
+  names = sorted(set().union(*versions))
   return {
     "checkpoint": checkpoint.get("sha256", ""),
     "decoder": _joined(environments, "decoder"),
@@ -71,9 +62,7 @@ def describe(
     "frame_index_hash": combined(index_hashes or {}),
     "generator_hash": generator_hash,
     "git_commit": _joined(environments, "git_commit"),
-    "packages": {
-      name: _joined(versions, name) for name in sorted(set().union(*versions))
-    },
+    "packages": {name: _joined(versions, name) for name in names},
     "policies": dict(policies),
     "python": _joined(environments, "python"),
     "settings": dict(settings or {}),
@@ -86,6 +75,16 @@ def digest(text: str) -> str:
   return hashlib.sha256(text.encode()).hexdigest()
 
 
+def combined(hashes: Mapping[str, str]) -> str:
+  """Returns one sha256 of {name: hash}, whatever the order."""
+  return digest("".join(f"{name}\0{hashes[name]}\n" for name in sorted(hashes)))
+
+
+def _joined(entries: Iterable[Mapping[str, str]], name: str) -> str:
+  """Returns the distinct values of a field, as a rule a single one."""
+  return ", ".join(sorted({entry[name] for entry in entries if name in entry}))
+
+
 def environment() -> dict[str, Any]:
   """Returns what computes here: nothing that two equal machines differ in."""
   return {
@@ -95,11 +94,6 @@ def environment() -> dict[str, Any]:
     "packages": packages(),
     "python": platform.python_version(),
   }
-
-
-def _joined(entries: Iterable[Mapping[str, str]], name: str) -> str:
-  """Returns the distinct values of a field, as a rule a single one."""
-  return ", ".join(sorted({entry[name] for entry in entries if name in entry}))
 
 
 def device_kind() -> str:
@@ -129,14 +123,6 @@ def packages() -> dict[str, str]:
     except importlib.metadata.PackageNotFoundError:
       found[name] = "not installed"
   return found
-
-
-def combined(hashes: Mapping[str, str]) -> str:
-  """Returns one sha256 of {name: hash}, whatever the order."""
-  digest = hashlib.sha256()
-  for name in sorted(hashes):
-    digest.update(f"{name}\0{hashes[name]}\n".encode())
-  return digest.hexdigest()
 
 
 def git_commit() -> str:

@@ -7,7 +7,7 @@ so that the same run gives the same bytes.
 import collections
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,13 @@ from cacovid_jax.inference import methods as methods_lib
 
 SCHEMA = 1
 REFERENCE = "cacovid"
+# Share of frames that the frame head would draw in training.
+_FRAME_RATIO = 0.125
+_WHOLE = methods_lib.Condition(None, 1.0, 0)
+VANILLA_KEY = methods_lib.VANILLA, "1.00"
+Failures = Mapping[
+  tuple[str, float], evaluator_lib.Failure
+]  # By (spec, ratio).
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,24 +35,17 @@ class Table:
   """Which answers of a ledger make up a table.
 
   Attributes:
-    benchmark: name of the data set.
-    split: "validation" or "test".
-    questions: asked, in the order of the data set.
-    methods: rows.
-    ratios: columns.
-    seeds: evaluation seeds.
-    grid: (T, H, W); where clips differ, of most of them.
-    task: how answers are counted.
     grids: clip -> (T, H, W) where they differ.
   """
 
   benchmark: str
-  split: str
+  split: str  # "validation" or "test".
   questions: Sequence[question_lib.Question]
   methods: Sequence[methods_lib.Method]
   ratios: Sequence[float]
   seeds: Sequence[int]
-  grid: tuple[int, int, int]
+  grid: tuple[int, int, int]  # (T, H, W); where clips differ, of most of them.
+  # How answers are counted.
   task: benchmarks.Task = benchmarks.task(benchmarks.PREPARED)
   grids: Mapping[str, tuple[int, int, int]] = dataclasses.field(
     default_factory=dict
@@ -68,28 +68,14 @@ class Table:
   def strata(self) -> statistics.Strata | None:
     return self.task.strata(self.questions)
 
-  def shown_method(
-    self,
-    ratio: float,
-    failures: Mapping[tuple[str, float], evaluator_lib.Failure],
-  ) -> methods_lib.Method:
-    """Returns the learned method, or the first row that can be run."""
-    able = [m for m in self.methods if (m.spec, ratio) not in failures]
-    named = (m for m in able if m.label == REFERENCE)
-    return next(named, able[0] if able else None)
-
 
 def build(
   table: Table,
   ledger: answer_log.Ledger,
   *,
-  provenance: Mapping[str, Any],
-  failures: Mapping[tuple[str, float], evaluator_lib.Failure] | None = None,
-  chosen: Mapping[str, Any] | None = None,
+  failures: Failures | None = None,
   decisive: Mapping[str, Sequence[int]] | None = None,
-  rule: str = "paper",
-  left_out: Mapping[str, Any] | None = None,
-  frame_ratio: float = 0.125,
+  **sections: Any,
 ) -> dict[str, Any]:
   """Returns results.json as a dict.
 
@@ -100,91 +86,101 @@ def build(
 
   Args:
     table: what to tabulate; the ledger must hold all of it, but for failures.
-    ledger: the answers.
-    provenance: see `provenance.describe`.
     failures: what `Evaluator.run` could not ask; such a cell has its reason as
       its status, and no accuracy.
-    chosen: what was chosen on validation, and from which candidates.
     decisive: question id -> tokens that decide it, for the frame head.
-    rule: how letters were taken from answers.
-    left_out: what was not asked, see `Benchmark.left_out`.
-    frame_ratio: share of frames that the frame head would draw in training.
+    **sections: further ones as they are: `provenance`, see there; `chosen` on
+      validation, from which candidates; the `rule` that letters were taken by;
+      `left_out`, see `Benchmark.left_out`.
   """
   failures = failures or {}
-  vanilla = _values(table, ledger, methods_lib.Condition())
-  methods, oracles, paired = {}, {}, []
-  values = {}
-  for method in table.methods:
-    row = {}
-    for ratio in table.ratios:
-      failure = failures.get((method.spec, ratio))
-      if failure is not None:
-        row[ratio_key(ratio)] = _failed(method, failure)
-        continue
-      cell, mean = _cell(table, ledger, method, ratio, vanilla)
-      row[ratio_key(ratio)] = cell
-      values[method.label, ratio] = mean
-    (oracles if method.compressor.oracle else methods)[method.label] = row
-  labels = [method.label for method in table.methods]
-  for ratio in table.ratios:
-    reference = values.get((REFERENCE, ratio))
-    if reference is None:
-      continue
-    for label in labels:
-      if label != REFERENCE and (label, ratio) in values:
-        paired.append(
-          _paired(table, label, REFERENCE, ratio, values[label, ratio],
-                  reference)
-        )  # fmt: skip
-    paired.append(
-      _paired(table, REFERENCE, methods_lib.VANILLA, ratio, reference, vanilla)
-    )
-  out = {
+  records = _records(table, ledger, _WHOLE)
+  vanilla = np.array([record["score"] for record in records])
+  return {
     "schema": SCHEMA,
     "benchmark": table.benchmark,
     "split": table.split,
     "metric": table.task.metric,
     "scale": table.task.scale,
     "macro": list(table.strata.names) if table.strata else [],
-    "rule": rule,
-    "left_out": dict(left_out or {}),
     "grid": _grids(table),
     "num_clips": len(set(table.clips)),
-    "chance": _number(_chance(table)),
+    "chance": number(_chance(table)),
     "vanilla": {
-      **_estimate(table, vanilla),
-      "n": len(vanilla),
-      "kept_tokens": _number(table.num_video.mean()),
-      **_breakdowns(table, vanilla),
-      **_fallbacks(_records(table, ledger, methods_lib.Condition())),
+      **_counted(table, records, vanilla),
+      "kept_tokens": number(table.num_video.mean()),
     },
-    "methods": methods,
-    "oracles": oracles,
-    "paired": paired,
-    "frame_head": _frame_head(table, ledger, decisive, frame_ratio, failures),
-    "chosen": dict(chosen or {}),
+    **_rows(table, ledger, failures, vanilla),
+    "frame_head": _frame_head(table, ledger, decisive, failures),
     "unreadable": _unreadable(table, ledger, failures),
     "seeds": list(table.seeds),
-    "provenance": dict(provenance),
+    "rule": "paper",
+    "left_out": {},
+    "chosen": {},
+    **sections,
   }
+
+
+def _rows(table, ledger, failures, vanilla) -> dict[str, Any]:
+  """Returns the sections of all methods: their cells, and differences."""
+  out, values = {"methods": {}, "oracles": {}}, {}
+  for method in table.methods:
+    group = "oracles" if method.compressor.oracle else "methods"
+    row = out[group][method.label] = {}
+    for ratio in table.ratios:
+      key = ratio_key(ratio)
+      if failure := failures.get((method.spec, ratio)):
+        row[key] = _failed(method, failure)
+      else:
+        row[key], mean = _cell(table, ledger, method, ratio, vanilla)
+        values[method.label, key] = mean
+
+  def difference(key, versus):
+    return statistics.paired_difference(
+      values[key], values.get(versus, vanilla), table.clips, strata=table.strata
+    )
+
+  out["paired"] = paired(values, map(ratio_key, table.ratios), difference)
   return out
 
 
-def grid_words(grid: Sequence[Any]) -> str:
-  """Returns the `grid` of results.json in words."""
+def paired(
+  answered: Collection[tuple[str, str]],
+  ratios: Iterable[str],
+  difference: Callable[..., statistics.Estimate],
+) -> list[dict[str, Any]]:
+  """Returns every row less the reference, and the reference less vanilla.
 
-  def words(sides):
-    return " \N{MULTIPLICATION SIGN} ".join(map(str, sides))
+  Args:
+    answered: (label, ratio key) of all cells that could be run.
+    ratios: their keys; one at which the reference failed has no entry.
+    difference: of the cells at two keys; vanilla's is `VANILLA_KEY`.
+  """
+  out = []
+  for ratio in ratios:
+    reference = REFERENCE, ratio
+    if reference not in answered:
+      continue
+    others = [key for key in answered if key[1] == ratio and key != reference]
+    pairs = [(key, reference) for key in others]
+    for key, versus in [*pairs, (reference, VANILLA_KEY)]:
+      entry = {"method": key[0], "vs": versus[0], "ratio": ratio}
+      out.append(entry | figures(difference(key, versus), "mean"))
+  return out
 
-  if not isinstance(grid[0], Mapping):
-    return f"{words(grid)} tokens a clip (time, rows, columns)"
-  common = sorted(grid, key=lambda entry: -entry["clips"])
-  listed = [f"{words(e['grid'])} ({e['clips']} clips)" for e in common[:4]]
-  if len(common) > 4:
-    listed.append(f"{len(common) - 4} more")
-  return (
-    f"{len(common)} grids of tokens (time, rows, columns): {', '.join(listed)}"
-  )
+
+def figures(estimate, name="accuracy", interval="ci95") -> dict[str, Any]:
+  """Returns an estimate under these names of results.json; None for none."""
+  if estimate is None:
+    return {name: None, interval: None}
+  mean, low, high = map(number, estimate)
+  return {name: mean, interval: [low, high]}
+
+
+def number(value: float) -> float | int:
+  """Returns a number with six decimals; a whole one as an int."""
+  value = round(float(value), 6)
+  return int(value) if value.is_integer() and abs(value) > 1 else value
 
 
 def ratio_key(ratio: float) -> str:
@@ -197,8 +193,7 @@ def check_ratios(ratios: Iterable[float]) -> tuple[float, ...]:
   ratios = tuple(ratios)
   if not ratios:
     raise errors.UserError("no retention ratio given; for example 0.25,0.1")
-  keys = collections.Counter(ratio_key(ratio) for ratio in ratios)
-  for key, count in keys.items():
+  for key, count in collections.Counter(map(ratio_key, ratios)).items():
     if count > 1 or key == "0.00":
       raise errors.UserError(
         f"retention ratios {', '.join(map(str, ratios))}: {key} names"
@@ -208,9 +203,7 @@ def check_ratios(ratios: Iterable[float]) -> tuple[float, ...]:
   return ratios
 
 
-def keys(
-  table: Table, failures: Mapping[tuple[str, float], evaluator_lib.Failure]
-) -> list[answer_log.Key]:
+def keys(table: Table, failures: Failures) -> list[answer_log.Key]:
   """Returns the keys of all answers of a table, less what could not be run."""
   return [
     cell.key(question.id)
@@ -225,23 +218,10 @@ def frame_hashes(
 ) -> dict[str, str]:
   """Returns clip -> sha256 of the frames that were shown to the model.
 
-  Args:
-    table: whose clips.
-    ledger: with the answers to whole prompts.
-    field: "frame_hash" is of their pixels, "index_hash" of which they are.
+  "frame_hash" is of their pixels, "index_hash" of which they are.
   """
-  cell = methods_lib.Condition()
-  found = {}
-  for question in table.questions:
-    digest = ledger[cell.key(question.id)].get(field)
-    if digest:
-      found[question.video] = digest
-  return found
-
-
-def _values(table, ledger, cell) -> np.ndarray:
-  """Returns float64[Q], the score of each question."""
-  return np.array([r["score"] for r in _records(table, ledger, cell)])
+  found = zip(table.clips, _records(table, ledger, _WHOLE), strict=True)
+  return {clip: record[field] for clip, record in found if record.get(field)}
 
 
 def _records(table, ledger, cell) -> list[Mapping[str, Any]]:
@@ -249,107 +229,29 @@ def _records(table, ledger, cell) -> list[Mapping[str, Any]]:
   return [ledger[cell.key(question.id)] for question in table.questions]
 
 
-def _cell(table, ledger, method, ratio, vanilla):
-  """Returns (the cell of results.json, float64[Q] mean over seeds)."""
-  cells = [
-    cell
-    for cell in methods_lib.conditions([method], [ratio], table.seeds)
-    if cell.method is not None
-  ]
-  per_seed = [_values(table, ledger, cell) for cell in cells]
-  mean = np.mean(per_seed, axis=0)
-  records = [r for cell in cells for r in _records(table, ledger, cell)]
-  num_video = np.tile(table.num_video, len(cells))
-  kept = float(np.mean([record["kept"] for record in records]))
-  # Before the language model, every layer sees the tokens that were kept.
-  equivalent = [
-    record.get("equivalent", record["kept"] / count)
-    for record, count in zip(records, num_video, strict=True)
-  ]
-  share = statistics.ratio_of_means(
-    mean, vanilla, table.clips, strata=table.strata
-  )
-  out = {
-    **_estimate(table, mean),
-    "n": len(mean),
-    "kept_tokens": _number(kept),
-    "equivalent_ratio": _number(np.mean(equivalent)),
-    "of_vanilla": None if share is None else _number(share.mean),
-    "of_vanilla_ci95": share and [_number(share.low), _number(share.high)],
-    **_breakdowns(table, mean),
-    **_fallbacks(records),
-    "status": "ok",
-  }
-  forced = np.mean([record.get("forced", False) for record in records])
-  if forced:
-    # Questions where the rule was changed to stay within the budget.
-    out["forced"] = _number(forced)
-  out |= _facts(method)
-  if len(per_seed) > 1:
-    out["by_seed"] = {
-      str(cell.seed): _number(statistics.mean(values, table.strata))
-      for cell, values in zip(cells, per_seed, strict=True)
-    }
-  return out, mean
-
-
-def _failed(method, failure: evaluator_lib.Failure) -> dict[str, Any]:
-  """Returns the cell of a method that cannot be run at a ratio."""
-  out = {"status": failure.reason, **_facts(method)}
-  if failure.minimum_ratio is not None:
-    # Rounded up, so that it can be used as it stands; not a rounded one again.
-    lowest = math.ceil(round(failure.minimum_ratio * 1e4, 6)) / 1e4
-    out["minimum_ratio"] = lowest
-  return out
-
-
-def _facts(method) -> dict[str, Any]:
-  """Returns what a cell says of its method, where there is something."""
-  compressor, out = method.compressor, {}
-  if compressor.options:
-    out["options"] = dict(compressor.options)
-  if not getattr(compressor, "exact_budget", True):
-    out["exact_budget"] = False
-  if note := getattr(compressor, "note", ""):
-    out["note"] = note
-  return out
-
-
-def _estimate(table, values) -> dict[str, Any]:
-  estimate = statistics.accuracy(values, table.clips, strata=table.strata)
-  return {
-    "accuracy": _number(estimate.mean),
-    "ci95": [_number(estimate.low), _number(estimate.high)],
-  }
-
-
-def _paired(table, label, versus, ratio, values, reference):
-  difference = statistics.paired_difference(
-    values, reference, table.clips, strata=table.strata
-  )
-  return {
-    "method": label,
-    "vs": versus,
-    "ratio": ratio_key(ratio),
-    "mean": _number(difference.mean),
-    "ci95": [_number(difference.low), _number(difference.high)],
-  }
-
-
-def _breakdowns(table, values) -> dict[str, Any]:
-  """Returns {facet: {name: accuracy and n}} over all groupings."""
-  facets = collections.defaultdict(list)
-  for question, value in zip(table.questions, values, strict=True):
-    for facet, name in question.groups:
-      facets[facet].append((name, value))
+def _counted(table, records, values) -> dict[str, Any]:
+  """Returns what every cell has: accuracies of float64[Q], and guesses."""
   pairs = list(zip(table.questions, values, strict=True))
-  return {
+  facets = sorted({facet for q in table.questions for facet, _ in q.groups})
+  estimate = statistics.accuracy(values, table.clips, strata=table.strata)
+  out = {
+    **figures(estimate),
+    "n": len(values),
     "by_duration": _groups((q.duration, value) for q, value in pairs),
     "by_category": _groups((q.category, value) for q, value in pairs),
     "by_group": {
-      facet: _groups(found) for facet, found in sorted(facets.items())
+      facet: _groups(
+        (name, value)
+        for q, value in pairs
+        for key, name in q.groups
+        if key == facet
+      )
+      for facet in facets
     },
   }
+  if guesses := sum(record.get("fallback", False) for record in records):
+    out["num_fallbacks"] = guesses
+  return out
 
 
 def _groups(pairs) -> dict[str, dict[str, Any]]:
@@ -359,9 +261,67 @@ def _groups(pairs) -> dict[str, dict[str, Any]]:
     if name:
       groups[name].append(value)
   return {
-    name: {"accuracy": _number(np.mean(group)), "n": len(group)}
+    name: {"accuracy": number(np.mean(group)), "n": len(group)}
     for name, group in sorted(groups.items())
   }
+
+
+def _cell(table, ledger, method, ratio, vanilla):
+  """Returns (the cell of results.json, float64[Q] mean over seeds)."""
+  cells = methods_lib.conditions([method], [ratio], table.seeds)[
+    1:
+  ]  # Less vanilla.
+  per_seed = [_records(table, ledger, cell) for cell in cells]
+  scores = np.array([[r["score"] for r in found] for found in per_seed])
+  mean = scores.mean(axis=0)
+  records = [record for found in per_seed for record in found]
+  # Before the language model, every layer sees the tokens that were kept.
+  equivalent = [
+    record.get("equivalent", record["kept"] / count)
+    for found in per_seed
+    for record, count in zip(found, table.num_video, strict=True)
+  ]
+  share = statistics.ratio_of_means(
+    mean, vanilla, table.clips, strata=table.strata
+  )
+  out = {
+    **_counted(table, records, mean),
+    **figures(share, "of_vanilla", "of_vanilla_ci95"),
+    **_facts(method),
+    "kept_tokens": number(np.mean([record["kept"] for record in records])),
+    "equivalent_ratio": number(np.mean(equivalent)),
+    "status": "ok",
+  }
+  if forced := np.mean([record.get("forced", False) for record in records]):
+    # Questions where the rule was changed to stay within the budget.
+    out["forced"] = number(forced)
+  if len(cells) > 1:
+    out["by_seed"] = {
+      str(cell.seed): number(statistics.mean(values, table.strata))
+      for cell, values in zip(cells, scores, strict=True)
+    }
+  return out, mean
+
+
+def _failed(method, failure: evaluator_lib.Failure) -> dict[str, Any]:
+  """Returns the cell of a method that cannot be run at a ratio."""
+  out = {"status": failure.reason, **_facts(method)}
+  if (lowest := failure.minimum_ratio) is not None:
+    # Rounded up, so that it can be used as it stands; not a rounded one again.
+    out["minimum_ratio"] = math.ceil(round(lowest * 1e4, 6)) / 1e4
+  return out
+
+
+def _facts(method) -> dict[str, Any]:
+  """Returns what a cell says of its method, where there is something."""
+  compressor = method.compressor
+  out = {
+    "options": dict(compressor.options),
+    "note": getattr(compressor, "note", ""),
+  }
+  if not getattr(compressor, "exact_budget", True):
+    out["exact_budget"] = False
+  return {name: fact for name, fact in out.items() if fact not in ({}, "")}
 
 
 def _grids(table) -> list[Any]:
@@ -369,18 +329,12 @@ def _grids(table) -> list[Any]:
   questions = collections.Counter(map(table.grid_of, table.questions))
   if len(questions) == 1:
     return list(next(iter(questions)))
-  clips = {question.video: table.grid_of(question)
-           for question in table.questions}  # fmt: skip
-  clips = collections.Counter(clips.values())
+  clips = {q.video: table.grid_of(q) for q in table.questions}
+  counts = collections.Counter(clips.values())
   return [
-    {"grid": list(grid), "clips": clips[grid], "questions": questions[grid]}
+    {"grid": list(grid), "clips": counts[grid], "questions": questions[grid]}
     for grid in sorted(questions)
   ]
-
-
-def _fallbacks(records) -> dict[str, int]:
-  count = sum(record.get("fallback", False) for record in records)
-  return {"num_fallbacks": count} if count else {}
 
 
 def _chance(table) -> float:
@@ -391,50 +345,44 @@ def _chance(table) -> float:
   return float(np.mean(shares)) if shares else 0.0
 
 
-def _frame_head(table, ledger, decisive, frame_ratio, failures):
+def _frame_head(table, ledger, decisive, failures):
   """Returns how often the best frames hold a decisive one, against chance.
 
   None where no policy was followed or no decisive tokens are known.
   """
-  method = next(
-    (
-      m
-      for m in table.methods
-      if "scores" in m.needs
-      and m.label.partition("?")[0] == REFERENCE
-      and (m.spec, table.ratios[0]) not in failures
-    ),
-    None,
-  )
-  if method is None or not decisive:
+  ratio = table.ratios[0]
+  followed = [
+    method
+    for method in table.methods
+    if "scores" in method.needs
+    and method.label.partition("?")[0] == REFERENCE
+    and (method.spec, ratio) not in failures
+  ]
+  if not followed or not decisive:
     return None
+  method = followed[0]
   T, H, W = table.grid  # Decisive tokens are known of one grid alone.
-  drawn = math.ceil(frame_ratio * T)
-  cell = methods_lib.Condition(method, table.ratios[0], 0)
+  drawn = math.ceil(_FRAME_RATIO * T)
+  cell = methods_lib.Condition(method, ratio, 0)
   hits, chances, clips = [], [], []
   for question in table.questions:
     order = ledger[cell.key(question.id)].get("frames")
-    tokens = decisive.get(question.id)
-    if order is None or not tokens:
-      continue
-    frames = {token // (H * W) for token in tokens}
-    hits.append(bool(frames & set(order[:drawn])))
-    chances.append(statistics.overlap_by_chance(T, len(frames), drawn))
-    clips.append(question.video)
+    frames = {token // (H * W) for token in decisive.get(question.id, ())}
+    if order is not None and frames:
+      hits.append(bool(frames & set(order[:drawn])))
+      chances.append(statistics.overlap_by_chance(T, len(frames), drawn))
+      clips.append(question.video)
   if not hits:
     return None
-  hit = statistics.accuracy(hits, clips)
   above = statistics.paired_difference(hits, chances, clips)
   return {
     "method": method.label,
     "frames": drawn,
     "of": T,
     "n": len(hits),
-    "hit": _number(hit.mean),
-    "ci95": [_number(hit.low), _number(hit.high)],
-    "chance": _number(np.mean(chances)),
-    "above_chance": _number(above.mean),
-    "above_chance_ci95": [_number(above.low), _number(above.high)],
+    **figures(statistics.accuracy(hits, clips), "hit"),
+    "chance": number(np.mean(chances)),
+    **figures(above, "above_chance", "above_chance_ci95"),
   }
 
 
@@ -445,25 +393,11 @@ def _unreadable(table, ledger, failures) -> list[dict[str, Any]]:
   """
   faults = {}
   for key in keys(table, failures):
-    fault = ledger[key].get("fault")
-    if fault:
+    if fault := ledger[key].get("fault"):
       faults.setdefault(key.question, fault)
   found = {}
   for question in table.questions:
-    if question.id in faults:
-      entry = found.setdefault(
-        question.video,
-        {
-          "video": question.video,
-          "reason": faults[question.id],
-          "questions": 0,
-        },
-      )
-      entry["questions"] += 1
-  return [found[name] for name in sorted(found)]
-
-
-def _number(value) -> float | int:
-  """Returns a number with six decimals; a whole one as an int."""
-  value = round(float(value), 6)
-  return int(value) if value.is_integer() and abs(value) > 1 else value
+    if reason := faults.get(question.id):
+      entry = {"video": question.video, "reason": reason, "questions": 0}
+      found.setdefault(question.video, entry)["questions"] += 1
+  return [found[video] for video in sorted(found)]

@@ -7,6 +7,7 @@ NExT-QA), both are lmms-eval's, but for two things: a guess is drawn by the
 question's id, and an empty answer to MVBench counts, as wrong.
 """
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -15,13 +16,11 @@ from cacovid_jax.data import letters, rewards
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import tokenizer as tokenizer_lib
 
+Question = question_lib.Question
 _LONGVIDEOBENCH_PREAMBLES = (
-  *letters.PREAMBLES,
-  "The best option is",
-  "The correct option is",
-  "Best answer:",
-  "Best option:",
-)
+  *letters.PREAMBLES, "The best option is", "The correct option is",
+  "Best answer:", "Best option:",
+)  # fmt: skip
 _MVBENCH_MARKS = ';/[]"{}()=+\\_-><@`,?!'
 _MAX_PERIODS = 32
 _OUTER_MARKS = (",", ".", "!", "?", ";", ":", "'")
@@ -29,26 +28,21 @@ _FEW_WORDS = 5
 
 
 class Scored(NamedTuple):
-  """One answer, scored.
+  """One answer, scored."""
 
-  Attributes:
-    score: in [0, 1].
-    letter: the option that was understood, "" if none.
-    fallback: True if none was understood and one was guessed, where the rule
-      wants a guess.
-  """
-
-  score: float
-  letter: str = ""
+  score: float  # In [0, 1].
+  letter: str = ""  # The option that was understood, "" if none.
+  # True if none was understood and one was guessed, where the rule wants a
+  # guess.
   fallback: bool = False
 
 
-def of_letter(question: question_lib.Question, letter: str) -> Scored:
+def of_letter(question: Question, letter: str) -> Scored:
   """Returns the score of an understood letter; "" is wrong."""
   return Scored(float(bool(letter) and letter == question.answer), letter)
 
 
-def guess(question: question_lib.Question) -> Scored:
+def guess(question: Question) -> Scored:
   """Returns the score of a guessed option, flagged.
 
   The field's scorers draw at random here, so that a table cannot be repeated;
@@ -65,9 +59,7 @@ def _of_letter_or_guess(question, letter) -> Scored:
   return of_letter(question, letter) if letter else guess(question)
 
 
-def prepared(
-  question: question_lib.Question, text: str, *, rule: str = "paper"
-) -> Scored:
+def prepared(question: Question, text: str, *, rule="paper") -> Scored:
   """Returns the score of an answer to prepared data; that of an empty one is 0.
 
   Multiple choice by its letter; other problem types as in training, where
@@ -80,16 +72,12 @@ def prepared(
   return of_letter(question, letter)
 
 
-def videomme(
-  question: question_lib.Question, text: str, *, rule: str = "paper"
-) -> Scored:
+def videomme(question: Question, text: str, *, rule="paper") -> Scored:
   """Returns the score of one of four letters, wherever it stands."""
   return of_letter(question, letters.extract(text, rule=rule))
 
 
-def longvideobench(
-  question: question_lib.Question, text: str, *, rule: str = "paper"
-) -> Scored:
+def longvideobench(question: Question, text: str, *, rule="paper") -> Scored:
   """Returns the score of the first of the letters A to E, option or not.
 
   Where there is none, the original draws an option at random; see `guess`.
@@ -101,25 +89,7 @@ def longvideobench(
   return _of_letter_or_guess(question, letter)
 
 
-def mlvu_dev(
-  question: question_lib.Question, text: str, *, rule: str = "paper"
-) -> Scored:
-  """Returns the score of an answer to one of four options."""
-  return _mlvu(question, text, rule, 4)
-
-
-def mlvu_test(
-  question: question_lib.Question, text: str, *, rule: str = "paper"
-) -> Scored:
-  """Returns the score of an answer to one of six options.
-
-  The shared extractor looks for E and F as well here; lmms-eval's own task
-  looks for A to D, so that it counts every E and F as wrong.
-  """
-  return _mlvu(question, text, rule, 6)
-
-
-def _mlvu(question, text, rule, num_options) -> Scored:
+def _mlvu(question, text, *, num_options, rule="paper") -> Scored:
   """The prompt ends in an open parenthesis, so the letter comes first.
 
   By the paper's rule it is the character before the first ")", else the whole
@@ -136,9 +106,13 @@ def _mlvu(question, text, rule, num_options) -> Scored:
   return of_letter(question, letter if known else "")
 
 
-def mvbench(
-  question: question_lib.Question, text: str, *, rule: str = "paper"
-) -> Scored:
+mlvu_dev = functools.partial(_mlvu, num_options=4)
+# The shared extractor looks for E and F as well here; lmms-eval's own task
+# looks for A to D, so that it counts every E and F as wrong.
+mlvu_test = functools.partial(_mlvu, num_options=6)
+
+
+def mvbench(question: Question, text: str, *, rule="paper") -> Scored:
   """Returns the score of the first letter that stands alone, in either case.
 
   "B." and then one line is B. Else punctuation goes, and the first word that
@@ -169,9 +143,7 @@ def _without_marks(text: str) -> str:
   return re.sub(r"\.(?!\d)", "", out, count=_MAX_PERIODS)
 
 
-def egoschema(
-  question: question_lib.Question, text: str, *, rule: str = "paper"
-) -> Scored:
+def egoschema(question: Question, text: str, *, rule="paper") -> Scored:
   """Returns the score of the option that is named first, or of a guess.
 
   The last mention of each form counts: of "(A) or (B) or (A)", B is first.
@@ -192,9 +164,7 @@ def egoschema(
   return _of_letter_or_guess(question, letter)
 
 
-def nextqa(
-  question: question_lib.Question, text: str, *, rule: str = "paper"
-) -> Scored:
+def nextqa(question: Question, text: str, *, rule="paper") -> Scored:
   """Returns the score of the option that is named last, or of a guess.
 
   Forms are tried one after the other. Of several options in a form without

@@ -8,7 +8,6 @@ need a common folder and nothing else: no process waits for another.
 """
 
 import dataclasses
-import hashlib
 import json
 import pathlib
 import re
@@ -43,13 +42,12 @@ class Shard(NamedTuple):
 
   def checked(self) -> "Shard":
     """Returns itself; refuses a number that no process has."""
-    if not 0 <= self.index < self.count:
-      raise errors.UserError(
-        f"shard {self.index}/{self.count}: with {self.count} processes, give"
-        f" 0/{self.count} to {self.count - 1}/{self.count}"
-        if self.count > 0
-        else f"shard {self.index}/{self.count}: there is no process; give 0/1"
-      )
+    index, count = self
+    if not 0 <= index < count:
+      mend = "there is no process; give 0/1"
+      if count > 0:
+        mend = f"with {count} processes, give 0/{count} to {count - 1}/{count}"
+      raise errors.UserError(f"shard {index}/{count}: {mend}")
     return self
 
   @property
@@ -65,11 +63,9 @@ class Shard(NamedTuple):
 
 
 def ledgers(workdir: pathlib.Path, name: str) -> list[pathlib.Path]:
-  """Returns all ledgers of a workdir, whoever writes to them.
+  """Returns all ledgers of a shared workdir, whoever writes to them.
 
-  Args:
-    workdir: shared.
-    name: of the ledger of one process alone, such as "answers.jsonl".
+  The name is that of one process alone, such as "answers.jsonl".
   """
   stem, _, suffix = name.partition(".")
   pattern = re.compile(
@@ -88,7 +84,7 @@ def ledger(
   Args:
     workdir: shared.
     shard: this process.
-    name: of the ledger of one process alone.
+    name: as of `ledgers`.
     run: what the answers depend on.
   """
   found = answer_log.Ledger(
@@ -108,22 +104,16 @@ def work(
   """Returns a digest of all that is to be asked, whoever asks it."""
   asked = sorted((cell.spec, cell.ratio, cell.seed) for cell in cells)
   asked = [identity, asked, sorted(question.id for question in questions)]
-  text = json.dumps(asked, sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()
+  return provenance.digest(json.dumps(asked, sort_keys=True))
 
 
 @dataclasses.dataclass(frozen=True)
 class Board:
-  """Who is done, in a shared folder.
+  """Who is done, in a shared folder."""
 
-  Attributes:
-    workdir: shared.
-    shard: this process.
-    work: digest of what is to be asked; a note about other work counts as none.
-  """
-
-  workdir: pathlib.Path
-  shard: Shard
+  workdir: pathlib.Path  # Shared.
+  shard: Shard  # This process.
+  # Digest of what is to be asked; a note about other work counts as none.
   work: str
 
   def start(self) -> None:
@@ -133,11 +123,7 @@ class Board:
   def done(
     self, failures: Mapping[tuple[str, float], evaluator_lib.Failure]
   ) -> None:
-    """Notes that this process has asked its share.
-
-    Args:
-      failures: what could not be run.
-    """
+    """Notes that this process has asked its share, less what failed."""
     note = {
       "work": self.work,
       "failures": [
@@ -149,9 +135,7 @@ class Board:
 
   def missing(self) -> list[int]:
     """Returns the numbers of the processes that are not done."""
-    return [
-      index for index in range(self.shard.count) if self._read(index) is None
-    ]
+    return [i for i in range(self.shard.count) if self._read(i) is None]
 
   def failures(self) -> dict[tuple[str, float], evaluator_lib.Failure]:
     """Returns what could not be run, as one process alone would find it.
@@ -161,7 +145,6 @@ class Board:
     found = {}
     for index in range(self.shard.count):
       for entry in self._read(index):
-        entry = dict(entry)
         place = entry.pop("method"), entry.pop("ratio")
         failure = evaluator_lib.Failure(**entry)
         if place not in found or failure.batch < found[place].batch:
@@ -173,14 +156,13 @@ class Board:
 
   def _read(self, index: int) -> list[dict[str, Any]] | None:
     """Returns a process's failures; None if it is not done with this work."""
+    path = self._path(Shard(index, self.shard.count))
     try:
-      text = self._path(Shard(index, self.shard.count)).read_text("utf-8")
-      note = json.loads(text)
+      note = json.loads(path.read_text("utf-8"))
       return note["failures"] if note["work"] == self.work else None
     except FileNotFoundError:
       return None
     except (ValueError, KeyError, TypeError) as error:
-      path = self._path(Shard(index, self.shard.count))
       raise errors.UserError(
         f"{path} is damaged ({type(error).__name__}); delete it and start"
         f" --shard={index}/{self.shard.count} again"

@@ -13,33 +13,27 @@ Letters: Q questions, C clips, R bootstrap replicates, M categories.
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 REPLICATES = 10_000
 
 
-@dataclasses.dataclass(frozen=True)
-class Estimate:
+class Estimate(NamedTuple):
   """A mean with a 95 % interval; fractions, not per cent."""
 
   mean: float
   low: float
   high: float
-  count: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Strata:
-  """Categories whose unweighted mean is the number that is reported.
+  """Categories whose unweighted mean is the number that is reported."""
 
-  Attributes:
-    of: category of each question [Q], each one among `names`.
-    names: of all M categories; one without questions counts 0.
-  """
-
-  of: tuple[str, ...]
-  names: tuple[str, ...]
+  of: tuple[str, ...]  # Category of each question [Q], each one among `names`.
+  names: tuple[str, ...]  # Of all M categories; one without questions counts 0.
 
   def __post_init__(self):
     unknown = sorted(set(self.of) - set(self.names))
@@ -63,55 +57,90 @@ def mean(values: Sequence[float], strata: Strata | None = None) -> float:
   return float((sums / np.maximum(counts, 1)).mean())
 
 
-def accuracy(
+def draws(
   correct: Sequence[float],
   clips: Sequence[str],
   *,
   strata: Strata | None = None,
   replicates: int = REPLICATES,
   seed: int = 0,
-) -> Estimate:
-  """Returns the mean of `correct` [Q], interval clustered by `clips` [Q].
+) -> np.ndarray:
+  """Returns float64[R], the mean or macro mean of each bootstrap replicate.
+
+  A category that a replicate happens to draw no clip of is left out of that
+  replicate's mean; one without any questions is 0 in all of them.
 
   Args:
     correct: float[Q].
     clips: clip of each question.
     strata: for the macro mean; None takes the mean over questions.
-    replicates: R, number of bootstrap replicates.
+    replicates: R.
     seed: of the resampling.
   """
-  correct = _values(correct, clips)
+  values = _values(correct, clips)
   weights, inverse = _weights(tuple(clips), replicates, seed)
-  draws = _resampled(correct, inverse, weights, strata)
-  return _estimate(mean(correct, strata), draws, len(correct))
+  num_clips = weights.shape[1]
+  if strata is None:
+    sums = np.bincount(inverse, values, minlength=num_clips)
+    counts = np.bincount(inverse, minlength=num_clips)
+    return (weights @ sums) / (weights @ counts)
+  size = len(strata.names)
+  cell = inverse * size + strata.places()  # Of a table float[C, M].
+  sums = np.bincount(cell, values, minlength=num_clips * size)
+  counts = np.bincount(cell, minlength=num_clips * size)
+  top = weights @ sums.reshape(num_clips, size)
+  bottom = weights @ counts.reshape(num_clips, size)
+  drawn = bottom > 0
+  means = np.divide(top, bottom, out=np.zeros_like(top), where=drawn)
+  present = len(set(strata.of))
+  return means.sum(axis=1) / drawn.sum(axis=1) * (present / size)
+
+
+def interval(mean: float, draws: np.ndarray) -> Estimate:
+  """Returns an estimate whose interval is that of float64[R] draws."""
+  low, high = np.quantile(draws, [0.025, 0.975])
+  # With one clip, or one answer, rounding may push a bound past the mean.
+  return Estimate(mean, min(float(low), mean), max(float(high), mean))
+
+
+def ratio(
+  mean: float, draws: np.ndarray, other: float, other_draws: np.ndarray
+) -> Estimate | None:
+  """Returns mean / other, of both with their draws; None where other is 0."""
+  if other == 0:
+    return None
+  usable = other_draws > 0
+  return interval(mean / other, draws[usable] / other_draws[usable])
+
+
+def accuracy(
+  correct: Sequence[float],
+  clips: Sequence[str],
+  *,
+  strata: Strata | None = None,
+  **options,
+) -> Estimate:
+  """Returns the mean of `correct` [Q], its interval clustered by `clips` [Q].
+
+  Arguments as of `draws`.
+  """
+  sampled = draws(correct, clips, strata=strata, **options)
+  return interval(mean(correct, strata), sampled)
 
 
 def paired_difference(
   correct: Sequence[float],
   reference: Sequence[float],
   clips: Sequence[str],
-  *,
-  strata: Strata | None = None,
-  replicates: int = REPLICATES,
-  seed: int = 0,
+  **options,
 ) -> Estimate:
   """Returns mean(correct - reference), paired by question.
 
   Both methods see the same resampled clips, so what makes a clip hard for
-  both cancels.
-
-  Args:
-    correct: float[Q] of the method.
-    reference: float[Q] of what it is compared with, same questions in order.
-    clips: clip of each question.
-    strata: for the macro mean; None takes the mean over questions.
-    replicates: R, number of bootstrap replicates.
-    seed: of the resampling.
+  both cancels. Questions stand in the same order; options as of `draws`.
   """
   difference = _values(correct, clips) - _values(reference, clips)
-  return accuracy(
-    difference, clips, strata=strata, replicates=replicates, seed=seed
-  )
+  return accuracy(difference, clips, **options)
 
 
 def ratio_of_means(
@@ -120,25 +149,17 @@ def ratio_of_means(
   clips: Sequence[str],
   *,
   strata: Strata | None = None,
-  replicates: int = REPLICATES,
-  seed: int = 0,
+  **options,
 ) -> Estimate | None:
   """Returns mean(correct) / mean(reference): the share of vanilla kept.
 
   None if the reference is never right. Arguments as of `paired_difference`.
   """
-  correct, reference = _values(correct, clips), _values(reference, clips)
-  if mean(reference, strata) == 0:
-    return None
-  weights, inverse = _weights(tuple(clips), replicates, seed)
-  top = _resampled(correct, inverse, weights, strata)
-  bottom = _resampled(reference, inverse, weights, strata)
-  usable = bottom > 0
-  return _estimate(
-    mean(correct, strata) / mean(reference, strata),
-    top[usable] / bottom[usable],
-    len(correct),
+  top, bottom = (
+    (mean(values, strata), draws(values, clips, strata=strata, **options))
+    for values in (correct, reference)
   )
+  return ratio(*top, *bottom)
 
 
 def _values(values, clips) -> np.ndarray:
@@ -163,35 +184,6 @@ def _weights(clips: tuple[str, ...], replicates: int, seed: int):
   return weights.astype(np.float64), inverse
 
 
-def _resampled(values, inverse, weights, strata=None) -> np.ndarray:
-  """Returns float64[R], the mean or macro mean of each replicate.
-
-  A category that a replicate happens to draw no clip of is left out of that
-  replicate's mean; one without any questions is 0 in all of them.
-  """
-  num_clips = weights.shape[1]
-  if strata is None:
-    sums = np.bincount(inverse, values, minlength=num_clips)
-    counts = np.bincount(inverse, minlength=num_clips)
-    return (weights @ sums) / (weights @ counts)
-  size = len(strata.names)
-  cell = inverse * size + strata.places()  # Of a table float[C, M].
-  sums = np.bincount(cell, values, minlength=num_clips * size)
-  counts = np.bincount(cell, minlength=num_clips * size)
-  top = weights @ sums.reshape(num_clips, size)
-  bottom = weights @ counts.reshape(num_clips, size)
-  drawn = bottom > 0
-  means = np.divide(top, bottom, out=np.zeros_like(top), where=drawn)
-  present = len(set(strata.of))
-  return means.sum(axis=1) / drawn.sum(axis=1) * (present / size)
-
-
-def _estimate(mean, draws, count) -> Estimate:
-  low, high = np.quantile(draws, [0.025, 0.975])
-  # With one clip, or one answer, rounding may push a bound past the mean.
-  return Estimate(mean, min(float(low), mean), max(float(high), mean), count)
-
-
 def overlap_by_chance(total: int, special: int, drawn: int) -> float:
   """Returns P(at least one special) when `drawn` of `total` are drawn.
 
@@ -203,25 +195,3 @@ def overlap_by_chance(total: int, special: int, drawn: int) -> float:
   for i in range(drawn):
     miss *= max(total - special - i, 0) / (total - i)
   return 1.0 - miss
-
-
-def draws(
-  correct: Sequence[float],
-  clips: Sequence[str],
-  *,
-  strata: Strata | None = None,
-  replicates: int = REPLICATES,
-  seed: int = 0,
-) -> np.ndarray:
-  """Returns float64[R], what `accuracy` takes its interval from.
-
-  For what is made of several benchmarks. Arguments as of `accuracy`.
-  """
-  correct = _values(correct, clips)
-  weights, inverse = _weights(tuple(clips), replicates, seed)
-  return _resampled(correct, inverse, weights, strata)
-
-
-def interval(mean: float, draws: np.ndarray) -> Estimate:
-  """Returns an estimate whose interval is that of float64[R] draws."""
-  return _estimate(mean, draws, len(draws))

@@ -39,18 +39,16 @@ EFFICIENCY_FILES = ("table.md", "table.csv", "prefill.svg")
 Rows = Sequence[Mapping[str, Any]]
 
 
-def all_rows(variants: Mapping[str, tuple[str, str]]) -> tuple[str, ...]:
-  """Returns the specs of all methods, variants behind their own.
-
-  Args:
-    variants: label -> (the method it follows, its spec).
-  """
+def all_rows(variants: Mapping[str, str]) -> tuple[str, ...]:
+  """Returns the specs of all methods, each before its variants by label."""
   rows = []
   for name in compressors.names():
     rows.append(name)
-    for label, (follows, spec) in variants.items():
-      if follows == name:
-        rows.append(f"{label}={spec}")
+    rows += [
+      f"{label}={spec}"
+      for label, spec in variants.items()
+      if spec.partition("?")[0] == name
+    ]
   return tuple(rows)
 
 
@@ -68,71 +66,62 @@ def as_csv(columns: Sequence[str], rows: Rows) -> str:
 def as_markdown(
   head: Sequence[str], rows: Sequence[Sequence[str]], numbers: range = range(0)
 ) -> str:
-  """Returns a Markdown table.
+  """Returns a Markdown table; columns in `numbers` are aligned to the right.
 
-  Args:
-    head: titles of the columns.
-    rows: their cells; a bar in one does not end it.
-    numbers: columns that are aligned to the right.
+  A bar in a cell does not end it.
   """
   rules = ["---:" if i in numbers else "---" for i in range(len(head))]
   escaped = ([cell.replace("|", "\\|") for cell in row] for row in rows)
   return "\n".join(f"| {' | '.join(row)} |" for row in [head, rules, *escaped])
 
 
-def _write(workdir, names, *contents) -> None:
+def _write(workdir, names, text, columns, rows, chart) -> None:
+  contents = (text, as_csv(columns, rows), chart)
   for name, content in zip(names, contents, strict=True):
     files.write(pathlib.Path(workdir, name), content)
 
 
 def write_compressors(workdir: str | os.PathLike, out, costs) -> None:
-  """Writes `COMPRESSOR_FILES`.
+  """Writes `COMPRESSOR_FILES` of results.json.
 
   Args:
-    workdir: of the table.
-    out: results.json of its evaluation.
     costs: label -> ratio -> `latency.Cost`.
   """
   rows = compressor_rows(out, costs)
   ratios = {row["ratio"] for row in rows}
   shown = min(ratios, key=lambda r: (abs(float(r) - viewer.SHOWN_RATIO), r))
-  times = {
+  title = f"{out['benchmark']}, {float(shown):.0%} of the tokens"
+  chart = charts.over_time(out, shown, totals(costs)).file(title)
+  text = compressor_markdown(out, rows)
+  _write(workdir, COMPRESSOR_FILES, text, COMPRESSOR_COLUMNS, rows, chart)
+
+
+def totals(costs) -> dict[str, dict[str, float]]:
+  """Returns label -> ratio -> milliseconds, of each `latency.Cost`."""
+  return {
     label: {ratio: cost.total for ratio, cost in row.items()}
     for label, row in costs.items()
   }
-  chart = charts.over_time(out, shown, times)
-  _write(
-    workdir,
-    COMPRESSOR_FILES,
-    compressor_markdown(out, rows),
-    as_csv(COMPRESSOR_COLUMNS, rows),
-    chart.file(f"{out['benchmark']}, {float(shown):.0%} of the tokens"),
-  )
 
 
 def compressor_rows(out: Mapping[str, Any], costs) -> list[dict[str, Any]]:
   """Returns one dict of `COMPRESSOR_COLUMNS` per method and ratio."""
   paired = _paired(out)
   found = []
-  for group in ("methods", "oracles"):
+  for group, suffix in (("methods", ""), ("oracles", " (oracle)")):
     for label, cells in out[group].items():
       for ratio, cell in cells.items():
-        row = dict.fromkeys(COMPRESSOR_COLUMNS)
-        names = ("status", "minimum_ratio", "kept_tokens", "equivalent_ratio",
-                 "accuracy")  # fmt: skip
-        row |= {name: cell.get(name) for name in names}
-        row["method"] = label + (" (oracle)" if group == "oracles" else "")
-        row["ratio"], row["note"] = ratio, cell.get("note", "")
+        row = {name: cell.get(name) for name in COMPRESSOR_COLUMNS}
+        row |= {"method": label + suffix, "ratio": ratio}
         options = cell.get("options", {}).items()
         row["options"] = " ".join(f"{name}={value}" for name, value in options)
+        row["note"] = cell.get("note", "")
         if cell["status"] == "ok":
           row["ci_low"], row["ci_high"] = cell["ci95"]
           row["seeds"] = len(cell.get("by_seed", [0]))
           row["forced"] = cell.get("forced", 0)
-        if (label, ratio) in paired:
-          row |= paired[label, ratio]
-        cost = costs.get(label, {}).get(ratio)
-        if cost:
+        row |= paired.get((label, ratio), {})
+        if cost := costs.get(label, {}).get(ratio):
           row["selection_ms"] = round(cost.total, 4)
           row["rule_ms"], row["reads_ms"] = cost
         found.append(row)
@@ -141,28 +130,25 @@ def compressor_rows(out: Mapping[str, Any], costs) -> list[dict[str, Any]]:
 
 def _paired(out, scale=1) -> dict[tuple[str, str], dict[str, float]]:
   """Returns (method, ratio) -> its difference to the reference, in columns."""
-  return {
-    (entry["method"], entry["ratio"]): {
-      "vs_cacovid": scale * entry["mean"],
-      "vs_low": scale * entry["ci95"][0],
-      "vs_high": scale * entry["ci95"][1],
-    }
-    for entry in out["paired"]
-    if entry["vs"] == results.REFERENCE
-  }
+  found = {}
+  for entry in out["paired"]:
+    if entry["vs"] == results.REFERENCE:
+      mean, low, high = (scale * v for v in (entry["mean"], *entry["ci95"]))
+      row = {"vs_cacovid": mean, "vs_low": low, "vs_high": high}
+      found[entry["method"], entry["ratio"]] = row
+  return found
 
 
 def compressor_markdown(out: Mapping[str, Any], rows: Rows) -> str:
   """Returns the table as text, one part per ratio, best accuracy first."""
   vanilla = out["vanilla"]
-  low, high = vanilla["ci95"]
   grid = " x ".join(map(str, out["grid"]))
   seeds = ", ".join(map(str, out["seeds"]))
   parts = [
     f"# Compressors on {out['benchmark']}, {out['split']} split",
     f"{vanilla['n']} questions about {out['num_clips']} clips of {grid} tokens."
     f" Accuracies in per cent; all {vanilla['kept_tokens']} tokens:"
-    f" {_interval(vanilla['accuracy'], low, high, scale=100)}."
+    f" {_interval(vanilla['accuracy'], *vanilla['ci95'], scale=100)}."
     " Brackets: 95 % intervals, clustered by clip. Difference: to"
     f" {results.REFERENCE}, paired by question, in points. Methods that draw"
     f" are means over seeds {seeds}. Milliseconds: choosing the tokens of one"
@@ -178,15 +164,26 @@ def compressor_markdown(out: Mapping[str, Any], rows: Rows) -> str:
     table = as_markdown(head, map(_compressor_cells, found), range(1, 4))
     parts += [f"## {float(ratio):.0%} of the tokens", table]
   notes = {row["method"]: row["note"] for row in rows if row["note"]}
-  lines = [f"- {name}: {note}" for name, note in notes.items()]
-  lines += [
-    f"- {row['method']} at {float(row['ratio']):.0%}: left its rule to stay"
-    f" within the budget, for {row['forced']:.0%} of the questions"
-    for row in rows
-    if row["forced"]
-  ]
-  if lines:
-    parts.append("\n".join(lines))
+  parts += _listed(
+    [
+      *(f"{name}: {note}" for name, note in notes.items()),
+      *(
+        f"{row['method']} at {float(row['ratio']):.0%}: left its rule to stay"
+        f" within the budget, for {row['forced']:.0%} of the questions"
+        for row in rows
+        if row["forced"]
+      ),
+    ]
+  )
+  return _joined(parts)
+
+
+def _listed(lines) -> list[str]:
+  """Returns the part of a page that lists these lines; none for none."""
+  return ["\n".join(f"- {line}" for line in lines)] if lines else []
+
+
+def _joined(parts) -> str:
   return "\n\n".join(parts) + "\n"
 
 
@@ -199,7 +196,7 @@ def _compressor_cells(row) -> list[str]:
     f"{kept:g}" if kept == int(kept) else f"{kept:.1f}",
     f"{row['equivalent_ratio']:.4f}",
     "" if time is None else f"{time:.2f}" if time >= 0.01 else "< 0.01",
-    _interval(row["accuracy"], row["ci_low"], row["ci_high"], scale=100),
+    _accuracy(row, scale=100),
     _difference(row, scale=100),
   ]
 
@@ -220,13 +217,8 @@ def _difference(row, scale=1) -> str:
 def write_main(workdir: str | os.PathLike, out: Mapping[str, Any]) -> None:
   """Writes `MAIN_FILES` of the main table, of its results.json."""
   rows = main_rows(out)
-  _write(
-    workdir,
-    MAIN_FILES,
-    main_markdown(out, rows),
-    as_csv(MAIN_COLUMNS, rows),
-    charts.averages(out, rows),
-  )
+  text, chart = main_markdown(out, rows), charts.averages(out, rows)
+  _write(workdir, MAIN_FILES, text, MAIN_COLUMNS, rows, chart)
 
 
 def main_rows(out: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -238,8 +230,7 @@ def main_rows(out: Mapping[str, Any]) -> list[dict[str, Any]]:
   paired = _paired(average, scale=100)
   known = {k: entry["paper"] for k, entry in out["drift"]["columns"].items()}
   vanilla = {"status": "ok", "of_vanilla": 1.0, "paper": known}
-  vanilla |= average["vanilla"]
-  cells = [(paper.VANILLA, "1.00", vanilla)] + [
+  cells = [(paper.VANILLA, "1.00", vanilla | average["vanilla"])] + [
     # In the order that they were asked for, which JSON does not keep.
     (method, ratio, row[ratio])
     for ratio in out["ratios"]
@@ -287,21 +278,20 @@ def main_markdown(out: Mapping[str, Any], rows: Rows) -> str:
       f"**Absent: {absent}.** The averages are not the paper's averages."
     )
   parts += ["## All tokens", _drift(out, rows[0])]
-  caveats = [
-    f"- {titles[name]}: {line}"
-    for name in asked
-    for line in evaluation.caveats(out["benchmarks"][name])
-  ]
-  if caveats:
-    parts.append("\n".join(caveats))
+  parts += _listed(
+    [
+      f"{titles[name]}: {line}"
+      for name in asked
+      for line in evaluation.caveats(out["benchmarks"][name])
+    ]
+  )
   columns = map(paper.column_title, paper.COLUMNS)
   head = ["method", *columns, "average", "of vanilla", "difference", "paper",
           "reproduced"]  # fmt: skip
   for ratio in out["ratios"]:
-    parts.append(f"## {float(ratio):.0%} of the tokens")
     found = [_main_cells(row) for row in rows if row["ratio"] == ratio]
-    parts.append(as_markdown(head, found))
-  return "\n\n".join(parts) + "\n"
+    parts += [f"## {float(ratio):.0%} of the tokens", as_markdown(head, found)]
+  return _joined(parts)
 
 
 def _drift(out, vanilla) -> str:
@@ -315,13 +305,14 @@ def _drift(out, vanilla) -> str:
       known = {name: form.format(columns[name][key]) for name in columns}
       rows.append([key, *(known.get(name, "") for name in names)])
   head = ["", *map(paper.column_title, paper.COLUMNS), "average"]
-  average = _interval(
-    vanilla["accuracy"], vanilla["ci_low"], vanilla["ci_high"]
-  )
   return (
-    as_markdown(head, rows, range(1, len(head)))
-    + f"\n\nAverage {average}. Reproduced: {_word(vanilla['reproduced'])}."
+    f"{as_markdown(head, rows, range(1, len(head)))}\n\nAverage"
+    f" {_accuracy(vanilla)}. Reproduced: {_word(vanilla['reproduced'])}."
   )
+
+
+def _accuracy(row, scale=1) -> str:
+  return _interval(row["accuracy"], row["ci_low"], row["ci_high"], scale=scale)
 
 
 def _main_cells(row) -> list[str]:
@@ -329,7 +320,7 @@ def _main_cells(row) -> list[str]:
     scores, average = [""] * len(paper.COLUMNS), row["status"]
   else:
     scores = [number(row[column]) for column in paper.COLUMNS]
-    average = _interval(row["accuracy"], row["ci_low"], row["ci_high"])
+    average = _accuracy(row)
   share = row["of_vanilla"]
   return [
     row["method"],
@@ -353,13 +344,9 @@ def _word(reproduced) -> str:
 
 def write_efficiency(workdir: str | os.PathLike, out: Mapping[str, Any]):
   """Writes `EFFICIENCY_FILES` of the table of times, of its results.json."""
-  _write(
-    workdir,
-    EFFICIENCY_FILES,
-    efficiency_markdown(out),
-    as_csv(EFFICIENCY_COLUMNS, out["rows"]),
-    charts.first_token(out),
-  )
+  text, chart = efficiency_markdown(out), charts.first_token(out)
+  columns, rows = EFFICIENCY_COLUMNS, out["rows"]
+  _write(workdir, EFFICIENCY_FILES, text, columns, rows, chart)
 
 
 def efficiency_markdown(out: Mapping[str, Any]) -> str:
@@ -371,6 +358,7 @@ def efficiency_markdown(out: Mapping[str, Any]) -> str:
           "of vanilla", "first token", "TFLOP", "cache MiB",
           "paper: compression", "prefill")  # fmt: skip
   cells = [_efficiency_cells(row, whole) for row in out["rows"]]
+  notes = {row["method"]: row["note"] for row in out["rows"] if "note" in row}
   parts = [
     f"# Efficiency of {out['size']}",
     f"One prompt of {out['prompt_rows']} tokens, {grid} of them of the video,"
@@ -380,32 +368,31 @@ def efficiency_markdown(out: Mapping[str, Any]) -> str:
     f" ({out['tower_tflops']:.3g} TFLOP), making the prompt"
     f" {out['embed_ms']:.2f}; both are in the time to the first token.",
     as_markdown(head, cells, range(1, len(head))),
+    *_listed([f"{name}: {note}" for name, note in notes.items()]),
   ]
-  notes = {row["method"]: row["note"] for row in out["rows"] if "note" in row}
-  if notes:
-    parts.append("\n".join(f"- {name}: {note}" for name, note in notes.items()))
   if out["paper"]:
     parts.append(f"The paper's column: {out['paper']}, its own accelerator.")
-  return "\n\n".join(parts) + "\n"
+  return _joined(parts)
 
 
 def _efficiency_cells(row, whole) -> list[str]:
   name, ratio = row["method"], f"{row['ratio']:.0%}"
   if row["status"] != "ok":
     return [name, ratio, row["status"], *[""] * 9]
+  names = ("compression_ms", "prefill_ms", "total_ms", "first_token_ms",
+           "paper_compression_ms", "paper_prefill_ms")  # fmt: skip
+  *own, first, reported, prefill = (_milliseconds(row.get(n)) for n in names)
   return [
     name,
     ratio,
     f"{row['kept_tokens']:g}",
-    _milliseconds(row["compression_ms"]),
-    _milliseconds(row["prefill_ms"]),
-    _milliseconds(row["total_ms"]),
+    *own,
     f"{row['total_ms'] / whole:.0%}" if whole else "",
-    _milliseconds(row["first_token_ms"]),
+    first,
     f"{row['prefill_tflops']:.3g}",
     f"{row['kv_mib']:.3g}",
-    _milliseconds(row.get("paper_compression_ms")),
-    _milliseconds(row.get("paper_prefill_ms")),
+    reported,
+    prefill,
   ]
 
 

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import types
 
 import numpy as np
 import pytest
 
 from cacovid_jax import errors
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.evals import combined, shards
+from cacovid_jax.evals import combined
 from cacovid_jax.inference import methods as methods_lib
 
 VANILLA = ("vanilla", "1.00")
@@ -159,7 +160,9 @@ def evaluated(tmp_path):
   """Returns (a workdir's answers, f(shard) that reads its scores)."""
   asked = PARTS[0].questions[:2]
   names = [question.id for question in asked]
-  method = methods_lib.Method.parse("random")
+  evals = types.SimpleNamespace(
+    methods=("random",), ratios=(0.1,), seeds=(0, 1)
+  )
   records = [record("vanilla", 1.0, 0, name, 1.0) for name in names]
   for seed, scores in ((0, (1, 0)), (1, (1, 1))):
     records += [
@@ -171,11 +174,10 @@ def evaluated(tmp_path):
   write(tmp_path / "answers.jsonl", records)
 
   def read(shard=(0, 1)):
-    part = combined.read_part(
-      "plain", tmp_path, asked, [method], [0.1], (0, 1),
-      run=RUN, shard=shards.Shard(*shard),
-    )  # fmt: skip
-    return part.scores
+    experiment = types.SimpleNamespace(
+      workdir=tmp_path, shard=shard, config=types.SimpleNamespace(evals=evals)
+    )
+    return combined.read_part("plain", experiment, asked, RUN).scores
 
   return records, read
 

@@ -228,7 +228,7 @@ def test_memory_adds_up():
   assert found.prompts == 2 * 80 * 32 * 4
   # 3 layers, 2 heads of 8 values, keys and values, 80 rows and 82.
   assert found.cache == 2 * 3 * 2 * 2 * 8 * 4 * (80 + 82)
-  assert found.total == sum(dataclasses.astuple(found))
+  assert found.total == sum(tuple(found))
 
 
 def test_tokens_by_layer():

@@ -5,6 +5,7 @@ import pytest
 
 from cacovid_jax import compressors, errors
 from cacovid_jax.evals import paper
+from cacovid_jax.inference import methods as methods_lib
 from cacovid_jax.models import llava_onevision, qwen2_5_vl
 
 VANILLA = paper.row("ov7b", "vanilla", 1.0)
@@ -46,13 +47,15 @@ def test_models_are_known_by_their_sizes():
 
 
 def test_options_make_another_method():
-  cacovid = {"importance_ratio": 0.5, "max_frame_share": 1.5}
-  assert paper.is_method("cacovid", "cacovid", {})
-  assert paper.is_method("cacovid", "cacovid", cacovid)
-  assert not paper.is_method("cacovid", "cacovid", {"importance_ratio": 1.0})
-  assert not paper.is_method("cacovid", "cacovid", {"merge": "nearest"})
-  assert not paper.is_method("cacovid", "uniform", {})
-  assert not paper.is_method("mine", "cacovid", {})
+  for spec, expected in (
+    ("cacovid", True),
+    ("cacovid=cacovid?importance_ratio=0.5&max_frame_share=1.5", True),
+    ("cacovid=cacovid?importance_ratio=1.0", False),
+    ("cacovid=cacovid?merge=nearest", False),
+    ("cacovid=uniform", False),
+    ("mine=cacovid", False),
+  ):
+    assert paper.is_method(methods_lib.Method.parse(spec)) == expected
 
 
 def own(**changes):

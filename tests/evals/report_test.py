@@ -597,6 +597,6 @@ def test_a_long_name_is_shortened_beside_a_chart_only():
 
 def test_slices_of_several_frames():
   frames = np.arange(5)[:, None, None, None] * np.ones((1, 2, 2, 3))
-  first, per_slice = viewer.slices(frames, 3)
-  assert first[:, 0, 0, 0].tolist() == [0, 2, 4] and per_slice == 2
-  assert viewer._label(1, per_slice) == "3–4"
+  clip = dataclasses.replace(example(0, True), frames=frames, grid=(3, 1, 1))
+  assert clip.slices[:, 0, 0, 0].tolist() == [0, 2, 4]
+  assert viewer._label(1, clip.frames_per_slice) == "3–4"

@@ -12,6 +12,7 @@ from cacovid_jax.data import answer_log
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import benchmarks, provenance, results
 from cacovid_jax.evals import evaluator as evaluator_lib
+from cacovid_jax.evals.report import html, viewer
 from cacovid_jax.inference import methods as methods_lib
 
 GRID = (4, 2, 2)
@@ -207,11 +208,11 @@ def test_a_cell_that_failed_has_a_reason_and_no_accuracy(answers):
 def test_what_is_shown_is_a_method_that_ran():
   table = results.Table("toy", "test", QUESTIONS, METHODS, (0.25,), (0,), GRID)
   failure = evaluator_lib.Failure("needs rain")
-  assert table.shown_method(0.25, {}).label == "cacovid"
+  assert viewer._shown(table, 0.25, {}).label == "cacovid"
   failures = {("cacovid", 0.25): failure}
-  assert table.shown_method(0.25, failures).label == "random"
+  assert viewer._shown(table, 0.25, failures).label == "random"
   failures |= {(name, 0.25): failure for name in ("random", "uniform")}
-  assert table.shown_method(0.25, failures) is None
+  assert viewer._shown(table, 0.25, failures) is None
 
 
 def test_the_equivalent_ratio_is_a_mean_over_questions(answers):
@@ -327,11 +328,11 @@ def test_shares_are_of_each_clips_own_tokens(tmp_path):
   assert cell["kept_tokens"] == 4
   # Means of 4/16 and 4/8, not 4 of the mean of 12.
   assert cell["equivalent_ratio"] == 0.375
-  words = results.grid_words(found["grid"])
+  words = html.grid_words(found["grid"])
   assert words.startswith("2 grids of tokens (time, rows, columns): 2 × 2 × 2")
   many = [{"grid": [i, 1, 1], "clips": i} for i in range(1, 7)]
-  assert results.grid_words(many).endswith("3 × 1 × 1 (3 clips), 2 more")
-  assert results.grid_words([4, 2, 2]).startswith("4 × 2 × 2 tokens a clip")
+  assert html.grid_words(many).endswith("3 × 1 × 1 (3 clips), 2 more")
+  assert html.grid_words([4, 2, 2]).startswith("4 × 2 × 2 tokens a clip")
 
 
 def test_provenance_names_what_answers_were_computed_on():

@@ -206,7 +206,7 @@ def test_a_chosen_method_of_ones_own_is_found_again():
 def test_variants_are_what_they_say():
   found = {
     label: methods_lib.Method.parse(f"{label}={spec}")
-    for label, (_, spec) in compressor_table.VARIANTS.items()
+    for label, spec in compressor_table.VARIANTS.items()
   }
   assert found["cacovid_merged"].compressor.options == {"merge": "nearest"}
   assert found["cacovid_merged"].needs == {"scores"}

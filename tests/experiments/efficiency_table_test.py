@@ -13,7 +13,7 @@ from cacovid_jax.evals import latency, paper, tables
 from cacovid_jax.inference import methods as methods_lib
 from cacovid_jax.models import checkpoints
 from cacovid_jax.synthetic import tiny_checkpoints
-from experiments import efficiency_table
+from experiments import efficiency_table, made_up
 from tests.evals import charts_test
 from tests.experiments import commands
 
@@ -152,7 +152,7 @@ def test_the_weights_are_told(made):
 @pytest.fixture(scope="module")
 def subject(made):
   size = efficiency_table.SIZES["tiny"]
-  return efficiency_table.make(size, made / "weights")
+  return made_up.subject(size.config(), size.grid, size.dtype, made / "weights")
 
 
 @pytest.fixture

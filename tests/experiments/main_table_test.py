@@ -525,9 +525,7 @@ def test_printed_commands_fill_their_rows_in_folders_of_their_own():
       if row.model == key and row.method != paper.VANILLA:
         assert row.method in labels and row.ratio in config.evals.ratios
     for method in methods:
-      if method.label in paper.METHODS:
-        options = method.compressor.options
-        assert paper.is_method(method.label, method.compressor.name, options)
+      assert method.label not in paper.METHODS or paper.is_method(method)
     assert config.evals.seeds == (0, 1, 2)
     assert list(whole.experiment.policy_paths) == ["policy"]
     assert rest.experiment.policy_paths == {}
@@ -614,7 +612,7 @@ def test_results_of_other_questions_or_rows_are_not_complete(made, folder):
     asked = loaded.questions
     if change:
       asked = [dataclasses.replace(asked[0], **change), *asked[1:]]
-    return main_table.is_complete(plan.experiments["videomme"], asked)
+    return combined.is_complete(plan.experiments["videomme"], asked)
 
   loaded = benchmarks.load(folder / "data" / "videomme", benchmark="videomme")
   assert complete()
@@ -625,7 +623,7 @@ def test_results_of_other_questions_or_rows_are_not_complete(made, folder):
   other = "ABCD".replace(loaded.questions[0].answer, "")[0]
   assert not complete(change={"answer": other})
   assert not complete(change={"prompt": "another"})
-  note = made / "videomme" / main_table.ASKED
+  note = made / "videomme" / combined.ASKED
   text = note.read_text()
   try:
     note.write_text(json.dumps(json.loads(text) | {"run": {"dtype": "other"}}))

@@ -39,7 +39,9 @@ def fixture_prompts():
   for seed in range(3):
     x = jax.random.normal(jax.random.key(seed), (70, CONFIG.llm.hidden_size))
     rows = jnp.arange(60) + 3
-    found.append(precision_overlap.Prompt(x, jnp.arange(70)[None], rows, GRID))
+    found.append(
+      precision_overlap.VideoPrompt(x, jnp.arange(70)[None], rows, GRID)
+    )
   return found
 
 

@@ -8,7 +8,7 @@ import torch
 
 from cacovid_jax import compressors, errors
 from cacovid_jax.models import llava_onevision
-from experiments import selection_peers, selection_speed
+from experiments import made_up, selection_peers, selection_speed
 from tests.experiments import commands
 
 TINY = llava_onevision.LlavaOnevisionConfig.tiny()
@@ -45,7 +45,7 @@ def test_a_share_counts_what_both_keep():
 
 
 def test_scenes_hold_still_and_moving_places():
-  tokens = selection_speed.video((8, 6, 6), 64).reshape(4, 2, 36, 64)
+  tokens = made_up.video((8, 6, 6), 64).reshape(4, 2, 36, 64)
   unit = tokens / np.linalg.norm(tokens, axis=-1, keepdims=True)
   cosine = (unit[:, 0] * unit[:, 1]).sum(axis=-1)
   assert 0.2 < (cosine > 0.9).mean() < 0.8

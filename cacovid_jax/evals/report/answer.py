@@ -66,7 +66,6 @@ def render(asked, frames: np.ndarray, provenance: Mapping[str, Any]) -> str:
   Args:
     asked: `answerer.ClipAnswers`.
     frames: uint8[..., h, w, 3], all that the model was shown.
-    provenance: as in results.json.
   """
   pruned = [answer for answer in asked.answers if answer.ratio < 1]
   first = min(
@@ -75,20 +74,14 @@ def render(asked, frames: np.ndarray, provenance: Mapping[str, Any]) -> str:
   )
   # Everything kept is the same whatever the method: one more ratio of it.
   method = first.method
-  shown, per_slice = viewer.slices(frames, asked.grid[0])
+  said = {a.ratio: viewer.Said(a.text, a.letter) for a in asked.answers}
   example = viewer.Example(
     question=asked.question,
-    frames=shown,
+    frames=frames,
     grid=asked.grid,
     views={(method, answer.ratio): answer.trace for answer in asked.answers},
-    answers={
-      method: {
-        answer.ratio: viewer.Said(answer.text, answer.letter)
-        for answer in asked.answers
-      }
-    },
+    answers={method: said},
     shown=(method, first.ratio),
-    frames_per_slice=per_slice,
   )
   facts = {
     "question": asked.question.question,
@@ -128,21 +121,17 @@ def show(asked, console: rich.console.Console | None = None) -> None:
 
 def _row(asked, answer) -> list[str]:
   """Returns the cells of an answer's row, by `COLUMNS`."""
-  times = [
-    _time(answer.milliseconds.get(name))
-    for name in ("embed", "scores", "select", "answer")
-  ]
+  stages = ("embed", "scores", "select", "answer")
+  times = map(answer.milliseconds.get, stages)
   text = answer.text or "(nothing)"
   if answer.letter:
     place = question_lib.LETTERS.index(answer.letter)
-    option = asked.question.options[place]
-    text = f"{text} ({option})"
+    text = f"{text} ({asked.question.options[place]})"
   share = answer.kept / asked.num_video
   return [
     answer.method,
     f"{answer.kept} of {asked.num_video} ({100 * share:.3g} %)",
-    *times,
-    _time(asked.total(answer)),
+    *map(_time, (*times, asked.total(answer))),
     text,
   ]
 

@@ -24,50 +24,34 @@ _CURVES = (
 
 
 class Series(NamedTuple):
-  """Named points, joined by a line if they are several.
+  """Named points, joined by a line if they are several."""
 
-  Attributes:
-    name: written at the right end of the line, or beside the only point.
-    points: (x, y), or (x, y, low, high) with an interval; in ascending x.
-    colour: key of `svg.PALETTE`.
-    strong: drawn heavier, on top.
-    dashed: drawn dashed.
-    reported: points of somebody else, drawn as open circles.
-  """
-
-  name: str
+  name: str  # Written at the right end of the line, or beside the only point.
+  # (x, y), or (x, y, low, high) with an interval; in ascending x.
   points: Sequence[tuple[float, ...]]
-  colour: str
-  strong: bool = False
-  dashed: bool = False
+  colour: str  # Key of `svg.PALETTE`.
+  strong: bool = False  # Drawn heavier, on top.
+  dashed: bool = False  # Drawn dashed.
+  # Points of somebody else, drawn as open circles.
   reported: Sequence[tuple[float, float]] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chart:
-  """Lines, or single points, over one axis.
+  """Lines, or single points, over one axis."""
 
-  Attributes:
-    series: what is drawn; a chart of none has its levels alone.
-    levels: (name, y) of horizontal lines.
-    x_label: below the axis.
-    y_label: above the axis.
-    x_ticks: places on the axis; chosen if there are none.
-    log_x: whether the axis is logarithmic.
-    most: largest value that y can take, where the axis then ends.
-    marks: whether lines have circles and intervals at their points.
-    beside: whether names stand beside the points, not at the right end.
-    height: in pixels, where the names are written.
-  """
-
+  # What is drawn; a chart of none has its levels alone.
   series: Sequence[Series]
-  levels: Sequence[tuple[str, float]] = ()
+  levels: Sequence[tuple[str, float]] = ()  # (name, y) of horizontal lines.
   x_label: str
-  y_label: str
-  x_ticks: Sequence[float] = ()
+  y_label: str  # Above the axis.
+  x_ticks: Sequence[float] = ()  # Places on the axis; chosen if there are none.
   log_x: bool = False
+  # Largest value that y can take, where the axis then ends.
   most: float = np.inf
+  # Whether lines have circles and intervals at their points.
   marks: bool = True
+  # Whether names stand beside the points, not at the right end.
   beside: bool = False
   height: int = 380
 
@@ -173,20 +157,16 @@ class Chart:
 
 def over_ratio(out: Mapping[str, Any], ratios: Sequence[str]) -> Chart:
   """Returns accuracy over the share of tokens kept, of results.json."""
-  colours, series = _colours(out), []
-  ratios = sorted(ratios, key=float)
-  for name, row in _rows(out):
-    cells = [(100 * float(ratio), row[ratio]) for ratio in ratios]
+  rows, series, ratios = _rows(out), [], sorted(ratios, key=float)
+  for name, one in _series(rows).items():
+    cells = [(100 * float(ratio), rows[name][ratio]) for ratio in ratios]
     points = [_point(x, c) for x, c in cells if c["status"] == "ok"]
     if points:
-      strong, dashed = name == results.REFERENCE, name in out["oracles"]
-      series.append(Series(name, points, colours[name], strong, dashed))
-  levels = _levels(out)
-  if out["chance"]:
-    levels.append(("guessing", 100 * out["chance"]))
+      series.append(one._replace(points=points, dashed=name in out["oracles"]))
+  guessing = [("guessing", 100 * out["chance"])] if out["chance"] else []
   return Chart(
     series=series,
-    levels=levels,
+    levels=[*_levels(out), *guessing],
     x_label="video tokens kept (%, logarithmic)",
     y_label="accuracy (%)",
     x_ticks=[100 * float(ratio) for ratio in ratios],
@@ -198,26 +178,23 @@ def over_ratio(out: Mapping[str, Any], ratios: Sequence[str]) -> Chart:
 
 
 def over_time(
-  out: Mapping[str, Any],
-  ratio: str,
-  times: Mapping[str, Mapping[str, float]],
+  out: Mapping[str, Any], ratio: str, times: Mapping[str, Mapping[str, float]]
 ) -> Chart:
   """Returns accuracy over the milliseconds of choosing, where measured."""
-  colours = _colours(out)
-  found = [
-    (name, times[name][ratio], row[ratio])
-    for name, row in _rows(out)
+  rows = _rows(out)
+  found = {
+    name: times[name][ratio]
+    for name, row in rows.items()
     if row[ratio]["status"] == "ok" and ratio in times.get(name, {})
-  ]
+  }
   # A time of nothing has no place on a logarithmic axis.
-  floor = min((time for _, time, _ in found if time > 0), default=1.0)
-  series = []
-  for name, time, cell in found:
-    points = [_point(max(time, floor), cell)]
-    strong = name == results.REFERENCE
-    series.append(Series(name, points, colours[name], strong))
+  floor = min((time for time in found.values() if time > 0), default=1.0)
+  known = _series(rows)
   return Chart(
-    series=series,
+    series=[
+      known[name]._replace(points=[_point(max(time, floor), rows[name][ratio])])
+      for name, time in found.items()
+    ],
     levels=_levels(out),
     x_label="milliseconds to choose (logarithmic)",
     y_label="accuracy (%)",
@@ -257,9 +234,8 @@ def averages(out: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
   """
   vanilla, *rows = rows
   rows = sorted(rows, key=lambda row: float(row["ratio"]))
-  names = list(out["average"]["methods"])
-  colours, series = _colours({"methods": names, "oracles": ()}), []
-  for name in names:
+  series = []
+  for name, one in _series(out["average"]["methods"]).items():
     own, papers = (
       [
         (100 * float(row["ratio"]), row[column])
@@ -268,8 +244,7 @@ def averages(out: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
       ]
       for column in ("accuracy", "paper")
     )
-    strong = name == results.REFERENCE
-    series.append(Series(name, own, colours[name], strong, reported=papers))
+    series.append(one._replace(points=own, reported=papers))
   chart = Chart(
     series=series,
     levels=[("vanilla", vanilla["accuracy"])],
@@ -315,15 +290,19 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
   return ((sums[last] - sums[first]) / (last - first)).tolist()
 
 
-def _rows(out):
-  return [*out["methods"].items(), *out["oracles"].items()]
+def _rows(out) -> dict[str, Any]:
+  return {**out["methods"], **out["oracles"]}
 
 
-def _colours(out) -> dict[str, str]:
-  """Returns the colour of each row, the same in every chart."""
-  names = [*out["methods"], *out["oracles"]]
-  colours = {name: f"c{i % _NUM_COLOURS}" for i, name in enumerate(names)}
-  return colours | {results.REFERENCE: "accent"}
+def _series(names) -> dict[str, Series]:
+  """Returns series without points, of the same colours in every chart."""
+  found = {
+    name: Series(name, (), f"c{i % _NUM_COLOURS}")
+    for i, name in enumerate(names)
+  }
+  if (reference := results.REFERENCE) in found:
+    found[reference] = Series(reference, (), "accent", strong=True)
+  return found
 
 
 def _levels(out):

@@ -7,14 +7,13 @@ set and of models is escaped.
 """
 
 import base64
-import dataclasses
 import functools
 import hashlib
 import importlib.resources
 import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import markupsafe
@@ -24,31 +23,15 @@ from cacovid_jax.evals import results
 from cacovid_jax.evals.report import charts, issues, svg, viewer
 from cacovid_jax.inference import methods as methods_lib
 
-_STYLE = "page.css"
 _SCRIPTS = ("tables.js", "groups.js", "viewer.js")
 # Groups with an order of their own; others by name.
 _GROUP_ORDER = {"short": 0, "medium": 1, "long": 2}
 _GROUP_TITLES = {"category": "kind of question", "duration": "length of clip"}
 
 
-def write(
-  path: str | os.PathLike,
-  out: Mapping[str, Any],
-  examples: Sequence[viewer.Example],
-  curves: Sequence[Mapping[str, Any]] = (),
-  times: Mapping[str, Mapping[str, float]] | None = None,
-) -> None:
-  """Writes the report, all or nothing.
-
-  Args:
-    path: of the HTML file.
-    out: results.json.
-    examples: see `viewer.choose`.
-    curves: lines of a training run's metrics.jsonl.
-    times: method -> ratio as in `out` -> milliseconds to choose the tokens of
-      one video, where they were measured.
-  """
-  files.write(path, render(out, examples, curves, times))
+def write(path: str | os.PathLike, *content) -> None:
+  """Writes the report that `render` makes of `content`, all or nothing."""
+  files.write(path, render(*content))
 
 
 def render(
@@ -57,7 +40,15 @@ def render(
   curves: Sequence[Mapping[str, Any]] = (),
   times: Mapping[str, Mapping[str, float]] | None = None,
 ) -> str:
-  """Returns the HTML text of the report; arguments as of `write`."""
+  """Returns the HTML text of the report.
+
+  Args:
+    out: results.json.
+    examples: see `viewer.choose`.
+    curves: lines of a training run's metrics.jsonl.
+    times: method -> ratio as in `out` -> milliseconds to choose the tokens of
+      one video, where they were measured.
+  """
   rows = {**out["methods"], **out["oracles"]}
   ratios = list(next(iter(rows.values())))
   shown = min(ratios, key=lambda r: (abs(float(r) - viewer.SHOWN_RATIO), r))
@@ -108,16 +99,13 @@ def _page(template: str, data: Mapping[str, Any], **values) -> str:
   """Returns a page with its style, its script and the script's data."""
   script = "".join(map(_source, _SCRIPTS))
   digest = hashlib.sha256(script.encode()).digest()
-  return (
-    _templates()
-    .get_template(template)
-    .render(
-      **values,
-      style=markupsafe.Markup(_source(_STYLE)),
-      script=markupsafe.Markup(script),
-      script_hash=base64.b64encode(digest).decode("ascii"),
-      data=json_block(data),
-    )
+  page = _templates().get_template(template)
+  return page.render(
+    **values,
+    style=markupsafe.Markup(_source("page.css")),
+    script=markupsafe.Markup(script),
+    script_hash=base64.b64encode(digest).decode("ascii"),
+    data=json_block(data),
   )
 
 
@@ -150,9 +138,26 @@ def _templates() -> jinja2.Environment:
     "points": _points,
     "options": _options,
     "breakable": _breakable,
-    "grids": results.grid_words,
+    "grids": grid_words,
   }
   return environment
+
+
+def grid_words(grid: Sequence[Any]) -> str:
+  """Returns the `grid` of results.json in words."""
+  sign = " \N{MULTIPLICATION SIGN} "
+  if not isinstance(grid[0], Mapping):
+    return f"{sign.join(map(str, grid))} tokens a clip (time, rows, columns)"
+  common = sorted(grid, key=lambda entry: -entry["clips"])
+  listed = [
+    f"{sign.join(map(str, entry['grid']))} ({entry['clips']} clips)"
+    for entry in common[:4]
+  ]
+  if len(common) > 4:
+    listed.append(f"{len(common) - 4} more")
+  return (
+    f"{len(common)} grids of tokens (time, rows, columns): {', '.join(listed)}"
+  )
 
 
 def _percent(value: float, digits: int = 1) -> str:
@@ -177,22 +182,16 @@ def _breakable(name: str) -> markupsafe.Markup:
 
 def _cards(out, ratios):
   """Returns (title, figure, note) of the figures on top."""
-  vanilla = out["vanilla"]
-  cards = [
-    (
-      "vanilla",
-      f"{_percent(vanilla['accuracy'])} %",
-      f"all {_number(vanilla['kept_tokens'])} video tokens",
-    )
-  ]
-  row = out["methods"].get(results.REFERENCE, {})
+  vanilla, name = out["vanilla"], results.REFERENCE
+  note = f"all {_number(vanilla['kept_tokens'])} video tokens"
+  cards = [("vanilla", f"{_percent(vanilla['accuracy'])} %", note)]
   for ratio in ratios:
-    cell = row.get(ratio)
+    cell = out["methods"].get(name, {}).get(ratio)
     if cell and cell["status"] == "ok":
       note = f"{_number(cell['kept_tokens'])} tokens"
       if cell["of_vanilla"] is not None:
         note += f", {_percent(cell['of_vanilla'])} % of vanilla"
-      title = f"{results.REFERENCE} at {_percent(float(ratio), 0)} %"
+      title = f"{name} at {_percent(float(ratio), 0)} %"
       cards.append((title, f"{_percent(cell['accuracy'])} %", note))
   return cards
 
@@ -223,22 +222,13 @@ def _rows(out, ratios):
   rows = []
   for oracle, group in ((False, out["methods"]), (True, out["oracles"])):
     for name, row in group.items():
-      cells = []
-      for ratio in ratios:
-        cell = dict(row[ratio])
+      cells, first = [dict(row[ratio]) for ratio in ratios], row[ratios[0]]
+      for ratio, cell in zip(ratios, cells, strict=True):
         if cell["status"] == "ok":
           cell["best"] = not oracle and cell["accuracy"] == best[ratio]
           cell["difference"] = differences.get((name, ratio))
-        cells.append(cell)
-      rows.append(
-        {
-          "name": name,
-          "oracle": oracle,
-          "cells": cells,
-          "options": row[ratios[0]].get("options"),
-          "note": row[ratios[0]].get("note", ""),
-        }
-      )
+      facts = {"options": first.get("options"), "note": first.get("note", "")}
+      rows.append({"name": name, "oracle": oracle, "cells": cells, **facts})
   return rows
 
 
@@ -258,95 +248,75 @@ def _differences(out, ratios):
   def place(value):
     return round(100 * (100 * value - low) / (high - low), 2)
 
-  by_ratio = []
-  for ratio in ratios:
-    found = []
-    for entry in entries:
-      if entry["ratio"] != ratio:
-        continue
-      start, end = entry["ci95"]
-      to_vanilla = entry["vs"] == methods_lib.VANILLA
-      name = f"{entry['method']} against vanilla" if to_vanilla else None
-      found.append(
-        {
-          "name": name or entry["method"],
-          "to_vanilla": to_vanilla,
-          "mean": entry["mean"],
-          "ci95": entry["ci95"],
-          "left": place(start),
-          "width": round(place(end) - place(start), 2),
-          "dot": place(entry["mean"]),
-        }
-      )
-    found.sort(key=lambda row: (row["to_vanilla"], -row["mean"], row["name"]))
-    if found:
-      by_ratio.append({"ratio": ratio, "rows": found})
+  by_ratio = {ratio: [] for ratio in ratios}
+  for entry in entries:
+    start, end = entry["ci95"]
+    to_vanilla = entry["vs"] == methods_lib.VANILLA
+    by_ratio[entry["ratio"]].append(
+      {
+        "name": entry["method"] + " against vanilla" * to_vanilla,
+        "to_vanilla": to_vanilla,
+        "mean": entry["mean"],
+        "ci95": entry["ci95"],
+        "left": place(start),
+        "width": round(place(end) - place(start), 2),
+        "dot": place(entry["mean"]),
+      }
+    )
+  for rows in by_ratio.values():
+    rows.sort(key=lambda row: (row["to_vanilla"], -row["mean"], row["name"]))
+  found = [{"ratio": r, "rows": rows} for r, rows in by_ratio.items() if rows]
   marks = [(f"{tick:g}".replace("-", "−"), place(tick / 100)) for tick in ticks]
-  return {"ratios": by_ratio, "ticks": marks, "zero": place(0)}
+  return {"ratios": found, "ticks": marks, "zero": place(0)}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Facet:
-  """One way to group the questions.
+class _Facet(NamedTuple):
+  """One way to group the questions."""
 
-  Attributes:
-    key: `category`, `duration`, or a name in `by_group`.
-    title: in words.
-    names: of its groups.
-    counts: questions in each.
-  """
+  key: str  # `category`, `duration`, or a name in `by_group`.
+  title: str  # In words.
+  names: Sequence[str]  # Of its groups.
+  counts: Sequence[int]  # Questions in each.
 
-  key: str
-  title: str
-  names: Sequence[str]
-  counts: Sequence[int]
+  def groups(self, cell) -> list[float | None]:
+    """Returns the accuracies of a cell in each group."""
+    by_name = _groups(cell, self.key)
+    return [by_name.get(name, {}).get("accuracy") for name in self.names]
 
 
 def _facets(out: Mapping[str, Any]) -> list[_Facet]:
   """Returns the ways in which results.json groups the questions."""
-  vanilla = out["vanilla"]
-  keys = ["category", "duration", *vanilla.get("by_group", {})]
-  found = []
-  for key in keys:
+  vanilla, found = out["vanilla"], []
+  for key in ["category", "duration", *vanilla.get("by_group", {})]:
     by_name = _groups(vanilla, key)
-    names = sorted(by_name, key=_group_place)
-    if names:
+    if names := sorted(by_name, key=_group_place):
       counts = [by_name[name]["n"] for name in names]
       title = _GROUP_TITLES.get(key, key.replace("_", " "))
       found.append(_Facet(key, title, names, counts))
   return found
 
 
-def _group_table(
-  out: Mapping[str, Any], facet: _Facet, ratio: str
-) -> dict[str, Any]:
+def _group_table(out, facet: _Facet, ratio: str) -> dict[str, Any]:
   """Returns a facet's groups and the accuracies of every row in them."""
-  rows = [("vanilla", _group_values(out["vanilla"], facet))]
-  for group in ("methods", "oracles"):
-    rows += [
-      (name, _group_values(row[ratio], facet))
-      for name, row in out[group].items()
-    ]
+  rows = [("vanilla", facet.groups(out["vanilla"]))]
+  for name, row in {**out["methods"], **out["oracles"]}.items():
+    rows.append((name, facet.groups(row[ratio])))
   return {"facet": facet, "rows": rows}
 
 
-def _group_data(
-  out: Mapping[str, Any], facets: Sequence[_Facet]
-) -> dict[str, Any]:
+def _group_data(out, facets: Sequence[_Facet]) -> dict[str, Any]:
   """Returns all accuracies by method, ratio and facet, ready for JSON."""
-  vanilla = [_group_values(out["vanilla"], facet) for facet in facets]
-  values = {}
-  for group in ("methods", "oracles"):
-    for name, row in out[group].items():
-      values[name] = {
-        ratio: [_group_values(cell, facet) for facet in facets]
+  return {
+    "facets": [facet._asdict() for facet in facets],
+    "vanilla": [facet.groups(out["vanilla"]) for facet in facets],
+    "values": {
+      name: {
+        ratio: [facet.groups(cell) for facet in facets]
         for ratio, cell in row.items()
         if cell["status"] == "ok"
       }
-  return {
-    "facets": [dataclasses.asdict(facet) for facet in facets],
-    "vanilla": vanilla,
-    "values": values,
+      for name, row in {**out["methods"], **out["oracles"]}.items()
+    },
   }
 
 
@@ -354,11 +324,6 @@ def _groups(cell, key):
   if key in _GROUP_TITLES:
     return cell.get(f"by_{key}", {})
   return cell.get("by_group", {}).get(key, {})
-
-
-def _group_values(cell, facet) -> list[float | None]:
-  by_name = _groups(cell, facet.key)
-  return [by_name.get(name, {}).get("accuracy") for name in facet.names]
 
 
 def _group_place(name: str):

@@ -25,6 +25,7 @@ def listed(out: Mapping[str, Any]) -> list[dict[str, Any]]:
     for ratio, cell in row.items()
   ]
   counted = [("vanilla", "1", out["vanilla"]), *cells]
+
   tables = [
     _table(
       "Cells that could not be run",
@@ -51,25 +52,25 @@ def listed(out: Mapping[str, Any]) -> list[dict[str, Any]]:
       "Answers in which no option could be read",
       "The rule of scoring guesses one for them; all seeds together.",
       ("method", "kept", "how many"),
-      [
-        (name, _percent(ratio), f"{cell['num_fallbacks']:g}")
-        for name, ratio, cell in counted
-        if cell.get("num_fallbacks")
-      ],
+      _told(counted, "num_fallbacks", "{:g}".format),
     ),
     _table(
       "Rules that were left to stay within the budget",
       "Share of the questions for which a method kept other tokens than its"
       " rule asks for.",
       ("method", "kept", "how many"),
-      [
-        (name, _percent(ratio), f"{100 * cell['forced']:.1f} %")
-        for name, ratio, cell in counted
-        if cell.get("forced")
-      ],
+      _told(counted, "forced", lambda share: f"{100 * share:.1f} %"),
     ),
   ]  # fmt: skip
   return [table for table in tables if table["rows"]]
+
+
+def _told(counted, name, form):
+  return [
+    (method, _percent(ratio), form(cell[name]))
+    for method, ratio, cell in counted
+    if cell.get(name)
+  ]
 
 
 def _left_out(kind, found):
@@ -78,8 +79,7 @@ def _left_out(kind, found):
     columns = ("what", "how many")
   else:
     entries = found if isinstance(found, (list, tuple)) else [found]
-    rows = [(_words(entry),) for entry in entries if entry]
-    columns = ("what",)
+    rows, columns = [(_words(entry),) for entry in entries if entry], ("what",)
   title = _LEFT_OUT.get(kind, f"Left out: {kind.replace('_', ' ')}")
   note = "Not asked, and not among the questions counted above."
   return _table(title, note, columns, rows)

@@ -68,15 +68,7 @@ def spread_labels(
 
 
 def make_axes(width, height, right, title="", left=_LEFT):
-  """Returns axes of a new figure, of which a pixel is a point.
-
-  Args:
-    width: of the figure, in pixels.
-    height: of the figure.
-    right: pixels beside the axes.
-    title: above them.
-    left: pixels beside the axes.
-  """
+  """Returns axes of a new figure, of which a pixel is a point."""
   # 72 dots per inch, as those of SVG files are counted.
   figure = matplotlib.figure.Figure((width / 72, height / 72), dpi=72)
   high = height - _TOP - 24 * bool(title) - _BOTTOM
@@ -144,7 +136,7 @@ def write_beside(axes, labels):
 def _free(taken, x, y, length, axes):
   """Returns the box (left, bottom, right, top) of a name, nearest first."""
   inside, width = axes.bbox, axes.figure.bbox.x1
-  best = None
+  found = []
   for shift in range(0, 120, 4):
     for up in (-shift, shift):
       for left in (x + 9, x - 9 - length):
@@ -153,9 +145,8 @@ def _free(taken, x, y, length, axes):
         outside += max(inside.y0 - box[1], 0)
         outside += max(box[3] - inside.y1 - 8, 0)
         crossed = sum(_overlap(box, other) for other in taken) + outside
-        found = (crossed, shift + (left < x), box)
-        best = min(best or found, found)
-  return best[2]
+        found.append((crossed, shift + (left < x), box))
+  return min(found)[2]
 
 
 def _overlap(a, b) -> float:

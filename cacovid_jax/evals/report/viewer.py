@@ -10,6 +10,7 @@ import base64
 import collections
 import dataclasses
 import io
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,6 @@ import numpy as np
 from PIL import Image
 
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.evals import evaluator as evaluator_lib
 from cacovid_jax.evals import results
 from cacovid_jax.inference import engine as engine_lib
 from cacovid_jax.inference import methods as methods_lib
@@ -34,42 +34,47 @@ _MAX_TEXT = 400
 
 
 class Said(NamedTuple):
-  """An answer.
+  """An answer."""
 
-  Attributes:
-    text: of the model, stripped.
-    letter: the option in it, "" if none.
-    right: whether it is the right one; None if that is not known.
-  """
-
-  text: str
-  letter: str
+  text: str  # Of the model, stripped.
+  letter: str  # The option in it, "" if none.
+  # Whether it is the right one; None if that is not known.
   right: bool | None = None
+
+  @property
+  def brief(self) -> str:
+    """The text, cut where it is too long for a page."""
+    count = len(self.text)
+    if count <= _MAX_TEXT:
+      return self.text
+    return f"{self.text[:_MAX_TEXT]}… ({count} characters)"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Example:
-  """One question, its clip, and what methods kept of it.
-
-  Attributes:
-    question: the question.
-    frames: uint8[T, h, w, 3], one for each row of the grid's first axis.
-    grid: (T, H, W).
-    views: (method, ratio) -> its `inference.batch.KeptTokens`.
-    answers: method -> ratio -> what was said; vanilla's ratio is 1.
-    shown: the (method, ratio) that is shown first, one of `views`.
-    decisive: tokens that decide the question; empty if not known.
-    frames_per_slice: frames of the clip that a row of the grid stands for.
-  """
+  """One question, its clip, and what methods kept of it."""
 
   question: question_lib.Question
-  frames: np.ndarray
+  frames: np.ndarray  # uint8[F, h, w, 3], all that the model was shown.
   grid: tuple[int, int, int]
+  # (method, ratio) -> its `inference.batch.KeptTokens`.
   views: Mapping[tuple[str, float], Any]
+  # Method -> ratio -> what was said; vanilla's ratio is 1.
   answers: Mapping[str, Mapping[float, Said]]
+  # The (method, ratio) that is shown first, one of `views`.
   shown: tuple[str, float]
+  # Tokens that decide the question; empty if not known.
   decisive: frozenset[int] = frozenset()
-  frames_per_slice: int = 1
+
+  @property
+  def frames_per_slice(self) -> int:
+    """Frames that a row of the grid's first axis stands for."""
+    return -(-len(self.frames) // self.grid[0])
+
+  @property
+  def slices(self) -> np.ndarray:
+    """uint8[T, h, w, 3], the first frame of each row."""
+    return self.frames[:: self.frames_per_slice]
 
   @property
   def said(self) -> Said:
@@ -85,7 +90,7 @@ def choose(
   decisive: Mapping[str, Sequence[int]],
   count: int,
   *,
-  failures: Mapping[tuple[str, float], evaluator_lib.Failure] | None = None,
+  failures: results.Failures | None = None,
 ) -> list[Example]:
   """Returns right and wrong answers, half each as far as there are such.
 
@@ -94,102 +99,83 @@ def choose(
   turns. The choice depends on the answers alone.
 
   Args:
-    table: of the run.
     answers: its ledger.
-    engine: that asked.
     decisive: question id -> tokens that decide it, where known.
     count: at most as many examples.
-    failures: what could not be asked.
   """
   failures = failures or {}
   ratio = min(table.ratios, key=lambda r: (abs(r - SHOWN_RATIO), r))
-  method = table.shown_method(ratio, failures)
+  method = _shown(table, ratio, failures)
   if method is None or not count:
     return []
-
-  def able(method, ratio):
-    return (method.spec, ratio) not in failures
 
   def cell(method, ratio):
     seed = table.seeds[0] if method.per_seed else 0
     return methods_lib.Condition(method, ratio, seed)
 
   shown = cell(method, ratio)
+  asked = [
+    cell(each, r)
+    for each in table.methods
+    for r in table.ratios
+    if (each.spec, r) not in failures
+  ]
   usable = [
     question
     for question in table.questions
     if question.lettered and "fault" not in answers[shown.key(question.id)]
   ]
-  accuracies = {
-    other.label: _mean(answers, cell(other, ratio), usable)
-    for other in table.methods
-    if able(other, ratio)
-  }
-  asked = [
-    cell(each, r)
-    for each in table.methods
-    for r in table.ratios
-    if able(each, r)
-  ]
-  looked = {method.label, *_others(table, method, accuracies)}
+  rivals = [one for one in asked if one.ratio == ratio]
+  looked = {method.label, *_others(answers, method, rivals, usable)}
   views = [one for one in asked if one.method.label in looked]
   picked = _pick(usable, answers, shown, count)
   kept = engine.kept(picked, views)
-  examples = []
-  for question in picked:
-    said = collections.defaultdict(dict)
-    for one in (methods_lib.Condition(), *asked):
-      found = answers[one.key(question.id)]
-      right = found["score"] == 1
-      said[one.label][one.ratio] = Said(found["text"], found["letter"], right)
-    frames = engine.source.frames(question.video)
-    first, per_slice = slices(frames, engine.grid_of(question)[0])
-    examples.append(
-      Example(
-        question=question,
-        frames=first,
-        grid=engine.grid_of(question),
-        views={
-          (one.method.label, one.ratio): found
-          for one, found in zip(views, kept[question.id], strict=True)
-        },
-        answers=dict(said),
-        shown=(method.label, ratio),
-        decisive=frozenset(decisive.get(question.id, ())),
-        frames_per_slice=per_slice,
-      )
+  places = [(one.method.label, one.ratio) for one in views]
+  return [
+    Example(
+      question=question,
+      frames=engine.source.frames(question.video),
+      grid=engine.grid_of(question),
+      views=dict(zip(places, kept[question.id], strict=True)),
+      answers=_said(question, answers, asked),
+      shown=(method.label, ratio),
+      decisive=frozenset(decisive.get(question.id, ())),
     )
-  return examples
+    for question in picked
+  ]
 
 
-def slices(frames: np.ndarray, num_slices: int) -> tuple[np.ndarray, int]:
-  """Returns the first frame of each slice, and how many a slice stands for.
-
-  A row of the grid's first axis is one frame, or several (Qwen2.5-VL).
-  """
-  step = -(-len(frames) // num_slices)
-  return frames[::step], step
+def _shown(table, ratio, failures) -> methods_lib.Method | None:
+  """Returns the learned method, or the first row that can be run."""
+  able = [m for m in table.methods if (m.spec, ratio) not in failures]
+  named = (m for m in able if m.label == results.REFERENCE)
+  return next(named, able[0] if able else None)
 
 
-def _others(table, shown, accuracies) -> list[str]:
+def _said(question, answers, cells) -> dict[str, dict[float, Said]]:
+  """Returns method -> ratio -> what was said, vanilla's first."""
+  said = collections.defaultdict(dict)
+  for cell in (methods_lib.Condition(None, 1.0, 0), *cells):
+    found = answers[cell.key(question.id)]
+    label = cell.method.label if cell.method else methods_lib.VANILLA
+    right = found["score"] == 1
+    said[label][cell.ratio] = Said(found["text"], found["letter"], right)
+  return dict(said)
+
+
+def _others(answers, shown, rivals, questions) -> list[str]:
   """Returns the labels of the best methods besides the shown one.
 
   Other methods before variants of the same one; oracles know too much.
   """
-  name = shown.label.partition("?")[0]
-  found = [
-    (method.label.startswith(name), -accuracies[method.label], method.label)
-    for method in table.methods
-    if method.label in accuracies
-    and method.label != shown.label
-    and not method.compressor.oracle
-  ]
+  name, found = shown.label.partition("?")[0], []
+  for cell in rivals:
+    label = cell.method.label
+    if label != shown.label and not cell.method.compressor.oracle:
+      scores = [answers[cell.key(q.id)]["score"] for q in questions]
+      accuracy = float(np.mean(scores)) if scores else 0.0
+      found.append((label.startswith(name), -accuracy, label))
   return [label for *_, label in sorted(found)[:_NUM_OTHERS]]
-
-
-def _mean(answers, cell, questions) -> float:
-  scores = [answers[cell.key(question.id)]["score"] for question in questions]
-  return float(np.mean(scores)) if scores else 0.0
 
 
 def _pick(usable, answers, cell, count):
@@ -203,8 +189,7 @@ def _pick(usable, answers, cell, count):
 
 def _by_turns(questions):
   """Returns questions, new clips first, kinds of question taking turns."""
-  groups = collections.defaultdict(list)
-  seen = set()
+  groups, seen = collections.defaultdict(list), set()
   for question in sorted(
     questions, key=lambda q: (question_lib.question_hash(q.id), q.id)
   ):
@@ -214,14 +199,14 @@ def _by_turns(questions):
   out = []
   for repeated in (False, True):
     queues = [groups[key] for key in sorted(groups) if key[0] == repeated]
-    while any(queues):
-      out += [queue.pop(0) for queue in queues if queue]
+    for turn in itertools.zip_longest(*queues):
+      out += [question for question in turn if question]
   return out
 
 
 def clips(examples: Sequence[Example]) -> list[dict[str, Any]]:
   """Returns what the template shows of each example."""
-  pictures = _pictures([example.frames for example in examples])
+  pictures = _pictures([example.slices for example in examples])
   return [
     _clip(example, images)
     for example, images in zip(examples, pictures, strict=True)
@@ -288,7 +273,7 @@ def _clip(example, images) -> dict[str, Any]:
         "decisive": path(deciding, W),
       }
     )
-  question, said = example.question, _brief(example.said)
+  question, said = example.question, example.said
   return {
     "question": question,
     "options": list(zip(question_lib.LETTERS, question.options, strict=False)),
@@ -310,19 +295,19 @@ def _answers(example) -> dict[str, Any]:
   """Returns the table of answers: ratios, and a row for each method."""
   # Whatever is looked at has a row of its own.
   apart = {methods_lib.VANILLA} - {method for method, _ in example.views}
-  methods = [name for name in example.answers if name not in apart]
-  ratios = dict.fromkeys(r for name in methods for r in example.answers[name])
-  rows = []
-  for name in methods:
-    row = example.answers[name]
-    cells = [
-      {"ratio": ratio_key(r), "said": _brief(row.get(r))} for r in ratios
-    ]
-    rows.append({"name": name, "cells": cells})
+  methods = {k: v for k, v in example.answers.items() if k not in apart}
+  ratios = list(dict.fromkeys(r for row in methods.values() for r in row))
+  rows = [
+    {
+      "name": name,
+      "cells": [{"ratio": ratio_key(r), "said": row.get(r)} for r in ratios],
+    }
+    for name, row in methods.items()
+  ]
   vanilla = None
   if apart & example.answers.keys():
-    (vanilla,) = map(_brief, example.answers[methods_lib.VANILLA].values())
-  return {"ratios": list(ratios), "rows": rows, "vanilla": vanilla}
+    (vanilla,) = example.answers[methods_lib.VANILLA].values()
+  return {"ratios": ratios, "rows": rows, "vanilla": vanilla}
 
 
 def _data(example) -> dict[str, Any]:
@@ -346,8 +331,8 @@ def _data(example) -> dict[str, Any]:
     "gold": example.question.answer,
     "answers": {
       name: {
-        ratio_key(ratio): [said.letter, said.text, said.right]
-        for ratio, said in ((r, _brief(s)) for r, s in row.items())
+        ratio_key(ratio): [said.letter, said.brief, said.right]
+        for ratio, said in row.items()
       }
       for name, row in example.answers.items()
     },
@@ -356,15 +341,6 @@ def _data(example) -> dict[str, Any]:
     "decisive": pack(example.decisive, T * H * W) if example.decisive else "",
     "shown": [method, ratio_key(ratio)],
   }
-
-
-def _brief(said: Said | None) -> Said | None:
-  """Returns an answer whose text is not too long for a page."""
-  if said is None or len(said.text) <= _MAX_TEXT:
-    return said
-  return said._replace(
-    text=f"{said.text[:_MAX_TEXT]}… ({len(said.text)} characters)"
-  )
 
 
 def _label(t: int, per_slice: int) -> str:
