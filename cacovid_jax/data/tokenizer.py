@@ -18,23 +18,23 @@ from cacovid_jax import errors
 from cacovid_jax.data import chat_template as chat_template_lib
 from cacovid_jax.data import question as question_lib
 
+ANSWER_DIRECTLY = (
+  "Answer with the option's letter from the given choices directly."
+)
+_NUMBER = " Please provide the numerical value (e.g., 42 or 3.14)."
 # What the public trainer appends to a question, by problem type. Each begins
 # with a space, as there.
 HINTS = {
   question_lib.MULTIPLE_CHOICE: (
     " Please provide only the single option letter (e.g., A, B, C, D, etc.)."
   ),
-  question_lib.NUMERICAL: (
-    " Please provide the numerical value (e.g., 42 or 3.14)."
-  ),
+  question_lib.NUMERICAL: _NUMBER,
   question_lib.OCR: (
     " Please transcribe text from the image/video clearly and provide your"
     " text answer."
   ),
   question_lib.FREE_FORM: " Please provide your text answer.",
-  question_lib.REGRESSION: (
-    " Please provide the numerical value (e.g., 42 or 3.14)."
-  ),
+  question_lib.REGRESSION: _NUMBER,
 }
 
 MAX_FILE_BYTES = 256 * 2**20
@@ -60,7 +60,6 @@ class VideoStyle:
 
   @property
   def tokens(self) -> tuple[str, ...]:
-    """What the tokenizer has to know."""
     return (self.token, *self.around)
 
   @property
@@ -79,17 +78,14 @@ QWEN2_5_VL = VideoStyle(
 _STYLES = {"llava_onevision": LLAVA_ONEVISION, "qwen2_5_vl": QWEN2_5_VL}
 
 
-def letter_options(options: Sequence[str]) -> list[str]:
+def letter_options(options: Sequence[str], form: str = "{}. {}") -> list[str]:
   """Returns the options with their letters, "A. first", "B. second", ..."""
   if len(options) > len(question_lib.LETTERS):
     raise errors.UserError(
       f"{len(options)} options are more than there are letters; give at most"
       f" {len(question_lib.LETTERS)}"
     )
-  return [
-    f"{letter}. {option}"
-    for letter, option in zip(question_lib.LETTERS, options, strict=False)
-  ]
+  return list(map(form.format, question_lib.LETTERS, options))
 
 
 def training_prompt(
@@ -110,8 +106,7 @@ def videomme_prompt(question: str, lettered_options: Sequence[str]) -> str:
     " D) of the correct option.\n"
     + question
     + "\n"
-    + "\n".join(lettered_options)
-    + "\n\nAnswer with the option's letter from the given choices directly."
+    + "\n".join([*lettered_options, "", ANSWER_DIRECTLY])
   )
 
 
@@ -146,15 +141,6 @@ class PaddedPrompts:
 def _token_text(entry) -> str | None:
   """Special tokens are stored as text or as {"content": text, ...}."""
   return entry.get("content") if isinstance(entry, dict) else entry
-
-
-def _renamed(style: VideoStyle, token: str) -> VideoStyle:
-  """Returns the style with another placeholder."""
-  return dataclasses.replace(
-    style,
-    token=token,
-    plain=style.plain.replace(style.token, token),
-  )
 
 
 class Tokenizer:
@@ -266,8 +252,9 @@ class Tokenizer:
     processor = read_json(join("processor_config.json"))
     text, _ = chat_template_lib.read(directory, template)
     style = _STYLES.get(config.get("model_type"), LLAVA_ONEVISION)
-    if processor.get("video_token"):
-      style = _renamed(style, processor["video_token"])
+    if token := processor.get("video_token"):
+      plain = style.plain.replace(style.token, token)
+      style = dataclasses.replace(style, token=token, plain=plain)
     eos_token = _token_text(own.get("eos_token"))
     eos_ids = generation.get("eos_token_id", [])
     eos_ids = eos_ids if isinstance(eos_ids, list) else [eos_ids]
