@@ -1,4 +1,4 @@
-"""Which frames of a clip are shown to the model, and how they are resized.
+"""Which frames of a clip are shown to the model; how they are turned, resized.
 
 Two rules exist, as the paper's evaluator and trainer differ. Letters: T frames,
 h w pixels of a decoded frame, S pixels of a side after resizing.
@@ -37,8 +37,8 @@ def eval_linspace(num_frames: int, num_samples: int) -> np.ndarray:
   shorter than that.
 
   Args:
-    num_frames: frames in the clip, at least 1.
-    num_samples: T, frames wanted.
+    num_frames: in the clip, at least 1.
+    num_samples: T.
   """
   return np.linspace(0, num_frames - 1, num_samples, dtype=np.int64)
 
@@ -55,7 +55,7 @@ def train_linspace_1fps(
   a clip below one second gives none and its row has to be skipped.
 
   Args:
-    num_frames: frames in the clip.
+    num_frames: in the clip.
     duration: seconds.
     max_samples: most frames that are wanted.
     fps: frames a second before `max_samples` binds.
@@ -98,10 +98,17 @@ def resize_frame(
   return np.asarray(image.resize((width, height), resample))
 
 
-def resize(
-  frames: np.ndarray, size: int, resample: int = BICUBIC
-) -> np.ndarray:
-  """Returns uint8[T,S,S,3] of frames uint8[T,h,w,3]."""
-  if frames.shape[1:3] == (size, size):
-    return frames
-  return np.stack([resize_frame(frame, size, resample) for frame in frames])
+def turned(image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+  """Returns the pixels [h,w,3] as a player shows them.
+
+  The display matrix (a b .; c d .; ...) sends (x, y) to (a x + c y, b x + d y):
+  quarter turns, mirrored or not. PyAV's angle alone would turn a mirrored
+  picture upside down.
+  """
+  a, b, _, c, d = matrix[:5].tolist()
+  if abs(b) + abs(c) > abs(a) + abs(d):
+    image, rows, columns = image.swapaxes(0, 1), b, c
+  else:
+    rows, columns = d, a
+  image = image[:: -1 if rows < 0 else 1, :: -1 if columns < 0 else 1]
+  return np.ascontiguousarray(image)

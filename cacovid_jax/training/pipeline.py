@@ -111,7 +111,7 @@ class ClipSource:
       image_size: S.
       resample: PIL's number of the filter.
       limits: caps of the decoder.
-      decode: the decoder, `video.decode` or one that isolates it.
+      decode: the decoder, such as `video.decode`.
       refused: content hash -> reason of clips that are known to be bad.
       min_side: clips are refused whose frames have a side of so many pixels or
         fewer.
