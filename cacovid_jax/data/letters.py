@@ -9,8 +9,7 @@ import re
 from collections.abc import Callable
 
 from cacovid_jax import errors
-
-_LETTERS = "ABCD"
+from cacovid_jax.data import question as question_lib
 
 # Only these of the published list take effect: in the rest, missing commas
 # glue neighbours into phrases that no answer contains.
@@ -25,6 +24,8 @@ PREAMBLES = (
 def first(text: str, letters: str, preambles=PREAMBLES) -> str:
   """Returns the first of some letters anywhere in a text, "" if none is.
 
+  A word such as "Answer" therefore reads as A.
+
   Args:
     text: the answer.
     letters: that are looked for.
@@ -35,15 +36,6 @@ def first(text: str, letters: str, preambles=PREAMBLES) -> str:
     text = text.replace(preamble, "")
   found = re.search(f"[{letters}]", text)
   return found.group(0) if found else ""
-
-
-def extract_paper(text: str, letters: str = _LETTERS) -> str:
-  """Returns the first option letter found anywhere in `text`.
-
-  A word such as "Answer" therefore reads as A. An answer of more than ten
-  words without any option letter gives "".
-  """
-  return first(text, letters)
 
 
 # Where the shared extractor expects a letter to follow; the last three lines
@@ -74,7 +66,7 @@ _FORMS = ("{} ", "{})", "{}:", "{}.", "({})")
 _AFTER_PHRASE, _AT_END, _AT_START = 7, 9, 10
 
 
-def extract_lmms(text: str, letters: str = _LETTERS) -> str:
+def extract_lmms(text: str, letters: str) -> str:
   """Returns the option letter of the best-formed mention.
 
   Forms, best first: a letter that opens the text, one that ends it, one after
@@ -106,7 +98,7 @@ def extract_lmms(text: str, letters: str = _LETTERS) -> str:
 
 
 EXTRACTORS: dict[str, Callable[..., str]] = {
-  "paper": extract_paper,
+  "paper": first,
   "lmms-0.7.3": extract_lmms,
 }
 
@@ -128,5 +120,4 @@ def extract(text: str, *, num_options: int = 4, rule: str = "paper") -> str:
     rule: one of `EXTRACTORS`.
   """
   check_rule(rule)
-  letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: max(num_options, 1)]
-  return EXTRACTORS[rule](text, letters)
+  return EXTRACTORS[rule](text, question_lib.LETTERS[: max(num_options, 1)])

@@ -10,8 +10,7 @@ from typing import Any
 
 from cacovid_jax import errors
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.data import readers
-from cacovid_jax.data import tokenizer as tokenizer_lib
+from cacovid_jax.data import readers, wording
 from cacovid_jax.data.readers import longvideobench as longvideobench_files
 from cacovid_jax.data.readers import mlvu as mlvu_files
 from cacovid_jax.data.readers import mvbench as mvbench_files
@@ -324,9 +323,9 @@ def _restyled(questions, style: str, benchmark: str):
   return [
     dataclasses.replace(
       question,
-      prompt=tokenizer_lib.training_prompt(
+      prompt=wording.training_prompt(
         question.question,
-        tokenizer_lib.letter_options(question.options),
+        wording.letter_options(question.options),
         question.problem_type,
       ),
     )

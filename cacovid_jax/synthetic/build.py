@@ -28,9 +28,8 @@ import pyarrow.parquet
 
 from cacovid_jax import errors, files
 from cacovid_jax import progress as progress_lib
-from cacovid_jax.data import readers
+from cacovid_jax.data import readers, wording
 from cacovid_jax.data import tfds as tfds_lib
-from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.synthetic import questions, render, world
 
 FRAMES_PER_SECOND = 8
@@ -272,7 +271,7 @@ def _video_r1_row(row) -> dict:
     "problem": question.text,
     "data_type": "video",
     "problem_type": "multiple choice",
-    "options": tokenizer_lib.letter_options(question.options),
+    "options": wording.letter_options(question.options),
     "solution": f"<answer>{questions.LETTERS[question.answer]}</answer>",
     "path": f"./videos/{row['clip']}.mp4",
     "data_source": f"synthetic/{question.kind}",
@@ -291,7 +290,7 @@ def _videomme_row(row) -> dict:
     "question_id": row["id"],
     "task_type": question.kind,
     "question": question.text,
-    "options": tokenizer_lib.letter_options(question.options),
+    "options": wording.letter_options(question.options),
     "answer": questions.LETTERS[question.answer],
   }
 

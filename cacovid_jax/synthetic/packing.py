@@ -13,7 +13,7 @@ import numpy as np
 import tokenizers
 
 from cacovid_jax.data import question as rows
-from cacovid_jax.data import tokenizer as tokenizer_lib
+from cacovid_jax.data import wording
 from cacovid_jax.synthetic import questions, render, world
 
 _TURN_END = "<|im_end|>\n<|im_start|>assistant\n"
@@ -63,8 +63,8 @@ MAX_DECISIVE = 24
 
 def prompt_text(question: questions.SceneQuestion, problem_type: str) -> str:
   """Returns the user's text: question, lettered options, the type's hint."""
-  lettered = tokenizer_lib.letter_options(question.options)
-  return tokenizer_lib.training_prompt(question.text, lettered, problem_type)
+  lettered = wording.letter_options(question.options)
+  return wording.training_prompt(question.text, lettered, problem_type)
 
 
 def describe(scene: world.Scene) -> str:

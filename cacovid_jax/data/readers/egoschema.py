@@ -5,7 +5,7 @@ questions are scored on a public server only.
 """
 
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.data import tokenizer as tokenizer_lib
+from cacovid_jax.data import wording
 from cacovid_jax.data.readers import tables, validation
 
 
@@ -20,7 +20,7 @@ def _question(row: validation.Row) -> question_lib.Question:
     options=options,
     answer=row.letter_at("answer", len(options)),
     source="egoschema",
-    prompt="\n".join([question, *given, tokenizer_lib.ANSWER_DIRECTLY]),
+    prompt="\n".join([question, *given, wording.ANSWER_DIRECTLY]),
   )
 
 

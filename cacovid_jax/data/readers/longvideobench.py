@@ -6,7 +6,7 @@ Subtitles are not used: a clip that has none is as good as another.
 """
 
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.data import tokenizer as tokenizer_lib
+from cacovid_jax.data import wording
 from cacovid_jax.data.readers import tables, validation
 
 DURATION_GROUPS = ("15", "60", "600", "3600")
@@ -37,7 +37,7 @@ def _question(row: validation.Row) -> question_lib.Question:
       "correct_choice", "no answer; the validation split has them"
     )
   topic = row.text("topic_category", required=False)
-  lettered = tokenizer_lib.letter_options(options)
+  lettered = wording.letter_options(options)
   return question_lib.Question(
     id=row.text("id"),
     video=row.clip("video_path"),
@@ -49,7 +49,7 @@ def _question(row: validation.Row) -> question_lib.Question:
     groups=(("topic_category", topic),) if topic else (),
     source="longvideobench",
     # Ends in a newline.
-    prompt="\n".join([question, *lettered, tokenizer_lib.ANSWER_DIRECTLY, ""]),
+    prompt="\n".join([question, *lettered, wording.ANSWER_DIRECTLY, ""]),
   )
 
 

@@ -10,7 +10,7 @@ are left out and counted.
 import re
 
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.data import tokenizer as tokenizer_lib
+from cacovid_jax.data import wording
 from cacovid_jax.data.readers import tables, validation
 
 DEV_TYPES = (
@@ -92,7 +92,7 @@ def _original(row: validation.Row, most: int) -> tuple[str, str, list[str]]:
   """Returns (question, the same with its options, options)."""
   question = row.text("question")
   options = row.choices("candidates", most=most)
-  lines = tokenizer_lib.letter_options(options, "({}) {}")
+  lines = wording.letter_options(options, "({}) {}")
   return question, "\n".join([question, *lines]), options
 
 

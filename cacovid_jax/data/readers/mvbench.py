@@ -9,7 +9,7 @@ import pathlib
 
 from cacovid_jax import errors
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.data import tokenizer as tokenizer_lib
+from cacovid_jax.data import wording
 from cacovid_jax.data.readers import tables, validation
 
 _STAR = "star/Charades_segment"
@@ -77,7 +77,7 @@ def _question(row: validation.Row) -> question_lib.Question:
   if folder in (_STAR, _CLEVRER):
     patterns.insert(1, f"{_DATED}{folder}/{{}}")
   answer = row.text("answer")
-  shown = tokenizer_lib.letter_options(options, "({}) {}\n")
+  shown = wording.letter_options(options, "({}) {}\n")
   return question_lib.Question(
     id=f"{row.file}:{row.number}",
     video=row.clip("video", *patterns),

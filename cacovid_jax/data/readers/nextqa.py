@@ -5,7 +5,7 @@ instruction, as in lmms-eval.
 """
 
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.data import tokenizer as tokenizer_lib
+from cacovid_jax.data import wording
 from cacovid_jax.data.readers import tables, validation
 
 _SLOTS = tuple(f"a{i}" for i in range(5))
@@ -31,7 +31,7 @@ def _question(row: validation.Row) -> question_lib.Question:
     category=kind[0],
     groups=(("type", kind),),
     source="nextqa",
-    prompt="\n".join([question, *tokenizer_lib.letter_options(options)]),
+    prompt="\n".join([question, *wording.letter_options(options)]),
   )
 
 

@@ -19,7 +19,7 @@ import os
 
 from cacovid_jax import errors
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.data import tokenizer as tokenizer_lib
+from cacovid_jax.data import wording
 from cacovid_jax.data.readers import tables, validation
 
 FILES = ("questions.json", "questions.csv")
@@ -189,8 +189,8 @@ def _question(row: validation.Row, columns) -> question_lib.Question:
     problem_type=kind,
     category=_optional(row, "category") or None,
     source="own",
-    prompt=tokenizer_lib.training_prompt(
-      question, tokenizer_lib.letter_options(options), kind
+    prompt=wording.training_prompt(
+      question, wording.letter_options(options), kind
     ),
   )
 

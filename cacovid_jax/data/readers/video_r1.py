@@ -4,7 +4,7 @@ import functools
 import os
 
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.data import tokenizer as tokenizer_lib
+from cacovid_jax.data import wording
 from cacovid_jax.data.readers import tables, validation
 
 # Of rows that name none.
@@ -77,7 +77,7 @@ def _question(
       )
     answer = validation.letter(answer, options, "solution")
     if given and options == tuple(given):
-      lettered = tokenizer_lib.letter_options(given)
+      lettered = wording.letter_options(given)
   identity = entry.get("problem_id", f"{row.file}:{row.number}")
   if not isinstance(identity, (int, str)) or isinstance(identity, bool):
     raise validation.RowError(
@@ -96,5 +96,5 @@ def _question(
     duration=duration if isinstance(duration, str) else None,
     category=row.text("category", required=False) or None,
     source=row.text("data_source", required=False) or SOURCE,
-    prompt=tokenizer_lib.training_prompt(problem, lettered, kind),
+    prompt=wording.training_prompt(problem, lettered, kind),
   )

@@ -6,7 +6,7 @@ used, though the prompt names them.
 
 from cacovid_jax import errors
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.data import tokenizer as tokenizer_lib
+from cacovid_jax.data import wording
 from cacovid_jax.data.readers import tables, validation
 
 _PLACES = (
@@ -52,12 +52,12 @@ def _question(
   else:
     options = validation.strip_letters(given)
     if options == tuple(given):
-      shown = tokenizer_lib.letter_options(given)
+      shown = wording.letter_options(given)
   place = row.clip("videoID")
   if style == "videomme":
-    prompt = tokenizer_lib.videomme_prompt(question, shown)
+    prompt = wording.videomme_prompt(question, shown)
   else:
-    prompt = tokenizer_lib.training_prompt(
+    prompt = wording.training_prompt(
       question, shown, question_lib.MULTIPLE_CHOICE
     )
   groups = {facet: row.text(facet, required=False) for facet in _GROUPS}
