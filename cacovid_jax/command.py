@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from absl import flags as absl_flags
 
-from cacovid_jax import base_config, errors
+from cacovid_jax import base_config, config_files, config_values, errors
 from cacovid_jax import config as config_lib
 
 _HELP = ("help", "h", "helpshort", "helpfull")
@@ -111,7 +111,7 @@ class Command:
         values[name] = (*values[name], text)
       else:
         like = self.flags[name].default
-        values[name] = config_lib.parse_value(text, like, name=f"--{name}")
+        values[name] = config_values.parse(text, like, name=f"--{name}")
     if len(words) > self.num_arguments:
       raise errors.UserError(
         f"unexpected argument {words[self.num_arguments]!r}; flags start by --"
@@ -175,7 +175,7 @@ class Command:
       if spec:
         return config_lib.load(spec, texts, fill=self.sections)
       if self.config == "required":
-        raise config_lib.no_config()
+        raise config_files.no_config()
       config = base_config.get_config()
       if self.default:
         short = f"{self.default}:debug" if smoke else self.default

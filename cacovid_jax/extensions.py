@@ -45,7 +45,7 @@ def load(spec: str, key: str) -> tuple[Any, str]:
   if is_file and not os.path.isfile(source):
     raise errors.UserError(f"{key} {spec!r}: there is no file {source}")
   try:
-    module, digest = _run(source) if is_file else _import(source)
+    module, digest = run_file(source) if is_file else _import(source)
   except Exception as error:
     raise errors.UserError(
       f"{key} {spec!r}: importing {source} failed with"
@@ -123,8 +123,11 @@ def _import(name):
   return module, files.sha256(path) if path else ""
 
 
-def _run(path):
-  """Runs the very bytes that are hashed, never a cached .pyc beside them."""
+def run_file(path):
+  """Returns a module and its file's sha256, of the very bytes that were run.
+
+  A cached .pyc beside them is never taken.
+  """
   with open(path, "rb") as file:
     source = file.read()
   digest = hashlib.sha256(source).hexdigest()

@@ -3,8 +3,7 @@
 import difflib
 import types
 
-from cacovid_jax import base_config, errors
-from cacovid_jax import config as config_lib
+from cacovid_jax import base_config, config_values, errors
 from cacovid_jax.data import frames
 from cacovid_jax.models import processors
 
@@ -33,7 +32,7 @@ def parse_arg(arg, **defaults):
       raise errors.UserError(
         f"config argument {name!r} in {arg!r} needs a value: {name}=VALUE"
       )
-    fields[name] = config_lib.parse_value(
+    fields[name] = config_values.parse(
       text if equals else "true", defaults[name], name=name
     )
   return types.SimpleNamespace(**fields)
