@@ -57,6 +57,15 @@ class Flag(NamedTuple):
     return _value(base_config.get_config(), self.key or None, self.default)
 
 
+def aliases(section: str, **flags: str | Flag) -> dict[str, Flag]:
+  """Returns flags of keys of a section, by name; a text is a flag's help."""
+  out = {}
+  for name, flag in flags.items():
+    flag = Flag(flag) if isinstance(flag, str) else flag
+    out[name] = flag._replace(key=f"{section}.{name}")
+  return out
+
+
 @dataclasses.dataclass(frozen=True)
 class Command:
   """What a command takes.
@@ -88,15 +97,11 @@ class Command:
     errors.run(main, self.parse)
 
   def parse(self, argv: Sequence[str]) -> types.SimpleNamespace:
-    """Returns what a command line says.
+    """Returns what the command's name and arguments say.
 
-    Args:
-      argv: the command's name and its arguments.
-
-    Returns:
-      Flags without a key by their names; `config`, locked; `spec`, what
-      --config says; `overrides`, texts "key=value" of flags, and `given`, their
-      keys; `arguments`, the words that are no flags.
+    Flags without a key by their names; `config`, locked; `spec`, what --config
+    says; `overrides`, texts "key=value" of flags, and `given`, their keys;
+    `arguments`, the words that are no flags.
     """
     values = {n: f.default for n, f in self.flags.items() if not f.key}
     spec, overrides, words = "", [], []

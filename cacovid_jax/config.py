@@ -151,13 +151,7 @@ def value_of(config, key):
 
 
 def replace(config, changes, overrides=()):
-  """Returns a locked copy of a config.
-
-  Args:
-    config: locked or not.
-    changes: {"key.subkey": value}.
-    overrides: texts, as of `load`.
-  """
+  """Returns a locked copy with {"key.subkey": value} and overrides applied."""
   config = copy.deepcopy(config)
   for key, value in changes.items():
     assign(config, key, value)
@@ -202,9 +196,7 @@ def save(config, path):
 def config_hash(config, *, before=False):
   """Returns 16 hexadecimal digits of the config without `NOT_HASHED` keys.
 
-  Args:
-    config: see `base_config`.
-    before: whether it is of an earlier version, and hashed as that one did.
+  With `before`, of an earlier version's config, as that version hashed it.
   """
   skipped = set(NOT_HASHED) - set(_NEW_GROUPS if before else ())
   text = json.dumps(_hashed(to_dict(config), skipped), sort_keys=True)
@@ -214,10 +206,8 @@ def config_hash(config, *, before=False):
 def upgraded(config, like=None):
   """Returns a config of a workdir under today's keys, locked.
 
-  Args:
-    config: read from its config.json, whichever version wrote that.
-    like: config whose keys it gets where it lacks them, with the values of
-      `base_config`; all of that by default.
+  It gets keys of the config `like` where it lacks them, with the values of
+  `base_config`; all of that by default.
   """
   config = copy.deepcopy(config).unlock()
   for old, (new, convert) in _RENAMED.items():

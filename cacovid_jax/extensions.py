@@ -32,9 +32,7 @@ KEYS = {f"{name}.{keys[0]}" for name, keys in SECTIONS.items()}
 def load(spec: str, key: str) -> tuple[Any, str]:
   """Returns a named object, and the sha256 of its file ("" if it has none).
 
-  Args:
-    spec: `path/to/file.py:name` or `package.module:name`.
-    key: what was set to it, for messages.
+  `key` is what was set to the name, for messages.
   """
   source, _, name = spec.rpartition(":") if isinstance(spec, str) else [""] * 3
   if not source or not name:

@@ -66,7 +66,6 @@ def released(arg, *, family, sizes):
   config.data.root = "datasets/video_r1"
   config.data.train_file = "filtered.json"
   config.data.frame_rule = frames.TRAIN_RULE
-  config.data.num_frames = 32
   config.data.max_text_tokens = 1024
   config.data.num_threads = 8
   if family == "qwen2_5_vl":
@@ -86,7 +85,6 @@ def released(arg, *, family, sizes):
   # Of methods that draw, if some are asked for.
   config.evals.seeds = (0, 1, 2)
   config.evals.select_on = "none"
-  config.evals.rule = "paper"
   if family == "llava_onevision":
     # The paper's evaluator: plain texts and the tokenizer's system turn.
     # Qwen2.5-VL's two templates write the same prompt.

@@ -78,11 +78,9 @@ class Template:
   def render(self, messages: Sequence[dict], **variables) -> str:
     """Returns the text of the messages; raises one of `FAULTS`.
 
-    Args:
-      messages: {"role": ..., "content": ...}, content being a text or a list of
-        {"type": "video"} and {"type": "text", "text": ...}.
-      **variables: what else the template may read (special tokens,
-        add_generation_prompt).
+    Messages are {"role": ..., "content": ...}, content a text or a list of
+    {"type": "video"} and {"type": "text", "text": ...}; further variables are
+    what else the template may read, such as special tokens.
     """
     token = _left.set([_BUDGET])
     pieces, size = [], 0
@@ -100,11 +98,9 @@ class Template:
 def read(directory, prefer: str = "processor") -> tuple[str, str]:
   """Returns the text of a checkpoint's template, and the file it came from.
 
-  Args:
-    directory: a Hugging Face checkpoint directory.
-    prefer: "processor" for the template of chat_template.jinja,
-      chat_template.json or processor_config.json; "tokenizer" for that of
-      tokenizer_config.json. Where one is missing, the other is taken.
+  `prefer` is "processor" for the template of chat_template.jinja,
+  chat_template.json or processor_config.json; "tokenizer" for that of
+  tokenizer_config.json. Where one is missing, the other is taken.
   """
   found = {}
   path = os.path.join(directory, "chat_template.jinja")

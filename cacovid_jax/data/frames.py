@@ -15,12 +15,7 @@ BICUBIC = int(Image.Resampling.BICUBIC)
 
 
 class ShapeError(errors.UserError):
-  """Frames have sides that cannot be used; whose they are is not known here.
-
-  Attributes:
-    detail: what is wrong.
-    mend: what to do.
-  """
+  """Frames have sides that cannot be used; whose they are is not known here."""
 
   def __init__(self, detail: str, mend: str):
     self.detail, self.mend = detail, mend
@@ -35,10 +30,6 @@ def eval_linspace(num_frames: int, num_samples: int) -> np.ndarray:
 
   The evaluator's rule: always `num_samples`; indices repeat in clips that are
   shorter than that.
-
-  Args:
-    num_frames: in the clip, at least 1.
-    num_samples: T.
   """
   return np.linspace(0, num_frames - 1, num_samples, dtype=np.int64)
 
@@ -53,12 +44,6 @@ def train_linspace_1fps(
 
   The trainer's rule: n = min(max_samples, num_frames, whole seconds · fps), so
   a clip below one second gives none and its row has to be skipped.
-
-  Args:
-    num_frames: in the clip.
-    duration: seconds.
-    max_samples: most frames that are wanted.
-    fps: frames a second before `max_samples` binds.
   """
   num_samples = max(0, min(max_samples, num_frames, int(duration * fps)))
   spaced = np.linspace(0, num_frames - 1, num_samples)
@@ -80,13 +65,8 @@ def resize_frame(
   PIL on bytes is what the reference processors agree with best. The width goes
   first, rounded to bytes before the height: torchvision and Pillow up to 12 do
   the same, while Pillow 13 turns the order round where that costs less, which
-  changes bright and dark edges by up to 25 levels.
-
-  Args:
-    frame: the pixels.
-    size: S, or (h', w'). The aspect ratio is not kept: LLaVA-OneVision squeezes
-      a video frame into one square tile.
-    resample: PIL's number of the filter.
+  changes bright and dark edges by up to 25 levels. The aspect ratio is lost:
+  LLaVA-OneVision squeezes a frame into one square tile.
   """
   height, width = (size, size) if isinstance(size, int) else size
   if frame.shape[:2] == (height, width):

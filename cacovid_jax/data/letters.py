@@ -24,12 +24,7 @@ PREAMBLES = (
 def first(text: str, letters: str, preambles=PREAMBLES) -> str:
   """Returns the first of some letters anywhere in a text, "" if none is.
 
-  A word such as "Answer" therefore reads as A.
-
-  Args:
-    text: the answer.
-    letters: that are looked for.
-    preambles: cut out of the text before, one after the other.
+  Preambles are cut out before. A word such as "Answer" therefore reads as A.
   """
   text = text.strip()
   for preamble in preambles:
@@ -112,12 +107,6 @@ def check_rule(rule: str) -> None:
 
 
 def extract(text: str, *, num_options: int = 4, rule: str = "paper") -> str:
-  """Returns the option letter in `text`, "" if there is none.
-
-  Args:
-    text: the model's answer.
-    num_options: how many letters, from A, are options.
-    rule: one of `EXTRACTORS`.
-  """
+  """Returns the option letter in an answer by one of the `EXTRACTORS`."""
   check_rule(rule)
   return EXTRACTORS[rule](text, question_lib.LETTERS[: max(num_options, 1)])

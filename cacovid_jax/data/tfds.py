@@ -63,15 +63,9 @@ class VideoQa(tfds.core.GeneratorBasedBuilder):
     on_row=lambda count: None,
     **kwargs,
   ):
-    """Sets the rows to write.
+    """Sets the rows to write, see `prepare`; none if they are there already.
 
-    Args:
-      splits: split name -> rows; None if the files are there already.
-      media_root: see `prepare`.
-      embed: see `prepare`.
-      fingerprint: of the rows, kept beside the files.
-      on_row: see `prepare`.
-      **kwargs: of the base class (data_dir, file_format).
+    Their fingerprint is kept beside the files; `kwargs` are the base class's.
     """
     # Before the base class, which calls _info().
     self._splits = splits or {}
@@ -235,9 +229,7 @@ def prepare(
 def open_source(data_dir, split: str) -> QuestionSource:
   """Returns random access to the rows of a split that `prepare` wrote.
 
-  Args:
-    data_dir: of `prepare`, or the folder of one data set below it.
-    split: name of the split.
+  `data_dir` is that of `prepare`, or the folder of one data set below it.
   """
   data_dir = os.path.normpath(os.fspath(data_dir))
   found = _prepared(data_dir)

@@ -35,17 +35,11 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PaddedPrompts:
-  """Right-padded prompts.
+  """Right-padded prompts."""
 
-  Attributes:
-    ids: int32[B,L].
-    length: int32[B].
-    video_rows: int32[B,N], L behind those of a video of fewer tokens.
-  """
-
-  ids: np.ndarray
-  length: np.ndarray
-  video_rows: np.ndarray
+  ids: np.ndarray  # int32[B,L].
+  length: np.ndarray  # int32[B].
+  video_rows: np.ndarray  # int32[B,N], L behind those of a shorter video.
 
 
 def _token_text(entry) -> str | None:
@@ -310,12 +304,7 @@ class Tokenizer:
   def render_messages(
     self, messages: Sequence[dict], add_generation_prompt: bool = True
   ) -> str:
-    """Returns the text of any conversation; see `chat_template.Template`.
-
-    Args:
-      messages: of the conversation.
-      add_generation_prompt: whether the header of the answer follows.
-    """
+    """Returns the text of any conversation; see `chat_template.Template`."""
     variables = dict(self._options.variables)
     try:
       return self._template.render(
@@ -374,10 +363,7 @@ class Tokenizer:
   ) -> PaddedPrompts:
     """Returns the prompts right-padded to `length` (the bucket).
 
-    Args:
-      prompts: of this tokenizer.
-      length: L.
-      num_video_tokens: N; 0 for that of the prompt with most.
+    N is `num_video_tokens`, or of the prompt with most for 0.
     """
     num_video = num_video_tokens or max(len(p.video_rows) for p in prompts)
     ids = np.full((len(prompts), length), self.pad_id, np.int32)

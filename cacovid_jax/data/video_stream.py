@@ -45,11 +45,7 @@ _MENDS = {
 class VideoError(errors.UserError):
   """A clip that cannot be used.
 
-  Attributes:
-    path: the file.
-    reason: one of `_MENDS`.
-    detail: more of it, may be empty.
-    mend: what to do, where that of the reason does not fit.
+  Its reason is one of `_MENDS`; a mend is given where that one does not fit.
   """
 
   def __init__(self, path, reason: str, detail: str = "", mend: str = ""):
@@ -66,20 +62,13 @@ class VideoError(errors.UserError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-  """What a clip may be before it is refused.
-
-  Attributes:
-    max_bytes: size of the file.
-    max_pixels: of one frame.
-    max_seconds: duration.
-    max_frames: in the stream.
-    timeout_s: wall-clock seconds for opening and decoding one clip.
-  """
+  """What a clip may be before it is refused."""
 
   max_bytes: int = 16 * 2**30
-  max_pixels: int = 8192 * 4320
+  max_pixels: int = 8192 * 4320  # Of one frame.
   max_seconds: float = 24 * 3600.0
   max_frames: int = 10_000_000
+  # Wall-clock seconds for opening and decoding one clip.
   timeout_s: float | None = 300.0
 
 
@@ -87,10 +76,7 @@ class VideoStream:
   """The pictures of one file, or of the bytes of one; a context manager.
 
   Attributes:
-    path: for errors.
-    limits: caps.
-    container: of PyAV.
-    stream: the one that is decoded.
+    container: of PyAV, `stream` the one of its streams that is decoded.
     faults: errors of the decoder since `open`, damaged pictures included.
   """
 

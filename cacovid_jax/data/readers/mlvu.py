@@ -54,10 +54,7 @@ def _question(
 ) -> question_lib.Question:
   """Returns the question of a row of either layout.
 
-  Args:
-    row: of a file.
-    types: the tasks that there are, `DEV_TYPES` or `TEST_TYPES`.
-    most_options: 4 in dev, 6 in test.
+  Of dev by default; test has `TEST_TYPES` and 6 options at most.
   """
   original = "video_name" not in row.entry
   field = "question_type" if original else "task_type"

@@ -47,13 +47,9 @@ _DATED = "data0613/"
 def read_mvbench(
   paths, root=None, *, report: tables.Report | None = None, **options
 ) -> list[question_lib.Question]:
-  """Returns the questions of MVBench's files, one file for each task.
+  """Returns the questions of MVBench's files, one for each task.
 
-  Args:
-    paths: see `tables.Reader`.
-    root: media root; clips are looked for in their task's folder below it.
-    report: filled with what was left out, and the tasks that are missing.
-    **options: see `tables.Reader`.
+  As `tables.Reader`; the report tells the tasks that are missing, too.
   """
   report = tables.Report() if report is None else report
   found = {pathlib.Path(path).stem: path for path in tables.split_paths(paths)}

@@ -103,12 +103,9 @@ class Row(NamedTuple):
     return question_lib.LETTERS[index]
 
   def clip(self, field: str, *patterns: str, name: str = "") -> str:
-    """Returns the place of a clip below the media root, else its official one.
+    """Returns the path of the clip that a field names, or `name` instead.
 
-    Args:
-      field: that names the clip.
-      *patterns: places to look in before the reader's common ones.
-      name: of the clip, where the field is no text.
+    `patterns` are places to look in before the reader's common ones.
     """
     clean = relative(name or self.text(field), field)
     return self.places(clean, patterns) if self.places else clean
@@ -246,22 +243,18 @@ class Places:
   """Where clips lie below a media root; each name is looked for once."""
 
   def __init__(self, root, patterns: Sequence[str]):
-    """Checks the root.
+    """Takes a root, and places below it as in "data/{}.mp4", best first.
 
-    Args:
-      root: media root; None looks nowhere and takes the first pattern.
-      patterns: places as in "data/{}.mp4", best first.
+    Without a root nothing is looked for, and the first place is taken.
     """
     check_root(root)
     self._root, self._patterns = root, patterns
     self._found = {}
 
   def __call__(self, name: str, patterns: Sequence[str] = ()) -> str:
-    """Returns the clip's place below the root, else its official one.
+    """Returns a clip's place, its first one if it lies nowhere.
 
-    Args:
-      name: of the clip, see `relative`.
-      patterns: places to look in before the common ones.
+    `patterns` are looked at before the common ones.
     """
     key = name, patterns
     if key not in self._found:
@@ -311,10 +304,7 @@ def require_media(
 ) -> None:
   """Raises `UserError` with counts and examples if clips are missing.
 
-  Args:
-    rows: questions.
-    root: media root.
-    mend: what else the command can do, by its own flags.
+  `mend` is what else the command can do, by its own flags.
   """
   names = [question.video for question in rows]
   if missing := find_missing(names, root):
