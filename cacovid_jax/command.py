@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from absl import flags as absl_flags
 
-from cacovid_jax import base_config, errors
+from cacovid_jax import base_config, config_files, config_values, errors
 from cacovid_jax import config as config_lib
 
 _HELP = ("help", "h", "helpshort", "helpfull")
@@ -57,6 +57,15 @@ class Flag(NamedTuple):
     return _value(base_config.get_config(), self.key or None, self.default)
 
 
+def aliases(section: str, **flags: str | Flag) -> dict[str, Flag]:
+  """Returns flags of keys of a section, by name; a text is a flag's help."""
+  out = {}
+  for name, flag in flags.items():
+    flag = Flag(flag) if isinstance(flag, str) else flag
+    out[name] = flag._replace(key=f"{section}.{name}")
+  return out
+
+
 @dataclasses.dataclass(frozen=True)
 class Command:
   """What a command takes.
@@ -88,15 +97,11 @@ class Command:
     errors.run(main, self.parse)
 
   def parse(self, argv: Sequence[str]) -> types.SimpleNamespace:
-    """Returns what a command line says.
+    """Returns what the command's name and arguments say.
 
-    Args:
-      argv: the command's name and its arguments.
-
-    Returns:
-      Flags without a key by their names; `config`, locked; `spec`, what
-      --config says; `overrides`, texts "key=value" of flags, and `given`, their
-      keys; `arguments`, the words that are no flags.
+    Flags without a key by their names; `config`, locked; `spec`, what --config
+    says; `overrides`, texts "key=value" of flags, and `given`, their keys;
+    `arguments`, the words that are no flags.
     """
     values = {n: f.default for n, f in self.flags.items() if not f.key}
     spec, overrides, words = "", [], []
@@ -111,7 +116,7 @@ class Command:
         values[name] = (*values[name], text)
       else:
         like = self.flags[name].default
-        values[name] = config_lib.parse_value(text, like, name=f"--{name}")
+        values[name] = config_values.parse(text, like, name=f"--{name}")
     if len(words) > self.num_arguments:
       raise errors.UserError(
         f"unexpected argument {words[self.num_arguments]!r}; flags start by --"
@@ -175,7 +180,7 @@ class Command:
       if spec:
         return config_lib.load(spec, texts, fill=self.sections)
       if self.config == "required":
-        raise config_lib.no_config()
+        raise config_files.no_config()
       config = base_config.get_config()
       if self.default:
         short = f"{self.default}:debug" if smoke else self.default

@@ -6,20 +6,23 @@ is locked, so that a mistyped key fails, and lives as `config.json` in the
 workdir, so that a workdir belongs to one config.
 """
 
-import ast
 import copy
 import difflib
 import hashlib
-import importlib.util
 import json
-import math
 import os
 import pathlib
-import sys
 
 import ml_collections
 
-from cacovid_jax import base_config, errors, extensions, files
+from cacovid_jax import (
+  base_config,
+  config_files,
+  config_values,
+  errors,
+  extensions,
+  files,
+)
 
 # Groups and keys that change how a run is recorded or spread over a machine, or
 # that belong to other commands, and not what training computes: they may differ
@@ -49,34 +52,8 @@ _RENAMED = {
     lambda count: (16 * (count // 16 + 1),) if count else (),
   ),
 }
-# `NOT_HASHED` of the versions that had those.
-_NOT_HASHED_BEFORE = (
-  "ckpt",
-  "data.feature_cache",
-  "data.memory_items",
-  "data.num_threads",
-  "data.num_workers",
-  "evals",
-  "log_every",
-  "mesh",
-)
-
-# Config files of earlier versions: name -> today's file and argument.
-_MOVED = {
-  "llava_onevision_0_5b.py": "llava_onevision.py:size=0_5b",
-  "llava_onevision_7b.py": "llava_onevision.py:size=7b",
-  "qwen2_5_vl_3b.py": "qwen2_5_vl.py:size=3b",
-  "qwen2_5_vl_7b.py": "qwen2_5_vl.py:size=7b",
-  "synthetic_quickstart.py": "synthetic.py:size=quickstart",
-  "synthetic_small.py": "synthetic.py:size=small",
-  # Short names that tables had for them.
-  "ov7b": "configs/llava_onevision.py:size=7b",
-  "ov0.5b": "configs/llava_onevision.py:size=0_5b",
-  "qwen3b": "configs/qwen2_5_vl.py:size=3b",
-  "qwen7b": "configs/qwen2_5_vl.py:size=7b",
-}
-
-_WORDS = {"true": True, "false": False, "none": None, "null": None}
+# Those of `NOT_HASHED` that earlier versions did not have.
+_NEW_GROUPS = ("blind", "prepare", "table", "tfds", "wandb")
 
 
 def load(spec, overrides=(), *, fill=False):
@@ -87,13 +64,14 @@ def load(spec, overrides=(), *, fill=False):
       argument after a colon; or a workdir's `config.json`, which names no code.
     overrides: texts "key.subkey=value"; a value must have the type of the one
       it replaces.
+    fill: whether it gets what it leaves out of `base_config`.
   """
   path, _, arg = str(spec).partition(":")
   if path.endswith(".json"):
     config = read_json(pathlib.Path(path))
     _refuse_code(config, set(map(_key, overrides)), path)
   else:
-    config = _call_get_config(pathlib.Path(path), arg or None)
+    config = config_files.run(pathlib.Path(path), arg or None)
   if fill:
     complete(config)
   _override_all(config, overrides)
@@ -139,7 +117,7 @@ def override(config, text):
     section, _, name = key.partition(".")
     if name not in config[section]:
       with config[section].unlocked():
-        config[section][name] = _parse_literal(value)
+        config[section][name] = config_values.literal(value)
       return
   group, leaf = _find(config, key)
   old = group[leaf]
@@ -149,7 +127,8 @@ def override(config, text):
       + ", ".join(f"{key}.{child}" for child in sorted(old))
     )
   adds = isinstance(old, tuple) and value.startswith("+")
-  new = parse_value(value[adds:], old, name=key, kind=group.get_type(leaf))
+  kind = group.get_type(leaf)
+  new = config_values.parse(value[adds:], old, name=key, kind=kind)
   assign(config, key, (*old, *new) if adds else new)
 
 
@@ -179,13 +158,7 @@ def value_of(config, key):
 
 
 def replace(config, changes, overrides=()):
-  """Returns a locked copy of a config.
-
-  Args:
-    config: locked or not.
-    changes: {"key.subkey": value}.
-    overrides: texts, as of `load`.
-  """
+  """Returns a locked copy with {"key.subkey": value} and overrides applied."""
   config = copy.deepcopy(config)
   for key, value in changes.items():
     assign(config, key, value)
@@ -212,59 +185,9 @@ def complete(config):
   return _fill(config.unlock(), defaults, defaults)
 
 
-def parse_value(text, like, *, name="value", kind=None):
-  """Returns the value that `text` writes, of the type of `like`.
-
-  Args:
-    text: "3e-4", "true", "a word", "(1, 2)" or "1,2"; "none" empties any field
-      that holds neither a text nor a truth value.
-    like: the value that is replaced.
-    name: of the field, for the error message.
-    kind: the type to read when `like` is None, such as that of a placeholder;
-      without it the text is read as the Python literal it looks like.
-  """
-  if like is not None:
-    kind = type(like)
-  if kind in (None, type(None)):
-    return _parse_literal(text)
-  if kind is str:
-    return None if like is None and text.lower() == "none" else text
-  word = _WORDS.get(text.strip().lower(), text)
-  if word is None and kind is not bool:
-    return None
-  try:
-    if kind in (tuple, list):
-      return _parse_sequence(text, like or (), name, kind)
-    if kind is bool and isinstance(word, bool):
-      return word
-    if kind is int:
-      return _parse_int(text)
-    if kind is float and not math.isnan(value := float(text)):
-      return value
-  except ValueError:
-    pass
-  expected = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    tuple: "values separated by commas",
-    list: "values separated by commas",
-  }.get(kind, f"a {kind.__name__}")
-  raise errors.UserError(
-    f"{name}={text} is not {expected} (it is {like!r} now)"
-  )
-
-
-def no_config():
-  """Returns the error of a command without the config that it needs."""
-  return errors.UserError(
-    "no config given: add --config=configs/x.py" + _known_files("configs")
-  )
-
-
-def to_dict(config):
+def to_dict(config, prefix=""):
   """Returns plain nested dicts, lists, numbers and texts of a config."""
-  return {key: _plain(config[key], key) for key in sorted(config)}
+  return {key: _plain(config[key], prefix + key) for key in sorted(config)}
 
 
 def dumps(config):
@@ -280,11 +203,9 @@ def save(config, path):
 def config_hash(config, *, before=False):
   """Returns 16 hexadecimal digits of the config without `NOT_HASHED` keys.
 
-  Args:
-    config: see `base_config`.
-    before: whether it is of an earlier version, and hashed as that one did.
+  With `before`, of an earlier version's config, as that version hashed it.
   """
-  skipped = _NOT_HASHED_BEFORE if before else NOT_HASHED
+  skipped = set(NOT_HASHED) - set(_NEW_GROUPS if before else ())
   text = json.dumps(_hashed(to_dict(config), skipped), sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -292,10 +213,8 @@ def config_hash(config, *, before=False):
 def upgraded(config, like=None):
   """Returns a config of a workdir under today's keys, locked.
 
-  Args:
-    config: read from its config.json, whichever version wrote that.
-    like: config whose keys it gets where it lacks them, with the values of
-      `base_config`; all of that by default.
+  It gets keys of the config `like` where it lacks them, with the values of
+  `base_config`; all of that by default.
   """
   config = copy.deepcopy(config).unlock()
   for old, (new, convert) in _RENAMED.items():
@@ -329,13 +248,6 @@ def claim_workdir(workdir, config):
     differences = _differences(
       *(_hashed(to_dict(each), NOT_HASHED) for each in (now, config))
     )
-    old = to_dict(now) != to_dict(there)
-    if not differences and old:
-      if config_hash(there, before=True) != config_hash(config):
-        raise errors.UserError(
-          f"workdir {workdir} was written by an earlier version; continue it"
-          f" after: python -m cacovid_jax.ckpt upgrade {workdir}"
-        )
     if differences:
       shown = "; ".join(differences[:3])
       more = len(differences) - 3
@@ -344,46 +256,13 @@ def claim_workdir(workdir, config):
         + (f"; and {more} more" if more > 0 else "")
         + ". Give another --workdir, or the config the run started with"
       )
+    if to_dict(now) != to_dict(there):
+      if config_hash(there, before=True) != config_hash(config):
+        raise errors.UserError(
+          f"workdir {workdir} was written by an earlier version; continue it"
+          f" after: python -m cacovid_jax.ckpt upgrade {workdir}"
+        )
   save(config, path)
-
-
-def _call_get_config(path, arg):
-  """Returns the unlocked result of `get_config` of a Python file."""
-  if not path.is_file():
-    if path.name in _MOVED:
-      now = ",".join(filter(None, (_MOVED[path.name], arg)))
-      raise errors.UserError(
-        f"no config file {path}: it is {path.parent / now} now"
-      )
-    raise errors.UserError(
-      f"no config file {path}" + _known_files(path.parent or ".")
-    )
-  path = path.resolve()
-  # Configs import their neighbours as `configs.common`, from any folder.
-  root = path.parent
-  while (root / "__init__.py").exists():
-    root = root.parent
-  spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
-  if spec is None:
-    raise errors.UserError(f"config {path} is not a .py or .json file")
-  module = importlib.util.module_from_spec(spec)
-  sys.path.insert(0, str(root))
-  try:
-    spec.loader.exec_module(module)
-  except (SyntaxError, ImportError) as error:
-    raise errors.UserError(
-      f"config {path.name} does not load: {errors.one_line(error)}"
-    ) from error
-  finally:
-    sys.path.remove(str(root))
-  if not hasattr(module, "get_config"):
-    raise errors.UserError(f"config {path.name} defines no get_config(arg)")
-  config = module.get_config(arg)
-  if not isinstance(config, ml_collections.ConfigDict):
-    raise errors.UserError(
-      f"get_config of {path.name} must return an ml_collections.ConfigDict"
-    )
-  return config
 
 
 def read_json(path):
@@ -445,15 +324,6 @@ def _unknown_key(config, key):
   )
 
 
-def _known_files(folder):
-  names = sorted(
-    str(path)
-    for path in pathlib.Path(folder).glob("*.py")
-    if path.stem not in ("__init__", "common")
-  )
-  return f"; there are {', '.join(names)}" if names else ""
-
-
 def _flat(config, prefix=""):
   """Yields dotted name and value of all that nested mappings hold."""
   for key, value in config.items():
@@ -491,7 +361,7 @@ def _hashed(values, skipped, prefix=""):
 
 def _plain(value, name):
   if isinstance(value, (dict, ml_collections.ConfigDict)):
-    return {key: _plain(value[key], f"{name}.{key}") for key in sorted(value)}
+    return to_dict(value, f"{name}.")
   if isinstance(value, (tuple, list)):
     return [_plain(item, name) for item in value]
   if value is None or isinstance(value, (bool, int, float, str)):
@@ -503,40 +373,3 @@ def _tuples(value):
   if isinstance(value, dict):
     return {key: _tuples(item) for key, item in value.items()}
   return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-def _parse_int(text):
-  try:
-    return int(text)
-  except ValueError:
-    value = float(text)  # "1e4" is the whole number 10000.
-    if not value.is_integer():
-      raise
-    return int(value)
-
-
-def _parse_literal(text):
-  word = text.strip().lower()
-  if word in _WORDS:
-    return _WORDS[word]
-  try:
-    return ast.literal_eval(text)
-  except (ValueError, SyntaxError, MemoryError, RecursionError):
-    return text
-
-
-def _parse_sequence(text, like, name, kind):
-  """Returns a flat sequence; its items have the type of those of `like`."""
-  body = text.strip()
-  if body[:1] + body[-1:] in ("()", "[]"):
-    body = body[1:-1]
-  items = [item.strip() for item in body.split(",")]
-  if items[-1] == "":  # A trailing comma, or nothing at all.
-    items.pop()
-  if not like:
-    return kind(_parse_literal(item) for item in items)
-  # One float among whole numbers makes all of them numbers.
-  first = next((item for item in like if isinstance(item, float)), like[0])
-  if isinstance(first, str):
-    items = [item.strip("'\"") for item in items]
-  return kind(parse_value(item, first, name=name) for item in items)

@@ -19,9 +19,7 @@ def run(
 ) -> None:
   """Runs a `main`; a `UserError` ends it with one line and exit code 2.
 
-  Args:
-    main: takes what `parse` returns; its result is the exit code.
-    parse: reads the command line, see `command.Command`.
+  It takes what `parse` makes of the command line; its result is the exit code.
   """
 
   def guarded(function, *args):

@@ -25,7 +25,6 @@ from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.evals import benchmarks, evaluation, shards
 from cacovid_jax.policy import loading
 
-_RAISE = ("raise", "skip")
 COMMAND = command.Command(
   __doc__,
   {
@@ -45,89 +44,59 @@ COMMAND = command.Command(
       " optionally as NAME=PATH; the first is the main one.",
       "evals.policies",
     ),
-    "benchmark": command.Flag(
-      f"What is asked: {', '.join(benchmarks.names())}; prepared is data in"
-      " VideoMME's columns, the others are as they were released.",
-      "evals.benchmark",
+    **command.aliases(
+      "evals",
+      benchmark=f"What is asked: {', '.join(benchmarks.names())}; prepared is"
+      " data in VideoMME's columns, the others are as they were released.",
     ),
     "data": command.Flag(
       "Folder of the benchmark: questions and clips.", "data.root"
     ),
-    "media": command.Flag(
-      "Folder of the clips, below --data or absolute; empty is --data.",
-      "data.media",
+    **command.aliases(
+      "data",
+      media="Folder of the clips, below --data or absolute; empty is --data.",
     ),
-    "split": command.Flag(
-      "Of the benchmark; by default its first one, as a rule the test.",
-      "evals.split",
+    **command.aliases(
+      "evals",
+      split="Of the benchmark; by default its first one, as a rule the test.",
+      num_questions=command.Flag(
+        "First so many questions; 0 for all.", least=0
+      ),
+      on_bad_row=command.Flag(
+        "raise, or skip to leave unfit rows out and list them.",
+        choices=("raise", "skip"),
+      ),
+      on_missing=command.Flag(
+        "raise if clips are not there, or count to count their questions as"
+        " wrong.",
+        choices=("raise", "count"),
+      ),
+      methods="Rows, comma-separated; see cacovid_jax.compressors.names().",
+      oracles="Oracle rows, comma-separated; empty for none.",
+      ratios="Retention ratios, comma-separated.",
+      seeds="Evaluation seeds, comma-separated.",
+      select_on="Where options are chosen: validation or none.",
+      batch_size=command.Flag("Questions asked at once.", least=1),
+      max_new_tokens="Longest answer in tokens; 0 for the benchmark's own.",
+      rule="How letters are taken from answers: paper or lmms-0.7.3.",
+      prompt_style="Empty for the benchmark's own prompt, video-r1 for that of"
+      " training.",
+      template="Chat template: processor, or tokenizer as in the paper's"
+      " evaluation; empty for the checkpoint's default.",
     ),
-    "num_questions": command.Flag(
-      "First so many questions; 0 for all.", "evals.num_questions", least=0
+    **command.aliases(
+      "data",
+      num_frames=command.Flag("Frames per clip.", least=1),
+      min_pixels="Least pixels of a frame, of Qwen2.5-VL; 0 for the paper's.",
+      max_pixels="Most pixels of a frame, likewise.",
+      feature_cache="Folder of cached video features; empty for none.",
     ),
-    "on_bad_row": command.Flag(
-      "raise, or skip to leave unfit rows out and list them.",
-      "evals.on_bad_row",
-      choices=_RAISE,
-    ),
-    "on_missing": command.Flag(
-      "raise if clips are not there, or count to count their questions as"
-      " wrong.",
-      "evals.on_missing",
-      choices=("raise", "count"),
-    ),
-    "methods": command.Flag(
-      "Rows, comma-separated; see cacovid_jax.compressors.names().",
-      "evals.methods",
-    ),
-    "oracles": command.Flag(
-      "Oracle rows, comma-separated; empty for none.", "evals.oracles"
-    ),
-    "ratios": command.Flag(
-      "Retention ratios, comma-separated.", "evals.ratios"
-    ),
-    "seeds": command.Flag("Evaluation seeds, comma-separated.", "evals.seeds"),
-    "select_on": command.Flag(
-      "Where options are chosen: validation or none.", "evals.select_on"
-    ),
-    "batch_size": command.Flag(
-      "Questions asked at once.", "evals.batch_size", least=1
-    ),
-    "max_new_tokens": command.Flag(
-      "Longest answer in tokens; 0 for the benchmark's own.",
-      "evals.max_new_tokens",
-    ),
-    "rule": command.Flag(
-      "How letters are taken from answers: paper or lmms-0.7.3.", "evals.rule"
-    ),
-    "prompt_style": command.Flag(
-      "Empty for the benchmark's own prompt, video-r1 for that of training.",
-      "evals.prompt_style",
-    ),
-    "template": command.Flag(
-      "Chat template: processor, or tokenizer as in the paper's evaluation;"
-      " empty for the checkpoint's default.",
-      "evals.template",
-    ),
-    "num_frames": command.Flag("Frames per clip.", "data.num_frames", least=1),
-    "min_pixels": command.Flag(
-      "Least pixels of a frame, of Qwen2.5-VL; 0 for the paper's.",
-      "data.min_pixels",
-    ),
-    "max_pixels": command.Flag(
-      "Most pixels of a frame, likewise.", "data.max_pixels"
-    ),
-    "feature_cache": command.Flag(
-      "Folder of cached video features; empty for none.", "data.feature_cache"
-    ),
-    "frame_manifest": command.Flag(
-      "frames.jsonl of another run, whose frames are shown; empty for none.",
-      "evals.frame_manifest",
-    ),
-    "metrics": command.Flag(
-      "Training workdir whose reward curves the report shows.", "evals.metrics"
-    ),
-    "num_examples": command.Flag(
-      "Clips that the report shows frame by frame.", "evals.num_examples"
+    **command.aliases(
+      "evals",
+      frame_manifest="frames.jsonl of another run, whose frames are shown;"
+      " empty for none.",
+      metrics="Training workdir whose reward curves the report shows.",
+      num_examples="Clips that the report shows frame by frame.",
     ),
   },
   defaults={"model.dtype": "float32", "data.num_frames": 16},

@@ -32,9 +32,7 @@ KEYS = {f"{name}.{keys[0]}" for name, keys in SECTIONS.items()}
 def load(spec: str, key: str) -> tuple[Any, str]:
   """Returns a named object, and the sha256 of its file ("" if it has none).
 
-  Args:
-    spec: `path/to/file.py:name` or `package.module:name`.
-    key: what was set to it, for messages.
+  `key` is what was set to the name, for messages.
   """
   source, _, name = spec.rpartition(":") if isinstance(spec, str) else [""] * 3
   if not source or not name:
@@ -45,7 +43,7 @@ def load(spec: str, key: str) -> tuple[Any, str]:
   if is_file and not os.path.isfile(source):
     raise errors.UserError(f"{key} {spec!r}: there is no file {source}")
   try:
-    module, digest = _run(source) if is_file else _import(source)
+    module, digest = run_file(source) if is_file else _import(source)
   except Exception as error:
     raise errors.UserError(
       f"{key} {spec!r}: importing {source} failed with"
@@ -123,8 +121,11 @@ def _import(name):
   return module, files.sha256(path) if path else ""
 
 
-def _run(path):
-  """Runs the very bytes that are hashed, never a cached .pyc beside them."""
+def run_file(path):
+  """Returns a module and its file's sha256, of the very bytes that were run.
+
+  A cached .pyc beside them is never taken.
+  """
   with open(path, "rb") as file:
     source = file.read()
   digest = hashlib.sha256(source).hexdigest()

@@ -85,13 +85,10 @@ def lock(
   wait: bool = False,
   hint: str = "or use another workdir",
 ) -> None:
-  """Locks an open file until it is closed.
+  """Locks a file that is open for writing until it is closed.
 
-  Args:
-    file: open for writing.
-    path: its name, for the error.
-    wait: for the process that has it, instead of refusing.
-    hint: end of the refusal: what else the command can do, by its own flags.
+  With `wait`, waits for the process that has it, else refuses; `hint` ends
+  the refusal: what else the command can do, by its own flags.
   """
   try:
     fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

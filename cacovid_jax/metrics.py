@@ -28,15 +28,9 @@ class MetricsWriter:
     wandb_project="",
     enabled=True,
   ):
-    """Opens the files.
+    """Opens the files; "" for `wandb_project` sends nothing to W&B.
 
-    Args:
-      workdir: folder of the run.
-      restored_step: of the checkpoint that the run goes on from.
-      tensorboard: whether event files are written.
-      wandb_project: of Weights & Biases; "" writes nothing there. Without a
-        network set WANDB_MODE=offline, and send the runs with `wandb sync`.
-      enabled: whether anything is written.
+    Without a network set WANDB_MODE=offline, and send runs by `wandb sync`.
     """
     self._tensorboard = self._wandb = None
     if not enabled:
@@ -44,10 +38,11 @@ class MetricsWriter:
       return
     workdir = pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    path = workdir / FILE
-    if path.exists():
-      _truncate(path, restored_step)
-    self._file = open(path, "a", encoding="utf-8")
+    # All or nothing, without the lines of steps that come again.
+    lines = [line for line in read(workdir) if line["step"] <= restored_step]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    files.write(workdir / FILE, text)
+    self._file = open(workdir / FILE, "a", encoding="utf-8")
     if tensorboard:
       import tensorboardX  # Takes PyTorch along where there is one: seconds.
 
@@ -64,10 +59,8 @@ class MetricsWriter:
     infinity: they are written as null.
     """
     numbers = {name: number(value) for name, value in scalars.items()}
-    line = {"step": int(step)}
-    for name, value in numbers.items():
-      line[name] = value if math.isfinite(value) else None
-    self._file.write(json.dumps(line) + "\n")
+    finite = {n: x if math.isfinite(x) else None for n, x in numbers.items()}
+    self._file.write(json.dumps({"step": int(step), **finite}) + "\n")
     self._file.flush()
     if self._tensorboard:
       for name, value in numbers.items():
@@ -111,17 +104,9 @@ def _start_wandb(workdir: pathlib.Path, project: str):
 def read(workdir):
   """Returns the lines of `metrics.jsonl` as dicts, without a cut last one."""
   path = pathlib.Path(workdir) / FILE
-  return _complete_lines(path) if path.exists() else []
-
-
-def number(value) -> float:
-  """Returns a Python float of a number or an array of one element."""
-  return float(value.item() if hasattr(value, "item") else value)
-
-
-def _complete_lines(path):
   lines = []
-  for text in path.read_text(encoding="utf-8").splitlines():
+  texts = path.read_text(encoding="utf-8").splitlines() if path.exists() else ()
+  for text in texts:
     try:
       lines.append(json.loads(text))
     except ValueError:
@@ -129,7 +114,6 @@ def _complete_lines(path):
   return lines
 
 
-def _truncate(path, last_step):
-  """Removes lines of steps after `last_step`, all or nothing."""
-  lines = [line for line in _complete_lines(path) if line["step"] <= last_step]
-  files.write(path, "".join(json.dumps(line) + "\n" for line in lines))
+def number(value) -> float:
+  """Returns a Python float of a number or an array of one element."""
+  return float(value.item() if hasattr(value, "item") else value)

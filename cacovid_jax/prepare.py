@@ -20,28 +20,17 @@ COMMAND = command.Command(
       "Folder; each variant is one below it. A config's is the one above its"
       " data.root."
     ),
-    "variants": command.Flag("Variants to build.", "prepare.variants"),
-    "seed": command.Flag("Seed of all clips and questions.", "prepare.seed"),
-    "clips": command.Flag(
-      "Clips of the splits train, validation, test and test_fresh.",
-      "prepare.clips",
-    ),
-    "questions_per_clip": command.Flag(
-      "At most.", "prepare.questions_per_clip"
-    ),
-    "tiny_models": command.Flag(
-      f"Of {', '.join(tiny_checkpoints.FAMILIES)}: random checkpoints, each a"
-      " folder of its name below --out.",
-      "prepare.tiny_models",
-    ),
-    "decisive": command.Flag(
-      "Whether to keep decisive.jsonl, the tokens that answers rest on: of the"
-      " embedded base model's grid, so that other models refuse it.",
-      "prepare.decisive",
-    ),
-    "num_workers": command.Flag(
-      "Processes that draw and encode; 0 is one per core.",
-      "prepare.num_workers",
+    **command.aliases(
+      "prepare",
+      variants="Variants to build.",
+      seed="Seed of all clips and questions.",
+      clips="Clips of the splits train, validation, test and test_fresh.",
+      questions_per_clip="At most.",
+      tiny_models=f"Of {', '.join(tiny_checkpoints.FAMILIES)}: random"
+      " checkpoints, each a folder of its name below --out.",
+      decisive="Whether to keep decisive.jsonl, the tokens that answers rest"
+      " on: of the embedded base model's grid, so that other models refuse it.",
+      num_workers="Processes that draw and encode; 0 is one per core.",
     ),
   },
 )

@@ -31,12 +31,12 @@ class Progress:
     """Starts nothing yet; use it as a context manager.
 
     Args:
-      total: number of steps of the whole run.
+      total: steps of the whole run.
       start: steps done by an earlier start of the run.
       description: what is being done, in a word.
-      window: number of last steps that the running means are over.
-      line_seconds: time between two lines where there is no terminal.
-      stream: text file to print to; standard error by default.
+      window: last steps that the running means are over.
+      line_seconds: between two lines where there is no terminal.
+      stream: to print to; standard error by default.
     """
     self._total, self._start, self._step = total, start, start
     self._description = description
@@ -76,10 +76,7 @@ class Progress:
   def update(self, step, metrics=None, *, note=""):
     """Shows that `step` steps are done and what they measured.
 
-    Args:
-      step: steps done.
-      metrics: name -> number.
-      note: what is being done now, for steps that take long.
+    A note says what is being done now, for steps that take long.
     """
     self._note = note
     if step != self._step:  # A mere note tells nothing of the speed.
@@ -95,9 +92,7 @@ class Progress:
 
   def means(self):
     """Returns {name: mean over the last `window` steps}."""
-    return {
-      name: sum(values) / len(values) for name, values in self._values.items()
-    }
+    return {n: sum(values) / len(values) for n, values in self._values.items()}
 
   def seconds_left(self):
     """Returns the estimate from the rate of the last steps; None at first."""
@@ -126,8 +121,6 @@ class Progress:
 def _clock(seconds):
   minutes, seconds = divmod(round(seconds), 60)
   hours, minutes = divmod(minutes, 60)
-  return (
-    f"{hours}:{minutes:02}:{seconds:02}"
-    if hours
-    else (f"{minutes}:{seconds:02}")
-  )
+  if hours:
+    return f"{hours}:{minutes:02}:{seconds:02}"
+  return f"{minutes}:{seconds:02}"

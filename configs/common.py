@@ -3,8 +3,7 @@
 import difflib
 import types
 
-from cacovid_jax import base_config, errors
-from cacovid_jax import config as config_lib
+from cacovid_jax import base_config, config_values, errors
 from cacovid_jax.data import frames
 from cacovid_jax.models import processors
 
@@ -33,7 +32,7 @@ def parse_arg(arg, **defaults):
       raise errors.UserError(
         f"config argument {name!r} in {arg!r} needs a value: {name}=VALUE"
       )
-    fields[name] = config_lib.parse_value(
+    fields[name] = config_values.parse(
       text if equals else "true", defaults[name], name=name
     )
   return types.SimpleNamespace(**fields)
@@ -67,7 +66,6 @@ def released(arg, *, family, sizes):
   config.data.root = "datasets/video_r1"
   config.data.train_file = "filtered.json"
   config.data.frame_rule = frames.TRAIN_RULE
-  config.data.num_frames = 32
   config.data.num_threads = 8
   # Features of a clip take 90 MB at 7B.
   config.data.memory_items = 32
@@ -88,7 +86,6 @@ def released(arg, *, family, sizes):
   # Of methods that draw, if some are asked for.
   config.evals.seeds = (0, 1, 2)
   config.evals.select_on = "none"
-  config.evals.rule = "paper"
   if family == "llava_onevision":
     # The paper's evaluator: plain texts and the tokenizer's system turn.
     # Qwen2.5-VL's two templates write the same prompt.

@@ -71,7 +71,6 @@ def _quickstart(arg):
   config = base_config.get_config()
   config.seed = arg.seed
   config.total_steps = 2 if arg.debug else 360
-  config.videos_per_step = 1
   config.iterations = 2 if arg.debug else 3
   config.log_every = 1 if arg.debug else 5
   config.ckpt.every_steps = 1 if arg.debug else 90
@@ -106,22 +105,11 @@ def _quickstart(arg):
   config.data.feature_cache = "workdirs/features"
   config.data.decisive_file = "decisive.jsonl"
 
-  config.evals.methods = (
-    "cacovid",
-    "cacovid_untrained",
-    "cacovid_other_question",
-    "random",
-    "uniform",
-    "last_query",
-    "divprune",
-    "density_peaks",
-  )
   config.evals.ratios = (0.1,) if arg.debug else (0.25, 0.1, 0.05)
   config.evals.max_new_tokens = 1
   config.evals.num_examples = 2 if arg.debug else 8
   config.evals.num_questions = 8 if arg.debug else 0
   config.evals.select_questions = 6 if arg.debug else 80
-  config.evals.select_on = "validation"
   config.evals.candidates = {
     name: tuple(f"{name}?{share}" for share in _EVEN_SHARES) for name in _CHOSEN
   }

@@ -8,7 +8,8 @@ import numpy as np
 
 import cacovid_jax
 from cacovid_jax.models import checkpoints
-from cacovid_jax.synthetic import losses, packing, pretraining, world
+from cacovid_jax.parallel import mesh as mesh_lib
+from cacovid_jax.synthetic import packed, packing, pretraining, world
 from cacovid_jax.synthetic import tokenizer as tokenizer_training
 from configs import synthetic_base
 
@@ -49,15 +50,17 @@ def test_it_answers_questions_about_clips_it_never_saw():
   )
   batch = pretraining.held_out(pack, "dense", 6)
   prefix = checkpoint.tokenizer.encode(packing.PREFIX)
-  prompts = losses.PackedPrompts(
-    prefix, world.NUM_TOKENS, pack.questions_per_clip, pack.question_length
+  prompts = packed.PackedPrompts(
+    checkpoint.model,
+    prefix,
+    world.NUM_TOKENS,
+    pack.questions_per_clip,
+    pack.question_length,
   )
-  mesh = jax.make_mesh(
-    (1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
-  )
+  mesh = mesh_lib.make_mesh(1)
   rules = pretraining.probe_rules(world.NUM_TOKENS)
   rules = {"random": rules["random_0.10"], "decisive": rules["decisive_0.10"]}
-  probe = pretraining.make_probe(checkpoint.model, prompts, rules, mesh)
+  probe = pretraining.make_probe(prompts, rules, mesh)
   hits = probe(checkpoint.params, jax.random.key(0), batch)
   # Places are what it has not learnt; its README says so.
   chosen = batch["kind"] != packing.KINDS.index("where")

@@ -270,7 +270,7 @@ def test_a_trained_compressor_of_ones_own(tmp_path):
 
 def test_a_reader_of_ones_own(tmp_path):
   space = {}
-  code = block("docs/extending/benchmark.md", "def read_name(")
+  code = block("docs/extending/benchmark.md", "read_name = ")
   exec(compile(code, "benchmark", "exec"), space)
   row = dict(id="7", question="Who?", video="v", option=["A. Ann", "B. Bo"])
   rows = [row | {"answer": 1}, row | {"id": "8", "answer": 5}]

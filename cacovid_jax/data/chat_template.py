@@ -40,7 +40,7 @@ _BUDGET = 2**23
 _STEP = 64
 _MAX_RANGE = 10_000
 _MAX_NUMBER = 100_000
-_MAX_FILE_BYTES = 256 * 2**20
+MAX_FILE_BYTES = 256 * 2**20
 # Functions whose result may be as long as the product of their arguments.
 _MULTIPLYING = frozenset(
   ("replace", "join", "format", "format_map", "expandtabs", "translate")
@@ -78,11 +78,9 @@ class Template:
   def render(self, messages: Sequence[dict], **variables) -> str:
     """Returns the text of the messages; raises one of `FAULTS`.
 
-    Args:
-      messages: {"role": ..., "content": ...}, content being a text or a list of
-        {"type": "video"} and {"type": "text", "text": ...}.
-      **variables: what else the template may read (special tokens,
-        add_generation_prompt).
+    Messages are {"role": ..., "content": ...}, content a text or a list of
+    {"type": "video"} and {"type": "text", "text": ...}; further variables are
+    what else the template may read, such as special tokens.
     """
     token = _left.set([_BUDGET])
     pieces, size = [], 0
@@ -100,11 +98,9 @@ class Template:
 def read(directory, prefer: str = "processor") -> tuple[str, str]:
   """Returns the text of a checkpoint's template, and the file it came from.
 
-  Args:
-    directory: a Hugging Face checkpoint directory.
-    prefer: "processor" for the template of chat_template.jinja,
-      chat_template.json or processor_config.json; "tokenizer" for that of
-      tokenizer_config.json. Where one is missing, the other is taken.
+  `prefer` is "processor" for the template of chat_template.jinja,
+  chat_template.json or processor_config.json; "tokenizer" for that of
+  tokenizer_config.json. Where one is missing, the other is taken.
   """
   found = {}
   path = os.path.join(directory, "chat_template.jinja")
@@ -116,29 +112,28 @@ def read(directory, prefer: str = "processor") -> tuple[str, str]:
       raise errors.UserError(
         f"{path}: not readable as text ({error}); copy it again"
       ) from error
-  for name in ("chat_template.json", "processor_config.json"):
+  for kind, name in (
+    ("processor", "chat_template.json"),
+    ("processor", "processor_config.json"),
+    ("tokenizer", "tokenizer_config.json"),
+  ):
     path = os.path.join(directory, name)
-    text = _default(read_json(path).get("chat_template"))
+    text = _template_in(path)
     if text is not None:
-      found.setdefault("processor", (text, path))
-  path = os.path.join(directory, "tokenizer_config.json")
-  text = _default(read_json(path).get("chat_template"))
-  if text is not None:
-    found["tokenizer"] = text, path
-  other = {"processor": "tokenizer", "tokenizer": "processor"}[prefer]
+      found.setdefault(kind, (text, path))
   if not found:
     raise errors.UserError(
       f"{directory}: no chat template (chat_template.jinja,"
       " chat_template.json, or chat_template in tokenizer_config.json); copy it"
       " from the checkpoint's origin"
     )
-  return found.get(prefer) or found[other]
+  return found.get(prefer) or next(iter(found.values()))
 
 
 def has_tokenizer_template(directory) -> bool:
   """Returns whether tokenizer_config.json brings a template of its own."""
   path = os.path.join(directory, "tokenizer_config.json")
-  return _default(read_json(path).get("chat_template")) is not None
+  return _template_in(path) is not None
 
 
 def read_json(path) -> dict:
@@ -146,8 +141,8 @@ def read_json(path) -> dict:
   if not os.path.isfile(path):
     return {}
   try:
-    if os.path.getsize(path) > _MAX_FILE_BYTES:
-      raise errors.UserError(f"{path}: above {_MAX_FILE_BYTES} bytes")
+    if os.path.getsize(path) > MAX_FILE_BYTES:
+      raise errors.UserError(f"{path}: above {MAX_FILE_BYTES} bytes")
     with open(path, encoding="utf-8") as f:
       entry = json.load(f)
   except (OSError, ValueError, RecursionError) as error:
@@ -159,8 +154,9 @@ def read_json(path) -> dict:
   return entry
 
 
-def _default(entry) -> str | None:
-  """Returns the template of a JSON entry, "default" of several named ones."""
+def _template_in(path) -> str | None:
+  """Returns the template in a JSON file, "default" of several named ones."""
+  entry = read_json(path).get("chat_template")
   if isinstance(entry, list):
     entry = {item.get("name"): item.get("template") for item in entry}
   if isinstance(entry, dict):

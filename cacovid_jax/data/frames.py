@@ -1,4 +1,4 @@
-"""Which frames of a clip are shown to the model, and how they are resized.
+"""Which frames of a clip are shown to the model; how they are turned, resized.
 
 Two rules exist, as the paper's evaluator and trainer differ. Letters: T frames,
 h w pixels of a decoded frame, S pixels of a side after resizing.
@@ -17,12 +17,7 @@ BICUBIC = int(Image.Resampling.BICUBIC)
 
 
 class ShapeError(errors.UserError):
-  """Frames have sides that cannot be used; whose they are is not known here.
-
-  Attributes:
-    detail: what is wrong.
-    mend: what to do.
-  """
+  """Frames have sides that cannot be used; whose they are is not known here."""
 
   def __init__(self, detail: str, mend: str):
     self.detail, self.mend = detail, mend
@@ -37,10 +32,6 @@ def eval_linspace(num_frames: int, num_samples: int) -> np.ndarray:
 
   The evaluator's rule: always `num_samples`; indices repeat in clips that are
   shorter than that.
-
-  Args:
-    num_frames: frames in the clip, at least 1.
-    num_samples: T, frames wanted.
   """
   return np.linspace(0, num_frames - 1, num_samples, dtype=np.int64)
 
@@ -55,12 +46,6 @@ def train_linspace_1fps(
 
   The trainer's rule: n = min(max_samples, num_frames, whole seconds · fps), so
   a clip below one second gives none and its row has to be skipped.
-
-  Args:
-    num_frames: frames in the clip.
-    duration: seconds.
-    max_samples: most frames that are wanted.
-    fps: frames a second before `max_samples` binds.
   """
   num_samples = max(0, min(max_samples, num_frames, int(duration * fps)))
   spaced = np.linspace(0, num_frames - 1, num_samples)
@@ -118,13 +103,8 @@ def resize_frame(
   PIL on bytes is what the reference processors agree with best. The width goes
   first, rounded to bytes before the height: torchvision and Pillow up to 12 do
   the same, while Pillow 13 turns the order round where that costs less, which
-  changes bright and dark edges by up to 25 levels.
-
-  Args:
-    frame: the pixels.
-    size: S, or (h', w'). The aspect ratio is not kept: LLaVA-OneVision squeezes
-      a video frame into one square tile.
-    resample: PIL's number of the filter.
+  changes bright and dark edges by up to 25 levels. The aspect ratio is lost:
+  LLaVA-OneVision squeezes a frame into one square tile.
   """
   height, width = (size, size) if isinstance(size, int) else size
   if frame.shape[:2] == (height, width):
@@ -136,10 +116,17 @@ def resize_frame(
   return np.asarray(image.resize((width, height), resample))
 
 
-def resize(
-  frames: np.ndarray, size: int, resample: int = BICUBIC
-) -> np.ndarray:
-  """Returns uint8[T,S,S,3] of frames uint8[T,h,w,3]."""
-  if frames.shape[1:3] == (size, size):
-    return frames
-  return np.stack([resize_frame(frame, size, resample) for frame in frames])
+def turned(image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+  """Returns the pixels [h,w,3] as a player shows them.
+
+  The display matrix (a b .; c d .; ...) sends (x, y) to (a x + c y, b x + d y):
+  quarter turns, mirrored or not. PyAV's angle alone would turn a mirrored
+  picture upside down.
+  """
+  a, b, _, c, d = matrix[:5].tolist()
+  if abs(b) + abs(c) > abs(a) + abs(d):
+    image, rows, columns = image.swapaxes(0, 1), b, c
+  else:
+    rows, columns = d, a
+  image = image[:: -1 if rows < 0 else 1, :: -1 if columns < 0 else 1]
+  return np.ascontiguousarray(image)

@@ -9,8 +9,7 @@ import re
 from collections.abc import Callable
 
 from cacovid_jax import errors
-
-_LETTERS = "ABCD"
+from cacovid_jax.data import question as question_lib
 
 # Only these of the published list take effect: in the rest, missing commas
 # glue neighbours into phrases that no answer contains.
@@ -25,25 +24,13 @@ PREAMBLES = (
 def first(text: str, letters: str, preambles=PREAMBLES) -> str:
   """Returns the first of some letters anywhere in a text, "" if none is.
 
-  Args:
-    text: the answer.
-    letters: that are looked for.
-    preambles: cut out of the text before, one after the other.
+  Preambles are cut out before. A word such as "Answer" therefore reads as A.
   """
   text = text.strip()
   for preamble in preambles:
     text = text.replace(preamble, "")
   found = re.search(f"[{letters}]", text)
   return found.group(0) if found else ""
-
-
-def extract_paper(text: str, letters: str = _LETTERS) -> str:
-  """Returns the first option letter found anywhere in `text`.
-
-  A word such as "Answer" therefore reads as A. An answer of more than ten
-  words without any option letter gives "".
-  """
-  return first(text, letters)
 
 
 # Where the shared extractor expects a letter to follow; the last three lines
@@ -74,7 +61,7 @@ _FORMS = ("{} ", "{})", "{}:", "{}.", "({})")
 _AFTER_PHRASE, _AT_END, _AT_START = 7, 9, 10
 
 
-def extract_lmms(text: str, letters: str = _LETTERS) -> str:
+def extract_lmms(text: str, letters: str) -> str:
   """Returns the option letter of the best-formed mention.
 
   Forms, best first: a letter that opens the text, one that ends it, one after
@@ -106,7 +93,7 @@ def extract_lmms(text: str, letters: str = _LETTERS) -> str:
 
 
 EXTRACTORS: dict[str, Callable[..., str]] = {
-  "paper": extract_paper,
+  "paper": first,
   "lmms-0.7.3": extract_lmms,
 }
 
@@ -120,13 +107,6 @@ def check_rule(rule: str) -> None:
 
 
 def extract(text: str, *, num_options: int = 4, rule: str = "paper") -> str:
-  """Returns the option letter in `text`, "" if there is none.
-
-  Args:
-    text: the model's answer.
-    num_options: how many letters, from A, are options.
-    rule: one of `EXTRACTORS`.
-  """
+  """Returns the option letter in an answer by one of the `EXTRACTORS`."""
   check_rule(rule)
-  letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: max(num_options, 1)]
-  return EXTRACTORS[rule](text, letters)
+  return EXTRACTORS[rule](text, question_lib.LETTERS[: max(num_options, 1)])

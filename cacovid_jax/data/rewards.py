@@ -20,12 +20,9 @@ _ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
 def reward(problem_type: str, completion: str, solution: str) -> float:
-  """Returns the reward in [0, 1] of one answer.
+  """Returns the reward in [0, 1] of one answer, 0 for an unknown problem type.
 
-  Args:
-    problem_type: one of `questions.PROBLEM_TYPES`; 0 for any other.
-    completion: the generated text; `<answer>...</answer>` in it counts alone.
-    solution: the right answer, with or without those marks.
+  Of both texts, what stands inside `<answer>...</answer>` counts alone.
   """
   score = _SCORES.get(problem_type)
   if score is None:
@@ -42,11 +39,8 @@ def reward(problem_type: str, completion: str, solution: str) -> float:
 def rewards(
   problem_type: str, completions: Sequence[str], solution: str
 ) -> np.ndarray:
-  """Returns float32[G]: the rewards of G answers to one question.
-
-  Equal texts, which are the rule among G combinations of one clip, are scored
-  once.
-  """
+  """Returns float32[G]: the rewards of G answers to one question."""
+  # Equal texts are the rule among G combinations of one clip.
   values = {
     text: reward(problem_type, text, solution) for text in set(completions)
   }

@@ -15,7 +15,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,18 +60,12 @@ class VideoQa(tfds.core.GeneratorBasedBuilder):
     media_root=None,
     embed=False,
     fingerprint="",
-    on_row=None,
+    on_row=lambda count: None,
     **kwargs,
   ):
-    """Sets the rows to write.
+    """Sets the rows to write, see `prepare`; none if they are there already.
 
-    Args:
-      splits: split name -> rows; None if the files are there already.
-      media_root: folder of the clips, needed to embed them.
-      embed: whether records hold the encoded clips.
-      fingerprint: of the rows, kept beside the files.
-      on_row: called with the number of rows written so far.
-      **kwargs: of the base class (data_dir, file_format).
+    Their fingerprint is kept beside the files; `kwargs` are the base class's.
     """
     # Before the base class, which calls _info().
     self._splits = splits or {}
@@ -109,12 +103,11 @@ class VideoQa(tfds.core.GeneratorBasedBuilder):
     for index, row in enumerate(rows):
       yield index, self._record(row)
       self._written += 1
-      if self._on_row is not None:
-        self._on_row(self._written)
+      self._on_row(self._written)
 
   def _record(self, row: question_lib.Question) -> dict:
-    record = {name: getattr(row, name) for name in _TEXTS}
-    record = {k: _NONE if v is None else v for k, v in record.items()}
+    texts = ((name, getattr(row, name)) for name in _TEXTS)
+    record = {k: _NONE if v is None else v for k, v in texts}
     record["options"] = list(row.options)
     record["groups"] = [
       {"facet": facet, "name": name} for facet, name in row.groups
@@ -149,12 +142,7 @@ class QuestionSource:
   """Random access to a prepared split: `len`, `[i]`; can be pickled."""
 
   def __init__(self, source, places: Sequence[int] | None = None):
-    """Sets the rows.
-
-    Args:
-      source: of all records.
-      places: numbers of those that are rows here; None takes all.
-    """
+    """Takes the source of all records, and the places of some or None."""
     self._source, self._places = source, places
 
   def __len__(self):
@@ -170,9 +158,6 @@ class QuestionSource:
   def __getitems__(self, indices) -> list[question_lib.Question]:
     places = [self._place(index) for index in indices]
     return [_question(record) for record in self._source.__getitems__(places)]
-
-  def __iter__(self):
-    return (self[index] for index in range(len(self)))
 
   def clip(self, index) -> bytes:
     """Returns the encoded clip of a row; empty if clips are not embedded."""
@@ -193,7 +178,7 @@ def prepare(
   media_root=None,
   embed: bool = False,
   name: str = VideoQa.name,
-  on_row: Callable[[int], Any] | None = None,
+  on_row: Callable[[int], Any] = lambda count: None,
 ) -> tfds.core.DatasetBuilder:
   """Writes the rows as array_record files, unless the same rows are there.
 
@@ -244,12 +229,10 @@ def prepare(
 def open_source(data_dir, split: str) -> QuestionSource:
   """Returns random access to the rows of a split that `prepare` wrote.
 
-  Args:
-    data_dir: of `prepare`, or the folder of one data set below it.
-    split: name of the split.
+  `data_dir` is that of `prepare`, or the folder of one data set below it.
   """
   data_dir = os.path.normpath(os.fspath(data_dir))
-  found = list(_prepared(data_dir))
+  found = _prepared(data_dir)
   # The folder of one of several data sets.
   parent, name = os.path.split(data_dir)
   if not found and name in BUILDERS:
@@ -274,12 +257,15 @@ def open_source(data_dir, split: str) -> QuestionSource:
   return QuestionSource(builder.as_data_source(split=split))
 
 
-def _prepared(data_dir: str) -> Iterator[type[VideoQa]]:
-  """Yields the data sets that `prepare` finished in a folder."""
-  for name, builder in BUILDERS.items():
-    folder = os.path.join(data_dir, name, str(builder.VERSION))
-    if os.path.isfile(os.path.join(folder, _FINGERPRINT)):
-      yield builder
+def _prepared(data_dir: str) -> list[type[VideoQa]]:
+  """Returns the data sets that `prepare` finished in a folder."""
+  return [
+    builder
+    for name, builder in BUILDERS.items()
+    if os.path.isfile(
+      os.path.join(data_dir, name, str(builder.VERSION), _FINGERPRINT)
+    )
+  ]
 
 
 def _embeddable(media_root, name: str) -> str:
@@ -301,12 +287,7 @@ def _embeddable(media_root, name: str) -> str:
 
 
 def _fingerprint(splits, embedded) -> str:
-  """Returns a digest of the rows.
-
-  Args:
-    splits: see `prepare`.
-    embedded: media root of the clips that records hold; None without them.
-  """
+  """Returns a digest of the rows, and of clips below the root `embedded`."""
   digest = hashlib.blake2b(digest_size=16)
   for name, rows in sorted(splits.items()):
     digest.update(json.dumps([name, embedded is not None]).encode())

@@ -9,7 +9,7 @@ ids between start and end tokens in Qwen2.5-VL.
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import tokenizers
@@ -17,102 +17,7 @@ import tokenizers
 from cacovid_jax import errors
 from cacovid_jax.data import chat_template as chat_template_lib
 from cacovid_jax.data import question as question_lib
-
-# What the public trainer appends to a question, by problem type. Each begins
-# with a space, as there.
-HINTS = {
-  question_lib.MULTIPLE_CHOICE: (
-    " Please provide only the single option letter (e.g., A, B, C, D, etc.)."
-  ),
-  question_lib.NUMERICAL: (
-    " Please provide the numerical value (e.g., 42 or 3.14)."
-  ),
-  question_lib.OCR: (
-    " Please transcribe text from the image/video clearly and provide your"
-    " text answer."
-  ),
-  question_lib.FREE_FORM: " Please provide your text answer.",
-  question_lib.REGRESSION: (
-    " Please provide the numerical value (e.g., 42 or 3.14)."
-  ),
-}
-
-MAX_FILE_BYTES = 256 * 2**20
-
-
-@dataclasses.dataclass(frozen=True)
-class VideoStyle:
-  """How a model's prompts hold a clip.
-
-  Attributes:
-    token: the placeholder, repeated once for each video token.
-    plain: what stands for a clip before the question where the message is one
-      plain text.
-    newline_tokens: rows after the N video tokens that have the same id.
-    around: tokens that have to stand before and after; positions are counted
-      from them.
-  """
-
-  token: str
-  plain: str
-  newline_tokens: int
-  around: tuple[str, ...] = ()
-
-  @property
-  def tokens(self) -> tuple[str, ...]:
-    """What the tokenizer has to know."""
-    return (self.token, *self.around)
-
-  @property
-  def block(self) -> str:
-    """What a rendered turn has to hold."""
-    return self.token.join(self.around) if self.around else self.token
-
-
-LLAVA_ONEVISION = VideoStyle("<video>", "<video>\n", 1)
-QWEN2_5_VL = VideoStyle(
-  "<|video_pad|>",
-  "<|vision_start|><|video_pad|><|vision_end|>",
-  0,
-  ("<|vision_start|>", "<|vision_end|>"),
-)
-_STYLES = {"llava_onevision": LLAVA_ONEVISION, "qwen2_5_vl": QWEN2_5_VL}
-
-
-def letter_options(options: Sequence[str]) -> list[str]:
-  """Returns the options with their letters, "A. first", "B. second", ..."""
-  if len(options) > len(question_lib.LETTERS):
-    raise errors.UserError(
-      f"{len(options)} options are more than there are letters; give at most"
-      f" {len(question_lib.LETTERS)}"
-    )
-  return [
-    f"{letter}. {option}"
-    for letter, option in zip(question_lib.LETTERS, options, strict=False)
-  ]
-
-
-def training_prompt(
-  problem: str, lettered_options: Sequence[str], problem_type: str
-) -> str:
-  """Returns problem, options (if any are missing in it), and the hint."""
-  lines = [problem]
-  if not all(option in problem for option in lettered_options):
-    lines += lettered_options
-  return "\n".join(lines) + "\n" + HINTS[problem_type]
-
-
-def videomme_prompt(question: str, lettered_options: Sequence[str]) -> str:
-  """Returns the official VideoMME text (which always names the subtitles)."""
-  return (
-    "Select the best answer to the following multiple-choice question based on"
-    " the video and the subtitles. Respond with only the letter (A, B, C, or"
-    " D) of the correct option.\n"
-    + question
-    + "\n"
-    + "\n".join(lettered_options)
-    + "\n\nAnswer with the option's letter from the given choices directly."
-  )
+from cacovid_jax.data import wording
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -130,17 +35,11 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PaddedPrompts:
-  """Right-padded prompts.
+  """Right-padded prompts."""
 
-  Attributes:
-    ids: int32[B,L].
-    length: int32[B].
-    video_rows: int32[B,N], L behind those of a video of fewer tokens.
-  """
-
-  ids: np.ndarray
-  length: np.ndarray
-  video_rows: np.ndarray
+  ids: np.ndarray  # int32[B,L].
+  length: np.ndarray  # int32[B].
+  video_rows: np.ndarray  # int32[B,N], L behind those of a shorter video.
 
 
 def _token_text(entry) -> str | None:
@@ -148,73 +47,73 @@ def _token_text(entry) -> str | None:
   return entry.get("content") if isinstance(entry, dict) else entry
 
 
-def _renamed(style: VideoStyle, token: str) -> VideoStyle:
-  """Returns the style with another placeholder."""
-  return dataclasses.replace(
-    style,
-    token=token,
-    plain=style.plain.replace(style.token, token),
-  )
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+  """What a checkpoint's files say beside its tokenizer and template.
+
+  Attributes:
+    plain: whether messages are one plain text first of all, and a list of
+      video and text only where that fails; else the other way round.
+    variables: what the template may read, the special tokens.
+  """
+
+  name: str = "tokenizer"
+  style: wording.VideoStyle = wording.LLAVA_ONEVISION
+  plain: bool = False
+  eos_tokens: Sequence[str] = ("<|im_end|>", "<|endoftext|>")
+  pad_token: str = "<|endoftext|>"
+  max_length: int | None = None
+  variables: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 class Tokenizer:
-  """Text to ids and back, with the chat template of one checkpoint."""
+  """Text to ids and back, with the chat template of one checkpoint.
+
+  Attributes:
+    name: of the checkpoint.
+    style: how prompts hold a clip.
+    video_token: the placeholder of a clip; video_id is its id.
+    template: the chat template's text.
+    max_length: L at most; None for no bound.
+    eos_ids: that end an answer.
+    pad_id: that fills rows.
+  """
 
   def __init__(
     self,
     tokenizer: tokenizers.Tokenizer,
     template: str,
-    *,
-    name: str = "tokenizer",
-    style: VideoStyle = LLAVA_ONEVISION,
-    plain: bool = False,
-    eos_tokens: Sequence[str] = ("<|im_end|>", "<|endoftext|>"),
-    pad_token: str = "<|endoftext|>",
-    max_length: int | None = None,
-    variables: dict | None = None,
+    options: Options = Options(),
   ):
-    """Checks that the tokenizer can write the template's prompts.
-
-    Args:
-      tokenizer: text to ids.
-      template: the chat template's text.
-      name: of the checkpoint, for errors.
-      style: how prompts hold a clip.
-      plain: whether messages are one plain text first of all, and a list of
-        video and text only where that fails; else the other way round.
-      eos_tokens: that end an answer.
-      pad_token: that fills rows.
-      max_length: L at most; None for no bound.
-      variables: what the template may read, the special tokens.
-    """
-    self.name = name
-    self.style = style
-    self.max_length = max_length
+    """Checks that the tokenizer can write the template's prompts."""
+    self._options = options
+    self.name = name = options.name
+    self.style, self.max_length = options.style, options.max_length
+    self.video_token = options.style.token
     self._tokenizer = tokenizer
     self._template = chat_template_lib.Template(template, name)
-    self._variables = variables or {}
-    self._plain = plain
+    self.template = template
     self._form = None  # The form of messages that the template has taken.
     # Questions are asked about clips of many sizes.
     self._with_one_token = functools.lru_cache(65_536)(
       self._encode_with_one_token
     )
-    for token in style.tokens:
+    for token in self.style.tokens:
       if tokenizer.token_to_id(token) is None:
-        what = "video token" if token == style.token else "token"
+        what = "video token" if token == self.video_token else "token"
         raise errors.UserError(
           f"{name}: the tokenizer has no {what} {token!r}; use the tokenizer of"
           " a video model's checkpoint"
         )
-    self.video_id = tokenizer.token_to_id(style.token)
-    ids = [tokenizer.token_to_id(token) for token in eos_tokens]
+    self.video_id = tokenizer.token_to_id(self.video_token)
+    ids = map(tokenizer.token_to_id, options.eos_tokens)
     self.eos_ids = tuple(dict.fromkeys(i for i in ids if i is not None))
     if not self.eos_ids:
       raise errors.UserError(
         f"{name}: the tokenizer knows none of the end tokens"
-        f" {list(eos_tokens)}; name them in generation_config.json"
+        f" {list(options.eos_tokens)}; name them in generation_config.json"
       )
-    pad_id = tokenizer.token_to_id(pad_token) if pad_token else None
+    pad_id = tokenizer.token_to_id(options.pad_token)
     self.pad_id = self.eos_ids[-1] if pad_id is None else pad_id
 
   @classmethod
@@ -238,8 +137,9 @@ class Tokenizer:
         f"{directory}: no tokenizer.json; give a Hugging Face checkpoint"
         " directory, or save the tokenizer there in its fast form"
       )
-    if os.path.getsize(path) > MAX_FILE_BYTES:
-      raise errors.UserError(f"{path}: above {MAX_FILE_BYTES} bytes")
+    if os.path.getsize(path) > chat_template_lib.MAX_FILE_BYTES:
+      limit = chat_template_lib.MAX_FILE_BYTES
+      raise errors.UserError(f"{path}: above {limit} bytes")
     try:
       tokenizer = tokenizers.Tokenizer.from_file(path)
     except Exception as error:  # The library raises a bare Exception.
@@ -258,39 +158,42 @@ class Tokenizer:
 
   @classmethod
   def _from_files(cls, tokenizer, directory: str, template: str):
-    join = functools.partial(os.path.join, directory)
-    read_json = chat_template_lib.read_json
-    own = read_json(join("tokenizer_config.json"))
-    config = read_json(join("config.json"))
-    generation = read_json(join("generation_config.json"))
-    processor = read_json(join("processor_config.json"))
+    own, config, generation, processor = (
+      chat_template_lib.read_json(os.path.join(directory, f"{name}.json"))
+      for name in (
+        "tokenizer_config",
+        "config",
+        "generation_config",
+        "processor_config",
+      )
+    )
     text, _ = chat_template_lib.read(directory, template)
-    style = _STYLES.get(config.get("model_type"), LLAVA_ONEVISION)
-    if processor.get("video_token"):
-      style = _renamed(style, processor["video_token"])
-    eos_token = _token_text(own.get("eos_token"))
+    style = wording.STYLES.get(
+      config.get("model_type"), wording.LLAVA_ONEVISION
+    )
+    if token := processor.get("video_token"):
+      plain = style.plain.replace(style.token, token)
+      style = dataclasses.replace(style, token=token, plain=plain)
+    special = {
+      key: _token_text(own.get(key)) or ""
+      for key in ("bos_token", "eos_token", "pad_token", "unk_token")
+    }
     eos_ids = generation.get("eos_token_id", [])
     eos_ids = eos_ids if isinstance(eos_ids, list) else [eos_ids]
     eos_tokens = [tokenizer.id_to_token(i) for i in eos_ids if i is not None]
-    if eos_token:
-      eos_tokens.append(eos_token)
-    eos_tokens = [token for token in eos_tokens if token]
+    eos_tokens = [t for t in (*eos_tokens, special["eos_token"]) if t]
     text_config = config.get("text_config") or config
     max_length = text_config.get("max_position_embeddings")
-    result = cls(
-      tokenizer,
-      text,
+    options = Options(
       name=directory,
       style=style,
       plain=template == "tokenizer",
-      eos_tokens=eos_tokens or ("<|im_end|>", "<|endoftext|>"),
-      pad_token=_token_text(own.get("pad_token")) or "<|endoftext|>",
+      eos_tokens=eos_tokens or Options.eos_tokens,
+      pad_token=special["pad_token"] or Options.pad_token,
       max_length=None if max_length is None else int(max_length),
-      variables={
-        key: _token_text(own.get(key)) or ""
-        for key in ("bos_token", "eos_token", "pad_token", "unk_token")
-      },
+      variables=special,
     )
+    result = cls(tokenizer, text, options)
     expected = config.get("video_token_index", config.get("video_token_id"))
     if expected is not None and expected != result.video_id:
       raise errors.UserError(
@@ -301,29 +204,8 @@ class Tokenizer:
     return result
 
   def __reduce__(self):
-    return _rebuild, (
-      self._tokenizer.to_str(),
-      self._template.text,
-      dict(
-        name=self.name,
-        style=self.style,
-        plain=self._plain,
-        eos_tokens=[self._tokenizer.id_to_token(i) for i in self.eos_ids],
-        pad_token=self._tokenizer.id_to_token(self.pad_id),
-        max_length=self.max_length,
-        variables=self._variables,
-      ),
-    )
-
-  @property
-  def video_token(self) -> str:
-    """The placeholder of a clip."""
-    return self.style.token
-
-  @property
-  def template(self) -> str:
-    """The chat template's text."""
-    return self._template.text
+    options = dataclasses.replace(self._options, max_length=self.max_length)
+    return _rebuild, (self._tokenizer.to_str(), self.template, options)
 
   @property
   def vocab_size(self) -> int:
@@ -346,9 +228,8 @@ class Tokenizer:
   def letter_id(self, letter: str) -> int:
     """Returns the id of an option letter, -1 if it is not a single token.
 
-    The assistant header ends in a newline, after which no pre-tokenizer of the
-    supported models joins a letter to it; so the bare letter is what the model
-    generates.
+    The assistant header ends in a newline, to which no pre-tokenizer of the
+    supported models joins a letter: the model generates the bare one.
     """
     ids = self.encode(letter)
     return ids[0] if len(ids) == 1 else -1
@@ -368,14 +249,12 @@ class Tokenizer:
       "items": [{"type": "video"}, {"type": "text", "text": text}],
       "plain": f"{self.style.plain}{text}",
     }
-    forms = ("plain", "items") if self._plain else ("items", "plain")
     words = text.strip()  # A template may trim what it is given.
     faults = []
     # A tokenizer's own template may take one form only.
-    for form in (self._form,) if self._form else forms:
+    for form in (self._form,) if self._form else self._forms():
       try:
-        message = {"role": "user", "content": contents[form]}
-        rendered = self.render_messages([message])
+        rendered = self._render_turn(contents[form])
       except errors.UserError as error:
         faults.append((0, error))
         continue
@@ -399,11 +278,11 @@ class Tokenizer:
 
   def render_blind(self, text: str) -> str:
     """Returns the turn of a question without any clip, before tokenisation."""
-    forms = [[{"type": "text", "text": text}], text]
+    contents = {"items": [{"type": "text", "text": text}], "plain": text}
     words, fault = text.strip(), None
-    for content in reversed(forms) if self._plain else forms:
+    for form in self._forms():
       try:
-        rendered = self.render_messages([{"role": "user", "content": content}])
+        rendered = self._render_turn(contents[form])
       except errors.UserError as error:
         fault = fault or error
         continue
@@ -416,18 +295,20 @@ class Tokenizer:
       " clip as it stands; use the checkpoint's original template"
     )
 
+  def _forms(self) -> tuple[str, str]:
+    return ("plain", "items") if self._options.plain else ("items", "plain")
+
+  def _render_turn(self, content) -> str:
+    return self.render_messages([{"role": "user", "content": content}])
+
   def render_messages(
     self, messages: Sequence[dict], add_generation_prompt: bool = True
   ) -> str:
-    """Returns the text of any conversation, by the checkpoint's template.
-
-    Args:
-      messages: see `chat_templates.Template.render`.
-      add_generation_prompt: whether the header of the answer follows.
-    """
+    """Returns the text of any conversation; see `chat_template.Template`."""
+    variables = dict(self._options.variables)
     try:
       return self._template.render(
-        messages, add_generation_prompt=add_generation_prompt, **self._variables
+        messages, add_generation_prompt=add_generation_prompt, **variables
       )
     except chat_template_lib.FAULTS as error:
       raise errors.UserError(
@@ -452,14 +333,13 @@ class Tokenizer:
   def _encode_with_one_token(self, text: str) -> tuple[np.ndarray, int]:
     """Returns the ids of a prompt about one video token, and that one's row."""
     ids = self.encode(self.render(text))
-    places = [i for i, token in enumerate(ids) if token == self.video_id]
-    if len(places) != 1:
+    if (count := ids.count(self.video_id)) != 1:
       raise errors.UserError(
-        f"{self.name}: the rendered prompt holds {len(places)} video tokens"
+        f"{self.name}: the rendered prompt holds {count} video tokens"
         " instead of one; the tokenizer must keep"
         f" {self.video_token!r} as a single special token"
       )
-    start = places[0]
+    start = ids.index(self.video_id)
     newline = np.full(self.style.newline_tokens, self.video_id, np.int32)
     return np.insert(np.array(ids, np.int32), start, newline), start
 
@@ -483,10 +363,7 @@ class Tokenizer:
   ) -> PaddedPrompts:
     """Returns the prompts right-padded to `length` (the bucket).
 
-    Args:
-      prompts: of this tokenizer.
-      length: L.
-      num_video_tokens: N; 0 for that of the prompt with most.
+    N is `num_video_tokens`, or of the prompt with most for 0.
     """
     num_video = num_video_tokens or max(len(p.video_rows) for p in prompts)
     ids = np.full((len(prompts), length), self.pad_id, np.int32)
@@ -503,6 +380,6 @@ class Tokenizer:
     return PaddedPrompts(ids, lengths, video_rows)
 
 
-def _rebuild(text: str, template: str, options: dict) -> Tokenizer:
+def _rebuild(text: str, template: str, options: Options) -> Tokenizer:
   """Unpickles a `Tokenizer` in a worker process."""
-  return Tokenizer(tokenizers.Tokenizer.from_str(text), template, **options)
+  return Tokenizer(tokenizers.Tokenizer.from_str(text), template, options)

@@ -10,8 +10,7 @@ from typing import Any
 
 from cacovid_jax import errors
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.data import readers
-from cacovid_jax.data import tokenizer as tokenizer_lib
+from cacovid_jax.data import readers, wording
 from cacovid_jax.data.readers import longvideobench as longvideobench_files
 from cacovid_jax.data.readers import mlvu as mlvu_files
 from cacovid_jax.data.readers import mvbench as mvbench_files
@@ -295,9 +294,9 @@ def _restyled(questions, style: str, benchmark: str):
       f"prompt style {style!r}: give 'video-r1', or '' for that of {benchmark}"
     )
   prompts = (
-    tokenizer_lib.training_prompt(
+    wording.training_prompt(
       question.question,
-      tokenizer_lib.letter_options(question.options),
+      wording.letter_options(question.options),
       question.problem_type,
     )
     for question in questions

@@ -12,9 +12,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from cacovid_jax.data import letters, rewards
+from cacovid_jax.data import letters, rewards, wording
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.data import tokenizer as tokenizer_lib
 
 Question = question_lib.Question
 _LONGVIDEOBENCH_PREAMBLES = (
@@ -156,7 +155,7 @@ def egoschema(question: Question, text: str, *, rule="paper") -> Scored:
     found += _places(text, forms).items()
   if not found:
     # The released options carry their letters, and are looked for with them.
-    lettered = tokenizer_lib.letter_options(
+    lettered = wording.letter_options(
       [option.strip() for option in question.options]
     )
     found = list(_quoted(text, named, lettered).items())

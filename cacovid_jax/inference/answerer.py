@@ -28,8 +28,7 @@ from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.compressors import base
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.data import tokenizer as tokenizer_lib
-from cacovid_jax.data import video
+from cacovid_jax.data import video, wording
 from cacovid_jax.inference import clip_queue
 from cacovid_jax.inference import engine as engine_lib
 from cacovid_jax.inference import methods as methods_lib
@@ -327,11 +326,11 @@ def as_question(
   prompt, problem_type = text, question_lib.FREE_FORM
   if options:
     problem_type = question_lib.MULTIPLE_CHOICE
-    lettered = tokenizer_lib.letter_options(options)
+    lettered = wording.letter_options(options)
     if style == "videomme":
-      prompt = tokenizer_lib.videomme_prompt(text, lettered)
+      prompt = wording.videomme_prompt(text, lettered)
     else:
-      prompt = tokenizer_lib.training_prompt(text, lettered, problem_type)
+      prompt = wording.training_prompt(text, lettered, problem_type)
   return question_lib.Question(
     id=os.path.basename(os.path.realpath(path)),
     video=video_name(path),

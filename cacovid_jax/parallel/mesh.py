@@ -37,7 +37,7 @@ def make_mesh(
   Args:
     data: devices on the data axis; 0 takes all that `model` leaves.
     model: devices that share one copy of the base model.
-    devices: devices to use; all of the run by default.
+    devices: to use; all of the run by default.
   """
   devices = list(jax.devices() if devices is None else devices)
   if model < 1 or data < 0:

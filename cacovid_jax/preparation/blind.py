@@ -22,10 +22,9 @@ from jax.sharding import Mesh
 
 from cacovid_jax import errors, files
 from cacovid_jax import progress as progress_lib
-from cacovid_jax.data import answer_log
+from cacovid_jax.data import answer_log, wording
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import rewards as rewards_lib
-from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.inference import programs
 from cacovid_jax.models import prompt_batch
 
@@ -139,7 +138,7 @@ def row(question: question_lib.Question) -> dict[str, Any]:
   The public trainer wants `problem` with the options inside, and the keys
   `solution`, `modality_type`, `problem_type` and `video`; it ignores others.
   """
-  hint = "\n" + tokenizer_lib.HINTS[question.problem_type]
+  hint = "\n" + wording.HINTS[question.problem_type]
   if not question.prompt.endswith(hint):
     raise errors.UserError(
       f"question {question.id}: its prompt does not end in the hint of"
@@ -155,7 +154,7 @@ def row(question: question_lib.Question) -> dict[str, Any]:
     "video": question.video,
     "data_source": question.source,
   }
-  lettered = tokenizer_lib.letter_options(question.options)
+  lettered = wording.letter_options(question.options)
   # Told apart from the text where they stand in it just so; elsewhere they
   # would be appended to it once more when it is read.
   if lettered and all(option in entry["problem"] for option in lettered):

@@ -28,9 +28,8 @@ import pyarrow.parquet
 
 from cacovid_jax import errors, files
 from cacovid_jax import progress as progress_lib
-from cacovid_jax.data import readers
+from cacovid_jax.data import readers, wording
 from cacovid_jax.data import tfds as tfds_lib
-from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.synthetic import questions, render, world
 
 FRAMES_PER_SECOND = 8
@@ -92,13 +91,13 @@ def generator_hash() -> str:
   return digest.hexdigest()
 
 
-def encode(path, frames, *, rate: int = FRAMES_PER_SECOND) -> None:
+def encode(path, frames) -> None:
   """Writes uint8[h, w, 3] RGB frames as an H.264 mp4 file."""
   with (
     files.replacing(path) as partial,
     av.open(os.fspath(partial), "w", format="mp4") as container,
   ):
-    stream = container.add_stream("libx264", rate=rate)
+    stream = container.add_stream("libx264", rate=FRAMES_PER_SECOND)
     stream.width = stream.height = world.IMAGE_SIZE
     stream.pix_fmt = "yuv420p"
     # Bytes that depend on the frames alone: several threads would make them
@@ -126,43 +125,31 @@ def draw(config: BuildConfig, split: str, number: int):
   )
 
 
-def make_clip(config: BuildConfig, split: str, number: int, directory: str):
-  """Writes one clip and returns its rows.
-
-  Returns:
-    A list of dicts with "id", "clip", "duration", "question" and "tokens".
-  """
+def make_clip(config: BuildConfig, directory: str, split: str, number: int):
+  """Writes a clip; returns rows of id, clip, duration, question and tokens."""
   scene, asked = draw(config, split, number)
   duration = tuple(DURATIONS)[number % len(DURATIONS)]
   name = f"{config.variant}_{split}_{number:05d}"
   path = os.path.join(directory, "videos", f"{name}.mp4")
   if not os.path.exists(path):
     encode(path, render.clip(scene, DURATIONS[duration]))
+  row = {"clip": name, "duration": duration}
   return [
-    dict(
-      id=f"{name}-{i}",
-      clip=name,
-      duration=duration,
-      question=question,
-      tokens=question.tokens(scene),
-    )
-    for i, question in enumerate(asked)
+    row | {"id": f"{name}-{i}", "question": q, "tokens": q.tokens(scene)}
+    for i, q in enumerate(asked)
   ]
 
 
 def build(
-  config: BuildConfig, directory, *, num_workers=2, on_clip=None
+  config: BuildConfig, directory, *, num_workers=2, on_clip=lambda done: None
 ) -> str:
-  """Builds the benchmark unless it is there already.
+  """Builds the benchmark unless it is there already; returns its directory.
 
   Args:
     config: what to build.
     directory: of this variant; a folder with another build is refused.
     num_workers: processes that draw and encode.
-    on_clip: called with (clips done, clips in all).
-
-  Returns:
-    The directory.
+    on_clip: called with the number of clips that are done.
   """
   directory = pathlib.Path(directory)
   manifest = {
@@ -189,17 +176,12 @@ def build(
     for split, count in zip(SPLITS, config.clips, strict=True)
     for number in range(count)
   ]
-  rows = {
-    split: []
-    for split, count in zip(SPLITS, config.clips, strict=True)
-    if count
-  }
+  rows = {split: [] for split, _ in jobs}
   for done, (split, found) in enumerate(
     _make_all(config, jobs, str(directory), num_workers), start=1
   ):
     rows[split].extend(found)
-    if on_clip is not None:
-      on_clip(done, len(jobs))
+    on_clip(done)
   _write_rows(config, directory, rows)
   files.write_json(path, manifest)
   return str(directory)
@@ -237,7 +219,7 @@ def prepare(
       wanted,
       directory or config.data.root,
       num_workers=num_workers or section.num_workers or os.cpu_count(),
-      on_clip=lambda done, unused_total: bar.update(done),
+      on_clip=bar.update,
     )
 
 
@@ -245,24 +227,16 @@ def _make_all(config, jobs, directory, num_workers):
   """Yields (split, rows) in the order of the jobs."""
   if num_workers < 2:
     for split, number in jobs:
-      yield split, make_clip(config, split, number, directory)
+      yield split, make_clip(config, directory, split, number)
     return
   context = multiprocessing.get_context("spawn")
   with concurrent.futures.ProcessPoolExecutor(
     num_workers, mp_context=context
   ) as pool:
     splits, numbers = zip(*jobs, strict=True)
-    found = pool.map(
-      functools.partial(_make_job, config, directory),
-      splits,
-      numbers,
-      chunksize=4,
-    )
+    make = functools.partial(make_clip, config, directory)
+    found = pool.map(make, splits, numbers, chunksize=4)
     yield from zip(splits, found, strict=True)
-
-
-def _make_job(config, directory, split, number):
-  return make_clip(config, split, number, directory)
 
 
 def _video_r1_row(row) -> dict:
@@ -272,7 +246,7 @@ def _video_r1_row(row) -> dict:
     "problem": question.text,
     "data_type": "video",
     "problem_type": "multiple choice",
-    "options": tokenizer_lib.letter_options(question.options),
+    "options": wording.letter_options(question.options),
     "solution": f"<answer>{questions.LETTERS[question.answer]}</answer>",
     "path": f"./videos/{row['clip']}.mp4",
     "data_source": f"synthetic/{question.kind}",
@@ -291,7 +265,7 @@ def _videomme_row(row) -> dict:
     "question_id": row["id"],
     "task_type": question.kind,
     "question": question.text,
-    "options": tokenizer_lib.letter_options(question.options),
+    "options": wording.letter_options(question.options),
     "answer": questions.LETTERS[question.answer],
   }
 

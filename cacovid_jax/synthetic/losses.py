@@ -30,7 +30,6 @@ import numpy as np
 import optax
 
 from cacovid_jax import errors
-from cacovid_jax.models import processors, qwen2, rope
 from cacovid_jax.synthetic import render, world
 
 ATTRIBUTES = (
@@ -39,18 +38,19 @@ ATTRIBUTES = (
   len(world.SHAPES),
 )
 # As the options of "where" questions say them.
-_SIDES = (("top", "bottom"), ("left", "right"))
+_SIDES = ("top", "bottom", "left", "right")
+# Standard deviation of a clip's static noise, in grey levels; and of the noise
+# of each frame, which stands for compression.
+_NOISE, _GRAIN = 4.0, 2.0
 
 
-def draw_frames(rng, batch, *, noise=4.0, grain=2.0):
+def draw_frames(rng, batch):
   """Draws the sampled frames of a batch of scenes, as a codec would show them.
 
   Args:
     rng: key of the noise.
     batch: of `packing.Packer.batch`; sprite int8[B, T, S], corner
       int16[B, T, S, 2], color uint8[B, T, S, 3], background float32[B, 4, 7].
-    noise: standard deviation of a clip's static noise, in grey levels.
-    grain: of the noise of each frame, standing for compression.
 
   Returns:
     float32[B, T, 112, 112, 3] normalised pixels in [-1, 1].
@@ -59,7 +59,7 @@ def draw_frames(rng, batch, *, noise=4.0, grain=2.0):
   num_clips = batch["sprite"].shape[0]
   size = world.IMAGE_SIZE
   static_rng, frame_rng = jax.random.split(rng)
-  static = jax.random.normal(static_rng, (num_clips, 1, size, size, 1)) * noise
+  static = jax.random.normal(static_rng, (num_clips, 1, size, size, 1)) * _NOISE
   times = jnp.arange(world.NUM_FRAMES, dtype=jnp.float32)
 
   def backgrounds(params):
@@ -85,7 +85,7 @@ def draw_frames(rng, batch, *, noise=4.0, grain=2.0):
     frames, batch["sprite"], batch["corner"], batch["color"]
   )
   frames = _halve_chroma(frames)
-  frames += jax.random.normal(frame_rng, frames.shape) * grain
+  frames += jax.random.normal(frame_rng, frames.shape) * _GRAIN
   return jnp.clip(frames, 0, 255) / 127.5 - 1.0
 
 
@@ -113,18 +113,12 @@ class LabelHead(nn.Module):
 
   @nn.compact
   def __call__(self, features, words):
-    """Returns float32[..., 39] logits.
+    """Returns float32[..., 39] logits of video tokens float[..., D].
 
     Of an object, its color, pattern and shape, of the token's sides, row and
-    column.
-
-    Args:
-      features: float[..., D] of video tokens.
-      words: float[24, D] embeddings of colors, patterns, shapes and sides.
+    column; `words` are float[24, D] embeddings of those but the last two.
     """
-    features = features.astype(jnp.float32)
-    size = jnp.sqrt(jnp.square(features).mean(-1, keepdims=True) + 1e-6)
-    features = features / size
+    features = _of_size_one(features)
     words = words.astype(jnp.float32)
     words = words / (jnp.linalg.norm(words, axis=-1, keepdims=True) + 1e-6)
     scale = self.param("scale", nn.initializers.ones, ())
@@ -147,20 +141,22 @@ class AskedHead(nn.Module):
     width = read.shape[-1]
     way = self.param("direction", nn.initializers.normal(1.0), (width,))
     bias = self.param("bias", nn.initializers.zeros, ())
-    read = read.astype(jnp.float32)
-    size = jnp.sqrt(jnp.square(read).mean(-1, keepdims=True) + 1e-6)
     way = way / (jnp.linalg.norm(way) + 1e-6)
-    return (read / size) @ way + bias
+    return _of_size_one(read) @ way + bias
+
+
+def _of_size_one(x):
+  x = x.astype(jnp.float32)
+  return x / jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
 
 
 def balanced_binary_loss(logits, truth):
   """Cross entropy, averaged over true and over false entries apart."""
   truth = truth.astype(jnp.float32)
   entropy = optax.sigmoid_binary_cross_entropy(logits, truth)
-  loss = 0.0
-  for share in (truth, 1 - truth):
-    loss += (entropy * share).sum() / (share.sum() + 1)
-  return loss
+  return sum(
+    (entropy * share).sum() / (share.sum() + 1) for share in (truth, 1 - truth)
+  )
 
 
 def size_loss(features, table):
@@ -175,54 +171,36 @@ def size_loss(features, table):
 
 
 def label_loss(logits, labels):
-  """Returns the loss of the label head.
+  """Returns the loss of the label head's logits float32[B, N, 39].
 
-  Args:
-    logits: float32[B, N, 39], see `LabelHead`.
-    labels: int8[B, N, 3] color, pattern and shape, -1 without an object.
+  Labels int8[B, N, 3] are color, pattern and shape, -1 without an object.
   """
   labels = labels.astype(jnp.int32)
   present = (labels[..., 0] >= 0).astype(jnp.float32)
+  cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+  sides = (world.NUM_ROWS, world.NUM_COLS)
+  sizes = np.cumsum([1, *ATTRIBUTES, 2, 2, *sides])
+  first, *parts = jnp.split(logits, sizes[:-1], axis=-1)
   # Apart, because objects cover few tokens.
-  loss = balanced_binary_loss(logits[..., 0], present)
-  start = 1
-  for part, size in enumerate(ATTRIBUTES):
-    entropy = optax.softmax_cross_entropy_with_integer_labels(
-      logits[..., start : start + size], jnp.maximum(labels[..., part], 0)
-    )
+  loss = balanced_binary_loss(first[..., 0], present)
+  for number, part in enumerate(parts[:3]):
+    entropy = cross_entropy(part, jnp.maximum(labels[..., number], 0))
     loss += (entropy * present).sum() / (present.sum() + 1)
-    start += size
-  places = [
-    (np.tile(place, world.NUM_FRAMES), size)
-    for place, size in zip(
-      np.indices((world.NUM_ROWS, world.NUM_COLS)).reshape(2, -1),
-      (world.NUM_ROWS, world.NUM_COLS),
-      strict=True,
-    )
-  ]
-  for place, size in places:
+  places = np.tile(np.indices(sides).reshape(2, -1), world.NUM_FRAMES)
+  places = np.broadcast_to(places[:, None], (2, *present.shape))
+  for part, place, size in zip(parts[3:5], places, sides, strict=True):
     # The middle row is neither top nor bottom.
-    off_middle = place != size // 2
-    entropy = optax.softmax_cross_entropy_with_integer_labels(
-      logits[..., start : start + 2],
-      np.broadcast_to(place > size // 2, logits.shape[:-1]).astype(np.int32),
-    )
+    off_middle = place[0] != size // 2
+    entropy = cross_entropy(part, (place > size // 2).astype(np.int32))
     loss += (entropy * off_middle).mean() / off_middle.mean()
-    start += 2
-  for place, size in places:
-    entropy = optax.softmax_cross_entropy_with_integer_labels(
-      logits[..., start : start + size],
-      np.broadcast_to(place, logits.shape[:-1]),
-    )
-    loss += entropy.mean()
-    start += size
+  for part, place in zip(parts[5:], places, strict=True):
+    loss += cross_entropy(part, place).mean()
   return loss
 
 
 def word_ids(tokenizer):
   """Returns int32[24], the one token of each attribute's and side's word."""
-  words = [*world.COLOR_NAMES, *world.PATTERNS, *world.SHAPES]
-  words += [word for sides in _SIDES for word in sides]
+  words = [*world.COLOR_NAMES, *world.PATTERNS, *world.SHAPES, *_SIDES]
   ids = [tokenizer.encode(f" {w}", add_special_tokens=False).ids for w in words]
   split = [
     word for word, found in zip(words, ids, strict=True) if len(found) > 1
@@ -251,170 +229,6 @@ def hits(logits, ids, target):
   ).squeeze(-2)
   want = jnp.take_along_axis(ids, first[..., None], axis=-1).squeeze(-1)
   return at.argmax(-1) == want
-
-
-class PackedPrompts:
-  """Static layout: prefix text, N video tokens, newline, packed questions."""
-
-  def __init__(self, prefix_ids, num_video, num_questions, question_length):
-    self.prefix = tuple(prefix_ids)
-    self.num_video = num_video
-    self.num_questions = num_questions
-    self.question_length = question_length
-    self.video_rows = len(self.prefix) + np.arange(num_video, dtype=np.int32)
-    self.text_start = len(self.prefix) + num_video + 1
-
-  def head_ids(self):
-    """int32[prefix + N + 1] before the questions; ids under the video are 0."""
-    return np.array(self.prefix + (0,) * (self.num_video + 1), np.int32)
-
-  def packed_mask(self):
-    """bool[L, L]: causal, and no question sees another."""
-    length = self.num_questions * self.question_length
-    segment = np.concatenate(
-      [
-        np.zeros(self.text_start, int),
-        1 + np.arange(length) // self.question_length,
-      ]
-    )
-    causal = np.tril(np.ones((len(segment),) * 2, bool))
-    same = segment[:, None] == segment[None, :]
-    return causal & (same | (segment == 0)[None, :])
-
-  def packed_positions(self):
-    """int32[L]: every question starts right behind the video."""
-    offsets = np.tile(np.arange(self.question_length), self.num_questions)
-    text = self.text_start + offsets
-    return np.concatenate([np.arange(self.text_start), text]).astype(np.int32)
-
-
-def encode(model, params, pixels):
-  """Returns features float[N, D] of one clip float32[T, h, w, 3]."""
-  inputs = processors.TowerInputs(pixels, model.grid(*pixels.shape[:3]))
-  return model.encode(params, inputs).features
-
-
-def packed_logits(model, params, prompts, features, ids):
-  """Answers all questions of each clip with the whole video.
-
-  Args:
-    model: of `models.llava_onevision`.
-    params: its parameters.
-    prompts: the layout.
-    features: float[B, N, D].
-    ids: int32[B, Q, A].
-
-  Returns:
-    float32[B, Q, A, V].
-  """
-  batch, num_questions, length = ids.shape
-  head = prompts.head_ids()
-  head = jnp.broadcast_to(head, (batch, len(head)))
-  rows = jnp.concatenate([head, ids.reshape(batch, -1)], axis=1)
-  embed = jax.vmap(model.embed_prompt, (None, 0, 0, None))
-  x = embed(params, rows, features, prompts.video_rows)
-  positions = jnp.broadcast_to(
-    prompts.packed_positions(), (batch, 1, x.shape[1])
-  )
-  mask = prompts.packed_mask()[None]  # Shared by the batch.
-  hidden, _ = model.forward(params, x, positions, mask=mask, causal=False)
-  hidden = hidden[:, prompts.text_start :]
-  hidden = hidden.reshape(batch, num_questions, length, -1)
-  return model.logits(params, hidden)
-
-
-def pruned_logits(model, params, prompts, features, ids, index, valid):
-  """Answers each question from its own kept tokens, at original positions.
-
-  Args:
-    model: of `models.llava_onevision`.
-    params: its parameters.
-    prompts: the layout.
-    features: float[B, N, D].
-    ids: int32[B, Q, A].
-    index: int32[B, Q, K] kept tokens, ascending where valid.
-    valid: bool[B, Q, K].
-
-  Returns:
-    float32[B, Q, A, V].
-  """
-  batch, num_questions, length = ids.shape
-  start = len(prompts.prefix)
-  head = prompts.head_ids()
-  embed = jax.vmap(model.embed_prompt, (None, None, 0, None))
-  # [B, prefix + N + 1, D]
-  whole = embed(params, head, features, prompts.video_rows)
-  rows = jnp.concatenate(
-    [
-      jnp.broadcast_to(jnp.arange(start), (batch, num_questions, start)),
-      start + index,
-      jnp.full((batch, num_questions, 1), start + prompts.num_video),
-    ],
-    axis=-1,
-  )
-  seen = jax.vmap(lambda w, r: w[r])(whole, rows)  # [B, Q, prefix + K + 1, D]
-  text = model.embed_text(params, ids)
-  x = jnp.concatenate([seen, text], axis=2)
-  text_positions = prompts.text_start + jnp.arange(length)
-  positions = jnp.concatenate(
-    [rows, jnp.broadcast_to(text_positions, (batch, num_questions, length))],
-    axis=-1,
-  )
-  total = x.shape[2]
-  always = jnp.ones((batch, num_questions, length + 1 + start), bool)
-  visible = jnp.concatenate(
-    [always[..., :start], valid, always[..., start:]], axis=-1
-  )
-  causal = jnp.tril(jnp.ones((total, total), bool))
-  mask = causal & visible[..., None, :]
-  hidden, _ = model.forward(
-    params,
-    x.reshape(-1, total, x.shape[-1]),
-    positions.reshape(-1, 1, total),
-    mask=mask.reshape(-1, total, total),
-    causal=False,
-  )
-  hidden = hidden.reshape(batch, num_questions, total, -1)
-  return model.logits(params, hidden[:, :, -length:])
-
-
-def first_layer(model, params, prompts, features, ids, lengths):
-  """Reads the video with one question as a new policy does.
-
-  That is the first layer over the unpruned prompt without a causal mask.
-
-  Args:
-    model: of `models.llava_onevision`.
-    params: its parameters.
-    prompts: the layout.
-    features: float[B, N, D].
-    ids: int32[B, A] of one question per clip.
-    lengths: int32[B] tokens of the question, up to its answer.
-
-  Returns:
-    float[B, N, D], what the layer made of the video tokens.
-  """
-  head = prompts.head_ids()
-  head = jnp.broadcast_to(head, (len(ids), len(head)))
-  rows = jnp.concatenate([head, ids], axis=1)
-  embed = jax.vmap(model.embed_prompt, (None, 0, 0, None))
-  x = embed(params, rows, features, prompts.video_rows)
-  text = model.config.text
-  layer = qwen2.DecoderLayer(text, model.dtype, model.backend)
-  positions = jnp.arange(x.shape[1])[None]
-  cos, sin = rope.angles(
-    positions[:, None], text.head_dim, text.rope_theta, text.rope_sections
-  )
-  first = jax.tree.map(lambda p: p[0], params["language_model"]["layers"])
-  h, _ = layer.apply(
-    {"params": first},
-    x,
-    cos,
-    sin,
-    causal=False,
-    lengths=prompts.text_start + lengths,
-  )
-  return h[:, prompts.video_rows]
 
 
 def random_subsets(rng, decisive, num_valid, pull, *, num_keep):
@@ -446,15 +260,8 @@ def lossy_subsets(rng, batch, config):
 
   In a share of rows decisive tokens go missing: a model that always finds them
   is as sure of a guess as of an answer. In another the rest is objects rather
-  than background: that is what rules keep.
-
-  Args:
-    rng: key.
-    batch: decisive int16[B, Q, M] and labels int8[B, N, 3].
-    config: min_keep, num_keep, lossy_share and crowded_share.
-
-  Returns:
-    (index int32[B, Q, K] ascending, invalid ones last, valid bool[B, Q, K]).
+  than background: that is what rules keep. Of a batch, decisive int16[B, Q, M]
+  and labels int8[B, N, 3] are read; returns what `random_subsets` does.
   """
   rngs = jax.random.split(rng, 6)
   decisive = batch["decisive"]
@@ -473,42 +280,38 @@ def lossy_subsets(rng, batch, config):
   )
 
 
-def answer_losses(model, params, rng, batch, *, prompts, config, word_ids):
+def answer_losses(prompts, params, rng, batch, *, config, word_ids):
   """Returns the six losses of a batch and which lettered answers are right.
 
   Args:
-    model: of `models.llava_onevision`.
+    prompts: `packed.PackedPrompts`.
     params: {"model", "head", "asked"}.
     rng: key of frames and subsets.
     batch: of `packing.Packer.batch`.
-    prompts: the layout.
     config: the "pretrain" section of `configs/synthetic_base.py`.
-    word_ids: see `word_ids`.
+    word_ids: of the function of that name.
 
   Returns:
     ({name: float32[]}, {"full", "pruned": bool[B, Q], "told": bool[B, 1]}).
   """
   frame_rng, subset_rng = jax.random.split(rng)
-  weights = params["model"]
-  features = jax.vmap(lambda p: encode(model, weights, p))(
-    draw_frames(frame_rng, batch).astype(model.dtype)
-  )
+  model, weights = prompts.model, params["model"]
+  pixels = draw_frames(frame_rng, batch).astype(model.dtype)
+  features = prompts.encode(weights, pixels)
   ids, target = batch["ids"], batch["target"]
   index, valid = lossy_subsets(subset_rng, batch, config)
   fixed = jax.lax.stop_gradient(features)
   logits = {
-    "full": packed_logits(model, weights, prompts, features, ids),
-    "pruned": pruned_logits(model, weights, prompts, fixed, ids, index, valid),
+    "full": prompts.full_logits(weights, features, ids),
+    "pruned": prompts.pruned_logits(weights, fixed, ids, index, valid),
   }
   found = {name: token_loss(x, ids, target) for name, x in logits.items()}
   right = {name: hits(x, ids, target) for name, x in logits.items()}
 
   # Of a few questions: each reads all video tokens anew.
   some = config.asked_questions
-  read = first_layer(
-    model,
+  read = prompts.first_layer(
     weights,
-    prompts,
     jnp.repeat(features, some, axis=0),
     ids[:, :some].reshape(-1, ids.shape[-1]),
     jnp.argmax(target[:, :some], axis=-1).reshape(-1),

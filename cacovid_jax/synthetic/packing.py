@@ -6,6 +6,7 @@ import JAX. Frames are drawn later, on the accelerator, from the slots.
 
 import collections
 import dataclasses
+import functools
 import multiprocessing
 from collections.abc import Iterator
 
@@ -13,7 +14,7 @@ import numpy as np
 import tokenizers
 
 from cacovid_jax.data import question as rows
-from cacovid_jax.data import tokenizer as tokenizer_lib
+from cacovid_jax.data import wording
 from cacovid_jax.synthetic import questions, render, world
 
 _TURN_END = "<|im_end|>\n<|im_start|>assistant\n"
@@ -63,8 +64,8 @@ MAX_DECISIVE = 24
 
 def prompt_text(question: questions.SceneQuestion, problem_type: str) -> str:
   """Returns the user's text: question, lettered options, the type's hint."""
-  lettered = tokenizer_lib.letter_options(question.options)
-  return tokenizer_lib.training_prompt(question.text, lettered, problem_type)
+  lettered = wording.letter_options(question.options)
+  return wording.training_prompt(question.text, lettered, problem_type)
 
 
 def describe(scene: world.Scene) -> str:
@@ -72,9 +73,7 @@ def describe(scene: world.Scene) -> str:
   parts = []
   for obj in np.argsort(scene.life[:, 0], kind="stable"):
     color, pattern, shape = scene.attributes[obj]
-    x, y = scene.path[obj].mean(0) / world.CELL - 0.5
-    middle = (world.NUM_ROWS - 1) / 2
-    place = questions.PLACES[2 * int(y > middle) + int(x > middle)]
+    place, _ = questions.place_of(scene, obj)
     parts.append(
       f"{world.COLOR_NAMES[color]} {world.PATTERNS[pattern]}"
       f" {world.SHAPES[shape]} {place}"
@@ -86,9 +85,9 @@ def _dense_world(num_objects: tuple[int, int]) -> world.WorldConfig:
   return dataclasses.replace(world.VARIANTS["dense"], num_objects=num_objects)
 
 
-def corpus(num_scenes: int = 200, seed: int = 0) -> list[str]:
+def corpus(num_scenes: int = 200) -> list[str]:
   """Returns texts of the training split to build a vocabulary from."""
-  rng = np.random.default_rng(seed)
+  rng = np.random.default_rng(0)
   # The template, and the wording of prompts that benchmarks use.
   texts = [
     f"{PREFIX}\nassistant\nsystem\nYou are a helpful assistant.",
@@ -143,7 +142,7 @@ class Packer:
       else questions.LETTERS[question.answer]
     )
     prompt = f"{prefix}\n{prompt_text(question, problem_type)}"
-    return (*self._row(prompt, answer, length), in_words)
+    return *self._row(prompt, answer, length), in_words
 
   def _world(self, rng, step):
     config = self.config
@@ -224,37 +223,28 @@ class Packer:
         )[:2]
 
 
-# A worker process keeps one packer.
-_packer: Packer | None = None
+# A worker process keeps one.
+_packer = functools.cache(Packer)
 
 
-def _start_worker(config):
-  global _packer
-  _packer = Packer(config)
-
-
-def _worker_batch(step):
-  return _packer.batch(step)
+def _batch(config: PackingConfig, step: int) -> dict:
+  return _packer(config).batch(step)
 
 
 def batches(
   config: PackingConfig, *, first_step: int, num_workers: int
 ) -> Iterator[dict]:
-  """Yields batch `first_step`, `first_step + 1`, … made by worker processes.
-
-  At most twice as many batches as workers are in flight. Without workers they
-  are made here.
-  """
+  """Yields batch `first_step` and on, made by workers, or here without any."""
+  # At most twice as many batches as workers are in flight.
   steps = range(first_step, config.num_steps)
   if not num_workers:
-    packer = Packer(config)
-    yield from map(packer.batch, steps)
+    yield from map(Packer(config).batch, steps)
     return
   context = multiprocessing.get_context("spawn")
-  with context.Pool(num_workers, _start_worker, (config,)) as pool:
+  with context.Pool(num_workers) as pool:
     pending: collections.deque = collections.deque()
     for step in steps:
-      pending.append(pool.apply_async(_worker_batch, (step,)))
+      pending.append(pool.apply_async(_batch, (config, step)))
       if len(pending) > 2 * num_workers:
         yield pending.popleft().get()
     while pending:

@@ -8,6 +8,7 @@ Axes: B clips, T frames, N video tokens, Q questions of a clip, M decisive
 tokens of a question, K kept video tokens, D width.
 """
 
+import functools
 import pathlib
 import time
 
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tokenizers
+from jax.sharding import PartitionSpec as P
 
 from cacovid_jax import config as config_lib
 from cacovid_jax import errors, files
@@ -23,8 +25,9 @@ from cacovid_jax import metrics as metrics_lib
 from cacovid_jax import progress as progress_lib
 from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.models import checkpoints, llava_onevision, qwen2, siglip
+from cacovid_jax.parallel import mesh as mesh_lib
 from cacovid_jax.synthetic import losses as losses_lib
-from cacovid_jax.synthetic import packing, world
+from cacovid_jax.synthetic import packed, packing, world
 from cacovid_jax.synthetic import tokenizer as tokenizer_training
 
 # Safetensors of half precision keep the shipped directory small; bfloat16
@@ -147,20 +150,7 @@ def init_params(rng, model):
   return {"model": params, "head": head, "asked": asked}
 
 
-def _over_clips(function, mesh, *, split_from, out_split):
-  """Runs a function per device, its last argument split over axis `data`."""
-  spec = jax.sharding.PartitionSpec
-  # The default check would sum gradients of replicated parameters already.
-  return jax.shard_map(
-    function,
-    mesh=mesh,
-    in_specs=(*[spec()] * split_from, spec("data")),
-    out_specs=spec("data") if out_split else spec(),
-    check_vma=False,
-  )
-
-
-def make_update(model, prompts, tx, config, word_ids, mesh):
+def make_update(prompts, tx, config, word_ids, mesh):
   """Returns the jitted step.
 
   (params, opt_state, step, batch) -> (params, opt_state, metrics), the batch
@@ -169,13 +159,7 @@ def make_update(model, prompts, tx, config, word_ids, mesh):
 
   def loss_fn(params, rng, batch):
     losses, right = losses_lib.answer_losses(
-      model,
-      params,
-      rng,
-      batch,
-      prompts=prompts,
-      config=config,
-      word_ids=word_ids,
+      prompts, params, rng, batch, config=config, word_ids=word_ids
     )
     total = sum(config.weights[name] * loss for name, loss in losses.items())
     metrics = {f"loss_{name}": loss for name, loss in losses.items()}
@@ -194,11 +178,12 @@ def make_update(model, prompts, tx, config, word_ids, mesh):
     updates, opt_state = tx.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state, metrics
 
-  update = _over_clips(update, mesh, split_from=3, out_split=False)
+  specs = (P(), P(), P(), P("data"))
+  update = mesh_lib.map_over_data(update, mesh, specs, P())
   return jax.jit(update, donate_argnums=(0, 1))
 
 
-def make_probe(model, prompts, num_keep_of, mesh):
+def make_probe(prompts, num_keep_of, mesh):
   """Returns a jitted probe: hits of lettered questions by selection rule.
 
   `num_keep_of` maps a rule's name to (function, K); a function takes (rng,
@@ -208,56 +193,48 @@ def make_probe(model, prompts, num_keep_of, mesh):
   def probe(params, rng, batch):
     rng = jax.random.fold_in(rng, jax.lax.axis_index("data"))
     frame_rng, rule_rng = jax.random.split(rng)
-    pixels = losses_lib.draw_frames(frame_rng, batch).astype(model.dtype)
-    features = jax.vmap(lambda p: losses_lib.encode(model, params, p))(pixels)
+    pixels = losses_lib.draw_frames(frame_rng, batch)
+    pixels = pixels.astype(prompts.model.dtype)
+    features = prompts.encode(params, pixels)
     ids, target = batch["ids"], batch["target"]
-    logits = losses_lib.packed_logits(model, params, prompts, features, ids)
+    logits = prompts.full_logits(params, features, ids)
     hits = {"vanilla": losses_lib.hits(logits, ids, target)}
     rngs = jax.random.split(rule_rng, ids.shape[:2])
     for name, (rule, num_keep) in num_keep_of.items():
       over_questions = jax.vmap(rule, in_axes=(0, None, 0))
       index = jax.vmap(over_questions)(rngs, features, batch["decisive"])
       valid = jnp.ones((*ids.shape[:2], num_keep), bool)
-      logits = losses_lib.pruned_logits(
-        model, params, prompts, features, ids, index, valid
-      )
+      logits = prompts.pruned_logits(params, features, ids, index, valid)
       hits[name] = losses_lib.hits(logits, ids, target)
     return hits
 
-  return jax.jit(_over_clips(probe, mesh, split_from=2, out_split=True))
+  specs = (P(), P(), P("data"))
+  return jax.jit(mesh_lib.map_over_data(probe, mesh, specs, P("data")))
 
 
 def probe_rules(num_video):
   """Random and decisive-first keeping at 10 % and 5 %, for progress lines."""
 
-  def random_rule(num_keep):
-    def rule(rng, features, decisive):
-      del features, decisive
-      return jnp.sort(
-        jax.random.choice(rng, num_video, (num_keep,), replace=False)
-      )
+  def random(num_keep, rng, unused_features, unused_decisive):
+    return jnp.sort(
+      jax.random.choice(rng, num_video, (num_keep,), replace=False)
+    )
 
-    return rule, num_keep
-
-  def decisive_rule(num_keep):
-    def rule(rng, features, decisive):
-      del features
-      index, _ = losses_lib.random_subsets(
-        rng,
-        decisive[None, None],
-        jnp.full((1, 1), num_keep),
-        jnp.zeros((1, 1, num_video)),
-        num_keep=num_keep,
-      )
-      return index[0, 0]
-
-    return rule, num_keep
+  def decisive_first(num_keep, rng, unused_features, decisive):
+    index, _ = losses_lib.random_subsets(
+      rng,
+      decisive[None, None],
+      jnp.full((1, 1), num_keep),
+      jnp.zeros((1, 1, num_video)),
+      num_keep=num_keep,
+    )
+    return index[0, 0]
 
   tenth, twentieth = num_video // 10, num_video // 20
   return {
-    "random_0.10": random_rule(tenth),
-    "decisive_0.10": decisive_rule(tenth),
-    "decisive_0.05": decisive_rule(twentieth),
+    "random_0.10": (functools.partial(random, tenth), tenth),
+    "decisive_0.10": (functools.partial(decisive_first, tenth), tenth),
+    "decisive_0.05": (functools.partial(decisive_first, twentieth), twentieth),
   }
 
 
@@ -286,7 +263,7 @@ def held_out(config: packing.PackingConfig, variant: str, num_clips: int):
 
 
 def train(model, tokenizer_file, config, *, on_metrics, on_probe):
-  """Pretrains a model and returns its parameters and the last probe.
+  """Pretrains a model; `UserError` if the loss is not finite.
 
   Args:
     model: `models.video_llm.VideoLLM`.
@@ -295,9 +272,6 @@ def train(model, tokenizer_file, config, *, on_metrics, on_probe):
     on_metrics: called with (step, {name: value}) every config.log_every steps.
     on_probe: called with (step, params, {variant: {rule: accuracy}}) every
       config.probe_every steps and at the end.
-
-  Raises:
-    UserError: the loss is not finite.
   """
   pack = packing.PackingConfig(
     tokenizer_file=str(tokenizer_file),
@@ -307,31 +281,28 @@ def train(model, tokenizer_file, config, *, on_metrics, on_probe):
   )
   tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_file))
   word_ids = losses_lib.word_ids(tokenizer)
-  prompts = losses_lib.PackedPrompts(
+  prompts = packed.PackedPrompts(
+    model,
     tokenizer.encode(packing.PREFIX, add_special_tokens=False).ids,
     world.NUM_TOKENS,
     pack.questions_per_clip,
     pack.question_length,
   )
-  mesh = jax.make_mesh(
-    (jax.device_count(),),
-    ("data",),
-    axis_types=(jax.sharding.AxisType.Auto,),
-  )
-  split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  mesh = mesh_lib.make_mesh()
+  split = jax.sharding.NamedSharding(mesh, P("data"))
+  whole = jax.sharding.NamedSharding(mesh, P())
   tx, schedule = make_tx(config)
   params = init_params(jax.random.key(config.seed), model)
   params = jax.device_put(params, whole)
   # Placed as `update` returns it, or that would compile a second time.
   opt_state = jax.device_put(jax.jit(tx.init)(params), whole)
-  update = make_update(model, prompts, tx, config, word_ids, mesh)
-  probe = make_probe(model, prompts, probe_rules(world.NUM_TOKENS), mesh)
+  update = make_update(prompts, tx, config, word_ids, mesh)
+  probe = make_probe(prompts, probe_rules(world.NUM_TOKENS), mesh)
   tests = {
     name: jax.device_put(held_out(pack, name, config.probe_clips), split)
     for name in world.VARIANTS
   }
-  start, seen, rows = time.time(), 0, {}
+  start, seen = time.time(), 0
   stream = packing.batches(pack, first_step=0, num_workers=config.num_workers)
   for step, batch in enumerate(stream, start=1):
     params, opt_state, metrics = update(
@@ -350,10 +321,11 @@ def train(model, tokenizer_file, config, *, on_metrics, on_probe):
       values |= {"lr": float(schedule(step - 1)), "steps_per_second": rate}
       on_metrics(step, values)
     if step % config.probe_every == 0 or last:
-      rows = {}
-      for name, held in tests.items():
-        hits = probe(params["model"], jax.random.key(1), held)
-        hits = {rule: np.asarray(h) for rule, h in hits.items()}
-        rows[name] = summarise(hits, np.asarray(held["kind"]))
+      rows = {
+        name: summarise(
+          jax.device_get(probe(params["model"], jax.random.key(1), held)),
+          np.asarray(held["kind"]),
+        )
+        for name, held in tests.items()
+      }
       on_probe(step, params["model"], rows)
-  return params["model"], rows

@@ -6,6 +6,7 @@ which of four comes "after" or "before" a named one ("order"), and "count". A
 question is only asked of objects that its words single out in the whole clip.
 """
 
+import collections
 import dataclasses
 from collections.abc import Callable, Sequence
 
@@ -15,6 +16,8 @@ from cacovid_jax.synthetic import world
 
 LETTERS = "ABCD"
 PLACES = ("top left", "top right", "bottom left", "bottom right")
+# Of each attribute.
+_WORDS = (world.COLOR_NAMES, world.PATTERNS, world.SHAPES)
 # Sampled frames between two first appearances, at least, for their order to
 # be asked.
 _ORDER_GAP = 2
@@ -54,10 +57,9 @@ class _Facts:
     self.keys = [tuple(int(v) for v in row) for row in scene.attributes]
     self.groups = {}
     for parts in ((0, 1, 2), (0, 1), (0, 2), (1, 2)):
-      table: dict[tuple[int, ...], list[int]] = {}
+      self.groups[parts] = table = collections.defaultdict(list)
       for obj, key in enumerate(self.keys):
-        table.setdefault(tuple(key[p] for p in parts), []).append(obj)
-      self.groups[parts] = table
+        table[tuple(key[p] for p in parts)].append(obj)
 
   def unique(self, parts: tuple[int, ...]) -> list[int]:
     """Objects singled out by these attributes alone."""
@@ -65,15 +67,18 @@ class _Facts:
 
   def name(self, obj: int, parts: Sequence[int] = (0, 1, 2)) -> str:
     key = self.keys[obj]
-    words = {
-      0: world.COLOR_NAMES[key[0]],
-      1: world.PATTERNS[key[1]],
-      2: world.SHAPES[key[2]],
-    }
-    return " ".join(words[part] for part in sorted(parts))
+    return " ".join(_WORDS[part][key[part]] for part in sorted(parts))
 
   def onset(self, obj: int) -> int:
     return int(self.scene.life[obj, 0])
+
+
+def place_of(scene: world.Scene, obj: int) -> tuple[str, float]:
+  """Returns where an object is, and its cells to the nearer middle line."""
+  middle = (world.NUM_ROWS - 1) / 2
+  x, y = scene.path[obj].mean(0) / world.CELL - 0.5
+  name = PLACES[2 * int(y > middle) + int(x > middle)]
+  return name, min(abs(x - middle), abs(y - middle))
 
 
 def _pick(rng, items):
@@ -81,7 +86,7 @@ def _pick(rng, items):
 
 
 def _shuffled(rng, right, wrong, **fields):
-  """Builds a question whose options are shuffled."""
+  """Returns a question whose options are shuffled."""
   options = [right, *wrong]
   order = rng.permutation(len(options))
   return SceneQuestion(
@@ -97,7 +102,7 @@ def _attribute(rng, facts):
   obj = _pick(rng, facts.unique(parts))
   if obj is None:
     return None
-  values = (world.COLOR_NAMES, world.PATTERNS, world.SHAPES)[asked]
+  values = _WORDS[asked]
   right = values[facts.keys[obj][asked]]
   wrong = [value for value in values if value != right]
   wrong = [wrong[i] for i in rng.permutation(len(wrong))[:3]]
@@ -113,14 +118,9 @@ def _attribute(rng, facts):
 
 
 def _where(rng, facts):
-  scene = facts.scene
-  middle = (world.NUM_ROWS - 1) / 2
-
   def place(obj):
-    x, y = scene.path[obj].mean(0) / world.CELL - 0.5
-    if min(abs(x - middle), abs(y - middle)) < 0.6:
-      return None
-    return PLACES[2 * int(y > middle) + int(x > middle)]
+    name, distance = place_of(facts.scene, obj)
+    return None if distance < 0.6 else name
 
   obj = _pick(rng, [o for o in facts.unique((0, 1, 2)) if place(o)])
   if obj is None:
@@ -136,33 +136,38 @@ def _where(rng, facts):
   )
 
 
-def _first(rng, facts):
+def _in_any_order(rng, facts):
+  """Returns the objects that all three attributes single out, shuffled."""
   named = facts.unique((0, 1, 2))
-  named = [named[i] for i in rng.permutation(len(named))]
-  if not named:
-    return None
+  return [named[i] for i in rng.permutation(len(named))]
+
+
+def _of_names(rng, facts, right, wrong, about=(), **fields):
+  """Returns a question whose options are objects."""
+  return _shuffled(
+    rng,
+    facts.name(right),
+    [facts.name(obj) for obj in wrong],
+    objects=(*about, right, *wrong),
+    **fields,
+  )
+
+
+def _first(rng, facts):
+  named = _in_any_order(rng, facts)
   # Any object may be the first of four: its rivals are drawn after it.
   for obj in named[:4]:
-    later = [
-      o for o in named if facts.onset(o) >= facts.onset(obj) + _ORDER_GAP
-    ]
+    soonest = facts.onset(obj) + _ORDER_GAP
+    later = [o for o in named if facts.onset(o) >= soonest]
     if len(later) >= 3:
-      later = later[:3]
-      return _shuffled(
-        rng,
-        facts.name(obj),
-        [facts.name(o) for o in later],
-        kind="first",
-        text="Which of these appears first?",
-        objects=(obj, *later),
-      )
+      text = "Which of these appears first?"
+      return _of_names(rng, facts, obj, later[:3], kind="first", text=text)
   return None
 
 
 def _order(rng, facts):
   after = bool(rng.integers(2))
-  named = facts.unique((0, 1, 2))
-  named = [named[i] for i in rng.permutation(len(named))]
+  named = _in_any_order(rng, facts)
   for obj in named[:4]:
     onset = facts.onset(obj)
     later = [o for o in named if facts.onset(o) >= onset + _ORDER_GAP]
@@ -170,13 +175,9 @@ def _order(rng, facts):
     right, wrong = (later, earlier) if after else (earlier, later)
     if right and len(wrong) >= 3:
       word = "after" if after else "before"
-      return _shuffled(
-        rng,
-        facts.name(right[0]),
-        [facts.name(o) for o in wrong[:3]],
-        kind="order",
-        text=f"Which of these appears {word} the {facts.name(obj)}?",
-        objects=(obj, right[0], *wrong[:3]),
+      text = f"Which of these appears {word} the {facts.name(obj)}?"
+      return _of_names(
+        rng, facts, right[0], wrong[:3], (obj,), kind="order", text=text
       )
   return None
 

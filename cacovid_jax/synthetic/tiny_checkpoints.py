@@ -45,9 +45,7 @@ _QWEN_TOKENS = (
 )
 # Items in the order given, a clip between its two marks; a plain string is
 # taken as it is.
-_QWEN_TEMPLATE = """\
-{%- for message in messages -%}
-{{- '<|im_start|>' + message['role'] + '\\n' -}}
+_QWEN_CONTENT = """\
 {%- if message['content'] is string -%}
 {{- message['content'] -}}
 {%- else -%}
@@ -59,25 +57,21 @@ _QWEN_TEMPLATE = """\
 {%- endif -%}
 {%- endfor -%}
 {%- endif -%}
-{{- '<|im_end|>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- '<|im_start|>assistant\\n' -}}
-{%- endif -%}
 """
+_QWEN_TEMPLATE = (
+  tokenizer_training.TURN + _QWEN_CONTENT + tokenizer_training.END
+)
 # Of the tokenizer, as Qwen2's: plain strings only, and a default system turn.
-_TOKENIZER_TEMPLATE = """\
+_TOKENIZER_TEMPLATE = (
+  """\
 {%- if messages[0]['role'] != 'system' -%}
 {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
 {%- endif -%}
 {%- for message in messages -%}
 {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] -}}
-{{- '<|im_end|>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- '<|im_start|>assistant\\n' -}}
-{%- endif -%}
 """
+  + tokenizer_training.END
+)
 
 _SHARD_BYTES = 4 * 10**9
 # Last linear maps of the branches of decoder, SigLIP and Qwen2.5-VL's tower.
@@ -86,14 +80,8 @@ _INTO_RESIDUAL = ("o_proj", "down_proj", "out_proj", "fc2", "proj")
 _EOS_ID, _PAD_ID = 151645, 151643
 
 
-def write_tiny(directory, family: str, seed: int = 0) -> None:
-  """Writes a checkpoint directory, float32.
-
-  Args:
-    directory: made if it does not exist; one that holds files is refused.
-    family: one of `FAMILIES`.
-    seed: of the weights.
-  """
+def write_tiny(directory, family: str) -> None:
+  """Writes a float32 checkpoint of a family; a folder with files is refused."""
   if family not in FAMILIES:
     raise errors.UserError(
       f"no tiny checkpoint of {family!r}; there are {', '.join(FAMILIES)}"
@@ -115,7 +103,7 @@ def write_tiny(directory, family: str, seed: int = 0) -> None:
   checkpoints.save(
     directory,
     model.config,
-    jax.jit(model.init)(jax.random.key(seed)),
+    jax.jit(model.init)(jax.random.key(0)),
     eos_ids=tokenizer.eos_ids,
     pad_id=tokenizer.pad_id,
   )
@@ -132,16 +120,15 @@ def _llava_onevision(directory):
     image_size=vision.image_size,
     patch_size=vision.patch_size,
   )
-  name = "tokenizer_config.json"
-  described = checkpoints.read_json(os.path.join(directory, name))
+  path = os.path.join(directory, "tokenizer_config.json")
+  described = checkpoints.read_json(path)
   described["chat_template"] = _TOKENIZER_TEMPLATE
-  files.write_json(os.path.join(directory, name), described)
-  config = dataclasses.replace(
-    base,
-    vision=vision,
-    text=_text(base.text, tokenizer),
-    image_token_id=tokenizer.token_to_id("<image>"),
-    video_token_id=tokenizer.token_to_id("<video>"),
+  files.write_json(path, described)
+  config = _with_ids(
+    dataclasses.replace(base, vision=vision),
+    tokenizer,
+    image_token_id="<image>",
+    video_token_id="<video>",
   )
   return llava_onevision.LlavaOnevisionModel(config)
 
@@ -151,7 +138,6 @@ def _qwen2_5_vl(directory):
   base = qwen2_5_vl.Qwen2_5VLConfig.tiny()
   tokenizer = tokenizer_training.learn(_TEXTS, _VOCABULARY, _QWEN_TOKENS)
   tokenizer.save(os.path.join(directory, "tokenizer.json"))
-  vision = base.vision
   processor = processors.Qwen2_5VLProcessor.tiny()
   described = {
     "tokenizer_config.json": {
@@ -163,9 +149,9 @@ def _qwen2_5_vl(directory):
     },
     "chat_template.json": {"chat_template": _QWEN_TEMPLATE},
     "preprocessor_config.json": {
-      "patch_size": vision.patch_size,
-      "temporal_patch_size": vision.temporal_patch_size,
-      "merge_size": vision.merge_size,
+      "patch_size": base.vision.patch_size,
+      "temporal_patch_size": base.vision.temporal_patch_size,
+      "merge_size": base.vision.merge_size,
       "min_pixels": processor.min_pixels,
       "max_pixels": processor.max_pixels,
       "image_mean": list(processor.mean),
@@ -174,21 +160,23 @@ def _qwen2_5_vl(directory):
   }
   for name, entry in described.items():
     files.write_json(os.path.join(directory, name), entry)
-  config = dataclasses.replace(
+  config = _with_ids(
     base,
-    text=_text(base.text, tokenizer),
-    image_token_id=tokenizer.token_to_id("<|image_pad|>"),
-    video_token_id=tokenizer.token_to_id("<|video_pad|>"),
-    vision_start_token_id=tokenizer.token_to_id("<|vision_start|>"),
-    vision_end_token_id=tokenizer.token_to_id("<|vision_end|>"),
+    tokenizer,
+    image_token_id="<|image_pad|>",
+    video_token_id="<|video_pad|>",
+    vision_start_token_id="<|vision_start|>",
+    vision_end_token_id="<|vision_end|>",
   )
   return qwen2_5_vl.Qwen2_5VLModel(config)
 
 
-def _text(base, tokenizer):
-  """Returns a decoder with the tokenizer's ids and room for long prompts."""
+def _with_ids(base, tokenizer, **tokens: str):
+  """Returns a config with the tokenizer's ids and room for long prompts."""
   size = tokenizer.get_vocab_size(with_added_tokens=True)
-  return dataclasses.replace(base, vocab_size=size, max_positions=8192)
+  text = dataclasses.replace(base.text, vocab_size=size, max_positions=8192)
+  ids = {name: tokenizer.token_to_id(token) for name, token in tokens.items()}
+  return dataclasses.replace(base, text=text, **ids)
 
 
 def write_random(directory, config, seed=0):
@@ -201,12 +189,7 @@ def write_random(directory, config, seed=0):
   as large, and projections back into a stream are 16 times smaller. (With equal
   sizes everywhere, bfloat16 moves logits by as much as the best two of 152 000
   are apart: two kernels of one library choose otherwise at one position in
-  twenty-five.)
-
-  Args:
-    directory: made if it does not exist; earlier weights are replaced.
-    config: of the model.
-    seed: of the weights.
+  twenty-five.) Earlier weights in the folder are replaced.
   """
   rng = np.random.default_rng(seed)
   dtype = np.dtype(ml_dtypes.bfloat16)

@@ -8,6 +8,7 @@ own config.json, generation_config.json and weights is written.
 
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 
 import tokenizers
@@ -30,10 +31,20 @@ _PATTERN = (
   r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# Videos come before text, no system turn; a plain string is taken as it is.
-CHAT_TEMPLATE = """\
+# A turn's start, and what comes behind its content.
+TURN = """\
 {%- for message in messages -%}
 {{- '<|im_start|>' + message['role'] + '\\n' -}}
+"""
+END = """\
+{{- '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}
+"""
+# Videos come before text, no system turn; a plain string is taken as it is.
+_CONTENT = """\
 {%- if message['content'] is string -%}
 {{- message['content'] -}}
 {%- else -%}
@@ -47,12 +58,8 @@ CHAT_TEMPLATE = """\
 {{- item['text'] -}}
 {%- endfor -%}
 {%- endif -%}
-{{- '<|im_end|>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- '<|im_start|>assistant\\n' -}}
-{%- endif -%}
 """
+CHAT_TEMPLATE = TURN + _CONTENT + END
 
 
 def train(
@@ -60,7 +67,6 @@ def train(
   vocab_size: int,
   directory,
   *,
-  special_tokens=SPECIAL_TOKENS,
   image_size: int = 112,
   patch_size: int = 8,
   max_length: int = 32_768,
@@ -69,11 +75,9 @@ def train(
   """Trains a tokenizer and writes its files into `directory`.
 
   Args:
-    texts: the corpus, in any order; special tokens in it (of rendered prompts,
-      say) are left out of the merges.
-    vocab_size: most ids, special tokens included; at least 256 bytes + those.
+    texts: see `learn`.
+    vocab_size: see `learn`.
     directory: made if it does not exist.
-    special_tokens: they get the last ids, in this order.
     image_size: S, pixels of a frame's side for the processor files.
     patch_size: pixels of a patch's side; the processor derives the number of
       video tokens from the (S / patch_size)² patches of a frame.
@@ -84,21 +88,35 @@ def train(
   Returns:
     The trained tokenizer.
   """
-  tokenizer = learn(texts, vocab_size, special_tokens)
+  tokenizer = learn(texts, vocab_size, SPECIAL_TOKENS)
   os.makedirs(directory, exist_ok=True)
   tokenizer.save(os.path.join(directory, "tokenizer.json"))
-  for name, content in _files(
-    tokenizer, special_tokens, image_size, patch_size, max_length, num_frames
-  ).items():
+  entries = {
+    **_tokenizer_files(tokenizer, max_length),
+    **_processor_files(image_size, patch_size, num_frames),
+  }
+  texts = {
+    name: json.dumps(entry, indent=2, sort_keys=True) + "\n"
+    for name, entry in entries.items()
+  }
+  texts["chat_template.jinja"] = CHAT_TEMPLATE
+  for name, text in texts.items():
     with open(os.path.join(directory, name), "w", encoding="utf-8") as f:
-      f.write(content)
+      f.write(text)
   return tokenizer
 
 
 def learn(
   texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str]
 ) -> tokenizers.Tokenizer:
-  """Returns a tokenizer of a corpus, unwritten; arguments as of `train`."""
+  """Returns a tokenizer of a corpus.
+
+  Args:
+    texts: the corpus, in any order; special tokens in it (of rendered prompts,
+      say) are left out of the merges.
+    vocab_size: most ids, special tokens included; at least 256 bytes + those.
+    special_tokens: they get the last ids, in this order.
+  """
   needed = 256 + len(special_tokens)
   if vocab_size < needed:
     raise errors.UserError(
@@ -118,9 +136,10 @@ def learn(
     initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     show_progress=False,
   )
+  marks = re.compile("|".join(map(re.escape, special_tokens)))
   # Sorted, so that merges of equal count do not depend on the texts' order.
   tokenizer.train_from_iterator(
-    sorted(_without(text, special_tokens) for text in texts), trainer
+    sorted(marks.sub("\n", text) for text in texts), trainer
   )
   tokenizer.add_special_tokens(
     [
@@ -131,53 +150,41 @@ def learn(
   return tokenizer
 
 
-def _without(text: str, special_tokens) -> str:
-  for token in special_tokens:
-    text = text.replace(token, "\n")
-  return text
-
-
-def _files(
-  tokenizer, special_tokens, image_size, patch_size, max_length, num_frames
-):
-  """Returns the text of every file beside tokenizer.json."""
-  names = {
-    "pad_token": "<|endoftext|>",
-    "eos_token": "<|im_end|>",
-    "image_token": "<image>",
-    "video_token": "<video>",
-  }
-  names = {
-    key: token for key, token in names.items() if token in special_tokens
-  }
-  standard = {
-    key: names[key] for key in ("pad_token", "eos_token") if key in names
-  }
+def _tokenizer_files(tokenizer, max_length: int) -> dict[str, dict]:
+  standard = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+  flags = ("lstrip", "normalized", "rstrip", "single_word")
   added = {
     str(tokenizer.token_to_id(token)): {
       "content": token,
-      "lstrip": False,
-      "normalized": False,
-      "rstrip": False,
-      "single_word": False,
       "special": True,
+      **dict.fromkeys(flags, False),
     }
-    for token in special_tokens
+    for token in SPECIAL_TOKENS
   }
-  # This class reads tokenizer.json as it stands, in every release.
-  tokenizer_config = {
+  config = {
+    # This class reads tokenizer.json as it stands, in every release.
     "tokenizer_class": "PreTrainedTokenizerFast",
     "model_max_length": max_length,
     "clean_up_tokenization_spaces": False,
     "padding_side": "left",
     "added_tokens_decoder": added,
     "additional_special_tokens": [
-      token for token in special_tokens if token not in standard.values()
+      token for token in SPECIAL_TOKENS if token not in standard.values()
     ],
     "chat_template": CHAT_TEMPLATE,
     **standard,
   }
+  return {
+    "tokenizer_config.json": config,
+    "special_tokens_map.json": standard,
+    "chat_template.json": {"chat_template": CHAT_TEMPLATE},
+  }
+
+
+def _processor_files(image_size, patch_size, num_frames) -> dict[str, dict]:
+  common = {"processor_class": "LlavaOnevisionProcessor"}
   pixels = {
+    **common,
     "do_convert_rgb": True,
     "do_normalize": True,
     "do_rescale": True,
@@ -193,32 +200,19 @@ def _files(
     "do_pad": True,
     "image_grid_pinpoints": [[image_size, image_size]],
     "image_processor_type": "LlavaOnevisionImageProcessor",
-    "processor_class": "LlavaOnevisionProcessor",
   }
-  video = {
-    **pixels,
-    "processor_class": "LlavaOnevisionProcessor",
-    "video_processor_type": "LlavaOnevisionVideoProcessor",
-  }
+  video = {**pixels, "video_processor_type": "LlavaOnevisionVideoProcessor"}
   if num_frames is not None:
     video["num_frames"] = num_frames
   processor = {
+    **common,
     "image_token": "<image>",
     "video_token": "<video>",
     "num_image_tokens": (image_size // patch_size) ** 2,
-    "processor_class": "LlavaOnevisionProcessor",
     "vision_feature_select_strategy": "full",
   }
-  entries = {
-    "tokenizer_config.json": tokenizer_config,
-    "special_tokens_map.json": standard,
+  return {
     "preprocessor_config.json": image,
     "video_preprocessor_config.json": video,
     "processor_config.json": processor,
-    "chat_template.json": {"chat_template": CHAT_TEMPLATE},
   }
-  texts = {
-    name: json.dumps(entry, indent=2, sort_keys=True) + "\n"
-    for name, entry in entries.items()
-  }
-  return texts | {"chat_template.jinja": CHAT_TEMPLATE}

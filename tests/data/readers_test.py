@@ -9,10 +9,9 @@ import pytest
 
 from cacovid_jax import errors
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.data import readers
-from cacovid_jax.data import tokenizer as tokenizer_lib
+from cacovid_jax.data import readers, wording
 
-HINT = tokenizer_lib.HINTS["multiple choice"]
+HINT = wording.HINTS["multiple choice"]
 R1 = {
   "problem_id": 41,
   "problem": "What does the man pick up first?",
@@ -99,7 +98,7 @@ def test_the_types_without_options(tmp_path, problem_type, solution, answer):
   }
   (got,) = readers.read_video_r1(_json(tmp_path, row))
   assert (got.answer, got.options) == (answer, ())
-  assert got.prompt == f"{R1['problem']}\n{tokenizer_lib.HINTS[problem_type]}"
+  assert got.prompt == f"{R1['problem']}\n{wording.HINTS[problem_type]}"
 
 
 def test_options_without_letters_get_them(tmp_path):
@@ -249,9 +248,7 @@ def test_a_row_of_videomme(tmp_path):
     category="Counting Problem",
     groups=(("domain", "Knowledge"), ("sub_category", "Astronomy")),
     source="videomme",
-    prompt=tokenizer_lib.videomme_prompt(
-      VIDEOMME["question"], VIDEOMME["options"]
-    ),
+    prompt=wording.videomme_prompt(VIDEOMME["question"], VIDEOMME["options"]),
   )
 
 

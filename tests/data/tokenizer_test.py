@@ -9,6 +9,7 @@ import pytest
 from cacovid_jax import errors
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import tokenizer as tokenizer_lib
+from cacovid_jax.data import wording
 
 from . import tokenizers_for_tests as toks
 
@@ -320,7 +321,7 @@ def test_a_prompt_longer_than_the_model_takes(tmp_path):
 
 def test_hints_are_those_of_the_public_trainer():
   number = " Please provide the numerical value (e.g., 42 or 3.14)."
-  assert tokenizer_lib.HINTS == {
+  assert wording.HINTS == {
     "multiple choice": " Please provide only the single option letter (e.g.,"
     " A, B, C, D, etc.).",
     "numerical": number,
@@ -332,22 +333,22 @@ def test_hints_are_those_of_the_public_trainer():
 
 
 def test_options_are_added_only_where_the_problem_lacks_them():
-  hint = tokenizer_lib.HINTS["multiple choice"]
+  hint = wording.HINTS["multiple choice"]
   options = ["A. red", "B. blue"]
   assert (
-    tokenizer_lib.training_prompt("Which?", options, "multiple choice")
+    wording.training_prompt("Which?", options, "multiple choice")
     == f"Which?\nA. red\nB. blue\n{hint}"
   )
   whole = "Which?\nA. red\nB. blue"
   assert (
-    tokenizer_lib.training_prompt(whole, options, "multiple choice")
+    wording.training_prompt(whole, options, "multiple choice")
     == f"{whole}\n{hint}"
   )
-  assert tokenizer_lib.letter_options(["red", "blue"]) == options
+  assert wording.letter_options(["red", "blue"]) == options
 
 
 def test_videomme_prompt_is_the_official_string():
-  assert tokenizer_lib.videomme_prompt("How many?", ["A. One.", "B. Two."]) == (
+  assert wording.videomme_prompt("How many?", ["A. One.", "B. Two."]) == (
     "Select the best answer to the following multiple-choice question based on"
     " the video and the subtitles. Respond with only the letter (A, B, C, or"
     " D) of the correct option.\nHow many?\nA. One.\nB. Two.\n\nAnswer with"

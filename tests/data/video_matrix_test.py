@@ -136,13 +136,13 @@ MATRIX = [
 @pytest.fixture
 def decodes(monkeypatch):
   """Returns a list with an entry for each decode of a whole clip."""
-  whole, seen = video._Reader._whole, []
+  whole, seen = video._Reader.whole, []
 
   def count(self, index):
     seen.append(self.path)
     return whole(self, index)
 
-  monkeypatch.setattr(video._Reader, "_whole", count)
+  monkeypatch.setattr(video._Reader, "whole", count)
   return seen
 
 

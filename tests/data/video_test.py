@@ -9,17 +9,16 @@ import numpy as np
 import pytest
 
 from cacovid_jax import errors
-from cacovid_jax.data import (
-  clip_index,
-  frames,
-  video,
-  video_process,
-)
+from cacovid_jax.data import clip_index, frames, video
 from cacovid_jax.models import processors
 
 from . import clips
 
 WANTED = [0, 3, 3, 7, 8, 9, 17, 23]
+
+
+def _to(size):
+  return functools.partial(frames.resize_frame, size=size)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +69,7 @@ def test_sequential_fallback_gives_the_same_frames(folder, monkeypatch):
 def test_a_wrong_seek_index_falls_back_to_counting(folder, monkeypatch):
   # Keyframes that are none: the seek lands on an earlier one, or beyond.
   of_packets = clip_index.ClipIndex.of_packets
-  whole = video._Reader._whole
+  whole = video._Reader.whole
   decoded = []
 
   def wrong(*args, **options):
@@ -84,7 +83,7 @@ def test_a_wrong_seek_index_falls_back_to_counting(folder, monkeypatch):
     return whole(self, index)
 
   monkeypatch.setattr(clip_index.ClipIndex, "of_packets", wrong)
-  monkeypatch.setattr(video._Reader, "_whole", count)
+  monkeypatch.setattr(video._Reader, "whole", count)
   got = video.read_frames(folder / "plain.mp4", WANTED)
   assert clips.numbers(got) == WANTED and len(decoded) == 1
 
@@ -190,7 +189,7 @@ def test_4k_frames_are_decoded_and_resized_one_by_one(folder):
   path = clips.write(folder / "4k.mp4", 4, width=3840, height=2160)
   got = video.probe(path)
   assert (got.width, got.height, got.warnings) == (3840, 2160, ())
-  clip = video.decode(path, lambda n, s: [0, 1, 3], size=64)
+  clip = video.decode(path, lambda n, s: [0, 1, 3], resize=_to(64))
   assert clip.frames.shape == (3, 64, 64, 3)
   assert clips.numbers(clip.frames) == [0, 1, 3]
   config = processors.Qwen2_5VLProcessor(
@@ -217,12 +216,14 @@ def test_a_system_without_threads_is_not_taken_for_a_bad_clip(folder):
 
   with video._Reader(folder / "plain.mp4", video.Limits()) as reader:
     with pytest.raises(errors.UserError, match="run fewer processes") as caught:
-      reader._upright(Picture(), None)
+      reader.upright(Picture())
   assert not isinstance(caught.value, video.VideoError)
 
 
 def test_frames_are_resized_while_decoding(folder):
-  clip = video.decode(folder / "plain.mp4", lambda n, s: [0, n - 1], size=32)
+  clip = video.decode(
+    folder / "plain.mp4", lambda n, s: [0, n - 1], resize=_to(32)
+  )
   assert clip.frames.shape == (2, 32, 32, 3)
   assert clip.num_frames == 24 and clip.replaced == 0
 
@@ -380,7 +381,7 @@ def test_damaged_bytes_give_frames_or_a_typed_error(folder):
       clip = video.decode(
         bytes(damaged),
         lambda n, s: [0, n - 1],
-        size=32,
+        resize=_to(32),
         limits=video.Limits(timeout_s=20.0, max_pixels=2**22),
       )
       assert clip.frames.shape == (2, 32, 32, 3)
@@ -388,36 +389,3 @@ def test_damaged_bytes_give_frames_or_a_typed_error(folder):
     except video.VideoError as error:
       outcomes.add(error.reason)
   assert "frames" in outcomes and len(outcomes) > 1
-
-
-class _Rule:
-  """Picks the first frame; or waits, or ends the process that decodes."""
-
-  def __init__(self, deed=None):
-    self.deed = deed
-
-  def __call__(self, num_frames, seconds):
-    if self.deed == "wait":
-      import time
-
-      time.sleep(60)
-    if self.deed == "die":
-      os._exit(1)
-    return [0]
-
-
-def test_a_decoder_that_hangs_or_dies_is_replaced(folder, monkeypatch):
-  monkeypatch.setattr(video_process, "_GRACE_S", 0.2)
-  decoder = video_process.IsolatedDecoder()
-  path = folder / "plain.mp4"
-  try:
-    assert clips.numbers(decoder(path, _Rule()).frames) == [0]
-    with pytest.raises(video.VideoError, match="missing"):
-      decoder(folder / "absent.mp4", _Rule())
-    with pytest.raises(video.VideoError, match="the decoder hung"):
-      decoder(path, _Rule("wait"), limits=video.Limits(timeout_s=0.3))
-    with pytest.raises(video.VideoError, match="the decoder died"):
-      decoder(path, _Rule("die"))
-    assert clips.numbers(decoder(path, _Rule(), size=64).frames) == [0]
-  finally:
-    decoder.close()

@@ -25,10 +25,8 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp("build") / "sparse"
   done = []
-  build.build(
-    CONFIG, folder, num_workers=1, on_clip=lambda *at: done.append(at)
-  )
-  assert done == [(i, 5) for i in range(1, 6)]
+  build.build(CONFIG, folder, num_workers=1, on_clip=done.append)
+  assert done == [1, 2, 3, 4, 5]
   return folder
 
 
@@ -120,11 +118,11 @@ def test_rows_ask_what_the_scene_of_their_clip_answers(folder):
 
 
 def test_first_clips_are_shared_by_larger_builds(folder):
-  rows = build.make_clip(CONFIG, "train", 0, str(folder))
+  rows = build.make_clip(CONFIG, str(folder), "train", 0)
   larger = build.BuildConfig(
     variant="sparse", seed=3, clips=(9, 9, 9, 9), questions_per_clip=2
   )
-  again = build.make_clip(larger, "train", 0, str(folder))
+  again = build.make_clip(larger, str(folder), "train", 0)
   assert [row["question"] for row in rows] == [row["question"] for row in again]
 
 

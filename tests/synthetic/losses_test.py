@@ -10,7 +10,7 @@ import pytest
 
 from cacovid_jax.models import llava_onevision, prompt_batch
 from cacovid_jax.policy import network
-from cacovid_jax.synthetic import losses, pretraining, world
+from cacovid_jax.synthetic import losses, packed, pretraining, world
 
 NUM_VIDEO, WIDTH, QUESTIONS, LENGTH = 64, 32, 3, 6
 PREFIX = (5, 6)
@@ -38,7 +38,7 @@ def inputs(seed=0, batch=2):
 
 
 def layout():
-  return losses.PackedPrompts(PREFIX, NUM_VIDEO, QUESTIONS, LENGTH)
+  return packed.PackedPrompts(tiny()[0], PREFIX, NUM_VIDEO, QUESTIONS, LENGTH)
 
 
 def whole_prompt(ids):
@@ -71,14 +71,14 @@ def separate():
 def test_packed_questions_are_answered_as_separate_prompts():
   model, params = tiny()
   features, ids = inputs()
-  packed = jax.jit(
-    lambda f, i: losses.packed_logits(model, params, layout(), f, i)
-  )(features, ids)
+  packed = jax.jit(lambda f, i: layout().full_logits(params, f, i))(
+    features, ids
+  )
   np.testing.assert_allclose(packed, separate(), atol=2e-5)
 
 
 def test_the_packed_mask_by_hand():
-  mask = losses.PackedPrompts((1,), 1, 2, 2).packed_mask()
+  mask = packed.PackedPrompts(None, (1,), 1, 2, 2).packed_mask()
   # Prefix, video token, newline; two questions of two tokens each.
   expected = """
     1......
@@ -91,7 +91,7 @@ def test_the_packed_mask_by_hand():
   """.split()
   found = ["".join("1" if seen else "." for seen in row) for row in mask]
   assert found == expected
-  positions = losses.PackedPrompts((1,), 1, 2, 2).packed_positions()
+  positions = packed.PackedPrompts(None, (1,), 1, 2, 2).packed_positions()
   assert positions.tolist() == [0, 1, 2, 3, 4, 3, 4]
 
 
@@ -99,9 +99,7 @@ def pruned(ids, index, valid):
   model, params = tiny()
   features, _ = inputs()
   return jax.jit(
-    lambda i, k, v: losses.pruned_logits(
-      model, params, layout(), features, i, k, v
-    )
+    lambda i, k, v: layout().pruned_logits(params, features, i, k, v)
   )(ids, index, valid)
 
 
@@ -154,7 +152,7 @@ def test_the_first_layer_reads_as_a_new_policy_does():
 
   @jax.jit
   def read(ids):
-    return losses.first_layer(model, params, layout(), features, ids, lengths)
+    return layout().first_layer(params, features, ids, lengths)
 
   policy = network.Policy.from_llm_config(model.config.text, num_halvings=1)
   layer = policy.init_from_llm(jax.random.key(0), params)

@@ -19,6 +19,7 @@ from tests.data import clips
 from tests.training import tiny
 
 RULE = frames.FrameRule(4)
+RESIZE = functools.partial(frames.resize_frame, size=32)
 
 
 def _rows(videos):
@@ -55,7 +56,7 @@ class Frames:
 
   def load(self, path):
     file = video.safe_path(str(self.root), path)
-    return video.decode(file, RULE, size=32).frames
+    return video.decode(file, RULE, resize=RESIZE).frames
 
 
 def _train(store, rows=GOOD, **options):
@@ -77,7 +78,7 @@ def test_a_step_holds_the_clips_of_its_questions(root):
   for questions, loaded in _train(Frames(root)):
     assert len(questions) == len(loaded) == 4
     for row, found in zip(questions, loaded, strict=True):
-      expected = video.decode(root / row.video, RULE, size=32).frames
+      expected = video.decode(root / row.video, RULE, resize=RESIZE).frames
       np.testing.assert_array_equal(found, expected)
 
 

@@ -12,9 +12,8 @@ from cacovid_jax.data.readers.mlvu import read_mlvu
 from cacovid_jax.data.readers.mvbench import read_mvbench
 from cacovid_jax.data.readers.nextqa import read_nextqa
 from cacovid_jax.data.readers.own import read_own
+from cacovid_jax.data.readers.tables import BadRow, Report
 from cacovid_jax.data.readers.validation import (
-  BadRow,
-  Report,
   check_media,
   find_missing,
   missing_error,

@@ -10,7 +10,8 @@ are left out and counted.
 import re
 
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.data.readers import validation
+from cacovid_jax.data import wording
+from cacovid_jax.data.readers import tables, validation
 
 DEV_TYPES = (
   "plotQA",
@@ -40,47 +41,7 @@ _ORIGINAL = ("video", "question", "question_type")
 _FIRST_OPTION = re.compile(r"\s*\(A\)")
 
 
-def read_mlvu(
-  paths,
-  root=None,
-  *,
-  types=DEV_TYPES,
-  most_options: int = 4,
-  on_bad_row: str = "raise",
-  report: validation.Report | None = None,
-) -> list[question_lib.Question]:
-  """Returns the multiple choice questions of MLVU files of either layout.
-
-  Args:
-    paths: one path, several joined by commas, or a sequence of paths.
-    root: media root; clips are looked for below it, in `video/`, and in
-      `video/` by the name of the JSON file.
-    types: the tasks that there are, `DEV_TYPES` or `TEST_TYPES`.
-    most_options: 4 in dev, 6 in test.
-    on_bad_row: "raise" or "skip".
-    report: filled with what was left out.
-  """
-  places = validation.Places(root, "{}", "video/{}", "videos/{}")
-
-  def parse(entry, name, row):
-    return _row(entry, name, row, places, types, most_options)
-
-  return validation.read_tables(
-    paths,
-    _required,
-    "MLVU",
-    parse,
-    on_bad_row=on_bad_row,
-    report=report,
-  )
-
-
-def prompt(question: str) -> str:
-  """Returns the user's text of a question that holds its options."""
-  return question + "\nOnly give the best option.\nBest option: ("
-
-
-def _required(columns) -> tuple[str, ...]:
+def _columns(columns) -> tuple[str, ...]:
   if "video_name" in columns:
     return _LMMS
   # The files of generation tasks have no candidates.
@@ -88,62 +49,58 @@ def _required(columns) -> tuple[str, ...]:
   return (*_ORIGINAL, *more)
 
 
-def _row(entry, name, row, places, types, most) -> question_lib.Question:
-  original = "video_name" not in entry
+def _question(
+  row: validation.Row, types=DEV_TYPES, most_options: int = 4
+) -> question_lib.Question:
+  """Returns the question of a row of either layout.
+
+  Of dev by default; test has `TEST_TYPES` and 6 options at most.
+  """
+  original = "video_name" not in row.entry
   field = "question_type" if original else "task_type"
-  kind = validation.text(entry, field)
+  kind = row.text(field)
   kind = _RENAMED.get(kind, kind)
   if kind in _GENERATION:
     raise validation.LeftOutError("generation tasks")
-  if kind not in types:
-    raise validation.RowError(
-      field, f"{kind[:40]!r} is none of {', '.join(types)}"
-    )
+  validation.check_one_of(kind, field, types)
   parse = _original if original else _lmms
-  question, shown, options = parse(entry, most)
+  question, shown, options = parse(row, most_options)
   if original:
-    folders = (name, name.partition("_")[2] or name)
-    place = places(
-      validation.text(entry, "video"),
-      *(f"video/{folder}/{{}}" for folder in folders),
-      field="video",
-    )
+    folders = (row.file, row.file.partition("_")[2] or row.file)
+    place = row.clip("video", *(f"video/{name}/{{}}" for name in folders))
   else:
-    place = places(validation.text(entry, "video_name"), field="video_name")
-  identity = f"{name}:{row}"
-  if entry.get("question_id") is not None:
-    identity = validation.identity(entry, "question_id")
+    place = row.clip("video_name")
+  identity = f"{row.file}:{row.number}"
+  if row.entry.get("question_id") is not None:
+    identity = row.identity("question_id")
   return question_lib.Question(
     id=identity,
     video=place,
     question=question,
     options=tuple(options),
-    answer=_answer(validation.text(entry, "answer"), options, by_text=original),
+    answer=_answer(row.text("answer"), options, by_text=original),
     category=kind,
     source="mlvu",
-    prompt=prompt(shown),
+    prompt=shown + "\nOnly give the best option.\nBest option: (",
   )
 
 
-def _original(entry, most) -> tuple[str, str, list[str]]:
+def _original(row: validation.Row, most: int) -> tuple[str, str, list[str]]:
   """Returns (question, the same with its options, options)."""
-  question = validation.text(entry, "question")
-  options = validation.choices(entry, "candidates", most=most)
-  lines = [
-    f"({letter}) {option}"
-    for letter, option in zip(question_lib.LETTERS, options, strict=False)
-  ]
+  question = row.text("question")
+  options = row.choices("candidates", most=most)
+  lines = wording.letter_options(options, "({}) {}")
   return question, "\n".join([question, *lines]), options
 
 
-def _lmms(entry, most) -> tuple[str, str, list[str]]:
+def _lmms(row: validation.Row, most: int) -> tuple[str, str, list[str]]:
   """As `_original`, of a question that holds its options."""
-  shown = validation.text(entry, "question")
-  if isinstance(entry.get("candidates"), list):
-    options = validation.choices(entry, "candidates", most=most)
+  shown = row.text("question")
+  if isinstance(row.entry.get("candidates"), list):
+    options = row.choices("candidates", most=most)
   else:
-    found = {"question": list(validation.inline_options(shown))}
-    options = validation.choices(found, "question", most=most)
+    found = validation.inline_options(shown)
+    options = validation.check_choices(found, "question", most)
   start = _FIRST_OPTION.search(shown)
   return shown[: start.start()] if start else shown, shown, options
 
@@ -155,3 +112,8 @@ def _answer(answer: str, options, *, by_text: bool) -> str:
   if len(answer.strip().strip("().")) == 1:
     return validation.letter(answer, options, "answer")
   raise validation.RowError("answer", f"{answer[:40]!r} is none of the options")
+
+
+read_mlvu = tables.Reader(
+  "MLVU", _columns, ("{}", "video/{}", "videos/{}"), _question
+)

@@ -9,7 +9,8 @@ import pathlib
 
 from cacovid_jax import errors
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.data.readers import validation
+from cacovid_jax.data import wording
+from cacovid_jax.data.readers import tables, validation
 
 _STAR = "star/Charades_segment"
 _CLEVRER = "clevrer/video_validation"
@@ -41,28 +42,17 @@ FOLDERS = {
 TASKS = tuple(FOLDERS)
 # Some archives unpack into a folder of their date.
 _DATED = "data0613/"
-_COLUMNS = ("video", "question", "candidates", "answer")
 
 
 def read_mvbench(
-  paths,
-  root=None,
-  *,
-  on_bad_row: str = "raise",
-  report: validation.Report | None = None,
+  paths, root=None, *, report: tables.Report | None = None, **options
 ) -> list[question_lib.Question]:
-  """Returns the questions of MVBench's files, one file for each task.
+  """Returns the questions of MVBench's files, one for each task.
 
-  Args:
-    paths: one path, several joined by commas, or a sequence of paths.
-    root: media root; clips are looked for in their task's folder below it.
-    on_bad_row: "raise" or "skip".
-    report: filled with what was left out, and the tasks that are missing.
+  As `tables.Reader`; the report tells the tasks that are missing, too.
   """
-  report = validation.Report() if report is None else report
-  found = {
-    pathlib.Path(path).stem: path for path in validation.split_paths(paths)
-  }
+  report = tables.Report() if report is None else report
+  found = {pathlib.Path(path).stem: path for path in tables.split_paths(paths)}
   if not found.keys() & FOLDERS.keys():
     raise errors.UserError(
       f"{', '.join(map(str, found.values()))}: no task of MVBench; its files"
@@ -71,45 +61,33 @@ def read_mvbench(
   report.missing += [task for task in TASKS if task not in found]
   for name in sorted(found.keys() - FOLDERS.keys()):
     report.left_out[f"{name}.json, no task of MVBench"] += 1
-  places = validation.Places(root)
-
-  def parse(entry, task, row):
-    return _row(entry, task, row, places)
-
-  return validation.read_tables(
-    [found[task] for task in TASKS if task in found],
-    _COLUMNS,
-    "MVBench",
-    parse,
-    on_bad_row=on_bad_row,
-    report=report,
-  )
+  files = [found[task] for task in TASKS if task in found]
+  return _READER(files, root, report=report, **options)
 
 
-def prompt(question: str, options) -> str:
-  """Returns the user's text; no space stands behind "Question:"."""
-  shown = "".join(
-    f"({letter}) {option}\n"
-    for letter, option in zip(question_lib.LETTERS, options, strict=False)
-  )
-  return f"Question:{question}\nOption:\n{shown}Only give the best option.\n"
-
-
-def _row(entry, task, row, places) -> question_lib.Question:
-  question = validation.text(entry, "question")
-  options = validation.choices(entry, "candidates", most=5)
-  folder = FOLDERS[task]
+def _question(row: validation.Row) -> question_lib.Question:
+  question = row.text("question")
+  options = row.choices("candidates", most=5)
+  folder = FOLDERS[row.file]
   patterns = [f"{folder}/{{}}", f"video/{folder}/{{}}"]
   if folder in (_STAR, _CLEVRER):
     patterns.insert(1, f"{_DATED}{folder}/{{}}")
-  answer = validation.text(entry, "answer")
+  answer = row.text("answer")
+  shown = wording.letter_options(options, "({}) {}\n")
   return question_lib.Question(
-    id=f"{task}:{row}",
-    video=places(validation.text(entry, "video"), *patterns, field="video"),
+    id=f"{row.file}:{row.number}",
+    video=row.clip("video", *patterns),
     question=question,
     options=tuple(options),
     answer=validation.letter_of(answer, options, "answer"),
-    category=task,
+    category=row.file,
     source="mvbench",
-    prompt=prompt(question, options),
+    # No space stands behind "Question:".
+    prompt=f"Question:{question}\nOption:\n{''.join(shown)}Only give the best"
+    " option.\n",
   )
+
+
+_READER = tables.Reader(
+  "MVBench", ("video", "question", "candidates", "answer"), (), _question
+)

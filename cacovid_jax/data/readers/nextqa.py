@@ -5,74 +5,39 @@ instruction, as in lmms-eval.
 """
 
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.data import tokenizer as tokenizer_lib
-from cacovid_jax.data.readers import validation
+from cacovid_jax.data import wording
+from cacovid_jax.data.readers import tables, validation
 
 _SLOTS = tuple(f"a{i}" for i in range(5))
-_COLUMNS = ("video", "question", "answer", "qid", "type", *_SLOTS)
-# Causal why and how; temporal next and current; descriptive location, count,
-# others, yes or no. "Previous" is counted with "next", as in the paper.
-_TYPES = ("CW", "CH", "TN", "TC", "DL", "DC", "DO", "DB")
+# "Previous" is counted with "next", as in the paper.
 _FOLDED = {"TP": "TN"}
+# Causal why and how; temporal next and current; descriptive location, count,
+# others, yes or no.
+_TYPES = ("CW", "CH", "TN", "TC", "DL", "DC", "DO", "DB", *_FOLDED)
 
 
-def read_nextqa(
-  paths,
-  root=None,
-  *,
-  on_bad_row: str = "raise",
-  report: validation.Report | None = None,
-) -> list[question_lib.Question]:
-  """Returns the multiple choice questions of NExT-QA.
-
-  Args:
-    paths: one path, several joined by commas, or a sequence of paths.
-    root: media root; clips are looked for in `NExTVideo/` below it.
-    on_bad_row: "raise" or "skip".
-    report: filled with what was left out.
-  """
-  places = validation.Places(
-    root, "NExTVideo/{}.mp4", "videos/{}.mp4", "{}.mp4"
-  )
-
-  def parse(entry, unused_name, unused_row):
-    return _row(entry, places)
-
-  return validation.read_tables(
-    paths,
-    _COLUMNS,
-    "NExT-QA",
-    parse,
-    on_bad_row=on_bad_row,
-    report=report,
-  )
-
-
-def prompt(question: str, lettered_options) -> str:
-  """Returns the user's text: the question and its options, nothing else."""
-  return question + "\n" + "\n".join(lettered_options)
-
-
-def _row(entry, places) -> question_lib.Question:
-  question = validation.text(entry, "question").strip()
-  options = [validation.text(entry, slot).strip() for slot in _SLOTS]
-  kind = validation.text(entry, "type")
+def _question(row: validation.Row) -> question_lib.Question:
+  question = row.text("question").strip()
+  options = [row.text(slot).strip() for slot in _SLOTS]
+  kind = validation.check_one_of(row.text("type"), "type", _TYPES)
   kind = _FOLDED.get(kind, kind)
-  if kind not in _TYPES:
-    raise validation.RowError(
-      "type", f"{kind[:40]!r} is none of {', '.join((*_TYPES, *_FOLDED))}"
-    )
-  clip = validation.identity(entry, "video")
+  clip = row.identity("video")
   return question_lib.Question(
-    id=f"{clip}_{validation.identity(entry, 'qid')}",
-    video=places(clip, field="video"),
+    id=f"{clip}_{row.identity('qid')}",
+    video=row.clip("video", name=clip),
     question=question,
     options=tuple(options),
-    answer=validation.letter_at(
-      validation.integer(entry, "answer"), len(options), "answer"
-    ),
+    answer=row.letter_at("answer", len(options)),
     category=kind[0],
     groups=(("type", kind),),
     source="nextqa",
-    prompt=prompt(question, tokenizer_lib.letter_options(options)),
+    prompt="\n".join([question, *wording.letter_options(options)]),
   )
+
+
+read_nextqa = tables.Reader(
+  "NExT-QA",
+  ("video", "question", "answer", "qid", "type", *_SLOTS),
+  ("NExTVideo/{}.mp4", "videos/{}.mp4", "{}.mp4"),
+  _question,
+)

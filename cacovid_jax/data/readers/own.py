@@ -19,8 +19,8 @@ import os
 
 from cacovid_jax import errors
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.data import tokenizer as tokenizer_lib
-from cacovid_jax.data.readers import validation
+from cacovid_jax.data import wording
+from cacovid_jax.data.readers import tables, validation
 
 FILES = ("questions.json", "questions.csv")
 SPLITS = ("train", "validation", "test")
@@ -38,7 +38,7 @@ def read_own(
   *,
   split: str = "",
   on_bad_row: str = "raise",
-  report: validation.Report | None = None,
+  report: tables.Report | None = None,
 ) -> list[question_lib.Question]:
   """Returns the questions of a folder, or of one of its files.
 
@@ -57,16 +57,15 @@ def read_own(
   path = find(path[0] if isinstance(path, list) else path)
   entries, columns = _load(path)
   _check_columns(path, columns)
-  rows, splits = validation.Rows(on_bad_row, report), {}
-  for number, entry in enumerate(entries, start=1):
+  questions, splits = tables.Questions(on_bad_row, report), {}
 
-    def parse(entry, number=number):
-      question, name = _row(entry, number, columns)
-      splits[question.id] = name
-      return question
+  def parse(row):
+    question = _question(row, columns)
+    splits[question.id] = _split(row, question.video, columns)
+    return question
 
-    rows.add(path, number, parse, entry)
-  found = rows.finish(path)
+  questions.read(path, entries, parse)
+  found = questions.finish(path)
   chosen = [q for q in found if not split or splits[q.id] == split]
   if not chosen:
     mend = (
@@ -106,17 +105,13 @@ def _load(path: str) -> tuple[list, list[str]]:
   """Returns (rows, columns) of a CSV or JSON file."""
   if path.endswith(".csv"):
     return _load_csv(path)
-  entries = validation.load_json(path)
-  if not isinstance(entries, list):
-    raise errors.UserError(
-      f"{path}: holds no JSON list; give a list of objects, one per question"
-    )
+  entries = tables.load_rows(path, "give a list of objects, one per question")
   columns = [key for row in entries if isinstance(row, dict) for key in row]
   return entries, list(dict.fromkeys(columns))
 
 
 def _load_csv(path: str) -> tuple[list[dict], list[str]]:
-  validation.check_size(path, validation.MAX_JSON_BYTES)
+  tables.check_size(path)
   with open(path, "rb") as f:
     data = f.read()
   try:
@@ -165,89 +160,71 @@ def _check_columns(path: str, columns) -> None:
     )
 
 
-def _row(entry, number: int, columns) -> tuple[question_lib.Question, str]:
-  """Returns the question of a row, and its split."""
-  if not isinstance(entry, dict):
-    raise validation.RowError(
-      "row", f"an object is needed, not {type(entry).__name__}"
-    )
-  if None in entry:
+def _question(row: validation.Row, columns) -> question_lib.Question:
+  if None in row.entry:
     raise validation.RowError("row", "has more cells than the first line")
-  clip = validation.relative(validation.text(entry, "video"), "video")
-  question = validation.text(entry, "question").strip()
-  options = _options(entry)
-  kind = validation.text(entry, "problem_type", required=False).strip()
+  clip = row.clip("video")
+  question = row.text("question").strip()
+  options = _options(row)
+  kind = _optional(row, "problem_type")
   if not kind:
     kind = question_lib.MULTIPLE_CHOICE if options else question_lib.FREE_FORM
-  if kind not in question_lib.PROBLEM_TYPES:
-    raise validation.RowError(
-      "problem_type",
-      f"{kind[:40]!r} is none of {', '.join(question_lib.PROBLEM_TYPES)}",
-    )
-  answer = _cell(entry, "answer")
+  validation.check_one_of(kind, "problem_type", question_lib.PROBLEM_TYPES)
+  answer = row.identity("answer", (int, float)).strip()
   if kind == question_lib.MULTIPLE_CHOICE:
     if len(options) < 2:
       raise validation.RowError(
         "options", "a multiple choice question needs at least two"
       )
     answer = _letter(answer, options)
-  split = split_of(clip)
-  if "split" in columns:
-    split = validation.text(entry, "split").strip()
-    if split not in SPLITS:
-      raise validation.RowError(
-        "split", f"{split[:40]!r} is none of {', '.join(SPLITS)}"
-      )
-  found = question_lib.Question(
-    id=_cell(entry, "id") if "id" in columns else str(number),
+  identity = str(row.number)
+  if "id" in columns:
+    identity = row.identity("id", (int, float)).strip()
+  return question_lib.Question(
+    id=identity,
     video=clip,
     question=question,
     options=options,
     answer=answer,
     problem_type=kind,
-    category=validation.text(entry, "category", required=False).strip() or None,
+    category=_optional(row, "category") or None,
     source="own",
-    prompt=tokenizer_lib.training_prompt(
-      question, tokenizer_lib.letter_options(options), kind
+    prompt=wording.training_prompt(
+      question, wording.letter_options(options), kind
     ),
   )
-  return found, split
 
 
-def _cell(entry: dict, field: str) -> str:
-  """Returns a text; JSON may hold a number in its place."""
-  value = entry.get(field)
-  if isinstance(value, (int, float)) and not isinstance(value, bool):
-    entry = {field: str(value)}
-  return validation.text(entry, field).strip()
+def _split(row: validation.Row, clip: str, columns) -> str:
+  if "split" not in columns:
+    return split_of(clip)
+  return validation.check_one_of(row.text("split").strip(), "split", SPLITS)
 
 
-def _options(entry: dict) -> tuple[str, ...]:
+def _optional(row: validation.Row, name: str) -> str:
+  return row.text(name, required=False).strip()
+
+
+def _options(row: validation.Row) -> tuple[str, ...]:
   """Returns the options of either form, without letters."""
-  own = [_optional(entry, name) for name in _LETTERED]
+  own = [_optional(row, name) for name in _LETTERED]
   while own and not own[-1]:
     own.pop()
-  given = entry.get("options")
-  if isinstance(given, str) and given.strip():
+  given = row.entry.get("options")
+  if isinstance(given, str):
     given = _split_options(given.strip())
-  elif isinstance(given, str):
-    given = None
   if own and given:
     raise validation.RowError("options", "and option_a, ... are both given")
   for name, option in zip(_LETTERED, own, strict=False):
     if not option:
       raise validation.RowError(name, "empty, while a later option is not")
-  found = validation.options({"options": own or given})
+  found = validation.check_options(own or given)
   return tuple(option.strip() for option in validation.strip_letters(found))
 
 
-def _optional(entry: dict, name: str) -> str:
-  return validation.text(entry, name, required=False).strip()
-
-
-def _split_options(text: str) -> list:
+def _split_options(text: str) -> list | None:
   if not text.startswith("["):
-    return [part.strip() for part in text.split("|")]
+    return None if not text else [part.strip() for part in text.split("|")]
   try:
     return json.loads(text)
   except (ValueError, RecursionError) as error:

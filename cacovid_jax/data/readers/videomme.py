@@ -6,10 +6,9 @@ used, though the prompt names them.
 
 from cacovid_jax import errors
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.data import tokenizer as tokenizer_lib
-from cacovid_jax.data.readers import validation
+from cacovid_jax.data import wording
+from cacovid_jax.data.readers import tables, validation
 
-_COLUMNS = ("question_id", "videoID", "question", "options", "answer")
 _PLACES = (
   "data/{}.mp4",
   "data/{}.MP4",
@@ -21,80 +20,64 @@ _GROUPS = ("domain", "sub_category")
 
 
 def read_videomme(
-  paths,
-  root=None,
-  style: str = "videomme",
-  *,
-  released: bool = False,
-  on_bad_row: str = "raise",
-  report: validation.Report | None = None,
+  paths, root=None, style: str = "videomme", **options
 ) -> list[question_lib.Question]:
   """Returns the questions of VideoMME-format parquet files.
 
   Args:
-    paths: one path, several joined by commas, or a sequence of paths.
+    paths: see `tables.Reader`.
     root: media root; clips are looked for in `data/` and `videos/` below it.
     style: "videomme" for the benchmark's prompt, or "video-r1" for the text
       that the trainer shows: question, lettered options, hint.
-    released: whether the rows must be as VideoMME's own, four options at most
-      that carry their letters.
-    on_bad_row: "raise" or "skip".
-    report: filled with what was left out.
+    **options: see `tables.Reader`; and `released`, whether the rows must be as
+      VideoMME's own, four options at most that carry their letters.
   """
   if style not in ("videomme", "video-r1"):
     raise errors.UserError(
       f"prompt style {style!r}: give 'videomme' or 'video-r1'"
     )
-  places = validation.Places(root, *_PLACES)
-
-  def parse(entry, unused_name, unused_row):
-    return _row(entry, style, places, released)
-
-  return validation.read_tables(
-    paths,
-    _COLUMNS,
-    "VideoMME",
-    parse,
-    on_bad_row=on_bad_row,
-    report=report,
-  )
+  return _READER(paths, root, style=style, **options)
 
 
-def _row(entry, style, places, released) -> question_lib.Question:
-  identity = validation.text(entry, "question_id")
-  clip = validation.text(entry, "videoID")
-  question = validation.text(entry, "question")
+def _question(
+  row: validation.Row, *, style: str, released: bool = False
+) -> question_lib.Question:
+  identity = row.text("question_id")
+  question = row.text("question")
   most = 4 if released else len(question_lib.LETTERS)
-  given = validation.choices(entry, "options", most=most)
+  given = row.choices("options", most=most)
+  shown = given
   if released:
-    options, shown = validation.lettered(given, "options"), given
+    options = validation.lettered(given, "options")
   else:
     options = validation.strip_letters(given)
-    shown = (
-      tokenizer_lib.letter_options(given) if options == tuple(given) else given
-    )
-  place = places(clip, field="videoID")
+    if options == tuple(given):
+      shown = wording.letter_options(given)
+  place = row.clip("videoID")
   if style == "videomme":
-    prompt = tokenizer_lib.videomme_prompt(question, shown)
+    prompt = wording.videomme_prompt(question, shown)
   else:
-    prompt = tokenizer_lib.training_prompt(
+    prompt = wording.training_prompt(
       question, shown, question_lib.MULTIPLE_CHOICE
     )
-  groups = {
-    facet: validation.text(entry, facet, required=False) for facet in _GROUPS
-  }
+  groups = {facet: row.text(facet, required=False) for facet in _GROUPS}
   return question_lib.Question(
     id=identity,
     video=place,
     question=question,
     options=options,
-    answer=validation.letter(
-      validation.text(entry, "answer"), options, "answer"
-    ),
-    problem_type=question_lib.MULTIPLE_CHOICE,
-    duration=validation.text(entry, "duration", required=False) or None,
-    category=validation.text(entry, "task_type", required=False) or None,
+    answer=validation.letter(row.text("answer"), options, "answer"),
+    duration=row.text("duration", required=False) or None,
+    category=row.text("task_type", required=False) or None,
     groups=tuple((facet, name) for facet, name in groups.items() if name),
     source="videomme",
     prompt=prompt,
   )
+
+
+_READER = tables.Reader(
+  "VideoMME",
+  ("question_id", "videoID", "question", "options", "answer"),
+  _PLACES,
+  _question,
+)

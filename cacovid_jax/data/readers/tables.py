@@ -1,0 +1,239 @@
+"""Reads the files of a data set: rows, bad rows, what was left out."""
+
+import collections
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+
+import pyarrow as pa
+import pyarrow.parquet
+from absl import logging
+
+from cacovid_jax import errors
+from cacovid_jax.data import question as question_lib
+from cacovid_jax.data.readers import validation
+
+MAX_FILE_BYTES = 4 * 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class BadRow:
+  """A row that was left out, and why."""
+
+  file: str
+  row: int
+  field: str
+  reason: str
+
+  def __str__(self):
+    return f"{self.file}: row {self.row}, field {self.field!r}: {self.reason}"
+
+
+@dataclasses.dataclass
+class Report:
+  """What a reader left out; pass one in to receive it.
+
+  Attributes:
+    num_rows: read, of all kinds.
+    num_images: rows about pictures, which are outside the method.
+    images: (source, problem type) -> such rows, where rows tell it.
+    bad_rows: rows that are unfit, with `on_bad_row="skip"`.
+    left_out: kind of row that is no part of the benchmark's score -> rows.
+    missing: what a benchmark has and the folder has not, by name.
+  """
+
+  num_rows: int = 0
+  num_images: int = 0
+  images: collections.Counter[tuple[str, str]] = dataclasses.field(
+    default_factory=collections.Counter
+  )
+  bad_rows: list[BadRow] = dataclasses.field(default_factory=list)
+  left_out: collections.Counter[str] = dataclasses.field(
+    default_factory=collections.Counter
+  )
+  missing: list[str] = dataclasses.field(default_factory=list)
+
+
+class Questions:
+  """Collects the questions of some files under one policy for bad rows."""
+
+  def __init__(self, on_bad_row: str, report: Report | None):
+    if on_bad_row not in ("raise", "skip"):
+      raise errors.UserError(
+        f"on_bad_row {on_bad_row!r}: give 'raise' or 'skip'"
+      )
+    self._skip = on_bad_row == "skip"
+    self.report = Report() if report is None else report
+    self._found = {}
+
+  def read(
+    self,
+    path: str,
+    entries: Iterable,
+    parse: Callable[[validation.Row], question_lib.Question | None],
+    places: validation.Places | None = None,
+  ) -> None:
+    """Adds what `parse` makes of a file's rows; None is one about a picture."""
+    name = os.path.splitext(os.path.basename(path))[0]
+    for number, entry in enumerate(entries, start=1):
+      self.report.num_rows += 1
+      try:
+        if not isinstance(entry, dict):
+          raise validation.RowError(
+            "row", f"an object is needed, not {type(entry).__name__}"
+          )
+        question = parse(validation.Row(entry, name, number, places))
+        if question is None:
+          self.report.num_images += 1
+          continue
+        if question.id in self._found:
+          raise validation.RowError("id", f"{question.id!r} occurs twice")
+        self._found[question.id] = question
+      except validation.LeftOutError as error:
+        self.report.left_out[str(error)] += 1
+      except validation.RowError as error:
+        bad = BadRow(path, number, error.field, error.reason)
+        if not self._skip:
+          raise errors.UserError(
+            f"{bad}; correct the row, or pass on_bad_row=skip to leave it out"
+          ) from None
+        self.report.bad_rows.append(bad)
+
+  def finish(self, what: str) -> list[question_lib.Question]:
+    """Returns the questions; none at all is an error."""
+    report = self.report
+    if report.num_images:
+      logging.info("%s: left out %d image rows", what, report.num_images)
+    for kind, count in sorted(report.left_out.items()):
+      logging.info("%s: left out %d rows: %s", what, count, kind)
+    if report.missing:
+      logging.warning("%s: not there: %s", what, ", ".join(report.missing))
+    if bad := report.bad_rows:
+      logging.warning(
+        "%s: left out %d bad rows, first: %s", what, len(bad), bad[0]
+      )
+    if not self._found:
+      raise errors.UserError(
+        f"{what}: no usable row among {report.num_rows}; give a file with"
+        " questions about videos"
+      )
+    return list(self._found.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+  """A function that reads the parquet or JSON files of a benchmark.
+
+  Attributes:
+    form: whose format it is, for errors.
+    columns: that each file must have; or those, of the columns that it has.
+    places: of clips below the media root, as in "data/{}.mp4", best first.
+    parse: (row, further options) -> its question.
+  """
+
+  form: str
+  columns: Sequence[str] | Callable[[frozenset[str]], Sequence[str]]
+  places: Sequence[str]
+  parse: Callable[..., question_lib.Question]
+
+  def __call__(
+    self,
+    paths,
+    root=None,
+    *,
+    on_bad_row: str = "raise",
+    report: Report | None = None,
+    **options,
+  ) -> list[question_lib.Question]:
+    """Returns the questions of some files.
+
+    Args:
+      paths: one path, several joined by commas, or a sequence of paths; ".json"
+        at its end tells JSON.
+      root: media root that clips are looked for below; None looks nowhere.
+      on_bad_row: "raise" or "skip".
+      report: filled with what was left out.
+      **options: of the format.
+    """
+    places = validation.Places(root, self.places)
+    questions = Questions(on_bad_row, report)
+    paths = split_paths(paths)
+    for path in paths:
+      questions.read(
+        path, self._load(path), lambda row: self.parse(row, **options), places
+      )
+    return questions.finish(", ".join(paths))
+
+  def _load(self, path: str) -> list:
+    """Returns the rows of a file."""
+    if not path.endswith(".json"):
+      return self._load_parquet(path)
+    entries = load_rows(path, f"give a file in {self.form}'s format")
+    # A field that no row has is a file of another kind, not many bad rows.
+    columns = frozenset().union(*(e for e in entries if isinstance(e, dict)))
+    if columns:
+      self._check_columns(path, columns)
+    return entries
+
+  def _check_columns(self, path: str, columns: frozenset[str]) -> None:
+    required = self.columns(columns) if callable(self.columns) else self.columns
+    missing = [name for name in required if name not in columns]
+    if missing:
+      raise errors.UserError(
+        f"{path}: columns {missing} are missing (it has {sorted(columns)});"
+        f" give a file in {self.form}'s format"
+      )
+
+  def _load_parquet(self, path: str) -> list[dict]:
+    check_size(path)
+    try:
+      with pa.parquet.ParquetFile(path) as file:
+        self._check_columns(path, frozenset(map(str, file.schema_arrow.names)))
+        groups = range(file.metadata.num_row_groups)
+        size = sum(file.metadata.row_group(i).total_byte_size for i in groups)
+        if size > MAX_FILE_BYTES or file.metadata.num_rows > 10_000_000:
+          raise errors.UserError(
+            f"{path}: {file.metadata.num_rows} rows, {size} bytes; split it"
+          )
+        return file.read().to_pylist()
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+      text = " ".join(str(error).split())[:200]
+      raise errors.UserError(
+        f"{path}: not readable as parquet ({text}); download it again"
+      ) from None
+
+
+def split_paths(paths) -> list[str]:
+  """Returns one path, several joined by commas, or a sequence, as a list."""
+  if isinstance(paths, (str, os.PathLike)):
+    text = os.fspath(paths)
+    paths = [text] if os.path.isfile(text) else text.split(",")
+  return [os.fspath(path) for path in paths if path]
+
+
+def check_size(path: str) -> None:
+  """Refuses a file that is missing, or above `MAX_FILE_BYTES`."""
+  if not os.path.isfile(path):
+    raise errors.UserError(f"{path}: no such file; correct the path")
+  size = os.path.getsize(path)
+  if size > MAX_FILE_BYTES:
+    raise errors.UserError(
+      f"{path}: {size} bytes are above the limit of {MAX_FILE_BYTES}; split the"
+      " file"
+    )
+
+
+def load_rows(path: str, mend: str) -> list:
+  """Returns the list in a JSON file; `mend` ends the error of another value."""
+  check_size(path)
+  try:
+    with open(path, encoding="utf-8") as f:
+      entries = json.load(f)
+  except (OSError, ValueError, RecursionError) as error:
+    raise errors.UserError(
+      f"{path}: not readable as JSON ({error}); download it again"
+    ) from None
+  if not isinstance(entries, list):
+    raise errors.UserError(f"{path}: holds no JSON list; {mend}")
+  return entries

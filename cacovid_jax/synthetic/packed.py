@@ -1,0 +1,147 @@
+"""The small base model on questions packed behind one video.
+
+Axes: B clips, T frames, N video tokens, Q questions of a clip, A tokens of a
+question with its answer, K kept video tokens, L of a whole prompt, D width.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cacovid_jax.models import processors, qwen2, rope
+
+
+class PackedPrompts:
+  """Static layout: prefix text, N video tokens, newline, packed questions."""
+
+  def __init__(
+    self,
+    model: Any,
+    prefix_ids: Sequence[int],
+    num_video: int,
+    num_questions: int,
+    question_length: int,
+  ):
+    """Takes a model of `models.llava_onevision` and the sizes N, Q and A."""
+    self.model = model
+    self.prefix = tuple(prefix_ids)
+    self.num_video = num_video
+    self.num_questions = num_questions
+    self.question_length = question_length
+    self.video_rows = len(self.prefix) + np.arange(num_video, dtype=np.int32)
+    self.text_start = len(self.prefix) + num_video + 1
+
+  def packed_mask(self) -> np.ndarray:
+    """Returns bool[L, L]: causal, and no question sees another."""
+    length = self.num_questions * self.question_length
+    question = 1 + np.arange(length) // self.question_length
+    segment = np.concatenate([np.zeros(self.text_start, int), question])
+    causal = np.tril(np.ones((len(segment),) * 2, bool))
+    same = segment[:, None] == segment[None, :]
+    return causal & (same | (segment == 0)[None, :])
+
+  def packed_positions(self) -> np.ndarray:
+    """Returns int32[L]: every question starts right behind the video."""
+    offsets = np.tile(np.arange(self.question_length), self.num_questions)
+    text = self.text_start + offsets
+    return np.concatenate([np.arange(self.text_start), text]).astype(np.int32)
+
+  def encode(self, params, pixels):
+    """Returns features float[B, N, D] of clips float32[B, T, h, w, 3]."""
+
+    def one(pixels):
+      inputs = processors.TowerInputs(
+        pixels, self.model.grid(*pixels.shape[:3])
+      )
+      return self.model.encode(params, inputs).features
+
+    return jax.vmap(one)(pixels)
+
+  def _embed(self, params, features, ids):
+    """Returns float[B, L, D], text int32[B, any] behind head and video."""
+    # Ids under the video are 0.
+    head = np.array(self.prefix + (0,) * (self.num_video + 1), np.int32)
+    head = jnp.broadcast_to(head, (len(ids), len(head)))
+    embed = jax.vmap(self.model.embed_prompt, (None, 0, 0, None))
+    rows = jnp.concatenate([head, ids], axis=1)
+    return embed(params, rows, features, self.video_rows)
+
+  def full_logits(self, params, features, ids):
+    """Answers all questions of each clip with the whole video.
+
+    Returns float32[B, Q, A, V] of features float[B, N, D], ids int32[B, Q, A].
+    """
+    batch, num_questions, length = ids.shape
+    x = self._embed(params, features, ids.reshape(batch, -1))
+    positions = jnp.broadcast_to(
+      self.packed_positions(), (batch, 1, x.shape[1])
+    )
+    mask = self.packed_mask()[None]  # Shared by the batch.
+    hidden, _ = self.model.forward(
+      params, x, positions, mask=mask, causal=False
+    )
+    hidden = hidden[:, self.text_start :]
+    hidden = hidden.reshape(batch, num_questions, length, -1)
+    return self.model.logits(params, hidden)
+
+  def pruned_logits(self, params, features, ids, index, valid):
+    """Answers each question from its own kept tokens, at original positions.
+
+    As `full_logits`, with kept tokens int32[B, Q, K], ascending where valid
+    bool[B, Q, K] is True.
+    """
+    batch, num_questions, length = ids.shape
+    start = len(self.prefix)
+    # [B, prefix + N + 1, D]
+    whole = self._embed(params, features, ids[:, 0, :0])
+
+    rows = jnp.pad(start + index, ((0, 0), (0, 0), (start, 1)))
+    rows = rows.at[..., :start].set(jnp.arange(start))
+    rows = rows.at[..., -1].set(start + self.num_video)
+    seen = jax.vmap(lambda w, r: w[r])(whole, rows)  # [B, Q, prefix + K + 1, D]
+    x = jnp.concatenate([seen, self.model.embed_text(params, ids)], axis=2)
+    text = self.text_start + jnp.arange(length)
+    text = jnp.broadcast_to(text, (batch, num_questions, length))
+    positions = jnp.concatenate([rows, text], axis=-1)
+    total = x.shape[2]
+    around = ((0, 0), (0, 0), (start, 1 + length))
+    visible = jnp.pad(valid, around, constant_values=True)
+    causal = jnp.tril(jnp.ones((total, total), bool))
+    mask = causal & visible[..., None, :]
+    hidden, _ = self.model.forward(
+      params,
+      x.reshape(-1, total, x.shape[-1]),
+      positions.reshape(-1, 1, total),
+      mask=mask.reshape(-1, total, total),
+      causal=False,
+    )
+    hidden = hidden.reshape(batch, num_questions, total, -1)
+    return self.model.logits(params, hidden[:, :, -length:])
+
+  def first_layer(self, params, features, ids, lengths):
+    """Reads the video with one question as a new policy does.
+
+    Returns float[B, N, D]: what the first layer, over the unpruned prompt and
+    without a causal mask, makes of the video tokens float[B, N, D] beside ids
+    int32[B, A] of one question per clip with int32[B] tokens before its answer.
+    """
+    x = self._embed(params, features, ids)
+    text = self.model.config.text
+    layer = qwen2.DecoderLayer(text, self.model.dtype, self.model.backend)
+    positions = jnp.arange(x.shape[1])[None]
+    cos, sin = rope.angles(
+      positions[:, None], text.head_dim, text.rope_theta, text.rope_sections
+    )
+    first = jax.tree.map(lambda p: p[0], params["language_model"]["layers"])
+    h, _ = layer.apply(
+      {"params": first},
+      x,
+      cos,
+      sin,
+      causal=False,
+      lengths=self.text_start + lengths,
+    )
+    return h[:, self.video_rows]
