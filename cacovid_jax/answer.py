@@ -15,8 +15,8 @@ import sys
 
 from cacovid_jax import command, errors
 from cacovid_jax import experiment as experiment_lib
-from cacovid_jax.evals import answering
 from cacovid_jax.evals.report import answer as answer_page
+from cacovid_jax.inference import answerer as answerer_lib
 
 COMMAND = command.Command(
   __doc__,
@@ -60,7 +60,7 @@ COMMAND = command.Command(
     "prompt_style": command.Flag(
       "Wording around the options; empty is video-r1.",
       "evals.prompt_style",
-      choices=answering.STYLES,
+      choices=answerer_lib.STYLES,
     ),
   },
   defaults={
@@ -78,22 +78,22 @@ def main(args):
     if getattr(args, name) is None:
       raise errors.UserError(f"nothing says which {name}: add --{name}")
   if args.report:
-    answering.check_report_path(args.report)
+    answer_page.check_path(args.report)
   evals = args.config.evals
-  with answering.Answerer.from_config(args.config) as answerer:
+  with answerer_lib.Answerer.from_config(args.config) as answerer:
     asked = answerer.ask(
       args.video,
       args.question,
       _listed(args.options),
       ratios=evals.ratios,
       method=evals.methods[0],
-      style=evals.prompt_style or answering.STYLES[0],
+      style=evals.prompt_style or answerer_lib.STYLES[0],
     )
     for warning in asked.warnings:
       print(f"warning: {warning}", file=sys.stderr)
     answer_page.show(asked)
     if args.report:
-      answerer.write_report(args.report, asked)
+      answer_page.write(args.report, answerer, asked)
       print(f"report: {args.report}")
 
 

@@ -110,13 +110,15 @@ def get_config() -> ml_collections.ConfigDict:
     frame_rule="eval_linspace",
     # For models whose token grid follows the frames' shape (Qwen2.5-VL): the
     # pixels of a frame, 0 for the checkpoint's own limits; and the sizes that
-    # programs are compiled for, (slices, tokens of a slice) or (slices, tokens
-    # of a slice, tokens) each, empty for two that follow from the pixels.
+    # programs are compiled for, (temporal patches, tokens of one) or (temporal
+    # patches, tokens of one, tokens) each, empty for two that follow from the
+    # pixels.
     min_pixels=0,
     max_pixels=0,
     buckets=(),
-    # Text tokens of the longest prompt; 0 looks for it at the start.
-    max_text_tokens=128,
+    # Rows that prompts have beside their video, padded to the smallest of at
+    # most three lengths; empty for those that suit the questions best.
+    prompt_rows=(),
     # Folder that keeps video features; empty encodes a clip at each use.
     feature_cache="",
     memory_items=256,
@@ -211,6 +213,8 @@ def _evals():
     # Without names they are policy, policy1, ...; the first one is the main
     # one. Empty takes that of the workdir, if one was trained there.
     policies=(),
+    # Which frames are shown; training has `data.frame_rule`.
+    frame_rule="eval_linspace",
     # Rows: names of `compressors.names()`, with options as in
     # "density_peaks?scope=video", or one's own "path/file.py:function";
     # "label=name?option=value" gives a row another name.

@@ -41,7 +41,14 @@ NOT_HASHED = (
 )
 
 # Keys of earlier versions: old key -> (today's, its value from the old one).
-_RENAMED = {"prepare.variant": ("prepare.variants", lambda name: (name,))}
+_RENAMED = {
+  "prepare.variant": ("prepare.variants", lambda name: (name,)),
+  # Text tokens of the longest prompt, 0 to look for it.
+  "data.max_text_tokens": (
+    "data.prompt_rows",
+    lambda count: (16 * (count // 16 + 1),) if count else (),
+  ),
+}
 # `NOT_HASHED` of the versions that had those.
 _NOT_HASHED_BEFORE = (
   "ckpt",

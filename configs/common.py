@@ -68,8 +68,9 @@ def released(arg, *, family, sizes):
   config.data.train_file = "filtered.json"
   config.data.frame_rule = frames.TRAIN_RULE
   config.data.num_frames = 32
-  config.data.max_text_tokens = 1024
   config.data.num_threads = 8
+  # Features of a clip take 90 MB at 7B.
+  config.data.memory_items = 32
   if family == "qwen2_5_vl":
     config.data.min_pixels = processors.PAPER_MIN_PIXELS
     config.data.max_pixels = processors.PAPER_MAX_PIXELS
@@ -109,7 +110,6 @@ def _shorten(config, family):
   config.data.root = "workdirs/tiny/dense"
   config.data.train_file = "train.json"
   config.data.num_frames = 4
-  config.data.max_text_tokens = 0
   config.data.num_threads = 2
   config.data.min_pixels = config.data.max_pixels = 0
   config.evals.methods = (config.evals.methods[0], "divprune")

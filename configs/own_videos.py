@@ -25,7 +25,6 @@ def get_config(arg=None):
   config = base_config.get_config()
   config.data.root = arg.data
   config.data.reader = "own"
-  config.data.max_text_tokens = 0  # As long as the longest question.
   config.data.feature_cache = "workdirs/own_features"
   config.total_steps = 2 if arg.debug else 500
   config.log_every = 1 if arg.debug else 10

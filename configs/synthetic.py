@@ -103,7 +103,6 @@ def _quickstart(arg):
   config.data.root = f"workdirs/data/{size}/{arg.variant}"
   config.data.tfds = "tfds"
   config.data.num_frames = 16
-  config.data.max_text_tokens = 64
   config.data.feature_cache = "workdirs/features"
   config.data.decisive_file = "decisive.jsonl"
 

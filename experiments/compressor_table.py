@@ -31,9 +31,11 @@ from cacovid_jax.evals import (
   latency,
   provenance,
   results,
-  runner,
   tables,
 )
+from cacovid_jax.inference import clip_queue
+from cacovid_jax.inference import engine as engine_lib
+from cacovid_jax.inference import methods as methods_lib
 from cacovid_jax.synthetic import build
 
 # Rows beside the methods, by label.
@@ -84,7 +86,7 @@ def experiment_of(config, workdir) -> experiment_lib.Experiment:
       out.
     workdir: of the table, and of its features.
   """
-  labels = [runner.split_label(spec)[0] for spec in config.evals.methods]
+  labels = [methods_lib.split_label(spec)[0] for spec in config.evals.methods]
   candidates = config_lib.to_dict(config.evals.candidates)
   # The merging policy is allowed the choice that the plain one is.
   candidates["cacovid_merged"] = [
@@ -131,9 +133,9 @@ def measure(experiment, out, times):
   """
   evals, methods = experiment.config.evals, {}
   for spec in evals.methods:
-    label, _ = runner.split_label(spec)
+    label, _ = methods_lib.split_label(spec)
     chosen = out["chosen"].get(label)
-    method = runner.Method.parse(
+    method = methods_lib.Method.parse(
       _chosen_spec(evals, label, chosen["best"]) if chosen else spec
     )
     methods[label] = dataclasses.replace(method, label=label)
@@ -160,7 +162,7 @@ def measure(experiment, out, times):
 def _chosen_spec(evals, label, best):
   """Returns the candidate called `best`, with the path of one's own method."""
   listed = evals.candidates.get(label, ())
-  named = (spec for spec in listed if runner.split_label(spec)[0] == best)
+  named = (spec for spec in listed if methods_lib.split_label(spec)[0] == best)
   return next(named, best)
 
 
@@ -173,23 +175,23 @@ def _measure(experiment, missing, times):
   benchmark = evaluation.load_benchmark(
     experiment, evals.split, evals.num_questions
   )
-  wanted = runner.wanted([method for method, _ in missing])
+  wanted = methods_lib.wanted([method for method, _ in missing])
   with (
-    evaluation.open_source(experiment, wanted) as source,
+    clip_queue.open_queue(experiment, wanted) as source,
     progress_lib.Progress(
       len(missing), description="selection times"
     ) as progress,
   ):
-    evaluator = runner.Evaluator(
-      experiment.checkpoint,
+    engine = engine_lib.Engine.of(
+      experiment,
       source,
       benchmark.questions,
       dataclasses.replace(evaluation.settings(experiment), batch_size=1),
       policies=experiment.policies,
       decisive=benchmark.decisive,
     )
-    question = latency.readable(evaluator, benchmark.questions)
-    subject = latency.subject(evaluator, question)
+    question = latency.readable(engine, benchmark.questions)
+    subject = latency.subject(engine, question)
     stopwatch = latency.Stopwatch(subject, experiment.config.table.repeats)
     for done, (method, ratio) in enumerate(missing, start=1):
       cost = stopwatch.cost(method, ratio)

@@ -49,9 +49,9 @@ from cacovid_jax.evals import (
   paper,
   provenance,
   results,
-  runner,
   tables,
 )
+from cacovid_jax.inference import methods as methods_lib
 from cacovid_jax.models import (
   checkpoints,
   llava_onevision,
@@ -123,7 +123,7 @@ def main(args):
   """Measures the table that the command line describes."""
   evals, table = args.config.evals, args.config.table
   ratios = results.check_ratios(map(base.check_ratio, evals.ratios))
-  methods = [runner.Method.parse(spec) for spec in evals.methods]
+  methods = [methods_lib.Method.parse(spec) for spec in evals.methods]
   labels = [method.label for method in methods]
   for method in methods:
     if method.compressor.oracle:

@@ -50,10 +50,10 @@ from cacovid_jax.evals import (
   paper,
   paper_rows,
   results,
-  runner,
   shards,
   tables,
 )
+from cacovid_jax.inference import methods as methods_lib
 
 _SHARED = ("workdir", "shard", "model", "policy", "methods", "ratios", "seeds",
            "template")  # fmt: skip
@@ -234,7 +234,7 @@ def make_plan(
 
 def _check_methods(specs, has_policy) -> bool:
   """Returns whether a method reads a policy's scores; refuses oracles."""
-  methods = [runner.Method.parse(spec) for spec in specs]
+  methods = [methods_lib.Method.parse(spec) for spec in specs]
   scored = []
   for method in methods:
     if method.compressor.oracle:

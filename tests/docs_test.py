@@ -231,7 +231,7 @@ def folder(tmp_path_factory):
 )
 def test_a_clip_is_asked(folder, monkeypatch, capsys, page, place, kept):
   monkeypatch.chdir(folder)
-  exec(compile(block(page, "answering.Answerer("), page, "exec"), {})
+  exec(compile(block(page, "answerer.Answerer("), page, "exec"), {})
   lines = capsys.readouterr().out.splitlines()
   assert [line.split()[place] for line in lines] == kept
 

@@ -28,7 +28,7 @@ FAMILIES = "cacovid_jax/models/checkpoints.py"
 
 # Largest values allowed; the last one is a smallest.
 LIMITS = {
-  "lines": 42_900,
+  "lines": 42_950,
   "files over 400 lines": 30,
   "functions over 50 lines, %": 1.8,
   "functions with more than 7 parameters, %": 1.5,

@@ -1,20 +1,17 @@
 """Video features on disk, under the hash of everything that made them.
 
-One entry is a .npy file of float32 followed by the 32 bytes of its sha256 (a
-plain .npy reader ignores them). Entries are written aside and renamed, so that
-several processes may share one folder; an entry that does not verify counts as
-absent and is removed.
-
-Entries are read without `np.load`: it evaluates the header as Python source,
-and CPython 3.11's parser now and then fails when several threads use it at once
-("AST constructor recursion depth mismatch").
+An entry is a line of JSON (facts, and the shapes of its arrays), the arrays as
+little-endian float32 one after the other, and the sha256 of all that. Entries
+are written aside and renamed, so that several processes may share one folder;
+an entry that does not verify counts as absent and is removed.
 """
 
 import hashlib
-import io
 import json
+import math
 import os
-import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
@@ -22,12 +19,13 @@ from absl import logging
 from cacovid_jax import errors, files
 
 _DIGEST_BYTES = 32
-# The header that `put` writes: .npy version 1.0, float32 in C order.
-_HEADER = re.compile(
-  rb"\x93NUMPY\x01\x00(?P<length>..)\{'descr': '<f4', 'fortran_order': False,"
-  rb" 'shape': \((?P<shape>[0-9, ]*)\), \} *\n",
-  re.DOTALL,
-)
+
+
+class Entry(NamedTuple):
+  """Named arrays float32[...], and what JSON can say of them."""
+
+  arrays: dict[str, np.ndarray]
+  facts: dict[str, Any]
 
 
 def key(**parts) -> str:
@@ -37,7 +35,7 @@ def key(**parts) -> str:
 
 
 class FeatureCache:
-  """Arrays float32[...] in a folder; safe to share among processes."""
+  """Entries in a folder; safe to share among processes."""
 
   def __init__(self, directory):
     self.directory = os.fspath(directory)
@@ -48,7 +46,7 @@ class FeatureCache:
 
   def path(self, name: str) -> str:
     """Returns where the entry of this name lies."""
-    return os.path.join(self.directory, name[:2], f"{name}.npy")
+    return os.path.join(self.directory, name[:2], f"{name}.features")
 
   def size(self, name: str) -> int:
     """Returns an entry's bytes, 0 without one; `get` tells if it is sound."""
@@ -57,7 +55,15 @@ class FeatureCache:
     except FileNotFoundError:
       return 0
 
-  def get(self, name: str) -> np.ndarray | None:
+  def facts(self, name: str) -> dict[str, Any] | None:
+    """Returns an entry's facts, unverified; None if there are none."""
+    try:
+      with open(self.path(name), "rb") as f:
+        return json.loads(f.readline())["facts"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+      return None
+
+  def get(self, name: str) -> Entry | None:
     """Returns the entry; None if there is none that verifies."""
     path = self.path(name)
     try:
@@ -67,9 +73,10 @@ class FeatureCache:
       return None
     body, digest = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
     if hashlib.sha256(body).digest() == digest:
-      value = _parse(body)
-      if value is not None:
-        return value
+      try:
+        return _parse(body)
+      except (ValueError, KeyError, TypeError, AttributeError):
+        pass  # Whole, and written by something else.
     logging.warning("%s: damaged cache entry, made anew", path)
     try:
       os.remove(path)
@@ -77,13 +84,14 @@ class FeatureCache:
       pass  # Another process was faster.
     return None
 
-  def put(self, name: str, value) -> None:
-    """Stores an array; the same name always stands for the same content."""
+  def put(self, name: str, arrays: Mapping[str, Any], facts=None) -> None:
+    """Stores an entry; the same name always stands for the same content."""
     path = self.path(name)
-    buffer = io.BytesIO()
-    value = np.asarray(value, np.float32, order="C")
-    np.save(buffer, value, allow_pickle=False)
-    body = buffer.getvalue()
+    arrays = {k: np.asarray(v, "<f4", order="C") for k, v in arrays.items()}
+    shapes = {k: v.shape for k, v in arrays.items()}
+    line = json.dumps({"facts": facts or {}, "shapes": shapes}) + "\n"
+    parts = [line.encode(), *(v.tobytes() for v in arrays.values())]
+    body = b"".join(parts)
     try:
       os.makedirs(os.path.dirname(path), exist_ok=True)
       files.write(path, body + hashlib.sha256(body).digest())
@@ -98,12 +106,13 @@ class FeatureCache:
     )
 
 
-def _parse(body: bytes) -> np.ndarray | None:
-  """Returns the array of a .npy file that `put` wrote; None of another."""
-  header = _HEADER.match(body)
-  if header is None:
-    return None
-  shape = tuple(int(n) for n in header["shape"].split(b",") if n.strip())
-  values = np.frombuffer(body, "<f4", offset=header.end())
-  # A copy: what is read from bytes cannot be written to.
-  return values.reshape(shape).astype(np.float32, copy=True)
+def _parse(body: bytes) -> Entry:
+  start = body.index(b"\n") + 1
+  line, arrays = json.loads(body[:start]), {}
+  for name, shape in line["shapes"].items():
+    count = math.prod(shape)
+    values = np.frombuffer(body, "<f4", count, start)
+    # A copy: what is read from bytes cannot be written to.
+    arrays[name] = values.reshape(shape).astype(np.float32, copy=True)
+    start += 4 * count
+  return Entry(arrays, line["facts"])

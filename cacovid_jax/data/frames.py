@@ -4,6 +4,8 @@ Two rules exist, as the paper's evaluator and trainer differ. Letters: T frames,
 h w pixels of a decoded frame, S pixels of a side after resizing.
 """
 
+import dataclasses
+
 import numpy as np
 from PIL import Image
 
@@ -63,6 +65,42 @@ def train_linspace_1fps(
   num_samples = max(0, min(max_samples, num_frames, int(duration * fps)))
   spaced = np.linspace(0, num_frames - 1, num_samples)
   return np.array([round(x) for x in spaced.tolist()], dtype=np.int64)
+
+
+@dataclasses.dataclass(frozen=True)
+class FrameRule:
+  """Which T frames of a clip are shown; T is static.
+
+  Attributes:
+    num_frames: T.
+    name: `frames.EVAL_RULE`, or `frames.TRAIN_RULE` for the public trainer's.
+      Where that takes fewer than T frames (clips below T seconds), T frames
+      are spaced over the clip instead, rounded as it rounds, since compiled
+      programs have one T. Where it takes none, the clip is refused.
+    fps: frames a second of the trainer's rule.
+  """
+
+  num_frames: int
+  name: str = EVAL_RULE
+  fps: float = 1.0
+
+  def __post_init__(self):
+    if self.name not in (EVAL_RULE, TRAIN_RULE):
+      raise errors.UserError(
+        f"frame rule {self.name!r}: give {EVAL_RULE!r} or {TRAIN_RULE!r}"
+      )
+
+  def __call__(self, num_frames: int, duration: float) -> np.ndarray:
+    """Returns int64[T] indices, none if the clip is too short."""
+    if self.name == EVAL_RULE:
+      return eval_linspace(num_frames, self.num_frames)
+    indices = train_linspace_1fps(
+      num_frames, duration, self.num_frames, self.fps
+    )
+    if 0 < len(indices) < self.num_frames:
+      spaced = np.linspace(0, num_frames - 1, self.num_frames)
+      indices = np.array([round(x) for x in spaced.tolist()], np.int64)
+    return indices
 
 
 def sampled_fps(num_samples: int, duration: float) -> float | None:

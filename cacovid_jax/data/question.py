@@ -50,7 +50,7 @@ class Question:
   stream: str = ""
 
   @property
-  def drawn_by(self) -> str:
+  def rng_id(self) -> str:
     """The name that everything drawn for this question is seeded by."""
     return self.stream or self.id
 

@@ -12,6 +12,7 @@ since a clip of a public data set is an untrusted file.
 import array
 import dataclasses
 import functools
+import hashlib
 import io
 import itertools
 import os
@@ -146,6 +147,10 @@ class Clip:
     damaged: other requested frames that show damage, or follow some.
     lost: pictures of the clip that cannot be decoded, as far as was seen.
     warnings: what makes the frames less than they seem, one line each.
+    size: (h, w) of the frames before they were resized.
+    frame_hash: sha256 of the shape (T,h,w,3) of the frames before they were
+      resized and of their pixels, in rising order of number; "" unless it was
+      asked for.
   """
 
   frames: np.ndarray
@@ -156,6 +161,8 @@ class Clip:
   damaged: int = 0
   lost: int = 0
   warnings: tuple[str, ...] = ()
+  size: tuple[int, int] = (0, 0)
+  frame_hash: str = ""
 
 
 def unsafe(relative: str) -> str | None:
@@ -216,6 +223,7 @@ def decode(
   size: int | None = None,
   resize: Callable[[np.ndarray], np.ndarray] | None = None,
   limits: Limits | None = None,
+  hashed: bool = False,
 ) -> Clip:
   """Decodes the frames that a rule picks.
 
@@ -228,6 +236,7 @@ def decode(
       uint8[h,w,3]; all results must have one shape. A `frames.ShapeError` of
       it becomes the clip's.
     limits: caps; the defaults if None.
+    hashed: whether `Clip.frame_hash` is wanted.
 
   Returns:
     The clip; `VideoError` if it cannot be used.
@@ -235,7 +244,7 @@ def decode(
   if size is not None:
     resize = functools.partial(frames_lib.resize_frame, size=size)
   with _Reader(path, limits or Limits()) as reader:
-    return reader.decode(sampler, resize)
+    return reader.decode(sampler, resize, hashed)
 
 
 class _UnverifiedError(Exception):
@@ -493,18 +502,18 @@ class _Reader:
     """See the function of this name."""
     for picture in self._pictures():
       # The stored size may lie on its side.
-      return self._upright(picture, None).shape[:2]
+      return self._upright(picture).shape[:2]
     raise self._fail("no_frames", "no picture could be decoded")
 
-  def decode(self, sampler, resize) -> Clip:
+  def decode(self, sampler, resize, hashed) -> Clip:
     """See the function of this name."""
     index = self._index()
     try:
-      return self._clip(index, sampler, resize)
+      return self._clip(index, sampler, resize, hashed)
     except _UnverifiedError:
-      return self._clip(self._whole(index), sampler, resize)
+      return self._clip(self._whole(index), sampler, resize, hashed)
 
-  def _clip(self, index: clip_index.ClipIndex, sampler, resize) -> Clip:
+  def _clip(self, index: clip_index.ClipIndex, sampler, resize, hashed) -> Clip:
     """Reads the frames that the rule takes of the pictures of an index."""
     seconds, warnings = self._timing(index)
     count = index.num_frames
@@ -518,11 +527,20 @@ class _Reader:
       )
     places = index.places(indices)
     # Ascending, without repetition.
-    order, inverse = np.unique(places, return_inverse=True)
+    order, inverse, repeats = np.unique(
+      places, return_inverse=True, return_counts=True
+    )
     read = self._by_seeking if index.sound else self._in_sequence
-    pictures = [
-      self._upright(picture, resize) for picture in read(index, order)
-    ]
+    pictures, size, digest = [], None, None
+    for picture, count_shown in zip(read(index, order), repeats, strict=True):
+      image = self._upright(picture)
+      if size is None:
+        size = image.shape
+        digest = hashlib.sha256(str((len(indices), *size)).encode())
+      image = _fit(image, size)
+      for _ in range(count_shown if hashed else 0):
+        digest.update(np.ascontiguousarray(image).data)
+      pictures.append(self._resized(image, resize))
     replaced = index.numbers[places] != indices
     damaged = int((index.damaged[places] & ~replaced).sum())
     replaced = int(replaced.sum())
@@ -535,8 +553,6 @@ class _Reader:
         f"{replaced} of {len(indices)} frames cannot be decoded; the last one"
         " before them stands in"
       )
-    shape = pictures[0].shape
-    pictures = [_fit(picture, shape) for picture in pictures]
     return Clip(
       np.stack([pictures[place] for place in inverse]),
       indices,
@@ -546,6 +562,8 @@ class _Reader:
       damaged=damaged,
       lost=index.lost,
       warnings=tuple(warnings),
+      size=size[:2],
+      frame_hash=digest.hexdigest() if hashed else "",
     )
 
   def _by_seeking(
@@ -609,7 +627,7 @@ class _Reader:
           return
     raise self._fail("unreadable", "it does not decode alike twice")
 
-  def _upright(self, picture, resize) -> np.ndarray:
+  def _upright(self, picture) -> np.ndarray:
     """Returns uint8[h,w,3] with the display rotation applied."""
     if picture.width * picture.height > self.limits.max_pixels:
       raise self._fail("too_large", f"{picture.width} x {picture.height}")
@@ -621,7 +639,9 @@ class _Reader:
         f"{self.path}: the system has no thread left to convert a frame with;"
         " run fewer processes at once"
       ) from error
-    image = _turned(image, picture)
+    return _turned(image, picture)
+
+  def _resized(self, image: np.ndarray, resize) -> np.ndarray:
     try:
       return resize(image) if resize else image
     except frames_lib.ShapeError as error:

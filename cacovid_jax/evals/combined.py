@@ -25,10 +25,10 @@ from cacovid_jax.evals import (
   paper,
   provenance,
   results,
-  runner,
   shards,
   statistics,
 )
+from cacovid_jax.inference import methods as methods_lib
 from cacovid_jax.models import checkpoints
 
 ASKED = "asked.json"
@@ -82,7 +82,7 @@ def asked(experiment: experiment_lib.Experiment, questions) -> dict[str, Any]:
     fields = dataclasses.asdict(question)
     digest.update(json.dumps(fields, sort_keys=True).encode() + b"\n")
   evals = experiment.config.evals
-  methods = map(runner.Method.parse, evals.methods)
+  methods = map(methods_lib.Method.parse, evals.methods)
   return {
     "questions": digest.hexdigest(),
     "ratios": list(map(results.ratio_key, evals.ratios)),
@@ -141,13 +141,13 @@ def read_part(
     return np.mean(scores, axis=0)
 
   try:
-    scores = {results.VANILLA_KEY: mean(runner.Cell(None, 1.0, 0))}
-    for method in map(runner.Method.parse, evals.methods):
+    scores = {results.VANILLA_KEY: mean(methods_lib.Condition())}
+    for method in map(methods_lib.Method.parse, evals.methods):
       used = evals.seeds if method.per_seed else (0,)
       for ratio in evals.ratios:
         key = results.ratio_key(ratio)
         if out["methods"][method.label][key]["status"] == "ok":
-          cells = [runner.Cell(method, ratio, one) for one in used]
+          cells = [methods_lib.Condition(method, ratio, one) for one in used]
           scores[method.label, key] = mean(*cells)
   except KeyError as error:
     raise errors.UserError(
@@ -160,7 +160,7 @@ def read_part(
 
 def average(
   parts: Sequence[Part],
-  methods: Sequence[runner.Method],
+  methods: Sequence[methods_lib.Method],
   ratios: Sequence[float],
   *,
   replicates: int = statistics.REPLICATES,
@@ -248,7 +248,7 @@ def combine(
   for seed, (name, each) in enumerate(experiments.items()):
     run = answer_log.header(_own_ledger(each))
     parts.append(read_part(name, each, loaded[name].questions, run, seed))
-  methods = [runner.Method.parse(spec) for spec in evals.methods]
+  methods = [methods_lib.Method.parse(spec) for spec in evals.methods]
   rows = average(parts, methods, evals.ratios)
   model = paper.model_of(checkpoints.load_config(config.model.path))
   absent = [name for name in paper.BENCHMARKS if name not in experiments]

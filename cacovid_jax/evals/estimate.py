@@ -33,9 +33,10 @@ from cacovid_jax.evals import (
   cost,
   evaluation,
   paper,
-  prompting,
-  runner,
 )
+from cacovid_jax.inference import clip_queue
+from cacovid_jax.inference import methods as methods_lib
+from cacovid_jax.inference import prompts as prompts_lib
 from cacovid_jax.models import checkpoints, llava_onevision, qwen2_5_vl
 from cacovid_jax.policy import network
 
@@ -140,18 +141,16 @@ def asked(
   grids = _grids(experiment, loaded)
   for question in loaded.questions:
     by_grid[grids[question.video]].append(question)
-  texts = None
+  prompts = None
   if checkpoint.tokenizer:
-    texts = prompting.Texts(checkpoint, loaded.questions)
+    prompts = prompts_lib.Prompts(
+      checkpoint, loaded.questions, grid_of=lambda q: grids[q.video]
+    )
   found = []
   for grid, questions in by_grid.items():
-    if texts:
-      num_video = math.prod(grid)
-      lengths = [
-        texts.prompt(question.id, grid).length - num_video
-        for question in questions
-      ]
-      longest = texts.longest(grid)[0] - num_video
+    if prompts:
+      lengths = [prompts.text_rows[question.id] for question in questions]
+      longest = max(prompts.text_rows.values())
     else:
       lengths = [
         -(-len(question.prompt.encode()) // _BYTES_PER_TOKEN) + _TEMPLATE_TOKENS
@@ -172,7 +171,7 @@ def _grids(experiment, loaded) -> dict[str, tuple[int, int, int]]:
   if model.processor.one_grid or not known or len(missing) == len(paths):
     return dict.fromkeys(paths, _assumed_grid(experiment))
   bare = experiment.replace({"data.feature_cache": ""})
-  with evaluation.open_source(bare) as source:
+  with clip_queue.open_queue(bare) as source:
     source.survey(paths)
     return {path: tuple(source.grid_of(path)) for path in paths}
 
@@ -202,7 +201,7 @@ def estimate(
   found, memory = {}, []
   for name, experiment in experiments.items():
     config, model = experiment.config, experiment.checkpoint.model.config
-    methods = [runner.Method.parse(spec) for spec in config.evals.methods]
+    methods = [methods_lib.Method.parse(spec) for spec in config.evals.methods]
     parts = asked(experiment, loaded.get(name))
     found[name] = _sum(
       [_part(model, config, methods, part, speed) for part in parts]
@@ -254,7 +253,7 @@ def _part(model, config, methods, part: Asked, speed) -> dict[str, Any]:
   count, outside = len(part.texts), part.longest
   # Video rows by layer of each thing that is asked: mean seen, and computed.
   seen, computed = [], []
-  for cell in runner.cells(methods, evals.ratios, evals.seeds):
+  for cell in methods_lib.conditions(methods, evals.ratios, evals.seeds):
     compressor = cell.method and cell.method.compressor
     given = compressor, text.num_layers, part.grid, cell.ratio
     if able(*given):
@@ -270,7 +269,7 @@ def _part(model, config, methods, part: Asked, speed) -> dict[str, Any]:
     for need in _score_sets(methods):
       per_question += scored * (1 if need == "scores" else len(evals.seeds))
   # Attention and keys of the tower come from a second run of it.
-  signals = bool(runner.wanted(methods))
+  signals = bool(methods_lib.wanted(methods))
   tower = (1 + signals) * part.num_clips * cost.tower_flops(model, part.grid)
   batches = -(-count // evals.batch_size)
   flops = batches * evals.batch_size * per_question + tower
@@ -309,7 +308,7 @@ def able(compressor, num_layers, grid, ratio) -> bool:
 
 
 def num_programs(
-  methods: Sequence[runner.Method],
+  methods: Sequence[methods_lib.Method],
   ratios: Sequence[float],
   num_layers: int,
   grid: cost.Grid,

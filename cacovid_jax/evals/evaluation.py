@@ -16,7 +16,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.table
@@ -26,21 +25,19 @@ from cacovid_jax import config as config_lib
 from cacovid_jax import errors, files, metrics
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.compressors import base
-from cacovid_jax.data import (
-  answer_log,
-  feature_cache,
-  readers,
-)
+from cacovid_jax.data import answer_log, readers
 from cacovid_jax.evals import (
   benchmarks,
-  clips,
   frame_manifest,
   provenance,
   results,
-  runner,
   shards,
 )
+from cacovid_jax.evals import evaluator as evaluator_lib
 from cacovid_jax.evals.report import html, viewer
+from cacovid_jax.inference import clip_queue
+from cacovid_jax.inference import engine as engine_lib
+from cacovid_jax.inference import methods as methods_lib
 from cacovid_jax.policy import loading
 
 
@@ -82,7 +79,7 @@ def check(config) -> None:
   if not evals.seeds:
     raise errors.UserError("no evaluation seed given; for example seeds=0")
   specs = (*evals.methods, *evals.oracles)
-  labels = [runner.split_label(spec)[0] for spec in specs]
+  labels = [methods_lib.split_label(spec)[0] for spec in specs]
   twice = sorted({name for name in labels if labels.count(name) > 1})
   if twice:
     raise errors.UserError(f"method {twice[0]!r} is listed twice")
@@ -98,7 +95,7 @@ def _evaluate(experiment):
   ratios = results.check_ratios(map(base.check_ratio, evals.ratios))
   test = load_benchmark(experiment, evals.split, evals.num_questions)
   specs = [*evals.methods, *(evals.oracles if test.decisive else ())]
-  methods = [runner.Method.parse(spec) for spec in specs]
+  methods = [methods_lib.Method.parse(spec) for spec in specs]
   candidates = _candidates(experiment, methods)
   validation = None
   if candidates:
@@ -116,18 +113,17 @@ def _evaluate(experiment):
   )
   manifest.require(question.video for question in questions)
   tried = [*methods, *(m for found in candidates.values() for m in found)]
-  wanted = runner.wanted(tried)
-  with open_source(experiment, wanted, manifest=manifest) as source:
-    evaluator = runner.Evaluator(
-      experiment.checkpoint,
+  wanted = methods_lib.wanted(tried)
+  with clip_queue.open_queue(experiment, wanted, manifest=manifest) as source:
+    engine = engine_lib.Engine.of(
+      experiment,
       source,
       questions,
       settings(experiment),
-      mesh=experiment.mesh,
       policies=policies,
-      task=test.task,
       decisive={**(validation.decisive if validation else {}), **test.decisive},
     )
+    evaluator = evaluator_lib.Evaluator(engine, test.task)
     chosen = {}
     if validation:
       identity = evaluator.identity(validation.questions)
@@ -149,21 +145,21 @@ def _evaluate(experiment):
       methods,
       ratios,
       tuple(evals.seeds),
-      evaluator.grid,
+      engine.grid,
       test.task,
-      {q.video: evaluator.grid_of(q) for q in test.questions},
+      {q.video: engine.grid_of(q) for q in test.questions},
     )
     identity = evaluator.identity(test.questions)
     with shards.ledger(workdir, shard, "answers.jsonl", identity) as answers:
       failures = _ask(table, evaluator, answers, workdir, shard, identity)
-      _write_timings(workdir / shard.file("timings.json"), table, evaluator)
+      _write_timings(workdir / shard.file("timings.json"), table, engine)
       if failures is None:
         return None
       out = results.build(
         table,
         answers,
         provenance=_provenance(
-          table, answers, failures, evaluator, test.generator_hash
+          table, answers, failures, engine, test.generator_hash
         ),
         failures=failures,
         chosen=chosen,
@@ -181,7 +177,7 @@ def _evaluate(experiment):
       shown = viewer.choose(
         table,
         answers,
-        evaluator,
+        engine,
         test.decisive,
         evals.num_examples,
         failures=failures,
@@ -191,16 +187,16 @@ def _evaluate(experiment):
 
 def _ask(table, evaluator, answers, workdir, shard, identity):
   """Asks this process's share; returns all failures, None if work is left."""
-  cells = runner.cells(table.methods, table.ratios, table.seeds)
+  conditions = methods_lib.conditions(table.methods, table.ratios, table.seeds)
   board = shards.Board(
-    workdir, shard, shards.work(identity, cells, table.questions)
+    workdir, shard, shards.work(identity, conditions, table.questions)
   )
   board.start()
   description = f"{table.split} answers"
   if not shard.alone:
     description += f" {shard.index}/{shard.count}"
   failures = evaluator.run(
-    table.questions, cells, answers, description=description, shard=shard
+    table.questions, conditions, answers, description=description, shard=shard
   )
   if shard.alone:
     return failures
@@ -228,41 +224,41 @@ def _ask(table, evaluator, answers, workdir, shard, identity):
   return failures
 
 
-def _provenance(table, answers, failures, evaluator, generator_hash):
-  checkpoint = evaluator.checkpoint
+def _provenance(table, answers, failures, engine, generator_hash):
+  checkpoint = engine.checkpoint
   return provenance.describe(
     frame_hashes=results.frame_hashes(table, answers),
     index_hashes=results.frame_hashes(table, answers, "index_hash"),
     environments=answers.environments(results.keys(table, failures)),
     template=checkpoint.tokenizer.template,
     checkpoint=checkpoint.identity,
-    policies={name: p.identity for name, p in evaluator.policies.items()},
+    policies={name: p.identity for name, p in engine.policies.items()},
     generator_hash=generator_hash,
     settings={
-      **evaluator.settings.identity,
-      **evaluator.source.identity,
+      **engine.settings.identity,
+      **engine.source.identity,
     },
   )
 
 
-def _write_timings(path, table, evaluator) -> None:
+def _write_timings(path, table, engine) -> None:
   timings = {
-    "seconds": dict(evaluator.seconds),
+    "seconds": dict(engine.seconds),
     "host": provenance.host(),
     "grids": len(set(map(table.grid_of, table.questions))),
-    "programs": evaluator.num_compiled,
+    "programs": engine.programs.num_compiled,
   }
   files.write_json(path, timings)
 
 
 def choose(
-  evaluator: runner.Evaluator,
+  evaluator: evaluator_lib.Evaluator,
   validation: benchmarks.Benchmark,
-  methods: Sequence[runner.Method],
-  candidates: Mapping[str, Sequence[runner.Method]],
+  methods: Sequence[methods_lib.Method],
+  candidates: Mapping[str, Sequence[methods_lib.Method]],
   ratio: float,
   answers: answer_log.Ledger,
-) -> tuple[list[runner.Method], dict[str, Any]]:
+) -> tuple[list[methods_lib.Method], dict[str, Any]]:
   """Returns the methods with options chosen on validation, and the record.
 
   Args:
@@ -274,21 +270,24 @@ def choose(
     ratio: at which they are compared.
     answers: ledger of the validation answers.
   """
-  cells = [
-    runner.Cell(method, ratio, 0)
+  conditions = [
+    methods_lib.Condition(method, ratio)
     for found in candidates.values()
     for method in found
   ]
   try:
     failures = evaluator.run(
-      validation.questions, cells, answers, description="choosing on validation"
+      validation.questions,
+      conditions,
+      answers,
+      description="choosing on validation",
     )
-  except runner.NothingToAsk:
+  except evaluator_lib.NothingToAsk:
     return list(methods), {}
 
   def accuracy(method):
-    cell = runner.Cell(method, ratio, 0)
-    keys = [cell.key(question.id) for question in validation.questions]
+    condition = methods_lib.Condition(method, ratio)
+    keys = [condition.key(question.id) for question in validation.questions]
     return float(np.mean([answers[key]["score"] for key in keys]))
 
   chosen, out = {}, []
@@ -328,31 +327,26 @@ def validator(
   """
   config = experiment.config.validation
   validation = load_benchmark(experiment, "validation", config.num_questions)
-  method = runner.Method.parse(config.method)
-  cell = runner.Cell(method, base.check_ratio(config.ratio), 0)
+  method = methods_lib.Method.parse(config.method)
+  condition = methods_lib.Condition(method, base.check_ratio(config.ratio))
   asked = dataclasses.replace(
     settings(experiment),
     batch_size=config.batch_size,
     max_new_tokens=config.max_new_tokens,
   )
-  evaluator = runner.Evaluator(
-    experiment.checkpoint,
-    open_source(
-      experiment, runner.wanted([method]), keep=2 * config.batch_size
-    ),
-    validation.questions,
-    asked,
-    mesh=experiment.mesh,
-    task=validation.task,
+  source = clip_queue.open_queue(
+    experiment, methods_lib.wanted([method]), keep=2 * config.batch_size
   )
+  engine = engine_lib.Engine.of(experiment, source, validation.questions, asked)
+  evaluator = evaluator_lib.Evaluator(engine, validation.task)
 
   def validate(module, params):
-    evaluator.policies = {"policy": loading.LoadedPolicy(module, params)}
+    engine.policies = {"policy": loading.LoadedPolicy(module, params)}
     answers = answer_log.Ledger(None, {})
     evaluator.run(
-      validation.questions, [cell], answers, description="validation"
+      validation.questions, [condition], answers, description="validation"
     )
-    keys = [cell.key(question.id) for question in validation.questions]
+    keys = [condition.key(question.id) for question in validation.questions]
     return {"accuracy": float(np.mean([answers[k]["score"] for k in keys]))}
 
   return validate
@@ -393,54 +387,15 @@ def load_benchmark(
   return found
 
 
-def settings(experiment: experiment_lib.Experiment) -> runner.Settings:
+def settings(experiment: experiment_lib.Experiment) -> engine_lib.Settings:
   """Returns what the answers depend on besides weights and questions."""
   evals = experiment.config.evals
   own = benchmarks.task(evals.benchmark).max_new_tokens
-  return runner.Settings(
+  return engine_lib.Settings(
     num_frames=experiment.config.data.num_frames,
     batch_size=evals.batch_size,
     max_new_tokens=evals.max_new_tokens or own,
     rule=evals.rule,
-  )
-
-
-def read_processor(experiment: experiment_lib.Experiment):
-  """Returns what is done to frames, with the paper's bounds on pixels."""
-  path, data = experiment.config.model.path, experiment.config.data
-  found = experiment.checkpoint.model.read_processor(path)
-  return found.with_paper_bounds(data.min_pixels, data.max_pixels)
-
-
-def open_source(
-  experiment: experiment_lib.Experiment,
-  want: frozenset[str] = frozenset(),
-  *,
-  keep: int = 0,
-  **options,
-) -> clips.ClipSource:
-  """Returns the encoded clips of config.data.
-
-  Args:
-    experiment: see there.
-    want: names of `video_llm.SIGNALS` that clips bring along.
-    keep: clips held in memory; 0 is those of this batch and of the next one.
-    **options: further ones of `clips.ClipSource`.
-  """
-  config, checkpoint = experiment.config, experiment.checkpoint
-  model, cache = checkpoint.model, config.data.feature_cache
-  dtype = jnp.dtype(model.dtype).name
-  return clips.ClipSource(
-    experiment_lib.media_root(config),
-    model,
-    checkpoint.params,
-    read_processor(experiment),
-    num_frames=config.data.num_frames,
-    cache=feature_cache.FeatureCache(cache) if cache else None,
-    cache_key=f"{checkpoint.identity['sha256']} {dtype}",
-    keep=keep or 2 * config.evals.batch_size,
-    want=want,
-    **options,
   )
 
 
@@ -518,7 +473,7 @@ def _cell_text(cell) -> str:
   return text.replace("[", "\\[")
 
 
-def _candidates(experiment, methods) -> dict[str, list[runner.Method]]:
+def _candidates(experiment, methods) -> dict[str, list[methods_lib.Method]]:
   """Returns label -> methods to choose from on validation."""
   evals = experiment.config.evals
   given = config_lib.to_dict(evals.candidates)
@@ -548,7 +503,7 @@ def _candidates(experiment, methods) -> dict[str, list[runner.Method]]:
       f"candidates are given for {unknown[0]!r}, which is not among the methods"
     )
   return {
-    label: [runner.Method.parse(spec) for spec in specs]
+    label: [methods_lib.Method.parse(spec) for spec in specs]
     for label, specs in out.items()
   }
 

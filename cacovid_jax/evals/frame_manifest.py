@@ -9,78 +9,18 @@ Processes that share a workdir share its file: lines are appended under a lock.
 """
 
 import dataclasses
-import functools
-import hashlib
 import json
 import os
 import pathlib
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
-
 from cacovid_jax import errors, files
-from cacovid_jax.data import video
-from cacovid_jax.evals import provenance
+from cacovid_jax.data import frame_record
+from cacovid_jax.data.frame_record import FrameRecord
 
 FILE = "frames.jsonl"
 _HEADER = "frames"
-_CHUNK = 2**20
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Entry:
-  """The frames of one clip, or why it has none.
-
-  Attributes:
-    video: path of the clip, relative to the media root.
-    content: blake2b of the file.
-    num_frames: frames in the clip, which the frame rule counts.
-    duration: seconds.
-    size: (h, w) of its frames, upright, in pixels.
-    indices: of the frames that are shown.
-    frame_hash: of their pixels, see `hash_frames`.
-    fault: why the clip cannot be used; all else is empty then.
-  """
-
-  video: str
-  content: str = ""
-  num_frames: int = 0
-  duration: float = 0.0
-  size: tuple[int, int] = (0, 0)
-  indices: tuple[int, ...] = ()
-  frame_hash: str = ""
-  fault: str = ""
-
-  @classmethod
-  def of(
-    cls, name: str, path: str, clip: video.Clip, *, hashed: bool = True
-  ) -> "Entry":
-    """Returns the line of a decoded clip.
-
-    Args:
-      name: as the questions call it.
-      path: of the file.
-      clip: its frames at their own size.
-      hashed: whether the file's content is wanted, which reads all of it.
-    """
-    return cls(
-      video=name,
-      content=hash_file(path) if hashed else "",
-      num_frames=int(clip.num_frames),
-      duration=float(clip.duration),
-      size=tuple(map(int, clip.frames.shape[1:3])),
-      indices=tuple(int(index) for index in clip.indices),
-      frame_hash=hash_frames(clip.frames),
-    )
-
-  @property
-  def index_hash(self) -> str:
-    """Digest of which frames of how many are shown; "" without any."""
-    if self.fault:
-      return ""
-    text = json.dumps([self.num_frames, list(self.indices)])
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class FrameManifest:
@@ -102,10 +42,10 @@ class FrameManifest:
     """
     self._path = pathlib.Path(path)
     self._num_frames = num_frames
-    self._decoder = provenance.decoder()
+    self._decoder = frame_record.decoder()
     self._made_by = {}
-    self._own: dict[str, Entry] = {}
-    self._given: dict[str, Entry] = {}
+    self._own: dict[str, FrameRecord] = {}
+    self._given: dict[str, FrameRecord] = {}
     self._given_path = pathlib.Path(given) if given else None
     if self._given_path:
       if not self._given_path.is_file():
@@ -121,7 +61,7 @@ class FrameManifest:
       for name in sorted(self._own.keys() & self._given.keys()):
         self._check_same(self._path, self._given[name], self._own[name])
 
-  def __getitem__(self, name: str) -> Entry | None:
+  def __getitem__(self, name: str) -> FrameRecord | None:
     """Returns the line that a clip must agree with; None of a new clip.
 
     A clip that could not be used is tried again, unless the file was given.
@@ -155,7 +95,7 @@ class FrameManifest:
       )
     return entry.indices
 
-  def check(self, found: Entry) -> None:
+  def check(self, found: FrameRecord) -> None:
     """Refuses a clip of which other pixels are decoded than before."""
     entry = self[found.video]
     if entry is None or found == entry:
@@ -169,7 +109,7 @@ class FrameManifest:
       " evaluate in another workdir without the file"
     )
 
-  def add(self, entry: Entry) -> None:
+  def add(self, entry: FrameRecord) -> None:
     """Writes a clip's line, once."""
     if self._own.get(entry.video) == entry:
       return
@@ -216,7 +156,7 @@ class FrameManifest:
       " in another workdir without the file"
     )
 
-  def _check_same(self, path, known: Entry, found: Entry) -> None:
+  def _check_same(self, path, known: FrameRecord, found: FrameRecord) -> None:
     if known != found:
       raise errors.UserError(
         f"{path} has two different lines about {found.video}; evaluate in"
@@ -253,11 +193,8 @@ class FrameManifest:
       found[entry.video] = entry
     return found, count + len(lines)
 
-  def _entry(self, record) -> Entry:
-    entry = Entry(**record)
-    entry = dataclasses.replace(
-      entry, size=tuple(entry.size), indices=tuple(entry.indices)
-    )
+  def _entry(self, record) -> FrameRecord:
+    entry = FrameRecord(**record)
     if not entry.fault:
       numbers = (*entry.indices, *entry.size, entry.num_frames)
       if (
@@ -280,24 +217,8 @@ class FrameManifest:
     self._made_by[path] = str(header["decoder"])
 
 
-def _line(entry: Entry) -> dict[str, Any]:
+def _line(entry: FrameRecord) -> dict[str, Any]:
   """Returns an entry's fields, less those that are empty."""
-  empty = dataclasses.asdict(Entry(video=""))
+  empty = dataclasses.asdict(FrameRecord(video=""))
   fields = dataclasses.asdict(entry).items()
   return {name: value for name, value in fields if value != empty[name]}
-
-
-def hash_frames(frames: np.ndarray) -> str:
-  """Returns the sha256 of uint8[T, h, w, 3] frames and of their shape."""
-  digest = hashlib.sha256(str(frames.shape).encode())
-  digest.update(np.ascontiguousarray(frames).data)
-  return digest.hexdigest()
-
-
-def hash_file(path: str | os.PathLike) -> str:
-  """Returns the blake2b of a file's content."""
-  digest = hashlib.blake2b(digest_size=16)
-  with open(path, "rb") as f:
-    for chunk in iter(functools.partial(f.read, _CHUNK), b""):
-      digest.update(chunk)
-  return digest.hexdigest()

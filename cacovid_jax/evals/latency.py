@@ -19,10 +19,10 @@ import jax
 from cacovid_jax import command
 from cacovid_jax.compressors import base
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.evals import asker as asker_lib
-from cacovid_jax.evals import programs as programs_lib
-from cacovid_jax.evals import runner
-from cacovid_jax.models import prompt_batch
+from cacovid_jax.inference import engine as engine_lib
+from cacovid_jax.inference import methods as methods_lib
+from cacovid_jax.inference import programs as programs_lib
+from cacovid_jax.models import prompt_batch, token_grid
 from cacovid_jax.policy import loading
 
 REPEATS = command.Flag(
@@ -55,41 +55,35 @@ class Subject:
 
   Attributes:
     checkpoint: the base model; `model` and `params` are read.
-    programs: compiled functions for its grid.
-    grid: (T, H, W) of the video.
+    programs: compiled functions.
+    grid: (T, H, W) or `TokenGrid` of the video.
     batch: the prompt, B = 1.
-    inputs: `runner.Cell` -> `base.CompressorInputs` of its method.
-    policy: `runner.Method` -> the `LoadedPolicy` that it follows.
+    inputs: `methods.Condition` -> what its method reads.
+    policy: `methods.Method` -> the policy that it follows.
   """
 
   checkpoint: Any
   programs: programs_lib.Programs
-  grid: tuple[int, int, int]
+  grid: Any
   batch: prompt_batch.PromptBatch
-  inputs: Callable[[runner.Cell], base.CompressorInputs]
-  policy: Callable[[runner.Method], loading.LoadedPolicy]
+  inputs: Callable[[methods_lib.Condition], base.CompressorInputs]
+  policy: Callable[[methods_lib.Method], loading.LoadedPolicy]
 
 
 def subject(
-  evaluator: runner.Evaluator, question: question_lib.Question
+  engine: engine_lib.Engine, question: question_lib.Question
 ) -> Subject:
-  """Returns a question as it is asked in an evaluation; waits for its clip.
-
-  Args:
-    evaluator: of batches of one question.
-    question: one of its questions, about a clip that can be read.
-  """
-  if evaluator.settings.batch_size != 1:
+  """Returns a question as it is asked in batches of one; waits for its clip."""
+  if engine.settings.batch_size != 1:
     raise ValueError("times are those of one video: use a batch size of 1")
-  tools = evaluator.tools(question)
-  asker = asker_lib.Asker(evaluator, [question])
+  runner = engine.batch([question])
   return Subject(
-    checkpoint=evaluator.checkpoint,
-    programs=tools.programs,
-    grid=tools.grid,
-    batch=asker.batch,
-    inputs=asker.inputs,
-    policy=lambda method: evaluator.policies[evaluator.policy_name(method)],
+    checkpoint=engine.checkpoint,
+    programs=engine.programs,
+    grid=runner.grid,
+    batch=runner.batch,
+    inputs=runner.inputs,
+    policy=lambda method: engine.policies[engine.policy_name(method)],
   )
 
 
@@ -97,24 +91,21 @@ class Stopwatch:
   """Measures methods on one prompt; shared parts are measured once."""
 
   def __init__(self, subject: Subject, repeats: int = 9):
-    """Measures nothing yet.
-
-    Args:
-      subject: the prompt.
-      repeats: runs that the median is taken over.
-    """
+    """Measures nothing yet; `repeats` runs are what medians are taken of."""
     self._subject, self._repeats = subject, repeats
     self._known = {}
 
-  def cost(self, method: runner.Method, ratio: float) -> Cost:
+  def cost(self, method: methods_lib.Method, ratio: float) -> Cost:
     """Returns the time of a method at a ratio.
 
     Raises:
       UserError: the method cannot be run at this ratio.
     """
-    return self._cost(runner.Cell(method, ratio, 0))[0]
+    return self._cost(methods_lib.Condition(method, ratio))[0]
 
-  def answered(self, method: runner.Method, ratio: float) -> tuple[Cost, float]:
+  def answered(
+    self, method: methods_lib.Method, ratio: float
+  ) -> tuple[Cost, float]:
     """Returns (cost, milliseconds of answering from what was chosen).
 
     The second part ends with the last token that the programs generate, the
@@ -124,11 +115,11 @@ class Stopwatch:
     Raises:
       UserError: the method cannot be run at this ratio.
     """
-    cell = runner.Cell(method, ratio, 0)
-    cost, whole = self._cost(cell)
+    condition = methods_lib.Condition(method, ratio)
+    cost, whole = self._cost(condition)
     if whole is not None:
       return cost, whole - cost.rule
-    selection = self._select(cell, self._subject.inputs(cell))
+    selection = self._select(condition, self._subject.inputs(condition))
     return cost, self._answer(selection)
 
   def vanilla(self) -> float:
@@ -155,35 +146,47 @@ class Stopwatch:
       ),
     )
 
-  def _cost(self, cell) -> tuple[Cost, float | None]:
+  def _cost(self, condition) -> tuple[Cost, float | None]:
     """Returns the cost, and inside the model the whole program's time."""
-    programs, compressor = self._subject.programs, cell.method.compressor
-    programs.check(compressor, cell.ratio)
-    inputs = self._subject.inputs(cell)
-    needs = sorted(cell.method.needs)
-    reads = sum(self._read(need, cell.method) for need in needs)
+    programs, compressor = self._subject.programs, condition.method.compressor
+    grid = self._subject.grid
+    compressor.rows_per_layer(
+      self._subject.checkpoint.model.config.text.num_layers,
+      token_grid.TokenGrid.of(grid).shape,
+      condition.ratio,
+    )
+    inputs = self._subject.inputs(condition)
+    needs = sorted(condition.method.needs)
+    reads = sum(self._read(need, condition.method) for need in needs)
     if not compressor.selects_first:
-      program = programs.select_and_answer(compressor, cell.ratio)
+      program = programs.select_and_answer(compressor, condition.ratio, grid)
       params, batch = self._subject.checkpoint.params, self._subject.batch
       whole = self._median(lambda: program(params, batch, inputs))
-      even = runner.Cell(runner.Method.parse("uniform"), cell.ratio, 0)
+      even = methods_lib.Condition(
+        methods_lib.Method.parse("uniform"), condition.ratio, 0
+      )
       answer = self._answer(self._select(even, self._subject.inputs(even)))
       return Cost(max(whole - answer, 0.0), reads), whole
-    program = programs.select(compressor, cell.ratio)
+    program = programs.select(compressor, condition.ratio, grid)
     return Cost(self._median(lambda: program(inputs)), reads), None
 
-  def _select(self, cell, inputs) -> base.Selection:
-    programs = self._subject.programs
-    return programs.select(cell.method.compressor, cell.ratio)(inputs)
+  def _select(self, condition, inputs) -> base.Selection:
+    select = self._subject.programs.select
+    return select(
+      condition.method.compressor, condition.ratio, self._subject.grid
+    )(inputs)
 
-  def _read(self, need: str, method: runner.Method) -> float:
+  def _read(self, need: str, method: methods_lib.Method) -> float:
     """Returns the milliseconds of what a method reads; 0 for by-products."""
     if need.endswith("scores"):
       policy = self._subject.policy(method)
       return self._once(
         ("scores", id(policy)),
         lambda: self._subject.programs.scores(
-          policy.module, policy.params, self._subject.batch
+          policy.module,
+          policy.params,
+          self._subject.batch,
+          self._subject.grid,
         ),
       )
     if need == "attention":
@@ -237,8 +240,8 @@ def median_milliseconds(
 
 
 def readable(
-  evaluator: runner.Evaluator, questions: Sequence[question_lib.Question]
+  engine: engine_lib.Engine, questions: Sequence[question_lib.Question]
 ) -> question_lib.Question | None:
   """Returns the first question whose clip can be used."""
-  usable = (q for q in questions if not evaluator.source[q.video].fault)
+  usable = (q for q in questions if not engine.source[q.video].fault)
   return next(usable, None)

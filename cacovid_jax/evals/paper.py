@@ -171,12 +171,12 @@ def row(model: str | None, method: str, ratio: float) -> Row | None:
 
 
 def row_of(model: str | None, method: Any, ratio: float) -> Row | None:
-  """Returns the paper's row of a `runner.Method`, if it is the paper's."""
+  """Returns the paper's row of a `methods.Method`, if it is the paper's."""
   return row(model, method.label, ratio) if is_method(method) else None
 
 
 def is_method(method: Any) -> bool:
-  """Returns whether a `runner.Method` is the paper's method of its label."""
+  """Returns whether a `methods.Method` is the paper's method of its label."""
   compressor = method.compressor
   known = OPTIONS.get(compressor.name, {})
   return method.label == compressor.name and all(

@@ -10,11 +10,10 @@ import subprocess
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import av
 import jax
-from av import library_versions
 
 import cacovid_jax
+from cacovid_jax.data import frame_record
 
 # Packages whose version can change a number in a table.
 _PACKAGES = ("av", "flax", "jax", "jaxlib", "jinja2", "numpy", "pillow",
@@ -89,7 +88,7 @@ def _joined(entries: Iterable[Mapping[str, str]], name: str) -> str:
 def environment() -> dict[str, Any]:
   """Returns what computes here: nothing that two equal machines differ in."""
   return {
-    "decoder": decoder(),
+    "decoder": frame_record.decoder(),
     "device": device_kind(),
     "git_commit": git_commit(),
     "packages": packages(),
@@ -113,20 +112,6 @@ def host() -> dict[str, Any]:
     "num_devices": len(devices),
     "backend": jax.default_backend(),
   }
-
-
-def decoder() -> str:
-  """Returns the versions of PyAV and of the FFmpeg libraries it decodes with.
-
-  Frames of one file may differ between them in the last bit.
-  """
-  libraries = {
-    name: ".".join(map(str, version))
-    for name, version in sorted(library_versions.items())
-    if name in ("libavcodec", "libavformat", "libswscale")
-  }
-  parts = [f"{name} {version}" for name, version in libraries.items()]
-  return f"PyAV {av.__version__} ({', '.join(parts)})"
 
 
 def packages() -> dict[str, str]:

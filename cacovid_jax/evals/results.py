@@ -15,15 +15,17 @@ import numpy as np
 from cacovid_jax import errors
 from cacovid_jax.data import answer_log
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.evals import benchmarks, runner, statistics
+from cacovid_jax.evals import benchmarks, statistics
+from cacovid_jax.evals import evaluator as evaluator_lib
+from cacovid_jax.inference import methods as methods_lib
 
 SCHEMA = 1
 REFERENCE = "cacovid"
 # Share of frames that the frame head would draw in training.
 _FRAME_RATIO = 0.125
-_WHOLE = runner.Cell(None, 1.0, 0)
-VANILLA_KEY = runner.VANILLA, "1.00"
-Failures = Mapping[tuple[str, float], runner.Failure]  # By (spec, ratio).
+_WHOLE = methods_lib.Condition()
+VANILLA_KEY = methods_lib.VANILLA, "1.00"
+Failures = Mapping[tuple[str, float], evaluator_lib.Failure]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,7 +39,7 @@ class Table:
   benchmark: str
   split: str  # "validation" or "test".
   questions: Sequence[question_lib.Question]
-  methods: Sequence[runner.Method]
+  methods: Sequence[methods_lib.Method]
   ratios: Sequence[float]
   seeds: Sequence[int]
   grid: tuple[int, int, int]  # (T, H, W); where clips differ, of most of them.
@@ -203,7 +205,7 @@ def keys(table: Table, failures: Failures) -> list[answer_log.Key]:
   """Returns the keys of all answers of a table, less what could not be run."""
   return [
     cell.key(question.id)
-    for cell in runner.cells(table.methods, table.ratios, table.seeds)
+    for cell in methods_lib.conditions(table.methods, table.ratios, table.seeds)
     if cell.place not in failures
     for question in table.questions
   ]
@@ -264,7 +266,7 @@ def _groups(pairs) -> dict[str, dict[str, Any]]:
 
 def _cell(table, ledger, method, ratio, vanilla):
   """Returns (the cell of results.json, float64[Q] mean over seeds)."""
-  cells = runner.cells([method], [ratio], table.seeds)[1:]  # Less vanilla.
+  _, *cells = methods_lib.conditions([method], [ratio], table.seeds)
   per_seed = [_records(table, ledger, cell) for cell in cells]
   scores = np.array([[r["score"] for r in found] for found in per_seed])
   mean = scores.mean(axis=0)
@@ -297,7 +299,7 @@ def _cell(table, ledger, method, ratio, vanilla):
   return out, mean
 
 
-def _failed(method, failure: runner.Failure) -> dict[str, Any]:
+def _failed(method, failure: evaluator_lib.Failure) -> dict[str, Any]:
   """Returns the cell of a method that cannot be run at a ratio."""
   out = {"status": failure.reason, **_facts(method)}
   if (lowest := failure.minimum_ratio) is not None:
@@ -357,7 +359,7 @@ def _frame_head(table, ledger, decisive, failures):
   method = followed[0]
   T, H, W = table.grid  # Decisive tokens are known of one grid alone.
   drawn = math.ceil(_FRAME_RATIO * T)
-  cell = runner.Cell(method, ratio, 0)
+  cell = methods_lib.Condition(method, ratio, 0)
   hits, chances, clips = [], [], []
   for question in table.questions:
     order = ledger[cell.key(question.id)].get("frames")

@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 
 from cacovid_jax import errors, files
 from cacovid_jax.data import answer_log
-from cacovid_jax.evals import provenance, runner
+from cacovid_jax.evals import evaluator as evaluator_lib
+from cacovid_jax.evals import provenance
+from cacovid_jax.inference import methods as methods_lib
 
 _SHARD = re.compile(r"([0-9]+)/([0-9]+)")
 
@@ -97,7 +99,7 @@ def ledger(
 
 
 def work(
-  identity: Mapping[str, Any], cells: Sequence[runner.Cell], questions
+  identity: Mapping[str, Any], cells: Sequence[methods_lib.Condition], questions
 ) -> str:
   """Returns a digest of all that is to be asked, whoever asks it."""
   asked = sorted((cell.spec, cell.ratio, cell.seed) for cell in cells)
@@ -118,7 +120,9 @@ class Board:
     """Takes this process's own note away, if there is one."""
     self._path(self.shard).unlink(missing_ok=True)
 
-  def done(self, failures: Mapping[tuple[str, float], runner.Failure]) -> None:
+  def done(
+    self, failures: Mapping[tuple[str, float], evaluator_lib.Failure]
+  ) -> None:
     """Notes that this process has asked its share, less what failed."""
     note = {
       "work": self.work,
@@ -133,7 +137,7 @@ class Board:
     """Returns the numbers of the processes that are not done."""
     return [i for i in range(self.shard.count) if self._read(i) is None]
 
-  def failures(self) -> dict[tuple[str, float], runner.Failure]:
+  def failures(self) -> dict[tuple[str, float], evaluator_lib.Failure]:
     """Returns what could not be run, as one process alone would find it.
 
     All must be done. The reason is that of the first batch that showed it.
@@ -142,7 +146,7 @@ class Board:
     for index in range(self.shard.count):
       for entry in self._read(index):
         place = entry.pop("method"), entry.pop("ratio")
-        failure = runner.Failure(**entry)
+        failure = evaluator_lib.Failure(**entry)
         if place not in found or failure.batch < found[place].batch:
           found[place] = failure
     return found

@@ -9,12 +9,80 @@ video tokens, n of them left, K kept next, P position rows, S auxiliary feature
 maps, Q tokens of a question's text, V vocabulary.
 """
 
+import bisect
+import dataclasses
+import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from cacovid_jax import errors
 from cacovid_jax.models import qwen2
+
+_MULTIPLE = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptBuckets:
+  """How long the text of prompts is padded to: a few lengths for many texts.
+
+  Attributes:
+    text_rows: rising; rows of a prompt beside its video tokens.
+  """
+
+  text_rows: tuple[int, ...]
+
+  def __post_init__(self):
+    rows = tuple(map(int, self.text_rows))
+    if not 1 <= len(rows) <= 3 or rows[0] < 1 or sorted({*rows}) != [*rows]:
+      raise errors.UserError(
+        f"config.data.prompt_rows={self.text_rows}: give one to three rising"
+        " numbers of rows, or leave it empty"
+      )
+    object.__setattr__(self, "text_rows", rows)
+
+  @classmethod
+  def of(
+    cls, lengths: Sequence[int], *, beside: int = 0, worth: float = 0.1
+  ) -> "PromptBuckets":
+    """Returns the buckets that pad these prompts least.
+
+    Each more means more programs, and so has to spare a share of the rows.
+
+    Args:
+      lengths: text rows of every prompt, at least one.
+      beside: video rows of a prompt as it is computed.
+      worth: the share of all rows that one more bucket has to spare.
+    """
+    rounded = -(-np.maximum(lengths, 1) // _MULTIPLE) * _MULTIPLE
+    sizes, counts = np.unique(rounded, return_counts=True)
+
+    def rows(chosen):
+      padded = np.asarray(chosen)[np.searchsorted(chosen, sizes)]
+      return int(((padded + beside) * counts).sum())
+
+    best = (int(sizes[-1]),)
+    for number in (2, 3):
+      smaller = itertools.combinations(sizes[:-1].tolist(), number - 1)
+      found = min(((*c, best[-1]) for c in smaller), key=rows, default=best)
+      if rows(found) > (1 - worth) * rows(best):
+        break
+      best = found
+    return cls(best)
+
+  def pick(self, text_rows: int) -> int:
+    """Returns the smallest length that holds so many rows."""
+    place = bisect.bisect_left(self.text_rows, text_rows)
+    if place == len(self.text_rows):
+      raise errors.UserError(
+        f"a prompt has {text_rows} rows beside its video, above the"
+        f" {self.text_rows[-1]} of config.data.prompt_rows; raise the last of"
+        " them, or leave the key empty"
+      )
+    return self.text_rows[place]
 
 
 class PromptBatch(NamedTuple):
@@ -168,18 +236,48 @@ def whole(prompts: PromptBatch) -> PrunedPrompts:
   )
 
 
+def crop(prompts: PromptBatch, num_video: int) -> PromptBatch:
+  """Returns what a model reads of prompts, without the padding of a bucket.
+
+  Every video has `num_video` tokens.
+  """
+  num_rows = prompts.x.shape[1] + num_video - prompts.video_rows.shape[1]
+  return prompts._replace(
+    x=prompts.x[:, :num_rows],
+    positions=prompts.positions[:, :, :num_rows],
+    video_rows=prompts.video_rows[:, :num_video],
+    deep=None if prompts.deep is None else prompts.deep[:, :, :num_video],
+    features=None,
+    ids=None,
+    text_rows=None,
+  )
+
+
 def keep(prompts: PrunedPrompts, selection, *, num_video) -> PrunedPrompts:
   """Returns whole prompts with only what a selection [B, ...] keeps of N."""
   count = selection.mask.sum(axis=1).astype(jnp.int32)
   _, kept = take(prompts, selection.index, count, num_video=num_video)
-  if prompts.deep is not None:
-    kept = kept._replace(deep=jax.vmap(_means)(prompts.deep, selection))
+  kept = write_selection(kept, prompts.deep, selection)
   own = jnp.arange(selection.index.shape[1], dtype=jnp.int32)
-  # A method may have changed the rows that it keeps (merged tokens).
   return kept._replace(
-    x=write_video(kept.x, kept.video_rows, selection.features),
-    row=jnp.broadcast_to(own, selection.index.shape),
-    entered=selection,
+    row=jnp.broadcast_to(own, selection.index.shape), entered=selection
+  )
+
+
+def write_selection(kept, deep, selection):
+  """Returns pruned prompts with a selection's rows [B, ...] in their places.
+
+  A method may have changed the rows that it keeps (merged tokens).
+
+  Args:
+    kept: B prompts with what the selection keeps.
+    deep: float[B, S, N, D] of the whole videos, or None.
+    selection: see `compressors.base.Selection`.
+  """
+  if deep is not None:
+    kept = kept._replace(deep=jax.vmap(_means)(deep, selection))
+  return kept._replace(
+    x=write_video(kept.x, kept.video_rows, selection.features)
   )
 
 

@@ -85,6 +85,40 @@ def pick(grid, buckets):
   return min(fits, key=lambda b: (b.tokens, b.frames * b.frame_tokens))
 
 
+def make_buckets(sizes, processor, num_frames):
+  """Returns the GridBuckets of videos of F frames, the smallest first.
+
+  Without `sizes`, one for the largest temporal patches that the processor
+  allows, and one for those half way (in proportion) from the smallest: limits
+  of 128 and 256 tokens give buckets of 181 and 256.
+
+  Args:
+    sizes: config.data.buckets, (temporal patches, tokens of one) or (temporal
+      patches, tokens of one, tokens) each.
+    processor: `processors.Processor` of a model whose grids differ.
+    num_frames: F.
+  """
+  patches = -(-num_frames // processor.temporal_patch_size)
+  sizes = [tuple(size) for size in sizes]
+  if not sizes:
+    least, most = processor.patch_tokens(num_frames)
+    sizes = [(patches, area) for area in (int((least * most) ** 0.5), most)]
+  try:
+    found = {GridBucket(*map(int, size)) for size in sizes}
+  except (TypeError, ValueError) as error:
+    raise errors.UserError(
+      f"config.data.buckets={tuple(sizes)}: give (temporal patches, tokens of"
+      " one) or (temporal patches, tokens of one, tokens) for each"
+    ) from error
+  short = [bucket for bucket in found if bucket.frames < patches]
+  if short:
+    raise errors.UserError(
+      f"config.data.buckets: {short[0]} has fewer temporal patches than the"
+      f" {patches} of {num_frames} frames; no clip would use it"
+    )
+  return sorted(found, key=lambda b: (b.tokens, b.frames * b.frame_tokens))
+
+
 def check(grid):
   """Returns grid as three ints; raises UserError if a side is empty."""
   grid = tuple(int(size) for size in grid)

@@ -10,7 +10,6 @@ Letters: B batch, L prompt tokens, P position rows, M generated tokens.
 
 import collections
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -27,8 +26,8 @@ from cacovid_jax.data import answer_log
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import rewards as rewards_lib
 from cacovid_jax.data import tokenizer as tokenizer_lib
-from cacovid_jax.models import generation
-from cacovid_jax.parallel import mesh as mesh_lib
+from cacovid_jax.inference import programs
+from cacovid_jax.models import prompt_batch
 
 # Rows of an exact number earn a hair less than 1 by the trainer's formula.
 _TOLERANCE = 1e-6
@@ -58,14 +57,6 @@ class Settings:
       raise errors.UserError(
         f"threshold={self.threshold}: give a reward above 0, at most 1"
       )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Batch:
-  """At most B prompts int32[L] of one bucket, and their questions' rows."""
-
-  rows: tuple[int, ...]
-  bucket: int
 
 
 def ask(
@@ -100,26 +91,29 @@ def ask(
   answers = answer_log.Ledger(
     path, _identity(checkpoint, prompts, settings), mend="or use another file"
   )
-  batches = list(_batches(prompts, questions, settings.batch_size))
+  batches = _batches(prompts, questions, settings.batch_size)
   keys = [_key(question) for question in questions]
   todo = [
-    batch
-    for batch in batches
-    if any(keys[i] not in answers for i in batch.rows)
+    (bucket, rows)
+    for bucket, rows in batches
+    if any(keys[i] not in answers for i in rows)
   ]
-  done = len(questions) - sum(len(batch.rows) for batch in todo)
-  answer = functools.partial(_answer, checkpoint, settings)
-  program = mesh_lib.jit_rows(answer, mesh)
+  done = len(questions) - sum(len(rows) for _, rows in todo)
+  program = programs.Programs(checkpoint, settings.max_new_tokens, mesh)
   with progress(len(questions), start=done, description="asked blind") as bar:
-    for batch in todo:
-      texts = _ask_batch(
-        program, checkpoint, [prompts[i] for i in batch.rows], batch, settings
+    for bucket, rows in todo:
+      ids, lengths = _padded(
+        [prompts[i] for i in rows],
+        bucket,
+        settings.batch_size,
+        checkpoint.pad_id,
       )
+      found = program.answer_text(checkpoint.params, ids, lengths)
       answers.add(
-        (keys[i], {"text": text})
-        for i, text in zip(batch.rows, texts, strict=True)
+        (keys[i], {"text": tokenizer.decode(answer).strip()})
+        for i, answer in zip(rows, np.asarray(found), strict=False)
       )
-      done += len(batch.rows)
+      done += len(rows)
       bar.update(done)
   return [answers[key]["text"] for key in keys]
 
@@ -245,8 +239,8 @@ def _identity(checkpoint, prompts, settings) -> dict[str, Any]:
   }
 
 
-def _batches(prompts, questions, size: int) -> Iterator[_Batch]:
-  """Yields batches of like length, longest first.
+def _batches(prompts, questions, size: int) -> Iterator[tuple[int, list[int]]]:
+  """Yields (padded length, rows) of batches of like length, longest first.
 
   What does not fit into memory then fails at once. Questions with letters have
   batches of their own, since a batch takes as long as its longest answer.
@@ -255,57 +249,20 @@ def _batches(prompts, questions, size: int) -> Iterator[_Batch]:
   for number, (ids, question) in enumerate(
     zip(prompts, questions, strict=True)
   ):
-    groups[_bucket(len(ids)), not question.lettered].append(number)
+    # Padded to a power of two, so that programs are few.
+    bucket = max(1 << (len(ids) - 1).bit_length(), _SHORTEST_BUCKET)
+    groups[bucket, not question.lettered].append(number)
   for bucket, wordy in sorted(groups, reverse=True):
     rows = groups[bucket, wordy]
     for start in range(0, len(rows), size):
-      yield _Batch(tuple(rows[start : start + size]), bucket)
+      yield bucket, rows[start : start + size]
 
 
-def _bucket(length: int) -> int:
-  """Returns the padded length: a power of two, so programs are few."""
-  bucket = _SHORTEST_BUCKET
-  while bucket < length:
-    bucket *= 2
-  return bucket
-
-
-def _ask_batch(program, checkpoint, prompts, batch, settings) -> list[str]:
-  """Returns the answers to the prompts of a batch."""
-  ids = np.full(
-    (settings.batch_size, batch.bucket), checkpoint.pad_id, np.int32
-  )
-  lengths = np.ones(settings.batch_size, np.int32)
-  for place, prompt in enumerate(prompts):
-    ids[place, : len(prompt)] = prompt
-    lengths[place] = len(prompt)
+def _padded(prompts, bucket: int, size: int, pad_id: int):
+  """Returns (ids int32[B, L], lengths int32[B]) of at most B prompts."""
   # The rows behind the last prompt repeat it, lest they go on for longer.
-  ids[len(prompts) :] = ids[len(prompts) - 1]
-  lengths[len(prompts) :] = lengths[len(prompts) - 1]
-  found = np.asarray(program(checkpoint.params, ids, lengths))
-  return [
-    checkpoint.tokenizer.decode(answer).strip()
-    for answer in found[: len(prompts)]
-  ]
-
-
-def _answer(checkpoint, settings, params, ids, lengths):
-  """Returns int32[B,M] of the prompts int32[B,L], right padded."""
-  model = checkpoint.model
-  batch, length = ids.shape
-  # Without a video, rows of time, height and width count on alike.
-  positions = jnp.broadcast_to(
-    jnp.arange(length, dtype=jnp.int32),
-    (batch, model.num_position_rows, length),
-  )
-  return generation.greedy(
-    model,
-    params,
-    model.embed_text(params, ids),
-    positions,
-    lengths,
-    lengths,
-    max_new_tokens=settings.max_new_tokens,
-    eos_ids=checkpoint.eos_ids,
-    pad_id=checkpoint.pad_id,
-  )
+  prompts = [prompts[row] for row in prompt_batch.pad_rows(len(prompts), size)]
+  ids = np.full((size, bucket), pad_id, np.int32)
+  for row, prompt in zip(ids, prompts, strict=True):
+    row[: len(prompt)] = prompt
+  return ids, np.array([len(prompt) for prompt in prompts], np.int32)

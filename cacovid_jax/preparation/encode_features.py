@@ -1,36 +1,213 @@
-r"""Fills a config's cache of video features before training.
+r"""Fills a config's cache of video features ahead of time.
 
 python -m cacovid_jax.preparation.encode_features --config configs/x.py
 python -m cacovid_jax.preparation.encode_features --config configs/x.py \
     --shard=0/8
+python -m cacovid_jax.preparation.encode_features --config configs/x.py \
+    --questions=evaluation
 
-Decodes every clip of the training questions and runs the vision tower over it
-once, into `config.data.feature_cache`, where training with the same config
-finds it. Several processes (one per accelerator, say) share the work by
---shard, and a run that was stopped goes on when it is given again. Clips that
-cannot be used are listed in the cache's `quarantine.jsonl`, rows that are left
-out in its `left_out.json`.
+Decodes every clip of the training questions, or of the questions that an
+evaluation with this config asks, and runs the vision tower over it once, into
+`config.data.feature_cache`, where training and evaluation find it: at the
+frames of `data.frame_rule` or of `evals.frame_rule`. Several processes (one per
+accelerator, say) share the work by --shard: which clips a process encodes
+depends on the questions alone, and one that was stopped goes on behind what is
+there. Clips that cannot be used are listed in the cache's `quarantine.jsonl`,
+training rows that are left out in its `left_out.json`.
 """
 
-import os
+import collections
+import concurrent.futures
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from cacovid_jax import command, errors
 from cacovid_jax import experiment as experiment_lib
-from cacovid_jax.data import rejected_clips
-from cacovid_jax.evals import shards
-from cacovid_jax.preparation import encoding
+from cacovid_jax import progress as progress_lib
+from cacovid_jax.data import question as question_lib
+from cacovid_jax.data import rejected_clips, video
+from cacovid_jax.evals import evaluation, shards
+from cacovid_jax.inference import clip_queue, features
+from cacovid_jax.training import batches
 from cacovid_jax.training import run as run_lib
 
 COMMAND = command.Command(
   __doc__,
   {
     "feature_cache": command.Flag("Folder to fill.", "data.feature_cache"),
+    "questions": command.Flag(
+      "Whose clips: training or evaluation.", default="training"
+    ),
     "shard": command.Flag(
       "i/n: this process takes every n-th clip, from the i-th.", default="0/1"
     ),
   },
   config="required",
 )
+
+
+@dataclasses.dataclass
+class Report:
+  """What became of the clips of one share.
+
+  Attributes:
+    num_clips: of the share.
+    num_present: whose features were there.
+    num_encoded: whose features were made.
+    failed: path -> why a clip cannot be used.
+  """
+
+  num_clips: int = 0
+  num_present: int = 0
+  num_encoded: int = 0
+  failed: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def clips_of(
+  rows: Sequence[question_lib.Question], shard: tuple[int, int] = (0, 1)
+) -> list[question_lib.Question]:
+  """Returns one question about each clip of a share.
+
+  Args:
+    rows: questions; several may be about one clip.
+    shard: (index, number): every number-th clip, by name.
+  """
+  index, number = shard
+  if not 0 <= index < number:
+    raise errors.UserError(
+      f"shard {index}/{number}: the first number counts from 0 and is below the"
+      " second"
+    )
+  first = {}
+  for row in rows:
+    first.setdefault(row.video, row)
+  return [first[name] for name in sorted(first)][index::number]
+
+
+def encode(
+  store: features.FeatureStore,
+  rows: Sequence[question_lib.Question],
+  directory: str,
+  *,
+  shard: tuple[int, int] = (0, 1),
+  num_threads: int = 2,
+  rejected: rejected_clips.RejectedClips | None = None,
+  progress: Callable[..., Any] = progress_lib.Progress,
+) -> Report:
+  """Makes the features that are missing; returns what was done.
+
+  Args:
+    store: with a cache on disk.
+    rows: questions about the clips.
+    directory: of the cache; once the size of a clip is known, it must have
+      room for all that are missing, those of other shares too.
+    shard: (index, number) of this process.
+    num_threads: that decode ahead.
+    rejected: log of clips that cannot be used.
+    progress: shows how far it is, made as `progress_lib.Progress` is.
+  """
+  rejected = rejected_clips.RejectedClips() if rejected is None else rejected
+  report, todo, size = Report(), [], 0
+  share = clips_of(rows, shard)
+  mine = {row.video for row in share}
+  others = [row for row in clips_of(rows) if row.video not in mine]
+  for row in share:
+    report.num_clips += 1
+    try:
+      known = store.cached_bytes(row.video)
+    except video.VideoError as error:
+      _refuse(report, rejected, row, error)
+      continue
+    report.num_present += known > 0
+    size = size or known
+    if not known:
+      todo.append(row)
+  if size:
+    _check_room(store, directory, size, len(todo), others)
+  done = report.num_clips - len(todo)
+  with progress(report.num_clips, start=done, description="encoded") as bar:
+    for row, clip, error in _loaded(store, todo, num_threads):
+      if error is None:
+        store.finish([clip])
+        report.num_encoded += 1
+        if not size:
+          size = store.cached_bytes(row.video)
+          left = report.num_clips - done - 1
+          _check_room(store, directory, size, left, others)
+      else:
+        _refuse(report, rejected, row, error)
+      done += 1
+      bar.update(done)
+  return report
+
+
+def _refuse(report, rejected, row, error) -> None:
+  report.failed[row.video] = error.reason
+  rejected.add(row, error, rejected_clips.content_or_none(error))
+
+
+def _check_room(store, directory: str, size: int, count: int, others) -> None:
+  """Refuses to go on to what the disk cannot hold.
+
+  Args:
+    store: as of `encode`.
+    directory: as well.
+    size: bytes of a clip.
+    count: clips that this share still makes.
+    others: questions about the clips of other shares.
+  """
+  free = shutil.disk_usage(directory).free
+  if (count + len(others)) * size <= free:
+    return
+  # Only now, since to look for an entry reads the whole clip.
+  count += sum(_is_missing(store, row) for row in others)
+  wanted = count * size
+  if wanted > free:
+    raise errors.UserError(
+      f"{directory}: features of {count} more clips take {_text(wanted)}"
+      f" ({_text(size)} each) and {_text(free)} are free; put"
+      " config.data.feature_cache on a larger disk, or take fewer questions"
+    )
+
+
+def _is_missing(store, row) -> bool:
+  """Returns whether features are still to be made of a clip that is there."""
+  try:
+    return not store.cached_bytes(row.video)
+  except video.VideoError:
+    return False
+
+
+def _text(count: int) -> str:
+  units, value = ["bytes", "kB", "MB", "GB", "TB"], float(count)
+  while value >= 1000 and len(units) > 1:
+    value, units = value / 1000, units[1:]
+  return f"{value:.4g} {units[0]}"
+
+
+def _loaded(store, rows, num_threads: int) -> Iterator:
+  """Yields (question, clip, error) in order, decoding a few ahead."""
+
+  def load(row):
+    try:
+      return row, store.load(row.video), None
+    except video.VideoError as error:
+      return row, None, error
+
+  ahead = collections.deque()
+  with concurrent.futures.ThreadPoolExecutor(max(num_threads, 1)) as pool:
+    try:
+      for row in rows:
+        ahead.append(pool.submit(load, row))
+        if len(ahead) > num_threads + 1:
+          yield ahead.popleft().result()
+      while ahead:
+        yield ahead.popleft().result()
+    finally:
+      for waiting in ahead:
+        waiting.cancel()
 
 
 def main(args):
@@ -42,21 +219,31 @@ def main(args):
       "config.data.feature_cache is empty, so there is no cache to fill; add"
       " --config.data.feature_cache=FOLDER"
     )
-  # A cache may serve several configs: what was left out is that of the last.
-  questions = experiment_lib.read_questions(config, directory, resumes=False)
+  if args.questions not in ("training", "evaluation"):
+    raise errors.UserError(
+      f"--questions={args.questions}: use training or evaluation"
+    )
+  training = args.questions == "training"
   experiment = experiment_lib.Experiment.from_config(
-    config, directory, split="videos_per_step"
+    config, directory, split="videos_per_step" if training else ""
   )
-  run = run_lib.make(experiment, questions=questions)
-  report = encoding.encode(
-    run.source,
-    run.questions,
+  if training:
+    # A cache may serve several configs: what was left out is that of the last.
+    questions = experiment_lib.read_questions(config, directory, resumes=False)
+    processor = run_lib.make_processor(config, experiment.loaded.model)
+    store = run_lib.open_store(experiment, processor)
+  else:
+    found = evaluation.load_benchmark(
+      experiment, config.evals.split, config.evals.num_questions
+    )
+    questions, store = found.questions, clip_queue.open_queue(experiment)
+  report = encode(
+    store,
+    questions,
     directory,
     shard=shard,
     num_threads=config.data.num_threads,
-    quarantine=rejected_clips.RejectedClips(
-      os.path.join(directory, "quarantine.jsonl")
-    ),
+    rejected=rejected_clips.RejectedClips(batches.rejected_path(directory)),
   )
   print(
     f"{directory}: {report.num_clips} clips, {report.num_present} were there,"

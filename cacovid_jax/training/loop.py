@@ -54,7 +54,7 @@ def train(
   experiment,
   *,
   questions=None,
-  source=None,
+  store=None,
   validate: Callable[[Any, Any], dict[str, float]] | None = None,
   on_step: Callable[[int, Any, np.ndarray, np.ndarray], None] | None = None,
 ) -> Result:
@@ -64,7 +64,7 @@ def train(
     experiment: `experiment.Experiment` whose mesh shares the videos of a step;
       a workdir of another config is refused.
     questions: rows, instead of those of config.data.
-    source: clips, see `training.pipeline`, instead of those of config.data.
+    store: clips, see `inference.features`, instead of those of config.data.
     validate: (policy module, params) -> {"accuracy": ..., ...} on validation
       questions, called every config.validation.every_steps; the best policy is
       kept beside the last one.
@@ -82,9 +82,7 @@ def train(
     questions = experiment_lib.read_questions(experiment.config, workdir)
   experiment = run_lib.with_total_steps(experiment, questions)
   config = experiment.config
-  run = run_lib.make(
-    experiment, questions=questions, source=source, parts=parts
-  )
+  run = run_lib.make(experiment, questions=questions, store=store, parts=parts)
   saver = _Saver(config, workdir, run)
   start, state = saver.restore_or_init()
   with (

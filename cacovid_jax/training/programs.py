@@ -6,15 +6,17 @@ Three schedules, chosen once from the config:
   fixed ratio, device rewards: `fixed_ratio_step`, all iterations inside;
   adaptive ratio, device rewards: `prepare_videos`, and one program per rung;
   host rewards: `prepare_videos`, one rollout program per rung, and `update`.
-So at most 2 + rungs programs for each bucket of grids. They are compiled ahead
-of time and called as executables, which cannot retrace: another shape or dtype
-is an error, never a silent compilation. No program has a host callback.
+So at most 2 + rungs programs for each bucket of grids and length of prompts.
+They are compiled ahead of time and called as executables, which cannot retrace:
+another shape or dtype is an error, never a silent compilation. No program has a
+host callback.
 """
 
 import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -34,12 +36,19 @@ EACH = P(step_lib.AXIS)
 _METRICS = step_lib.Metrics(mean=ONE, per_video=EACH)
 
 
+class Shape(NamedTuple):
+  """Static sizes of a step: the bucket of its grids, L of its prompts."""
+
+  bucket: token_grid.GridBucket
+  length: int
+
+
 class Programs:
-  """Programs of a run on one mesh, a set for each bucket of grids.
+  """Programs of a run on one mesh, a set for each `Shape`.
 
   Attributes:
     configs: {bucket: StepConfig}.
-    compile_seconds: {(bucket, name): seconds} of what was compiled so far.
+    compile_seconds: {(shape, name): seconds} of what was compiled so far.
   """
 
   def __init__(
@@ -49,6 +58,7 @@ class Programs:
     *,
     host_rewards: bool = False,
     map_with: str = "shard_map",
+    num_lengths: int = 1,
   ):
     """Compiles nothing yet.
 
@@ -57,21 +67,22 @@ class Programs:
       mesh: with axes `data` and `model`.
       host_rewards: rewards come from the host, see `run`.
       map_with: see `mesh.map_over_data`.
+      num_lengths: that prompts are padded to.
     """
     self.configs = {config.ladder.bucket: config for config in configs}
     self.mesh = mesh
     self.host_rewards = host_rewards
-    self.compile_seconds: dict[tuple[token_grid.GridBucket, str], float] = {}
-    self._map_with = map_with
+    self.compile_seconds: dict[tuple[Shape, str], float] = {}
+    self._map_with, self._num_lengths = map_with, num_lengths
     self._compiled = {}
 
   @property
   def limit(self) -> int:
     """The number of programs that the run may compile."""
-    return sum(map(self._limit, self.configs.values()))
+    return self._num_lengths * sum(map(self._limit, self.configs.values()))
 
   def _limit(self, config):
-    """Returns the number of programs of a bucket."""
+    """Returns the number of programs of a shape."""
     return 1 if self._one_program(config) else 2 + len(config.ladder)
 
   def _one_program(self, config):
@@ -98,8 +109,9 @@ class Programs:
       per-video arrays [B,I]). The one program leaves them on the device;
       otherwise they are joined on the host.
     """
-    bucket = batch.grid_data.grid.bucket
-    config, call = self.configs[bucket], functools.partial(self.call, bucket)
+    shape = Shape(batch.grid_data.grid.bucket, batch.ids.shape[1])
+    config = self.configs[shape.bucket]
+    call = functools.partial(self.call, shape)
     if self._one_program(config):
       return call("fixed_ratio_step", state, constants, batch)
     videos, memory = call("prepare_videos", state, constants, batch)
@@ -123,11 +135,11 @@ class Programs:
         max_rung = int(gather(metrics.per_video["next_rung"]).max())
     return state, *_join(outs)
 
-  def call(self, bucket: token_grid.GridBucket, name: str, *args):
+  def call(self, shape: Shape, name: str, *args):
     """Calls a program, compiled on its first call."""
-    if (bucket, name) not in self._compiled:
-      self._compile(bucket, name, args)
-    return self._compiled[bucket, name](*args)
+    if (shape, name) not in self._compiled:
+      self._compile(shape, name, args)
+    return self._compiled[shape, name](*args)
 
   def jitted(self, bucket: token_grid.GridBucket, name: str):
     """Returns the mapped, jitted function of a program."""
@@ -139,9 +151,10 @@ class Programs:
     )
     return jax.jit(mapped, donate_argnums=donated)
 
-  def _compile(self, bucket, name, args):
+  def _compile(self, shape, name, args):
+    bucket = shape.bucket
     limit = self._limit(self.configs[bucket])
-    known = [name for found, name in self._compiled if found == bucket]
+    known = [name for found, name in self._compiled if found == shape]
     if len(known) >= limit:
       raise RuntimeError(
         f"program {name!r} is one more than the {limit} of this run:"
@@ -151,10 +164,10 @@ class Programs:
     # Constants of the traced functions may visit the device.
     with jax.transfer_guard("allow"):
       lowered = self.jitted(bucket, name).trace(*args).lower()
-      self._compiled[bucket, name] = lowered.compile()
+      self._compiled[shape, name] = lowered.compile()
     seconds = time.monotonic() - start
-    self.compile_seconds[bucket, name] = seconds
-    _log.info("compiled %s of %s in %.1f s", name, bucket, seconds)
+    self.compile_seconds[shape, name] = seconds
+    _log.info("compiled %s of %s in %.1f s", name, shape, seconds)
 
 
 def _definition(config, name):

@@ -1,13 +1,13 @@
-"""Rollouts: the frozen model answers from each combination of video tokens.
+"""Rollouts: what the frozen model's answers to combinations of tokens earn.
 
-Letters: T frames, N video tokens, L prompt tokens, D width, K kept tokens, G
-combinations, B videos, V vocabulary, P position rows, M new tokens, A letters.
-METHOD.md 3. Everything here runs on the device; marks of other than lettered
-answers are `data.rewards`, on the host.
+Letters: G combinations, B videos, V vocabulary, M new tokens, A letters.
+METHOD.md 3. Answers are `inference.programs.answer_rows`. Everything here runs
+on the device; marks of other than lettered answers are `data.rewards`, on the
+host.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from cacovid_jax import errors
-from cacovid_jax.models import generation, prompt_batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,69 +95,6 @@ class Target(NamedTuple):
   answer_id: jax.Array
   option_ids: jax.Array
   letters: jax.Array
-
-
-def answer(
-  model,
-  params,
-  prompts: prompt_batch.PromptBatch,
-  index,
-  num_valid,
-  *,
-  max_new_tokens: int,
-  eos_ids: Sequence[int],
-  pad_id: int,
-) -> Answers:
-  """Returns the frozen model's greedy answers to all combinations.
-
-  Args:
-    model: a video LLM (see `models`).
-    params: its weights.
-    prompts: B whole prompts.
-    index: i32[B,G,K] kept tokens, ascending over the first `num_valid`.
-    num_valid: i32[B].
-    max_new_tokens: M; with 1 nothing is decoded, and the logits come too.
-    eos_ids: ids that end an answer.
-    pad_id: filler behind the end.
-  """
-  batch, num_combinations = index.shape[:2]
-  # Of the prompt that is kept, tokens have the positions of the whole one.
-  of_video = jax.vmap(
-    lambda *arguments: prompt_batch.prune(*arguments)[1], (None, 0, None)
-  )
-  pruned = jax.vmap(of_video)(prompts, index, num_valid)
-  pruned = jax.tree.map(
-    lambda a: a.reshape(batch * num_combinations, *a.shape[2:]), pruned
-  )
-
-  def grouped(a):
-    return a.reshape(batch, num_combinations, *a.shape[1:])
-
-  logits, cache, _ = model.prefill(
-    params,
-    pruned.x,
-    pruned.positions,
-    pruned.lengths,
-    cache_length=pruned.x.shape[1] + max_new_tokens - 1,
-    deep=pruned.deep,
-    video_rows=pruned.video_rows,
-  )
-  if max_new_tokens == 1:
-    ids = jnp.argmax(logits, axis=-1).astype(jnp.int32)[:, None]
-    return Answers(grouped(ids), grouped(logits))
-  # Generated text goes on where the whole prompt ends.
-  ids = generation.extend(
-    model,
-    params,
-    logits,
-    cache,
-    pruned.next_position,
-    num_position_rows=pruned.positions.shape[1],
-    max_new_tokens=max_new_tokens,
-    eos_ids=tuple(eos_ids),
-    pad_id=pad_id,
-  )
-  return Answers(grouped(ids), None)
 
 
 def first_letters(tokenizer, vocab_size: int) -> np.ndarray:

@@ -6,8 +6,6 @@ A letters.
 
 import dataclasses
 import functools
-import json
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -19,23 +17,22 @@ from jax.sharding import Mesh
 
 from cacovid_jax import errors
 from cacovid_jax import experiment as experiment_lib
-from cacovid_jax.data import feature_cache, rejected_clips
+from cacovid_jax.data import frames as frames_lib
 from cacovid_jax.data import question as question_lib
+from cacovid_jax.data import rejected_clips
+from cacovid_jax.inference import features
 from cacovid_jax.models import processors, token_grid
 from cacovid_jax.parallel import mesh as mesh_lib
 from cacovid_jax.policy import loading
 from cacovid_jax.training import (
+  batches,
   optimizer,
-  pipeline,
   programs,
   ratio,
   rollout,
   seams,
   step,
 )
-
-# Prompts are padded to a multiple of this.
-_LENGTH_STEP = 16
 
 
 @dataclasses.dataclass
@@ -54,7 +51,7 @@ class Run:
     described_policy: what policy_config.json says about the policy's module.
     code: {key of the config: sha256} of files of one's own.
     questions: rows that are trained on.
-    source: gives their clips, see `training.pipeline`.
+    store: gives their clips, see `inference.features`.
   """
 
   config: step.StepConfig
@@ -68,7 +65,7 @@ class Run:
   described_policy: dict[str, Any]
   code: dict[str, str]
   questions: Sequence[question_lib.Question]
-  source: Any
+  store: Any
 
   @property
   def described_grid(self) -> list:
@@ -83,14 +80,14 @@ class Run:
     return mesh_lib.put(state, self.mesh, programs.ONE)
 
 
-def make(experiment, *, questions=None, source=None, parts=None) -> Run:
+def make(experiment, *, questions=None, store=None, parts=None) -> Run:
   """Builds a run.
 
   Args:
     experiment: `experiment.Experiment`; its workdir gets the list of bad clips.
     questions: rows to train on; read from config.data by default.
-    source: what gives a question's clip, see `training.pipeline`; by default
-      the clips below config.data.root, encoded by the base model.
+    store: what gives a question's clip, as `features.FeatureStore` does; by
+      default the clips below config.data.root, encoded by the base model.
     parts: `seams.Seams`; those of the config by default.
   """
   parts = parts or seams.load(experiment.config)
@@ -104,7 +101,7 @@ def make(experiment, *, questions=None, source=None, parts=None) -> Run:
       raise errors.UserError(
         f"config.{key}={config[key]} must be at least {least}"
       )
-  checkpoint, workdir = experiment.loaded, experiment.workdir
+  checkpoint = experiment.loaded
   from_host = _from_host(parts.rollout, questions, checkpoint.tokenizer)
   options = dict(config.policy)
   init = options.pop("init")
@@ -121,8 +118,11 @@ def make(experiment, *, questions=None, source=None, parts=None) -> Run:
     letters=mesh_lib.put(letters, mesh, programs.ONE),
     seed=mesh_lib.put(np.uint32(config.seed % 2**32), mesh, programs.ONE),
   )
-  if source is None:
-    source = _clip_source(config, workdir, checkpoint, processor, configs)
+  if store is None:
+    store = open_store(experiment, processor)
+  stream = batches.Batches(
+    experiment, questions, store, [one.ladder for one in configs]
+  )
   return Run(
     config=configs[-1],
     programs=programs.Programs(
@@ -130,13 +130,14 @@ def make(experiment, *, questions=None, source=None, parts=None) -> Run:
       mesh,
       host_rewards=from_host,
       map_with=config.mesh.get("map", "shard_map"),
+      num_lengths=len(stream.prompts.text_rows),
     ),
     mesh=mesh,
     constants=constants,
     init_params=functools.partial(
       loading.init_policy, policy, checkpoint.params, config.seed, init
     ),
-    batches=_Batches(config, workdir, checkpoint, questions, source, configs),
+    batches=stream,
     reward=functools.partial(host_rewards, checkpoint.tokenizer, parts.rollout)
     if from_host
     else None,
@@ -146,7 +147,7 @@ def make(experiment, *, questions=None, source=None, parts=None) -> Run:
     | ({"code": parts.code} if parts.code else {}),
     code=parts.code,
     questions=questions,
-    source=source,
+    store=store,
   )
 
 
@@ -195,7 +196,8 @@ def make_step_configs(
   if processor.one_grid:
     grids = [processor.fixed_grid(config.data.num_frames)]
   else:
-    grids = make_buckets(config, processor)
+    data = config.data
+    grids = token_grid.make_buckets(data.buckets, processor, data.num_frames)
   first = step.StepConfig(
     model=checkpoint.model,
     policy=policy,
@@ -210,7 +212,6 @@ def make_step_configs(
     iterations=config.iterations,
     eos_ids=tuple(checkpoint.eos_ids),
     pad_id=checkpoint.pad_id,
-    to_pixels=functools.partial(processor.normalise, xp=jnp),
   )
 
   def ladder(grid):
@@ -222,35 +223,6 @@ def make_step_configs(
     )
 
   return [dataclasses.replace(first, ladder=ladder(grid)) for grid in grids]
-
-
-def make_buckets(config, processor) -> list[token_grid.GridBucket]:
-  """Returns the buckets of config.data, the smallest first.
-
-  By default one for the largest slices that the pixels' limits allow, and one
-  for those half way (in proportion) from the smallest: limits of 128 and 256
-  tokens give buckets of 181 and 256.
-  """
-  slices = -(-config.data.num_frames // processor.temporal_patch_size)
-  sizes = [tuple(sizes) for sizes in config.data.buckets]
-  if not sizes:
-    least, most = processor.patch_tokens(config.data.num_frames)
-    middle = int(math.sqrt(least * most))
-    sizes = [(slices, area) for area in sorted({middle, most})]
-  try:
-    found = {token_grid.GridBucket(*map(int, one)) for one in sizes}
-  except (TypeError, ValueError) as error:
-    raise errors.UserError(
-      f"config.data.buckets={tuple(sizes)}: give (slices, tokens of a slice) or"
-      " (slices, tokens of a slice, tokens) for each"
-    ) from error
-  short = [bucket for bucket in found if bucket.frames < slices]
-  if short:
-    raise errors.UserError(
-      f"config.data.buckets: {short[0]} has fewer slices than the {slices} of"
-      f" {config.data.num_frames} frames; no clip would use it"
-    )
-  return sorted(found, key=lambda b: (b.tokens, b.frames * b.frame_tokens))
 
 
 def host_rewards(tokenizer, config, ids, questions) -> np.ndarray:
@@ -282,223 +254,38 @@ def _from_host(config, questions, tokenizer) -> bool:
   return True
 
 
-def _clip_source(config, workdir, checkpoint, processor, configs):
-  """Returns the source of pixels, or of features that are kept on disk.
+def open_store(experiment, processor, **options) -> features.FeatureStore:
+  """Returns the clips that are trained on, encoded.
 
-  Videos of several grids always come as features: their tower runs in programs
-  of its own, one per bucket.
+  Args:
+    experiment: of the run; clips that its workdir lists as bad are refused.
+    processor: see `make_processor`.
+    **options: further ones of `features.FeatureStore`.
   """
-  data, model = config.data, checkpoint.model
-  root = experiment_lib.media_root(config)
-  rule = pipeline.FrameRule(data.num_frames, data.frame_rule)
-  refused = rejected_clips.RejectedClips(_ledger(workdir)).refused
-  cache = None
-  if data.feature_cache:
-    cache = feature_cache.FeatureCache(data.feature_cache)
-  limits = dict(refused=refused, min_side=data.min_side)
-  kept = dict(cache=cache, memory_items=data.memory_items)
-  identity = f"{checkpoint.identity['sha256']} {jnp.dtype(model.dtype).name}"
-  if not configs[-1].ladder.plans:
-    sizes = [one.ladder.bucket for one in configs]
-    return pipeline.GridFeatureSource(
-      pipeline.ShotSource(root, rule, processor, **limits),
-      BucketTower(model, checkpoint.params),
-      processor,
-      buckets=sizes,
-      # Padding may move the last bit: other buckets, other entries.
-      identity=f"{identity} {sizes}",
-      **kept,
-    )
-  clips = pipeline.ClipSource(
-    root,
-    rule,
-    processor.image_size,
-    resample=processor.resample,
-    **limits,
-  )
-  if cache is None:
-    return clips
-
-  @jax.jit
-  def encode(params, pixels):
-    def one(pixels):
-      inputs = processors.TowerInputs(pixels, configs[-1].ladder.grid)
-      return model.encode(params, inputs).features
-
-    return jax.vmap(one)(pixels)
-
-  return pipeline.FeatureSource(
-    clips,
-    functools.partial(encode, _tower_params(checkpoint.params)),
+  data, mesh = experiment.config.data, experiment.mesh
+  listed = batches.rejected_path(experiment.workdir)
+  here = [
+    device
+    for device in mesh.devices[:, 0]
+    if device.process_index == jax.process_index()
+  ]
+  params = experiment.loaded.params
+  if jax.process_count() > 1:
+    # Which clips are encoded depends on what this process has on disk.
+    params = {k: v for k, v in params.items() if k != "language_model"}
+    params = jax.tree.map(lambda x: jnp.asarray(programs.gather(x)), params)
+  return features.open_store(
+    experiment,
     processor,
-    identity=identity,
-    num_tokens=configs[-1].num_video,
-    width=model.config.text.hidden_size,
-    **kept,
+    frames_lib.FrameRule(data.num_frames, data.frame_rule),
+    params=params,
+    keep=data.memory_items,
+    reading={
+      "min_side": data.min_side,
+      "refused": rejected_clips.RejectedClips(listed).refused,
+      "hashed": bool(data.feature_cache),
+    },
+    mesh=mesh_lib.make_mesh(len(here), devices=here) if here[1:] else None,
+    only_buckets=not processor.one_grid,
+    **options,
   )
-
-
-def _tower_params(params):
-  """Returns the weights that encode clips.
-
-  With several processes, a copy that this process has for itself: which clips
-  are encoded depends on what its cache holds.
-  """
-  params = {k: v for k, v in params.items() if k != "language_model"}
-  if jax.process_count() == 1:
-    return params
-  return jax.tree.map(lambda x: jnp.asarray(programs.gather(x)), params)
-
-
-class BucketTower:
-  """Encodes clips of several grids; a program per bucket."""
-
-  def __init__(self, model, params):
-    """Compiles nothing yet.
-
-    Args:
-      model: `VideoLLM`.
-      params: its parameters.
-    """
-    self._model = model
-    self._encode = jax.jit(lambda *args: model.encode(*args).features)
-    self._params = _tower_params(params)
-
-  def __call__(self, inputs, bucket: token_grid.GridBucket):
-    """Returns features float[N_max,D] of a processor's `TowerInputs`."""
-    return self._encode(self._params, self._model.tower_inputs(inputs, bucket))
-
-
-def _ledger(workdir) -> str:
-  return os.path.join(workdir, "quarantine.jsonl")
-
-
-class _Batches:
-  """Iterates over a run's batches from any step."""
-
-  def __init__(self, config, workdir, checkpoint, questions, source, configs):
-    self._config = config
-    self._ladders = {one.ladder.bucket: one.ladder for one in configs}
-    self._ladder, self._num_video = configs[-1].ladder, configs[-1].num_video
-    self._bucketed = not self._ladder.plans
-    self._model = checkpoint.model
-    self._tokenizer = checkpoint.tokenizer
-    self._questions, self._source = questions, source
-    self._ledger = _ledger(workdir)
-    self._letters = np.array(
-      [self._tokenizer.letter_id(x) for x in question_lib.LETTERS], np.int32
-    )
-    self._decisive = read_decisive(config)
-    most = max((max(t) for t in self._decisive.values() if t), default=-1)
-    if most >= self._num_video:
-      raise errors.UserError(
-        f"config.data.decisive_file names token {most}, and a video of"
-        f" {config.data.num_frames} frames has {self._num_video}: take as many"
-        " frames as the data was prepared for, or leave the file empty"
-      )
-    self._shapes = self._prompt_shapes()
-
-  def __call__(self, start: int) -> Iterator:
-    config = self._config
-    batches = pipeline.train_batches(
-      self._questions,
-      self._tokenizer,
-      self._source,
-      batch_size=config.videos_per_step,
-      seed=config.seed,
-      **self._shapes,
-      num_steps=config.total_steps,
-      start_step=start,
-      num_threads=config.data.num_threads,
-      num_workers=config.data.num_workers,
-      quarantine=rejected_clips.RejectedClips(self._ledger),
-    )
-    for batch in batches:
-      yield self._convert(batch), batch["questions"]
-
-  def _prompt_shapes(self) -> dict[str, Any]:
-    """Returns the arguments of `pipeline.train_batches` that say sizes."""
-    text, num_video = self._config.data.max_text_tokens, self._num_video
-    if self._bucketed:
-      if not text:
-        text = pipeline.prompt_length(self._questions, self._tokenizer, 1, 1)
-        text -= 1
-      bucketing = pipeline.Bucketing(
-        tuple(self._ladders), text, self._model, _LENGTH_STEP
-      )
-      return {"bucketing": bucketing}
-    if text:
-      length = num_video + 1 + text
-      length = -(-length // _LENGTH_STEP) * _LENGTH_STEP
-    else:
-      length = pipeline.prompt_length(
-        self._questions, self._tokenizer, num_video, _LENGTH_STEP
-      )
-    return {"num_video_tokens": num_video, "length": length}
-
-  def _grid_data(self, batch) -> step.VideoGridData:
-    """Returns what follows from the grids of a batch's videos."""
-    count, length = batch["ids"].shape
-    ladder = self._ladders.get(batch.get("bucket"), self._ladder)
-    grids = batch.get("grids", [ladder.grid] * count)
-    counted = np.tile(np.arange(length, dtype=np.int32), (count, 1, 1))
-
-    def stack(trees):
-      return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
-
-    return step.VideoGridData(
-      grid=stack([ladder.place(grid) for grid in grids]),
-      # Of one grid for all, rows count on.
-      positions=batch.get("positions", counted),
-      next_position=batch.get("next_position", batch["length"]),
-      rungs=stack([ladder.rungs(grid) for grid in grids]),
-    )
-
-  def _convert(self, batch) -> step.Batch:
-    questions = batch["questions"]
-    options = np.full((len(questions), len(self._letters)), -1, np.int32)
-    num_frames = batch.get("bucket", self._ladder.bucket).frames
-    frames_shown = np.zeros((len(questions), num_frames), bool)
-    for row, question in enumerate(questions):
-      count = len(question.options)
-      options[row, :count] = self._letters[:count]
-      tokens = self._decisive.get(question.id)
-      if tokens is not None:
-        area = self._ladder.bucket.frame_tokens
-        frames_shown[row, np.asarray(tokens, int) // area] = True
-    visual = batch["features"] if "features" in batch else batch["pixels"]
-    return step.Batch(
-      video=visual,
-      ids=batch["ids"],
-      length=batch["length"],
-      video_rows=batch["video_rows"],
-      answer_id=batch["answer_id"],
-      option_ids=options,
-      question_hash=batch["question_hash"],
-      decisive_frames=frames_shown,
-      grid_data=self._grid_data(batch),
-    )
-
-
-def read_decisive(config) -> dict[str, list[int]]:
-  """Returns {question id: decisive token ids} of config.data.decisive_file."""
-  if not config.data.decisive_file:
-    return {}
-  path = os.path.join(config.data.root, config.data.decisive_file)
-  found, number = {}, 0
-  try:
-    with open(path, encoding="utf-8") as file:
-      for line in file:
-        number += 1
-        entry = json.loads(line)
-        found[entry["question_id"]] = entry["tokens"]
-  except OSError as error:
-    raise errors.UserError(
-      f"{path}: {error.strerror}; correct config.data.decisive_file or leave"
-      " it empty"
-    ) from error
-  except (ValueError, KeyError, TypeError) as error:
-    raise errors.UserError(
-      f"{path}: line {number} is not {{'question_id', 'tokens'}} ({error})"
-    ) from error
-  return found

@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from cacovid_jax.models import processors, prompt_batch, token_grid
+from cacovid_jax.inference import programs
+from cacovid_jax.models import prompt_batch, token_grid
 from cacovid_jax.policy import sampling
 from cacovid_jax.training import ratio, replay
 from cacovid_jax.training import rollout as rollout_lib
@@ -89,8 +90,8 @@ class Batch(struct.PyTreeNode):
   """What a step reads of its B videos.
 
   Attributes:
-    video: u8[B,T,h,w,3] pixels, or f[B,N,D] features encoded before, zero
-      behind a video's own.
+    video: f[B,N,D] features, zero behind a video's own.
+    deep: f[B,S,N,D] of models that have it, see `video_llm.VideoFeatures`.
     ids: i32[B,L] whole prompts, right padded.
     length: i32[B].
     video_rows: i32[B,N] rows of the video tokens, L behind a video's own.
@@ -111,6 +112,7 @@ class Batch(struct.PyTreeNode):
   question_hash: jax.Array
   decisive_frames: jax.Array
   grid_data: VideoGridData
+  deep: jax.Array | None = None
 
 
 class Videos(struct.PyTreeNode):
@@ -172,7 +174,6 @@ class StepConfig:
     iterations: I.
     eos_ids: ids that end an answer.
     pad_id: filler behind the end of an answer.
-    to_pixels: u8[T,h,w,3] -> f32 pixels as the tower wants them.
   """
 
   model: Any
@@ -184,7 +185,6 @@ class StepConfig:
   iterations: int
   eos_ids: tuple[int, ...]
   pad_id: int
-  to_pixels: Any = None
 
   @property
   def num_video(self) -> int:
@@ -231,19 +231,8 @@ def prepare_videos(
   Returns:
     (Videos, replay.Replay), leading axis B.
   """
-  model, params = config.model, constants.params
-  features = batch.video
-  if features.ndim == 5:
-
-    def encode(video):
-      pixels = config.to_pixels(video)
-      inputs = processors.TowerInputs(pixels, config.ladder.grid)
-      return model.encode(params, inputs).features
-
-    # One video at a time: a tower's activations are the step's largest.
-    features = jax.lax.map(encode, features)
   videos = Videos(
-    prompts=_prompts(model, params, batch, features),
+    prompts=_prompts(config.model, constants.params, batch),
     answer_id=batch.answer_id,
     option_ids=batch.option_ids,
     decisive_frames=batch.decisive_frames,
@@ -263,15 +252,16 @@ def prepare_videos(
   return videos, memory
 
 
-def _prompts(model, params, batch: Batch, features):
-  """Returns the `PromptBatch` of a batch, features f[B,N,D] in place."""
+def _prompts(model, params, batch: Batch):
+  """Returns the `PromptBatch` of a batch."""
   data, embed = batch.grid_data, functools.partial(model.embed_prompt, params)
   return prompt_batch.PromptBatch(
-    x=jax.vmap(embed)(batch.ids, features, batch.video_rows),
+    x=jax.vmap(embed)(batch.ids, batch.video, batch.video_rows),
     positions=data.positions,
     lengths=batch.length,
     video_rows=batch.video_rows,
     next_position=data.next_position,
+    deep=batch.deep,
   )
 
 
@@ -307,7 +297,7 @@ def rollout(config: StepConfig, constants, videos, memory, *, max_rung: int):
     (rollout_lib.Answers, replay.Masks), leading axis B.
   """
   combinations, num_valid = draw(config, videos, memory, max_rung=max_rung)
-  answers = rollout_lib.answer(
+  ids, logits = programs.answer_rows(
     config.model,
     constants.params,
     videos.prompts,
@@ -320,7 +310,7 @@ def rollout(config: StepConfig, constants, videos, memory, *, max_rung: int):
   masks = jax.vmap(
     lambda drawn: replay.masks(drawn, config.modes, config.num_video)
   )(combinations)
-  return answers, masks
+  return rollout_lib.Answers(ids, logits), masks
 
 
 def gradients(config: StepConfig, params, videos: Videos, memory):

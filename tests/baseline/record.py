@@ -45,7 +45,11 @@ import numpy as np
 import cacovid_jax
 from cacovid_jax import base_config, experiment
 from cacovid_jax.data import answer_log
-from cacovid_jax.evals import evaluation, likelihood, runner
+from cacovid_jax.evals import evaluation
+from cacovid_jax.evals import evaluator as evaluator_lib
+from cacovid_jax.inference import clip_queue
+from cacovid_jax.inference import engine as engine_lib
+from cacovid_jax.inference import methods as methods_lib
 from cacovid_jax.models import checkpoints
 from cacovid_jax.policy import loading, network
 from cacovid_jax.synthetic import build, tiny_checkpoints
@@ -127,21 +131,21 @@ class Evaluation:
       | {f"evals.{name}": value for name, value in fields.items()}
     )
     found = evaluation.load_benchmark(made, made.config.evals.split)
-    parsed = [runner.Method.parse(spec) for spec in methods]
+    parsed = [methods_lib.Method.parse(spec) for spec in methods]
     self._questions = found.questions
-    self._evaluator = runner.Evaluator(
-      made.checkpoint,
-      evaluation.open_source(made, runner.wanted(parsed)),
+    engine = engine_lib.Engine.of(
+      made,
+      clip_queue.open_queue(made, methods_lib.wanted(parsed)),
       found.questions,
       evaluation.settings(made),
       policies=made.policies,
       decisive=found.decisive,
-      task=found.task,
       programs=self._programs.get(str(model)),
     )
     self._programs.clear()
-    self._programs[str(model)] = self._evaluator.programs
-    self._cells = runner.cells(
+    self._programs[str(model)] = engine.programs
+    self._evaluator = evaluator_lib.Evaluator(engine, found.task)
+    self._cells = methods_lib.conditions(
       parsed, made.config.evals.ratios, made.config.evals.seeds
     )
 
@@ -164,7 +168,7 @@ class Evaluation:
   def kept(self) -> dict[str, dict[str, np.ndarray]]:
     """Returns {question: {cell: i32[K]}}, without vanilla."""
     cells = self._cells[1:]
-    found = self._evaluator.kept(self._questions, cells)
+    found = self._evaluator.engine.kept(self._questions, cells)
     return {
       question.id: {
         _label(cell): kept.index
@@ -180,7 +184,8 @@ class Evaluation:
     for cell in self._cells:
       if _label(cell) not in labels:
         continue
-      found = likelihood.score(self._evaluator, *zip(*pairs, strict=True), cell)
+      questions, letters = zip(*pairs, strict=True)
+      found = self._evaluator.engine.likelihoods(questions, letters, cell)
       for (question, _), one in zip(pairs, found, strict=True):
         out[question.id].setdefault(_label(cell), []).append(one.log_prob)
     return out
@@ -336,7 +341,7 @@ _SHIPPED = {
   "model.path": str(ASSETS / "base_model"),
   "rollout.max_new_tokens": 1,
   "data.num_frames": 16,
-  "data.max_text_tokens": 64,
+  "data.prompt_rows": (80,),
   "data.num_threads": 0,
   "mesh.data": 1,
 }
@@ -348,7 +353,6 @@ _QWEN = _SHIPPED | {
   "total_steps": 6,
   "data.reader": "own",
   "data.num_frames": 4,
-  "data.max_text_tokens": 0,
   "data.buckets": ((2, 16), (2, 24)),
 }
 

@@ -18,9 +18,9 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support import ui
 
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.evals import runner
 from cacovid_jax.evals.report import html as report
 from cacovid_jax.evals.report import viewer
+from cacovid_jax.inference import batch as batch_lib
 from tests.evals import report_test
 
 HOSTILE = report_test.HOSTILE
@@ -39,7 +39,7 @@ def example(number):
   rng = np.random.default_rng(number)
   gaps = {"token_gap": np.linspace(-1, 1, 96), "frame_gap": np.arange(6.0)}
   views = {
-    (method, ratio): runner.Kept(
+    (method, ratio): batch_lib.KeptTokens(
       kept(number, method, ratio), **(gaps if method == "cacovid" else {})
     )
     for method in ("cacovid", "random", HOSTILE)

@@ -13,12 +13,12 @@ import safetensors.numpy
 
 from cacovid_jax import compressors, errors
 from cacovid_jax.compressors import base
-from cacovid_jax.evals import runner
+from cacovid_jax.inference import methods as methods_lib
 from tests.compressors import given, quick
 
 GRID = (8, 3, 4)
-# What `runner.Method.parse` made of these at commit 8040e3b: the specs are the
-# keys of answer logs, the rest stands in results.json.
+# What `Method.parse` made of these at commit 8040e3b: the specs are the keys of
+# answer logs, the rest stands in results.json.
 RECORDED = [
   json.loads(line)
   for line in (pathlib.Path(__file__).parent / "recorded_methods.jsonl")
@@ -38,7 +38,7 @@ def rows_of(compressor, ratio):
 
 @pytest.mark.parametrize("record", RECORDED, ids=lambda r: r["given"])
 def test_methods_are_what_they_were_in_older_answer_logs(record):
-  method = runner.Method.parse(record["given"])
+  method = methods_lib.Method.parse(record["given"])
   for name in ("label", "spec", "policy", "per_seed"):
     assert getattr(method, name) == record[name]
   compressor = method.compressor
@@ -128,11 +128,11 @@ def test_a_file_of_the_users_own_counts_by_its_content(own, name):
   assert first != compressors.get(f"{own}:{name}")
   out = given.compress(first, jnp.ones([12, 2]), grid=(3, 2, 2), num_keep=3)
   np.testing.assert_array_equal(out.index, [0, 3, 9])
-  spec = runner.Method.parse(f"{own}:{name}").spec
+  spec = methods_lib.Method.parse(f"{own}:{name}").spec
   own.write_text(own.read_text() + "\n# Changed.\n")
   changed = compressors.get(f"{own}:{name}?places=[3, 9]")
   assert changed != first
-  assert runner.Method.parse(f"{own}:{name}").spec != spec
+  assert methods_lib.Method.parse(f"{own}:{name}").spec != spec
   with pytest.raises(errors.UserError, match="no option 'place'; .*: places"):
     compressors.get(f"{own}:{name}?place=3")
 
@@ -143,7 +143,8 @@ def test_a_dotted_name_leads_to_a_module(own, monkeypatch):
   out = given.compress(method, jnp.ones([12, 2]), grid=(3, 2, 2), num_keep=1)
   np.testing.assert_array_equal(out.index, [5])
   assert (
-    runner.Method.parse("own:Ends").spec == f"own:Ends#{method.fingerprint}"
+    methods_lib.Method.parse("own:Ends").spec
+    == f"own:Ends#{method.fingerprint}"
   )
   with pytest.raises(errors.UserError, match="has no Starts"):
     compressors.get("own:Starts")
@@ -204,13 +205,13 @@ def method_spec(path, weights):
 def test_other_parameters_make_another_method(scorer):
   path, weights = scorer
   spec = method_spec(path, weights)
-  method, logged = compressors.get(spec), runner.Method.parse(spec).spec
+  method, logged = compressors.get(spec), methods_lib.Method.parse(spec).spec
   head = np.array([1.0, 0.0, 0.0], np.float32)
   safetensors.numpy.save_file({"head": head}, weights)
   changed = compressors.get(spec)
   assert changed != method
   np.testing.assert_array_equal(changed.load()["head"], head)
-  assert runner.Method.parse(spec).spec != logged
+  assert methods_lib.Method.parse(spec).spec != logged
 
 
 @pytest.mark.parametrize(

@@ -14,16 +14,29 @@ from cacovid_jax.data import feature_cache
 
 def test_an_entry_comes_back_bit_for_bit(tmp_path):
   cache = feature_cache.FeatureCache(tmp_path)
-  value = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
-  assert cache.get("abcd") is None
-  cache.put("abcd", value)
-  np.testing.assert_array_equal(cache.get("abcd"), value)
-  np.testing.assert_array_equal(np.load(cache.path("abcd")), value)
+  rng = np.random.default_rng(0)
+  arrays = {
+    name: rng.normal(size=shape).astype(np.float32)
+    for name, shape in (("a", ()), ("b", (3,)), ("c", (0,)), ("d", (2, 3, 4)))
+  }
+  facts = {"grid": [2, 3, 4], "words": "a line\nand more", "number": 0.1}
+  assert cache.get("abcd") is None and cache.facts("abcd") is None
+  cache.put("abcd", arrays, facts)
+  found = cache.get("abcd")
+  assert found.facts == cache.facts("abcd") == facts
+  assert list(found.arrays) == list(arrays)
+  for name, value in arrays.items():
+    np.testing.assert_array_equal(found.arrays[name], value)
+    assert found.arrays[name].shape == value.shape
+    assert found.arrays[name].flags.writeable
+  # In another order and type in memory, the same on disk.
+  cache.put("turned", {"d": arrays["d"].astype(np.float64).T})
+  np.testing.assert_array_equal(cache.get("turned").arrays["d"], arrays["d"].T)
 
 
 def test_any_flipped_bit_or_lost_byte_makes_an_entry_absent(tmp_path):
   cache = feature_cache.FeatureCache(tmp_path)
-  cache.put("abcd", np.arange(6, dtype=np.float32))
+  cache.put("abcd", {"a": np.arange(6, dtype=np.float32)}, {"fact": 1})
   path = cache.path("abcd")
   with open(path, "rb") as f:
     data = f.read()
@@ -39,22 +52,13 @@ def test_any_flipped_bit_or_lost_byte_makes_an_entry_absent(tmp_path):
     assert cache.get("abcd") is None  # It is gone, and that is no fault.
 
 
-@pytest.mark.parametrize("shape", [(), (3,), (0,), (2, 0, 4), (2, 3, 4)])
-def test_every_shape_is_read_as_numpy_reads_it(tmp_path, shape):
+@pytest.mark.parametrize(
+  "body",
+  [b"no line", b"[]\n", b'{"shapes": {"a": [9]}, "facts": {}}\n1234', b"{}\n"],
+)
+def test_an_entry_of_another_kind_is_absent(tmp_path, body):
   cache = feature_cache.FeatureCache(tmp_path)
-  value = np.random.default_rng(1).normal(size=shape).astype(np.float32)
-  cache.put("abcd", value.T if value.ndim > 1 else value)
-  found, expected = cache.get("abcd"), np.load(cache.path("abcd"))
-  np.testing.assert_array_equal(found, expected)
-  assert found.shape == expected.shape and found.flags.writeable
-
-
-def test_an_entry_of_another_kind_is_absent(tmp_path):
-  cache = feature_cache.FeatureCache(tmp_path)
-  cache.put("abcd", np.zeros(2, np.float32))
-  np.save(cache.path("abcd"), np.zeros(2, np.int64))
-  with open(cache.path("abcd"), "rb") as f:
-    body = f.read()
+  cache.put("abcd", {"a": np.zeros(2, np.float32)})
   with open(cache.path("abcd"), "wb") as f:
     f.write(body + hashlib.sha256(body).digest())
   assert cache.get("abcd") is None
@@ -81,9 +85,9 @@ def test_many_writers_share_a_folder(tmp_path):
     for i in range(20):
       got = cache.get(f"key{i % 5}")
       if got is None:
-        cache.put(f"key{i % 5}", value + i % 5)
+        cache.put(f"key{i % 5}", {"a": value + i % 5})
       else:
-        np.testing.assert_array_equal(got, value + i % 5)
+        np.testing.assert_array_equal(got.arrays["a"], value + i % 5)
     return worker
 
   with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -99,7 +103,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
 
   monkeypatch.setattr(feature_cache.os, "fsync", full)
   with pytest.raises(errors.UserError) as error:
-    cache.put("abcd", np.zeros(3))
+    cache.put("abcd", {"a": np.zeros(3)})
   assert str(tmp_path) in str(error.value)
   assert "(No space left on device); make room" in str(error.value)
   assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -6,7 +6,8 @@ import pytest
 import rich.console
 
 from cacovid_jax import errors, evaluate
-from cacovid_jax.evals import benchmarks, evaluation, prompting
+from cacovid_jax.evals import benchmarks, evaluation
+from cacovid_jax.inference import prompts as prompts_lib
 from tests.data import benchmark_files
 from tests.evals import tiny
 
@@ -29,7 +30,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def one_length(monkeypatch):
   """Pads all prompts to one length, so that the runs share their programs."""
-  monkeypatch.setattr(prompting, "_LENGTH_STEP", 256)
+  monkeypatch.setattr(prompts_lib, "_MULTIPLE", 256)
 
 
 @pytest.fixture(scope="module")

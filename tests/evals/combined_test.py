@@ -9,12 +9,13 @@ import pytest
 
 from cacovid_jax import errors
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.evals import combined, runner
+from cacovid_jax.evals import combined
+from cacovid_jax.inference import methods as methods_lib
 
 VANILLA = ("vanilla", "1.00")
 COMPRESSED = ("cacovid", "0.10")
 OTHER = ("uniform", "0.10")
-METHODS = [runner.Method.parse(name) for name in ("cacovid", "uniform")]
+METHODS = [methods_lib.Method.parse(name) for name in ("cacovid", "uniform")]
 
 
 def part(name, count, macro=(), seed=0, failed=()):

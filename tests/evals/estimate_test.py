@@ -10,7 +10,8 @@ from cacovid_jax import base_config, errors
 from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.evals import benchmarks, cost, estimate, runner
+from cacovid_jax.evals import benchmarks, cost, estimate
+from cacovid_jax.inference import methods as methods_lib
 from cacovid_jax.models import checkpoints
 from tests.data import benchmark_files
 
@@ -110,7 +111,7 @@ def test_a_policy_and_the_towers_signals_cost_more(loaded):
 
   plain, learned = told("uniform"), told("cacovid")
   policy = estimate.policy_of(
-    checkpoint.model.config.text, [runner.Method.parse("cacovid")]
+    checkpoint.model.config.text, [methods_lib.Method.parse("cacovid")]
   )
   longest = max(
     math.ceil(len(question.prompt.encode()) / 4) + 30
@@ -141,7 +142,7 @@ def test_a_benchmark_that_is_not_here_has_its_published_size():
 
 def test_programs_are_counted_by_what_they_share():
   def count(*specs, ratios=(0.5, 0.25), grid=(4, 4, 4)):
-    methods = [runner.Method.parse(spec) for spec in specs]
+    methods = [methods_lib.Method.parse(spec) for spec in specs]
     return estimate.num_programs(methods, ratios, 3, grid)
 
   # Prompt and answers of all tokens; two choices, two answers.

@@ -12,16 +12,17 @@ import pytest
 
 from cacovid_jax import errors
 from cacovid_jax.compressors import simple
-from cacovid_jax.data import answer_log, frames, video
+from cacovid_jax.data import answer_log, feature_cache, frames, video
 from cacovid_jax.evals import (
-  asker,
   benchmarks,
-  clips,
   evaluation,
   frame_manifest,
-  prompting,
-  runner,
 )
+from cacovid_jax.evals import evaluator as evaluator_lib
+from cacovid_jax.inference import clip_queue
+from cacovid_jax.inference import engine as engine_lib
+from cacovid_jax.inference import methods as methods_lib
+from cacovid_jax.inference import prompts as prompts_lib
 from cacovid_jax.models import checkpoints, generation, processors
 from cacovid_jax.policy import loading
 from tests.evals import tiny
@@ -201,7 +202,7 @@ def test_the_same_command_again_decodes_no_size(
 
 def test_other_pixels_are_another_run(finished, request_of):
   workdir, _, _ = finished
-  with pytest.raises(errors.UserError, match="differs in preprocessing"):
+  with pytest.raises(errors.UserError, match="differs in .*preprocessing"):
     evaluation.evaluate(request_of(workdir, max_pixels=23 * 64))
 
 
@@ -221,7 +222,7 @@ def test_a_policy_is_validated(request_of, directory, tmp_path):
 
 def source_of(data, directory, **options):
   checkpoint = checkpoints.load(directory)
-  return clips.ClipSource(
+  return tiny.open_store(
     str(data),
     checkpoint.model,
     checkpoint.params,
@@ -232,7 +233,7 @@ def source_of(data, directory, **options):
 
 
 def test_cached_clips_keep_their_seconds(data, directory, tmp_path):
-  cache = evaluation.feature_cache.FeatureCache(tmp_path / "cache")
+  cache = feature_cache.FeatureCache(tmp_path / "cache")
   found = []
   for _ in range(2):
     with source_of(data, directory, cache=cache) as source:
@@ -292,41 +293,43 @@ def test_a_batch_of_two_grids_is_a_mistake_of_the_caller(data, directory):
   checkpoint = checkpoints.load(directory)
   questions = benchmarks.load(data, "test").questions
   with source_of(data, directory) as source:
-    evaluator = runner.Evaluator(
+    engine = engine_lib.Engine(
       checkpoint,
       source,
       questions,
-      runner.Settings(num_frames=FRAMES, batch_size=4, max_new_tokens=NEW),
+      engine_lib.Settings(num_frames=FRAMES, batch_size=4, max_new_tokens=NEW),
     )
-    assert evaluator.grid == SQUARE
+    assert engine.grid == SQUARE
     with pytest.raises(ValueError, match="several grids"):
-      asker.Asker(evaluator, questions[:4])
+      engine.batch(questions[:4])
     # A budget that one of the grids cannot hold is told before anything.
-    cells = runner.cells([runner.Method.parse("uniform")], (0.03,), (0,))
+    evaluator = evaluator_lib.Evaluator(engine)
+    uniform = methods_lib.Method.parse("uniform")
+    conditions = methods_lib.conditions([uniform], (0.03,), (0,))
     with pytest.raises(errors.UserError, match="keeps no token"):
-      evaluator.run(questions, cells, answer_log.Ledger(None, {}))
-    assert not evaluator.seconds
+      evaluator.run(questions, conditions, answer_log.Ledger(None, {}))
+    assert not engine.seconds
 
 
 def test_prompts_of_any_number_of_tokens(directory, checkpoint, data):
   """Of both models: as if they were made for the clip."""
   questions = benchmarks.load(data, "test").questions
   for found in (checkpoint, checkpoints.load(directory)):
-    texts = prompting.Texts(found, questions)
+    prompts = prompts_lib.Prompts(found, questions)
     for question in questions[:2]:
       for num_video in (1, 48):
         made = found.tokenizer.encode_prompt(question.prompt, num_video)
-        prompt = texts.prompt(question.id, (1, 1, num_video))
+        prompt = prompts.prompt(question.id, (1, 1, num_video))
         np.testing.assert_array_equal(prompt.ids, made.ids)
         np.testing.assert_array_equal(prompt.video_rows, made.video_rows)
         assert len(prompt.video_rows) == num_video
-        start, end = prompting.question_span(prompt, found.tokenizer)
+        start, end = prompts_lib.question_span(prompt, found.tokenizer)
         text = found.tokenizer.decode(prompt.ids[start:end])
         assert text.strip() == question.prompt.strip()
   short = dataclasses.replace(checkpoints.load(directory))
   short.tokenizer.max_length = 60
   with pytest.raises(errors.UserError, match="the model takes 60"):
-    prompting.Texts(short, questions).longest((1, 1, 48))
+    prompts_lib.Prompts(short, questions, grid_of=lambda _: (1, 1, 48))
 
 
 def test_pixels_of_a_model_with_one_size_are_refused(
@@ -334,7 +337,7 @@ def test_pixels_of_a_model_with_one_size_are_refused(
 ):
   request = request_of("w", checkpoint=checkpoint_dir)
   with pytest.raises(errors.UserError, match="frames of one size"):
-    evaluation.open_source(request)
+    clip_queue.open_queue(request)
   with pytest.raises(errors.UserError, match="min_pixels=-1"):
     request_of("w", min_pixels=-1)
 

@@ -2,7 +2,9 @@
 
 import pytest
 
-from cacovid_jax.evals import benchmarks, clips, latency, runner
+from cacovid_jax.evals import benchmarks, latency
+from cacovid_jax.inference import engine as engine_lib
+from cacovid_jax.inference import methods as methods_lib
 from tests.evals import tiny
 
 
@@ -28,23 +30,23 @@ def test_the_first_run_does_not_count(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def evaluator(checkpoint, checkpoint_dir, data_dir):
+def engine(checkpoint, checkpoint_dir, data_dir):
   benchmark = benchmarks.load(data_dir, "test")
-  source = clips.ClipSource(
+  source = tiny.open_store(
     data_dir,
     checkpoint.model,
     checkpoint.params,
     checkpoint.model.read_processor(checkpoint_dir),
     num_frames=tiny.FRAMES,
   )
-  settings = runner.Settings(num_frames=4, batch_size=1, max_new_tokens=1)
-  return benchmark.questions, runner.Evaluator(
+  settings = engine_lib.Settings(num_frames=4, batch_size=1, max_new_tokens=1)
+  return benchmark.questions, engine_lib.Engine(
     checkpoint, source, benchmark.questions, settings
   )
 
 
-def test_what_a_method_reads_is_counted_once(evaluator, monkeypatch):
-  questions, evaluator = evaluator
+def test_what_a_method_reads_is_counted_once(engine, monkeypatch):
+  questions, engine = engine
   counted = []
 
   def median(function, repeats):
@@ -54,9 +56,9 @@ def test_what_a_method_reads_is_counted_once(evaluator, monkeypatch):
     return float(len(counted))
 
   monkeypatch.setattr(latency, "median_milliseconds", median)
-  subject = latency.subject(evaluator, questions[0])
+  subject = latency.subject(engine, questions[0])
   watch = latency.Stopwatch(subject, repeats=3)
-  parse = runner.Method.parse
+  parse = methods_lib.Method.parse
   assert watch.cost(parse("uniform"), 0.25) == latency.Cost(rule=1.0)
   # The prefill first, then the rule; at another ratio only the rule.
   assert watch.cost(parse("last_query"), 0.25) == latency.Cost(3.0, 2.0)
@@ -66,23 +68,23 @@ def test_what_a_method_reads_is_counted_once(evaluator, monkeypatch):
   assert watch.cost(parse("fastv"), 0.5).rule == 0.0
 
 
-def test_batches_are_refused(evaluator):
-  questions, evaluator = evaluator
-  several = runner.Evaluator(
-    evaluator.checkpoint,
-    evaluator.source,
+def test_batches_are_refused(engine):
+  questions, engine = engine
+  several = engine_lib.Engine(
+    engine.checkpoint,
+    engine.source,
     questions,
-    runner.Settings(num_frames=4, batch_size=2, max_new_tokens=1),
-    programs=evaluator.programs,
+    engine_lib.Settings(num_frames=4, batch_size=2, max_new_tokens=1),
+    programs=engine.programs,
   )
   with pytest.raises(ValueError, match="batch size of 1"):
     latency.subject(several, questions[0])
 
 
-def test_the_first_clip_that_can_be_read(evaluator, monkeypatch):
-  questions, evaluator = evaluator
-  assert latency.readable(evaluator, questions) is questions[0]
-  bad = evaluator.source.unusable(questions[0].video, "missing")
-  monkeypatch.setitem(evaluator.source._clips, questions[0].video, bad)
-  assert latency.readable(evaluator, questions).video != questions[0].video
-  assert latency.readable(evaluator, questions[:1]) is None
+def test_the_first_clip_that_can_be_read(engine, monkeypatch):
+  questions, engine = engine
+  assert latency.readable(engine, questions) is questions[0]
+  bad = engine.source.unusable(questions[0].video, "missing")
+  monkeypatch.setitem(engine.source._clips, questions[0].video, bad)
+  assert latency.readable(engine, questions).video != questions[0].video
+  assert latency.readable(engine, questions[:1]) is None

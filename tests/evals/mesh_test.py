@@ -8,7 +8,8 @@ import pytest
 from cacovid_jax import errors
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.data import readers
-from cacovid_jax.evals import answering, evaluation
+from cacovid_jax.evals import evaluation
+from cacovid_jax.inference import answerer as answerer_lib
 from cacovid_jax.models import checkpoints
 from cacovid_jax.parallel import mesh as mesh_lib
 from cacovid_jax.preparation import blind
@@ -105,7 +106,7 @@ def test_one_question_is_answered_on_a_mesh(tmp_path):
       methods=("uniform",),
       **{"mesh.model": model, "mesh.data": 0},
     )
-    with answering.Answerer.from_config(made.config) as answerer:
+    with answerer_lib.Answerer.from_config(made.config) as answerer:
       assert answerer.experiment.mesh.size == model
       asked = answerer.ask(
         tmp_path / "clip.mp4", "What is it?", ("red", "blue"),

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from cacovid_jax import compressors, errors
-from cacovid_jax.evals import paper, runner
+from cacovid_jax.evals import paper
+from cacovid_jax.inference import methods as methods_lib
 from cacovid_jax.models import llava_onevision, qwen2_5_vl
 
 VANILLA = paper.row("ov7b", "vanilla", 1.0)
@@ -54,7 +55,7 @@ def test_options_make_another_method():
     ("cacovid=uniform", False),
     ("mine=cacovid", False),
   ):
-    assert paper.is_method(runner.Method.parse(spec)) == expected
+    assert paper.is_method(methods_lib.Method.parse(spec)) == expected
 
 
 def own(**changes):

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.evals import runner
 from cacovid_jax.evals.report import html as report
 from cacovid_jax.evals.report import viewer
+from cacovid_jax.inference import batch as batch_lib
 
 GRID = (4, 3, 3)
 RATIOS = ("0.25", "0.10")
@@ -124,9 +124,9 @@ def example(number, right, *, scores=True, text=HOSTILE, method="cacovid"):
     frames=rng.integers(0, 255, (4, 24, 24, 3), dtype=np.uint8),
     grid=GRID,
     views={
-      (method, 0.25): runner.Kept(kept[0], **gaps),
-      (method, 0.1): runner.Kept(kept[1], **gaps),
-      ("random", 0.25): runner.Kept(kept[2]),
+      (method, 0.25): batch_lib.KeptTokens(kept[0], **gaps),
+      (method, 0.1): batch_lib.KeptTokens(kept[1], **gaps),
+      ("random", 0.25): batch_lib.KeptTokens(kept[2]),
     },
     answers={
       "vanilla": {1.0: said},
@@ -557,7 +557,7 @@ def test_a_long_run_stays_below_six_megabytes():
   gaps = {"token_gap": rng.normal(size=6272), "frame_gap": rng.normal(size=32)}
   names = ("cacovid", "one", "two", "three")
   views = {
-    (name, ratio): runner.Kept(np.arange(int(6272 * ratio)), **gaps)
+    (name, ratio): batch_lib.KeptTokens(np.arange(int(6272 * ratio)), **gaps)
     for name in names
     for ratio in (0.25, 0.2, 0.15, 0.1, 0.05)
   }

@@ -10,8 +10,10 @@ import pytest
 from cacovid_jax import errors, files
 from cacovid_jax.data import answer_log
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.evals import benchmarks, provenance, results, runner
+from cacovid_jax.evals import benchmarks, provenance, results
+from cacovid_jax.evals import evaluator as evaluator_lib
 from cacovid_jax.evals.report import html, viewer
+from cacovid_jax.inference import methods as methods_lib
 
 GRID = (4, 2, 2)
 
@@ -30,7 +32,9 @@ def question(number, **fields):
 
 
 QUESTIONS = [question(i) for i in range(4)]
-METHODS = [runner.Method.parse(n) for n in ("cacovid", "random", "uniform")]
+METHODS = [
+  methods_lib.Method.parse(n) for n in ("cacovid", "random", "uniform")
+]
 
 
 @pytest.fixture
@@ -168,7 +172,7 @@ def test_a_macro_mean_over_categories(answers, of_present):
 
 
 def test_guesses_are_counted(answers):
-  method = runner.Method.parse("guessing=uniform?")
+  method = methods_lib.Method.parse("guessing=uniform?")
   for q in QUESTIONS:
     fields = {"score": 1.0, "kept": 2}
     fields |= {"fallback": True} if q.id != "q0" else {}
@@ -180,8 +184,8 @@ def test_guesses_are_counted(answers):
 
 def test_a_cell_that_failed_has_a_reason_and_no_accuracy(answers):
   failures = {
-    ("random", 0.25): runner.Failure("needs rain", 0.31251),
-    ("uniform", 0.25): runner.Failure("needs sun", 0.3438),
+    ("random", 0.25): evaluator_lib.Failure("needs rain", 0.31251),
+    ("uniform", 0.25): evaluator_lib.Failure("needs sun", 0.3438),
   }
   out = built(answers, failures=failures)
   assert out["methods"]["random"]["0.25"] == {
@@ -195,7 +199,7 @@ def test_a_cell_that_failed_has_a_reason_and_no_accuracy(answers):
   ]
   # Without the reference there are no differences at all.
   out = built(
-    answers, failures={("cacovid", 0.25): runner.Failure("untrained")}
+    answers, failures={("cacovid", 0.25): evaluator_lib.Failure("untrained")}
   )
   assert not out["paired"] and out["frame_head"] is None
   assert out["methods"]["uniform"]["0.25"]["accuracy"] == 0
@@ -203,7 +207,7 @@ def test_a_cell_that_failed_has_a_reason_and_no_accuracy(answers):
 
 def test_what_is_shown_is_a_method_that_ran():
   table = results.Table("toy", "test", QUESTIONS, METHODS, (0.25,), (0,), GRID)
-  failure = runner.Failure("needs rain")
+  failure = evaluator_lib.Failure("needs rain")
   assert viewer._shown(table, 0.25, {}).label == "cacovid"
   failures = {("cacovid", 0.25): failure}
   assert viewer._shown(table, 0.25, failures).label == "random"
@@ -213,7 +217,7 @@ def test_what_is_shown_is_a_method_that_ran():
 
 def test_the_equivalent_ratio_is_a_mean_over_questions(answers):
   """In a method inside the model it does not follow from what is left."""
-  method = runner.Method.parse("inside=uniform?")
+  method = methods_lib.Method.parse("inside=uniform?")
   for number, q in enumerate(QUESTIONS):
     fields = {"score": 1.0, "kept": 2, "equivalent": 0.2 + number / 100}
     fields |= {"forced": True} if number == 0 else {}
@@ -263,7 +267,7 @@ def test_frame_head_against_chance(answers):
 
 
 def test_oracles_are_not_methods(answers, tmp_path):
-  methods = [*METHODS, runner.Method.parse("decisive_boxes")]
+  methods = [*METHODS, methods_lib.Method.parse("decisive_boxes")]
   for q in QUESTIONS:
     key = answer_log.Key("decisive_boxes", 0.25, 0, q.id)
     answers.add([(key, {"score": 1.0, "kept": 4})])

@@ -10,7 +10,8 @@ import pytest
 
 from cacovid_jax import errors
 from cacovid_jax.data import answer_log
-from cacovid_jax.evals import evaluation, provenance, runner, shards
+from cacovid_jax.evals import evaluation, provenance, shards
+from cacovid_jax.evals import evaluator as evaluator_lib
 from tests.evals import tiny
 
 CHOSEN = dict(
@@ -193,13 +194,15 @@ def test_shards_of_a_table_say_when_work_is_left(
   def run(self, questions, cells, answers, *, description, shard):
     failures = {}
     shown.append(description)
-    for number, batch in list(enumerate(self.batches(questions)))[
+    for number, batch in list(enumerate(self.engine.batches(questions)))[
       shard[0] :: 3
     ]:
       for cell in cells:
         if cell.method is not None and number > 0:
           # A mistake that the later two batches show, in their own words.
-          failures[cell.place] = runner.Failure(f"in {number}", 0.5, number)
+          failures[cell.place] = evaluator_lib.Failure(
+            f"in {number}", 0.5, number
+          )
           continue
         for question in batch:
           fields = {"score": 1.0, "kept": 64, "letter": "A"}
@@ -207,7 +210,7 @@ def test_shards_of_a_table_say_when_work_is_left(
             answers.add([(cell.key(question.id), fields)])
     return failures
 
-  monkeypatch.setattr(runner.Evaluator, "run", run)
+  monkeypatch.setattr(evaluator_lib.Evaluator, "run", run)
 
   def shard(index):
     return evaluation.evaluate(

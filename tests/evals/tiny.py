@@ -14,6 +14,8 @@ import pyarrow.parquet
 from cacovid_jax import base_config
 from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
+from cacovid_jax.data import frames
+from cacovid_jax.inference import clip_queue, clips
 from cacovid_jax.models import (
   checkpoints,
   llava_onevision,
@@ -226,3 +228,12 @@ def hash_of(text: str) -> int:
 @functools.lru_cache(maxsize=1)
 def load_checkpoint(directory: str):
   return checkpoints.load(directory)
+
+
+def open_store(root, model, params, processor, *, num_frames, **options):
+  """Returns a `ClipQueue`; takes the options of its reader as well."""
+  names = ("limits", "min_side", "refused", "manifest", "hashed")
+  reading = {name: options.pop(name) for name in names if name in options}
+  rule = options.pop("rule", frames.FrameRule(num_frames))
+  reader = clips.ClipReader(str(root), processor, rule, **reading)
+  return clip_queue.ClipQueue(reader, model, params, **options)

@@ -6,13 +6,11 @@ import numpy as np
 import pytest
 
 from cacovid_jax.data import answer_log
-from cacovid_jax.evals import (
-  benchmarks,
-  clips,
-  results,
-  runner,
-)
+from cacovid_jax.evals import benchmarks, results
+from cacovid_jax.evals import evaluator as evaluator_lib
 from cacovid_jax.evals.report import viewer
+from cacovid_jax.inference import engine as engine_lib
+from cacovid_jax.inference import methods as methods_lib
 from cacovid_jax.policy import loading
 from tests.evals import tiny
 
@@ -29,21 +27,21 @@ METHODS = (
 
 
 @pytest.fixture(scope="module")
-def evaluator(checkpoint, checkpoint_dir, data_dir, tmp_path_factory):
+def engine(checkpoint, checkpoint_dir, data_dir, tmp_path_factory):
   path = tiny.write_policy(tmp_path_factory.mktemp("policy"), checkpoint)
   benchmark = benchmarks.load(data_dir, "test")
-  with clips.ClipSource(
+  with tiny.open_store(
     benchmark.root,
     checkpoint.model,
     checkpoint.params,
     checkpoint.model.read_processor(checkpoint_dir),
     num_frames=tiny.FRAMES,
   ) as source:
-    yield runner.Evaluator(
+    yield engine_lib.Engine(
       checkpoint,
       source,
       benchmark.questions,
-      runner.Settings(tiny.FRAMES, batch_size=4, max_new_tokens=3),
+      engine_lib.Settings(tiny.FRAMES, batch_size=4, max_new_tokens=3),
       policies={"policy": loading.load_policy(path, checkpoint)},
       decisive=benchmark.decisive,
     )
@@ -55,7 +53,7 @@ def table(data_dir):
     "blocks",
     "test",
     benchmarks.load(data_dir, "test").questions,
-    [runner.Method.parse(spec) for spec in METHODS],
+    [methods_lib.Method.parse(spec) for spec in METHODS],
     RATIOS,
     (7,),
     tiny.GRID,
@@ -63,7 +61,7 @@ def table(data_dir):
 
 
 # Of FastV, which sees all tokens in its first layers, at a tenth.
-FAILURES = {("fastv", 0.1): runner.Failure("too little", 0.34)}
+FAILURES = {("fastv", 0.1): evaluator_lib.Failure("too little", 0.34)}
 # Accuracies in sixths: what is right, by the place of the question.
 RIGHT = {
   "cacovid": (0, 2, 3, 5),
@@ -81,7 +79,7 @@ def answers(table):
   """Returns a ledger of made-up answers, as `RIGHT` has them."""
   made = answer_log.Ledger(None, {})
   records = []
-  for cell in runner.cells(table.methods, table.ratios, table.seeds):
+  for cell in methods_lib.conditions(table.methods, table.ratios, table.seeds):
     if cell.place in FAILURES:
       continue
     label = cell.method.label if cell.method else ""
@@ -95,11 +93,9 @@ def answers(table):
 
 
 @pytest.fixture(scope="module")
-def chosen(table, answers, evaluator):
-  decisive = evaluator.decisive
-  return viewer.choose(
-    table, answers, evaluator, decisive, 5, failures=FAILURES
-  )
+def chosen(table, answers, engine):
+  decisive = engine.decisive
+  return viewer.choose(table, answers, engine, decisive, 5, failures=FAILURES)
 
 
 def test_right_and_wrong_ones_in_equal_parts(table, chosen):
@@ -144,12 +140,13 @@ def test_as_many_tokens_are_kept_as_the_budget_says(chosen):
       assert (view.frame_gap is not None) == scored
 
 
-def test_kept_tokens_are_those_of_a_question_by_itself(chosen, evaluator):
+def test_kept_tokens_are_those_of_a_question_by_itself(chosen, engine):
   """Not those of another row of the batch."""
-  method = runner.Method.parse("cacovid")
+  method = methods_lib.Method.parse("cacovid")
   for one in chosen:
     view = one.views["cacovid", 0.1]
-    alone = evaluator.trace(one.question, method, 0.1)
+    condition = methods_lib.Condition(method, 0.1)
+    alone = engine.answer(one.question, condition).trace
     np.testing.assert_array_equal(view.index, alone.index)
     for name in ("token_gap", "frame_gap"):
       np.testing.assert_allclose(
@@ -157,32 +154,29 @@ def test_kept_tokens_are_those_of_a_question_by_itself(chosen, evaluator):
       )
 
 
-def test_methods_inside_the_language_model_show_their_last_layer(
-  table, evaluator
-):
+def test_methods_inside_the_language_model_show_their_last_layer(table, engine):
   question = table.questions[0]
-  method = runner.Method.parse("fastv")
-  kept = evaluator.kept([question], [runner.Cell(method, 0.5, 0)])
-  alone = evaluator.trace(question, method, 0.5)
+  method = methods_lib.Method.parse("fastv")
+  condition = methods_lib.Condition(method, 0.5)
+  kept = engine.kept([question], [condition])
+  alone = engine.answer(question, condition).trace
   np.testing.assert_array_equal(kept[question.id][0].index, alone.index)
 
 
-def test_pictures_and_deciding_tokens(chosen, evaluator):
+def test_pictures_and_deciding_tokens(chosen, engine):
   for one in chosen:
-    shown = evaluator.source.frames(one.question.video)
+    shown = engine.source.frames(one.question.video)
     np.testing.assert_array_equal(one.frames, shown)
     assert (one.grid, one.frames_per_slice) == (tiny.GRID, 1)
-    assert one.decisive == set(evaluator.decisive[one.question.id])
+    assert one.decisive == set(engine.decisive[one.question.id])
 
 
-def test_none_are_chosen_where_there_is_nothing_to_show(
-  table, answers, evaluator
-):
-  assert viewer.choose(table, answers, evaluator, {}, 0) == []
+def test_none_are_chosen_where_there_is_nothing_to_show(table, answers, engine):
+  assert viewer.choose(table, answers, engine, {}, 0) == []
   alone = dataclasses.replace(
     table,
     methods=[m for m in table.methods if m.label == "fastv"],
     ratios=[0.1],
   )
-  found = viewer.choose(alone, answers, evaluator, {}, 4, failures=FAILURES)
+  found = viewer.choose(alone, answers, engine, {}, 4, failures=FAILURES)
   assert found == []

@@ -11,7 +11,7 @@ import pytest
 
 from cacovid_jax import base_config, compressors, errors
 from cacovid_jax import config as config_lib
-from cacovid_jax.evals import runner
+from cacovid_jax.inference import methods as methods_lib
 from cacovid_jax.models import checkpoints
 from experiments import compressor_table
 from tests.evals import charts_test, tiny
@@ -181,7 +181,7 @@ def test_every_method_is_a_row_by_default():
   config = commands.parse(compressor_table, methods="+mine.py:strongest").config
   *specs, mine = config.evals.methods
   assert mine == "mine.py:strongest"
-  labels = [runner.split_label(spec)[0] for spec in specs]
+  labels = [methods_lib.split_label(spec)[0] for spec in specs]
   assert [name for name in labels if name in compressors.names()] == list(
     compressors.names()
   )
@@ -205,7 +205,7 @@ def test_a_chosen_method_of_ones_own_is_found_again():
 
 def test_variants_are_what_they_say():
   found = {
-    label: runner.Method.parse(f"{label}={spec}")
+    label: methods_lib.Method.parse(f"{label}={spec}")
     for label, spec in compressor_table.VARIANTS.items()
   }
   assert found["cacovid_merged"].compressor.options == {"merge": "nearest"}

@@ -9,7 +9,8 @@ import pytest
 
 from cacovid_jax import compressors, errors
 from cacovid_jax.data import answer_log
-from cacovid_jax.evals import latency, paper, runner, tables
+from cacovid_jax.evals import latency, paper, tables
+from cacovid_jax.inference import methods as methods_lib
 from cacovid_jax.models import checkpoints
 from cacovid_jax.synthetic import tiny_checkpoints
 from experiments import efficiency_table, made_up
@@ -176,7 +177,7 @@ def timed(subject, tmp_path, monkeypatch):
   monkeypatch.setattr(latency, "median_milliseconds", median)
 
   def run(*specs, path=tmp_path / "rows.jsonl", repeats=1):
-    methods = [runner.Method.parse(spec) for spec in specs]
+    methods = [methods_lib.Method.parse(spec) for spec in specs]
     identity = efficiency_table.run_of("tiny", repeats)
     with answer_log.Ledger(path, identity) as rows:
       return efficiency_table.measure(
@@ -348,7 +349,7 @@ def test_the_papers_times_stand_beside_its_own_methods_and_ratio():
     ("prunevid=prunevid?llm_stage=True", 0.25, None),
     ("divprune=uniform", 0.25, None),
   ):
-    found = efficiency_table._reported(runner.Method.parse(spec), ratio)
+    found = efficiency_table._reported(methods_lib.Method.parse(spec), ratio)
     names = "paper_compression_ms", "paper_prefill_ms"
     assert found == dict(zip(names, expected or (), strict=bool(expected)))
   assert efficiency_table._reported(None, 1.0) == {"paper_prefill_ms": 200.4}
@@ -363,7 +364,7 @@ def test_the_papers_times_stand_beside_its_own_model_alone(made):
 
 def test_every_method_is_a_row_by_default():
   specs = commands.parse(efficiency_table).config.evals.methods
-  labels = [runner.split_label(spec)[0] for spec in specs]
+  labels = [methods_lib.split_label(spec)[0] for spec in specs]
   known = set(compressors.names()) - set(efficiency_table._LEFT_OUT)
   assert set(labels) == known | set(efficiency_table.VARIANTS)
   assert {row.method for row in paper.ROWS} - {"vanilla"} <= set(labels)

@@ -20,10 +20,11 @@ from cacovid_jax.evals import (
   estimate,
   paper,
   paper_rows,
-  runner,
   scoring,
   tables,
 )
+from cacovid_jax.evals import evaluator as evaluator_lib
+from cacovid_jax.inference import methods as methods_lib
 from cacovid_jax.models import checkpoints, qwen2_5_vl
 from cacovid_jax.synthetic import tiny_checkpoints
 from experiments import main_table
@@ -89,7 +90,7 @@ def make(folder):
       config=folder / "config.py",
     )
     with pytest.MonkeyPatch.context() as p:
-      p.setattr(runner.Evaluator, "_score", score)
+      p.setattr(evaluator_lib.Evaluator, "_score", score)
       commands.run(main_table, **flags | changes)
     return workdir
 
@@ -518,7 +519,7 @@ def test_printed_commands_fill_their_rows_in_folders_of_their_own():
     whole = planned(paper_rows.command(key))
     rest = planned(paper_rows.command(key, trained=False))
     config, other = whole.experiment.config, rest.experiment.config
-    methods = [runner.Method.parse(spec) for spec in config.evals.methods]
+    methods = [methods_lib.Method.parse(spec) for spec in config.evals.methods]
     labels = {method.label for method in methods}
     for row in paper.ROWS:
       if row.model == key and row.method != paper.VANILLA:

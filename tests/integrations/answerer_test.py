@@ -9,7 +9,9 @@ import pytest
 
 from cacovid_jax import errors
 from cacovid_jax.data import answer_log
-from cacovid_jax.evals import benchmarks, clips, runner
+from cacovid_jax.evals import benchmarks
+from cacovid_jax.evals import evaluator as evaluator_lib
+from cacovid_jax.inference import engine as engine_lib
 from cacovid_jax.integrations.lmms_eval import answerer, arguments, requests
 from tests.evals import tiny
 
@@ -27,7 +29,7 @@ def make(checkpoint_dir, policy_file):
   def make(**given):
     given = {"max_frames_num": tiny.FRAMES, "policy": policy_file, **given}
     args = arguments.parse(pretrained=checkpoint_dir, **given)
-    made.append(answerer.Answerer(args))
+    made.append(answerer.RequestAnswerer(args))
     return made[-1]
 
   yield make
@@ -49,25 +51,26 @@ def _asked(questions, data_dir):
 
 def _evaluated(checkpoint, checkpoint_dir, data_dir, questions, model, length):
   """Returns {id: record} of an evaluation that knows nothing of requests."""
-  with clips.ClipSource(
+  with tiny.open_store(
     data_dir,
     checkpoint.model,
     checkpoint.params,
     checkpoint.model.read_processor(checkpoint_dir),
     num_frames=tiny.FRAMES,
   ) as source:
-    evaluator = runner.Evaluator(
+    engine = engine_lib.Engine(
       checkpoint,
       source,
       questions,
-      runner.Settings(
+      engine_lib.Settings(
         num_frames=tiny.FRAMES, batch_size=2, max_new_tokens=length
       ),
       policies=model._policies,
     )
+    evaluator = evaluator_lib.Evaluator(engine)
     answers = answer_log.Ledger(None, {})
-    evaluator.run(questions, [model.cell], answers)
-    return {q.id: answers[model.cell.key(q.id)] for q in questions}
+    evaluator.run(questions, [model.condition], answers)
+    return {q.id: answers[model.condition.key(q.id)] for q in questions}
 
 
 def test_answers_are_those_of_an_evaluation_in_the_order_asked(
@@ -148,7 +151,7 @@ def test_a_learned_method_without_a_policy_is_refused(
 
 
 def test_the_shipped_model_brings_its_policy():
-  model = answerer.Answerer(arguments.parse())
+  model = answerer.RequestAnswerer(arguments.parse())
   with model._source:
     assert list(model._policies) == ["policy"]
 
@@ -191,7 +194,7 @@ def test_clips_of_several_shapes_are_answered_in_the_order_asked(tmp_path):
     max_pixels=24 * 64,
     batch_size=2,
   )
-  model = answerer.Answerer(args)
+  model = answerer.RequestAnswerer(args)
   with model._source:
     asked = [
       requests.Asked(f"t/test/{row}", "", str(tmp_path / name), "What is it?")

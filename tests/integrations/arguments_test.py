@@ -6,22 +6,22 @@ import pytest
 
 from cacovid_jax import config as config_lib
 from cacovid_jax import errors
-from cacovid_jax.evals import answering
+from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.integrations.lmms_eval import arguments
 
 
 def cell(**given):
-  return arguments.cell(arguments.parse(**given))
+  return arguments.condition(arguments.parse(**given))
 
 
 def test_nothing_given_is_the_shipped_model_and_its_policy_at_ten_percent():
   found = arguments.parse(batch_size="1")
-  assert found.model.path == str(answering.SHIPPED_MODEL)
-  assert found.evals.policies == (f"policy={answering.SHIPPED_POLICY}",)
+  assert found.model.path == str(experiment_lib.SHIPPED_MODEL)
+  assert found.evals.policies == (f"policy={experiment_lib.SHIPPED_POLICY}",)
   assert found.evals.methods == ("cacovid",) and found.evals.ratios == (0.1,)
   assert found.evals.batch_size == 1
   assert found.data.num_frames == 16  # Of the shipped model's files.
-  asked = arguments.cell(found)
+  asked = arguments.condition(found)
   assert (asked.spec, asked.ratio) == ("cacovid", 0.1)
 
 

@@ -96,7 +96,7 @@ def test_rows_keep_their_own_ids_unless_they_share_one():
   assert found[0] == found[4]
   assert found[2].prompt == "Who?"
   # Draws go by the row's own name, whatever other tasks call theirs.
-  assert [question.drawn_by for question in found] == [
+  assert [question.rng_id for question in found] == [
     "1", "2", "2", "t/test/2", "1",
   ]  # fmt: skip
 

@@ -1,12 +1,15 @@
 """Row maps of pruned prompts against lists built by hand and by loop."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
+from cacovid_jax import errors
 from cacovid_jax.compressors import base
 from cacovid_jax.models import prompt_batch
 
@@ -216,6 +219,48 @@ class PrunedPromptsTest(absltest.TestCase):
     np.testing.assert_array_equal(kept.deep[0, :, 1], deep[:, 3])
     np.testing.assert_array_equal(kept.x[0, :6, 0], [0, -1, 6, -1, 12, 14])
     np.testing.assert_array_equal(kept.lengths, [6])
+
+
+def test_buckets_of_text_pad_least():
+  rng = np.random.default_rng(3)
+  lengths = rng.choice([30, 60, 61, 200, 250, 900], 80).tolist()
+  sizes = sorted({-(-length // 16) * 16 for length in lengths})
+
+  def rows(buckets, beside):
+    return sum(
+      beside + min(b for b in buckets if b >= length) for length in lengths
+    )
+
+  for beside in (0, 100, 3000):
+    made = prompt_batch.PromptBuckets.of(lengths, beside=beside).text_rows
+    every = [
+      (*chosen, sizes[-1])
+      for chosen in itertools.combinations(sizes[:-1], len(made) - 1)
+    ]
+    assert rows(made, beside) == min(rows(one, beside) for one in every)
+    # A bucket more spares less than a tenth; one fewer would cost that.
+    for number, few in ((len(made), False), (len(made) - 2, True)):
+      if not 0 <= number < 3:
+        continue
+      best = min(
+        rows((*chosen, sizes[-1]), beside)
+        for chosen in itertools.combinations(sizes[:-1], number)
+      )
+      less, more = sorted((best, rows(made, beside)))
+      assert (less <= 0.9 * more) == few
+  assert len(prompt_batch.PromptBuckets.of(lengths, beside=9000).text_rows) == 1
+  assert prompt_batch.PromptBuckets.of([75]).text_rows == (80,)
+
+
+def test_a_prompt_takes_the_smallest_bucket_that_holds_its_text():
+  buckets = prompt_batch.PromptBuckets((64, 256, 1024))
+  found = [buckets.pick(rows) for rows in (1, 64, 65, 256, 1000)]
+  assert found == [64, 64, 256, 256, 1024]
+  with pytest.raises(errors.UserError, match="has 1025 rows.*prompt_rows"):
+    buckets.pick(1025)
+  for bad in ((), (64, 64), (64, 16), (0, 3), (1, 2, 3, 4)):
+    with pytest.raises(errors.UserError, match="one to three rising"):
+      prompt_batch.PromptBuckets(bad)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Buckets: which one a grid gets, and a video's rows inside it."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from cacovid_jax import errors
-from cacovid_jax.models import token_grid
+from cacovid_jax.models import processors, token_grid
 
 BUCKET = token_grid.GridBucket(5, 24, 75)
 GRIDS = [(4, 5, 3), (3, 4, 6), (5, 3, 5), (1, 1, 1)]
@@ -157,3 +158,27 @@ def test_shape_and_sizes_of_a_grid_inside_its_bucket():
   assert leaves == [np.int32] * 3
   assert grid.shape == (3, 4, 6)
   assert (grid.frame_tokens, grid.num_tokens) == (24, 72)
+
+
+def test_default_buckets_follow_from_the_pixels():
+  def sizes(processor, given=()):
+    made = token_grid.make_buckets(given, processor, 32)
+    return [dataclasses.astuple(bucket) for bucket in made]
+
+  paper = processors.Qwen2_5VLProcessor(
+    min_pixels=processors.PAPER_MIN_PIXELS,
+    max_pixels=processors.PAPER_MAX_PIXELS,
+  )
+  # 181 is the whole part of the root of 128 x 256.
+  assert sizes(paper) == [(16, 181, 2896), (16, 256, 4096)]
+  one = dataclasses.replace(paper, min_pixels=paper.max_pixels)
+  assert sizes(one) == [(16, 256, 4096)]
+  given = ((16, 256, 4000), (16, 128))
+  assert sizes(paper, given) == [(16, 128, 2048), (16, 256, 4000)]
+  for bad, match in (
+    (((16,),), "give .temporal patches, tokens of one."),
+    (((16, "x"),), "give .temporal patches"),
+    (((8, 256),), "fewer temporal patches than the 16"),
+  ):
+    with pytest.raises(errors.UserError, match=match):
+      sizes(paper, bad)

@@ -10,10 +10,10 @@ import pytest
 import tokenizers
 
 from cacovid_jax import errors
+from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import readers
 from cacovid_jax.data import tokenizer as tokenizer_lib
-from cacovid_jax.evals import answering
 from cacovid_jax.models import checkpoints, qwen2_5_vl
 from cacovid_jax.preparation import blind
 from tests.data import tokenizers_for_tests as toks
@@ -93,7 +93,7 @@ def plain_loop(checkpoint, directory, turn):
 
 @pytest.fixture(scope="module")
 def shipped():
-  return checkpoints.load(str(answering.SHIPPED_MODEL), jnp.float32)
+  return checkpoints.load(str(experiment_lib.SHIPPED_MODEL), jnp.float32)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,8 @@ def test_answers_are_those_of_a_plain_loop_over_prompts_without_video(
     "Which is last?\n(A) red star\n(B) grey moon" + LETTER_HINT,
   ]
   expected = [
-    plain_loop(shipped, answering.SHIPPED_MODEL, turn(text)) for text in texts
+    plain_loop(shipped, experiment_lib.SHIPPED_MODEL, turn(text))
+    for text in texts
   ]
   _, answers, _ = asked
   assert answers == expected
@@ -317,7 +318,7 @@ def test_a_question_that_contains_the_video_token(shipped):
 )
 def test_both_forms_of_templates_write_a_question_alone(template):
   own = tokenizers.Tokenizer.from_file(
-    str(answering.SHIPPED_MODEL / "tokenizer.json")
+    str(experiment_lib.SHIPPED_MODEL / "tokenizer.json")
   )
   rendered = tokenizer_lib.Tokenizer(own, template).render_blind("Why?")
   assert rendered.endswith("<|im_end|>\n<|im_start|>assistant\n") or (
@@ -328,7 +329,7 @@ def test_both_forms_of_templates_write_a_question_alone(template):
 
 def test_a_template_that_always_shows_a_clip_is_refused():
   own = tokenizers.Tokenizer.from_file(
-    str(answering.SHIPPED_MODEL / "tokenizer.json")
+    str(experiment_lib.SHIPPED_MODEL / "tokenizer.json")
   )
   template = "<video>{{ messages[0]['content'] }}"
   with pytest.raises(errors.UserError, match="without a clip"):

@@ -10,9 +10,9 @@ import pytest
 import tensorflow_datasets as tfds
 
 from cacovid_jax import errors
+from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.data import readers
 from cacovid_jax.data import tfds as tfds_lib
-from cacovid_jax.evals import answering
 from cacovid_jax.models import checkpoints
 from cacovid_jax.preparation import (
   blind,
@@ -54,7 +54,7 @@ def test_blind_filter(tmp_path, root, capsys):
   train = blind_test.write(tmp_path / "train.json", [*ROWS, BAD])
   out = tmp_path / "filtered.json"
   arguments = (
-    f"--model={answering.SHIPPED_MODEL}",
+    f"--model={experiment_lib.SHIPPED_MODEL}",
     f"--train={train}",
     f"--media={root}",
     f"--out={out}",
@@ -82,7 +82,7 @@ def test_blind_filter(tmp_path, root, capsys):
   # Kept rows, from the answers alone: letters that differ, and words.
   asked = readers.read_video_r1(blind_test.write(tmp_path / "plain.json"))
   answers = blind.ask(
-    checkpoints.load(str(answering.SHIPPED_MODEL), jnp.float32),
+    checkpoints.load(str(experiment_lib.SHIPPED_MODEL), jnp.float32),
     asked,
     blind_test.SETTINGS,
   )
@@ -135,7 +135,7 @@ def test_blind_filter_refuses(tmp_path, flag, match):
   with pytest.raises(errors.UserError, match=match):
     run(
       blind_filter,
-      f"--model={answering.SHIPPED_MODEL}",
+      f"--model={experiment_lib.SHIPPED_MODEL}",
       f"--train={train}",
       f"--out={tmp_path / 'out.json'}",
       flag.format(train=train, folder=tmp_path),
@@ -168,7 +168,7 @@ def test_encode_features(tmp_path, root, capsys):
     "def get_config(arg=None):\n"
     "  config = tiny.config().copy_and_resolve_references()\n"
     "  config.unlock()\n"
-    f"  config.model.path = {str(answering.SHIPPED_MODEL)!r}\n"
+    f"  config.model.path = {str(experiment_lib.SHIPPED_MODEL)!r}\n"
     f"  config.data.root = {str(root)!r}\n"
     f"  config.data.train_file = {str(train)!r}\n"
     "  config.data.num_frames = 2\n"

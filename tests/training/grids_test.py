@@ -14,8 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cacovid_jax import config as config_lib
 from cacovid_jax import errors
-from cacovid_jax.data import feature_cache, video
+from cacovid_jax.data import frames as frames_lib
+from cacovid_jax.data import video
+from cacovid_jax.inference import programs as inference
 from cacovid_jax.models import (
   checkpoints,
   processors,
@@ -25,11 +28,10 @@ from cacovid_jax.models import (
 )
 from cacovid_jax.policy import network, sampling
 from cacovid_jax.training import (
-  pipeline,
+  batches,
   programs,
   ratio,
   replay,
-  rollout,
   step,
 )
 from cacovid_jax.training import run as run_lib
@@ -169,7 +171,7 @@ class Alone:
 
     @jax.jit
     def learn(before, after, params, index, kept, masks, rewards):
-      answers = rollout.answer(
+      ids, _ = inference.answer_rows(
         config.model,
         params,
         videos.prompts,
@@ -193,7 +195,7 @@ class Alone:
         videos,
         jax.tree.map(lambda leaf: leaf[None], memory),
       )
-      return scores, answers.ids[0], loss[0], grads, metrics
+      return scores, ids[0], loss[0], grads, metrics
 
     return learn
 
@@ -220,7 +222,7 @@ def test_features_are_those_of_the_clip_alone(made, folder):
   model = run.config.model
   for i, question in enumerate(questions):
     clip = video.decode(
-      folder / question.video, pipeline.FrameRule(tiny.FRAMES)
+      folder / question.video, frames_lib.FrameRule(tiny.FRAMES)
     )
     processor = processors.Qwen2_5VLProcessor.from_files(folder / "model")
     fps = len(clip.frames) / clip.duration
@@ -311,7 +313,7 @@ def test_a_run_on_clips_of_two_shapes_resumes_bit_identically(
       "data.feature_cache": str(tmp_path / "cache"),
     },
   )
-  given = dict(questions=rows, checkpoint=checkpoint, source=None)
+  given = dict(questions=rows, checkpoint=checkpoint, store=None)
   first, second = loop_test.Log(), loop_test.Log()
   result = tiny.train(tmp_path / "whole", config, on_step=first, **given)
   made = result.run.programs
@@ -321,11 +323,11 @@ def test_a_run_on_clips_of_two_shapes_resumes_bit_identically(
     token_grid.GridBucket(2, 16),
     token_grid.GridBucket(2, 24),
   ]
-  assert set(made.compile_seconds) == {
+  assert {(shape.bucket, name) for shape, name in made.compile_seconds} == {
     (bucket, "fixed_ratio_step") for bucket in made.configs
   }
   # The second time, features come from the disk.
-  assert any((tmp_path / "cache").rglob("*.npy"))
+  assert any((tmp_path / "cache").rglob("*.features"))
   step_two = pathlib.Path("checkpoints", "2")
   shutil.copytree(tmp_path / "whole" / step_two, tmp_path / "cut" / step_two)
   again = tiny.train(tmp_path / "cut", config, on_step=second, **given)
@@ -379,32 +381,6 @@ def test_a_ratio_that_a_grid_does_not_allow_is_named():
     ladder.rungs((3, 4, 4))
 
 
-def test_default_buckets_follow_from_the_pixels():
-  def sizes(processor, **changes):
-    config = tiny.config(**{"data.num_frames": 32} | changes)
-    return [
-      dataclasses.astuple(b) for b in run_lib.make_buckets(config, processor)
-    ]
-
-  paper = processors.Qwen2_5VLProcessor(
-    min_pixels=processors.PAPER_MIN_PIXELS,
-    max_pixels=processors.PAPER_MAX_PIXELS,
-  )
-  # 181 is the whole part of the root of 128 x 256.
-  assert sizes(paper) == [(16, 181, 2896), (16, 256, 4096)]
-  one = dataclasses.replace(paper, min_pixels=paper.max_pixels)
-  assert sizes(one) == [(16, 256, 4096)]
-  given = {"data.buckets": ((16, 256, 4000), (16, 128))}
-  assert sizes(paper, **given) == [(16, 128, 2048), (16, 256, 4000)]
-  for bad, match in (
-    (((16,),), "give .slices, tokens of a slice."),
-    (((16, "x"),), "give .slices"),
-    (((8, 256),), "fewer slices than the 16"),
-  ):
-    with pytest.raises(errors.UserError, match=match):
-      sizes(paper, **{"data.buckets": bad})
-
-
 def test_settings_of_the_other_kind_of_grid_are_refused(folder, checkpoint):
   for key, value in (("data.buckets", ((4, 16),)), ("data.min_pixels", 64)):
     with pytest.raises(errors.UserError, match="whose grids differ"):
@@ -416,97 +392,73 @@ def test_settings_of_the_other_kind_of_grid_are_refused(folder, checkpoint):
     run_lib.make_processor(config, checkpoint.model)
 
 
-def _bucketing(**changes):
-  sizes = (
-    token_grid.GridBucket(2, 16),
-    token_grid.GridBucket(2, 24),
-    token_grid.GridBucket(9, 9),
-  )
-  fields = dict(
-    buckets=sizes, text_rows=4, model=tiny.checkpoint().model, multiple=8
-  )
-  return pipeline.Bucketing(**fields | changes)
+def _ladders(checkpoint):
+  return [
+    ratio.make_ladder(
+      token_grid.GridBucket(*sizes),
+      sampling.SamplingConfig(num_combinations=4),
+      ratio.RatioConfig(),
+      fixed=0.25,
+    )
+    for sizes in ((2, 16), (2, 24), (9, 9))
+  ]
 
 
-def test_a_step_takes_the_smallest_bucket_that_holds_its_videos():
-  made = _bucketing()
-  assert made.bucket([(2, 4, 4), (1, 2, 2)]) == made.buckets[0]
-  assert made.bucket([(2, 4, 4), (2, 4, 6)]) == made.buckets[1]
-  assert made.length(made.buckets[0]) == 40  # 32 + 4, to a multiple of 8.
+def test_a_step_takes_the_smallest_bucket_that_holds_its_videos(checkpoint):
+  ladders = {ladder.bucket: ladder for ladder in _ladders(checkpoint)}
+  first, second, _ = ladders
+
+  def together(*grids):
+    return batches.together(grids, ladders)
+
+  assert together((2, 4, 4), (1, 2, 2)) == first
+  assert together((2, 4, 4), (2, 4, 6)) == second
   with pytest.raises(errors.UserError, match="no bucket holds a video of 2 x"):
-    made.bucket([(2, 4, 4), (2, 5, 5)])
+    together((2, 4, 4), (2, 5, 5))
   with pytest.raises(errors.UserError, match="together: 2 x 4 x 4, 9 x 1 x 1"):
-    made.bucket([(2, 4, 4), (9, 1, 1)])
+    together((2, 4, 4), (9, 1, 1))
+  alone = ratio.make_ladder(
+    tiny.GRID,
+    sampling.SamplingConfig(num_combinations=4),
+    ratio.RatioConfig(),
+    fixed=0.25,
+  )
+  with pytest.raises(errors.UserError, match="a clip has 1 x 4 x 4 video tok"):
+    batches.together([(1, 4, 4)], {alone.bucket: alone})
 
 
-def test_a_prompt_without_room_for_its_text_is_refused(rows, checkpoint):
-  source = _Known({row.video: (2, 4, 4) for row in rows})
-  with pytest.raises(errors.UserError, match="raise config.data.max_text_tok"):
-    next(
-      pipeline.train_batches(
-        rows,
-        checkpoint.tokenizer,
-        source,
-        batch_size=2,
-        seed=0,
-        num_steps=1,
-        bucketing=_bucketing(),
-      )
+def test_text_is_padded_to_the_buckets_of_the_run(folder, rows, checkpoint):
+  def lengths(prompt_rows, questions=rows):
+    config = tiny_qwen.config(
+      folder, **{"data.prompt_rows": prompt_rows, "total_steps": 6}
     )
-
-
-class _Known:
-  """A source of features that are one."""
-
-  field = "features"
-
-  def __init__(self, grids):
-    self._grids = grids
-
-  def load(self, question):
-    return self._grids[question.video]
-
-  def finish(self, payloads):
-    return [
-      video_llm.VideoFeatures(
-        np.ones((np.prod(grid), 3), np.float32), grid, 1.0
-      )
-      for grid in payloads
+    experiment = tiny.experiment_of(config, folder, checkpoint=checkpoint)
+    store = tiny.Store(lambda path: np.ones((32, 32)), lambda path: (2, 4, 4))
+    made = batches.Batches(
+      experiment, questions, store, _ladders(checkpoint)[:1]
+    )
+    found = [
+      (batch.ids.shape[1] - 32, int(batch.length.max()) - 32)
+      for batch, _ in made(0)
     ]
+    return made.prompts.text_rows, found
 
-
-def test_cached_clips_keep_their_grid_and_seconds(folder, rows, tmp_path):
-  processor = processors.Qwen2_5VLProcessor.from_files(folder / "model")
-  calls = []
-
-  def encode(inputs, bucket):
-    calls.append(inputs.grid)
-    return np.arange(bucket.tokens * 3.0).reshape(-1, 3)
-
-  def source():
-    return pipeline.GridFeatureSource(
-      pipeline.ShotSource(folder, pipeline.FrameRule(tiny.FRAMES), processor),
-      encode,
-      processor,
-      buckets=[token_grid.GridBucket(2, 24)],
-      identity="x",
-      cache=feature_cache.FeatureCache(tmp_path),
-    )
-
-  first = source()
-  before = first.finish([first.load(row) for row in rows[:2]])
-  again = source()
-  after = again.finish([again.load(row) for row in rows[:2]])
-  assert calls == [(2, 4, 6), (2, 4, 4)]
-  for one, other in zip(before, after, strict=True):
-    np.testing.assert_array_equal(one.features, other.features)
-    assert len(one.features) == np.prod(one.grid)
-    assert one.grid == other.grid
-    assert np.float32(one.second_per_grid_t) == other.second_per_grid_t
-  # Frames at a tenth of a second: two of four samples of 0.8 s.
-  np.testing.assert_allclose(after[0].second_per_grid_t, 0.4)
-  with pytest.raises(errors.UserError, match="has no grid"):
-    again.missing()
+  buckets, found = lengths(())
+  assert all(rows == buckets[-1] for rows, _ in found) and len(buckets) == 1
+  longer = [
+    dataclasses.replace(rows[0], prompt="and so on " * 40),
+    *rows[1:],
+  ]
+  buckets, found = lengths((), longer)
+  assert len(buckets) == 2
+  for length, text in found:
+    assert length == min(size for size in buckets if size >= text)
+  assert {length for length, _ in found} == set(buckets)
+  # A length of one's own need be no multiple of anything.
+  own = max(text for _, text in found) + 3
+  assert {length for length, _ in lengths((own,), longer)[1]} == {own}
+  with pytest.raises(errors.UserError, match="raise the last of them"):
+    lengths((16,), longer)
 
 
 def test_buckets_share_no_program(made):
@@ -550,9 +502,9 @@ def test_clips_of_odd_shapes_are_replaced_and_noted(rows, checkpoint, tmp_path):
     tiny.experiment_of(config, tmp_path, checkpoint=checkpoint), questions=asked
   )
   # The tower is not what this is about.
-  run.source._encode_fn = lambda inputs, bucket: np.zeros(
-    (bucket.tokens, 32), np.float32
-  )
+  run.store._tower._run = lambda signals, inputs: [
+    {"features": np.zeros((48, 32), np.float32)}
+  ]
   seen = {question.id for _, given in run.batches(0) for question in given}
   assert seen and seen <= {row.id for row in rows}
   lines = (tmp_path / "quarantine.jsonl").read_text().splitlines()
@@ -563,7 +515,9 @@ def test_clips_of_odd_shapes_are_replaced_and_noted(rows, checkpoint, tmp_path):
   assert "48 x 1 tokens, above 24" in found["long.mp4"]["detail"]
   assert "a side of 28 or fewer" in found["small.mp4"]["detail"]
   # Buckets that hold no ordinary clip are a mistake, not odd clips.
-  run.source._memory.clear()
-  run.source._buckets = (token_grid.GridBucket(2, 8),)
+  config = config_lib.replace(config, {"data.buckets": ((2, 8),)})
+  run = run_lib.make(
+    tiny.experiment_of(config, tmp_path, checkpoint=checkpoint), questions=rows
+  )
   with pytest.raises(errors.UserError, match="no bucket holds a video of 2 x"):
-    run.source(rows[0])
+    next(run.batches(0))

@@ -255,15 +255,14 @@ def test_workdir_of_another_config_is_refused(whole):
 
 
 def test_refused_steps_end_the_run_and_name_the_questions(tmp_path):
-  def features(question):
+  def features(path):
     # Not a number in one clip alone; it is in half of all steps or more.
-    clean = tiny.features(question)
-    return clean * np.nan if question.id == "q1" else clean
+    return tiny.features(path) * (np.nan if path == "1.mp4" else 1)
 
   config = tiny.config(**{"total_steps": 8, "max_bad_steps": 2})
   rows = tiny.questions(2)
   with pytest.raises(errors.UserError, match=r"questions: q1;") as error:
-    tiny.train(tmp_path, config, questions=rows, source=features)
+    tiny.train(tmp_path, config, questions=rows, store=tiny.Store(features))
   assert "2 steps in a row" in str(error.value)
   [step] = checkpointing.steps(tmp_path / "checkpoints")
   state = checkpointing.read_manifest(tmp_path / "checkpoints", step)

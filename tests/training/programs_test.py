@@ -13,6 +13,7 @@ from cacovid_jax.training import programs, step
 from tests.training import tiny
 
 BUCKET = token_grid.TokenGrid.of(tiny.GRID).bucket
+SHAPE = programs.Shape(BUCKET, tiny.LENGTH)
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 _events = []
 jax.monitoring.register_event_duration_secs_listener(
@@ -66,7 +67,7 @@ def fixed():
 
 def test_fixed_ratio_is_one_program_compiled_once(fixed):
   _, made, *_, found = fixed
-  assert list(made.compile_seconds) == [(BUCKET, "fixed_ratio_step")]
+  assert list(made.compile_seconds) == [(SHAPE, "fixed_ratio_step")]
   assert made.limit == 1
   assert not found
 
@@ -172,7 +173,7 @@ def test_more_programs_than_allowed_is_an_error(fixed):
   _, made, constants, _, state, _, _ = fixed
   placed = programs.place_batch(tiny.batch(), made.mesh)
   with pytest.raises(RuntimeError, match="one more than"):
-    made.call(BUCKET, "prepare_videos", state, constants, placed)
+    made.call(SHAPE, "prepare_videos", state, constants, placed)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import pytest
 from cacovid_jax import errors
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import rewards as rewards_lib
+from cacovid_jax.inference import programs
 from cacovid_jax.models import prompt_batch
 from cacovid_jax.training import rollout
 from tests.training import tiny
@@ -37,7 +38,7 @@ def prompts():
 
 def answer(prompts, index, num_valid, max_new_tokens):
   config, params, held = prompts
-  return rollout.answer(
+  ids, logits = programs.answer_rows(
     config.model,
     params,
     held,
@@ -47,6 +48,7 @@ def answer(prompts, index, num_valid, max_new_tokens):
     eos_ids=(1,),
     pad_id=0,
   )
+  return rollout.Answers(ids, logits)
 
 
 def test_pruned_prompt_keeps_text_newline_and_original_positions(prompts):

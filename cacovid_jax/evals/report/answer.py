@@ -1,5 +1,7 @@
 """The answers to one question in words: a table, and a page with pictures."""
 
+import os
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,8 +11,11 @@ import rich.console
 import rich.table
 import rich.text
 
+from cacovid_jax import errors, files
 from cacovid_jax.data import question as question_lib
+from cacovid_jax.evals import provenance
 from cacovid_jax.evals.report import html, viewer
+from cacovid_jax.inference import answerer as answerer_lib
 
 COLUMNS = (
   "tokens from", "tokens kept", "embed ms", "scores ms", "select ms",
@@ -18,11 +23,48 @@ COLUMNS = (
 )  # fmt: skip
 
 
+def write(
+  path: str | os.PathLike,
+  answerer: answerer_lib.Answerer,
+  asked: answerer_lib.ClipAnswers,
+) -> None:
+  """Writes an HTML page that shows the kept tokens on the frames.
+
+  Folders that do not exist are made; `asked` is what the answerer returned.
+  """
+  path = check_path(path)
+  source = answerer.source(asked.grid)
+  shown = source.frames(asked.question.video)
+  clip = source[asked.question.video]
+  described = provenance.describe(
+    frame_hashes={asked.question.id: clip.frame_hash},
+    index_hashes={asked.question.id: clip.index_hash},
+    template=answerer.checkpoint.tokenizer.template,
+    checkpoint=answerer.checkpoint.identity,
+    policies={name: p.identity for name, p in answerer.policies.items()},
+  )
+  path.parent.mkdir(parents=True, exist_ok=True)
+  files.write(path, render(asked, shown, described))
+
+
+def check_path(path: str | os.PathLike) -> pathlib.Path:
+  """Returns the path of a report to be written, if one can be there."""
+  path = pathlib.Path(path)
+  if path.is_dir():
+    raise errors.UserError(
+      f"{path} is a folder; give the report a file name in it"
+    )
+  for parent in path.parents:
+    if parent.exists() and not parent.is_dir():
+      raise errors.UserError(f"{parent} is no folder; give another --report")
+  return path
+
+
 def render(asked, frames: np.ndarray, provenance: Mapping[str, Any]) -> str:
   """Returns the HTML text of a page that shows the kept tokens.
 
   Args:
-    asked: `answering.Asked`.
+    asked: `answerer.ClipAnswers`.
     frames: uint8[..., h, w, 3], all that the model was shown.
   """
   pruned = [answer for answer in asked.answers if answer.ratio < 1]

@@ -19,8 +19,9 @@ import jinja2
 import markupsafe
 
 from cacovid_jax import files
-from cacovid_jax.evals import results, runner
+from cacovid_jax.evals import results
 from cacovid_jax.evals.report import charts, issues, svg, viewer
+from cacovid_jax.inference import methods as methods_lib
 
 _SCRIPTS = ("tables.js", "groups.js", "viewer.js")
 # Groups with an order of their own; others by name.
@@ -250,7 +251,7 @@ def _differences(out, ratios):
   by_ratio = {ratio: [] for ratio in ratios}
   for entry in entries:
     start, end = entry["ci95"]
-    to_vanilla = entry["vs"] == runner.VANILLA
+    to_vanilla = entry["vs"] == methods_lib.VANILLA
     by_ratio[entry["ratio"]].append(
       {
         "name": entry["method"] + " against vanilla" * to_vanilla,

@@ -18,7 +18,9 @@ import numpy as np
 from PIL import Image
 
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.evals import results, runner
+from cacovid_jax.evals import results
+from cacovid_jax.inference import engine as engine_lib
+from cacovid_jax.inference import methods as methods_lib
 
 SHOWN_RATIO = 0.1
 # Methods whose kept tokens can be looked at, besides the shown one.
@@ -55,7 +57,7 @@ class Example:
   question: question_lib.Question
   frames: np.ndarray  # uint8[F, h, w, 3], all that the model was shown.
   grid: tuple[int, int, int]
-  # (method, ratio) -> what it kept: `runner.Trace` or `runner.Kept`.
+  # (method, ratio) -> its `inference.batch.KeptTokens`.
   views: Mapping[tuple[str, float], Any]
   # Method -> ratio -> what was said; vanilla's ratio is 1.
   answers: Mapping[str, Mapping[float, Said]]
@@ -84,7 +86,7 @@ class Example:
 def choose(
   table: results.Table,
   answers: Any,
-  evaluator: runner.Evaluator,
+  engine: engine_lib.Engine,
   decisive: Mapping[str, Sequence[int]],
   count: int,
   *,
@@ -109,7 +111,7 @@ def choose(
 
   def cell(method, ratio):
     seed = table.seeds[0] if method.per_seed else 0
-    return runner.Cell(method, ratio, seed)
+    return methods_lib.Condition(method, ratio, seed)
 
   shown = cell(method, ratio)
   asked = [
@@ -127,13 +129,13 @@ def choose(
   looked = {method.label, *_others(answers, method, rivals, usable)}
   views = [one for one in asked if one.method.label in looked]
   picked = _pick(usable, answers, shown, count)
-  kept = evaluator.kept(picked, views)
+  kept = engine.kept(picked, views)
   places = [(one.method.label, one.ratio) for one in views]
   return [
     Example(
       question=question,
-      frames=evaluator.source.frames(question.video),
-      grid=evaluator.grid_of(question),
+      frames=engine.source.frames(question.video),
+      grid=engine.grid_of(question),
       views=dict(zip(places, kept[question.id], strict=True)),
       answers=_said(question, answers, asked),
       shown=(method.label, ratio),
@@ -143,7 +145,7 @@ def choose(
   ]
 
 
-def _shown(table, ratio, failures) -> runner.Method | None:
+def _shown(table, ratio, failures) -> methods_lib.Method | None:
   """Returns the learned method, or the first row that can be run."""
   able = [m for m in table.methods if (m.spec, ratio) not in failures]
   named = (m for m in able if m.label == results.REFERENCE)
@@ -153,11 +155,10 @@ def _shown(table, ratio, failures) -> runner.Method | None:
 def _said(question, answers, cells) -> dict[str, dict[float, Said]]:
   """Returns method -> ratio -> what was said, vanilla's first."""
   said = collections.defaultdict(dict)
-  for cell in (runner.Cell(None, 1.0, 0), *cells):
+  for cell in (methods_lib.Condition(), *cells):
     found = answers[cell.key(question.id)]
-    label = cell.method.label if cell.method else runner.VANILLA
     right = found["score"] == 1
-    said[label][cell.ratio] = Said(found["text"], found["letter"], right)
+    said[cell.label][cell.ratio] = Said(found["text"], found["letter"], right)
   return dict(said)
 
 
@@ -292,7 +293,7 @@ def _clip(example, images) -> dict[str, Any]:
 def _answers(example) -> dict[str, Any]:
   """Returns the table of answers: ratios, and a row for each method."""
   # Whatever is looked at has a row of its own.
-  apart = {runner.VANILLA} - {method for method, _ in example.views}
+  apart = {methods_lib.VANILLA} - {method for method, _ in example.views}
   methods = {k: v for k, v in example.answers.items() if k not in apart}
   ratios = list(dict.fromkeys(r for row in methods.values() for r in row))
   rows = [
@@ -304,7 +305,7 @@ def _answers(example) -> dict[str, Any]:
   ]
   vanilla = None
   if apart & example.answers.keys():
-    (vanilla,) = example.answers[runner.VANILLA].values()
+    (vanilla,) = example.answers[methods_lib.VANILLA].values()
   return {"ratios": ratios, "rows": rows, "vanilla": vanilla}
 
 

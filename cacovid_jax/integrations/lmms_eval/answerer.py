@@ -10,7 +10,12 @@ from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.data import answer_log
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.evals import evaluation, likelihood, runner
+from cacovid_jax.evals import evaluation
+from cacovid_jax.evals import evaluator as evaluator_lib
+from cacovid_jax.inference import batch as batch_lib
+from cacovid_jax.inference import clip_queue
+from cacovid_jax.inference import engine as engine_lib
+from cacovid_jax.inference import methods as methods_lib
 from cacovid_jax.integrations.lmms_eval import arguments, requests
 
 _LOGGER = logging.getLogger(__name__)
@@ -30,7 +35,7 @@ class Reply(NamedTuple):
   output_tokens: int
 
 
-class Answerer:
+class RequestAnswerer:
   """A loaded model that answers from a share of a clip's tokens.
 
   Clips and programs are kept from one call to the next.
@@ -38,22 +43,22 @@ class Answerer:
 
   def __init__(self, config):
     """Loads the weights of a config, see `arguments.parse`."""
-    self.cell = arguments.cell(config)
+    self.condition = arguments.condition(config)
     changes = {
       # Clips are named by whole paths: a task says where they are.
       "data.root": os.path.abspath(os.sep),
       "data.media": "",
     }
-    if self.cell.method is None:
+    if self.condition.method is None:
       changes["evals.policies"] = ()
     self.experiment = experiment_lib.Experiment.from_config(
       config_lib.replace(config, changes)
     )
     self.checkpoint = self.experiment.checkpoint
     self._policies = self.experiment.policies
-    methods = [self.cell.method] if self.cell.method else []
-    self._source = evaluation.open_source(
-      self.experiment, runner.wanted(methods)
+    methods = [self.condition.method] if self.condition.method else []
+    self._source = clip_queue.open_queue(
+      self.experiment, methods_lib.wanted(methods)
     )
     self._programs = {}
 
@@ -80,11 +85,11 @@ class Answerer:
 
   def likelihoods(
     self, asked: Sequence[requests.Asked], continuations: Sequence[str]
-  ) -> list[likelihood.Likelihood]:
+  ) -> list[batch_lib.Likelihood]:
     """Returns how likely each continuation follows its prompt, in order."""
     rows = requests.as_questions(asked)
-    evaluator = self._evaluator(_distinct(rows), 1)
-    found = likelihood.score(evaluator, rows, continuations, self.cell)
+    engine = self._engine(_distinct(rows), 1)
+    found = engine.likelihoods(rows, continuations, self.condition)
     self._warn(
       {row.id: row for row in rows},
       {row.id: one.fault for row, one in zip(rows, found, strict=True)},
@@ -96,15 +101,15 @@ class Answerer:
     self._source.close()
 
   def _generate(self, rows, length) -> dict[str, Reply]:
-    evaluator = self._evaluator(rows, length)
+    evaluator = evaluator_lib.Evaluator(self._engine(rows, length))
     answers = answer_log.Ledger(None, {})
     failures = evaluator.run(
-      rows, [self.cell], answers, description="lmms-eval"
+      rows, [self.condition], answers, description="lmms-eval"
     )
-    if self.cell.place in failures:
+    if self.condition.place in failures:
       # A method that stops half-way, with the clip that it cannot do.
-      raise runner.NothingToAsk(failures[self.cell.place].reason)
-    records = {row.id: answers[self.cell.key(row.id)] for row in rows}
+      raise evaluator_lib.NothingToAsk(failures[self.condition.place].reason)
+    records = {row.id: answers[self.condition.key(row.id)] for row in rows}
     self._warn(
       {row.id: row for row in rows},
       {name: record.get("fault", "") for name, record in records.items()},
@@ -119,20 +124,20 @@ class Answerer:
       for row in rows
     }
 
-  def _evaluator(self, rows, length) -> runner.Evaluator:
-    evaluator = runner.Evaluator(
-      self.checkpoint,
+  def _engine(self, rows, length) -> engine_lib.Engine:
+    engine = engine_lib.Engine.of(
+      self.experiment,
       self._source,
       rows,
       dataclasses.replace(
         evaluation.settings(self.experiment), max_new_tokens=length
       ),
-      mesh=self.experiment.mesh,
       policies=self._policies,
       programs=self._programs.get(length),
+      more_follow=True,
     )
-    self._programs[length] = evaluator.programs
-    return evaluator
+    self._programs[length] = engine.programs
+    return engine
 
   def _text_tokens(self, row: question_lib.Question) -> int:
     """Returns the prompt's tokens that are none of the video's N."""

@@ -9,7 +9,7 @@ from cacovid_jax import base_config, command, errors
 from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.compressors import base
-from cacovid_jax.evals import runner
+from cacovid_jax.inference import methods as methods_lib
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def parse(**given: Any):
   return experiment_lib.with_shipped(config)
 
 
-def cell(config) -> runner.Cell:
+def condition(config) -> methods_lib.Condition:
   """Returns what is asked: the method at its ratio, or vanilla at 1.0.
 
   Those of config.evals that stand first.
@@ -130,14 +130,16 @@ def cell(config) -> runner.Cell:
   evals = config.evals
   ratio = base.check_ratio(evals.ratios[0])
   if ratio == 1:
-    return runner.Cell(None, 1.0, 0)
-  method = runner.Method.parse(evals.methods[0])
+    return methods_lib.Condition()
+  method = methods_lib.Method.parse(evals.methods[0])
   if method.compressor.oracle:
     raise errors.UserError(
       f"method={evals.methods[0]} knows where the answer lies, which a"
       " benchmark does not tell; use another method"
     )
-  return runner.Cell(method, ratio, evals.seeds[0] if method.per_seed else 0)
+  return methods_lib.Condition(
+    method, ratio, evals.seeds[0] if method.per_seed else 0
+  )
 
 
 def _converted(name, value, like):

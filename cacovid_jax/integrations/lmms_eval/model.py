@@ -39,7 +39,7 @@ class Simple(model_lib.lmms):
   def __init__(self, **kwargs):
     """Loads the weights; see `arguments.parse`."""
     super().__init__()
-    self._answerer = answerer_lib.Answerer(arguments.parse(**kwargs))
+    self._answerer = answerer_lib.RequestAnswerer(arguments.parse(**kwargs))
 
   def generate_until(
     self, requests: list[instance_lib.Instance]

@@ -11,7 +11,7 @@ from typing import Any
 from cacovid_jax import errors
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data.readers import mvbench
-from cacovid_jax.evals import answering
+from cacovid_jax.inference import answerer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +147,7 @@ def as_questions(asked: Sequence[Asked]) -> list[question_lib.Question]:
       question_lib.Question(
         id=one.identity if unique else one.place,
         stream=one.identity,
-        video=answering.video_name(one.video),
+        video=answerer.video_name(one.video),
         question=one.prompt,
         answer="",
         prompt=one.prompt,

@@ -12,8 +12,9 @@ import sys
 
 import pytest
 
+from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.evals import answering, benchmarks, evaluation
+from cacovid_jax.evals import benchmarks, evaluation
 from cacovid_jax.integrations.lmms_eval import local_tasks
 from tests.data import benchmark_files
 from tests.evals import tiny
@@ -124,8 +125,8 @@ def expected(fixtures, tmp_path_factory):
         workdir / name,
         data=str(fixtures[2] / name),
         benchmark=name,
-        checkpoint=str(answering.SHIPPED_MODEL),
-        policies={"policy": str(answering.SHIPPED_POLICY)},
+        checkpoint=str(experiment_lib.SHIPPED_MODEL),
+        policies={"policy": str(experiment_lib.SHIPPED_POLICY)},
         methods=("cacovid", "divprune", "random"),
         ratios=(_RATIO,),
         num_frames=16,

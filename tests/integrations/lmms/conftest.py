@@ -22,7 +22,8 @@ os.environ |= {
 import pytest  # noqa: E402
 from lmms_eval import evaluator, tasks  # noqa: E402
 
-from cacovid_jax.evals import answering, evaluation  # noqa: E402
+from cacovid_jax import experiment as experiment_lib  # noqa: E402
+from cacovid_jax.evals import evaluation  # noqa: E402
 from cacovid_jax.integrations.lmms_eval import local_tasks, model  # noqa: E402
 from cacovid_jax.synthetic import build  # noqa: E402
 from tests.evals import tiny  # noqa: E402
@@ -55,8 +56,8 @@ def evaluated(data_dir, tmp_path_factory):
     tiny.experiment(
       workdir,
       data=str(data_dir),
-      checkpoint=os.fspath(answering.SHIPPED_MODEL),
-      policies={"policy": os.fspath(answering.SHIPPED_POLICY)},
+      checkpoint=os.fspath(experiment_lib.SHIPPED_MODEL),
+      policies={"policy": os.fspath(experiment_lib.SHIPPED_POLICY)},
       methods=("cacovid", "divprune", "random"),
       ratios=(0.1,),
       num_frames=16,

@@ -8,7 +8,8 @@ import pytest
 
 from cacovid_jax.compressors import simple
 from cacovid_jax.data import frames, video
-from cacovid_jax.evals import answering
+from cacovid_jax.evals.report import answer as answer_page
+from cacovid_jax.inference import answerer as answerer_lib
 from cacovid_jax.models import checkpoints, generation, processors
 from tests.evals import report_test, tiny
 from tests.models import mrope_loop
@@ -46,7 +47,7 @@ def asked(directory, clip, tmp_path_factory):
   checkpoint = checkpoints.load(directory)
   folder = tmp_path_factory.mktemp("policy")
   policy = tiny.write_policy(folder / "policy", checkpoint)
-  with answering.Answerer(
+  with answerer_lib.Answerer(
     directory, policy, num_frames=FRAMES, max_new_tokens=NEW
   ) as model:
     found = model.ask(clip, QUESTION, ratios=(0.25,), warm_up=False)
@@ -121,7 +122,7 @@ def test_a_policy_chooses_on_this_grid(asked):
 
 def test_page_shows_one_picture_a_slice(asked, tmp_path):
   model, found, _ = asked
-  model.write_report(tmp_path / "report.html", found)
+  answer_page.write(tmp_path / "report.html", model, found)
   page = (tmp_path / "report.html").read_text("utf-8")
   outline = report_test.Outline(page)
   pictures = [a for t, a in outline.tags if t == "img" and "src" in a]

@@ -8,7 +8,7 @@ import pytest
 from cacovid_jax import compressors, errors
 from cacovid_jax.compressors import base, layerwise
 from cacovid_jax.data import frames, video
-from cacovid_jax.evals import answering
+from cacovid_jax.inference import answerer as answerer_lib
 from cacovid_jax.models import prompt_batch
 from tests.evals import tiny
 
@@ -26,7 +26,7 @@ def clip(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def answerer(checkpoint_dir):
-  with answering.Answerer(
+  with answerer_lib.Answerer(
     checkpoint_dir, num_frames=tiny.FRAMES, max_new_tokens=NEW
   ) as made:
     yield made
@@ -117,8 +117,8 @@ def test_what_cannot_be_is_one_line_before_anything_runs(
   def never(*unused):
     raise AssertionError("the model ran")
 
-  monkeypatch.setattr(answerer._open(tiny.GRID)[0], "_encode", never)
-  answerer._open(tiny.GRID)[0].clear()
+  monkeypatch.setattr(answerer.source(tiny.GRID), "_encode", never)
+  answerer.source(tiny.GRID).clear()
   with pytest.raises(errors.UserError, match=match) as caught:
     answerer.ask(clip, QUESTION, ratios=(1.0, ratio), method=method)
   assert "\n" not in str(caught.value)

@@ -1,8 +1,8 @@
 """One question about one clip, answered from several shares of its tokens.
 
-    from cacovid_jax.evals import answering
+    from cacovid_jax.inference import answerer
 
-    model = answering.Answerer()  # The shipped model; or a directory.
+    model = answerer.Answerer()  # The shipped model; or a directory.
     asked = model.ask("clip.mp4", "Which of these appears first?",
                       ("red moon", "blue star"), ratios=(1.0, 0.1),
                       method="uniform")
@@ -15,36 +15,31 @@ is added are times per stage, with compilation kept apart.
 Letters: T frames, H W token grid of a frame, N = T * H * W video tokens.
 """
 
-import dataclasses
+import contextlib
 import os
-import pathlib
 import time
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from cacovid_jax import base_config, errors, files
+from cacovid_jax import base_config, errors
 from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.compressors import base
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.data import video
-from cacovid_jax.evals import (
-  clips,
-  evaluation,
-  provenance,
-  runner,
-)
-from cacovid_jax.evals import programs as programs_lib
-from cacovid_jax.evals.report import answer as answer_page
-
-SHIPPED_MODEL = experiment_lib.SHIPPED_MODEL
-SHIPPED_POLICY = experiment_lib.SHIPPED_POLICY
+from cacovid_jax.inference import clip_queue
+from cacovid_jax.inference import engine as engine_lib
+from cacovid_jax.inference import methods as methods_lib
+from cacovid_jax.inference import programs as programs_lib
 
 STYLES = ("video-r1", "videomme")
 _MAX_NEW_TOKENS = 64
-# Names of `runner.Evaluator.seconds`, by what they begin with.
+# Names of `engine.Engine.seconds`, by what they begin with: "embed" is the
+# whole prompt, "scores" the policy or whatever else a method reads, "answer"
+# prefill and decoding, with whatever happens inside the language model.
 _STAGES = {
   "prompts": "embed",
   "policy": "scores",
@@ -54,34 +49,7 @@ _STAGES = {
 }
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Answer:
-  """What the model said from one share of the tokens.
-
-  Attributes:
-    method: label of the method, "vanilla" where everything was kept.
-    ratio: retention ratio.
-    text: the answer.
-    letter: the option letter in it; "" without options, or if there is none.
-    kept: video tokens that entered the language model; of a method that acts
-      inside it, those left at its last layer.
-    milliseconds: "embed" (the whole prompt), "scores" (the policy, or whatever
-      else the method reads), "select", "answer" (prefill and decoding, with
-      whatever happens inside the language model).
-    trace: the selection, opened up.
-  """
-
-  method: str
-  ratio: float
-  text: str
-  letter: str
-  kept: int
-  milliseconds: Mapping[str, float]
-  trace: runner.Trace
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Asked:
+class ClipAnswers(NamedTuple):
   """A question, its answers, and what they took.
 
   Attributes:
@@ -91,7 +59,8 @@ class Asked:
     grid: (T, H, W) of its video tokens.
     answers: one per ratio, in the order given.
     milliseconds: "decode" (frames to pixels included) and "tower", which all
-      answers share.
+      answers share; each answer has its own "embed", "scores", "select" and
+      "answer".
     warm_up: seconds of the run before the timed one, compilation included;
       None if there was no such run, and then the times include compilation.
     warnings: what is unusual about the clip, one line each.
@@ -101,7 +70,7 @@ class Asked:
   path: str
   clip: video.Probe
   grid: tuple[int, int, int]
-  answers: tuple[Answer, ...]
+  answers: tuple[engine_lib.AnswerResult, ...]
   milliseconds: Mapping[str, float]
   warm_up: float | None
   warnings: tuple[str, ...]
@@ -111,13 +80,13 @@ class Asked:
     """N, the video tokens that there were to keep."""
     return int(np.prod(self.grid))
 
-  def total(self, answer: Answer) -> float:
+  def total(self, answer: engine_lib.AnswerResult) -> float:
     """Returns the milliseconds from the file to an answer's text."""
     parts = (*self.milliseconds.values(), *answer.milliseconds.values())
     return float(sum(parts))
 
 
-class Answerer:
+class Answerer(contextlib.AbstractContextManager):
   """A loaded model that answers questions about clips.
 
   Programs are kept: another question of about the same length, about any clip,
@@ -145,12 +114,12 @@ class Answerer:
       num_frames: T; None takes the number in the checkpoint's video
         preprocessor file, or 32, the number of the paper's evaluation.
       max_new_tokens: longest answer.
-      dtype: of weights and computation, one of `DTYPES`.
-      rule: how a letter is taken from an answer, see `scoring`.
+      dtype: of weights and computation, one of `experiment.DTYPES`.
+      rule: how a letter is taken from an answer, see `data.letters`.
       limits: caps on what is decoded.
     """
     if num_frames is not None:
-      runner.Settings(num_frames=num_frames)  # Refuses what is no number.
+      engine_lib.Settings(num_frames=num_frames)  # Refuses what is no number.
     changes = {
       "data.num_frames": num_frames or 0,
       "evals.max_new_tokens": max_new_tokens,
@@ -160,17 +129,14 @@ class Answerer:
     }
     if policy is not None:
       changes["evals.policies"] = (f"policy={os.fspath(policy)}",)
-    config = config_lib.replace(base_config.get_config(), changes)
-    self._load(config, limits)
+    self._load(config_lib.replace(base_config.get_config(), changes), limits)
 
   @classmethod
   def from_config(cls, config, limits: video.Limits | None = None):
     """Returns the answerer of `model`, `data`, `evals` and `mesh` of a config.
 
-    Args:
-      config: see `base_config`; an empty model.path is the shipped model, and
-        0 frames or new tokens are the usual number.
-      limits: caps on what is decoded.
+    An empty model.path is the shipped model, and 0 frames or new tokens are the
+    usual number.
     """
     made = cls.__new__(cls)
     made._load(config, limits)
@@ -179,15 +145,17 @@ class Answerer:
   def _load(self, config, limits):
     self.shipped = not config.model.path
     config = experiment_lib.with_shipped(config)
-    # Clips are named by whole paths: a user's own word, not a data set's.
-    changes = {"data.root": os.path.abspath(os.sep), "data.media": ""}
-    # Times are those of encoding.
-    changes["data.feature_cache"] = ""
+    changes = {
+      # Clips are named by whole paths: a user's own word, not a data set's.
+      "data.root": os.path.abspath(os.sep),
+      "data.media": "",
+      "data.feature_cache": "",  # Times are those of encoding.
+    }
     experiment = experiment_lib.Experiment.from_config(
       config_lib.replace(config, changes), split=""
     )
-    self.experiment, self._limits, self._opened = experiment, limits, {}
-    self.settings = runner.Settings(
+    self.experiment, self._limits, self._sources = experiment, limits, {}
+    self.settings = engine_lib.Settings(
       num_frames=config.data.num_frames,
       batch_size=1,
       max_new_tokens=config.evals.max_new_tokens or _MAX_NEW_TOKENS,
@@ -195,6 +163,9 @@ class Answerer:
     )
     self.checkpoint = experiment.checkpoint
     self.policies = experiment.policies
+    self.programs = programs_lib.Programs(
+      self.checkpoint, self.settings.max_new_tokens, experiment.mesh
+    )
 
   def ask(
     self,
@@ -206,7 +177,7 @@ class Answerer:
     method: str = "cacovid",
     style: str = "video-r1",
     warm_up: bool = True,
-  ) -> Asked:
+  ) -> ClipAnswers:
     """Returns the answers to one question, one per ratio.
 
     Args:
@@ -225,40 +196,49 @@ class Answerer:
     ratios = [base.check_ratio(ratio) for ratio in ratios]
     if not ratios:
       raise errors.UserError("no ratio given; for example 0.1")
-    chosen = runner.Method.parse(method)
+    chosen = methods_lib.Method.parse(method)
     if any(ratio < 1 for ratio in ratios):
       self._check(chosen)
     clip = _probe(path, self._limits)
-    source, programs = self._open(self._grid(path))
-    for ratio in ratios:
-      base.budget(source.grid, ratio)
-      if ratio < 1:
-        self._check_budget(chosen, source.grid, ratio)
-    source.observe(chosen.needs & base.VISION_SIGNALS)
-    evaluator = runner.Evaluator(
-      self.checkpoint,
+    source = self.source(self._grid(path))
+    conditions = [
+      methods_lib.Condition(chosen if ratio < 1 else None, ratio)
+      for ratio in ratios
+    ]
+    source.observe(methods_lib.wanted([chosen]))
+    engine = engine_lib.Engine.of(
+      self.experiment,
       source,
       [asked],
       self.settings,
-      mesh=self.experiment.mesh,
       policies=self.policies,
-      programs=programs,
+      programs=self.programs,
+      more_follow=True,
     )
+    for condition in conditions:
+      base.budget(source.grid, condition.ratio)
+      if condition.method:
+        engine.check(condition, source.grid)
     start = time.perf_counter()
     # Decoding may find a fault that the table of frames did not show; here it
     # is told in full, where an evaluation only notes it.
     if source[asked.video].fault:
       source.frames(asked.video)
-    cells = [(chosen if ratio < 1 else None, ratio) for ratio in ratios]
     first_run = None
     if warm_up:
-      for method, ratio in cells:
-        evaluator.trace(asked, method, ratio)
+      for condition in conditions:
+        engine.answer(asked, condition)
       first_run = time.perf_counter() - start
     source.clear()
     source.seconds.clear()
-    answers = [_answer(evaluator, asked, *cell) for cell in cells]
-    return Asked(
+    answers = [_timed(engine, asked, condition) for condition in conditions]
+    warnings = [f"{path}: {text}" for text in source[asked.video].warnings]
+    if clip.num_frames < self.settings.num_frames:
+      warnings.append(
+        f"{path} has {clip.num_frames} frame(s) and the model is shown"
+        f" {self.settings.num_frames}: frames repeat, as in the reference"
+      )
+    return ClipAnswers(
       question=asked,
       path=os.fspath(path),
       clip=clip,
@@ -268,41 +248,21 @@ class Answerer:
         name: 1e3 * source.seconds[name] for name in ("decode", "tower")
       },
       warm_up=first_run,
-      warnings=(
-        *(f"{path}: {text}" for text in source[asked.video].warnings),
-        *_warnings(path, clip, self.settings),
-      ),
+      warnings=tuple(warnings),
     )
 
-  def write_report(self, path: str | os.PathLike, asked: Asked) -> None:
-    """Writes an HTML page that shows the kept tokens on the frames.
-
-    Args:
-      path: of the file; folders that do not exist are made.
-      asked: what `ask` returned.
-    """
-    path = check_report_path(path)
-    source, _ = self._open(asked.grid)
-    shown = source.frames(asked.question.video)
-    clip = source[asked.question.video]
-    described = provenance.describe(
-      frame_hashes={asked.question.id: clip.frame_hash},
-      index_hashes={asked.question.id: clip.index_hash},
-      template=self.checkpoint.tokenizer.template,
-      checkpoint=self.checkpoint.identity,
-      policies={name: p.identity for name, p in self.policies.items()},
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    page = answer_page.render(asked, shown, described)
-    files.write(path, page)
+  def source(self, grid: tuple[int, int, int]):
+    """Returns what encodes clips of a grid; made once."""
+    if grid not in self._sources:
+      self._sources[grid] = clip_queue.open_queue(
+        self.experiment, limits=self._limits, keep=1, grid=grid
+      )
+    return self._sources[grid]
 
   def close(self) -> None:
     """Stops the threads that decode."""
-    for source, _ in self._opened.values():
+    for source in self._sources.values():
       source.close()
-
-  def __enter__(self) -> "Answerer":
-    return self
 
   def __exit__(self, *exc_info):
     self.close()
@@ -310,27 +270,12 @@ class Answerer:
   def _grid(self, path) -> tuple[int, int, int]:
     """Returns (T, H, W) of a clip's video tokens."""
     num_frames = self.settings.num_frames
-    processor = evaluation.read_processor(self.experiment)
+    processor = clip_queue.read_processor(self.experiment)
     if fixed := processor.fixed_grid(num_frames):
       return fixed
     return processor.grid(num_frames, *video.frame_size(path, self._limits))
 
-  def _open(self, grid) -> tuple[clips.ClipSource, programs_lib.Programs]:
-    """Returns what encodes clips of a grid and answers; made once."""
-    if grid not in self._opened:
-      source = evaluation.open_source(
-        self.experiment, limits=self._limits, keep=1, grid=grid
-      )
-      programs = programs_lib.Programs(
-        self.checkpoint,
-        grid,
-        self.settings.max_new_tokens,
-        mesh=self.experiment.mesh,
-      )
-      self._opened[grid] = source, programs
-    return self._opened[grid]
-
-  def _check(self, method: runner.Method) -> None:
+  def _check(self, method: methods_lib.Method) -> None:
     """Refuses methods that lack what they read."""
     if method.compressor.oracle:
       raise errors.UserError(
@@ -342,22 +287,16 @@ class Answerer:
         f"{method.label} needs questions about several clips; run it with"
         " `python -m cacovid_jax.evaluate`"
       )
-    if self.policies or not any(n.endswith("scores") for n in method.needs):
+    if self.policies or not method.score_fields:
       return
     mend = "give that of this model with --policy"
     if self.shipped:
-      mend = (
-        "train one by `make quickstart`, then give --policy=workdirs/quickstart"
-      )
+      mend = "train one by `make quickstart`, then give"
+      mend += " --policy=workdirs/quickstart"
     raise errors.UserError(
       f"{method.label} needs a trained policy; {mend}, or take a method without"
       " one, such as --methods=uniform"
     )
-
-  def _check_budget(self, method: runner.Method, grid, ratio) -> None:
-    """Refuses a ratio that a method cannot meet."""
-    num_layers = self.checkpoint.model.config.text.num_layers
-    method.compressor.rows_per_layer(num_layers, grid, ratio)
 
 
 def as_question(
@@ -415,39 +354,19 @@ def video_name(path: str | os.PathLike) -> str:
   return os.path.join(".", path)
 
 
-def check_report_path(path: str | os.PathLike) -> pathlib.Path:
-  """Returns the path of a report to be written, if one can be there."""
-  path = pathlib.Path(path)
-  if path.is_dir():
-    raise errors.UserError(
-      f"{path} is a folder; give the report a file name in it"
-    )
-  for parent in path.parents:
-    if parent.exists() and not parent.is_dir():
-      raise errors.UserError(f"{parent} is no folder; give another --report")
-  return path
-
-
-def _answer(evaluator, question, method, ratio) -> Answer:
-  evaluator.seconds.clear()
-  trace = evaluator.trace(question, method, ratio)
+def _timed(engine, question, condition) -> engine_lib.AnswerResult:
+  """Returns the answer and its times by stage."""
+  engine.seconds.clear()
+  answer = engine.answer(question, condition)
   milliseconds = {}
-  for name, seconds in evaluator.seconds.items():
+  for name, seconds in engine.seconds.items():
     stage = _STAGES.get(name.partition(" ")[0])
     # Without a method, the prefill of the whole prompt is the answer's.
-    if name == "vanilla" and method is None:
+    if name == "vanilla" and condition.method is None:
       stage = "answer"
     if stage:
       milliseconds[stage] = milliseconds.get(stage, 0.0) + 1e3 * seconds
-  return Answer(
-    method=method.label if method else runner.VANILLA,
-    ratio=ratio,
-    text=trace.text,
-    letter=trace.letter,
-    kept=len(trace.index),
-    milliseconds=milliseconds,
-    trace=trace,
-  )
+  return answer._replace(milliseconds=milliseconds)
 
 
 def _probe(path, limits) -> video.Probe:
@@ -460,11 +379,3 @@ def _probe(path, limits) -> video.Probe:
     raise video.VideoError(
       path, "missing", mend="give the path of a video file"
     ) from None
-
-
-def _warnings(path, clip: video.Probe, settings: runner.Settings):
-  if clip.num_frames < settings.num_frames:
-    yield (
-      f"{path} has {clip.num_frames} frame(s) and the model is shown"
-      f" {settings.num_frames}: frames repeat, as in the reference"
-    )

@@ -1,4 +1,4 @@
-"""The evaluation's runner on a tiny random model and real mp4 files."""
+"""The evaluator on a tiny random model and real mp4 files."""
 
 import dataclasses
 import json
@@ -16,20 +16,20 @@ from cacovid_jax.compressors import base, registry
 from cacovid_jax.data import answer_log
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import (
-  asker,
   benchmarks,
-  clips,
-  prompting,
   provenance,
   results,
-  runner,
 )
+from cacovid_jax.evals import evaluator as evaluator_lib
+from cacovid_jax.inference import engine as engine_lib
+from cacovid_jax.inference import methods as methods_lib
+from cacovid_jax.inference import prompts as prompts_lib
 from cacovid_jax.models import generation
 from cacovid_jax.policy import loading, network
 from tests.evals import tiny
 
 RATIOS = (0.25, 0.1)
-SETTINGS = runner.Settings(num_frames=4, batch_size=4, max_new_tokens=3)
+SETTINGS = engine_lib.Settings(num_frames=4, batch_size=4, max_new_tokens=3)
 
 
 def policy_of(checkpoint, seed=1):
@@ -44,14 +44,14 @@ def policy_of(checkpoint, seed=1):
 def shared(checkpoint, checkpoint_dir, data_dir):
   """Returns the test split and its evaluator; programs compile once."""
   benchmark = benchmarks.load(data_dir, "test")
-  source = clips.ClipSource(
+  source = tiny.open_store(
     data_dir,
     checkpoint.model,
     checkpoint.params,
     checkpoint.model.read_processor(checkpoint_dir),
     num_frames=4,
   )
-  return benchmark, runner.Evaluator(
+  engine = engine_lib.Engine(
     checkpoint,
     source,
     benchmark.questions,
@@ -59,10 +59,11 @@ def shared(checkpoint, checkpoint_dir, data_dir):
     policies={"policy": policy_of(checkpoint)},
     decisive=benchmark.decisive,
   )
+  return benchmark, evaluator_lib.Evaluator(engine)
 
 
 def methods_of(*names):
-  return [runner.Method.parse(name) for name in names]
+  return [methods_lib.Method.parse(name) for name in names]
 
 
 # Those that look at different things; all rules are in compressors_test.py.
@@ -87,7 +88,7 @@ def tabulate(
     methods,
     ratios,
     seeds,
-    evaluator.grid,
+    evaluator.engine.grid,
   )
   described = provenance.describe(
     frame_hashes=results.frame_hashes(table, answers),
@@ -110,7 +111,7 @@ def whole(shared, tmp_path_factory):
   benchmark, evaluator = shared
   path = tmp_path_factory.mktemp("whole") / "answers.jsonl"
   answers = answer_log.Ledger(path, evaluator.identity(benchmark.questions))
-  cells = runner.cells(methods_of(*EVERY), RATIOS, (0, 1))
+  cells = methods_lib.conditions(methods_of(*EVERY), RATIOS, (0, 1))
   evaluator.run(benchmark.questions, cells, answers)
   return path
 
@@ -125,7 +126,7 @@ def test_every_question_is_answered_by_every_method(shared, whole):
   answers = reopened(whole, shared)
   # Vanilla, four methods without and three with seeds, at two ratios.
   assert len(answers) == len(benchmark.questions) * (1 + 2 * (4 + 2 * 3))
-  for cell in runner.cells(methods_of(*EVERY), RATIOS, (0, 1)):
+  for cell in methods_lib.conditions(methods_of(*EVERY), RATIOS, (0, 1)):
     for question in benchmark.questions:
       record = answers[cell.key(question.id)]
       expected = 64 if cell.method is None else {0.25: 16, 0.1: 6}[cell.ratio]
@@ -134,7 +135,7 @@ def test_every_question_is_answered_by_every_method(shared, whole):
 
 def test_one_answering_program_per_ratio(shared, whole):
   del whole  # It has run.
-  programs = shared[1].programs
+  programs = shared[1].engine.programs
   assert programs.compiled["answer"] == len(RATIOS)
   assert programs.compiled["vanilla"] == 1
   assert programs.compiled["embed"] == 1
@@ -151,7 +152,7 @@ def test_a_stopped_evaluation_goes_on_to_the_same_bytes(
   path.write_bytes(b"".join(lines[:-3]) + lines[-3][:20])
   answers = reopened(path, shared)
   methods = methods_of(*EVERY)
-  cells = runner.cells(methods, RATIOS, (0, 1))
+  cells = methods_lib.conditions(methods, RATIOS, (0, 1))
   evaluator.run(benchmark.questions, cells, answers)
   assert path.read_bytes() == whole.read_bytes()
   again = tabulate(benchmark, evaluator, answers, methods)
@@ -161,10 +162,10 @@ def test_a_stopped_evaluation_goes_on_to_the_same_bytes(
 
 def test_a_complete_evaluation_computes_nothing(shared, whole):
   benchmark, evaluator = shared
-  before = dict(evaluator.seconds)
-  cells = runner.cells(methods_of("random"), RATIOS, (0,))
+  before = dict(evaluator.engine.seconds)
+  cells = methods_lib.conditions(methods_of("random"), RATIOS, (0,))
   evaluator.run(benchmark.questions, cells, reopened(whole, shared))
-  assert dict(evaluator.seconds) == before
+  assert dict(evaluator.engine.seconds) == before
 
 
 def test_answers_of_another_run_are_refused(shared, whole):
@@ -191,9 +192,13 @@ def test_answers_to_a_changed_question_are_refused(shared, whole, change):
   changed = dataclasses.replace(first, **change)
   assert changed != first
   if "prompt" in change:
-    evaluator = runner.Evaluator(
-      evaluator.checkpoint, evaluator.source, [changed, *rest], SETTINGS
+    engine = engine_lib.Engine(
+      evaluator.engine.checkpoint,
+      evaluator.engine.source,
+      [changed, *rest],
+      SETTINGS,
     )
+    evaluator = evaluator_lib.Evaluator(engine)
   identity = evaluator.identity([changed, *rest])
   # Their order is none of it.
   known = shared[1].identity(benchmark.questions[::-1])
@@ -205,11 +210,11 @@ def test_answers_to_a_changed_question_are_refused(shared, whole, change):
 
 def test_only_clips_that_are_asked_about_are_decoded_ahead(shared, monkeypatch):
   benchmark, evaluator = shared
-  source, prepared, ahead = evaluator.source, [], []
+  source, prepared, ahead = evaluator.engine.source, [], []
   batches = [list(benchmark.questions[i : i + 2]) for i in (0, 2, 4)]
   videos = [batch[0].video for batch in batches]
   assert len(set(videos)) == 3
-  cells = runner.cells([], (), ())
+  cells = methods_lib.conditions([], (), ())
   answers = answer_log.Ledger(None, {})
   answers.add([(cells[0].key(q.id), {"score": 0.0}) for q in batches[1]])
 
@@ -221,8 +226,8 @@ def test_only_clips_that_are_asked_about_are_decoded_ahead(shared, monkeypatch):
     return [(cells[0].key(q.id), {"score": 0.0}) for q in questions]
 
   source.clear()
-  monkeypatch.setattr(source, "_prepare", prepared.append)
-  monkeypatch.setattr(evaluator, "batches", lambda questions: batches)
+  monkeypatch.setattr(source, "_load_or_fault", prepared.append)
+  monkeypatch.setattr(evaluator.engine, "batches", lambda questions: batches)
   monkeypatch.setattr(evaluator, "_ask", ask)
   evaluator.run(benchmark.questions, cells, answers)
   assert len(answers) == 6
@@ -243,10 +248,10 @@ def test_answers_equal_those_of_one_question_alone(shared, whole, checkpoint):
   benchmark, evaluator = shared
   model, params = checkpoint.model, checkpoint.params
   answers = reopened(whole, shared)
-  policy = evaluator.policies["policy"]
+  policy = evaluator.engine.policies["policy"]
   question = benchmark.questions[3]
   prompt = checkpoint.tokenizer.encode_prompt(question.prompt, 64)
-  features = jnp.asarray(evaluator.source[question.video].features)
+  features = jnp.asarray(evaluator.engine.source[question.video].features)
   x = model.embed_prompt(
     params, jnp.asarray(prompt.ids), features, prompt.video_rows
   )
@@ -289,7 +294,7 @@ def test_keeping_everything_answers_like_vanilla(shared, tmp_path):
   answers = answer_log.Ledger(
     tmp_path / "a.jsonl", evaluator.identity(benchmark.questions)
   )
-  cells = runner.cells(methods_of("uniform"), (1.0,), (0,))
+  cells = methods_lib.conditions(methods_of("uniform"), (1.0,), (0,))
   evaluator.run(benchmark.questions, cells, answers)
   for question in benchmark.questions:
     texts = [answers[cell.key(question.id)]["text"] for cell in cells]
@@ -313,21 +318,20 @@ def test_merged_rows_reach_the_model(shared, tmp_path, checkpoint):
   def first(features, *, grid, num_keep, text=None, aux=None, rng=None):
     return base.take(features, jnp.arange(num_keep))
 
-  batch = asker.Asker(evaluator, benchmark.questions[:4]).batch
+  engine = evaluator.engine
+  batch = engine.batch(benchmark.questions[:4]).batch
   ids = {}
   for function in (zeros, first):
     compressor = registry.FunctionCompressor(name="own", function=function)
-    program = evaluator.programs.select(compressor, 0.25)
+    program = engine.programs.select(compressor, 0.25, tiny.GRID)
     selection = program(
       base.CompressorInputs(features=batch.features, grid=tiny.GRID)
     )
-    ids[function] = evaluator.programs.answer(
-      checkpoint.params, batch, selection
-    )
-  half = evaluator.programs.select(
-    registry.FunctionCompressor(name="own", function=first), 0.125
+    ids[function] = engine.programs.answer(checkpoint.params, batch, selection)
+  half = engine.programs.select(
+    registry.FunctionCompressor(name="own", function=first), 0.125, tiny.GRID
   )(base.CompressorInputs(features=batch.features * 0, grid=tiny.GRID))
-  expected = evaluator.programs.answer(checkpoint.params, batch, half)
+  expected = engine.programs.answer(checkpoint.params, batch, half)
   np.testing.assert_array_equal(ids[zeros], expected)
   assert not np.array_equal(ids[zeros], ids[first])
 
@@ -341,20 +345,20 @@ def test_bad_clips_count_as_wrong_and_are_listed(
   found = sorted((root / "videos").glob("test*.mp4"))
   found[0].unlink()
   found[1].write_bytes(b"not a video")
-  source = clips.ClipSource(
+  source = tiny.open_store(
     str(root),
     checkpoint.model,
     checkpoint.params,
     checkpoint.model.processor,
     num_frames=4,
   )
-  monkeypatch.setattr(evaluator, "source", source)
+  monkeypatch.setattr(evaluator.engine, "source", source)
   answers = answer_log.Ledger(
     tmp_path / "a.jsonl", evaluator.identity(benchmark.questions)
   )
   methods = methods_of("random", "cacovid")
   evaluator.run(
-    benchmark.questions, runner.cells(methods, RATIOS, (0,)), answers
+    benchmark.questions, methods_lib.conditions(methods, RATIOS, (0,)), answers
   )
   table = tabulate(benchmark, evaluator, answers, methods, seeds=(0,))
   assert table["vanilla"]["n"] == len(benchmark.questions)
@@ -376,14 +380,16 @@ def test_other_question_is_about_another_clip(shared):
   drawn = {}
   for question in benchmark.questions:
     for seed in range(4):
-      other = by_id[runner.other_question(question, benchmark.questions, seed)]
+      other = by_id[
+        methods_lib.other_question(question, benchmark.questions, seed)
+      ]
       assert other.video != question.video
       assert other.prompt != question.prompt
       drawn[question.id, seed] = other.id
   assert len(set(drawn.values())) > 2
   alone = [q for q in benchmark.questions if "test0" in q.id]
   with pytest.raises(errors.UserError, match="two clips"):
-    runner.other_question(alone[0], alone, 0)
+    methods_lib.other_question(alone[0], alone, 0)
 
 
 def test_seeds_are_reproducible_and_differ(shared, whole):
@@ -403,12 +409,14 @@ def test_trace_agrees_with_the_table(shared, whole):
   answers = reopened(whole, shared)
   method = methods_of("cacovid")[0]
   for question in benchmark.questions[:2]:
-    trace = evaluator.trace(question, method, 0.1)
+    found = evaluator.engine.answer(
+      question, methods_lib.Condition(method, 0.1)
+    )
     record = answers[answer_log.Key("cacovid", 0.1, 0, question.id)]
-    assert trace.text == record["text"]
-    assert trace.index.shape == (6,)
-    assert trace.token_gap.shape == (64,)
-    order = np.argsort(-trace.frame_gap, kind="stable")
+    assert found.text == record["text"]
+    assert found.trace.index.shape == (6,)
+    assert found.trace.token_gap.shape == (64,)
+    order = np.argsort(-found.trace.frame_gap, kind="stable")
     assert order.tolist() == record["frames"]
 
 
@@ -421,13 +429,15 @@ def test_a_users_own_method_from_a_file(shared, tmp_path):
     "def first(features, *, grid, num_keep, text=None, aux=None, rng=None):\n"
     "  return base.take(features, jnp.arange(num_keep))\n"
   )
-  method = runner.Method.parse(f"{path}:first")
+  method = methods_lib.Method.parse(f"{path}:first")
   assert method.label == "first"
-  trace = evaluator.trace(benchmark.questions[0], method, 0.1)
-  np.testing.assert_array_equal(trace.index, np.arange(6))
+  found = evaluator.engine.answer(
+    benchmark.questions[0], methods_lib.Condition(method, 0.1)
+  )
+  np.testing.assert_array_equal(found.trace.index, np.arange(6))
   # Answers of a file that has changed since are not taken for its own.
   path.write_text(path.read_text() + "# Changed.\n")
-  assert runner.Method.parse(f"{path}:first").spec != method.spec
+  assert methods_lib.Method.parse(f"{path}:first").spec != method.spec
 
 
 def test_a_trained_method_follows_its_parameters(shared, tmp_path):
@@ -443,15 +453,17 @@ def test_a_trained_method_follows_its_parameters(shared, tmp_path):
     "    scores = inputs.features @ params['head']\n"
     "    return base.take_top(inputs.features, scores, num_keep)\n"
   )
-  features = evaluator.source[question.video].features
+  features = evaluator.engine.source[question.video].features
   head = np.eye(features.shape[1], dtype=np.float32)[3]
   for name, sign in (("a", 1), ("b", -1)):
     path = tmp_path / f"{name}.safetensors"
     safetensors.numpy.save_file({"head": sign * head}, path)
     spec = f"{tmp_path}/mine.py:Mine?weights={path}"
-    trace = evaluator.trace(question, runner.Method.parse(spec), 0.1)
+    found = evaluator.engine.answer(
+      question, methods_lib.Condition(methods_lib.Method.parse(spec), 0.1)
+    )
     order = np.argsort(-sign * features[:, 3], kind="stable")
-    np.testing.assert_array_equal(trace.index, np.sort(order[:6]))
+    np.testing.assert_array_equal(found.trace.index, np.sort(order[:6]))
 
 
 def test_policies_by_name(shared, checkpoint, monkeypatch):
@@ -460,8 +472,9 @@ def test_policies_by_name(shared, checkpoint, monkeypatch):
   ours, paper = policy_of(checkpoint, 1), policy_of(checkpoint, 2)
 
   def kept(spec, policies):
-    monkeypatch.setattr(evaluator, "policies", policies)
-    return evaluator.trace(question, runner.Method.parse(spec), 0.25).index
+    monkeypatch.setattr(evaluator.engine, "policies", policies)
+    condition = methods_lib.Condition(methods_lib.Method.parse(spec), 0.25)
+    return evaluator.engine.answer(question, condition).trace.index
 
   both = {"ours": ours, "paper": paper}
   second = kept("cacovid?policy=paper", both)
@@ -478,11 +491,11 @@ def test_a_policy_that_gives_nan_is_refused(
   params = jax.tree.map(lambda p: p * jnp.nan, policy.params)
   broken = dataclasses.replace(policy, params=params)
   benchmark, evaluator = shared
-  monkeypatch.setattr(evaluator, "policies", {"policy": broken})
+  monkeypatch.setattr(evaluator.engine, "policies", {"policy": broken})
   answers = answer_log.Ledger(
     tmp_path / "a.jsonl", evaluator.identity(benchmark.questions)
   )
-  cells = runner.cells(methods_of("cacovid"), (0.25,), (0,))
+  cells = methods_lib.conditions(methods_of("cacovid"), (0.25,), (0,))
   with pytest.raises(errors.UserError, match="NaN"):
     evaluator.run(benchmark.questions, cells, answers)
 
@@ -490,7 +503,7 @@ def test_a_policy_that_gives_nan_is_refused(
 def ask(shared, methods, path=None, ratios=RATIOS, seeds=(0,)):
   """Returns (failures, answers) of an evaluation."""
   benchmark, evaluator = shared
-  cells = runner.cells(methods, ratios, seeds)
+  cells = methods_lib.conditions(methods, ratios, seeds)
   identity = evaluator.identity(benchmark.questions)
   with answer_log.Ledger(path, identity) as answers:
     failures = evaluator.run(benchmark.questions, cells, answers)
@@ -501,7 +514,7 @@ def own(name, function, **fields):
   compressor = registry.FunctionCompressor(
     name=name, function=function, **fields
   )
-  return runner.Method(name, name, compressor)
+  return methods_lib.Method(name, name, compressor)
 
 
 def grumbling(features, *, grid, num_keep, text=None, aux=None, rng=None):
@@ -514,7 +527,7 @@ def test_a_cell_that_cannot_be_run_stops_nothing(
   shared, whole, tmp_path, monkeypatch
 ):
   benchmark, evaluator = shared
-  monkeypatch.setattr(evaluator, "policies", {})
+  monkeypatch.setattr(evaluator.engine, "policies", {})
   methods = [
     *methods_of("cacovid", "uniform", "fastv"),
     own("grumbling", grumbling),
@@ -564,10 +577,10 @@ def test_what_fails_on_the_way_is_left_out_from_there(
   """A mistake that only some questions show; the rest is answered."""
   benchmark, evaluator = shared
   known = dict(benchmark.decisive)
-  last = runner.by_clip(benchmark.questions)[-1].id
+  last = engine_lib.by_clip(benchmark.questions)[-1].id
   del known[last]
   methods = methods_of("decisive_boxes", "uniform")
-  monkeypatch.setattr(evaluator, "decisive", known)
+  monkeypatch.setattr(evaluator.engine, "decisive", known)
   path = tmp_path / "answers.jsonl"
   failures, answers = ask(shared, methods, path, ratios=(0.25,))
   before = path.read_bytes()
@@ -575,7 +588,7 @@ def test_what_fails_on_the_way_is_left_out_from_there(
   assert path.read_bytes() == before
   (failure,) = failures.values()
   assert failure.reason.endswith(f"question {last}")
-  first = runner.by_clip(benchmark.questions)[0].id
+  first = engine_lib.by_clip(benchmark.questions)[0].id
   for name in ("decisive_boxes", "uniform"):
     assert answer_log.Key(name, 0.25, 0, first) in answers
   assert answer_log.Key("uniform", 0.25, 0, last) in answers
@@ -601,13 +614,13 @@ def test_inside_the_language_model(shared, checkpoint):
     record = answers[answer_log.Key("fastv", 0.5, 0, question.id)]
     assert (record["kept"], record["equivalent"]) == (16, 0.5)
   question = benchmark.questions[1]
-  trace = evaluator.trace(question, method, 0.5)
+  found = evaluator.engine.answer(question, methods_lib.Condition(method, 0.5))
   record = answers[answer_log.Key("fastv", 0.5, 0, question.id)]
-  assert trace.text == record["text"]
+  assert found.text == record["text"]
   # What the last token looks at in the first layer, of the whole prompt.
-  looked = asker.Asker(evaluator, [question]).vanilla(True).attention[0, 0]
+  looked = evaluator.engine.batch([question]).vanilla(True).attention[0, 0]
   expected = np.sort(np.argsort(-np.asarray(looked), kind="stable")[:16])
-  np.testing.assert_array_equal(trace.index, expected)
+  np.testing.assert_array_equal(found.trace.index, expected)
   table = tabulate(
     benchmark, evaluator, answers, [method], seeds=(0,), ratios=(0.5,)
   )
@@ -617,13 +630,13 @@ def test_inside_the_language_model(shared, checkpoint):
 
 def test_the_questions_text_is_handed_over(shared, checkpoint):
   benchmark, evaluator = shared
-  found = asker.Asker(evaluator, benchmark.questions[:4])
+  found = evaluator.engine.batch(benchmark.questions[:4])
   seen = own("reads", grumbling, requires=frozenset(["text"]))
-  text = found.inputs(runner.Cell(seen, 0.25, 0)).text
+  text = found.inputs(methods_lib.Condition(seen, 0.25, 0)).text
   tokenizer = checkpoint.tokenizer
   for row, question in enumerate(benchmark.questions[:4]):
     prompt = tokenizer.encode_prompt(question.prompt, 64)
-    start, end = prompting.question_span(prompt, tokenizer)
+    start, end = prompts_lib.question_span(prompt, tokenizer)
     words = tokenizer.decode(prompt.ids[start:end])
     assert words.strip() == question.prompt.strip()
     # Rows as the language model's, zeros behind them.
@@ -675,37 +688,39 @@ def test_clips_bring_what_methods_read_of_the_tower(
     return base.take_top(features, aux.vision_attention, num_keep)
 
   method = own("strongest", strongest, requires=frozenset(["vision_attention"]))
-  assert runner.wanted([method, *methods_of("uniform")]) == method.needs
-  with clips.ClipSource(
+  assert methods_lib.wanted([method, *methods_of("uniform")]) == method.needs
+  with tiny.open_store(
     data_dir,
     checkpoint.model,
     checkpoint.params,
     checkpoint.model.read_processor(checkpoint_dir),
     num_frames=4,
-    want=runner.wanted([method]),
+    want=methods_lib.wanted([method]),
   ) as source:
-    fresh = runner.Evaluator(
+    fresh = engine_lib.Engine(
       checkpoint,
       source,
       benchmark.questions,
       SETTINGS,
-      programs=evaluator.programs,
+      programs=evaluator.engine.programs,
     )
     question = benchmark.questions[2]
-    trace = fresh.trace(question, method, 0.1)
+    found = fresh.answer(question, methods_lib.Condition(method, 0.1))
     paid = source[question.video].extras["vision_attention"]
   expected = np.sort(np.argsort(-paid, kind="stable")[:6])
-  np.testing.assert_array_equal(trace.index, expected)
+  np.testing.assert_array_equal(found.trace.index, expected)
 
 
 def test_features_that_are_not_finite_are_refused_by_name(shared, monkeypatch):
   benchmark, evaluator = shared
   video = benchmark.questions[0].video
-  clip = evaluator.source[video]
+  clip = evaluator.engine.source[video]
   broken = clip.features.copy()
   broken[3, 0] = np.nan
-  changed = dataclasses.replace(clip, features=broken)
-  monkeypatch.setitem(evaluator.source._clips, video, changed)
+  changed = dataclasses.replace(
+    clip, arrays={**clip.arrays, "features": broken}
+  )
+  monkeypatch.setitem(evaluator.engine.source._clips, video, changed)
   with pytest.raises(errors.UserError, match=f"{video} hold NaN"):
     ask(shared, methods_of("uniform"))
 
@@ -714,14 +729,14 @@ def test_mistakes_are_one_line_before_anything_runs(
   shared, tmp_path, monkeypatch
 ):
   benchmark, evaluator = shared
-  monkeypatch.setattr(evaluator, "policies", {})
-  monkeypatch.setattr(evaluator, "seconds", {})
+  monkeypatch.setattr(evaluator.engine, "policies", {})
+  monkeypatch.setattr(evaluator.engine, "seconds", {})
   answers = answer_log.Ledger(
     tmp_path / "a.jsonl", evaluator.identity(benchmark.questions)
   )
 
   def run(name, ratio):
-    cells = runner.cells(methods_of(name), (ratio,), (0,))
+    cells = methods_lib.conditions(methods_of(name), (ratio,), (0,))
     evaluator.run(benchmark.questions, cells, answers)
 
   with pytest.raises(errors.UserError, match="needs a trained policy"):
@@ -730,7 +745,7 @@ def test_mistakes_are_one_line_before_anything_runs(
     run("random", 0.01)
   with pytest.raises(errors.UserError, match="outside"):
     run("random", 1.2)
-  assert not evaluator.seconds
+  assert not evaluator.engine.seconds
 
 
 @pytest.mark.parametrize(
@@ -749,7 +764,7 @@ def test_missing_data_is_one_line(change, match, data_dir):
 def test_questions_of_one_clip_are_asked_together(shared):
   questions = list(shared[0].questions)
   mixed = questions[::2] + questions[1::2]
-  videos = [question.video for question in runner.by_clip(mixed)]
+  videos = [question.video for question in engine_lib.by_clip(mixed)]
   assert videos == sorted(videos, key=[q.video for q in mixed].index)
   assert question_lib.question_hash("a") != question_lib.question_hash("b")
 
@@ -764,26 +779,26 @@ def test_decisive_tokens_are_read(shared):
 
 
 def test_a_row_may_be_given_a_name():
-  named = runner.Method.parse("paper=cacovid?importance_ratio=0.5")
+  named = methods_lib.Method.parse("paper=cacovid?importance_ratio=0.5")
   assert named.label == "paper"
   assert named.spec == "cacovid?importance_ratio=0.5"
   assert named.compressor.options == {"importance_ratio": 0.5}
-  plain = runner.Method.parse(" random ")
+  plain = methods_lib.Method.parse(" random ")
   assert plain.label == plain.spec == "random"
 
 
 def test_rows_of_one_spec_are_asked_once():
   methods = [
-    runner.Method.parse(spec)
+    methods_lib.Method.parse(spec)
     for spec in ("random", "again=random", "uniform", "a=uniform")
   ]
-  asked = runner.cells(methods, (0.1, 0.2), (0, 1))
+  asked = methods_lib.conditions(methods, (0.1, 0.2), (0, 1))
   specs = [(c.method.spec, c.ratio, c.seed) for c in asked[1:]]
   assert len(specs) == len(set(specs)) == 2 * (2 + 1)
   # Every row finds its answers under its spec.
   keys = {cell.key("q") for cell in asked}
   for method in methods:
-    assert runner.Cell(method, 0.2, 0).key("q") in keys
+    assert methods_lib.Condition(method, 0.2, 0).key("q") in keys
 
 
 def test_a_log_names_a_run_by_words_that_do_not_follow_the_code():
@@ -791,7 +806,7 @@ def test_a_log_names_a_run_by_words_that_do_not_follow_the_code():
   question = question_lib.Question(
     id="q", video="clips/a.mp4", question="Why?", options=("x", "y"), answer="B"
   )
-  found = {name: get(question) for name, get in runner._QUESTION.items()}
+  found = {name: get(question) for name, get in evaluator_lib._QUESTION.items()}
   assert json.loads(json.dumps(found)) == {
     "answer": "B",
     "category": None,
@@ -806,7 +821,7 @@ def test_a_log_names_a_run_by_words_that_do_not_follow_the_code():
     "stream": "",
     "video": "a",
   }
-  settings = runner.Settings(num_frames=4, batch_size=2, max_new_tokens=3)
+  settings = engine_lib.Settings(num_frames=4, batch_size=2, max_new_tokens=3)
   assert settings.identity == {
     "num_frames": 4, "batch_size": 2, "max_new_tokens": 3, "rule": "paper"
   }  # fmt: skip

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from cacovid_jax import errors
+from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import rejected_clips
-from cacovid_jax.evals import answering
+from cacovid_jax.inference import clip_queue, tower
 from cacovid_jax.models import checkpoints
-from cacovid_jax.preparation import encoding
-from cacovid_jax.training import pipeline
+from cacovid_jax.preparation import encode_features
 from cacovid_jax.training import run as run_lib
 from tests.evals import tiny
 from tests.training import tiny as tiny_training
@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def checkpoint():
-  return checkpoints.load(str(answering.SHIPPED_MODEL), jnp.float32)
+  return checkpoints.load(str(experiment_lib.SHIPPED_MODEL), jnp.float32)
 
 
 def rows(names=("0.mp4", "1.mp4", "2.mp4", "1.mp4")):
@@ -50,11 +50,11 @@ def rows(names=("0.mp4", "1.mp4", "2.mp4", "1.mp4")):
   ]
 
 
-def make(folder, checkpoint, cache, questions=None):
-  """Returns a run of two epochs of four questions, one after the other."""
-  config = tiny_training.config(
+def run_config(folder, cache):
+  """Returns the config of two epochs of four questions."""
+  return tiny_training.config(
     **{
-      "model.path": str(answering.SHIPPED_MODEL),
+      "model.path": str(experiment_lib.SHIPPED_MODEL),
       "total_steps": 8,
       "videos_per_step": 1,
       "data.root": str(folder),
@@ -62,12 +62,32 @@ def make(folder, checkpoint, cache, questions=None):
       "data.feature_cache": str(cache),
     }
   )
+
+
+def make(folder, checkpoint, cache, questions=None):
+  """Returns a run of it, one question after the other."""
+  config = run_config(folder, cache)
   experiment = tiny_training.experiment_of(config, cache, checkpoint=checkpoint)
   return run_lib.make(experiment, questions=questions or rows())
 
 
 @pytest.fixture
-def opened(monkeypatch):
+def size(folder, checkpoint, tmp_path_factory):
+  """Returns the bytes that a clip takes on disk.
+
+  4 frames of 7 x 7 tokens, of 128 numbers in 4 bytes; what they are of; a
+  checksum.
+  """
+  elsewhere = tmp_path_factory.mktemp("elsewhere")
+  store = make(folder, checkpoint, elsewhere).store
+  store("0.mp4")
+  found = store.cached_bytes("0.mp4")
+  assert 0 < found - 4 * 49 * 128 * 4 - 32 < 1000
+  return found
+
+
+@pytest.fixture
+def opened(monkeypatch, size):
   """Returns the clips that were opened to decode, as they come."""
   names, real = [], av.open
 
@@ -82,13 +102,13 @@ def opened(monkeypatch):
 @pytest.fixture
 def encoded(monkeypatch):
   """Returns the number of clips of each run of the tower."""
-  counts, real = [], pipeline.FeatureSource._encode
+  counts, real = [], tower.Tower.__call__
 
-  def noting(self, clips):
-    counts.append(len(clips))
-    return real(self, clips)
+  def noting(self, names, inputs):
+    counts.append(len(inputs))
+    return real(self, names, inputs)
 
-  monkeypatch.setattr(pipeline.FeatureSource, "_encode", noting)
+  monkeypatch.setattr(tower.Tower, "__call__", noting)
   return counts
 
 
@@ -124,7 +144,9 @@ def test_features_made_ahead_by_two_processes_are_those_of_training(
   for index in range(2):
     run = make(folder, checkpoint, ahead)
     reports.append(
-      encoding.encode(run.source, run.questions, str(ahead), shard=(index, 2))
+      encode_features.encode(
+        run.store, run.questions, str(ahead), shard=(index, 2)
+      )
     )
   assert [(r.num_clips, r.num_encoded) for r in reports] == [(2, 2), (1, 1)]
   del opened[:], encoded[:]
@@ -132,7 +154,7 @@ def test_features_made_ahead_by_two_processes_are_those_of_training(
   got = [np.asarray(batch.video) for batch, _ in run.batches(0)]
   assert opened == [] and encoded == []
   np.testing.assert_array_equal(got, expected)
-  again = encoding.encode(run.source, run.questions, str(ahead))
+  again = encode_features.encode(run.store, run.questions, str(ahead))
   assert (again.num_present, again.num_encoded) == (3, 0)
   assert opened == []
 
@@ -146,11 +168,11 @@ def test_clips_that_cannot_be_used_are_listed_once(
   path = tmp_path / "quarantine.jsonl"
   for present in (0, 1):
     run = make(folder, checkpoint, tmp_path, asked)
-    report = encoding.encode(
-      run.source,
+    report = encode_features.encode(
+      run.store,
       asked,
       str(tmp_path),
-      quarantine=rejected_clips.RejectedClips(path),
+      rejected=rejected_clips.RejectedClips(path),
     )
     assert report.num_present == present
     assert report.failed == {
@@ -162,24 +184,25 @@ def test_clips_that_cannot_be_used_are_listed_once(
 
 
 def test_a_disk_without_room_is_refused_after_the_first_clip(
-  folder, checkpoint, tmp_path, opened, monkeypatch
+  folder, checkpoint, tmp_path, opened, monkeypatch, size
 ):
   run = make(folder, checkpoint, tmp_path)
-  # 4 frames of 7 x 7 tokens, of 128 numbers in 4 bytes; a header, a checksum.
-  need = 2 * (4 * 49 * 128 * 4 + 128 + 32)
+  need = 2 * size
 
   class Usage:
     free = need - 1
 
-  monkeypatch.setattr(encoding.shutil, "disk_usage", lambda _: Usage)
+  monkeypatch.setattr(encode_features.shutil, "disk_usage", lambda _: Usage)
   with pytest.raises(
-    errors.UserError, match="2 more clips take 201 kB .100.5 kB each"
+    errors.UserError, match="2 more clips take 201.5 kB .100.7 kB each"
   ):
-    encoding.encode(run.source, run.questions, str(tmp_path), num_threads=0)
+    encode_features.encode(
+      run.store, run.questions, str(tmp_path), num_threads=0
+    )
   assert len(opened) == 2  # One ahead.
   # With one byte more, a second start goes on to the end.
   Usage.free += 1
-  report = encoding.encode(run.source, run.questions, str(tmp_path))
+  report = encode_features.encode(run.store, run.questions, str(tmp_path))
   assert (report.num_present, report.num_encoded) == (1, 2)
 
 
@@ -188,38 +211,36 @@ def test_a_disk_without_room_is_refused_after_the_first_clip(
   [((0, 1), "abc"), ((0, 2), "ac"), ((1, 2), "b"), ((3, 4), "")],
 )
 def test_shares_are_disjoint_and_sorted_by_name(shard, names):
-  found = encoding.clips_of(rows(("b", "a", "c", "a")), shard)
+  found = encode_features.clips_of(rows(("b", "a", "c", "a")), shard)
   assert "".join(row.video for row in found) == names
 
 
 @pytest.mark.parametrize("shard", [(2, 2), (-1, 2), (0, 0)])
 def test_shares_that_there_are_not(shard):
   with pytest.raises(errors.UserError, match="shard"):
-    encoding.clips_of(rows(), shard)
+    encode_features.clips_of(rows(), shard)
 
 
 def test_room_is_counted_for_the_clips_of_all_shares(
-  folder, checkpoint, tmp_path, monkeypatch
+  folder, checkpoint, tmp_path, monkeypatch, size
 ):
-  # 4 frames of 7 x 7 tokens, of 128 numbers in 4 bytes; a header, a checksum.
-  size = 4 * 49 * 128 * 4 + 128 + 32
 
   class Usage:
     free = 2 * size - 1
 
-  monkeypatch.setattr(encoding.shutil, "disk_usage", lambda _: Usage)
+  monkeypatch.setattr(encode_features.shutil, "disk_usage", lambda _: Usage)
   # Of three shares, each has one clip, and one also the clip that is missing,
   # which takes no room.
   asked = rows(("0.mp4", "1.mp4", "2.mp4", "gone.mp4"))
   run = make(folder, checkpoint, tmp_path, asked)
 
   def encode(index):
-    return encoding.encode(
-      run.source, asked, str(tmp_path), shard=(index, 3), num_threads=0
+    return encode_features.encode(
+      run.store, asked, str(tmp_path), shard=(index, 3), num_threads=0
     )
 
   # The first share is done, and leaves two clips to the others.
-  with pytest.raises(errors.UserError, match="2 more clips take 201 kB"):
+  with pytest.raises(errors.UserError, match="2 more clips take 201.5 kB"):
     encode(0)
   # Entries that are there are not counted again, whosever they are.
   Usage.free = 2 * size
@@ -228,3 +249,25 @@ def test_room_is_counted_for_the_clips_of_all_shares(
   assert encode(2).num_encoded == 1
   Usage.free = 0
   assert [encode(index).num_present for index in range(3)] == [1, 1, 1]
+
+
+def test_an_evaluation_takes_what_training_has_encoded(
+  folder, checkpoint, tmp_path, opened
+):
+  """At one frame rule there is one entry, whoever asks."""
+  run = make(folder, checkpoint, tmp_path)
+  encode_features.encode(run.store, run.questions, str(tmp_path))
+  del opened[:]
+  experiment = tiny_training.experiment_of(
+    run_config(folder, tmp_path), tmp_path, checkpoint=checkpoint
+  )
+  with clip_queue.open_queue(experiment) as store:
+    clip = store["1.mp4"]
+    assert opened == []
+    np.testing.assert_array_equal(clip.features, run.store("1.mp4").features)
+    assert clip.frame_hash and clip.index_hash and not clip.fault
+    # The frames of another rule are others.
+  other = experiment.replace({"evals.frame_rule": "train_linspace_1fps"})
+  with clip_queue.open_queue(other) as store:
+    store["1.mp4"]
+  assert opened == ["1.mp4"]

@@ -17,8 +17,10 @@ from cacovid_jax import errors
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.compressors import simple
 from cacovid_jax.data import frames, readers, video
-from cacovid_jax.evals import answering, runner
 from cacovid_jax.evals.report import answer as answer_page
+from cacovid_jax.inference import answerer as answerer_lib
+from cacovid_jax.inference import engine as engine_lib
+from cacovid_jax.inference import methods as methods_lib
 from cacovid_jax.models import generation, processors
 from cacovid_jax.synthetic import build
 from tests.evals import report_test, tiny
@@ -42,7 +44,7 @@ def clip(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def answerer(checkpoint_dir, policy):
-  with answering.Answerer(
+  with answerer_lib.Answerer(
     checkpoint_dir, policy, num_frames=tiny.FRAMES, max_new_tokens=NEW
   ) as made:
     yield made
@@ -113,19 +115,19 @@ def test_a_policy_is_followed_at_every_ratio(asked, answerer):
   assert [answer.kept for answer in asked.answers] == [64, 16]
   assert [a.method for a in asked.answers] == ["vanilla", "cacovid"]
   assert asked.num_video == 64 and asked.grid == tiny.GRID
-  evaluator = runner.Evaluator(
+  engine = engine_lib.Engine(
     answerer.checkpoint,
-    answerer._open(tiny.GRID)[0],
+    answerer.source(tiny.GRID),
     [asked.question],
     answerer.settings,
     policies=answerer.policies,
-    programs=answerer._open(tiny.GRID)[1],
   )
-  method = runner.Method.parse("cacovid")
+  method = methods_lib.Method.parse("cacovid")
   for answer in asked.answers[1:]:
-    trace = evaluator.trace(asked.question, method, answer.ratio)
-    np.testing.assert_array_equal(answer.trace.index, trace.index)
-    assert answer.text == trace.text
+    condition = methods_lib.Condition(method, answer.ratio)
+    found = engine.answer(asked.question, condition)
+    np.testing.assert_array_equal(answer.trace.index, found.trace.index)
+    assert answer.text == found.text
 
 
 def test_options_are_lettered_as_in_training(asked):
@@ -135,8 +137,8 @@ def test_options_are_lettered_as_in_training(asked):
   )
   assert all(a.letter in ("", *"ABCD") for a in asked.answers)
   # Without options, the text is asked as it is.
-  assert answering.as_question("x", " why? ").prompt == "why?"
-  other = answering.as_question("x", "q", ("a", "b"), style="videomme")
+  assert answerer_lib.as_question("x", " why? ").prompt == "why?"
+  other = answerer_lib.as_question("x", "q", ("a", "b"), style="videomme")
   assert other.prompt.startswith("Select the best answer")
 
 
@@ -158,7 +160,7 @@ def test_every_stage_is_timed_apart_from_compilation(asked, answerer):
 
 def test_another_question_compiles_nothing(asked, answerer, tmp_path):
   del asked  # It has compiled.
-  programs = answerer._open(tiny.GRID)[1]
+  programs = answerer.programs
   before = programs.compiled
   tiny.write_clip(tmp_path / "other.mp4", seed=8)
   again = answerer.ask(
@@ -204,7 +206,7 @@ def test_short_clips_repeat_frames_with_a_warning(
   assert len(found.warnings) == 1
   assert f"has {num_frames} frame" in found.warnings[0]
   assert "\n" not in found.warnings[0]
-  features = answerer._open(tiny.GRID)[0][found.question.video].features
+  features = answerer.source(tiny.GRID)[found.question.video].features
   rows = features.reshape(tiny.FRAMES, 16, -1)
   shown = frames.eval_linspace(num_frames, tiny.FRAMES)
   for t in range(1, tiny.FRAMES):
@@ -233,7 +235,7 @@ def test_a_link_to_a_clip_is_followed(answerer, clip, tmp_path):
 
 def test_page_shows_what_was_kept_and_loads_nothing(asked, answerer, tmp_path):
   path = tmp_path / "not" / "yet" / "report.html"
-  answerer.write_report(path, asked)
+  answer_page.write(path, answerer, asked)
   assert [p.name for p in path.parent.iterdir()] == ["report.html"]
   page = path.read_text(encoding="utf-8")
   outline = report_test.Outline(page)
@@ -272,7 +274,7 @@ def test_page_of_vanilla_alone_shows_every_token(answerer, clip, tmp_path):
   found = answerer.ask(
     clip, QUESTION, tiny.COLOURS, ratios=(1.0,), warm_up=False
   )
-  answerer.write_report(tmp_path / "report.html", found)
+  answer_page.write(tmp_path / "report.html", answerer, found)
   outline = report_test.Outline((tmp_path / "report.html").read_text("utf-8"))
   kept = [a["d"] for a in outline.classed("kept") if "d" in a]
   assert sum(len(report_test.squares(d)) for d in kept) == tiny.NUM_VIDEO
@@ -307,8 +309,8 @@ def test_mistakes_are_one_line_before_anything_runs(
   def never(*unused):
     raise AssertionError("the model ran")
 
-  monkeypatch.setattr(answerer._open(tiny.GRID)[0], "_encode", never)
-  answerer._open(tiny.GRID)[0].clear()
+  monkeypatch.setattr(answerer.source(tiny.GRID), "_encode", never)
+  answerer.source(tiny.GRID).clear()
   arguments = dict(path=clip, question=QUESTION, method="uniform") | change
   with pytest.raises(errors.UserError, match=match) as caught:
     answerer.ask(arguments.pop("path"), arguments.pop("question"), **arguments)
@@ -337,23 +339,23 @@ def test_learned_methods_say_where_a_policy_comes_from(
 ):
   monkeypatch.setattr(experiment_lib, "SHIPPED_MODEL", checkpoint_dir)
   monkeypatch.setattr(experiment_lib, "SHIPPED_POLICY", tmp_path / "none")
-  with answering.Answerer() as shipped:
+  with answerer_lib.Answerer() as shipped:
     with pytest.raises(errors.UserError, match="make quickstart"):
       shipped.ask(clip, QUESTION)
-  with answering.Answerer(checkpoint_dir) as own:
+  with answerer_lib.Answerer(checkpoint_dir) as own:
     with pytest.raises(errors.UserError, match="give that of this model"):
       own.ask(clip, QUESTION)
   # A shipped policy is taken with the shipped model, and with no other.
   folder = pathlib.Path(policy).parent
   monkeypatch.setattr(experiment_lib, "SHIPPED_POLICY", folder)
-  with answering.Answerer() as shipped:
+  with answerer_lib.Answerer() as shipped:
     assert list(shipped.policies) == ["policy"]
-  with answering.Answerer(checkpoint_dir) as own:
+  with answerer_lib.Answerer(checkpoint_dir) as own:
     assert not own.policies
 
 
 def test_number_of_frames_is_the_checkpoints(checkpoint_dir, tmp_path):
-  assert processors.default_num_frames(answering.SHIPPED_MODEL) == 16
+  assert processors.default_num_frames(experiment_lib.SHIPPED_MODEL) == 16
   assert processors.default_num_frames(checkpoint_dir) == 32
   assert processors.default_num_frames(tmp_path) == 32
   path = tmp_path / "video_preprocessor_config.json"
@@ -371,15 +373,15 @@ def test_bad_settings_are_one_line(checkpoint_dir):
     ({"policy": "nowhere"}, "there is no policy in nowhere"),
   ):
     with pytest.raises(errors.UserError, match=match):
-      answering.Answerer(**({"model": checkpoint_dir} | change))
+      answerer_lib.Answerer(**({"model": checkpoint_dir} | change))
 
 
 def test_a_report_that_cannot_be_there(tmp_path):
   with pytest.raises(errors.UserError, match="is a folder"):
-    answering.check_report_path(tmp_path)
+    answer_page.check_path(tmp_path)
   (tmp_path / "file").write_text("")
   with pytest.raises(errors.UserError, match="is no folder"):
-    answering.check_report_path(tmp_path / "file" / "report.html")
+    answer_page.check_path(tmp_path / "file" / "report.html")
 
 
 def test_the_shipped_model_answers_about_a_drawn_clip(
@@ -396,12 +398,12 @@ def test_the_shipped_model_answers_about_a_drawn_clip(
   (tmp_path / "clip.mp4").write_bytes((root / question.video).read_bytes())
   monkeypatch.chdir(tmp_path)
   # The Python lines of the module, with this question in them.
-  code = re.search(r"\n\n((?:    .*\n|\n)+)", answering.__doc__).group(1)
+  code = re.search(r"\n\n((?:    .*\n|\n)+)", answerer_lib.__doc__).group(1)
   code = textwrap.dedent(code)
   code = code.replace("Which of these appears first?", question.question)
   code = code.replace('("red moon", "blue star")', repr(question.options))
   names = {}
-  exec(compile(code, "answering", "exec"), names)
+  exec(compile(code, "answerer", "exec"), names)
   lines = capsys.readouterr().out.splitlines()
   assert len(lines) == 2
   assert lines[0].startswith(f"vanilla 784 {question.answer} ")

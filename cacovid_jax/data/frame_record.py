@@ -1,0 +1,86 @@
+"""Which frames of a clip were shown, and what their pixels are."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+
+import av
+from av import library_versions
+
+_CHUNK = 2**20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FrameRecord:
+  """The frames of one clip, or why it has none.
+
+  Attributes:
+    video: path of the clip, relative to the media root.
+    content: blake2b of the file; "" if nothing needs it.
+    num_frames: frames in the clip, which the frame rule counts.
+    duration: seconds.
+    size: (h, w) of its frames, upright, in pixels.
+    indices: of the frames that are shown.
+    frame_hash: of their pixels, see `video.Clip`.
+    fault: why the clip cannot be used; all else is empty then.
+  """
+
+  video: str
+  content: str = ""
+  num_frames: int = 0
+  duration: float = 0.0
+  size: tuple[int, int] = (0, 0)
+  indices: tuple[int, ...] = ()
+  frame_hash: str = ""
+  fault: str = ""
+
+  def __post_init__(self):
+    # As JSON gives them.
+    object.__setattr__(self, "size", tuple(self.size))
+    object.__setattr__(self, "indices", tuple(self.indices))
+
+  @classmethod
+  def of(cls, name: str, clip, content: str = "") -> "FrameRecord":
+    """Returns the record of a decoded `video.Clip`."""
+    return cls(
+      video=name,
+      content=content,
+      num_frames=int(clip.num_frames),
+      duration=float(clip.duration),
+      size=clip.size,
+      indices=clip.indices.tolist(),
+      frame_hash=clip.frame_hash,
+    )
+
+  @property
+  def index_hash(self) -> str:
+    """Digest of which frames of how many are shown; "" without any."""
+    if self.fault:
+      return ""
+    text = json.dumps([self.num_frames, list(self.indices)])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def hash_file(path: str | os.PathLike) -> str:
+  """Returns the blake2b of a file's content."""
+  digest = hashlib.blake2b(digest_size=16)
+  with open(path, "rb") as f:
+    for chunk in iter(functools.partial(f.read, _CHUNK), b""):
+      digest.update(chunk)
+  return digest.hexdigest()
+
+
+def decoder() -> str:
+  """Returns the versions of PyAV and of the FFmpeg libraries it decodes with.
+
+  Frames of one file may differ between them in the last bit.
+  """
+  libraries = {
+    name: ".".join(map(str, version))
+    for name, version in sorted(library_versions.items())
+    if name in ("libavcodec", "libavformat", "libswscale")
+  }
+  parts = [f"{name} {version}" for name, version in libraries.items()]
+  return f"PyAV {av.__version__} ({', '.join(parts)})"

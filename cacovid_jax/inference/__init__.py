@@ -1,0 +1,1 @@
+"""Clips to features, questions to answers: what every command asks with."""

@@ -1,0 +1,386 @@
+"""One batch of questions, and what has been computed for it so far.
+
+Everything that several methods read (scores of a policy, attention of the whole
+prompt, the question's text) is computed when the first one looks at it.
+
+Letters: B batch, T frames, N video tokens, K kept tokens, M tokens of an answer
+or continuation.
+"""
+
+import operator
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cacovid_jax import errors
+from cacovid_jax.compressors import base
+from cacovid_jax.data import question as question_lib
+from cacovid_jax.inference import methods as methods_lib
+from cacovid_jax.inference import programs as programs_lib
+from cacovid_jax.models import prompt_batch
+from cacovid_jax.parallel import mesh as mesh_lib
+
+# Tokens of a continuation are rounded up to a multiple of this: few programs
+# for many lengths.
+_CONTINUATION_STEP = 8
+
+
+class KeptTokens(NamedTuple):
+  """What a method kept of one clip, and the scores behind it.
+
+  Attributes:
+    index: int32[K] kept tokens; of methods that act inside the language model,
+      those left in its last layer.
+    token_gap: float32[N] keep - drop, None for methods without a policy.
+    frame_gap: float32[T], likewise.
+  """
+
+  index: np.ndarray
+  token_gap: np.ndarray | None = None
+  frame_gap: np.ndarray | None = None
+
+
+class Likelihood(NamedTuple):
+  """How likely one continuation of a prompt is.
+
+  Attributes:
+    log_prob: natural logarithm of its probability, summed over its tokens;
+      -inf if the clip cannot be used.
+    num_tokens: how many they are.
+    greedy: whether the most likely answer begins with it.
+    fault: why the clip cannot be used, else "".
+  """
+
+  log_prob: float
+  num_tokens: int
+  greedy: bool
+  fault: str = ""
+
+
+class MethodOutput(NamedTuple):
+  """Answers int32[B, M], and what became of the tokens that they are from."""
+
+  ids: jax.Array
+  trace: base.SelectionTrace
+
+
+class BatchRunner:
+  """At most B questions about clips of one grid, and their prompts.
+
+  Attributes:
+    batch: `prompt_batch.PromptBatch`, of the grid's bucket.
+    grid: `TokenGrid` of the clips.
+    num_video: N.
+    faults: row -> why its clip cannot be used.
+  """
+
+  def __init__(self, engine: Any, questions: Sequence):
+    """Waits for the clips and embeds the prompts of an `Engine`'s questions."""
+    self._e, self._questions = engine, questions
+    grids = {engine.grid_of(question) for question in questions}
+    if len(grids) > 1:
+      raise ValueError(f"clips of several grids in one batch: {sorted(grids)}")
+    (self._shape,) = grids
+    self.grid = engine.token_grid(self._shape)
+    self.num_video = int(self.grid.num_tokens)
+    self._programs, self._params = engine.programs, engine.checkpoint.params
+    self._rows = prompt_batch.pad_rows(
+      len(questions), engine.settings.batch_size
+    )
+    with engine.timed("clips"):
+      self._clips = [engine.source[question.video] for question in questions]
+    for question, clip in zip(questions, self._clips, strict=True):
+      if not np.isfinite(clip.features).all():
+        raise errors.UserError(
+          f"the features of {question.video} hold NaN or infinity; check the"
+          " checkpoint and its dtype, or empty the folder of cached features"
+        )
+    self.faults = {
+      row: clip.fault for row, clip in enumerate(self._clips) if clip.fault
+    }
+    with engine.timed("prompts"):
+      features = self._of_clips(lambda clip: clip.features, 0)
+      deep = None
+      if engine.checkpoint.model.num_deep:
+        deep = self._of_clips(lambda clip: clip.deep, 1)
+      self.batch = self._prompts(questions, features, deep)
+    self._scores, self._parts = {}, {}
+    self._vanilla = None
+
+  def vanilla(self, want_attention: bool = False) -> programs_lib.Vanilla:
+    """Returns the answers to the whole prompts; computed once."""
+    if self._vanilla is None or (
+      want_attention and self._vanilla.attention is None
+    ):
+      with self._e.timed("vanilla"):
+        self._vanilla = jax.block_until_ready(
+          self._programs.vanilla(
+            self._params, self.batch, want_attention=want_attention
+          )
+        )
+    return self._vanilla
+
+  def output(self, condition) -> MethodOutput:
+    """Returns what the method of a condition answers, and from what."""
+    method = condition.method
+    if not method.compressor.selects_first:
+      inputs = self.inputs(condition)
+      with self._e.timed(f"answer {method.label}"):
+        program = self._programs.select_and_answer(
+          method.compressor, condition.ratio, self.grid
+        )
+        found = program(self._params, self.batch, inputs)
+        return MethodOutput(*jax.block_until_ready(found))
+    selection = self.select(condition)
+    with self._e.timed(f"answer from {selection.index.shape[1]} tokens"):
+      ids = jax.block_until_ready(
+        self._programs.answer(self._params, self.batch, selection)
+      )
+    # Alike in all layers.
+    tokens = selection.mask.sum(axis=1, keepdims=True)
+    trace = base.SelectionTrace(selection.index, selection.mask, tokens)
+    return MethodOutput(ids, trace)
+
+  def select(self, condition) -> base.Selection:
+    """Returns the tokens that a method keeps, leading axis B."""
+    method = condition.method
+    # Whatever it reads is timed apart from the selection itself.
+    inputs = self.inputs(condition)
+    with self._e.timed(f"select {method.label}"):
+      program = self._programs.select(
+        method.compressor, condition.ratio, self.grid
+      )
+      if method.compressor.sees_question:
+        selection = program(inputs)
+      else:
+        selection = self._select_by_clip(program, inputs)
+      return jax.block_until_ready(selection)
+
+  def kept(self, condition, chosen=None) -> list[KeptTokens]:
+    """Returns what a condition keeps of each question's clip.
+
+    `chosen` is its `Selection` or `SelectionTrace`, where it is known.
+    """
+    method = condition.method
+    if chosen is None:
+      first = method.compressor.selects_first
+      chosen = self.select(condition) if first else self.output(condition).trace
+    index, mask = np.asarray(chosen.index), np.asarray(chosen.mask)
+    tokens = frames = [None] * len(index)
+    if method.score_fields:
+      name = self._e.policy_name(method)
+      scores = self.scores(method.score_fields[0], name, condition.seed)
+      tokens, frames = map(_gap, (scores.token, scores.frame))
+    return [
+      KeptTokens(index[row][mask[row]], tokens[row], frames[row])
+      for row in range(len(self._questions))
+    ]
+
+  def likelihood(
+    self, condition, continuations: Sequence[Sequence[list[int]]], size: int
+  ) -> list[list[Likelihood]]:
+    """Returns how likely ids follow each question's prompt.
+
+    The prompt is read once for all of them; what they are scored from is what
+    an answer is generated from.
+
+    Each question has one at least; `size` is that of the longest anywhere.
+    """
+    size = -(-size // _CONTINUATION_STEP) * _CONTINUATION_STEP
+    state = self._read(condition, size - 1)
+    out = [[] for _ in self._questions]
+    for column in range(max(map(len, continuations))):
+      # A question with fewer continuations repeats its last.
+      chosen = [own[min(column, len(own) - 1)] for own in continuations]
+      padded = np.zeros((len(self._rows), size), np.int32)
+      lengths = np.zeros(len(self._rows), np.int32)
+      for row, ids in enumerate(chosen):
+        padded[row, : len(ids)], lengths[row] = ids, len(ids)
+      log_probs, greedy = map(
+        np.asarray,
+        self._programs.score(
+          self._params, *state, self.batch.next_position, padded, lengths
+        ),
+      )
+      for row, own in enumerate(continuations):
+        if column < len(own):
+          fault = self.faults.get(row, "")
+          log_prob = -np.inf if fault else float(log_probs[row])
+          likely = bool(greedy[row]) and not fault
+          out[row].append(Likelihood(log_prob, len(own[column]), likely, fault))
+    return out
+
+  def _read(self, condition, room: int):
+    """Returns (logits, cache) behind the prompts that a condition leaves."""
+    method, programs = condition.method, self._programs
+    if method is None:
+      return programs.read(self._params, self.batch, None, room)
+    self._e.check(condition, self._shape)
+    if method.compressor.selects_first:
+      selection = self.select(condition)
+      return programs.read(self._params, self.batch, selection, room)
+    program = programs.select_and_answer(
+      method.compressor, condition.ratio, self.grid, room=room
+    )
+    return program(self._params, self.batch, self.inputs(condition))
+
+  def scores(self, field: str, name: str, seed: int):
+    """Returns the policy's Scores of the batch, of the exact grid.
+
+    Args:
+      field: field of `CompressorInputs` that they are for.
+      name: which policy.
+      seed: of the untrained policy, or of the draw of another question.
+    """
+    key = field, name, seed if field != "scores" else 0
+    if key not in self._scores:
+      batch = self.batch
+      if field == "other_scores":
+        with self._e.timed("prompts"):
+          others = [
+            methods_lib.other_question(question, self._e.pool, seed)
+            for question in self._questions
+          ]
+          batch = self._prompts(others, batch.features, batch.deep)
+      with self._e.timed("policy"):
+        scores = self._programs.scores(
+          self._e.policies[name].module,
+          self._e.policy_params(field, name, seed),
+          batch,
+          self.grid,
+        )
+        scores = scores._replace(
+          frame=self._own(scores.frame, 1, self._shape[0]),
+          token=self._own(scores.token, 1),
+        )
+        if not _finite(scores):
+          raise errors.UserError(
+            f"{field.replace('_', ' ')} of policy {name!r} hold NaN or"
+            " infinity; check how it was trained"
+          )
+      self._scores[key] = scores
+    return self._scores[key]
+
+  def top_frames(self, condition) -> list[list[int]] | None:
+    """Returns all frames of each question, best first, by frame score."""
+    method = condition.method
+    if method is None or "scores" not in method.needs:
+      return None
+    gap = _gap(self.scores("scores", self._e.policy_name(method), 0).frame)
+    return np.argsort(-gap, axis=1, kind="stable").tolist()
+
+  def inputs(self, condition) -> base.CompressorInputs:
+    """Returns what the condition's method reads, leading axis B."""
+    method = condition.method
+    parts = {}
+    for need in sorted(method.needs):
+      if need in method.score_fields:
+        name = self._e.policy_name(method)
+        parts[need] = self.scores(need, name, condition.seed)
+      else:
+        parts[need] = self._part(need)
+    if method.compressor.stochastic:
+      parts["rng"] = self._keys(condition.seed)
+    batch = self.batch
+    return base.CompressorInputs(
+      features=self._own(batch.features, 1),
+      grid=self._shape,
+      deep=None if batch.deep is None else self._own(batch.deep, 2),
+      **parts,
+    )
+
+  def _part(self, need: str):
+    """Returns what needs no policy, leading axis B."""
+    if need == "attention":
+      return self._own(self.vanilla(want_attention=True).attention, 2)
+    if need not in self._parts:
+      if need == "text":
+        with self._e.timed("prompts"):
+          part = jax.block_until_ready(self._programs.text(self.batch))
+      elif need == "decisive":
+        part = self._decisive()
+      else:
+        # What the vision tower hands out beside the features.
+        part = jnp.asarray(
+          np.stack([self._clips[row].extras[need] for row in self._rows])
+        )
+      self._parts[need] = part
+    return self._parts[need]
+
+  def _prompts(self, questions, features, deep) -> prompt_batch.PromptBatch:
+    """Returns prompts of questions, or of their ids, about these clips."""
+    return self._e.prompts.batch(
+      lambda *arguments: self._programs.embed(self._params, *arguments),
+      [getattr(question, "id", question) for question in questions],
+      self._shape,
+      [clip.second_per_grid_t for clip in self._clips],
+      features,
+      deep,
+    )
+
+  def _of_clips(self, read, axis: int) -> jax.Array:
+    """Returns an array of each clip, zeros behind its N along `axis`."""
+    found = [read(self._clips[row]) for row in self._rows]
+    more = self.grid.bucket.tokens - self.num_video
+    if more:
+      width = [(0, 0)] * found[0].ndim
+      width[axis] = (0, more)
+      found = [np.pad(one, width) for one in found]
+    return jnp.asarray(np.stack(found))
+
+  def _own(self, x, axis: int, size: int | None = None):
+    """Returns x without what is the bucket's only: the first N of an axis."""
+    size = size or self.num_video
+    if x.shape[axis] == size:
+      return x
+    return jax.lax.slice_in_dim(x, 0, size, axis=axis)
+
+  def _decisive(self):
+    mask = np.zeros((len(self._rows), self.num_video), bool)
+    for row, question in enumerate(self._questions):
+      if question.id not in self._e.decisive:
+        raise errors.UserError(
+          f"decisive.jsonl does not name the tokens of question {question.id}"
+        )
+      mask[row, list(self._e.decisive[question.id])] = True
+    return jnp.asarray(mask)
+
+  def _select_by_clip(self, program, inputs):
+    """Runs a rule that never sees the question once per clip, not question."""
+    names = [question.video for question in self._questions]
+    first = {name: row for row, name in reversed(list(enumerate(names)))}
+    alone = {
+      name: jax.tree.map(operator.itemgetter(slice(row, row + 1)), inputs)
+      for name, row in first.items()
+    }
+    mesh = self._e.mesh
+    if mesh is not None:
+      alone = jax.device_put(alone, mesh.devices.flat[0])
+    per_clip = {name: program(found) for name, found in alone.items()}
+    joined = jax.tree.map(
+      lambda *leaves: jnp.concatenate(leaves),
+      *[per_clip[names[row]] for row in self._rows],
+    )
+    if mesh is None:
+      return joined
+    return mesh_lib.put(joined, mesh, mesh_lib.P("data"))
+
+  def _keys(self, seed: int):
+    """Returns one key per question, from the seed and the question's name."""
+    names = [question.rng_id for question in self._questions]
+    hashes = [question_lib.question_hash(name) for name in names]
+    hashes = jnp.asarray(np.array(hashes, np.uint32)[np.array(self._rows)])
+    key = jax.random.key(seed)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, hashes)
+
+
+def _gap(scores) -> np.ndarray:
+  """Returns keep - drop of scores [..., 2]."""
+  return np.asarray(scores[..., 1] - scores[..., 0])
+
+
+def _finite(tree) -> bool:
+  return all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(tree))

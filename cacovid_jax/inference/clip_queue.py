@@ -1,0 +1,189 @@
+"""Clips one after the other, decoded ahead; those that cannot be used stay."""
+
+import collections
+import concurrent.futures
+from collections.abc import Iterable
+
+import numpy as np
+
+from cacovid_jax import errors
+from cacovid_jax import experiment as experiment_lib
+from cacovid_jax import progress as progress_lib
+from cacovid_jax.data import frame_record, video
+from cacovid_jax.data import frames as frames_lib
+from cacovid_jax.inference import features, tower
+from cacovid_jax.inference.clips import Clip
+
+
+class ClipQueue(features.FeatureStore):
+  """A store of which `queue[path]` is an encoded clip, or has its fault.
+
+  Two threads decode ahead what `prefetch` names. Where grids differ, `survey`
+  finds them before anything is decoded.
+  """
+
+  def __init__(self, *args, **options):
+    """Takes the arguments of `FeatureStore`."""
+    super().__init__(*args, **options)
+    self._faults: dict[str, str] = {}
+    self._pool = concurrent.futures.ThreadPoolExecutor(2, "decode")
+    self._ahead: dict[str, concurrent.futures.Future] = {}
+
+  def survey(self, paths: Iterable[str]) -> None:
+    """Finds out the grids of clips by their first frames.
+
+    Clips whose size a manifest or the disk knows are not opened.
+
+    Args:
+      paths: as the questions name them. The grid that most of those have stands
+        for those that cannot be used, so give all at once.
+    """
+    if self._given:
+      return
+    known = self._grids.keys() | self._faults.keys()
+    paths = [path for path in dict.fromkeys(paths) if path not in known]
+    if not paths:
+      return
+    found = self._pool.map(self._find_grid, paths)
+    with progress_lib.Progress(
+      len(paths), description="clip shapes"
+    ) as progress:
+      for done, path in enumerate(paths, start=1):
+        result = next(found)
+        known = self._faults if isinstance(result, str) else self._grids
+        known[path] = result
+        progress.update(done)
+    counts = collections.Counter(self._grids.values())
+    if not counts:
+      first = next(iter(self._faults))
+      raise errors.UserError(
+        f"none of the {len(self._faults)} clips below {self.reader.root} can be"
+        f" read (first: {first}, {self._faults[first]}); download them, or"
+        " correct the folder of the clips"
+      )
+    self.grid = counts.most_common(1)[0][0]
+
+  def grid_of(self, path: str) -> tuple[int, int, int]:
+    """Returns (T, H, W) of a clip; of one that cannot be used, `grid`."""
+    self.survey([path])
+    return self._grids.get(path, self.grid)
+
+  def __getitem__(self, path: str) -> Clip:
+    if (clip := self._recall(path)) is not None:
+      return clip
+    self.prefetch([path])
+    loaded = self._ahead.pop(path).result()
+    if self.reader.manifest:
+      # Here and not in the threads, so that the order is that of the questions.
+      self.reader.manifest.add(loaded.clip.record)
+    return self.finish([loaded])[0]
+
+  def prefetch(self, paths: Iterable[str]) -> None:
+    """Starts to decode clips that will be asked for next."""
+    paths = list(dict.fromkeys(paths))
+    # Not from the threads that decode: they would wait for each other.
+    self.survey(paths)
+    for path in paths:
+      if path not in self._clips and path not in self._ahead:
+        self._ahead[path] = self._pool.submit(self._load_or_fault, path)
+
+  def discard(self, keep: Iterable[str] = ()) -> None:
+    """Drops what was decoded ahead and is not asked for after all.
+
+    Args:
+      keep: clips that will be.
+    """
+    for path in self._ahead.keys() - set(keep):
+      self._ahead.pop(path).cancel()
+
+  def observe(self, want: Iterable[str]) -> None:
+    """Changes what clips bring along; those that bring other things go."""
+    if frozenset(want) != self.want:
+      self.discard()
+    super().observe(want)
+
+  def close(self) -> None:
+    """Stops the threads."""
+    self._pool.shutdown(cancel_futures=True)
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exc_info):
+    self.close()
+
+  def unusable(self, path: str, reason: str) -> Clip:
+    """Returns what stands for a clip that cannot be used."""
+    grid = self.grid_of(path)
+    count, width = int(np.prod(grid)), self._model.config.text.hidden_size
+    shapes = {tower.FEATURES: (count, width), **self._signal_shapes(grid)}
+    if self._model.num_deep:
+      shapes[tower.DEEP] = (self._model.num_deep, count, width)
+    arrays = {k: np.zeros(shape, np.float32) for k, shape in shapes.items()}
+    return Clip(
+      frame_record.FrameRecord(video=path, fault=reason), grid, arrays
+    )
+
+  def _load_or_fault(self, path: str) -> features.Loaded:
+    # A clip that could not be used when batches were made is not used later.
+    reason = self._faults.get(path)
+    try:
+      if not reason:
+        return self.load(path)
+    except video.VideoError as error:
+      # Without the path: results must not depend on where the data lies.
+      reason = error.reason.replace("_", " ")
+    return features.Loaded(path, self.unusable(path, reason))
+
+  def _find_grid(self, path: str) -> tuple[int, int, int] | str:
+    """Returns the grid of a clip, or why it has none."""
+    known = self.reader.known(path)
+    if known and known.fault:
+      return known.fault
+    try:
+      if known:
+        size = known.size
+      elif self._cache and (facts := self._facts(path)):
+        size = facts["record"]["size"]
+      else:
+        size = self.reader.size(path)
+      return self.reader.grid(path, size)
+    except video.VideoError as error:
+      return error.reason.replace("_", " ")
+
+
+def read_processor(experiment: experiment_lib.Experiment):
+  """Returns what an evaluation does to frames, with the paper's bounds."""
+  path, data = experiment.config.model.path, experiment.config.data
+  found = experiment.checkpoint.model.read_processor(path)
+  return found.with_paper_bounds(data.min_pixels, data.max_pixels)
+
+
+def open_queue(
+  experiment: experiment_lib.Experiment,
+  want: frozenset[str] = frozenset(),
+  *,
+  keep: int = 0,
+  grid: tuple[int, int, int] | None = None,
+  **reading,
+) -> ClipQueue:
+  """Returns the encoded clips of config.data, at the frames of config.evals.
+
+  Args:
+    experiment: see there.
+    want: names of `video_llm.SIGNALS` that clips bring along.
+    keep: clips held in memory; 0 is those of this batch and of the next one.
+    grid: of every clip, where it is known.
+    **reading: further options of `clips.ClipReader`.
+  """
+  config = experiment.config
+  return features.open_store(
+    experiment,
+    read_processor(experiment),
+    frames_lib.FrameRule(config.data.num_frames, config.evals.frame_rule),
+    make=ClipQueue,
+    keep=keep or 2 * config.evals.batch_size,
+    want=want,
+    reading=reading,
+    **({} if grid is None else {"grid": grid}),
+  )

@@ -1,0 +1,381 @@
+"""One engine: a model asked about clips, from all or some of their tokens.
+
+Methods that keep the same number of tokens share one answering program. Shapes
+are static: every batch has the same size, the last one padded, text has a few
+lengths, and clips lie in a few grid buckets. A batch holds clips of one exact
+grid.
+
+Letters: B batch, T frames, N video tokens (N_max those of a bucket), K kept
+tokens, M tokens of an answer or continuation.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from cacovid_jax import errors
+from cacovid_jax.compressors import base
+from cacovid_jax.data import letters
+from cacovid_jax.data import question as question_lib
+from cacovid_jax.inference import batch as batch_lib
+from cacovid_jax.inference import methods as methods_lib
+from cacovid_jax.inference import programs as programs_lib
+from cacovid_jax.inference import prompts as prompts_lib
+from cacovid_jax.models import token_grid
+from cacovid_jax.policy import loading
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """What answers depend on besides weights and questions.
+
+  Attributes:
+    num_frames: T.
+    batch_size: B, questions asked at once.
+    max_new_tokens: longest answer in tokens.
+    rule: how letters are taken from answers, see `data.letters`.
+  """
+
+  num_frames: int = 16
+  batch_size: int = 8
+  max_new_tokens: int = 16
+  rule: str = "paper"
+
+  @property
+  def identity(self) -> dict[str, Any]:
+    """As answer logs have it; names here do not follow those of attributes."""
+    names = "num_frames", "batch_size", "max_new_tokens", "rule"
+    values = self.num_frames, self.batch_size, self.max_new_tokens, self.rule
+    return dict(zip(names, values, strict=True))
+
+  def __post_init__(self):
+    for field in ("num_frames", "batch_size", "max_new_tokens"):
+      if getattr(self, field) < 1:
+        raise errors.UserError(
+          f"evals.{field}={getattr(self, field)} must be at least 1"
+        )
+    if self.rule not in letters.EXTRACTORS:
+      raise errors.UserError(
+        f"evals.rule={self.rule!r}: use {' or '.join(letters.EXTRACTORS)}"
+      )
+
+
+class AnswerResult(NamedTuple):
+  """What the model said from one share of a clip's tokens.
+
+  Attributes:
+    method: label of the method, "vanilla" where everything was kept.
+    ratio: retention ratio.
+    text: the answer.
+    letter: the option letter in it; "" without options, or if there is none.
+    trace: the tokens that entered the language model; of a method that acts
+      inside it, those left at its last layer.
+    milliseconds: by stage, where they were taken.
+  """
+
+  method: str
+  ratio: float
+  text: str
+  letter: str
+  trace: batch_lib.KeptTokens
+  milliseconds: Mapping[str, float] = {}
+
+  @property
+  def kept(self) -> int:
+    """Number of kept tokens."""
+    return len(self.trace.index)
+
+
+class Engine:
+  """A model, its prompts and its programs.
+
+  Attributes are the constructor's arguments, and:
+    prompts: of all questions that may be asked.
+    grids: exact grids of the clips.
+    pool: questions that `cacovid_other_question` draws from.
+    seconds: spent so far, by what they were spent on.
+  """
+
+  def __init__(
+    self,
+    checkpoint: Any,
+    source: Any,
+    questions: Sequence[question_lib.Question],
+    settings: Settings,
+    *,
+    policies: Mapping[str, loading.LoadedPolicy] | None = None,
+    decisive: Mapping[str, Sequence[int]] | None = None,
+    programs: programs_lib.Programs | None = None,
+    prompt_rows: Sequence[int] | None = (),
+    mesh: Mesh | None = None,
+  ):
+    """Prepares; compiles and computes nothing yet.
+
+    Args:
+      checkpoint: `models.checkpoints.Checkpoint` with a tokenizer.
+      source: clips by name, with what `methods.wanted` lists.
+      questions: every question that will be asked.
+      settings: see there.
+      policies: by name; the first one is what plain `cacovid` follows.
+      decisive: question id -> tokens that decide it, where known.
+      programs: of an earlier engine of this checkpoint, mesh and number of new
+        tokens, so that nothing compiles twice; None makes new ones.
+      prompt_rows: see `prompts.Prompts`.
+      mesh: whose `data` axis shares the questions of a batch, if their number
+        divides; None is one device.
+    """
+    self.checkpoint, self.source = checkpoint, source
+    self.settings = settings
+    self.mesh = _usable(mesh, settings.batch_size)
+    self.policies = dict(policies or {})
+    self.decisive = decisive or {}
+    self.pool = by_id(questions)
+    self.seconds = collections.defaultdict(float)
+    self._untrained = {}
+    source.survey(question.video for question in questions)
+    self.grids = sorted({self.grid_of(question) for question in questions})
+    buckets = [source.bucket_of(grid) for grid in self.grids]
+    self.prompts = prompts_lib.Prompts(
+      checkpoint,
+      questions,
+      grid_of=self.grid_of,
+      num_video=max((bucket.tokens for bucket in buckets), default=0),
+      rows=prompt_rows,
+    )
+    for question in questions:
+      tokens, grid = self.decisive.get(question.id), self.grid_of(question)
+      if tokens and not 0 <= min(tokens) <= max(tokens) < np.prod(grid):
+        raise errors.UserError(
+          f"decisive.jsonl: the tokens of {question.id} lie outside the model's"
+          f" grid {grid}; was the data made for another model or frame count?"
+        )
+    self.programs = programs or programs_lib.Programs(
+      checkpoint, settings.max_new_tokens, self.mesh
+    )
+
+  @classmethod
+  def of(
+    cls,
+    experiment,
+    source,
+    questions,
+    settings,
+    *,
+    more_follow=False,
+    **options,
+  ) -> "Engine":
+    """Returns the engine of an experiment's checkpoint, mesh and config.
+
+    With `more_follow`, programs are to serve later questions as well; the rest
+    is as of the constructor.
+    """
+    rows = experiment.config.data.get("prompt_rows", ())
+    return cls(
+      experiment.checkpoint,
+      source,
+      questions,
+      settings,
+      prompt_rows=rows or (None if more_follow else ()),
+      mesh=experiment.mesh,
+      **options,
+    )
+
+  @property
+  def grid(self) -> tuple[int, int, int]:
+    """(T, H, W) of the clips; where they differ, of most of them."""
+    return self.source.grid
+
+  def grid_of(self, question: question_lib.Question) -> tuple[int, int, int]:
+    """Returns (T, H, W) of the clip of a question."""
+    return tuple(self.source.grid_of(question.video))
+
+  def token_grid(self, grid: tuple[int, int, int]) -> token_grid.TokenGrid:
+    """Returns a grid inside its bucket; as it is where it has none."""
+    bucket = self.source.bucket_of(grid)
+    known = bucket in self.source.buckets
+    return token_grid.TokenGrid.of(grid, bucket if known else None)
+
+  def batches(
+    self, questions: Sequence[question_lib.Question]
+  ) -> list[list[question_lib.Question]]:
+    """Returns at most B questions each, about clips of one grid.
+
+    Questions about one clip stand side by side.
+    """
+    groups = collections.defaultdict(list)
+    for question in by_clip(questions):
+      groups[self.grid_of(question)].append(question)
+    size = self.settings.batch_size
+    return [
+      group[start : start + size]
+      for group in groups.values()
+      for start in range(0, len(group), size)
+    ]
+
+  def batch(
+    self, questions: Sequence[question_lib.Question]
+  ) -> batch_lib.BatchRunner:
+    """Returns the embedded prompts of at most B questions."""
+    return batch_lib.BatchRunner(self, questions)
+
+  def check(self, condition: methods_lib.Condition, grid) -> None:
+    """Refuses a method's condition that cannot be run on clips of a grid."""
+    method = condition.method
+    for need in sorted(method.needs):
+      if need in method.score_fields:
+        self.policies[self.policy_name(method)]
+      elif need in base.VISION_SIGNALS:
+        if need not in self.source.want:
+          raise errors.UserError(
+            f"{method.label} needs {need.replace('_', ' ')}, which the clips"
+            " of this evaluation come without"
+          )
+      elif need not in base.OFFERED:
+        raise errors.UserError(
+          f"{method.label} needs {need!r}, which this evaluation does not"
+          f" offer; it offers {', '.join(base.OFFERED)}"
+        )
+    num_layers = self.checkpoint.model.config.text.num_layers
+    method.compressor.rows_per_layer(num_layers, grid, condition.ratio)
+
+  def answer(
+    self, question: question_lib.Question, condition: methods_lib.Condition
+  ) -> AnswerResult:
+    """Returns one question's answer together with what led to it."""
+    if condition.method is not None:
+      base.budget(self.grid_of(question), condition.ratio)
+      self.check(condition, self.grid_of(question))
+    batch = self.batch([question])
+    if batch.faults:
+      raise errors.UserError(f"{question.video}: {batch.faults[0]}")
+    if condition.method is None:
+      ids, trace = (
+        batch.vanilla().ids,
+        batch_lib.KeptTokens(np.arange(batch.num_video)),
+      )
+    else:
+      output = batch.output(condition)
+      ids, (trace,) = output.ids, batch.kept(condition, output.trace)
+    text, letter = self.decode(ids)[0], ""
+    if question.lettered:
+      letter = letters.extract(
+        text,
+        num_options=len(question.options) or 4,
+        rule=self.settings.rule,
+      )
+    return AnswerResult(condition.label, condition.ratio, text, letter, trace)
+
+  def kept(
+    self,
+    questions: Sequence[question_lib.Question],
+    conditions: Sequence[methods_lib.Condition],
+  ) -> dict[str, list[batch_lib.KeptTokens]]:
+    """Returns question id -> what each condition keeps of its clip.
+
+    Nothing is answered but by methods that choose inside the language model.
+
+    Clips are such as can be used; no condition is vanilla.
+    """
+    found = {}
+    for group in self.batches(questions):
+      batch = self.batch(group)
+      rows = [batch.kept(condition) for condition in conditions]
+      for place, question in enumerate(group):
+        found[question.id] = [row[place] for row in rows]
+    return found
+
+  def likelihoods(
+    self,
+    questions: Sequence[question_lib.Question],
+    continuations: Sequence[str],
+    condition: methods_lib.Condition,
+  ) -> list[batch_lib.Likelihood]:
+    """Returns how likely each text follows the prompt of its question.
+
+    A question may stand there again. What ends an answer is no part of a text.
+    """
+    texts = collections.defaultdict(dict)
+    for question, text in zip(questions, continuations, strict=True):
+      texts[question.id][text] = self.checkpoint.tokenizer.encode(text)
+    ids = [ids for own in texts.values() for ids in own.values()]
+    size = max(max(map(len, ids)), 1)
+    distinct = list({question.id: question for question in questions}.values())
+    found = {}
+    for batch in self.batches(distinct):
+      given = [list(texts[question.id].values()) for question in batch]
+      rows = self.batch(batch).likelihood(condition, given, size)
+      for question, row in zip(batch, rows, strict=True):
+        found[question.id] = dict(zip(texts[question.id], row, strict=True))
+    return [
+      found[question.id][text]
+      for question, text in zip(questions, continuations, strict=True)
+    ]
+
+  def decode(self, ids) -> list[str]:
+    """Returns the texts of int32[B, M] ids."""
+    decode = self.checkpoint.tokenizer.decode
+    return [decode(row).strip() for row in np.asarray(ids)]
+
+  def policy_name(self, method: methods_lib.Method) -> str:
+    """Returns the name of the policy that a method follows."""
+    if not self.policies:
+      raise errors.UserError(
+        f"{method.label} needs a trained policy; give --policy"
+      )
+    name = method.policy or next(iter(self.policies))
+    if name not in self.policies:
+      raise errors.UserError(
+        f"{method.label}: there is no policy {name!r}; given:"
+        f" {', '.join(self.policies)}"
+      )
+    return name
+
+  def policy_params(self, field: str, name: str, seed: int):
+    """Returns the parameters behind a field of `CompressorInputs`."""
+    policy = self.policies[name]
+    if field != "untrained_scores":
+      return policy.params
+    if (name, seed) not in self._untrained:
+      self._untrained[name, seed] = policy.module.init_from_llm(
+        jax.random.key(seed), self.checkpoint.params
+      )
+    return self._untrained[name, seed]
+
+  @contextlib.contextmanager
+  def timed(self, name: str) -> Iterator[None]:
+    """Adds what the block takes to `seconds`."""
+    start = time.perf_counter()
+    yield
+    self.seconds[name] += time.perf_counter() - start
+
+
+def by_clip(
+  questions: Sequence[question_lib.Question],
+) -> list[question_lib.Question]:
+  """Returns the questions with those about one clip side by side."""
+  first = {}
+  for place, question in enumerate(questions):
+    first.setdefault(question.video, place)
+  return sorted(questions, key=lambda question: first[question.video])
+
+
+def by_id(questions) -> list[question_lib.Question]:
+  """Returns the questions in the order of their ids."""
+  return sorted(questions, key=lambda question: question.id)
+
+
+def _usable(mesh, batch_size: int) -> Mesh | None:
+  """Returns the mesh if it shares the rows of a batch, else None.
+
+  Several processes of a training run each ask all of it.
+  """
+  if mesh is None or mesh.size == 1 or jax.process_count() > 1:
+    return None
+  return None if batch_size % mesh.shape["data"] else mesh

@@ -1,0 +1,398 @@
+"""Video features: each clip is decoded once, encoded once, and kept.
+
+One store serves training, evaluation, single questions and features that are
+encoded ahead. What a clip's features depend on (its content, which frames are
+shown and what is done to them, the weights, their dtype and attention backend,
+the sizes that the tower's program is compiled for) is the key of its entry on
+disk, whoever asks; the entry also says which frames they are, so that a clip
+with an entry is not opened.
+
+Letters: T frames, H W token grid, N = T·H·W video tokens, D width, S auxiliary
+feature maps.
+"""
+
+import collections
+import dataclasses
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from cacovid_jax import experiment as experiment_lib
+from cacovid_jax.compressors import base
+from cacovid_jax.data import feature_cache, frame_record, video
+from cacovid_jax.data import frames as frames_lib
+from cacovid_jax.inference import clips
+from cacovid_jax.inference import tower as tower_lib
+from cacovid_jax.inference.clips import Clip
+from cacovid_jax.models import processors, token_grid, video_llm
+
+_FEATURES, _DEEP = tower_lib.FEATURES, tower_lib.DEEP
+
+
+class Loaded(NamedTuple):
+  """A clip on its way into the store; can be pickled.
+
+  Attributes:
+    path: as the questions name it.
+    clip: with the arrays that are known, zero or more.
+    inputs: of the tower, for those that are not; None if all are known.
+    key: what the entry on disk depends on; None without a disk.
+  """
+
+  path: str
+  clip: Clip
+  inputs: processors.TowerInputs | None = None
+  key: Mapping[str, Any] | None = None
+
+
+class FeatureStore:
+  """Encoded clips below a media root.
+
+  `load` decodes (in threads or other processes) and `finish` encodes (on the
+  main thread). See `clip_clip_queue.ClipQueue` for one clip after the other.
+
+  What a tower tells beside features comes from a second run of it, in a program
+  of its own: the features of a clip are the same, to the bit, whatever else is
+  wanted.
+
+  Attributes:
+    reader: decodes the clips.
+    grid: (T, H, W) of the clips; where they differ, of most of them.
+    want: names of `video_llm.SIGNALS` that each clip brings along.
+    buckets: sizes that the tower is compiled for.
+    seconds: spent so far on "decode" (frames to pixels included; threads add
+      up) and "tower".
+  """
+
+  def __init__(
+    self,
+    reader: clips.ClipReader,
+    model: video_llm.VideoLLM,
+    params: Any,
+    *,
+    identity: str = "",
+    grid: tuple[int, int, int] | None = None,
+    buckets: Sequence[token_grid.GridBucket] = (),
+    only_buckets: bool = False,
+    want: Iterable[str] = (),
+    cache: feature_cache.FeatureCache | None = None,
+    keep: int = 64,
+    mesh: Mesh | None = None,
+  ):
+    """Starts nothing.
+
+    Args:
+      reader: decodes the clips.
+      model: runs the tower.
+      params: its weights; those of the language model are not used.
+      identity: of the weights, part of the keys.
+      grid: of every clip; None finds it by the processor, which may need the
+        shape of each clip's frames.
+      buckets: sizes that the tower is compiled for, where grids differ; a clip
+        that fits none is encoded in its own size...
+      only_buckets: ... or refused if it is too long and narrow for all of them.
+      want: names of `video_llm.SIGNALS` that are needed besides features.
+      cache: on disk.
+      keep: clips held in memory.
+      mesh: whose `data` axis shares the clips that are encoded at once; None is
+        one at a time.
+    """
+    self.want = frozenset(video_llm.check_signals(want))
+    self.reader, self.buckets = reader, tuple(buckets)
+    if grid is None:
+      grid = reader.processor.fixed_grid(reader.rule.num_frames)
+    self.grid = None if grid is None else tuple(grid)
+    self._given, self._only_buckets = self.grid is not None, only_buckets
+    # Of clips whose shape was looked at before.
+    self._grids: dict[str, tuple[int, int, int]] = {}
+    self.seconds = collections.Counter()
+    self._model, self._cache, self._keep = model, cache, keep
+    self._identity = f"{identity} {jnp.dtype(model.dtype).name} {model.backend}"
+    self._set_up_memory()
+    self._tower = tower_lib.Tower(model, params, mesh)
+
+  def _set_up_memory(self):
+    self._clips: collections.OrderedDict[str, Clip] = collections.OrderedDict()
+    self._lock = threading.Lock()
+
+  def __getstate__(self):
+    # For loading ahead in processes, which encode nothing.
+    state = dict(self.__dict__, _tower=None)
+    del state["_clips"], state["_lock"]
+    return state
+
+  def __setstate__(self, state):
+    self.__dict__.update(state)
+    self._set_up_memory()
+
+  @property
+  def identity(self) -> dict[str, Any]:
+    """What features depend on besides the checkpoint and T, for a log."""
+    found = {}
+    if not self.reader.processor.one_grid:
+      found["preprocessing"] = self.reader.processor.identity
+    if self.reader.rule.name != frames_lib.EVAL_RULE:
+      found["frame_rule"] = self.reader.rule.name
+    return found
+
+  @property
+  def manifest(self):
+    """Records that clips must agree with, or None."""
+    return self.reader.manifest
+
+  def bucket_of(self, grid: tuple[int, int, int]) -> token_grid.GridBucket:
+    """Returns the smallest bucket that holds a grid, or else its own size."""
+    fits = [bucket for bucket in self.buckets if bucket.holds(grid)]
+    if fits:
+      return token_grid.pick(grid, fits)
+    return token_grid.TokenGrid.of(grid).bucket
+
+  def observe(self, want: Iterable[str]) -> None:
+    """Changes what clips bring along; those that bring other things go."""
+    want = frozenset(video_llm.check_signals(want))
+    if want != self.want:
+      self.want = want
+      self.clear()
+
+  def clear(self) -> None:
+    """Forgets the clips in memory: the next one is decoded anew."""
+    self._clips.clear()
+
+  def frames(self, path: str) -> np.ndarray:
+    """Returns uint8[T,h,w,3] of the clip's own size; may raise `VideoError`."""
+    return self.reader.frames(path)
+
+  # Loading ahead, here or in another process, and encoding.
+
+  def load(self, path: str) -> Loaded:
+    """Returns a clip as far as it is known, decoded if not all of it is.
+
+    Raises:
+      VideoError: it cannot be used.
+    """
+    if (clip := self._recall(path)) is not None:
+      return Loaded(path, clip)
+    start = time.perf_counter()
+    if (known := self.reader.known(path)) and known.fault:
+      raise video.VideoError(path, known.fault)
+    key, clip = self._read(path)
+    if clip is not None:
+      self._check(path, clip)
+      if clip.arrays.keys() >= {_FEATURES, *self.want}:
+        return Loaded(path, clip)
+    found, inputs, ruled = self.reader.read(path)
+    self._check(path, found)
+    if clip is None:
+      clip = found
+      if self._cache is not None:
+        key = self._key(path, None if ruled else clip.record.indices)
+    bucket = self.bucket_of(clip.grid) if self.buckets else None
+    inputs = self._model.tower_inputs(inputs, bucket)
+    self.seconds["decode"] += time.perf_counter() - start
+    return Loaded(path, clip, inputs, key)
+
+  def finish(self, loaded: Sequence[Loaded]) -> list[Clip]:
+    """Returns the clips, encoding what is not known yet; they are kept."""
+    found, todo = {}, {}
+    for one in loaded:
+      # A clip may have been encoded since it was loaded ahead.
+      known = self._recall(one.path)
+      if known is None and one.inputs is not None:
+        todo[one.path] = one
+      else:
+        found[one.path] = known or one.clip
+    start = time.perf_counter()
+    for one, new in self._encode(list(todo.values())):
+      if one.key is not None:
+        self._write(one, new)
+      arrays = {**one.clip.arrays, **new}
+      found[one.path] = dataclasses.replace(one.clip, arrays=arrays)
+    if todo:
+      self.seconds["tower"] += time.perf_counter() - start
+    for path, clip in found.items():
+      self._remember(path, clip)
+    return [found[one.path] for one in loaded]
+
+  def __call__(self, path: str) -> Clip:
+    """Returns a clip; raises `VideoError` if it cannot be used."""
+    return self.finish([self.load(path)])[0]
+
+  def cached_bytes(self, path: str) -> int:
+    """Returns the size of a clip's features on disk; 0 if there are none."""
+    if self._cache is None:
+      return 0
+    return self._cache.size(feature_cache.key(**self._key(path)))
+
+  def _encode(self, todo: list[Loaded]):
+    """Yields (loaded clip, {name: float32 array} of what it lacked)."""
+    groups = collections.defaultdict(list)
+    for one in todo:
+      lacks = {_FEATURES, *self.want} - one.clip.arrays.keys()
+      bucket = self.bucket_of(one.clip.grid)
+      groups[bucket, frozenset(lacks)].append(one)
+    for (_, lacks), members in groups.items():
+      for start in range(0, len(members), self._tower.rows):
+        part = members[start : start + self._tower.rows]
+        inputs = [one.inputs for one in part]
+        new = self._tower(lacks, inputs)
+        for one, arrays in zip(part, new, strict=True):
+          count = int(np.prod(one.clip.grid))
+          # Behind the clip's own tokens there is padding of the bucket.
+          arrays = {
+            name: value[:, :count] if name == _DEEP else value[:count]
+            for name, value in arrays.items()
+          }
+          for name, value in arrays.items():
+            what = name.replace("_", " ")
+            base.check_finite(value, f"{what} of the vision tower")
+          yield one, arrays
+
+  def _check(self, path: str, clip: Clip) -> None:
+    """Refuses frames that are not those known, or that no program takes."""
+    self.reader.check(path, clip.record)
+    expected = self.grid if self._given else self._grids.get(path, clip.grid)
+    if clip.grid != expected:
+      raise video.VideoError(
+        path, "unreadable", f"a grid of {clip.grid}, not of {expected}"
+      )
+    fits = any(bucket.holds(clip.grid) for bucket in self.buckets)
+    if fits or not self._only_buckets:
+      return
+    # Other clips that fit no bucket tell that the buckets are wrong.
+    _, rows, columns = clip.grid
+    reader = self.reader
+    _, most = reader.processor.patch_tokens(reader.rule.num_frames)
+    if rows * columns > most:
+      file = video.safe_path(reader.root, path)
+      detail = f"long and narrow: {columns} x {rows} tokens, above {most}"
+      raise video.VideoError(file, "bad_shape", detail)
+
+  # Memory and disk.
+
+  def _recall(self, path: str) -> Clip | None:
+    with self._lock:
+      clip = self._clips.get(path)
+      if clip is not None:
+        self._clips.move_to_end(path)
+      return clip
+
+  def _remember(self, path: str, clip: Clip) -> None:
+    with self._lock:
+      self._clips[path] = clip
+      while len(self._clips) > self._keep:
+        self._clips.popitem(last=False)
+
+  def _key(self, path: str, indices: Sequence[int] | None = None):
+    """Returns all that the features of a clip depend on.
+
+    Args:
+      path: of the clip.
+      indices: of its frames, where they are not those of the rule.
+    """
+    key = {
+      "content": self.reader.content(path),
+      **self.reader.described,
+      "model": self._identity,
+      # Padding may move the last bit.
+      "buckets": [dataclasses.astuple(bucket) for bucket in self.buckets],
+    }
+    return key if indices is None else key | {"frames": list(indices)}
+
+  def _facts(self, path: str) -> dict[str, Any] | None:
+    return self._cache.facts(feature_cache.key(**self._key(path)))
+
+  def _read(self, path: str):
+    """Returns (key, Clip) of what the disk holds; (None, None) if nothing."""
+    if self._cache is None:
+      return None, None
+    known = self.reader.known(path)
+    wanted = known and known.indices
+    for indices in (None, wanted) if wanted else (None,):
+      key = self._key(path, indices)
+      entry = self._cache.get(feature_cache.key(**key))
+      if entry is None:
+        continue
+      try:
+        record = frame_record.FrameRecord(**entry.facts.pop("record"))
+        grid = tuple(entry.facts.pop("grid"))
+        entry.facts["warnings"] = tuple(entry.facts["warnings"])
+        clip = Clip(record, grid, dict(entry.arrays), **entry.facts)
+      except (KeyError, TypeError):
+        continue
+      if wanted and record.indices != wanted:
+        continue
+      record = dataclasses.replace(record, video=path)
+      clip = dataclasses.replace(clip, record=record)
+      shapes = self._signal_shapes(grid)
+      for name in self.want:
+        signal = self._cache.get(feature_cache.key(**key, signal=name))
+        # An entry that does not fit is no entry: it is made anew.
+        if signal and signal.arrays[name].shape == shapes[name]:
+          clip.arrays[name] = signal.arrays[name]
+      return key, clip
+    return None, None
+
+  def _write(self, one: Loaded, new: Mapping[str, np.ndarray]) -> None:
+    clip, key = one.clip, one.key
+    signals = {name: new[name] for name in self.want & new.keys()}
+    for name, value in signals.items():
+      self._cache.put(feature_cache.key(**key, signal=name), {name: value})
+    if _FEATURES in new:
+      arrays = {k: v for k, v in new.items() if k not in signals}
+      facts = {
+        "record": dataclasses.asdict(clip.record),
+        "grid": clip.grid,
+        "second_per_grid_t": clip.second_per_grid_t,
+        "warnings": clip.warnings,
+      }
+      self._cache.put(feature_cache.key(**key), arrays, facts)
+
+  def _signal_shapes(self, grid) -> dict[str, tuple[int, ...]]:
+    if not self.want:
+      return {}
+    shapes = self._model.signal_shapes(int(np.prod(grid)))
+    return {name: shapes[name] for name in self.want}
+
+
+def open_store(
+  experiment: experiment_lib.Experiment,
+  processor: processors.Processor,
+  rule: frames_lib.FrameRule,
+  *,
+  make: type[FeatureStore] = FeatureStore,
+  params: Any = None,
+  reading: Mapping[str, Any] | None = None,
+  **options,
+) -> FeatureStore:
+  """Returns the encoded clips of config.data.
+
+  Args:
+    experiment: whose base model encodes them.
+    processor: what is done to frames.
+    rule: which frames are shown.
+    make: the class.
+    params: instead of the base model's.
+    reading: further options of `clips.ClipReader`.
+    **options: further ones of `FeatureStore`.
+  """
+  config, checkpoint = experiment.config, experiment.loaded
+  folder = config.data.feature_cache
+  if not processor.one_grid and "grid" not in options:
+    options["buckets"] = token_grid.make_buckets(
+      config.data.buckets, processor, rule.num_frames
+    )
+  return make(
+    clips.ClipReader(
+      experiment_lib.media_root(config), processor, rule, **(reading or {})
+    ),
+    checkpoint.model,
+    checkpoint.params if params is None else params,
+    identity=checkpoint.identity["sha256"],
+    cache=feature_cache.FeatureCache(folder) if folder else None,
+    **options,
+  )

@@ -1,0 +1,338 @@
+"""The functions that ask a model, pure and compiled.
+
+A clip's grid is data inside its bucket for everything but a compressor's
+choice: that is made for the exact grid, and padded to the bucket's rows.
+
+Letters: B batch, G selections of one prompt, L prompt rows, N video tokens,
+D width, K kept tokens, M generated tokens, P position rows, Q tokens of a
+question's text, V vocabulary.
+"""
+
+import collections
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cacovid_jax.compressors import base, layerwise
+from cacovid_jax.models import generation, prompt_batch, token_grid
+from cacovid_jax.parallel import mesh as mesh_lib
+
+
+class Vanilla(NamedTuple):
+  """ids int32[B, M] from whole prompts; attention float32[B, layers, N]."""
+
+  ids: jax.Array
+  attention: jax.Array | None = None
+
+
+def answer_rows(
+  model,
+  params,
+  prompts: prompt_batch.PromptBatch,
+  index,
+  num_valid,
+  *,
+  replaced: base.Selection | None = None,
+  max_new_tokens: int,
+  eos_ids,
+  pad_id: int,
+):
+  """Returns (ids int32[B, G, M], logits float32[B, G, V] or None).
+
+  Greedy answers from G selections of each video. Rows are gathered from the one
+  embedded prompt and keep its positions; text goes on where the whole prompt
+  ends.
+
+  Args:
+    model: `models.video_llm.VideoLLM`.
+    params: its weights.
+    prompts: B whole prompts.
+    index: int32[B, G, K] kept tokens, ascending over the first `num_valid`.
+    num_valid: int32[B].
+    replaced: the selection [B, ...] of `index` where a method may have changed
+      the rows that it keeps (merged tokens), with G = 1.
+    max_new_tokens: M; with 1 nothing is decoded, and the logits come too.
+    eos_ids: ids that end an answer.
+    pad_id: filler behind the end.
+  """
+  batch, count = index.shape[:2]
+  prompts = prompts._replace(features=None, ids=None, text_rows=None)
+  of_video = jax.vmap(
+    lambda *arguments: prompt_batch.prune(*arguments)[1], (None, 0, None)
+  )
+  pruned = jax.vmap(of_video)(prompts, index, num_valid)
+  pruned = jax.tree.map(
+    lambda a: a.reshape(batch * count, *a.shape[2:]), pruned
+  )
+  if replaced is not None:
+    pruned = prompt_batch.write_selection(pruned, prompts.deep, replaced)
+
+  def grouped(a):
+    return a.reshape(batch, count, *a.shape[1:])
+
+  logits, cache, _ = _prefill(model, params, pruned, max_new_tokens - 1)
+  if max_new_tokens == 1:
+    ids = jnp.argmax(logits, axis=-1).astype(jnp.int32)[:, None]
+    return grouped(ids), grouped(logits)
+  ids = generation.extend(
+    model,
+    params,
+    logits,
+    cache,
+    pruned.next_position,
+    num_position_rows=pruned.positions.shape[1],
+    max_new_tokens=max_new_tokens,
+    eos_ids=tuple(eos_ids),
+    pad_id=pad_id,
+  )
+  return grouped(ids), None
+
+
+class Programs:
+  """The compiled functions of one checkpoint, for clips and texts of any size.
+
+  Each compiles once for every bucket of grids and length of text; those that
+  choose tokens once for every grid. A grid is (T, H, W) or a `TokenGrid`.
+
+  Attributes:
+    embed: (params, ids, features, video rows) -> float[B, L, D].
+    text: (batch) -> float[B, Q, D] of the questions, padded by zeros.
+    answer: (params, batch, `Selection` [B, ...]) -> ids int32[B, M].
+    answer_text: (params, ids int32[B, L], lengths) -> ids, without a video.
+    read: (params, batch, `Selection` or None for all, room) -> (logits, cache)
+      with static room for more rows.
+    score: `generation.score` of this model.
+  """
+
+  def __init__(self, checkpoint, max_new_tokens: int, mesh=None):
+    """Compiles nothing yet; the mesh's `data` axis is to share a batch."""
+    self._mesh, self._made = mesh, collections.defaultdict(dict)
+    model = self._model = checkpoint.model
+    self._ending = dict(
+      max_new_tokens=max_new_tokens,
+      eos_ids=tuple(checkpoint.eos_ids),
+      pad_id=checkpoint.pad_id,
+    )
+    embed = jax.vmap(model.embed_prompt, (None, 0, 0, 0))
+    self.embed = self._once("embed", (), embed)
+    self.text = self._once("text", (), _text, weights=())
+    self.answer = self._once("answer", (), self._answer)
+    self.answer_text = self._once("text only", (), self._answer_text)
+    self.read = jax.jit(self._read, static_argnums=3)
+    self.score = jax.jit(functools.partial(generation.score, model))
+    self._made["likelihood"] |= {"read": self.read, "score": self.score}
+
+  def _once(self, kind: str, key, function, *, rows: bool = True, **options):
+    """Returns the compiled function of a key, made once; not all share rows."""
+    made = self._made[kind]
+    if key not in made:
+      mesh = self._mesh if rows else None
+      made[key] = mesh_lib.jit_rows(function, mesh, **options)
+    return made[key]
+
+  @property
+  def compiled(self) -> dict[str, int]:
+    """How many programs have been compiled, by what they do."""
+    return {
+      # What reads counts on the host is no program of its own.
+      kind: sum(getattr(f, "_cache_size", lambda: 0)() for f in made.values())
+      for kind, made in self._made.items()
+    }
+
+  @property
+  def num_compiled(self) -> int:
+    """Programs that have been compiled."""
+    return sum(self.compiled.values())
+
+  def vanilla(self, params, batch, *, want_attention: bool = False) -> Vanilla:
+    """Returns the answers to whole prompts, and attention if wanted."""
+    answer = functools.partial(self._vanilla, want_attention=want_attention)
+    return self._once("vanilla", want_attention, answer)(params, batch)
+
+  def scores(self, module, params, batch: prompt_batch.PromptBatch, grid):
+    """Returns the Scores of a policy module with its parameters."""
+    score = functools.partial(_scores, module)
+    program = self._once("scores", module, score, weights=(0, 2))
+    return program(params, batch, token_grid.TokenGrid.of(grid))
+
+  def select(self, compressor: base.Compressor, ratio: float, grid):
+    """Returns f(`CompressorInputs`) -> `Selection`, both with leading axis B.
+
+    Its rows are those of the grid's bucket; `inputs` are of the exact grid.
+    """
+    grid = token_grid.TokenGrid.of(grid)
+    num_keep = compressor.rows(_shape(grid), ratio)
+
+    def select(params, inputs):
+      selection = compressor.select_batch(
+        inputs, num_keep=num_keep, ratio=ratio, params=params
+      )
+      return _padded(selection, ratio, grid)
+
+    key = compressor, ratio, _shape(grid), grid.bucket
+    # What never sees the question is run for one clip at a time.
+    rows = compressor.sees_question
+    program = self._once("select", key, select, rows=rows)
+    return lambda inputs: program(compressor.load(), inputs)
+
+  def select_and_answer(
+    self, compressor: base.Compressor, ratio: float, grid, *, room=None
+  ):
+    """Returns f(params, batch, inputs) -> (ids, `base.SelectionTrace`).
+
+    For methods that choose while the language model reads; one program for
+    each, each ratio and each grid. With `room`, it returns what `read` does.
+    """
+    key = compressor, ratio, _shape(grid), room
+    num_video = math.prod(_shape(grid))
+
+    def ask(params, batch, inputs, own_params):
+      batch = prompt_batch.crop(batch, num_video)
+      rows = prompt_batch.whole(batch)
+      given = dict(ratio=ratio, own_params=own_params)
+      if room is not None:
+        return compressor.prefill(
+          self._model, params, rows, inputs, new_rows=room, **given
+        )[:2]
+      return layerwise.generate(
+        self._model,
+        params,
+        compressor,
+        rows,
+        inputs,
+        batch.next_position,
+        **given,
+        **self._ending,
+      )
+
+    program = ask  # Some read on the host how many tokens go on.
+    if not compressor.on_host:
+      # A cache does not lead with the batch.
+      options = {"weights": (0, 3), "rows": room is None}
+      program = self._once("select and answer", key, ask, **options)
+    return lambda params, batch, inputs: program(
+      params, batch, inputs, compressor.load()
+    )
+
+  def _vanilla(
+    self, params, batch: prompt_batch.PromptBatch, *, want_attention: bool
+  ) -> Vanilla:
+    room = self._ending["max_new_tokens"] - 1
+    logits, cache, out = _prefill(
+      self._model, params, batch, room, want_attention=want_attention
+    )
+    ids = generation.extend(
+      self._model,
+      params,
+      logits,
+      cache,
+      batch.next_position,
+      num_position_rows=batch.positions.shape[1],
+      **self._ending,
+    )
+    if not want_attention:
+      return Vanilla(ids)
+    # float32[layers, B, L] -> [B, layers, N].
+    paid = jax.vmap(prompt_batch.read_video, (0, None), 1)
+    rows = paid(out["last_query_attention"], batch.video_rows)
+    return Vanilla(ids, rows)
+
+  def _answer(self, params, batch, selection: base.Selection):
+    ids, _ = answer_rows(
+      self._model,
+      params,
+      batch,
+      selection.index[:, None],
+      selection.mask.sum(axis=1, dtype=jnp.int32),
+      replaced=selection,
+      **self._ending,
+    )
+    return ids[:, 0]
+
+  def _answer_text(self, params, ids, lengths):
+    # Without a video, rows of time, height and width count on alike.
+    shape = len(ids), self._model.num_position_rows, ids.shape[1]
+    count = jnp.arange(ids.shape[1], dtype=jnp.int32)
+    return generation.greedy(
+      self._model,
+      params,
+      self._model.embed_text(params, ids),
+      jnp.broadcast_to(count, shape),
+      lengths,
+      lengths,
+      **self._ending,
+    )
+
+  def _read(self, params, batch, selection, room):
+    rows = batch
+    if selection is not None:
+      rows = prompt_batch.keep(
+        prompt_batch.whole(batch),
+        selection,
+        num_video=batch.video_rows.shape[1],
+      )
+    return _prefill(self._model, params, rows, room)[:2]
+
+
+def _prefill(model, params, rows, room: int, **options):
+  """Returns (logits, cache, out) of prompts, with room for more rows."""
+  return model.prefill(
+    params,
+    rows.x,
+    rows.positions,
+    rows.lengths,
+    cache_length=rows.x.shape[1] + room,
+    deep=rows.deep,
+    video_rows=rows.video_rows,
+    **options,
+  )
+
+
+def _text(batch: prompt_batch.PromptBatch):
+  return prompt_batch.read_video(batch.x, batch.text_rows)
+
+
+def _shape(grid) -> tuple[int, int, int]:
+  return tuple(map(int, token_grid.TokenGrid.of(grid).shape))
+
+
+def _scores(module, params, batch: prompt_batch.PromptBatch, grid):
+  """Returns the Scores of B prompts about videos of one grid."""
+  # What a policy of one's own reads where all videos have this one.
+  grid = grid.shape if grid.full else grid
+
+  def one(x, positions, length, video_rows):
+    return module.apply(
+      {"params": params}, x, positions, video_rows, grid, length
+    )
+
+  return jax.vmap(one)(
+    batch.x, batch.positions, batch.lengths, batch.video_rows
+  )
+
+
+def _padded(selection: base.Selection, ratio: float, grid):
+  """Returns a selection [B, ...] with the rows of the grid's bucket.
+
+  All grids of a bucket then share the program that answers.
+  """
+  if grid.full:
+    return selection
+  tokens, num_video = grid.bucket.tokens, int(grid.num_tokens)
+  num_keep = selection.index.shape[1]
+  more = max(int(ratio * tokens), num_keep) - num_keep
+
+  def pad(x, count, value):
+    width = [(0, 0), (0, count), *[(0, 0)] * (x.ndim - 2)]
+    return jnp.pad(x, width, constant_values=value)
+
+  return base.Selection(
+    features=pad(selection.features, more, 0),
+    index=pad(selection.index, more, num_video),
+    mask=pad(selection.mask, more, False),
+    mass=pad(selection.mass, more, 0),
+    assign=pad(selection.assign, tokens - num_video, -1),
+  )

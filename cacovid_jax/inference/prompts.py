@@ -1,0 +1,199 @@
+"""Questions about clips -> batches of whole prompts on device.
+
+Letters: B batch, L prompt rows, N video tokens (N_max those of a grid bucket),
+D width, P position rows, Q tokens of a question's text.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cacovid_jax import errors
+from cacovid_jax.data import question as question_lib
+from cacovid_jax.data import tokenizer as tokenizer_lib
+from cacovid_jax.models import prompt_batch, video_llm
+
+# Text is rounded up to a multiple of this, so that a few tokens more or less
+# do not mean another program.
+_MULTIPLE = 16
+# Lengths of text where later questions are not known.
+_USUAL = (64, 256, 1024)
+
+
+class Prompts:
+  """The questions that may be asked, and their prompts in a few lengths.
+
+  Any question may be asked about any clip, since a policy may be given the
+  words of one about another.
+
+  Attributes:
+    tokenizer: of the checkpoint.
+    text_rows: question id -> rows of its prompt beside the video's.
+    lengths: rising, what text is padded to; a batch takes that of its longest.
+  """
+
+  def __init__(
+    self,
+    checkpoint: Any,
+    questions: Sequence[question_lib.Question],
+    *,
+    grid_of: Callable[[Any], tuple[int, int, int]] = lambda question: (1, 1, 1),
+    num_video: int = 0,
+    rows: Sequence[int] | None = (),
+  ):
+    """Tokenises.
+
+    Args:
+      checkpoint: `models.checkpoints.Checkpoint` with a tokenizer.
+      questions: every question that will be asked.
+      grid_of: returns (T, H, W) of a question's clip; refused is one that
+        leaves a question no room.
+      num_video: largest N_max.
+      rows: config.data.prompt_rows; empty chooses the lengths that pad these
+        questions least, None takes usual ones that serve others as well.
+    """
+    self.tokenizer = checkpoint.tokenizer
+    if self.tokenizer is None:
+      raise errors.UserError(
+        "the checkpoint has no tokenizer.json; evaluation needs a complete"
+        " checkpoint directory"
+      )
+    self._model = checkpoint.model
+    self._texts = {question.id: question.prompt for question in questions}
+    grids = {question.id: grid_of(question) for question in questions}
+    self.text_rows, spans = {}, []
+    for name, grid in grids.items():
+      prompt = self.prompt(name, grid)
+      start, end = question_span(prompt, self.tokenizer)
+      self.text_rows[name] = prompt.length - len(prompt.video_rows)
+      spans.append(end - start)
+    longest = max(self.text_rows, key=self.text_rows.get, default="")
+    for grid in sorted(set(grids.values())):
+      self.prompt(longest, grid)
+    found, self._buckets = [*self.text_rows.values(), 1], None
+    # Q of an evaluation; else the text's length.
+    self._question_rows = None if rows is None else _rounded(max([1, *spans]))
+    if rows is None:
+      more = (_rounded(max(found)),) if max(found) > _USUAL[-1] else ()
+      self.lengths = _USUAL + more
+      return
+    self._buckets = _buckets(tuple(rows), found[:-1] or [1], num_video)
+    self.lengths = self._buckets.text_rows
+    # What is too long is told before anything runs.
+    self.pick(max(found))
+
+  def prompt(
+    self, name: str, grid: tuple[int, int, int], seconds: float = 1.0
+  ) -> tokenizer_lib.Prompt:
+    """Returns a question's prompt; temporal patches are `seconds` apart."""
+    return self._model.encode_prompt(
+      self.tokenizer, self._texts[name], grid, seconds
+    )
+
+  def pick(self, text_rows: int) -> int:
+    """Returns the length that so many rows of text are padded to."""
+    if self._buckets is not None:
+      return self._buckets.pick(text_rows)
+    return next(length for length in self.lengths if length >= text_rows)
+
+  def batch(
+    self,
+    embed: Callable[..., jax.Array],
+    ids: Sequence[str],
+    grid: tuple[int, int, int],
+    seconds: Sequence[float],
+    features: jax.Array,
+    deep: jax.Array | None = None,
+  ) -> prompt_batch.PromptBatch:
+    """Returns the prompts of the questions `ids`; the last one is repeated.
+
+    L is N_max and the length of the longest text.
+
+    Args:
+      embed: of (ids, features, video rows), B each.
+      ids: of at most B questions.
+      grid: (T, H, W) of their clips.
+      seconds: per question, from one temporal patch to the next.
+      features: float[B, N_max, D] of the clips, zeros behind their own.
+      deep: float[B, S, N_max, D] or None, likewise.
+    """
+    rows = prompt_batch.pad_rows(len(ids), len(features))
+    # In float32, as features are: what follows has the same bits everywhere.
+    videos = [
+      video_llm.VideoFeatures(None, grid, float(np.float32(seconds[row])))
+      for row in rows
+    ]
+    prompts = [
+      self.prompt(ids[row], grid, video.second_per_grid_t)
+      for row, video in zip(rows, videos, strict=True)
+    ]
+    text = self.pick(
+      max(prompt.length - len(prompt.video_rows) for prompt in prompts)
+    )
+    length = features.shape[1] + text
+    padded = self.tokenizer.pad(prompts, length, features.shape[1])
+    placed = [
+      self._positions(prompt.ids, video, length)
+      for prompt, video in zip(prompts, videos, strict=True)
+    ]
+    positions, following = map(np.array, zip(*placed, strict=True))
+    shape = len(rows), self._question_rows or text
+    text_rows = np.full(shape, length, np.int32)
+    for row, prompt in zip(text_rows, prompts, strict=True):
+      start, end = question_span(prompt, self.tokenizer)
+      row[: end - start] = np.arange(start, end)
+    ids, lengths, video_rows = map(
+      jnp.asarray, (padded.ids, padded.length, padded.video_rows)
+    )
+    return prompt_batch.PromptBatch(
+      # Awaited, so that its time is not taken for that of what follows.
+      x=jax.block_until_ready(embed(ids, features, video_rows)),
+      positions=jnp.asarray(positions),
+      lengths=lengths,
+      video_rows=video_rows,
+      next_position=jnp.asarray(following, jnp.int32),
+      deep=deep,
+      features=features,
+      ids=ids,
+      text_rows=jnp.asarray(text_rows),
+    )
+
+  def _positions(self, ids, video, length):
+    """Returns (int32[P, L], next position), counting on behind the prompt."""
+    positions, following = self._model.positions(ids, video)
+    behind = np.arange(1, length - len(ids) + 1, dtype=np.int32)
+    behind = positions[:, -1:] + behind
+    return np.concatenate([positions, behind], axis=1), following
+
+
+def question_span(
+  prompt: tokenizer_lib.Prompt, tokenizer: tokenizer_lib.Tokenizer
+) -> tuple[int, int]:
+  """Returns the first row of a question's text, and the one behind its last.
+
+  The text lies between the video's block and the end of the user's turn.
+  """
+  style = tokenizer.style
+  start = prompt.video_rows[-1] + 1 + style.newline_tokens
+  start += len(style.around[1:])
+  ends = np.isin(prompt.ids[start:], tokenizer.eos_ids)
+  end = start + int(ends.argmax()) if ends.any() else prompt.length
+  return start, end
+
+
+def _buckets(rows, found, num_video) -> prompt_batch.PromptBuckets:
+  if rows:
+    return prompt_batch.PromptBuckets(rows)
+  buckets = prompt_batch.PromptBuckets.of(found, beside=num_video)
+  if len(buckets.text_rows) > 1:
+    return buckets
+  # With one length, all rows together are a multiple.
+  length = _rounded(num_video + max(found)) - num_video
+  return prompt_batch.PromptBuckets((length,))
+
+
+def _rounded(length: int) -> int:
+  return -(-max(length, 1) // _MULTIPLE) * _MULTIPLE

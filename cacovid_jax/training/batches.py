@@ -1,0 +1,405 @@
+"""Batches of a training run: which questions, their clips, static shapes.
+
+Which question stands in slot i of step s is a pure function of the seed, so
+there is no iterator state to save: a run that resumes at step s asks for it.
+Clips are loaded ahead by threads or processes (Grain). A clip that cannot be
+used is written to a log and replaced by a question that depends on its place
+alone.
+
+Letters: B videos of a step, T frames, N video tokens, D width, L prompt tokens,
+P position rows, A letters; N and T are those of a bucket.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from cacovid_jax import errors
+from cacovid_jax import progress as progress_lib
+from cacovid_jax.data import question as question_lib
+from cacovid_jax.data import rejected_clips, video
+from cacovid_jax.models import prompt_batch, token_grid
+from cacovid_jax.training import ratio, step
+
+MAX_SUBSTITUTES = 16
+
+
+class Order:
+  """Which question stands at a position: a pure function of the seed.
+
+  Positions run on through the epochs; each epoch is another permutation.
+  """
+
+  def __init__(self, num_questions: int, seed: int):
+    if num_questions < 1:
+      raise errors.UserError("there are no questions; give at least one")
+    self._num, self._seed = num_questions, seed
+    self._order = (
+      grain.MapDataset.range(num_questions)
+      .seed(seed % 2**32)
+      .shuffle()
+      .repeat()
+    )
+
+  def __getitem__(self, position: int) -> int:
+    return int(self._order[position])
+
+  def substitute(self, position: int, attempt: int) -> int:
+    """Returns the question that stands in for one that cannot be used."""
+    text = f"{self._seed} {position} {attempt}"
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % self._num
+
+
+@dataclasses.dataclass
+class _Slot:
+  """A question, its loaded clip, and what was tried before."""
+
+  question: question_lib.Question
+  clip: Any
+  failures: list
+
+
+class _Load:
+  """Loads the question at a place of the run, or its first usable substitute.
+
+  Maps this process's count of examples to positions of the global order.
+  """
+
+  def __init__(self, rows, store, order, batch_size: int, shard):
+    index, number = shard
+    self._rows, self._store, self._order = rows, store, order
+    self._batch_size, self._local = batch_size, batch_size // number
+    self._first = index * self._local
+
+  def __call__(self, count) -> _Slot:
+    number, slot = divmod(int(count), self._local)
+    position = number * self._batch_size + self._first + slot
+    index, failures = self._order[position], []
+    for attempt in range(MAX_SUBSTITUTES + 1):
+      question = self._rows[index]
+      try:
+        return _Slot(question, self._store.load(question.video), failures)
+      except video.VideoError as error:
+        failures.append((question, error))
+      index = self._order.substitute(position, attempt)
+    return _Slot(question, None, failures)
+
+
+def load_ahead(
+  rows: Sequence[question_lib.Question],
+  store,
+  *,
+  batch_size: int,
+  seed: int,
+  steps: tuple[int, int],
+  shard: tuple[int, int] = (0, 1),
+  num_threads: int = 2,
+  num_workers: int = 0,
+  rejected: rejected_clips.RejectedClips | None = None,
+  max_failure_rate: float = 0.05,
+  min_failures: int = 20,
+) -> Iterator[tuple[list[question_lib.Question], list[Any]]]:
+  """Yields (questions, clips) of each step; clips are what `store.load` gives.
+
+  Args:
+    rows: questions, by index.
+    store: `inference.features.FeatureStore`, or what has its `load`.
+    batch_size: B, of all processes together.
+    seed: of the order.
+    steps: (first, number): a resumed run sees what it would have seen.
+    shard: (index, number) of this process; it gets a contiguous share of B.
+    num_threads: that load clips ahead; 0 loads when asked.
+    num_workers: processes that load clips ahead, instead of threads.
+    rejected: log of bad clips.
+    max_failure_rate: share of bad clips among those tried that ends the run...
+    min_failures: ... once there are this many.
+  """
+  rejected = rejected_clips.RejectedClips() if rejected is None else rejected
+  number = shard[1]
+  if batch_size % number:
+    raise errors.UserError(
+      f"batch_size {batch_size} does not divide among {number} processes;"
+      f" give a multiple of {number}"
+    )
+  local, (start, end) = batch_size // number, steps
+  order = Order(len(rows), seed)
+  slots = grain.MapDataset.range(start * local, max(end, start) * local).map(
+    _Load(rows, store, order, batch_size, shard)
+  )
+  slots = _prefetched(slots, num_threads, num_workers, 4 * local)
+  tried = failed = 0
+  for _ in range(start, end):
+    batch = [next(slots) for _ in range(local)]
+    for slot in batch:
+      tried += 1 + len(slot.failures)
+      failed += len(slot.failures)
+      for question, error in slot.failures:
+        rejected.add(question, error, rejected_clips.content_or_none(error))
+      if slot.clip is None:
+        raise errors.UserError(
+          f"{MAX_SUBSTITUTES + 1} clips in a row cannot be used, last:"
+          f" {slot.failures[-1][1]}"
+        )
+    if failed >= min_failures and failed > max_failure_rate * tried:
+      raise errors.UserError(
+        f"{failed} of {tried} clips cannot be used, more than"
+        f" {max_failure_rate:.0%}, last: {rejected.entries[-1]['video']}"
+        f" ({rejected.entries[-1]['reason']}); mend the data set (see the"
+        " quarantine ledger) or raise max_failure_rate"
+      )
+    yield [slot.question for slot in batch], [slot.clip for slot in batch]
+
+
+def _prefetched(dataset, num_threads: int, num_workers: int, buffer: int):
+  """Iterates in order, loading ahead by processes, threads, or not at all."""
+  if num_workers:
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+    workers = grain.MultiprocessingOptions(
+      num_workers=num_workers, per_worker_buffer_size=max(1, buffer)
+    )
+    return iter(dataset.to_iter_dataset(options).mp_prefetch(workers))
+  if num_threads:
+    options = grain.ReadOptions(
+      num_threads=num_threads, prefetch_buffer_size=max(buffer, num_threads)
+    )
+    return iter(dataset.to_iter_dataset(options))
+  return (dataset[i] for i in range(len(dataset)))
+
+
+def prompt_buckets(
+  config, questions, checkpoint, ladders
+) -> prompt_batch.PromptBuckets:
+  """Returns how long the text of a run's prompts is padded to.
+
+  Args:
+    config: `data.prompt_rows` gives the lengths; empty, those of the questions
+      do.
+    questions: all that a step may show.
+    checkpoint: writes the prompts.
+    ladders: of the run; rollouts keep at most their largest K.
+  """
+  if config.data.prompt_rows:
+    return prompt_batch.PromptBuckets(tuple(config.data.prompt_rows))
+  # Text between temporal patches, where a model writes some, is counted too.
+  grid = (max(ladder.bucket.frames for ladder in ladders), 1, 1)
+  lengths = []
+  with progress_lib.Progress(
+    len(questions), description="prompt lengths"
+  ) as bar:
+    for done, row in enumerate(questions, start=1):
+      prompt = checkpoint.model.encode_prompt(
+        checkpoint.tokenizer, row.prompt, grid
+      )
+      lengths.append(prompt.length - grid[0])
+      bar.update(done)
+  most = max(ladder.num_keep[-1] for ladder in ladders)
+  return prompt_batch.PromptBuckets.of(lengths, beside=most)
+
+
+class Batches:
+  """Iterates over a run's batches from any step.
+
+  Attributes:
+    prompts: `PromptBuckets` of the run.
+  """
+
+  def __init__(
+    self,
+    experiment,
+    questions: Sequence[question_lib.Question],
+    store,
+    ladders: Sequence[ratio.Ladder],
+  ):
+    """Looks at all prompts, and at no clip.
+
+    Args:
+      experiment: of the run; its workdir gets the log of bad clips.
+      questions: that are trained on.
+      store: gives their clips, as `inference.features.FeatureStore` does.
+      ladders: one per bucket of grids, rising; or that of the one grid.
+    """
+    self._config, checkpoint = experiment.config, experiment.loaded
+    self._questions, self._store = questions, store
+    self._ladders = {ladder.bucket: ladder for ladder in ladders}
+    self._model, self._tokenizer = checkpoint.model, checkpoint.tokenizer
+    self._rejected = rejected_path(experiment.workdir)
+    self._letters = np.array(
+      [self._tokenizer.letter_id(x) for x in question_lib.LETTERS], np.int32
+    )
+    self._evidence = read_evidence(self._config)
+    largest = ladders[-1].bucket
+    most = max((max(t) for t in self._evidence.values() if t), default=-1)
+    if most >= largest.tokens:
+      raise errors.UserError(
+        f"config.data.decisive_file names token {most}, and a video of"
+        f" {self._config.data.num_frames} frames has {largest.tokens}: take as"
+        " many frames as the data was prepared for, or leave the file empty"
+      )
+    self.prompts = prompt_buckets(self._config, questions, checkpoint, ladders)
+
+  def __call__(self, start: int) -> Iterator[tuple[step.Batch, list]]:
+    config = self._config
+    for questions, loaded in load_ahead(
+      self._questions,
+      self._store,
+      batch_size=config.videos_per_step,
+      seed=config.seed,
+      steps=(start, config.total_steps),
+      num_threads=config.data.num_threads,
+      num_workers=config.data.num_workers,
+      rejected=rejected_clips.RejectedClips(self._rejected),
+    ):
+      yield self._batch(questions, self._store.finish(loaded)), questions
+
+  def _batch(self, questions, clips) -> step.Batch:
+    prompts = [
+      self._model.encode_prompt(
+        self._tokenizer, row.prompt, clip.grid, clip.second_per_grid_t
+      )
+      for row, clip in zip(questions, clips, strict=True)
+    ]
+    text = [
+      prompt.length - len(clip.features)
+      for prompt, clip in zip(prompts, clips, strict=True)
+    ]
+    grids = [tuple(clip.grid) for clip in clips]
+    ladder, length = self._shape(grids, max(text))
+    bucket = ladder.bucket
+    padded = self._tokenizer.pad(prompts, length, bucket.tokens)
+    placed = [
+      _positions(*self._model.positions(prompt.ids, clip), length)
+      for prompt, clip in zip(prompts, clips, strict=True)
+    ]
+    options, shown = self._marks(questions, bucket)
+    deep = None
+    if clips[0].deep is not None:
+      deep = np.stack([_padded(clip.deep, 1, bucket.tokens) for clip in clips])
+    return step.Batch(
+      video=np.stack(
+        [_padded(clip.features, 0, bucket.tokens) for clip in clips]
+      ),
+      deep=deep,
+      ids=padded.ids,
+      length=padded.length,
+      video_rows=padded.video_rows,
+      answer_id=np.array(
+        [self._tokenizer.answer_id(row) for row in questions], np.int32
+      ),
+      option_ids=options,
+      question_hash=np.array(
+        [question_lib.question_hash(row.id) for row in questions], np.uint32
+      ),
+      decisive_frames=shown,
+      grid_data=step.VideoGridData(
+        grid=_stacked([ladder.place(grid) for grid in grids]),
+        positions=np.stack([rows for rows, _ in placed]),
+        next_position=np.array([place for _, place in placed], np.int32),
+        rungs=_stacked([ladder.rungs(grid) for grid in grids]),
+      ),
+    )
+
+  def _shape(self, grids, text_rows: int) -> tuple[ratio.Ladder, int]:
+    """Returns the ladder and L of a step, the same in every process."""
+    found = np.array([[*grids, (text_rows, 0, 0)]], np.int32)
+    if jax.process_count() > 1:
+      found = multihost_utils.process_allgather(found[0])
+    everywhere = [tuple(grid) for row in found for grid in row[:-1].tolist()]
+    bucket = together(everywhere, self._ladders)
+    text_rows = int(found[:, -1, 0].max())
+    return self._ladders[bucket], bucket.tokens + self.prompts.pick(text_rows)
+
+  def _marks(self, questions, bucket):
+    """Returns (letters i32[B,A], frames with evidence bool[B,T])."""
+    options = np.full((len(questions), len(self._letters)), -1, np.int32)
+    shown = np.zeros((len(questions), bucket.frames), bool)
+    for row, question in enumerate(questions):
+      count = len(question.options)
+      options[row, :count] = self._letters[:count]
+      tokens = self._evidence.get(question.id)
+      if tokens is not None:
+        shown[row, np.asarray(tokens, int) // bucket.frame_tokens] = True
+    return options, shown
+
+
+def together(
+  grids, ladders: Mapping[token_grid.GridBucket, ratio.Ladder]
+) -> token_grid.GridBucket:
+  """Returns the smallest bucket that holds all videos of a step.
+
+  Args:
+    grids: (T, H, W) of each.
+    ladders: of the buckets; one that has plans is for its one grid.
+  """
+  for grid in grids:
+    for ladder in ladders.values():
+      if ladder.plans and tuple(ladder.grid) != tuple(grid):
+        raise errors.UserError(
+          f"a clip has {' x '.join(map(str, grid))} video tokens, but the run"
+          f" is for {' x '.join(map(str, ladder.grid))}; correct num_frames"
+        )
+    token_grid.pick(grid, ladders)  # Says which one fits nowhere.
+  fits = [
+    bucket for bucket in ladders if all(bucket.holds(grid) for grid in grids)
+  ]
+  if not fits:
+    raise errors.UserError(
+      "no bucket holds the videos of one step together:"
+      f" {', '.join(' x '.join(map(str, grid)) for grid in grids)} tokens; add"
+      " one as large as the largest of each side"
+    )
+  return min(fits, key=lambda b: (b.tokens, b.frames * b.frame_tokens))
+
+
+def rejected_path(workdir) -> str:
+  """Returns where a workdir lists clips that cannot be used."""
+  return os.path.join(workdir, "quarantine.jsonl")
+
+
+def read_evidence(config) -> dict[str, list[int]]:
+  """Returns {question id: tokens} that answers rest on, config.data's file."""
+  if not config.data.decisive_file:
+    return {}
+  path = os.path.join(config.data.root, config.data.decisive_file)
+  found, number = {}, 0
+  try:
+    with open(path, encoding="utf-8") as file:
+      for line in file:
+        number += 1
+        entry = json.loads(line)
+        found[entry["question_id"]] = entry["tokens"]
+  except OSError as error:
+    raise errors.UserError(
+      f"{path}: {error.strerror}; correct config.data.decisive_file or leave"
+      " it empty"
+    ) from error
+  except (ValueError, KeyError, TypeError) as error:
+    raise errors.UserError(
+      f"{path}: line {number} is not {{'question_id', 'tokens'}} ({error})"
+    ) from error
+  return found
+
+
+def _positions(rows, following, length: int):
+  """Returns (i32[P,L], next position); rows count on behind the prompt."""
+  behind = np.arange(1, length - rows.shape[1] + 1, dtype=np.int32)
+  return np.concatenate([rows, rows[:, -1:] + behind], axis=1), following
+
+
+def _padded(array, axis: int, size: int):
+  """Returns an array with zeros behind its own rows of an axis."""
+  widths = [(0, 0)] * array.ndim
+  widths[axis] = (0, size - array.shape[axis])
+  return np.pad(array, widths)
+
+
+def _stacked(trees):
+  return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)

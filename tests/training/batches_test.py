@@ -1,0 +1,288 @@
+"""Stateless order, bad clips, what a batch holds: on clips made here."""
+
+import functools
+import json
+import pickle
+
+import jax
+import numpy as np
+import pytest
+
+from cacovid_jax import errors
+from cacovid_jax.data import frames, rejected_clips, video
+from cacovid_jax.data import question as question_lib
+from cacovid_jax.models import prompt_batch
+from cacovid_jax.policy import sampling
+from cacovid_jax.training import batches as batches_lib
+from cacovid_jax.training import ratio
+from tests.data import clips
+from tests.training import tiny
+
+RULE = frames.FrameRule(4)
+
+
+def _rows(videos):
+  return [
+    question_lib.Question(
+      id=f"q{i}",
+      video=name,
+      question=f"What {i}?",
+      options=("x", "y"),
+      answer="AB"[i % 2],
+      prompt=f"What {i}?",
+    )
+    for i, name in enumerate(videos)
+  ]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+  root = tmp_path_factory.mktemp("media")
+  for i in range(3):
+    clips.write(root / f"{i}.mp4", 8 + 4 * i)
+  (root / "bad.mp4").write_text("no clip")
+  return root
+
+
+GOOD = _rows([f"{i % 3}.mp4" for i in range(10)])
+
+
+class Frames:
+  """A store whose clips are their frames, at a size of 32."""
+
+  def __init__(self, root, refused=()):
+    self.root, self.refused = root, dict(refused)
+
+  def load(self, path):
+    file = video.safe_path(str(self.root), path)
+    return video.decode(file, RULE, size=32).frames
+
+
+def _train(store, rows=GOOD, **options):
+  options = dict(batch_size=4, seed=7, steps=(0, 6), num_threads=0) | options
+  return list(batches_lib.load_ahead(rows, store, **options))
+
+
+def _ids(batches):
+  return [[row.id for row in questions] for questions, _ in batches]
+
+
+def _assert_equal(first, second):
+  assert _ids(first) == _ids(second)
+  for (_, one), (_, other) in zip(first, second, strict=True):
+    np.testing.assert_array_equal(one, other)
+
+
+def test_a_step_holds_the_clips_of_its_questions(root):
+  for questions, loaded in _train(Frames(root)):
+    assert len(questions) == len(loaded) == 4
+    for row, found in zip(questions, loaded, strict=True):
+      expected = video.decode(root / row.video, RULE, size=32).frames
+      np.testing.assert_array_equal(found, expected)
+
+
+def _batches(tmp_path, store, questions, **changes):
+  experiment = tiny.experiment_of(
+    tiny.config(**changes), tmp_path, checkpoint=tiny.checkpoint()
+  )
+  ladder = ratio.make_ladder(
+    tiny.GRID,
+    sampling.SamplingConfig(num_combinations=8),
+    ratio.RatioConfig(),
+    fixed=0.125,
+  )
+  return batches_lib.Batches(experiment, questions, store, [ladder])
+
+
+def test_a_batch_holds_what_the_trainer_needs(tmp_path):
+  checkpoint, questions = tiny.checkpoint(), tiny.questions()
+  tokenizer = checkpoint.tokenizer
+  made = _batches(tmp_path, tiny.Store(), questions)
+  (rows,) = made.prompts.text_rows
+  batch, shown = next(made(0))
+  N, L = tiny.NUM_VIDEO, tiny.NUM_VIDEO + rows
+  assert rows % 16 == 0 and batch.ids.shape == (2, L)
+  assert batch.ids.dtype == np.int32 and batch.deep is None
+  for i, row in enumerate(shown):
+    prompt = tokenizer.encode_prompt(row.prompt, N)
+    length = prompt.length
+    assert batch.length[i] == batch.grid_data.next_position[i] == length
+    np.testing.assert_array_equal(batch.video_rows[i], prompt.video_rows)
+    np.testing.assert_array_equal(batch.ids[i, :length], prompt.ids)
+    np.testing.assert_array_equal(batch.grid_data.positions[i, 0], np.arange(L))
+    np.testing.assert_array_equal(batch.video[i], tiny.features(row.video))
+    assert batch.answer_id[i] == tokenizer.letter_id(row.answer)
+    assert batch.question_hash[i] == question_lib.question_hash(row.id)
+  assert batch.question_hash.dtype == np.uint32
+  longest = max(
+    tokenizer.encode_prompt(row.prompt, N).length - N for row in questions
+  )
+  assert longest <= rows < longest + 16
+
+
+def test_auxiliary_feature_maps_are_padded_like_features(tmp_path):
+  class Deep(tiny.Store):
+    def finish(self, paths):
+      deep = np.ones((3, tiny.NUM_VIDEO, 32), np.float32)
+      return [clip._replace(deep=deep) for clip in super().finish(paths)]
+
+  batch, _ = next(_batches(tmp_path, Deep(), tiny.questions())(0))
+  assert batch.deep.shape == (2, 3, tiny.NUM_VIDEO, 32)
+
+
+def test_features_must_match_the_tokens_of_the_prompt(tmp_path):
+  store = tiny.Store(
+    lambda path: np.zeros((32, 32), np.float32), lambda path: (2, 4, 4)
+  )
+  with pytest.raises(errors.UserError, match="a clip has 2 x 4 x 4 video tok"):
+    next(_batches(tmp_path, store, tiny.questions())(0))
+
+
+def test_question_hash_is_a_fixed_function():
+  # hashlib.blake2b(b"q0", digest_size=4), little endian.
+  assert question_lib.question_hash("q0") == 0x38E871FA
+  assert question_lib.question_hash("q0") != question_lib.question_hash("q1")
+
+
+def test_every_epoch_is_another_permutation():
+  order = batches_lib.Order(10, seed=7)
+  epochs = [[order[e * 10 + i] for i in range(10)] for e in range(3)]
+  for epoch in epochs:
+    assert sorted(epoch) == list(range(10))
+  assert epochs[0] != epochs[1] != epochs[2]
+  again = batches_lib.Order(10, seed=7)
+  assert [again[i] for i in (25, 3)] == [order[25], order[3]]
+  other = batches_lib.Order(10, seed=8)
+  assert [other[i] for i in range(10)] != epochs[0]
+
+
+def test_resuming_gives_the_batches_of_an_uninterrupted_run(root):
+  store = Frames(root)
+  whole = _train(store)
+  assert len(whole) == 6
+  _assert_equal(whole[2:], _train(store, steps=(2, 6)))
+  assert _train(store, steps=(6, 6)) == []
+
+
+@pytest.mark.parametrize("options", [{"num_threads": 3}, {"num_workers": 2}])
+def test_loading_ahead_changes_nothing(root, options):
+  store = Frames(root)
+  _assert_equal(
+    _train(store, steps=(0, 4)), _train(store, steps=(0, 4), **options)
+  )
+
+
+def test_processes_share_a_batch_without_overlap(root):
+  source = Frames(root)
+  whole = _train(source)
+  first = _train(source, shard=(0, 2))
+  second = _train(source, shard=(1, 2))
+  joined = [a + b for a, b in zip(_ids(first), _ids(second), strict=True)]
+  assert joined == _ids(whole)
+  resumed = _train(source, shard=(1, 2), steps=(3, 6))
+  assert _ids(resumed) == _ids(second)[3:]
+  with pytest.raises(errors.UserError, match="among 3 processes"):
+    _train(source, shard=(0, 3))
+
+
+def _mixed():
+  return _rows([f"{i % 3}.mp4" for i in range(9)] + ["bad.mp4", "absent.mp4"])
+
+
+def test_bad_clips_are_replaced_by_place_alone(root, tmp_path):
+  rows, path = _mixed(), tmp_path / "log" / "quarantine.jsonl"
+  order = batches_lib.Order(len(rows), seed=7)
+  ledger = rejected_clips.RejectedClips(path)
+  batches = _train(Frames(root), rows, rejected=ledger)
+  flat = [name for batch in _ids(batches) for name in batch]
+  bad = {"q9", "q10"}
+  for position, name in enumerate(flat):
+    index, attempt = order[position], 0
+    while f"q{index}" in bad:
+      index = order.substitute(position, attempt)
+      attempt += 1
+    assert name == f"q{index}"
+  # The order of all others is as if nothing had happened, also on resuming.
+  resumed = _train(Frames(root), rows, steps=(3, 6))
+  _assert_equal(batches[3:], resumed)
+  lines = [json.loads(line) for line in path.read_text().splitlines()]
+  assert {(e["video"], e["reason"]) for e in lines} == {
+    ("bad.mp4", "unreadable"),
+    ("absent.mp4", "missing"),
+  }
+  assert len(lines) == 2  # Once each, however often they were met.
+  contents = {entry["video"]: entry["content"] for entry in lines}
+  assert contents["bad.mp4"] == rejected_clips.content_hash(root / "bad.mp4")
+  assert contents["absent.mp4"] is None
+
+
+def test_the_ledger_is_read_again_and_forgives_a_cut_line(tmp_path, root):
+  path = tmp_path / "quarantine.jsonl"
+  ledger = rejected_clips.RejectedClips(path)
+  content = rejected_clips.content_hash(root / "0.mp4")
+  error = video.VideoError(root / "0.mp4", "timeout")
+  assert ledger.add(GOOD[0], error, content)
+  assert not ledger.add(GOOD[3], error, content)
+  with open(path, "a", encoding="utf-8") as f:
+    f.write('{"content": "12')
+  again = rejected_clips.RejectedClips(path)
+  assert again.refused == {content: "timeout"}
+
+
+def test_too_many_bad_clips_end_the_run(root):
+  with pytest.raises(errors.UserError, match="clips cannot be used, more than"):
+    _train(Frames(root), _mixed(), steps=(0, 50), min_failures=5)
+  rows = _rows(["absent.mp4"] * 4)
+  with pytest.raises(errors.UserError, match="17 clips in a row"):
+    _train(Frames(root), rows)
+
+
+def test_frame_rules_always_give_the_static_number_of_frames():
+  trainer = frames.FrameRule(4, frames.TRAIN_RULE)
+  assert trainer(100, 10.0).tolist() == [0, 33, 66, 99]
+  # Two seconds would give two frames: four are spaced instead.
+  assert trainer(20, 2.0).tolist() == [0, 6, 13, 19]
+  assert trainer(9, 0.9).size == 0
+  assert frames.FrameRule(4)(20, 0.9).tolist() == [0, 6, 12, 19]
+  with pytest.raises(errors.UserError, match="frame rule 'random'"):
+    frames.FrameRule(4, "random")
+
+
+def test_without_questions_there_is_no_order():
+  with pytest.raises(errors.UserError, match="give at least one"):
+    batches_lib.Order(0, seed=1)
+
+
+def test_an_odd_shape_can_cross_processes():
+  error = pickle.loads(pickle.dumps(frames.ShapeError("too long", "cut it")))
+  assert (error.detail, error.mend) == ("too long", "cut it")
+  assert str(error) == "too long; cut it"
+
+
+@pytest.mark.parametrize(
+  ("prompt_rows", "expected"), [((1 + 25 + 64,), 218), ((), 208)]
+)
+def test_rollouts_compute_the_rows_of_their_text(prompt_rows, expected):
+  """Of 32 frames of 14 x 14 tokens at r = 0.02, which keeps 128 at most.
+
+  A newline, 25 tokens of the template and 50 of a question; padded to 1 024
+  tokens of text the rows would be 1 168.
+  """
+  grid = (32, 14, 14)
+  ladder = ratio.make_ladder(
+    grid, sampling.SamplingConfig(), ratio.RatioConfig(), fixed=0.02
+  )
+  (K,) = ladder.num_keep
+  buckets = prompt_batch.PromptBuckets.of([1 + 25 + 50], beside=K)
+  if prompt_rows:
+    buckets = prompt_batch.PromptBuckets(prompt_rows)
+  N = ladder.bucket.tokens
+  L = N + buckets.pick(1 + 25 + 50)
+  rows, _, _ = jax.eval_shape(
+    functools.partial(prompt_batch.kept_rows, num_rows=L),
+    jax.ShapeDtypeStruct((K,), np.int32),
+    jax.ShapeDtypeStruct((), np.int32),
+    video_rows=jax.ShapeDtypeStruct((N,), np.int32),
+    length=jax.ShapeDtypeStruct((), np.int32),
+  )
+  assert (K, N, rows.shape[0]) == (128, 6272, expected)
