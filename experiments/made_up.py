@@ -16,7 +16,8 @@ import numpy as np
 
 from cacovid_jax import errors
 from cacovid_jax.compressors import base
-from cacovid_jax.evals import estimate, latency, programs
+from cacovid_jax.evals import estimate, latency
+from cacovid_jax.inference import programs as programs_lib
 from cacovid_jax.models import (
   checkpoints,
   processors,
@@ -89,7 +90,7 @@ def subject(config, grid, dtype, directory) -> tuple[latency.Subject, Any]:
   checkpoint = checkpoints.load(directory, jnp.dtype(dtype))
   given = jax.tree.map(lambda leaf: leaf[None], inputs(grid, config))
   features = given.features.astype(checkpoint.model.dtype)
-  made = programs.Programs(checkpoint, grid, max_new_tokens=1)
+  made = programs_lib.Programs(checkpoint, max_new_tokens=1)
   batch = _prompt(checkpoint, made, features, grid)
   policy = network.Policy.from_llm_config(
     config.text,

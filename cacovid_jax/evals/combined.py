@@ -141,7 +141,7 @@ def read_part(
     return np.mean(scores, axis=0)
 
   try:
-    scores = {results.VANILLA_KEY: mean(methods_lib.Condition(None, 1.0, 0))}
+    scores = {results.VANILLA_KEY: mean(methods_lib.Condition())}
     for method in map(methods_lib.Method.parse, evals.methods):
       used = evals.seeds if method.per_seed else (0,)
       for ratio in evals.ratios:

@@ -176,7 +176,7 @@ def row_of(model: str | None, method: Any, ratio: float) -> Row | None:
 
 
 def is_method(method: Any) -> bool:
-  """Returns whether a `Method` is the paper's method of its label."""
+  """Returns whether a `methods.Method` is the paper's method of its label."""
   compressor = method.compressor
   known = OPTIONS.get(compressor.name, {})
   return method.label == compressor.name and all(

@@ -23,11 +23,9 @@ SCHEMA = 1
 REFERENCE = "cacovid"
 # Share of frames that the frame head would draw in training.
 _FRAME_RATIO = 0.125
-_WHOLE = methods_lib.Condition(None, 1.0, 0)
+_WHOLE = methods_lib.Condition()
 VANILLA_KEY = methods_lib.VANILLA, "1.00"
-Failures = Mapping[
-  tuple[str, float], evaluator_lib.Failure
-]  # By (spec, ratio).
+Failures = Mapping[tuple[str, float], evaluator_lib.Failure]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -268,9 +266,7 @@ def _groups(pairs) -> dict[str, dict[str, Any]]:
 
 def _cell(table, ledger, method, ratio, vanilla):
   """Returns (the cell of results.json, float64[Q] mean over seeds)."""
-  cells = methods_lib.conditions([method], [ratio], table.seeds)[
-    1:
-  ]  # Less vanilla.
+  _, *cells = methods_lib.conditions([method], [ratio], table.seeds)
   per_seed = [_records(table, ledger, cell) for cell in cells]
   scores = np.array([[r["score"] for r in found] for found in per_seed])
   mean = scores.mean(axis=0)

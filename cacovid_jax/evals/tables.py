@@ -82,11 +82,7 @@ def _write(workdir, names, text, columns, rows, chart) -> None:
 
 
 def write_compressors(workdir: str | os.PathLike, out, costs) -> None:
-  """Writes `COMPRESSOR_FILES` of results.json.
-
-  Args:
-    costs: label -> ratio -> `latency.Cost`.
-  """
+  """Writes `COMPRESSOR_FILES`; costs: label -> ratio -> `latency.Cost`."""
   rows = compressor_rows(out, costs)
   ratios = {row["ratio"] for row in rows}
   shown = min(ratios, key=lambda r: (abs(float(r) - viewer.SHOWN_RATIO), r))

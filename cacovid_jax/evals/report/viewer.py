@@ -155,11 +155,10 @@ def _shown(table, ratio, failures) -> methods_lib.Method | None:
 def _said(question, answers, cells) -> dict[str, dict[float, Said]]:
   """Returns method -> ratio -> what was said, vanilla's first."""
   said = collections.defaultdict(dict)
-  for cell in (methods_lib.Condition(None, 1.0, 0), *cells):
+  for cell in (methods_lib.Condition(), *cells):
     found = answers[cell.key(question.id)]
-    label = cell.method.label if cell.method else methods_lib.VANILLA
     right = found["score"] == 1
-    said[label][cell.ratio] = Said(found["text"], found["letter"], right)
+    said[cell.label][cell.ratio] = Said(found["text"], found["letter"], right)
   return dict(said)
 
 
