@@ -248,7 +248,7 @@ def read_questions(
       in its `left_out.json`; None for neither.
     resumes: whether other rows than the workdir's are refused.
   """
-  left_out = left_out_lib.LeftOut()
+  left_out = left_out_lib.SkippedRows()
   rows = _with_clips(config, _read_rows(config, left_out.report), left_out)
   left_out.num_questions = len(rows)
   if workdir is not None:

@@ -142,7 +142,7 @@ def main(args):
     dry_run(table, methods, ratios)
     return
   workdir = pathlib.Path(args.workdir or f"workdirs/efficiency_{name}")
-  with answer_log.Ledger(
+  with answer_log.AnswerLog(
     workdir / ROWS, run_of(name, repeats), mend="or give another --workdir"
   ) as rows:
     size, weights = SIZES[name], table.weights or workdir / "weights"
@@ -248,7 +248,7 @@ def measure(subject, encode, name, methods, ratios, repeats, rows):
 
   Args:
     subject: of `made_up.subject`, likewise `encode`.
-    rows: `answer_log.Ledger` of times; those that it has are not measured
+    rows: `answer_log.AnswerLog` of times; those that it has are not measured
       again, others are added one by one.
   """
   model, grid, size = subject.checkpoint.model, subject.grid, SIZES[name]

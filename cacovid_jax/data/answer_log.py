@@ -47,7 +47,7 @@ class Key(NamedTuple):
   question: str
 
 
-class Ledger:
+class AnswerLog:
   """The answers of one run, on disk and in memory.
 
   A context manager; once closed, the answers can still be looked up.
@@ -102,7 +102,7 @@ class Ledger:
   def __len__(self) -> int:
     return len(self._records)
 
-  def __enter__(self) -> "Ledger":
+  def __enter__(self) -> "AnswerLog":
     return self
 
   def __exit__(self, *exc_info):

@@ -15,7 +15,7 @@ _SHOWN = 5
 
 
 @dataclasses.dataclass
-class LeftOut:
+class SkippedRows:
   """Rows and clips that are not trained on.
 
   Attributes:

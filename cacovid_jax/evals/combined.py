@@ -127,7 +127,7 @@ def read_part(
   """
   workdir, evals = experiment.workdir, experiment.config.evals
   out = json.loads((workdir / "results.json").read_text(encoding="utf-8"))
-  own, answers = _own_ledger(experiment), answer_log.Ledger(None, run)
+  own, answers = _own_ledger(experiment), answer_log.AnswerLog(None, run)
   paths = shards.ledgers(workdir, _LEDGER)
   answers.look(sorted(paths, key=lambda path: path != own))
   # What was wrong with a clip in the end is an answer, too.

@@ -188,7 +188,7 @@ def _evaluate(experiment):
 def _ask(table, evaluator, answers, workdir, shard, identity):
   """Asks this process's share; returns all failures, None if work is left."""
   conditions = methods_lib.conditions(table.methods, table.ratios, table.seeds)
-  board = shards.Board(
+  board = shards.ShardStatus(
     workdir, shard, shards.work(identity, conditions, table.questions)
   )
   board.start()
@@ -257,7 +257,7 @@ def choose(
   methods: Sequence[methods_lib.Method],
   candidates: Mapping[str, Sequence[methods_lib.Method]],
   ratio: float,
-  answers: answer_log.Ledger,
+  answers: answer_log.AnswerLog,
 ) -> tuple[list[methods_lib.Method], dict[str, Any]]:
   """Returns the methods with options chosen on validation, and the record.
 
@@ -342,7 +342,7 @@ def validator(
 
   def validate(module, params):
     engine.policies = {"policy": loading.LoadedPolicy(module, params)}
-    answers = answer_log.Ledger(None, {})
+    answers = answer_log.AnswerLog(None, {})
     evaluator.run(
       validation.questions, [condition], answers, description="validation"
     )

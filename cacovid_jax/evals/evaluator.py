@@ -119,7 +119,7 @@ class Evaluator:
     self,
     questions: Sequence[question_lib.Question],
     conditions: Sequence[methods_lib.Condition],
-    log: answer_log.Ledger,
+    log: answer_log.AnswerLog,
     *,
     description: str = "evaluate",
     shard: tuple[int, int] = (0, 1),

@@ -69,7 +69,7 @@ class Table:
 
 def build(
   table: Table,
-  ledger: answer_log.Ledger,
+  ledger: answer_log.AnswerLog,
   *,
   failures: Failures | None = None,
   decisive: Mapping[str, Sequence[int]] | None = None,
@@ -212,7 +212,7 @@ def keys(table: Table, failures: Failures) -> list[answer_log.Key]:
 
 
 def frame_hashes(
-  table: Table, ledger: answer_log.Ledger, field: str = "frame_hash"
+  table: Table, ledger: answer_log.AnswerLog, field: str = "frame_hash"
 ) -> dict[str, str]:
   """Returns clip -> sha256 of the frames that were shown to the model.
 

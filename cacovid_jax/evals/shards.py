@@ -78,7 +78,7 @@ def ledgers(workdir: pathlib.Path, name: str) -> list[pathlib.Path]:
 
 def ledger(
   workdir: pathlib.Path, shard: Shard, name: str, run: Mapping[str, Any]
-) -> answer_log.Ledger:
+) -> answer_log.AnswerLog:
   """Opens this process's ledger, with what all others have answered so far.
 
   Args:
@@ -87,7 +87,7 @@ def ledger(
     name: as of `ledgers`.
     run: what the answers depend on.
   """
-  found = answer_log.Ledger(
+  found = answer_log.AnswerLog(
     workdir / shard.file(name), run, environment=provenance.environment()
   )
   try:
@@ -108,7 +108,7 @@ def work(
 
 
 @dataclasses.dataclass(frozen=True)
-class Board:
+class ShardStatus:
   """Who is done, in a shared folder."""
 
   workdir: pathlib.Path  # Shared.

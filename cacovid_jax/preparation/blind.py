@@ -87,7 +87,7 @@ def ask(
       " checkpoint directory"
     )
   prompts = [tokenizer.encode_blind(question.prompt) for question in questions]
-  answers = answer_log.Ledger(
+  answers = answer_log.AnswerLog(
     path, _identity(checkpoint, prompts, settings), mend="or use another file"
   )
   batches = _batches(prompts, questions, settings.batch_size)

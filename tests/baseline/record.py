@@ -151,7 +151,7 @@ class Evaluation:
 
   def answers(self):
     """Returns ({question: {cell: [text, letter, score]}}, {clip: sha256})."""
-    book = answer_log.Ledger(None, {})
+    book = answer_log.AnswerLog(None, {})
     failures = self._evaluator.run(self._questions, self._cells, book)
     if failures:
       raise RuntimeError(f"methods that do not run here: {failures}")

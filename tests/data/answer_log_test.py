@@ -24,7 +24,7 @@ def test_one_process_at_a_time(tmp_path):
     "from cacovid_jax import errors\n"
     "from cacovid_jax.data import answer_log\n"
     "try:\n"
-    f"  answer_log.Ledger(sys.argv[1], {RUN!r})\n"
+    f"  answer_log.AnswerLog(sys.argv[1], {RUN!r})\n"
     "except errors.UserError as error:\n"
     "  print(error)\n"
   )
@@ -33,7 +33,7 @@ def test_one_process_at_a_time(tmp_path):
     run = [sys.executable, "-c", program, str(path)]
     return subprocess.run(run, capture_output=True, text=True, check=True)
 
-  with answer_log.Ledger(path, RUN) as answers:
+  with answer_log.AnswerLog(path, RUN) as answers:
     answers.add([(key("q"), {"score": 1.0})])
     before = path.read_bytes()
     said = another().stdout
@@ -51,11 +51,11 @@ def test_one_process_at_a_time(tmp_path):
 
 def test_a_refused_file_is_not_kept_locked(tmp_path):
   path = tmp_path / "answers.jsonl"
-  answer_log.Ledger(path, RUN).close()
+  answer_log.AnswerLog(path, RUN).close()
   for _ in range(2):
     with pytest.raises(errors.UserError, match="differs in checkpoint"):
-      answer_log.Ledger(path, {"checkpoint": "1"})
-  answer_log.Ledger(path, RUN).close()
+      answer_log.AnswerLog(path, {"checkpoint": "1"})
+  answer_log.AnswerLog(path, RUN).close()
 
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch):
@@ -63,19 +63,19 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     raise OSError(errno.ENOLCK, "No locks available")
 
   monkeypatch.setattr(files.fcntl, "flock", refuse)
-  with answer_log.Ledger(tmp_path / "answers.jsonl", RUN) as answers:
+  with answer_log.AnswerLog(tmp_path / "answers.jsonl", RUN) as answers:
     answers.add([(key("q"), {})])
   assert key("q") in answers
 
 
 def test_answers_of_others_are_known_but_not_copied(tmp_path):
   mine, other = tmp_path / "mine.jsonl", tmp_path / "other.jsonl"
-  with answer_log.Ledger(other, RUN) as theirs:
+  with answer_log.AnswerLog(other, RUN) as theirs:
     theirs.add([(key("a"), {"text": "A"})])
     before = other.read_bytes()
     with open(other, "ab") as f:
       f.write(b'{"half": ')  # It is being written.
-    with answer_log.Ledger(mine, RUN) as answers:
+    with answer_log.AnswerLog(mine, RUN) as answers:
       answers.look([mine, other])
       assert answers[key("a")] == {"text": "A"}
       answers.add([(key("a"), {"text": "B"}), (key("b"), {"text": "B"})])
@@ -88,7 +88,7 @@ def test_answers_of_others_are_known_but_not_copied(tmp_path):
 def test_a_file_without_a_whole_header_starts_anew(tmp_path):
   path = tmp_path / "answers.jsonl"
   path.write_bytes(b'{"run": {"check')
-  with answer_log.Ledger(path, RUN) as answers:
+  with answer_log.AnswerLog(path, RUN) as answers:
     assert not len(answers)
   assert json.loads(path.read_text()) == {"run": RUN}
 
@@ -97,14 +97,14 @@ def test_a_file_without_a_whole_header_starts_anew(tmp_path):
 def test_what_is_left_of_a_killed_process_stops_nobody(tmp_path, left):
   """No header, half of one, or a whole file whose last line is cut."""
   mine, other = tmp_path / "mine.jsonl", tmp_path / "other.jsonl"
-  with answer_log.Ledger(other, RUN) as theirs:
+  with answer_log.AnswerLog(other, RUN) as theirs:
     theirs.add([(key("a"), {"text": "A"}), (key("b"), {"text": "\u00e4"})])
   whole = other.read_bytes()
   other.write_bytes(whole[:-3] if left == b"%" else left)
-  with answer_log.Ledger(mine, RUN) as answers:
+  with answer_log.AnswerLog(mine, RUN) as answers:
     answers.look([mine, other, tmp_path / "deleted-since.jsonl"])
     assert len(answers) == (1 if left == b"%" else 0)
-  with answer_log.Ledger(other, RUN) as theirs:
+  with answer_log.AnswerLog(other, RUN) as theirs:
     theirs.add([(key("a"), {"text": "A"}), (key("b"), {"text": "\u00e4"})])
   assert other.read_bytes() == whole
 
@@ -112,11 +112,11 @@ def test_what_is_left_of_a_killed_process_stops_nobody(tmp_path, left):
 def test_a_fault_on_disk_is_no_answer_until_it_is_confirmed(tmp_path):
   path = tmp_path / "answers.jsonl"
   fault = {"text": "", "score": 0.0, "fault": "missing"}
-  with answer_log.Ledger(path, RUN) as answers:
+  with answer_log.AnswerLog(path, RUN) as answers:
     answers.add([(key(name), fault) for name in "abc"])
     assert key("a") in answers and answers.fault(key("a")) is None
   before = path.read_bytes()
-  with answer_log.Ledger(path, RUN) as answers:
+  with answer_log.AnswerLog(path, RUN) as answers:
     assert not len(answers) and answers.fault(key("a")) == fault
     answers.confirm([key("a")])
     answers.add([(key("b"), fault)])
@@ -124,7 +124,7 @@ def test_a_fault_on_disk_is_no_answer_until_it_is_confirmed(tmp_path):
     assert path.read_bytes() == before  # Both are there already.
     answers.add([(key("c"), {"text": "C", "score": 1.0})])
   # The last line about a question counts.
-  with answer_log.Ledger(path, RUN) as answers:
+  with answer_log.AnswerLog(path, RUN) as answers:
     assert answers[key("c")]["text"] == "C" and len(answers) == 1
     answers.confirm_all()
     assert len(answers) == 3 and answers[key("a")] == fault
@@ -132,12 +132,12 @@ def test_a_fault_on_disk_is_no_answer_until_it_is_confirmed(tmp_path):
 
 def test_an_answer_of_any_process_goes_before_a_fault(tmp_path):
   mine, other = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
-  with answer_log.Ledger(mine, RUN) as answers:
+  with answer_log.AnswerLog(mine, RUN) as answers:
     answers.add([(key("a"), {"fault": "missing"})])
-  with answer_log.Ledger(other, RUN) as answers:
+  with answer_log.AnswerLog(other, RUN) as answers:
     answers.add([(key("a"), {"text": "A"})])
   for first, second in ((mine, other), (other, mine)):
-    with answer_log.Ledger(first, RUN) as answers:
+    with answer_log.AnswerLog(first, RUN) as answers:
       answers.look([second])
       assert answers[key("a")] == {"text": "A"}
       assert answers.fault(key("a")) is None
@@ -148,7 +148,7 @@ def test_answers_know_where_they_were_computed(tmp_path):
   gpu, cpu = {"device": "gpu X"}, {"device": "cpu"}
 
   def add(name, environment):
-    with answer_log.Ledger(path, RUN, environment=environment) as answers:
+    with answer_log.AnswerLog(path, RUN, environment=environment) as answers:
       answers.add([(key(name), {})])
 
   # A second process on the same machine leaves no trace.
@@ -164,7 +164,7 @@ def test_answers_know_where_they_were_computed(tmp_path):
     True,
     False,
   ]
-  with answer_log.Ledger(
+  with answer_log.AnswerLog(
     tmp_path / "mine.jsonl", RUN, environment=cpu
   ) as answers:
     answers.look([path])
@@ -175,13 +175,13 @@ def test_answers_know_where_they_were_computed(tmp_path):
     assert answers.environments([key("e")]) == [cpu]
   # Nothing is added by looking at a file.
   before = path.read_bytes()
-  answer_log.Ledger(path, RUN, environment={"device": "tpu"}).close()
+  answer_log.AnswerLog(path, RUN, environment={"device": "tpu"}).close()
   assert path.read_bytes() == before
 
 
 def test_a_header_tells_the_run_of_a_file(tmp_path):
   path = tmp_path / "answers.jsonl"
-  with answer_log.Ledger(path, RUN) as answers:
+  with answer_log.AnswerLog(path, RUN) as answers:
     # While it is open.
     assert answer_log.header(path) == RUN
     answers.add([(key("a"), {"text": "A"})])

@@ -307,7 +307,7 @@ def test_a_batch_of_two_grids_is_a_mistake_of_the_caller(data, directory):
     uniform = methods_lib.Method.parse("uniform")
     conditions = methods_lib.conditions([uniform], (0.03,), (0,))
     with pytest.raises(errors.UserError, match="keeps no token"):
-      evaluator.run(questions, conditions, answer_log.Ledger(None, {}))
+      evaluator.run(questions, conditions, answer_log.AnswerLog(None, {}))
     assert not engine.seconds
 
 

@@ -110,7 +110,7 @@ def whole(shared, tmp_path_factory):
   """Returns the ledger of an evaluation with every method."""
   benchmark, evaluator = shared
   path = tmp_path_factory.mktemp("whole") / "answers.jsonl"
-  answers = answer_log.Ledger(path, evaluator.identity(benchmark.questions))
+  answers = answer_log.AnswerLog(path, evaluator.identity(benchmark.questions))
   cells = methods_lib.conditions(methods_of(*EVERY), RATIOS, (0, 1))
   evaluator.run(benchmark.questions, cells, answers)
   return path
@@ -118,7 +118,7 @@ def whole(shared, tmp_path_factory):
 
 def reopened(path, shared):
   benchmark, evaluator = shared
-  return answer_log.Ledger(path, evaluator.identity(benchmark.questions))
+  return answer_log.AnswerLog(path, evaluator.identity(benchmark.questions))
 
 
 def test_every_question_is_answered_by_every_method(shared, whole):
@@ -172,7 +172,7 @@ def test_answers_of_another_run_are_refused(shared, whole):
   benchmark, evaluator = shared
   identity = evaluator.identity(benchmark.questions) | {"checkpoint": "another"}
   with pytest.raises(errors.UserError, match="differs in checkpoint"):
-    answer_log.Ledger(whole, identity)
+    answer_log.AnswerLog(whole, identity)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_answers_to_a_changed_question_are_refused(shared, whole, change):
   assert known == shared[1].identity(benchmark.questions)
   assert identity["questions"] != known["questions"]
   with pytest.raises(errors.UserError, match="differs in .*questions"):
-    answer_log.Ledger(whole, identity)
+    answer_log.AnswerLog(whole, identity)
 
 
 def test_only_clips_that_are_asked_about_are_decoded_ahead(shared, monkeypatch):
@@ -215,7 +215,7 @@ def test_only_clips_that_are_asked_about_are_decoded_ahead(shared, monkeypatch):
   videos = [batch[0].video for batch in batches]
   assert len(set(videos)) == 3
   cells = methods_lib.conditions([], (), ())
-  answers = answer_log.Ledger(None, {})
+  answers = answer_log.AnswerLog(None, {})
   answers.add([(cells[0].key(q.id), {"score": 0.0}) for q in batches[1]])
 
   def ask(questions, todo, failures, number, tell):
@@ -291,7 +291,7 @@ def test_answers_equal_those_of_one_question_alone(shared, whole, checkpoint):
 
 def test_keeping_everything_answers_like_vanilla(shared, tmp_path):
   benchmark, evaluator = shared
-  answers = answer_log.Ledger(
+  answers = answer_log.AnswerLog(
     tmp_path / "a.jsonl", evaluator.identity(benchmark.questions)
   )
   cells = methods_lib.conditions(methods_of("uniform"), (1.0,), (0,))
@@ -353,7 +353,7 @@ def test_bad_clips_count_as_wrong_and_are_listed(
     num_frames=4,
   )
   monkeypatch.setattr(evaluator.engine, "source", source)
-  answers = answer_log.Ledger(
+  answers = answer_log.AnswerLog(
     tmp_path / "a.jsonl", evaluator.identity(benchmark.questions)
   )
   methods = methods_of("random", "cacovid")
@@ -492,7 +492,7 @@ def test_a_policy_that_gives_nan_is_refused(
   broken = dataclasses.replace(policy, params=params)
   benchmark, evaluator = shared
   monkeypatch.setattr(evaluator.engine, "policies", {"policy": broken})
-  answers = answer_log.Ledger(
+  answers = answer_log.AnswerLog(
     tmp_path / "a.jsonl", evaluator.identity(benchmark.questions)
   )
   cells = methods_lib.conditions(methods_of("cacovid"), (0.25,), (0,))
@@ -505,7 +505,7 @@ def ask(shared, methods, path=None, ratios=RATIOS, seeds=(0,)):
   benchmark, evaluator = shared
   cells = methods_lib.conditions(methods, ratios, seeds)
   identity = evaluator.identity(benchmark.questions)
-  with answer_log.Ledger(path, identity) as answers:
+  with answer_log.AnswerLog(path, identity) as answers:
     failures = evaluator.run(benchmark.questions, cells, answers)
   return failures, answers
 
@@ -731,7 +731,7 @@ def test_mistakes_are_one_line_before_anything_runs(
   benchmark, evaluator = shared
   monkeypatch.setattr(evaluator.engine, "policies", {})
   monkeypatch.setattr(evaluator.engine, "seconds", {})
-  answers = answer_log.Ledger(
+  answers = answer_log.AnswerLog(
     tmp_path / "a.jsonl", evaluator.identity(benchmark.questions)
   )
 

@@ -47,7 +47,7 @@ def answers(tmp_path):
     ("random", 0.25, 1): [1, 1, 0, 0],
     ("uniform", 0.25, 0): [0, 0, 0, 0],
   }
-  out = answer_log.Ledger(tmp_path / "answers.jsonl", {})
+  out = answer_log.AnswerLog(tmp_path / "answers.jsonl", {})
   for (label, ratio, seed), values in scores.items():
     for q, value in zip(QUESTIONS, values, strict=True):
       fields = {
@@ -301,7 +301,7 @@ def test_ratios_are_written_with_two_decimals():
 
 def test_shares_are_of_each_clips_own_tokens(tmp_path):
   """v0.mp4 has 16 tokens, v1.mp4 has 8; four are kept of each."""
-  with answer_log.Ledger(tmp_path / "a.jsonl", {}) as out:
+  with answer_log.AnswerLog(tmp_path / "a.jsonl", {}) as out:
     for label, ratio, kept in (("vanilla", 1.0, (16, 8)), ("uniform", 0.25, 4)):
       for place, q in enumerate(QUESTIONS):
         count = kept if label == "uniform" else kept[place // 2]

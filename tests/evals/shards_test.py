@@ -62,7 +62,7 @@ def test_a_stopped_shard_and_two_processes_equal_one(
 
   shared = tmp_path / "shared"
   request = request_of(shared, checkpoint_dir, data_dir, shard=(0, 2))
-  add, batches = answer_log.Ledger.add, []
+  add, batches = answer_log.AnswerLog.add, []
 
   def stop(self, records):
     if batches:
@@ -70,7 +70,7 @@ def test_a_stopped_shard_and_two_processes_equal_one(
     batches.append(1)
     add(self, records)
 
-  monkeypatch.setattr(answer_log.Ledger, "add", stop)
+  monkeypatch.setattr(answer_log.AnswerLog, "add", stop)
   with pytest.raises(KeyboardInterrupt):
     evaluation.evaluate(request)
   # The second of its two batches was being written.

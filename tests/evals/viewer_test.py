@@ -77,7 +77,7 @@ RIGHT = {
 @pytest.fixture(scope="module")
 def answers(table):
   """Returns a ledger of made-up answers, as `RIGHT` has them."""
-  made = answer_log.Ledger(None, {})
+  made = answer_log.AnswerLog(None, {})
   records = []
   for cell in methods_lib.conditions(table.methods, table.ratios, table.seeds):
     if cell.place in FAILURES:

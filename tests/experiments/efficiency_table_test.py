@@ -179,7 +179,7 @@ def timed(subject, tmp_path, monkeypatch):
   def run(*specs, path=tmp_path / "rows.jsonl", repeats=1):
     methods = [methods_lib.Method.parse(spec) for spec in specs]
     identity = efficiency_table.run_of("tiny", repeats)
-    with answer_log.Ledger(path, identity) as rows:
+    with answer_log.AnswerLog(path, identity) as rows:
       return efficiency_table.measure(
         *subject, "tiny", methods, (0.5, 0.25), repeats, rows
       )
@@ -258,7 +258,7 @@ def test_times_of_another_run_are_not_mixed(timed, subject, tmp_path):
   other = dataclasses.replace(subject[0], checkpoint=checkpoint)
   identity = efficiency_table.run_of("tiny", 1)
   with (
-    answer_log.Ledger(tmp_path / "rows.jsonl", identity) as rows,
+    answer_log.AnswerLog(tmp_path / "rows.jsonl", identity) as rows,
     pytest.raises(errors.UserError, match="not the weights that earlier rows"),
   ):
     efficiency_table.measure(other, None, "tiny", [], (0.5,), 1, rows)
@@ -267,7 +267,7 @@ def test_times_of_another_run_are_not_mixed(timed, subject, tmp_path):
 def test_one_process_at_a_time(tmp_path, make):
   identity = efficiency_table.run_of("tiny", 1)
   with (
-    answer_log.Ledger(tmp_path / "rows.jsonl", identity),
+    answer_log.AnswerLog(tmp_path / "rows.jsonl", identity),
     pytest.raises(errors.UserError, match="another process is writing to"),
   ):
     make(workdir=tmp_path)

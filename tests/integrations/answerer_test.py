@@ -68,7 +68,7 @@ def _evaluated(checkpoint, checkpoint_dir, data_dir, questions, model, length):
       policies=model._policies,
     )
     evaluator = evaluator_lib.Evaluator(engine)
-    answers = answer_log.Ledger(None, {})
+    answers = answer_log.AnswerLog(None, {})
     evaluator.run(questions, [model.condition], answers)
     return {q.id: answers[model.condition.key(q.id)] for q in questions}
 

@@ -102,7 +102,7 @@ class RequestAnswerer:
 
   def _generate(self, rows, length) -> dict[str, Reply]:
     evaluator = evaluator_lib.Evaluator(self._engine(rows, length))
-    answers = answer_log.Ledger(None, {})
+    answers = answer_log.AnswerLog(None, {})
     failures = evaluator.run(
       rows, [self.condition], answers, description="lmms-eval"
     )
