@@ -28,15 +28,15 @@ FAMILIES = "cacovid_jax/models/checkpoints.py"
 
 # Largest values allowed; the last one is a smallest.
 LIMITS = {
-  "lines": 42_950,
-  "files over 400 lines": 30,
-  "functions over 50 lines, %": 1.8,
-  "functions with more than 7 parameters, %": 1.5,
-  "class names with two owners": 5,
+  "lines": 39_800,
+  "files over 400 lines": 9,
+  "functions over 50 lines, %": 0.6,
+  "functions with more than 7 parameters, %": 1.0,
+  "class names with two owners": 4,
   "isinstance on a model class": 0,
-  "undocumented public functions that only tests call": 1,
+  "undocumented public functions that only tests call": 0,
 }
-LEAST_DOCUMENTED = 74.0
+LEAST_DOCUMENTED = 75.0
 
 
 @dataclasses.dataclass(frozen=True)
