@@ -79,12 +79,12 @@ def main(args):
       raise errors.UserError(f"nothing says which {name}: add --{name}")
   if args.report:
     answering.check_report_path(args.report)
-  evals = args.config.evals
+  evals, options = args.config.evals, args.options
   with answering.Answerer.from_config(args.config) as answerer:
     asked = answerer.ask(
       args.video,
       args.question,
-      _listed(args.options),
+      options.split("|" if "|" in options else ",") if options else (),
       ratios=evals.ratios,
       method=evals.methods[0],
       style=evals.prompt_style or answering.STYLES[0],
@@ -95,12 +95,6 @@ def main(args):
     if args.report:
       answerer.write_report(args.report, asked)
       print(f"report: {args.report}")
-
-
-def _listed(text):
-  if not text:
-    return ()
-  return text.split("|" if "|" in text else ",")
 
 
 if __name__ == "__main__":
