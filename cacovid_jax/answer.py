@@ -79,12 +79,12 @@ def main(args):
       raise errors.UserError(f"nothing says which {name}: add --{name}")
   if args.report:
     answer_page.check_path(args.report)
-  evals = args.config.evals
+  evals, options = args.config.evals, args.options
   with answerer_lib.Answerer.from_config(args.config) as answerer:
     asked = answerer.ask(
       args.video,
       args.question,
-      _listed(args.options),
+      options.split("|" if "|" in options else ",") if options else (),
       ratios=evals.ratios,
       method=evals.methods[0],
       style=evals.prompt_style or answerer_lib.STYLES[0],
@@ -95,12 +95,6 @@ def main(args):
     if args.report:
       answer_page.write(args.report, answerer, asked)
       print(f"report: {args.report}")
-
-
-def _listed(text):
-  if not text:
-    return ()
-  return text.split("|" if "|" in text else ",")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,37 @@ def get_config() -> ml_collections.ConfigDict:
   # Steps refused in a row (non-finite loss, gradient or reward) before a run
   # stops.
   config.max_bad_steps = 10
+  _add_method(config)
+  _add_training(config)
+  config.data = _data()
+  # Devices on each mesh axis: `data` shares the videos of a training step, or
+  # the questions of a batch, `model` the weights of the base model. data = 0
+  # takes all that `model` leaves; asking, as many as divide the batch.
+  # `map` spreads an update over `data`: shard_map, or pmap (model = 1 only).
+  config.mesh = dict(data=0, model=1, map="shard_map")
+  config.evals = _evals()
+  # The embedded benchmark: `prepare` draws it into the folder of `data.root`.
+  config.prepare = _prepare()
+  # Training questions that the base model answers without the video.
+  config.blind = dict(
+    out="",
+    batch_size=16,
+    # As in training.
+    max_new_tokens=768,
+    # Reward of OCR, free-form and regression that counts as right.
+    threshold=1.0,
+    # First so many questions; 0 takes all of them.
+    num_questions=0,
+  )
+  config.table = _table()
+  # Folder that `tfds_build` writes below, name of the data set (video_r1 or
+  # video_r1_filtered), and whether records hold the clips themselves.
+  config.tfds = dict(out="", name="video_r1", embed=False)
+  return config
+
+
+def _add_method(config):
+  """Adds what is optimised: the policy, how it samples, its objective."""
   # How many tokens are kept while training. `ratio` is the fixed ratio of
   # runs with `config.ratio.adaptive = False`.
   # `module` here, in `objective` and in `policy`, and `reward` in `rollout`,
@@ -59,6 +90,14 @@ def get_config() -> ml_collections.ConfigDict:
     # Bound of |log pi - log pi_old|; None is the paper's unbounded ratio.
     log_ratio_clamp=config_dict.placeholder(float),
   )
+  # `init` is a safetensors file to start from.
+  config.policy = dict(
+    module="", dtype="bfloat16", num_halvings=4, backend="auto", init=""
+  )
+
+
+def _add_training(config):
+  """Adds how it is trained and kept."""
   config.optimizer = dict(
     lr_heads=1e-6,
     lr_layer=1e-7,
@@ -79,13 +118,29 @@ def get_config() -> ml_collections.ConfigDict:
     # (all problem types), or "auto": on the device if all are lettered.
     marking="auto",
   )
-  # `init` is a safetensors file to start from.
-  config.policy = dict(
-    module="", dtype="bfloat16", num_halvings=4, backend="auto", init=""
-  )
   # `backend` is that of attention: auto, xla, cudnn or splash.
   config.model = dict(path="", dtype="bfloat16", backend="auto")
-  config.data = dict(
+  # `exit_code` is that of a run that a SIGTERM stopped (and saved).
+  # `accept_changed_code` goes on although a file of one's own is no longer the
+  # one that the run started with.
+  config.ckpt = dict(
+    every_steps=500, keep=3, exit_code=143, accept_changed_code=False
+  )
+  # Accuracy on the validation questions below config.data.root, every so many
+  # steps (0 never); the best policy is then kept beside the last one.
+  config.validation = dict(
+    every_steps=0,
+    method="cacovid",
+    ratio=0.1,
+    num_questions=200,
+    batch_size=16,
+    max_new_tokens=2,
+  )
+
+
+def _data():
+  """Returns where questions and clips are, and how they are read."""
+  return dict(
     # Folder of the question files, and of the clips: `media` below it.
     root="",
     media="",
@@ -128,30 +183,11 @@ def get_config() -> ml_collections.ConfigDict:
     # {"question_id", "tokens"} per line, below `root`; for metrics only.
     decisive_file="",
   )
-  # `exit_code` is that of a run that a SIGTERM stopped (and saved).
-  # `accept_changed_code` goes on although a file of one's own is no longer the
-  # one that the run started with.
-  config.ckpt = dict(
-    every_steps=500, keep=3, exit_code=143, accept_changed_code=False
-  )
-  # Accuracy on the validation questions below config.data.root, every so many
-  # steps (0 never); the best policy is then kept beside the last one.
-  config.validation = dict(
-    every_steps=0,
-    method="cacovid",
-    ratio=0.1,
-    num_questions=200,
-    batch_size=16,
-    max_new_tokens=2,
-  )
-  # Devices on each mesh axis: `data` shares the videos of a training step, or
-  # the questions of a batch, `model` the weights of the base model. data = 0
-  # takes all that `model` leaves; asking, as many as divide the batch.
-  # `map` spreads an update over `data`: shard_map, or pmap (model = 1 only).
-  config.mesh = dict(data=0, model=1, map="shard_map")
-  config.evals = _evals()
-  # The embedded benchmark: `prepare` draws it into the folder of `data.root`.
-  config.prepare = dict(
+
+
+def _prepare():
+  """Returns the settings of the embedded benchmark."""
+  return dict(
     variants=("dense",),
     seed=0,
     # Of the splits train, validation, test and test_fresh.
@@ -166,22 +202,6 @@ def get_config() -> ml_collections.ConfigDict:
     # Processes that draw and encode; 0 takes one per core.
     num_workers=0,
   )
-  # Training questions that the base model answers without the video.
-  config.blind = dict(
-    out="",
-    batch_size=16,
-    # As in training.
-    max_new_tokens=768,
-    # Reward of OCR, free-form and regression that counts as right.
-    threshold=1.0,
-    # First so many questions; 0 takes all of them.
-    num_questions=0,
-  )
-  config.table = _table()
-  # Folder that `tfds_build` writes below, name of the data set (video_r1 or
-  # video_r1_filtered), and whether records hold the clips themselves.
-  config.tfds = dict(out="", name="video_r1", embed=False)
-  return config
 
 
 def _table():

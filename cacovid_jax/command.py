@@ -25,26 +25,18 @@ _HELP = ("help", "h", "helpshort", "helpfull")
 
 
 class Flag(NamedTuple):
-  """One flag of a command.
+  """One flag of a command."""
 
-  Attributes:
-    help: one sentence.
-    key: config key that it is an alias of; "" for a flag of the process.
-    default: of a flag without a key. Its type is the flag's; None is a text
-      that need not be given.
-    choices: texts that are allowed; empty allows all.
-    old: earlier spellings, accepted for one more version, with a hint.
-    least: smallest number that is allowed.
-    many: whether it may be given several times: all texts, in order.
-  """
-
-  help: str
-  key: str = ""
+  help: str  # One sentence.
+  key: str = ""  # Of the config, that it is an alias of.
+  # Of a flag without a key. Its type is the flag's; None is a text that need
+  # not be given.
   default: Any = None
-  choices: Sequence[str] = ()
+  choices: Sequence[str] = ()  # Texts that are allowed; empty allows all.
+  # Earlier spellings, accepted for one more version, with a hint.
   old: Sequence[str] = ()
-  least: float | None = None
-  many: bool = False
+  least: float | None = None  # Smallest number that is allowed.
+  many: bool = False  # May be given several times: all texts, in order.
 
   @property
   def is_switch(self) -> bool:
@@ -68,29 +60,19 @@ def aliases(section: str, **flags: str | Flag) -> dict[str, Flag]:
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-  """What a command takes.
-
-  Attributes:
-    doc: its documentation.
-    flags: by name.
-    config: "required"; "optional", where all keys have defaults; "none".
-    default: config taken without `--config`, as "file.py"; its `:debug` form
-      with a flag `smoke`.
-    defaults: key -> value that wins over that, or over `base_config`, without
-      `--config`.
-    old_config: earlier spellings of `--config`.
-    sections: whether missing keys are filled in from `base_config`.
-    num_arguments: words behind the command that are no flags, at most.
-  """
+  """What a command takes."""
 
   doc: str
   flags: Mapping[str, Flag]
-  config: str = "optional"
+  config: str = "optional"  # Where all keys have defaults; "required"; "none".
+  # Config taken without `--config`, as "file.py"; its `:debug` form with a flag
+  # `smoke`.
   default: str = ""
+  # Key -> value that wins over that, or over `base_config`, without `--config`.
   defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  old_config: Sequence[str] = ()
-  sections: bool = True
-  num_arguments: int = 0
+  old_config: Sequence[str] = ()  # Earlier spellings of `--config`.
+  sections: bool = True  # Whether `base_config` fills in missing keys.
+  num_arguments: int = 0  # Words behind the command that are no flags, at most.
 
   def run(self, main: Callable[[types.SimpleNamespace], int | None]) -> None:
     """Runs `main` of the process's arguments; see `errors.run`."""

@@ -43,7 +43,12 @@ def load(spec: str, key: str) -> tuple[Any, str]:
   if is_file and not os.path.isfile(source):
     raise errors.UserError(f"{key} {spec!r}: there is no file {source}")
   try:
-    module, digest = run_file(source) if is_file else _import(source)
+    if is_file:
+      module, digest = run_file(source)
+    else:
+      module = importlib.import_module(source)
+      path = getattr(module, "__file__", None)
+      digest = files.sha256(path) if path else ""
   except Exception as error:
     raise errors.UserError(
       f"{key} {spec!r}: importing {source} failed with"
@@ -113,12 +118,6 @@ def make(found, section: str, options, known=()) -> Any:
       " frozen dataclass"
     ) from error
   return made
-
-
-def _import(name):
-  module = importlib.import_module(name)
-  path = getattr(module, "__file__", None)
-  return module, files.sha256(path) if path else ""
 
 
 def run_file(path):

@@ -11,13 +11,8 @@ from cacovid_jax.models import processors
 def parse_arg(arg, **defaults):
   """Returns the fields of "debug,ratio=0.02" with the types of their defaults.
 
-  Args:
-    arg: text after the colon of `--config file.py:arg`, or None. A name alone
-      sets a truth value.
-    **defaults: every field the argument may set.
-
-  Returns:
-    A namespace with one attribute per default.
+  That is the text after the colon of `--config file.py:arg`, or None. A name
+  alone sets a truth value; `defaults` are all fields that there are.
   """
   fields = dict(defaults)
   for part in filter(None, (part.strip() for part in (arg or "").split(","))):

@@ -41,11 +41,17 @@ def get_config(arg=None):
   # "xla" needs rematerialisation: it stores every attention map.
   config.attention = "xla" if arg.debug else "cudnn"
   config.remat = False
-  config.pretrain = dict(
+  config.pretrain = _pretrain(arg.debug)
+  return config
+
+
+def _pretrain(debug):
+  """Returns the training's settings."""
+  return dict(
     seed=0,
-    num_steps=2 if arg.debug else 7200,
+    num_steps=2 if debug else 7200,
     lr=1.2e-3,
-    warmup_steps=1 if arg.debug else 300,
+    warmup_steps=1 if debug else 300,
     weight_decay=0.05,
     # Tokens kept in the pruned loss: uniform over this range.
     min_keep=16,
@@ -59,9 +65,9 @@ def get_config(arg=None):
       full=1.0, pruned=1.0, told=0.5, labels=1.0, size=0.1, asked=1.0
     ),
     packing=dict(
-      batch_size=2 if arg.debug else 64,
-      questions_per_clip=2 if arg.debug else 8,
-      text_only=2 if arg.debug else 64,
+      batch_size=2 if debug else 64,
+      questions_per_clip=2 if debug else 8,
+      text_only=2 if debug else 64,
       sparse_share=0.4,
       # Below the benchmark's 128 to 136: the model reads those as well, and
       # more objects take longer to learn.
@@ -69,9 +75,8 @@ def get_config(arg=None):
       text_answer_share=(0.5, 0.2),
       ramp_steps=1200,
     ),
-    log_every=1 if arg.debug else 200,
-    probe_every=2 if arg.debug else 1800,
-    probe_clips=1 if arg.debug else 64,
-    num_workers=0 if arg.debug else 26,
+    log_every=1 if debug else 200,
+    probe_every=2 if debug else 1800,
+    probe_clips=1 if debug else 64,
+    num_workers=0 if debug else 26,
   )
-  return config

@@ -196,8 +196,10 @@ def _charge(value):
   return value
 
 
-def _check_arguments(name: str, values: Iterable) -> None:
+def _check_arguments(name: str, values: Sequence) -> None:
   """Refuses what would make the function `name` give a huge result."""
+  if name in ("format", "format_map") and _WIDE.search(str(values[0])):
+    raise jinja2.sandbox.SecurityError("a format wider than 9999")
   _spend(_STEP)
   product = 1
   for value in values:
@@ -219,7 +221,6 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
   def call_binop(self, context, operator, left, right):
     numbers = isinstance(left, (int, float)) and isinstance(right, (int, float))
     if operator == "%" and isinstance(left, str):
-      _check_format(left)
       values = right if isinstance(right, tuple) else (right,)
       _check_arguments("format", (left, *values))
     elif operator == "**" or operator in "*%" and not numbers:
@@ -236,8 +237,6 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     args = _settled(name, args)
     if isinstance(getattr(bound, "__self__", None), str):
       owner = bound.__self__
-      if name in ("format", "format_map"):
-        _check_format(owner)
     _check_arguments(name, (owner, *args, *kwargs.values()))
     return _charge(super().call(_context, _obj, *args, **kwargs))
 
@@ -311,8 +310,6 @@ def _guarded(name: str, function):
     args = _settled(name, args)
     values = args[1:] if hasattr(function, "jinja_pass_arg") else args
     _check_arguments(name, (*values, *kwargs.values()))
-    if name == "format":
-      _check_format(values[0])
     return _charge(function(*args, **kwargs))
 
   return guarded
@@ -332,11 +329,6 @@ def _counted(values: Iterable) -> Iterator:
   for value in values:
     _spend(_STEP)
     yield value
-
-
-def _check_format(text) -> None:
-  if _WIDE.search(str(text)):
-    raise jinja2.sandbox.SecurityError("a format wider than 9999")
 
 
 # With the context, so that jinja2 does not evaluate them while it compiles.

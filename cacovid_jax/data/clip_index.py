@@ -9,29 +9,21 @@ _EMPTY = np.zeros(0, np.int64)
 
 
 class ClipIndex(NamedTuple):
-  """Which pictures a clip shows, and how they are reached.
+  """Which pictures a clip shows, and how they are reached."""
 
-  Attributes:
-    num_frames: N, pictures that are shown.
-    stamps: int64[N], their time stamps, ascending; empty if they tell no order.
-    keys: int64[K], number of the first picture shown from each key frame on.
-    landings: int64[K, 3], of each key frame the time to seek to, its stamp and
-      its byte in the file.
-    sound: whether packets alone tell the pictures, so that seeking may be
-      tried; if not, the clip is decoded in sequence.
-    numbers: int64[P], number of each picture that decodes, ascending.
-    damaged: bool[P], whether a picture shows damage or follows some.
-    lost: pictures that do not decode.
-  """
-
-  num_frames: int = 0
+  num_frames: int = 0  # N, pictures that are shown.
+  # int64[N], their time stamps, ascending; empty if they tell no order.
   stamps: np.ndarray = _EMPTY
+  # int64[K], number of the first picture shown from each key frame on.
   keys: np.ndarray = _EMPTY
+  # int64[K, 3], of each key frame the time to seek to, stamp, byte in the file.
   landings: np.ndarray = _EMPTY
+  # Whether packets alone tell the pictures, so that seeking may be tried; if
+  # not, the clip is decoded in sequence.
   sound: bool = False
-  numbers: np.ndarray = _EMPTY
-  damaged: np.ndarray = _EMPTY
-  lost: int = 0
+  numbers: np.ndarray = _EMPTY  # int64[P], of pictures that decode, ascending.
+  damaged: np.ndarray = _EMPTY  # bool[P], shows damage or follows some.
+  lost: int = 0  # Pictures that do not decode.
 
   @classmethod
   def of_packets(

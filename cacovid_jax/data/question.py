@@ -18,35 +18,23 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Question:
-  """A question, its answer, and the clip that it is about.
+  """A question, its answer, and the clip that it is about."""
 
-  Attributes:
-    id: unique name within its source.
-    video: path of the clip, relative to the media root.
-    question: what is asked, without options and without a hint.
-    options: the choices without their letters; empty if none are offered.
-    answer: the right letter for multiple choice, else the right text.
-    problem_type: one of `PROBLEM_TYPES`.
-    duration: group of the clip's length ("short", ...), if the source has one.
-    category: the kind of question, if the source has one.
-    groups: further groupings, as (facet, name), e.g. ("domain", "Knowledge").
-    source: name of the data set.
-    prompt: the user's text after the video, verbatim, hint included.
-    stream: the name that draws follow where it is not `id`: of a question that
-      is called otherwise here than in its benchmark.
-  """
-
-  id: str
-  video: str
-  question: str
-  options: tuple[str, ...] = ()
-  answer: str
-  problem_type: str = MULTIPLE_CHOICE
+  id: str  # Unique within its source.
+  video: str  # Path of the clip, relative to the media root.
+  question: str  # Without options and without a hint.
+  options: tuple[str, ...] = ()  # Without letters; empty if none are offered.
+  answer: str  # The right letter for multiple choice, else the right text.
+  problem_type: str = MULTIPLE_CHOICE  # One of `PROBLEM_TYPES`.
+  # Group of the clip's length ("short", ...), if the source has one.
   duration: str | None = None
-  category: str | None = None
+  category: str | None = None  # The kind of question, if the source has one.
+  # Further groupings, as (facet, name), e.g. ("domain", "Knowledge").
   groups: tuple[tuple[str, str], ...] = ()
-  source: str = ""
-  prompt: str = ""
+  source: str = ""  # Name of the data set.
+  prompt: str = ""  # The user's text after the video, verbatim, with the hint.
+  # The name that draws follow where it is not `id`: of a question that is
+  # called otherwise here than in its benchmark.
   stream: str = ""
 
   @property

@@ -59,10 +59,6 @@ def _multiple_choice(answer: str, gold: str, completion: str) -> float:
   )
 
 
-def _has_mark(text: str) -> bool:
-  return "." in text or "," in text
-
-
 def _number(text: str) -> float:
   """Returns the finite number that `text` spells, or raises ValueError."""
   value = float(text.replace(",", ""))
@@ -72,7 +68,8 @@ def _number(text: str) -> float:
 
 
 def _numerical(answer: str, gold: str, unused_completion: str) -> float:
-  if _has_mark(answer) != _has_mark(gold):
+  marked, should_be = (any(m in text for m in ".,") for text in (answer, gold))
+  if marked != should_be:
     return 0.0
   return round(_number(answer), 2) == round(_number(gold), 2)
 
@@ -96,7 +93,7 @@ def _ocr(answer: str, gold: str, unused_completion: str) -> float:
   return max(0.0, 1.0 - error_rate)
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def _rouge() -> rouge_scorer.RougeScorer:
   return rouge_scorer.RougeScorer(_ROUGE, use_stemmer=True)
 

@@ -49,20 +49,17 @@ def _token_text(entry) -> str | None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-  """What a checkpoint's files say beside its tokenizer and template.
-
-  Attributes:
-    plain: whether messages are one plain text first of all, and a list of
-      video and text only where that fails; else the other way round.
-    variables: what the template may read, the special tokens.
-  """
+  """What a checkpoint's files say beside its tokenizer and template."""
 
   name: str = "tokenizer"
   style: wording.VideoStyle = wording.LLAVA_ONEVISION
+  # Whether messages are one plain text first of all, and a list of video and
+  # text only where that fails; else the other way round.
   plain: bool = False
   eos_tokens: Sequence[str] = ("<|im_end|>", "<|endoftext|>")
   pad_token: str = "<|endoftext|>"
   max_length: int | None = None
+  # What the template may read, the special tokens.
   variables: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 

@@ -40,56 +40,30 @@ _URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.,\-]*:")
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-  """What a clip holds.
-
-  Attributes:
-    num_frames: that are shown.
-    width: pixels, as stored; a rotated clip is shown with its sides swapped.
-    height: likewise.
-    duration: seconds.
-    fps: frames a second, on average.
-    warnings: what makes the frames less than they seem, one line each.
-  """
+  """What a clip holds; `warnings` is as of `Clip`."""
 
   num_frames: int
-  width: int
-  height: int
-  duration: float
-  fps: float
-  codec: str
-  container: str
+  duration: float  # Seconds.
   warnings: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Clip:
-  """Decoded frames uint8[T,h,w,3] and where they came from.
+  """Decoded frames and where they came from."""
 
-  Attributes:
-    frames: the pictures, upright.
-    indices: the requested frame numbers, int64[T].
-    num_frames: frames in the clip, as counted for the frame rule.
-    duration: seconds.
-    replaced: requested frames that cannot be decoded; the last one before them
-      stands in.
-    damaged: other requested frames that show damage, or follow some.
-    lost: pictures of the clip that cannot be decoded, as far as was seen.
-    warnings: what makes the frames less than they seem, one line each.
-    size: (h, w) of the frames before they were resized.
-    frame_hash: sha256 of the shape (T,h,w,3) of the frames before they were
-      resized and of their pixels, in rising order of number; "" unless it was
-      asked for.
-  """
-
-  frames: np.ndarray
-  indices: np.ndarray
-  num_frames: int
-  duration: float
+  frames: np.ndarray  # uint8[T,h,w,3], upright.
+  indices: np.ndarray  # int64[T], the requested frame numbers.
+  num_frames: int  # In the clip, as counted for the frame rule.
+  duration: float  # Seconds.
+  # Requested frames that cannot be decoded; the last one before them stands in.
   replaced: int = 0
-  damaged: int = 0
-  lost: int = 0
+  damaged: int = 0  # Other requested frames that show damage, or follow some.
+  lost: int = 0  # Pictures that cannot be decoded, as far as was seen.
+  # What makes the frames less than they seem, one line each.
   warnings: tuple[str, ...] = ()
-  size: tuple[int, int] = (0, 0)
+  size: tuple[int, int] = (0, 0)  # (h, w) of the frames before resizing.
+  # sha256 of their shape (T,h,w,3) and pixels before resizing, in rising order
+  # of number; "" unless it was asked for.
   frame_hash: str = ""
 
 
@@ -131,20 +105,7 @@ def probe(path, limits: Limits | None = None) -> Probe:
   with _Reader(path, limits) as reader:
     index = reader.index()
     seconds, warnings = reader.timing(index)
-    context = reader.stream.codec_context
-    fps = reader.stream.average_rate
-    if seconds and (fps is None or warnings):
-      fps = index.num_frames / seconds
-    return Probe(
-      index.num_frames,
-      context.width,
-      context.height,
-      seconds,
-      float(fps or 0),
-      context.name,
-      reader.container.format.name,
-      tuple(warnings),
-    )
+    return Probe(index.num_frames, seconds, tuple(warnings))
 
 
 def frame_size(path, limits: Limits | None = None) -> tuple[int, int]:
@@ -170,7 +131,7 @@ def decode(
   limits: Limits | None = None,
   hashed: bool = False,
 ) -> Clip:
-  """Decodes the frames that a rule picks.
+  """Decodes the frames that a rule picks; `VideoError` of an unfit clip.
 
   Args:
     path: a local file, or the bytes of an encoded clip.
@@ -180,9 +141,6 @@ def decode(
       shape. A `frames.ShapeError` of it becomes the clip's.
     limits: caps; the defaults if None.
     hashed: whether `Clip.frame_hash` is wanted.
-
-  Returns:
-    The clip; `VideoError` if it cannot be used.
   """
   with _Reader(path, limits) as reader:
     index = reader.index()

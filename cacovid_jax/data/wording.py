@@ -28,20 +28,12 @@ HINTS = {
 
 @dataclasses.dataclass(frozen=True)
 class VideoStyle:
-  """How a model's prompts hold a clip.
+  """How a model's prompts hold a clip."""
 
-  Attributes:
-    token: the placeholder, repeated once for each video token.
-    plain: what stands for a clip before the question where the message is one
-      plain text.
-    newline_tokens: rows after the N video tokens that have the same id.
-    around: tokens that have to stand before and after; positions are counted
-      from them.
-  """
-
-  token: str
-  plain: str
-  newline_tokens: int
+  token: str  # The placeholder, repeated once for each video token.
+  plain: str  # A clip before the question, in a message of plain text.
+  newline_tokens: int  # Rows behind the N video tokens that have the same id.
+  # Tokens before and after the clip; positions are counted from them.
   around: tuple[str, ...] = ()
 
   @property

@@ -77,13 +77,10 @@ def map_over_data(
 ):
   """Returns a function mapped over the axis `data`, to be jitted.
 
-  Args:
-    function: of one device's share; it may average over the axis by name.
-    mesh: with axes `data` and `model`.
-    in_specs: prefix tree, P() for what all devices have and P("data") for
-      what is split by its leading axis,
-    out_specs: likewise.
-    how: "shard_map" or "pmap", see `check_map`; both compute the same.
+  The function computes one device's share, and may average over the axis by
+  name. Specs are prefix trees: P() for what all devices have, P("data") for
+  what is split by its leading axis. Both values of `how`, "shard_map" and
+  "pmap" (see `check_map`), compute the same.
   """
   if how == "shard_map":
     return jax.shard_map(

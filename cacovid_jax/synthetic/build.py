@@ -43,19 +43,13 @@ MANIFEST = "manifest.json"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BuildConfig:
-  """What to build.
+  """What to build."""
 
-  Attributes:
-    variant: of `world.VARIANTS`.
-    seed: of everything.
-    clips: number per split, in the order of `SPLITS`; 0 leaves a split out.
-    questions_per_clip: at most; fewer where a scene allows no more.
-  """
-
-  variant: str = "dense"
+  variant: str = "dense"  # Of `world.VARIANTS`.
   seed: int = 0
+  # In the order of `SPLITS`; 0 leaves a split out.
   clips: tuple[int, int, int, int] = (240, 40, 160, 0)
-  questions_per_clip: int = 4
+  questions_per_clip: int = 4  # At most; a scene may allow fewer.
 
   def __post_init__(self):
     if self.variant not in world.VARIANTS:
@@ -196,11 +190,7 @@ def prepare(
 ) -> None:
   """Builds the benchmark of a config, if not there.
 
-  Args:
-    config: with a section `prepare`.
-    num_workers: processes, instead of the config's.
-    variant: of `world.VARIANTS`; the config's first one by default.
-    directory: of the variant; `data.root` by default.
+  By default its first variant, in `data.root`, by so many processes as it says.
   """
   section = config.prepare
   if len(section.clips) != len(SPLITS):

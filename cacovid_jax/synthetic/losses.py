@@ -201,7 +201,7 @@ def label_loss(logits, labels):
 def word_ids(tokenizer):
   """Returns int32[24], the one token of each attribute's and side's word."""
   words = [*world.COLOR_NAMES, *world.PATTERNS, *world.SHAPES, *_SIDES]
-  ids = [tokenizer.encode(f" {w}", add_special_tokens=False).ids for w in words]
+  ids = [tokenizer.encode(f" {word}") for word in words]
   split = [
     word for word, found in zip(words, ids, strict=True) if len(found) > 1
   ]

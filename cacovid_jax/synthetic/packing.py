@@ -26,36 +26,22 @@ _DENSE_OBJECTS = (76, 84)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PackingConfig:
-  """Shape and mixture of the batches.
+  """Shape and mixture of the batches."""
 
-  Attributes:
-    tokenizer_file: path of tokenizer.json.
-    seed: of the stream; batch i is a function of (seed, i).
-    batch_size: clips per step.
-    questions_per_clip: packed behind one shared video prefix.
-    question_length: tokens per packed question, answer included.
-    text_only: rows per step whose scene is told in words.
-    text_only_length: tokens of such a row.
-    sparse_share: share of clips of the sparse variant.
-    dense_objects: askable objects of the others, inclusive range.
-    text_answer_share: share of questions answered in words, not by letter,
-      in the first and in the second half of training.
-    ramp_steps: steps over which the number of objects grows to that range.
-    num_steps: of the whole training, for the two halves.
-  """
-
-  tokenizer_file: str
-  seed: int = 0
-  batch_size: int = 64
-  questions_per_clip: int = 8
-  question_length: int = 68
-  text_only: int = 64
-  text_only_length: int = 128
-  sparse_share: float = 0.25
+  tokenizer_file: str  # Path of tokenizer.json.
+  seed: int = 0  # Batch i is a function of (seed, i).
+  batch_size: int = 64  # Clips per step.
+  questions_per_clip: int = 8  # Packed behind one shared video prefix.
+  question_length: int = 68  # Tokens per question, answer included.
+  text_only: int = 64  # Rows per step whose scene is told in words.
+  text_only_length: int = 128  # Tokens of such a row.
+  sparse_share: float = 0.25  # Of clips.
+  # Askable objects of the others, inclusive range.
   dense_objects: tuple[int, int] = _DENSE_OBJECTS
+  # Questions answered in words, not by letter, in either half of training.
   text_answer_share: tuple[float, float] = (0.5, 0.2)
-  ramp_steps: int = 1000
-  num_steps: int = 10_000
+  ramp_steps: int = 1000  # In which the number of objects grows to its range.
+  num_steps: int = 10_000  # Of the whole training.
 
 
 KINDS = ("attribute", "where", "first", "order", "count")
@@ -106,6 +92,11 @@ def corpus(num_scenes: int = 200) -> list[str]:
         texts.append("\n" + prompt_text(question, problem_type))
       texts.append(question.options[question.answer])
   return texts
+
+
+def stacked(clips: list[dict]) -> dict:
+  """Returns the arrays of several clips with a leading batch axis."""
+  return {key: np.stack([clip[key] for clip in clips]) for key in clips[0]}
 
 
 class Packer:
@@ -206,7 +197,7 @@ class Packer:
       )
       for _ in range(config.batch_size)
     ]
-    batch = {key: np.stack([c[key] for c in clips]) for key in clips[0]}
+    batch = stacked(clips)
     told = [self._told(rng, text_share) for _ in range(config.text_only)]
     batch["told_ids"] = np.stack([row[0] for row in told])
     batch["told_target"] = np.stack([row[1] for row in told])

@@ -9,6 +9,7 @@ tokens of a question, K kept video tokens, D width.
 """
 
 import functools
+import os
 import pathlib
 import time
 
@@ -16,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tokenizers
 from jax.sharding import PartitionSpec as P
 
 from cacovid_jax import config as config_lib
@@ -71,46 +71,33 @@ def pretrain(config, workdir):
     num_frames=world.NUM_FRAMES,
   )
   tokenizer = tokenizer_lib.Tokenizer.from_directory(directory)
-  if tokenizer.vocab_size > config.vocab_size:
-    raise errors.UserError(
-      f"config.vocab_size {config.vocab_size} is below the tokenizer's"
-      f" {tokenizer.vocab_size}; raise it"
-    )
   model = model_of(config, tokenizer)
-  ends = ("<|im_end|>", "<|endoftext|>")
+  ends = [tokenizer.token_id(end) for end in ("<|im_end|>", "<|endoftext|>")]
   with (
     metrics_lib.MetricsWriter(workdir, 0) as writer,
     progress_lib.Progress(config.pretrain.num_steps) as progress,
   ):
-
-    def on_metrics(step, values):
-      writer.write_scalars(step, values)
-      progress.update(step, {k: values[k] for k in ("hit_full", "hit_pruned")})
-
-    def on_probe(step, params, rows):
+    for step, params, metrics, rows in train(model, tokenizer, config.pretrain):
+      if metrics:
+        writer.write_scalars(step, metrics)
+        shown = {name: metrics[name] for name in ("hit_full", "hit_pruned")}
+        progress.update(step, shown)
+      if not rows:
+        continue
       for variant, row in rows.items():
-        writer.write_scalars(
-          step, {f"{variant}/{rule}": value for rule, value in row.items()}
-        )
+        scalars = {f"{variant}/{rule}": value for rule, value in row.items()}
+        writer.write_scalars(step, scalars)
         shown = ", ".join(f"{rule} {value:.3f}" for rule, value in row.items())
         print(f"step {step}, {variant}: {shown}", flush=True)
       checkpoints.save(
         directory,
         model.config,
         params,
-        eos_ids=[tokenizer.token_id(token) for token in ends],
-        pad_id=tokenizer.token_id(ends[1]),
+        eos_ids=ends,
+        pad_id=ends[1],
         dtype=_STORED,
       )
       files.write_json(workdir / "probe.json", rows)
-
-    train(
-      model,
-      directory / "tokenizer.json",
-      config.pretrain,
-      on_metrics=on_metrics,
-      on_probe=on_probe,
-    )
   return directory
 
 
@@ -259,31 +246,32 @@ def held_out(config: packing.PackingConfig, variant: str, num_clips: int):
     packer.clip(rng, world.sample_scene(rng, world.VARIANTS[variant]), 0.0)
     for _ in range(num_clips)
   ]
-  return {key: np.stack([clip[key] for clip in clips]) for key in clips[0]}
+  return packing.stacked(clips)
 
 
-def train(model, tokenizer_file, config, *, on_metrics, on_probe):
+def train(model, tokenizer, config):
   """Pretrains a model; `UserError` if the loss is not finite.
 
   Args:
-    model: `models.video_llm.VideoLLM`.
-    tokenizer_file: path of tokenizer.json.
+    model: of `models.llava_onevision`.
+    tokenizer: `data.tokenizer.Tokenizer`.
     config: the "pretrain" section of `configs/synthetic_base.py`.
-    on_metrics: called with (step, {name: value}) every config.log_every steps.
-    on_probe: called with (step, params, {variant: {rule: accuracy}}) every
-      config.probe_every steps and at the end.
+
+  Yields:
+    (step, parameters, {name: value}, {variant: {rule: accuracy}}), values every
+    config.log_every steps and accuracies every config.probe_every, both at the
+    end, else empty; steps with neither are left out.
   """
   pack = packing.PackingConfig(
-    tokenizer_file=str(tokenizer_file),
+    tokenizer_file=os.path.join(tokenizer.name, "tokenizer.json"),
     seed=config.seed,
     num_steps=config.num_steps,
     **config.packing,
   )
-  tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_file))
   word_ids = losses_lib.word_ids(tokenizer)
   prompts = packed.PackedPrompts(
     model,
-    tokenizer.encode(packing.PREFIX, add_special_tokens=False).ids,
+    tokenizer.encode(packing.PREFIX),
     world.NUM_TOKENS,
     pack.questions_per_clip,
     pack.question_length,
@@ -308,24 +296,25 @@ def train(model, tokenizer_file, config, *, on_metrics, on_probe):
     params, opt_state, metrics = update(
       params, opt_state, jnp.int32(step - 1), jax.device_put(batch, split)
     )
-    last = step == config.num_steps
+    last, values, rows = step == config.num_steps, {}, {}
     if step % config.log_every == 0 or last:
       values = {name: float(value) for name, value in metrics.items()}
-      if not np.isfinite(list(values.values())).all():
-        raise errors.UserError(
-          f"pretraining: the loss is not finite at step {step}; lower"
-          " config.pretrain.lr"
-        )
+      _check_finite(values, step)
       rate = (step - seen) / (time.time() - start)
       seen, start = step, time.time()
       values |= {"lr": float(schedule(step - 1)), "steps_per_second": rate}
-      on_metrics(step, values)
     if step % config.probe_every == 0 or last:
-      rows = {
-        name: summarise(
-          jax.device_get(probe(params["model"], jax.random.key(1), held)),
-          np.asarray(held["kind"]),
-        )
-        for name, held in tests.items()
-      }
-      on_probe(step, params["model"], rows)
+      for name, held in tests.items():
+        hits = probe(params["model"], jax.random.key(1), held)
+        kinds = np.asarray(held["kind"])
+        rows[name] = summarise(jax.device_get(hits), kinds)
+    if values or rows:
+      yield step, params["model"], values, rows
+
+
+def _check_finite(values, step):
+  if not np.isfinite(list(values.values())).all():
+    raise errors.UserError(
+      f"pretraining: the loss is not finite at step {step}; lower"
+      " config.pretrain.lr"
+    )

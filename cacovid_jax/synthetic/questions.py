@@ -25,21 +25,13 @@ _ORDER_GAP = 2
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SceneQuestion:
-  """A lettered question about one scene.
+  """A lettered question about one scene."""
 
-  Attributes:
-    kind: "attribute", "where", "first", "order" or "count".
-    text: without options.
-    options: texts without letters, in the order shown.
-    answer: index of the right option.
-    objects: indices of the objects that the question is about.
-  """
-
-  kind: str
-  text: str
-  options: tuple[str, ...]
-  answer: int
-  objects: tuple[int, ...]
+  kind: str  # "attribute", "where", "first", "order" or "count".
+  text: str  # Without options.
+  options: tuple[str, ...]  # Without letters, in the order shown.
+  answer: int  # Index of the right option.
+  objects: tuple[int, ...]  # That the question is about.
 
   def tokens(self, scene: world.Scene) -> list[int]:
     """Returns the decisive tokens, flat and ascending."""

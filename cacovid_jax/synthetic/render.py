@@ -80,16 +80,11 @@ def sprite_tables() -> tuple[np.ndarray, np.ndarray]:
 
 
 def slots(scene: world.Scene, time: float):
-  """What to draw at a time, distractors first.
+  """What to draw at a time, 0 to 15 in sampled frames, distractors first.
 
-  Args:
-    scene: the clip's plan.
-    time: in sampled frames, 0 to 15.
-
-  Returns:
-    (sprite int8[S], corner int16[S, 2], color float32[S, 3]) with S =
-    `MAX_SLOTS`; `corner` is the (y, x) of the sprite's first pixel; unused
-    slots have sprite -1.
+  Returns (sprite int8[S], corner int16[S, 2], color float32[S, 3]) with S =
+  `MAX_SLOTS`; `corner` is the (y, x) of the sprite's first pixel; unused slots
+  have sprite -1.
   """
   sprite = np.full(world.MAX_SLOTS, -1, np.int8)
   corner = np.zeros((world.MAX_SLOTS, 2), np.int16)

@@ -82,11 +82,7 @@ def train(
     patch_size: pixels of a patch's side; the processor derives the number of
       video tokens from the (S / patch_size)² patches of a frame.
     max_length: most tokens of a prompt.
-    num_frames: T, frames of a clip that the model is made for, noted in the
-      video processor's file; None notes nothing.
-
-  Returns:
-    The trained tokenizer.
+    num_frames: T of the clips that the model is made for, to be noted.
   """
   tokenizer = learn(texts, vocab_size, SPECIAL_TOKENS)
   os.makedirs(directory, exist_ok=True)

@@ -51,24 +51,14 @@ MAX_SLOTS = NUM_ROWS * NUM_COLS
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WorldConfig:
-  """How crowded and how textured the scenes of a variant are.
-
-  Attributes:
-    name: of the variant.
-    num_objects: askable objects per clip, inclusive range.
-    life: sampled frames that an object is seen for, inclusive range.
-    num_distractors: grey patches per clip, inclusive range.
-    texture: amplitude of the moving background, in grey levels.
-    repeats: how often one color and shape pair is repeated at most (1 leaves
-      the attributes to chance).
-  """
+  """How crowded and how textured the scenes of a variant are."""
 
   name: str
-  num_objects: tuple[int, int]
-  life: tuple[int, int]
-  num_distractors: tuple[int, int]
-  texture: float
-  repeats: int
+  num_objects: tuple[int, int]  # Askable ones per clip, inclusive range.
+  life: tuple[int, int]  # Sampled frames that show an object, as well.
+  num_distractors: tuple[int, int]  # Grey patches per clip, as well.
+  texture: float  # Amplitude of the moving background, in grey levels.
+  repeats: int  # Of one color and shape pair at most; 1 leaves it to chance.
 
 
 VARIANTS = {
@@ -93,29 +83,20 @@ VARIANTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-  """One clip's plan; M objects and D distractors, all arrays NumPy.
+  """One clip's plan; M objects and D distractors, all arrays NumPy."""
 
-  Attributes:
-    attributes: int8[M, 3] color, pattern and shape of each object.
-    life: int8[M, 2] first and last sampled frame that shows it.
-    path: float32[M, 2, 2] centre (x, y) in pixels half a frame before the
-      first and half a frame after the last.
-    tint: float32[M, 3] color offset in grey levels, so that no two are equal.
-    distractor_life: int8[D, 2] and
-    distractor_path: float32[D, 2, 2], as for objects.
-    background: float32[4, 7]; row 0 the base color, rows 1 to 3 waves with
-      amplitudes (3), wave numbers (2), phase and drift.
-    noise_seed: of the static grain.
-  """
-
-  attributes: np.ndarray
-  life: np.ndarray
+  attributes: np.ndarray  # int8[M, 3] color, pattern and shape.
+  life: np.ndarray  # int8[M, 2] first and last sampled frame that shows it.
+  # float32[M, 2, 2] centre (x, y) in pixels half a frame before the first and
+  # half a frame after the last.
   path: np.ndarray
-  tint: np.ndarray
-  distractor_life: np.ndarray
-  distractor_path: np.ndarray
+  tint: np.ndarray  # float32[M, 3] grey levels, so that no two are equal.
+  distractor_life: np.ndarray  # int8[D, 2], as for objects.
+  distractor_path: np.ndarray  # float32[D, 2, 2], likewise.
+  # float32[4, 7]; row 0 the base color, rows 1 to 3 waves with amplitudes (3),
+  # wave numbers (2), phase and drift.
   background: np.ndarray
-  noise_seed: int
+  noise_seed: int  # Of the static grain.
 
   @property
   def num_objects(self) -> int:

@@ -50,10 +50,10 @@ def test_order_and_repetition_of_the_indices_are_kept(folder):
   assert clips.numbers(got) == [20, 2, 2, 11]
 
 
-def test_probe_tells_frames_size_and_seconds(folder):
+def test_probe_tells_frames_and_seconds(folder):
   got = video.probe(folder / "plain.mp4")
-  assert (got.num_frames, got.width, got.height) == (24, 64, 64)
-  assert (got.fps, got.codec) == (10.0, "h264")
+  assert got.num_frames == 24
+  assert video.frame_size(folder / "plain.mp4") == (64, 64)
   assert got.duration == pytest.approx(2.4)
 
 
@@ -144,7 +144,6 @@ def test_a_variable_rate_is_told_and_frames_are_picked_by_number(folder, name):
   assert got.num_frames == 8
   # 3.1 s and what the last frame lasts.
   assert 3.1 < got.duration < 3.7
-  assert got.fps == pytest.approx(8 / got.duration)
   assert any("rate varies" in text for text in got.warnings)
   clip = video.decode(path, lambda n, s: np.linspace(0, n - 1, 4, dtype=int))
   assert clips.numbers(clip.frames) == [0, 2, 4, 7]
@@ -187,8 +186,8 @@ def test_a_clip_of_a_fraction_of_a_second_repeats_its_frames(folder):
 
 def test_4k_frames_are_decoded_and_resized_one_by_one(folder):
   path = clips.write(folder / "4k.mp4", 4, width=3840, height=2160)
-  got = video.probe(path)
-  assert (got.width, got.height, got.warnings) == (3840, 2160, ())
+  assert video.probe(path).warnings == ()
+  assert video.frame_size(path) == (2160, 3840)
   clip = video.decode(path, lambda n, s: [0, 1, 3], resize=_to(64))
   assert clip.frames.shape == (3, 64, 64, 3)
   assert clips.numbers(clip.frames) == [0, 1, 3]

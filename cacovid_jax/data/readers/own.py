@@ -55,13 +55,22 @@ def read_own(
     )
   validation.check_root(root)
   path = find(path[0] if isinstance(path, list) else path)
-  entries, columns = _load(path)
+  if path.endswith(".csv"):
+    entries, columns = _load_csv(path)
+  else:
+    entries = tables.load_rows(path, "give a list of objects, one per question")
+    keys = (key for row in entries if isinstance(row, dict) for key in row)
+    columns = list(dict.fromkeys(keys))
   _check_columns(path, columns)
   questions, splits = tables.Questions(on_bad_row, report), {}
 
   def parse(row):
     question = _question(row, columns)
-    splits[question.id] = _split(row, question.video, columns)
+    name = split_of(question.video)
+    if "split" in columns:
+      name = row.text("split").strip()
+      validation.check_one_of(name, "split", SPLITS)
+    splits[question.id] = name
     return question
 
   questions.read(path, entries, parse)
@@ -99,15 +108,6 @@ def split_of(clip: str) -> str:
   digest = hashlib.blake2b(clip.encode(), digest_size=8).digest()
   place = int.from_bytes(digest, "little") % sum(_SHARES)
   return SPLITS[bisect.bisect(list(itertools.accumulate(_SHARES)), place)]
-
-
-def _load(path: str) -> tuple[list, list[str]]:
-  """Returns (rows, columns) of a CSV or JSON file."""
-  if path.endswith(".csv"):
-    return _load_csv(path)
-  entries = tables.load_rows(path, "give a list of objects, one per question")
-  columns = [key for row in entries if isinstance(row, dict) for key in row]
-  return entries, list(dict.fromkeys(columns))
 
 
 def _load_csv(path: str) -> tuple[list[dict], list[str]]:
@@ -193,12 +193,6 @@ def _question(row: validation.Row, columns) -> question_lib.Question:
       question, wording.letter_options(options), kind
     ),
   )
-
-
-def _split(row: validation.Row, clip: str, columns) -> str:
-  if "split" not in columns:
-    return split_of(clip)
-  return validation.check_one_of(row.text("split").strip(), "split", SPLITS)
 
 
 def _optional(row: validation.Row, name: str) -> str:

@@ -32,26 +32,21 @@ class BadRow:
 
 @dataclasses.dataclass
 class Report:
-  """What a reader left out; pass one in to receive it.
+  """What a reader left out; pass one in to receive it."""
 
-  Attributes:
-    num_rows: read, of all kinds.
-    num_images: rows about pictures, which are outside the method.
-    images: (source, problem type) -> such rows, where rows tell it.
-    bad_rows: rows that are unfit, with `on_bad_row="skip"`.
-    left_out: kind of row that is no part of the benchmark's score -> rows.
-    missing: what a benchmark has and the folder has not, by name.
-  """
-
-  num_rows: int = 0
-  num_images: int = 0
+  num_rows: int = 0  # Read, of all kinds.
+  num_images: int = 0  # Rows about pictures, which are outside the method.
+  # (source, problem type) -> such rows, where rows tell it.
   images: collections.Counter[tuple[str, str]] = dataclasses.field(
     default_factory=collections.Counter
   )
+  # Rows that are unfit, with `on_bad_row="skip"`.
   bad_rows: list[BadRow] = dataclasses.field(default_factory=list)
+  # Kind of row that is no part of the benchmark's score -> rows.
   left_out: collections.Counter[str] = dataclasses.field(
     default_factory=collections.Counter
   )
+  # What a benchmark has and the folder has not, by name.
   missing: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -123,19 +118,13 @@ class Questions:
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-  """A function that reads the parquet or JSON files of a benchmark.
+  """A function that reads the parquet or JSON files of a benchmark."""
 
-  Attributes:
-    form: whose format it is, for errors.
-    columns: that each file must have; or those, of the columns that it has.
-    places: of clips below the media root, as in "data/{}.mp4", best first.
-    parse: (row, further options) -> its question.
-  """
-
-  form: str
+  form: str  # Whose format it is, for errors.
+  # That each file must have; or those, of the columns that it has.
   columns: Sequence[str] | Callable[[frozenset[str]], Sequence[str]]
-  places: Sequence[str]
-  parse: Callable[..., question_lib.Question]
+  places: Sequence[str]  # Of clips, as in "data/{}.mp4", best first.
+  parse: Callable[..., question_lib.Question]  # Of a row, with options.
 
   def __call__(
     self,

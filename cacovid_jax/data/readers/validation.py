@@ -38,18 +38,11 @@ class LeftOutError(Exception):
 
 
 class Row(NamedTuple):
-  """A row of a file; methods return a checked field or raise `RowError`.
-
-  Attributes:
-    entry: field -> value.
-    file: name of the file, without its folder and ending.
-    number: of the row in its file, from 1.
-    places: where clips are looked for.
-  """
+  """A row of a file; methods return a checked field or raise `RowError`."""
 
   entry: dict[str, Any]
-  file: str = ""
-  number: int = 0
+  file: str = ""  # Without its folder and ending.
+  number: int = 0  # In its file, from 1.
   places: "Places | None" = None
 
   def text(self, field: str, *, required: bool = True) -> str:

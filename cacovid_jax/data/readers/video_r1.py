@@ -64,8 +64,8 @@ def _question(
   problem, kind = row.text("problem"), row.text("problem_type")
   validation.check_one_of(kind, "problem_type", question_lib.PROBLEM_TYPES)
   path = row.clip("video" if "video" in entry else "path")
-  answer = question_lib.extract_answer(row.text("solution")).strip()
-  if not answer:
+  answer = question_lib.extract_answer(row.text("solution"))
+  if not answer.strip():
     raise validation.RowError("solution", "the answer is empty")
   given = validation.check_options(entry.get("options"))
   options, lettered = validation.strip_letters(given), given
@@ -78,21 +78,20 @@ def _question(
     answer = validation.letter(answer, options, "solution")
     if given and options == tuple(given):
       lettered = wording.letter_options(given)
-  identity = entry.get("problem_id", f"{row.file}:{row.number}")
-  if not isinstance(identity, (int, str)) or isinstance(identity, bool):
-    raise validation.RowError(
-      "problem_id", f"{identity!r} is neither number nor text"
-    )
-  validation.check_unicode(str(identity), "problem_id")
-  # Some sources give seconds here, which are no group.
+  name = entry.get("problem_id", f"{row.file}:{row.number}")
+  if not isinstance(name, (int, str)) or isinstance(name, bool):
+    what = f"{name!r} is neither number nor text"
+    raise validation.RowError("problem_id", what)
+  validation.check_unicode(str(name), "problem_id")
   duration = entry.get("duration")
   return question_lib.Question(
-    id=f"{prefix}{identity}",
+    id=f"{prefix}{name}",
     video=path,
     question=problem,
     options=options,
-    answer=answer,
+    answer=answer.strip(),
     problem_type=kind,
+    # Some sources give seconds here, which are no group.
     duration=duration if isinstance(duration, str) else None,
     category=row.text("category", required=False) or None,
     source=row.text("data_source", required=False) or SOURCE,
