@@ -23,12 +23,12 @@ python -m cacovid_jax.evaluate --config configs/synthetic.py:size=small,seed=0 \
     --workdir workdirs/small_s0
 The paper's objective, heads, ratio and importance ratio: `:size=small,paper`.
 
-Measured on H200 (jax 0.11.2, two runs sharing a chip, 0.04 s per step of 16
-videos, 100 s a run with compilation), 600 test questions, accuracy in % at 10
-and at 5 % kept, mean and standard deviation of seeds 42, 43, 44:
+Measured on H200 (jax 0.11.2), 600 test questions, accuracy in % at 10 and at 5 %
+kept, mean and standard deviation of seeds 42, 43, 44; all but the first line at
+0cc195c:
 
                  vanilla   this policy               best rule
-  dense, test    90.8      88.2 +- 0.6, 82.1 +- 0.7  65.8, 47.5
+  dense, test    90.7      88.6 +- 1.2, 81.8 +- 0.9  65.8, 47.0
   dense, fresh   90.2      86.0 +- 1.4, 78.8 +- 1.5  66.0, 46.3
   sparse, test   94.3      95.8 +- 0.2, 94.9 +- 1.9  94.0, 91.0
   sparse, fresh  92.3      94.2 +- 0.3, 93.2 +- 1.8  91.3, 89.2
