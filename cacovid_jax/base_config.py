@@ -174,7 +174,8 @@ def _data():
     # Rows that prompts have beside their video, padded to the smallest of at
     # most three lengths; empty for those that suit the questions best.
     prompt_rows=(),
-    # Folder that keeps video features; empty encodes a clip at each use.
+    # Folder that keeps video features; empty keeps them in memory only, those
+    # of the last `memory_items` clips.
     feature_cache="",
     memory_items=256,
     # Threads, or else processes, that load clips ahead.

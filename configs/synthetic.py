@@ -23,9 +23,9 @@ python -m cacovid_jax.evaluate --config configs/synthetic.py:size=small,seed=0 \
     --workdir workdirs/small_s0
 The paper's objective, heads, ratio and importance ratio: `:size=small,paper`.
 
-Measured on H200 (jax 0.11.2), 600 test questions, accuracy in % at 10 and at 5 %
-kept, mean and standard deviation of seeds 42, 43, 44; all but the first line at
-0cc195c:
+Measured on H200 (jax 0.11.2), 600 test questions, accuracy in % at 10 and at
+5 % kept, mean and standard deviation of seeds 42, 43, 44; all but the first
+line at 0cc195c:
 
                  vanilla   this policy               best rule
   dense, test    90.7      88.6 +- 1.2, 81.8 +- 0.9  65.8, 47.0

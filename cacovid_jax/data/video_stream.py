@@ -54,7 +54,9 @@ class VideoError(errors.UserError):
     message = f"{self.path}: {reason.replace('_', ' ')}"
     if detail:
       message += f" ({' '.join(detail.split())})"
-    super().__init__(f"{message}; {mend or _MENDS[reason]}")
+    super().__init__(
+      f"{message}; {mend or _MENDS.get(reason, 'leave the clip out')}"
+    )
 
   def __reduce__(self):
     return VideoError, (self.path, self.reason, self.detail, self.mend)

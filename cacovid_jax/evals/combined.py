@@ -146,7 +146,8 @@ def read_part(
       used = evals.seeds if method.per_seed else (0,)
       for ratio in evals.ratios:
         key = results.ratio_key(ratio)
-        if out["methods"][method.label][key]["status"] == "ok":
+        cell = out["methods"].get(method.label, {}).get(key, {})
+        if cell.get("status") == "ok":
           cells = [methods_lib.Condition(method, ratio, one) for one in used]
           scores[method.label, key] = mean(*cells)
   except KeyError as error:

@@ -105,21 +105,22 @@ def _evaluate(experiment):
   policies = experiment.policies
   workdir = experiment.workdir
   workdir.mkdir(parents=True, exist_ok=True)
-  questions = [*test.questions, *(validation.questions if validation else ())]
+  others = validation.questions if validation else ()
   manifest = frame_manifest.FrameManifest(
     workdir / frame_manifest.FILE,
     num_frames=config.data.num_frames,
     given=evals.frame_manifest,
   )
-  manifest.require(question.video for question in questions)
+  manifest.require(q.video for q in (*test.questions, *others))
   tried = [*methods, *(m for found in candidates.values() for m in found)]
   wanted = methods_lib.wanted(tried)
   with clip_queue.open_queue(experiment, wanted, manifest=manifest) as source:
     engine = engine_lib.Engine.of(
       experiment,
       source,
-      questions,
+      test.questions,
       settings(experiment),
+      others=others,
       policies=policies,
       decisive={**(validation.decisive if validation else {}), **test.decisive},
     )

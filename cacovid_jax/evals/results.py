@@ -71,6 +71,7 @@ def build(
   table: Table,
   ledger: answer_log.AnswerLog,
   *,
+  provenance: Mapping[str, Any],
   failures: Failures | None = None,
   decisive: Mapping[str, Sequence[int]] | None = None,
   **sections: Any,
@@ -84,10 +85,11 @@ def build(
 
   Args:
     table: what to tabulate; the ledger must hold all of it, but for failures.
+    provenance: of the run, see there.
     failures: what `Evaluator.run` could not ask; such a cell has its reason as
       its status, and no accuracy.
     decisive: question id -> tokens that decide it, for the frame head.
-    **sections: further ones as they are: `provenance`, see there; `chosen` on
+    **sections: further ones as they are: `chosen` on
       validation, from which candidates; the `rule` that letters were taken by;
       `left_out`, see `Benchmark.left_out`.
   """
@@ -115,6 +117,7 @@ def build(
     "rule": "paper",
     "left_out": {},
     "chosen": {},
+    "provenance": provenance,
     **sections,
   }
 

@@ -40,8 +40,11 @@ class ClipQueue(features.FeatureStore):
     """
     if self._given:
       return
-    known = self._grids.keys() | self._faults.keys()
-    paths = [path for path in dict.fromkeys(paths) if path not in known]
+    paths = [
+      path
+      for path in dict.fromkeys(paths)
+      if path not in self._grids and path not in self._faults
+    ]
     if not paths:
       return
     found = self._pool.map(self._find_grid, paths)
@@ -115,6 +118,9 @@ class ClipQueue(features.FeatureStore):
   def unusable(self, path: str, reason: str) -> Clip:
     """Returns what stands for a clip that cannot be used."""
     grid = self.grid_of(path)
+    if not self._given:
+      # It stays that one, whatever most clips of a later survey have.
+      self._grids.setdefault(path, grid)
     count, width = int(np.prod(grid)), self._model.config.text.hidden_size
     shapes = {tower.FEATURES: (count, width), **self._signal_shapes(grid)}
     if self._model.num_deep:
@@ -126,7 +132,8 @@ class ClipQueue(features.FeatureStore):
 
   def _load_or_fault(self, path: str) -> features.Loaded:
     # A clip that could not be used when batches were made is not used later.
-    reason = self._faults.get(path)
+    known = self.reader.known(path)
+    reason = self._faults.get(path) or (known.fault if known else "")
     try:
       if not reason:
         return self.load(path)

@@ -80,6 +80,7 @@ class ClipReader:
     refused: Mapping[str, str] | None = None,
     manifest: Any = None,
     hashed: bool = True,
+    noted: bool = False,
   ):
     """Reads nothing.
 
@@ -93,12 +94,14 @@ class ClipReader:
       refused: content hash -> reason, of clips that are known to be bad.
       manifest: `frame_manifest.FrameManifest`, where the frames are written
         down, and what they must agree with.
-      hashed: whether records tell what file and pixels are.
+      hashed: whether records tell what the pixels are...
+      noted: ... and the file, as they do with a manifest.
     """
     self.root, self.processor, self.rule = root, processor, rule
     self.manifest = manifest
     self._limits, self._min_side = limits, min_side
     self._refused, self._hashed = refused or {}, hashed
+    self._noted = noted or manifest is not None
 
   @property
   def described(self) -> dict[str, Any]:
@@ -146,7 +149,12 @@ class ClipReader:
       self.content(path)
     shown = self._decode(path, self._resize)
     file = video.safe_path(self.root, path)
-    content = frame_record.hash_file(file) if self._hashed else ""
+    try:
+      content = frame_record.hash_file(file) if self._noted else ""
+    except OSError as error:
+      raise video.VideoError(
+        file, "unreadable", error.strerror or ""
+      ) from error
     record = frame_record.FrameRecord.of(path, shown, content)
     fps = frames_lib.sampled_fps(len(shown.frames), shown.duration)
     inputs = self.processor(shown.frames, fps=fps, resized=True)

@@ -114,6 +114,7 @@ class Engine:
     decisive: Mapping[str, Sequence[int]] | None = None,
     programs: programs_lib.Programs | None = None,
     prompt_rows: Sequence[int] | None = (),
+    others: Sequence[question_lib.Question] = (),
     mesh: Mesh | None = None,
   ):
     """Prepares; compiles and computes nothing yet.
@@ -128,6 +129,7 @@ class Engine:
       programs: of an earlier engine of this checkpoint, mesh and number of new
         tokens, so that nothing compiles twice; None makes new ones.
       prompt_rows: see `prompts.Prompts`.
+      others: further questions that will be asked, see there.
       mesh: whose `data` axis shares the questions of a batch, if their number
         divides; None is one device.
     """
@@ -136,11 +138,12 @@ class Engine:
     self.mesh = _usable(mesh, settings.batch_size)
     self.policies = dict(policies or {})
     self.decisive = decisive or {}
-    self.pool = by_id(questions)
+    every = [*questions, *others]
+    self.pool = by_id(every)
     self.seconds = collections.defaultdict(float)
     self._untrained = {}
-    source.survey(question.video for question in questions)
-    self.grids = sorted({self.grid_of(question) for question in questions})
+    source.survey(question.video for question in every)
+    self.grids = sorted({self.grid_of(question) for question in every})
     buckets = [source.bucket_of(grid) for grid in self.grids]
     self.prompts = prompts_lib.Prompts(
       checkpoint,
@@ -148,8 +151,9 @@ class Engine:
       grid_of=self.grid_of,
       num_video=max((bucket.tokens for bucket in buckets), default=0),
       rows=prompt_rows,
+      others=others,
     )
-    for question in questions:
+    for question in every:
       tokens, grid = self.decisive.get(question.id), self.grid_of(question)
       if tokens and not 0 <= min(tokens) <= max(tokens) < np.prod(grid):
         raise errors.UserError(

@@ -54,7 +54,7 @@ class FeatureStore:
   """Encoded clips below a media root.
 
   `load` decodes (in threads or other processes) and `finish` encodes (on the
-  main thread). See `clip_clip_queue.ClipQueue` for one clip after the other.
+  main thread). See `clip_queue.ClipQueue` for one clip after the other.
 
   What a tower tells beside features comes from a second run of it, in a program
   of its own: the features of a clip are the same, to the bit, whatever else is
@@ -131,6 +131,11 @@ class FeatureStore:
     self._set_up_memory()
 
   @property
+  def rows(self) -> int:
+    """Clips that are encoded at once."""
+    return self._tower.rows
+
+  @property
   def identity(self) -> dict[str, Any]:
     """What features depend on besides the checkpoint and T, for a log."""
     found = {}
@@ -161,7 +166,8 @@ class FeatureStore:
 
   def clear(self) -> None:
     """Forgets the clips in memory: the next one is decoded anew."""
-    self._clips.clear()
+    with self._lock:
+      self._clips.clear()
 
   def frames(self, path: str) -> np.ndarray:
     """Returns uint8[T,h,w,3] of the clip's own size; may raise `VideoError`."""
@@ -179,7 +185,7 @@ class FeatureStore:
       return Loaded(path, clip)
     start = time.perf_counter()
     if (known := self.reader.known(path)) and known.fault:
-      raise video.VideoError(path, known.fault)
+      raise video.VideoError(path, known.fault.replace(" ", "_"))
     key, clip = self._read(path)
     if clip is not None:
       self._check(path, clip)
@@ -242,9 +248,10 @@ class FeatureStore:
         new = self._tower(lacks, inputs)
         for one, arrays in zip(part, new, strict=True):
           count = int(np.prod(one.clip.grid))
-          # Behind the clip's own tokens there is padding of the bucket.
+          # Behind the clip's own tokens there is padding of the bucket; a
+          # copy, lest what is kept holds the other clips as well.
           arrays = {
-            name: value[:, :count] if name == _DEEP else value[:count]
+            name: np.array(value[:, :count] if name == _DEEP else value[:count])
             for name, value in arrays.items()
           }
           for name, value in arrays.items():
@@ -383,12 +390,21 @@ def open_store(
   config, checkpoint = experiment.config, experiment.loaded
   folder = config.data.feature_cache
   if not processor.one_grid and "grid" not in options:
+    patches = -(-rule.num_frames // processor.temporal_patch_size)
+    sizes = config.data.buckets
+    if not options.get("only_buckets"):
+      # Those that training was given may be for fewer frames.
+      sizes = [size for size in sizes if tuple(size)[:1] >= (patches,)]
     options["buckets"] = token_grid.make_buckets(
-      config.data.buckets, processor, rule.num_frames
+      sizes, processor, rule.num_frames
     )
   return make(
     clips.ClipReader(
-      experiment_lib.media_root(config), processor, rule, **(reading or {})
+      experiment_lib.media_root(config),
+      processor,
+      rule,
+      noted=bool(folder),
+      **(reading or {}),
     ),
     checkpoint.model,
     checkpoint.params if params is None else params,

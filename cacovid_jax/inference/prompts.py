@@ -43,6 +43,7 @@ class Prompts:
     grid_of: Callable[[Any], tuple[int, int, int]] = lambda question: (1, 1, 1),
     num_video: int = 0,
     rows: Sequence[int] | None = (),
+    others: Sequence[question_lib.Question] = (),
   ):
     """Tokenises.
 
@@ -54,6 +55,7 @@ class Prompts:
       num_video: largest N_max.
       rows: lengths of text; empty chooses those that pad these questions
         least, None takes usual ones that serve others as well.
+      others: further questions, that lengths do not follow.
     """
     self.tokenizer = checkpoint.tokenizer
     if self.tokenizer is None:
@@ -62,8 +64,9 @@ class Prompts:
         " checkpoint directory"
       )
     self._model = checkpoint.model
-    self._texts = {question.id: question.prompt for question in questions}
-    grids = {question.id: grid_of(question) for question in questions}
+    every = [*others, *questions]
+    self._texts = {question.id: question.prompt for question in every}
+    grids = {question.id: grid_of(question) for question in every}
     self.text_rows, spans = {}, []
     for name, grid in grids.items():
       prompt = self.prompt(name, grid)
@@ -73,17 +76,22 @@ class Prompts:
     longest = max(self.text_rows, key=self.text_rows.get, default="")
     for grid in sorted(set(grids.values())):
       self.prompt(longest, grid)
-    found, self._buckets = [*self.text_rows.values(), 1], None
+    most = max([1, *self.text_rows.values()])
     # Q of an evaluation; else the text's length.
     self._question_rows = None if rows is None else _rounded(max([1, *spans]))
-    if rows is None:
-      more = (_rounded(max(found)),) if max(found) > _USUAL[-1] else ()
-      self.lengths = _USUAL + more
+    if rows:
+      given = prompt_batch.PromptBuckets(tuple(rows))
+      given.pick(most)  # What is too long is told before anything runs.
+      self.lengths = given.text_rows
       return
-    self._buckets = _buckets(tuple(rows), found[:-1] or [1], num_video)
-    self.lengths = self._buckets.text_rows
-    # What is too long is told before anything runs.
-    self.pick(max(found))
+    self.lengths = _USUAL
+    if rows is not None:
+      own = [self.text_rows[question.id] for question in questions] or [1]
+      found = prompt_batch.PromptBuckets.of(own, beside=num_video)
+      self.lengths = found.text_rows
+    if len(self.lengths) == 1:
+      # All rows together are a multiple.
+      self.lengths = (_rounded(num_video + most) - num_video,)
 
   def prompt(
     self, name: str, grid: tuple[int, int, int], seconds: float = 1.0
@@ -95,9 +103,8 @@ class Prompts:
 
   def pick(self, text_rows: int) -> int:
     """Returns the length that so many rows of text are padded to."""
-    if self._buckets is not None:
-      return self._buckets.pick(text_rows)
-    return next(length for length in self.lengths if length >= text_rows)
+    fits = (length for length in self.lengths if length >= text_rows)
+    return next(fits, _rounded(text_rows))
 
   def batch(
     self,
@@ -175,17 +182,6 @@ def question_span(
   ends = np.isin(prompt.ids[start:], tokenizer.eos_ids)
   end = start + int(ends.argmax()) if ends.any() else prompt.length
   return start, end
-
-
-def _buckets(rows, found, num_video) -> prompt_batch.PromptBuckets:
-  if rows:
-    return prompt_batch.PromptBuckets(rows)
-  buckets = prompt_batch.PromptBuckets.of(found, beside=num_video)
-  if len(buckets.text_rows) > 1:
-    return buckets
-  # With one length, all rows together are a multiple.
-  length = _rounded(num_video + max(found)) - num_video
-  return prompt_batch.PromptBuckets((length,))
 
 
 def _rounded(length: int) -> int:

@@ -25,7 +25,8 @@ class Tower:
       mesh: each device of its `data` axis encodes a clip; None is one at once.
     """
     self._model, self._mesh, self._programs = model, mesh, {}
-    params = {k: v for k, v in params.items() if k != "language_model"}
+    # None where nothing is to be encoded.
+    params = {k: v for k, v in (params or {}).items() if k != "language_model"}
     if mesh is not None:
       params = mesh_lib.put(params, mesh, mesh_lib.P())
     self._params = params

@@ -126,20 +126,24 @@ def encode(
       todo.append(row)
   if size:
     _check_room(store, directory, size, len(todo), others)
-  done = report.num_clips - len(todo)
-  with progress(report.num_clips, start=done, description="encoded") as bar:
-    for row, clip, error in _loaded(store, todo, num_threads):
+  before, ready = report.num_clips - len(todo), []
+  with progress(report.num_clips, start=before, description="encoded") as bar:
+    for done, (row, clip, error) in enumerate(
+      _loaded(store, todo, num_threads), start=1
+    ):
       if error is None:
-        store.finish([clip])
-        report.num_encoded += 1
-        if not size:
-          size = store.cached_bytes(row.video)
-          left = report.num_clips - done - 1
-          _check_room(store, directory, size, left, others)
+        ready.append(clip)
       else:
         _refuse(report, rejected, row, error)
-      done += 1
-      bar.update(done)
+      # As many at once as there are devices.
+      if ready and (len(ready) == store.rows or done == len(todo)):
+        store.finish(ready)
+        report.num_encoded += len(ready)
+        if not size:
+          size = store.cached_bytes(ready[0].path)
+          _check_room(store, directory, size, len(todo) - done, others)
+        ready = []
+      bar.update(before + done)
   return report
 
 
@@ -225,13 +229,15 @@ def main(args):
     )
   training = args.questions == "training"
   experiment = experiment_lib.Experiment.from_config(
-    config, directory, split="videos_per_step" if training else ""
+    config,
+    directory,
+    split="videos_per_step" if training else "evals.batch_size",
   )
   if training:
     # A cache may serve several configs: what was left out is that of the last.
     questions = experiment_lib.read_questions(config, directory, resumes=False)
     processor = run_lib.make_processor(config, experiment.loaded.model)
-    store = run_lib.open_store(experiment, processor)
+    store = run_lib.open_store(experiment, processor, keep=1)
   else:
     found = evaluation.load_benchmark(
       experiment, config.evals.split, config.evals.num_questions

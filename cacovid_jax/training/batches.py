@@ -135,7 +135,7 @@ def load_ahead(
   slots = grain.MapDataset.range(start * local, max(end, start) * local).map(
     _Load(rows, store, order, batch_size, shard)
   )
-  slots = _prefetched(slots, num_threads, num_workers, 4 * local)
+  slots = _prefetched(slots, num_threads, num_workers, min(4 * local, 16))
   tried = failed = 0
   for _ in range(start, end):
     batch = [next(slots) for _ in range(local)]

@@ -279,7 +279,7 @@ def open_store(experiment, processor, **options) -> features.FeatureStore:
     processor,
     frames_lib.FrameRule(data.num_frames, data.frame_rule),
     params=params,
-    keep=data.memory_items,
+    keep=options.pop("keep", data.memory_items),
     reading={
       "min_side": data.min_side,
       "refused": rejected_clips.RejectedClips(listed).refused,

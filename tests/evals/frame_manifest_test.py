@@ -226,3 +226,17 @@ def test_a_damaged_file_is_named(root, change, match):
 def test_a_manifest_that_is_not_there(root):
   with pytest.raises(errors.UserError, match="no frame manifest nowhere"):
     manifest_of(root, "nowhere.jsonl")
+
+
+def test_a_given_fault_of_two_words_is_told_as_it_was(root):
+  with source_of(root, manifest_of(root)) as source:
+    source["a.mp4"]
+  header, _ = lines_of(root)
+  given = root / "given.jsonl"
+  line = {"video": "b.mp4", "fault": "too short"}
+  given.write_text(json.dumps(header) + "\n" + json.dumps(line) + "\n")
+  (root / "run" / "frames.jsonl").unlink()
+  with source_of(root, manifest_of(root, given)) as source:
+    with pytest.raises(video.VideoError, match="too short"):
+      source.load("b.mp4")
+    assert source["b.mp4"].fault == "too short"

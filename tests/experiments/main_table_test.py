@@ -12,6 +12,7 @@ import pytest
 
 from cacovid_jax import base_config, errors
 from cacovid_jax import config as config_lib
+from cacovid_jax.data import feature_cache
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.evals import (
@@ -272,11 +273,12 @@ def test_a_dry_run_tells_what_the_run_took(folder, make, made, capsys):
     row["frame_hash"] for name in NAMES for row in answers(made, name)
     if "frame_hash" in row
   }  # fmt: skip
-  stored = list((made / "features").rglob("*.npy"))
+  cache = feature_cache.FeatureCache(made / "features")
+  stored = list((made / "features").rglob("*.features"))
   assert len(stored) == len(distinct)
   size = told["total"]["feature_bytes"] / told["total"]["clips"]
   for path in stored:
-    assert np.load(path).nbytes == size
+    assert cache.get(path.stem).arrays["features"].nbytes == size
 
 
 @pytest.mark.parametrize("off", [0.0, 4.0])

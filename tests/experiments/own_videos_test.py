@@ -100,7 +100,7 @@ def test_the_guides_commands_train_and_evaluate(folder):
   assert found["methods"]["cacovid"]["0.10"]["status"] == "ok"
   assert (workdir / "report.html").exists()
   # Features were kept where the guide says: one entry per clip of a split.
-  assert list((folder / "workdirs" / "own_features").rglob("*.npy"))
+  assert list((folder / "workdirs" / "own_features").rglob("*.features"))
 
 
 def test_missing_clips_are_counted_before_training_starts(tmp_path):

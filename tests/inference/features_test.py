@@ -31,6 +31,7 @@ from cacovid_jax.models import (
 )
 from cacovid_jax.parallel import mesh as mesh_lib
 from tests.evals import tiny
+from tests.training import tiny as tiny_training
 
 PROCESSOR = processors.LlavaOnevisionProcessor(image_size=16, frame_side=1)
 RULE = frames.FrameRule(4)
@@ -522,3 +523,33 @@ class TestBuckets:
       store.survey(["a.mp4"])
       assert store["a.mp4"].grid == store.grid == (2, 4, 4)
     assert opened == []
+
+  def test_buckets_for_fewer_frames_are_training_s(self, folder, tmp_path):
+    config = tiny_training.config(
+      **{
+        "data.root": str(folder),
+        "data.num_frames": 8,
+        "data.buckets": ((2, 24), (4, 24)),
+      }
+    )
+    processor = processors.Qwen2_5VLProcessor.tiny()
+    model, params = tiny_tower()
+    experiment = types.SimpleNamespace(
+      config=config,
+      loaded=types.SimpleNamespace(
+        model=model, params=params, identity={"sha256": "0"}
+      ),
+    )
+    store = features.open_store(experiment, processor, frames.FrameRule(8))
+    assert store.buckets == (token_grid.GridBucket(4, 24),)
+    # Training has to be told.
+    with pytest.raises(errors.UserError, match="fewer temporal patches"):
+      features.open_store(
+        experiment, processor, frames.FrameRule(8), only_buckets=True
+      )
+
+  def test_grids_are_found_without_weights(self, folder):
+    model, _ = tiny_tower()
+    with self.store(folder, (model, None)) as store:
+      store.survey(["a.mp4"])
+      assert store.grid == (2, 4, 4)

@@ -187,7 +187,7 @@ def test_encode_features(tmp_path, root, capsys):
   shown = capsys.readouterr().out
   assert "2 clips, 0 were there, 2 encoded, 0 cannot be used" in shown
   assert "1 clips, 0 were there, 1 encoded, 0 cannot be used" in shown
-  assert len(list(features.rglob("*.npy"))) == 3
+  assert len(list(features.rglob("*.features"))) == 3
   told = json.loads((features / "left_out.json").read_text())
   assert told["questions"] == 3 and told["missing_clips"] == {}
 

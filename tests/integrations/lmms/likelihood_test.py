@@ -88,7 +88,7 @@ process_results: !function score.process_results
 """,
     ratio=1.0,
   )
-  model = answerer.Answerer(arguments.parse(ratio=1.0, batch_size="4"))
+  model = answerer.RequestAnswerer(arguments.parse(ratio=1.0, batch_size="4"))
   asked = [
     requests.Asked("", row["question_id"], row["video"], row["prompt"])
     for row in rows
