@@ -10,7 +10,7 @@ python -m cacovid_jax.evaluate --config configs/synthetic.py:size=quickstart \
 Completion only, in a minute or two: `configs/synthetic.py:debug`.
 
 360 videos, a fortieth of what `small` trains on. Ours, dense test, 600
-questions, vanilla 90.7: 89.8 at 25 %, 83.3 at 10 %, 68.3 at 5 % (seed 42, two
+questions, vanilla 90.7: 90.2 at 25 %, 84.8 at 10 %, 69.8 at 5 % (seed 42, two
 CPU cores); all rows and the time are in docs/results.md.
 
 `small`: one GPU, more clips, more steps.

@@ -85,6 +85,8 @@ class Prompts:
       self.lengths = given.text_rows
       return
     self.lengths = _USUAL
+    if most > _USUAL[-1]:
+      self.lengths += (_rounded(most),)
     if rows is not None:
       own = [self.text_rows[question.id] for question in questions] or [1]
       found = prompt_batch.PromptBuckets.of(own, beside=num_video)
