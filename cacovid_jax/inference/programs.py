@@ -118,7 +118,8 @@ class Programs:
     )
     embed = jax.vmap(model.embed_prompt, (None, 0, 0, 0))
     self.embed = self._once("embed", (), embed)
-    self.text = self._once("text", (), _text, weights=())
+    # Programs are counted by function: each of this class has its own.
+    self.text = self._once("text", (), functools.partial(_text), weights=())
     self.answer = self._once("answer", (), self._answer)
     self.answer_text = self._once("text only", (), self._answer_text)
     self.read = jax.jit(self._read, static_argnums=3)
