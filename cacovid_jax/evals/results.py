@@ -85,13 +85,11 @@ def build(
 
   Args:
     table: what to tabulate; the ledger must hold all of it, but for failures.
-    provenance: of the run, see there.
     failures: what `Evaluator.run` could not ask; such a cell has its reason as
       its status, and no accuracy.
     decisive: question id -> tokens that decide it, for the frame head.
-    **sections: further ones as they are: `chosen` on
-      validation, from which candidates; the `rule` that letters were taken by;
-      `left_out`, see `Benchmark.left_out`.
+    **sections: `chosen` on validation, from which candidates; the `rule` that
+      letters were taken by; `Benchmark.left_out`.
   """
   failures = failures or {}
   records = _records(table, ledger, _WHOLE)

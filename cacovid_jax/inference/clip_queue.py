@@ -150,7 +150,7 @@ class ClipQueue(features.FeatureStore):
     try:
       if known:
         size = known.size
-      elif self._cache and (facts := self._facts(path)):
+      elif facts := self.facts(path):
         size = facts["record"]["size"]
       else:
         size = self.reader.size(path)

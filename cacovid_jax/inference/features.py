@@ -3,9 +3,8 @@
 One store serves training, evaluation, single questions and features that are
 encoded ahead. What a clip's features depend on (its content, which frames are
 shown and what is done to them, the weights, their dtype and attention backend,
-the sizes that the tower's program is compiled for) is the key of its entry on
-disk, whoever asks; the entry also says which frames they are, so that a clip
-with an entry is not opened.
+the sizes of the tower's programs) is the key of its entry on disk, whoever
+asks; the entry also says which frames they are, so that its clip is not opened.
 
 Letters: T frames, H W token grid, N = T·H·W video tokens, D width, S auxiliary
 feature maps.
@@ -35,18 +34,13 @@ _FEATURES, _DEEP = tower_lib.FEATURES, tower_lib.DEEP
 
 
 class Loaded(NamedTuple):
-  """A clip on its way into the store; can be pickled.
+  """A clip on its way into the store; can be pickled."""
 
-  Attributes:
-    path: as the questions name it.
-    clip: with the arrays that are known, zero or more.
-    inputs: of the tower, for those that are not; None if all are known.
-    key: what the entry on disk depends on; None without a disk.
-  """
-
-  path: str
-  clip: Clip
+  path: str  # As the questions name it.
+  clip: Clip  # With the arrays that are known, zero or more.
+  # Of the tower, for those that are not; None if all are known.
   inputs: processors.TowerInputs | None = None
+  # What the entry on disk depends on; None without a disk.
   key: Mapping[str, Any] | None = None
 
 
@@ -54,17 +48,14 @@ class FeatureStore:
   """Encoded clips below a media root.
 
   `load` decodes (in threads or other processes) and `finish` encodes (on the
-  main thread). See `clip_queue.ClipQueue` for one clip after the other.
+  main thread). For one clip after the other see `clip_queue.ClipQueue`.
 
-  What a tower tells beside features comes from a second run of it, in a program
-  of its own: the features of a clip are the same, to the bit, whatever else is
-  wanted.
+  What a tower tells beside features comes from a second run of it: features are
+  the same, to the bit, whatever else is wanted.
 
   Attributes:
-    reader: decodes the clips.
     grid: (T, H, W) of the clips; where they differ, of most of them.
     want: names of `video_llm.SIGNALS` that each clip brings along.
-    buckets: sizes that the tower is compiled for.
     seconds: spent so far on "decode" (frames to pixels included; threads add
       up) and "tower".
   """
@@ -89,7 +80,7 @@ class FeatureStore:
     Args:
       reader: decodes the clips.
       model: runs the tower.
-      params: its weights; those of the language model are not used.
+      params: its weights.
       identity: of the weights, part of the keys.
       grid: of every clip; None finds it by the processor, which may need the
         shape of each clip's frames.
@@ -99,8 +90,7 @@ class FeatureStore:
       want: names of `video_llm.SIGNALS` that are needed besides features.
       cache: on disk.
       keep: clips held in memory.
-      mesh: whose `data` axis shares the clips that are encoded at once; None is
-        one at a time.
+      mesh: whose `data` axis shares the clips that are encoded at once.
     """
     self.want = frozenset(video_llm.check_signals(want))
     self.reader, self.buckets = reader, tuple(buckets)
@@ -108,8 +98,7 @@ class FeatureStore:
       grid = reader.processor.fixed_grid(reader.rule.num_frames)
     self.grid = None if grid is None else tuple(grid)
     self._given, self._only_buckets = self.grid is not None, only_buckets
-    # Of clips whose shape was looked at before.
-    self._grids: dict[str, tuple[int, int, int]] = {}
+    self._grids: dict[str, tuple[int, int, int]] = {}  # Of surveyed clips.
     self.seconds = collections.Counter()
     self._model, self._cache, self._keep = model, cache, keep
     self._identity = f"{identity} {jnp.dtype(model.dtype).name} {model.backend}"
@@ -176,11 +165,7 @@ class FeatureStore:
   # Loading ahead, here or in another process, and encoding.
 
   def load(self, path: str) -> Loaded:
-    """Returns a clip as far as it is known, decoded if not all of it is.
-
-    Raises:
-      VideoError: it cannot be used.
-    """
+    """Returns a clip, decoded if need be; `VideoError` if it is unfit."""
     if (clip := self._recall(path)) is not None:
       return Loaded(path, clip)
     start = time.perf_counter()
@@ -234,6 +219,12 @@ class FeatureStore:
       return 0
     return self._cache.size(feature_cache.key(**self._key(path)))
 
+  def facts(self, path: str) -> dict[str, Any] | None:
+    """Returns what the disk says of a clip; None if nothing."""
+    if self._cache is None:
+      return None
+    return self._cache.facts(feature_cache.key(**self._key(path)))
+
   def _encode(self, todo: list[Loaded]):
     """Yields (loaded clip, {name: float32 array} of what it lacked)."""
     groups = collections.defaultdict(list)
@@ -248,15 +239,14 @@ class FeatureStore:
         new = self._tower(lacks, inputs)
         for one, arrays in zip(part, new, strict=True):
           count = int(np.prod(one.clip.grid))
-          # Behind the clip's own tokens there is padding of the bucket; a
-          # copy, lest what is kept holds the other clips as well.
+          # Without a bucket's padding; a copy, lest it holds the other clips.
           arrays = {
             name: np.array(value[:, :count] if name == _DEEP else value[:count])
             for name, value in arrays.items()
           }
           for name, value in arrays.items():
-            what = name.replace("_", " ")
-            base.check_finite(value, f"{what} of the vision tower")
+            told = f"{name.replace('_', ' ')} of the vision tower"
+            base.check_finite(value, told)
           yield one, arrays
 
   def _check(self, path: str, clip: Clip) -> None:
@@ -309,9 +299,6 @@ class FeatureStore:
       "buckets": [dataclasses.astuple(bucket) for bucket in self.buckets],
     }
     return key if indices is None else key | {"frames": list(indices)}
-
-  def _facts(self, path: str) -> dict[str, Any] | None:
-    return self._cache.facts(feature_cache.key(**self._key(path)))
 
   def _read(self, path: str):
     """Returns (key, Clip) of what the disk holds; (None, None) if nothing."""

@@ -3,8 +3,7 @@
 Which question stands in slot i of step s is a pure function of the seed, so
 there is no iterator state to save: a run that resumes at step s asks for it.
 Clips are loaded ahead by threads or processes (Grain). A clip that cannot be
-used is written to a log and replaced by a question that depends on its place
-alone.
+used is logged and replaced by a question that depends on its place alone.
 
 Letters: B videos of a step, T frames, N video tokens, D width, L prompt tokens,
 P position rows, A letters; N and T are those of a bucket.
