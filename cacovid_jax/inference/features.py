@@ -162,8 +162,6 @@ class FeatureStore:
     """Returns uint8[T,h,w,3] of the clip's own size; may raise `VideoError`."""
     return self.reader.frames(path)
 
-  # Loading ahead, here or in another process, and encoding.
-
   def load(self, path: str) -> Loaded:
     """Returns a clip, decoded if need be; `VideoError` if it is unfit."""
     if (clip := self._recall(path)) is not None:
