@@ -107,7 +107,7 @@ def test_a_rule_that_counts_on_the_host(answerer, clip):
   [
     ("fastv", 0.25, "fastv: .*infeasible.* use at least 0.34"),
     ("fastv?layer=3&scale_layers=False", 0.9, "none of the model's 3 layers"),
-    ("framefusion?mode=quick", 0.5, "use exact-mask or bucketed"),
+    ("framefusion?mode=quick", 0.5, "use 'exact-mask' or 'bucketed'"),
     ("fastv?head=2", 0.5, "no option 'head'"),
   ],
 )
