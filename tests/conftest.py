@@ -4,8 +4,10 @@ Tests that compare with PyTorch are collected only where it is installed, which
 `make test` sees to; the run on the newest Python goes without.
 """
 
+import gc
 import importlib.util
 import os
+import pathlib
 import re
 import sys
 
@@ -15,11 +17,17 @@ os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 
+import jax  # noqa: E402
+import pytest  # noqa: E402
 from absl import flags  # noqa: E402
 
 # absl test cases read flags before pytest has parsed any.
 flags.FLAGS(sys.argv[:1])
 
+_MAPS = pathlib.Path("/proc/self/maps")
+# Each compiled program takes a few mappings of memory, of which Linux allows a
+# process 65 530 (vm.max_map_count); the compiler crashes where there is none.
+_MOST_MAPS = 20_000
 _HAS_TORCH = all(map(importlib.util.find_spec, ("torch", "transformers")))
 _NEEDS_TORCH = re.compile(r"^\s*(import|from) (torch|transformers)\b", re.M)
 
@@ -30,3 +38,17 @@ def pytest_ignore_collect(collection_path):
     return None
   needed = _NEEDS_TORCH.search(collection_path.read_text(encoding="utf-8"))
   return True if needed else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item, nextitem):
+  """Gives up the compiled programs of a file that is done, if they are many."""
+  found = yield
+  done = nextitem is None or nextitem.path != item.path
+  if done and _MAPS.exists():
+    with _MAPS.open(encoding="utf-8") as lines:
+      count = sum(1 for _ in lines)
+    if count > _MOST_MAPS:
+      jax.clear_caches()
+      gc.collect()
+  return found
