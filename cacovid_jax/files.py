@@ -6,6 +6,7 @@ file or the whole new one, whenever the writer is killed.
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -70,6 +71,13 @@ def sync(path: str | os.PathLike) -> None:
     os.fsync(descriptor)
   finally:
     os.close(descriptor)
+
+
+def blake2b(path: str | os.PathLike, digest_size: int) -> str:
+  """Returns the blake2b of a file's content, in hexadecimal digits."""
+  with open(path, "rb") as file:
+    made = functools.partial(hashlib.blake2b, digest_size=digest_size)
+    return hashlib.file_digest(file, made).hexdigest()
 
 
 def sha256(path: str | os.PathLike) -> str:

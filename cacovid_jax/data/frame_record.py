@@ -1,7 +1,6 @@
 """Which frames of a clip were shown, and what their pixels are."""
 
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -9,7 +8,7 @@ import os
 import av
 from av import library_versions
 
-_CHUNK = 2**20
+from cacovid_jax import files
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,12 +63,8 @@ class FrameRecord:
 
 
 def hash_file(path: str | os.PathLike) -> str:
-  """Returns the blake2b of a file's content."""
-  digest = hashlib.blake2b(digest_size=16)
-  with open(path, "rb") as f:
-    for chunk in iter(functools.partial(f.read, _CHUNK), b""):
-      digest.update(chunk)
-  return digest.hexdigest()
+  """Returns the blake2b of a clip's file, as records have it."""
+  return files.blake2b(path, 16)
 
 
 def decoder() -> str:

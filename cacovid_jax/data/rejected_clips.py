@@ -1,7 +1,6 @@
 """Clips that could not be used, known by their content."""
 
 import functools
-import hashlib
 import json
 import os
 
@@ -68,11 +67,7 @@ class RejectedClips:
 
 @functools.lru_cache(maxsize=65_536)
 def _hash_of(path: str, unused_size: int, unused_mtime_ns: int) -> str:
-  digest = hashlib.blake2b(digest_size=20)
-  with open(path, "rb") as f:
-    while chunk := f.read(2**20):
-      digest.update(chunk)
-  return digest.hexdigest()
+  return files.blake2b(path, 20)
 
 
 def content_hash(path: str) -> str:

@@ -77,19 +77,12 @@ def subject(
   if engine.settings.batch_size != 1:
     raise ValueError("times are those of one video: use a batch size of 1")
   runner = engine.batch([question])
-  whole, num_video = runner.batch, runner.num_video
-  # Without a bucket's padding, which parts of a time would share unevenly.
-  batch = prompt_batch.crop(whole, num_video)
-  batch = batch._replace(
-    features=whole.features[:, :num_video],
-    ids=whole.ids[:, : batch.x.shape[1]],
-    text_rows=whole.text_rows,
-  )
   return Subject(
     checkpoint=engine.checkpoint,
     programs=engine.programs,
     grid=tuple(map(int, runner.grid.shape)),
-    batch=batch,
+    # Without a bucket's padding, which parts of a time would share unevenly.
+    batch=prompt_batch.crop(runner.batch, runner.num_video),
     inputs=runner.inputs,
     policy=lambda method: engine.policies[engine.policy_name(method)],
   )

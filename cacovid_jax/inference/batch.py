@@ -323,12 +323,11 @@ class BatchRunner:
 
   def _of_clips(self, read, axis: int) -> jax.Array:
     """Returns an array of each clip, zeros behind its N along `axis`."""
-    found = [read(self._clips[row]) for row in self._rows]
-    more = self.grid.bucket.tokens - self.num_video
-    if more:
-      width = [(0, 0)] * found[0].ndim
-      width[axis] = (0, more)
-      found = [np.pad(one, width) for one in found]
+    size = self.grid.bucket.tokens
+    found = [
+      prompt_batch.pad_tokens(read(self._clips[row]), size, axis)
+      for row in self._rows
+    ]
     return jnp.asarray(np.stack(found))
 
   def _own(self, x, axis: int, size: int | None = None):

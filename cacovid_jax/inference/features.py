@@ -375,13 +375,12 @@ def open_store(
   config, checkpoint = experiment.config, experiment.loaded
   folder = config.data.feature_cache
   if not processor.one_grid and "grid" not in options:
-    patches = -(-rule.num_frames // processor.temporal_patch_size)
-    sizes = config.data.buckets
-    if not options.get("only_buckets"):
-      # Those that training was given may be for fewer frames.
-      sizes = [size for size in sizes if tuple(size)[:1] >= (patches,)]
     options["buckets"] = token_grid.make_buckets(
-      sizes, processor, rule.num_frames
+      config.data.buckets,
+      processor,
+      rule.num_frames,
+      # Those that training was given may be for fewer frames.
+      strict=options.get("only_buckets", False),
     )
   return make(
     clips.ClipReader(

@@ -144,11 +144,9 @@ class Prompts:
     )
     length = features.shape[1] + text
     padded = self.tokenizer.pad(prompts, length, features.shape[1])
-    placed = [
-      self._model.positions(prompt.ids, video)
-      for prompt, video in zip(prompts, videos, strict=True)
-    ]
-    positions = [prompt_batch.count_on(rows, length) for rows, _ in placed]
+    positions, following = prompt_batch.place(
+      self._model, prompts, videos, length
+    )
     shape = len(rows), self._question_rows or text
     text_rows = np.full(shape, length, np.int32)
     for row, prompt in zip(text_rows, prompts, strict=True):
@@ -160,10 +158,10 @@ class Prompts:
     return prompt_batch.PromptBatch(
       # Awaited, so that its time is not taken for that of what follows.
       x=jax.block_until_ready(embed(ids, features, video_rows)),
-      positions=jnp.asarray(np.stack(positions)),
+      positions=jnp.asarray(positions),
       lengths=lengths,
       video_rows=video_rows,
-      next_position=jnp.asarray([place for _, place in placed], jnp.int32),
+      next_position=jnp.asarray(following),
       deep=deep,
       features=features,
       ids=ids,

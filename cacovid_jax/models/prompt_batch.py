@@ -237,19 +237,22 @@ def whole(prompts: PromptBatch) -> PrunedPrompts:
 
 
 def crop(prompts: PromptBatch, num_video: int) -> PromptBatch:
-  """Returns what a model reads of prompts, without the padding of a bucket.
+  """Returns prompts without the padding of a bucket.
 
   Every video has `num_video` tokens.
   """
   num_rows = prompts.x.shape[1] + num_video - prompts.video_rows.shape[1]
+
+  def first(array, count):
+    return None if array is None else array[:, :count]
+
   return prompts._replace(
     x=prompts.x[:, :num_rows],
     positions=prompts.positions[:, :, :num_rows],
     video_rows=prompts.video_rows[:, :num_video],
     deep=None if prompts.deep is None else prompts.deep[:, :, :num_video],
-    features=None,
-    ids=None,
-    text_rows=None,
+    features=first(prompts.features, num_video),
+    ids=first(prompts.ids, num_rows),
   )
 
 
@@ -356,10 +359,26 @@ def drop(cache: qwen2.Cache, taken, lengths) -> qwen2.Cache:
   )
 
 
-def count_on(positions, length: int):
-  """Returns int32[P, length]: positions int32[P, L] that go on behind them."""
-  behind = np.arange(1, length - positions.shape[1] + 1, dtype=np.int32)
-  return np.concatenate([positions, positions[:, -1:] + behind], axis=1)
+def place(model, prompts, videos, length: int):
+  """Returns (int32[B, P, length], next positions int32[B]) of B prompts.
+
+  Positions count on behind a prompt. `videos` are what `VideoLLM.positions`
+  takes, one for each `data.tokenizer.Prompt`.
+  """
+  found, following = [], []
+  for prompt, video in zip(prompts, videos, strict=True):
+    rows, after = model.positions(prompt.ids, video)
+    behind = np.arange(1, length - rows.shape[1] + 1, dtype=np.int32)
+    found.append(np.concatenate([rows, rows[:, -1:] + behind], axis=1))
+    following.append(after)
+  return np.stack(found), np.array(following, np.int32)
+
+
+def pad_tokens(array, size: int, axis: int = 0):
+  """Returns an array with zeros behind its own `size` or fewer of an axis."""
+  widths = [(0, 0)] * array.ndim
+  widths[axis] = (0, size - array.shape[axis])
+  return np.pad(array, widths) if widths[axis][1] else array
 
 
 def pad_rows(count: int, size: int) -> list[int]:

@@ -82,10 +82,10 @@ def pick(grid, buckets):
       f"GridBucket({num_frames}, {area}, {num_frames * area}) or a larger one, "
       "or sample fewer frames or fewer pixels"
     )
-  return min(fits, key=lambda b: (b.tokens, b.frames * b.frame_tokens))
+  return min(fits, key=_size)
 
 
-def make_buckets(sizes, processor, num_frames):
+def make_buckets(sizes, processor, num_frames, *, strict=True):
   """Returns the GridBuckets of videos of F frames, the smallest first.
 
   Without `sizes`, one for the largest temporal patches that the processor
@@ -97,6 +97,7 @@ def make_buckets(sizes, processor, num_frames):
       patches, tokens of one, tokens) each.
     processor: `processors.Processor` of a model whose grids differ.
     num_frames: F.
+    strict: whether buckets for fewer frames are refused, or else left out.
   """
   patches = -(-num_frames // processor.temporal_patch_size)
   sizes = [tuple(size) for size in sizes]
@@ -110,13 +111,20 @@ def make_buckets(sizes, processor, num_frames):
       f"config.data.buckets={tuple(sizes)}: give (temporal patches, tokens of"
       " one) or (temporal patches, tokens of one, tokens) for each"
     ) from error
-  short = [bucket for bucket in found if bucket.frames < patches]
-  if short:
+  short = {bucket for bucket in found if bucket.frames < patches}
+  if short and strict:
     raise errors.UserError(
-      f"config.data.buckets: {short[0]} has fewer temporal patches than the"
-      f" {patches} of {num_frames} frames; no clip would use it"
+      f"config.data.buckets: {min(short, key=_size)} has fewer temporal patches"
+      f" than the {patches} of {num_frames} frames; no clip would use it"
     )
-  return sorted(found, key=lambda b: (b.tokens, b.frames * b.frame_tokens))
+  if short == found:
+    return make_buckets((), processor, num_frames)
+  return sorted(found - short, key=_size)
+
+
+def _size(bucket):
+  """Returns what buckets are ordered by: rows, then rows frame by frame."""
+  return bucket.tokens, bucket.frames * bucket.frame_tokens
 
 
 def check(grid):

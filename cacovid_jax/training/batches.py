@@ -10,6 +10,7 @@ P position rows, A letters; N and T are those of a bucket.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -274,18 +275,16 @@ class Batches:
     ladder, length = self._shape(grids, max(text))
     bucket = ladder.bucket
     padded = self._tokenizer.pad(prompts, length, bucket.tokens)
-    placed = [
-      self._model.positions(prompt.ids, clip)
-      for prompt, clip in zip(prompts, clips, strict=True)
-    ]
+    positions, following = prompt_batch.place(
+      self._model, prompts, clips, length
+    )
     options, shown = self._marks(questions, bucket)
+    pad = functools.partial(prompt_batch.pad_tokens, size=bucket.tokens)
     deep = None
     if clips[0].deep is not None:
-      deep = np.stack([_padded(clip.deep, 1, bucket.tokens) for clip in clips])
+      deep = np.stack([pad(clip.deep, axis=1) for clip in clips])
     return step.Batch(
-      video=np.stack(
-        [_padded(clip.features, 0, bucket.tokens) for clip in clips]
-      ),
+      video=np.stack([pad(clip.features) for clip in clips]),
       deep=deep,
       ids=padded.ids,
       length=padded.length,
@@ -300,10 +299,8 @@ class Batches:
       decisive_frames=shown,
       grid_data=step.VideoGridData(
         grid=_stacked([ladder.place(grid) for grid in grids]),
-        positions=np.stack(
-          [prompt_batch.count_on(rows, length) for rows, _ in placed]
-        ),
-        next_position=np.array([place for _, place in placed], np.int32),
+        positions=positions,
+        next_position=following,
         rungs=_stacked([ladder.rungs(grid) for grid in grids]),
       ),
     )
@@ -387,13 +384,6 @@ def read_evidence(config) -> dict[str, list[int]]:
       f"{path}: line {number} is not {{'question_id', 'tokens'}} ({error})"
     ) from error
   return found
-
-
-def _padded(array, axis: int, size: int):
-  """Returns an array with zeros behind its own rows of an axis."""
-  widths = [(0, 0)] * array.ndim
-  widths[axis] = (0, size - array.shape[axis])
-  return np.pad(array, widths)
 
 
 def _stacked(trees):

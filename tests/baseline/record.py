@@ -41,6 +41,7 @@ import av
 import jax
 import jax.numpy as jnp
 import numpy as np
+from av import library_versions
 
 import cacovid_jax
 from cacovid_jax import base_config, experiment
@@ -490,7 +491,7 @@ def machine() -> dict[str, str]:
   facts = {"processor": _processor(), "python": platform.python_version()}
   for name in _PACKAGES:
     facts[name] = importlib.metadata.version(name)
-  versions = av.library_versions["libavcodec"]
+  versions = library_versions["libavcodec"]
   facts["libavcodec"] = ".".join(map(str, versions))
   return facts
 
