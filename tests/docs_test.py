@@ -239,7 +239,7 @@ def test_a_clip_is_asked(folder, monkeypatch, capsys, page, place, kept):
 def test_a_policy_of_ones_own(tmp_path):
   path = tmp_path / "my_policy.py"
   path.write_text(block("docs/extending/policy.md", "class MyPolicy("))
-  found, digest = loading.load_policy_module(f"{path}:MyPolicy")
+  found, digest, _ = loading.find_policy({"module": f"{path}:MyPolicy"})
   assert found.__name__ == "MyPolicy" and len(digest) == 64
 
 

@@ -1,9 +1,9 @@
 """A policy by name, one's own included, and from its files on disk.
 
-A policy of one's own is a Linen module in any file, selected by the config
-value `path/to/file.py:Class` (or `package.module:Class`). A policy_config.json
-says which one a policy was trained with; it is run only if whoever loads the
-policy names it, too: `PATH?module=path/to/file.py:Class`.
+A policy of one's own is a Linen module, selected by the config value
+`path/to/file.py:Class` (or `package.module:Class`). A policy_config.json says
+which one a policy was trained with; it is run only if whoever loads the policy
+names it, too: `PATH?module=path/to/file.py:Class`.
 
   class MyPolicy(nn.Module):
     @classmethod
@@ -12,13 +12,12 @@ policy names it, too: `PATH?module=path/to/file.py:Class`.
     @nn.nowrap
     def init_from_llm(self, rng, llm_params): ...  # -> params
 
-`__call__` gets ONE prompt and returns `network.Scores`, as `network.Policy`
-does. `grid` is (T, H, W), or a `TokenGrid` where programs serve videos of
-different grids; `TokenGrid.of(grid).frame_means` takes either. `options` are
-the keys of the config's policy section (`dtype` and `num_halvings` among them;
-ignore what does not apply). Parameters under a top-level name `layer` are
-trained with the lower rate of pretrained weights, all others with that of the
-heads.
+`__call__` gets ONE prompt and returns `network.Scores`. `grid` is (T, H, W), or
+a `TokenGrid` where programs serve videos of different grids;
+`TokenGrid.of(grid).frame_means` takes either. `options` are the keys of the
+config's policy section (`dtype` and `num_halvings` among them; ignore what does
+not apply). Parameters under a top-level name `layer` are trained with the lower
+rate of pretrained weights, all others with that of the heads.
 """
 
 import dataclasses
@@ -64,10 +63,16 @@ class LoadedPolicy:
   identity: str = ""  # Digest of the parameters.
 
 
-def load_policy_module(spec: str = "") -> tuple[type, str]:
-  """Returns the policy class called `spec`, and the sha256 of its file."""
+def find_policy(options, where="config") -> tuple[type, str, dict[str, Any]]:
+  """Returns the policy class, its file's sha256, and the options it takes.
+
+  The arguments are as for `make_policy`.
+  """
+  options = dict(options)
+  _check({"policy": options}, where)
+  spec = options.pop("module", "")
   if spec in extensions.BUILT_IN:
-    return network.Policy, ""
+    return network.Policy, "", options
   found, digest = extensions.load(spec, "policy.module")
   if not inspect.isclass(found):
     raise errors.UserError(f"policy.module {spec!r} is no class")
@@ -76,22 +81,8 @@ def load_policy_module(spec: str = "") -> tuple[type, str]:
     raise errors.UserError(
       f"policy.module {spec!r} lacks {', '.join(lacking)}; see policy.loading"
     )
-  return found, digest
-
-
-def find_policy(options, where="config") -> tuple[type, str, dict[str, Any]]:
-  """Returns the policy class, its sha256, and the options that it takes.
-
-  The arguments are as for `make_policy`.
-  """
-  options = dict(options)
-  _check({"policy": options}, where)
-  spec = options.pop("module", "")
-  found, digest = load_policy_module(spec)
-  if spec not in extensions.BUILT_IN:
-    known = extensions.SECTIONS["policy"]
-    options = extensions.fitting(found, "policy", options, known)
-  return found, digest, options
+  known = extensions.SECTIONS["policy"]
+  return found, digest, extensions.fitting(found, "policy", options, known)
 
 
 def make_policy(llm, options, *, where="config", dtype=None):
@@ -118,14 +109,12 @@ def init_policy(policy, base_params, seed, init=""):
 
 
 def load_policy(spec: str | os.PathLike, checkpoint) -> LoadedPolicy:
-  """Returns a policy that training exported.
+  """Returns a policy that training exported, for the base model it had.
 
-  Args:
-    spec: a safetensors file; or a folder (or a training workdir that holds
-      `policy/`), whose `best.safetensors` is taken if validation chose one,
-      else `policy.safetensors`; or a checkpoint directory with the public
-      policy among its weights. `?module=NAME` behind it names one's own module.
-    checkpoint: the base model that it must have been trained with.
+  `spec` is a safetensors file; or a folder (or a training workdir that holds
+  `policy/`), whose `best.safetensors` is taken if validation chose one, else
+  `policy.safetensors`; or a checkpoint directory with the public policy among
+  its weights. `?module=NAME` behind it names one's own module.
   """
   path, module = split(spec)
   file = _find_policy(pathlib.Path(path))

@@ -15,6 +15,7 @@ Paper: https://arxiv.org/abs/2602.01649 (compression policy network).
 
 import dataclasses
 import functools
+import re
 from typing import NamedTuple
 
 import chex
@@ -87,18 +88,13 @@ class Head(nn.Module):
 
 
 class Policy(nn.Module):
-  """Token and frame scores of ONE prompt; callers `jax.vmap` it.
-
-  A policy of one's own has the same three entry points: `from_llm_config`,
-  `init_from_llm` and `__call__` (see `policy.loading`).
-  """
+  """Token and frame scores of ONE prompt; callers `jax.vmap` it."""
 
   config: PolicyConfig
 
   @classmethod
   @nn.nowrap
   def from_llm_config(cls, llm, **options):
-    """Returns the policy of an LLM of Qwen2Config `llm`."""
     return cls(PolicyConfig(llm=llm, **options))
 
   def setup(self):
@@ -149,12 +145,9 @@ class Policy(nn.Module):
 
   def _encode(self, x, positions, length):
     """Returns float[L, D], the layer's output, without a causal mask."""
-    cfg = self.config
+    cfg, llm = self.config, self.config.llm
     cos, sin = rope.angles(
-      positions[:, None],
-      cfg.llm.head_dim,
-      cfg.llm.rope_theta,
-      cfg.llm.rope_sections,
+      positions[:, None], llm.head_dim, llm.rope_theta, llm.rope_sections
     )
     lengths = None if length is None else jnp.reshape(length, (1,))
     h, _ = self.layer(
@@ -189,7 +182,7 @@ class Policy(nn.Module):
     layer = jax.tree.map(
       lambda leaf: jnp.array(leaf[0], jnp.float32), llm_params["layers"]
     )
-    given = {f"layer/{key}": p.shape for key, p in _flatten(layer).items()}
+    given = {k: leaf.shape for k, leaf in _flatten({"layer": layer}).items()}
     expected = shapes(self.config)
     expected = {k: s for k, s in expected.items() if k.startswith("layer/")}
     check_shapes(given, expected, "the LLM's layer 0")
@@ -206,10 +199,8 @@ def _new_heads(rng, *, config):
 
 def shapes(config):
   """Returns the shape of every parameter by its `/` path."""
-  params = jax.eval_shape(
-    lambda rng: Policy(config).init(rng, method="initialise")["params"],
-    jax.random.key(0),
-  )
+  init = functools.partial(Policy(config).init, method="initialise")
+  params = jax.eval_shape(init, jax.random.key(0))["params"]
   return {path: leaf.shape for path, leaf in _flatten(params).items()}
 
 
@@ -230,13 +221,9 @@ def public_names(num_halvings):
 
 def to_public(params, dtype=np.float32):
   """Returns {public name: array of a dtype} of params, for safetensors."""
-  flat = _flatten(params)
-  num_halvings = sum(
-    path.startswith("token_compress/hidden_") and path.endswith("/kernel")
-    for path in flat
-  )
-  names = public_names(num_halvings)
-  public = {}
+  flat, public = _flatten(params), {}
+  hidden = re.compile("token_compress/hidden_.*/kernel")
+  names = public_names(sum(map(bool, map(hidden.fullmatch, flat))))
   for path, leaf in flat.items():
     name, transposed = names[path]
     leaf = np.asarray(leaf).astype(dtype)
@@ -251,14 +238,13 @@ def from_public(tensors, config):
   `mode_selection` may be absent, all of it; params then lack it too. Names that
   are missing, left over, or of another shape are a UserError.
   """
-  names = public_names(config.num_halvings)
-  expected = {}
+  names, expected = public_names(config.num_halvings), {}
+  optional = f"{_PUBLIC}.mode_selection."
+  has_optional = any(name.startswith(optional) for name in tensors)
   for path, shape in shapes(config).items():
     name, transposed = names[path]
-    expected[name] = shape[::-1] if transposed else shape
-  optional = f"{_PUBLIC}.mode_selection."
-  if not any(name.startswith(optional) for name in tensors):
-    expected = {k: s for k, s in expected.items() if not k.startswith(optional)}
+    if has_optional or not name.startswith(optional):
+      expected[name] = shape[::-1] if transposed else shape
   given = {name: np.shape(tensor) for name, tensor in tensors.items()}
   check_shapes(given, expected, "the policy checkpoint")
   flat = {}

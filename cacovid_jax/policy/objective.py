@@ -22,10 +22,7 @@ from cacovid_jax.policy import network
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-  """The paper's objective: constants of the loss, with the paper's values.
-
-  An objective of one's own is called alike; see `training.seams`.
-  """
+  """The paper's objective; one's own is called alike, see `training.seams`."""
 
   clip_low: float = 0.2  # The ratio is clipped below at 1 - clip_low.
   clip_high: float = 0.28  # And above at 1 + clip_high.
@@ -38,7 +35,6 @@ class ObjectiveConfig:
   weight_epsilon: float = 1e-7  # Added to the sum of a row's token weights.
 
   def __call__(self, scores, old_scores, memory, grid=None):
-    """Returns what `loss` does."""
     return loss(scores, old_scores, memory, self, grid)
 
 
@@ -119,13 +115,6 @@ def mask_log_probs(scores, mask):
   return jnp.where(mask, log_probs[:, 1], log_probs[:, 0])
 
 
-def clipped_term(log_ratio, advantage, config):
-  """Returns the negated clipped objective of each choice."""
-  ratio = jnp.exp(log_ratio)
-  clipped = jnp.clip(ratio, 1 - config.clip_low, 1 + config.clip_high)
-  return -jnp.minimum(ratio * advantage, clipped * advantage)
-
-
 def _mode_loss(scores, old_scores, memory, weights, config, items):
   """Returns the loss and the metrics of a mode's masks, rewards and valid."""
   mask, rewards, valid = memory
@@ -148,9 +137,9 @@ def _mode_loss(scores, old_scores, memory, weights, config, items):
   if config.log_ratio_clamp is not None:
     bound = config.log_ratio_clamp
     log_ratio = jnp.clip(log_ratio, -bound, bound)
-  term = clipped_term(
-    jnp.where(advantage == 0, 0.0, log_ratio), advantage, config
-  )
+  ratio = jnp.exp(jnp.where(advantage == 0, 0.0, log_ratio))
+  clipped = jnp.clip(ratio, 1 - config.clip_low, 1 + config.clip_high)
+  term = -jnp.minimum(ratio * advantage, clipped * advantage)
   if config.kl_weight:
     deviation = math.log(0.5) - log_probs
     kl = jnp.exp(deviation) - deviation - 1

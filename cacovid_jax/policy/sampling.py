@@ -1,9 +1,8 @@
 """Online combination space sampling: which combinations of tokens to try.
 
-Everything here works on ONE video; callers `jax.vmap` it. All numbers come from
-a `SamplingPlan` that the host computes. Of a full grid they are constants of
-the program; in a bucket they are data, so that videos of different grids and
-ratios share a program.
+Works on ONE video; callers `jax.vmap` it. All numbers come from a plan that the
+host computes. Of a full grid they are constants of the program; in a bucket
+they are data, so that videos of different grids and ratios share a program.
 
 Axes: T frames, H W token grid, A = H*W, N = T*A video tokens, G combinations, K
 kept tokens, k = K / T tokens per frame, n groups of a frame, E tokens of the
@@ -59,25 +58,15 @@ class SamplingConfig:
   max_token_weight: float = 2.0  # And at most so many times.
   mass_epsilon: float = 1e-8  # Added to a group's mass that divides.
   num_neighbours: int = 4  # See `diversity.peak_scores`.
-  density_noise: float = 1e-6  # See `diversity.peak_scores`.
-
-  @property
-  def num_frame_mode(self):
-    """G/4."""
-    return self.num_combinations // 4
-
-  @property
-  def num_token_mode(self):
-    """3G/4 - 1; the first of them is greedy."""
-    return self.num_combinations - self.num_frame_mode - 1
+  density_noise: float = 1e-6  # Likewise.
 
   @property
   def modes(self) -> Modes:
-    """Which combinations are of which mode."""
-    return Modes(self.num_token_mode, self.num_frame_mode, 1)
+    """3G/4 - 1 combinations of tokens, G/4 of frames, one of content."""
+    num_frame = self.num_combinations // 4
+    return Modes(self.num_combinations - num_frame - 1, num_frame, 1)
 
   def sample(self, rng, scores, features, plan):
-    """Returns what `sample` does."""
     return sample(rng, scores, features, plan)
 
 
@@ -162,7 +151,7 @@ def smallest_ratio(grid):
 
 
 def plan(grid, ratio, config=None, shape=None):
-  """Returns the SamplingPlan of a grid and a ratio in (0, 1].
+  """Returns the SamplingPlan of a grid and a retention ratio in (0, 1].
 
   In a bucket its numbers are NumPy's, for a device. Small grids: the number of
   groups is lowered until a group holds k tokens, and more frames are drawn
@@ -170,14 +159,10 @@ def plan(grid, ratio, config=None, shape=None):
 
   Args:
     grid: (T, H, W), which fills its bucket; or TokenGrid, of the host.
-    ratio: retention ratio r.
+    ratio: r; one that keeps nothing of the grid is a UserError.
     config: SamplingConfig; a sampler of one's own gets the paper's numbers.
     shape: PlanShape of a program that serves several ratios; None for what this
       ratio needs, in a bucket the most of any grid.
-
-  Raises:
-    UserError: the ratio keeps nothing of the grid, a constant cannot work, or
-      the shape is too small.
   """
   config = _numbers(config)
   grid = token_grid.TokenGrid.of(grid)
@@ -264,14 +249,11 @@ def allowed_ratios(grid, ratios):
   if not ratios:
     raise errors.UserError("sampling.ratios is empty: name at least one ratio")
   _, height, width = grid
-
-  def kept(ratio):
-    return round(ratio * height * width)
-
-  fits = [ratio for ratio in sorted(set(ratios)) if kept(ratio) >= 1]
+  kept = {ratio: round(ratio * height * width) for ratio in sorted(ratios)}
+  fits = [ratio for ratio in kept if kept[ratio] >= 1]
   raised = smallest_ratio(grid)
-  if len(fits) < len(set(ratios)) and (
-    not fits or kept(raised) < kept(fits[0])
+  if len(fits) < len(kept) and (
+    not fits or round(raised * height * width) < kept[fits[0]]
   ):
     fits.insert(0, raised)
   return tuple(fits)
@@ -306,7 +288,7 @@ def _group_cap(num_groups, config):
 def _frame_cap(num_frames, config, room):
   cap, floor = config.max_frame_prob / num_frames, None
   if config.frame_cap == "public":
-    copies = config.num_frame_mode
+    copies = config.modes.frame
     cap, floor = cap * copies, 1.0 / copies**2
   return ProbabilityCap.of(num_frames, cap, room=room, floor=floor)
 
@@ -317,26 +299,25 @@ def _numbers(sampler) -> SamplingConfig:
 
 
 def _check_config(config):
-  if config.frame_cap not in FRAME_CAPS:
-    raise errors.UserError(
-      f"sampling.frame_cap={config.frame_cap!r}: choose one of"
-      f" {', '.join(FRAME_CAPS)}"
-    )
-  if config.num_combinations < 4 or config.num_combinations % 4:
-    raise errors.UserError(
-      f"sampling.num_combinations={config.num_combinations} must be a positive "
-      "multiple of 4"
-    )
+  count = config.num_combinations
+  rules = {
+    "frame_cap": (
+      config.frame_cap in FRAME_CAPS,
+      f": choose one of {', '.join(FRAME_CAPS)}",
+    ),
+    "num_combinations": (
+      count >= 4 and not count % 4,
+      " must be a positive multiple of 4",
+    ),
+    "frame_ratio": (0 < config.frame_ratio <= 1, " is outside (0, 1]"),
+  }
   # Capped probabilities could not sum to one.
   for name in ("max_group_prob", "max_frame_prob", "group_size"):
-    if getattr(config, name) < 1:
-      raise errors.UserError(
-        f"sampling.{name}={getattr(config, name)} must be at least 1"
-      )
-  if not 0 < config.frame_ratio <= 1:
-    raise errors.UserError(
-      f"sampling.frame_ratio={config.frame_ratio} is outside (0, 1]"
-    )
+    rules[name] = (getattr(config, name) >= 1, " must be at least 1")
+  for name, (holds, told) in rules.items():
+    if not holds:
+      value = getattr(config, name)
+      raise errors.UserError(f"sampling.{name}={value!r}{told}")
 
 
 def capped_distribution(probs, cap):
@@ -421,18 +402,12 @@ def rank_groups(token_scores, plan):
 
 
 def sample(rng, scores, features, plan):
-  """Returns the Combinations of one video.
+  """Returns the Combinations of one video, from the old policy's scores.
 
   The random numbers depend on the plan's shape: the same key draws other
-  combinations, of the same distribution, in another bucket.
-
-  Args:
-    rng: key for this video and iteration.
-    scores: Scores(frame f32[T, 2], token f32[N, 2]) of the old policy; in a
-      bucket f32[T_max, 2] and f32[N_max, 2], the video's own first. What stands
-      behind them has no influence.
-    features: float[N, D] video features, as they enter the LLM, likewise.
-    plan: SamplingPlan.
+  combinations, of the same distribution, in another bucket. There the Scores
+  are f32[T_max, 2] and f32[N_max, 2], the features float[N_max, D], the video's
+  own first; what stands behind them has no influence.
   """
   bucket = plan.grid.bucket
   chex.assert_shape(scores.token, (bucket.tokens, 2))
@@ -449,18 +424,11 @@ def sample(rng, scores, features, plan):
 def sample_rung(rng, scores, features, plans, rung, *, num_keep, sampler=None):
   """Returns (Combinations, int32[] K) of a rung only known on the device.
 
-  Plans of exact shapes draw what each draws alone. Under `jax.vmap` over videos
-  of different rungs all of them are computed. The index is N_max behind K.
-
-  Args:
-    rng: as for `sample`, also the next two.
-    scores: see above.
-    features: see above.
-    plans: tuple of a full grid's plans, up to the program's largest; or one
-      SamplingPlan with a leading axis of rungs.
-    rung: int32[], which of the plans to use.
-    num_keep: static, entries of a row; no plan up to the largest keeps more.
-    sampler: one's own; None for the paper's.
+  Plans are a tuple of a full grid's, up to the program's largest, or one with a
+  leading axis of rungs. Those of exact shapes draw what each draws alone; under
+  `jax.vmap` over videos of different rungs all of them are computed. The index
+  has the static `num_keep` entries, N_max behind K. Without a `sampler` the
+  paper's draws.
   """
   draw = sample if sampler is None else sampler.sample
   if isinstance(plans, SamplingPlan):
@@ -503,7 +471,7 @@ def _token_mode(rng, token_scores, plan):
   # One key for all draws: a key for each compiles far longer.
   rng_group, rng_tokens = jax.random.split(rng)
   log_probs = jnp.log(groups.probs)  # [T, n]
-  shape = (plan.config.num_token_mode - 1, *log_probs.shape)  # [C, T, n]
+  shape = (plan.config.modes.token - 1, *log_probs.shape)  # [C, T, n]
   group = draw_without_replacement(
     rng_group, jnp.broadcast_to(log_probs, shape), num_draws=1
   )
@@ -531,7 +499,7 @@ def _frame_mode(rng, frame_scores, features, plan):
   log_probs = jnp.log(probs)
   drawn = draw_without_replacement(
     rng_frames,
-    jnp.broadcast_to(log_probs, (plan.config.num_frame_mode, num_frames)),
+    jnp.broadcast_to(log_probs, (plan.config.modes.frame, num_frames)),
     num_draws=shape.frames_drawn,
   )
   _, top = jax.lax.top_k(gap, shape.frames_drawn)
@@ -551,7 +519,7 @@ def _frame_mode(rng, frame_scores, features, plan):
     )
     return token_grid.fill(rows[peaks], kept, grid.bucket.tokens)
 
-  rngs = jax.random.split(rng_noise, plan.config.num_frame_mode)
+  rngs = jax.random.split(rng_noise, plan.config.modes.frame)
   return jax.vmap(keep)(rngs, frames), token_masks(frames, num_frames)
 
 

@@ -2,11 +2,8 @@
 
 Half of the budget goes to the tokens that the policy ranks highest, shared out
 between frames by the frame scores; the rest is spread evenly over the others.
-Works on ONE video; callers `jax.vmap` it.
-
-All numbers are of the host (`Budget`). Of a full grid they are constants of the
-program; in a bucket they are data, so that videos of different grids and ratios
-share a program.
+Works on ONE video; callers `jax.vmap` it. All numbers are of the host
+(`Budget`): constants of a full grid's program, in a bucket data.
 
 Axes: T frames, H W token grid, A = H*W, N = T*A video tokens, K kept tokens;
 T_max, A_max, N_max, K_max those of a bucket.
@@ -83,13 +80,12 @@ def budget(
   frame_sharpness=3.0,
   min_frame_prob=0.5,
 ):
-  """Returns the Budget of a video.
+  """Returns the Budget of a video; UserError if a number is out of its range.
 
   Args:
     grid: (T, H, W).
     ratio: retention ratio r in (0, 1]; floor(r*T*H*W) tokens are kept.
-    bucket: GridBucket that the grid is data in; None for its own. In a bucket
-      the numbers are NumPy's, for a device.
+    bucket: GridBucket that the grid is data in; None for its own.
     num_keep_max: K_max, for a program that serves several ratios; None for
       the largest K of this ratio in the bucket.
     importance_ratio: share of the budget that the scores decide on, in [0, 1].
@@ -97,9 +93,6 @@ def budget(
     max_frame_ratio: unless given here as a share of its tokens.
     frame_sharpness: the largest frame gap is scaled to this before the softmax.
     min_frame_prob: least probability of a frame, in multiples of 1/T.
-
-  Raises:
-    UserError: the grid does not fit, or a number is outside its range.
   """
   num_frames, height, width = grid
   kept = num_keep(grid, ratio)
@@ -120,10 +113,13 @@ def budget(
   if max_frame_ratio is None:
     max_frame_ratio = max_frame_share * ratio
   important = importance_ratio * ratio * height * width * num_frames
-  num_important = min(math.floor(important), kept)
-  if importance_ratio == 1:
-    num_important = kept
+  exact = kept if importance_ratio == 1 else math.floor(important)
+  num_important = min(exact, kept)
   unkept = num_frames * height * width - num_important
+  # In float64 on the host: float32 is off by one in places.
+  places = np.round(np.linspace(0, unkept - 1, kept - num_important))
+  spread = np.zeros(grid.bucket.tokens, bool)
+  spread[places.astype(int)] = True
   # No frame has more than its H*W tokens to give.
   frame_cap = math.floor(importance_ratio * height * width * max_frame_ratio)
   return Budget(
@@ -135,18 +131,9 @@ def budget(
     low=np.float32(min_frame_prob / num_frames),
     high=np.float32(max_frame_ratio / (num_frames * ratio)),
     sharpness=np.float32(frame_sharpness),
-    spread=_spread(grid.bucket.tokens, unkept, kept - num_important),
+    spread=spread,
     num_keep_max=num_keep_max,
   )
-
-
-def _spread(size, num_tokens, num_spread):
-  """Returns bool[size], evenly spread True places among the first tokens."""
-  # In float64 on the host: float32 is off by one in places.
-  places = np.round(np.linspace(0, num_tokens - 1, num_spread))
-  spread = np.zeros(size, bool)
-  spread[places.astype(int)] = True
-  return spread
 
 
 def select(scores, budget):

@@ -15,6 +15,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -114,9 +115,8 @@ def draw(config: BuildConfig, split: str, number: int):
   """Returns (scene, questions) of a clip."""
   rng = np.random.default_rng((config.seed, SPLITS.index(split), number))
   scene = world.sample_scene(rng, world.VARIANTS[config.variant])
-  return scene, questions.sample_questions(
-    rng, scene, config.questions_per_clip
-  )
+  asked = questions.sample_questions(rng, scene, config.questions_per_clip)
+  return scene, asked
 
 
 def make_clip(config: BuildConfig, directory: str, split: str, number: int):
@@ -139,11 +139,8 @@ def build(
 ) -> str:
   """Builds the benchmark unless it is there already; returns its directory.
 
-  Args:
-    config: what to build.
-    directory: of this variant; a folder with another build is refused.
-    num_workers: processes that draw and encode.
-    on_clip: called with the number of clips that are done.
+  A directory with another build is refused. `num_workers` processes draw and
+  encode; `on_clip` is called with the number of clips that are done.
   """
   directory = pathlib.Path(directory)
   manifest = {
@@ -171,9 +168,8 @@ def build(
     for number in range(count)
   ]
   rows = {split: [] for split, _ in jobs}
-  for done, (split, found) in enumerate(
-    _make_all(config, jobs, str(directory), num_workers), start=1
-  ):
+  made = _make_all(config, jobs, str(directory), num_workers)
+  for done, ((split, _), found) in enumerate(zip(jobs, made, strict=True), 1):
     rows[split].extend(found)
     on_clip(done)
   _write_rows(config, directory, rows)
@@ -214,19 +210,14 @@ def prepare(
 
 
 def _make_all(config, jobs, directory, num_workers):
-  """Yields (split, rows) in the order of the jobs."""
+  """Yields the rows of each job, (split, number), in their order."""
+  make = functools.partial(make_clip, config, directory)
   if num_workers < 2:
-    for split, number in jobs:
-      yield split, make_clip(config, directory, split, number)
+    yield from itertools.starmap(make, jobs)
     return
   context = multiprocessing.get_context("spawn")
-  with concurrent.futures.ProcessPoolExecutor(
-    num_workers, mp_context=context
-  ) as pool:
-    splits, numbers = zip(*jobs, strict=True)
-    make = functools.partial(make_clip, config, directory)
-    found = pool.map(make, splits, numbers, chunksize=4)
-    yield from zip(splits, found, strict=True)
+  with concurrent.futures.ProcessPoolExecutor(num_workers, context) as pool:
+    yield from pool.map(make, *zip(*jobs, strict=True), chunksize=4)
 
 
 def _video_r1_row(row) -> dict:
@@ -270,12 +261,12 @@ def _write_rows(config, directory, rows) -> None:
   for split, found in rows.items():
     if split == "train":
       path = directory / "train.json"
-      entries = [_video_r1_row(row) for row in found]
+      entries = list(map(_video_r1_row, found))
       path.write_text(json.dumps(entries, indent=1) + "\n")
       splits[split] = readers.read_video_r1(str(path), str(directory))
     else:
       path = directory / f"{split}.parquet"
-      table = pa.Table.from_pylist([_videomme_row(row) for row in found])
+      table = pa.Table.from_pylist(list(map(_videomme_row, found)))
       pyarrow.parquet.write_table(table, path)
       splits[split] = readers.read_videomme(
         str(path), str(directory), style="video-r1"

@@ -32,11 +32,7 @@ import optax
 from cacovid_jax import errors
 from cacovid_jax.synthetic import render, world
 
-ATTRIBUTES = (
-  len(world.COLOR_NAMES),
-  len(world.PATTERNS),
-  len(world.SHAPES),
-)
+ATTRIBUTES = tuple(map(len, world.ATTRIBUTES))
 # As the options of "where" questions say them.
 _SIDES = ("top", "bottom", "left", "right")
 # Standard deviation of a clip's static noise, in grey levels; and of the noise
@@ -47,19 +43,15 @@ _NOISE, _GRAIN = 4.0, 2.0
 def draw_frames(rng, batch):
   """Draws the sampled frames of a batch of scenes, as a codec would show them.
 
-  Args:
-    rng: key of the noise.
-    batch: of `packing.Packer.batch`; sprite int8[B, T, S], corner
-      int16[B, T, S, 2], color uint8[B, T, S, 3], background float32[B, 4, 7].
-
-  Returns:
-    float32[B, T, 112, 112, 3] normalised pixels in [-1, 1].
+  Returns float32[B, T, 112, 112, 3] normalised pixels in [-1, 1], of sprite
+  int8[B, T, S], corner int16[B, T, S, 2], color uint8[B, T, S, 3] and
+  background float32[B, 4, 7] (see `packing.Packer.batch`).
   """
-  opacity, shade = (jnp.asarray(t) for t in render.sprite_tables())
-  num_clips = batch["sprite"].shape[0]
+  opacity, shade = map(jnp.asarray, render.sprite_tables())
   size = world.IMAGE_SIZE
   static_rng, frame_rng = jax.random.split(rng)
-  static = jax.random.normal(static_rng, (num_clips, 1, size, size, 1)) * _NOISE
+  shape = (len(batch["sprite"]), 1, size, size, 1)
+  static = jax.random.normal(static_rng, shape) * _NOISE
   times = jnp.arange(world.NUM_FRAMES, dtype=jnp.float32)
 
   def backgrounds(params):
@@ -95,9 +87,8 @@ def _halve_chroma(frames):
   luma = (frames * weights).sum(-1, keepdims=True)
   chroma = frames - luma
   *lead, height, width, channels = chroma.shape
-  cells = chroma.reshape(*lead, height // 2, 2, width // 2, 2, channels).mean(
-    (-4, -2)
-  )
+  cells = chroma.reshape(*lead, height // 2, 2, width // 2, 2, channels)
+  cells = cells.mean((-4, -2))
   chroma = jnp.repeat(jnp.repeat(cells, 2, axis=-3), 2, axis=-2)
   return luma + chroma
 
@@ -201,15 +192,13 @@ def label_loss(logits, labels):
 def word_ids(tokenizer):
   """Returns int32[24], the one token of each attribute's and side's word."""
   words = [*world.COLOR_NAMES, *world.PATTERNS, *world.SHAPES, *_SIDES]
-  ids = [tokenizer.encode(f" {word}") for word in words]
-  split = [
-    word for word, found in zip(words, ids, strict=True) if len(found) > 1
-  ]
+  ids = {word: tokenizer.encode(f" {word}") for word in words}
+  split = [word for word, found in ids.items() if len(found) > 1]
   if split:
     raise errors.UserError(
       f"the tokenizer splits {', '.join(split)}; raise config.vocab_size"
     )
-  return np.array(ids, np.int32)[:, 0]
+  return np.array(list(ids.values()), np.int32)[:, 0]
 
 
 def token_loss(logits, ids, target):
@@ -223,12 +212,10 @@ def token_loss(logits, ids, target):
 
 def hits(logits, ids, target):
   """Returns bool[..., Q], whether the first answer token is the likeliest."""
-  first = jnp.argmax(target, axis=-1)  # [..., Q]
-  at = jnp.take_along_axis(
-    logits, (first - 1)[..., None, None], axis=-2
-  ).squeeze(-2)
-  want = jnp.take_along_axis(ids, first[..., None], axis=-1).squeeze(-1)
-  return at.argmax(-1) == want
+  first = jnp.argmax(target, axis=-1, keepdims=True)  # [..., Q, 1]
+  at = jnp.take_along_axis(logits, (first - 1)[..., None], axis=-2)
+  want = jnp.take_along_axis(ids, first, axis=-1)
+  return (at.argmax(-1) == want).squeeze(-1)
 
 
 def random_subsets(rng, decisive, num_valid, pull, *, num_keep):
@@ -237,13 +224,11 @@ def random_subsets(rng, decisive, num_valid, pull, *, num_keep):
   Args:
     rng: key.
     decisive: int16[B, Q, M] tokens, -1 where unused.
-    num_valid: int32[B, Q] tokens to keep, at most `num_keep`.
+    num_valid: int32[B, Q] tokens to keep, at most `num_keep`, K.
     pull: float32[B, Q, N] in [0, 1): how far a token is moved to the front of
       the others; 0 for even chances.
-    num_keep: K, static.
-
-  Returns:
-    (index int32[B, Q, K] ascending, invalid ones last, valid bool[B, Q, K]).
+    num_keep: static; index int32[B, Q, K] is ascending, those that `valid`
+      bool[B, Q, K] leaves out last.
   """
   num_video = pull.shape[-1]
   order = jax.random.uniform(rng, pull.shape)
@@ -283,16 +268,9 @@ def lossy_subsets(rng, batch, config):
 def answer_losses(prompts, params, rng, batch, *, config, word_ids):
   """Returns the six losses of a batch and which lettered answers are right.
 
-  Args:
-    prompts: `packed.PackedPrompts`.
-    params: {"model", "head", "asked"}.
-    rng: key of frames and subsets.
-    batch: of `packing.Packer.batch`.
-    config: the "pretrain" section of `configs/synthetic_base.py`.
-    word_ids: of the function of that name.
-
-  Returns:
-    ({name: float32[]}, {"full", "pruned": bool[B, Q], "told": bool[B, 1]}).
+  They are {name: float32[]} and {"full", "pruned": bool[B, Q], "told": bool[B,
+  1]}; `prompts` are `packed.PackedPrompts`, `batch` of `packing.Packer.batch`,
+  `params` {"model", "head", "asked"}.
   """
   frame_rng, subset_rng = jax.random.split(rng)
   model, weights = prompts.model, params["model"]
@@ -324,9 +302,8 @@ def answer_losses(prompts, params, rng, batch, *, config, word_ids):
   )
 
   told = batch["told_ids"]
-  positions = jnp.broadcast_to(
-    jnp.arange(told.shape[1]), (told.shape[0], 1, told.shape[1])
-  )
+  count, length = told.shape
+  positions = jnp.broadcast_to(jnp.arange(length), (count, 1, length))
   hidden, _ = model.forward(weights, model.embed_text(weights, told), positions)
   told_logits = model.logits(weights, hidden)
   found["told"] = token_loss(told_logits, told, batch["told_target"])
@@ -335,9 +312,8 @@ def answer_losses(prompts, params, rng, batch, *, config, word_ids):
   )
 
   table = weights["language_model"]["embed_tokens"]
-  labels = LabelHead().apply(
-    {"params": params["head"]}, features, table[word_ids]
-  )
+  head = {"params": params["head"]}
+  labels = LabelHead().apply(head, features, table[word_ids])
   found["size"] = size_loss(features, table)
   found["labels"] = label_loss(labels, batch["labels"])
   return found, right

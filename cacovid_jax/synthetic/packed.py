@@ -53,9 +53,8 @@ class PackedPrompts:
     """Returns features float[B, N, D] of clips float32[B, T, h, w, 3]."""
 
     def one(pixels):
-      inputs = processors.TowerInputs(
-        pixels, self.model.grid(*pixels.shape[:3])
-      )
+      grid = self.model.grid(*pixels.shape[:3])
+      inputs = processors.TowerInputs(pixels, grid)
       return self.model.encode(params, inputs).features
 
     return jax.vmap(one)(pixels)
@@ -76,9 +75,8 @@ class PackedPrompts:
     """
     batch, num_questions, length = ids.shape
     x = self._embed(params, features, ids.reshape(batch, -1))
-    positions = jnp.broadcast_to(
-      self.packed_positions(), (batch, 1, x.shape[1])
-    )
+    positions = self.packed_positions()
+    positions = jnp.broadcast_to(positions, (batch, 1, x.shape[1]))
     mask = self.packed_mask()[None]  # Shared by the batch.
     hidden, _ = self.model.forward(
       params, x, positions, mask=mask, causal=False
@@ -97,7 +95,6 @@ class PackedPrompts:
     start = len(self.prefix)
     # [B, prefix + N + 1, D]
     whole = self._embed(params, features, ids[:, 0, :0])
-
     rows = jnp.pad(start + index, ((0, 0), (0, 0), (start, 1)))
     rows = rows.at[..., :start].set(jnp.arange(start))
     rows = rows.at[..., -1].set(start + self.num_video)
@@ -111,22 +108,21 @@ class PackedPrompts:
     visible = jnp.pad(valid, around, constant_values=True)
     causal = jnp.tril(jnp.ones((total, total), bool))
     mask = causal & visible[..., None, :]
+    x = x.reshape(-1, total, x.shape[-1])
+    positions = positions.reshape(-1, 1, total)
+    mask = mask.reshape(-1, total, total)
     hidden, _ = self.model.forward(
-      params,
-      x.reshape(-1, total, x.shape[-1]),
-      positions.reshape(-1, 1, total),
-      mask=mask.reshape(-1, total, total),
-      causal=False,
+      params, x, positions, mask=mask, causal=False
     )
     hidden = hidden.reshape(batch, num_questions, total, -1)
     return self.model.logits(params, hidden[:, :, -length:])
 
   def first_layer(self, params, features, ids, lengths):
-    """Reads the video with one question as a new policy does.
+    """Returns float[B, N, D]: the video, read with one question as policies do.
 
-    Returns float[B, N, D]: what the first layer, over the unpruned prompt and
-    without a causal mask, makes of the video tokens float[B, N, D] beside ids
-    int32[B, A] of one question per clip with int32[B] tokens before its answer.
+    What the first layer, over the unpruned prompt and without a causal mask,
+    makes of the video tokens float[B, N, D] beside ids int32[B, A] of one
+    question per clip with int32[B] tokens before its answer.
     """
     x = self._embed(params, features, ids)
     text = self.model.config.text
@@ -136,12 +132,6 @@ class PackedPrompts:
       positions[:, None], text.head_dim, text.rope_theta, text.rope_sections
     )
     first = jax.tree.map(lambda p: p[0], params["language_model"]["layers"])
-    h, _ = layer.apply(
-      {"params": first},
-      x,
-      cos,
-      sin,
-      causal=False,
-      lengths=self.text_start + lengths,
-    )
+    seen = {"causal": False, "lengths": self.text_start + lengths}
+    h, _ = layer.apply({"params": first}, x, cos, sin, **seen)
     return h[:, self.video_rows]

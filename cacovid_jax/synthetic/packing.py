@@ -56,15 +56,11 @@ def prompt_text(question: questions.SceneQuestion, problem_type: str) -> str:
 
 def describe(scene: world.Scene) -> str:
   """Tells a sparse scene in words, in order of appearance."""
-  parts = []
+  facts, lines = questions.Facts(scene), []
   for obj in np.argsort(scene.life[:, 0], kind="stable"):
-    color, pattern, shape = scene.attributes[obj]
     place, _ = questions.place_of(scene, obj)
-    parts.append(
-      f"{world.COLOR_NAMES[color]} {world.PATTERNS[pattern]}"
-      f" {world.SHAPES[shape]} {place}"
-    )
-  return "\n".join(parts)
+    lines.append(f"{facts.name(obj)} {place}")
+  return "\n".join(lines)
 
 
 def _dense_world(num_objects: tuple[int, int]) -> world.WorldConfig:
@@ -126,12 +122,11 @@ class Packer:
 
   def _question(self, rng, question, text_share, length, prefix=""):
     in_words = rng.random() < text_share
-    problem_type = rows.FREE_FORM if in_words else rows.MULTIPLE_CHOICE
-    answer = (
-      question.options[question.answer]
-      if in_words
-      else questions.LETTERS[question.answer]
-    )
+    if in_words:
+      problem_type, answers = rows.FREE_FORM, question.options
+    else:
+      problem_type, answers = rows.MULTIPLE_CHOICE, questions.LETTERS
+    answer = answers[question.answer]
     prompt = f"{prefix}\n{prompt_text(question, problem_type)}"
     return *self._row(prompt, answer, length), in_words
 
@@ -149,25 +144,23 @@ class Packer:
 
   def clip(self, rng, scene, text_share):
     """Returns the arrays of one clip, without the batch axis."""
-    config = self.config
-    found = questions.sample_questions(rng, scene, config.questions_per_clip)
-    count = config.questions_per_clip
-    ids = np.full((count, config.question_length), self.pad, np.int32)
-    target = np.zeros((count, config.question_length), bool)
+    count = self.config.questions_per_clip
+    length = self.config.question_length
+    ids = np.full((count, length), self.pad, np.int32)
+    target = np.zeros((count, length), bool)
     decisive = np.full((count, MAX_DECISIVE), -1, np.int16)
     kind = np.full(count, -1, np.int8)
     in_words = np.zeros(count, bool)
+    found = questions.sample_questions(rng, scene, count)
     for i, question in enumerate(found):
       ids[i], target[i], in_words[i] = self._question(
-        rng, question, text_share, config.question_length
+        rng, question, text_share, length
       )
       tokens = question.tokens(scene)[:MAX_DECISIVE]
       decisive[i, : len(tokens)] = tokens
       kind[i] = KINDS.index(question.kind)
     drawn = [render.slots(scene, float(t)) for t in range(world.NUM_FRAMES)]
-    sprite, corner, color = (
-      np.stack(part) for part in zip(*drawn, strict=True)
-    )
+    sprite, corner, color = map(np.stack, zip(*drawn, strict=True))
     owners = world.token_owners(scene).reshape(-1)
     labels = np.where(
       owners[:, None] >= 0, scene.attributes[np.maximum(owners, 0)], -1
@@ -191,13 +184,12 @@ class Packer:
     rng = np.random.default_rng((config.seed, step))
     late = step >= config.num_steps // 2
     text_share = config.text_answer_share[int(late)]
-    clips = [
-      self.clip(
-        rng, world.sample_scene(rng, self._world(rng, step)), text_share
-      )
-      for _ in range(config.batch_size)
-    ]
-    batch = stacked(clips)
+
+    def clip():
+      scene = world.sample_scene(rng, self._world(rng, step))
+      return self.clip(rng, scene, text_share)
+
+    batch = stacked([clip() for _ in range(config.batch_size)])
     told = [self._told(rng, text_share) for _ in range(config.text_only)]
     batch["told_ids"] = np.stack([row[0] for row in told])
     batch["told_target"] = np.stack([row[1] for row in told])
@@ -214,8 +206,7 @@ class Packer:
         )[:2]
 
 
-# A worker process keeps one.
-_packer = functools.cache(Packer)
+_packer = functools.cache(Packer)  # A worker process keeps one.
 
 
 def _batch(config: PackingConfig, step: int) -> dict:

@@ -1,9 +1,5 @@
 """Pretraining of the small base model: from a config to its checkpoint.
 
-An answer-only loss on lettered questions stays at guessing; what makes the
-model learn is the sum of the six losses of `losses`. Frames are drawn on the
-accelerator, so every step sees fresh clips.
-
 Axes: B clips, T frames, N video tokens, Q questions of a clip, M decisive
 tokens of a question, K kept video tokens, D width.
 """
@@ -37,13 +33,11 @@ _STORED = jnp.bfloat16
 
 def model_of(config, tokenizer):
   """Returns the model that a config describes, with the tokenizer's ids."""
-  vision = siglip.SiglipConfig(**config.vision)
-  text = qwen2.Qwen2Config(
-    vocab_size=config.vocab_size, tie_embeddings=True, **config.text
-  )
   shape = llava_onevision.LlavaOnevisionConfig(
-    vision=vision,
-    text=text,
+    vision=siglip.SiglipConfig(**config.vision),
+    text=qwen2.Qwen2Config(
+      vocab_size=config.vocab_size, tie_embeddings=True, **config.text
+    ),
     image_token_id=tokenizer.token_id("<image>"),
     video_token_id=tokenizer.token_id("<video>"),
   )
@@ -53,11 +47,7 @@ def model_of(config, tokenizer):
 
 
 def pretrain(config, workdir):
-  """Trains the base model; WORKDIR/base_model holds it at the end.
-
-  Every probe writes the checkpoint anew, so that a killed run leaves the last
-  one behind.
-  """
+  """Trains the base model; WORKDIR/base_model holds that of the last probe."""
   workdir = pathlib.Path(workdir)
   config_lib.claim_workdir(workdir, config)
   directory = workdir / "base_model"
@@ -107,34 +97,30 @@ def make_tx(config):
     0.0, config.lr, config.warmup_steps, config.num_steps, config.lr * 0.01
   )
 
-  def decayed(params):
-    return jax.tree.map(lambda p: p.ndim > 1, params)
-
-  return optax.chain(
-    optax.clip_by_global_norm(1.0),
-    optax.adamw(
-      schedule, b2=0.98, weight_decay=config.weight_decay, mask=decayed
-    ),
-  ), schedule
+  adamw = optax.adamw(
+    schedule,
+    b2=0.98,
+    weight_decay=config.weight_decay,
+    mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+  )
+  return optax.chain(optax.clip_by_global_norm(1.0), adamw), schedule
 
 
 def init_params(rng, model):
   """Returns all parameters; residual writes start small, as depth asks."""
   model_rng, head_rng = jax.random.split(rng)
-  params = model.init(model_rng)
-  layers = params["language_model"]["layers"]
-  scale = (2 * model.config.text.num_layers) ** -0.5
+  params, text = model.init(model_rng), model.config.text
+  language = params["language_model"]
+  scale = (2 * text.num_layers) ** -0.5
   for name in ("o_proj", "down_proj"):
-    layers[name]["kernel"] = layers[name]["kernel"] * scale
-  table = params["language_model"]
-  table["embed_tokens"] = table["embed_tokens"] * 4.0
-  width = model.config.text.hidden_size
-  words = jnp.zeros((sum(losses_lib.ATTRIBUTES) + 4, width))
-  head = losses_lib.LabelHead().init(head_rng, jnp.zeros((1, width)), words)[
-    "params"
-  ]
-  asked = losses_lib.AskedHead().init(head_rng, jnp.zeros((1, width)))["params"]
-  return {"model": params, "head": head, "asked": asked}
+    kernel = language["layers"][name]["kernel"]
+    language["layers"][name]["kernel"] = kernel * scale
+  language["embed_tokens"] = language["embed_tokens"] * 4.0
+  token = jnp.zeros((1, text.hidden_size))
+  words = jnp.zeros((sum(losses_lib.ATTRIBUTES) + 4, text.hidden_size))
+  head = losses_lib.LabelHead().init(head_rng, token, words)
+  asked = losses_lib.AskedHead().init(head_rng, token)
+  return {"model": params, "head": head["params"], "asked": asked["params"]}
 
 
 def make_update(prompts, tx, config, word_ids, mesh):
@@ -174,22 +160,20 @@ def make_probe(prompts, num_keep_of, mesh):
   """Returns a jitted probe: hits of lettered questions by selection rule.
 
   `num_keep_of` maps a rule's name to (function, K); a function takes (rng,
-  features [N, D], decisive int[M]) of one question and returns int32[K].
+  decisive int[M]) of one question and returns int32[K].
   """
 
   def probe(params, rng, batch):
     rng = jax.random.fold_in(rng, jax.lax.axis_index("data"))
     frame_rng, rule_rng = jax.random.split(rng)
     pixels = losses_lib.draw_frames(frame_rng, batch)
-    pixels = pixels.astype(prompts.model.dtype)
-    features = prompts.encode(params, pixels)
+    features = prompts.encode(params, pixels.astype(prompts.model.dtype))
     ids, target = batch["ids"], batch["target"]
     logits = prompts.full_logits(params, features, ids)
     hits = {"vanilla": losses_lib.hits(logits, ids, target)}
     rngs = jax.random.split(rule_rng, ids.shape[:2])
     for name, (rule, num_keep) in num_keep_of.items():
-      over_questions = jax.vmap(rule, in_axes=(0, None, 0))
-      index = jax.vmap(over_questions)(rngs, features, batch["decisive"])
+      index = jax.vmap(jax.vmap(rule))(rngs, batch["decisive"])
       valid = jnp.ones((*ids.shape[:2], num_keep), bool)
       logits = prompts.pruned_logits(params, features, ids, index, valid)
       hits[name] = losses_lib.hits(logits, ids, target)
@@ -202,12 +186,11 @@ def make_probe(prompts, num_keep_of, mesh):
 def probe_rules(num_video):
   """Random and decisive-first keeping at 10 % and 5 %, for progress lines."""
 
-  def random(num_keep, rng, unused_features, unused_decisive):
-    return jnp.sort(
-      jax.random.choice(rng, num_video, (num_keep,), replace=False)
-    )
+  def random(num_keep, rng, unused_decisive):
+    drawn = jax.random.choice(rng, num_video, (num_keep,), replace=False)
+    return jnp.sort(drawn)
 
-  def decisive_first(num_keep, rng, unused_features, decisive):
+  def decisive_first(num_keep, rng, decisive):
     index, _ = losses_lib.random_subsets(
       rng,
       decisive[None, None],
@@ -252,15 +235,10 @@ def held_out(config: packing.PackingConfig, variant: str, num_clips: int):
 def train(model, tokenizer, config):
   """Pretrains a model; `UserError` if the loss is not finite.
 
-  Args:
-    model: of `models.llava_onevision`.
-    tokenizer: `data.tokenizer.Tokenizer`.
-    config: the "pretrain" section of `configs/synthetic_base.py`.
-
-  Yields:
-    (step, parameters, {name: value}, {variant: {rule: accuracy}}), values every
-    config.log_every steps and accuracies every config.probe_every, both at the
-    end, else empty; steps with neither are left out.
+  `config` is the "pretrain" section of `configs/synthetic_base.py`. Yields
+  (step, parameters, {name: value}, {variant: {rule: accuracy}}), values every
+  config.log_every steps and accuracies every config.probe_every, both at the
+  end, else empty; steps with neither are left out.
   """
   pack = packing.PackingConfig(
     tokenizer_file=os.path.join(tokenizer.name, "tokenizer.json"),
@@ -299,7 +277,11 @@ def train(model, tokenizer, config):
     last, values, rows = step == config.num_steps, {}, {}
     if step % config.log_every == 0 or last:
       values = {name: float(value) for name, value in metrics.items()}
-      _check_finite(values, step)
+      if not np.isfinite(list(values.values())).all():
+        raise errors.UserError(
+          f"pretraining: the loss is not finite at step {step}; lower"
+          " config.pretrain.lr"
+        )
       rate = (step - seen) / (time.time() - start)
       seen, start = step, time.time()
       values |= {"lr": float(schedule(step - 1)), "steps_per_second": rate}
@@ -310,11 +292,3 @@ def train(model, tokenizer, config):
         rows[name] = summarise(jax.device_get(hits), kinds)
     if values or rows:
       yield step, params["model"], values, rows
-
-
-def _check_finite(values, step):
-  if not np.isfinite(list(values.values())).all():
-    raise errors.UserError(
-      f"pretraining: the loss is not finite at step {step}; lower"
-      " config.pretrain.lr"
-    )

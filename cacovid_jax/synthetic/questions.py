@@ -16,8 +16,6 @@ from cacovid_jax.synthetic import world
 
 LETTERS = "ABCD"
 PLACES = ("top left", "top right", "bottom left", "bottom right")
-# Of each attribute.
-_WORDS = (world.COLOR_NAMES, world.PATTERNS, world.SHAPES)
 # Sampled frames between two first appearances, at least, for their order to
 # be asked.
 _ORDER_GAP = 2
@@ -35,13 +33,11 @@ class SceneQuestion:
 
   def tokens(self, scene: world.Scene) -> list[int]:
     """Returns the decisive tokens, flat and ascending."""
-    tokens = set()
-    for obj in self.objects:
-      tokens.update(world.covered_tokens(scene, obj))
-    return sorted(tokens)
+    covered = (world.covered_tokens(scene, obj) for obj in self.objects)
+    return sorted(set().union(*covered))
 
 
-class _Facts:
+class Facts:
   """What of a scene can be asked: which attribute groups are unique."""
 
   def __init__(self, scene: world.Scene):
@@ -59,7 +55,7 @@ class _Facts:
 
   def name(self, obj: int, parts: Sequence[int] = (0, 1, 2)) -> str:
     key = self.keys[obj]
-    return " ".join(_WORDS[part][key[part]] for part in sorted(parts))
+    return " ".join(world.ATTRIBUTES[p][key[p]] for p in sorted(parts))
 
   def onset(self, obj: int) -> int:
     return int(self.scene.life[obj, 0])
@@ -94,7 +90,7 @@ def _attribute(rng, facts):
   obj = _pick(rng, facts.unique(parts))
   if obj is None:
     return None
-  values = _WORDS[asked]
+  values = world.ATTRIBUTES[asked]
   right = values[facts.keys[obj][asked]]
   wrong = [value for value in values if value != right]
   wrong = [wrong[i] for i in rng.permutation(len(wrong))[:3]]
@@ -209,9 +205,8 @@ def sample_questions(
 
   Returns fewer than asked for only if 20 draws a question do not find more.
   """
-  facts = _Facts(scene)
-  makers = [maker for maker, _ in _KINDS]
-  weights = [weight for _, weight in _KINDS]
+  facts = Facts(scene)
+  makers, weights = zip(*_KINDS, strict=True)
   found: dict[str, SceneQuestion] = {}
   for _ in range(20 * num_questions):
     if len(found) == num_questions:

@@ -53,9 +53,7 @@ def sprite_tables() -> tuple[np.ndarray, np.ndarray]:
   x, y = np.meshgrid(axis, axis)
 
   def pooled(values):
-    cells = values.reshape(
-      world.SPRITE, _OVERSAMPLING, world.SPRITE, _OVERSAMPLING
-    )
+    cells = values.reshape((world.SPRITE, _OVERSAMPLING) * 2)
     return cells.mean((1, 3))
 
   opacity, shade = [], []
@@ -95,19 +93,13 @@ def slots(scene: world.Scene, time: float):
   a, b = len(grey), len(grey) + len(shown)
   sprite[:a] = _DISTRACTOR
   color[:a] = 120.0
-  sprite[a:b] = (
-    scene.attributes[shown, 1] * len(world.SHAPES) + scene.attributes[shown, 2]
-  )
+  kinds, patterns, shapes = scene.attributes[shown].T
+  sprite[a:b] = patterns * len(world.SHAPES) + shapes
   palette = np.float32(list(world.COLORS.values()))
-  color[a:b] = palette[scene.attributes[shown, 0]] + scene.tint[shown]
-  places = np.concatenate(
-    [
-      world.centres(
-        scene.distractor_life[grey], scene.distractor_path[grey], time
-      ),
-      world.centres(scene.life[shown], scene.path[shown], time),
-    ]
-  )
+  color[a:b] = palette[kinds] + scene.tint[shown]
+  life = np.concatenate([scene.distractor_life[grey], scene.life[shown]])
+  path = np.concatenate([scene.distractor_path[grey], scene.path[shown]])
+  places = world.centres(life, path, time)
   corner[:b] = places[:, ::-1] - world.SPRITE // 2
   return sprite, corner, np.clip(color, 0, 255)
 
@@ -116,9 +108,8 @@ def background(params: np.ndarray, time, xp=np):
   """Returns float32[112, 112, 3] moving texture; `xp` is numpy or jax.numpy."""
   axis = xp.arange(world.IMAGE_SIZE, dtype=xp.float32)
   y, x = axis[:, None], axis[None, :]
-  picture = xp.broadcast_to(
-    params[0, :3], (world.IMAGE_SIZE, world.IMAGE_SIZE, 3)
-  )
+  size = (world.IMAGE_SIZE, world.IMAGE_SIZE, 3)
+  picture = xp.broadcast_to(params[0, :3], size)
   for row in range(1, 4):
     wave = params[row, 3] * x + params[row, 4] * y
     wave = xp.sin(wave + params[row, 5] + params[row, 6] * time)

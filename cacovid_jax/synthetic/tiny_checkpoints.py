@@ -35,9 +35,7 @@ _TEXTS = (
   "Please provide only the single option letter (e.g., A, B, C, D, etc.).",
 )
 _QWEN_TOKENS = (
-  "<|endoftext|>",
-  "<|im_start|>",
-  "<|im_end|>",
+  *tokenizer_training.CHAT_TOKENS,
   "<|vision_start|>",
   "<|vision_end|>",
   "<|image_pad|>",
@@ -95,10 +93,8 @@ def write_tiny(directory, family: str) -> None:
   files.write_json(
     os.path.join(directory, "config.json"), {"model_type": family}
   )
-  if family == "qwen2_5_vl":
-    model = _qwen2_5_vl(directory)
-  else:
-    model = _llava_onevision(directory)
+  make = {"qwen2_5_vl": _qwen2_5_vl, "llava_onevision": _llava_onevision}
+  model = make[family](directory)
   tokenizer = tokenizer_lib.Tokenizer.from_directory(directory)
   checkpoints.save(
     directory,
@@ -113,13 +109,8 @@ def _llava_onevision(directory):
   """Writes all but config and weights; returns the model."""
   base = llava_onevision.LlavaOnevisionConfig.tiny()
   vision = dataclasses.replace(siglip.SiglipConfig.tiny(), image_size=28)
-  tokenizer = tokenizer_training.train(
-    _TEXTS,
-    _VOCABULARY,
-    directory,
-    image_size=vision.image_size,
-    patch_size=vision.patch_size,
-  )
+  sizes = {"image_size": vision.image_size, "patch_size": vision.patch_size}
+  tokenizer = tokenizer_training.train(_TEXTS, _VOCABULARY, directory, **sizes)
   path = os.path.join(directory, "tokenizer_config.json")
   described = checkpoints.read_json(path)
   described["chat_template"] = _TOKENIZER_TEMPLATE
@@ -138,7 +129,7 @@ def _qwen2_5_vl(directory):
   base = qwen2_5_vl.Qwen2_5VLConfig.tiny()
   tokenizer = tokenizer_training.learn(_TEXTS, _VOCABULARY, _QWEN_TOKENS)
   tokenizer.save(os.path.join(directory, "tokenizer.json"))
-  processor = processors.Qwen2_5VLProcessor.tiny()
+  processor, vision = processors.Qwen2_5VLProcessor.tiny(), base.vision
   described = {
     "tokenizer_config.json": {
       "tokenizer_class": "PreTrainedTokenizerFast",
@@ -149,9 +140,9 @@ def _qwen2_5_vl(directory):
     },
     "chat_template.json": {"chat_template": _QWEN_TEMPLATE},
     "preprocessor_config.json": {
-      "patch_size": base.vision.patch_size,
-      "temporal_patch_size": base.vision.temporal_patch_size,
-      "merge_size": base.vision.merge_size,
+      "patch_size": vision.patch_size,
+      "temporal_patch_size": vision.temporal_patch_size,
+      "merge_size": vision.merge_size,
       "min_pixels": processor.min_pixels,
       "max_pixels": processor.max_pixels,
       "image_mean": list(processor.mean),

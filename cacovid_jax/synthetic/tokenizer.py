@@ -2,11 +2,9 @@
 
 For the embedded benchmark's base model: the same normaliser, pre-tokenizer and
 special tokens as Qwen2's tokenizer, and a vocabulary trained on a given corpus.
-Everything that a LLaVA-OneVision checkpoint directory needs besides the model's
-own config.json, generation_config.json and weights is written.
 """
 
-import json
+import functools
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -14,15 +12,10 @@ from collections.abc import Iterable, Sequence
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from cacovid_jax import errors
+from cacovid_jax import errors, files
 
-SPECIAL_TOKENS = (
-  "<|endoftext|>",
-  "<|im_start|>",
-  "<|im_end|>",
-  "<image>",
-  "<video>",
-)
+CHAT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+SPECIAL_TOKENS = (*CHAT_TOKENS, "<image>", "<video>")
 
 # Qwen2's rule: contractions, words with one leading mark, single digits, runs
 # of marks, line ends, spaces.
@@ -72,46 +65,35 @@ def train(
   max_length: int = 32_768,
   num_frames: int | None = None,
 ) -> tokenizers.Tokenizer:
-  """Trains a tokenizer and writes its files into `directory`.
+  """Trains a tokenizer; writes all but config and weights of LLaVA-OneVision's.
 
   Args:
     texts: see `learn`.
     vocab_size: see `learn`.
     directory: made if it does not exist.
-    image_size: S, pixels of a frame's side for the processor files.
-    patch_size: pixels of a patch's side; the processor derives the number of
-      video tokens from the (S / patch_size)² patches of a frame.
+    image_size: pixels of a frame's side, for the processor files.
+    patch_size: of a patch's side; it gives the number of video tokens.
     max_length: most tokens of a prompt.
     num_frames: T of the clips that the model is made for, to be noted.
   """
   tokenizer = learn(texts, vocab_size, SPECIAL_TOKENS)
   os.makedirs(directory, exist_ok=True)
   tokenizer.save(os.path.join(directory, "tokenizer.json"))
-  entries = {
-    **_tokenizer_files(tokenizer, max_length),
-    **_processor_files(image_size, patch_size, num_frames),
-  }
-  texts = {
-    name: json.dumps(entry, indent=2, sort_keys=True) + "\n"
-    for name, entry in entries.items()
-  }
-  texts["chat_template.jinja"] = CHAT_TEMPLATE
-  for name, text in texts.items():
-    with open(os.path.join(directory, name), "w", encoding="utf-8") as f:
-      f.write(text)
+  entries = _tokenizer_files(tokenizer, max_length)
+  entries |= _processor_files(image_size, patch_size, num_frames)
+  for name, entry in entries.items():
+    files.write_json(os.path.join(directory, name), entry)
+  files.write(os.path.join(directory, "chat_template.jinja"), CHAT_TEMPLATE)
   return tokenizer
 
 
 def learn(
   texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str]
 ) -> tokenizers.Tokenizer:
-  """Returns a tokenizer of a corpus.
+  """Returns a tokenizer of a corpus, in any order, of at most so many ids.
 
-  Args:
-    texts: the corpus, in any order; special tokens in it (of rendered prompts,
-      say) are left out of the merges.
-    vocab_size: most ids, special tokens included; at least 256 bytes + those.
-    special_tokens: they get the last ids, in this order.
+  Special tokens get the last of them, in their order; in the texts (of rendered
+  prompts, say) they are left out of the merges.
   """
   needed = 256 + len(special_tokens)
   if vocab_size < needed:
@@ -137,12 +119,10 @@ def learn(
   tokenizer.train_from_iterator(
     sorted(marks.sub("\n", text) for text in texts), trainer
   )
-  tokenizer.add_special_tokens(
-    [
-      tokenizers.AddedToken(token, special=True, normalized=False)
-      for token in special_tokens
-    ]
+  added = functools.partial(
+    tokenizers.AddedToken, special=True, normalized=False
   )
+  tokenizer.add_special_tokens(list(map(added, special_tokens)))
   return tokenizer
 
 

@@ -15,16 +15,8 @@ import dataclasses
 
 import numpy as np
 
-SHAPES = (
-  "circle",
-  "square",
-  "triangle",
-  "diamond",
-  "star",
-  "cross",
-  "heart",
-  "moon",
-)
+_SHAPES = "circle square triangle diamond star cross heart moon"
+SHAPES = tuple(_SHAPES.split())
 PATTERNS = ("solid", "hollow", "striped", "halved")
 COLORS = {
   "red": (232, 44, 40),
@@ -37,6 +29,7 @@ COLORS = {
   "white": (244, 244, 244),
 }
 COLOR_NAMES = tuple(COLORS)
+ATTRIBUTES = (COLOR_NAMES, PATTERNS, SHAPES)  # In the order of `Scene`.
 
 NUM_FRAMES = 16
 NUM_ROWS = NUM_COLS = 7
@@ -98,15 +91,15 @@ class Scene:
   background: np.ndarray
   noise_seed: int  # Of the static grain.
 
-  @property
-  def num_objects(self) -> int:
-    return len(self.attributes)
+
+def _between(rng, inclusive: tuple[int, int]) -> int:
+  return int(rng.integers(inclusive[0], inclusive[1] + 1))
 
 
 def _place(rng, occupied, life_range):
   """Finds a free cell and life, marks them; None when 32 tries all fail."""
   for _ in range(32):
-    length = int(rng.integers(life_range[0], life_range[1] + 1))
+    length = _between(rng, life_range)
     first = int(rng.integers(0, NUM_FRAMES - length + 1))
     row, col = int(rng.integers(NUM_ROWS)), int(rng.integers(NUM_COLS))
     if not occupied[first : first + length, row, col].any():
@@ -132,25 +125,15 @@ def _place_all(rng, occupied, count, life_range):
 def sample_scene(rng: np.random.Generator, config: WorldConfig) -> Scene:
   """Draws one clip's plan."""
   occupied = np.zeros(GRID, bool)
-  count = int(rng.integers(config.num_objects[0], config.num_objects[1] + 1))
+  count = _between(rng, config.num_objects)
   life, path = _place_all(rng, occupied, count, config.life)
-  attributes = np.stack(
-    [
-      rng.integers(len(COLOR_NAMES), size=len(life)),
-      rng.integers(len(PATTERNS), size=len(life)),
-      rng.integers(len(SHAPES), size=len(life)),
-    ],
-    axis=1,
-  ).astype(np.int8)
+  drawn = [rng.integers(len(names), size=len(life)) for names in ATTRIBUTES]
+  attributes = np.stack(drawn, axis=1).astype(np.int8)
   repeats = int(rng.integers(1, config.repeats + 1))
   attributes[:repeats, 0] = attributes[0, 0]
   attributes[:repeats, 2] = attributes[0, 2]
-  num_distractors = int(
-    rng.integers(config.num_distractors[0], config.num_distractors[1] + 1)
-  )
-  distractor_life, distractor_path = _place_all(
-    rng, occupied, num_distractors, (2, 5)
-  )
+  count = _between(rng, config.num_distractors)
+  distractor_life, distractor_path = _place_all(rng, occupied, count, (2, 5))
   background = np.zeros((4, 7), np.float32)
   background[0, :3] = rng.uniform(40, 80) + rng.uniform(-12, 12, 3)
   background[1:, :3] = rng.uniform(-1, 1, (3, 3)) * config.texture
@@ -185,18 +168,13 @@ def visible(life: np.ndarray, time: float) -> np.ndarray:
 def covered_tokens(scene: Scene, obj: int, min_share: float = 0.25):
   """Returns the flat tokens that hold at least `min_share` of an object."""
   tokens = []
+  edges = np.arange(NUM_ROWS) * CELL
   for frame in range(scene.life[obj, 0], scene.life[obj, 1] + 1):
-    x, y = centres(
-      scene.life[obj : obj + 1], scene.path[obj : obj + 1], float(frame)
-    )[0]
-    edges = np.arange(NUM_ROWS) * CELL
-    spans = []
-    for centre in (y, x):
-      low = centre - SPRITE // 2
-      span = np.minimum(edges + CELL, low + SPRITE) - np.maximum(edges, low)
-      spans.append(np.maximum(span, 0) / SPRITE)
-    share = spans[0][:, None] * spans[1][None, :]
-    cells = np.flatnonzero(share.reshape(-1) >= min_share)
+    life, path = scene.life[obj : obj + 1], scene.path[obj : obj + 1]
+    low = centres(life, path, float(frame)).T - SPRITE // 2  # [(x, y), 1]
+    span = np.minimum(edges + CELL, low + SPRITE) - np.maximum(edges, low)
+    columns, rows = np.maximum(span, 0) / SPRITE
+    cells = np.flatnonzero(np.outer(rows, columns) >= min_share)
     tokens.extend(int(frame) * NUM_ROWS * NUM_COLS + cells)
   return [int(token) for token in tokens]
 
@@ -204,7 +182,7 @@ def covered_tokens(scene: Scene, obj: int, min_share: float = 0.25):
 def token_owners(scene: Scene) -> np.ndarray:
   """Returns int16[T, H, W], the object on each token, or -1."""
   owners = np.full(NUM_TOKENS, -1, np.int16)
-  for obj in range(scene.num_objects):
+  for obj in range(len(scene.attributes)):
     for token in covered_tokens(scene, obj, 0.5):
       owners[token] = obj
   return owners.reshape(GRID)

@@ -30,6 +30,8 @@ from cacovid_jax.models import prompt_batch, token_grid
 from cacovid_jax.training import ratio, step
 
 MAX_SUBSTITUTES = 16
+# Share of bad clips among those tried that ends a run, once there are so many.
+MAX_FAILURE_RATE, MIN_FAILURES = 0.05, 20
 
 
 class Order:
@@ -68,30 +70,18 @@ class _Slot:
   failures: list
 
 
-class _Load:
-  """Loads the question at a place of the run, or its first usable substitute.
-
-  Maps this process's count of examples to positions of the global order.
-  """
-
-  def __init__(self, rows, store, order, batch_size: int, shard):
-    index, number = shard
-    self._rows, self._store, self._order = rows, store, order
-    self._batch_size, self._local = batch_size, batch_size // number
-    self._first = index * self._local
-
-  def __call__(self, count) -> _Slot:
-    number, slot = divmod(int(count), self._local)
-    position = number * self._batch_size + self._first + slot
-    index, failures = self._order[position], []
-    for attempt in range(MAX_SUBSTITUTES + 1):
-      question = self._rows[index]
-      try:
-        return _Slot(question, self._store.load(question.video), failures)
-      except video.VideoError as error:
-        failures.append((question, error))
-      index = self._order.substitute(position, attempt)
-    return _Slot(question, None, failures)
+def _load(rows, store, order: Order, position) -> _Slot:
+  """Loads the question at a position, or its first usable substitute."""
+  position = int(position)
+  index, failures = order[position], []
+  for attempt in range(MAX_SUBSTITUTES + 1):
+    question = rows[index]
+    try:
+      return _Slot(question, store.load(question.video), failures)
+    except video.VideoError as error:
+      failures.append((question, error))
+    index = order.substitute(position, attempt)
+  return _Slot(question, None, failures)
 
 
 def load_ahead(
@@ -101,44 +91,31 @@ def load_ahead(
   batch_size: int,
   seed: int,
   steps: tuple[int, int],
-  shard: tuple[int, int] = (0, 1),
   num_threads: int = 2,
   num_workers: int = 0,
   rejected: rejected_clips.RejectedClips | None = None,
-  max_failure_rate: float = 0.05,
-  min_failures: int = 20,
 ) -> Iterator[tuple[list[question_lib.Question], list[Any]]]:
   """Yields (questions, clips) of each step; clips are what `store.load` gives.
 
   Args:
     rows: questions, by index.
     store: `inference.features.FeatureStore`, or what has its `load`.
-    batch_size: B, of all processes together.
+    batch_size: B.
     seed: of the order.
     steps: (first, number): a resumed run sees what it would have seen.
-    shard: (index, number) of this process; it gets a contiguous share of B.
     num_threads: that load clips ahead; 0 loads when asked.
     num_workers: processes that load clips ahead, instead of threads.
     rejected: log of bad clips.
-    max_failure_rate: share of bad clips among those tried that ends the run...
-    min_failures: ... once there are this many.
   """
   rejected = rejected_clips.RejectedClips() if rejected is None else rejected
-  number = shard[1]
-  if batch_size % number:
-    raise errors.UserError(
-      f"batch_size {batch_size} does not divide among {number} processes;"
-      f" give a multiple of {number}"
-    )
-  local, (start, end) = batch_size // number, steps
-  order = Order(len(rows), seed)
-  slots = grain.MapDataset.range(start * local, max(end, start) * local).map(
-    _Load(rows, store, order, batch_size, shard)
-  )
-  slots = _prefetched(slots, num_threads, num_workers, min(4 * local, 16))
+  start, end = steps
+  slots = grain.MapDataset.range(
+    start * batch_size, max(end, start) * batch_size
+  ).map(functools.partial(_load, rows, store, Order(len(rows), seed)))
+  slots = _prefetched(slots, num_threads, num_workers, min(4 * batch_size, 16))
   tried = failed = 0
   for _ in range(start, end):
-    batch = [next(slots) for _ in range(local)]
+    batch = [next(slots) for _ in range(batch_size)]
     for slot in batch:
       tried += 1 + len(slot.failures)
       failed += len(slot.failures)
@@ -149,10 +126,10 @@ def load_ahead(
           f"{MAX_SUBSTITUTES + 1} clips in a row cannot be used, last:"
           f" {slot.failures[-1][1]}"
         )
-    if failed >= min_failures and failed > max_failure_rate * tried:
+    if failed >= MIN_FAILURES and failed > MAX_FAILURE_RATE * tried:
       raise errors.UserError(
         f"{failed} of {tried} clips cannot be used, more than"
-        f" {max_failure_rate:.0%}, last: {rejected.entries[-1]['video']}"
+        f" {MAX_FAILURE_RATE:.0%}, last: {rejected.entries[-1]['video']}"
         f" ({rejected.entries[-1]['reason']}); mend the data set (see the"
         " quarantine ledger) or raise max_failure_rate"
       )
@@ -163,14 +140,10 @@ def _prefetched(dataset, num_threads: int, num_workers: int, buffer: int):
   """Iterates in order, loading ahead by processes, threads, or not at all."""
   if num_workers:
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-    workers = grain.MultiprocessingOptions(
-      num_workers=num_workers, per_worker_buffer_size=max(1, buffer)
-    )
+    workers = grain.MultiprocessingOptions(num_workers, max(1, buffer))
     return iter(dataset.to_iter_dataset(options).mp_prefetch(workers))
   if num_threads:
-    options = grain.ReadOptions(
-      num_threads=num_threads, prefetch_buffer_size=max(buffer, num_threads)
-    )
+    options = grain.ReadOptions(num_threads, max(buffer, num_threads))
     return iter(dataset.to_iter_dataset(options))
   return (dataset[i] for i in range(len(dataset)))
 
@@ -180,12 +153,8 @@ def prompt_buckets(
 ) -> prompt_batch.PromptBuckets:
   """Returns how long the text of a run's prompts is padded to.
 
-  Args:
-    config: `data.prompt_rows` gives the lengths; empty, those of the questions
-      do.
-    questions: all that a step may show.
-    checkpoint: writes the prompts.
-    ladders: of the run; rollouts keep at most their largest K.
+  `config.data.prompt_rows` gives the lengths; empty, all questions that a step
+  may show do.
   """
   if config.data.prompt_rows:
     return prompt_batch.PromptBuckets(tuple(config.data.prompt_rows))
@@ -206,11 +175,7 @@ def prompt_buckets(
 
 
 class Batches:
-  """Iterates over a run's batches from any step.
-
-  Attributes:
-    prompts: `PromptBuckets` of the run.
-  """
+  """Iterates over a run's batches from any step; `prompts` has its lengths."""
 
   def __init__(
     self,
@@ -221,11 +186,8 @@ class Batches:
   ):
     """Looks at all prompts, and at no clip.
 
-    Args:
-      experiment: of the run; its workdir gets the log of bad clips.
-      questions: that are trained on.
-      store: gives their clips, as `inference.features.FeatureStore` does.
-      ladders: one per bucket of grids, rising; or that of the one grid.
+    The experiment's workdir gets the log of bad clips; ladders are one per
+    bucket of grids, rising, or that of the one grid.
     """
     self._config, checkpoint = experiment.config, experiment.loaded
     self._questions, self._store = questions, store
@@ -267,12 +229,10 @@ class Batches:
       )
       for row, clip in zip(questions, clips, strict=True)
     ]
-    text = [
-      prompt.length - len(clip.features)
-      for prompt, clip in zip(prompts, clips, strict=True)
-    ]
     grids = [tuple(clip.grid) for clip in clips]
-    ladder, length = self._shape(grids, max(text))
+    lengths = [prompt.length for prompt in prompts]
+    text = max(np.subtract(lengths, [len(clip.features) for clip in clips]))
+    ladder, length = self._shape(grids, text)
     bucket = ladder.bucket
     padded = self._tokenizer.pad(prompts, length, bucket.tokens)
     positions, following = prompt_batch.place(
@@ -283,26 +243,22 @@ class Batches:
     deep = None
     if clips[0].deep is not None:
       deep = np.stack([pad(clip.deep, axis=1) for clip in clips])
+    answers = [self._tokenizer.answer_id(row) for row in questions]
+    hashes = [question_lib.question_hash(row.id) for row in questions]
     return step.Batch(
       video=np.stack([pad(clip.features) for clip in clips]),
       deep=deep,
       ids=padded.ids,
       length=padded.length,
       video_rows=padded.video_rows,
-      answer_id=np.array(
-        [self._tokenizer.answer_id(row) for row in questions], np.int32
-      ),
+      positions=positions,
+      next_position=following,
+      answer_id=np.array(answers, np.int32),
       option_ids=options,
-      question_hash=np.array(
-        [question_lib.question_hash(row.id) for row in questions], np.uint32
-      ),
+      question_hash=np.array(hashes, np.uint32),
       decisive_frames=shown,
-      grid_data=step.VideoGridData(
-        grid=_stacked([ladder.place(grid) for grid in grids]),
-        positions=positions,
-        next_position=following,
-        rungs=_stacked([ladder.rungs(grid) for grid in grids]),
-      ),
+      grid=_stacked(map(ladder.place, grids)),
+      rungs=_stacked(map(ladder.rungs, grids)),
     )
 
   def _shape(self, grids, text_rows: int) -> tuple[ratio.Ladder, int]:
@@ -331,28 +287,28 @@ class Batches:
 def together(
   grids, ladders: Mapping[token_grid.GridBucket, ratio.Ladder]
 ) -> token_grid.GridBucket:
-  """Returns the smallest bucket that holds all videos of a step.
+  """Returns the smallest bucket that holds all grids (T, H, W) of a step.
 
-  Args:
-    grids: (T, H, W) of each.
-    ladders: of the buckets; one that has plans is for its one grid.
+  A ladder that has plans is for its one grid.
   """
+
+  def told(grid):
+    return " x ".join(map(str, grid))
+
   for grid in grids:
     for ladder in ladders.values():
       if ladder.plans and tuple(ladder.grid) != tuple(grid):
         raise errors.UserError(
-          f"a clip has {' x '.join(map(str, grid))} video tokens, but the run"
-          f" is for {' x '.join(map(str, ladder.grid))}; correct num_frames"
+          f"a clip has {told(grid)} video tokens, but the run is for"
+          f" {told(ladder.grid)}; correct num_frames"
         )
     token_grid.pick(grid, ladders)  # Says which one fits nowhere.
-  fits = [
-    bucket for bucket in ladders if all(bucket.holds(grid) for grid in grids)
-  ]
+  fits = [bucket for bucket in ladders if all(map(bucket.holds, grids))]
   if not fits:
     raise errors.UserError(
       "no bucket holds the videos of one step together:"
-      f" {', '.join(' x '.join(map(str, grid)) for grid in grids)} tokens; add"
-      " one as large as the largest of each side"
+      f" {', '.join(map(told, grids))} tokens; add one as large as the largest"
+      " of each side"
     )
   return min(fits, key=lambda b: (b.tokens, b.frames * b.frame_tokens))
 

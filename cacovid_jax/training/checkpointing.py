@@ -21,6 +21,7 @@ import os
 import pathlib
 import re
 import shutil
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -38,23 +39,14 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-  """What verification found out about one entry of a checkpoint directory.
+  """What verification found out about one entry of a checkpoint directory."""
 
-  Attributes:
-    name: of the entry in the directory: "120", "120.partial", "100.bad".
-    step: its number.
-    ok: True if it is a step and every byte of it is as it was written.
-    reason: "ok", or what is wrong.
-    num_bytes: size of the files present.
-    manifest: its content where it could be read, else None.
-  """
-
-  name: str
-  step: int
-  ok: bool
-  reason: str
-  num_bytes: int
-  manifest: dict | None
+  name: str  # Of the entry: "120", "120.partial", "100.bad".
+  step: int  # Its number.
+  ok: bool  # True if it is a step and every byte of it is as it was written.
+  reason: str  # "ok", or what is wrong.
+  num_bytes: int  # Of the files present.
+  manifest: dict | None  # None where it could not be read.
 
 
 def save(directory, step, tree, metadata=None, *, config_hash="", keep=None):
@@ -76,8 +68,9 @@ def save(directory, step, tree, metadata=None, *, config_hash="", keep=None):
     raise errors.UserError(f"cannot keep {keep} checkpoints: keep at least 1")
   final, partial = directory / str(step), directory / f"{step}.partial"
   leaves = _named_leaves(tree)
+  is_first_process = jax.process_index() == 0
   try:
-    if _is_first_process():
+    if is_first_process:
       directory.mkdir(parents=True, exist_ok=True)
       _remove_leftovers(directory)
       partial.mkdir()
@@ -90,7 +83,7 @@ def save(directory, step, tree, metadata=None, *, config_hash="", keep=None):
       )
       checkpointer.wait_until_finished()  # Raises what went wrong.
     _barrier(f"checkpoint_{step}_written")
-    if _is_first_process():
+    if is_first_process:
       manifest = {
         "schema": _SCHEMA,
         "step": step,
@@ -99,21 +92,7 @@ def save(directory, step, tree, metadata=None, *, config_hash="", keep=None):
         "leaves": {name: _describe(leaf) for name, leaf in leaves.items()},
         "files": _digest_files(partial),
       }
-      _write_synced(partial / MANIFEST, _encode_manifest(manifest))
-      for folder, _, _ in os.walk(partial):
-        files.sync(folder)
-      if final.exists():
-        # The same step again, after a run went back: the new one counts.
-        os.rename(final, _free_name(directory, f"{step}.replaced"))
-      os.rename(partial, final)
-      files.sync(directory)
-      if keep is not None:
-        for old in steps(directory)[:-keep]:
-          # Renamed first: a kill while deleting must not leave half a step.
-          gone = _free_name(directory, f"{old}.deleted")
-          os.rename(directory / str(old), gone)
-          shutil.rmtree(gone)
-      _remove_leftovers(directory)
+      _publish(partial, final, manifest, keep)
     _barrier(f"checkpoint_{step}_end")
   except OSError as error:
     mend = (
@@ -125,6 +104,25 @@ def save(directory, step, tree, metadata=None, *, config_hash="", keep=None):
       f"cannot write checkpoint {final}: {error.strerror or error}; {mend}"
     ) from error
   return final
+
+
+def _publish(partial, final, manifest, keep):
+  """Makes a written step the newest one, and deletes those not to keep."""
+  with open(partial / MANIFEST, "wb") as file:
+    files.append(file, _encode_manifest(manifest))
+  for folder, _, _ in os.walk(partial):
+    files.sync(folder)
+  if final.exists():
+    # The same step again, after a run went back: the new one counts.
+    _rename(final, f"{final.name}.replaced")
+  os.rename(partial, final)
+  directory = final.parent
+  files.sync(directory)
+  if keep is not None:
+    for old in steps(directory)[:-keep]:
+      # Renamed first: a kill while deleting must not leave half a step.
+      shutil.rmtree(_rename(directory / str(old), f"{old}.deleted"))
+  _remove_leftovers(directory)
 
 
 def restore_latest(directory, like, *, config_hash=None):
@@ -141,14 +139,13 @@ def restore_latest(directory, like, *, config_hash=None):
   """
   directory = pathlib.Path(directory).absolute()
   newest = -1
-  if _is_first_process():
+  if jax.process_index() == 0:
     for step in reversed(steps(directory)):
       verdict = verify(directory / str(step))
       if verdict.ok:
         newest = step
         break
-      aside = _free_name(directory, f"{step}.bad")
-      os.rename(directory / str(step), aside)
+      aside = _rename(directory / str(step), f"{step}.bad")
       _log.warning(
         "checkpoint step %d does not verify (%s): kept aside as %s, "
         "going back to an earlier step",
@@ -160,22 +157,23 @@ def restore_latest(directory, like, *, config_hash=None):
     newest = int(multihost_utils.broadcast_one_to_all(jnp.int32(newest)))
   if newest < 0:
     return None
-  return newest, _read(directory / str(newest), like, config_hash)
-
-
-def restore(directory, step, like, *, config_hash=None):
-  """Returns the tree of one step; an error if that step does not verify."""
-  path = pathlib.Path(directory).absolute() / str(step)
-  if not path.is_dir():
-    found = ", ".join(map(str, steps(path.parent))) or "none"
-    raise errors.UserError(f"no checkpoint {path}; steps there: {found}")
-  verdict = verify(path)
-  if not verdict.ok:
+  path, manifest = directory / str(newest), read_manifest(directory, newest)
+  if config_hash is not None and manifest["config_hash"] != config_hash:
     raise errors.UserError(
-      f"checkpoint {path} does not verify ({verdict.reason}): "
-      "restore another step"
+      f"checkpoint {path} belongs to another config "
+      f"({manifest['config_hash']}, here {config_hash}): "
+      "use that config or another workdir"
     )
-  return _read(path, like, config_hash)
+  wanted = _named_leaves(like)
+  _check_leaves(path, manifest["leaves"], wanted)
+  stored = {k: _abstract(x) for k, x in wanted.items() if 0 not in np.shape(x)}
+  with ocp.StandardCheckpointer() as checkpointer:
+    found = checkpointer.restore(path / _STATE, stored)
+  leaves = [
+    found[name] if name in found else jnp.zeros(leaf.shape, leaf.dtype)
+    for name, leaf in wanted.items()
+  ]
+  return newest, jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
 def steps(directory):
@@ -204,41 +202,35 @@ def read_manifest(directory, step):
 def verify(path):
   """Returns the `Verdict` on one step directory; reads every byte of it."""
   path = pathlib.Path(path)
-  step = int(path.name.partition(".")[0])
+  step, manifest = int(path.name.partition(".")[0]), None
   sizes = _file_sizes(path)
-
-  def verdict(reason, manifest=None):
-    num_bytes = sum(sizes.values())
-    return Verdict(path.name, step, reason == "ok", reason, num_bytes, manifest)
-
-  if not sizes:
-    return verdict("empty directory")
   try:
     manifest = _decode_manifest((path / MANIFEST).read_bytes())
   except FileNotFoundError:
-    return verdict(f"no {MANIFEST}")
+    reason = f"no {MANIFEST}" if sizes else "empty directory"
   except (OSError, ValueError) as error:
-    return verdict(f"{MANIFEST}: {errors.one_line(error)}")
+    reason = f"{MANIFEST}: {errors.one_line(error)}"
+  else:
+    reason = next(_faults(path, step, sizes, manifest), "ok")
+  num_bytes = sum(sizes.values())
+  return Verdict(path.name, step, reason == "ok", reason, num_bytes, manifest)
+
+
+def _faults(path, step, sizes, manifest) -> Iterator[str]:
+  """Yields where a step is not as its manifest says, as far as it is asked."""
   if path.name.isdigit() and manifest["step"] != step:
-    return verdict(f"written as step {manifest['step']}", manifest)
+    yield f"written as step {manifest['step']}"
   for name, file in manifest["files"].items():
     if name not in sizes:
-      return verdict(f"{name}: missing", manifest)
-    if sizes[name] != file["bytes"]:
-      return verdict(
-        f"{name}: {sizes[name]} bytes instead of {file['bytes']}", manifest
-      )
-    if files.sha256(path / name) != file["sha256"]:
-      return verdict(f"{name}: content changed", manifest)
-  # Orbax might read a file that it did not write here.
-  added = sorted(
-    name
-    for name in sizes.keys() - manifest["files"].keys()
-    if name.startswith(f"{_STATE}/")
-  )
-  if added:
-    return verdict(f"{added[0]}: not in the manifest", manifest)
-  return verdict("ok", manifest)
+      yield f"{name}: missing"
+    elif sizes[name] != file["bytes"]:
+      yield f"{name}: {sizes[name]} bytes instead of {file['bytes']}"
+    elif files.sha256(path / name) != file["sha256"]:
+      yield f"{name}: content changed"
+  for name in sorted(sizes.keys() - manifest["files"].keys()):
+    # Orbax might read a file that it did not write here.
+    if name.startswith(f"{_STATE}/"):
+      yield f"{name}: not in the manifest"
 
 
 def doctor(directory):
@@ -290,33 +282,6 @@ def rehash(directory, hashes):
   return list(found)
 
 
-def _read(path, like, config_hash):
-  """Returns the tree of a verified step, in the structure of `like`."""
-  manifest = _decode_manifest((path / MANIFEST).read_bytes())
-  if config_hash is not None and manifest["config_hash"] != config_hash:
-    raise errors.UserError(
-      f"checkpoint {path} belongs to another config "
-      f"({manifest['config_hash']}, here {config_hash}): "
-      "use that config or another workdir"
-    )
-  wanted = _named_leaves(like)
-  _check_leaves(path, manifest["leaves"], wanted)
-  with ocp.StandardCheckpointer() as checkpointer:
-    found = checkpointer.restore(
-      path / _STATE,
-      {
-        name: _abstract(leaf)
-        for name, leaf in wanted.items()
-        if 0 not in np.shape(leaf)
-      },
-    )
-  leaves = [
-    found[name] if name in found else jnp.zeros(leaf.shape, leaf.dtype)
-    for name, leaf in wanted.items()
-  ]
-  return jax.tree.unflatten(jax.tree.structure(like), leaves)
-
-
 def _check_leaves(path, found, wanted):
   """Raises an error that lists all missing, extra and misshaped leaves."""
   faults = [f"{name} is missing" for name in wanted if name not in found]
@@ -336,21 +301,13 @@ def _check_leaves(path, found, wanted):
 
 def _named_leaves(tree):
   """Returns {"params.dense.kernel": leaf} in the order of `jax.tree.leaves`."""
-  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
   named = {}
-  for path, leaf in leaves:
-    name = ".".join(_key_text(key) for key in path) or "value"
+  for path, leaf in jax.tree.leaves_with_path(tree):
+    name = jax.tree_util.keystr(path, simple=True, separator=".") or "value"
     if name in named:
       raise ValueError(f"two leaves are called {name}")
     named[name] = leaf
   return named
-
-
-def _key_text(key):
-  for attribute in ("key", "name", "idx"):
-    if hasattr(key, attribute):
-      return str(getattr(key, attribute))
-  return str(key)
 
 
 def _describe(leaf):
@@ -411,11 +368,6 @@ def _decode_manifest(data):
   return manifest
 
 
-def _write_synced(path, data):
-  with open(path, "wb") as file:
-    files.append(file, data)
-
-
 def _remove_leftovers(directory):
   """Deletes what interrupted saves and deletions left behind."""
   for entry in directory.iterdir():
@@ -423,16 +375,13 @@ def _remove_leftovers(directory):
       shutil.rmtree(entry)
 
 
-def _free_name(directory, name):
-  """Returns `directory/name`, with a number behind it if that exists."""
-  path, count = directory / name, 1
-  while path.exists():
-    path, count = directory / f"{name}.{count}", count + 1
-  return path
-
-
-def _is_first_process():
-  return jax.process_index() == 0
+def _rename(path, name):
+  """Renames an entry, with a number behind it if the name is taken."""
+  free, count = path.with_name(name), 1
+  while free.exists():
+    free, count = path.with_name(f"{name}.{count}"), count + 1
+  os.rename(path, free)
+  return free
 
 
 def _barrier(name):

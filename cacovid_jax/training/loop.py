@@ -66,8 +66,7 @@ def train(
     questions: rows, instead of those of config.data.
     store: clips, see `inference.features`, instead of those of config.data.
     validate: (policy module, params) -> {"accuracy": ..., ...} on validation
-      questions, called every config.validation.every_steps; the best policy is
-      kept beside the last one.
+      questions; the best policy is then kept beside the last one.
     on_step: called with (steps done, questions, ids i32[B,I,G,M], rewards
       f32[B,I,G]) after each step, for tools that look at answers.
 
@@ -115,7 +114,8 @@ def train(
       if stop and done < config.total_steps:
         _log.warning("stopped by a signal after step %d, saved", done)
         raise SystemExit(config.ckpt.exit_code)
-  path = saver.export(state, config.total_steps)
+  params = jax.device_get(state.params)
+  path = saver.export("policy.safetensors", params, config.total_steps)
   return Result(state, run.config.policy, path, run)
 
 
@@ -161,10 +161,8 @@ class _Recorder:
   def __init__(self, config, run, writer, progress, on_step):
     self._config, self._programs = config, run.programs
     self._rates = optimizer.OptimizerConfig(**config.optimizer)
-    self._writer, self._progress = writer, progress
-    self._on_step = on_step
-    self._pending = collections.deque()
-    self._window = []
+    self._writer, self._progress, self._on_step = writer, progress, on_step
+    self._pending, self._window = collections.deque(), []
     self._bad = []  # [(step, question ids)] refused in a row.
     self._since, self._compiled = time.monotonic(), 0.0
 
@@ -175,7 +173,6 @@ class _Recorder:
       self._record(*self._pending.popleft())
 
   def flush(self, state, saver):
-    """Records all that is pending."""
     while self._pending:
       self._record(*self._pending.popleft())
     self.check(state, saver)
@@ -213,22 +210,17 @@ class _Recorder:
       self._write(step)
 
   def _write(self, step):
-    config = self._config
-    names = self._window[0]
+    config, rates = self._config, self._rates
     scalars = {
       name: _finite_mean([means[name] for means in self._window])
-      for name in names
+      for name in self._window[0]
     }
-    updates = step * config.iterations
     total = config.total_steps * config.iterations
-    for group in ("heads", "layer"):
+    for name in ("lr_heads", "lr_layer"):
       rate = optimizer.schedule(
-        getattr(self._rates, f"lr_{group}"),
-        self._rates,
-        total,
-        config.iterations,
+        getattr(rates, name), rates, total, config.iterations
       )
-      scalars[f"lr_{group}"] = float(rate(updates - 1))
+      scalars[name] = float(rate(step * config.iterations - 1))
     now = time.monotonic()
     compiled = sum(self._programs.compile_seconds.values())
     busy = now - self._since - (compiled - self._compiled)
@@ -257,27 +249,23 @@ class _Saver:
     )
     if found is None:
       return 0, state
-    step, state = found
+    self._saved, state = step, state = found
     manifest = checkpointing.read_manifest(self._directory, step)
-    seams.check_code(
-      manifest["metadata"].get("code"),
-      self._run.code,
-      self._config.ckpt.accept_changed_code,
-    )
-    self._saved = step
+    code, accepted = self._run.code, self._config.ckpt.accept_changed_code
+    seams.check_code(manifest["metadata"].get("code"), code, accepted)
     _log.info("continuing after step %d", step)
     return step, state
 
   def save(self, state, step):
-    """Saves a step once."""
     if step == self._saved:
       return
+    metadata = {"base_model": self._run.base_model}
+    metadata |= {"code": self._run.code} if self._run.code else {}
     checkpointing.save(
       self._directory,
       step,
       state,
-      {"base_model": self._run.base_model}
-      | ({"code": self._run.code} if self._run.code else {}),
+      metadata,
       config_hash=self._hash,
       keep=self._config.ckpt.keep,
     )
@@ -297,30 +285,24 @@ class _Saver:
       # Of steps that this run, restored from before, computes again.
       best = best if best["step"] < step else None
     if best is None or found["accuracy"] > best["accuracy"]:
-      self._write_policy("best.safetensors", params, step)
+      self.export("best.safetensors", params, step)
       files.write_json(path, {"step": step, **found})
 
-  def export(self, state, step) -> pathlib.Path:
+  def export(self, name, params, step) -> pathlib.Path:
     """Writes the policy as safetensors under the public names."""
-    params = jax.device_get(state.params)
-    return self._write_policy("policy.safetensors", params, step)
-
-  def _write_policy(self, name, params, step):
     path = self._policy / name
     if jax.process_index() == 0:
       self._policy.mkdir(parents=True, exist_ok=True)
       loading.save(path, self._run.config.policy, params)
-      files.write_json(
-        self._policy / "policy_config.json",
-        {
-          **self._run.described_policy,
-          "base_model": self._run.base_model,
-          "grid": self._run.described_grid,
-          "ratios": list(self._run.config.ladder.ratios),
-          "config_hash": self._hash,
-          "steps": step,
-        },
-      )
+      described = {
+        **self._run.described_policy,
+        "base_model": self._run.base_model,
+        "grid": self._run.described_grid,
+        "ratios": list(self._run.config.ladder.ratios),
+        "config_hash": self._hash,
+        "steps": step,
+      }
+      files.write_json(self._policy / "policy_config.json", described)
     return path
 
 

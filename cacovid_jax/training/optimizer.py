@@ -22,30 +22,21 @@ _FROZEN = re.compile(r"^mode_selection(/|$)")
 _NO_DECAY = re.compile(r"(^|/)[^/]*norm[^/]*(/|$)|(^|/)(bias|scale)$")
 
 
+# "cosine" is one decay to 0 over the run. "cosine_repeated" is what the public
+# code does: its horizon counts videos while each of their I iterations moves it
+# on, so that the rate is 0 after 1/I of the run, full after 2/I, and so on.
 SCHEDULES = ("cosine", "cosine_repeated")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-  """Rates and limits.
+  """Rates and limits."""
 
-  Attributes:
-    lr_heads: largest rate of heads and norm,
-    lr_layer: and of the pretrained layer.
-    weight_decay: of matrices.
-    clip: bound of the gradient's norm.
-    warmup: optimiser steps.
-    schedule: one of `SCHEDULES`. "cosine" is one decay to 0 over the run.
-      "cosine_repeated" is what the public code does: its horizon counts videos
-      while each of their I iterations moves it on, so that the rate is 0 after
-      1/I of the run, full after 2/I, and so on.
-  """
-
-  lr_heads: float = 1e-6
-  lr_layer: float = 1e-7
-  weight_decay: float = 0.01
-  clip: float = 5.0
-  warmup: int = 0
+  lr_heads: float = 1e-6  # Largest rate of heads and norm.
+  lr_layer: float = 1e-7  # And of the pretrained layer.
+  weight_decay: float = 0.01  # Of matrices.
+  clip: float = 5.0  # Bound of the gradient's norm.
+  warmup: int = 0  # Optimiser steps.
   schedule: str = "cosine"
 
   def __post_init__(self):
@@ -66,21 +57,24 @@ class OptimizerConfig:
       )
 
 
-def _strip(name: str) -> str:
-  """Drops the `params/` collection that Linen puts in front."""
-  return name.removeprefix("params/")
+def _map_named(function, params):
+  """Maps f(name, leaf), without the `params/` that Linen puts in front."""
+
+  def named(path, leaf):
+    return function(mesh_lib.path_name(path).removeprefix("params/"), leaf)
+
+  return jax.tree_util.tree_map_with_path(named, params)
 
 
 def labels(params):
   """Returns "heads", "layer" or "frozen" for every parameter."""
 
-  def label(path, _):
-    name = _strip(mesh_lib.path_name(path))
+  def label(name, _):
     if _FROZEN.search(name):
       return "frozen"
     return "layer" if _LAYER.search(name) else "heads"
 
-  return jax.tree_util.tree_map_with_path(label, params)
+  return _map_named(label, params)
 
 
 def decay_mask(params):
@@ -89,11 +83,8 @@ def decay_mask(params):
   Norms and biases are told by name first: stacked over layers they have two
   axes like a matrix.
   """
-  return jax.tree_util.tree_map_with_path(
-    lambda path, leaf: (
-      leaf.ndim > 1 and not _NO_DECAY.search(_strip(mesh_lib.path_name(path)))
-    ),
-    params,
+  return _map_named(
+    lambda name, leaf: leaf.ndim > 1 and not _NO_DECAY.search(name), params
   )
 
 
@@ -102,11 +93,7 @@ def schedule(
 ):
   """Returns rate(optimiser step): linear warm-up, then `config.schedule`.
 
-  Args:
-    peak: largest rate.
-    config: see `OptimizerConfig`.
-    total_steps: optimiser steps of the run.
-    iterations: I, those of them on each video.
+  Of a run of `total_steps` optimiser steps, I = `iterations` on each video.
   """
   if config.schedule == "cosine_repeated":
     horizon = max(total_steps // iterations - config.warmup, 1)
@@ -126,10 +113,7 @@ def schedule(
 def make(
   config: OptimizerConfig, total_steps: int, iterations: int = 1
 ) -> optax.GradientTransformation:
-  """Returns the optimiser of a run of `total_steps` optimiser steps.
-
-  `iterations` of them are on each video.
-  """
+  """Returns the optimiser of a run; the arguments are as for `schedule`."""
 
   def adamw(peak):
     return optax.adamw(

@@ -7,9 +7,7 @@ Three schedules, chosen once from the config:
   adaptive ratio, device rewards: `prepare_videos`, and one program per rung;
   host rewards: `prepare_videos`, one rollout program per rung, and `update`.
 So at most 2 + rungs programs for each bucket of grids and length of prompts.
-They are compiled ahead of time and called as executables, which cannot retrace:
-another shape or dtype is an error, never a silent compilation. No program has a
-host callback.
+They are compiled ahead of time and called as executables, which cannot retrace.
 """
 
 import functools
@@ -44,12 +42,7 @@ class Shape(NamedTuple):
 
 
 class Programs:
-  """Programs of a run on one mesh, a set for each `Shape`.
-
-  Attributes:
-    configs: {bucket: StepConfig}.
-    compile_seconds: {(shape, name): seconds} of what was compiled so far.
-  """
+  """Programs of a run on one mesh, a set for each `Shape`."""
 
   def __init__(
     self,
@@ -72,6 +65,7 @@ class Programs:
     self.configs = {config.ladder.bucket: config for config in configs}
     self.mesh = mesh
     self.host_rewards = host_rewards
+    # Of what was compiled so far.
     self.compile_seconds: dict[tuple[Shape, str], float] = {}
     self._map_with, self._num_lengths = map_with, num_lengths
     self._compiled = {}
@@ -82,11 +76,9 @@ class Programs:
     return self._num_lengths * sum(map(self._limit, self.configs.values()))
 
   def _limit(self, config):
-    """Returns the number of programs of a shape."""
     return 1 if self._one_program(config) else 2 + len(config.ladder)
 
   def _one_program(self, config):
-    """Returns whether a step is one program."""
     return not self.host_rewards and len(config.ladder) == 1
 
   def run(
@@ -109,14 +101,14 @@ class Programs:
       per-video arrays [B,I]). The one program leaves them on the device;
       otherwise they are joined on the host.
     """
-    shape = Shape(batch.grid_data.grid.bucket, batch.ids.shape[1])
+    shape = Shape(batch.grid.bucket, batch.ids.shape[1])
     config = self.configs[shape.bucket]
     call = functools.partial(self.call, shape)
     if self._one_program(config):
       return call("fixed_ratio_step", state, constants, batch)
     videos, memory = call("prepare_videos", state, constants, batch)
     outs = []
-    max_rung = int(gather(batch.grid_data.rungs.start).max())
+    max_rung = int(gather(batch.rungs.start).max())
     for _ in range(config.iterations):
       if self.host_rewards:
         ids, masks = call(f"rollout_{max_rung}", constants, videos, memory)
@@ -173,10 +165,8 @@ class Programs:
 def _definition(config, name):
   """Returns (function, input specs, output specs, donated arguments)."""
   kind, _, rung = name.rpartition("_")
-  if not rung.isdigit():
-    kind, options = name, {}
-  else:
-    options = {"max_rung": int(rung)}
+  options = {"max_rung": int(rung)} if rung.isdigit() else {}
+  kind = kind if options else name
   specs = {
     "fixed_ratio_step": ((ONE, ONE, EACH), (ONE, EACH, EACH, _METRICS), (0,)),
     "prepare_videos": ((ONE, ONE, EACH), (EACH, EACH), ()),
@@ -217,14 +207,9 @@ def _join(outs):
   """Returns the iterations' (ids, rewards, metrics) stacked on the host."""
   ids, rewards, metrics = zip(*jax.tree.map(gather, outs), strict=True)
 
-  def each(*arrays):
-    return np.stack(arrays, axis=1)
+  def stack(trees, axis):
+    return jax.tree.map(lambda *leaves: np.stack(leaves, axis), *trees)
 
-  return (
-    each(*ids),
-    each(*rewards),
-    step_lib.Metrics(
-      mean=jax.tree.map(lambda *a: np.stack(a), *[m.mean for m in metrics]),
-      per_video=jax.tree.map(each, *[m.per_video for m in metrics]),
-    ),
-  )
+  mean, per_video = zip(*metrics, strict=True)
+  metrics = step_lib.Metrics(stack(mean, 0), stack(per_video, 1))
+  return stack(ids, 1), stack(rewards, 1), metrics

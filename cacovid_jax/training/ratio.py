@@ -6,10 +6,8 @@ The paper halves and doubles a real number. Here the ratio lives on a few
 rungs, since each distinct K is a compiled program; a move goes to the rung
 nearest to half or twice the ratio (on a log scale) and always at least one
 rung on. On the default ladder that is the paper's schedule, except that 0.12
-steps down to 0.08 where the paper goes to 0.06.
-
-A small grid raises or drops rungs. Each video has the ladder of its own grid,
-as data.
+steps down to 0.08 where the paper goes to 0.06. A small grid raises or drops
+rungs: each video has the ladder of its own grid, as data.
 """
 
 import dataclasses
@@ -32,7 +30,6 @@ from cacovid_jax.policy import sampling
 class RatioConfig:
   """Bounds of the mean token-mode reward at which the ratio moves."""
 
-  adaptive: bool = True
   rungs: tuple[float, ...] = (0.01, 0.02, 0.04, 0.08, 0.12)
   start: float = 0.02
   low: float = 0.125
@@ -40,21 +37,13 @@ class RatioConfig:
 
 
 class Rungs(struct.PyTreeNode):
-  """ONE video's ladder at the R places of a `Ladder`, as data.
+  """ONE video's ladder at the R places of a `Ladder`, as data."""
 
-  Attributes:
-    ratios: f32[R]; a place without a rung of this video's repeats another.
-    down: i32[R] place reached from each place,
-    up: upwards.
-    start: i32[].
-    plans: `sampling.SamplingPlan` with a leading axis R; None where the ladder
-      has the plans of all videos.
-  """
-
-  ratios: Any
-  down: Any
-  up: Any
-  start: Any
+  ratios: Any  # f32[R]; a place without a rung of this video's repeats another.
+  down: Any  # i32[R], place reached from each place.
+  up: Any  # i32[R], upwards.
+  start: Any  # i32[].
+  # With a leading axis R; None where the ladder has the plans of all videos.
   plans: sampling.SamplingPlan | None
 
 
@@ -66,30 +55,22 @@ class Ladder:
   does not allow. A video's rungs lie at the places of their ratios, one that
   its grid raised lies at the first; so the program of a place has room for
   every rung up to it, whatever the video.
-
-  Attributes:
-    grid: (T, H, W) of all videos, or the GridBucket that they lie in.
-    ratios: rising retention ratios, one per place.
-    num_keep: largest K of any grid per place.
-    plans: of one grid one `sampling.SamplingPlan` per place, of exact shape, so
-      that draws do not depend on the other places; empty in a bucket.
-    shape: of the sampler, for all places of a bucket; None for one grid.
-    config: rungs and bounds.
-    sampler: how combinations are drawn.
-    fixed: the ratio of a ladder of one rung, or None.
   """
 
+  # (T, H, W) of all videos, or the bucket that they lie in.
   grid: tuple[int, int, int] | token_grid.GridBucket
-  ratios: tuple[float, ...]
-  num_keep: tuple[int, ...]
+  ratios: tuple[float, ...]  # Rising retention ratios, one per place.
+  num_keep: tuple[int, ...]  # Largest K of any grid per place.
+  # Of one grid one per place, of exact shape, so that draws do not depend on
+  # the other places; empty in a bucket.
   plans: tuple[sampling.SamplingPlan, ...]
+  # Of the sampler, for all places of a bucket; None for one grid.
   shape: sampling.PlanShape | None
   config: RatioConfig
-  sampler: Any
-  fixed: float | None
+  sampler: Any  # How combinations are drawn.
+  fixed: float | None  # The ratio of a ladder of one rung, or None.
 
   def __len__(self):
-    """R."""
     return len(self.ratios)
 
   @property
@@ -99,7 +80,7 @@ class Ladder:
 
   @property
   def bucket(self) -> token_grid.GridBucket:
-    """That every video's grid lies in."""
+    """Sizes that every video's grid lies in."""
     if isinstance(self.grid, token_grid.GridBucket):
       return self.grid
     return token_grid.TokenGrid.of(self.grid).bucket
@@ -156,15 +137,12 @@ def make_ladder(
   *,
   fixed: float | None = None,
 ) -> Ladder:
-  """Returns the ladder of a run.
+  """Returns the ladder of a run, for one grid (T, H, W) or those of a bucket.
 
-  Args:
-    grid: (T, H, W) of all videos, or the GridBucket that they lie in.
-    sampler: `sampling.SamplingConfig`, or one's own (see `training.seams`).
-    config: rungs and bounds.
-    fixed: a ratio for a ladder of this one rung, which is never left. A
-      fixed ratio that a grid does not allow is an error; the rungs of an
-      adaptive ladder are raised to what it allows.
+  The sampler is `sampling.SamplingConfig` or one's own (see `training.seams`).
+  With a `fixed` ratio that is the one rung, which is never left; one that a
+  grid does not allow is an error, while the rungs of an adaptive ladder are
+  raised to what it allows.
   """
   if fixed is None:
     _check(config)
@@ -194,11 +172,7 @@ def make_ladder(
 def next_rung(ladder: Ladder, rungs: Rungs, rung, mean_reward):
   """Returns the rung i32[] of a video's next iteration.
 
-  Args:
-    ladder: its bounds.
-    rungs: of the video.
-    rung: i32[], this iteration's rung.
-    mean_reward: f32[], mean token-mode reward of the memory so far.
+  Of this iteration's rung i32[] and the mean token-mode reward f32[] so far.
   """
   down = jnp.asarray(rungs.down)[rung]
   up = jnp.asarray(rungs.up)[rung]
@@ -215,29 +189,25 @@ def _own_ratios(grid, config: RatioConfig, fixed) -> tuple[float, ...]:
 
 def _moved(ratios: Sequence[float], rung: int, factor: float) -> int:
   """Returns the rung nearest to `factor` times this one, or the last."""
-  beyond = [
-    j
-    for j, ratio in enumerate(ratios)
-    if (ratio - ratios[rung]) * (factor - 1) > 0
-  ]
-  target = math.log(ratios[rung] * factor)
+  here, places = ratios[rung], range(len(ratios))
+  beyond = [j for j in places if (ratios[j] - here) * (factor - 1) > 0]
+  target = math.log(here * factor)
   return min(
     beyond, key=lambda j: abs(math.log(ratios[j]) - target), default=rung
   )
 
 
 def _check(config: RatioConfig) -> None:
-  rungs = list(config.rungs)
-  if not rungs or sorted(set(rungs)) != rungs:
-    raise errors.UserError(f"ratio.rungs={tuple(rungs)} must rise, none twice")
+  rungs, low, high = tuple(config.rungs), config.low, config.high
+  if not rungs or tuple(sorted(set(rungs))) != rungs:
+    raise errors.UserError(f"ratio.rungs={rungs} must rise, none twice")
   if rungs[0] <= 0 or rungs[-1] > 1:
-    raise errors.UserError(f"ratio.rungs={tuple(rungs)} must lie in (0, 1]")
+    raise errors.UserError(f"ratio.rungs={rungs} must lie in (0, 1]")
   if config.start not in rungs:
     raise errors.UserError(
-      f"ratio.start={config.start} is no rung; choose one of {tuple(rungs)}"
+      f"ratio.start={config.start} is no rung; choose one of {rungs}"
     )
-  if not 0 <= config.low < config.high <= 1:
+  if not 0 <= low < high <= 1:
     raise errors.UserError(
-      f"ratio.low={config.low} and ratio.high={config.high} must satisfy"
-      " 0 <= low < high <= 1"
+      f"ratio.low={low} and ratio.high={high} must satisfy 0 <= low < high <= 1"
     )

@@ -18,19 +18,20 @@ from cacovid_jax.policy import network, objective, sampling
 
 
 class Replay(struct.PyTreeNode):
-  """Memory of one video, and where its iterations stand.
+  """Memory of one video, and where its iterations stand."""
 
-  Attributes:
-    old_scores: scores of the first iteration; draws and ratios refer to them.
-    rows: masks, rewards and valid flags of all combinations so far.
-    iteration: i32[], iterations done on this video.
-    rung: i32[], rung of the ratio ladder that the next iteration uses.
-  """
-
+  # Of the first iteration; draws and ratios refer to them.
   old_scores: network.Scores
-  rows: objective.Memory
-  iteration: jax.Array
-  rung: jax.Array
+  rows: objective.Memory  # All combinations so far.
+  iteration: jax.Array  # i32[], iterations done on this video.
+  rung: jax.Array  # i32[], of the ladder, that the next iteration uses.
+
+
+class Masks(NamedTuple):
+  """What an iteration's combinations kept, of one shape for every rung."""
+
+  token: jax.Array  # bool[C,N], True where token mode keeps a token.
+  frame: jax.Array  # bool[F,T], True where frame mode drew a frame.
 
 
 def empty(
@@ -42,40 +43,24 @@ def empty(
 ) -> Replay:
   """Returns the memory of a new video; ONE example.
 
-  Args:
-    old_scores: of the policy before the first iteration.
-    modes: combinations of each mode.
-    iterations: I.
-    rung: int or i32[], that the first iteration uses.
+  Of the policy's scores before the first iteration, with room for I iterations
+  of so many combinations a mode; the first uses `rung` i32[].
   """
-  num_token, num_frame = modes.token, modes.frame
+
+  def room(count, items):
+    rows = iterations * count
+    mask = jnp.zeros((rows, items), bool)
+    return mask, jnp.zeros(rows, jnp.float32), jnp.zeros(rows, bool)
+
   frames, tokens = old_scores.frame.shape[0], old_scores.token.shape[0]
-  rows = objective.Memory(
-    token_mask=jnp.zeros((iterations * num_token, tokens), bool),
-    token_reward=jnp.zeros((iterations * num_token,), jnp.float32),
-    token_valid=jnp.zeros((iterations * num_token,), bool),
-    frame_mask=jnp.zeros((iterations * num_frame, frames), bool),
-    frame_reward=jnp.zeros((iterations * num_frame,), jnp.float32),
-    frame_valid=jnp.zeros((iterations * num_frame,), bool),
-  )
   return Replay(
     old_scores=old_scores,
-    rows=rows,
+    rows=objective.Memory(
+      *room(modes.token, tokens), *room(modes.frame, frames)
+    ),
     iteration=jnp.zeros((), jnp.int32),
     rung=jnp.asarray(rung, jnp.int32),
   )
-
-
-class Masks(NamedTuple):
-  """What an iteration's combinations kept, of one shape for every rung.
-
-  Attributes:
-    token: bool[C,N], True where a token-mode combination keeps a token.
-    frame: bool[F,T], True where a frame-mode combination drew a frame.
-  """
-
-  token: jax.Array
-  frame: jax.Array
 
 
 def masks(
@@ -92,33 +77,29 @@ def masks(
 def append(replay: Replay, masks: Masks, rewards) -> Replay:
   """Returns the memory with one more iteration's combinations; ONE example.
 
-  Args:
-    replay: memory with room for them.
-    masks: what they kept.
-    rewards: f32[G] in the order of `sampling.Modes`; a row whose reward is not
-      finite is stored as not valid.
+  Rewards f32[G] are in the order of `sampling.Modes`; a row whose reward is not
+  finite is stored as not valid.
   """
   num_token, num_frame = len(masks.token), len(masks.frame)
-  rows = replay.rows
-  finite = jnp.isfinite(rewards)
-  rewards = jnp.where(finite, rewards, 0.0).astype(jnp.float32)
-  mode = slice(num_token, num_token + num_frame)
+  valid = jnp.isfinite(rewards)
+  rewards = jnp.where(valid, rewards, 0.0).astype(jnp.float32)
+  frame = slice(num_token, num_token + num_frame)
+  new = objective.Memory(
+    token_mask=masks.token,
+    token_reward=rewards[:num_token],
+    token_valid=valid[:num_token],
+    frame_mask=masks.frame,
+    frame_reward=rewards[frame],
+    frame_valid=valid[frame],
+  )
 
-  def write(old, new, size):
+  def write(old, new):
     return jax.lax.dynamic_update_slice_in_dim(
-      old, new, replay.iteration * size, axis=0
+      old, new, replay.iteration * len(new), axis=0
     )
 
   return replay.replace(
-    rows=objective.Memory(
-      token_mask=write(rows.token_mask, masks.token, num_token),
-      token_reward=write(rows.token_reward, rewards[:num_token], num_token),
-      token_valid=write(rows.token_valid, finite[:num_token], num_token),
-      frame_mask=write(rows.frame_mask, masks.frame, num_frame),
-      frame_reward=write(rows.frame_reward, rewards[mode], num_frame),
-      frame_valid=write(rows.frame_valid, finite[mode], num_frame),
-    ),
-    iteration=replay.iteration + 1,
+    rows=jax.tree.map(write, replay.rows, new), iteration=replay.iteration + 1
   )
 
 

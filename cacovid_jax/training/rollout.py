@@ -19,17 +19,12 @@ from cacovid_jax import errors
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
-  """How the model answers, and what its answers earn.
-
-  Attributes:
-    max_new_tokens: of an answer.
-    reward: a name of `REWARDS`, or a function of one's own (`training.seams`).
-    marking: where answers are marked: device, host or auto.
-  """
+  """How the model answers, and what its answers earn."""
 
   max_new_tokens: int = 768
+  # A name of `REWARDS`, or a function of one's own (`training.seams`).
   reward: str | Callable = "accuracy"
-  marking: str = "auto"
+  marking: str = "auto"  # Where answers are marked: device, host or auto.
 
   def __post_init__(self):
     if isinstance(self.reward, str) and self.reward not in REWARDS:
@@ -77,24 +72,18 @@ class RolloutConfig:
 
 
 class Answers(NamedTuple):
-  """ids i32[B,G,M] of the answers; logits f32[B,G,V] of their first token."""
+  """What the model answers."""
 
-  ids: jax.Array
-  logits: jax.Array | None
+  ids: jax.Array  # i32[B,G,M].
+  logits: jax.Array | None  # f32[B,G,V] of the first token.
 
 
 class Target(NamedTuple):
-  """What a reward on the device knows of ONE question.
+  """What a reward on the device knows of ONE question."""
 
-  Attributes:
-    answer_id: i32[], token of the right letter, -1 if it is none.
-    option_ids: i32[A] tokens of the question's letters, -1 where fewer.
-    letters: i32[V] of `first_letters`.
-  """
-
-  answer_id: jax.Array
-  option_ids: jax.Array
-  letters: jax.Array
+  answer_id: jax.Array  # i32[], token of the right letter, -1 if it is none.
+  option_ids: jax.Array  # i32[A] tokens of its letters, -1 where fewer.
+  letters: jax.Array  # i32[V] of `first_letters`.
 
 
 def first_letters(tokenizer, vocab_size: int) -> np.ndarray:
@@ -114,13 +103,9 @@ def first_letters(tokenizer, vocab_size: int) -> np.ndarray:
 def lettered_reward(ids, answer_id, letters):
   """Returns f32[G], 1 where an answer starts with the right letter.
 
-  The host's rule for an answer without tags: the first character of its text
-  once spaces and full stops are stripped; empty text earns 0.
-
-  Args:
-    ids: i32[G,M] answers, ONE video.
-    answer_id: i32[], token of the right letter.
-    letters: i32[V] of `first_letters`.
+  Of ids i32[G,M], ONE video. The host's rule for an answer without tags: the
+  first character of its text once spaces and full stops are stripped; empty
+  text earns 0.
   """
   codes = letters[ids]  # [G, M]
   first = jnp.argmax(codes >= 0, axis=-1)
@@ -130,13 +115,9 @@ def lettered_reward(ids, answer_id, letters):
 
 
 def logit_reward(kind: str, logits, answer_id, option_ids):
-  """Returns f32[G] graded rewards of ONE video from first-token logits.
+  """Returns f32[G] graded rewards from first-token logits f32[G,V], ONE video.
 
-  Args:
-    kind: "log_likelihood" or "margin".
-    logits: f32[G,V].
-    answer_id: i32[], token of the right letter.
-    option_ids: i32[A] tokens of the question's letters, -1 where fewer.
+  `kind` is "log_likelihood" or "margin"; the rest is as in `Target`.
   """
   log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
   right = log_probs[:, answer_id]
@@ -150,12 +131,12 @@ def logit_reward(kind: str, logits, answer_id, option_ids):
   return right - jnp.max(wrong, axis=-1)
 
 
-def _accuracy(answers: Answers, target: Target):
+def _accuracy(answers, target):
   return lettered_reward(answers.ids, target.answer_id, target.letters)
 
 
 def _graded(kind: str):
-  def mark(answers: Answers, target: Target):
+  def mark(answers, target):
     return logit_reward(
       kind, answers.logits, target.answer_id, target.option_ids
     )

@@ -37,35 +37,22 @@ from cacovid_jax.training import (
 
 @dataclasses.dataclass
 class Run:
-  """What the loop works with.
+  """What the loop works with."""
 
-  Attributes:
-    config: everything static; where grids differ, of the largest bucket.
-    programs: compiled programs.
-    mesh: device mesh.
-    constants: base weights and letter table, on the mesh.
-    init_params: () -> the policy's first parameters.
-    batches: start step -> iterator of (step.Batch on the host, questions).
-    reward: ids i32[B,G,M], questions -> f32[B,G]; None if the device rewards.
-    base_model: {"path", "sha256"} of the frozen model.
-    described_policy: what policy_config.json says about the policy's module.
-    code: {key of the config: sha256} of files of one's own.
-    questions: rows that are trained on.
-    store: gives their clips, see `inference.features`.
-  """
-
-  config: step.StepConfig
+  config: step.StepConfig  # Where grids differ, of the largest bucket.
   programs: programs.Programs
   mesh: Mesh
-  constants: step.Constants
-  init_params: Callable[[], Any]
+  constants: step.Constants  # On the mesh.
+  init_params: Callable[[], Any]  # Returns the policy's first parameters.
+  # start step -> iterator of (step.Batch on the host, questions).
   batches: Callable[[int], Iterator]
+  # ids i32[B,G,M], questions -> f32[B,G]; None if the device rewards.
   reward: Callable | None
-  base_model: dict[str, str]
-  described_policy: dict[str, Any]
-  code: dict[str, str]
-  questions: Sequence[question_lib.Question]
-  store: Any
+  base_model: dict[str, str]  # {"path", "sha256"} of the frozen model.
+  described_policy: dict[str, Any]  # What policy_config.json says about it.
+  code: dict[str, str]  # {key of the config: sha256} of files of one's own.
+  questions: Sequence[question_lib.Question]  # That are trained on.
+  store: Any  # Gives their clips, see `inference.features`.
 
   @property
   def described_grid(self) -> list:
@@ -81,14 +68,11 @@ class Run:
 
 
 def make(experiment, *, questions=None, store=None, parts=None) -> Run:
-  """Builds a run.
+  """Builds a run of an `experiment.Experiment`.
 
-  Args:
-    experiment: `experiment.Experiment`; its workdir gets the list of bad clips.
-    questions: rows to train on; read from config.data by default.
-    store: what gives a question's clip, as `features.FeatureStore` does; by
-      default the clips below config.data.root, encoded by the base model.
-    parts: `seams.Seams`; those of the config by default.
+  Its config says where questions, store (which gives their clips, as
+  `features.FeatureStore` does) and parts (`seams.Seams`) come from unless they
+  are given; its workdir gets the list of bad clips.
   """
   parts = parts or seams.load(experiment.config)
   mesh = experiment.mesh
@@ -120,6 +104,9 @@ def make(experiment, *, questions=None, store=None, parts=None) -> Run:
   )
   if store is None:
     store = open_store(experiment, processor)
+  host_reward = functools.partial(
+    host_rewards, checkpoint.tokenizer, parts.rollout
+  )
   stream = batches.Batches(
     experiment, questions, store, [one.ladder for one in configs]
   )
@@ -138,9 +125,7 @@ def make(experiment, *, questions=None, store=None, parts=None) -> Run:
       loading.init_policy, policy, checkpoint.params, config.seed, init
     ),
     batches=stream,
-    reward=functools.partial(host_rewards, checkpoint.tokenizer, parts.rollout)
-    if from_host
-    else None,
+    reward=host_reward if from_host else None,
     base_model=dict(checkpoint.identity),
     described_policy={"policy": options}
     | ({"module_sha256": digest} if digest else {})
@@ -165,10 +150,7 @@ def with_total_steps(experiment, questions):
 
 
 def make_processor(config, model) -> processors.Processor:
-  """Returns what is done to frames before the tower of a model.
-
-  That of the checkpoint's files, with the config's limits on pixels.
-  """
+  """Returns the processor of the checkpoint, with the config's pixel limits."""
   data, path = config.data, str(config.model.path)
   found = model.read_processor(path) if os.path.isdir(path) else model.processor
   if found.one_grid and (data.buckets or data.min_pixels or data.max_pixels):
@@ -187,12 +169,12 @@ def make_processor(config, model) -> processors.Processor:
 def make_step_configs(
   config, checkpoint, policy, parts: seams.Seams, processor
 ) -> list[step.StepConfig]:
-  """Returns everything static about the run of a config.
+  """Returns the StepConfigs of a run, one per bucket, rising.
 
-  One per bucket, rising; or one of the grid that all videos have.
+  Or one of the grid that all videos have.
   """
-  ladder_options = dict(config.ratio)
-  adaptive = ladder_options.pop("adaptive")
+  options = dict(config.ratio)
+  fixed = None if options.pop("adaptive") else config.sampling.ratio
   if processor.one_grid:
     grids = [processor.fixed_grid(config.data.num_frames)]
   else:
@@ -213,25 +195,19 @@ def make_step_configs(
     eos_ids=tuple(checkpoint.eos_ids),
     pad_id=checkpoint.pad_id,
   )
-
-  def ladder(grid):
-    return ratio.make_ladder(
-      grid,
-      parts.sampler,
-      ratio.RatioConfig(**ladder_options),
-      fixed=None if adaptive else config.sampling.ratio,
-    )
-
-  return [dataclasses.replace(first, ladder=ladder(grid)) for grid in grids]
+  bounds = ratio.RatioConfig(**options)
+  ladders = [
+    ratio.make_ladder(grid, parts.sampler, bounds, fixed=fixed)
+    for grid in grids
+  ]
+  return [dataclasses.replace(first, ladder=ladder) for ladder in ladders]
 
 
 def host_rewards(tokenizer, config, ids, questions) -> np.ndarray:
   """Returns f32[B,G] rewards of answers i32[B,G,M] of any problem type."""
   return np.stack(
     [
-      seams.host_reward(
-        config, question, [tokenizer.decode(answer) for answer in answers]
-      )
+      seams.host_reward(config, question, list(map(tokenizer.decode, answers)))
       for answers, question in zip(ids, questions, strict=True)
     ]
   )
@@ -241,8 +217,7 @@ def _from_host(config, questions, tokenizer) -> bool:
   """Returns whether rewards come from the host."""
   if config.marking == "host" or getattr(config.function, "on_host", False):
     return True
-  lettered = all(tokenizer.answer_id(row) >= 0 for row in questions)
-  if lettered:
+  if all(tokenizer.answer_id(row) >= 0 for row in questions):
     return False
   if config.marking == "device" or config.reward != "accuracy":
     name = getattr(config.reward, "__name__", config.reward)
@@ -254,13 +229,10 @@ def _from_host(config, questions, tokenizer) -> bool:
   return True
 
 
-def open_store(experiment, processor, **options) -> features.FeatureStore:
-  """Returns the clips that are trained on, encoded.
+def open_store(experiment, processor, keep=None) -> features.FeatureStore:
+  """Returns the clips that are trained on, encoded; `keep` of them in memory.
 
-  Args:
-    experiment: of the run; clips that its workdir lists as bad are refused.
-    processor: see `make_processor`.
-    **options: further ones of `features.FeatureStore`.
+  Those that the experiment's workdir lists as bad are refused.
   """
   data, mesh = experiment.config.data, experiment.mesh
   listed = batches.rejected_path(experiment.workdir)
@@ -279,7 +251,7 @@ def open_store(experiment, processor, **options) -> features.FeatureStore:
     processor,
     frames_lib.FrameRule(data.num_frames, data.frame_rule),
     params=params,
-    keep=options.pop("keep", data.memory_items),
+    keep=data.memory_items if keep is None else keep,
     reading={
       "min_side": data.min_side,
       "refused": rejected_clips.RejectedClips(listed).refused,
@@ -287,5 +259,4 @@ def open_store(experiment, processor, **options) -> features.FeatureStore:
     },
     mesh=mesh_lib.make_mesh(len(here), devices=here) if here[1:] else None,
     only_buckets=not processor.one_grid,
-    **options,
   )

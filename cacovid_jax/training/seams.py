@@ -36,19 +36,12 @@ from cacovid_jax.training import replay, rollout, step
 
 
 class Seams(NamedTuple):
-  """What a config selects.
+  """What a config selects."""
 
-  Attributes:
-    sampler: of combinations.
-    objective: the loss of a video's memory.
-    rollout: how the model answers, and what that earns.
-    code: {key of the config: sha256} of files of one's own.
-  """
-
-  sampler: Any
-  objective: Callable
-  rollout: rollout.RolloutConfig
-  code: dict[str, str]
+  sampler: Any  # Of combinations.
+  objective: Callable  # The loss of a video's memory.
+  rollout: rollout.RolloutConfig  # How the model answers, what that earns.
+  code: dict[str, str]  # {key of the config: sha256} of files of one's own.
 
 
 def load(config) -> Seams:
@@ -86,9 +79,8 @@ def load(config) -> Seams:
 def _make(config, section, usual, code):
   """Returns what a section selects; its sha256 goes into `code`."""
   key, *others = extensions.SECTIONS[section]
-  options = {k: v for k, v in config[section].items() if k != key}
-  for name in others:
-    del options[name]
+  apart = key, *others
+  options = {k: v for k, v in config[section].items() if k not in apart}
   spec = config[section][key]
   if not spec:
     return extensions.make(usual, section, options)
@@ -105,12 +97,9 @@ def _make(config, section, usual, code):
 
 
 def check(config, step_config: step.StepConfig, questions) -> None:
-  """Stops at a wrong shape or dtype, before anything is compiled.
+  """Stops at a wrong shape or dtype of one's own, before anything is compiled.
 
-  Args:
-    config: see `base_config`; what it selects of one's own is looked at.
-    step_config: of the run, or of one bucket.
-    questions: a reward on the host is tried on empty answers to the first.
+  A reward on the host is tried on empty answers to the first question.
   """
   checks = {
     "sampling": _check_sampler,
@@ -153,17 +142,16 @@ def _check_sampler(name, config):
 
 
 def _check_objective(name, config):
-  empty = functools.partial(
-    replay.empty, modes=config.modes, iterations=config.iterations, rung=0
-  )
-  scores, grid = _scores(config.ladder.bucket), _grid(config.ladder)
-  memory = jax.eval_shape(empty, scores)
-  loss = jax.eval_shape(
-    lambda *given: config.objective(*given, config.ladder.place(grid)),
-    scores,
-    scores,
-    memory.rows,
-  )
+  ladder = config.ladder
+
+  def loss_of_empty(scores):
+    memory = replay.empty(
+      scores, modes=config.modes, iterations=config.iterations, rung=0
+    )
+    grid = ladder.place(_grid(ladder))
+    return config.objective(scores, scores, memory.rows, grid)
+
+  loss = jax.eval_shape(loss_of_empty, _scores(ladder.bucket))
   is_pair = isinstance(loss, tuple) and len(loss) == 2
   metrics = loss[1] if is_pair and isinstance(loss[1], dict) else ("name",)
   _compare(name, loss, (_array(()), {key: _array(()) for key in metrics}))
@@ -185,7 +173,7 @@ def _scores(bucket):
 
 def _check_reward(questions, name, config):
   answers, text = config.rollout, config.model.config.text
-  count, length = config.num_combinations, answers.answer_length
+  count, length = config.ladder.num_combinations, answers.answer_length
   if getattr(answers.function, "on_host", False):
     for question in questions[:1]:
       host_reward(answers, question, [""] * count)
@@ -221,10 +209,8 @@ def host_reward(
 def check_code(recorded, code: dict[str, str], accepted: bool) -> None:
   """Stops where code is not that of the checkpoint, unless that is accepted.
 
-  Args:
-    recorded: {key: sha256} of the checkpoint; None of one without a record.
-    code: of `Seams` now.
-    accepted: config.ckpt.accept_changed_code.
+  `recorded` is {key: sha256} of the checkpoint, None of one without a record;
+  `code` is that of `Seams` now.
   """
   if recorded is None or accepted:
     return

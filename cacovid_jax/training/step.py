@@ -32,18 +32,13 @@ AXIS = "data"
 
 
 class TrainState(struct.PyTreeNode):
-  """Everything that a run must remember: one pytree.
+  """Everything that a run must remember: one pytree."""
 
-  Attributes:
-    step: i32[], steps done; a step is all iterations of `videos_per_step`
-      videos. A skipped update counts, so that the data order goes on.
-    params: policy parameters, float32.
-    opt_state: optimiser state; its own count is that of accepted updates.
-  """
-
+  # i32[], steps done; a step is all iterations of `videos_per_step` videos. A
+  # skipped update counts, so that the data order goes on.
   step: jax.Array
-  params: Any
-  opt_state: Any
+  params: Any  # Of the policy, float32.
+  opt_state: Any  # Its own count is that of accepted updates.
 
   @classmethod
   def create(cls, params, tx: optax.GradientTransformation):
@@ -52,17 +47,13 @@ class TrainState(struct.PyTreeNode):
     return cls(step=step, params=params, opt_state=tx.init(params))
 
   def apply_gradients(self, grads, tx: optax.GradientTransformation, accept):
-    """Returns the state after one optimiser update, unchanged if skipped.
+    """Returns the state after one optimiser update.
 
-    Args:
-      grads: like `params`.
-      tx: the optimiser.
-      accept: bool[], False leaves parameters and moments bit for bit as they
-        were; one NaN in a moment would otherwise stay for good.
+    Where `accept` bool[] is False, parameters and moments stay bit for bit as
+    they were; one NaN in a moment would otherwise stay for good.
     """
     updates, opt_state = tx.update(grads, self.opt_state, self.params)
-    params = optax.apply_updates(self.params, updates)
-    new = params, opt_state
+    new = optax.apply_updates(self.params, updates), opt_state
     old = self.params, self.opt_state
     params, opt_state = jax.tree.map(
       lambda a, b: jnp.where(accept, a, b), new, old
@@ -70,55 +61,31 @@ class TrainState(struct.PyTreeNode):
     return self.replace(params=params, opt_state=opt_state)
 
 
-class VideoGridData(struct.PyTreeNode):
-  """What follows from the grids of B videos.
-
-  Attributes:
-    grid: TokenGrid, its numbers i32[B].
-    positions: i32[B,P,L].
-    next_position: i32[B] position of the first generated token.
-    rungs: `ratio.Rungs`, leading axis B.
-  """
-
-  grid: token_grid.TokenGrid
-  positions: jax.Array
-  next_position: jax.Array
-  rungs: ratio.Rungs
-
-
 class Batch(struct.PyTreeNode):
-  """What a step reads of its B videos.
+  """What a step reads of its B videos."""
 
-  Attributes:
-    video: f[B,N,D] features, zero behind a video's own.
-    deep: f[B,S,N,D] of models that have it, see `video_llm.VideoFeatures`.
-    ids: i32[B,L] whole prompts, right padded.
-    length: i32[B].
-    video_rows: i32[B,N] rows of the video tokens, L behind a video's own.
-    answer_id: i32[B] token of the right letter, -1 if it is none.
-    option_ids: i32[B,A] tokens of the question's letters, -1 where fewer.
-    question_hash: u32[B].
-    decisive_frames: bool[B,T] where the answer is to be seen; all False if
-      unknown. It feeds a metric and nothing else.
-    grid_data: VideoGridData.
-  """
-
-  video: jax.Array
-  ids: jax.Array
-  length: jax.Array
-  video_rows: jax.Array
-  answer_id: jax.Array
-  option_ids: jax.Array
-  question_hash: jax.Array
+  video: jax.Array  # f[B,N,D] features, zero behind a video's own.
+  ids: jax.Array  # i32[B,L] whole prompts, right padded.
+  length: jax.Array  # i32[B].
+  positions: jax.Array  # i32[B,P,L].
+  next_position: jax.Array  # i32[B], of the first generated token.
+  video_rows: jax.Array  # i32[B,N], L behind a video's own.
+  answer_id: jax.Array  # i32[B] token of the right letter, -1 if it is none.
+  option_ids: jax.Array  # i32[B,A] tokens of the letters, -1 where fewer.
+  question_hash: jax.Array  # u32[B].
+  # bool[B,T] where the answer is to be seen; all False if unknown. It feeds a
+  # metric and nothing else.
   decisive_frames: jax.Array
-  grid_data: VideoGridData
+  grid: token_grid.TokenGrid  # Its numbers i32[B].
+  rungs: ratio.Rungs  # With a leading axis B.
+  # f[B,S,N,D] of models that have it, see `video_llm.VideoFeatures`.
   deep: jax.Array | None = None
 
 
 class Videos(struct.PyTreeNode):
   """A batch that was embedded: what all iterations on it share.
 
-  `rng` is the key of each video; the rest is as in `Batch`, `VideoGridData`.
+  `rng` is the key of each video; the rest is as in `Batch`.
   """
 
   prompts: prompt_batch.PromptBatch
@@ -135,65 +102,41 @@ class Constants(struct.PyTreeNode):
 
   They are arguments of every program; captured, the weights would become
   constants, and another seed another program.
-
-  Attributes:
-    params: base weights.
-    letters: i32[V] of `rollout_lib.first_letters`.
-    seed: u32[], of all random draws.
   """
 
-  params: Any
-  letters: jax.Array
-  seed: jax.Array
+  params: Any  # Base weights.
+  letters: jax.Array  # i32[V] of `rollout_lib.first_letters`.
+  seed: jax.Array  # u32[], of all random draws.
 
 
 class Metrics(NamedTuple):
-  """What a step reports.
+  """What a step reports."""
 
-  Attributes:
-    mean: {name: f32[]}, averages over all videos of the step, on any device.
-    per_video: "finite" bool[B] (loss and rewards are), "rung" i32[B] of this
-      iteration, "next_rung" i32[B].
-  """
-
+  # {name: f32[]}, averages over all videos of the step, on any device.
   mean: dict[str, jax.Array]
+  # "finite" bool[B] (loss and rewards are), "rung" i32[B] of this iteration,
+  # "next_rung" i32[B].
   per_video: dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-  """Everything static about a run; the programs are made from it.
+  """Everything static about a run; the programs are made from it."""
 
-  Attributes:
-    model: the frozen video LLM.
-    policy: the policy module, see `policy.network`.
-    tx: the optimiser.
-    ladder: retention ratios, of the one grid or the bucket of the videos.
-    objective: the loss of a video's memory, see `policy.objective`.
-    rollout: how the model answers.
-    iterations: I.
-    eos_ids: ids that end an answer.
-    pad_id: filler behind the end of an answer.
-  """
-
-  model: Any
-  policy: Any
+  model: Any  # The frozen video LLM.
+  policy: Any  # The policy module, see `policy.network`.
   tx: optax.GradientTransformation
-  ladder: ratio.Ladder
-  objective: Any
+  ladder: ratio.Ladder  # Of the one grid or the bucket of the videos.
+  objective: Any  # The loss of a video's memory, see `policy.objective`.
   rollout: rollout_lib.RolloutConfig
-  iterations: int
-  eos_ids: tuple[int, ...]
-  pad_id: int
+  iterations: int  # I.
+  eos_ids: tuple[int, ...]  # That end an answer.
+  pad_id: int  # Filler behind the end.
 
   @property
   def num_video(self) -> int:
     """N, the rows of features."""
     return self.ladder.bucket.tokens
-
-  @property
-  def num_combinations(self) -> int:
-    return self.ladder.num_combinations
 
   @property
   def modes(self) -> sampling.Modes:
@@ -223,56 +166,39 @@ def policy_scores(config: StepConfig, params, videos: Videos):
   return jax.vmap(one)(videos.prompts, videos.grid)
 
 
-def prepare_videos(
-  config: StepConfig, state, constants: Constants, batch: Batch
-):
-  """Embeds the prompts, scores them once, and empties the memories.
-
-  Returns:
-    (Videos, replay.Replay), leading axis B.
-  """
+def prepare_videos(config: StepConfig, state, constants, batch: Batch):
+  """Returns (Videos, replay.Replay): prompts scored once, empty memories."""
+  embed = functools.partial(config.model.embed_prompt, constants.params)
+  prompts = prompt_batch.PromptBatch(
+    x=jax.vmap(embed)(batch.ids, batch.video, batch.video_rows),
+    positions=batch.positions,
+    lengths=batch.length,
+    video_rows=batch.video_rows,
+    next_position=batch.next_position,
+    deep=batch.deep,
+  )
   videos = Videos(
-    prompts=_prompts(config.model, constants.params, batch),
+    prompts=prompts,
     answer_id=batch.answer_id,
     option_ids=batch.option_ids,
     decisive_frames=batch.decisive_frames,
     rng=video_keys(constants.seed, state.step, batch.question_hash),
-    grid=batch.grid_data.grid,
-    rungs=batch.grid_data.rungs,
+    grid=batch.grid,
+    rungs=batch.rungs,
   )
   scores = policy_scores(config, state.params, videos)
-
-  memory = jax.vmap(
-    functools.partial(
-      replay.empty,
-      modes=config.modes,
-      iterations=config.iterations,
-    )
-  )(scores, rung=videos.rungs.start)
-  return videos, memory
-
-
-def _prompts(model, params, batch: Batch):
-  """Returns the `PromptBatch` of a batch."""
-  data, embed = batch.grid_data, functools.partial(model.embed_prompt, params)
-  return prompt_batch.PromptBatch(
-    x=jax.vmap(embed)(batch.ids, batch.video, batch.video_rows),
-    positions=data.positions,
-    lengths=batch.length,
-    video_rows=batch.video_rows,
-    next_position=data.next_position,
-    deep=batch.deep,
+  empty = functools.partial(
+    replay.empty, modes=config.modes, iterations=config.iterations
   )
+  return videos, jax.vmap(empty)(scores, rung=videos.rungs.start)
 
 
 def draw(config: StepConfig, videos: Videos, memory, *, max_rung: int):
   """Draws every video's combinations from its old scores.
 
   A video on a smaller rung than `max_rung` gets that rung's combinations,
-  padded; which program runs has no influence on what is drawn.
-
-  Returns:
-    (sampling.Combinations with index i32[B,G,K], num_valid i32[B]).
+  padded; which program runs has no influence on what is drawn. Returns
+  (sampling.Combinations with index i32[B,G,K], num_valid i32[B]).
   """
   ladder = config.ladder
 
@@ -291,11 +217,7 @@ def draw(config: StepConfig, videos: Videos, memory, *, max_rung: int):
 
 
 def rollout(config: StepConfig, constants, videos, memory, *, max_rung: int):
-  """Draws combinations and lets the frozen model answer from each.
-
-  Returns:
-    (rollout_lib.Answers, replay.Masks), leading axis B.
-  """
+  """Returns (rollout_lib.Answers to combinations, replay.Masks of these)."""
   combinations, num_valid = draw(config, videos, memory, max_rung=max_rung)
   ids, logits = programs.answer_rows(
     config.model,
@@ -327,24 +249,16 @@ def gradients(config: StepConfig, params, videos: Videos, memory):
     return loss.mean(), (loss, metrics)
 
   grads, (loss, metrics) = jax.grad(mean_loss, has_aux=True)(params)
-  metrics = jax.tree.map(jnp.mean, metrics)
-  grads, metrics = jax.lax.pmean((grads, metrics), AXIS)
+  means = jax.tree.map(jnp.mean, metrics)
+  grads, metrics = jax.lax.pmean((grads, means), AXIS)
   return grads, (loss, metrics)
 
 
 def update(config: StepConfig, state, videos, memory, masks, rewards):
   """Remembers one iteration's rewards and makes one optimiser step.
 
-  Args:
-    config: the run.
-    state: TrainState.
-    videos: Videos.
-    memory: replay.Replay with room for the iteration.
-    masks: replay.Masks of the iteration's combinations.
-    rewards: f32[B,G].
-
-  Returns:
-    (state, memory, Metrics).
+  Of its `masks` replay.Masks and rewards f32[B,G]; the memory replay.Replay has
+  room for it. Returns (state, memory, Metrics).
   """
   rung = memory.rung
   memory = jax.vmap(replay.append)(memory, masks, rewards)
@@ -362,12 +276,13 @@ def update(config: StepConfig, state, videos, memory, masks, rewards):
   next_rung = jax.vmap(move)(videos.rungs, rung, mean_reward)
   ratios = jax.vmap(lambda rungs, j: rungs.ratios[j])(videos.rungs, rung)
   memory = memory.replace(rung=next_rung)
-  metrics |= reward_metrics(config, rewards)
-  metrics |= frame_metrics(videos, masks)
-  metrics["loss"] = jax.lax.pmean(loss.mean(), AXIS)
-  metrics["gradient_norm"] = norm
-  metrics["skipped_update"] = 1.0 - accept.astype(jnp.float32)
-  metrics["ratio"] = jax.lax.pmean(ratios.mean(), AXIS)
+  metrics |= reward_metrics(config, rewards) | frame_metrics(videos, masks)
+  metrics |= {
+    "loss": jax.lax.pmean(loss.mean(), AXIS),
+    "gradient_norm": norm,
+    "skipped_update": 1.0 - accept.astype(jnp.float32),
+    "ratio": jax.lax.pmean(ratios.mean(), AXIS),
+  }
   per_video = {"finite": finite, "rung": rung, "next_rung": next_rung}
   return new, memory, Metrics(metrics, per_video)
 
@@ -423,10 +338,9 @@ def frame_metrics(videos: Videos, masks: replay.Masks):
 
 
 def iterate(config, state, constants, videos, memory, *, max_rung: int):
-  """One iteration with on-device rewards.
+  """Runs one iteration with on-device rewards.
 
-  Returns:
-    (state, memory, ids i32[B,G,M], rewards f32[B,G], metrics).
+  Returns (state, memory, ids i32[B,G,M], rewards f32[B,G], metrics).
   """
   answers, masks = rollout(config, constants, videos, memory, max_rung=max_rung)
   rewards = rollout_lib.reward(
@@ -440,14 +354,11 @@ def iterate(config, state, constants, videos, memory, *, max_rung: int):
   return state, memory, answers.ids, rewards, metrics
 
 
-def fixed_ratio_step(
-  config: StepConfig, state, constants: Constants, batch: Batch
-):
-  """All iterations on a batch at a fixed ratio, rewards on the device.
+def fixed_ratio_step(config: StepConfig, state, constants, batch: Batch):
+  """Runs all iterations on a batch at a fixed ratio, rewards on the device.
 
-  Returns:
-    (state, ids i32[B,I,G,M], rewards f32[B,I,G], metrics); means of the
-    metrics are f32[I], those per video [B,I].
+  Returns (state, ids i32[B,I,G,M], rewards f32[B,I,G], metrics); means of the
+  metrics are f32[I], those per video [B,I].
   """
   videos, memory = prepare_videos(config, state, constants, batch)
 
@@ -462,10 +373,7 @@ def fixed_ratio_step(
     body, (state, memory), None, length=config.iterations
   )
 
-  def by_video(a):
-    return jnp.moveaxis(a, 0, 1)
-
-  metrics = metrics._replace(
-    per_video=jax.tree.map(by_video, metrics.per_video)
+  ids, rewards, per_video = jax.tree.map(
+    lambda a: jnp.moveaxis(a, 0, 1), (ids, rewards, metrics.per_video)
   )
-  return state, by_video(ids), by_video(rewards), metrics
+  return state, ids, rewards, metrics._replace(per_video=per_video)

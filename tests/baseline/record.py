@@ -224,7 +224,7 @@ def train(workdir, **changes):
   run = run_lib.make(made)
   state, draws, steps = run.init_state(), {}, []
   for batch, rows in run.batches(0):
-    bucket = batch.grid_data.grid.bucket
+    bucket = batch.grid.bucket
     if bucket not in draws:
       draw = functools.partial(_draw, run.programs.configs[bucket])
       draws[bucket] = jax.jit(draw)

@@ -26,7 +26,7 @@ ROWS = np.arange(2, 14)
 
 
 def make(**options):
-  policy_class = loading.load_policy_module(f"{FILE}:Bilinear")[0]
+  policy_class = loading.find_policy({"module": f"{FILE}:Bilinear"})[0]
   # As the trainer calls it: with the options of every policy.
   policy = policy_class.from_llm_config(
     qwen2.Qwen2Config.tiny(), dtype=jnp.bfloat16, num_halvings=4, **options
@@ -36,7 +36,7 @@ def make(**options):
 
 @pytest.mark.parametrize("name", ["", "cacovid_jax.policy.network:Policy"])
 def test_names_of_the_papers_policy(name):
-  assert loading.load_policy_module(name) == (network.Policy, "")
+  assert loading.find_policy({"module": name}) == (network.Policy, "", {})
 
 
 def test_it_scores_learns_and_selects():
@@ -121,14 +121,14 @@ def test_its_weights_are_kept_under_its_own_names(tmp_path):
 )
 def test_a_name_that_leads_nowhere_is_refused(spec, named):
   with pytest.raises(errors.UserError, match=named):
-    loading.load_policy_module(spec)
+    loading.find_policy({"module": spec})
 
 
 def test_a_file_that_fails_is_named_with_its_error(tmp_path):
   path = tmp_path / "broken.py"
   path.write_text("1 / 0\n")
   with pytest.raises(errors.UserError, match=r"broken\.py.*ZeroDivisionError"):
-    loading.load_policy_module(f"{path}:Any")
+    loading.find_policy({"module": f"{path}:Any"})
 
 
 @pytest.fixture(scope="module")

@@ -63,7 +63,7 @@ def test_plan_of_the_paper():
   assert plan.group_cap.cap == 0.1
   assert plan.frame_cap.cap == 3 / 32
   assert plan.frames_drawn == 4
-  assert (plan.config.num_token_mode, plan.config.num_frame_mode) == (23, 8)
+  assert (plan.config.modes.token, plan.config.modes.frame) == (23, 8)
   assert plan.config.num_combinations == 32
 
 
@@ -273,7 +273,7 @@ def test_group_and_token_frequencies_match_their_probabilities(many_draws):
 
 
 def check_frequencies(plan, scores, drawn):
-  rows = np.asarray(drawn.index[1 : plan.config.num_token_mode])
+  rows = np.asarray(drawn.index[1 : plan.config.modes.token])
   rows = rows.reshape(-1, 4, 2) - 16 * np.arange(4)[:, None]
   rank = jax.jit(functools.partial(sampling.rank_groups, plan=plan))
   for frame in range(4):
@@ -386,7 +386,7 @@ def test_frame_mode_draws_whole_frames_and_first_the_top_ones():
   top = np.sort(np.argsort(-gap(scores.frame))[:2])
   np.testing.assert_array_equal(np.flatnonzero(frame_mask[0]), top)
   peaks = jax.jit(diversity.density_peaks, static_argnums=1)
-  rows = np.asarray(drawn.index[PLAN.config.num_token_mode : -1])
+  rows = np.asarray(drawn.index[PLAN.config.modes.token : -1])
   for row, frames in zip(rows, frame_mask, strict=True):
     # The diversity rule sees the tokens of all drawn frames at once.
     tokens = np.flatnonzero(np.repeat(frames, 16))

@@ -311,7 +311,7 @@ def test_probe_rules_keep_their_budget(kept):
     if not name.startswith(kept):
       continue
     assert num_keep == int(float(name.split("_")[1]) * world.NUM_TOKENS)
-    index = np.asarray(rule(jax.random.key(0), None, decisive))
+    index = np.asarray(rule(jax.random.key(0), decisive))
     assert len(set(index.tolist())) == num_keep
     if kept == "decisive":
       assert {700, 3, 90} <= set(index.tolist())

@@ -116,7 +116,7 @@ def test_labels_are_the_attributes_of_each_tokens_owner(packer):
 def test_a_told_scene_names_all_its_objects_in_order():
   scene = scene_of("sparse", 3)
   lines = packing.describe(scene).splitlines()
-  assert len(lines) == scene.num_objects
+  assert len(lines) == len(scene.attributes)
   order = np.argsort(scene.life[:, 0], kind="stable")
   for line, obj in zip(lines, order, strict=True):
     color, pattern, shape = scene.attributes[obj]

@@ -56,8 +56,8 @@ def test_scenes_keep_to_their_variant(variant):
   for seed in range(20):
     scene = scene_of(variant, seed)
     # Where the picture is full, a few objects may find no place.
-    assert 0.9 * config.num_objects[0] <= scene.num_objects
-    assert scene.num_objects <= config.num_objects[1]
+    assert 0.9 * config.num_objects[0] <= len(scene.attributes)
+    assert len(scene.attributes) <= config.num_objects[1]
     lengths = scene.life[:, 1] - scene.life[:, 0] + 1
     assert config.life[0] <= lengths.min() <= lengths.max() <= config.life[1]
     assert scene.life.min() >= 0 and scene.life.max() < world.NUM_FRAMES
@@ -97,7 +97,9 @@ def test_objects_move_evenly_from_before_their_life_to_after_it():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_decisive_tokens_hold_the_objects_pixels(variant):
   scene = scene_of(variant, 1)
-  for obj in range(0, scene.num_objects, max(1, scene.num_objects // 5)):
+  for obj in range(
+    0, len(scene.attributes), max(1, len(scene.attributes) // 5)
+  ):
     changed = cells_changed(scene, obj)
     tokens = world.covered_tokens(scene, obj)
     assert tokens == sorted(set(tokens))
@@ -122,7 +124,7 @@ def test_owners_are_the_objects_that_fill_most_of_a_token(variant):
   scene = scene_of(variant, 2)
   owners = world.token_owners(scene)
   assert owners.shape == world.GRID
-  for obj in range(scene.num_objects):
+  for obj in range(len(scene.attributes)):
     mine = np.flatnonzero(owners.reshape(-1) == obj)
     assert set(mine) <= set(world.covered_tokens(scene, obj))
     frames = mine // (world.NUM_ROWS * world.NUM_COLS)

@@ -107,10 +107,10 @@ def test_a_batch_holds_what_the_trainer_needs(tmp_path):
   for i, row in enumerate(shown):
     prompt = tokenizer.encode_prompt(row.prompt, N)
     length = prompt.length
-    assert batch.length[i] == batch.grid_data.next_position[i] == length
+    assert batch.length[i] == batch.next_position[i] == length
     np.testing.assert_array_equal(batch.video_rows[i], prompt.video_rows)
     np.testing.assert_array_equal(batch.ids[i, :length], prompt.ids)
-    np.testing.assert_array_equal(batch.grid_data.positions[i, 0], np.arange(L))
+    np.testing.assert_array_equal(batch.positions[i, 0], np.arange(L))
     np.testing.assert_array_equal(batch.video[i], tiny.features(row.video))
     assert batch.answer_id[i] == tokenizer.letter_id(row.answer)
     assert batch.question_hash[i] == question_lib.question_hash(row.id)
@@ -173,19 +173,6 @@ def test_loading_ahead_changes_nothing(root, options):
   )
 
 
-def test_processes_share_a_batch_without_overlap(root):
-  source = Frames(root)
-  whole = _train(source)
-  first = _train(source, shard=(0, 2))
-  second = _train(source, shard=(1, 2))
-  joined = [a + b for a, b in zip(_ids(first), _ids(second), strict=True)]
-  assert joined == _ids(whole)
-  resumed = _train(source, shard=(1, 2), steps=(3, 6))
-  assert _ids(resumed) == _ids(second)[3:]
-  with pytest.raises(errors.UserError, match="among 3 processes"):
-    _train(source, shard=(0, 3))
-
-
 def _mixed():
   return _rows([f"{i % 3}.mp4" for i in range(9)] + ["bad.mp4", "absent.mp4"])
 
@@ -230,9 +217,10 @@ def test_the_ledger_is_read_again_and_forgives_a_cut_line(tmp_path, root):
   assert again.refused == {content: "timeout"}
 
 
-def test_too_many_bad_clips_end_the_run(root):
+def test_too_many_bad_clips_end_the_run(root, monkeypatch):
+  monkeypatch.setattr(batches_lib, "MIN_FAILURES", 5)
   with pytest.raises(errors.UserError, match="clips cannot be used, more than"):
-    _train(Frames(root), _mixed(), steps=(0, 50), min_failures=5)
+    _train(Frames(root), _mixed(), steps=(0, 50))
   rows = _rows(["absent.mp4"] * 4)
   with pytest.raises(errors.UserError, match="17 clips in a row"):
     _train(Frames(root), rows)

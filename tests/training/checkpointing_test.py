@@ -56,7 +56,7 @@ def test_abstract_and_host_leaves_round_trip(tmp_path):
   tree = {"a": jnp.arange(3.0), "b": np.arange(4), "c": 5, "d": 0.5}
   checkpointing.save(tmp_path, 0, tree)
   like = dict(tree, a=jax.ShapeDtypeStruct((3,), jnp.float32), c=0, d=0.0)
-  restored = checkpointing.restore(tmp_path, 0, like)
+  _, restored = checkpointing.restore_latest(tmp_path, like)
   np.testing.assert_array_equal(restored["a"], [0, 1, 2])
   np.testing.assert_array_equal(restored["b"], [0, 1, 2, 3])
   assert (restored["c"], restored["d"]) == (5, 0.5)
@@ -77,7 +77,7 @@ def test_newest_steps_are_kept(tmp_path):
 def test_a_step_saved_again_replaces_the_first(tmp_path):
   checkpointing.save(tmp_path, 1, _state(1))
   checkpointing.save(tmp_path, 1, _state(2))
-  _assert_same(checkpointing.restore(tmp_path, 1, _state()), _state(2))
+  _assert_same(checkpointing.restore_latest(tmp_path, _state())[1], _state(2))
   assert os.listdir(tmp_path) == ["1"]
 
 
@@ -213,19 +213,17 @@ def test_other_leaves_are_named(tmp_path):
   assert "c is missing" in message
   assert "a is float32[3], not float32[3, 1]" in message
   with pytest.raises(errors.UserError, match="b is not expected"):
-    checkpointing.restore(tmp_path, 1, {"a": jnp.ones(3)})
+    checkpointing.restore_latest(tmp_path, {"a": jnp.ones(3)})
   with pytest.raises(errors.UserError, match="a is float32.*not bfloat16"):
     like = {"a": jnp.ones(3, jnp.bfloat16), "b": jnp.ones(2)}
-    checkpointing.restore(tmp_path, 1, like)
+    checkpointing.restore_latest(tmp_path, like)
 
 
-def test_other_config_and_missing_step_are_refused(tmp_path):
+def test_other_config_is_refused(tmp_path):
   tree = {"a": jnp.ones(3)}
   checkpointing.save(tmp_path, 1, tree, config_hash="one")
   with pytest.raises(errors.UserError, match="another config"):
     checkpointing.restore_latest(tmp_path, tree, config_hash="two")
-  with pytest.raises(errors.UserError, match="steps there: 1"):
-    checkpointing.restore(tmp_path, 2, tree)
 
 
 def test_several_devices_and_back_to_one(tmp_path):

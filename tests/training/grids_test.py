@@ -86,7 +86,7 @@ def bucketed(made):
   given = (state, run.constants, batch)
   prepare = jax.jit(functools.partial(step.prepare_videos, run.config))
   videos, memory = prepare(*given)
-  largest = int(batch.grid_data.rungs.start.max())
+  largest = int(batch.rungs.start.max())
 
   @jax.jit
   def iterate(videos, memory, state, constants):
@@ -242,9 +242,9 @@ def test_prompts_and_positions_are_those_of_each_video_alone(made, alone):
     rows = batch.video_rows[i]
     np.testing.assert_array_equal(rows[: one.num_video], one.prompt.video_rows)
     assert (rows[one.num_video :] == batch.ids.shape[1]).all()
-    found = batch.grid_data.positions[i]
+    found = batch.positions[i]
     np.testing.assert_array_equal(found[:, :length], one.prompt.positions)
-    assert batch.grid_data.next_position[i] == one.prompt.next_position
+    assert batch.next_position[i] == one.prompt.next_position
 
 
 def test_scores_are_those_of_each_video_alone(bucketed, alone):

@@ -103,13 +103,11 @@ def batch(videos=2, seed=0, *, ladder=None):
     option_ids=np.tile(np.arange(2, 6, dtype=np.int32), (videos, 1)),
     question_hash=rng.integers(0, 2**32, shape, dtype=np.uint32),
     decisive_frames=rng.random((videos, FRAMES)) < 0.3,
-    grid_data=step.VideoGridData(
-      grid=ladder.place(GRID),
-      positions=np.tile(np.arange(LENGTH, dtype=np.int32), (videos, 1, 1)),
-      next_position=length,
-      rungs=jax.tree.map(
-        lambda leaf: np.stack([leaf] * videos), ladder.rungs(GRID)
-      ),
+    grid=ladder.place(GRID),
+    positions=np.tile(np.arange(LENGTH, dtype=np.int32), (videos, 1, 1)),
+    next_position=length,
+    rungs=jax.tree.map(
+      lambda leaf: np.stack([leaf] * videos), ladder.rungs(GRID)
     ),
   )
 
