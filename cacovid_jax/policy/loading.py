@@ -102,12 +102,6 @@ def make_policy(llm, options, *, where="config", dtype=None):
     ) from error
 
 
-def init_policy(policy, base_params, seed, init=""):
-  """Returns a policy's first parameters, drawn, or those that `init` holds."""
-  params = policy.init_from_llm(jax.random.key(seed), base_params)
-  return load(init, policy, params) if init else params
-
-
 def load_policy(spec: str | os.PathLike, checkpoint) -> LoadedPolicy:
   """Returns a policy that training exported, for the base model it had.
 

@@ -12,6 +12,7 @@ that was killed continues with the very bits it would have computed.
 """
 
 import collections
+import functools
 import json
 import logging
 import pathlib
@@ -81,7 +82,7 @@ def train(
     questions = experiment_lib.read_questions(experiment.config, workdir)
   experiment = run_lib.with_total_steps(experiment, questions)
   config = experiment.config
-  run = run_lib.make(experiment, questions=questions, store=store, parts=parts)
+  run = run_lib.Run(experiment, questions=questions, store=store, parts=parts)
   saver = _Saver(config, workdir, run)
   start, state = saver.restore_or_init()
   with (
@@ -122,7 +123,7 @@ def train(
 def _step(run: run_lib.Run, state, batch, rows):
   """Returns (state, ids, rewards, metrics) after all iterations of a step."""
   placed = programs_lib.place_batch(batch, run.mesh)
-  reward = None if run.reward is None else lambda ids: run.reward(ids, rows)
+  reward = functools.partial(run.reward, questions=rows)
   # Nothing crosses between host and device that the programs do not state.
   with jax.transfer_guard("disallow"):
     return run.programs.run(state, run.constants, placed, reward)

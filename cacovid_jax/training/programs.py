@@ -51,31 +51,21 @@ class Programs:
     *,
     host_rewards: bool = False,
     map_with: str = "shard_map",
-    num_lengths: int = 1,
   ):
-    """Compiles nothing yet.
+    """Compiles nothing yet; configs, one per bucket, differ in the ladder.
 
-    Args:
-      configs: one per bucket, alike but for the ladder.
-      mesh: with axes `data` and `model`.
-      host_rewards: rewards come from the host, see `run`.
-      map_with: see `mesh.map_over_data`.
-      num_lengths: that prompts are padded to.
+    `map_with` is as in `mesh.map_over_data`, `host_rewards` as in `run`.
     """
     self.configs = {config.ladder.bucket: config for config in configs}
     self.mesh = mesh
     self.host_rewards = host_rewards
     # Of what was compiled so far.
     self.compile_seconds: dict[tuple[Shape, str], float] = {}
-    self._map_with, self._num_lengths = map_with, num_lengths
-    self._compiled = {}
+    self._map_with, self._compiled = map_with, {}
 
-  @property
-  def limit(self) -> int:
-    """The number of programs that the run may compile."""
-    return self._num_lengths * sum(map(self._limit, self.configs.values()))
-
-  def _limit(self, config):
+  def limit(self, bucket: token_grid.GridBucket) -> int:
+    """Returns how many programs may be compiled for each length of prompts."""
+    config = self.configs[bucket]
     return 1 if self._one_program(config) else 2 + len(config.ladder)
 
   def _one_program(self, config):
@@ -144,8 +134,7 @@ class Programs:
     return jax.jit(mapped, donate_argnums=donated)
 
   def _compile(self, shape, name, args):
-    bucket = shape.bucket
-    limit = self._limit(self.configs[bucket])
+    bucket, limit = shape.bucket, self.limit(shape.bucket)
     known = [name for found, name in self._compiled if found == shape]
     if len(known) >= limit:
       raise RuntimeError(

@@ -5,20 +5,15 @@ A letters.
 """
 
 import dataclasses
-import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from cacovid_jax import errors
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.data import frames as frames_lib
-from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import rejected_clips
 from cacovid_jax.inference import features
 from cacovid_jax.models import processors, token_grid
@@ -35,24 +30,62 @@ from cacovid_jax.training import (
 )
 
 
-@dataclasses.dataclass
 class Run:
-  """What the loop works with."""
+  """What the loop works with, made of an `experiment.Experiment`.
 
-  config: step.StepConfig  # Where grids differ, of the largest bucket.
-  programs: programs.Programs
-  mesh: Mesh
-  constants: step.Constants  # On the mesh.
-  init_params: Callable[[], Any]  # Returns the policy's first parameters.
-  # start step -> iterator of (step.Batch on the host, questions).
-  batches: Callable[[int], Iterator]
-  # ids i32[B,G,M], questions -> f32[B,G]; None if the device rewards.
-  reward: Callable | None
-  base_model: dict[str, str]  # {"path", "sha256"} of the frozen model.
-  described_policy: dict[str, Any]  # What policy_config.json says about it.
-  code: dict[str, str]  # {key of the config: sha256} of files of one's own.
-  questions: Sequence[question_lib.Question]  # That are trained on.
-  store: Any  # Gives their clips, see `inference.features`.
+  Its config says where questions, store (which gives their clips, as
+  `features.FeatureStore` does) and parts (`seams.Seams`) come from unless they
+  are given; its workdir gets the list of bad clips.
+  """
+
+  def __init__(self, experiment, *, questions=None, store=None, parts=None):
+    parts = parts or seams.load(experiment.config)
+    if questions is None:
+      questions = experiment_lib.read_questions(experiment.config)
+    experiment = with_total_steps(experiment, questions)
+    config, mesh = experiment.config, experiment.mesh
+    for key, least in (("total_steps", 0), ("iterations", 1)):
+      if config[key] < least:
+        raise errors.UserError(
+          f"config.{key}={config[key]} must be at least {least}"
+        )
+    self._loaded, self._rollout = experiment.loaded, parts.rollout
+    model, tokenizer = self._loaded.model, self._loaded.tokenizer
+    from_host = _from_host(parts.rollout, questions, tokenizer)
+    options = dict(config.policy)
+    self._init, self._seed = options.pop("init"), config.seed
+    policy, digest = loading.make_policy(model.config.text, options)
+    processor = make_processor(config, model)
+    configs = make_step_configs(config, self._loaded, policy, parts, processor)
+    for one in configs:
+      seams.check(config, one, questions)
+    # Where grids differ, of the largest bucket.
+    self.config: step.StepConfig = configs[-1]
+    vocab_size = model.config.text.vocab_size
+    letters = rollout.first_letters(tokenizer, vocab_size)
+    self.constants = step.Constants(
+      params=mesh_lib.shard_base_params(self._loaded.params, mesh),
+      letters=mesh_lib.put(letters, mesh, programs.ONE),
+      seed=mesh_lib.put(np.uint32(config.seed % 2**32), mesh, programs.ONE),
+    )
+    self.questions, self.mesh = questions, mesh
+    self.store = open_store(experiment, processor) if store is None else store
+    # start step -> iterator of (step.Batch on the host, questions).
+    self.batches = batches.Batches(
+      experiment, questions, self.store, [one.ladder for one in configs]
+    )
+    self.programs = programs.Programs(
+      configs,
+      mesh,
+      host_rewards=from_host,
+      map_with=config.mesh.get("map", "shard_map"),
+    )
+    self.base_model = dict(self._loaded.identity)
+    self.code = parts.code
+    # What policy_config.json says about it.
+    self.described_policy = {"policy": options}
+    self.described_policy |= {"module_sha256": digest} if digest else {}
+    self.described_policy |= {"code": parts.code} if parts.code else {}
 
   @property
   def described_grid(self) -> list:
@@ -61,79 +94,26 @@ class Run:
       return list(self.config.ladder.grid)
     return [dataclasses.astuple(b) for b in self.programs.configs]
 
+  def init_params(self):
+    """Returns the policy's first parameters, drawn or those of a file."""
+    policy, key = self.config.policy, jax.random.key(self._seed)
+    params = policy.init_from_llm(key, self._loaded.params)
+    return loading.load(self._init, policy, params) if self._init else params
+
   def init_state(self) -> step.TrainState:
     """Returns the state before the first step, on the mesh."""
     state = step.TrainState.create(self.init_params(), self.config.tx)
     return mesh_lib.put(state, self.mesh, programs.ONE)
 
-
-def make(experiment, *, questions=None, store=None, parts=None) -> Run:
-  """Builds a run of an `experiment.Experiment`.
-
-  Its config says where questions, store (which gives their clips, as
-  `features.FeatureStore` does) and parts (`seams.Seams`) come from unless they
-  are given; its workdir gets the list of bad clips.
-  """
-  parts = parts or seams.load(experiment.config)
-  mesh = experiment.mesh
-  if questions is None:
-    questions = experiment_lib.read_questions(experiment.config)
-  experiment = with_total_steps(experiment, questions)
-  config = experiment.config
-  for key, least in (("total_steps", 0), ("iterations", 1)):
-    if config[key] < least:
-      raise errors.UserError(
-        f"config.{key}={config[key]} must be at least {least}"
-      )
-  checkpoint = experiment.loaded
-  from_host = _from_host(parts.rollout, questions, checkpoint.tokenizer)
-  options = dict(config.policy)
-  init = options.pop("init")
-  policy, digest = loading.make_policy(checkpoint.model.config.text, options)
-  processor = make_processor(config, checkpoint.model)
-  configs = make_step_configs(config, checkpoint, policy, parts, processor)
-  for one in configs:
-    seams.check(config, one, questions)
-  letters = rollout.first_letters(
-    checkpoint.tokenizer, checkpoint.model.config.text.vocab_size
-  )
-  constants = step.Constants(
-    params=mesh_lib.shard_base_params(checkpoint.params, mesh),
-    letters=mesh_lib.put(letters, mesh, programs.ONE),
-    seed=mesh_lib.put(np.uint32(config.seed % 2**32), mesh, programs.ONE),
-  )
-  if store is None:
-    store = open_store(experiment, processor)
-  host_reward = functools.partial(
-    host_rewards, checkpoint.tokenizer, parts.rollout
-  )
-  stream = batches.Batches(
-    experiment, questions, store, [one.ladder for one in configs]
-  )
-  return Run(
-    config=configs[-1],
-    programs=programs.Programs(
-      configs,
-      mesh,
-      host_rewards=from_host,
-      map_with=config.mesh.get("map", "shard_map"),
-      num_lengths=len(stream.prompts.text_rows),
-    ),
-    mesh=mesh,
-    constants=constants,
-    init_params=functools.partial(
-      loading.init_policy, policy, checkpoint.params, config.seed, init
-    ),
-    batches=stream,
-    reward=host_reward if from_host else None,
-    base_model=dict(checkpoint.identity),
-    described_policy={"policy": options}
-    | ({"module_sha256": digest} if digest else {})
-    | ({"code": parts.code} if parts.code else {}),
-    code=parts.code,
-    questions=questions,
-    store=store,
-  )
+  def reward(self, ids, questions) -> np.ndarray:
+    """Returns f32[B,G], of the host, of answers i32[B,G,M] of any type."""
+    decode, config = self._loaded.tokenizer.decode, self._rollout
+    return np.stack(
+      [
+        seams.host_reward(config, question, list(map(decode, answers)))
+        for answers, question in zip(ids, questions, strict=True)
+      ]
+    )
 
 
 def with_total_steps(experiment, questions):
@@ -201,16 +181,6 @@ def make_step_configs(
     for grid in grids
   ]
   return [dataclasses.replace(first, ladder=ladder) for ladder in ladders]
-
-
-def host_rewards(tokenizer, config, ids, questions) -> np.ndarray:
-  """Returns f32[B,G] rewards of answers i32[B,G,M] of any problem type."""
-  return np.stack(
-    [
-      seams.host_reward(config, question, list(map(tokenizer.decode, answers)))
-      for answers, question in zip(ids, questions, strict=True)
-    ]
-  )
 
 
 def _from_host(config, questions, tokenizer) -> bool:

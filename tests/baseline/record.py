@@ -221,7 +221,7 @@ def train(workdir, **changes):
   """
   made = _experiment(changes, workdir, split="videos_per_step")
   decode = made.checkpoint.tokenizer.decode
-  run = run_lib.make(made)
+  run = run_lib.Run(made)
   state, draws, steps = run.init_state(), {}, []
   for batch, rows in run.batches(0):
     bucket = batch.grid.bucket

@@ -68,7 +68,7 @@ def make(folder, checkpoint, cache, questions=None):
   """Returns a run of it, one question after the other."""
   config = run_config(folder, cache)
   experiment = tiny_training.experiment_of(config, cache, checkpoint=checkpoint)
-  return run_lib.make(experiment, questions=questions or rows())
+  return run_lib.Run(experiment, questions=questions or rows())
 
 
 @pytest.fixture

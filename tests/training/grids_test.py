@@ -69,7 +69,7 @@ def made(folder, rows, checkpoint):
       "rollout.reward": "accuracy",
     },
   )
-  run = run_lib.make(
+  run = run_lib.Run(
     tiny.experiment_of(config, folder, checkpoint=checkpoint), questions=rows
   )
   for batch, questions in run.batches(0):
@@ -318,7 +318,7 @@ def test_a_run_on_clips_of_two_shapes_resumes_bit_identically(
   result = tiny.train(tmp_path / "whole", config, on_step=first, **given)
   made = result.run.programs
   # One program for each bucket, which both are used.
-  assert made.limit == 2
+  assert list(map(made.limit, made.configs)) == [1, 1]
   assert list(made.configs) == [
     token_grid.GridBucket(2, 16),
     token_grid.GridBucket(2, 24),
@@ -470,7 +470,7 @@ def test_buckets_share_no_program(made):
   )
   other = dataclasses.replace(run.config, ladder=ladder)
   both = programs.Programs([run.config, other], run.mesh)
-  assert both.limit == 2 * (2 + 3)
+  assert list(map(both.limit, both.configs)) == [2 + 3] * 2
   assert both.configs[BUCKET].num_video == 60
   assert both.configs[ladder.bucket].num_video == 90
 
@@ -498,7 +498,7 @@ def test_clips_of_odd_shapes_are_replaced_and_noted(rows, checkpoint, tmp_path):
       "model.path": checkpoint.identity["path"],
     },
   )
-  run = run_lib.make(
+  run = run_lib.Run(
     tiny.experiment_of(config, tmp_path, checkpoint=checkpoint), questions=asked
   )
   # The tower is not what this is about.
@@ -516,7 +516,7 @@ def test_clips_of_odd_shapes_are_replaced_and_noted(rows, checkpoint, tmp_path):
   assert "a side of 28 or fewer" in found["small.mp4"]["detail"]
   # Buckets that hold no ordinary clip are a mistake, not odd clips.
   config = config_lib.replace(config, {"data.buckets": ((2, 8),)})
-  run = run_lib.make(
+  run = run_lib.Run(
     tiny.experiment_of(config, tmp_path, checkpoint=checkpoint), questions=rows
   )
   with pytest.raises(errors.UserError, match="no bucket holds a video of 2 x"):

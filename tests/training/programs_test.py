@@ -68,7 +68,7 @@ def fixed():
 def test_fixed_ratio_is_one_program_compiled_once(fixed):
   _, made, *_, found = fixed
   assert list(made.compile_seconds) == [(SHAPE, "fixed_ratio_step")]
-  assert made.limit == 1
+  assert made.limit(SHAPE.bucket) == 1
   assert not found
 
 
