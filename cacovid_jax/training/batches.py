@@ -246,13 +246,16 @@ class Batches:
     answers = [self._tokenizer.answer_id(row) for row in questions]
     hashes = [question_lib.question_hash(row.id) for row in questions]
     return step.Batch(
-      video=np.stack([pad(clip.features) for clip in clips]),
-      deep=deep,
-      ids=padded.ids,
-      length=padded.length,
-      video_rows=padded.video_rows,
-      positions=positions,
-      next_position=following,
+      prompts=prompt_batch.PromptBatch(
+        x=None,
+        positions=positions,
+        lengths=padded.length,
+        video_rows=padded.video_rows,
+        next_position=following,
+        deep=deep,
+        features=np.stack([pad(clip.features) for clip in clips]),
+        ids=padded.ids,
+      ),
       answer_id=np.array(answers, np.int32),
       option_ids=options,
       question_hash=np.array(hashes, np.uint32),

@@ -91,7 +91,7 @@ class Programs:
       per-video arrays [B,I]). The one program leaves them on the device;
       otherwise they are joined on the host.
     """
-    shape = Shape(batch.grid.bucket, batch.ids.shape[1])
+    shape = Shape(batch.grid.bucket, batch.prompts.ids.shape[1])
     config = self.configs[shape.bucket]
     call = functools.partial(self.call, shape)
     if self._one_program(config):

@@ -153,10 +153,6 @@ REWARDS = {
 }
 
 
-def reward(
-  config: RolloutConfig, answers: Answers, answer_id, option_ids, letters
-):
-  """Returns f32[B,G] rewards, on the device."""
-  target = Target(answer_id, option_ids, letters)
-  each = (0, Target(0, 0, None))
-  return jax.vmap(config.function, each)(answers, target)
+def reward(config: RolloutConfig, answers: Answers, target: Target):
+  """Returns f32[B,G] rewards, on the device; all videos share the letters."""
+  return jax.vmap(config.function, (0, Target(0, 0, None)))(answers, target)

@@ -62,14 +62,13 @@ class TrainState(struct.PyTreeNode):
 
 
 class Batch(struct.PyTreeNode):
-  """What a step reads of its B videos."""
+  """What a step reads of its B videos.
 
-  video: jax.Array  # f[B,N,D] features, zero behind a video's own.
-  ids: jax.Array  # i32[B,L] whole prompts, right padded.
-  length: jax.Array  # i32[B].
-  positions: jax.Array  # i32[B,P,L].
-  next_position: jax.Array  # i32[B], of the first generated token.
-  video_rows: jax.Array  # i32[B,N], L behind a video's own.
+  `prepare_videos` embeds its prompts: until then they have features (zero
+  behind a video's own) and ids in place of `x`.
+  """
+
+  prompts: prompt_batch.PromptBatch
   answer_id: jax.Array  # i32[B] token of the right letter, -1 if it is none.
   option_ids: jax.Array  # i32[B,A] tokens of the letters, -1 where fewer.
   question_hash: jax.Array  # u32[B].
@@ -78,23 +77,7 @@ class Batch(struct.PyTreeNode):
   decisive_frames: jax.Array
   grid: token_grid.TokenGrid  # Its numbers i32[B].
   rungs: ratio.Rungs  # With a leading axis B.
-  # f[B,S,N,D] of models that have it, see `video_llm.VideoFeatures`.
-  deep: jax.Array | None = None
-
-
-class Videos(struct.PyTreeNode):
-  """A batch that was embedded: what all iterations on it share.
-
-  `rng` is the key of each video; the rest is as in `Batch`.
-  """
-
-  prompts: prompt_batch.PromptBatch
-  answer_id: jax.Array
-  option_ids: jax.Array
-  decisive_frames: jax.Array
-  rng: jax.Array
-  grid: token_grid.TokenGrid
-  rungs: ratio.Rungs
+  rng: jax.Array | None = None  # Key of each video, once embedded.
 
 
 class Constants(struct.PyTreeNode):
@@ -149,7 +132,7 @@ def video_keys(seed, step, question_hash):
   return jax.vmap(jax.random.fold_in, (None, 0))(key, question_hash)
 
 
-def policy_scores(config: StepConfig, params, videos: Videos):
+def policy_scores(config: StepConfig, params, videos: Batch):
   """Returns Scores of B whole prompts under the policy."""
 
   def one(prompt, grid):
@@ -167,24 +150,13 @@ def policy_scores(config: StepConfig, params, videos: Videos):
 
 
 def prepare_videos(config: StepConfig, state, constants, batch: Batch):
-  """Returns (Videos, replay.Replay): prompts scored once, empty memories."""
+  """Returns (batch, embedded, and replay.Replay): scored once, nothing kept."""
   embed = functools.partial(config.model.embed_prompt, constants.params)
-  prompts = prompt_batch.PromptBatch(
-    x=jax.vmap(embed)(batch.ids, batch.video, batch.video_rows),
-    positions=batch.positions,
-    lengths=batch.length,
-    video_rows=batch.video_rows,
-    next_position=batch.next_position,
-    deep=batch.deep,
-  )
-  videos = Videos(
-    prompts=prompts,
-    answer_id=batch.answer_id,
-    option_ids=batch.option_ids,
-    decisive_frames=batch.decisive_frames,
+  prompts = batch.prompts
+  x = jax.vmap(embed)(prompts.ids, prompts.features, prompts.video_rows)
+  videos = batch.replace(
+    prompts=prompts._replace(x=x, ids=None, features=None),
     rng=video_keys(constants.seed, state.step, batch.question_hash),
-    grid=batch.grid,
-    rungs=batch.rungs,
   )
   scores = policy_scores(config, state.params, videos)
   empty = functools.partial(
@@ -193,7 +165,7 @@ def prepare_videos(config: StepConfig, state, constants, batch: Batch):
   return videos, jax.vmap(empty)(scores, rung=videos.rungs.start)
 
 
-def draw(config: StepConfig, videos: Videos, memory, *, max_rung: int):
+def draw(config: StepConfig, videos: Batch, memory, *, max_rung: int):
   """Draws every video's combinations from its old scores.
 
   A video on a smaller rung than `max_rung` gets that rung's combinations,
@@ -235,7 +207,7 @@ def rollout(config: StepConfig, constants, videos, memory, *, max_rung: int):
   return rollout_lib.Answers(ids, logits), masks
 
 
-def gradients(config: StepConfig, params, videos: Videos, memory):
+def gradients(config: StepConfig, params, videos: Batch, memory):
   """Returns (gradient, (loss f32[B], metrics)), averaged over all devices.
 
   The metrics are averages as well; the losses are this device's.
@@ -306,7 +278,7 @@ def reward_metrics(config: StepConfig, rewards):
   return jax.lax.pmean(means, AXIS)
 
 
-def frame_metrics(videos: Videos, masks: replay.Masks):
+def frame_metrics(videos: Batch, masks: replay.Masks):
   """Returns how often greedy frames hold a decisive one, and its chance.
 
   Over the videos whose decisive frames are known; zeros if none is. Empty
@@ -325,13 +297,9 @@ def frame_metrics(videos: Videos, masks: replay.Masks):
   factor = jnp.maximum(others, 0) / (frames - taken)
   factor = jnp.where(taken < drawn[:, None], factor, 1.0)
   chance = 1.0 - jnp.prod(factor, axis=-1)
+  hits, chances = jnp.where(known, hit, 0), jnp.where(known, chance, 0.0)
   count, hits, chances = jax.lax.psum(
-    (
-      known.sum(),
-      jnp.where(known, hit, 0).sum(),
-      jnp.where(known, chance, 0.0).sum(),
-    ),
-    AXIS,
+    (known.sum(), hits.sum(), chances.sum()), AXIS
   )
   count = jnp.maximum(count, 1)
   return {"decisive_frame": hits / count, "decisive_chance": chances / count}
@@ -343,13 +311,10 @@ def iterate(config, state, constants, videos, memory, *, max_rung: int):
   Returns (state, memory, ids i32[B,G,M], rewards f32[B,G], metrics).
   """
   answers, masks = rollout(config, constants, videos, memory, max_rung=max_rung)
-  rewards = rollout_lib.reward(
-    config.rollout,
-    answers,
-    videos.answer_id,
-    videos.option_ids,
-    constants.letters,
+  target = rollout_lib.Target(
+    videos.answer_id, videos.option_ids, constants.letters
   )
+  rewards = rollout_lib.reward(config.rollout, answers, target)
   state, memory, metrics = update(config, state, videos, memory, masks, rewards)
   return state, memory, answers.ids, rewards, metrics
 
@@ -372,7 +337,6 @@ def fixed_ratio_step(config: StepConfig, state, constants, batch: Batch):
   (state, _), (ids, rewards, metrics) = jax.lax.scan(
     body, (state, memory), None, length=config.iterations
   )
-
   ids, rewards, per_video = jax.tree.map(
     lambda a: jnp.moveaxis(a, 0, 1), (ids, rewards, metrics.per_video)
   )

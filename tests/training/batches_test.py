@@ -102,16 +102,17 @@ def test_a_batch_holds_what_the_trainer_needs(tmp_path):
   (rows,) = made.prompts.text_rows
   batch, shown = next(made(0))
   N, L = tiny.NUM_VIDEO, tiny.NUM_VIDEO + rows
-  assert rows % 16 == 0 and batch.ids.shape == (2, L)
-  assert batch.ids.dtype == np.int32 and batch.deep is None
+  held = batch.prompts
+  assert rows % 16 == 0 and held.ids.shape == (2, L)
+  assert held.ids.dtype == np.int32 and held.deep is None
   for i, row in enumerate(shown):
     prompt = tokenizer.encode_prompt(row.prompt, N)
     length = prompt.length
-    assert batch.length[i] == batch.next_position[i] == length
-    np.testing.assert_array_equal(batch.video_rows[i], prompt.video_rows)
-    np.testing.assert_array_equal(batch.ids[i, :length], prompt.ids)
-    np.testing.assert_array_equal(batch.positions[i, 0], np.arange(L))
-    np.testing.assert_array_equal(batch.video[i], tiny.features(row.video))
+    assert held.lengths[i] == held.next_position[i] == length
+    np.testing.assert_array_equal(held.video_rows[i], prompt.video_rows)
+    np.testing.assert_array_equal(held.ids[i, :length], prompt.ids)
+    np.testing.assert_array_equal(held.positions[i, 0], np.arange(L))
+    np.testing.assert_array_equal(held.features[i], tiny.features(row.video))
     assert batch.answer_id[i] == tokenizer.letter_id(row.answer)
     assert batch.question_hash[i] == question_lib.question_hash(row.id)
   assert batch.question_hash.dtype == np.uint32
@@ -128,7 +129,7 @@ def test_auxiliary_feature_maps_are_padded_like_features(tmp_path):
       return [clip._replace(deep=deep) for clip in super().finish(paths)]
 
   batch, _ = next(_batches(tmp_path, Deep(), tiny.questions())(0))
-  assert batch.deep.shape == (2, 3, tiny.NUM_VIDEO, 32)
+  assert batch.prompts.deep.shape == (2, 3, tiny.NUM_VIDEO, 32)
 
 
 def test_features_must_match_the_tokens_of_the_prompt(tmp_path):

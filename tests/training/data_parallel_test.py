@@ -22,13 +22,10 @@ def gradient(config, state, constants, batch):
   """Returns one iteration's averaged gradient, on one device's share."""
   videos, memory = step.prepare_videos(config, state, constants, batch)
   answers, masks = step.rollout(config, constants, videos, memory, max_rung=0)
-  rewards = rollout.reward(
-    config.rollout,
-    answers,
-    videos.answer_id,
-    videos.option_ids,
-    constants.letters,
+  target = rollout.Target(
+    videos.answer_id, videos.option_ids, constants.letters
   )
+  rewards = rollout.reward(config.rollout, answers, target)
   memory = jax.vmap(step.replay.append)(memory, masks, rewards)
   # Away from the point where the policy equals the old one.
   moved = jax.tree.map(lambda p: p * 1.1, state.params)

@@ -139,7 +139,10 @@ class Alone:
     )
     self.prompt = prompt_batch.PromptBatch(
       x=run.config.model.embed_prompt(
-        run.constants.params, prompt.ids, batch.video[i, :N], prompt.video_rows
+        run.constants.params,
+        prompt.ids,
+        batch.prompts.features[i, :N],
+        prompt.video_rows,
       ),
       positions=positions,
       lengths=np.int32(prompt.length),
@@ -154,11 +157,12 @@ class Alone:
 
   @functools.cached_property
   def videos(self):
-    return step.Videos(
+    return step.Batch(
       prompts=jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], self.prompt),
       answer_id=np.zeros(1, int),
       option_ids=np.zeros((1, 2), int),
       decisive_frames=np.zeros((1, self.grid[0]), bool),
+      question_hash=np.zeros(1, np.uint32),
       rng=jax.random.split(jax.random.key(0), 1),
       grid=token_grid.TokenGrid.of(self.grid),
       rungs=jax.tree.map(lambda leaf: leaf[None], self.rungs),
@@ -229,8 +233,10 @@ def test_features_are_those_of_the_clip_alone(made, folder):
     inputs = model.tower_inputs(processor(clip.frames, fps=fps))
     expected = model.encode(run.constants.params, inputs).features
     N = len(expected)
-    np.testing.assert_allclose(batch.video[i, :N], expected, atol=1e-5)
-    assert not batch.video[i, N:].any()
+    np.testing.assert_allclose(
+      batch.prompts.features[i, :N], expected, atol=1e-5
+    )
+    assert not batch.prompts.features[i, N:].any()
     assert inputs.grid == tiny_qwen.GRIDS[question.video.rstrip(".mp4")[:-1]]
 
 
@@ -238,13 +244,13 @@ def test_prompts_and_positions_are_those_of_each_video_alone(made, alone):
   _, batch, _ = made
   for i, (one, _) in enumerate(alone):
     length = one.prompt.lengths
-    assert batch.length[i] == length
-    rows = batch.video_rows[i]
+    assert batch.prompts.lengths[i] == length
+    rows = batch.prompts.video_rows[i]
     np.testing.assert_array_equal(rows[: one.num_video], one.prompt.video_rows)
-    assert (rows[one.num_video :] == batch.ids.shape[1]).all()
-    found = batch.positions[i]
+    assert (rows[one.num_video :] == batch.prompts.ids.shape[1]).all()
+    found = batch.prompts.positions[i]
     np.testing.assert_array_equal(found[:, :length], one.prompt.positions)
-    assert batch.next_position[i] == one.prompt.next_position
+    assert batch.prompts.next_position[i] == one.prompt.next_position
 
 
 def test_scores_are_those_of_each_video_alone(bucketed, alone):
@@ -438,7 +444,7 @@ def test_text_is_padded_to_the_buckets_of_the_run(folder, rows, checkpoint):
       experiment, questions, store, _ladders(checkpoint)[:1]
     )
     found = [
-      (batch.ids.shape[1] - 32, int(batch.length.max()) - 32)
+      (batch.prompts.ids.shape[1] - 32, int(batch.prompts.lengths.max()) - 32)
       for batch, _ in made(0)
     ]
     return made.prompts.text_rows, found

@@ -18,9 +18,12 @@ from tests.training import tiny
 def prompts():
   config = tiny.step_config()
   constants = tiny.constants(config)
-  batch = tiny.batch()
+  whole = tiny.batch().prompts
   x = jax.vmap(config.model.embed_prompt, (None, 0, 0, 0))(
-    constants.params, batch.ids, batch.video, batch.video_rows
+    constants.params,
+    whole.ids,
+    whole.features,
+    whole.video_rows,
   )
   positions = jnp.broadcast_to(jnp.arange(tiny.LENGTH), (2, 1, tiny.LENGTH))
   return (
@@ -29,9 +32,9 @@ def prompts():
     prompt_batch.PromptBatch(
       x=x,
       positions=positions,
-      lengths=jnp.asarray(batch.length),
-      video_rows=jnp.asarray(batch.video_rows),
-      next_position=jnp.asarray(batch.length),
+      lengths=jnp.asarray(whole.lengths),
+      video_rows=jnp.asarray(whole.video_rows),
+      next_position=jnp.asarray(whole.lengths),
     ),
   )
 

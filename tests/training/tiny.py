@@ -13,7 +13,12 @@ from cacovid_jax import base_config
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import tokenizer as tokenizer_lib
-from cacovid_jax.models import checkpoints, llava_onevision, video_llm
+from cacovid_jax.models import (
+  checkpoints,
+  llava_onevision,
+  prompt_batch,
+  video_llm,
+)
 from cacovid_jax.parallel import mesh as mesh_lib
 from cacovid_jax.policy import network, objective, sampling
 from cacovid_jax.synthetic import tokenizer as tokenizer_training
@@ -93,19 +98,22 @@ def batch(videos=2, seed=0, *, ladder=None):
   shape = (videos,)
   length = rng.integers(LENGTH - 4, LENGTH + 1, shape).astype(np.int32)
   return step.Batch(
-    video=rng.normal(size=(videos, NUM_VIDEO, 32)).astype(np.float32),
-    ids=rng.integers(2, 60, (videos, LENGTH)).astype(np.int32),
-    length=length,
-    video_rows=np.tile(
-      VIDEO_START + np.arange(NUM_VIDEO, dtype=np.int32), (videos, 1)
+    prompts=prompt_batch.PromptBatch(
+      x=None,
+      features=rng.normal(size=(videos, NUM_VIDEO, 32)).astype(np.float32),
+      ids=rng.integers(2, 60, (videos, LENGTH)).astype(np.int32),
+      lengths=length,
+      video_rows=np.tile(
+        VIDEO_START + np.arange(NUM_VIDEO, dtype=np.int32), (videos, 1)
+      ),
+      positions=np.tile(np.arange(LENGTH, dtype=np.int32), (videos, 1, 1)),
+      next_position=length,
     ),
     answer_id=rng.integers(2, 6, shape).astype(np.int32),
     option_ids=np.tile(np.arange(2, 6, dtype=np.int32), (videos, 1)),
     question_hash=rng.integers(0, 2**32, shape, dtype=np.uint32),
     decisive_frames=rng.random((videos, FRAMES)) < 0.3,
     grid=ladder.place(GRID),
-    positions=np.tile(np.arange(LENGTH, dtype=np.int32), (videos, 1, 1)),
-    next_position=length,
     rungs=jax.tree.map(
       lambda leaf: np.stack([leaf] * videos), ladder.rungs(GRID)
     ),
