@@ -19,8 +19,7 @@ def squared_distances(z, valid=None):
   The diagonal is exactly zero. Rows that are not valid, bool[n], have no
   influence on the distances of the others; None for all.
   """
-  if valid is None:
-    valid = np.ones(z.shape[0], bool)
+  valid = np.ones(z.shape[0], bool) if valid is None else valid
   z = token_grid.fill(z.astype(jnp.float32), valid[:, None], 0.0)
   # Distances do not see a shift; small norms lose less to cancellation below.
   z = z - z.sum(axis=0) / valid.sum()
@@ -44,8 +43,7 @@ def peak_scores(
   are nobody's neighbours.
   """
   n = features.shape[0]
-  if valid is None:
-    valid = np.ones(n, bool)
+  valid = np.ones(n, bool) if valid is None else valid
   squared = squared_distances(features, valid)
   reach = token_grid.fill(-squared, valid[None, :], -jnp.inf)
   nearest, _ = jax.lax.top_k(reach, min(num_neighbours, n))
@@ -66,25 +64,14 @@ def peak_scores(
   return token_grid.fill(density * jnp.sqrt(closest), valid, -jnp.inf)
 
 
-def density_peaks(
-  features,
-  num_keep,
-  rng=None,
-  *,
-  num_neighbours=4,
-  noise=1e-6,
-  valid=None,
-  num_valid=None,
-):
+def density_peaks(features, num_keep, rng=None, *, num_valid=None, **options):
   """Returns int32[num_keep], tokens with the largest `peak_scores`, ascending.
 
   Where the number to keep is data, `num_valid` int32[], `num_keep` is the most
   that it can be, and the index is n behind it. It is at most the number of
-  valid tokens. The other arguments are those of `peak_scores`.
+  valid tokens. The options are those of `peak_scores`.
   """
-  scores = peak_scores(
-    features, rng=rng, num_neighbours=num_neighbours, noise=noise, valid=valid
-  )
+  scores = peak_scores(features, rng=rng, **options)
   _, index = jax.lax.top_k(scores, num_keep)
   if num_valid is not None:
     kept = np.arange(num_keep) < num_valid

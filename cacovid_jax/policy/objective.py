@@ -52,13 +52,10 @@ class Memory(NamedTuple):
 def loss(scores, old_scores, memory, config=None, grid=None):
   """Returns (the loss float32[] of one video's memory, metrics float32[]).
 
-  Args:
-    scores: Scores(frame f32[T, 2], token f32[N, 2]) of the current policy.
-    old_scores: those that the combinations were drawn from; no gradient.
-    memory: Memory. Rows that are not valid have no influence at all.
-    config: ObjectiveConfig.
-    grid: TokenGrid; None for a full one. T and N are those of its bucket, and
-      what stands behind the video's own has no influence.
+  Of the current Scores(frame f32[T, 2], token f32[N, 2]) and the old ones that
+  combinations were drawn from, which get no gradient. Rows of the Memory that
+  are not valid have no influence at all; nor has, in the bucket of a TokenGrid,
+  what stands behind the video's own. None is a full grid.
   """
   config = config or ObjectiveConfig()
   tokens = np.ones(len(scores.token), bool)

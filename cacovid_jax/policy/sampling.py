@@ -79,7 +79,7 @@ class ProbabilityCap(NamedTuple):
   left: Any  # float32[n], mass beside as many entries at the cap.
 
   @classmethod
-  def of(cls, size, cap, *, room=None, floor=None):
+  def of(cls, size, cap, room=None, floor=None):
     """Returns the numbers of the host, with room for n >= size entries.
 
     The cap is at least 1 / size, and lowered to 0.999; the floor is 1 / size**2
@@ -194,9 +194,7 @@ def plan(grid, ratio, config=None, shape=None):
     # The bounds use the short groups' size for the longer groups too.
     min_weight=config.min_token_weight / quotient,
     max_weight=config.max_token_weight / quotient,
-    group_cap=ProbabilityCap.of(
-      n, _group_cap(n, config), room=shape.num_groups
-    ),
+    group_cap=ProbabilityCap.of(n, _group_cap(n, config), shape.num_groups),
     frame_cap=_frame_cap(num_frames, config, grid.bucket.frames),
     shape=shape,
     config=config,
@@ -290,7 +288,7 @@ def _frame_cap(num_frames, config, room):
   if config.frame_cap == "public":
     copies = config.modes.frame
     cap, floor = cap * copies, 1.0 / copies**2
-  return ProbabilityCap.of(num_frames, cap, room=room, floor=floor)
+  return ProbabilityCap.of(num_frames, cap, room, floor)
 
 
 def _numbers(sampler) -> SamplingConfig:
@@ -299,25 +297,19 @@ def _numbers(sampler) -> SamplingConfig:
 
 
 def _check_config(config):
-  count = config.num_combinations
-  rules = {
-    "frame_cap": (
-      config.frame_cap in FRAME_CAPS,
-      f": choose one of {', '.join(FRAME_CAPS)}",
-    ),
-    "num_combinations": (
-      count >= 4 and not count % 4,
-      " must be a positive multiple of 4",
-    ),
-    "frame_ratio": (0 < config.frame_ratio <= 1, " is outside (0, 1]"),
-  }
+  def check(name, holds, told):
+    value = getattr(config, name)
+    if not holds(value):
+      raise errors.UserError(f"sampling.{name}={value!r}{told}")
+
+  known = f": choose one of {', '.join(FRAME_CAPS)}"
+  check("frame_cap", lambda x: x in FRAME_CAPS, known)
+  told = " must be a positive multiple of 4"
+  check("num_combinations", lambda n: n >= 4 and not n % 4, told)
   # Capped probabilities could not sum to one.
   for name in ("max_group_prob", "max_frame_prob", "group_size"):
-    rules[name] = (getattr(config, name) >= 1, " must be at least 1")
-  for name, (holds, told) in rules.items():
-    if not holds:
-      value = getattr(config, name)
-      raise errors.UserError(f"sampling.{name}={value!r}{told}")
+    check(name, lambda x: x >= 1, " must be at least 1")
+  check("frame_ratio", lambda x: 0 < x <= 1, " is outside (0, 1]")
 
 
 def capped_distribution(probs, cap):
@@ -370,6 +362,10 @@ def draw_without_replacement(rng, log_weights, *, num_draws):
   return drawn
 
 
+def _gap(scores, valid):
+  return token_grid.fill(network.keep_gap(scores), valid, -jnp.inf)
+
+
 class Groups(NamedTuple):
   """A frame's tokens, ranked by the policy and cut into groups."""
 
@@ -379,15 +375,10 @@ class Groups(NamedTuple):
 
 
 def rank_groups(token_scores, plan):
-  """Returns the Groups of one frame, of token_scores float32[H*W, 2].
-
-  In a bucket they are float32[A_max, 2].
-  """
+  """Returns the Groups of one frame, of token_scores float32[A, 2]."""
   chex.assert_shape(token_scores, (plan.grid.bucket.frame_tokens, 2))
   member = plan.group_member
-  gap = network.keep_gap(token_scores)
-  gap = token_grid.fill(gap, plan.grid.valid_frame_tokens, -jnp.inf)
-
+  gap = _gap(token_scores, plan.grid.valid_frame_tokens)
   # Ranked by score, not by probability: a softmax underflows to ties.
   tokens = jnp.argsort(-gap)[plan.group_position]
   mass = jnp.where(member, jax.nn.softmax(gap)[tokens], 0.0)
@@ -480,10 +471,7 @@ def _token_mode(rng, token_scores, plan):
   # Of more draws than a frame has, the first are as if no more were drawn.
   place = draw_without_replacement(rng_tokens, log_weights, num_draws=k)
   drawn = groups.tokens[frame, group, place]  # [C, T, k]
-  gap = token_grid.fill(
-    network.keep_gap(token_scores), grid.valid_frame_tokens, -jnp.inf
-  )
-  _, greedy = jax.lax.top_k(gap, k)
+  _, greedy = jax.lax.top_k(_gap(token_scores, grid.valid_frame_tokens), k)
   return _flatten(jnp.concatenate([greedy[None], drawn]), plan)
 
 
@@ -492,15 +480,12 @@ def _frame_mode(rng, frame_scores, features, plan):
   grid, shape = plan.grid, plan.shape
   num_frames = grid.bucket.frames
   rng_frames, rng_noise = jax.random.split(rng)
-  gap = token_grid.fill(
-    network.keep_gap(frame_scores), grid.valid_frames, -jnp.inf
-  )
+  gap = _gap(frame_scores, grid.valid_frames)
   probs = capped_distribution(jax.nn.softmax(gap), plan.frame_cap)
-  log_probs = jnp.log(probs)
+  count = plan.config.modes.frame
+  log_probs = jnp.broadcast_to(jnp.log(probs), (count, num_frames))
   drawn = draw_without_replacement(
-    rng_frames,
-    jnp.broadcast_to(log_probs, (plan.config.modes.frame, num_frames)),
-    num_draws=shape.frames_drawn,
+    rng_frames, log_probs, num_draws=shape.frames_drawn
   )
   _, top = jax.lax.top_k(gap, shape.frames_drawn)
   frames = drawn.at[0].set(top)
@@ -514,30 +499,30 @@ def _frame_mode(rng, frame_scores, features, plan):
   def keep(rng, frames):
     rows = frames[row // grid.frame_tokens] * grid.frame_tokens
     rows = rows + row % grid.frame_tokens  # [F*H*W]
-    peaks = _peaks(
-      rng, features[rows], shape.num_keep, plan, valid, plan.num_keep
-    )
-    return token_grid.fill(rows[peaks], kept, grid.bucket.tokens)
+    peaks = _peaks(plan, shape.num_keep, valid, plan.num_keep)
+    chosen = rows[peaks(features[rows], rng=rng)]
+    return token_grid.fill(chosen, kept, grid.bucket.tokens)
 
-  rngs = jax.random.split(rng_noise, plan.config.modes.frame)
+  rngs = jax.random.split(rng_noise, count)
   return jax.vmap(keep)(rngs, frames), token_masks(frames, num_frames)
 
 
 def _content_mode(rng, features, plan):
   """Returns [K]: k diverse tokens of every frame, without the policy."""
-  grid = plan.grid
-  room, valid = plan.shape.tokens_per_frame, grid.valid_frame_tokens
-  peaks = jax.vmap(
-    lambda r, z: _peaks(r, z, room, plan, valid, plan.tokens_per_frame)
-  )(jax.random.split(rng, grid.bucket.frames), grid.by_frame(features))
-  return _flatten(peaks, plan)
+  grid, most = plan.grid, plan.shape.tokens_per_frame
+  peaks = _peaks(plan, most, grid.valid_frame_tokens, plan.tokens_per_frame)
+  rngs = jax.random.split(rng, grid.bucket.frames)
+  index = jax.vmap(lambda z, rng: peaks(z, rng=rng))(
+    grid.by_frame(features), rngs
+  )
+  return _flatten(index, plan)
 
 
-def _peaks(rng, features, room, plan, valid, num_valid):
-  return diversity.density_peaks(
-    features,
-    room,
-    rng,
+def _peaks(plan, most, valid, num_valid):
+  """Returns `diversity.density_peaks` with a plan's constants."""
+  return functools.partial(
+    diversity.density_peaks,
+    num_keep=most,
     num_neighbours=plan.config.num_neighbours,
     noise=plan.config.density_noise,
     valid=valid,
@@ -546,10 +531,7 @@ def _peaks(rng, features, room, plan, valid, num_valid):
 
 
 def _flatten(tokens, plan):
-  """Returns [..., K] ascending video tokens of per-frame ones [..., T, k].
-
-  The first k of a frame's k_max count.
-  """
+  """Returns [..., K] ascending video tokens of each frame's first k."""
   grid, shape = plan.grid, plan.shape
   own = np.arange(shape.tokens_per_frame) < plan.tokens_per_frame
   tokens = token_grid.fill(tokens, own, grid.bucket.frame_tokens)

@@ -146,22 +146,14 @@ def select(scores, budget):
   grid, sizes = budget.grid, budget.grid.bucket
   chex.assert_shape(scores.frame, (sizes.frames, 2))
   chex.assert_shape(scores.token, (sizes.tokens, 2))
-  probs = frame_probs(
-    network.keep_gap(scores.frame),
-    low=budget.low,
-    high=budget.high,
-    sharpness=budget.sharpness,
-    valid=grid.valid_frames,
-  )
+  valid, gap = grid.valid_frames, network.keep_gap(scores.frame)
+  bounds = dict(low=budget.low, high=budget.high, sharpness=budget.sharpness)
+  probs = frame_probs(gap, **bounds, valid=valid)
   budgets = jnp.round(probs * budget.shared).astype(jnp.int32)
   # The cap is applied last: it may be zero on a small grid.
   budgets = jnp.minimum(jnp.maximum(budgets, 1), budget.frame_cap)
-  budgets = repair(
-    budgets,
-    budget.num_important,
-    max_budget=sizes.frame_tokens,
-    valid=grid.valid_frames,
-  )
+  most = sizes.frame_tokens
+  budgets = repair(budgets, budget.num_important, max_budget=most, valid=valid)
   # Behind all others in a frame's order.
   gap = grid.by_frame(network.keep_gap(scores.token), -jnp.inf)
   rank = jnp.argsort(jnp.argsort(-gap, axis=-1), axis=-1)  # [T, H*W]
@@ -180,8 +172,7 @@ def frame_probs(gap, *, low, high, sharpness=3.0, valid=None):
 
   Frames that are not valid, bool[T], get none; None for all.
   """
-  if valid is None:
-    valid = np.ones(gap.shape[0], bool)
+  valid = np.ones(gap.shape[0], bool) if valid is None else valid
   largest = token_grid.fill(jnp.abs(gap), valid, 0.0).max()
   scaled = gap / jnp.maximum(largest, 1e-38) * sharpness
   # Equal gaps, all zero above all, say nothing about the frames.
@@ -203,8 +194,7 @@ def repair(budgets, total, *, max_budget, valid=None):
   and max_budget, static. Frames that are not valid, bool[T], get zero; the
   valid ones come first, None for all.
   """
-  if valid is None:
-    valid = np.ones(budgets.shape[0], bool)
+  valid = np.ones(budgets.shape[0], bool) if valid is None else valid
   budgets = token_grid.fill(budgets, valid, 0)
   levels = np.arange(max_budget + 1)
   # Too many: cut to the lowest level that still sums to enough, then take one

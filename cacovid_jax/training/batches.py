@@ -97,15 +97,9 @@ def load_ahead(
 ) -> Iterator[tuple[list[question_lib.Question], list[Any]]]:
   """Yields (questions, clips) of each step; clips are what `store.load` gives.
 
-  Args:
-    rows: questions, by index.
-    store: `inference.features.FeatureStore`, or what has its `load`.
-    batch_size: B.
-    seed: of the order.
-    steps: (first, number): a resumed run sees what it would have seen.
-    num_threads: that load clips ahead; 0 loads when asked.
-    num_workers: processes that load clips ahead, instead of threads.
-    rejected: log of bad clips.
+  The store is a `inference.features.FeatureStore`, or has its `load`. Steps are
+  (first, number): a resumed run sees what it would have seen. Threads, or else
+  worker processes, load ahead; without any, clips are loaded when asked for.
   """
   rejected = rejected_clips.RejectedClips() if rejected is None else rejected
   start, end = steps
@@ -151,11 +145,7 @@ def _prefetched(dataset, num_threads: int, num_workers: int, buffer: int):
 def prompt_buckets(
   config, questions, checkpoint, ladders
 ) -> prompt_batch.PromptBuckets:
-  """Returns how long the text of a run's prompts is padded to.
-
-  `config.data.prompt_rows` gives the lengths; empty, all questions that a step
-  may show do.
-  """
+  """Returns how long text is padded to, if not given: for these questions."""
   if config.data.prompt_rows:
     return prompt_batch.PromptBuckets(tuple(config.data.prompt_rows))
   # Text between temporal patches, where a model writes some, is counted too.

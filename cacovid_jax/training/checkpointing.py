@@ -50,18 +50,11 @@ class Verdict:
 
 
 def save(directory, step, tree, metadata=None, *, config_hash="", keep=None):
-  """Writes one step, all or nothing; every process must call it.
+  """Writes one step, all or nothing, and returns its path.
 
-  Args:
-    directory: of the checkpoints of one run; made if there is none.
-    step: number of finished steps that `tree` is the state of.
-    tree: pytree of JAX or NumPy arrays and Python numbers.
-    metadata: JSON values to keep with the step (`read_manifest`).
-    config_hash: `config.config_hash` of the run.
-    keep: how many of the newest steps to keep; None keeps all.
-
-  Returns:
-    Path of the step.
+  Every process must call it. `tree` is a pytree of arrays and Python numbers;
+  `metadata` are JSON values to keep with it (see `read_manifest`). Of all steps
+  so many of the newest are kept; None keeps all.
   """
   directory = pathlib.Path(directory).absolute()
   if keep is not None and keep < 1:
@@ -130,12 +123,8 @@ def restore_latest(directory, like, *, config_hash=None):
 
   Steps that do not verify are renamed to `N.bad` and named in the log. Without
   any step left the answer is None: a run that starts anew computes the same.
-
-  Args:
-    directory: of the checkpoints; need not exist.
-    like: pytree with the structure, shapes, dtypes and shardings to restore:
-      arrays, `jax.ShapeDtypeStruct`s or Python numbers.
-    config_hash: refuses a step of another config, unless None.
+  `like` has the structure, shapes, dtypes and shardings to restore. A step of
+  another config is refused, unless no `config_hash` is given.
   """
   directory = pathlib.Path(directory).absolute()
   newest = -1
@@ -255,13 +244,10 @@ def doctor(directory):
 
 
 def rehash(directory, hashes):
-  """Gives every step the config hash of today's keys; returns their numbers.
+  """Gives steps the config hash of today's keys, of {earlier: today's}.
 
   A manifest as it was stays beside the new one, as `manifest.before.json`.
-
-  Args:
-    directory: of the checkpoints; need not exist.
-    hashes: config hash of an earlier version -> today's.
+  Returns the steps' numbers.
   """
   found = {}
   for step in steps(directory):

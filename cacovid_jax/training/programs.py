@@ -80,16 +80,12 @@ class Programs:
   ):
     """Runs all iterations on one batch of videos.
 
-    Args:
-      state: TrainState; its buffers are given up.
-      constants: base weights and letter table, on the mesh.
-      batch: on the mesh, split over `data`.
-      reward: with host rewards, ids i32[B,G,M] -> f32[B,G].
+    All but `reward` lie on the mesh; the state's buffers are given up. With
+    host rewards, `reward` maps ids i32[B,G,M] to f32[B,G].
 
-    Returns:
-      (state, ids [B,I,G,M], rewards [B,I,G], Metrics with means [I] and
-      per-video arrays [B,I]). The one program leaves them on the device;
-      otherwise they are joined on the host.
+    Returns (state, ids [B,I,G,M], rewards [B,I,G], Metrics with means [I] and
+    per-video arrays [B,I]). The one program leaves them on the device;
+    otherwise they are joined on the host.
     """
     shape = Shape(batch.grid.bucket, batch.prompts.ids.shape[1])
     config = self.configs[shape.bucket]
