@@ -165,18 +165,10 @@ class Packer:
     labels = np.where(
       owners[:, None] >= 0, scene.attributes[np.maximum(owners, 0)], -1
     )
-    return dict(
-      sprite=sprite,
-      corner=corner,
-      color=color.astype(np.uint8),
-      background=scene.background,
-      labels=labels.astype(np.int8),
-      ids=ids,
-      target=target,
-      decisive=decisive,
-      kind=kind,
-      in_words=in_words,
-    )
+    shown = {"sprite": sprite, "corner": corner, "color": np.uint8(color)}
+    shown |= {"background": scene.background, "labels": np.int8(labels)}
+    asked = {"ids": ids, "target": target, "decisive": decisive, "kind": kind}
+    return shown | asked | {"in_words": in_words}
 
   def batch(self, step: int):
     """Returns a dict of arrays with a leading batch axis."""
@@ -184,12 +176,11 @@ class Packer:
     rng = np.random.default_rng((config.seed, step))
     late = step >= config.num_steps // 2
     text_share = config.text_answer_share[int(late)]
-
-    def clip():
+    clips = []
+    for _ in range(config.batch_size):
       scene = world.sample_scene(rng, self._world(rng, step))
-      return self.clip(rng, scene, text_share)
-
-    batch = stacked([clip() for _ in range(config.batch_size)])
+      clips.append(self.clip(rng, scene, text_share))
+    batch = stacked(clips)
     told = [self._told(rng, text_share) for _ in range(config.text_only)]
     batch["told_ids"] = np.stack([row[0] for row in told])
     batch["told_target"] = np.stack([row[1] for row in told])

@@ -26,10 +26,6 @@ from cacovid_jax.synthetic import losses as losses_lib
 from cacovid_jax.synthetic import packed, packing, world
 from cacovid_jax.synthetic import tokenizer as tokenizer_training
 
-# Safetensors of half precision keep the shipped directory small; bfloat16
-# because float16 would round small weights to zero.
-_STORED = jnp.bfloat16
-
 
 def model_of(config, tokenizer):
   """Returns the model that a config describes, with the tokenizer's ids."""
@@ -63,6 +59,9 @@ def pretrain(config, workdir):
   tokenizer = tokenizer_lib.Tokenizer.from_directory(directory)
   model = model_of(config, tokenizer)
   ends = [tokenizer.token_id(end) for end in ("<|im_end|>", "<|endoftext|>")]
+  # Safetensors of half precision keep the shipped directory small; bfloat16
+  # because float16 would round small weights to zero.
+  stored = {"eos_ids": ends, "pad_id": ends[1], "dtype": jnp.bfloat16}
   with (
     metrics_lib.MetricsWriter(workdir, 0) as writer,
     progress_lib.Progress(config.pretrain.num_steps) as progress,
@@ -79,14 +78,7 @@ def pretrain(config, workdir):
         writer.write_scalars(step, scalars)
         shown = ", ".join(f"{rule} {value:.3f}" for rule, value in row.items())
         print(f"step {step}, {variant}: {shown}", flush=True)
-      checkpoints.save(
-        directory,
-        model.config,
-        params,
-        eos_ids=ends,
-        pad_id=ends[1],
-        dtype=_STORED,
-      )
+      checkpoints.save(directory, model.config, params, **stored)
       files.write_json(workdir / "probe.json", rows)
   return directory
 
@@ -96,7 +88,6 @@ def make_tx(config):
   schedule = optax.warmup_cosine_decay_schedule(
     0.0, config.lr, config.warmup_steps, config.num_steps, config.lr * 0.01
   )
-
   adamw = optax.adamw(
     schedule,
     b2=0.98,
@@ -156,11 +147,10 @@ def make_update(prompts, tx, config, word_ids, mesh):
   return jax.jit(update, donate_argnums=(0, 1))
 
 
-def make_probe(prompts, num_keep_of, mesh):
+def make_probe(prompts, rules, mesh):
   """Returns a jitted probe: hits of lettered questions by selection rule.
 
-  `num_keep_of` maps a rule's name to (function, K); a function takes (rng,
-  decisive int[M]) of one question and returns int32[K].
+  Rules are {name: (rng, decisive int[M]) of one question -> int32[K]}.
   """
 
   def probe(params, rng, batch):
@@ -172,9 +162,9 @@ def make_probe(prompts, num_keep_of, mesh):
     logits = prompts.full_logits(params, features, ids)
     hits = {"vanilla": losses_lib.hits(logits, ids, target)}
     rngs = jax.random.split(rule_rng, ids.shape[:2])
-    for name, (rule, num_keep) in num_keep_of.items():
+    for name, rule in rules.items():
       index = jax.vmap(jax.vmap(rule))(rngs, batch["decisive"])
-      valid = jnp.ones((*ids.shape[:2], num_keep), bool)
+      valid = jnp.ones(index.shape, bool)
       logits = prompts.pruned_logits(params, features, ids, index, valid)
       hits[name] = losses_lib.hits(logits, ids, target)
     return hits
@@ -191,20 +181,16 @@ def probe_rules(num_video):
     return jnp.sort(drawn)
 
   def decisive_first(num_keep, rng, decisive):
+    count, even = jnp.full((1, 1), num_keep), jnp.zeros((1, 1, num_video))
     index, _ = losses_lib.random_subsets(
-      rng,
-      decisive[None, None],
-      jnp.full((1, 1), num_keep),
-      jnp.zeros((1, 1, num_video)),
-      num_keep=num_keep,
+      rng, decisive[None, None], count, even, num_keep=num_keep
     )
     return index[0, 0]
 
-  tenth, twentieth = num_video // 10, num_video // 20
   return {
-    "random_0.10": (functools.partial(random, tenth), tenth),
-    "decisive_0.10": (functools.partial(decisive_first, tenth), tenth),
-    "decisive_0.05": (functools.partial(decisive_first, twentieth), twentieth),
+    "random_0.10": functools.partial(random, num_video // 10),
+    "decisive_0.10": functools.partial(decisive_first, num_video // 10),
+    "decisive_0.05": functools.partial(decisive_first, num_video // 20),
   }
 
 
@@ -223,12 +209,11 @@ def summarise(hits, kinds):
 
 def held_out(config: packing.PackingConfig, variant: str, num_clips: int):
   """Returns a batch of lettered questions that training never sees."""
-  packer = packing.Packer(config)
+  packer, clips = packing.Packer(config), []
   rng = np.random.default_rng((config.seed, 2**31, len(variant)))
-  clips = [
-    packer.clip(rng, world.sample_scene(rng, world.VARIANTS[variant]), 0.0)
-    for _ in range(num_clips)
-  ]
+  for _ in range(num_clips):
+    scene = world.sample_scene(rng, world.VARIANTS[variant])
+    clips.append(packer.clip(rng, scene, 0.0))
   return packing.stacked(clips)
 
 

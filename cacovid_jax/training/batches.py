@@ -142,23 +142,20 @@ def _prefetched(dataset, num_threads: int, num_workers: int, buffer: int):
   return (dataset[i] for i in range(len(dataset)))
 
 
-def prompt_buckets(
-  config, questions, checkpoint, ladders
-) -> prompt_batch.PromptBuckets:
+def prompt_buckets(config, questions, checkpoint, ladders):
   """Returns how long text is padded to, if not given: for these questions."""
   if config.data.prompt_rows:
     return prompt_batch.PromptBuckets(tuple(config.data.prompt_rows))
   # Text between temporal patches, where a model writes some, is counted too.
   grid = (max(ladder.bucket.frames for ladder in ladders), 1, 1)
+  encode = functools.partial(
+    checkpoint.model.encode_prompt, checkpoint.tokenizer
+  )
+  bar = progress_lib.Progress(len(questions), description="prompt lengths")
   lengths = []
-  with progress_lib.Progress(
-    len(questions), description="prompt lengths"
-  ) as bar:
+  with bar:
     for done, row in enumerate(questions, start=1):
-      prompt = checkpoint.model.encode_prompt(
-        checkpoint.tokenizer, row.prompt, grid
-      )
-      lengths.append(prompt.length - grid[0])
+      lengths.append(encode(row.prompt, grid).length - grid[0])
       bar.update(done)
   most = max(ladder.num_keep[-1] for ladder in ladders)
   return prompt_batch.PromptBuckets.of(lengths, beside=most)
@@ -167,26 +164,19 @@ def prompt_buckets(
 class Batches:
   """Iterates over a run's batches from any step; `prompts` has its lengths."""
 
-  def __init__(
-    self,
-    experiment,
-    questions: Sequence[question_lib.Question],
-    store,
-    ladders: Sequence[ratio.Ladder],
-  ):
+  def __init__(self, experiment, questions, store, ladders):
     """Looks at all prompts, and at no clip.
 
-    The experiment's workdir gets the log of bad clips; ladders are one per
-    bucket of grids, rising, or that of the one grid.
+    The experiment's workdir gets the log of bad clips; `ratio.Ladder`s are one
+    per bucket of grids, rising, or that of the one grid.
     """
     self._config, checkpoint = experiment.config, experiment.loaded
     self._questions, self._store = questions, store
     self._ladders = {ladder.bucket: ladder for ladder in ladders}
     self._model, self._tokenizer = checkpoint.model, checkpoint.tokenizer
     self._rejected = rejected_path(experiment.workdir)
-    self._letters = np.array(
-      [self._tokenizer.letter_id(x) for x in question_lib.LETTERS], np.int32
-    )
+    letters = list(map(self._tokenizer.letter_id, question_lib.LETTERS))
+    self._letters = np.array(letters, np.int32)
     self._evidence = read_evidence(self._config)
     largest = ladders[-1].bucket
     most = max((max(t) for t in self._evidence.values() if t), default=-1)

@@ -126,12 +126,6 @@ class StepConfig:
     return self.ladder.sampler.modes
 
 
-def video_keys(seed, step, question_hash):
-  """Returns the key of every video: (seed, step), then the question."""
-  key = jax.random.fold_in(jax.random.key(seed), step)
-  return jax.vmap(jax.random.fold_in, (None, 0))(key, question_hash)
-
-
 def policy_scores(config: StepConfig, params, videos: Batch):
   """Returns Scores of B whole prompts under the policy."""
 
@@ -154,9 +148,10 @@ def prepare_videos(config: StepConfig, state, constants, batch: Batch):
   embed = functools.partial(config.model.embed_prompt, constants.params)
   prompts = batch.prompts
   x = jax.vmap(embed)(prompts.ids, prompts.features, prompts.video_rows)
+  key = jax.random.fold_in(jax.random.key(constants.seed), state.step)
   videos = batch.replace(
     prompts=prompts._replace(x=x, ids=None, features=None),
-    rng=video_keys(constants.seed, state.step, batch.question_hash),
+    rng=jax.vmap(jax.random.fold_in, (None, 0))(key, batch.question_hash),
   )
   scores = policy_scores(config, state.params, videos)
   empty = functools.partial(
