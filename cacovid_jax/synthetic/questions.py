@@ -8,7 +8,7 @@ question is only asked of objects that its words single out in the whole clip.
 
 import collections
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -114,14 +114,9 @@ def _where(rng, facts):
   if obj is None:
     return None
   right = place(obj)
-  return _shuffled(
-    rng,
-    right,
-    [p for p in PLACES if p != right],
-    kind="where",
-    text=f"Where is the {facts.name(obj)}?",
-    objects=(obj,),
-  )
+  wrong = [p for p in PLACES if p != right]
+  text = f"Where is the {facts.name(obj)}?"
+  return _shuffled(rng, right, wrong, kind="where", text=text, objects=(obj,))
 
 
 def _in_any_order(rng, facts):
@@ -178,35 +173,24 @@ def _count(rng, facts):
     objects = _pick(rng, [g for g in groups if len(g) <= 4])
   if objects is None:
     return None
-  name = facts.name(objects[0], (0, 2))
-  return _shuffled(
-    rng,
-    str(len(objects)),
-    [str(n) for n in range(1, 5) if n != len(objects)],
-    kind="count",
-    text=f"How many {name} objects appear?",
-    objects=tuple(objects),
-  )
+  right = str(len(objects))
+  wrong = [count for count in "1234" if count != right]
+  text = f"How many {facts.name(objects[0], (0, 2))} objects appear?"
+  about = {"kind": "count", "text": text, "objects": tuple(objects)}
+  return _shuffled(rng, right, wrong, **about)
 
 
-_KINDS: tuple[tuple[Callable, float], ...] = (
-  (_attribute, 0.4),
-  (_where, 0.08),
-  (_first, 0.2),
-  (_order, 0.2),
-  (_count, 0.12),
-)
+# How often each is drawn.
+_KINDS = {_attribute: 0.4, _where: 0.08, _first: 0.2, _order: 0.2, _count: 0.12}
 
 
-def sample_questions(
-  rng: np.random.Generator, scene: world.Scene, num_questions: int
-) -> list[SceneQuestion]:
-  """Draws questions with different wordings about one scene.
+def sample_questions(rng, scene: world.Scene, num_questions: int):
+  """Returns `SceneQuestion`s of different wordings about one scene.
 
-  Returns fewer than asked for only if 20 draws a question do not find more.
+  Fewer than asked for only if 20 draws a question do not find more.
   """
   facts = Facts(scene)
-  makers, weights = zip(*_KINDS, strict=True)
+  makers, weights = list(_KINDS), list(_KINDS.values())
   found: dict[str, SceneQuestion] = {}
   for _ in range(20 * num_questions):
     if len(found) == num_questions:

@@ -96,13 +96,9 @@ def write_tiny(directory, family: str) -> None:
   make = {"qwen2_5_vl": _qwen2_5_vl, "llava_onevision": _llava_onevision}
   model = make[family](directory)
   tokenizer = tokenizer_lib.Tokenizer.from_directory(directory)
-  checkpoints.save(
-    directory,
-    model.config,
-    jax.jit(model.init)(jax.random.key(0)),
-    eos_ids=tokenizer.eos_ids,
-    pad_id=tokenizer.pad_id,
-  )
+  params = jax.jit(model.init)(jax.random.key(0))
+  ending = {"eos_ids": tokenizer.eos_ids, "pad_id": tokenizer.pad_id}
+  checkpoints.save(directory, model.config, params, **ending)
 
 
 def _llava_onevision(directory):
@@ -115,12 +111,9 @@ def _llava_onevision(directory):
   described = checkpoints.read_json(path)
   described["chat_template"] = _TOKENIZER_TEMPLATE
   files.write_json(path, described)
-  config = _with_ids(
-    dataclasses.replace(base, vision=vision),
-    tokenizer,
-    image_token_id="<image>",
-    video_token_id="<video>",
-  )
+  base = dataclasses.replace(base, vision=vision)
+  marks = {"image_token_id": "<image>", "video_token_id": "<video>"}
+  config = _with_ids(base, tokenizer, **marks)
   return llava_onevision.LlavaOnevisionModel(config)
 
 

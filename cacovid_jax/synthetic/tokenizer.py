@@ -129,12 +129,9 @@ def learn(
 def _tokenizer_files(tokenizer, max_length: int) -> dict[str, dict]:
   standard = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
   flags = ("lstrip", "normalized", "rstrip", "single_word")
+  flags = {"special": True, **dict.fromkeys(flags, False)}
   added = {
-    str(tokenizer.token_to_id(token)): {
-      "content": token,
-      "special": True,
-      **dict.fromkeys(flags, False),
-    }
+    str(tokenizer.token_to_id(token)): {"content": token, **flags}
     for token in SPECIAL_TOKENS
   }
   config = {
@@ -144,9 +141,7 @@ def _tokenizer_files(tokenizer, max_length: int) -> dict[str, dict]:
     "clean_up_tokenization_spaces": False,
     "padding_side": "left",
     "added_tokens_decoder": added,
-    "additional_special_tokens": [
-      token for token in SPECIAL_TOKENS if token not in standard.values()
-    ],
+    "additional_special_tokens": ["<|im_start|>", "<image>", "<video>"],
     "chat_template": CHAT_TEMPLATE,
     **standard,
   }

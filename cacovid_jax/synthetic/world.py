@@ -46,7 +46,6 @@ MAX_SLOTS = NUM_ROWS * NUM_COLS
 class WorldConfig:
   """How crowded and how textured the scenes of a variant are."""
 
-  name: str
   num_objects: tuple[int, int]  # Askable ones per clip, inclusive range.
   life: tuple[int, int]  # Sampled frames that show an object, as well.
   num_distractors: tuple[int, int]  # Grey patches per clip, as well.
@@ -56,7 +55,6 @@ class WorldConfig:
 
 VARIANTS = {
   "dense": WorldConfig(
-    name="dense",
     num_objects=(128, 136),
     life=(2, 3),
     num_distractors=(6, 10),
@@ -64,7 +62,6 @@ VARIANTS = {
     repeats=1,
   ),
   "sparse": WorldConfig(
-    name="sparse",
     num_objects=(5, 7),
     life=(3, 5),
     num_distractors=(1, 3),

@@ -11,7 +11,7 @@ that was killed continues with the very bits it would have computed.
   WORKDIR/quarantine.jsonl       clips that could not be used
 """
 
-import collections
+import contextlib
 import functools
 import json
 import logging
@@ -93,16 +93,13 @@ def train(
       enabled=jax.process_index() == 0,
     ) as writer,
     progress_lib.Progress(config.total_steps, start=start) as progress,
-    _Preemption() as preemption,
+    _preemption() as reached,
   ):
     recorder = _Recorder(config, run, writer, progress, on_step)
-    steps = zip(
-      range(start + 1, config.total_steps + 1), run.batches(start), strict=False
-    )
-    for done, (batch, rows) in steps:
+    for done, (batch, rows) in enumerate(run.batches(start), start + 1):
       state, *out = _step(run, state, batch, rows)
       recorder.add(done, rows, out)
-      stop = preemption.reached(done)
+      stop = reached(done)
       every = config.validation.every_steps
       if validate is not None and every and done % every == 0:
         recorder.flush(state, saver)
@@ -129,31 +126,22 @@ def _step(run: run_lib.Run, state, batch, rows):
     return run.programs.run(state, run.constants, placed, reward)
 
 
-class _Preemption:
-  """Tells the loop, which asks after each step, of a SIGTERM."""
-
-  def __enter__(self):
-    self._flag = False
-    self._old = None
-    # Only the main thread may install a handler. Of several processes JAX hears
-    # the signal, unless it is replaced, and names the step where all stop.
-    is_main = threading.current_thread() is threading.main_thread()
-    if is_main and jax.process_count() == 1:
-      self._old = signal.signal(signal.SIGTERM, self._set)
-    return self
-
-  def __exit__(self, *exc_info):
-    if self._old is not None:
-      signal.signal(signal.SIGTERM, self._old)
-
-  def _set(self, *unused_args):
-    self._flag = True
-
-  def reached(self, step: int) -> bool:
-    """Returns whether to stop; all processes agree."""
-    if jax.process_count() > 1:
-      return multihost_utils.reached_preemption_sync_point(step)
-    return self._flag
+@contextlib.contextmanager
+def _preemption():
+  """Gives f(step), whether to stop after a SIGTERM; all processes agree."""
+  if jax.process_count() > 1:
+    # JAX hears the signal, unless it is replaced, and names the step of all.
+    yield multihost_utils.reached_preemption_sync_point
+    return
+  signals, old = [], None
+  # Only the main thread may install a handler.
+  if threading.current_thread() is threading.main_thread():
+    old = signal.signal(signal.SIGTERM, lambda *args: signals.append(args))
+  try:
+    yield lambda step: bool(signals)
+  finally:
+    if old is not None:
+      signal.signal(signal.SIGTERM, old)
 
 
 class _Recorder:
@@ -163,19 +151,17 @@ class _Recorder:
     self._config, self._programs = config, run.programs
     self._rates = optimizer.OptimizerConfig(**config.optimizer)
     self._writer, self._progress, self._on_step = writer, progress, on_step
-    self._pending, self._window = collections.deque(), []
+    self._pending, self._window = None, []
     self._bad = []  # [(step, question ids)] refused in a row.
     self._since, self._compiled = time.monotonic(), 0.0
 
   def add(self, step, rows, out):
     """Takes a step's results; records the step before."""
-    self._pending.append((step, rows, out))
-    while len(self._pending) > 1:
-      self._record(*self._pending.popleft())
+    self._record()
+    self._pending = step, rows, out
 
   def flush(self, state, saver):
-    while self._pending:
-      self._record(*self._pending.popleft())
+    self._record()
     self.check(state, saver)
 
   def check(self, state, saver):
@@ -192,7 +178,10 @@ class _Recorder:
       " config.objective.log_ratio_clamp, or remove these questions"
     )
 
-  def _record(self, step, rows, out):
+  def _record(self):
+    if self._pending is None:
+      return
+    (step, rows, out), self._pending = self._pending, None
     ids, rewards, out = jax.tree.map(programs_lib.gather, out)
     if self._on_step is not None:
       self._on_step(step, rows, ids, rewards)
