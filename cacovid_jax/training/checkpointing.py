@@ -52,9 +52,9 @@ class Verdict:
 def save(directory, step, tree, metadata=None, *, config_hash="", keep=None):
   """Writes one step, all or nothing, and returns its path.
 
-  Every process must call it. `tree` is a pytree of arrays and Python numbers;
-  `metadata` are JSON values to keep with it (see `read_manifest`). Of all steps
-  so many of the newest are kept; None keeps all.
+  Every process must call it. `tree` is a pytree of arrays; `metadata` are JSON
+  values to keep with it (see `read_manifest`). Of all steps `keep` of the
+  newest are kept; None keeps all.
   """
   directory = pathlib.Path(directory).absolute()
   if keep is not None and keep < 1:
@@ -70,10 +70,8 @@ def save(directory, step, tree, metadata=None, *, config_hash="", keep=None):
     _barrier(f"checkpoint_{step}_begin")
     with ocp.StandardCheckpointer() as checkpointer:
       # Orbax refuses arrays without elements: the manifest alone has them.
-      checkpointer.save(
-        partial / _STATE,
-        {name: leaf for name, leaf in leaves.items() if np.size(leaf)},
-      )
+      stored = {name: leaf for name, leaf in leaves.items() if leaf.size}
+      checkpointer.save(partial / _STATE, stored)
       checkpointer.wait_until_finished()  # Raises what went wrong.
     _barrier(f"checkpoint_{step}_written")
     if is_first_process:
@@ -88,11 +86,9 @@ def save(directory, step, tree, metadata=None, *, config_hash="", keep=None):
       _publish(partial, final, manifest, keep)
     _barrier(f"checkpoint_{step}_end")
   except OSError as error:
-    mend = (
-      "free some space, the last step is still there"
-      if error.errno in (errno.ENOSPC, errno.EDQUOT)
-      else "check the path and its permissions"
-    )
+    mend = "check the path and its permissions"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+      mend = "free some space, the last step is still there"
     raise errors.UserError(
       f"cannot write checkpoint {final}: {error.strerror or error}; {mend}"
     ) from error
@@ -142,8 +138,7 @@ def restore_latest(directory, like, *, config_hash=None):
         verdict.reason,
         aside,
       )
-  if jax.process_count() > 1:
-    newest = int(multihost_utils.broadcast_one_to_all(jnp.int32(newest)))
+  newest = int(multihost_utils.broadcast_one_to_all(np.int32(newest)))
   if newest < 0:
     return None
   path, manifest = directory / str(newest), read_manifest(directory, newest)
@@ -155,7 +150,11 @@ def restore_latest(directory, like, *, config_hash=None):
     )
   wanted = _named_leaves(like)
   _check_leaves(path, manifest["leaves"], wanted)
-  stored = {k: _abstract(x) for k, x in wanted.items() if 0 not in np.shape(x)}
+  stored = {
+    name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+    for name, x in wanted.items()
+    if x.size
+  }
   with ocp.StandardCheckpointer() as checkpointer:
     found = checkpointer.restore(path / _STATE, stored)
   leaves = [
@@ -231,14 +230,10 @@ def doctor(directory):
       continue
     verdict = verify(entry)
     if not entry.name.isdigit():
-      reasons = {
-        "partial": "unfinished, ignored",
-        "bad": f"kept aside: {verdict.reason}",
-      }
-      kind = entry.name.split(".")[1]
-      verdict = dataclasses.replace(
-        verdict, ok=False, reason=reasons.get(kind, "leftover, ignored")
-      )
+      aside = f"kept aside: {verdict.reason}"
+      reasons = {"partial": "unfinished, ignored", "bad": aside}
+      reason = reasons.get(entry.name.split(".")[1], "leftover, ignored")
+      verdict = dataclasses.replace(verdict, ok=False, reason=reason)
     verdicts.append(verdict)
   return sorted(verdicts, key=lambda verdict: (verdict.step, verdict.name))
 
@@ -297,24 +292,11 @@ def _named_leaves(tree):
 
 
 def _describe(leaf):
-  """Returns the shape and dtype of a leaf; "int" or "float" of a number."""
-  if isinstance(leaf, (bool, int, float)):
-    return {"shape": [], "dtype": type(leaf).__name__}
   return {"shape": list(leaf.shape), "dtype": np.dtype(leaf.dtype).name}
 
 
 def _show(description):
   return f"{description['dtype']}{description['shape']}"
-
-
-def _abstract(leaf):
-  """Returns what tells Orbax shape, dtype and placement of a leaf."""
-  if isinstance(leaf, jax.Array):
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-  if isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding is None:
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
-  return leaf
 
 
 def _file_sizes(path):

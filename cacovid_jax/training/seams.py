@@ -78,10 +78,9 @@ def load(config) -> Seams:
 
 def _make(config, section, usual, code):
   """Returns what a section selects; its sha256 goes into `code`."""
-  key, *others = extensions.SECTIONS[section]
-  apart = key, *others
-  options = {k: v for k, v in config[section].items() if k not in apart}
-  spec = config[section][key]
+  keys = extensions.SECTIONS[section]
+  options = {k: v for k, v in config[section].items() if k not in keys}
+  key, spec = keys[0], config[section][keys[0]]
   if not spec:
     return extensions.make(usual, section, options)
   found, digest = extensions.load(spec, f"config.{section}.{key}")
@@ -166,9 +165,7 @@ def _grid(ladder):
 
 
 def _scores(bucket):
-  return network.Scores(
-    frame=_array((bucket.frames, 2)), token=_array((bucket.tokens, 2))
-  )
+  return network.Scores(_array((bucket.frames, 2)), _array((bucket.tokens, 2)))
 
 
 def _check_reward(questions, name, config):
