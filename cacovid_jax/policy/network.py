@@ -15,7 +15,6 @@ Paper: https://arxiv.org/abs/2602.01649 (compression policy network).
 
 import dataclasses
 import functools
-import re
 from typing import NamedTuple
 
 import chex
@@ -222,8 +221,7 @@ def public_names(num_halvings):
 def to_public(params, dtype=np.float32):
   """Returns {public name: array of a dtype} of params, for safetensors."""
   flat, public = _flatten(params), {}
-  hidden = re.compile("token_compress/hidden_.*/kernel")
-  names = public_names(sum(map(bool, map(hidden.fullmatch, flat))))
+  names = public_names(len(params["token_compress"]) - 1)  # All but the last.
   for path, leaf in flat.items():
     name, transposed = names[path]
     leaf = np.asarray(leaf).astype(dtype)

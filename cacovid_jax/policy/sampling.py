@@ -38,10 +38,7 @@ class Modes(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-  """The paper's sampler: its constants, with the paper's values.
-
-  A sampler of one's own has `modes` and `sample` as well; see `training.seams`.
-  """
+  """The paper's sampler and constants; for one's own see `training.seams`."""
 
   num_combinations: int = 32  # G, a multiple of 4, see `modes`.
   group_size: float = 2  # How many times the tokens to draw a group holds.
@@ -82,8 +79,7 @@ class ProbabilityCap(NamedTuple):
   def of(cls, size, cap, room=None, floor=None):
     """Returns the numbers of the host, with room for n >= size entries.
 
-    The cap is at least 1 / size, and lowered to 0.999; the floor is 1 / size**2
-    unless given.
+    The cap is lowered to 0.999; the floor is 1 / size**2 unless given.
     """
     # A single entry has all the mass, whatever the cap.
     cap = 1.0 if size == 1 else min(cap, 0.999)
@@ -415,11 +411,9 @@ def sample(rng, scores, features, plan):
 def sample_rung(rng, scores, features, plans, rung, *, num_keep, sampler=None):
   """Returns (Combinations, int32[] K) of a rung only known on the device.
 
-  Plans are a tuple of a full grid's, up to the program's largest, or one with a
-  leading axis of rungs. Those of exact shapes draw what each draws alone; under
-  `jax.vmap` over videos of different rungs all of them are computed. The index
-  has the static `num_keep` entries, N_max behind K. Without a `sampler` the
-  paper's draws.
+  Plans are a tuple of a full grid's, up to the program's largest (each draws
+  what it draws alone, and under `jax.vmap` all are computed), or one with a
+  leading axis of rungs. The index has `num_keep` entries, N_max behind K.
   """
   draw = sample if sampler is None else sampler.sample
   if isinstance(plans, SamplingPlan):

@@ -190,9 +190,8 @@ def repair(budgets, total, *, max_budget, valid=None):
 
   While they sum to more, the largest gives one up; while to less, the smallest
   gets one; the first among equals. That levels the budgets from above or from
-  below, so the level is looked up and no loop is needed. Budgets lie between 0
-  and max_budget, static. Frames that are not valid, bool[T], get zero; the
-  valid ones come first, None for all.
+  below, so the level is looked up. Budgets lie between 0 and the static
+  max_budget. Frames that are not valid, bool[T], come last and get zero.
   """
   valid = np.ones(budgets.shape[0], bool) if valid is None else valid
   budgets = token_grid.fill(budgets, valid, 0)

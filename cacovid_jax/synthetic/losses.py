@@ -17,8 +17,6 @@ model learn is the sum of six losses (weights in the config):
   asked     which tokens the question is about, read from the first layer
             without causal mask, as a policy reads it.
 
-Frames are drawn on the accelerator, so every step sees fresh clips.
-
 Axes: B clips, T frames, N video tokens, Q questions of a clip, A tokens of a
 question with its answer, K kept video tokens, D width.
 """
@@ -96,10 +94,9 @@ def _halve_chroma(frames):
 class LabelHead(nn.Module):
   """Reads from a video token what lies on it; used in training only.
 
-  Attributes are read by likeness to the words' embeddings, not by weights of
-  their own: the token of a red star is to lie near " red" and " star", as the
-  projectors of released models put pictures among words. A policy of one
-  layer can then match tokens with the question's words.
+  Attributes are read by likeness to the words' embeddings: the token of a red
+  star is to lie near " red" and " star", as the projectors of released models
+  put pictures among words. A policy of one layer can then match the two.
   """
 
   @nn.compact
@@ -153,8 +150,7 @@ def balanced_binary_loss(logits, truth):
 def size_loss(features, table):
   """Returns how far the tokens' size is from that of word embeddings.
 
-  Left alone, projected features grow to many times a word's size, and what a
-  decoder layer adds to them from the question drowns.
+  Left alone, features grow, and what a layer adds from the question drowns.
   """
   size = 0.5 * jnp.log(jnp.square(features.astype(jnp.float32)).mean(-1) + 1e-6)
   target = 0.5 * jnp.log(jnp.square(table.astype(jnp.float32)).mean() + 1e-6)
@@ -219,16 +215,11 @@ def hits(logits, ids, target):
 
 
 def random_subsets(rng, decisive, num_valid, pull, *, num_keep):
-  """Draws kept tokens: the decisive ones, then random others.
+  """Draws kept tokens: the decisive int16[B, Q, M], -1 unused, then others.
 
-  Args:
-    rng: key.
-    decisive: int16[B, Q, M] tokens, -1 where unused.
-    num_valid: int32[B, Q] tokens to keep, at most `num_keep`, K.
-    pull: float32[B, Q, N] in [0, 1): how far a token is moved to the front of
-      the others; 0 for even chances.
-    num_keep: static; index int32[B, Q, K] is ascending, those that `valid`
-      bool[B, Q, K] leaves out last.
+  `num_valid` int32[B, Q] are kept, at most K; `pull` float32[B, Q, N] in [0, 1)
+  is how far a token is moved to the front of the others. Returns (index
+  int32[B, Q, K] ascending, invalid ones last, valid bool[B, Q, K]).
   """
   num_video = pull.shape[-1]
   order = jax.random.uniform(rng, pull.shape)

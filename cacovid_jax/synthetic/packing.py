@@ -106,29 +106,24 @@ class Packer:
   def _encode(self, text: str) -> list[int]:
     return self.tokenizer.encode(text, add_special_tokens=False).ids
 
-  def _row(self, prompt: str, answer: str, length: int):
-    """Returns (ids i32[length], target bool[length]) of one prompt."""
-    head = self._encode(prompt + _TURN_END)
-    tail = self._encode(answer + "<|im_end|>")
-    ids = np.full(length, self.pad, np.int32)
-    target = np.zeros(length, bool)
-    total = len(head) + len(tail)
-    if total > length:
-      raise ValueError(f"{total} tokens do not fit into {length}: {prompt!r}")
-    ids[: len(head)] = head
-    ids[len(head) : total] = tail
-    target[len(head) : total] = True
-    return ids, target
-
   def _question(self, rng, question, text_share, length, prefix=""):
+    """Returns (ids i32[length], target bool[length], whether in words)."""
     in_words = rng.random() < text_share
     if in_words:
       problem_type, answers = rows.FREE_FORM, question.options
     else:
       problem_type, answers = rows.MULTIPLE_CHOICE, questions.LETTERS
-    answer = answers[question.answer]
     prompt = f"{prefix}\n{prompt_text(question, problem_type)}"
-    return *self._row(prompt, answer, length), in_words
+    head = self._encode(prompt + _TURN_END)
+    tail = self._encode(answers[question.answer] + "<|im_end|>")
+    total = len(head) + len(tail)
+    if total > length:
+      raise ValueError(f"{total} tokens do not fit into {length}: {prompt!r}")
+    ids = np.full(length, self.pad, np.int32)
+    ids[:total] = head + tail
+    target = np.zeros(length, bool)
+    target[len(head) : total] = True
+    return ids, target, in_words
 
   def _world(self, rng, step):
     config = self.config

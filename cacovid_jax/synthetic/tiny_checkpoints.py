@@ -170,10 +170,9 @@ def write_random(directory, config, seed=0):
   or grows out of range at a width of some thousands. As in a trained model,
   what a residual stream holds is not lost among what its layers add: text
   embeddings and scales of norms lie between 1/2 and 1, video features come out
-  as large, and projections back into a stream are 16 times smaller. (With equal
-  sizes everywhere, bfloat16 moves logits by as much as the best two of 152 000
-  are apart: two kernels of one library choose otherwise at one position in
-  twenty-five.) Earlier weights in the folder are replaced.
+  as large, and projections back into a stream are 16 times smaller (with equal
+  sizes, bfloat16 moves logits by as much as the best two of 152 000 are apart).
+  Earlier weights in the folder are replaced.
   """
   rng = np.random.default_rng(seed)
   dtype = np.dtype(ml_dtypes.bfloat16)

@@ -67,14 +67,8 @@ def train(
 ) -> tokenizers.Tokenizer:
   """Trains a tokenizer; writes all but config and weights of LLaVA-OneVision's.
 
-  Args:
-    texts: see `learn`.
-    vocab_size: see `learn`.
-    directory: made if it does not exist.
-    image_size: pixels of a frame's side, for the processor files.
-    patch_size: of a patch's side; it gives the number of video tokens.
-    max_length: most tokens of a prompt.
-    num_frames: T of the clips that the model is made for, to be noted.
+  Sizes are pixels of a frame's and a patch's side, which give the number of
+  video tokens; `num_frames` of the clips that the model is made for is noted.
   """
   tokenizer = learn(texts, vocab_size, SPECIAL_TOKENS)
   os.makedirs(directory, exist_ok=True)

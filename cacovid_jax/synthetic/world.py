@@ -1,14 +1,13 @@
 """Scenes of the embedded benchmark: which object is where, and when.
 
 A scene is a plan over T = 16 sampled frames of 7 x 7 cells; a cell is one
-video token. Objects carry three attributes (color, pattern, shape), live for a
-few frames in one cell and drift a little. At most one object is in a cell at a
-time, so that every object can be pointed at by tokens.
+video token. Objects live for a few frames in one cell and drift a little. At
+most one is in a cell at a time, so that tokens can point at it.
 
 Two variants, because one alone misleads: on `sparse` a handful of striking
-objects can be found without the question, by diversity alone; on `dense` there
-are more equally askable objects than a 10 % budget has tokens, so that a
-selection must look at the question.
+objects can be found by diversity alone; on `dense` there are more equally
+askable objects than a 10 % budget has tokens, so that a selection must look at
+the question.
 """
 
 import dataclasses

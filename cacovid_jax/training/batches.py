@@ -1,9 +1,8 @@
 """Batches of a training run: which questions, their clips, static shapes.
 
 Which question stands in slot i of step s is a pure function of the seed, so
-there is no iterator state to save: a run that resumes at step s asks for it.
-Clips are loaded ahead by threads or processes (Grain). A clip that cannot be
-used is logged and replaced by a question that depends on its place alone.
+there is no iterator state to save. Clips are loaded ahead (Grain). One that
+cannot be used is logged and replaced by a question of its place alone.
 
 Letters: B videos of a step, T frames, N video tokens, D width, L prompt tokens,
 P position rows, A letters; N and T are those of a bucket.

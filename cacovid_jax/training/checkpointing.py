@@ -1,11 +1,10 @@
 """Checkpoints that are complete and verified, or do not exist.
 
-Orbax writes the arrays; what is added here is what it leaves open: a single
-flipped bit in one of its files mostly loads without an error, and an empty
-step directory counts as the latest step. So a step is written to `N.partial/`
-and synced, a manifest with the size and sha256 of every file is put inside, and
-one rename makes it `N/`. Anything else is not a checkpoint. Before use, every
-byte is compared with the manifest.
+Orbax writes the arrays; it leaves open that a flipped bit in one of its files
+mostly loads without an error, and an empty step directory counts as the latest
+step. So a step is written to `N.partial/` and synced, a manifest with the size
+and sha256 of every file is put inside, and one rename makes it `N/`. Before
+use, every byte is compared with the manifest.
 
   DIR/120/manifest.json   sizes, sha256, step, config hash, names and shapes
   DIR/120/state/          Orbax, one entry per leaf under its dotted name
@@ -81,7 +80,6 @@ def save(directory, step, tree, metadata=None, *, config_hash="", keep=None):
         "config_hash": config_hash,
         "metadata": metadata or {},
         "leaves": {name: _describe(leaf) for name, leaf in leaves.items()},
-        "files": _digest_files(partial),
       }
       _publish(partial, final, manifest, keep)
     _barrier(f"checkpoint_{step}_end")
@@ -97,6 +95,10 @@ def save(directory, step, tree, metadata=None, *, config_hash="", keep=None):
 
 def _publish(partial, final, manifest, keep):
   """Makes a written step the newest one, and deletes those not to keep."""
+  manifest["files"] = found = {}
+  for name, size in _file_sizes(partial).items():
+    files.sync(partial / name)
+    found[name] = {"bytes": size, "sha256": files.sha256(partial / name)}
   with open(partial / MANIFEST, "wb") as file:
     files.append(file, _encode_manifest(manifest))
   for folder, _, _ in os.walk(partial):
@@ -306,15 +308,6 @@ def _file_sizes(path):
     for file in sorted(path.rglob("*"))
     if file.is_file()
   }
-
-
-def _digest_files(path):
-  """Syncs every file below `path`; returns sizes and sha256 by name."""
-  digests = {}
-  for name, size in _file_sizes(path).items():
-    files.sync(path / name)
-    digests[name] = {"bytes": size, "sha256": files.sha256(path / name)}
-  return digests
 
 
 def _encode_manifest(manifest):

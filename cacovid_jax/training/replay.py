@@ -3,9 +3,8 @@
 Letters: T frames, N video tokens, G combinations, C of them in token mode and F
 in frame mode, I iterations, K kept tokens, Mt = I C and Mf = I F rows.
 
-It is allocated once for all I iterations, so that one program serves every
-iteration; unfilled rows are not valid and `policy.objective` leaves them out.
-Combinations of neither mode enter no loss and are not stored.
+Allocated once, so that one program serves every iteration; unfilled rows are
+not valid. Combinations of neither mode enter no loss and are not stored.
 """
 
 from typing import NamedTuple

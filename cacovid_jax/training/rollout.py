@@ -1,9 +1,8 @@
 """Rollouts: what the frozen model's answers to combinations of tokens earn.
 
 Letters: G combinations, B videos, V vocabulary, M new tokens, A letters.
-METHOD.md 3. Answers are `inference.programs.answer_rows`. Everything here runs
-on the device; marks of other than lettered answers are `data.rewards`, on the
-host.
+METHOD.md 3. Everything here runs on the device; marks of other than lettered
+answers are `data.rewards`, on the host.
 """
 
 import dataclasses
@@ -100,57 +99,38 @@ def first_letters(tokenizer, vocab_size: int) -> np.ndarray:
   return table
 
 
-def lettered_reward(ids, answer_id, letters):
+def accuracy(answers: Answers, target: Target):
   """Returns f32[G], 1 where an answer starts with the right letter.
 
-  Of ids i32[G,M], ONE video. The host's rule for an answer without tags: the
-  first character of its text once spaces and full stops are stripped; empty
-  text earns 0.
+  The host's rule for an answer without tags: the first character of its text
+  once spaces and full stops are stripped; empty text earns 0.
   """
-  codes = letters[ids]  # [G, M]
+  codes = target.letters[answers.ids]  # [G, M]
   first = jnp.argmax(codes >= 0, axis=-1)
   code = jnp.take_along_axis(codes, first[:, None], axis=-1)[:, 0]
-  right = letters[jnp.maximum(answer_id, 0)]
+  answer_id = target.answer_id
+  right = target.letters[jnp.maximum(answer_id, 0)]
   return ((code == right) & (code >= 0) & (answer_id >= 0)).astype(jnp.float32)
 
 
-def logit_reward(kind: str, logits, answer_id, option_ids):
-  """Returns f32[G] graded rewards from first-token logits f32[G,V], ONE video.
-
-  `kind` is "log_likelihood" or "margin"; the rest is as in `Target`.
-  """
-  log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
-  right = log_probs[:, answer_id]
-  if kind == "log_likelihood":
-    return right
-  wrong = jnp.where(
-    (option_ids >= 0) & (option_ids != answer_id),
-    log_probs[:, option_ids],
-    -jnp.inf,
-  )
-  return right - jnp.max(wrong, axis=-1)
+def log_likelihood(answers: Answers, target: Target):
+  """Returns f32[G], log-probability of the right letter as first token."""
+  log_probs = jax.nn.log_softmax(answers.logits.astype(jnp.float32))
+  return log_probs[:, target.answer_id]
 
 
-def _accuracy(answers, target):
-  return lettered_reward(answers.ids, target.answer_id, target.letters)
+def margin(answers: Answers, target: Target):
+  """Returns f32[G], `log_likelihood` less that of the best wrong letter."""
+  log_probs = jax.nn.log_softmax(answers.logits.astype(jnp.float32))
+  options = target.option_ids
+  wrong = (options >= 0) & (options != target.answer_id)
+  wrong = jnp.where(wrong, log_probs[:, options], -jnp.inf)
+  return log_probs[:, target.answer_id] - jnp.max(wrong, axis=-1)
 
 
-def _graded(kind: str):
-  def mark(answers, target):
-    return logit_reward(
-      kind, answers.logits, target.answer_id, target.option_ids
-    )
-
-  mark.first_token = True
-  return mark
-
-
-_accuracy.graded = False
-REWARDS = {
-  "accuracy": _accuracy,
-  "log_likelihood": _graded("log_likelihood"),
-  "margin": _graded("margin"),
-}
+accuracy.graded = False
+log_likelihood.first_token = margin.first_token = True
+REWARDS = {mark.__name__: mark for mark in (accuracy, log_likelihood, margin)}
 
 
 def reward(config: RolloutConfig, answers: Answers, target: Target):

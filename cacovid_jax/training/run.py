@@ -1,7 +1,6 @@
 """From an experiment to everything that the training loop works with.
 
-Letters: T frames, N video tokens, L prompt tokens, D width, B videos of a step,
-A letters.
+Letters: B videos of a step, G combinations, M new tokens.
 """
 
 import dataclasses

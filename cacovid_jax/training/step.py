@@ -4,13 +4,10 @@ Letters: T frames, H W token grid, N video tokens, L prompt tokens, D width, K
 kept tokens, G combinations, I iterations, B videos on this device, P position
 rows, M new tokens, A letters, R rungs.
 
-T and N are those of a bucket (see `models.token_grid`). What stands behind a
-video's own frames and tokens has no influence; where one grid fills the bucket,
-programs know nothing of it.
-
-The functions are written against the named axis `data`, over which they
-average explicitly; `training.programs` maps them over devices. Per-video maths
-is `vmap`ped from the pure functions of `policy`.
+T and N are those of a bucket (see `models.token_grid`); what stands behind a
+video's own frames and tokens has no influence. The functions are written
+against the named axis `data`, over which they average explicitly;
+`training.programs` maps them over devices.
 """
 
 import dataclasses

@@ -105,7 +105,8 @@ def test_lettered_reward_is_the_hosts():
   ids = np.full((len(texts), 8), tokenizer.pad_id, np.int32)
   for row, tokens in enumerate(encoded):
     ids[row, : len(tokens)] = tokens
-  got = jax.jit(rollout.lettered_reward)(ids, tokenizer.letter_id("B"), letters)
+  target = rollout.Target(tokenizer.letter_id("B"), None, letters)
+  got = jax.jit(rollout.accuracy)(rollout.Answers(ids, None), target)
   expected = [
     rewards_lib.reward(question_lib.MULTIPLE_CHOICE, tokenizer.decode(row), "B")
     for row in ids
@@ -118,19 +119,18 @@ def test_lettered_reward_is_the_hosts():
 def test_question_without_a_letter_earns_nothing():
   letters = jnp.array([65, 66])
   ids = jnp.array([[0], [1]])
-  np.testing.assert_array_equal(
-    rollout.lettered_reward(ids, jnp.int32(-1), letters), [0, 0]
-  )
+  target = rollout.Target(jnp.int32(-1), None, letters)
+  got = rollout.accuracy(rollout.Answers(ids, None), target)
+  np.testing.assert_array_equal(got, [0, 0])
 
 
 def test_graded_rewards_by_hand():
   logits = jnp.log(jnp.array([[0.5, 0.2, 0.2, 0.1], [0.1, 0.6, 0.2, 0.1]]))
   options = jnp.array([0, 2, 3, -1])  # Token 1 is no option.
-  likelihood = rollout.logit_reward(
-    "log_likelihood", logits, jnp.int32(2), options
-  )
+  given = rollout.Answers(None, logits), rollout.Target(2, options, None)
+  likelihood = rollout.log_likelihood(*given)
   np.testing.assert_allclose(likelihood, np.log([0.2, 0.2]), rtol=1e-5)
-  margin = rollout.logit_reward("margin", logits, jnp.int32(2), options)
+  margin = rollout.margin(*given)
   np.testing.assert_allclose(margin, np.log([0.2 / 0.5, 0.2 / 0.1]), rtol=1e-5)
 
 
