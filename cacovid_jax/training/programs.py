@@ -65,11 +65,8 @@ class Programs:
 
   def limit(self, bucket: token_grid.GridBucket) -> int:
     """Returns how many programs may be compiled for each length of prompts."""
-    config = self.configs[bucket]
-    return 1 if self._one_program(config) else 2 + len(config.ladder)
-
-  def _one_program(self, config):
-    return not self.host_rewards and len(config.ladder) == 1
+    rungs = len(self.configs[bucket].ladder)
+    return 1 if rungs == 1 and not self.host_rewards else 2 + rungs
 
   def run(
     self,
@@ -90,7 +87,7 @@ class Programs:
     shape = Shape(batch.grid.bucket, batch.prompts.ids.shape[1])
     config = self.configs[shape.bucket]
     call = functools.partial(self.call, shape)
-    if self._one_program(config):
+    if self.limit(shape.bucket) == 1:
       return call("fixed_ratio_step", state, constants, batch)
     videos, memory = call("prepare_videos", state, constants, batch)
     outs = []

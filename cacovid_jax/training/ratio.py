@@ -28,8 +28,9 @@ from cacovid_jax.policy import sampling
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RatioConfig:
-  """Bounds of the mean token-mode reward at which the ratio moves."""
+  """Rungs, and bounds of the mean token-mode reward at which they change."""
 
+  adaptive: bool = True  # Or the one rung is never left.
   rungs: tuple[float, ...] = (0.01, 0.02, 0.04, 0.08, 0.12)
   start: float = 0.02
   low: float = 0.125
@@ -68,7 +69,6 @@ class Ladder:
   shape: sampling.PlanShape | None
   config: RatioConfig
   sampler: Any  # How combinations are drawn.
-  fixed: float | None  # The ratio of a ladder of one rung, or None.
 
   def __len__(self):
     return len(self.ratios)
@@ -96,11 +96,8 @@ class Ladder:
 
 @functools.lru_cache(maxsize=1024)
 def _rungs(ladder: Ladder, grid) -> Rungs:
-  ratios = _own_ratios(grid, ladder.config, ladder.fixed)
-  places = [
-    ladder.ratios.index(ratio) if ratio in ladder.ratios else 0
-    for ratio in ratios
-  ]
+  ratios, ours = _own_ratios(grid, ladder.config), ladder.ratios
+  places = [ours.index(ratio) if ratio in ours else 0 for ratio in ratios]
   # A place that no rung has is never reached; anything will do.
   nearest = np.searchsorted(places, np.arange(len(ladder)))
   nearest = np.minimum(nearest, len(ratios) - 1)
@@ -110,10 +107,7 @@ def _rungs(ladder: Ladder, grid) -> Rungs:
     return np.array(moved, np.int32)
 
   # The start may itself be a rung that the grid raised or dropped.
-  start = ladder.config.start if ladder.fixed is None else ladder.fixed
-  start = min(
-    range(len(ratios)), key=lambda j: abs(math.log(ratios[j] / start))
-  )
+  away = [abs(math.log(ratio / ladder.config.start)) for ratio in ratios]
   plans = None
   if not ladder.plans:
     own = [
@@ -125,18 +119,12 @@ def _rungs(ladder: Ladder, grid) -> Rungs:
     ratios=np.array([ratios[j] for j in nearest], np.float32),
     down=moves(0.5),
     up=moves(2.0),
-    start=np.int32(places[start]),
+    start=np.int32(places[int(np.argmin(away))]),
     plans=plans,
   )
 
 
-def make_ladder(
-  grid: tuple[int, int, int] | token_grid.GridBucket,
-  sampler,
-  config: RatioConfig,
-  *,
-  fixed: float | None = None,
-) -> Ladder:
+def make_ladder(grid, sampler, config: RatioConfig, *, fixed=None) -> Ladder:
   """Returns the ladder of a run, for one grid (T, H, W) or those of a bucket.
 
   The sampler is `sampling.SamplingConfig` or one's own (see `training.seams`).
@@ -146,27 +134,20 @@ def make_ladder(
   """
   if fixed is None:
     _check(config)
-  if isinstance(grid, token_grid.GridBucket):
-    ratios = tuple(config.rungs) if fixed is None else (float(fixed),)
-    plans = ()
-    shapes = [
-      sampling.largest_shape(grid, ratios[: place + 1], sampler)
-      for place in range(len(ratios))
-    ]
   else:
-    ratios = _own_ratios(grid, config, fixed)
+    only = float(fixed)
+    config = RatioConfig(adaptive=False, rungs=(only,), start=only)
+  if isinstance(grid, token_grid.GridBucket):
+    ratios, plans = tuple(config.rungs), ()
+    most = functools.partial(sampling.largest_shape, grid, config=sampler)
+    shapes = [most(ratios[: place + 1]) for place in range(len(ratios))]
+  else:
+    ratios = _own_ratios(grid, config)
     plans = tuple(sampling.plan(grid, r, sampler) for r in ratios)
     shapes = [plan.shape for plan in plans]
-  return Ladder(
-    grid=grid,
-    ratios=ratios,
-    num_keep=tuple(shape.num_keep for shape in shapes),
-    plans=plans,
-    shape=None if plans else shapes[-1],
-    config=config,
-    sampler=sampler,
-    fixed=fixed,
-  )
+  num_keep = tuple(one.num_keep for one in shapes)
+  shape = None if plans else shapes[-1]
+  return Ladder(grid, ratios, num_keep, plans, shape, config, sampler)
 
 
 def next_rung(ladder: Ladder, rungs: Rungs, rung, mean_reward):
@@ -174,16 +155,15 @@ def next_rung(ladder: Ladder, rungs: Rungs, rung, mean_reward):
 
   Of this iteration's rung i32[] and the mean token-mode reward f32[] so far.
   """
-  down = jnp.asarray(rungs.down)[rung]
-  up = jnp.asarray(rungs.up)[rung]
+  down, up = jnp.asarray(rungs.down)[rung], jnp.asarray(rungs.up)[rung]
   moved = jnp.where(mean_reward >= ladder.config.high, down, rung)
   return jnp.where(mean_reward <= ladder.config.low, up, moved)
 
 
-def _own_ratios(grid, config: RatioConfig, fixed) -> tuple[float, ...]:
+def _own_ratios(grid, config: RatioConfig) -> tuple[float, ...]:
   """Returns the ratios of one grid's rungs."""
-  if fixed is not None:
-    return (float(fixed),)
+  if not config.adaptive:
+    return config.rungs
   return sampling.allowed_ratios(grid, config.rungs)
 
 

@@ -152,34 +152,32 @@ def make_step_configs(
 
   Or one of the grid that all videos have.
   """
-  options = dict(config.ratio)
-  fixed = None if options.pop("adaptive") else config.sampling.ratio
+  fixed = None if config.ratio.adaptive else config.sampling.ratio
+  bounds, data = ratio.RatioConfig(**config.ratio), config.data
   if processor.one_grid:
-    grids = [processor.fixed_grid(config.data.num_frames)]
+    grids = [processor.fixed_grid(data.num_frames)]
   else:
-    data = config.data
     grids = token_grid.make_buckets(data.buckets, processor, data.num_frames)
-  first = step.StepConfig(
-    model=checkpoint.model,
-    policy=policy,
-    tx=optimizer.make(
-      optimizer.OptimizerConfig(**config.optimizer),
-      config.total_steps * config.iterations,
-      config.iterations,
-    ),
-    ladder=None,
-    objective=parts.objective,
-    rollout=parts.rollout,
-    iterations=config.iterations,
-    eos_ids=tuple(checkpoint.eos_ids),
-    pad_id=checkpoint.pad_id,
+  iterations, rates = config.iterations, dict(config.optimizer)
+  tx = optimizer.make(
+    optimizer.OptimizerConfig(**rates),
+    config.total_steps * iterations,
+    iterations,
   )
-  bounds = ratio.RatioConfig(**options)
-  ladders = [
-    ratio.make_ladder(grid, parts.sampler, bounds, fixed=fixed)
+  return [
+    step.StepConfig(
+      model=checkpoint.model,
+      policy=policy,
+      tx=tx,
+      ladder=ratio.make_ladder(grid, parts.sampler, bounds, fixed=fixed),
+      objective=parts.objective,
+      rollout=parts.rollout,
+      iterations=iterations,
+      eos_ids=tuple(checkpoint.eos_ids),
+      pad_id=checkpoint.pad_id,
+    )
     for grid in grids
   ]
-  return [dataclasses.replace(first, ladder=ladder) for ladder in ladders]
 
 
 def _from_host(config, questions, tokenizer) -> bool:
@@ -205,11 +203,8 @@ def open_store(experiment, processor, keep=None) -> features.FeatureStore:
   """
   data, mesh = experiment.config.data, experiment.mesh
   listed = batches.rejected_path(experiment.workdir)
-  here = [
-    device
-    for device in mesh.devices[:, 0]
-    if device.process_index == jax.process_index()
-  ]
+  process = jax.process_index()
+  here = [x for x in mesh.devices[:, 0] if x.process_index == process]
   params = experiment.loaded.params
   if jax.process_count() > 1:
     # Which clips are encoded depends on what this process has on disk.
