@@ -7,8 +7,8 @@
   DIR/tfds/                 all splits as array_record files
   DIR/manifest.json         generator hash, seed, sizes; written last
 
-A clip is a function of (seed, split, number), so splits of other sizes share
-their first clips, and workers need not talk to each other.
+A clip is a function of (seed, split, number): splits of other sizes share their
+first clips.
 """
 
 import concurrent.futures
@@ -68,9 +68,8 @@ class BuildConfig:
 def generator_hash() -> str:
   """Returns the sha256 of what is drawn and asked, in hexadecimal digits.
 
-  Of the frames, questions and evidence tokens of three clips of each variant,
-  one of each length: a change of the sources that leaves the benchmark as it is
-  leaves the hash as it is. Frames are hashed before the codec sees them.
+  Of frames (before the codec sees them), questions and evidence tokens of three
+  clips of each variant, not of the sources.
   """
   digest = hashlib.sha256()
   for variant in sorted(world.VARIANTS):

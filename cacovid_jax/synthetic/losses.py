@@ -39,11 +39,9 @@ _NOISE, _GRAIN = 4.0, 2.0
 
 
 def draw_frames(rng, batch):
-  """Draws the sampled frames of a batch of scenes, as a codec would show them.
+  """Draws a batch's sampled frames, as a codec would show them.
 
-  Returns float32[B, T, 112, 112, 3] normalised pixels in [-1, 1], of sprite
-  int8[B, T, S], corner int16[B, T, S, 2], color uint8[B, T, S, 3] and
-  background float32[B, 4, 7] (see `packing.Packer.batch`).
+  Returns float32[B, T, 112, 112, 3] in [-1, 1], of what `render.slots` draws.
   """
   opacity, shade = map(jnp.asarray, render.sprite_tables())
   size = world.IMAGE_SIZE
@@ -232,12 +230,11 @@ def random_subsets(rng, decisive, num_valid, pull, *, num_keep):
 
 
 def lossy_subsets(rng, batch, config):
-  """Draws the subsets of the pruned loss, as rules and policies leave them.
+  """Draws the `random_subsets` of the pruned loss, as rules leave them.
 
   In a share of rows decisive tokens go missing: a model that always finds them
   is as sure of a guess as of an answer. In another the rest is objects rather
-  than background: that is what rules keep. Of a batch, decisive int16[B, Q, M]
-  and labels int8[B, N, 3] are read; returns what `random_subsets` does.
+  than background: that is what rules keep.
   """
   rngs = jax.random.split(rng, 6)
   decisive = batch["decisive"]
@@ -257,11 +254,10 @@ def lossy_subsets(rng, batch, config):
 
 
 def answer_losses(prompts, params, rng, batch, *, config, word_ids):
-  """Returns the six losses of a batch and which lettered answers are right.
+  """Returns the six losses {name: float32[]}, and which answers are right.
 
-  They are {name: float32[]} and {"full", "pruned": bool[B, Q], "told": bool[B,
-  1]}; `prompts` are `packed.PackedPrompts`, `batch` of `packing.Packer.batch`,
-  `params` {"model", "head", "asked"}.
+  The latter {"full", "pruned": bool[B, Q], "told": bool[B, 1]}; `prompts` are
+  `packed.PackedPrompts`, `batch` of `packing.Packer.batch`.
   """
   frame_rng, subset_rng = jax.random.split(rng)
   model, weights = prompts.model, params["model"]

@@ -4,6 +4,7 @@ Axes: B clips, T frames, N video tokens, Q questions of a clip, A tokens of a
 question with its answer, K kept video tokens, L of a whole prompt, D width.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,25 +15,23 @@ import numpy as np
 from cacovid_jax.models import processors, qwen2, rope
 
 
+@dataclasses.dataclass(frozen=True)
 class PackedPrompts:
   """Static layout: prefix text, N video tokens, newline, packed questions."""
 
-  def __init__(
-    self,
-    model: Any,
-    prefix_ids: Sequence[int],
-    num_video: int,
-    num_questions: int,
-    question_length: int,
-  ):
-    """Takes a model of `models.llava_onevision` and the sizes N, Q and A."""
-    self.model = model
-    self.prefix = tuple(prefix_ids)
-    self.num_video = num_video
-    self.num_questions = num_questions
-    self.question_length = question_length
-    self.video_rows = len(self.prefix) + np.arange(num_video, dtype=np.int32)
-    self.text_start = len(self.prefix) + num_video + 1
+  model: Any  # Of `models.llava_onevision`.
+  prefix: Sequence[int]  # Ids in front of the video.
+  num_video: int
+  num_questions: int
+  question_length: int
+
+  @property
+  def video_rows(self) -> np.ndarray:
+    return len(self.prefix) + np.arange(self.num_video, dtype=np.int32)
+
+  @property
+  def text_start(self) -> int:
+    return len(self.prefix) + self.num_video + 1
 
   def packed_mask(self) -> np.ndarray:
     """Returns bool[L, L]: causal, and no question sees another."""
@@ -62,17 +61,14 @@ class PackedPrompts:
   def _embed(self, params, features, ids):
     """Returns float[B, L, D], text int32[B, any] behind head and video."""
     # Ids under the video are 0.
-    head = np.array(self.prefix + (0,) * (self.num_video + 1), np.int32)
+    head = np.array([*self.prefix, *[0] * (self.num_video + 1)], np.int32)
     head = jnp.broadcast_to(head, (len(ids), len(head)))
     embed = jax.vmap(self.model.embed_prompt, (None, 0, 0, None))
     rows = jnp.concatenate([head, ids], axis=1)
     return embed(params, rows, features, self.video_rows)
 
   def full_logits(self, params, features, ids):
-    """Answers all questions of each clip with the whole video.
-
-    Returns float32[B, Q, A, V] of features float[B, N, D], ids int32[B, Q, A].
-    """
+    """Returns float32[B, Q, A, V] of whole videos float[B, N, D]."""
     batch, num_questions, length = ids.shape
     x = self._embed(params, features, ids.reshape(batch, -1))
     positions = self.packed_positions()
@@ -88,8 +84,7 @@ class PackedPrompts:
   def pruned_logits(self, params, features, ids, index, valid):
     """Answers each question from its own kept tokens, at original positions.
 
-    As `full_logits`, with kept tokens int32[B, Q, K], ascending where valid
-    bool[B, Q, K] is True.
+    They are int32[B, Q, K], ascending where valid bool[B, Q, K] is True.
     """
     batch, num_questions, length = ids.shape
     start = len(self.prefix)
@@ -118,11 +113,10 @@ class PackedPrompts:
     return self.model.logits(params, hidden[:, :, -length:])
 
   def first_layer(self, params, features, ids, lengths):
-    """Returns float[B, N, D]: the video, read with one question as policies do.
+    """Returns float[B, N, D]: the video as the first layer reads it unmasked.
 
-    What the first layer, over the unpruned prompt and without a causal mask,
-    makes of the video tokens float[B, N, D] beside ids int32[B, A] of one
-    question per clip with int32[B] tokens before its answer.
+    As a policy does, beside ids int32[B, A] of one question per clip with
+    int32[B] tokens before its answer.
     """
     x = self._embed(params, features, ids)
     text = self.model.config.text

@@ -115,11 +115,7 @@ def init_params(rng, model):
 
 
 def make_update(prompts, tx, config, word_ids, mesh):
-  """Returns the jitted step.
-
-  (params, opt_state, step, batch) -> (params, opt_state, metrics), the batch
-  split over the mesh's axis `data`, the rest replicated.
-  """
+  """Returns the jitted step; its batch is split over the mesh's axis `data`."""
 
   def loss_fn(params, rng, batch):
     losses, right = losses_lib.answer_losses(
@@ -148,10 +144,7 @@ def make_update(prompts, tx, config, word_ids, mesh):
 
 
 def make_probe(prompts, rules, mesh):
-  """Returns a jitted probe: hits of lettered questions by selection rule.
-
-  Rules are {name: (rng, decisive int[M]) of one question -> int32[K]}.
-  """
+  """Returns a jitted probe: hits of lettered questions by `probe_rules`."""
 
   def probe(params, rng, batch):
     rng = jax.random.fold_in(rng, jax.lax.axis_index("data"))
@@ -174,7 +167,7 @@ def make_probe(prompts, rules, mesh):
 
 
 def probe_rules(num_video):
-  """Random and decisive-first keeping at 10 % and 5 %, for progress lines."""
+  """Returns {name: (rng, decisive int[M]) of one question -> int32[K]}."""
 
   def random(num_keep, rng, unused_decisive):
     drawn = jax.random.choice(rng, num_video, (num_keep,), replace=False)
@@ -220,10 +213,9 @@ def held_out(config: packing.PackingConfig, variant: str, num_clips: int):
 def train(model, tokenizer, config):
   """Pretrains a model; `UserError` if the loss is not finite.
 
-  `config` is the "pretrain" section of `configs/synthetic_base.py`. Yields
-  (step, parameters, {name: value}, {variant: {rule: accuracy}}), values every
-  config.log_every steps and accuracies every config.probe_every, both at the
-  end, else empty; steps with neither are left out.
+  Yields (step, parameters, {name: value}, {variant: {rule: accuracy}}), values
+  every config.log_every steps and accuracies every config.probe_every, both at
+  the end, else empty; steps with neither are left out.
   """
   pack = packing.PackingConfig(
     tokenizer_file=os.path.join(tokenizer.name, "tokenizer.json"),

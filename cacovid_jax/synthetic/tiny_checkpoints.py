@@ -1,9 +1,8 @@
 """Checkpoints of random weights: tiny and complete, or of released sizes.
 
 `write_tiny` is for the `:debug` forms of configs whose real weights do not
-travel with the code: the same files, formats and code paths, in seconds on a
-CPU. `write_random` is for what can be measured of a released model's sizes
-without its weights. Answers of such models mean nothing.
+travel with the code. `write_random` is for what can be measured of a released
+model's sizes without its weights.
 """
 
 import dataclasses
