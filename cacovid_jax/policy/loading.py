@@ -32,7 +32,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
+import safetensors.numpy
 from flax import traverse_util
 
 from cacovid_jax import errors, extensions, files
@@ -64,10 +64,7 @@ class LoadedPolicy:
 
 
 def find_policy(options, where="config") -> tuple[type, str, dict[str, Any]]:
-  """Returns the policy class, its file's sha256, and the options it takes.
-
-  The arguments are as for `make_policy`.
-  """
+  """Returns a policy's class, its file's sha256, and the options it takes."""
   options = dict(options)
   _check({"policy": options}, where)
   spec = options.pop("module", "")
@@ -86,10 +83,9 @@ def find_policy(options, where="config") -> tuple[type, str, dict[str, Any]]:
 
 
 def make_policy(llm, options, *, where="config", dtype=None):
-  """Returns the policy of a language model's config, and its module's sha256.
+  """Returns the policy of a language model's config, and its file's sha256.
 
-  `options` are those of a config's policy section without `init`; `where` is
-  where they stand. A `dtype` replaces theirs.
+  Options are the section's without `init`, from `where`; `dtype` replaces one.
   """
   found, digest, options = find_policy(options, where)
   if "dtype" in options:
@@ -202,8 +198,8 @@ def _check(described, where):
 def save(path, policy, params, dtype=np.float32):
   """Writes params as safetensors.
 
-  The paper's policy is written under public names in `dtype`, of which float32
-  loses nothing; one's own under its own names, joined by `/`, in its own types.
+  The paper's policy under public names in `dtype`, of which float32 loses
+  nothing; one's own under its own names, joined by `/`, in its own types.
   """
   if isinstance(policy, network.Policy):
     tensors = network.to_public(params, dtype)
@@ -216,9 +212,8 @@ def save(path, policy, params, dtype=np.float32):
 def load(path, policy, params=None):
   """Returns params as `save` wrote them, or as a public checkpoint holds them.
 
-  `path` is a file, or the directory of the checkpoint. Those of a policy of
-  one's own are compared with the shapes of `params`. What is unreadable, or has
-  tensors missing, left over or misshaped, is a UserError.
+  Of one's own, shapes are compared with those of `params`. What is unreadable,
+  or has tensors missing, left over or misshaped, is a UserError.
   """
   tensors = read(path)
   if isinstance(policy, network.Policy):
@@ -241,10 +236,7 @@ def _released(directory):
 
 
 def read(path):
-  """Returns {name: array} of a safetensors file.
-
-  Of a checkpoint directory, it is the policy's tensors under public names.
-  """
+  """Returns {name: array} of a file, or of a checkpoint directory's policy."""
   if os.path.isdir(path):
     found = _released(path)
     if not found:
@@ -254,8 +246,7 @@ def read(path):
       )
     return {tensor.name: np.array(tensor.view()) for tensor in found}
   try:
-    with safetensors.safe_open(path, framework="numpy") as tensors:
-      return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+    return safetensors.numpy.load_file(path)
   except (OSError, safetensors.SafetensorError) as error:
     raise errors.UserError(
       f"{path}: cannot be read as safetensors ({error}); name a file that "

@@ -77,10 +77,7 @@ class ProbabilityCap(NamedTuple):
 
   @classmethod
   def of(cls, size, cap, room=None, floor=None):
-    """Returns the numbers of the host, with room for n >= size entries.
-
-    The cap is lowered to 0.999; the floor is 1 / size**2 unless given.
-    """
+    """Returns the numbers of the host, with room for n >= size entries."""
     # A single entry has all the mass, whatever the cap.
     cap = 1.0 if size == 1 else min(cap, 0.999)
     if cap * size < 1 - 1e-9:
@@ -106,10 +103,7 @@ class PlanShape(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class SamplingPlan:
-  """The numbers of a grid and a ratio; a pytree of static shapes.
-
-  Plans of the same shape stack along a new axis, of videos or of rungs.
-  """
+  """The numbers of a grid and a ratio; those of one shape stack, as pytrees."""
 
   grid: token_grid.TokenGrid
   tokens_per_frame: Any  # k, round(r*H*W) half to even, int32[].
@@ -255,10 +249,7 @@ def allowed_ratios(grid, ratios):
 
 @functools.lru_cache(maxsize=256)
 def largest_shape(bucket, ratios, config=None):
-  """Returns the PlanShape that holds every rung of every grid in a bucket.
-
-  `ratios` is the tuple of those in use, as for `allowed_ratios`.
-  """
+  """Returns the PlanShape that holds every rung of every grid in a bucket."""
   config = _numbers(config)
   largest = PlanShape(0, 0, 0, 0, 0, 0)
   for height in range(1, bucket.frame_tokens + 1):
@@ -391,10 +382,9 @@ def rank_groups(token_scores, plan):
 def sample(rng, scores, features, plan):
   """Returns the Combinations of one video, from the old policy's scores.
 
-  The random numbers depend on the plan's shape: the same key draws other
-  combinations, of the same distribution, in another bucket. There the Scores
-  are f32[T_max, 2] and f32[N_max, 2], the features float[N_max, D], the video's
-  own first; what stands behind them has no influence.
+  The random numbers depend on the plan's shape. In a bucket, T and N of scores
+  and features float[N, D] are its largest, the video's own first; what stands
+  behind them has no influence.
   """
   bucket = plan.grid.bucket
   chex.assert_shape(scores.token, (bucket.tokens, 2))

@@ -25,10 +25,7 @@ from cacovid_jax.policy import network
 
 
 def num_keep(grid, ratio):
-  """Returns K = floor(r*T*H*W), in float64 and in this order of products.
-
-  A ratio outside (0, 1], or one that keeps no token, is a UserError.
-  """
+  """Returns K = floor(r*T*H*W), float64 in this order; UserError if none."""
   num_frames, height, width = grid
   if not 0 < ratio <= 1:
     raise errors.UserError(f"retention ratio {ratio} is outside (0, 1]")
@@ -139,9 +136,8 @@ def budget(
 def select(scores, budget):
   """Returns int32[K_max] kept tokens, ascending, N_max behind the K.
 
-  Of Scores(frame f32[T, 2], token f32[N, 2]), drop then keep; in a bucket
-  f32[T_max, 2] and f32[N_max, 2], the video's own first. What stands behind
-  them has no influence.
+  In a bucket the Scores are f32[T_max, 2] and f32[N_max, 2], the video's own
+  first; what stands behind them has no influence.
   """
   grid, sizes = budget.grid, budget.grid.bucket
   chex.assert_shape(scores.frame, (sizes.frames, 2))

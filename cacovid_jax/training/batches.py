@@ -34,10 +34,7 @@ MAX_FAILURE_RATE, MIN_FAILURES = 0.05, 20
 
 
 class Order:
-  """Which question stands at a position: a pure function of the seed.
-
-  Positions run on through the epochs; each epoch is another permutation.
-  """
+  """Which question stands at a position; each epoch is another permutation."""
 
   def __init__(self, num_questions: int, seed: int):
     if num_questions < 1:
@@ -164,11 +161,7 @@ class Batches:
   """Iterates over a run's batches from any step; `prompts` has its lengths."""
 
   def __init__(self, experiment, questions, store, ladders):
-    """Looks at all prompts, and at no clip.
-
-    The experiment's workdir gets the log of bad clips; `ratio.Ladder`s are one
-    per bucket of grids, rising, or that of the one grid.
-    """
+    """Looks at all prompts, and at no clip; ladders rise by their buckets."""
     self._config, checkpoint = experiment.config, experiment.loaded
     self._questions, self._store = questions, store
     self._ladders = {ladder.bucket: ladder for ladder in ladders}
@@ -269,10 +262,7 @@ class Batches:
 def together(
   grids, ladders: Mapping[token_grid.GridBucket, ratio.Ladder]
 ) -> token_grid.GridBucket:
-  """Returns the smallest bucket that holds all grids (T, H, W) of a step.
-
-  A ladder that has plans is for its one grid.
-  """
+  """Returns the smallest bucket that holds all grids (T, H, W) of a step."""
 
   def told(grid):
     return " x ".join(map(str, grid))

@@ -91,10 +91,7 @@ def decay_mask(params):
 def schedule(
   peak: float, config: OptimizerConfig, total_steps: int, iterations: int = 1
 ):
-  """Returns rate(optimiser step): linear warm-up, then `config.schedule`.
-
-  Of a run of `total_steps` optimiser steps, I = `iterations` on each video.
-  """
+  """Returns rate(optimiser step), of `total_steps`, `iterations` a video."""
   if config.schedule == "cosine_repeated":
     horizon = max(total_steps // iterations - config.warmup, 1)
 

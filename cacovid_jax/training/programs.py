@@ -52,10 +52,7 @@ class Programs:
     host_rewards: bool = False,
     map_with: str = "shard_map",
   ):
-    """Compiles nothing yet; configs, one per bucket, differ in the ladder.
-
-    `map_with` is as in `mesh.map_over_data`, `host_rewards` as in `run`.
-    """
+    """Compiles nothing yet; configs, one per bucket, differ in the ladder."""
     self.configs = {config.ladder.bucket: config for config in configs}
     self.mesh = mesh
     self.host_rewards = host_rewards

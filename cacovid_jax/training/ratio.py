@@ -127,10 +127,8 @@ def _rungs(ladder: Ladder, grid) -> Rungs:
 def make_ladder(grid, sampler, config: RatioConfig, *, fixed=None) -> Ladder:
   """Returns the ladder of a run, for one grid (T, H, W) or those of a bucket.
 
-  The sampler is `sampling.SamplingConfig` or one's own (see `training.seams`).
-  With a `fixed` ratio that is the one rung, which is never left; one that a
-  grid does not allow is an error, while the rungs of an adaptive ladder are
-  raised to what it allows.
+  A `fixed` ratio is the one rung, which is never left; one that a grid does not
+  allow is an error, while adaptive rungs are raised to what it allows.
   """
   if fixed is None:
     _check(config)
@@ -151,10 +149,7 @@ def make_ladder(grid, sampler, config: RatioConfig, *, fixed=None) -> Ladder:
 
 
 def next_rung(ladder: Ladder, rungs: Rungs, rung, mean_reward):
-  """Returns the rung i32[] of a video's next iteration.
-
-  Of this iteration's rung i32[] and the mean token-mode reward f32[] so far.
-  """
+  """Returns a video's next rung i32[]; rewards are of token mode so far."""
   down, up = jnp.asarray(rungs.down)[rung], jnp.asarray(rungs.up)[rung]
   moved = jnp.where(mean_reward >= ladder.config.high, down, rung)
   return jnp.where(mean_reward <= ladder.config.low, up, moved)

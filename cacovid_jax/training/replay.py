@@ -40,11 +40,7 @@ def empty(
   iterations: int,
   rung,
 ) -> Replay:
-  """Returns the memory of a new video; ONE example.
-
-  Of the policy's scores before the first iteration, with room for I iterations
-  of so many combinations a mode; the first uses `rung` i32[].
-  """
+  """Returns the memory of a new video, with room for I iterations."""
 
   def room(count, items):
     rows = iterations * count
@@ -74,10 +70,9 @@ def masks(
 
 
 def append(replay: Replay, masks: Masks, rewards) -> Replay:
-  """Returns the memory with one more iteration's combinations; ONE example.
+  """Returns the memory with one more iteration; ONE example.
 
-  Rewards f32[G] are in the order of `sampling.Modes`; a row whose reward is not
-  finite is stored as not valid.
+  A row whose reward, of f32[G], is not finite is stored as not valid.
   """
   num_token, num_frame = len(masks.token), len(masks.frame)
   valid = jnp.isfinite(rewards)

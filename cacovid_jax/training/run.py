@@ -148,10 +148,7 @@ def make_processor(config, model) -> processors.Processor:
 def make_step_configs(
   config, checkpoint, policy, parts: seams.Seams, processor
 ) -> list[step.StepConfig]:
-  """Returns the StepConfigs of a run, one per bucket, rising.
-
-  Or one of the grid that all videos have.
-  """
+  """Returns StepConfigs, one per bucket, rising, or that of the one grid."""
   fixed = None if config.ratio.adaptive else config.sampling.ratio
   bounds, data = ratio.RatioConfig(**config.ratio), config.data
   if processor.one_grid:
@@ -197,10 +194,7 @@ def _from_host(config, questions, tokenizer) -> bool:
 
 
 def open_store(experiment, processor, keep=None) -> features.FeatureStore:
-  """Returns the clips that are trained on, encoded; `keep` of them in memory.
-
-  Those that the experiment's workdir lists as bad are refused.
-  """
+  """Returns the clips that are trained on; the workdir's bad ones refused."""
   data, mesh = experiment.config.data, experiment.mesh
   listed = batches.rejected_path(experiment.workdir)
   process = jax.process_index()

@@ -96,10 +96,7 @@ def _make(config, section, usual, code):
 
 
 def check(config, step_config: step.StepConfig, questions) -> None:
-  """Stops at a wrong shape or dtype of one's own, before anything is compiled.
-
-  A reward on the host is tried on empty answers to the first question.
-  """
+  """Stops at a wrong shape or dtype of one's own, before anything compiles."""
   checks = {
     "sampling": _check_sampler,
     "objective": _check_objective,
@@ -172,7 +169,7 @@ def _check_reward(questions, name, config):
   answers, text = config.rollout, config.model.config.text
   count, length = config.ladder.num_combinations, answers.answer_length
   if getattr(answers.function, "on_host", False):
-    for question in questions[:1]:
+    for question in questions[:1]:  # On empty answers.
       host_reward(answers, question, [""] * count)
     return
   logits = _array((count, text.vocab_size)) if length == 1 else None
@@ -204,11 +201,7 @@ def host_reward(
 
 
 def check_code(recorded, code: dict[str, str], accepted: bool) -> None:
-  """Stops where code is not that of the checkpoint, unless that is accepted.
-
-  `recorded` is {key: sha256} of the checkpoint, None of one without a record;
-  `code` is that of `Seams` now.
-  """
+  """Stops where code is not that of the checkpoint (None: without a record)."""
   if recorded is None or accepted:
     return
   for key in sorted({*recorded, *code}):

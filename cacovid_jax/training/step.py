@@ -200,10 +200,7 @@ def rollout(config: StepConfig, constants, videos, memory, *, max_rung: int):
 
 
 def gradients(config: StepConfig, params, videos: Batch, memory):
-  """Returns (gradient, (loss f32[B], metrics)), averaged over all devices.
-
-  The metrics are averages as well; the losses are this device's.
-  """
+  """Returns (gradient, (loss f32[B] of this device, metrics)), all averaged."""
 
   def mean_loss(params):
     scores = policy_scores(config, params, videos)
@@ -219,10 +216,9 @@ def gradients(config: StepConfig, params, videos: Batch, memory):
 
 
 def update(config: StepConfig, state, videos, memory, masks, rewards):
-  """Remembers one iteration's rewards and makes one optimiser step.
+  """Remembers one iteration's rewards f32[B,G]; makes one optimiser step.
 
-  Of its `masks` replay.Masks and rewards f32[B,G]; the memory replay.Replay has
-  room for it. Returns (state, memory, Metrics).
+  Returns (state, memory, Metrics).
   """
   rung = memory.rung
   memory = jax.vmap(replay.append)(memory, masks, rewards)
@@ -273,8 +269,7 @@ def reward_metrics(config: StepConfig, rewards):
 def frame_metrics(videos: Batch, masks: replay.Masks):
   """Returns how often greedy frames hold a decisive one, and its chance.
 
-  Over the videos whose decisive frames are known; zeros if none is. Empty
-  without a frame mode.
+  Over the videos where these are known; empty without a frame mode.
   """
   if not masks.frame.shape[1]:
     return {}
@@ -298,10 +293,7 @@ def frame_metrics(videos: Batch, masks: replay.Masks):
 
 
 def iterate(config, state, constants, videos, memory, *, max_rung: int):
-  """Runs one iteration with on-device rewards.
-
-  Returns (state, memory, ids i32[B,G,M], rewards f32[B,G], metrics).
-  """
+  """Returns (state, memory, ids i32[B,G,M], rewards f32[B,G], metrics)."""
   answers, masks = rollout(config, constants, videos, memory, max_rung=max_rung)
   target = rollout_lib.Target(
     videos.answer_id, videos.option_ids, constants.letters
@@ -312,10 +304,9 @@ def iterate(config, state, constants, videos, memory, *, max_rung: int):
 
 
 def fixed_ratio_step(config: StepConfig, state, constants, batch: Batch):
-  """Runs all iterations on a batch at a fixed ratio, rewards on the device.
+  """Runs all iterations at a fixed ratio, rewards on the device.
 
-  Returns (state, ids i32[B,I,G,M], rewards f32[B,I,G], metrics); means of the
-  metrics are f32[I], those per video [B,I].
+  Returns (state, ids i32[B,I,G,M], rewards f32[B,I,G], metrics f32[I], [B,I]).
   """
   videos, memory = prepare_videos(config, state, constants, batch)
 
