@@ -97,13 +97,8 @@ def encode(path, frames) -> None:
     # Bytes that depend on the frames alone: several threads would make them
     # depend on the machine, and x264's macroblock tree reads memory that it
     # did not write (one clip in twenty differed from run to run).
-    stream.options = {
-      "crf": "12",
-      "preset": "veryfast",
-      "g": "32",
-      "threads": "1",
-      "x264-params": "mbtree=0",
-    }
+    reproducible = {"threads": "1", "x264-params": "mbtree=0"}
+    stream.options = dict(crf="12", preset="veryfast", g="32") | reproducible
     for frame in frames:
       picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
       container.mux(stream.encode(picture))
@@ -171,7 +166,7 @@ def build(
   for done, ((split, _), found) in enumerate(zip(jobs, made, strict=True), 1):
     rows[split].extend(found)
     on_clip(done)
-  _write_rows(config, directory, rows)
+  _write_rows(directory, rows)
   files.write_json(path, manifest)
   return str(directory)
 
@@ -183,29 +178,21 @@ def prepare(
   variant: str = "",
   directory: str | os.PathLike = "",
 ) -> None:
-  """Builds the benchmark of a config, if not there.
-
-  By default its first variant, in `data.root`, by so many processes as it says.
-  """
+  """Builds a config's benchmark; its first variant, in `data.root`, if open."""
   section = config.prepare
   if len(section.clips) != len(SPLITS):
     raise errors.UserError(
       f"--clips takes {len(SPLITS)} whole numbers, for {', '.join(SPLITS)}"
     )
+  variant, clips = variant or section.variants[0], tuple(section.clips)
+  count = section.questions_per_clip
   wanted = BuildConfig(
-    variant=variant or section.variants[0],
-    seed=section.seed,
-    clips=tuple(section.clips),
-    questions_per_clip=section.questions_per_clip,
+    variant=variant, seed=section.seed, clips=clips, questions_per_clip=count
   )
-  title = f"{wanted.variant} clips"
-  with progress_lib.Progress(sum(wanted.clips), description=title) as bar:
-    build(
-      wanted,
-      directory or config.data.root,
-      num_workers=num_workers or section.num_workers or os.cpu_count(),
-      on_clip=bar.update,
-    )
+  workers = num_workers or section.num_workers or os.cpu_count()
+  directory = directory or config.data.root
+  with progress_lib.Progress(sum(clips), description=f"{variant} clips") as bar:
+    build(wanted, directory, num_workers=workers, on_clip=bar.update)
 
 
 def _make_all(config, jobs, directory, num_workers):
@@ -250,7 +237,7 @@ def _videomme_row(row) -> dict:
   }
 
 
-def _write_rows(config, directory, rows) -> None:
+def _write_rows(directory, rows) -> None:
   """Writes every split's rows, their decisive tokens, and the TFDS files."""
   splits = {}
   with open(directory / "decisive.jsonl", "w", encoding="utf-8") as f:

@@ -239,7 +239,8 @@ class _Saver:
     )
     if found is None:
       return 0, state
-    self._saved, state = step, state = found
+    step, state = found
+    self._saved = step
     manifest = checkpointing.read_manifest(self._directory, step)
     code, accepted = self._run.code, self._config.ckpt.accept_changed_code
     seams.check_code(manifest["metadata"].get("code"), code, accepted)

@@ -41,10 +41,9 @@ class OptimizerConfig:
 
   def __post_init__(self):
     for name in ("lr_heads", "lr_layer", "weight_decay", "warmup"):
-      if getattr(self, name) < 0:
-        raise errors.UserError(
-          f"optimizer.{name}={getattr(self, name)} must not be negative"
-        )
+      value = getattr(self, name)
+      if value < 0:
+        raise errors.UserError(f"optimizer.{name}={value} must not be negative")
     if self.clip <= 0:
       raise errors.UserError(
         f"optimizer.clip={self.clip} must be positive; it bounds the"
@@ -88,9 +87,7 @@ def decay_mask(params):
   )
 
 
-def schedule(
-  peak: float, config: OptimizerConfig, total_steps: int, iterations: int = 1
-):
+def schedule(peak, config: OptimizerConfig, total_steps, iterations=1):
   """Returns rate(optimiser step), of `total_steps`, `iterations` a video."""
   if config.schedule == "cosine_repeated":
     horizon = max(total_steps // iterations - config.warmup, 1)
@@ -98,35 +95,26 @@ def schedule(
     def cosine(step):
       return peak * 0.5 * (1 + jnp.cos(jnp.pi * step / horizon))
   else:
-    cosine = optax.cosine_decay_schedule(
-      peak, max(total_steps - config.warmup, 1)
-    )
+    horizon = max(total_steps - config.warmup, 1)
+    cosine = optax.cosine_decay_schedule(peak, horizon)
   if not config.warmup:
     return cosine
   warmup = optax.linear_schedule(0.0, peak, config.warmup)
   return optax.join_schedules([warmup, cosine], [config.warmup])
 
 
-def make(
-  config: OptimizerConfig, total_steps: int, iterations: int = 1
-) -> optax.GradientTransformation:
+def make(config: OptimizerConfig, total_steps: int, iterations: int = 1):
   """Returns the optimiser of a run; the arguments are as for `schedule`."""
 
   def adamw(peak):
-    return optax.adamw(
-      schedule(peak, config, total_steps, iterations),
-      weight_decay=config.weight_decay,
-      mask=decay_mask,
-    )
+    rate = schedule(peak, config, total_steps, iterations)
+    decay = config.weight_decay
+    return optax.adamw(rate, weight_decay=decay, mask=decay_mask)
 
-  return optax.chain(
-    optax.clip_by_global_norm(config.clip),
-    optax.multi_transform(
-      {
-        "heads": adamw(config.lr_heads),
-        "layer": adamw(config.lr_layer),
-        "frozen": optax.set_to_zero(),
-      },
-      labels,
-    ),
-  )
+  groups = {
+    "heads": adamw(config.lr_heads),
+    "layer": adamw(config.lr_layer),
+    "frozen": optax.set_to_zero(),
+  }
+  clip = optax.clip_by_global_norm(config.clip)
+  return optax.chain(clip, optax.multi_transform(groups, labels))

@@ -34,11 +34,7 @@ class Masks(NamedTuple):
 
 
 def empty(
-  old_scores: network.Scores,
-  *,
-  modes: sampling.Modes,
-  iterations: int,
-  rung,
+  old_scores: network.Scores, *, modes: sampling.Modes, iterations: int, rung
 ) -> Replay:
   """Returns the memory of a new video, with room for I iterations."""
 
@@ -63,10 +59,8 @@ def masks(
 ) -> Masks:
   """Returns the masks of ONE video's combinations."""
   by_token = combinations.index[: modes.token]
-  return Masks(
-    token=sampling.token_masks(by_token, num_tokens),
-    frame=combinations.frame_mask,
-  )
+  kept = sampling.token_masks(by_token, num_tokens)
+  return Masks(kept, combinations.frame_mask)
 
 
 def append(replay: Replay, masks: Masks, rewards) -> Replay:
@@ -77,15 +71,10 @@ def append(replay: Replay, masks: Masks, rewards) -> Replay:
   num_token, num_frame = len(masks.token), len(masks.frame)
   valid = jnp.isfinite(rewards)
   rewards = jnp.where(valid, rewards, 0.0).astype(jnp.float32)
-  frame = slice(num_token, num_token + num_frame)
-  new = objective.Memory(
-    token_mask=masks.token,
-    token_reward=rewards[:num_token],
-    token_valid=valid[:num_token],
-    frame_mask=masks.frame,
-    frame_reward=rewards[frame],
-    frame_valid=valid[frame],
-  )
+  token, frame = slice(num_token), slice(num_token, num_token + num_frame)
+  by_token = masks.token, rewards[token], valid[token]
+  by_frame = masks.frame, rewards[frame], valid[frame]
+  new = objective.Memory(*by_token, *by_frame)
 
   def write(old, new):
     return jax.lax.dynamic_update_slice_in_dim(
