@@ -212,10 +212,8 @@ def public_names(num_halvings):
     kinds = {f"{2 * i}": f"dense hidden_{i}" for i in range(num_halvings)}
     kinds[f"{2 * num_halvings}"] = "dense score"
     rows |= placement.rows(f"{_PUBLIC}.{head}", head, **kinds)
-  return {
-    path: (name, layout == "transpose")
-    for name, (path, layout, _) in rows.items()
-  }
+  found = rows.items()
+  return {path: (name, how == "transpose") for name, (path, how, _) in found}
 
 
 def to_public(params, dtype=np.float32):

@@ -214,10 +214,8 @@ def _exact_shape(grid, ratio, config):
   num_groups = max(int(1 / ratio / config.group_size), 1)
   num_groups = min(num_groups, area // tokens_per_frame)
   # T * k tokens fill at least ceil(T * k / (H * W)) frames.
-  frames_drawn = max(
-    math.ceil(config.frame_ratio * num_frames),
-    -(-num_frames * tokens_per_frame // area),
-  )
+  least = -(-num_frames * tokens_per_frame // area)
+  frames_drawn = max(math.ceil(config.frame_ratio * num_frames), least)
   return PlanShape(
     tokens_per_frame=tokens_per_frame,
     num_groups=num_groups,
@@ -412,17 +410,14 @@ def sample_rung(rng, scores, features, plans, rung, *, num_keep, sampler=None):
     drawn = draw(rng, scores, features, plan)
     return drawn._replace(index=drawn.index[:, :num_keep]), plan.num_keep
 
-  def branch(plan):
-    def run(*given):
-      drawn = draw(*given, plan)
-      behind = ((0, 0), (0, num_keep - plan.num_keep))
-      padding = plan.grid.bucket.tokens
-      index = jnp.pad(drawn.index, behind, constant_values=padding)
-      return drawn._replace(index=index), jnp.int32(plan.num_keep)
+  def padded(plan, *given):
+    drawn = draw(*given, plan)
+    behind = ((0, 0), (0, num_keep - plan.num_keep))
+    padding = plan.grid.bucket.tokens
+    index = jnp.pad(drawn.index, behind, constant_values=padding)
+    return drawn._replace(index=index), jnp.int32(plan.num_keep)
 
-    return run
-
-  branches = [branch(plan) for plan in plans]
+  branches = [functools.partial(padded, plan) for plan in plans]
   return jax.lax.switch(rung, branches, rng, scores, features)
 
 

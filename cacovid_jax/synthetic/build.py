@@ -128,9 +128,7 @@ def make_clip(config: BuildConfig, directory: str, split: str, number: int):
   ]
 
 
-def build(
-  config: BuildConfig, directory, *, num_workers=2, on_clip=lambda done: None
-) -> str:
+def build(config, directory, *, num_workers=2, on_clip=lambda done: None):
   """Builds the benchmark unless it is there already; returns its directory.
 
   A directory with another build is refused. `num_workers` processes draw and
@@ -171,13 +169,7 @@ def build(
   return str(directory)
 
 
-def prepare(
-  config,
-  num_workers: int | None = None,
-  *,
-  variant: str = "",
-  directory: str | os.PathLike = "",
-) -> None:
+def prepare(config, num_workers=None, *, variant="", directory="") -> None:
   """Builds a config's benchmark; its first variant, in `data.root`, if open."""
   section = config.prepare
   if len(section.clips) != len(SPLITS):

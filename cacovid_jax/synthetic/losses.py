@@ -21,6 +21,8 @@ Axes: B clips, T frames, N video tokens, Q questions of a clip, A tokens of a
 question with its answer, K kept video tokens, D width.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -49,11 +51,9 @@ def draw_frames(rng, batch):
   shape = (len(batch["sprite"]), 1, size, size, 1)
   static = jax.random.normal(static_rng, shape) * _NOISE
   times = jnp.arange(world.NUM_FRAMES, dtype=jnp.float32)
-
-  def backgrounds(params):
-    return jax.vmap(lambda time: render.background(params, time, jnp))(times)
-
-  frames = jax.vmap(backgrounds)(batch["background"]) + static
+  background = functools.partial(render.background, xp=jnp)
+  background = jax.vmap(jax.vmap(background, (None, 0)), (0, None))
+  frames = background(batch["background"], times) + static
 
   def paint(picture, slot):
     sprite, corner, color = slot
@@ -62,16 +62,14 @@ def draw_frames(rng, batch):
     below = jax.lax.dynamic_slice(picture, start, window)
     alpha = jnp.where(sprite >= 0, opacity[sprite], 0.0)[..., None]
     ink = shade[sprite][..., None] * color.astype(jnp.float32)
-    return jax.lax.dynamic_update_slice(
-      picture, below * (1 - alpha) + alpha * ink, start
-    ), None
+    ink = below * (1 - alpha) + alpha * ink
+    return jax.lax.dynamic_update_slice(picture, ink, start), None
 
-  def paint_all(picture, sprite, corner, color):
-    return jax.lax.scan(paint, picture, (sprite, corner, color))[0]
+  def paint_all(picture, slots):
+    return jax.lax.scan(paint, picture, slots)[0]
 
-  frames = jax.vmap(jax.vmap(paint_all))(
-    frames, batch["sprite"], batch["corner"], batch["color"]
-  )
+  slots = batch["sprite"], batch["corner"], batch["color"]
+  frames = jax.vmap(jax.vmap(paint_all))(frames, slots)
   frames = _halve_chroma(frames)
   frames += jax.random.normal(frame_rng, frames.shape) * _GRAIN
   return jnp.clip(frames, 0, 255) / 127.5 - 1.0

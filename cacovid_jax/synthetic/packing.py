@@ -199,9 +199,7 @@ def _batch(config: PackingConfig, step: int) -> dict:
   return _packer(config).batch(step)
 
 
-def batches(
-  config: PackingConfig, *, first_step: int, num_workers: int
-) -> Iterator[dict]:
+def batches(config, *, first_step: int, num_workers: int) -> Iterator[dict]:
   """Yields batch `first_step` and on, made by workers, or here without any."""
   # At most twice as many batches as workers are in flight.
   steps = range(first_step, config.num_steps)

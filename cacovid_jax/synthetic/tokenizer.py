@@ -4,10 +4,8 @@ For the embedded benchmark's base model: the same normaliser, pre-tokenizer and
 special tokens as Qwen2's tokenizer, and a vocabulary trained on a given corpus.
 """
 
-import functools
 import os
 import re
-from collections.abc import Iterable, Sequence
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
@@ -55,35 +53,25 @@ _CONTENT = """\
 CHAT_TEMPLATE = TURN + _CONTENT + END
 
 
-def train(
-  texts: Iterable[str],
-  vocab_size: int,
-  directory,
-  *,
-  image_size: int = 112,
-  patch_size: int = 8,
-  max_length: int = 32_768,
-  num_frames: int | None = None,
-) -> tokenizers.Tokenizer:
+def train(texts, vocab_size, directory, *, max_length=32_768, **sizes):
   """Trains a tokenizer; writes all but config and weights of LLaVA-OneVision's.
 
   Sizes are pixels of a frame's and a patch's side, which give the number of
   video tokens; `num_frames` of the clips that the model is made for is noted.
+  Returns the tokenizer that `learn` makes.
   """
   tokenizer = learn(texts, vocab_size, SPECIAL_TOKENS)
   os.makedirs(directory, exist_ok=True)
   tokenizer.save(os.path.join(directory, "tokenizer.json"))
   entries = _tokenizer_files(tokenizer, max_length)
-  entries |= _processor_files(image_size, patch_size, num_frames)
+  entries |= _processor_files(**sizes)
   for name, entry in entries.items():
     files.write_json(os.path.join(directory, name), entry)
   files.write(os.path.join(directory, "chat_template.jinja"), CHAT_TEMPLATE)
   return tokenizer
 
 
-def learn(
-  texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str]
-) -> tokenizers.Tokenizer:
+def learn(texts, vocab_size, special_tokens) -> tokenizers.Tokenizer:
   """Returns a tokenizer of a corpus, in any order, of at most so many ids.
 
   Special tokens get the last of them, in their order; in the texts (of rendered
@@ -113,10 +101,7 @@ def learn(
   tokenizer.train_from_iterator(
     sorted(marks.sub("\n", text) for text in texts), trainer
   )
-  added = functools.partial(
-    tokenizers.AddedToken, special=True, normalized=False
-  )
-  tokenizer.add_special_tokens(list(map(added, special_tokens)))
+  tokenizer.add_special_tokens(list(special_tokens))
   return tokenizer
 
 
@@ -146,7 +131,7 @@ def _tokenizer_files(tokenizer, max_length: int) -> dict[str, dict]:
   }
 
 
-def _processor_files(image_size, patch_size, num_frames) -> dict[str, dict]:
+def _processor_files(image_size=112, patch_size=8, num_frames=None):
   common = {"processor_class": "LlavaOnevisionProcessor"}
   pixels = {
     **common,

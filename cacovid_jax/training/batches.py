@@ -13,7 +13,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -40,12 +40,8 @@ class Order:
     if num_questions < 1:
       raise errors.UserError("there are no questions; give at least one")
     self._num, self._seed = num_questions, seed
-    self._order = (
-      grain.MapDataset.range(num_questions)
-      .seed(seed % 2**32)
-      .shuffle()
-      .repeat()
-    )
+    order = grain.MapDataset.range(num_questions).seed(seed % 2**32)
+    self._order = order.shuffle().repeat()
 
   def __getitem__(self, position: int) -> int:
     return int(self._order[position])
@@ -259,9 +255,7 @@ class Batches:
     return options, shown
 
 
-def together(
-  grids, ladders: Mapping[token_grid.GridBucket, ratio.Ladder]
-) -> token_grid.GridBucket:
+def together(grids, ladders) -> token_grid.GridBucket:
   """Returns the smallest bucket that holds all grids (T, H, W) of a step."""
 
   def told(grid):

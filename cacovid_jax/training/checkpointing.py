@@ -134,11 +134,8 @@ def restore_latest(directory, like, *, config_hash=None):
         break
       aside = _rename(directory / str(step), f"{step}.bad")
       _log.warning(
-        "checkpoint step %d does not verify (%s): kept aside as %s, "
-        "going back to an earlier step",
-        step,
-        verdict.reason,
-        aside,
+        f"checkpoint step {step} does not verify ({verdict.reason}): kept aside"
+        f" as {aside}, going back to an earlier step"
       )
   newest = int(multihost_utils.broadcast_one_to_all(np.int32(newest)))
   if newest < 0:

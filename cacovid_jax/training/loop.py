@@ -19,7 +19,6 @@ import pathlib
 import signal
 import threading
 import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -52,12 +51,7 @@ class Result(NamedTuple):
 
 
 def train(
-  experiment,
-  *,
-  questions=None,
-  store=None,
-  validate: Callable[[Any, Any], dict[str, float]] | None = None,
-  on_step: Callable[[int, Any, np.ndarray, np.ndarray], None] | None = None,
+  experiment, *, questions=None, store=None, validate=None, on_step=None
 ) -> Result:
   """Trains the policy of an experiment; continues what its workdir holds.
 
@@ -85,16 +79,12 @@ def train(
   run = run_lib.Run(experiment, questions=questions, store=store, parts=parts)
   saver = _Saver(config, workdir, run)
   start, state = saver.restore_or_init()
-  with (
-    metrics.MetricsWriter(
-      workdir,
-      start,
-      wandb_project=config.wandb.project,
-      enabled=jax.process_index() == 0,
-    ) as writer,
-    progress_lib.Progress(config.total_steps, start=start) as progress,
-    _preemption() as reached,
-  ):
+  is_first = jax.process_index() == 0
+  writer = metrics.MetricsWriter(
+    workdir, start, wandb_project=config.wandb.project, enabled=is_first
+  )
+  progress = progress_lib.Progress(config.total_steps, start=start)
+  with writer, progress, _preemption() as reached:
     recorder = _Recorder(config, run, writer, progress, on_step)
     for done, (batch, rows) in enumerate(run.batches(start), start + 1):
       state, *out = _step(run, state, batch, rows)
@@ -252,14 +242,8 @@ class _Saver:
       return
     metadata = {"base_model": self._run.base_model}
     metadata |= {"code": self._run.code} if self._run.code else {}
-    checkpointing.save(
-      self._directory,
-      step,
-      state,
-      metadata,
-      config_hash=self._hash,
-      keep=self._config.ckpt.keep,
-    )
+    given = {"config_hash": self._hash, "keep": self._config.ckpt.keep}
+    checkpointing.save(self._directory, step, state, metadata, **given)
     self._saved = step
 
   def keep_best(self, state, step, writer, validate):

@@ -13,7 +13,6 @@ They are compiled ahead of time and called as executables, which cannot retrace.
 import functools
 import logging
 import time
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -45,12 +44,7 @@ class Programs:
   """Programs of a run on one mesh, a set for each `Shape`."""
 
   def __init__(
-    self,
-    configs: Sequence[step_lib.StepConfig],
-    mesh: Mesh,
-    *,
-    host_rewards: bool = False,
-    map_with: str = "shard_map",
+    self, configs, mesh, *, host_rewards=False, map_with="shard_map"
   ):
     """Compiles nothing yet; configs, one per bucket, differ in the ladder."""
     self.configs = {config.ladder.bucket: config for config in configs}
@@ -65,13 +59,7 @@ class Programs:
     rungs = len(self.configs[bucket].ladder)
     return 1 if rungs == 1 and not self.host_rewards else 2 + rungs
 
-  def run(
-    self,
-    state,
-    constants: step_lib.Constants,
-    batch: step_lib.Batch,
-    reward: Callable[[np.ndarray], np.ndarray] | None = None,
-  ):
+  def run(self, state, constants, batch: step_lib.Batch, reward=None):
     """Runs all iterations on one batch of videos.
 
     All but `reward` lie on the mesh; the state's buffers are given up. With
@@ -146,14 +134,11 @@ def _definition(config, name):
   kind, _, rung = name.rpartition("_")
   options = {"max_rung": int(rung)} if rung.isdigit() else {}
   kind = kind if options else name
+  iterated = (ONE, EACH, EACH, EACH, _METRICS)
   specs = {
     "fixed_ratio_step": ((ONE, ONE, EACH), (ONE, EACH, EACH, _METRICS), (0,)),
     "prepare_videos": ((ONE, ONE, EACH), (EACH, EACH), ()),
-    "iterate": (
-      (ONE, ONE, EACH, EACH),
-      (ONE, EACH, EACH, EACH, _METRICS),
-      (0, 3),
-    ),
+    "iterate": ((ONE, ONE, EACH, EACH), iterated, (0, 3)),
     "rollout": ((ONE, EACH, EACH), (EACH, EACH), ()),
     "update": ((ONE, EACH, EACH, EACH, EACH), (ONE, EACH, _METRICS), (0, 2)),
   }

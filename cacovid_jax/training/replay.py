@@ -33,9 +33,7 @@ class Masks(NamedTuple):
   frame: jax.Array  # bool[F,T], True where frame mode drew a frame.
 
 
-def empty(
-  old_scores: network.Scores, *, modes: sampling.Modes, iterations: int, rung
-) -> Replay:
+def empty(old_scores, *, modes, iterations: int, rung) -> Replay:
   """Returns the memory of a new video, with room for I iterations."""
 
   def room(count, items):
@@ -54,9 +52,7 @@ def empty(
   )
 
 
-def masks(
-  combinations: sampling.Combinations, modes: sampling.Modes, num_tokens: int
-) -> Masks:
+def masks(combinations, modes: sampling.Modes, num_tokens: int) -> Masks:
   """Returns the masks of ONE video's combinations."""
   by_token = combinations.index[: modes.token]
   kept = sampling.token_masks(by_token, num_tokens)

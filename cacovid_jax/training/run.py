@@ -145,9 +145,7 @@ def make_processor(config, model) -> processors.Processor:
   return found.with_bounds(data.min_pixels, data.max_pixels)
 
 
-def make_step_configs(
-  config, checkpoint, policy, parts: seams.Seams, processor
-) -> list[step.StepConfig]:
+def make_step_configs(config, checkpoint, policy, parts, processor):
   """Returns StepConfigs, one per bucket, rising, or that of the one grid."""
   fixed = None if config.ratio.adaptive else config.sampling.ratio
   bounds, data = ratio.RatioConfig(**config.ratio), config.data

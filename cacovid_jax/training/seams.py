@@ -1,7 +1,6 @@
 """What a file of one's own replaces in a run: sampler, objective, reward.
 
-A config selects each by name, as it does a policy; the options are further keys
-of the section. The paper's own run through the same calls.
+A config selects each by name; the options are further keys of the section.
 
   sampling.module: a frozen dataclass with
     modes -> sampling.Modes
@@ -16,9 +15,9 @@ of the section. The paper's own run through the same calls.
   no more are generated; one with `graded = False` is 0 or 1, which an adaptive
   ratio needs.
 
-All work on ONE video and are mapped over those of a step. `plan.num_keep` is
-how many tokens a combination keeps, `plan.shape.num_keep` the entries of its
-row. Memory and grid are as in `policy.objective.loss`.
+All work on ONE video. `plan.num_keep` is how many tokens a combination keeps,
+`plan.shape.num_keep` the entries of its row. Memory and grid are as in
+`policy.objective.loss`.
 """
 
 import functools
@@ -126,15 +125,11 @@ def _check_sampler(name, config):
   for plan in plans:
     drawn = jax.eval_shape(
       lambda *given, plan=plan: ladder.sampler.sample(*given, plan),
-      key,
-      _scores(bucket),
-      features,
+      *(key, _scores(bucket), features),
     )
-    wanted = sampling.Combinations(
-      _array((sum(modes), plan.shape.num_keep), jnp.int32),
-      _array((modes.frame, bucket.frames), bool),
-    )
-    _compare(name, drawn, wanted)
+    index = _array((sum(modes), plan.shape.num_keep), jnp.int32)
+    frame_mask = _array((modes.frame, bucket.frames), bool)
+    _compare(name, drawn, sampling.Combinations(index, frame_mask))
 
 
 def _check_objective(name, config):
@@ -174,19 +169,14 @@ def _check_reward(questions, name, config):
     return
   logits = _array((count, text.vocab_size)) if length == 1 else None
   given = rollout.Answers(_array((count, length), jnp.int32), logits)
-  target = rollout.Target(
-    _array((), jnp.int32),
-    # As many letters as a question may have.
-    _array((26,), jnp.int32),
-    _array((text.vocab_size,), jnp.int32),
-  )
+  # As many letters as a question may have.
+  shapes = (), (26,), (text.vocab_size,)
+  target = rollout.Target(*[_array(shape, jnp.int32) for shape in shapes])
   rewards = jax.eval_shape(answers.function, given, target)
   _compare(name, rewards, _array((count,)))
 
 
-def host_reward(
-  config: rollout.RolloutConfig, question, texts: Sequence[str]
-) -> np.ndarray:
+def host_reward(config, question, texts: Sequence[str]) -> np.ndarray:
   """Returns f32[G] rewards of the answers to ONE question."""
   if isinstance(config.reward, str):
     return rewards_lib.rewards(question.problem_type, texts, question.answer)

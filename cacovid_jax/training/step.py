@@ -127,15 +127,10 @@ def policy_scores(config: StepConfig, params, videos: Batch):
   """Returns Scores of B whole prompts under the policy."""
 
   def one(prompt, grid):
-    return config.policy.apply(
-      {"params": params},
-      prompt.x,
-      prompt.positions,
-      prompt.video_rows,
-      # What a policy of one's own reads where all videos have this one.
-      grid.shape if grid.full else grid,
-      prompt.lengths,
-    )
+    given = prompt.x, prompt.positions, prompt.video_rows
+    # What a policy of one's own reads where all videos have this one.
+    grid = grid.shape if grid.full else grid
+    return config.policy.apply({"params": params}, *given, grid, prompt.lengths)
 
   return jax.vmap(one)(videos.prompts, videos.grid)
 
