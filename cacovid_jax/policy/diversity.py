@@ -16,8 +16,7 @@ from cacovid_jax.models import token_grid
 def squared_distances(z, valid=None):
   """Returns float32[n, n] squared distances over D, of z float[n, D].
 
-  The diagonal is exactly zero. Rows that are not valid, bool[n], have no
-  influence on the distances of the others; None for all.
+  The diagonal is exactly zero. Rows that are not valid, bool[n], do not matter.
   """
   valid = np.ones(z.shape[0], bool) if valid is None else valid
   z = token_grid.fill(z.astype(jnp.float32), valid[:, None], 0.0)
@@ -36,11 +35,9 @@ def peak_scores(
 ):
   """Returns float32[n], density times distance to the next denser token.
 
-  Of features float[n, D]. `num_neighbours` smallest distances make the density;
-  the token itself counts as one of them. `rng` is the key of noise, uniform in
-  [0, noise), that breaks ties between densities; None for none. `valid`,
-  bool[n], are the tokens that are there, None for all; the others get -inf and
-  are nobody's neighbours.
+  Of features float[n, D]. `num_neighbours` smallest distances, the token's own
+  among them, make the density. With an `rng`, noise uniform in [0, noise) breaks
+  ties. Tokens that are not valid, bool[n], get -inf and are no neighbours.
   """
   n = features.shape[0]
   valid = np.ones(n, bool) if valid is None else valid

@@ -102,15 +102,14 @@ def budget(
       f"{width} grid, more than the {num_keep_max} that the program has room "
       "for; raise num_keep_max"
     )
-  if not 0 <= importance_ratio <= 1:
-    raise errors.UserError(
-      f"importance ratio {importance_ratio} is outside [0, 1]"
-    )
+  share = importance_ratio
+  if not 0 <= share <= 1:
+    raise errors.UserError(f"importance ratio {share} is outside [0, 1]")
   # Host floats, multiplied in the written order: others round differently.
   if max_frame_ratio is None:
     max_frame_ratio = max_frame_share * ratio
-  important = importance_ratio * ratio * height * width * num_frames
-  exact = kept if importance_ratio == 1 else math.floor(important)
+  important = share * ratio * height * width * num_frames
+  exact = kept if share == 1 else math.floor(important)
   num_important = min(exact, kept)
   unkept = num_frames * height * width - num_important
   # In float64 on the host: float32 is off by one in places.
@@ -118,7 +117,7 @@ def budget(
   spread = np.zeros(grid.bucket.tokens, bool)
   spread[places.astype(int)] = True
   # No frame has more than its H*W tokens to give.
-  frame_cap = math.floor(importance_ratio * height * width * max_frame_ratio)
+  frame_cap = math.floor(share * height * width * max_frame_ratio)
   return Budget(
     grid=grid,
     kept=np.int32(kept),

@@ -144,10 +144,8 @@ def balanced_binary_loss(logits, truth):
 
 
 def size_loss(features, table):
-  """Returns how far the tokens' size is from that of word embeddings.
-
-  Left alone, features grow, and what a layer adds from the question drowns.
-  """
+  """Returns how far the tokens' size is from that of word embeddings."""
+  # Left alone, features grow, and what a layer adds from the question drowns.
   size = 0.5 * jnp.log(jnp.square(features.astype(jnp.float32)).mean(-1) + 1e-6)
   target = 0.5 * jnp.log(jnp.square(table.astype(jnp.float32)).mean() + 1e-6)
   return jnp.square(size - jax.lax.stop_gradient(target)).mean()

@@ -62,10 +62,9 @@ def pretrain(config, workdir):
   # Safetensors of half precision keep the shipped directory small; bfloat16
   # because float16 would round small weights to zero.
   stored = {"eos_ids": ends, "pad_id": ends[1], "dtype": jnp.bfloat16}
-  with (
-    metrics_lib.MetricsWriter(workdir, 0) as writer,
-    progress_lib.Progress(config.pretrain.num_steps) as progress,
-  ):
+  writer = metrics_lib.MetricsWriter(workdir, 0)
+  progress = progress_lib.Progress(config.pretrain.num_steps)
+  with writer, progress:
     for step, params, metrics, rows in train(model, tokenizer, config.pretrain):
       if metrics:
         writer.write_scalars(step, metrics)
@@ -217,12 +216,9 @@ def train(model, tokenizer, config):
   every config.log_every steps and accuracies every config.probe_every, both at
   the end, else empty; steps with neither are left out.
   """
-  pack = packing.PackingConfig(
-    tokenizer_file=os.path.join(tokenizer.name, "tokenizer.json"),
-    seed=config.seed,
-    num_steps=config.num_steps,
-    **config.packing,
-  )
+  path = os.path.join(tokenizer.name, "tokenizer.json")
+  given = {"seed": config.seed, "num_steps": config.num_steps, **config.packing}
+  pack = packing.PackingConfig(tokenizer_file=path, **given)
   word_ids = losses_lib.word_ids(tokenizer)
   prompts = packed.PackedPrompts(
     model,

@@ -180,10 +180,9 @@ def write_random(directory, config, seed=0):
     bits = np.frombuffer(rng.bytes(2 * math.prod(shape)), np.uint16)
     return ((bits & kept) | exponent).view(dtype).reshape(shape)
 
-  shapes = checkpoints.source_shapes(config)
   tensors = {
     name: (dtype, shape, functools.partial(make, shape, *_bits(name)))
-    for name, shape in shapes.items()
+    for name, shape in checkpoints.source_shapes(config).items()
   }
   for name, array in checkpoints.unused_tensors(config).items():
     make_given = functools.partial(np.asarray, array, dtype)

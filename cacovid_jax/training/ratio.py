@@ -108,12 +108,10 @@ def _rungs(ladder: Ladder, grid) -> Rungs:
 
   # The start may itself be a rung that the grid raised or dropped.
   away = [abs(math.log(ratio / ladder.config.start)) for ratio in ratios]
-  plans = None
+  plans, placed = None, ladder.place(grid)
   if not ladder.plans:
-    own = [
-      sampling.plan(ladder.place(grid), ratios[j], ladder.sampler, ladder.shape)
-      for j in nearest
-    ]
+    given = ladder.sampler, ladder.shape
+    own = [sampling.plan(placed, ratios[j], *given) for j in nearest]
     plans = jax.tree.map(lambda *leaves: np.stack(leaves), *own)
   return Rungs(
     ratios=np.array([ratios[j] for j in nearest], np.float32),

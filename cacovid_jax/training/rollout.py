@@ -88,8 +88,7 @@ class Target(NamedTuple):
 def first_letters(tokenizer, vocab_size: int) -> np.ndarray:
   """Returns i32[V]: the code of each token's first letter, -1 if it has none.
 
-  Spaces and full stops in front do not count, as in `data.rewards`; ids
-  that the tokenizer does not know, and special tokens, have no text.
+  Spaces and full stops in front do not count; special tokens have no text.
   """
   table = np.full((vocab_size,), -1, np.int32)
   for token in range(min(vocab_size, tokenizer.vocab_size)):

@@ -118,8 +118,7 @@ class Run:
 def with_total_steps(experiment, questions):
   """Returns the experiment with the steps of one epoch if it leaves them open.
 
-  Its config has another hash than the workdir's: a checkpoint of other rows,
-  and so of another schedule, does not fit.
+  Its hash is another than the workdir's: no checkpoint of other rows fits.
   """
   config = experiment.config
   if config.total_steps:
@@ -153,12 +152,9 @@ def make_step_configs(config, checkpoint, policy, parts, processor):
     grids = [processor.fixed_grid(data.num_frames)]
   else:
     grids = token_grid.make_buckets(data.buckets, processor, data.num_frames)
-  iterations, rates = config.iterations, dict(config.optimizer)
-  tx = optimizer.make(
-    optimizer.OptimizerConfig(**rates),
-    config.total_steps * iterations,
-    iterations,
-  )
+  iterations = config.iterations
+  rates = optimizer.OptimizerConfig(**config.optimizer)
+  tx = optimizer.make(rates, config.total_steps * iterations, iterations)
   return [
     step.StepConfig(
       model=checkpoint.model,
@@ -195,6 +191,8 @@ def open_store(experiment, processor, keep=None) -> features.FeatureStore:
   """Returns the clips that are trained on; the workdir's bad ones refused."""
   data, mesh = experiment.config.data, experiment.mesh
   listed = batches.rejected_path(experiment.workdir)
+  refused = rejected_clips.RejectedClips(listed).refused
+  hashed = bool(data.feature_cache)
   process = jax.process_index()
   here = [x for x in mesh.devices[:, 0] if x.process_index == process]
   params = experiment.loaded.params
@@ -208,11 +206,7 @@ def open_store(experiment, processor, keep=None) -> features.FeatureStore:
     frames_lib.FrameRule(data.num_frames, data.frame_rule),
     params=params,
     keep=data.memory_items if keep is None else keep,
-    reading={
-      "min_side": data.min_side,
-      "refused": rejected_clips.RejectedClips(listed).refused,
-      "hashed": bool(data.feature_cache),
-    },
+    reading={"min_side": data.min_side, "refused": refused, "hashed": hashed},
     mesh=mesh_lib.make_mesh(len(here), devices=here) if here[1:] else None,
     only_buckets=not processor.one_grid,
   )

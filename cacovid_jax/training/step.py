@@ -61,8 +61,7 @@ class TrainState(struct.PyTreeNode):
 class Batch(struct.PyTreeNode):
   """What a step reads of its B videos.
 
-  `prepare_videos` embeds its prompts: until then they have features (zero
-  behind a video's own) and ids in place of `x`.
+  Until `prepare_videos` embeds them, prompts have features and ids, and no `x`.
   """
 
   prompts: prompt_batch.PromptBatch
@@ -80,8 +79,7 @@ class Batch(struct.PyTreeNode):
 class Constants(struct.PyTreeNode):
   """Arrays that no step changes.
 
-  They are arguments of every program; captured, the weights would become
-  constants, and another seed another program.
+  Captured, weights would become constants, another seed another program.
   """
 
   params: Any  # Base weights.
@@ -290,9 +288,8 @@ def frame_metrics(videos: Batch, masks: replay.Masks):
 def iterate(config, state, constants, videos, memory, *, max_rung: int):
   """Returns (state, memory, ids i32[B,G,M], rewards f32[B,G], metrics)."""
   answers, masks = rollout(config, constants, videos, memory, max_rung=max_rung)
-  target = rollout_lib.Target(
-    videos.answer_id, videos.option_ids, constants.letters
-  )
+  known = videos.answer_id, videos.option_ids, constants.letters
+  target = rollout_lib.Target(*known)
   rewards = rollout_lib.reward(config.rollout, answers, target)
   state, memory, metrics = update(config, state, videos, memory, masks, rewards)
   return state, memory, answers.ids, rewards, metrics
