@@ -36,8 +36,8 @@ def peak_scores(
   """Returns float32[n], density times distance to the next denser token.
 
   Of features float[n, D]. `num_neighbours` smallest distances, the token's own
-  among them, make the density. With an `rng`, noise uniform in [0, noise) breaks
-  ties. Tokens that are not valid, bool[n], get -inf and are no neighbours.
+  among them, make the density. With an `rng`, noise, uniform in [0, noise),
+  breaks ties. Tokens not valid, bool[n], get -inf and are no neighbours.
   """
   n = features.shape[0]
   valid = np.ones(n, bool) if valid is None else valid

@@ -113,10 +113,9 @@ class PackedPrompts:
     return self.model.logits(params, hidden[:, :, -length:])
 
   def first_layer(self, params, features, ids, lengths):
-    """Returns float[B, N, D]: the video as the first layer reads it unmasked.
+    """Returns float[B, N, D]: the video as the first layer, unmasked, reads it.
 
-    As a policy does, beside ids int32[B, A] of one question per clip with
-    int32[B] tokens before its answer.
+    Beside ids int32[B, A], of which int32[B] are before the answer.
     """
     x = self._embed(params, features, ids)
     text = self.model.config.text

@@ -1,8 +1,7 @@
 """Draws scenes of the embedded benchmark as RGB frames.
 
-Objects are pasted from small tables of opacity and shade, at whole pixels, so
-that a NumPy loop here and an accelerator program elsewhere draw the same
-picture from the same slots.
+Objects are pasted from small tables at whole pixels, so that a NumPy loop here
+and an accelerator program elsewhere draw the same from the same slots.
 """
 
 import functools
@@ -80,9 +79,8 @@ def sprite_tables() -> tuple[np.ndarray, np.ndarray]:
 def slots(scene: world.Scene, time: float):
   """What to draw at a time, 0 to 15 in sampled frames, distractors first.
 
-  Returns (sprite int8[S], corner int16[S, 2], color float32[S, 3]) with S =
-  `MAX_SLOTS`; `corner` is the (y, x) of the sprite's first pixel; unused slots
-  have sprite -1.
+  Returns (sprite int8[S], corner int16[S, 2], color float32[S, 3]); `corner` is
+  the (y, x) of the sprite's first pixel; unused slots have sprite -1.
   """
   sprite = np.full(world.MAX_SLOTS, -1, np.int8)
   corner = np.zeros((world.MAX_SLOTS, 2), np.int16)
