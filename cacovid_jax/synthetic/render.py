@@ -91,10 +91,10 @@ def slots(scene: world.Scene, time: float):
   a, b = len(grey), len(grey) + len(shown)
   sprite[:a] = _DISTRACTOR
   color[:a] = 120.0
-  kinds, patterns, shapes = scene.attributes[shown].T
+  colors, patterns, shapes = scene.attributes[shown].T
   sprite[a:b] = patterns * len(world.SHAPES) + shapes
   palette = np.float32(list(world.COLORS.values()))
-  color[a:b] = palette[kinds] + scene.tint[shown]
+  color[a:b] = palette[colors] + scene.tint[shown]
   life = np.concatenate([scene.distractor_life[grey], scene.life[shown]])
   path = np.concatenate([scene.distractor_path[grey], scene.path[shown]])
   places = world.centres(life, path, time)

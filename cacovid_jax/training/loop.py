@@ -86,7 +86,9 @@ def train(
   progress = progress_lib.Progress(config.total_steps, start=start)
   with writer, progress, _preemption() as reached:
     recorder = _Recorder(config, run, writer, progress, on_step)
-    for done, (batch, rows) in enumerate(run.batches(start), start + 1):
+    batches = run.batches(start)
+    for done in range(start + 1, config.total_steps + 1):
+      batch, rows = next(batches)
       state, *out = _step(run, state, batch, rows)
       recorder.add(done, rows, out)
       stop = reached(done)
@@ -120,7 +122,7 @@ def _step(run: run_lib.Run, state, batch, rows):
 def _preemption():
   """Gives f(step), whether to stop after a SIGTERM; all processes agree."""
   if jax.process_count() > 1:
-    # JAX hears the signal, unless it is replaced, and names the step of all.
+    # JAX hears it, unless replaced, and names the step where all stop.
     yield multihost_utils.reached_preemption_sync_point
     return
   signals, old = [], None
