@@ -151,8 +151,7 @@ def plan(grid, ratio, config=None, shape=None):
     grid: (T, H, W), which fills its bucket; or TokenGrid, of the host.
     ratio: r; one that keeps nothing of the grid is a UserError.
     config: SamplingConfig; a sampler of one's own gets the paper's numbers.
-    shape: PlanShape of a program that serves several ratios; None for what this
-      ratio needs, in a bucket the most of any grid.
+    shape: PlanShape of a program of several ratios; None for this ratio's.
   """
   config = _numbers(config)
   grid = token_grid.TokenGrid.of(grid)

@@ -83,8 +83,7 @@ def budget(
     grid: (T, H, W).
     ratio: retention ratio r in (0, 1]; floor(r*T*H*W) tokens are kept.
     bucket: GridBucket that the grid is data in; None for its own.
-    num_keep_max: K_max, for a program that serves several ratios; None for
-      the largest K of this ratio in the bucket.
+    num_keep_max: K_max of a program of several ratios; None for this ratio's.
     importance_ratio: share of the budget that the scores decide on, in [0, 1].
     max_frame_share: a frame's cap is max_frame_share * ratio of its tokens,
     max_frame_ratio: unless given here as a share of its tokens.
