@@ -16,8 +16,8 @@ def parse(text, like, *, name="value", kind=None):
       that holds neither a text nor a truth value.
     like: the value that is replaced.
     name: of the field, for the error message.
-    kind: the type to read when `like` is None, such as that of a placeholder;
-      without it the text is read as the Python literal it looks like.
+    kind: the type to read when `like` is None, as of a placeholder; without it
+      the text is read as the Python literal it looks like.
   """
   if like is not None:
     kind = type(like)

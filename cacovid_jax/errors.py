@@ -31,20 +31,13 @@ def run(
 
   def parsed(argv):
     found = guarded(parse, argv)
-    quiet()
+    # Orbax alone tells a page about every checkpoint. Our own words stay.
+    if not flags.FLAGS["verbosity"].present:
+      absl_logging.set_verbosity(absl_logging.WARNING)
+    logging.getLogger("cacovid_jax").setLevel(logging.INFO)
     return found
 
   app.run(functools.partial(guarded, main), flags_parser=parsed)
-
-
-def quiet() -> None:
-  """Silences what libraries tell below a warning, unless --verbosity asks.
-
-  Orbax alone tells a page about every checkpoint. Our own words stay.
-  """
-  if not flags.FLAGS["verbosity"].present:
-    absl_logging.set_verbosity(absl_logging.WARNING)
-  logging.getLogger("cacovid_jax").setLevel(logging.INFO)
 
 
 def one_line(error: Exception) -> str:

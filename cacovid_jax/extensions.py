@@ -30,10 +30,7 @@ KEYS = {f"{name}.{keys[0]}" for name, keys in SECTIONS.items()}
 
 
 def load(spec: str, key: str) -> tuple[Any, str]:
-  """Returns a named object, and the sha256 of its file ("" if it has none).
-
-  `key` is what was set to the name, for messages.
-  """
+  """Returns what a key names, and the sha256 of its file ("" without one)."""
   source, _, name = spec.rpartition(":") if isinstance(spec, str) else [""] * 3
   if not source or not name:
     raise errors.UserError(
@@ -74,8 +71,9 @@ def fitting(found, section: str, options, known=()) -> dict[str, Any]:
     found: a class, whose options are the arguments of `from_llm_config` or
       else of itself; or a function, whose options are keyword-only.
     section: of the config, for messages.
-    options: {name: value}.
-    known: names that are left out where it does not take them.
+    options: {name: value}; names among `known` are left out where it does not
+      take them.
+    known: see above.
   """
   call = getattr(found, "from_llm_config", found)
   given = list(inspect.signature(call).parameters.values())
@@ -99,10 +97,7 @@ def fitting(found, section: str, options, known=()) -> dict[str, Any]:
 
 
 def make(found, section: str, options, known=()) -> Any:
-  """Returns an object of a class, or a function, with its options set.
-
-  The arguments are as for `fitting`.
-  """
+  """Returns an object of a class, or a function, with options as `fitting`."""
   options = fitting(found, section, options, known)
   if not inspect.isclass(found):
     if not options:

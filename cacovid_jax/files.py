@@ -1,8 +1,4 @@
-"""Files that survive a kill: atomic writes, appended lines, locks, hashes.
-
-A file is written beside its place and renamed, so that a reader sees the old
-file or the whole new one, whenever the writer is killed.
-"""
+"""Files that survive a kill: atomic writes, appended lines, locks, hashes."""
 
 import contextlib
 import fcntl
@@ -25,8 +21,8 @@ from cacovid_jax import errors
 def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
   """Gives a free path beside `path`; what is written there replaces it.
 
-  The name holds host and process, so that several processes may write the same
-  file. An error removes the partial file and leaves the old one.
+  A reader sees the old file or the whole new one, whenever the writer is
+  killed. Several processes may write the same file.
   """
   path = pathlib.Path(path)
   name = f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"

@@ -10,43 +10,26 @@ import rich.progress
 
 from cacovid_jax import metrics as metrics_lib
 
+_WINDOW = 20  # Last steps that the running means are over.
+_LINE_SECONDS = 15.0  # Between two lines where there is no terminal.
+
 
 class Progress:
   """A progress bar with time left and running means of metrics.
 
   On a terminal a live bar; elsewhere a plain line now and then, so that logs
-  stay readable.
+  stay readable. Both on standard error.
   """
 
-  def __init__(
-    self,
-    total,
-    *,
-    start=0,
-    description="train",
-    window=20,
-    line_seconds=15.0,
-    stream=None,
-  ):
-    """Starts nothing yet; use it as a context manager.
-
-    Args:
-      total: steps of the whole run.
-      start: steps done by an earlier start of the run.
-      description: what is being done, in a word.
-      window: last steps that the running means are over.
-      line_seconds: between two lines where there is no terminal.
-      stream: to print to; standard error by default.
-    """
+  def __init__(self, total, *, start=0, description="train"):
+    """Takes all steps of a run, and those done by an earlier start of it."""
     self._total, self._start, self._step = total, start, start
     self._description = description
-    self._line_seconds = line_seconds
     self._values = collections.defaultdict(
-      lambda: collections.deque(maxlen=window)
+      lambda: collections.deque(maxlen=_WINDOW)
     )
-    self._recent = collections.deque(maxlen=window + 1)  # (time, step)
-    self._stream = stream or sys.stderr
-    self._console = rich.console.Console(file=self._stream)
+    self._recent = collections.deque(maxlen=_WINDOW + 1)  # (time, step)
+    self._console = rich.console.Console(file=sys.stderr)
     self._bar = self._task = None
     self._last_line = -math.inf
     self._note = ""
@@ -87,11 +70,11 @@ class Progress:
         self._values[name].append(value)
     if self._bar:
       self._bar.update(self._task, completed=self._step, text=self._text())
-    elif time.monotonic() - self._last_line >= self._line_seconds:
+    elif time.monotonic() - self._last_line >= _LINE_SECONDS:
       self._print_line()
 
   def means(self):
-    """Returns {name: mean over the last `window` steps}."""
+    """Returns {name: mean over the last steps}."""
     return {n: sum(values) / len(values) for n, values in self._values.items()}
 
   def seconds_left(self):
@@ -105,17 +88,12 @@ class Progress:
     left = self.seconds_left()
     parts = ["eta " + ("?" if left is None else _clock(left))]
     parts += [f"{name} {mean:.3g}" for name, mean in self.means().items()]
-    if self._note:
-      parts.append(self._note)
-    return "  ".join(parts)
+    return "  ".join([*parts, self._note] if self._note else parts)
 
   def _print_line(self):
     self._last_line = time.monotonic()
-    print(
-      f"{self._description} {self._step}/{self._total}  {self._text()}",
-      file=self._stream,
-      flush=True,
-    )
+    done = f"{self._description} {self._step}/{self._total}"
+    print(f"{done}  {self._text()}", file=self._console.file, flush=True)
 
 
 def _clock(seconds):

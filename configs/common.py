@@ -62,8 +62,7 @@ def released(arg, *, family, sizes):
   config.data.train_file = "filtered.json"
   config.data.frame_rule = frames.TRAIN_RULE
   config.data.num_threads = 8
-  # Features of a clip take 90 MB at 7B.
-  config.data.memory_items = 32
+  config.data.memory_items = 32  # Features of a clip take 90 MB at 7B.
   if family == "qwen2_5_vl":
     config.data.min_pixels = processors.PAPER_MIN_PIXELS
     config.data.max_pixels = processors.PAPER_MAX_PIXELS
@@ -78,8 +77,7 @@ def released(arg, *, family, sizes):
   )
   config.evals.oracles = ()
   config.evals.ratios = (0.25, 0.2, 0.15, 0.1)
-  # Of methods that draw, if some are asked for.
-  config.evals.seeds = (0, 1, 2)
+  config.evals.seeds = (0, 1, 2)  # Of methods that draw, if some are asked for.
   config.evals.select_on = "none"
   if family == "llava_onevision":
     # The paper's evaluator: plain texts and the tokenizer's system turn.

@@ -1,12 +1,10 @@
 """One batch of questions, and what has been computed for it so far.
 
-Everything that several methods read (scores of a policy, attention of the whole
-prompt, the question's text) is computed when the first one looks at it.
-
 Letters: B batch, T frames, N video tokens, K kept tokens, M tokens of an answer
 or continuation.
 """
 
+import functools
 import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -44,20 +42,12 @@ class KeptTokens(NamedTuple):
 
 
 class Likelihood(NamedTuple):
-  """How likely one continuation of a prompt is.
+  """How likely one continuation of a prompt is."""
 
-  Attributes:
-    log_prob: natural logarithm of its probability, summed over its tokens;
-      -inf if the clip cannot be used.
-    num_tokens: how many they are.
-    greedy: whether the most likely answer begins with it.
-    fault: why the clip cannot be used, else "".
-  """
-
-  log_prob: float
+  log_prob: float  # Natural, summed over tokens; -inf for an unusable clip.
   num_tokens: int
-  greedy: bool
-  fault: str = ""
+  greedy: bool  # Whether the most likely answer begins with it.
+  fault: str = ""  # Why the clip cannot be used.
 
 
 class MethodOutput(NamedTuple):
@@ -69,6 +59,9 @@ class MethodOutput(NamedTuple):
 
 class BatchRunner:
   """At most B questions about clips of one grid, and their prompts.
+
+  What several methods read (scores of a policy, attention of the whole prompt,
+  the question's text) is computed when the first one looks at it.
 
   Attributes:
     batch: `prompt_batch.PromptBatch`, of the grid's bucket.
@@ -87,9 +80,8 @@ class BatchRunner:
     self.grid = engine.token_grid(self._shape)
     self.num_video = int(self.grid.num_tokens)
     self._programs, self._params = engine.programs, engine.checkpoint.params
-    self._rows = prompt_batch.pad_rows(
-      len(questions), engine.settings.batch_size
-    )
+    size = engine.settings.batch_size
+    self._rows = prompt_batch.pad_rows(len(questions), size)
     with engine.timed("clips"):
       self._clips = [engine.source[question.video] for question in questions]
     for question, clip in zip(questions, self._clips, strict=True):
@@ -115,12 +107,14 @@ class BatchRunner:
     if self._vanilla is None or (
       want_attention and self._vanilla.attention is None
     ):
-      with self._e.timed("vanilla"):
-        self._vanilla = jax.block_until_ready(
-          self._programs.vanilla(
-            self._params, self.batch, want_attention=want_attention
-          )
-        )
+      self._vanilla = self._timed(
+        "vanilla",
+        functools.partial(
+          self._programs.vanilla, want_attention=want_attention
+        ),
+        self._params,
+        self.batch,
+      )
     return self._vanilla
 
   def output(self, condition) -> MethodOutput:
@@ -128,17 +122,16 @@ class BatchRunner:
     method = condition.method
     if not method.compressor.selects_first:
       inputs = self.inputs(condition)
-      with self._e.timed(f"answer {method.label}"):
-        program = self._programs.select_and_answer(
-          method.compressor, condition.ratio, self.grid
-        )
-        found = program(self._params, self.batch, inputs)
-        return MethodOutput(*jax.block_until_ready(found))
-    selection = self.select(condition)
-    with self._e.timed(f"answer from {selection.index.shape[1]} tokens"):
-      ids = jax.block_until_ready(
-        self._programs.answer(self._params, self.batch, selection)
+      program = self._programs.select_and_answer(
+        method.compressor, condition.ratio, self.grid
       )
+      label = f"answer {method.label}"
+      found = self._timed(label, program, self._params, self.batch, inputs)
+      return MethodOutput(*found)
+    selection = self.select(condition)
+    label = f"answer from {selection.index.shape[1]} tokens"
+    answer = self._programs.answer
+    ids = self._timed(label, answer, self._params, self.batch, selection)
     # Alike in all layers.
     tokens = selection.mask.sum(axis=1, keepdims=True)
     trace = base.SelectionTrace(selection.index, selection.mask, tokens)
@@ -149,15 +142,16 @@ class BatchRunner:
     method = condition.method
     # Whatever it reads is timed apart from the selection itself.
     inputs = self.inputs(condition)
-    with self._e.timed(f"select {method.label}"):
-      program = self._programs.select(
-        method.compressor, condition.ratio, self.grid
-      )
-      if method.compressor.sees_question:
-        selection = program(inputs)
-      else:
-        selection = self._select_by_clip(program, inputs)
-      return jax.block_until_ready(selection)
+    program = self._programs.select(
+      method.compressor, condition.ratio, self.grid
+    )
+    if not method.compressor.sees_question:
+      program = functools.partial(self._select_by_clip, program)
+    return self._timed(f"select {method.label}", program, inputs)
+
+  def _timed(self, name: str, function, *args):
+    with self._e.timed(name):
+      return jax.block_until_ready(function(*args))
 
   def kept(self, condition, chosen=None) -> list[KeptTokens]:
     """Returns what a condition keeps of each question's clip.
@@ -182,10 +176,7 @@ class BatchRunner:
   def likelihood(
     self, condition, continuations: Sequence[Sequence[list[int]]], size: int
   ) -> list[list[Likelihood]]:
-    """Returns how likely ids follow each question's prompt.
-
-    The prompt is read once for all of them; what they are scored from is what
-    an answer is generated from.
+    """Returns how likely ids follow each question's prompt, read once for all.
 
     Each question has one at least; `size` is that of the longest anywhere.
     """
@@ -215,25 +206,21 @@ class BatchRunner:
 
   def _read(self, condition, room: int):
     """Returns (logits, cache) behind the prompts that a condition leaves."""
-    method, programs = condition.method, self._programs
-    if method is None:
-      return programs.read(self._params, self.batch, None, room)
-    self._e.check(condition, self._shape)
-    if method.compressor.selects_first:
+    method, selection = condition.method, None
+    if method is not None:
+      self._e.check(condition, self._shape)
+      if not method.compressor.selects_first:
+        program = self._programs.select_and_answer(
+          method.compressor, condition.ratio, self.grid, room=room
+        )
+        return program(self._params, self.batch, self.inputs(condition))
       selection = self.select(condition)
-      return programs.read(self._params, self.batch, selection, room)
-    program = programs.select_and_answer(
-      method.compressor, condition.ratio, self.grid, room=room
-    )
-    return program(self._params, self.batch, self.inputs(condition))
+    return self._programs.read(self._params, self.batch, selection, room)
 
   def scores(self, field: str, name: str, seed: int):
-    """Returns the policy's Scores of the batch, of the exact grid.
+    """Returns a policy's Scores for a field of `CompressorInputs`.
 
-    Args:
-      field: field of `CompressorInputs` that they are for.
-      name: which policy.
-      seed: of the untrained policy, or of the draw of another question.
+    `seed` is of the untrained policy, or of the draw of another question.
     """
     key = field, name, seed if field != "scores" else 0
     if key not in self._scores:
@@ -256,7 +243,7 @@ class BatchRunner:
           frame=self._own(scores.frame, 1, self._shape[0]),
           token=self._own(scores.token, 1),
         )
-        if not _finite(scores):
+        if not all(np.isfinite(x).all() for x in jax.tree.leaves(scores)):
           raise errors.UserError(
             f"{field.replace('_', ' ')} of policy {name!r} hold NaN or"
             " infinity; check how it was trained"
@@ -293,20 +280,17 @@ class BatchRunner:
     )
 
   def _part(self, need: str):
-    """Returns what needs no policy, leading axis B."""
     if need == "attention":
       return self._own(self.vanilla(want_attention=True).attention, 2)
     if need not in self._parts:
       if need == "text":
-        with self._e.timed("prompts"):
-          part = jax.block_until_ready(self._programs.text(self.batch))
+        part = self._timed("prompts", self._programs.text, self.batch)
       elif need == "decisive":
         part = self._decisive()
       else:
         # What the vision tower hands out beside the features.
-        part = jnp.asarray(
-          np.stack([self._clips[row].extras[need] for row in self._rows])
-        )
+        found = [self._clips[row].extras[need] for row in self._rows]
+        part = jnp.asarray(np.stack(found))
       self._parts[need] = part
     return self._parts[need]
 
@@ -369,17 +353,12 @@ class BatchRunner:
 
   def _keys(self, seed: int):
     """Returns one key per question, from the seed and the question's name."""
-    names = [question.rng_id for question in self._questions]
-    hashes = [question_lib.question_hash(name) for name in names]
-    hashes = jnp.asarray(np.array(hashes, np.uint32)[np.array(self._rows)])
+    names = [self._questions[row].rng_id for row in self._rows]
+    hashes = np.array(list(map(question_lib.question_hash, names)), np.uint32)
     key = jax.random.key(seed)
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, hashes)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(hashes))
 
 
 def _gap(scores) -> np.ndarray:
   """Returns keep - drop of scores [..., 2]."""
   return np.asarray(scores[..., 1] - scores[..., 0])
-
-
-def _finite(tree) -> bool:
-  return all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(tree))

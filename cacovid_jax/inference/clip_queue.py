@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import contextlib
 from collections.abc import Iterable
 
 import numpy as np
@@ -15,7 +16,7 @@ from cacovid_jax.inference import features, tower
 from cacovid_jax.inference.clips import Clip
 
 
-class ClipQueue(features.FeatureStore):
+class ClipQueue(features.FeatureStore, contextlib.AbstractContextManager):
   """A store of which `queue[path]` is an encoded clip, or has its fault.
 
   Two threads decode ahead what `prefetch` names. Where grids differ, `survey`
@@ -32,19 +33,14 @@ class ClipQueue(features.FeatureStore):
   def survey(self, paths: Iterable[str]) -> None:
     """Finds out the grids of clips by their first frames.
 
-    Clips whose size a manifest or the disk knows are not opened.
-
-    Args:
-      paths: as the questions name them. The grid that most of those have stands
-        for those that cannot be used, so give all at once.
+    Clips whose size a manifest or the disk knows are not opened. The grid that
+    most of the clips have stands for those that cannot be used, so give all at
+    once.
     """
     if self._given:
       return
-    paths = [
-      path
-      for path in dict.fromkeys(paths)
-      if path not in self._grids and path not in self._faults
-    ]
+    known = self._grids.keys() | self._faults.keys()
+    paths = [path for path in dict.fromkeys(paths) if path not in known]
     if not paths:
       return
     found = self._pool.map(self._find_grid, paths)
@@ -91,11 +87,7 @@ class ClipQueue(features.FeatureStore):
         self._ahead[path] = self._pool.submit(self._load_or_fault, path)
 
   def discard(self, keep: Iterable[str] = ()) -> None:
-    """Drops what was decoded ahead and is not asked for after all.
-
-    Args:
-      keep: clips that will be.
-    """
+    """Drops what was decoded ahead, but clips to `keep`."""
     for path in self._ahead.keys() - set(keep):
       self._ahead.pop(path).cancel()
 
@@ -108,9 +100,6 @@ class ClipQueue(features.FeatureStore):
   def close(self) -> None:
     """Stops the threads."""
     self._pool.shutdown(cancel_futures=True)
-
-  def __enter__(self):
-    return self
 
   def __exit__(self, *exc_info):
     self.close()
@@ -126,20 +115,18 @@ class ClipQueue(features.FeatureStore):
     if self._model.num_deep:
       shapes[tower.DEEP] = (self._model.num_deep, count, width)
     arrays = {k: np.zeros(shape, np.float32) for k, shape in shapes.items()}
-    return Clip(
-      frame_record.FrameRecord(video=path, fault=reason), grid, arrays
-    )
+    record = frame_record.FrameRecord(video=path, fault=reason)
+    return Clip(record, grid, arrays)
 
   def _load_or_fault(self, path: str) -> features.Loaded:
     # A clip that could not be used when batches were made is not used later.
     known = self.reader.known(path)
     reason = self._faults.get(path) or (known.fault if known else "")
-    try:
-      if not reason:
+    if not reason:
+      try:
         return self.load(path)
-    except video.VideoError as error:
-      # Without the path: results must not depend on where the data lies.
-      reason = error.reason.replace("_", " ")
+      except video.VideoError as error:
+        reason = _told(error)
     return features.Loaded(path, self.unusable(path, reason))
 
   def _find_grid(self, path: str) -> tuple[int, int, int] | str:
@@ -148,15 +135,17 @@ class ClipQueue(features.FeatureStore):
     if known and known.fault:
       return known.fault
     try:
-      if known:
-        size = known.size
-      elif facts := self.facts(path):
+      size = known.size if known else None
+      if not known and (facts := self.facts(path)):
         size = facts["record"]["size"]
-      else:
-        size = self.reader.size(path)
       return self.reader.grid(path, size)
     except video.VideoError as error:
-      return error.reason.replace("_", " ")
+      return _told(error)
+
+
+def _told(error: video.VideoError) -> str:
+  # Without the path: results must not depend on where the data lies.
+  return error.reason.replace("_", " ")
 
 
 def read_processor(experiment: experiment_lib.Experiment):

@@ -32,13 +32,11 @@ class Clip:
   second_per_grid_t: float = 1.0
   warnings: tuple[str, ...] = ()
 
-  @property
-  def features(self) -> np.ndarray:
-    return self.arrays[tower.FEATURES]
-
-  @property
-  def deep(self) -> np.ndarray | None:
-    return self.arrays.get(tower.DEEP)
+  features = property(lambda self: self.arrays[tower.FEATURES])
+  deep = property(lambda self: self.arrays.get(tower.DEEP))
+  fault = property(lambda self: self.record.fault)
+  frame_hash = property(lambda self: self.record.frame_hash)
+  index_hash = property(lambda self: self.record.index_hash)
 
   @property
   def extras(self) -> dict[str, np.ndarray]:
@@ -46,28 +44,9 @@ class Clip:
     names = [name for name in video_llm.SIGNALS if name in self.arrays]
     return {name: self.arrays[name] for name in names}
 
-  @property
-  def fault(self) -> str:
-    """Why the clip cannot be used, else ""."""
-    return self.record.fault
-
-  @property
-  def frame_hash(self) -> str:
-    return self.record.frame_hash
-
-  @property
-  def index_hash(self) -> str:
-    return self.record.index_hash
-
 
 class ClipReader:
-  """Decodes clips, and refuses those that are known or found to be bad.
-
-  Attributes:
-    processor: frames to the tower's inputs.
-    rule: which frames are shown.
-    manifest: records that clips must agree with, or None.
-  """
+  """Decodes clips, and refuses those that are known or found to be bad."""
 
   def __init__(
     self,
@@ -86,8 +65,8 @@ class ClipReader:
 
     Args:
       root: folder that video paths are relative to.
-      processor: see above.
-      rule: see above.
+      processor: frames to the tower's inputs.
+      rule: which frames are shown.
       limits: caps on what is decoded.
       min_side: clips are refused whose frames have a side of so many pixels or
         fewer.
@@ -124,13 +103,16 @@ class ClipReader:
       raise video.VideoError(file, reason, "refused in an earlier run")
     return content
 
-  def size(self, path: str) -> tuple[int, int]:
-    """Returns the (h, w) of a clip's frames, from its first one."""
-    file = video.safe_path(self.root, path)
-    return video.frame_size(file, self._limits)
+  def grid(
+    self, path: str, size: tuple[int, int] | None = None
+  ) -> tuple[int, int, int]:
+    """Returns (T, H, W) of a clip; `VideoError` if it has none.
 
-  def grid(self, path: str, size: tuple[int, int]) -> tuple[int, int, int]:
-    """Returns (T, H, W) of a clip of a size; `VideoError` if it has none."""
+    Without its (h, w), the clip's first frame is read.
+    """
+    if size is None:
+      file = video.safe_path(self.root, path)
+      size = video.frame_size(file, self._limits)
     try:
       return self.processor.grid(self.rule.num_frames, *size)
     except frames_lib.ShapeError as error:
@@ -138,16 +120,27 @@ class ClipReader:
         path, "bad_shape", error.detail, error.mend
       ) from error
 
-  def frames(self, path: str) -> np.ndarray:
-    """Returns uint8[T,h,w,3] of the clip's own size; may raise `VideoError`."""
-    return self._decode(path, None).frames
+  def decode(self, path: str, resize=None) -> video.Clip:
+    """Returns the frames shown, of the clip's own size unless resized."""
+
+    def rule(count, seconds):
+      known = self.manifest and self.manifest.indices(path, count)
+      return known or self.rule(count, seconds)
+
+    return video.decode(
+      video.safe_path(self.root, path),
+      rule,
+      resize=resize,
+      limits=self._limits,
+      hashed=self._hashed,
+    )
 
   def read(self, path: str) -> tuple[Clip, processors.TowerInputs, bool]:
     """Returns (a clip without arrays, the tower's inputs, whether its frames
     are those of the rule); `VideoError` if it cannot be used."""
     if self._refused:
       self.content(path)
-    shown = self._decode(path, self._resize)
+    shown = self.decode(path, self._resize)
     file = video.safe_path(self.root, path)
     try:
       content = frame_record.hash_file(file) if self._noted else ""
@@ -168,33 +161,22 @@ class ClipReader:
     """Refuses frames that are too small, or not those that are known."""
     if self.manifest:
       self.manifest.check(record)
-    if min(record.size) <= self._min_side:
-      error = self._too_small(*record.size)
+    try:
+      self._check_side(*record.size)
+    except frames_lib.ShapeError as error:
       file = video.safe_path(self.root, path)
-      raise video.VideoError(file, "bad_shape", error.detail, error.mend)
-
-  def _decode(self, path: str, resize) -> video.Clip:
-    def rule(count, seconds):
-      known = self.manifest and self.manifest.indices(path, count)
-      return known or self.rule(count, seconds)
-
-    return video.decode(
-      video.safe_path(self.root, path),
-      rule,
-      resize=resize,
-      limits=self._limits,
-      hashed=self._hashed,
-    )
+      raise video.VideoError(
+        file, "bad_shape", error.detail, error.mend
+      ) from error
 
   def _resize(self, frame: np.ndarray) -> np.ndarray:
-    """Returns a frame resized; `ShapeError` if it is too small."""
-    if min(frame.shape[:2]) <= self._min_side:
-      raise self._too_small(*frame.shape[:2])
+    self._check_side(*frame.shape[:2])
     return self.processor.resize_frame(frame, self.rule.num_frames)
 
-  def _too_small(self, height: int, width: int) -> frames_lib.ShapeError:
-    return frames_lib.ShapeError(
-      f"a frame of {width} x {height} pixels has a side of {self._min_side} or"
-      " fewer",
-      "leave the clip out",
-    )
+  def _check_side(self, height: int, width: int) -> None:
+    if min(height, width) <= self._min_side:
+      raise frames_lib.ShapeError(
+        f"a frame of {width} x {height} pixels has a side of {self._min_side}"
+        " or fewer",
+        "leave the clip out",
+      )

@@ -2,11 +2,7 @@
 
 Methods that keep the same number of tokens share one answering program. Shapes
 are static: every batch has the same size, the last one padded, text has a few
-lengths, and clips lie in a few grid buckets. A batch holds clips of one exact
-grid.
-
-Letters: B batch, T frames, N video tokens (N_max those of a bucket), K kept
-tokens, M tokens of an answer or continuation.
+lengths, and clips lie in a few grid buckets.
 """
 
 import collections
@@ -34,19 +30,12 @@ from cacovid_jax.policy import loading
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What answers depend on besides weights and questions.
-
-  Attributes:
-    num_frames: T.
-    batch_size: B, questions asked at once.
-    max_new_tokens: longest answer in tokens.
-    rule: how letters are taken from answers, see `data.letters`.
-  """
+  """What answers depend on besides weights and questions."""
 
   num_frames: int = 16
   batch_size: int = 8
   max_new_tokens: int = 16
-  rule: str = "paper"
+  rule: str = "paper"  # How letters are taken from answers, see `data.letters`.
 
   @property
   def identity(self) -> dict[str, Any]:
@@ -72,8 +61,6 @@ class AnswerResult(NamedTuple):
 
   Attributes:
     method: label of the method, "vanilla" where everything was kept.
-    ratio: retention ratio.
-    text: the answer.
     letter: the option letter in it; "" without options, or if there is none.
     trace: the tokens that entered the language model; of a method that acts
       inside it, those left at its last layer.
@@ -87,21 +74,19 @@ class AnswerResult(NamedTuple):
   trace: batch_lib.KeptTokens
   milliseconds: Mapping[str, float] = {}
 
-  @property
-  def kept(self) -> int:
-    """Number of kept tokens."""
-    return len(self.trace.index)
+  kept = property(lambda self: len(self.trace.index))
 
 
 class Engine:
   """A model, its prompts and its programs.
 
-  Attributes are the constructor's arguments, and:
-    prompts: of all questions that may be asked.
-    grids: exact grids of the clips.
+  Attributes:
+    grids: exact (T, H, W) of the clips; `grid` is that of most of them.
     pool: questions that `cacovid_other_question` draws from.
     seconds: spent so far, by what they were spent on.
   """
+
+  grid = property(lambda self: self.source.grid)
 
   def __init__(
     self,
@@ -113,7 +98,7 @@ class Engine:
     policies: Mapping[str, loading.LoadedPolicy] | None = None,
     decisive: Mapping[str, Sequence[int]] | None = None,
     programs: programs_lib.Programs | None = None,
-    prompt_rows: Sequence[int] | None = (),
+    more_follow: bool = False,
     others: Sequence[question_lib.Question] = (),
     mesh: Mesh | None = None,
   ):
@@ -121,15 +106,15 @@ class Engine:
 
     Args:
       checkpoint: `models.checkpoints.Checkpoint` with a tokenizer.
-      source: clips by name, with what `methods.wanted` lists.
+      source: `clip_queue.ClipQueue` with what `methods.wanted` lists.
       questions: every question that will be asked.
       settings: see there.
       policies: by name; the first one is what plain `cacovid` follows.
       decisive: question id -> tokens that decide it, where known.
       programs: of an earlier engine of this checkpoint, mesh and number of new
         tokens, so that nothing compiles twice; None makes new ones.
-      prompt_rows: see `prompts.Prompts`.
-      others: further questions that will be asked, see there.
+      more_follow: see `prompts.Prompts`, as for `others`.
+      others: further questions that will be asked.
       mesh: whose `data` axis shares the questions of a batch, if their number
         divides; None is one device.
     """
@@ -150,7 +135,7 @@ class Engine:
       questions,
       grid_of=self.grid_of,
       num_video=max((bucket.tokens for bucket in buckets), default=0),
-      rows=prompt_rows,
+      more_follow=more_follow,
       others=others,
     )
     for question in every:
@@ -165,35 +150,9 @@ class Engine:
     )
 
   @classmethod
-  def of(
-    cls,
-    experiment,
-    source,
-    questions,
-    settings,
-    *,
-    more_follow=False,
-    **options,
-  ) -> "Engine":
-    """Returns the engine of an experiment's checkpoint, mesh and config.
-
-    With `more_follow`, programs are to serve later questions as well; the rest
-    is as of the constructor.
-    """
-    return cls(
-      experiment.checkpoint,
-      source,
-      questions,
-      settings,
-      prompt_rows=None if more_follow else (),
-      mesh=experiment.mesh,
-      **options,
-    )
-
-  @property
-  def grid(self) -> tuple[int, int, int]:
-    """(T, H, W) of the clips; where they differ, of most of them."""
-    return self.source.grid
+  def of(cls, experiment, *args, **options) -> "Engine":
+    """Returns the engine of an experiment's checkpoint and mesh."""
+    return cls(experiment.checkpoint, *args, mesh=experiment.mesh, **options)
 
   def grid_of(self, question: question_lib.Question) -> tuple[int, int, int]:
     """Returns (T, H, W) of the clip of a question."""
@@ -208,9 +167,9 @@ class Engine:
   def batches(
     self, questions: Sequence[question_lib.Question]
   ) -> list[list[question_lib.Question]]:
-    """Returns at most B questions each, about clips of one grid.
+    """Returns at most B questions each, those about one clip side by side.
 
-    Questions about one clip stand side by side.
+    All clips of a batch have one grid.
     """
     groups = collections.defaultdict(list)
     for question in by_clip(questions):
@@ -222,9 +181,7 @@ class Engine:
       for start in range(0, len(group), size)
     ]
 
-  def batch(
-    self, questions: Sequence[question_lib.Question]
-  ) -> batch_lib.BatchRunner:
+  def batch(self, questions) -> batch_lib.BatchRunner:
     """Returns the embedded prompts of at most B questions."""
     return batch_lib.BatchRunner(self, questions)
 
@@ -259,20 +216,15 @@ class Engine:
     if batch.faults:
       raise errors.UserError(f"{question.video}: {batch.faults[0]}")
     if condition.method is None:
-      ids, trace = (
-        batch.vanilla().ids,
-        batch_lib.KeptTokens(np.arange(batch.num_video)),
-      )
+      ids, _ = batch.vanilla()
+      trace = batch_lib.KeptTokens(np.arange(batch.num_video))
     else:
-      output = batch.output(condition)
-      ids, (trace,) = output.ids, batch.kept(condition, output.trace)
+      ids, chosen = batch.output(condition)
+      (trace,) = batch.kept(condition, chosen)
     text, letter = self.decode(ids)[0], ""
     if question.lettered:
-      letter = letters.extract(
-        text,
-        num_options=len(question.options) or 4,
-        rule=self.settings.rule,
-      )
+      count = len(question.options) or 4
+      letter = letters.extract(text, num_options=count, rule=self.settings.rule)
     return AnswerResult(condition.label, condition.ratio, text, letter, trace)
 
   def kept(
@@ -283,7 +235,6 @@ class Engine:
     """Returns question id -> what each condition keeps of its clip.
 
     Nothing is answered but by methods that choose inside the language model.
-
     Clips are such as can be used; no condition is vanilla.
     """
     found = {}
@@ -359,9 +310,7 @@ class Engine:
     self.seconds[name] += time.perf_counter() - start
 
 
-def by_clip(
-  questions: Sequence[question_lib.Question],
-) -> list[question_lib.Question]:
+def by_clip(questions) -> list[question_lib.Question]:
   """Returns the questions with those about one clip side by side."""
   first = {}
   for place, question in enumerate(questions):

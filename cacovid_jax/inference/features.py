@@ -1,10 +1,7 @@
 """Video features: each clip is decoded once, encoded once, and kept.
 
-One store serves training, evaluation, single questions and features that are
-encoded ahead. What a clip's features depend on (its content, which frames are
-shown and what is done to them, the weights, their dtype and attention backend,
-the sizes of the tower's programs) is the key of its entry on disk, whoever
-asks; the entry also says which frames they are, so that its clip is not opened.
+The key of an entry on disk is all that the features depend on, whoever asks;
+the entry also says which frames they are, so that its clip is not opened.
 
 Letters: T frames, H W token grid, N = T·H·W video tokens, D width, S auxiliary
 feature maps.
@@ -38,24 +35,19 @@ class Loaded(NamedTuple):
 
   path: str  # As the questions name it.
   clip: Clip  # With the arrays that are known, zero or more.
-  # Of the tower, for those that are not; None if all are known.
-  inputs: processors.TowerInputs | None = None
-  # What the entry on disk depends on; None without a disk.
-  key: Mapping[str, Any] | None = None
+  inputs: processors.TowerInputs | None = None  # For those that are not.
+  key: Mapping[str, Any] | None = None  # Of its entry on disk.
 
 
 class FeatureStore:
   """Encoded clips below a media root.
 
   `load` decodes (in threads or other processes) and `finish` encodes (on the
-  main thread). For one clip after the other see `clip_queue.ClipQueue`.
-
-  What a tower tells beside features comes from a second run of it: features are
-  the same, to the bit, whatever else is wanted.
+  main thread). What a tower tells beside features comes from a second run of
+  it: features are the same, to the bit, whatever else is wanted.
 
   Attributes:
     grid: (T, H, W) of the clips; where they differ, of most of them.
-    want: names of `video_llm.SIGNALS` that each clip brings along.
     seconds: spent so far on "decode" (frames to pixels included; threads add
       up) and "tower".
   """
@@ -87,7 +79,7 @@ class FeatureStore:
       buckets: sizes that the tower is compiled for, where grids differ; a clip
         that fits none is encoded in its own size...
       only_buckets: ... or refused if it is too long and narrow for all of them.
-      want: names of `video_llm.SIGNALS` that are needed besides features.
+      want: names of `video_llm.SIGNALS` that each clip brings along.
       cache: on disk.
       keep: clips held in memory.
       mesh: whose `data` axis shares the clips that are encoded at once.
@@ -119,10 +111,7 @@ class FeatureStore:
     self.__dict__.update(state)
     self._set_up_memory()
 
-  @property
-  def rows(self) -> int:
-    """Clips that are encoded at once."""
-    return self._tower.rows
+  rows = property(lambda self: self._tower.rows)
 
   @property
   def identity(self) -> dict[str, Any]:
@@ -133,11 +122,6 @@ class FeatureStore:
     if self.reader.rule.name != frames_lib.EVAL_RULE:
       found["frame_rule"] = self.reader.rule.name
     return found
-
-  @property
-  def manifest(self):
-    """Records that clips must agree with, or None."""
-    return self.reader.manifest
 
   def bucket_of(self, grid: tuple[int, int, int]) -> token_grid.GridBucket:
     """Returns the smallest bucket that holds a grid, or else its own size."""
@@ -160,7 +144,7 @@ class FeatureStore:
 
   def frames(self, path: str) -> np.ndarray:
     """Returns uint8[T,h,w,3] of the clip's own size; may raise `VideoError`."""
-    return self.reader.frames(path)
+    return self.reader.decode(path).frames
 
   def load(self, path: str) -> Loaded:
     """Returns a clip, decoded if need be; `VideoError` if it is unfit."""
@@ -213,15 +197,11 @@ class FeatureStore:
 
   def cached_bytes(self, path: str) -> int:
     """Returns the size of a clip's features on disk; 0 if there are none."""
-    if self._cache is None:
-      return 0
-    return self._cache.size(feature_cache.key(**self._key(path)))
+    return self._cache.size(self._name(path)) if self._cache else 0
 
   def facts(self, path: str) -> dict[str, Any] | None:
     """Returns what the disk says of a clip; None if nothing."""
-    if self._cache is None:
-      return None
-    return self._cache.facts(feature_cache.key(**self._key(path)))
+    return self._cache.facts(self._name(path)) if self._cache else None
 
   def _encode(self, todo: list[Loaded]):
     """Yields (loaded clip, {name: float32 array} of what it lacked)."""
@@ -231,25 +211,23 @@ class FeatureStore:
       bucket = self.bucket_of(one.clip.grid)
       groups[bucket, frozenset(lacks)].append(one)
     for (_, lacks), members in groups.items():
-      for start in range(0, len(members), self._tower.rows):
-        part = members[start : start + self._tower.rows]
-        inputs = [one.inputs for one in part]
-        new = self._tower(lacks, inputs)
+      for start in range(0, len(members), self.rows):
+        part = members[start : start + self.rows]
+        new = self._tower(lacks, [one.inputs for one in part])
         for one, arrays in zip(part, new, strict=True):
           count = int(np.prod(one.clip.grid))
-          # Without a bucket's padding; a copy, lest it holds the other clips.
-          arrays = {
-            name: np.array(value[:, :count] if name == _DEEP else value[:count])
-            for name, value in arrays.items()
-          }
           for name, value in arrays.items():
+            # Without a bucket's padding; a copy, lest it holds other clips.
+            own = value[:, :count] if name == _DEEP else value[:count]
+            arrays[name] = np.array(own)
             told = f"{name.replace('_', ' ')} of the vision tower"
-            base.check_finite(value, told)
+            base.check_finite(arrays[name], told)
           yield one, arrays
 
   def _check(self, path: str, clip: Clip) -> None:
     """Refuses frames that are not those known, or that no program takes."""
-    self.reader.check(path, clip.record)
+    reader = self.reader
+    reader.check(path, clip.record)
     expected = self.grid if self._given else self._grids.get(path, clip.grid)
     if clip.grid != expected:
       raise video.VideoError(
@@ -260,14 +238,11 @@ class FeatureStore:
       return
     # Other clips that fit no bucket tell that the buckets are wrong.
     _, rows, columns = clip.grid
-    reader = self.reader
     _, most = reader.processor.patch_tokens(reader.rule.num_frames)
     if rows * columns > most:
       file = video.safe_path(reader.root, path)
       detail = f"long and narrow: {columns} x {rows} tokens, above {most}"
       raise video.VideoError(file, "bad_shape", detail)
-
-  # Memory and disk.
 
   def _recall(self, path: str) -> Clip | None:
     with self._lock:
@@ -282,12 +257,13 @@ class FeatureStore:
       while len(self._clips) > self._keep:
         self._clips.popitem(last=False)
 
+  def _name(self, path: str) -> str:
+    return feature_cache.key(**self._key(path))
+
   def _key(self, path: str, indices: Sequence[int] | None = None):
     """Returns all that the features of a clip depend on.
 
-    Args:
-      path: of the clip.
-      indices: of its frames, where they are not those of the rule.
+    `indices` are those of its frames, where they are not the rule's.
     """
     key = {
       "content": self.reader.content(path),
@@ -310,17 +286,16 @@ class FeatureStore:
       if entry is None:
         continue
       try:
-        record = frame_record.FrameRecord(**entry.facts.pop("record"))
-        grid = tuple(entry.facts.pop("grid"))
-        entry.facts["warnings"] = tuple(entry.facts["warnings"])
-        clip = Clip(record, grid, dict(entry.arrays), **entry.facts)
+        facts = {**entry.facts, "arrays": dict(entry.arrays)}
+        record = {**facts["record"], "video": path}
+        facts["record"] = frame_record.FrameRecord(**record)
+        facts |= {name: tuple(facts[name]) for name in ("grid", "warnings")}
+        clip = Clip(**facts)
       except (KeyError, TypeError):
         continue
-      if wanted and record.indices != wanted:
+      if wanted and clip.record.indices != wanted:
         continue
-      record = dataclasses.replace(record, video=path)
-      clip = dataclasses.replace(clip, record=record)
-      shapes = self._signal_shapes(grid)
+      shapes = self._signal_shapes(clip.grid)
       for name in self.want:
         signal = self._cache.get(feature_cache.key(**key, signal=name))
         # An entry that does not fit is no entry: it is made anew.
@@ -370,26 +345,25 @@ def open_store(
     make: the class.
     params: instead of the base model's.
     reading: further options of `clips.ClipReader`.
-    **options: further ones of `FeatureStore`.
+    **options: of `FeatureStore`.
   """
-  config, checkpoint = experiment.config, experiment.loaded
-  folder = config.data.feature_cache
+  data, checkpoint = experiment.config.data, experiment.loaded
+  folder = data.feature_cache
   if not processor.one_grid and "grid" not in options:
+    # Those that training was given may be for fewer frames.
+    strict = options.get("only_buckets", False)
     options["buckets"] = token_grid.make_buckets(
-      config.data.buckets,
-      processor,
-      rule.num_frames,
-      # Those that training was given may be for fewer frames.
-      strict=options.get("only_buckets", False),
+      data.buckets, processor, rule.num_frames, strict=strict
     )
+  reader = clips.ClipReader(
+    experiment_lib.media_root(experiment.config),
+    processor,
+    rule,
+    noted=bool(folder),
+    **(reading or {}),
+  )
   return make(
-    clips.ClipReader(
-      experiment_lib.media_root(config),
-      processor,
-      rule,
-      noted=bool(folder),
-      **(reading or {}),
-    ),
+    reader,
     checkpoint.model,
     checkpoint.params if params is None else params,
     identity=checkpoint.identity["sha256"],

@@ -22,7 +22,6 @@ class Method:
     label: its row's name, unique in a run.
     spec: name and options in full; answers are kept under it, so that a row
       whose options were chosen anew is not mistaken for what it was.
-    compressor: the rule, before or inside the language model.
     policy: name of the policy whose scores it follows.
   """
 
@@ -48,9 +47,7 @@ class Method:
       spec = f"{spec}#{compressor.fingerprint}"
     return cls(label, spec, compressor, policy)
 
-  @property
-  def needs(self) -> frozenset[str]:
-    return self.compressor.requires
+  needs = property(lambda self: self.compressor.requires)
 
   @property
   def score_fields(self) -> list[str]:
@@ -87,21 +84,13 @@ class Condition(NamedTuple):
   ratio: float = 1.0
   seed: int = 0
 
+  spec = property(lambda self: self.method.spec if self.method else VANILLA)
+  label = property(lambda self: self.method.label if self.method else VANILLA)
+  # Where it stands in a table, whatever the seed.
+  place = property(lambda self: (self.spec, self.ratio))
+
   def key(self, question: str) -> answer_log.Key:
     return answer_log.Key(self.spec, self.ratio, self.seed, question)
-
-  @property
-  def spec(self) -> str:
-    return self.method.spec if self.method else VANILLA
-
-  @property
-  def label(self) -> str:
-    return self.method.label if self.method else VANILLA
-
-  @property
-  def place(self) -> tuple[str, float]:
-    """Where it stands in a table, whatever the seed: (spec, ratio)."""
-    return self.spec, self.ratio
 
 
 def conditions(
@@ -111,14 +100,15 @@ def conditions(
 
   Rows of one spec share their answers.
   """
-  by_spec = {method.spec: method for method in reversed(methods)}
-  methods = [method for method in methods if by_spec[method.spec] is method]
-  out = [Condition()]
-  for ratio in ratios:
-    for method in methods:
-      used = seeds if method.per_seed else (0,)
-      out += [Condition(method, ratio, seed) for seed in used]
-  return out
+  by_spec = {}
+  for method in methods:
+    by_spec.setdefault(method.spec, method)
+  return [Condition()] + [
+    Condition(method, ratio, seed)
+    for ratio in ratios
+    for method in by_spec.values()
+    for seed in (seeds if method.per_seed else (0,))
+  ]
 
 
 def other_question(
@@ -131,8 +121,7 @@ def other_question(
   Drawn by the seed and the question's id, the same in every run.
   """
   key = question_lib.question_hash(f"{seed}/{question.rng_id}")
-  rng = np.random.default_rng(key)
-  for place in rng.permutation(len(pool)):
+  for place in np.random.default_rng(key).permutation(len(pool)):
     other = pool[int(place)]
     if other.video != question.video and other.prompt != question.prompt:
       return other.id

@@ -1,7 +1,7 @@
 """Questions about clips -> batches of whole prompts on device.
 
-Letters: B batch, L prompt rows, N video tokens (N_max those of a grid bucket),
-D width, P position rows, Q tokens of a question's text.
+Letters: B batch, L prompt rows, N_max video tokens of a grid bucket, D width,
+Q tokens of a question's text.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,7 +30,6 @@ class Prompts:
   words of one about another.
 
   Attributes:
-    tokenizer: of the checkpoint.
     text_rows: question id -> rows of its prompt beside the video's.
     lengths: rising, what text is padded to; a batch takes that of its longest.
   """
@@ -42,20 +41,20 @@ class Prompts:
     *,
     grid_of: Callable[[Any], tuple[int, int, int]] = lambda question: (1, 1, 1),
     num_video: int = 0,
-    rows: Sequence[int] | None = (),
+    more_follow: bool = False,
     others: Sequence[question_lib.Question] = (),
   ):
-    """Tokenises.
+    """Tokenises every question that will be asked.
 
     Args:
       checkpoint: `models.checkpoints.Checkpoint` with a tokenizer.
-      questions: every question that will be asked.
+      questions: that lengths follow.
       grid_of: returns (T, H, W) of a question's clip; refused is one that
         leaves a question no room.
       num_video: largest N_max.
-      rows: lengths of text; empty chooses those that pad these questions
-        least, None takes usual ones that serve others as well.
-      others: further questions, that lengths do not follow.
+      more_follow: whether lengths are usual ones that serve later questions as
+        well, and not those that pad these ones least.
+      others: further questions.
     """
     self.tokenizer = checkpoint.tokenizer
     if self.tokenizer is None:
@@ -67,30 +66,27 @@ class Prompts:
     every = [*others, *questions]
     self._texts = {question.id: question.prompt for question in every}
     grids = {question.id: grid_of(question) for question in every}
-    self.text_rows, spans = {}, []
+    self.text_rows, spans = {}, [1]
     for name, grid in grids.items():
       prompt = self.prompt(name, grid)
       start, end = question_span(prompt, self.tokenizer)
-      self.text_rows[name] = prompt.length - len(prompt.video_rows)
+      self.text_rows[name] = _text_rows(prompt)
       spans.append(end - start)
     longest = max(self.text_rows, key=self.text_rows.get, default="")
     for grid in sorted(set(grids.values())):
       self.prompt(longest, grid)
-    most = max([1, *self.text_rows.values()])
-    # Q of an evaluation; else the text's length.
-    self._question_rows = None if rows is None else _rounded(max([1, *spans]))
-    if rows:
-      given = prompt_batch.PromptBuckets(tuple(rows))
-      given.pick(most)  # What is too long is told before anything runs.
-      self.lengths = given.text_rows
+    most = self.text_rows.get(longest, 1)
+    if more_follow:
+      self._question_rows = None  # Q is the text's length.
+      self.lengths = _USUAL
+      if most > _USUAL[-1]:
+        self.lengths += (_rounded(most),)
       return
-    self.lengths = _USUAL
-    if most > _USUAL[-1]:
-      self.lengths += (_rounded(most),)
-    if rows is not None:
-      own = [self.text_rows[question.id] for question in questions] or [1]
-      found = prompt_batch.PromptBuckets.of(own, beside=num_video)
-      self.lengths = found.text_rows
+    self._question_rows = _rounded(max(spans))
+    own = [self.text_rows[question.id] for question in questions] or [1]
+    self.lengths = prompt_batch.PromptBuckets.of(
+      own, beside=num_video
+    ).text_rows
     if len(self.lengths) == 1:
       # All rows together are a multiple.
       self.lengths = (_rounded(num_video + most) - num_video,)
@@ -139,9 +135,7 @@ class Prompts:
       self.prompt(ids[row], grid, video.second_per_grid_t)
       for row, video in zip(rows, videos, strict=True)
     ]
-    text = self.pick(
-      max(prompt.length - len(prompt.video_rows) for prompt in prompts)
-    )
+    text = self.pick(max(map(_text_rows, prompts)))
     length = features.shape[1] + text
     padded = self.tokenizer.pad(prompts, length, features.shape[1])
     positions, following = prompt_batch.place(
@@ -182,6 +176,10 @@ def question_span(
   ends = np.isin(prompt.ids[start:], tokenizer.eos_ids)
   end = start + int(ends.argmax()) if ends.any() else prompt.length
   return start, end
+
+
+def _text_rows(prompt: tokenizer_lib.Prompt) -> int:
+  return prompt.length - len(prompt.video_rows)
 
 
 def _rounded(length: int) -> int:

@@ -14,7 +14,10 @@ FEATURES, DEEP = "features", "deep"
 
 
 class Tower:
-  """The programs of a vision tower: features, and signals apart."""
+  """The programs of a vision tower: features, and signals apart.
+
+  `rows` is the number of clips that are encoded at once.
+  """
 
   def __init__(self, model, params, mesh: Mesh | None):
     """Compiles nothing yet.
@@ -25,16 +28,12 @@ class Tower:
       mesh: each device of its `data` axis encodes a clip; None is one at once.
     """
     self._model, self._mesh, self._programs = model, mesh, {}
+    self.rows = 1 if mesh is None else mesh.shape["data"]
     # None where nothing is to be encoded.
     params = {k: v for k, v in (params or {}).items() if k != "language_model"}
     if mesh is not None:
       params = mesh_lib.put(params, mesh, mesh_lib.P())
     self._params = params
-
-  @property
-  def rows(self) -> int:
-    """Clips that are encoded at once."""
-    return 1 if self._mesh is None else self._mesh.shape["data"]
 
   def __call__(self, names: frozenset[str], inputs) -> list[dict[str, Any]]:
     """Returns {name: float32 array} of each of the clips' TowerInputs."""
@@ -70,9 +69,11 @@ class Tower:
       found = {FEATURES: video.features, DEEP: video.deep}
       return {k: v for k, v in found.items() if v is not None}
 
-    def encode_each(params, inputs):
-      return jax.lax.map(lambda one: encode(params, one), inputs)
-
     if self._mesh is None:
       return jax.jit(encode)
-    return mesh_lib.jit_rows(encode_each, self._mesh)
+    return mesh_lib.jit_rows(
+      lambda params, inputs: jax.lax.map(
+        lambda one: encode(params, one), inputs
+      ),
+      self._mesh,
+    )

@@ -11,8 +11,7 @@ _CLASSES = "cacovid_jax.integrations.lmms_eval.model"
 def manifest():
   """Returns the `ModelManifest` of both forms of requests.
 
-  lmms-eval takes the chat form unless it is called with `--force_simple`; both
-  ask the same words.
+  lmms-eval takes the chat form unless it is called with `--force_simple`.
   """
   from lmms_eval.models import registry_v2
 

@@ -74,9 +74,9 @@ class Simple(model_lib.lmms):
       " one question about one clip, so take a task of such questions"
     )
 
-  def _read(self, context, gen_kwargs, doc_to_visual, doc_id, task, split):
+  def _read(self, context, gen_kwargs, doc_to_visual, *row):
     """Returns (`requests.Asked`, longest answer) of a request's arguments."""
-    place, doc, name = self._row(task, split, doc_id)
+    place, doc, name = self._row(*row)
     return (
       requests_lib.from_simple(context, doc_to_visual, doc, place, name),
       self._length(gen_kwargs, place),
@@ -89,14 +89,14 @@ class Simple(model_lib.lmms):
         f"{request.task_name}: asks for a text's likelihood without a clip,"
         " which cacovid_jax does not know; take another metric"
       )
-    context, target, doc_to_visual, doc_id, task, split = request.args
-    place, doc, name = self._row(task, split, doc_id)
+    context, target, doc_to_visual, *row = request.args
+    place, doc, name = self._row(*row)
     if callable(target):
       target = target(doc)
     asked = requests_lib.from_simple(context, doc_to_visual, doc, place, name)
     return asked, str(target)
 
-  def _row(self, task, split, doc_id):
+  def _row(self, doc_id, task, split):
     """Returns (place, row, its identity)."""
     doc = self.task_dict[task][split][doc_id]
     name = requests_lib.identity(doc, task, doc_id)
@@ -112,9 +112,8 @@ class Chat(Simple):
 
   is_simple = False
 
-  def _read(self, context, doc_to_messages, gen_kwargs, doc_id, task, split):
-    """Returns (`requests.Asked`, longest answer) of a request's arguments."""
-    place, doc, name = self._row(task, split, doc_id)
+  def _read(self, context, doc_to_messages, gen_kwargs, *row):
+    place, doc, name = self._row(*row)
     return (
       requests_lib.from_chat(doc_to_messages(doc), place, name),
       self._length(gen_kwargs, place),

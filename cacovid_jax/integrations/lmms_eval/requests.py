@@ -3,6 +3,7 @@
 Nothing of lmms-eval is imported: a request is its tuple of arguments.
 """
 
+import collections
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
@@ -16,19 +17,12 @@ from cacovid_jax.inference import answerer
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-  """One request.
+  """One request."""
 
-  Attributes:
-    place: task, split and row, to name it by.
-    identity: what our own evaluation calls the row, "" if nothing is known.
-    video: path of the clip.
-    prompt: the user's text behind the clip, word for word.
-  """
-
-  place: str
-  identity: str
-  video: str
-  prompt: str
+  place: str  # Task, split and row, to name it by.
+  identity: str  # What our own evaluation calls the row, if that is known.
+  video: str  # Path of the clip.
+  prompt: str  # The user's text behind the clip, word for word.
 
 
 def from_simple(
@@ -36,12 +30,8 @@ def from_simple(
 ) -> Asked:
   """Returns the request of a text and what is to be looked at.
 
-  Args:
-    context: the user's text.
-    doc_to_visual: row -> list of paths or pictures.
-    doc: the row.
-    place: see `Asked`.
-    name: its identity.
+  `doc_to_visual` gives a row's list of paths or pictures; `name` is its
+  identity.
   """
   return Asked(place, name, _only_video(doc_to_visual(doc), place), context)
 
@@ -55,7 +45,7 @@ def from_chat(messages: Sequence[Mapping], place: str, name: str = "") -> Asked:
   Args:
     messages: [{"role": "user", "content": [{"type": "video", "url": path},
       {"type": "text", "text": ...}]}].
-    place: see `Asked`.
+    place: of the request.
     name: its identity.
   """
   roles = [message.get("role") for message in messages or ()]
@@ -110,11 +100,7 @@ def identity(doc, task: str, number: int) -> str:
   """Returns the `Question.id` that `data.readers` give a row, "" if unknown.
 
   Methods that draw do so by it: the same tokens as in our own evaluation.
-
-  Args:
-    doc: the row.
-    task: name of lmms-eval's task.
-    number: of the row in its data set, from 0.
+  `number` is the row's in its data set, from 0.
   """
   if not isinstance(doc, Mapping):
     return ""
@@ -137,23 +123,21 @@ def as_questions(asked: Sequence[Asked]) -> list[question_lib.Question]:
   example: then both are called by their places. What is drawn for a row goes by
   its own id in any case, whatever else is asked.
   """
-  shared: dict[str, set] = {}
+  shared = collections.defaultdict(set)
   for one in asked:
-    shared.setdefault(one.identity, set()).add((one.video, one.prompt))
-  out = []
-  for one in asked:
-    unique = one.identity and len(shared[one.identity]) == 1
-    out.append(
-      question_lib.Question(
-        id=one.identity if unique else one.place,
-        stream=one.identity,
-        video=answerer.video_name(one.video),
-        question=one.prompt,
-        answer="",
-        prompt=one.prompt,
-      )
+    shared[one.identity].add((one.video, one.prompt))
+  unique = {name for name, asked_for in shared.items() if len(asked_for) == 1}
+  return [
+    question_lib.Question(
+      id=one.identity if one.identity in unique - {""} else one.place,
+      stream=one.identity,
+      video=answerer.video_name(one.video),
+      question=one.prompt,
+      answer="",
+      prompt=one.prompt,
     )
-  return out
+    for one in asked
+  ]
 
 
 def max_new_tokens(
@@ -163,11 +147,6 @@ def max_new_tokens(
 
   `until` is not looked at, as in the paper's evaluator: an answer ends where
   the model ends it. Beams and draws are refused.
-
-  Args:
-    gen_kwargs: of one request.
-    default: where they say nothing.
-    place: see `Asked`.
   """
   if gen_kwargs.get("do_sample"):
     raise errors.UserError(
