@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -82,17 +82,11 @@ class Experiment:
       made.__dict__["loaded"] = checkpoint
     return made
 
-  def replace(
-    self,
-    changes: Mapping[str, Any],
-    workdir: str | os.PathLike | None = None,
-  ) -> "Experiment":
+  def replace(self, changes, workdir=None) -> "Experiment":
     """Returns the experiment with {key: value} changed, loaded parts shared."""
-    made = dataclasses.replace(
-      self,
-      config=config_lib.replace(self.config, changes),
-      workdir=self.workdir if workdir is None else pathlib.Path(workdir),
-    )
+    config = config_lib.replace(self.config, changes)
+    workdir = self.workdir if workdir is None else pathlib.Path(workdir)
+    made = dataclasses.replace(self, config=config, workdir=workdir)
     made.adopt(self)
     return made
 
@@ -193,9 +187,8 @@ def with_template(
       " template=tokenizer takes; copy that file from the checkpoint's origin,"
       " or use template=processor"
     )
-  tokenizer = tokenizer_lib.Tokenizer.from_directory(
-    directory, template=template
-  )
+  make = tokenizer_lib.Tokenizer.from_directory
+  tokenizer = make(directory, template=template)
   return dataclasses.replace(checkpoint, tokenizer=tokenizer)
 
 
@@ -250,9 +243,8 @@ def _read_rows(config, report) -> Sequence[question_lib.Question]:
       " the questions and clips (cacovid_jax.prepare makes one)"
     )
   if data.tfds:
-    return tfds_lib.open_source(
-      os.path.join(data.root, data.tfds), data.train_split
-    )
+    folder = os.path.join(data.root, data.tfds)
+    return tfds_lib.open_source(folder, data.train_split)
   root = media_root(config)
   options = {"on_bad_row": data.on_bad_row, "report": report}
   if data.reader == "own":

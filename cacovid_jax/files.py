@@ -36,9 +36,7 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     raise
 
 
-def write(
-  path: str | os.PathLike, content: str | bytes | Iterable[bytes]
-) -> None:
+def write(path, content: str | bytes | Iterable[bytes]) -> None:
   """Writes text (UTF-8), bytes or pieces of bytes, all or nothing."""
   if isinstance(content, str):
     content = content.encode("utf-8")
@@ -82,17 +80,11 @@ def sha256(path: str | os.PathLike) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def lock(
-  file,
-  path: str | os.PathLike,
-  *,
-  wait: bool = False,
-  hint: str = "or use another workdir",
-) -> None:
+def lock(file, path, *, wait=False, hint="or use another workdir") -> None:
   """Locks a file that is open for writing until it is closed.
 
-  With `wait`, waits for the process that has it, else refuses; `hint` ends
-  the refusal: what else the command can do, by its own flags.
+  Without `wait`, one that another process has is refused; `hint` ends the
+  refusal: what else the command can do, by its own flags.
   """
   try:
     fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -21,13 +21,7 @@ class MetricsWriter(contextlib.ExitStack):
   """
 
   def __init__(
-    self,
-    workdir,
-    restored_step=0,
-    *,
-    tensorboard=True,
-    wandb_project="",
-    enabled=True,
+    self, workdir, step=0, *, tensorboard=True, wandb_project="", enabled=True
   ):
     """Opens the files; "" for `wandb_project` sends nothing to W&B.
 
@@ -39,7 +33,7 @@ class MetricsWriter(contextlib.ExitStack):
     if enabled:
       path.mkdir(parents=True, exist_ok=True)
       # All or nothing, without the lines of steps that come again.
-      lines = [line for line in read(path) if line["step"] <= restored_step]
+      lines = [line for line in read(path) if line["step"] <= step]
       path = path / FILE
       files.write(path, "".join(json.dumps(line) + "\n" for line in lines))
     self._file = self.enter_context(open(path, "a", encoding="utf-8"))
@@ -47,7 +41,7 @@ class MetricsWriter(contextlib.ExitStack):
       import tensorboardX  # Takes PyTorch along where there is one: seconds.
 
       self._tensorboard = tensorboardX.SummaryWriter(
-        str(path.with_name("tensorboard")), purge_step=restored_step + 1
+        str(path.with_name("tensorboard")), purge_step=step + 1
       )
       self.callback(self._tensorboard.close)
     if enabled and wandb_project:

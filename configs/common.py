@@ -11,8 +11,7 @@ from cacovid_jax.models import processors
 def parse_arg(arg, **defaults):
   """Returns the fields of "debug,ratio=0.02" with the types of their defaults.
 
-  That is the text after the colon of `--config file.py:arg`, or None. A name
-  alone sets a truth value; `defaults` are all fields that there are.
+  The text stands behind the colon of --config; a name alone is a truth value.
   """
   fields = dict(defaults)
   for part in filter(None, (part.strip() for part in (arg or "").split(","))):
@@ -33,6 +32,13 @@ def parse_arg(arg, **defaults):
   return types.SimpleNamespace(**fields)
 
 
+def check_size(size, sizes):
+  """Returns one of the sizes that there are, a point in it turned into "_"."""
+  if (name := size.replace(".", "_")) not in sizes:
+    raise errors.UserError(f"unknown size {size!r}: use {' or '.join(sizes)}")
+  return name
+
+
 def released(arg, *, family, sizes):
   """Returns the paper's run on a released model.
 
@@ -45,11 +51,7 @@ def released(arg, *, family, sizes):
     sizes: there are; the weights lie in checkpoints/FAMILY_SIZE.
   """
   arg = parse_arg(arg, size=sizes[0], debug=False, devices=1, seed=42)
-  size = arg.size.replace(".", "_")
-  if size not in sizes:
-    raise errors.UserError(
-      f"unknown size {arg.size!r}: use {' or '.join(sizes)}"
-    )
+  size = check_size(arg.size, sizes)
   config = base_config.get_config()  # The paper's numbers.
   config.seed = arg.seed
   config.total_steps = 0  # One epoch.

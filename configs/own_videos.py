@@ -5,13 +5,11 @@ python -m cacovid_jax.train --config configs/own_videos.py:data=FOLDER \
 python -m cacovid_jax.evaluate --config configs/own_videos.py:data=FOLDER \
     --workdir workdirs/own
 
-FOLDER holds the clips and questions.csv or questions.json; the guide
-docs/own_videos.md says which columns. Without a model, the small
-one of the embedded benchmark is trained for, from its shipped policy, on two
-CPU cores: enough to see that the folder is read well, and no model of real
-videos. `configs/own_videos.py:data=FOLDER,model=DIR` takes a checkpoint
-directory and the paper's settings.
-In a minute: `configs/own_videos.py:debug,data=FOLDER`.
+FOLDER holds the clips and questions.csv or questions.json, with the columns of
+docs/own_videos.md. Without a model, the small one of the embedded benchmark is
+trained for, from its shipped policy, on two CPU cores: enough to see that the
+folder is read well, and no model of real videos. `:data=FOLDER,model=DIR` takes
+a checkpoint directory and the paper's settings; `:debug` is done in a minute.
 """
 
 from cacovid_jax import base_config
@@ -46,7 +44,7 @@ def get_config(arg=None):
 
 
 def _as_on_two_cores(config):
-  """Takes the settings of the shipped model, see synthetic_quickstart."""
+  """Takes the settings of the shipped model, see configs/synthetic.py."""
   config.model.dtype = config.policy.dtype = "float32"
   config.data.num_frames = 16
   config.iterations = 3

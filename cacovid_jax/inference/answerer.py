@@ -1,11 +1,8 @@
 """One question about one clip, answered from several shares of its tokens.
 
-    from cacovid_jax.inference import answerer
-
     model = answerer.Answerer()  # The shipped model; or a directory.
     asked = model.ask("clip.mp4", "Which of these appears first?",
-                      ("red moon", "blue star"), ratios=(1.0, 0.1),
-                      method="uniform")
+                      ("red moon", "blue star"), ratios=(1.0, 0.1))
     for answer in asked.answers:
       print(answer.method, answer.kept, answer.text, answer.milliseconds)
 
@@ -78,8 +75,7 @@ class ClipAnswers(NamedTuple):
 class Answerer(contextlib.AbstractContextManager):
   """A loaded model that answers questions about clips.
 
-  Programs are kept: another question of about the same length, about any clip,
-  compiles nothing.
+  Another question of about the same length, about any clip, compiles nothing.
   """
 
   def __init__(
@@ -103,7 +99,7 @@ class Answerer(contextlib.AbstractContextManager):
       num_frames: None takes the number in the checkpoint's video preprocessor
         file, or 32, the number of the paper's evaluation.
       max_new_tokens: longest answer.
-      dtype: of weights and computation, one of `experiment.DTYPES`.
+      dtype: of weights and computation.
       rule: how a letter is taken from an answer, see `data.letters`.
       limits: caps on what is decoded.
     """
@@ -124,8 +120,7 @@ class Answerer(contextlib.AbstractContextManager):
   def from_config(cls, config, limits: video.Limits | None = None):
     """Returns the answerer of `model`, `data`, `evals` and `mesh` of a config.
 
-    An empty model.path is the shipped model, and 0 frames or new tokens are the
-    usual number.
+    Empty or 0, the model, the frames and new tokens are the usual ones.
     """
     made = cls.__new__(cls)
     made._load(config, limits)
@@ -216,10 +211,10 @@ class Answerer(contextlib.AbstractContextManager):
     source.seconds.clear()
     answers = [_timed(engine, asked, condition) for condition in conditions]
     warnings = [f"{path}: {text}" for text in source[asked.video].warnings]
-    if clip.num_frames < self.settings.num_frames:
+    if clip.num_frames < (shown := self.settings.num_frames):
       warnings.append(
         f"{path} has {clip.num_frames} frame(s) and the model is shown"
-        f" {self.settings.num_frames}: frames repeat, as in the reference"
+        f" {shown}: frames repeat, as in the reference"
       )
     return ClipAnswers(
       question=asked,
@@ -267,24 +262,19 @@ class Answerer(contextlib.AbstractContextManager):
         f"{method.label} needs questions about several clips; run it with"
         " `python -m cacovid_jax.evaluate`"
       )
-    if self.policies or not method.score_fields:
-      return
-    mend = "give that of this model with --policy"
-    if self.shipped:
-      mend = "train one by `make quickstart`, then give"
-      mend += " --policy=workdirs/quickstart"
-    raise errors.UserError(
-      f"{method.label} needs a trained policy; {mend}, or take a method without"
-      " one, such as --methods=uniform"
-    )
+    if method.score_fields and not self.policies:
+      mend = "give that of this model with --policy"
+      if self.shipped:
+        mend = "train one by `make quickstart`, then give"
+        mend += " --policy=workdirs/quickstart"
+      raise errors.UserError(
+        f"{method.label} needs a trained policy; {mend}, or take a method"
+        " without one, such as --methods=uniform"
+      )
 
 
 def as_question(
-  path: str | os.PathLike,
-  text: str,
-  options: Sequence[str] = (),
-  *,
-  style: str = "video-r1",
+  path, text: str, options: Sequence[str] = (), *, style: str = "video-r1"
 ) -> question_lib.Question:
   """Returns the question about the clip at `path`; its answer is not known.
 

@@ -29,16 +29,12 @@ _CONTINUATION_STEP = 8
 class KeptTokens(NamedTuple):
   """What a method kept of one clip, and the scores behind it.
 
-  Attributes:
-    index: int32[K] kept tokens; of methods that act inside the language model,
-      those left in its last layer.
-    token_gap: float32[N] keep - drop, None for methods without a policy.
-    frame_gap: float32[T], likewise.
+  Of methods that act inside the language model, what its last layer has left.
   """
 
-  index: np.ndarray
-  token_gap: np.ndarray | None = None
-  frame_gap: np.ndarray | None = None
+  index: np.ndarray  # int32[K].
+  token_gap: np.ndarray | None = None  # float32[N] keep - drop, of a policy.
+  frame_gap: np.ndarray | None = None  # float32[T], likewise.
 
 
 class Likelihood(NamedTuple):
@@ -51,9 +47,9 @@ class Likelihood(NamedTuple):
 
 
 class MethodOutput(NamedTuple):
-  """Answers int32[B, M], and what became of the tokens that they are from."""
+  """Answers, and what became of the tokens that they are from."""
 
-  ids: jax.Array
+  ids: jax.Array  # int32[B, M].
   trace: base.SelectionTrace
 
 
@@ -104,34 +100,24 @@ class BatchRunner:
 
   def vanilla(self, want_attention: bool = False) -> programs_lib.Vanilla:
     """Returns the answers to the whole prompts; computed once."""
-    if self._vanilla is None or (
-      want_attention and self._vanilla.attention is None
-    ):
-      self._vanilla = self._timed(
-        "vanilla",
-        functools.partial(
-          self._programs.vanilla, want_attention=want_attention
-        ),
-        self._params,
-        self.batch,
+    known = self._vanilla
+    if known is None or (want_attention and known.attention is None):
+      ask = functools.partial(
+        self._programs.vanilla, want_attention=want_attention
       )
+      self._vanilla = self._timed("vanilla", ask, self._params, self.batch)
     return self._vanilla
 
   def output(self, condition) -> MethodOutput:
     """Returns what the method of a condition answers, and from what."""
-    method = condition.method
-    if not method.compressor.selects_first:
-      inputs = self.inputs(condition)
-      program = self._programs.select_and_answer(
-        method.compressor, condition.ratio, self.grid
-      )
-      label = f"answer {method.label}"
-      found = self._timed(label, program, self._params, self.batch, inputs)
-      return MethodOutput(*found)
+    params, batch = self._params, self.batch
+    if not condition.method.compressor.selects_first:
+      inputs, program = self.inputs(condition), self._program(condition)
+      label = f"answer {condition.label}"
+      return MethodOutput(*self._timed(label, program, params, batch, inputs))
     selection = self.select(condition)
     label = f"answer from {selection.index.shape[1]} tokens"
-    answer = self._programs.answer
-    ids = self._timed(label, answer, self._params, self.batch, selection)
+    ids = self._timed(label, self._programs.answer, params, batch, selection)
     # Alike in all layers.
     tokens = selection.mask.sum(axis=1, keepdims=True)
     trace = base.SelectionTrace(selection.index, selection.mask, tokens)
@@ -139,15 +125,17 @@ class BatchRunner:
 
   def select(self, condition) -> base.Selection:
     """Returns the tokens that a method keeps, leading axis B."""
-    method = condition.method
     # Whatever it reads is timed apart from the selection itself.
-    inputs = self.inputs(condition)
-    program = self._programs.select(
-      method.compressor, condition.ratio, self.grid
-    )
-    if not method.compressor.sees_question:
+    inputs, program = self.inputs(condition), self._program(condition)
+    if not condition.method.compressor.sees_question:
       program = functools.partial(self._select_by_clip, program)
-    return self._timed(f"select {method.label}", program, inputs)
+    return self._timed(f"select {condition.label}", program, inputs)
+
+  def _program(self, condition, **options):
+    compressor, programs = condition.method.compressor, self._programs
+    first = compressor.selects_first
+    make = programs.select if first else programs.select_and_answer
+    return make(compressor, condition.ratio, self.grid, **options)
 
   def _timed(self, name: str, function, *args):
     with self._e.timed(name):
@@ -190,12 +178,10 @@ class BatchRunner:
       lengths = np.zeros(len(self._rows), np.int32)
       for row, ids in enumerate(chosen):
         padded[row, : len(ids)], lengths[row] = ids, len(ids)
-      log_probs, greedy = map(
-        np.asarray,
-        self._programs.score(
-          self._params, *state, self.batch.next_position, padded, lengths
-        ),
+      scored = self._programs.score(
+        self._params, *state, self.batch.next_position, padded, lengths
       )
+      log_probs, greedy = map(np.asarray, scored)
       for row, own in enumerate(continuations):
         if column < len(own):
           fault = self.faults.get(row, "")
@@ -206,13 +192,11 @@ class BatchRunner:
 
   def _read(self, condition, room: int):
     """Returns (logits, cache) behind the prompts that a condition leaves."""
-    method, selection = condition.method, None
-    if method is not None:
+    selection = None
+    if condition.method is not None:
       self._e.check(condition, self._shape)
-      if not method.compressor.selects_first:
-        program = self._programs.select_and_answer(
-          method.compressor, condition.ratio, self.grid, room=room
-        )
+      if not condition.method.compressor.selects_first:
+        program = self._program(condition, room=room)
         return program(self._params, self.batch, self.inputs(condition))
       selection = self.select(condition)
     return self._programs.read(self._params, self.batch, selection, room)

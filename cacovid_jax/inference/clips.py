@@ -16,21 +16,16 @@ from cacovid_jax.models import processors, video_llm
 class Clip:
   """One clip with what is known of it, or the reason why it cannot be used.
 
-  Attributes:
-    record: of its frames, with the fault of a clip that cannot be used.
-    grid: (T, H, W).
-    arrays: float32: "features" [N, D], "deep" [S, N, D] of models that have
-      it, and the wanted ones of `video_llm.SIGNALS`; zeros of a clip that
-      cannot be used.
-    second_per_grid_t: see `video_llm.VideoFeatures`.
-    warnings: what makes the frames less than they seem, one line each.
+  `arrays` are float32: "features" [N, D], "deep" [S, N, D] of models that have
+  it, and the wanted ones of `video_llm.SIGNALS`; zeros of a clip that cannot be
+  used.
   """
 
   record: frame_record.FrameRecord
-  grid: tuple[int, int, int]
+  grid: tuple[int, int, int]  # (T, H, W).
   arrays: Mapping[str, np.ndarray]
-  second_per_grid_t: float = 1.0
-  warnings: tuple[str, ...] = ()
+  second_per_grid_t: float = 1.0  # See `video_llm.VideoFeatures`.
+  warnings: tuple[str, ...] = ()  # What makes frames less than they seem.
 
   features = property(lambda self: self.arrays[tower.FEATURES])
   deep = property(lambda self: self.arrays.get(tower.DEEP))
@@ -68,8 +63,7 @@ class ClipReader:
       processor: frames to the tower's inputs.
       rule: which frames are shown.
       limits: caps on what is decoded.
-      min_side: clips are refused whose frames have a side of so many pixels or
-        fewer.
+      min_side: pixels of a frame's side that are too few, as fewer are.
       refused: content hash -> reason, of clips that are known to be bad.
       manifest: `frame_manifest.FrameManifest`, where the frames are written
         down, and what they must agree with.

@@ -107,20 +107,23 @@ class Engine:
     Args:
       checkpoint: `models.checkpoints.Checkpoint` with a tokenizer.
       source: `clip_queue.ClipQueue` with what `methods.wanted` lists.
-      questions: every question that will be asked.
+      questions: that will be asked.
       settings: see there.
       policies: by name; the first one is what plain `cacovid` follows.
       decisive: question id -> tokens that decide it, where known.
       programs: of an earlier engine of this checkpoint, mesh and number of new
         tokens, so that nothing compiles twice; None makes new ones.
-      more_follow: see `prompts.Prompts`, as for `others`.
-      others: further questions that will be asked.
+      more_follow: see `prompts.Prompts`.
+      others: further questions that will be asked, see there.
       mesh: whose `data` axis shares the questions of a batch, if their number
         divides; None is one device.
     """
     self.checkpoint, self.source = checkpoint, source
     self.settings = settings
-    self.mesh = _usable(mesh, settings.batch_size)
+    # Several processes of a training run each ask all of it.
+    alone = mesh is None or mesh.size == 1 or jax.process_count() > 1
+    shared = not alone and settings.batch_size % mesh.shape["data"] == 0
+    self.mesh = mesh if shared else None
     self.policies = dict(policies or {})
     self.decisive = decisive or {}
     every = [*questions, *others]
@@ -164,13 +167,8 @@ class Engine:
     known = bucket in self.source.buckets
     return token_grid.TokenGrid.of(grid, bucket if known else None)
 
-  def batches(
-    self, questions: Sequence[question_lib.Question]
-  ) -> list[list[question_lib.Question]]:
-    """Returns at most B questions each, those about one clip side by side.
-
-    All clips of a batch have one grid.
-    """
+  def batches(self, questions) -> list[list[question_lib.Question]]:
+    """Returns at most B questions each, about clips of one grid."""
     groups = collections.defaultdict(list)
     for question in by_clip(questions):
       groups[self.grid_of(question)].append(question)
@@ -205,9 +203,7 @@ class Engine:
     num_layers = self.checkpoint.model.config.text.num_layers
     method.compressor.rows_per_layer(num_layers, grid, condition.ratio)
 
-  def answer(
-    self, question: question_lib.Question, condition: methods_lib.Condition
-  ) -> AnswerResult:
+  def answer(self, question, condition) -> AnswerResult:
     """Returns one question's answer together with what led to it."""
     if condition.method is not None:
       base.budget(self.grid_of(question), condition.ratio)
@@ -227,12 +223,8 @@ class Engine:
       letter = letters.extract(text, num_options=count, rule=self.settings.rule)
     return AnswerResult(condition.label, condition.ratio, text, letter, trace)
 
-  def kept(
-    self,
-    questions: Sequence[question_lib.Question],
-    conditions: Sequence[methods_lib.Condition],
-  ) -> dict[str, list[batch_lib.KeptTokens]]:
-    """Returns question id -> what each condition keeps of its clip.
+  def kept(self, questions, conditions) -> dict[str, list]:
+    """Returns question id -> `KeptTokens` of its clip by each condition.
 
     Nothing is answered but by methods that choose inside the language model.
     Clips are such as can be used; no condition is vanilla.
@@ -246,31 +238,25 @@ class Engine:
     return found
 
   def likelihoods(
-    self,
-    questions: Sequence[question_lib.Question],
-    continuations: Sequence[str],
-    condition: methods_lib.Condition,
+    self, questions, continuations: Sequence[str], condition
   ) -> list[batch_lib.Likelihood]:
     """Returns how likely each text follows the prompt of its question.
 
     A question may stand there again. What ends an answer is no part of a text.
     """
     texts = collections.defaultdict(dict)
-    for question, text in zip(questions, continuations, strict=True):
+    pairs = list(zip(questions, continuations, strict=True))
+    for question, text in pairs:
       texts[question.id][text] = self.checkpoint.tokenizer.encode(text)
-    ids = [ids for own in texts.values() for ids in own.values()]
-    size = max(max(map(len, ids)), 1)
+    size = max(len(ids) for own in texts.values() for ids in own.values())
     distinct = list({question.id: question for question in questions}.values())
     found = {}
     for batch in self.batches(distinct):
       given = [list(texts[question.id].values()) for question in batch]
-      rows = self.batch(batch).likelihood(condition, given, size)
+      rows = self.batch(batch).likelihood(condition, given, max(size, 1))
       for question, row in zip(batch, rows, strict=True):
         found[question.id] = dict(zip(texts[question.id], row, strict=True))
-    return [
-      found[question.id][text]
-      for question, text in zip(questions, continuations, strict=True)
-    ]
+    return [found[question.id][text] for question, text in pairs]
 
   def decode(self, ids) -> list[str]:
     """Returns the texts of int32[B, M] ids."""
@@ -312,22 +298,12 @@ class Engine:
 
 def by_clip(questions) -> list[question_lib.Question]:
   """Returns the questions with those about one clip side by side."""
-  first = {}
-  for place, question in enumerate(questions):
-    first.setdefault(question.video, place)
-  return sorted(questions, key=lambda question: first[question.video])
+  groups = collections.defaultdict(list)
+  for question in questions:
+    groups[question.video].append(question)
+  return [question for group in groups.values() for question in group]
 
 
 def by_id(questions) -> list[question_lib.Question]:
   """Returns the questions in the order of their ids."""
   return sorted(questions, key=lambda question: question.id)
-
-
-def _usable(mesh, batch_size: int) -> Mesh | None:
-  """Returns the mesh if it shares the rows of a batch, else None.
-
-  Several processes of a training run each ask all of it.
-  """
-  if mesh is None or mesh.size == 1 or jax.process_count() > 1:
-    return None
-  return None if batch_size % mesh.shape["data"] else mesh

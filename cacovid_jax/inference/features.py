@@ -187,8 +187,10 @@ class FeatureStore:
       found[one.path] = dataclasses.replace(one.clip, arrays=arrays)
     if todo:
       self.seconds["tower"] += time.perf_counter() - start
-    for path, clip in found.items():
-      self._remember(path, clip)
+    with self._lock:
+      self._clips.update(found)
+      while len(self._clips) > self._keep:
+        self._clips.popitem(last=False)
     return [found[one.path] for one in loaded]
 
   def __call__(self, path: str) -> Clip:
@@ -250,12 +252,6 @@ class FeatureStore:
       if clip is not None:
         self._clips.move_to_end(path)
       return clip
-
-  def _remember(self, path: str, clip: Clip) -> None:
-    with self._lock:
-      self._clips[path] = clip
-      while len(self._clips) > self._keep:
-        self._clips.popitem(last=False)
 
   def _name(self, path: str) -> str:
     return feature_cache.key(**self._key(path))

@@ -111,11 +111,7 @@ def conditions(
   ]
 
 
-def other_question(
-  question: question_lib.Question,
-  pool: Sequence[question_lib.Question],
-  seed: int,
-) -> str:
+def other_question(question, pool: Sequence, seed: int) -> str:
   """Returns the id of a question about another clip, in other words.
 
   Drawn by the seed and the question's id, the same in every run.

@@ -108,7 +108,12 @@ class Programs:
     embed = jax.vmap(model.embed_prompt, (None, 0, 0, 0))
     self.embed = self._once("embed", (), embed)
     # Programs are counted by function: each of this class has its own.
-    self.text = self._once("text", (), functools.partial(_text), weights=())
+    self.text = self._once(
+      "text",
+      (),
+      lambda batch: prompt_batch.read_video(batch.x, batch.text_rows),
+      weights=(),
+    )
     self.answer = self._once("answer", (), self._answer)
     self.answer_text = self._once("text only", (), self._answer_text)
     self.read = jax.jit(self._read, static_argnums=3)
@@ -274,10 +279,6 @@ def _extend(model, params, logits, cache, rows, ending):
     num_position_rows=rows.positions.shape[1],
     **ending,
   )
-
-
-def _text(batch: prompt_batch.PromptBatch):
-  return prompt_batch.read_video(batch.x, batch.text_rows)
 
 
 def _shape(grid) -> tuple[int, int, int]:

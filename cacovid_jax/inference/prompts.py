@@ -105,21 +105,15 @@ class Prompts:
     return next(fits, _rounded(text_rows))
 
   def batch(
-    self,
-    embed: Callable[..., jax.Array],
-    ids: Sequence[str],
-    grid: tuple[int, int, int],
-    seconds: Sequence[float],
-    features: jax.Array,
-    deep: jax.Array | None = None,
+    self, embed, ids, grid, seconds, features, deep=None
   ) -> prompt_batch.PromptBatch:
-    """Returns the prompts of the questions `ids`; the last one is repeated.
+    """Returns the prompts of at most B questions; the last one is repeated.
 
     L is N_max and the length of the longest text.
 
     Args:
       embed: of (ids, features, video rows), B each.
-      ids: of at most B questions.
+      ids: of the questions.
       grid: (T, H, W) of their clips.
       seconds: per question, from one temporal patch to the next.
       features: float[B, N_max, D] of the clips, zeros behind their own.
@@ -163,9 +157,7 @@ class Prompts:
     )
 
 
-def question_span(
-  prompt: tokenizer_lib.Prompt, tokenizer: tokenizer_lib.Tokenizer
-) -> tuple[int, int]:
+def question_span(prompt: tokenizer_lib.Prompt, tokenizer) -> tuple[int, int]:
   """Returns the first row of a question's text, and the one behind its last.
 
   The text lies between the video's block and the end of the user's turn.

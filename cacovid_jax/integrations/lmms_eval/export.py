@@ -49,24 +49,12 @@ def main(args):
   for name, folder in (("data", data.root), ("out", args.out)):
     if not folder:
       raise errors.UserError(f"nothing says which {name}: add --{name}=FOLDER")
-  path = write(
-    data.root,
-    args.out,
-    benchmark=evals.benchmark,
-    split=evals.split,
-    media=data.media,
-  )
+  asked = {"benchmark": evals.benchmark, "split": evals.split}
+  path = write(data.root, args.out, media=data.media, **asked)
   print(f"{path} (task {path.stem})")
 
 
-def write(
-  data: str | os.PathLike,
-  out: str | os.PathLike,
-  *,
-  benchmark: str,
-  split: str = "",
-  media: str = "",
-) -> pathlib.Path:
+def write(data, out, *, benchmark, split="", media="") -> pathlib.Path:
   """Writes OUT/cacovid_NAME.yaml and its rows; returns the YAML's path.
 
   Arguments are as for `benchmarks.load`.
