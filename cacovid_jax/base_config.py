@@ -18,11 +18,8 @@ _RUN = dict(
   videos_per_step=1,
   iterations=5,
   log_every=10,
-  # Weights & Biases project that metrics go to as well; empty is none.
-  wandb=dict(project=""),
-  # Steps refused in a row (non-finite loss, gradient or reward) before a run
-  # stops.
-  max_bad_steps=10,
+  wandb=dict(project=""),  # Of Weights & Biases, for metrics; empty is none.
+  max_bad_steps=10,  # Refused (non-finite) steps in a row that stop a run.
   # Devices on each mesh axis: `data` shares the videos of a training step, or
   # the questions of a batch, `model` the weights of the base model. data = 0
   # takes all that `model` leaves; asking, as many as divide the batch.
@@ -47,8 +44,7 @@ _RUN = dict(
     out="",
     batch_size=16,
     max_new_tokens=768,  # As in training.
-    # Reward of OCR, free-form and regression that counts as right.
-    threshold=1.0,
+    threshold=1.0,  # Of OCR, free-form, regression: a reward that is right.
     num_questions=0,  # First so many questions; 0 takes all of them.
   ),
   # Folder that `tfds_build` writes below, name of the data set (video_r1 or
@@ -131,8 +127,7 @@ _DATA = dict(
   # Clips that are not there: "raise" stops before the first step, "skip"
   # leaves their questions out and lists them in WORKDIR/left_out.json.
   on_missing="raise",
-  # Clips whose frames have a side of so many pixels or fewer are refused, as
-  # by the public trainer; 0 refuses none.
+  # Clips with a side of so many pixels or fewer are refused, as publicly.
   min_side=28,
   num_frames=32,
   frame_rule="eval_linspace",
@@ -166,8 +161,7 @@ _PREPARE = dict(
   # Whether decisive.jsonl is kept, the tokens that answers rest on: of the
   # embedded base model's grid, so that other models refuse it.
   decisive=True,
-  # Random checkpoints that are written too: llava_onevision, qwen2_5_vl.
-  tiny_models=(),
+  tiny_models=(),  # Random checkpoints too: llava_onevision, qwen2_5_vl.
   num_workers=0,  # Processes that draw and encode; 0 takes one per core.
 )
 
@@ -191,8 +185,7 @@ _EVALS = dict(
   # Without names they are policy, policy1, ...; the first one is the main
   # one. Empty takes that of the workdir, if one was trained there.
   policies=(),
-  # Which frames are shown; training has `data.frame_rule`.
-  frame_rule="eval_linspace",
+  frame_rule="eval_linspace",  # Training has `data.frame_rule`.
   # Rows: names of `compressors.names()`, with options as in
   # "density_peaks?scope=video", or one's own "path/file.py:function";
   # "label=name?option=value" gives a row another name.
@@ -206,11 +199,9 @@ _EVALS = dict(
     "divprune",
     "density_peaks",
   ),
-  # Bounds, shown apart; only where decisive tokens are known.
-  oracles=("decisive_boxes",),
+  oracles=("decisive_boxes",),  # Bounds, where decisive tokens are known.
   ratios=(0.25, 0.1, 0.05),
-  # What is asked: one of `benchmarks.names()`, in the folder `data.root`.
-  benchmark="prepared",
+  benchmark="prepared",  # Of `benchmarks.names()`, in the folder `data.root`.
   split="",  # Empty takes the benchmark's first split.
   # Seeds of random draws, of the untrained policy and of other questions;
   # accuracies are means over them.
@@ -224,14 +215,12 @@ _EVALS = dict(
   # Chat template: "processor" or "tokenizer"; empty is the checkpoint's
   # default, the processor's where there is one.
   template="",
-  # Rows that are unfit: "raise", or "skip" to leave them out and list them.
-  on_bad_row="raise",
+  on_bad_row="raise",  # Or "skip", to leave unfit rows out and list them.
   # Clips that are not there: "raise" before anything is asked, or "count"
   # to count their questions as wrong and list them.
   on_missing="raise",
   num_questions=0,  # First so many questions; 0 asks all of them.
-  # File of another run's frames, which this one then has to show as well.
-  frame_manifest="",
+  frame_manifest="",  # Of another run, whose frames are shown here as well.
   # Where options are chosen: "validation" or "none". Candidates are
   # "name?option=value" texts by method; last_query tries all layers even
   # if it is not listed. The best one at `select_ratio` goes to the test.

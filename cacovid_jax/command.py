@@ -63,8 +63,7 @@ class Command:
   doc: str
   flags: Mapping[str, Flag]
   config: str = "optional"  # Where all keys have defaults; "required"; "none".
-  # Config taken without `--config`, as "file.py"; its `:debug` form with a flag
-  # `smoke`.
+  # Config taken without `--config`; its `:debug` form with a flag `smoke`.
   default: str = ""
   # Key -> value that wins over that, or over `base_config`, without `--config`.
   defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)

@@ -1,9 +1,7 @@
 """Configs: Python files that return a `ConfigDict`, and typed overrides.
 
-A run is fully described by a file, its argument and its overrides:
-`--config configs/x.py:debug --config.sampling.ratio=0.05`. The resolved config
-is locked, so that a mistyped key fails, and lives as `config.json` in the
-workdir, so that a workdir belongs to one config.
+The resolved config is locked, so that a mistyped key fails, and lives as
+`config.json` in the workdir, so that a workdir belongs to one config.
 """
 
 import copy
@@ -24,9 +22,9 @@ from cacovid_jax import (
   files,
 )
 
-# Groups and keys that change how a run is recorded or spread over a machine, or
-# that belong to other commands, and not what training computes: they may differ
-# between a run's start and its continuation.
+# What changes how a run is recorded or spread over a machine, or belongs to
+# other commands, and not what training computes: it may differ between a run's
+# start and its continuation.
 NOT_HASHED = (
   "blind",
   "ckpt",
@@ -68,7 +66,7 @@ def load(spec, overrides=(), *, fill=False):
   path, _, arg = str(spec).partition(":")
   if path.endswith(".json"):
     config = read_json(pathlib.Path(path))
-    _refuse_code(config, set(map(_key, overrides)), path)
+    _refuse_code(config, {text.partition("=")[0] for text in overrides}, path)
   else:
     config = config_files.run(pathlib.Path(path), arg or None)
   if fill:
@@ -79,12 +77,10 @@ def load(spec, overrides=(), *, fill=False):
 
 def _override_all(config, texts):
   """Applies overrides; those first that say which others there may be."""
-  for text in sorted(texts, key=lambda text: _key(text) not in extensions.KEYS):
+  for text in sorted(
+    texts, key=lambda text: text.partition("=")[0] not in extensions.KEYS
+  ):
     override(config, text)
-
-
-def _key(text):
-  return text.partition("=")[0]
 
 
 def _refuse_code(config, given, path):
@@ -113,10 +109,15 @@ def override(config, text):
       f"config override {text!r} has no value: write key.subkey=value"
     )
   section, _, name = key.partition(".")
-  if _is_option(config, section, name) and name not in config[section]:
-    with config[section].unlocked():
-      config[section][name] = config_values.literal(value)
-    return
+  spec, known = extensions.own(config, section), extensions.SECTIONS
+  if spec and name and name not in known[section]:
+    # An option of one's own code, which has it.
+    found, _ = extensions.load(spec, f"config.{section}.{known[section][0]}")
+    extensions.fitting(found, section, {name: None})
+    if name not in config[section]:
+      with config[section].unlocked():
+        config[section][name] = config_values.literal(value)
+      return
   group, leaf = _find(config, key)
   old = group[leaf]
   if isinstance(old, ml_collections.ConfigDict):
@@ -128,17 +129,6 @@ def override(config, text):
   kind = group.get_type(leaf)
   new = config_values.parse(value[adds:], old, name=key, kind=kind)
   assign(config, key, (*old, *new) if adds else new)
-
-
-def _is_option(config, section, name):
-  """Returns whether a key is an option of one's own code, which has it."""
-  spec = extensions.own(config, section)
-  known = extensions.SECTIONS.get(section, ())
-  if spec and name and name not in known:
-    found, _ = extensions.load(spec, f"config.{section}.{known[0]}")
-    extensions.fitting(found, section, {name: None})
-    return True
-  return False
 
 
 def assign(config, key, value):
@@ -211,8 +201,8 @@ def config_hash(config, *, before=False):
 
   With `before`, an earlier version's config is hashed as that version did.
   """
-  skipped = set(NOT_HASHED) - set(_NEW_GROUPS if before else ())
-  text = json.dumps(_hashed(to_dict(config), skipped), sort_keys=True)
+  values = _hashed(config, {*NOT_HASHED} - {*(_NEW_GROUPS if before else ())})
+  text = json.dumps(values, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -248,9 +238,7 @@ def claim_workdir(workdir, config):
   if path.exists():
     there = read_json(path)
     now = upgraded(there, config)
-    differences = _differences(
-      *(_hashed(to_dict(each), NOT_HASHED) for each in (now, config))
-    )
+    differences = _differences(_hashed(now), _hashed(config))
     if differences:
       shown = "; ".join(differences[:3])
       more = len(differences) - 3
@@ -352,14 +340,16 @@ def _differences(there, here, prefix=""):
   return out
 
 
-def _hashed(values, skipped, prefix=""):
-  return {
-    key: _hashed(value, skipped, f"{prefix}{key}.")
-    if isinstance(value, dict)
-    else value
-    for key, value in values.items()
-    if f"{prefix}{key}" not in skipped
-  }
+def _hashed(config, skipped=NOT_HASHED):
+  """Returns a config as nested dicts without some keys."""
+  values = to_dict(config)
+  for key in skipped:
+    *groups, leaf = key.split(".")
+    group = values
+    for name in groups:
+      group = group.get(name, {})
+    group.pop(leaf, None)
+  return values
 
 
 def _tuples(value):

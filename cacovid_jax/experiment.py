@@ -1,7 +1,7 @@
 """From a config to what a command needs: the only constructor.
 
-Every command starts from `Experiment.from_config`. Its parts are made when they
-are first asked for, so that a command which only counts reads no weight.
+Parts are made when they are first asked for, so that a command which only
+counts reads no weight.
 """
 
 import dataclasses

@@ -14,6 +14,7 @@ from cacovid_jax.data import frame_record, video
 from cacovid_jax.data import frames as frames_lib
 from cacovid_jax.inference import features, tower
 from cacovid_jax.inference.clips import Clip
+from cacovid_jax.models import video_llm
 
 
 class ClipQueue(features.FeatureStore, contextlib.AbstractContextManager):
@@ -93,9 +94,11 @@ class ClipQueue(features.FeatureStore, contextlib.AbstractContextManager):
 
   def observe(self, want: Iterable[str]) -> None:
     """Changes what clips bring along; those that bring other things go."""
-    if frozenset(want) != self.want:
+    want = frozenset(video_llm.check_signals(want))
+    if want != self.want:
+      self.want = want
       self.discard()
-    super().observe(want)
+      self.clear()
 
   def close(self) -> None:
     """Stops the threads."""

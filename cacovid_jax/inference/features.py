@@ -2,9 +2,6 @@
 
 The key of an entry on disk is all that the features depend on, whoever asks;
 the entry also says which frames they are, so that its clip is not opened.
-
-Letters: T frames, H W token grid, N = T·H·W video tokens, D width, S auxiliary
-feature maps.
 """
 
 import collections
@@ -129,13 +126,6 @@ class FeatureStore:
     if fits:
       return token_grid.pick(grid, fits)
     return token_grid.TokenGrid.of(grid).bucket
-
-  def observe(self, want: Iterable[str]) -> None:
-    """Changes what clips bring along; those that bring other things go."""
-    want = frozenset(video_llm.check_signals(want))
-    if want != self.want:
-      self.want = want
-      self.clear()
 
   def clear(self) -> None:
     """Forgets the clips in memory: the next one is decoded anew."""

@@ -47,15 +47,15 @@ class Simple(model_lib.lmms):
     """Returns the answers, in order."""
     read = [self._read(*request.args) for request in requests]
     replies = self._answerer.generate(*zip(*read, strict=True)) if read else []
-    return [
-      instance_lib.GenerationResult(
-        text=reply.text,
-        token_counts=instance_lib.TokenCounts(
-          input_tokens=reply.input_tokens, output_tokens=reply.output_tokens
-        ),
+    results = []
+    for text, given, written in replies:
+      counts = instance_lib.TokenCounts(
+        input_tokens=given, output_tokens=written
       )
-      for reply in replies
-    ]
+      results.append(
+        instance_lib.GenerationResult(text=text, token_counts=counts)
+      )
+    return results
 
   def loglikelihood(self, requests: list[instance_lib.Instance]) -> list[Loss]:
     """Returns how badly each continuation follows its prompt, in order."""
@@ -77,10 +77,8 @@ class Simple(model_lib.lmms):
   def _read(self, context, gen_kwargs, doc_to_visual, *row):
     """Returns (`requests.Asked`, longest answer) of a request's arguments."""
     place, doc, name = self._row(*row)
-    return (
-      requests_lib.from_simple(context, doc_to_visual, doc, place, name),
-      self._length(gen_kwargs, place),
-    )
+    asked = requests_lib.from_simple(context, doc_to_visual(doc), place, name)
+    return asked, self._length(gen_kwargs, place)
 
   def _read_continuation(self, request):
     """Returns (`requests.Asked`, continuation) of a request."""
@@ -91,10 +89,8 @@ class Simple(model_lib.lmms):
       )
     context, target, doc_to_visual, *row = request.args
     place, doc, name = self._row(*row)
-    if callable(target):
-      target = target(doc)
-    asked = requests_lib.from_simple(context, doc_to_visual, doc, place, name)
-    return asked, str(target)
+    asked = requests_lib.from_simple(context, doc_to_visual(doc), place, name)
+    return asked, str(target(doc) if callable(target) else target)
 
   def _row(self, doc_id, task, split):
     """Returns (place, row, its identity)."""
@@ -114,7 +110,5 @@ class Chat(Simple):
 
   def _read(self, context, doc_to_messages, gen_kwargs, *row):
     place, doc, name = self._row(*row)
-    return (
-      requests_lib.from_chat(doc_to_messages(doc), place, name),
-      self._length(gen_kwargs, place),
-    )
+    asked = requests_lib.from_chat(doc_to_messages(doc), place, name)
+    return asked, self._length(gen_kwargs, place)

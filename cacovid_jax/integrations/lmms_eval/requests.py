@@ -7,7 +7,6 @@ import collections
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from cacovid_jax import errors
 from cacovid_jax.data import question as question_lib
@@ -25,15 +24,9 @@ class Asked:
   prompt: str  # The user's text behind the clip, word for word.
 
 
-def from_simple(
-  context: str, doc_to_visual, doc, place: str, name: str = ""
-) -> Asked:
-  """Returns the request of a text and what is to be looked at.
-
-  `doc_to_visual` gives a row's list of paths or pictures; `name` is its
-  identity.
-  """
-  return Asked(place, name, _only_video(doc_to_visual(doc), place), context)
+def from_simple(context: str, visuals, place: str, name: str = "") -> Asked:
+  """Returns the request of a text and a list of paths or pictures."""
+  return Asked(place, name, _only_video(visuals, place), context)
 
 
 def from_chat(messages: Sequence[Mapping], place: str, name: str = "") -> Asked:
@@ -42,11 +35,8 @@ def from_chat(messages: Sequence[Mapping], place: str, name: str = "") -> Asked:
   The prompt is what `from_simple` is given for the same row: the texts of the
   turn, put together. The clip comes first in it, wherever it stood.
 
-  Args:
-    messages: [{"role": "user", "content": [{"type": "video", "url": path},
-      {"type": "text", "text": ...}]}].
-    place: of the request.
-    name: its identity.
+  `messages` are [{"role": "user", "content": [{"type": "video", "url": path},
+  {"type": "text", "text": ...}]}].
   """
   roles = [message.get("role") for message in messages or ()]
   if roles != ["user"]:
@@ -78,11 +68,10 @@ _NOT_A_VIDEO = (
 
 def _only_video(visuals, place: str) -> str:
   visuals = list(visuals or ())
-  if len(visuals) == 1 and isinstance(visuals[0], str | os.PathLike):
-    return os.fspath(visuals[0])
-  if len(visuals) != 1:
-    what = f"{len(visuals)} visuals" if visuals else "no video"
-  else:
+  what = f"{len(visuals)} visuals" if visuals else "no video"
+  if len(visuals) == 1:
+    if isinstance(visuals[0], str | os.PathLike):
+      return os.fspath(visuals[0])
     what = f"a {type(visuals[0]).__name__}"
   raise errors.UserError(_NOT_A_VIDEO.format(place, what))
 
@@ -140,9 +129,7 @@ def as_questions(asked: Sequence[Asked]) -> list[question_lib.Question]:
   ]
 
 
-def max_new_tokens(
-  gen_kwargs: Mapping[str, Any], default: int, place: str
-) -> int:
+def max_new_tokens(gen_kwargs: Mapping, default: int, place: str) -> int:
   """Returns the longest answer that a task's generation arguments allow.
 
   `until` is not looked at, as in the paper's evaluator: an answer ends where
