@@ -54,18 +54,12 @@ class Experiment:
 
   @classmethod
   def from_config(
-    cls,
-    config,
-    workdir: str | os.PathLike | None = None,
-    *,
-    shard: tuple[int, int] = (0, 1),
-    split: str = "evals.batch_size",
-    checkpoint: checkpoints.Checkpoint | None = None,
+    cls, config, workdir=None, *, checkpoint=None, **fields
   ) -> "Experiment":
     """Returns an experiment; looks at the config and reads nothing.
 
     Keys that the config leaves out have defaults; a `checkpoint` is the base
-    model, instead of config.model.path.
+    model, instead of config.model.path; `fields` are `shard` and `split`.
     """
     config = config_lib.complete(config.copy_and_resolve_references()).lock()
     _choose(config, "model.dtype", DTYPES)
@@ -76,7 +70,7 @@ class Experiment:
           f"config.data.{name}={config.data[name]}: give a number of pixels, or"
           " 0 for the usual number"
         )
-    made = cls(config, workdir and pathlib.Path(workdir), tuple(shard), split)
+    made = cls(config, workdir and pathlib.Path(workdir), **fields)
     if checkpoint is not None:
       # Where a cached property looks first.
       made.__dict__["loaded"] = checkpoint

@@ -173,7 +173,7 @@ def open_queue(
     want: names of `video_llm.SIGNALS` that clips bring along.
     keep: clips held in memory; 0 is those of this batch and of the next one.
     grid: of every clip, where it is known.
-    **reading: further options of `clips.ClipReader`.
+    **reading: of `clips.ClipReader`.
   """
   config = experiment.config
   return features.open_store(

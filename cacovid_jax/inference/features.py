@@ -68,8 +68,8 @@ class FeatureStore:
 
     Args:
       reader: decodes the clips.
-      model: runs the tower.
-      params: its weights.
+      model: whose tower encodes them.
+      params: of the model.
       identity: of the weights, part of the keys.
       grid: of every clip; None finds it by the processor, which may need the
         shape of each clip's frames.
@@ -77,8 +77,7 @@ class FeatureStore:
         that fits none is encoded in its own size...
       only_buckets: ... or refused if it is too long and narrow for all of them.
       want: names of `video_llm.SIGNALS` that each clip brings along.
-      cache: on disk.
-      keep: clips held in memory.
+      cache: on disk; `keep` clips are held in memory.
       mesh: whose `data` axis shares the clips that are encoded at once.
     """
     self.want = frozenset(video_llm.check_signals(want))
@@ -322,16 +321,10 @@ def open_store(
   reading: Mapping[str, Any] | None = None,
   **options,
 ) -> FeatureStore:
-  """Returns the encoded clips of config.data.
+  """Returns the encoded clips of config.data, by the experiment's base model.
 
-  Args:
-    experiment: whose base model encodes them.
-    processor: what is done to frames.
-    rule: which frames are shown.
-    make: the class.
-    params: instead of the base model's.
-    reading: further options of `clips.ClipReader`.
-    **options: of `FeatureStore`.
+  `params` stand for the base model's; `reading` are further options of
+  `clips.ClipReader`, all others of the store.
   """
   data, checkpoint = experiment.config.data, experiment.loaded
   folder = data.feature_cache
