@@ -1,6 +1,7 @@
 """Values of a config as texts: what a command line says, by type."""
 
 import ast
+import contextlib
 import math
 
 from cacovid_jax import errors
@@ -28,27 +29,18 @@ def parse(text, like, *, name="value", kind=None):
   word = _WORDS.get(text.strip().lower(), text)
   if word is None and kind is not bool:
     return None
-  try:
-    if kind in (tuple, list):
-      return _parse_sequence(text, like or (), name, kind)
-    if kind is bool and isinstance(word, bool):
-      return word
+  if kind in (tuple, list):
+    return _parse_sequence(text, like or (), name, kind)
+  if kind is bool and isinstance(word, bool):
+    return word
+  with contextlib.suppress(ValueError):
     if kind is int:
       return _parse_int(text)
     if kind is float and not math.isnan(value := float(text)):
       return value
-  except ValueError:
-    pass
-  expected = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    tuple: "values separated by commas",
-    list: "values separated by commas",
-  }.get(kind, f"a {kind.__name__}")
-  raise errors.UserError(
-    f"{name}={text} is not {expected} (it is {like!r} now)"
-  )
+  expected = {bool: "true or false", int: "a whole number", float: "a number"}
+  told = expected.get(kind, f"a {kind.__name__}")
+  raise errors.UserError(f"{name}={text} is not {told} (it is {like!r} now)")
 
 
 def _parse_int(text):

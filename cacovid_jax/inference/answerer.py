@@ -72,10 +72,11 @@ class ClipAnswers(NamedTuple):
     return float(sum(parts))
 
 
-class Answerer(contextlib.AbstractContextManager):
+class Answerer(contextlib.ExitStack):
   """A loaded model that answers questions about clips.
 
   Another question of about the same length, about any clip, compiles nothing.
+  Leaving it stops the threads that decode.
   """
 
   def __init__(
@@ -127,6 +128,7 @@ class Answerer(contextlib.AbstractContextManager):
     return made
 
   def _load(self, config, limits):
+    super().__init__()
     self.shipped = not config.model.path
     config = experiment_lib.with_shipped(config)
     changes = {
@@ -230,18 +232,11 @@ class Answerer(contextlib.AbstractContextManager):
   def source(self, grid: tuple[int, int, int]):
     """Returns what encodes clips of a grid; made once."""
     if grid not in self._sources:
-      self._sources[grid] = clip_queue.open_queue(
+      found = clip_queue.open_queue(
         self.experiment, limits=self._limits, keep=1, grid=grid
       )
+      self._sources[grid] = self.enter_context(found)
     return self._sources[grid]
-
-  def close(self) -> None:
-    """Stops the threads that decode."""
-    for source in self._sources.values():
-      source.close()
-
-  def __exit__(self, *exc_info):
-    self.close()
 
   def _grid(self, path) -> tuple[int, int, int]:
     num_frames = self.settings.num_frames
@@ -341,6 +336,5 @@ def _probe(path, limits) -> video.Probe:
   except video.VideoError as error:
     if error.reason != "missing":
       raise
-    raise video.VideoError(
-      path, "missing", mend="give the path of a video file"
-    ) from None
+    mend = "give the path of a video file"
+    raise video.VideoError(path, "missing", mend=mend) from None
