@@ -77,9 +77,8 @@ def load(spec, overrides=(), *, fill=False):
 
 def _override_all(config, texts):
   """Applies overrides; those first that say which others there may be."""
-  for text in sorted(
-    texts, key=lambda text: text.partition("=")[0] not in extensions.KEYS
-  ):
+  keys = tuple(f"{key}=" for key in extensions.KEYS)
+  for text in sorted(texts, key=lambda text: not text.startswith(keys)):
     override(config, text)
 
 
@@ -310,9 +309,8 @@ def _unknown_key(config, key):
   near += difflib.get_close_matches(key, known, n=3, cutoff=0.5)
   near += [other for other in known if alike[other] > 0.75]
   near = list(dict.fromkeys(near))[:3] or sorted(config)
-  return errors.UserError(
-    f"unknown config key {key!r}; nearest: {', '.join(near)}"
-  )
+  told = ", ".join(near)
+  return errors.UserError(f"unknown config key {key!r}; nearest: {told}")
 
 
 def _flat(config, prefix=""):

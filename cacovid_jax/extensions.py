@@ -67,13 +67,8 @@ def own(config, section: str) -> str:
 def fitting(found, section: str, options, known=()) -> dict[str, Any]:
   """Returns the options that code takes; stops at one that it does not have.
 
-  Args:
-    found: a class, whose options are the arguments of `from_llm_config` or
-      else of itself; or a function, whose options are keyword-only.
-    section: of the config, for messages.
-    options: {name: value}; names among `known` are left out where it does not
-      take them.
-    known: see above.
+  A class takes the arguments of `from_llm_config` or else of itself, a function
+  its keyword-only ones; names among `known` are left out if they are others.
   """
   call = getattr(found, "from_llm_config", found)
   given = list(inspect.signature(call).parameters.values())

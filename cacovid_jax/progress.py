@@ -1,6 +1,7 @@
 """A progress line with the time left and running means."""
 
 import collections
+import functools
 import math
 import sys
 import time
@@ -25,9 +26,8 @@ class Progress:
     """Takes all steps of a run, and those done by an earlier start of it."""
     self._total, self._start, self._step = total, start, start
     self._description = description
-    self._values = collections.defaultdict(
-      lambda: collections.deque(maxlen=_WINDOW)
-    )
+    last = functools.partial(collections.deque, maxlen=_WINDOW)
+    self._values = collections.defaultdict(last)
     self._recent = collections.deque(maxlen=_WINDOW + 1)  # (time, step)
     self._console = rich.console.Console(file=sys.stderr)
     self._bar = self._task = None

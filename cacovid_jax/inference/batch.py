@@ -86,9 +86,8 @@ class BatchRunner:
           f"the features of {question.video} hold NaN or infinity; check the"
           " checkpoint and its dtype, or empty the folder of cached features"
         )
-    self.faults = {
-      row: clip.fault for row, clip in enumerate(self._clips) if clip.fault
-    }
+    rows = enumerate(self._clips)
+    self.faults = {row: clip.fault for row, clip in rows if clip.fault}
     with engine.timed("prompts"):
       features = self._of_clips(lambda clip: clip.features, 0)
       deep = None
@@ -102,10 +101,9 @@ class BatchRunner:
     """Returns the answers to the whole prompts; computed once."""
     known = self._vanilla
     if known is None or (want_attention and known.attention is None):
-      ask = functools.partial(
-        self._programs.vanilla, want_attention=want_attention
-      )
-      self._vanilla = self._timed("vanilla", ask, self._params, self.batch)
+      ask, given = self._programs.vanilla, {"want_attention": want_attention}
+      ask = functools.partial(ask, self._params, self.batch, **given)
+      self._vanilla = self._timed("vanilla", ask)
     return self._vanilla
 
   def output(self, condition) -> MethodOutput:
@@ -292,11 +290,9 @@ class BatchRunner:
   def _of_clips(self, read, axis: int) -> jax.Array:
     """Returns an array of each clip, zeros behind its N along `axis`."""
     size = self.grid.bucket.tokens
-    found = [
-      prompt_batch.pad_tokens(read(self._clips[row]), size, axis)
-      for row in self._rows
-    ]
-    return jnp.asarray(np.stack(found))
+    found = [read(self._clips[row]) for row in self._rows]
+    padded = [prompt_batch.pad_tokens(x, size, axis) for x in found]
+    return jnp.asarray(np.stack(padded))
 
   def _own(self, x, axis: int, size: int | None = None):
     """Returns x without what is the bucket's only: the first N of an axis."""

@@ -24,9 +24,8 @@ class ClipQueue(features.FeatureStore, contextlib.AbstractContextManager):
   finds them before anything is decoded.
   """
 
-  def __init__(self, *args, **options):
-    """Takes the arguments of `FeatureStore`."""
-    super().__init__(*args, **options)
+  def __post_init__(self, params, mesh):
+    super().__post_init__(params, mesh)
     self._faults: dict[str, str] = {}
     self._pool = concurrent.futures.ThreadPoolExecutor(2, "decode")
     self._ahead: dict[str, concurrent.futures.Future] = {}
@@ -45,9 +44,8 @@ class ClipQueue(features.FeatureStore, contextlib.AbstractContextManager):
     if not paths:
       return
     found = self._pool.map(self._find_grid, paths)
-    with progress_lib.Progress(
-      len(paths), description="clip shapes"
-    ) as progress:
+    title = "clip shapes"
+    with progress_lib.Progress(len(paths), description=title) as progress:
       for done, path in enumerate(paths, start=1):
         result = next(found)
         known = self._faults if isinstance(result, str) else self._grids
@@ -113,10 +111,10 @@ class ClipQueue(features.FeatureStore, contextlib.AbstractContextManager):
     if not self._given:
       # It stays that one, whatever most clips of a later survey have.
       self._grids.setdefault(path, grid)
-    count, width = int(np.prod(grid)), self._model.config.text.hidden_size
+    count, width = int(np.prod(grid)), self.model.config.text.hidden_size
     shapes = {tower.FEATURES: (count, width), **self._signal_shapes(grid)}
-    if self._model.num_deep:
-      shapes[tower.DEEP] = (self._model.num_deep, count, width)
+    if self.model.num_deep:
+      shapes[tower.DEEP] = (self.model.num_deep, count, width)
     arrays = {k: np.zeros(shape, np.float32) for k, shape in shapes.items()}
     record = frame_record.FrameRecord(video=path, fault=reason)
     return Clip(record, grid, arrays)

@@ -40,41 +40,23 @@ class Clip:
     return {name: self.arrays[name] for name in names}
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class ClipReader:
   """Decodes clips, and refuses those that are known or found to be bad."""
 
-  def __init__(
-    self,
-    root: str,
-    processor: processors.Processor,
-    rule: frames_lib.FrameRule,
-    *,
-    limits: video.Limits | None = None,
-    min_side: int = 0,
-    refused: Mapping[str, str] | None = None,
-    manifest: Any = None,
-    hashed: bool = True,
-    noted: bool = False,
-  ):
-    """Reads nothing.
-
-    Args:
-      root: folder that video paths are relative to.
-      processor: frames to the tower's inputs.
-      rule: which frames are shown.
-      limits: caps on what is decoded.
-      min_side: pixels of a frame's side that are too few, as fewer are.
-      refused: content hash -> reason, of clips that are known to be bad.
-      manifest: `frame_manifest.FrameManifest`, where the frames are written
-        down, and what they must agree with.
-      hashed: whether records tell what the pixels are...
-      noted: ... and the file, as they do with a manifest.
-    """
-    self.root, self.processor, self.rule = root, processor, rule
-    self.manifest = manifest
-    self._limits, self._min_side = limits, min_side
-    self._refused, self._hashed = refused or {}, hashed
-    self._noted = noted or manifest is not None
+  root: str  # Folder that video paths are relative to.
+  processor: processors.Processor  # Frames to the tower's inputs.
+  rule: frames_lib.FrameRule  # Which frames are shown.
+  limits: video.Limits | None = None  # Caps on what is decoded.
+  # Clips are refused whose frames have a side of so many pixels or fewer.
+  min_side: int = 0
+  # Content hash -> reason, of clips that are known to be bad.
+  refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  # `frame_manifest.FrameManifest`, where the frames are written down, and what
+  # they must agree with.
+  manifest: Any = None
+  hashed: bool = True  # Whether records tell what the pixels are...
+  noted: bool = False  # ... and the file, as they do with a manifest.
 
   @property
   def described(self) -> dict[str, Any]:
@@ -93,7 +75,7 @@ class ClipReader:
     """Returns the hash of a clip's bytes; `VideoError` if it is refused."""
     file = video.safe_path(self.root, path)
     content = rejected_clips.content_hash(file)
-    if reason := self._refused.get(content):
+    if reason := self.refused.get(content):
       raise video.VideoError(file, reason, "refused in an earlier run")
     return content
 
@@ -106,7 +88,7 @@ class ClipReader:
     """
     if size is None:
       file = video.safe_path(self.root, path)
-      size = video.frame_size(file, self._limits)
+      size = video.frame_size(file, self.limits)
     try:
       return self.processor.grid(self.rule.num_frames, *size)
     except frames_lib.ShapeError as error:
@@ -125,19 +107,20 @@ class ClipReader:
       video.safe_path(self.root, path),
       rule,
       resize=resize,
-      limits=self._limits,
-      hashed=self._hashed,
+      limits=self.limits,
+      hashed=self.hashed,
     )
 
   def read(self, path: str) -> tuple[Clip, processors.TowerInputs, bool]:
     """Returns (a clip without arrays, the tower's inputs, whether its frames
     are those of the rule); `VideoError` if it cannot be used."""
-    if self._refused:
+    if self.refused:
       self.content(path)
     shown = self.decode(path, self._resize)
     file = video.safe_path(self.root, path)
     try:
-      content = frame_record.hash_file(file) if self._noted else ""
+      noted = self.noted or self.manifest is not None
+      content = frame_record.hash_file(file) if noted else ""
     except OSError as error:
       raise video.VideoError(
         file, "unreadable", error.strerror or ""
@@ -145,9 +128,8 @@ class ClipReader:
     record = frame_record.FrameRecord.of(path, shown, content)
     fps = frames_lib.sampled_fps(len(shown.frames), shown.duration)
     inputs = self.processor(shown.frames, fps=fps, resized=True)
-    clip = Clip(
-      record, inputs.grid, {}, inputs.second_per_grid_t, shown.warnings
-    )
+    apart = inputs.second_per_grid_t
+    clip = Clip(record, inputs.grid, {}, apart, shown.warnings)
     plain = self.rule(shown.num_frames, shown.duration)
     return clip, inputs, record.indices == tuple(plain.tolist())
 
@@ -168,9 +150,9 @@ class ClipReader:
     return self.processor.resize_frame(frame, self.rule.num_frames)
 
   def _check_side(self, height: int, width: int) -> None:
-    if min(height, width) <= self._min_side:
+    if min(height, width) <= self.min_side:
       raise frames_lib.ShapeError(
-        f"a frame of {width} x {height} pixels has a side of {self._min_side}"
-        " or fewer",
+        f"a frame of {width} x {height} pixels has a side of {self.min_side} or"
+        " fewer",
         "leave the clip out",
       )

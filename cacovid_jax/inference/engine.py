@@ -77,8 +77,9 @@ class AnswerResult(NamedTuple):
   kept = property(lambda self: len(self.trace.index))
 
 
+@dataclasses.dataclass(eq=False)
 class Engine:
-  """A model, its prompts and its programs.
+  """A model, its prompts and its programs; computes nothing yet.
 
   Attributes:
     grids: exact (T, H, W) of the clips; `grid` is that of most of them.
@@ -86,47 +87,35 @@ class Engine:
     seconds: spent so far, by what they were spent on.
   """
 
+  checkpoint: Any  # `models.checkpoints.Checkpoint` with a tokenizer.
+  source: Any  # `clip_queue.ClipQueue` with what `methods.wanted` lists.
+  questions: Sequence[question_lib.Question]  # That will be asked.
+  settings: Settings
+  _: dataclasses.KW_ONLY
+  # By name; the first one is what plain `cacovid` follows.
+  policies: Mapping[str, loading.LoadedPolicy] | None = None
+  # Question id -> tokens that decide it, where known.
+  decisive: Mapping[str, Sequence[int]] | None = None
+  # Those of an earlier engine of this checkpoint, mesh and number of new
+  # tokens, so that nothing compiles twice; None makes new ones.
+  programs: programs_lib.Programs | None = None
+  more_follow: bool = False  # See `prompts.Prompts`.
+  others: Sequence[question_lib.Question] = ()  # Further ones, see there.
+  # Whose `data` axis shares the questions of a batch, if their number divides;
+  # None is one device.
+  mesh: Mesh | None = None
+
   grid = property(lambda self: self.source.grid)
 
-  def __init__(
-    self,
-    checkpoint: Any,
-    source: Any,
-    questions: Sequence[question_lib.Question],
-    settings: Settings,
-    *,
-    policies: Mapping[str, loading.LoadedPolicy] | None = None,
-    decisive: Mapping[str, Sequence[int]] | None = None,
-    programs: programs_lib.Programs | None = None,
-    more_follow: bool = False,
-    others: Sequence[question_lib.Question] = (),
-    mesh: Mesh | None = None,
-  ):
-    """Prepares; compiles and computes nothing yet.
-
-    Args:
-      checkpoint: `models.checkpoints.Checkpoint` with a tokenizer.
-      source: `clip_queue.ClipQueue` with what `methods.wanted` lists.
-      questions: that will be asked.
-      settings: see there.
-      policies: by name; the first one is what plain `cacovid` follows.
-      decisive: question id -> tokens that decide it, where known.
-      programs: of an earlier engine of this checkpoint, mesh and number of new
-        tokens, so that nothing compiles twice; None makes new ones.
-      more_follow: see `prompts.Prompts`.
-      others: further questions that will be asked, see there.
-      mesh: whose `data` axis shares the questions of a batch, if their number
-        divides; None is one device.
-    """
-    self.checkpoint, self.source = checkpoint, source
-    self.settings = settings
+  def __post_init__(self):
     # Several processes of a training run each ask all of it.
+    mesh, source = self.mesh, self.source
     alone = mesh is None or mesh.size == 1 or jax.process_count() > 1
-    shared = not alone and settings.batch_size % mesh.shape["data"] == 0
-    self.mesh = mesh if shared else None
-    self.policies = dict(policies or {})
-    self.decisive = decisive or {}
-    every = [*questions, *others]
+    if alone or self.settings.batch_size % mesh.shape["data"]:
+      self.mesh = None
+    self.policies = dict(self.policies or {})
+    self.decisive = self.decisive or {}
+    every = [*self.questions, *self.others]
     self.pool = by_id(every)
     self.seconds = collections.defaultdict(float)
     self._untrained = {}
@@ -134,12 +123,12 @@ class Engine:
     self.grids = sorted({self.grid_of(question) for question in every})
     buckets = [source.bucket_of(grid) for grid in self.grids]
     self.prompts = prompts_lib.Prompts(
-      checkpoint,
-      questions,
+      self.checkpoint,
+      self.questions,
       grid_of=self.grid_of,
       num_video=max((bucket.tokens for bucket in buckets), default=0),
-      more_follow=more_follow,
-      others=others,
+      more_follow=self.more_follow,
+      others=self.others,
     )
     for question in every:
       tokens, grid = self.decisive.get(question.id), self.grid_of(question)
@@ -148,8 +137,8 @@ class Engine:
           f"decisive.jsonl: the tokens of {question.id} lie outside the model's"
           f" grid {grid}; was the data made for another model or frame count?"
         )
-    self.programs = programs or programs_lib.Programs(
-      checkpoint, settings.max_new_tokens, self.mesh
+    self.programs = self.programs or programs_lib.Programs(
+      self.checkpoint, self.settings.max_new_tokens, self.mesh
     )
 
   @classmethod

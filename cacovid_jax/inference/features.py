@@ -36,6 +36,7 @@ class Loaded(NamedTuple):
   key: Mapping[str, Any] | None = None  # Of its entry on disk.
 
 
+@dataclasses.dataclass(eq=False)
 class FeatureStore:
   """Encoded clips below a media root.
 
@@ -43,55 +44,39 @@ class FeatureStore:
   main thread). What a tower tells beside features comes from a second run of
   it: features are the same, to the bit, whatever else is wanted.
 
-  Attributes:
-    grid: (T, H, W) of the clips; where they differ, of most of them.
-    seconds: spent so far on "decode" (frames to pixels included; threads add
-      up) and "tower".
+  `seconds` were spent so far on "decode" (frames to pixels included; threads
+  add up) and "tower".
   """
 
-  def __init__(
-    self,
-    reader: clips.ClipReader,
-    model: video_llm.VideoLLM,
-    params: Any,
-    *,
-    identity: str = "",
-    grid: tuple[int, int, int] | None = None,
-    buckets: Sequence[token_grid.GridBucket] = (),
-    only_buckets: bool = False,
-    want: Iterable[str] = (),
-    cache: feature_cache.FeatureCache | None = None,
-    keep: int = 64,
-    mesh: Mesh | None = None,
-  ):
-    """Starts nothing.
+  reader: clips.ClipReader
+  model: video_llm.VideoLLM  # Whose tower encodes the clips.
+  params: dataclasses.InitVar[Any]  # Of the model.
+  _: dataclasses.KW_ONLY
+  weights: str = ""  # Their identity, part of the keys.
+  # (T, H, W) of every clip; where they differ, of most of them. None finds it
+  # by the processor, which may need the shape of each clip's frames.
+  grid: tuple[int, int, int] | None = None
+  # Sizes that the tower is compiled for, where grids differ; a clip that fits
+  # none is encoded in its own size...
+  buckets: Sequence[token_grid.GridBucket] = ()
+  # ... or refused if it is too long and narrow for all of them.
+  only_buckets: bool = False
+  want: Iterable[str] = ()  # Of `video_llm.SIGNALS`, what each clip brings.
+  cache: feature_cache.FeatureCache | None = None  # On disk.
+  keep: int = 64  # Clips held in memory.
+  # Its `data` axis shares the clips that are encoded at once.
+  mesh: dataclasses.InitVar[Mesh | None] = None
 
-    Args:
-      reader: decodes the clips.
-      model: whose tower encodes them.
-      params: of the model.
-      identity: of the weights, part of the keys.
-      grid: of every clip; None finds it by the processor, which may need the
-        shape of each clip's frames.
-      buckets: sizes that the tower is compiled for, where grids differ; a clip
-        that fits none is encoded in its own size...
-      only_buckets: ... or refused if it is too long and narrow for all of them.
-      want: names of `video_llm.SIGNALS` that each clip brings along.
-      cache: on disk; `keep` clips are held in memory.
-      mesh: whose `data` axis shares the clips that are encoded at once.
-    """
-    self.want = frozenset(video_llm.check_signals(want))
-    self.reader, self.buckets = reader, tuple(buckets)
-    if grid is None:
-      grid = reader.processor.fixed_grid(reader.rule.num_frames)
-    self.grid = None if grid is None else tuple(grid)
-    self._given, self._only_buckets = self.grid is not None, only_buckets
+  def __post_init__(self, params, mesh):
+    self.want = frozenset(video_llm.check_signals(self.want))
+    reader, self.buckets = self.reader, tuple(self.buckets)
+    if self.grid is None:
+      self.grid = reader.processor.fixed_grid(reader.rule.num_frames)
+    self._given = self.grid is not None
     self._grids: dict[str, tuple[int, int, int]] = {}  # Of surveyed clips.
     self.seconds = collections.Counter()
-    self._model, self._cache, self._keep = model, cache, keep
-    self._identity = f"{identity} {jnp.dtype(model.dtype).name} {model.backend}"
     self._set_up_memory()
-    self._tower = tower_lib.Tower(model, params, mesh)
+    self._tower = tower_lib.Tower(self.model, params, mesh)
 
   def _set_up_memory(self):
     self._clips: collections.OrderedDict[str, Clip] = collections.OrderedDict()
@@ -151,10 +136,10 @@ class FeatureStore:
     self._check(path, found)
     if clip is None:
       clip = found
-      if self._cache is not None:
+      if self.cache is not None:
         key = self._key(path, None if ruled else clip.record.indices)
     bucket = self.bucket_of(clip.grid) if self.buckets else None
-    inputs = self._model.tower_inputs(inputs, bucket)
+    inputs = self.model.tower_inputs(inputs, bucket)
     self.seconds["decode"] += time.perf_counter() - start
     return Loaded(path, clip, inputs, key)
 
@@ -178,21 +163,17 @@ class FeatureStore:
       self.seconds["tower"] += time.perf_counter() - start
     with self._lock:
       self._clips.update(found)
-      while len(self._clips) > self._keep:
+      while len(self._clips) > self.keep:
         self._clips.popitem(last=False)
     return [found[one.path] for one in loaded]
 
-  def __call__(self, path: str) -> Clip:
-    """Returns a clip; raises `VideoError` if it cannot be used."""
-    return self.finish([self.load(path)])[0]
-
   def cached_bytes(self, path: str) -> int:
     """Returns the size of a clip's features on disk; 0 if there are none."""
-    return self._cache.size(self._name(path)) if self._cache else 0
+    return self.cache.size(self._name(path)) if self.cache else 0
 
   def facts(self, path: str) -> dict[str, Any] | None:
     """Returns what the disk says of a clip; None if nothing."""
-    return self._cache.facts(self._name(path)) if self._cache else None
+    return self.cache.facts(self._name(path)) if self.cache else None
 
   def _encode(self, todo: list[Loaded]):
     """Yields (loaded clip, {name: float32 array} of what it lacked)."""
@@ -225,7 +206,7 @@ class FeatureStore:
         path, "unreadable", f"a grid of {clip.grid}, not of {expected}"
       )
     fits = any(bucket.holds(clip.grid) for bucket in self.buckets)
-    if fits or not self._only_buckets:
+    if fits or not self.only_buckets:
       return
     # Other clips that fit no bucket tell that the buckets are wrong.
     _, rows, columns = clip.grid
@@ -250,10 +231,11 @@ class FeatureStore:
 
     `indices` are those of its frames, where they are not the rule's.
     """
+    dtype = jnp.dtype(self.model.dtype).name
     key = {
       "content": self.reader.content(path),
       **self.reader.described,
-      "model": self._identity,
+      "model": f"{self.weights} {dtype} {self.model.backend}",
       # Padding may move the last bit.
       "buckets": [dataclasses.astuple(bucket) for bucket in self.buckets],
     }
@@ -261,13 +243,13 @@ class FeatureStore:
 
   def _read(self, path: str):
     """Returns (key, Clip) of what the disk holds; (None, None) if nothing."""
-    if self._cache is None:
+    if self.cache is None:
       return None, None
     known = self.reader.known(path)
     wanted = known and known.indices
     for indices in (None, wanted) if wanted else (None,):
       key = self._key(path, indices)
-      entry = self._cache.get(feature_cache.key(**key))
+      entry = self.cache.get(feature_cache.key(**key))
       if entry is None:
         continue
       try:
@@ -282,7 +264,7 @@ class FeatureStore:
         continue
       shapes = self._signal_shapes(clip.grid)
       for name in self.want:
-        signal = self._cache.get(feature_cache.key(**key, signal=name))
+        signal = self.cache.get(feature_cache.key(**key, signal=name))
         # An entry that does not fit is no entry: it is made anew.
         if signal and signal.arrays[name].shape == shapes[name]:
           clip.arrays[name] = signal.arrays[name]
@@ -293,7 +275,7 @@ class FeatureStore:
     clip, key = one.clip, one.key
     signals = {name: new[name] for name in self.want & new.keys()}
     for name, value in signals.items():
-      self._cache.put(feature_cache.key(**key, signal=name), {name: value})
+      self.cache.put(feature_cache.key(**key, signal=name), {name: value})
     if _FEATURES in new:
       arrays = {k: v for k, v in new.items() if k not in signals}
       facts = {
@@ -302,12 +284,12 @@ class FeatureStore:
         "second_per_grid_t": clip.second_per_grid_t,
         "warnings": clip.warnings,
       }
-      self._cache.put(feature_cache.key(**key), arrays, facts)
+      self.cache.put(feature_cache.key(**key), arrays, facts)
 
   def _signal_shapes(self, grid) -> dict[str, tuple[int, ...]]:
     if not self.want:
       return {}
-    shapes = self._model.signal_shapes(int(np.prod(grid)))
+    shapes = self.model.signal_shapes(int(np.prod(grid)))
     return {name: shapes[name] for name in self.want}
 
 
@@ -345,7 +327,7 @@ def open_store(
     reader,
     checkpoint.model,
     checkpoint.params if params is None else params,
-    identity=checkpoint.identity["sha256"],
+    weights=checkpoint.identity["sha256"],
     cache=feature_cache.FeatureCache(folder) if folder else None,
     **options,
   )

@@ -60,22 +60,18 @@ def answer_rows(
   """
   batch, count = index.shape[:2]
   prompts = prompts._replace(features=None, ids=None, text_rows=None)
-  of_video = jax.vmap(
-    lambda *arguments: prompt_batch.prune(*arguments)[1], (None, 0, None)
-  )
-  pruned = jax.vmap(of_video)(prompts, index, num_valid)
-  pruned = jax.tree.map(
-    lambda a: a.reshape(batch * count, *a.shape[2:]), pruned
-  )
+  of_video = jax.vmap(prompt_batch.prune, (None, 0, None))
+  _, pruned = jax.vmap(of_video)(prompts, index, num_valid)
+  rows = batch * count
+  pruned = jax.tree.map(lambda a: a.reshape(rows, *a.shape[2:]), pruned)
   if replaced is not None:
     pruned = prompt_batch.write_selection(pruned, prompts.deep, replaced)
   logits, cache, _ = _prefill(model, params, pruned, max_new_tokens - 1)
   if max_new_tokens == 1:
     ids = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     return ids.reshape(batch, count, 1), logits.reshape(batch, count, -1)
-  ending = dict(
-    max_new_tokens=max_new_tokens, eos_ids=tuple(eos_ids), pad_id=pad_id
-  )
+  ending = dict(max_new_tokens=max_new_tokens, pad_id=pad_id)
+  ending["eos_ids"] = tuple(eos_ids)
   ids = _extend(model, params, logits, cache, pruned, ending)
   return ids.reshape(batch, count, -1), None
 
@@ -158,10 +154,8 @@ class Programs:
     num_keep = compressor.rows(_shape(grid), ratio)
 
     def select(params, inputs):
-      selection = compressor.select_batch(
-        inputs, num_keep=num_keep, ratio=ratio, params=params
-      )
-      return _padded(selection, ratio, grid)
+      given = dict(num_keep=num_keep, ratio=ratio, params=params)
+      return _padded(compressor.select_batch(inputs, **given), ratio, grid)
 
     key = compressor, ratio, _shape(grid), grid.bucket
     # What never sees the question is run for one clip at a time.
@@ -289,14 +283,11 @@ def _scores(module, params, batch: prompt_batch.PromptBatch, grid):
   # What a policy of one's own reads where all videos have this one.
   grid = grid.shape if grid.full else grid
 
-  def one(x, positions, length, video_rows):
-    return module.apply(
-      {"params": params}, x, positions, video_rows, grid, length
-    )
+  def one(x, positions, rows, length):
+    return module.apply({"params": params}, x, positions, rows, grid, length)
 
-  return jax.vmap(one)(
-    batch.x, batch.positions, batch.lengths, batch.video_rows
-  )
+  rows, lengths = batch.video_rows, batch.lengths
+  return jax.vmap(one)(batch.x, batch.positions, rows, lengths)
 
 
 def _padded(selection: base.Selection, ratio: float, grid):

@@ -84,9 +84,8 @@ class Prompts:
       return
     self._question_rows = _rounded(max(spans))
     own = [self.text_rows[question.id] for question in questions] or [1]
-    self.lengths = prompt_batch.PromptBuckets.of(
-      own, beside=num_video
-    ).text_rows
+    best = prompt_batch.PromptBuckets.of(own, beside=num_video)
+    self.lengths = best.text_rows
     if len(self.lengths) == 1:
       # All rows together are a multiple.
       self.lengths = (_rounded(num_video + most) - num_video,)
@@ -95,9 +94,8 @@ class Prompts:
     self, name: str, grid: tuple[int, int, int], seconds: float = 1.0
   ) -> tokenizer_lib.Prompt:
     """Returns a question's prompt; temporal patches are `seconds` apart."""
-    return self._model.encode_prompt(
-      self.tokenizer, self._texts[name], grid, seconds
-    )
+    text = self._texts[name]
+    return self._model.encode_prompt(self.tokenizer, text, grid, seconds)
 
   def pick(self, text_rows: int) -> int:
     """Returns the length that so many rows of text are padded to."""
@@ -119,22 +117,18 @@ class Prompts:
       features: float[B, N_max, D] of the clips, zeros behind their own.
       deep: float[B, S, N_max, D] or None, likewise.
     """
-    rows = prompt_batch.pad_rows(len(ids), len(features))
+    rows, model = prompt_batch.pad_rows(len(ids), len(features)), self._model
     # In float32, as features are: what follows has the same bits everywhere.
-    videos = [
-      video_llm.VideoFeatures(None, grid, float(np.float32(seconds[row])))
-      for row in rows
-    ]
+    apart = [float(np.float32(seconds[row])) for row in rows]
+    videos = [video_llm.VideoFeatures(None, grid, one) for one in apart]
     prompts = [
-      self.prompt(ids[row], grid, video.second_per_grid_t)
-      for row, video in zip(rows, videos, strict=True)
+      self.prompt(ids[row], grid, one)
+      for row, one in zip(rows, apart, strict=True)
     ]
     text = self.pick(max(map(_text_rows, prompts)))
     length = features.shape[1] + text
     padded = self.tokenizer.pad(prompts, length, features.shape[1])
-    positions, following = prompt_batch.place(
-      self._model, prompts, videos, length
-    )
+    positions, following = prompt_batch.place(model, prompts, videos, length)
     shape = len(rows), self._question_rows or text
     text_rows = np.full(shape, length, np.int32)
     for row, prompt in zip(text_rows, prompts, strict=True):

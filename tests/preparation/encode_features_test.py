@@ -80,7 +80,7 @@ def size(folder, checkpoint, tmp_path_factory):
   """
   elsewhere = tmp_path_factory.mktemp("elsewhere")
   store = make(folder, checkpoint, elsewhere).store
-  store("0.mp4")
+  store.finish([store.load("0.mp4")])
   found = store.cached_bytes("0.mp4")
   assert 0 < found - 4 * 49 * 128 * 4 - 32 < 1000
   return found
@@ -264,7 +264,8 @@ def test_an_evaluation_takes_what_training_has_encoded(
   with clip_queue.open_queue(experiment) as store:
     clip = store["1.mp4"]
     assert opened == []
-    np.testing.assert_array_equal(clip.features, run.store("1.mp4").features)
+    (other,) = run.store.finish([run.store.load("1.mp4")])
+    np.testing.assert_array_equal(clip.features, other.features)
     assert clip.frame_hash and clip.index_hash and not clip.fault
     # The frames of another rule are others.
   other = experiment.replace({"evals.frame_rule": "train_linspace_1fps"})

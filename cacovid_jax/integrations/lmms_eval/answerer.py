@@ -42,15 +42,13 @@ class RequestAnswerer:
     changes = {"data.root": os.path.abspath(os.sep), "data.media": ""}
     if self.condition.method is None:
       changes["evals.policies"] = ()
-    self.experiment = experiment_lib.Experiment.from_config(
-      config_lib.replace(config, changes)
-    )
+    config = config_lib.replace(config, changes)
+    self.experiment = experiment_lib.Experiment.from_config(config)
     self.checkpoint = self.experiment.checkpoint
     self._policies = self.experiment.policies
     methods = [self.condition.method] if self.condition.method else []
-    self._source = clip_queue.open_queue(
-      self.experiment, methods_lib.wanted(methods)
-    )
+    wanted = methods_lib.wanted(methods)
+    self._source = clip_queue.open_queue(self.experiment, wanted)
     self._programs = {}
 
   def generate(

@@ -63,9 +63,8 @@ class Simple(model_lib.lmms):
     if not read:
       return []
     found = self._answerer.likelihoods(*zip(*read, strict=True))
-    return [
-      Loss(-one.log_prob / max(one.num_tokens, 1), one.greedy) for one in found
-    ]
+    means = [-one.log_prob / max(one.num_tokens, 1) for one in found]
+    return [Loss(x, one.greedy) for x, one in zip(means, found, strict=True)]
 
   def generate_until_multi_round(self, requests):
     """Refuses: a clip is compressed for one question."""
