@@ -55,13 +55,10 @@ _NEW_GROUPS = ("blind", "prepare", "table", "tfds", "wandb")
 
 
 def load(spec, overrides=(), *, fill=False):
-  """Returns the locked config of "path/to/file.py:argument".
+  """Returns the locked config of "path/to/file.py:argument", overridden.
 
-  Args:
-    spec: a Python file that defines `get_config(arg=None)`, optionally with an
-      argument after a colon; or a workdir's `config.json`, which names no code.
-    overrides: texts, see `override`.
-    fill: whether it gets what it leaves out of `base_config`.
+  `spec` may also be a workdir's `config.json`, which names no code. With
+  `fill`, it gets what it leaves out of `base_config`.
   """
   path, _, arg = str(spec).partition(":")
   if path.endswith(".json"):

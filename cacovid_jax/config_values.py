@@ -10,15 +10,12 @@ _WORDS = {"true": True, "false": False, "none": None, "null": None}
 
 
 def parse(text, like, *, name="value", kind=None):
-  """Returns the value that `text` writes, of the type of `like`.
+  """Returns the value that `text` writes, of the type of what it replaces.
 
-  Args:
-    text: "3e-4", "true", "a word", "(1, 2)" or "1,2"; "none" empties any field
-      that holds neither a text nor a truth value.
-    like: the value that is replaced.
-    name: of the field, for the error message.
-    kind: the type to read when `like` is None, as of a placeholder; without it
-      the text is read as the Python literal it looks like.
+  That is "3e-4", "true", "a word", "(1, 2)" or "1,2"; "none" empties any field
+  that holds neither a text nor a truth value. Where `like` is None, `kind` is
+  the type to read, as of a placeholder; without both the text is read as the
+  Python literal it looks like.
   """
   if like is not None:
     kind = type(like)

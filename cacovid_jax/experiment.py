@@ -166,12 +166,9 @@ def with_template(
 ) -> checkpoints.Checkpoint:
   """Returns a checkpoint that writes prompts by the chat template asked for.
 
-  Args:
-    checkpoint: as loaded, with its default template: the processor's, or where
-      there is none the tokenizer's.
-    directory: where it was loaded from.
-    template: "" or "processor" is that default; "tokenizer" takes that of
-      tokenizer_config.json and gives it plain texts, as the paper's evaluation.
+  "" or "processor" is the default that it has as loaded from the directory: the
+  processor's, or where there is none the tokenizer's. "tokenizer" takes that of
+  tokenizer_config.json and gives it plain texts, as the paper's evaluation.
   """
   if template in ("", "processor"):
     return checkpoint

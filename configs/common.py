@@ -40,15 +40,12 @@ def check_size(size, sizes):
 
 
 def released(arg, *, family, sizes):
-  """Returns the paper's run on a released model.
+  """Returns the paper's run on a model with weights in checkpoints/FAMILY_SIZE.
 
-  Args:
-    arg: text after the colon: `size=7b` is one of `sizes`, the first one by
-      default; `debug` is two steps and a few questions on a tiny random model
-      of the same family and on the embedded benchmark; `devices=8` trains that
-      many videos a step, one on each.
-    family: of `synthetic.tiny_checkpoints`.
-    sizes: there are; the weights lie in checkpoints/FAMILY_SIZE.
+  In the text after the colon, `size` is one of `sizes`, the first by default;
+  `debug` is two steps and a few questions on a tiny random model of the family
+  (of `synthetic.tiny_checkpoints`) and on the embedded benchmark; `devices=8`
+  trains that many videos a step, one on each.
   """
   arg = parse_arg(arg, size=sizes[0], debug=False, devices=1, seed=42)
   size = check_size(arg.size, sizes)

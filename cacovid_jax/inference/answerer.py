@@ -51,7 +51,7 @@ class ClipAnswers(NamedTuple):
       answers share; each answer has its own "embed", "scores", "select" and
       "answer".
     warm_up: seconds of the run before the timed one, compilation included;
-      None if there was no such run, and then the times include compilation.
+      None if there was none, and then the times include compilation.
     warnings: what is unusual about the clip, one line each.
   """
 
@@ -97,8 +97,7 @@ class Answerer(contextlib.ExitStack):
         embedded benchmark, which comes with the package.
       policy: for the learned methods, see `loading.load_policy`; None is the
         shipped model's own policy, where there is one.
-      num_frames: None takes the number in the checkpoint's video preprocessor
-        file, or 32, the number of the paper's evaluation.
+      num_frames: None takes the number in the checkpoint's files, or 32.
       max_new_tokens: longest answer.
       dtype: of weights and computation.
       rule: how a letter is taken from an answer, see `data.letters`.
@@ -167,8 +166,7 @@ class Answerer(contextlib.ExitStack):
     Args:
       path: of the file.
       question: text; without options it is the whole of the user's turn.
-      options: choices without letters; they are lettered, and the model is
-        asked for a letter.
+      options: choices without letters, of which the model is asked for one.
       ratios: shares of the tokens to keep; 1.0 is vanilla, whatever the method.
       method: as in an evaluation, `name?option=value`.
       style: wording of a question with options, one of `STYLES`.

@@ -166,12 +166,8 @@ def open_queue(
 ) -> ClipQueue:
   """Returns the encoded clips of config.data, at the frames of config.evals.
 
-  Args:
-    experiment: see there.
-    want: names of `video_llm.SIGNALS` that clips bring along.
-    keep: clips held in memory; 0 is those of this batch and of the next one.
-    grid: of every clip, where it is known.
-    **reading: of `clips.ClipReader`.
+  With 0 to `keep`, those of this batch and of the next one are in memory;
+  `reading` are options of `clips.ClipReader`.
   """
   config = experiment.config
   return features.open_store(

@@ -57,22 +57,14 @@ class Settings:
 
 
 class AnswerResult(NamedTuple):
-  """What the model said from one share of a clip's tokens.
+  """What the model said from one share of a clip's tokens."""
 
-  Attributes:
-    method: label of the method, "vanilla" where everything was kept.
-    letter: the option letter in it; "" without options, or if there is none.
-    trace: the tokens that entered the language model; of a method that acts
-      inside it, those left at its last layer.
-    milliseconds: by stage, where they were taken.
-  """
-
-  method: str
+  method: str  # Its label, "vanilla" where everything was kept.
   ratio: float
   text: str
-  letter: str
+  letter: str  # In the text; "" without options, or if there is none.
   trace: batch_lib.KeptTokens
-  milliseconds: Mapping[str, float] = {}
+  milliseconds: Mapping[str, float] = {}  # By stage, where they were taken.
 
   kept = property(lambda self: len(self.trace.index))
 

@@ -55,8 +55,8 @@ def answer_rows(
     replaced: the selection [B, ...] of `index` where a method may have changed
       the rows that it keeps (merged tokens), with G = 1.
     max_new_tokens: M; with 1 nothing is decoded, and the logits come too.
-    eos_ids: see `generation.extend`, as for `pad_id`.
-    pad_id: behind the end.
+    eos_ids: see `generation.extend`.
+    pad_id: likewise.
   """
   batch, count = index.shape[:2]
   prompts = prompts._replace(features=None, ids=None, text_rows=None)

@@ -4,6 +4,7 @@ Letters: B batch, L prompt rows, N_max video tokens of a grid bucket, D width,
 Q tokens of a question's text.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ _MULTIPLE = 16
 _USUAL = (64, 256, 1024)
 
 
+@dataclasses.dataclass(eq=False)
 class Prompts:
   """The questions that may be asked, and their prompts in a few lengths.
 
@@ -34,38 +36,29 @@ class Prompts:
     lengths: rising, what text is padded to; a batch takes that of its longest.
   """
 
-  def __init__(
-    self,
-    checkpoint: Any,
-    questions: Sequence[question_lib.Question],
-    *,
-    grid_of: Callable[[Any], tuple[int, int, int]] = lambda question: (1, 1, 1),
-    num_video: int = 0,
-    more_follow: bool = False,
-    others: Sequence[question_lib.Question] = (),
-  ):
-    """Tokenises every question that will be asked.
+  checkpoint: Any  # `models.checkpoints.Checkpoint` with a tokenizer.
+  questions: Sequence[question_lib.Question]  # That lengths follow.
+  _: dataclasses.KW_ONLY
+  # Returns (T, H, W) of a question's clip; refused is one that leaves a
+  # question no room.
+  grid_of: Callable[[Any], tuple[int, int, int]] = lambda question: (1, 1, 1)
+  num_video: int = 0  # Largest N_max.
+  # Whether lengths are usual ones that serve later questions as well, and not
+  # those that pad these ones least.
+  more_follow: bool = False
+  others: Sequence[question_lib.Question] = ()  # Further questions.
 
-    Args:
-      checkpoint: `models.checkpoints.Checkpoint` with a tokenizer.
-      questions: that lengths follow.
-      grid_of: returns (T, H, W) of a question's clip; refused is one that
-        leaves a question no room.
-      num_video: largest N_max.
-      more_follow: whether lengths are usual ones that serve later questions as
-        well, and not those that pad these ones least.
-      others: further questions.
-    """
-    self.tokenizer = checkpoint.tokenizer
+  def __post_init__(self):
+    self._model = self.checkpoint.model
+    self.tokenizer = self.checkpoint.tokenizer
     if self.tokenizer is None:
       raise errors.UserError(
         "the checkpoint has no tokenizer.json; evaluation needs a complete"
         " checkpoint directory"
       )
-    self._model = checkpoint.model
-    every = [*others, *questions]
+    every = [*self.others, *self.questions]
     self._texts = {question.id: question.prompt for question in every}
-    grids = {question.id: grid_of(question) for question in every}
+    grids = {question.id: self.grid_of(question) for question in every}
     self.text_rows, spans = {}, [1]
     for name, grid in grids.items():
       prompt = self.prompt(name, grid)
@@ -76,19 +69,19 @@ class Prompts:
     for grid in sorted(set(grids.values())):
       self.prompt(longest, grid)
     most = self.text_rows.get(longest, 1)
-    if more_follow:
+    if self.more_follow:
       self._question_rows = None  # Q is the text's length.
       self.lengths = _USUAL
       if most > _USUAL[-1]:
         self.lengths += (_rounded(most),)
       return
     self._question_rows = _rounded(max(spans))
-    own = [self.text_rows[question.id] for question in questions] or [1]
-    best = prompt_batch.PromptBuckets.of(own, beside=num_video)
+    own = [self.text_rows[question.id] for question in self.questions] or [1]
+    best = prompt_batch.PromptBuckets.of(own, beside=self.num_video)
     self.lengths = best.text_rows
     if len(self.lengths) == 1:
       # All rows together are a multiple.
-      self.lengths = (_rounded(num_video + most) - num_video,)
+      self.lengths = (_rounded(self.num_video + most) - self.num_video,)
 
   def prompt(
     self, name: str, grid: tuple[int, int, int], seconds: float = 1.0
@@ -107,15 +100,10 @@ class Prompts:
   ) -> prompt_batch.PromptBatch:
     """Returns the prompts of at most B questions; the last one is repeated.
 
-    L is N_max and the length of the longest text.
-
-    Args:
-      embed: of (ids, features, video rows), B each.
-      ids: of the questions.
-      grid: (T, H, W) of their clips.
-      seconds: per question, from one temporal patch to the next.
-      features: float[B, N_max, D] of the clips, zeros behind their own.
-      deep: float[B, S, N_max, D] or None, likewise.
+    L is N_max and the length of the longest text. The clips have one grid
+    (T, H, W), and `seconds` from one temporal patch to the next; `features`
+    float[B, N_max, D] and `deep` float[B, S, N_max, D] or None have zeros
+    behind their own rows. `embed` takes (ids, features, video rows), B each.
     """
     rows, model = prompt_batch.pad_rows(len(ids), len(features)), self._model
     # In float32, as features are: what follows has the same bits everywhere.
