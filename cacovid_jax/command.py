@@ -1,9 +1,5 @@
 """Command lines: a config, its keys, aliases of keys, flags of a process.
 
-  --config=FILE.py:ARGUMENT   the config that a command starts from
-  --config.KEY=VALUE          any key of it
-  --NAME=VALUE                an alias of a key, or a flag of the command itself
-
 Of several values for one key, the last one counts. No flag is global: several
 commands may be imported, and their command lines parsed, in one process.
 """

@@ -53,9 +53,7 @@ class Experiment:
   split: str = "evals.batch_size"
 
   @classmethod
-  def from_config(
-    cls, config, workdir=None, *, checkpoint=None, **fields
-  ) -> "Experiment":
+  def from_config(cls, config, workdir=None, *, checkpoint=None, **fields):
     """Returns an experiment; looks at the config and reads nothing.
 
     Keys that the config leaves out have defaults; a `checkpoint` is the base
@@ -161,9 +159,7 @@ class Experiment:
     return out
 
 
-def with_template(
-  checkpoint: checkpoints.Checkpoint, directory: str, template: str
-) -> checkpoints.Checkpoint:
+def with_template(checkpoint, directory, template) -> checkpoints.Checkpoint:
   """Returns a checkpoint that writes prompts by the chat template asked for.
 
   "" or "processor" is the default that it has as loaded from the directory: the

@@ -18,7 +18,7 @@ from cacovid_jax import errors
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+def replacing(path) -> Iterator[pathlib.Path]:
   """Gives a free path beside `path`; what is written there replaces it.
 
   A reader sees the old file or the whole new one, whenever the writer is

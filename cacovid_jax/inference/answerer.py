@@ -1,13 +1,10 @@
 """One question about one clip, answered from several shares of its tokens.
 
-    model = answerer.Answerer()  # The shipped model; or a directory.
-    asked = model.ask("clip.mp4", "Which of these appears first?",
-                      ("red moon", "blue star"), ratios=(1.0, 0.1))
-    for answer in asked.answers:
-      print(answer.method, answer.kept, answer.text, answer.milliseconds)
+    asked = answerer.Answerer().ask("clip.mp4", "Which appears first?",
+                                    ("red moon", "blue star"), ratios=(0.1,))
+    print(asked.answers[0].text, asked.answers[0].milliseconds)
 
-The prompts, selections, programs and pictures are those of an evaluation; what
-is added are times per stage, with compilation kept apart.
+Prompts, selections, programs and pictures are those of an evaluation.
 """
 
 import collections
@@ -31,9 +28,8 @@ from cacovid_jax.inference import programs as programs_lib
 
 STYLES = ("video-r1", "videomme")
 _MAX_NEW_TOKENS = 64
-# Names of `engine.Engine.seconds`, by their first word: "embed" is the whole
-# prompt, "scores" the policy or whatever else a method reads, "answer" prefill
-# and decoding, with whatever happens inside the language model.
+# First words of `engine.Engine.seconds` -> stage: "scores" is whatever a method
+# reads, "answer" whatever happens inside the language model.
 _STAGES = {
   "prompts": "embed",
   "policy": "scores",

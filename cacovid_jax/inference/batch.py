@@ -61,8 +61,6 @@ class BatchRunner:
 
   Attributes:
     batch: `prompt_batch.PromptBatch`, of the grid's bucket.
-    grid: `TokenGrid` of the clips.
-    num_video: N.
     faults: row -> why its clip cannot be used.
   """
 
@@ -78,6 +76,7 @@ class BatchRunner:
     self._programs, self._params = engine.programs, engine.checkpoint.params
     size = engine.settings.batch_size
     self._rows = prompt_batch.pad_rows(len(questions), size)
+    self._scores, self._parts, self._vanilla = {}, {}, None
     with engine.timed("clips"):
       self._clips = [engine.source[question.video] for question in questions]
     for question, clip in zip(questions, self._clips, strict=True):
@@ -94,8 +93,6 @@ class BatchRunner:
       if engine.checkpoint.model.num_deep:
         deep = self._of_clips(lambda clip: clip.deep, 1)
       self.batch = self._prompts(questions, features, deep)
-    self._scores, self._parts = {}, {}
-    self._vanilla = None
 
   def vanilla(self, want_attention: bool = False) -> programs_lib.Vanilla:
     """Returns the answers to the whole prompts; computed once."""
@@ -215,12 +212,9 @@ class BatchRunner:
           ]
           batch = self._prompts(others, batch.features, batch.deep)
       with self._e.timed("policy"):
-        scores = self._programs.scores(
-          self._e.policies[name].module,
-          self._e.policy_params(field, name, seed),
-          batch,
-          self.grid,
-        )
+        module = self._e.policies[name].module
+        params = self._e.policy_params(field, name, seed)
+        scores = self._programs.scores(module, params, batch, self.grid)
         scores = scores._replace(
           frame=self._own(scores.frame, 1, self._shape[0]),
           token=self._own(scores.token, 1),

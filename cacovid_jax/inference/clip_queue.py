@@ -157,12 +157,7 @@ def read_processor(experiment: experiment_lib.Experiment):
 
 
 def open_queue(
-  experiment: experiment_lib.Experiment,
-  want: frozenset[str] = frozenset(),
-  *,
-  keep: int = 0,
-  grid: tuple[int, int, int] | None = None,
-  **reading,
+  experiment, want=frozenset(), *, keep=0, grid=None, **reading
 ) -> ClipQueue:
   """Returns the encoded clips of config.data, at the frames of config.evals.
 

@@ -79,9 +79,7 @@ class ClipReader:
       raise video.VideoError(file, reason, "refused in an earlier run")
     return content
 
-  def grid(
-    self, path: str, size: tuple[int, int] | None = None
-  ) -> tuple[int, int, int]:
+  def grid(self, path: str, size=None) -> tuple[int, int, int]:
     """Returns (T, H, W) of a clip; `VideoError` if it has none.
 
     Without its (h, w), the clip's first frame is read.

@@ -34,9 +34,8 @@ class Method:
   def parse(cls, spec: str) -> "Method":
     """Returns the method of `name?option=value`, or `label=name?option=value`.
 
-    Without a label, the row is called as the spec reads, less the path of a
-    method of one's own. One option is the evaluation's: `policy=NAME` follows
-    another policy than the first one.
+    One option is the evaluation's: `policy=NAME` follows another policy than
+    the first one.
     """
     label, spec = split_label(spec)
     name, options = compressors.parse(spec)
@@ -62,7 +61,10 @@ class Method:
 
 
 def split_label(text: str) -> tuple[str, str]:
-  """Returns (label, spec) of `label=spec`, or of a spec alone."""
+  """Returns (label, spec) of `label=spec`, or of a spec alone.
+
+  Such a row is called as the spec reads, less the path of one's own method.
+  """
   text = text.strip()
   label, equals, spec = text.partition("=")
   # The first "=" of a spec stands behind the "?" of its options.
@@ -93,9 +95,7 @@ class Condition(NamedTuple):
     return answer_log.Key(self.spec, self.ratio, self.seed, question)
 
 
-def conditions(
-  methods: Sequence[Method], ratios: Sequence[float], seeds: Sequence[int]
-) -> list[Condition]:
+def conditions(methods, ratios, seeds) -> list[Condition]:
   """Returns vanilla and every method at every ratio, seeds where they count.
 
   Rows of one spec share their answers.

@@ -3,9 +3,8 @@
 A clip's grid is data inside its bucket for everything but a compressor's
 choice: that is made for the exact grid, and padded to the bucket's rows.
 
-Letters: B batch, G selections of one prompt, L prompt rows, N video tokens,
-D width, K kept tokens, M generated tokens, Q tokens of a question's text,
-V vocabulary.
+Letters: B batch, G selections of one prompt, L prompt rows, N video tokens, D
+width, K kept and M generated tokens, Q of a question's text, V vocabulary.
 """
 
 import collections
@@ -163,9 +162,7 @@ class Programs:
     program = self._once("select", key, select, rows=rows)
     return lambda inputs: program(compressor.load(), inputs)
 
-  def select_and_answer(
-    self, compressor: base.Compressor, ratio: float, grid, *, room=None
-  ):
+  def select_and_answer(self, compressor, ratio: float, grid, *, room=None):
     """Returns f(params, batch, inputs) -> (ids, `base.SelectionTrace`).
 
     For methods that choose while the language model reads; one program for
@@ -200,9 +197,7 @@ class Programs:
       program = self._once("select and answer", key, ask, **options)
     return lambda *arguments: program(*arguments, compressor.load())
 
-  def _vanilla(
-    self, params, batch: prompt_batch.PromptBatch, *, want_attention: bool
-  ) -> Vanilla:
+  def _vanilla(self, params, batch, *, want_attention: bool) -> Vanilla:
     room = self._ending["max_new_tokens"] - 1
     logits, cache, out = _prefill(
       self._model, params, batch, room, want_attention=want_attention

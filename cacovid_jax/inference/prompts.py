@@ -83,9 +83,7 @@ class Prompts:
       # All rows together are a multiple.
       self.lengths = (_rounded(self.num_video + most) - self.num_video,)
 
-  def prompt(
-    self, name: str, grid: tuple[int, int, int], seconds: float = 1.0
-  ) -> tokenizer_lib.Prompt:
+  def prompt(self, name: str, grid, seconds=1.0) -> tokenizer_lib.Prompt:
     """Returns a question's prompt; temporal patches are `seconds` apart."""
     text = self._texts[name]
     return self._model.encode_prompt(self.tokenizer, text, grid, seconds)

@@ -65,9 +65,7 @@ class RequestAnswerer:
     }
     return [replies[n][row.id] for row, n in zip(rows, lengths, strict=True)]
 
-  def likelihoods(
-    self, asked: Sequence[requests.Asked], continuations: Sequence[str]
-  ) -> list[batch_lib.Likelihood]:
+  def likelihoods(self, asked, continuations) -> list[batch_lib.Likelihood]:
     """Returns how likely each continuation follows its prompt, in order."""
     rows = requests.as_questions(asked)
     distinct = {row.id: row for row in rows}

@@ -16,9 +16,7 @@ from cacovid_jax.evals import benchmarks
 RULES = {"paper": "paper", "lmms_0_7_3": "lmms-0.7.3"}
 
 
-def row(
-  question: question_lib.Question, video: str, benchmark: str
-) -> dict[str, Any]:
+def row(question, video: str, benchmark: str) -> dict[str, Any]:
   """Returns the row of a question about the clip at `video`."""
   return {
     "question_id": question.id,

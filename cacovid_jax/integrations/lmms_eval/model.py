@@ -1,9 +1,5 @@
 """The model as lmms-eval 0.7 calls it; needs the extra `[lmms]`.
 
-    python -m lmms_eval --model cacovid_jax --force_simple \\
-        --model_args pretrained=DIR,method=cacovid,policy=DIR,ratio=0.1 \\
-        --tasks videomme --batch_size 8
-
 `arguments.ARGUMENTS` lists what `--model_args` takes.
 """
 
@@ -19,9 +15,8 @@ from cacovid_jax.integrations.lmms_eval import requests as requests_lib
 class Loss(tuple, instance_lib.GenerationResult):
   """(float, bool): loss of a continuation, and whether it is the greedy answer.
 
-  The loss is the mean over tokens of the negative log-probability: of several,
-  lmms-eval 0.7.3 takes the smallest. It makes text of every pair that a model
-  returns, unless it is a result of this type, whose `text` it takes as it is.
+  The loss is the mean negative log-probability of tokens. lmms-eval 0.7.3 makes
+  text of every pair but a result of this type, whose `text` it takes as it is.
   """
 
   def __new__(cls, loss: float, greedy: bool):
@@ -41,10 +36,8 @@ class Simple(model_lib.lmms):
     super().__init__()
     self._answerer = answerer_lib.RequestAnswerer(arguments.parse(**kwargs))
 
-  def generate_until(
-    self, requests: list[instance_lib.Instance]
-  ) -> list[instance_lib.GenerationResult]:
-    """Returns the answers, in order."""
+  def generate_until(self, requests) -> list[instance_lib.GenerationResult]:
+    """Returns the answers to a list of `Instance`, in order."""
     read = [self._read(*request.args) for request in requests]
     replies = self._answerer.generate(*zip(*read, strict=True)) if read else []
     results = []
@@ -57,7 +50,7 @@ class Simple(model_lib.lmms):
       )
     return results
 
-  def loglikelihood(self, requests: list[instance_lib.Instance]) -> list[Loss]:
+  def loglikelihood(self, requests) -> list[Loss]:
     """Returns how badly each continuation follows its prompt, in order."""
     read = [self._read_continuation(request) for request in requests]
     if not read:
