@@ -12,8 +12,8 @@ from cacovid_jax import experiment as experiment_lib
 from cacovid_jax import progress as progress_lib
 from cacovid_jax.data import frame_record, video
 from cacovid_jax.data import frames as frames_lib
-from cacovid_jax.inference import features, tower
-from cacovid_jax.inference.clips import Clip
+from cacovid_jax.inference import features
+from cacovid_jax.inference.clips import DEEP, FEATURES, Clip
 from cacovid_jax.models import video_llm
 
 
@@ -112,9 +112,9 @@ class ClipQueue(features.FeatureStore, contextlib.AbstractContextManager):
       # It stays that one, whatever most clips of a later survey have.
       self._grids.setdefault(path, grid)
     count, width = int(np.prod(grid)), self.model.config.text.hidden_size
-    shapes = {tower.FEATURES: (count, width), **self._signal_shapes(grid)}
+    shapes = {FEATURES: (count, width), **self._signal_shapes(grid)}
     if self.model.num_deep:
-      shapes[tower.DEEP] = (self.model.num_deep, count, width)
+      shapes[DEEP] = (self.model.num_deep, count, width)
     arrays = {k: np.zeros(shape, np.float32) for k, shape in shapes.items()}
     record = frame_record.FrameRecord(video=path, fault=reason)
     return Clip(record, grid, arrays)

@@ -20,11 +20,8 @@ from cacovid_jax.compressors import base
 from cacovid_jax.data import feature_cache, frame_record, video
 from cacovid_jax.data import frames as frames_lib
 from cacovid_jax.inference import clips
-from cacovid_jax.inference import tower as tower_lib
-from cacovid_jax.inference.clips import Clip
+from cacovid_jax.inference.clips import DEEP, FEATURES, Clip
 from cacovid_jax.models import processors, token_grid, video_llm
-
-_FEATURES, _DEEP = tower_lib.FEATURES, tower_lib.DEEP
 
 
 class Loaded(NamedTuple):
@@ -76,7 +73,7 @@ class FeatureStore:
     self._grids: dict[str, tuple[int, int, int]] = {}  # Of surveyed clips.
     self.seconds = collections.Counter()
     self._set_up_memory()
-    self._tower = tower_lib.Tower(self.model, params, mesh)
+    self._tower = clips.Tower(self.model, params, mesh)
 
   def _set_up_memory(self):
     self._clips: collections.OrderedDict[str, Clip] = collections.OrderedDict()
@@ -130,7 +127,7 @@ class FeatureStore:
     key, clip = self._read(path)
     if clip is not None:
       self._check(path, clip)
-      if clip.arrays.keys() >= {_FEATURES, *self.want}:
+      if clip.arrays.keys() >= {FEATURES, *self.want}:
         return Loaded(path, clip)
     found, inputs, ruled = self.reader.read(path)
     self._check(path, found)
@@ -179,7 +176,7 @@ class FeatureStore:
     """Yields (loaded clip, {name: float32 array} of what it lacked)."""
     groups = collections.defaultdict(list)
     for one in todo:
-      lacks = {_FEATURES, *self.want} - one.clip.arrays.keys()
+      lacks = {FEATURES, *self.want} - one.clip.arrays.keys()
       bucket = self.bucket_of(one.clip.grid)
       groups[bucket, frozenset(lacks)].append(one)
     for (_, lacks), members in groups.items():
@@ -190,7 +187,7 @@ class FeatureStore:
           count = int(np.prod(one.clip.grid))
           for name, value in arrays.items():
             # Without a bucket's padding; a copy, lest it holds other clips.
-            own = value[:, :count] if name == _DEEP else value[:count]
+            own = value[:, :count] if name == DEEP else value[:count]
             arrays[name] = np.array(own)
             told = f"{name.replace('_', ' ')} of the vision tower"
             base.check_finite(arrays[name], told)
@@ -276,7 +273,7 @@ class FeatureStore:
     signals = {name: new[name] for name in self.want & new.keys()}
     for name, value in signals.items():
       self.cache.put(feature_cache.key(**key, signal=name), {name: value})
-    if _FEATURES in new:
+    if FEATURES in new:
       arrays = {k: v for k, v in new.items() if k not in signals}
       facts = {
         "record": dataclasses.asdict(clip.record),

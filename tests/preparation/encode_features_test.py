@@ -11,7 +11,7 @@ from cacovid_jax import errors
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import rejected_clips
-from cacovid_jax.inference import clip_queue, tower
+from cacovid_jax.inference import clip_queue, clips
 from cacovid_jax.models import checkpoints
 from cacovid_jax.preparation import encode_features
 from cacovid_jax.training import run as run_lib
@@ -102,13 +102,13 @@ def opened(monkeypatch, size):
 @pytest.fixture
 def encoded(monkeypatch):
   """Returns the number of clips of each run of the tower."""
-  counts, real = [], tower.Tower.__call__
+  counts, real = [], clips.Tower.__call__
 
   def noting(self, names, inputs):
     counts.append(len(inputs))
     return real(self, names, inputs)
 
-  monkeypatch.setattr(tower.Tower, "__call__", noting)
+  monkeypatch.setattr(clips.Tower, "__call__", noting)
   return counts
 
 
