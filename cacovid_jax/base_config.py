@@ -1,10 +1,8 @@
 """Every option of every command with its default, one documented section each.
 
-A config file starts from `get_config()` and overrides what its run changes, so
-that a run is described by its file and these defaults together. Numbers are
-those of the paper and its public code (METHOD.md 2 to 6); extras that the
-paper does not have are off. Flags of commands are other names of keys (see
-`command`).
+A config file starts from `get_config()` and overrides what its run changes.
+Numbers are those of the paper and its public code (METHOD.md 2 to 6); extras
+that the paper does not have are off.
 """
 
 import ml_collections

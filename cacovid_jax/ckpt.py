@@ -85,13 +85,10 @@ def doctor(workdir: pathlib.Path) -> int:
   columns = ("step", "entry", "verdict", "MB", "config")
   table = rich.table.Table(*columns, title=str(directory))
   for verdict in verdicts:
-    table.add_row(
-      str(verdict.step),
-      verdict.name,
-      verdict.reason,
-      f"{verdict.num_bytes / 1e6:.1f}",
-      (verdict.manifest or {}).get("config_hash", ""),
-    )
+    size = f"{verdict.num_bytes / 1e6:.1f}"
+    digest = (verdict.manifest or {}).get("config_hash", "")
+    row = str(verdict.step), verdict.name, verdict.reason, size, digest
+    table.add_row(*row)
   console = rich.console.Console()
   console.print(table)
   damaged = [

@@ -104,9 +104,8 @@ class FeatureStore:
   def bucket_of(self, grid: tuple[int, int, int]) -> token_grid.GridBucket:
     """Returns the smallest bucket that holds a grid, or else its own size."""
     fits = [bucket for bucket in self.buckets if bucket.holds(grid)]
-    if fits:
-      return token_grid.pick(grid, fits)
-    return token_grid.TokenGrid.of(grid).bucket
+    own = token_grid.TokenGrid.of(grid).bucket
+    return token_grid.pick(grid, fits or [own])
 
   def clear(self) -> None:
     """Forgets the clips in memory: the next one is decoded anew."""

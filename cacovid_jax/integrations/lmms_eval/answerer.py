@@ -100,13 +100,12 @@ class RequestAnswerer:
     return replies
 
   def _engine(self, rows, length) -> engine_lib.Engine:
+    usual = evaluation.settings(self.experiment)
     engine = engine_lib.Engine.of(
       self.experiment,
       self._source,
       rows,
-      dataclasses.replace(
-        evaluation.settings(self.experiment), max_new_tokens=length
-      ),
+      dataclasses.replace(usual, max_new_tokens=length),
       policies=self._policies,
       programs=self._programs.get(length),
       more_follow=True,
