@@ -175,8 +175,9 @@ def with_template(checkpoint, directory, template) -> checkpoints.Checkpoint:
       " or use template=processor"
     )
   make = tokenizer_lib.Tokenizer.from_directory
-  tokenizer = make(directory, template=template)
-  return dataclasses.replace(checkpoint, tokenizer=tokenizer)
+  return dataclasses.replace(
+    checkpoint, tokenizer=make(directory, template=template)
+  )
 
 
 def with_shipped(config) -> Any:
@@ -195,10 +196,8 @@ def with_shipped(config) -> Any:
   return config_lib.replace(config, changes)
 
 
-def read_questions(
-  config, workdir=None, *, resumes: bool = True
-) -> Sequence[question_lib.Question]:
-  """Returns the training rows of config.data, whose clips are there.
+def read_questions(config, workdir=None, *, resumes=True) -> Sequence:
+  """Returns the training `Question`s of config.data, whose clips are there.
 
   With a workdir, what is left out is printed, one line for each kind, and
   listed in its `left_out.json`; a run that resumes refuses other rows than the
@@ -236,24 +235,17 @@ def _read_rows(config, report) -> Sequence[question_lib.Question]:
   options = {"on_bad_row": data.on_bad_row, "report": report}
   if data.reader == "own":
     return readers.read_own(data.root, root, split=data.train_split, **options)
-  if data.reader != "video-r1":
-    raise errors.UserError(
-      f"config.data.reader={data.reader!r}: choose video-r1 or own"
-    )
+  _choose(config, "data.reader", ("video-r1", "own"), "choose")
   return readers.read_video_r1(config_lib.train_files(config), root, **options)
 
 
 def _with_clips(config, rows, left_out):
   """Returns the rows whose clips are there; others are an error or noted."""
-  how, root = config.data.on_missing, media_root(config)
-  if how not in ("raise", "skip"):
-    raise errors.UserError(
-      f"config.data.on_missing={how!r}: choose raise or skip"
-    )
-  names = [row.video for row in rows]
+  _choose(config, "data.on_missing", ("raise", "skip"), "choose")
+  root, names = media_root(config), [row.video for row in rows]
   missing = left_out.missing = readers.find_missing(names, root)
   found = [place for place, name in enumerate(names) if name not in missing]
-  if missing and (how == "raise" or not found):
+  if missing and (config.data.on_missing == "raise" or not found):
     raise readers.missing_error(
       names, root, missing, "leave them out with config.data.on_missing=skip"
     )
@@ -264,10 +256,10 @@ def _with_clips(config, rows, left_out):
   return [rows[place] for place in found]
 
 
-def _choose(config, key, values) -> None:
+def _choose(config, key, values, told="use") -> None:
   value = config_lib.value_of(config, key)
   if value not in values:
-    told = " or ".join(filter(None, values))
+    told += f" {' or '.join(filter(None, values))}"
     if "" in values:
       told += ", or leave it empty for the default"
-    raise errors.UserError(f"config.{key}={value!r}: use {told}")
+    raise errors.UserError(f"config.{key}={value!r}: {told}")
