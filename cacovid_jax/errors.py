@@ -14,9 +14,7 @@ class UserError(Exception):
   """A user's mistake; the message is one line naming the thing and the mend."""
 
 
-def run(
-  main: Callable[[Any], int | None], parse: Callable[[Sequence[str]], Any]
-) -> None:
+def run(main: Callable, parse: Callable[[Sequence[str]], Any]) -> None:
   """Runs a `main`; a `UserError` ends it with one line and exit code 2.
 
   It takes what `parse` makes of the command line; its result is the exit code.

@@ -170,14 +170,11 @@ class Tower:
   def __init__(self, model, params, mesh: Mesh | None):
     """Compiles nothing yet.
 
-    Args:
-      model: `VideoLLM`.
-      params: of the model; those of its language model are not used.
-      mesh: each device of its `data` axis encodes a clip; None is one at once.
+    Each device of the mesh's `data` axis encodes a clip; None is one at once.
     """
     self._model, self._mesh, self._programs = model, mesh, {}
     self.rows = 1 if mesh is None else mesh.shape["data"]
-    # None where nothing is to be encoded.
+    # None where nothing is to be encoded; the language model encodes nothing.
     params = {k: v for k, v in (params or {}).items() if k != "language_model"}
     if mesh is not None:
       params = mesh_lib.put(params, mesh, mesh_lib.P())

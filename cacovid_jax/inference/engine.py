@@ -246,28 +246,25 @@ class Engine:
 
   def policy_name(self, method: methods_lib.Method) -> str:
     """Returns the name of the policy that a method follows."""
+    label, given = method.label, ", ".join(self.policies)
     if not self.policies:
-      raise errors.UserError(
-        f"{method.label} needs a trained policy; give --policy"
-      )
+      raise errors.UserError(f"{label} needs a trained policy; give --policy")
     name = method.policy or next(iter(self.policies))
     if name not in self.policies:
       raise errors.UserError(
-        f"{method.label}: there is no policy {name!r}; given:"
-        f" {', '.join(self.policies)}"
+        f"{label}: there is no policy {name!r}; given: {given}"
       )
     return name
 
   def policy_params(self, field: str, name: str, seed: int):
     """Returns the parameters behind a field of `CompressorInputs`."""
-    policy = self.policies[name]
+    policy, key = self.policies[name], (name, seed)
     if field != "untrained_scores":
       return policy.params
-    if (name, seed) not in self._untrained:
-      self._untrained[name, seed] = policy.module.init_from_llm(
-        jax.random.key(seed), self.checkpoint.params
-      )
-    return self._untrained[name, seed]
+    if key not in self._untrained:
+      make, rng = policy.module.init_from_llm, jax.random.key(seed)
+      self._untrained[key] = make(rng, self.checkpoint.params)
+    return self._untrained[key]
 
   @contextlib.contextmanager
   def timed(self, name: str) -> Iterator[None]:

@@ -290,14 +290,7 @@ class FeatureStore:
 
 
 def open_store(
-  experiment: experiment_lib.Experiment,
-  processor: processors.Processor,
-  rule: frames_lib.FrameRule,
-  *,
-  make: type[FeatureStore] = FeatureStore,
-  params: Any = None,
-  reading: Mapping[str, Any] | None = None,
-  **options,
+  experiment, processor, rule, *, make=FeatureStore, params=None, **options
 ) -> FeatureStore:
   """Returns the encoded clips of config.data, by the experiment's base model.
 
@@ -317,7 +310,7 @@ def open_store(
     processor,
     rule,
     noted=bool(folder),
-    **(reading or {}),
+    **options.pop("reading", {}),
   )
   return make(
     reader,

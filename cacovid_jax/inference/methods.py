@@ -16,19 +16,14 @@ VANILLA = "vanilla"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Method:
-  """A compressor in a table.
+  """A compressor in a table."""
 
-  Attributes:
-    label: its row's name, unique in a run.
-    spec: name and options in full; answers are kept under it, so that a row
-      whose options were chosen anew is not mistaken for what it was.
-    policy: name of the policy whose scores it follows.
-  """
-
-  label: str
+  label: str  # Its row's name, unique in a run.
+  # Name and options in full; answers are kept under it, so that a row whose
+  # options were chosen anew is not mistaken for what it was.
   spec: str
   compressor: Any
-  policy: str = ""
+  policy: str = ""  # Name of the one whose scores it follows.
 
   @classmethod
   def parse(cls, spec: str) -> "Method":

@@ -28,16 +28,7 @@ class Vanilla(NamedTuple):
 
 
 def answer_rows(
-  model,
-  params,
-  prompts: prompt_batch.PromptBatch,
-  index,
-  num_valid,
-  *,
-  replaced: base.Selection | None = None,
-  max_new_tokens: int,
-  eos_ids,
-  pad_id: int,
+  model, params, prompts, index, num_valid, *, replaced=None, **ending
 ):
   """Returns (ids int32[B, G, M], logits float32[B, G, V] or None).
 
@@ -53,9 +44,8 @@ def answer_rows(
     num_valid: int32[B].
     replaced: the selection [B, ...] of `index` where a method may have changed
       the rows that it keeps (merged tokens), with G = 1.
-    max_new_tokens: M; with 1 nothing is decoded, and the logits come too.
-    eos_ids: see `generation.extend`.
-    pad_id: likewise.
+    **ending: `max_new_tokens` M (with 1 nothing is decoded, and the logits come
+      too), `eos_ids` and `pad_id`, see `generation.extend`.
   """
   batch, count = index.shape[:2]
   prompts = prompts._replace(features=None, ids=None, text_rows=None)
@@ -65,12 +55,12 @@ def answer_rows(
   pruned = jax.tree.map(lambda a: a.reshape(rows, *a.shape[2:]), pruned)
   if replaced is not None:
     pruned = prompt_batch.write_selection(pruned, prompts.deep, replaced)
-  logits, cache, _ = _prefill(model, params, pruned, max_new_tokens - 1)
-  if max_new_tokens == 1:
+  more = ending["max_new_tokens"] - 1
+  logits, cache, _ = _prefill(model, params, pruned, more)
+  if not more:
     ids = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     return ids.reshape(batch, count, 1), logits.reshape(batch, count, -1)
-  ending = dict(max_new_tokens=max_new_tokens, pad_id=pad_id)
-  ending["eos_ids"] = tuple(eos_ids)
+  ending["eos_ids"] = tuple(ending["eos_ids"])
   ids = _extend(model, params, logits, cache, pruned, ending)
   return ids.reshape(batch, count, -1), None
 
