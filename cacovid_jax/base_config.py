@@ -129,11 +129,10 @@ _DATA = dict(
   min_side=28,
   num_frames=32,
   frame_rule="eval_linspace",
-  # For models whose token grid follows the frames' shape (Qwen2.5-VL): the
-  # pixels of a frame, 0 for the checkpoint's own limits; and the sizes that
-  # programs are compiled for, (temporal patches, tokens of one) or (temporal
-  # patches, tokens of one, tokens) each, empty for two that follow from the
-  # pixels.
+  # For models whose token grid follows the frames' shape (Qwen2.5-VL): pixels
+  # of a frame, 0 for the checkpoint's own limits; and sizes that programs are
+  # compiled for, (temporal patches, tokens of one) or with a third number, all
+  # tokens; empty for two that follow from the pixels.
   min_pixels=0,
   max_pixels=0,
   buckets=(),
@@ -179,9 +178,8 @@ _TABLE = dict(
 
 _EVALS = dict(
   # Trained policies as "NAME=PATH": training workdirs or .safetensors files,
-  # with "?module=file.py:Class" behind them where that is not the paper's.
-  # Without names they are policy, policy1, ...; the first one is the main
-  # one. Empty takes that of the workdir, if one was trained there.
+  # with "?module=file.py:Class" behind them where that is not the paper's; the
+  # first is the main one. Empty takes one that was trained in the workdir.
   policies=(),
   frame_rule="eval_linspace",  # Training has `data.frame_rule`.
   # Rows: names of `compressors.names()`, with options as in

@@ -26,20 +26,10 @@ from cacovid_jax import (
 # other commands, and not what training computes: it may differ between a run's
 # start and its continuation.
 NOT_HASHED = (
-  "blind",
-  "ckpt",
-  "data.feature_cache",
-  "data.memory_items",
-  "data.num_threads",
-  "data.num_workers",
-  "evals",
-  "log_every",
-  "mesh",
-  "prepare",
-  "table",
-  "tfds",
-  "wandb",
-)
+  "blind", "ckpt", "data.feature_cache", "data.memory_items",
+  "data.num_threads", "data.num_workers", "evals", "log_every", "mesh",
+  "prepare", "table", "tfds", "wandb",
+)  # fmt: skip
 
 # Keys of earlier versions: old key -> (today's, its value from the old one).
 _RENAMED = {

@@ -111,12 +111,9 @@ def make(found, section: str, options, known=()) -> Any:
 
 
 def run_file(path):
-  """Returns a module and its file's sha256, of the very bytes that were run.
-
-  A cached .pyc beside them is never taken.
-  """
+  """Returns a module and its file's sha256, of the very bytes that were run."""
   with open(path, "rb") as file:
-    source = file.read()
+    source = file.read()  # And not a cached .pyc beside it.
   digest = hashlib.sha256(source).hexdigest()
   name = f"_{os.path.basename(path)[:-3]}_{digest[:16]}"
   location = importlib.util.spec_from_file_location(name, path)

@@ -15,9 +15,8 @@ FILE = "metrics.jsonl"
 class MetricsWriter(contextlib.ExitStack):
   """Appends scalars to `metrics.jsonl`, TensorBoard event files and W&B.
 
-  A resumed run passes the step it restored: lines of later steps, which it is
-  going to compute again, are removed first, so each step is there once. Of
-  several processes one writes; the others are not `enabled`.
+  Lines of steps behind `step`, which a resumed run is going to compute again,
+  are removed first. Of several processes one writes and is `enabled`.
   """
 
   def __init__(
@@ -51,8 +50,7 @@ class MetricsWriter(contextlib.ExitStack):
   def write_scalars(self, step, scalars):
     """Writes {name: number} of one step; flushed, so that a kill loses none.
 
-    Arrays of one element are taken as their number. JSON has no NaN and no
-    infinity: they are written as null.
+    JSON has no NaN and no infinity: they are written as null.
     """
     numbers = {name: number(value) for name, value in scalars.items()}
     finite = {n: x if math.isfinite(x) else None for n, x in numbers.items()}

@@ -16,10 +16,9 @@ _LINE_SECONDS = 15.0  # Between two lines where there is no terminal.
 
 
 class Progress:
-  """A progress bar with time left and running means of metrics.
+  """A progress bar with time left and running means, on standard error.
 
-  On a terminal a live bar; elsewhere a plain line now and then, so that logs
-  stay readable. Both on standard error.
+  Where there is no terminal, a plain line now and then, for logs.
   """
 
   def __init__(self, total, *, start=0, description="train"):

@@ -68,12 +68,8 @@ def released(arg, *, family, sizes):
   config.evals.methods = (
     # The paper's half of the budget, spread evenly, and its cap of 1.5 r.
     "cacovid=cacovid?importance_ratio=0.5&max_frame_share=1.5",
-    "fastv",
-    "visionzip",
-    "divprune",
-    "prunevid",
-    "framefusion",
-  )
+    "fastv", "visionzip", "divprune", "prunevid", "framefusion",
+  )  # fmt: skip
   config.evals.oracles = ()
   config.evals.ratios = (0.25, 0.2, 0.15, 0.1)
   config.evals.seeds = (0, 1, 2)  # Of methods that draw, if some are asked for.

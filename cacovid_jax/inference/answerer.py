@@ -31,12 +31,9 @@ _MAX_NEW_TOKENS = 64
 # First words of `engine.Engine.seconds` -> stage: "scores" is whatever a method
 # reads, "answer" whatever happens inside the language model.
 _STAGES = {
-  "prompts": "embed",
-  "policy": "scores",
-  "vanilla": "scores",
-  "select": "select",
-  "answer": "answer",
-}
+  "prompts": "embed", "policy": "scores", "vanilla": "scores",
+  "select": "select", "answer": "answer",
+}  # fmt: skip
 
 
 class ClipAnswers(NamedTuple):

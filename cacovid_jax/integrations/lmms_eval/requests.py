@@ -1,7 +1,4 @@
-"""From lmms-eval's requests to questions about clips.
-
-Nothing of lmms-eval is imported: a request is its tuple of arguments.
-"""
+"""From lmms-eval's requests (their arguments) to questions about clips."""
 
 import collections
 import dataclasses
