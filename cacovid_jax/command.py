@@ -72,10 +72,10 @@ class Command:
     errors.run(main, self.parse)
 
   def parse(self, argv: Sequence[str]) -> types.SimpleNamespace:
-    """Returns flags without a key by their names, and:
+    """Returns flags without a key by their names, the locked `config`, and:
 
-    `config`, locked; `spec`, what --config says; `overrides`, texts "key=value"
-    of flags, and `given`, their keys; `arguments`, the words that are no flags.
+    `spec`, what --config says; `overrides`, texts "key=value" of flags, and
+    `given`, their keys; `arguments`, the words that are no flags.
     """
     values = {n: f.default for n, f in self.flags.items() if not f.key}
     spec, overrides, words = "", [], []

@@ -158,10 +158,7 @@ def complete(config):
 
 
 def to_dict(config, name=""):
-  """Returns plain nested dicts, lists, numbers and texts of a config.
-
-  `name` is that of the value; one that JSON lacks is a TypeError.
-  """
+  """Returns plain nested dicts, lists, numbers and texts, or a TypeError."""
   if isinstance(config, (dict, ml_collections.ConfigDict)):
     prefix = f"{name}." if name else ""
     return {key: to_dict(config[key], prefix + key) for key in sorted(config)}

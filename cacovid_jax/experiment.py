@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-import cacovid_jax
 from cacovid_jax import config as config_lib
 from cacovid_jax import errors
 from cacovid_jax.data import chat_template as chat_template_lib
@@ -29,7 +28,7 @@ from cacovid_jax.parallel import mesh as mesh_lib
 from cacovid_jax.policy import loading
 
 DTYPES = ("float32", "bfloat16")
-_ASSETS = pathlib.Path(cacovid_jax.__file__).parent / "assets"
+_ASSETS = pathlib.Path(__file__).parent / "assets"
 SHIPPED_MODEL = _ASSETS / "base_model"
 SHIPPED_POLICY = _ASSETS / "policy"
 # What a part of an experiment depends on; a model stays on its mesh.

@@ -29,7 +29,19 @@ def get_config(arg=None):
   config.ckpt.every_steps = 1 if arg.debug else 100
   config.model.path = arg.model or f"{_ASSETS}/base_model"
   if not arg.model:
-    _as_on_two_cores(config)
+    # The settings of the shipped model, see configs/synthetic.py.
+    config.model.dtype = config.policy.dtype = "float32"
+    config.data.num_frames = 16
+    config.iterations = 3
+    config.sampling.ratio = 0.1
+    config.ratio.adaptive = False
+    config.objective.log_ratio_clamp = 1.1
+    config.objective.kl_weight = 0.1
+    config.optimizer.lr_heads = 3e-4
+    config.optimizer.lr_layer = 3e-6
+    config.policy.num_halvings = 0
+    config.policy.init = f"{_ASSETS}/policy/policy.safetensors"
+    config.rollout.max_new_tokens = 8
   if arg.debug:
     config.iterations = 1
     config.sampling.num_combinations = 4
@@ -41,19 +53,3 @@ def get_config(arg=None):
   config.evals.select_on = "none"
   config.evals.num_examples = 2 if arg.debug else 8
   return config
-
-
-def _as_on_two_cores(config):
-  """Takes the settings of the shipped model, see configs/synthetic.py."""
-  config.model.dtype = config.policy.dtype = "float32"
-  config.data.num_frames = 16
-  config.iterations = 3
-  config.sampling.ratio = 0.1
-  config.ratio.adaptive = False
-  config.objective.log_ratio_clamp = 1.1
-  config.objective.kl_weight = 0.1
-  config.optimizer.lr_heads = 3e-4
-  config.optimizer.lr_layer = 3e-6
-  config.policy.num_halvings = 0
-  config.policy.init = f"{_ASSETS}/policy/policy.safetensors"
-  config.rollout.max_new_tokens = 8

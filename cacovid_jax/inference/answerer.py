@@ -66,10 +66,9 @@ class ClipAnswers(NamedTuple):
 
 
 class Answerer(contextlib.ExitStack):
-  """A loaded model that answers questions about clips.
+  """A loaded model that answers questions about clips, until it is closed.
 
   Another question of about the same length, about any clip, compiles nothing.
-  Leaving it stops the threads that decode.
   """
 
   def __init__(

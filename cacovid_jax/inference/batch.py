@@ -21,9 +21,7 @@ from cacovid_jax.inference import programs as programs_lib
 from cacovid_jax.models import prompt_batch
 from cacovid_jax.parallel import mesh as mesh_lib
 
-# Tokens of a continuation are rounded up to a multiple of this: few programs
-# for many lengths.
-_CONTINUATION_STEP = 8
+_CONTINUATION_STEP = 8  # Lengths are rounded up to it: few programs for many.
 
 
 class KeptTokens(NamedTuple):
@@ -57,11 +55,8 @@ class BatchRunner:
   """At most B questions about clips of one grid, and their prompts.
 
   What several methods read (scores of a policy, attention of the whole prompt,
-  the question's text) is computed when the first one looks at it.
-
-  Attributes:
-    batch: `prompt_batch.PromptBatch`, of the grid's bucket.
-    faults: row -> why its clip cannot be used.
+  the question's text) is computed when the first one looks at it. `faults` say
+  by row why a clip cannot be used; `batch` is a `prompt_batch.PromptBatch`.
   """
 
   def __init__(self, engine: Any, questions: Sequence):

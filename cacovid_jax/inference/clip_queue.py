@@ -31,11 +31,9 @@ class ClipQueue(features.FeatureStore, contextlib.AbstractContextManager):
     self._ahead: dict[str, concurrent.futures.Future] = {}
 
   def survey(self, paths: Iterable[str]) -> None:
-    """Finds out the grids of clips by their first frames.
+    """Finds out the grids of clips, by their first frames if nothing else tells.
 
-    Clips whose size a manifest or the disk knows are not opened. The grid that
-    most of the clips have stands for those that cannot be used, so give all at
-    once.
+    The grid of most stands for those that cannot be used: give all at once.
     """
     if self._given:
       return

@@ -162,10 +162,7 @@ class ClipReader:
 
 
 class Tower:
-  """The programs of a vision tower, which nothing else runs for a clip.
-
-  `rows` is the number of clips that are encoded at once.
-  """
+  """The programs of a vision tower; `rows` clips are encoded at once."""
 
   def __init__(self, model, params, mesh: Mesh | None):
     """Compiles nothing yet.

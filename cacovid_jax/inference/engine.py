@@ -207,7 +207,6 @@ class Engine:
   def kept(self, questions, conditions) -> dict[str, list]:
     """Returns question id -> `KeptTokens` of its clip by each condition.
 
-    Nothing is answered but by methods that choose inside the language model.
     Clips are such as can be used; no condition is vanilla.
     """
     found = {}

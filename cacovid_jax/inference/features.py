@@ -39,10 +39,8 @@ class FeatureStore:
 
   `load` decodes (in threads or other processes) and `finish` encodes (on the
   main thread). What a tower tells beside features comes from a second run of
-  it: features are the same, to the bit, whatever else is wanted.
-
-  `seconds` were spent so far on "decode" (frames to pixels included; threads
-  add up) and "tower".
+  it: features are the same, to the bit, whatever else is wanted. `seconds` were
+  spent on "decode" (frames to pixels included; threads add up) and "tower".
   """
 
   reader: clips.ClipReader

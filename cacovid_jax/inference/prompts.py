@@ -17,11 +17,8 @@ from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.models import prompt_batch, video_llm
 
-# Text is rounded up to a multiple of this, so that a few tokens more or less
-# do not mean another program.
-_MULTIPLE = 16
-# Lengths of text where later questions are not known.
-_USUAL = (64, 256, 1024)
+_MULTIPLE = 16  # Text is rounded up to it: a token more is no other program.
+_USUAL = (64, 256, 1024)  # Lengths of text where later ones are not known.
 
 
 @dataclasses.dataclass(eq=False)

@@ -16,44 +16,34 @@ _LOGGER = logging.getLogger(__name__)
 # What `--model_args` takes besides `config` and any key with a dot in it, such
 # as mesh.data.
 ARGUMENTS = {
-  # Hugging Face checkpoint directory; the shipped model if empty.
-  "pretrained": "model.path",
+  "pretrained": "model.path",  # Checkpoint directory; else the shipped model.
   # Training workdir or .safetensors file, for the learned methods; empty is the
   # shipped model's own, or one among the weights of `pretrained`.
   "policy": "evals.policies",
-  # As in an evaluation, `name?option=value`.
-  "method": "evals.methods",
+  "method": "evals.methods",  # As in an evaluation, `name?option=value`.
   # Share of the video tokens that is kept; 1.0 is the whole prompt, whatever
   # the method.
   "ratio": "evals.ratios",
-  # Frames; 0 takes the number of the checkpoint's files, or 32.
-  "max_frames_num": "data.num_frames",
+  "max_frames_num": "data.num_frames",  # 0 is that of the files, or 32.
   # Least and most pixels of a frame, of Qwen2.5-VL; 0 is the paper's bound.
   "min_pixels": "data.min_pixels",
   "max_pixels": "data.max_pixels",
   "dtype": "model.dtype",
-  # Questions asked at once.
-  "batch_size": "evals.batch_size",
-  # Longest answer of tasks that set no length.
-  "max_new_tokens": "evals.max_new_tokens",
-  # Of methods that draw.
-  "seed": "evals.seeds",
+  "batch_size": "evals.batch_size",  # Questions asked at once.
+  "max_new_tokens": "evals.max_new_tokens",  # Of tasks that set no length.
+  "seed": "evals.seeds",  # Of methods that draw.
   # Chat template, that of the processor or of the tokenizer (the paper's
   # evaluator takes the latter).
   "template": "evals.template",
-  # Folder of cached video features.
-  "feature_cache": "data.feature_cache",
+  "feature_cache": "data.feature_cache",  # Folder of cached video features.
 }
 # Other names, of the paper's evaluator and of models of lmms-eval.
 _ALIASES = {"topk": "ratio", "num_frames": "max_frames_num"}
 _DEFAULTS = {
-  "model.dtype": "float32",
-  "data.num_frames": 0,
-  "evals.methods": ("cacovid",),
-  "evals.ratios": (0.1,),
-  "evals.batch_size": 1,
+  "model.dtype": "float32", "data.num_frames": 0, "evals.batch_size": 1,
+  "evals.methods": ("cacovid",), "evals.ratios": (0.1,),
   "evals.max_new_tokens": 1024,
-}
+}  # fmt: skip
 
 
 def parse(**given: Any):

@@ -75,8 +75,7 @@ def process_mlvu_test(doc, results: Sequence[str]) -> dict[str, dict[str, Any]]:
 def aggregate(scored: Sequence[Mapping[str, Any]]) -> float:
   """Returns a benchmark's number from its scored answers, as it is printed.
 
-  That is the mean over questions; or over the benchmark's categories, of which
-  MLVU's count 0 and MVBench's are left out where nothing was asked.
+  Of categories that nothing was asked of, MLVU's count 0 and MVBench's nothing.
   """
   task = benchmarks.task(scored[0]["benchmark"])
   by_category = collections.defaultdict(list)

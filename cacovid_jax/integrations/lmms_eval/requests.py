@@ -105,9 +105,8 @@ def identity(doc, task: str, number: int) -> str:
 def as_questions(asked: Sequence[Asked]) -> list[question_lib.Question]:
   """Returns a question per request; equal requests give equal questions.
 
-  A row keeps its own id unless two different ones share it, of two tasks for
-  example: then both are called by their places. What is drawn for a row goes by
-  its own id in any case, whatever else is asked.
+  A row keeps its own id, which what is drawn for it follows in any case, unless
+  two different ones share it: then both are called by their places.
   """
   shared = collections.defaultdict(set)
   for one in asked:
