@@ -87,8 +87,8 @@ def doctor(workdir: pathlib.Path) -> int:
   for verdict in verdicts:
     size = f"{verdict.num_bytes / 1e6:.1f}"
     digest = (verdict.manifest or {}).get("config_hash", "")
-    row = str(verdict.step), verdict.name, verdict.reason, size, digest
-    table.add_row(*row)
+    name, reason = verdict.name, verdict.reason
+    table.add_row(str(verdict.step), name, reason, size, digest)
   console = rich.console.Console()
   console.print(table)
   damaged = [

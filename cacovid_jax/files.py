@@ -21,8 +21,7 @@ from cacovid_jax import errors
 def replacing(path) -> Iterator[pathlib.Path]:
   """Gives a free path beside `path`; what is written there replaces it.
 
-  A reader sees the old file or the whole new one, whenever the writer is
-  killed. Several processes may write the same file.
+  Readers see the old file or the whole new one, whoever is killed.
   """
   path = pathlib.Path(path)
   name = f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"

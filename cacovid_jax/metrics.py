@@ -22,7 +22,7 @@ class MetricsWriter(contextlib.ExitStack):
   def __init__(
     self, workdir, step=0, *, tensorboard=True, wandb_project="", enabled=True
   ):
-    """Opens the files; "" for `wandb_project` sends nothing to W&B.
+    """Opens the files; W&B is left alone without a project.
 
     Without a network set WANDB_MODE=offline, and send runs by `wandb sync`.
     """

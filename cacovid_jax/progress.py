@@ -56,10 +56,7 @@ class Progress:
       self._print_line()
 
   def update(self, step, metrics=None, *, note=""):
-    """Shows that `step` steps are done and what they measured.
-
-    A note says what is being done now, for steps that take long.
-    """
+    """Shows how many steps are done, what they measured, what is done now."""
     self._note = note
     if step != self._step:  # A mere note tells nothing of the speed.
       self._recent.append((time.monotonic(), int(step)))

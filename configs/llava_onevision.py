@@ -20,8 +20,7 @@ python -m cacovid_jax.prepare --out workdirs/tiny --clips 2,0,2,0 \
 
 Paper, 7B: mean accuracy of LongVideoBench, MLVU dev, MLVU test and VideoMME, in
 %, and as a share of vanilla's 56.4: 55.8 (98.9) at a ratio of 25 %, 55.3 (98.1)
-at 20 %, 55.0 (97.5) at 15 %, 54.2 (96.1) at 10 %. It has no numbers of 0.5B,
-the smallest released model, to try the recipe on.
+at 20 %, 55.0 (97.5) at 15 %, 54.2 (96.1) at 10 %. It has no numbers of 0.5B.
 Ours: not run here: needs the weights.
 """
 

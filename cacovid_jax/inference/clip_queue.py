@@ -31,7 +31,7 @@ class ClipQueue(features.FeatureStore, contextlib.AbstractContextManager):
     self._ahead: dict[str, concurrent.futures.Future] = {}
 
   def survey(self, paths: Iterable[str]) -> None:
-    """Finds out the grids of clips, by their first frames if nothing else tells.
+    """Finds out the grids of clips, by their first frames if need be.
 
     The grid of most stands for those that cannot be used: give all at once.
     """

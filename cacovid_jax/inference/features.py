@@ -292,8 +292,7 @@ def open_store(
 ) -> FeatureStore:
   """Returns the encoded clips of config.data, by the experiment's base model.
 
-  `params` stand for the base model's; `reading` are further options of
-  `clips.ClipReader`, all others of the store.
+  `params` stand for that one's; `reading` is for `clips.ClipReader`.
   """
   data, checkpoint = experiment.config.data, experiment.loaded
   folder = data.feature_cache

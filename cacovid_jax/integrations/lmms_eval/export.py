@@ -55,10 +55,7 @@ def main(args):
 
 
 def write(data, out, *, benchmark, split="", media="") -> pathlib.Path:
-  """Writes OUT/cacovid_NAME.yaml and its rows; returns the YAML's path.
-
-  Arguments are as for `benchmarks.load`.
-  """
+  """Writes OUT/cacovid_NAME.yaml and rows of a benchmark; returns its path."""
   found = benchmarks.load(data, split, benchmark=benchmark, media=media)
   out = pathlib.Path(out).absolute()
   out.mkdir(parents=True, exist_ok=True)

@@ -40,15 +40,16 @@ class Simple(model_lib.lmms):
     """Returns the answers to a list of `Instance`, in order."""
     read = [self._read(*request.args) for request in requests]
     replies = self._answerer.generate(*zip(*read, strict=True)) if read else []
-    results = []
-    for text, given, written in replies:
-      counts = instance_lib.TokenCounts(
-        input_tokens=given, output_tokens=written
+    result, counts = instance_lib.GenerationResult, instance_lib.TokenCounts
+    return [
+      result(
+        text=one.text,
+        token_counts=counts(
+          input_tokens=one.input_tokens, output_tokens=one.output_tokens
+        ),
       )
-      results.append(
-        instance_lib.GenerationResult(text=text, token_counts=counts)
-      )
-    return results
+      for one in replies
+    ]
 
   def loglikelihood(self, requests) -> list[Loss]:
     """Returns how badly each continuation follows its prompt, in order."""
