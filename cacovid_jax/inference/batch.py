@@ -132,7 +132,7 @@ class BatchRunner:
       return jax.block_until_ready(function(*args))
 
   def kept(self, condition, chosen=None) -> list[KeptTokens]:
-    """Returns what a condition keeps of each clip, by its selection or trace."""
+    """Returns what a condition keeps of each clip; `chosen` saves computing."""
     method = condition.method
     if chosen is None:
       first = method.compressor.selects_first
