@@ -1,68 +1,63 @@
 """Every option of every command with its default, one documented section each.
 
-A config file starts from `get_config()` and overrides what its run changes, so
-that a run is described by its file and these defaults together. Numbers are
-those of the paper and its public code (METHOD.md 2 to 6); extras that the
-paper does not have are off. A key that a config leaves out has its value here;
-flags of commands are other names of keys (see `command`).
+A config file starts from `get_config()` and overrides what its run changes.
+Numbers are those of the paper and its public code (METHOD.md 2 to 6); extras
+that the paper does not have are off.
 """
 
 import ml_collections
 from ml_collections import config_dict
 
-
-def get_config() -> ml_collections.ConfigDict:
-  """Returns the unlocked default config."""
-  config = ml_collections.ConfigDict()
-  config.seed = 42
+_RUN = dict(
+  seed=42,
   # One step is `videos_per_step` videos, each with `iterations` iterations,
   # hence `iterations` optimiser steps. `total_steps = 0` is one epoch.
-  config.total_steps = 10_000
-  config.videos_per_step = 1
-  config.iterations = 5
-  config.log_every = 10
-  # Weights & Biases project that metrics go to as well; empty is none.
-  config.wandb = dict(project="")
-  # Steps refused in a row (non-finite loss, gradient or reward) before a run
-  # stops.
-  config.max_bad_steps = 10
-  _add_method(config)
-  _add_training(config)
-  config.data = _data()
+  total_steps=10_000,
+  videos_per_step=1,
+  iterations=5,
+  log_every=10,
+  wandb=dict(project=""),  # Of Weights & Biases, for metrics; empty is none.
+  max_bad_steps=10,  # Refused (non-finite) steps in a row that stop a run.
   # Devices on each mesh axis: `data` shares the videos of a training step, or
   # the questions of a batch, `model` the weights of the base model. data = 0
   # takes all that `model` leaves; asking, as many as divide the batch.
   # `map` spreads an update over `data`: shard_map, or pmap (model = 1 only).
-  config.mesh = dict(data=0, model=1, map="shard_map")
-  config.evals = _evals()
-  # The embedded benchmark: `prepare` draws it into the folder of `data.root`.
-  config.prepare = _prepare()
+  mesh=dict(data=0, model=1, map="shard_map"),
+  # `exit_code` is that of a run that a SIGTERM stopped (and saved).
+  # `accept_changed_code` goes on although a file of one's own is no longer the
+  # one that the run started with.
+  ckpt=dict(every_steps=500, keep=3, exit_code=143, accept_changed_code=False),
+  # Accuracy on the validation questions below config.data.root, every so many
+  # steps (0 never); the best policy is then kept beside the last one.
+  validation=dict(
+    every_steps=0,
+    method="cacovid",
+    ratio=0.1,
+    num_questions=200,
+    batch_size=16,
+    max_new_tokens=2,
+  ),
   # Training questions that the base model answers without the video.
-  config.blind = dict(
+  blind=dict(
     out="",
     batch_size=16,
-    # As in training.
-    max_new_tokens=768,
-    # Reward of OCR, free-form and regression that counts as right.
-    threshold=1.0,
-    # First so many questions; 0 takes all of them.
-    num_questions=0,
-  )
-  config.table = _table()
+    max_new_tokens=768,  # As in training.
+    threshold=1.0,  # Of OCR, free-form, regression: a reward that is right.
+    num_questions=0,  # First so many questions; 0 takes all of them.
+  ),
   # Folder that `tfds_build` writes below, name of the data set (video_r1 or
   # video_r1_filtered), and whether records hold the clips themselves.
-  config.tfds = dict(out="", name="video_r1", embed=False)
-  return config
+  tfds=dict(out="", name="video_r1", embed=False),
+)
 
-
-def _add_method(config):
-  """Adds what is optimised: the policy, how it samples, its objective."""
+# What is optimised, and how: the policy, how it samples, its objective.
+_METHOD = dict(
   # How many tokens are kept while training. `ratio` is the fixed ratio of
   # runs with `config.ratio.adaptive = False`.
   # `module` here, in `objective` and in `policy`, and `reward` in `rollout`,
   # name code of one's own as "path/to/file.py:name" or "package.module:name";
   # empty is the paper's. Options of that code are further keys of the section.
-  config.sampling = dict(
+  sampling=dict(
     module="",
     ratio=0.02,
     num_combinations=32,
@@ -72,33 +67,22 @@ def _add_method(config):
     # How frames are capped: "per_frame", or "public" as the public code does.
     frame_cap="per_frame",
     frame_ratio=0.125,
-  )
+  ),
   # The adaptive ratio: rungs of the ladder, the rung a video starts at, and
   # the mean token-mode rewards at which it moves down and up.
-  config.ratio = dict(
+  ratio=dict(
     adaptive=True,
     rungs=(0.01, 0.02, 0.04, 0.08, 0.12),
     start=0.02,
     low=0.125,
     high=0.875,
-  )
-  config.objective = dict(
-    module="",
-    clip_low=0.2,
-    clip_high=0.28,
-    kl_weight=0.0,
-    # Bound of |log pi - log pi_old|; None is the paper's unbounded ratio.
-    log_ratio_clamp=config_dict.placeholder(float),
-  )
+  ),
+  objective=dict(module="", clip_low=0.2, clip_high=0.28, kl_weight=0.0),
   # `init` is a safetensors file to start from.
-  config.policy = dict(
+  policy=dict(
     module="", dtype="bfloat16", num_halvings=4, backend="auto", init=""
-  )
-
-
-def _add_training(config):
-  """Adds how it is trained and kept."""
-  config.optimizer = dict(
+  ),
+  optimizer=dict(
     lr_heads=1e-6,
     lr_layer=1e-7,
     weight_decay=0.01,
@@ -106,8 +90,8 @@ def _add_training(config):
     warmup=0,
     # "cosine" is one decay, "cosine_repeated" the public code's several.
     schedule="cosine",
-  )
-  config.rollout = dict(
+  ),
+  rollout=dict(
     max_new_tokens=768,
     # "accuracy" is the paper's reward. "log_likelihood" (log-probability
     # of the right letter) and "margin" (that, less the best wrong letter's)
@@ -117,178 +101,143 @@ def _add_training(config):
     # Where answers are marked: "device" (lettered questions only), "host"
     # (all problem types), or "auto": on the device if all are lettered.
     marking="auto",
-  )
+  ),
   # `backend` is that of attention: auto, xla, cudnn or splash.
-  config.model = dict(path="", dtype="bfloat16", backend="auto")
-  # `exit_code` is that of a run that a SIGTERM stopped (and saved).
-  # `accept_changed_code` goes on although a file of one's own is no longer the
-  # one that the run started with.
-  config.ckpt = dict(
-    every_steps=500, keep=3, exit_code=143, accept_changed_code=False
-  )
-  # Accuracy on the validation questions below config.data.root, every so many
-  # steps (0 never); the best policy is then kept beside the last one.
-  config.validation = dict(
-    every_steps=0,
-    method="cacovid",
-    ratio=0.1,
-    num_questions=200,
-    batch_size=16,
-    max_new_tokens=2,
-  )
+  model=dict(path="", dtype="bfloat16", backend="auto"),
+)
+
+# Where questions and clips are, and how they are read.
+_DATA = dict(
+  # Folder of the question files, and of the clips: `media` below it.
+  root="",
+  media="",
+  # Question file below `root`; `blind_filter` and `tfds_build` take several,
+  # comma-separated.
+  train_file="train.json",
+  # Folder below `root` of rows that `prepare` wrote as array_record files,
+  # read instead of `train_file` if given.
+  tfds="",
+  train_split="train",
+  # How questions are stored: "video-r1" in `train_file`, or "own": a folder
+  # with questions.csv or questions.json, see `data.readers.own`.
+  reader="video-r1",
+  on_bad_row="raise",
+  # Clips that are not there: "raise" stops before the first step, "skip"
+  # leaves their questions out and lists them in WORKDIR/left_out.json.
+  on_missing="raise",
+  # Clips with a side of so many pixels or fewer are refused, as publicly.
+  min_side=28,
+  num_frames=32,
+  frame_rule="eval_linspace",
+  # For models whose token grid follows the frames' shape (Qwen2.5-VL): pixels
+  # of a frame, 0 for the checkpoint's own limits; and sizes that programs are
+  # compiled for, (temporal patches, tokens of one) or with a third number, all
+  # tokens; empty for two that follow from the pixels.
+  min_pixels=0,
+  max_pixels=0,
+  buckets=(),
+  # Rows that prompts have beside their video, padded to the smallest of at
+  # most three lengths; empty for those that suit the questions best.
+  prompt_rows=(),
+  # Folder that keeps video features; empty keeps them in memory only, those
+  # of the last `memory_items` clips.
+  feature_cache="",
+  memory_items=256,
+  num_threads=2,  # Threads, or else processes, that load clips ahead.
+  num_workers=0,
+  # {"question_id", "tokens"} per line, below `root`; for metrics only.
+  decisive_file="",
+)
+
+# The embedded benchmark: `prepare` draws it into the folder of `data.root`.
+_PREPARE = dict(
+  variants=("dense",),
+  seed=0,
+  clips=(240, 40, 160, 0),  # Of the splits train, validation, test, test_fresh.
+  questions_per_clip=4,  # At most.
+  # Whether decisive.jsonl is kept, the tokens that answers rest on: of the
+  # embedded base model's grid, so that other models refuse it.
+  decisive=True,
+  tiny_models=(),  # Random checkpoints too: llava_onevision, qwen2_5_vl.
+  num_workers=0,  # Processes that draw and encode; 0 takes one per core.
+)
+
+# Of tables in `experiments`, what nothing else has.
+_TABLE = dict(
+  # Columns of the main table, each a folder below `data.root`, unless one of
+  # `folders` names it as "videomme=DIR".
+  benchmarks=("longvideobench", "mlvu_dev", "mlvu_test", "videomme"),
+  folders=(),
+  tolerance=1.0,  # Points between two runs of the same thing.
+  repeats=9,  # Runs that a time is the median of.
+  # Model and video of the efficiency table, and the folder of its random
+  # weights; below the workdir if empty.
+  size="ov-7b",
+  weights="",
+)
+
+_EVALS = dict(
+  # Trained policies as "NAME=PATH": training workdirs or .safetensors files,
+  # with "?module=file.py:Class" behind them where that is not the paper's; the
+  # first is the main one. Empty takes one that was trained in the workdir.
+  policies=(),
+  frame_rule="eval_linspace",  # Training has `data.frame_rule`.
+  # Rows: names of `compressors.names()`, with options as in
+  # "density_peaks?scope=video", or one's own "path/file.py:function";
+  # "label=name?option=value" gives a row another name.
+  methods=(
+    "cacovid",
+    "cacovid_untrained",
+    "cacovid_other_question",
+    "random",
+    "uniform",
+    "last_query",
+    "divprune",
+    "density_peaks",
+  ),
+  oracles=("decisive_boxes",),  # Bounds, where decisive tokens are known.
+  ratios=(0.25, 0.1, 0.05),
+  benchmark="prepared",  # Of `benchmarks.names()`, in the folder `data.root`.
+  split="",  # Empty takes the benchmark's first split.
+  # Seeds of random draws, of the untrained policy and of other questions;
+  # accuracies are means over them.
+  seeds=(0,),
+  batch_size=8,
+  max_new_tokens=0,  # Longest answer in tokens; 0 takes the benchmark's own.
+  rule="paper",  # How letters are taken from answers; or "lmms-0.7.3".
+  # The user's text: empty is the benchmark's own, "video-r1" that of
+  # training, which prepared data has as its own.
+  prompt_style="",
+  # Chat template: "processor" or "tokenizer"; empty is the checkpoint's
+  # default, the processor's where there is one.
+  template="",
+  on_bad_row="raise",  # Or "skip", to leave unfit rows out and list them.
+  # Clips that are not there: "raise" before anything is asked, or "count"
+  # to count their questions as wrong and list them.
+  on_missing="raise",
+  num_questions=0,  # First so many questions; 0 asks all of them.
+  frame_manifest="",  # Of another run, whose frames are shown here as well.
+  # Where options are chosen: "validation" or "none". Candidates are
+  # "name?option=value" texts by method; last_query tries all layers even
+  # if it is not listed. The best one at `select_ratio` goes to the test.
+  select_on="validation",
+  select_ratio=0.1,
+  select_questions=200,
+  candidates=dict(),
+  num_examples=8,  # Clips that the report shows frame by frame.
+  # Training workdir whose reward curves the report shows; empty takes that
+  # of the main policy, if it is a training workdir.
+  metrics="",
+)
 
 
-def _data():
-  """Returns where questions and clips are, and how they are read."""
-  return dict(
-    # Folder of the question files, and of the clips: `media` below it.
-    root="",
-    media="",
-    # Question file below `root`; `blind_filter` and `tfds_build` take several,
-    # comma-separated.
-    train_file="train.json",
-    # Folder below `root` of rows that `prepare` wrote as array_record files,
-    # read instead of `train_file` if given.
-    tfds="",
-    train_split="train",
-    # How questions are stored: "video-r1" in `train_file`, or "own": a folder
-    # with questions.csv or questions.json, see `data.readers.own`.
-    reader="video-r1",
-    on_bad_row="raise",
-    # Clips that are not there: "raise" stops before the first step, "skip"
-    # leaves their questions out and lists them in WORKDIR/left_out.json.
-    on_missing="raise",
-    # Clips whose frames have a side of so many pixels or fewer are refused, as
-    # by the public trainer; 0 refuses none.
-    min_side=28,
-    num_frames=32,
-    frame_rule="eval_linspace",
-    # For models whose token grid follows the frames' shape (Qwen2.5-VL): the
-    # pixels of a frame, 0 for the checkpoint's own limits; and the sizes that
-    # programs are compiled for, (temporal patches, tokens of one) or (temporal
-    # patches, tokens of one, tokens) each, empty for two that follow from the
-    # pixels.
-    min_pixels=0,
-    max_pixels=0,
-    buckets=(),
-    # Rows that prompts have beside their video, padded to the smallest of at
-    # most three lengths; empty for those that suit the questions best.
-    prompt_rows=(),
-    # Folder that keeps video features; empty keeps them in memory only, those
-    # of the last `memory_items` clips.
-    feature_cache="",
-    memory_items=256,
-    # Threads, or else processes, that load clips ahead.
-    num_threads=2,
-    num_workers=0,
-    # {"question_id", "tokens"} per line, below `root`; for metrics only.
-    decisive_file="",
-  )
-
-
-def _prepare():
-  """Returns the settings of the embedded benchmark."""
-  return dict(
-    variants=("dense",),
-    seed=0,
-    # Of the splits train, validation, test and test_fresh.
-    clips=(240, 40, 160, 0),
-    # At most.
-    questions_per_clip=4,
-    # Whether decisive.jsonl is kept, the tokens that answers rest on: of the
-    # embedded base model's grid, so that other models refuse it.
-    decisive=True,
-    # Random checkpoints that are written too: llava_onevision, qwen2_5_vl.
-    tiny_models=(),
-    # Processes that draw and encode; 0 takes one per core.
-    num_workers=0,
-  )
-
-
-def _table():
-  """Returns the settings of tables in `experiments` that nothing else has."""
-  return dict(
-    # Columns of the main table, each a folder below `data.root`, unless one of
-    # these names it as "videomme=DIR".
-    benchmarks=("longvideobench", "mlvu_dev", "mlvu_test", "videomme"),
-    folders=(),
-    # Points between two runs of the same thing.
-    tolerance=1.0,
-    # Runs that a time is the median of.
-    repeats=9,
-    # Model and video of the efficiency table, and the folder of its random
-    # weights; below the workdir if empty.
-    size="ov-7b",
-    weights="",
-    # TFLOP/s and GB/s that --dry_run counts with; None measures them.
-    tflops=config_dict.placeholder(float),
-    gbps=config_dict.placeholder(float),
-  )
-
-
-def _evals():
-  """Returns the settings of an evaluation."""
-  return dict(
-    # Trained policies as "NAME=PATH": training workdirs or .safetensors files,
-    # with "?module=file.py:Class" behind them where that is not the paper's.
-    # Without names they are policy, policy1, ...; the first one is the main
-    # one. Empty takes that of the workdir, if one was trained there.
-    policies=(),
-    # Which frames are shown; training has `data.frame_rule`.
-    frame_rule="eval_linspace",
-    # Rows: names of `compressors.names()`, with options as in
-    # "density_peaks?scope=video", or one's own "path/file.py:function";
-    # "label=name?option=value" gives a row another name.
-    methods=(
-      "cacovid",
-      "cacovid_untrained",
-      "cacovid_other_question",
-      "random",
-      "uniform",
-      "last_query",
-      "divprune",
-      "density_peaks",
-    ),
-    # Bounds, shown apart; only where decisive tokens are known.
-    oracles=("decisive_boxes",),
-    ratios=(0.25, 0.1, 0.05),
-    # What is asked: one of `benchmarks.names()`, in the folder `data.root`.
-    benchmark="prepared",
-    # Empty takes the benchmark's first split.
-    split="",
-    # Seeds of random draws, of the untrained policy and of other questions;
-    # accuracies are means over them.
-    seeds=(0,),
-    batch_size=8,
-    # Longest answer in tokens; 0 takes the benchmark's own.
-    max_new_tokens=0,
-    # How letters are taken from answers: "paper" or "lmms-0.7.3".
-    rule="paper",
-    # The user's text: empty is the benchmark's own, "video-r1" that of
-    # training, which prepared data has as its own.
-    prompt_style="",
-    # Chat template: "processor" or "tokenizer"; empty is the checkpoint's
-    # default, the processor's where there is one.
-    template="",
-    # Rows that are unfit: "raise", or "skip" to leave them out and list them.
-    on_bad_row="raise",
-    # Clips that are not there: "raise" before anything is asked, or "count"
-    # to count their questions as wrong and list them.
-    on_missing="raise",
-    # First so many questions; 0 asks all of them.
-    num_questions=0,
-    # File of another run's frames, which this one then has to show as well.
-    frame_manifest="",
-    # Where options are chosen: "validation" or "none". Candidates are
-    # "name?option=value" texts by method; last_query tries all layers even
-    # if it is not listed. The best one at `select_ratio` goes to the test.
-    select_on="validation",
-    select_ratio=0.1,
-    select_questions=200,
-    candidates=dict(),
-    # Clips that the report shows frame by frame.
-    num_examples=8,
-    # Training workdir whose reward curves the report shows; empty takes that
-    # of the main policy, if it is a training workdir.
-    metrics="",
-  )
+def get_config() -> ml_collections.ConfigDict:
+  """Returns the unlocked default config."""
+  groups = dict(data=_DATA, prepare=_PREPARE, table=_TABLE, evals=_EVALS)
+  config = ml_collections.ConfigDict(_RUN | _METHOD | groups)
+  # Bound of |log pi - log pi_old|; None is the paper's unbounded ratio.
+  config.objective.log_ratio_clamp = config_dict.placeholder(float)
+  # TFLOP/s and GB/s that --dry_run counts with; None measures them.
+  config.table.tflops = config_dict.placeholder(float)
+  config.table.gbps = config_dict.placeholder(float)
+  return config

@@ -28,15 +28,16 @@ COMMAND = command.Command(__doc__, {}, config="none", num_arguments=2)
 
 def main(args):
   """Runs what the command line says; returns the exit code."""
+  commands = {"doctor": doctor, "upgrade": upgrade}
   words = args.arguments
-  if len(words) != 2 or words[0] not in ("doctor", "upgrade"):
+  if len(words) != 2 or words[0] not in commands:
     raise errors.UserError(
       "usage: python -m cacovid_jax.ckpt doctor WORKDIR, or upgrade WORKDIR"
     )
   workdir = pathlib.Path(words[1])
   if not workdir.is_dir():
     raise errors.UserError(f"no directory {workdir}: give a workdir of a run")
-  return (doctor if words[0] == "doctor" else upgrade)(workdir)
+  return commands[words[0]](workdir)
 
 
 def upgrade(workdir: pathlib.Path) -> int:
@@ -51,12 +52,9 @@ def upgrade(workdir: pathlib.Path) -> int:
   known = {}
   if "total_steps" in old and not old.total_steps:
     known = {"total_steps": _one_epoch(workdir, old)}
-  hashes = {
-    config_lib.config_hash(
-      config_lib.replace(old, known), before=True
-    ): config_lib.config_hash(config_lib.replace(new, known))
-  }
-  done = checkpointing.rehash(workdir / "checkpoints", hashes)
+  before = config_lib.config_hash(config_lib.replace(old, known), before=True)
+  now = config_lib.config_hash(config_lib.replace(new, known))
+  done = checkpointing.rehash(workdir / "checkpoints", {before: now})
   files.write(workdir / "config.before.json", path.read_bytes())
   # Last, so that an upgrade that was cut off goes on when given again.
   config_lib.save(new, path)
@@ -84,17 +82,13 @@ def doctor(workdir: pathlib.Path) -> int:
   verdicts = checkpointing.doctor(directory)
   if not verdicts:
     raise errors.UserError(f"no checkpoints in {directory}")
-  table = rich.table.Table(title=str(directory))
-  for column in ("step", "entry", "verdict", "MB", "config"):
-    table.add_column(column)
+  columns = ("step", "entry", "verdict", "MB", "config")
+  table = rich.table.Table(*columns, title=str(directory))
   for verdict in verdicts:
-    table.add_row(
-      str(verdict.step),
-      verdict.name,
-      verdict.reason,
-      f"{verdict.num_bytes / 1e6:.1f}",
-      (verdict.manifest or {}).get("config_hash", ""),
-    )
+    size = f"{verdict.num_bytes / 1e6:.1f}"
+    digest = (verdict.manifest or {}).get("config_hash", "")
+    name, reason = verdict.name, verdict.reason
+    table.add_row(str(verdict.step), name, reason, size, digest)
   console = rich.console.Console()
   console.print(table)
   damaged = [

@@ -1,9 +1,5 @@
 """Command lines: a config, its keys, aliases of keys, flags of a process.
 
-  --config=FILE.py:ARGUMENT   the config that a command starts from
-  --config.KEY=VALUE          any key of it
-  --NAME=VALUE                an alias of a key, or a flag of the command itself
-
 Of several values for one key, the last one counts. No flag is global: several
 commands may be imported, and their command lines parsed, in one process.
 """
@@ -29,24 +25,22 @@ class Flag(NamedTuple):
 
   help: str  # One sentence.
   key: str = ""  # Of the config, that it is an alias of.
-  # Of a flag without a key. Its type is the flag's; None is a text that need
-  # not be given.
-  default: Any = None
+  default: Any = None  # Without a key, of its type; None is a text or nothing.
   choices: Sequence[str] = ()  # Texts that are allowed; empty allows all.
-  # Earlier spellings, accepted for one more version, with a hint.
-  old: Sequence[str] = ()
+  old: Sequence[str] = ()  # Earlier spellings, accepted with a hint.
   least: float | None = None  # Smallest number that is allowed.
   many: bool = False  # May be given several times: all texts, in order.
 
   @property
   def is_switch(self) -> bool:
     """Whether the name alone, or with `no` before it, is a value."""
-    return isinstance(self.like, bool)
+    return isinstance(self.value(base_config.get_config(), self.default), bool)
 
-  @property
-  def like(self) -> Any:
-    """A value of the flag's type."""
-    return _value(base_config.get_config(), self.key or None, self.default)
+  def value(self, config, default) -> Any:
+    """Returns the value of the flag's key in a config; else the default."""
+    if config is None or not self.key:
+      return default
+    return config_lib.value_of(config, self.key)
 
 
 def aliases(section: str, **flags: str | Flag) -> dict[str, Flag]:
@@ -65,8 +59,7 @@ class Command:
   doc: str
   flags: Mapping[str, Flag]
   config: str = "optional"  # Where all keys have defaults; "required"; "none".
-  # Config taken without `--config`, as "file.py"; its `:debug` form with a flag
-  # `smoke`.
+  # Config taken without `--config`; its `:debug` form with a flag `smoke`.
   default: str = ""
   # Key -> value that wins over that, or over `base_config`, without `--config`.
   defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -79,11 +72,10 @@ class Command:
     errors.run(main, self.parse)
 
   def parse(self, argv: Sequence[str]) -> types.SimpleNamespace:
-    """Returns what the command's name and arguments say.
+    """Returns flags without a key by their names, the locked `config`, and:
 
-    Flags without a key by their names; `config`, locked; `spec`, what --config
-    says; `overrides`, texts "key=value" of flags, and `given`, their keys;
-    `arguments`, the words that are no flags.
+    `spec`, what --config says; `overrides`, texts "key=value" of flags, and
+    `given`, their keys; `arguments`, the words that are no flags.
     """
     values = {n: f.default for n, f in self.flags.items() if not f.key}
     spec, overrides, words = "", [], []
@@ -107,7 +99,7 @@ class Command:
     if self.config != "none":
       config = self._load(spec, overrides, smoke=values.get("smoke", False))
     for name, flag in self.flags.items():
-      value = _value(config, flag.key or None, values.get(name))
+      value = flag.value(config, values.get(name))
       if flag.least is not None and value < flag.least:
         raise errors.UserError(
           f"--{name}={value}: give a number of at least {flag.least:g}"
@@ -138,21 +130,15 @@ class Command:
         "  --config.KEY=VALUE",
         "      Any key of the config; flags that name one are its aliases.",
       ]
-    config = None
-    if self.config == "optional":
-      config = self._load("")
+    config = self._load("") if self.config == "optional" else None
     for name, flag in self.flags.items():
-      default = _value(config, flag.key or None, flag.default)
+      default = flag.value(config, flag.default)
       told = [f"config.{flag.key}"] if flag.key else []
       if default not in (None, "", ()) and not (flag.key and config is None):
         told.append(f"default {_text(default)}")
       behind = f" ({', '.join(told)})" if told else ""
-      lines += [
-        f"  --{'[no]' * flag.is_switch}{name}{behind}",
-        textwrap.fill(
-          flag.help, 80, initial_indent=" " * 6, subsequent_indent=" " * 6
-        ),
-      ]
+      lines.append(f"  --{'[no]' * flag.is_switch}{name}{behind}")
+      lines.append(textwrap.indent(textwrap.fill(flag.help, 74), " " * 6))
     return "\n".join(lines) + "\n"
 
   def _load(self, spec: str, overrides=(), *, smoke: bool = False):
@@ -186,23 +172,19 @@ class Command:
       if given in _HELP:
         print(self.help(), end="")
         sys.exit(0)
-      if given.startswith("config.") and self.config != "none":
-        if not equals:
-          raise errors.UserError(f"--{given} has no value: write --{given}=X")
-        yield given, text
-        continue
-      name, negated = self._name(given)
+      of_config = given.startswith("config.") and self.config != "none"
+      name, negated = (given, False) if of_config else self._name(given)
       if name is None:
         # Of absl, such as --verbosity=1.
         others.append(argument)
         continue
       flag = self.flags.get(name)
-      if flag and flag.is_switch and not equals:
+      if not equals and flag and flag.is_switch:
         text = "false" if negated else "true"
       elif not equals:
-        text = next(rest, None)
-        if text is None:
-          raise errors.UserError(f"--{given} has no value: write --{given}=X")
+        text = None if of_config else next(rest, None)
+      if text is None:
+        raise errors.UserError(f"--{given} has no value: write --{given}=X")
       if flag and flag.choices and text not in flag.choices:
         raise errors.UserError(
           f"--{given}={text}: choose {' or '.join(flag.choices)}"
@@ -232,13 +214,6 @@ class Command:
       + (f"; nearest: {told}" if told else "")
       + " (--help lists the flags)"
     )
-
-
-def _value(config, key: str | None, default):
-  """Returns the value of a config's key; without either, the default."""
-  if config is None or key is None:
-    return default
-  return config_lib.value_of(config, key)
 
 
 def _text(value) -> str:

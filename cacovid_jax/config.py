@@ -1,9 +1,7 @@
 """Configs: Python files that return a `ConfigDict`, and typed overrides.
 
-A run is fully described by a file, its argument and its overrides:
-`--config configs/x.py:debug --config.sampling.ratio=0.05`. The resolved config
-is locked, so that a mistyped key fails, and lives as `config.json` in the
-workdir, so that a workdir belongs to one config.
+The resolved config is locked, so that a mistyped key fails, and lives as
+`config.json` in the workdir, so that a workdir belongs to one config.
 """
 
 import copy
@@ -24,24 +22,14 @@ from cacovid_jax import (
   files,
 )
 
-# Groups and keys that change how a run is recorded or spread over a machine, or
-# that belong to other commands, and not what training computes: they may differ
-# between a run's start and its continuation.
+# What changes how a run is recorded or spread over a machine, or belongs to
+# other commands, and not what training computes: it may differ between a run's
+# start and its continuation.
 NOT_HASHED = (
-  "blind",
-  "ckpt",
-  "data.feature_cache",
-  "data.memory_items",
-  "data.num_threads",
-  "data.num_workers",
-  "evals",
-  "log_every",
-  "mesh",
-  "prepare",
-  "table",
-  "tfds",
-  "wandb",
-)
+  "blind", "ckpt", "data.feature_cache", "data.memory_items",
+  "data.num_threads", "data.num_workers", "evals", "log_every", "mesh",
+  "prepare", "table", "tfds", "wandb",
+)  # fmt: skip
 
 # Keys of earlier versions: old key -> (today's, its value from the old one).
 _RENAMED = {
@@ -57,19 +45,15 @@ _NEW_GROUPS = ("blind", "prepare", "table", "tfds", "wandb")
 
 
 def load(spec, overrides=(), *, fill=False):
-  """Returns the locked config of "path/to/file.py:argument".
+  """Returns the locked config of "path/to/file.py:argument", overridden.
 
-  Args:
-    spec: a Python file that defines `get_config(arg=None)`, optionally with an
-      argument after a colon; or a workdir's `config.json`, which names no code.
-    overrides: texts "key.subkey=value"; a value must have the type of the one
-      it replaces.
-    fill: whether it gets what it leaves out of `base_config`.
+  `spec` may also be a workdir's `config.json`, which names no code. With
+  `fill`, it gets what it leaves out of `base_config`.
   """
   path, _, arg = str(spec).partition(":")
   if path.endswith(".json"):
     config = read_json(pathlib.Path(path))
-    _refuse_code(config, set(map(_key, overrides)), path)
+    _refuse_code(config, {text.partition("=")[0] for text in overrides}, path)
   else:
     config = config_files.run(pathlib.Path(path), arg or None)
   if fill:
@@ -80,22 +64,18 @@ def load(spec, overrides=(), *, fill=False):
 
 def _override_all(config, texts):
   """Applies overrides; those first that say which others there may be."""
-  for text in sorted(texts, key=lambda text: _key(text) not in extensions.KEYS):
+  keys = tuple(f"{key}=" for key in extensions.KEYS)
+  for text in sorted(texts, key=lambda text: not text.startswith(keys)):
     override(config, text)
-
-
-def _key(text):
-  return text.partition("=")[0]
 
 
 def _refuse_code(config, given, path):
   """Stops at a value that names code, of a key that is not among `given`."""
   for key, value in _flat(config):
-    names_code = any(mark in str(value) for mark in (".py:", "?module="))
+    marks = (":",) if key in extensions.KEYS else (".py:", "?module=")
+    names_code = any(mark in str(value) for mark in marks)
     if key in extensions.KEYS and key.endswith(".module"):
       names_code = value not in extensions.BUILT_IN
-    elif key in extensions.KEYS:
-      names_code = ":" in str(value)
     if names_code and key not in given:
       raise errors.UserError(
         f"{path} was trained with {key}={value!r}, and a file of data runs no"
@@ -106,15 +86,20 @@ def _refuse_code(config, given, path):
 def override(config, text):
   """Applies one "key.subkey=value" to `config`, in place.
 
-  A value "+a,b" of a tuple adds to what there is.
+  The value must have the type of the one it replaces; "+a,b" of a tuple adds
+  to what there is.
   """
   key, equals, value = text.partition("=")
   if not equals or not key:
     raise errors.UserError(
       f"config override {text!r} has no value: write key.subkey=value"
     )
-  if _is_option(config, key):
-    section, _, name = key.partition(".")
+  section, _, name = key.partition(".")
+  spec, known = extensions.own(config, section), extensions.SECTIONS
+  if spec and name and name not in known[section]:
+    # An option of one's own code, which has it.
+    found, _ = extensions.load(spec, f"config.{section}.{known[section][0]}")
+    extensions.fitting(found, section, {name: None})
     if name not in config[section]:
       with config[section].unlocked():
         config[section][name] = config_values.literal(value)
@@ -130,18 +115,6 @@ def override(config, text):
   kind = group.get_type(leaf)
   new = config_values.parse(value[adds:], old, name=key, kind=kind)
   assign(config, key, (*old, *new) if adds else new)
-
-
-def _is_option(config, key):
-  """Returns whether a key is an option of one's own code, which has it."""
-  section, _, name = key.partition(".")
-  spec = extensions.own(config, section)
-  known = extensions.SECTIONS.get(section, ())
-  if not spec or not name or name in known:
-    return False
-  found, _ = extensions.load(spec, f"config.{section}.{known[0]}")
-  extensions.fitting(found, section, {name: None})
-  return True
 
 
 def assign(config, key, value):
@@ -175,8 +148,7 @@ def train_files(config):
 def complete(config):
   """Returns the config with what it leaves out of `base_config`, unlocked.
 
-  Its own further keys stay, such as options of one's own policy; but `evals`
-  has none, so a mistyped one is named.
+  Further keys stay, such as options of one's own policy, but none of `evals`.
   """
   defaults = base_config.get_config()
   for key in config.get("evals", ()):
@@ -185,9 +157,16 @@ def complete(config):
   return _fill(config.unlock(), defaults, defaults)
 
 
-def to_dict(config, prefix=""):
-  """Returns plain nested dicts, lists, numbers and texts of a config."""
-  return {key: _plain(config[key], prefix + key) for key in sorted(config)}
+def to_dict(config, name=""):
+  """Returns plain nested dicts, lists, numbers and texts, or a TypeError."""
+  if isinstance(config, (dict, ml_collections.ConfigDict)):
+    prefix = f"{name}." if name else ""
+    return {key: to_dict(config[key], prefix + key) for key in sorted(config)}
+  if isinstance(config, (tuple, list)):
+    return [to_dict(item, name) for item in config]
+  if config is None or isinstance(config, (bool, int, float, str)):
+    return config
+  raise TypeError(f"config value {name} is a {type(config)}, which JSON lacks")
 
 
 def dumps(config):
@@ -203,28 +182,25 @@ def save(config, path):
 def config_hash(config, *, before=False):
   """Returns 16 hexadecimal digits of the config without `NOT_HASHED` keys.
 
-  With `before`, of an earlier version's config, as that version hashed it.
+  With `before`, an earlier version's config is hashed as that version did.
   """
-  skipped = set(NOT_HASHED) - set(_NEW_GROUPS if before else ())
-  text = json.dumps(_hashed(to_dict(config), skipped), sort_keys=True)
+  values = _hashed(config, {*NOT_HASHED} - {*(_NEW_GROUPS if before else ())})
+  text = json.dumps(values, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def upgraded(config, like=None):
   """Returns a config of a workdir under today's keys, locked.
 
-  It gets keys of the config `like` where it lacks them, with the values of
-  `base_config`; all of that by default.
+  Keys of `like` (by default all) that it lacks come from `base_config`.
   """
   config = copy.deepcopy(config).unlock()
+  known = dict(_flat(config))
   for old, (new, convert) in _RENAMED.items():
-    try:
+    if old in known:
       group, leaf = _find(config, old)
-    except errors.UserError:
-      continue
-    value = convert(group[leaf])
-    del group[leaf]
-    config.update_from_flattened_dict({new: value})
+      del group[leaf]
+      config.update_from_flattened_dict({new: convert(known[old])})
   # A base model's training has sections of its own.
   if "pretrain" not in config:
     known = base_config.get_config()
@@ -245,9 +221,7 @@ def claim_workdir(workdir, config):
   if path.exists():
     there = read_json(path)
     now = upgraded(there, config)
-    differences = _differences(
-      *(_hashed(to_dict(each), NOT_HASHED) for each in (now, config))
-    )
+    differences = _differences(_hashed(now), _hashed(config))
     if differences:
       shown = "; ".join(differences[:3])
       more = len(differences) - 3
@@ -256,12 +230,12 @@ def claim_workdir(workdir, config):
         + (f"; and {more} more" if more > 0 else "")
         + ". Give another --workdir, or the config the run started with"
       )
-    if to_dict(now) != to_dict(there):
-      if config_hash(there, before=True) != config_hash(config):
-        raise errors.UserError(
-          f"workdir {workdir} was written by an earlier version; continue it"
-          f" after: python -m cacovid_jax.ckpt upgrade {workdir}"
-        )
+    renamed = to_dict(now) != to_dict(there)
+    if renamed and config_hash(there, before=True) != config_hash(config):
+      raise errors.UserError(
+        f"workdir {workdir} was written by an earlier version; continue it"
+        f" after: python -m cacovid_jax.ckpt upgrade {workdir}"
+      )
   save(config, path)
 
 
@@ -311,17 +285,16 @@ def _find(config, key):
 def _unknown_key(config, key):
   known = [name for name, _ in _flat(config)]
   leaf = key.split(".")[-1]
-  near = [other for other in known if other.split(".")[-1] == leaf]
-  near += difflib.get_close_matches(key, known, n=3, cutoff=0.5)
-  near += [
-    other
+  alike = {
+    other: difflib.SequenceMatcher(None, other.split(".")[-1], leaf).ratio()
     for other in known
-    if difflib.SequenceMatcher(None, other.split(".")[-1], leaf).ratio() > 0.75
-  ]
+  }
+  near = [other for other in known if alike[other] == 1]
+  near += difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+  near += [other for other in known if alike[other] > 0.75]
   near = list(dict.fromkeys(near))[:3] or sorted(config)
-  return errors.UserError(
-    f"unknown config key {key!r}; nearest: {', '.join(near)}"
-  )
+  told = ", ".join(near)
+  return errors.UserError(f"unknown config key {key!r}; nearest: {told}")
 
 
 def _flat(config, prefix=""):
@@ -349,24 +322,16 @@ def _differences(there, here, prefix=""):
   return out
 
 
-def _hashed(values, skipped, prefix=""):
-  return {
-    key: _hashed(value, skipped, f"{prefix}{key}.")
-    if isinstance(value, dict)
-    else value
-    for key, value in values.items()
-    if f"{prefix}{key}" not in skipped
-  }
-
-
-def _plain(value, name):
-  if isinstance(value, (dict, ml_collections.ConfigDict)):
-    return to_dict(value, f"{name}.")
-  if isinstance(value, (tuple, list)):
-    return [_plain(item, name) for item in value]
-  if value is None or isinstance(value, (bool, int, float, str)):
-    return value
-  raise TypeError(f"config value {name} is a {type(value)}, which JSON lacks")
+def _hashed(config, skipped=NOT_HASHED):
+  """Returns a config as nested dicts without some keys."""
+  values = to_dict(config)
+  for key in skipped:
+    *groups, leaf = key.split(".")
+    group = values
+    for name in groups:
+      group = group.get(name, {})
+    group.pop(leaf, None)
+  return values
 
 
 def _tuples(value):

@@ -26,14 +26,11 @@ _MOVED = {
 def run(path: pathlib.Path, arg: str | None) -> ml_collections.ConfigDict:
   """Returns the unlocked result of `get_config` of a Python file."""
   if not path.is_file():
+    told = _known_files(path.parent)
     if path.name in _MOVED:
       now = ",".join(filter(None, (_MOVED[path.name], arg)))
-      raise errors.UserError(
-        f"no config file {path}: it is {path.parent / now} now"
-      )
-    raise errors.UserError(
-      f"no config file {path}" + _known_files(path.parent or ".")
-    )
+      told = f": it is {path.parent / now} now"
+    raise errors.UserError(f"no config file {path}{told}")
   path = path.resolve()
   # Configs import their neighbours as `configs.common`, from any folder.
   root = path.parent
@@ -68,9 +65,7 @@ def no_config():
 
 
 def _known_files(folder):
-  names = sorted(
-    str(path)
-    for path in pathlib.Path(folder).glob("*.py")
-    if path.stem not in ("__init__", "common")
-  )
+  found = pathlib.Path(folder).glob("*.py")
+  others = ("__init__", "common")
+  names = sorted(str(path) for path in found if path.stem not in others)
   return f"; there are {', '.join(names)}" if names else ""

@@ -1,6 +1,7 @@
 """Values of a config as texts: what a command line says, by type."""
 
 import ast
+import contextlib
 import math
 
 from cacovid_jax import errors
@@ -9,15 +10,12 @@ _WORDS = {"true": True, "false": False, "none": None, "null": None}
 
 
 def parse(text, like, *, name="value", kind=None):
-  """Returns the value that `text` writes, of the type of `like`.
+  """Returns the value that `text` writes, of the type of what it replaces.
 
-  Args:
-    text: "3e-4", "true", "a word", "(1, 2)" or "1,2"; "none" empties any field
-      that holds neither a text nor a truth value.
-    like: the value that is replaced.
-    name: of the field, for the error message.
-    kind: the type to read when `like` is None, such as that of a placeholder;
-      without it the text is read as the Python literal it looks like.
+  That is "3e-4", "true", "a word", "(1, 2)" or "1,2"; "none" empties any field
+  that holds neither a text nor a truth value. Where `like` is None, `kind` is
+  the type to read, as of a placeholder; without both the text is read as the
+  Python literal it looks like.
   """
   if like is not None:
     kind = type(like)
@@ -28,27 +26,18 @@ def parse(text, like, *, name="value", kind=None):
   word = _WORDS.get(text.strip().lower(), text)
   if word is None and kind is not bool:
     return None
-  try:
-    if kind in (tuple, list):
-      return _parse_sequence(text, like or (), name, kind)
-    if kind is bool and isinstance(word, bool):
-      return word
+  if kind in (tuple, list):
+    return _parse_sequence(text, like or (), name, kind)
+  if kind is bool and isinstance(word, bool):
+    return word
+  with contextlib.suppress(ValueError):
     if kind is int:
       return _parse_int(text)
     if kind is float and not math.isnan(value := float(text)):
       return value
-  except ValueError:
-    pass
-  expected = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    tuple: "values separated by commas",
-    list: "values separated by commas",
-  }.get(kind, f"a {kind.__name__}")
-  raise errors.UserError(
-    f"{name}={text} is not {expected} (it is {like!r} now)"
-  )
+  expected = {bool: "true or false", int: "a whole number", float: "a number"}
+  told = expected.get(kind, f"a {kind.__name__}")
+  raise errors.UserError(f"{name}={text} is not {told} (it is {like!r} now)")
 
 
 def _parse_int(text):

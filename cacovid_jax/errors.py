@@ -14,9 +14,7 @@ class UserError(Exception):
   """A user's mistake; the message is one line naming the thing and the mend."""
 
 
-def run(
-  main: Callable[[Any], int | None], parse: Callable[[Sequence[str]], Any]
-) -> None:
+def run(main: Callable, parse: Callable[[Sequence[str]], Any]) -> None:
   """Runs a `main`; a `UserError` ends it with one line and exit code 2.
 
   It takes what `parse` makes of the command line; its result is the exit code.
@@ -31,20 +29,13 @@ def run(
 
   def parsed(argv):
     found = guarded(parse, argv)
-    quiet()
+    # Orbax alone tells a page about every checkpoint. Our own words stay.
+    if not flags.FLAGS["verbosity"].present:
+      absl_logging.set_verbosity(absl_logging.WARNING)
+    logging.getLogger("cacovid_jax").setLevel(logging.INFO)
     return found
 
   app.run(functools.partial(guarded, main), flags_parser=parsed)
-
-
-def quiet() -> None:
-  """Silences what libraries tell below a warning, unless --verbosity asks.
-
-  Orbax alone tells a page about every checkpoint. Our own words stay.
-  """
-  if not flags.FLAGS["verbosity"].present:
-    absl_logging.set_verbosity(absl_logging.WARNING)
-  logging.getLogger("cacovid_jax").setLevel(logging.INFO)
 
 
 def one_line(error: Exception) -> str:

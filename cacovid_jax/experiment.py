@@ -1,21 +1,20 @@
 """From a config to what a command needs: the only constructor.
 
-Every command starts from `Experiment.from_config`. Its parts are made when they
-are first asked for, so that a command which only counts reads no weight.
+Parts are made when they are first asked for, so that a command which only
+counts reads no weight.
 """
 
 import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-import cacovid_jax
 from cacovid_jax import config as config_lib
 from cacovid_jax import errors
 from cacovid_jax.data import chat_template as chat_template_lib
@@ -29,7 +28,7 @@ from cacovid_jax.parallel import mesh as mesh_lib
 from cacovid_jax.policy import loading
 
 DTYPES = ("float32", "bfloat16")
-_ASSETS = pathlib.Path(cacovid_jax.__file__).parent / "assets"
+_ASSETS = pathlib.Path(__file__).parent / "assets"
 SHIPPED_MODEL = _ASSETS / "base_model"
 SHIPPED_POLICY = _ASSETS / "policy"
 # What a part of an experiment depends on; a model stays on its mesh.
@@ -39,88 +38,57 @@ _PARTS = {
   "checkpoint": ("mesh", "model", "evals.template"),
   "policies": ("mesh", "model", "evals.template", "evals.policies"),
 }
-# Of the paper's evaluation, for models whose files do not say another number.
-_NUM_FRAMES = 32
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Experiment:
-  """What a config describes.
+  """What a config describes."""
 
-  Attributes:
-    config: locked; see `base_config`.
-    workdir: where files of the run go; None for nowhere.
-    shard: (i, n): this is process i of n that share the work.
-    split: key of what the `data` axis of the mesh shares: videos of a training
-      step, or questions of a batch; "" is a batch of one question.
-  """
-
-  config: Any
-  workdir: pathlib.Path | None = None
-  shard: tuple[int, int] = (0, 1)
+  config: Any  # Locked; see `base_config`.
+  workdir: pathlib.Path | None = None  # Of files of the run; None for nowhere.
+  shard: tuple[int, int] = (0, 1)  # Process i of n that share the work.
+  # Key of what the `data` axis of the mesh shares: videos of a training step,
+  # or questions of a batch; "" is a batch of one question.
   split: str = "evals.batch_size"
 
   @classmethod
-  def from_config(
-    cls,
-    config,
-    workdir: str | os.PathLike | None = None,
-    *,
-    shard: tuple[int, int] = (0, 1),
-    split: str = "evals.batch_size",
-    checkpoint: checkpoints.Checkpoint | None = None,
-  ) -> "Experiment":
+  def from_config(cls, config, workdir=None, *, checkpoint=None, **fields):
     """Returns an experiment; looks at the config and reads nothing.
 
-    Args:
-      config: see `base_config`; keys that it leaves out have defaults.
-      workdir: see `Experiment`.
-      shard: see `Experiment`.
-      split: see `Experiment`.
-      checkpoint: the base model, instead of config.model.path.
+    Keys that the config leaves out have defaults; a `checkpoint` is the base
+    model, instead of config.model.path; `fields` are `shard` and `split`.
     """
     config = config_lib.complete(config.copy_and_resolve_references()).lock()
     _choose(config, "model.dtype", DTYPES)
     _choose(config, "evals.template", ("", "processor", "tokenizer"))
-    for key in ("data.min_pixels", "data.max_pixels"):
-      if config_lib.value_of(config, key) < 0:
+    for name in ("min_pixels", "max_pixels"):
+      if config.data[name] < 0:
         raise errors.UserError(
-          f"config.{key}={config_lib.value_of(config, key)}: give a number of"
-          " pixels, or 0 for the usual number"
+          f"config.data.{name}={config.data[name]}: give a number of pixels, or"
+          " 0 for the usual number"
         )
-    made = cls(config, workdir and pathlib.Path(workdir), tuple(shard), split)
+    made = cls(config, workdir and pathlib.Path(workdir), **fields)
     if checkpoint is not None:
       # Where a cached property looks first.
       made.__dict__["loaded"] = checkpoint
     return made
 
-  def replace(
-    self,
-    changes: Mapping[str, Any],
-    workdir: str | os.PathLike | None = None,
-  ) -> "Experiment":
-    """Returns the experiment with {key: value} changed, loaded parts shared.
-
-    Args:
-      changes: of the config.
-      workdir: another one.
-    """
-    made = dataclasses.replace(
-      self,
-      config=config_lib.replace(self.config, changes),
-      workdir=self.workdir if workdir is None else pathlib.Path(workdir),
-    )
+  def replace(self, changes, workdir=None) -> "Experiment":
+    """Returns the experiment with {key: value} changed, loaded parts shared."""
+    config = config_lib.replace(self.config, changes)
+    workdir = self.workdir if workdir is None else pathlib.Path(workdir)
+    made = dataclasses.replace(self, config=config, workdir=workdir)
     made.adopt(self)
     return made
 
   def adopt(self, other: "Experiment") -> None:
     """Takes over the parts that another one has made, where both are alike."""
     for name, keys in _PARTS.items():
-      if name in other.__dict__ and all(
-        config_lib.value_of(self.config, key)
-        == config_lib.value_of(other.config, key)
-        for key in keys
-      ):
+      own, others = (
+        [config_lib.value_of(one.config, key) for key in keys]
+        for one in (self, other)
+      )
+      if name in other.__dict__ and own == others:
         self.__dict__[name] = other.__dict__[name]
 
   @functools.cached_property
@@ -169,17 +137,14 @@ class Experiment:
   @functools.cached_property
   def checkpoint(self) -> checkpoints.Checkpoint:
     """The base model with the chat template of config.evals."""
-    return with_template(
-      self.loaded, self.config.model.path, self.config.evals.template
-    )
+    config = self.config
+    return with_template(self.loaded, config.model.path, config.evals.template)
 
   @functools.cached_property
   def policies(self) -> dict[str, loading.LoadedPolicy]:
     """Name -> policy; plain `cacovid` follows the first one."""
-    return {
-      name: loading.load_policy(path, self.checkpoint)
-      for name, path in self.policy_paths.items()
-    }
+    paths = self.policy_paths
+    return {k: loading.load_policy(paths[k], self.checkpoint) for k in paths}
 
   @property
   def policy_paths(self) -> dict[str, str]:
@@ -193,18 +158,12 @@ class Experiment:
     return out
 
 
-def with_template(
-  checkpoint: checkpoints.Checkpoint, directory: str, template: str
-) -> checkpoints.Checkpoint:
+def with_template(checkpoint, directory, template) -> checkpoints.Checkpoint:
   """Returns a checkpoint that writes prompts by the chat template asked for.
 
-  Args:
-    checkpoint: as loaded, with its default template: the processor's, or where
-      there is none the tokenizer's.
-    directory: where it was loaded from.
-    template: "" or "processor" is that default; "tokenizer" takes the template
-      of tokenizer_config.json and gives it plain texts, as the paper's
-      evaluation does.
+  "" or "processor" is the default that it has as loaded from the directory: the
+  processor's, or where there is none the tokenizer's. "tokenizer" takes that of
+  tokenizer_config.json and gives it plain texts, as the paper's evaluation.
   """
   if template in ("", "processor"):
     return checkpoint
@@ -214,10 +173,10 @@ def with_template(
       " template=tokenizer takes; copy that file from the checkpoint's origin,"
       " or use template=processor"
     )
-  tokenizer = tokenizer_lib.Tokenizer.from_directory(
-    directory, template=template
+  make = tokenizer_lib.Tokenizer.from_directory
+  return dataclasses.replace(
+    checkpoint, tokenizer=make(directory, template=template)
   )
-  return dataclasses.replace(checkpoint, tokenizer=tokenizer)
 
 
 def with_shipped(config) -> Any:
@@ -226,27 +185,22 @@ def with_shipped(config) -> Any:
   And with that one's policy, or one among the named model's own weights, if it
   names no policy; and the number of frames that the model's files say, for 0.
   """
-  changes = {}
   path = config.model.path or os.fspath(SHIPPED_MODEL)
-  if not config.evals.policies:
-    policy = path if config.model.path else os.fspath(SHIPPED_POLICY)
-    if loading.has_policy(policy):
-      changes["evals.policies"] = (f"policy={policy}",)
+  changes = {"model.path": path}
+  policy = config.model.path or os.fspath(SHIPPED_POLICY)
+  if not config.evals.policies and loading.has_policy(policy):
+    changes["evals.policies"] = (f"policy={policy}",)
   if not config.data.num_frames:
     changes["data.num_frames"] = processors.default_num_frames(path)
-  return config_lib.replace(config, {"model.path": path} | changes)
+  return config_lib.replace(config, changes)
 
 
-def read_questions(
-  config, workdir=None, *, resumes: bool = True
-) -> Sequence[question_lib.Question]:
-  """Returns the training rows of config.data, whose clips are there.
+def read_questions(config, workdir=None, *, resumes=True) -> Sequence:
+  """Returns the training `Question`s of config.data, whose clips are there.
 
-  Args:
-    config: see `base_config`.
-    workdir: what is left out is printed, one line for each kind, and listed
-      in its `left_out.json`; None for neither.
-    resumes: whether other rows than the workdir's are refused.
+  With a workdir, what is left out is printed, one line for each kind, and
+  listed in its `left_out.json`; a run that resumes refuses other rows than the
+  workdir's.
   """
   left_out = left_out_lib.SkippedRows()
   rows = _with_clips(config, _read_rows(config, left_out.report), left_out)
@@ -274,41 +228,23 @@ def _read_rows(config, report) -> Sequence[question_lib.Question]:
       " the questions and clips (cacovid_jax.prepare makes one)"
     )
   if data.tfds:
-    return tfds_lib.open_source(
-      os.path.join(data.root, data.tfds), data.train_split
-    )
+    folder = os.path.join(data.root, data.tfds)
+    return tfds_lib.open_source(folder, data.train_split)
   root = media_root(config)
+  options = {"on_bad_row": data.on_bad_row, "report": report}
   if data.reader == "own":
-    return readers.read_own(
-      data.root,
-      root,
-      split=data.train_split,
-      on_bad_row=data.on_bad_row,
-      report=report,
-    )
-  if data.reader != "video-r1":
-    raise errors.UserError(
-      f"config.data.reader={data.reader!r}: choose video-r1 or own"
-    )
-  return readers.read_video_r1(
-    config_lib.train_files(config),
-    root,
-    on_bad_row=data.on_bad_row,
-    report=report,
-  )
+    return readers.read_own(data.root, root, split=data.train_split, **options)
+  _choose(config, "data.reader", ("video-r1", "own"), "choose")
+  return readers.read_video_r1(config_lib.train_files(config), root, **options)
 
 
 def _with_clips(config, rows, left_out):
   """Returns the rows whose clips are there; others are an error or noted."""
-  how, root = config.data.on_missing, media_root(config)
-  if how not in ("raise", "skip"):
-    raise errors.UserError(
-      f"config.data.on_missing={how!r}: choose raise or skip"
-    )
-  names = [row.video for row in rows]
+  _choose(config, "data.on_missing", ("raise", "skip"), "choose")
+  root, names = media_root(config), [row.video for row in rows]
   missing = left_out.missing = readers.find_missing(names, root)
   found = [place for place, name in enumerate(names) if name not in missing]
-  if missing and (how == "raise" or not found):
+  if missing and (config.data.on_missing == "raise" or not found):
     raise readers.missing_error(
       names, root, missing, "leave them out with config.data.on_missing=skip"
     )
@@ -319,10 +255,10 @@ def _with_clips(config, rows, left_out):
   return [rows[place] for place in found]
 
 
-def _choose(config, key, values) -> None:
+def _choose(config, key, values, told="use") -> None:
   value = config_lib.value_of(config, key)
   if value not in values:
-    told = " or ".join(filter(None, values))
+    told += f" {' or '.join(filter(None, values))}"
     if "" in values:
       told += ", or leave it empty for the default"
-    raise errors.UserError(f"config.{key}={value!r}: use {told}")
+    raise errors.UserError(f"config.{key}={value!r}: {told}")

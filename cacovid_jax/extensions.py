@@ -30,10 +30,7 @@ KEYS = {f"{name}.{keys[0]}" for name, keys in SECTIONS.items()}
 
 
 def load(spec: str, key: str) -> tuple[Any, str]:
-  """Returns a named object, and the sha256 of its file ("" if it has none).
-
-  `key` is what was set to the name, for messages.
-  """
+  """Returns what a key names, and the sha256 of its file ("" without one)."""
   source, _, name = spec.rpartition(":") if isinstance(spec, str) else [""] * 3
   if not source or not name:
     raise errors.UserError(
@@ -70,12 +67,8 @@ def own(config, section: str) -> str:
 def fitting(found, section: str, options, known=()) -> dict[str, Any]:
   """Returns the options that code takes; stops at one that it does not have.
 
-  Args:
-    found: a class, whose options are the arguments of `from_llm_config` or
-      else of itself; or a function, whose options are keyword-only.
-    section: of the config, for messages.
-    options: {name: value}.
-    known: names that are left out where it does not take them.
+  A class takes the arguments of `from_llm_config` or else of itself, a function
+  its keyword-only ones; names among `known` are left out if they are others.
   """
   call = getattr(found, "from_llm_config", found)
   given = list(inspect.signature(call).parameters.values())
@@ -99,10 +92,7 @@ def fitting(found, section: str, options, known=()) -> dict[str, Any]:
 
 
 def make(found, section: str, options, known=()) -> Any:
-  """Returns an object of a class, or a function, with its options set.
-
-  The arguments are as for `fitting`.
-  """
+  """Returns an object of a class, or a function, with options as `fitting`."""
   options = fitting(found, section, options, known)
   if not inspect.isclass(found):
     if not options:
@@ -121,12 +111,9 @@ def make(found, section: str, options, known=()) -> Any:
 
 
 def run_file(path):
-  """Returns a module and its file's sha256, of the very bytes that were run.
-
-  A cached .pyc beside them is never taken.
-  """
+  """Returns a module and its file's sha256, of the very bytes that were run."""
   with open(path, "rb") as file:
-    source = file.read()
+    source = file.read()  # And not a cached .pyc beside it.
   digest = hashlib.sha256(source).hexdigest()
   name = f"_{os.path.basename(path)[:-3]}_{digest[:16]}"
   location = importlib.util.spec_from_file_location(name, path)

@@ -1,8 +1,4 @@
-"""Files that survive a kill: atomic writes, appended lines, locks, hashes.
-
-A file is written beside its place and renamed, so that a reader sees the old
-file or the whole new one, whenever the writer is killed.
-"""
+"""Files that survive a kill: atomic writes, appended lines, locks, hashes."""
 
 import contextlib
 import fcntl
@@ -22,11 +18,10 @@ from cacovid_jax import errors
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+def replacing(path) -> Iterator[pathlib.Path]:
   """Gives a free path beside `path`; what is written there replaces it.
 
-  The name holds host and process, so that several processes may write the same
-  file. An error removes the partial file and leaves the old one.
+  Readers see the old file or the whole new one, whoever is killed.
   """
   path = pathlib.Path(path)
   name = f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
@@ -40,9 +35,7 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     raise
 
 
-def write(
-  path: str | os.PathLike, content: str | bytes | Iterable[bytes]
-) -> None:
+def write(path, content: str | bytes | Iterable[bytes]) -> None:
   """Writes text (UTF-8), bytes or pieces of bytes, all or nothing."""
   if isinstance(content, str):
     content = content.encode("utf-8")
@@ -86,17 +79,11 @@ def sha256(path: str | os.PathLike) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def lock(
-  file,
-  path: str | os.PathLike,
-  *,
-  wait: bool = False,
-  hint: str = "or use another workdir",
-) -> None:
+def lock(file, path, *, wait=False, hint="or use another workdir") -> None:
   """Locks a file that is open for writing until it is closed.
 
-  With `wait`, waits for the process that has it, else refuses; `hint` ends
-  the refusal: what else the command can do, by its own flags.
+  Without `wait`, one that another process has is refused; `hint` ends the
+  refusal: what else the command can do, by its own flags.
   """
   try:
     fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

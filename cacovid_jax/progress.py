@@ -1,6 +1,7 @@
 """A progress line with the time left and running means."""
 
 import collections
+import functools
 import math
 import sys
 import time
@@ -10,43 +11,24 @@ import rich.progress
 
 from cacovid_jax import metrics as metrics_lib
 
+_WINDOW = 20  # Last steps that the running means are over.
+_LINE_SECONDS = 15.0  # Between two lines where there is no terminal.
+
 
 class Progress:
-  """A progress bar with time left and running means of metrics.
+  """A progress bar with time left and running means, on standard error.
 
-  On a terminal a live bar; elsewhere a plain line now and then, so that logs
-  stay readable.
+  Where there is no terminal, a plain line now and then, for logs.
   """
 
-  def __init__(
-    self,
-    total,
-    *,
-    start=0,
-    description="train",
-    window=20,
-    line_seconds=15.0,
-    stream=None,
-  ):
-    """Starts nothing yet; use it as a context manager.
-
-    Args:
-      total: steps of the whole run.
-      start: steps done by an earlier start of the run.
-      description: what is being done, in a word.
-      window: last steps that the running means are over.
-      line_seconds: between two lines where there is no terminal.
-      stream: to print to; standard error by default.
-    """
+  def __init__(self, total, *, start=0, description="train"):
+    """Takes all steps of a run, and those done by an earlier start of it."""
     self._total, self._start, self._step = total, start, start
     self._description = description
-    self._line_seconds = line_seconds
-    self._values = collections.defaultdict(
-      lambda: collections.deque(maxlen=window)
-    )
-    self._recent = collections.deque(maxlen=window + 1)  # (time, step)
-    self._stream = stream or sys.stderr
-    self._console = rich.console.Console(file=self._stream)
+    last = functools.partial(collections.deque, maxlen=_WINDOW)
+    self._values = collections.defaultdict(last)
+    self._recent = collections.deque(maxlen=_WINDOW + 1)  # (time, step)
+    self._console = rich.console.Console(file=sys.stderr)
     self._bar = self._task = None
     self._last_line = -math.inf
     self._note = ""
@@ -74,10 +56,7 @@ class Progress:
       self._print_line()
 
   def update(self, step, metrics=None, *, note=""):
-    """Shows that `step` steps are done and what they measured.
-
-    A note says what is being done now, for steps that take long.
-    """
+    """Shows how many steps are done, what they measured, what is done now."""
     self._note = note
     if step != self._step:  # A mere note tells nothing of the speed.
       self._recent.append((time.monotonic(), int(step)))
@@ -87,11 +66,11 @@ class Progress:
         self._values[name].append(value)
     if self._bar:
       self._bar.update(self._task, completed=self._step, text=self._text())
-    elif time.monotonic() - self._last_line >= self._line_seconds:
+    elif time.monotonic() - self._last_line >= _LINE_SECONDS:
       self._print_line()
 
   def means(self):
-    """Returns {name: mean over the last `window` steps}."""
+    """Returns {name: mean over the last steps}."""
     return {n: sum(values) / len(values) for n, values in self._values.items()}
 
   def seconds_left(self):
@@ -105,17 +84,12 @@ class Progress:
     left = self.seconds_left()
     parts = ["eta " + ("?" if left is None else _clock(left))]
     parts += [f"{name} {mean:.3g}" for name, mean in self.means().items()]
-    if self._note:
-      parts.append(self._note)
-    return "  ".join(parts)
+    return "  ".join([*parts, self._note] if self._note else parts)
 
   def _print_line(self):
     self._last_line = time.monotonic()
-    print(
-      f"{self._description} {self._step}/{self._total}  {self._text()}",
-      file=self._stream,
-      flush=True,
-    )
+    done = f"{self._description} {self._step}/{self._total}"
+    print(f"{done}  {self._text()}", file=self._console.file, flush=True)
 
 
 def _clock(seconds):

@@ -11,8 +11,7 @@ from cacovid_jax.models import processors
 def parse_arg(arg, **defaults):
   """Returns the fields of "debug,ratio=0.02" with the types of their defaults.
 
-  That is the text after the colon of `--config file.py:arg`, or None. A name
-  alone sets a truth value; `defaults` are all fields that there are.
+  The text stands behind the colon of --config; a name alone is a truth value.
   """
   fields = dict(defaults)
   for part in filter(None, (part.strip() for part in (arg or "").split(","))):
@@ -33,23 +32,23 @@ def parse_arg(arg, **defaults):
   return types.SimpleNamespace(**fields)
 
 
-def released(arg, *, family, sizes):
-  """Returns the paper's run on a released model.
+def check_size(size, sizes):
+  """Returns one of the sizes that there are, a point in it turned into "_"."""
+  if (name := size.replace(".", "_")) not in sizes:
+    raise errors.UserError(f"unknown size {size!r}: use {' or '.join(sizes)}")
+  return name
 
-  Args:
-    arg: text after the colon: `size=7b` is one of `sizes`, the first one by
-      default; `debug` is two steps and a few questions on a tiny random model
-      of the same family and on the embedded benchmark; `devices=8` trains that
-      many videos a step, one on each.
-    family: of `synthetic.tiny_checkpoints`.
-    sizes: there are; the weights lie in checkpoints/FAMILY_SIZE.
+
+def released(arg, *, family, sizes):
+  """Returns the paper's run on a model with weights in checkpoints/FAMILY_SIZE.
+
+  In the text after the colon, `size` is one of `sizes`, the first by default;
+  `debug` is two steps and a few questions on a tiny random model of the family
+  (of `synthetic.tiny_checkpoints`) and on the embedded benchmark; `devices=8`
+  trains that many videos a step, one on each.
   """
   arg = parse_arg(arg, size=sizes[0], debug=False, devices=1, seed=42)
-  size = arg.size.replace(".", "_")
-  if size not in sizes:
-    raise errors.UserError(
-      f"unknown size {arg.size!r}: use {' or '.join(sizes)}"
-    )
+  size = check_size(arg.size, sizes)
   config = base_config.get_config()  # The paper's numbers.
   config.seed = arg.seed
   config.total_steps = 0  # One epoch.
@@ -62,24 +61,18 @@ def released(arg, *, family, sizes):
   config.data.train_file = "filtered.json"
   config.data.frame_rule = frames.TRAIN_RULE
   config.data.num_threads = 8
-  # Features of a clip take 90 MB at 7B.
-  config.data.memory_items = 32
+  config.data.memory_items = 32  # Features of a clip take 90 MB at 7B.
   if family == "qwen2_5_vl":
     config.data.min_pixels = processors.PAPER_MIN_PIXELS
     config.data.max_pixels = processors.PAPER_MAX_PIXELS
   config.evals.methods = (
     # The paper's half of the budget, spread evenly, and its cap of 1.5 r.
     "cacovid=cacovid?importance_ratio=0.5&max_frame_share=1.5",
-    "fastv",
-    "visionzip",
-    "divprune",
-    "prunevid",
-    "framefusion",
-  )
+    "fastv", "visionzip", "divprune", "prunevid", "framefusion",
+  )  # fmt: skip
   config.evals.oracles = ()
   config.evals.ratios = (0.25, 0.2, 0.15, 0.1)
-  # Of methods that draw, if some are asked for.
-  config.evals.seeds = (0, 1, 2)
+  config.evals.seeds = (0, 1, 2)  # Of methods that draw, if some are asked for.
   config.evals.select_on = "none"
   if family == "llava_onevision":
     # The paper's evaluator: plain texts and the tokenizer's system turn.

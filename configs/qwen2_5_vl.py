@@ -1,7 +1,6 @@
 r"""CaCoVID on Qwen2.5-VL, 32 frames: `:size=7b` or `:size=3b`.
 
-Weights: Qwen/Qwen2.5-VL-7B-Instruct
-and Qwen/Qwen2.5-VL-3B-Instruct
+Weights: Qwen/Qwen2.5-VL-7B-Instruct and -3B-Instruct
 in checkpoints/qwen2_5_vl_SIZE.
 
 python -m cacovid_jax.train --config configs/qwen2_5_vl.py:size=3b \

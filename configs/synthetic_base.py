@@ -53,14 +53,12 @@ def _pretrain(debug):
     lr=1.2e-3,
     warmup_steps=1 if debug else 300,
     weight_decay=0.05,
-    # Tokens kept in the pruned loss: uniform over this range.
-    min_keep=16,
+    min_keep=16,  # Tokens kept in the pruned loss: uniform over this range.
     num_keep=78,
     # Shares of its rows: decisive tokens missing, others on objects.
     lossy_share=0.2,
     crowded_share=0.4,
-    # Questions of a clip that the asked loss looks at.
-    asked_questions=2,
+    asked_questions=2,  # Questions of a clip that the asked loss looks at.
     weights=dict(
       full=1.0, pruned=1.0, told=0.5, labels=1.0, size=0.1, asked=1.0
     ),

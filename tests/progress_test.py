@@ -2,6 +2,7 @@
 
 import io
 import math
+import sys
 
 import pytest
 
@@ -17,13 +18,18 @@ class _Clock:
     return self.now
 
 
+def _stream(monkeypatch, stream):
+  monkeypatch.setattr(sys, "stderr", stream)
+  monkeypatch.setattr(progress_lib, "_LINE_SECONDS", 5)
+  return stream
+
+
 def test_plain_lines_with_means_and_time_left(monkeypatch):
   clock = _Clock()
   monkeypatch.setattr(progress_lib, "time", clock)
-  stream = io.StringIO()
-  with progress_lib.Progress(
-    100, start=10, window=2, line_seconds=5, stream=stream
-  ) as progress:
+  monkeypatch.setattr(progress_lib, "_WINDOW", 2)
+  stream = _stream(monkeypatch, io.StringIO())
+  with progress_lib.Progress(100, start=10) as progress:
     assert progress.seconds_left() is None
     for step in (11, 12, 13):
       clock.now += 2.0
@@ -38,8 +44,8 @@ def test_plain_lines_with_means_and_time_left(monkeypatch):
 def test_a_note_says_what_takes_so_long(monkeypatch):
   clock = _Clock()
   monkeypatch.setattr(progress_lib, "time", clock)
-  stream = io.StringIO()
-  with progress_lib.Progress(8, line_seconds=5, stream=stream) as progress:
+  stream = _stream(monkeypatch, io.StringIO())
+  with progress_lib.Progress(8) as progress:
     progress.update(0, note="compiling")
     for note in ("a", "b", "c"):  # No step is done: nothing is known of speed.
       clock.now += 4.0
@@ -59,10 +65,8 @@ def test_a_terminal_gets_a_bar(monkeypatch):
       return True
 
   monkeypatch.setenv("TERM", "xterm")
-  stream = _Terminal()
-  with progress_lib.Progress(
-    3, description="prepare", stream=stream
-  ) as progress:
+  stream = _stream(monkeypatch, _Terminal())
+  with progress_lib.Progress(3, description="prepare") as progress:
     progress.update(3, {"clips": 3})
   assert "prepare" in stream.getvalue()
   assert "3/3" in stream.getvalue()

@@ -1,27 +1,19 @@
 """One question about one clip, answered from several shares of its tokens.
 
-    from cacovid_jax.inference import answerer
+    asked = answerer.Answerer().ask("clip.mp4", "Which appears first?",
+                                    ("red moon", "blue star"), ratios=(0.1,))
+    print(asked.answers[0].text, asked.answers[0].milliseconds)
 
-    model = answerer.Answerer()  # The shipped model; or a directory.
-    asked = model.ask("clip.mp4", "Which of these appears first?",
-                      ("red moon", "blue star"), ratios=(1.0, 0.1),
-                      method="uniform")
-    for answer in asked.answers:
-      print(answer.method, answer.kept, answer.text, answer.milliseconds)
-
-The prompts, selections, programs and pictures are those of an evaluation; what
-is added are times per stage, with compilation kept apart.
-
-Letters: T frames, H W token grid of a frame, N = T * H * W video tokens.
+Prompts, selections, programs and pictures are those of an evaluation.
 """
 
+import collections
 import contextlib
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
-
-import numpy as np
 
 from cacovid_jax import base_config, errors
 from cacovid_jax import config as config_lib
@@ -36,48 +28,36 @@ from cacovid_jax.inference import programs as programs_lib
 
 STYLES = ("video-r1", "videomme")
 _MAX_NEW_TOKENS = 64
-# Names of `engine.Engine.seconds`, by what they begin with: "embed" is the
-# whole prompt, "scores" the policy or whatever else a method reads, "answer"
-# prefill and decoding, with whatever happens inside the language model.
+# First words of `engine.Engine.seconds` -> stage: "scores" is whatever a method
+# reads, "answer" whatever happens inside the language model.
 _STAGES = {
-  "prompts": "embed",
-  "policy": "scores",
-  "vanilla": "scores",
-  "select": "select",
-  "answer": "answer",
-}
+  "prompts": "embed", "policy": "scores", "vanilla": "scores",
+  "select": "select", "answer": "answer",
+}  # fmt: skip
 
 
 class ClipAnswers(NamedTuple):
-  """A question, its answers, and what they took.
+  """A question, its answers (one per ratio), and what they took.
 
   Attributes:
-    question: as it was asked; `prompt` is the user's text, word for word.
-    path: of the clip.
-    clip: what the file holds.
-    grid: (T, H, W) of its video tokens.
-    answers: one per ratio, in the order given.
     milliseconds: "decode" (frames to pixels included) and "tower", which all
       answers share; each answer has its own "embed", "scores", "select" and
       "answer".
     warm_up: seconds of the run before the timed one, compilation included;
-      None if there was no such run, and then the times include compilation.
+      None if there was none, and then the times include compilation.
     warnings: what is unusual about the clip, one line each.
   """
 
   question: question_lib.Question
   path: str
   clip: video.Probe
-  grid: tuple[int, int, int]
+  grid: tuple[int, int, int]  # (T, H, W) of its `num_video` tokens.
   answers: tuple[engine_lib.AnswerResult, ...]
   milliseconds: Mapping[str, float]
   warm_up: float | None
   warnings: tuple[str, ...]
 
-  @property
-  def num_video(self) -> int:
-    """N, the video tokens that there were to keep."""
-    return int(np.prod(self.grid))
+  num_video = property(lambda self: math.prod(self.grid))
 
   def total(self, answer: engine_lib.AnswerResult) -> float:
     """Returns the milliseconds from the file to an answer's text."""
@@ -85,11 +65,10 @@ class ClipAnswers(NamedTuple):
     return float(sum(parts))
 
 
-class Answerer(contextlib.AbstractContextManager):
-  """A loaded model that answers questions about clips.
+class Answerer(contextlib.ExitStack):
+  """A loaded model that answers questions about clips, until it is closed.
 
-  Programs are kept: another question of about the same length, about any clip,
-  compiles nothing.
+  Another question of about the same length, about any clip, compiles nothing.
   """
 
   def __init__(
@@ -110,10 +89,9 @@ class Answerer(contextlib.AbstractContextManager):
         embedded benchmark, which comes with the package.
       policy: for the learned methods, see `loading.load_policy`; None is the
         shipped model's own policy, where there is one.
-      num_frames: T; None takes the number in the checkpoint's video
-        preprocessor file, or 32, the number of the paper's evaluation.
+      num_frames: None takes the number in the checkpoint's files, or 32.
       max_new_tokens: longest answer.
-      dtype: of weights and computation, one of `experiment.DTYPES`.
+      dtype: of weights and computation.
       rule: how a letter is taken from an answer, see `data.letters`.
       limits: caps on what is decoded.
     """
@@ -134,14 +112,14 @@ class Answerer(contextlib.AbstractContextManager):
   def from_config(cls, config, limits: video.Limits | None = None):
     """Returns the answerer of `model`, `data`, `evals` and `mesh` of a config.
 
-    An empty model.path is the shipped model, and 0 frames or new tokens are the
-    usual number.
+    Empty or 0, the model, the frames and new tokens are the usual ones.
     """
     made = cls.__new__(cls)
     made._load(config, limits)
     return made
 
   def _load(self, config, limits):
+    super().__init__()
     self.shipped = not config.model.path
     config = experiment_lib.with_shipped(config)
     changes = {
@@ -154,16 +132,14 @@ class Answerer(contextlib.AbstractContextManager):
       config_lib.replace(config, changes), split=""
     )
     self.experiment, self._limits, self._sources = experiment, limits, {}
+    num_tokens = config.evals.max_new_tokens or _MAX_NEW_TOKENS
     self.settings = engine_lib.Settings(
-      num_frames=config.data.num_frames,
-      batch_size=1,
-      max_new_tokens=config.evals.max_new_tokens or _MAX_NEW_TOKENS,
-      rule=config.evals.rule,
+      config.data.num_frames, 1, num_tokens, config.evals.rule
     )
     self.checkpoint = experiment.checkpoint
     self.policies = experiment.policies
     self.programs = programs_lib.Programs(
-      self.checkpoint, self.settings.max_new_tokens, experiment.mesh
+      self.checkpoint, num_tokens, experiment.mesh
     )
 
   def ask(
@@ -180,30 +156,27 @@ class Answerer(contextlib.AbstractContextManager):
     """Returns the answers to one question, one per ratio.
 
     Args:
-      path: video file.
+      path: of the video file.
       question: text; without options it is the whole of the user's turn.
-      options: choices without letters; they are lettered, and the model is
-        asked for a letter.
-      ratios: shares of the video tokens to keep; 1.0 is vanilla, whatever the
-        method.
+      options: choices without letters, of which the model is asked for one.
+      ratios: shares of the tokens to keep; 1.0 is vanilla, whatever the method.
       method: as in an evaluation, `name?option=value`.
       style: wording of a question with options, one of `STYLES`.
       warm_up: whether everything runs once before it is timed.
     """
     # All mistakes that can be told without running anything, first.
     asked = as_question(path, question, options, style=style)
-    ratios = [base.check_ratio(ratio) for ratio in ratios]
-    if not ratios:
-      raise errors.UserError("no ratio given; for example 0.1")
     chosen = methods_lib.Method.parse(method)
-    if any(ratio < 1 for ratio in ratios):
+    conditions = [
+      methods_lib.Condition(chosen if ratio < 1 else None, ratio)
+      for ratio in map(base.check_ratio, ratios)
+    ]
+    if not conditions:
+      raise errors.UserError("no ratio given; for example 0.1")
+    if any(condition.method for condition in conditions):
       self._check(chosen)
     clip = _probe(path, self._limits)
     source = self.source(self._grid(path))
-    conditions = [
-      methods_lib.Condition(chosen if ratio < 1 else None, ratio)
-      for ratio in ratios
-    ]
     source.observe(methods_lib.wanted([chosen]))
     engine = engine_lib.Engine.of(
       self.experiment,
@@ -223,19 +196,17 @@ class Answerer(contextlib.AbstractContextManager):
     # is told in full, where an evaluation only notes it.
     if source[asked.video].fault:
       source.frames(asked.video)
-    first_run = None
-    if warm_up:
-      for condition in conditions:
-        engine.answer(asked, condition)
-      first_run = time.perf_counter() - start
+    for condition in conditions if warm_up else ():
+      engine.answer(asked, condition)
+    first_run = time.perf_counter() - start
     source.clear()
     source.seconds.clear()
     answers = [_timed(engine, asked, condition) for condition in conditions]
     warnings = [f"{path}: {text}" for text in source[asked.video].warnings]
-    if clip.num_frames < self.settings.num_frames:
+    if clip.num_frames < (shown := self.settings.num_frames):
       warnings.append(
         f"{path} has {clip.num_frames} frame(s) and the model is shown"
-        f" {self.settings.num_frames}: frames repeat, as in the reference"
+        f" {shown}: frames repeat, as in the reference"
       )
     return ClipAnswers(
       question=asked,
@@ -243,36 +214,26 @@ class Answerer(contextlib.AbstractContextManager):
       clip=clip,
       grid=source.grid,
       answers=tuple(answers),
-      milliseconds={
-        name: 1e3 * source.seconds[name] for name in ("decode", "tower")
-      },
-      warm_up=first_run,
+      milliseconds={k: 1e3 * source.seconds[k] for k in ("decode", "tower")},
+      warm_up=first_run if warm_up else None,
       warnings=tuple(warnings),
     )
 
   def source(self, grid: tuple[int, int, int]):
     """Returns what encodes clips of a grid; made once."""
     if grid not in self._sources:
-      self._sources[grid] = clip_queue.open_queue(
+      found = clip_queue.open_queue(
         self.experiment, limits=self._limits, keep=1, grid=grid
       )
+      self._sources[grid] = self.enter_context(found)
     return self._sources[grid]
 
-  def close(self) -> None:
-    """Stops the threads that decode."""
-    for source in self._sources.values():
-      source.close()
-
-  def __exit__(self, *exc_info):
-    self.close()
-
   def _grid(self, path) -> tuple[int, int, int]:
-    """Returns (T, H, W) of a clip's video tokens."""
     num_frames = self.settings.num_frames
     processor = clip_queue.read_processor(self.experiment)
-    if fixed := processor.fixed_grid(num_frames):
-      return fixed
-    return processor.grid(num_frames, *video.frame_size(path, self._limits))
+    return processor.fixed_grid(num_frames) or processor.grid(
+      num_frames, *video.frame_size(path, self._limits)
+    )
 
   def _check(self, method: methods_lib.Method) -> None:
     """Refuses methods that lack what they read."""
@@ -286,32 +247,26 @@ class Answerer(contextlib.AbstractContextManager):
         f"{method.label} needs questions about several clips; run it with"
         " `python -m cacovid_jax.evaluate`"
       )
-    if self.policies or not method.score_fields:
-      return
-    mend = "give that of this model with --policy"
-    if self.shipped:
-      mend = "train one by `make quickstart`, then give"
-      mend += " --policy=workdirs/quickstart"
-    raise errors.UserError(
-      f"{method.label} needs a trained policy; {mend}, or take a method without"
-      " one, such as --methods=uniform"
-    )
+    if method.score_fields and not self.policies:
+      mend = "give that of this model with --policy"
+      if self.shipped:
+        mend = "train one by `make quickstart`, then give"
+        mend += " --policy=workdirs/quickstart"
+      raise errors.UserError(
+        f"{method.label} needs a trained policy; {mend}, or take a method"
+        " without one, such as --methods=uniform"
+      )
 
 
 def as_question(
-  path: str | os.PathLike,
-  text: str,
-  options: Sequence[str] = (),
-  *,
-  style: str = "video-r1",
+  path, text: str, options: Sequence[str] = (), *, style: str = "video-r1"
 ) -> question_lib.Question:
   """Returns the question about the clip at `path`; its answer is not known.
 
   Without options the text is asked as it is; with options, in the words of
   training ("video-r1") or of VideoMME's prompt.
   """
-  text = text.strip()
-  if not text:
+  if not (text := text.strip()):
     raise errors.UserError("the question is empty; give its text by --question")
   if style not in STYLES:
     raise errors.UserError(
@@ -327,10 +282,9 @@ def as_question(
   if options:
     problem_type = question_lib.MULTIPLE_CHOICE
     lettered = wording.letter_options(options)
+    prompt = wording.training_prompt(text, lettered, problem_type)
     if style == "videomme":
       prompt = wording.videomme_prompt(text, lettered)
-    else:
-      prompt = wording.training_prompt(text, lettered, problem_type)
   return question_lib.Question(
     id=os.path.basename(os.path.realpath(path)),
     video=video_name(path),
@@ -343,10 +297,9 @@ def as_question(
 
 
 def video_name(path: str | os.PathLike) -> str:
-  """Returns what a question calls the clip at `path`: relative to the root.
+  """Returns a clip's path relative to the root of the file system.
 
-  For sources whose root is that of the file system, where a clip is the word
-  of a user and not that of a data set.
+  That is what a question calls the clip of a user, not of a data set.
   """
   path = os.path.relpath(os.path.realpath(path), os.path.abspath(os.sep))
   # The dot keeps a colon in a name from being read as a URL's.
@@ -354,27 +307,24 @@ def video_name(path: str | os.PathLike) -> str:
 
 
 def _timed(engine, question, condition) -> engine_lib.AnswerResult:
-  """Returns the answer and its times by stage."""
   engine.seconds.clear()
   answer = engine.answer(question, condition)
-  milliseconds = {}
+  milliseconds = collections.defaultdict(float)
   for name, seconds in engine.seconds.items():
     stage = _STAGES.get(name.partition(" ")[0])
     # Without a method, the prefill of the whole prompt is the answer's.
     if name == "vanilla" and condition.method is None:
       stage = "answer"
     if stage:
-      milliseconds[stage] = milliseconds.get(stage, 0.0) + 1e3 * seconds
-  return answer._replace(milliseconds=milliseconds)
+      milliseconds[stage] += 1e3 * seconds
+  return answer._replace(milliseconds=dict(milliseconds))
 
 
 def _probe(path, limits) -> video.Probe:
-  """Returns what a clip holds; the faults of one are told in full."""
   try:
     return video.probe(path, limits)
   except video.VideoError as error:
     if error.reason != "missing":
       raise
-    raise video.VideoError(
-      path, "missing", mend="give the path of a video file"
-    ) from None
+    mend = "give the path of a video file"
+    raise video.VideoError(path, "missing", mend=mend) from None

@@ -1,12 +1,10 @@
 """One batch of questions, and what has been computed for it so far.
 
-Everything that several methods read (scores of a policy, attention of the whole
-prompt, the question's text) is computed when the first one looks at it.
-
 Letters: B batch, T frames, N video tokens, K kept tokens, M tokens of an answer
 or continuation.
 """
 
+import functools
 import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -23,58 +21,42 @@ from cacovid_jax.inference import programs as programs_lib
 from cacovid_jax.models import prompt_batch
 from cacovid_jax.parallel import mesh as mesh_lib
 
-# Tokens of a continuation are rounded up to a multiple of this: few programs
-# for many lengths.
-_CONTINUATION_STEP = 8
+_CONTINUATION_STEP = 8  # Lengths are rounded up to it: few programs for many.
 
 
 class KeptTokens(NamedTuple):
   """What a method kept of one clip, and the scores behind it.
 
-  Attributes:
-    index: int32[K] kept tokens; of methods that act inside the language model,
-      those left in its last layer.
-    token_gap: float32[N] keep - drop, None for methods without a policy.
-    frame_gap: float32[T], likewise.
+  Of methods that act inside the language model, what its last layer has left.
   """
 
-  index: np.ndarray
-  token_gap: np.ndarray | None = None
-  frame_gap: np.ndarray | None = None
+  index: np.ndarray  # int32[K].
+  token_gap: np.ndarray | None = None  # float32[N] keep - drop, of a policy.
+  frame_gap: np.ndarray | None = None  # float32[T], likewise.
 
 
 class Likelihood(NamedTuple):
-  """How likely one continuation of a prompt is.
+  """How likely one continuation of a prompt is."""
 
-  Attributes:
-    log_prob: natural logarithm of its probability, summed over its tokens;
-      -inf if the clip cannot be used.
-    num_tokens: how many they are.
-    greedy: whether the most likely answer begins with it.
-    fault: why the clip cannot be used, else "".
-  """
-
-  log_prob: float
+  log_prob: float  # Natural, summed over tokens; -inf for an unusable clip.
   num_tokens: int
-  greedy: bool
-  fault: str = ""
+  greedy: bool  # Whether the most likely answer begins with it.
+  fault: str = ""  # Why the clip cannot be used.
 
 
 class MethodOutput(NamedTuple):
-  """Answers int32[B, M], and what became of the tokens that they are from."""
+  """Answers, and what became of the tokens that they are from."""
 
-  ids: jax.Array
+  ids: jax.Array  # int32[B, M].
   trace: base.SelectionTrace
 
 
 class BatchRunner:
   """At most B questions about clips of one grid, and their prompts.
 
-  Attributes:
-    batch: `prompt_batch.PromptBatch`, of the grid's bucket.
-    grid: `TokenGrid` of the clips.
-    num_video: N.
-    faults: row -> why its clip cannot be used.
+  What several methods read (scores of a policy, attention of the whole prompt,
+  the question's text) is computed when the first one looks at it. `faults` say
+  by row why a clip cannot be used; `batch` is a `prompt_batch.PromptBatch`.
   """
 
   def __init__(self, engine: Any, questions: Sequence):
@@ -87,9 +69,9 @@ class BatchRunner:
     self.grid = engine.token_grid(self._shape)
     self.num_video = int(self.grid.num_tokens)
     self._programs, self._params = engine.programs, engine.checkpoint.params
-    self._rows = prompt_batch.pad_rows(
-      len(questions), engine.settings.batch_size
-    )
+    size = engine.settings.batch_size
+    self._rows = prompt_batch.pad_rows(len(questions), size)
+    self._scores, self._parts, self._vanilla = {}, {}, None
     with engine.timed("clips"):
       self._clips = [engine.source[question.video] for question in questions]
     for question, clip in zip(questions, self._clips, strict=True):
@@ -98,47 +80,34 @@ class BatchRunner:
           f"the features of {question.video} hold NaN or infinity; check the"
           " checkpoint and its dtype, or empty the folder of cached features"
         )
-    self.faults = {
-      row: clip.fault for row, clip in enumerate(self._clips) if clip.fault
-    }
+    rows = enumerate(self._clips)
+    self.faults = {row: clip.fault for row, clip in rows if clip.fault}
     with engine.timed("prompts"):
       features = self._of_clips(lambda clip: clip.features, 0)
       deep = None
       if engine.checkpoint.model.num_deep:
         deep = self._of_clips(lambda clip: clip.deep, 1)
       self.batch = self._prompts(questions, features, deep)
-    self._scores, self._parts = {}, {}
-    self._vanilla = None
 
   def vanilla(self, want_attention: bool = False) -> programs_lib.Vanilla:
     """Returns the answers to the whole prompts; computed once."""
-    if self._vanilla is None or (
-      want_attention and self._vanilla.attention is None
-    ):
-      with self._e.timed("vanilla"):
-        self._vanilla = jax.block_until_ready(
-          self._programs.vanilla(
-            self._params, self.batch, want_attention=want_attention
-          )
-        )
+    known = self._vanilla
+    if known is None or (want_attention and known.attention is None):
+      ask, given = self._programs.vanilla, {"want_attention": want_attention}
+      ask = functools.partial(ask, self._params, self.batch, **given)
+      self._vanilla = self._timed("vanilla", ask)
     return self._vanilla
 
   def output(self, condition) -> MethodOutput:
     """Returns what the method of a condition answers, and from what."""
-    method = condition.method
-    if not method.compressor.selects_first:
-      inputs = self.inputs(condition)
-      with self._e.timed(f"answer {method.label}"):
-        program = self._programs.select_and_answer(
-          method.compressor, condition.ratio, self.grid
-        )
-        found = program(self._params, self.batch, inputs)
-        return MethodOutput(*jax.block_until_ready(found))
+    params, batch = self._params, self.batch
+    if not condition.method.compressor.selects_first:
+      inputs, program = self.inputs(condition), self._program(condition)
+      label = f"answer {condition.label}"
+      return MethodOutput(*self._timed(label, program, params, batch, inputs))
     selection = self.select(condition)
-    with self._e.timed(f"answer from {selection.index.shape[1]} tokens"):
-      ids = jax.block_until_ready(
-        self._programs.answer(self._params, self.batch, selection)
-      )
+    label = f"answer from {selection.index.shape[1]} tokens"
+    ids = self._timed(label, self._programs.answer, params, batch, selection)
     # Alike in all layers.
     tokens = selection.mask.sum(axis=1, keepdims=True)
     trace = base.SelectionTrace(selection.index, selection.mask, tokens)
@@ -146,24 +115,24 @@ class BatchRunner:
 
   def select(self, condition) -> base.Selection:
     """Returns the tokens that a method keeps, leading axis B."""
-    method = condition.method
     # Whatever it reads is timed apart from the selection itself.
-    inputs = self.inputs(condition)
-    with self._e.timed(f"select {method.label}"):
-      program = self._programs.select(
-        method.compressor, condition.ratio, self.grid
-      )
-      if method.compressor.sees_question:
-        selection = program(inputs)
-      else:
-        selection = self._select_by_clip(program, inputs)
-      return jax.block_until_ready(selection)
+    inputs, program = self.inputs(condition), self._program(condition)
+    if not condition.method.compressor.sees_question:
+      program = functools.partial(self._select_by_clip, program)
+    return self._timed(f"select {condition.label}", program, inputs)
+
+  def _program(self, condition, **options):
+    compressor, programs = condition.method.compressor, self._programs
+    first = compressor.selects_first
+    make = programs.select if first else programs.select_and_answer
+    return make(compressor, condition.ratio, self.grid, **options)
+
+  def _timed(self, name: str, function, *args):
+    with self._e.timed(name):
+      return jax.block_until_ready(function(*args))
 
   def kept(self, condition, chosen=None) -> list[KeptTokens]:
-    """Returns what a condition keeps of each question's clip.
-
-    `chosen` is its `Selection` or `SelectionTrace`, where it is known.
-    """
+    """Returns what a condition keeps of each clip; `chosen` saves computing."""
     method = condition.method
     if chosen is None:
       first = method.compressor.selects_first
@@ -182,10 +151,7 @@ class BatchRunner:
   def likelihood(
     self, condition, continuations: Sequence[Sequence[list[int]]], size: int
   ) -> list[list[Likelihood]]:
-    """Returns how likely ids follow each question's prompt.
-
-    The prompt is read once for all of them; what they are scored from is what
-    an answer is generated from.
+    """Returns how likely ids follow each question's prompt, read once for all.
 
     Each question has one at least; `size` is that of the longest anywhere.
     """
@@ -199,12 +165,10 @@ class BatchRunner:
       lengths = np.zeros(len(self._rows), np.int32)
       for row, ids in enumerate(chosen):
         padded[row, : len(ids)], lengths[row] = ids, len(ids)
-      log_probs, greedy = map(
-        np.asarray,
-        self._programs.score(
-          self._params, *state, self.batch.next_position, padded, lengths
-        ),
+      scored = self._programs.score(
+        self._params, *state, self.batch.next_position, padded, lengths
       )
+      log_probs, greedy = map(np.asarray, scored)
       for row, own in enumerate(continuations):
         if column < len(own):
           fault = self.faults.get(row, "")
@@ -215,25 +179,19 @@ class BatchRunner:
 
   def _read(self, condition, room: int):
     """Returns (logits, cache) behind the prompts that a condition leaves."""
-    method, programs = condition.method, self._programs
-    if method is None:
-      return programs.read(self._params, self.batch, None, room)
-    self._e.check(condition, self._shape)
-    if method.compressor.selects_first:
+    selection = None
+    if condition.method is not None:
+      self._e.check(condition, self._shape)
+      if not condition.method.compressor.selects_first:
+        program = self._program(condition, room=room)
+        return program(self._params, self.batch, self.inputs(condition))
       selection = self.select(condition)
-      return programs.read(self._params, self.batch, selection, room)
-    program = programs.select_and_answer(
-      method.compressor, condition.ratio, self.grid, room=room
-    )
-    return program(self._params, self.batch, self.inputs(condition))
+    return self._programs.read(self._params, self.batch, selection, room)
 
   def scores(self, field: str, name: str, seed: int):
-    """Returns the policy's Scores of the batch, of the exact grid.
+    """Returns a policy's Scores for a field of `CompressorInputs`.
 
-    Args:
-      field: field of `CompressorInputs` that they are for.
-      name: which policy.
-      seed: of the untrained policy, or of the draw of another question.
+    `seed` is of the untrained policy, or of the draw of another question.
     """
     key = field, name, seed if field != "scores" else 0
     if key not in self._scores:
@@ -246,17 +204,14 @@ class BatchRunner:
           ]
           batch = self._prompts(others, batch.features, batch.deep)
       with self._e.timed("policy"):
-        scores = self._programs.scores(
-          self._e.policies[name].module,
-          self._e.policy_params(field, name, seed),
-          batch,
-          self.grid,
-        )
+        module = self._e.policies[name].module
+        params = self._e.policy_params(field, name, seed)
+        scores = self._programs.scores(module, params, batch, self.grid)
         scores = scores._replace(
           frame=self._own(scores.frame, 1, self._shape[0]),
           token=self._own(scores.token, 1),
         )
-        if not _finite(scores):
+        if not all(np.isfinite(x).all() for x in jax.tree.leaves(scores)):
           raise errors.UserError(
             f"{field.replace('_', ' ')} of policy {name!r} hold NaN or"
             " infinity; check how it was trained"
@@ -293,20 +248,17 @@ class BatchRunner:
     )
 
   def _part(self, need: str):
-    """Returns what needs no policy, leading axis B."""
     if need == "attention":
       return self._own(self.vanilla(want_attention=True).attention, 2)
     if need not in self._parts:
       if need == "text":
-        with self._e.timed("prompts"):
-          part = jax.block_until_ready(self._programs.text(self.batch))
+        part = self._timed("prompts", self._programs.text, self.batch)
       elif need == "decisive":
         part = self._decisive()
       else:
         # What the vision tower hands out beside the features.
-        part = jnp.asarray(
-          np.stack([self._clips[row].extras[need] for row in self._rows])
-        )
+        found = [self._clips[row].extras[need] for row in self._rows]
+        part = jnp.asarray(np.stack(found))
       self._parts[need] = part
     return self._parts[need]
 
@@ -324,11 +276,9 @@ class BatchRunner:
   def _of_clips(self, read, axis: int) -> jax.Array:
     """Returns an array of each clip, zeros behind its N along `axis`."""
     size = self.grid.bucket.tokens
-    found = [
-      prompt_batch.pad_tokens(read(self._clips[row]), size, axis)
-      for row in self._rows
-    ]
-    return jnp.asarray(np.stack(found))
+    found = [read(self._clips[row]) for row in self._rows]
+    padded = [prompt_batch.pad_tokens(x, size, axis) for x in found]
+    return jnp.asarray(np.stack(padded))
 
   def _own(self, x, axis: int, size: int | None = None):
     """Returns x without what is the bucket's only: the first N of an axis."""
@@ -369,17 +319,12 @@ class BatchRunner:
 
   def _keys(self, seed: int):
     """Returns one key per question, from the seed and the question's name."""
-    names = [question.rng_id for question in self._questions]
-    hashes = [question_lib.question_hash(name) for name in names]
-    hashes = jnp.asarray(np.array(hashes, np.uint32)[np.array(self._rows)])
+    names = [self._questions[row].rng_id for row in self._rows]
+    hashes = np.array(list(map(question_lib.question_hash, names)), np.uint32)
     key = jax.random.key(seed)
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, hashes)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(hashes))
 
 
 def _gap(scores) -> np.ndarray:
   """Returns keep - drop of scores [..., 2]."""
   return np.asarray(scores[..., 1] - scores[..., 0])
-
-
-def _finite(tree) -> bool:
-  return all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(tree))

@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import contextlib
 from collections.abc import Iterable
 
 import numpy as np
@@ -11,46 +12,38 @@ from cacovid_jax import experiment as experiment_lib
 from cacovid_jax import progress as progress_lib
 from cacovid_jax.data import frame_record, video
 from cacovid_jax.data import frames as frames_lib
-from cacovid_jax.inference import features, tower
-from cacovid_jax.inference.clips import Clip
+from cacovid_jax.inference import features
+from cacovid_jax.inference.clips import DEEP, FEATURES, Clip
+from cacovid_jax.models import video_llm
 
 
-class ClipQueue(features.FeatureStore):
+class ClipQueue(features.FeatureStore, contextlib.AbstractContextManager):
   """A store of which `queue[path]` is an encoded clip, or has its fault.
 
   Two threads decode ahead what `prefetch` names. Where grids differ, `survey`
   finds them before anything is decoded.
   """
 
-  def __init__(self, *args, **options):
-    """Takes the arguments of `FeatureStore`."""
-    super().__init__(*args, **options)
+  def __post_init__(self, params, mesh):
+    super().__post_init__(params, mesh)
     self._faults: dict[str, str] = {}
     self._pool = concurrent.futures.ThreadPoolExecutor(2, "decode")
     self._ahead: dict[str, concurrent.futures.Future] = {}
 
   def survey(self, paths: Iterable[str]) -> None:
-    """Finds out the grids of clips by their first frames.
+    """Finds out the grids of clips, by their first frames if need be.
 
-    Clips whose size a manifest or the disk knows are not opened.
-
-    Args:
-      paths: as the questions name them. The grid that most of those have stands
-        for those that cannot be used, so give all at once.
+    The grid of most stands for those that cannot be used: give all at once.
     """
     if self._given:
       return
-    paths = [
-      path
-      for path in dict.fromkeys(paths)
-      if path not in self._grids and path not in self._faults
-    ]
+    known = self._grids.keys() | self._faults.keys()
+    paths = [path for path in dict.fromkeys(paths) if path not in known]
     if not paths:
       return
     found = self._pool.map(self._find_grid, paths)
-    with progress_lib.Progress(
-      len(paths), description="clip shapes"
-    ) as progress:
+    title = "clip shapes"
+    with progress_lib.Progress(len(paths), description=title) as progress:
       for done, path in enumerate(paths, start=1):
         result = next(found)
         known = self._faults if isinstance(result, str) else self._grids
@@ -91,26 +84,21 @@ class ClipQueue(features.FeatureStore):
         self._ahead[path] = self._pool.submit(self._load_or_fault, path)
 
   def discard(self, keep: Iterable[str] = ()) -> None:
-    """Drops what was decoded ahead and is not asked for after all.
-
-    Args:
-      keep: clips that will be.
-    """
+    """Drops what was decoded ahead, but clips to `keep`."""
     for path in self._ahead.keys() - set(keep):
       self._ahead.pop(path).cancel()
 
   def observe(self, want: Iterable[str]) -> None:
     """Changes what clips bring along; those that bring other things go."""
-    if frozenset(want) != self.want:
+    want = frozenset(video_llm.check_signals(want))
+    if want != self.want:
+      self.want = want
       self.discard()
-    super().observe(want)
+      self.clear()
 
   def close(self) -> None:
     """Stops the threads."""
     self._pool.shutdown(cancel_futures=True)
-
-  def __enter__(self):
-    return self
 
   def __exit__(self, *exc_info):
     self.close()
@@ -121,25 +109,23 @@ class ClipQueue(features.FeatureStore):
     if not self._given:
       # It stays that one, whatever most clips of a later survey have.
       self._grids.setdefault(path, grid)
-    count, width = int(np.prod(grid)), self._model.config.text.hidden_size
-    shapes = {tower.FEATURES: (count, width), **self._signal_shapes(grid)}
-    if self._model.num_deep:
-      shapes[tower.DEEP] = (self._model.num_deep, count, width)
+    count, width = int(np.prod(grid)), self.model.config.text.hidden_size
+    shapes = {FEATURES: (count, width), **self._signal_shapes(grid)}
+    if self.model.num_deep:
+      shapes[DEEP] = (self.model.num_deep, count, width)
     arrays = {k: np.zeros(shape, np.float32) for k, shape in shapes.items()}
-    return Clip(
-      frame_record.FrameRecord(video=path, fault=reason), grid, arrays
-    )
+    record = frame_record.FrameRecord(video=path, fault=reason)
+    return Clip(record, grid, arrays)
 
   def _load_or_fault(self, path: str) -> features.Loaded:
     # A clip that could not be used when batches were made is not used later.
     known = self.reader.known(path)
     reason = self._faults.get(path) or (known.fault if known else "")
-    try:
-      if not reason:
+    if not reason:
+      try:
         return self.load(path)
-    except video.VideoError as error:
-      # Without the path: results must not depend on where the data lies.
-      reason = error.reason.replace("_", " ")
+      except video.VideoError as error:
+        reason = _told(error)
     return features.Loaded(path, self.unusable(path, reason))
 
   def _find_grid(self, path: str) -> tuple[int, int, int] | str:
@@ -148,15 +134,17 @@ class ClipQueue(features.FeatureStore):
     if known and known.fault:
       return known.fault
     try:
-      if known:
-        size = known.size
-      elif facts := self.facts(path):
+      size = known.size if known else None
+      if not known and (facts := self.facts(path)):
         size = facts["record"]["size"]
-      else:
-        size = self.reader.size(path)
       return self.reader.grid(path, size)
     except video.VideoError as error:
-      return error.reason.replace("_", " ")
+      return _told(error)
+
+
+def _told(error: video.VideoError) -> str:
+  # Without the path: results must not depend on where the data lies.
+  return error.reason.replace("_", " ")
 
 
 def read_processor(experiment: experiment_lib.Experiment):
@@ -167,21 +155,12 @@ def read_processor(experiment: experiment_lib.Experiment):
 
 
 def open_queue(
-  experiment: experiment_lib.Experiment,
-  want: frozenset[str] = frozenset(),
-  *,
-  keep: int = 0,
-  grid: tuple[int, int, int] | None = None,
-  **reading,
+  experiment, want=frozenset(), *, keep=0, grid=None, **reading
 ) -> ClipQueue:
   """Returns the encoded clips of config.data, at the frames of config.evals.
 
-  Args:
-    experiment: see there.
-    want: names of `video_llm.SIGNALS` that clips bring along.
-    keep: clips held in memory; 0 is those of this batch and of the next one.
-    grid: of every clip, where it is known.
-    **reading: further options of `clips.ClipReader`.
+  With 0 to `keep`, those of this batch and of the next one are in memory;
+  `reading` are options of `clips.ClipReader`.
   """
   config = experiment.config
   return features.open_store(

@@ -1,44 +1,42 @@
-"""Clips of a media root at a frame rule, as the vision tower takes them."""
+"""Clips of a media root at a frame rule, and the tower that encodes them."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from cacovid_jax.data import frame_record, rejected_clips, video
 from cacovid_jax.data import frames as frames_lib
-from cacovid_jax.inference import tower
 from cacovid_jax.models import processors, video_llm
+from cacovid_jax.parallel import mesh as mesh_lib
+
+# Names of a clip's arrays beside those of `video_llm.SIGNALS`.
+FEATURES, DEEP = "features", "deep"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Clip:
   """One clip with what is known of it, or the reason why it cannot be used.
 
-  Attributes:
-    record: of its frames, with the fault of a clip that cannot be used.
-    grid: (T, H, W).
-    arrays: float32: "features" [N, D], "deep" [S, N, D] of models that have
-      it, and the wanted ones of `video_llm.SIGNALS`; zeros of a clip that
-      cannot be used.
-    second_per_grid_t: see `video_llm.VideoFeatures`.
-    warnings: what makes the frames less than they seem, one line each.
+  `arrays` are float32: "features" [N, D], "deep" [S, N, D] of models that have
+  it, and the wanted ones of `video_llm.SIGNALS`; zeros of a clip that cannot be
+  used.
   """
 
   record: frame_record.FrameRecord
-  grid: tuple[int, int, int]
+  grid: tuple[int, int, int]  # (T, H, W).
   arrays: Mapping[str, np.ndarray]
-  second_per_grid_t: float = 1.0
-  warnings: tuple[str, ...] = ()
+  second_per_grid_t: float = 1.0  # See `video_llm.VideoFeatures`.
+  warnings: tuple[str, ...] = ()  # What makes frames less than they seem.
 
-  @property
-  def features(self) -> np.ndarray:
-    return self.arrays[tower.FEATURES]
-
-  @property
-  def deep(self) -> np.ndarray | None:
-    return self.arrays.get(tower.DEEP)
+  features = property(lambda self: self.arrays[FEATURES])
+  deep = property(lambda self: self.arrays.get(DEEP))
+  fault = property(lambda self: self.record.fault)
+  frame_hash = property(lambda self: self.record.frame_hash)
+  index_hash = property(lambda self: self.record.index_hash)
 
   @property
   def extras(self) -> dict[str, np.ndarray]:
@@ -46,62 +44,24 @@ class Clip:
     names = [name for name in video_llm.SIGNALS if name in self.arrays]
     return {name: self.arrays[name] for name in names}
 
-  @property
-  def fault(self) -> str:
-    """Why the clip cannot be used, else ""."""
-    return self.record.fault
 
-  @property
-  def frame_hash(self) -> str:
-    return self.record.frame_hash
-
-  @property
-  def index_hash(self) -> str:
-    return self.record.index_hash
-
-
+@dataclasses.dataclass(frozen=True, eq=False)
 class ClipReader:
-  """Decodes clips, and refuses those that are known or found to be bad.
+  """Decodes clips, and refuses those that are known or found to be bad."""
 
-  Attributes:
-    processor: frames to the tower's inputs.
-    rule: which frames are shown.
-    manifest: records that clips must agree with, or None.
-  """
-
-  def __init__(
-    self,
-    root: str,
-    processor: processors.Processor,
-    rule: frames_lib.FrameRule,
-    *,
-    limits: video.Limits | None = None,
-    min_side: int = 0,
-    refused: Mapping[str, str] | None = None,
-    manifest: Any = None,
-    hashed: bool = True,
-    noted: bool = False,
-  ):
-    """Reads nothing.
-
-    Args:
-      root: folder that video paths are relative to.
-      processor: see above.
-      rule: see above.
-      limits: caps on what is decoded.
-      min_side: clips are refused whose frames have a side of so many pixels or
-        fewer.
-      refused: content hash -> reason, of clips that are known to be bad.
-      manifest: `frame_manifest.FrameManifest`, where the frames are written
-        down, and what they must agree with.
-      hashed: whether records tell what the pixels are...
-      noted: ... and the file, as they do with a manifest.
-    """
-    self.root, self.processor, self.rule = root, processor, rule
-    self.manifest = manifest
-    self._limits, self._min_side = limits, min_side
-    self._refused, self._hashed = refused or {}, hashed
-    self._noted = noted or manifest is not None
+  root: str  # Folder that video paths are relative to.
+  processor: processors.Processor  # Frames to the tower's inputs.
+  rule: frames_lib.FrameRule  # Which frames are shown.
+  limits: video.Limits | None = None  # Caps on what is decoded.
+  # Clips are refused whose frames have a side of so many pixels or fewer.
+  min_side: int = 0
+  # Content hash -> reason, of clips that are known to be bad.
+  refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  # `frame_manifest.FrameManifest`, where the frames are written down, and what
+  # they must agree with.
+  manifest: Any = None
+  hashed: bool = True  # Whether records tell what the pixels are...
+  noted: bool = False  # ... and the file, as they do with a manifest.
 
   @property
   def described(self) -> dict[str, Any]:
@@ -120,17 +80,18 @@ class ClipReader:
     """Returns the hash of a clip's bytes; `VideoError` if it is refused."""
     file = video.safe_path(self.root, path)
     content = rejected_clips.content_hash(file)
-    if reason := self._refused.get(content):
+    if reason := self.refused.get(content):
       raise video.VideoError(file, reason, "refused in an earlier run")
     return content
 
-  def size(self, path: str) -> tuple[int, int]:
-    """Returns the (h, w) of a clip's frames, from its first one."""
-    file = video.safe_path(self.root, path)
-    return video.frame_size(file, self._limits)
+  def grid(self, path: str, size=None) -> tuple[int, int, int]:
+    """Returns (T, H, W) of a clip; `VideoError` if it has none.
 
-  def grid(self, path: str, size: tuple[int, int]) -> tuple[int, int, int]:
-    """Returns (T, H, W) of a clip of a size; `VideoError` if it has none."""
+    Without its (h, w), the clip's first frame is read.
+    """
+    if size is None:
+      file = video.safe_path(self.root, path)
+      size = video.frame_size(file, self.limits)
     try:
       return self.processor.grid(self.rule.num_frames, *size)
     except frames_lib.ShapeError as error:
@@ -138,42 +99,9 @@ class ClipReader:
         path, "bad_shape", error.detail, error.mend
       ) from error
 
-  def frames(self, path: str) -> np.ndarray:
-    """Returns uint8[T,h,w,3] of the clip's own size; may raise `VideoError`."""
-    return self._decode(path, None).frames
+  def decode(self, path: str, resize=None) -> video.Clip:
+    """Returns the frames shown, of the clip's own size unless resized."""
 
-  def read(self, path: str) -> tuple[Clip, processors.TowerInputs, bool]:
-    """Returns (a clip without arrays, the tower's inputs, whether its frames
-    are those of the rule); `VideoError` if it cannot be used."""
-    if self._refused:
-      self.content(path)
-    shown = self._decode(path, self._resize)
-    file = video.safe_path(self.root, path)
-    try:
-      content = frame_record.hash_file(file) if self._noted else ""
-    except OSError as error:
-      raise video.VideoError(
-        file, "unreadable", error.strerror or ""
-      ) from error
-    record = frame_record.FrameRecord.of(path, shown, content)
-    fps = frames_lib.sampled_fps(len(shown.frames), shown.duration)
-    inputs = self.processor(shown.frames, fps=fps, resized=True)
-    clip = Clip(
-      record, inputs.grid, {}, inputs.second_per_grid_t, shown.warnings
-    )
-    plain = self.rule(shown.num_frames, shown.duration)
-    return clip, inputs, record.indices == tuple(plain.tolist())
-
-  def check(self, path: str, record: frame_record.FrameRecord) -> None:
-    """Refuses frames that are too small, or not those that are known."""
-    if self.manifest:
-      self.manifest.check(record)
-    if min(record.size) <= self._min_side:
-      error = self._too_small(*record.size)
-      file = video.safe_path(self.root, path)
-      raise video.VideoError(file, "bad_shape", error.detail, error.mend)
-
-  def _decode(self, path: str, resize) -> video.Clip:
     def rule(count, seconds):
       known = self.manifest and self.manifest.indices(path, count)
       return known or self.rule(count, seconds)
@@ -182,19 +110,112 @@ class ClipReader:
       video.safe_path(self.root, path),
       rule,
       resize=resize,
-      limits=self._limits,
-      hashed=self._hashed,
+      limits=self.limits,
+      hashed=self.hashed,
     )
 
+  def read(self, path: str) -> tuple[Clip, processors.TowerInputs, bool]:
+    """Returns (a clip without arrays, the tower's inputs, whether its frames
+    are those of the rule); `VideoError` if it cannot be used."""
+    if self.refused:
+      self.content(path)
+    shown = self.decode(path, self._resize)
+    file = video.safe_path(self.root, path)
+    try:
+      noted = self.noted or self.manifest is not None
+      content = frame_record.hash_file(file) if noted else ""
+    except OSError as error:
+      raise video.VideoError(
+        file, "unreadable", error.strerror or ""
+      ) from error
+    record = frame_record.FrameRecord.of(path, shown, content)
+    fps = frames_lib.sampled_fps(len(shown.frames), shown.duration)
+    inputs = self.processor(shown.frames, fps=fps, resized=True)
+    apart = inputs.second_per_grid_t
+    clip = Clip(record, inputs.grid, {}, apart, shown.warnings)
+    plain = self.rule(shown.num_frames, shown.duration)
+    return clip, inputs, record.indices == tuple(plain.tolist())
+
+  def check(self, path: str, record: frame_record.FrameRecord) -> None:
+    """Refuses frames that are too small, or not those that are known."""
+    if self.manifest:
+      self.manifest.check(record)
+    try:
+      self._check_side(*record.size)
+    except frames_lib.ShapeError as error:
+      file = video.safe_path(self.root, path)
+      raise video.VideoError(
+        file, "bad_shape", error.detail, error.mend
+      ) from error
+
   def _resize(self, frame: np.ndarray) -> np.ndarray:
-    """Returns a frame resized; `ShapeError` if it is too small."""
-    if min(frame.shape[:2]) <= self._min_side:
-      raise self._too_small(*frame.shape[:2])
+    self._check_side(*frame.shape[:2])
     return self.processor.resize_frame(frame, self.rule.num_frames)
 
-  def _too_small(self, height: int, width: int) -> frames_lib.ShapeError:
-    return frames_lib.ShapeError(
-      f"a frame of {width} x {height} pixels has a side of {self._min_side} or"
-      " fewer",
-      "leave the clip out",
+  def _check_side(self, height: int, width: int) -> None:
+    if min(height, width) <= self.min_side:
+      raise frames_lib.ShapeError(
+        f"a frame of {width} x {height} pixels has a side of {self.min_side} or"
+        " fewer",
+        "leave the clip out",
+      )
+
+
+class Tower:
+  """The programs of a vision tower; `rows` clips are encoded at once."""
+
+  def __init__(self, model, params, mesh: Mesh | None):
+    """Compiles nothing yet.
+
+    Each device of the mesh's `data` axis encodes a clip; None is one at once.
+    """
+    self._model, self._mesh, self._programs = model, mesh, {}
+    self.rows = 1 if mesh is None else mesh.shape["data"]
+    # None where nothing is to be encoded; the language model encodes nothing.
+    params = {k: v for k, v in (params or {}).items() if k != "language_model"}
+    if mesh is not None:
+      params = mesh_lib.put(params, mesh, mesh_lib.P())
+    self._params = params
+
+  def __call__(self, names: frozenset[str], inputs) -> list[dict[str, Any]]:
+    """Returns {name: float32 array} of each of the clips' TowerInputs."""
+    wanted = [()] if FEATURES in names else []
+    if signals := video_llm.check_signals(names - {FEATURES}):
+      wanted.append(signals)
+    found = [{} for _ in inputs]
+    for signals in wanted:
+      for out, new in zip(found, self._run(signals, inputs), strict=True):
+        # In float32 as on disk, so that a hit changes no type or bit.
+        out |= {k: np.asarray(v, np.float32) for k, v in new.items()}
+    return found
+
+  def _run(self, signals, inputs) -> list[dict[str, jax.Array]]:
+    if signals not in self._programs:
+      self._programs[signals] = self._compile(signals)
+    program = self._programs[signals]
+    if self._mesh is None:
+      out = [program(self._params, one) for one in inputs]
+      return jax.block_until_ready(out)
+    count = len(inputs)
+    inputs = [*inputs, *[inputs[-1]] * (self.rows - count)]
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *inputs)
+    out = jax.device_get(program(self._params, stacked))
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], out) for i in range(count)]
+
+  def _compile(self, signals):
+    def encode(params, inputs):
+      video = self._model.encode(params, inputs, signals=signals)
+      # What is not returned is not run.
+      if signals:
+        return dict(video.signals)
+      found = {FEATURES: video.features, DEEP: video.deep}
+      return {k: v for k, v in found.items() if v is not None}
+
+    if self._mesh is None:
+      return jax.jit(encode)
+    return mesh_lib.jit_rows(
+      lambda params, inputs: jax.lax.map(
+        lambda one: encode(params, one), inputs
+      ),
+      self._mesh,
     )

@@ -2,11 +2,7 @@
 
 Methods that keep the same number of tokens share one answering program. Shapes
 are static: every batch has the same size, the last one padded, text has a few
-lengths, and clips lie in a few grid buckets. A batch holds clips of one exact
-grid.
-
-Letters: B batch, T frames, N video tokens (N_max those of a bucket), K kept
-tokens, M tokens of an answer or continuation.
+lengths, and clips lie in a few grid buckets.
 """
 
 import collections
@@ -34,19 +30,12 @@ from cacovid_jax.policy import loading
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What answers depend on besides weights and questions.
-
-  Attributes:
-    num_frames: T.
-    batch_size: B, questions asked at once.
-    max_new_tokens: longest answer in tokens.
-    rule: how letters are taken from answers, see `data.letters`.
-  """
+  """What answers depend on besides weights and questions."""
 
   num_frames: int = 16
   batch_size: int = 8
   max_new_tokens: int = 16
-  rule: str = "paper"
+  rule: str = "paper"  # How letters are taken from answers, see `data.letters`.
 
   @property
   def identity(self) -> dict[str, Any]:
@@ -68,77 +57,57 @@ class Settings:
 
 
 class AnswerResult(NamedTuple):
-  """What the model said from one share of a clip's tokens.
+  """What the model said from one share of a clip's tokens."""
 
-  Attributes:
-    method: label of the method, "vanilla" where everything was kept.
-    ratio: retention ratio.
-    text: the answer.
-    letter: the option letter in it; "" without options, or if there is none.
-    trace: the tokens that entered the language model; of a method that acts
-      inside it, those left at its last layer.
-    milliseconds: by stage, where they were taken.
-  """
-
-  method: str
+  method: str  # Its label, "vanilla" where everything was kept.
   ratio: float
   text: str
-  letter: str
+  letter: str  # In the text; "" without options, or if there is none.
   trace: batch_lib.KeptTokens
-  milliseconds: Mapping[str, float] = {}
+  milliseconds: Mapping[str, float] = {}  # By stage, where they were taken.
 
-  @property
-  def kept(self) -> int:
-    """Number of kept tokens."""
-    return len(self.trace.index)
+  kept = property(lambda self: len(self.trace.index))
 
 
+@dataclasses.dataclass(eq=False)
 class Engine:
-  """A model, its prompts and its programs.
+  """A model, its prompts and its programs; computes nothing yet.
 
-  Attributes are the constructor's arguments, and:
-    prompts: of all questions that may be asked.
-    grids: exact grids of the clips.
+  Attributes:
+    grids: exact (T, H, W) of the clips; `grid` is that of most of them.
     pool: questions that `cacovid_other_question` draws from.
     seconds: spent so far, by what they were spent on.
   """
 
-  def __init__(
-    self,
-    checkpoint: Any,
-    source: Any,
-    questions: Sequence[question_lib.Question],
-    settings: Settings,
-    *,
-    policies: Mapping[str, loading.LoadedPolicy] | None = None,
-    decisive: Mapping[str, Sequence[int]] | None = None,
-    programs: programs_lib.Programs | None = None,
-    prompt_rows: Sequence[int] | None = (),
-    others: Sequence[question_lib.Question] = (),
-    mesh: Mesh | None = None,
-  ):
-    """Prepares; compiles and computes nothing yet.
+  checkpoint: Any  # `models.checkpoints.Checkpoint` with a tokenizer.
+  source: Any  # `clip_queue.ClipQueue` with what `methods.wanted` lists.
+  questions: Sequence[question_lib.Question]  # That will be asked.
+  settings: Settings
+  _: dataclasses.KW_ONLY
+  # By name; the first one is what plain `cacovid` follows.
+  policies: Mapping[str, loading.LoadedPolicy] | None = None
+  # Question id -> tokens that decide it, where known.
+  decisive: Mapping[str, Sequence[int]] | None = None
+  # Those of an earlier engine of this checkpoint, mesh and number of new
+  # tokens, so that nothing compiles twice; None makes new ones.
+  programs: programs_lib.Programs | None = None
+  more_follow: bool = False  # See `prompts.Prompts`.
+  others: Sequence[question_lib.Question] = ()  # Further ones, see there.
+  # Whose `data` axis shares the questions of a batch, if their number divides;
+  # None is one device.
+  mesh: Mesh | None = None
 
-    Args:
-      checkpoint: `models.checkpoints.Checkpoint` with a tokenizer.
-      source: clips by name, with what `methods.wanted` lists.
-      questions: every question that will be asked.
-      settings: see there.
-      policies: by name; the first one is what plain `cacovid` follows.
-      decisive: question id -> tokens that decide it, where known.
-      programs: of an earlier engine of this checkpoint, mesh and number of new
-        tokens, so that nothing compiles twice; None makes new ones.
-      prompt_rows: see `prompts.Prompts`.
-      others: further questions that will be asked, see there.
-      mesh: whose `data` axis shares the questions of a batch, if their number
-        divides; None is one device.
-    """
-    self.checkpoint, self.source = checkpoint, source
-    self.settings = settings
-    self.mesh = _usable(mesh, settings.batch_size)
-    self.policies = dict(policies or {})
-    self.decisive = decisive or {}
-    every = [*questions, *others]
+  grid = property(lambda self: self.source.grid)
+
+  def __post_init__(self):
+    # Several processes of a training run each ask all of it.
+    mesh, source = self.mesh, self.source
+    alone = mesh is None or mesh.size == 1 or jax.process_count() > 1
+    if alone or self.settings.batch_size % mesh.shape["data"]:
+      self.mesh = None
+    self.policies = dict(self.policies or {})
+    self.decisive = self.decisive or {}
+    every = [*self.questions, *self.others]
     self.pool = by_id(every)
     self.seconds = collections.defaultdict(float)
     self._untrained = {}
@@ -146,12 +115,12 @@ class Engine:
     self.grids = sorted({self.grid_of(question) for question in every})
     buckets = [source.bucket_of(grid) for grid in self.grids]
     self.prompts = prompts_lib.Prompts(
-      checkpoint,
-      questions,
+      self.checkpoint,
+      self.questions,
       grid_of=self.grid_of,
       num_video=max((bucket.tokens for bucket in buckets), default=0),
-      rows=prompt_rows,
-      others=others,
+      more_follow=self.more_follow,
+      others=self.others,
     )
     for question in every:
       tokens, grid = self.decisive.get(question.id), self.grid_of(question)
@@ -160,40 +129,14 @@ class Engine:
           f"decisive.jsonl: the tokens of {question.id} lie outside the model's"
           f" grid {grid}; was the data made for another model or frame count?"
         )
-    self.programs = programs or programs_lib.Programs(
-      checkpoint, settings.max_new_tokens, self.mesh
+    self.programs = self.programs or programs_lib.Programs(
+      self.checkpoint, self.settings.max_new_tokens, self.mesh
     )
 
   @classmethod
-  def of(
-    cls,
-    experiment,
-    source,
-    questions,
-    settings,
-    *,
-    more_follow=False,
-    **options,
-  ) -> "Engine":
-    """Returns the engine of an experiment's checkpoint, mesh and config.
-
-    With `more_follow`, programs are to serve later questions as well; the rest
-    is as of the constructor.
-    """
-    return cls(
-      experiment.checkpoint,
-      source,
-      questions,
-      settings,
-      prompt_rows=None if more_follow else (),
-      mesh=experiment.mesh,
-      **options,
-    )
-
-  @property
-  def grid(self) -> tuple[int, int, int]:
-    """(T, H, W) of the clips; where they differ, of most of them."""
-    return self.source.grid
+  def of(cls, experiment, *args, **options) -> "Engine":
+    """Returns the engine of an experiment's checkpoint and mesh."""
+    return cls(experiment.checkpoint, *args, mesh=experiment.mesh, **options)
 
   def grid_of(self, question: question_lib.Question) -> tuple[int, int, int]:
     """Returns (T, H, W) of the clip of a question."""
@@ -205,13 +148,8 @@ class Engine:
     known = bucket in self.source.buckets
     return token_grid.TokenGrid.of(grid, bucket if known else None)
 
-  def batches(
-    self, questions: Sequence[question_lib.Question]
-  ) -> list[list[question_lib.Question]]:
-    """Returns at most B questions each, about clips of one grid.
-
-    Questions about one clip stand side by side.
-    """
+  def batches(self, questions) -> list[list[question_lib.Question]]:
+    """Returns at most B questions each, about clips of one grid."""
     groups = collections.defaultdict(list)
     for question in by_clip(questions):
       groups[self.grid_of(question)].append(question)
@@ -222,9 +160,7 @@ class Engine:
       for start in range(0, len(group), size)
     ]
 
-  def batch(
-    self, questions: Sequence[question_lib.Question]
-  ) -> batch_lib.BatchRunner:
+  def batch(self, questions) -> batch_lib.BatchRunner:
     """Returns the embedded prompts of at most B questions."""
     return batch_lib.BatchRunner(self, questions)
 
@@ -248,9 +184,7 @@ class Engine:
     num_layers = self.checkpoint.model.config.text.num_layers
     method.compressor.rows_per_layer(num_layers, grid, condition.ratio)
 
-  def answer(
-    self, question: question_lib.Question, condition: methods_lib.Condition
-  ) -> AnswerResult:
+  def answer(self, question, condition) -> AnswerResult:
     """Returns one question's answer together with what led to it."""
     if condition.method is not None:
       base.budget(self.grid_of(question), condition.ratio)
@@ -259,30 +193,19 @@ class Engine:
     if batch.faults:
       raise errors.UserError(f"{question.video}: {batch.faults[0]}")
     if condition.method is None:
-      ids, trace = (
-        batch.vanilla().ids,
-        batch_lib.KeptTokens(np.arange(batch.num_video)),
-      )
+      ids, _ = batch.vanilla()
+      trace = batch_lib.KeptTokens(np.arange(batch.num_video))
     else:
-      output = batch.output(condition)
-      ids, (trace,) = output.ids, batch.kept(condition, output.trace)
+      ids, chosen = batch.output(condition)
+      (trace,) = batch.kept(condition, chosen)
     text, letter = self.decode(ids)[0], ""
     if question.lettered:
-      letter = letters.extract(
-        text,
-        num_options=len(question.options) or 4,
-        rule=self.settings.rule,
-      )
+      count = len(question.options) or 4
+      letter = letters.extract(text, num_options=count, rule=self.settings.rule)
     return AnswerResult(condition.label, condition.ratio, text, letter, trace)
 
-  def kept(
-    self,
-    questions: Sequence[question_lib.Question],
-    conditions: Sequence[methods_lib.Condition],
-  ) -> dict[str, list[batch_lib.KeptTokens]]:
-    """Returns question id -> what each condition keeps of its clip.
-
-    Nothing is answered but by methods that choose inside the language model.
+  def kept(self, questions, conditions) -> dict[str, list]:
+    """Returns question id -> `KeptTokens` of its clip by each condition.
 
     Clips are such as can be used; no condition is vanilla.
     """
@@ -295,31 +218,25 @@ class Engine:
     return found
 
   def likelihoods(
-    self,
-    questions: Sequence[question_lib.Question],
-    continuations: Sequence[str],
-    condition: methods_lib.Condition,
+    self, questions, continuations: Sequence[str], condition
   ) -> list[batch_lib.Likelihood]:
     """Returns how likely each text follows the prompt of its question.
 
     A question may stand there again. What ends an answer is no part of a text.
     """
     texts = collections.defaultdict(dict)
-    for question, text in zip(questions, continuations, strict=True):
+    pairs = list(zip(questions, continuations, strict=True))
+    for question, text in pairs:
       texts[question.id][text] = self.checkpoint.tokenizer.encode(text)
-    ids = [ids for own in texts.values() for ids in own.values()]
-    size = max(max(map(len, ids)), 1)
+    size = max(len(ids) for own in texts.values() for ids in own.values())
     distinct = list({question.id: question for question in questions}.values())
     found = {}
     for batch in self.batches(distinct):
       given = [list(texts[question.id].values()) for question in batch]
-      rows = self.batch(batch).likelihood(condition, given, size)
+      rows = self.batch(batch).likelihood(condition, given, max(size, 1))
       for question, row in zip(batch, rows, strict=True):
         found[question.id] = dict(zip(texts[question.id], row, strict=True))
-    return [
-      found[question.id][text]
-      for question, text in zip(questions, continuations, strict=True)
-    ]
+    return [found[question.id][text] for question, text in pairs]
 
   def decode(self, ids) -> list[str]:
     """Returns the texts of int32[B, M] ids."""
@@ -328,28 +245,25 @@ class Engine:
 
   def policy_name(self, method: methods_lib.Method) -> str:
     """Returns the name of the policy that a method follows."""
+    label, given = method.label, ", ".join(self.policies)
     if not self.policies:
-      raise errors.UserError(
-        f"{method.label} needs a trained policy; give --policy"
-      )
+      raise errors.UserError(f"{label} needs a trained policy; give --policy")
     name = method.policy or next(iter(self.policies))
     if name not in self.policies:
       raise errors.UserError(
-        f"{method.label}: there is no policy {name!r}; given:"
-        f" {', '.join(self.policies)}"
+        f"{label}: there is no policy {name!r}; given: {given}"
       )
     return name
 
   def policy_params(self, field: str, name: str, seed: int):
     """Returns the parameters behind a field of `CompressorInputs`."""
-    policy = self.policies[name]
+    policy, key = self.policies[name], (name, seed)
     if field != "untrained_scores":
       return policy.params
-    if (name, seed) not in self._untrained:
-      self._untrained[name, seed] = policy.module.init_from_llm(
-        jax.random.key(seed), self.checkpoint.params
-      )
-    return self._untrained[name, seed]
+    if key not in self._untrained:
+      make, rng = policy.module.init_from_llm, jax.random.key(seed)
+      self._untrained[key] = make(rng, self.checkpoint.params)
+    return self._untrained[key]
 
   @contextlib.contextmanager
   def timed(self, name: str) -> Iterator[None]:
@@ -359,26 +273,14 @@ class Engine:
     self.seconds[name] += time.perf_counter() - start
 
 
-def by_clip(
-  questions: Sequence[question_lib.Question],
-) -> list[question_lib.Question]:
+def by_clip(questions) -> list[question_lib.Question]:
   """Returns the questions with those about one clip side by side."""
-  first = {}
-  for place, question in enumerate(questions):
-    first.setdefault(question.video, place)
-  return sorted(questions, key=lambda question: first[question.video])
+  groups = collections.defaultdict(list)
+  for question in questions:
+    groups[question.video].append(question)
+  return [question for group in groups.values() for question in group]
 
 
 def by_id(questions) -> list[question_lib.Question]:
   """Returns the questions in the order of their ids."""
   return sorted(questions, key=lambda question: question.id)
-
-
-def _usable(mesh, batch_size: int) -> Mesh | None:
-  """Returns the mesh if it shares the rows of a batch, else None.
-
-  Several processes of a training run each ask all of it.
-  """
-  if mesh is None or mesh.size == 1 or jax.process_count() > 1:
-    return None
-  return None if batch_size % mesh.shape["data"] else mesh

@@ -1,13 +1,7 @@
 """Video features: each clip is decoded once, encoded once, and kept.
 
-One store serves training, evaluation, single questions and features that are
-encoded ahead. What a clip's features depend on (its content, which frames are
-shown and what is done to them, the weights, their dtype and attention backend,
-the sizes of the tower's programs) is the key of its entry on disk, whoever
-asks; the entry also says which frames they are, so that its clip is not opened.
-
-Letters: T frames, H W token grid, N = T·H·W video tokens, D width, S auxiliary
-feature maps.
+The key of an entry on disk is all that the features depend on, whoever asks;
+the entry also says which frames they are, so that its clip is not opened.
 """
 
 import collections
@@ -26,11 +20,8 @@ from cacovid_jax.compressors import base
 from cacovid_jax.data import feature_cache, frame_record, video
 from cacovid_jax.data import frames as frames_lib
 from cacovid_jax.inference import clips
-from cacovid_jax.inference import tower as tower_lib
-from cacovid_jax.inference.clips import Clip
+from cacovid_jax.inference.clips import DEEP, FEATURES, Clip
 from cacovid_jax.models import processors, token_grid, video_llm
-
-_FEATURES, _DEEP = tower_lib.FEATURES, tower_lib.DEEP
 
 
 class Loaded(NamedTuple):
@@ -38,72 +29,49 @@ class Loaded(NamedTuple):
 
   path: str  # As the questions name it.
   clip: Clip  # With the arrays that are known, zero or more.
-  # Of the tower, for those that are not; None if all are known.
-  inputs: processors.TowerInputs | None = None
-  # What the entry on disk depends on; None without a disk.
-  key: Mapping[str, Any] | None = None
+  inputs: processors.TowerInputs | None = None  # For those that are not.
+  key: Mapping[str, Any] | None = None  # Of its entry on disk.
 
 
+@dataclasses.dataclass(eq=False)
 class FeatureStore:
   """Encoded clips below a media root.
 
   `load` decodes (in threads or other processes) and `finish` encodes (on the
-  main thread). For one clip after the other see `clip_queue.ClipQueue`.
-
-  What a tower tells beside features comes from a second run of it: features are
-  the same, to the bit, whatever else is wanted.
-
-  Attributes:
-    grid: (T, H, W) of the clips; where they differ, of most of them.
-    want: names of `video_llm.SIGNALS` that each clip brings along.
-    seconds: spent so far on "decode" (frames to pixels included; threads add
-      up) and "tower".
+  main thread). What a tower tells beside features comes from a second run of
+  it: features are the same, to the bit, whatever else is wanted. `seconds` were
+  spent on "decode" (frames to pixels included; threads add up) and "tower".
   """
 
-  def __init__(
-    self,
-    reader: clips.ClipReader,
-    model: video_llm.VideoLLM,
-    params: Any,
-    *,
-    identity: str = "",
-    grid: tuple[int, int, int] | None = None,
-    buckets: Sequence[token_grid.GridBucket] = (),
-    only_buckets: bool = False,
-    want: Iterable[str] = (),
-    cache: feature_cache.FeatureCache | None = None,
-    keep: int = 64,
-    mesh: Mesh | None = None,
-  ):
-    """Starts nothing.
+  reader: clips.ClipReader
+  model: video_llm.VideoLLM  # Whose tower encodes the clips.
+  params: dataclasses.InitVar[Any]  # Of the model.
+  _: dataclasses.KW_ONLY
+  weights: str = ""  # Their identity, part of the keys.
+  # (T, H, W) of every clip; where they differ, of most of them. None finds it
+  # by the processor, which may need the shape of each clip's frames.
+  grid: tuple[int, int, int] | None = None
+  # Sizes that the tower is compiled for, where grids differ; a clip that fits
+  # none is encoded in its own size...
+  buckets: Sequence[token_grid.GridBucket] = ()
+  # ... or refused if it is too long and narrow for all of them.
+  only_buckets: bool = False
+  want: Iterable[str] = ()  # Of `video_llm.SIGNALS`, what each clip brings.
+  cache: feature_cache.FeatureCache | None = None  # On disk.
+  keep: int = 64  # Clips held in memory.
+  # Its `data` axis shares the clips that are encoded at once.
+  mesh: dataclasses.InitVar[Mesh | None] = None
 
-    Args:
-      reader: decodes the clips.
-      model: runs the tower.
-      params: its weights.
-      identity: of the weights, part of the keys.
-      grid: of every clip; None finds it by the processor, which may need the
-        shape of each clip's frames.
-      buckets: sizes that the tower is compiled for, where grids differ; a clip
-        that fits none is encoded in its own size...
-      only_buckets: ... or refused if it is too long and narrow for all of them.
-      want: names of `video_llm.SIGNALS` that are needed besides features.
-      cache: on disk.
-      keep: clips held in memory.
-      mesh: whose `data` axis shares the clips that are encoded at once.
-    """
-    self.want = frozenset(video_llm.check_signals(want))
-    self.reader, self.buckets = reader, tuple(buckets)
-    if grid is None:
-      grid = reader.processor.fixed_grid(reader.rule.num_frames)
-    self.grid = None if grid is None else tuple(grid)
-    self._given, self._only_buckets = self.grid is not None, only_buckets
+  def __post_init__(self, params, mesh):
+    self.want = frozenset(video_llm.check_signals(self.want))
+    reader, self.buckets = self.reader, tuple(self.buckets)
+    if self.grid is None:
+      self.grid = reader.processor.fixed_grid(reader.rule.num_frames)
+    self._given = self.grid is not None
     self._grids: dict[str, tuple[int, int, int]] = {}  # Of surveyed clips.
     self.seconds = collections.Counter()
-    self._model, self._cache, self._keep = model, cache, keep
-    self._identity = f"{identity} {jnp.dtype(model.dtype).name} {model.backend}"
     self._set_up_memory()
-    self._tower = tower_lib.Tower(model, params, mesh)
+    self._tower = clips.Tower(self.model, params, mesh)
 
   def _set_up_memory(self):
     self._clips: collections.OrderedDict[str, Clip] = collections.OrderedDict()
@@ -119,10 +87,7 @@ class FeatureStore:
     self.__dict__.update(state)
     self._set_up_memory()
 
-  @property
-  def rows(self) -> int:
-    """Clips that are encoded at once."""
-    return self._tower.rows
+  rows = property(lambda self: self._tower.rows)
 
   @property
   def identity(self) -> dict[str, Any]:
@@ -134,24 +99,11 @@ class FeatureStore:
       found["frame_rule"] = self.reader.rule.name
     return found
 
-  @property
-  def manifest(self):
-    """Records that clips must agree with, or None."""
-    return self.reader.manifest
-
   def bucket_of(self, grid: tuple[int, int, int]) -> token_grid.GridBucket:
     """Returns the smallest bucket that holds a grid, or else its own size."""
     fits = [bucket for bucket in self.buckets if bucket.holds(grid)]
-    if fits:
-      return token_grid.pick(grid, fits)
-    return token_grid.TokenGrid.of(grid).bucket
-
-  def observe(self, want: Iterable[str]) -> None:
-    """Changes what clips bring along; those that bring other things go."""
-    want = frozenset(video_llm.check_signals(want))
-    if want != self.want:
-      self.want = want
-      self.clear()
+    own = token_grid.TokenGrid.of(grid).bucket
+    return token_grid.pick(grid, fits or [own])
 
   def clear(self) -> None:
     """Forgets the clips in memory: the next one is decoded anew."""
@@ -160,7 +112,7 @@ class FeatureStore:
 
   def frames(self, path: str) -> np.ndarray:
     """Returns uint8[T,h,w,3] of the clip's own size; may raise `VideoError`."""
-    return self.reader.frames(path)
+    return self.reader.decode(path).frames
 
   def load(self, path: str) -> Loaded:
     """Returns a clip, decoded if need be; `VideoError` if it is unfit."""
@@ -172,16 +124,16 @@ class FeatureStore:
     key, clip = self._read(path)
     if clip is not None:
       self._check(path, clip)
-      if clip.arrays.keys() >= {_FEATURES, *self.want}:
+      if clip.arrays.keys() >= {FEATURES, *self.want}:
         return Loaded(path, clip)
     found, inputs, ruled = self.reader.read(path)
     self._check(path, found)
     if clip is None:
       clip = found
-      if self._cache is not None:
+      if self.cache is not None:
         key = self._key(path, None if ruled else clip.record.indices)
     bucket = self.bucket_of(clip.grid) if self.buckets else None
-    inputs = self._model.tower_inputs(inputs, bucket)
+    inputs = self.model.tower_inputs(inputs, bucket)
     self.seconds["decode"] += time.perf_counter() - start
     return Loaded(path, clip, inputs, key)
 
@@ -203,71 +155,60 @@ class FeatureStore:
       found[one.path] = dataclasses.replace(one.clip, arrays=arrays)
     if todo:
       self.seconds["tower"] += time.perf_counter() - start
-    for path, clip in found.items():
-      self._remember(path, clip)
+    with self._lock:
+      self._clips.update(found)
+      while len(self._clips) > self.keep:
+        self._clips.popitem(last=False)
     return [found[one.path] for one in loaded]
-
-  def __call__(self, path: str) -> Clip:
-    """Returns a clip; raises `VideoError` if it cannot be used."""
-    return self.finish([self.load(path)])[0]
 
   def cached_bytes(self, path: str) -> int:
     """Returns the size of a clip's features on disk; 0 if there are none."""
-    if self._cache is None:
-      return 0
-    return self._cache.size(feature_cache.key(**self._key(path)))
+    return self.cache.size(self._name(path)) if self.cache else 0
 
   def facts(self, path: str) -> dict[str, Any] | None:
     """Returns what the disk says of a clip; None if nothing."""
-    if self._cache is None:
-      return None
-    return self._cache.facts(feature_cache.key(**self._key(path)))
+    return self.cache.facts(self._name(path)) if self.cache else None
 
   def _encode(self, todo: list[Loaded]):
     """Yields (loaded clip, {name: float32 array} of what it lacked)."""
     groups = collections.defaultdict(list)
     for one in todo:
-      lacks = {_FEATURES, *self.want} - one.clip.arrays.keys()
+      lacks = {FEATURES, *self.want} - one.clip.arrays.keys()
       bucket = self.bucket_of(one.clip.grid)
       groups[bucket, frozenset(lacks)].append(one)
     for (_, lacks), members in groups.items():
-      for start in range(0, len(members), self._tower.rows):
-        part = members[start : start + self._tower.rows]
-        inputs = [one.inputs for one in part]
-        new = self._tower(lacks, inputs)
+      for start in range(0, len(members), self.rows):
+        part = members[start : start + self.rows]
+        new = self._tower(lacks, [one.inputs for one in part])
         for one, arrays in zip(part, new, strict=True):
           count = int(np.prod(one.clip.grid))
-          # Without a bucket's padding; a copy, lest it holds the other clips.
-          arrays = {
-            name: np.array(value[:, :count] if name == _DEEP else value[:count])
-            for name, value in arrays.items()
-          }
           for name, value in arrays.items():
+            # Without a bucket's padding; a copy, lest it holds other clips.
+            own = value[:, :count] if name == DEEP else value[:count]
+            arrays[name] = np.array(own)
             told = f"{name.replace('_', ' ')} of the vision tower"
-            base.check_finite(value, told)
+            base.check_finite(arrays[name], told)
           yield one, arrays
 
   def _check(self, path: str, clip: Clip) -> None:
     """Refuses frames that are not those known, or that no program takes."""
-    self.reader.check(path, clip.record)
+    reader = self.reader
+    reader.check(path, clip.record)
     expected = self.grid if self._given else self._grids.get(path, clip.grid)
     if clip.grid != expected:
       raise video.VideoError(
         path, "unreadable", f"a grid of {clip.grid}, not of {expected}"
       )
     fits = any(bucket.holds(clip.grid) for bucket in self.buckets)
-    if fits or not self._only_buckets:
+    if fits or not self.only_buckets:
       return
     # Other clips that fit no bucket tell that the buckets are wrong.
     _, rows, columns = clip.grid
-    reader = self.reader
     _, most = reader.processor.patch_tokens(reader.rule.num_frames)
     if rows * columns > most:
       file = video.safe_path(reader.root, path)
       detail = f"long and narrow: {columns} x {rows} tokens, above {most}"
       raise video.VideoError(file, "bad_shape", detail)
-
-  # Memory and disk.
 
   def _recall(self, path: str) -> Clip | None:
     with self._lock:
@@ -276,23 +217,19 @@ class FeatureStore:
         self._clips.move_to_end(path)
       return clip
 
-  def _remember(self, path: str, clip: Clip) -> None:
-    with self._lock:
-      self._clips[path] = clip
-      while len(self._clips) > self._keep:
-        self._clips.popitem(last=False)
+  def _name(self, path: str) -> str:
+    return feature_cache.key(**self._key(path))
 
   def _key(self, path: str, indices: Sequence[int] | None = None):
     """Returns all that the features of a clip depend on.
 
-    Args:
-      path: of the clip.
-      indices: of its frames, where they are not those of the rule.
+    `indices` are those of its frames, where they are not the rule's.
     """
+    dtype = jnp.dtype(self.model.dtype).name
     key = {
       "content": self.reader.content(path),
       **self.reader.described,
-      "model": self._identity,
+      "model": f"{self.weights} {dtype} {self.model.backend}",
       # Padding may move the last bit.
       "buckets": [dataclasses.astuple(bucket) for bucket in self.buckets],
     }
@@ -300,29 +237,28 @@ class FeatureStore:
 
   def _read(self, path: str):
     """Returns (key, Clip) of what the disk holds; (None, None) if nothing."""
-    if self._cache is None:
+    if self.cache is None:
       return None, None
     known = self.reader.known(path)
     wanted = known and known.indices
     for indices in (None, wanted) if wanted else (None,):
       key = self._key(path, indices)
-      entry = self._cache.get(feature_cache.key(**key))
+      entry = self.cache.get(feature_cache.key(**key))
       if entry is None:
         continue
       try:
-        record = frame_record.FrameRecord(**entry.facts.pop("record"))
-        grid = tuple(entry.facts.pop("grid"))
-        entry.facts["warnings"] = tuple(entry.facts["warnings"])
-        clip = Clip(record, grid, dict(entry.arrays), **entry.facts)
+        facts = {**entry.facts, "arrays": dict(entry.arrays)}
+        record = {**facts["record"], "video": path}
+        facts["record"] = frame_record.FrameRecord(**record)
+        facts |= {name: tuple(facts[name]) for name in ("grid", "warnings")}
+        clip = Clip(**facts)
       except (KeyError, TypeError):
         continue
-      if wanted and record.indices != wanted:
+      if wanted and clip.record.indices != wanted:
         continue
-      record = dataclasses.replace(record, video=path)
-      clip = dataclasses.replace(clip, record=record)
-      shapes = self._signal_shapes(grid)
+      shapes = self._signal_shapes(clip.grid)
       for name in self.want:
-        signal = self._cache.get(feature_cache.key(**key, signal=name))
+        signal = self.cache.get(feature_cache.key(**key, signal=name))
         # An entry that does not fit is no entry: it is made anew.
         if signal and signal.arrays[name].shape == shapes[name]:
           clip.arrays[name] = signal.arrays[name]
@@ -333,8 +269,8 @@ class FeatureStore:
     clip, key = one.clip, one.key
     signals = {name: new[name] for name in self.want & new.keys()}
     for name, value in signals.items():
-      self._cache.put(feature_cache.key(**key, signal=name), {name: value})
-    if _FEATURES in new:
+      self.cache.put(feature_cache.key(**key, signal=name), {name: value})
+    if FEATURES in new:
       arrays = {k: v for k, v in new.items() if k not in signals}
       facts = {
         "record": dataclasses.asdict(clip.record),
@@ -342,57 +278,42 @@ class FeatureStore:
         "second_per_grid_t": clip.second_per_grid_t,
         "warnings": clip.warnings,
       }
-      self._cache.put(feature_cache.key(**key), arrays, facts)
+      self.cache.put(feature_cache.key(**key), arrays, facts)
 
   def _signal_shapes(self, grid) -> dict[str, tuple[int, ...]]:
     if not self.want:
       return {}
-    shapes = self._model.signal_shapes(int(np.prod(grid)))
+    shapes = self.model.signal_shapes(int(np.prod(grid)))
     return {name: shapes[name] for name in self.want}
 
 
 def open_store(
-  experiment: experiment_lib.Experiment,
-  processor: processors.Processor,
-  rule: frames_lib.FrameRule,
-  *,
-  make: type[FeatureStore] = FeatureStore,
-  params: Any = None,
-  reading: Mapping[str, Any] | None = None,
-  **options,
+  experiment, processor, rule, *, make=FeatureStore, params=None, **options
 ) -> FeatureStore:
-  """Returns the encoded clips of config.data.
+  """Returns the encoded clips of config.data, by the experiment's base model.
 
-  Args:
-    experiment: whose base model encodes them.
-    processor: what is done to frames.
-    rule: which frames are shown.
-    make: the class.
-    params: instead of the base model's.
-    reading: further options of `clips.ClipReader`.
-    **options: further ones of `FeatureStore`.
+  `params` stand for that one's; `reading` is for `clips.ClipReader`.
   """
-  config, checkpoint = experiment.config, experiment.loaded
-  folder = config.data.feature_cache
+  data, checkpoint = experiment.config.data, experiment.loaded
+  folder = data.feature_cache
   if not processor.one_grid and "grid" not in options:
+    # Those that training was given may be for fewer frames.
+    strict = options.get("only_buckets", False)
     options["buckets"] = token_grid.make_buckets(
-      config.data.buckets,
-      processor,
-      rule.num_frames,
-      # Those that training was given may be for fewer frames.
-      strict=options.get("only_buckets", False),
+      data.buckets, processor, rule.num_frames, strict=strict
     )
+  reader = clips.ClipReader(
+    experiment_lib.media_root(experiment.config),
+    processor,
+    rule,
+    noted=bool(folder),
+    **options.pop("reading", {}),
+  )
   return make(
-    clips.ClipReader(
-      experiment_lib.media_root(config),
-      processor,
-      rule,
-      noted=bool(folder),
-      **(reading or {}),
-    ),
+    reader,
     checkpoint.model,
     checkpoint.params if params is None else params,
-    identity=checkpoint.identity["sha256"],
+    weights=checkpoint.identity["sha256"],
     cache=feature_cache.FeatureCache(folder) if folder else None,
     **options,
   )

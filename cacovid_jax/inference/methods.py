@@ -16,28 +16,21 @@ VANILLA = "vanilla"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Method:
-  """A compressor in a table.
+  """A compressor in a table."""
 
-  Attributes:
-    label: its row's name, unique in a run.
-    spec: name and options in full; answers are kept under it, so that a row
-      whose options were chosen anew is not mistaken for what it was.
-    compressor: the rule, before or inside the language model.
-    policy: name of the policy whose scores it follows.
-  """
-
-  label: str
+  label: str  # Its row's name, unique in a run.
+  # Name and options in full; answers are kept under it, so that a row whose
+  # options were chosen anew is not mistaken for what it was.
   spec: str
   compressor: Any
-  policy: str = ""
+  policy: str = ""  # Name of the one whose scores it follows.
 
   @classmethod
   def parse(cls, spec: str) -> "Method":
     """Returns the method of `name?option=value`, or `label=name?option=value`.
 
-    Without a label, the row is called as the spec reads, less the path of a
-    method of one's own. One option is the evaluation's: `policy=NAME` follows
-    another policy than the first one.
+    One option is the evaluation's: `policy=NAME` follows another policy than
+    the first one.
     """
     label, spec = split_label(spec)
     name, options = compressors.parse(spec)
@@ -48,9 +41,7 @@ class Method:
       spec = f"{spec}#{compressor.fingerprint}"
     return cls(label, spec, compressor, policy)
 
-  @property
-  def needs(self) -> frozenset[str]:
-    return self.compressor.requires
+  needs = property(lambda self: self.compressor.requires)
 
   @property
   def score_fields(self) -> list[str]:
@@ -65,7 +56,10 @@ class Method:
 
 
 def split_label(text: str) -> tuple[str, str]:
-  """Returns (label, spec) of `label=spec`, or of a spec alone."""
+  """Returns (label, spec) of `label=spec`, or of a spec alone.
+
+  Such a row is called as the spec reads, less the path of one's own method.
+  """
   text = text.strip()
   label, equals, spec = text.partition("=")
   # The first "=" of a spec stands behind the "?" of its options.
@@ -87,52 +81,38 @@ class Condition(NamedTuple):
   ratio: float = 1.0
   seed: int = 0
 
+  spec = property(lambda self: self.method.spec if self.method else VANILLA)
+  label = property(lambda self: self.method.label if self.method else VANILLA)
+  # Where it stands in a table, whatever the seed.
+  place = property(lambda self: (self.spec, self.ratio))
+
   def key(self, question: str) -> answer_log.Key:
     return answer_log.Key(self.spec, self.ratio, self.seed, question)
 
-  @property
-  def spec(self) -> str:
-    return self.method.spec if self.method else VANILLA
 
-  @property
-  def label(self) -> str:
-    return self.method.label if self.method else VANILLA
-
-  @property
-  def place(self) -> tuple[str, float]:
-    """Where it stands in a table, whatever the seed: (spec, ratio)."""
-    return self.spec, self.ratio
-
-
-def conditions(
-  methods: Sequence[Method], ratios: Sequence[float], seeds: Sequence[int]
-) -> list[Condition]:
+def conditions(methods, ratios, seeds) -> list[Condition]:
   """Returns vanilla and every method at every ratio, seeds where they count.
 
   Rows of one spec share their answers.
   """
-  by_spec = {method.spec: method for method in reversed(methods)}
-  methods = [method for method in methods if by_spec[method.spec] is method]
-  out = [Condition()]
-  for ratio in ratios:
-    for method in methods:
-      used = seeds if method.per_seed else (0,)
-      out += [Condition(method, ratio, seed) for seed in used]
-  return out
+  by_spec = {}
+  for method in methods:
+    by_spec.setdefault(method.spec, method)
+  return [Condition()] + [
+    Condition(method, ratio, seed)
+    for ratio in ratios
+    for method in by_spec.values()
+    for seed in (seeds if method.per_seed else (0,))
+  ]
 
 
-def other_question(
-  question: question_lib.Question,
-  pool: Sequence[question_lib.Question],
-  seed: int,
-) -> str:
+def other_question(question, pool: Sequence, seed: int) -> str:
   """Returns the id of a question about another clip, in other words.
 
   Drawn by the seed and the question's id, the same in every run.
   """
   key = question_lib.question_hash(f"{seed}/{question.rng_id}")
-  rng = np.random.default_rng(key)
-  for place in rng.permutation(len(pool)):
+  for place in np.random.default_rng(key).permutation(len(pool)):
     other = pool[int(place)]
     if other.video != question.video and other.prompt != question.prompt:
       return other.id

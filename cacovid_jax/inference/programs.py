@@ -3,9 +3,8 @@
 A clip's grid is data inside its bucket for everything but a compressor's
 choice: that is made for the exact grid, and padded to the bucket's rows.
 
-Letters: B batch, G selections of one prompt, L prompt rows, N video tokens,
-D width, K kept tokens, M generated tokens, P position rows, Q tokens of a
-question's text, V vocabulary.
+Letters: B batch, G selections of one prompt, L prompt rows, N video tokens, D
+width, K kept and M generated tokens, Q of a question's text, V vocabulary.
 """
 
 import collections
@@ -29,16 +28,7 @@ class Vanilla(NamedTuple):
 
 
 def answer_rows(
-  model,
-  params,
-  prompts: prompt_batch.PromptBatch,
-  index,
-  num_valid,
-  *,
-  replaced: base.Selection | None = None,
-  max_new_tokens: int,
-  eos_ids,
-  pad_id: int,
+  model, params, prompts, index, num_valid, *, replaced=None, **ending
 ):
   """Returns (ids int32[B, G, M], logits float32[B, G, V] or None).
 
@@ -54,48 +44,32 @@ def answer_rows(
     num_valid: int32[B].
     replaced: the selection [B, ...] of `index` where a method may have changed
       the rows that it keeps (merged tokens), with G = 1.
-    max_new_tokens: M; with 1 nothing is decoded, and the logits come too.
-    eos_ids: ids that end an answer.
-    pad_id: filler behind the end.
+    **ending: `max_new_tokens` M (with 1 nothing is decoded, and the logits come
+      too), `eos_ids` and `pad_id`, see `generation.extend`.
   """
   batch, count = index.shape[:2]
   prompts = prompts._replace(features=None, ids=None, text_rows=None)
-  of_video = jax.vmap(
-    lambda *arguments: prompt_batch.prune(*arguments)[1], (None, 0, None)
-  )
-  pruned = jax.vmap(of_video)(prompts, index, num_valid)
-  pruned = jax.tree.map(
-    lambda a: a.reshape(batch * count, *a.shape[2:]), pruned
-  )
+  of_video = jax.vmap(prompt_batch.prune, (None, 0, None))
+  _, pruned = jax.vmap(of_video)(prompts, index, num_valid)
+  rows = batch * count
+  pruned = jax.tree.map(lambda a: a.reshape(rows, *a.shape[2:]), pruned)
   if replaced is not None:
     pruned = prompt_batch.write_selection(pruned, prompts.deep, replaced)
-
-  def grouped(a):
-    return a.reshape(batch, count, *a.shape[1:])
-
-  logits, cache, _ = _prefill(model, params, pruned, max_new_tokens - 1)
-  if max_new_tokens == 1:
-    ids = jnp.argmax(logits, axis=-1).astype(jnp.int32)[:, None]
-    return grouped(ids), grouped(logits)
-  ids = generation.extend(
-    model,
-    params,
-    logits,
-    cache,
-    pruned.next_position,
-    num_position_rows=pruned.positions.shape[1],
-    max_new_tokens=max_new_tokens,
-    eos_ids=tuple(eos_ids),
-    pad_id=pad_id,
-  )
-  return grouped(ids), None
+  more = ending["max_new_tokens"] - 1
+  logits, cache, _ = _prefill(model, params, pruned, more)
+  if not more:
+    ids = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return ids.reshape(batch, count, 1), logits.reshape(batch, count, -1)
+  ending["eos_ids"] = tuple(ending["eos_ids"])
+  ids = _extend(model, params, logits, cache, pruned, ending)
+  return ids.reshape(batch, count, -1), None
 
 
 class Programs:
-  """The compiled functions of one checkpoint, for clips and texts of any size.
+  """The compiled functions of one checkpoint; a grid may be a `TokenGrid`.
 
   Each compiles once for every bucket of grids and length of text; those that
-  choose tokens once for every grid. A grid is (T, H, W) or a `TokenGrid`.
+  choose tokens once for every grid.
 
   Attributes:
     embed: (params, ids, features, video rows) -> float[B, L, D].
@@ -119,7 +93,12 @@ class Programs:
     embed = jax.vmap(model.embed_prompt, (None, 0, 0, 0))
     self.embed = self._once("embed", (), embed)
     # Programs are counted by function: each of this class has its own.
-    self.text = self._once("text", (), functools.partial(_text), weights=())
+    self.text = self._once(
+      "text",
+      (),
+      lambda batch: prompt_batch.read_video(batch.x, batch.text_rows),
+      weights=(),
+    )
     self.answer = self._once("answer", (), self._answer)
     self.answer_text = self._once("text only", (), self._answer_text)
     self.read = jax.jit(self._read, static_argnums=3)
@@ -128,8 +107,7 @@ class Programs:
 
   def _once(self, kind: str, key, function, *, rows: bool = True, **options):
     """Returns the compiled function of a key, made once; not all share rows."""
-    made = self._made[kind]
-    if key not in made:
+    if key not in (made := self._made[kind]):
       mesh = self._mesh if rows else None
       made[key] = mesh_lib.jit_rows(function, mesh, **options)
     return made[key]
@@ -143,10 +121,7 @@ class Programs:
       for kind, made in self._made.items()
     }
 
-  @property
-  def num_compiled(self) -> int:
-    """Programs that have been compiled."""
-    return sum(self.compiled.values())
+  num_compiled = property(lambda self: sum(self.compiled.values()))
 
   def vanilla(self, params, batch, *, want_attention: bool = False) -> Vanilla:
     """Returns the answers to whole prompts, and attention if wanted."""
@@ -168,10 +143,8 @@ class Programs:
     num_keep = compressor.rows(_shape(grid), ratio)
 
     def select(params, inputs):
-      selection = compressor.select_batch(
-        inputs, num_keep=num_keep, ratio=ratio, params=params
-      )
-      return _padded(selection, ratio, grid)
+      given = dict(num_keep=num_keep, ratio=ratio, params=params)
+      return _padded(compressor.select_batch(inputs, **given), ratio, grid)
 
     key = compressor, ratio, _shape(grid), grid.bucket
     # What never sees the question is run for one clip at a time.
@@ -179,9 +152,7 @@ class Programs:
     program = self._once("select", key, select, rows=rows)
     return lambda inputs: program(compressor.load(), inputs)
 
-  def select_and_answer(
-    self, compressor: base.Compressor, ratio: float, grid, *, room=None
-  ):
+  def select_and_answer(self, compressor, ratio: float, grid, *, room=None):
     """Returns f(params, batch, inputs) -> (ids, `base.SelectionTrace`).
 
     For methods that choose while the language model reads; one program for
@@ -214,26 +185,14 @@ class Programs:
       # A cache does not lead with the batch.
       options = {"weights": (0, 3), "rows": room is None}
       program = self._once("select and answer", key, ask, **options)
-    return lambda params, batch, inputs: program(
-      params, batch, inputs, compressor.load()
-    )
+    return lambda *arguments: program(*arguments, compressor.load())
 
-  def _vanilla(
-    self, params, batch: prompt_batch.PromptBatch, *, want_attention: bool
-  ) -> Vanilla:
+  def _vanilla(self, params, batch, *, want_attention: bool) -> Vanilla:
     room = self._ending["max_new_tokens"] - 1
     logits, cache, out = _prefill(
       self._model, params, batch, room, want_attention=want_attention
     )
-    ids = generation.extend(
-      self._model,
-      params,
-      logits,
-      cache,
-      batch.next_position,
-      num_position_rows=batch.positions.shape[1],
-      **self._ending,
-    )
+    ids = _extend(self._model, params, logits, cache, batch, self._ending)
     if not want_attention:
       return Vanilla(ids)
     # float32[layers, B, L] -> [B, layers, N].
@@ -268,13 +227,10 @@ class Programs:
     )
 
   def _read(self, params, batch, selection, room):
-    rows = batch
+    rows, num_video = batch, batch.video_rows.shape[1]
     if selection is not None:
-      rows = prompt_batch.keep(
-        prompt_batch.whole(batch),
-        selection,
-        num_video=batch.video_rows.shape[1],
-      )
+      rows = prompt_batch.whole(batch)
+      rows = prompt_batch.keep(rows, selection, num_video=num_video)
     return _prefill(self._model, params, rows, room)[:2]
 
 
@@ -292,8 +248,16 @@ def _prefill(model, params, rows, room: int, **options):
   )
 
 
-def _text(batch: prompt_batch.PromptBatch):
-  return prompt_batch.read_video(batch.x, batch.text_rows)
+def _extend(model, params, logits, cache, rows, ending):
+  return generation.extend(
+    model,
+    params,
+    logits,
+    cache,
+    rows.next_position,
+    num_position_rows=rows.positions.shape[1],
+    **ending,
+  )
 
 
 def _shape(grid) -> tuple[int, int, int]:
@@ -301,25 +265,18 @@ def _shape(grid) -> tuple[int, int, int]:
 
 
 def _scores(module, params, batch: prompt_batch.PromptBatch, grid):
-  """Returns the Scores of B prompts about videos of one grid."""
   # What a policy of one's own reads where all videos have this one.
   grid = grid.shape if grid.full else grid
 
-  def one(x, positions, length, video_rows):
-    return module.apply(
-      {"params": params}, x, positions, video_rows, grid, length
-    )
+  def one(x, positions, rows, length):
+    return module.apply({"params": params}, x, positions, rows, grid, length)
 
-  return jax.vmap(one)(
-    batch.x, batch.positions, batch.lengths, batch.video_rows
-  )
+  rows, lengths = batch.video_rows, batch.lengths
+  return jax.vmap(one)(batch.x, batch.positions, rows, lengths)
 
 
 def _padded(selection: base.Selection, ratio: float, grid):
-  """Returns a selection [B, ...] with the rows of the grid's bucket.
-
-  All grids of a bucket then share the program that answers.
-  """
+  """Returns a selection with the rows of the bucket, which share a program."""
   if grid.full:
     return selection
   tokens, num_video = grid.bucket.tokens, int(grid.num_tokens)

@@ -1,9 +1,10 @@
 """Questions about clips -> batches of whole prompts on device.
 
-Letters: B batch, L prompt rows, N video tokens (N_max those of a grid bucket),
-D width, P position rows, Q tokens of a question's text.
+Letters: B batch, L prompt rows, N_max video tokens of a grid bucket, D width,
+Q tokens of a question's text.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,13 +17,11 @@ from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.models import prompt_batch, video_llm
 
-# Text is rounded up to a multiple of this, so that a few tokens more or less
-# do not mean another program.
-_MULTIPLE = 16
-# Lengths of text where later questions are not known.
-_USUAL = (64, 256, 1024)
+_MULTIPLE = 16  # Text is rounded up to it: a token more is no other program.
+_USUAL = (64, 256, 1024)  # Lengths of text where later ones are not known.
 
 
+@dataclasses.dataclass(eq=False)
 class Prompts:
   """The questions that may be asked, and their prompts in a few lengths.
 
@@ -30,78 +29,61 @@ class Prompts:
   words of one about another.
 
   Attributes:
-    tokenizer: of the checkpoint.
     text_rows: question id -> rows of its prompt beside the video's.
     lengths: rising, what text is padded to; a batch takes that of its longest.
   """
 
-  def __init__(
-    self,
-    checkpoint: Any,
-    questions: Sequence[question_lib.Question],
-    *,
-    grid_of: Callable[[Any], tuple[int, int, int]] = lambda question: (1, 1, 1),
-    num_video: int = 0,
-    rows: Sequence[int] | None = (),
-    others: Sequence[question_lib.Question] = (),
-  ):
-    """Tokenises.
+  checkpoint: Any  # `models.checkpoints.Checkpoint` with a tokenizer.
+  questions: Sequence[question_lib.Question]  # That lengths follow.
+  _: dataclasses.KW_ONLY
+  # Returns (T, H, W) of a question's clip; refused is one that leaves a
+  # question no room.
+  grid_of: Callable[[Any], tuple[int, int, int]] = lambda question: (1, 1, 1)
+  num_video: int = 0  # Largest N_max.
+  # Whether lengths are usual ones that serve later questions as well, and not
+  # those that pad these ones least.
+  more_follow: bool = False
+  others: Sequence[question_lib.Question] = ()  # Further questions.
 
-    Args:
-      checkpoint: `models.checkpoints.Checkpoint` with a tokenizer.
-      questions: every question that will be asked.
-      grid_of: returns (T, H, W) of a question's clip; refused is one that
-        leaves a question no room.
-      num_video: largest N_max.
-      rows: lengths of text; empty chooses those that pad these questions
-        least, None takes usual ones that serve others as well.
-      others: further questions, that lengths do not follow.
-    """
-    self.tokenizer = checkpoint.tokenizer
+  def __post_init__(self):
+    self._model = self.checkpoint.model
+    self.tokenizer = self.checkpoint.tokenizer
     if self.tokenizer is None:
       raise errors.UserError(
         "the checkpoint has no tokenizer.json; evaluation needs a complete"
         " checkpoint directory"
       )
-    self._model = checkpoint.model
-    every = [*others, *questions]
+    every = [*self.others, *self.questions]
     self._texts = {question.id: question.prompt for question in every}
-    grids = {question.id: grid_of(question) for question in every}
-    self.text_rows, spans = {}, []
+    grids = {question.id: self.grid_of(question) for question in every}
+    self.text_rows, spans = {}, [1]
     for name, grid in grids.items():
       prompt = self.prompt(name, grid)
       start, end = question_span(prompt, self.tokenizer)
-      self.text_rows[name] = prompt.length - len(prompt.video_rows)
+      self.text_rows[name] = _text_rows(prompt)
       spans.append(end - start)
     longest = max(self.text_rows, key=self.text_rows.get, default="")
     for grid in sorted(set(grids.values())):
       self.prompt(longest, grid)
-    most = max([1, *self.text_rows.values()])
-    # Q of an evaluation; else the text's length.
-    self._question_rows = None if rows is None else _rounded(max([1, *spans]))
-    if rows:
-      given = prompt_batch.PromptBuckets(tuple(rows))
-      given.pick(most)  # What is too long is told before anything runs.
-      self.lengths = given.text_rows
+    most = self.text_rows.get(longest, 1)
+    if self.more_follow:
+      self._question_rows = None  # Q is the text's length.
+      self.lengths = _USUAL
+      if most > _USUAL[-1]:
+        self.lengths += (_rounded(most),)
       return
-    self.lengths = _USUAL
-    if most > _USUAL[-1]:
-      self.lengths += (_rounded(most),)
-    if rows is not None:
-      own = [self.text_rows[question.id] for question in questions] or [1]
-      found = prompt_batch.PromptBuckets.of(own, beside=num_video)
-      self.lengths = found.text_rows
+    self._question_rows = _rounded(max(spans))
+    own = [self.text_rows[question.id] for question in self.questions] or [1]
+    best = prompt_batch.PromptBuckets.of(own, beside=self.num_video)
+    self.lengths = best.text_rows
     if len(self.lengths) == 1:
       # All rows together are a multiple.
-      self.lengths = (_rounded(num_video + most) - num_video,)
+      self.lengths = (_rounded(self.num_video + most) - self.num_video,)
 
-  def prompt(
-    self, name: str, grid: tuple[int, int, int], seconds: float = 1.0
-  ) -> tokenizer_lib.Prompt:
+  def prompt(self, name: str, grid, seconds=1.0) -> tokenizer_lib.Prompt:
     """Returns a question's prompt; temporal patches are `seconds` apart."""
-    return self._model.encode_prompt(
-      self.tokenizer, self._texts[name], grid, seconds
-    )
+    text = self._texts[name]
+    return self._model.encode_prompt(self.tokenizer, text, grid, seconds)
 
   def pick(self, text_rows: int) -> int:
     """Returns the length that so many rows of text are padded to."""
@@ -109,44 +91,27 @@ class Prompts:
     return next(fits, _rounded(text_rows))
 
   def batch(
-    self,
-    embed: Callable[..., jax.Array],
-    ids: Sequence[str],
-    grid: tuple[int, int, int],
-    seconds: Sequence[float],
-    features: jax.Array,
-    deep: jax.Array | None = None,
+    self, embed, ids, grid, seconds, features, deep=None
   ) -> prompt_batch.PromptBatch:
-    """Returns the prompts of the questions `ids`; the last one is repeated.
+    """Returns the prompts of at most B questions; the last one is repeated.
 
-    L is N_max and the length of the longest text.
-
-    Args:
-      embed: of (ids, features, video rows), B each.
-      ids: of at most B questions.
-      grid: (T, H, W) of their clips.
-      seconds: per question, from one temporal patch to the next.
-      features: float[B, N_max, D] of the clips, zeros behind their own.
-      deep: float[B, S, N_max, D] or None, likewise.
+    L is N_max and the length of the longest text. The clips have one grid
+    (T, H, W), and `seconds` from one temporal patch to the next; `features`
+    float[B, N_max, D] and `deep` float[B, S, N_max, D] or None have zeros
+    behind their own rows. `embed` takes (ids, features, video rows), B each.
     """
-    rows = prompt_batch.pad_rows(len(ids), len(features))
+    rows, model = prompt_batch.pad_rows(len(ids), len(features)), self._model
     # In float32, as features are: what follows has the same bits everywhere.
-    videos = [
-      video_llm.VideoFeatures(None, grid, float(np.float32(seconds[row])))
-      for row in rows
-    ]
+    apart = [float(np.float32(seconds[row])) for row in rows]
+    videos = [video_llm.VideoFeatures(None, grid, one) for one in apart]
     prompts = [
-      self.prompt(ids[row], grid, video.second_per_grid_t)
-      for row, video in zip(rows, videos, strict=True)
+      self.prompt(ids[row], grid, one)
+      for row, one in zip(rows, apart, strict=True)
     ]
-    text = self.pick(
-      max(prompt.length - len(prompt.video_rows) for prompt in prompts)
-    )
+    text = self.pick(max(map(_text_rows, prompts)))
     length = features.shape[1] + text
     padded = self.tokenizer.pad(prompts, length, features.shape[1])
-    positions, following = prompt_batch.place(
-      self._model, prompts, videos, length
-    )
+    positions, following = prompt_batch.place(model, prompts, videos, length)
     shape = len(rows), self._question_rows or text
     text_rows = np.full(shape, length, np.int32)
     for row, prompt in zip(text_rows, prompts, strict=True):
@@ -169,9 +134,7 @@ class Prompts:
     )
 
 
-def question_span(
-  prompt: tokenizer_lib.Prompt, tokenizer: tokenizer_lib.Tokenizer
-) -> tuple[int, int]:
+def question_span(prompt: tokenizer_lib.Prompt, tokenizer) -> tuple[int, int]:
   """Returns the first row of a question's text, and the one behind its last.
 
   The text lies between the video's block and the end of the user's turn.
@@ -182,6 +145,10 @@ def question_span(
   ends = np.isin(prompt.ids[start:], tokenizer.eos_ids)
   end = start + int(ends.argmax()) if ends.any() else prompt.length
   return start, end
+
+
+def _text_rows(prompt: tokenizer_lib.Prompt) -> int:
+  return prompt.length - len(prompt.video_rows)
 
 
 def _rounded(length: int) -> int:

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 
-from cacovid_jax import errors
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.inference import engine as engine_lib
 from cacovid_jax.inference import methods as methods_lib
@@ -86,15 +85,17 @@ def question(grid, text):
   )
 
 
-def make(checkpoint, questions, buckets=(), policies=None, **options):
-  return engine_lib.Engine(
+def make(checkpoint, questions, buckets=(), policies=None, lengths=()):
+  engine = engine_lib.Engine(
     checkpoint,
     Source(checkpoint.model.config.text.hidden_size, buckets),
     questions,
     engine_lib.Settings(batch_size=2, max_new_tokens=2),
     policies=policies,
-    **options,
   )
+  if lengths:
+    engine.prompts.lengths = tuple(lengths)
+  return engine
 
 
 def test_twenty_shapes_share_the_programs_of_their_buckets(
@@ -106,7 +107,7 @@ def test_twenty_shapes_share_the_programs_of_their_buckets(
   probe = prompts_lib.Prompts(checkpoint, questions)
   lengths = sorted(set(probe.text_rows.values()))
   assert len(GRIDS) == 20 and len(lengths) == 2
-  engine = make(checkpoint, questions, BUCKETS, policies, prompt_rows=lengths)
+  engine = make(checkpoint, questions, BUCKETS, policies, lengths)
   uniform = methods_lib.Condition(methods_lib.Method.parse("uniform"), 0.25)
   used = set()
   for one in questions:
@@ -140,9 +141,7 @@ def engines(checkpoint, policies):
   found = prompts_lib.Prompts(checkpoint, questions).text_rows.values()
   return questions, [
     make(checkpoint, questions, (), policies),
-    make(
-      checkpoint, questions, BUCKETS, policies, prompt_rows=sorted({*found})
-    ),
+    make(checkpoint, questions, BUCKETS, policies, sorted({*found})),
   ]
 
 
@@ -195,25 +194,16 @@ def test_another_questions_text_may_have_another_length(engines):
     np.testing.assert_allclose(one, other, atol=1e-4)
 
 
-def test_a_prompt_longer_than_the_last_length_is_one_line(checkpoint):
-  questions = [question(GRIDS[0], text) for text in TEXTS]
-  rows = prompts_lib.Prompts(checkpoint, questions).text_rows
-  with pytest.raises(
-    errors.UserError, match="config.data.prompt_rows"
-  ) as caught:
-    make(checkpoint, questions, prompt_rows=[min(rows.values())])
-  assert f"a prompt has {max(rows.values())} rows" in str(caught.value)
-  assert "\n" not in str(caught.value)
-
-
 def test_lengths_that_serve_later_questions(checkpoint, monkeypatch):
   monkeypatch.setattr(checkpoint.tokenizer, "max_length", 0)
   questions = [question(GRIDS[0], text) for text in TEXTS]
-  prompts = prompts_lib.Prompts(checkpoint, questions, rows=None)
+  prompts = prompts_lib.Prompts(checkpoint, questions, more_follow=True)
   assert prompts.lengths == (64, 256, 1024)
   assert prompts.pick(64) == 64 and prompts.pick(65) == 256
   longer = dataclasses.replace(questions[0], id="long", prompt="why? " * 300)
-  prompts = prompts_lib.Prompts(checkpoint, [*questions, longer], rows=None)
+  prompts = prompts_lib.Prompts(
+    checkpoint, [*questions, longer], more_follow=True
+  )
   last = prompts.lengths[-1]
   assert last >= prompts.text_rows["long"] > 1024 and last % 16 == 0
 

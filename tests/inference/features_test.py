@@ -134,7 +134,7 @@ def test_cached_features_are_the_same_and_spare_the_tower(root, tmp_path):
   assert first.frame_hash == second.frame_hash
   # Other weights have other features.
   other = Model()
-  with source_of(root, other, cache=cache, identity="other") as source:
+  with source_of(root, other, cache=cache, weights="other") as source:
     source["a.mp4"]
   assert other.traced == 1
 
@@ -227,7 +227,7 @@ def test_cached_extras_spare_the_tower(root, tmp_path):
     np.testing.assert_array_equal(first.extras[name], second.extras[name])
   # Other weights have other keys.
   other = Model(2.0)
-  with source_of(root, other, cache=cache, identity="x", want=WANT) as source:
+  with source_of(root, other, cache=cache, weights="x", want=WANT) as source:
     third = source["a.mp4"]
   assert other.observed == [("vision_attention", "vision_keys")]
   assert not np.array_equal(
@@ -344,7 +344,7 @@ def test_a_clip_on_disk_is_not_opened_and_keeps_its_record(
   cache = feature_cache.FeatureCache(tmp_path / "cache")
   with source_of(root, cache=cache) as source:
     # By the way of training, which raises what it cannot use.
-    first = source("a.mp4")
+    (first,) = source.finish([source.load("a.mp4")])
   assert opened == ["a.mp4"]
   manifest = frame_manifest.FrameManifest(
     tmp_path / "frames.jsonl", num_frames=4
@@ -421,7 +421,7 @@ def test_clips_are_loaded_in_another_process(root, tmp_path):
   cache = feature_cache.FeatureCache(tmp_path / "cache")
   with source_of(root, cache=cache) as source:
     alone = features.FeatureStore(
-      source.reader, source._model, {"weight": jnp.float32(1)}, cache=cache
+      source.reader, source.model, {"weight": jnp.float32(1)}, cache=cache
     )
     there = pickle.loads(pickle.dumps(alone))
     loaded = pickle.loads(pickle.dumps(there.load("a.mp4")))
@@ -436,7 +436,7 @@ def test_clips_are_loaded_in_another_process(root, tmp_path):
 def test_small_and_refused_clips_are_not_used(root, tmp_path):
   cache = feature_cache.FeatureCache(tmp_path / "cache")
   with source_of(root, cache=cache, min_side=31) as source:
-    source("a.mp4")
+    source.finish([source.load("a.mp4")])
   for known in (cache, None):
     with source_of(root, cache=known, min_side=32) as source:
       with pytest.raises(video.VideoError, match="bad shape .a frame of 32 x"):
@@ -517,7 +517,7 @@ class TestBuckets:
   ):
     cache = feature_cache.FeatureCache(tmp_path / "cache")
     with self.store(folder, model, cache=cache) as store:
-      store("a.mp4")
+      store.finish([store.load("a.mp4")])
     del opened[:]
     with self.store(folder, model, cache=cache) as store:
       store.survey(["a.mp4"])

@@ -9,12 +9,6 @@ from cacovid_jax.evals import benchmarks
 from cacovid_jax.integrations.lmms_eval import requests
 from tests.data import benchmark_files
 
-_DOC = {"question_id": "001-1", "path": "clips/a.mp4"}
-
-
-def _visual(doc):
-  return [doc["path"]]
-
 
 def _messages(*content, role="user"):
   return [{"role": role, "content": list(content)}]
@@ -32,7 +26,7 @@ def test_both_forms_ask_the_same():
     prompt="What?\nA. x\nB. y\n",
   )
   simple = requests.from_simple(
-    "What?\nA. x\nB. y\n", _visual, _DOC, "t/test/0", "001-1"
+    "What?\nA. x\nB. y\n", ["clips/a.mp4"], "t/test/0", "001-1"
   )
   chat = requests.from_chat(_messages(_VIDEO, _TEXT), "t/test/0", "001-1")
   assert simple == chat == expected
@@ -73,7 +67,7 @@ def test_other_conversations_are_refused(messages, match):
 )
 def test_other_visuals_are_refused(visuals, match):
   with pytest.raises(errors.UserError, match=match):
-    requests.from_simple("What?", lambda doc: visuals, _DOC, "t/test/0")
+    requests.from_simple("What?", visuals, "t/test/0")
 
 
 def _asked(place, identity, prompt="What?", video="a.mp4"):

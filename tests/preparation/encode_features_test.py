@@ -11,7 +11,7 @@ from cacovid_jax import errors
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import rejected_clips
-from cacovid_jax.inference import clip_queue, tower
+from cacovid_jax.inference import clip_queue, clips
 from cacovid_jax.models import checkpoints
 from cacovid_jax.preparation import encode_features
 from cacovid_jax.training import run as run_lib
@@ -80,7 +80,7 @@ def size(folder, checkpoint, tmp_path_factory):
   """
   elsewhere = tmp_path_factory.mktemp("elsewhere")
   store = make(folder, checkpoint, elsewhere).store
-  store("0.mp4")
+  store.finish([store.load("0.mp4")])
   found = store.cached_bytes("0.mp4")
   assert 0 < found - 4 * 49 * 128 * 4 - 32 < 1000
   return found
@@ -102,13 +102,13 @@ def opened(monkeypatch, size):
 @pytest.fixture
 def encoded(monkeypatch):
   """Returns the number of clips of each run of the tower."""
-  counts, real = [], tower.Tower.__call__
+  counts, real = [], clips.Tower.__call__
 
   def noting(self, names, inputs):
     counts.append(len(inputs))
     return real(self, names, inputs)
 
-  monkeypatch.setattr(tower.Tower, "__call__", noting)
+  monkeypatch.setattr(clips.Tower, "__call__", noting)
   return counts
 
 
@@ -264,7 +264,8 @@ def test_an_evaluation_takes_what_training_has_encoded(
   with clip_queue.open_queue(experiment) as store:
     clip = store["1.mp4"]
     assert opened == []
-    np.testing.assert_array_equal(clip.features, run.store("1.mp4").features)
+    (other,) = run.store.finish([run.store.load("1.mp4")])
+    np.testing.assert_array_equal(clip.features, other.features)
     assert clip.frame_hash and clip.index_hash and not clip.fault
     # The frames of another rule are others.
   other = experiment.replace({"evals.frame_rule": "train_linspace_1fps"})

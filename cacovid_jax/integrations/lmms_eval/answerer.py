@@ -1,5 +1,6 @@
 """Answers to lmms-eval's requests, by the evaluation's own programs."""
 
+import collections
 import dataclasses
 import logging
 import os
@@ -9,7 +10,6 @@ from typing import NamedTuple
 from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.data import answer_log
-from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import evaluation
 from cacovid_jax.evals import evaluator as evaluator_lib
 from cacovid_jax.inference import batch as batch_lib
@@ -22,16 +22,10 @@ _LOGGER = logging.getLogger(__name__)
 
 
 class Reply(NamedTuple):
-  """An answer and its size.
+  """An answer and its size."""
 
-  Attributes:
-    text: the answer, "" if the clip cannot be read.
-    input_tokens: of the prompt that the language model read, after selection.
-    output_tokens: of the text.
-  """
-
-  text: str
-  input_tokens: int
+  text: str  # "" if the clip cannot be read.
+  input_tokens: int  # Of the prompt that was read, after selection.
   output_tokens: int
 
 
@@ -44,56 +38,41 @@ class RequestAnswerer:
   def __init__(self, config):
     """Loads the weights of a config, see `arguments.parse`."""
     self.condition = arguments.condition(config)
-    changes = {
-      # Clips are named by whole paths: a task says where they are.
-      "data.root": os.path.abspath(os.sep),
-      "data.media": "",
-    }
+    # Clips are named by whole paths: a task says where they are.
+    changes = {"data.root": os.path.abspath(os.sep), "data.media": ""}
     if self.condition.method is None:
       changes["evals.policies"] = ()
-    self.experiment = experiment_lib.Experiment.from_config(
-      config_lib.replace(config, changes)
-    )
+    config = config_lib.replace(config, changes)
+    self.experiment = experiment_lib.Experiment.from_config(config)
     self.checkpoint = self.experiment.checkpoint
     self._policies = self.experiment.policies
     methods = [self.condition.method] if self.condition.method else []
-    self._source = clip_queue.open_queue(
-      self.experiment, methods_lib.wanted(methods)
-    )
+    wanted = methods_lib.wanted(methods)
+    self._source = clip_queue.open_queue(self.experiment, wanted)
     self._programs = {}
 
   def generate(
     self, asked: Sequence[requests.Asked], lengths: Sequence[int]
   ) -> list[Reply]:
-    """Returns the answers, in order.
-
-    Args:
-      asked: the requests.
-      lengths: longest answer to each, in tokens.
-    """
+    """Returns the answers, in order, of at most so many tokens each."""
     rows = requests.as_questions(asked)
-    replies = {}
-    for length in sorted(set(lengths)):
-      wanted = _distinct(
-        row for row, own in zip(rows, lengths, strict=True) if own == length
-      )
-      for name, reply in self._generate(wanted, length).items():
-        replies[name, length] = reply
-    return [
-      replies[row.id, length] for row, length in zip(rows, lengths, strict=True)
-    ]
+    by_length = collections.defaultdict(dict)
+    for row, length in zip(rows, lengths, strict=True):
+      by_length[length][row.id] = row
+    replies = {
+      length: self._generate(list(by_length[length].values()), length)
+      for length in sorted(by_length)
+    }
+    return [replies[n][row.id] for row, n in zip(rows, lengths, strict=True)]
 
-  def likelihoods(
-    self, asked: Sequence[requests.Asked], continuations: Sequence[str]
-  ) -> list[batch_lib.Likelihood]:
+  def likelihoods(self, asked, continuations) -> list[batch_lib.Likelihood]:
     """Returns how likely each continuation follows its prompt, in order."""
     rows = requests.as_questions(asked)
-    engine = self._engine(_distinct(rows), 1)
+    distinct = {row.id: row for row in rows}
+    engine = self._engine(list(distinct.values()), 1)
     found = engine.likelihoods(rows, continuations, self.condition)
-    self._warn(
-      {row.id: row for row in rows},
-      {row.id: one.fault for row, one in zip(rows, found, strict=True)},
-    )
+    faults = {row.id: one.fault for row, one in zip(rows, found, strict=True)}
+    _warn(distinct.values(), faults)
     return found
 
   def close(self) -> None:
@@ -110,28 +89,23 @@ class RequestAnswerer:
       # A method that stops half-way, with the clip that it cannot do.
       raise evaluator_lib.NothingToAsk(failures[self.condition.place].reason)
     records = {row.id: answers[self.condition.key(row.id)] for row in rows}
-    self._warn(
-      {row.id: row for row in rows},
-      {name: record.get("fault", "") for name, record in records.items()},
-    )
-    encode = self.checkpoint.tokenizer.encode
-    return {
-      row.id: Reply(
-        records[row.id]["text"],
-        self._text_tokens(row) + records[row.id]["kept"],
-        len(encode(records[row.id]["text"])),
-      )
-      for row in rows
-    }
+    _warn(rows, {name: one.get("fault", "") for name, one in records.items()})
+    tokenizer, replies = self.checkpoint.tokenizer, {}
+    for row in rows:
+      text, kept = records[row.id]["text"], records[row.id]["kept"]
+      # Of a prompt with one video token, all others are the text's.
+      around = tokenizer.encode_prompt(row.prompt, 1).length - 1
+      count = len(tokenizer.encode(text))
+      replies[row.id] = Reply(text, around + kept, count)
+    return replies
 
   def _engine(self, rows, length) -> engine_lib.Engine:
+    usual = evaluation.settings(self.experiment)
     engine = engine_lib.Engine.of(
       self.experiment,
       self._source,
       rows,
-      dataclasses.replace(
-        evaluation.settings(self.experiment), max_new_tokens=length
-      ),
+      dataclasses.replace(usual, max_new_tokens=length),
       policies=self._policies,
       programs=self._programs.get(length),
       more_follow=True,
@@ -139,24 +113,14 @@ class RequestAnswerer:
     self._programs[length] = engine.programs
     return engine
 
-  def _text_tokens(self, row: question_lib.Question) -> int:
-    """Returns the prompt's tokens that are none of the video's N."""
-    return self.checkpoint.tokenizer.encode_prompt(row.prompt, 1).length - 1
 
-  def _warn(self, rows, faults) -> None:
-    """Tells which clips cannot be read, once each."""
-    clips = {}
-    for name, fault in faults.items():
-      if fault:
-        clips.setdefault(rows[name].video, [fault, 0])[1] += 1
-    for video, (fault, count) in clips.items():
-      _LOGGER.warning(
-        "/%s cannot be used (%s): %d question(s) about it answered by nothing",
-        video.removeprefix("./"),
-        fault,
-        count,
-      )
-
-
-def _distinct(rows) -> list[question_lib.Question]:
-  return list({row.id: row for row in rows}.values())
+def _warn(rows, faults) -> None:
+  """Tells which clips cannot be read, once each."""
+  lost = [(row.video, faults[row.id]) for row in rows if faults[row.id]]
+  for (video, fault), count in collections.Counter(lost).items():
+    _LOGGER.warning(
+      "/%s cannot be used (%s): %d question(s) about it answered by nothing",
+      video.removeprefix("./"),
+      fault,
+      count,
+    )

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from cacovid_jax import base_config, command, errors
+from cacovid_jax import base_config, errors
 from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.compressors import base
@@ -14,87 +14,58 @@ from cacovid_jax.inference import methods as methods_lib
 _LOGGER = logging.getLogger(__name__)
 
 # What `--model_args` takes besides `config` and any key with a dot in it, such
-# as mesh.data. `old` has other names: of the paper's evaluator and of models of
-# lmms-eval.
+# as mesh.data.
 ARGUMENTS = {
-  "pretrained": command.Flag(
-    "Hugging Face checkpoint directory; the shipped model if empty.",
-    "model.path",
-  ),
-  "policy": command.Flag(
-    "Training workdir or .safetensors file, for the learned methods; empty is"
-    " the shipped model's own, or one among the weights of `pretrained`.",
-    "evals.policies",
-  ),
-  "method": command.Flag(
-    "As in an evaluation, `name?option=value`.", "evals.methods"
-  ),
-  "ratio": command.Flag(
-    "Share of the video tokens that is kept; 1.0 is the whole prompt, whatever"
-    " the method.",
-    "evals.ratios",
-    old=("topk",),
-  ),
-  "max_frames_num": command.Flag(
-    "Frames; 0 takes the number of the checkpoint's files, or 32.",
-    "data.num_frames",
-    old=("num_frames",),
-  ),
-  "min_pixels": command.Flag(
-    "Least pixels of a frame, of Qwen2.5-VL; 0 is the paper's bound.",
-    "data.min_pixels",
-  ),
-  "max_pixels": command.Flag("Most of them, likewise.", "data.max_pixels"),
-  "dtype": command.Flag("Of weights and computation.", "model.dtype"),
-  "batch_size": command.Flag("Questions asked at once.", "evals.batch_size"),
-  "max_new_tokens": command.Flag(
-    "Longest answer of tasks that set no length.", "evals.max_new_tokens"
-  ),
-  "seed": command.Flag("Of methods that draw.", "evals.seeds"),
-  "template": command.Flag(
-    "Chat template, that of the processor or of the tokenizer (the paper's"
-    " evaluator takes the latter).",
-    "evals.template",
-  ),
-  "feature_cache": command.Flag(
-    "Folder of cached video features.", "data.feature_cache"
-  ),
+  "pretrained": "model.path",  # Checkpoint directory; else the shipped model.
+  # Training workdir or .safetensors file, for the learned methods; empty is the
+  # shipped model's own, or one among the weights of `pretrained`.
+  "policy": "evals.policies",
+  "method": "evals.methods",  # As in an evaluation, `name?option=value`.
+  # Share of the video tokens that is kept; 1.0 is the whole prompt, whatever
+  # the method.
+  "ratio": "evals.ratios",
+  "max_frames_num": "data.num_frames",  # 0 is that of the files, or 32.
+  # Least and most pixels of a frame, of Qwen2.5-VL; 0 is the paper's bound.
+  "min_pixels": "data.min_pixels",
+  "max_pixels": "data.max_pixels",
+  "dtype": "model.dtype",
+  "batch_size": "evals.batch_size",  # Questions asked at once.
+  "max_new_tokens": "evals.max_new_tokens",  # Of tasks that set no length.
+  "seed": "evals.seeds",  # Of methods that draw.
+  # Chat template, that of the processor or of the tokenizer (the paper's
+  # evaluator takes the latter).
+  "template": "evals.template",
+  "feature_cache": "data.feature_cache",  # Folder of cached video features.
 }
+# Other names, of the paper's evaluator and of models of lmms-eval.
+_ALIASES = {"topk": "ratio", "num_frames": "max_frames_num"}
 _DEFAULTS = {
-  "model.dtype": "float32",
-  "data.num_frames": 0,
-  "evals.methods": ("cacovid",),
-  "evals.ratios": (0.1,),
-  "evals.batch_size": 1,
+  "model.dtype": "float32", "data.num_frames": 0, "evals.batch_size": 1,
+  "evals.methods": ("cacovid",), "evals.ratios": (0.1,),
   "evals.max_new_tokens": 1024,
-}
-# What lmms-eval may give to every model, and what it says here.
-_GENERAL = ("device", "max_batch_size")
+}  # fmt: skip
 
 
 def parse(**given: Any):
   """Returns the config of a command line; a mistake is a `UserError`.
 
-  Args:
-    **given: values as lmms-eval reads them: numbers and truth values already
-      converted, `batch_size` a text, and its own `device` and
-      `max_batch_size`, of which nothing is taken.
+  Values are as lmms-eval reads them: numbers and truth values already
+  converted, `batch_size` a text, and its own `device` and `max_batch_size`, of
+  which nothing is taken.
   """
-  others = {old: name for name, flag in ARGUMENTS.items() for old in flag.old}
-  spec, values = given.pop("config", ""), {}
-  if spec:
+  if spec := given.pop("config", ""):
     config = config_lib.load(spec, fill=True)
   else:
     config = config_lib.replace(base_config.get_config(), _DEFAULTS)
+  given.pop("max_batch_size", None)
+  _check_device(given.pop("device", None))
+  values = {}
   for name, value in given.items():
-    if name in _GENERAL:
-      _check_general(name, value)
-      continue
-    own = others.get(name, name)
+    own = _ALIASES.get(name, name)
     if own not in ARGUMENTS and "." not in name:
-      known = ", ".join(sorted({*ARGUMENTS, *others, "config"}))
+      known = ", ".join(sorted({*ARGUMENTS, *_ALIASES, "config"}))
       raise errors.UserError(f"unknown model argument {name!r}; known: {known}")
-    key = ARGUMENTS[own].key if own in ARGUMENTS else name
+    key = ARGUMENTS.get(own, name)
     if key in values:
       raise errors.UserError(
         f"{name} is another name of {own}; give one of them"
@@ -105,12 +76,9 @@ def parse(**given: Any):
     if isinstance(old, tuple):
       values[key] = (values[key],) if values[key] != "" else ()
   config = config_lib.replace(config, values)
-  for key in ("evals.batch_size", "evals.max_new_tokens"):
-    if config_lib.value_of(config, key) < 1:
-      raise errors.UserError(
-        f"{key.partition('.')[2]}={config_lib.value_of(config, key)}: at least"
-        " 1"
-      )
+  for name in ("batch_size", "max_new_tokens"):
+    if config.evals[name] < 1:
+      raise errors.UserError(f"{name}={config.evals[name]}: at least 1")
   if config.data.num_frames < 0:
     raise errors.UserError(
       f"max_frames_num={config.data.num_frames}: at least 1, or 0 for the usual"
@@ -123,10 +91,7 @@ def parse(**given: Any):
 
 
 def condition(config) -> methods_lib.Condition:
-  """Returns what is asked: the method at its ratio, or vanilla at 1.0.
-
-  Those of config.evals that stand first.
-  """
+  """Returns what is asked: the first method at its ratio, or vanilla at 1.0."""
   evals = config.evals
   ratio = base.check_ratio(evals.ratios[0])
   if ratio == 1:
@@ -137,9 +102,8 @@ def condition(config) -> methods_lib.Condition:
       f"method={evals.methods[0]} knows where the answer lies, which a"
       " benchmark does not tell; use another method"
     )
-  return methods_lib.Condition(
-    method, ratio, evals.seeds[0] if method.per_seed else 0
-  )
+  seed = evals.seeds[0] if method.per_seed else 0
+  return methods_lib.Condition(method, ratio, seed)
 
 
 def _converted(name, value, like):
@@ -159,13 +123,11 @@ def _converted(name, value, like):
     raise errors.UserError(f"{name}={value!r} is not {what}") from None
 
 
-def _check_general(name, value):
+def _check_device(value):
   """Says what cannot be followed: JAX has chosen the device by now."""
-  if name != "device" or not value:
-    return
-  wanted = str(value).partition(":")[0]
+  wanted = str(value or "").partition(":")[0]
   wanted = {"cuda": "gpu", "rocm": "gpu"}.get(wanted, wanted)
-  if wanted != jax.default_backend():
+  if wanted and wanted != jax.default_backend():
     _LOGGER.warning(
       "device=%s is not followed: JAX computes on %s; set JAX_PLATFORMS to"
       " choose",

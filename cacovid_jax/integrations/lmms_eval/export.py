@@ -9,9 +9,15 @@ Without --benchmark, prints the folder of the tasks that come with the package,
 for `--include_path "$(python -m cacovid_jax.integrations.lmms_eval.export)"`.
 """
 
-from cacovid_jax import command, errors
-from cacovid_jax.integrations.lmms_eval import local_tasks
+import json
+import os
+import pathlib
 
+from cacovid_jax import command, errors
+from cacovid_jax.evals import benchmarks
+from cacovid_jax.integrations.lmms_eval import functions
+
+TASKS = pathlib.Path(__file__).parent / "tasks"
 COMMAND = command.Command(
   __doc__,
   {
@@ -31,25 +37,71 @@ COMMAND = command.Command(
   },
   defaults={"evals.benchmark": ""},
 )
+_FUNCTIONS = functions.__name__
 
 
 def main(args):
   """Writes the task that the command line describes."""
   data, evals = args.config.data, args.config.evals
   if not evals.benchmark:
-    print(local_tasks.TASKS)
+    print(TASKS)
     return
   for name, folder in (("data", data.root), ("out", args.out)):
     if not folder:
       raise errors.UserError(f"nothing says which {name}: add --{name}=FOLDER")
-  path = local_tasks.write(
-    data.root,
-    args.out,
-    benchmark=evals.benchmark,
-    split=evals.split,
-    media=data.media,
-  )
+  asked = {"benchmark": evals.benchmark, "split": evals.split}
+  path = write(data.root, args.out, media=data.media, **asked)
   print(f"{path} (task {path.stem})")
+
+
+def write(data, out, *, benchmark, split="", media="") -> pathlib.Path:
+  """Writes OUT/cacovid_NAME.yaml and rows of a benchmark; returns its path."""
+  found = benchmarks.load(data, split, benchmark=benchmark, media=media)
+  out = pathlib.Path(out).absolute()
+  out.mkdir(parents=True, exist_ok=True)
+  name = f"cacovid_{benchmark}"
+  rows = out / f"{name}.jsonl"
+  root = os.path.abspath(found.root)
+  with open(rows, "w", encoding="utf-8") as file:
+    for question in found.questions:
+      video = os.path.join(root, question.video)
+      file.write(json.dumps(functions.row(question, video, benchmark)) + "\n")
+  path = out / f"{name}.yaml"
+  path.write_text(_yaml(name, rows, found.task.max_new_tokens), "utf-8")
+  return path
+
+
+def _yaml(name: str, rows: pathlib.Path, max_new_tokens: int) -> str:
+  metrics = "".join(
+    f"""\
+  - metric: {metric}
+    aggregation: !function {_FUNCTIONS}.aggregate
+    higher_is_better: true
+"""
+    for metric in functions.RULES
+  )
+  # A JSON text is a YAML scalar, whatever the path holds.
+  return f"""\
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {json.dumps(os.fspath(rows))}
+test_split: test
+output_type: generate_until
+cluster_key: video
+doc_to_visual: !function {_FUNCTIONS}.doc_to_visual
+doc_to_text: !function {_FUNCTIONS}.doc_to_text
+doc_to_target: answer
+generation_kwargs:
+  max_new_tokens: {max_new_tokens}
+  temperature: 0
+  do_sample: false
+process_results: !function {_FUNCTIONS}.process_results
+metric_list:
+{metrics}metadata:
+  - version: 1.0
+"""
 
 
 if __name__ == "__main__":

@@ -1,10 +1,7 @@
 """What the YAML files of our tasks call, by dotted name.
 
-A row of `export` is a JSON object: the fields of `questions.Question`, with the
-clip's whole path as `video`, `question_id` for `id`, and `benchmark`. Prompts
-and scores are those of our own evaluation; lmms-eval carries them.
-
-Both rules of every benchmark are scored from the same answers, as two metrics.
+Prompts and scores are those of our own evaluation; lmms-eval carries them. Both
+rules of every benchmark are scored from the same answers, as two metrics.
 """
 
 import collections
@@ -19,9 +16,7 @@ from cacovid_jax.evals import benchmarks
 RULES = {"paper": "paper", "lmms_0_7_3": "lmms-0.7.3"}
 
 
-def row(
-  question: question_lib.Question, video: str, benchmark: str
-) -> dict[str, Any]:
+def row(question, video: str, benchmark: str) -> dict[str, Any]:
   """Returns the row of a question about the clip at `video`."""
   return {
     "question_id": question.id,
@@ -50,28 +45,21 @@ def doc_to_text(doc: Mapping[str, Any], lmms_eval_specific_kwargs=None) -> str:
   return doc["prompt"]
 
 
-def process_results(
-  doc: Mapping[str, Any], results: Sequence[str]
-) -> dict[str, dict[str, Any]]:
+def process_results(doc, results: Sequence[str]) -> dict[str, dict[str, Any]]:
   """Returns the scored answer for each metric."""
+  alike = ("video", "question", "answer", "problem_type", "prompt")
   question = question_lib.Question(
     id=doc["question_id"],
-    video=doc["video"],
-    question=doc["question"],
     options=tuple(doc["options"]),
-    answer=doc["answer"],
-    problem_type=doc["problem_type"],
     duration=doc["duration"] or None,
     category=doc["category"] or None,
     groups=tuple(map(tuple, json.loads(doc["groups"]))),
-    prompt=doc["prompt"],
+    **{name: doc[name] for name in alike},
   )
   return _scored(question, results[0], doc["benchmark"])
 
 
-def process_mlvu_test(
-  doc: Mapping[str, Any], results: Sequence[str]
-) -> dict[str, dict[str, Any]]:
+def process_mlvu_test(doc, results: Sequence[str]) -> dict[str, dict[str, Any]]:
   """Returns the same for a row of the data set `sy1998/MLVU_Test`."""
   question = question_lib.Question(
     id=str(doc.get("question_id") or doc["question"]),
@@ -87,8 +75,7 @@ def process_mlvu_test(
 def aggregate(scored: Sequence[Mapping[str, Any]]) -> float:
   """Returns a benchmark's number from its scored answers, as it is printed.
 
-  That is the mean over questions; or over the benchmark's categories, of which
-  MLVU's count 0 and MVBench's are left out where nothing was asked.
+  Of categories that nothing was asked of, MLVU's count 0 and MVBench's nothing.
   """
   task = benchmarks.task(scored[0]["benchmark"])
   by_category = collections.defaultdict(list)
@@ -101,10 +88,9 @@ def aggregate(scored: Sequence[Mapping[str, Any]]) -> float:
 
 
 def _scored(question, text, benchmark) -> dict[str, dict[str, Any]]:
-  task = benchmarks.task(benchmark)
   out = {}
   for metric, rule in RULES.items():
-    found = task.score(question, text, rule=rule)
+    found = benchmarks.task(benchmark).score(question, text, rule=rule)
     out[metric] = {
       "question_id": question.id,
       "benchmark": benchmark,

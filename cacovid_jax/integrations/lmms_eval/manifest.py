@@ -9,11 +9,7 @@ _CLASSES = "cacovid_jax.integrations.lmms_eval.model"
 
 
 def manifest():
-  """Returns the `ModelManifest` of both forms of requests.
-
-  lmms-eval takes the chat form unless it is called with `--force_simple`; both
-  ask the same words.
-  """
+  """Returns the `ModelManifest` of chats and, for --force_simple, of texts."""
   from lmms_eval.models import registry_v2
 
   return registry_v2.ModelManifest(

@@ -1,9 +1,5 @@
 """The model as lmms-eval 0.7 calls it; needs the extra `[lmms]`.
 
-    python -m lmms_eval --model cacovid_jax --force_simple \\
-        --model_args pretrained=DIR,method=cacovid,policy=DIR,ratio=0.1 \\
-        --tasks videomme --batch_size 8
-
 `arguments.ARGUMENTS` lists what `--model_args` takes.
 """
 
@@ -19,9 +15,8 @@ from cacovid_jax.integrations.lmms_eval import requests as requests_lib
 class Loss(tuple, instance_lib.GenerationResult):
   """(float, bool): loss of a continuation, and whether it is the greedy answer.
 
-  The loss is the mean over tokens of the negative log-probability: of several,
-  lmms-eval 0.7.3 takes the smallest. It makes text of every pair that a model
-  returns, unless it is a result of this type, whose `text` it takes as it is.
+  The loss is the mean negative log-probability of tokens. lmms-eval 0.7.3 makes
+  text of every pair but a result of this type, whose `text` it takes as it is.
   """
 
   def __new__(cls, loss: float, greedy: bool):
@@ -41,31 +36,29 @@ class Simple(model_lib.lmms):
     super().__init__()
     self._answerer = answerer_lib.RequestAnswerer(arguments.parse(**kwargs))
 
-  def generate_until(
-    self, requests: list[instance_lib.Instance]
-  ) -> list[instance_lib.GenerationResult]:
-    """Returns the answers, in order."""
+  def generate_until(self, requests) -> list[instance_lib.GenerationResult]:
+    """Returns the answers to a list of `Instance`, in order."""
     read = [self._read(*request.args) for request in requests]
     replies = self._answerer.generate(*zip(*read, strict=True)) if read else []
+    result, counts = instance_lib.GenerationResult, instance_lib.TokenCounts
     return [
-      instance_lib.GenerationResult(
-        text=reply.text,
-        token_counts=instance_lib.TokenCounts(
-          input_tokens=reply.input_tokens, output_tokens=reply.output_tokens
+      result(
+        text=one.text,
+        token_counts=counts(
+          input_tokens=one.input_tokens, output_tokens=one.output_tokens
         ),
       )
-      for reply in replies
+      for one in replies
     ]
 
-  def loglikelihood(self, requests: list[instance_lib.Instance]) -> list[Loss]:
+  def loglikelihood(self, requests) -> list[Loss]:
     """Returns how badly each continuation follows its prompt, in order."""
     read = [self._read_continuation(request) for request in requests]
     if not read:
       return []
     found = self._answerer.likelihoods(*zip(*read, strict=True))
-    return [
-      Loss(-one.log_prob / max(one.num_tokens, 1), one.greedy) for one in found
-    ]
+    means = [-one.log_prob / max(one.num_tokens, 1) for one in found]
+    return [Loss(x, one.greedy) for x, one in zip(means, found, strict=True)]
 
   def generate_until_multi_round(self, requests):
     """Refuses: a clip is compressed for one question."""
@@ -74,13 +67,11 @@ class Simple(model_lib.lmms):
       " one question about one clip, so take a task of such questions"
     )
 
-  def _read(self, context, gen_kwargs, doc_to_visual, doc_id, task, split):
+  def _read(self, context, gen_kwargs, doc_to_visual, *row):
     """Returns (`requests.Asked`, longest answer) of a request's arguments."""
-    place, doc, name = self._row(task, split, doc_id)
-    return (
-      requests_lib.from_simple(context, doc_to_visual, doc, place, name),
-      self._length(gen_kwargs, place),
-    )
+    place, doc, name = self._row(*row)
+    asked = requests_lib.from_simple(context, doc_to_visual(doc), place, name)
+    return asked, self._length(gen_kwargs, place)
 
   def _read_continuation(self, request):
     """Returns (`requests.Asked`, continuation) of a request."""
@@ -89,14 +80,12 @@ class Simple(model_lib.lmms):
         f"{request.task_name}: asks for a text's likelihood without a clip,"
         " which cacovid_jax does not know; take another metric"
       )
-    context, target, doc_to_visual, doc_id, task, split = request.args
-    place, doc, name = self._row(task, split, doc_id)
-    if callable(target):
-      target = target(doc)
-    asked = requests_lib.from_simple(context, doc_to_visual, doc, place, name)
-    return asked, str(target)
+    context, target, doc_to_visual, *row = request.args
+    place, doc, name = self._row(*row)
+    asked = requests_lib.from_simple(context, doc_to_visual(doc), place, name)
+    return asked, str(target(doc) if callable(target) else target)
 
-  def _row(self, task, split, doc_id):
+  def _row(self, doc_id, task, split):
     """Returns (place, row, its identity)."""
     doc = self.task_dict[task][split][doc_id]
     name = requests_lib.identity(doc, task, doc_id)
@@ -112,10 +101,7 @@ class Chat(Simple):
 
   is_simple = False
 
-  def _read(self, context, doc_to_messages, gen_kwargs, doc_id, task, split):
-    """Returns (`requests.Asked`, longest answer) of a request's arguments."""
-    place, doc, name = self._row(task, split, doc_id)
-    return (
-      requests_lib.from_chat(doc_to_messages(doc), place, name),
-      self._length(gen_kwargs, place),
-    )
+  def _read(self, context, doc_to_messages, gen_kwargs, *row):
+    place, doc, name = self._row(*row)
+    asked = requests_lib.from_chat(doc_to_messages(doc), place, name)
+    return asked, self._length(gen_kwargs, place)

@@ -1,12 +1,9 @@
-"""From lmms-eval's requests to questions about clips.
+"""From lmms-eval's requests (their arguments) to questions about clips."""
 
-Nothing of lmms-eval is imported: a request is its tuple of arguments.
-"""
-
+import collections
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from cacovid_jax import errors
 from cacovid_jax.data import question as question_lib
@@ -16,34 +13,17 @@ from cacovid_jax.inference import answerer
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-  """One request.
+  """One request."""
 
-  Attributes:
-    place: task, split and row, to name it by.
-    identity: what our own evaluation calls the row, "" if nothing is known.
-    video: path of the clip.
-    prompt: the user's text behind the clip, word for word.
-  """
-
-  place: str
-  identity: str
-  video: str
-  prompt: str
+  place: str  # Task, split and row, to name it by.
+  identity: str  # What our own evaluation calls the row, if that is known.
+  video: str  # Path of the clip.
+  prompt: str  # The user's text behind the clip, word for word.
 
 
-def from_simple(
-  context: str, doc_to_visual, doc, place: str, name: str = ""
-) -> Asked:
-  """Returns the request of a text and what is to be looked at.
-
-  Args:
-    context: the user's text.
-    doc_to_visual: row -> list of paths or pictures.
-    doc: the row.
-    place: see `Asked`.
-    name: its identity.
-  """
-  return Asked(place, name, _only_video(doc_to_visual(doc), place), context)
+def from_simple(context: str, visuals, place: str, name: str = "") -> Asked:
+  """Returns the request of a text and a list of paths or pictures."""
+  return Asked(place, name, _only_video(visuals, place), context)
 
 
 def from_chat(messages: Sequence[Mapping], place: str, name: str = "") -> Asked:
@@ -52,11 +32,8 @@ def from_chat(messages: Sequence[Mapping], place: str, name: str = "") -> Asked:
   The prompt is what `from_simple` is given for the same row: the texts of the
   turn, put together. The clip comes first in it, wherever it stood.
 
-  Args:
-    messages: [{"role": "user", "content": [{"type": "video", "url": path},
-      {"type": "text", "text": ...}]}].
-    place: see `Asked`.
-    name: its identity.
+  `messages` are [{"role": "user", "content": [{"type": "video", "url": path},
+  {"type": "text", "text": ...}]}].
   """
   roles = [message.get("role") for message in messages or ()]
   if roles != ["user"]:
@@ -88,11 +65,10 @@ _NOT_A_VIDEO = (
 
 def _only_video(visuals, place: str) -> str:
   visuals = list(visuals or ())
-  if len(visuals) == 1 and isinstance(visuals[0], str | os.PathLike):
-    return os.fspath(visuals[0])
-  if len(visuals) != 1:
-    what = f"{len(visuals)} visuals" if visuals else "no video"
-  else:
+  what = f"{len(visuals)} visuals" if visuals else "no video"
+  if len(visuals) == 1:
+    if isinstance(visuals[0], str | os.PathLike):
+      return os.fspath(visuals[0])
     what = f"a {type(visuals[0]).__name__}"
   raise errors.UserError(_NOT_A_VIDEO.format(place, what))
 
@@ -110,11 +86,7 @@ def identity(doc, task: str, number: int) -> str:
   """Returns the `Question.id` that `data.readers` give a row, "" if unknown.
 
   Methods that draw do so by it: the same tokens as in our own evaluation.
-
-  Args:
-    doc: the row.
-    task: name of lmms-eval's task.
-    number: of the row in its data set, from 0.
+  `number` is the row's in its data set, from 0.
   """
   if not isinstance(doc, Mapping):
     return ""
@@ -133,41 +105,31 @@ def identity(doc, task: str, number: int) -> str:
 def as_questions(asked: Sequence[Asked]) -> list[question_lib.Question]:
   """Returns a question per request; equal requests give equal questions.
 
-  A row keeps its own id unless two different ones share it, of two tasks for
-  example: then both are called by their places. What is drawn for a row goes by
-  its own id in any case, whatever else is asked.
+  A row keeps its own id, which what is drawn for it follows in any case, unless
+  two different ones share it: then both are called by their places.
   """
-  shared: dict[str, set] = {}
+  shared = collections.defaultdict(set)
   for one in asked:
-    shared.setdefault(one.identity, set()).add((one.video, one.prompt))
-  out = []
-  for one in asked:
-    unique = one.identity and len(shared[one.identity]) == 1
-    out.append(
-      question_lib.Question(
-        id=one.identity if unique else one.place,
-        stream=one.identity,
-        video=answerer.video_name(one.video),
-        question=one.prompt,
-        answer="",
-        prompt=one.prompt,
-      )
+    shared[one.identity].add((one.video, one.prompt))
+  unique = {name for name, asked_for in shared.items() if len(asked_for) == 1}
+  return [
+    question_lib.Question(
+      id=one.identity if one.identity in unique - {""} else one.place,
+      stream=one.identity,
+      video=answerer.video_name(one.video),
+      question=one.prompt,
+      answer="",
+      prompt=one.prompt,
     )
-  return out
+    for one in asked
+  ]
 
 
-def max_new_tokens(
-  gen_kwargs: Mapping[str, Any], default: int, place: str
-) -> int:
+def max_new_tokens(gen_kwargs: Mapping, default: int, place: str) -> int:
   """Returns the longest answer that a task's generation arguments allow.
 
   `until` is not looked at, as in the paper's evaluator: an answer ends where
   the model ends it. Beams and draws are refused.
-
-  Args:
-    gen_kwargs: of one request.
-    default: where they say nothing.
-    place: see `Asked`.
   """
   if gen_kwargs.get("do_sample"):
     raise errors.UserError(

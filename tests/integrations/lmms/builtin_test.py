@@ -15,7 +15,7 @@ import pytest
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import benchmarks, evaluation
-from cacovid_jax.integrations.lmms_eval import local_tasks
+from cacovid_jax.integrations.lmms_eval import export
 from tests.data import benchmark_files
 from tests.evals import tiny
 from tests.integrations.lmms import conftest
@@ -216,7 +216,7 @@ def test_the_seven_benchmarks_are_answered_and_scored_as_by_our_evaluator(
   monkeypatch.chdir(folder)
   found = conftest.run(
     list(_TASKS.values()),
-    local_tasks.TASKS,
+    export.TASKS,
     defaults=True,
     chat=chat,
     batch_size=str(_BATCH_SIZE),

@@ -24,7 +24,7 @@ from lmms_eval import evaluator, tasks  # noqa: E402
 
 from cacovid_jax import experiment as experiment_lib  # noqa: E402
 from cacovid_jax.evals import evaluation  # noqa: E402
-from cacovid_jax.integrations.lmms_eval import local_tasks, model  # noqa: E402
+from cacovid_jax.integrations.lmms_eval import export, model  # noqa: E402
 from cacovid_jax.synthetic import build  # noqa: E402
 from tests.evals import tiny  # noqa: E402
 
@@ -44,7 +44,7 @@ def data_dir(tmp_path_factory):
 def task_dir(data_dir, tmp_path_factory):
   """Returns the folder of the same as a task, `cacovid_prepared`."""
   path = tmp_path_factory.mktemp("tasks")
-  local_tasks.write(data_dir, path, benchmark="prepared", split="test")
+  export.write(data_dir, path, benchmark="prepared", split="test")
   return path
 
 

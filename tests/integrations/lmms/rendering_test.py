@@ -10,7 +10,7 @@ from lmms_eval import utils as lmms_utils
 from lmms_eval.tasks._task_utils import mcq_extract
 
 from cacovid_jax.evals import benchmarks
-from cacovid_jax.integrations.lmms_eval import functions, local_tasks
+from cacovid_jax.integrations.lmms_eval import export, functions
 from tests.data import benchmark_files
 from tests.evals import awkward_answers
 
@@ -35,7 +35,7 @@ def _task_file(name, question):
   """Returns the YAML file of the task of a question."""
   if name == "mlvu_test":
     # Its own asks the bare question and knows four of the six options.
-    return local_tasks.TASKS / "mlvu_test_paper.yaml"
+    return export.TASKS / "mlvu_test_paper.yaml"
   if name == "mvbench":
     return _TASKS / "mvbench" / f"mvbench_{question.category}.yaml"
   return _TASKS / _YAML[name]

@@ -11,13 +11,13 @@ import pytest
 import cacovid_jax
 from cacovid_jax import errors
 from cacovid_jax.evals import benchmarks
-from cacovid_jax.integrations.lmms_eval import functions, local_tasks
+from cacovid_jax.integrations.lmms_eval import export, functions
 from tests.data import benchmark_files
 
 
 def test_a_row_is_a_question_and_the_way_to_its_clip(tmp_path):
   root = benchmark_files.write("nextqa", tmp_path / "nextqa").root
-  path = local_tasks.write(root, tmp_path / "tasks", benchmark="nextqa")
+  path = export.write(root, tmp_path / "tasks", benchmark="nextqa")
   lines = path.with_suffix(".jsonl").read_text().splitlines()
   questions = benchmarks.load(root, benchmark="nextqa").questions
   assert len(lines) == len(questions)
@@ -32,7 +32,7 @@ def test_a_row_is_a_question_and_the_way_to_its_clip(tmp_path):
 
 def test_the_task_names_its_rows_functions_and_longest_answer(tmp_path):
   root = benchmark_files.write("longvideobench", tmp_path / "lvb").root
-  path = local_tasks.write(root, tmp_path, benchmark="longvideobench")
+  path = export.write(root, tmp_path, benchmark="longvideobench")
   assert path == tmp_path / "cacovid_longvideobench.yaml"
   text = path.read_text()
   assert f'test: "{tmp_path}/cacovid_longvideobench.jsonl"\n' in text
@@ -42,13 +42,13 @@ def test_the_task_names_its_rows_functions_and_longest_answer(tmp_path):
 
 @pytest.mark.parametrize(
   "path",
-  [*local_tasks.TASKS.glob("*.yaml"), None],
+  [*export.TASKS.glob("*.yaml"), None],
   ids=lambda path: str(path)[-30:],
 )
 def test_every_function_that_a_task_names_is_there(path, tmp_path):
   if path is None:
     root = benchmark_files.write("videomme", tmp_path / "data").root
-    path = local_tasks.write(root, tmp_path, benchmark="videomme")
+    path = export.write(root, tmp_path, benchmark="videomme")
   names = [
     line.rpartition("!function ")[2].rpartition(".")
     for line in path.read_text().splitlines()
@@ -102,9 +102,9 @@ def test_the_number_is_the_benchmarks_own():
 
 def test_mistakes_are_told(tmp_path):
   with pytest.raises(errors.UserError, match="there is no benchmark 'mlvu'"):
-    local_tasks.write(tmp_path, tmp_path, benchmark="mlvu")
+    export.write(tmp_path, tmp_path, benchmark="mlvu")
   with pytest.raises(errors.UserError, match="there is no data in"):
-    local_tasks.write(tmp_path / "none", tmp_path, benchmark="mlvu_test")
+    export.write(tmp_path / "none", tmp_path, benchmark="mlvu_test")
 
 
 def test_the_command_prints_where_the_packages_tasks_are():
