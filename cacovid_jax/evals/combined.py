@@ -27,7 +27,7 @@ from cacovid_jax.evals import (
   results,
   shards,
   statistics,
-)
+)  # fmt: skip
 from cacovid_jax.inference import methods as methods_lib
 from cacovid_jax.models import checkpoints
 
@@ -73,10 +73,7 @@ class Part:
 
 
 def asked(experiment: experiment_lib.Experiment, questions) -> dict[str, Any]:
-  """Returns what an evaluation was asked for, for `ASKED` beside its results.
-
-  This process has taken part in it.
-  """
+  """Returns what an evaluation, in which this process took part, was asked."""
   digest = hashlib.sha256()
   for question in questions:
     fields = dataclasses.asdict(question)
@@ -117,13 +114,10 @@ def read_part(
   run: Mapping[str, Any],
   seed: int = 0,
 ) -> Part:
-  """Returns a benchmark's part from the files of its evaluation.
+  """Returns a benchmark's part from the files of its complete evaluation.
 
-  Args:
-    experiment: its evaluation, which is complete. Where two ledgers have an
-      answer, that of this process counts, as in the evaluation.
-    questions: that it asked.
-    run: that the answers belong to, see `answer_log.header`.
+  Where two ledgers have an answer, that of this process counts, as in the
+  evaluation. The answers belong to `run`, see `answer_log.header`.
   """
   workdir, evals = experiment.workdir, experiment.config.evals
   out = json.loads((workdir / "results.json").read_text(encoding="utf-8"))
@@ -238,10 +232,7 @@ def combine(
 ) -> dict[str, Any]:
   """Returns results.json of a table from those of its benchmarks.
 
-  Args:
-    experiments: benchmark -> its evaluation, which is complete; but for the
-      benchmark and its folders, their configs are alike.
-    loaded: benchmark -> its questions.
+  Evaluations are complete, their configs alike but for benchmark and folders.
   """
   config = next(iter(experiments.values())).config
   evals = config.evals

@@ -9,13 +9,13 @@ decoding video and the host's work are not in the time.
 """
 
 import collections
-import dataclasses
+import itertools
 import math
 import os
 import pathlib
 import types
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,12 +28,7 @@ from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.compressors import base
 from cacovid_jax.data import readers
 from cacovid_jax.data import tokenizer as tokenizer_lib
-from cacovid_jax.evals import (
-  benchmarks,
-  cost,
-  evaluation,
-  paper,
-)
+from cacovid_jax.evals import benchmarks, cost, evaluation, paper
 from cacovid_jax.inference import clip_queue
 from cacovid_jax.inference import methods as methods_lib
 from cacovid_jax.inference import prompts as prompts_lib
@@ -45,29 +40,21 @@ FLAGS = types.MappingProxyType(
     "dry_run": command.Flag(
       "Say what the table would take, and end.", default=False
     ),
-    "tflops": command.Flag(
-      "TFLOP/s for --dry_run; measured on this device else.",
-      "table.tflops",
-      old=("table_tflops",),
-    ),
-    "gbps": command.Flag(
-      "GB/s of memory for --dry_run; measured likewise.",
-      "table.gbps",
-      old=("table_gbps",),
-    ),
+    "tflops": command.Flag("TFLOP/s for --dry_run; measured on this device"
+                           " else.", "table.tflops", old=("table_tflops",)),
+    "gbps": command.Flag("GB/s of memory for --dry_run; measured likewise.",
+                         "table.gbps", old=("table_gbps",)),
   }
-)
+)  # fmt: skip
 _LLAVA = llava_onevision.LlavaOnevisionConfig
 _QWEN = qwen2_5_vl.Qwen2_5VLConfig
 # Folder that a released model's config names -> what lies there.
-RELEASED = types.MappingProxyType(
-  {
-    "llava_onevision_7b": _LLAVA.llava_onevision_7b,
-    "llava_onevision_0_5b": _LLAVA.llava_onevision_0_5b,
-    "qwen2_5_vl_3b": _QWEN.qwen2_5_vl_3b,
-    "qwen2_5_vl_7b": _QWEN.qwen2_5_vl_7b,
-  }
-)
+RELEASED = {
+  "llava_onevision_7b": _LLAVA.llava_onevision_7b,
+  "llava_onevision_0_5b": _LLAVA.llava_onevision_0_5b,
+  "qwen2_5_vl_3b": _QWEN.qwen2_5_vl_3b,
+  "qwen2_5_vl_7b": _QWEN.qwen2_5_vl_7b,
+}
 _BYTES_PER_TOKEN = 4
 _TEMPLATE_TOKENS = 30
 # Of a question whose benchmark is not here.
@@ -77,8 +64,7 @@ _QWEN_SLICE = (12, 21)
 _ANSWER_TOKENS = 2  # A letter, and the end.
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Asked:
+class Asked(NamedTuple):
   """Questions of one benchmark about clips of one grid."""
 
   grid: tuple[int, int, int]  # (T, H, W).
@@ -92,9 +78,8 @@ def without_weights(
 ) -> experiment_lib.Experiment:
   """Returns the experiment with a base model that has no weights.
 
-  Args:
-    published: whether the released model of its folder's name is taken, where
-      there is no such folder.
+  With `published`, a folder that is not there is the released model of its
+  name.
   """
   directory, tokenizer = experiment.config.model.path, None
   name = pathlib.PurePath(directory).name
@@ -127,9 +112,7 @@ def without_weights(
   )
 
 
-def asked(
-  experiment: experiment_lib.Experiment, loaded: benchmarks.Benchmark | None
-) -> list[Asked]:
+def _asked(experiment, loaded) -> list[Asked]:
   """Returns the questions of a benchmark by the grid of their clips."""
   checkpoint, evals = experiment.checkpoint, experiment.config.evals
   if loaded is None:
@@ -141,24 +124,23 @@ def asked(
   grids = _grids(experiment, loaded)
   for question in loaded.questions:
     by_grid[grids[question.video]].append(question)
-  prompts = None
   if checkpoint.tokenizer:
-    prompts = prompts_lib.Prompts(
+    rows = prompts_lib.Prompts(
       checkpoint, loaded.questions, grid_of=lambda q: grids[q.video]
-    )
+    ).text_rows
+  else:
+    rows = {
+      q.id: math.ceil(len(q.prompt.encode()) / _BYTES_PER_TOKEN)
+      + _TEMPLATE_TOKENS
+      for q in loaded.questions
+    }
   found = []
   for grid, questions in by_grid.items():
-    if prompts:
-      lengths = [prompts.text_rows[question.id] for question in questions]
-      longest = max(prompts.text_rows.values())
-    else:
-      lengths = [
-        -(-len(question.prompt.encode()) // _BYTES_PER_TOKEN) + _TEMPLATE_TOKENS
-        for question in questions
-      ]
-      longest = max(lengths)
+    lengths = np.array([rows[question.id] for question in questions])
+    # With a tokenizer, prompts of all grids are padded alike.
+    longest = max(rows.values() if checkpoint.tokenizer else lengths)
     num_clips = len({question.video for question in questions})
-    found.append(Asked(grid, np.array(lengths), longest, num_clips))
+    found.append(Asked(grid, lengths, longest, num_clips))
   return found
 
 
@@ -202,7 +184,7 @@ def estimate(
   for name, experiment in experiments.items():
     config, model = experiment.config, experiment.checkpoint.model.config
     methods = [methods_lib.Method.parse(spec) for spec in config.evals.methods]
-    parts = asked(experiment, loaded.get(name))
+    parts = _asked(experiment, loaded.get(name))
     found[name] = _sum(
       [_part(model, config, methods, part, speed) for part in parts]
     )
@@ -315,25 +297,22 @@ def num_programs(
 ) -> int:
   """Returns how many programs clips of one grid need beside the tower.
 
-  Embedding and whole prompts; the question's text and the policy where a
-  method reads them; a choice for every method and ratio; answers, one for
-  every number of tokens kept; and one for both, of methods inside the model.
+  Embedding and whole prompts; the question's text and the policy where they
+  are read; a choice for every method and ratio; answers, one for every number
+  of tokens kept; and one for both, of methods inside the model.
   """
   found = {"embedding", "whole prompt"}
   if any("text" in method.needs for method in methods):
     found.add("text")
   if _score_sets(methods):
     found.add("policy")
-  for method in methods:
-    for ratio in ratios:
-      compressor = method.compressor
-      if not able(compressor, num_layers, grid, ratio):
-        continue
+  for method, ratio in itertools.product(methods, ratios):
+    compressor = method.compressor
+    if able(compressor, num_layers, grid, ratio):
+      if compressor.selects_first or not compressor.on_host:
+        found.add((method.spec, ratio))
       if compressor.selects_first:
-        found.add((method.spec, ratio))
         found.add(compressor.rows(grid, ratio))
-      elif not compressor.on_host:
-        found.add((method.spec, ratio))
   return len(found)
 
 
@@ -376,14 +355,13 @@ def _short(count) -> str:
 
 def speed_of(table, dtype) -> cost.Speed:
   """Returns the speed of config.table; what is not stated is measured here."""
-  tflops, gbps = table.tflops, table.gbps
-  for name, value in (("tflops", tflops), ("gbps", gbps)):
+  stated = {"tflops": table.tflops, "gbps": table.gbps}
+  for name, value in stated.items():
     if value is not None and not 0 < value < float("inf"):
       raise errors.UserError(f"--{name}={value:g}: give a positive number")
-  measured = None
-  if tflops is None or gbps is None:
+  if None in stated.values():
     measured = cost.measure_speed(jnp.dtype(dtype))
   return cost.Speed(
-    measured.flops if tflops is None else 1e12 * tflops,
-    measured.bytes if gbps is None else 1e9 * gbps,
+    measured.flops if table.tflops is None else 1e12 * table.tflops,
+    measured.bytes if table.gbps is None else 1e9 * table.gbps,
   )

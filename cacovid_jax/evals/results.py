@@ -30,11 +30,7 @@ Failures = Mapping[tuple[str, float], evaluator_lib.Failure]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Table:
-  """Which answers of a ledger make up a table.
-
-  Attributes:
-    grids: clip -> (T, H, W) where they differ.
-  """
+  """Which answers of a ledger make up a table."""
 
   benchmark: str
   split: str  # "validation" or "test".
@@ -45,6 +41,7 @@ class Table:
   grid: tuple[int, int, int]  # (T, H, W); where clips differ, of most of them.
   # How answers are counted.
   task: benchmarks.Task = benchmarks.task(benchmarks.PREPARED)
+  # Clip -> (T, H, W) where they differ.
   grids: Mapping[str, tuple[int, int, int]] = dataclasses.field(
     default_factory=dict
   )
@@ -80,13 +77,11 @@ def build(
 
   Accuracies are fractions whatever the task's scale; of a task with a macro
   mean, they and their intervals are macro means. Breakdowns are plain. Guesses
-  of a scorer are counted in `num_fallbacks`, all seeds together. A paired
-  entry's mean is the accuracy of `method` less that of `vs`.
+  of a scorer are counted in `num_fallbacks`, all seeds together.
 
   Args:
     table: what to tabulate; the ledger must hold all of it, but for failures.
-    failures: what `Evaluator.run` could not ask; such a cell has its reason as
-      its status, and no accuracy.
+    failures: what `Evaluator.run` could not ask: cells without accuracy.
     decisive: question id -> tokens that decide it, for the frame head.
     **sections: `chosen` on validation, from which candidates; the `rule` that
       letters were taken by; `Benchmark.left_out`.
@@ -215,10 +210,7 @@ def keys(table: Table, failures: Failures) -> list[answer_log.Key]:
 def frame_hashes(
   table: Table, ledger: answer_log.AnswerLog, field: str = "frame_hash"
 ) -> dict[str, str]:
-  """Returns clip -> sha256 of the frames that were shown to the model.
-
-  "frame_hash" is of their pixels, "index_hash" of which they are.
-  """
+  """Returns clip -> sha256 of its shown pixels, or by "index_hash" of which."""
   found = zip(table.clips, _records(table, ledger, _WHOLE), strict=True)
   return {clip: record[field] for clip, record in found if record.get(field)}
 
@@ -231,22 +223,17 @@ def _records(table, ledger, cell) -> list[Mapping[str, Any]]:
 def _counted(table, records, values) -> dict[str, Any]:
   """Returns what every cell has: accuracies of float64[Q], and guesses."""
   pairs = list(zip(table.questions, values, strict=True))
-  facets = sorted({facet for q in table.questions for facet, _ in q.groups})
+  by_group = collections.defaultdict(list)
+  for question, value in pairs:
+    for facet, name in question.groups:
+      by_group[facet].append((name, value))
   estimate = statistics.accuracy(values, table.clips, strata=table.strata)
   out = {
     **figures(estimate),
     "n": len(values),
     "by_duration": _groups((q.duration, value) for q, value in pairs),
     "by_category": _groups((q.category, value) for q, value in pairs),
-    "by_group": {
-      facet: _groups(
-        (name, value)
-        for q, value in pairs
-        for key, name in q.groups
-        if key == facet
-      )
-      for facet in facets
-    },
+    "by_group": {facet: _groups(by_group[facet]) for facet in sorted(by_group)},
   }
   if guesses := sum(record.get("fallback", False) for record in records):
     out["num_fallbacks"] = guesses
@@ -254,7 +241,7 @@ def _counted(table, records, values) -> dict[str, Any]:
 
 
 def _groups(pairs) -> dict[str, dict[str, Any]]:
-  """Returns {name: accuracy and n} of (name, value) pairs; None is no group."""
+  """Returns {name: accuracy and n} of pairs; None is no group."""
   groups = collections.defaultdict(list)
   for name, value in pairs:
     if name:
@@ -270,13 +257,12 @@ def _cell(table, ledger, method, ratio, vanilla):
   _, *cells = methods_lib.conditions([method], [ratio], table.seeds)
   per_seed = [_records(table, ledger, cell) for cell in cells]
   scores = np.array([[r["score"] for r in found] for found in per_seed])
-  mean = scores.mean(axis=0)
-  records = [record for found in per_seed for record in found]
+  mean, records = scores.mean(axis=0), sum(per_seed, [])
   # Before the language model, every layer sees the tokens that were kept.
+  counts = np.tile(table.num_video, len(cells))
   equivalent = [
     record.get("equivalent", record["kept"] / count)
-    for found in per_seed
-    for record, count in zip(found, table.num_video, strict=True)
+    for record, count in zip(records, counts, strict=True)
   ]
   share = statistics.ratio_of_means(
     mean, vanilla, table.clips, strata=table.strata
@@ -301,7 +287,6 @@ def _cell(table, ledger, method, ratio, vanilla):
 
 
 def _failed(method, failure: evaluator_lib.Failure) -> dict[str, Any]:
-  """Returns the cell of a method that cannot be run at a ratio."""
   out = {"status": failure.reason, **_facts(method)}
   if (lowest := failure.minimum_ratio) is not None:
     # Rounded up, so that it can be used as it stands; not a rounded one again.
@@ -311,14 +296,14 @@ def _failed(method, failure: evaluator_lib.Failure) -> dict[str, Any]:
 
 def _facts(method) -> dict[str, Any]:
   """Returns what a cell says of its method, where there is something."""
-  compressor = method.compressor
-  out = {
-    "options": dict(compressor.options),
-    "note": getattr(compressor, "note", ""),
-  }
+  compressor, out = method.compressor, {}
+  if compressor.options:
+    out["options"] = dict(compressor.options)
+  if note := getattr(compressor, "note", ""):
+    out["note"] = note
   if not getattr(compressor, "exact_budget", True):
     out["exact_budget"] = False
-  return {name: fact for name, fact in out.items() if fact not in ({}, "")}
+  return out
 
 
 def _grids(table) -> list[Any]:
@@ -357,23 +342,23 @@ def _frame_head(table, ledger, decisive, failures):
   ]
   if not followed or not decisive:
     return None
-  method = followed[0]
   T, H, W = table.grid  # Decisive tokens are known of one grid alone.
   drawn = math.ceil(_FRAME_RATIO * T)
-  cell = methods_lib.Condition(method, ratio, 0)
-  hits, chances, clips = [], [], []
+  cell = methods_lib.Condition(followed[0], ratio, 0)
+  found = []  # (whether hit, by chance, clip) of each question.
   for question in table.questions:
     order = ledger[cell.key(question.id)].get("frames")
     frames = {token // (H * W) for token in decisive.get(question.id, ())}
     if order is not None and frames:
-      hits.append(bool(frames & set(order[:drawn])))
-      chances.append(statistics.overlap_by_chance(T, len(frames), drawn))
-      clips.append(question.video)
-  if not hits:
+      hit = bool(frames & set(order[:drawn]))
+      chance = statistics.overlap_by_chance(T, len(frames), drawn)
+      found.append((hit, chance, question.video))
+  if not found:
     return None
+  hits, chances, clips = zip(*found, strict=True)
   above = statistics.paired_difference(hits, chances, clips)
   return {
-    "method": method.label,
+    "method": cell.label,
     "frames": drawn,
     "of": T,
     "n": len(hits),

@@ -21,6 +21,7 @@ from cacovid_jax.evals import provenance
 from cacovid_jax.inference import methods as methods_lib
 
 _SHARD = re.compile(r"([0-9]+)/([0-9]+)")
+Failures = Mapping[tuple[str, float], evaluator_lib.Failure]
 
 
 class Shard(NamedTuple):
@@ -82,8 +83,6 @@ def ledger(
   """Opens this process's ledger, with what all others have answered so far.
 
   Args:
-    workdir: shared.
-    shard: this process.
     name: as of `ledgers`.
     run: what the answers depend on.
   """
@@ -108,7 +107,7 @@ def work(
 
 
 @dataclasses.dataclass(frozen=True)
-class ShardStatus:
+class Notes:
   """Who is done, in a shared folder."""
 
   workdir: pathlib.Path  # Shared.
@@ -120,36 +119,32 @@ class ShardStatus:
     """Takes this process's own note away, if there is one."""
     self._path(self.shard).unlink(missing_ok=True)
 
-  def done(
-    self, failures: Mapping[tuple[str, float], evaluator_lib.Failure]
-  ) -> None:
+  def done(self, failures: Failures) -> None:
     """Notes that this process has asked its share, less what failed."""
-    note = {
-      "work": self.work,
-      "failures": [
-        {"method": spec, "ratio": ratio, **failure._asdict()}
-        for (spec, ratio), failure in failures.items()
-      ],
-    }
+    entries = [
+      {"method": spec, "ratio": ratio, **failure._asdict()}
+      for (spec, ratio), failure in failures.items()
+    ]
+    note = {"work": self.work, "failures": entries}
     files.write_json(self._path(self.shard), note)
 
-  def missing(self) -> list[int]:
-    """Returns the numbers of the processes that are not done."""
-    return [i for i in range(self.shard.count) if self._read(i) is None]
+  def read(self) -> tuple[list[int], Failures]:
+    """Returns (numbers of the processes that are not done, all failures).
 
-  def failures(self) -> dict[tuple[str, float], evaluator_lib.Failure]:
-    """Returns what could not be run, as one process alone would find it.
-
-    All must be done. The reason is that of the first batch that showed it.
+    Where all are done, failures are as one process alone would find them: the
+    reason is that of the first batch that showed it.
     """
-    found = {}
+    missing, found = [], {}
     for index in range(self.shard.count):
-      for entry in self._read(index):
+      entries = self._read(index)
+      if entries is None:
+        missing.append(index)
+      for entry in entries or ():
         place = entry.pop("method"), entry.pop("ratio")
         failure = evaluator_lib.Failure(**entry)
         if place not in found or failure.batch < found[place].batch:
           found[place] = failure
-    return found
+    return missing, found
 
   def _path(self, shard: Shard) -> pathlib.Path:
     return self.workdir / shard.file("answers.done.json")

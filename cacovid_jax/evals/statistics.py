@@ -1,17 +1,16 @@
 """Accuracy with intervals, when several questions share one clip.
 
 Questions about one clip are not independent, so the bootstrap draws whole
-clips. Values are float per question: 0 or 1, or a mean over evaluation seeds.
-Everything is vectorised NumPy and depends on nothing but its arguments.
-
-Some benchmarks report the unweighted mean of their categories' means, the macro
-mean; it is formed anew in every bootstrap replicate.
+clips. Values are 0 or 1, or a mean over evaluation seeds. The macro mean of
+some benchmarks, the unweighted mean of their categories' means, is formed anew
+in every bootstrap replicate.
 
 Letters: Q questions, C clips, R bootstrap replicates, M categories.
 """
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -74,8 +73,6 @@ def draws(
     correct: float[Q].
     clips: clip of each question.
     strata: for the macro mean; None takes the mean over questions.
-    replicates: R.
-    seed: of the resampling.
   """
   values = _values(correct, clips)
   weights, inverse = _weights(tuple(clips), replicates, seed)
@@ -120,10 +117,7 @@ def accuracy(
   strata: Strata | None = None,
   **options,
 ) -> Estimate:
-  """Returns the mean of `correct` [Q], its interval clustered by `clips` [Q].
-
-  Arguments as of `draws`.
-  """
+  """Returns the mean, its interval clustered by clip; arguments of `draws`."""
   sampled = draws(correct, clips, strata=strata, **options)
   return interval(mean(correct, strata), sampled)
 
@@ -136,8 +130,7 @@ def paired_difference(
 ) -> Estimate:
   """Returns mean(correct - reference), paired by question.
 
-  Both methods see the same resampled clips, so what makes a clip hard for
-  both cancels. Questions stand in the same order; options as of `draws`.
+  Both see the same resampled clips: what makes a clip hard for both cancels.
   """
   difference = _values(correct, clips) - _values(reference, clips)
   return accuracy(difference, clips, **options)
@@ -151,10 +144,7 @@ def ratio_of_means(
   strata: Strata | None = None,
   **options,
 ) -> Estimate | None:
-  """Returns mean(correct) / mean(reference): the share of vanilla kept.
-
-  None if the reference is never right. Arguments as of `paired_difference`.
-  """
+  """Returns mean(correct) / mean(reference); None if that is never right."""
   top, bottom = (
     (mean(values, strata), draws(values, clips, strata=strata, **options))
     for values in (correct, reference)
@@ -173,10 +163,8 @@ def _values(values, clips) -> np.ndarray:
 
 @functools.lru_cache(maxsize=4)
 def _weights(clips: tuple[str, ...], replicates: int, seed: int):
-  """Returns how often each replicate drew each clip, and clip of question.
-
-  Cached: a report draws from the same clips a hundred times.
-  """
+  """Returns (float[R, C] how often a clip was drawn, int[Q] clip)."""
+  # Cached: a report draws from the same clips a hundred times.
   names, inverse = np.unique(np.asarray(clips), return_inverse=True)
   rng = np.random.default_rng(seed)
   share = np.full(len(names), 1.0 / len(names))
@@ -185,13 +173,7 @@ def _weights(clips: tuple[str, ...], replicates: int, seed: int):
 
 
 def overlap_by_chance(total: int, special: int, drawn: int) -> float:
-  """Returns P(at least one special) when `drawn` of `total` are drawn.
-
-  Hypergeometric: 1 - C(total - special, drawn) / C(total, drawn).
-  """
+  """Returns P(at least one special) when `drawn` of `total` are drawn."""
   if not 0 <= special <= total or not 0 <= drawn <= total:
     raise ValueError(f"{special} special and {drawn} drawn of {total}")
-  miss = 1.0
-  for i in range(drawn):
-    miss *= max(total - special - i, 0) / (total - i)
-  return 1.0 - miss
+  return 1.0 - math.comb(total - special, drawn) / math.comb(total, drawn)
