@@ -50,26 +50,17 @@ class Part:
 
   def value(self, key: tuple[str, str]) -> float:
     """Returns the benchmark's number of a row, a fraction."""
-    return statistics.mean(self.scores[key], self._strata)
+    return self._sample().mean(self.scores[key])
 
   def draws(self, key: tuple[str, str], replicates: int) -> np.ndarray:
     """Returns float64[R], the number in each replicate."""
-    return statistics.draws(
-      self.scores[key],
-      [question.video for question in self.questions],
-      strata=self._strata,
-      replicates=replicates,
-      seed=self.seed,
-    )
+    return self._sample(replicates).draws(self.scores[key])
 
-  @property
-  def _strata(self) -> statistics.Strata | None:
-    if not self.out["macro"]:
-      return None
-    return statistics.Strata(
-      tuple(str(question.category) for question in self.questions),
-      tuple(self.out["macro"]),
-    )
+  def _sample(self, replicates: int = statistics.REPLICATES):
+    clips = [question.video for question in self.questions]
+    names = tuple(self.out["macro"])
+    kinds = [str(question.category) for question in self.questions if names]
+    return statistics.Sample(clips, kinds, names, replicates, self.seed)
 
 
 def asked(experiment: experiment_lib.Experiment, questions) -> dict[str, Any]:

@@ -6,6 +6,7 @@ so that the same run gives the same bytes.
 
 import collections
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -55,13 +56,9 @@ class Table:
     """N of each question, int64[Q]."""
     return np.array([math.prod(self.grid_of(q)) for q in self.questions])
 
-  @property
-  def clips(self) -> list[str]:
-    return [question.video for question in self.questions]
-
-  @property
-  def strata(self) -> statistics.Strata | None:
-    return self.task.strata(self.questions)
+  @functools.cached_property
+  def sample(self) -> statistics.Sample:
+    return self.task.sample(self.questions)
 
 
 def build(
@@ -95,9 +92,9 @@ def build(
     "split": table.split,
     "metric": table.task.metric,
     "scale": table.task.scale,
-    "macro": list(table.strata.names) if table.strata else [],
+    "macro": list(table.sample.names),
     "grid": _grids(table),
-    "num_clips": len(set(table.clips)),
+    "num_clips": len(set(table.sample.clips)),
     "chance": number(_chance(table)),
     "vanilla": {
       **_counted(table, records, vanilla),
@@ -130,9 +127,7 @@ def _rows(table, ledger, failures, vanilla) -> dict[str, Any]:
         values[method.label, key] = mean
 
   def difference(key, versus):
-    return statistics.paired_difference(
-      values[key], values.get(versus, vanilla), table.clips, strata=table.strata
-    )
+    return table.sample.difference(values[key], values.get(versus, vanilla))
 
   out["paired"] = paired(values, map(ratio_key, table.ratios), difference)
   return out
@@ -211,7 +206,7 @@ def frame_hashes(
   table: Table, ledger: answer_log.AnswerLog, field: str = "frame_hash"
 ) -> dict[str, str]:
   """Returns clip -> sha256 of its shown pixels, or by "index_hash" of which."""
-  found = zip(table.clips, _records(table, ledger, _WHOLE), strict=True)
+  found = zip(table.sample.clips, _records(table, ledger, _WHOLE), strict=True)
   return {clip: record[field] for clip, record in found if record.get(field)}
 
 
@@ -227,9 +222,8 @@ def _counted(table, records, values) -> dict[str, Any]:
   for question, value in pairs:
     for facet, name in question.groups:
       by_group[facet].append((name, value))
-  estimate = statistics.accuracy(values, table.clips, strata=table.strata)
   out = {
-    **figures(estimate),
+    **figures(table.sample.accuracy(values)),
     "n": len(values),
     "by_duration": _groups((q.duration, value) for q, value in pairs),
     "by_category": _groups((q.category, value) for q, value in pairs),
@@ -264,12 +258,11 @@ def _cell(table, ledger, method, ratio, vanilla):
     record.get("equivalent", record["kept"] / count)
     for record, count in zip(records, counts, strict=True)
   ]
-  share = statistics.ratio_of_means(
-    mean, vanilla, table.clips, strata=table.strata
-  )
   out = {
     **_counted(table, records, mean),
-    **figures(share, "of_vanilla", "of_vanilla_ci95"),
+    **figures(
+      table.sample.share(mean, vanilla), "of_vanilla", "of_vanilla_ci95"
+    ),
     **_facts(method),
     "kept_tokens": number(np.mean([record["kept"] for record in records])),
     "equivalent_ratio": number(np.mean(equivalent)),
@@ -280,7 +273,7 @@ def _cell(table, ledger, method, ratio, vanilla):
     out["forced"] = number(forced)
   if len(cells) > 1:
     out["by_seed"] = {
-      str(cell.seed): number(statistics.mean(values, table.strata))
+      str(cell.seed): number(table.sample.mean(values))
       for cell, values in zip(cells, scores, strict=True)
     }
   return out, mean
@@ -323,7 +316,7 @@ def _chance(table) -> float:
   """Returns the accuracy of guessing one of the options."""
   shares = [1 / len(q.options) for q in table.questions if q.options]
   if len(shares) == len(table.questions):
-    return statistics.mean(shares, table.strata)
+    return table.sample.mean(shares)
   return float(np.mean(shares)) if shares else 0.0
 
 
@@ -356,15 +349,17 @@ def _frame_head(table, ledger, decisive, failures):
   if not found:
     return None
   hits, chances, clips = zip(*found, strict=True)
-  above = statistics.paired_difference(hits, chances, clips)
+  sample = statistics.Sample(clips)
   return {
     "method": cell.label,
     "frames": drawn,
     "of": T,
     "n": len(hits),
-    **figures(statistics.accuracy(hits, clips), "hit"),
+    **figures(sample.accuracy(hits), "hit"),
     "chance": number(np.mean(chances)),
-    **figures(above, "above_chance", "above_chance_ci95"),
+    **figures(
+      sample.difference(hits, chances), "above_chance", "above_chance_ci95"
+    ),
   }
 
 

@@ -21,7 +21,6 @@ import markupsafe
 from cacovid_jax import files
 from cacovid_jax.evals import results
 from cacovid_jax.evals.report import charts, svg, viewer
-from cacovid_jax.inference import methods as methods_lib
 
 _SCRIPTS = ("tables.js", "groups.js", "viewer.js")
 # Groups with an order of their own; others by name.
@@ -71,7 +70,7 @@ def render(
     time_chart=_chart(charts.over_time(out, shown, times or {})),
     reward_chart=_chart(charts.rewards(curves)),
     groups=groups,
-    differences=_differences(out, ratios),
+    ticks=_scale(out, ratios),
     cells=[
       {"name": name, "ratio": ratio, "status": "ok", **cell}
       for name, row in {"vanilla": {1: out["vanilla"]}, **rows}.items()
@@ -218,35 +217,11 @@ def _best(out, ratio) -> float:
   return max((cell.get("accuracy", -1) for cell in cells), default=-1)
 
 
-def _differences(out, ratios):
-  """Returns, per ratio, differences to the reference on one scale.
-
-  Places are per cent of the scale's width; the reference itself stands against
-  vanilla.
-  """
-  entries = [e for e in out["paired"] if e["ratio"] in ratios]
-  if not entries:
-    return None
-  ends = [end for entry in entries for end in entry["ci95"]]
-  ticks = svg.nice_ticks(100 * min(0, *ends), 100 * max(0, *ends), 4)
-  low, high = ticks[0], ticks[-1]
-
-  def place(value):
-    return round(100 * (100 * value - low) / (high - low), 2)
-
-  by_ratio = {ratio: [] for ratio in ratios}
-  for entry in entries:
-    left, right = map(place, entry["ci95"])
-    to_vanilla = entry["vs"] == methods_lib.VANILLA
-    name = entry["method"] + " against vanilla" * to_vanilla
-    row = {"name": name, "to_vanilla": to_vanilla, "dot": place(entry["mean"])}
-    row |= {"left": left, "width": round(right - left, 2)}
-    by_ratio[entry["ratio"]].append(entry | row)
-  for rows in by_ratio.values():
-    rows.sort(key=lambda row: (row["to_vanilla"], -row["mean"], row["name"]))
-  found = [{"ratio": r, "rows": rows} for r, rows in by_ratio.items() if rows]
-  marks = [(f"{tick:g}".replace("-", "−"), place(tick / 100)) for tick in ticks]
-  return {"ratios": found, "ticks": marks, "zero": place(0)}
+def _scale(out, ratios) -> list[float]:
+  """Returns ticks in points for all paired differences; none for none."""
+  entries = [entry for entry in out["paired"] if entry["ratio"] in ratios]
+  ends = [100 * end for entry in entries for end in entry["ci95"]]
+  return svg.nice_ticks(min(0, *ends), max(0, *ends), 4) if ends else []
 
 
 def _groups(out: Mapping[str, Any]) -> dict[str, Any]:
