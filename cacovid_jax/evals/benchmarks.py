@@ -91,89 +91,45 @@ class Task:
     )
 
 
-_THREE = ("short", "medium", "long")
+_MLVU = dict(metric="mlvu_percetion_score", scale=100)
+_VIDEOMME = dict(duration_groups=("short", "medium", "long"))
 _TASKS = [
-  Task(
-    name=PREPARED,
-    splits={"test": ("test.parquet",), "validation": ("validation.parquet",)},
-    read=readers.read_videomme,
-    score=scoring.prepared,
-    duration_groups=_THREE,
-  ),
-  Task(
-    name="videomme",
-    splits={"test": ("videomme/test-*.parquet", "test-*.parquet")},
-    read=functools.partial(readers.read_videomme, released=True),
-    score=scoring.videomme,
-    metric="videomme_perception_score",
-    scale=100,
-    duration_groups=_THREE,
-  ),
-  Task(
-    name="mlvu_dev",
-    splits={"dev": (*_MLVU_PARQUET, "json/[0-9]_*.json")},
-    read=readers.read_mlvu,
-    score=scoring.mlvu_dev,
-    metric="mlvu_percetion_score",
-    scale=100,
-    macro=mlvu_files.DEV_TYPES,
-  ),
-  Task(
-    name="mlvu_test",
-    splits={"test": (*_MLVU_PARQUET, "json/*.json", "test*.json")},
-    read=functools.partial(
-      readers.read_mlvu, types=mlvu_files.TEST_TYPES, most_options=6
-    ),
-    score=scoring.mlvu_test,
-    metric="mlvu_percetion_score",
-    scale=100,
-    macro=mlvu_files.TEST_TYPES,
-  ),
-  Task(
-    name="longvideobench",
-    splits={"validation": ("validation-*.parquet", "lvb_val.json")},
-    read=readers.read_longvideobench,
-    score=scoring.longvideobench,
-    max_new_tokens=32,
-    metric="lvb_acc",
-    duration_groups=longvideobench_files.DURATION_GROUPS,
-  ),
-  Task(
-    name="mvbench",
-    splits={"test": ("json/*.json",)},
-    read=readers.read_mvbench,
-    score=scoring.mvbench,
-    metric="mvbench_accuracy",
-    scale=100,
-    macro=mvbench_files.TASKS,
-    macro_of_present=True,
-  ),
-  Task(
-    name="egoschema",
-    splits={"subset": ("Subset/test-*.parquet",)},
-    read=readers.read_egoschema,
-    score=scoring.egoschema,
-    metric="score",
-  ),
-  Task(
-    name="nextqa",
-    splits={"test": ("MC/test-*.parquet",)},
-    read=readers.read_nextqa,
-    score=scoring.nextqa,
-    # The task sets none; this is what the reference model falls back to.
-    max_new_tokens=1024,
-    metric="exact_match",
-  ),
-  Task(
-    name="own",
-    splits=dict.fromkeys(("test", "validation", "train"), own_files.FILES),
-    read=readers.read_own,
-    score=scoring.prepared,
-    # Of answers in words; a letter ends by itself.
-    max_new_tokens=64,
-    one_file=True,
-  ),
-]
+  Task(name=PREPARED, read=readers.read_videomme, score=scoring.prepared,
+       splits={name: (f"{name}.parquet",) for name in ("test", "validation")},
+       **_VIDEOMME),
+  Task(name="videomme", score=scoring.videomme,
+       read=functools.partial(readers.read_videomme, released=True),
+       splits={"test": ("videomme/test-*.parquet", "test-*.parquet")},
+       metric="videomme_perception_score", scale=100, **_VIDEOMME),
+  Task(name="mlvu_dev", read=readers.read_mlvu, score=scoring.mlvu_dev,
+       splits={"dev": (*_MLVU_PARQUET, "json/[0-9]_*.json")},
+       macro=mlvu_files.DEV_TYPES, **_MLVU),
+  Task(name="mlvu_test", score=scoring.mlvu_test,
+       read=functools.partial(
+         readers.read_mlvu, types=mlvu_files.TEST_TYPES, most_options=6
+       ),
+       splits={"test": (*_MLVU_PARQUET, "json/*.json", "test*.json")},
+       macro=mlvu_files.TEST_TYPES, **_MLVU),
+  Task(name="longvideobench", read=readers.read_longvideobench,
+       score=scoring.longvideobench,
+       splits={"validation": ("validation-*.parquet", "lvb_val.json")},
+       max_new_tokens=32, metric="lvb_acc",
+       duration_groups=longvideobench_files.DURATION_GROUPS),
+  Task(name="mvbench", read=readers.read_mvbench, score=scoring.mvbench,
+       splits={"test": ("json/*.json",)}, metric="mvbench_accuracy", scale=100,
+       macro=mvbench_files.TASKS, macro_of_present=True),
+  Task(name="egoschema", read=readers.read_egoschema, score=scoring.egoschema,
+       splits={"subset": ("Subset/test-*.parquet",)}, metric="score"),
+  # NExT-QA's task sets no longest answer; 1024 is what the reference model
+  # falls back to.
+  Task(name="nextqa", read=readers.read_nextqa, score=scoring.nextqa,
+       splits={"test": ("MC/test-*.parquet",)}, max_new_tokens=1024,
+       metric="exact_match"),
+  # The longest answer is one in words; a letter ends by itself.
+  Task(name="own", read=readers.read_own, score=scoring.prepared,
+       splits=dict.fromkeys(("test", "validation", "train"), own_files.FILES),
+       max_new_tokens=64, one_file=True),
+]  # fmt: skip
 _BY_NAME = {task.name: task for task in _TASKS}
 
 

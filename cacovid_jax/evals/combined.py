@@ -9,6 +9,7 @@ Letters: Q questions of a benchmark, C its clips, R bootstrap replicates.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -118,23 +119,19 @@ def read_part(
   # What was wrong with a clip in the end is an answer, too.
   answers.confirm_all()
 
-  def mean(*cells):
-    scores = [
-      [answers[cell.key(question.id)]["score"] for question in questions]
-      for cell in cells
-    ]
-    return np.mean(scores, axis=0)
+  def mean(cells):
+    keys = [[cell.key(question.id) for question in questions] for cell in cells]
+    return np.mean([[answers[k]["score"] for k in row] for row in keys], axis=0)
 
+  ratios = list(map(results.ratio_key, evals.ratios))
   try:
-    scores = {results.VANILLA_KEY: mean(methods_lib.Condition())}
+    scores = {results.VANILLA_KEY: mean([methods_lib.Condition()])}
     for method in map(methods_lib.Method.parse, evals.methods):
-      used = evals.seeds if method.per_seed else (0,)
-      for ratio in evals.ratios:
-        key = results.ratio_key(ratio)
+      for ratio, key in zip(evals.ratios, ratios, strict=True):
         cell = out["methods"].get(method.label, {}).get(key, {})
         if cell.get("status") == "ok":
-          cells = [methods_lib.Condition(method, ratio, one) for one in used]
-          scores[method.label, key] = mean(*cells)
+          _, *cells = methods_lib.conditions([method], [ratio], evals.seeds)
+          scores[method.label, key] = mean(cells)
   except KeyError as error:
     raise errors.UserError(
       f"{workdir}: the answers are not those of results.json"
@@ -171,21 +168,23 @@ def average(
     estimate = statistics.interval(*numbers(key))
     return {**results.figures(estimate), "columns": columns(parts, key)}
 
-  def cell(key):
-    if reason := _failure(parts, key):
-      return {"status": reason}
+  def cell(label, ratio):
+    for part in parts:
+      status = part.out["methods"][label][ratio]["status"]
+      if status != "ok":
+        return {"status": f"{part.name}: {status}"}
+    key = label, ratio
     share = statistics.ratio(*numbers(key), *numbers(results.VANILLA_KEY))
     told = results.figures(share, "of_vanilla", "of_vanilla_ci95")
     return {"status": "ok", **row(key), **told}
 
   ratios = [results.ratio_key(ratio) for ratio in ratios]
   labels = [method.label for method in methods]
-  rows = {n: {ratio: cell((n, ratio)) for ratio in ratios} for n in labels}
+  rows = {n: {ratio: cell(n, ratio) for ratio in ratios} for n in labels}
   answered = [
-    (label, ratio)
-    for label, cells in rows.items()
-    for ratio in ratios
-    if cells[ratio]["status"] == "ok"
+    key
+    for key in itertools.product(rows, ratios)
+    if rows[key[0]][key[1]]["status"] == "ok"
   ]
   return {
     "benchmarks": [part.name for part in parts],
@@ -205,16 +204,6 @@ def columns(parts: Sequence[Part], key: tuple[str, str]) -> dict[str, float]:
       found[f"{part.name}/{name}"] = results.number(inside.mean())
     found[part.name] = results.number(part.value(key))
   return found
-
-
-def _failure(parts, key) -> str:
-  """Returns why a row cannot be averaged, "" if it can."""
-  label, ratio = key
-  for part in parts:
-    status = part.out["methods"][label][ratio]["status"]
-    if status != "ok":
-      return f"{part.name}: {status}"
-  return ""
 
 
 def combine(

@@ -136,11 +136,11 @@ def _asked(experiment, loaded) -> list[Asked]:
     }
   found = []
   for grid, questions in by_grid.items():
-    lengths = np.array([rows[question.id] for question in questions])
+    lengths = [rows[question.id] for question in questions]
     # With a tokenizer, prompts of all grids are padded alike.
     longest = max(rows.values() if checkpoint.tokenizer else lengths)
     num_clips = len({question.video for question in questions})
-    found.append(Asked(grid, lengths, longest, num_clips))
+    found.append(Asked(grid, np.array(lengths), longest, num_clips))
   return found
 
 
@@ -159,12 +159,11 @@ def _grids(experiment, loaded) -> dict[str, tuple[int, int, int]]:
 
 
 def _assumed_grid(experiment) -> tuple[int, int, int]:
-  model = experiment.checkpoint.model
+  processor = experiment.checkpoint.model.processor
   num_frames = experiment.config.data.num_frames
-  if fixed := model.processor.fixed_grid(num_frames):
+  if fixed := processor.fixed_grid(num_frames):
     return fixed
-  slices = -(-num_frames // model.processor.temporal_patch_size)
-  return (slices, *_QWEN_SLICE)
+  return (-(-num_frames // processor.temporal_patch_size), *_QWEN_SLICE)
 
 
 def estimate(
@@ -185,10 +184,8 @@ def estimate(
     config, model = experiment.config, experiment.checkpoint.model.config
     methods = [methods_lib.Method.parse(spec) for spec in config.evals.methods]
     parts = _asked(experiment, loaded.get(name))
-    found[name] = _sum(
-      [_part(model, config, methods, part, speed) for part in parts]
-    )
-    found[name]["published"] = name not in loaded
+    taken = [_part(model, config, methods, part, speed) for part in parts]
+    found[name] = _sum(taken) | {"published": name not in loaded}
     settings = evaluation.settings(experiment)
     memory += [
       cost.memory(

@@ -313,16 +313,15 @@ def show(out: Mapping[str, Any], console: rich.console.Console | None = None):
     console = rich.console.Console()
     if not console.is_terminal:  # A log has no width to keep to.
       console = rich.console.Console(width=120)
-  vanilla = out["vanilla"]
-  low, high = vanilla["ci95"]
+  vanilla, head = out["vanilla"], out["frame_head"]
   several = len(out["grid"]) if isinstance(out["grid"][0], Mapping) else 0
   mean = f" on average, {several} grids" if several else ""
   table = rich.table.Table(
     title=f"{out['benchmark']} {out['split']}: {vanilla['n']} questions about"
     f" {out['num_clips']} clips, accuracy in %",
     caption=f"vanilla (all {vanilla['kept_tokens']} video tokens{mean}):"
-    f" {100 * vanilla['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]."
-    " Per cell: accuracy, 95 % interval clustered by clip, share of vanilla.",
+    f" {_interval(vanilla)}. Per cell: accuracy, 95 % interval clustered by"
+    " clip, share of vanilla.",
   )
   rows = {**out["methods"], **out["oracles"]}
   ratios = list(next(iter(rows.values())))
@@ -335,7 +334,6 @@ def show(out: Mapping[str, Any], console: rich.console.Console | None = None):
   console.print(table)
   for line in caveats(out):
     console.print(line, markup=False)
-  head = out["frame_head"]
   if head:
     console.print(
       f"frame head: its best {head['frames']} of {head['of']} frames hold a"
@@ -372,12 +370,14 @@ def caveats(out: Mapping[str, Any]) -> list[str]:
 def _cell_text(cell) -> str:
   if cell["status"] != "ok":
     return cell["status"]
-  low, high = cell["ci95"]
-  text = f"{100 * cell['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-  if cell["of_vanilla"] is not None:
-    text += f" {cell['of_vanilla']:.0%}"
+  share = cell["of_vanilla"]
+  return _interval(cell) + ("" if share is None else f" {share:.0%}")
+
+
+def _interval(row) -> str:
+  low, high = row["ci95"]
   # Brackets are markup to rich.
-  return text.replace("[", "\\[")
+  return f"{100 * row['accuracy']:.1f} \\[{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def _curves(experiment) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -36,6 +36,9 @@ class Failure(NamedTuple):
   reason: str  # One line.
   minimum_ratio: float | None = None  # That it can, where the method knows.
   batch: int = -1  # Number of the one that showed it, -1 before any was asked.
+
+
+Failures = Mapping[tuple[str, float], Failure]  # By `Condition.place`.
 
 
 class NothingToAsk(errors.UserError):
@@ -107,8 +110,6 @@ class Evaluator:
     processes, gives the same answers.
 
     Args:
-      questions: to ask.
-      conditions: to ask them under.
       log: of the answers.
       description: names the progress bar.
       shard: (i, n): batches i, i + n, i + 2 n, ... are asked.
@@ -162,14 +163,13 @@ class Evaluator:
     """Keeps the answers about clips that still cannot be used, unasked."""
     for question in batch:
       keys = [condition.key(question.id) for condition in conditions]
-      known = {key: log.fault(key) for key in keys if log.fault(key)}
-      if known:
+      if known := {key: log.fault(key) for key in keys if log.fault(key)}:
         fault = self.engine.source[question.video].fault
-        size = math.prod(self.engine.grid_of(question))
+        now = fault, math.prod(self.engine.grid_of(question))
         log.confirm(
           key
           for key, record in known.items()
-          if (record["fault"], record["of"]) == (fault, size)
+          if (record["fault"], record["of"]) == now
         )
 
   def _note(self, failures, condition, action, batch: int = -1):
@@ -271,8 +271,7 @@ class Evaluator:
 
 def known(question: question_lib.Question) -> dict[str, Any]:
   """Returns what answer logs know of a question."""
-  # A clip that is not there yet may turn up in another folder, with another
-  # ending.
+  # A clip that is not there yet may turn up in another folder and form.
   video = {"video": pathlib.PurePosixPath(question.video).stem}
   return {name: getattr(question, name) for name in _QUESTION} | video
 

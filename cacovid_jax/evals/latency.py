@@ -2,10 +2,9 @@
 
 Compiled programs, one clip at a time, median of several runs: the rule itself,
 and beside it what it reads that nobody else computes, the policy's scores or
-the attention of a prefill of the whole prompt. What a vision tower hands out
-beside its features is not counted. Inside the language model choosing and
-answering are one program: there it is the time beyond that of answering from
-the same share of tokens, chosen before the model.
+the attention of a prefill of the whole prompt. Inside the language model
+choosing and answering are one program: there it is the time beyond that of
+answering from the same share of tokens, chosen before the model.
 """
 
 import dataclasses
@@ -177,10 +176,7 @@ def median_milliseconds(
   repeats: int,
   wait: Callable[[Any], Any] = jax.block_until_ready,
 ) -> float:
-  """Returns the median over `repeats` runs, after one that may compile.
-
-  `wait` returns once what `function` gave has been computed.
-  """
+  """Returns the median over `repeats` runs, after one that may compile."""
   wait(function())
   taken = []
   for _ in range(repeats):

@@ -130,21 +130,18 @@ COMPRESSION_MS = {"divprune": 134.3, "prunevid": 34.1, "cacovid": 11.2}
 
 def model_of(config: Any) -> str | None:
   """Returns the key of `MODELS` of a base model's config; None for others."""
-  text = config.text
+  text, family = config.text, config.to_hf()["model_type"]
   sizes = (text.hidden_size, text.num_layers, text.intermediate_size)
-  family = config.to_hf()["model_type"]
-  for key, model in MODELS.items():
-    if (model.sizes, model.family) == (sizes, family):
-      return key
-  return None
+  known = {(model.sizes, model.family): key for key, model in MODELS.items()}
+  return known.get((sizes, family))
 
 
 def row(model: str | None, method: str, ratio: float) -> Row | None:
   """Returns the paper's row of a method at a ratio, if it has one."""
   for found in ROWS:
-    if (found.model, found.method) == (model, method):
-      if method == VANILLA or abs(found.ratio - ratio) < 1e-9:
-        return found
+    same = (found.model, found.method) == (model, method)
+    if same and (method == VANILLA or abs(found.ratio - ratio) < 1e-9):
+      return found
   return None
 
 
@@ -180,10 +177,7 @@ def check_tolerance(tolerance: float) -> float:
 def compare(
   own: Mapping[str, float], reported: Mapping[str, float], tolerance: float
 ) -> dict[str, dict[str, Any]]:
-  """Returns, by column that both have: own, paper, difference and within.
-
-  Within is a difference of at most `tolerance` points.
-  """
+  """Returns, by column that both have: own, paper, difference and within."""
   out = {}
   for column, value in reported.items():
     if column not in own:
@@ -243,21 +237,17 @@ def obstacles(
 ) -> list[str]:
   """Returns what makes a comparison with the paper void, in words.
 
-  Args:
-    config: of the evaluation of one benchmark; the others are alike.
-    parts: benchmarks, each a `combined.Part`.
+  The config is that of any part's evaluation; parts are `combined.Part`.
   """
   found = []
   if absent:
     titles = ", ".join(BENCHMARKS[name][0] for name in absent)
     found.append(f"not asked: {titles}")
   for part in parts:
-    title, expected = BENCHMARKS[part.name]
-    num_asked = len(part.questions)
-    if num_asked != expected:
-      found.append(f"{num_asked} of {expected} questions of {title}")
-    lost = sum(entry["questions"] for entry in part.out["unreadable"])
-    if lost:
+    (title, expected), asked = BENCHMARKS[part.name], len(part.questions)
+    if asked != expected:
+      found.append(f"{asked} of {expected} questions of {title}")
+    if lost := sum(entry["questions"] for entry in part.out["unreadable"]):
       found.append(f"clips of {lost} questions of {title} cannot be used")
   num_frames, evals = config.data.num_frames, config.evals
   if num_frames != NUM_FRAMES:

@@ -26,7 +26,6 @@ REFERENCE = "cacovid"
 _FRAME_RATIO = 0.125
 _WHOLE = methods_lib.Condition()
 VANILLA_KEY = methods_lib.VANILLA, "1.00"
-Failures = Mapping[tuple[str, float], evaluator_lib.Failure]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,7 +65,7 @@ def build(
   ledger: answer_log.AnswerLog,
   *,
   provenance: Mapping[str, Any],
-  failures: Failures | None = None,
+  failures: evaluator_lib.Failures | None = None,
   decisive: Mapping[str, Sequence[int]] | None = None,
   **sections: Any,
 ) -> dict[str, Any]:
@@ -80,8 +79,7 @@ def build(
     table: what to tabulate; the ledger must hold all of it, but for failures.
     failures: what `Evaluator.run` could not ask: cells without accuracy.
     decisive: question id -> tokens that decide it, for the frame head.
-    **sections: `chosen` on validation, from which candidates; the `rule` that
-      letters were taken by; `Benchmark.left_out`.
+    **sections: `chosen`, `rule` and `left_out`.
   """
   failures = failures or {}
   records = _records(table, ledger, _WHOLE)
@@ -140,10 +138,8 @@ def paired(
 ) -> list[dict[str, Any]]:
   """Returns every row less the reference, and the reference less vanilla.
 
-  Args:
-    answered: (label, ratio key) of all cells that could be run.
-    ratios: their keys; one at which the reference failed has no entry.
-    difference: of the cells at two keys; vanilla's is `VANILLA_KEY`.
+  Of `answered` cells, (label, ratio key), `difference` is that of two. A ratio
+  at which the reference failed has no entry.
   """
   out = []
   for ratio in ratios:
@@ -192,7 +188,9 @@ def check_ratios(ratios: Iterable[float]) -> tuple[float, ...]:
   return ratios
 
 
-def keys(table: Table, failures: Failures) -> list[answer_log.Key]:
+def keys(
+  table: Table, failures: evaluator_lib.Failures
+) -> list[answer_log.Key]:
   """Returns the keys of all answers of a table, less what could not be run."""
   return [
     cell.key(question.id)
@@ -303,7 +301,7 @@ def _grids(table) -> list[Any]:
   """Returns [T, H, W], or all grids with how many clips and questions."""
   questions = collections.Counter(map(table.grid_of, table.questions))
   if len(questions) == 1:
-    return list(next(iter(questions)))
+    return list(*questions)
   clips = {q.video: table.grid_of(q) for q in table.questions}
   counts = collections.Counter(clips.values())
   return [

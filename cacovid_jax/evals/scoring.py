@@ -39,11 +39,9 @@ def of_letter(question: Question, letter: str) -> Scored:
 
 
 def guess(question: Question) -> Scored:
-  """Returns the score of a guessed option, flagged.
-
-  The field's scorers draw at random here; this draws by the question's id, the
-  same in every run and for every method.
-  """
+  """Returns the score of a guessed option, flagged."""
+  # The field's scorers draw at random here; the question's id gives the same
+  # option in every run and for every method.
   count = max(len(question.options), 1)
   place = question_lib.question_hash(f"guess/{question.id}") % count
   letter = question_lib.LETTERS[place]
@@ -55,11 +53,8 @@ def _of_letter_or_guess(question, letter) -> Scored:
 
 
 def prepared(question: Question, text: str, *, rule="paper") -> Scored:
-  """Returns the score of an answer to prepared data.
-
-  Multiple choice by its letter; other problem types by the rewards of training,
-  which are the benchmarks' own measures.
-  """
+  """Returns the score of an answer to prepared data, or own questions."""
+  # Rewards of training are the benchmarks' own measures.
   if not question.lettered:
     return Scored(rewards.reward(question.problem_type, text, question.answer))
   num_options = len(question.options) or 4
@@ -136,10 +131,8 @@ def _without_marks(text: str) -> str:
 
 
 def egoschema(question: Question, text: str, *, rule="paper") -> Scored:
-  """Returns the score of the option that is named first, or of a guess.
-
-  The last mention of each form counts: of "(A) or (B) or (A)", B is first.
-  """
+  """Returns the score of the option that is named first, or of a guess."""
+  # The last mention of each form counts: of "(A) or (B) or (A)", B is first.
   letters.check_rule(rule)
   text, named = _framed(text), question_lib.LETTERS[: len(question.options)]
   found = []

@@ -21,7 +21,6 @@ from cacovid_jax.evals import provenance
 from cacovid_jax.inference import methods as methods_lib
 
 _SHARD = re.compile(r"([0-9]+)/([0-9]+)")
-Failures = Mapping[tuple[str, float], evaluator_lib.Failure]
 
 
 class Shard(NamedTuple):
@@ -43,12 +42,11 @@ class Shard(NamedTuple):
 
   def checked(self) -> "Shard":
     """Returns itself; refuses a number that no process has."""
-    index, count = self
-    if not 0 <= index < count:
+    if not 0 <= self.index < self.count:
       mend = "there is no process; give 0/1"
-      if count > 0:
-        mend = f"with {count} processes, give 0/{count} to {count - 1}/{count}"
-      raise errors.UserError(f"shard {index}/{count}: {mend}")
+      if (n := self.count) > 0:
+        mend = f"with {n} processes, give 0/{n} to {n - 1}/{n}"
+      raise errors.UserError(f"shard {self.index}/{self.count}: {mend}")
     return self
 
   @property
@@ -68,10 +66,8 @@ def ledgers(workdir: pathlib.Path, name: str) -> list[pathlib.Path]:
 
   The name is that of one process alone, such as "answers.jsonl".
   """
-  stem, _, suffix = name.partition(".")
-  pattern = re.compile(
-    rf"{re.escape(stem)}(-[0-9]+-of-[0-9]+)?\.{re.escape(suffix)}"
-  )
+  stem, _, suffix = map(re.escape, name.partition("."))
+  pattern = re.compile(rf"{stem}(-[0-9]+-of-[0-9]+)?\.{suffix}")
   return sorted(
     path for path in workdir.iterdir() if pattern.fullmatch(path.name)
   )
@@ -82,9 +78,7 @@ def ledger(
 ) -> answer_log.AnswerLog:
   """Opens this process's ledger, with what all others have answered so far.
 
-  Args:
-    name: as of `ledgers`.
-    run: what the answers depend on.
+  The name is as of `ledgers`; answers depend on `run`.
   """
   found = answer_log.AnswerLog(
     workdir / shard.file(name), run, environment=provenance.environment()
@@ -119,7 +113,7 @@ class Notes:
     """Takes this process's own note away, if there is one."""
     self._path(self.shard).unlink(missing_ok=True)
 
-  def done(self, failures: Failures) -> None:
+  def done(self, failures: evaluator_lib.Failures) -> None:
     """Notes that this process has asked its share, less what failed."""
     entries = [
       {"method": spec, "ratio": ratio, **failure._asdict()}
@@ -128,7 +122,7 @@ class Notes:
     note = {"work": self.work, "failures": entries}
     files.write_json(self._path(self.shard), note)
 
-  def read(self) -> tuple[list[int], Failures]:
+  def read(self) -> tuple[list[int], evaluator_lib.Failures]:
     """Returns (numbers of the processes that are not done, all failures).
 
     Where all are done, failures are as one process alone would find them: the

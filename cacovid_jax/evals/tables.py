@@ -91,7 +91,7 @@ def _page(template: str, **values) -> str:
   page = html.template(template).render(
     **values, accuracy=_accuracy, cells=_cells, columns=columns,
     difference=_difference, interval=_interval, number=number,
-    reference=results.REFERENCE, scores=_scores, table=as_markdown, word=_word,
+    reference=results.REFERENCE, scores=_scores, table=as_markdown,
   )  # fmt: skip
   return page.strip() + "\n"
 
@@ -254,10 +254,6 @@ def number(value: float | None) -> str:
 
 def _scores(row: Mapping[str, float | None]) -> list[str]:
   return [number(row.get(column)) for column in paper.COLUMNS]
-
-
-def _word(reproduced) -> str:
-  return {True: "yes", False: "no", None: ""}.get(reproduced, reproduced)
 
 
 def write_efficiency(workdir: str | os.PathLike, out: Mapping[str, Any]):

@@ -88,11 +88,7 @@ def page(
 ) -> str:
   """Returns a page with its style, its script and the script's data.
 
-  Args:
-    name: of the template.
-    examples: what is shown frame by frame.
-    data: what the script reads beside the viewer's.
-    **values: what the template reads beside the examples.
+  Beside the viewer's, the script reads `data` and the template the values.
   """
   script = "".join(map(_source, _SCRIPTS))
   digest = hashlib.sha256(script.encode()).digest()
@@ -137,14 +133,17 @@ def _environment() -> jinja2.Environment:
     lstrip_blocks=True,
   )
   environment.filters |= {
-    "breakable": _breakable,
-    "count": _count,
+    # Names may be broken behind underscores.
+    "breakable": lambda name: markupsafe.escape(name).replace(
+      "_", markupsafe.Markup("_<wbr>")
+    ),
+    "count": lambda value: f"{value:g}" if value % 1 == 0 else f"{value:.1f}",
     "grids": grid_words,
     "line": lambda text: " ".join(text.split()),
     "milliseconds": _milliseconds,
     "options": _options,
-    "percent": _percent,
-    "points": _points,
+    "percent": lambda value, digits=1: f"{100 * value:.{digits}f}",
+    "points": lambda value: f"{100 * value:+.1f}".replace("-", "−"),
     "share": lambda ratio: f"{100 * float(ratio):g} %",
     "words": _words,
   }
@@ -168,33 +167,15 @@ def grid_words(grid: Sequence[Any]) -> str:
   )
 
 
-def _percent(value: float, digits: int = 1) -> str:
-  return f"{100 * value:.{digits}f}"
-
-
-def _points(value: float) -> str:
-  """Returns a difference in percentage points, with a true minus sign."""
-  return f"{100 * value:+.1f}".replace("-", "\N{MINUS SIGN}")
-
-
 def _options(spec: str) -> str:
   """Returns the options of a method's spec, as "layer = 3"."""
   name, _, query = spec.partition("?")
   return query.replace("&", ", ").replace("=", " = ") or name
 
 
-def _breakable(name: str) -> markupsafe.Markup:
-  """Returns a name, escaped, that may be broken behind underscores."""
-  return markupsafe.escape(name).replace("_", markupsafe.Markup("_<wbr>"))
-
-
 def _chart(chart, wanted=True) -> markupsafe.Markup | None:
   """Returns a chart as markup, None if there is nothing in it."""
   return chart.page() if wanted and chart.series else None
-
-
-def _count(value: float) -> str:
-  return f"{value:g}" if value == int(value) else f"{value:.1f}"
 
 
 def _words(value: Any) -> str:

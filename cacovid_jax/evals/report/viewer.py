@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from cacovid_jax.data import question as question_lib
+from cacovid_jax.evals import evaluator as evaluator_lib
 from cacovid_jax.evals import results
 from cacovid_jax.inference import engine as engine_lib
 from cacovid_jax.inference import methods as methods_lib
@@ -117,7 +118,7 @@ def choose(
   decisive: Mapping[str, Sequence[int]],
   count: int,
   *,
-  failures: results.Failures | None = None,
+  failures: evaluator_lib.Failures | None = None,
 ) -> list[Example]:
   """Returns right and wrong answers, half each as far as there are such.
 
@@ -125,10 +126,8 @@ def choose(
   tenth. Clips differ from each other where possible, and kinds of question take
   turns. The choice depends on the answers alone.
 
-  Args:
-    answers: its ledger.
-    decisive: question id -> tokens that decide it, where known.
-    count: at most as many examples.
+  `decisive` gives tokens that decide a question by its id, where known; `count`
+  is the most examples.
   """
   failures = failures or {}
   ratio = min(table.ratios, key=lambda r: (abs(r - SHOWN_RATIO), r))
@@ -141,12 +140,8 @@ def choose(
     return methods_lib.Condition(method, ratio, seed)
 
   shown = cell(method, ratio)
-  asked = [
-    cell(each, r)
-    for each in table.methods
-    for r in table.ratios
-    if (each.spec, r) not in failures
-  ]
+  pairs = itertools.product(table.methods, table.ratios)
+  asked = [cell(one, r) for one, r in pairs if (one.spec, r) not in failures]
   usable = [
     question
     for question in table.questions
@@ -189,16 +184,15 @@ def _said(question, answers, cells) -> dict[str, dict[float, Said]]:
 
 
 def _others(answers, shown, rivals, questions) -> list[str]:
-  """Returns the labels of the best methods besides the shown one.
-
-  Other methods before variants of the same one; oracles know too much.
-  """
+  """Returns the labels of the best methods besides the shown one."""
   name, found = shown.label.partition("?")[0], []
   for cell in rivals:
     label = cell.method.label
+    # Oracles know too much.
     if label != shown.label and not cell.method.compressor.oracle:
       scores = [answers[cell.key(q.id)]["score"] for q in questions]
       accuracy = float(np.mean(scores)) if scores else 0.0
+      # Other methods before variants of the same one.
       found.append((label.startswith(name), -accuracy, label))
   return [label for *_, label in sorted(found)[:_NUM_OTHERS]]
 
