@@ -56,10 +56,10 @@ class Task:
 
   def can_choose(self, split: str) -> bool:
     """True if there is a validation split besides the one that is asked."""
-    if self.name == PREPARED:
-      return True
     asked = split or self.default_split
-    return "validation" in self.splits and asked != "validation"
+    return self.name == PREPARED or (
+      "validation" in self.splits and asked != "validation"
+    )
 
   def sample(
     self, questions: Sequence[question_lib.Question]
@@ -195,9 +195,9 @@ def load(
   """Returns one split of a benchmark's folder.
 
   Args:
-    directory: a benchmark as it was released; or prepared data, which holds
-      `validation.parquet`, `test.parquet`, ... in VideoMME's columns, the
-      clips, and for synthetic clips `decisive.jsonl` and `manifest.json`.
+    directory: a benchmark as it was released; or prepared data: parquet files
+      by split in VideoMME's columns, and of synthetic clips `decisive.jsonl`
+      and `manifest.json`.
     media: folder of the clips, below `directory` or absolute.
     style: of the prompt: "" is the benchmark's own, and that of training for
       prepared data; "video-r1" is as in training, "videomme" as in VideoMME.
@@ -247,17 +247,13 @@ def _restyled(questions, style: str, benchmark: str):
     raise errors.UserError(
       f"prompt style {style!r}: give 'video-r1', or '' for that of {benchmark}"
     )
-  return [
-    dataclasses.replace(
-      question,
-      prompt=wording.training_prompt(
-        question.question,
-        wording.letter_options(question.options),
-        question.problem_type,
-      ),
-    )
-    for question in questions
-  ]
+  found = []
+  for question in questions:
+    options = wording.letter_options(question.options)
+    told = question.question, options, question.problem_type
+    prompt = wording.training_prompt(*told)
+    found.append(dataclasses.replace(question, prompt=prompt))
+  return found
 
 
 def _read_manifest(path: pathlib.Path) -> dict:

@@ -4,7 +4,7 @@ The average is that of the benchmarks' own numbers, each with its own way of
 counting (a mean over questions, or over categories). Its interval draws clips
 within every benchmark, at the same time in all of them.
 
-Letters: Q questions of a benchmark, C its clips, R bootstrap replicates.
+Letters: Q questions of a benchmark, R bootstrap replicates.
 """
 
 import dataclasses
@@ -239,7 +239,9 @@ def combine(
   for method in methods:
     for ratio in evals.ratios:
       cell = rows["methods"][method.label][results.ratio_key(ratio)]
-      row = paper.row_of(model, method, ratio)
+      row = None
+      if paper.is_method(method):
+        row = paper.row(model, method.label, ratio)
       cell["paper"] = row.reported() if row else None
       if cell["status"] == "ok":
         cell["reproduced"] = reproduced(cell, row)

@@ -59,11 +59,8 @@ def decode_flops(text: qwen2.Qwen2Config, rows: Sequence[int]) -> int:
 
 
 def policy_flops(config: network.PolicyConfig, rows: int, grid: Grid) -> int:
-  """Returns the operations of scoring one prompt of `rows` rows.
-
-  One decoder layer over the prompt, and for each video token and each frame an
-  MLP that halves the width.
-  """
+  """Returns the operations of scoring one prompt of `rows` rows."""
+  # A decoder layer, and by video token and frame an MLP that halves the width.
   width, mlp = config.llm.hidden_size, 0
   for _ in range(config.num_halvings):
     mlp += 2 * width * (width // 2)
@@ -147,10 +144,8 @@ def prefill_bytes(
 
 
 def tower_bytes(config: Any, grid: Grid, dtype: Any) -> int:
-  """Returns about how many bytes the tower needs beside its weights.
-
-  The pixels in float32, and of one layer what `prefill_bytes` counts.
-  """
+  """Returns about how many bytes the tower needs beside its weights."""
+  # The pixels in float32, and of one layer what `prefill_bytes` counts.
   vision = config.vision
   state = max(4 * vision.hidden_size, vision.mlp_width)
   per_patch = _row_bytes(vision.hidden_size, state, dtype)
@@ -191,12 +186,8 @@ def memory(
 ) -> Memory:
   """Returns what asking a batch of whole prompts takes on each device.
 
-  Args:
-    grid: (T, H, W) of the largest video.
-    prompt_rows: of the longest prompt, video included.
-    new_tokens: of the longest answer.
-    policy: that scores the tokens, None for none.
-    model_shards: devices that share one model.
+  Sizes are those of the largest video, the longest prompt with it, and the
+  longest answer; `model_shards` devices share one model.
   """
   text, itemsize = config.text, jnp.dtype(dtype).itemsize
   width = text.hidden_size
@@ -228,13 +219,9 @@ def policy_bytes(config: network.PolicyConfig) -> int:
 
 
 def feature_bytes(config: Any, grid: Grid, vision_keys: bool = False) -> int:
-  """Returns the bytes of one video in the feature cache, in float32.
-
-  With the tower's attention and keys, of the methods that read them.
-  """
-  per_token = config.text.hidden_size
-  if vision_keys:
-    vision = config.vision
+  """Returns the bytes of one video in the feature cache, in float32."""
+  vision, per_token = config.vision, config.text.hidden_size
+  if vision_keys:  # Of the tower, with its attention.
     per_token += 1 + vision.hidden_size // vision.num_heads
   return 4 * math.prod(grid) * per_token
 
@@ -251,10 +238,8 @@ class Speed(NamedTuple):
 
 
 def measure_speed(dtype: Any, size: int = 0, repeats: int = 5) -> Speed:
-  """Returns what a square matrix product and a copy reach on this device.
-
-  Medians of runs of matrices of side `size`, which take milliseconds.
-  """
+  """Returns what a square matrix product and a copy reach on this device."""
+  # A side at which they take milliseconds.
   size = size or (1024 if jax.default_backend() == "cpu" else 8192)
   matrix = jnp.ones((size, size), dtype)
   product = jax.jit(lambda a: a @ a)

@@ -81,15 +81,12 @@ class Evaluator:
     return found
 
   def _digest(self, questions) -> str:
-    """Returns a sha256 of all that is known of these questions.
-
-    A clip that is not there yet has no grid: prompts are as of clips of one
-    token.
-    """
+    """Returns a sha256 of all that is known of these questions."""
     digest = hashlib.sha256()
     for question in engine_lib.by_id(questions):
-      fields = known(question)
-      digest.update(json.dumps(fields, sort_keys=True).encode() + b"\0")
+      text = json.dumps(known(question), sort_keys=True)
+      digest.update(text.encode() + b"\0")
+      # As of a clip of one token: one that is not there yet has no grid.
       prompt = self.engine.prompts.prompt(question.id, (1, 1, 1))
       digest.update(prompt.ids.tobytes())
     return digest.hexdigest()
@@ -149,6 +146,7 @@ class Evaluator:
           source.discard(keep=ahead)
           source.prefetch(ahead)
 
+          # Conditions that are done, and what is being done now.
           def tell(asked, what, start=done, rows=batch):
             progress.update(start + asked * len(rows), note=what)
 
@@ -190,10 +188,7 @@ class Evaluator:
       return None
 
   def _ask(self, questions, todo, failures, number: int, tell):
-    """Returns records of a batch under the conditions `todo`; adds failures.
-
-    `tell` takes how many conditions are done, and what is being done now.
-    """
+    """Returns records of a batch under the conditions `todo`; adds failures."""
     tell(0, "clips")
     batch = self.engine.batch(questions)
     # One prefill gives both the answers and what methods read of it.

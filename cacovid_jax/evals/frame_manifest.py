@@ -20,6 +20,7 @@ from cacovid_jax.data.frame_record import FrameRecord
 
 FILE = "frames.jsonl"
 _HEADER = "frames"
+_EMPTY = dataclasses.asdict(FrameRecord(video=""))  # Such fields are left out.
 
 
 class FrameManifest:
@@ -120,7 +121,8 @@ class FrameManifest:
         return
       if known == entry:
         return
-      lines = [_fields(entry)]
+      fields = dataclasses.asdict(entry).items()
+      lines = [{k: value for k, value in fields if value != _EMPTY[k]}]
       if not own.size:
         header = {"num_frames": own.num_frames, "decoder": self._decoder}
         lines.insert(0, {_HEADER: header})
@@ -201,10 +203,3 @@ class _File:
         f" --num_frames={header['num_frames']}"
       )
     self.decoder = str(header["decoder"])
-
-
-def _fields(entry: FrameRecord) -> dict[str, object]:
-  """Returns an entry's fields, less those that are empty."""
-  empty = dataclasses.asdict(FrameRecord(video=""))
-  fields = dataclasses.asdict(entry).items()
-  return {name: value for name, value in fields if value != empty[name]}

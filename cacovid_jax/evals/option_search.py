@@ -28,9 +28,9 @@ class Search:
     """Returns what config.evals and the methods ask for; None for nothing."""
     evals = experiment.config.evals
     given = config_lib.to_dict(evals.candidates)
+    task = benchmarks.task(evals.benchmark)
     if evals.select_on == "none":
       return None
-    task = benchmarks.task(evals.benchmark)
     if not task.can_choose(evals.split):
       if given:
         raise errors.UserError(
@@ -88,21 +88,20 @@ class Search:
         for one in self.by_label.get(method.label, ())
         if (one.spec, ratio) not in failures
       ]
-      if not found:
-        out.append(method)
-        continue
-      best = max(found, key=lambda pair: pair[0])[1]
-      out.append(dataclasses.replace(best, label=method.label))
-      chosen[method.label] = {
-        "split": validation.split,
-        "n": len(questions),
-        "ratio": results.ratio_key(ratio),
-        "best": best.label,
-        "candidates": [
-          {"method": one.label, "accuracy": round(value, 6)}
-          for value, one in found
-        ],
-      }
+      if found:
+        best = max(found, key=lambda pair: pair[0])[1]
+        chosen[method.label] = {
+          "split": validation.split,
+          "n": len(questions),
+          "ratio": results.ratio_key(ratio),
+          "best": best.label,
+          "candidates": [
+            {"method": one.label, "accuracy": round(value, 6)}
+            for value, one in found
+          ],
+        }
+        method = dataclasses.replace(best, label=method.label)
+      out.append(method)
     return out, chosen
 
 

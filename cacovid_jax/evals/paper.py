@@ -145,11 +145,6 @@ def row(model: str | None, method: str, ratio: float) -> Row | None:
   return None
 
 
-def row_of(model: str | None, method: Any, ratio: float) -> Row | None:
-  """Returns the paper's row of a `methods.Method`, if it is the paper's."""
-  return row(model, method.label, ratio) if is_method(method) else None
-
-
 def is_method(method: Any) -> bool:
   """Returns whether a `methods.Method` is the paper's method of its label."""
   compressor = method.compressor

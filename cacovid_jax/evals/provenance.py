@@ -36,14 +36,9 @@ def describe(
 
   No paths, times or host names: the same run gives the same bytes.
 
-  Args:
-    frame_hashes: clip -> sha256 of its decoded frames.
-    checkpoint: identity of the base model, its "sha256".
-    policies: name -> digest of the parameters.
-    index_hashes: clip -> digest of which of its frames were shown.
-    template: the chat template's text, None if there is none.
-    environments: what answers were computed in, see `environment`, by default
-      this one. All are listed; where they differ in a field, that names all.
+  Hashes are by clip, of its decoded frames and of which they are; policies are
+  digests by name. `environments` are those that answers were computed in, by
+  default this one: all are listed, and a field in which they differ names all.
   """
   # Once each, in a fixed order.
   found = [environment()] if environments is None else environments
@@ -124,8 +119,7 @@ def packages() -> dict[str, str]:
 def git_commit() -> str:
   """Returns the commit of this code, "-dirty" if tracked files differ.
 
-  "unknown" for a copy outside its repository, such as an installed package
-  that lies inside somebody else's.
+  "unknown" for a copy outside its repository, whatever it lies inside.
   """
   package = pathlib.Path(cacovid_jax.__file__).resolve().parent
 

@@ -89,8 +89,8 @@ def _page(template: str, **values) -> str:
   """Returns Markdown of a template that takes these and what formats cells."""
   columns = list(map(paper.column_title, paper.COLUMNS))
   page = html.template(template).render(
-    **values, accuracy=_accuracy, cells=_cells, columns=columns,
-    difference=_difference, interval=_interval, number=number,
+    **values, cells=_cells, columns=columns,
+    number=number,
     reference=results.REFERENCE, scores=_scores, table=as_markdown,
   )  # fmt: skip
   return page.strip() + "\n"
@@ -158,23 +158,6 @@ def compressor_markdown(out: Mapping[str, Any], rows: Rows) -> str:
   """Returns the table as text, one part per ratio, best accuracy first."""
   notes = {row["method"]: row["note"] for row in rows if row["note"]}
   return _page("compressors.md.jinja", out=out, rows=rows, notes=notes)
-
-
-def _interval(mean, low, high, scale=1, form="{:.1f}") -> str:
-  mean, low, high = (form.format(scale * value) for value in (mean, low, high))
-  return f"{mean} [{low}, {high}]"
-
-
-def _accuracy(row, scale=1) -> str:
-  return _interval(row["accuracy"], row["ci_low"], row["ci_high"], scale=scale)
-
-
-def _difference(row, scale=1) -> str:
-  """Returns the difference of a row to the reference, in points."""
-  if row["vs_cacovid"] is None:
-    return ""
-  values = row["vs_cacovid"], row["vs_low"], row["vs_high"]
-  return _interval(*values, scale=scale, form="{:+.1f}")
 
 
 def write_main(workdir: str | os.PathLike, out: Mapping[str, Any]) -> None:

@@ -48,7 +48,7 @@ def render(
     times: method -> ratio as in `out` -> milliseconds to choose the tokens of
       one video, where they were measured.
   """
-  rows = {**out["methods"], **out["oracles"]}
+  methods, rows = out["methods"].values(), {**out["methods"], **out["oracles"]}
   ratios = list(next(iter(rows.values())))
   shown = min(ratios, key=lambda r: (abs(float(r) - viewer.SHOWN_RATIO), r))
   groups = _groups(out)
@@ -59,16 +59,19 @@ def render(
     out=out,
     ratios=ratios,
     shown=shown,
-    best={ratio: _best(out, ratio) for ratio in ratios},
+    best={
+      r: max((row[r].get("accuracy", -1) for row in methods), default=-1)
+      for r in ratios
+    },
     to_reference={
       (entry["method"], entry["ratio"]): entry
       for entry in out["paired"]
       if entry["vs"] == results.REFERENCE
     },
     reference=results.REFERENCE,
-    ratio_chart=_chart(charts.over_ratio(out, ratios), len(ratios) > 1),
-    time_chart=_chart(charts.over_time(out, shown, times or {})),
-    reward_chart=_chart(charts.rewards(curves)),
+    ratio_chart=charts.over_ratio(out, ratios),
+    time_chart=charts.over_time(out, shown, times or {}),
+    reward_chart=charts.rewards(curves),
     groups=groups,
     ticks=_scale(out, ratios),
     cells=[
@@ -140,8 +143,6 @@ def _environment() -> jinja2.Environment:
     "count": lambda value: f"{value:g}" if value % 1 == 0 else f"{value:.1f}",
     "grids": grid_words,
     "line": lambda text: " ".join(text.split()),
-    "milliseconds": _milliseconds,
-    "options": _options,
     "percent": lambda value, digits=1: f"{100 * value:.{digits}f}",
     "points": lambda value: f"{100 * value:+.1f}".replace("-", "−"),
     "share": lambda ratio: f"{100 * float(ratio):g} %",
@@ -167,17 +168,6 @@ def grid_words(grid: Sequence[Any]) -> str:
   )
 
 
-def _options(spec: str) -> str:
-  """Returns the options of a method's spec, as "layer = 3"."""
-  name, _, query = spec.partition("?")
-  return query.replace("&", ", ").replace("=", " = ") or name
-
-
-def _chart(chart, wanted=True) -> markupsafe.Markup | None:
-  """Returns a chart as markup, None if there is nothing in it."""
-  return chart.page() if wanted and chart.series else None
-
-
 def _words(value: Any) -> str:
   """Returns a JSON value as a person would write it."""
   if isinstance(value, Mapping):
@@ -185,17 +175,6 @@ def _words(value: Any) -> str:
   if isinstance(value, (list, tuple)):
     return ": ".join(map(_words, value))
   return str(value)
-
-
-def _milliseconds(value: float | None) -> str:
-  if value is None:
-    return ""
-  return f"{value:.1f}" if value >= 10 or value == 0 else f"{value:.2f}"
-
-
-def _best(out, ratio) -> float:
-  cells = (row[ratio] for row in out["methods"].values())
-  return max((cell.get("accuracy", -1) for cell in cells), default=-1)
 
 
 def _scale(out, ratios) -> list[float]:
