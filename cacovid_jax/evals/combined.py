@@ -212,7 +212,7 @@ def combine(
 ) -> dict[str, Any]:
   """Returns results.json of a table from those of its benchmarks.
 
-  Evaluations are complete, their configs alike but for benchmark and folders.
+  Configs of the complete evaluations are alike but for benchmark and folders.
   """
   config = next(iter(experiments.values())).config
   evals = config.evals

@@ -13,7 +13,6 @@ import itertools
 import math
 import os
 import pathlib
-import types
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -35,17 +34,15 @@ from cacovid_jax.inference import prompts as prompts_lib
 from cacovid_jax.models import checkpoints, llava_onevision, qwen2_5_vl
 from cacovid_jax.policy import network
 
-FLAGS = types.MappingProxyType(
-  {
-    "dry_run": command.Flag(
-      "Say what the table would take, and end.", default=False
-    ),
-    "tflops": command.Flag("TFLOP/s for --dry_run; measured on this device"
-                           " else.", "table.tflops", old=("table_tflops",)),
-    "gbps": command.Flag("GB/s of memory for --dry_run; measured likewise.",
-                         "table.gbps", old=("table_gbps",)),
-  }
-)  # fmt: skip
+FLAGS = {
+  "dry_run": command.Flag(
+    "Say what the table would take, and end.", default=False
+  ),
+  "tflops": command.Flag("TFLOP/s for --dry_run; measured on this device else.",
+                         "table.tflops", old=("table_tflops",)),
+  "gbps": command.Flag("GB/s of memory for --dry_run; measured likewise.",
+                       "table.gbps", old=("table_gbps",)),
+}  # fmt: skip
 _LLAVA = llava_onevision.LlavaOnevisionConfig
 _QWEN = qwen2_5_vl.Qwen2_5VLConfig
 # Folder that a released model's config names -> what lies there.
@@ -78,8 +75,7 @@ def without_weights(
 ) -> experiment_lib.Experiment:
   """Returns the experiment with a base model that has no weights.
 
-  With `published`, a folder that is not there is the released model of its
-  name.
+  With `published`, a folder that is not there is the released model so called.
   """
   directory, tokenizer = experiment.config.model.path, None
   name = pathlib.PurePath(directory).name
@@ -173,11 +169,8 @@ def estimate(
 ) -> dict[str, Any]:
   """Returns what a table takes, by benchmark, and the memory of a device.
 
-  Args:
-    experiments: benchmark -> its evaluation, see `without_weights`;
-      config.mesh.model devices share one model.
-    loaded: benchmark -> its questions, those that are here.
-    speed: of the device.
+  By benchmark are its evaluation, see `without_weights`, and its questions
+  where they are here. The devices of config.mesh.model share one model.
   """
   found, memory = {}, []
   for name, experiment in experiments.items():
@@ -332,10 +325,10 @@ def show(out: Mapping[str, Any], speed: cost.Speed, title: str) -> None:
       f"{row['feature_bytes'] / 1e9:.3g}",
     )
   console.print(table)
-  memory = ", ".join(
-    f"{name} {value / 2**30:.2f}" for name, value in out["memory"].items()
-  )
-  console.print(f"memory of a device in GiB: {memory}")
+  memory = [
+    f"{name} {size / 2**30:.2f}" for name, size in out["memory"].items()
+  ]
+  console.print(f"memory of a device in GiB: {', '.join(memory)}")
   console.print(
     f"at {speed.flops / 1e12:.4g} TFLOP/s and {speed.bytes / 1e9:.4g} GB/s"
     f" (--tflops, --gbps); one process"

@@ -140,7 +140,13 @@ def _evaluate(experiment):
     identity = evaluator.identity(test.questions)
     with shards.ledger(workdir, shard, "answers.jsonl", identity) as answers:
       failures = _ask(table, evaluator, answers, workdir, shard, identity)
-      _write_timings(workdir / shard.file("timings.json"), table, engine)
+      timings = {
+        "seconds": dict(engine.seconds),
+        "host": provenance.host(),
+        "grids": len(set(map(table.grid_of, table.questions))),
+        "programs": engine.programs.num_compiled,
+      }
+      files.write_json(workdir / shard.file("timings.json"), timings)
       if failures is None:
         return None
       out = results.build(
@@ -218,23 +224,12 @@ def _provenance(table, answers, failures, engine, test):
   )
 
 
-def _write_timings(path, table, engine) -> None:
-  timings = {
-    "seconds": dict(engine.seconds),
-    "host": provenance.host(),
-    "grids": len(set(map(table.grid_of, table.questions))),
-    "programs": engine.programs.num_compiled,
-  }
-  files.write_json(path, timings)
-
-
 def validator(
   experiment: experiment_lib.Experiment,
 ) -> Callable[[Any, Any], dict[str, float]]:
   """Returns (policy module, params) -> accuracy on validation, for training.
 
-  The experiment's config.validation says how it is asked. Programs and clips
-  are kept from one call to the next.
+  Programs and clips are kept from one call to the next.
   """
   config = experiment.config.validation
   validation = load_benchmark(experiment, "validation", config.num_questions)
@@ -264,14 +259,10 @@ def validator(
 def load_benchmark(
   experiment: experiment_lib.Experiment, split: str = "", count: int = 0
 ) -> benchmarks.Benchmark:
-  """Returns a split of what config.evals asks.
+  """Returns a split of what config.evals asks, "" for the benchmark's first.
 
-  Clips that are not there are an error before anything is asked, or are
-  listed and counted as wrong, as the config says.
-
-  Args:
-    split: "" takes the benchmark's first one.
-    count: questions taken, in order; 0 takes all.
+  Of `count` questions, in order; 0 takes all. Clips that are not there are an
+  error, or are listed and count as wrong, as the config says.
   """
   data, evals = experiment.config.data, experiment.config.evals
   found = benchmarks.load(

@@ -8,6 +8,7 @@ answering from the same share of tokens, chosen before the model.
 """
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -105,11 +106,9 @@ class Stopwatch:
 
   def vanilla(self, *, want_attention: bool = False) -> float:
     """Returns the milliseconds of answering from the whole prompt."""
+    ask = functools.partial(self._programs.vanilla, self._params, self._batch)
     return self._once(
-      ("vanilla", want_attention),
-      lambda: self._programs.vanilla(
-        self._params, self._batch, want_attention=want_attention
-      ),
+      ("vanilla", want_attention), lambda: ask(want_attention=want_attention)
     )
 
   def embed(self) -> float:

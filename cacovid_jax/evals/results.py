@@ -319,10 +319,7 @@ def _chance(table) -> float:
 
 
 def _frame_head(table, ledger, decisive, failures):
-  """Returns how often the best frames hold a decisive one, against chance.
-
-  None where no policy was followed or no decisive tokens are known.
-  """
+  """Returns how often the best frames hold a decisive one, against chance."""
   ratio = table.ratios[0]
   followed = [
     method
@@ -332,7 +329,7 @@ def _frame_head(table, ledger, decisive, failures):
     and (method.spec, ratio) not in failures
   ]
   if not followed or not decisive:
-    return None
+    return None  # No policy was followed, or nothing is known.
   T, H, W = table.grid  # Decisive tokens are known of one grid alone.
   drawn = math.ceil(_FRAME_RATIO * T)
   cell = methods_lib.Condition(followed[0], ratio, 0)
@@ -362,11 +359,8 @@ def _frame_head(table, ledger, decisive, failures):
 
 
 def _unreadable(table, ledger, failures) -> list[dict[str, Any]]:
-  """Returns the clips that could not be used; their questions count as 0.
-
-  Those as well that were lost before the last row was asked.
-  """
-  faults = {}
+  """Returns the clips that could not be used; their questions count as 0."""
+  faults = {}  # Those as well that were lost before the last row was asked.
   for key in keys(table, failures):
     if fault := ledger[key].get("fault"):
       faults.setdefault(key.question, fault)

@@ -102,10 +102,8 @@ mlvu_test = functools.partial(_mlvu, num_options=6)
 
 
 def mvbench(question: Question, text: str, *, rule="paper") -> Scored:
-  """Returns the score of the first letter that stands alone, in either case.
-
-  "B." and then one line is B. Else punctuation goes; the article "a" is A.
-  """
+  """Returns the score of the first letter that stands alone, in either case."""
+  # "B." and then one line is B. Else punctuation goes; the article "a" is A.
   letters.check_rule(rule)
   text = text.strip()
   found = re.match(r"([a-e])\.\s*.+\Z", text, re.IGNORECASE)

@@ -62,10 +62,7 @@ class Shard(NamedTuple):
 
 
 def ledgers(workdir: pathlib.Path, name: str) -> list[pathlib.Path]:
-  """Returns all ledgers of a shared workdir, whoever writes to them.
-
-  The name is that of one process alone, such as "answers.jsonl".
-  """
+  """Returns all ledgers of a shared workdir, of a name like "answers.jsonl"."""
   stem, _, suffix = map(re.escape, name.partition("."))
   pattern = re.compile(rf"{stem}(-[0-9]+-of-[0-9]+)?\.{suffix}")
   return sorted(

@@ -89,10 +89,8 @@ class Sample:
   def difference(
     self, values: Sequence[float], reference: Sequence[float]
   ) -> Estimate:
-    """Returns mean(values - reference), paired by question.
-
-    Both see the same resampled clips: what makes a clip hard for both cancels.
-    """
+    """Returns mean(values - reference), paired by question."""
+    # Of the same resampled clips: what makes one hard for both cancels.
     return self.accuracy(self._checked(values) - self._checked(reference))
 
   def share(

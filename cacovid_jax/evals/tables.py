@@ -55,9 +55,7 @@ def all_rows(variants: Mapping[str, str]) -> tuple[str, ...]:
 def as_csv(columns: Sequence[str], rows: Rows) -> str:
   """Returns these columns of the rows as CSV; unknown values are empty."""
   text = io.StringIO()
-  writer = csv.DictWriter(
-    text, columns, extrasaction="ignore", lineterminator="\n"
-  )
+  writer = csv.DictWriter(text, columns, "", "ignore", lineterminator="\n")
   writer.writeheader()
   writer.writerows(rows)
   return text.getvalue()
@@ -66,15 +64,13 @@ def as_csv(columns: Sequence[str], rows: Rows) -> str:
 def as_markdown(
   head: Sequence[str], rows: Sequence[Sequence[str]], numbers: range = range(0)
 ) -> str:
-  """Returns a Markdown table; columns in `numbers` are aligned to the right.
-
-  A bar in a cell does not end it.
-  """
+  """Returns a Markdown table; columns in `numbers` are aligned to the right."""
   rules = ["---:" if i in numbers else "---" for i in range(len(head))]
   return "\n".join(map(_cells, [head, rules, *rows]))
 
 
 def _cells(row: Sequence[str]) -> str:
+  # A bar in a cell does not end it.
   escaped = (cell.replace("|", "\\|") for cell in row)
   return f"| {' | '.join(escaped)} |"
 
@@ -89,8 +85,7 @@ def _page(template: str, **values) -> str:
   """Returns Markdown of a template that takes these and what formats cells."""
   columns = list(map(paper.column_title, paper.COLUMNS))
   page = html.template(template).render(
-    **values, cells=_cells, columns=columns,
-    number=number,
+    **values, cells=_cells, columns=columns, number=number,
     reference=results.REFERENCE, scores=_scores, table=as_markdown,
   )  # fmt: skip
   return page.strip() + "\n"
@@ -168,10 +163,7 @@ def write_main(workdir: str | os.PathLike, out: Mapping[str, Any]) -> None:
 
 
 def main_rows(out: Mapping[str, Any]) -> list[dict[str, Any]]:
-  """Returns one dict of `MAIN_COLUMNS` per row, in per cent, vanilla first.
-
-  Accuracies of the table are averages over its benchmarks.
-  """
+  """Returns one dict of `MAIN_COLUMNS` per row, in per cent, vanilla first."""
   average = out["average"]
   paired = _paired(average, scale=100)
   known = {k: entry["paper"] for k, entry in out["drift"]["columns"].items()}

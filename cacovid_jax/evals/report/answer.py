@@ -132,13 +132,13 @@ def _lead(asked) -> str:
 
 def _note(asked) -> str:
   """Returns what the times include and what they do not."""
-  stages = (
-    "Scores: the policy, or what else the method reads. Answer: prefill and"
-    " decoding. In all: with decoding and the tower."
-  )
-  if asked.warm_up is None:
-    return f"{stages} First run: the times include compilation."
+  told = "First run: the times include compilation."
+  if asked.warm_up is not None:
+    told = (
+      "Times of a second run; the first one, with compilation, took"
+      f" {asked.warm_up:.1f} s."
+    )
   return (
-    f"{stages} Times of a second run; the first one, with compilation, took"
-    f" {asked.warm_up:.1f} s."
+    "Scores: the policy, or what else the method reads. Answer: prefill and"
+    f" decoding. In all: with decoding and the tower. {told}"
   )

@@ -56,10 +56,7 @@ class Chart:
   height: int = 380
 
   def page(self) -> markupsafe.Markup:
-    """Returns the chart for wide pages, and one with names below for narrow.
-
-    The page's style shows one of them.
-    """
+    """Returns the chart for wide pages, and one with names below for narrow."""
     label = f"{self.y_label} over {self.x_label}"
     wide = svg.as_element(self._draw(1040, self.height), label)
     narrow = svg.as_element(self._draw(360, 280, names=False), label)

@@ -189,11 +189,9 @@ def as_file(figure, facecolor="none") -> str:
 
 
 def as_element(figure, label: str) -> str:
-  """Returns a figure as an <svg> element that can stand in a page.
-
-  Several charts of a page would share names: there are none, and each point is
-  a circle of its own, with its series' name as title.
-  """
+  """Returns a figure as an <svg> element that can stand in a page."""
+  # Several charts of a page would share names: there are none, and each point
+  # is a circle of its own, with its series' name as title.
   root = ElementTree.fromstring(as_file(figure))
   for element in root.iter():
     element.tag = element.tag.rpartition("}")[2]

@@ -120,14 +120,11 @@ def choose(
   *,
   failures: evaluator_lib.Failures | None = None,
 ) -> list[Example]:
-  """Returns right and wrong answers, half each as far as there are such.
+  """Returns right and wrong answers, half each of `count` where there are such.
 
   Right and wrong from what the learned method kept, at the ratio nearest to a
   tenth. Clips differ from each other where possible, and kinds of question take
   turns. The choice depends on the answers alone.
-
-  `decisive` gives tokens that decide a question by its id, where known; `count`
-  is the most examples.
   """
   failures = failures or {}
   ratio = min(table.ratios, key=lambda r: (abs(r - SHOWN_RATIO), r))
