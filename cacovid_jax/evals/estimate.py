@@ -325,10 +325,8 @@ def show(out: Mapping[str, Any], speed: cost.Speed, title: str) -> None:
       f"{row['feature_bytes'] / 1e9:.3g}",
     )
   console.print(table)
-  memory = [
-    f"{name} {size / 2**30:.2f}" for name, size in out["memory"].items()
-  ]
-  console.print(f"memory of a device in GiB: {', '.join(memory)}")
+  sizes = [f"{n} {size / 2**30:.2f}" for n, size in out["memory"].items()]
+  console.print(f"memory of a device in GiB: {', '.join(sizes)}")
   console.print(
     f"at {speed.flops / 1e12:.4g} TFLOP/s and {speed.bytes / 1e9:.4g} GB/s"
     f" (--tflops, --gbps); one process"
