@@ -175,10 +175,10 @@ def _evaluate(experiment):
 def _ask(table, evaluator, answers, workdir, shard, identity):
   """Asks this process's share; returns all failures, None if work is left."""
   conditions = methods_lib.conditions(table.methods, table.ratios, table.seeds)
-  notes = shards.Notes(
+  status = shards.ShardStatus(
     workdir, shard, shards.work(identity, conditions, table.questions)
   )
-  notes.start()
+  status.start()
   description = f"{table.split} answers"
   if not shard.alone:
     description += f" {shard.index}/{shard.count}"
@@ -187,8 +187,8 @@ def _ask(table, evaluator, answers, workdir, shard, identity):
   )
   if shard.alone:
     return failures
-  notes.done(failures)
-  missing, failures = notes.read()
+  status.done(failures)
+  missing, failures = status.read()
   if missing:
     listed = ", ".join(f"{index}/{shard.count}" for index in missing)
     print(

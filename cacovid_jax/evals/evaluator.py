@@ -161,12 +161,12 @@ class Evaluator:
     """Keeps the answers about clips that still cannot be used, unasked."""
     for question in batch:
       keys = [condition.key(question.id) for condition in conditions]
-      if known := {key: log.fault(key) for key in keys if log.fault(key)}:
+      if faults := {key: log.fault(key) for key in keys if log.fault(key)}:
         fault = self.engine.source[question.video].fault
         now = fault, math.prod(self.engine.grid_of(question))
         log.confirm(
           key
-          for key, record in known.items()
+          for key, record in faults.items()
           if (record["fault"], record["of"]) == now
         )
 

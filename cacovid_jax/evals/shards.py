@@ -98,7 +98,7 @@ def work(
 
 
 @dataclasses.dataclass(frozen=True)
-class Notes:
+class ShardStatus:
   """Who is done, in a shared folder."""
 
   workdir: pathlib.Path  # Shared.
