@@ -48,7 +48,6 @@ from cacovid_jax.evals import (
   evaluation,
   frame_manifest,
   paper,
-  paper_rows,
   results,
   shards,
   tables,
@@ -108,7 +107,7 @@ COMMAND = command.Command(
 def main(args):
   """Makes the table that the command line describes."""
   if args.paper_rows:
-    print(paper_rows.markdown())
+    print(tables.paper_markdown())
     return
   plan = plan_of(args)
   if args.dry_run:

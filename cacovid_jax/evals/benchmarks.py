@@ -56,22 +56,23 @@ class Task:
 
   def can_choose(self, split: str) -> bool:
     """True if there is a validation split besides the one that is asked."""
-    if self.name == PREPARED:
-      return True
     asked = split or self.default_split
-    return "validation" in self.splits and asked != "validation"
+    return self.name == PREPARED or (
+      "validation" in self.splits and asked != "validation"
+    )
 
-  def strata(
+  def sample(
     self, questions: Sequence[question_lib.Question]
-  ) -> statistics.Strata | None:
-    """Returns what the macro mean of these questions is taken over."""
+  ) -> statistics.Sample:
+    """Returns what the number of these questions is a mean over."""
+    clips = [question.video for question in questions]
     if not self.macro:
-      return None
-    found = tuple(str(question.category) for question in questions)
+      return statistics.Sample(clips)
+    found = [str(question.category) for question in questions]
     names = self.macro
     if self.macro_of_present:
       names = tuple(name for name in names if name in found)
-    return statistics.Strata(found, names)
+    return statistics.Sample(clips, found, names)
 
   def files(self, directory: pathlib.Path, split: str) -> list[str]:
     """Returns the files of a split, of the first layout that is there."""
@@ -90,105 +91,60 @@ class Task:
     )
 
 
-_TASKS = {
-  task.name: task
-  for task in [
-    Task(
-      name=PREPARED,
-      splits={"test": ("test.parquet",), "validation": ("validation.parquet",)},
-      read=readers.read_videomme,
-      score=scoring.prepared,
-      duration_groups=("short", "medium", "long"),
-    ),
-    Task(
-      name="videomme",
-      splits={"test": ("videomme/test-*.parquet", "test-*.parquet")},
-      read=functools.partial(readers.read_videomme, released=True),
-      score=scoring.videomme,
-      metric="videomme_perception_score",
-      scale=100,
-      duration_groups=("short", "medium", "long"),
-    ),
-    Task(
-      name="mlvu_dev",
-      splits={"dev": (*_MLVU_PARQUET, "json/[0-9]_*.json")},
-      read=readers.read_mlvu,
-      score=scoring.mlvu_dev,
-      metric="mlvu_percetion_score",
-      scale=100,
-      macro=mlvu_files.DEV_TYPES,
-    ),
-    Task(
-      name="mlvu_test",
-      splits={"test": (*_MLVU_PARQUET, "json/*.json", "test*.json")},
-      read=functools.partial(
-        readers.read_mlvu, types=mlvu_files.TEST_TYPES, most_options=6
-      ),
-      score=scoring.mlvu_test,
-      metric="mlvu_percetion_score",
-      scale=100,
-      macro=mlvu_files.TEST_TYPES,
-    ),
-    Task(
-      name="longvideobench",
-      splits={"validation": ("validation-*.parquet", "lvb_val.json")},
-      read=readers.read_longvideobench,
-      score=scoring.longvideobench,
-      max_new_tokens=32,
-      metric="lvb_acc",
-      duration_groups=longvideobench_files.DURATION_GROUPS,
-    ),
-    Task(
-      name="mvbench",
-      splits={"test": ("json/*.json",)},
-      read=readers.read_mvbench,
-      score=scoring.mvbench,
-      metric="mvbench_accuracy",
-      scale=100,
-      macro=mvbench_files.TASKS,
-      macro_of_present=True,
-    ),
-    Task(
-      name="egoschema",
-      splits={"subset": ("Subset/test-*.parquet",)},
-      read=readers.read_egoschema,
-      score=scoring.egoschema,
-      metric="score",
-    ),
-    Task(
-      name="nextqa",
-      splits={"test": ("MC/test-*.parquet",)},
-      read=readers.read_nextqa,
-      score=scoring.nextqa,
-      # The task sets none; this is what the reference model falls back to.
-      max_new_tokens=1024,
-      metric="exact_match",
-    ),
-    Task(
-      name="own",
-      splits=dict.fromkeys(("test", "validation", "train"), own_files.FILES),
-      read=readers.read_own,
-      score=scoring.prepared,
-      # Of answers in words; a letter ends by itself.
-      max_new_tokens=64,
-      one_file=True,
-    ),
-  ]
-}
+_MLVU = dict(metric="mlvu_percetion_score", scale=100)
+_VIDEOMME = dict(duration_groups=("short", "medium", "long"))
+_TASKS = [
+  Task(name=PREPARED, read=readers.read_videomme, score=scoring.prepared,
+       splits={name: (f"{name}.parquet",) for name in ("test", "validation")},
+       **_VIDEOMME),
+  Task(name="videomme", score=scoring.videomme,
+       read=functools.partial(readers.read_videomme, released=True),
+       splits={"test": ("videomme/test-*.parquet", "test-*.parquet")},
+       metric="videomme_perception_score", scale=100, **_VIDEOMME),
+  Task(name="mlvu_dev", read=readers.read_mlvu, score=scoring.mlvu_dev,
+       splits={"dev": (*_MLVU_PARQUET, "json/[0-9]_*.json")},
+       macro=mlvu_files.DEV_TYPES, **_MLVU),
+  Task(name="mlvu_test", score=scoring.mlvu_test,
+       read=functools.partial(
+         readers.read_mlvu, types=mlvu_files.TEST_TYPES, most_options=6
+       ),
+       splits={"test": (*_MLVU_PARQUET, "json/*.json", "test*.json")},
+       macro=mlvu_files.TEST_TYPES, **_MLVU),
+  Task(name="longvideobench", read=readers.read_longvideobench,
+       score=scoring.longvideobench,
+       splits={"validation": ("validation-*.parquet", "lvb_val.json")},
+       max_new_tokens=32, metric="lvb_acc",
+       duration_groups=longvideobench_files.DURATION_GROUPS),
+  Task(name="mvbench", read=readers.read_mvbench, score=scoring.mvbench,
+       splits={"test": ("json/*.json",)}, metric="mvbench_accuracy", scale=100,
+       macro=mvbench_files.TASKS, macro_of_present=True),
+  Task(name="egoschema", read=readers.read_egoschema, score=scoring.egoschema,
+       splits={"subset": ("Subset/test-*.parquet",)}, metric="score"),
+  # NExT-QA's task sets no longest answer; 1024 is what the reference model
+  # falls back to.
+  Task(name="nextqa", read=readers.read_nextqa, score=scoring.nextqa,
+       splits={"test": ("MC/test-*.parquet",)}, max_new_tokens=1024,
+       metric="exact_match"),
+  # The longest answer is one in words; a letter ends by itself.
+  Task(name="own", read=readers.read_own, score=scoring.prepared,
+       splits=dict.fromkeys(("test", "validation", "train"), own_files.FILES),
+       max_new_tokens=64, one_file=True),
+]  # fmt: skip
+_BY_NAME = {task.name: task for task in _TASKS}
 
 
 def names() -> tuple[str, ...]:
   """Returns the benchmarks that can be loaded, prepared data first."""
-  return tuple(_TASKS)
+  return tuple(_BY_NAME)
 
 
 def task(name: str) -> Task:
   """Returns the task of that name."""
-  if name not in _TASKS:
+  if name not in _BY_NAME:
     raise errors.UserError(
-      f"there is no benchmark {name!r}; there are {', '.join(_TASKS)}"
+      f"there is no benchmark {name!r}; there are {', '.join(_BY_NAME)}"
     )
-  return _TASKS[name]
+  return _BY_NAME[name]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -199,12 +155,11 @@ class Benchmark:
   split: str  # "validation", "test", or another that the data has.
   root: str  # Folder that video paths are relative to.
   questions: Sequence[question_lib.Question]  # In the order of the file.
-  # Question id -> tokens of the grid that decide it; empty where that is
-  # not known.
+  # Question id -> tokens of the grid that decide it, where that is known.
   decisive: Mapping[str, Sequence[int]]
   # Of the program that made the clips, None for real ones.
   generator_hash: str | None = None
-  task: Task = _TASKS[PREPARED]
+  task: Task = _BY_NAME[PREPARED]
   # What was left out.
   report: readers.Report = dataclasses.field(default_factory=readers.Report)
 
@@ -216,15 +171,14 @@ class Benchmark:
 
   def left_out(self) -> dict[str, Any]:
     """Returns what is not asked, for results.json; nothing that is empty."""
-    report = self.report
     out = {
       "bad_rows": [
         # Results must not depend on where the data lies.
         {**dataclasses.asdict(bad), "file": os.path.basename(bad.file)}
-        for bad in report.bad_rows
+        for bad in self.report.bad_rows
       ],
-      "other_rows": dict(sorted(report.left_out.items())),
-      "not_there": list(report.missing),
+      "other_rows": dict(sorted(self.report.left_out.items())),
+      "not_there": list(self.report.missing),
     }
     return {name: found for name, found in out.items() if found}
 
@@ -241,9 +195,9 @@ def load(
   """Returns one split of a benchmark's folder.
 
   Args:
-    directory: a benchmark as it was released; or prepared data, which holds
-      `validation.parquet`, `test.parquet`, ... in VideoMME's columns, the
-      clips, and for synthetic clips `decisive.jsonl` and `manifest.json`.
+    directory: a benchmark as it was released; or prepared data: parquet files
+      by split in VideoMME's columns, and of synthetic clips `decisive.jsonl`
+      and `manifest.json`.
     media: folder of the clips, below `directory` or absolute.
     style: of the prompt: "" is the benchmark's own, and that of training for
       prepared data; "video-r1" is as in training, "videomme" as in VideoMME.
@@ -293,16 +247,13 @@ def _restyled(questions, style: str, benchmark: str):
     raise errors.UserError(
       f"prompt style {style!r}: give 'video-r1', or '' for that of {benchmark}"
     )
-  prompts = (
-    wording.training_prompt(
-      question.question,
-      wording.letter_options(question.options),
-      question.problem_type,
-    )
-    for question in questions
-  )
-  pairs = zip(questions, prompts, strict=True)
-  return [dataclasses.replace(q, prompt=prompt) for q, prompt in pairs]
+  found = []
+  for question in questions:
+    options = wording.letter_options(question.options)
+    told = question.question, options, question.problem_type
+    prompt = wording.training_prompt(*told)
+    found.append(dataclasses.replace(question, prompt=prompt))
+  return found
 
 
 def _read_manifest(path: pathlib.Path) -> dict:

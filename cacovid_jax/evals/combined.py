@@ -4,11 +4,12 @@ The average is that of the benchmarks' own numbers, each with its own way of
 counting (a mean over questions, or over categories). Its interval draws clips
 within every benchmark, at the same time in all of them.
 
-Letters: Q questions of a benchmark, C its clips, R bootstrap replicates.
+Letters: Q questions of a benchmark, R bootstrap replicates.
 """
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,7 @@ from cacovid_jax.evals import (
   results,
   shards,
   statistics,
-)
+)  # fmt: skip
 from cacovid_jax.inference import methods as methods_lib
 from cacovid_jax.models import checkpoints
 
@@ -50,33 +51,21 @@ class Part:
 
   def value(self, key: tuple[str, str]) -> float:
     """Returns the benchmark's number of a row, a fraction."""
-    return statistics.mean(self.scores[key], self._strata)
+    return self._sample().mean(self.scores[key])
 
   def draws(self, key: tuple[str, str], replicates: int) -> np.ndarray:
     """Returns float64[R], the number in each replicate."""
-    return statistics.draws(
-      self.scores[key],
-      [question.video for question in self.questions],
-      strata=self._strata,
-      replicates=replicates,
-      seed=self.seed,
-    )
+    return self._sample(replicates).draws(self.scores[key])
 
-  @property
-  def _strata(self) -> statistics.Strata | None:
-    if not self.out["macro"]:
-      return None
-    return statistics.Strata(
-      tuple(str(question.category) for question in self.questions),
-      tuple(self.out["macro"]),
-    )
+  def _sample(self, replicates: int = statistics.REPLICATES):
+    clips = [question.video for question in self.questions]
+    names = tuple(self.out["macro"])
+    kinds = [str(question.category) for question in self.questions if names]
+    return statistics.Sample(clips, kinds, names, replicates, self.seed)
 
 
 def asked(experiment: experiment_lib.Experiment, questions) -> dict[str, Any]:
-  """Returns what an evaluation was asked for, for `ASKED` beside its results.
-
-  This process has taken part in it.
-  """
+  """Returns what an evaluation, in which this process took part, was asked."""
   digest = hashlib.sha256()
   for question in questions:
     fields = dataclasses.asdict(question)
@@ -117,13 +106,10 @@ def read_part(
   run: Mapping[str, Any],
   seed: int = 0,
 ) -> Part:
-  """Returns a benchmark's part from the files of its evaluation.
+  """Returns a benchmark's part from the files of its complete evaluation.
 
-  Args:
-    experiment: its evaluation, which is complete. Where two ledgers have an
-      answer, that of this process counts, as in the evaluation.
-    questions: that it asked.
-    run: that the answers belong to, see `answer_log.header`.
+  Where two ledgers have an answer, that of this process counts, as in the
+  evaluation. The answers belong to `run`, see `answer_log.header`.
   """
   workdir, evals = experiment.workdir, experiment.config.evals
   out = json.loads((workdir / "results.json").read_text(encoding="utf-8"))
@@ -133,23 +119,19 @@ def read_part(
   # What was wrong with a clip in the end is an answer, too.
   answers.confirm_all()
 
-  def mean(*cells):
-    scores = [
-      [answers[cell.key(question.id)]["score"] for question in questions]
-      for cell in cells
-    ]
-    return np.mean(scores, axis=0)
+  def mean(cells):
+    keys = [[cell.key(question.id) for question in questions] for cell in cells]
+    return np.mean([[answers[k]["score"] for k in row] for row in keys], axis=0)
 
+  ratios = list(map(results.ratio_key, evals.ratios))
   try:
-    scores = {results.VANILLA_KEY: mean(methods_lib.Condition())}
+    scores = {results.VANILLA_KEY: mean([methods_lib.Condition()])}
     for method in map(methods_lib.Method.parse, evals.methods):
-      used = evals.seeds if method.per_seed else (0,)
-      for ratio in evals.ratios:
-        key = results.ratio_key(ratio)
+      for ratio, key in zip(evals.ratios, ratios, strict=True):
         cell = out["methods"].get(method.label, {}).get(key, {})
         if cell.get("status") == "ok":
-          cells = [methods_lib.Condition(method, ratio, one) for one in used]
-          scores[method.label, key] = mean(*cells)
+          _, *cells = methods_lib.conditions([method], [ratio], evals.seeds)
+          scores[method.label, key] = mean(cells)
   except KeyError as error:
     raise errors.UserError(
       f"{workdir}: the answers are not those of results.json"
@@ -186,21 +168,23 @@ def average(
     estimate = statistics.interval(*numbers(key))
     return {**results.figures(estimate), "columns": columns(parts, key)}
 
-  def cell(key):
-    if reason := _failure(parts, key):
-      return {"status": reason}
+  def cell(label, ratio):
+    for part in parts:
+      status = part.out["methods"][label][ratio]["status"]
+      if status != "ok":
+        return {"status": f"{part.name}: {status}"}
+    key = label, ratio
     share = statistics.ratio(*numbers(key), *numbers(results.VANILLA_KEY))
     told = results.figures(share, "of_vanilla", "of_vanilla_ci95")
     return {"status": "ok", **row(key), **told}
 
   ratios = [results.ratio_key(ratio) for ratio in ratios]
   labels = [method.label for method in methods]
-  rows = {n: {ratio: cell((n, ratio)) for ratio in ratios} for n in labels}
+  rows = {n: {ratio: cell(n, ratio) for ratio in ratios} for n in labels}
   answered = [
-    (label, ratio)
-    for label, cells in rows.items()
-    for ratio in ratios
-    if cells[ratio]["status"] == "ok"
+    key
+    for key in itertools.product(rows, ratios)
+    if rows[key[0]][key[1]]["status"] == "ok"
   ]
   return {
     "benchmarks": [part.name for part in parts],
@@ -222,26 +206,13 @@ def columns(parts: Sequence[Part], key: tuple[str, str]) -> dict[str, float]:
   return found
 
 
-def _failure(parts, key) -> str:
-  """Returns why a row cannot be averaged, "" if it can."""
-  label, ratio = key
-  for part in parts:
-    status = part.out["methods"][label][ratio]["status"]
-    if status != "ok":
-      return f"{part.name}: {status}"
-  return ""
-
-
 def combine(
   experiments: Mapping[str, experiment_lib.Experiment],
   loaded: Mapping[str, benchmarks.Benchmark],
 ) -> dict[str, Any]:
   """Returns results.json of a table from those of its benchmarks.
 
-  Args:
-    experiments: benchmark -> its evaluation, which is complete; but for the
-      benchmark and its folders, their configs are alike.
-    loaded: benchmark -> its questions.
+  Configs of the complete evaluations are alike but for benchmark and folders.
   """
   config = next(iter(experiments.values())).config
   evals = config.evals
@@ -268,7 +239,9 @@ def combine(
   for method in methods:
     for ratio in evals.ratios:
       cell = rows["methods"][method.label][results.ratio_key(ratio)]
-      row = paper.row_of(model, method, ratio)
+      row = None
+      if paper.is_method(method):
+        row = paper.row(model, method.label, ratio)
       cell["paper"] = row.reported() if row else None
       if cell["status"] == "ok":
         cell["reproduced"] = reproduced(cell, row)

@@ -1,9 +1,8 @@
 """What a model costs before it runs: operations, bytes, expected time.
 
-Counted from sizes alone, no weight is read. An operation is one
-multiplication or one addition of a matrix product (norms, activations,
-rotations and the choice of tokens are left out, below one per cent at the
-released sizes).
+Counted from sizes alone. An operation is one multiplication or one addition of
+a matrix product (norms, activations, rotations and the choice of tokens are
+left out, below one per cent at the released sizes).
 
 A decoder layer over R rows, of which each sees P:
   2 R D (N H + 2 K H)   queries, keys, values
@@ -34,15 +33,7 @@ from cacovid_jax.policy import network
 Grid = tuple[int, int, int]  # (T, H, W)
 
 
-def layer_flops(text: qwen2.Qwen2Config, rows: int, seen: int | None = None):
-  """Returns the operations of one decoder layer.
-
-  Args:
-    text: sizes of the decoder.
-    rows: R.
-    seen: P, rows that each row's attention looks at; R by default.
-  """
-  seen = rows if seen is None else seen
+def _layer_flops(text, rows: int, seen: int) -> int:
   heads, kv_heads = _widths(text)
   weights = text.hidden_size * (
     2 * heads + 2 * kv_heads + 3 * text.intermediate_size
@@ -55,35 +46,28 @@ def _widths(text) -> tuple[int, int]:
   return text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
 
 
-def head_flops(text: qwen2.Qwen2Config) -> int:
-  """Returns the operations of one row of logits."""
-  return 2 * text.hidden_size * text.vocab_size
-
-
 def prefill_flops(text: qwen2.Qwen2Config, rows: Sequence[int]) -> int:
   """Returns the operations to the first logits, of `rows` in each layer."""
-  return sum(layer_flops(text, count) for count in rows) + head_flops(text)
+  layers = sum(_layer_flops(text, count, count) for count in rows)
+  return layers + 2 * text.hidden_size * text.vocab_size
 
 
 def decode_flops(text: qwen2.Qwen2Config, rows: Sequence[int]) -> int:
   """Returns the operations of one more token behind `rows` in each layer."""
-  layers = sum(layer_flops(text, 1, count + 1) for count in rows)
-  return layers + head_flops(text)
+  layers = sum(_layer_flops(text, 1, count + 1) for count in rows)
+  return layers + 2 * text.hidden_size * text.vocab_size
 
 
 def policy_flops(config: network.PolicyConfig, rows: int, grid: Grid) -> int:
-  """Returns the operations of scoring one prompt of `rows` rows.
-
-  One decoder layer over the prompt, and two MLPs that halve the width: one
-  for each video token, one for each frame.
-  """
+  """Returns the operations of scoring one prompt of `rows` rows."""
+  # A decoder layer, and by video token and frame an MLP that halves the width.
   width, mlp = config.llm.hidden_size, 0
   for _ in range(config.num_halvings):
     mlp += 2 * width * (width // 2)
     width //= 2
   mlp += 2 * width * 2
   count = math.prod(grid) + grid[0]
-  return layer_flops(config.llm, rows) + count * mlp
+  return _layer_flops(config.llm, rows, rows) + count * mlp
 
 
 def tower_flops(config: Any, grid: Grid) -> int:
@@ -107,10 +91,7 @@ def video_rows(
 def computed_rows(
   compressor: Any, num_layers: int, grid: Grid, ratio: float
 ) -> list[int]:
-  """Returns how many video tokens each layer computes, masked ones included.
-
-  Arguments as of `video_rows`, which tells what the tokens that are seen cost.
-  """
+  """Returns how many video tokens each layer computes, masked ones included."""
   if compressor is None:
     return [math.prod(grid)] * num_layers
   return compressor.computed_rows(num_layers, grid, ratio)
@@ -124,10 +105,9 @@ def kv_bytes(
   batch: int = 1,
   model_shards: int = 1,
 ) -> int:
-  """Returns the bytes of keys and values of `rows` in each layer.
+  """Returns the bytes on each device of keys and values of `rows` by layer.
 
-  Of `model_shards` devices that share a model, on each; heads that they cannot
-  share evenly are on each of them.
+  Heads that `model_shards` devices cannot share evenly are on each of them.
   """
   heads = text.num_kv_heads
   if heads % model_shards == 0:
@@ -137,10 +117,7 @@ def kv_bytes(
 
 
 def weight_bytes(config: Any, dtype: Any, model_shards: int = 1) -> int:
-  """Returns the bytes of the base model's weights on each device.
-
-  The devices share them by `mesh.BASE_MODEL_RULES`.
-  """
+  """Returns the bytes of the base model's weights on each device."""
   # Sizes alone decide how weights are split: no device is asked.
   mesh = jax.sharding.AbstractMesh((1, model_shards), ("data", "model"))
   shapes = checkpoints.param_shapes(config)
@@ -158,8 +135,7 @@ def prefill_bytes(
   """Returns about how many bytes a prefill needs beside weights and cache.
 
   Of one layer: the residual stream twice, its norm in float32, and the larger
-  of two states, queries with keys, values and what attention gives, or the
-  two halves of the gated MLP. And the logits.
+  of two states, all of attention or the halves of the MLP. And the logits.
   """
   heads, kv_heads = _widths(text)
   state = max(2 * heads + 2 * kv_heads, 2 * text.intermediate_size)
@@ -168,10 +144,8 @@ def prefill_bytes(
 
 
 def tower_bytes(config: Any, grid: Grid, dtype: Any) -> int:
-  """Returns about how many bytes the tower needs beside its weights.
-
-  The pixels in float32, and of one layer what `prefill_bytes` counts.
-  """
+  """Returns about how many bytes the tower needs beside its weights."""
+  # The pixels in float32, and of one layer what `prefill_bytes` counts.
   vision = config.vision
   state = max(4 * vision.hidden_size, vision.mlp_width)
   per_patch = _row_bytes(vision.hidden_size, state, dtype)
@@ -212,13 +186,8 @@ def memory(
 ) -> Memory:
   """Returns what asking a batch of whole prompts takes on each device.
 
-  Args:
-    grid: (T, H, W) of the largest video.
-    prompt_rows: of the longest prompt, video included.
-    new_tokens: of the longest answer.
-    dtype: of weights and computation.
-    policy: of the policy that scores the tokens, None for none.
-    model_shards: devices that share one model.
+  Sizes are those of the largest video, the longest prompt with it, and the
+  longest answer; `model_shards` devices share one model.
   """
   text, itemsize = config.text, jnp.dtype(dtype).itemsize
   width = text.hidden_size
@@ -229,42 +198,30 @@ def memory(
     policy=policy_bytes(policy) if policy else 0,
     features=4 * batch * math.prod(grid) * width,
     prompts=batch * prompt_rows * width * itemsize,
-    cache=kv_bytes(
-      text,
-      [rows] * text.num_layers,
-      dtype,
-      batch=batch,
-      model_shards=model_shards,
-    ),
+    cache=kv_bytes(text, [rows] * text.num_layers, dtype, batch=batch,
+                   model_shards=model_shards),
     activations=max(
       prefill_bytes(text, prompt_rows, dtype, batch=batch),
       tower_bytes(config, grid, dtype),
     ),
-  )
+  )  # fmt: skip
 
 
 def policy_bytes(config: network.PolicyConfig) -> int:
   """Returns the bytes of a policy's weights, which are float32."""
-  policy, width = network.Policy(config), config.llm.hidden_size
+  policy = network.Policy(config)
+  x = jax.ShapeDtypeStruct((2, config.llm.hidden_size), jnp.float32)
   positions = np.zeros([len(config.llm.rope_sections or [0]), 2], np.int32)
   # One token of one frame, behind one of text: sizes do not depend on it.
-  shapes = jax.eval_shape(
-    lambda x: policy.init(
-      jax.random.key(0), x, positions, np.array([1]), (1, 1, 1)
-    ),
-    jax.ShapeDtypeStruct((2, width), jnp.float32),
-  )
+  rest = positions, np.array([1]), (1, 1, 1)
+  shapes = jax.eval_shape(lambda x: policy.init(jax.random.key(0), x, *rest), x)
   return 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
 def feature_bytes(config: Any, grid: Grid, vision_keys: bool = False) -> int:
-  """Returns the bytes of one video in the feature cache, in float32.
-
-  With the tower's attention and keys if methods that read them are asked.
-  """
-  per_token = config.text.hidden_size
-  if vision_keys:
-    vision = config.vision
+  """Returns the bytes of one video in the feature cache, in float32."""
+  vision, per_token = config.vision, config.text.hidden_size
+  if vision_keys:  # Of the tower, with its attention.
     per_token += 1 + vision.hidden_size // vision.num_heads
   return 4 * math.prod(grid) * per_token
 
@@ -276,19 +233,13 @@ class Speed(NamedTuple):
   bytes: float  # Read from its memory.
 
   def seconds(self, flops: float, steps: int = 0, step_bytes: int = 0) -> float:
-    """Returns the time of `flops`, and of `steps` that read `step_bytes` each.
-
-    One more token reads all weights for the sake of a few operations.
-    """
+    """Returns the time of `flops`, and of `steps` that read all weights."""
     return flops / self.flops + steps * step_bytes / self.bytes
 
 
 def measure_speed(dtype: Any, size: int = 0, repeats: int = 5) -> Speed:
-  """Returns what a square matrix product and a copy reach on this device.
-
-  Medians of `repeats` runs of matrices of side `size`, by default as large as
-  takes milliseconds.
-  """
+  """Returns what a square matrix product and a copy reach on this device."""
+  # A side at which they take milliseconds.
   size = size or (1024 if jax.default_backend() == "cpu" else 8192)
   matrix = jnp.ones((size, size), dtype)
   product = jax.jit(lambda a: a @ a)

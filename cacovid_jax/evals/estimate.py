@@ -9,13 +9,12 @@ decoding video and the host's work are not in the time.
 """
 
 import collections
-import dataclasses
+import itertools
 import math
 import os
 import pathlib
-import types
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,46 +27,31 @@ from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.compressors import base
 from cacovid_jax.data import readers
 from cacovid_jax.data import tokenizer as tokenizer_lib
-from cacovid_jax.evals import (
-  benchmarks,
-  cost,
-  evaluation,
-  paper,
-)
+from cacovid_jax.evals import benchmarks, cost, evaluation, paper
 from cacovid_jax.inference import clip_queue
 from cacovid_jax.inference import methods as methods_lib
 from cacovid_jax.inference import prompts as prompts_lib
 from cacovid_jax.models import checkpoints, llava_onevision, qwen2_5_vl
 from cacovid_jax.policy import network
 
-FLAGS = types.MappingProxyType(
-  {
-    "dry_run": command.Flag(
-      "Say what the table would take, and end.", default=False
-    ),
-    "tflops": command.Flag(
-      "TFLOP/s for --dry_run; measured on this device else.",
-      "table.tflops",
-      old=("table_tflops",),
-    ),
-    "gbps": command.Flag(
-      "GB/s of memory for --dry_run; measured likewise.",
-      "table.gbps",
-      old=("table_gbps",),
-    ),
-  }
-)
+FLAGS = {
+  "dry_run": command.Flag(
+    "Say what the table would take, and end.", default=False
+  ),
+  "tflops": command.Flag("TFLOP/s for --dry_run; measured on this device else.",
+                         "table.tflops", old=("table_tflops",)),
+  "gbps": command.Flag("GB/s of memory for --dry_run; measured likewise.",
+                       "table.gbps", old=("table_gbps",)),
+}  # fmt: skip
 _LLAVA = llava_onevision.LlavaOnevisionConfig
 _QWEN = qwen2_5_vl.Qwen2_5VLConfig
 # Folder that a released model's config names -> what lies there.
-RELEASED = types.MappingProxyType(
-  {
-    "llava_onevision_7b": _LLAVA.llava_onevision_7b,
-    "llava_onevision_0_5b": _LLAVA.llava_onevision_0_5b,
-    "qwen2_5_vl_3b": _QWEN.qwen2_5_vl_3b,
-    "qwen2_5_vl_7b": _QWEN.qwen2_5_vl_7b,
-  }
-)
+RELEASED = {
+  "llava_onevision_7b": _LLAVA.llava_onevision_7b,
+  "llava_onevision_0_5b": _LLAVA.llava_onevision_0_5b,
+  "qwen2_5_vl_3b": _QWEN.qwen2_5_vl_3b,
+  "qwen2_5_vl_7b": _QWEN.qwen2_5_vl_7b,
+}
 _BYTES_PER_TOKEN = 4
 _TEMPLATE_TOKENS = 30
 # Of a question whose benchmark is not here.
@@ -77,8 +61,7 @@ _QWEN_SLICE = (12, 21)
 _ANSWER_TOKENS = 2  # A letter, and the end.
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Asked:
+class Asked(NamedTuple):
   """Questions of one benchmark about clips of one grid."""
 
   grid: tuple[int, int, int]  # (T, H, W).
@@ -92,9 +75,7 @@ def without_weights(
 ) -> experiment_lib.Experiment:
   """Returns the experiment with a base model that has no weights.
 
-  Args:
-    published: whether the released model of its folder's name is taken, where
-      there is no such folder.
+  With `published`, a folder that is not there is the released model so called.
   """
   directory, tokenizer = experiment.config.model.path, None
   name = pathlib.PurePath(directory).name
@@ -127,9 +108,7 @@ def without_weights(
   )
 
 
-def asked(
-  experiment: experiment_lib.Experiment, loaded: benchmarks.Benchmark | None
-) -> list[Asked]:
+def _asked(experiment, loaded) -> list[Asked]:
   """Returns the questions of a benchmark by the grid of their clips."""
   checkpoint, evals = experiment.checkpoint, experiment.config.evals
   if loaded is None:
@@ -141,22 +120,21 @@ def asked(
   grids = _grids(experiment, loaded)
   for question in loaded.questions:
     by_grid[grids[question.video]].append(question)
-  prompts = None
   if checkpoint.tokenizer:
-    prompts = prompts_lib.Prompts(
+    rows = prompts_lib.Prompts(
       checkpoint, loaded.questions, grid_of=lambda q: grids[q.video]
-    )
+    ).text_rows
+  else:
+    rows = {
+      q.id: math.ceil(len(q.prompt.encode()) / _BYTES_PER_TOKEN)
+      + _TEMPLATE_TOKENS
+      for q in loaded.questions
+    }
   found = []
   for grid, questions in by_grid.items():
-    if prompts:
-      lengths = [prompts.text_rows[question.id] for question in questions]
-      longest = max(prompts.text_rows.values())
-    else:
-      lengths = [
-        -(-len(question.prompt.encode()) // _BYTES_PER_TOKEN) + _TEMPLATE_TOKENS
-        for question in questions
-      ]
-      longest = max(lengths)
+    lengths = [rows[question.id] for question in questions]
+    # With a tokenizer, prompts of all grids are padded alike.
+    longest = max(rows.values() if checkpoint.tokenizer else lengths)
     num_clips = len({question.video for question in questions})
     found.append(Asked(grid, np.array(lengths), longest, num_clips))
   return found
@@ -177,12 +155,11 @@ def _grids(experiment, loaded) -> dict[str, tuple[int, int, int]]:
 
 
 def _assumed_grid(experiment) -> tuple[int, int, int]:
-  model = experiment.checkpoint.model
+  processor = experiment.checkpoint.model.processor
   num_frames = experiment.config.data.num_frames
-  if fixed := model.processor.fixed_grid(num_frames):
+  if fixed := processor.fixed_grid(num_frames):
     return fixed
-  slices = -(-num_frames // model.processor.temporal_patch_size)
-  return (slices, *_QWEN_SLICE)
+  return (-(-num_frames // processor.temporal_patch_size), *_QWEN_SLICE)
 
 
 def estimate(
@@ -192,21 +169,16 @@ def estimate(
 ) -> dict[str, Any]:
   """Returns what a table takes, by benchmark, and the memory of a device.
 
-  Args:
-    experiments: benchmark -> its evaluation, see `without_weights`;
-      config.mesh.model devices share one model.
-    loaded: benchmark -> its questions, those that are here.
-    speed: of the device.
+  By benchmark are its evaluation, see `without_weights`, and its questions
+  where they are here. The devices of config.mesh.model share one model.
   """
   found, memory = {}, []
   for name, experiment in experiments.items():
     config, model = experiment.config, experiment.checkpoint.model.config
     methods = [methods_lib.Method.parse(spec) for spec in config.evals.methods]
-    parts = asked(experiment, loaded.get(name))
-    found[name] = _sum(
-      [_part(model, config, methods, part, speed) for part in parts]
-    )
-    found[name]["published"] = name not in loaded
+    parts = _asked(experiment, loaded.get(name))
+    taken = [_part(model, config, methods, part, speed) for part in parts]
+    found[name] = _sum(taken) | {"published": name not in loaded}
     settings = evaluation.settings(experiment)
     memory += [
       cost.memory(
@@ -315,25 +287,22 @@ def num_programs(
 ) -> int:
   """Returns how many programs clips of one grid need beside the tower.
 
-  Embedding and whole prompts; the question's text and the policy where a
-  method reads them; a choice for every method and ratio; answers, one for
-  every number of tokens kept; and one for both, of methods inside the model.
+  Embedding and whole prompts; the question's text and the policy where they
+  are read; a choice for every method and ratio; answers, one for every number
+  of tokens kept; and one for both, of methods inside the model.
   """
   found = {"embedding", "whole prompt"}
   if any("text" in method.needs for method in methods):
     found.add("text")
   if _score_sets(methods):
     found.add("policy")
-  for method in methods:
-    for ratio in ratios:
-      compressor = method.compressor
-      if not able(compressor, num_layers, grid, ratio):
-        continue
+  for method, ratio in itertools.product(methods, ratios):
+    compressor = method.compressor
+    if able(compressor, num_layers, grid, ratio):
+      if compressor.selects_first or not compressor.on_host:
+        found.add((method.spec, ratio))
       if compressor.selects_first:
-        found.add((method.spec, ratio))
         found.add(compressor.rows(grid, ratio))
-      elif not compressor.on_host:
-        found.add((method.spec, ratio))
   return len(found)
 
 
@@ -356,10 +325,8 @@ def show(out: Mapping[str, Any], speed: cost.Speed, title: str) -> None:
       f"{row['feature_bytes'] / 1e9:.3g}",
     )
   console.print(table)
-  memory = ", ".join(
-    f"{name} {value / 2**30:.2f}" for name, value in out["memory"].items()
-  )
-  console.print(f"memory of a device in GiB: {memory}")
+  sizes = [f"{n} {size / 2**30:.2f}" for n, size in out["memory"].items()]
+  console.print(f"memory of a device in GiB: {', '.join(sizes)}")
   console.print(
     f"at {speed.flops / 1e12:.4g} TFLOP/s and {speed.bytes / 1e9:.4g} GB/s"
     f" (--tflops, --gbps); one process"
@@ -376,14 +343,13 @@ def _short(count) -> str:
 
 def speed_of(table, dtype) -> cost.Speed:
   """Returns the speed of config.table; what is not stated is measured here."""
-  tflops, gbps = table.tflops, table.gbps
-  for name, value in (("tflops", tflops), ("gbps", gbps)):
+  stated = {"tflops": table.tflops, "gbps": table.gbps}
+  for name, value in stated.items():
     if value is not None and not 0 < value < float("inf"):
       raise errors.UserError(f"--{name}={value:g}: give a positive number")
-  measured = None
-  if tflops is None or gbps is None:
+  if None in stated.values():
     measured = cost.measure_speed(jnp.dtype(dtype))
   return cost.Speed(
-    measured.flops if tflops is None else 1e12 * tflops,
-    measured.bytes if gbps is None else 1e9 * gbps,
+    measured.flops if table.tflops is None else 1e12 * table.tflops,
+    measured.bytes if table.gbps is None else 1e9 * table.gbps,
   )

@@ -13,15 +13,13 @@ Several processes may share a workdir, see `shards`.
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import rich.console
 import rich.table
 from absl import logging
 
-from cacovid_jax import config as config_lib
 from cacovid_jax import errors, files, metrics
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.compressors import base
@@ -29,6 +27,7 @@ from cacovid_jax.data import answer_log, readers
 from cacovid_jax.evals import (
   benchmarks,
   frame_manifest,
+  option_search,
   provenance,
   results,
   shards,
@@ -48,12 +47,8 @@ def evaluate(
   """Evaluates, writes all files of the workdir, and returns results.json.
 
   Of several processes that share the work, those that find it unfinished when
-  they are done return None; the last one makes the files.
-
-  Args:
-    experiment: what to evaluate; its workdir gets the files.
-    measure: returns the report's `times` of results.json; called when that is
-      written.
+  they are done return None; the last one makes the files. `measure` returns the
+  report's `times` of results.json; it is called when that is written.
   """
   found = _evaluate(experiment)
   if found is None:
@@ -96,23 +91,23 @@ def _evaluate(experiment):
   test = load_benchmark(experiment, evals.split, evals.num_questions)
   specs = [*evals.methods, *(evals.oracles if test.decisive else ())]
   methods = [methods_lib.Method.parse(spec) for spec in specs]
-  candidates = _candidates(experiment, methods)
-  validation = None
-  if candidates:
+  search = option_search.Search.of(experiment, methods)
+  tried, others, decisive = methods, (), test.decisive
+  if search:
     validation = load_benchmark(
       experiment, "validation", evals.select_questions
     )
+    tried, others = [*methods, *search.candidates], validation.questions
+    decisive = {**validation.decisive, **decisive}
   policies = experiment.policies
   workdir = experiment.workdir
   workdir.mkdir(parents=True, exist_ok=True)
-  others = validation.questions if validation else ()
   manifest = frame_manifest.FrameManifest(
     workdir / frame_manifest.FILE,
     num_frames=config.data.num_frames,
     given=evals.frame_manifest,
   )
   manifest.require(q.video for q in (*test.questions, *others))
-  tried = [*methods, *(m for found in candidates.values() for m in found)]
   wanted = methods_lib.wanted(tried)
   with clip_queue.open_queue(experiment, wanted, manifest=manifest) as source:
     engine = engine_lib.Engine.of(
@@ -122,23 +117,15 @@ def _evaluate(experiment):
       settings(experiment),
       others=others,
       policies=policies,
-      decisive={**(validation.decisive if validation else {}), **test.decisive},
+      decisive=decisive,
     )
-    evaluator = evaluator_lib.Evaluator(engine, test.task)
-    chosen = {}
-    if validation:
-      identity = evaluator.identity(validation.questions)
+    evaluator, chosen = evaluator_lib.Evaluator(engine, test.task), {}
+    if search:
+      identity = evaluator.identity(others)
       with shards.ledger(
         workdir, shard, "validation_answers.jsonl", identity
       ) as answers:
-        methods, chosen = choose(
-          evaluator,
-          validation,
-          methods,
-          candidates,
-          base.check_ratio(evals.select_ratio),
-          answers,
-        )
+        methods, chosen = search.run(evaluator, validation, methods, answers)
     table = results.Table(
       test.name,
       test.split,
@@ -153,15 +140,19 @@ def _evaluate(experiment):
     identity = evaluator.identity(test.questions)
     with shards.ledger(workdir, shard, "answers.jsonl", identity) as answers:
       failures = _ask(table, evaluator, answers, workdir, shard, identity)
-      _write_timings(workdir / shard.file("timings.json"), table, engine)
+      timings = {
+        "seconds": dict(engine.seconds),
+        "host": provenance.host(),
+        "grids": len(set(map(table.grid_of, table.questions))),
+        "programs": engine.programs.num_compiled,
+      }
+      files.write_json(workdir / shard.file("timings.json"), timings)
       if failures is None:
         return None
       out = results.build(
         table,
         answers,
-        provenance=_provenance(
-          table, answers, failures, engine, test.generator_hash
-        ),
+        provenance=_provenance(table, answers, failures, engine, test),
         failures=failures,
         chosen=chosen,
         decisive=test.decisive,
@@ -175,24 +166,19 @@ def _evaluate(experiment):
           f" {out['unreadable'][0]['reason']}); prepare the data again"
         )
       files.write_json(workdir / "results.json", out)
-      shown = viewer.choose(
-        table,
-        answers,
-        engine,
-        test.decisive,
-        evals.num_examples,
-        failures=failures,
+      count = evals.num_examples
+      return out, viewer.choose(
+        table, answers, engine, test.decisive, count, failures=failures
       )
-  return out, shown
 
 
 def _ask(table, evaluator, answers, workdir, shard, identity):
   """Asks this process's share; returns all failures, None if work is left."""
   conditions = methods_lib.conditions(table.methods, table.ratios, table.seeds)
-  board = shards.ShardStatus(
+  status = shards.ShardStatus(
     workdir, shard, shards.work(identity, conditions, table.questions)
   )
-  board.start()
+  status.start()
   description = f"{table.split} answers"
   if not shard.alone:
     description += f" {shard.index}/{shard.count}"
@@ -201,8 +187,8 @@ def _ask(table, evaluator, answers, workdir, shard, identity):
   )
   if shard.alone:
     return failures
-  board.done(failures)
-  missing = board.missing()
+  status.done(failures)
+  missing, failures = status.read()
   if missing:
     listed = ", ".join(f"{index}/{shard.count}" for index in missing)
     print(
@@ -213,7 +199,6 @@ def _ask(table, evaluator, answers, workdir, shard, identity):
     return None
   answers.look(shards.ledgers(workdir, "answers.jsonl"))
   answers.confirm_all()
-  failures = board.failures()
   lacking = [key for key in results.keys(table, failures) if key not in answers]
   if lacking:
     raise errors.UserError(
@@ -225,7 +210,7 @@ def _ask(table, evaluator, answers, workdir, shard, identity):
   return failures
 
 
-def _provenance(table, answers, failures, engine, generator_hash):
+def _provenance(table, answers, failures, engine, test):
   checkpoint = engine.checkpoint
   return provenance.describe(
     frame_hashes=results.frame_hashes(table, answers),
@@ -234,86 +219,9 @@ def _provenance(table, answers, failures, engine, generator_hash):
     template=checkpoint.tokenizer.template,
     checkpoint=checkpoint.identity,
     policies={name: p.identity for name, p in engine.policies.items()},
-    generator_hash=generator_hash,
-    settings={
-      **engine.settings.identity,
-      **engine.source.identity,
-    },
+    generator_hash=test.generator_hash,
+    settings={**engine.settings.identity, **engine.source.identity},
   )
-
-
-def _write_timings(path, table, engine) -> None:
-  timings = {
-    "seconds": dict(engine.seconds),
-    "host": provenance.host(),
-    "grids": len(set(map(table.grid_of, table.questions))),
-    "programs": engine.programs.num_compiled,
-  }
-  files.write_json(path, timings)
-
-
-def choose(
-  evaluator: evaluator_lib.Evaluator,
-  validation: benchmarks.Benchmark,
-  methods: Sequence[methods_lib.Method],
-  candidates: Mapping[str, Sequence[methods_lib.Method]],
-  ratio: float,
-  answers: answer_log.AnswerLog,
-) -> tuple[list[methods_lib.Method], dict[str, Any]]:
-  """Returns the methods with options chosen on validation, and the record.
-
-  Args:
-    evaluator: over the validation questions, among others.
-    validation: what to choose by.
-    methods: all methods; those without candidates are returned as they are.
-    candidates: label -> methods to choose from; the first of equals wins, and
-      where none can be run, the row stays as it is.
-    ratio: at which they are compared.
-    answers: ledger of the validation answers.
-  """
-  conditions = [
-    methods_lib.Condition(method, ratio)
-    for found in candidates.values()
-    for method in found
-  ]
-  try:
-    failures = evaluator.run(
-      validation.questions,
-      conditions,
-      answers,
-      description="choosing on validation",
-    )
-  except evaluator_lib.NothingToAsk:
-    return list(methods), {}
-
-  def accuracy(method):
-    condition = methods_lib.Condition(method, ratio)
-    keys = [condition.key(question.id) for question in validation.questions]
-    return float(np.mean([answers[key]["score"] for key in keys]))
-
-  chosen, out = {}, []
-  for method in methods:
-    able = [
-      m
-      for m in candidates.get(method.label, ())
-      if (m.spec, ratio) not in failures
-    ]
-    if not able:
-      out.append(method)
-      continue
-    found = [(accuracy(m), m) for m in able]
-    best = max(found, key=lambda pair: pair[0])[1]
-    out.append(dataclasses.replace(best, label=method.label))
-    chosen[method.label] = {
-      "split": validation.split,
-      "n": len(validation.questions),
-      "ratio": results.ratio_key(ratio),
-      "best": best.label,
-      "candidates": [
-        {"method": m.label, "accuracy": round(value, 6)} for value, m in found
-      ],
-    }
-  return out, chosen
 
 
 def validator(
@@ -322,9 +230,6 @@ def validator(
   """Returns (policy module, params) -> accuracy on validation, for training.
 
   Programs and clips are kept from one call to the next.
-
-  Args:
-    experiment: that is trained; config.validation says how it is asked.
   """
   config = experiment.config.validation
   validation = load_benchmark(experiment, "validation", config.num_questions)
@@ -338,17 +243,15 @@ def validator(
   source = clip_queue.open_queue(
     experiment, methods_lib.wanted([method]), keep=2 * config.batch_size
   )
-  engine = engine_lib.Engine.of(experiment, source, validation.questions, asked)
+  questions = validation.questions
+  engine = engine_lib.Engine.of(experiment, source, questions, asked)
   evaluator = evaluator_lib.Evaluator(engine, validation.task)
 
   def validate(module, params):
     engine.policies = {"policy": loading.LoadedPolicy(module, params)}
-    answers = answer_log.AnswerLog(None, {})
-    evaluator.run(
-      validation.questions, [condition], answers, description="validation"
-    )
-    keys = [condition.key(question.id) for question in validation.questions]
-    return {"accuracy": float(np.mean([answers[k]["score"] for k in keys]))}
+    log = answer_log.AnswerLog(None, {})
+    evaluator.run(questions, [condition], log, description="validation")
+    return {"accuracy": option_search.accuracy(condition, questions, log)}
 
   return validate
 
@@ -356,15 +259,10 @@ def validator(
 def load_benchmark(
   experiment: experiment_lib.Experiment, split: str = "", count: int = 0
 ) -> benchmarks.Benchmark:
-  """Returns a split of what config.evals asks.
+  """Returns a split of what config.evals asks, "" for the benchmark's first.
 
-  Clips that are not there are an error before anything is asked, or are
-  listed and counted as wrong, as the config says.
-
-  Args:
-    experiment: see there.
-    split: "" takes the benchmark's first one.
-    count: questions taken, in order; 0 takes all.
+  Of `count` questions, in order; 0 takes all. Clips that are not there are an
+  error, or are listed and count as wrong, as the config says.
   """
   data, evals = experiment.config.data, experiment.config.evals
   found = benchmarks.load(
@@ -406,16 +304,15 @@ def show(out: Mapping[str, Any], console: rich.console.Console | None = None):
     console = rich.console.Console()
     if not console.is_terminal:  # A log has no width to keep to.
       console = rich.console.Console(width=120)
-  vanilla = out["vanilla"]
-  low, high = vanilla["ci95"]
+  vanilla, head = out["vanilla"], out["frame_head"]
   several = len(out["grid"]) if isinstance(out["grid"][0], Mapping) else 0
   mean = f" on average, {several} grids" if several else ""
   table = rich.table.Table(
     title=f"{out['benchmark']} {out['split']}: {vanilla['n']} questions about"
     f" {out['num_clips']} clips, accuracy in %",
     caption=f"vanilla (all {vanilla['kept_tokens']} video tokens{mean}):"
-    f" {100 * vanilla['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]."
-    " Per cell: accuracy, 95 % interval clustered by clip, share of vanilla.",
+    f" {_interval(vanilla)}. Per cell: accuracy, 95 % interval clustered by"
+    " clip, share of vanilla.",
   )
   rows = {**out["methods"], **out["oracles"]}
   ratios = list(next(iter(rows.values())))
@@ -428,7 +325,6 @@ def show(out: Mapping[str, Any], console: rich.console.Console | None = None):
   console.print(table)
   for line in caveats(out):
     console.print(line, markup=False)
-  head = out["frame_head"]
   if head:
     console.print(
       f"frame head: its best {head['frames']} of {head['of']} frames hold a"
@@ -439,7 +335,7 @@ def show(out: Mapping[str, Any], console: rich.console.Console | None = None):
 
 def caveats(out: Mapping[str, Any]) -> list[str]:
   """Returns what was not asked, counted as wrong or guessed, a line each."""
-  found = out["left_out"]
+  found, vanilla = out["left_out"], out["vanilla"]
   lines = [
     f"counted as wrong: {entry['questions']} questions about"
     f" {entry['video']} ({entry['reason']})"
@@ -455,10 +351,9 @@ def caveats(out: Mapping[str, Any]) -> list[str]:
     lines.append(f"left out: {count} rows, {kind}")
   if missing := found.get("not_there"):
     lines.append(f"not there: {', '.join(missing)}")
-  if guesses := out["vanilla"].get("num_fallbacks"):
+  if guesses := vanilla.get("num_fallbacks"):
     lines.append(
-      f"guessed: {guesses} of {out['vanilla']['n']} vanilla answers named no"
-      " option"
+      f"guessed: {guesses} of {vanilla['n']} vanilla answers named no option"
     )
   return lines
 
@@ -466,47 +361,14 @@ def caveats(out: Mapping[str, Any]) -> list[str]:
 def _cell_text(cell) -> str:
   if cell["status"] != "ok":
     return cell["status"]
-  low, high = cell["ci95"]
-  text = f"{100 * cell['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-  if cell["of_vanilla"] is not None:
-    text += f" {cell['of_vanilla']:.0%}"
+  share = cell["of_vanilla"]
+  return _interval(cell) + ("" if share is None else f" {share:.0%}")
+
+
+def _interval(row) -> str:
+  low, high = row["ci95"]
   # Brackets are markup to rich.
-  return text.replace("[", "\\[")
-
-
-def _candidates(experiment, methods) -> dict[str, list[methods_lib.Method]]:
-  """Returns label -> methods to choose from on validation."""
-  evals = experiment.config.evals
-  given = config_lib.to_dict(evals.candidates)
-  if evals.select_on == "none":
-    return {}
-  task = benchmarks.task(evals.benchmark)
-  if not task.can_choose(evals.split):
-    if given:
-      raise errors.UserError(
-        f"candidates are given, and {task.name} has no validation split apart"
-        " from what is asked; name the options in the methods themselves"
-      )
-    return {}
-  out = {}
-  for method in methods:
-    name = method.label.partition("?")[0]
-    listed = given.get(method.label)
-    if listed:
-      out[method.label] = list(listed)
-    elif name == "last_query" and "layer" not in method.compressor.options:
-      text = experiment.checkpoint.model.config.text
-      layers = range(text.num_layers)
-      out[method.label] = [f"last_query?layer={layer}" for layer in layers]
-  unknown = sorted(set(given) - {m.label for m in methods})
-  if unknown:
-    raise errors.UserError(
-      f"candidates are given for {unknown[0]!r}, which is not among the methods"
-    )
-  return {
-    label: [methods_lib.Method.parse(spec) for spec in specs]
-    for label, specs in out.items()
-  }
+  return f"{100 * row['accuracy']:.1f} \\[{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def _curves(experiment) -> list[dict[str, Any]]:

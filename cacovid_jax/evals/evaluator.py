@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -20,41 +20,25 @@ from cacovid_jax import progress as progress_lib
 from cacovid_jax.compressors import base
 from cacovid_jax.data import answer_log
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.evals import benchmarks, provenance, scoring
+from cacovid_jax.evals import benchmarks, provenance
 from cacovid_jax.inference import engine as engine_lib
 from cacovid_jax.inference import methods as methods_lib
 
-# What answer logs know of a question, under the names that they have for it.
-# The right answer is among it: scores are kept in the log. A clip that is not
-# there yet may turn up in another folder with another ending.
-_QUESTION = {
-  "id": lambda question: question.id,
-  "video": lambda question: pathlib.PurePosixPath(question.video).stem,
-  "question": lambda question: question.question,
-  "options": lambda question: question.options,
-  "answer": lambda question: question.answer,
-  "problem_type": lambda question: question.problem_type,
-  "duration": lambda question: question.duration,
-  "category": lambda question: question.category,
-  "groups": lambda question: question.groups,
-  "source": lambda question: question.source,
-  "prompt": lambda question: question.prompt,
-  "stream": lambda question: question.stream,
-}
+# What answer logs know of a question, by explicit names: logs that exist have
+# them. The right answer is among it: scores are kept in the log.
+_QUESTION = ("id", "question", "options", "answer", "problem_type", "duration",
+             "category", "groups", "source", "prompt", "stream")  # fmt: skip
 
 
 class Failure(NamedTuple):
-  """Why a method cannot be run at a ratio.
+  """Why a method cannot be run at a ratio."""
 
-  Attributes:
-    reason: one line.
-    minimum_ratio: the lowest ratio that it can, where the method knows.
-    batch: number of the batch that showed it, -1 before any was asked.
-  """
+  reason: str  # One line.
+  minimum_ratio: float | None = None  # That it can, where the method knows.
+  batch: int = -1  # Number of the one that showed it, -1 before any was asked.
 
-  reason: str
-  minimum_ratio: float | None = None
-  batch: int = -1
+
+Failures = Mapping[tuple[str, float], Failure]  # By `Condition.place`.
 
 
 class NothingToAsk(errors.UserError):
@@ -62,12 +46,7 @@ class NothingToAsk(errors.UserError):
 
 
 class Evaluator:
-  """An engine whose answers are scored; `run` asks, the log keeps.
-
-  Attributes:
-    engine: that asks.
-    task: how answers are scored.
-  """
+  """An `engine` whose answers are scored by a `task`; a log keeps them."""
 
   def __init__(
     self, engine: engine_lib.Engine, task: benchmarks.Task | None = None
@@ -102,15 +81,12 @@ class Evaluator:
     return found
 
   def _digest(self, questions) -> str:
-    """Returns a sha256 of all that is known of these questions.
-
-    A clip that is not there yet has no grid: prompts are as of clips of one
-    token.
-    """
+    """Returns a sha256 of all that is known of these questions."""
     digest = hashlib.sha256()
     for question in engine_lib.by_id(questions):
-      fields = {name: get(question) for name, get in _QUESTION.items()}
-      digest.update(json.dumps(fields, sort_keys=True).encode() + b"\0")
+      text = json.dumps(known(question), sort_keys=True)
+      digest.update(text.encode() + b"\0")
+      # As of a clip of one token: one that is not there yet has no grid.
       prompt = self.engine.prompts.prompt(question.id, (1, 1, 1))
       digest.update(prompt.ids.tobytes())
     return digest.hexdigest()
@@ -131,15 +107,13 @@ class Evaluator:
     processes, gives the same answers.
 
     Args:
-      questions: to ask.
-      conditions: to ask them under.
       log: of the answers.
       description: names the progress bar.
       shard: (i, n): batches i, i + n, i + 2 n, ... are asked.
 
     Returns:
-      Condition.place -> why it could not be run, the lowest ratio known.
-      Nothing of it is kept in the log, so that what was mended is tried again.
+      Condition.place -> why it could not be run. Nothing of it is kept in the
+      log, so that what was mended is tried again.
 
     Raises:
       NothingToAsk: no method can be run.
@@ -172,6 +146,7 @@ class Evaluator:
           source.discard(keep=ahead)
           source.prefetch(ahead)
 
+          # Conditions that are done, and what is being done now.
           def tell(asked, what, start=done, rows=batch):
             progress.update(start + asked * len(rows), note=what)
 
@@ -186,14 +161,13 @@ class Evaluator:
     """Keeps the answers about clips that still cannot be used, unasked."""
     for question in batch:
       keys = [condition.key(question.id) for condition in conditions]
-      known = {key: log.fault(key) for key in keys if log.fault(key)}
-      if known:
+      if faults := {key: log.fault(key) for key in keys if log.fault(key)}:
         fault = self.engine.source[question.video].fault
-        size = math.prod(self.engine.grid_of(question))
+        now = fault, math.prod(self.engine.grid_of(question))
         log.confirm(
           key
-          for key, record in known.items()
-          if (record["fault"], record["of"]) == (fault, size)
+          for key, record in faults.items()
+          if (record["fault"], record["of"]) == now
         )
 
   def _note(self, failures, condition, action, batch: int = -1):
@@ -214,10 +188,7 @@ class Evaluator:
       return None
 
   def _ask(self, questions, todo, failures, number: int, tell):
-    """Returns records of a batch under the conditions `todo`; adds failures.
-
-    `tell` takes how many conditions are done, and what is being done now.
-    """
+    """Returns records of a batch under the conditions `todo`; adds failures."""
     tell(0, "clips")
     batch = self.engine.batch(questions)
     # One prefill gives both the answers and what methods read of it.
@@ -228,60 +199,76 @@ class Evaluator:
     for asked, condition in enumerate(todo):
       if condition.place in failures:
         continue  # With an earlier seed.
-      inside = top = None
       if condition.method is None:
         tell(asked, condition.label)
-        ids = batch.vanilla().ids
-        kept = np.full(len(ids), batch.num_video)
+        ids, trace = batch.vanilla().ids, None
       else:
         tell(asked, f"{condition.label} at {100 * condition.ratio:g} %")
         ask = functools.partial(batch.output, condition)
         output = self._note(failures, condition, ask, number)
         if output is None:
           continue
-        ids, top = output.ids, batch.top_frames(condition)
-        kept = np.asarray(output.trace.mask).sum(axis=1)
-        if not condition.method.compressor.selects_first:
-          inside = output.trace
-          # Before the language model it follows from what was kept.
-          equivalent = np.asarray(inside.equivalent_ratio(batch.num_video))
+        ids, trace = output
       texts = self.engine.decode(ids)
+      facts = self._facts(questions, batch, condition, trace)
       for row, question in enumerate(questions):
-        record = self._record(question, texts[row], batch, row, kept[row])
-        if condition.method is None and "fault" not in record:
-          clip = self.engine.source[question.video]
-          record["frame_hash"] = clip.frame_hash
-          record["index_hash"] = clip.index_hash
-        if inside is not None:
-          record["equivalent"] = round(float(equivalent[row]), 9)
-          if inside.forced is not None and inside.forced[row]:
-            record["forced"] = True
-        if top is not None and "fault" not in record:
-          record["frames"] = top[row]
+        fault = batch.faults.get(row, "")
+        record = self._record(question, texts[row], fault) | facts[row]
         records.append((condition.key(question.id), record))
     return records
 
-  def _record(self, question, text, batch, row, kept) -> dict[str, Any]:
+  def _facts(self, questions, batch, condition, trace) -> list[dict[str, Any]]:
+    """Returns by row what is written of the tokens that an answer is from."""
+    count, rows = batch.num_video, range(len(questions))
+    facts = [{"kept": count, "of": count} for _ in rows]
+    usable = [row for row in rows if row not in batch.faults]
+    if condition.method is None:
+      for row in usable:
+        clip = self.engine.source[questions[row].video]
+        facts[row]["frame_hash"] = clip.frame_hash
+        facts[row]["index_hash"] = clip.index_hash
+      return facts
+    kept = np.asarray(trace.mask).sum(axis=1)
+    for row in rows:
+      facts[row]["kept"] = int(kept[row])
+    if not condition.method.compressor.selects_first:
+      # Before the language model it follows from what was kept.
+      equivalent = np.asarray(trace.equivalent_ratio(count))
+      for row in rows:
+        facts[row]["equivalent"] = round(float(equivalent[row]), 9)
+        if trace.forced is not None and trace.forced[row]:
+          facts[row]["forced"] = True
+    top = batch.top_frames(condition)
+    for row in usable if top is not None else ():
+      facts[row]["frames"] = top[row]
+    return facts
+
+  def _record(self, question, text, fault: str) -> dict[str, Any]:
     """Returns what is written of an answer, whatever the condition."""
-    fault = batch.faults.get(row, "")
-    # A clip that cannot be used is wrong, whatever a rule would guess.
-    scored = scoring.Scored(0.0) if fault else self._score(question, text)
-    record = {
-      "text": "" if fault else text,
-      "letter": scored.letter,
-      "score": scored.score,
-      "kept": int(kept),
-      "of": batch.num_video,
-      **_facts(question),
+    facts = {
+      "video": question.video,
+      "answer": question.answer,
+      "category": question.category,
+      "duration": question.duration,
+      "groups": dict(question.groups) or None,
     }
+    record = {name: fact for name, fact in facts.items() if fact is not None}
+    if fault:
+      # A clip that cannot be used is wrong, whatever a rule would guess.
+      return record | {"text": "", "letter": "", "score": 0.0, "fault": fault}
+    rule = self.engine.settings.rule
+    scored = self.task.score(question, text, rule=rule)
     if scored.fallback:
       record["fallback"] = True
-    if fault:
-      record["fault"] = fault
-    return record
+    said = {"text": text, "letter": scored.letter, "score": scored.score}
+    return record | said
 
-  def _score(self, question, text) -> scoring.Scored:
-    return self.task.score(question, text, rule=self.engine.settings.rule)
+
+def known(question: question_lib.Question) -> dict[str, Any]:
+  """Returns what answer logs know of a question."""
+  # A clip that is not there yet may turn up in another folder and form.
+  video = {"video": pathlib.PurePosixPath(question.video).stem}
+  return {name: getattr(question, name) for name in _QUESTION} | video
 
 
 def _check_any_left(conditions, failures) -> None:
@@ -307,31 +294,15 @@ def _following(batches, conditions, log, failures) -> list[str]:
     lacking = _lacking(batch, conditions, log, failures)
     if not lacking:
       continue
+    keys = {q.id: [one.key(q.id) for one in lacking] for q in batch}
     faulty = {
-      question.id: any(
-        log.fault(condition.key(question.id)) is not None
-        for condition in lacking
-      )
-      for question in batch
+      name: any(log.fault(key) is not None for key in found)
+      for name, found in keys.items()
     }
     # Where only faults are left, the other clips are as a rule not needed.
     only_faults = all(
-      condition.key(question.id) in log or faulty[question.id]
-      for question in batch
-      for condition in lacking
+      faulty[name] or all(key in log for key in found)
+      for name, found in keys.items()
     )
     return [q.video for q in batch if faulty[q.id] or not only_faults]
   return []
-
-
-def _facts(question: question_lib.Question) -> dict[str, Any]:
-  """Returns what a line says of its question, for a table made of lines."""
-  facts = {
-    "video": question.video,
-    "answer": question.answer,
-    "category": question.category,
-    "duration": question.duration,
-  }
-  if question.groups:
-    facts["groups"] = dict(question.groups)
-  return {name: value for name, value in facts.items() if value is not None}

@@ -13,7 +13,6 @@ import json
 import os
 import pathlib
 from collections.abc import Iterable
-from typing import Any
 
 from cacovid_jax import errors, files
 from cacovid_jax.data import frame_record
@@ -21,6 +20,7 @@ from cacovid_jax.data.frame_record import FrameRecord
 
 FILE = "frames.jsonl"
 _HEADER = "frames"
+_EMPTY = dataclasses.asdict(FrameRecord(video=""))  # Such fields are left out.
 
 
 class FrameManifest:
@@ -40,46 +40,37 @@ class FrameManifest:
       num_frames: T, frames shown of each clip.
       given: a file of another run, whose frames are to be shown; "" for none.
     """
-    self._path = pathlib.Path(path)
-    self._num_frames = num_frames
     self._decoder = frame_record.decoder()
-    self._made_by = {}
-    self._own: dict[str, FrameRecord] = {}
-    self._given: dict[str, FrameRecord] = {}
-    self._given_path = pathlib.Path(given) if given else None
-    if self._given_path:
-      if not self._given_path.is_file():
+    self._own, self._given = _File(path, num_frames), _File(given, num_frames)
+    self._has_given = bool(given)
+    if given:
+      if not self._given.path.is_file():
         raise errors.UserError(
           f"there is no frame manifest {given}; give the {FILE} of a run"
         )
-      data = self._given_path.read_bytes()
-      self._given, _ = self._parse(self._given_path, data, {}, 0)
-    # Of the own file: bytes and lines that have been read.
-    self._read = self._lines = 0
-    if self._path.is_file():
-      self._take(self._path.read_bytes())
-      for name in sorted(self._own.keys() & self._given.keys()):
-        self._check_same(self._path, self._given[name], self._own[name])
+      self._given.take(self._given.path.read_bytes())
+    if self._own.path.is_file():
+      self._own.take(self._own.path.read_bytes())
+      for name in sorted(self._own.entries.keys() & self._given.entries.keys()):
+        self._own.check_same(self._given.entries[name])
 
   def __getitem__(self, name: str) -> FrameRecord | None:
     """Returns the line that a clip must agree with; None of a new clip.
 
     A clip that could not be used is tried again, unless the file was given.
     """
-    if name in self._given:
-      return self._given[name]
-    entry = self._own.get(name)
+    if name in self._given.entries:
+      return self._given.entries[name]
+    entry = self._own.entries.get(name)
     return None if entry is None or entry.fault else entry
 
   def require(self, names: Iterable[str]) -> None:
     """Refuses clips that a given file does not name."""
-    if self._given_path is None:
-      return
     names = list(dict.fromkeys(names))
-    missing = [name for name in names if name not in self._given]
-    if missing:
+    missing = [name for name in names if name not in self._given.entries]
+    if self._has_given and missing:
       raise errors.UserError(
-        f"{self._given_path} names no frames of {len(missing)} of {len(names)}"
+        f"{self._given.path} names no frames of {len(missing)} of {len(names)}"
         f" clips (first: {missing[0]}); take the file of a run with the same"
         " questions, or none"
       )
@@ -105,100 +96,97 @@ class FrameManifest:
     source = self._source(found.video)
     raise errors.UserError(
       f"{found.video}: {self._decoder} gives other frames than"
-      f" {self._made_by[source]}, which made {source}; install that version, or"
+      f" {source.decoder}, which made {source.path}; install that version, or"
       " evaluate in another workdir without the file"
     )
 
   def add(self, entry: FrameRecord) -> None:
     """Writes a clip's line, once."""
-    if self._own.get(entry.video) == entry:
+    own = self._own
+    if own.entries.get(entry.video) == entry:
       return
-    self._path.parent.mkdir(parents=True, exist_ok=True)
-    with open(self._path, "a+b") as f:
-      files.lock(f, self._path, wait=True)
+    own.path.parent.mkdir(parents=True, exist_ok=True)
+    with open(own.path, "a+b") as f:
+      files.lock(f, own.path, wait=True)
       # What other processes have found in the meantime.
-      f.seek(self._read)
+      f.seek(own.size)
       data = f.read()
-      complete = data.rfind(b"\n") + 1
-      if complete < len(data):
-        f.truncate(self._read + complete)  # Somebody was killed while writing.
-      self._take(data)
-      known = self._own.get(entry.video)
-      if known == entry:
-        return
+      own.take(data)
+      if data and not data.endswith(b"\n"):
+        f.truncate(own.size)  # Somebody was killed while writing.
+      known = own.entries.get(entry.video)
       if known is not None and not known.fault:
         if not entry.fault:
-          self._check_same(self._path, known, entry)
+          own.check_same(entry)
         return
-      lines = [_line(entry)]
-      if not self._read:
-        lines.insert(0, self._header())
+      if known == entry:
+        return
+      fields = dataclasses.asdict(entry).items()
+      lines = [{k: value for k, value in fields if value != _EMPTY[k]}]
+      if not own.size:
+        header = {"num_frames": own.num_frames, "decoder": self._decoder}
+        lines.insert(0, {_HEADER: header})
       text = "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines)
       files.append(f, text.encode("utf-8"))
-      self._take(text.encode("utf-8"))
+      own.take(text.encode("utf-8"))
 
-  def _take(self, data: bytes) -> None:
-    """Adds what the own file holds behind what has been read of it."""
-    found, self._lines = self._parse(self._path, data, self._own, self._lines)
-    self._own = found
-    self._read += data.rfind(b"\n") + 1
-
-  def _header(self) -> dict[str, Any]:
-    return {_HEADER: {"num_frames": self._num_frames, "decoder": self._decoder}}
-
-  def _source(self, name: str) -> pathlib.Path:
-    return self._given_path if name in self._given else self._path
+  def _source(self, name: str) -> "_File":
+    return self._given if name in self._given.entries else self._own
 
   def _changed(self, name: str, how: str) -> errors.UserError:
-    source = self._source(name)
+    source = self._source(name).path
     return errors.UserError(
       f"{name}: the file {how} since {source} was made; restore it, or evaluate"
       " in another workdir without the file"
     )
 
-  def _check_same(self, path, known: FrameRecord, found: FrameRecord) -> None:
-    if known != found:
-      raise errors.UserError(
-        f"{path} has two different lines about {found.video}; evaluate in"
-        " another workdir, or delete the file and its answers"
-      )
 
-  def _parse(self, path: pathlib.Path, data: bytes, known, count: int):
-    """Returns (clip -> line, lines in all); a line without an end is none.
+class _File:
+  """A file as far as it has been read."""
 
-    Args:
-      path: of the file.
-      data: what stands in it behind the first `count` lines.
-      known: what those lines say.
-      count: how many there are.
-    """
-    found = dict(known)
-    lines = data[: data.rfind(b"\n") + 1].decode("utf-8", "replace")
-    lines = lines.split("\n")[:-1]
-    for number, line in enumerate(lines, start=count + 1):
+  def __init__(self, path: str | os.PathLike, num_frames: int):
+    self.path, self.num_frames = pathlib.Path(path), num_frames
+    self.entries: dict[str, FrameRecord] = {}
+    self.decoder = ""  # That made it.
+    self.size = self.lines = 0  # Bytes and lines that have been read.
+
+  def take(self, data: bytes) -> None:
+    """Adds what stands behind what was read; a line without an end is none."""
+    data = data[: data.rfind(b"\n") + 1]
+    lines = data.decode("utf-8", "replace").split("\n")[:-1]
+    for number, line in enumerate(lines, start=self.lines + 1):
       try:
         record = json.loads(line)
         if number == 1:
-          self._check_header(path, record[_HEADER])
+          self._check_header(record[_HEADER])
           continue
         entry = self._entry(record)
       except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise errors.UserError(
-          f"{path} line {number} is damaged ({type(error).__name__}); delete"
-          " the file and its answers to evaluate again"
+          f"{self.path} line {number} is damaged ({type(error).__name__});"
+          " delete the file and its answers to evaluate again"
         ) from error
-      before = found.get(entry.video)
+      before = self.entries.get(entry.video)
       if before is not None and not before.fault:
-        self._check_same(path, before, entry)
-      found[entry.video] = entry
-    return found, count + len(lines)
+        self.check_same(entry)
+      self.entries[entry.video] = entry
+    self.size += len(data)
+    self.lines += len(lines)
+
+  def check_same(self, entry: FrameRecord) -> None:
+    """Refuses another line about a clip than the file has."""
+    if self.entries[entry.video] != entry:
+      raise errors.UserError(
+        f"{self.path} has two different lines about {entry.video}; evaluate in"
+        " another workdir, or delete the file and its answers"
+      )
 
   def _entry(self, record) -> FrameRecord:
     entry = FrameRecord(**record)
     if not entry.fault:
       numbers = (*entry.indices, *entry.size, entry.num_frames)
       if (
-        len(entry.indices) != self._num_frames
+        len(entry.indices) != self.num_frames
         or len(entry.size) != 2
         or not all(type(number) is int for number in numbers)
         or not 0 <= min(entry.indices) <= max(entry.indices) < entry.num_frames
@@ -207,18 +195,11 @@ class FrameManifest:
         raise ValueError("not the frames of a clip")
     return entry
 
-  def _check_header(self, path, header) -> None:
-    if header["num_frames"] != self._num_frames:
+  def _check_header(self, header) -> None:
+    if header["num_frames"] != self.num_frames:
       raise errors.UserError(
-        f"{path} names {header['num_frames']} frames of each clip, and the"
-        f" evaluation shows {self._num_frames}; use another workdir, or"
+        f"{self.path} names {header['num_frames']} frames of each clip, and the"
+        f" evaluation shows {self.num_frames}; use another workdir, or"
         f" --num_frames={header['num_frames']}"
       )
-    self._made_by[path] = str(header["decoder"])
-
-
-def _line(entry: FrameRecord) -> dict[str, Any]:
-  """Returns an entry's fields, less those that are empty."""
-  empty = dataclasses.asdict(FrameRecord(video=""))
-  fields = dataclasses.asdict(entry).items()
-  return {name: value for name, value in fields if value != empty[name]}
+    self.decoder = str(header["decoder"])

@@ -2,13 +2,13 @@
 
 Compiled programs, one clip at a time, median of several runs: the rule itself,
 and beside it what it reads that nobody else computes, the policy's scores or
-the attention of a prefill of the whole prompt. What a vision tower hands out
-beside its features is not counted. Inside the language model choosing and
-answering are one program: there it is the time beyond that of answering from
-the same share of tokens, chosen before the model.
+the attention of a prefill of the whole prompt. Inside the language model
+choosing and answering are one program: there it is the time beyond that of
+answering from the same share of tokens, chosen before the model.
 """
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -34,15 +34,10 @@ REPEATS = command.Flag(
 
 
 class Cost(NamedTuple):
-  """Milliseconds for one video.
+  """Milliseconds for one video."""
 
-  Attributes:
-    rule: choosing the tokens, from what it reads.
-    reads: computing what it reads.
-  """
-
-  rule: float
-  reads: float = 0.0
+  rule: float  # Choosing the tokens, from what it reads.
+  reads: float = 0.0  # Computing what it reads.
 
   @property
   def total(self) -> float:
@@ -51,22 +46,14 @@ class Cost(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Subject:
-  """One prompt on device, and what methods read of it.
+  """One prompt on device, and what methods read of it."""
 
-  Attributes:
-    checkpoint: the base model; `model` and `params` are read.
-    programs: compiled functions.
-    grid: (T, H, W) or `TokenGrid` of the video.
-    batch: the prompt, B = 1.
-    inputs: `methods.Condition` -> what its method reads.
-    policy: `methods.Method` -> the policy that it follows.
-  """
-
-  checkpoint: Any
+  checkpoint: Any  # The base model; `model` and `params` are read.
   programs: programs_lib.Programs
-  grid: Any
-  batch: prompt_batch.PromptBatch
+  grid: Any  # (T, H, W) or `TokenGrid` of the video.
+  batch: prompt_batch.PromptBatch  # B = 1.
   inputs: Callable[[methods_lib.Condition], base.CompressorInputs]
+  # The policy that a method follows.
   policy: Callable[[methods_lib.Method], loading.LoadedPolicy]
 
 
@@ -89,19 +76,19 @@ def subject(
 
 
 class Stopwatch:
-  """Measures methods on one prompt; shared parts are measured once."""
+  """Measures methods on one prompt; shared parts are measured once.
+
+  Times are milliseconds. A method that cannot be run at a ratio is a UserError.
+  """
 
   def __init__(self, subject: Subject, repeats: int = 9):
     """Measures nothing yet; `repeats` runs are what medians are taken of."""
-    self._subject, self._repeats = subject, repeats
-    self._known = {}
+    self._subject, self._repeats, self._known = subject, repeats, {}
+    self._programs, self._batch = subject.programs, subject.batch
+    self._params = subject.checkpoint.params
 
   def cost(self, method: methods_lib.Method, ratio: float) -> Cost:
-    """Returns the time of a method at a ratio.
-
-    Raises:
-      UserError: the method cannot be run at this ratio.
-    """
+    """Returns the time of a method at a ratio."""
     return self._cost(methods_lib.Condition(method, ratio))[0]
 
   def answered(
@@ -112,105 +99,69 @@ class Stopwatch:
     The second part ends with the last token that the programs generate, the
     first one where they were made for one. Inside the language model the parts
     add up to the program's time, as of `Cost`.
-
-    Raises:
-      UserError: the method cannot be run at this ratio.
     """
     condition = methods_lib.Condition(method, ratio)
     cost, whole = self._cost(condition)
-    if whole is not None:
-      return cost, whole - cost.rule
-    selection = self._select(condition, self._subject.inputs(condition))
-    return cost, self._answer(selection)
+    return cost, self._answer(condition) if whole is None else whole - cost.rule
 
-  def vanilla(self) -> float:
+  def vanilla(self, *, want_attention: bool = False) -> float:
     """Returns the milliseconds of answering from the whole prompt."""
+    ask = functools.partial(self._programs.vanilla, self._params, self._batch)
     return self._once(
-      ("vanilla",),
-      lambda: self._subject.programs.vanilla(
-        self._subject.checkpoint.params,
-        self._subject.batch,
-        want_attention=False,
-      ),
+      ("vanilla", want_attention), lambda: ask(want_attention=want_attention)
     )
 
   def embed(self) -> float:
     """Returns the milliseconds of putting video and text into one prompt."""
-    batch = self._subject.batch
+    batch = self._batch
+    given = batch.ids, batch.features, batch.video_rows
     return self._once(
-      ("embed",),
-      lambda: self._subject.programs.embed(
-        self._subject.checkpoint.params,
-        batch.ids,
-        batch.features,
-        batch.video_rows,
-      ),
+      "embed", lambda: self._programs.embed(self._params, *given)
     )
 
   def _cost(self, condition) -> tuple[Cost, float | None]:
     """Returns the cost, and inside the model the whole program's time."""
-    programs, compressor = self._subject.programs, condition.method.compressor
-    grid = self._subject.grid
+    method, ratio, _ = condition
+    compressor, grid = method.compressor, self._subject.grid
     compressor.rows_per_layer(
       self._subject.checkpoint.model.config.text.num_layers,
       token_grid.TokenGrid.of(grid).shape,
-      condition.ratio,
+      ratio,
     )
     inputs = self._subject.inputs(condition)
-    needs = sorted(condition.method.needs)
-    reads = sum(self._read(need, condition.method) for need in needs)
-    if not compressor.selects_first:
-      program = programs.select_and_answer(compressor, condition.ratio, grid)
-      params, batch = self._subject.checkpoint.params, self._subject.batch
-      whole = self._median(lambda: program(params, batch, inputs))
-      even = methods_lib.Condition(
-        methods_lib.Method.parse("uniform"), condition.ratio, 0
-      )
-      answer = self._answer(self._select(even, self._subject.inputs(even)))
-      return Cost(max(whole - answer, 0.0), reads), whole
-    program = programs.select(compressor, condition.ratio, grid)
-    return Cost(self._median(lambda: program(inputs)), reads), None
-
-  def _select(self, condition, inputs) -> base.Selection:
-    select = self._subject.programs.select
-    return select(
-      condition.method.compressor, condition.ratio, self._subject.grid
-    )(inputs)
+    reads = sum(self._read(need, method) for need in sorted(method.needs))
+    if compressor.selects_first:
+      program = self._programs.select(compressor, ratio, grid)
+      return Cost(self._median(lambda: program(inputs)), reads), None
+    program = self._programs.select_and_answer(compressor, ratio, grid)
+    whole = self._median(lambda: program(self._params, self._batch, inputs))
+    even = methods_lib.Method.parse("uniform")
+    answer = self._answer(methods_lib.Condition(even, ratio))
+    return Cost(max(whole - answer, 0.0), reads), whole
 
   def _read(self, need: str, method: methods_lib.Method) -> float:
     """Returns the milliseconds of what a method reads; 0 for by-products."""
-    if need.endswith("scores"):
-      policy = self._subject.policy(method)
-      return self._once(
-        ("scores", id(policy)),
-        lambda: self._subject.programs.scores(
-          policy.module,
-          policy.params,
-          self._subject.batch,
-          self._subject.grid,
-        ),
-      )
     if need == "attention":
-      return self._once(
-        ("attention",),
-        lambda: self._subject.programs.vanilla(
-          self._subject.checkpoint.params,
-          self._subject.batch,
-          want_attention=True,
-        ),
-      )
-    return 0.0
-
-  def _answer(self, selection: base.Selection) -> float:
-    """Returns the milliseconds of answering from the tokens of a selection."""
+      return self.vanilla(want_attention=True)
+    if not need.endswith("scores"):
+      return 0.0
+    policy, grid = self._subject.policy(method), self._subject.grid
+    given = policy.module, policy.params, self._batch, grid
     return self._once(
-      ("answer", selection.index.shape[1]),
-      lambda: self._subject.programs.answer(
-        self._subject.checkpoint.params, self._subject.batch, selection
-      ),
+      ("scores", id(policy)), lambda: self._programs.scores(*given)
     )
 
-  def _once(self, key: tuple, function: Callable[[], Any]) -> float:
+  def _answer(self, condition) -> float:
+    """Returns the milliseconds of answering from what a method selects."""
+    method, ratio, _ = condition
+    select = self._programs.select(method.compressor, ratio, self._subject.grid)
+    selection = select(self._subject.inputs(condition))
+    return self._once(
+      ("answer", selection.index.shape[1]),
+      lambda: self._programs.answer(self._params, self._batch, selection),
+    )
+
+  def _once(self, key: Any, function: Callable[[], Any]) -> float:
     if key not in self._known:
       self._known[key] = self._median(function)
     return self._known[key]
@@ -224,13 +175,7 @@ def median_milliseconds(
   repeats: int,
   wait: Callable[[Any], Any] = jax.block_until_ready,
 ) -> float:
-  """Returns the median over `repeats` runs, after one that may compile.
-
-  Args:
-    function: what is timed.
-    repeats: at least 1.
-    wait: returns once what `function` gave has been computed.
-  """
+  """Returns the median over `repeats` runs, after one that may compile."""
   wait(function())
   taken = []
   for _ in range(repeats):
@@ -244,5 +189,4 @@ def readable(
   engine: engine_lib.Engine, questions: Sequence[question_lib.Question]
 ) -> question_lib.Question | None:
   """Returns the first question whose clip can be used."""
-  usable = (q for q in questions if not engine.source[q.video].fault)
-  return next(usable, None)
+  return next((q for q in questions if not engine.source[q.video].fault), None)

@@ -11,7 +11,6 @@ they agree, so that this drift is checked first.
 """
 
 import dataclasses
-import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,24 +21,15 @@ SOURCE = "arXiv 2602.01649, main table"
 VANILLA = "vanilla"
 
 # Benchmark -> (its name in tables, questions it asks).
-BENCHMARKS = types.MappingProxyType(
-  {
-    "longvideobench": ("LongVideoBench", 1337),
-    "mlvu_dev": ("MLVU dev", 2175),
-    "mlvu_test": ("MLVU test", 502),
-    "videomme": ("VideoMME", 2700),
-  }
-)
+BENCHMARKS = {
+  "longvideobench": ("LongVideoBench", 1337),
+  "mlvu_dev": ("MLVU dev", 2175),
+  "mlvu_test": ("MLVU test", 502),
+  "videomme": ("VideoMME", 2700),
+}
 # Columns of the table: benchmarks, and parts of one by duration.
-COLUMNS = (
-  "longvideobench",
-  "mlvu_dev",
-  "mlvu_test",
-  "videomme/short",
-  "videomme/medium",
-  "videomme/long",
-  "videomme",
-)
+COLUMNS = ("longvideobench", "mlvu_dev", "mlvu_test", "videomme/short",
+           "videomme/medium", "videomme/long", "videomme")  # fmt: skip
 AVERAGE = "average"
 NUM_FRAMES = 32
 RULE = "paper"
@@ -59,23 +49,16 @@ class Model:
   template: str = ""
 
 
-MODELS = types.MappingProxyType(
-  {
-    "ov7b": Model(
-      "LLaVA-OneVision-7B",
-      "configs/llava_onevision.py:size=7b",
-      (3584, 28, 18944),
-      "llava_onevision",
-      "tokenizer",
-    ),
-    "qwen3b": Model(
-      "Qwen2.5-VL-3B",
-      "configs/qwen2_5_vl.py:size=3b",
-      (2048, 36, 11008),
-      "qwen2_5_vl",
-    ),
-  }
-)
+MODELS = {
+  "ov7b": Model(
+    "LLaVA-OneVision-7B", "configs/llava_onevision.py:size=7b",
+    (3584, 28, 18944), "llava_onevision", "tokenizer",
+  ),
+  "qwen3b": Model(
+    "Qwen2.5-VL-3B", "configs/qwen2_5_vl.py:size=3b",
+    (2048, 36, 11008), "qwen2_5_vl",
+  ),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +82,7 @@ class Row:
 def _row(model, title, ratio, *values) -> Row:
   *scores, average, share = values
   known = dict(zip(COLUMNS, scores, strict=bool(scores)))
-  method, known = title.lower(), types.MappingProxyType(known)
-  return Row(model, title, method, ratio, average, share, known)
+  return Row(model, title, title.lower(), ratio, average, share, known)
 
 
 # Method, ratio, `COLUMNS` where they are reported, average, share.
@@ -136,43 +118,31 @@ METHODS = tuple(
 )
 RATIOS = (0.25, 0.20, 0.15, 0.10)
 # Options that the paper's rows have; other values make another method.
-OPTIONS = types.MappingProxyType(
-  {"cacovid": {"importance_ratio": 0.5, "max_frame_share": 1.5}}
-)
+OPTIONS = {"cacovid": {"importance_ratio": 0.5, "max_frame_share": 1.5}}
 
 # Milliseconds on the paper's accelerator at 25 %: LLaVA-OneVision-7B's prefill
 # and, by method, the time to choose the tokens.
 EFFICIENCY_SOURCE = "arXiv 2602.01649, efficiency table"
 EFFICIENCY_MODEL, EFFICIENCY_RATIO = "ov7b", 0.25
 VANILLA_PREFILL_MS, PREFILL_MS = 200.4, 53.2
-COMPRESSION_MS = types.MappingProxyType(
-  {"divprune": 134.3, "prunevid": 34.1, "cacovid": 11.2}
-)
+COMPRESSION_MS = {"divprune": 134.3, "prunevid": 34.1, "cacovid": 11.2}
 
 
 def model_of(config: Any) -> str | None:
   """Returns the key of `MODELS` of a base model's config; None for others."""
-  text = config.text
+  text, family = config.text, config.to_hf()["model_type"]
   sizes = (text.hidden_size, text.num_layers, text.intermediate_size)
-  family = config.to_hf()["model_type"]
-  for key, model in MODELS.items():
-    if (model.sizes, model.family) == (sizes, family):
-      return key
-  return None
+  known = {(model.sizes, model.family): key for key, model in MODELS.items()}
+  return known.get((sizes, family))
 
 
 def row(model: str | None, method: str, ratio: float) -> Row | None:
   """Returns the paper's row of a method at a ratio, if it has one."""
   for found in ROWS:
-    if (found.model, found.method) == (model, method):
-      if method == VANILLA or abs(found.ratio - ratio) < 1e-9:
-        return found
+    same = (found.model, found.method) == (model, method)
+    if same and (method == VANILLA or abs(found.ratio - ratio) < 1e-9):
+      return found
   return None
-
-
-def row_of(model: str | None, method: Any, ratio: float) -> Row | None:
-  """Returns the paper's row of a `methods.Method`, if it is the paper's."""
-  return row(model, method.label, ratio) if is_method(method) else None
 
 
 def is_method(method: Any) -> bool:
@@ -202,10 +172,7 @@ def check_tolerance(tolerance: float) -> float:
 def compare(
   own: Mapping[str, float], reported: Mapping[str, float], tolerance: float
 ) -> dict[str, dict[str, Any]]:
-  """Returns, by column that both have: own, paper, difference and within.
-
-  Within is a difference of at most `tolerance` points.
-  """
+  """Returns, by column that both have: own, paper, difference and within."""
   out = {}
   for column, value in reported.items():
     if column not in own:
@@ -245,10 +212,7 @@ def reproduced(
 ) -> bool | str:
   """Returns whether a row says what the paper's says: True, False, or why not.
 
-  Args:
-    reported: the paper's row; None if it has none.
-    obstacles: what makes any comparison void: other settings, questions that
-      were not asked.
+  `obstacles` make any comparison void: other settings, questions not asked.
   """
   if reported is None:
     return "not in the paper"
@@ -268,21 +232,17 @@ def obstacles(
 ) -> list[str]:
   """Returns what makes a comparison with the paper void, in words.
 
-  Args:
-    config: of the evaluation of one benchmark; the others are alike.
-    parts: benchmarks, each a `combined.Part`.
+  The config is that of any part's evaluation; parts are `combined.Part`.
   """
   found = []
   if absent:
     titles = ", ".join(BENCHMARKS[name][0] for name in absent)
     found.append(f"not asked: {titles}")
   for part in parts:
-    title, expected = BENCHMARKS[part.name]
-    num_asked = len(part.questions)
-    if num_asked != expected:
-      found.append(f"{num_asked} of {expected} questions of {title}")
-    lost = sum(entry["questions"] for entry in part.out["unreadable"])
-    if lost:
+    (title, expected), asked = BENCHMARKS[part.name], len(part.questions)
+    if asked != expected:
+      found.append(f"{asked} of {expected} questions of {title}")
+    if lost := sum(entry["questions"] for entry in part.out["unreadable"]):
       found.append(f"clips of {lost} questions of {title} cannot be used")
   num_frames, evals = config.data.num_frames, config.evals
   if num_frames != NUM_FRAMES:
@@ -306,8 +266,8 @@ def _other_pixels(config) -> list[str]:
   path, data = config.model.path, config.data
   if not (data.min_pixels or data.max_pixels):
     return []
-  model = checkpoints.make_model(checkpoints.load_config(path))
-  found = model.read_processor(path)
+  found = checkpoints.make_model(checkpoints.load_config(path))
+  found = found.read_processor(path)
   own, papers = (
     f"{each.min_pixels} to {each.max_pixels}"
     for each in (
@@ -315,6 +275,6 @@ def _other_pixels(config) -> list[str]:
       found.with_paper_bounds(),
     )
   )
-  return (
-    [] if own == papers else [f"frames of {own} pixels instead of {papers}"]
-  )
+  if own == papers:
+    return []
+  return [f"frames of {own} pixels instead of {papers}"]

@@ -1,5 +1,6 @@
 """What a result was made with: code, packages, decoder, frames, host."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -35,23 +36,15 @@ def describe(
 
   No paths, times or host names: the same run gives the same bytes.
 
-  Args:
-    frame_hashes: clip -> sha256 of its decoded frames.
-    checkpoint: identity of the base model, its "sha256".
-    policies: name -> digest of the parameters.
-    generator_hash: of the synthetic benchmark's generator, if it is one.
-    settings: of the evaluation.
-    index_hashes: clip -> digest of which of its frames were shown.
-    template: the chat template's text, None if there is none.
-    environments: what answers were computed in, see `environment`; None is
-      this process's. All are listed; where they differ in a field, that names
-      every value.
+  Hashes are by clip, of its decoded frames and of which they are; policies are
+  digests by name. `environments` are those that answers were computed in, by
+  default this one: all are listed, and a field in which they differ names all.
   """
-  if environments is None:
-    environments = [environment()]
-  texts = {json.dumps(dict(found), sort_keys=True) for found in environments}
-  environments = [json.loads(text) for text in sorted(texts)]
-  versions = [found["packages"] for found in environments]
+  # Once each, in a fixed order.
+  found = [environment()] if environments is None else environments
+  texts = {json.dumps(dict(one), sort_keys=True) for one in found}
+  environments = list(map(json.loads, sorted(texts)))
+  versions = [one["packages"] for one in environments]
   names = sorted(set().union(*versions))
   return {
     "checkpoint": checkpoint.get("sha256", ""),
@@ -116,31 +109,27 @@ def host() -> dict[str, Any]:
 
 def packages() -> dict[str, str]:
   """Returns the installed versions of the packages that matter."""
-  found = {}
+  found = dict.fromkeys(_PACKAGES, "not installed")
   for name in _PACKAGES:
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
       found[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-      found[name] = "not installed"
   return found
 
 
 def git_commit() -> str:
   """Returns the commit of this code, "-dirty" if tracked files differ.
 
-  "unknown" for a copy outside its repository, such as an installed package
-  that lies inside somebody else's.
+  "unknown" for a copy outside its repository, whatever it lies inside.
   """
   package = pathlib.Path(cacovid_jax.__file__).resolve().parent
 
   def git(*arguments):
-    return subprocess.run(
+    return subprocess.check_output(
       ["git", "-C", str(package), *arguments],
-      capture_output=True,
+      stderr=subprocess.DEVNULL,
       text=True,
       timeout=20,
-      check=True,
-    ).stdout.strip()
+    ).strip()
 
   try:
     if pathlib.Path(git("rev-parse", "--show-toplevel")) != package.parent:

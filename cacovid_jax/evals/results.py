@@ -6,6 +6,7 @@ so that the same run gives the same bytes.
 
 import collections
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -25,16 +26,11 @@ REFERENCE = "cacovid"
 _FRAME_RATIO = 0.125
 _WHOLE = methods_lib.Condition()
 VANILLA_KEY = methods_lib.VANILLA, "1.00"
-Failures = Mapping[tuple[str, float], evaluator_lib.Failure]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Table:
-  """Which answers of a ledger make up a table.
-
-  Attributes:
-    grids: clip -> (T, H, W) where they differ.
-  """
+  """Which answers of a ledger make up a table."""
 
   benchmark: str
   split: str  # "validation" or "test".
@@ -45,6 +41,7 @@ class Table:
   grid: tuple[int, int, int]  # (T, H, W); where clips differ, of most of them.
   # How answers are counted.
   task: benchmarks.Task = benchmarks.task(benchmarks.PREPARED)
+  # Clip -> (T, H, W) where they differ.
   grids: Mapping[str, tuple[int, int, int]] = dataclasses.field(
     default_factory=dict
   )
@@ -58,13 +55,9 @@ class Table:
     """N of each question, int64[Q]."""
     return np.array([math.prod(self.grid_of(q)) for q in self.questions])
 
-  @property
-  def clips(self) -> list[str]:
-    return [question.video for question in self.questions]
-
-  @property
-  def strata(self) -> statistics.Strata | None:
-    return self.task.strata(self.questions)
+  @functools.cached_property
+  def sample(self) -> statistics.Sample:
+    return self.task.sample(self.questions)
 
 
 def build(
@@ -72,7 +65,7 @@ def build(
   ledger: answer_log.AnswerLog,
   *,
   provenance: Mapping[str, Any],
-  failures: Failures | None = None,
+  failures: evaluator_lib.Failures | None = None,
   decisive: Mapping[str, Sequence[int]] | None = None,
   **sections: Any,
 ) -> dict[str, Any]:
@@ -80,16 +73,13 @@ def build(
 
   Accuracies are fractions whatever the task's scale; of a task with a macro
   mean, they and their intervals are macro means. Breakdowns are plain. Guesses
-  of a scorer are counted in `num_fallbacks`, all seeds together. A paired
-  entry's mean is the accuracy of `method` less that of `vs`.
+  of a scorer are counted in `num_fallbacks`, all seeds together.
 
   Args:
     table: what to tabulate; the ledger must hold all of it, but for failures.
-    failures: what `Evaluator.run` could not ask; such a cell has its reason as
-      its status, and no accuracy.
+    failures: what `Evaluator.run` could not ask: cells without accuracy.
     decisive: question id -> tokens that decide it, for the frame head.
-    **sections: `chosen` on validation, from which candidates; the `rule` that
-      letters were taken by; `Benchmark.left_out`.
+    **sections: `chosen`, `rule` and `left_out`.
   """
   failures = failures or {}
   records = _records(table, ledger, _WHOLE)
@@ -100,9 +90,9 @@ def build(
     "split": table.split,
     "metric": table.task.metric,
     "scale": table.task.scale,
-    "macro": list(table.strata.names) if table.strata else [],
+    "macro": list(table.sample.names),
     "grid": _grids(table),
-    "num_clips": len(set(table.clips)),
+    "num_clips": len(set(table.sample.clips)),
     "chance": number(_chance(table)),
     "vanilla": {
       **_counted(table, records, vanilla),
@@ -135,9 +125,7 @@ def _rows(table, ledger, failures, vanilla) -> dict[str, Any]:
         values[method.label, key] = mean
 
   def difference(key, versus):
-    return statistics.paired_difference(
-      values[key], values.get(versus, vanilla), table.clips, strata=table.strata
-    )
+    return table.sample.difference(values[key], values.get(versus, vanilla))
 
   out["paired"] = paired(values, map(ratio_key, table.ratios), difference)
   return out
@@ -150,10 +138,8 @@ def paired(
 ) -> list[dict[str, Any]]:
   """Returns every row less the reference, and the reference less vanilla.
 
-  Args:
-    answered: (label, ratio key) of all cells that could be run.
-    ratios: their keys; one at which the reference failed has no entry.
-    difference: of the cells at two keys; vanilla's is `VANILLA_KEY`.
+  Of `answered` cells, (label, ratio key), `difference` is that of two. A ratio
+  at which the reference failed has no entry.
   """
   out = []
   for ratio in ratios:
@@ -202,7 +188,9 @@ def check_ratios(ratios: Iterable[float]) -> tuple[float, ...]:
   return ratios
 
 
-def keys(table: Table, failures: Failures) -> list[answer_log.Key]:
+def keys(
+  table: Table, failures: evaluator_lib.Failures
+) -> list[answer_log.Key]:
   """Returns the keys of all answers of a table, less what could not be run."""
   return [
     cell.key(question.id)
@@ -215,11 +203,8 @@ def keys(table: Table, failures: Failures) -> list[answer_log.Key]:
 def frame_hashes(
   table: Table, ledger: answer_log.AnswerLog, field: str = "frame_hash"
 ) -> dict[str, str]:
-  """Returns clip -> sha256 of the frames that were shown to the model.
-
-  "frame_hash" is of their pixels, "index_hash" of which they are.
-  """
-  found = zip(table.clips, _records(table, ledger, _WHOLE), strict=True)
+  """Returns clip -> sha256 of its shown pixels, or by "index_hash" of which."""
+  found = zip(table.sample.clips, _records(table, ledger, _WHOLE), strict=True)
   return {clip: record[field] for clip, record in found if record.get(field)}
 
 
@@ -231,22 +216,16 @@ def _records(table, ledger, cell) -> list[Mapping[str, Any]]:
 def _counted(table, records, values) -> dict[str, Any]:
   """Returns what every cell has: accuracies of float64[Q], and guesses."""
   pairs = list(zip(table.questions, values, strict=True))
-  facets = sorted({facet for q in table.questions for facet, _ in q.groups})
-  estimate = statistics.accuracy(values, table.clips, strata=table.strata)
+  by_group = collections.defaultdict(list)
+  for question, value in pairs:
+    for facet, name in question.groups:
+      by_group[facet].append((name, value))
   out = {
-    **figures(estimate),
+    **figures(table.sample.accuracy(values)),
     "n": len(values),
     "by_duration": _groups((q.duration, value) for q, value in pairs),
     "by_category": _groups((q.category, value) for q, value in pairs),
-    "by_group": {
-      facet: _groups(
-        (name, value)
-        for q, value in pairs
-        for key, name in q.groups
-        if key == facet
-      )
-      for facet in facets
-    },
+    "by_group": {facet: _groups(by_group[facet]) for facet in sorted(by_group)},
   }
   if guesses := sum(record.get("fallback", False) for record in records):
     out["num_fallbacks"] = guesses
@@ -254,7 +233,7 @@ def _counted(table, records, values) -> dict[str, Any]:
 
 
 def _groups(pairs) -> dict[str, dict[str, Any]]:
-  """Returns {name: accuracy and n} of (name, value) pairs; None is no group."""
+  """Returns {name: accuracy and n} of pairs; None is no group."""
   groups = collections.defaultdict(list)
   for name, value in pairs:
     if name:
@@ -270,20 +249,18 @@ def _cell(table, ledger, method, ratio, vanilla):
   _, *cells = methods_lib.conditions([method], [ratio], table.seeds)
   per_seed = [_records(table, ledger, cell) for cell in cells]
   scores = np.array([[r["score"] for r in found] for found in per_seed])
-  mean = scores.mean(axis=0)
-  records = [record for found in per_seed for record in found]
+  mean, records = scores.mean(axis=0), sum(per_seed, [])
   # Before the language model, every layer sees the tokens that were kept.
+  counts = np.tile(table.num_video, len(cells))
   equivalent = [
     record.get("equivalent", record["kept"] / count)
-    for found in per_seed
-    for record, count in zip(found, table.num_video, strict=True)
+    for record, count in zip(records, counts, strict=True)
   ]
-  share = statistics.ratio_of_means(
-    mean, vanilla, table.clips, strata=table.strata
-  )
   out = {
     **_counted(table, records, mean),
-    **figures(share, "of_vanilla", "of_vanilla_ci95"),
+    **figures(
+      table.sample.share(mean, vanilla), "of_vanilla", "of_vanilla_ci95"
+    ),
     **_facts(method),
     "kept_tokens": number(np.mean([record["kept"] for record in records])),
     "equivalent_ratio": number(np.mean(equivalent)),
@@ -294,14 +271,13 @@ def _cell(table, ledger, method, ratio, vanilla):
     out["forced"] = number(forced)
   if len(cells) > 1:
     out["by_seed"] = {
-      str(cell.seed): number(statistics.mean(values, table.strata))
+      str(cell.seed): number(table.sample.mean(values))
       for cell, values in zip(cells, scores, strict=True)
     }
   return out, mean
 
 
 def _failed(method, failure: evaluator_lib.Failure) -> dict[str, Any]:
-  """Returns the cell of a method that cannot be run at a ratio."""
   out = {"status": failure.reason, **_facts(method)}
   if (lowest := failure.minimum_ratio) is not None:
     # Rounded up, so that it can be used as it stands; not a rounded one again.
@@ -311,21 +287,21 @@ def _failed(method, failure: evaluator_lib.Failure) -> dict[str, Any]:
 
 def _facts(method) -> dict[str, Any]:
   """Returns what a cell says of its method, where there is something."""
-  compressor = method.compressor
-  out = {
-    "options": dict(compressor.options),
-    "note": getattr(compressor, "note", ""),
-  }
+  compressor, out = method.compressor, {}
+  if compressor.options:
+    out["options"] = dict(compressor.options)
+  if note := getattr(compressor, "note", ""):
+    out["note"] = note
   if not getattr(compressor, "exact_budget", True):
     out["exact_budget"] = False
-  return {name: fact for name, fact in out.items() if fact not in ({}, "")}
+  return out
 
 
 def _grids(table) -> list[Any]:
   """Returns [T, H, W], or all grids with how many clips and questions."""
   questions = collections.Counter(map(table.grid_of, table.questions))
   if len(questions) == 1:
-    return list(next(iter(questions)))
+    return list(*questions)
   clips = {q.video: table.grid_of(q) for q in table.questions}
   counts = collections.Counter(clips.values())
   return [
@@ -338,15 +314,12 @@ def _chance(table) -> float:
   """Returns the accuracy of guessing one of the options."""
   shares = [1 / len(q.options) for q in table.questions if q.options]
   if len(shares) == len(table.questions):
-    return statistics.mean(shares, table.strata)
+    return table.sample.mean(shares)
   return float(np.mean(shares)) if shares else 0.0
 
 
 def _frame_head(table, ledger, decisive, failures):
-  """Returns how often the best frames hold a decisive one, against chance.
-
-  None where no policy was followed or no decisive tokens are known.
-  """
+  """Returns how often the best frames hold a decisive one, against chance."""
   ratio = table.ratios[0]
   followed = [
     method
@@ -356,39 +329,38 @@ def _frame_head(table, ledger, decisive, failures):
     and (method.spec, ratio) not in failures
   ]
   if not followed or not decisive:
-    return None
-  method = followed[0]
+    return None  # No policy was followed, or nothing is known.
   T, H, W = table.grid  # Decisive tokens are known of one grid alone.
   drawn = math.ceil(_FRAME_RATIO * T)
-  cell = methods_lib.Condition(method, ratio, 0)
-  hits, chances, clips = [], [], []
+  cell = methods_lib.Condition(followed[0], ratio, 0)
+  found = []  # (whether hit, by chance, clip) of each question.
   for question in table.questions:
     order = ledger[cell.key(question.id)].get("frames")
     frames = {token // (H * W) for token in decisive.get(question.id, ())}
     if order is not None and frames:
-      hits.append(bool(frames & set(order[:drawn])))
-      chances.append(statistics.overlap_by_chance(T, len(frames), drawn))
-      clips.append(question.video)
-  if not hits:
+      hit = bool(frames & set(order[:drawn]))
+      chance = statistics.overlap_by_chance(T, len(frames), drawn)
+      found.append((hit, chance, question.video))
+  if not found:
     return None
-  above = statistics.paired_difference(hits, chances, clips)
+  hits, chances, clips = zip(*found, strict=True)
+  sample = statistics.Sample(clips)
   return {
-    "method": method.label,
+    "method": cell.label,
     "frames": drawn,
     "of": T,
     "n": len(hits),
-    **figures(statistics.accuracy(hits, clips), "hit"),
+    **figures(sample.accuracy(hits), "hit"),
     "chance": number(np.mean(chances)),
-    **figures(above, "above_chance", "above_chance_ci95"),
+    **figures(
+      sample.difference(hits, chances), "above_chance", "above_chance_ci95"
+    ),
   }
 
 
 def _unreadable(table, ledger, failures) -> list[dict[str, Any]]:
-  """Returns the clips that could not be used; their questions count as 0.
-
-  Those as well that were lost before the last row was asked.
-  """
-  faults = {}
+  """Returns the clips that could not be used; their questions count as 0."""
+  faults = {}  # Those as well that were lost before the last row was asked.
   for key in keys(table, failures):
     if fault := ledger[key].get("fault"):
       faults.setdefault(key.question, fault)

@@ -16,10 +16,8 @@ from cacovid_jax.data import letters, rewards, wording
 from cacovid_jax.data import question as question_lib
 
 Question = question_lib.Question
-_LONGVIDEOBENCH_PREAMBLES = (
-  *letters.PREAMBLES, "The best option is", "The correct option is",
-  "Best answer:", "Best option:",
-)  # fmt: skip
+_LONGVIDEOBENCH_PREAMBLES = (*letters.PREAMBLES, "The best option is",
+  "The correct option is", "Best answer:", "Best option:")  # fmt: skip
 _MVBENCH_MARKS = ';/[]"{}()=+\\_-><@`,?!'
 _MAX_PERIODS = 32
 _OUTER_MARKS = (",", ".", "!", "?", ";", ":", "'")
@@ -31,8 +29,7 @@ class Scored(NamedTuple):
 
   score: float  # In [0, 1].
   letter: str = ""  # The option that was understood, "" if none.
-  # True if none was understood and one was guessed, where the rule wants a
-  # guess.
+  # True if none was understood, and the rule wants a guess.
   fallback: bool = False
 
 
@@ -42,12 +39,9 @@ def of_letter(question: Question, letter: str) -> Scored:
 
 
 def guess(question: Question) -> Scored:
-  """Returns the score of a guessed option, flagged.
-
-  The field's scorers draw at random here, so that a table cannot be repeated;
-  this draws by the question's id and is the same in every run and for every
-  method.
-  """
+  """Returns the score of a guessed option, flagged."""
+  # The field's scorers draw at random here; the question's id gives the same
+  # option in every run and for every method.
   count = max(len(question.options), 1)
   place = question_lib.question_hash(f"guess/{question.id}") % count
   letter = question_lib.LETTERS[place]
@@ -59,11 +53,8 @@ def _of_letter_or_guess(question, letter) -> Scored:
 
 
 def prepared(question: Question, text: str, *, rule="paper") -> Scored:
-  """Returns the score of an answer to prepared data; that of an empty one is 0.
-
-  Multiple choice by its letter; other problem types as in training, where
-  their rewards are the benchmarks' own measures.
-  """
+  """Returns the score of an answer to prepared data, or own questions."""
+  # Rewards of training are the benchmarks' own measures.
   if not question.lettered:
     return Scored(rewards.reward(question.problem_type, text, question.answer))
   num_options = len(question.options) or 4
@@ -79,7 +70,6 @@ def videomme(question: Question, text: str, *, rule="paper") -> Scored:
 def longvideobench(question: Question, text: str, *, rule="paper") -> Scored:
   """Returns the score of the first of the letters A to E, option or not.
 
-  Where there is none, the original draws an option at random; see `guess`.
   Both rules are the same: CaCoVID's tables were counted by this one, and
   lmms-eval 0.7.3 has it unchanged.
   """
@@ -112,11 +102,8 @@ mlvu_test = functools.partial(_mlvu, num_options=6)
 
 
 def mvbench(question: Question, text: str, *, rule="paper") -> Scored:
-  """Returns the score of the first letter that stands alone, in either case.
-
-  "B." and then one line is B. Else punctuation goes, and the first word that
-  is a letter from A to E counts, the article "a" as A.
-  """
+  """Returns the score of the first letter that stands alone, in either case."""
+  # "B." and then one line is B. Else punctuation goes; the article "a" is A.
   letters.check_rule(rule)
   text = text.strip()
   found = re.match(r"([a-e])\.\s*.+\Z", text, re.IGNORECASE)
@@ -129,8 +116,7 @@ def _without_marks(text: str) -> str:
   """Returns the text with its marks dropped, or turned into spaces.
 
   A mark is dropped where it is next to a space anywhere in the text, and all
-  of them are where a number has a comma in it. So "(A)/(B)" is two words and
-  "it is (A)" has a letter of its own.
+  of them are where a number has a comma in it: "(A)/(B)" is two words.
   """
   text = re.sub(r"[\n\t]", " ", text).strip()
   dropped = re.search(r"\d,\d", text) is not None
@@ -143,10 +129,8 @@ def _without_marks(text: str) -> str:
 
 
 def egoschema(question: Question, text: str, *, rule="paper") -> Scored:
-  """Returns the score of the option that is named first, or of a guess.
-
-  The last mention of each form counts: of "(A) or (B) or (A)", B is first.
-  """
+  """Returns the score of the option that is named first, or of a guess."""
+  # The last mention of each form counts: of "(A) or (B) or (A)", B is first.
   letters.check_rule(rule)
   text, named = _framed(text), question_lib.LETTERS[: len(question.options)]
   found = []
@@ -155,9 +139,8 @@ def egoschema(question: Question, text: str, *, rule="paper") -> Scored:
     found += _places(text, forms).items()
   if not found:
     # The released options carry their letters, and are looked for with them.
-    lettered = wording.letter_options(
-      [option.strip() for option in question.options]
-    )
+    options = [option.strip() for option in question.options]
+    lettered = wording.letter_options(options)
     found = list(_quoted(text, named, lettered).items())
   letter = min(found, key=lambda item: item[1])[0] if found else ""
   return _of_letter_or_guess(question, letter)
@@ -167,8 +150,7 @@ def nextqa(question: Question, text: str, *, rule="paper") -> Scored:
   """Returns the score of the option that is named last, or of a guess.
 
   Forms are tried one after the other. Of several options in a form without
-  parentheses, that counts which stands last between two spaces; if none does,
-  the first letter of the alphabet.
+  parentheses, that counts which stands last between two spaces, else the first.
   """
   letters.check_rule(rule)
   text, named = _framed(text), question_lib.LETTERS[: len(question.options)]
@@ -200,10 +182,7 @@ def _places(text: str, forms: Mapping[str, str]) -> dict[str, int]:
 
 
 def _quoted(text: str, named: str, options: Sequence[str]) -> dict[str, int]:
-  """Returns letter -> where an option's text stands last, whatever its case.
-
-  Nothing in an answer of few words.
-  """
+  """Returns letter -> where its text stands last; {} of a few words."""
   if len(text.split()) <= _FEW_WORDS:
     return {}
   lowered = [option.lower() for option in options]

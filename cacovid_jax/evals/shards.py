@@ -42,12 +42,11 @@ class Shard(NamedTuple):
 
   def checked(self) -> "Shard":
     """Returns itself; refuses a number that no process has."""
-    index, count = self
-    if not 0 <= index < count:
+    if not 0 <= self.index < self.count:
       mend = "there is no process; give 0/1"
-      if count > 0:
-        mend = f"with {count} processes, give 0/{count} to {count - 1}/{count}"
-      raise errors.UserError(f"shard {index}/{count}: {mend}")
+      if (n := self.count) > 0:
+        mend = f"with {n} processes, give 0/{n} to {n - 1}/{n}"
+      raise errors.UserError(f"shard {self.index}/{self.count}: {mend}")
     return self
 
   @property
@@ -63,14 +62,9 @@ class Shard(NamedTuple):
 
 
 def ledgers(workdir: pathlib.Path, name: str) -> list[pathlib.Path]:
-  """Returns all ledgers of a shared workdir, whoever writes to them.
-
-  The name is that of one process alone, such as "answers.jsonl".
-  """
-  stem, _, suffix = name.partition(".")
-  pattern = re.compile(
-    rf"{re.escape(stem)}(-[0-9]+-of-[0-9]+)?\.{re.escape(suffix)}"
-  )
+  """Returns all ledgers of a shared workdir, of a name like "answers.jsonl"."""
+  stem, _, suffix = map(re.escape, name.partition("."))
+  pattern = re.compile(rf"{stem}(-[0-9]+-of-[0-9]+)?\.{suffix}")
   return sorted(
     path for path in workdir.iterdir() if pattern.fullmatch(path.name)
   )
@@ -81,11 +75,7 @@ def ledger(
 ) -> answer_log.AnswerLog:
   """Opens this process's ledger, with what all others have answered so far.
 
-  Args:
-    workdir: shared.
-    shard: this process.
-    name: as of `ledgers`.
-    run: what the answers depend on.
+  The name is as of `ledgers`; answers depend on `run`.
   """
   found = answer_log.AnswerLog(
     workdir / shard.file(name), run, environment=provenance.environment()
@@ -120,36 +110,32 @@ class ShardStatus:
     """Takes this process's own note away, if there is one."""
     self._path(self.shard).unlink(missing_ok=True)
 
-  def done(
-    self, failures: Mapping[tuple[str, float], evaluator_lib.Failure]
-  ) -> None:
+  def done(self, failures: evaluator_lib.Failures) -> None:
     """Notes that this process has asked its share, less what failed."""
-    note = {
-      "work": self.work,
-      "failures": [
-        {"method": spec, "ratio": ratio, **failure._asdict()}
-        for (spec, ratio), failure in failures.items()
-      ],
-    }
+    entries = [
+      {"method": spec, "ratio": ratio, **failure._asdict()}
+      for (spec, ratio), failure in failures.items()
+    ]
+    note = {"work": self.work, "failures": entries}
     files.write_json(self._path(self.shard), note)
 
-  def missing(self) -> list[int]:
-    """Returns the numbers of the processes that are not done."""
-    return [i for i in range(self.shard.count) if self._read(i) is None]
+  def read(self) -> tuple[list[int], evaluator_lib.Failures]:
+    """Returns (numbers of the processes that are not done, all failures).
 
-  def failures(self) -> dict[tuple[str, float], evaluator_lib.Failure]:
-    """Returns what could not be run, as one process alone would find it.
-
-    All must be done. The reason is that of the first batch that showed it.
+    Where all are done, failures are as one process alone would find them: the
+    reason is that of the first batch that showed it.
     """
-    found = {}
+    missing, found = [], {}
     for index in range(self.shard.count):
-      for entry in self._read(index):
+      entries = self._read(index)
+      if entries is None:
+        missing.append(index)
+      for entry in entries or ():
         place = entry.pop("method"), entry.pop("ratio")
         failure = evaluator_lib.Failure(**entry)
         if place not in found or failure.batch < found[place].batch:
           found[place] = failure
-    return found
+    return missing, found
 
   def _path(self, shard: Shard) -> pathlib.Path:
     return self.workdir / shard.file("answers.done.json")

@@ -1,17 +1,16 @@
 """Accuracy with intervals, when several questions share one clip.
 
 Questions about one clip are not independent, so the bootstrap draws whole
-clips. Values are float per question: 0 or 1, or a mean over evaluation seeds.
-Everything is vectorised NumPy and depends on nothing but its arguments.
-
-Some benchmarks report the unweighted mean of their categories' means, the macro
-mean; it is formed anew in every bootstrap replicate.
+clips. Values are 0 or 1, or a mean over evaluation seeds. The macro mean of
+some benchmarks, the unweighted mean of their categories' means, is formed anew
+in every bootstrap replicate.
 
 Letters: Q questions, C clips, R bootstrap replicates, M categories.
 """
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -29,71 +28,85 @@ class Estimate(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Strata:
-  """Categories whose unweighted mean is the number that is reported."""
+class Sample:
+  """Questions in an order, which that of values float[Q] follows."""
 
-  of: tuple[str, ...]  # Category of each question [Q], each one among `names`.
-  names: tuple[str, ...]  # Of all M categories; one without questions counts 0.
+  clips: Sequence[str]  # Of each question.
+  # Category of each question and all M of them, for a macro mean; one without
+  # questions counts 0. Without names, means are over questions.
+  categories: Sequence[str] = ()
+  names: Sequence[str] = ()
+  # Of the resampling.
+  replicates: int = REPLICATES
+  seed: int = 0
 
   def __post_init__(self):
-    unknown = sorted(set(self.of) - set(self.names))
+    unknown = sorted(set(self.categories) - set(self.names))
     if unknown:
       raise ValueError(f"{unknown} are none of {self.names}")
 
-  def places(self) -> np.ndarray:
-    """Returns int[Q], the category of each question as a place in `names`."""
-    place = {name: i for i, name in enumerate(self.names)}
-    return np.array([place[name] for name in self.of])
+  @property
+  def _places(self) -> np.ndarray:
+    """int[Q], the category of each question as a place in `names`."""
+    return np.array([list(self.names).index(name) for name in self.categories])
 
+  def mean(self, values: Sequence[float]) -> float:
+    """Returns the mean, or the macro mean."""
+    values, size = np.asarray(values, np.float64), len(self.names)
+    if not size:
+      return float(values.mean())
+    sums = np.bincount(self._places, values, minlength=size)
+    counts = np.bincount(self._places, minlength=size)
+    return float((sums / np.maximum(counts, 1)).mean())
 
-def mean(values: Sequence[float], strata: Strata | None = None) -> float:
-  """Returns the mean of `values` [Q], or their macro mean."""
-  values = np.asarray(values, np.float64)
-  if strata is None:
-    return float(values.mean())
-  places, size = strata.places(), len(strata.names)
-  sums = np.bincount(places, values, minlength=size)
-  counts = np.bincount(places, minlength=size)
-  return float((sums / np.maximum(counts, 1)).mean())
+  def draws(self, values: Sequence[float]) -> np.ndarray:
+    """Returns float64[R], the mean or macro mean of each bootstrap replicate.
 
+    A category that a replicate happens to draw no clip of is left out of that
+    replicate's mean; one without any questions is 0 in all of them.
+    """
+    values, size = self._checked(values), len(self.names)
+    weights, inverse = _weights(tuple(self.clips), self.replicates, self.seed)
+    num_clips = weights.shape[1]
+    if not size:
+      sums = np.bincount(inverse, values, minlength=num_clips)
+      counts = np.bincount(inverse, minlength=num_clips)
+      return (weights @ sums) / (weights @ counts)
+    cell = inverse * size + self._places  # Of a table float[C, M].
+    sums = np.bincount(cell, values, minlength=num_clips * size)
+    counts = np.bincount(cell, minlength=num_clips * size)
+    top = weights @ sums.reshape(num_clips, size)
+    bottom = weights @ counts.reshape(num_clips, size)
+    drawn = bottom > 0
+    means = np.divide(top, bottom, out=np.zeros_like(top), where=drawn)
+    present = len(set(self.categories))
+    return means.sum(axis=1) / drawn.sum(axis=1) * (present / size)
 
-def draws(
-  correct: Sequence[float],
-  clips: Sequence[str],
-  *,
-  strata: Strata | None = None,
-  replicates: int = REPLICATES,
-  seed: int = 0,
-) -> np.ndarray:
-  """Returns float64[R], the mean or macro mean of each bootstrap replicate.
+  def accuracy(self, values: Sequence[float]) -> Estimate:
+    """Returns the mean, its interval clustered by clip."""
+    return interval(self.mean(values), self.draws(values))
 
-  A category that a replicate happens to draw no clip of is left out of that
-  replicate's mean; one without any questions is 0 in all of them.
+  def difference(
+    self, values: Sequence[float], reference: Sequence[float]
+  ) -> Estimate:
+    """Returns mean(values - reference), paired by question."""
+    # Of the same resampled clips: what makes one hard for both cancels.
+    return self.accuracy(self._checked(values) - self._checked(reference))
 
-  Args:
-    correct: float[Q].
-    clips: clip of each question.
-    strata: for the macro mean; None takes the mean over questions.
-    replicates: R.
-    seed: of the resampling.
-  """
-  values = _values(correct, clips)
-  weights, inverse = _weights(tuple(clips), replicates, seed)
-  num_clips = weights.shape[1]
-  if strata is None:
-    sums = np.bincount(inverse, values, minlength=num_clips)
-    counts = np.bincount(inverse, minlength=num_clips)
-    return (weights @ sums) / (weights @ counts)
-  size = len(strata.names)
-  cell = inverse * size + strata.places()  # Of a table float[C, M].
-  sums = np.bincount(cell, values, minlength=num_clips * size)
-  counts = np.bincount(cell, minlength=num_clips * size)
-  top = weights @ sums.reshape(num_clips, size)
-  bottom = weights @ counts.reshape(num_clips, size)
-  drawn = bottom > 0
-  means = np.divide(top, bottom, out=np.zeros_like(top), where=drawn)
-  present = len(set(strata.of))
-  return means.sum(axis=1) / drawn.sum(axis=1) * (present / size)
+  def share(
+    self, values: Sequence[float], reference: Sequence[float]
+  ) -> Estimate | None:
+    """Returns mean(values) / mean(reference); None if that is never right."""
+    of, to = self.mean(values), self.mean(reference)
+    return ratio(of, self.draws(values), to, self.draws(reference))
+
+  def _checked(self, values) -> np.ndarray:
+    values = np.asarray(values, np.float64)
+    if values.ndim != 1 or not len(values):
+      raise ValueError(f"expected float[Q] with Q > 0, got {values.shape}")
+    if len(values) != len(self.clips):
+      raise ValueError(f"{len(values)} values but {len(self.clips)} clips")
+    return values
 
 
 def interval(mean: float, draws: np.ndarray) -> Estimate:
@@ -113,70 +126,10 @@ def ratio(
   return interval(mean / other, draws[usable] / other_draws[usable])
 
 
-def accuracy(
-  correct: Sequence[float],
-  clips: Sequence[str],
-  *,
-  strata: Strata | None = None,
-  **options,
-) -> Estimate:
-  """Returns the mean of `correct` [Q], its interval clustered by `clips` [Q].
-
-  Arguments as of `draws`.
-  """
-  sampled = draws(correct, clips, strata=strata, **options)
-  return interval(mean(correct, strata), sampled)
-
-
-def paired_difference(
-  correct: Sequence[float],
-  reference: Sequence[float],
-  clips: Sequence[str],
-  **options,
-) -> Estimate:
-  """Returns mean(correct - reference), paired by question.
-
-  Both methods see the same resampled clips, so what makes a clip hard for
-  both cancels. Questions stand in the same order; options as of `draws`.
-  """
-  difference = _values(correct, clips) - _values(reference, clips)
-  return accuracy(difference, clips, **options)
-
-
-def ratio_of_means(
-  correct: Sequence[float],
-  reference: Sequence[float],
-  clips: Sequence[str],
-  *,
-  strata: Strata | None = None,
-  **options,
-) -> Estimate | None:
-  """Returns mean(correct) / mean(reference): the share of vanilla kept.
-
-  None if the reference is never right. Arguments as of `paired_difference`.
-  """
-  top, bottom = (
-    (mean(values, strata), draws(values, clips, strata=strata, **options))
-    for values in (correct, reference)
-  )
-  return ratio(*top, *bottom)
-
-
-def _values(values, clips) -> np.ndarray:
-  values = np.asarray(values, np.float64)
-  if values.ndim != 1 or not len(values):
-    raise ValueError(f"expected float[Q] with Q > 0, got {values.shape}")
-  if len(values) != len(clips):
-    raise ValueError(f"{len(values)} values but {len(clips)} clips")
-  return values
-
-
 @functools.lru_cache(maxsize=4)
 def _weights(clips: tuple[str, ...], replicates: int, seed: int):
-  """Returns how often each replicate drew each clip, and clip of question.
-
-  Cached: a report draws from the same clips a hundred times.
-  """
+  """Returns (float[R, C] how often a clip was drawn, int[Q] clip)."""
+  # Cached: a report draws from the same clips a hundred times.
   names, inverse = np.unique(np.asarray(clips), return_inverse=True)
   rng = np.random.default_rng(seed)
   share = np.full(len(names), 1.0 / len(names))
@@ -185,13 +138,7 @@ def _weights(clips: tuple[str, ...], replicates: int, seed: int):
 
 
 def overlap_by_chance(total: int, special: int, drawn: int) -> float:
-  """Returns P(at least one special) when `drawn` of `total` are drawn.
-
-  Hypergeometric: 1 - C(total - special, drawn) / C(total, drawn).
-  """
+  """Returns P(at least one special) when `drawn` of `total` are drawn."""
   if not 0 <= special <= total or not 0 <= drawn <= total:
     raise ValueError(f"{special} special and {drawn} drawn of {total}")
-  miss = 1.0
-  for i in range(drawn):
-    miss *= max(total - special - i, 0) / (total - i)
-  return 1.0 - miss
+  return 1.0 - math.comb(total - special, drawn) / math.comb(total, drawn)

@@ -599,4 +599,4 @@ def test_slices_of_several_frames():
   frames = np.arange(5)[:, None, None, None] * np.ones((1, 2, 2, 3))
   clip = dataclasses.replace(example(0, True), frames=frames, grid=(3, 1, 1))
   assert clip.slices[:, 0, 0, 0].tolist() == [0, 2, 4]
-  assert viewer._label(1, clip.frames_per_slice) == "3–4"
+  assert clip.labels[1] == "3–4"

@@ -20,7 +20,6 @@ from cacovid_jax.evals import (
   combined,
   estimate,
   paper,
-  paper_rows,
   scoring,
   tables,
 )
@@ -518,8 +517,8 @@ def test_printed_commands_fill_their_rows_in_folders_of_their_own():
   """One after another, none finds the answers of another."""
   workdirs = []
   for key in paper.MODELS:
-    whole = planned(paper_rows.command(key))
-    rest = planned(paper_rows.command(key, trained=False))
+    whole = planned(tables.paper_command(key))
+    rest = planned(tables.paper_command(key, trained=False))
     config, other = whole.experiment.config, rest.experiment.config
     methods = [methods_lib.Method.parse(spec) for spec in config.evals.methods]
     labels = {method.label for method in methods}
@@ -666,5 +665,5 @@ def test_the_page_holds_exactly_these_rows():
   root = pathlib.Path(main_table.__file__).parent.parent
   text = (root / "docs" / "paper_table.md").read_text(encoding="utf-8")
   found = [line for line in text.splitlines() if line.startswith("|")]
-  printed = paper_rows.markdown().splitlines()
+  printed = tables.paper_markdown().splitlines()
   assert found == [line for line in printed if line]

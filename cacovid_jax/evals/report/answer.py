@@ -1,11 +1,9 @@
 """The answers to one question in words: a table, and a page with pictures."""
 
+import functools
 import os
 import pathlib
-from collections.abc import Mapping
-from typing import Any
 
-import numpy as np
 import rich.box
 import rich.console
 import rich.table
@@ -33,18 +31,42 @@ def write(
   Folders that do not exist are made; `asked` is what the answerer returned.
   """
   path = check_path(path)
-  source = answerer.source(asked.grid)
-  shown = source.frames(asked.question.video)
-  clip = source[asked.question.video]
+  question, source = asked.question, answerer.source(asked.grid)
+  frames, clip = source.frames(question.video), source[question.video]
   described = provenance.describe(
-    frame_hashes={asked.question.id: clip.frame_hash},
-    index_hashes={asked.question.id: clip.index_hash},
+    frame_hashes={question.id: clip.frame_hash},
+    index_hashes={question.id: clip.index_hash},
     template=answerer.checkpoint.tokenizer.template,
     checkpoint=answerer.checkpoint.identity,
     policies={name: p.identity for name, p in answerer.policies.items()},
   )
+  first = min(
+    [answer for answer in asked.answers if answer.ratio < 1] or asked.answers,
+    key=lambda answer: abs(answer.ratio - viewer.SHOWN_RATIO),
+  )
+  # Everything kept is the same whatever the method: one more ratio of it.
+  method = first.method
+  said = {a.ratio: viewer.Said(a.text, a.letter) for a in asked.answers}
+  example = viewer.Example(
+    question=question,
+    frames=frames,
+    grid=asked.grid,
+    views={(method, answer.ratio): answer.trace for answer in asked.answers},
+    answers={method: said},
+    shown=(method, first.ratio),
+  )
+  content = html.page(
+    "answer.html.jinja",
+    [example],
+    question=question,
+    lead=_lead(asked),
+    note=_note(asked),
+    columns=COLUMNS,
+    rows=[_row(asked, answer) for answer in asked.answers],
+    provenance=described,
+  )
   path.parent.mkdir(parents=True, exist_ok=True)
-  files.write(path, render(asked, shown, described))
+  files.write(path, content)
 
 
 def check_path(path: str | os.PathLike) -> pathlib.Path:
@@ -60,57 +82,17 @@ def check_path(path: str | os.PathLike) -> pathlib.Path:
   return path
 
 
-def render(asked, frames: np.ndarray, provenance: Mapping[str, Any]) -> str:
-  """Returns the HTML text of a page that shows the kept tokens.
-
-  Args:
-    asked: `answerer.ClipAnswers`.
-    frames: uint8[..., h, w, 3], all that the model was shown.
-  """
-  pruned = [answer for answer in asked.answers if answer.ratio < 1]
-  first = min(
-    pruned or asked.answers,
-    key=lambda answer: abs(answer.ratio - viewer.SHOWN_RATIO),
-  )
-  # Everything kept is the same whatever the method: one more ratio of it.
-  method = first.method
-  said = {a.ratio: viewer.Said(a.text, a.letter) for a in asked.answers}
-  example = viewer.Example(
-    question=asked.question,
-    frames=frames,
-    grid=asked.grid,
-    views={(method, answer.ratio): answer.trace for answer in asked.answers},
-    answers={method: said},
-    shown=(method, first.ratio),
-  )
-  facts = {
-    "question": asked.question.question,
-    "clip": asked.question.id,
-    "lead": _lead(asked),
-    "note": _note(asked),
-    "columns": COLUMNS,
-    "provenance": provenance,
-  }
-  rows = [_row(asked, answer) for answer in asked.answers]
-  return html.render_answers(facts, rows, [example])
-
-
-def show(asked, console: rich.console.Console | None = None) -> None:
+def show(asked: answerer_lib.ClipAnswers) -> None:
   """Prints the answers, tokens kept and times as a table."""
-  if console is None:
-    console = rich.console.Console(highlight=False)
-    if not console.is_terminal:  # A log has no width to keep to.
-      console = rich.console.Console(width=120, highlight=False)
-
-  def line(text):
-    console.print(text, markup=False, soft_wrap=True)
-
+  console = rich.console.Console(highlight=False)
+  if not console.is_terminal:  # A log has no width to keep to.
+    console = rich.console.Console(width=120, highlight=False)
+  line = functools.partial(console.print, markup=False, soft_wrap=True)
   line(f"question: {asked.question.question}")
   line(_lead(asked))
   table = rich.table.Table(box=rich.box.SIMPLE)
-  for place, column in enumerate(COLUMNS):
-    last = place == len(COLUMNS) - 1
-    justify = "left" if place == 0 or last else "right"
+  for column in COLUMNS:
+    justify = "left" if column in (COLUMNS[0], COLUMNS[-1]) else "right"
     table.add_column(column, justify=justify, overflow="fold")
   for answer in asked.answers:
     # Brackets of an answer are no markup.
@@ -122,7 +104,7 @@ def show(asked, console: rich.console.Console | None = None) -> None:
 def _row(asked, answer) -> list[str]:
   """Returns the cells of an answer's row, by `COLUMNS`."""
   stages = ("embed", "scores", "select", "answer")
-  times = map(answer.milliseconds.get, stages)
+  times = (*map(answer.milliseconds.get, stages), asked.total(answer))
   text = answer.text or "(nothing)"
   if answer.letter:
     place = question_lib.LETTERS.index(answer.letter)
@@ -131,13 +113,9 @@ def _row(asked, answer) -> list[str]:
   return [
     answer.method,
     f"{answer.kept} of {asked.num_video} ({100 * share:.3g} %)",
-    *map(_time, (*times, asked.total(answer))),
+    *("" if time is None else f"{time:.1f}" for time in times),
     text,
   ]
-
-
-def _time(milliseconds: float | None) -> str:
-  return "" if milliseconds is None else f"{milliseconds:.1f}"
 
 
 def _lead(asked) -> str:
@@ -154,13 +132,13 @@ def _lead(asked) -> str:
 
 def _note(asked) -> str:
   """Returns what the times include and what they do not."""
-  stages = (
-    "Scores: the policy, or what else the method reads. Answer: prefill and"
-    " decoding. In all: with decoding and the tower."
-  )
-  if asked.warm_up is None:
-    return f"{stages} First run: the times include compilation."
+  told = "First run: the times include compilation."
+  if asked.warm_up is not None:
+    told = (
+      "Times of a second run; the first one, with compilation, took"
+      f" {asked.warm_up:.1f} s."
+    )
   return (
-    f"{stages} Times of a second run; the first one, with compilation, took"
-    f" {asked.warm_up:.1f} s."
+    "Scores: the policy, or what else the method reads. Answer: prefill and"
+    f" decoding. In all: with decoding and the tower. {told}"
   )

@@ -56,10 +56,7 @@ class Chart:
   height: int = 380
 
   def page(self) -> markupsafe.Markup:
-    """Returns the chart for wide pages, and one with names below for narrow.
-
-    The page's style shows one of them.
-    """
+    """Returns the chart for wide pages, and one with names below for narrow."""
     label = f"{self.y_label} over {self.x_label}"
     wide = svg.as_element(self._draw(1040, self.height), label)
     narrow = svg.as_element(self._draw(360, 280, names=False), label)
@@ -157,7 +154,8 @@ class Chart:
 
 def over_ratio(out: Mapping[str, Any], ratios: Sequence[str]) -> Chart:
   """Returns accuracy over the share of tokens kept, of results.json."""
-  rows, series, ratios = _rows(out), [], sorted(ratios, key=float)
+  rows, series = {**out["methods"], **out["oracles"]}, []
+  ratios = sorted(ratios, key=float)
   for name, one in _series(rows).items():
     cells = [(100 * float(ratio), rows[name][ratio]) for ratio in ratios]
     points = [_point(x, c) for x, c in cells if c["status"] == "ok"]
@@ -166,7 +164,7 @@ def over_ratio(out: Mapping[str, Any], ratios: Sequence[str]) -> Chart:
   guessing = [("guessing", 100 * out["chance"])] if out["chance"] else []
   return Chart(
     series=series,
-    levels=[*_levels(out), *guessing],
+    levels=[("vanilla", 100 * out["vanilla"]["accuracy"]), *guessing],
     x_label="video tokens kept (%, logarithmic)",
     y_label="accuracy (%)",
     x_ticks=[100 * float(ratio) for ratio in ratios],
@@ -181,7 +179,7 @@ def over_time(
   out: Mapping[str, Any], ratio: str, times: Mapping[str, Mapping[str, float]]
 ) -> Chart:
   """Returns accuracy over the milliseconds of choosing, where measured."""
-  rows = _rows(out)
+  rows = {**out["methods"], **out["oracles"]}
   found = {
     name: times[name][ratio]
     for name, row in rows.items()
@@ -195,7 +193,7 @@ def over_time(
       known[name]._replace(points=[_point(max(time, floor), rows[name][ratio])])
       for name, time in found.items()
     ],
-    levels=_levels(out),
+    levels=[("vanilla", 100 * out["vanilla"]["accuracy"])],
     x_label="milliseconds to choose (logarithmic)",
     y_label="accuracy (%)",
     log_x=True,
@@ -226,12 +224,7 @@ def rewards(curves: Sequence[Mapping[str, Any]]) -> Chart:
 
 
 def averages(out: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
-  """Returns an SVG file of the main table's averages over the ratio.
-
-  Args:
-    out: results.json of the table.
-    rows: of `tables.main_rows`; vanilla's is the first.
-  """
+  """Returns an SVG file of the main table's averages, of `tables.main_rows`."""
   vanilla, *rows = rows
   rows = sorted(rows, key=lambda row: float(row["ratio"]))
   series = []
@@ -257,11 +250,7 @@ def averages(out: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
 
 @matplotlib.rc_context(svg.RC)
 def first_token(out: Mapping[str, Any]) -> str:
-  """Returns an SVG file of milliseconds to the first token, a bar per row.
-
-  Args:
-    out: results.json of the efficiency table.
-  """
+  """Returns an SVG file of milliseconds to the first token, a bar per row."""
   rows = [row for row in out["rows"] if row["status"] == "ok"]
   title = f"{out['size']}, {out['dtype']}, {out['host']['device']}"
   names = [f"{row['method']}, {row['ratio']:.0%}" for row in rows]
@@ -290,10 +279,6 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
   return ((sums[last] - sums[first]) / (last - first)).tolist()
 
 
-def _rows(out) -> dict[str, Any]:
-  return {**out["methods"], **out["oracles"]}
-
-
 def _series(names) -> dict[str, Series]:
   """Returns series without points, of the same colours in every chart."""
   found = {
@@ -303,10 +288,6 @@ def _series(names) -> dict[str, Series]:
   if (reference := results.REFERENCE) in found:
     found[reference] = Series(reference, (), "accent", strong=True)
   return found
-
-
-def _levels(out):
-  return [("vanilla", 100 * out["vanilla"]["accuracy"])]
 
 
 def _point(x, cell):

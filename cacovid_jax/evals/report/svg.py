@@ -6,6 +6,7 @@ scheme.
 """
 
 import io
+import itertools
 import re
 import warnings
 from collections.abc import Sequence
@@ -137,15 +138,14 @@ def _free(taken, x, y, length, axes):
   """Returns the box (left, bottom, right, top) of a name, nearest first."""
   inside, width = axes.bbox, axes.figure.bbox.x1
   found = []
-  for shift in range(0, 120, 4):
-    for up in (-shift, shift):
-      for left in (x + 9, x - 9 - length):
-        box = (left, y + up - 7, left + length, y + up + 7)
-        outside = max(box[2] - width, 0) + max(inside.x0 - box[0], 0)
-        outside += max(inside.y0 - box[1], 0)
-        outside += max(box[3] - inside.y1 - 8, 0)
-        crossed = sum(_overlap(box, other) for other in taken) + outside
-        found.append((crossed, shift + (left < x), box))
+  for shift, sign in itertools.product(range(0, 120, 4), (-1, 1)):
+    low = y + sign * shift - 7
+    for left in (x + 9, x - 9 - length):
+      box = (left, low, left + length, low + 14)
+      outside = max(box[2] - width, 0) + max(inside.x0 - left, 0)
+      outside += max(inside.y0 - low, 0) + max(box[3] - inside.y1 - 8, 0)
+      crossed = sum(_overlap(box, other) for other in taken) + outside
+      found.append((crossed, shift + (left < x), box))
   return min(found)[2]
 
 
@@ -189,11 +189,9 @@ def as_file(figure, facecolor="none") -> str:
 
 
 def as_element(figure, label: str) -> str:
-  """Returns a figure as an <svg> element that can stand in a page.
-
-  Several charts of a page would share names: there are none, and each point is
-  a circle of its own, with its series' name as title.
-  """
+  """Returns a figure as an <svg> element that can stand in a page."""
+  # Several charts of a page would share names: there are none, and each point
+  # is a circle of its own, with its series' name as title.
   root = ElementTree.fromstring(as_file(figure))
   for element in root.iter():
     element.tag = element.tag.rpartition("}")[2]

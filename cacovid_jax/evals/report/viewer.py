@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from cacovid_jax.data import question as question_lib
+from cacovid_jax.evals import evaluator as evaluator_lib
 from cacovid_jax.evals import results
 from cacovid_jax.inference import engine as engine_lib
 from cacovid_jax.inference import methods as methods_lib
@@ -77,10 +78,37 @@ class Example:
     return self.frames[:: self.frames_per_slice]
 
   @property
+  def labels(self) -> list[str]:
+    """The frames of each row, counted from 1."""
+    count = self.frames_per_slice
+    firsts = [t * count + 1 for t in range(self.grid[0])]
+    if count == 1:
+      return list(map(str, firsts))
+    return [f"{first}–{first + count - 1}" for first in firsts]
+
+  @property
+  def options(self) -> list[tuple[str, str]]:
+    return list(zip(question_lib.LETTERS, self.question.options, strict=False))
+
+  @property
   def said(self) -> Said:
     """What was said from the tokens that are shown first."""
     method, ratio = self.shown
     return self.answers[method][ratio]
+
+  @property
+  def kept(self) -> frozenset[int]:
+    """The tokens that are shown first."""
+    return frozenset(self.views[self.shown].index.tolist())
+
+  @property
+  def table(self) -> tuple[Said | None, list[float], Mapping[str, Any]]:
+    """What was said: vanilla's if it has no row, ratios, and all rows."""
+    rows, vanilla = dict(self.answers), None
+    # Whatever is looked at has a row of its own.
+    if methods_lib.VANILLA not in {method for method, _ in self.views}:
+      ((_, vanilla),) = rows.pop(methods_lib.VANILLA, {0: None}).items()
+    return vanilla, list(dict.fromkeys(itertools.chain(*rows.values()))), rows
 
 
 def choose(
@@ -90,18 +118,13 @@ def choose(
   decisive: Mapping[str, Sequence[int]],
   count: int,
   *,
-  failures: results.Failures | None = None,
+  failures: evaluator_lib.Failures | None = None,
 ) -> list[Example]:
-  """Returns right and wrong answers, half each as far as there are such.
+  """Returns right and wrong answers, half each of `count` where there are such.
 
   Right and wrong from what the learned method kept, at the ratio nearest to a
   tenth. Clips differ from each other where possible, and kinds of question take
   turns. The choice depends on the answers alone.
-
-  Args:
-    answers: its ledger.
-    decisive: question id -> tokens that decide it, where known.
-    count: at most as many examples.
   """
   failures = failures or {}
   ratio = min(table.ratios, key=lambda r: (abs(r - SHOWN_RATIO), r))
@@ -114,12 +137,8 @@ def choose(
     return methods_lib.Condition(method, ratio, seed)
 
   shown = cell(method, ratio)
-  asked = [
-    cell(each, r)
-    for each in table.methods
-    for r in table.ratios
-    if (each.spec, r) not in failures
-  ]
+  pairs = itertools.product(table.methods, table.ratios)
+  asked = [cell(one, r) for one, r in pairs if (one.spec, r) not in failures]
   usable = [
     question
     for question in table.questions
@@ -153,7 +172,6 @@ def _shown(table, ratio, failures) -> methods_lib.Method | None:
 
 
 def _said(question, answers, cells) -> dict[str, dict[float, Said]]:
-  """Returns method -> ratio -> what was said, vanilla's first."""
   said = collections.defaultdict(dict)
   for cell in (methods_lib.Condition(), *cells):
     found = answers[cell.key(question.id)]
@@ -163,16 +181,15 @@ def _said(question, answers, cells) -> dict[str, dict[float, Said]]:
 
 
 def _others(answers, shown, rivals, questions) -> list[str]:
-  """Returns the labels of the best methods besides the shown one.
-
-  Other methods before variants of the same one; oracles know too much.
-  """
+  """Returns the labels of the best methods besides the shown one."""
   name, found = shown.label.partition("?")[0], []
   for cell in rivals:
     label = cell.method.label
+    # Oracles know too much.
     if label != shown.label and not cell.method.compressor.oracle:
       scores = [answers[cell.key(q.id)]["score"] for q in questions]
       accuracy = float(np.mean(scores)) if scores else 0.0
+      # Other methods before variants of the same one.
       found.append((label.startswith(name), -accuracy, label))
   return [label for *_, label in sorted(found)[:_NUM_OTHERS]]
 
@@ -203,13 +220,32 @@ def _by_turns(questions):
   return out
 
 
-def clips(examples: Sequence[Example]) -> list[dict[str, Any]]:
-  """Returns what the template shows of each example."""
+def frames(examples: Sequence[Example]) -> list[list[dict[str, Any]]]:
+  """Returns what the template shows of each example's frames."""
   pictures = _pictures([example.slices for example in examples])
   return [
-    _clip(example, images)
+    _frames(example, images)
     for example, images in zip(examples, pictures, strict=True)
   ]
+
+
+def _frames(example, images) -> list[dict[str, Any]]:
+  _, H, W = example.grid
+  sets, found = (example.kept, example.decisive), []
+  for t, label in enumerate(example.labels):
+    kept, decisive = (
+      sorted(i - t * H * W for i in tokens if i // (H * W) == t)
+      for tokens in sets
+    )
+    shown = {"label": label, "image": images[t], "num_kept": len(kept)}
+    paths = {"kept": _path(kept, W), "decisive": _path(decisive, W)}
+    found.append(shown | paths)
+  return found
+
+
+def _path(tokens, width: int) -> str:
+  """Returns SVG path data of unit squares, one per token of a frame."""
+  return "".join(f"M{i % width} {i // width}h1v1h-1z" for i in tokens)
 
 
 def data(examples: Sequence[Example]) -> dict[str, Any]:
@@ -217,135 +253,51 @@ def data(examples: Sequence[Example]) -> dict[str, Any]:
   return {"clips": [_data(example) for example in examples]}
 
 
-def ratio_key(ratio: float) -> str:
-  """Returns a ratio as the page's attributes and the script name it."""
-  return f"{ratio:g}"
+def _data(example) -> dict[str, Any]:
+  count = int(np.prod(example.grid))
+  views, scores = {}, {}
+  for (method, ratio), view in example.views.items():
+    views.setdefault(method, {})[f"{ratio:g}"] = _pack(view.index, count)
+    # Scores are those of the policy, whatever the ratio.
+    if view.token_gap is not None and method not in scores:
+      # Shares after the softmax, of the clip's best.
+      shares = np.exp(view.frame_gap - np.max(view.frame_gap))
+      scores[method] = {
+        "tokens": _heat(view.token_gap),
+        "frames": [round(float(share), 4) for share in shares],
+        "gaps": [round(float(gap), 2) for gap in view.frame_gap],
+      }
+  method, ratio = example.shown
+  return {
+    "id": example.question.id,
+    "grid": list(example.grid),
+    "labels": example.labels,
+    "gold": example.question.answer,
+    "answers": {
+      name: {f"{r:g}": [s.letter, s.brief, s.right] for r, s in row.items()}
+      for name, row in example.answers.items()
+    },
+    "views": views,
+    "scores": scores,
+    "decisive": _pack(example.decisive, count) if example.decisive else "",
+    "shown": [method, f"{ratio:g}"],
+  }
 
 
-def path(tokens: Iterable[int], width: int) -> str:
-  """Returns SVG path data of unit squares, one per token of a frame."""
-  squares = (f"M{i % width} {i // width}h1v1h-1z" for i in sorted(tokens))
-  return "".join(squares)
-
-
-def pack(tokens: Iterable[int], count: int) -> str:
+def _pack(tokens: Iterable[int], count: int) -> str:
   """Returns a set of tokens as base64 of a bit mask, lowest bit first."""
   bits = np.zeros(count, np.uint8)
   bits[list(tokens)] = 1
   return _base64(np.packbits(bits, bitorder="little").tobytes())
 
 
-def heat(gap: np.ndarray) -> str:
-  """Returns scores as base64 of a byte each, low to high over the clip.
-
-  The extreme 2 % at either end share a value, so that one outlier does not
-  wash out the rest.
-  """
+def _heat(gap: np.ndarray) -> str:
+  """Returns scores as base64 of a byte each, low to high over the clip."""
+  # The extreme 2 % at either end share a value: one outlier does not wash out
+  # the rest.
   low, high = np.quantile(gap, [0.02, 0.98])
   scaled = np.clip((gap - low) / max(high - low, 1e-12), 0, 1)
   return _base64((255 * scaled).round().astype(np.uint8).tobytes())
-
-
-def shares(gap: np.ndarray) -> list[float]:
-  """Returns each frame's share after the softmax, of the clip's best."""
-  return [round(float(share), 4) for share in np.exp(gap - np.max(gap))]
-
-
-def _clip(example, images) -> dict[str, Any]:
-  T, H, W = example.grid
-  method, ratio = example.shown
-  view = example.views[example.shown]
-  kept = set(view.index.tolist())
-  frames = []
-  for t in range(T):
-    mine, deciding = (
-      [i - t * H * W for i in tokens if i // (H * W) == t]
-      for tokens in (kept, example.decisive)
-    )
-    frames.append(
-      {
-        "label": _label(t, example.frames_per_slice),
-        "image": images[t],
-        "num_kept": len(mine),
-        "kept": path(mine, W),
-        "veil": f"M0 0H{W}V{H}H0z{path(mine, W)}",
-        "decisive": path(deciding, W),
-      }
-    )
-  question, said = example.question, example.said
-  return {
-    "question": question,
-    "options": list(zip(question_lib.LETTERS, question.options, strict=False)),
-    "said": said,
-    "known": said.right is not None,
-    "method": method,
-    "ratio": ratio_key(ratio),
-    "num_kept": len(kept),
-    "num_video": T * H * W,
-    "decisive": len(example.decisive),
-    "decisive_kept": len(example.decisive & kept),
-    "frames": frames,
-    "grid": (H, W),
-    "answers": _answers(example),
-  }
-
-
-def _answers(example) -> dict[str, Any]:
-  """Returns the table of answers: ratios, and a row for each method."""
-  # Whatever is looked at has a row of its own.
-  apart = {methods_lib.VANILLA} - {method for method, _ in example.views}
-  methods = {k: v for k, v in example.answers.items() if k not in apart}
-  ratios = list(dict.fromkeys(r for row in methods.values() for r in row))
-  rows = [
-    {
-      "name": name,
-      "cells": [{"ratio": ratio_key(r), "said": row.get(r)} for r in ratios],
-    }
-    for name, row in methods.items()
-  ]
-  vanilla = None
-  if apart & example.answers.keys():
-    (vanilla,) = example.answers[methods_lib.VANILLA].values()
-  return {"ratios": ratios, "rows": rows, "vanilla": vanilla}
-
-
-def _data(example) -> dict[str, Any]:
-  T, H, W = example.grid
-  views, scores = {}, {}
-  for (method, ratio), view in example.views.items():
-    row = views.setdefault(method, {})
-    row[ratio_key(ratio)] = pack(view.index, T * H * W)
-    # Scores are those of the policy, whatever the ratio.
-    if view.token_gap is not None and method not in scores:
-      scores[method] = {
-        "tokens": heat(view.token_gap),
-        "frames": shares(view.frame_gap),
-        "gaps": [round(float(gap), 2) for gap in view.frame_gap],
-      }
-  method, ratio = example.shown
-  return {
-    "id": example.question.id,
-    "grid": [T, H, W],
-    "labels": [_label(t, example.frames_per_slice) for t in range(T)],
-    "gold": example.question.answer,
-    "answers": {
-      name: {
-        ratio_key(ratio): [said.letter, said.brief, said.right]
-        for ratio, said in row.items()
-      }
-      for name, row in example.answers.items()
-    },
-    "views": views,
-    "scores": scores,
-    "decisive": pack(example.decisive, T * H * W) if example.decisive else "",
-    "shown": [method, ratio_key(ratio)],
-  }
-
-
-def _label(t: int, per_slice: int) -> str:
-  """Returns the frames of a slice, counted from 1."""
-  first = t * per_slice + 1
-  return str(first) if per_slice == 1 else f"{first}–{first + per_slice - 1}"
 
 
 def _pictures(clips) -> list[list[str]]:

@@ -1,0 +1,111 @@
+"""Options of methods, chosen by their accuracy on the validation split."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cacovid_jax import config as config_lib
+from cacovid_jax import errors
+from cacovid_jax.compressors import base
+from cacovid_jax.data import answer_log
+from cacovid_jax.evals import benchmarks, results
+from cacovid_jax.evals import evaluator as evaluator_lib
+from cacovid_jax.inference import methods as methods_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+  """What to choose from."""
+
+  # Label -> methods; the first of equals wins.
+  by_label: Mapping[str, Sequence[methods_lib.Method]]
+  ratio: float  # At which they are compared.
+
+  @classmethod
+  def of(cls, experiment, methods) -> "Search | None":
+    """Returns what config.evals and the methods ask for; None for nothing."""
+    evals = experiment.config.evals
+    given = config_lib.to_dict(evals.candidates)
+    task = benchmarks.task(evals.benchmark)
+    if evals.select_on == "none":
+      return None
+    if not task.can_choose(evals.split):
+      if given:
+        raise errors.UserError(
+          f"candidates are given, and {task.name} has no validation split apart"
+          " from what is asked; name the options in the methods themselves"
+        )
+      return None
+    specs = {}
+    for method in methods:
+      name = method.label.partition("?")[0]
+      if listed := given.get(method.label):
+        specs[method.label] = listed
+      elif name == "last_query" and "layer" not in method.compressor.options:
+        layers = range(experiment.checkpoint.model.config.text.num_layers)
+        specs[method.label] = [f"last_query?layer={layer}" for layer in layers]
+    unknown = sorted(set(given) - {m.label for m in methods})
+    if unknown:
+      raise errors.UserError(
+        f"candidates are given for {unknown[0]!r}, which is not among the"
+        " methods"
+      )
+    if not specs:
+      return None
+    parse = methods_lib.Method.parse
+    by_label = {name: list(map(parse, found)) for name, found in specs.items()}
+    return cls(by_label, base.check_ratio(evals.select_ratio))
+
+  @property
+  def candidates(self) -> list[methods_lib.Method]:
+    return [method for found in self.by_label.values() for method in found]
+
+  def run(
+    self,
+    evaluator: evaluator_lib.Evaluator,
+    validation: benchmarks.Benchmark,
+    methods: Sequence[methods_lib.Method],
+    answers: answer_log.AnswerLog,
+  ) -> tuple[list[methods_lib.Method], dict[str, Any]]:
+    """Returns the methods with chosen options, and the record of the choice.
+
+    Those without candidates that can be run are returned as they are.
+    """
+    questions, ratio = validation.questions, self.ratio
+    asked = [methods_lib.Condition(one, ratio) for one in self.candidates]
+    try:
+      failures = evaluator.run(
+        questions, asked, answers, description="choosing on validation"
+      )
+    except evaluator_lib.NothingToAsk:
+      return list(methods), {}
+    chosen, out = {}, []
+    for method in methods:
+      found = [
+        (accuracy(methods_lib.Condition(one, ratio), questions, answers), one)
+        for one in self.by_label.get(method.label, ())
+        if (one.spec, ratio) not in failures
+      ]
+      if found:
+        best = max(found, key=lambda pair: pair[0])[1]
+        chosen[method.label] = {
+          "split": validation.split,
+          "n": len(questions),
+          "ratio": results.ratio_key(ratio),
+          "best": best.label,
+          "candidates": [
+            {"method": one.label, "accuracy": round(value, 6)}
+            for value, one in found
+          ],
+        }
+        method = dataclasses.replace(best, label=method.label)
+      out.append(method)
+    return out, chosen
+
+
+def accuracy(condition, questions, answers) -> float:
+  """Returns the mean score of these questions' answers under a condition."""
+  keys = [condition.key(question.id) for question in questions]
+  return float(np.mean([answers[key]["score"] for key in keys]))
