@@ -86,9 +86,7 @@ class CompressorInputs:
   # ratios matter), and float32[N, dk], that layer's keys averaged over heads.
   vision_attention: jax.Array | None = None
   vision_keys: jax.Array | None = None
-  deep: jax.Array | None = (
-    None  # float[S, N, D] `video_llm.VideoFeatures.deep`.
-  )
+  deep: jax.Array | None = None  # float[S, N, D], of `video_llm.VideoFeatures`.
   rng: jax.Array | None = None  # Key of stochastic methods.
 
   @property
@@ -117,7 +115,7 @@ _REQUIREMENTS = {
 }
 # Parts that an evaluation can hand to a method.
 OFFERED = tuple(
-  n for n in CompressorInputs.__annotations__ if n in _REQUIREMENTS
+  name for name in CompressorInputs.__annotations__ if name in _REQUIREMENTS
 )
 # Parts that are the same for every question about a video.
 VISION_SIGNALS = frozenset(["vision_attention", "vision_keys"])
