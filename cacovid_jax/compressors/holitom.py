@@ -58,7 +58,7 @@ class HoliTom(base.Compressor):
         num_neighbours=self.num_neighbours,
         sets=jnp.where(static, 0, segments.NOWHERE),
       ).centre
-      joins = jnp.where(centre == place, -1, centre)
+      joins = jnp.where(centre == jnp.arange(P), -1, centre)
       merged = selection_ops.anchored(x, x, joins, self.centre_weight)
       into = jnp.where(dynamic, jnp.where(looked_at, place, P), centre)
       return jnp.where(dynamic[:, None], x, merged), into
