@@ -1,16 +1,14 @@
 """What a token compressor is: one video in, exactly K of its tokens out.
 
-A compressor is a frozen dataclass whose own fields are its options. It says
-what it reads (`requires`) and chooses among the tokens of ONE video with
-static shapes; callers `jax.vmap` it over a batch and `jax.jit` it with the
-grid and K fixed. Compressors of equal values share their compiled programs.
-
-Axes: N video tokens, D width, K kept tokens, T frames, H W token grid, B batch.
+A frozen dataclass whose own fields are its options. It chooses among the tokens
+of ONE video with static shapes; callers `jax.vmap` it over a batch and
+`jax.jit` it with the grid and K fixed. Equal values share compiled programs.
 """
 
 import dataclasses
 import functools
 import math
+import numbers
 import os
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
@@ -20,52 +18,76 @@ import jax
 import jax.numpy as jnp
 
 from cacovid_jax import errors, files
-from cacovid_jax.compressors import budgets, option_fields, selection_ops
+from cacovid_jax.compressors import budgets, selection_ops
 from cacovid_jax.models import prompt_batch, safetensors_io
 
 # What a rule of one's own needs besides, see there.
 Selection, arrange = selection_ops.Selection, selection_ops.arrange
 take, take_top = selection_ops.take, selection_ops.take_top
 take_mask, merge = selection_ops.take_mask, selection_ops.merge
-number, choice = option_fields.number, option_fields.choice
 budget, check_ratio = budgets.budget, budgets.check_ratio
+
+
+def number(default, low, high=None, *, whole=False, open_low=False):
+  """Returns the field of an option between `low` and `high`, None for no bound.
+
+  The default is always allowed, None as well. `whole` numbers are integers;
+  with `open_low` they must exceed `low`. See `Compressor.__post_init__`.
+  """
+  kind = numbers.Integral if whole else numbers.Real
+
+  def check(method, name, value):
+    right = isinstance(value, kind) and not isinstance(value, bool)
+    right = right and (value > low if open_low else value >= low)
+    if right and (high is None or value <= high):
+      return
+    allowed = f"{'above' if open_low else 'at least'} {low}"
+    if high is not None:
+      allowed += f" and at most {high}"
+    kind_of = "an integer" if whole else "a number"
+    told = f"{method}: {name} is {value!r}; give {kind_of} {allowed}"
+    raise errors.UserError(told)
+
+  return dataclasses.field(default=default, metadata={"check": check})
+
+
+def choice(default, *others):
+  """Returns the field of an option that is one of the values given."""
+  allowed = (default, *others)
+
+  def check(method, name, value):
+    if value not in allowed:
+      *first, last = map(repr, allowed)
+      raise errors.UserError(
+        f"{method}: {name} is {value!r}; use {', '.join(first)} or {last}"
+      )
+
+  return dataclasses.field(default=default, metadata={"check": check})
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompressorInputs:
-  """What a compressor may look at; parts that it does not require are None.
+  """What a compressor may look at; parts that it does not require are None."""
 
-  Attributes:
-    features: float[N, D] video tokens.
-    grid: static (T, H, W) with T * H * W = N.
-    text: float[Q, D] embedded question; rows of zeros are padding.
-    scores: `policy.network.Scores` of the trained policy.
-    untrained_scores: those of a freshly initialised policy.
-    other_scores: those of the trained policy and another question.
-    attention: float32[layers, N] that the prompt's last token pays to each
-      video token, mean over heads.
-    decisive: bool[N], True at the evidence tokens of the question (oracles).
-    vision_attention: float32[N] that a token receives from its own frame in
-      the last layer that the vision tower runs, mean over heads and queries (a
-      sum over queries for towers that merge patches; only ratios matter).
-    vision_keys: float32[N, dk], that layer's keys averaged over heads.
-    deep: float[S, N, D] per-layer visual features, of models that have them.
-    rng: key of stochastic methods.
-  """
-
-  features: jax.Array
+  features: jax.Array  # float[N, D] video tokens.
   grid: tuple[int, int, int] = dataclasses.field(metadata=dict(static=True))
-  text: jax.Array | None = None
+  text: jax.Array | None = None  # float[Q, D] question; rows of zeros pad.
+  # `policy.network.Scores` of the trained policy, of a freshly initialised one,
+  # and of the trained policy and another question.
   scores: Any = None
   untrained_scores: Any = None
   other_scores: Any = None
+  # float32[layers, N] that the prompt's last token pays, mean over heads.
   attention: jax.Array | None = None
-  decisive: jax.Array | None = None
+  decisive: jax.Array | None = None  # bool[N] evidence tokens (oracles).
+  # float32[N] received from the own frame in the tower's last layer, mean over
+  # heads and queries (a sum over queries for towers that merge patches; only
+  # ratios matter), and float32[N, dk], that layer's keys averaged over heads.
   vision_attention: jax.Array | None = None
   vision_keys: jax.Array | None = None
-  deep: jax.Array | None = None
-  rng: jax.Array | None = None
+  deep: jax.Array | None = None  # float[S, N, D], of `video_llm.VideoFeatures`.
+  rng: jax.Array | None = None  # Key of stochastic methods.
 
   @property
   def frames(self) -> jax.Array:
@@ -100,19 +122,13 @@ VISION_SIGNALS = frozenset(["vision_attention", "vision_keys"])
 
 
 class SelectionTrace(NamedTuple):
-  """What became of the video tokens inside the language model.
+  """What became of the video tokens inside the language model."""
 
-  Attributes:
-    index: int32[B, K] tokens left at the last layer, ascending; N at padding.
-    mask: bool[B, K] which of them there are.
-    tokens: float32[B, layers] video tokens that each layer's attention saw.
-    forced: bool[B], True where a rule had to end early to meet the budget;
-      None for rules that never have to.
-  """
-
-  index: jax.Array
-  mask: jax.Array
-  tokens: jax.Array
+  index: jax.Array  # int32[B, K] left at the last layer, ascending; N behind.
+  mask: jax.Array  # bool[B, K] which of them there are.
+  tokens: jax.Array  # float32[B, layers] tokens that each attention saw.
+  # bool[B], True where a rule had to end early to meet the budget; None for
+  # rules that never have to.
   forced: jax.Array | None = None
 
   def equivalent_ratio(self, num_video: int) -> jax.Array:
@@ -122,8 +138,7 @@ class SelectionTrace(NamedTuple):
   @classmethod
   def of(cls, rows, tokens, **more):
     """Returns that of `prompt_batch.PrunedPrompts` behind the last layer."""
-    place = jnp.arange(rows.index.shape[1])[None]
-    mask = place < rows.count[:, None]
+    mask = jnp.arange(rows.index.shape[1])[None] < rows.count[:, None]
     return cls(rows.index, mask, tokens.astype(jnp.float32), **more)
 
 
@@ -134,29 +149,20 @@ class Compressor:
   A subclass gives `choose`, and `reference_rows` if its publication rounds
   otherwise than down. One with parameters of its own sets `trained = True`,
   takes `weights` as an option and `params` as the last argument of `choose`.
-
-  Attributes:
-    name: what tables call it.
-    requires: names of the fields of `CompressorInputs` that it reads.
-    stochastic: True if it draws from `rng`; results are means over seeds then.
-    oracle: True if it knows the answer's place; a bound, not a method.
-    exact_budget: True to keep exactly floor(ratio * N) tokens, False to round
-      as the method's own publication does.
-    note: one sentence for tables, where its name says not quite what it does.
-    weights: file of a trained method's parameters.
-    source: sha256 of the user's own file that the method comes from.
-    given: names of the options that were set, for the record.
   """
 
   name: str = ""
-  requires: frozenset[str] = frozenset()
-  stochastic: bool = False
-  oracle: bool = False
+  requires: frozenset[str] = frozenset()  # Fields of `CompressorInputs`.
+  stochastic: bool = False  # If it draws from `rng`: tables give means then.
+  oracle: bool = False  # If it knows the answer's place: a bound, no method.
+  # True to keep exactly floor(ratio * N) tokens, False to round as the method's
+  # own publication does.
   exact_budget: bool = True
-  note: str = ""
-  weights: str = ""
+  note: str = ""  # A sentence for tables if the name is not quite what it does.
+  weights: str = ""  # File of a trained method's parameters.
   weights_sha256: str = dataclasses.field(default="", init=False)
-  source: str = ""
+  source: str = ""  # sha256 of the user's own file that the method comes from.
+  # Names of the options that were set, for the record.
   given: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
   trained: ClassVar[bool] = False
@@ -217,9 +223,11 @@ class Compressor:
   def requirements(self) -> tuple[str, ...]:
     """What it cannot do without, in words; unknown parts as they are."""
     parts = self.requires | (set() if self.selects_first else {"attention"})
-    known = [part for part in _REQUIREMENTS if part in parts]
-    words = [word for part in known for word in _REQUIREMENTS[part]]
-    return tuple(dict.fromkeys([*words, *sorted(parts.difference(known))]))
+    words = []
+    for part, known in _REQUIREMENTS.items():
+      words += known if part in parts else ()
+    words += sorted(parts.difference(_REQUIREMENTS))
+    return tuple(dict.fromkeys(words))
 
   @classmethod
   def _general_fields(cls) -> set[str]:
@@ -245,15 +253,14 @@ class Compressor:
 
   def with_options(self, *, exact_budget: bool | None = None, **options):
     """Returns the method with some of `known_options` set; None leaves it."""
-    # Programs are cached by compressor: values have to be hashable.
-    changes = {
-      name: tuple(value) if isinstance(value, list) else value
-      for name, value in options.items()
-    }
-    if exact_budget is not None:
-      changes["exact_budget"] = exact_budget
     given = tuple(dict.fromkeys([*self.given, *options]))
-    return dataclasses.replace(self, **changes, given=given)
+    for name, value in options.items():
+      if isinstance(value, list):
+        # Programs are cached by compressor: values have to be hashable.
+        options[name] = tuple(value)
+    if exact_budget is not None:
+      options["exact_budget"] = exact_budget
+    return dataclasses.replace(self, **options, given=given)
 
   def load(self) -> Any:
     """Returns the parameters in `weights`, read once; None without a file."""
@@ -287,23 +294,16 @@ class Compressor:
 
   def minimum_ratio(self, num_layers: int, num_video: int) -> float | None:
     """Returns the lowest ratio that can be met; None where it is not told."""
-    del num_layers, num_video
-    return None
 
   def select(
     self, inputs: CompressorInputs, *, num_keep: int, ratio=None, params=None
   ) -> Selection:
-    """Returns the selection of `num_keep` rows of one video.
+    """Returns the selection of one video, `num_keep` the static K of `rows`.
 
-    With an exact budget every row is valid; otherwise the mask says which are.
-
-    Args:
-      inputs: with the parts that the method requires.
-      num_keep: K of `rows`, static, at least 1; an exact budget of K >= N
-        keeps everything.
-      ratio: behind `num_keep`, for methods whose inner budgets are defined by
-        it (METHOD.md 7); None stands for K / N, with an exact budget only.
-      params: of a trained method, from `load`.
+    With an exact budget every row is valid and K >= N keeps everything;
+    otherwise the mask says which are, and the ratio behind K has to be given,
+    by which some methods define inner budgets (METHOD.md 7). `params` are of a
+    trained method, from `load`.
     """
     chex.assert_rank(inputs.features, 2)
     num_video = inputs.features.shape[0]
@@ -338,21 +338,18 @@ class Compressor:
     self, model, params, prompt, inputs, *, ratio, new_rows, own_params=None,
     selection=None,
   ):  # fmt: skip
-    """Returns (logits, cache, trace) after reading the prompts.
+    """Returns (logits float32[B, V], cache, trace) after reading the prompts.
+
+    The cache is a tuple, one for each slice of layers, where tokens are dropped
+    between layers; the trace a `SelectionTrace`. All have a leading axis B.
 
     Args:
-      model: `models.video_llm.VideoLLM`.
-      params: its parameters.
-      prompt: whole `prompt_batch.PrunedPrompts`, leading axis B.
-      inputs: leading axis B.
+      model: `models.video_llm.VideoLLM`, of parameters `params`.
+      prompt: whole `prompt_batch.PrunedPrompts`.
       ratio: static.
       new_rows: static, room in the cache for what follows.
       own_params: of a trained compressor, from `load`.
-      selection: leading axis B, where `select` has been called already.
-
-    Returns:
-      logits float32[B, V] behind each prompt, the cache (or one for each slice
-      of layers), and the `SelectionTrace`.
+      selection: where `select` has been called already.
     """
     if selection is None:
       num_keep = self.rows(inputs.grid, ratio)
@@ -366,8 +363,7 @@ class Compressor:
       cache_length=rows.x.shape[1] + new_rows,
       deep=rows.deep, video_rows=rows.video_rows,
     )  # fmt: skip
-    layers = (rows.count.shape[0], model.config.text.num_layers)
-    tokens = jnp.broadcast_to(rows.count[:, None], layers)
+    tokens = jnp.tile(rows.count[:, None], model.config.text.num_layers)
     return logits, cache, SelectionTrace.of(rows, tokens)
 
   def _check_values(self, inputs) -> None:
@@ -378,8 +374,7 @@ class Compressor:
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(parts)):
       return
     for name, part in parts.items():
-      for leaf in jax.tree.leaves(part):
-        check_finite(leaf, name)
+      jax.tree.map(functools.partial(check_finite, name=name), part)
 
 
 @functools.lru_cache(maxsize=8)

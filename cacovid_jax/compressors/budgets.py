@@ -1,13 +1,10 @@
 """From a retention ratio to the numbers that each method turns on.
 
-The ratio of a method that acts inside the language model is the equivalent
-one: video tokens seen by a layer's attention, averaged over the layers, as a
-share of the video. A method that acts in front has the same number in every
-layer.
+The ratio of a method inside the language model is the equivalent one: video
+tokens seen by a layer's attention, averaged over the layers, as a share of the
+video. Results never exceed it.
 
-Letters: L decoder layers, M video tokens, G parts that share a budget. All
-results are whole numbers of the host and never exceed the ratio asked for,
-`largest_remainder_on_device` apart, whose weights are data.
+Letters: L decoder layers, M video tokens, G parts that share a budget.
 """
 
 import fractions
@@ -26,10 +23,7 @@ _PUBLISHED_LAYERS = 28
 
 
 def budget(grid: tuple[int, int, int], ratio: float) -> int:
-  """Returns K, the number of tokens that `ratio` keeps of `grid`.
-
-  Raises UserError where the ratio lies outside (0, 1] or keeps no token.
-  """
+  """Returns K, the tokens that `ratio` keeps of `grid`; UserError for none."""
   return selection.num_keep(grid, check_ratio(ratio))
 
 
@@ -57,12 +51,9 @@ def keep_behind(
 ) -> int:
   """Returns how many tokens may go on at `layer` for a mean of `ratio`.
 
-  The most that keep the equivalent ratio at or below `ratio`; it then falls
-  short of it by less than 1 / M. Of L layers those in front of `layer` see the
-  `entering` tokens, None for M.
-
-  Raises:
-    UserError: the layers in front take more than the whole budget.
+  The most that keep the equivalent ratio at or below `ratio`, short of it by
+  less than 1 / M. Layers in front of it see the `entering` tokens, None for M.
+  UserError where those take more than the whole budget.
   """
   entering = num_video if entering is None else entering
   if not 0 <= layer < num_layers:
@@ -91,28 +82,14 @@ def lowest_ratio(
   return math.ceil(tokens * 10**4 / (num_layers * num_video)) / 10**4
 
 
-def fastv_fraction(ratio: float, num_layers: int, layer: int = 2) -> float:
-  """Returns x, the share that FastV keeps: K + x (L - K) = ratio * L.
-
-  Raises UserError where K layers that see every token take more alone.
-  """
-  left = exact(ratio) * num_layers - layer
-  if left < 0:
-    raise errors.UserError(
-      f"ratio {ratio} is infeasible with {layer} of {num_layers} layers in"
-      f" full; use more than {layer / num_layers:.4f}"
-    )
-  return float(left / (num_layers - layer))
-
-
 def two_stages(
   ratio: float, num_layers: int, num_video: int, *, layer: int, share: float
 ) -> tuple[int, int]:
   """Returns (entering, keep) of a method that acts before the LLM and in it.
 
-  `entering` tokens are seen by the layers up to `layer`, `keep` of them, about
-  `share`, by those behind it; together at most `ratio` in the mean of layers
-  and short of it by less than 1 / M. UserError where no token could go on.
+  The layers up to `layer` see `entering` tokens, those behind it `keep` of
+  them, about `share`; as many as `keep_behind` says. UserError where no token
+  could go on.
   """
   seen = layer + exact(share) * (num_layers - layer)
   total = exact(ratio) * num_layers * num_video
@@ -122,11 +99,11 @@ def two_stages(
       f"ratio {ratio} keeps no token of {num_video}; use at least"
       f" {lowest_ratio(num_layers, num_video, entering=1):.4f}"
     )
-  # At the smallest budgets the share alone would leave none behind.
-  most = num_video
   if layer:
+    # At the smallest budgets the share alone would leave none behind.
     most = math.floor((total - (num_layers - layer)) / layer)
-  entering = max(1, min(entering, most))
+    entering = min(entering, most)
+  entering = max(1, entering)
   return entering, keep_behind(
     ratio, num_layers, num_video, layer=layer, entering=entering
   )
@@ -136,13 +113,10 @@ def largest_remainder_on_device(weights, total, low=0, high=None):
   """Shares out `total` in proportion to weights, each count within bounds.
 
   Parts at a bound stay there and the others are proportional to their weights;
-  what rounding down leaves goes to the largest remainders, of equal ones to
-  the first. What no part with a weight can take is shared evenly.
-
-  The sum is exact whatever float32 makes of the proportions. Of float weights,
-  the rounding of float32 may decide between remainders that are nearly equal;
-  shares of integer weights are exact, as long as their products with the
-  budget fit into int32.
+  what rounding down leaves goes to the largest remainders, of equal ones to the
+  first. What no part with a weight can take is shared evenly. The sum is exact;
+  the rounding of float32 may decide between nearly equal remainders of float
+  weights, not of integers whose products with the budget fit into int32.
 
   Args:
     weights: float[G] or int[G], finite, not negative.
@@ -150,12 +124,8 @@ def largest_remainder_on_device(weights, total, low=0, high=None):
     low: the least of each part, int or G ints, or int32[G].
     high: the most of each part, likewise; None for `total`.
 
-  Returns:
-    int32[G].
-
-  Raises:
-    UserError: no counts within static bounds have the static sum. Of bounds
-      that are data, the nearest possible sum is taken.
+  Returns int32[G]. UserError if no counts within static bounds have the static
+  sum; of bounds that are data, the nearest possible sum is taken.
   """
   (count,) = weights.shape
   high = total if high is None else high
@@ -202,11 +172,9 @@ def _completed(counts, remainder, total, low, high):
   """Returns counts int32[G] of the right sum, largest remainders first."""
 
   def unfinished(state):
-    counts, _ = state
-    missing = total - counts.sum()
-    return ((missing > 0) & jnp.any(counts < high)) | (
-      (missing < 0) & jnp.any(counts > low)
-    )
+    missing = total - state[0].sum()
+    more = (missing > 0) & jnp.any(state[0] < high)
+    return more | ((missing < 0) & jnp.any(state[0] > low))
 
   def adjust(state):
     """Gives each of the first ones a token, or its even share of many."""
@@ -215,14 +183,14 @@ def _completed(counts, remainder, total, low, high):
     up = missing > 0
     room = jnp.where(up, high - counts, counts - low)
     key = jnp.where(up, -remainder, remainder)
-    order = jnp.argsort(jnp.where(room > 0, key, jnp.inf))
-    place = jnp.argsort(order)
+    place = jnp.argsort(jnp.argsort(jnp.where(room > 0, key, jnp.inf)))
     missing = jnp.abs(missing)
     even = jnp.maximum(missing // jnp.maximum(jnp.sum(room > 0), 1), 1)
     amount = jnp.where(place < missing, jnp.minimum(room, even), 0)
-    counts = counts + jnp.where(up, amount, -amount)
     # Remainders are used up once.
-    return counts, jnp.zeros_like(remainder)
+    return jnp.where(up, counts + amount, counts - amount), jnp.zeros_like(
+      remainder
+    )
 
   return jax.lax.while_loop(unfinished, adjust, (counts, remainder))[0]
 

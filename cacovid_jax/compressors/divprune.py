@@ -1,10 +1,8 @@
 """Max-min diversity subset (DivPrune, https://arxiv.org/abs/2503.02175).
 
-In cosine distance and over the whole video; the question plays no part.
-Distances are compared in float32: those of bfloat16 would change the picks.
-Two differences from the published code: picked tokens are excluded (there,
-duplicate tokens make it pick the same index again), and survivors keep their
-position ids.
+In cosine distance, in float32: distances of bfloat16 would change the picks.
+Unlike the published code, picked tokens are excluded (there, duplicate tokens
+make it pick the same index again), and survivors keep their position ids.
 """
 
 import dataclasses
@@ -16,20 +14,14 @@ from cacovid_jax.compressors.math import max_min
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DivPrune(allocators.FrameShared):
-  """A max-min diverse subset of the video's tokens.
+  """A max-min diverse subset of the video's tokens."""
 
-  Attributes:
-    scope: "video" picks over all frames at once; "frame" picks in each frame
-      on its own (another, much faster method).
-    distances: how they are held, see `max_min.max_min_subset`.
-  """
-
-  name: str = "divprune"
+  # "frame" picks in each frame on its own: another, much faster method.
   scope: str = base.choice("video", "frame")
+  # How they are held, see `max_min.max_min_subset`.
   distances: str = base.choice("auto", "matrix", "rows")
 
   def choose(self, inputs, num_keep, ratio):
-    """Returns the subset over the video or of each frame."""
     pick = functools.partial(max_min.max_min_subset, distances=self.distances)
     return self.by_rule(pick, inputs, num_keep)
 

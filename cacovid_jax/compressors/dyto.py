@@ -1,22 +1,15 @@
 """Frames by temporal clustering, tokens by bipartite merging (DyTo,
 https://arxiv.org/abs/2411.14401).
 
-Frames are clustered by first neighbours weighted by time (TW-FINCH, Sarfraz et
-al., CVPR 2019 and 2021); representatives of the second level enter, each with
-its share of the budget, met by merging the second half of a frame's tokens
-with their best partners in the first half, again and again.
-
-Differences from the publication: the budget is K instead of 3680 tokens and is
-met exactly; frames are described by the mean of their tokens, since the towers
-here have no class token; tokens stay in raster order. Where the representative
-frames have fewer than K tokens, evenly spaced other frames join them; where K
-is below a quarter of their tokens, fewer frames enter.
-
-Axes: T frames, F frames that may enter, P = H*W tokens of a frame, D width,
-K kept tokens, n tokens of a frame that are left.
+Representatives of TW-FINCH's second level (Sarfraz et al., CVPR 2019 and 2021)
+enter with equal shares of the budget, met by merging pairs of a frame's tokens
+again and again. Unlike in the publication the budget is met exactly, by other
+frames where the representatives have too few tokens and fewer where they have
+four times as many; frames are described by the mean of their tokens.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -35,20 +28,13 @@ _SAME = 1e-6
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DyTo(base.Compressor):
-  """The merged tokens of representative frames, K in all.
+  """The merged tokens of representative frames, K in all."""
 
-  Attributes:
-    max_frames: most frames that enter, unless K needs more.
-    reduce: "max" keeps the largest value of each channel of merged tokens, as
-      published; "mean" their mean.
-  """
-
-  name: str = "dyto"
-  max_frames: int = base.number(25, 1, whole=True)
+  max_frames: int = base.number(25, 1, whole=True)  # Unless K needs more.
+  # Of merged tokens the largest value of each channel, as published, or mean.
   reduce: str = base.choice("max", "mean")
 
   def choose(self, inputs, num_keep, ratio):
-    """Returns the rows of the frames that enter, equal shares of each."""
     frames = inputs.frames
     num_frames, area, _ = frames.shape
     fewest, most = frame_bounds(inputs.grid, num_keep, self.max_frames)
@@ -61,26 +47,24 @@ class DyTo(base.Compressor):
     place = jnp.arange(most)
     counts = num_keep // num_chosen + (place < num_keep % num_chosen)
     counts = jnp.where(place < num_chosen, counts, 0)
+    merge = functools.partial(
+      merge_frame, fewest=min(num_keep // most, area), reduce=self.reduce
+    )
     taken = frames[jnp.minimum(frame, num_frames - 1)]
-    fewest_left = min(num_keep // most, area)
-    rows, into = jax.vmap(
-      lambda x, count: merge_frame(x, count, fewest_left, reduce=self.reduce)
-    )(taken, counts)
+    rows, into = jax.vmap(merge)(taken, counts)
 
     # Of frames that do not enter all tokens are dropped.
     values = frames.at[frame].set(rows, mode="drop")
     dropped = jnp.full([num_frames, area], area, jnp.int32)
     into = dropped.at[frame].set(into, mode="drop")
-    return selection_ops.collect_parts(values, into, num_keep, frames.dtype)
+    return selection_ops.collect(values, into, num_keep, frames.dtype)
 
 
 def frame_bounds(grid, num_keep: int, max_frames: int) -> tuple[int, int]:
-  """Returns the fewest and the most frames that K tokens may come from.
-
-  Two mergings leave a quarter of a frame, so more frames than K has quarters
-  do not enter; but as many as hold K tokens must.
-  """
+  """Returns the fewest and the most frames that K tokens may come from."""
   area = grid[1] * grid[2]
+  # Two mergings leave a quarter of a frame: no more frames than K has quarters
+  # enter; but as many as hold K tokens must.
   half = area - area // 2
   quarter = half - half // 2
   fewest = math.ceil(num_keep / area)
@@ -89,18 +73,19 @@ def frame_bounds(grid, num_keep: int, max_frames: int) -> tuple[int, int]:
 
 
 def representatives(frames: jax.Array, fewest: int, most: int) -> jax.Array:
-  """Returns bool[T], the frames that stand for their clusters.
+  """Returns bool[T], the frames float[T, D] that stand for their clusters.
 
-  Of up to 6 clusters the first floor(12 / clusters) frames float32[T, D] each,
-  of more the middle one; of too many evenly spaced ones, and to too few evenly
-  spaced others join.
+  Of up to 6 clusters the first floor(12 / clusters) frames each, of more the
+  middle one; of too many evenly spaced ones; to too few evenly spaced ones
+  join.
   """
   num_frames = frames.shape[0]
-  label = second_level(frames)
+  # Of level 2 or, if that is one cluster, level 1.
+  labels, counts = tw_finch(frames, num_levels=2)
+  label = jnp.where(counts[1] > 1, labels[1], labels[0])
   same = label[:, None] == label[None, :]
   length = same.sum(axis=-1)
-  earlier = np.tri(num_frames, k=-1, dtype=bool)
-  rank = (same & earlier).sum(axis=-1)
+  rank = (same & np.tri(num_frames, k=-1, dtype=bool)).sum(axis=-1)
   num_clusters = jnp.sum(rank == 0)
   middle = jnp.where(length > 2, length // 2, length - 1)
   chosen = jnp.where(
@@ -108,35 +93,27 @@ def representatives(frames: jax.Array, fewest: int, most: int) -> jax.Array:
     rank < _FEW_FRAMES // num_clusters,
     rank == middle,
   )
-  count = chosen.sum()
   # Positions of the host in float64, for every count there may be.
   spaced = np.zeros([num_frames + 1, num_frames], bool)
   for n in range(1, num_frames + 1):
     places = np.round(np.linspace(0, n - 1, min(n, most))).astype(int)
     spaced[n, places] = True
   place = jnp.maximum(jnp.cumsum(chosen) - 1, 0)
-  chosen &= jnp.asarray(spaced)[count, place]
+  chosen &= jnp.asarray(spaced)[chosen.sum(), place]
   count = chosen.sum()
   short = jnp.maximum(fewest - count, 0)
   return chosen | simple.spread(~chosen, num_frames - count, short)
 
 
-def second_level(frames: jax.Array) -> jax.Array:
-  """Returns int32[T] labels, of level 2 or, if that is one cluster, level 1."""
-  labels, counts = tw_finch(frames, num_levels=2)
-  return jnp.where(counts[1] > 1, labels[1], labels[0])
-
-
 def tw_finch(points, *, num_levels: int) -> tuple[jax.Array, jax.Array]:
-  """Clusters a sequence by first neighbours; returns its first levels.
+  """Clusters an even sequence float[T, D] by first neighbours.
 
-  Every point is linked to its nearest one, by cosine distance times distance
-  in time; linked points are a cluster, and clusters, by the means of their
-  points and times, are the points of the next level. One cluster stays one.
+  Every point is linked to its nearest one, by cosine distance times distance in
+  time; linked points are a cluster, and clusters, by the means of their points
+  and times, are the points of the next level.
 
-  Returns, of points float[T, D] evenly spaced in time, (int32[num_levels, T],
-  int32[num_levels]): label of each point, the first point of its cluster, and
-  the number of clusters.
+  Returns the first point of each point's cluster, int32[num_levels, T], and the
+  number of clusters of each level.
   """
   num_points = points.shape[0]
   points = points.astype(jnp.float32)
@@ -163,31 +140,28 @@ def _first_neighbours(mean, when, valid):
   distance = jnp.where(distance < _SAME, 0.0, distance)
   distance = distance * jnp.abs(when[:, None] - when[None, :])
   other = valid[None, :] & ~jnp.eye(valid.shape[0], dtype=bool)
-  distance = jnp.where(other, distance, jnp.inf)
-  nearest = jnp.argmin(distance, axis=-1)
-  alone = ~jnp.any(other, axis=-1)
-  slot = jnp.arange(valid.shape[0])
-  return jnp.where(alone, slot, nearest).astype(jnp.int32)
+  nearest = jnp.argmin(jnp.where(other, distance, jnp.inf), axis=-1)
+  itself = jnp.arange(valid.shape[0])
+  return jnp.where(other.any(axis=-1), nearest, itself).astype(jnp.int32)
 
 
 def merge_frame(x, count, fewest: int, *, reduce: str = "max"):
-  """Merges the tokens of one frame until `count` are left.
+  """Merges the tokens float[P, D] of one frame until `count` are left.
 
   In a step each token of the first half finds its best partner in the second
-  half, and the pairs most alike are merged into the second one; a step that
-  takes the whole first half is followed by another on the second.
+  half, and the pairs most alike are merged into the second one; then again, on
+  the second. `count` int32[] is 0 or from `fewest`, static, at least 1, to P.
 
-  Args:
-    x: float[P, D] tokens of a frame.
-    count: int32[] how many to leave, from `fewest` to P, or 0.
-    fewest: static, at least 1.
-    reduce: "max" or "mean".
-
-  Returns:
-    (float[P, D], int32[P]): rows where they are left, and for each token which
-    row it went into.
+  Returns (float[P, D], int32[P]): rows where they are left, and for each token
+  which row it went into.
   """
-  area = x.shape[0]
+  area, width = x.shape
+  heads = math.gcd(width, _HEADS)
+
+  def metric(x):  # float32[n, D / heads], means over channel stretches.
+    x = x.astype(jnp.float32).reshape(-1, heads, width // heads)
+    return jnp.mean(x, axis=1)
+
   into = jnp.arange(area, dtype=jnp.int32)
   mass = jnp.ones([area], jnp.float32)
   out = x.astype(jnp.float32) if reduce == "mean" else x
@@ -197,7 +171,7 @@ def merge_frame(x, count, fewest: int, *, reduce: str = "max"):
     half = n // 2
     num_merged = jnp.clip(n - count, 0, half)
     a, b = out[start : start + half], out[start + half :]
-    alike = similarity.between(_metric(a), _metric(b), split=True)
+    alike = similarity.between(metric(a), metric(b), split=True)
     best = jnp.argmax(alike, axis=-1).astype(jnp.int32)
     merged = selection_ops.rank(jnp.max(alike, axis=-1)) < num_merged
     group = jnp.where(merged, best, n - half)
@@ -215,10 +189,3 @@ def merge_frame(x, count, fewest: int, *, reduce: str = "max"):
     into = step.at[start : start + half].set(moved)[into]
     start += half
   return out.astype(x.dtype), into
-
-
-def _metric(x):
-  """Returns float32[n, D / h], means over h = gcd(D, 16) channel stretches."""
-  heads = math.gcd(x.shape[-1], _HEADS)
-  x = x.reshape(x.shape[0], heads, -1)
-  return jnp.mean(x.astype(jnp.float32), axis=1)

@@ -1,19 +1,13 @@
 """Expectation maximisation as a token merger, after EMCL
 (https://arxiv.org/abs/2211.11427).
 
-EMCL replaces features of texts and videos by few bases, found by EM. Here the
-roles are turned: the tokens are the points and K unit vectors the bases, a
-mixture of von Mises-Fisher distributions of one width,
+The tokens are points and K unit vectors the bases of a mixture of von
+Mises-Fisher distributions of one width,
 
   z = softmax_k(x . m / lam),   m <- unit(sum_i z_i x_i),
 
-and a row is the mean of all tokens weighted by z. So every token goes, in
-parts, into several rows: `mass` adds up these parts, `assign` tells the
-largest. Different from EMCL: bases start at evenly spaced tokens, since there
-all start alike, and tokens have norm 1 under the kernel, so that lam does not
-depend on the scale of a projector's outputs.
-
-Axes: N video tokens, D width, K bases and kept tokens.
+and a row is the mean of all tokens weighted by z, `mass` the sum of z. Unlike
+EMCL's, bases start at evenly spaced tokens, and tokens have norm 1.
 """
 
 import dataclasses
@@ -27,14 +21,9 @@ from cacovid_jax.compressors.math import clustering, similarity
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EM(base.Compressor):
-  """K soft means of the video's tokens.
+  """K soft means of the video's tokens."""
 
-  Attributes:
-    lam: width of a basis, in units of the cosine.
-    rounds: how often the bases are moved.
-  """
-
-  name: str = "em"
+  # Width of a basis, in units of the cosine.
   lam: float = base.number(0.05, 0, open_low=True)
   rounds: int = base.number(9, 0, whole=True)
 
@@ -50,17 +39,14 @@ class EM(base.Compressor):
     rows = jnp.matmul(
       share.T, features.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
     )
-    index = clustering.distinct_representatives(
-      jnp.max(share, axis=-1), assign, num_keep
-    )
+    closest = jnp.max(share, axis=-1)
+    index = clustering.distinct_representatives(closest, assign, num_keep)
     # A basis that every token is far from may have no mass left in float32.
     none = mass[:, None] <= 0
-    rows = jnp.where(
-      none, features[index], rows / jnp.where(none, 1.0, mass[:, None])
-    )
-    order = jnp.argsort(index)
-    out = base.arrange(rows.astype(features.dtype), index, assign)
-    return out._replace(mass=mass[order])
+    mean = rows / jnp.where(none, 1.0, mass[:, None])
+    rows = jnp.where(none, features[index], mean).astype(features.dtype)
+    out = base.arrange(rows, index, assign)
+    return out._replace(mass=mass[jnp.argsort(index)])
 
 
 def fit(x, bases, *, lam, rounds):
@@ -68,13 +54,12 @@ def fit(x, bases, *, lam, rounds):
 
   No round lowers sum_i log sum_k exp(x_i . m_k / lam) of points float32[N, D].
   """
+  # No order hangs on a round, so a faster product may do.
+  fast = jax.lax.Precision.HIGH
 
   def step(_, bases):
-    # No order hangs on a round, so a faster product may do.
-    share = responsibilities(
-      x, bases, lam=lam, precision=jax.lax.Precision.HIGH
-    )
-    pulled = jnp.matmul(share.T, x, precision=jax.lax.Precision.HIGH)
+    share = responsibilities(x, bases, lam=lam, precision=fast)
+    pulled = jnp.matmul(share.T, x, precision=fast)
     norm = jnp.linalg.norm(pulled, axis=-1, keepdims=True)
     # Where nothing pulls, any direction is as good: stay.
     moved = pulled / jnp.where(norm > 0, norm, 1.0)

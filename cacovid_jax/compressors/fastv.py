@@ -1,8 +1,6 @@
 """FastV: after a few layers, keep what the prompt's last token looks at.
 
-Between layers K - 1 and K, the video tokens with the largest attention from
-the last prompt token in layer K - 1, mean over heads, go on; their positions
-and the caches of the layers before stay as they are.
+Positions and the caches of the layers before stay as they are.
 Paper: https://arxiv.org/abs/2403.06764 (section 4).
 """
 
@@ -14,16 +12,11 @@ from cacovid_jax.compressors import budgets, layerwise
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FastV(layerwise.LayerwiseCompressor):
-  """One cut before layer K.
+  """One cut before layer K."""
 
-  Attributes:
-    layer: K, at least 1.
-    scale_layers: whether `layer` is that of a decoder of 28 layers, as in the
-      papers, and moves with the depth; False takes it as it is.
-  """
-
-  name: str = "fastv"
-  layer: int = 2
+  layer: int = 2  # K, at least 1.
+  # Whether K is that of a decoder of 28 layers, as in the papers, and moves
+  # with the depth; False takes it as it is.
   scale_layers: bool = True
 
   def plan(self, num_layers, num_video, ratio):
@@ -34,9 +27,9 @@ class FastV(layerwise.LayerwiseCompressor):
     except errors.UserError as error:
       raise errors.UserError(f"{self.name}: {error}") from None
     if not self.exact_budget:
-      share = budgets.fastv_fraction(ratio, num_layers, cut)
-      # Half to even, as Python's and NumPy's own rounding.
-      keep = max(1, round(share * num_video))
+      # The share x of K + x (L - K) = ratio * L; half to even, as NumPy rounds.
+      left = budgets.exact(ratio) * num_layers - cut
+      keep = max(1, round(float(left / (num_layers - cut)) * num_video))
     return [(cut, keep)]
 
   def minimum_ratio(self, num_layers, num_video):

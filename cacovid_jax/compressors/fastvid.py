@@ -1,18 +1,9 @@
 """FastVID: salient tokens of every frame, and anchors that merge the rest.
 
 Frames are cut into segments where neighbours are unlike. Most of a frame's
-budget goes to salient tokens. The rest is gathered, per segment, on every
-fourth frame counted from its end: the density peaks there are anchors and take
-in the other tokens of the segment.
+budget goes to salient tokens, the rest, per segment, to anchors: density peaks
+of every fourth frame from its end, which take in the segment's other tokens.
 Paper: https://arxiv.org/abs/2503.11187
-
-The published method reads SigLIP's pooling head, for frame embeddings and for
-the saliency of tokens. The video models' checkpoints do not hold that head:
-here mean features stand for the embedding, and the attention that a token
-receives in the tower's last layer for its saliency; see `FastVID.note`.
-
-Axes: T frames, P tokens of a frame, N = T * P, D width, K kept tokens, A
-anchors.
 """
 
 import dataclasses
@@ -27,35 +18,25 @@ from cacovid_jax.policy import diversity
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FastVID(base.Compressor):
-  """Salient tokens unchanged and anchors merged.
+  """Salient tokens unchanged and anchors merged; frames share evenly."""
 
-  Frames share the budget evenly, the first K mod T of them get one more,
-  before the part for anchors moves to the anchors' frames.
-
-  Attributes:
-    num_segments: segments that there are at least; the paper's c.
-    threshold: cosine of neighbouring frames below which a segment ends.
-    context_share: part of a frame's budget for anchors; the paper's d.
-    anchor_stride: frames between frames with anchors; the paper's p.
-    anchor_weight: least weight of an anchor among the tokens it takes in.
-    num_neighbours: of the density.
-  """
-
-  name: str = "fastvid"
   requires: frozenset[str] = frozenset(["vision_attention"])
   note: str = (
     "fallback: received attention and mean features stand in for SigLIP's"
     " pooling head, which the checkpoints lack"
   )
+  # Segments that there are at least, the paper's c; also where neighbouring
+  # frames have a cosine below the threshold one ends.
   num_segments: int = base.number(8, 1, whole=True)
   threshold: float = base.number(0.9, -1)
+  # Part of a frame's budget for anchors, d, and frames between those with some,
+  # p; least weight of an anchor among the tokens it takes in.
   context_share: float = base.number(0.4, 0, 1)
   anchor_stride: int = base.number(4, 1, whole=True)
   anchor_weight: float = base.number(0.6, 0, 1)
   num_neighbours: int = base.number(7, 1, whole=True)
 
   def choose(self, inputs, num_keep, ratio):
-    """Returns salient tokens and anchors of all frames."""
     features, frames = inputs.features, inputs.frames
     T, P, _ = frames.shape
     shares = budgets.evenly(num_keep, T)
@@ -71,11 +52,9 @@ class FastVID(base.Compressor):
     salient = selection_ops.rank(attention) < num_salient[:, None]
 
     def peaks(x, taken):
+      squared, sets = diversity.squared_distances(x), jnp.where(taken, -1, 0)
       return clustering.from_distances(
-        diversity.squared_distances(x),
-        1,
-        num_neighbours=self.num_neighbours,
-        sets=jnp.where(taken, -1, 0),
+        squared, 1, num_neighbours=self.num_neighbours, sets=sets
       ).rank
 
     rank = jax.vmap(peaks)(frames, salient)
@@ -83,35 +62,37 @@ class FastVID(base.Compressor):
     salient = salient.reshape(-1)
     num_rows = max(sum(wanted), 1)
     (anchors,) = jnp.nonzero(anchor, size=num_rows, fill_value=T * P)
-    joined = _nearest(features, anchors, jnp.repeat(first, P))
+    # The anchor of a token's segment with the best cosine.
+    segment = jnp.repeat(first, P)
+    reach = segment[:, None] == jnp.append(segment, -1)[anchors]
+    near = similarity.between(features, features[anchors])
+    joined = jnp.argmax(jnp.where(reach, near, -jnp.inf), axis=-1)
     kept = salient | anchor
-    joined = jnp.where(kept, len(anchors), joined)
-    values = self._merge(features, anchors, joined)
+    joined = jnp.where(kept | ~reach.any(axis=-1), num_rows, joined)
+    count = similarity.segment_count(joined, num_rows)
+    weight = jnp.maximum(1.0 / (count + 1), self.anchor_weight)[:, None]
+    own = features[jnp.minimum(anchors, T * P - 1)].astype(jnp.float32)
+    merged = selection_ops.anchored(own, features, joined, weight)
+    merged = merged.astype(features.dtype)
+    values = features.at[anchors].set(merged, mode="drop")
     into = jnp.append(anchors, T * P)[joined]
     into = jnp.where(kept, jnp.arange(T * P), into)
-    return selection_ops.collect(values, kept, into, num_keep)
+    return selection_ops.collect(
+      values[None], into[None], num_keep, features.dtype
+    )
 
   def reference_rows(self, grid, ratio):
-    """Returns how many tokens are kept if each frame's count is cut off."""
+    """Returns how many are kept if each frame's count is cut off."""
     T, H, W = grid
     return T * int(ratio * (H * W))
-
-  def _merge(self, features, anchors, joined):
-    """Returns float[N, D] with the anchors merged; see `_nearest`."""
-    count = similarity.segment_count(joined, len(anchors))
-    own = features[jnp.minimum(anchors, len(features) - 1)].astype(jnp.float32)
-    weight = jnp.maximum(1.0 / (count + 1), self.anchor_weight)[:, None]
-    merged = selection_ops.anchored(own, features, joined, weight)
-    return features.at[anchors].set(merged.astype(features.dtype), mode="drop")
 
 
 def _counts(shares, wanted, first, size, stride):
   """Returns int32[T] salient tokens and int32[T] anchors of each frame.
 
   Of `shares` int32[T] tokens a frame, `wanted` int32[T] are anchors; those of a
-  segment are split evenly over its anchor frames, the first ones get one more.
-  What does not fit into a frame of P = `size` becomes salient tokens, of all
-  frames in proportion to their room, so that the sum stays.
+  segment are split evenly over its anchor frames. What does not fit into P =
+  `size` becomes salient tokens, of all frames in proportion to their room.
   """
   T = first.shape[0]
   place = jnp.arange(T)
@@ -128,18 +109,3 @@ def _counts(shares, wanted, first, size, stride):
   left = shares.sum() - salient.sum() - anchors.sum()
   more = budgets.largest_remainder_on_device(room, left, high=room)
   return salient + more, anchors
-
-
-def _nearest(features, anchors, segment):
-  """Returns int32[N], the anchor of a token's segment with the best cosine.
-
-  That is a place in `anchors` int32[A], tokens with N behind the last; A where
-  the token's segment int32[N] has none.
-  """
-  num_video = features.shape[0]
-  near = similarity.between(features, features[anchors])
-  own = jnp.append(segment, -1)[anchors]
-  reach = (anchors < num_video) & (segment[:, None] == own[None, :])
-  near = jnp.where(reach, near, -jnp.inf)
-  joined = jnp.argmax(near, axis=-1)
-  return jnp.where(reach.any(axis=-1), joined, anchors.shape[0])

@@ -3,16 +3,9 @@
 Most of the budget goes, frame by frame, to tokens that differ from each other
 and that the vision tower attends to. The tokens left form trees through time:
 within a segment, a token hangs on the token of the previous frame that it
-resembles most. A tree becomes the mean of its tokens, and density peak
-clustering brings the trees of a frame down to what is left of the budget. To
-meet the budget exactly (ours), the weakest links are cut until there are enough
-trees, and frames share the budget of trees by how many begin in them.
-
-The second part keeps 30 % of what entered at layer 20 of 28, by the attention
-of the last token; 1.25 times the budget enters then. Option `llm_stage=False`
-leaves it out.
-
-Axes: T frames, P = H * W tokens of a frame, N video tokens, D width, K rows.
+resembles most. Trees become their means, which density peak clustering brings
+down to what is left of the budget. To meet it exactly (ours), the weakest links
+are cut, and frames share the budget of trees by how many begin in them.
 """
 
 import dataclasses
@@ -35,27 +28,21 @@ from cacovid_jax.compressors.math import (
 class FlashVID(layerwise.TwoStages):
   """Diverse tokens that are attended to, and means of trees.
 
-  A mean has the place of the first token of the tree that is the centre of
-  its cluster, and counts every token alike.
-
-  Attributes:
-    diverse_share: share of K that is picked, rounded down; frames get equal
-      parts of it, the first ones one more.
-    link_above: a token joins a tree above this cosine.
-    num_segments: the video is cut between so many segments at least, where
-      the mean features of neighbouring frames are least similar...
-    cut_below: ...and wherever their cosine is below this.
+  A mean has the place of the first token of the tree that is the centre of its
+  cluster, and counts every token alike. The second part keeps 30 % of what
+  entered, 1.25 times the budget, by the attention of the last token.
   """
 
-  name: str = "flashvid"
   requires: frozenset[str] = frozenset(["vision_attention"])
+  # Share of K that is picked, rounded down, of frames evenly.
   diverse_share: float = base.number(0.7, 0, 1)
-  link_above: float = 0.8
+  link_above: float = 0.8  # A token joins a tree above this cosine.
+  # There are so many segments at least, cut where the mean features of
+  # neighbouring frames are least similar, and wherever below this cosine.
   num_segments: int = base.number(8, 1, whole=True)
   cut_below: float = 0.9
 
   def choose(self, inputs, num_keep, ratio):
-    """Returns the tokens that enter the language model."""
     frames = inputs.frames
     T, P, _ = frames.shape
     # 0.7 * 10 may be a rounding error below 7.
@@ -63,11 +50,9 @@ class FlashVID(layerwise.TwoStages):
     num_merged = num_keep - num_diverse
 
     diverse = pick_diverse(frames, inputs.frame_attention, num_diverse)
-    vectors = frames.astype(jnp.float32).mean(axis=1)
+    cosine = similarity.adjacent(frames.astype(jnp.float32).mean(axis=1))
     cut = segments.unlike_neighbours(
-      similarity.settled(similarity.adjacent(vectors)),
-      self.num_segments,
-      self.cut_below,
+      similarity.settled(cosine), self.num_segments, self.cut_below
     )
     parent = link(frames, ~diverse, cut, self.link_above, T * P - num_keep)
     root = ~diverse & (parent < 0)
@@ -75,19 +60,15 @@ class FlashVID(layerwise.TwoStages):
 
     num_trees = root.sum(axis=-1, dtype=jnp.int32)
     some = num_trees > 0
+    low = (some & (some.sum() <= num_merged)).astype(jnp.int32)
     counts = budgets.largest_remainder_on_device(
-      num_trees.astype(jnp.float32),
-      num_merged,
-      low=(some & (some.sum() <= num_merged)).astype(jnp.int32),
-      high=num_trees,
+      num_trees.astype(jnp.float32), num_merged, low=low, high=num_trees
     )
+    means = total / jnp.maximum(size, 1.0)[..., None]
+    sets = jnp.where(root, 0, segments.NOWHERE)
     centre = jax.vmap(
       lambda x, count, sets: clustering.cluster(x, count, sets=sets).centre
-    )(
-      total / jnp.maximum(size, 1.0)[..., None],
-      counts,
-      jnp.where(root, 0, segments.NOWHERE),
-    )
+    )(means, counts, sets)
     # Frames without budget drop their trees.
     root &= counts[:, None] > 0
 
@@ -98,7 +79,7 @@ class FlashVID(layerwise.TwoStages):
     merged = (merged / jnp.maximum(count, 1.0)).astype(frames.dtype)
     values = jnp.where(diverse[..., None], frames, merged)
     into = jnp.where(diverse, place, joins)
-    return selection_ops.collect_parts(
+    return selection_ops.collect(
       values, into, num_keep, frames.dtype, home=roots_of(parent)
     )
 
@@ -106,9 +87,8 @@ class FlashVID(layerwise.TwoStages):
 def pick_diverse(frames, attention, num_keep):
   """Returns bool[T, P] with `num_keep` True, in every frame max-min diverse.
 
-  A token of float[T, P, D] is as far from another as their cosine distance
-  times the attention that it receives, float32[T, P], not negative. Frames get
-  equal parts, the first ones one more.
+  Tokens are as far from others as their cosine distance times the attention
+  that they receive, float32[T, P], not negative.
   """
   T, P = attention.shape
   count = budgets.evenly(num_keep, T)
@@ -150,16 +130,14 @@ def link(frames, free, cut, threshold, most):
 def tree_sums(frames, free, parent):
   """Returns (float32[T, P, D], float32[T, P]): sums and sizes of trees.
 
-  Of each free token and all that hang on it, through however many frames; at
-  a root, of its tree. Arguments are those of `link` and what it returns.
+  Of each free token and all that hang on it. Arguments are as of `link`.
   """
   P = parent.shape[1]
   free = free.astype(jnp.float32)
   tokens = frames.astype(jnp.float32) * free[..., None]
 
   def add(later, frame):
-    (total, size, hangs_on) = later
-    tokens, free, parent = frame
+    (total, size, hangs_on), (tokens, free, parent) = later, frame
     # A product instead of a scatter: its sums are reproducible on a GPU.
     total = tokens + similarity.segment_sum(total, hangs_on, P)
     size = free + similarity.segment_sum(size, hangs_on, P)

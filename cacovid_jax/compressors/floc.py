@@ -1,10 +1,7 @@
 """Facility location (FLoC, https://arxiv.org/abs/2511.00141).
 
-Picks the tokens that together resemble all tokens best: the greedy subset of
-`math.facility_location`. Windows, weights and the way it is computed are ours;
-the paper gives the objective.
-
-Axes: N video tokens, Q tokens of the question, D width, K kept tokens.
+The greedy subset of `math.facility_location`; windows, weights and the way it
+is computed are ours.
 """
 
 import dataclasses
@@ -21,30 +18,19 @@ from cacovid_jax.compressors.math import facility_location, similarity
 class FLoC(base.Compressor):
   """The greedy facility location subset of the video's tokens.
 
-  Every token is assigned to the kept one that it resembles most, so mass
-  counts what a row stands for; the rows themselves are tokens, unchanged.
-
-  Attributes:
-    block: see `facility_location.greedy`; speed only.
-    windows: how many stretches of frames are covered each by itself; the
-      budget goes to where the gain is largest.
-    floor: least similarity that counts, below 1.
-    question_temperature: None weighs all tokens alike; else their weights are
-      N times the softmax of their cosines to the mean of the question over
-      this, above 0.
-    similarities: see `facility_location.greedy`; speed and memory only.
-    kernel: see `facility_location.greedy`; speed only.
-    merge: "nearest" makes each row the mean of the tokens assigned to it.
+  Every other token is assigned to the one that it resembles most.
   """
 
-  name: str = "floc"
+  # Speed only, as `similarities` and `kernel`; see `facility_location.greedy`.
   block: int = base.number(512, 1, whole=True)
-  windows: int = 1
-  floor: float = 0.0
+  windows: int = 1  # Stretches of frames that are covered each by itself.
+  floor: float = 0.0  # Least similarity that counts, below 1.
+  # None weighs all tokens alike; else see `question_weights`.
   question_temperature: float | None = base.number(None, 0, open_low=True)
   similarities: str = base.choice("auto", "matrix", "blocks")
   kernel: bool = True
-  merge: str = base.choice(*selection_ops.MERGES)
+  # "nearest" makes each row the mean of the tokens assigned to it.
+  merge: str = base.choice("none", "nearest")
 
   def __post_init__(self):
     super().__post_init__()
@@ -64,11 +50,9 @@ class FLoC(base.Compressor):
         f"floc: windows is {self.windows!r}; give 1 to {most}, the number of"
         " frames"
       )
-    weights = None
-    if self.question_temperature is not None:
-      weights = question_weights(
-        features, inputs.text, self.question_temperature
-      )
+    weights, temperature = None, self.question_temperature
+    if temperature is not None:
+      weights = question_weights(features, inputs.text, temperature)
     index = facility_location.greedy(
       features, num_keep, grid=inputs.grid, weights=weights,
       block=self.block, windows=self.windows, floor=self.floor,
@@ -82,9 +66,9 @@ class FLoC(base.Compressor):
 
 
 def question_weights(features, text, temperature):
-  """Returns float32[N] that sum to N, larger for tokens like the question.
+  """Returns float32[N] that sum to N, by softmax of cosines to the mean text.
 
-  Of tokens float[N, D] and text float[Q, D], whose rows of zeros are padding.
+  Rows of zeros in text float[Q, D] are padding.
   """
   question = text.astype(jnp.float32).sum(axis=0, keepdims=True)
   cosines = similarity.between(features.astype(jnp.float32), question)[:, 0]

@@ -3,14 +3,11 @@
 Stage 0 acts before layer 0, stage k behind the attention of layer k - 1 and
 before its MLP. A stage merges tokens into the surviving token before them at
 the same place of the frame, if the two point alike; when hardly any still do,
-the next stage keeps what the prompt's last token looks at. One budget covers
-both: the mean over layers of the tokens that are left.
-Paper: https://arxiv.org/abs/2501.01986 (sections 3 and 4). Ours: where merging
-alone would use up the budget, it ends one stage earlier with as many tokens as
-the rest of the budget allows; `SelectionTrace.forced` tells.
+the next stage keeps what the prompt's last token looks at. Where merging alone
+would use up the budget, it ends early with as many tokens as that allows
+(ours). Paper: https://arxiv.org/abs/2501.01986 (sections 3 and 4).
 
-Axes: B batch, L prompt tokens, R rows between two layers, n of them of the
-video, N video tokens, D width, T frames, H W token grid.
+Axes: R rows between two layers, n of them of the video.
 """
 
 import dataclasses
@@ -41,21 +38,15 @@ class State(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FrameFusion(layerwise.LayerwiseCompressor):
-  """Merging by threshold, then pruning by attention.
+  """Merging by threshold, then pruning by attention."""
 
-  Attributes:
-    threshold: least cosine of two tokens that are merged.
-    min_merge: merging ends when a smaller share of the tokens is merged.
-    mode: "exact-mask" runs every layer at the length of the whole prompt, with
-      as many stages as it takes; "bucketed" reads on the host how many tokens
-      stage 0 leaves, runs a program of about that length and ends merging
-      after `max_merges` stages.
-    max_merges: of the bucketed mode.
-  """
-
-  name: str = "framefusion"
+  # Least cosine of two tokens that are merged; merging ends when less than this
+  # share of the tokens is.
   threshold: float = base.number(0.6, -1, 1)
   min_merge: float = base.number(0.1, 0, 1)
+  # "exact-mask" runs every layer at the length of the whole prompt; "bucketed"
+  # reads on the host how many tokens stage 0 leaves, runs a program of about
+  # that length and ends merging after `max_merges` stages.
   mode: str = base.choice("exact-mask", "bucketed")
   max_merges: int = base.number(3, 1, whole=True)
 
@@ -89,18 +80,23 @@ class FrameFusion(layerwise.LayerwiseCompressor):
     """See `base.Compressor.prefill`; in bucketed mode it cannot be jitted."""
     del own_params, selection
     stages = self.stages(model.config.text.num_layers, inputs.grid, ratio)
-    read = _prefill_in_bucket if self.on_host else _prefill_exactly
-    return read(stages, model, params, prompt, new_rows)
+    rows, state = first_stage(prompt, stages=stages)
+    size = stages.num_video
+    if self.on_host:
+      size = bucket(int(np.asarray(rows.count).max()), size)
+      if np.asarray(state.done).all():
+        size, stages = 0, stages._replace(last_merge=-1)
+      size = max(size, stages.most)
+    static = dict(stages=stages, model=model, size=size, new_rows=new_rows)
+    return _rest(params, rows, state, **static)
 
   def stages(self, num_layers, grid, ratio) -> "_Stages":
-    """Returns the static numbers behind every stage.
-
-    Raises UserError where the ratio is less than a token in every layer.
-    """
+    """Returns the numbers of stages; UserError if a layer sees no token."""
     last_merge, num_video = num_layers - 1, math.prod(grid)
     if self.mode == "bucketed":
       last_merge = min(self.max_merges - 1, max(num_layers - 2, 0))
-    total = layerwise.token_layers(num_layers, num_video, ratio)
+    exact = budgets.exact(budgets.check_ratio(ratio))
+    total = math.floor(exact * num_layers * num_video)
     if total < num_layers:
       raise errors.UserError(
         f"{self.name}: ratio {ratio:g} keeps no token of {num_video}; use at"
@@ -130,64 +126,6 @@ class _Stages(NamedTuple):
     return min(most, self.num_video)
 
 
-def _prefill_exactly(stages, model, params, rows, new_rows):
-  """One scan over the layers; rows that are gone make the prompt shorter."""
-
-  def block(carry, number):
-    rows, state = carry
-    state = state._replace(spent=state.spent + rows.count)
-
-    def stage(rows, attended):
-      return jax.lax.cond(
-        state.done.all() | (number + 1 >= stages.num_layers),
-        lambda: (rows, state),
-        lambda: _stage(stages, rows, state, attended, number + 1),
-      )
-
-    seen, carry = _layer(model, params, number, rows, stage)
-    return carry, (*seen, rows.count)
-
-  rows, state = _stage(stages, rows, _start(rows), None, 0)
-  rows = rows._replace(x=rows.x.astype(model.dtype))
-  (rows, state), (*cache, counts) = jax.lax.scan(
-    block, (rows, state), jnp.arange(stages.num_layers)
-  )
-  cache = qwen2.with_room(qwen2.Cache(*cache), new_rows)
-  logits = prompt_batch.last_logits(model, params, rows)
-  return logits, (cache,), _trace(stages, rows, state, counts)
-
-
-def _layer(model, params, number, rows, stage):
-  """Runs a layer; its attention is behind `stage(rows, attended)`.
-
-  Returns what goes into the cache, and what `stage` does, behind the layer.
-  """
-
-  def between(x, out):
-    changed = stage(rows._replace(x=x), out["look"])
-    return changed[0].x, changed
-
-  x, out = model.layer(
-    params, number, rows.x, rows.positions, lengths=rows.lengths,
-    look=attention.last_query_attention, between=between,
-  )  # fmt: skip
-  went_on, state = out["between"]
-  x = qwen2.add_deep(x, number, went_on.deep, went_on.video_rows)
-  seen = out["keys"], out["values"], rows.lengths
-  return seen, (went_on._replace(x=x), state)
-
-
-def _prefill_in_bucket(stages, model, params, rows, new_rows):
-  """Stage 0, its counts on the host, then a program of that length."""
-  rows, state = first_stage(rows, stages=stages)
-  size = bucket(int(np.asarray(rows.count).max()), stages.num_video)
-  if np.asarray(state.done).all():
-    size, stages = 0, stages._replace(last_merge=-1)
-  size = max(size, stages.most)
-  static = dict(stages=stages, model=model, size=size, new_rows=new_rows)
-  return _rest(params, rows, state, **static)
-
-
 def bucket(count: int, num_video: int) -> int:
   """Returns the entering length of a program for `count` of N tokens."""
   step = math.ceil(num_video * _BUCKET)
@@ -204,35 +142,55 @@ def first_stage(rows, *, stages):
   jax.jit, static_argnames=("stages", "model", "size", "new_rows")
 )
 def _rest(params, rows, state, *, stages, model, size, new_rows):
-  """Returns what `prefill` does, of what `first_stage` left."""
-  # Stages up to this one may change the rows; all are done behind it.
+  """Returns what `prefill` does, of what `first_stage` left.
+
+  There is room for `size` video tokens in the layers behind which stages may
+  change the rows, then for the most that can be left.
+  """
+
+  def block(carry, number):
+    rows, state = carry
+    state = state._replace(spent=state.spent + rows.count)
+
+    def between(x, out):
+      seen = rows._replace(x=x)
+      changed = jax.lax.cond(
+        state.done.all() | (number + 1 >= stages.num_layers),
+        lambda: (seen, state),
+        lambda: _stage(stages, seen, state, out["look"], number + 1),
+      )
+      return changed[0].x, changed
+
+    x, out = model.layer(
+      params, number, rows.x, rows.positions, lengths=rows.lengths,
+      look=attention.last_query_attention, between=between,
+    )  # fmt: skip
+    went_on, state = out["between"]
+    x = qwen2.add_deep(x, number, went_on.deep, went_on.video_rows)
+    cache = qwen2.Cache(out["keys"], out["values"], rows.lengths)
+    return (went_on._replace(x=x), state), (cache, rows.count)
+
   last_stage = stages.last_merge + 1
   rows = _first_rows(rows, size)
   rows = rows._replace(x=rows.x.astype(model.dtype))
-  parts, counts, caches = [], [], []
-  for number in range(last_stage):
-    state = state._replace(spent=state.spent + rows.count)
-
-    def stage(rows, attended, state=state, number=number):
-      rows, state = _stage(stages, rows, state, attended, number + 1)
-      if number + 1 == last_stage:
-        rows = _first_rows(rows, stages.most)
-      return rows, state
-
-    counts.append(rows.count)
-    part, (rows, state) = _layer(model, params, number, rows, stage)
-    parts.append(part)
-  if parts:
-    caches.append(qwen2.Cache(*map(jnp.stack, zip(*parts, strict=True))))
+  (rows, state), (cache, counts) = jax.lax.scan(
+    block, (rows, state), jnp.arange(last_stage)
+  )
+  caches = [cache] if last_stage else []
   if last_stage < stages.num_layers:
     rows, cache, _ = layerwise.run_slice(
-      model, params, rows, last_stage, stages.num_layers
-    )
+      model, params, _first_rows(rows, stages.most),
+      last_stage, stages.num_layers,
+    )  # fmt: skip
     caches.append(cache)
-  counts += [rows.count] * (stages.num_layers - last_stage)
-  caches = tuple(qwen2.with_room(cache, new_rows) for cache in caches)
-  logits = prompt_batch.last_logits(model, params, rows)
-  return logits, caches, _trace(stages, rows, state, jnp.stack(counts))
+    later = jnp.tile(rows.count, (stages.num_layers - last_stage, 1))
+    counts = jnp.concatenate([counts, later])
+  left = rows._replace(index=rows.index[:, : stages.most])
+  return (
+    prompt_batch.last_logits(model, params, rows),
+    tuple(qwen2.with_room(cache, new_rows) for cache in caches),
+    base.SelectionTrace.of(left, counts.T, forced=state.forced),
+  )
 
 
 def _first_rows(rows, size):
@@ -254,21 +212,12 @@ def _start(rows):
   return State(none, no, no, no)
 
 
-def _trace(stages, rows, state, counts):
-  rows = rows._replace(index=rows.index[:, : stages.most])
-  return base.SelectionTrace.of(rows, counts.T, forced=state.forced)
-
-
 def _stage(stages, rows, state, attended, number):
   """Returns (rows, state) after one stage of every prompt.
 
-  Args:
-    stages: `_Stages`.
-    rows: `prompt_batch.PrunedPrompts`; as many come back, with padding.
-    state: `State`, with the tokens of layers 0 to `number` - 1 spent.
-    attended: float32[B, R] attention of each prompt's last token in the layer
-      before; None at stage 0.
-    number: int or int32[], of the stage.
+  Of `prompt_batch.PrunedPrompts`; as many rows come back, with padding. The
+  state has the tokens of layers 0 to `number` - 1 spent; `attended` float32[B,
+  R] is each last token's attention in the layer before, None at stage 0.
   """
   video = prompt_batch.read_video(rows.x, rows.video_rows)
   paid = jnp.zeros(rows.index.shape, jnp.float32)
@@ -278,8 +227,8 @@ def _stage(stages, rows, state, attended, number):
     functools.partial(_stage_of_one, stages, number=number)
   )(video, rows.index, rows.count, paid, state)
   x = prompt_batch.write_video(rows.x, rows.video_rows, merged)
-  kept, count = jax.vmap(lambda s: layerwise.compact(s, len(s)))(survives)
   rows = rows._replace(x=x)
+  kept, count = jax.vmap(lambda s: layerwise.compact(s, len(s)))(survives)
   _, rows = prompt_batch.take(rows, kept, count, num_video=stages.num_video)
   return rows, state
 
@@ -316,16 +265,8 @@ def _merge(stages, video, index, count, *, remove, left, number):
   """Returns (merged video float[n, D], flagged bool[n], three bool[]).
 
   Flagged tokens have gone into the one before them in time. The three: merging
-  ends; enough are alike to meet the budget; it had to be met by force.
-
-  Args:
-    stages: `_Stages`.
-    video: float[n, D], of which the first `count` are there.
-    index: int32[n] tokens of the whole video.
-    count: int32[].
-    remove: int32[] tokens whose removal meets the budget at once.
-    left: int32[] token-layers that this layer and the later ones may see.
-    number: of the stage.
+  ends; enough are alike to meet the budget, by `remove` less; it had to be met
+  by force, this and the later layers seeing `left` in all.
   """
   T, H, W = stages.grid
   rule, size, patches = stages.rule, index.shape[0], H * W

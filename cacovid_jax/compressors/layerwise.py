@@ -1,14 +1,11 @@
 """Compressors that act inside the language model, between its layers.
 
-A plan says before which layers video tokens are dropped and how many go on;
-the layers in between run as slices of depth, each with its own number of rows
-and its own key-value cache. The budget is a mean over layers: a ratio of 10 %
-means that a layer's attention sees, on average, 10 % of the video tokens, as
+The layers between two cuts run as slices of depth, each with its own key-value
+cache. The budget is a mean over layers: a ratio of 10 % means that a layer's
+attention sees, on average, 10 % of the video tokens, as
 https://arxiv.org/abs/2410.04417 and https://arxiv.org/abs/2505.14454 count.
 
-Axes: B batch, L prompt tokens, D width, N video tokens, R rows between two
-layers, n of them of the video, K tokens left at the last layer, P position
-rows, T frames, H W token grid.
+Axes: R rows between two layers, n of them of the video, P position rows.
 """
 
 import dataclasses
@@ -24,27 +21,18 @@ from cacovid_jax.models import attention, generation, prompt_batch, qwen2
 
 
 class LayerState(NamedTuple):
-  """What a rule may look at between two layers, of ONE prompt.
+  """What a rule may look at between two layers, of ONE prompt."""
 
-  Attributes:
-    hidden: float[R, D] residual stream.
-    positions: int32[P, R].
-    length: int32[] valid rows.
-    attention: float32[n] paid to the video rows in the layer before.
-    mask: bool[n] valid video rows, a prefix.
-    index: int32[n]; it, `row` and `entered` are those of `PrunedPrompts`.
-    grid: static (T, H, W) of the whole video.
-  """
-
-  hidden: jax.Array
-  positions: jax.Array
-  length: jax.Array
-  attention: jax.Array
-  mask: jax.Array
+  hidden: jax.Array  # float[R, D] residual stream.
+  positions: jax.Array  # int32[P, R].
+  length: jax.Array  # int32[] valid rows.
+  attention: jax.Array  # float32[n] paid to video rows in the layer before.
+  mask: jax.Array  # bool[n] valid video rows, a prefix.
+  # int32[n], int32[n] and the selection of `PrunedPrompts`.
   index: jax.Array
   row: jax.Array
   entered: base.Selection | None
-  grid: tuple[int, int, int] | None = None
+  grid: tuple[int, int, int] | None = None  # Of the whole video, static.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,18 +42,13 @@ class LayerwiseCompressor(base.Compressor):
   A subclass gives `plan` and `minimum_ratio`, and its own `step` where it keeps
   others than those that the last token attends to most. An exact budget spends
   the ratio as closely as whole tokens allow, never more.
-
-  Attributes:
-    pre_llm: what chooses the tokens that enter the model; None lets all in.
-    attention_fn: "last" for the attention of the prompt's last token, mean
-      over heads; "after_video" for the most that any head of any token behind
-      the video pays.
-    drop_from_caches: True also forgets dropped tokens in the layers that saw
-      them, so that decoding sees the same tokens everywhere.
   """
 
+  # What chooses the tokens that enter the model; None lets all in.
   pre_llm: base.Compressor | None = None
-  attention_fn: str = "last"
+  attention_fn: str = "last"  # See `attention_of`.
+  # True also forgets dropped tokens in the layers that saw them, so that
+  # decoding sees the same tokens everywhere.
   drop_from_caches: bool = False
 
   selects_first: ClassVar[bool] = False
@@ -78,17 +61,16 @@ class LayerwiseCompressor(base.Compressor):
     """Returns [(layer, keep), ...]: what each layer from `layer` on sees.
 
     Layer 0 stands for what enters the model. Layers ascend, keeps do not.
-    Raises UserError where the ratio cannot be met; it names the lowest.
+    UserError where the ratio cannot be met; it names the lowest.
     """
     raise NotImplementedError(f"{type(self).__name__} has no plan")
 
   def step(self, state: LayerState, *, layer: int, keep: int):
     """Returns (kept int32[keep], num_valid int32[]) of ONE prompt.
 
-    `kept` ascends among the video rows 0..n-1; entries behind the first
-    `num_valid` are not read. A trained rule also takes `params`.
+    The first `num_valid` of `kept` ascend among the video rows. A trained rule
+    also takes `params`.
     """
-    del layer
     return keep_by_last_query(state, keep)
 
   def rows(self, grid, ratio: float, num_layers: int | None = None) -> int:
@@ -155,8 +137,8 @@ class LayerwiseCompressor(base.Compressor):
     if self.pre_llm is None:
       return prompt
     num_video = math.prod(inputs.grid)
-    steps = self.plan(num_layers, num_video, ratio)
-    num_keep = next((keep for layer, keep in steps if layer == 0), num_video)
+    steps = dict(self.plan(num_layers, num_video, ratio))
+    num_keep = steps.get(0, num_video)
     share = num_keep / num_video
     pre_llm = self.pre_llm
     if not self.exact_budget:
@@ -179,37 +161,28 @@ class LayerwiseCompressor(base.Compressor):
     size = rows.index.shape[1]
     keep = min(keep, size)
 
-    def one(state):
-      state = state._replace(grid=grid)
+    def one(*state):
+      state = LayerState(*state, grid=grid)
       return self.step(state, layer=layer, keep=keep, **given)
 
-    state = LayerState(
-      hidden=rows.x,
-      positions=rows.positions,
-      length=rows.lengths,
-      attention=prompt_batch.read_video(attended, rows.video_rows),
-      mask=jnp.arange(size)[None] < rows.count[:, None],
-      index=rows.index,
-      row=rows.row,
-      entered=rows.entered,
-    )
-    return jax.vmap(one)(state)
+    paid = prompt_batch.read_video(attended, rows.video_rows)
+    mask = jnp.arange(size)[None] < rows.count[:, None]
+    return jax.vmap(one)(
+      rows.x, rows.positions, rows.lengths, paid, mask, rows.index, rows.row,
+      rows.entered,
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TwoStages(LayerwiseCompressor):
   """A method with one part before the language model and one inside it.
 
-  A subclass gives `choose`, the first part; the budgets follow from the ratio.
-
-  Attributes:
-    llm_stage: False for the part before the model alone, at the whole ratio.
-    llm_layer: where the second part acts, of a decoder of 28 layers.
-    llm_keep: share of the entered tokens that goes on, about.
+  A subclass gives `choose`, the first part.
   """
 
-  llm_stage: bool = True
-  llm_layer: int = 20
+  llm_stage: bool = True  # False for the first part alone, at the whole ratio.
+  llm_layer: int = 20  # Where the second part acts, of a decoder of 28 layers.
+  # Share of the entered tokens that goes on, about.
   llm_keep: float = base.number(0.3, 0, 1, open_low=True)
 
   @property
@@ -223,9 +196,7 @@ class TwoStages(LayerwiseCompressor):
       raise errors.UserError(
         f"{self.name}: llm_stage={self.llm_stage!r}; give True or False"
       )
-    own = {
-      name: getattr(type(self), name) for name in ("llm_keep", "llm_layer")
-    }
+    own = {n: getattr(type(self), n) for n in ("llm_keep", "llm_layer")}
     pre_llm = None
     if self.llm_stage:
       given = tuple(n for n in self.given if n not in ("llm_stage", *own))
@@ -238,7 +209,7 @@ class TwoStages(LayerwiseCompressor):
     object.__setattr__(self, "pre_llm", pre_llm)
 
   def plan(self, num_layers, num_video, ratio):
-    """Returns what enters and what goes on; `ratio` from below in the mean."""
+    """Returns what enters and what goes on."""
     layer = cut_layer(self.name, self.llm_layer, num_layers, True)
     try:
       entering, keep = budgets.two_stages(
@@ -264,21 +235,11 @@ def generate(
 ):  # fmt: skip
   """Returns (ids int32[B, max_new_tokens], `SelectionTrace`) of whole prompts.
 
-  Can be jitted with the compressor, ratio and everything behind static, unless
-  `compressor.on_host`.
-
-  Args:
-    model: `models.video_llm.VideoLLM`.
-    params: its parameters.
-    compressor: `base.Compressor`.
-    prompt: of `prompt_batch.whole`.
-    inputs: leading axis B.
-    next_positions: int32[B] position of the first generated token.
-    ratio: static.
-    max_new_tokens: static, at least 1.
-    eos_ids: static, token ids that end an answer.
-    pad_id: id written behind the end.
-    own_params: of a trained compressor, from `load`.
+  Of prompts of `prompt_batch.whole`, inputs with a leading B and the position
+  of the first generated token int32[B]; `own_params` are of a trained
+  compressor. Can be jitted with the compressor, ratio and everything behind
+  static, unless `compressor.on_host`; `ids` have `pad_id` behind the end of an
+  answer.
   """
   ratio = base.check_ratio(ratio)
   if compressor.on_host and isinstance(prompt.x, jax.core.Tracer):
@@ -308,8 +269,8 @@ _extend = jax.jit(
 def run_slice(model, params, rows, first, last, look=None):
   """Runs the layers from `first` up to `last` on `prompt_batch.PrunedPrompts`.
 
-  Returns (rows, cache, attention): the attention float32[B, R] that rows
-  receive in the last of these layers, by `look`, see `attention_of`.
+  Returns (rows, cache, attention float32[B, R] received in the last, by
+  `look`).
   """
   x, keys, values, attended = model.run_layers(
     params, rows.x, rows.positions, rows.lengths, first=first, last=last,
@@ -331,13 +292,9 @@ def keep_by_last_query(state: LayerState, keep: int):
 def keep_by_text_attention(state, keep: int, sets, *, num_sets, share=None):
   """Returns (kept int32[keep], count): the best of every set of tokens.
 
-  Args:
-    state: `LayerState` with the attention that the text pays.
-    keep: static.
-    sets: int32[n] set of each video row, below `num_sets` where valid.
-    num_sets: static.
-    share: None shares out exactly `keep` tokens in proportion to the sets'
-      sizes; a number keeps int(share * size) of each, as PruneVID's own code.
+  Of the sets int32[n] of video rows, below `num_sets`, static, where valid.
+  `share` None shares out exactly `keep` tokens in proportion to the sets'
+  sizes; a number keeps int(share * size) of each, as PruneVID's own code.
   """
   size = state.mask.shape[0]
   sets = jnp.where(state.mask, sets, num_sets)
@@ -381,14 +338,12 @@ def cut_layer(name: str, layer: int, num_layers: int, scale_layers: bool):
   return found
 
 
-def token_layers(num_layers: int, num_video: int, ratio: float) -> int:
-  """Returns floor(ratio * layers * N): tokens that all layers may see."""
-  exact = budgets.exact(budgets.check_ratio(ratio))
-  return math.floor(exact * num_layers * num_video)
-
-
 def attention_of(kind: str, rows: prompt_batch.PrunedPrompts):
-  """Returns `f(q, k, lengths)` -> float32[B, R] for `run_layers`."""
+  """Returns `f(q, k, lengths)` -> float32[B, R] for `run_layers`.
+
+  Of kind "last" the attention of the prompt's last token, mean over heads; of
+  "after_video" the most that any head of any token behind the video pays.
+  """
   if kind == "last":
     return attention.last_query_attention
   if kind == "after_video":

@@ -3,15 +3,9 @@
 Frames are clustered into segments. In a segment the places of the grid that
 stay alike become one token each; then every set of tokens, static ones of a
 segment and the others of a frame, is clustered and replaced by cluster means.
-The second stage, option `llm_stage=True`, acts inside the language model: of
-every set it keeps the tokens that any later token looks at most, and forgets
-the others in the layers before, too.
+With `llm_stage=True` a second stage inside the language model keeps the tokens
+of every set that any later token looks at most. Ties go to the earlier token.
 Paper: https://arxiv.org/abs/2412.16117 (section 3)
-
-A row stands at its cluster's central token, static rows in the first frame of
-their segment. Ties go to the earlier token instead of to noise.
-
-Axes: T frames, P tokens of a frame, N = T * P, D width, K kept tokens.
 """
 
 import dataclasses
@@ -32,31 +26,26 @@ _SMALL = 14
 class PruneVID(layerwise.TwoStages):
   """The means of clusters of static and of other tokens.
 
-  An exact budget is split over the sets in proportion to their sizes. The
-  method's own rounding gives each int(share * size) and leaves sets of up to
-  14 tokens alone, so that static videos end with fewer tokens. The second
-  stage shares its budget over the sets in the same ways.
-
-  Attributes:
-    frame_share: clusters of frames, over frames; the paper's gamma.
-    threshold: mean cosine above which a place is static; the paper's tau.
-    cluster_share: the paper's beta, for its own rounding; None for the ratio.
-    num_neighbours: of the density, for frames and for tokens.
+  A mean stands at its cluster's central token, static ones in the first frame
+  of their segment. An exact budget is split over the sets in proportion to
+  their sizes. The method's own rounding gives each int(share * size) and leaves
+  sets of up to 14 tokens alone, so that static videos end with fewer tokens.
   """
 
-  name: str = "prunevid"
   llm_stage: bool = False
   llm_layer: int = 10
   llm_keep: float = base.number(0.4, 0, 1, open_low=True)
   attention_fn: str = "after_video"
   drop_from_caches: bool = True
+  # Clusters of frames, over frames; the paper's gamma.
   frame_share: float = base.number(0.25, 0, 1, open_low=True)
+  # Mean cosine above which a place is static; the paper's tau.
   threshold: float = base.number(0.8, -1)
+  # The paper's beta, for its own rounding; None for the ratio.
   cluster_share: float | None = base.number(None, 0, 1, open_low=True)
   num_neighbours: int = base.number(7, 1, whole=True)
 
   def choose(self, inputs, num_keep, ratio):
-    """Returns the means, static rows in the first frame of their segment."""
     frames = inputs.frames
     T, P, _ = frames.shape
     labels = clustering.cluster(
@@ -74,9 +63,21 @@ class PruneVID(layerwise.TwoStages):
       count = segments.shares(sets.sizes, num_keep)
     else:
       count = jnp.array(self._own_counts(P, ratio))[sets.sizes]
-    count = segments.of_kind(count, sets.kind)
-    centre, means = jax.vmap(self._merge)(sets.tokens, count, sets.kind)
-    return selection_ops.collect_parts(
+
+    def frame(x, count, kind):
+      centre = clustering.from_distances(
+        diversity.squared_distances(x),
+        count,
+        num_neighbours=self.num_neighbours,
+        # A set that gets no row is no set.
+        sets=jnp.where(count > 0, kind, segments.NOWHERE),
+      ).centre
+      return centre, similarity.segment_mean(x, centre, P)
+
+    static = sets.kind == segments.STATIC
+    count = jnp.where(static, count[:, :1], count[:, 1:])
+    centre, means = jax.vmap(frame)(sets.tokens, count, sets.kind)
+    return selection_ops.collect(
       means, centre, num_keep, frames.dtype, home=sets.home
     )
 
@@ -88,7 +89,6 @@ class PruneVID(layerwise.TwoStages):
 
   def step(self, state, *, layer, keep):
     """Returns the tokens of each set that the text attends to most."""
-    del layer
     sets = sets_of_static_and_frames(state.entered, state.grid)
     return layerwise.keep_by_text_attention(
       state,
@@ -98,30 +98,18 @@ class PruneVID(layerwise.TwoStages):
       share=None if self.exact_budget else self.llm_keep,
     )
 
-  def _merge(self, x, count, kind):
-    found = clustering.from_distances(
-      diversity.squared_distances(x),
-      count,
-      num_neighbours=self.num_neighbours,
-      # A set that gets no row is no set.
-      sets=jnp.where(count > 0, kind, segments.NOWHERE),
-    )
-    return found.centre, similarity.segment_mean(x, found.centre, len(x))
-
   def _own_counts(self, size, ratio):
     """Returns int32[size + 1], clusters of a set by its number of tokens."""
     share = ratio if self.cluster_share is None else self.cluster_share
-    return np.array(
-      [n if n <= _SMALL else max(int(share * n), 1) for n in range(size + 1)],
-      np.int32,
-    )
+    every = np.arange(size + 1, dtype=np.int32)
+    shared = np.maximum((share * every).astype(np.int32), 1)
+    return np.where(every <= _SMALL, every, shared)
 
 
 def mean_cosine(frames, first):
   """Returns float32[T, P], a place's mean cosine over pairs of its segment.
 
   Of w unit vectors it is (|sum|^2 - w) / (w (w - 1)); -inf for one frame.
-  `first` int32[T] is the first frame of each frame's segment.
   """
   T, P, _ = frames.shape
   unit = similarity.unit(frames)
@@ -130,17 +118,17 @@ def mean_cosine(frames, first):
   # Tokens of zeros have similarity 0, and a norm of 0 instead of 1.
   own = jnp.square(unit).sum(axis=-1)
   own = jnp.where(member[..., None], own[None], 0).sum(axis=1)
-  pairs = member.sum(axis=-1) * (member.sum(axis=-1) - 1)
-  mean = (jnp.square(total).sum(axis=-1) - own) / jnp.maximum(pairs, 1)[:, None]
-  return jnp.where(pairs[:, None] > 0, mean, -jnp.inf)[first]
+  length = member.sum(axis=-1, keepdims=True)
+  pairs = length * (length - 1)
+  mean = (jnp.square(total).sum(axis=-1) - own) / jnp.maximum(pairs, 1)
+  return jnp.where(pairs > 0, mean, -jnp.inf)[first]
 
 
 def sets_of_static_and_frames(selection: base.Selection, grid):
-  """Returns int32[K] sets of merged rows, 2 * T in all.
+  """Returns int32[K] sets of merged rows: PruneVID's dynamic and static tokens.
 
-  A row that stands for tokens of one frame belongs to that frame's set; one
-  that stands for several frames to set T + first of them: PruneVID's dynamic
-  and static tokens. Padding goes to set 2 * T.
+  Rows of tokens of one frame are in its set, of several in set T + the first of
+  them, padding in 2 * T.
   """
   T, H, W = grid
   size = selection.index.shape[0]

@@ -1,9 +1,4 @@
-"""Names and options of compressors -> the method.
-
-A known name leads to a class of this package, `path/file.py:attribute` or
-`package.module:attribute` to a compressor of the user's own. Modules are
-imported when they are asked for.
-"""
+"""Names and options of compressors -> the method, imported when asked for."""
 
 import ast
 import dataclasses
@@ -45,28 +40,21 @@ _METHODS = {
 }
 _ORACLES = {"decisive_boxes": "simple:DecisiveBoxes"}
 # Parameters of a bare function; whatever else it takes is an option.
-_INTERFACE = frozenset(
-  "features grid num_keep text aux rng ratio rounding".split()
-)
+_INTERFACE = {*"features grid num_keep text aux rng ratio rounding".split()}
 # What files gave, by name and sha256: the same content is the same method.
 _LOADED = {}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FunctionCompressor(base.Compressor):
-  """A bare function `f(features, *, grid, num_keep, text, aux, rng)`.
+  """A bare `f(features, *, grid, num_keep, text, aux, rng)` -> `Selection`.
 
-  It may also take `ratio` and `rounding` ("exact" or "reference"); every
-  further parameter is an option.
-
-  Attributes:
-    function: returns the `Selection`; `aux` are the `CompressorInputs`.
-    own_rows: `f(grid, ratio, **options)` -> int, see `reference_rows`; None
-      rounds down.
-    values: of the options that were set.
+  `aux` are the `CompressorInputs`. It may also take `ratio` and `rounding`
+  ("exact" or "reference"); every further parameter is an option.
   """
 
   function: Callable[..., base.Selection]
+  # f(grid, ratio, **options), see `reference_rows`; None rounds down.
   own_rows: Callable[..., int] | None = None
   values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -99,26 +87,20 @@ class FunctionCompressor(base.Compressor):
     if self.own_rows is None:
       return base.budget(grid, ratio)
     takes = _parameters(self.own_rows)
-    if not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
-      known = {name: self.values[name] for name in self.values if name in takes}
-      return self.own_rows(grid, ratio, **known)
-    return self.own_rows(grid, ratio, **self.values)
+    every = any(p.kind is p.VAR_KEYWORD for p in takes.values())
+    known = {n: v for n, v in self.values.items() if every or n in takes}
+    return self.own_rows(grid, ratio, **known)
 
   def choose(self, inputs, num_keep, ratio):
     """Returns what the function returns."""
     rounding = "exact" if self.exact_budget else "reference"
     extra = {"ratio": ratio, "rounding": rounding}
     takes = _parameters(self.function)
+    extra = {name: extra[name] for name in extra if name in takes}
     return self.function(
-      inputs.features,
-      grid=inputs.grid,
-      num_keep=num_keep,
-      text=inputs.text,
-      aux=inputs,
-      rng=inputs.rng,
-      **{name: extra[name] for name in extra if name in takes},
-      **self.values,
-    )
+      inputs.features, grid=inputs.grid, num_keep=num_keep, text=inputs.text,
+      aux=inputs, rng=inputs.rng, **extra, **self.values,
+    )  # fmt: skip
 
 
 def _parameters(function):
@@ -163,12 +145,11 @@ def get(spec: str, exact_budget: bool = True, **options):
       bare function, see `FunctionCompressor`; a function may say what it reads
       by attributes `requires` (or `needs`) and `stochastic`, and by
       `reference_rows` how many tokens it keeps without exact budget.
-    exact_budget: False to round budgets as the method's own publication does;
-      an option of that name in `spec` says the same.
-    **options: keyword options of the method; they win over those in `spec`.
+    exact_budget: False to round budgets as the method's own publication does,
+      also as an option in `spec`.
+    **options: of the method; they win over those in `spec`.
 
-  Raises:
-    UserError: unknown name, unknown option, or a file that gives no compressor.
+  Raises UserError for unknown names, options, or files without a compressor.
   """
   name, parsed = parse(spec)
   options = {**parsed, **options}
@@ -204,9 +185,9 @@ def _known(name: str) -> base.Compressor:
       f"unknown method {name!r}; {hint}known: {', '.join(names())}, or"
       " your own as path/file.py:function"
     )
-  module, _, attribute = known[name].partition(":")
+  module, attribute = known[name].split(":")
   module = importlib.import_module(f"cacovid_jax.compressors.{module}")
-  return getattr(module, attribute)()
+  return getattr(module, attribute)(name=name)
 
 
 def _load(spec: str) -> base.Compressor:
@@ -216,15 +197,13 @@ def _load(spec: str) -> base.Compressor:
   if isinstance(found, type) and issubclass(found, base.Compressor):
     found = found()
   if isinstance(found, base.Compressor):
-    return dataclasses.replace(
-      found, name=found.name or attribute, source=digest
-    )
+    name = found.name or attribute
+    return dataclasses.replace(found, name=name, source=digest)
   if not callable(found):
     raise errors.UserError(
       f"method {spec!r}: {attribute} is neither a Compressor nor a function"
     )
-  missing = {"grid", "num_keep"} - set(_parameters(found))
-  if missing:
+  if missing := {"grid", "num_keep"} - set(_parameters(found)):
     raise errors.UserError(
       f"method {spec!r}: {attribute} does not take {', '.join(sorted(missing))}"
       "; its signature is (features, *, grid, num_keep, text, aux, rng)"

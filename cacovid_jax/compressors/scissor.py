@@ -3,16 +3,8 @@ https://arxiv.org/abs/2506.21862).
 
 Tokens of a frame that are linked by cosine similarities above a threshold melt
 into their mean; the means of all frames are linked and melted once more; then
-every token joins its most similar representative. Components need not be
-regions: distant patches may be linked. The share of the largest component is
-`mass.max() / N` of the selection; near 1 it tells of chains of similar tokens
-that swallowed a slow scene.
-
-Differences from the publication, which approximates components by sampling
-and leaves the number of tokens to the threshold: components are exact, and the
-budget is met by cutting spanning trees (`mode="mst"`).
-
-Axes: T frames, P = H*W tokens of a frame, N = T*P, D width, K kept tokens.
+every token joins its most similar representative. Unlike in the publication
+components are exact, and meet the budget by cutting spanning trees.
 """
 
 import dataclasses
@@ -29,33 +21,26 @@ _BISECTIONS = 16
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scissor(base.Compressor):
-  """The video as its semantic clustering.
+  """The video as its semantic clustering."""
 
-  Attributes:
-    mode: "mst" cuts maximum spanning trees so that K components are left, the
-      same as at a threshold that leaves K; "bisect" looks for the largest
-      threshold that leaves K or more and keeps the K largest components, as
-      does "tau" with the threshold given, which may leave fewer than K. None
-      is "mst" with an exact budget, else "tau".
-    tau: cosine above which tokens are linked; in "mst" the frames' components
-      are those of `tau` while they are K or more, otherwise as many as lie
-      halfway, by ratio, between N and K.
-  """
-
-  name: str = "scissor"
+  # "mst" cuts maximum spanning trees so that K components are left, the same as
+  # at a threshold that leaves K; "bisect" keeps the K largest components at the
+  # largest threshold that leaves as many, "tau" at the one given, which may
+  # leave fewer. None is "mst" with an exact budget, else "tau".
   mode: str | None = base.choice(None, "mst", "bisect", "tau")
+  # Cosine above which tokens are linked; in "mst" the frames' components are
+  # those of `tau` while they are K or more, otherwise as many as lie halfway,
+  # by ratio, between N and K.
   tau: float = 0.9
 
   def choose(self, inputs, num_keep, ratio):
-    """Returns the means of the clustering."""
     frames, tau = inputs.frames, self.tau
+    within = _spanning_forest(frames)
     mode = self.mode or ("mst" if self.exact_budget else "tau")
     if mode == "bisect":
-      tau = _bisect(frames, num_keep)
-    if mode == "mst":
-      melted = _by_trees(frames, num_keep, tau)
-    else:
-      melted = _by_threshold(frames, tau)
+      tau = _bisect(frames, within, num_keep)
+    exactly = num_keep if mode == "mst" else None
+    melted = _melt_twice(frames, *within, tau, exactly)
     return _merge(inputs.features, *melted, num_keep)
 
   def reference_rows(self, grid, ratio):
@@ -63,61 +48,58 @@ class Scissor(base.Compressor):
     return base.budget(grid, ratio)
 
 
-def _by_trees(frames, num_keep, tau):
-  """Returns what `_by_threshold` does, of exactly K clustering."""
-  num_video = frames.shape[0] * frames.shape[1]
+def _spanning_forest(frames):
+  """Returns float32[T, P, P] cosines within frames, and their one `Forest`."""
   alike = similarity.symmetric(frames)
   forest = jax.vmap(clustering.maximum_spanning_forest)(alike)
-  start = _first_tokens(frames)
-  forest = clustering.Forest(
-    (forest.first + start).reshape(-1),
-    (forest.second + start).reshape(-1),
-    forest.weight.reshape(-1),
-  )
-  above = jnp.sum(forest.weight > tau)
-  between = num_video - round(math.sqrt(num_keep * num_video))
-  num_edges = jnp.where(num_video - above >= num_keep, above, between)
+  T, P, _ = frames.shape
+  start = jnp.arange(0, T * P, P, dtype=jnp.int32)[:, None]
+  first, second = forest.first + start, forest.second + start
+  parts = first, second, forest.weight
+  return alike, clustering.Forest(*(part.reshape(-1) for part in parts))
+
+
+def _melt_twice(frames, alike, forest, tau, num_keep=None):
+  """Links and melts tokens within frames, then the means of all frames.
+
+  Above `tau`, or with `num_keep` so that exactly K components are left; the
+  components above a threshold are those of the forest's edges above it.
+
+  Returns float32[N, D] means of the frames' components, in the slots of their
+  first tokens; int32[N] each: that slot for every token; the hub of the
+  component in each slot, the token with the most links, N where there is none;
+  the component of each slot, by its first slot; its links to other slots.
+  """
+  T, P, D = frames.shape
+  num_edges = jnp.sum(forest.weight > tau)
+  if num_keep is not None:
+    between = T * P - round(math.sqrt(num_keep * T * P))
+    num_edges = jnp.where(T * P - num_edges >= num_keep, num_edges, between)
   spatial = clustering.cut(forest, num_edges)
-  links = _links(alike, _threshold(forest, num_edges, tau))
-  means, hub, valid = _melted(frames, links, spatial)
+  local = spatial.reshape(T, P) % P
+  means = similarity.segment_mean(frames, local, P).reshape(T * P, D)
+  degree = jnp.sum(_links(alike, forest, num_edges, tau), axis=-1).reshape(-1)
+  hub = clustering.best_member(degree, spatial, T * P)
+  valid = spatial == jnp.arange(T * P)
 
   alike = similarity.symmetric(means)
   forest = clustering.maximum_spanning_forest(alike, valid)
-  num_edges = valid.sum() - num_keep
+  num_edges = jnp.sum(forest.weight > tau)
+  if num_keep is not None:
+    num_edges = valid.sum() - num_keep
   label = clustering.cut(forest, num_edges)
-  links = _links(alike, _threshold(forest, num_edges, tau))
-  return means, spatial, hub, label, jnp.sum(links & valid[None, :], axis=-1)
-
-
-def _by_threshold(frames, tau):
-  """Links and melts tokens within frames, then the means of all frames.
-
-  Returns:
-    float32[N, D] means of the frames' components, each in the slot of its
-    first token; int32[N] that slot for each token; int32[N] hub of the
-    component in each slot, the token with the most links, N where there is
-    none; int32[N] component that each slot belongs to, by its first slot;
-    int32[N] how many other slots each is linked to.
-  """
-  links = _links(similarity.symmetric(frames), tau)
-  spatial = jax.vmap(clustering.connected_components)(links)
-  spatial = (spatial + _first_tokens(frames)).reshape(-1)
-  means, hub, valid = _melted(frames, links, spatial)
-
-  links = _links(similarity.symmetric(means), tau)
-  links &= valid[:, None] & valid[None, :]
-  label = clustering.connected_components(links)
+  links = _links(alike, forest, num_edges, tau) & valid
   return means, spatial, hub, label, jnp.sum(links, axis=-1)
 
 
-def _bisect(frames, num_keep):
-  """Returns float32[], close to the largest tau that leaves K clustering."""
+def _bisect(frames, within, num_keep):
+  """Returns float32[], close to the largest tau that leaves K components."""
 
   def halve(_, bounds):
     low, high = bounds
     tau = (low + high) / 2
-    _, spatial, _, label, _ = _by_threshold(frames, tau)
-    slot = jnp.arange(spatial.shape[0])
+    _, spatial, _, label, _ = _melt_twice(frames, *within, tau)
+    slot = jnp.arange(len(label))
     enough = jnp.sum((spatial == slot) & (label == slot)) >= num_keep
     # At the upper end there are always enough: at 1 every token is alone.
     return jnp.where(enough, low, tau), jnp.where(enough, tau, high)
@@ -157,40 +139,16 @@ def _merge(features, means, spatial, hub, label, degree, num_keep):
   return base.arrange(rows, index, assign, num_valid)
 
 
-def _first_tokens(frames):
-  """Returns int32[T, 1], the first token of each frame."""
-  T, P, _ = frames.shape
-  return jnp.arange(T, dtype=jnp.int32)[:, None] * P
+def _links(alike, forest, num_edges, tau):
+  """Returns bool[..., n, n], True between linked tokens of a cut forest.
 
-
-def _links(alike, threshold):
-  """Returns bool[..., n, n], True between tokens that are linked."""
-  return (alike > threshold) & ~jnp.eye(alike.shape[-1], dtype=bool)
-
-
-def _threshold(forest, num_edges, tau):
-  """Returns a threshold whose components are those of the cut forest.
-
-  That is `tau` where it is one, else the strongest similarity cut. Where that
-  one equals a similarity that was kept, no threshold gives the same
-  components, and it serves only to count links.
+  Above `tau` where its components are those of the cut, else above the
+  strongest similarity cut. Where that one equals a similarity that was kept, no
+  threshold gives the same components, and it serves only to count links.
   """
-  ends = [-jnp.inf, jnp.inf]
-  weight = jnp.sort(jnp.append(forest.weight, jnp.array(ends)))[::-1]
+  ends = jnp.array([-jnp.inf, jnp.inf])
+  weight = jnp.sort(jnp.append(forest.weight, ends))[::-1]
   num_edges = jnp.minimum(num_edges, jnp.sum(forest.weight > -jnp.inf))
   kept, removed = weight[num_edges], weight[num_edges + 1]
-  return jnp.where((removed <= tau) & (tau < kept), tau, removed)
-
-
-def _melted(frames, links, spatial):
-  """Returns means, hubs and whether they are there, of each slot.
-
-  The first two are those of `_by_threshold`, the last one bool[N].
-  """
-  T, P, D = frames.shape
-  local = spatial.reshape(T, P) - _first_tokens(frames)
-  means = similarity.segment_mean(frames, local, P).reshape(T * P, D)
-  degree = jnp.sum(links, axis=-1).reshape(-1)
-  hub = clustering.best_member(degree, spatial, T * P)
-  valid = spatial == jnp.arange(T * P)
-  return means, hub, valid
+  threshold = jnp.where((removed <= tau) & (tau < kept), tau, removed)
+  return (alike > threshold) & ~jnp.eye(alike.shape[-1], dtype=bool)

@@ -3,11 +3,10 @@
 Random and even spacing look at nothing, `evs` at the frame before, density
 peaks at the neighbours, `last_query` at the language model's attention; the
 oracle knows the right tokens.
-
-Axes: N video tokens, K kept tokens, T frames, H W token grid, P = H * W.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +25,9 @@ _FIRST_FRAME = 255.0
 class Random(allocators.FrameShared):
   """Tokens drawn uniformly without replacement: the floor of every table.
 
-  With an allocator tokens are drawn in each frame, else from the whole video,
-  every subset of K as likely.
+  With an allocator they are drawn in each frame.
   """
 
-  name: str = "random"
   stochastic: bool = True
 
   def choose(self, inputs, num_keep, ratio):
@@ -39,28 +36,21 @@ class Random(allocators.FrameShared):
     if self.allocator is None:
       order = jax.random.permutation(inputs.rng, T * H * W)
       return base.take(inputs.features, order[:num_keep])
-    order = jax.vmap(lambda key: jax.random.permutation(key, H * W))(
-      jax.random.split(inputs.rng, T)
-    )
+    draw = functools.partial(jax.random.permutation, x=H * W)
+    order = jax.vmap(draw)(jax.random.split(inputs.rng, T))
     return allocators.select(self.allocator, inputs, order, num_keep)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Uniform(allocators.FrameShared):
-  """Tokens evenly spaced over time and space.
-
-  With an allocator the tokens of a frame are the first of `spread_order`.
-  """
-
-  name: str = "uniform"
+  """Tokens evenly spaced; with an allocator, a frame's by `spread_order`."""
 
   def choose(self, inputs, num_keep, ratio):
     """Returns evenly spaced tokens; their features are not looked at."""
     T, H, W = inputs.grid
     if self.allocator is None:
-      return base.take(
-        inputs.features, jnp.asarray(even_positions(T * H * W, num_keep))
-      )
+      index = jnp.asarray(even_positions(T * H * W, num_keep))
+      return base.take(inputs.features, index)
     order = jnp.tile(spread_order(H * W), (T, 1))
     return allocators.select(self.allocator, inputs, order, num_keep)
 
@@ -68,8 +58,7 @@ class Uniform(allocators.FrameShared):
 def even_positions(num_video: int, num_keep: int) -> np.ndarray:
   """Returns int32[K] positions evenly spaced over N, first and last included.
 
-  In float64 on the host, as METHOD.md 7 asks of every spaced position: a
-  float32 linspace on device is off by one in places.
+  On the host (METHOD.md 7): a float32 linspace on device is off in places.
   """
   spaced = np.linspace(0, num_video - 1, num_keep, dtype=np.float64)
   return np.round(spaced).astype(np.int32)
@@ -89,16 +78,12 @@ def spread_order(num_tokens: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EVS(base.Compressor):
-  """Efficient video sampling: tokens that differ from the frame before.
+  """Efficient video sampling (https://arxiv.org/abs/2510.14624).
 
   A token is worth 1 - cosine with the token at the same place of the previous
-  frame; the first frame comes before all others. A budget below one frame
-  keeps the first tokens of the first frame, as the rule says; the published
-  rounding never goes below one frame.
-  Paper: https://arxiv.org/abs/2510.14624
+  frame; the first frame comes before all others, though a budget below one
+  frame, which the published rounding never has, keeps its first tokens.
   """
-
-  name: str = "evs"
 
   def choose(self, inputs, num_keep, ratio):
     """Returns the tokens that changed most; the first frame has changed."""
@@ -118,19 +103,13 @@ class EVS(base.Compressor):
 class DensityPeaks(allocators.FrameShared):
   """Density peaks: tokens that are dense and far from denser ones.
 
-  The diversity rule of CaCoVID's sampler (METHOD.md 2.2) on its own. Ties go
-  to the earlier token instead of to noise, so that an evaluation has no
-  randomness here.
-
-  Attributes:
-    scope: "frame", or "video" for one competition over all tokens.
+  The diversity rule of CaCoVID's sampler (METHOD.md 2.2) on its own, without
+  noise; scope "video" is one competition over all tokens.
   """
 
-  name: str = "density_peaks"
   scope: str = base.choice("frame", "video")
 
   def choose(self, inputs, num_keep, ratio):
-    """Returns the density peaks of each frame, or of the whole video."""
     return self.by_rule(peaks, inputs, num_keep)
 
 
@@ -144,13 +123,11 @@ def peaks(features, *, num_keep):
 class LastQuery(base.Compressor):
   """Tokens that the prompt's last token attends to, in one decoder layer.
 
-  The signal behind FastV (https://arxiv.org/abs/2403.06764), used here before
-  the language model: a first, uncompressed prefill tells which video tokens
-  the question looks at, a second one answers from those alone. A strong rule to
-  compare with, no way to save time. Negative layers count from the last one.
+  The signal behind FastV (https://arxiv.org/abs/2403.06764), here of a first,
+  uncompressed prefill: a strong rule to compare with, no way to save time.
+  Negative layers count from the last one.
   """
 
-  name: str = "last_query"
   requires: frozenset[str] = frozenset(["attention"])
   layer: int = 2
 
@@ -162,23 +139,20 @@ class LastQuery(base.Compressor):
         f"last_query: layer {self.layer} does not exist; the model has layers"
         f" 0 to {num_layers - 1}"
       )
-    weights = inputs.attention[self.layer]
-    return base.take_top(inputs.features, weights, num_keep)
+    return base.take_top(
+      inputs.features, inputs.attention[self.layer], num_keep
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecisiveBoxes(base.Compressor):
-  """The evidence tokens of the question, and an even fill: no method.
+  """The evidence tokens of the question, and an even fill: no method."""
 
-  Where a question has more than K of them, evenly spaced ones.
-  """
-
-  name: str = "decisive_boxes"
   requires: frozenset[str] = frozenset(["decisive"])
   oracle: bool = True
 
   def choose(self, inputs, num_keep, ratio):
-    """Returns evidence tokens first, and others up to K."""
+    """Returns evidence tokens, even ones if too many, and others up to K."""
     evidence = inputs.decisive
     num_evidence = evidence.sum()
     num_other = evidence.shape[0] - num_evidence
@@ -192,8 +166,7 @@ class DecisiveBoxes(base.Compressor):
 def spread(members, num_members, count):
   """Returns bool[N] with `count` evenly spaced ones of `members` bool[N].
 
-  Those where floor(count * (j + 1) / num_members) steps up: exact in integers,
-  though neither number is static.
+  Exact in integers, though neither number is static.
   """
   rank = jnp.cumsum(members) - 1
   total = jnp.maximum(num_members, 1)

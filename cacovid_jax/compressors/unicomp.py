@@ -1,20 +1,14 @@
 """Uniqueness (UniComp, https://arxiv.org/abs/2512.03575).
 
 What a token tells that others do not is one minus its cosine to them. Frames
-that hardly differ from the first of their group are fused; the budget goes to
-fused frames by their uniqueness; in each, tokens are visited by falling
-uniqueness, and a token that is kept stands for the ones near it. Neither
-attention nor the question plays a part.
-
-The budget is met exactly, which the publication leaves open: fused frames
-must have room for it (of a video that hardly changes, the frames that differ
-most from their group start groups of their own), and where too few tokens are
-left unsuppressed, suppressed ones return in the order of the visit.
-
-Axes: T frames, P = H * W tokens of a frame, N video tokens, D width, K rows.
+that hardly differ from the first of their group are fused and share the budget
+by their uniqueness; in each, tokens are visited by falling uniqueness, and one
+that is kept stands for those near it. To meet the budget exactly (ours), there
+are enough fused frames, and suppressed tokens return in the order of the visit.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -27,65 +21,49 @@ from cacovid_jax.compressors.math import similarity
 class UniComp(base.Compressor):
   """Unique tokens of fused frames, averaged with those near them.
 
-  A row has the place of its token in the first frame of its group: the mean of
-  that token and the mean of those that it suppressed, all of fused frames.
-
-  Attributes:
-    frame_threshold: largest cosine distance between the mean features of a
-      frame and the first one of its group.
-    token_threshold: largest cosine distance at which a kept token suppresses
-      another one of its frame.
-    temperature: what uniqueness is divided by where frames share the budget.
+  A row, in the first frame of its group, is the mean of its token and the mean
+  of those that it suppressed.
   """
 
-  name: str = "unicomp"
+  # Largest cosine distances: of a frame's mean features to those of the first
+  # one of its group, and of a kept token to one that it suppresses.
   frame_threshold: float = base.number(0.005, 0, 2)
   token_threshold: float = base.number(0.2, 0, 2)
+  # What uniqueness is divided by where frames share the budget.
   temperature: float = base.number(1.0, 0, open_low=True)
 
   def choose(self, inputs, num_keep, ratio):
-    """Returns the rows of all groups of frames."""
     frames = inputs.frames
     T, P, _ = frames.shape
-    head = fuse(
-      frames.astype(jnp.float32).mean(axis=1),
-      self.frame_threshold,
-      least=-(-num_keep // P),
-    )
+    vectors = frames.astype(jnp.float32).mean(axis=1)
+    head = fuse(vectors, self.frame_threshold, least=-(-num_keep // P))
     is_head = head == jnp.arange(T)
-    fused = similarity.segment_mean(frames.reshape(T, -1), head, T)
-    fused = fused.reshape(frames.shape)
+    means = similarity.segment_mean(frames.reshape(T, -1), head, T)
+    fused = means.reshape(frames.shape)
 
     unique = uniqueness(similarity.between(fused.mean(axis=1)), is_head)
     share = jnp.where(is_head, unique / self.temperature, -jnp.inf)
     # A fused frame gets a token at least, if there are enough.
-    least = is_head & (is_head.sum() <= num_keep)
+    low = (is_head & (is_head.sum() <= num_keep)).astype(jnp.int32)
     counts = budgets.largest_remainder_on_device(
-      jax.nn.softmax(share),
-      num_keep,
-      low=least.astype(jnp.int32),
-      high=jnp.where(is_head, P, 0),
+      jax.nn.softmax(share), num_keep, low=low, high=jnp.where(is_head, P, 0)
     )
-    keeper = jax.vmap(
-      lambda x, count: visit_tokens(x, count, self.token_threshold)
-    )(fused, counts)  # [T, P]
+    visit = functools.partial(visit_tokens, threshold=self.token_threshold)
+    keeper = jax.vmap(visit)(fused, counts)  # [T, P]
 
     place = jnp.arange(P)
     joins = jnp.where(keeper == place, -1, keeper)
     values = selection_ops.anchored(fused, fused, joins, 0.5)
     into = jnp.where(keeper < 0, P, keeper)
     home = head[:, None] * P + place
-    return selection_ops.collect_parts(
-      values, into, num_keep, frames.dtype, home
-    )
+    return selection_ops.collect(values, into, num_keep, frames.dtype, home)
 
 
 def fuse(vectors, threshold, least):
   """Returns int32[T], the first frame of the group that each frame joins.
 
-  Frames float32[T, D] are as far from the first of their group as the threshold
-  at most. Where that gives fewer than `least` groups, static, the frames that
-  are farthest from their first one start groups.
+  Frames float32[T, D] are within the threshold of the first of their group.
+  Where that gives fewer than `least` groups, static, the farthest start groups.
   """
   T = vectors.shape[0]
   distance = 1.0 - similarity.between(vectors)
@@ -103,14 +81,12 @@ def fuse(vectors, threshold, least):
   return jax.lax.cummax(jnp.where(starts, frame, 0))
 
 
-def uniqueness(cosines, valid=None):
+def uniqueness(cosines, valid=True):
   """Returns float32[n], one minus the mean cosine float32[n, n] to the others.
 
-  Only to those that are `valid` bool[n], if given; 0 if there is no other.
+  Only to those that are `valid` bool[n]; 0 if there is no other.
   """
-  others = ~jnp.eye(cosines.shape[0], dtype=bool)
-  if valid is not None:
-    others &= valid
+  others = ~jnp.eye(cosines.shape[0], dtype=bool) & valid
   distance = jnp.where(others, 1.0 - cosines, 0.0)
   return distance.sum(axis=-1) / jnp.maximum(others.sum(axis=-1), 1)
 
@@ -118,11 +94,11 @@ def uniqueness(cosines, valid=None):
 def visit_tokens(x, count, threshold):
   """Returns int32[P], the kept token that each joins; itself if it is kept.
 
-  Tokens float[P, D] are visited by falling uniqueness, of equals the first one
-  first. One that is not suppressed yet stays, and suppresses all later ones
-  within the threshold. The first `count` of those that stay are kept; then, if
-  they are fewer, suppressed ones in the order of the visit. Dropped are (-1)
-  those that stay too late, or are suppressed by one that does.
+  Tokens float[P, D] are visited by falling uniqueness. One that is not
+  suppressed yet stays, and suppresses all later ones within the threshold. The
+  first `count` of those that stay are kept; then, if they are fewer, suppressed
+  ones in the order of the visit. Dropped are (-1) those that stay too late, or
+  are suppressed by one that does.
   """
   P = x.shape[0]
   place = jnp.arange(P, dtype=jnp.int32)

@@ -1,12 +1,9 @@
 """VidCom2: keep what resembles its frame and the video least.
 
 On the half of the channels that vary least, a token's similarity to a mean is
-a sum of Gaussians of several widths. Frames whose tokens are less similar to
-the video keep more of their tokens.
+a sum of Gaussians of several widths; here tokens have unit length over them, so
+that the widths have a scale. Frames that are less similar keep more.
 Paper: https://arxiv.org/abs/2505.14454 (sections on frame and token scores)
-
-Here the tokens have unit length over the channels used, so that the widths
-have a scale, and the exact budget is reached by largest remainder.
 """
 
 import dataclasses
@@ -24,13 +21,9 @@ _BANDWIDTHS = (0.125, 0.25, 0.5, 1.0, 2.0)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VidCom2(base.Compressor):
-  """The least similar tokens of each frame.
+  """The least similar tokens of each frame."""
 
-  Attributes:
-    temperature: of the softmax over frames; lower moves more of the budget.
-  """
-
-  name: str = "vidcom2"
+  # Of the softmax over frames; lower moves more of the budget.
   temperature: float = base.number(0.01, 0, open_low=True)
 
   def choose(self, inputs, num_keep, ratio):

@@ -1,17 +1,10 @@
 """A codebook of a video's own tokens (VQToken, k-means mode,
 https://arxiv.org/abs/2503.16980).
 
-Spherical k-means: tokens of norm 1, k-means++ seeds, assignment by cosine,
-means. Each row of the selection is the mean of a cluster, at the place of its
-medoid; the index map of the publication is `assign`.
-
-Differences from the publication, whose language model is fine-tuned to its
-codes: by default a row is the mean of the tokens as they are, which a frozen
-language model can read (`codes="unit"` for the mean of the tokens at norm 1);
-above 64 clusters, seeds are drawn several at a time, in 16 draws; the number of
-clusters is the budget, unless `elbow` is set.
-
-Axes: N video tokens, D width, K clusters and kept tokens.
+Spherical k-means with k-means++ seeds. The publication's language model is
+fine-tuned to its codes; here a row is by default the mean of the tokens as they
+are, which a frozen model can read. Above 64 clusters, seeds are drawn in 16
+draws; the number of clusters is the budget, unless `elbow` is set.
 """
 
 import dataclasses
@@ -35,73 +28,65 @@ _STILL = 1e-4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VQToken(base.Compressor):
-  """The means of K clusters of the video's tokens.
+  """The means of K clusters of the video's tokens, at the places of medoids."""
 
-  Attributes:
-    rounds: at most so many rounds; fewer once nothing moves.
-    codes: "raw" for means of the tokens, "unit" for means of the tokens at
-      norm 1.
-    elbow: None keeps K rows. "corrected" and "released" take the bend of the
-      inertia over 12, 13, ... clusters as their number, up to `max_clusters`
-      and K, and mark the other rows as padding; "released" repeats the
-      published code, which looks for the bend 9 too early and never below 12.
-    max_clusters: the most clusters that `elbow` tries.
-    seeds_per_draw: how many seeds k-means++ draws before it looks at the
-      distances to them; None for 1 up to K = 64, for K / 16 above.
-  """
-
-  name: str = "vqtoken"
   stochastic: bool = True
-  rounds: int = 20
-  codes: str = base.choice("raw", "unit")
+  rounds: int = 20  # At most; fewer once nothing moves.
+  codes: str = base.choice("raw", "unit")  # Means of tokens, or at norm 1.
+  # None keeps K rows. The others take the bend of the inertia over 12, 13, ...
+  # clusters as their number, up to `max_clusters` and K, and mark the other
+  # rows as padding; "released" repeats the published code, which looks for the
+  # bend 9 too early and never below 12.
   elbow: str | None = base.choice(None, "corrected", "released")
   max_clusters: int = 32
+  # How many k-means++ draws before it looks at the distances to them; None for
+  # 1 up to K = 64, for K / 16 above.
   seeds_per_draw: int | None = base.number(None, 1, whole=True)
 
   def choose(self, inputs, num_keep, ratio):
-    """Returns the means, each at the place of its medoid."""
     features = inputs.features
-    num_clusters = self._num_clusters(num_keep)
+    num_clusters, fewest = num_keep, FEWEST_CLUSTERS + 2
+    if self.elbow:
+      num_clusters = min(num_keep, self.max_clusters)
+      if num_clusters < fewest:
+        raise errors.UserError(
+          f"vqtoken: an elbow needs room for {fewest} clusters or more, not"
+          f" {num_clusters}; raise the retention ratio or max_clusters, or"
+          " leave elbow out"
+        )
+    many = num_clusters > _ONE_BY_ONE
     per_draw = self.seeds_per_draw
     if per_draw is None:
-      one_by_one = num_clusters <= _ONE_BY_ONE
-      per_draw = 1 if one_by_one else math.ceil(num_clusters / _DRAWS)
+      per_draw = math.ceil(num_clusters / _DRAWS) if many else 1
     x = similarity.unit(features)
     chosen = seeds(inputs.rng, x, num_clusters, per_draw=per_draw)
     used = jnp.ones([num_clusters], bool)
+
+    def inertia(size):
+      # The first seeds of k-means++ are a draw of fewer.
+      used = jnp.arange(num_clusters) < size
+      centres = lloyd(x, x[chosen], used, rounds=self.rounds)
+      return jnp.sum(1.0 - nearest(x, centres, used)[1])
+
     if self.elbow:
-      bend = _bend(x, chosen, self.rounds, self.elbow)
-      used = jnp.arange(num_clusters) < bend
+      sizes = jnp.arange(FEWEST_CLUSTERS, num_clusters + 1)
+      most = bend(jax.vmap(inertia)(sizes), self.elbow)
+      used = jnp.arange(num_clusters) < most
     centres = lloyd(x, x[chosen], used, rounds=self.rounds)
     assign, alike = nearest(x, centres, used)
     index = clustering.distinct_representatives(alike, assign, num_clusters)
-    out = base.merge(
-      features if self.codes == "raw" else x,
-      jnp.pad(index, (0, num_keep - num_clusters)),
-      assign,
-      used.sum(),
-    )
+    index = jnp.pad(index, (0, num_keep - num_clusters))
+    tokens = features if self.codes == "raw" else x
+    out = base.merge(tokens, index, assign, used.sum())
     return out._replace(features=out.features.astype(features.dtype))
-
-  def _num_clusters(self, num_keep):
-    if not self.elbow:
-      return num_keep
-    num_clusters = min(num_keep, self.max_clusters)
-    if num_clusters < FEWEST_CLUSTERS + 2:
-      raise errors.UserError(
-        f"vqtoken: an elbow needs room for {FEWEST_CLUSTERS + 2} clusters or"
-        f" more, not {num_clusters}; raise the retention ratio or max_clusters,"
-        " or leave elbow out"
-      )
-    return num_clusters
 
 
 def seeds(rng, x, num_seeds, *, per_draw=1):
   """Draws distinct seeds by k-means++ (squared distance to the nearest seed).
 
   Returns int32[K] of the tokens float32[N, D] of norm 1, or 0, in the order of
-  drawing; a draw of fewer gives the first of them. `per_draw` are drawn without
-  replacement before distances to them count; 1 is k-means++ itself.
+  drawing. `per_draw` are drawn without replacement before distances to them
+  count; 1 is k-means++ itself.
   """
   num_draws = math.ceil((num_seeds - 1) / per_draw)
   per_draw = min(per_draw, x.shape[0])
@@ -134,11 +119,8 @@ def seeds(rng, x, num_seeds, *, per_draw=1):
 def nearest(x, centres, used, precision=jax.lax.Precision.HIGHEST):
   """Returns each token's cluster int32[N] and its cosine to it float32[N].
 
-  Args:
-    x: float32[N, D] tokens of norm 1, or 0.
-    centres: float32[K, D] of any norm.
-    used: bool[K], the clusters that there are.
-    precision: of the products.
+  Of tokens float32[N, D] of norm 1, or 0, centres float32[K, D] of any norm and
+  the clusters that there are, `used` bool[K].
   """
   alike = jnp.matmul(x, similarity.unit(centres).T, precision=precision)
   alike = jnp.where(used, alike, -jnp.inf)
@@ -164,25 +146,11 @@ def lloyd(x, centres, used, *, rounds):
     mean = jnp.where(count > 0, mean, centres)
     return mean, jnp.max(jnp.abs(mean - centres)), done + 1
 
-  return jax.lax.while_loop(
-    lambda state: (state[1] >= _STILL) & (state[2] < rounds),
-    step,
-    (centres, jnp.float32(jnp.inf), jnp.int32(0)),
-  )[0]
+  def moves(state):
+    return (state[1] >= _STILL) & (state[2] < rounds)
 
-
-def _bend(x, chosen, rounds, elbow):
-  """Returns int32[], the number of clusters where the inertia bends most."""
-  most = chosen.shape[0]
-  sizes = jnp.arange(FEWEST_CLUSTERS, most + 1)
-
-  def inertia(size):
-    # The first seeds of k-means++ are a draw of fewer.
-    used = jnp.arange(most) < size
-    centres = lloyd(x, x[chosen], used, rounds=rounds)
-    return jnp.sum(1.0 - nearest(x, centres, used)[1])
-
-  return bend(jax.vmap(inertia)(sizes), elbow)
+  state = (centres, jnp.float32(jnp.inf), jnp.int32(0))
+  return jax.lax.while_loop(moves, step, state)[0]
 
 
 def bend(curve, elbow):

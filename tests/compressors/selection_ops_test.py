@@ -29,9 +29,8 @@ def test_before_is_a_total_order():
 
 def test_collect_takes_marked_tokens_and_remembers_who_joined():
   values = jnp.arange(12.0).reshape(6, 2)
-  kept = jnp.array([False, True, False, False, True, True])
-  into = jnp.array([4, 1, 6, 1, 4, 5])
-  out = selection_ops.collect(values, kept, into, 4)
+  into = jnp.array([[4, 1, 6, 1, 4, 5]])
+  out = selection_ops.collect(values[None], into, 4, values.dtype)
   naive.check_valid(out, 6, 3)
   np.testing.assert_array_equal(out.index, [1, 4, 5, 6])
   np.testing.assert_array_equal(out.features[:3], values[jnp.array([1, 4, 5])])

@@ -1,24 +1,14 @@
 """Clusters of tokens: density peaks, connected components, spanning forests.
 
-All with static shapes. Density peaks cluster the points of masked sets, each
-on its own: a point is dense if its k nearest points, itself included, are
-near; it is separate if the nearest denser point is far. The points with the
-largest product of the two are the centres, every other point joins the nearest
-centre. How many points and clusters there are may be data. Nothing is drawn:
-of equal densities (the published code adds noise), scores and distances the
-earlier point comes first.
+Density peaks cluster the points of masked sets, each on its own: a point is
+dense if its k nearest points, itself included, are near; it is separate if the
+nearest denser point is far. The largest products of the two are the centres,
+every other point joins the nearest. Of equals the earlier point comes first.
 Paper: https://doi.org/10.1016/j.knosys.2016.02.001
 
-A partition of n nodes is a label int32[n] per node, one of the members of its
-component, so that the node with `label[i] == i` stands for the component.
-Rounds that depend on the data run in a `while_loop`; hooking roots onto roots
-and halving the way to them takes about log n rounds, where passing minima
-along edges would take as many as a chain is long.
-
-Axes: n points or nodes, m edges, D width, K groups.
+Axes: n points or nodes, m edges, K groups.
 """
 
-import functools
 from typing import NamedTuple
 
 import chex
@@ -30,22 +20,16 @@ from cacovid_jax.policy import diversity
 
 
 class Clusters(NamedTuple):
-  """Clusters of one or several disjoint sets of points.
+  """Clusters of disjoint sets of points, some of which may not be there."""
 
-  Attributes:
-    score: float32[n], log(density * separation); -inf where a point is not
-      there, and where it coincides with a denser one.
-    rank: int32[n], place of a point's score in its set, from 0; the points
-      with rank below the number of clusters are the centres. n if not there.
-    centre: int32[n], the centre that a point joins, itself for a centre; n if
-      not there.
-    label: int32[n], rank of that centre, -1 if not there.
-  """
-
+  # float32[n], log(density * separation); -inf where a point is not there, and
+  # where it coincides with a denser one.
   score: jax.Array
+  # int32[n], place of a point's score in its set, from 0; n if not there. The
+  # centres are the ranks below the number of clusters.
   rank: jax.Array
-  centre: jax.Array
-  label: jax.Array
+  centre: jax.Array  # int32[n], the one that a point joins; n if not there.
+  label: jax.Array  # int32[n], rank of that centre, -1 if not there.
 
 
 def cluster(x, num_clusters, *, num_neighbours=7, sets=None):
@@ -61,16 +45,16 @@ def cluster(x, num_clusters, *, num_neighbours=7, sets=None):
 
 
 def from_distances(squared, num_clusters, *, num_neighbours=7, sets=None):
-  """Returns the `Clusters` of points of which the squared distances are known.
+  """Returns the `Clusters` of points of squared distances float32[n, n].
 
   Args:
-    squared: float32[n, n] squared distances, symmetric, zero diagonal.
+    squared: symmetric, zero diagonal.
     num_clusters: of a set; an int, an int32[], or int32[n] which gives at each
       point the number of its set. Below 1 counts as 1; a set of fewer points
       has each point in a cluster of its own.
     num_neighbours: k; a set of fewer points has as many neighbours only.
-    sets: int32[n], the set of each point, negative where it is not there;
-      None for one set. Points of different sets do not see each other.
+    sets: int32[n], negative where a point is not there, None for one set;
+      points of different sets do not see each other.
   """
   chex.assert_rank(squared, 2)
   n = squared.shape[0]
@@ -82,9 +66,8 @@ def from_distances(squared, num_clusters, *, num_neighbours=7, sets=None):
 
   # Logarithms of the densities: their order is the same, and they do not
   # vanish where all points are far apart.
-  nearest, _ = jax.lax.top_k(
-    jnp.where(together, -squared, -jnp.inf), min(num_neighbours, n)
-  )
+  reach = jnp.where(together, -squared, -jnp.inf)
+  nearest, _ = jax.lax.top_k(reach, min(num_neighbours, n))
   size = together.sum(axis=-1)
   near = jnp.arange(nearest.shape[1]) < size[:, None]
   density = jnp.where(near, nearest, 0.0).sum(axis=-1)
@@ -113,54 +96,33 @@ def from_distances(squared, num_clusters, *, num_neighbours=7, sets=None):
   )
 
 
-def connected_components(adjacency: jax.Array) -> jax.Array:
-  """Returns int32[n] component labels, the smallest member of each.
-
-  The diagonal of adjacency bool[n, n], symmetric, has no influence.
-  """
-  hook = functools.partial(_hook_neighbours, adjacency)
-  return _until_stable(hook, adjacency.shape[0])
-
-
-def _hook_neighbours(adjacency, label):
-  """Returns int32[n], the smallest label next to each node or its tree."""
-  others = jnp.where(adjacency, label[None, :], label.shape[0])
-  below = jnp.minimum(jnp.min(others, axis=-1), label)
-  # Written to the root as well, so that its whole tree follows at once.
-  return jnp.minimum(label.at[label].min(below), below)
-
-
 def components_of_edges(first, second, present, num_nodes: int) -> jax.Array:
-  """Returns int32[n] component labels, the smallest member of each.
+  """Returns int32[n] component labels of edges, the smallest member of each.
 
-  Edges are given by their ends int32[m] and int32[m], where bool[m] is True.
+  Their ends are int32[m] and int32[m], where bool[m] is True.
   """
   first = jnp.where(present, first, 0)
   second = jnp.where(present, second, 0)
-  hook = functools.partial(_hook_edges, first, second)
-  return _until_stable(hook, num_nodes)
 
-
-def _hook_edges(first, second, label):
-  """As `_hook_neighbours`, of a list of edges."""
-  a, b = label[first], label[second]
-  below = jnp.minimum(a, b)
-  label = label.at[a].min(below).at[b].min(below)
-  return label.at[first].min(below).at[second].min(below)
-
-
-def _until_stable(hook, n):
-  start = jnp.arange(n, dtype=jnp.int32)
-
+  # Hooking roots onto roots and halving the way to them takes about log n
+  # rounds, where passing minima along edges would take as many as a chain has.
   def step(state):
     label, _ = state
-    hooked = hook(label)
+    hooked = _hook_edges(first, second, label)
     hooked = hooked[hooked]
     return hooked, jnp.any(hooked != label)
 
-  state = (start, jnp.array(True))
-  label, _ = jax.lax.while_loop(lambda state: state[1], step, state)
-  return label
+  state = (jnp.arange(num_nodes, dtype=jnp.int32), jnp.array(True))
+  return jax.lax.while_loop(lambda state: state[1], step, state)[0]
+
+
+def _hook_edges(first, second, label):
+  """Returns int32[n], the smallest label next to each node or its tree."""
+  a, b = label[first], label[second]
+  below = jnp.minimum(a, b)
+  # Written to the roots as well, so that whole trees follow at once.
+  label = label.at[a].min(below).at[b].min(below)
+  return label.at[first].min(below).at[second].min(below)
 
 
 class Forest(NamedTuple):
@@ -174,7 +136,6 @@ class Forest(NamedTuple):
 def maximum_spanning_forest(similarity, valid=None) -> Forest:
   """Returns the spanning forest of largest total similarity (Boruvka).
 
-  In each round every tree takes the best edge that leaves it, all at once.
   Edges are ordered by similarity float32[n, n], symmetric to the last bit, -inf
   for no edge, then by the smaller and the larger end, so that there is one such
   forest. Nodes that are not `valid` bool[n] are trees of their own.
@@ -228,8 +189,7 @@ def cut(forest: Forest, num_edges: jax.Array) -> jax.Array:
 
   With s valid nodes in one tree, s - K edges leave exactly K components: those
   of the graph of all similarities above a threshold that K components have.
-  Equal weights are cut in the order of the edges' ends; `num_edges` int32[] may
-  exceed what there is.
+  Equal weights are cut in the order of the edges' ends.
   """
   low = jnp.minimum(forest.first, forest.second)
   high = jnp.maximum(forest.first, forest.second)
@@ -242,8 +202,8 @@ def cut(forest: Forest, num_edges: jax.Array) -> jax.Array:
 def best_member(value, label, num_groups: int, tie=None) -> jax.Array:
   """Returns int32[K], the member of each group with the largest value [n].
 
-  Among equal values the one of lowest `tie` int32[n], distinct numbers below n,
-  or None for the index. Groups without members get n; labels int32[n] of K or
+  Among equal values the one of lowest `tie` int32[n], distinct numbers below n;
+  None for the index. Groups without members get n; labels int32[n] of K or
   more are left out.
   """
   n = value.shape[0]
@@ -264,13 +224,10 @@ def best_member(value, label, num_groups: int, tie=None) -> jax.Array:
 def distinct_representatives(closeness, label, num_groups: int) -> jax.Array:
   """Returns int32[K] distinct tokens, each group's closest member.
 
-  A group without members gets a token that represents no group, the j-th such
-  group the j-th such token, since every row must have a place in the video.
-
-  Args:
-    closeness: float[n] in [-1, 1] of each token to its own group.
-    label: int32[n] group of each token, below K.
-    num_groups: K, static, at most n.
+  Of closeness float[n] in [-1, 1] of each token to its own group, label
+  int32[n]. The j-th group without members gets the j-th token that represents
+  no group, since every row must have a place in the video. K, static, is at
+  most n.
   """
   n = closeness.shape[0]
   # The two members of a pair are equally close to their mean, but for rounding.

@@ -4,23 +4,12 @@ The subset S of K tokens that maximises the coverage
 
   f(S) = sum_v w_v * (max(c, max over u in S of cos(x_v, x_u)) - c)
 
-with floor c, greedily. f is normalised (f of nothing is 0), monotone and
-submodular, so that greedy reaches 1 - 1/e of the best f at least; with c = -1
-the maximiser is that of the raw cosines. Windows of the video are solved as one
-problem that leaves out similarities between windows.
+with floor c, greedily: at least 1 - 1/e of the best f. Windows are solved as
+one problem without similarities between them. Similarities are rounded to
+multiples of a power of two (2^-18 at 6272 tokens), so that gains are sums of
+integers: the same in any order and on any device.
 
-Similarities are rounded to whole multiples of a power of two (2^-18 at 6272
-tokens), so that gains are sums of integers: the same in any order and on any
-device, and ties are ties.
-
-Each pick changes what the other candidates would add. As separate kernels that
-is several launches a pick. On NVIDIA GPUs one program holds in registers what
-is covered and what candidates gain; a pick reads the row of the candidate,
-lists the few tokens that it covers better than all before, and takes from the
-gains what these no longer give.
-
-Axes: N video tokens, D width, K kept tokens, W windows, A tokens of a window
-that are covered, n = W * A, M candidates of a block.
+Axes: W windows, A tokens of one, n = W * A, M candidates of a block.
 """
 
 import functools
@@ -60,15 +49,14 @@ def greedy(
     features: float[N, D] video tokens.
     num_keep: K, static, below N.
     grid: static (T, H, W).
-    block: M, candidates that are looked at together; speed only.
+    block: M; speed only, as the last two.
     windows: W, stretches of frames that are covered each by itself.
     floor: c, below 1.
     weights: w, float32[N] that sum to N; None for ones.
     similarities: "matrix" holds all, "blocks" computes those of a block when it
-      is looked at, "auto" holds them where they fit; speed and memory only.
-    kernel: True makes the picks of a block, of a single window, in one kernel
-      on NVIDIA GPUs. Speed only (6272 tokens, a quarter kept, on an H200:
-      20 ms instead of 35).
+      is looked at, "auto" holds them where they fit.
+    kernel: picks of a block, of a single window, in one kernel on NVIDIA GPUs
+      (6272 tokens, a quarter kept, on an H200: 20 ms instead of 35).
   """
   num_video = features.shape[0]
   place = window_places(grid, windows)  # [W, A]
@@ -95,15 +83,13 @@ def greedy(
   else:
     covers = _in_blocks(x, weights, to_integers, block)
   one_kernel = kernel and num_windows == 1
+  picks_of_block = block_picks_kernel if one_kernel else block_picks_loop
+  token = place.reshape(-1)
+  covered = jnp.zeros([num_windows, area], jnp.int32)
   picked = lazy_greedy(
-    *covers,
-    num_keep,
-    covered=jnp.zeros([num_windows, area], jnp.int32),
-    inside=place.reshape(-1) < num_video,
-    block=block,
-    picks_of_block=block_picks_kernel if one_kernel else block_picks_loop,
+    *covers, num_keep, covered, token < num_video, block, picks_of_block
   )
-  return jnp.asarray(place.reshape(-1), jnp.int32)[picked]
+  return jnp.asarray(token, jnp.int32)[picked]
 
 
 def _held(x, weights, to_integers):
@@ -112,12 +98,12 @@ def _held(x, weights, to_integers):
   Of tokens float[W, A, D] and their weights float32[W, A].
   """
   matrix = to_integers(similarity.between(x), weights[:, None, :])
-  rows = matrix.reshape(-1, x.shape[1])
 
   def gains_of_all(covered):
     left = matrix - covered[:, None, :]
     return jnp.maximum(left, 0).sum(axis=-1).reshape(-1)
 
+  rows = matrix.reshape(-1, x.shape[1])
   return lambda candidates: rows[candidates], gains_of_all
 
 
@@ -133,17 +119,11 @@ def _in_blocks(x, weights, to_integers, block):
     return to_integers(rows, weights[window])
 
   def gains_of_all(covered):
-    def gains(window):
-      x, weights, covered = window
+    def gain(candidate):
+      left = rows_of(candidate[None])[0] - covered[candidate // area]
+      return jnp.maximum(left, 0).sum()
 
-      def of_one(candidate):
-        rows = similarity.between(candidate[None], x)
-        left = to_integers(rows, weights) - covered
-        return jnp.maximum(left, 0).sum()
-
-      return jax.lax.map(of_one, x, batch_size=block)
-
-    return jax.lax.map(gains, (x, weights, covered)).reshape(-1)
+    return jax.lax.map(gain, jnp.arange(num_windows * area), batch_size=block)
 
   return rows_of, gains_of_all
 
@@ -159,19 +139,14 @@ class _Picks(NamedTuple):
 
 
 def lazy_greedy(
-  rows_of, gains_of_all, num_keep, *, covered, inside, block, picks_of_block
+  rows_of, gains_of_all, num_keep, covered, inside, block, picks_of_block
 ):
   """Returns int32[K], greedy picks of a facility location problem.
 
-  Args:
-    rows_of: int32[M] candidates -> int32[M, A], what each covers of every
-      token of its window, at least 0.
-    gains_of_all: int32[W, A] covered -> int32[n], the gain of each candidate.
-    num_keep: K, static.
-    covered: int32[W, A] zeros.
-    inside: bool[n], the candidates that are there.
-    block: M, below n.
-    picks_of_block: `block_picks_loop` or its equal.
+  Of M candidates int32[M], below n, `rows_of` gives int32[M, A], what each
+  covers of its window's tokens, at least 0; of what is covered, int32[W, A],
+  `gains_of_all` gives int32[n], the gain of each. `inside` bool[n] are there;
+  `picks_of_block` is `block_picks_loop` or its equal.
   """
   area = covered.shape[1]
   places = jnp.arange(block, dtype=jnp.int32)
@@ -187,13 +162,9 @@ def lazy_greedy(
     candidates = jnp.sort(found[:block])
     rival = jnp.stack([largest[block], jnp.sum(candidates < found[block])])
     picked, count, covered, gains = picks_of_block(
-      rows_of(candidates),
-      candidates // area,
-      state.covered,
-      bounds[candidates],
-      rival.astype(jnp.int32),
-      num_keep - state.count,
-    )
+      rows_of(candidates), candidates // area, state.covered,
+      bounds[candidates], rival.astype(jnp.int32), num_keep - state.count,
+    )  # fmt: skip
     order = jnp.where(places < count, state.count + places, num_keep)
     return _Picks(
       order=state.order.at[order].set(candidates[picked], mode="drop"),
@@ -215,18 +186,14 @@ def lazy_greedy(
 def block_picks_loop(rows, windows, covered, bounds, rival, limit):
   """Picks the candidate of largest gain while it beats those outside.
 
-  Args:
-    rows: int32[M, A], what candidates cover of every token of their window.
-    windows: int32[M], the window of each.
-    covered: int32[W, A], what is covered of each token.
-    bounds: int32[M], -1 for candidates that are picked, which stay so.
-    rival: int32[2], the largest bound of the other candidates, and the first
-      place in the block that comes behind the one that has it.
-    limit: int32[], picks that may be made.
+  Candidates of the windows int32[M] cover `rows` int32[M, A] of their window's
+  tokens, of which `covered` int32[W, A] is; their gains are at most `bounds`
+  int32[M], -1 for picked ones, which stay so. `rival` int32[2] is the largest
+  bound of the other candidates, and the first place in the block that comes
+  behind the one that has it; `limit` int32[] picks may be made.
 
-  Returns:
-    picked int32[M], places of the picks in their order, then anything;
-    int32[], their number; covered and gains after them.
+  Returns int32[M] places of the picks in their order, then anything; int32[],
+  their number; covered and gains after them.
   """
   block = rows.shape[0]
   places = jnp.arange(block, dtype=jnp.int32)
@@ -258,11 +225,10 @@ def block_picks_loop(rows, windows, covered, bounds, rival, limit):
 def block_picks_kernel(*given):
   """`block_picks_loop` of a single window, on NVIDIA GPUs in one kernel."""
 
-  def kernel(rows, windows, covered, bounds, rival, limit):
+  def kernel(rows, windows, covered, bounds, *limits):
     gains = gains_of(rows, windows, covered, bounds)
-    found = block_picks(rows, covered[0], gains, rival, limit)
-    picked, count, covered, gains = found
-    return picked, count, covered[None], gains
+    *found, covered, gains = block_picks(rows, covered[0], gains, *limits)
+    return *found, covered[None], gains
 
   return jax.lax.platform_dependent(
     *given, cuda=kernel, default=block_picks_loop
@@ -287,11 +253,9 @@ def window_places(grid, windows):
 
 
 def _scale(num_video, floor) -> float:
-  """Returns the power of two that similarities are multiplied by.
-
-  The gain of a token, N * (1 - c) at most and the rounding of N terms, has to
-  fit into int32. Steps below 2^-20 would tell apart the rounding of float32.
-  """
+  """Returns the power of two that similarities are multiplied by."""
+  # The gain of a token, N * (1 - c) at most and the rounding of N terms, has to
+  # fit into int32. Steps below 2^-20 would tell apart the rounding of float32.
   most = 1.001 * num_video * (1.0 - floor)
   bits = math.floor(math.log2((2**31 - 1 - num_video) / most))
   return 2.0 ** min(bits, 20)
@@ -300,8 +264,10 @@ def _scale(num_video, floor) -> float:
 def block_picks(rows, covered, gains, rival, limit, interpret=False):
   """Returns the picks of `block_picks_loop`, which defines them.
 
-  Of one window, whose tokens are covered int32[A], and of exact gains int32[M].
-  `interpret` runs the kernel's operations one by one on any platform.
+  Of one window, whose tokens are covered int32[A], and of exact gains int32[M],
+  in registers of one program; a pick reads the row of the candidate, lists the
+  few tokens that it covers better than all before, and takes from the gains
+  what these no longer give. `interpret` runs it one by one on any platform.
   """
   num_candidates, area = rows.shape
   size = pl.next_power_of_2(area)

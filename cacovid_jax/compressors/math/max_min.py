@@ -1,15 +1,9 @@
 """Max-min diverse subsets, and their sequential loop as one kernel.
 
 Start from the item whose nearest neighbour is farthest, then add, again and
-again, the item farthest from all picked ones.
-
-Every pick depends on the one before, so the loop cannot be spread over the
-chip: what it costs is the way from one pick to the next. As separate kernels
-that is several launches for each pick; on NVIDIA GPUs one program holds the
-distances to the nearest pick in registers and only reads the row of the newest
-pick.
-
-Axes: N items, D width, K picks.
+again, the item farthest from all picked ones. One kernel, on NVIDIA GPUs, holds
+the distances to the nearest pick in registers and only reads the row of the
+newest: separate kernels would be several launches a pick.
 """
 
 import functools
@@ -32,9 +26,9 @@ _MOST_WARPS = 16
 def max_min_subset(features, *, num_keep: int, distances: str = "auto"):
   """Returns int32[K] distinct rows of features f[N, D], in picking order.
 
-  Of `distances`, "matrix" computes all at once and holds them, "rows" computes
-  those to a picked token when it is picked: less memory, and slower by far on
-  an accelerator; "auto" holds them where they fit.
+  Of `distances`, "matrix" holds all at once, "rows" computes those to a picked
+  token when it is picked: less memory, and slower by far on an accelerator;
+  "auto" holds them where they fit.
   """
   num_tokens = features.shape[0]
   if distances == "auto":
@@ -51,42 +45,31 @@ def max_min_subset(features, *, num_keep: int, distances: str = "auto"):
   def nearest(i):
     return jnp.min(distance_to(i).at[i].set(jnp.inf))
 
-  first = _farthest(
-    jax.lax.map(nearest, jnp.arange(num_tokens), batch_size=_BLOCK)
-  )
+  every = jnp.arange(num_tokens)
+  first = _farthest(jax.lax.map(nearest, every, batch_size=_BLOCK))
   return max_min_loop(distance_to, first, num_tokens, num_keep)
 
 
 def max_min_of_matrix(distances, num_keep: int) -> jax.Array:
-  """Returns int32[K] distinct items of distances float32[N, N], as picked.
-
-  Row j holds the distances of all items to j. The first pick is the item whose
-  nearest other one is farthest.
-  """
+  """Returns int32[K] distinct items, by their distances float32[N, N]."""
   itself = jnp.eye(distances.shape[0], dtype=bool)
   nearest = jnp.where(itself, jnp.inf, distances).min(axis=0)
   return max_min(distances, _farthest(nearest), num_keep)
 
 
 def _farthest(nearest):
-  """Returns int32[], the first item with the largest of float32[N] distances.
-
-  Two items that are nearest to each other have the same distance, but for the
-  rounding of float32, which must not decide between them.
-  """
+  """Returns int32[], the first item of the largest distance float32[N]."""
+  # Two items that are nearest to each other have the same distance, but for
+  # the rounding of float32, which must not decide between them.
   return jnp.argmax(similarity.settled(nearest)).astype(jnp.int32)
 
 
 def max_min(distances, first, num_keep):
-  """Returns int32[K] picks, by the kernel on NVIDIA GPUs, else by the loop.
-
-  See `max_min_picks`; decided when the program is lowered for a platform.
-  """
+  """Returns `max_min_picks` on NVIDIA GPUs, else by `max_min_loop`."""
 
   def loop(distances, first):
-    return max_min_loop(
-      lambda item: distances[item], first, len(distances), num_keep
-    )
+    size = len(distances)
+    return max_min_loop(lambda item: distances[item], first, size, num_keep)
 
   kernel = functools.partial(max_min_picks, num_keep=num_keep)
   return jax.lax.platform_dependent(distances, first, cuda=kernel, default=loop)
@@ -95,14 +78,8 @@ def max_min(distances, first, num_keep):
 def max_min_picks(distances, first, num_keep, interpret=False):
   """Returns int32[K] distinct items, each the farthest from all before it.
 
-  Equal to `max_min_loop`, which defines it, index by index.
-
-  Args:
-    distances: float32[N, N], finite.
-    first: int32[], the first pick.
-    num_keep: K, static, at least 1 and at most N.
-    interpret: static; True runs the kernel's operations one by one on any
-      platform, for tests.
+  Of distances float32[N, N], finite, and the first pick int32[]; equal to
+  `max_min_loop`. `interpret` runs it one by one on any platform.
   """
   num_items = distances.shape[0]
   # Triton's arrays have powers of two as sizes; what is behind N is masked.

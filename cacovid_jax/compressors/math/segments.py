@@ -1,14 +1,9 @@
 """Windows of frames: where they begin, and their static tokens.
 
-`unlike_neighbours`, `runs_of_labels` and `most_saved` cut frames into windows
-in the ways of FastVID and FlashVID, PruneVID, and HoliTom. A place of the grid
-that hardly changes within a window is static there, and its tokens become one
-average, at the window's first frame. Each window's static tokens and each
-frame's other ones are sets that get a share of the budget each.
-
-Axes: T frames, P tokens of a frame, N = T * P, D width, K kept tokens. Static
-and other tokens of a frame lie at different places, so that one array of T x P
-tokens holds all sets, and one matrix of distances per frame serves them.
+A place of the grid that hardly changes within a window is static there, and its
+tokens become one average, at the window's first frame. Each window's static
+tokens and each frame's other ones are sets that get a share of the budget each;
+one array of T x P tokens holds them all.
 """
 
 from typing import NamedTuple
@@ -23,44 +18,35 @@ STATIC, DYNAMIC, NOWHERE = 0, 1, -1
 
 
 class Sets(NamedTuple):
-  """The tokens after averaging, as disjoint sets.
+  """The tokens after averaging, as disjoint sets."""
 
-  Attributes:
-    tokens: float32[T, P, D]; the average where a window's first frame is
-      static, else the token itself.
-    kind: int32[T, P]: STATIC in the first frame of a window, DYNAMIC, or
-      NOWHERE for static places of later frames.
-    home: int32[T, P], the one of N tokens that holds a token's value now.
-    sizes: int32[T, 2], tokens of each frame's STATIC and DYNAMIC set.
-  """
-
+  # float32[T, P, D]; the average where a window's first frame is static.
   tokens: jax.Array
+  # int32[T, P]: STATIC in the first frame of a window, DYNAMIC, or NOWHERE for
+  # static places of later frames.
   kind: jax.Array
-  home: jax.Array
-  sizes: jax.Array
+  home: jax.Array  # int32[T, P], which of N tokens holds a token's value now.
+  sizes: jax.Array  # int32[T, 2], tokens of a frame's STATIC and DYNAMIC set.
 
 
 def first_frames(starts: jax.Array) -> jax.Array:
-  """Returns int32[T], the first frame of each frame's window.
-
-  Of `starts` bool[T], True where one begins; frame 0 always does.
-  """
+  """Returns int32[T], first frames of windows that start where bool[T]."""
   place = jnp.arange(starts.shape[0], dtype=jnp.int32)
   return jax.lax.cummax(jnp.where(starts, place, 0))
 
 
 def unlike_neighbours(cosine, num_segments, threshold):
-  """Returns bool[T], True where a window begins.
+  """Returns bool[T], True where a window of FastVID or FlashVID begins.
 
-  Of cosines float32[T - 1] of neighbouring frames, the num_segments - 1 lowest
-  end a window, of equal ones the first; so do all below the threshold.
+  The num_segments - 1 lowest cosines float32[T - 1] of neighbouring frames end
+  one, of equals the first; so do all below the threshold.
   """
   lowest = selection_ops.rank(-cosine) < num_segments - 1
   return jnp.append(jnp.ones(1, bool), lowest | (cosine < threshold))
 
 
 def runs_of_labels(labels):
-  """Returns bool[T], True where a segment begins, of cluster labels int32[T].
+  """Returns bool[T], True where a segment of PruneVID begins, of int32[T].
 
   A label's longest runs stay if they are longer than one frame, all of them if
   several are. A stretch of other frames joins the longer of the runs beside
@@ -68,8 +54,7 @@ def runs_of_labels(labels):
   """
   T = labels.shape[0]
   place = jnp.arange(T, dtype=jnp.int32)
-  begins = jnp.concatenate([jnp.ones(1, bool), labels[1:] != labels[:-1]])
-  first = first_frames(begins)
+  first = first_frames(_changes(labels))
   same_run = first[:, None] == first[None, :]
   length = same_run.sum(axis=-1, dtype=jnp.int32)
   same_label = labels[:, None] == labels[None, :]
@@ -94,20 +79,21 @@ def runs_of_labels(labels):
   # Before frame 0 there is a run of no length with a label of its own; if
   # nothing stays, all frames keep it.
   initial = (jnp.int32(-1), jnp.int32(0), jnp.bool_(True))
-  _, new = jax.lax.scan(
-    frame, initial, (stays, labels, right_label, right_length)
-  )
-  return jnp.concatenate([jnp.ones(1, bool), new[1:] != new[:-1]])
+  every = (stays, labels, right_label, right_length)
+  _, new = jax.lax.scan(frame, initial, every)
+  return _changes(new)
+
+
+def _changes(labels):
+  return jnp.append(jnp.ones(1, bool), labels[1:] != labels[:-1])
 
 
 def most_saved(alike):
-  """Returns int32[T], the first frame of each frame's window.
+  """Returns int32[T], the first frame of each frame's window, of HoliTom.
 
-  The windows are those with the largest sum, over windows, of the places that
-  stay alike all through it times its frames less one. Of equal sums the one
-  with the longer last window, and so on backwards.
-
-  `alike` is bool[T - 1, P], True where a place stays alike to the next frame.
+  The windows with the largest sum of the places that stay alike all through one
+  times its frames less one; of equal sums with the longest last window, and so
+  on backwards. Places stay alike to the next frame where bool[T - 1, P].
   """
   T = alike.shape[0] + 1
   place = jnp.arange(T, dtype=jnp.int32)
@@ -143,12 +129,9 @@ def together(first: jax.Array) -> jax.Array:
 def keep_apart(static, closeness, first, num_keep):
   """Takes back static places where fewer than K tokens would be left.
 
-  A video so static that it has fewer tokens than the budget keeps tokens of
-  its least close places apart, as few as do.
-
-  Returns `static` bool[T, P], equal within a window, without these: those of
-  lowest `closeness` float32[T, P], also equal there, ties by place. `first` is
-  int32[T] of `first_frames`.
+  Returns `static` bool[T, P], equal within a window, without as few places as
+  do, those of lowest `closeness` float32[T, P], also equal there, by place.
+  `first` is int32[T] of `first_frames`.
   """
   T, P = static.shape
   leads = first == jnp.arange(T)
@@ -184,19 +167,12 @@ def sets(frames, static, first) -> Sets:
 
 
 def shares(sizes, num_keep):
-  """Returns int32[T, 2], the budget in proportion to the sizes of the sets.
+  """Returns int32[T, 2] that sum to K, in proportion to the sizes of the sets.
 
-  Each set that is not empty gets at least one token, or the largest ones do
-  if there are too many sets. The shares sum to K.
+  Each set gets a token, or the largest ones do if there are too many sets.
   """
   flat = sizes.reshape(-1)
-  largest = selection_ops.rank(flat, flat > 0) < num_keep
+  low = (selection_ops.rank(flat, flat > 0) < num_keep) & (flat > 0)
   return budgets.largest_remainder_on_device(
-    flat, num_keep, low=largest & (flat > 0), high=flat
+    flat, num_keep, low=low, high=flat
   ).reshape(sizes.shape)
-
-
-def of_kind(values, kind):
-  """Returns [T, P], at each token the value [T, 2] of its set."""
-  own = jnp.where(kind == STATIC, values[:, :1], values[:, 1:])
-  return jnp.where(kind == NOWHERE, 0, own)

@@ -1,8 +1,6 @@
 """Cosines and sums of tokens, in full float32 at the price of their type.
 
 A token of zeros is similar to nothing, itself included.
-
-Axes: T frames, n, m and N tokens, g groups, K rows, D width.
 """
 
 import jax
@@ -33,14 +31,10 @@ def _norm(x):
 def between(x, y=None, *, split: bool = False) -> jax.Array:
   """Returns float32[..., n, m] in [-1, 1], the cosines of tokens x and y.
 
-  Tokens are multiplied in the type that they have and divided by their norms
-  afterwards; those to be split have norm 1 before.
-
-  Args:
-    x: float[..., n, D].
-    y: float[..., m, D]; None for x.
-    split: multiplies float32 by `split_dot` on NVIDIA GPUs, a few times faster,
-      with an error of about 1e-6 instead of 1e-7.
+  Of x float[..., n, D] and y float[..., m, D], None for x, multiplied in the
+  type that they have and divided by their norms afterwards. `split` multiplies
+  float32 of norm 1 by `split_dot` on NVIDIA GPUs, a few times faster, with an
+  error of about 1e-6 instead of 1e-7.
   """
   y = x if y is None else y
   if split and not _exact_in_float32(x, y):
@@ -56,10 +50,10 @@ def between(x, y=None, *, split: bool = False) -> jax.Array:
 
 
 def symmetric(x: jax.Array) -> jax.Array:
-  """Returns float32[..., n, n] of x float[..., n, D], as edges of a graph.
+  """Returns float32[..., n, n] of float[..., n, D], symmetric to the last bit.
 
-  Symmetric to the last bit: a matrix unit may round x_i . x_j and x_j . x_i
-  differently, which would let an edge lead in one direction only.
+  A matrix unit may round x_i . x_j and x_j . x_i differently, which would let
+  an edge of a graph lead in one direction only.
   """
   cosines = between(x, split=True)
   return jnp.maximum(cosines, jnp.swapaxes(cosines, -1, -2))
@@ -76,8 +70,7 @@ def adjacent(frames: jax.Array) -> jax.Array:
 def settled(cosines: jax.Array) -> jax.Array:
   """Returns cosines rounded to 16 binary places, for ranking.
 
-  Cosines of equal tokens differ in their last bits, by how a device sums and
-  what else is in its program; such bits must not decide which token wins.
+  The last bits hang on the device and the rest of its program.
   """
   return jnp.round(cosines * 65536.0) / 65536.0
 
@@ -85,36 +78,37 @@ def settled(cosines: jax.Array) -> jax.Array:
 def dot(x: jax.Array, y: jax.Array) -> jax.Array:
   """Returns the float32 matrix product of x and y, nothing rounded before.
 
-  The products of two bfloat16 numbers fit into float32: tokens of that type
-  are multiplied as they are, several times faster than those of float32.
+  The products of two bfloat16 numbers fit into float32, several times faster.
   """
   if _exact_in_float32(x, y):
     return jnp.matmul(x, y, preferred_element_type=jnp.float32)
-  return jnp.matmul(
-    x.astype(jnp.float32),
-    y.astype(jnp.float32),
-    precision=jax.lax.Precision.HIGHEST,
-  )
+  x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+  return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
 
 
 def split_dot(x: jax.Array, y: jax.Array) -> jax.Array:
   """Returns `dot` of x and y, as three products of bfloat16.
 
-  Each number is split in two of bfloat16, and the product of the small parts
-  left out: an error of 2^-16 of a product at most, in sums 1e-7 of the norms.
-  It takes a quarter of the time of a product of float32 on a GPU, whose matrix
-  unit has none of full precision.
+  Each number is split in two, and the product of the small parts left out: an
+  error of 2^-16 of a product at most, in sums 1e-7 of the norms. A GPU, whose
+  matrix unit has no product of full precision, takes a quarter of the time.
   """
-  (x_high, x_low), (y_high, y_low) = _halves(x), _halves(y)
+
+  def halves(x):
+    x = x.astype(jnp.float32)
+    # A plain cast there and back is simplified away by the compiler.
+    high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
+
+  (x_high, x_low), (y_high, y_low) = halves(x), halves(y)
   return (dot(x_high, y_low) + dot(x_low, y_high)) + dot(x_high, y_high)
 
 
 def pooled(x: jax.Array, member: jax.Array) -> jax.Array:
-  """Returns float32[..., g, D], the sum of the tokens of each group.
+  """Returns float32[..., g, D], sums of float[..., n, D] over bool[..., g, n].
 
-  A product of float[..., n, D] with zeros and ones, `member` bool[..., g, n]:
-  exact in whatever type the tokens have, sums in float32, fast on accelerators,
-  and unlike a scatter in an order that does not change.
+  A product, exact in whatever type the tokens have, fast on accelerators, and
+  unlike a scatter in an order that does not change.
   """
   return dot(member.astype(x.dtype), x)
 
@@ -122,16 +116,14 @@ def pooled(x: jax.Array, member: jax.Array) -> jax.Array:
 def segment_sum(features, assign, num_rows: int):
   """Returns float32[..., K, D], the sum of the tokens of each row.
 
-  Args:
-    features: float[..., N, D].
-    assign: int32[..., N] row of each token; those outside [0, K) count nowhere.
-    num_rows: K, static.
+  Of float[..., N, D] and the row of each token, int32[..., N]; those outside
+  [0, K) count nowhere.
   """
   return pooled(features, _members(assign, num_rows))
 
 
 def segment_mean(features, assign, num_rows: int):
-  """Returns float32[..., K, D], as `segment_sum`; means, of no tokens zeros."""
+  """Returns float32[..., K, D], as `segment_sum`; means, of none zeros."""
   count = segment_count(assign, num_rows)[..., None]
   return segment_sum(features, assign, num_rows) / jnp.maximum(count, 1.0)
 
@@ -148,10 +140,3 @@ def _members(assign, num_rows):
 
 def _exact_in_float32(x, y):
   return x.dtype == y.dtype and x.dtype in (jnp.bfloat16, jnp.float16)
-
-
-def _halves(x):
-  x = x.astype(jnp.float32)
-  # A plain cast there and back is simplified away by the compiler.
-  high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-  return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
