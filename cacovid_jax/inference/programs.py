@@ -83,7 +83,6 @@ def answer_rows(
     logits,
     cache,
     pruned.next_position,
-    num_position_rows=pruned.positions.shape[1],
     max_new_tokens=max_new_tokens,
     eos_ids=tuple(eos_ids),
     pad_id=pad_id,
@@ -231,7 +230,6 @@ class Programs:
       logits,
       cache,
       batch.next_position,
-      num_position_rows=batch.positions.shape[1],
       **self._ending,
     )
     if not want_attention:

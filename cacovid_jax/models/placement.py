@@ -2,13 +2,11 @@
 
 Slices of rows are read by a few threads in the order of the files and put
 straight into place: one layer of a stack, the part of a weight that a device
-holds. The host never has a second copy of a parameter; what it holds at once is
-a few slices, and the small parameters.
+holds. At once, the host holds a few slices and the small parameters.
 
-On CPU the host's memory is the device's: parameters are filled there, and
-transposed on the way, which costs about as much as reading them. On an
-accelerator, slices are copied over as they lie in the file and transposed
-there.
+On CPU, parameters are filled in the device's memory and transposed on the way,
+which costs about as much as reading them. On an accelerator, slices are copied
+over as they lie in the file and transposed there.
 """
 
 import collections
@@ -51,11 +49,9 @@ def rows(source, path, layers=None, **kinds):
   A row is name at the source, "{}" for the layer number -> (path, layout,
   layers): `path` leads to a leaf of our parameters, `layout` is one of
   `to_ours`, `layers` the depth of a stack that the tensors of all layers fill,
-  None for a single tensor.
-
-  The modules' names at the source begin with `source`, ours lie in `path`.
-  `kinds` are {name: one of `_LEAVES`}, and behind a space the name of ours
-  where that is not the last part of the name.
+  None for a single tensor. Names at the source begin with `source`, ours lie in
+  `path`. `kinds` are {name: one of `_LEAVES`}, and behind a space the name of
+  ours where that is not the last part of the name.
   """
   found = {}
   for name, kind in kinds.items():
@@ -96,8 +92,7 @@ def to_ours(layout, tensor):
 def to_source(layout, param, kernel_shape):
   """Returns the source tensor of a parameter; undoes `to_ours`.
 
-  `kernel_shape` are a convolution's sizes behind its outputs, as the source has
-  them.
+  `kernel_shape` are a source convolution's sizes behind its outputs.
   """
   if layout == "transpose":
     return param.T
@@ -113,15 +108,17 @@ def to_source(layout, param, kernel_shape):
 def fill(shapes, sources, shardings=None, *, small_bytes=None):
   """Returns {leaf: jax.Array} of what the sources hold.
 
-  Args:
-    shapes: {leaf: jax.ShapeDtypeStruct}; sources are cast to these dtypes.
-    sources: `Source`s that cover every leaf, in the order of their bytes.
-    shardings: {leaf: jax.sharding.Sharding}; the default device without.
-    small_bytes: leaves up to this size are assembled on the host. By default
-      all are on CPU, and the small ones elsewhere.
+  Of {leaf: jax.ShapeDtypeStruct}, to whose dtypes sources are cast, `Source`s
+  that cover every leaf, in the order of their bytes, and {leaf: Sharding}, the
+  default device without. Leaves up to `small_bytes` are assembled on the host;
+  by default all are on CPU, and the small ones elsewhere.
   """
   if small_bytes is None:
-    device = _devices(shardings)[0]
+    device = jax.config.jax_default_device
+    if shardings:
+      device, *_ = next(iter(shardings.values())).addressable_devices
+    elif not hasattr(device, "platform"):
+      device = jax.devices()[0]
     small_bytes = math.inf if device.platform == "cpu" else _SMALL_BYTES
   leaves = {
     name: _Leaf(shape, shardings and shardings[name], small_bytes)
@@ -130,15 +127,6 @@ def fill(shapes, sources, shardings=None, *, small_bytes=None):
   _read(sources, leaves)
   # Popped, so that a buffer is gone once its array is made.
   return {name: leaves.pop(name).finish() for name in list(leaves)}
-
-
-def _devices(shardings):
-  if not shardings:
-    default = jax.config.jax_default_device
-    return [default if hasattr(default, "platform") else jax.devices()[0]]
-  return sorted(
-    next(iter(shardings.values())).addressable_devices, key=lambda d: d.id
-  )
 
 
 def _read(sources, leaves):
@@ -184,10 +172,8 @@ def row_slices(tensor, slice_bytes=_SLICE_BYTES):
   if not rows:
     return []
   fewest = max(1, -(-tensor.num_bytes // slice_bytes))
-  most = min(rows, 2 * fewest)
-  count = next(
-    (n for n in range(fewest, most + 1) if rows % n == 0), min(fewest, rows)
-  )
+  counts = range(fewest, min(rows, 2 * fewest) + 1)
+  count = next((n for n in counts if rows % n == 0), min(fewest, rows))
   step = -(-rows // count)
   return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
@@ -202,16 +188,13 @@ class _Leaf:
     self.on_host = num_bytes <= small_bytes
     # {((start, stop) of each axis): devices that hold this part}.
     self._parts = collections.defaultdict(list)
-    if sharding is None:
-      self._parts[tuple((0, size) for size in shape.shape)].append(None)
-    else:
+    indices = {None: (slice(None),) * len(shape.shape)}
+    if sharding is not None:
       indices = sharding.addressable_devices_indices_map(shape.shape)
-      for device, index in indices.items():
-        spans = tuple(
-          s.indices(size)[:2]
-          for s, size in zip(index, shape.shape, strict=True)
-        )
-        self._parts[spans].append(device)
+    for device, index in indices.items():
+      sides = zip(index, shape.shape, strict=True)
+      spans = tuple(s.indices(size)[:2] for s, size in sides)
+      self._parts[spans].append(device)
     self._lock = threading.Lock()
     self._buffers = {}
     for spans, devices in self._parts.items():
@@ -249,7 +232,6 @@ class _Leaf:
         moved.block_until_ready()
 
   def finish(self):
-    """Returns the parameter."""
     arrays = []
     while self._buffers:
       spans, buffer = self._buffers.popitem()

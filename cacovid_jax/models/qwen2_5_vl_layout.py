@@ -7,6 +7,7 @@ Paper: https://arxiv.org/abs/2502.13923 (section 2.1.1).
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,18 +45,17 @@ class Sizes(NamedTuple):
   @classmethod
   def of(cls, grids, config):
     """Returns the smallest sizes that hold each of the grids (T, H, W)."""
-    side = config.window_side
     found = []
     for grid in grids:
       slices, height, width = map(int, grid)
       if min(slices, height, width) < 1:
         raise ValueError(f"grid {tuple(grid)} holds no token")
-      windows = slices * -(-height // side) * -(-width // side)
-      per_slice = height * width
-      found.append((slices * per_slice, windows, slices, per_slice))
+      windows = slices * math.prod(_windows(height, width, config))
+      area = height * width
+      found.append((slices * area, windows, slices, area))
     if not found:
       raise ValueError("sizes of no grid at all")
-    return cls(*(max(sizes) for sizes in zip(*found, strict=True)))
+    return cls(*map(max, zip(*found, strict=True)))
 
   @classmethod
   def of_bucket(cls, config, *, num_slices, tokens_per_slice, num_tokens):
@@ -63,16 +63,20 @@ class Sizes(NamedTuple):
 
     They are the largest T, H·W of whatever shape, and N.
     """
-    side = config.window_side
     # Long and narrow slices have the most windows, one token wide each.
     num_windows = max(
       min(num_slices, num_tokens // (height * width))
-      * -(-height // side)
-      * -(-width // side)
+      * math.prod(_windows(height, width, config))
       for height in range(1, tokens_per_slice + 1)
       for width in range(1, tokens_per_slice // height + 1)
     )
     return cls(num_tokens, num_windows, num_slices, tokens_per_slice)
+
+
+def _windows(height, width, config):
+  """Returns how many windows a slice has, (down, across)."""
+  side = config.window_side
+  return -(-height // side), -(-width // side)
 
 
 @functools.lru_cache(maxsize=32)
@@ -99,33 +103,32 @@ def layout(grid, config, sizes=None):
   row, column = token // width % height, token % width
   # Windows of a slice are numbered row by row; those at the far edges are
   # smaller. None reaches from one slice into the next.
-  across, down = -(-width // side), -(-height // side)
+  down, across = _windows(height, width, config)
   window_of = (slice_of * down + row // side) * across + column // side
 
-  inside = np.arange(config.patches_per_token)
+  inside = np.divmod(np.arange(config.patches_per_token), merge)
   coordinates = np.stack(
     [
-      (row[:, None] * merge + inside // merge).ravel(),
-      (column[:, None] * merge + inside % merge).ravel(),
+      (tokens[:, None] * merge + patches).ravel()
+      for tokens, patches in zip((row, column), inside, strict=True)
     ]
   )
   num_patches = sizes.num_tokens * config.patches_per_token
   extra = num_patches - coordinates.shape[1]
+
+  def segments(of, number, tokens):
+    return _segments(of, number, tokens, num_patches, config.patches_per_token)
+
   return Layout(
     coordinates=np.pad(coordinates, [(0, 0), (0, extra)]).astype(np.int32),
-    windows=_segments(
-      window_of, sizes.num_windows, side**2, num_patches, config
-    ),
-    slices=_segments(
-      slice_of, sizes.num_slices, sizes.tokens_per_slice, num_patches, config
-    ),
+    windows=segments(window_of, sizes.num_windows, side**2),
+    slices=segments(slice_of, sizes.num_slices, sizes.tokens_per_slice),
     num_tokens=np.int32(exact.num_tokens),
   )
 
 
-def _segments(segment_of, num_segments, tokens, num_patches, config):
+def _segments(segment_of, num_segments, tokens, num_patches, size):
   """Returns `Segments` of up to `tokens` tokens from each token's segment."""
-  size = config.patches_per_token
   counts = np.bincount(segment_of, minlength=num_segments)
   # Stable: the tokens of a segment stay in the order of the slice.
   order = np.argsort(segment_of, kind="stable")
@@ -136,9 +139,8 @@ def _segments(segment_of, num_segments, tokens, num_patches, config):
   place = (place[:, None] * size + np.arange(size)).ravel()
   rows = np.zeros(num_segments * tokens * size, np.int32)
   rows[place] = np.arange(len(place))
-  extra = num_patches - len(place)
   return Segments(
     rows=rows.reshape(num_segments, -1),
     lengths=np.maximum(counts * size, 1).astype(np.int32),
-    place=np.pad(place, (0, extra)).astype(np.int32),
+    place=np.pad(place, (0, num_patches - len(place))).astype(np.int32),
   )

@@ -1,8 +1,7 @@
 """Device mesh, placement of arrays, sharding rules, multi-host start-up.
 
-One mesh with two axes: `data` holds different videos, `model` holds slices of
-the frozen base model's weights. The policy and its optimiser state are
-replicated over both.
+Of the mesh's axes, `data` holds different videos, `model` slices of the frozen
+base model's weights. The policy and its optimiser state are replicated.
 """
 
 import re
@@ -29,15 +28,11 @@ BASE_MODEL_RULES: tuple[tuple[str, int | None], ...] = (
 )
 
 
-def make_mesh(
-  data: int = 0, model: int = 1, *, devices: Sequence[Any] | None = None
-) -> Mesh:
+def make_mesh(data=0, model=1, *, devices: Sequence[Any] | None = None) -> Mesh:
   """Returns a mesh with axes `data` and `model`.
 
-  Args:
-    data: devices on the data axis; 0 takes all that `model` leaves.
-    model: devices that share one copy of the base model.
-    devices: to use; all of the run by default.
+  On `data`, 0 takes all devices that `model`, those that share one copy of the
+  base model, leaves; of all devices of the run by default.
   """
   devices = list(jax.devices() if devices is None else devices)
   if model < 1 or data < 0:
@@ -51,13 +46,10 @@ def make_mesh(
       f"mesh of data={data} x model={model} needs {data * model} devices and"
       f" there are {len(devices)}; lower config.mesh.data or config.mesh.model"
     )
-  return jax.make_mesh(
-    (data, model),
-    ("data", "model"),
-    # The default, Explicit, asks for shardings in every op.
-    axis_types=(AxisType.Auto, AxisType.Auto),
-    devices=devices[: data * model],
-  )
+  # The default, Explicit, asks for shardings in every op.
+  types = (AxisType.Auto, AxisType.Auto)
+  devices = devices[: data * model]
+  return jax.make_mesh((data, model), ("data", "model"), types, devices=devices)
 
 
 def check_map(how: str, mesh: Mesh) -> None:
@@ -73,7 +65,7 @@ def check_map(how: str, mesh: Mesh) -> None:
 
 
 def map_over_data(
-  function, mesh: Mesh, in_specs, out_specs, *, how: str = "shard_map"
+  function, mesh: Mesh, in_specs, out_specs, *, how="shard_map"
 ):
   """Returns a function mapped over the axis `data`, to be jitted.
 
@@ -102,22 +94,17 @@ def map_over_data(
     return jax.tree.map(lambda spec: None if spec == P() else 0, specs)
 
   def reshape(specs, tree, shape, start):
-    def change(x):
-      return x.reshape(shape + x.shape[start:])
+    def change(spec, part):
+      if spec == P():
+        return part
+      return jax.tree.map(lambda x: x.reshape(shape + x.shape[start:]), part)
 
-    return jax.tree.map(
-      lambda spec, part: part if spec == P() else jax.tree.map(change, part),
-      specs,
-      tree,
-    )
+    return jax.tree.map(change, specs, tree)
 
   mapped = jax.pmap(
-    function,
-    axis_name="data",
-    in_axes=axes(in_specs),
-    out_axes=axes(out_specs),
+    function, "data", in_axes=axes(in_specs), out_axes=axes(out_specs),
     devices=devices,
-  )
+  )  # fmt: skip
 
   def call(*args):
     out = mapped(*reshape(in_specs, args, (len(devices), -1), 1))
@@ -131,8 +118,8 @@ def path_name(path) -> str:
   return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def partition_specs(params, mesh: Mesh, rules=BASE_MODEL_RULES):
-  """Returns a PartitionSpec per weight, from the first rule that matches.
+def partition_specs(params, mesh: Mesh):
+  """Returns a PartitionSpec per weight, of the first rule that matches.
 
   A weight whose split axis does not divide by the `model` axis (2 kv heads on
   4 devices) is replicated.
@@ -141,11 +128,12 @@ def partition_specs(params, mesh: Mesh, rules=BASE_MODEL_RULES):
 
   def spec(path, leaf):
     name = path_name(path)
-    matches = (axis for pattern, axis in rules if re.search(pattern, name))
-    axis = next(matches, None)
-    if size == 1 or axis is None or leaf.ndim < -axis:
-      return P()
-    if leaf.shape[axis] % size:
+    axis = next(
+      axis for rule, axis in BASE_MODEL_RULES if re.search(rule, name)
+    )
+    if (
+      size == 1 or axis is None or leaf.ndim < -axis or leaf.shape[axis] % size
+    ):
       return P()
     entries = [None] * leaf.ndim
     entries[axis] = "model"
@@ -154,9 +142,9 @@ def partition_specs(params, mesh: Mesh, rules=BASE_MODEL_RULES):
   return jax.tree_util.tree_map_with_path(spec, params)
 
 
-def shard_base_params(params, mesh: Mesh, rules=BASE_MODEL_RULES):
-  """Places frozen weights on the mesh, split over `model` by `rules`."""
-  specs = partition_specs(params, mesh, rules)
+def shard_base_params(params, mesh: Mesh):
+  """Places frozen weights on the mesh, split over `model` by the rules."""
+  specs = partition_specs(params, mesh)
   return jax.tree.map(lambda x, spec: put(x, mesh, spec), params, specs)
 
 
@@ -176,23 +164,16 @@ def put(tree, mesh: Mesh, spec: P):
     if jax.process_count() == 1:
       return jax.device_put(x, sharding)
     host = np.asarray(x)
-    return jax.make_array_from_callback(
-      host.shape, sharding, lambda index: host[index]
-    )
+    return jax.make_array_from_callback(host.shape, sharding, host.__getitem__)
 
   return jax.tree.map(place, tree)
 
 
-def jit_rows(
-  function: Callable, mesh: Mesh | None, *, weights: Sequence[int] = (0,)
-):
+def jit_rows(function: Callable, mesh: Mesh | None, *, weights=(0,)):
   """Returns the jitted function; each device of `data` computes its own rows.
 
-  Args:
-    function: takes weights, and trees whose arrays lead with a batch axis, as
-      do those that it returns.
-    mesh: None is one device.
-    weights: places of the arguments that are weights.
+  It takes weights, as arguments of the places `weights`, and trees whose arrays
+  lead with a batch axis, as do those that it returns. Mesh None is one device.
   """
   if mesh is None or mesh.size == 1:
     return jax.jit(function)
