@@ -28,7 +28,7 @@ _LANES = 128
 
 
 def attention(
-  q, k, v, *, causal=False, lengths=None, mask=None, q_offset=0, backend="auto"
+  q, k, v, *, causal=False, lengths=None, mask=None, backend="auto"
 ):
   """Returns softmax(q k / sqrt(H)) v, float[B, T, N, H].
 
@@ -37,14 +37,13 @@ def attention(
   give finite values without meaning.
 
   Args:
-    causal: static; True lets query t see keys up to t + q_offset only.
+    causal: static; True lets query t see keys up to t only.
     lengths: int32[B] number of valid keys of each row, at least 1, which come
       first (right padding); None when all are valid.
     mask: bool[B, T, S], True where a query may see a key; None for all.
-    q_offset: index of the first query among the keys, int or int32[B].
     backend: one of `BACKENDS`. "auto" chooses by platform and dtype; a kernel
-      that cannot do what is asked (cuDNN in float32 or with an offset, splash
-      with a mask or an offset) gives way to "xla".
+      that cannot do what is asked (cuDNN in float32, splash with a mask) gives
+      way to "xla".
   """
   if backend not in BACKENDS:
     raise ValueError(f"attention backend {backend!r} is not one of {BACKENDS}")
@@ -53,12 +52,11 @@ def attention(
     # Below one block, padding costs more than the kernel saves.
     if backend == "splash" and q.shape[1] < _LANES:
       backend = "xla"
-  plain = isinstance(q_offset, int) and q_offset == 0
-  if backend == "cudnn" and plain and _cudnn_can(q, k, mask):
+  if backend == "cudnn" and _cudnn_can(q, k, mask):
     return _cudnn(q, k, v, causal, lengths, mask)
-  if backend == "splash" and plain and mask is None:
+  if backend == "splash" and mask is None:
     return _splash(q, k, v, causal, lengths)
-  return _xla(q, k, v, causal, lengths, mask, q_offset)
+  return _xla(q, k, v, causal, lengths, mask)
 
 
 def _cudnn_can(q, k, mask):
@@ -86,26 +84,27 @@ def _flash_backend():
   return "xla"
 
 
-def _visible(num_queries, num_keys, causal, lengths, mask, q_offset):
-  """Returns bool[B or 1, T, S] of visible keys, or None when all are."""
+def _visible(num_queries, num_keys, causal, lengths, mask, start=0):
+  """Returns bool[B or 1, T, S] of visible keys, or None when all are.
+
+  Of some queries, the first of which is number `start`.
+  """
   seen = [] if mask is None else [mask]
   keys = jnp.arange(num_keys)[None, None, :]
   if causal:
-    offset = jnp.reshape(jnp.asarray(q_offset, jnp.int32), (-1, 1, 1))
-    seen.append(keys <= jnp.arange(num_queries)[None, :, None] + offset)
+    seen.append(keys <= jnp.arange(num_queries)[None, :, None] + start)
   if lengths is not None:
     seen.append(keys < lengths[:, None, None])
   return functools.reduce(jnp.logical_and, seen) if seen else None
 
 
-def _xla(q, k, v, causal, lengths, mask, q_offset):
+def _xla(q, k, v, causal, lengths, mask):
   """All queries at once, or in chunks when the map would be too large."""
   num_queries, num_keys = q.shape[1], k.shape[1]
   if num_queries * num_keys <= _LARGEST_MAP:
-    plain = isinstance(q_offset, int) and q_offset == 0 and mask is None
-    if plain and num_keys == num_queries >= _BLOCK_ROWS:
+    if mask is None and num_keys == num_queries >= _BLOCK_ROWS:
       return _in_blocks(q, k, v, causal, lengths)
-    visible = _visible(num_queries, num_keys, causal, lengths, mask, q_offset)
+    visible = _visible(num_queries, num_keys, causal, lengths, mask)
     return _dense(q, k, v, visible)
 
   num_chunks = -(-num_queries // _CHUNK)
@@ -120,8 +119,8 @@ def _xla(q, k, v, causal, lengths, mask, q_offset):
   @jax.checkpoint
   def one_chunk(chunk):
     number, q, mask = chunk
-    offset = q_offset + number * _CHUNK
-    visible = _visible(_CHUNK, num_keys, causal, lengths, mask, offset)
+    start = number * _CHUNK
+    visible = _visible(_CHUNK, num_keys, causal, lengths, mask, start)
     return _dense(q, k, v, visible)
 
   masks = None if mask is None else chunks(mask)
@@ -170,7 +169,7 @@ def _dense(q, k, v, visible):
 
 def _cudnn(q, k, v, causal, lengths, mask):
   if mask is not None:
-    mask = _visible(q.shape[1], k.shape[1], causal, lengths, mask, 0)
+    mask = _visible(q.shape[1], k.shape[1], causal, lengths, mask)
     options = dict(mask=mask[:, None])
   else:
     lengths = None if lengths is None else lengths.astype(jnp.int32)

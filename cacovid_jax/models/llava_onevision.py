@@ -80,22 +80,19 @@ class LlavaOnevisionConfig:
   def to_hf(self):
     """Returns the config.json that transformers reads."""
     size = self.vision.image_size
-    return (
-      hf_config.described(self)
-      | _FIXED
-      | {
-        "architectures": ["LlavaOnevisionForConditionalGeneration"],
-        "vision_config": self.vision.to_hf(),
-        "text_config": self.text.to_hf(),
-        "multimodal_projector_bias": self.projector_bias,
-        "vision_aspect_ratio": "anyres_max_9",
-        # Tilings of single pictures; videos never use them.
-        "image_grid_pinpoints": [
-          [size * rows, size * columns] for rows in (1, 2) for columns in (1, 2)
-        ],
-        "tie_word_embeddings": self.text.tie_embeddings,
-      }
-    )
+    described = {
+      "architectures": ["LlavaOnevisionForConditionalGeneration"],
+      "vision_config": self.vision.to_hf(),
+      "text_config": self.text.to_hf(),
+      "multimodal_projector_bias": self.projector_bias,
+      "vision_aspect_ratio": "anyres_max_9",
+      # Tilings of single pictures; videos never use them.
+      "image_grid_pinpoints": [
+        [size * rows, size * columns] for rows in (1, 2) for columns in (1, 2)
+      ],
+      "tie_word_embeddings": self.text.tie_embeddings,
+    }
+    return hf_config.described(self) | _FIXED | described
 
   @property
   def pooled_side(self):
@@ -150,13 +147,8 @@ class Projector(nn.Module):
     return dense(name="linear_2")(x)
 
 
-class LlavaOnevision(nn.Module):
+class LlavaOnevision(qwen2.Part):
   """The modules of LLaVA-OneVision; `LlavaOnevisionModel` runs them."""
-
-  config: LlavaOnevisionConfig
-  dtype: jnp.dtype = jnp.float32
-  backend: str = "auto"
-  remat: bool = False
 
   def setup(self):
     cfg, width = self.config, self.config.text.hidden_size

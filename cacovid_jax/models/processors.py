@@ -30,9 +30,8 @@ _MAX_ASPECT = 200
 _MAX_FILE_BYTES = 2**20
 _MAX_SIDE = 8192
 # Steps of the reference processors that we take, as they do by default.
-_STEPS = dict(
-  do_resize=True, do_rescale=True, do_normalize=True, do_center_crop=False
-)
+_STEPS = {"do_resize": True, "do_rescale": True, "do_normalize": True}
+_STEPS |= {"do_center_crop": False}
 # Files of a checkpoint and keys in them, in the reference's order: transformers
 # 5 stores the video part in the first, earlier releases wrote the others.
 _FILES = {
@@ -63,6 +62,7 @@ class Processor(abc.ABC):
   resample: int = frames_lib.BICUBIC  # PIL's filter; 3 is bicubic.
 
   one_grid: ClassVar[bool]  # Whether clips of as many frames have one grid.
+  needs_statistics: ClassVar[bool] = False  # Whether files must tell them.
   # What files of earlier runs call the class, and its fields there.
   _on_disk: ClassVar[str]
 
@@ -72,11 +72,9 @@ class Processor(abc.ABC):
       all(map(math.isfinite, mean + std)) and min(std) > 0,
       f"mean={mean} and std={std}: give finite numbers, the deviations above 0",
     )
-    _check(
-      self.resample in list(Image.Resampling),
-      f"resample={self.resample}: give the number of a filter of PIL (3 is"
-      " bicubic)",
-    )
+    text = "give the number of a filter of PIL (3 is bicubic)"
+    known = self.resample in list(Image.Resampling)
+    _check(known, f"resample={self.resample}: {text}")
 
   @classmethod
   def from_files(cls, directory, **known) -> "Processor":
@@ -88,7 +86,8 @@ class Processor(abc.ABC):
         if not isinstance(entry, dict):
           continue
         _check_steps(entry)
-        return cls(**cls._values_of(entry), **known)
+        values = _statistics(entry, cls.needs_statistics)
+        return cls(**values, **cls._sizes_of(entry), **known)
       except errors.UserError as error:
         raise errors.UserError(f"{path}: {error}") from error
       except _UNUSABLE as error:
@@ -104,8 +103,8 @@ class Processor(abc.ABC):
 
   @classmethod
   @abc.abstractmethod
-  def _values_of(cls, entry) -> dict[str, Any]:
-    """Returns the fields that a file's JSON tells."""
+  def _sizes_of(cls, entry) -> dict[str, int]:
+    """Returns the other fields that a file's JSON tells."""
 
   def with_bounds(self, min_pixels=0, max_pixels=0):
     """Returns the processor with other bounds on a frame, 0 for its own."""
@@ -171,11 +170,8 @@ class Processor(abc.ABC):
     return TowerInputs(self._values(frames), grid, self._seconds(fps))
 
   def _seconds(self, fps: float | None) -> float:
-    """Returns the seconds between temporal patches, 1.0 if not known or told.
-
-    As the reference does.
-    """
-    del fps
+    """Returns `second_per_grid_t`; 1.0 if not known, as in the reference."""
+    del fps  # Not in most models' positions.
     return 1.0
 
   @abc.abstractmethod
@@ -206,26 +202,24 @@ class LlavaOnevisionProcessor(Processor):
   std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
   one_grid = True
+  # Class defaults of the library are wrong for the released checkpoints: CLIP's
+  # statistics instead of SigLIP's.
+  needs_statistics = True
   _on_disk = "Preprocessing image_size mean std resample"
 
   def __post_init__(self):
-    _check(
-      1 <= self.image_size <= _MAX_SIDE,
-      f"image_size={self.image_size}: give pixels, at most {_MAX_SIDE}",
-    )
+    text = f"image_size={self.image_size}: give pixels, at most {_MAX_SIDE}"
+    _check(1 <= self.image_size <= _MAX_SIDE, text)
     super().__post_init__()
 
   @classmethod
-  def _values_of(cls, entry):
-    # Class defaults of the library are wrong for the released checkpoints
-    # (CLIP statistics instead of SigLIP's): the files have to state them.
-    resample = entry.get("resample")
-    return {
-      "image_size": _square(entry.get("size", 384)),
-      "mean": _triple(entry["image_mean"]),
-      "std": _triple(entry["image_std"]),
-      "resample": frames_lib.BICUBIC if resample is None else int(resample),
-    }
+  def _sizes_of(cls, entry):
+    size = entry.get("size", 384)
+    if isinstance(size, dict):
+      if "height" not in size or size["height"] != size.get("width"):
+        raise ValueError(f"size {size} is no square tile of height and width")
+      size = size["height"]
+    return {"image_size": int(size)}
 
   def frame_size(self, height, width, num_frames):
     return self.image_size, self.image_size
@@ -280,20 +274,16 @@ class Qwen2_5VLProcessor(Processor):  # noqa: N801 (the model's own name)
     return cls(patch_size=4, min_pixels=4 * 8 * 8, max_pixels=24 * 8 * 8)
 
   @classmethod
-  def _values_of(cls, entry):
+  def _sizes_of(cls, entry):
     size = entry.get("size") or {}
-    names = ("patch_size", "temporal_patch_size", "merge_size", "resample")
+    names = ("patch_size", "temporal_patch_size", "merge_size")
     values = {name: entry.get(name) for name in names}
     for name, edge in (("min", "shortest_edge"), ("max", "longest_edge")):
       name = f"{name}_pixels"
       values[name] = entry.get(name) or size.get(edge) or size.get(name)
     if entry.get("cap_pixels_per_frame"):
       values["max_video_tokens"] = entry.get("max_video_tokens", 128_000)
-    values = {k: int(v) for k, v in values.items() if v is not None}
-    for name in ("mean", "std"):
-      if entry.get(f"image_{name}") is not None:
-        values[name] = _triple(entry[f"image_{name}"])
-    return values
+    return {k: int(v) for k, v in values.items() if v is not None}
 
   def with_bounds(self, min_pixels=0, max_pixels=0):
     """See `Processor`; the released checkpoints' own are made for images."""
@@ -448,15 +438,13 @@ def _check_steps(entry: dict) -> None:
   )
 
 
-def _square(size) -> int:
-  """Returns the side of the tile that a processor's `size` asks for."""
-  if not isinstance(size, dict):
-    return int(size)
-  if "height" not in size or size["height"] != size.get("width"):
-    raise ValueError(f"size {size} is no square tile of height and width")
-  return int(size["height"])
-
-
-def _triple(values) -> tuple[float, float, float]:
-  first, second, third = map(float, values)
-  return first, second, third
+def _statistics(entry: dict, needed: bool) -> dict[str, Any]:
+  """Returns the fields that every processor has, three numbers a statistic."""
+  found = {}
+  for name in ("mean", "std"):
+    if needed or entry.get(f"image_{name}") is not None:
+      first, second, third = map(float, entry[f"image_{name}"])
+      found[name] = (first, second, third)
+  if entry.get("resample") is not None:
+    found["resample"] = int(entry["resample"])
+  return found

@@ -10,6 +10,7 @@ maps, Q tokens of a question's text, V vocabulary.
 
 import bisect
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from cacovid_jax import errors
 from cacovid_jax.models import qwen2
 
 _MULTIPLE = 16
+_WORTH = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +42,11 @@ class PromptBuckets:
     object.__setattr__(self, "text_rows", rows)
 
   @classmethod
-  def of(
-    cls, lengths: Sequence[int], *, beside: int = 0, worth: float = 0.1
-  ) -> "PromptBuckets":
+  def of(cls, lengths: Sequence[int], *, beside: int = 0) -> "PromptBuckets":
     """Returns the buckets that pad prompts of these text rows least.
 
     `beside` are the video rows of a prompt as it is computed. One more bucket
-    means more programs, and so has to spare the share `worth` of all rows.
+    means more programs, and so has to spare a share of all rows.
     """
     rounded = -(-np.maximum(lengths, 1) // _MULTIPLE) * _MULTIPLE
     sizes, counts = np.unique(rounded, return_counts=True)
@@ -59,7 +59,7 @@ class PromptBuckets:
     for number in (2, 3):
       smaller = itertools.combinations(sizes[:-1].tolist(), number - 1)
       found = min(((*c, best[-1]) for c in smaller), key=rows, default=best)
-      if rows(found) > (1 - worth) * rows(best):
+      if rows(found) > (1 - _WORTH) * rows(best):
         break
       best = found
     return cls(best)
@@ -184,15 +184,12 @@ def whole(prompts: PromptBatch) -> PrunedPrompts:
 def crop(prompts: PromptBatch, num_video: int) -> PromptBatch:
   """Returns prompts without the padding of a bucket, all of N video tokens."""
   num_rows = prompts.x.shape[1] + num_video - prompts.video_rows.shape[1]
-  sizes = dict(
-    video_rows=num_video, features=num_video, x=num_rows, ids=num_rows
-  )
-  first = {name: np.s_[:, :size] for name, size in sizes.items()}
+  rows, video = np.s_[:, :num_rows], np.s_[:, :num_video]
+  first = dict(x=rows, ids=rows, video_rows=video, features=video)
   first |= dict(positions=np.s_[..., :num_rows], deep=np.s_[:, :, :num_video])
-  changed = {name: getattr(prompts, name) for name in first}
-  return prompts._replace(
-    **{k: v[first[k]] for k, v in changed.items() if v is not None}
-  )
+  given = {k: x for k, x in prompts._asdict().items() if x is not None}
+  changed = {k: given[k][at] for k, at in first.items() if k in given}
+  return prompts._replace(**changed)
 
 
 def keep(prompts: PrunedPrompts, selection, *, num_video) -> PrunedPrompts:
@@ -255,16 +252,17 @@ def _means(deep, selection):
 
 def read_video(x, video_rows):
   """Returns [B, n, ...], rows of x [B, R, ...]; zeros for padding."""
-  return jax.vmap(
-    lambda x, rows: jnp.take(x, rows, axis=0, mode="fill", fill_value=0)
-  )(x, video_rows)
+  take = functools.partial(jnp.take, axis=0, mode="fill", fill_value=0)
+  return jax.vmap(take)(x, video_rows)
 
 
 def write_video(x, video_rows, values):
   """Returns x [B, R, ...] with `values` [B, n, ...] in its video rows."""
-  return jax.vmap(
-    lambda x, rows, values: x.at[rows].set(values.astype(x.dtype), mode="drop")
-  )(x, video_rows, values)
+
+  def one(x, rows, values):
+    return x.at[rows].set(values.astype(x.dtype), mode="drop")
+
+  return jax.vmap(one)(x, video_rows, values)
 
 
 def last_logits(model, params, prompts: PrunedPrompts):

@@ -6,7 +6,8 @@ Paper: https://arxiv.org/abs/2407.10671.
 """
 
 import dataclasses
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -184,6 +185,23 @@ def scan_layers(block, layer, x, per_layer, remat):
   return nn.scan(block, length=length, **stacked)(layer, x, per_layer)
 
 
+class Part(nn.Module):
+  """A part of a model, in the dtype that it computes in."""
+
+  config: Any
+  dtype: jnp.dtype = jnp.float32
+  backend: str = "auto"  # Attention backend, see `models.attention`.
+  remat: bool = False  # Recompute layers' intermediates in a backward pass.
+
+  @nn.nowrap
+  def dense(self, size, name, use_bias=True):
+    return nn.Dense(size, use_bias=use_bias, dtype=self.dtype, name=name)
+
+  @nn.nowrap
+  def rms_norm(self, name, epsilon):
+    return RMSNorm(epsilon, self.dtype, name=name)
+
+
 class RMSNorm(nn.Module):
   """RMSNorm with two roundings: the scale multiplies the rounded value."""
 
@@ -199,19 +217,16 @@ class RMSNorm(nn.Module):
     return x.astype(self.dtype) * scale.astype(self.dtype)
 
 
-def gated_mlp(x, dense, width):
-  """Returns [..., D] of x [..., D]; `dense(size, name)` makes a layer."""
-  gate = nn.silu(dense(width, "gate_proj")(x))
-  up = dense(width, "up_proj")(x)
-  return dense(x.shape[-1], "down_proj")(gate * up)
+def gated_mlp(x, part, use_bias):
+  """Returns [..., D] of x [..., D] by layers in a `Part`."""
+  width = part.config.intermediate_size
+  gate = nn.silu(part.dense(width, "gate_proj", use_bias)(x))
+  up = part.dense(width, "up_proj", use_bias)(x)
+  return part.dense(x.shape[-1], "down_proj", use_bias)(gate * up)
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Part):
   """Grouped-query attention and a gated MLP, both behind an RMSNorm."""
-
-  config: Qwen2Config
-  dtype: jnp.dtype = jnp.float32
-  backend: str = "auto"
 
   @nn.compact
   def __call__(
@@ -236,15 +251,11 @@ class DecoderLayer(nn.Module):
         other rows; `more` becomes out["between"].
     """
     cfg = self.config
-
-    def dense(size, name, use_bias=False):
-      return nn.Dense(size, use_bias=use_bias, dtype=self.dtype, name=name)
-
-    def norm(name):
-      return RMSNorm(cfg.rms_norm_eps, self.dtype, name=name)
+    norm = functools.partial(self.rms_norm, epsilon=cfg.rms_norm_eps)
 
     def project(name, num_heads):
-      x = dense(num_heads * cfg.head_dim, f"{name}_proj", cfg.attention_bias)(h)
+      width, bias = num_heads * cfg.head_dim, cfg.attention_bias
+      x = self.dense(width, f"{name}_proj", bias)(h)
       x = x.reshape(*x.shape[:-1], num_heads, cfg.head_dim)
       if name == "v":
         return x
@@ -266,21 +277,16 @@ class DecoderLayer(nn.Module):
       full = jnp.full(x.shape[0], x.shape[1], jnp.int32)
       out["look"] = look(q, k, full if lengths is None else lengths)
     h = h.reshape(*x.shape[:-1], cfg.num_heads * cfg.head_dim)
-    x = x + dense(cfg.hidden_size, "o_proj")(h)
+    x = x + self.dense(cfg.hidden_size, "o_proj", use_bias=False)(h)
     if between is not None:
       x, out["between"] = between(x, out)
 
     h = norm("post_attention_layernorm")(x)
-    return x + gated_mlp(h, dense, cfg.intermediate_size), out
+    return x + gated_mlp(h, self, use_bias=False), out
 
 
-class Qwen2(nn.Module):
+class Qwen2(Part):
   """Embedding, decoder layers (parameters stacked by depth), norm and head."""
-
-  config: Qwen2Config
-  dtype: jnp.dtype = jnp.float32
-  backend: str = "auto"
-  remat: bool = False
 
   def setup(self):
     cfg = self.config

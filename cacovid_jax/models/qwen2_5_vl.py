@@ -9,7 +9,6 @@ Paper: https://arxiv.org/abs/2502.13923 (section 2.1.2 on positions).
 import dataclasses
 import math
 
-import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
@@ -114,17 +113,14 @@ class Qwen2_5VLConfig:  # noqa: N801 (the model's own name)
 def position_ids(ids, video, *, config, rule="4.50"):
   """Returns (positions int32[3, L], next position) of ONE prompt, on the host.
 
-  Text counts on in all three rows alike. A video token that lies `k` temporal
-  patches, `row` and `column` into its grid adds (floor(k · seconds ·
-  tokens_per_second), row, column) to the position where the video starts. The
-  next position, of the first generated token, is the largest plus one.
-
   Of ids int[L] without padding and what has the `grid` (T, H, W) and the
-  `second_per_grid_t` of their video, None without one. The rule says where the
-  text behind the video goes on. "4.50" (transformers 4.50, which the released
-  models were trained and evaluated with): behind the video's largest position.
-  "v5" (transformers 5.x): behind the longer side of the grid, whatever the
-  time.
+  `second_per_grid_t` of their video, None without one. Text counts on in all
+  rows alike. A video token that lies `k` temporal patches, `row` and `column`
+  into its grid adds (floor(k · seconds · tokens_per_second), row, column) to
+  the position where the video starts. Behind the video, text goes on behind its
+  largest position by rule "4.50" (of transformers 4.50, which the released
+  models were trained and evaluated with), behind the longer side of the grid,
+  whatever the time, by rule "v5" (5.x).
   """
   if rule not in POSITION_RULES:
     raise ValueError(f"position rule {rule!r} is not one of {POSITION_RULES}")
@@ -164,13 +160,8 @@ def _video_positions(video, tokens_per_second):
   return np.stack([time.astype(np.int32), row, column]).astype(np.int32)
 
 
-class Qwen2_5VL(nn.Module):  # noqa: N801
+class Qwen2_5VL(qwen2.Part):  # noqa: N801
   """The modules of Qwen2.5-VL; `Qwen2_5VLModel` runs them."""
-
-  config: Qwen2_5VLConfig
-  dtype: jnp.dtype = jnp.float32
-  backend: str = "auto"
-  remat: bool = False
 
   def setup(self):
     cfg = self.config
@@ -201,13 +192,9 @@ class Qwen2_5VLModel(video_llm.VideoLLM):  # noqa: N801
 
   @property
   def processor(self):
-    """The processor of the config's sizes and CLIP's statistics."""
-    vision = self.config.vision
-    return processors.Qwen2_5VLProcessor(
-      patch_size=vision.patch_size,
-      temporal_patch_size=vision.temporal_patch_size,
-      merge_size=vision.merge_size,
-    )
+    names = ("patch_size", "temporal_patch_size", "merge_size")
+    sizes = {name: getattr(self.config.vision, name) for name in names}
+    return processors.Qwen2_5VLProcessor(**sizes)
 
   def read_processor(self, directory):
     return processors.Qwen2_5VLProcessor.from_files(directory)
@@ -220,12 +207,7 @@ class Qwen2_5VLModel(video_llm.VideoLLM):  # noqa: N801
   def tower_inputs(self, inputs, bucket=None):
     vision, values, sizes = self.config.vision, inputs.values, None
     if bucket is not None:
-      sizes = qwen2_5_vl_layout.Sizes.of_bucket(
-        vision,
-        num_slices=bucket.frames,
-        tokens_per_slice=bucket.frame_tokens,
-        num_tokens=bucket.tokens,
-      )
+      sizes = qwen2_5_vl_layout.Sizes.of_bucket(bucket, vision)
       rows = bucket.tokens * vision.patches_per_token
       values = np.pad(values, ((0, rows - len(values)), (0, 0)))
     layout = self.layout(inputs.grid, sizes)

@@ -58,19 +58,16 @@ class Sizes(NamedTuple):
     return cls(*map(max, zip(*found, strict=True)))
 
   @classmethod
-  def of_bucket(cls, config, *, num_slices, tokens_per_slice, num_tokens):
-    """Returns sizes that hold every grid within the three limits.
-
-    They are the largest T, H·W of whatever shape, and N.
-    """
+  def of_bucket(cls, bucket, config):
+    """Returns sizes that hold every grid of a `token_grid.GridBucket`."""
     # Long and narrow slices have the most windows, one token wide each.
     num_windows = max(
-      min(num_slices, num_tokens // (height * width))
+      min(bucket.frames, bucket.tokens // (height * width))
       * math.prod(_windows(height, width, config))
-      for height in range(1, tokens_per_slice + 1)
-      for width in range(1, tokens_per_slice // height + 1)
+      for height in range(1, bucket.frame_tokens + 1)
+      for width in range(1, bucket.frame_tokens // height + 1)
     )
-    return cls(num_tokens, num_windows, num_slices, tokens_per_slice)
+    return cls(bucket.tokens, num_windows, bucket.frames, bucket.frame_tokens)
 
 
 def _windows(height, width, config):
@@ -81,10 +78,9 @@ def _windows(height, width, config):
 
 @functools.lru_cache(maxsize=32)
 def layout(grid, config, sizes=None):
-  """Returns the `Layout` of one video's grid (T, H, W), made on the host.
+  """Returns the `Layout` of one video's grid (T, H, W), padded to `Sizes`.
 
-  NumPy arrays, padded to `Sizes` if given. Remembered: many videos have one
-  grid. Nobody writes into the arrays.
+  Remembered: many videos have one grid. Nobody writes into its NumPy arrays.
   """
   exact = Sizes.of([grid], config)
   sizes = sizes or exact
@@ -106,13 +102,9 @@ def layout(grid, config, sizes=None):
   down, across = _windows(height, width, config)
   window_of = (slice_of * down + row // side) * across + column // side
 
-  inside = np.divmod(np.arange(config.patches_per_token), merge)
-  coordinates = np.stack(
-    [
-      (tokens[:, None] * merge + patches).ravel()
-      for tokens, patches in zip((row, column), inside, strict=True)
-    ]
-  )
+  inside = np.stack(np.divmod(np.arange(config.patches_per_token), merge))
+  coordinates = np.stack([row, column])[..., None] * merge + inside[:, None]
+  coordinates = coordinates.reshape(2, -1)
   num_patches = sizes.num_tokens * config.patches_per_token
   extra = num_patches - coordinates.shape[1]
 

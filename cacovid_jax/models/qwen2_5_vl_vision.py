@@ -8,6 +8,7 @@ Paper: https://arxiv.org/abs/2502.13923 (section 2.1.1).
 """
 
 import dataclasses
+import functools
 import math
 
 import flax.linen as nn
@@ -207,12 +208,8 @@ def attend(q, k, v, segments, backend="auto"):
   return jnp.take(out.reshape(-1, *q.shape[2:]), segments.place, axis=0)
 
 
-class Block(nn.Module):
+class Block(qwen2.Part):
   """Attention and a gated MLP with biases, both behind an RMSNorm."""
-
-  config: VisionConfig
-  dtype: jnp.dtype = jnp.float32
-  backend: str = "auto"
 
   @nn.compact
   def __call__(self, x, signals, is_full, is_last, cos, sin, layout):
@@ -222,14 +219,8 @@ class Block(nn.Module):
     sin are of `rotary`, `signals` and `is_last` as of `video_llm.observe`.
     """
     cfg = self.config
-
-    def dense(size, name):
-      return nn.Dense(size, dtype=self.dtype, name=name)
-
-    def norm(name):
-      return qwen2.RMSNorm(_RMS_NORM_EPS, self.dtype, name=name)
-
-    h = dense(3 * cfg.hidden_size, "qkv")(norm("norm1")(x))
+    h = self.rms_norm("norm1", _RMS_NORM_EPS)(x)
+    h = self.dense(3 * cfg.hidden_size, "qkv")(h)
     # All queries, then all keys, then all values.
     h = h.reshape(-1, 3, cfg.num_heads, cfg.head_dim)
     q, k, v = rotate(h[:, 0], cos, sin), rotate(h[:, 1], cos, sin), h[:, 2]
@@ -239,45 +230,31 @@ class Block(nn.Module):
       lambda: attend(q, k, v, layout.slices, self.backend),
       lambda: attend(q, k, v, layout.windows, self.backend),
     )
-    x = x + dense(cfg.hidden_size, "proj")(h.reshape(x.shape))
+    x = x + self.dense(cfg.hidden_size, "proj")(h.reshape(x.shape))
 
     last_is_full = cfg.num_layers - 1 in cfg.full_layers
     segments = layout.slices if last_is_full else layout.windows
-    signals = video_llm.observe(
-      signals,
-      is_last,
-      lambda: received(q, k, segments),
-      lambda: k.astype(jnp.float32).mean(axis=1),
-    )
-    h = qwen2.gated_mlp(norm("norm2")(x), dense, cfg.intermediate_size)
-    return x + h, signals
+    found = functools.partial(received, q, k, segments)
+    signals = video_llm.observe(signals, is_last, found, k)
+    h = self.rms_norm("norm2", _RMS_NORM_EPS)(x)
+    return x + qwen2.gated_mlp(h, self, use_bias=True), signals
 
 
-class Merger(nn.Module):
+class Merger(qwen2.Part):
   """Joins the patches of each token and maps them to the decoder's width."""
-
-  config: VisionConfig
-  dtype: jnp.dtype = jnp.float32
 
   @nn.compact
   def __call__(self, x):
     """Returns float[N, out_hidden_size] of x float[P, D]."""
     cfg = self.config
     width = cfg.hidden_size * cfg.patches_per_token
-    x = qwen2.RMSNorm(_RMS_NORM_EPS, self.dtype, name="ln_q")(x)
-    x = x.reshape(-1, width)
-    x = nn.Dense(width, dtype=self.dtype, name="linear_1")(x)
-    x = nn.gelu(x, approximate=False)
-    return nn.Dense(cfg.out_hidden_size, dtype=self.dtype, name="linear_2")(x)
+    x = self.rms_norm("ln_q", _RMS_NORM_EPS)(x).reshape(-1, width)
+    x = nn.gelu(self.dense(width, "linear_1")(x), approximate=False)
+    return self.dense(cfg.out_hidden_size, "linear_2")(x)
 
 
-class Tower(nn.Module):
+class Tower(qwen2.Part):
   """Patch embedding, blocks (parameters stacked by depth) and merger."""
-
-  config: VisionConfig
-  dtype: jnp.dtype = jnp.float32
-  backend: str = "auto"
-  remat: bool = False
 
   @nn.compact
   def __call__(self, patches, layout, signals=()):
@@ -292,12 +269,10 @@ class Tower(nn.Module):
       raise ValueError(
         f"{len(patches)} patches for a layout of {layout.coordinates.shape[1]}"
       )
-    x = nn.Dense(
-      cfg.hidden_size, use_bias=False, dtype=self.dtype, name="patch_embed"
-    )(patches.astype(self.dtype))
+    embed = self.dense(cfg.hidden_size, "patch_embed", use_bias=False)
+    x = embed(patches.astype(self.dtype))
     out = {"patch_embed": x}
     cos, sin = rotary(layout.coordinates, cfg.head_dim, cfg.rope_theta)
-
     signals = video_llm.no_signals(signals, x.shape[:1], cfg.head_dim)
 
     def block(layer, carry, kind):

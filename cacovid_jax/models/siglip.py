@@ -112,12 +112,8 @@ class LayerNorm(nn.Module):
     return x.astype(self.dtype)
 
 
-class SiglipLayer(nn.Module):
+class SiglipLayer(qwen2.Part):
   """Pre-norm transformer block, bidirectional."""
-
-  config: SiglipConfig
-  dtype: jnp.dtype = jnp.float32
-  backend: str = "auto"
 
   @nn.compact
   def __call__(self, x, signals, is_last):
@@ -125,11 +121,7 @@ class SiglipLayer(nn.Module):
 
     `signals` and `is_last` are as of `video_llm.observe`, float32[F, P, ...].
     """
-    cfg = self.config
-
-    def dense(size, name):
-      return nn.Dense(size, dtype=self.dtype, name=name)
-
+    cfg, dense = self.config, self.dense
     heads = (*x.shape[:2], cfg.num_heads, cfg.head_dim)
     h = LayerNorm(cfg.layer_norm_eps, self.dtype, name="layer_norm1")(x)
     q, k, v = (
@@ -138,13 +130,10 @@ class SiglipLayer(nn.Module):
     h = attention.attention(q, k, v, backend=self.backend).reshape(x.shape)
     x = x + dense(cfg.hidden_size, "out_proj")(h)
 
-    signals = video_llm.observe(
-      signals,
-      is_last,
-      # A mean over queries: a frame's attention adds up to 1.
-      lambda: attention.attention_received(q, k) / x.shape[1],
-      lambda: k.astype(jnp.float32).mean(axis=2),
-    )
+    def received():  # A mean over queries: a frame's attention adds up to 1.
+      return attention.attention_received(q, k) / x.shape[1]
+
+    signals = video_llm.observe(signals, is_last, received, k)
     h = LayerNorm(cfg.layer_norm_eps, self.dtype, name="layer_norm2")(x)
     h = dense(cfg.intermediate_size, "fc1")(h)
     # The tower was trained with the tanh form; the projector with the exact.
@@ -152,16 +141,11 @@ class SiglipLayer(nn.Module):
     return x + dense(cfg.hidden_size, "fc2")(h), signals
 
 
-class SiglipTower(nn.Module):
+class SiglipTower(qwen2.Part):
   """Patches, a learned position table and the blocks.
 
   Without `post_layernorm`: LLaVA-OneVision reads what comes *before* it.
   """
-
-  config: SiglipConfig
-  dtype: jnp.dtype = jnp.float32
-  backend: str = "auto"
-  remat: bool = False
 
   @nn.compact
   def __call__(self, pixels, signals=()):
@@ -175,12 +159,9 @@ class SiglipTower(nn.Module):
     x = pixels[:, : side * size, : side * size].astype(self.dtype)
     x = x.reshape(frames, side, size, side, size, x.shape[-1])
     x = x.transpose(0, 1, 3, 2, 4, 5).reshape(frames, side * side, -1)
-    x = nn.Dense(cfg.hidden_size, dtype=self.dtype, name="patch_embedding")(x)
-    table = self.param(
-      "position_embedding",
-      nn.initializers.normal(cfg.hidden_size**-0.5),
-      (side * side, cfg.hidden_size),
-    )
+    x = self.dense(cfg.hidden_size, "patch_embedding")(x)
+    init = nn.initializers.normal(cfg.hidden_size**-0.5)
+    table = self.param("position_embedding", init, x.shape[1:])
     x = x + table.astype(self.dtype)
     out = {"embeddings": x}
     signals = video_llm.no_signals(signals, x.shape[:2], cfg.head_dim)

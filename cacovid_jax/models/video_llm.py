@@ -46,15 +46,17 @@ def no_signals(wanted, shape, head_dim):
   return {name: jnp.zeros(shapes[name], jnp.float32) for name in wanted}
 
 
-def observe(signals, is_last, *found):
-  """Returns the wanted signals, those that are found now in the last layer.
+def observe(signals, is_last, received, k):
+  """Returns the dict of wanted signals, made now in the last layer.
 
-  `signals` is a dict, `is_last` bool[], `found` the functions that make each of
-  `SIGNALS`.
+  `is_last` is bool[], `received()` the attention, k float[..., heads, head].
   """
   if not signals:
     return signals
-  makers = dict(zip(SIGNALS, found, strict=True))
+  makers = {
+    "vision_attention": received,
+    "vision_keys": lambda: k.astype(jnp.float32).mean(axis=-2),
+  }
   # A branch and not an output of each layer: only one layer pays.
   return jax.lax.cond(
     is_last, lambda: {name: makers[name]() for name in signals}, lambda: signals

@@ -92,11 +92,10 @@ def _llava_onevision(run, directory, num_frames) -> dict[str, Any]:
   mask = inputs["attention_mask"]
   # As generation numbers them; a direct call counts the padding, too.
   positions = np.where(mask == 1, mask.cumsum(axis=1) - 1, 1)
-  # One module deeper before transformers 5.
-  tower = getattr(core.vision_tower, "vision_model", core.vision_tower)
+  embeddings = core.vision_tower.embeddings
   seen, arrays = run.decoder(
-    inputs, positions, num_video, position_ids=positions,
-    embeddings=tower.embeddings, projector=core.multi_modal_projector,
+    inputs, positions, num_video, position_ids=positions, embeddings=embeddings,
+    projector=core.multi_modal_projector,
   )  # fmt: skip
   given, _, projected = seen["projector"]
   is_video = run.tensor(inputs["input_ids"] == config.video_token_id)
