@@ -14,6 +14,7 @@ BACKENDS = ("auto", "xla", "cudnn", "splash")
 
 # Score of a key that is not visible.
 _LOWEST = np.finfo(np.float32).min
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 # Query rows per step once a whole T x S map would be too large.
 _CHUNK = 512
 _LARGEST_MAP = 2048 * 2048
@@ -152,10 +153,7 @@ def _dense(q, k, v, visible):
   q = q.transpose(0, 2, 3, 1, 4)  # [B, K, N / K, T, H]
   q = q.reshape(batch, num_kv_heads, groups * num_queries, head_dim)
   k, v = (x.swapaxes(1, 2) for x in (k, v))  # [B, K, S, H]
-  scores = jnp.einsum(
-    "BKRH,BKSH->BKRS", q, k, preferred_element_type=jnp.float32
-  )
-  scores = scores * head_dim**-0.5
+  scores = _product("BKRH,BKSH->BKRS", q, k) * head_dim**-0.5
   scores = scores.reshape(batch, num_kv_heads, groups, num_queries, -1)
   if visible is not None:
     scores = jnp.where(visible[:, None, None], scores, _LOWEST)
@@ -202,10 +200,8 @@ def _splash(q, k, v, causal, lengths, interpret=False):
   def one(q, k, v, length):
     # Keys behind the length are another segment than every query, and key 0
     # is always valid, so no row of the softmax is empty.
-    segments = splash.SegmentIds(
-      q=jnp.zeros(shape[0], jnp.int32),
-      kv=(jnp.arange(shape[1]) >= length).astype(jnp.int32),
-    )
+    behind = (jnp.arange(shape[1]) >= length).astype(jnp.int32)
+    segments = splash.SegmentIds(jnp.zeros(shape[0], jnp.int32), behind)
     return kernel(q, k, v, segment_ids=segments)
 
   out = jax.vmap(one)(q, k, v, lengths)  # [B, N, T, H], padded
@@ -247,7 +243,7 @@ def _row_scores(q, k):
   """Returns q k, float32[B, K, N / K, S], of one query a row [B, 1, N, H]."""
   batch, _, num_heads, head_dim = q.shape
   q = q.reshape(batch, k.shape[2], num_heads // k.shape[2], head_dim)
-  return jnp.einsum("BKGH,BSKH->BKGS", q, k, preferred_element_type=jnp.float32)
+  return _product("BKGH,BSKH->BKGS", q, k)
 
 
 def _valid(scores, lengths):
@@ -286,10 +282,8 @@ def strongest_attention(q, k, start, lengths, *, num_queries):
 
   def one_head(most, head):
     q, k = head  # [B, Q, N / K, H], [B, S, H]
-    scores = jnp.einsum(
-      "BQGH,BSH->BGQS", q, k, preferred_element_type=jnp.float32
-    )
-    scores = jnp.where(visible[:, None], scores * head_dim**-0.5, _LOWEST)
+    scores = _product("BQGH,BSH->BGQS", q, k) * head_dim**-0.5
+    scores = jnp.where(visible[:, None], scores, _LOWEST)
     probs = jax.nn.softmax(scores, axis=-1)
     probs = jnp.where(counts[:, None, :, None], probs, 0.0)
     return jnp.maximum(most, probs.max(axis=(1, 2))), None
@@ -320,9 +314,8 @@ def attention_received(q, k, lengths=None):
 
     def some_rows(total, numbered):
       number, q = numbered
-      scores = jnp.einsum(
-        "RNH,SNH->NRS", q.astype(jnp.float32), k, precision="highest"
-      )
+      q = q.astype(jnp.float32)
+      scores = jnp.einsum("RNH,SNH->NRS", q, k, precision="highest")
       scores = jnp.where(patch < length, scores * head_dim**-0.5, _LOWEST)
       asks = number * chunk + jnp.arange(chunk) < length
       seen = jax.nn.softmax(scores, axis=-1).mean(axis=0)  # [R, S]

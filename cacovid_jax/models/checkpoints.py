@@ -174,10 +174,8 @@ def _plan(directory, config, dtype=None):
       f"{directory}: the weights do not fit config.json: {'; '.join(told)}; use"
       " the two files of one checkpoint"
     )
-  shapes = {
-    path: jax.ShapeDtypeStruct(shape, stored[path])
-    for path, shape in _shapes(config).items()
-  }
+  of = jax.ShapeDtypeStruct
+  shapes = {path: of(x, stored[path]) for path, x in _shapes(config).items()}
   return sources, shapes, extra
 
 

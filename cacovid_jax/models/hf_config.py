@@ -62,9 +62,8 @@ def key(name=None, default=dataclasses.MISSING, *, optional=False):
   Under its own name, or another. Where the file need not have it, the default
   is taken; else that is for configs made in code.
   """
-  return dataclasses.field(
-    default=default, metadata={"key": name, "optional": optional}
-  )
+  metadata = {"key": name, "optional": optional}
+  return dataclasses.field(default=default, metadata=metadata)
 
 
 def _keys(cls):
@@ -76,13 +75,11 @@ def _keys(cls):
 
 def numbers(cls, config, where=""):
   """Returns {field: positive number} of the fields of a class made by `key`."""
-  return {
-    field.name: number(
-      config, name, field.type,
-      field.default if field.metadata["optional"] else _REQUIRED, where,
-    )
-    for field, name in _keys(cls)
-  }  # fmt: skip
+  found = {}
+  for field, name in _keys(cls):
+    default = field.default if field.metadata["optional"] else _REQUIRED
+    found[field.name] = number(config, name, field.type, default, where)
+  return found
 
 
 def described(config):

@@ -201,17 +201,13 @@ class LlavaOnevisionModel(video_llm.VideoLLM):
 
   @property
   def processor(self):
-    """The processor of the config's sizes and SigLIP's statistics."""
-    return processors.LlavaOnevisionProcessor(
-      image_size=self.config.vision.image_size,
-      frame_side=self.config.pooled_side,
-    )
+    size, side = self.config.vision.image_size, self.config.pooled_side
+    own = processors.LlavaOnevisionProcessor
+    return own(image_size=size, frame_side=side)
 
   def read_processor(self, directory):
-    side = self.config.pooled_side
-    return processors.LlavaOnevisionProcessor.from_files(
-      directory, frame_side=side
-    )
+    side, own = self.config.pooled_side, processors.LlavaOnevisionProcessor
+    return own.from_files(directory, frame_side=side)
 
   def positions(self, ids, video=None):
     """Returns (int32[1, L], next position) of ONE prompt: rows count on."""

@@ -301,10 +301,9 @@ class Qwen2_5VLProcessor(Processor):  # noqa: N801 (the model's own name)
     return self.patch_size * self.merge_size
 
   def frame_size(self, height, width, num_frames):
-    return smart_resize(
-      height, width, factor=self.factor, min_pixels=self.min_pixels,
-      max_pixels=self._max_pixels(num_frames),
-    )  # fmt: skip
+    bounds = dict(min_pixels=self.min_pixels)
+    bounds |= dict(max_pixels=self._max_pixels(num_frames))
+    return smart_resize(height, width, factor=self.factor, **bounds)
 
   def _max_pixels(self, num_frames: int) -> int:
     """Returns the most pixels of each of F frames."""

@@ -84,11 +84,8 @@ def layout(grid, config, sizes=None):
   """
   exact = Sizes.of([grid], config)
   sizes = sizes or exact
-  short = [
-    f"{name} {room} of {needed}"
-    for name, room, needed in zip(Sizes._fields, sizes, exact, strict=True)
-    if room < needed
-  ]
+  each = zip(Sizes._fields, sizes, exact, strict=True)
+  short = [f"{name} {room} of {own}" for name, room, own in each if room < own]
   if short:
     raise ValueError(f"no room for grid {tuple(grid)}: {', '.join(short)}")
   _, height, width = map(int, grid)

@@ -105,13 +105,11 @@ class VisionConfig:
 
   def to_hf(self):
     """Returns the `vision_config` section, for 4.x and 5.x readers."""
-    rotary = {"rope_type": "axial", "rope_theta": self.rope_theta}
-    described = {
+    return hf_config.described(self) | _FIXED | {
       "spatial_patch_size": self.patch_size,
       "fullatt_block_indexes": list(self.full_layers),
-      "rope_parameters": rotary,
-    }
-    return hf_config.described(self) | _FIXED | described
+      "rope_parameters": {"rope_type": "axial", "rope_theta": self.rope_theta},
+    }  # fmt: skip
 
   @property
   def head_dim(self):
@@ -225,10 +223,9 @@ class Block(qwen2.Part):
     h = h.reshape(-1, 3, cfg.num_heads, cfg.head_dim)
     q, k, v = rotate(h[:, 0], cos, sin), rotate(h[:, 1], cos, sin), h[:, 2]
     # A branch and not two kinds of layers: the layers stay one scan.
+    see = functools.partial(attend, q, k, v, backend=self.backend)
     h = jax.lax.cond(
-      is_full,
-      lambda: attend(q, k, v, layout.slices, self.backend),
-      lambda: attend(q, k, v, layout.windows, self.backend),
+      is_full, lambda: see(layout.slices), lambda: see(layout.windows)
     )
     x = x + self.dense(cfg.hidden_size, "proj")(h.reshape(x.shape))
 

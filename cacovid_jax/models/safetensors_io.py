@@ -23,16 +23,13 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 _DTYPES = {"BOOL": np.dtype(bool), "BF16": np.dtype(ml_dtypes.bfloat16)}
-_DTYPES |= {
-  f"{code}{bits}": np.dtype(f"{kind}{bits}")
-  for code, kind in (("U", "uint"), ("I", "int"), ("F", "float"))
-  for bits in (8, 16, 32, 64)
-  if (code, bits) != ("F", 8)  # NumPy has none.
-}
+# NumPy has no floats of 8 bits.
+_NAMES = "U8 U16 U32 U64 I8 I16 I32 I64 F16 F32 F64".split()
+_DTYPES |= {x: np.dtype(f"{x[0].lower()}{int(x[1:]) // 8}") for x in _NAMES}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
-# Ours ends on this boundary, so that no reader meets a tensor that is not
-# aligned; the format asks for 8.
+# Where our headers end, so that no reader meets a tensor that is not aligned;
+# the format asks for 8.
 _ALIGNMENT = 64
 
 
@@ -59,12 +56,11 @@ class Tensor:
 
   def view(self):
     """Returns the whole tensor, mapped read-only; pages come as needed."""
+    dtype = self._known_dtype()
     if not self.num_bytes:
-      return np.zeros(self.shape, self._known_dtype())
-    mapped = np.memmap(
-      self.path, np.uint8, "r", self.offset, shape=(self.num_bytes,)
-    )
-    return mapped.view(np.ndarray).view(self._known_dtype()).reshape(self.shape)
+      return np.zeros(self.shape, dtype)
+    mapped = np.memmap(self.path, dtype, "r", self.offset, self.shape)
+    return mapped.view(np.ndarray)
 
   def read_rows(self, start, stop, scratch=None):
     """Returns the rows [start, stop) of the first axis; all of a scalar.
@@ -96,11 +92,10 @@ class Tensor:
 
 def weight_files(directory):
   """Returns the sorted paths of a directory's safetensors files."""
-  index, names, paths = os.path.join(directory, INDEX), {WEIGHTS}, []
-  if os.path.exists(index):
-    names = _indexed(index)
-    if not names:
-      raise errors.UserError(f"{index} has no weight_map; download it again")
+  index, paths = os.path.join(directory, INDEX), []
+  names = _indexed(index) if os.path.exists(index) else {WEIGHTS}
+  if not names:
+    raise errors.UserError(f"{index} has no weight_map; download it again")
   for name in sorted(names):
     path = os.path.join(directory, name)
     # An index names files of its own directory, nothing else.

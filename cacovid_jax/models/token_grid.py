@@ -62,10 +62,8 @@ def pick(grid, buckets):
   if not fits:
     num_frames, height, width = grid
     area = height * width
-    listed = ", ".join(
-      f"{b.frames} frames of {b.frame_tokens} ({b.tokens} in all)"
-      for b in buckets
-    )
+    form = "{0.frames} frames of {0.frame_tokens} ({0.tokens} in all)"
+    listed = ", ".join(map(form.format, buckets))
     raise errors.UserError(
       f"no bucket holds a video of {num_frames} x {height} x {width} tokens "
       f"(T x H x W); buckets: {listed or 'none'}; add "
@@ -231,16 +229,12 @@ class TokenGrid:
 
 
 def _flatten(grid):
-  """Returns (leaves, static part) of a TokenGrid; a full one has no leaves."""
-  if grid.full:
-    return (), (grid.shape, grid.bucket)
-  return grid.shape, (None, grid.bucket)
+  leaves, static = ((), grid.shape) if grid.full else (grid.shape, None)
+  return leaves, (static, grid.bucket)
 
 
 def _unflatten(static, leaves):
-  """Returns the TokenGrid of `_flatten`'s parts."""
-  shape, bucket = static
-  return TokenGrid(*(shape or leaves), bucket)
+  return TokenGrid(*(static[0] or leaves), static[1])
 
 
 jax.tree_util.register_pytree_node(TokenGrid, _flatten, _unflatten)

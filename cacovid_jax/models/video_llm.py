@@ -7,6 +7,7 @@ feature maps.
 
 import abc
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -232,10 +233,9 @@ class VideoLLM(abc.ABC):
     `qwen2.DecoderLayer`.
     """
     # Indexed where it is used: a slice of all the layers would copy them.
-    own = jax.tree.map(
-      lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False),
-      params["language_model"]["layers"],
-    )
+    index = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)
+    layers = params["language_model"]["layers"]
+    own = jax.tree.map(lambda leaf: index(leaf, number), layers)
     cos, sin = qwen2.angles(self.config.text, positions)
     module = qwen2.DecoderLayer(self.config.text, self.dtype, self.backend)
     x = x.astype(self.dtype)
@@ -296,11 +296,9 @@ class VideoLLM(abc.ABC):
     )
     # Written once for all layers: inside the scan it would copy the cache.
     where = numbers[:, None] - first, jnp.arange(batch)[None], lengths
-    return x, qwen2.Cache(
-      keys=cache.keys.at[where].set(keys),
-      values=cache.values.at[where].set(values),
-      lengths=cache.lengths + 1,
-    )
+    keys = cache.keys.at[where].set(keys)
+    values = cache.values.at[where].set(values)
+    return x, qwen2.Cache(keys, values, cache.lengths + 1)
 
   def _language(self, params, *args, **kwargs):
     module = qwen2.Qwen2(self.config.text, self.dtype, self.backend, self.remat)

@@ -20,8 +20,7 @@ from cacovid_jax import errors
 # and single layers share a rule. Columns of the first product and rows of the
 # second are split, so that one sum per block is all the talk there is.
 BASE_MODEL_RULES: tuple[tuple[str, int | None], ...] = (
-  (r"(q_proj|k_proj|v_proj|gate_proj|up_proj|fc1)/kernel$", -1),
-  (r"(q_proj|k_proj|v_proj|gate_proj|up_proj|fc1)/bias$", -1),
+  (r"(q_proj|k_proj|v_proj|gate_proj|up_proj|fc1)/(kernel|bias)$", -1),
   (r"(o_proj|out_proj|down_proj|fc2)/kernel$", -2),
   (r"(embed_tokens|lm_head)$", -2),
   (r".*", None),
@@ -201,8 +200,4 @@ def start_processes(
       f" process_id from 0 to {num_processes - 1}, got {coordinator!r} and"
       f" {process_id}"
     )
-  jax.distributed.initialize(
-    coordinator_address=coordinator,
-    num_processes=num_processes,
-    process_id=process_id,
-  )
+  jax.distributed.initialize(coordinator, num_processes, process_id)

@@ -92,11 +92,11 @@ def check(folder):
 class _Case:
   """Arrays and numbers of one case; what it lacks is a user's mistake."""
 
-  label: str
   path: str
   arrays: Mapping[str, np.ndarray]
   entry: str  # Where the numbers stand.
   numbers: Any
+  label: str
   suffix: str = ""
 
   def array(self, name, *shape):
@@ -149,13 +149,10 @@ def _cases(path, whole):
   if not isinstance(found, kind):
     raise errors.UserError(f"{path}: {entry} is not a {kind.__name__}")
   stem = os.path.basename(path).removesuffix(".npz")
-  case = functools.partial(_Case, path=path, arrays=arrays, entry=entry)
+  case = functools.partial(_Case, path, arrays, entry)
   if whole:
-    return [case(stem, numbers=found)]
-  return [
-    case(f"{stem}[{i}]", numbers=numbers, suffix=f"_{i}")
-    for i, numbers in enumerate(found)
-  ]
+    return [case(found, stem)]
+  return [case(x, f"{stem}[{i}]", f"_{i}") for i, x in enumerate(found)]
 
 
 def _check_defaults():
@@ -221,10 +218,8 @@ def _read_policy(case):
 
 def _select(case):
   grid = tuple(case.number(side, int) for side in "thw")
-  num_tokens, names = (
-    int(np.prod(grid)),
-    ("importance_ratio", "max_frame_ratio"),
-  )
+  num_tokens = int(np.prod(grid))
+  names = ("importance_ratio", "max_frame_ratio")
   ratios = {name: case.number(name) for name in names}
   budget = selection.budget(grid, case.number("retention_ratio"), **ratios)
   index = jax.jit(selection.select)(case.scores(grid[0], num_tokens), budget)
@@ -288,11 +283,9 @@ def _objective(case):
   names = ("clip_low", "clip_high", "kl_weight")
   config = objective.ObjectiveConfig(**dict(zip(names, numbers, strict=True)))
   loss = functools.partial(objective.loss, config=config)
-  (total, metrics), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(
-    case.scores(num_frames, num_tokens, "new_"),
-    case.scores(num_frames, num_tokens, "old_"),
-    objective.Memory(**memory),
-  )
+  new, old = (case.scores(num_frames, num_tokens, x) for x in ("new_", "old_"))
+  run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+  (total, metrics), grads = run(new, old, objective.Memory(**memory))
   losses = {name: metrics[name] for name in ("token_loss", "frame_loss")}
   for name, value in (losses | {"loss": total}).items():
     yield name, value, case.array(name), LOSSES

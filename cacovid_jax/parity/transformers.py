@@ -192,7 +192,7 @@ def _windows(tower, grids):
       grids, **{name: getattr(tower, name) for name in names}
     )
   # Windows without a token end where the one before does.
-  return np.asarray(_on_host(order)), np.unique(_on_host(ends))
+  return _numpy(order), np.unique(_numpy(ends))
 
 
 def _positions_4_50(ids, mask, grids, seconds, config) -> np.ndarray:
@@ -331,12 +331,9 @@ def _load(directory, name, device, dtype, attention):
   torch.backends.cudnn.allow_tf32 = False
   try:
     model, info = getattr(transformers, name).from_pretrained(
-      directory,
-      dtype=getattr(torch, dtype),
-      attn_implementation=attention,
-      local_files_only=True,
-      output_loading_info=True,
-    )
+      directory, dtype=getattr(torch, dtype), attn_implementation=attention,
+      local_files_only=True, output_loading_info=True,
+    )  # fmt: skip
   except (OSError, ValueError, RuntimeError, KeyError, AssertionError) as error:
     raise errors.UserError(
       f"transformers {transformers.__version__} cannot load {directory}"
@@ -367,17 +364,12 @@ def _recorded(**modules):
     del module
     seen[name] = call
 
-  hooks = [
-    module.register_forward_hook(
-      functools.partial(keep, name), with_kwargs=True
-    )
-    for name, module in modules.items()
-  ]
-  try:
+  with contextlib.ExitStack() as stack:
+    for name, module in modules.items():
+      hook = functools.partial(keep, name)
+      hook = module.register_forward_hook(hook, with_kwargs=True)
+      stack.callback(hook.remove)
     yield seen
-  finally:
-    for hook in hooks:
-      hook.remove()
 
 
 def _prompts(directory, config, num_video, rng, num_newlines):
@@ -406,13 +398,9 @@ def _prompts(directory, config, num_video, rng, num_newlines):
 
 
 def _numpy(value) -> np.ndarray:
-  if isinstance(value, np.ndarray):
-    return value
+  """Returns the array of a tensor; lists and arrays are told as they are."""
+  if not hasattr(value, "detach"):
+    return np.asarray(value)
   # NumPy has no bfloat16 of its own.
   value = value.float() if value.is_floating_point() else value
-  return _on_host(value).numpy()
-
-
-def _on_host(value):
-  """Returns a tensor in the host's memory; lists and arrays as they are."""
-  return value.detach().cpu() if hasattr(value, "detach") else value
+  return value.detach().cpu().numpy()
