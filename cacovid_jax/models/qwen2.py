@@ -92,7 +92,16 @@ class Qwen2Config:
     head_dim = hf_config.number(config, "head_dim", int, own, where)
     sections = None
     if num_sections is not None:
-      sections = _sections(rotary, num_sections, head_dim // 2, where)
+      sections = rotary.get("mrope_section")
+      hf_config.check(
+        isinstance(sections, list)
+        and len(sections) == num_sections
+        and all(isinstance(size, int) and size > 0 for size in sections)
+        and sum(sections) == head_dim // 2,
+        f"{where}rope_scaling.mrope_section is {sections!r}; give"
+        f" {num_sections} positive numbers whose sum is {head_dim // 2}",
+      )
+      sections = tuple(sections)
     tied = tie_embeddings or config.get("tie_word_embeddings", False)
     given = rotary if "rope_theta" in rotary else config
     theta = hf_config.number(given, "rope_theta", float, where=where)
@@ -115,20 +124,6 @@ class Qwen2Config:
       sections = {"type": "mrope", "mrope_section": list(self.rope_sections)}
       described["rope_scaling"] = sections
     return described
-
-
-def _sections(rotary, number, frequencies, where):
-  """Returns `mrope_section`, checked, as a tuple."""
-  sections = rotary.get("mrope_section")
-  hf_config.check(
-    isinstance(sections, list)
-    and len(sections) == number
-    and all(isinstance(size, int) and size > 0 for size in sections)
-    and sum(sections) == frequencies,
-    f"{where}rope_scaling.mrope_section is {sections!r}; give {number} positive"
-    f" numbers whose sum is {frequencies}",
-  )
-  return tuple(sections)
 
 
 class Cache(NamedTuple):

@@ -137,27 +137,21 @@ def position_ids(ids, video, *, config, rule="4.50"):
   positions = np.broadcast_to(np.arange(len(ids)), (_POSITION_ROWS, len(ids)))
   positions = positions.astype(np.int32)
   if len(where):
-    start, end = where[0], where[-1] + 1
-    own = _video_positions(video, config.tokens_per_second)
+    seconds = np.float32(video.second_per_grid_t)
+    if not (np.isfinite(seconds) and seconds > 0):
+      raise errors.UserError(
+        f"second_per_grid_t is {video.second_per_grid_t!r}; give a positive"
+        " number of seconds"
+      )
+    own = np.indices(video.grid).reshape(_POSITION_ROWS, -1)
+    # float32 as in the reference, whose floor falls elsewhere in float64.
+    step = seconds * np.float32(config.tokens_per_second)
+    own[0] = np.floor(own[0].astype(np.float32) * step)
     taken = max(video.grid[1:]) if rule == "v5" else own.max() + 1
+    start, end = where[0], where[-1] + 1
     positions[:, start:end] = start + own
     positions[:, end:] += taken - len(where)
   return positions, int(positions.max()) + 1 if len(ids) else 0
-
-
-def _video_positions(video, tokens_per_second):
-  """Returns int32[3, N], counted from the video's first token."""
-  seconds = np.float32(video.second_per_grid_t)
-  if not (np.isfinite(seconds) and seconds > 0):
-    raise errors.UserError(
-      f"second_per_grid_t is {video.second_per_grid_t!r}; give a positive"
-      " number of seconds"
-    )
-  time, row, column = np.indices(video.grid).reshape(_POSITION_ROWS, -1)
-  # float32 as in the reference, whose floor falls elsewhere in float64.
-  step = seconds * np.float32(tokens_per_second)
-  time = np.floor(time.astype(np.float32) * step)
-  return np.stack([time.astype(np.int32), row, column]).astype(np.int32)
 
 
 class Qwen2_5VL(qwen2.Part):  # noqa: N801

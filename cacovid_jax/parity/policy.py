@@ -247,11 +247,10 @@ def _sampling(case):
   weights = np.zeros((len(groups.probs), num_tokens), np.float32)
   rows = np.arange(len(weights))[:, None]
   np.add.at(weights, (rows, groups.tokens), groups.weights)
-  for name, ours, shape in (
-    ("group_probs", groups.probs, [None]),
-    ("token_weights", weights, [None, num_tokens]),
-  ):
-    yield name, ours, case.array(name, *shape), PROBABILITIES
+  expected = case.array("group_probs", None)
+  yield "group_probs", groups.probs, expected, PROBABILITIES
+  expected = case.array("token_weights", None, num_tokens)
+  yield "token_weights", weights, expected, PROBABILITIES
 
 
 def _cap(case):

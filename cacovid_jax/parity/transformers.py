@@ -159,8 +159,7 @@ def _counted_seconds(run, inputs):
     known["second_per_grid_ts"] = run.tensor(seconds)
     return map(_numpy, run.model.model.get_rope_index(**known))
 
-  for seconds in _SECONDS:
-    seconds = np.array(seconds, np.float32)
+  for seconds in np.array(_SECONDS, np.float32):
     positions, deltas = index(seconds)
     whole, _ = index(np.trunc(seconds))
     if (positions != whole).any():
@@ -229,9 +228,8 @@ class _Run:
 
   def inputs(self, directory, num_video, pixels, num_newlines=0):
     """Returns left-padded prompts and random pixels of a shape."""
-    prompts = _prompts(
-      directory, self.config, num_video, self._rng, num_newlines
-    )
+    given = (self.config, num_video, self._rng, num_newlines)
+    prompts = _prompts(directory, *given)
     # Any text id will do at the padding: the mask hides it.
     shape = (len(prompts), max(map(len, prompts)))
     ids = np.full(shape, prompts[0][0], np.int64)
@@ -239,8 +237,8 @@ class _Run:
     for row, prompt in enumerate(prompts):
       ids[row, -len(prompt) :], mask[row, -len(prompt) :] = prompt, 1
     pixels = self._rng.uniform(-1, 1, pixels).astype(np.float32)
-    names = ("input_ids", "attention_mask", "pixel_values_videos")
-    return dict(zip(names, (ids, mask, pixels), strict=True))
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    return inputs | {"pixel_values_videos": pixels}
 
   def decoder(self, inputs, positions, num_video, position_ids=None, **modules):
     """Returns what modules did and the arrays from embedded prompts to ids.
@@ -303,14 +301,13 @@ class _Run:
     out = self.model.generate(
       **tensors, **wanted, max_new_tokens=self._max_new_tokens
     )
-    steps = len(out.logits)
-    for step, logits in enumerate(out.logits):
+    steps = 1  # The first step is always told.
+    for logits in out.logits[1:]:
       best = logits.float().topk(2, dim=-1).values
       tie = _TIE * max(8.0, float(logits.abs().max()))
-      # The first step is always told.
-      if step and bool((best[:, 0] - best[:, 1] < tie).any()):
-        steps = step
+      if bool((best[:, 0] - best[:, 1] < tie).any()):
         break
+      steps += 1
     start = tensors["input_ids"].shape[1]
     return out.sequences[:, start : start + steps]
 
@@ -339,8 +336,7 @@ def _load(directory, name, device, dtype, attention):
       f"transformers {transformers.__version__} cannot load {directory}"
       f" ({errors.one_line(error)})"
     ) from error
-  missing = sorted(info["missing_keys"])
-  if missing:
+  if missing := sorted(info["missing_keys"]):
     # They would be random there: a comparison would tell nothing.
     raise errors.UserError(
       f"transformers {transformers.__version__} finds no {missing[0]} in"
@@ -379,10 +375,8 @@ def _prompts(directory, config, num_video, rng, num_newlines):
   """
   if os.path.isfile(os.path.join(directory, "tokenizer.json")):
     tokenizer = tokenizer_lib.Tokenizer.from_directory(directory)
-    return [
-      tokenizer.encode_prompt(question, int(count)).ids.astype(np.int64)
-      for question, count in zip(_QUESTIONS, num_video, strict=True)
-    ]
+    each = zip(_QUESTIONS, map(int, num_video), strict=True)
+    return [tokenizer.encode_prompt(*x).ids.astype(np.int64) for x in each]
   start, end = (
     [getattr(config, name)] if hasattr(config, name) else []
     for name in ("vision_start_token_id", "vision_end_token_id")
