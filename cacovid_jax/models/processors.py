@@ -7,7 +7,6 @@ side of a patch, a patch, a token.
 
 import abc
 import dataclasses
-import json
 import math
 import os
 from typing import Any, ClassVar, NamedTuple
@@ -17,7 +16,7 @@ from PIL import Image
 
 from cacovid_jax import errors
 from cacovid_jax.data import frames as frames_lib
-from cacovid_jax.models import hf_config
+from cacovid_jax.models import hf_config, processor_files
 
 # Statistics of CLIP's images, which Qwen2.5-VL's tower was trained with.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -27,21 +26,7 @@ PAPER_TOKENS = (128, 256)
 PAPER_MIN_PIXELS, PAPER_MAX_PIXELS = (28 * 28 * x for x in PAPER_TOKENS)
 
 _MAX_ASPECT = 200
-_MAX_FILE_BYTES = 2**20
 _MAX_SIDE = 8192
-# Steps of the reference processors that we take, as they do by default.
-_STEPS = {"do_resize": True, "do_rescale": True, "do_normalize": True}
-_STEPS |= {"do_center_crop": False}
-# Files of a checkpoint and keys in them, in the reference's order: transformers
-# 5 stores the video part in the first, earlier releases wrote the others.
-_FILES = {
-  "processor_config.json": "video_processor",
-  "video_preprocessor_config.json": None,
-  "preprocessor_config.json": None,
-}
-# What reading a file raises that holds something else than it should.
-_UNUSABLE = (OSError, ValueError, TypeError, LookupError, AttributeError)
-_UNUSABLE += (OverflowError, RecursionError)
 
 
 class TowerInputs(NamedTuple):
@@ -79,27 +64,12 @@ class Processor(abc.ABC):
   @classmethod
   def from_files(cls, directory, **known) -> "Processor":
     """Reads a Hugging Face checkpoint directory; `known` are other fields."""
-    for name, key in _FILES.items():
-      path = os.path.join(directory, name)
-      try:
-        entry = _read_file(path, key) if os.path.isfile(path) else None
-        if not isinstance(entry, dict):
-          continue
-        _check_steps(entry)
-        values = _statistics(entry, cls.needs_statistics)
-        return cls(**values, **cls._sizes_of(entry), **known)
-      except errors.UserError as error:
-        raise errors.UserError(f"{path}: {error}") from error
-      except _UNUSABLE as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else error
-        raise errors.UserError(
-          f"{path}: not a usable processor file ({reason}); copy it again from"
-          " the checkpoint's origin"
-        ) from error
-    raise errors.UserError(
-      f"{directory}: no preprocessor_config.json or"
-      " video_preprocessor_config.json; copy it from the checkpoint's origin"
-    )
+
+    def make(entry):
+      common = processor_files.statistics(entry, cls.needs_statistics)
+      return cls(**common, **cls._sizes_of(entry), **known)
+
+    return processor_files.read(directory, make)
 
   @classmethod
   @abc.abstractmethod
@@ -408,42 +378,3 @@ def default_num_frames(directory) -> int:
 def _check(fine: bool, message: str) -> None:
   if not fine:
     raise errors.UserError(message)
-
-
-def _read_file(path, key: str | None):
-  """Returns the JSON object in a small file, or what is under a key of it."""
-  if os.path.getsize(path) > _MAX_FILE_BYTES:
-    raise ValueError(f"above {_MAX_FILE_BYTES} bytes")
-  with open(path, encoding="utf-8") as file:
-    entry = json.load(file)
-  if not isinstance(entry, dict):
-    raise ValueError("no JSON object")
-  return entry if key is None else entry.get(key)
-
-
-def _check_steps(entry: dict) -> None:
-  """Refuses steps other than ours: they would give other pixels."""
-  for name, ours in _STEPS.items():
-    value = entry.get(name)
-    _check(
-      value is None or bool(value) == ours,
-      f"{name}={value} is not supported; set it to {json.dumps(ours)}, or use"
-      " the checkpoint's original file",
-    )
-  factor = entry.get("rescale_factor")
-  _check(
-    factor is None or math.isclose(factor, 1 / 255, rel_tol=1e-6),
-    f"rescale_factor={factor} is not supported; pixels are divided by 255",
-  )
-
-
-def _statistics(entry: dict, needed: bool) -> dict[str, Any]:
-  """Returns the fields that every processor has, three numbers a statistic."""
-  found = {}
-  for name in ("mean", "std"):
-    if needed or entry.get(f"image_{name}") is not None:
-      first, second, third = map(float, entry[f"image_{name}"])
-      found[name] = (first, second, third)
-  if entry.get("resample") is not None:
-    found["resample"] = int(entry["resample"])
-  return found
