@@ -102,10 +102,9 @@ def compare(config, folder, *, num_layers, device, keep=False):
 
 def main(args):
   """Compares the models that the command line names."""
-  fine = compare(
-    CONFIGS[args.size](), args.scratch, num_layers=args.layers,
-    device=args.torch_device, keep=args.keep,
-  )  # fmt: skip
+  options = dict(device=args.torch_device, keep=args.keep)
+  config = CONFIGS[args.size]()
+  fine = compare(config, args.scratch, num_layers=args.layers, **options)
   return 0 if fine else 1
 
 

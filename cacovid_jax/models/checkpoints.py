@@ -180,11 +180,10 @@ def _plan(directory, config, dtype=None):
 
 
 def load(directory, dtype=jnp.float32, *, mesh=None, backend="auto"):
-  """Returns the `Checkpoint` of a Hugging Face directory.
+  """Returns the `Checkpoint` of a directory; `mesh` as of `load_params`.
 
-  `mesh` as of `load_params`, `backend` as of `models.attention`. `dtype` is
-  that of the weights and of the computation; None keeps the weights in the
-  files' own types and computes in that of the embeddings.
+  `dtype` is that of the weights and of the computation; None keeps the weights
+  in the files' own types and computes in that of the embeddings.
   """
   directory = os.fspath(directory)
   config = load_config(directory)

@@ -46,12 +46,11 @@ _LEAVES = {
 def rows(source, path, layers=None, **kinds):
   """Returns the rows of some modules in a table of weights.
 
-  A row is name at the source, "{}" for the layer number -> (path, layout,
-  layers): `path` leads to a leaf of our parameters, `layout` is one of
-  `to_ours`, `layers` the depth of a stack that the tensors of all layers fill,
-  None for a single tensor. Names at the source begin with `source`, ours lie in
-  `path`. `kinds` are {name: one of `_LEAVES`}, and behind a space the name of
-  ours where that is not the last part of the name.
+  A row is name at the source, "{}" for the layer number -> (path of our leaf,
+  layout of `to_ours`, depth of the stack that the tensors of all layers fill,
+  None for a single tensor). Names at the source begin with `source`, ours lie
+  in `path`. `kinds` are {name: one of `_LEAVES`}, and behind a space the name
+  of ours where that is not the last part of the name.
   """
   found = {}
   for name, kind in kinds.items():
@@ -120,10 +119,9 @@ def fill(shapes, sources, shardings=None, *, small_bytes=None):
     elif not hasattr(device, "platform"):
       device = jax.devices()[0]
     small_bytes = math.inf if device.platform == "cpu" else _SMALL_BYTES
-  leaves = {
-    name: _Leaf(shape, shardings and shardings[name], small_bytes)
-    for name, shape in shapes.items()
-  }
+  leaves = {}
+  for name, shape in shapes.items():
+    leaves[name] = _Leaf(shape, shardings and shardings[name], small_bytes)
   _read(sources, leaves)
   # Popped, so that a buffer is gone once its array is made.
   return {name: leaves.pop(name).finish() for name in list(leaves)}
@@ -163,10 +161,9 @@ def _read(sources, leaves):
 
 
 def row_slices(tensor, slice_bytes=_SLICE_BYTES):
-  """Returns [(start, stop)] of rows that cover a tensor.
+  """Returns [(start, stop)] of rows that cover a tensor, equal if they can be.
 
-  Equal slices where rows allow it: every other length is a program of its own
-  on an accelerator.
+  Every other length is a program of its own on an accelerator.
   """
   rows = tensor.shape[0] if tensor.shape else 1
   if not rows:
@@ -182,10 +179,8 @@ class _Leaf:
   """One parameter while it fills: a buffer for each distinct part of it."""
 
   def __init__(self, shape, sharding, small_bytes):
-    self._shape = shape
-    self._sharding = sharding
-    num_bytes = math.prod(shape.shape) * shape.dtype.itemsize
-    self.on_host = num_bytes <= small_bytes
+    self._shape, self._sharding = shape, sharding
+    self.on_host = math.prod(shape.shape) * shape.dtype.itemsize <= small_bytes
     # {((start, stop) of each axis): devices that hold this part}.
     self._parts = collections.defaultdict(list)
     indices = {None: (slice(None),) * len(shape.shape)}
@@ -202,9 +197,8 @@ class _Leaf:
       if self.on_host:
         self._buffers[spans] = aligned_empty(sizes, shape.dtype)
       else:
-        self._buffers[spans] = [
-          jnp.zeros(sizes, shape.dtype, device=device) for device in devices
-        ]
+        zeros = functools.partial(jnp.zeros, sizes, shape.dtype)
+        self._buffers[spans] = [zeros(device=device) for device in devices]
 
   def place(self, source, start, rows):
     """Writes a slice into the host's buffers."""

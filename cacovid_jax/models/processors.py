@@ -126,8 +126,7 @@ class Processor(abc.ABC):
     """Returns what the tower takes of one clip, uint8[F,h,w,3], upright.
 
     `fps` is that of these frames (see `frames.sampled_fps`), not of the clip;
-    `resized` says that the decoder has applied `resize_frame`, which spares the
-    memory of large frames.
+    `resized` says that `resize_frame` was applied while they were decoded.
     """
     if frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
       raise ValueError(f"frames of shape {frames.shape} are not [F,h,w,3]")
@@ -318,7 +317,7 @@ def smart_resize(height, width, *, factor=28, min_pixels, max_pixels):
 
   Both are multiples of `factor`, the pixels of a merged token's side, close to
   the frame's aspect ratio; their product lies between the limits, as far as
-  multiples can. `frames.ShapeError` where no such size suits the frame.
+  it can. `frames.ShapeError` where no such size suits the frame.
   """
   frame, sides = f"a frame of {width} x {height} pixels", (height, width)
   if min(sides) < 1:

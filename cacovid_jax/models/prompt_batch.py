@@ -146,9 +146,9 @@ def kept_rows(index, num_valid, *, video_rows, length, num_rows):
 def prune(prompt, index, num_valid):
   """Returns (rows int32[R], prompt) of ONE prompt with only some video tokens.
 
-  The rows are those that went on. Of the `PromptBatch` or `PrunedPrompts`,
-  without its leading axis, `index` int32[K] are the kept entries of
-  `video_rows`, ascending over the first `num_valid`, int or int32[].
+  The rows are those that went on. Of a `PromptBatch` or `PrunedPrompts`,
+  `index` int32[K] are the kept entries of `video_rows`, ascending over the
+  first `num_valid`, int or int32[].
   """
   rows, length, video_rows = kept_rows(
     index, num_valid, video_rows=prompt.video_rows, length=prompt.lengths,
@@ -282,8 +282,7 @@ def drop(cache: qwen2.Cache, taken, lengths) -> qwen2.Cache:
 def place(model, prompts, videos, length: int):
   """Returns (int32[B, P, length], next positions int32[B]) of B prompts.
 
-  Positions count on behind a prompt. `videos` are what `VideoLLM.positions`
-  takes, one for each `data.tokenizer.Prompt`.
+  Positions count on behind a prompt; `videos` are as of `VideoLLM.positions`.
   """
   found, following = [], []
   for prompt, video in zip(prompts, videos, strict=True):

@@ -69,8 +69,7 @@ class Qwen2Config:
 
     Tied embeddings may be told outside the section, too. `model_type` is what
     it may name, `where` its name in messages ("" for a file without one). Of
-    position rows, `num_sections` share the rotary frequencies; None for plain
-    RoPE.
+    position rows, `num_sections` share the frequencies; None for plain RoPE.
     """
     allowed = dict(hidden_act="silu", use_sliding_window=False)
     hf_config.require(config, where, model_type=model_type, **allowed)

@@ -24,8 +24,8 @@ class Segments(NamedTuple):
 class Layout(NamedTuple):
   """What the tower must know of ONE video's grid, as arrays.
 
-  Padded to `Sizes`, so that a compiled program takes every grid they hold.
-  Patches behind the valid ones see nothing and are seen by none.
+  Padded to `Sizes`, which a compiled program is for. Patches behind the valid
+  ones see nothing and are seen by none.
   """
 
   coordinates: Any  # int32[2, P] row and column of each patch in its slice.

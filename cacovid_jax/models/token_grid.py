@@ -76,12 +76,11 @@ def pick(grid, buckets):
 def make_buckets(sizes, processor, num_frames, *, strict=True):
   """Returns the GridBuckets of videos of F frames, the smallest first.
 
-  `sizes` are config.data.buckets, (temporal patches, tokens of one) or
-  (temporal patches, tokens of one, tokens) each; those for fewer frames are
-  refused if `strict`, or else left out. Without any, one for the largest
-  temporal patches that the `processors.Processor` allows, and one for those
-  half way (in proportion) from the smallest: limits of 128 and 256 tokens give
-  buckets of 181 and 256.
+  `sizes` are config.data.buckets, (temporal patches, tokens of one[, tokens])
+  each; those for fewer frames are refused if `strict`, or else left out.
+  Without any, one for the largest temporal patches that the
+  `processors.Processor` allows, and one half way (in proportion) from the
+  smallest: limits of 128 and 256 tokens give buckets of 181 and 256.
   """
   patches = -(-num_frames // processor.temporal_patch_size)
   sizes = [tuple(size) for size in sizes]
@@ -137,8 +136,8 @@ class TokenGrid:
   def of(cls, grid, bucket=None):
     """Returns the TokenGrid of a (T, H, W), or the TokenGrid given.
 
-    (T, H, W) is full without a bucket and data in it, ready for the device, if
-    there is one. An empty side or a grid that does not fit is a UserError.
+    Full without a bucket, else data in it, ready for the device. An empty side
+    or a grid that does not fit is a UserError.
     """
     if isinstance(grid, cls):
       return grid
@@ -212,7 +211,7 @@ class TokenGrid:
   def frame_means(self, x):
     """Returns float32[T_max, ...], means over frames of x float[N_max, ...].
 
-    Padding has no influence on them; frames of the padding have zero.
+    Without influence of padding, whose frames have zero.
     """
     x = x.astype(jnp.float32)
     if self.full:

@@ -114,9 +114,9 @@ class VideoLLM(abc.ABC):
     return self.processor.resized_grid(num_frames, height, width)
 
   def tower_inputs(self, inputs, bucket=None):
-    """Returns a processor's `TowerInputs` of one video as `encode` takes them.
+    """Returns `TowerInputs` of one video as `encode` takes them, on the host.
 
-    On the host; padded to `bucket`, a `token_grid.GridBucket`, if one is given.
+    Padded to `bucket`, a `token_grid.GridBucket`, if one is given.
     """
     del bucket  # Of models whose grids differ.
     return inputs
@@ -130,17 +130,12 @@ class VideoLLM(abc.ABC):
     """
 
   def encode(self, params, inputs, *, signals=()) -> VideoFeatures:
-    """Returns the features of one video, of `tower_inputs`.
-
-    `signals`, static, are those of `SIGNALS` that are wanted.
-    """
+    """Returns a video of `tower_inputs` with the wanted `SIGNALS` (static)."""
     signals = check_signals(signals)
     features, out = self.encode_stages(params, inputs, signals)
+    of_video = (features, inputs.grid, inputs.second_per_grid_t)
     wanted = {name: out[name] for name in signals}
-    seconds = inputs.second_per_grid_t
-    return VideoFeatures(
-      features, inputs.grid, seconds, wanted, out.get("deep")
-    )
+    return VideoFeatures(*of_video, wanted, out.get("deep"))
 
   def signal_shapes(self, num_video) -> Mapping[str, tuple[int, ...]]:
     return signal_shapes((num_video,), self.config.vision.head_dim)
@@ -255,15 +250,12 @@ class VideoLLM(abc.ABC):
     nothing = jnp.zeros(x.shape[:2], jnp.float32)
 
     def block(carry, number):
-      def seen(q, k, lengths):
-        return jax.lax.cond(
-          number == last - 1, lambda: look(q, k, lengths), lambda: nothing
-        )
+      def seen(*args):
+        is_last = number == last - 1
+        return jax.lax.cond(is_last, lambda: look(*args), lambda: nothing)
 
-      x, out = self.layer(
-        params, number, carry[0], positions, lengths=lengths,
-        look=None if look is None else seen,
-      )  # fmt: skip
+      options = dict(lengths=lengths, look=None if look is None else seen)
+      x, out = self.layer(params, number, carry[0], positions, **options)
       x = qwen2.add_deep(x, number, deep, video_rows)
       return (x, out.get("look")), (out["keys"], out["values"])
 
@@ -283,11 +275,9 @@ class VideoLLM(abc.ABC):
     lengths = jnp.broadcast_to(cache.lengths, (num_layers, batch))
 
     def block(x, per_layer):
-      number, keys, values, lengths = per_layer
-      x, out = self.layer(
-        params, number, x, positions[..., None], cache=(keys, values),
-        lengths=lengths,
-      )  # fmt: skip
+      number, *earlier, lengths = per_layer
+      options = dict(cache=earlier, lengths=lengths)
+      x, out = self.layer(params, number, x, positions[..., None], **options)
       return x, (out["keys"][:, 0], out["values"][:, 0])
 
     numbers = jnp.arange(first, first + num_layers)

@@ -28,10 +28,9 @@ BASE_MODEL_RULES: tuple[tuple[str, int | None], ...] = (
 
 
 def make_mesh(data=0, model=1, *, devices: Sequence[Any] | None = None) -> Mesh:
-  """Returns a mesh with axes `data` and `model`.
+  """Returns a mesh with axes `data` and `model`, of all devices by default.
 
-  On `data`, 0 takes all devices that `model`, those that share one copy of the
-  base model, leaves; of all devices of the run by default.
+  `model` devices share one copy of the base model; `data` 0 takes the others.
   """
   devices = list(jax.devices() if devices is None else devices)
   if model < 1 or data < 0:
@@ -68,10 +67,9 @@ def map_over_data(
 ):
   """Returns a function mapped over the axis `data`, to be jitted.
 
-  The function computes one device's share, and may average over the axis by
-  name. Specs are prefix trees: P() for what all devices have, P("data") for
-  what is split by its leading axis. Both values of `how`, "shard_map" and
-  "pmap" (see `check_map`), compute the same.
+  It computes one device's share, and may average over the axis by name. Specs
+  are prefix trees: P() for what all devices have, P("data") for what is split
+  by its leading axis. Both values of `how`, see `check_map`, compute the same.
   """
   if how == "shard_map":
     return jax.shard_map(
@@ -150,8 +148,8 @@ def shard_base_params(params, mesh: Mesh):
 def put(tree, mesh: Mesh, spec: P):
   """Places a tree of host or device arrays on the mesh, all with one spec.
 
-  With several processes every process holds the whole array and places the
-  part that its own devices need. What lies there already stays where it is.
+  Of several processes every one holds the whole array and places the part of
+  its own devices. What lies there already stays where it is.
   """
   sharding = NamedSharding(mesh, spec)
 

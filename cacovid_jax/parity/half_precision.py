@@ -42,9 +42,8 @@ def agree(
 ) -> tuple[Agreement, Agreement]:
   """Returns two `Agreement`s on a checkpoint directory, PyTorch on a device.
 
-  The first is ours with transformers'. The second is transformers' with itself,
-  by another of its attention kernels: what rounding alone does to the
-  checkpoint.
+  Of ours with transformers', and of transformers' with itself, by another of
+  its attention kernels: what rounding alone does to the checkpoint.
   """
   directory = os.fspath(directory)
   sizes = transformers.frame_sizes(checkpoints.load_config(directory))

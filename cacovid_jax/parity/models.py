@@ -206,12 +206,10 @@ def _qwen2_5_vl_features(run, grids, num_video):
   layouts = [model.layout(grid, sizes) for grid in grids]
   most = sizes.num_tokens * vision.patches_per_token
   videos = np.split(patches, starts[1:])
-  inputs = processors.TowerInputs(
-    np.stack([prompt_batch.pad_tokens(x, most) for x in videos]),
-    tuple(grids.T),
-    run.golden["second_per_grid_ts"],
-    jax.tree.map(lambda *leaves: np.stack(leaves), *layouts),
-  )
+  videos = np.stack([prompt_batch.pad_tokens(x, most) for x in videos])
+  layouts = jax.tree.map(lambda *leaves: np.stack(leaves), *layouts)
+  seconds = run.golden["second_per_grid_ts"]
+  inputs = processors.TowerInputs(videos, tuple(grids.T), seconds, layouts)
   features, out = run.batched(model.encode_stages, inputs)
 
   def valid(x, lengths):
@@ -297,10 +295,10 @@ def _decoder(run, prompts, x, positions, next_positions):
       f"golden.npz has {len(states)} hidden states, the config's model"
       f" {len(mine)}; use the files of one folder"
     )
-  for layer, (actual, expected) in enumerate(zip(mine, states, strict=True)):
-    tolerance = STAGE_TOLERANCE if layer == len(mine) - 1 else inner
-    expected = prompts.select(expected)
-    run.add(f"hidden_states[{layer}]", actual[valid], expected, tolerance)
+  tolerances = [*[inner] * (len(mine) - 1), STAGE_TOLERANCE]
+  for layer, tolerance in enumerate(tolerances):
+    actual, expected = mine[layer][valid], prompts.select(states[layer])
+    run.add(f"hidden_states[{layer}]", actual, expected, tolerance)
   _head(run, prompts, hidden)
 
   steps = run.golden["generated_ids"].shape[1]
@@ -356,7 +354,6 @@ def _pruned(run, prompts, x, positions):
   hidden, _ = run.forward(x, positions, mask=mask)
 
   inside = np.arange(rows.shape[1]) < np.asarray(lengths)[:, None]
-  pruned, hidden = pruned[inside], hidden[batch, rows][inside]
-  run.add("pruned_last_hidden_state", pruned, hidden)
-  pruned, hidden = run.logits(pruned), run.logits(hidden)
-  run.add("pruned_logits", pruned, hidden, LOGITS_TOLERANCE)
+  both = pruned[inside], hidden[batch, rows][inside]
+  run.add("pruned_last_hidden_state", *both)
+  run.add("pruned_logits", *map(run.logits, both), LOGITS_TOLERANCE)
