@@ -175,7 +175,7 @@ def write_safetensors(path, tensors):
 
 
 def write_directory(directory, tensors, max_shard_bytes=None):
-  """Writes model.safetensors, or shards and their index, for those of before.
+  """Writes model.safetensors, or shards and their index, over an earlier save.
 
   `tensors` are as of `write_safetensors`, in the order in which they fill the
   shards. A new one is begun at `max_shard_bytes`, though a single tensor may be

@@ -45,9 +45,9 @@ def make_mesh(data=0, model=1, *, devices: Sequence[Any] | None = None) -> Mesh:
       f" there are {len(devices)}; lower config.mesh.data or config.mesh.model"
     )
   # The default, Explicit, asks for shardings in every op.
-  types = (AxisType.Auto, AxisType.Auto)
-  devices = devices[: data * model]
-  return jax.make_mesh((data, model), ("data", "model"), types, devices=devices)
+  options = dict(axis_types=(AxisType.Auto, AxisType.Auto))
+  options |= dict(devices=devices[: data * model])
+  return jax.make_mesh((data, model), ("data", "model"), **options)
 
 
 def check_map(how: str, mesh: Mesh) -> None:
@@ -125,12 +125,9 @@ def partition_specs(params, mesh: Mesh):
 
   def spec(path, leaf):
     name = path_name(path)
-    axis = next(
-      axis for rule, axis in BASE_MODEL_RULES if re.search(rule, name)
-    )
-    if (
-      size == 1 or axis is None or leaf.ndim < -axis or leaf.shape[axis] % size
-    ):
+    axis = next(at for rule, at in BASE_MODEL_RULES if re.search(rule, name))
+    fits = axis and leaf.ndim >= -axis and leaf.shape[axis] % size == 0
+    if size == 1 or not fits:
       return P()
     entries = [None] * leaf.ndim
     entries[axis] = "model"
