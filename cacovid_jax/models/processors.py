@@ -66,8 +66,9 @@ class Processor(abc.ABC):
     """Reads a Hugging Face checkpoint directory; `known` are other fields."""
 
     def make(entry):
+      sizes = cls._sizes_of(entry)
       common = processor_files.statistics(entry, cls.needs_statistics)
-      return cls(**common, **cls._sizes_of(entry), **known)
+      return cls(**sizes, **common, **known)
 
     return processor_files.read(directory, make)
 

@@ -365,8 +365,8 @@ def layer_rows(source, path, *, bias=True, qk_norm=False, layers=None):
   norms = ["input_layernorm", "post_attention_layernorm"]
   norms += ["self_attn.q_norm", "self_attn.k_norm"] * qk_norm
   own = [f"self_attn.{name}_proj" for name in "qkv"]
-  rest = [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
-  rest += ["self_attn.o_proj"]
+  rest = ["self_attn.o_proj"]
+  rest += [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
   kinds = dict.fromkeys(norms, "scale")
   kinds |= dict.fromkeys(own, "dense" if bias else "linear")
   return placement.rows(
