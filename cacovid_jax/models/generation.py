@@ -69,10 +69,10 @@ def extend(
 def score(model, params, logits, cache, next_positions, ids, lengths):
   """Returns (log_probs float32[B], greedy bool[B]) of given continuations.
 
-  `log_probs` sums over a continuation's tokens; `greedy` says whether each of
-  them is what `greedy` would say. Arguments are those of `extend`, the cache
+  Sums over a continuation's tokens, and whether each of them is what `greedy`
+  would say; none give (0, True). Arguments are those of `extend`, the cache
   with room for M - 1 more rows, and the continuations int32[B, M], right padded
-  by any id to `lengths` int32[B]; none give (0, True).
+  by any id to `lengths` int32[B].
   """
 
   def mark(logits, token, step):

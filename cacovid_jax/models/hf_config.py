@@ -57,10 +57,10 @@ def number(config, name, kind=int, default=_REQUIRED, where=""):
 
 
 def key(name=None, default=dataclasses.MISSING, *, optional=False):
-  """Returns a field of a config class that is a number of a config.json.
+  """Returns a field that is a number of a config.json, under a name or its own.
 
-  Under its own name, or another. Where the file need not have it, the default
-  is taken; else that is for configs made in code.
+  A file need not have it if it is optional; else the default is for configs made
+  in code.
   """
   metadata = {"key": name, "optional": optional}
   return dataclasses.field(default=default, metadata=metadata)

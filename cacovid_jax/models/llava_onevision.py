@@ -103,8 +103,7 @@ class LlavaOnevisionConfig:
 def pooling_matrix(size):
   """Returns float32[ceil(size / 2), size], bilinear with half-pixel centres.
 
-  Rows are plain interpolation weights: no low-pass filter, which is what the
-  released models were trained with.
+  Without a low-pass filter, which is what the released models learned with.
   """
   out_size = -(-size // 2)
   source = (np.arange(out_size) + 0.5) * (size / out_size) - 0.5
@@ -242,11 +241,7 @@ CONFIG, MODEL = LlavaOnevisionConfig, LlavaOnevisionModel
 
 
 def weight_table(config):
-  """Returns the rows of the weights, see `placement.rows`.
-
-  Source names are those of the hub (transformers up to 4.51); `hub_name` turns
-  the other spellings into them.
-  """
+  """Returns the `placement.rows` of the weights, by the hub's names (4.x)."""
   tower, ours = "vision_tower.vision_model", "vision_tower"
   dense = "dense" if config.projector_bias else "linear"
   projector = dict(linear_1=dense, linear_2=dense)

@@ -232,11 +232,7 @@ CONFIG, MODEL = Qwen2_5VLConfig, Qwen2_5VLModel
 
 
 def weight_table(config):
-  """Returns the rows of the weights, see `placement.rows`.
-
-  Source names are those of the hub (transformers up to 4.51, and what 5.x
-  saves); `hub_name` turns the other spellings into them.
-  """
+  """Returns the `placement.rows` of the weights, by the hub's names."""
   names = [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
   block = dict(norm1="scale", norm2="scale")
   block |= dict.fromkeys(["attn.qkv", "attn.proj", *names], "dense")

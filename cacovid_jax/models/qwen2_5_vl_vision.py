@@ -147,10 +147,7 @@ class VisionConfig:
     return self.num_patches(grid), self.patch_values
 
   def flops(self, grid, out_width):
-    """Returns the operations from one video's patches to its features.
-
-    Of a grid (T, H, W) to features of `out_width` values.
-    """
+    """Returns the operations from patches to features of `out_width` values."""
     sizes = qwen2_5_vl_layout.Sizes.of([grid], self)
     D = self.hidden_size  # noqa: N806
     patches, merge = self.num_patches(grid), self.patches_per_token
@@ -168,8 +165,7 @@ class VisionConfig:
 def rotary(coordinates, head_dim, theta):
   """Returns (cos, sin), both float32[P, head_dim], of int32[2, P].
 
-  The first half of the frequencies turns with the row, the other with the
-  column; time has no part in it.
+  The first half of the frequencies turns with the row, the other by the column.
   """
   frequencies = head_dim // 4
   cos, sin = rope.angles(coordinates[None], head_dim // 2, theta)
@@ -189,8 +185,7 @@ def rotate(x, cos, sin):
 def received(q, k, segments):
   """Returns float32[P]: attention that each patch gets within its segment.
 
-  Of q, k float[P, N, H], turned; patches in none of the `Segments` get a number
-  without meaning.
+  Of q, k float[P, N, H], turned. Without meaning for patches in no segment.
   """
   q, k = (jnp.take(x, segments.rows, axis=0) for x in (q, k))
   got = attention.attention_received(q, k, segments.lengths)

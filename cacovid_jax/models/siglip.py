@@ -81,10 +81,9 @@ class SiglipConfig:
     return grid[0], self.image_size, self.image_size, 3
 
   def flops(self, grid, out_width):
-    """Returns the operations from one video's pixels to its features.
+    """Returns the operations from pixels to features of `out_width` values.
 
-    Of a grid (T, H, W) to features of `out_width` values; LLaVA-OneVision's
-    projector is among them, its pooling is not.
+    LLaVA-OneVision's projector is among them, its pooling is not.
     """
     patches, D = self.num_patches(grid), self.hidden_size  # noqa: N806
     per_layer = 4 * D * D + 2 * D * self.intermediate_size

@@ -52,10 +52,9 @@ class GridBucket:
 
 
 def pick(grid, buckets):
-  """Returns the smallest of the buckets that holds a grid (T, H, W).
+  """Returns the smallest bucket that holds a grid (T, H, W), or a UserError.
 
-  The fewest rows win, then the fewest rows frame by frame, then the first. A
-  UserError if none holds it, or if the grid has an empty side.
+  The fewest rows win, then the fewest rows frame by frame, then the first.
   """
   grid = check(grid)
   fits = [bucket for bucket in buckets if bucket.holds(grid)]

@@ -144,8 +144,7 @@ class VideoLLM(abc.ABC):
   def positions(self, ids, video):
     """Returns (int32[P, L], next position) of ONE prompt, on the host.
 
-    Of ids int[L] without padding, and what has the `grid` and the
-    `second_per_grid_t` of their video.
+    Of ids int[L] without padding, and the grid and seconds of their video.
     """
 
   @abc.abstractmethod
@@ -224,8 +223,7 @@ class VideoLLM(abc.ABC):
   def layer(self, params, number, x, positions, **kwargs):
     """Returns (x, out) after decoder layer `number` on its own, int or int32[].
 
-    Of x float[B, L, D] at positions int32[B, P, L]; `kwargs` as of
-    `qwen2.DecoderLayer`.
+    Of x float[B, L, D] at positions int32[B, P, L], as `qwen2.DecoderLayer`.
     """
     # Indexed where it is used: a slice of all the layers would copy them.
     index = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)

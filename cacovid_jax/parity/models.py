@@ -84,8 +84,8 @@ def compare(model, params, golden):
 def logits(model, params, golden):
   """Returns (ours, theirs) float32[n, V] behind each of all n prompt tokens.
 
-  From the pixels, in the model's own dtype, which may be any; with Qwen2.5-VL
-  by the position rule of transformers 5. Arguments as of `compare`.
+  Arguments as of `compare`, the model in any dtype; Qwen2.5-VL's positions by
+  the rule of transformers 5.
   """
   run = _Run(model, params, golden)
   prompts, x, placed = run.embedded()
@@ -115,8 +115,8 @@ class _Run:
   def embedded(self):
     """Adds the stages before the decoder.
 
-    Returns (prompts, embeddings, {rule: (positions, next position)}); a model
-    whose positions only count on has the rule of transformers 5 alone.
+    Returns (prompts, embeddings, {rule: (positions, next position)}), only rule
+    "v5" for a model whose positions count on.
     """
     return (_llava_onevision if self.one_grid else _qwen2_5_vl)(self)
 

@@ -21,7 +21,7 @@ def compare(name, actual, expected, tolerance=0.0, relative=0.0):
   """Returns the `Stage` of two arrays; without tolerances they must be equal.
 
   Allowed at each entry is tolerance + relative * |expected|; the stage tells
-  the entry that lies closest to that, or furthest beyond. A wrong shape or a
+  the entry that is closest to that, or furthest beyond. A wrong shape or one
   value that is not finite is an infinite error.
   """
   actual, expected = np.asarray(actual), np.asarray(expected)
