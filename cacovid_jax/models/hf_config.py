@@ -59,8 +59,7 @@ def number(config, name, kind=int, default=_REQUIRED, where=""):
 def key(name=None, default=dataclasses.MISSING, *, optional=False):
   """Returns a field that is a number of a config.json, under a name or its own.
 
-  A file need not have it if it is optional; else the default is for configs made
-  in code.
+  A file need not have it if it is optional; else the default is for code alone.
   """
   metadata = {"key": name, "optional": optional}
   return dataclasses.field(default=default, metadata=metadata)
