@@ -6,7 +6,6 @@ Paper: https://arxiv.org/abs/2408.03326.
 """
 
 import dataclasses
-import functools
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -139,11 +138,10 @@ class Projector(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    dense = functools.partial(
-      nn.Dense, self.width, use_bias=self.use_bias, dtype=self.dtype
-    )
-    x = nn.gelu(dense(name="linear_1")(x), approximate=False)
-    return dense(name="linear_2")(x)
+    options = dict(use_bias=self.use_bias, dtype=self.dtype)
+    x = nn.Dense(self.width, name="linear_1", **options)(x)
+    x = nn.gelu(x, approximate=False)
+    return nn.Dense(self.width, name="linear_2", **options)(x)
 
 
 class LlavaOnevision(qwen2.Part):

@@ -10,6 +10,7 @@ N_max those of the bucket.
 """
 
 import dataclasses
+import math
 import operator
 from typing import Any
 
@@ -34,10 +35,8 @@ class GridBucket:
   def __post_init__(self):
     if not self.tokens:
       object.__setattr__(self, "tokens", self.frames * self.frame_tokens)
-    least = max(self.frames, self.frame_tokens)
-    if min(self.frames, self.frame_tokens) < 1 or not (
-      least <= self.tokens <= self.frames * self.frame_tokens
-    ):
+    sides = (self.frames, self.frame_tokens)
+    if min(sides) < 1 or not max(sides) <= self.tokens <= math.prod(sides):
       raise errors.UserError(
         f"{self} cannot be filled; frames and frame_tokens must be at least 1, "
         "tokens between the larger of them and their product"
@@ -111,11 +110,10 @@ def _size(bucket):
 
 def check(grid):
   """Returns grid as three ints; raises UserError if a side is empty."""
-  grid = tuple(int(size) for size in grid)
+  grid = tuple(map(int, grid))
   if len(grid) != 3 or min(grid) < 1:
-    raise errors.UserError(
-      f"grid {grid}: give (T, H, W), every side at least 1"
-    )
+    told = f"grid {grid}: give (T, H, W), every side at least 1"
+    raise errors.UserError(told)
   return grid
 
 
