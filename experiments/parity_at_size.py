@@ -3,10 +3,9 @@ r"""Released sizes with random weights beside transformers, on one machine.
 python -m experiments.parity_at_size --size=ov-7b --torch_device=cuda
 
 Writes a checkpoint of the size twice to a scratch folder: cut to a few layers,
-to be compared in float32 stage by stage (tower, features, every layer, logits,
-greedy ids), and whole, to be compared in bfloat16 by the most likely token.
-Both are deleted in the end; `--keep` keeps the whole one. Needs
-PyTorch and transformers (the extra `[hf]`); JAX computes on its default device.
+to be compared in float32 stage by stage, and whole, to be compared in bfloat16
+by the most likely token. Both are deleted in the end; `--keep` keeps the whole
+one. Needs the extra `[hf]`; JAX computes on its default device.
 """
 
 import dataclasses
@@ -19,50 +18,42 @@ import rich.console
 
 from cacovid_jax import command, errors
 from cacovid_jax.models import llava_onevision, qwen2_5_vl
-from cacovid_jax.parity import __main__
+from cacovid_jax.parity import __main__, half_precision
 from cacovid_jax.parity import transformers as transformers_lib
 from cacovid_jax.synthetic import tiny_checkpoints
 
-_ONEVISION = llava_onevision.LlavaOnevisionConfig
-_QWEN = qwen2_5_vl.Qwen2_5VLConfig
 CONFIGS = {
-  "ov-0.5b": _ONEVISION.llava_onevision_0_5b,
-  "ov-7b": _ONEVISION.llava_onevision_7b,
-  "qvl-3b": _QWEN.qwen2_5_vl_3b,
-  "qvl-7b": _QWEN.qwen2_5_vl_7b,
+  "ov-0.5b": llava_onevision.LlavaOnevisionConfig.llava_onevision_0_5b,
+  "ov-7b": llava_onevision.LlavaOnevisionConfig.llava_onevision_7b,
+  "qvl-3b": qwen2_5_vl.Qwen2_5VLConfig.qwen2_5_vl_3b,
+  "qvl-7b": qwen2_5_vl.Qwen2_5VLConfig.qwen2_5_vl_7b,
 }
 
 COMMAND = command.Command(
   __doc__,
   {
     "size": command.Flag(
-      "Released model whose shapes are taken.",
-      default="ov-7b",
-      choices=list(CONFIGS),
-      old=["full_size"],
+      "Released model whose shapes are taken.", default="ov-7b",
+      choices=list(CONFIGS), old=["full_size"],
     ),
     "layers": command.Flag(
-      "Layers of tower and decoder that are compared in float32.",
-      default=4,
-      old=["cut_layers"],
-      least=1,
+      "Layers of tower and decoder that are compared in float32.", default=4,
+      old=["cut_layers"], least=1,
     ),
     "torch_device": command.Flag(
       "Where PyTorch computes.", default="cpu", old=["on"]
     ),
     "scratch": command.Flag(
       "Where the checkpoints are written, up to 17 GB.",
-      default="workdirs/full_size",
-      old=["full_size_scratch"],
+      default="workdirs/full_size", old=["full_size_scratch"],
     ),
     "keep": command.Flag(
-      "Do not delete the whole checkpoint.",
-      default=False,
+      "Do not delete the whole checkpoint.", default=False,
       old=["keep_full_size"],
     ),
   },
   config="none",
-)
+)  # fmt: skip
 
 
 def cut(config, num_layers):
@@ -78,10 +69,7 @@ def cut(config, num_layers):
 def compare(config, folder, *, num_layers, device, keep=False):
   """Prints both comparisons; returns whether both are within their limits.
 
-  Args:
-    folder: an empty or missing folder for the checkpoints.
-    num_layers: of the one that is compared in float32.
-    keep: whether the whole checkpoint stays, as `folder`/whole.
+  `folder` is empty or missing; the whole checkpoint stays in it if `keep`.
   """
   if os.path.isdir(folder) and os.listdir(folder):
     raise errors.UserError(f"{folder} is not empty; name another --scratch")
@@ -101,8 +89,8 @@ def compare(config, folder, *, num_layers, device, keep=False):
     verdicts = [__main__.report(short, found)]
     shutil.rmtree(short)
     write(whole, config)
-    both = transformers_lib.agree(whole, device=device)
-    verdicts.append(__main__.report_half(whole, *both))
+    both = half_precision.agree(whole, device=device)
+    verdicts.append(half_precision.report(whole, *both))
   finally:
     for directory in [short] if keep else [short, whole]:
       shutil.rmtree(directory, ignore_errors=True)
@@ -114,13 +102,9 @@ def compare(config, folder, *, num_layers, device, keep=False):
 
 def main(args):
   """Compares the models that the command line names."""
-  fine = compare(
-    CONFIGS[args.size](),
-    args.scratch,
-    num_layers=args.layers,
-    device=args.torch_device,
-    keep=args.keep,
-  )
+  options = dict(device=args.torch_device, keep=args.keep)
+  config = CONFIGS[args.size]()
+  fine = compare(config, args.scratch, num_layers=args.layers, **options)
   return 0 if fine else 1
 
 

@@ -253,7 +253,6 @@ def generate(
   extend = _extend if compressor.on_host else generation.extend
   ids = extend(
     model, params, logits, caches, next_positions,
-    num_position_rows=prompt.positions.shape[1],
     max_new_tokens=max_new_tokens, eos_ids=tuple(eos_ids), pad_id=pad_id,
   )  # fmt: skip
   return ids, trace
@@ -262,7 +261,7 @@ def generate(
 _extend = jax.jit(
   generation.extend,
   static_argnums=0,
-  static_argnames=("num_position_rows", "max_new_tokens", "eos_ids", "pad_id"),
+  static_argnames=("max_new_tokens", "eos_ids", "pad_id"),
 )
 
 

@@ -255,7 +255,6 @@ def _extend(model, params, logits, cache, rows, ending):
     logits,
     cache,
     rows.next_position,
-    num_position_rows=rows.positions.shape[1],
     **ending,
   )
 

@@ -8,9 +8,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 BACKENDS = ("auto", "xla", "cudnn", "splash")
 
+# Score of a key that is not visible.
+_LOWEST = np.finfo(np.float32).min
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 # Query rows per step once a whole T x S map would be too large.
 _CHUNK = 512
 _LARGEST_MAP = 2048 * 2048
@@ -25,59 +29,47 @@ _LANES = 128
 
 
 def attention(
-  q, k, v, *, causal=False, lengths=None, mask=None, q_offset=0, backend="auto"
+  q, k, v, *, causal=False, lengths=None, mask=None, backend="auto"
 ):
   """Returns softmax(q k / sqrt(H)) v, float[B, T, N, H].
 
-  No backend holds a T x S map of long sequences in memory, `mask` apart.
-  Queries without any visible key give finite values without meaning.
+  Of q float[B, T, N, H], k and v float[B, S, K, H]. No backend holds a T x S
+  map of long sequences in memory, `mask` apart. Queries without any visible key
+  give finite values without meaning.
 
   Args:
-    q: float[B, T, N, H].
-    k: float[B, S, K, H].
-    v: float[B, S, K, H].
-    causal: static; True lets query t see keys up to t + q_offset only.
+    causal: static; True lets query t see keys up to t only.
     lengths: int32[B] number of valid keys of each row, at least 1, which come
       first (right padding); None when all are valid.
     mask: bool[B, T, S], True where a query may see a key; None for all.
-    q_offset: index of the first query among the keys, int or int32[B].
     backend: one of `BACKENDS`. "auto" chooses by platform and dtype; a kernel
-      that cannot do what is asked (cuDNN in float32 or with an offset, splash
-      with a mask or an offset) gives way to "xla".
+      that cannot do what is asked (cuDNN in float32, splash with a mask) gives
+      way to "xla".
   """
-  backend = _resolve(q, k, mask, q_offset, backend)
-  if backend == "cudnn":
-    return _cudnn(q, k, v, causal, lengths, mask)
-  if backend == "splash":
-    return _splash(q, k, v, causal, lengths)
-  return _xla(q, k, v, causal, lengths, mask, q_offset)
-
-
-def _resolve(q, k, mask, q_offset, backend):
-  """Returns "xla", or the kernel asked for where it can do the work."""
   if backend not in BACKENDS:
     raise ValueError(f"attention backend {backend!r} is not one of {BACKENDS}")
-  num_queries, head_dim = q.shape[1], q.shape[3]
-  plain = isinstance(q_offset, int) and q_offset == 0
-  # cuDNN differentiates a masked map of even sides only.
-  even = num_queries % 2 == 0 and k.shape[1] % 2 == 0
-  can = {
-    "xla": True,
-    "cudnn": (
-      plain
-      and q.dtype in (jnp.bfloat16, jnp.float16)
-      and head_dim % 8 == 0
-      and head_dim <= 128
-      and (mask is None or even)
-    ),
-    "splash": plain and mask is None,
-  }
   if backend == "auto":
     backend = _flash_backend()
     # Below one block, padding costs more than the kernel saves.
-    if backend == "splash" and num_queries < _LANES:
+    if backend == "splash" and q.shape[1] < _LANES:
       backend = "xla"
-  return backend if can[backend] else "xla"
+  if backend == "cudnn" and _cudnn_can(q, k, mask):
+    return _cudnn(q, k, v, causal, lengths, mask)
+  if backend == "splash" and mask is None:
+    return _splash(q, k, v, causal, lengths)
+  return _xla(q, k, v, causal, lengths, mask)
+
+
+def _cudnn_can(q, k, mask):
+  num_queries, head_dim = q.shape[1], q.shape[3]
+  # cuDNN differentiates a masked map of even sides only.
+  even = num_queries % 2 == 0 and k.shape[1] % 2 == 0
+  return (
+    q.dtype in (jnp.bfloat16, jnp.float16)
+    and head_dim % 8 == 0
+    and head_dim <= 128
+    and (mask is None or even)
+  )
 
 
 @functools.cache
@@ -93,28 +85,27 @@ def _flash_backend():
   return "xla"
 
 
-def _visible(num_queries, num_keys, causal, lengths, mask, q_offset):
-  """Returns bool[B or 1, T, S] of visible keys, or None when all are."""
-  visible = mask
+def _visible(num_queries, num_keys, causal, lengths, mask, start=0):
+  """Returns bool[B or 1, T, S] of visible keys, or None when all are.
+
+  Of some queries, the first of which is number `start`.
+  """
+  seen = [] if mask is None else [mask]
   keys = jnp.arange(num_keys)[None, None, :]
   if causal:
-    offset = jnp.reshape(jnp.asarray(q_offset, jnp.int32), (-1, 1, 1))
-    seen = keys <= jnp.arange(num_queries)[None, :, None] + offset
-    visible = seen if visible is None else visible & seen
+    seen.append(keys <= jnp.arange(num_queries)[None, :, None] + start)
   if lengths is not None:
-    seen = keys < lengths[:, None, None]
-    visible = seen if visible is None else visible & seen
-  return visible
+    seen.append(keys < lengths[:, None, None])
+  return functools.reduce(jnp.logical_and, seen) if seen else None
 
 
-def _xla(q, k, v, causal, lengths, mask, q_offset):
+def _xla(q, k, v, causal, lengths, mask):
   """All queries at once, or in chunks when the map would be too large."""
   num_queries, num_keys = q.shape[1], k.shape[1]
   if num_queries * num_keys <= _LARGEST_MAP:
-    plain = isinstance(q_offset, int) and q_offset == 0 and mask is None
-    if plain and num_keys == num_queries >= _BLOCK_ROWS:
+    if mask is None and num_keys == num_queries >= _BLOCK_ROWS:
       return _in_blocks(q, k, v, causal, lengths)
-    visible = _visible(num_queries, num_keys, causal, lengths, mask, q_offset)
+    visible = _visible(num_queries, num_keys, causal, lengths, mask)
     return _dense(q, k, v, visible)
 
   num_chunks = -(-num_queries // _CHUNK)
@@ -129,10 +120,9 @@ def _xla(q, k, v, causal, lengths, mask, q_offset):
   @jax.checkpoint
   def one_chunk(chunk):
     number, q, mask = chunk
-    offset = q_offset + number * _CHUNK
-    return _dense(
-      q, k, v, _visible(_CHUNK, num_keys, causal, lengths, mask, offset)
-    )
+    start = number * _CHUNK
+    visible = _visible(_CHUNK, num_keys, causal, lengths, mask, start)
+    return _dense(q, k, v, visible)
 
   masks = None if mask is None else chunks(mask)
   out = jax.lax.map(one_chunk, (jnp.arange(num_chunks), chunks(q), masks))
@@ -163,14 +153,10 @@ def _dense(q, k, v, visible):
   q = q.transpose(0, 2, 3, 1, 4)  # [B, K, N / K, T, H]
   q = q.reshape(batch, num_kv_heads, groups * num_queries, head_dim)
   k, v = (x.swapaxes(1, 2) for x in (k, v))  # [B, K, S, H]
-  scores = jnp.einsum(
-    "BKRH,BKSH->BKRS", q, k, preferred_element_type=jnp.float32
-  )
-  scores = scores * head_dim**-0.5
+  scores = _product("BKRH,BKSH->BKRS", q, k) * head_dim**-0.5
   scores = scores.reshape(batch, num_kv_heads, groups, num_queries, -1)
   if visible is not None:
-    lowest = jnp.finfo(jnp.float32).min
-    scores = jnp.where(visible[:, None, None], scores, lowest)
+    scores = jnp.where(visible[:, None, None], scores, _LOWEST)
   probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
   probs = probs.reshape(batch, num_kv_heads, groups * num_queries, -1)
   out = jnp.einsum("BKRS,BKSH->BKRH", probs, v)
@@ -181,19 +167,13 @@ def _dense(q, k, v, visible):
 
 def _cudnn(q, k, v, causal, lengths, mask):
   if mask is not None:
-    mask = _visible(q.shape[1], k.shape[1], causal, lengths, mask, 0)
-    return jax.nn.dot_product_attention(
-      q, k, v, mask=mask[:, None], implementation="cudnn"
-    )
-  if lengths is not None:
-    lengths = lengths.astype(jnp.int32)
+    mask = _visible(q.shape[1], k.shape[1], causal, lengths, mask)
+    options = dict(mask=mask[:, None])
+  else:
+    lengths = None if lengths is None else lengths.astype(jnp.int32)
+    options = dict(is_causal=causal, key_value_seq_lengths=lengths)
   return jax.nn.dot_product_attention(
-    q,
-    k,
-    v,
-    is_causal=causal,
-    key_value_seq_lengths=lengths,
-    implementation="cudnn",
+    q, k, v, implementation="cudnn", **options
   )
 
 
@@ -210,25 +190,18 @@ def _splash(q, k, v, causal, lengths, interpret=False):
   q = (q.astype(jnp.float32) * scale).astype(q.dtype)
   q, k, v = (_heads_first_in_blocks(x) for x in (q, k, v))
   shape = (q.shape[2], k.shape[2])
-  if causal:
-    mask = splash.CausalMask(shape)
-  else:
-    mask = splash.FullMask(shape)
+  mask = (splash.CausalMask if causal else splash.FullMask)(shape)
   kernel = splash.make_splash_mha(
     splash.MultiHeadMask([mask] * num_heads),
     block_sizes=splash.BlockSizes(**_block_sizes(*shape)),
-    head_shards=1,
-    q_seq_shards=1,
-    interpret=interpret,
-  )
+    head_shards=1, q_seq_shards=1, interpret=interpret,
+  )  # fmt: skip
 
   def one(q, k, v, length):
     # Keys behind the length are another segment than every query, and key 0
     # is always valid, so no row of the softmax is empty.
-    segments = splash.SegmentIds(
-      q=jnp.zeros(shape[0], jnp.int32),
-      kv=(jnp.arange(shape[1]) >= length).astype(jnp.int32),
-    )
+    behind = (jnp.arange(shape[1]) >= length).astype(jnp.int32)
+    segments = splash.SegmentIds(jnp.zeros(shape[0], jnp.int32), behind)
     return kernel(q, k, v, segment_ids=segments)
 
   out = jax.vmap(one)(q, k, v, lengths)  # [B, N, T, H], padded
@@ -243,74 +216,60 @@ def _heads_first_in_blocks(x):
 
 
 def _block_sizes(num_queries, num_keys):
-  def block(length):
-    return next(size for size in (512, 256, _LANES) if length % size == 0)
+  def blocks(length, *names):
+    size = next(size for size in (512, 256, _LANES) if length % size == 0)
+    return dict.fromkeys((f"block_{name}" for name in names), size)
 
-  queries = ("block_q", "block_q_dkv", "block_q_dq")
-  keys = (
-    "block_kv",
-    "block_kv_compute",
-    "block_kv_dkv",
-    "block_kv_dkv_compute",
-    "block_kv_dq",
-  )
-  return dict.fromkeys(queries, block(num_queries)) | dict.fromkeys(
-    keys, block(num_keys)
-  )
+  keys = ("kv", "kv_compute", "kv_dkv", "kv_dkv_compute", "kv_dq")
+  return blocks(num_queries, "q", "q_dkv", "q_dq") | blocks(num_keys, *keys)
 
 
 def attention_over_cache(q, k, v, cache_k, cache_v, lengths):
   """Returns float[B, 1, N, H]: one new query over a cache and its own key.
 
-  The new q [B, 1, N, H] and k, v [B, 1, K, H] are not written into the cache
-  float[B, S, K, H] first, so a scan over layers reads the cache and never
-  copies it. `lengths` int32[B] are its valid rows.
+  The cache float[B, S, K, H], of which `lengths` int32[B] rows are valid, comes
+  without the new k, v [B, 1, K, H]: a scan over layers never copies it.
   """
-  batch, _, num_heads, head_dim = q.shape
-  grouped = q.reshape(batch, k.shape[2], num_heads // k.shape[2], head_dim)
-  old = jnp.einsum(
-    "BKGH,BSKH->BKGS", grouped, cache_k, preferred_element_type=jnp.float32
-  )
-  valid = jnp.arange(cache_k.shape[1])[None] < lengths[:, None]  # [B, S]
-  old = jnp.where(valid[:, None, None], old, jnp.finfo(jnp.float32).min)
-  new = jnp.einsum(
-    "BKGH,BSKH->BKGS", grouped, k, preferred_element_type=jnp.float32
-  )
-  scores = jnp.concatenate([old, new], axis=-1) * head_dim**-0.5
+  old, new = _row_scores(q, cache_k), _row_scores(q, k)
+  scores = jnp.concatenate([_valid(old, lengths), new], axis=-1)
+  scores = scores * q.shape[-1] ** -0.5
   probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
   out = jnp.einsum("BKGS,BSKH->BKGH", probs[..., :-1], cache_v)
   out += jnp.einsum("BKGS,BSKH->BKGH", probs[..., -1:], v)
   return out.reshape(q.shape)
 
 
+def _row_scores(q, k):
+  """Returns q k, float32[B, K, N / K, S], of one query a row [B, 1, N, H]."""
+  batch, _, num_heads, head_dim = q.shape
+  q = q.reshape(batch, k.shape[2], num_heads // k.shape[2], head_dim)
+  return _product("BKGH,BSKH->BKGS", q, k)
+
+
+def _valid(scores, lengths):
+  """Returns scores [B, ..., S] of which only the first `lengths` count."""
+  valid = jnp.arange(scores.shape[-1]) < lengths[:, None, None, None]
+  return jnp.where(valid, scores, _LOWEST)
+
+
 def last_query_attention(q, k, lengths):
   """Returns float32[B, S]: how each row's last valid token sees the keys.
 
-  The softmax row of the last valid query, averaged over heads. Only this row
-  is computed, never a T x S map. q is float[B, T, N, H], k float[B, T, K, H],
-  `lengths` int32[B] their valid tokens, at least 1, right padded.
+  The softmax row, averaged over heads, of q float[B, T, N, H], k float[B, T, K,
+  H], right padded to `lengths` int32[B], at least 1; never a T x S map.
   """
-  batch, _, num_heads, head_dim = q.shape
   last = jnp.take_along_axis(q, (lengths - 1)[:, None, None, None], axis=1)
-  last = last.reshape(batch, k.shape[2], num_heads // k.shape[2], head_dim)
-  scores = jnp.einsum(
-    "BKGH,BSKH->BKGS", last, k, preferred_element_type=jnp.float32
-  )
-  valid = jnp.arange(k.shape[1])[None] < lengths[:, None]
-  scores = jnp.where(
-    valid[:, None, None], scores * head_dim**-0.5, jnp.finfo(jnp.float32).min
-  )
+  scores = _valid(_row_scores(last, k) * q.shape[-1] ** -0.5, lengths)
   return jax.nn.softmax(scores, axis=-1).mean(axis=(1, 2))
 
 
 def strongest_attention(q, k, start, lengths, *, num_queries):
   """Returns float32[B, S]: the most that any late query looks at each key.
 
-  The softmax rows of the queries `start` to `lengths` - 1, int32[B], each
-  causal over all its keys, their maximum over heads and over those queries.
-  Only these rows are computed, one kv head at a time, never a T x S map. q is
-  float[B, T, N, H], k float[B, T, K, H], right padded; num_queries, static and
-  at least 1, bounds `lengths - start`.
+  The maximum, over heads and over the queries `start` to `lengths` - 1,
+  int32[B], of softmax rows that are each causal over all keys. One kv head at a
+  time, never a T x S map. q is float[B, T, N, H], k float[B, T, K, H], right
+  padded; num_queries, static and at least 1, bounds `lengths - start`.
   """
   batch, length, num_heads, head_dim = q.shape
   num_kv_heads = k.shape[2]
@@ -323,20 +282,15 @@ def strongest_attention(q, k, start, lengths, *, num_queries):
 
   def one_head(most, head):
     q, k = head  # [B, Q, N / K, H], [B, S, H]
-    scores = jnp.einsum(
-      "BQGH,BSH->BGQS", q, k, preferred_element_type=jnp.float32
-    )
-    lowest = jnp.finfo(jnp.float32).min
-    scores = jnp.where(visible[:, None], scores * head_dim**-0.5, lowest)
+    scores = _product("BQGH,BSH->BGQS", q, k) * head_dim**-0.5
+    scores = jnp.where(visible[:, None], scores, _LOWEST)
     probs = jax.nn.softmax(scores, axis=-1)
     probs = jnp.where(counts[:, None, :, None], probs, 0.0)
     return jnp.maximum(most, probs.max(axis=(1, 2))), None
 
   heads = jnp.moveaxis(q, 2, 0), jnp.moveaxis(k, 2, 0)
-  most, _ = jax.lax.scan(
-    one_head, jnp.zeros((batch, length), jnp.float32), heads
-  )
-  return most
+  nothing = jnp.zeros((batch, length), jnp.float32)
+  return jax.lax.scan(one_head, nothing, heads)[0]
 
 
 def attention_received(q, k, lengths=None):
@@ -344,9 +298,8 @@ def attention_received(q, k, lengths=None):
 
   Softmax of q k / sqrt(H), float[S, R, N, H] both, averaged over heads and
   summed over queries, of S segments of R patches that attend within themselves.
-  The maps exist one segment at a time, of long segments some rows at a time.
-  The first `lengths` int32[S] patches of a segment are valid, at least 1; those
-  behind ask for nothing and get nothing. None for all.
+  Maps exist one segment at a time, of long segments some rows at a time. Only
+  the first `lengths` int32[S] patches of a segment, at least 1, ask and get.
   """
   num_patches, head_dim = q.shape[1], q.shape[3]
   patch = jnp.arange(num_patches)
@@ -361,12 +314,9 @@ def attention_received(q, k, lengths=None):
 
     def some_rows(total, numbered):
       number, q = numbered
-      scores = jnp.einsum(
-        "RNH,SNH->NRS", q.astype(jnp.float32), k, precision="highest"
-      )
-      scores = jnp.where(
-        patch < length, scores * head_dim**-0.5, jnp.finfo(jnp.float32).min
-      )
+      q = q.astype(jnp.float32)
+      scores = jnp.einsum("RNH,SNH->NRS", q, k, precision="highest")
+      scores = jnp.where(patch < length, scores * head_dim**-0.5, _LOWEST)
       asks = number * chunk + jnp.arange(chunk) < length
       seen = jax.nn.softmax(scores, axis=-1).mean(axis=0)  # [R, S]
       return total + jnp.where(asks[:, None], seen, 0).sum(axis=0), None

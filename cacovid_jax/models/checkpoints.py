@@ -1,10 +1,8 @@
 """Hugging Face checkpoint directories of the base models, in and out.
 
-A directory holds config.json, generation_config.json, the weights (one
-safetensors file, or several with an index) and the tokenizer's files.
-config.json's `model_type` decides which model it is. Weights pass through one
-readable table per model, source name -> (our path, layout, depth of the stack);
-they are compared with it before the first byte of them is read.
+Weights pass through one readable table per model, source name -> (our path,
+layout, depth of the stack); they are compared with it before the first byte of
+them is read.
 """
 
 import dataclasses
@@ -55,34 +53,11 @@ class Checkpoint:
   extra: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Family:
-  """What tells one kind of model from another."""
-
-  # Has `weight_table(config)`, see `placement.rows`, and `hub_name`, which
-  # turns any spelling of a source name into the table's.
-  module: Any
-  config: type  # Class of its config.
-  model: type  # Class of its functions.
-  head: str  # Source name of the output embeddings.
-  post_norm: str = ""  # Where names begin of a norm that nothing reads.
-
-
-_FAMILIES = {
-  "llava_onevision": _Family(
-    module=llava_onevision,
-    config=llava_onevision.LlavaOnevisionConfig,
-    model=llava_onevision.LlavaOnevisionModel,
-    head="language_model.lm_head.weight",
-    post_norm=llava_onevision.POST_NORM,
-  ),
-  "qwen2_5_vl": _Family(
-    module=qwen2_5_vl,
-    config=qwen2_5_vl.Qwen2_5VLConfig,
-    model=qwen2_5_vl.Qwen2_5VLModel,
-    head="lm_head.weight",
-  ),
-}
+# By config.json's `model_type`. A module has CONFIG and MODEL, its classes;
+# `weight_table(config)`, see `placement.rows`; `hub_name`, which turns any
+# spelling of a source name into the table's; HEAD, the source name of the
+# output embeddings; POST_NORM, where names begin of a norm that nothing reads.
+_FAMILIES = {"llava_onevision": llava_onevision, "qwen2_5_vl": qwen2_5_vl}
 
 
 class _Entry(NamedTuple):
@@ -98,7 +73,7 @@ class _Entry(NamedTuple):
 def _entries(config) -> dict[str, _Entry]:
   """Returns {hub name: `_Entry`}."""
   shapes, found = _shapes(config), {}
-  table = _family(config).module.weight_table(config)
+  table = _family(config).weight_table(config)
   for name, (path, layout, layers) in table.items():
     shape = shapes[path] if layers is None else shapes[path][1:]
     ours = np.broadcast_to(np.float32(0), shape)
@@ -109,7 +84,6 @@ def _entries(config) -> dict[str, _Entry]:
 
 
 def load_config(directory):
-  """Returns the config of a checkpoint directory's model."""
   path = os.path.join(directory, "config.json")
   described = read_json(path)
   kind = described.get("model_type")
@@ -118,12 +92,12 @@ def load_config(directory):
       f"{path}: model_type is {kind!r}; give a checkpoint of"
       f" {' or '.join(_FAMILIES)}"
     )
-  return _FAMILIES[kind].config.from_hf(described)
+  return _FAMILIES[kind].CONFIG.from_hf(described)
 
 
 def make_model(config, dtype=jnp.float32, backend="auto"):
   """Returns the functions of a config's model, without weights."""
-  return _family(config).model(config, jnp.dtype(dtype), backend)
+  return _family(config).MODEL(config, jnp.dtype(dtype), backend)
 
 
 def param_shapes(config):
@@ -139,26 +113,22 @@ def _shapes(config):
 
 
 def _family(config):
-  return next(f for f in _FAMILIES.values() if isinstance(config, f.config))
+  return next(f for f in _FAMILIES.values() if isinstance(config, f.CONFIG))
 
 
 def load_params(directory, config, dtype=jnp.float32, *, mesh=None):
   """Returns the weights, layers stacked, where they will be used.
 
   Split over the mesh by `mesh.BASE_MODEL_RULES`; on the default device without
-  one. `dtype` is their floating-point type; None keeps the files' own. Tensors
-  that are missing, unknown, misshaped or not floating point are a UserError
-  that lists their names.
+  one. `dtype` None keeps the files' own. Tensors that are missing, unknown,
+  misshaped or not floating point are a UserError that lists their names.
   """
   sources, shapes, _ = _plan(directory, config, dtype)
   shardings = None
   if mesh is not None:
-    tree = traverse_util.unflatten_dict(shapes, sep="/")
-    specs = mesh_lib.partition_specs(tree, mesh)
-    shardings = {
-      path: NamedSharding(mesh, spec)
-      for path, spec in traverse_util.flatten_dict(specs, sep="/").items()
-    }
+    # A flat dict of paths is a tree, too.
+    specs = mesh_lib.partition_specs(shapes, mesh)
+    shardings = {path: NamedSharding(mesh, x) for path, x in specs.items()}
   params = placement.fill(shapes, sources, shardings)
   return traverse_util.unflatten_dict(params, sep="/")
 
@@ -166,69 +136,54 @@ def load_params(directory, config, dtype=jnp.float32, *, mesh=None):
 def _plan(directory, config, dtype=None):
   """Accounts for every tensor of a directory; reads none.
 
-  Returns:
-    [placement.Source] in the order of the files, {path: ShapeDtypeStruct} of
-    our parameters, {hub name: Tensor} of what no parameter is made of.
+  Returns [placement.Source] in the order of the files, {path: ShapeDtypeStruct}
+  of our parameters, {hub name: Tensor} of what no parameter is made of.
   """
-  family = _family(config)
-  unused = (*filter(None, [family.post_norm]), POLICY_PREFIX)
+  module = _family(config)
+  unused = (*filter(None, [module.POST_NORM]), POLICY_PREFIX)
   if config.text.tie_embeddings:
-    unused += (family.head,)  # A second copy of the embedding table.
-  pending = dict(_entries(config))
-  sources, extra, unknown, misshaped, not_float = [], {}, [], [], []
+    unused += (module.HEAD,)  # A second copy of the embedding table.
+  pending, sources, stored, extra = dict(_entries(config)), [], {}, {}
+  kinds = ("missing", "unknown", "misshaped", "not floating point")
+  problems = {kind: [] for kind in kinds}
   for tensor in safetensors_io.list_directory(directory):
-    name = family.module.hub_name(tensor.name)
+    name = module.hub_name(tensor.name)
     if name.startswith(unused) and name not in extra:
       extra[name] = tensor
       continue
-    if name not in pending:
-      unknown.append(tensor.name)  # Or one tensor under two spellings.
+    if name not in pending:  # Or one tensor under two spellings.
+      problems["unknown"].append(tensor.name)
       continue
     path, layout, layer, shape = pending.pop(name)
     if tensor.shape != shape:
-      misshaped.append(f"{tensor.name} {tensor.shape} instead of {shape}")
+      told = f"{tensor.name} {tensor.shape} instead of {shape}"
+      problems["misshaped"].append(told)
     elif tensor.code not in _READABLE:
-      not_float.append(f"{tensor.name} {tensor.dtype or tensor.code}")
+      told = f"{tensor.name} {tensor.dtype or tensor.code}"
+      problems["not floating point"].append(told)
     else:
       sources.append(placement.Source(tensor, path, layer, layout))
-
-  problems = {
-    "missing": sorted(pending),
-    "unknown": unknown,
-    "misshaped": misshaped,
-    "not floating point": not_float,
-  }
-  told = [
-    f"{kind} {_listed(names)}" for kind, names in problems.items() if names
-  ]
+      kind = jnp.dtype(dtype or tensor.dtype)
+      kind = jnp.promote_types(stored.get(path, kind), kind)
+      # JAX has no float64 unless asked; no checkpoint needs it.
+      stored[path] = jnp.dtype("float32") if kind.itemsize > 4 else kind
+  problems["missing"] += sorted(pending)
+  told = [f"{kind} {_listed(x)}" for kind, x in problems.items() if x]
   if told:
     raise errors.UserError(
       f"{directory}: the weights do not fit config.json: {'; '.join(told)}; use"
       " the two files of one checkpoint"
     )
-  return sources, _leaves(config, sources, dtype), extra
-
-
-def _leaves(config, sources, dtype):
-  """Returns {path: ShapeDtypeStruct}, of the files' types without a dtype."""
-  stored = {}
-  for source in sources:
-    kind = jnp.dtype(dtype or source.tensor.dtype)
-    kind = jnp.promote_types(stored.get(source.leaf, kind), kind)
-    # JAX has no float64 unless asked; no checkpoint needs it.
-    stored[source.leaf] = jnp.dtype("float32") if kind.itemsize > 4 else kind
-  return {
-    path: jax.ShapeDtypeStruct(shape, stored[path])
-    for path, shape in _shapes(config).items()
-  }
+  of = jax.ShapeDtypeStruct
+  shapes = {path: of(x, stored[path]) for path, x in _shapes(config).items()}
+  return sources, shapes, extra
 
 
 def load(directory, dtype=jnp.float32, *, mesh=None, backend="auto"):
-  """Returns the `Checkpoint` of a Hugging Face directory.
+  """Returns the `Checkpoint` of a directory; `mesh` as of `load_params`.
 
-  `mesh` as of `load_params`, `backend` as of `models.attention`. `dtype` is
-  that of the weights and of the computation; None keeps the weights in the
-  files' own types and computes in that of the embeddings.
+  `dtype` is that of the weights and of the computation; None keeps the weights
+  in the files' own types and computes in that of the embeddings.
   """
   directory = os.fspath(directory)
   config = load_config(directory)
@@ -236,42 +191,25 @@ def load(directory, dtype=jnp.float32, *, mesh=None, backend="auto"):
   tokenizer = _tokenizer(directory)
   params = load_params(directory, config, dtype, mesh=mesh)
   dtype = dtype or params["language_model"]["embed_tokens"].dtype
-  extra = _plan(directory, config)[2]
+  _, _, extra = _plan(directory, config)
   return Checkpoint(
-    model=make_model(config, dtype, backend),
-    params=params,
-    tokenizer=tokenizer,
-    identity=identity(directory),
-    eos_ids=eos_ids,
-    pad_id=pad_id,
-    extra={name: tensor.view() for name, tensor in extra.items()},
-  )
+    make_model(config, dtype, backend), params, tokenizer, identity(directory),
+    eos_ids, pad_id, {name: tensor.view() for name, tensor in extra.items()},
+  )  # fmt: skip
 
 
 def save(
-  directory,
-  config,
-  params,
-  *,
-  eos_ids,
-  pad_id,
-  bos_id=None,
-  dtype=None,
-  extra=None,
-  max_shard_bytes=None,
-):
+  directory, config, params, *, eos_ids, pad_id, bos_id=None, dtype=None,
+  extra=None, max_shard_bytes=None,
+):  # fmt: skip
   """Writes config, generation config and weights under the hub's names.
 
-  The caller adds the tokenizer's and the processor's files. Tensors are fetched
-  and written one at a time.
+  The caller adds the tokenizer's and the processor's files. Earlier weights are
+  replaced; tensors are fetched and written one at a time.
 
   Args:
-    directory: made if it does not exist; earlier weights are replaced.
-    config: of the model.
-    params: the weights.
-    eos_ids: token ids that end an answer,
-    pad_id: stands behind the end,
-    bos_id: begins a text, where the tokenizer has one.
+    eos_ids: token ids that end an answer; `pad_id` stands behind the end,
+      `bos_id` begins a text, where the tokenizer has one.
     dtype: type of the written weights; each parameter's own by default.
     extra: {hub name: array} written beside them as they are, such as
       `Checkpoint.extra` or a policy under its public names. What readers ask
@@ -282,19 +220,15 @@ def save(
   dtype = None if dtype is None else jnp.dtype(dtype)
   tensors = _source_tensors(config, params, dtype)
   main = dtype or jnp.dtype(params["language_model"]["embed_tokens"].dtype)
-  extra = dict(extra or {})
-  for name, array in unused_tensors(config).items():
-    extra.setdefault(name, array.astype(main))
+  unused = unused_tensors(config).items()
+  extra = {name: array.astype(main) for name, array in unused} | (extra or {})
   if taken := sorted(tensors.keys() & extra.keys()):
     raise ValueError(f"extra names parameters: {', '.join(taken)}")
-  for name, array in extra.items():
-    tensors[name] = safetensors_io.made(array)
-
   write_config(
     directory, config, eos_ids=eos_ids, pad_id=pad_id, bos_id=bos_id, dtype=main
   )
   # Last: a directory with weights is complete.
-  safetensors_io.write_directory(directory, tensors, max_shard_bytes)
+  safetensors_io.write_directory(directory, tensors | extra, max_shard_bytes)
 
 
 def write_config(directory, config, *, eos_ids, pad_id, bos_id=None, dtype):
@@ -306,10 +240,8 @@ def write_config(directory, config, *, eos_ids, pad_id, bos_id=None, dtype):
   # Where the model keeps its text fields: a section, or the top level.
   described.get("text_config", described).update(ids)
   files.write_json(os.path.join(directory, "config.json"), described)
-  files.write_json(
-    os.path.join(directory, "generation_config.json"),
-    ids | {"do_sample": False},
-  )
+  path = os.path.join(directory, "generation_config.json")
+  files.write_json(path, ids | {"do_sample": False})
 
 
 def source_shapes(config):
@@ -319,7 +251,7 @@ def source_shapes(config):
 
 def unused_tensors(config):
   """Returns {hub name: float32 array} of what readers want and nothing uses."""
-  norm, width = _family(config).post_norm, config.vision.hidden_size
+  norm, width = _family(config).POST_NORM, config.vision.hidden_size
   ones, zeros = np.ones(width, np.float32), np.zeros(width, np.float32)
   return {f"{norm}weight": ones, f"{norm}bias": zeros} if norm else {}
 
@@ -335,31 +267,26 @@ def _source_tensors(config, params, dtype):
     value = value.astype(stored, copy=False)
     return placement.to_source(entry.layout, value, config.vision.kernel_shape)
 
-  tensors = {}
-  for name, entry in _entries(config).items():
+  def lazy(entry):
     stored = dtype or jnp.dtype(leaves[entry.path].dtype)
-    made = functools.partial(make, entry, stored)
-    tensors[name] = (stored, entry.shape, made)
-  return tensors
+    return stored, entry.shape, functools.partial(make, entry, stored)
+
+  return {name: lazy(entry) for name, entry in _entries(config).items()}
 
 
 def _ending(directory):
   """Returns (eos_ids, pad_id) of generation_config.json or config.json."""
   config = read_json(os.path.join(directory, "config.json"))
-  sources = [config.get("text_config") or {}, config]
   path = os.path.join(directory, "generation_config.json")
-  if os.path.exists(path):
-    sources.insert(0, read_json(path))
-
-  def first(name):
-    found = (source.get(name) for source in sources)
-    return next((value for value in found if value is not None), None)
-
-  eos = first("eos_token_id")
-  if eos is None:
+  own = read_json(path) if os.path.exists(path) else {}
+  found = {}
+  for source in (config, config.get("text_config") or {}, own):
+    found |= {name: x for name, x in source.items() if x is not None}
+  if "eos_token_id" not in found:
     raise errors.UserError(f"{path} lacks eos_token_id; add it")
+  eos = found["eos_token_id"]
   eos = tuple(eos) if isinstance(eos, list) else (eos,)
-  pad = first("pad_token_id")
+  pad = found.get("pad_token_id")
   return eos, eos[0] if pad is None else pad
 
 

@@ -8,78 +8,43 @@ import jax.numpy as jnp
 
 
 def greedy(
-  model,
-  params,
-  x,
-  positions,
-  lengths,
-  next_positions,
-  *,
-  max_new_tokens,
-  eos_ids,
-  pad_id,
-  **options,
-):
+  model, params, x, positions, lengths, next_positions, *, max_new_tokens,
+  eos_ids, pad_id, **options,
+):  # fmt: skip
   """Returns int32[B, max_new_tokens] of the most likely continuation.
 
+  Of a `video_llm.VideoLLM` and prompts as of its `prefill`, with its options.
   Stops as soon as every row has ended. Ties go to the lowest id.
 
   Args:
-    model: `video_llm.VideoLLM`.
-    params: its parameters.
-    x: float[B, L, D] prompt embeddings, right padded.
-    positions: int32[B, P, L].
-    lengths: int32[B] valid tokens of each prompt.
     next_positions: int32[B] position of the first generated token. A pruned
       prompt goes on where the *whole* prompt would, so this is not `lengths`.
     max_new_tokens: static, at least 1.
     eos_ids: static, token ids that end an answer; they are part of it.
     pad_id: id written behind the end.
-    **options: of `VideoLLM.prefill`.
   """
+  room = x.shape[1] + max_new_tokens - 1
   logits, cache, _ = model.prefill(
-    params,
-    x,
-    positions,
-    lengths,
-    cache_length=x.shape[1] + max_new_tokens - 1,
-    **options,
+    params, x, positions, lengths, cache_length=room, **options
   )
   return extend(
-    model,
-    params,
-    logits,
-    cache,
-    next_positions,
-    num_position_rows=positions.shape[1],
-    max_new_tokens=max_new_tokens,
-    eos_ids=eos_ids,
-    pad_id=pad_id,
-  )
+    model, params, logits, cache, next_positions,
+    max_new_tokens=max_new_tokens, eos_ids=eos_ids, pad_id=pad_id,
+  )  # fmt: skip
 
 
 def extend(
-  model,
-  params,
-  logits,
-  cache,
-  next_positions,
-  *,
-  num_position_rows,
-  max_new_tokens,
-  eos_ids,
+  model, params, logits, cache, next_positions, *, max_new_tokens, eos_ids,
   pad_id,
-):
+):  # fmt: skip
   """Returns what `greedy` returns, after a prefill that the caller ran.
 
-  For callers that need more of the prefill than its end: of its logits
-  float32[B, V] and its cache, with room for max_new_tokens - 1 more rows. P is
-  `num_position_rows`, static; the other arguments are those of `greedy`.
+  Of its logits float32[B, V] and its cache, with room for max_new_tokens - 1
+  more rows; the other arguments are those of `greedy`.
   """
-  batch = logits.shape[0]
   ends = jnp.asarray(tuple(eos_ids), jnp.int32)
   first = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-  ids = jnp.full((batch, max_new_tokens), pad_id, jnp.int32)
+  ids = jnp.full((logits.shape[0], max_new_tokens), pad_id, jnp.int32)
 
   def ended(token):
     return (token[:, None] == ends[None]).any(axis=-1)
@@ -90,8 +55,7 @@ def extend(
 
   def one_more(carry):
     step, token, ids, done, cache = carry
-    where = next_positions + step - 1
-    where = jnp.broadcast_to(where[:, None], (batch, num_position_rows))
+    where = _positions(model, next_positions, step)
     logits, cache = model.decode_step(params, token, where, cache)
     token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     token = jnp.where(done, pad_id, token)
@@ -105,12 +69,11 @@ def extend(
 def score(model, params, logits, cache, next_positions, ids, lengths):
   """Returns (log_probs float32[B], greedy bool[B]) of given continuations.
 
-  `log_probs` sums over a continuation's tokens; `greedy` says whether each of
-  them is what `greedy` would say. Arguments are those of `extend`, the cache
+  Sums over a continuation's tokens, and whether each of them is what `greedy`
+  would say; none give (0, True). Arguments are those of `extend`, the cache
   with room for M - 1 more rows, and the continuations int32[B, M], right padded
-  by any id to `lengths` int32[B]; none give (0, True).
+  by any id to `lengths` int32[B].
   """
-  rows = model.num_position_rows
 
   def mark(logits, token, step):
     """Returns what the token at a step adds, nothing behind the end."""
@@ -123,9 +86,7 @@ def score(model, params, logits, cache, next_positions, ids, lengths):
   def one_more(carry, step):
     logits, cache, total, greedy = carry
     # The token before is read, the token of this step is marked.
-    where = jnp.broadcast_to(
-      (next_positions + step - 1)[:, None], (ids.shape[0], rows)
-    )
+    where = _positions(model, next_positions, step)
     logits, cache = model.decode_step(params, ids[:, step - 1], where, cache)
     added, likeliest = mark(logits, ids[:, step], step)
     return (logits, cache, total + added, greedy & likeliest), None
@@ -134,3 +95,9 @@ def score(model, params, logits, cache, next_positions, ids, lengths):
   steps = jnp.arange(1, ids.shape[1])
   (_, _, total, greedy), _ = jax.lax.scan(one_more, carry, steps)
   return total, greedy
+
+
+def _positions(model, next_positions, step):
+  """Returns int32[B, P] of the token before a step; its rows are alike."""
+  where = (next_positions + step - 1)[:, None]
+  return jnp.broadcast_to(where, (len(where), model.num_position_rows))

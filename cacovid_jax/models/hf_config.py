@@ -4,6 +4,7 @@ Every size comes from the file, never from a library's class defaults: several
 of those are wrong for the released checkpoints.
 """
 
+import dataclasses
 import json
 
 from cacovid_jax import errors
@@ -21,7 +22,7 @@ def read_json(path):
       f"{path} is missing; give a Hugging Face checkpoint directory"
     ) from error
   except (OSError, ValueError, RecursionError) as error:
-    reason = " ".join(str(error).split())
+    reason = errors.one_line(error)
     raise errors.UserError(f"{path} is not readable JSON ({reason})") from error
   if not isinstance(value, dict):
     raise errors.UserError(f"{path} does not hold a JSON object")
@@ -46,34 +47,61 @@ def number(config, name, kind=int, default=_REQUIRED, where=""):
     if default is not _REQUIRED:
       return default
     raise errors.UserError(f"config.json lacks {where}{name}; add it")
+  wanted = ""
   if isinstance(value, bool) or not isinstance(value, (int, float)):
-    raise errors.UserError(
-      f"config.json: {where}{name} is {value!r}; give a number"
-    )
-  if value <= 0 or kind(value) != value:
-    raise errors.UserError(
-      f"config.json: {where}{name} is {value!r}; give a positive"
-      f" {kind.__name__}"
-    )
+    wanted = "number"
+  elif value <= 0 or kind(value) != value:
+    wanted = f"positive {kind.__name__}"
+  check(not wanted, f"{where}{name} is {value!r}; give a {wanted}")
   return kind(value)
 
 
-def sizes(config, keys, where=""):
-  """Returns {our name: positive int} of `keys` {our name: key of a config}."""
-  return {ours: number(config, key, where=where) for ours, key in keys.items()}
+def key(name=None, default=dataclasses.MISSING, *, optional=False):
+  """Returns a field that is a number of a config.json, under a name or its own.
+
+  A file need not have it if it is optional; else the default is for code alone.
+  """
+  metadata = {"key": name, "optional": optional}
+  return dataclasses.field(default=default, metadata=metadata)
 
 
-def described(sizes, keys):
-  """Returns {key of a config: value} of an object's attributes, see `sizes`."""
-  return {key: getattr(sizes, ours) for ours, key in keys.items()}
+def _keys(cls):
+  """Yields (field, its name in a config.json)."""
+  for field in dataclasses.fields(cls):
+    if "key" in field.metadata:
+      yield field, field.metadata["key"] or field.name
+
+
+def numbers(cls, config, where=""):
+  """Returns {field: positive number} of the fields of a class made by `key`."""
+  found = {}
+  for field, name in _keys(cls):
+    default = field.default if field.metadata["optional"] else _REQUIRED
+    found[field.name] = number(config, name, field.type, default, where)
+  return found
+
+
+def described(config):
+  """Returns {name in a config.json: value} of these fields."""
+  return {name: getattr(config, field.name) for field, name in _keys(config)}
+
+
+def check(fine, message):
+  """Stops with what is wrong in a config.json unless it is fine."""
+  if not fine:
+    raise errors.UserError(f"config.json: {message}")
 
 
 def require(config, where="", **allowed):
-  """Stops unless each field is absent or one of its allowed values."""
+  """Stops unless each field is absent or one of its allowed values.
+
+  A tuple allows several values, anything else itself.
+  """
   for name, values in allowed.items():
+    values = values if isinstance(values, tuple) else (values,)
     value = config.get(name)
-    if value is not None and value not in values:
-      raise errors.UserError(
-        f"config.json: {where}{name} is {value!r}; this model is implemented"
-        f" for {' or '.join(map(repr, values))} only"
-      )
+    check(
+      value is None or value in values,
+      f"{where}{name} is {value!r}; this model is implemented for"
+      f" {' or '.join(map(repr, values))} only",
+    )

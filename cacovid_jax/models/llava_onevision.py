@@ -6,7 +6,6 @@ Paper: https://arxiv.org/abs/2408.03326.
 """
 
 import dataclasses
-import functools
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -21,9 +20,16 @@ from cacovid_jax.models import (
   video_llm,
 )
 
+HEAD = "language_model.lm_head.weight"  # Source name of the output table.
 # The norm behind SigLIP's last block is in every checkpoint and in no
 # computation.
 POST_NORM = "vision_tower.vision_model.post_layernorm."
+_FIXED = dict(
+  model_type="llava_onevision",
+  projector_hidden_act="gelu",
+  vision_feature_layer=-1,
+  vision_feature_select_strategy="full",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,8 +38,8 @@ class LlavaOnevisionConfig:
 
   vision: siglip.SiglipConfig
   text: qwen2.Qwen2Config
-  image_token_id: int
-  video_token_id: int
+  image_token_id: int = hf_config.key("image_token_index")
+  video_token_id: int = hf_config.key("video_token_index")
   projector_bias: bool = True
 
   @classmethod
@@ -53,49 +59,31 @@ class LlavaOnevisionConfig:
   @classmethod
   def tiny(cls):
     """7 x 7 patches of a frame pooled to 4 x 4; CPU-sized, for tests."""
-    return cls(
-      vision=siglip.SiglipConfig.tiny(),
-      text=qwen2.Qwen2Config.tiny(),
-      image_token_id=60,
-      video_token_id=61,
-    )
+    vision, text = siglip.SiglipConfig.tiny(), qwen2.Qwen2Config.tiny()
+    return cls(vision=vision, text=text, image_token_id=60, video_token_id=61)
 
   @classmethod
   def from_hf(cls, config):
     """Reads a config.json, as transformers 4.x or 5.x writes it."""
-    hf_config.require(
-      config,
-      model_type=["llava_onevision"],
-      projector_hidden_act=["gelu"],
-      vision_feature_layer=[-1],
-      vision_feature_select_strategy=["full"],
-    )
+    hf_config.require(config, **_FIXED)
     text = hf_config.section(config, "text_config")
     vision = hf_config.section(config, "vision_config")
+    tied = config.get("tie_word_embeddings", False)
     return cls(
       vision=siglip.SiglipConfig.from_hf(vision),
-      text=qwen2.Qwen2Config.from_hf(
-        text, tie_embeddings=config.get("tie_word_embeddings", False)
-      ),
-      image_token_id=hf_config.number(config, "image_token_index"),
-      video_token_id=hf_config.number(config, "video_token_index"),
+      text=qwen2.Qwen2Config.from_hf(text, tied),
+      **hf_config.numbers(cls, config),
       projector_bias=bool(config.get("multimodal_projector_bias", True)),
     )
 
   def to_hf(self):
     """Returns the config.json that transformers reads."""
     size = self.vision.image_size
-    return {
+    described = {
       "architectures": ["LlavaOnevisionForConditionalGeneration"],
-      "model_type": "llava_onevision",
       "vision_config": self.vision.to_hf(),
       "text_config": self.text.to_hf(),
-      "image_token_index": self.image_token_id,
-      "video_token_index": self.video_token_id,
       "multimodal_projector_bias": self.projector_bias,
-      "projector_hidden_act": "gelu",
-      "vision_feature_layer": -1,
-      "vision_feature_select_strategy": "full",
       "vision_aspect_ratio": "anyres_max_9",
       # Tilings of single pictures; videos never use them.
       "image_grid_pinpoints": [
@@ -103,6 +91,7 @@ class LlavaOnevisionConfig:
       ],
       "tie_word_embeddings": self.text.tie_embeddings,
     }
+    return hf_config.described(self) | _FIXED | described
 
   @property
   def pooled_side(self):
@@ -113,8 +102,7 @@ class LlavaOnevisionConfig:
 def pooling_matrix(size):
   """Returns float32[ceil(size / 2), size], bilinear with half-pixel centres.
 
-  Rows are plain interpolation weights: no low-pass filter, which is what the
-  released models were trained with.
+  Without a low-pass filter, which is what the released models learned with.
   """
   out_size = -(-size // 2)
   source = (np.arange(out_size) + 0.5) * (size / out_size) - 0.5
@@ -136,12 +124,8 @@ def pool(x):
   frames, patches, width = x.shape
   side = round(patches**0.5)
   matrix = pooling_matrix(side)
-  pooled = jnp.einsum(
-    "ph,fhwd,qw->fpqd",
-    matrix,
-    x.astype(jnp.float32).reshape(frames, side, side, width),
-    matrix,
-  )
+  grid = x.astype(jnp.float32).reshape(frames, side, side, width)
+  pooled = jnp.einsum("ph,fhwd,qw->fpqd", matrix, grid, matrix)
   return pooled.reshape(frames, -1, width).astype(x.dtype)
 
 
@@ -154,33 +138,22 @@ class Projector(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    dense = functools.partial(
-      nn.Dense, self.width, use_bias=self.use_bias, dtype=self.dtype
-    )
-    x = nn.gelu(dense(name="linear_1")(x), approximate=False)
-    return dense(name="linear_2")(x)
+    options = dict(use_bias=self.use_bias, dtype=self.dtype)
+    x = nn.Dense(self.width, name="linear_1", **options)(x)
+    x = nn.gelu(x, approximate=False)
+    return nn.Dense(self.width, name="linear_2", **options)(x)
 
 
-class LlavaOnevision(nn.Module):
+class LlavaOnevision(qwen2.Part):
   """The modules of LLaVA-OneVision; `LlavaOnevisionModel` runs them."""
 
-  config: LlavaOnevisionConfig
-  dtype: jnp.dtype = jnp.float32
-  backend: str = "auto"
-  remat: bool = False
-
   def setup(self):
-    cfg = self.config
+    cfg, width = self.config, self.config.text.hidden_size
     kwargs = dict(dtype=self.dtype, backend=self.backend, remat=self.remat)
     self.vision_tower = siglip.SiglipTower(cfg.vision, **kwargs)
-    self.projector = Projector(
-      cfg.text.hidden_size, cfg.projector_bias, self.dtype
-    )
-    self.image_newline = self.param(
-      "image_newline",
-      nn.initializers.normal(cfg.text.hidden_size**-0.5),
-      (cfg.text.hidden_size,),
-    )
+    self.projector = Projector(width, cfg.projector_bias, self.dtype)
+    init = nn.initializers.normal(width**-0.5)
+    self.image_newline = self.param("image_newline", init, (width,))
     self.language_model = qwen2.Qwen2(cfg.text, **kwargs)
 
   def encode_video(self, pixels, signals=()):
@@ -225,17 +198,13 @@ class LlavaOnevisionModel(video_llm.VideoLLM):
 
   @property
   def processor(self):
-    """The processor of the config's sizes and SigLIP's statistics."""
-    return processors.LlavaOnevisionProcessor(
-      image_size=self.config.vision.image_size,
-      frame_side=self.config.pooled_side,
-    )
+    size, side = self.config.vision.image_size, self.config.pooled_side
+    own = processors.LlavaOnevisionProcessor
+    return own(image_size=size, frame_side=side)
 
   def read_processor(self, directory):
-    """Returns the processor of a checkpoint's files."""
-    return processors.LlavaOnevisionProcessor.from_files(
-      directory, frame_side=self.config.pooled_side
-    )
+    side, own = self.config.pooled_side, processors.LlavaOnevisionProcessor
+    return own.from_files(directory, frame_side=side)
 
   def positions(self, ids, video=None):
     """Returns (int32[1, L], next position) of ONE prompt: rows count on."""
@@ -243,7 +212,6 @@ class LlavaOnevisionModel(video_llm.VideoLLM):
     return np.arange(len(ids), dtype=np.int32)[None], len(ids)
 
   def init(self, rng):
-    """Returns random float32 parameters."""
     size = self.config.vision.image_size
     return self.module.init(rng, jnp.zeros((1, size, size, 3)))["params"]
 
@@ -253,14 +221,13 @@ class LlavaOnevisionModel(video_llm.VideoLLM):
     Signals are of the tower's last layer and pooled as the features are;
     "vision_attention" is a mean over queries.
     """
-    return self.module.apply(
-      {"params": params}, inputs.values, signals, method="encode_video"
-    )
+    given = (inputs.values, signals)
+    return self.module.apply({"params": params}, *given, method="encode_video")
 
   def embed_prompt(self, params, ids, features, video_rows):
     """See `VideoLLM.embed_prompt`; behind the video's last row is the newline.
 
-    The newline is a row of text: every pruned prompt has it, too.
+    That is a row of text: every pruned prompt has it, too.
     """
     x = super().embed_prompt(params, ids, features, video_rows)
     last = jnp.where(video_rows < len(ids), video_rows, -1).max()
@@ -268,51 +235,33 @@ class LlavaOnevisionModel(video_llm.VideoLLM):
     return x.at[last + 1].set(newline, mode="drop")
 
 
-def weight_table(config):
-  """Returns the rows of the weights, see `placement.rows`.
+CONFIG, MODEL = LlavaOnevisionConfig, LlavaOnevisionModel
 
-  Source names are those of the hub (transformers up to 4.51); `hub_name` turns
-  the other spellings into them.
-  """
+
+def weight_table(config):
+  """Returns the `placement.rows` of the weights, by the hub's names (4.x)."""
   tower, ours = "vision_tower.vision_model", "vision_tower"
   dense = "dense" if config.projector_bias else "linear"
-  norms = dict.fromkeys(("layer_norm1", "layer_norm2"), "norm")
+  projector = dict(linear_1=dense, linear_2=dense)
+  embeddings = dict(patch_embedding="patches", position_embedding="table")
   names = [f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")]
-  linear = dict.fromkeys([*names, "mlp.fc1", "mlp.fc2"], "dense")
+  layer = dict(layer_norm1="norm", layer_norm2="norm")
+  layer |= dict.fromkeys([*names, "mlp.fc1", "mlp.fc2"], "dense")
+  stack = f"{tower}.encoder.layers.{{}}", f"{ours}/layers"
   return (
     {"image_newline": ("image_newline", "same", None)}
-    | placement.rows(
-      "multi_modal_projector", "projector", linear_1=dense, linear_2=dense
-    )
-    | placement.rows(
-      f"{tower}.embeddings",
-      ours,
-      patch_embedding="patches",
-      position_embedding="table",
-    )
-    | placement.rows(
-      f"{tower}.encoder.layers.{{}}",
-      f"{ours}/layers",
-      config.vision.num_layers,
-      **norms,
-      **linear,
-    )
-    | qwen2.decoder_rows(
-      config.text, "language_model.model", "language_model.lm_head.weight"
-    )
+    | placement.rows("multi_modal_projector", "projector", **projector)
+    | placement.rows(f"{tower}.embeddings", ours, **embeddings)
+    | placement.rows(*stack, config.vision.num_layers, **layer)
+    | qwen2.decoder_rows(config.text, "language_model.model", HEAD)
   )
 
 
 def hub_name(name):
   """Returns the hub's (4.x) name of a tensor in any of the known spellings."""
-  stems = (
-    "language_model.",
-    "vision_tower.",
-    "multi_modal_projector.",
-    "image_newline",
-  )
-  if name.startswith("model.") and name[len("model.") :].startswith(stems):
-    name = name[len("model.") :]
+  stems = ("language_model", "vision_tower", "multi_modal_projector")
+  if name.startswith(tuple(f"model.{x}" for x in (*stems, "image_newline"))):
+    name = name.removeprefix("model.")
   head, _, rest = name.partition(".")
   if head == "lm_head":
     return f"language_model.{name}"

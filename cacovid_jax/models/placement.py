@@ -2,13 +2,11 @@
 
 Slices of rows are read by a few threads in the order of the files and put
 straight into place: one layer of a stack, the part of a weight that a device
-holds. The host never has a second copy of a parameter; what it holds at once is
-a few slices, and the small parameters.
+holds. At once, the host holds a few slices and the small parameters.
 
-On CPU the host's memory is the device's: parameters are filled there, and
-transposed on the way, which costs about as much as reading them. On an
-accelerator, slices are copied over as they lie in the file and transposed
-there.
+On CPU, parameters are filled in the device's memory and transposed on the way,
+which costs about as much as reading them. On an accelerator, slices are copied
+over as they lie in the file and transposed there.
 """
 
 import collections
@@ -48,14 +46,11 @@ _LEAVES = {
 def rows(source, path, layers=None, **kinds):
   """Returns the rows of some modules in a table of weights.
 
-  A row is name at the source, "{}" for the layer number -> (path, layout,
-  layers): `path` leads to a leaf of our parameters, `layout` is one of
-  `to_ours`, `layers` the depth of a stack that the tensors of all layers fill,
-  None for a single tensor.
-
-  The modules' names at the source begin with `source`, ours lie in `path`.
-  `kinds` are {name: one of `_LEAVES`}, and behind a space the name of ours
-  where that is not the last part of the name.
+  A row is name at the source, "{}" for the layer number -> (path of our leaf,
+  layout of `to_ours`, depth of the stack that the tensors of all layers fill,
+  None for a single tensor). Names at the source begin with `source`, ours lie
+  in `path`. `kinds` are {name: one of `_LEAVES`}, and behind a space the name
+  of ours where that is not the last part of the name.
   """
   found = {}
   for name, kind in kinds.items():
@@ -96,8 +91,7 @@ def to_ours(layout, tensor):
 def to_source(layout, param, kernel_shape):
   """Returns the source tensor of a parameter; undoes `to_ours`.
 
-  `kernel_shape` are a convolution's sizes behind its outputs, as the source has
-  them.
+  `kernel_shape` are a source convolution's sizes behind its outputs.
   """
   if layout == "transpose":
     return param.T
@@ -113,32 +107,24 @@ def to_source(layout, param, kernel_shape):
 def fill(shapes, sources, shardings=None, *, small_bytes=None):
   """Returns {leaf: jax.Array} of what the sources hold.
 
-  Args:
-    shapes: {leaf: jax.ShapeDtypeStruct}; sources are cast to these dtypes.
-    sources: `Source`s that cover every leaf, in the order of their bytes.
-    shardings: {leaf: jax.sharding.Sharding}; the default device without.
-    small_bytes: leaves up to this size are assembled on the host. By default
-      all are on CPU, and the small ones elsewhere.
+  Of {leaf: jax.ShapeDtypeStruct}, to whose dtypes sources are cast, `Source`s
+  that cover every leaf, in the order of their bytes, and {leaf: Sharding}, the
+  default device without. Leaves up to `small_bytes` are assembled on the host;
+  by default all are on CPU, and the small ones elsewhere.
   """
   if small_bytes is None:
-    device = _devices(shardings)[0]
+    device = jax.config.jax_default_device
+    if shardings:
+      device, *_ = next(iter(shardings.values())).addressable_devices
+    elif not hasattr(device, "platform"):
+      device = jax.devices()[0]
     small_bytes = math.inf if device.platform == "cpu" else _SMALL_BYTES
-  leaves = {
-    name: _Leaf(shape, shardings and shardings[name], small_bytes)
-    for name, shape in shapes.items()
-  }
+  leaves = {}
+  for name, shape in shapes.items():
+    leaves[name] = _Leaf(shape, shardings and shardings[name], small_bytes)
   _read(sources, leaves)
   # Popped, so that a buffer is gone once its array is made.
   return {name: leaves.pop(name).finish() for name in list(leaves)}
-
-
-def _devices(shardings):
-  if not shardings:
-    default = jax.config.jax_default_device
-    return [default if hasattr(default, "platform") else jax.devices()[0]]
-  return sorted(
-    next(iter(shardings.values())).addressable_devices, key=lambda d: d.id
-  )
 
 
 def _read(sources, leaves):
@@ -175,19 +161,16 @@ def _read(sources, leaves):
 
 
 def row_slices(tensor, slice_bytes=_SLICE_BYTES):
-  """Returns [(start, stop)] of rows that cover a tensor.
+  """Returns [(start, stop)] of rows that cover a tensor, equal if they can be.
 
-  Equal slices where rows allow it: every other length is a program of its own
-  on an accelerator.
+  Every other length is a program of its own on an accelerator.
   """
   rows = tensor.shape[0] if tensor.shape else 1
   if not rows:
     return []
   fewest = max(1, -(-tensor.num_bytes // slice_bytes))
-  most = min(rows, 2 * fewest)
-  count = next(
-    (n for n in range(fewest, most + 1) if rows % n == 0), min(fewest, rows)
-  )
+  counts = range(fewest, min(rows, 2 * fewest) + 1)
+  count = next((n for n in counts if rows % n == 0), min(fewest, rows))
   step = -(-rows // count)
   return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
@@ -196,22 +179,17 @@ class _Leaf:
   """One parameter while it fills: a buffer for each distinct part of it."""
 
   def __init__(self, shape, sharding, small_bytes):
-    self._shape = shape
-    self._sharding = sharding
-    num_bytes = math.prod(shape.shape) * shape.dtype.itemsize
-    self.on_host = num_bytes <= small_bytes
+    self._shape, self._sharding = shape, sharding
+    self.on_host = math.prod(shape.shape) * shape.dtype.itemsize <= small_bytes
     # {((start, stop) of each axis): devices that hold this part}.
     self._parts = collections.defaultdict(list)
-    if sharding is None:
-      self._parts[tuple((0, size) for size in shape.shape)].append(None)
-    else:
+    indices = {None: (slice(None),) * len(shape.shape)}
+    if sharding is not None:
       indices = sharding.addressable_devices_indices_map(shape.shape)
-      for device, index in indices.items():
-        spans = tuple(
-          s.indices(size)[:2]
-          for s, size in zip(index, shape.shape, strict=True)
-        )
-        self._parts[spans].append(device)
+    for device, index in indices.items():
+      sides = zip(index, shape.shape, strict=True)
+      spans = tuple(s.indices(size)[:2] for s, size in sides)
+      self._parts[spans].append(device)
     self._lock = threading.Lock()
     self._buffers = {}
     for spans, devices in self._parts.items():
@@ -219,9 +197,8 @@ class _Leaf:
       if self.on_host:
         self._buffers[spans] = aligned_empty(sizes, shape.dtype)
       else:
-        self._buffers[spans] = [
-          jnp.zeros(sizes, shape.dtype, device=device) for device in devices
-        ]
+        zeros = functools.partial(jnp.zeros, sizes, shape.dtype)
+        self._buffers[spans] = [zeros(device=device) for device in devices]
 
   def place(self, source, start, rows):
     """Writes a slice into the host's buffers."""
@@ -249,7 +226,6 @@ class _Leaf:
         moved.block_until_ready()
 
   def finish(self):
-    """Returns the parameter."""
     arrays = []
     while self._buffers:
       spans, buffer = self._buffers.popitem()

@@ -7,7 +7,6 @@ side of a patch, a patch, a token.
 
 import abc
 import dataclasses
-import json
 import math
 import os
 from typing import Any, ClassVar, NamedTuple
@@ -17,37 +16,17 @@ from PIL import Image
 
 from cacovid_jax import errors
 from cacovid_jax.data import frames as frames_lib
-from cacovid_jax.models import hf_config
+from cacovid_jax.models import hf_config, processor_files
 
 # Statistics of CLIP's images, which Qwen2.5-VL's tower was trained with.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-# What the paper's scripts allow a frame, in tokens and in pixels of 28 x 28
-# tokens.
+# What the paper's scripts allow a frame: tokens, and pixels of 28 x 28 tokens.
 PAPER_TOKENS = (128, 256)
-PAPER_MIN_PIXELS = 128 * 28 * 28
-PAPER_MAX_PIXELS = 256 * 28 * 28
+PAPER_MIN_PIXELS, PAPER_MAX_PIXELS = (28 * 28 * x for x in PAPER_TOKENS)
 
 _MAX_ASPECT = 200
-_MAX_FILE_BYTES = 2**20
 _MAX_SIDE = 8192
-# Steps of the reference processors: key -> (what we do, when it is not given).
-_STEPS = {
-  "do_resize": (True, True),
-  "do_rescale": (True, True),
-  "do_normalize": (True, True),
-  "do_center_crop": (False, False),
-}
-# Files of a checkpoint and keys in them, in the reference's order: transformers
-# 5 stores the video part in the first, earlier releases wrote the others.
-_FILES = {
-  "processor_config.json": "video_processor",
-  "video_preprocessor_config.json": None,
-  "preprocessor_config.json": None,
-}
-# What reading a file raises that holds something else than it should.
-_UNUSABLE = (OSError, ValueError, TypeError, LookupError, AttributeError)
-_UNUSABLE += (OverflowError, RecursionError)
 
 
 class TowerInputs(NamedTuple):
@@ -68,76 +47,53 @@ class Processor(abc.ABC):
   resample: int = frames_lib.BICUBIC  # PIL's filter; 3 is bicubic.
 
   one_grid: ClassVar[bool]  # Whether clips of as many frames have one grid.
+  needs_statistics: ClassVar[bool] = False  # Whether files must tell them.
   # What files of earlier runs call the class, and its fields there.
   _on_disk: ClassVar[str]
 
   def __post_init__(self):
-    if (
-      not all(math.isfinite(x) for x in (*self.mean, *self.std))
-      or min(self.std) <= 0
-    ):
-      raise errors.UserError(
-        f"mean={tuple(self.mean)} and std={tuple(self.std)}: give finite"
-        " numbers, the deviations above 0"
-      )
-    if self.resample not in {int(method) for method in Image.Resampling}:
-      raise errors.UserError(
-        f"resample={self.resample}: give the number of a filter of PIL (3 is"
-        " bicubic)"
-      )
+    mean, std = tuple(self.mean), tuple(self.std)
+    _check(
+      all(map(math.isfinite, mean + std)) and min(std) > 0,
+      f"mean={mean} and std={std}: give finite numbers, the deviations above 0",
+    )
+    text = "give the number of a filter of PIL (3 is bicubic)"
+    known = self.resample in list(Image.Resampling)
+    _check(known, f"resample={self.resample}: {text}")
 
   @classmethod
   def from_files(cls, directory, **known) -> "Processor":
     """Reads a Hugging Face checkpoint directory; `known` are other fields."""
-    for name, key in _FILES.items():
-      path = os.path.join(directory, name)
-      if not os.path.isfile(path):
-        continue
-      try:
-        entry = _read_file(path)
-        entry = entry if key is None else entry.get(key)
-        if not isinstance(entry, dict):
-          continue
-        _check_steps(entry, path)
-        values = cls._values_of(entry)
-      except _UNUSABLE as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else error
-        raise errors.UserError(
-          f"{path}: not a usable processor file ({reason}); copy it again from"
-          " the checkpoint's origin"
-        ) from error
-      try:
-        return cls(**values, **known)
-      except errors.UserError as error:
-        raise errors.UserError(f"{path}: {error}") from error
-    raise errors.UserError(
-      f"{directory}: no preprocessor_config.json or"
-      " video_preprocessor_config.json; copy it from the checkpoint's origin"
-    )
+
+    def make(entry):
+      sizes = cls._sizes_of(entry)
+      common = processor_files.statistics(entry, cls.needs_statistics)
+      return cls(**sizes, **common, **known)
+
+    return processor_files.read(directory, make)
 
   @classmethod
   @abc.abstractmethod
-  def _values_of(cls, entry) -> dict[str, Any]:
-    """Returns the fields that a file's JSON tells."""
+  def _sizes_of(cls, entry) -> dict[str, int]:
+    """Returns the other fields that a file's JSON tells."""
 
-  def with_bounds(self, min_pixels=0, max_pixels=0) -> "Processor":
+  def with_bounds(self, min_pixels=0, max_pixels=0):
     """Returns the processor with other bounds on a frame, 0 for its own."""
-    if min_pixels or max_pixels:
-      raise errors.UserError(
-        "min_pixels and max_pixels are for models whose grids differ; this one"
-        " has frames of one size: leave them out"
-      )
+    _check(
+      not min_pixels and not max_pixels,
+      "min_pixels and max_pixels are for models whose grids differ; this one"
+      " has frames of one size: leave them out",
+    )
     return self
 
-  def with_paper_bounds(self, min_pixels=0, max_pixels=0) -> "Processor":
+  def with_paper_bounds(self, min_pixels=0, max_pixels=0):
     """Returns the processor with the paper's bounds, or those given."""
     return self.with_bounds(min_pixels, max_pixels)
 
   @property
   def described(self) -> dict[str, Any]:
     """What pixels depend on, as the keys of feature caches have it."""
-    _, *names = self._on_disk.split()
-    return {name: getattr(self, name) for name in names}
+    return {name: getattr(self, name) for name in self._on_disk.split()[1:]}
 
   @property
   def identity(self) -> str:
@@ -147,10 +103,7 @@ class Processor(abc.ABC):
 
   @abc.abstractmethod
   def frame_size(self, height, width, num_frames) -> tuple[int, int]:
-    """Returns the (height, width) of each of F frames after resizing.
-
-    `frames.ShapeError` where no size suits such frames.
-    """
+    """Returns (height, width) of F frames after resizing, or a ShapeError."""
 
   @abc.abstractmethod
   def resized_grid(self, num_frames, height, width) -> tuple[int, int, int]:
@@ -165,64 +118,47 @@ class Processor(abc.ABC):
     """Returns the one grid of all clips of F frames, None if they differ."""
     return self.grid(num_frames, 1, 1) if self.one_grid else None
 
-  def second_per_grid_t(self, fps: float | None) -> float:
-    """Returns the seconds between temporal patches of `fps` frames a second.
-
-    1.0 if that is not known, as in the reference, or not told by positions.
-    """
-    del fps
-    return 1.0
-
   def resize_frame(self, frame: np.ndarray, num_frames: int) -> np.ndarray:
-    """Returns uint8[h',w',3], one of F frames uint8[h,w,3], resized.
-
-    Given to the decoder (`functools.partial(processor.resize_frame,
-    num_frames=F)`), it spares the memory of large frames.
-    """
+    """Returns uint8[h',w',3], one of F frames uint8[h,w,3], resized."""
     size = self.frame_size(*frame.shape[:2], num_frames)
     return frames_lib.resize_frame(frame, size, self.resample)
 
   def __call__(self, frames, *, fps=None, resized=False) -> TowerInputs:
-    """Returns what the tower takes of one clip.
+    """Returns what the tower takes of one clip, uint8[F,h,w,3], upright.
 
-    Args:
-      frames: uint8[F,h,w,3], upright.
-      fps: of these frames (see `frames.sampled_fps`), not of the clip; None if
-        it is not known.
-      resized: whether the decoder has applied `resize_frame`.
+    `fps` is that of these frames (see `frames.sampled_fps`), not of the clip;
+    `resized` says that `resize_frame` was applied while they were decoded.
     """
     if frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
       raise ValueError(f"frames of shape {frames.shape} are not [F,h,w,3]")
-    if fps is not None and not 0 < fps < math.inf:
-      raise errors.UserError(f"{fps} frames a second: give a positive number")
+    known = fps is None or 0 < fps < math.inf
+    _check(known, f"{fps} frames a second: give a positive number")
     if not resized:
       count = len(frames)
       frames = np.stack([self.resize_frame(frame, count) for frame in frames])
-    return TowerInputs(
-      self._values(frames),
-      self.resized_grid(*frames.shape[:3]),
-      self.second_per_grid_t(fps),
-    )
+    grid = self.resized_grid(*frames.shape[:3])
+    return TowerInputs(self._values(frames), grid, self._seconds(fps))
+
+  def _seconds(self, fps: float | None) -> float:
+    """Returns `second_per_grid_t`; 1.0 if not known, as in the reference."""
+    del fps  # Not in most models' positions.
+    return 1.0
 
   @abc.abstractmethod
   def _values(self, frames):
     """Returns `TowerInputs.values` of resized frames."""
 
-  def normalise(self, pixels, axis: int = -1, xp=np):
+  def _normalise(self, pixels, axis: int = -1):
     """Returns float32 (x / 255 - mean) / std of uint8, channels along `axis`.
 
-    `xp` is the array's module: numpy, or jax.numpy to do it on the device.
+    In place where it can be: clips are large.
     """
     shape = [1] * pixels.ndim
     shape[axis] = -1
-    mean, std = (
-      xp.asarray(x, xp.float32).reshape(shape) for x in (self.mean, self.std)
-    )
-    pixels = pixels.astype(xp.float32)
-    # In place on the host, where clips are large.
+    pixels = pixels.astype(np.float32)
     pixels /= 255.0
-    pixels -= mean
-    pixels /= std
+    pixels -= np.array(self.mean, np.float32).reshape(shape)
+    pixels /= np.array(self.std, np.float32).reshape(shape)
     return pixels
 
 
@@ -236,37 +172,33 @@ class LlavaOnevisionProcessor(Processor):
   std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
   one_grid = True
+  # Class defaults of the library are wrong for the released checkpoints: CLIP's
+  # statistics instead of SigLIP's.
+  needs_statistics = True
   _on_disk = "Preprocessing image_size mean std resample"
 
   def __post_init__(self):
-    if not 1 <= self.image_size <= _MAX_SIDE:
-      raise errors.UserError(
-        f"image_size={self.image_size}: give pixels, at most {_MAX_SIDE}"
-      )
+    text = f"image_size={self.image_size}: give pixels, at most {_MAX_SIDE}"
+    _check(1 <= self.image_size <= _MAX_SIDE, text)
     super().__post_init__()
 
   @classmethod
-  def _values_of(cls, entry):
-    # Class defaults of the library are wrong for the released checkpoints
-    # (CLIP statistics instead of SigLIP's): the files have to state them.
-    resample = entry.get("resample")
-    return {
-      "image_size": _square(entry.get("size", 384)),
-      "mean": _triple(entry["image_mean"]),
-      "std": _triple(entry["image_std"]),
-      "resample": frames_lib.BICUBIC if resample is None else int(resample),
-    }
+  def _sizes_of(cls, entry):
+    size = entry.get("size", 384)
+    if isinstance(size, dict):
+      if "height" not in size or size["height"] != size.get("width"):
+        raise ValueError(f"size {size} is no square tile of height and width")
+      size = size["height"]
+    return {"image_size": int(size)}
 
   def frame_size(self, height, width, num_frames):
-    """Returns (S, S), whatever the frames."""
     return self.image_size, self.image_size
 
   def resized_grid(self, num_frames, height, width):
-    """Returns (F, H, W), whatever the frames."""
     return num_frames, self.frame_side, self.frame_side
 
   def _values(self, frames):
-    return self.normalise(frames)
+    return self._normalise(frames)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -297,50 +229,36 @@ class Qwen2_5VLProcessor(Processor):  # noqa: N801 (the model's own name)
 
   def __post_init__(self):
     for name in ("patch_size", "temporal_patch_size", "merge_size"):
-      if getattr(self, name) < 1:
-        raise errors.UserError(
-          f"{name}={getattr(self, name)}: give a positive number"
-        )
-    if not 0 < self.min_pixels <= self.max_pixels:
-      raise errors.UserError(
-        f"min_pixels={self.min_pixels} and max_pixels={self.max_pixels}: give"
-        " positive numbers, the smaller one first"
-      )
+      size = getattr(self, name)
+      _check(size >= 1, f"{name}={size}: give a positive number")
+    _check(
+      0 < self.min_pixels <= self.max_pixels,
+      f"min_pixels={self.min_pixels} and max_pixels={self.max_pixels}: give"
+      " positive numbers, the smaller one first",
+    )
     super().__post_init__()
 
   @classmethod
-  def tiny(cls) -> "Qwen2_5VLProcessor":
+  def tiny(cls):
     """For tests: patches of 4 pixels, at most 24 tokens a temporal patch."""
     return cls(patch_size=4, min_pixels=4 * 8 * 8, max_pixels=24 * 8 * 8)
 
   @classmethod
-  def _values_of(cls, entry):
+  def _sizes_of(cls, entry):
     size = entry.get("size") or {}
-    values = {
-      "min_pixels": entry.get("min_pixels")
-      or size.get("shortest_edge")
-      or size.get("min_pixels"),
-      "max_pixels": entry.get("max_pixels")
-      or size.get("longest_edge")
-      or size.get("max_pixels"),
-    }
-    names = ("patch_size", "temporal_patch_size", "merge_size", "resample")
-    values |= {name: entry.get(name) for name in names}
+    names = ("patch_size", "temporal_patch_size", "merge_size")
+    values = {name: entry.get(name) for name in names}
+    for name, edge in (("min", "shortest_edge"), ("max", "longest_edge")):
+      name = f"{name}_pixels"
+      values[name] = entry.get(name) or size.get(edge) or size.get(name)
     if entry.get("cap_pixels_per_frame"):
       values["max_video_tokens"] = entry.get("max_video_tokens", 128_000)
-    values = {k: int(v) for k, v in values.items() if v is not None}
-    for name in ("mean", "std"):
-      if entry.get(f"image_{name}") is not None:
-        values[name] = _triple(entry[f"image_{name}"])
-    return values
+    return {k: int(v) for k, v in values.items() if v is not None}
 
   def with_bounds(self, min_pixels=0, max_pixels=0):
     """See `Processor`; the released checkpoints' own are made for images."""
-    return dataclasses.replace(
-      self,
-      min_pixels=min_pixels or self.min_pixels,
-      max_pixels=max_pixels or self.max_pixels,
-    )
+    given = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+    return dataclasses.replace(self, **{k: v for k, v in given.items() if v})
 
   def with_paper_bounds(self, min_pixels=0, max_pixels=0):
     """See `Processor`; in tokens: a model of other patches gets as many."""
@@ -353,14 +271,9 @@ class Qwen2_5VLProcessor(Processor):  # noqa: N801 (the model's own name)
     return self.patch_size * self.merge_size
 
   def frame_size(self, height, width, num_frames):
-    """Returns the (height, width) of each of F frames after resizing."""
-    return smart_resize(
-      height,
-      width,
-      factor=self.factor,
-      min_pixels=self.min_pixels,
-      max_pixels=self._max_pixels(num_frames),
-    )
+    bounds = dict(min_pixels=self.min_pixels)
+    bounds |= dict(max_pixels=self._max_pixels(num_frames))
+    return smart_resize(height, width, factor=self.factor, **bounds)
 
   def _max_pixels(self, num_frames: int) -> int:
     """Returns the most pixels of each of F frames."""
@@ -380,7 +293,6 @@ class Qwen2_5VLProcessor(Processor):  # noqa: N801 (the model's own name)
     return least, max(most, least)
 
   def resized_grid(self, num_frames, height, width):
-    """Returns (T, H, W) of F frames of h x w pixels after resizing."""
     if height % self.factor or width % self.factor:
       raise ValueError(
         f"{height} x {width} pixels do not split into {self.factor}s"
@@ -388,19 +300,16 @@ class Qwen2_5VLProcessor(Processor):  # noqa: N801 (the model's own name)
     patches = -(-num_frames // self.temporal_patch_size)
     return patches, height // self.factor, width // self.factor
 
-  def second_per_grid_t(self, fps):
-    """Returns the seconds between temporal patches; 1.0 if not known."""
+  def _seconds(self, fps):
     return 1.0 if fps is None else self.temporal_patch_size / fps
 
   def _values(self, frames):
     # Bytes are moved before they become floats: a quarter of the memory.
     patches = patchify(
-      frames,
-      patch=self.patch_size,
+      frames, patch=self.patch_size, merge=self.merge_size,
       temporal_patch=self.temporal_patch_size,
-      merge=self.merge_size,
-    )
-    pixels = self.normalise(patches.reshape(len(patches), 3, -1), axis=1)
+    )  # fmt: skip
+    pixels = self._normalise(patches.reshape(len(patches), 3, -1), axis=1)
     return pixels.reshape(patches.shape)
 
 
@@ -409,26 +318,24 @@ def smart_resize(height, width, *, factor=28, min_pixels, max_pixels):
 
   Both are multiples of `factor`, the pixels of a merged token's side, close to
   the frame's aspect ratio; their product lies between the limits, as far as
-  multiples can. `frames.ShapeError` where no such size suits the frame.
+  it can. `frames.ShapeError` where no such size suits the frame.
   """
-  frame = f"a frame of {width} x {height} pixels"
-  if min(height, width) < 1:
+  frame, sides = f"a frame of {width} x {height} pixels", (height, width)
+  if min(sides) < 1:
     raise frames_lib.ShapeError(f"{frame} holds nothing", "leave the clip out")
-  if max(height, width) > _MAX_ASPECT * min(height, width):
+  if max(sides) > _MAX_ASPECT * min(sides):
     raise frames_lib.ShapeError(
       f"{frame} is longer than {_MAX_ASPECT} times its width", "crop the clip"
     )
   # Python's round, half to even, as in the reference.
-  rows, columns = round(height / factor), round(width / factor)
-  if rows * columns * factor**2 > max_pixels:
+  counts = [round(side / factor) for side in sides]
+  if math.prod(counts) * factor**2 > max_pixels:
     scale = math.sqrt(height * width / max_pixels)
-    rows = max(1, math.floor(height / scale / factor))
-    columns = max(1, math.floor(width / scale / factor))
-  elif rows * columns * factor**2 < min_pixels:
+    counts = [max(1, math.floor(side / scale / factor)) for side in sides]
+  elif math.prod(counts) * factor**2 < min_pixels:
     scale = math.sqrt(min_pixels / (height * width))
-    rows = math.ceil(height * scale / factor)
-    columns = math.ceil(width * scale / factor)
-  return rows * factor, columns * factor
+    counts = [math.ceil(side * scale / factor) for side in sides]
+  return counts[0] * factor, counts[1] * factor
 
 
 def patchify(frames, *, patch, temporal_patch, merge):
@@ -437,7 +344,7 @@ def patchify(frames, *, patch, temporal_patch, merge):
   Rows run over temporal patches, then over tokens row by row, then over the
   m x m patches of a token. Columns are (channel, frame, row, column), as in the
   weight of the tower's convolution. Where F is no multiple of t, the last frame
-  is repeated; h and w are multiples of p m.
+  is repeated.
   """
   if missing := -len(frames) % temporal_patch:
     frames = np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)])
@@ -460,52 +367,14 @@ def default_num_frames(directory) -> int:
   number = found.get("num_frames")
   if number is None:
     return 32
-  if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-    raise errors.UserError(
-      f"{path}: num_frames {number!r} is no number of frames; correct it, or"
-      " give --num_frames"
-    )
+  _check(
+    type(number) is int and number >= 1,  # True is no number.
+    f"{path}: num_frames {number!r} is no number of frames; correct it, or"
+    " give --num_frames",
+  )
   return number
 
 
-def _read_file(path) -> dict:
-  """Returns the JSON object in a small file."""
-  if os.path.getsize(path) > _MAX_FILE_BYTES:
-    raise ValueError(f"above {_MAX_FILE_BYTES} bytes")
-  with open(path, encoding="utf-8") as file:
-    entry = json.load(file)
-  if not isinstance(entry, dict):
-    raise ValueError("no JSON object")
-  return entry
-
-
-def _check_steps(entry: dict, path) -> None:
-  """Refuses steps other than ours: they would give other pixels."""
-  for name, (ours, default) in _STEPS.items():
-    value = entry.get(name)
-    if bool(default if value is None else value) != ours:
-      raise errors.UserError(
-        f"{path}: {name}={value} is not supported; set it to"
-        f" {json.dumps(ours)}, or use the checkpoint's original file"
-      )
-  factor = entry.get("rescale_factor")
-  if factor is not None and not math.isclose(factor, 1 / 255, rel_tol=1e-6):
-    raise errors.UserError(
-      f"{path}: rescale_factor={factor} is not supported; pixels are divided"
-      " by 255"
-    )
-
-
-def _square(size) -> int:
-  """Returns the side of the tile that a processor's `size` asks for."""
-  if not isinstance(size, dict):
-    return int(size)
-  if "height" not in size or size["height"] != size.get("width"):
-    raise ValueError(f"size {size} is no square tile of height and width")
-  return int(size["height"])
-
-
-def _triple(values) -> tuple[float, float, float]:
-  """Returns three numbers, one a channel."""
-  first, second, third = (float(value) for value in values)
-  return first, second, third
+def _check(fine: bool, message: str) -> None:
+  if not fine:
+    raise errors.UserError(message)

@@ -1,8 +1,7 @@
 """Prompts about videos on the device, whole or pruned of video tokens.
 
-A video's rows need not follow each other: text may stand between its temporal
-patches. Dropping tokens removes their rows; text rows stay, and every row keeps
-its position of the whole prompt. Shapes are static.
+Text may stand between a video's temporal patches. Dropping tokens removes their
+rows; text rows stay, and every row keeps its position of the whole prompt.
 
 Axes: B batch, L rows of a whole prompt, R rows of a pruned one, D width, N
 video tokens, n of them left, K kept next, P position rows, S auxiliary feature
@@ -11,6 +10,7 @@ maps, Q tokens of a question's text, V vocabulary.
 
 import bisect
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -23,17 +23,14 @@ from cacovid_jax import errors
 from cacovid_jax.models import qwen2
 
 _MULTIPLE = 16
+_WORTH = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptBuckets:
-  """How long the text of prompts is padded to: a few lengths for many texts.
+  """How long the text of prompts is padded to: a few lengths for many texts."""
 
-  Attributes:
-    text_rows: rising; rows of a prompt beside its video tokens.
-  """
-
-  text_rows: tuple[int, ...]
+  text_rows: tuple[int, ...]  # Of a prompt beside its video tokens; rising.
 
   def __post_init__(self):
     rows = tuple(map(int, self.text_rows))
@@ -45,17 +42,11 @@ class PromptBuckets:
     object.__setattr__(self, "text_rows", rows)
 
   @classmethod
-  def of(
-    cls, lengths: Sequence[int], *, beside: int = 0, worth: float = 0.1
-  ) -> "PromptBuckets":
-    """Returns the buckets that pad these prompts least.
+  def of(cls, lengths: Sequence[int], *, beside: int = 0) -> "PromptBuckets":
+    """Returns the buckets that pad prompts of these text rows least.
 
-    Each more means more programs, and so has to spare a share of the rows.
-
-    Args:
-      lengths: text rows of every prompt, at least one.
-      beside: video rows of a prompt as it is computed.
-      worth: the share of all rows that one more bucket has to spare.
+    `beside` are the video rows of a prompt as it is computed. One more bucket
+    means more programs, and so has to spare a share of all rows.
     """
     rounded = -(-np.maximum(lengths, 1) // _MULTIPLE) * _MULTIPLE
     sizes, counts = np.unique(rounded, return_counts=True)
@@ -68,7 +59,7 @@ class PromptBuckets:
     for number in (2, 3):
       smaller = itertools.combinations(sizes[:-1].tolist(), number - 1)
       found = min(((*c, best[-1]) for c in smaller), key=rows, default=best)
-      if rows(found) > (1 - worth) * rows(best):
+      if rows(found) > (1 - _WORTH) * rows(best):
         break
       best = found
     return cls(best)
@@ -88,81 +79,53 @@ class PromptBuckets:
 class PromptBatch(NamedTuple):
   """B whole prompts, right padded (or ONE, without the leading axis).
 
-  Attributes:
-    x: float[B, L, D] embeddings.
-    positions: int32[B, P, L].
-    lengths: int32[B] rows without padding.
-    video_rows: int32[B, N] rows of the video tokens, ascending; L where a video
-      has fewer than N.
-    next_position: int32[B] of the first generated token.
-    deep: float[B, S, N, D], see `video_llm.VideoFeatures`, or None.
-    features: float[B, N, D] of the video as it was encoded; None where nothing
-      reads them but the prompt itself.
-    ids: int32[B, L] from which the prompts were embedded, or None.
-    text_rows: int32[B, Q] rows of the question's text, L where there are none;
-      None where nothing reads it.
+  The last three are None where nothing reads them.
   """
 
-  x: jax.Array
-  positions: jax.Array
-  lengths: jax.Array
-  video_rows: jax.Array
-  next_position: jax.Array
+  x: jax.Array  # float[B, L, D] embeddings.
+  positions: jax.Array  # int32[B, P, L].
+  lengths: jax.Array  # int32[B] rows without padding.
+  video_rows: jax.Array  # int32[B, N], ascending; L behind a video's own.
+  next_position: jax.Array  # int32[B] of the first generated token.
+  # float[B, S, N, D], see `video_llm.VideoFeatures`, or None.
   deep: jax.Array | None = None
-  features: jax.Array | None = None
-  ids: jax.Array | None = None
-  text_rows: jax.Array | None = None
+  features: jax.Array | None = None  # float[B, N, D] as they were encoded.
+  ids: jax.Array | None = None  # int32[B, L] that were embedded.
+  text_rows: jax.Array | None = None  # int32[B, Q] of the question, L for none.
 
 
 class PrunedPrompts(NamedTuple):
   """B prompts somewhere between two layers of a decoder.
 
   Of the n entries per prompt the first `count` are valid.
-
-  Attributes:
-    x: float[B, R, D] residual stream.
-    positions: int32[B, P, R] of the whole prompt.
-    lengths: int32[B] rows without padding.
-    video_rows: int32[B, n] rows of the tokens that are left, R for padding.
-    num_after: int32[B] text rows behind the last row of the whole video.
-    index: int32[B, n] token of the whole video behind each entry, N for
-      padding.
-    row: int32[B, n] row of the selection that entered the model.
-    count: int32[B] valid entries.
-    deep: float[B, S, n, D] or None.
-    entered: selection that entered the model (`index`, `assign` and the like,
-      leading axis B); None if that was the whole video.
   """
 
-  x: jax.Array
-  positions: jax.Array
-  lengths: jax.Array
-  video_rows: jax.Array
-  num_after: jax.Array
-  index: jax.Array
-  row: jax.Array
-  count: jax.Array
-  deep: jax.Array | None = None
+  x: jax.Array  # float[B, R, D] residual stream.
+  positions: jax.Array  # int32[B, P, R] of the whole prompt.
+  lengths: jax.Array  # int32[B] rows without padding.
+  video_rows: jax.Array  # int32[B, n] of the tokens left, R for padding.
+  num_after: jax.Array  # int32[B] text rows behind the whole video's last.
+  index: jax.Array  # int32[B, n] tokens of the whole video, N for padding.
+  row: jax.Array  # int32[B, n] row of the selection that entered the model.
+  count: jax.Array  # int32[B] valid entries.
+  deep: jax.Array | None = None  # float[B, S, n, D].
+  # Selection [B, ...] that entered the model; None if that was all the video.
   entered: Any = None
 
 
 def kept_rows(index, num_valid, *, video_rows, length, num_rows):
   """Returns (rows, new length, new video rows) of ONE pruned prompt.
 
-  `x[rows]` are its embeddings and `positions[:, rows]` its positions.
+  `x[rows]` are its embeddings and `positions[:, rows]` its positions: rows are
+  int32[L - N + K], strictly ascending over the new length int32[], the last
+  one repeated behind; the new video rows int32[K] are L - N + K for padding.
 
   Args:
-    index: int32[K] kept video tokens, ascending in 0..N-1; only the first
-      `num_valid` entries are read.
-    num_valid: int or int32[], at most K.
+    index: int32[K] kept video tokens, ascending in 0..N-1.
+    num_valid: int or int32[]; only as many entries of `index` are read.
     video_rows: int32[N], `num_rows` or more for padding.
     length: int or int32[], rows of the whole prompt without padding.
     num_rows: L, static.
-
-  Returns:
-    rows int32[L - N + K], strictly ascending over the first new length
-    entries, repeating the last one behind them; int32[]; int32[K] places of
-    the kept tokens among `rows`, L - N + K behind `num_valid`.
   """
   out_rows = num_rows - len(video_rows) + len(index)
   valid = jnp.arange(len(index)) < num_valid
@@ -181,35 +144,23 @@ def kept_rows(index, num_valid, *, video_rows, length, num_rows):
 
 
 def prune(prompt, index, num_valid):
-  """Returns (rows, prompt) of ONE prompt with only some video tokens.
+  """Returns (rows int32[R], prompt) of ONE prompt with only some video tokens.
 
-  Args:
-    prompt: `PromptBatch` or `PrunedPrompts`, without its leading axis.
-    index: int32[K] kept entries of its `video_rows`, ascending over the first
-      `num_valid`.
-    num_valid: int or int32[].
-
-  Returns:
-    rows int32[R] that went on; the prompt, of which embeddings, positions,
-    length, video rows and auxiliary features have changed.
+  The rows are those that went on. Of a `PromptBatch` or `PrunedPrompts`,
+  `index` int32[K] are the kept entries of `video_rows`, ascending over the
+  first `num_valid`, int or int32[].
   """
   rows, length, video_rows = kept_rows(
-    index,
-    num_valid,
-    video_rows=prompt.video_rows,
-    length=prompt.lengths,
+    index, num_valid, video_rows=prompt.video_rows, length=prompt.lengths,
     num_rows=len(prompt.x),
-  )
+  )  # fmt: skip
   deep = prompt.deep
   if deep is not None:
     deep = jnp.take(deep, index, axis=1, mode="clip")
   return rows, prompt._replace(
-    x=prompt.x[rows],
-    positions=prompt.positions[:, rows],
-    lengths=length,
-    video_rows=video_rows,
-    deep=deep,
-  )
+    x=prompt.x[rows], positions=prompt.positions[:, rows], lengths=length,
+    video_rows=video_rows, deep=deep,
+  )  # fmt: skip
 
 
 def whole(prompts: PromptBatch) -> PrunedPrompts:
@@ -224,36 +175,21 @@ def whole(prompts: PromptBatch) -> PrunedPrompts:
   lengths = jnp.asarray(prompts.lengths, jnp.int32)
   last = jnp.where(valid, prompts.video_rows, -1).max(axis=1)
   return PrunedPrompts(
-    x=prompts.x,
-    positions=prompts.positions,
-    lengths=lengths,
-    video_rows=prompts.video_rows,
-    num_after=lengths - 1 - last,
-    index=every,
-    row=every,
-    count=valid.sum(axis=1, dtype=jnp.int32),
-    deep=prompts.deep,
-  )
+    prompts.x, prompts.positions, lengths, prompts.video_rows,
+    num_after=lengths - 1 - last, index=every, row=every,
+    count=valid.sum(axis=1, dtype=jnp.int32), deep=prompts.deep,
+  )  # fmt: skip
 
 
 def crop(prompts: PromptBatch, num_video: int) -> PromptBatch:
-  """Returns prompts without the padding of a bucket.
-
-  Every video has `num_video` tokens.
-  """
+  """Returns prompts without the padding of a bucket, all of N video tokens."""
   num_rows = prompts.x.shape[1] + num_video - prompts.video_rows.shape[1]
-
-  def first(array, count):
-    return None if array is None else array[:, :count]
-
-  return prompts._replace(
-    x=prompts.x[:, :num_rows],
-    positions=prompts.positions[:, :, :num_rows],
-    video_rows=prompts.video_rows[:, :num_video],
-    deep=None if prompts.deep is None else prompts.deep[:, :, :num_video],
-    features=first(prompts.features, num_video),
-    ids=first(prompts.ids, num_rows),
-  )
+  rows, video = np.s_[:, :num_rows], np.s_[:, :num_video]
+  first = dict(x=rows, ids=rows, video_rows=video, features=video)
+  first |= dict(positions=np.s_[..., :num_rows], deep=np.s_[:, :, :num_video])
+  given = {k: x for k, x in prompts._asdict().items() if x is not None}
+  changed = {k: given[k][at] for k, at in first.items() if k in given}
+  return prompts._replace(**changed)
 
 
 def keep(prompts: PrunedPrompts, selection, *, num_video) -> PrunedPrompts:
@@ -262,38 +198,27 @@ def keep(prompts: PrunedPrompts, selection, *, num_video) -> PrunedPrompts:
   _, kept = take(prompts, selection.index, count, num_video=num_video)
   kept = write_selection(kept, prompts.deep, selection)
   own = jnp.arange(selection.index.shape[1], dtype=jnp.int32)
-  return kept._replace(
-    row=jnp.broadcast_to(own, selection.index.shape), entered=selection
-  )
+  row = jnp.broadcast_to(own, selection.index.shape)
+  return kept._replace(row=row, entered=selection)
 
 
 def write_selection(kept, deep, selection):
-  """Returns pruned prompts with a selection's rows [B, ...] in their places.
+  """Returns B prompts of what is kept with a selection's rows in their places.
 
-  A method may have changed the rows that it keeps (merged tokens).
-
-  Args:
-    kept: B prompts with what the selection keeps.
-    deep: float[B, S, N, D] of the whole videos, or None.
-    selection: see `compressors.base.Selection`.
+  A method may have changed the rows that it keeps (merged tokens). `deep`
+  float[B, S, N, D] is that of the whole videos, or None.
   """
   if deep is not None:
     kept = kept._replace(deep=jax.vmap(_means)(deep, selection))
-  return kept._replace(
-    x=write_video(kept.x, kept.video_rows, selection.features)
-  )
+  x = write_video(kept.x, kept.video_rows, selection.features)
+  return kept._replace(x=x)
 
 
 def take(prompts: PrunedPrompts, kept, count, *, num_video):
   """Returns (taken int32[B, R'], prompts) with only some of the video tokens.
 
-  Args:
-    prompts: the prompts.
-    kept: int32[B, K] of their n entries, ascending over the first `count`.
-    count: int32[B].
-    num_video: N, the index of padding.
-
-  `taken` are the rows that went on.
+  `taken` are the rows that went on. Of the n entries, those `kept` int32[B, K]
+  stay, ascending over the first `count` int32[B]; padding has the index N.
   """
 
   def one(prompt, kept, count):
@@ -318,28 +243,26 @@ def _means(deep, selection):
   size = selection.index.shape[0]
   members = selection.assign == jnp.arange(size)[:, None]  # [K, N]
   weights = members / jnp.maximum(members.sum(axis=1, keepdims=True), 1)
+  weights, values = (a.astype(jnp.float32) for a in (weights, deep))
   # A product with zeros and ones, not a sum by row numbers, whose order is
   # open on a GPU; one token alone stays as it is.
-  return jnp.einsum(
-    "KN,SND->SKD",
-    weights.astype(jnp.float32),
-    deep.astype(jnp.float32),
-    precision="highest",
-  ).astype(deep.dtype)
+  means = jnp.einsum("KN,SND->SKD", weights, values, precision="highest")
+  return means.astype(deep.dtype)
 
 
 def read_video(x, video_rows):
   """Returns [B, n, ...], rows of x [B, R, ...]; zeros for padding."""
-  return jax.vmap(
-    lambda x, rows: jnp.take(x, rows, axis=0, mode="fill", fill_value=0)
-  )(x, video_rows)
+  take = functools.partial(jnp.take, axis=0, mode="fill", fill_value=0)
+  return jax.vmap(take)(x, video_rows)
 
 
 def write_video(x, video_rows, values):
   """Returns x [B, R, ...] with `values` [B, n, ...] in its video rows."""
-  return jax.vmap(
-    lambda x, rows, values: x.at[rows].set(values.astype(x.dtype), mode="drop")
-  )(x, video_rows, values)
+
+  def one(x, rows, values):
+    return x.at[rows].set(values.astype(x.dtype), mode="drop")
+
+  return jax.vmap(one)(x, video_rows, values)
 
 
 def last_logits(model, params, prompts: PrunedPrompts):
@@ -352,18 +275,14 @@ def last_logits(model, params, prompts: PrunedPrompts):
 def drop(cache: qwen2.Cache, taken, lengths) -> qwen2.Cache:
   """Returns the cache with only the rows `taken` int32[B, R']."""
   place = taken[None, :, :, None, None]
-  return qwen2.Cache(
-    keys=jnp.take_along_axis(cache.keys, place, axis=2),
-    values=jnp.take_along_axis(cache.values, place, axis=2),
-    lengths=lengths,
-  )
+  both = (jnp.take_along_axis(x, place, axis=2) for x in cache[:2])
+  return qwen2.Cache(*both, lengths)
 
 
 def place(model, prompts, videos, length: int):
   """Returns (int32[B, P, length], next positions int32[B]) of B prompts.
 
-  Positions count on behind a prompt. `videos` are what `VideoLLM.positions`
-  takes, one for each `data.tokenizer.Prompt`.
+  Positions count on behind a prompt; `videos` are as of `VideoLLM.positions`.
   """
   found, following = [], []
   for prompt, video in zip(prompts, videos, strict=True):

@@ -9,7 +9,6 @@ Paper: https://arxiv.org/abs/2502.13923 (section 2.1.2 on positions).
 import dataclasses
 import math
 
-import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
@@ -25,9 +24,9 @@ from cacovid_jax.models import (
 )
 
 POSITION_RULES = ("4.50", "v5")
+HEAD = "lm_head.weight"  # Source name of the output table.
+POST_NORM = ""  # Every norm of the checkpoint is read.
 _POSITION_ROWS = 3
-_TOKEN_IDS = [f"{kind}_token_id" for kind in ("image", "video")]
-_TOKEN_IDS += ["vision_start_token_id", "vision_end_token_id"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,10 +35,10 @@ class Qwen2_5VLConfig:  # noqa: N801 (the model's own name)
 
   vision: qwen2_5_vl_vision.VisionConfig
   text: qwen2.Qwen2Config
-  image_token_id: int
-  video_token_id: int
-  vision_start_token_id: int
-  vision_end_token_id: int
+  image_token_id: int = hf_config.key()
+  video_token_id: int = hf_config.key()
+  vision_start_token_id: int = hf_config.key()
+  vision_end_token_id: int = hf_config.key()
   tokens_per_second: int
 
   @classmethod
@@ -52,64 +51,52 @@ class Qwen2_5VLConfig:  # noqa: N801 (the model's own name)
 
   @classmethod
   def _released(cls, text):
-    return cls(
-      vision=qwen2_5_vl_vision.VisionConfig.qwen2_5_vl(text.hidden_size),
-      text=dataclasses.replace(
-        text, rope_sections=(16, 24, 24), max_positions=128000
-      ),
-      image_token_id=151655,
-      video_token_id=151656,
-      vision_start_token_id=151652,
-      vision_end_token_id=151653,
-      tokens_per_second=2,
-    )
+    changes = dict(rope_sections=(16, 24, 24), max_positions=128000)
+    vision = qwen2_5_vl_vision.VisionConfig.qwen2_5_vl(text.hidden_size)
+    ids = (151655, 151656, 151652, 151653)
+    return cls._of(vision, text, ids, **changes)
 
   @classmethod
   def tiny(cls):
     """CPU-sized, for tests."""
-    return cls(
-      vision=qwen2_5_vl_vision.VisionConfig.tiny(),
-      text=dataclasses.replace(
-        qwen2.Qwen2Config.tiny(), rope_sections=(1, 2, 1), tie_embeddings=True
-      ),
-      image_token_id=60,
-      video_token_id=61,
-      vision_start_token_id=58,
-      vision_end_token_id=59,
-      tokens_per_second=2,
-    )
+    changes = dict(rope_sections=(1, 2, 1), tie_embeddings=True)
+    vision = qwen2_5_vl_vision.VisionConfig.tiny()
+    text = qwen2.Qwen2Config.tiny()
+    return cls._of(vision, text, (60, 61, 58, 59), **changes)
+
+  @classmethod
+  def _of(cls, vision, text, ids, **changes):
+    text = dataclasses.replace(text, **changes)
+    names = ("image", "video", "vision_start", "vision_end")
+    ids = {f"{x}_token_id": id for x, id in zip(names, ids, strict=True)}
+    return cls(vision=vision, text=text, tokens_per_second=2, **ids)
 
   @classmethod
   def from_hf(cls, config):
     """Reads a config.json: flat, as on the hub, or with a text section."""
-    hf_config.require(config, model_type=["qwen2_5_vl"])
+    hf_config.require(config, model_type="qwen2_5_vl")
     vision = hf_config.section(config, "vision_config")
-    tied = config.get("tie_word_embeddings", False)
-    if config.get("text_config") is None:
-      text, kind, where = config, "qwen2_5_vl", ""
-    else:
+    text, kind = config, dict(model_type="qwen2_5_vl", where="")
+    if config.get("text_config") is not None:
       text = hf_config.section(config, "text_config")
-      kind, where = "qwen2_5_vl_text", "text_config."
+      kind = dict(model_type="qwen2_5_vl_text", where="text_config.")
+    tied = config.get("tie_word_embeddings", False)
     found = cls(
       vision=qwen2_5_vl_vision.VisionConfig.from_hf(vision),
       text=qwen2.Qwen2Config.from_hf(
-        text,
-        tie_embeddings=tied,
-        model_type=kind,
-        where=where,
-        num_sections=_POSITION_ROWS,
+        text, tied, num_sections=_POSITION_ROWS, **kind
       ),
-      **hf_config.sizes(config, {name: name for name in _TOKEN_IDS}),
+      **hf_config.numbers(cls, config),
       tokens_per_second=hf_config.number(
         vision, "tokens_per_second", where="vision_config."
       ),
     )
-    if found.vision.out_hidden_size != found.text.hidden_size:
-      raise errors.UserError(
-        "config.json: vision_config.out_hidden_size"
-        f" {found.vision.out_hidden_size} is not {where}hidden_size"
-        f" {found.text.hidden_size}"
-      )
+    out, width = found.vision.out_hidden_size, found.text.hidden_size
+    hf_config.check(
+      out == width,
+      f"vision_config.out_hidden_size {out} is not {kind['where']}hidden_size"
+      f" {width}",
+    )
     return found
 
   def to_hf(self):
@@ -119,27 +106,21 @@ class Qwen2_5VLConfig:  # noqa: N801 (the model's own name)
       "architectures": ["Qwen2_5_VLForConditionalGeneration"],
       "model_type": "qwen2_5_vl",
       "vision_config": vision | {"tokens_per_second": self.tokens_per_second},
-      **{name: getattr(self, name) for name in _TOKEN_IDS},
+      **hf_config.described(self),
     }
 
 
 def position_ids(ids, video, *, config, rule="4.50"):
   """Returns (positions int32[3, L], next position) of ONE prompt, on the host.
 
-  Text counts on in all three rows alike. A video token that lies `k` temporal
-  patches, `row` and `column` into its grid adds (floor(k · seconds ·
-  tokens_per_second), row, column) to the position where the video starts. The
-  next position, of the first generated token, is the largest plus one.
-
-  Args:
-    ids: int[L] of the prompt without padding.
-    video: has the `grid` (T, H, W) after merging and the seconds
-      `second_per_grid_t`; None for a prompt without a video.
-    config: `Qwen2_5VLConfig`.
-    rule: where the text behind the video goes on. "4.50" (transformers 4.50,
-      which the released models were trained and evaluated with): behind the
-      video's largest position. "v5" (transformers 5.x): behind the longer side
-      of the grid, whatever the time.
+  Of ids int[L] without padding and what has the `grid` (T, H, W) and the
+  `second_per_grid_t` of their video, None without one. Text counts on in all
+  rows alike. A video token that lies `k` temporal patches, `row` and `column`
+  into its grid adds (floor(k · seconds · tokens_per_second), row, column) to
+  the position where the video starts. Behind the video, text goes on behind its
+  largest position by rule "4.50" (of transformers 4.50, which the released
+  models were trained and evaluated with), behind the longer side of the grid,
+  whatever the time, by rule "v5" (5.x).
   """
   if rule not in POSITION_RULES:
     raise ValueError(f"position rule {rule!r} is not one of {POSITION_RULES}")
@@ -156,36 +137,25 @@ def position_ids(ids, video, *, config, rule="4.50"):
   positions = np.broadcast_to(np.arange(len(ids)), (_POSITION_ROWS, len(ids)))
   positions = positions.astype(np.int32)
   if len(where):
-    start, end = where[0], where[-1] + 1
-    own = _video_positions(video, config.tokens_per_second)
+    seconds = np.float32(video.second_per_grid_t)
+    if not (np.isfinite(seconds) and seconds > 0):
+      raise errors.UserError(
+        f"second_per_grid_t is {video.second_per_grid_t!r}; give a positive"
+        " number of seconds"
+      )
+    own = np.indices(video.grid).reshape(_POSITION_ROWS, -1)
+    # float32 as in the reference, whose floor falls elsewhere in float64.
+    step = seconds * np.float32(config.tokens_per_second)
+    own[0] = np.floor(own[0].astype(np.float32) * step)
     taken = max(video.grid[1:]) if rule == "v5" else own.max() + 1
+    start, end = where[0], where[-1] + 1
     positions[:, start:end] = start + own
     positions[:, end:] += taken - len(where)
   return positions, int(positions.max()) + 1 if len(ids) else 0
 
 
-def _video_positions(video, tokens_per_second):
-  """Returns int32[3, N], counted from the video's first token."""
-  seconds = np.float32(video.second_per_grid_t)
-  if not (np.isfinite(seconds) and seconds > 0):
-    raise errors.UserError(
-      f"second_per_grid_t is {video.second_per_grid_t!r}; give a positive"
-      " number of seconds"
-    )
-  time, row, column = np.indices(video.grid).reshape(_POSITION_ROWS, -1)
-  # float32 as in the reference, whose floor falls elsewhere in float64.
-  step = seconds * np.float32(tokens_per_second)
-  time = np.floor(time.astype(np.float32) * step)
-  return np.stack([time.astype(np.int32), row, column]).astype(np.int32)
-
-
-class Qwen2_5VL(nn.Module):  # noqa: N801
+class Qwen2_5VL(qwen2.Part):  # noqa: N801
   """The modules of Qwen2.5-VL; `Qwen2_5VLModel` runs them."""
-
-  config: Qwen2_5VLConfig
-  dtype: jnp.dtype = jnp.float32
-  backend: str = "auto"
-  remat: bool = False
 
   def setup(self):
     cfg = self.config
@@ -194,12 +164,11 @@ class Qwen2_5VL(nn.Module):  # noqa: N801
     self.language_model = qwen2.Qwen2(cfg.text, **kwargs)
 
   def encode_video(self, patches, layout, signals=()):
-    """Returns (features float[N, D], out); see `Qwen2_5VLModel.encode`."""
     return self.visual(patches, layout, signals)
 
   def __call__(self, patches, layout):
     """Touches every parameter; only initialisation calls it."""
-    x, _ = self.encode_video(patches, layout)
+    x, _ = self.visual(patches, layout)
     positions = jnp.zeros((1, _POSITION_ROWS, len(x)), jnp.int32)
     hidden, _ = self.language_model(x[None], positions)
     return self.language_model.logits(hidden)
@@ -217,16 +186,11 @@ class Qwen2_5VLModel(video_llm.VideoLLM):  # noqa: N801
 
   @property
   def processor(self):
-    """The processor of the config's sizes and CLIP's statistics."""
-    vision = self.config.vision
-    return processors.Qwen2_5VLProcessor(
-      patch_size=vision.patch_size,
-      temporal_patch_size=vision.temporal_patch_size,
-      merge_size=vision.merge_size,
-    )
+    names = ("patch_size", "temporal_patch_size", "merge_size")
+    sizes = {name: getattr(self.config.vision, name) for name in names}
+    return processors.Qwen2_5VLProcessor(**sizes)
 
   def read_processor(self, directory):
-    """Returns the processor of a checkpoint's files."""
     return processors.Qwen2_5VLProcessor.from_files(directory)
 
   def layout(self, grid, sizes=None):
@@ -235,15 +199,9 @@ class Qwen2_5VLModel(video_llm.VideoLLM):  # noqa: N801
     return qwen2_5_vl_layout.layout(grid, self.config.vision, sizes)
 
   def tower_inputs(self, inputs, bucket=None):
-    """Returns the patches, padded to a bucket, and their grid's layout."""
     vision, values, sizes = self.config.vision, inputs.values, None
     if bucket is not None:
-      sizes = qwen2_5_vl_layout.Sizes.of_bucket(
-        vision,
-        num_slices=bucket.frames,
-        tokens_per_slice=bucket.frame_tokens,
-        num_tokens=bucket.tokens,
-      )
+      sizes = qwen2_5_vl_layout.Sizes.of_bucket(bucket, vision)
       rows = bucket.tokens * vision.patches_per_token
       values = np.pad(values, ((0, rows - len(values)), (0, 0)))
     layout = self.layout(inputs.grid, sizes)
@@ -254,7 +212,6 @@ class Qwen2_5VLModel(video_llm.VideoLLM):  # noqa: N801
     return position_ids(ids, video, config=self.config)
 
   def init(self, rng):
-    """Returns random float32 parameters."""
     vision = self.config.vision
     patches = jnp.zeros((vision.patches_per_token, vision.patch_values))
     layout = self.layout((1, 1, 1))
@@ -267,41 +224,27 @@ class Qwen2_5VLModel(video_llm.VideoLLM):  # noqa: N801
     and zero behind the video's tokens; "vision_attention" is a sum over
     queries, "vision_keys" are turned by their place.
     """
-    return self.module.apply(
-      {"params": params},
-      inputs.values,
-      inputs.layout,
-      signals,
-      method="encode_video",
-    )
+    given = (inputs.values, inputs.layout, signals)
+    return self.module.apply({"params": params}, *given, method="encode_video")
+
+
+CONFIG, MODEL = Qwen2_5VLConfig, Qwen2_5VLModel
 
 
 def weight_table(config):
-  """Returns the rows of the weights, see `placement.rows`.
-
-  Source names are those of the hub (transformers up to 4.51, and what 5.x
-  saves); `hub_name` turns the other spellings into them.
-  """
-  dense = ("attn.qkv", "attn.proj")
-  dense += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+  """Returns the `placement.rows` of the weights, by the hub's names."""
+  names = [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+  block = dict(norm1="scale", norm2="scale")
+  block |= dict.fromkeys(["attn.qkv", "attn.proj", *names], "dense")
   patches = {"patch_embed.proj": "conv3d patch_embed"}
   # The entries of a Sequential; number 1 is the activation.
-  merger = {
-    "ln_q": "scale",
-    "mlp.0": "dense linear_1",
-    "mlp.2": "dense linear_2",
-  }
+  merger = {"mlp.0": "dense linear_1", "mlp.2": "dense linear_2"}
+  stack = "visual.blocks.{}", "visual/blocks", config.vision.num_layers
   return (
     placement.rows("visual", "visual", **patches)
-    | placement.rows(
-      "visual.blocks.{}",
-      "visual/blocks",
-      config.vision.num_layers,
-      **dict.fromkeys(("norm1", "norm2"), "scale"),
-      **dict.fromkeys(dense, "dense"),
-    )
-    | placement.rows("visual.merger", "visual/merger", **merger)
-    | qwen2.decoder_rows(config.text, "model", "lm_head.weight")
+    | placement.rows(*stack, **block)
+    | placement.rows("visual.merger", "visual/merger", ln_q="scale", **merger)
+    | qwen2.decoder_rows(config.text, "model", HEAD)
   )
 
 

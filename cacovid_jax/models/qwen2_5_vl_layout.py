@@ -7,6 +7,7 @@ Paper: https://arxiv.org/abs/2502.13923 (section 2.1.1).
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,8 +24,8 @@ class Segments(NamedTuple):
 class Layout(NamedTuple):
   """What the tower must know of ONE video's grid, as arrays.
 
-  Padded to `Sizes`, so that a compiled program takes every grid they hold.
-  Patches behind the valid ones see nothing and are seen by none.
+  Padded to `Sizes`, which a compiled program is for. Patches behind the valid
+  ones see nothing and are seen by none.
   """
 
   coordinates: Any  # int32[2, P] row and column of each patch in its slice.
@@ -44,51 +45,47 @@ class Sizes(NamedTuple):
   @classmethod
   def of(cls, grids, config):
     """Returns the smallest sizes that hold each of the grids (T, H, W)."""
-    side = config.window_side
     found = []
     for grid in grids:
       slices, height, width = map(int, grid)
       if min(slices, height, width) < 1:
         raise ValueError(f"grid {tuple(grid)} holds no token")
-      windows = slices * -(-height // side) * -(-width // side)
-      per_slice = height * width
-      found.append((slices * per_slice, windows, slices, per_slice))
+      windows = slices * math.prod(_windows(height, width, config))
+      area = height * width
+      found.append((slices * area, windows, slices, area))
     if not found:
       raise ValueError("sizes of no grid at all")
-    return cls(*(max(sizes) for sizes in zip(*found, strict=True)))
+    return cls(*map(max, zip(*found, strict=True)))
 
   @classmethod
-  def of_bucket(cls, config, *, num_slices, tokens_per_slice, num_tokens):
-    """Returns sizes that hold every grid within the three limits.
-
-    They are the largest T, H·W of whatever shape, and N.
-    """
-    side = config.window_side
+  def of_bucket(cls, bucket, config):
+    """Returns sizes that hold every grid of a `token_grid.GridBucket`."""
     # Long and narrow slices have the most windows, one token wide each.
     num_windows = max(
-      min(num_slices, num_tokens // (height * width))
-      * -(-height // side)
-      * -(-width // side)
-      for height in range(1, tokens_per_slice + 1)
-      for width in range(1, tokens_per_slice // height + 1)
+      min(bucket.frames, bucket.tokens // (height * width))
+      * math.prod(_windows(height, width, config))
+      for height in range(1, bucket.frame_tokens + 1)
+      for width in range(1, bucket.frame_tokens // height + 1)
     )
-    return cls(num_tokens, num_windows, num_slices, tokens_per_slice)
+    return cls(bucket.tokens, num_windows, bucket.frames, bucket.frame_tokens)
+
+
+def _windows(height, width, config):
+  """Returns how many windows a slice has, (down, across)."""
+  side = config.window_side
+  return -(-height // side), -(-width // side)
 
 
 @functools.lru_cache(maxsize=32)
 def layout(grid, config, sizes=None):
-  """Returns the `Layout` of one video's grid (T, H, W), made on the host.
+  """Returns the `Layout` of one video's grid (T, H, W), padded to `Sizes`.
 
-  NumPy arrays, padded to `Sizes` if given. Remembered: many videos have one
-  grid. Nobody writes into the arrays.
+  Remembered: many videos have one grid. Nobody writes into its NumPy arrays.
   """
   exact = Sizes.of([grid], config)
   sizes = sizes or exact
-  short = [
-    f"{name} {room} of {needed}"
-    for name, room, needed in zip(Sizes._fields, sizes, exact, strict=True)
-    if room < needed
-  ]
+  each = zip(Sizes._fields, sizes, exact, strict=True)
+  short = [f"{name} {room} of {own}" for name, room, own in each if room < own]
   if short:
     raise ValueError(f"no room for grid {tuple(grid)}: {', '.join(short)}")
   _, height, width = map(int, grid)
@@ -99,33 +96,28 @@ def layout(grid, config, sizes=None):
   row, column = token // width % height, token % width
   # Windows of a slice are numbered row by row; those at the far edges are
   # smaller. None reaches from one slice into the next.
-  across, down = -(-width // side), -(-height // side)
+  down, across = _windows(height, width, config)
   window_of = (slice_of * down + row // side) * across + column // side
 
-  inside = np.arange(config.patches_per_token)
-  coordinates = np.stack(
-    [
-      (row[:, None] * merge + inside // merge).ravel(),
-      (column[:, None] * merge + inside % merge).ravel(),
-    ]
-  )
+  inside = np.stack(np.divmod(np.arange(config.patches_per_token), merge))
+  coordinates = np.stack([row, column])[..., None] * merge + inside[:, None]
+  coordinates = coordinates.reshape(2, -1)
   num_patches = sizes.num_tokens * config.patches_per_token
   extra = num_patches - coordinates.shape[1]
+
+  def segments(of, number, tokens):
+    return _segments(of, number, tokens, num_patches, config.patches_per_token)
+
   return Layout(
     coordinates=np.pad(coordinates, [(0, 0), (0, extra)]).astype(np.int32),
-    windows=_segments(
-      window_of, sizes.num_windows, side**2, num_patches, config
-    ),
-    slices=_segments(
-      slice_of, sizes.num_slices, sizes.tokens_per_slice, num_patches, config
-    ),
+    windows=segments(window_of, sizes.num_windows, side**2),
+    slices=segments(slice_of, sizes.num_slices, sizes.tokens_per_slice),
     num_tokens=np.int32(exact.num_tokens),
   )
 
 
-def _segments(segment_of, num_segments, tokens, num_patches, config):
+def _segments(segment_of, num_segments, tokens, num_patches, size):
   """Returns `Segments` of up to `tokens` tokens from each token's segment."""
-  size = config.patches_per_token
   counts = np.bincount(segment_of, minlength=num_segments)
   # Stable: the tokens of a segment stay in the order of the slice.
   order = np.argsort(segment_of, kind="stable")
@@ -136,9 +128,8 @@ def _segments(segment_of, num_segments, tokens, num_patches, config):
   place = (place[:, None] * size + np.arange(size)).ravel()
   rows = np.zeros(num_segments * tokens * size, np.int32)
   rows[place] = np.arange(len(place))
-  extra = num_patches - len(place)
   return Segments(
     rows=rows.reshape(num_segments, -1),
     lengths=np.maximum(counts * size, 1).astype(np.int32),
-    place=np.pad(place, (0, extra)).astype(np.int32),
+    place=np.pad(place, (0, num_patches - len(place))).astype(np.int32),
   )

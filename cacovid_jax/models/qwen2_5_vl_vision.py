@@ -8,6 +8,7 @@ Paper: https://arxiv.org/abs/2502.13923 (section 2.1.1).
 """
 
 import dataclasses
+import functools
 import math
 
 import flax.linen as nn
@@ -15,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cacovid_jax import errors
 from cacovid_jax.models import (
   attention,
   hf_config,
@@ -28,17 +28,11 @@ from cacovid_jax.models import (
 # Not in any config.json: the released code has it fixed.
 _RMS_NORM_EPS = 1e-6
 _CHANNELS = 3
-# Our sizes -> keys of the `vision_config` section.
-_KEYS = dict(
-  hidden_size="hidden_size",
-  intermediate_size="intermediate_size",
-  num_layers="depth",
-  num_heads="num_heads",
-  out_hidden_size="out_hidden_size",
-  patch_size="patch_size",
-  temporal_patch_size="temporal_patch_size",
-  merge_size="spatial_merge_size",
-  window_size="window_size",
+_FIXED = dict(
+  model_type="qwen2_5_vl",
+  in_chans=_CHANNELS,  # transformers 4.x,
+  in_channels=_CHANNELS,  # and 5.x.
+  hidden_act="silu",
 )
 
 
@@ -46,101 +40,76 @@ _KEYS = dict(
 class VisionConfig:
   """Sizes of a tower; lengths in pixels, `full_layers` see a whole slice."""
 
-  hidden_size: int
-  intermediate_size: int
-  num_layers: int
-  num_heads: int
-  out_hidden_size: int
+  hidden_size: int = hf_config.key()
+  intermediate_size: int = hf_config.key()
+  num_layers: int = hf_config.key("depth")
+  num_heads: int = hf_config.key()
+  out_hidden_size: int = hf_config.key()
   full_layers: tuple[int, ...]
-  patch_size: int = 14
-  temporal_patch_size: int = 2
-  merge_size: int = 2
-  window_size: int = 112
+  patch_size: int = hf_config.key(default=14)
+  temporal_patch_size: int = hf_config.key(default=2)
+  merge_size: int = hf_config.key("spatial_merge_size", 2)
+  window_size: int = hf_config.key(default=112)
   rope_theta: float = 1e4
 
   @classmethod
   def qwen2_5_vl(cls, out_hidden_size):
     """The tower of every released size; the decoder's width differs."""
-    return cls(
-      hidden_size=1280,
-      intermediate_size=3420,
-      num_layers=32,
-      num_heads=16,
-      out_hidden_size=out_hidden_size,
-      full_layers=(7, 15, 23, 31),
-    )
+    sizes = dict(hidden_size=1280, intermediate_size=3420, num_layers=32)
+    sizes |= dict(num_heads=16, full_layers=(7, 15, 23, 31))
+    return cls(**sizes, out_hidden_size=out_hidden_size)
 
   @classmethod
   def tiny(cls):
     """Windows of 2 x 2 tokens; CPU-sized, for tests."""
-    return cls(
-      hidden_size=32,
-      intermediate_size=44,
-      num_layers=3,
-      num_heads=2,
-      out_hidden_size=32,
-      full_layers=(1,),
-      patch_size=4,
-      window_size=16,
-    )
+    sizes = dict(hidden_size=32, intermediate_size=44, num_layers=3)
+    sizes |= dict(num_heads=2, full_layers=(1,), patch_size=4, window_size=16)
+    return cls(**sizes, out_hidden_size=32)
 
   @classmethod
   def from_hf(cls, config):
     """Reads the `vision_config` section of a config.json."""
     where = "vision_config."
-    hf_config.require(
-      config,
-      where,
-      model_type=["qwen2_5_vl", "qwen2_5_vl_vision"],
-      hidden_act=["silu"],
-      in_channels=[_CHANNELS],  # transformers 5.x,
-      in_chans=[_CHANNELS],  # and 4.x.
-    )
+    kinds = (_FIXED["model_type"], "qwen2_5_vl_vision")
+    hf_config.require(config, where, **_FIXED | {"model_type": kinds})
     rotary = config.get("rope_parameters") or {}
     hf_config.require(
-      rotary, f"{where}rope_parameters.", rope_type=["axial", "default"]
+      rotary, f"{where}rope_parameters.", rope_type=("axial", "default")
     )
     full_layers = config.get("fullatt_block_indexes")
     depth = hf_config.number(config, "depth", where=where)
-    if not isinstance(full_layers, list) or not all(
-      isinstance(layer, int) and 0 <= layer < depth for layer in full_layers
-    ):
-      raise errors.UserError(
-        f"config.json: {where}fullatt_block_indexes is {full_layers!r}; give a"
-        f" list of layer numbers below depth {depth}"
-      )
+    hf_config.check(
+      isinstance(full_layers, list)
+      and all(isinstance(x, int) and 0 <= x < depth for x in full_layers),
+      f"{where}fullatt_block_indexes is {full_layers!r}; give a list of layer"
+      f" numbers below depth {depth}",
+    )
     found = cls(
-      **hf_config.sizes(config, _KEYS, where),
+      **hf_config.numbers(cls, config, where),
       full_layers=tuple(sorted(full_layers)),
-      rope_theta=hf_config.number(
-        rotary, "rope_theta", float, default=1e4, where=where
-      ),
+      rope_theta=hf_config.number(rotary, "rope_theta", float, 1e4, where),
     )
     token = found.patch_size * found.merge_size
-    if found.window_size < token:
-      raise errors.UserError(
-        f"config.json: {where}window_size {found.window_size} is below one"
-        f" token of {token} pixels"
-      )
+    hf_config.check(
+      found.window_size >= token,
+      f"{where}window_size {found.window_size} is below one token of {token}"
+      " pixels",
+    )
     # Rows and columns turn a quarter of a head's values each, in pairs.
-    if found.hidden_size % (4 * found.num_heads):
-      raise errors.UserError(
-        f"config.json: {where}hidden_size {found.hidden_size} does not split"
-        f" into num_heads {found.num_heads} of a multiple of 4"
-      )
+    hf_config.check(
+      found.hidden_size % (4 * found.num_heads) == 0,
+      f"{where}hidden_size {found.hidden_size} does not split into num_heads"
+      f" {found.num_heads} of a multiple of 4",
+    )
     return found
 
   def to_hf(self):
     """Returns the `vision_config` section, for 4.x and 5.x readers."""
-    return hf_config.described(self, _KEYS) | {
-      "model_type": "qwen2_5_vl",
-      "in_chans": _CHANNELS,
-      "in_channels": _CHANNELS,
-      "hidden_act": "silu",
+    return hf_config.described(self) | _FIXED | {
       "spatial_patch_size": self.patch_size,
       "fullatt_block_indexes": list(self.full_layers),
       "rope_parameters": {"rope_type": "axial", "rope_theta": self.rope_theta},
-    }
+    }  # fmt: skip
 
   @property
   def head_dim(self):
@@ -154,7 +123,6 @@ class VisionConfig:
 
   @property
   def patch_values(self):
-    """Values of one patch."""
     return math.prod(self.kernel_shape)
 
   @property
@@ -172,7 +140,6 @@ class VisionConfig:
     return 2 * self.intermediate_size
 
   def num_patches(self, grid):
-    """Returns P of a video's token grid (T, H, W)."""
     return math.prod(grid) * self.patches_per_token
 
   def input_shape(self, grid):
@@ -180,10 +147,7 @@ class VisionConfig:
     return self.num_patches(grid), self.patch_values
 
   def flops(self, grid, out_width):
-    """Returns the operations from one video's patches to its features.
-
-    The video has a grid (T, H, W) of tokens, the features `out_width` values.
-    """
+    """Returns the operations from patches to features of `out_width` values."""
     sizes = qwen2_5_vl_layout.Sizes.of([grid], self)
     D = self.hidden_size  # noqa: N806
     patches, merge = self.num_patches(grid), self.patches_per_token
@@ -201,8 +165,7 @@ class VisionConfig:
 def rotary(coordinates, head_dim, theta):
   """Returns (cos, sin), both float32[P, head_dim], of int32[2, P].
 
-  The first half of the frequencies turns with the row, the other with the
-  column; time has no part in it.
+  The first half of the frequencies turns with the row, the other by the column.
   """
   frequencies = head_dim // 4
   cos, sin = rope.angles(coordinates[None], head_dim // 2, theta)
@@ -222,127 +185,87 @@ def rotate(x, cos, sin):
 def received(q, k, segments):
   """Returns float32[P]: attention that each patch gets within its segment.
 
-  Of q, k float[P, N, H], turned; patches in none of the `Segments` get a number
-  without meaning.
+  Of q, k float[P, N, H], turned. Without meaning for patches in no segment.
   """
-  got = attention.attention_received(
-    jnp.take(q, segments.rows, axis=0),
-    jnp.take(k, segments.rows, axis=0),
-    segments.lengths,
-  )
+  q, k = (jnp.take(x, segments.rows, axis=0) for x in (q, k))
+  got = attention.attention_received(q, k, segments.lengths)
   return jnp.take(got.reshape(-1), segments.place)
 
 
 def attend(q, k, v, segments, backend="auto"):
   """Returns float[P, N, H]: bidirectional attention inside the segments."""
-
-  def gather(x):
-    return jnp.take(x, segments.rows, axis=0)  # [S, R, N, H]
-
+  q, k, v = (jnp.take(x, segments.rows, axis=0) for x in (q, k, v))
   out = attention.attention(
-    gather(q), gather(k), gather(v), lengths=segments.lengths, backend=backend
-  )
-  return jnp.take(out.reshape(-1, *q.shape[1:]), segments.place, axis=0)
+    q, k, v, lengths=segments.lengths, backend=backend
+  )  # [S, R, N, H]
+  return jnp.take(out.reshape(-1, *q.shape[2:]), segments.place, axis=0)
 
 
-class Block(nn.Module):
+class Block(qwen2.Part):
   """Attention and a gated MLP with biases, both behind an RMSNorm."""
-
-  config: VisionConfig
-  dtype: jnp.dtype = jnp.float32
-  backend: str = "auto"
 
   @nn.compact
   def __call__(self, x, signals, is_full, is_last, cos, sin, layout):
     """Returns (float[P, D], signals) of x float[P, D].
 
-    `signals` is a dict of the wanted `video_llm.SIGNALS`, float32[P, ...]. A
-    layer sees the whole slice if `is_full`, bool[], else the window; `is_last`,
-    bool[], says of which layer signals are returned. cos and sin are those of
-    `rotary`, float32[P, H].
+    A layer sees the whole slice if `is_full`, bool[], else the window. cos and
+    sin are of `rotary`, `signals` and `is_last` as of `video_llm.observe`.
     """
     cfg = self.config
-
-    def dense(size, name):
-      return nn.Dense(size, dtype=self.dtype, name=name)
-
-    def norm(name):
-      return qwen2.RMSNorm(_RMS_NORM_EPS, self.dtype, name=name)
-
-    h = dense(3 * cfg.hidden_size, "qkv")(norm("norm1")(x))
+    h = self.rms_norm("norm1", _RMS_NORM_EPS)(x)
+    h = self.dense(3 * cfg.hidden_size, "qkv")(h)
     # All queries, then all keys, then all values.
     h = h.reshape(-1, 3, cfg.num_heads, cfg.head_dim)
     q, k, v = rotate(h[:, 0], cos, sin), rotate(h[:, 1], cos, sin), h[:, 2]
     # A branch and not two kinds of layers: the layers stay one scan.
+    see = functools.partial(attend, q, k, v, backend=self.backend)
     h = jax.lax.cond(
-      is_full,
-      lambda: attend(q, k, v, layout.slices, self.backend),
-      lambda: attend(q, k, v, layout.windows, self.backend),
+      is_full, lambda: see(layout.slices), lambda: see(layout.windows)
     )
-    x = x + dense(cfg.hidden_size, "proj")(h.reshape(x.shape))
+    x = x + self.dense(cfg.hidden_size, "proj")(h.reshape(x.shape))
 
     last_is_full = cfg.num_layers - 1 in cfg.full_layers
     segments = layout.slices if last_is_full else layout.windows
-    signals = video_llm.observe(
-      signals,
-      is_last,
-      lambda: received(q, k, segments),
-      lambda: k.astype(jnp.float32).mean(axis=1),
-    )
-    h = qwen2.gated_mlp(norm("norm2")(x), dense, cfg.intermediate_size)
-    return x + h, signals
+    found = functools.partial(received, q, k, segments)
+    signals = video_llm.observe(signals, is_last, found, k)
+    h = self.rms_norm("norm2", _RMS_NORM_EPS)(x)
+    return x + qwen2.gated_mlp(h, self, use_bias=True), signals
 
 
-class Merger(nn.Module):
+class Merger(qwen2.Part):
   """Joins the patches of each token and maps them to the decoder's width."""
-
-  config: VisionConfig
-  dtype: jnp.dtype = jnp.float32
 
   @nn.compact
   def __call__(self, x):
     """Returns float[N, out_hidden_size] of x float[P, D]."""
     cfg = self.config
     width = cfg.hidden_size * cfg.patches_per_token
-    x = qwen2.RMSNorm(_RMS_NORM_EPS, self.dtype, name="ln_q")(x)
-    x = x.reshape(-1, width)
-    x = nn.Dense(width, dtype=self.dtype, name="linear_1")(x)
-    x = nn.gelu(x, approximate=False)
-    return nn.Dense(cfg.out_hidden_size, dtype=self.dtype, name="linear_2")(x)
+    x = self.rms_norm("ln_q", _RMS_NORM_EPS)(x).reshape(-1, width)
+    x = nn.gelu(self.dense(width, "linear_1")(x), approximate=False)
+    return self.dense(cfg.out_hidden_size, "linear_2")(x)
 
 
-class Tower(nn.Module):
+class Tower(qwen2.Part):
   """Patch embedding, blocks (parameters stacked by depth) and merger."""
-
-  config: VisionConfig
-  dtype: jnp.dtype = jnp.float32
-  backend: str = "auto"
-  remat: bool = False
 
   @nn.compact
   def __call__(self, patches, layout, signals=()):
     """Returns (features float[N, out_hidden_size], out) of one video.
 
     Of normalised patches float[P, patch_values] and their `Layout`. Tokens stay
-    in the order of the grid; features of padding are zero.
-
-    Of the wanted `video_llm.SIGNALS`, `out` holds those of the last layer,
-    averaged over the patches of a token, zero for padding: "vision_attention"
-    float32[N], a sum over queries, and "vision_keys" float32[N, H], turned.
+    in the order of the grid; features of padding are zero. `out` also holds the
+    wanted `signals`, see `Qwen2_5VLModel.encode_stages`.
     """
     cfg = self.config
     if len(patches) != layout.coordinates.shape[1]:
       raise ValueError(
         f"{len(patches)} patches for a layout of {layout.coordinates.shape[1]}"
       )
-    x = nn.Dense(
-      cfg.hidden_size, use_bias=False, dtype=self.dtype, name="patch_embed"
-    )(patches.astype(self.dtype))
+    embed = self.dense(cfg.hidden_size, "patch_embed", use_bias=False)
+    x = embed(patches.astype(self.dtype))
     out = {"patch_embed": x}
     cos, sin = rotary(layout.coordinates, cfg.head_dim, cfg.rope_theta)
-
-    shapes = video_llm.signal_shapes(len(x), cfg.head_dim)
-    signals = {name: jnp.zeros(shapes[name], jnp.float32) for name in signals}
+    signals = video_llm.no_signals(signals, x.shape[:1], cfg.head_dim)
 
     def block(layer, carry, kind):
       return layer(*carry, *kind, cos, sin, layout), None

@@ -1,38 +1,25 @@
 """Rotary position embeddings, plain and with several position rows.
 
 Axes: P position rows (1 plain, 3 for time / height / width), L positions,
-N heads, H head dimension.
-Papers: https://arxiv.org/abs/2104.09864 (RoPE),
+N heads, H head dimension. Papers: https://arxiv.org/abs/2104.09864,
 https://arxiv.org/abs/2409.12191 (section 2.1, several position rows).
 """
-
-from collections.abc import Sequence
 
 import chex
 import jax.numpy as jnp
 import numpy as np
 
 
-def angles(
-  positions,
-  head_dim,
-  theta,
-  sections: Sequence[int] | None = None,
-  *,
-  interleaved: bool = False,
-):
+def angles(positions, head_dim, theta, sections=None, *, interleaved=False):
   """Returns (cos, sin), both float32[..., L, H], that rotate queries and keys.
 
-  Their halves are equal, as the rotate-half form wants them.
+  Their halves are equal, as the rotate-half form wants them. Of position ids
+  int32[P, ..., L], P = 1 without `sections`; H is even, theta the base of the
+  geometric row of wavelengths.
 
-  Args:
-    positions: int32[P, ..., L] position ids; P is 1 without `sections`.
-    head_dim: H, even.
-    theta: base of the geometric row of wavelengths.
-    sections: how many of the H / 2 frequencies each position row drives, in
-      order; None for plain RoPE.
-    interleaved: whether the rows take turns (0, 1, 2, 0, 1, 2, ...) until a
-      later one has all of its own; the first row drives the rest (Qwen3-VL).
+  `sections` are how many of the H / 2 frequencies each position row drives, in
+  order. Interleaved, the rows take turns (0, 1, 2, 0, 1, 2, ...) until a later
+  one has all of its own; the first row drives the rest (Qwen3-VL).
   """
   exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
   frequencies = 1.0 / theta**exponents

@@ -1,13 +1,11 @@
 """Safetensors files of a checkpoint directory: listed, read in slices, written.
 
-Nothing here holds more than a slice of a checkpoint in memory: a tensor is
-known by its place in a file until its rows are asked for, and a file is
-written tensor by tensor.
+A tensor is known by its place in a file until its rows are asked for, and a
+file is written tensor by tensor: nothing holds more than a slice in memory.
 """
 
 import concurrent.futures
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -25,16 +23,13 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 _DTYPES = {"BOOL": np.dtype(bool), "BF16": np.dtype(ml_dtypes.bfloat16)}
-_DTYPES |= {
-  f"{code}{bits}": np.dtype(f"{kind}{bits}")
-  for code, kind in (("U", "uint"), ("I", "int"), ("F", "float"))
-  for bits in (8, 16, 32, 64)
-  if (code, bits) != ("F", 8)  # NumPy has none.
-}
+# NumPy has no floats of 8 bits.
+_NAMES = "U8 U16 U32 U64 I8 I16 I32 I64 F16 F32 F64".split()
+_DTYPES |= {x: np.dtype(f"{x[0].lower()}{int(x[1:]) // 8}") for x in _NAMES}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
-# Ours ends on this boundary, so that no reader meets a tensor that is not
-# aligned; the format asks for 8.
+# Where our headers end, so that no reader meets a tensor that is not aligned;
+# the format asks for 8.
 _ALIGNMENT = 64
 
 
@@ -61,12 +56,11 @@ class Tensor:
 
   def view(self):
     """Returns the whole tensor, mapped read-only; pages come as needed."""
+    dtype = self._known_dtype()
     if not self.num_bytes:
-      return np.zeros(self.shape, self._known_dtype())
-    mapped = np.memmap(
-      self.path, np.uint8, "r", self.offset, shape=(self.num_bytes,)
-    )
-    return mapped.view(np.ndarray).view(self._known_dtype()).reshape(self.shape)
+      return np.zeros(self.shape, dtype)
+    mapped = np.memmap(self.path, dtype, "r", self.offset, self.shape)
+    return mapped.view(np.ndarray)
 
   def read_rows(self, start, stop, scratch=None):
     """Returns the rows [start, stop) of the first axis; all of a scalar.
@@ -79,16 +73,12 @@ class Tensor:
       scratch = np.empty(num_bytes, np.uint8)
     scratch = scratch[:num_bytes]
     out = scratch.view(self._known_dtype()).reshape(shape)
-    rest = memoryview(scratch)
-    with open(self.path, "rb", buffering=0) as file:
+    with open(self.path, "rb") as file:
       file.seek(self.offset + start * self.row_bytes)
-      while rest:
-        count = file.readinto(rest)
-        if not count:
-          raise errors.UserError(
-            f"{self.path} ends within {self.name}; download it again"
-          )
-        rest = rest[count:]
+      if file.readinto(scratch) < num_bytes:
+        raise errors.UserError(
+          f"{self.path} ends within {self.name}; download it again"
+        )
     return out
 
   def _known_dtype(self):
@@ -102,16 +92,11 @@ class Tensor:
 
 def weight_files(directory):
   """Returns the sorted paths of a directory's safetensors files."""
-  index = os.path.join(directory, INDEX)
-  if not os.path.exists(index):
-    names = [WEIGHTS]
-  else:
-    names = hf_config.read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not names:
-      raise errors.UserError(f"{index} has no weight_map; download it again")
-    names = sorted(set(map(str, names.values())))
-  paths = []
-  for name in names:
+  index, paths = os.path.join(directory, INDEX), []
+  names = _indexed(index) if os.path.exists(index) else {WEIGHTS}
+  if not names:
+    raise errors.UserError(f"{index} has no weight_map; download it again")
+  for name in sorted(names):
     path = os.path.join(directory, name)
     # An index names files of its own directory, nothing else.
     if os.path.basename(path) != name:
@@ -131,22 +116,16 @@ def list_tensors(path):
       (size,) = struct.unpack("<Q", file.read(8))
       header = json.loads(file.read(size))
   except (safetensors.SafetensorError, OSError, ValueError) as error:
-    reason = " ".join(str(error).split())
     raise errors.UserError(
-      f"{path} is not a readable safetensors file ({reason}); download it again"
+      f"{path} is not a readable safetensors file ({errors.one_line(error)});"
+      " download it again"
     ) from error
   header.pop("__metadata__", None)
-  tensors = [
-    Tensor(
-      name=name,
-      path=path,
-      code=entry["dtype"],
-      shape=tuple(entry["shape"]),
-      offset=8 + size + entry["data_offsets"][0],
-      num_bytes=entry["data_offsets"][1] - entry["data_offsets"][0],
-    )
-    for name, entry in header.items()
-  ]
+  tensors = []
+  for name, entry in header.items():
+    shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
+    place = (8 + size + start, end - start)
+    tensors.append(Tensor(name, path, entry["dtype"], shape, *place))
   return sorted(tensors, key=lambda tensor: tensor.offset)
 
 
@@ -155,40 +134,38 @@ def list_directory(directory):
   return [t for path in weight_files(directory) for t in list_tensors(path)]
 
 
-def made(array):
-  """Returns an array as `write_lazily` takes it."""
-  array = np.asarray(array)
-  return array.dtype, array.shape, functools.partial(np.asarray, array)
+def _lazy(tensor):
+  """Returns (dtype, shape, function that makes the array) of any tensor."""
+  if isinstance(tensor, tuple):
+    return tensor
+  array = np.asarray(tensor)
+  return array.dtype, array.shape, lambda: array
 
 
 def write_safetensors(path, tensors):
-  """Writes {name: array} so that a reader sees the old file or the new one."""
-  write_lazily(path, {name: made(array) for name, array in tensors.items()})
-
-
-def write_lazily(path, tensors):
   """Writes one file, complete or not at all, making one tensor at a time.
 
-  `tensors` is {name: (dtype, shape, function that returns the array)}.
+  `tensors` is {name: array, or (dtype, shape, function that returns it)}.
   """
-  header, offset, order = {"__metadata__": {"format": "pt"}}, 0, []
+  tensors = {name: _lazy(tensor) for name, tensor in tensors.items()}
   # Wide types first, as the library writes them: all stay aligned.
-  for name in sorted(tensors, key=lambda n: (-tensors[n][0].itemsize, n)):
-    dtype, shape, make = tensors[name]
-    end = offset + math.prod(shape) * dtype.itemsize
+  order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
+  header, end = {"__metadata__": {"format": "pt"}}, 0
+  for name in order:
+    dtype, shape, _ = tensors[name]
+    start, end = end, end + math.prod(shape) * dtype.itemsize
     header[name] = {
       "dtype": _CODES[dtype],
       "shape": list(shape),
-      "data_offsets": [offset, end],
+      "data_offsets": [start, end],
     }
-    order.append((name, dtype, shape, make))
-    offset = end
   text = json.dumps(header, separators=(",", ":")).encode()
   text += b" " * (-(8 + len(text)) % _ALIGNMENT)
 
   def pieces():
     yield struct.pack("<Q", len(text)) + text
-    for name, dtype, shape, make in order:
+    for name in order:
+      dtype, shape, make = tensors[name]
       array = np.require(make(), requirements="C")
       if array.dtype != dtype or array.shape != tuple(shape):
         raise ValueError(f"{name} is {array.dtype}{array.shape}")
@@ -198,63 +175,50 @@ def write_lazily(path, tensors):
 
 
 def write_directory(directory, tensors, max_shard_bytes=None):
-  """Writes model.safetensors, or shards and their index.
+  """Writes model.safetensors, or shards and their index, over an earlier save.
 
-  Weights of an earlier save are replaced. `tensors` are as of `write_lazily`,
-  in the order in which they fill the shards. A new shard is begun at
-  `max_shard_bytes`, though a single tensor may be larger; None for one file.
+  `tensors` are as of `write_safetensors`, in the order in which they fill the
+  shards. A new one is begun at `max_shard_bytes`, though a single tensor may be
+  larger; None for one file.
   """
-  sizes = {
-    name: math.prod(shape) * dtype.itemsize
-    for name, (dtype, shape, _) in tensors.items()
-  }
-  shards, filled = [[]], 0
-  for name, size in sizes.items():
+  shards, filled, total = [{}], 0, 0
+  for name, tensor in tensors.items():
+    dtype, shape, _ = tensor = _lazy(tensor)
+    size = math.prod(shape) * dtype.itemsize
     if max_shard_bytes and shards[-1] and filled + size > max_shard_bytes:
-      shards.append([])
+      shards.append({})
       filled = 0
-    shards[-1].append(name)
-    filled += size
-  index = os.path.join(directory, INDEX)
-  stale = {os.path.join(directory, name) for name in _indexed(index)}
-  count = len(shards)
-  parts = [
-    f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)
-  ]
-  parts = [WEIGHTS] if count == 1 else parts
-  for file, names in zip(parts, shards, strict=True):
-    path = os.path.join(directory, file)
-    write_lazily(path, {name: tensors[name] for name in names})
-    stale.discard(path)
+    shards[-1][name] = tensor
+    filled, total = filled + size, total + size
+  index, weight_map = os.path.join(directory, INDEX), {}
+  stale = {name for name in _indexed(index) if os.path.basename(name) == name}
+  for number, shard in enumerate(shards, start=1):
+    file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    file = WEIGHTS if len(shards) == 1 else file
+    write_safetensors(os.path.join(directory, file), shard)
+    weight_map |= dict.fromkeys(shard, file)
   # Only now: until here a reader found the earlier weights.
-  if count > 1:
-    weight_map = {
-      name: file
-      for file, names in zip(parts, shards, strict=True)
-      for name in names
-    }
-    total = {"total_size": sum(sizes.values())}
-    files.write_json(index, {"metadata": total, "weight_map": weight_map})
+  if len(shards) > 1:
+    metadata = {"total_size": total}
+    files.write_json(index, {"metadata": metadata, "weight_map": weight_map})
   elif os.path.exists(index):
     os.remove(index)
-  for path in filter(os.path.exists, stale):
-    os.remove(path)
+  for name in {WEIGHTS, *stale} - set(weight_map.values()):
+    if os.path.exists(path := os.path.join(directory, name)):
+      os.remove(path)
 
 
 def _indexed(index):
-  """Returns the names of files that an earlier save may have written."""
-  found = {}
-  if os.path.exists(index):
-    found = hf_config.read_json(index).get("weight_map")
-  names = map(str, found.values()) if isinstance(found, dict) else ()
-  return {WEIGHTS, *(name for name in names if os.path.basename(name) == name)}
+  """Returns the names of files in an index, none without one."""
+  found = hf_config.read_json(index) if os.path.exists(index) else {}
+  found = found.get("weight_map")
+  return set(map(str, found.values())) if isinstance(found, dict) else set()
 
 
 def identity(directory):
   """Returns {"path", "sha256"} of a directory's weights.
 
-  The hash is the file's own; with several files, that of their hashes in the
-  order of their names.
+  Of several files it is the hash of their hashes in the order of their names.
   """
   # Hashing releases the interpreter's lock: files side by side.
   with concurrent.futures.ThreadPoolExecutor(4) as pool:

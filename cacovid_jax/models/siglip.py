@@ -12,14 +12,10 @@ import numpy as np
 
 from cacovid_jax.models import attention, hf_config, qwen2, video_llm
 
-# Our sizes -> keys of the `vision_config` section.
-_KEYS = dict(
-  hidden_size="hidden_size",
-  intermediate_size="intermediate_size",
-  num_layers="num_hidden_layers",
-  num_heads="num_attention_heads",
-  image_size="image_size",
-  patch_size="patch_size",
+_FIXED = dict(
+  model_type="siglip_vision_model",
+  num_channels=3,
+  hidden_act="gelu_pytorch_tanh",
 )
 
 
@@ -27,64 +23,36 @@ _KEYS = dict(
 class SiglipConfig:
   """Sizes of a tower; patches that do not fit the image whole are cut off."""
 
-  hidden_size: int
-  intermediate_size: int
-  num_layers: int
-  num_heads: int
-  image_size: int
-  patch_size: int
-  layer_norm_eps: float = 1e-6
+  hidden_size: int = hf_config.key()
+  intermediate_size: int = hf_config.key()
+  num_layers: int = hf_config.key("num_hidden_layers")
+  num_heads: int = hf_config.key("num_attention_heads")
+  image_size: int = hf_config.key()
+  patch_size: int = hf_config.key()
+  layer_norm_eps: float = hf_config.key(default=1e-6, optional=True)
 
   @classmethod
   def so400m(cls):
     """The 26 layers of SigLIP so400m that the released models kept."""
-    return cls(
-      hidden_size=1152,
-      intermediate_size=4304,
-      num_layers=26,
-      num_heads=16,
-      image_size=384,
-      patch_size=14,
-    )
+    sizes = dict(hidden_size=1152, intermediate_size=4304, num_layers=26)
+    return cls(**sizes, num_heads=16, image_size=384, patch_size=14)
 
   @classmethod
   def tiny(cls):
-    return cls(
-      hidden_size=32,
-      intermediate_size=52,
-      num_layers=2,
-      num_heads=4,
-      image_size=30,
-      patch_size=4,
-    )
+    sizes = dict(hidden_size=32, intermediate_size=52, num_layers=2)
+    return cls(**sizes, num_heads=4, image_size=30, patch_size=4)
 
   @classmethod
   def from_hf(cls, config):
     """Reads the `vision_config` section of a config.json."""
     where = "vision_config."
-    hf_config.require(
-      config,
-      where,
-      model_type=["siglip_vision_model"],
-      hidden_act=["gelu_pytorch_tanh"],
-      num_channels=[3],
-    )
-    return cls(
-      **hf_config.sizes(config, _KEYS, where),
-      layer_norm_eps=hf_config.number(
-        config, "layer_norm_eps", float, default=1e-6, where=where
-      ),
-    )
+    hf_config.require(config, where, **_FIXED)
+    return cls(**hf_config.numbers(cls, config, where))
 
   def to_hf(self):
     """Returns the `vision_config` section of a config.json."""
-    return hf_config.described(self, _KEYS) | {
-      "model_type": "siglip_vision_model",
-      "num_channels": 3,
-      "hidden_act": "gelu_pytorch_tanh",
-      "layer_norm_eps": self.layer_norm_eps,
-      "vision_use_head": False,
-    }
+    described = hf_config.described(self) | _FIXED
+    return described | {"vision_use_head": False}
 
   @property
   def side(self):
@@ -106,7 +74,6 @@ class SiglipConfig:
     return self.intermediate_size
 
   def num_patches(self, grid):
-    """Returns the patches of a video's token grid (T, H, W)."""
     return grid[0] * self.side**2
 
   def input_shape(self, grid):
@@ -114,9 +81,8 @@ class SiglipConfig:
     return grid[0], self.image_size, self.image_size, 3
 
   def flops(self, grid, out_width):
-    """Returns the operations from one video's pixels to its features.
+    """Returns the operations from pixels to features of `out_width` values.
 
-    The video has a grid (T, H, W) of tokens, the features `out_width` values.
     LLaVA-OneVision's projector is among them, its pooling is not.
     """
     patches, D = self.num_patches(grid), self.hidden_size  # noqa: N806
@@ -145,41 +111,28 @@ class LayerNorm(nn.Module):
     return x.astype(self.dtype)
 
 
-class SiglipLayer(nn.Module):
+class SiglipLayer(qwen2.Part):
   """Pre-norm transformer block, bidirectional."""
-
-  config: SiglipConfig
-  dtype: jnp.dtype = jnp.float32
-  backend: str = "auto"
 
   @nn.compact
   def __call__(self, x, signals, is_last):
     """Returns (float[F, P, D], signals) of x float[F, P, D].
 
-    `signals` is a dict of the wanted `video_llm.SIGNALS`, float32[F, P, ...];
-    `is_last`, bool[], says of which layer they are returned.
+    `signals` and `is_last` are as of `video_llm.observe`, float32[F, P, ...].
     """
-    cfg = self.config
-
-    def dense(size, name):
-      return nn.Dense(size, dtype=self.dtype, name=name)
-
+    cfg, dense = self.config, self.dense
     heads = (*x.shape[:2], cfg.num_heads, cfg.head_dim)
-
     h = LayerNorm(cfg.layer_norm_eps, self.dtype, name="layer_norm1")(x)
-    q = dense(cfg.hidden_size, "q_proj")(h).reshape(heads)
-    k = dense(cfg.hidden_size, "k_proj")(h).reshape(heads)
-    v = dense(cfg.hidden_size, "v_proj")(h).reshape(heads)
+    q, k, v = (
+      dense(cfg.hidden_size, f"{name}_proj")(h).reshape(heads) for name in "qkv"
+    )
     h = attention.attention(q, k, v, backend=self.backend).reshape(x.shape)
     x = x + dense(cfg.hidden_size, "out_proj")(h)
 
-    signals = video_llm.observe(
-      signals,
-      is_last,
-      # A mean over queries: a frame's attention adds up to 1.
-      lambda: attention.attention_received(q, k) / x.shape[1],
-      lambda: k.astype(jnp.float32).mean(axis=2),
-    )
+    def received():  # A mean over queries: a frame's attention adds up to 1.
+      return attention.attention_received(q, k) / x.shape[1]
+
+    signals = video_llm.observe(signals, is_last, received, k)
     h = LayerNorm(cfg.layer_norm_eps, self.dtype, name="layer_norm2")(x)
     h = dense(cfg.intermediate_size, "fc1")(h)
     # The tower was trained with the tanh form; the projector with the exact.
@@ -187,24 +140,17 @@ class SiglipLayer(nn.Module):
     return x + dense(cfg.hidden_size, "fc2")(h), signals
 
 
-class SiglipTower(nn.Module):
-  """Patches, a learned position table and the blocks; no final norm.
+class SiglipTower(qwen2.Part):
+  """Patches, a learned position table and the blocks.
 
-  The features LLaVA-OneVision reads come *before* SigLIP's `post_layernorm`,
-  so there is none here.
+  Without `post_layernorm`: LLaVA-OneVision reads what comes *before* it.
   """
-
-  config: SiglipConfig
-  dtype: jnp.dtype = jnp.float32
-  backend: str = "auto"
-  remat: bool = False
 
   @nn.compact
   def __call__(self, pixels, signals=()):
     """Returns (hidden float[F, P, D], out) of normalised float[F, h, w, 3].
 
-    Of the wanted `video_llm.SIGNALS`, `out` holds those of the last layer:
-    "vision_attention" float32[F, P] and "vision_keys" float32[F, P, H].
+    `out` holds the wanted `video_llm.SIGNALS` of the last layer, [F, P] first.
     """
     cfg = self.config
     frames, side, size = pixels.shape[0], cfg.side, cfg.patch_size
@@ -212,19 +158,12 @@ class SiglipTower(nn.Module):
     x = pixels[:, : side * size, : side * size].astype(self.dtype)
     x = x.reshape(frames, side, size, side, size, x.shape[-1])
     x = x.transpose(0, 1, 3, 2, 4, 5).reshape(frames, side * side, -1)
-    x = nn.Dense(cfg.hidden_size, dtype=self.dtype, name="patch_embedding")(x)
-    table = self.param(
-      "position_embedding",
-      nn.initializers.normal(cfg.hidden_size**-0.5),
-      (side * side, cfg.hidden_size),
-    )
+    x = self.dense(cfg.hidden_size, "patch_embedding")(x)
+    init = nn.initializers.normal(cfg.hidden_size**-0.5)
+    table = self.param("position_embedding", init, x.shape[1:])
     x = x + table.astype(self.dtype)
     out = {"embeddings": x}
-
-    shapes = video_llm.signal_shapes(side * side, cfg.head_dim)
-    signals = {
-      name: jnp.zeros((frames, *shapes[name]), jnp.float32) for name in signals
-    }
+    signals = video_llm.no_signals(signals, x.shape[:2], cfg.head_dim)
 
     def block(layer, carry, is_last):
       return layer(*carry, is_last), None

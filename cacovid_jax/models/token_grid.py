@@ -1,16 +1,17 @@
 """One token grid: (T, H, W) of a video as data inside static sizes.
 
-A compiled program needs static shapes; a bucket gives them. A video's own grid
-is data inside it. Its tokens stay packed: row i of N_max is token i of the
-video, in order of time and space, and the rows behind its N are padding.
-
-A grid that fills its bucket is not data: programs have no trace of a mask.
+A compiled program needs static shapes; a bucket gives them. Tokens stay packed:
+row i of N_max is token i of the video, in order of time and space, and the rows
+behind its N are padding. A grid that fills its bucket is not data: programs
+have no trace of a mask.
 
 Axes: T frames, A = H*W tokens of a frame, N = T*A video tokens; T_max, A_max,
 N_max those of the bucket.
 """
 
 import dataclasses
+import math
+import operator
 from typing import Any
 
 import jax
@@ -22,27 +23,20 @@ from cacovid_jax import errors
 
 @dataclasses.dataclass(frozen=True)
 class GridBucket:
-  """Sizes that a program is compiled for; hashable.
+  """Sizes that a program is compiled for; hashable."""
 
-  Attributes:
-    frames: T_max.
-    frame_tokens: A_max.
-    tokens: N_max; 0 stands for T_max * A_max, all that could ever be needed.
-      The rules that look at frames one by one work on T_max * A_max rows all
-      the same, so several buckets near that product beat one wide one.
-  """
-
-  frames: int
-  frame_tokens: int
+  frames: int  # T_max.
+  frame_tokens: int  # A_max.
+  # N_max; 0 stands for T_max * A_max, all that could ever be needed. The rules
+  # that look at frames one by one work on T_max * A_max rows all the same, so
+  # several buckets near that product beat one wide one.
   tokens: int = 0
 
   def __post_init__(self):
     if not self.tokens:
       object.__setattr__(self, "tokens", self.frames * self.frame_tokens)
-    least = max(self.frames, self.frame_tokens)
-    if min(self.frames, self.frame_tokens) < 1 or not (
-      least <= self.tokens <= self.frames * self.frame_tokens
-    ):
+    sides = (self.frames, self.frame_tokens)
+    if min(sides) < 1 or not max(sides) <= self.tokens <= math.prod(sides):
       raise errors.UserError(
         f"{self} cannot be filled; frames and frame_tokens must be at least 1, "
         "tokens between the larger of them and their product"
@@ -51,31 +45,23 @@ class GridBucket:
   def holds(self, grid):
     """Returns True if a video of grid (T, H, W) fits."""
     num_frames, height, width = grid
-    area = height * width
-    return (
-      num_frames <= self.frames
-      and area <= self.frame_tokens
-      and num_frames * area <= self.tokens
-    )
+    needed = (num_frames, height * width, num_frames * height * width)
+    room = (self.frames, self.frame_tokens, self.tokens)
+    return all(map(operator.le, needed, room))
 
 
 def pick(grid, buckets):
-  """Returns the smallest of the buckets that holds a grid (T, H, W).
+  """Returns the smallest bucket that holds a grid (T, H, W), or a UserError.
 
   The fewest rows win, then the fewest rows frame by frame, then the first.
-
-  Raises:
-    UserError: none holds it, or the grid has an empty side.
   """
   grid = check(grid)
   fits = [bucket for bucket in buckets if bucket.holds(grid)]
   if not fits:
     num_frames, height, width = grid
     area = height * width
-    listed = ", ".join(
-      f"{b.frames} frames of {b.frame_tokens} ({b.tokens} in all)"
-      for b in buckets
-    )
+    form = "{0.frames} frames of {0.frame_tokens} ({0.tokens} in all)"
+    listed = ", ".join(map(form.format, buckets))
     raise errors.UserError(
       f"no bucket holds a video of {num_frames} x {height} x {width} tokens "
       f"(T x H x W); buckets: {listed or 'none'}; add "
@@ -88,16 +74,11 @@ def pick(grid, buckets):
 def make_buckets(sizes, processor, num_frames, *, strict=True):
   """Returns the GridBuckets of videos of F frames, the smallest first.
 
-  Without `sizes`, one for the largest temporal patches that the processor
-  allows, and one for those half way (in proportion) from the smallest: limits
-  of 128 and 256 tokens give buckets of 181 and 256.
-
-  Args:
-    sizes: config.data.buckets, (temporal patches, tokens of one) or (temporal
-      patches, tokens of one, tokens) each.
-    processor: `processors.Processor` of a model whose grids differ.
-    num_frames: F.
-    strict: whether buckets for fewer frames are refused, or else left out.
+  `sizes` are config.data.buckets, (temporal patches, tokens of one[, tokens])
+  each; those for fewer frames are refused if `strict`, or else left out.
+  Without any, one for the largest temporal patches that the
+  `processors.Processor` allows, and one half way (in proportion) from the
+  smallest: limits of 128 and 256 tokens give buckets of 181 and 256.
   """
   patches = -(-num_frames // processor.temporal_patch_size)
   sizes = [tuple(size) for size in sizes]
@@ -129,11 +110,10 @@ def _size(bucket):
 
 def check(grid):
   """Returns grid as three ints; raises UserError if a side is empty."""
-  grid = tuple(int(size) for size in grid)
+  grid = tuple(map(int, grid))
   if len(grid) != 3 or min(grid) < 1:
-    raise errors.UserError(
-      f"grid {grid}: give (T, H, W), every side at least 1"
-    )
+    told = f"grid {grid}: give (T, H, W), every side at least 1"
+    raise errors.UserError(told)
   return grid
 
 
@@ -142,29 +122,19 @@ class TokenGrid:
   """The grid of ONE video inside a bucket: a pytree, its bucket static.
 
   A full grid has no leaves; it is as static as its bucket.
-
-  Attributes:
-    num_frames: T, int32[]; a Python int in a full grid,
-    height: H, likewise,
-    width: W, likewise.
-    bucket: GridBucket.
   """
 
-  num_frames: Any
-  height: Any
-  width: Any
+  num_frames: Any  # T, int32[]; a Python int in a full grid,
+  height: Any  # as is H,
+  width: Any  # and W.
   bucket: GridBucket
 
   @classmethod
   def of(cls, grid, bucket=None):
     """Returns the TokenGrid of a (T, H, W), or the TokenGrid given.
 
-    Args:
-      grid: full without a bucket.
-      bucket: GridBucket that (T, H, W) is data in, ready for the device.
-
-    Raises:
-      UserError: it has an empty side or does not fit.
+    Full without a bucket, else data in it, ready for the device. An empty side
+    or a grid that does not fit is a UserError.
     """
     if isinstance(grid, cls):
       return grid
@@ -193,11 +163,9 @@ class TokenGrid:
   @property
   def full(self):
     """True if the grid is static and leaves no padding."""
-    return (
-      all(isinstance(size, int) for size in self.shape)
-      and self.num_frames == self.bucket.frames
-      and self.frame_tokens == self.bucket.frame_tokens
-      and self.num_tokens == self.bucket.tokens
+    return all(isinstance(size, int) for size in self.shape) and (
+      (self.num_frames, self.frame_tokens, self.num_tokens)
+      == dataclasses.astuple(self.bucket)
     )
 
   @property
@@ -240,7 +208,7 @@ class TokenGrid:
   def frame_means(self, x):
     """Returns float32[T_max, ...], means over frames of x float[N_max, ...].
 
-    Padding has no influence on them; frames of the padding have zero.
+    Without influence of padding, whose frames have zero.
     """
     x = x.astype(jnp.float32)
     if self.full:
@@ -251,24 +219,18 @@ class TokenGrid:
     rows = jnp.where(self.valid_tokens[:, None], rows, 0.0)
     frame = np.arange(self.bucket.tokens) // self.frame_tokens
     own = frame == np.arange(self.bucket.frames)[:, None]  # [T_max, N_max]
-    sums = jnp.matmul(
-      own.astype(jnp.float32), rows, precision=jax.lax.Precision.HIGHEST
-    )
+    sums = jnp.matmul(own.astype(jnp.float32), rows, precision="highest")
     means = sums / jnp.float32(self.frame_tokens)
     return means.reshape(self.bucket.frames, *x.shape[1:])
 
 
 def _flatten(grid):
-  """Returns (leaves, static part) of a TokenGrid; a full one has no leaves."""
-  if grid.full:
-    return (), (grid.shape, grid.bucket)
-  return grid.shape, (None, grid.bucket)
+  leaves, static = ((), grid.shape) if grid.full else (grid.shape, None)
+  return leaves, (static, grid.bucket)
 
 
 def _unflatten(static, leaves):
-  """Returns the TokenGrid of `_flatten`'s parts."""
-  shape, bucket = static
-  return TokenGrid(*(shape or leaves), bucket)
+  return TokenGrid(*(static[0] or leaves), static[1])
 
 
 jax.tree_util.register_pytree_node(TokenGrid, _flatten, _unflatten)

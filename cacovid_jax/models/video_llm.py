@@ -7,6 +7,7 @@ feature maps.
 
 import abc
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -16,13 +17,11 @@ import jax.numpy as jnp
 
 from cacovid_jax.models import qwen2
 
-# What a vision tower can tell besides features, float32 on the token grid.
-# "vision_attention" [N]: attention that a token receives from its own temporal
-# patch in the last layer, mean over heads. "vision_keys" [N, head]: that
-# layer's keys, mean over heads.
-#
-# The attention of SigLIP's pooling head is not among them: LLaVA-OneVision's
-# checkpoints come without that head (`"vision_use_head": false`).
+# What a vision tower can tell besides features, float32 on the token grid, of
+# its last layer, mean over heads. "vision_attention" [N]: attention that a
+# token receives from its own temporal patch. "vision_keys" [N, head]: its keys.
+# LLaVA-OneVision's checkpoints come without SigLIP's pooling head, whose
+# attention is thus not among them (`"vision_use_head": false`).
 SIGNALS = ("vision_attention", "vision_keys")
 
 
@@ -37,23 +36,28 @@ def check_signals(signals) -> tuple[str, ...]:
   return tuple(name for name in SIGNALS if name in signals)
 
 
-def signal_shapes(num_tokens, head_dim):
-  """Returns the shape of each signal of that many patches or tokens."""
-  return {
-    "vision_attention": (num_tokens,),
-    "vision_keys": (num_tokens, head_dim),
-  }
+def signal_shapes(shape, head_dim):
+  """Returns the shape of each signal of patches or tokens of a shape."""
+  return dict(zip(SIGNALS, (shape, (*shape, head_dim)), strict=True))
 
 
-def observe(signals, is_last, *found):
-  """Returns the wanted signals, those that are found now in the last layer.
+def no_signals(wanted, shape, head_dim):
+  """Returns zeros, `signals` of `observe` before the last layer."""
+  shapes = signal_shapes(shape, head_dim)
+  return {name: jnp.zeros(shapes[name], jnp.float32) for name in wanted}
 
-  `signals` is a dict of the wanted `SIGNALS`, `is_last` bool[], `found` are the
-  functions that make each of `SIGNALS`.
+
+def observe(signals, is_last, received, k):
+  """Returns the dict of wanted signals, made now in the last layer.
+
+  `is_last` is bool[], `received()` the attention, k float[..., heads, head].
   """
   if not signals:
     return signals
-  makers = dict(zip(SIGNALS, found, strict=True))
+  makers = {
+    "vision_attention": received,
+    "vision_keys": lambda: k.astype(jnp.float32).mean(axis=-2),
+  }
   # A branch and not an output of each layer: only one layer pays.
   return jax.lax.cond(
     is_last, lambda: {name: makers[name]() for name in signals}, lambda: signals
@@ -67,10 +71,9 @@ class VideoFeatures(NamedTuple):
   grid: tuple[int, int, int]  # (T, H, W).
   second_per_grid_t: float = 1.0  # See `processors.TowerInputs`.
   signals: Mapping[str, jax.Array] = {}  # Those of `SIGNALS` that were wanted.
-  # float[S, N, D] that is added to the video rows of the output of decoder
-  # layers 0 to S - 1 (Qwen3-VL's DeepStack), None for most models. Pruning
-  # gathers it as it does features; merging averages it over the tokens that a
-  # row stands for.
+  # float[S, N, D] added to the video rows that decoder layers 0 to S - 1 give
+  # (Qwen3-VL's DeepStack), None for most models. Pruning gathers it as it does
+  # features; merging averages it over the tokens that a row stands for.
   deep: jax.Array | None = None
 
 
@@ -78,8 +81,8 @@ class VideoFeatures(NamedTuple):
 class VideoLLM(abc.ABC):
   """Pure functions of (params, arrays): what the rest of the library calls.
 
-  Frozen and hashable, so it can be a static argument of a jitted function.
-  `params` may be stored in another dtype than `dtype`, in which it computes.
+  Hashable, so that it can be a static argument of a jitted function. `params`
+  may be stored in another dtype than `dtype`, in which it computes.
   """
 
   config: Any  # Has the decoder's `qwen2.Qwen2Config` as `text`.
@@ -111,46 +114,37 @@ class VideoLLM(abc.ABC):
     return self.processor.resized_grid(num_frames, height, width)
 
   def tower_inputs(self, inputs, bucket=None):
-    """Returns a processor's `TowerInputs` of one video as `encode` takes them.
+    """Returns `TowerInputs` of one video as `encode` takes them, on the host.
 
-    On the host; padded to `bucket`, a `token_grid.GridBucket`, if one is given.
+    Padded to `bucket`, a `token_grid.GridBucket`, if one is given.
     """
     del bucket  # Of models whose grids differ.
     return inputs
 
   @abc.abstractmethod
   def encode_stages(self, params, inputs, signals=()):
-    """Returns (features float[N, D], out) of one video.
+    """Returns (features float[N, D], out) of one video, arguments as `encode`.
 
     `out` holds the tower's intermediates by name, what `VideoFeatures.deep`
-    is, and the wanted signals; arguments as of `encode`.
+    is, and the wanted signals.
     """
 
   def encode(self, params, inputs, *, signals=()) -> VideoFeatures:
-    """Returns the features of one video, of `tower_inputs`.
-
-    `signals` are static, those of `SIGNALS` that are wanted.
-    """
+    """Returns a video of `tower_inputs` with the wanted `SIGNALS` (static)."""
     signals = check_signals(signals)
     features, out = self.encode_stages(params, inputs, signals)
-    return VideoFeatures(
-      features,
-      inputs.grid,
-      inputs.second_per_grid_t,
-      {name: out[name] for name in signals},
-      out.get("deep"),
-    )
+    of_video = (features, inputs.grid, inputs.second_per_grid_t)
+    wanted = {name: out[name] for name in signals}
+    return VideoFeatures(*of_video, wanted, out.get("deep"))
 
   def signal_shapes(self, num_video) -> Mapping[str, tuple[int, ...]]:
-    """Returns the shape of each of `SIGNALS` for N video tokens."""
-    return signal_shapes(num_video, self.config.vision.head_dim)
+    return signal_shapes((num_video,), self.config.vision.head_dim)
 
   @abc.abstractmethod
   def positions(self, ids, video):
     """Returns (int32[P, L], next position) of ONE prompt, on the host.
 
-    Of ids int[L] without padding, and what has the `grid` and the
-    `second_per_grid_t` of their video.
+    Of ids int[L] without padding, and the grid and seconds of their video.
     """
 
   @abc.abstractmethod
@@ -168,14 +162,14 @@ class VideoLLM(abc.ABC):
   def embed_prompt(self, params, ids, features, video_rows):
     """Returns one prompt's embeddings float[L, D].
 
-    Of ids int32[L], of which those under the video are ignored, and its
-    features float[N, D], whose rows are int32[N], L for padded ones.
+    Of ids int32[L], of which those under the video are ignored, and features
+    float[N, D], whose rows are int32[N], L for padded ones.
     """
     x = self.embed_text(params, ids)
     return x.at[video_rows].set(features.astype(x.dtype), mode="drop")
 
   def embed_text(self, params, ids):
-    """Returns the embeddings float[..., D] of text ids int32[...]."""
+    """Returns float[..., D] of text ids int32[...]."""
     return self._language(params, ids, method="embed")
 
   def forward(self, params, x, positions, **options):
@@ -193,30 +187,17 @@ class VideoLLM(abc.ABC):
   def prefill(self, params, x, positions, lengths, *, cache_length, **options):
     """Returns (logits, cache, out) after reading the prompts.
 
-    Args:
-      params: the model's parameters.
-      x: float[B, L, D] embeddings, right padded.
-      positions: int32[B, P, L].
-      lengths: int32[B] valid tokens of each prompt, at least 1.
-      cache_length: static, at least L; room for the prompt and what follows.
-      **options: as of `forward`, `mask` and `causal` apart.
-
-    Returns:
-      logits float32[B, V] behind each prompt's last valid token, the
-      `qwen2.Cache`, and the dict of named intermediates.
+    Of embeddings float[B, L, D], right padded to `lengths` int32[B], at least
+    1, at positions int32[B, P, L]. The cache has room for `cache_length` rows,
+    static, at least L; `options` are as of `forward`, `mask` and `causal`
+    apart. The logits float32[B, V] are those behind each last valid token.
     """
     if cache_length < x.shape[1]:
       raise ValueError(
         f"cache_length {cache_length} is below the {x.shape[1]} prompt rows"
       )
-    hidden, out = self._language(
-      params,
-      x,
-      positions,
-      lengths=lengths,
-      want_cache=True,
-      method="__call__",
-      **options,
+    hidden, out = self.forward(
+      params, x, positions, lengths=lengths, want_cache=True, **options
     )
     cache = qwen2.Cache(out.pop("keys"), out.pop("values"), lengths)
     cache = qwen2.with_room(cache, cache_length - x.shape[1])
@@ -230,50 +211,33 @@ class VideoLLM(abc.ABC):
     left in every row; or it is a tuple of them for consecutive slices of the
     layers, each with rows of its own.
     """
-    x = self._language(params, ids, method="embed")
-    if isinstance(cache, qwen2.Cache):
-      hidden, cache = self._language(
-        params, x, positions, cache, method="decode"
-      )
-      return self.logits(params, hidden), cache
-    x, caches, first = x[:, None], [], 0
-    for part in cache:
+    whole = isinstance(cache, qwen2.Cache)
+    x, caches, first = self.embed_text(params, ids)[:, None], [], 0
+    for part in [cache] if whole else cache:
       x, part = self._decode_slice(params, x, positions, part, first)
       caches.append(part)
       first += part.keys.shape[0]
-    return self.final_logits(params, x[:, 0]), tuple(caches)
+    logits = self.final_logits(params, x[:, 0])
+    return logits, caches[0] if whole else tuple(caches)
 
   def layer(self, params, number, x, positions, **kwargs):
     """Returns (x, out) after decoder layer `number` on its own, int or int32[].
 
-    Of x float[B, L, D] at positions int32[B, P, L]; `kwargs` as of
-    `qwen2.DecoderLayer`.
+    Of x float[B, L, D] at positions int32[B, P, L], as `qwen2.DecoderLayer`.
     """
     # Indexed where it is used: a slice of all the layers would copy them.
-    own = jax.tree.map(
-      lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False),
-      params["language_model"]["layers"],
-    )
-    cfg = self.config.text
-    cos, sin = qwen2.angles(cfg, positions)
-    module = qwen2.DecoderLayer(cfg, self.dtype, self.backend)
-    return module.apply(
-      {"params": own}, x.astype(self.dtype), cos, sin, **kwargs
-    )
+    index = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)
+    layers = params["language_model"]["layers"]
+    own = jax.tree.map(lambda leaf: index(leaf, number), layers)
+    cos, sin = qwen2.angles(self.config.text, positions)
+    module = qwen2.DecoderLayer(self.config.text, self.dtype, self.backend)
+    x = x.astype(self.dtype)
+    return module.apply({"params": own}, x, cos, sin, **kwargs)
 
   def run_layers(
-    self,
-    params,
-    x,
-    positions,
-    lengths,
-    *,
-    first,
-    last,
-    look=None,
-    deep=None,
+    self, params, x, positions, lengths, *, first, last, look=None, deep=None,
     video_rows=None,
-  ):
+  ):  # fmt: skip
     """Returns (x, keys, values, seen) after layers `first` to `last` - 1.
 
     Of the residual stream float[B, L, D], right padded, as in `prefill`; `deep`
@@ -281,39 +245,27 @@ class VideoLLM(abc.ABC):
     float[last - first, B, L, K, H]. `look`, static, gives what is seen in the
     slice's last layer: `look(q, k, lengths)` -> float32[B, L]; None for None.
     """
-
-    def only_last(number):
-      def seen(q, k, lengths):
-        return jax.lax.cond(
-          number == last - 1,
-          lambda: look(q, k, lengths),
-          lambda: jnp.zeros(q.shape[:2], jnp.float32),
-        )
-
-      return seen if look is not None else None
+    nothing = jnp.zeros(x.shape[:2], jnp.float32)
 
     def block(carry, number):
-      x, out = self.layer(
-        params,
-        number,
-        carry[0],
-        positions,
-        lengths=lengths,
-        look=only_last(number),
-      )
+      def seen(*args):
+        is_last = number == last - 1
+        return jax.lax.cond(is_last, lambda: look(*args), lambda: nothing)
+
+      options = dict(lengths=lengths, look=None if look is None else seen)
+      x, out = self.layer(params, number, carry[0], positions, **options)
       x = qwen2.add_deep(x, number, deep, video_rows)
       return (x, out.get("look")), (out["keys"], out["values"])
 
-    nothing = None if look is None else jnp.zeros(x.shape[:2], jnp.float32)
+    start = (x.astype(self.dtype), None if look is None else nothing)
     (x, seen), (keys, values) = jax.lax.scan(
-      block, (x.astype(self.dtype), nothing), jnp.arange(first, last)
+      block, start, jnp.arange(first, last)
     )
     return x, keys, values, seen
 
   def final_logits(self, params, x):
     """Returns float32[..., V] of x float[..., D], before the final norm."""
-    hidden = self._language(params, x, method="normalise")
-    return self.logits(params, hidden)
+    return self.logits(params, self._language(params, x, method="normalise"))
 
   def _decode_slice(self, params, x, positions, cache, first):
     """Returns (x float[B, 1, D], cache) after the layers that `cache` holds."""
@@ -321,15 +273,9 @@ class VideoLLM(abc.ABC):
     lengths = jnp.broadcast_to(cache.lengths, (num_layers, batch))
 
     def block(x, per_layer):
-      number, keys, values, lengths = per_layer
-      x, out = self.layer(
-        params,
-        number,
-        x,
-        positions[..., None],
-        cache=(keys, values),
-        lengths=lengths,
-      )
+      number, *earlier, lengths = per_layer
+      options = dict(cache=earlier, lengths=lengths)
+      x, out = self.layer(params, number, x, positions[..., None], **options)
       return x, (out["keys"][:, 0], out["values"][:, 0])
 
     numbers = jnp.arange(first, first + num_layers)
@@ -338,11 +284,9 @@ class VideoLLM(abc.ABC):
     )
     # Written once for all layers: inside the scan it would copy the cache.
     where = numbers[:, None] - first, jnp.arange(batch)[None], lengths
-    return x, qwen2.Cache(
-      keys=cache.keys.at[where].set(keys),
-      values=cache.values.at[where].set(values),
-      lengths=cache.lengths + 1,
-    )
+    keys = cache.keys.at[where].set(keys)
+    values = cache.values.at[where].set(values)
+    return x, qwen2.Cache(keys, values, cache.lengths + 1)
 
   def _language(self, params, *args, **kwargs):
     module = qwen2.Qwen2(self.config.text, self.dtype, self.backend, self.remat)

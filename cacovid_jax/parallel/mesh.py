@@ -1,8 +1,7 @@
 """Device mesh, placement of arrays, sharding rules, multi-host start-up.
 
-One mesh with two axes: `data` holds different videos, `model` holds slices of
-the frozen base model's weights. The policy and its optimiser state are
-replicated over both.
+Of the mesh's axes, `data` holds different videos, `model` slices of the frozen
+base model's weights. The policy and its optimiser state are replicated.
 """
 
 import re
@@ -21,23 +20,17 @@ from cacovid_jax import errors
 # and single layers share a rule. Columns of the first product and rows of the
 # second are split, so that one sum per block is all the talk there is.
 BASE_MODEL_RULES: tuple[tuple[str, int | None], ...] = (
-  (r"(q_proj|k_proj|v_proj|gate_proj|up_proj|fc1)/kernel$", -1),
-  (r"(q_proj|k_proj|v_proj|gate_proj|up_proj|fc1)/bias$", -1),
+  (r"(q_proj|k_proj|v_proj|gate_proj|up_proj|fc1)/(kernel|bias)$", -1),
   (r"(o_proj|out_proj|down_proj|fc2)/kernel$", -2),
   (r"(embed_tokens|lm_head)$", -2),
   (r".*", None),
 )
 
 
-def make_mesh(
-  data: int = 0, model: int = 1, *, devices: Sequence[Any] | None = None
-) -> Mesh:
-  """Returns a mesh with axes `data` and `model`.
+def make_mesh(data=0, model=1, *, devices: Sequence[Any] | None = None) -> Mesh:
+  """Returns a mesh with axes `data` and `model`, of all devices by default.
 
-  Args:
-    data: devices on the data axis; 0 takes all that `model` leaves.
-    model: devices that share one copy of the base model.
-    devices: to use; all of the run by default.
+  `model` devices share one copy of the base model; `data` 0 takes the others.
   """
   devices = list(jax.devices() if devices is None else devices)
   if model < 1 or data < 0:
@@ -51,13 +44,10 @@ def make_mesh(
       f"mesh of data={data} x model={model} needs {data * model} devices and"
       f" there are {len(devices)}; lower config.mesh.data or config.mesh.model"
     )
-  return jax.make_mesh(
-    (data, model),
-    ("data", "model"),
-    # The default, Explicit, asks for shardings in every op.
-    axis_types=(AxisType.Auto, AxisType.Auto),
-    devices=devices[: data * model],
-  )
+  # The default, Explicit, asks for shardings in every op.
+  options = dict(axis_types=(AxisType.Auto, AxisType.Auto))
+  options |= dict(devices=devices[: data * model])
+  return jax.make_mesh((data, model), ("data", "model"), **options)
 
 
 def check_map(how: str, mesh: Mesh) -> None:
@@ -73,14 +63,13 @@ def check_map(how: str, mesh: Mesh) -> None:
 
 
 def map_over_data(
-  function, mesh: Mesh, in_specs, out_specs, *, how: str = "shard_map"
+  function, mesh: Mesh, in_specs, out_specs, *, how="shard_map"
 ):
   """Returns a function mapped over the axis `data`, to be jitted.
 
-  The function computes one device's share, and may average over the axis by
-  name. Specs are prefix trees: P() for what all devices have, P("data") for
-  what is split by its leading axis. Both values of `how`, "shard_map" and
-  "pmap" (see `check_map`), compute the same.
+  It computes one device's share, and may average over the axis by name. Specs
+  are prefix trees: P() for what all devices have, P("data") for what is split
+  by its leading axis. Both values of `how`, see `check_map`, compute the same.
   """
   if how == "shard_map":
     return jax.shard_map(
@@ -102,22 +91,17 @@ def map_over_data(
     return jax.tree.map(lambda spec: None if spec == P() else 0, specs)
 
   def reshape(specs, tree, shape, start):
-    def change(x):
-      return x.reshape(shape + x.shape[start:])
+    def change(spec, part):
+      if spec == P():
+        return part
+      return jax.tree.map(lambda x: x.reshape(shape + x.shape[start:]), part)
 
-    return jax.tree.map(
-      lambda spec, part: part if spec == P() else jax.tree.map(change, part),
-      specs,
-      tree,
-    )
+    return jax.tree.map(change, specs, tree)
 
   mapped = jax.pmap(
-    function,
-    axis_name="data",
-    in_axes=axes(in_specs),
-    out_axes=axes(out_specs),
+    function, "data", in_axes=axes(in_specs), out_axes=axes(out_specs),
     devices=devices,
-  )
+  )  # fmt: skip
 
   def call(*args):
     out = mapped(*reshape(in_specs, args, (len(devices), -1), 1))
@@ -131,8 +115,8 @@ def path_name(path) -> str:
   return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def partition_specs(params, mesh: Mesh, rules=BASE_MODEL_RULES):
-  """Returns a PartitionSpec per weight, from the first rule that matches.
+def partition_specs(params, mesh: Mesh):
+  """Returns a PartitionSpec per weight, of the first rule that matches.
 
   A weight whose split axis does not divide by the `model` axis (2 kv heads on
   4 devices) is replicated.
@@ -141,11 +125,9 @@ def partition_specs(params, mesh: Mesh, rules=BASE_MODEL_RULES):
 
   def spec(path, leaf):
     name = path_name(path)
-    matches = (axis for pattern, axis in rules if re.search(pattern, name))
-    axis = next(matches, None)
-    if size == 1 or axis is None or leaf.ndim < -axis:
-      return P()
-    if leaf.shape[axis] % size:
+    axis = next(at for rule, at in BASE_MODEL_RULES if re.search(rule, name))
+    fits = axis and leaf.ndim >= -axis and leaf.shape[axis] % size == 0
+    if size == 1 or not fits:
       return P()
     entries = [None] * leaf.ndim
     entries[axis] = "model"
@@ -154,17 +136,17 @@ def partition_specs(params, mesh: Mesh, rules=BASE_MODEL_RULES):
   return jax.tree_util.tree_map_with_path(spec, params)
 
 
-def shard_base_params(params, mesh: Mesh, rules=BASE_MODEL_RULES):
-  """Places frozen weights on the mesh, split over `model` by `rules`."""
-  specs = partition_specs(params, mesh, rules)
+def shard_base_params(params, mesh: Mesh):
+  """Places frozen weights on the mesh, split over `model` by the rules."""
+  specs = partition_specs(params, mesh)
   return jax.tree.map(lambda x, spec: put(x, mesh, spec), params, specs)
 
 
 def put(tree, mesh: Mesh, spec: P):
   """Places a tree of host or device arrays on the mesh, all with one spec.
 
-  With several processes every process holds the whole array and places the
-  part that its own devices need. What lies there already stays where it is.
+  Of several processes every one holds the whole array and places the part of
+  its own devices. What lies there already stays where it is.
   """
   sharding = NamedSharding(mesh, spec)
 
@@ -176,23 +158,16 @@ def put(tree, mesh: Mesh, spec: P):
     if jax.process_count() == 1:
       return jax.device_put(x, sharding)
     host = np.asarray(x)
-    return jax.make_array_from_callback(
-      host.shape, sharding, lambda index: host[index]
-    )
+    return jax.make_array_from_callback(host.shape, sharding, host.__getitem__)
 
   return jax.tree.map(place, tree)
 
 
-def jit_rows(
-  function: Callable, mesh: Mesh | None, *, weights: Sequence[int] = (0,)
-):
+def jit_rows(function: Callable, mesh: Mesh | None, *, weights=(0,)):
   """Returns the jitted function; each device of `data` computes its own rows.
 
-  Args:
-    function: takes weights, and trees whose arrays lead with a batch axis, as
-      do those that it returns.
-    mesh: None is one device.
-    weights: places of the arguments that are weights.
+  It takes weights, as arguments of the places `weights`, and trees whose arrays
+  lead with a batch axis, as do those that it returns. Mesh None is one device.
   """
   if mesh is None or mesh.size == 1:
     return jax.jit(function)
@@ -220,8 +195,4 @@ def start_processes(
       f" process_id from 0 to {num_processes - 1}, got {coordinator!r} and"
       f" {process_id}"
     )
-  jax.distributed.initialize(
-    coordinator_address=coordinator,
-    num_processes=num_processes,
-    process_id=process_id,
-  )
+  jax.distributed.initialize(coordinator, num_processes, process_id)

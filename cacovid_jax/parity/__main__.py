@@ -59,42 +59,12 @@ def report(folder, found) -> bool:
   width = max([len("stage"), *(len(stage.name) for stage in found)])
   print(f"\n{folder}")
   print(f"{'stage':{width}}  max abs error  tolerance  verdict")
-  for stage in found:
-    verdict = "ok" if stage.ok else "MISS"
-    print(
-      f"{stage.name:{width}}  {stage.max_abs_error:13.3e}"
-      f"  {stage.tolerance:9.1e}  {verdict}"
-    )
+  for name, error, tolerance, ok in found:
+    verdict = "ok" if ok else "MISS"
+    print(f"{name:{width}}  {error:13.3e}  {tolerance:9.1e}  {verdict}")
   missed = sum(not stage.ok for stage in found)
   print(f"{len(found) - missed} of {len(found)} stages within tolerance")
   return bool(found) and not missed
-
-
-def report_half(directory, ours, control) -> bool:
-  """Prints the `Agreement`s in bfloat16; returns whether ours is enough."""
-  from cacovid_jax.parity import transformers as limits
-
-  print(
-    f"\n{directory}, all in bfloat16: {ours.positions} positions (at least"
-    f" {limits.HALF_POSITIONS})"
-  )
-  print(
-    "same top token                             ties left out  share  strict"
-  )
-  for name, found in (
-    ("ours and transformers'", ours),
-    ("transformers' two kernels, to compare", control),
-  ):
-    print(
-      f"{name:41}  {found.ties:13}  {found.share:6.2%}"
-      f"  {found.strict_share:6.2%}"
-    )
-  print(
-    f"ties: two logits within {limits.HALF_TIE:.0%} of the largest; strict:"
-    f" within {limits.HALF_TIE:g}\n"
-    f"at least {limits.HALF_SHARE:.0%}: {'ok' if ours.ok else 'MISS'}"
-  )
-  return ours.ok
 
 
 def main(args):
@@ -108,13 +78,13 @@ def main(args):
   jax.config.update("jax_default_matmul_precision", "highest")
   verdicts = [report(folder, check(folder)) for folder in folders]
   if directory:
-    from cacovid_jax.parity import transformers as transformers_lib
+    from cacovid_jax.parity import half_precision, transformers
 
-    found = transformers_lib.check(directory, device=args.torch_device)
+    found = transformers.check(directory, device=args.torch_device)
     verdicts.append(report(directory, found))
     if args.half:
-      both = transformers_lib.agree(directory, device=args.torch_device)
-      verdicts.append(report_half(directory, *both))
+      both = half_precision.agree(directory, device=args.torch_device)
+      verdicts.append(half_precision.report(directory, *both))
   return 0 if all(verdicts) else 1
 
 

@@ -2,7 +2,7 @@
 
 A folder holds config.json, model.safetensors and golden.npz: the inputs and
 the intermediates of the reference implementation in float32, on a left-padded
-batch of prompts with one video each. config.json says which model it is.
+batch of prompts with one video each.
 
 Axes: B batch, L prompt tokens, D width, T frames or time slices, N video
 tokens, P position rows, V vocabulary.
@@ -29,8 +29,7 @@ from cacovid_jax.parity import stage
 # For stages whose largest value is at most `_SCALE`; they grow in proportion
 # beyond, as rounding does. (In the golden tiny model the projected features
 # reach 21, where the reference itself is 1.1e-5 away from its float64 result.)
-STAGE_TOLERANCE = 2e-5
-LOGITS_TOLERANCE = 1e-4
+STAGE_TOLERANCE, LOGITS_TOLERANCE = 2e-5, 1e-4
 # Qwen2.5-VL's residual streams, before any norm, carry the rounding of all that
 # came before. (Its golden tower ends in values up to 20: the reference is
 # 3.0e-5 away from its float64 result, this tower 2.4e-5 on the other side, and
@@ -39,21 +38,16 @@ RESIDUAL_TOLERANCE = 3e-5
 _SCALE = 8.0
 
 # Names of arrays; the stages of LLaVA-OneVision's tower apart.
-_TOWER_STAGES = (
-  "vision_embeddings vision_tower_output projected_features pooled_features"
-).split()
-_DROPPED_ARRAYS = (
-  "dropped_keep_index dropped_last_hidden_state dropped_logits"
-).split()
-_DECODER_ARRAYS = (
-  "pixel_values_videos video_features input_ids attention_mask position_ids"
-  " inputs_embeds hidden_states last_hidden_state logits generated_ids"
-).split()
-_QWEN2_5_VL_ARRAYS = (
-  "video_grid_thw second_per_grid_ts patch_embed window_index"
-  " cu_window_seqlens vision_tower_output rope_deltas v4_position_ids"
-  " v4_rope_deltas v4_last_hidden_state v4_logits"
-).split()
+_TOWER_STAGES = """vision_embeddings vision_tower_output projected_features
+  pooled_features""".split()
+_DROPPED_ARRAYS = """dropped_keep_index dropped_last_hidden_state
+  dropped_logits""".split()
+_DECODER_ARRAYS = """pixel_values_videos video_features input_ids attention_mask
+  position_ids inputs_embeds hidden_states last_hidden_state logits
+  generated_ids""".split()
+_QWEN2_5_VL_ARRAYS = """video_grid_thw second_per_grid_ts patch_embed
+  window_index cu_window_seqlens vision_tower_output rope_deltas v4_position_ids
+  v4_rope_deltas v4_last_hidden_state v4_logits""".split()
 
 
 def check(folder):
@@ -70,30 +64,32 @@ def read(folder):
 def compare(model, params, golden):
   """Returns the list of `stage.Stage`, from the pixels to the answers.
 
-  Args:
-    model: `video_llm.VideoLLM`, in float32.
-    params: its parameters.
-    golden: arrays of a golden.npz.
+  Of a `video_llm.VideoLLM` in float32 and the arrays of a golden.npz.
   """
   run = _Run(model, params, golden)
   with jax.default_matmul_precision("highest"):
-    (_llava_onevision if run.one_grid else _qwen2_5_vl)(run)
+    prompts, x, placed = run.embedded()
+    _decoder(run, prompts, x, *placed["v5"])
+    if "4.50" in placed:
+      positions, _ = placed["4.50"]
+      hidden, _ = run.forward(x, positions, lengths=prompts.lengths)
+      _head(run, prompts, hidden, "v4_")
+    if all(name in golden for name in _DROPPED_ARRAYS):
+      _dropped(run, prompts, x, placed["v5"][0])
+    if "4.50" in placed:
+      _pruned(run, prompts, x, positions)
   return run.stages
 
 
 def logits(model, params, golden):
   """Returns (ours, theirs) float32[n, V] behind each of all n prompt tokens.
 
-  From the pixels, in the model's own dtype, which may be any; with Qwen2.5-VL
-  by the position rule of transformers 5. Arguments as of `compare`.
+  Arguments as of `compare`, the model in any dtype; Qwen2.5-VL's positions by
+  the rule of transformers 5.
   """
   run = _Run(model, params, golden)
-  if run.one_grid:
-    prompts, x, positions = _llava_onevision_embedded(run)
-  else:
-    prompts, x, placed = _qwen2_5_vl_embedded(run)
-    positions, _ = placed["v5"]
-  hidden, _ = run.forward(x, positions, lengths=prompts.lengths)
+  prompts, x, placed = run.embedded()
+  hidden, _ = run.forward(x, placed["v5"][0], lengths=prompts.lengths)
   return np.asarray(run.logits(hidden[prompts.valid])), prompts.rows("logits")
 
 
@@ -116,6 +112,14 @@ class _Run:
     self.forward = functools.partial(forward, params)
     self.logits = functools.partial(jax.jit(model.logits), params)
 
+  def embedded(self):
+    """Adds the stages before the decoder.
+
+    Returns (prompts, embeddings, {rule: (positions, next position)}), only rule
+    "v5" for a model whose positions count on.
+    """
+    return (_llava_onevision if self.one_grid else _qwen2_5_vl)(self)
+
   def add(self, name, actual, expected=None, tolerance=STAGE_TOLERANCE):
     """Adds a stage; what it should be is the golden array of its name."""
     expected = self.golden[name] if expected is None else np.asarray(expected)
@@ -130,21 +134,12 @@ class _Run:
 
 
 def _llava_onevision(run):
-  prompts, x, positions = _llava_onevision_embedded(run)
-  _decoder(run, prompts, x, positions, prompts.lengths)
-  _dropped(run, prompts, x, positions)
-
-
-def _llava_onevision_embedded(run):
-  """Adds the stages of the tower; returns (prompts, embeddings, positions)."""
   model, golden = run.model, run.golden
   pixels = jnp.asarray(golden["pixel_values_videos"])
   pixels = pixels.transpose(0, 1, 3, 4, 2)  # [B, T, h, w, 3]
   grids = np.array([model.grid(*video.shape[:3]) for video in pixels])
-  features, out = run.batched(
-    model.encode_stages,
-    processors.TowerInputs(pixels, tuple(grids.T), np.ones(len(pixels))),
-  )
+  inputs = processors.TowerInputs(pixels, tuple(grids.T), np.ones(len(pixels)))
+  features, out = run.batched(model.encode_stages, inputs)
   for name in _TOWER_STAGES:
     run.add(name, out[name].reshape(-1, *out[name].shape[2:]))
   num_video = np.full(len(features), features.shape[1])
@@ -154,22 +149,11 @@ def _llava_onevision_embedded(run):
   rows = prompts.video_rows
   rows = np.concatenate([rows, rows[:, -1:] + 1], axis=1)
   run.add("video_features", np.take_along_axis(x, rows[..., None], axis=1))
-  return prompts, x, prompts.roll(golden["position_ids"])[:, None]
+  positions = prompts.roll(golden["position_ids"])[:, None]
+  return prompts, x, {"v5": (positions, prompts.lengths)}
 
 
 def _qwen2_5_vl(run):
-  prompts, x, placed = _qwen2_5_vl_embedded(run)
-  _decoder(run, prompts, x, *placed["v5"])
-  positions, _ = placed["4.50"]
-  hidden, _ = run.forward(x, positions, lengths=prompts.lengths)
-  _head(run, prompts, hidden, "v4_")
-  if all(name in run.golden for name in _DROPPED_ARRAYS):
-    _dropped(run, prompts, x, placed["v5"][0])
-  _pruned(run, prompts, x, positions)
-
-
-def _qwen2_5_vl_embedded(run):
-  """Likewise of Qwen2.5-VL, with {rule: (positions, next position)}."""
   model, golden = run.model, run.golden
   merge = model.config.vision.merge_size
   grids = golden["video_grid_thw"] // (1, merge, merge)
@@ -178,22 +162,19 @@ def _qwen2_5_vl_embedded(run):
   features = _qwen2_5_vl_features(run, grids, num_video)
   x = run.batched(model.embed_prompt, prompts.ids, features, prompts.video_rows)
 
-  both, padded = {}, golden["input_ids"].shape[1]
-  for rule, prefix, counted in (
-    ("v5", "", prompts.lengths),
-    ("4.50", "v4_", padded),
-  ):
-    both[rule] = _position_ids(run, prompts, grids, rule)
-    positions, following = both[rule]
+  # Deltas are how the reference keeps the next position: less the rows of the
+  # prompt, with (4.50) or without (5.x) its padding.
+  placed, padded = {}, golden["input_ids"].shape[1]
+  rules = {"v5": ("", prompts.lengths), "4.50": ("v4_", padded)}
+  for rule, (prefix, counted) in rules.items():
+    positions, following = placed[rule] = _place(run, prompts, grids, rule)
     name = f"{prefix}position_ids"
     ours = positions.transpose(0, 2, 1)[prompts.valid]
     expected = prompts.select(golden[name].transpose(1, 2, 0))
     run.add(name, ours, expected, tolerance=0.0)
-    # Deltas are how the reference keeps the next position: less the rows of
-    # the prompt, with (4.50) or without (5.x) its padding.
     deltas = (following - counted)[:, None]
     run.add(f"{prefix}rope_deltas", deltas, tolerance=0.0)
-  return prompts, x, both
+  return prompts, x, placed
 
 
 def _qwen2_5_vl_features(run, grids, num_video):
@@ -225,15 +206,11 @@ def _qwen2_5_vl_features(run, grids, num_video):
   layouts = [model.layout(grid, sizes) for grid in grids]
   most = sizes.num_tokens * vision.patches_per_token
   videos = np.split(patches, starts[1:])
-  features, out = run.batched(
-    model.encode_stages,
-    processors.TowerInputs(
-      np.stack([np.pad(x, [(0, most - len(x)), (0, 0)]) for x in videos]),
-      tuple(grids.T),
-      run.golden["second_per_grid_ts"],
-      jax.tree.map(lambda *leaves: np.stack(leaves), *layouts),
-    ),
-  )
+  videos = np.stack([prompt_batch.pad_tokens(x, most) for x in videos])
+  layouts = jax.tree.map(lambda *leaves: np.stack(leaves), *layouts)
+  seconds = run.golden["second_per_grid_ts"]
+  inputs = processors.TowerInputs(videos, tuple(grids.T), seconds, layouts)
+  features, out = run.batched(model.encode_stages, inputs)
 
   def valid(x, lengths):
     rows = zip(np.asarray(x), lengths, strict=True)
@@ -246,17 +223,15 @@ def _qwen2_5_vl_features(run, grids, num_video):
   return features
 
 
-def _position_ids(run, prompts, grids, rule):
+def _place(run, prompts, grids, rule):
   """Returns int32[B, P, L], zero behind the prompts, and int32[B] the next."""
   ids, seconds = np.asarray(prompts.ids), run.golden["second_per_grid_ts"]
   positions = np.zeros((len(ids), 3, ids.shape[1]), np.int32)
   following = np.zeros(len(ids), np.int32)
   for i, length in enumerate(prompts.lengths):
+    video = processors.TowerInputs(None, tuple(grids[i]), seconds[i])
     positions[i, :, :length], following[i] = qwen2_5_vl.position_ids(
-      ids[i, :length],
-      processors.TowerInputs(None, tuple(grids[i]), seconds[i]),
-      config=run.model.config,
-      rule=rule,
+      ids[i, :length], video, config=run.model.config, rule=rule
     )
   return positions, following
 
@@ -320,23 +295,18 @@ def _decoder(run, prompts, x, positions, next_positions):
       f"golden.npz has {len(states)} hidden states, the config's model"
       f" {len(mine)}; use the files of one folder"
     )
-  for layer, (actual, expected) in enumerate(zip(mine, states, strict=True)):
-    tolerance = STAGE_TOLERANCE if layer == len(mine) - 1 else inner
-    expected = prompts.select(expected)
-    run.add(f"hidden_states[{layer}]", actual[valid], expected, tolerance)
+  tolerances = [*[inner] * (len(mine) - 1), STAGE_TOLERANCE]
+  for layer, tolerance in enumerate(tolerances):
+    actual, expected = mine[layer][valid], prompts.select(states[layer])
+    run.add(f"hidden_states[{layer}]", actual, expected, tolerance)
   _head(run, prompts, hidden)
 
-  greedy = functools.partial(
-    generation.greedy,
-    run.model,
-    max_new_tokens=run.golden["generated_ids"].shape[1],
-    eos_ids=(),  # The reference loop ignored it, too.
-    pad_id=0,
-  )
-  ids = jax.jit(greedy)(
-    run.params, x, positions, prompts.lengths, next_positions
-  )
-  run.add("generated_ids", ids, tolerance=0.0)
+  steps = run.golden["generated_ids"].shape[1]
+  # Without an end, which the reference loop ignored, too.
+  options = dict(max_new_tokens=steps, eos_ids=(), pad_id=0)
+  greedy = functools.partial(generation.greedy, run.model, **options)
+  given = (run.params, x, positions, prompts.lengths, next_positions)
+  run.add("generated_ids", jax.jit(greedy)(*given), tolerance=0.0)
 
 
 def _head(run, prompts, hidden, prefix=""):
@@ -352,16 +322,7 @@ def _head(run, prompts, hidden, prefix=""):
 def _dropped(run, prompts, x, positions):
   """Runs the first prompt without the dropped tokens, positions kept."""
   padding = int((run.golden["attention_mask"][0] == 0).sum())
-  kept = run.golden["dropped_keep_index"] - padding  # Rows after rolling.
-  video_rows = prompts.video_rows[0, : prompts.num_video[0]]
-  index = np.flatnonzero(np.isin(video_rows, kept))
-  length = prompts.lengths[0]
-  rows, new_length, _ = prompt_batch.kept_rows(
-    index, len(index), video_rows=video_rows, length=length, num_rows=length
-  )
-  if int(new_length) != len(kept) or (np.asarray(rows) != kept).any():
-    # Text was dropped, too, which a compressor never does: take it literally.
-    rows = jnp.asarray(kept)
+  rows = run.golden["dropped_keep_index"] - padding  # Rows after rolling.
   hidden, _ = run.forward(x[:1, rows], positions[:1, :, rows])
   run.add("dropped_last_hidden_state", hidden)
   run.add("dropped_logits", run.logits(hidden), tolerance=LOGITS_TOLERANCE)
@@ -370,31 +331,29 @@ def _dropped(run, prompts, x, positions):
 def _pruned(run, prompts, x, positions):
   """Adds prompts without most video tokens, against the same tokens hidden.
 
-  Hiding tokens from every query is what leaving them out must equal, as long
-  as the other tokens keep their positions.
+  Which must be equal as long as the other tokens keep their positions.
   """
   num_valid = -(-prompts.num_video // 3)
   index = jnp.arange(num_valid.max()) * 3  # Every third token.
   # As many rows as before, for prompts of much text beside those of much video.
   num_rows = x.shape[1] + prompts.video_rows.shape[1] - len(index)
-  rows, lengths, _ = jax.vmap(
-    lambda valid, video_rows, length: prompt_batch.kept_rows(
+
+  def kept(valid, video_rows, length):
+    return prompt_batch.kept_rows(
       index, valid, video_rows=video_rows, length=length, num_rows=num_rows
-    )
-  )(num_valid, prompts.video_rows, prompts.lengths)
+    )[:2]
+
+  each = (num_valid, prompts.video_rows, prompts.lengths)
+  rows, lengths = jax.vmap(kept)(*each)
   batch = np.arange(len(rows))[:, None]
-  pruned, _ = run.forward(
-    x[batch, rows],
-    np.take_along_axis(positions, np.asarray(rows)[:, None], axis=2),
-    lengths=lengths,
-  )
+  own = np.take_along_axis(positions, np.asarray(rows)[:, None], axis=2)
+  pruned, _ = run.forward(x[batch, rows], own, lengths=lengths)
   visible = np.zeros(x.shape[:2], bool)
   visible[batch, rows] = True
   mask = np.broadcast_to(visible[:, None], (*visible.shape, x.shape[1]))
   hidden, _ = run.forward(x, positions, mask=mask)
 
   inside = np.arange(rows.shape[1]) < np.asarray(lengths)[:, None]
-  pruned, hidden = pruned[inside], hidden[batch, rows][inside]
-  run.add("pruned_last_hidden_state", pruned, hidden)
-  pruned, hidden = run.logits(pruned), run.logits(hidden)
-  run.add("pruned_logits", pruned, hidden, LOGITS_TOLERANCE)
+  both = pruned[inside], hidden[batch, rows][inside]
+  run.add("pruned_last_hidden_state", *both)
+  run.add("pruned_logits", *map(run.logits, both), LOGITS_TOLERANCE)

@@ -43,40 +43,26 @@ EXACT = {}
 # changed default would pass unseen.
 _PAPER = {
   sampling.SamplingConfig: dict(
-    num_combinations=32,
-    group_size=2,
-    max_group_prob=2.0,
-    min_group_cap=0.1,
-    max_group_cap=0.9,
-    max_frame_prob=3.0,
-    frame_ratio=0.125,
-    min_token_weight=0.5,
-    max_token_weight=2.0,
-    mass_epsilon=1e-8,
-    num_neighbours=4,
-    density_noise=1e-6,
+    num_combinations=32, group_size=2, max_group_prob=2.0, min_group_cap=0.1,
+    max_group_cap=0.9, max_frame_prob=3.0, frame_ratio=0.125,
+    min_token_weight=0.5, max_token_weight=2.0, mass_epsilon=1e-8,
+    num_neighbours=4, density_noise=1e-6,
   ),
   objective.ObjectiveConfig: dict(
-    clip_low=0.2,
-    clip_high=0.28,
-    kl_weight=0.0,
-    std_epsilon=1e-4,
+    clip_low=0.2, clip_high=0.28, kl_weight=0.0, std_epsilon=1e-4,
     weight_epsilon=1e-7,
   ),
   selection.budget: dict(
-    importance_ratio=0.5,
-    max_frame_share=1.5,
-    frame_sharpness=3.0,
+    importance_ratio=0.5, max_frame_share=1.5, frame_sharpness=3.0,
     min_frame_prob=0.5,
   ),
-}
+}  # fmt: skip
 
 
 def check(folder):
   """Returns the list of `stage.Stage` of all golden files of a folder.
 
-  Raises:
-    UserError: no golden file there, or one that cannot be read as its kind.
+  None at all, or one that cannot be read as its kind, is a UserError.
   """
   if not os.path.isdir(folder):
     raise errors.UserError(
@@ -106,11 +92,11 @@ def check(folder):
 class _Case:
   """Arrays and numbers of one case; what it lacks is a user's mistake."""
 
-  label: str
   path: str
   arrays: Mapping[str, np.ndarray]
   entry: str  # Where the numbers stand.
   numbers: Any
+  label: str
   suffix: str = ""
 
   def array(self, name, *shape):
@@ -141,10 +127,8 @@ class _Case:
 
   def number(self, name, kind=float):
     """Returns a number of the case."""
-    value = None
-    if isinstance(self.numbers, dict):
-      value = self.numbers.get(name)
-    where = f"{self.path}: {self.entry}"
+    known = self.numbers if isinstance(self.numbers, dict) else {}
+    value, where = known.get(name), f"{self.path}: {self.entry}"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
       raise errors.UserError(f"{where} has no number {name}")
     if kind is int and value != int(value):
@@ -165,12 +149,10 @@ def _cases(path, whole):
   if not isinstance(found, kind):
     raise errors.UserError(f"{path}: {entry} is not a {kind.__name__}")
   stem = os.path.basename(path).removesuffix(".npz")
+  case = functools.partial(_Case, path, arrays, entry)
   if whole:
-    return [_Case(stem, path, arrays, entry, found)]
-  return [
-    _Case(f"{stem}[{i}]", path, arrays, entry, numbers, f"_{i}")
-    for i, numbers in enumerate(found)
-  ]
+    return [case(found, stem)]
+  return [case(x, f"{stem}[{i}]", f"_{i}") for i, x in enumerate(found)]
 
 
 def _check_defaults():
@@ -223,16 +205,12 @@ def _read_policy(case):
     ".token_compress." in name and name.endswith(".weight") for name in tensors
   )
   llm = qwen2.Qwen2Config(
-    vocab_size=1,
-    hidden_size=width,
+    vocab_size=1, hidden_size=width, num_layers=1, num_heads=num_heads,
     intermediate_size=case.number("intermediate_size", int),
-    num_layers=1,
-    num_heads=num_heads,
-    num_kv_heads=case.number("num_key_value_heads", int),
-    head_dim=head_dim,
+    num_kv_heads=case.number("num_key_value_heads", int), head_dim=head_dim,
     rope_theta=case.number("rope_theta"),
     rms_norm_eps=case.number("rms_norm_eps"),
-  )
+  )  # fmt: skip
   config = network.PolicyConfig(llm=llm, num_halvings=max(num_layers - 1, 0))
   params = network.from_public(tensors, config)
   return network.Policy(config), {"params": params}
@@ -241,12 +219,9 @@ def _read_policy(case):
 def _select(case):
   grid = tuple(case.number(side, int) for side in "thw")
   num_tokens = int(np.prod(grid))
-  budget = selection.budget(
-    grid,
-    case.number("retention_ratio"),
-    importance_ratio=case.number("importance_ratio"),
-    max_frame_ratio=case.number("max_frame_ratio"),
-  )
+  names = ("importance_ratio", "max_frame_ratio")
+  ratios = {name: case.number(name) for name in names}
+  budget = selection.budget(grid, case.number("retention_ratio"), **ratios)
   index = jax.jit(selection.select)(case.scores(grid[0], num_tokens), budget)
   keep = sampling.token_masks(index, num_tokens)
   yield "keep", keep, case.array("keep", num_tokens), EXACT
@@ -254,14 +229,11 @@ def _select(case):
 
 def _sampling(case):
   num_tokens = case.number("num_tokens", int)
-  plan = sampling.plan(
-    (1, 1, num_tokens),
-    case.number("retention_ratio"),
-    sampling.SamplingConfig(
-      group_size=case.number("group_size"),
-      max_group_prob=case.number("max_group_prob"),
-    ),
-  )
+  fields = ("group_size", "max_group_prob")
+  fields = {name: case.number(name) for name in fields}
+  config = sampling.SamplingConfig(**fields)
+  ratio = case.number("retention_ratio")
+  plan = sampling.plan((1, 1, num_tokens), ratio, config)
   for name, ours in (
     ("num_groups", plan.group_cap.size),
     ("group_cap", plan.group_cap.cap),
@@ -306,24 +278,19 @@ def _objective(case):
     reward = case.array(f"{mode}_reward", rows).astype(np.float32)
     memory |= {f"{mode}_mask": mask, f"{mode}_reward": reward}
     memory[f"{mode}_valid"] = np.ones(rows, bool)
-  config = objective.ObjectiveConfig(
-    clip_low=case.number("eps_low"),
-    clip_high=case.number("eps_high"),
-    kl_weight=case.number("kl_weight"),
-  )
+  numbers = map(case.number, ("eps_low", "eps_high", "kl_weight"))
+  names = ("clip_low", "clip_high", "kl_weight")
+  config = objective.ObjectiveConfig(**dict(zip(names, numbers, strict=True)))
   loss = functools.partial(objective.loss, config=config)
-  (total, metrics), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(
-    case.scores(num_frames, num_tokens, "new_"),
-    case.scores(num_frames, num_tokens, "old_"),
-    objective.Memory(**memory),
-  )
-  for name in ("token_loss", "frame_loss"):
-    yield name, metrics[name], case.array(name), LOSSES
-  yield "loss", total, case.array("loss"), LOSSES
-  expected = case.array("grad_token_logits", num_tokens, 2)
-  yield "grad_token", grads.token, expected, GRADIENTS
-  expected = case.array("grad_frame_logits", num_frames, 2)
-  yield "grad_frame", grads.frame, expected, GRADIENTS
+  new, old = (case.scores(num_frames, num_tokens, x) for x in ("new_", "old_"))
+  run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+  (total, metrics), grads = run(new, old, objective.Memory(**memory))
+  losses = {name: metrics[name] for name in ("token_loss", "frame_loss")}
+  for name, value in (losses | {"loss": total}).items():
+    yield name, value, case.array(name), LOSSES
+  for name, size in (("token", num_tokens), ("frame", num_frames)):
+    expected = case.array(f"grad_{name}_logits", size, 2)
+    yield f"grad_{name}", getattr(grads, name), expected, GRADIENTS
 
 
 _KINDS = {

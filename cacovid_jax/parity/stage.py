@@ -21,7 +21,7 @@ def compare(name, actual, expected, tolerance=0.0, relative=0.0):
   """Returns the `Stage` of two arrays; without tolerances they must be equal.
 
   Allowed at each entry is tolerance + relative * |expected|; the stage tells
-  the entry that lies closest to that, or furthest beyond. A wrong shape or a
+  the entry that is closest to that, or furthest beyond. A wrong shape or one
   value that is not finite is an infinite error.
   """
   actual, expected = np.asarray(actual), np.asarray(expected)
@@ -29,28 +29,24 @@ def compare(name, actual, expected, tolerance=0.0, relative=0.0):
     return Stage(name, float("inf"), tolerance, False)
   if not expected.size:
     return Stage(name, 0.0, tolerance, True)
+  mine, theirs = (x.astype(np.float64).reshape(-1) for x in (actual, expected))
   # Equal infinities (a score that was masked out) do not differ.
   with np.errstate(invalid="ignore"):
-    error = np.abs(actual.astype(np.float64) - expected.astype(np.float64))
-  error = np.where(actual == expected, 0.0, error)
-  error = np.where(np.isfinite(error), error, np.inf).reshape(-1)
+    error = np.where(mine == theirs, 0.0, np.abs(mine - theirs))
+  error = np.where(np.isfinite(error), error, np.inf)
   allowed = np.full(error.shape, tolerance, np.float64)
   if relative:
-    allowed += relative * np.abs(expected.astype(np.float64)).reshape(-1)
+    allowed += relative * np.abs(theirs)
   worst = np.argmax(np.where(error > 0, error / np.maximum(allowed, 1e-300), 0))
-  return Stage(
-    name,
-    float(error[worst]),
-    float(allowed[worst]),
-    bool((error <= allowed).all()),
-  )
+  largest, most = float(error[worst]), float(allowed[worst])
+  return Stage(name, largest, most, bool((error <= allowed).all()))
 
 
 def read(path):
   """Returns {name: array} of a golden .npz file."""
   try:
     with np.load(path, allow_pickle=False) as file:
-      return {name: file[name] for name in file.files}
+      return dict(file)
   except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
     raise errors.UserError(
       f"{path} cannot be read ({errors.one_line(error)}); make the golden file"

@@ -1,19 +1,18 @@
 """The installed transformers as the reference for a checkpoint directory.
 
-Runs the directory's model in PyTorch, float32 and eager attention, on seeded
-random pixels and two chat prompts, and records what a golden folder holds
-under the same names; `parity.models` then compares our model with it. So any
-checkpoint is its own golden folder, where PyTorch and transformers (the extra
-`[hf]`) are installed.
+Runs the directory's model in PyTorch, eager attention, on seeded random pixels
+and two chat prompts, and records what a golden folder holds under the same
+names; `parity.models` then compares our model with it.
 
 Axes: B prompts, L prompt tokens, D width, T frames, N video tokens.
 """
 
+import contextlib
 import functools
+import itertools
 import os
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from cacovid_jax import errors
@@ -37,44 +36,12 @@ _TIE = 2 * models.LOGITS_TOLERANCE / 8
 # Rounding of other depths, weights and pixels reached 1.3 times those; a wrong
 # formula or weight shows at a hundred times and more.
 _SLACK = 4
-# In half precision two tokens may change places whose logits are this close, as
-# a share of the largest: bfloat16 resolves 0.4 % of it.
-HALF_TIE = 1e-2
-HALF_SHARE, HALF_POSITIONS = 0.99, 500
-
-
-class Agreement(NamedTuple):
-  """How often two models in half precision hold the same token most likely."""
-
-  positions: int  # Prompt tokens compared.
-  # Of these, where the reference's best two logits are within `HALF_TIE` of the
-  # largest.
-  ties: int
-  same: int  # Of the others, where the best token is the same.
-  near: int  # Positions whose best two logits are within `HALF_TIE` itself.
-  same_but_near: int  # Of the others, where the best token is the same.
-
-  @property
-  def share(self) -> float:
-    """Same best token, of the positions that are no ties."""
-    return self.same / max(1, self.positions - self.ties)
-
-  @property
-  def strict_share(self) -> float:
-    """Same best token, of the positions whose logits are not near."""
-    return self.same_but_near / max(1, self.positions - self.near)
-
-  @property
-  def ok(self) -> bool:
-    return self.positions >= HALF_POSITIONS and self.share >= HALF_SHARE
 
 
 def check(directory: str | os.PathLike, **options):
   """Returns the list of `stage.Stage` of our model beside transformers'.
 
-  Args:
-    directory: Hugging Face checkpoint directory.
-    **options: of `reference`.
+  Options are those of `reference`.
   """
   arrays = reference(directory, **options)
   checkpoint = checkpoints.load(directory)
@@ -91,66 +58,18 @@ def compare(model, params, arrays: dict[str, np.ndarray]):
   return found
 
 
-def agree(
-  directory: str | os.PathLike, *, dtype="bfloat16", seed=0, device="cpu"
-) -> tuple[Agreement, Agreement]:
-  """Returns two `Agreement`s of models that all compute in `dtype`.
-
-  The first is ours with transformers'. The second is transformers' with itself,
-  by another of its attention kernels: what rounding alone does to the
-  checkpoint. Arguments as of `reference`.
-  """
-  sizes = _frame_sizes(checkpoints.load_config(os.fspath(directory)))
-  tokens = sum(rows * columns for rows, columns in sizes)
-  settings = dict(
-    seed=seed,
-    # As many as the verdict asks for, without the text.
-    num_frames=-(-HALF_POSITIONS // tokens),
-    max_new_tokens=1,
-    device=device,
-    dtype=dtype,
-  )
-  other = reference(directory, attention="sdpa", **settings)
-  valid = other["attention_mask"].astype(bool)
-  other = other["logits"][valid]
-  arrays = reference(directory, **settings)
-  checkpoint = checkpoints.load(directory, jnp.dtype(dtype))
-  mine, theirs = models.logits(checkpoint.model, checkpoint.params, arrays)
-  return agreement(mine, theirs), agreement(other, arrays["logits"][valid])
-
-
-def agreement(ours: np.ndarray, theirs: np.ndarray) -> Agreement:
-  """Returns the `Agreement` of logits float[n, V]."""
-  second, best = np.partition(theirs, -2, axis=-1)[:, -2:].T
-  tie = best - second <= HALF_TIE * np.maximum(1.0, np.abs(best))
-  near = best - second <= HALF_TIE
-  same = ours.argmax(axis=-1) == theirs.argmax(axis=-1)
-  counts = (tie, same & ~tie, near, same & ~near)
-  return Agreement(len(theirs), *(int(count.sum()) for count in counts))
-
-
 def reference(
-  directory: str | os.PathLike,
-  *,
-  seed=0,
-  num_frames=2,
-  max_new_tokens=8,
-  device="cpu",
-  dtype="float32",
-  attention="eager",
-) -> dict[str, np.ndarray]:
+  directory: str | os.PathLike, *, seed=0, num_frames=2, max_new_tokens=8,
+  device="cpu", dtype="float32", attention="eager",
+) -> dict[str, np.ndarray]:  # fmt: skip
   """Returns the arrays of a golden.npz, as transformers computes them.
 
-  Args:
-    directory: Hugging Face checkpoint directory.
-    seed: of pixels and dropped tokens.
-    num_frames: T, frames (time slices for Qwen2.5-VL) of each of two clips.
-    max_new_tokens: tokens that are generated greedily, less those from the
-      first one on that rounding could decide.
-    device: where PyTorch computes.
-    dtype: in what; arrays of half precision are returned as float32. The
-      head computes in float32 always: logits in half precision tie.
-    attention: kernel, as transformers names it.
+  Of pixels and dropped tokens by a seed, T frames (time slices for Qwen2.5-VL)
+  of each of two clips, and tokens that are generated greedily, less those from
+  the first one on that rounding could decide. PyTorch computes on a device in a
+  dtype with the attention kernel of that name. Arrays of half precision are
+  returned as float32; the head computes in float32 always: logits in half
+  precision tie.
   """
   directory = os.fspath(directory)
   config = checkpoints.load_config(directory)  # Our own one-line mistakes.
@@ -159,78 +78,62 @@ def reference(
   make, (name,) = _MAKERS[described["model_type"]], described["architectures"]
   torch, model = _load(directory, name, device, dtype, attention)
   with torch.no_grad():
-    run = _Run(torch, model, device, rng, max_new_tokens)
-    arrays = make(run, directory, config, num_frames)
+    run = _Run(torch, model, device, config, rng, max_new_tokens)
+    arrays = make(run, directory, num_frames)
   return {name: _numpy(value) for name, value in arrays.items()}
 
 
-def _llava_onevision(run, directory, config, num_frames) -> dict[str, Any]:
-  rng, core = run.rng, run.model.model
+def _llava_onevision(run, directory, num_frames) -> dict[str, Any]:
+  core, config = run.model.model, run.config
   size, side = config.vision.image_size, config.pooled_side
   num_video = num_frames * side * side
-  prompts = _prompts(directory, config, [num_video] * 2, rng, num_newlines=1)
-  ids, mask = _left_padded(prompts)
-  shape = (len(ids), num_frames, 3, size, size)
-  inputs = {
-    "input_ids": ids,
-    "attention_mask": mask,
-    "pixel_values_videos": rng.uniform(-1, 1, shape).astype(np.float32),
-  }
+  pixels = (2, num_frames, 3, size, size)
+  inputs = run.inputs(directory, [num_video] * 2, pixels, num_newlines=1)
+  mask = inputs["attention_mask"]
   # As generation numbers them; a direct call counts the padding, too.
   positions = np.where(mask == 1, mask.cumsum(axis=1) - 1, 1)
-  # One module deeper before transformers 5.
-  tower = getattr(core.vision_tower, "vision_model", core.vision_tower)
-  seen = _Recorder(
-    embeddings=tower.embeddings, projector=core.multi_modal_projector
-  )
-  with seen:
-    arrays = run.decoder(inputs, positions, position_ids=positions)
-  projected = seen.outputs["projector"]
-  is_video = ids == config.video_token_id
-  arrays |= run.dropped(positions, is_video[0].nonzero()[0][:num_video], mask)
-  embeds = arrays["inputs_embeds"]
+  embeddings = core.vision_tower.embeddings
+  seen, arrays = run.decoder(
+    inputs, positions, num_video, position_ids=positions, embeddings=embeddings,
+    projector=core.multi_modal_projector,
+  )  # fmt: skip
+  given, _, projected = seen["projector"]
+  is_video = run.tensor(inputs["input_ids"] == config.video_token_id)
+  features = arrays["inputs_embeds"][is_video]
   return arrays | {
-    "vision_embeddings": seen.outputs["embeddings"],
+    "vision_embeddings": seen["embeddings"][-1],
     # What is chosen of the tower's states is what the projector is given.
-    "vision_tower_output": seen.inputs["projector"][0],
+    "vision_tower_output": given[0],
     "projected_features": projected,
     "pooled_features": core.apply_pooling(projected),
-    "video_features": embeds[run.tensor(is_video)].reshape(
-      len(ids), num_video + 1, -1
-    ),
+    "video_features": features.reshape(2, num_video + 1, -1),
   }
 
 
-def _qwen2_5_vl(run, directory, config, num_slices) -> dict[str, Any]:
-  rng, core, vision = run.rng, run.model.model, config.vision
-  grids = np.array([(num_slices, *size) for size in _frame_sizes(config)])
+def _qwen2_5_vl(run, directory, num_slices) -> dict[str, Any]:
+  visual, config, vision = run.model.model.visual, run.config, run.config.vision
+  grids = np.array([(num_slices, *size) for size in frame_sizes(config)])
   num_video = grids.prod(axis=1)
-  prompts = _prompts(directory, config, num_video, rng)
-  ids, mask = _left_padded(prompts)
-  shape = (num_video.sum() * vision.patches_per_token, vision.patch_values)
-  inputs = {
-    "input_ids": ids,
-    "attention_mask": mask,
-    "pixel_values_videos": rng.uniform(-1, 1, shape).astype(np.float32),
+  patches = (num_video.sum() * vision.patches_per_token, vision.patch_values)
+  inputs = run.inputs(directory, num_video, patches)
+  ids, mask = inputs["input_ids"], inputs["attention_mask"]
+  inputs |= {
     "video_grid_thw": grids * (1, vision.merge_size, vision.merge_size),
     # 2 marks videos.
     "mm_token_type_ids": np.where(ids == config.video_token_id, 2, 0),
   }
   seconds, positions, deltas = _counted_seconds(run, inputs)
   inputs["second_per_grid_ts"] = seconds
-  seen = _Recorder(patch_embed=core.visual.patch_embed, tower=core.visual)
-  with seen:
-    arrays = run.decoder(inputs, positions)
-  tower = seen.outputs["tower"]
-  rows = np.flatnonzero(ids[0] == config.video_token_id)
-  arrays |= run.dropped(positions, rows, mask)
-  order, ends = _windows(core.visual, run.tensor(inputs["video_grid_thw"]))
+  modules = dict(patch_embed=visual.patch_embed, tower=visual)
+  seen, arrays = run.decoder(inputs, positions, num_video[0], **modules)
+  tower = seen["tower"][-1]
+  order, ends = _windows(visual, run.tensor(inputs["video_grid_thw"]))
 
   old = _positions_4_50(ids, mask, grids, seconds, config)
   hidden, logits = run.language(arrays["inputs_embeds"], mask, old)
   following = np.where(mask == 1, old, -1).max(axis=(0, 2)) + 1
   return arrays | {
-    "patch_embed": seen.outputs["patch_embed"],
+    "patch_embed": seen["patch_embed"][-1],
     "window_index": order,
     "cu_window_seqlens": ends,
     "vision_tower_output": tower.last_hidden_state,
@@ -256,8 +159,7 @@ def _counted_seconds(run, inputs):
     known["second_per_grid_ts"] = run.tensor(seconds)
     return map(_numpy, run.model.model.get_rope_index(**known))
 
-  for seconds in _SECONDS:
-    seconds = np.array(seconds, np.float32)
+  for seconds in np.array(_SECONDS, np.float32):
     positions, deltas = index(seconds)
     whole, _ = index(np.trunc(seconds))
     if (positions != whole).any():
@@ -265,7 +167,7 @@ def _counted_seconds(run, inputs):
   return seconds, positions, deltas
 
 
-def _frame_sizes(config):
+def frame_sizes(config):
   """Returns (rows, columns) of tokens of a frame of each of the two clips."""
   processor = checkpoints.make_model(config).processor
   if processor.one_grid:
@@ -284,14 +186,12 @@ def _windows(tower, grids):
   else:
     from transformers import vision_utils
 
+    names = ("spatial_merge_size", "window_size", "patch_size")
     order, ends = vision_utils.get_vision_window_index(
-      grids,
-      spatial_merge_size=tower.spatial_merge_size,
-      window_size=tower.window_size,
-      patch_size=tower.patch_size,
+      grids, **{name: getattr(tower, name) for name in names}
     )
   # Windows without a token end where the one before does.
-  return np.asarray(_on_host(order)), np.unique(_on_host(ends))
+  return _numpy(order), np.unique(_numpy(ends))
 
 
 def _positions_4_50(ids, mask, grids, seconds, config) -> np.ndarray:
@@ -303,112 +203,111 @@ def _positions_4_50(ids, mask, grids, seconds, config) -> np.ndarray:
   positions = np.ones((3, *ids.shape), np.int64)
   for row, (T, H, W) in enumerate(grids):
     step = np.float32(seconds[row]) * np.float32(config.tokens_per_second)
-    cells = [
-      (int(np.float32(t) * step), h, w)
-      for t in range(T)
-      for h in range(H)
-      for w in range(W)
-    ]
-    following, start = 0, None
+    cells, following, start = itertools.product(*map(range, (T, H, W))), 0, None
     for place in np.flatnonzero(mask[row]):
-      if ids[row, place] != config.video_token_id:
-        positions[:, row, place] = following
-        following += 1
-        continue
-      if start is None:
-        start = following
-      where = start + np.array(cells.pop(0))
+      where = following
+      if ids[row, place] == config.video_token_id:
+        start = following if start is None else start
+        time, *cell = next(cells)
+        where = start + np.array([int(np.float32(time) * step), *cell])
       positions[:, row, place] = where
-      following = max(following, int(where.max()) + 1)
+      following = max(following, int(np.max(where)) + 1)
   return positions
 
 
 class _Run:
   """The reference model and how it is run; `rng` of everything random."""
 
-  def __init__(self, torch, model, device, rng, max_new_tokens):
-    self.model, self.rng = model, rng
-    self._torch, self._device = torch, device
+  def __init__(self, torch, model, device, config, rng, max_new_tokens):
+    self.model, self._torch, self._device = model, torch, device
+    self.config, self._rng = config, rng
     self._max_new_tokens = max_new_tokens
-    self._embeds = None
 
   def tensor(self, array):
     return self._torch.from_numpy(np.asarray(array)).to(self._device)
 
-  def decoder(self, inputs, positions, **extra) -> dict[str, Any]:
-    """Returns the arrays from the embedded prompts to the generated ids.
+  def inputs(self, directory, num_video, pixels, num_newlines=0):
+    """Returns left-padded prompts and random pixels of a shape."""
+    given = (self.config, num_video, self._rng, num_newlines)
+    prompts = _prompts(directory, *given)
+    # Any text id will do at the padding: the mask hides it.
+    shape = (len(prompts), max(map(len, prompts)))
+    ids = np.full(shape, prompts[0][0], np.int64)
+    mask = np.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+      ids[row, -len(prompt) :], mask[row, -len(prompt) :] = prompt, 1
+    pixels = self._rng.uniform(-1, 1, pixels).astype(np.float32)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    return inputs | {"pixel_values_videos": pixels}
 
-    `inputs` of the whole model by name, `extra` those of a direct call that
-    generation finds out for itself; `positions`, int64[B, L] or [3, B, L], are
-    what the decoder is to use.
+  def decoder(self, inputs, positions, num_video, position_ids=None, **modules):
+    """Returns what modules did and the arrays from embedded prompts to ids.
+
+    `inputs` of the whole model by name; `positions`, int64[B, L] or [3, B, L],
+    are what the decoder is to use, `position_ids` what a direct call is to be
+    told of them. The first video has `num_video` tokens.
     """
     tensors = {name: self.tensor(value) for name, value in inputs.items()}
-    given = {name: self.tensor(value) for name, value in extra.items()}
-    seen = _Recorder(language=self.model.model.language_model)
-    with seen:
-      full = self.model(
-        **tensors, **given, output_hidden_states=True, use_cache=False
-      )
-    self._embeds = seen.keywords["language"]["inputs_embeds"]
-    return inputs | {
+    options = dict(output_hidden_states=True, use_cache=False)
+    if position_ids is not None:
+      options["position_ids"] = self.tensor(position_ids)
+    language = self.model.model.language_model
+    with _recorded(language=language, **modules) as seen:
+      full = self.model(**tensors, **options)
+    embeds = seen["language"][1]["inputs_embeds"]
+    arrays = inputs | {
       "position_ids": positions,
-      "inputs_embeds": self._embeds,
+      "inputs_embeds": embeds,
       "hidden_states": self._torch.stack(full.hidden_states),
       "last_hidden_state": full.hidden_states[-1],
       "logits": self._head(full.hidden_states[-1]),
       "generated_ids": self._generated(tensors),
     }
+    is_video = inputs["input_ids"][0] == self.config.video_token_id
+    video = np.flatnonzero(is_video)[:num_video]
+    mask = inputs["attention_mask"]
+    return seen, arrays | self._dropped(embeds, positions, video, mask)
 
   def language(self, embeds, mask, positions):
     """Returns (last hidden state, logits) of the decoder alone."""
+    # Without a mask, gaps in the positions are read as ends of sequences.
     out = self.model.model.language_model(
-      inputs_embeds=embeds,
-      # Without a mask, gaps in the positions are read as ends of sequences.
-      attention_mask=self.tensor(mask),
-      position_ids=self.tensor(positions),
-      use_cache=False,
-    )
+      inputs_embeds=embeds, attention_mask=self.tensor(mask),
+      position_ids=self.tensor(positions), use_cache=False,
+    )  # fmt: skip
     return out.last_hidden_state, self._head(out.last_hidden_state)
 
   def _head(self, hidden):
     weight = self.model.lm_head.weight
     return self._torch.nn.functional.linear(hidden.float(), weight.float())
 
-  def dropped(self, positions, video, mask) -> dict[str, Any]:
+  def _dropped(self, embeds, positions, video, mask) -> dict[str, Any]:
     """Runs the first prompt with some of its rows `video`, positions kept."""
     num_keep = max(1, int(_KEPT * len(video)))
-    gone = self.rng.permutation(video)[num_keep:]
+    gone = self._rng.permutation(video)[num_keep:]
     index = np.setdiff1d(np.flatnonzero(mask[0]), gone)
-    hidden, logits = self.language(
-      self._embeds[:1, self.tensor(index)],
-      np.ones((1, len(index)), np.int64),
-      positions[..., :1, index],
-    )
-    return {
-      "dropped_keep_index": index,
-      "dropped_last_hidden_state": hidden,
-      "dropped_logits": logits,
-    }
+    embeds, ones = embeds[:1, self.tensor(index)], np.ones((1, len(index)), int)
+    found = self.language(embeds, ones, positions[..., :1, index])
+    names = ("keep_index", "last_hidden_state", "logits")
+    found = dict(zip(names, (index, *found), strict=True))
+    return {f"dropped_{name}": value for name, value in found.items()}
 
   def _generated(self, tensors):
     """Returns the greedy ids, as far as rounding cannot change them."""
     # Without an end: all steps are compared.
     settings = type(self.model.generation_config)
     self.model.generation_config = settings(do_sample=False, pad_token_id=0)
+    wanted = dict(return_dict_in_generate=True, output_logits=True)
     out = self.model.generate(
-      **tensors,
-      max_new_tokens=self._max_new_tokens,
-      return_dict_in_generate=True,
-      output_logits=True,
+      **tensors, **wanted, max_new_tokens=self._max_new_tokens
     )
-    steps = len(out.logits)
-    for step, logits in enumerate(out.logits):
+    steps = 1  # The first step is always told.
+    for logits in out.logits[1:]:
       best = logits.float().topk(2, dim=-1).values
       tie = _TIE * max(8.0, float(logits.abs().max()))
-      # The first step is always told.
-      if step and bool((best[:, 0] - best[:, 1] < tie).any()):
-        steps = step
+      if bool((best[:, 0] - best[:, 1] < tie).any()):
         break
+      steps += 1
     start = tensors["input_ids"].shape[1]
     return out.sequences[:, start : start + steps]
 
@@ -429,19 +328,15 @@ def _load(directory, name, device, dtype, attention):
   torch.backends.cudnn.allow_tf32 = False
   try:
     model, info = getattr(transformers, name).from_pretrained(
-      directory,
-      dtype=getattr(torch, dtype),
-      attn_implementation=attention,
-      local_files_only=True,
-      output_loading_info=True,
-    )
+      directory, dtype=getattr(torch, dtype), attn_implementation=attention,
+      local_files_only=True, output_loading_info=True,
+    )  # fmt: skip
   except (OSError, ValueError, RuntimeError, KeyError, AssertionError) as error:
     raise errors.UserError(
       f"transformers {transformers.__version__} cannot load {directory}"
       f" ({errors.one_line(error)})"
     ) from error
-  missing = sorted(info["missing_keys"])
-  if missing:
+  if missing := sorted(info["missing_keys"]):
     # They would be random there: a comparison would tell nothing.
     raise errors.UserError(
       f"transformers {transformers.__version__} finds no {missing[0]} in"
@@ -456,81 +351,50 @@ def _load(directory, name, device, dtype, attention):
     ) from error
 
 
-class _Recorder:
-  """Keeps what named modules are given and give while it is entered."""
+@contextlib.contextmanager
+def _recorded(**modules):
+  """Yields {name: (arguments, keywords, output)} of modules that run."""
+  seen = {}
 
-  def __init__(self, **modules):
-    self.inputs, self.keywords, self.outputs = {}, {}, {}
-    self._modules, self._hooks = modules, []
-
-  def __enter__(self):
-    for name, module in self._modules.items():
-      keep = functools.partial(self._keep, name)
-      hook = module.register_forward_hook(keep, with_kwargs=True)
-      self._hooks.append(hook)
-    return self
-
-  def __exit__(self, *exc_info):
-    for hook in self._hooks:
-      hook.remove()
-
-  def _keep(self, name, module, args, kwargs, output):
+  def keep(name, module, *call):
     del module
-    self.inputs[name], self.keywords[name] = args, kwargs
-    self.outputs[name] = output
+    seen[name] = call
+
+  with contextlib.ExitStack() as stack:
+    for name, module in modules.items():
+      hook = functools.partial(keep, name)
+      hook = module.register_forward_hook(hook, with_kwargs=True)
+      stack.callback(hook.remove)
+    yield seen
 
 
-def _prompts(directory, config, num_video, rng, num_newlines=0):
+def _prompts(directory, config, num_video, rng, num_newlines):
   """Returns int64[L] ids of each question; random ids without a tokenizer.
 
   Behind the N tokens of each video are as many newlines of the same id.
   """
   if os.path.isfile(os.path.join(directory, "tokenizer.json")):
     tokenizer = tokenizer_lib.Tokenizer.from_directory(directory)
-    return [
-      tokenizer.encode_prompt(question, int(count)).ids.astype(np.int64)
-      for question, count in zip(_QUESTIONS, num_video, strict=True)
-    ]
-  around = [
+    each = zip(_QUESTIONS, map(int, num_video), strict=True)
+    return [tokenizer.encode_prompt(*x).ids.astype(np.int64) for x in each]
+  start, end = (
     [getattr(config, name)] if hasattr(config, name) else []
     for name in ("vision_start_token_id", "vision_end_token_id")
-  ]
-  special = [config.image_token_id, config.video_token_id, *sum(around, [])]
+  )
+  special = [config.image_token_id, config.video_token_id, *start, *end]
   text = np.setdiff1d(np.arange(config.text.vocab_size), special)
-  return [
-    np.concatenate(
-      [
-        rng.choice(text, 4),
-        around[0],
-        [config.video_token_id] * (count + num_newlines),
-        around[1],
-        rng.choice(text, length),
-      ]
-    ).astype(np.int64)
-    for count, length in zip(num_video, (6, 11), strict=True)
-  ]
-
-
-def _left_padded(prompts) -> tuple[np.ndarray, np.ndarray]:
-  """Returns (ids, mask) int64[B, L], as transformers generates from them."""
-  length = max(map(len, prompts))
-  # Any text id will do: the mask hides it.
-  ids = np.full((len(prompts), length), prompts[0][0], np.int64)
-  mask = np.zeros_like(ids)
-  for row, prompt in enumerate(prompts):
-    ids[row, length - len(prompt) :] = prompt
-    mask[row, length - len(prompt) :] = 1
-  return ids, mask
+  prompts = []
+  for count, length in zip(num_video, (6, 11), strict=True):
+    video = [config.video_token_id] * (count + num_newlines)
+    parts = [rng.choice(text, 4), start, video, end, rng.choice(text, length)]
+    prompts.append(np.concatenate(parts).astype(np.int64))
+  return prompts
 
 
 def _numpy(value) -> np.ndarray:
-  if isinstance(value, np.ndarray):
-    return value
+  """Returns the array of a tensor; lists and arrays are told as they are."""
+  if not hasattr(value, "detach"):
+    return np.asarray(value)
   # NumPy has no bfloat16 of its own.
   value = value.float() if value.is_floating_point() else value
-  return _on_host(value).numpy()
-
-
-def _on_host(value):
-  """Returns a tensor in the host's memory; lists and arrays as they are."""
-  return value.detach().cpu() if hasattr(value, "detach") else value
+  return value.detach().cpu().numpy()

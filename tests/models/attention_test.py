@@ -64,14 +64,6 @@ class AttentionTest(parameterized.TestCase):
     expected = _loop(q, k, v, lambda b, t, s: s <= t and mask[b, t, s])
     np.testing.assert_allclose(out, expected, atol=1e-5)
 
-  @parameterized.parameters(3, (np.array([1, 3]),))
-  def test_offset_of_the_first_query(self, offset):
-    q, k, v = _inputs(queries=3, keys=6)
-    per_row = np.broadcast_to(offset, 2)
-    out = attention.attention(q, k, v, causal=True, q_offset=offset)
-    expected = _loop(q, k, v, lambda b, t, s: s <= t + per_row[b])
-    np.testing.assert_allclose(out, expected, atol=1e-5)
-
   def test_chunked_queries_give_the_same_values_and_gradients(self):
     q, k, v = _inputs(queries=11, keys=11)
     lengths = jnp.array([8, 11])
@@ -80,7 +72,7 @@ class AttentionTest(parameterized.TestCase):
 
     def total(q):
       out = attention.attention(
-        q, k, v, causal=True, lengths=lengths, mask=mask, q_offset=2
+        q, k, v, causal=True, lengths=lengths, mask=mask
       )
       return jnp.sin(out).sum(), out
 
@@ -104,15 +96,13 @@ class AttentionTest(parameterized.TestCase):
     np.testing.assert_allclose(kernel, expected, atol=1e-5)
 
   @parameterized.parameters(
-    ("cudnn", jnp.float32, None, 0),  # A half-precision kernel.
-    ("cudnn", jnp.bfloat16, None, 1),
-    ("splash", jnp.float32, True, 0),
-    ("splash", jnp.float32, None, 1),
+    ("cudnn", jnp.float32, None),  # A half-precision kernel.
+    ("splash", jnp.float32, True),
   )
-  def test_a_kernel_that_cannot_gives_way(self, backend, dtype, mask, offset):
+  def test_a_kernel_that_cannot_gives_way(self, backend, dtype, mask):
     q, k, v = (jnp.asarray(x, dtype) for x in _inputs())
     mask = None if mask is None else jnp.ones((2, 6, 6), bool)
-    kwargs = dict(causal=True, mask=mask, q_offset=offset)
+    kwargs = dict(causal=True, mask=mask)
     np.testing.assert_array_equal(
       attention.attention(q, k, v, backend=backend, **kwargs),
       attention.attention(q, k, v, backend="xla", **kwargs),

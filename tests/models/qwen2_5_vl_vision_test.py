@@ -11,6 +11,7 @@ from absl.testing import absltest, parameterized
 from cacovid_jax import errors
 from cacovid_jax.models import qwen2_5_vl_layout as layouts
 from cacovid_jax.models import qwen2_5_vl_vision as vision
+from cacovid_jax.models import token_grid
 
 CONFIG = vision.VisionConfig.tiny()  # Windows of 2 x 2 tokens.
 GRIDS = ((1, 1, 1), (2, 3, 5), (3, 4, 2))
@@ -132,9 +133,8 @@ class LayoutTest(parameterized.TestCase):
       for w in range(1, area // h + 1)
       if t * h * w <= most
     ]
-    sizes = layouts.Sizes.of_bucket(
-      CONFIG, num_slices=slices, tokens_per_slice=area, num_tokens=most
-    )
+    bucket = token_grid.GridBucket(slices, area, most)
+    sizes = layouts.Sizes.of_bucket(bucket, CONFIG)
     needed = layouts.Sizes.of(grids, CONFIG)
     self.assertEqual(sizes.num_windows, needed.num_windows)
     for grid in grids:

@@ -9,7 +9,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from cacovid_jax import errors
-from cacovid_jax.models import attention, qwen2, rope
+from cacovid_jax.models import attention, llava_onevision, qwen2, rope
 
 CONFIG = qwen2.Qwen2Config.tiny()
 MODEL = qwen2.Qwen2(CONFIG)
@@ -49,26 +49,28 @@ def _inputs(batch=2, length=9, seed=0):
 
 class Qwen2Test(parameterized.TestCase):
   def test_decoding_equals_the_whole_sequence(self):
-    x, positions = _inputs()
+    model = llava_onevision.LlavaOnevisionModel(
+      llava_onevision.LlavaOnevisionConfig.tiny()
+    )
+    self.assertEqual(model.config.text, CONFIG)
+    params = {"language_model": _params()["params"]}
+    ids = np.random.default_rng(0).integers(CONFIG.vocab_size, size=(2, 9))
+    x = model.embed_text(params, ids)
+    _, positions = _inputs()
     lengths = jnp.array([4, 6])
-    whole, _ = _apply(_params(), x, positions)
+    hidden, _ = _apply(_params(), x, positions)
+    whole = _apply(_params(), hidden, method="logits")
     _, out = _apply(
       _params(), x[:, :6], positions[..., :6], lengths=lengths, want_cache=True
     )
-    room = [(0, 0), (0, 0), (0, 3), (0, 0), (0, 0)]
-    cache = qwen2.Cache(
-      jnp.pad(out["keys"], room), jnp.pad(out["values"], room), lengths
-    )
+    cache = qwen2.Cache(out["keys"], out["values"], lengths)
+    cache = qwen2.with_room(cache, 3)
+    decode = jax.jit(model.decode_step)
+    rows = jnp.arange(2)
     for step in range(3):
       where = lengths + step
-      hidden, cache = _apply(
-        _params(),
-        x[jnp.arange(2), where],
-        where[:, None],
-        cache,
-        method="decode",
-      )
-      np.testing.assert_allclose(hidden, whole[jnp.arange(2), where], atol=1e-5)
+      logits, cache = decode(params, ids[rows, where], where[:, None], cache)
+      np.testing.assert_allclose(logits, whole[rows, where], atol=1e-5)
     np.testing.assert_array_equal(cache.lengths, lengths + 3)
 
   def test_right_padding_does_not_change_valid_rows(self):

@@ -172,7 +172,6 @@ def test_prefill_and_greedy_answers(loaded, golden, prompts):
       logits,
       cache,
       batch.next_position,
-      num_position_rows=3,
       max_new_tokens=num_new,
       eos_ids=(),
       pad_id=0,

@@ -16,7 +16,7 @@ import transformers
 import cacovid_jax
 from cacovid_jax import errors
 from cacovid_jax.models import checkpoints
-from cacovid_jax.parity import __main__, models
+from cacovid_jax.parity import __main__, half_precision, models
 from cacovid_jax.parity import stage as stage_lib
 from cacovid_jax.parity import transformers as transformers_lib
 
@@ -128,19 +128,19 @@ def test_steps_that_rounding_could_decide_are_not_compared():
 def test_agreement_counts_what_is_not_a_tie():
   theirs = np.array([[0, 3, 1], [2, 1, 0], [5, 5.03, 0], [0, 1, 1.005]])
   ours = np.array([[0, 4, 1], [0, 1, 0.5], [6, 5, 0], [0, 1, 2.0]])
-  found = transformers_lib.agreement(ours, theirs)
+  found = half_precision.agreement(ours, theirs)
   # Row 2 is within 1 % of the largest logit, row 3 within 0.01 as well.
   assert found == (4, 2, 1, 1, 1)
   assert found.share == 0.5 and not found.ok
   assert found.strict_share == pytest.approx(1 / 3)
-  many = transformers_lib.Agreement(600, 100, 495, 0, 0)
+  many = half_precision.Agreement(600, 100, 495, 0, 0)
   assert many.ok and not many._replace(same=494).ok
-  assert not transformers_lib.Agreement(499, 0, 499, 0, 499).ok
+  assert not half_precision.Agreement(499, 0, 499, 0, 499).ok
 
 
 @pytest.mark.parametrize("folder", [LLAVA, QWEN], ids=lambda p: p.name)
 def test_half_precision_agrees_and_a_wrong_weight_does_not(folder):
-  found, control = transformers_lib.agree(folder)
+  found, control = half_precision.agree(folder)
   assert control.positions == found.positions and control.share > 0.9
   assert found.positions >= 500 and found.share > 0.9
   # The same through a model that reads its positions wrongly.
@@ -151,15 +151,15 @@ def test_half_precision_agrees_and_a_wrong_weight_does_not(folder):
   params = jax.tree.map(lambda leaf: leaf, checkpoint.params)
   params["language_model"]["layers"]["q_proj"]["kernel"] *= 0.0
   mine, theirs = models.logits(checkpoint.model, params, arrays)
-  assert transformers_lib.agreement(mine, theirs).share < found.share
+  assert half_precision.agreement(mine, theirs).share < found.share
 
 
 def test_the_command_compares_in_half_precision_when_asked(capsys):
-  half = transformers_lib.Agreement(600, 3, 597, 1, 599)
+  half = half_precision.Agreement(600, 3, 597, 1, 599)
   stage = stage_lib.Stage("near", 1e-6, 2e-5, True)
   with (
     mock.patch.object(transformers_lib, "check", return_value=[stage]),
-    mock.patch.object(transformers_lib, "agree", return_value=[half] * 2),
+    mock.patch.object(half_precision, "agree", return_value=[half] * 2),
   ):
     assert run_command(LLAVA, "--half") == 0
   *_, ours, control, _, verdict = capsys.readouterr().out.splitlines()
