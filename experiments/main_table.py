@@ -334,8 +334,8 @@ def survey(plan: Plan) -> tuple[dict[str, Any], dict[str, str]]:
       table.add_row(name, "", "", "", "no data")
       continue
     found[name] = loaded
-    missing = readers.check_media(loaded.questions, loaded.root)
-    num_clips = len({question.video for question in loaded.questions})
+    names = [question.video for question in loaded.questions]
+    missing, num_clips = readers.find_missing(names, loaded.root), len({*names})
     num_bad = len(loaded.report.bad_rows)
     counts = (len(loaded.questions), num_clips, len(missing), num_bad)
     table.add_row(name, *map(str, counts))

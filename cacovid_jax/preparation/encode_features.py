@@ -50,18 +50,12 @@ COMMAND = command.Command(
 
 @dataclasses.dataclass
 class Report:
-  """What became of the clips of one share.
+  """What became of the clips of one share."""
 
-  Attributes:
-    num_clips: of the share.
-    num_present: whose features were there.
-    num_encoded: whose features were made.
-    failed: path -> why a clip cannot be used.
-  """
-
-  num_clips: int = 0
-  num_present: int = 0
-  num_encoded: int = 0
+  num_clips: int
+  num_present: int = 0  # Whose features were there.
+  num_encoded: int = 0  # Whose features were made.
+  # Path -> why a clip cannot be used.
   failed: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -70,16 +64,9 @@ def clips_of(
 ) -> list[question_lib.Question]:
   """Returns one question about each clip of a share.
 
-  Args:
-    rows: questions; several may be about one clip.
-    shard: (index, number): every number-th clip, by name.
+  With `shard` (index, number) that is every number-th clip, by name.
   """
-  index, number = shard
-  if not 0 <= index < number:
-    raise errors.UserError(
-      f"shard {index}/{number}: the first number counts from 0 and is below the"
-      " second"
-    )
+  index, number = shards.Shard(*shard).checked()
   first = {}
   for row in rows:
     first.setdefault(row.video, row)
@@ -109,12 +96,11 @@ def encode(
     progress: shows how far it is, made as `progress_lib.Progress` is.
   """
   rejected = rejected_clips.RejectedClips() if rejected is None else rejected
-  report, todo, size = Report(), [], 0
   share = clips_of(rows, shard)
+  report, todo, size = Report(len(share)), [], 0
   mine = {row.video for row in share}
   others = [row for row in clips_of(rows) if row.video not in mine]
   for row in share:
-    report.num_clips += 1
     try:
       known = store.cached_bytes(row.video)
     except video.VideoError as error:
@@ -128,13 +114,12 @@ def encode(
     _check_room(store, directory, size, len(todo), others)
   before, ready = report.num_clips - len(todo), []
   with progress(report.num_clips, start=before, description="encoded") as bar:
-    for done, (row, clip, error) in enumerate(
-      _loaded(store, todo, num_threads), start=1
-    ):
-      if error is None:
-        ready.append(clip)
+    loaded = _loaded(store, todo, num_threads)
+    for done, (row, clip) in enumerate(loaded, start=1):
+      if isinstance(clip, video.VideoError):
+        _refuse(report, rejected, row, clip)
       else:
-        _refuse(report, rejected, row, error)
+        ready.append(clip)
       # As many at once as there are devices.
       if ready and (len(ready) == store.rows or done == len(todo)):
         store.finish(ready)
@@ -155,22 +140,17 @@ def _refuse(report, rejected, row, error) -> None:
 def _check_room(store, directory: str, size: int, count: int, others) -> None:
   """Refuses to go on to what the disk cannot hold.
 
-  Args:
-    store: as of `encode`.
-    directory: as well.
-    size: bytes of a clip.
-    count: clips that this share still makes.
-    others: questions about the clips of other shares.
+  A clip has `size` bytes; this share still makes `count`, and then there are
+  questions about the clips of other shares.
   """
   free = shutil.disk_usage(directory).free
   if (count + len(others)) * size <= free:
     return
   # Only now, since to look for an entry reads the whole clip.
   count += sum(_is_missing(store, row) for row in others)
-  wanted = count * size
-  if wanted > free:
+  if count * size > free:
     raise errors.UserError(
-      f"{directory}: features of {count} more clips take {_text(wanted)}"
+      f"{directory}: features of {count} more clips take {_text(count * size)}"
       f" ({_text(size)} each) and {_text(free)} are free; put"
       " config.data.feature_cache on a larger disk, or take fewer questions"
     )
@@ -192,26 +172,25 @@ def _text(count: int) -> str:
 
 
 def _loaded(store, rows, num_threads: int) -> Iterator:
-  """Yields (question, clip, error) in order, decoding a few ahead."""
+  """Yields (question, clip or error) in order, decoding a few ahead."""
 
   def load(row):
     try:
-      return row, store.load(row.video), None
+      return row, store.load(row.video)
     except video.VideoError as error:
-      return row, None, error
+      return row, error
 
+  pool = concurrent.futures.ThreadPoolExecutor(max(num_threads, 1))
   ahead = collections.deque()
-  with concurrent.futures.ThreadPoolExecutor(max(num_threads, 1)) as pool:
-    try:
-      for row in rows:
-        ahead.append(pool.submit(load, row))
-        if len(ahead) > num_threads + 1:
-          yield ahead.popleft().result()
-      while ahead:
+  try:
+    for row in rows:
+      ahead.append(pool.submit(load, row))
+      if len(ahead) > num_threads + 1:
         yield ahead.popleft().result()
-    finally:
-      for waiting in ahead:
-        waiting.cancel()
+    while ahead:
+      yield ahead.popleft().result()
+  finally:
+    pool.shutdown(cancel_futures=True)
 
 
 def main(args):
@@ -228,10 +207,9 @@ def main(args):
       f"--questions={args.questions}: use training or evaluation"
     )
   training = args.questions == "training"
+  split = "videos_per_step" if training else "evals.batch_size"
   experiment = experiment_lib.Experiment.from_config(
-    config,
-    directory,
-    split="videos_per_step" if training else "evals.batch_size",
+    config, directory, split=split
   )
   if training:
     # A cache may serve several configs: what was left out is that of the last.
