@@ -22,14 +22,8 @@ from cacovid_jax import errors
 
 # What a template can raise while it renders.
 FAULTS = (
-  jinja2.TemplateError,
-  TypeError,
-  ValueError,
-  ArithmeticError,
-  RecursionError,
-  AttributeError,
-  LookupError,
-  MemoryError,
+  *(jinja2.TemplateError, TypeError, ValueError, ArithmeticError),
+  *(RecursionError, AttributeError, LookupError, MemoryError),
 )
 MAX_TEMPLATE_CHARS = 65_536
 MAX_RENDERED_CHARS = 1_048_576
@@ -43,8 +37,7 @@ _MAX_NUMBER = 100_000
 MAX_FILE_BYTES = 256 * 2**20
 # Functions whose result may be as long as the product of their arguments.
 _MULTIPLYING = frozenset(
-  ("replace", "join", "format", "format_map", "expandtabs", "translate")
-  + ("indent", "wordwrap")
+  "replace join format format_map expandtabs translate indent wordwrap".split()
 )
 # A width or precision of formatted text, as in "{:1000000}" and "%1000000d".
 _WIDE = re.compile(r"\d{5}")
@@ -65,7 +58,7 @@ class Template:
     self.text, self.name = text, name
     env = _environment()
     try:
-      tree = _Counted(env).visit(env.parse(text))
+      tree = _Counted().visit(env.parse(text))
       self._template = jinja2.Template.from_code(
         env, env.compile(tree), env.make_globals(None)
       )
@@ -103,23 +96,16 @@ def read(directory, prefer: str = "processor") -> tuple[str, str]:
   tokenizer_config.json. Where one is missing, the other is taken.
   """
   found = {}
-  path = os.path.join(directory, "chat_template.jinja")
-  if os.path.isfile(path):
-    try:
-      with open(path, encoding="utf-8") as f:
-        found["processor"] = f.read(MAX_TEMPLATE_CHARS + 1), path
-    except (OSError, UnicodeDecodeError) as error:
-      raise errors.UserError(
-        f"{path}: not readable as text ({error}); copy it again"
-      ) from error
-  for kind, name in (
-    ("processor", "chat_template.json"),
-    ("processor", "processor_config.json"),
-    ("tokenizer", "tokenizer_config.json"),
+  for name in (
+    "chat_template.jinja",
+    "chat_template.json",
+    "processor_config.json",
+    "tokenizer_config.json",
   ):
     path = os.path.join(directory, name)
     text = _template_in(path)
     if text is not None:
+      kind = "tokenizer" if name.startswith("tokenizer") else "processor"
       found.setdefault(kind, (text, path))
   if not found:
     raise errors.UserError(
@@ -136,13 +122,18 @@ def has_tokenizer_template(directory) -> bool:
   return _template_in(path) is not None
 
 
+def check_size(path) -> None:
+  """Refuses a file of a checkpoint above `MAX_FILE_BYTES`."""
+  if os.path.getsize(path) > MAX_FILE_BYTES:
+    raise errors.UserError(f"{path}: above {MAX_FILE_BYTES} bytes")
+
+
 def read_json(path) -> dict:
   """Returns the JSON object at `path`; {} if there is no such file."""
   if not os.path.isfile(path):
     return {}
   try:
-    if os.path.getsize(path) > MAX_FILE_BYTES:
-      raise errors.UserError(f"{path}: above {MAX_FILE_BYTES} bytes")
+    check_size(path)
     with open(path, encoding="utf-8") as f:
       entry = json.load(f)
   except (OSError, ValueError, RecursionError) as error:
@@ -155,7 +146,17 @@ def read_json(path) -> dict:
 
 
 def _template_in(path) -> str | None:
-  """Returns the template in a JSON file, "default" of several named ones."""
+  """Returns the template in a file; of several named ones the "default"."""
+  if path.endswith(".jinja"):
+    if not os.path.isfile(path):
+      return None
+    try:
+      with open(path, encoding="utf-8") as f:
+        return f.read(MAX_TEMPLATE_CHARS + 1)
+    except (OSError, UnicodeDecodeError) as error:
+      raise errors.UserError(
+        f"{path}: not readable as text ({error}); copy it again"
+      ) from error
   entry = read_json(path).get("chat_template")
   if isinstance(entry, list):
     entry = {item.get("name"): item.get("template") for item in entry}
@@ -244,27 +245,18 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 class _Counted(jinja2.visitor.NodeTransformer):
   """Makes loops, literal text and `~` of a template take from the budget."""
 
-  def __init__(self, env):
-    self._env = env
-
   def _filter(self, node, name):
     made = jinja2.nodes.Filter(node, name, [], [], None, None)
-    return made.set_lineno(node.lineno).set_environment(self._env)
+    return made.set_lineno(node.lineno).set_environment(_environment())
 
   def visit_For(self, node):  # noqa: N802
     node = self.generic_visit(node)
     node.iter = self._filter(node.iter, "_steps")
     return node
 
-  def visit_Output(self, node):  # noqa: N802
-    node = self.generic_visit(node)
-    node.nodes = [
-      self._filter(jinja2.nodes.Const(item.data, lineno=item.lineno), "_text")
-      if isinstance(item, jinja2.nodes.TemplateData)
-      else item
-      for item in node.nodes
-    ]
-    return node
+  def visit_TemplateData(self, node):  # noqa: N802
+    text = jinja2.nodes.Const(node.data, lineno=node.lineno)
+    return self._filter(text, "_text")
 
   def visit_Concat(self, node):  # noqa: N802
     node = self.generic_visit(node)

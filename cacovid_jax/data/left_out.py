@@ -5,7 +5,6 @@ import dataclasses
 import json
 import os
 from collections.abc import Mapping
-from typing import Any
 
 from cacovid_jax import errors, files
 from cacovid_jax.data import readers
@@ -16,16 +15,11 @@ _SHOWN = 5
 
 @dataclasses.dataclass
 class SkippedRows:
-  """Rows and clips that are not trained on.
+  """Rows and clips that are not trained on."""
 
-  Attributes:
-    num_questions: that are.
-    report: of the reader.
-    missing: clips that are not there -> questions lost.
-  """
-
-  num_questions: int = 0
+  num_questions: int = 0  # That are.
   report: readers.Report = dataclasses.field(default_factory=readers.Report)
+  # Clips that are not there -> questions lost.
   missing: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
   def lines(self) -> list[str]:
@@ -49,10 +43,10 @@ class SkippedRows:
       )
     return found
 
-  def to_dict(self) -> dict[str, Any]:
-    """Returns the same with every bad row and every clip, for JSON."""
+  def write(self, directory) -> None:
+    """Writes every bad row and every clip into `FILE` of a folder."""
     images = sorted(self.report.images.items())
-    return {
+    out = {
       "questions": self.num_questions,
       "images": [
         {"source": source, "problem_type": kind, "rows": count}
@@ -61,20 +55,15 @@ class SkippedRows:
       "bad_rows": [str(row) for row in self.report.bad_rows],
       "missing_clips": dict(self.missing),
     }
-
-  def write(self, directory) -> None:
-    """Writes `FILE` into a folder, which is made, all or nothing."""
     os.makedirs(directory, exist_ok=True)
     # Processes that share a folder write the same, each by itself.
-    files.write_json(os.path.join(directory, FILE), self.to_dict())
+    files.write_json(os.path.join(directory, FILE), out)
 
   def check(self, directory) -> None:
-    """Refuses to go on with a run that saw other questions.
+    """Refuses to go on with a run, of that folder, that saw other questions.
 
-    Which question stands in which step depends on all of them.
-
-    Args:
-      directory: of the run; nothing is known where it has no `FILE`.
+    Which question stands in which step depends on all of them. Nothing is known
+    where there is no `FILE`.
     """
     path = os.path.join(directory, FILE)
     try:

@@ -28,33 +28,21 @@ class RejectedClips:
             self.entries.append({k: entry[k] for k in _KEYS})
           except (ValueError, KeyError, TypeError):
             continue  # The last line of a run that was killed.
-    self._known = {self._key(entry) for entry in self.entries}
-
-  @staticmethod
-  def _key(entry):
-    return entry["content"] or entry["video"], entry["reason"]
+    self._known = set(map(_key, self.entries))
 
   @property
   def refused(self) -> dict[str, str]:
     """Content hash -> reason, of clips that need not be tried again."""
-    return {
-      entry["content"]: entry["reason"]
-      for entry in self.entries
-      if entry["content"]
-    }
+    entries = ((entry["content"], entry["reason"]) for entry in self.entries)
+    return {content: reason for content, reason in entries if content}
 
   def add(self, question, error: video.VideoError, content: str | None) -> bool:
     """Notes a clip; returns whether it is new."""
-    entry = {
-      "content": content,
-      "video": question.video,
-      "reason": error.reason,
-      "detail": error.detail,
-      "question": question.id,
-    }
-    if self._key(entry) in self._known:
+    told = (content, question.video, error.reason, error.detail, question.id)
+    entry = dict(zip(_KEYS, told, strict=True))
+    if _key(entry) in self._known:
       return False
-    self._known.add(self._key(entry))
+    self._known.add(_key(entry))
     self.entries.append(entry)
     if self.path:
       os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
@@ -63,6 +51,10 @@ class RejectedClips:
       with open(self.path, "ab", buffering=0) as f:
         files.append(f, line.encode())
     return True
+
+
+def _key(entry) -> tuple[str, str]:
+  return entry["content"] or entry["video"], entry["reason"]
 
 
 @functools.lru_cache(maxsize=65_536)

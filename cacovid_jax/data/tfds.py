@@ -15,7 +15,8 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import pathlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,16 +31,8 @@ MAX_CLIP_BYTES = 2**30
 
 _FINGERPRINT = "rows.blake2"
 _TEXTS = (
-  "id",
-  "video",
-  "question",
-  "answer",
-  "problem_type",
-  "duration",
-  "category",
-  "source",
-  "prompt",
-)
+  "id video question answer problem_type duration category source prompt"
+).split()
 # Absent texts are stored as this, since "" may be a value.
 _NONE = "\0"
 
@@ -75,12 +68,10 @@ class VideoQa(tfds.core.GeneratorBasedBuilder):
     super().__init__(**kwargs)
 
   def _info(self):
-    text = tfds.features.Text()
+    text, listed = tfds.features.Text(), tfds.features.Sequence
     features = {name: text for name in _TEXTS}
-    features["options"] = tfds.features.Sequence(tfds.features.Text())
-    features["groups"] = tfds.features.Sequence(
-      {"facet": tfds.features.Text(), "name": tfds.features.Text()}
-    )
+    features["options"] = listed(text)
+    features["groups"] = listed({"facet": text, "name": text})
     features["clip"] = tfds.features.Scalar(np.object_)
     return tfds.core.DatasetInfo(
       builder=self,
@@ -92,9 +83,8 @@ class VideoQa(tfds.core.GeneratorBasedBuilder):
     del dl_manager
     # The folder is still another one, which gets its name once all is written:
     # data without the fingerprint, or the other way round, there is none.
-    path = os.path.join(os.fspath(self.data_dir), _FINGERPRINT)
-    with open(path, "w", encoding="utf-8") as f:
-      f.write(self._fingerprint + "\n")
+    path = pathlib.Path(self.data_dir, _FINGERPRINT)
+    path.write_text(self._fingerprint + "\n", encoding="utf-8")
     return {
       name: self._generate_examples(rows) for name, rows in self._splits.items()
     }
@@ -109,19 +99,15 @@ class VideoQa(tfds.core.GeneratorBasedBuilder):
     texts = ((name, getattr(row, name)) for name in _TEXTS)
     record = {k: _NONE if v is None else v for k, v in texts}
     record["options"] = list(row.options)
-    record["groups"] = [
-      {"facet": facet, "name": name} for facet, name in row.groups
-    ]
+    record["groups"] = [{"facet": f, "name": name} for f, name in row.groups]
     record["clip"] = b""
     if self._embed:
       path = _embeddable(self._media_root, row.video)
       try:
-        with open(path, "rb") as f:
-          record["clip"] = f.read()
+        record["clip"] = pathlib.Path(path).read_bytes()
       except OSError as error:
-        raise video.VideoError(
-          path, "unreadable", error.strerror or ""
-        ) from None
+        told = error.strerror or ""
+        raise video.VideoError(path, "unreadable", told) from None
     return record
 
 
@@ -142,33 +128,27 @@ class QuestionSource:
   """Random access to a prepared split: `len`, `[i]`; can be pickled."""
 
   def __init__(self, source, places: Sequence[int] | None = None):
-    """Takes the source of all records, and the places of some or None."""
-    self._source, self._places = source, places
+    """Takes the source of all records, and the places of some; None for all."""
+    self._source = source
+    self._places = range(len(source)) if places is None else places
 
   def __len__(self):
-    return len(self._source if self._places is None else self._places)
+    return len(self._places)
 
   def take(self, indices: Sequence[int]) -> "QuestionSource":
     """Returns the source of some of the rows."""
-    return QuestionSource(self._source, [self._place(i) for i in indices])
+    return QuestionSource(self._source, [self._places[i] for i in indices])
 
   def __getitem__(self, index) -> question_lib.Question:
-    return _question(self._source[self._place(index)])
+    return _question(self._source[self._places[int(index)]])
 
   def __getitems__(self, indices) -> list[question_lib.Question]:
-    places = [self._place(index) for index in indices]
+    places = [self._places[int(index)] for index in indices]
     return [_question(record) for record in self._source.__getitems__(places)]
 
   def clip(self, index) -> bytes:
     """Returns the encoded clip of a row; empty if clips are not embedded."""
-    return bytes(self._source[self._place(index)]["clip"])
-
-  def _place(self, index) -> int:
-    index = int(index)
-    if not -len(self) <= index < len(self):
-      raise IndexError(f"row {index} of {len(self)}")
-    index %= len(self)
-    return index if self._places is None else self._places[index]
+    return bytes(self._source[self._places[int(index)]]["clip"])
 
 
 def prepare(
@@ -205,11 +185,10 @@ def prepare(
     data_dir=os.fspath(data_dir),
     file_format="array_record",
   )
-  path = os.path.join(os.fspath(builder.data_dir), _FINGERPRINT)
-  if os.path.isdir(builder.data_dir):
+  path = pathlib.Path(builder.data_dir, _FINGERPRINT)
+  if path.parent.is_dir():
     try:
-      with open(path, encoding="utf-8") as f:
-        present = f.read().strip()
+      present = path.read_text(encoding="utf-8").strip()
     except FileNotFoundError:
       raise errors.UserError(
         f"{builder.data_dir}: does not tell which rows it was prepared from"
@@ -232,12 +211,11 @@ def open_source(data_dir, split: str) -> QuestionSource:
   `data_dir` is that of `prepare`, or the folder of one data set below it.
   """
   data_dir = os.path.normpath(os.fspath(data_dir))
-  found = _prepared(data_dir)
+  found = _prepared(data_dir, BUILDERS)
   # The folder of one of several data sets.
   parent, name = os.path.split(data_dir)
   if not found and name in BUILDERS:
-    data_dir = parent
-    found = [builder for builder in _prepared(parent) if builder.name == name]
+    data_dir, found = parent, _prepared(parent, [name])
   if not found:
     raise errors.UserError(
       f"{os.path.join(data_dir, VideoQa.name)}: holds no prepared questions of"
@@ -257,14 +235,13 @@ def open_source(data_dir, split: str) -> QuestionSource:
   return QuestionSource(builder.as_data_source(split=split))
 
 
-def _prepared(data_dir: str) -> list[type[VideoQa]]:
+def _prepared(data_dir: str, names: Iterable[str]) -> list[type[VideoQa]]:
   """Returns the data sets that `prepare` finished in a folder."""
+  version = str(VideoQa.VERSION)
   return [
-    builder
-    for name, builder in BUILDERS.items()
-    if os.path.isfile(
-      os.path.join(data_dir, name, str(builder.VERSION), _FINGERPRINT)
-    )
+    BUILDERS[name]
+    for name in names
+    if os.path.isfile(os.path.join(data_dir, name, version, _FINGERPRINT))
   ]
 
 
@@ -277,12 +254,9 @@ def _embeddable(media_root, name: str) -> str:
     raise video.VideoError(path, "missing") from None
   limit = min(MAX_CLIP_BYTES, video.Limits().max_bytes)
   if size > limit:
-    raise video.VideoError(
-      path,
-      "too_large",
-      f"{size} bytes, where a record holds {limit}",
-      "leave the clip out or do not embed clips",
-    )
+    told = f"{size} bytes, where a record holds {limit}"
+    mend = "leave the clip out or do not embed clips"
+    raise video.VideoError(path, "too_large", told, mend)
   return path
 
 
@@ -307,12 +281,9 @@ def _string(value: bytes | str) -> str | None:
 
 
 def _question(record: dict) -> question_lib.Question:
-  groups = record["groups"]
+  facets, names = (map(_string, record["groups"][k]) for k in ("facet", "name"))
   return question_lib.Question(
-    options=tuple(_string(option) for option in record["options"]),
-    groups=tuple(
-      (_string(facet), _string(name))
-      for facet, name in zip(groups["facet"], groups["name"], strict=True)
-    ),
+    options=tuple(map(_string, record["options"])),
+    groups=tuple(zip(facets, names, strict=True)),
     **{name: _string(record[name]) for name in _TEXTS},
   )

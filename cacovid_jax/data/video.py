@@ -70,17 +70,14 @@ class Clip:
 def unsafe(relative: str) -> str | None:
   """Returns why a media path must not be used, None if it may be."""
   parts = relative.replace("\\", "/").split("/")
-  if not relative:
-    return "the path is empty"
-  if "\0" in relative:
-    return "the path holds a NUL character"
-  if os.path.isabs(relative) or parts[0] == "":
-    return "the path is absolute"
-  if ".." in parts:
-    return "the path climbs with .."
-  if _URL.match(relative):
-    return "URLs and drive letters are refused"
-  return None
+  faults = {
+    "the path is empty": not relative,
+    "the path holds a NUL character": "\0" in relative,
+    "the path is absolute": os.path.isabs(relative) or parts[0] == "",
+    "the path climbs with ..": ".." in parts,
+    "URLs and drive letters are refused": _URL.match(relative),
+  }
+  return next((fault for fault, found in faults.items() if found), None)
 
 
 def safe_path(root, relative: str) -> str:
@@ -90,8 +87,7 @@ def safe_path(root, relative: str) -> str:
   a data set must not read other files of the machine.
   """
   relative = os.fspath(relative)
-  reason = unsafe(relative)
-  if reason:
+  if reason := unsafe(relative):
     raise VideoError(relative.replace("\0", "\\0"), "unsafe", reason)
   base = os.path.realpath(root)
   path = os.path.realpath(os.path.join(base, relative))
@@ -169,10 +165,9 @@ class _Reader(video_stream.VideoStream):
       self.check_count(count + 1)
       least = min(least, packet.size)
       flags = packet.is_keyframe + 2 * packet.is_discard
-      rows.extend(
-        (_stamp(packet.pts), _stamp(packet.dts), packet.pos or 0, flags)
-      )
-      if last is None or _stamp(packet.pts) > _stamp(last.pts):
+      times = _stamp(packet.pts), _stamp(packet.dts)
+      rows.extend((*times, packet.pos or 0, flags))
+      if last is None or times[0] > _stamp(last.pts):
         last = packet
     if last is None:
       raise self.fail("no_frames")
@@ -252,28 +247,33 @@ class _Reader(video_stream.VideoStream):
       )
     places = index.places(indices)
     # Ascending, without repetition.
-    order, inverse, repeats = np.unique(
-      places, return_inverse=True, return_counts=True
-    )
+    order, inverse = np.unique(places, return_inverse=True)
+    repeats = np.bincount(inverse).tolist()
     read = self._by_seeking if index.sound else self._in_sequence
     pictures, size, digest = [], None, None
-    shown = zip(read(index, order.tolist()), repeats.tolist(), strict=True)
-    for picture, times in shown:
+    shown = read(index, order.tolist())
+    for picture, times in zip(shown, repeats, strict=True):
       image = self.upright(picture)
       if size is None:
         size = image.shape
         digest = hashlib.sha256(str((len(indices), *size)).encode())
-      image = _fit(image, size)
+      if image.shape != size:  # The stream changes it.
+        image = av.VideoFrame.from_ndarray(image, format="rgb24")
+        image = image.reformat(width=size[1], height=size[0]).to_ndarray()
       for _ in range(times if hashed else 0):
         digest.update(np.ascontiguousarray(image).data)
-      pictures.append(self._resized(image, resize))
+      try:
+        pictures.append(resize(image) if resize else image)
+      except frames_lib.ShapeError as error:
+        raise self.fail("bad_shape", error.detail, error.mend) from error
     replaced = index.numbers[places] != indices
     damaged = int((index.damaged[places] & ~replaced).sum())
     replaced = int(replaced.sum())
-    for bad, what in (
-      (damaged, "show damage or follow some"),
-      (replaced, "cannot be decoded; the last one before them stands in"),
-    ):
+    parts = {
+      "show damage or follow some": damaged,
+      "cannot be decoded; the last one before them stands in": replaced,
+    }
+    for what, bad in parts.items():
       if bad:
         warnings.append(f"{bad} of {len(indices)} frames {what}")
     return Clip(
@@ -361,22 +361,6 @@ class _Reader(video_stream.VideoStream):
     if matrix is None:
       return image
     return frames_lib.turned(image, np.frombuffer(bytes(matrix), np.int32))
-
-  def _resized(self, image: np.ndarray, resize) -> np.ndarray:
-    try:
-      return resize(image) if resize else image
-    except frames_lib.ShapeError as error:
-      raise VideoError(
-        self.path, "bad_shape", error.detail, error.mend
-      ) from error
-
-
-def _fit(image: np.ndarray, shape) -> np.ndarray:
-  """Brings a frame of a stream that changes its size to the first one's."""
-  if image.shape == shape:
-    return image
-  picture = av.VideoFrame.from_ndarray(image, format="rgb24")
-  return picture.reformat(width=shape[1], height=shape[0]).to_ndarray()
 
 
 def _stamp(value: int | None) -> int:

@@ -212,15 +212,10 @@ def _split_options(text: str) -> list | None:
 def _letter(answer: str, options) -> str:
   """Returns the letter of an answer, which is a letter or an option's text."""
   allowed = question_lib.LETTERS[: len(options)]
-  given = [
-    letter for letter in allowed if letter == answer.strip(".()").upper()
-  ]
-  same = [
-    letter
-    for letter, option in zip(allowed, options, strict=True)
-    if option.casefold() == answer.casefold()
-  ]
-  same = list(dict.fromkeys(given + same))
+  same = [name for name in allowed if name == answer.strip(".()").upper()]
+  for name, option in zip(allowed, options, strict=True):
+    if option.casefold() == answer.casefold() and name not in same:
+      same.append(name)
   if len(same) == 1:
     return same[0]
   fault = f"stands for several options: {', '.join(same)}"
