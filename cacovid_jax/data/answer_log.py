@@ -1,18 +1,14 @@
 """Answers as they come, one JSON line each, so that nothing is asked twice.
 
-A file starts with a header that says which run its answers belong to. Lines
-are appended and synced to disk once per batch; a line cut off by a kill is
-removed when the file is opened again. An open file is locked: two processes
-cannot write to one. Several may share the work of a run, each with a file of
-its own, and look into those of the others (see `shards`).
-
-The header also says in which environment the answers were computed. Where
-another one goes on, a line says so before its first answer.
+A file starts with a header: which run its answers belong to, and in which
+environment they were computed. Where another environment goes on, a line says
+so before its first answer. A line cut off by a kill is removed when the file is
+opened again. Several processes may share the work of a run, each with a file of
+its own, locked while it is open, and look into the others (see `shards`).
 
 An answer with a `fault` is about a clip that could not be used. A file's faults
-are not its answers: the clip may be there by now. Whoever asks again either
-confirms them or adds an answer, whose line stands behind that of the fault and
-wins.
+are not its answers: the clip may be there by now. Whoever asks again confirms
+them, or adds an answer, whose line stands behind and wins.
 """
 
 import json
@@ -54,29 +50,27 @@ class AnswerLog(dict[Key, dict[str, Any]]):
     environment: Mapping[str, Any] | None = None,
     mend: str = _MEND,
   ):
-    """Opens or starts a file, and locks it.
+    """Opens or starts a file, and locks it; without a path there is none.
 
     Args:
-      path: of the JSON lines; None keeps answers in memory only.
+      path: of the JSON lines.
       run: what the answers depend on; a file of another run is refused.
-      environment: what computes new answers, see `provenance.environment`; None
-        writes down none.
+      environment: that computes new answers, see `provenance.environment`.
       mend: end of the refusal of a locked file, see `files.lock`.
     """
     super().__init__()
     # Of files: what was wrong with a clip then.
     self._faults: dict[Key, dict[str, Any]] = {}
-    self._environment = _text(environment)
     # Of the answers, as JSON; "" is not known.
     self._environments: dict[Key, str] = {}
-    # Of the last line in the file.
-    self._last_environment = self._environment
-    self._path = None if path is None else pathlib.Path(path)
-    self._file = None
+    # Of new answers, and of the last line in the file.
+    self._environment = self._last_environment = _text(environment)
     # Through JSON and back, so that it compares equal to what is read.
     self._run = json.loads(_text(run))
+    self._path = self._file = None
     if path is None:
       return
+    self._path = pathlib.Path(path)
     self._path.parent.mkdir(parents=True, exist_ok=True)
     self._file = open(self._path, "a+b")
     try:
@@ -96,7 +90,6 @@ class AnswerLog(dict[Key, dict[str, Any]]):
     """Lets other processes write to the file."""
     if self._file is not None:
       self._file.close()
-      self._file = None
 
   def add(self, records: Iterable[tuple[Key, Mapping[str, Any]]]) -> None:
     """Writes new answers and waits until they are on disk."""
@@ -163,11 +156,11 @@ class AnswerLog(dict[Key, dict[str, Any]]):
   def _open(self) -> None:
     self._file.seek(0)
     data = self._file.read()
-    complete = data.rfind(b"\n") + 1
     found, last = self._parse(self._path, data)
     for key, record, environment in found:
       if _FAULT not in record or key not in self:
         self._take(key, record, environment, stored=True)
+    complete = data.rfind(b"\n") + 1
     if complete < len(data):
       self._file.truncate(complete)
     if complete:
@@ -201,9 +194,8 @@ class AnswerLog(dict[Key, dict[str, Any]]):
     return found, environment
 
   def _check_run(self, path, found: Mapping[str, Any]) -> None:
-    names = sorted({*found, *self._run})
-    differing = [n for n in names if found.get(n) != self._run.get(n)]
-    if differing:
+    run, names = self._run, sorted({*found, *self._run})
+    if differing := [n for n in names if found.get(n) != run.get(n)]:
       raise errors.UserError(
         f"{path} holds answers of another run (differs in"
         f" {', '.join(differing)}); use another workdir, or delete the file"

@@ -25,15 +25,12 @@ FAULTS = (
   *(jinja2.TemplateError, TypeError, ValueError, ArithmeticError),
   *(RecursionError, AttributeError, LookupError, MemoryError),
 )
-MAX_TEMPLATE_CHARS = 65_536
-MAX_RENDERED_CHARS = 1_048_576
+MAX_TEMPLATE_CHARS, MAX_RENDERED_CHARS = 65_536, 1_048_576
 
-# A character that is handled costs one, a step of the program this many. Real
+# A character that is handled costs one, a step of the program `_STEP`. Real
 # templates spend a few hundred steps.
-_BUDGET = 2**23
-_STEP = 64
-_MAX_RANGE = 10_000
-_MAX_NUMBER = 100_000
+_BUDGET, _STEP = 2**23, 64
+_MAX_RANGE, _MAX_NUMBER = 10_000, 100_000
 MAX_FILE_BYTES = 256 * 2**20
 # Functions whose result may be as long as the product of their arguments.
 _MULTIPLYING = frozenset(
@@ -75,25 +72,22 @@ class Template:
     {"type": "video"} and {"type": "text", "text": ...}; further variables are
     what else the template may read, such as special tokens.
     """
-    token = _left.set([_BUDGET])
-    pieces, size = [], 0
+    token, text = _left.set([_BUDGET]), ""
     try:
       for piece in self._template.generate(messages=messages, **variables):
-        pieces.append(piece)
-        size += len(piece)
-        if size > MAX_RENDERED_CHARS:
+        text += piece
+        if len(text) > MAX_RENDERED_CHARS:
           raise jinja2.TemplateError(f"more than {MAX_RENDERED_CHARS} letters")
     finally:
       _left.reset(token)
-    return "".join(pieces)
+    return text
 
 
 def read(directory, prefer: str = "processor") -> tuple[str, str]:
   """Returns the text of a checkpoint's template, and the file it came from.
 
-  `prefer` is "processor" for the template of chat_template.jinja,
-  chat_template.json or processor_config.json; "tokenizer" for that of
-  tokenizer_config.json. Where one is missing, the other is taken.
+  `prefer` is "tokenizer" for the template of tokenizer_config.json, "processor"
+  for that of the other files. Where one is missing, the other is taken.
   """
   found = {}
   for name in (
@@ -118,8 +112,8 @@ def read(directory, prefer: str = "processor") -> tuple[str, str]:
 
 def has_tokenizer_template(directory) -> bool:
   """Returns whether tokenizer_config.json brings a template of its own."""
-  path = os.path.join(directory, "tokenizer_config.json")
-  return _template_in(path) is not None
+  found = _template_in(os.path.join(directory, "tokenizer_config.json"))
+  return found is not None
 
 
 def check_size(path) -> None:
@@ -177,16 +171,15 @@ def _spend(amount: int) -> None:
 
 def _measure(value) -> int:
   """Returns the characters and items of a value, taken from the budget."""
+  size = 0
   if isinstance(value, str):
     size = len(value)
   elif isinstance(value, dict):
     size = sum(_measure(key) + _measure(item) for key, item in value.items())
   elif isinstance(value, (list, tuple, set, frozenset, range)):
     size = len(value) + sum(map(_measure, value))
-  else:
-    if isinstance(value, int) and abs(value) >= 2**63:
-      raise jinja2.sandbox.SecurityError("a number beyond 64 bits")
-    size = 0
+  elif isinstance(value, int) and abs(value) >= 2**63:
+    raise jinja2.sandbox.SecurityError("a number beyond 64 bits")
   _spend(size if isinstance(value, str) else _STEP)
   return size
 
@@ -204,12 +197,10 @@ def _check_arguments(name: str, values: Sequence) -> None:
   _spend(_STEP)
   product = 1
   for value in values:
-    if isinstance(value, (int, float)):
-      if not abs(value) <= _MAX_NUMBER:
-        raise jinja2.sandbox.SecurityError(f"an argument above {_MAX_NUMBER}")
-      product *= max(1, int(abs(value)))
-    else:
-      product *= max(1, _measure(value))
+    number = isinstance(value, (int, float))
+    if number and not abs(value) <= _MAX_NUMBER:
+      raise jinja2.sandbox.SecurityError(f"an argument above {_MAX_NUMBER}")
+    product *= max(1, int(abs(value)) if number else _measure(value))
   if name in _MULTIPLYING and product > _BUDGET:
     raise jinja2.sandbox.SecurityError(f"{name} of texts this long")
 
@@ -290,7 +281,15 @@ def _environment() -> _Environment:
   env.filters = {
     name: _guarded(name, function) for name, function in env.filters.items()
   }
-  env.filters.update(_steps=_steps, _text=_text, _joined=_joined)
+  # With the context, so that jinja2 does not evaluate them while it compiles.
+  env.filters |= {
+    "_steps": jinja2.pass_context(lambda _, values: _counted(values)),
+    # `finalize` charges for it.
+    "_text": jinja2.pass_context(lambda _, text: text),
+    "_joined": jinja2.pass_context(
+      lambda _, parts: "".join(map(str, _charge(parts)))
+    ),
+  }
   return env
 
 
@@ -321,23 +320,6 @@ def _counted(values: Iterable) -> Iterator:
   for value in values:
     _spend(_STEP)
     yield value
-
-
-# With the context, so that jinja2 does not evaluate them while it compiles.
-@jinja2.pass_context
-def _steps(context, values) -> Iterator:
-  return _counted(values)
-
-
-@jinja2.pass_context
-def _text(context, text: str) -> str:
-  return text  # `finalize` charges for it.
-
-
-@jinja2.pass_context
-def _joined(context, parts: list) -> str:
-  _charge(parts)
-  return "".join(map(str, parts))
 
 
 def _raise_exception(message):

@@ -2,17 +2,15 @@
 
 `prepare` writes rows of `Question` once; `open_source` gives them back by
 index, which is what Grain needs. A record holds the clip's path, or the encoded
-clip itself where `embed` asks for it (short clips only: records are read
-whole, and cannot be larger than `MAX_CLIP_BYTES`).
-
-`VideoR1` and `VideoR1Filtered` are the training sets under their own names, for
-`tfds.builder_from_directory` and `tfds.data_source` as well; `python -m
-cacovid_jax.preparation.tfds_build` prepares them.
+clip itself where `embed` asks for it (short clips only: records are read whole,
+and cannot be larger than `MAX_CLIP_BYTES`). The training sets have their own
+names, for `tfds.builder_from_directory` and `tfds.data_source` as well.
 """
 
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -45,27 +43,9 @@ class VideoQa(tfds.core.GeneratorBasedBuilder):
   # There are no checksums beside this file to look for. The base class's search
   # imports importlib_resources, which newer releases of etils do not install.
   code_path = None
-
-  def __init__(
-    self,
-    *,
-    splits=None,
-    media_root=None,
-    embed=False,
-    fingerprint="",
-    on_row=lambda count: None,
-    **kwargs,
-  ):
-    """Sets the rows to write, see `prepare`; none if they are there already.
-
-    Their fingerprint is kept beside the files; `kwargs` are the base class's.
-    """
-    # Before the base class, which calls _info().
-    self._splits = splits or {}
-    self._media_root, self._embed = media_root, embed
-    self._fingerprint = fingerprint
-    self._on_row, self._written = on_row, 0
-    super().__init__(**kwargs)
+  # `prepare` sets them: split -> rows, and their digest; the media root of clips
+  # that are embedded, or None; what is called after each row.
+  rows, fingerprint, embedded, on_row = {}, "", None, None
 
   def _info(self):
     text, listed = tfds.features.Text(), tfds.features.Sequence
@@ -84,31 +64,13 @@ class VideoQa(tfds.core.GeneratorBasedBuilder):
     # The folder is still another one, which gets its name once all is written:
     # data without the fingerprint, or the other way round, there is none.
     path = pathlib.Path(self.data_dir, _FINGERPRINT)
-    path.write_text(self._fingerprint + "\n", encoding="utf-8")
-    return {
-      name: self._generate_examples(rows) for name, rows in self._splits.items()
-    }
+    path.write_text(self.fingerprint + "\n", encoding="utf-8")
+    return {k: self._generate_examples(rows) for k, rows in self.rows.items()}
 
   def _generate_examples(self, rows):
-    for index, row in enumerate(rows):
-      yield index, self._record(row)
-      self._written += 1
-      self._on_row(self._written)
-
-  def _record(self, row: question_lib.Question) -> dict:
-    texts = ((name, getattr(row, name)) for name in _TEXTS)
-    record = {k: _NONE if v is None else v for k, v in texts}
-    record["options"] = list(row.options)
-    record["groups"] = [{"facet": f, "name": name} for f, name in row.groups]
-    record["clip"] = b""
-    if self._embed:
-      path = _embeddable(self._media_root, row.video)
-      try:
-        record["clip"] = pathlib.Path(path).read_bytes()
-      except OSError as error:
-        told = error.strerror or ""
-        raise video.VideoError(path, "unreadable", told) from None
-    return record
+    for place, row in enumerate(rows):
+      yield place, _record(row, self.embedded)
+      self.on_row()
 
 
 class VideoR1(VideoQa):
@@ -165,9 +127,9 @@ def prepare(
   Args:
     splits: split name -> rows, at least one row each.
     data_dir: the files go to `data_dir`/NAME/VERSION.
-    media_root: folder of the clips, needed to embed them.
-    embed: whether records hold the encoded clips.
-    name: of the data set, one of `BUILDERS`.
+    media_root: folder of the clips.
+    embed: whether records hold the encoded clips, too.
+    name: one of `BUILDERS`.
     on_row: called with the number of rows written so far.
   """
   for split, rows in splits.items():
@@ -175,16 +137,11 @@ def prepare(
       raise errors.UserError(f"split {split!r} has no rows; leave it out")
   if embed and media_root is None:
     raise errors.UserError("clips can be embedded only with a media_root")
-  fingerprint = _fingerprint(splits, media_root if embed else None)
-  builder = BUILDERS[name](
-    splits=splits,
-    media_root=media_root,
-    embed=embed,
-    fingerprint=fingerprint,
-    on_row=on_row,
-    data_dir=os.fspath(data_dir),
-    file_format="array_record",
-  )
+  embedded, written = media_root if embed else None, itertools.count(1)
+  fingerprint = _fingerprint(splits, embedded)
+  builder = _builder(BUILDERS[name], data_dir)
+  builder.rows, builder.fingerprint = splits, fingerprint
+  builder.embedded, builder.on_row = embedded, lambda: on_row(next(written))
   path = pathlib.Path(builder.data_dir, _FINGERPRINT)
   if path.parent.is_dir():
     try:
@@ -226,13 +183,17 @@ def open_source(data_dir, split: str) -> QuestionSource:
     raise errors.UserError(
       f"{data_dir} holds {names}; name one of these folders"
     )
-  builder = found[0](data_dir=data_dir, file_format="array_record")
+  builder = _builder(found[0], data_dir)
   names = sorted(builder.info.splits)
   if split not in names:
     raise errors.UserError(
       f"{builder.data_dir}: no split {split!r}; there are {', '.join(names)}"
     )
   return QuestionSource(builder.as_data_source(split=split))
+
+
+def _builder(make: type[VideoQa], data_dir) -> VideoQa:
+  return make(data_dir=os.fspath(data_dir), file_format="array_record")
 
 
 def _prepared(data_dir: str, names: Iterable[str]) -> list[type[VideoQa]]:
@@ -258,6 +219,22 @@ def _embeddable(media_root, name: str) -> str:
     mend = "leave the clip out or do not embed clips"
     raise video.VideoError(path, "too_large", told, mend)
   return path
+
+
+def _record(row: question_lib.Question, embedded) -> dict:
+  """Returns a row's record, with its clip below the root `embedded` or None."""
+  texts = ((name, getattr(row, name)) for name in _TEXTS)
+  record = {k: _NONE if v is None else v for k, v in texts}
+  record |= {"options": list(row.options), "clip": b""}
+  record["groups"] = [{"facet": f, "name": name} for f, name in row.groups]
+  if embedded is not None:
+    path = _embeddable(embedded, row.video)
+    try:
+      record["clip"] = pathlib.Path(path).read_bytes()
+    except OSError as error:
+      told = error.strerror or ""
+      raise video.VideoError(path, "unreadable", told) from None
+  return record
 
 
 def _fingerprint(splits, embedded) -> str:

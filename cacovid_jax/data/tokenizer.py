@@ -1,9 +1,8 @@
 """Tokenizer and chat template of a checkpoint directory; prompts with a video.
 
 A prompt is one user turn, video then text, and the header of the answer. The
-single video placeholder of the rendered text becomes N + 1 ids in
-LLaVA-OneVision, N video tokens and the image newline that ends the block, and N
-ids between start and end tokens in Qwen2.5-VL.
+single video placeholder becomes N + 1 ids in LLaVA-OneVision, where the image
+newline ends the block, and N between start and end tokens in Qwen2.5-VL.
 """
 
 import dataclasses
@@ -46,14 +45,14 @@ class PaddedPrompts:
 class Options:
   """What a checkpoint's files say beside its tokenizer and template."""
 
-  name: str = "tokenizer"
+  name: str = "tokenizer"  # Of the checkpoint.
   style: wording.VideoStyle = wording.LLAVA_ONEVISION
   # Whether messages are one plain text first of all, and a list of video and
   # text only where that fails; else the other way round.
   plain: bool = False
   eos_tokens: Sequence[str] = ("<|im_end|>", "<|endoftext|>")
   pad_token: str = "<|endoftext|>"
-  max_length: int | None = None
+  max_length: int | None = None  # L at most; None for no bound.
   # What the template may read, the special tokens.
   variables: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -61,14 +60,9 @@ class Options:
 class Tokenizer:
   """Text to ids and back, with the chat template of one checkpoint.
 
-  Attributes:
-    name: of the checkpoint.
-    style: how prompts hold a clip.
-    video_token: the placeholder of a clip; video_id is its id.
-    template: the chat template's text.
-    max_length: L at most; None for no bound.
-    eos_ids: that end an answer.
-    pad_id: that fills rows.
+  Attributes, beside those of `Options`: `video_token`, the placeholder of a
+  clip, and `video_id`; `template`, the chat template's text; `eos_ids`, which
+  end an answer; `pad_id`, which fills rows.
   """
 
   def __init__(
@@ -78,13 +72,11 @@ class Tokenizer:
     options: Options = Options(),
   ):
     """Checks that the tokenizer can write the template's prompts."""
-    self._options = options
     self.name = name = options.name
     self.style, self.max_length = options.style, options.max_length
     self.video_token = options.style.token
-    self._tokenizer = tokenizer
+    self.template, self._tokenizer, self._options = template, tokenizer, options
     self._template = chat_template_lib.Template(template, name)
-    self.template = template
     self._form = None  # The form of messages that the template has taken.
     # Questions are asked about clips of many sizes.
     self._with_one_token = functools.lru_cache(65_536)(
@@ -112,16 +104,13 @@ class Tokenizer:
   def from_directory(cls, directory, template="processor") -> "Tokenizer":
     """Reads tokenizer.json, the chat template and the special tokens.
 
-    Args:
-      directory: a Hugging Face checkpoint directory.
-      template: "processor" takes the processor's chat template where there is
-        one; "tokenizer" takes the tokenizer's and gives it plain texts, as
-        the paper's evaluation does (it adds the default system turn).
+    The template "processor" is the processor's where there is one; "tokenizer"
+    is the tokenizer's and gets plain texts, as in the paper's evaluation (it
+    adds the default system turn).
     """
     if template not in ("processor", "tokenizer"):
-      raise errors.UserError(
-        f"template={template!r}: give 'processor' or 'tokenizer'"
-      )
+      fault = f"template={template!r}: give 'processor' or 'tokenizer'"
+      raise errors.UserError(fault)
     directory = os.fspath(directory)
     path = os.path.join(directory, "tokenizer.json")
     if not os.path.isfile(path):

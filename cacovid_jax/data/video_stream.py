@@ -146,9 +146,10 @@ class VideoStream:
       raise
 
   def _choose_stream(self) -> None:
-    for self.stream in self.container.streams.video:
+    for stream in self.container.streams.video:
       # Cover pictures of music files are video streams of one picture.
-      if "attached_pic" not in str(getattr(self.stream, "disposition", None)):
+      if "attached_pic" not in str(getattr(stream, "disposition", None)):
+        self.stream = stream
         break
     else:
       raise self.fail("no_video_stream")
