@@ -21,8 +21,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from cacovid_jax import errors
+from cacovid_jax.data import left_out, video
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.data import rejected_clips, video
 
 # Records are protocol buffers, which end at 2 GiB.
 MAX_CLIP_BYTES = 2**30
@@ -43,8 +43,8 @@ class VideoQa(tfds.core.GeneratorBasedBuilder):
   # There are no checksums beside this file to look for. The base class's search
   # imports importlib_resources, which newer releases of etils do not install.
   code_path = None
-  # `prepare` sets them: split -> rows, and their digest; the media root of clips
-  # that are embedded, or None; what is called after each row.
+  # `prepare` sets them: split -> rows, and their digest; the root of clips that
+  # are embedded, or None; what is called after each row.
   rows, fingerprint, embedded, on_row = {}, "", None, None
 
   def _info(self):
@@ -248,7 +248,7 @@ def _fingerprint(splits, embedded) -> str:
       digest.update(json.dumps(values).encode())
       if embedded is not None:
         path = _embeddable(embedded, row.video)
-        digest.update(rejected_clips.content_hash(path).encode())
+        digest.update(left_out.content_hash(path).encode())
   return digest.hexdigest()
 
 

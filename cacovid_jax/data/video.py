@@ -35,6 +35,9 @@ _EMPTY_VOP = 16
 # Pictures that are decoded to see whether stamps are theirs.
 _PROBED = 8
 _SEEK_TO_PTS = 0x4000000  # AVFMT_SEEK_TO_PTS of FFmpeg.
+_NO_PICTURE = "no picture could be decoded"
+_DAMAGED = "show damage or follow some"
+_REPLACED = "cannot be decoded; the last one before them stands in"
 _URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.,\-]*:")
 
 
@@ -110,7 +113,7 @@ def frame_size(path, limits: Limits | None = None) -> tuple[int, int]:
     for picture in reader.pictures():
       # The stored size may lie on its side.
       return reader.upright(picture).shape[:2]
-    raise reader.fail("no_frames", "no picture could be decoded")
+    raise reader.fail("no_frames", _NO_PICTURE)
 
 
 def read_frames(path, indices, limits: Limits | None = None) -> np.ndarray:
@@ -177,10 +180,10 @@ class _Reader(video_stream.VideoStream):
     context, container = self.stream.codec_context, self.container.format
     codec = context.codec.canonical_name
     if codec in _ONE_PICTURE and (codec != "mpeg4" or least > _EMPTY_VOP):
+      by_stamp = container.flags & _SEEK_TO_PTS or "matroska" in container.name
       index = clip_index.ClipIndex.of_packets(
         np.array(rows, np.int64).reshape(-1, 4),
-        by_stamp=bool(container.flags & _SEEK_TO_PTS)
-        or "matroska" in container.name,
+        by_stamp=bool(by_stamp),
         delayed=context.has_b_frames,
       )
     probed = first == index.stamps[: len(first)].tolist()
@@ -199,7 +202,7 @@ class _Reader(video_stream.VideoStream):
       flags = picture.key_frame + 2 * picture.is_corrupt
       rows.extend((_stamp(picture.pts), flags))
     if not rows:
-      raise self.fail("no_frames", "no picture could be decoded")
+      raise self.fail("no_frames", _NO_PICTURE)
     pictures = np.array(rows, np.int64).reshape(-1, 2)
     return index.decoded(pictures, self.faults, early)
 
@@ -215,10 +218,8 @@ class _Reader(video_stream.VideoStream):
     if 0 < span and shown <= self.limits.max_seconds:  # Else a damaged stamp.
       if abs(shown - seconds) > _SLACK * shown:
         # Matroska's header tells the rate that the writer had in mind.
-        warnings.append(
-          f"the header gives {seconds:.2f} s, the time stamps {shown:.2f} s,"
-          " which are taken"
-        )
+        given = f"the header gives {seconds:.2f} s, the time stamps {shown:.2f}"
+        warnings.append(f"{given} s, which are taken")
         seconds = float(shown)
       late = np.abs(times - np.linspace(0, span, len(times))).max()
       if late > _SLACK * span:
@@ -235,8 +236,7 @@ class _Reader(video_stream.VideoStream):
 
   def clip(self, index: clip_index.ClipIndex, sampler, resize, hashed) -> Clip:
     """Reads the frames that the rule takes of the pictures of an index."""
-    seconds, warnings = self.timing(index)
-    count = index.num_frames
+    count, (seconds, warnings) = index.num_frames, self.timing(index)
     indices = np.asarray(sampler(count, seconds), np.int64)
     if indices.size == 0:
       raise self.fail("too_short", f"{count} frames, {seconds:.2f} s")
@@ -250,9 +250,9 @@ class _Reader(video_stream.VideoStream):
     order, inverse = np.unique(places, return_inverse=True)
     repeats = np.bincount(inverse).tolist()
     read = self._by_seeking if index.sound else self._in_sequence
+    shown = zip(read(index, order.tolist()), repeats, strict=True)
     pictures, size, digest = [], None, None
-    shown = read(index, order.tolist())
-    for picture, times in zip(shown, repeats, strict=True):
+    for picture, times in shown:
       image = self.upright(picture)
       if size is None:
         size = image.shape
@@ -266,23 +266,18 @@ class _Reader(video_stream.VideoStream):
         pictures.append(resize(image) if resize else image)
       except frames_lib.ShapeError as error:
         raise self.fail("bad_shape", error.detail, error.mend) from error
-    replaced = index.numbers[places] != indices
-    damaged = int((index.damaged[places] & ~replaced).sum())
-    replaced = int(replaced.sum())
-    parts = {
-      "show damage or follow some": damaged,
-      "cannot be decoded; the last one before them stands in": replaced,
-    }
-    for what, bad in parts.items():
-      if bad:
-        warnings.append(f"{bad} of {len(indices)} frames {what}")
+    bad = index.numbers[places] != indices
+    replaced, damaged = bad.sum(), (index.damaged[places] & ~bad).sum()
+    for part, what in ((damaged, _DAMAGED), (replaced, _REPLACED)):
+      if part:
+        warnings.append(f"{part} of {len(indices)} frames {what}")
     return Clip(
       np.stack([pictures[place] for place in inverse]),
       indices,
       count,
       seconds,
-      replaced=replaced,
-      damaged=damaged,
+      replaced=int(replaced),
+      damaged=int(damaged),
       lost=index.lost,
       warnings=tuple(warnings),
       size=size[:2],
@@ -335,14 +330,12 @@ class _Reader(video_stream.VideoStream):
     """Yields the pictures at ascending places of the whole decode."""
     del index
     self.open("NONE")
-    places = iter(order)
-    wanted = next(places)
+    wanted = set(order)
     for place, picture in enumerate(self.pictures()):
-      if place == wanted:
+      if place in wanted:
         yield picture
-        wanted = next(places, None)
-        if wanted is None:
-          return
+      if place == order[-1]:
+        return
     raise self.fail("unreadable", "it does not decode alike twice")
 
   def upright(self, picture) -> np.ndarray:
@@ -357,8 +350,7 @@ class _Reader(video_stream.VideoStream):
         " run fewer processes at once"
       ) from error
     # By name: PyAV 19 walks through the kinds and no longer through the data.
-    matrix = picture.side_data.get("DISPLAYMATRIX")
-    if matrix is None:
+    if (matrix := picture.side_data.get("DISPLAYMATRIX")) is None:
       return image
     return frames_lib.turned(image, np.frombuffer(bytes(matrix), np.int32))
 

@@ -40,10 +40,7 @@ _MENDS = {
 
 
 class VideoError(errors.UserError):
-  """A clip that cannot be used.
-
-  Its reason is one of `_MENDS`; a mend is given where that one does not fit.
-  """
+  """A clip that cannot be used; `mend` stands in for that of `_MENDS`."""
 
   def __init__(self, path, reason: str, detail: str = "", mend: str = ""):
     self.path, self.reason = os.fspath(path), reason
@@ -74,9 +71,8 @@ class Limits:
 class VideoStream:
   """The pictures of one file, or of the bytes of one; a context manager.
 
-  Attributes:
-    container: of PyAV, `stream` the one of its streams that is decoded.
-    faults: errors of the decoder since `open`, damaged pictures included.
+  `container` is PyAV's, `stream` the one of its streams that is decoded;
+  `faults` counts errors of the decoder since `open`, and damaged pictures.
   """
 
   def __init__(self, path, limits: Limits | None):

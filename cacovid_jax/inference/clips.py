@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cacovid_jax.data import frame_record, rejected_clips, video
+from cacovid_jax.data import frame_record, left_out, video
 from cacovid_jax.data import frames as frames_lib
 from cacovid_jax.inference import tower
 from cacovid_jax.models import processors, video_llm
@@ -119,7 +119,7 @@ class ClipReader:
   def content(self, path: str) -> str:
     """Returns the hash of a clip's bytes; `VideoError` if it is refused."""
     file = video.safe_path(self.root, path)
-    content = rejected_clips.content_hash(file)
+    content = left_out.content_hash(file)
     if reason := self._refused.get(content):
       raise video.VideoError(file, reason, "refused in an earlier run")
     return content

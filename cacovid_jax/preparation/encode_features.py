@@ -20,14 +20,13 @@ import collections
 import concurrent.futures
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from cacovid_jax import command, errors
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax import progress as progress_lib
+from cacovid_jax.data import left_out, video
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.data import rejected_clips, video
 from cacovid_jax.evals import evaluation, shards
 from cacovid_jax.inference import clip_queue, features
 from cacovid_jax.training import batches
@@ -80,8 +79,7 @@ def encode(
   *,
   shard: tuple[int, int] = (0, 1),
   num_threads: int = 2,
-  rejected: rejected_clips.RejectedClips | None = None,
-  progress: Callable[..., Any] = progress_lib.Progress,
+  rejected: left_out.RejectedClips | None = None,
 ) -> Report:
   """Makes the features that are missing; returns what was done.
 
@@ -93,18 +91,22 @@ def encode(
     shard: (index, number) of this process.
     num_threads: that decode ahead.
     rejected: log of clips that cannot be used.
-    progress: shows how far it is, made as `progress_lib.Progress` is.
   """
-  rejected = rejected_clips.RejectedClips() if rejected is None else rejected
+  rejected = left_out.RejectedClips() if rejected is None else rejected
   share = clips_of(rows, shard)
-  report, todo, size = Report(len(share)), [], 0
+  report, todo, size, ready = Report(len(share)), [], 0, []
   mine = {row.video for row in share}
   others = [row for row in clips_of(rows) if row.video not in mine]
+
+  def refuse(row, error):
+    report.failed[row.video] = error.reason
+    rejected.add(row, error)
+
   for row in share:
     try:
       known = store.cached_bytes(row.video)
     except video.VideoError as error:
-      _refuse(report, rejected, row, error)
+      refuse(row, error)
       continue
     report.num_present += known > 0
     size = size or known
@@ -112,12 +114,14 @@ def encode(
       todo.append(row)
   if size:
     _check_room(store, directory, size, len(todo), others)
-  before, ready = report.num_clips - len(todo), []
-  with progress(report.num_clips, start=before, description="encoded") as bar:
+  before = len(share) - len(todo)
+  with progress_lib.Progress(
+    len(share), start=before, description="encoded"
+  ) as bar:
     loaded = _loaded(store, todo, num_threads)
     for done, (row, clip) in enumerate(loaded, start=1):
       if isinstance(clip, video.VideoError):
-        _refuse(report, rejected, row, clip)
+        refuse(row, clip)
       else:
         ready.append(clip)
       # As many at once as there are devices.
@@ -132,36 +136,30 @@ def encode(
   return report
 
 
-def _refuse(report, rejected, row, error) -> None:
-  report.failed[row.video] = error.reason
-  rejected.add(row, error, rejected_clips.content_or_none(error))
-
-
 def _check_room(store, directory: str, size: int, count: int, others) -> None:
   """Refuses to go on to what the disk cannot hold.
 
   A clip has `size` bytes; this share still makes `count`, and then there are
   questions about the clips of other shares.
   """
+
+  def is_missing(row):  # And can be made, since the clip is there.
+    try:
+      return not store.cached_bytes(row.video)
+    except video.VideoError:
+      return False
+
   free = shutil.disk_usage(directory).free
   if (count + len(others)) * size <= free:
     return
   # Only now, since to look for an entry reads the whole clip.
-  count += sum(_is_missing(store, row) for row in others)
+  count += sum(map(is_missing, others))
   if count * size > free:
     raise errors.UserError(
       f"{directory}: features of {count} more clips take {_text(count * size)}"
       f" ({_text(size)} each) and {_text(free)} are free; put"
       " config.data.feature_cache on a larger disk, or take fewer questions"
     )
-
-
-def _is_missing(store, row) -> bool:
-  """Returns whether features are still to be made of a clip that is there."""
-  try:
-    return not store.cached_bytes(row.video)
-  except video.VideoError:
-    return False
 
 
 def _text(count: int) -> str:
@@ -227,7 +225,7 @@ def main(args):
     directory,
     shard=shard,
     num_threads=config.data.num_threads,
-    rejected=rejected_clips.RejectedClips(batches.rejected_path(directory)),
+    rejected=left_out.RejectedClips(batches.rejected_path(directory)),
   )
   print(
     f"{directory}: {report.num_clips} clips, {report.num_present} were there,"

@@ -24,8 +24,8 @@ from jax.experimental import multihost_utils
 
 from cacovid_jax import errors
 from cacovid_jax import progress as progress_lib
+from cacovid_jax.data import left_out, video
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.data import rejected_clips, video
 from cacovid_jax.models import prompt_batch, token_grid
 from cacovid_jax.training import ratio, step
 
@@ -104,7 +104,7 @@ def load_ahead(
   shard: tuple[int, int] = (0, 1),
   num_threads: int = 2,
   num_workers: int = 0,
-  rejected: rejected_clips.RejectedClips | None = None,
+  rejected: left_out.RejectedClips | None = None,
   max_failure_rate: float = 0.05,
   min_failures: int = 20,
 ) -> Iterator[tuple[list[question_lib.Question], list[Any]]]:
@@ -123,7 +123,7 @@ def load_ahead(
     max_failure_rate: share of bad clips among those tried that ends the run...
     min_failures: ... once there are this many.
   """
-  rejected = rejected_clips.RejectedClips() if rejected is None else rejected
+  rejected = left_out.RejectedClips() if rejected is None else rejected
   number = shard[1]
   if batch_size % number:
     raise errors.UserError(
@@ -143,7 +143,7 @@ def load_ahead(
       tried += 1 + len(slot.failures)
       failed += len(slot.failures)
       for question, error in slot.failures:
-        rejected.add(question, error, rejected_clips.content_or_none(error))
+        rejected.add(question, error)
       if slot.clip is None:
         raise errors.UserError(
           f"{MAX_SUBSTITUTES + 1} clips in a row cannot be used, last:"
@@ -256,7 +256,7 @@ class Batches:
       steps=(start, config.total_steps),
       num_threads=config.data.num_threads,
       num_workers=config.data.num_workers,
-      rejected=rejected_clips.RejectedClips(self._rejected),
+      rejected=left_out.RejectedClips(self._rejected),
     ):
       yield self._batch(questions, self._store.finish(loaded)), questions
 

@@ -18,8 +18,8 @@ from jax.sharding import Mesh
 from cacovid_jax import errors
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.data import frames as frames_lib
+from cacovid_jax.data import left_out
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.data import rejected_clips
 from cacovid_jax.inference import features
 from cacovid_jax.models import processors, token_grid
 from cacovid_jax.parallel import mesh as mesh_lib
@@ -282,7 +282,7 @@ def open_store(experiment, processor, **options) -> features.FeatureStore:
     keep=options.pop("keep", data.memory_items),
     reading={
       "min_side": data.min_side,
-      "refused": rejected_clips.RejectedClips(listed).refused,
+      "refused": left_out.RejectedClips(listed).refused,
       "hashed": bool(data.feature_cache),
     },
     mesh=mesh_lib.make_mesh(len(here), devices=here) if here[1:] else None,
