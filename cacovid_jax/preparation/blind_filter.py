@@ -115,7 +115,7 @@ def ask(
     settings: how they are asked.
     path: JSON lines of the answers so far, which grow; None keeps none.
     mesh: whose `data` axis shares a batch; None is one device.
-    progress: shows how far it is, made as `progress_lib.Progress` is.
+    progress: as `progress_lib.Progress`.
   """
   tokenizer = checkpoint.tokenizer
   if tokenizer is None:
@@ -218,11 +218,9 @@ def table(
 ) -> list[dict[str, Any]]:
   """Returns one dict per source and problem type, and one of all.
 
-  Args:
-    questions: that were asked.
-    kept: of these, those not answered right.
-    images: (source, problem type) -> image rows left out.
-    unreachable: questions left out because their clip is missing.
+  `kept` are those of the questions asked that were not answered right; `images`
+  counts image rows left out by (source, problem type); `unreachable` are left
+  out because their clip is missing.
   """
   asked, stayed, missing = (
     collections.Counter((q.source, q.problem_type) for q in some)
@@ -266,12 +264,10 @@ def _batches(prompts, questions, size: int) -> Iterator[tuple[int, list[int]]]:
   batches of their own, since a batch takes as long as its longest answer.
   """
   groups = collections.defaultdict(list)
-  for number, (ids, question) in enumerate(
-    zip(prompts, questions, strict=True)
-  ):
+  for number, ids in enumerate(prompts):
     # Padded to a power of two, so that programs are few.
     bucket = max(1 << (len(ids) - 1).bit_length(), _SHORTEST_BUCKET)
-    groups[bucket, not question.lettered].append(number)
+    groups[bucket, not questions[number].lettered].append(number)
   for (bucket, _), rows in sorted(groups.items(), reverse=True):
     for start in range(0, len(rows), size):
       yield bucket, rows[start : start + size]
@@ -283,11 +279,8 @@ def main(args):
   COMMAND.require(config, "model", "train", "out")
   media = os.path.join(data.root, data.media) or None
   stem = _stem(out, config_lib.train_files(config))
-  settings = Settings(
-    batch_size=config.blind.batch_size,
-    max_new_tokens=config.blind.max_new_tokens,
-    threshold=config.blind.threshold,
-  )
+  names = [field.name for field in dataclasses.fields(Settings)]
+  settings = Settings(**{name: config.blind[name] for name in names})
   questions, unreachable, left_out = rows_lib.read(config, media)
   missing = sorted({question.video for question in unreachable})
   if missing:
@@ -298,9 +291,8 @@ def main(args):
     )
   if config.blind.num_questions > 0:
     questions = questions[: config.blind.num_questions]
-  experiment = experiment_lib.Experiment.from_config(
-    config, split="blind.batch_size"
-  )
+  make = experiment_lib.Experiment.from_config
+  experiment = make(config, split="blind.batch_size")
   checkpoint, log = experiment.loaded, f"{stem}.answers.jsonl"
   texts = ask(checkpoint, questions, settings, path=log, mesh=experiment.mesh)
   kept = [
@@ -326,7 +318,7 @@ def main(args):
 
 def _stem(out: str, train) -> str:
   """Returns --out without its ending; it must not be an input."""
-  if any(os.path.abspath(out) == os.path.abspath(path) for path in train):
+  if os.path.abspath(out) in map(os.path.abspath, train):
     raise errors.UserError(
       f"--out={out} is one of the files of --train; give another name"
     )
@@ -342,10 +334,8 @@ def _show(rows, num_bad: int) -> None:
     console = rich.console.Console(width=120)
   shown = rich.table.Table(title="questions by source")
   for name in rows[0]:
-    text = name in ("source", "problem_type")
-    shown.add_column(
-      name.replace("_", " "), justify="left" if text else "right"
-    )
+    side = "left" if name in ("source", "problem_type") else "right"
+    shown.add_column(name.replace("_", " "), justify=side)
   for entry in rows:
     shown.add_row(*map(str, entry.values()))
   console.print(shown)

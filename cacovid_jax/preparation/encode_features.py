@@ -46,6 +46,8 @@ COMMAND = command.Command(
   config="required",
 )
 
+_UNITS = ("bytes", "kB", "MB", "GB", "TB")
+
 
 @dataclasses.dataclass
 class Report:
@@ -115,10 +117,9 @@ def encode(
   if size:
     _check_room(store, directory, size, len(todo), others)
   before = len(share) - len(todo)
-  with progress_lib.Progress(
-    len(share), start=before, description="encoded"
-  ) as bar:
-    loaded = _loaded(store, todo, num_threads)
+  bar = progress_lib.Progress(len(share), start=before, description="encoded")
+  loaded = _loaded(store, todo, num_threads)
+  with bar:
     for done, (row, clip) in enumerate(loaded, start=1):
       if isinstance(clip, video.VideoError):
         refuse(row, clip)
@@ -163,10 +164,8 @@ def _check_room(store, directory: str, size: int, count: int, others) -> None:
 
 
 def _text(count: int) -> str:
-  units, value = ["bytes", "kB", "MB", "GB", "TB"], float(count)
-  while value >= 1000 and len(units) > 1:
-    value, units = value / 1000, units[1:]
-  return f"{value:.4g} {units[0]}"
+  unit = min(len(str(count)) - 1, 12) // 3
+  return f"{count / 1000**unit:.4g} {_UNITS[unit]}"
 
 
 def _loaded(store, rows, num_threads: int) -> Iterator:
@@ -201,9 +200,8 @@ def main(args):
       " --config.data.feature_cache=FOLDER"
     )
   if args.questions not in ("training", "evaluation"):
-    raise errors.UserError(
-      f"--questions={args.questions}: use training or evaluation"
-    )
+    told = f"--questions={args.questions}: use training or evaluation"
+    raise errors.UserError(told)
   training = args.questions == "training"
   split = "videos_per_step" if training else "evals.batch_size"
   experiment = experiment_lib.Experiment.from_config(

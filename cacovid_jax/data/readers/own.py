@@ -192,9 +192,9 @@ def _options(row: validation.Row) -> tuple[str, ...]:
     given = _split_options(given.strip())
   if own and given:
     raise validation.RowError("options", "and option_a, ... are both given")
-  for name, option in zip(_LETTERED, own, strict=False):
-    if not option:
-      raise validation.RowError(name, "empty, while a later option is not")
+  if "" in own:
+    empty = _LETTERED[own.index("")]
+    raise validation.RowError(empty, "empty, while a later option is not")
   found = validation.check_options(own or given)
   return tuple(option.strip() for option in validation.strip_letters(found))
 

@@ -90,7 +90,7 @@ def collect(
       except validation.LeftOutError as error:
         report.left_out[str(error)] += 1
       except validation.RowError as error:
-        bad = BadRow(path, number, error.field, error.reason)
+        bad = BadRow(path, number, *error.args)
         if on_bad_row == "raise":
           raise errors.UserError(
             f"{bad}; correct the row, or pass on_bad_row=skip to leave it out"
@@ -123,8 +123,8 @@ class Reader:
   """A function that reads the parquet or JSON files of a benchmark."""
 
   form: str  # Whose format it is, for errors.
-  # That each file must have; or those, of the columns that it has. Without any,
-  # all files are JSON.
+  # That each file must have; or those, of the columns that it has. Without any
+  # that are needed, files are JSON.
   columns: Sequence[str] | Callable[[frozenset[str]], Sequence[str]]
   places: Sequence[str]  # Of clips, as in "data/{}.mp4", best first.
   parse: Callable[..., question_lib.Question | None]  # Of a row, with options.
@@ -132,14 +132,13 @@ class Reader:
   def __call__(
     self, paths, root=None, *, on_bad_row="raise", report=None, **options
   ) -> list[question_lib.Question]:
-    """Returns the questions of some files.
+    """Returns the questions of some files, see `collect`.
 
     Args:
-      paths: one path, several joined by commas, or a sequence of paths; ".json"
-        at its end tells JSON.
+      paths: see `split_paths`; ".json" at a path's end tells JSON.
       root: media root that clips are looked for below; None looks nowhere.
-      on_bad_row: see `collect`; and so is `report`.
-      report: a `Report`.
+      on_bad_row: "raise" or "skip".
+      report: filled with what was left out.
       **options: of the format.
     """
     return collect(
@@ -162,8 +161,7 @@ class Reader:
 
   def _check_columns(self, path: str, columns: frozenset[str]) -> None:
     required = self.columns(columns) if callable(self.columns) else self.columns
-    missing = [name for name in required if name not in columns]
-    if missing:
+    if missing := [name for name in required if name not in columns]:
       raise errors.UserError(
         f"{path}: columns {missing} are missing (it has {sorted(columns)});"
         f" give a file in {self.form}'s format"
@@ -200,8 +198,7 @@ def check_size(path: str) -> None:
   """Refuses a file that is missing, or above `MAX_FILE_BYTES`."""
   if not os.path.isfile(path):
     raise errors.UserError(f"{path}: no such file; correct the path")
-  size = os.path.getsize(path)
-  if size > MAX_FILE_BYTES:
+  if (size := os.path.getsize(path)) > MAX_FILE_BYTES:
     raise errors.UserError(
       f"{path}: {size} bytes are above the limit of {MAX_FILE_BYTES}; split the"
       " file"

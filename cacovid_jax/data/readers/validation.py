@@ -29,11 +29,7 @@ _ANSWER = re.compile(
 
 
 class RowError(Exception):
-  """A row is unfit; names the field."""
-
-  def __init__(self, field: str, reason: str):
-    self.field, self.reason = field, reason
-    super().__init__(field, reason)
+  """A row is unfit; its arguments are the field and the reason."""
 
 
 class LeftOutError(Exception):
@@ -51,10 +47,10 @@ class Row(NamedTuple):
   def text(self, field: str, *, required: bool = True) -> str:
     """Returns a text field; "" where an optional one is missing."""
     value = self.entry.get(field)
-    if value is None and not required:
-      return ""
     if value is None:
-      raise RowError(field, "missing")
+      if required:
+        raise RowError(field, "missing")
+      return ""
     if not isinstance(value, str):
       raise RowError(field, f"a text is needed, not {type(value).__name__}")
     if required and not value.strip():
