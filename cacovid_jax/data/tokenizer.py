@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import tokenizers
@@ -21,8 +22,7 @@ from cacovid_jax.data import wording
 _MEND = "use the checkpoint's original template"
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Prompt:
+class Prompt(NamedTuple):
   """One tokenised prompt: int32[L] ids and int32[N] rows of video tokens."""
 
   ids: np.ndarray
@@ -34,8 +34,7 @@ class Prompt:
     return len(self.ids)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class PaddedPrompts:
+class PaddedPrompts(NamedTuple):
   ids: np.ndarray  # int32[B,L], padded on the right.
   length: np.ndarray  # int32[B].
   video_rows: np.ndarray  # int32[B,N], L behind those of a shorter video.

@@ -50,12 +50,19 @@ def _question(
   if kind in _GENERATION:
     raise validation.LeftOutError("generation tasks")
   validation.check_one_of(kind, field, types)
+  question = shown = row.text("question")
   if original:
-    question, shown, options = _original(row, most_options)
+    options = row.choices("candidates", most=most_options)
+    lines = wording.letter_options(options, "({}) {}")
+    shown = "\n".join([question, *lines])
     folders = (row.file, row.file.partition("_")[2] or row.file)
     place = row.clip("video", *(f"video/{name}/{{}}" for name in folders))
-  else:
-    question, shown, options = _lmms(row, most_options)
+  else:  # The question holds its options.
+    options, field = row.entry.get("candidates"), "candidates"
+    if not isinstance(options, list):
+      options, field = validation.inline_options(shown), "question"
+    options = validation.check_choices(options, field, most_options)
+    question = _FIRST_OPTION.split(shown, maxsplit=1)[0]
     place = row.clip("video_name")
   identity = f"{row.file}:{row.number}"
   if row.entry.get("question_id") is not None:
@@ -70,24 +77,6 @@ def _question(
     source="mlvu",
     prompt=shown + "\nOnly give the best option.\nBest option: (",
   )
-
-
-def _original(row: validation.Row, most: int) -> tuple[str, str, list[str]]:
-  """Returns (question, the same with its options, options)."""
-  question = row.text("question")
-  options = row.choices("candidates", most=most)
-  lines = wording.letter_options(options, "({}) {}")
-  return question, "\n".join([question, *lines]), options
-
-
-def _lmms(row: validation.Row, most: int) -> tuple[str, str, list[str]]:
-  """As `_original`, of a question that holds its options."""
-  shown = row.text("question")
-  options, field = row.entry.get("candidates"), "candidates"
-  if not isinstance(options, list):
-    options, field = validation.inline_options(shown), "question"
-  options = validation.check_choices(options, field, most)
-  return _FIRST_OPTION.split(shown, maxsplit=1)[0], shown, options
 
 
 def _answer(answer: str, options, *, by_text: bool) -> str:

@@ -188,8 +188,15 @@ def _options(row: validation.Row) -> tuple[str, ...]:
   while own and not own[-1]:
     own.pop()
   given = row.entry.get("options")
-  if isinstance(given, str):
-    given = _split_options(given.strip())
+  text = given.strip() if isinstance(given, str) else ""
+  if text.startswith("["):
+    try:
+      given = json.loads(text)
+    except (ValueError, RecursionError) as error:
+      told = f"{text[:40]!r} is no JSON list ({error})"
+      raise validation.RowError("options", told) from None
+  elif isinstance(given, str):
+    given = [part.strip() for part in text.split("|")] if text else []
   if own and given:
     raise validation.RowError("options", "and option_a, ... are both given")
   if "" in own:
@@ -197,16 +204,6 @@ def _options(row: validation.Row) -> tuple[str, ...]:
     raise validation.RowError(empty, "empty, while a later option is not")
   found = validation.check_options(own or given)
   return tuple(option.strip() for option in validation.strip_letters(found))
-
-
-def _split_options(text: str) -> list | None:
-  if not text.startswith("["):
-    return [part.strip() for part in text.split("|")] if text else None
-  try:
-    return json.loads(text)
-  except (ValueError, RecursionError) as error:
-    told = f"{text[:40]!r} is no JSON list ({error})"
-    raise validation.RowError("options", told) from None
 
 
 def _letter(answer: str, options) -> str:
