@@ -39,13 +39,11 @@ def read(
     on_bad_row=data.on_bad_row,
     report=report,
   )
-  missing = {}
-  if media is not None:
-    missing = readers.find_missing(
-      [row.video for row in rows],
-      media,
-      on_missing=data.on_missing,
-      mend="leave them out with --on_missing=skip",
-    )
+  missing = readers.find_missing(
+    [] if media is None else [row.video for row in rows],
+    media,
+    on_missing=data.on_missing,
+    mend="leave them out with --on_missing=skip",
+  )
   found = [row for row in rows if row.video not in missing]
   return found, [row for row in rows if row.video in missing], report

@@ -48,9 +48,8 @@ def _question(row: validation.Row) -> question_lib.Question:
 def _slots(row: validation.Row) -> list[str]:
   """Returns the options before the first unused slot."""
   given = [row.text(slot) for slot in _SLOTS]
-  used = [option != _UNUSED for option in given]
-  count = used.index(False) if False in used else len(used)
-  if any(used[count:]):
+  count = [*given, _UNUSED].index(_UNUSED)
+  if set(given[count:]) - {_UNUSED}:
     # The letters of the prompt and those of the score would differ.
     told = "an unused option stands before one that is used"
     raise validation.RowError(f"option{count}", told)

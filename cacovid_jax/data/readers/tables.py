@@ -132,13 +132,11 @@ class Reader:
   def __call__(
     self, paths, root=None, *, on_bad_row="raise", report=None, **options
   ) -> list[question_lib.Question]:
-    """Returns the questions of some files, see `collect`.
+    """Returns the questions of files; `on_bad_row`, `report`: see `collect`.
 
     Args:
       paths: see `split_paths`; ".json" at a path's end tells JSON.
       root: media root that clips are looked for below; None looks nowhere.
-      on_bad_row: "raise" or "skip".
-      report: filled with what was left out.
       **options: of the format.
     """
     return collect(

@@ -211,11 +211,8 @@ def letter_of(answer: str, options: Sequence[str], field: str) -> str:
 
 def relative(value: str, field: str) -> str:
   """Returns the media path without "./"; refuses what leaves the root."""
-  path = value.strip()
-  while path.startswith("./"):
-    path = path[2:]
-  reason = video.unsafe(path)
-  if reason:
+  path = re.sub(r"^(\./)+", "", value.strip())
+  if reason := video.unsafe(path):
     raise RowError(field, f"{value[:80]!r}: {reason}")
   return path
 
