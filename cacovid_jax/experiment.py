@@ -242,14 +242,15 @@ def _with_clips(config, rows, left_out):
   """Returns the rows whose clips are there; others are an error or noted."""
   _choose(config, "data.on_missing", ("raise", "skip"), "choose")
   root, names = media_root(config), [row.video for row in rows]
-  missing = left_out.missing = readers.find_missing(names, root)
-  found = [place for place, name in enumerate(names) if name not in missing]
-  if missing and (config.data.on_missing == "raise" or not found):
-    raise readers.missing_error(
-      names, root, missing, "leave them out with config.data.on_missing=skip"
-    )
+  missing = left_out.missing = readers.find_missing(
+    names,
+    root,
+    on_missing=config.data.on_missing,
+    mend="leave them out with config.data.on_missing=skip",
+  )
   if not missing:
     return rows
+  found = [place for place, name in enumerate(names) if name not in missing]
   if isinstance(rows, tfds_lib.QuestionSource):
     return rows.take(found)
   return [rows[place] for place in found]

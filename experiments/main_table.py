@@ -278,8 +278,8 @@ def survey(plan: Plan) -> tuple[dict[str, Any], dict[str, str]]:
       rows.append([name, "", "", "", "no data"])
       continue
     found[name], questions = loaded, loaded.questions
-    missing = readers.check_media(questions, loaded.root)
-    num_clips = len({question.video for question in questions})
+    names = [question.video for question in questions]
+    missing, num_clips = readers.find_missing(names, loaded.root), len({*names})
     num_bad = len(loaded.report.bad_rows)
     rows.append([name, len(questions), num_clips, len(missing), num_bad])
     if missing and evals.on_missing == "raise":

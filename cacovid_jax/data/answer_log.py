@@ -1,18 +1,14 @@
 """Answers as they come, one JSON line each, so that nothing is asked twice.
 
-A file starts with a header that says which run its answers belong to. Lines
-are appended and synced to disk once per batch; a line cut off by a kill is
-removed when the file is opened again. An open file is locked: two processes
-cannot write to one. Several may share the work of a run, each with a file of
-its own, and look into those of the others (see `shards`).
-
-The header also says in which environment the answers were computed. Where
-another one goes on, a line says so before its first answer.
+A file starts with a header: which run its answers belong to, and in which
+environment they were computed. Where another environment goes on, a line says
+so before its first answer. A line cut off by a kill is removed when the file is
+opened again. Several processes may share the work of a run, each with a file of
+its own, locked while it is open, and look into the others (see `shards`).
 
 An answer with a `fault` is about a clip that could not be used. A file's faults
-are not its answers: the clip may be there by now. Whoever asks again either
-confirms them or adds an answer, whose line stands behind that of the fault and
-wins.
+are not its answers: the clip may be there by now. Whoever asks again confirms
+them, or adds an answer, whose line stands behind and wins.
 """
 
 import json
@@ -32,23 +28,16 @@ _FAULT = "fault"
 
 
 class Key(NamedTuple):
-  """One answer: who was asked what, with how many tokens.
+  """One answer: who was asked what, with how many tokens."""
 
-  Attributes:
-    method: name and options of the method; "vanilla" keeps every token.
-    ratio: retention ratio, 1.0 for vanilla.
-    seed: evaluation seed; 0 for methods without randomness.
-    question: id.
-  """
-
-  method: str
-  ratio: float
-  seed: int
-  question: str
+  method: str  # Name and options; "vanilla" keeps every token.
+  ratio: float  # Of retention, 1.0 for vanilla.
+  seed: int  # 0 for methods without randomness.
+  question: str  # Id.
 
 
-class AnswerLog:
-  """The answers of one run, on disk and in memory.
+class AnswerLog(dict[Key, dict[str, Any]]):
+  """The answers of one run, in memory as in a dict, and on disk.
 
   A context manager; once closed, the answers can still be looked up.
   """
@@ -61,29 +50,27 @@ class AnswerLog:
     environment: Mapping[str, Any] | None = None,
     mend: str = _MEND,
   ):
-    """Opens or starts a file, and locks it.
+    """Opens or starts a file, and locks it; without a path there is none.
 
     Args:
-      path: of the JSON lines; None keeps answers in memory only.
+      path: of the JSON lines.
       run: what the answers depend on; a file of another run is refused.
-      environment: what computes new answers, see `provenance.environment`; None
-        writes down none.
+      environment: that computes new answers, see `provenance.environment`.
       mend: end of the refusal of a locked file, see `files.lock`.
     """
-    self._records: dict[Key, dict[str, Any]] = {}
+    super().__init__()
     # Of files: what was wrong with a clip then.
     self._faults: dict[Key, dict[str, Any]] = {}
-    self._environment = _text(environment)
     # Of the answers, as JSON; "" is not known.
     self._environments: dict[Key, str] = {}
-    # Of the last line in the file.
-    self._last_environment = self._environment
-    self._path = None if path is None else pathlib.Path(path)
-    self._file = None
+    # Of new answers, and of the last line in the file.
+    self._environment = self._last_environment = _text(environment)
     # Through JSON and back, so that it compares equal to what is read.
     self._run = json.loads(_text(run))
-    if self._path is None:
+    self._path = self._file = None
+    if path is None:
       return
+    self._path = pathlib.Path(path)
     self._path.parent.mkdir(parents=True, exist_ok=True)
     self._file = open(self._path, "a+b")
     try:
@@ -92,15 +79,6 @@ class AnswerLog:
     except BaseException:
       self.close()
       raise
-
-  def __contains__(self, key: Key) -> bool:
-    return key in self._records
-
-  def __getitem__(self, key: Key) -> dict[str, Any]:
-    return self._records[key]
-
-  def __len__(self) -> int:
-    return len(self._records)
 
   def __enter__(self) -> "AnswerLog":
     return self
@@ -112,16 +90,12 @@ class AnswerLog:
     """Lets other processes write to the file."""
     if self._file is not None:
       self._file.close()
-      self._file = None
 
   def add(self, records: Iterable[tuple[Key, Mapping[str, Any]]]) -> None:
     """Writes new answers and waits until they are on disk."""
-    new = [
-      (key, dict(fields)) for key, fields in records if key not in self._records
-    ]
-    again = [key for key, fields in new if self._faults.get(key) == fields]
-    self.confirm(again)
-    new = [(key, fields) for key, fields in new if key not in self._records]
+    new = [(key, dict(fields)) for key, fields in records if key not in self]
+    self.confirm([key for key, fields in new if self.fault(key) == fields])
+    new = [(key, fields) for key, fields in new if key not in self]
     lines = [{**key._asdict(), **fields} for key, fields in new]
     if lines and self._last_environment != self._environment:
       lines.insert(0, {_ENVIRONMENT: json.loads(self._environment or "null")})
@@ -137,7 +111,7 @@ class AnswerLog:
   def confirm(self, keys: Iterable[Key]) -> None:
     """Makes faults of files answers: the clips still cannot be used."""
     for key in keys:
-      self._records[key] = self._faults.pop(key)
+      self[key] = self._faults.pop(key)
 
   def confirm_all(self) -> None:
     """Makes all faults of files answers that nothing better is known for."""
@@ -151,8 +125,7 @@ class AnswerLog:
   def look(self, paths: Iterable[str | os.PathLike]) -> None:
     """Takes the answers of other files of this run, which stay as they are.
 
-    Args:
-      paths: of ledgers; another process may be writing to them.
+    Another process may be writing to them.
     """
     for path in map(pathlib.Path, paths):
       if self._path is not None and path.name == self._path.name:
@@ -162,9 +135,8 @@ class AnswerLog:
       except FileNotFoundError:
         continue  # Deleted since it was listed.
       for key, record, environment in self._parse(path, data)[0]:
-        if key in self._records or (_FAULT in record and key in self._faults):
-          continue
-        self._take(key, record, environment, stored=True)
+        if key not in self and (_FAULT not in record or not self.fault(key)):
+          self._take(key, record, environment, stored=True)
 
   def _take(self, key, record, environment: str, stored: bool = False) -> None:
     """Adds an answer; a fault of a file is none until it is confirmed."""
@@ -172,7 +144,7 @@ class AnswerLog:
       self._faults[key] = record
     else:
       self._faults.pop(key, None)
-      self._records[key] = record
+      self[key] = record
     self._environments[key] = environment
 
   def _append(self, lines: list[dict[str, Any]]) -> None:
@@ -184,11 +156,11 @@ class AnswerLog:
   def _open(self) -> None:
     self._file.seek(0)
     data = self._file.read()
-    complete = data.rfind(b"\n") + 1
     found, last = self._parse(self._path, data)
     for key, record, environment in found:
-      if _FAULT not in record or key not in self._records:
+      if _FAULT not in record or key not in self:
         self._take(key, record, environment, stored=True)
+    complete = data.rfind(b"\n") + 1
     if complete < len(data):
       self._file.truncate(complete)
     if complete:
@@ -200,14 +172,9 @@ class AnswerLog:
     self._append([header])
 
   def _parse(self, path, data: bytes):
-    """Returns the answers of a file; a line without an end is none.
+    """Returns ([(key, answer, environment)], environment of the last line).
 
-    Args:
-      path: of the file.
-      data: all of it.
-
-    Returns:
-      ([(key, answer, environment)], environment of the last line).
+    A line of the file without an end is none.
     """
     found, environment = [], ""
     complete = data[: data.rfind(b"\n") + 1]
@@ -222,17 +189,13 @@ class AnswerLog:
           continue
         key = Key(*(record.pop(field) for field in Key._fields))
       except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise errors.UserError(
-          f"{path} line {number} is damaged ({type(error).__name__}); delete"
-          " the file to evaluate again"
-        ) from error
+        raise _damaged(path, number, error) from error
       found.append((key, record, environment))
     return found, environment
 
   def _check_run(self, path, found: Mapping[str, Any]) -> None:
-    names = sorted({*found, *self._run})
-    differing = [n for n in names if found.get(n) != self._run.get(n)]
-    if differing:
+    run, names = self._run, sorted({*found, *self._run})
+    if differing := [n for n in names if found.get(n) != run.get(n)]:
       raise errors.UserError(
         f"{path} holds answers of another run (differs in"
         f" {', '.join(differing)}); use another workdir, or delete the file"
@@ -245,18 +208,18 @@ def _text(entry: Mapping[str, Any] | None) -> str:
 
 
 def header(path: str | os.PathLike) -> dict[str, Any]:
-  """Returns the run that a ledger belongs to; {} if it was cut off there.
-
-  Args:
-    path: of a ledger, which another process may be writing to.
-  """
+  """Returns the run that a ledger belongs to; {} if it was cut off there."""
   line, end, _ = pathlib.Path(path).read_bytes().partition(b"\n")
   if not end:
     return {}
   try:
     return dict(json.loads(line)[_HEADER])
   except (ValueError, KeyError, TypeError) as error:
-    raise errors.UserError(
-      f"{path} line 1 is damaged ({type(error).__name__}); delete the file to"
-      " evaluate again"
-    ) from error
+    raise _damaged(path, 1, error) from error
+
+
+def _damaged(path, number: int, error: Exception) -> errors.UserError:
+  return errors.UserError(
+    f"{path} line {number} is damaged ({type(error).__name__}); delete the file"
+    " to evaluate again"
+  )

@@ -22,29 +22,19 @@ from cacovid_jax import errors
 
 # What a template can raise while it renders.
 FAULTS = (
-  jinja2.TemplateError,
-  TypeError,
-  ValueError,
-  ArithmeticError,
-  RecursionError,
-  AttributeError,
-  LookupError,
-  MemoryError,
+  *(jinja2.TemplateError, TypeError, ValueError, ArithmeticError),
+  *(RecursionError, AttributeError, LookupError, MemoryError),
 )
-MAX_TEMPLATE_CHARS = 65_536
-MAX_RENDERED_CHARS = 1_048_576
+MAX_TEMPLATE_CHARS, MAX_RENDERED_CHARS = 65_536, 1_048_576
 
-# A character that is handled costs one, a step of the program this many. Real
+# A character that is handled costs one, a step of the program `_STEP`. Real
 # templates spend a few hundred steps.
-_BUDGET = 2**23
-_STEP = 64
-_MAX_RANGE = 10_000
-_MAX_NUMBER = 100_000
+_BUDGET, _STEP = 2**23, 64
+_MAX_RANGE, _MAX_NUMBER = 10_000, 100_000
 MAX_FILE_BYTES = 256 * 2**20
 # Functions whose result may be as long as the product of their arguments.
 _MULTIPLYING = frozenset(
-  ("replace", "join", "format", "format_map", "expandtabs", "translate")
-  + ("indent", "wordwrap")
+  "replace join format format_map expandtabs translate indent wordwrap".split()
 )
 # A width or precision of formatted text, as in "{:1000000}" and "%1000000d".
 _WIDE = re.compile(r"\d{5}")
@@ -65,7 +55,7 @@ class Template:
     self.text, self.name = text, name
     env = _environment()
     try:
-      tree = _Counted(env).visit(env.parse(text))
+      tree = _Counted().visit(env.parse(text))
       self._template = jinja2.Template.from_code(
         env, env.compile(tree), env.make_globals(None)
       )
@@ -82,44 +72,34 @@ class Template:
     {"type": "video"} and {"type": "text", "text": ...}; further variables are
     what else the template may read, such as special tokens.
     """
-    token = _left.set([_BUDGET])
-    pieces, size = [], 0
+    token, text = _left.set([_BUDGET]), ""
     try:
       for piece in self._template.generate(messages=messages, **variables):
-        pieces.append(piece)
-        size += len(piece)
-        if size > MAX_RENDERED_CHARS:
+        text += piece
+        if len(text) > MAX_RENDERED_CHARS:
           raise jinja2.TemplateError(f"more than {MAX_RENDERED_CHARS} letters")
     finally:
       _left.reset(token)
-    return "".join(pieces)
+    return text
 
 
 def read(directory, prefer: str = "processor") -> tuple[str, str]:
   """Returns the text of a checkpoint's template, and the file it came from.
 
-  `prefer` is "processor" for the template of chat_template.jinja,
-  chat_template.json or processor_config.json; "tokenizer" for that of
-  tokenizer_config.json. Where one is missing, the other is taken.
+  `prefer` is "tokenizer" for the template of tokenizer_config.json, "processor"
+  for that of the other files. Where one is missing, the other is taken.
   """
   found = {}
-  path = os.path.join(directory, "chat_template.jinja")
-  if os.path.isfile(path):
-    try:
-      with open(path, encoding="utf-8") as f:
-        found["processor"] = f.read(MAX_TEMPLATE_CHARS + 1), path
-    except (OSError, UnicodeDecodeError) as error:
-      raise errors.UserError(
-        f"{path}: not readable as text ({error}); copy it again"
-      ) from error
-  for kind, name in (
-    ("processor", "chat_template.json"),
-    ("processor", "processor_config.json"),
-    ("tokenizer", "tokenizer_config.json"),
+  for name in (
+    "chat_template.jinja",
+    "chat_template.json",
+    "processor_config.json",
+    "tokenizer_config.json",
   ):
     path = os.path.join(directory, name)
     text = _template_in(path)
     if text is not None:
+      kind = "tokenizer" if name.startswith("tokenizer") else "processor"
       found.setdefault(kind, (text, path))
   if not found:
     raise errors.UserError(
@@ -132,8 +112,14 @@ def read(directory, prefer: str = "processor") -> tuple[str, str]:
 
 def has_tokenizer_template(directory) -> bool:
   """Returns whether tokenizer_config.json brings a template of its own."""
-  path = os.path.join(directory, "tokenizer_config.json")
-  return _template_in(path) is not None
+  found = _template_in(os.path.join(directory, "tokenizer_config.json"))
+  return found is not None
+
+
+def check_size(path) -> None:
+  """Refuses a file of a checkpoint above `MAX_FILE_BYTES`."""
+  if os.path.getsize(path) > MAX_FILE_BYTES:
+    raise errors.UserError(f"{path}: above {MAX_FILE_BYTES} bytes")
 
 
 def read_json(path) -> dict:
@@ -141,8 +127,7 @@ def read_json(path) -> dict:
   if not os.path.isfile(path):
     return {}
   try:
-    if os.path.getsize(path) > MAX_FILE_BYTES:
-      raise errors.UserError(f"{path}: above {MAX_FILE_BYTES} bytes")
+    check_size(path)
     with open(path, encoding="utf-8") as f:
       entry = json.load(f)
   except (OSError, ValueError, RecursionError) as error:
@@ -155,7 +140,17 @@ def read_json(path) -> dict:
 
 
 def _template_in(path) -> str | None:
-  """Returns the template in a JSON file, "default" of several named ones."""
+  """Returns the template in a file; of several named ones the "default"."""
+  if path.endswith(".jinja"):
+    if not os.path.isfile(path):
+      return None
+    try:
+      with open(path, encoding="utf-8") as f:
+        return f.read(MAX_TEMPLATE_CHARS + 1)
+    except (OSError, UnicodeDecodeError) as error:
+      raise errors.UserError(
+        f"{path}: not readable as text ({error}); copy it again"
+      ) from error
   entry = read_json(path).get("chat_template")
   if isinstance(entry, list):
     entry = {item.get("name"): item.get("template") for item in entry}
@@ -176,16 +171,15 @@ def _spend(amount: int) -> None:
 
 def _measure(value) -> int:
   """Returns the characters and items of a value, taken from the budget."""
+  size = 0
   if isinstance(value, str):
     size = len(value)
   elif isinstance(value, dict):
     size = sum(_measure(key) + _measure(item) for key, item in value.items())
   elif isinstance(value, (list, tuple, set, frozenset, range)):
     size = len(value) + sum(map(_measure, value))
-  else:
-    if isinstance(value, int) and abs(value) >= 2**63:
-      raise jinja2.sandbox.SecurityError("a number beyond 64 bits")
-    size = 0
+  elif isinstance(value, int) and abs(value) >= 2**63:
+    raise jinja2.sandbox.SecurityError("a number beyond 64 bits")
   _spend(size if isinstance(value, str) else _STEP)
   return size
 
@@ -203,12 +197,10 @@ def _check_arguments(name: str, values: Sequence) -> None:
   _spend(_STEP)
   product = 1
   for value in values:
-    if isinstance(value, (int, float)):
-      if not abs(value) <= _MAX_NUMBER:
-        raise jinja2.sandbox.SecurityError(f"an argument above {_MAX_NUMBER}")
-      product *= max(1, int(abs(value)))
-    else:
-      product *= max(1, _measure(value))
+    number = isinstance(value, (int, float))
+    if number and not abs(value) <= _MAX_NUMBER:
+      raise jinja2.sandbox.SecurityError(f"an argument above {_MAX_NUMBER}")
+    product *= max(1, int(abs(value)) if number else _measure(value))
   if name in _MULTIPLYING and product > _BUDGET:
     raise jinja2.sandbox.SecurityError(f"{name} of texts this long")
 
@@ -244,27 +236,18 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 class _Counted(jinja2.visitor.NodeTransformer):
   """Makes loops, literal text and `~` of a template take from the budget."""
 
-  def __init__(self, env):
-    self._env = env
-
   def _filter(self, node, name):
     made = jinja2.nodes.Filter(node, name, [], [], None, None)
-    return made.set_lineno(node.lineno).set_environment(self._env)
+    return made.set_lineno(node.lineno).set_environment(_environment())
 
   def visit_For(self, node):  # noqa: N802
     node = self.generic_visit(node)
     node.iter = self._filter(node.iter, "_steps")
     return node
 
-  def visit_Output(self, node):  # noqa: N802
-    node = self.generic_visit(node)
-    node.nodes = [
-      self._filter(jinja2.nodes.Const(item.data, lineno=item.lineno), "_text")
-      if isinstance(item, jinja2.nodes.TemplateData)
-      else item
-      for item in node.nodes
-    ]
-    return node
+  def visit_TemplateData(self, node):  # noqa: N802
+    text = jinja2.nodes.Const(node.data, lineno=node.lineno)
+    return self._filter(text, "_text")
 
   def visit_Concat(self, node):  # noqa: N802
     node = self.generic_visit(node)
@@ -298,7 +281,15 @@ def _environment() -> _Environment:
   env.filters = {
     name: _guarded(name, function) for name, function in env.filters.items()
   }
-  env.filters.update(_steps=_steps, _text=_text, _joined=_joined)
+  # With the context, so that jinja2 does not evaluate them while it compiles.
+  env.filters |= {
+    "_steps": jinja2.pass_context(lambda _, values: _counted(values)),
+    # `finalize` charges for it.
+    "_text": jinja2.pass_context(lambda _, text: text),
+    "_joined": jinja2.pass_context(
+      lambda _, parts: "".join(map(str, _charge(parts)))
+    ),
+  }
   return env
 
 
@@ -329,23 +320,6 @@ def _counted(values: Iterable) -> Iterator:
   for value in values:
     _spend(_STEP)
     yield value
-
-
-# With the context, so that jinja2 does not evaluate them while it compiles.
-@jinja2.pass_context
-def _steps(context, values) -> Iterator:
-  return _counted(values)
-
-
-@jinja2.pass_context
-def _text(context, text: str) -> str:
-  return text  # `finalize` charges for it.
-
-
-@jinja2.pass_context
-def _joined(context, parts: list) -> str:
-  _charge(parts)
-  return "".join(map(str, parts))
 
 
 def _raise_exception(message):

@@ -38,8 +38,8 @@ class ClipIndex(NamedTuple):
       packets: int64[n, 4]: stamp, decoding time, byte in the file, 1 for a key
         frame + 2 for a hidden one.
       by_stamp: whether the container seeks by stamps, not by decoding times.
-      delayed: whether the decoder gives pictures in another order than it takes
-        them. Stamps in decoding order are then no stamps of the pictures.
+      delayed: whether the decoder reorders pictures. Stamps in decoding order
+        are then no stamps of the pictures.
     """
     stamps, times, places, flags = packets.T
     keys = np.flatnonzero(flags & 1)
@@ -73,14 +73,11 @@ class ClipIndex(NamedTuple):
   ) -> "ClipIndex":
     """Returns the index of a clip that was decoded as a whole.
 
-    Pictures are numbered as they come out. Where some are lost to damage, their
-    stamps tell which: the others keep their numbers.
-
-    Args:
-      pictures: int64[P, 2]: stamp, 1 for a key frame + 2 for a damaged picture.
-      faults: errors of the decoder, damaged pictures included.
-      early: those before the first picture: unless stamps tell more, the clip
-        begins between key frames, and nothing is lost.
+    Pictures, int64[P, 2] of stamp and 1 for a key frame + 2 for a damaged one,
+    are numbered as they come out. Where some are lost to damage, their stamps
+    tell which. Of the decoder's `faults`, damaged pictures included, `early`
+    ones came before the first picture: unless stamps tell more, the clip begins
+    between key frames, and nothing is lost.
     """
     stamps, flags = pictures.T
     corrupt, place = flags & 2 > 0, np.arange(len(stamps))

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -65,10 +66,9 @@ class FeatureCache:
 
   def get(self, name: str) -> Entry | None:
     """Returns the entry; None if there is none that verifies."""
-    path = self.path(name)
+    path = pathlib.Path(self.path(name))
     try:
-      with open(path, "rb") as f:
-        data = f.read()
+      data = path.read_bytes()
     except FileNotFoundError:
       return None
     body, digest = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
@@ -78,10 +78,7 @@ class FeatureCache:
       except (ValueError, KeyError, TypeError, AttributeError):
         pass  # Whole, and written by something else.
     logging.warning("%s: damaged cache entry, made anew", path)
-    try:
-      os.remove(path)
-    except FileNotFoundError:
-      pass  # Another process was faster.
+    path.unlink(missing_ok=True)  # Another process may be faster.
     return None
 
   def put(self, name: str, arrays: Mapping[str, Any], facts=None) -> None:
@@ -90,8 +87,7 @@ class FeatureCache:
     arrays = {k: np.asarray(v, "<f4", order="C") for k, v in arrays.items()}
     shapes = {k: v.shape for k, v in arrays.items()}
     line = json.dumps({"facts": facts or {}, "shapes": shapes}) + "\n"
-    parts = [line.encode(), *(v.tobytes() for v in arrays.values())]
-    body = b"".join(parts)
+    body = b"".join([line.encode(), *(v.tobytes() for v in arrays.values())])
     try:
       os.makedirs(os.path.dirname(path), exist_ok=True)
       files.write(path, body + hashlib.sha256(body).digest())

@@ -13,27 +13,16 @@ from cacovid_jax import files
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FrameRecord:
-  """The frames of one clip, or why it has none.
+  """The frames of one clip, or why it has none."""
 
-  Attributes:
-    video: path of the clip, relative to the media root.
-    content: blake2b of the file; "" if nothing needs it.
-    num_frames: frames in the clip, which the frame rule counts.
-    duration: seconds.
-    size: (h, w) of its frames, upright, in pixels.
-    indices: of the frames that are shown.
-    frame_hash: of their pixels, see `video.Clip`.
-    fault: why the clip cannot be used; all else is empty then.
-  """
-
-  video: str
-  content: str = ""
-  num_frames: int = 0
-  duration: float = 0.0
-  size: tuple[int, int] = (0, 0)
-  indices: tuple[int, ...] = ()
-  frame_hash: str = ""
-  fault: str = ""
+  video: str  # Path of the clip, relative to the media root.
+  content: str = ""  # blake2b of the file; "" if nothing needs it.
+  num_frames: int = 0  # In the clip, which the frame rule counts.
+  duration: float = 0.0  # Seconds.
+  size: tuple[int, int] = (0, 0)  # (h, w) of its frames, upright, in pixels.
+  indices: tuple[int, ...] = ()  # Of the frames that are shown.
+  frame_hash: str = ""  # Of their pixels, see `video.Clip`.
+  fault: str = ""  # Why the clip cannot be used; all else is empty then.
 
   def __post_init__(self):
     # As JSON gives them.
@@ -72,10 +61,8 @@ def decoder() -> str:
 
   Frames of one file may differ between them in the last bit.
   """
-  libraries = {
-    name: ".".join(map(str, version))
-    for name, version in sorted(library_versions.items())
-    if name in ("libavcodec", "libavformat", "libswscale")
-  }
-  parts = [f"{name} {version}" for name, version in libraries.items()]
+  parts = [
+    f"{name} {'.'.join(map(str, library_versions[name]))}"
+    for name in ("libavcodec", "libavformat", "libswscale")
+  ]
   return f"PyAV {av.__version__} ({', '.join(parts)})"

@@ -37,10 +37,7 @@ def eval_linspace(num_frames: int, num_samples: int) -> np.ndarray:
 
 
 def train_linspace_1fps(
-  num_frames: int,
-  duration: float,
-  max_samples: int = 32,
-  fps: float = 1.0,
+  num_frames: int, duration: float, max_samples: int = 32, fps: float = 1.0
 ) -> np.ndarray:
   """Returns int64[n] equally spaced indices, rounded half to even.
 
@@ -48,26 +45,20 @@ def train_linspace_1fps(
   a clip below one second gives none and its row has to be skipped.
   """
   num_samples = max(0, min(max_samples, num_frames, int(duration * fps)))
-  spaced = np.linspace(0, num_frames - 1, num_samples)
-  return np.array([round(x) for x in spaced.tolist()], dtype=np.int64)
+  return np.rint(np.linspace(0, num_frames - 1, num_samples)).astype(np.int64)
 
 
 @dataclasses.dataclass(frozen=True)
 class FrameRule:
-  """Which T frames of a clip are shown; T is static.
+  """Which T frames of a clip are shown; T is static."""
 
-  Attributes:
-    num_frames: T.
-    name: `frames.EVAL_RULE`, or `frames.TRAIN_RULE` for the public trainer's.
-      Where that takes fewer than T frames (clips below T seconds), T frames
-      are spaced over the clip instead, rounded as it rounds, since compiled
-      programs have one T. Where it takes none, the clip is refused.
-    fps: frames a second of the trainer's rule.
-  """
-
-  num_frames: int
+  num_frames: int  # T.
+  # `EVAL_RULE`, or `TRAIN_RULE` for the public trainer's. Where that takes few
+  # frames (clips below T seconds), T are spaced over the clip instead, rounded
+  # as it rounds, since compiled programs have one T. Where it takes none, the
+  # clip is refused.
   name: str = EVAL_RULE
-  fps: float = 1.0
+  fps: float = 1.0  # Of the trainer's rule.
 
   def __post_init__(self):
     if self.name not in (EVAL_RULE, TRAIN_RULE):
@@ -79,12 +70,11 @@ class FrameRule:
     """Returns int64[T] indices, none if the clip is too short."""
     if self.name == EVAL_RULE:
       return eval_linspace(num_frames, self.num_frames)
-    indices = train_linspace_1fps(
-      num_frames, duration, self.num_frames, self.fps
-    )
-    if 0 < len(indices) < self.num_frames:
-      spaced = np.linspace(0, num_frames - 1, self.num_frames)
-      indices = np.array([round(x) for x in spaced.tolist()], np.int64)
+    wanted = self.num_frames
+    indices = train_linspace_1fps(num_frames, duration, wanted, self.fps)
+    if 0 < len(indices) < wanted:
+      spaced = np.linspace(0, num_frames - 1, wanted)
+      indices = np.rint(spaced).astype(np.int64)
     return indices
 
 
@@ -94,9 +84,7 @@ def sampled_fps(num_samples: int, duration: float) -> float | None:
 
 
 def resize_frame(
-  frame: np.ndarray,
-  size: int | tuple[int, int],
-  resample: int = BICUBIC,
+  frame: np.ndarray, size: int | tuple[int, int], resample: int = BICUBIC
 ) -> np.ndarray:
   """Returns uint8[S,S,3], or uint8[h',w',3], of the frame uint8[h,w,3].
 
@@ -110,9 +98,8 @@ def resize_frame(
   if frame.shape[:2] == (height, width):
     return frame
   image = Image.fromarray(frame)
-  if resample == Image.Resampling.NEAREST:  # It has no passes.
-    return np.asarray(image.resize((width, height), resample))
-  image = image.resize((width, image.height), resample)
+  if resample != Image.Resampling.NEAREST:  # It has no passes.
+    image = image.resize((width, image.height), resample)
   return np.asarray(image.resize((width, height), resample))
 
 
@@ -123,10 +110,8 @@ def turned(image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
   quarter turns, mirrored or not. PyAV's angle alone would turn a mirrored
   picture upside down.
   """
-  a, b, _, c, d = matrix[:5].tolist()
-  if abs(b) + abs(c) > abs(a) + abs(d):
+  columns, b, _, c, rows = matrix[:5].tolist()
+  if abs(b) + abs(c) > abs(columns) + abs(rows):
     image, rows, columns = image.swapaxes(0, 1), b, c
-  else:
-    rows, columns = d, a
   image = image[:: -1 if rows < 0 else 1, :: -1 if columns < 0 else 1]
   return np.ascontiguousarray(image)

@@ -1,31 +1,27 @@
-"""What training does not see of its question files, told and kept."""
+"""What is not used of a data set: rows, and clips known by their content."""
 
 import collections
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Mapping
-from typing import Any
 
 from cacovid_jax import errors, files
-from cacovid_jax.data import readers
+from cacovid_jax.data import readers, video
 
 FILE = "left_out.json"
 _SHOWN = 5
+_KEYS = ("content", "video", "reason", "detail", "question")
 
 
 @dataclasses.dataclass
 class SkippedRows:
-  """Rows and clips that are not trained on.
+  """Rows and clips that are not trained on."""
 
-  Attributes:
-    num_questions: that are.
-    report: of the reader.
-    missing: clips that are not there -> questions lost.
-  """
-
-  num_questions: int = 0
+  num_questions: int = 0  # That are.
   report: readers.Report = dataclasses.field(default_factory=readers.Report)
+  # Clips that are not there -> questions lost.
   missing: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
   def lines(self) -> list[str]:
@@ -49,10 +45,10 @@ class SkippedRows:
       )
     return found
 
-  def to_dict(self) -> dict[str, Any]:
-    """Returns the same with every bad row and every clip, for JSON."""
+  def write(self, directory) -> None:
+    """Writes every bad row and every clip into `FILE` of a folder."""
     images = sorted(self.report.images.items())
-    return {
+    out = {
       "questions": self.num_questions,
       "images": [
         {"source": source, "problem_type": kind, "rows": count}
@@ -61,20 +57,15 @@ class SkippedRows:
       "bad_rows": [str(row) for row in self.report.bad_rows],
       "missing_clips": dict(self.missing),
     }
-
-  def write(self, directory) -> None:
-    """Writes `FILE` into a folder, which is made, all or nothing."""
     os.makedirs(directory, exist_ok=True)
     # Processes that share a folder write the same, each by itself.
-    files.write_json(os.path.join(directory, FILE), self.to_dict())
+    files.write_json(os.path.join(directory, FILE), out)
 
   def check(self, directory) -> None:
-    """Refuses to go on with a run that saw other questions.
+    """Refuses to go on with a run, of that folder, that saw other questions.
 
-    Which question stands in which step depends on all of them.
-
-    Args:
-      directory: of the run; nothing is known where it has no `FILE`.
+    Which question stands in which step depends on all of them. Nothing is known
+    where there is no `FILE`.
     """
     path = os.path.join(directory, FILE)
     try:
@@ -95,3 +86,72 @@ class SkippedRows:
         f" {len(self.missing)}; bring back the files as they were or use"
         " another workdir"
       )
+
+
+class RejectedClips:
+  """Clips that could not be used, as JSON lines.
+
+  An entry is keyed by the clip's content, so a clip that is downloaded again is
+  tried again.
+  """
+
+  def __init__(self, path=None):
+    self.path = None if path is None else os.fspath(path)
+    self.entries = []
+    if self.path and os.path.isfile(self.path):
+      with open(self.path, encoding="utf-8", errors="replace") as f:
+        for line in f:
+          try:
+            entry = json.loads(line)
+            self.entries.append({k: entry[k] for k in _KEYS})
+          except (ValueError, KeyError, TypeError):
+            continue  # The last line of a run that was killed.
+    self._known = set(map(_key, self.entries))
+
+  @property
+  def refused(self) -> dict[str, str]:
+    """Content hash -> reason, of clips that need not be tried again."""
+    entries = ((entry["content"], entry["reason"]) for entry in self.entries)
+    return {content: reason for content, reason in entries if content}
+
+  def add(self, question, error: video.VideoError) -> bool:
+    """Notes a clip; returns whether it is new."""
+    try:
+      content = content_hash(error.path)
+    except (video.VideoError, OSError, ValueError):
+      content = None  # There are no bytes.
+    told = (content, question.video, error.reason, error.detail, question.id)
+    entry = dict(zip(_KEYS, told, strict=True))
+    if _key(entry) in self._known:
+      return False
+    self._known.add(_key(entry))
+    self.entries.append(entry)
+    if self.path:
+      os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
+      # One write in append mode: several processes may share the file.
+      line = json.dumps(entry, sort_keys=True) + "\n"
+      with open(self.path, "ab", buffering=0) as f:
+        files.append(f, line.encode())
+    return True
+
+
+def _key(entry) -> tuple[str, str]:
+  return entry["content"] or entry["video"], entry["reason"]
+
+
+@functools.lru_cache(maxsize=65_536)
+def _hash_of(path: str, unused_size: int, unused_mtime_ns: int) -> str:
+  return files.blake2b(path, 20)
+
+
+def content_hash(path: str) -> str:
+  """Returns blake2b of a clip's bytes; read again only if the file changes."""
+  try:
+    status = os.stat(path)
+    if not os.path.isfile(path):
+      raise video.VideoError(path, "not_a_file")
+    return _hash_of(path, status.st_size, status.st_mtime_ns)
+  except FileNotFoundError:
+    raise video.VideoError(path, "missing") from None
+  except OSError as error:
+    raise video.VideoError(path, "unreadable", error.strerror or "") from None

@@ -14,10 +14,8 @@ from cacovid_jax.data import question as question_lib
 # Only these of the published list take effect: in the rest, missing commas
 # glue neighbours into phrases that no answer contains.
 PREAMBLES = (
-  "The best answer is",
-  "The correct answer is",
-  "The answer is",
-  "The answer",
+  *("The best answer is", "The correct answer is"),
+  *("The answer is", "The answer"),
 )
 
 
@@ -40,13 +38,8 @@ _PHRASES = (
     f"{the}{noun} is"
     for the in ("the ", "")
     for noun in (
-      "answer",
-      "best answer",
-      "correct answer",
-      "best option",
-      "correct option",
-      "choice",
-      "correct choice",
+      *("answer", "best answer", "correct answer", "best option"),
+      *("correct option", "choice", "correct choice"),
     )
   ),
   *("my answer is", "my choice is", "i choose", "i pick", "i select"),

@@ -2,44 +2,35 @@
 
 `prepare` writes rows of `Question` once; `open_source` gives them back by
 index, which is what Grain needs. A record holds the clip's path, or the encoded
-clip itself where `embed` asks for it (short clips only: records are read
-whole, and cannot be larger than `MAX_CLIP_BYTES`).
-
-`VideoR1` and `VideoR1Filtered` are the training sets under their own names, for
-`tfds.builder_from_directory` and `tfds.data_source` as well; `python -m
-cacovid_jax.preparation.tfds_build` prepares them.
+clip itself where `embed` asks for it (short clips only: records are read whole,
+and cannot be larger than `MAX_CLIP_BYTES`). The training sets have their own
+names, for `tfds.builder_from_directory` and `tfds.data_source` as well.
 """
 
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import pathlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 
 from cacovid_jax import errors
+from cacovid_jax.data import left_out, video
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.data import rejected_clips, video
 
 # Records are protocol buffers, which end at 2 GiB.
 MAX_CLIP_BYTES = 2**30
 
 _FINGERPRINT = "rows.blake2"
 _TEXTS = (
-  "id",
-  "video",
-  "question",
-  "answer",
-  "problem_type",
-  "duration",
-  "category",
-  "source",
-  "prompt",
-)
+  "id video question answer problem_type duration category source prompt"
+).split()
 # Absent texts are stored as this, since "" may be a value.
 _NONE = "\0"
 
@@ -52,35 +43,15 @@ class VideoQa(tfds.core.GeneratorBasedBuilder):
   # There are no checksums beside this file to look for. The base class's search
   # imports importlib_resources, which newer releases of etils do not install.
   code_path = None
-
-  def __init__(
-    self,
-    *,
-    splits=None,
-    media_root=None,
-    embed=False,
-    fingerprint="",
-    on_row=lambda count: None,
-    **kwargs,
-  ):
-    """Sets the rows to write, see `prepare`; none if they are there already.
-
-    Their fingerprint is kept beside the files; `kwargs` are the base class's.
-    """
-    # Before the base class, which calls _info().
-    self._splits = splits or {}
-    self._media_root, self._embed = media_root, embed
-    self._fingerprint = fingerprint
-    self._on_row, self._written = on_row, 0
-    super().__init__(**kwargs)
+  # `prepare` sets them: split -> rows, and their digest; the root of clips that
+  # are embedded, or None; what is called after each row.
+  rows, fingerprint, embedded, on_row = {}, "", None, None
 
   def _info(self):
-    text = tfds.features.Text()
+    text, listed = tfds.features.Text(), tfds.features.Sequence
     features = {name: text for name in _TEXTS}
-    features["options"] = tfds.features.Sequence(tfds.features.Text())
-    features["groups"] = tfds.features.Sequence(
-      {"facet": tfds.features.Text(), "name": tfds.features.Text()}
-    )
+    features["options"] = listed(text)
+    features["groups"] = listed({"facet": text, "name": text})
     features["clip"] = tfds.features.Scalar(np.object_)
     return tfds.core.DatasetInfo(
       builder=self,
@@ -92,37 +63,14 @@ class VideoQa(tfds.core.GeneratorBasedBuilder):
     del dl_manager
     # The folder is still another one, which gets its name once all is written:
     # data without the fingerprint, or the other way round, there is none.
-    path = os.path.join(os.fspath(self.data_dir), _FINGERPRINT)
-    with open(path, "w", encoding="utf-8") as f:
-      f.write(self._fingerprint + "\n")
-    return {
-      name: self._generate_examples(rows) for name, rows in self._splits.items()
-    }
+    path = pathlib.Path(self.data_dir, _FINGERPRINT)
+    path.write_text(self.fingerprint + "\n", encoding="utf-8")
+    return {k: self._generate_examples(rows) for k, rows in self.rows.items()}
 
   def _generate_examples(self, rows):
-    for index, row in enumerate(rows):
-      yield index, self._record(row)
-      self._written += 1
-      self._on_row(self._written)
-
-  def _record(self, row: question_lib.Question) -> dict:
-    texts = ((name, getattr(row, name)) for name in _TEXTS)
-    record = {k: _NONE if v is None else v for k, v in texts}
-    record["options"] = list(row.options)
-    record["groups"] = [
-      {"facet": facet, "name": name} for facet, name in row.groups
-    ]
-    record["clip"] = b""
-    if self._embed:
-      path = _embeddable(self._media_root, row.video)
-      try:
-        with open(path, "rb") as f:
-          record["clip"] = f.read()
-      except OSError as error:
-        raise video.VideoError(
-          path, "unreadable", error.strerror or ""
-        ) from None
-    return record
+    for place, row in enumerate(rows):
+      yield place, _record(row, self.embedded)
+      self.on_row()
 
 
 class VideoR1(VideoQa):
@@ -142,33 +90,27 @@ class QuestionSource:
   """Random access to a prepared split: `len`, `[i]`; can be pickled."""
 
   def __init__(self, source, places: Sequence[int] | None = None):
-    """Takes the source of all records, and the places of some or None."""
-    self._source, self._places = source, places
+    """Takes the source of all records, and the places of some; None for all."""
+    self._source = source
+    self._places = range(len(source)) if places is None else places
 
   def __len__(self):
-    return len(self._source if self._places is None else self._places)
+    return len(self._places)
 
   def take(self, indices: Sequence[int]) -> "QuestionSource":
     """Returns the source of some of the rows."""
-    return QuestionSource(self._source, [self._place(i) for i in indices])
+    return QuestionSource(self._source, [self._places[i] for i in indices])
 
   def __getitem__(self, index) -> question_lib.Question:
-    return _question(self._source[self._place(index)])
+    return _question(self._source[self._places[int(index)]])
 
   def __getitems__(self, indices) -> list[question_lib.Question]:
-    places = [self._place(index) for index in indices]
+    places = [self._places[int(index)] for index in indices]
     return [_question(record) for record in self._source.__getitems__(places)]
 
   def clip(self, index) -> bytes:
     """Returns the encoded clip of a row; empty if clips are not embedded."""
-    return bytes(self._source[self._place(index)]["clip"])
-
-  def _place(self, index) -> int:
-    index = int(index)
-    if not -len(self) <= index < len(self):
-      raise IndexError(f"row {index} of {len(self)}")
-    index %= len(self)
-    return index if self._places is None else self._places[index]
+    return bytes(self._source[self._places[int(index)]]["clip"])
 
 
 def prepare(
@@ -185,9 +127,9 @@ def prepare(
   Args:
     splits: split name -> rows, at least one row each.
     data_dir: the files go to `data_dir`/NAME/VERSION.
-    media_root: folder of the clips, needed to embed them.
-    embed: whether records hold the encoded clips.
-    name: of the data set, one of `BUILDERS`.
+    media_root: folder of the clips.
+    embed: whether records hold the encoded clips, too.
+    name: one of `BUILDERS`.
     on_row: called with the number of rows written so far.
   """
   for split, rows in splits.items():
@@ -195,21 +137,15 @@ def prepare(
       raise errors.UserError(f"split {split!r} has no rows; leave it out")
   if embed and media_root is None:
     raise errors.UserError("clips can be embedded only with a media_root")
-  fingerprint = _fingerprint(splits, media_root if embed else None)
-  builder = BUILDERS[name](
-    splits=splits,
-    media_root=media_root,
-    embed=embed,
-    fingerprint=fingerprint,
-    on_row=on_row,
-    data_dir=os.fspath(data_dir),
-    file_format="array_record",
-  )
-  path = os.path.join(os.fspath(builder.data_dir), _FINGERPRINT)
-  if os.path.isdir(builder.data_dir):
+  embedded, written = media_root if embed else None, itertools.count(1)
+  fingerprint = _fingerprint(splits, embedded)
+  builder = _builder(BUILDERS[name], data_dir)
+  builder.rows, builder.fingerprint = splits, fingerprint
+  builder.embedded, builder.on_row = embedded, lambda: on_row(next(written))
+  path = pathlib.Path(builder.data_dir, _FINGERPRINT)
+  if path.parent.is_dir():
     try:
-      with open(path, encoding="utf-8") as f:
-        present = f.read().strip()
+      present = path.read_text(encoding="utf-8").strip()
     except FileNotFoundError:
       raise errors.UserError(
         f"{builder.data_dir}: does not tell which rows it was prepared from"
@@ -232,12 +168,11 @@ def open_source(data_dir, split: str) -> QuestionSource:
   `data_dir` is that of `prepare`, or the folder of one data set below it.
   """
   data_dir = os.path.normpath(os.fspath(data_dir))
-  found = _prepared(data_dir)
+  found = _prepared(data_dir, BUILDERS)
   # The folder of one of several data sets.
   parent, name = os.path.split(data_dir)
   if not found and name in BUILDERS:
-    data_dir = parent
-    found = [builder for builder in _prepared(parent) if builder.name == name]
+    data_dir, found = parent, _prepared(parent, [name])
   if not found:
     raise errors.UserError(
       f"{os.path.join(data_dir, VideoQa.name)}: holds no prepared questions of"
@@ -248,7 +183,7 @@ def open_source(data_dir, split: str) -> QuestionSource:
     raise errors.UserError(
       f"{data_dir} holds {names}; name one of these folders"
     )
-  builder = found[0](data_dir=data_dir, file_format="array_record")
+  builder = _builder(found[0], data_dir)
   names = sorted(builder.info.splits)
   if split not in names:
     raise errors.UserError(
@@ -257,14 +192,17 @@ def open_source(data_dir, split: str) -> QuestionSource:
   return QuestionSource(builder.as_data_source(split=split))
 
 
-def _prepared(data_dir: str) -> list[type[VideoQa]]:
+def _builder(make: type[VideoQa], data_dir) -> VideoQa:
+  return make(data_dir=os.fspath(data_dir), file_format="array_record")
+
+
+def _prepared(data_dir: str, names: Iterable[str]) -> list[type[VideoQa]]:
   """Returns the data sets that `prepare` finished in a folder."""
+  version = str(VideoQa.VERSION)
   return [
-    builder
-    for name, builder in BUILDERS.items()
-    if os.path.isfile(
-      os.path.join(data_dir, name, str(builder.VERSION), _FINGERPRINT)
-    )
+    BUILDERS[name]
+    for name in names
+    if os.path.isfile(os.path.join(data_dir, name, version, _FINGERPRINT))
   ]
 
 
@@ -277,13 +215,26 @@ def _embeddable(media_root, name: str) -> str:
     raise video.VideoError(path, "missing") from None
   limit = min(MAX_CLIP_BYTES, video.Limits().max_bytes)
   if size > limit:
-    raise video.VideoError(
-      path,
-      "too_large",
-      f"{size} bytes, where a record holds {limit}",
-      "leave the clip out or do not embed clips",
-    )
+    told = f"{size} bytes, where a record holds {limit}"
+    mend = "leave the clip out or do not embed clips"
+    raise video.VideoError(path, "too_large", told, mend)
   return path
+
+
+def _record(row: question_lib.Question, embedded) -> dict:
+  """Returns a row's record, with its clip below the root `embedded` or None."""
+  texts = ((name, getattr(row, name)) for name in _TEXTS)
+  record = {k: _NONE if v is None else v for k, v in texts}
+  record |= {"options": list(row.options), "clip": b""}
+  record["groups"] = [{"facet": f, "name": name} for f, name in row.groups]
+  if embedded is not None:
+    path = _embeddable(embedded, row.video)
+    try:
+      record["clip"] = pathlib.Path(path).read_bytes()
+    except OSError as error:
+      told = error.strerror or ""
+      raise video.VideoError(path, "unreadable", told) from None
+  return record
 
 
 def _fingerprint(splits, embedded) -> str:
@@ -297,7 +248,7 @@ def _fingerprint(splits, embedded) -> str:
       digest.update(json.dumps(values).encode())
       if embedded is not None:
         path = _embeddable(embedded, row.video)
-        digest.update(rejected_clips.content_hash(path).encode())
+        digest.update(left_out.content_hash(path).encode())
   return digest.hexdigest()
 
 
@@ -307,12 +258,9 @@ def _string(value: bytes | str) -> str | None:
 
 
 def _question(record: dict) -> question_lib.Question:
-  groups = record["groups"]
+  facets, names = (map(_string, record["groups"][k]) for k in ("facet", "name"))
   return question_lib.Question(
-    options=tuple(_string(option) for option in record["options"]),
-    groups=tuple(
-      (_string(facet), _string(name))
-      for facet, name in zip(groups["facet"], groups["name"], strict=True)
-    ),
+    options=tuple(map(_string, record["options"])),
+    groups=tuple(zip(facets, names, strict=True)),
     **{name: _string(record[name]) for name in _TEXTS},
   )

@@ -1,15 +1,15 @@
 """Tokenizer and chat template of a checkpoint directory; prompts with a video.
 
 A prompt is one user turn, video then text, and the header of the answer. The
-single video placeholder of the rendered text becomes N + 1 ids in
-LLaVA-OneVision, N video tokens and the image newline that ends the block, and N
-ids between start and end tokens in Qwen2.5-VL.
+single video placeholder becomes N + 1 ids in LLaVA-OneVision, where the image
+newline ends the block, and N between start and end tokens in Qwen2.5-VL.
 """
 
 import dataclasses
 import functools
 import os
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import tokenizers
@@ -19,9 +19,10 @@ from cacovid_jax.data import chat_template as chat_template_lib
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import wording
 
+_MEND = "use the checkpoint's original template"
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Prompt:
+
+class Prompt(NamedTuple):
   """One tokenised prompt: int32[L] ids and int32[N] rows of video tokens."""
 
   ids: np.ndarray
@@ -33,32 +34,24 @@ class Prompt:
     return len(self.ids)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class PaddedPrompts:
-  """Right-padded prompts."""
-
-  ids: np.ndarray  # int32[B,L].
+class PaddedPrompts(NamedTuple):
+  ids: np.ndarray  # int32[B,L], padded on the right.
   length: np.ndarray  # int32[B].
   video_rows: np.ndarray  # int32[B,N], L behind those of a shorter video.
-
-
-def _token_text(entry) -> str | None:
-  """Special tokens are stored as text or as {"content": text, ...}."""
-  return entry.get("content") if isinstance(entry, dict) else entry
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
   """What a checkpoint's files say beside its tokenizer and template."""
 
-  name: str = "tokenizer"
+  name: str = "tokenizer"  # Of the checkpoint.
   style: wording.VideoStyle = wording.LLAVA_ONEVISION
   # Whether messages are one plain text first of all, and a list of video and
   # text only where that fails; else the other way round.
   plain: bool = False
   eos_tokens: Sequence[str] = ("<|im_end|>", "<|endoftext|>")
   pad_token: str = "<|endoftext|>"
-  max_length: int | None = None
+  max_length: int | None = None  # L at most; None for no bound.
   # What the template may read, the special tokens.
   variables: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -66,14 +59,9 @@ class Options:
 class Tokenizer:
   """Text to ids and back, with the chat template of one checkpoint.
 
-  Attributes:
-    name: of the checkpoint.
-    style: how prompts hold a clip.
-    video_token: the placeholder of a clip; video_id is its id.
-    template: the chat template's text.
-    max_length: L at most; None for no bound.
-    eos_ids: that end an answer.
-    pad_id: that fills rows.
+  Attributes, beside those of `Options`: `video_token`, the placeholder of a
+  clip, and `video_id`; `template`, the chat template's text; `eos_ids`, which
+  end an answer; `pad_id`, which fills rows.
   """
 
   def __init__(
@@ -83,13 +71,11 @@ class Tokenizer:
     options: Options = Options(),
   ):
     """Checks that the tokenizer can write the template's prompts."""
-    self._options = options
     self.name = name = options.name
     self.style, self.max_length = options.style, options.max_length
     self.video_token = options.style.token
-    self._tokenizer = tokenizer
+    self.template, self._tokenizer, self._options = template, tokenizer, options
     self._template = chat_template_lib.Template(template, name)
-    self.template = template
     self._form = None  # The form of messages that the template has taken.
     # Questions are asked about clips of many sizes.
     self._with_one_token = functools.lru_cache(65_536)(
@@ -117,16 +103,13 @@ class Tokenizer:
   def from_directory(cls, directory, template="processor") -> "Tokenizer":
     """Reads tokenizer.json, the chat template and the special tokens.
 
-    Args:
-      directory: a Hugging Face checkpoint directory.
-      template: "processor" takes the processor's chat template where there is
-        one; "tokenizer" takes the tokenizer's and gives it plain texts, as
-        the paper's evaluation does (it adds the default system turn).
+    The template "processor" is the processor's where there is one; "tokenizer"
+    is the tokenizer's and gets plain texts, as in the paper's evaluation (it
+    adds the default system turn).
     """
     if template not in ("processor", "tokenizer"):
-      raise errors.UserError(
-        f"template={template!r}: give 'processor' or 'tokenizer'"
-      )
+      fault = f"template={template!r}: give 'processor' or 'tokenizer'"
+      raise errors.UserError(fault)
     directory = os.fspath(directory)
     path = os.path.join(directory, "tokenizer.json")
     if not os.path.isfile(path):
@@ -134,9 +117,7 @@ class Tokenizer:
         f"{directory}: no tokenizer.json; give a Hugging Face checkpoint"
         " directory, or save the tokenizer there in its fast form"
       )
-    if os.path.getsize(path) > chat_template_lib.MAX_FILE_BYTES:
-      limit = chat_template_lib.MAX_FILE_BYTES
-      raise errors.UserError(f"{path}: above {limit} bytes")
+    chat_template_lib.check_size(path)
     try:
       tokenizer = tokenizers.Tokenizer.from_file(path)
     except Exception as error:  # The library raises a bare Exception.
@@ -155,26 +136,23 @@ class Tokenizer:
 
   @classmethod
   def _from_files(cls, tokenizer, directory: str, template: str):
+    names = "tokenizer_config config generation_config processor_config"
     own, config, generation, processor = (
       chat_template_lib.read_json(os.path.join(directory, f"{name}.json"))
-      for name in (
-        "tokenizer_config",
-        "config",
-        "generation_config",
-        "processor_config",
-      )
+      for name in names.split()
     )
     text, _ = chat_template_lib.read(directory, template)
-    style = wording.STYLES.get(
-      config.get("model_type"), wording.LLAVA_ONEVISION
-    )
+    model_type, usual = config.get("model_type"), wording.LLAVA_ONEVISION
+    style = wording.STYLES.get(model_type, usual)
     if token := processor.get("video_token"):
       plain = style.plain.replace(style.token, token)
       style = dataclasses.replace(style, token=token, plain=plain)
-    special = {
-      key: _token_text(own.get(key)) or ""
-      for key in ("bos_token", "eos_token", "pad_token", "unk_token")
-    }
+    special = {}
+    for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
+      # Stored as text or as {"content": text, ...}.
+      token = own.get(key)
+      token = token.get("content") if isinstance(token, dict) else token
+      special[key] = token or ""
     eos_ids = generation.get("eos_token_id", [])
     eos_ids = eos_ids if isinstance(eos_ids, list) else [eos_ids]
     eos_tokens = [tokenizer.id_to_token(i) for i in eos_ids if i is not None]
@@ -202,7 +180,7 @@ class Tokenizer:
 
   def __reduce__(self):
     options = dataclasses.replace(self._options, max_length=self.max_length)
-    return _rebuild, (self._tokenizer.to_str(), self.template, options)
+    return Tokenizer, (self._tokenizer, self.template, options)
 
   @property
   def vocab_size(self) -> int:
@@ -237,91 +215,85 @@ class Tokenizer:
 
   def render(self, text: str) -> str:
     """Returns the turn before tokenisation, with one video placeholder."""
-    if self.video_token in text:
-      raise errors.UserError(
-        f"the question {text[:40]!r} contains {self.video_token!r}, which"
-        " stands for the clip; remove it from the text"
-      )
-    contents = {
-      "items": [{"type": "video"}, {"type": "text", "text": text}],
-      "plain": f"{self.style.plain}{text}",
-    }
     words = text.strip()  # A template may trim what it is given.
-    faults = []
-    # A tokenizer's own template may take one form only.
-    for form in (self._form,) if self._form else self._forms():
-      try:
-        rendered = self._render_turn(contents[form])
-      except errors.UserError as error:
-        faults.append((0, error))
-        continue
+
+    def judge(rendered):
       count = rendered.count(self.video_token)
+      what = ""
       if count != 1:
         what = f"renders {count} video placeholders instead of one"
       elif words not in rendered:
         what = "leaves the question out"
       elif self.style.block not in rendered:
         what = f"does not write a clip as {self.style.block!r}"
-      else:
-        self._form = form
-        return rendered
-      fault = errors.UserError(
-        f"{self.name}: the chat template {what}; use the checkpoint's original"
-        " template"
-      )
-      faults.append((1 + (count == 1) + (words in rendered), fault))
-    # What came closest tells the most.
-    raise max(faults, key=lambda fault: fault[0])[1]
+      return what, 1 + (count == 1) + (words in rendered)
+
+    items = [{"type": "video"}, {"type": "text", "text": text}]
+    contents = {"items": items, "plain": f"{self.style.plain}{text}"}
+    if self._form:
+      contents = {self._form: contents[self._form]}
+    self._form, rendered = self._render_turn(text, contents, judge)
+    return rendered
 
   def render_blind(self, text: str) -> str:
     """Returns the turn of a question without any clip, before tokenisation."""
+
+    def judge(rendered):
+      around = rendered.replace(text, "")
+      shown = any(token in around for token in self.style.tokens)
+      what = "does not write a question without a clip as it stands"
+      return "" if text.strip() in rendered and not shown else what, -1
+
     contents = {"items": [{"type": "text", "text": text}], "plain": text}
-    words, fault = text.strip(), None
-    for form in self._forms():
+    return self._render_turn(text, contents, judge)[1]
+
+  def _render_turn(self, text: str, contents, judge) -> tuple[str, str]:
+    """Returns (form, turn) of the first content that nothing is wrong with.
+
+    `judge` says of a turn what is wrong, "" for nothing, and how near it comes,
+    where 0 is a template that fails.
+    """
+    if self.video_token in text:
+      raise errors.UserError(
+        f"the question {text[:40]!r} contains {self.video_token!r}, which"
+        " stands for the clip; remove it from the text"
+      )
+    faults = []
+    # A tokenizer's own template may take one form only.
+    for form in sorted(contents, reverse=self._options.plain):
+      turn = {"role": "user", "content": contents[form]}
       try:
-        rendered = self._render_turn(contents[form])
+        rendered = self.render_messages([turn])
       except errors.UserError as error:
-        fault = fault or error
+        faults.append((0, error))
         continue
-      if words in rendered and not any(
-        token in rendered.replace(text, "") for token in self.style.tokens
-      ):
-        return rendered
-    raise fault or errors.UserError(
-      f"{self.name}: the chat template does not write a question without a"
-      " clip as it stands; use the checkpoint's original template"
-    )
-
-  def _forms(self) -> tuple[str, str]:
-    return ("plain", "items") if self._options.plain else ("items", "plain")
-
-  def _render_turn(self, content) -> str:
-    return self.render_messages([{"role": "user", "content": content}])
+      what, near = judge(rendered)
+      if not what:
+        return form, rendered
+      fault = f"{self.name}: the chat template {what}; {_MEND}"
+      faults.append((near, errors.UserError(fault)))
+    # What came closest tells the most.
+    raise max(faults, key=lambda fault: fault[0])[1]
 
   def render_messages(
     self, messages: Sequence[dict], add_generation_prompt: bool = True
   ) -> str:
     """Returns the text of any conversation; see `chat_template.Template`."""
-    variables = dict(self._options.variables)
+    variables = {"add_generation_prompt": add_generation_prompt}
     try:
       return self._template.render(
-        messages, add_generation_prompt=add_generation_prompt, **variables
+        messages, **variables, **self._options.variables
       )
     except chat_template_lib.FAULTS as error:
       raise errors.UserError(
-        f"{self.name}: the chat template fails on a question ({error}); use"
-        " the checkpoint's original template"
+        f"{self.name}: the chat template fails on a question ({error}); {_MEND}"
       ) from error
 
   def encode_prompt(self, text: str, num_video_tokens: int) -> Prompt:
     """Returns the ids of a question about a clip of N tokens in one block."""
     ids, start = self._with_one_token(text)
-    length = len(ids) - 1 + num_video_tokens
-    if self.max_length and length > self.max_length:
-      raise errors.UserError(
-        f"the prompt {text[:40]!r} has {length} tokens, but the model takes"
-        f" {self.max_length}; use fewer frames or shorten the question"
-      )
+    mend = "use fewer frames or shorten the question"
+    self._check(f"prompt {text[:40]!r}", len(ids) - 1 + num_video_tokens, mend)
     block = np.full(num_video_tokens, self.video_id, np.int32)
     ids = np.concatenate([ids[:start], block, ids[start + 1 :]])
     rows = np.arange(start, start + num_video_tokens, dtype=np.int32)
@@ -343,17 +315,15 @@ class Tokenizer:
   def encode_blind(self, text: str) -> np.ndarray:
     """Returns int32[L], the ids of a question that is asked without a clip."""
     ids = np.array(self.encode(self.render_blind(text)), np.int32)
-    if self.video_id in ids:
-      raise errors.UserError(
-        f"the question {text[:40]!r} contains {self.video_token!r}, which"
-        " stands for the clip; remove it from the text"
-      )
-    if self.max_length and len(ids) > self.max_length:
-      raise errors.UserError(
-        f"the question {text[:40]!r} has {len(ids)} tokens, but the model takes"
-        f" {self.max_length}; shorten it"
-      )
+    self._check(f"question {text[:40]!r}", len(ids), "shorten it")
     return ids
+
+  def _check(self, what: str, length: int, mend: str) -> None:
+    if self.max_length and length > self.max_length:
+      raise errors.UserError(
+        f"the {what} has {length} tokens, but the model takes"
+        f" {self.max_length}; {mend}"
+      )
 
   def pad(
     self, prompts: Sequence[Prompt], length: int, num_video_tokens: int = 0
@@ -375,8 +345,3 @@ class Tokenizer:
       video_rows[row, : len(prompt.video_rows)] = prompt.video_rows
     lengths = np.array([prompt.length for prompt in prompts], np.int32)
     return PaddedPrompts(ids, lengths, video_rows)
-
-
-def _rebuild(text: str, template: str, options: Options) -> Tokenizer:
-  """Unpickles a `Tokenizer` in a worker process."""
-  return Tokenizer(tokenizers.Tokenizer.from_str(text), template, options)

@@ -35,6 +35,9 @@ _EMPTY_VOP = 16
 # Pictures that are decoded to see whether stamps are theirs.
 _PROBED = 8
 _SEEK_TO_PTS = 0x4000000  # AVFMT_SEEK_TO_PTS of FFmpeg.
+_NO_PICTURE = "no picture could be decoded"
+_DAMAGED = "show damage or follow some"
+_REPLACED = "cannot be decoded; the last one before them stands in"
 _URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.,\-]*:")
 
 
@@ -70,17 +73,14 @@ class Clip:
 def unsafe(relative: str) -> str | None:
   """Returns why a media path must not be used, None if it may be."""
   parts = relative.replace("\\", "/").split("/")
-  if not relative:
-    return "the path is empty"
-  if "\0" in relative:
-    return "the path holds a NUL character"
-  if os.path.isabs(relative) or parts[0] == "":
-    return "the path is absolute"
-  if ".." in parts:
-    return "the path climbs with .."
-  if _URL.match(relative):
-    return "URLs and drive letters are refused"
-  return None
+  faults = {
+    "the path is empty": not relative,
+    "the path holds a NUL character": "\0" in relative,
+    "the path is absolute": os.path.isabs(relative) or parts[0] == "",
+    "the path climbs with ..": ".." in parts,
+    "URLs and drive letters are refused": _URL.match(relative),
+  }
+  return next((fault for fault, found in faults.items() if found), None)
 
 
 def safe_path(root, relative: str) -> str:
@@ -90,8 +90,7 @@ def safe_path(root, relative: str) -> str:
   a data set must not read other files of the machine.
   """
   relative = os.fspath(relative)
-  reason = unsafe(relative)
-  if reason:
+  if reason := unsafe(relative):
     raise VideoError(relative.replace("\0", "\\0"), "unsafe", reason)
   base = os.path.realpath(root)
   path = os.path.realpath(os.path.join(base, relative))
@@ -114,7 +113,7 @@ def frame_size(path, limits: Limits | None = None) -> tuple[int, int]:
     for picture in reader.pictures():
       # The stored size may lie on its side.
       return reader.upright(picture).shape[:2]
-    raise reader.fail("no_frames", "no picture could be decoded")
+    raise reader.fail("no_frames", _NO_PICTURE)
 
 
 def read_frames(path, indices, limits: Limits | None = None) -> np.ndarray:
@@ -169,10 +168,9 @@ class _Reader(video_stream.VideoStream):
       self.check_count(count + 1)
       least = min(least, packet.size)
       flags = packet.is_keyframe + 2 * packet.is_discard
-      rows.extend(
-        (_stamp(packet.pts), _stamp(packet.dts), packet.pos or 0, flags)
-      )
-      if last is None or _stamp(packet.pts) > _stamp(last.pts):
+      times = _stamp(packet.pts), _stamp(packet.dts)
+      rows.extend((*times, packet.pos or 0, flags))
+      if last is None or times[0] > _stamp(last.pts):
         last = packet
     if last is None:
       raise self.fail("no_frames")
@@ -182,10 +180,10 @@ class _Reader(video_stream.VideoStream):
     context, container = self.stream.codec_context, self.container.format
     codec = context.codec.canonical_name
     if codec in _ONE_PICTURE and (codec != "mpeg4" or least > _EMPTY_VOP):
+      by_stamp = container.flags & _SEEK_TO_PTS or "matroska" in container.name
       index = clip_index.ClipIndex.of_packets(
         np.array(rows, np.int64).reshape(-1, 4),
-        by_stamp=bool(container.flags & _SEEK_TO_PTS)
-        or "matroska" in container.name,
+        by_stamp=bool(by_stamp),
         delayed=context.has_b_frames,
       )
     probed = first == index.stamps[: len(first)].tolist()
@@ -204,7 +202,7 @@ class _Reader(video_stream.VideoStream):
       flags = picture.key_frame + 2 * picture.is_corrupt
       rows.extend((_stamp(picture.pts), flags))
     if not rows:
-      raise self.fail("no_frames", "no picture could be decoded")
+      raise self.fail("no_frames", _NO_PICTURE)
     pictures = np.array(rows, np.int64).reshape(-1, 2)
     return index.decoded(pictures, self.faults, early)
 
@@ -220,10 +218,8 @@ class _Reader(video_stream.VideoStream):
     if 0 < span and shown <= self.limits.max_seconds:  # Else a damaged stamp.
       if abs(shown - seconds) > _SLACK * shown:
         # Matroska's header tells the rate that the writer had in mind.
-        warnings.append(
-          f"the header gives {seconds:.2f} s, the time stamps {shown:.2f} s,"
-          " which are taken"
-        )
+        given = f"the header gives {seconds:.2f} s, the time stamps {shown:.2f}"
+        warnings.append(f"{given} s, which are taken")
         seconds = float(shown)
       late = np.abs(times - np.linspace(0, span, len(times))).max()
       if late > _SLACK * span:
@@ -240,8 +236,7 @@ class _Reader(video_stream.VideoStream):
 
   def clip(self, index: clip_index.ClipIndex, sampler, resize, hashed) -> Clip:
     """Reads the frames that the rule takes of the pictures of an index."""
-    seconds, warnings = self.timing(index)
-    count = index.num_frames
+    count, (seconds, warnings) = index.num_frames, self.timing(index)
     indices = np.asarray(sampler(count, seconds), np.int64)
     if indices.size == 0:
       raise self.fail("too_short", f"{count} frames, {seconds:.2f} s")
@@ -252,37 +247,37 @@ class _Reader(video_stream.VideoStream):
       )
     places = index.places(indices)
     # Ascending, without repetition.
-    order, inverse, repeats = np.unique(
-      places, return_inverse=True, return_counts=True
-    )
+    order, inverse = np.unique(places, return_inverse=True)
+    repeats = np.bincount(inverse).tolist()
     read = self._by_seeking if index.sound else self._in_sequence
+    shown = zip(read(index, order.tolist()), repeats, strict=True)
     pictures, size, digest = [], None, None
-    shown = zip(read(index, order.tolist()), repeats.tolist(), strict=True)
     for picture, times in shown:
       image = self.upright(picture)
       if size is None:
         size = image.shape
         digest = hashlib.sha256(str((len(indices), *size)).encode())
-      image = _fit(image, size)
+      if image.shape != size:  # The stream changes it.
+        image = av.VideoFrame.from_ndarray(image, format="rgb24")
+        image = image.reformat(width=size[1], height=size[0]).to_ndarray()
       for _ in range(times if hashed else 0):
         digest.update(np.ascontiguousarray(image).data)
-      pictures.append(self._resized(image, resize))
-    replaced = index.numbers[places] != indices
-    damaged = int((index.damaged[places] & ~replaced).sum())
-    replaced = int(replaced.sum())
-    for bad, what in (
-      (damaged, "show damage or follow some"),
-      (replaced, "cannot be decoded; the last one before them stands in"),
-    ):
-      if bad:
-        warnings.append(f"{bad} of {len(indices)} frames {what}")
+      try:
+        pictures.append(resize(image) if resize else image)
+      except frames_lib.ShapeError as error:
+        raise self.fail("bad_shape", error.detail, error.mend) from error
+    bad = index.numbers[places] != indices
+    replaced, damaged = bad.sum(), (index.damaged[places] & ~bad).sum()
+    for part, what in ((damaged, _DAMAGED), (replaced, _REPLACED)):
+      if part:
+        warnings.append(f"{part} of {len(indices)} frames {what}")
     return Clip(
       np.stack([pictures[place] for place in inverse]),
       indices,
       count,
       seconds,
-      replaced=replaced,
-      damaged=damaged,
+      replaced=int(replaced),
+      damaged=int(damaged),
       lost=index.lost,
       warnings=tuple(warnings),
       size=size[:2],
@@ -335,14 +330,12 @@ class _Reader(video_stream.VideoStream):
     """Yields the pictures at ascending places of the whole decode."""
     del index
     self.open("NONE")
-    places = iter(order)
-    wanted = next(places)
+    wanted = set(order)
     for place, picture in enumerate(self.pictures()):
-      if place == wanted:
+      if place in wanted:
         yield picture
-        wanted = next(places, None)
-        if wanted is None:
-          return
+      if place == order[-1]:
+        return
     raise self.fail("unreadable", "it does not decode alike twice")
 
   def upright(self, picture) -> np.ndarray:
@@ -357,26 +350,9 @@ class _Reader(video_stream.VideoStream):
         " run fewer processes at once"
       ) from error
     # By name: PyAV 19 walks through the kinds and no longer through the data.
-    matrix = picture.side_data.get("DISPLAYMATRIX")
-    if matrix is None:
+    if (matrix := picture.side_data.get("DISPLAYMATRIX")) is None:
       return image
     return frames_lib.turned(image, np.frombuffer(bytes(matrix), np.int32))
-
-  def _resized(self, image: np.ndarray, resize) -> np.ndarray:
-    try:
-      return resize(image) if resize else image
-    except frames_lib.ShapeError as error:
-      raise VideoError(
-        self.path, "bad_shape", error.detail, error.mend
-      ) from error
-
-
-def _fit(image: np.ndarray, shape) -> np.ndarray:
-  """Brings a frame of a stream that changes its size to the first one's."""
-  if image.shape == shape:
-    return image
-  picture = av.VideoFrame.from_ndarray(image, format="rgb24")
-  return picture.reformat(width=shape[1], height=shape[0]).to_ndarray()
 
 
 def _stamp(value: int | None) -> int:

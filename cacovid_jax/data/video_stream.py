@@ -21,11 +21,8 @@ from cacovid_jax import errors
 _DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg"
 # PyAV 19 always replaces bytes of tags that are no text; before, it must be
 # asked to.
-_OPEN_OPTIONS = (
-  {"metadata_errors": "replace"}
-  if int(av.__version__.split(".")[0]) < 19
-  else {}
-)
+_OLD = int(av.__version__.split(".")[0]) < 19
+_OPEN_OPTIONS = {"metadata_errors": "replace"} if _OLD else {}
 _MENDS = {
   "missing": "download the clip or correct the media root",
   "empty": "download the clip again",
@@ -43,10 +40,7 @@ _MENDS = {
 
 
 class VideoError(errors.UserError):
-  """A clip that cannot be used.
-
-  Its reason is one of `_MENDS`; a mend is given where that one does not fit.
-  """
+  """A clip that cannot be used; `mend` stands in for that of `_MENDS`."""
 
   def __init__(self, path, reason: str, detail: str = "", mend: str = ""):
     self.path, self.reason = os.fspath(path), reason
@@ -77,9 +71,8 @@ class Limits:
 class VideoStream:
   """The pictures of one file, or of the bytes of one; a context manager.
 
-  Attributes:
-    container: of PyAV, `stream` the one of its streams that is decoded.
-    faults: errors of the decoder since `open`, damaged pictures included.
+  `container` is PyAV's, `stream` the one of its streams that is decoded;
+  `faults` counts errors of the decoder since `open`, and damaged pictures.
   """
 
   def __init__(self, path, limits: Limits | None):
@@ -102,9 +95,9 @@ class VideoStream:
   def __exit__(self, *unused):
     self.container.close()
 
-  def fail(self, reason: str, detail: str = "") -> VideoError:
+  def fail(self, reason: str, detail: str = "", mend: str = "") -> VideoError:
     """Returns an error of this clip."""
-    return VideoError(self.path, reason, detail)
+    return VideoError(self.path, reason, detail, mend)
 
   def _file_size(self) -> int:
     if "\0" in self.path:
@@ -125,17 +118,14 @@ class VideoStream:
     if self.container is not None:
       self.container.close()
     # The prefix pins the protocol whatever the name looks like.
-    source = (
-      "file:" + self.path if self._data is None else io.BytesIO(self._data)
-    )
+    source, allowed = f"file:{self.path}", {"protocol_whitelist": "file"}
+    if self._data is not None:
+      source = io.BytesIO(self._data)
     left = max(0.001, self._deadline - time.monotonic())
     try:
       self.container = av.open(
         source,
-        container_options={
-          "protocol_whitelist": "file",
-          "format_whitelist": _DEMUXERS,
-        },
+        container_options=allowed | {"format_whitelist": _DEMUXERS},
         timeout=None if left == math.inf else left,
         **_OPEN_OPTIONS,
       )
@@ -152,19 +142,16 @@ class VideoStream:
       raise
 
   def _choose_stream(self) -> None:
-    # Cover pictures of music files are video streams of one picture.
-    videos = [
-      stream
-      for stream in self.container.streams.video
-      if "attached_pic" not in str(getattr(stream, "disposition", None))
-    ]
-    if not videos:
+    for stream in self.container.streams.video:
+      # Cover pictures of music files are video streams of one picture.
+      if "attached_pic" not in str(getattr(stream, "disposition", None)):
+        self.stream = stream
+        break
+    else:
       raise self.fail("no_video_stream")
-    self.stream = videos[0]
-    context = self.stream.codec_context
-    if context is None:
+    if self.stream.codec_context is None:
       raise self.fail("unreadable", "unknown codec")
-    self.check_size(context)
+    self.check_size(self.stream.codec_context)
 
   def check_size(self, picture) -> None:
     """Refuses a width and a height that are too much together."""

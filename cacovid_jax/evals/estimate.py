@@ -145,7 +145,7 @@ def _grids(experiment, loaded) -> dict[str, tuple[int, int, int]]:
   paths = list(dict.fromkeys(question.video for question in loaded.questions))
   model, path = experiment.checkpoint.model, experiment.config.model.path
   known = os.path.isfile(os.path.join(path, "config.json"))
-  missing = readers.check_media(loaded.questions, loaded.root)
+  missing = readers.find_missing(paths, loaded.root)
   if model.processor.one_grid or not known or len(missing) == len(paths):
     return dict.fromkeys(paths, _assumed_grid(experiment))
   bare = experiment.replace({"data.feature_cache": ""})

@@ -273,9 +273,10 @@ def load_benchmark(
     style=evals.prompt_style,
     on_bad_row=evals.on_bad_row,
   ).limited(count)
-  if evals.on_missing == "raise":
-    readers.require_media(found.questions, found.root)
-  elif missing := readers.check_media(found.questions, found.root):
+  names = [question.video for question in found.questions]
+  if missing := readers.find_missing(
+    names, found.root, on_missing=evals.on_missing
+  ):
     logging.warning(
       "%s: %d clips are missing, %d questions count as wrong, first: %s",
       found.root,

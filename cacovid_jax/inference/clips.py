@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cacovid_jax.data import frame_record, rejected_clips, video
+from cacovid_jax.data import frame_record, left_out, video
 from cacovid_jax.data import frames as frames_lib
 from cacovid_jax.models import processors, video_llm
 from cacovid_jax.parallel import mesh as mesh_lib
@@ -79,7 +79,7 @@ class ClipReader:
   def content(self, path: str) -> str:
     """Returns the hash of a clip's bytes; `VideoError` if it is refused."""
     file = video.safe_path(self.root, path)
-    content = rejected_clips.content_hash(file)
+    content = left_out.content_hash(file)
     if reason := self.refused.get(content):
       raise video.VideoError(file, reason, "refused in an earlier run")
     return content

@@ -20,14 +20,13 @@ import collections
 import concurrent.futures
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from cacovid_jax import command, errors
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax import progress as progress_lib
+from cacovid_jax.data import left_out, video
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.data import rejected_clips, video
 from cacovid_jax.evals import evaluation, shards
 from cacovid_jax.inference import clip_queue, features
 from cacovid_jax.training import batches
@@ -47,21 +46,17 @@ COMMAND = command.Command(
   config="required",
 )
 
+_UNITS = ("bytes", "kB", "MB", "GB", "TB")
+
 
 @dataclasses.dataclass
 class Report:
-  """What became of the clips of one share.
+  """What became of the clips of one share."""
 
-  Attributes:
-    num_clips: of the share.
-    num_present: whose features were there.
-    num_encoded: whose features were made.
-    failed: path -> why a clip cannot be used.
-  """
-
-  num_clips: int = 0
-  num_present: int = 0
-  num_encoded: int = 0
+  num_clips: int
+  num_present: int = 0  # Whose features were there.
+  num_encoded: int = 0  # Whose features were made.
+  # Path -> why a clip cannot be used.
   failed: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -70,16 +65,9 @@ def clips_of(
 ) -> list[question_lib.Question]:
   """Returns one question about each clip of a share.
 
-  Args:
-    rows: questions; several may be about one clip.
-    shard: (index, number): every number-th clip, by name.
+  With `shard` (index, number) that is every number-th clip, by name.
   """
-  index, number = shard
-  if not 0 <= index < number:
-    raise errors.UserError(
-      f"shard {index}/{number}: the first number counts from 0 and is below the"
-      " second"
-    )
+  index, number = shards.Shard(*shard).checked()
   first = {}
   for row in rows:
     first.setdefault(row.video, row)
@@ -93,8 +81,7 @@ def encode(
   *,
   shard: tuple[int, int] = (0, 1),
   num_threads: int = 2,
-  rejected: rejected_clips.RejectedClips | None = None,
-  progress: Callable[..., Any] = progress_lib.Progress,
+  rejected: left_out.RejectedClips | None = None,
 ) -> Report:
   """Makes the features that are missing; returns what was done.
 
@@ -106,19 +93,22 @@ def encode(
     shard: (index, number) of this process.
     num_threads: that decode ahead.
     rejected: log of clips that cannot be used.
-    progress: shows how far it is, made as `progress_lib.Progress` is.
   """
-  rejected = rejected_clips.RejectedClips() if rejected is None else rejected
-  report, todo, size = Report(), [], 0
+  rejected = left_out.RejectedClips() if rejected is None else rejected
   share = clips_of(rows, shard)
+  report, todo, size, ready = Report(len(share)), [], 0, []
   mine = {row.video for row in share}
   others = [row for row in clips_of(rows) if row.video not in mine]
+
+  def refuse(row, error):
+    report.failed[row.video] = error.reason
+    rejected.add(row, error)
+
   for row in share:
-    report.num_clips += 1
     try:
       known = store.cached_bytes(row.video)
     except video.VideoError as error:
-      _refuse(report, rejected, row, error)
+      refuse(row, error)
       continue
     report.num_present += known > 0
     size = size or known
@@ -126,15 +116,15 @@ def encode(
       todo.append(row)
   if size:
     _check_room(store, directory, size, len(todo), others)
-  before, ready = report.num_clips - len(todo), []
-  with progress(report.num_clips, start=before, description="encoded") as bar:
-    for done, (row, clip, error) in enumerate(
-      _loaded(store, todo, num_threads), start=1
-    ):
-      if error is None:
-        ready.append(clip)
+  before = len(share) - len(todo)
+  bar = progress_lib.Progress(len(share), start=before, description="encoded")
+  loaded = _loaded(store, todo, num_threads)
+  with bar:
+    for done, (row, clip) in enumerate(loaded, start=1):
+      if isinstance(clip, video.VideoError):
+        refuse(row, clip)
       else:
-        _refuse(report, rejected, row, error)
+        ready.append(clip)
       # As many at once as there are devices.
       if ready and (len(ready) == store.rows or done == len(todo)):
         store.finish(ready)
@@ -147,71 +137,57 @@ def encode(
   return report
 
 
-def _refuse(report, rejected, row, error) -> None:
-  report.failed[row.video] = error.reason
-  rejected.add(row, error, rejected_clips.content_or_none(error))
-
-
 def _check_room(store, directory: str, size: int, count: int, others) -> None:
   """Refuses to go on to what the disk cannot hold.
 
-  Args:
-    store: as of `encode`.
-    directory: as well.
-    size: bytes of a clip.
-    count: clips that this share still makes.
-    others: questions about the clips of other shares.
+  A clip has `size` bytes; this share still makes `count`, and then there are
+  questions about the clips of other shares.
   """
+
+  def is_missing(row):  # And can be made, since the clip is there.
+    try:
+      return not store.cached_bytes(row.video)
+    except video.VideoError:
+      return False
+
   free = shutil.disk_usage(directory).free
   if (count + len(others)) * size <= free:
     return
   # Only now, since to look for an entry reads the whole clip.
-  count += sum(_is_missing(store, row) for row in others)
-  wanted = count * size
-  if wanted > free:
+  count += sum(map(is_missing, others))
+  if count * size > free:
     raise errors.UserError(
-      f"{directory}: features of {count} more clips take {_text(wanted)}"
+      f"{directory}: features of {count} more clips take {_text(count * size)}"
       f" ({_text(size)} each) and {_text(free)} are free; put"
       " config.data.feature_cache on a larger disk, or take fewer questions"
     )
 
 
-def _is_missing(store, row) -> bool:
-  """Returns whether features are still to be made of a clip that is there."""
-  try:
-    return not store.cached_bytes(row.video)
-  except video.VideoError:
-    return False
-
-
 def _text(count: int) -> str:
-  units, value = ["bytes", "kB", "MB", "GB", "TB"], float(count)
-  while value >= 1000 and len(units) > 1:
-    value, units = value / 1000, units[1:]
-  return f"{value:.4g} {units[0]}"
+  unit = min(len(str(count)) - 1, 12) // 3
+  return f"{count / 1000**unit:.4g} {_UNITS[unit]}"
 
 
 def _loaded(store, rows, num_threads: int) -> Iterator:
-  """Yields (question, clip, error) in order, decoding a few ahead."""
+  """Yields (question, clip or error) in order, decoding a few ahead."""
 
   def load(row):
     try:
-      return row, store.load(row.video), None
+      return row, store.load(row.video)
     except video.VideoError as error:
-      return row, None, error
+      return row, error
 
+  pool = concurrent.futures.ThreadPoolExecutor(max(num_threads, 1))
   ahead = collections.deque()
-  with concurrent.futures.ThreadPoolExecutor(max(num_threads, 1)) as pool:
-    try:
-      for row in rows:
-        ahead.append(pool.submit(load, row))
-        if len(ahead) > num_threads + 1:
-          yield ahead.popleft().result()
-      while ahead:
+  try:
+    for row in rows:
+      ahead.append(pool.submit(load, row))
+      if len(ahead) > num_threads + 1:
         yield ahead.popleft().result()
-    finally:
-      for waiting in ahead:
-        waiting.cancel()
+    while ahead:
+      yield ahead.popleft().result()
+  finally:
+    pool.shutdown(cancel_futures=True)
 
 
 def main(args):
@@ -224,14 +200,12 @@ def main(args):
       " --config.data.feature_cache=FOLDER"
     )
   if args.questions not in ("training", "evaluation"):
-    raise errors.UserError(
-      f"--questions={args.questions}: use training or evaluation"
-    )
+    told = f"--questions={args.questions}: use training or evaluation"
+    raise errors.UserError(told)
   training = args.questions == "training"
+  split = "videos_per_step" if training else "evals.batch_size"
   experiment = experiment_lib.Experiment.from_config(
-    config,
-    directory,
-    split="videos_per_step" if training else "evals.batch_size",
+    config, directory, split=split
   )
   if training:
     # A cache may serve several configs: what was left out is that of the last.
@@ -249,7 +223,7 @@ def main(args):
     directory,
     shard=shard,
     num_threads=config.data.num_threads,
-    rejected=rejected_clips.RejectedClips(batches.rejected_path(directory)),
+    rejected=left_out.RejectedClips(batches.rejected_path(directory)),
   )
   print(
     f"{directory}: {report.num_clips} clips, {report.num_present} were there,"

@@ -14,36 +14,24 @@ themselves. The same command again writes nothing.
 import os
 
 from cacovid_jax import command
-from cacovid_jax import config as config_lib
 from cacovid_jax import progress as progress_lib
-from cacovid_jax.data import readers
 from cacovid_jax.data import tfds as tfds_lib
+from cacovid_jax.preparation import rows as rows_lib
 
 _NAMES = ("video_r1", "video_r1_filtered")
 COMMAND = command.Command(
   __doc__,
   {
-    "train": command.Flag(
-      "Files of Video-R1, comma-separated, below data.root or absolute.",
-      "data.train_file",
-    ),
+    "train": rows_lib.TRAIN,
     "media": command.Flag("Folder of the clips.", "data.media"),
     "out": command.Flag("Folder that the data set goes below.", "tfds.out"),
     "name": command.Flag("Of the data set.", "tfds.name", choices=_NAMES),
     "split": command.Flag("Name of the split.", "data.train_split"),
     "embed": command.Flag("Store the clips in the records.", "tfds.embed"),
-    "on_bad_row": command.Flag(
-      "What to do with a malformed row.",
-      "data.on_bad_row",
-      choices=("raise", "skip"),
-    ),
-    "on_missing": command.Flag(
-      "What to do with a missing clip.",
-      "data.on_missing",
-      choices=("raise", "skip"),
-    ),
+    "on_bad_row": rows_lib.ON_BAD_ROW,
+    "on_missing": rows_lib.ON_MISSING,
   },
-  defaults={"data.train_file": ""},
+  defaults=rows_lib.DEFAULTS,
 )
 
 
@@ -52,19 +40,7 @@ def main(args):
   config, data = args.config, args.config.data
   COMMAND.require(config, "train", "media", "out")
   media = os.path.join(data.root, data.media)
-  report = readers.Report()
-  rows = readers.read_video_r1(
-    config_lib.train_files(config),
-    media,
-    on_bad_row=data.on_bad_row,
-    report=report,
-  )
-  missing = readers.check_media(rows, media)
-  present = [row for row in rows if row.video not in missing]
-  if missing and (data.on_missing == "raise" or not present):
-    readers.require_media(
-      rows, media, mend="leave them out with --on_missing=skip"
-    )
+  present, others, report = rows_lib.read(config, media)
   with progress_lib.Progress(len(present), description="rows") as bar:
     builder = tfds_lib.prepare(
       {data.train_split: present},
@@ -74,14 +50,15 @@ def main(args):
       name=config.tfds.name,
       on_row=bar.update,
     )
+  missing = sorted({row.video for row in others})
   print(
     f"{os.fspath(builder.data_dir)}: {len(present)} questions; left out"
     f" {report.num_images} image rows, {len(report.bad_rows)} malformed rows,"
-    f" {len(rows) - len(present)} rows about {len(missing)} missing clips"
+    f" {len(others)} rows about {len(missing)} missing clips"
   )
   for bad in report.bad_rows[:10]:
     print(f"  {bad}")
-  for name in list(missing)[:10]:
+  for name in missing[:10]:
     print(f"  missing: {name}")
 
 

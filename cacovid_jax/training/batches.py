@@ -23,8 +23,8 @@ from jax.experimental import multihost_utils
 
 from cacovid_jax import errors
 from cacovid_jax import progress as progress_lib
+from cacovid_jax.data import left_out, video
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.data import rejected_clips, video
 from cacovid_jax.models import prompt_batch, token_grid
 from cacovid_jax.training import ratio, step
 
@@ -85,7 +85,7 @@ def load_ahead(
   steps: tuple[int, int],
   num_threads: int = 2,
   num_workers: int = 0,
-  rejected: rejected_clips.RejectedClips | None = None,
+  rejected: left_out.RejectedClips | None = None,
 ) -> Iterator[tuple[list[question_lib.Question], list[Any]]]:
   """Yields (questions, clips) of each step; clips are what `store.load` gives.
 
@@ -93,7 +93,7 @@ def load_ahead(
   (first, number): a resumed run sees what it would have seen. Threads, or else
   worker processes, load ahead; without any, clips are loaded when asked for.
   """
-  rejected = rejected_clips.RejectedClips() if rejected is None else rejected
+  rejected = left_out.RejectedClips() if rejected is None else rejected
   start, end = steps
   slots = grain.MapDataset.range(
     start * batch_size, max(end, start) * batch_size
@@ -106,7 +106,7 @@ def load_ahead(
       tried += 1 + len(slot.failures)
       failed += len(slot.failures)
       for question, error in slot.failures:
-        rejected.add(question, error, rejected_clips.content_or_none(error))
+        rejected.add(question, error)
       if slot.clip is None:
         raise errors.UserError(
           f"{MAX_SUBSTITUTES + 1} clips in a row cannot be used, last:"
@@ -186,7 +186,7 @@ class Batches:
       steps=(start, config.total_steps),
       num_threads=config.data.num_threads,
       num_workers=config.data.num_workers,
-      rejected=rejected_clips.RejectedClips(self._rejected),
+      rejected=left_out.RejectedClips(self._rejected),
     ):
       yield self._batch(questions, self._store.finish(loaded)), questions
 

@@ -13,7 +13,7 @@ import numpy as np
 from cacovid_jax import errors
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.data import frames as frames_lib
-from cacovid_jax.data import rejected_clips
+from cacovid_jax.data import left_out
 from cacovid_jax.inference import features
 from cacovid_jax.models import processors, token_grid
 from cacovid_jax.parallel import mesh as mesh_lib
@@ -191,7 +191,7 @@ def open_store(experiment, processor, keep=None) -> features.FeatureStore:
   """Returns the clips that are trained on; the workdir's bad ones refused."""
   data, mesh = experiment.config.data, experiment.mesh
   listed = batches.rejected_path(experiment.workdir)
-  refused = rejected_clips.RejectedClips(listed).refused
+  refused = left_out.RejectedClips(listed).refused
   hashed = bool(data.feature_cache)
   process = jax.process_index()
   here = [x for x in mesh.devices[:, 0] if x.process_index == process]

@@ -476,7 +476,8 @@ def test_clips_are_looked_for_below_another_media_root(tmp_path):
   for media in ("clips", str(tmp_path / "clips")):
     found = _load(tmp_path, "videomme", VIDEOMME, media=media)
     assert found.questions[0].video == "data/AbC_12.mkv"
-    assert readers.check_media(found.questions, found.root) == {}
+    names = [question.video for question in found.questions]
+    assert readers.find_missing(names, found.root) == {}
   with pytest.raises(errors.UserError, match="no such folder; give the media"):
     _load(tmp_path, "videomme", VIDEOMME, media="nowhere")
 

@@ -306,16 +306,20 @@ def test_parquet_files_that_cannot_be_used(tmp_path):
 
 def test_missing_clips_are_listed_with_their_questions(tmp_path):
   (tmp_path / "here.mp4").write_bytes(b"x")
-  rows = [
-    question_lib.Question(id=str(i), video=name, question="q", answer="A")
-    for i, name in enumerate(["here.mp4", "b.mp4", "a.mp4", "b.mp4"])
-  ]
-  assert readers.check_media(rows, tmp_path) == {"a.mp4": 1, "b.mp4": 2}
+  names = ["here.mp4", "b.mp4", "a.mp4", "b.mp4"]
+  missing = {"a.mp4": 1, "b.mp4": 2}
+  assert readers.find_missing(names, tmp_path) == missing
+  assert readers.find_missing(names, tmp_path, on_missing="skip") == missing
   with pytest.raises(errors.UserError, match=r"2 of 3 clips .*\(3 of 4 q"):
-    readers.require_media(rows, tmp_path)
+    readers.find_missing(names, tmp_path, on_missing="raise")
   with pytest.raises(errors.UserError, match="media root, or go without them$"):
-    readers.require_media(rows, tmp_path, mend="go without them")
-  readers.require_media(rows[:1], tmp_path)
+    readers.find_missing(
+      names, tmp_path, on_missing="raise", mend="go without them"
+    )
+  assert not readers.find_missing(names[:1], tmp_path, on_missing="raise")
+  # Where no clip is left, nothing can be skipped.
+  with pytest.raises(errors.UserError, match="2 of 2 clips"):
+    readers.find_missing(names[1:], tmp_path, on_missing="skip")
 
 
 def _damage(data: bytes, rng) -> bytes:

@@ -181,9 +181,7 @@ def test_a_clip_that_no_record_holds_is_refused_unread(tmp_path, monkeypatch):
   path = clips.write(tmp_path / "videos" / "clip.mp4", 6)
   # A hole in the file: two gigabytes that take no room.
   os.truncate(path, 2**31)
-  monkeypatch.setattr(
-    tfds_lib.rejected_clips, "content_hash", lambda path: 1 / 0
-  )
+  monkeypatch.setattr(tfds_lib.left_out, "content_hash", lambda path: 1 / 0)
   with pytest.raises(video.VideoError) as error:
     embed(tmp_path)
   assert "2147483648 bytes, where a record holds 1073741824" in str(error.value)

@@ -17,7 +17,7 @@ from cacovid_jax.data import (
   feature_cache,
   frame_record,
   frames,
-  rejected_clips,
+  left_out,
   video,
 )
 from cacovid_jax.evals import frame_manifest
@@ -441,7 +441,7 @@ def test_small_and_refused_clips_are_not_used(root, tmp_path):
     with source_of(root, cache=known, min_side=32) as source:
       with pytest.raises(video.VideoError, match="bad shape .a frame of 32 x"):
         source.load("a.mp4")
-  content = rejected_clips.content_hash(root / "a.mp4")
+  content = left_out.content_hash(root / "a.mp4")
   with source_of(root, refused={content: "timeout"}) as source:
     with pytest.raises(video.VideoError, match="refused in an earlier run"):
       source.load("a.mp4")

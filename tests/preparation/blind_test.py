@@ -15,7 +15,7 @@ from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import readers
 from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.models import checkpoints, qwen2_5_vl
-from cacovid_jax.preparation import blind
+from cacovid_jax.preparation import blind_filter as blind
 from tests.data import tokenizers_for_tests as toks
 
 NEW = 5

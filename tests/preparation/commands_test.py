@@ -14,12 +14,7 @@ from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.data import readers
 from cacovid_jax.data import tfds as tfds_lib
 from cacovid_jax.models import checkpoints
-from cacovid_jax.preparation import (
-  blind,
-  blind_filter,
-  encode_features,
-  tfds_build,
-)
+from cacovid_jax.preparation import blind_filter, encode_features, tfds_build
 from tests.evals import tiny
 from tests.preparation import blind_test
 
@@ -81,7 +76,7 @@ def test_blind_filter(tmp_path, root, capsys):
   }
   # Kept rows, from the answers alone: letters that differ, and words.
   asked = readers.read_video_r1(blind_test.write(tmp_path / "plain.json"))
-  answers = blind.ask(
+  answers = blind_filter.ask(
     checkpoints.load(str(experiment_lib.SHIPPED_MODEL), jnp.float32),
     asked,
     blind_test.SETTINGS,

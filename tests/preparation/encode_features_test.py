@@ -9,8 +9,8 @@ import pytest
 
 from cacovid_jax import errors
 from cacovid_jax import experiment as experiment_lib
+from cacovid_jax.data import left_out
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.data import rejected_clips
 from cacovid_jax.inference import clip_queue, clips
 from cacovid_jax.models import checkpoints
 from cacovid_jax.preparation import encode_features
@@ -172,7 +172,7 @@ def test_clips_that_cannot_be_used_are_listed_once(
       run.store,
       asked,
       str(tmp_path),
-      rejected=rejected_clips.RejectedClips(path),
+      rejected=left_out.RejectedClips(path),
     )
     assert report.num_present == present
     assert report.failed == {

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cacovid_jax import errors
-from cacovid_jax.data import frames, rejected_clips, video
+from cacovid_jax.data import frames, left_out, video
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.models import prompt_batch
 from cacovid_jax.policy import sampling
@@ -181,7 +181,7 @@ def _mixed():
 def test_bad_clips_are_replaced_by_place_alone(root, tmp_path):
   rows, path = _mixed(), tmp_path / "log" / "quarantine.jsonl"
   order = batches_lib.Order(len(rows), seed=7)
-  ledger = rejected_clips.RejectedClips(path)
+  ledger = left_out.RejectedClips(path)
   batches = _train(Frames(root), rows, rejected=ledger)
   flat = [name for batch in _ids(batches) for name in batch]
   bad = {"q9", "q10"}
@@ -201,20 +201,20 @@ def test_bad_clips_are_replaced_by_place_alone(root, tmp_path):
   }
   assert len(lines) == 2  # Once each, however often they were met.
   contents = {entry["video"]: entry["content"] for entry in lines}
-  assert contents["bad.mp4"] == rejected_clips.content_hash(root / "bad.mp4")
+  assert contents["bad.mp4"] == left_out.content_hash(root / "bad.mp4")
   assert contents["absent.mp4"] is None
 
 
 def test_the_ledger_is_read_again_and_forgives_a_cut_line(tmp_path, root):
   path = tmp_path / "quarantine.jsonl"
-  ledger = rejected_clips.RejectedClips(path)
-  content = rejected_clips.content_hash(root / "0.mp4")
+  ledger = left_out.RejectedClips(path)
+  content = left_out.content_hash(root / "0.mp4")
   error = video.VideoError(root / "0.mp4", "timeout")
-  assert ledger.add(GOOD[0], error, content)
-  assert not ledger.add(GOOD[3], error, content)
+  assert ledger.add(GOOD[0], error)
+  assert not ledger.add(GOOD[3], error)
   with open(path, "a", encoding="utf-8") as f:
     f.write('{"content": "12')
-  again = rejected_clips.RejectedClips(path)
+  again = left_out.RejectedClips(path)
   assert again.refused == {content: "timeout"}
 
 

@@ -12,13 +12,8 @@ from cacovid_jax.data.readers import tables, validation
 DURATION_GROUPS = ("15", "60", "600", "3600")
 _SLOTS = tuple(f"option{i}" for i in range(5))
 _COMMON = (
-  "id",
-  "video_path",
-  "question",
-  "correct_choice",
-  "duration_group",
-  "question_category",
-)
+  "id video_path question correct_choice duration_group question_category"
+).split()
 _UNUSED = "N/A"
 
 
@@ -28,14 +23,11 @@ def _columns(columns) -> tuple[str, ...]:
 
 def _question(row: validation.Row) -> question_lib.Question:
   question = row.text("question")
-  if "candidates" in row.entry:
-    options = row.choices("candidates", most=5)
-  else:
-    options = _slots(row)
+  listed = "candidates" in row.entry
+  options = row.choices("candidates", most=5) if listed else _slots(row)
   if row.integer("correct_choice") < 0:
-    raise validation.RowError(
-      "correct_choice", "no answer; the validation split has them"
-    )
+    told = "no answer; the validation split has them"
+    raise validation.RowError("correct_choice", told)
   topic = row.text("topic_category", required=False)
   lettered = wording.letter_options(options)
   return question_lib.Question(
@@ -56,13 +48,11 @@ def _question(row: validation.Row) -> question_lib.Question:
 def _slots(row: validation.Row) -> list[str]:
   """Returns the options before the first unused slot."""
   given = [row.text(slot) for slot in _SLOTS]
-  used = [option != _UNUSED for option in given]
-  count = used.index(False) if False in used else len(used)
-  if any(used[count:]):
+  count = [*given, _UNUSED].index(_UNUSED)
+  if set(given[count:]) - {_UNUSED}:
     # The letters of the prompt and those of the score would differ.
-    raise validation.RowError(
-      f"option{count}", "an unused option stands before one that is used"
-    )
+    told = "an unused option stands before one that is used"
+    raise validation.RowError(f"option{count}", told)
   return validation.check_choices(given[:count], "option0", most=5)
 
 

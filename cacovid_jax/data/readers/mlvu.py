@@ -13,25 +13,12 @@ from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import wording
 from cacovid_jax.data.readers import tables, validation
 
-DEV_TYPES = (
-  "plotQA",
-  "needle",
-  "ego",
-  "count",
-  "order",
-  "anomaly_reco",
-  "topic_reasoning",
+DEV_TYPES = tuple(
+  "plotQA needle ego count order anomaly_reco topic_reasoning".split()
 )
-TEST_TYPES = (
-  "topic_reasoning",
-  "anomaly_reco",
-  "needleQA",
-  "ego",
-  "plotQA",
-  "sportsQA",
-  "order",
-  "count",
-  "tutorialQA",
+TEST_TYPES = tuple(
+  "topic_reasoning anomaly_reco needleQA ego plotQA sportsQA order count"
+  " tutorialQA".split()
 )
 # The two layouts name one task differently.
 _RENAMED = {"findNeedle": "needle"}
@@ -63,12 +50,19 @@ def _question(
   if kind in _GENERATION:
     raise validation.LeftOutError("generation tasks")
   validation.check_one_of(kind, field, types)
-  parse = _original if original else _lmms
-  question, shown, options = parse(row, most_options)
+  question = shown = row.text("question")
   if original:
+    options = row.choices("candidates", most=most_options)
+    lines = wording.letter_options(options, "({}) {}")
+    shown = "\n".join([question, *lines])
     folders = (row.file, row.file.partition("_")[2] or row.file)
     place = row.clip("video", *(f"video/{name}/{{}}" for name in folders))
-  else:
+  else:  # The question holds its options.
+    options, field = row.entry.get("candidates"), "candidates"
+    if not isinstance(options, list):
+      options, field = validation.inline_options(shown), "question"
+    options = validation.check_choices(options, field, most_options)
+    question = _FIRST_OPTION.split(shown, maxsplit=1)[0]
     place = row.clip("video_name")
   identity = f"{row.file}:{row.number}"
   if row.entry.get("question_id") is not None:
@@ -83,26 +77,6 @@ def _question(
     source="mlvu",
     prompt=shown + "\nOnly give the best option.\nBest option: (",
   )
-
-
-def _original(row: validation.Row, most: int) -> tuple[str, str, list[str]]:
-  """Returns (question, the same with its options, options)."""
-  question = row.text("question")
-  options = row.choices("candidates", most=most)
-  lines = wording.letter_options(options, "({}) {}")
-  return question, "\n".join([question, *lines]), options
-
-
-def _lmms(row: validation.Row, most: int) -> tuple[str, str, list[str]]:
-  """As `_original`, of a question that holds its options."""
-  shown = row.text("question")
-  if isinstance(row.entry.get("candidates"), list):
-    options = row.choices("candidates", most=most)
-  else:
-    found = validation.inline_options(shown)
-    options = validation.check_choices(found, "question", most)
-  start = _FIRST_OPTION.search(shown)
-  return shown[: start.start()] if start else shown, shown, options
 
 
 def _answer(answer: str, options, *, by_text: bool) -> str:

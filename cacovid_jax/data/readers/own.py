@@ -16,6 +16,7 @@ import io
 import itertools
 import json
 import os
+import pathlib
 
 from cacovid_jax import errors
 from cacovid_jax.data import question as question_lib
@@ -33,21 +34,15 @@ _LETTERED = tuple(f"option_{letter.lower()}" for letter in question_lib.LETTERS)
 
 
 def read_own(
-  path,
-  root=None,
-  *,
-  split: str = "",
-  on_bad_row: str = "raise",
-  report: tables.Report | None = None,
+  path, root=None, *, split: str = "", **options
 ) -> list[question_lib.Question]:
   """Returns the questions of a folder, or of one of its files.
 
   Args:
     path: the folder with one of `FILES`, or such a file, or a list of one.
-    root: media root, must exist if given; see `check_media` for the clips.
+    root: media root, must exist if given.
     split: one of `SPLITS`; "" is all of them.
-    on_bad_row: "raise" or "skip".
-    report: filled with what was left out.
+    **options: `on_bad_row` and `report`, see `tables.collect`.
   """
   if split and split not in SPLITS:
     raise errors.UserError(
@@ -62,7 +57,7 @@ def read_own(
     keys = (key for row in entries if isinstance(row, dict) for key in row)
     columns = list(dict.fromkeys(keys))
   _check_columns(path, columns)
-  questions, splits = tables.Questions(on_bad_row, report), {}
+  splits = {}
 
   def parse(row):
     question = _question(row, columns)
@@ -73,20 +68,17 @@ def read_own(
     splits[question.id] = name
     return question
 
-  questions.read(path, entries, parse)
-  found = questions.finish(path)
+  found = tables.collect([(path, entries)], parse, **options)
   chosen = [q for q in found if not split or splits[q.id] == split]
-  if not chosen:
-    mend = (
-      "give some rows this split"
-      if "split" in columns
-      else "add clips, or a column `split` that says which row is which"
-    )
-    raise errors.UserError(
-      f"{path}: none of the {len({q.video for q in found})} clips is in split"
-      f" {split!r}; {mend}"
-    )
-  return chosen
+  if chosen:
+    return chosen
+  mend = "add clips, or a column `split` that says which row is which"
+  if "split" in columns:
+    mend = "give some rows this split"
+  raise errors.UserError(
+    f"{path}: none of the {len({q.video for q in found})} clips is in split"
+    f" {split!r}; {mend}"
+  )
 
 
 def find(path) -> str:
@@ -112,8 +104,7 @@ def split_of(clip: str) -> str:
 
 def _load_csv(path: str) -> tuple[list[dict], list[str]]:
   tables.check_size(path)
-  with open(path, "rb") as f:
-    data = f.read()
+  data = pathlib.Path(path).read_bytes()
   try:
     text = data.decode("utf-8-sig")
   except UnicodeDecodeError as error:
@@ -124,14 +115,12 @@ def _load_csv(path: str) -> tuple[list[dict], list[str]]:
     ) from None
   header = text.partition("\n")[0]
   # What spreadsheets write where the comma is the decimal mark.
-  delimiter = ";" if header.count(";") > header.count(",") else ","
+  mark = ";" if header.count(";") > header.count(",") else ","
+  lines = io.StringIO(text, newline="")
   try:
-    reader = csv.DictReader(
-      io.StringIO(text, newline=""), delimiter=delimiter, strict=True
-    )
-    columns = [name.strip() for name in reader.fieldnames or ()]
-    reader.fieldnames = columns
-    return list(reader), columns
+    reader = csv.DictReader(lines, delimiter=mark, strict=True)
+    reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+    return list(reader), reader.fieldnames
   except csv.Error as error:
     raise errors.UserError(
       f"{path}: line {reader.line_num} is not CSV ({error}); save the table"
@@ -143,13 +132,10 @@ def _check_columns(path: str, columns) -> None:
   twice = sorted({name for name in columns if columns.count(name) > 1})
   if twice:
     raise errors.UserError(f"{path}: column {twice[0]!r} occurs twice")
-  missing = [name for name in _REQUIRED if name not in columns]
-  known = (*_REQUIRED, *_OPTIONAL, *_LETTERED)
-  unknown = [name for name in columns if name not in known]
-  faults = []
-  if missing:
+  known, faults = (*_REQUIRED, *_OPTIONAL, *_LETTERED), []
+  if missing := [name for name in _REQUIRED if name not in columns]:
     faults.append(f"columns {missing} are missing")
-  if unknown:
+  if unknown := [name for name in columns if name not in known]:
     near = difflib.get_close_matches(unknown[0], known, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     faults.append(f"columns {unknown} are not known{hint}")
@@ -173,11 +159,10 @@ def _question(row: validation.Row, columns) -> question_lib.Question:
   answer = row.identity("answer", (int, float)).strip()
   if kind == question_lib.MULTIPLE_CHOICE:
     if len(options) < 2:
-      raise validation.RowError(
-        "options", "a multiple choice question needs at least two"
-      )
+      told = "a multiple choice question needs at least two"
+      raise validation.RowError("options", told)
     answer = _letter(answer, options)
-  identity = str(row.number)
+  identity, shown = str(row.number), wording.letter_options(options)
   if "id" in columns:
     identity = row.identity("id", (int, float)).strip()
   return question_lib.Question(
@@ -189,9 +174,7 @@ def _question(row: validation.Row, columns) -> question_lib.Question:
     problem_type=kind,
     category=_optional(row, "category") or None,
     source="own",
-    prompt=wording.training_prompt(
-      question, wording.letter_options(options), kind
-    ),
+    prompt=wording.training_prompt(question, shown, kind),
   )
 
 
@@ -205,47 +188,34 @@ def _options(row: validation.Row) -> tuple[str, ...]:
   while own and not own[-1]:
     own.pop()
   given = row.entry.get("options")
-  if isinstance(given, str):
-    given = _split_options(given.strip())
+  text = given.strip() if isinstance(given, str) else ""
+  if text.startswith("["):
+    try:
+      given = json.loads(text)
+    except (ValueError, RecursionError) as error:
+      told = f"{text[:40]!r} is no JSON list ({error})"
+      raise validation.RowError("options", told) from None
+  elif isinstance(given, str):
+    given = [part.strip() for part in text.split("|")] if text else []
   if own and given:
     raise validation.RowError("options", "and option_a, ... are both given")
-  for name, option in zip(_LETTERED, own, strict=False):
-    if not option:
-      raise validation.RowError(name, "empty, while a later option is not")
+  if "" in own:
+    empty = _LETTERED[own.index("")]
+    raise validation.RowError(empty, "empty, while a later option is not")
   found = validation.check_options(own or given)
   return tuple(option.strip() for option in validation.strip_letters(found))
 
 
-def _split_options(text: str) -> list | None:
-  if not text.startswith("["):
-    return None if not text else [part.strip() for part in text.split("|")]
-  try:
-    return json.loads(text)
-  except (ValueError, RecursionError) as error:
-    raise validation.RowError(
-      "options", f"{text[:40]!r} is no JSON list ({error})"
-    ) from None
-
-
 def _letter(answer: str, options) -> str:
   """Returns the letter of an answer, which is a letter or an option's text."""
-  same = [
-    letter
-    for letter, option in zip(question_lib.LETTERS, options, strict=False)
-    if option.casefold() == answer.casefold()
-  ]
-  letter = answer.strip(".()").upper()
   allowed = question_lib.LETTERS[: len(options)]
-  if len(letter) == 1 and letter in allowed:
-    same = list(dict.fromkeys([letter, *same]))
-  if len(same) > 1:
-    raise validation.RowError(
-      "answer", f"{answer[:40]!r} stands for several options: {', '.join(same)}"
-    )
+  same = [name for name in allowed if name == answer.strip(".()").upper()]
+  for name, option in zip(allowed, options, strict=True):
+    if option.casefold() == answer.casefold() and name not in same:
+      same.append(name)
+  if len(same) == 1:
+    return same[0]
+  fault = f"stands for several options: {', '.join(same)}"
   if not same:
-    raise validation.RowError(
-      "answer",
-      f"{answer[:40]!r} is neither one of the letters {allowed} nor the text of"
-      " an option",
-    )
-  return same[0]
+    fault = f"is neither one of the letters {allowed} nor the text of an option"
+  raise validation.RowError("answer", f"{answer[:40]!r} {fault}")

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -50,70 +51,71 @@ class Report:
   missing: list[str] = dataclasses.field(default_factory=list)
 
 
-class Questions:
-  """Collects the questions of some files under one policy for bad rows."""
+def collect(
+  files: Iterable[tuple[str, Iterable]],
+  parse: Callable[[validation.Row], question_lib.Question | None],
+  places: Callable[..., str] | None = None,
+  *,
+  on_bad_row: str = "raise",
+  report: Report | None = None,
+) -> list[question_lib.Question]:
+  """Returns the questions of some files; none at all is an error.
 
-  def __init__(self, on_bad_row: str, report: Report | None):
-    if on_bad_row not in ("raise", "skip"):
-      raise errors.UserError(
-        f"on_bad_row {on_bad_row!r}: give 'raise' or 'skip'"
-      )
-    self._skip = on_bad_row == "skip"
-    self.report = Report() if report is None else report
-    self._found = {}
-
-  def read(
-    self,
-    path: str,
-    entries: Iterable,
-    parse: Callable[[validation.Row], question_lib.Question | None],
-    places: validation.Places | None = None,
-  ) -> None:
-    """Adds what `parse` makes of a file's rows; None is one about a picture."""
+  Args:
+    files: (path, rows).
+    parse: makes a question of a row, None of one about a picture.
+    places: see `validation.places`.
+    on_bad_row: "raise" or "skip".
+    report: filled with what was left out.
+  """
+  if on_bad_row not in ("raise", "skip"):
+    raise errors.UserError(f"on_bad_row {on_bad_row!r}: give 'raise' or 'skip'")
+  report, found, paths = Report() if report is None else report, {}, []
+  for path, entries in files:
+    paths.append(path)
     name = os.path.splitext(os.path.basename(path))[0]
     for number, entry in enumerate(entries, start=1):
-      self.report.num_rows += 1
+      report.num_rows += 1
       try:
         if not isinstance(entry, dict):
-          raise validation.RowError(
-            "row", f"an object is needed, not {type(entry).__name__}"
-          )
+          told = f"an object is needed, not {type(entry).__name__}"
+          raise validation.RowError("row", told)
         question = parse(validation.Row(entry, name, number, places))
         if question is None:
-          self.report.num_images += 1
+          report.num_images += 1
           continue
-        if question.id in self._found:
+        if question.id in found:
           raise validation.RowError("id", f"{question.id!r} occurs twice")
-        self._found[question.id] = question
+        found[question.id] = question
       except validation.LeftOutError as error:
-        self.report.left_out[str(error)] += 1
+        report.left_out[str(error)] += 1
       except validation.RowError as error:
-        bad = BadRow(path, number, error.field, error.reason)
-        if not self._skip:
+        bad = BadRow(path, number, *error.args)
+        if on_bad_row == "raise":
           raise errors.UserError(
             f"{bad}; correct the row, or pass on_bad_row=skip to leave it out"
           ) from None
-        self.report.bad_rows.append(bad)
+        report.bad_rows.append(bad)
+  _log(", ".join(paths), report)
+  if not found:
+    raise errors.UserError(
+      f"{', '.join(paths)}: no usable row among {report.num_rows}; give a file"
+      " with questions about videos"
+    )
+  return list(found.values())
 
-  def finish(self, what: str) -> list[question_lib.Question]:
-    """Returns the questions; none at all is an error."""
-    report = self.report
-    if report.num_images:
-      logging.info("%s: left out %d image rows", what, report.num_images)
-    for kind, count in sorted(report.left_out.items()):
-      logging.info("%s: left out %d rows: %s", what, count, kind)
-    if report.missing:
-      logging.warning("%s: not there: %s", what, ", ".join(report.missing))
-    if bad := report.bad_rows:
-      logging.warning(
-        "%s: left out %d bad rows, first: %s", what, len(bad), bad[0]
-      )
-    if not self._found:
-      raise errors.UserError(
-        f"{what}: no usable row among {report.num_rows}; give a file with"
-        " questions about videos"
-      )
-    return list(self._found.values())
+
+def _log(what: str, report: Report) -> None:
+  if report.num_images:
+    logging.info("%s: left out %d image rows", what, report.num_images)
+  for kind, count in sorted(report.left_out.items()):
+    logging.info("%s: left out %d rows: %s", what, count, kind)
+  if report.missing:
+    logging.warning("%s: not there: %s", what, ", ".join(report.missing))
+  if bad := report.bad_rows:
+    logging.warning(
+      "%s: left out %d bad rows, first: %s", what, len(bad), bad[0]
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,54 +123,43 @@ class Reader:
   """A function that reads the parquet or JSON files of a benchmark."""
 
   form: str  # Whose format it is, for errors.
-  # That each file must have; or those, of the columns that it has.
+  # That each file must have; or those, of the columns that it has. Without any
+  # that are needed, files are JSON.
   columns: Sequence[str] | Callable[[frozenset[str]], Sequence[str]]
   places: Sequence[str]  # Of clips, as in "data/{}.mp4", best first.
-  parse: Callable[..., question_lib.Question]  # Of a row, with options.
+  parse: Callable[..., question_lib.Question | None]  # Of a row, with options.
 
   def __call__(
-    self,
-    paths,
-    root=None,
-    *,
-    on_bad_row: str = "raise",
-    report: Report | None = None,
-    **options,
+    self, paths, root=None, *, on_bad_row="raise", report=None, **options
   ) -> list[question_lib.Question]:
-    """Returns the questions of some files.
+    """Returns the questions of files; `on_bad_row`, `report`: see `collect`.
 
     Args:
-      paths: one path, several joined by commas, or a sequence of paths; ".json"
-        at its end tells JSON.
+      paths: see `split_paths`; ".json" at a path's end tells JSON.
       root: media root that clips are looked for below; None looks nowhere.
-      on_bad_row: "raise" or "skip".
-      report: filled with what was left out.
       **options: of the format.
     """
-    places = validation.Places(root, self.places)
-    questions = Questions(on_bad_row, report)
-    paths = split_paths(paths)
-    for path in paths:
-      questions.read(
-        path, self._load(path), lambda row: self.parse(row, **options), places
-      )
-    return questions.finish(", ".join(paths))
+    return collect(
+      ((path, self._load(path)) for path in split_paths(paths)),
+      functools.partial(self.parse, **options),
+      validation.places(root, self.places),
+      on_bad_row=on_bad_row,
+      report=report,
+    )
 
   def _load(self, path: str) -> list:
-    """Returns the rows of a file."""
-    if not path.endswith(".json"):
+    if self.columns and not path.endswith(".json"):
       return self._load_parquet(path)
     entries = load_rows(path, f"give a file in {self.form}'s format")
     # A field that no row has is a file of another kind, not many bad rows.
     columns = frozenset().union(*(e for e in entries if isinstance(e, dict)))
-    if columns:
+    if columns and self.columns:
       self._check_columns(path, columns)
     return entries
 
   def _check_columns(self, path: str, columns: frozenset[str]) -> None:
     required = self.columns(columns) if callable(self.columns) else self.columns
-    missing = [name for name in required if name not in columns]
-    if missing:
+    if missing := [name for name in required if name not in columns]:
       raise errors.UserError(
         f"{path}: columns {missing} are missing (it has {sorted(columns)});"
         f" give a file in {self.form}'s format"
@@ -205,8 +196,7 @@ def check_size(path: str) -> None:
   """Refuses a file that is missing, or above `MAX_FILE_BYTES`."""
   if not os.path.isfile(path):
     raise errors.UserError(f"{path}: no such file; correct the path")
-  size = os.path.getsize(path)
-  if size > MAX_FILE_BYTES:
+  if (size := os.path.getsize(path)) > MAX_FILE_BYTES:
     raise errors.UserError(
       f"{path}: {size} bytes are above the limit of {MAX_FILE_BYTES}; split the"
       " file"

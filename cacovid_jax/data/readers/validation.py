@@ -1,14 +1,14 @@
 """Checks that all readers share: of a row's fields, and of clips.
 
-A reader turns a `Row` of a file into a `Question` and raises `RowError` where
-a field is unfit, `LeftOutError` where the row is outside what is read. `tables`
-decides what becomes of it.
+A reader turns a `Row` of a file into a `Question`, or raises `RowError` or
+`LeftOutError`; `tables` decides what becomes of it.
 """
 
 import collections
+import functools
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from cacovid_jax import errors
@@ -16,9 +16,12 @@ from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import video
 
 MAX_TEXT = 100_000
+NO_OPTIONS = "a multiple choice question without options"
 
 # "A. text", "A) text", "(A) text", "A: text" at the start of an option.
 _LETTER = re.compile(r"^\s*\(?([A-Z])[.):]\s*")
+# The same in running text, of one letter.
+_INLINE = r"(?:(?<=\s)|^)\(?{}[.):]\s*"
 # "B", "(B)", "B." or "B)", and then perhaps the option itself.
 _ANSWER = re.compile(
   r"(?:\(([A-Z])\)|([A-Z])(?:[.)]|(?![^\W_])))\s*(.*)", re.DOTALL
@@ -26,11 +29,7 @@ _ANSWER = re.compile(
 
 
 class RowError(Exception):
-  """A row is unfit; names the field."""
-
-  def __init__(self, field: str, reason: str):
-    self.field, self.reason = field, reason
-    super().__init__(field, reason)
+  """A row is unfit; its arguments are the field and the reason."""
 
 
 class LeftOutError(Exception):
@@ -43,15 +42,15 @@ class Row(NamedTuple):
   entry: dict[str, Any]
   file: str = ""  # Without its folder and ending.
   number: int = 0  # In its file, from 1.
-  places: "Places | None" = None
+  places: Callable[..., str] | None = None  # See `places`.
 
   def text(self, field: str, *, required: bool = True) -> str:
     """Returns a text field; "" where an optional one is missing."""
     value = self.entry.get(field)
-    if value is None and not required:
-      return ""
     if value is None:
-      raise RowError(field, "missing")
+      if required:
+        raise RowError(field, "missing")
+      return ""
     if not isinstance(value, str):
       raise RowError(field, f"a text is needed, not {type(value).__name__}")
     if required and not value.strip():
@@ -74,25 +73,22 @@ class Row(NamedTuple):
     if value is None:
       raise RowError(field, "missing")
     try:
-      if isinstance(value, bool) or int(value) != float(value):
-        raise ValueError
-      return int(value)
+      if not isinstance(value, bool) and int(value) == float(value):
+        return int(value)
     except (TypeError, ValueError, OverflowError):
-      raise RowError(
-        field, f"{str(value)[:40]!r} is not a whole number"
-      ) from None
+      pass
+    raise RowError(field, f"{str(value)[:40]!r} is not a whole number")
 
   def choices(self, field: str, *, most: int) -> list[str]:
-    """Returns the options of a multiple choice question, 2 to `most` texts."""
+    """Returns the texts of `check_choices`."""
     return check_choices(self.entry.get(field), field, most)
 
   def letter_at(self, field: str, num_options: int) -> str:
     """Returns the letter of an option that is counted from 0."""
     index = self.integer(field)
     if not 0 <= index < num_options:
-      raise RowError(
-        field, f"{index} is not one of the {num_options} options, from 0"
-      )
+      told = f"{index} is not one of the {num_options} options, from 0"
+      raise RowError(field, told)
     return question_lib.LETTERS[index]
 
   def clip(self, field: str, *patterns: str, name: str = "") -> str:
@@ -112,7 +108,7 @@ def check_one_of(value: str, field: str, allowed: Collection[str]) -> str:
 
 
 def check_unicode(value: str, field: str) -> None:
-  """Refuses half a surrogate pair, which JSON spells and no tokenizer takes."""
+  """Refuses half a surrogate pair, which JSON spells; no tokenizer takes it."""
   try:
     value.encode()
   except UnicodeEncodeError:
@@ -138,24 +134,22 @@ def check_choices(value, field: str, most: int) -> list[str]:
   """Returns the options of a multiple choice question, 2 to `most` texts."""
   found = check_options(value, field)
   if len(found) < 2:
-    raise RowError(field, "a multiple choice question without options")
+    raise RowError(field, NO_OPTIONS)
   if len(found) > most:
-    raise RowError(
-      field, f"{len(found)} options; the benchmark has {most} at most"
-    )
+    told = f"{len(found)} options; the benchmark has {most} at most"
+    raise RowError(field, told)
   return found
 
 
 def strip_letters(options: Sequence[str]) -> tuple[str, ...]:
   """Returns the options without "A. ", "B. ", ... if all carry theirs."""
-  matches = [_LETTER.match(option) for option in options]
-  letters = "".join(match.group(1) if match else "?" for match in matches)
-  if letters != question_lib.LETTERS[: len(options)]:
-    return tuple(options)
-  return tuple(
-    option[match.end() :]
-    for option, match in zip(options, matches, strict=True)
-  )
+  bare = []
+  for letter, option in zip(question_lib.LETTERS, options, strict=False):
+    match = _LETTER.match(option)
+    if match is None or match.group(1) != letter:
+      return tuple(options)
+    bare.append(option[match.end() :])
+  return tuple(bare)
 
 
 def lettered(given: Sequence[str], field: str) -> tuple[str, ...]:
@@ -174,17 +168,15 @@ def inline_options(problem: str) -> list[str]:
   """Returns the options that stand in the text itself, one after the other."""
   marks, position = [], 0
   for letter in question_lib.LETTERS:
-    mark = re.compile(rf"(?:(?<=\s)|^)\(?{letter}[.):]\s*").search(
-      problem, position
-    )
+    mark = re.compile(_INLINE.format(letter)).search(problem, position)
     if mark is None:
       break
     marks.append(mark)
     position = mark.end()
-  ends = [*(mark.start() for mark in marks[1:]), len(problem)]
+  starts = [mark.start() for mark in marks]
   return [
     problem[mark.end() : end].strip()
-    for mark, end in zip(marks, ends, strict=False)
+    for mark, end in zip(marks, [*starts[1:], len(problem)], strict=False)
   ]
 
 
@@ -194,23 +186,19 @@ def letter(answer: str, options: Sequence[str], field: str) -> str:
   The option's own text may stand behind it, as in "B. A rope"; any other text
   is no answer, so that "Banana" is not taken for B.
   """
-  match = _ANSWER.fullmatch(answer.strip())
+  match, shown = _ANSWER.fullmatch(answer.strip()), repr(answer[:40])
   found = match and (match.group(1) or match.group(2))
   allowed = question_lib.LETTERS[: len(options)]
   if not found or found not in allowed:
-    raise RowError(
-      field, f"{answer[:40]!r} is not one of the letters {allowed}"
-    )
-  option = options[allowed.index(found)]
-  if match.group(3) and _plain(match.group(3)) != _plain(option):
-    raise RowError(
-      field, f"{answer[:40]!r} is not {found} with its option {option[:40]!r}"
-    )
+    raise RowError(field, f"{shown} is not one of the letters {allowed}")
+  option, rest = options[allowed.index(found)], match.group(3)
+  if rest and _plain(rest) != _plain(option):
+    told = f"{shown} is not {found} with its option {option[:40]!r}"
+    raise RowError(field, told)
   return found
 
 
 def _plain(text: str) -> str:
-  """Returns a text without its case, spaces and full stop at the end."""
   return " ".join(text.split()).rstrip(". ").casefold()
 
 
@@ -223,44 +211,29 @@ def letter_of(answer: str, options: Sequence[str], field: str) -> str:
 
 def relative(value: str, field: str) -> str:
   """Returns the media path without "./"; refuses what leaves the root."""
-  path = value.strip()
-  while path.startswith("./"):
-    path = path[2:]
-  reason = video.unsafe(path)
-  if reason:
+  path = re.sub(r"^(\./)+", "", value.strip())
+  if reason := video.unsafe(path):
     raise RowError(field, f"{value[:80]!r}: {reason}")
   return path
 
 
-class Places:
-  """Where clips lie below a media root; each name is looked for once."""
+def places(root, patterns: Sequence[str]) -> Callable[..., str]:
+  """Returns a function that gives a clip's place; each is looked for once.
 
-  def __init__(self, root, patterns: Sequence[str]):
-    """Takes a root, and places below it as in "data/{}.mp4", best first.
+  It takes a name, and patterns that go before those given here. A place is a
+  pattern such as "data/{}.mp4" with the name, the best where the clip lies, or
+  the first of all; without a root none is looked for.
+  """
+  check_root(root)
 
-    Without a root nothing is looked for, and the first place is taken.
-    """
-    check_root(root)
-    self._root, self._patterns = root, patterns
-    self._found = {}
+  @functools.cache
+  def place(name: str, first: Sequence[str] = ()) -> str:
+    every = [one.replace("{}", name) for one in (*first, *patterns)]
+    looked_at = every if root is not None and len(every) > 1 else ()
+    there = (one for one in looked_at if os.path.isfile(f"{root}/{one}"))
+    return next(there, every[0])
 
-  def __call__(self, name: str, patterns: Sequence[str] = ()) -> str:
-    """Returns a clip's place, its first one if it lies nowhere.
-
-    `patterns` are looked at before the common ones.
-    """
-    key = name, patterns
-    if key not in self._found:
-      every = (*patterns, *self._patterns)
-      places = [pattern.replace("{}", name) for pattern in every]
-      there = (
-        place
-        for place in places
-        if self._root is not None
-        and os.path.isfile(os.path.join(self._root, place))
-      )
-      self._found[key] = next(there, places[0])
-    return self._found[key]
+  return place
 
 
 def check_root(root) -> None:
@@ -271,13 +244,22 @@ def check_root(root) -> None:
     )
 
 
-def check_media(rows: Iterable[question_lib.Question], root) -> dict[str, int]:
-  """Returns the clips that are missing below `root`: path -> questions lost."""
-  return find_missing((question.video for question in rows), root)
+def find_missing(
+  names: Iterable[str],
+  root,
+  *,
+  on_missing: str = "count",
+  mend: str = "count them as wrong with on_missing=count",
+) -> dict[str, int]:
+  """Returns the clips that are missing below `root`: path -> questions lost.
 
-
-def find_missing(names: Iterable[str], root) -> dict[str, int]:
-  """Returns the same of the clips' names, one for each question."""
+  Args:
+    names: of the clips, one for each question.
+    root: media root.
+    on_missing: "raise" refuses them; "skip" does if no clip is there; "count"
+      never does.
+    mend: what else the command can do, by its own flags.
+  """
 
   def is_there(name):
     try:
@@ -286,31 +268,13 @@ def find_missing(names: Iterable[str], root) -> dict[str, int]:
       return False
 
   counts = collections.Counter(names)
-  return {n: count for n, count in sorted(counts.items()) if not is_there(n)}
-
-
-def require_media(
-  rows: Iterable[question_lib.Question],
-  root,
-  *,
-  mend: str = "count them as wrong with on_missing=count",
-) -> None:
-  """Raises `UserError` with counts and examples if clips are missing.
-
-  `mend` is what else the command can do, by its own flags.
-  """
-  names = [question.video for question in rows]
-  if missing := find_missing(names, root):
-    raise missing_error(names, root, missing, mend)
-
-
-def missing_error(
-  names: Sequence[str], root, missing: Mapping[str, int], mend: str
-) -> errors.UserError:
-  """Returns the error of clips that `find_missing` found."""
-  shown = ", ".join(list(missing)[:5])
-  return errors.UserError(
-    f"{root}: {len(missing)} of {len(set(names))} clips are missing"
-    f" ({sum(missing.values())} of {len(names)} questions), first: {shown};"
-    f" download them, correct the media root, or {mend}"
-  )
+  missing = {n: lost for n, lost in sorted(counts.items()) if not is_there(n)}
+  none_left = on_missing == "skip" and len(missing) == len(counts)
+  if missing and (on_missing == "raise" or none_left):
+    raise errors.UserError(
+      f"{root}: {len(missing)} of {len(counts)} clips are missing"
+      f" ({sum(missing.values())} of {counts.total()} questions), first:"
+      f" {', '.join(list(missing)[:5])}; download them, correct the media root,"
+      f" or {mend}"
+    )
+  return missing

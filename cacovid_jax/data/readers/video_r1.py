@@ -1,7 +1,14 @@
-"""Training questions in both formats of Video-R1."""
+"""Training questions in both formats of Video-R1.
 
-import functools
-import os
+Both key sets are read: that of Video-R1-260k (`data_type`, `path`, `options`)
+and that of the public trainer's filtered subset (`modality_type`, `video`,
+options inside `problem`). The user's text is problem, one line per option where
+the problem does not hold them yet, and the hint of the problem type.
+(Video-R1's own reader puts "Options:" before them; the trainer of this method
+does not read `options` at all.)
+"""
+
+from collections.abc import Mapping
 
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import wording
@@ -12,55 +19,30 @@ SOURCE = "video-r1"
 
 
 def read_video_r1(
-  paths,
-  root=None,
-  *,
-  on_bad_row: str = "raise",
-  report: tables.Report | None = None,
+  paths, root=None, *, report: tables.Report | None = None, **options
 ) -> list[question_lib.Question]:
-  """Returns the video questions of Video-R1 JSON files.
-
-  Both key sets are read: that of Video-R1-260k (`data_type`, `path`,
-  `options`) and that of the public trainer's filtered subset
-  (`modality_type`, `video`, options inside `problem`). The user's text is
-  problem, one line per option where the problem does not hold them yet, and the
-  hint of the problem type. (Video-R1's own reader puts "Options:" before them;
-  the trainer of this method does not read `options` at all.)
-
-  Args:
-    paths: one path, several joined by commas, or a sequence of paths.
-    root: media root, must exist if given; see `check_media` for the clips.
-    on_bad_row: "raise" or "skip".
-    report: filled with what was left out.
-  """
-  validation.check_root(root)
-  questions = tables.Questions(on_bad_row, report)
+  """Returns the video questions of Video-R1 JSON files; see `tables.Reader`."""
   paths = tables.split_paths(paths)
-  for path in paths:
-    entries = tables.load_rows(path, "give a file in Video-R1's format")
-    # Files may number their rows alike: the name keeps ids apart.
-    stem = os.path.splitext(os.path.basename(path))[0]
-    prefix = f"{stem}/" if len(paths) > 1 else ""
-    parse = functools.partial(_question, questions.report, prefix)
-    questions.read(path, entries, parse)
-  return questions.finish(", ".join(paths))
+  report = tables.Report() if report is None else report
+  # Files may number their rows alike: the name keeps ids apart.
+  known = {"apart": len(paths) > 1, "images": report.images}
+  return _READER(paths, root, report=report, **known, **options)
 
 
 def _question(
-  report: tables.Report, prefix: str, row: validation.Row
+  row: validation.Row, *, apart: bool, images: Mapping[tuple[str, str], int]
 ) -> question_lib.Question | None:
-  """Returns the question of a row, None of one about a picture."""
+  """Returns the question of a row; one about a picture is counted."""
   entry = row.entry
   field = "modality_type" if "modality_type" in entry else "data_type"
   modality = row.text(field)
   if modality == "image":
     group = entry.get("data_source") or SOURCE, entry.get("problem_type")
-    report.images[tuple(map(str, group))] += 1
+    images[tuple(map(str, group))] += 1
     return None
   if modality != "video":
-    raise validation.RowError(
-      field, f"{modality[:40]!r} is neither video nor image"
-    )
+    told = f"{modality[:40]!r} is neither video nor image"
+    raise validation.RowError(field, told)
   problem, kind = row.text("problem"), row.text("problem_type")
   validation.check_one_of(kind, "problem_type", question_lib.PROBLEM_TYPES)
   path = row.clip("video" if "video" in entry else "path")
@@ -72,9 +54,7 @@ def _question(
   if kind == question_lib.MULTIPLE_CHOICE:
     options = options or tuple(validation.inline_options(problem))
     if len(options) < 2:
-      raise validation.RowError(
-        "options", "a multiple choice question without options"
-      )
+      raise validation.RowError("options", validation.NO_OPTIONS)
     answer = validation.letter(answer, options, "solution")
     if given and options == tuple(given):
       lettered = wording.letter_options(given)
@@ -85,7 +65,7 @@ def _question(
   validation.check_unicode(str(name), "problem_id")
   duration = entry.get("duration")
   return question_lib.Question(
-    id=f"{prefix}{name}",
+    id=f"{row.file}/{name}" if apart else str(name),
     video=path,
     question=problem,
     options=options,
@@ -97,3 +77,6 @@ def _question(
     source=row.text("data_source", required=False) or SOURCE,
     prompt=wording.training_prompt(problem, lettered, kind),
   )
+
+
+_READER = tables.Reader("Video-R1", (), ("{}",), _question)

@@ -10,11 +10,8 @@ from cacovid_jax.data import wording
 from cacovid_jax.data.readers import tables, validation
 
 _PLACES = (
-  "data/{}.mp4",
-  "data/{}.MP4",
-  "data/{}.mkv",
-  "videos/{}.mp4",
-  "{}.mp4",
+  *("data/{}.mp4", "data/{}.MP4", "data/{}.mkv"),
+  *("videos/{}.mp4", "{}.mp4"),
 )
 _GROUPS = ("domain", "sub_category")
 
@@ -33,9 +30,8 @@ def read_videomme(
       VideoMME's own, four options at most that carry their letters.
   """
   if style not in ("videomme", "video-r1"):
-    raise errors.UserError(
-      f"prompt style {style!r}: give 'videomme' or 'video-r1'"
-    )
+    fault = f"prompt style {style!r}: give 'videomme' or 'video-r1'"
+    raise errors.UserError(fault)
   return _READER(paths, root, style=style, **options)
 
 
@@ -45,21 +41,16 @@ def _question(
   identity = row.text("question_id")
   question = row.text("question")
   most = 4 if released else len(question_lib.LETTERS)
-  given = row.choices("options", most=most)
-  shown = given
+  given = shown = row.choices("options", most=most)
+  options = validation.strip_letters(given)
   if released:
     options = validation.lettered(given, "options")
-  else:
-    options = validation.strip_letters(given)
-    if options == tuple(given):
-      shown = wording.letter_options(given)
-  place = row.clip("videoID")
+  elif options == tuple(given):
+    shown = wording.letter_options(given)
+  place, kind = row.clip("videoID"), question_lib.MULTIPLE_CHOICE
+  prompt = wording.training_prompt(question, shown, kind)
   if style == "videomme":
     prompt = wording.videomme_prompt(question, shown)
-  else:
-    prompt = wording.training_prompt(
-      question, shown, question_lib.MULTIPLE_CHOICE
-    )
   groups = {facet: row.text(facet, required=False) for facet in _GROUPS}
   return question_lib.Question(
     id=identity,
