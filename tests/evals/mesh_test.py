@@ -12,7 +12,7 @@ from cacovid_jax.evals import evaluation
 from cacovid_jax.inference import answerer as answerer_lib
 from cacovid_jax.models import checkpoints
 from cacovid_jax.parallel import mesh as mesh_lib
-from cacovid_jax.preparation import blind
+from cacovid_jax.preparation import blind_filter as blind
 from tests.evals import tiny
 from tests.preparation import blind_test
 
