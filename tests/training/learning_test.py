@@ -46,13 +46,13 @@ def batch(seed, marked, videos=8):
   made = tiny.batch(videos, seed)
   rng = np.random.default_rng(seed)
   frames = rng.integers(0, tiny.FRAMES, videos)
-  video = made.video.copy()
+  video = made.prompts.features.copy()
   video[..., 0] = 0.0
   for row, frame in enumerate(frames):
     tokens = frame * _AREA + rng.permutation(_AREA)[:marked]
     video[row, tokens, 0] = 8.0
   return made.replace(
-    video=video,
+    prompts=made.prompts._replace(features=video),
     answer_id=np.full(videos, RIGHT, np.int32),
     decisive_frames=np.eye(tiny.FRAMES, dtype=bool)[frames],
   )
