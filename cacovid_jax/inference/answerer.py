@@ -158,10 +158,10 @@ class Answerer(contextlib.ExitStack):
     style: str = "video-r1",
     warm_up: bool = True,
   ) -> ClipAnswers:
-    """Returns the answers to one question, one per ratio.
+    """Returns the answers to one question about a video file, one per ratio.
 
     Args:
-      path: of the video file.
+      path: of the file.
       question: text; without options it is the whole of the user's turn.
       options: choices without letters, of which the model is asked for one.
       ratios: shares of the tokens to keep; 1.0 is vanilla, whatever the method.
