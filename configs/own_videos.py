@@ -45,7 +45,6 @@ def get_config(arg=None):
   if arg.debug:
     config.iterations = 1
     config.sampling.num_combinations = 4
-
   config.evals.benchmark = "own"
   config.evals.methods = ("cacovid", "cacovid_untrained", "uniform", "divprune")
   config.evals.oracles = ()

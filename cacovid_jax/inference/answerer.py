@@ -1,8 +1,13 @@
 """One question about one clip, answered from several shares of its tokens.
 
-    asked = answerer.Answerer().ask("clip.mp4", "Which appears first?",
-                                    ("red moon", "blue star"), ratios=(0.1,))
-    print(asked.answers[0].text, asked.answers[0].milliseconds)
+    from cacovid_jax.inference import answerer
+
+    model = answerer.Answerer()  # The shipped model; or a directory.
+    asked = model.ask("clip.mp4", "Which of these appears first?",
+                      ("red moon", "blue star"), ratios=(1.0, 0.1),
+                      method="uniform")
+    for answer in asked.answers:
+      print(answer.method, answer.kept, answer.text, answer.milliseconds)
 
 Prompts, selections, programs and pictures are those of an evaluation.
 """
@@ -153,10 +158,10 @@ class Answerer(contextlib.ExitStack):
     style: str = "video-r1",
     warm_up: bool = True,
   ) -> ClipAnswers:
-    """Returns the answers to one question, one per ratio.
+    """Returns the answers to one question about a video file, one per ratio.
 
     Args:
-      path: of the video file.
+      path: of the file.
       question: text; without options it is the whole of the user's turn.
       options: choices without letters, of which the model is asked for one.
       ratios: shares of the tokens to keep; 1.0 is vanilla, whatever the method.

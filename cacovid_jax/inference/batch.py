@@ -151,10 +151,7 @@ class BatchRunner:
   def likelihood(
     self, condition, continuations: Sequence[Sequence[list[int]]], size: int
   ) -> list[list[Likelihood]]:
-    """Returns how likely ids follow each question's prompt, read once for all.
-
-    Each question has one at least; `size` is that of the longest anywhere.
-    """
+    """Returns how likely ids follow each prompt; the longest have `size`."""
     size = -(-size // _CONTINUATION_STEP) * _CONTINUATION_STEP
     state = self._read(condition, size - 1)
     out = [[] for _ in self._questions]

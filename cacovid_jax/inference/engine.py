@@ -93,8 +93,7 @@ class Engine:
   programs: programs_lib.Programs | None = None
   more_follow: bool = False  # See `prompts.Prompts`.
   others: Sequence[question_lib.Question] = ()  # Further ones, see there.
-  # Whose `data` axis shares the questions of a batch, if their number divides;
-  # None is one device.
+  # Its `data` axis shares the questions of a batch, if their number divides.
   mesh: Mesh | None = None
 
   grid = property(lambda self: self.source.grid)
