@@ -36,8 +36,7 @@ class Sample:
   # questions counts 0. Without names, means are over questions.
   categories: Sequence[str] = ()
   names: Sequence[str] = ()
-  # Of the resampling.
-  replicates: int = REPLICATES
+  replicates: int = REPLICATES  # R.
   seed: int = 0
 
   def __post_init__(self):
