@@ -83,7 +83,8 @@ class Sample:
 
   def accuracy(self, values: Sequence[float]) -> Estimate:
     """Returns the mean, its interval clustered by clip."""
-    return interval(self.mean(values), self.draws(values))
+    draws = self.draws(values)
+    return interval(self.mean(values), draws)
 
   def difference(
     self, values: Sequence[float], reference: Sequence[float]
