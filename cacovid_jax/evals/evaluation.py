@@ -99,8 +99,7 @@ def _evaluate(experiment):
     )
     tried, others = [*methods, *search.candidates], validation.questions
     decisive = {**validation.decisive, **decisive}
-  policies = experiment.policies
-  workdir = experiment.workdir
+  policies, workdir = experiment.policies, experiment.workdir
   workdir.mkdir(parents=True, exist_ok=True)
   manifest = frame_manifest.FrameManifest(
     workdir / frame_manifest.FILE,

@@ -256,12 +256,14 @@ class Evaluator:
     if fault:
       # A clip that cannot be used is wrong, whatever a rule would guess.
       return record | {"text": "", "letter": "", "score": 0.0, "fault": fault}
-    rule = self.engine.settings.rule
-    scored = self.task.score(question, text, rule=rule)
+    scored = self._score(question, text)
     if scored.fallback:
       record["fallback"] = True
     said = {"text": text, "letter": scored.letter, "score": scored.score}
     return record | said
+
+  def _score(self, question, text):
+    return self.task.score(question, text, rule=self.engine.settings.rule)
 
 
 def known(question: question_lib.Question) -> dict[str, Any]:

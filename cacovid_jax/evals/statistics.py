@@ -36,8 +36,7 @@ class Sample:
   # questions counts 0. Without names, means are over questions.
   categories: Sequence[str] = ()
   names: Sequence[str] = ()
-  # Of the resampling.
-  replicates: int = REPLICATES
+  replicates: int = REPLICATES  # R.
   seed: int = 0
 
   def __post_init__(self):
@@ -84,7 +83,8 @@ class Sample:
 
   def accuracy(self, values: Sequence[float]) -> Estimate:
     """Returns the mean, its interval clustered by clip."""
-    return interval(self.mean(values), self.draws(values))
+    draws = self.draws(values)
+    return interval(self.mean(values), draws)
 
   def difference(
     self, values: Sequence[float], reference: Sequence[float]

@@ -89,10 +89,7 @@ def page(
   data: Mapping[str, Any] | None = None,
   **values: Any,
 ) -> str:
-  """Returns a page with its style, its script and the script's data.
-
-  Beside the viewer's, the script reads `data` and the template the values.
-  """
+  """Returns a page with its style, its script and the script's `data`."""
   script = "".join(map(_source, _SCRIPTS))
   digest = hashlib.sha256(script.encode()).digest()
   return template(name).render(
