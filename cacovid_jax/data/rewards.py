@@ -53,10 +53,7 @@ def _first_letter(text: str) -> str:
 
 def _multiple_choice(answer: str, gold: str, completion: str) -> float:
   letter = _first_letter(gold)
-  return bool(letter) and letter in (
-    _first_letter(answer),
-    _first_letter(completion),
-  )
+  return bool(letter) and letter in map(_first_letter, (answer, completion))
 
 
 def _number(text: str) -> float:

@@ -4,6 +4,8 @@ import importlib
 import json
 import pathlib
 import re
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import pytest
@@ -200,3 +202,20 @@ def test_the_guides_commands_have_their_flags():
     args = importlib.import_module(name).COMMAND.parse([name, *words])
     assert not args.arguments
   assert names == ["blind_filter", "tfds_build", "encode_features"]
+
+
+def test_the_commands_are_found_where_they_were_before():
+  # As `python -m` does: "-m" stands for the name while it is looked for.
+  program = (
+    "import sys, importlib.util\n"
+    "for name in ('blind_filter', 'encode_features', 'tfds_build'):\n"
+    "  spec = importlib.util.find_spec(f'cacovid_jax.data.{name}')\n"
+    "  print(spec and spec.origin)\n"
+  )
+  for head, found in (("sys.argv = ['-m']\n", True), ("", False)):
+    run = [sys.executable, "-c", "import sys\n" + head + program]
+    out = subprocess.run(run, capture_output=True, text=True, check=True).stdout
+    folder = ROOT / "cacovid_jax" / "preparation"
+    names = ("blind_filter", "encode_features", "tfds_build")
+    expected = [str(folder / f"{name}.py") for name in names]
+    assert out.split() == (expected if found else ["None"] * 3)
