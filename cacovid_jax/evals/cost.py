@@ -158,7 +158,7 @@ def _row_bytes(width, state, dtype) -> int:
   return width * (2 * itemsize + 4) + state * itemsize
 
 
-class Memory(NamedTuple):
+class PromptMemory(NamedTuple):
   """Bytes on one device while a batch of whole prompts is asked."""
 
   weights: int  # Of the base model.
@@ -183,7 +183,7 @@ def memory(
   dtype: Any,
   policy: network.PolicyConfig | None = None,
   model_shards: int = 1,
-) -> Memory:
+) -> PromptMemory:
   """Returns what asking a batch of whole prompts takes on each device.
 
   Sizes are those of the largest video, the longest prompt with it, and the
@@ -193,7 +193,7 @@ def memory(
   width = text.hidden_size
   # Once as prefilled, once with room for the answer.
   rows = 2 * prompt_rows + new_tokens - 1
-  return Memory(
+  return PromptMemory(
     weights=weight_bytes(config, dtype, model_shards),
     policy=policy_bytes(policy) if policy else 0,
     features=4 * batch * math.prod(grid) * width,

@@ -18,7 +18,7 @@ FEATURES, DEEP = "features", "deep"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Clip:
+class EncodedClip:
   """One clip with what is known of it, or the reason why it cannot be used.
 
   `arrays` are float32: "features" [N, D], "deep" [S, N, D] of models that have
@@ -114,7 +114,7 @@ class ClipReader:
       hashed=self.hashed,
     )
 
-  def read(self, path: str) -> tuple[Clip, processors.TowerInputs, bool]:
+  def read(self, path: str) -> tuple[EncodedClip, processors.TowerInputs, bool]:
     """Returns (a clip without arrays, the tower's inputs, whether its frames
     are those of the rule); `VideoError` if it cannot be used."""
     if self.refused:
@@ -132,7 +132,7 @@ class ClipReader:
     fps = frames_lib.sampled_fps(len(shown.frames), shown.duration)
     inputs = self.processor(shown.frames, fps=fps, resized=True)
     apart = inputs.second_per_grid_t
-    clip = Clip(record, inputs.grid, {}, apart, shown.warnings)
+    clip = EncodedClip(record, inputs.grid, {}, apart, shown.warnings)
     plain = self.rule(shown.num_frames, shown.duration)
     return clip, inputs, record.indices == tuple(plain.tolist())
 

@@ -20,7 +20,7 @@ from cacovid_jax.compressors import base
 from cacovid_jax.data import feature_cache, frame_record, video
 from cacovid_jax.data import frames as frames_lib
 from cacovid_jax.inference import clips
-from cacovid_jax.inference.clips import DEEP, FEATURES, Clip
+from cacovid_jax.inference import clips as clips_lib
 from cacovid_jax.models import processors, token_grid, video_llm
 
 
@@ -28,7 +28,7 @@ class Loaded(NamedTuple):
   """A clip on its way into the store; can be pickled."""
 
   path: str  # As the questions name it.
-  clip: Clip  # With the arrays that are known, zero or more.
+  clip: clips_lib.EncodedClip  # With the arrays that are known, zero or more.
   inputs: processors.TowerInputs | None = None  # For those that are not.
   key: Mapping[str, Any] | None = None  # Of its entry on disk.
 
@@ -74,7 +74,7 @@ class FeatureStore:
     self._tower = clips.Tower(self.model, params, mesh)
 
   def _set_up_memory(self):
-    self._clips: collections.OrderedDict[str, Clip] = collections.OrderedDict()
+    self._clips = collections.OrderedDict()  # Name -> `EncodedClip`.
     self._lock = threading.Lock()
 
   def __getstate__(self):
@@ -124,7 +124,7 @@ class FeatureStore:
     key, clip = self._read(path)
     if clip is not None:
       self._check(path, clip)
-      if clip.arrays.keys() >= {FEATURES, *self.want}:
+      if clip.arrays.keys() >= {clips_lib.FEATURES, *self.want}:
         return Loaded(path, clip)
     found, inputs, ruled = self.reader.read(path)
     self._check(path, found)
@@ -137,7 +137,7 @@ class FeatureStore:
     self.seconds["decode"] += time.perf_counter() - start
     return Loaded(path, clip, inputs, key)
 
-  def finish(self, loaded: Sequence[Loaded]) -> list[Clip]:
+  def finish(self, loaded: Sequence[Loaded]) -> list[clips_lib.EncodedClip]:
     """Returns the clips, encoding what is not known yet; they are kept."""
     found, todo = {}, {}
     for one in loaded:
@@ -173,7 +173,7 @@ class FeatureStore:
     """Yields (loaded clip, {name: float32 array} of what it lacked)."""
     groups = collections.defaultdict(list)
     for one in todo:
-      lacks = {FEATURES, *self.want} - one.clip.arrays.keys()
+      lacks = {clips_lib.FEATURES, *self.want} - one.clip.arrays.keys()
       bucket = self.bucket_of(one.clip.grid)
       groups[bucket, frozenset(lacks)].append(one)
     for (_, lacks), members in groups.items():
@@ -184,13 +184,13 @@ class FeatureStore:
           count = int(np.prod(one.clip.grid))
           for name, value in arrays.items():
             # Without a bucket's padding; a copy, lest it holds other clips.
-            own = value[:, :count] if name == DEEP else value[:count]
+            own = value[:, :count] if name == clips_lib.DEEP else value[:count]
             arrays[name] = np.array(own)
             told = f"{name.replace('_', ' ')} of the vision tower"
             base.check_finite(arrays[name], told)
           yield one, arrays
 
-  def _check(self, path: str, clip: Clip) -> None:
+  def _check(self, path: str, clip: clips_lib.EncodedClip) -> None:
     """Refuses frames that are not those known, or that no program takes."""
     reader = self.reader
     reader.check(path, clip.record)
@@ -210,7 +210,7 @@ class FeatureStore:
       detail = f"long and narrow: {columns} x {rows} tokens, above {most}"
       raise video.VideoError(file, "bad_shape", detail)
 
-  def _recall(self, path: str) -> Clip | None:
+  def _recall(self, path: str) -> clips_lib.EncodedClip | None:
     with self._lock:
       clip = self._clips.get(path)
       if clip is not None:
@@ -236,7 +236,7 @@ class FeatureStore:
     return key if indices is None else key | {"frames": list(indices)}
 
   def _read(self, path: str):
-    """Returns (key, Clip) of what the disk holds; (None, None) if nothing."""
+    """Returns (key, clip) of what the disk holds; (None, None) if nothing."""
     if self.cache is None:
       return None, None
     known = self.reader.known(path)
@@ -251,7 +251,7 @@ class FeatureStore:
         record = {**facts["record"], "video": path}
         facts["record"] = frame_record.FrameRecord(**record)
         facts |= {name: tuple(facts[name]) for name in ("grid", "warnings")}
-        clip = Clip(**facts)
+        clip = clips_lib.EncodedClip(**facts)
       except (KeyError, TypeError):
         continue
       if wanted and clip.record.indices != wanted:
@@ -270,7 +270,7 @@ class FeatureStore:
     signals = {name: new[name] for name in self.want & new.keys()}
     for name, value in signals.items():
       self.cache.put(feature_cache.key(**key, signal=name), {name: value})
-    if FEATURES in new:
+    if clips_lib.FEATURES in new:
       arrays = {k: v for k, v in new.items() if k not in signals}
       facts = {
         "record": dataclasses.asdict(clip.record),

@@ -75,7 +75,7 @@ _SHORTEST_BUCKET = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
+class BlindSettings:
   """How the questions are asked."""
 
   batch_size: int = 16  # B.
@@ -98,7 +98,7 @@ class Settings:
 def ask(
   checkpoint: Any,
   questions: Sequence[question_lib.Question],
-  settings: Settings,
+  settings: BlindSettings,
   *,
   path: str | os.PathLike | None = None,
   mesh: Mesh | None = None,
@@ -279,8 +279,8 @@ def main(args):
   COMMAND.require(config, "model", "train", "out")
   media = os.path.join(data.root, data.media) or None
   stem = _stem(out, config_lib.train_files(config))
-  names = [field.name for field in dataclasses.fields(Settings)]
-  settings = Settings(**{name: config.blind[name] for name in names})
+  names = [field.name for field in dataclasses.fields(BlindSettings)]
+  settings = BlindSettings(**{name: config.blind[name] for name in names})
   questions, unreachable, left_out = rows_lib.read(config, media)
   missing = sorted({question.video for question in unreachable})
   if missing:

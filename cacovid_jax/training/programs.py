@@ -40,7 +40,7 @@ class Shape(NamedTuple):
   length: int
 
 
-class Programs:
+class TrainingPrograms:
   """Programs of a run on one mesh, a set for each `Shape`."""
 
   def __init__(

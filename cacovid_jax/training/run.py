@@ -73,7 +73,7 @@ class Run:
     self.batches = batches.Batches(
       experiment, questions, self.store, [one.ladder for one in configs]
     )
-    self.programs = programs.Programs(
+    self.programs = programs.TrainingPrograms(
       configs,
       mesh,
       host_rewards=from_host,

@@ -19,7 +19,7 @@ from cacovid_jax.preparation import blind_filter as blind
 from tests.data import tokenizers_for_tests as toks
 
 NEW = 5
-SETTINGS = blind.Settings(batch_size=2, max_new_tokens=NEW)
+SETTINGS = blind.BlindSettings(batch_size=2, max_new_tokens=NEW)
 LETTER_HINT = (
   "\n Please provide only the single option letter (e.g., A, B, C, D, etc.)."
 )
@@ -303,7 +303,7 @@ def test_rows_with_another_wording_cannot_be_written():
 )
 def test_settings_without_sense(fields, match):
   with pytest.raises(errors.UserError, match=match):
-    blind.Settings(**fields)
+    blind.BlindSettings(**fields)
 
 
 def test_a_question_that_contains_the_video_token(shipped):

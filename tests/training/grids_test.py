@@ -475,7 +475,7 @@ def test_buckets_share_no_program(made):
     token_grid.GridBucket(3, 30), given.sampler, given.config
   )
   other = dataclasses.replace(run.config, ladder=ladder)
-  both = programs.Programs([run.config, other], run.mesh)
+  both = programs.TrainingPrograms([run.config, other], run.mesh)
   assert list(map(both.limit, both.configs)) == [2 + 3] * 2
   assert both.configs[BUCKET].num_video == 60
   assert both.configs[ladder.bucket].num_video == 90

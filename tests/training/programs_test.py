@@ -57,7 +57,7 @@ def fixed():
   """A fixed ratio with device rewards, after two steps."""
   config = tiny.step_config(reward="margin")
   mesh, state, constants = held(config)
-  made = programs.Programs([config], mesh)
+  made = programs.TrainingPrograms([config], mesh)
   before = jax.device_get(state)
   state, outs = steps(made, state, constants, [tiny.batch()])
   with compilations() as found:
@@ -182,7 +182,7 @@ def adaptive():
   config = tiny.step_config(fixed=None, rungs=(0.125, 0.25), iterations=3)
   mesh, state, constants = held(config)
   constants = constants.replace(letters=constants.letters * 0 - 1)
-  made = programs.Programs([config], mesh)
+  made = programs.TrainingPrograms([config], mesh)
   one, other = (tiny.batch(seed=i, ladder=config.ladder) for i in range(2))
   state, _ = steps(made, state, constants, [one])
   with compilations() as found:
@@ -244,7 +244,7 @@ def hosted():
   """Host rewards: the programs, and a function that runs a step."""
   config = tiny.step_config(max_new_tokens=3, iterations=1)
   mesh, state, constants = held(config)
-  made = programs.Programs([config], mesh, host_rewards=True)
+  made = programs.TrainingPrograms([config], mesh, host_rewards=True)
 
   def run(reward):
     start = mesh_lib.put(tiny.state(config), mesh, programs.ONE)

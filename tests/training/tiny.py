@@ -140,7 +140,9 @@ def mesh(data=1, model=1):
 def run(config, batches, *, data=1, host_rewards=False, reward=None, **options):
   """Returns (programs, state, outputs per batch) of steps from the start."""
   on = mesh(data)
-  made = programs.Programs([config], on, host_rewards=host_rewards, **options)
+  made = programs.TrainingPrograms(
+    [config], on, host_rewards=host_rewards, **options
+  )
   current = mesh_lib.put(state(config), on, programs.ONE)
   held = mesh_lib.put(constants(config), on, programs.ONE)
   outs = []
