@@ -12,8 +12,7 @@ from cacovid_jax import experiment as experiment_lib
 from cacovid_jax import progress as progress_lib
 from cacovid_jax.data import frame_record, video
 from cacovid_jax.data import frames as frames_lib
-from cacovid_jax.inference import clips as clips_lib
-from cacovid_jax.inference import features
+from cacovid_jax.inference import clips, features
 from cacovid_jax.models import video_llm
 
 
@@ -64,7 +63,7 @@ class ClipQueue(features.FeatureStore, contextlib.AbstractContextManager):
     self.survey([path])
     return self._grids.get(path, self.grid)
 
-  def __getitem__(self, path: str) -> clips_lib.EncodedClip:
+  def __getitem__(self, path: str) -> clips.EncodedClip:
     if (clip := self._recall(path)) is not None:
       return clip
     self.prefetch([path])
@@ -103,19 +102,19 @@ class ClipQueue(features.FeatureStore, contextlib.AbstractContextManager):
   def __exit__(self, *exc_info):
     self.close()
 
-  def unusable(self, path: str, reason: str) -> clips_lib.EncodedClip:
+  def unusable(self, path: str, reason: str) -> clips.EncodedClip:
     """Returns what stands for a clip that cannot be used."""
     grid = self.grid_of(path)
     if not self._given:
       # It stays that one, whatever most clips of a later survey have.
       self._grids.setdefault(path, grid)
     count, width = int(np.prod(grid)), self.model.config.text.hidden_size
-    shapes = {clips_lib.FEATURES: (count, width), **self._signal_shapes(grid)}
+    shapes = {clips.FEATURES: (count, width), **self._signal_shapes(grid)}
     if self.model.num_deep:
-      shapes[clips_lib.DEEP] = (self.model.num_deep, count, width)
+      shapes[clips.DEEP] = (self.model.num_deep, count, width)
     arrays = {k: np.zeros(shape, np.float32) for k, shape in shapes.items()}
     record = frame_record.FrameRecord(video=path, fault=reason)
-    return clips_lib.EncodedClip(record, grid, arrays)
+    return clips.EncodedClip(record, grid, arrays)
 
   def _load_or_fault(self, path: str) -> features.Loaded:
     # A clip that could not be used when batches were made is not used later.

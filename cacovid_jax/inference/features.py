@@ -20,7 +20,6 @@ from cacovid_jax.compressors import base
 from cacovid_jax.data import feature_cache, frame_record, video
 from cacovid_jax.data import frames as frames_lib
 from cacovid_jax.inference import clips
-from cacovid_jax.inference import clips as clips_lib
 from cacovid_jax.models import processors, token_grid, video_llm
 
 
@@ -28,7 +27,7 @@ class Loaded(NamedTuple):
   """A clip on its way into the store; can be pickled."""
 
   path: str  # As the questions name it.
-  clip: clips_lib.EncodedClip  # With the arrays that are known, zero or more.
+  clip: clips.EncodedClip  # With the arrays that are known, zero or more.
   inputs: processors.TowerInputs | None = None  # For those that are not.
   key: Mapping[str, Any] | None = None  # Of its entry on disk.
 
@@ -124,7 +123,7 @@ class FeatureStore:
     key, clip = self._read(path)
     if clip is not None:
       self._check(path, clip)
-      if clip.arrays.keys() >= {clips_lib.FEATURES, *self.want}:
+      if clip.arrays.keys() >= {clips.FEATURES, *self.want}:
         return Loaded(path, clip)
     found, inputs, ruled = self.reader.read(path)
     self._check(path, found)
@@ -137,7 +136,7 @@ class FeatureStore:
     self.seconds["decode"] += time.perf_counter() - start
     return Loaded(path, clip, inputs, key)
 
-  def finish(self, loaded: Sequence[Loaded]) -> list[clips_lib.EncodedClip]:
+  def finish(self, loaded: Sequence[Loaded]) -> list[clips.EncodedClip]:
     """Returns the clips, encoding what is not known yet; they are kept."""
     found, todo = {}, {}
     for one in loaded:
@@ -173,7 +172,7 @@ class FeatureStore:
     """Yields (loaded clip, {name: float32 array} of what it lacked)."""
     groups = collections.defaultdict(list)
     for one in todo:
-      lacks = {clips_lib.FEATURES, *self.want} - one.clip.arrays.keys()
+      lacks = {clips.FEATURES, *self.want} - one.clip.arrays.keys()
       bucket = self.bucket_of(one.clip.grid)
       groups[bucket, frozenset(lacks)].append(one)
     for (_, lacks), members in groups.items():
@@ -184,13 +183,13 @@ class FeatureStore:
           count = int(np.prod(one.clip.grid))
           for name, value in arrays.items():
             # Without a bucket's padding; a copy, lest it holds other clips.
-            own = value[:, :count] if name == clips_lib.DEEP else value[:count]
+            own = value[:, :count] if name == clips.DEEP else value[:count]
             arrays[name] = np.array(own)
             told = f"{name.replace('_', ' ')} of the vision tower"
             base.check_finite(arrays[name], told)
           yield one, arrays
 
-  def _check(self, path: str, clip: clips_lib.EncodedClip) -> None:
+  def _check(self, path: str, clip: clips.EncodedClip) -> None:
     """Refuses frames that are not those known, or that no program takes."""
     reader = self.reader
     reader.check(path, clip.record)
@@ -210,7 +209,7 @@ class FeatureStore:
       detail = f"long and narrow: {columns} x {rows} tokens, above {most}"
       raise video.VideoError(file, "bad_shape", detail)
 
-  def _recall(self, path: str) -> clips_lib.EncodedClip | None:
+  def _recall(self, path: str) -> clips.EncodedClip | None:
     with self._lock:
       clip = self._clips.get(path)
       if clip is not None:
@@ -251,7 +250,7 @@ class FeatureStore:
         record = {**facts["record"], "video": path}
         facts["record"] = frame_record.FrameRecord(**record)
         facts |= {name: tuple(facts[name]) for name in ("grid", "warnings")}
-        clip = clips_lib.EncodedClip(**facts)
+        clip = clips.EncodedClip(**facts)
       except (KeyError, TypeError):
         continue
       if wanted and clip.record.indices != wanted:
@@ -270,7 +269,7 @@ class FeatureStore:
     signals = {name: new[name] for name in self.want & new.keys()}
     for name, value in signals.items():
       self.cache.put(feature_cache.key(**key, signal=name), {name: value})
-    if clips_lib.FEATURES in new:
+    if clips.FEATURES in new:
       arrays = {k: v for k, v in new.items() if k not in signals}
       facts = {
         "record": dataclasses.asdict(clip.record),
