@@ -2,6 +2,7 @@ r"""The paper's efficiency table: what compression costs and what it saves.
 
 python -m experiments.efficiency_table --size=ov-7b
 python -m experiments.efficiency_table --size=tiny     # on a CPU
+python -m experiments.efficiency_table ... --dry_run   # what it would take
 
 Times one prompt about one video on this device: the tower, the prefill of all
 tokens, and for every method the choice of its tokens and the prefill of what
@@ -36,6 +37,7 @@ from cacovid_jax.compressors import base
 from cacovid_jax.data import answer_log
 from cacovid_jax.evals import (
   cost,
+  estimate,
   latency,
   paper,
   provenance,
@@ -43,7 +45,7 @@ from cacovid_jax.evals import (
   tables,
 )
 from cacovid_jax.inference import methods as methods_lib
-from cacovid_jax.models import llava_onevision, qwen2_5_vl
+from cacovid_jax.models import checkpoints, llava_onevision, qwen2_5_vl
 from experiments import made_up, reporting
 
 _LLAVA = llava_onevision.LlavaOnevisionConfig
@@ -86,7 +88,8 @@ COMMAND = command.Command(
       "Folder of random weights; below --workdir if empty.", old=["weights_dir"]
     ),
   )
-  | {"repeats": latency.REPEATS},
+  | {"repeats": latency.REPEATS}
+  | estimate.FLAGS,
   defaults={
     "evals.methods": tuple(
       s for s in tables.all_rows(VARIANTS) if s not in made_up.UNTRAINED
@@ -115,6 +118,11 @@ def main(args):
     raise errors.UserError(
       f"config.table.size={name}: use {' or '.join(SIZES)}"
     )
+  cells = [methods_lib.Condition(m, ratio) for ratio in ratios for m in methods]
+  cells = [methods_lib.Condition(), *cells]
+  if args.dry_run:
+    dry_run(table, cells)
+    return
   workdir = pathlib.Path(args.workdir or f"workdirs/efficiency_{name}")
   with answer_log.AnswerLog(
     workdir / ROWS, run_of(name, repeats), mend="or give another --workdir"
@@ -123,7 +131,7 @@ def main(args):
     subject, encode = made_up.subject(
       size.config(), size.grid, size.dtype, weights
     )
-    out = measure(subject, encode, name, methods, ratios, repeats, rows)
+    out = measure(subject, encode, name, cells, repeats, rows)
   files.write_json(workdir / "results.json", out)
   tables.write_efficiency(workdir, out)
   print(tables.efficiency_markdown(out))
@@ -144,7 +152,71 @@ def run_of(name: str, repeats: int) -> dict[str, Any]:
   }
 
 
-def measure(subject, encode, name, methods, ratios, repeats, rows):
+def dry_run(table, cells) -> dict[str, Any]:
+  """Prints what a table would take, and returns it; draws no weights."""
+  size = SIZES[table.size]
+  speed = estimate.speed_of(table, size.dtype)
+  config = size.config()
+  text, grid = config.text, size.grid
+  outside = made_up.NUM_TEXT + checkpoints.make_model(config).num_newlines
+  rows = []
+  for cell in cells:
+    compressor = cell.method and cell.method.compressor
+    row = {"method": cell.label, "ratio": cell.ratio, "status": "ok"}
+    rows.append(row)
+    if not estimate.able(compressor, text.num_layers, grid, cell.ratio):
+      row["status"] = "cannot be run at this ratio"
+      continue
+    kept = cost.computed_rows(compressor, text.num_layers, grid, cell.ratio)
+    row |= _counts(text, kept, outside, size.dtype)
+    row["prefill_ms"] = 1e3 * speed.seconds(1e12 * row["prefill_tflops"])
+  methods = list(dict.fromkeys(cell.method for cell in cells[1:]))
+  ratios = list(dict.fromkeys(cell.ratio for cell in cells[1:]))
+  memory = cost.memory(
+    config,
+    grid=grid,
+    prompt_rows=math.prod(grid) + outside,
+    new_tokens=1,
+    batch=1,
+    dtype=size.dtype,
+    policy=estimate.policy_of(text, methods),
+  )
+  tower = speed.seconds(cost.tower_flops(config, grid))
+  each = tower + sum(row.get("prefill_ms", 0.0) for row in rows) / 1e3
+  out = {
+    "rows": rows,
+    # And the tower's.
+    "programs": 1
+    + estimate.num_programs(methods, ratios, text.num_layers, grid),
+    # As bfloat16, whatever the computation's type.
+    "disk_bytes": cost.weight_bytes(config, "bfloat16"),
+    "seconds": (1 + table.repeats) * each,
+  }
+  names = ("method", "ratio", "prefill_tflops", "prefill_ms", "kv_mib")
+  reporting.table(
+    ("method", "ratio", "TFLOP", "ms", "cache MiB"),
+    [[row.get(name, row["status"]) for name in names] for row in rows],
+    f"{table.size}, prefills, as counted",
+  )
+  print(
+    f"weights {out['disk_bytes'] / 1e9:.3g} GB on disk, memory of the device"
+    f" {memory.total / 2**30:.2f} GiB, {out['programs']} programs to compile,"
+    f" runs {out['seconds']:.3g} s without choosing tokens and compiling, at"
+    f" {speed.flops / 1e12:.4g} TFLOP/s (--tflops)"
+  )
+  return out
+
+
+def _counts(text, kept, outside, dtype) -> dict[str, float]:
+  """Returns operations and cache of a prefill, of the video rows by layer."""
+  layers = [count + outside for count in kept]
+  return {
+    "prefill_tflops": cost.prefill_flops(text, layers) / 1e12,
+    "kv_mib": cost.kv_bytes(text, layers, dtype) / 2**20,
+  }
+
+
+def measure(subject, encode, name, cells, repeats, rows):
   """Returns results.json as a dict: facts, and one row per method and ratio.
 
   Of what `made_up.subject` gives; times go to `rows`, an `AnswerLog`.
@@ -168,9 +240,8 @@ def measure(subject, encode, name, methods, ratios, repeats, rows):
     for part, run in (("tower", tower), ("embed", watch.embed))
   }
 
-  cells = [methods_lib.Condition(m, ratio) for ratio in ratios for m in methods]
   found = []
-  for cell in [methods_lib.Condition(), *cells]:
+  for cell in cells:
     row = {"method": cell.label, "ratio": cell.ratio, "status": "ok"}
     try:
       row |= _timed(watch, subject, cell, rows, sum(shared.values()))
@@ -221,14 +292,12 @@ def _timed(watch, subject, cell, rows, shared_ms) -> dict[str, Any]:
   text = model.config.text
   outside = subject.batch.x.shape[1] - math.prod(grid)
   kept = cost.video_rows(compressor, text.num_layers, grid, cell.ratio)
-  layers = [count + outside for count in kept]
   note = getattr(compressor, "note", "")
   return {
     **times,
     "kept_tokens": round(float(np.mean(kept)), 2),
     "compression_ms": round(compression, 4),
-    "prefill_tflops": cost.prefill_flops(text, layers) / 1e12,
-    "kv_mib": cost.kv_bytes(text, layers, model.dtype) / 2**20,
+    **_counts(text, kept, outside, model.dtype),
     "total_ms": round(both, 4),
     "first_token_ms": round(both + shared_ms, 4),
     **({"note": note} if note else {}),

@@ -15,10 +15,12 @@ from cacovid_jax.evals import provenance
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]], title="") -> None:
-  """Prints a table, wide enough for a line of text beside numbers."""
+  """Prints a table, floats with four digits."""
   found = rich.table.Table(*head, title=title or None, box=rich.box.SIMPLE)
   for row in rows:
-    found.add_row(*map(str, row))
+    found.add_row(
+      *(f"{x:.4g}" if isinstance(x, float) else str(x) for x in row)
+    )
   rich.console.Console(width=100, highlight=False).print(found)
 
 

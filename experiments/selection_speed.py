@@ -8,7 +8,7 @@ change. Times are medians after compilation, of everything between features and
 chosen rows; what a method reads is given, to those inside the language model
 queries and keys of a layer and the residual stream. `in float32` is the share
 of the kept tokens that stay if the same features come in float32. Plain PyTorch
-versions of three methods (`tests/compressors/torch_peers.py`) run on
+versions of three methods (`experiments/selection_peers.py`) run on
 `--torch_device` in turns with ours; `same` is the share that both keep.
 """
 
@@ -108,11 +108,11 @@ def measure(names, grid, config, ratio, repeats, peer_device=""):
   x = x.at[0, start : start + num_video].set(of_video.features)
   peers = {}
   if peer_device:
-    from tests.compressors import torch_peers
+    from experiments import selection_peers
 
     # Stage one alone: what enters the language model.
     budget = base.budget(grid, ratio)
-    peers = torch_peers.prepared(of_video, budget, peer_device)
+    peers = selection_peers.prepared(of_video, budget, peer_device)
   for name in names:
     method = compressors.get(name)
     if method.selects_first:

@@ -8,8 +8,7 @@ import torch
 
 from cacovid_jax import compressors, errors
 from cacovid_jax.models import llava_onevision
-from experiments import made_up, selection_speed
-from tests.compressors import torch_peers
+from experiments import made_up, selection_peers, selection_speed
 from tests.experiments import commands
 
 TINY = llava_onevision.LlavaOnevisionConfig.tiny()
@@ -53,11 +52,11 @@ def test_scenes_hold_still_and_moving_places():
 
 
 def test_budgets_of_the_peer_are_shared_out_exactly():
-  assert torch_peers._shares([10, 5, 1], 8) == [5, 2, 1]
-  assert torch_peers._shares([1, 1, 98], 50) == [1, 1, 48]
-  segments = torch_peers._segments([0, 0, 0, 1, 2, 2, 0, 2, 2])
+  assert selection_peers._shares([10, 5, 1], 8) == [5, 2, 1]
+  assert selection_peers._shares([1, 1, 98], 50) == [1, 1, 48]
+  segments = selection_peers._segments([0, 0, 0, 1, 2, 2, 0, 2, 2])
   assert segments == [(0, 4), (4, 9)]
-  kept = torch_peers.divprune(torch.eye(4)[[0, 0, 1, 2]], 3)
+  kept = selection_peers.divprune(torch.eye(4)[[0, 0, 1, 2]], 3)
   assert kept.tolist() == [0, 2, 3]
 
 

@@ -2,7 +2,7 @@
 
 Written from the same descriptions as `cacovid_jax.compressors`, the way they
 are usually written: Python loops where counts depend on the data, float32. All
-return int64[K] tokens, ascending. `experiments.selection_speed` times them.
+return int64[K] tokens, ascending.
 
 Axes: T frames, P tokens of a frame, N = T * P, D width, K kept tokens.
 """
