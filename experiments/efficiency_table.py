@@ -2,23 +2,20 @@ r"""The paper's efficiency table: what compression costs and what it saves.
 
 python -m experiments.efficiency_table --size=ov-7b
 python -m experiments.efficiency_table --size=tiny     # on a CPU
-python -m experiments.efficiency_table ... --dry_run   # what it would take
 
 Times one prompt about one video on this device: the tower, the prefill of all
 tokens, and for every method the choice of its tokens and the prefill of what
-is left, up to the first token of the answer. Weights are random ones in the
-released size, drawn once into `--weights`: times do not depend on their
-values, but for methods whose work depends on the video (FrameFusion). Medians
-of `--repeats` runs after one that compiles.
+is left, up to the first token of the answer. Medians of `--repeats` runs.
+Weights are random, drawn once into `--weights`: times do not depend on their
+values, but for methods whose work depends on the video (FrameFusion).
 
 WORKDIR/table.md, table.csv   a row per method and ratio, the paper's beside it
 WORKDIR/prefill.svg           milliseconds to the first token, by part
 WORKDIR/results.json          all of it, with shapes, dtype, device, versions
 WORKDIR/rows.jsonl            every time as it is measured
 
-Stopped and given again, it measures what rows.jsonl lacks; what could not be
-run is tried again. Times of another size, device or version are refused there.
-One process at a time may write to it. `--dry_run` counts what it would take.
+Given again, it measures what rows.jsonl lacks and what could not be run; times
+of another size, device or version are refused.
 
 Operations and cache are counted, not measured (`evals.cost`). A method inside
 the language model chooses and prefills in one program: its choice is the time
@@ -28,23 +25,17 @@ beside its features (attention, keys) is not timed.
 
 import functools
 import math
-import os
 import pathlib
-import types
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import rich.console
-import rich.table
 
 from cacovid_jax import command, errors, evaluate, files
 from cacovid_jax.compressors import base
 from cacovid_jax.data import answer_log
 from cacovid_jax.evals import (
   cost,
-  estimate,
   latency,
   paper,
   provenance,
@@ -52,15 +43,12 @@ from cacovid_jax.evals import (
   tables,
 )
 from cacovid_jax.inference import methods as methods_lib
-from cacovid_jax.models import (
-  checkpoints,
-  llava_onevision,
-  qwen2_5_vl,
-)
-from experiments import made_up
+from cacovid_jax.models import llava_onevision, qwen2_5_vl
+from experiments import made_up, reporting
 
 _LLAVA = llava_onevision.LlavaOnevisionConfig
 _QWEN = qwen2_5_vl.Qwen2_5VLConfig
+ROWS = "rows.jsonl"
 
 
 class Size(NamedTuple):
@@ -74,45 +62,34 @@ class Size(NamedTuple):
 
 # 32 frames; Qwen2.5-VL joins two of them, and a 16:9 clip has 12 x 21 tokens
 # within the paper's 256 of a slice.
-SIZES = types.MappingProxyType(
-  {
-    "ov-7b": Size(_LLAVA.llava_onevision_7b, (32, 14, 14), paper="ov7b"),
-    "ov-0.5b": Size(_LLAVA.llava_onevision_0_5b, (32, 14, 14)),
-    "qwen-3b": Size(_QWEN.qwen2_5_vl_3b, (16, 12, 21)),
-    "qwen-7b": Size(_QWEN.qwen2_5_vl_7b, (16, 12, 21)),
-    "tiny": Size(_LLAVA.tiny, (8, 4, 4), "float32"),
-    "qwen-tiny": Size(_QWEN.tiny, (4, 4, 6), "float32"),
-  }
-)
+SIZES = {
+  "ov-7b": Size(_LLAVA.llava_onevision_7b, (32, 14, 14), paper="ov7b"),
+  "ov-0.5b": Size(_LLAVA.llava_onevision_0_5b, (32, 14, 14)),
+  "qwen-3b": Size(_QWEN.qwen2_5_vl_3b, (16, 12, 21)),
+  "qwen-7b": Size(_QWEN.qwen2_5_vl_7b, (16, 12, 21)),
+  "tiny": Size(_LLAVA.tiny, (8, 4, 4), "float32"),
+  "qwen-tiny": Size(_QWEN.tiny, (4, 4, 6), "float32"),
+}
 # Rows beside the methods, by label.
-VARIANTS = types.MappingProxyType(
-  {
-    "framefusion_bucketed": "framefusion?mode=bucketed",
-    "prunevid_llm": "prunevid?llm_stage=True",
-  }
-)
-# A policy before its training takes as long as after it.
-_LEFT_OUT = ("cacovid_untrained", "cacovid_other_question")
-ROWS = "rows.jsonl"
+VARIANTS = {
+  "framefusion_bucketed": "framefusion?mode=bucketed",
+  "prunevid_llm": "prunevid?llm_stage=True",
+}
 
 COMMAND = command.Command(
   __doc__,
   evaluate.flags("workdir", "methods", "ratios")
-  | {
-    "size": command.Flag(
-      "Model and video.", "table.size", choices=[*SIZES], old=["table_size"]
+  | command.aliases(
+    "table",
+    size=command.Flag("Model and video.", choices=[*SIZES], old=["table_size"]),
+    weights=command.Flag(
+      "Folder of random weights; below --workdir if empty.", old=["weights_dir"]
     ),
-    "weights": command.Flag(
-      "Folder of random weights; below --workdir if empty.",
-      "table.weights",
-      old=["weights_dir"],
-    ),
-    "repeats": latency.REPEATS,
-  }
-  | estimate.FLAGS,
+  )
+  | {"repeats": latency.REPEATS},
   defaults={
     "evals.methods": tuple(
-      spec for spec in tables.all_rows(VARIANTS) if spec not in _LEFT_OUT
+      s for s in tables.all_rows(VARIANTS) if s not in made_up.UNTRAINED
     ),
     "evals.ratios": (0.25,),
   },
@@ -138,9 +115,6 @@ def main(args):
     raise errors.UserError(
       f"config.table.size={name}: use {' or '.join(SIZES)}"
     )
-  if args.dry_run:
-    dry_run(table, methods, ratios)
-    return
   workdir = pathlib.Path(args.workdir or f"workdirs/efficiency_{name}")
   with answer_log.AnswerLog(
     workdir / ROWS, run_of(name, repeats), mend="or give another --workdir"
@@ -153,8 +127,7 @@ def main(args):
   files.write_json(workdir / "results.json", out)
   tables.write_efficiency(workdir, out)
   print(tables.efficiency_markdown(out))
-  for written in (*tables.EFFICIENCY_FILES, "results.json"):
-    print(os.path.join(workdir, written))
+  reporting.files(workdir, (*tables.EFFICIENCY_FILES, "results.json"))
 
 
 def run_of(name: str, repeats: int) -> dict[str, Any]:
@@ -171,116 +144,41 @@ def run_of(name: str, repeats: int) -> dict[str, Any]:
   }
 
 
-def dry_run(table, methods, ratios) -> dict[str, Any]:
-  """Prints what a table would take, and returns it; draws no weights."""
-  size = SIZES[table.size]
-  config, grid = size.config(), size.grid
-  text, num_video = config.text, math.prod(grid)
-  # LLaVA-OneVision ends a video in a newline.
-  outside = made_up.NUM_TEXT + checkpoints.make_model(config).num_newlines
-  speed = estimate.speed_of(table, size.dtype)
-  rows = []
-  for method, ratio in _cells(methods, ratios):
-    compressor, row = method and method.compressor, _place(method, ratio)
-    rows.append(row)
-    if not estimate.able(compressor, text.num_layers, grid, ratio):
-      row["status"] = "cannot be run at this ratio"
-      continue
-    kept = cost.computed_rows(compressor, text.num_layers, grid, ratio)
-    row |= {"status": "ok", **_counts(text, kept, outside, size.dtype)}
-    row["prefill_ms"] = 1e3 * speed.seconds(1e12 * row["prefill_tflops"])
-  memory = cost.memory(
-    config,
-    grid=grid,
-    prompt_rows=num_video + outside,
-    new_tokens=1,
-    batch=1,
-    dtype=size.dtype,
-    policy=estimate.policy_of(text, methods),
-  )
-  tower = speed.seconds(cost.tower_flops(config, grid))
-  each = tower + sum(row.get("prefill_ms", 0.0) for row in rows) / 1e3
-  programs = estimate.num_programs(methods, ratios, text.num_layers, grid)
-  out = {
-    "size": table.size,
-    "rows": rows,
-    "programs": 1 + programs,
-    # As bfloat16, whatever the computation's type.
-    "disk_bytes": cost.weight_bytes(config, "bfloat16"),
-    "memory_bytes": memory.total,
-    "seconds": (1 + table.repeats) * each,
-  }
-  _show(out, speed)
-  return out
-
-
-def _counts(text, kept, outside, dtype) -> dict[str, float]:
-  """Returns operations and cache of a prefill, of the video rows by layer."""
-  layers = [count + outside for count in kept]
-  return {
-    "prefill_tflops": cost.prefill_flops(text, layers) / 1e12,
-    "kv_mib": cost.kv_bytes(text, layers, dtype) / 2**20,
-  }
-
-
-def _show(out, speed):
-  console = rich.console.Console(width=100, highlight=False)
-  table = rich.table.Table(title=f"{out['size']}, prefills, as counted")
-  for title in ("method", "ratio", "TFLOP", "ms", "cache MiB"):
-    table.add_column(title)
-  for row in out["rows"]:
-    cells = [row["status"], "", ""]
-    if row["status"] == "ok":
-      names = "prefill_tflops", "prefill_ms", "kv_mib"
-      cells = [f"{row[name]:.4g}" for name in names]
-    table.add_row(row["method"], f"{row['ratio']:g}", *cells)
-  console.print(table)
-  console.print(
-    f"weights {out['disk_bytes'] / 1e9:.3g} GB on disk, memory of the device"
-    f" {out['memory_bytes'] / 2**30:.2f} GiB, {out['programs']} programs to"
-    f" compile, runs {out['seconds']:.3g} s without choosing tokens and"
-    f" compiling, at {speed.flops / 1e12:.4g} TFLOP/s (--tflops)"
-  )
-
-
 def measure(subject, encode, name, methods, ratios, repeats, rows):
   """Returns results.json as a dict: facts, and one row per method and ratio.
 
-  Args:
-    subject: of `made_up.subject`, likewise `encode`.
-    rows: `answer_log.AnswerLog` of times; those that it has are not measured
-      again, others are added one by one.
+  Of what `made_up.subject` gives; times go to `rows`, an `AnswerLog`.
   """
   model, grid, size = subject.checkpoint.model, subject.grid, SIZES[name]
   watch = latency.Stopwatch(subject, repeats)
+
+  def once(what, function):  # Of what all rows share.
+    key = answer_log.Key(what, 1.0, 0, "prompt")
+    return reporting.once(rows, key, function)
+
   weights = {"sha256": subject.checkpoint.identity["sha256"]}
-  known = _once(rows, "weights", 1.0, lambda: weights)
-  if known["sha256"] != weights["sha256"]:
+  if once("weights", lambda: weights)["sha256"] != weights["sha256"]:
     raise errors.UserError(
       "these are not the weights that earlier rows were measured with; give"
       " those by --weights, or another --workdir"
     )
-  alone = {
-    "tower": lambda: latency.median_milliseconds(encode, repeats),
-    "embed": watch.embed,
-  }
+  tower = functools.partial(latency.median_milliseconds, encode, repeats)
   shared = {
-    f"{part}_ms": _once(rows, part, 1.0, lambda f=run: {"ms": f()})["ms"]
-    for part, run in alone.items()
+    f"{part}_ms": once(part, lambda f=run: {"ms": f()})["ms"]
+    for part, run in (("tower", tower), ("embed", watch.embed))
   }
+
+  cells = [methods_lib.Condition(m, ratio) for ratio in ratios for m in methods]
   found = []
-  for method, ratio in _cells(methods, ratios):
-    row = _place(method, ratio)
-    found.append(row)
-    spec = method.spec if method else paper.VANILLA
-    timed = functools.partial(_timed, watch, method, ratio)
+  for cell in [methods_lib.Condition(), *cells]:
+    row = {"method": cell.label, "ratio": cell.ratio, "status": "ok"}
     try:
-      times = _once(rows, spec, ratio, timed)
-      row |= {"status": "ok", **_told(subject, method, ratio, times, shared)}
+      row |= _timed(watch, subject, cell, rows, sum(shared.values()))
     except errors.UserError as error:
       row["status"] = errors.one_line(error)
     if size.paper == paper.EFFICIENCY_MODEL:
-      row |= _reported(method, ratio)
+      row |= _reported(cell.method, cell.ratio)
+    found.append(row)
   return {
     "schema": results.SCHEMA,
     "size": name,
@@ -302,69 +200,39 @@ def measure(subject, encode, name, methods, ratios, repeats, rows):
   }
 
 
-def _timed(watch, method, ratio) -> dict[str, float]:
-  """Returns what is measured of a row; a method of None keeps all tokens."""
-  if method is None:
-    return {"rule_ms": 0.0, "reads_ms": 0.0, "prefill_ms": watch.vanilla()}
-  found, prefill = watch.answered(method, ratio)
-  return {
-    "rule_ms": found.rule, "reads_ms": found.reads, "prefill_ms": prefill
-  }  # fmt: skip
+def _timed(watch, subject, cell, rows, shared_ms) -> dict[str, Any]:
+  """Returns the columns of a row: what is measured, sums of it, and counts."""
+  compressor = cell.method and cell.method.compressor
+  model, grid = subject.checkpoint.model, subject.grid
 
+  def measured():
+    found = latency.Cost(0.0)
+    if compressor is None:
+      prefill = watch.vanilla()
+    else:
+      found, prefill = watch.answered(cell.method, cell.ratio)
+    return {
+      "rule_ms": found.rule, "reads_ms": found.reads, "prefill_ms": prefill
+    }  # fmt: skip
 
-def _told(subject, method, ratio, times, shared) -> dict[str, Any]:
-  """Returns the columns of a row: what was measured, sums and counts."""
-  compressor, model = method and method.compressor, subject.checkpoint.model
-  text, grid = model.config.text, subject.grid
-  outside = subject.batch.x.shape[1] - math.prod(grid)
-  kept = cost.video_rows(compressor, text.num_layers, grid, ratio)
+  times = reporting.once(rows, cell.key("prompt"), measured)
   compression = times["rule_ms"] + times["reads_ms"]
   both = compression + times["prefill_ms"]
+  text = model.config.text
+  outside = subject.batch.x.shape[1] - math.prod(grid)
+  kept = cost.video_rows(compressor, text.num_layers, grid, cell.ratio)
+  layers = [count + outside for count in kept]
   note = getattr(compressor, "note", "")
   return {
     **times,
     "kept_tokens": round(float(np.mean(kept)), 2),
     "compression_ms": round(compression, 4),
-    **_counts(text, kept, outside, model.dtype),
+    "prefill_tflops": cost.prefill_flops(text, layers) / 1e12,
+    "kv_mib": cost.kv_bytes(text, layers, model.dtype) / 2**20,
     "total_ms": round(both, 4),
-    "first_token_ms": round(both + sum(shared.values()), 4),
+    "first_token_ms": round(both + shared_ms, 4),
     **({"note": note} if note else {}),
   }
-
-
-def _cells(methods, ratios):
-  """Returns (method, ratio) of all rows; None is answering from all tokens."""
-  return [(None, 1.0), *((m, ratio) for ratio in ratios for m in methods)]
-
-
-def _place(method, ratio) -> dict[str, Any]:
-  """Returns what a row is called."""
-  return {"method": method.label if method else paper.VANILLA, "ratio": ratio}
-
-
-def _once(rows, what: str, ratio: float, function) -> dict[str, Any]:
-  """Returns what the ledger knows, or adds what `function` measures.
-
-  Raises:
-    UserError: it cannot be run; nothing is written down then.
-  """
-  key = answer_log.Key(what, ratio, 0, "prompt")
-  if key not in rows:
-    try:
-      found = function()
-    except jax.errors.JaxRuntimeError as error:
-      if "RESOURCE_EXHAUSTED" not in str(error):
-        raise
-      reason = errors.one_line(error)[:160]
-      raise errors.UserError(
-        f"out of the device's memory ({reason}); use a larger device"
-      ) from error
-    found = {
-      name: round(value, 4) if isinstance(value, float) else value
-      for name, value in found.items()
-    }
-    rows.add([(key, found | {"git_commit": provenance.git_commit()})])
-  return rows[key]
 
 
 def _reported(method, ratio) -> dict[str, float]:
@@ -372,9 +240,9 @@ def _reported(method, ratio) -> dict[str, float]:
   if method is None:
     return {"paper_prefill_ms": paper.VANILLA_PREFILL_MS}
   known = paper.COMPRESSION_MS.get(method.label)
-  if not known or ratio != paper.EFFICIENCY_RATIO:
-    return {}
-  if not paper.is_method(method):
+  if (
+    not known or ratio != paper.EFFICIENCY_RATIO or not paper.is_method(method)
+  ):
     return {}
   return {"paper_compression_ms": known, "paper_prefill_ms": paper.PREFILL_MS}
 

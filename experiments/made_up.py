@@ -18,29 +18,26 @@ from cacovid_jax import errors
 from cacovid_jax.compressors import base
 from cacovid_jax.evals import estimate, latency
 from cacovid_jax.inference import programs as programs_lib
-from cacovid_jax.models import (
-  checkpoints,
-  processors,
-  prompt_batch,
-  video_llm,
-)
+from cacovid_jax.models import checkpoints, processors, prompt_batch
 from cacovid_jax.policy import loading, network
 from cacovid_jax.synthetic import tiny_checkpoints
 
 NUM_TEXT = 75  # Tokens of a usual question with options and template.
 START = NUM_TEXT // 3  # Row of a prompt at which the video begins.
 SEED = 0  # Of the random weights.
+# A policy takes as long before its training, or for another question.
+UNTRAINED = ("cacovid_untrained", "cacovid_other_question")
 _NUM_SCENES, _KEY_WIDTH = 4, 72
 _SECONDS_PER_PATCH = 2.0
 
 
-def video(grid, width, seed=0):
+def video(grid, width):
   """Returns float32[N, D] tokens of made-up scenes.
 
   In a scene half of the places keep their token but for a little noise.
   """
   T, H, W = grid
-  rng = np.random.default_rng(seed)
+  rng = np.random.default_rng(0)
   draw = functools.partial(rng.standard_normal, dtype=np.float32)
   scene = np.arange(T) * min(_NUM_SCENES, T) // T
   steady = draw((scene[-1] + 1, H * W, width))[scene]
@@ -50,20 +47,19 @@ def video(grid, width, seed=0):
   return tokens.reshape(-1, width)
 
 
-def inputs(grid, config, seed=0):
+def inputs(grid, config):
   """Returns the `base.CompressorInputs` of a bfloat16 video for any method."""
-  T, num_video = grid[0], math.prod(grid)
-  rng = np.random.default_rng(seed)
-  width = config.text.hidden_size
+  num_video, width = math.prod(grid), config.text.hidden_size
+  rng = np.random.default_rng(0)
 
   def draw(*shape):
     return jnp.asarray(rng.standard_normal(shape), jnp.float32)
 
   def scores():
-    return network.Scores(frame=draw(T, 2), token=draw(num_video, 2))
+    return network.Scores(frame=draw(grid[0], 2), token=draw(num_video, 2))
 
   return base.CompressorInputs(
-    features=jnp.asarray(video(grid, width, seed), jnp.bfloat16),
+    features=jnp.asarray(video(grid, width), jnp.bfloat16),
     grid=grid,
     scores=scores(),
     untrained_scores=scores(),
@@ -79,36 +75,40 @@ def inputs(grid, config, seed=0):
 def subject(config, grid, dtype, directory) -> tuple[latency.Subject, Any]:
   """Returns (a prompt to time, f() that runs the tower over its video).
 
-  Args:
-    config: of the base model.
-    grid: (T, H, W) of the video's tokens.
-    dtype: of weights and computation.
-    directory: of the random weights, drawn if they are not there.
+  Of the base model with this config and grid (T, H, W); `directory` is that of
+  the random weights, drawn if they are not there.
   """
   directory = pathlib.Path(directory)
   _draw(directory, config)
   checkpoint = checkpoints.load(directory, jnp.dtype(dtype))
-  given = jax.tree.map(lambda leaf: leaf[None], inputs(grid, config))
-  features = given.features.astype(checkpoint.model.dtype)
-  made = programs_lib.Programs(checkpoint, max_new_tokens=1)
-  batch = _prompt(checkpoint, made, features, grid)
-  policy = network.Policy.from_llm_config(
-    config.text,
-    dtype=checkpoint.model.dtype,
-    num_halvings=estimate.num_halvings(config.text),
+  model, params = checkpoint.model, checkpoint.params
+  programs = programs_lib.Programs(checkpoint, max_new_tokens=1)
+  given = inputs(grid, config)
+  features = given.features.astype(model.dtype)
+  rng = np.random.default_rng(0)
+  batch = prompt(model, params, features, grid, rng)
+  given, batch = jax.tree.map(lambda leaf: leaf[None], (given, batch))
+  given = dataclasses.replace(
+    given, features=batch.features, text=programs.text(batch)
   )
-  params = policy.init_from_llm(jax.random.key(0), checkpoint.params)
-  followed = loading.LoadedPolicy(policy, params)
-  given = dataclasses.replace(given, features=features, text=made.text(batch))
+  halvings = estimate.num_halvings(config.text)
+  policy = network.Policy.from_llm_config(
+    config.text, dtype=model.dtype, num_halvings=halvings
+  )
+  start = policy.init_from_llm(jax.random.key(0), params)
+  followed = loading.LoadedPolicy(policy, start)
   found = latency.Subject(
     checkpoint=checkpoint,
-    programs=made,
+    programs=programs,
     grid=grid,
     batch=batch,
     inputs=lambda cell: given,
     policy=lambda method: followed,
   )
-  return found, _tower(checkpoint, grid)
+  values = rng.standard_normal(config.vision.input_shape(grid), np.float32)
+  pixels = model.tower_inputs(processors.TowerInputs(values, grid))
+  pixels = jax.tree.map(jnp.asarray, pixels)
+  return found, functools.partial(encode, params, pixels, model=model)
 
 
 def _draw(directory, config):
@@ -130,38 +130,31 @@ def _draw(directory, config):
   os.replace(partial, directory)
 
 
-def _prompt(checkpoint, made, features, grid) -> prompt_batch.PromptBatch:
-  """Returns a prompt of made-up text around the video."""
-  model, config = checkpoint.model, checkpoint.model.config
-  num_video, start = math.prod(grid), START
-  newline = model.num_newlines
-  ids = np.random.default_rng(0).integers(0, 32, NUM_TEXT + num_video)
-  ids[start : start + num_video] = config.video_token_id
-  ids = np.insert(ids, start + num_video, [config.video_token_id] * newline)
-  positions, following = model.positions(
-    ids, video_llm.VideoFeatures(None, grid, _SECONDS_PER_PATCH)
-  )
-  behind = np.arange(start + num_video + newline, len(ids), dtype=np.int32)
-  ids = jnp.asarray(ids, jnp.int32)[None]
-  video_rows = start + jnp.arange(num_video)[None]
+def prompt(model, params, features, grid, rng) -> prompt_batch.PromptBatch:
+  """Returns ONE prompt, a video of features float[N, D] in random text."""
+  num_video = math.prod(grid)
+  end = START + num_video + model.num_newlines
+  # Ids of text alone: special tokens have the highest ids.
+  most = model.config.text.vocab_size // 2
+  ids = rng.integers(0, most, end - START + NUM_TEXT)
+  ids[START:end] = model.config.video_token_id
+  told = processors.TowerInputs(None, grid, _SECONDS_PER_PATCH)
+  positions, following = model.positions(ids, told)
+  ids = jnp.asarray(ids, jnp.int32)
+  video_rows = START + jnp.arange(num_video)
   return prompt_batch.PromptBatch(
-    x=made.embed(checkpoint.params, ids, features, video_rows),
-    positions=jnp.asarray(positions)[None],
-    lengths=jnp.array([ids.shape[1]]),
+    x=model.embed_prompt(params, ids, features, video_rows),
+    positions=jnp.asarray(positions),
+    lengths=jnp.array(len(ids)),
     video_rows=video_rows,
-    next_position=jnp.array([following]),
+    next_position=jnp.array(following),
     features=features,
     ids=ids,
-    text_rows=jnp.asarray(behind)[None],
+    text_rows=jnp.arange(end, len(ids)),
   )
 
 
-def _tower(checkpoint, grid):
-  """Returns f(), the compiled tower over made-up pixels."""
-  model, vision = checkpoint.model, checkpoint.model.config.vision
-  rng = np.random.default_rng(2)
-  values = rng.standard_normal(vision.input_shape(grid), np.float32)
-  pixels = model.tower_inputs(processors.TowerInputs(values, grid))
-  pixels = jax.tree.map(jnp.asarray, pixels)
-  encode = jax.jit(lambda *args: model.encode(*args).features)
-  return functools.partial(encode, checkpoint.params, pixels)
+@functools.partial(jax.jit, static_argnames="model")
+def encode(params, inputs, *, model):
+  """Returns the features float[N, D] of a tower's inputs."""
+  return model.encode(params, inputs).features

@@ -293,37 +293,6 @@ def test_a_place_that_is_taken_is_refused_before_drawing(
   assert not drawn
 
 
-def test_a_dry_run_counts_what_is_measured(made, make, tmp_path, capsys):
-  folder = tmp_path / "dry"
-  told = []
-  with pytest.MonkeyPatch.context() as patch:
-    real = efficiency_table.dry_run
-    patch.setattr(
-      efficiency_table, "dry_run", lambda *args: told.append(real(*args))
-    )
-    make(
-      workdir=folder, dry_run=True, tflops=0.5, gbps=1.0,
-      methods=["uniform", "fastv"], repeats=3,
-    )  # fmt: skip
-  assert not folder.exists() and "MiB" in capsys.readouterr().out
-  (out,) = told
-  # Two matrices each of 32 x 32 and 32 x 16, three of 32 x 48, three layers.
-  weights = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48
-  rows = {(row["method"], row["ratio"]): row for row in out["rows"]}
-  flops = 3 * (2 * 140 * weights + 4 * 140**2 * 32) + 2 * 32 * 64
-  row = rows["uniform", 0.5]
-  assert row["prefill_tflops"] == pytest.approx(flops / 1e12)
-  assert row["prefill_ms"] == pytest.approx(1e3 * flops / 0.5e12)
-  assert row["kv_mib"] == pytest.approx(3 * 140 * 2 * 16 * 4 / 2**20)
-  assert rows["fastv", 0.2]["status"] == "cannot be run at this ratio"
-  prefills = sum(row.get("prefill_ms", 0) for row in out["rows"]) / 1e3
-  assert out["seconds"] > 4 * prefills
-  files = (made / "weights").glob("*.safetensors")
-  size = sum(path.stat().st_size for path in files)
-  # Beside the headers, and what a file has and nothing reads.
-  assert out["disk_bytes"] == pytest.approx(size, rel=0.2)
-
-
 def test_the_other_family_is_timed_as_well(tmp_path, make):
   make(
     size="qwen-tiny",
@@ -365,7 +334,7 @@ def test_the_papers_times_stand_beside_its_own_model_alone(made):
 def test_every_method_is_a_row_by_default():
   specs = commands.parse(efficiency_table).config.evals.methods
   labels = [methods_lib.split_label(spec)[0] for spec in specs]
-  known = set(compressors.names()) - set(efficiency_table._LEFT_OUT)
+  known = set(compressors.names()) - set(made_up.UNTRAINED)
   assert set(labels) == known | set(efficiency_table.VARIANTS)
   assert {row.method for row in paper.ROWS} - {"vanilla"} <= set(labels)
 
@@ -388,7 +357,6 @@ def test_videos_fit_the_models(name):
     (dict(methods=["uniform", "uniform"]), "lists uniform twice"),
     (dict(size="ov-70b"), "--size=ov-70b: choose ov-7b or"),
     ({"config.table.size": "ov-70b", "size": None}, "size=ov-70b: use ov-7b"),
-    (dict(dry_run=True, tflops=-1.0), "--tflops=-1"),
   ],
 )
 def test_mistakes_are_named(make, changes, message):

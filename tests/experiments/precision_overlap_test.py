@@ -8,7 +8,7 @@ import pytest
 from flax import traverse_util
 
 from cacovid_jax import errors
-from cacovid_jax.models import checkpoints, qwen2_5_vl
+from cacovid_jax.models import checkpoints, processors, qwen2_5_vl
 from cacovid_jax.policy import network, selection
 from experiments import precision_overlap
 from tests.evals import tiny
@@ -39,9 +39,7 @@ def fixture_prompts():
   for seed in range(3):
     x = jax.random.normal(jax.random.key(seed), (70, CONFIG.llm.hidden_size))
     rows = jnp.arange(60) + 3
-    found.append(
-      precision_overlap.VideoPrompt(x, jnp.arange(70)[None], rows, GRID)
-    )
+    found.append((x, jnp.arange(70)[None], rows, GRID))
   return found
 
 
@@ -119,18 +117,20 @@ def test_prints_a_row_per_type_and_ratio(tmp_path, capsys):
     assert rows["float32", ratio][1:4] == ["100.00%", "2", "of"]
 
 
-def test_videos_of_qwen_are_drawn_on_its_grid():
+def test_videos_of_qwen_are_drawn_on_its_grid(monkeypatch):
+  tiny_processor = processors.Qwen2_5VLProcessor.tiny()
+  monkeypatch.setattr(qwen2_5_vl.Qwen2_5VLModel, "processor", tiny_processor)
   model = qwen2_5_vl.Qwen2_5VLModel(qwen2_5_vl.Qwen2_5VLConfig.tiny())
   params = jax.tree.map(
     lambda leaf: np.full(leaf.shape, 0.01, np.float32),
     jax.eval_shape(model.init, jax.random.key(0)),
   )
-  prompt = precision_overlap.draw_prompt(
+  x, positions, video_rows, grid = precision_overlap.draw_prompt(
     model, params, np.random.default_rng(0), num_frames=4
   )
-  assert prompt.grid == (2, 8, 8)
-  assert len(prompt.video_rows) == 128
-  assert prompt.positions.shape == (3, len(prompt.x))
+  # Square frames, of at most 24 tokens.
+  assert grid == (2, 4, 4) and len(video_rows) == 32
+  assert positions.shape == (3, len(x))
 
 
 @pytest.mark.parametrize(

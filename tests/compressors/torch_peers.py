@@ -1,15 +1,37 @@
-"""Three compressors in plain PyTorch, to be timed beside ours.
+"""Three compressors in plain PyTorch, compared with ours and timed beside them.
 
 Written from the same descriptions as `cacovid_jax.compressors`, the way they
 are usually written: Python loops where counts depend on the data, float32. All
-return int64[K] tokens, ascending.
+return int64[K] tokens, ascending. `experiments.selection_speed` times them.
 
 Axes: T frames, P tokens of a frame, N = T * P, D width, K kept tokens.
 """
 
+import functools
+import itertools
+
+import numpy as np
 import torch
 
 _NEIGHBOURS = 7
+
+
+def prepared(given, num_keep, device):
+  """Returns {method: f() -> tokens} of `base.CompressorInputs`, in bfloat16."""
+
+  def tensor(array):
+    return torch.from_numpy(np.array(array, np.float32)).to(device)
+
+  torch.backends.cuda.matmul.allow_tf32 = False
+  x, num_frames = tensor(given.features).to(torch.bfloat16), given.grid[0]
+  signals = tensor(given.vision_attention), tensor(given.vision_keys)
+  return {
+    "divprune": functools.partial(divprune, x, num_keep),
+    "visionzip": functools.partial(
+      visionzip, x, *signals, num_frames, num_keep
+    ),
+    "prunevid": functools.partial(prunevid, x, num_frames, num_keep),
+  }
 
 
 def divprune(features, num_keep):
@@ -27,14 +49,10 @@ def divprune(features, num_keep):
 
 
 def visionzip(features, attention, keys, num_frames, num_keep):
-  """Returns (index, rows float32[K, D]): dominant and contextual tokens.
+  """Returns dominant and contextual tokens; computes their merged rows too.
 
-  Args:
-    features: float[N, D].
-    attention: float[N] received in the vision tower.
-    keys: float[N, dk].
-    num_frames: T.
-    num_keep: K; the first K mod T frames keep one more.
+  Of features float[N, D], attention float[N] received in the vision tower, and
+  keys float[N, dk]; the first K mod T frames keep one more.
   """
   size = len(features) // num_frames
   index, rows = [], []
@@ -62,14 +80,16 @@ def visionzip(features, attention, keys, num_frames, num_keep):
     kept = torch.cat([dominant, contexts]).sort().values
     index.append(kept + frame * size)
     rows.append(values[kept])
-  return torch.cat(index), torch.cat(rows)
+  torch.cat(rows)
+  return torch.cat(index)
 
 
 def prunevid(features, num_frames, num_keep):
   """Returns the central tokens of the clusters of PruneVID's first stage."""
   x = features.float().reshape(num_frames, -1, features.shape[1])
   labels = _cluster(x.mean(dim=1), max(1, num_frames // 4))[1].tolist()
-  sets = []
+  place = torch.arange(len(features), device=x.device).view(num_frames, -1)
+  sets = []  # (tokens, their places).
   for start, end in _segments(labels):
     x_segment = torch.nn.functional.normalize(x[start:end], dim=-1)
     w = end - start
@@ -77,19 +97,16 @@ def prunevid(features, num_frames, num_keep):
     if w > 1:
       squared = x_segment.sum(dim=0).square().sum(dim=-1)
       static = (squared - w) / (w * (w - 1)) > 0.8
-    place = torch.arange(x.shape[1], device=x.device)
     if static.any():
-      mean = x[start:end, static].mean(dim=0)
-      sets.append((mean, place[static] + start * x.shape[1]))
+      sets.append((x[start:end, static].mean(dim=0), place[start, static]))
     if not static.all():
       for frame in range(start, end):
-        sets.append((x[frame, ~static], place[~static] + frame * x.shape[1]))
-  index = []
-  for (tokens, place), budget in zip(
-    sets, _shares([len(tokens) for tokens, _ in sets], num_keep), strict=True
-  ):
-    centres, _ = _cluster(tokens, budget)
-    index.append(place[centres])
+        sets.append((x[frame, ~static], place[frame, ~static]))
+  budgets = _shares([len(tokens) for tokens, _ in sets], num_keep)
+  index = [
+    place[_cluster(tokens, budget)[0]]
+    for (tokens, place), budget in zip(sets, budgets, strict=True)
+  ]
   return torch.cat(index).sort().values
 
 
@@ -111,17 +128,15 @@ def _cluster(x, count):
 
 
 def _segments(labels):
-  """Returns [(start, end)] of contiguous frames, of labels per frame."""
-  runs = []
-  for label in labels:
-    if runs and runs[-1][0] == label:
-      runs[-1][1] += 1
-    else:
-      runs.append([label, 1])
-  longest = {}
-  for label, length in runs:
-    longest[label] = max(longest.get(label, 0), length)
-  stays = [n > 1 and n == longest[label] for label, n in runs]
+  """Returns [(start, end)] of contiguous frames, of labels per frame.
+
+  The longest runs of a label stay, if of several frames; what lies between two
+  of them goes to the longer one.
+  """
+  runs = [(label, len([*run])) for label, run in itertools.groupby(labels)]
+  # Of a label's runs, the longest one comes last.
+  longest = dict(sorted(runs, key=lambda run: run[1]))
+  stays = [1 < length == longest[label] for label, length in runs]
   merged = []  # [label, length], contiguous.
   for i, (label, length) in enumerate(runs):
     if not stays[i]:
@@ -133,7 +148,7 @@ def _segments(labels):
       merged[-1][1] += length
     else:
       merged.append([label, length])
-  ends = torch.tensor([n for _, n in merged]).cumsum(0).tolist()
+  ends = [*itertools.accumulate(length for _, length in merged)]
   return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
@@ -146,11 +161,7 @@ def _shares(sizes, total):
   ]
   while sum(budgets) != total:
     step = 1 if sum(budgets) < total else -1
-    room = [
-      i
-      for i, size in enumerate(sizes)
-      if (budgets[i] < size if step > 0 else budgets[i] > 1)
-    ]
+    room = [i for i, size in enumerate(sizes) if 1 <= budgets[i] + step <= size]
     best = max(room, key=lambda i: step * (exact[i] - budgets[i]))
     budgets[best] += step
   return budgets

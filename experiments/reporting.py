@@ -1,0 +1,56 @@
+"""What experiments print, and times written down as they are measured."""
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import rich.box
+import rich.console
+import rich.table
+
+from cacovid_jax import errors
+from cacovid_jax.data import answer_log
+from cacovid_jax.evals import provenance
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]], title="") -> None:
+  """Prints a table, wide enough for a line of text beside numbers."""
+  found = rich.table.Table(*head, title=title or None, box=rich.box.SIMPLE)
+  for row in rows:
+    found.add_row(*map(str, row))
+  rich.console.Console(width=100, highlight=False).print(found)
+
+
+def files(workdir: str | os.PathLike, names: Iterable[str]) -> None:
+  """Prints the paths of files in a folder."""
+  for name in names:
+    print(os.path.join(workdir, name))
+
+
+def once(
+  rows: answer_log.AnswerLog,
+  key: answer_log.Key,
+  measure: Callable[[], Mapping[str, Any]],
+) -> dict[str, Any]:
+  """Returns what a ledger knows, or adds what `measure` tells.
+
+  Raises:
+    UserError: it cannot be run; nothing is written down then.
+  """
+  if key not in rows:
+    try:
+      found = measure()
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      reason = errors.one_line(error)[:160]
+      raise errors.UserError(
+        f"out of the device's memory ({reason}); use a larger device"
+      ) from error
+    found = {
+      name: round(value, 4) if isinstance(value, float) else value
+      for name, value in found.items()
+    }
+    rows.add([(key, found | {"git_commit": provenance.git_commit()})])
+  return rows[key]
