@@ -11,38 +11,36 @@ WORKDIR/table.md, table.csv       a row per method and ratio
 WORKDIR/accuracy_over_time.svg    accuracy at 10 % over milliseconds
 WORKDIR/results.json, report.html as `python -m cacovid_jax.evaluate` has them
 WORKDIR/timings.json              times and host facts, by method and ratio
+WORKDIR/selection.jsonl           every time as it is measured
 
-A method that cannot be run at a ratio keeps its row, which says why. Stopped
-and given again, it goes on where it was. The policy is the shipped one; the
-clips are drawn if they are not there. `--methods=+my_rule.py:strongest` adds a
-row.
+A method that cannot be run at a ratio keeps its row, which says why. Given
+again, it goes on where it was. The policy is the shipped one; the clips are
+drawn if they are not there. `--methods=+my_rule.py:strongest` adds a row.
 """
 
 import dataclasses
+import functools
 import json
 import os
 
-from cacovid_jax import command, errors, evaluate, files
+from cacovid_jax import command, evaluate, files
 from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax import progress as progress_lib
-from cacovid_jax.evals import (
-  evaluation,
-  latency,
-  provenance,
-  results,
-  tables,
-)
+from cacovid_jax.data import answer_log
+from cacovid_jax.evals import evaluation, latency, provenance, results, tables
 from cacovid_jax.inference import clip_queue
 from cacovid_jax.inference import engine as engine_lib
 from cacovid_jax.inference import methods as methods_lib
 from cacovid_jax.synthetic import build
+from experiments import reporting
 
 # Rows beside the methods, by label.
 VARIANTS = {
   "cacovid_merged": "cacovid?merge=nearest",
   "prunevid_llm": "prunevid?llm_stage=True",
 }
+LEDGER = "selection.jsonl"
 _SHARED = ("workdir", "model", "policy", "data", "methods", "ratios", "seeds")
 COMMAND = command.Command(
   __doc__,
@@ -74,20 +72,17 @@ def main(args):
   out = run(experiment_of(config, workdir))
   evaluation.show(out)
   names = ("results.json", "report.html", "timings.json")
-  for name in (*tables.COMPRESSOR_FILES, *names):
-    print(os.path.join(workdir, name))
+  reporting.files(workdir, (*tables.COMPRESSOR_FILES, *names))
 
 
 def experiment_of(config, workdir) -> experiment_lib.Experiment:
-  """Returns the evaluation behind a table.
+  """Returns the evaluation behind a table; its features go to the workdir.
 
-  Args:
-    config: see `base_config`; candidates of methods that are no rows are left
-      out.
-    workdir: of the table, and of its features.
+  Candidates of methods that are no rows are left out.
   """
-  labels = [methods_lib.split_label(spec)[0] for spec in config.evals.methods]
-  candidates = config_lib.to_dict(config.evals.candidates)
+  evals = config.evals
+  labels = [methods_lib.split_label(spec)[0] for spec in evals.methods]
+  candidates = config_lib.to_dict(evals.candidates)
   # The merging policy is allowed the choice that the plain one is.
   candidates["cacovid_merged"] = [
     f"{spec}{'&' if '?' in spec else '?'}merge=nearest"
@@ -108,13 +103,10 @@ def experiment_of(config, workdir) -> experiment_lib.Experiment:
 
 def run(experiment):
   """Writes all files of the table and returns results.json as a dict."""
-  path = experiment.workdir / "timings.json"
-  # Taken before the evaluation writes its own times anew.
-  times = _read_times(path, experiment.config.table.repeats)
   costs = {}
 
   def measure_all(out):
-    costs.update(measure(experiment, out, times))
+    costs.update(measure(experiment, out))
     return tables.totals(costs)
 
   out = evaluation.evaluate(experiment, measure_all)
@@ -122,41 +114,42 @@ def run(experiment):
   return out
 
 
-def measure(experiment, out, times):
-  """Returns {label: {ratio: milliseconds}}, the missing ones measured.
+def measure(experiment, out):
+  """Returns {label: {ratio: `latency.Cost`}}, also written to timings.json.
 
-  Written to timings.json as they come.
-
-  Args:
-    out: its results.json, which says what was chosen and what cannot be run.
-    times: what an earlier start measured on this machine.
+  `out` is its results.json, which says what was chosen and what can be run.
   """
-  evals, methods = experiment.config.evals, {}
+  evals, repeats = experiment.config.evals, experiment.config.table.repeats
+  cells = []
   for spec in evals.methods:
     label, _ = methods_lib.split_label(spec)
-    chosen = out["chosen"].get(label)
-    method = methods_lib.Method.parse(
-      _chosen_spec(evals, label, chosen["best"]) if chosen else spec
-    )
-    methods[label] = dataclasses.replace(method, label=label)
-  cells = [
-    (method, ratio)
-    for method in methods.values()
-    for ratio in evals.ratios
-    if out["methods"][method.label][results.ratio_key(ratio)]["status"] == "ok"
-  ]
-  missing = [
-    (method, ratio) for method, ratio in cells
-    if results.ratio_key(ratio) not in times.get(method.spec, {})
-  ]  # fmt: skip
-  if missing:
-    _measure(experiment, missing, times)
-  _write_times(experiment, times)
-  found = {method.label: {} for method in methods.values()}
-  for method, ratio in cells:
-    key = results.ratio_key(ratio)
-    found[method.label][key] = latency.Cost(**times[method.spec][key])
-  return found
+    if chosen := out["chosen"].get(label):
+      spec = _chosen_spec(evals, label, chosen["best"])
+    method = dataclasses.replace(methods_lib.Method.parse(spec), label=label)
+    row = out["methods"][label]
+    cells += [
+      methods_lib.Condition(method, ratio)
+      for ratio in evals.ratios
+      if row[results.ratio_key(ratio)]["status"] == "ok"
+    ]
+  path = experiment.workdir / LEDGER
+  described = {"host": provenance.host(), "repeats": repeats}
+  # Times of another machine say nothing about this one.
+  if path.is_file() and answer_log.header(path) != described:
+    path.unlink()
+  costs, times = {method: {} for method in out["methods"]}, {}
+  with answer_log.AnswerLog(path, described) as rows:
+    _measure(experiment, cells, rows)
+    for cell in cells:
+      key, found = results.ratio_key(cell.ratio), rows[cell.key("prompt")]
+      cost = latency.Cost(found["rule"], found["reads"])
+      costs[cell.label][key] = cost
+      times.setdefault(cell.spec, {})[key] = cost._asdict()
+  path = experiment.workdir / "timings.json"
+  selection = {"milliseconds": times, "repeats": repeats}
+  found = json.loads(path.read_text(encoding="utf-8"))
+  files.write_json(path, found | {"selection": selection})
+  return costs
 
 
 def _chosen_spec(evals, label, best):
@@ -166,66 +159,42 @@ def _chosen_spec(evals, label, best):
   return next(named, best)
 
 
-def _measure(experiment, missing, times):
-  """Adds to `times`: spec -> ratio -> fields of a `latency.Cost`."""
+def _measure(experiment, cells, rows):
+  """Adds the fields of a `latency.Cost` to a ledger, of each cell it lacks."""
+  cells = [cell for cell in cells if cell.key("prompt") not in rows]
+  if not cells:
+    return
+  changes = {"evals.batch_size": 1}
   if experiment.mesh.shape["data"] > 1:
     # A batch of one question has no use for more devices.
-    experiment = experiment.replace({"mesh.data": 1})
+    changes["mesh.data"] = 1
+  experiment = experiment.replace(changes)
   evals = experiment.config.evals
   benchmark = evaluation.load_benchmark(
     experiment, evals.split, evals.num_questions
   )
-  wanted = methods_lib.wanted([method for method, _ in missing])
+  wanted = methods_lib.wanted([cell.method for cell in cells])
   with (
     clip_queue.open_queue(experiment, wanted) as source,
     progress_lib.Progress(
-      len(missing), description="selection times"
+      len(cells), description="selection times"
     ) as progress,
   ):
     engine = engine_lib.Engine.of(
       experiment,
       source,
       benchmark.questions,
-      dataclasses.replace(evaluation.settings(experiment), batch_size=1),
+      evaluation.settings(experiment),
       policies=experiment.policies,
       decisive=benchmark.decisive,
     )
     question = latency.readable(engine, benchmark.questions)
     subject = latency.subject(engine, question)
     stopwatch = latency.Stopwatch(subject, experiment.config.table.repeats)
-    for done, (method, ratio) in enumerate(missing, start=1):
-      cost = stopwatch.cost(method, ratio)
-      times.setdefault(method.spec, {})[results.ratio_key(ratio)] = {
-        name: round(value, 4) for name, value in cost._asdict().items()
-      }
-      _write_times(experiment, times)
+    for done, cell in enumerate(cells, start=1):
+      cost = functools.partial(stopwatch.cost, cell.method, cell.ratio)
+      reporting.once(rows, cell.key("prompt"), lambda f=cost: f()._asdict())
       progress.update(done)
-
-
-def _read_times(path, repeats):
-  """Returns the times of an earlier start, if they are of this machine."""
-  try:
-    found = json.loads(path.read_text(encoding="utf-8"))
-  except FileNotFoundError:
-    return {}
-  except ValueError as error:
-    raise errors.UserError(
-      f"{path} is damaged ({errors.one_line(error)}); delete it to measure"
-      " again"
-    ) from error
-  same = found.get("host") == provenance.host()
-  selection = found.get("selection", {})
-  if not same or selection.get("repeats") != repeats:
-    return {}
-  return selection["milliseconds"]
-
-
-def _write_times(experiment, times):
-  path = experiment.workdir / "timings.json"
-  found = json.loads(path.read_text(encoding="utf-8"))
-  repeats = experiment.config.table.repeats
-  found["selection"] = {"milliseconds": times, "repeats": repeats}
-  files.write_json(path, found)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,8 @@ ROOT holds one folder per benchmark: longvideobench, mlvu_dev, mlvu_test,
 videomme, each as it was released (`--folders=videomme=DIR` names another one).
 Answers from all tokens are part of the same run, on the same frames.
 
-WORKDIR/<benchmark>/           an evaluation: answers.jsonl (every question),
-                               results.json, report.html, frames.jsonl; and
-                               asked.json, what those results were asked for
+WORKDIR/<benchmark>/           an evaluation, and asked.json, what its results
+                               were asked for
 WORKDIR/results.json           all of them, averages, drift, what is reproduced
 WORKDIR/table.md, table.csv    a row per method and ratio, the paper's beside it
 WORKDIR/accuracy.svg           averages over the ratio
@@ -20,21 +19,15 @@ WORKDIR/timings.json           times and host facts
 Stopped and given again, it goes on where it was, to the same bytes. Several
 processes share the work by `--shard=0/4`, `1/4`, ...; the last one to end
 writes the table. `--frame_manifest=OTHER_WORKDIR` shows the frames of another
-table. A row is called reproduced only if it lies within `--tolerance` points of
-the paper's, the answers from all tokens do, too, and every question was asked,
-about a clip that could be read.
+table. A row is reproduced if it lies within `--tolerance` points of the
+paper's, as the answers from all tokens do, and no question was left out.
 """
 
-import dataclasses
-import functools
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
-
-import rich.console
-import rich.table
 
 from cacovid_jax import command, compressors, errors, evaluate, files
 from cacovid_jax import config as config_lib
@@ -54,9 +47,12 @@ from cacovid_jax.evals import (
   tables,
 )
 from cacovid_jax.inference import methods as methods_lib
+from experiments import reporting
 
-_SHARED = ("workdir", "shard", "model", "policy", "methods", "ratios", "seeds",
-           "template")  # fmt: skip
+# Benchmark -> its evaluation.
+Plan = Mapping[str, experiment_lib.Experiment]
+_SHARED = ("workdir", "shard", "model", "policy", "data", "methods", "ratios",
+           "seeds", "template")  # fmt: skip
 COMMAND = command.Command(
   __doc__,
   evaluate.flags(
@@ -68,26 +64,17 @@ COMMAND = command.Command(
     on_bad_row="table_bad_rows",
     on_missing="table_missing",
   )
+  | command.aliases(
+    "table",
+    folders="Folders that are not below --data: videomme=DIR.",
+    benchmarks=command.Flag("Columns.", old=["table_benchmarks"]),
+    tolerance="Points between two runs of the same thing.",
+  )
   | {
-    "data": command.Flag(
-      "Folder with one folder per benchmark.", "data.root", old=["table_data"]
-    ),
     "frame_manifest": command.Flag(
       "Workdir of another table, whose frames are shown.",
       "evals.frame_manifest",
       old=["table_manifests"],
-    ),
-    "folders": command.Flag(
-      "Folders that are not below --data: videomme=DIR.", "table.folders"
-    ),
-    "benchmarks": command.Flag(
-      "Columns.", "table.benchmarks", old=["table_benchmarks"]
-    ),
-    "tolerance": command.Flag(
-      "Points between two runs of the same thing.", "table.tolerance"
-    ),
-    "chips": command.Flag(
-      "Devices that share a model.", "mesh.model", old=["table_chips"], least=1
     ),
     "paper_rows": command.Flag(
       "Print docs/paper_table.md's tables and end.", default=False
@@ -113,69 +100,38 @@ def main(args):
   plan = plan_of(args)
   if args.dry_run:
     dry_run(plan, published="model.path" not in args.given)
-  elif run(plan, preflight(plan)) is None:
+  elif not (workdir := run(plan, preflight(plan))):
     print("this share is done; the last process to end writes the table")
   else:
-    print((plan.workdir / "table.md").read_text(encoding="utf-8"))
-    for name in (*tables.MAIN_FILES, "results.json", "timings.json"):
-      print(os.path.join(plan.workdir, name))
+    print((workdir / "table.md").read_text(encoding="utf-8"))
+    names = (*tables.MAIN_FILES, "results.json", "timings.json")
+    reporting.files(workdir, names)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Plan:
-  """What to make."""
-
-  # What the evaluations of all benchmarks have in common.
-  experiment: experiment_lib.Experiment
-  # Benchmark -> folder; "" takes its published size in a dry run.
-  folders: Mapping[str, str]
-
-  @property
-  def workdir(self) -> pathlib.Path:
-    return self.experiment.workdir
-
-  @functools.cached_property
-  def experiments(self) -> dict[str, experiment_lib.Experiment]:
-    """Benchmark -> its evaluation."""
-    manifests = self.experiment.config.evals.frame_manifest
-    found = {}
-    for name, folder in self.folders.items():
-      changes = {"evals.benchmark": name, "data.root": folder}
-      if manifests:
-        path = os.path.join(manifests, name, frame_manifest.FILE)
-        changes["evals.frame_manifest"] = path
-      found[name] = self.experiment.replace(changes, self.workdir / name)
-    return found
-
-
-def dry_run(plan: Plan, *, published: bool = True) -> dict[str, Any]:
-  """Prints what a plan would take, and returns it; reads no weights.
-
-  Where no folder was given, published sizes are taken. What was given and
-  cannot be read is printed as a fault, and not counted.
-  """
-  bare = estimate.without_weights(plan.experiment, published=published)
-  plan = Plan(bare, plan.folders)
+def dry_run(plan: Plan, *, published: bool = True) -> None:
+  """Prints what a plan would take, and what cannot be read and counted."""
+  plan = {
+    name: estimate.without_weights(experiment, published=published)
+    for name, experiment in plan.items()
+  }
   loaded, faults = survey(plan)
   for name, fault in faults.items():
     print(f"{name}: {fault}")
   lost = faults.keys() - loaded.keys()
-  counted = {n: one for n, one in plan.experiments.items() if n not in lost}
+  counted = {name: one for name, one in plan.items() if name not in lost}
   if not counted:
     raise errors.UserError(
       "no benchmark can be read; complete the folders, or leave --data out to"
       " count the published questions"
     )
-  config = plan.experiment.config
+  config = next(iter(counted.values())).config
   ratios = ", ".join(f"{ratio:g}" for ratio in config.evals.ratios)
-  methods, dtype = config.evals.methods, config.model.dtype
+  dtype = config.model.dtype
   speed = estimate.speed_of(config.table, dtype)
-  out = estimate.estimate(counted, loaded, speed)
-  title = f"{len(methods)} methods at ratios {ratios}, {dtype}"
-  if absent := ", ".join(n for n in plan.folders if n in lost):
+  title = f"{len(config.evals.methods)} methods at ratios {ratios}, {dtype}"
+  if absent := ", ".join(name for name in plan if name in lost):
     title += f"; not counted: {absent}"
-  estimate.show(out, speed, title)
-  return out
+  estimate.show(estimate.estimate(counted, loaded, speed), speed, title)
 
 
 def plan_of(args) -> Plan:
@@ -193,19 +149,11 @@ def plan_of(args) -> Plan:
   )
 
 
-def make_plan(
-  config,
-  workdir: str | os.PathLike,
-  folders: Mapping[str, str],
-  *,
-  shard: Sequence[int] = (0, 1),
-  asks: bool = True,
-) -> Plan:
-  """Returns a plan.
+def make_plan(config, workdir, folders, *, shard=(0, 1), asks=True) -> Plan:
+  """Returns the evaluation of each benchmark of a table.
 
-  Args:
-    shard: (i, n): this is process i of n that share the work.
-    asks: whether it is to be run, for which a policy may be needed.
+  `folders` is benchmark -> folder, "" for its published size in a dry run;
+  `asks` whether it is to be run, for which a policy may be needed.
   """
   paper.check_tolerance(config.table.tolerance)
   evals = config.evals
@@ -226,24 +174,30 @@ def make_plan(
   if not _check_methods(specs, evals.policies or not asks):
     # Answers are those of no policy: one given later asks nothing anew.
     changes["evals.policies"] = ()
-  experiment = experiment_lib.Experiment.from_config(
-    config_lib.replace(config, changes), workdir, shard=shard
-  )
-  return Plan(experiment, folders)
+  plan = {}
+  for name, folder in folders.items():
+    changes |= {"evals.benchmark": name, "data.root": folder}
+    if evals.frame_manifest:
+      path = os.path.join(evals.frame_manifest, name, frame_manifest.FILE)
+      changes["evals.frame_manifest"] = path
+    plan[name] = experiment_lib.Experiment.from_config(
+      config_lib.replace(config, changes),
+      pathlib.Path(workdir, name),
+      shard=shard,
+    )
+  return plan
 
 
 def _check_methods(specs, has_policy) -> bool:
   """Returns whether a method reads a policy's scores; refuses oracles."""
   methods = [methods_lib.Method.parse(spec) for spec in specs]
-  scored = []
   for method in methods:
     if method.compressor.oracle:
       raise errors.UserError(
         f"{method.label} knows where the answer lies, which no benchmark tells;"
         " leave it out of --methods"
       )
-    if any(need.endswith("scores") for need in method.needs):
-      scored.append(method.label)
+  scored = [method.label for method in methods if method.score_fields]
   if scored and not has_policy:
     rest = [m.label for m in methods if "cacovid" not in m.label]
     raise errors.UserError(
@@ -256,6 +210,7 @@ def _check_methods(specs, has_policy) -> bool:
 def _folders(root, table, published) -> dict[str, str]:
   """Returns benchmark -> folder, of the section `table` and of `--data`."""
   names, named = list(table.benchmarks), {}
+  known = ", ".join(paper.BENCHMARKS)
   for name in names:
     benchmarks.task(name)
     if names.count(name) > 1:
@@ -266,15 +221,12 @@ def _folders(root, table, published) -> dict[str, str]:
         f" cacovid_jax.evaluate --benchmark={name}`"
       )
   if not names:
-    raise errors.UserError(
-      f"--benchmarks is empty; there are {', '.join(paper.BENCHMARKS)}"
-    )
+    raise errors.UserError(f"--benchmarks is empty; there are {known}")
   for entry in map(str, table.folders):
     name, equals, folder = entry.partition("=")
     if not equals or name not in paper.BENCHMARKS:
       raise errors.UserError(
-        f"--folders={entry}: give BENCHMARK=DIR, with one of"
-        f" {', '.join(paper.BENCHMARKS)}"
+        f"--folders={entry}: give BENCHMARK=DIR, with one of {known}"
       )
     if not folder:
       raise errors.UserError(
@@ -292,16 +244,12 @@ def _folders(root, table, published) -> dict[str, str]:
   return {name: named.get(name, "") for name in names}
 
 
-def preflight(plan: Plan) -> dict[str, benchmarks.Benchmark]:
-  """Returns the questions of every benchmark, and prints their counts.
-
-  Raises:
-    UserError: folders, files or clips are missing; names all of them.
-  """
+def preflight(plan: Plan) -> dict[str, Any]:
+  """Returns the questions of every benchmark, or names all that is missing."""
   found, faults = survey(plan)
   if not faults:
     return found
-  ready = [name for name in plan.folders if name not in faults]
+  ready = [name for name in plan if name not in faults]
   mend = "; complete the folders"
   if ready:
     mend += f", or ask what is there: --benchmarks={','.join(ready)}"
@@ -317,78 +265,70 @@ def survey(plan: Plan) -> tuple[dict[str, Any], dict[str, str]]:
   Prints the counts of all. One whose clips are missing is in both, unless they
   are to be counted as wrong; one without a folder is in neither.
   """
-  found, faults = {}, {}
-  table = rich.table.Table(title="benchmarks")
-  for title in ("benchmark", "questions", "clips", "missing", "left out"):
-    table.add_column(title)
-  for name, experiment in plan.experiments.items():
+  found, faults, rows = {}, {}, []
+  for name, experiment in plan.items():
     evals = experiment.config.evals
-    if not plan.folders[name]:
-      table.add_row(name, "", "", "", "no folder given")
+    if not experiment.config.data.root:
+      rows.append([name, "", "", "", "no folder given"])
       continue
     try:
       counted = experiment.replace({"evals.on_missing": "count"})
       loaded = evaluation.load_benchmark(counted, count=evals.num_questions)
     except errors.UserError as error:
       faults[name] = errors.one_line(error)
-      table.add_row(name, "", "", "", "no data")
+      rows.append([name, "", "", "", "no data"])
       continue
-    found[name] = loaded
-    missing = readers.check_media(loaded.questions, loaded.root)
-    num_clips = len({question.video for question in loaded.questions})
+    found[name], questions = loaded, loaded.questions
+    missing = readers.check_media(questions, loaded.root)
+    num_clips = len({question.video for question in questions})
     num_bad = len(loaded.report.bad_rows)
-    counts = (len(loaded.questions), num_clips, len(missing), num_bad)
-    table.add_row(name, *map(str, counts))
+    rows.append([name, len(questions), num_clips, len(missing), num_bad])
     if missing and evals.on_missing == "raise":
       faults[name] = (
         f"{len(missing)} of {num_clips} clips are missing below {loaded.root}"
         f" ({sum(missing.values())} questions), first: {next(iter(missing))}"
       )
-  rich.console.Console(width=100).print(table)
+  head = ("benchmark", "questions", "clips", "missing", "left out")
+  reporting.table(head, rows, "benchmarks")
   return found, faults
 
 
-def run(
-  plan: Plan, loaded: Mapping[str, benchmarks.Benchmark]
-) -> dict[str, Any] | None:
-  """Writes all files of the table and returns results.json as a dict.
+def run(plan: Plan, loaded) -> pathlib.Path | None:
+  """Writes all files of the table and returns their folder.
 
   Of several processes that share the work, those that end before the last one
   return None.
   """
-  plan.workdir.mkdir(parents=True, exist_ok=True)
-  notes = {name: plan.workdir / name / combined.ASKED for name in plan.folders}
   # Processes that share the work wait for each other's results of this start:
   # those of an earlier one may hold failures that are mended by now.
-  if not shards.Shard(*plan.experiment.shard).alone:
-    for note in notes.values():
-      note.unlink(missing_ok=True)
-  last = plan.experiment
-  for name, experiment in plan.experiments.items():
-    experiment.adopt(last)  # The model and the policy are read once.
-    last = experiment
+  for experiment in plan.values():
+    if not shards.Shard(*experiment.shard).alone:
+      (experiment.workdir / combined.ASKED).unlink(missing_ok=True)
+  for name, experiment in plan.items():
     if evaluation.evaluate(experiment) is not None:
       asked = combined.asked(experiment, loaded[name].questions)
-      files.write_json(notes[name], asked)
+      files.write_json(experiment.workdir / combined.ASKED, asked)
+    for other in plan.values():
+      other.adopt(experiment)  # The model and the policy are read once.
   # A benchmark that another process still works on, or ended, is known by its
   # files alone.
   if not all(
     combined.is_complete(experiment, loaded[name].questions)
-    for name, experiment in plan.experiments.items()
+    for name, experiment in plan.items()
   ):
     return None
-  out = combined.combine(plan.experiments, loaded)
-  files.write_json(plan.workdir / "results.json", out)
-  tables.write_main(plan.workdir, out)
+  workdir, out = experiment.workdir.parent, combined.combine(plan, loaded)
+  files.write_json(workdir / "results.json", out)
+  tables.write_main(workdir, out)
   times = {
     name: {
       path.name: json.loads(path.read_text(encoding="utf-8"))
-      for path in sorted((plan.workdir / name).glob("timings*.json"))
+      for path in sorted(experiment.workdir.glob("timings*.json"))
     }
-    for name in plan.folders
+    for name, experiment in plan.items()
   }
-  files.write_json(plan.workdir / "timings.json", times)
-  return out
+  files.write_json(workdir / "timings.json", times)
+  return workdir
 
 
 if __name__ == "__main__":

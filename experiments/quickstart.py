@@ -15,9 +15,6 @@ import contextlib
 import json
 import time
 
-import rich.console
-import rich.table
-
 from cacovid_jax import command
 from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
@@ -25,6 +22,7 @@ from cacovid_jax.compressors import base
 from cacovid_jax.evals import evaluation, results
 from cacovid_jax.synthetic import build
 from cacovid_jax.training import loop
+from experiments import reporting
 
 # The budget in minutes for two idle cores, compilation included: from the
 # processor time that each stage of the config takes. Change both together.
@@ -45,88 +43,62 @@ COMMAND = command.Command(
 
 
 def main(args):
-  """Runs the quickstart that the command line describes."""
-  workdir = f"workdirs/{'smoke' if args.smoke else 'quickstart'}"
-  run(args.config, args.workdir or workdir, planned=not args.smoke)
-
-
-def run(config, workdir, *, planned=False):
-  """Runs all stages and returns results.json as a dict.
-
-  Args:
-    config: see configs/synthetic.py:size=quickstart.
-    workdir: one of another config is refused.
-    planned: whether to show the planned minutes, which are those of the
-      config as it stands.
-  """
+  """Runs all stages as the command line describes, and tells their minutes."""
+  config = args.config
+  workdir = args.workdir or f"workdirs/{'smoke' * args.smoke or 'quickstart'}"
   # Mistakes are told before minutes of work, not after.
   ratios = results.check_ratios(map(base.check_ratio, config.evals.ratios))
   config_lib.claim_workdir(workdir, config)
-  stages = Stages(PLANNED if planned else {})
+  # Those of the config as it stands.
+  planned = {} if args.smoke else PLANNED
+  if planned:
+    listed = ", ".join(f"{name} {m:g}" for name, m in planned.items())
+    print(
+      f"time budget in minutes, on two idle cores: {listed}; in all"
+      f" {sum(planned.values()):g}"
+    )
+  minutes = {}
   training = experiment_lib.Experiment.from_config(
     config, workdir, split="videos_per_step"
   )
-  with stages("prepare"):
+  with _stage("prepare", minutes):
     build.prepare(config)
-  with stages("load"):
+  with _stage("load", minutes):
     processor = training.loaded.model.processor
     grid = processor.fixed_grid(config.data.num_frames)
     for ratio in ratios:
       base.budget(grid, ratio)
-  with stages("train"):
+  with _stage("train", minutes):
     loop.train(training)
   policy = config_lib.replace(
     config, {"evals.policies": (f"policy={workdir}",)}
   )
   asking = experiment_lib.Experiment.from_config(policy, workdir)
-  with stages("evaluate"):
+  with _stage("evaluate", minutes):
     out = evaluation.evaluate(asking)
   evaluation.show(out)
-  stages.show()
+  rows = [
+    [name, *(f"{of[name]:.1f}" if of else "" for of in (planned, minutes))]
+    for name in minutes
+  ]
+  total = [f"{sum(of.values()):.1f}" if of else "" for of in (planned, minutes)]
+  head = ("stage", "planned", "measured")
+  reporting.table(head, [*rows, ["in all", *total]], "time in minutes")
   # A line for every start: a run that goes on takes less time.
   with open(asking.workdir / "stages.jsonl", "a", encoding="utf-8") as f:
-    f.write(json.dumps({"minutes": stages.minutes}) + "\n")
-  for name in _FILES:
-    print(asking.workdir / name)
+    f.write(json.dumps({"minutes": minutes}) + "\n")
+  reporting.files(asking.workdir, _FILES)
   print(f"\nopen {asking.workdir / 'report.html'} in a browser")
-  return out
 
 
-class Stages:
-  """Minutes of each stage: planned ahead, measured as they go."""
-
-  def __init__(self, planned: dict[str, float]):
-    """Tells what is planned by stage; nothing if that is empty."""
-    self.minutes, self._planned = {}, planned
-    self._console = rich.console.Console(highlight=False)
-    if planned:
-      listed = ", ".join(f"{n} {m:g}" for n, m in planned.items())
-      self._console.print(
-        f"time budget in minutes, on two idle cores: {listed}; in all"
-        f" {sum(planned.values()):g}"
-      )
-
-  @contextlib.contextmanager
-  def __call__(self, name: str):
-    self._console.print(f"[bold]{name}[/bold]")
-    start = time.monotonic()
-    yield
-    self.minutes[name] = round((time.monotonic() - start) / 60, 2)
-    self._console.print(f"{name}: done in {self.minutes[name]:.1f} minutes")
-
-  def show(self) -> None:
-    """Prints the minutes of all stages."""
-    table = rich.table.Table(title="time in minutes")
-    table.add_column("stage")
-    table.add_column("planned", justify="right")
-    table.add_column("measured", justify="right")
-    rows = [(n, self._planned.get(n), m) for n, m in self.minutes.items()]
-    planned = sum(self._planned.values()) or None
-    rows.append(("in all", planned, sum(self.minutes.values())))
-    for name, *minutes in rows:
-      shown = ("" if value is None else f"{value:.1f}" for value in minutes)
-      table.add_row(name, *shown)
-    self._console.print(table)
+@contextlib.contextmanager
+def _stage(name, minutes):
+  """Prints a stage's start and end, and adds what it takes to `minutes`."""
+  print(name, flush=True)
+  start = time.monotonic()
+  yield
+  minutes[name] = round((time.monotonic() - start) / 60, 2)
+  print(f"{name}: done in {minutes[name]:.1f} minutes", flush=True)
 
 
 if __name__ == "__main__":

@@ -6,23 +6,20 @@ python -m experiments.sweep --config=configs/own_videos.py \
 python -m experiments.sweep ... --dry_run   # the runs, and which are done
 python -m experiments.sweep ... --slurm     # a job array instead, printed
 
-Every run is `python -m cacovid_jax.train`, and where the config has a section
-`evals`, `python -m cacovid_jax.evaluate` of the policy that it made. Values of
-a key are separated by commas, or by semicolons where they hold commas.
+Every run is trained and, where the config has a section `evals`, evaluated.
+Values of a key are separated by commas, or by semicolons if they hold commas.
 
 WORKDIR/key=value,.../seed_N/   a run
 WORKDIR/table.md, table.csv     a row per point of the grid: mean and standard
                                 deviation, over seeds, of the rewards in the
                                 last tenth of training and of the accuracies
 
-Given again, it goes on where it was: finished runs stay, the others continue.
-A run that fails does not stop the next ones, and has no part in the table.
-Where a job array was submitted, the same command without --slurm writes the
-table in the end.
+Given again, it goes on where it was. A run that fails does not stop the next
+ones, and has no part in the table. After a job array, the same command without
+--slurm writes the table.
 """
 
 import collections
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -34,6 +31,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from cacovid_jax import command, errors, files, metrics
 from cacovid_jax import config as config_lib
@@ -65,8 +63,7 @@ _REWARDS = ("reward_token", "reward_token_greedy", "reward_frame",
 _DONE = "sweep_done"
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
   """One point of the grid with one seed."""
 
   point: Mapping[str, str]  # Key -> value, as they were written.
@@ -119,34 +116,23 @@ def parse_grid(texts: Sequence[str]) -> dict[str, list[str]]:
   return grid
 
 
-def plan(
-  spec: str,
-  overrides: Sequence[str],
-  grid: Mapping[str, Sequence[str]],
-  seeds: Sequence[int],
-  workdir: pathlib.Path,
-) -> list[Run]:
-  """Returns all runs, seeds next to each other; every config was resolved.
-
-  Args:
-    spec: config file and argument.
-    overrides: "key=value" that all runs share.
-  """
+def plan(spec, overrides, grid, seeds, workdir: pathlib.Path) -> list[Run]:
+  """Returns all runs, seeds next to each other; every config was resolved."""
   runs = []
-  for values in itertools.product(*grid.values()):
+  points = itertools.product(*grid.values())
+  for values, seed in itertools.product(points, seeds):
     point = dict(zip(grid, values, strict=True))
     listed = [f"{key}={value}" for key, value in point.items()]
     name = re.sub(r"[^\w.=+,-]", "_", ",".join(listed)) or "all"
-    for seed in seeds:
-      given = [*overrides, *listed, f"seed={seed}"]
-      config = config_lib.load(spec, given)
-      folder = workdir / name / f"seed_{seed}"
-      changes = [f"--config.{text}" for text in given]
-      arguments = [f"--config={spec}", *changes, f"--workdir={folder}"]
-      modules = ["train", "evaluate"] if "evals" in config else ["train"]
-      commands = [["-m", f"cacovid_jax.{m}", *arguments] for m in modules]
-      digest = hashlib.sha256(config_lib.dumps(config).encode()).hexdigest()
-      runs.append(Run(point, seed, folder, digest, commands))
+    given = [*overrides, *listed, f"seed={seed}"]
+    config = config_lib.load(spec, given)
+    folder = workdir / name / f"seed_{seed}"
+    changes = [f"--config.{text}" for text in given]
+    arguments = [f"--config={spec}", *changes, f"--workdir={folder}"]
+    modules = ["train", "evaluate"] if "evals" in config else ["train"]
+    commands = [["-m", f"cacovid_jax.{m}", *arguments] for m in modules]
+    digest = hashlib.sha256(config_lib.dumps(config).encode()).hexdigest()
+    runs.append(Run(point, seed, folder, digest, commands))
   for run, other in itertools.combinations(runs, 2):
     if run.digest == other.digest or run.workdir == other.workdir:
       raise errors.UserError(

@@ -170,7 +170,7 @@ def test_a_table_that_was_stopped_goes_on_to_the_same_bytes(made, make):
   lines = (made / "answers.jsonl").read_bytes().splitlines(keepends=True)
   cut = b"".join(lines[:-5]) + lines[-5][:30]
   (resumed / "answers.jsonl").write_bytes(cut)
-  shutil.copy(made / "timings.json", resumed)
+  shutil.copy(made / compressor_table.LEDGER, resumed)
   make("resumed")
   for name in ("results.json", "answers.jsonl", "report.html", "table.csv",
                "table.md", "accuracy_over_time.svg"):  # fmt: skip
@@ -229,8 +229,26 @@ def test_mistakes_are_named(make, changes, message):
     make("mistaken", **changes)
 
 
-def test_damaged_times_are_named(tmp_path):
-  path = tmp_path / "timings.json"
-  path.write_text("{")
-  with pytest.raises(errors.UserError, match="timings.json is damaged"):
-    compressor_table._read_times(path, 2)
+def test_damaged_times_are_named(made, make):
+  damaged = made.parent / "damaged"
+  damaged.mkdir()
+  shutil.copy(made / "answers.jsonl", damaged)
+  (damaged / compressor_table.LEDGER).write_text("{\n")
+  with pytest.raises(errors.UserError, match="selection.jsonl line 1 is damag"):
+    make("damaged")
+
+
+def test_times_of_another_machine_or_number_of_runs_are_measured_anew(
+  made, make
+):
+  other = made.parent / "other"
+  other.mkdir()
+  shutil.copy(made / "answers.jsonl", other)
+  lines = (made / compressor_table.LEDGER).read_text().splitlines()
+  run = json.loads(lines[0])
+  run["run"]["repeats"] += 1
+  kept = [json.dumps(run), *lines[1:-1], "{}"]
+  (other / compressor_table.LEDGER).write_text("\n".join(kept))
+  make("other")
+  again = (other / compressor_table.LEDGER).read_text().splitlines()
+  assert again[0] == lines[0] and len(again) == len(lines)

@@ -448,6 +448,7 @@ def test_another_rule_behind_a_label_makes_no_table_of_old_results(
       dict(dry_run=True, data="mistyped"),
       "no benchmark can be read; complete the folders",
     ),
+    (dict(dry_run=True, tflops=-1.0), "--tflops=-1: give a positive number"),
   ],
 )
 def test_mistakes_are_named(make, changes, message):
@@ -520,7 +521,8 @@ def test_printed_commands_fill_their_rows_in_folders_of_their_own():
   for key in paper.MODELS:
     whole = planned(paper_rows.command(key))
     rest = planned(paper_rows.command(key, trained=False))
-    config, other = whole.experiment.config, rest.experiment.config
+    first, second = (next(iter(plan.values())) for plan in (whole, rest))
+    config, other = first.config, second.config
     methods = [methods_lib.Method.parse(spec) for spec in config.evals.methods]
     labels = {method.label for method in methods}
     for row in paper.ROWS:
@@ -529,11 +531,11 @@ def test_printed_commands_fill_their_rows_in_folders_of_their_own():
     for method in methods:
       assert method.label not in paper.METHODS or paper.is_method(method)
     assert config.evals.seeds == (0, 1, 2)
-    assert list(whole.experiment.policy_paths) == ["policy"]
-    assert rest.experiment.policy_paths == {}
+    assert list(first.policy_paths) == ["policy"]
+    assert second.policy_paths == {}
     assert config.model.path == other.model.path
     assert config.evals.template == paper.MODELS[key].template
-    workdirs += [whole.workdir, rest.workdir]
+    workdirs += [first.workdir, second.workdir]
   assert len(set(workdirs)) == 4
 
 
@@ -547,8 +549,8 @@ def test_the_template_is_the_one_that_was_asked_for(folder):
       config=folder / "config.py",
       template=given,
     )
-    plan = main_table.plan_of(args)
-    assert plan.experiment.config.evals.template == expected
+    for experiment in main_table.plan_of(args).values():
+      assert experiment.config.evals.template == expected
 
 
 def plan_of(folder, changes):
@@ -565,14 +567,14 @@ def test_a_policy_that_no_row_follows_makes_no_other_run(folder):
     plan_of(folder, {"model.path": "x", "evals.policies": policies})
     for policies in ((), ("policy=file",))
   ]
-  assert plans[0].experiment.config == plans[1].experiment.config
+  assert plans[0]["videomme"].config == plans[1]["videomme"].config
 
 
 def test_another_template_or_frame_size_is_told(folder, monkeypatch):
   def obstacles(model, **changes):
     changes = {name.replace("__", "."): new for name, new in changes.items()}
     plan = plan_of(folder, {"model.path": str(folder / "qwen")} | changes)
-    return paper.obstacles(plan.experiment.config, [], [], model)
+    return paper.obstacles(plan["videomme"].config, [], [], model)
 
   assert obstacles("ov7b", evals__template="tokenizer") == []
   for given, name in (("", "default"), ("processor", "processor")):
@@ -610,11 +612,11 @@ def test_results_of_other_questions_or_rows_are_not_complete(made, folder):
       },
     )
     folders = {"videomme": str(folder / "data" / "videomme")}
-    plan = main_table.make_plan(config, made, folders)
+    (experiment,) = main_table.make_plan(config, made, folders).values()
     asked = loaded.questions
     if change:
       asked = [dataclasses.replace(asked[0], **change), *asked[1:]]
-    return combined.is_complete(plan.experiments["videomme"], asked)
+    return combined.is_complete(experiment, asked)
 
   loaded = benchmarks.load(folder / "data" / "videomme", benchmark="videomme")
   assert complete()
