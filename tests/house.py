@@ -28,15 +28,15 @@ FAMILIES = "cacovid_jax/models/checkpoints.py"
 
 # Largest values allowed; the last one is a smallest.
 LIMITS = {
-  "lines": 39_600,
-  "files over 400 lines": 7,
-  "functions over 50 lines, %": 0.4,
-  "functions with more than 7 parameters, %": 1.0,
-  "class names with two owners": 4,
+  "lines": 34_000,
+  "files over 400 lines": 2,
+  "functions over 50 lines, %": 0.3,
+  "functions with more than 7 parameters, %": 0.9,
+  "class names with two owners": 0,
   "isinstance on a model class": 0,
   "undocumented public functions that only tests call": 0,
 }
-LEAST_DOCUMENTED = 76.0
+LEAST_DOCUMENTED = 75.0
 
 
 @dataclasses.dataclass(frozen=True)
