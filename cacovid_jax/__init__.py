@@ -1,3 +1,3 @@
 """CaCoVID in JAX: a token policy for video LLMs, trained on their answers."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
