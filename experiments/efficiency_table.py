@@ -118,10 +118,8 @@ def main(args):
     raise errors.UserError(
       f"config.table.size={name}: use {' or '.join(SIZES)}"
     )
-  cells = [methods_lib.Condition(m, ratio) for ratio in ratios for m in methods]
-  cells = [methods_lib.Condition(), *cells]
   if args.dry_run:
-    dry_run(table, cells)
+    dry_run(table, methods, ratios)
     return
   workdir = pathlib.Path(args.workdir or f"workdirs/efficiency_{name}")
   with answer_log.AnswerLog(
@@ -131,7 +129,7 @@ def main(args):
     subject, encode = made_up.subject(
       size.config(), size.grid, size.dtype, weights
     )
-    out = measure(subject, encode, name, cells, repeats, rows)
+    out = measure(subject, encode, name, methods, ratios, repeats, rows)
   files.write_json(workdir / "results.json", out)
   tables.write_efficiency(workdir, out)
   print(tables.efficiency_markdown(out))
@@ -152,7 +150,7 @@ def run_of(name: str, repeats: int) -> dict[str, Any]:
   }
 
 
-def dry_run(table, cells) -> dict[str, Any]:
+def dry_run(table, methods, ratios) -> dict[str, Any]:
   """Prints what a table would take, and returns it; draws no weights."""
   size = SIZES[table.size]
   speed = estimate.speed_of(table, size.dtype)
@@ -160,7 +158,7 @@ def dry_run(table, cells) -> dict[str, Any]:
   text, grid = config.text, size.grid
   outside = made_up.NUM_TEXT + checkpoints.make_model(config).num_newlines
   rows = []
-  for cell in cells:
+  for cell in _cells(methods, ratios):
     compressor = cell.method and cell.method.compressor
     row = {"method": cell.label, "ratio": cell.ratio, "status": "ok"}
     rows.append(row)
@@ -170,8 +168,6 @@ def dry_run(table, cells) -> dict[str, Any]:
     kept = cost.computed_rows(compressor, text.num_layers, grid, cell.ratio)
     row |= _counts(text, kept, outside, size.dtype)
     row["prefill_ms"] = 1e3 * speed.seconds(1e12 * row["prefill_tflops"])
-  methods = list(dict.fromkeys(cell.method for cell in cells[1:]))
-  ratios = list(dict.fromkeys(cell.ratio for cell in cells[1:]))
   memory = cost.memory(
     config,
     grid=grid,
@@ -207,6 +203,12 @@ def dry_run(table, cells) -> dict[str, Any]:
   return out
 
 
+def _cells(methods, ratios) -> list[methods_lib.Condition]:
+  """Returns all rows, the one that keeps all tokens first."""
+  cells = [methods_lib.Condition(m, ratio) for ratio in ratios for m in methods]
+  return [methods_lib.Condition(), *cells]
+
+
 def _counts(text, kept, outside, dtype) -> dict[str, float]:
   """Returns operations and cache of a prefill, of the video rows by layer."""
   layers = [count + outside for count in kept]
@@ -216,7 +218,7 @@ def _counts(text, kept, outside, dtype) -> dict[str, float]:
   }
 
 
-def measure(subject, encode, name, cells, repeats, rows):
+def measure(subject, encode, name, methods, ratios, repeats, rows):
   """Returns results.json as a dict: facts, and one row per method and ratio.
 
   Of what `made_up.subject` gives; times go to `rows`, an `AnswerLog`.
@@ -241,7 +243,7 @@ def measure(subject, encode, name, cells, repeats, rows):
   }
 
   found = []
-  for cell in cells:
+  for cell in _cells(methods, ratios):
     row = {"method": cell.label, "ratio": cell.ratio, "status": "ok"}
     try:
       row |= _timed(watch, subject, cell, rows, sum(shared.values()))

@@ -284,7 +284,7 @@ def test_tasks_of_mvbench_that_are_not_there_are_named(tmp_path):
   assert "state_change" not in left_out["not_there"]
   assert list(left_out["other_rows"]) == ["notes.json, no task of MVBench"]
   # The mean is one over the tasks that are there.
-  assert found.task.strata(found.questions).names == ("state_change",)
+  assert found.task.sample(found.questions).names == ("state_change",)
   (tmp_path / "json/state_change.json").unlink()
   with pytest.raises(errors.UserError, match="no task of MVBench; its files"):
     benchmarks.load(tmp_path, benchmark="mvbench")

@@ -364,7 +364,7 @@ def test_a_clip_on_disk_is_not_opened_and_keeps_its_record(
   assert opened == ["a.mp4"] and copy.record.video == "copy.mp4"
   # Another decoder may give other pixels.
   other = dataclasses.replace(first.record, frame_hash="0" * 64)
-  manifest._own["a.mp4"] = other
+  manifest._own.entries["a.mp4"] = other
   with source_of(root, cache=cache, manifest=manifest) as source:
     with pytest.raises(errors.UserError, match="gives other frames than"):
       source["a.mp4"]
