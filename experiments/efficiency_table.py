@@ -191,7 +191,13 @@ def dry_run(table, methods, ratios) -> dict[str, Any]:
   names = ("method", "ratio", "prefill_tflops", "prefill_ms", "kv_mib")
   reporting.table(
     ("method", "ratio", "TFLOP", "ms", "cache MiB"),
-    [[row.get(name, row["status"]) for name in names] for row in rows],
+    # A reason stands in the first column without a number.
+    [
+      [row[n] for n in names]
+      if row["status"] == "ok"
+      else [row["method"], row["ratio"], row["status"], "", ""]
+      for row in rows
+    ],
     f"{table.size}, prefills, as counted",
   )
   print(

@@ -75,6 +75,9 @@ COMMAND = command.Command(
       "evals.frame_manifest",
       old=["table_manifests"],
     ),
+    "chips": command.Flag(
+      "Devices that share a model.", "mesh.model", old=["table_chips"], least=1
+    ),
     "paper_rows": command.Flag(
       "Print docs/paper_table.md's tables and end.", default=False
     ),

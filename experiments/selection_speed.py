@@ -27,13 +27,15 @@ from cacovid_jax.evals import latency, results, tables
 from cacovid_jax.models import llava_onevision, prompt_batch
 from experiments import made_up
 
-_SIDE = 14  # Rows and columns of tokens.
 COMMAND = command.Command(
   __doc__,
   evaluate.flags(
     num_frames="video_slices", ratios="kept_share", methods="timed_methods"
   )
   | {
+    "side": command.Flag(
+      "Rows and columns of tokens.", default=14, old=["video_side"], least=1
+    ),
     "repeats": latency.REPEATS,
     "torch_device": command.Flag(
       "Where PyTorch computes; empty for no peers.",
@@ -163,7 +165,7 @@ def main(args):
   for name in evals.methods:
     compressors.get(name)
   config = llava_onevision.LlavaOnevisionConfig.llava_onevision_7b()
-  grid = (args.config.data.num_frames, _SIDE, _SIDE)
+  grid = (args.config.data.num_frames, args.side, args.side)
   ratio = base.check_ratio(results.check_ratios(evals.ratios)[0])
   print(
     f"{math.prod(grid)} x {config.text.hidden_size} bfloat16, ratio {ratio:g},"

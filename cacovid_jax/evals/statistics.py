@@ -44,10 +44,11 @@ class Sample:
     if unknown:
       raise ValueError(f"{unknown} are none of {self.names}")
 
-  @property
+  @functools.cached_property
   def _places(self) -> np.ndarray:
     """int[Q], the category of each question as a place in `names`."""
-    return np.array([list(self.names).index(name) for name in self.categories])
+    places = {name: place for place, name in enumerate(self.names)}
+    return np.array([places[name] for name in self.categories])
 
   def mean(self, values: Sequence[float]) -> float:
     """Returns the mean, or the macro mean."""

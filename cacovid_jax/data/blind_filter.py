@@ -1,0 +1,6 @@
+"""Runs `cacovid_jax.preparation.blind_filter`, its place since 0.2."""
+
+import runpy
+
+if __name__ == "__main__":
+  runpy.run_module("cacovid_jax.preparation.blind_filter", run_name="__main__")

@@ -1,0 +1,8 @@
+"""Runs `cacovid_jax.preparation.encode_features`, its place since 0.2."""
+
+import runpy
+
+if __name__ == "__main__":
+  runpy.run_module(
+    "cacovid_jax.preparation.encode_features", run_name="__main__"
+  )
