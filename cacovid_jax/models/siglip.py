@@ -5,6 +5,7 @@ Paper: https://arxiv.org/abs/2303.15343.
 """
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -120,7 +121,8 @@ class SiglipLayer(qwen2.Part):
 
     `signals` and `is_last` are as of `video_llm.observe`, float32[F, P, ...].
     """
-    cfg, dense = self.config, self.dense
+    cfg = self.config
+    dense = functools.partial(self.dense, use_bias=True)
     heads = (*x.shape[:2], cfg.num_heads, cfg.head_dim)
     h = LayerNorm(cfg.layer_norm_eps, self.dtype, name="layer_norm1")(x)
     q, k, v = (
