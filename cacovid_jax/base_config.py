@@ -178,8 +178,9 @@ _TABLE = dict(
 
 _EVALS = dict(
   # Trained policies as "NAME=PATH": training workdirs or .safetensors files,
-  # with "?module=file.py:Class" behind them where that is not the paper's; the
-  # first is the main one. Empty takes one that was trained in the workdir.
+  # with "?module=file.py:Class" behind them where that is not the paper's.
+  # Without names they are policy, policy1, ...; the first is the main one.
+  # Empty takes one that was trained in the workdir.
   policies=(),
   frame_rule="eval_linspace",  # Training has `data.frame_rule`.
   # Rows: names of `compressors.names()`, with options as in

@@ -56,8 +56,9 @@ class MetricsWriter(contextlib.ExitStack):
     finite = {n: x if math.isfinite(x) else None for n, x in numbers.items()}
     self._file.write(json.dumps({"step": int(step), **finite}) + "\n")
     self._file.flush()
-    for name, value in numbers.items() if self._tensorboard else ():
-      self._tensorboard.add_scalar(name, value, int(step))
+    if self._tensorboard:
+      for name, value in numbers.items():
+        self._tensorboard.add_scalar(name, value, int(step))
     if self._wandb:
       self._wandb.log(numbers, step=int(step))
 

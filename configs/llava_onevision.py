@@ -13,10 +13,12 @@ python -m cacovid_jax.evaluate --config configs/llava_onevision.py:size=7b \
 
 The four benchmarks and their average: experiments.main_table. Several GPUs:
 `:devices=8`, one video each; several machines: experiments/launch. In seconds
-on a CPU, with random weights, as `configs/llava_onevision.py:debug`, after
+on a CPU, with random weights:
 
 python -m cacovid_jax.prepare --out workdirs/tiny --clips 2,0,2,0 \
     --nodecisive --tiny_models llava_onevision
+python -m cacovid_jax.train --config configs/llava_onevision.py:debug \
+    --workdir workdirs/tiny/run
 
 Paper, 7B: mean accuracy of LongVideoBench, MLVU dev, MLVU test and VideoMME, in
 %, and as a share of vanilla's 56.4: 55.8 (98.9) at a ratio of 25 %, 55.3 (98.1)

@@ -201,8 +201,9 @@ class Answerer(contextlib.ExitStack):
     # is told in full, where an evaluation only notes it.
     if source[asked.video].fault:
       source.frames(asked.video)
-    for condition in conditions if warm_up else ():
-      engine.answer(asked, condition)
+    if warm_up:
+      for condition in conditions:
+        engine.answer(asked, condition)
     first_run = time.perf_counter() - start
     source.clear()
     source.seconds.clear()

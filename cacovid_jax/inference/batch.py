@@ -93,9 +93,10 @@ class BatchRunner:
     """Returns the answers to the whole prompts; computed once."""
     known = self._vanilla
     if known is None or (want_attention and known.attention is None):
-      ask, given = self._programs.vanilla, {"want_attention": want_attention}
-      ask = functools.partial(ask, self._params, self.batch, **given)
-      self._vanilla = self._timed("vanilla", ask)
+      self._vanilla = self._timed(
+        "vanilla", self._programs.vanilla, self._params, self.batch,
+        want_attention=want_attention,
+      )  # fmt: skip
     return self._vanilla
 
   def output(self, condition) -> MethodOutput:
@@ -127,9 +128,9 @@ class BatchRunner:
     make = programs.select if first else programs.select_and_answer
     return make(compressor, condition.ratio, self.grid, **options)
 
-  def _timed(self, name: str, function, *args):
+  def _timed(self, name: str, function, *args, **options):
     with self._e.timed(name):
-      return jax.block_until_ready(function(*args))
+      return jax.block_until_ready(function(*args, **options))
 
   def kept(self, condition, chosen=None) -> list[KeptTokens]:
     """Returns what a condition keeps of each clip; `chosen` saves computing."""

@@ -158,7 +158,7 @@ def open_queue(
 ) -> ClipQueue:
   """Returns the encoded clips of config.data, at the frames of config.evals.
 
-  With 0 to `keep`, those of this batch and of the next one are in memory;
+  `keep` of them are held in memory, 0 for those of this batch and of the next;
   `reading` are options of `clips.ClipReader`.
   """
   config = experiment.config

@@ -69,7 +69,7 @@ class AnswerResult(NamedTuple):
   kept = property(lambda self: len(self.trace.index))
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class Engine:
   """A model, its prompts and its programs; computes nothing yet.
 

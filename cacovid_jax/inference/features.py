@@ -2,6 +2,9 @@
 
 The key of an entry on disk is all that the features depend on, whoever asks;
 the entry also says which frames they are, so that its clip is not opened.
+
+Letters: T frames, H W token grid, N = T*H*W video tokens, D width, S auxiliary
+feature maps.
 """
 
 import collections
@@ -32,7 +35,7 @@ class Loaded(NamedTuple):
   key: Mapping[str, Any] | None = None  # Of its entry on disk.
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class FeatureStore:
   """Encoded clips below a media root.
 
@@ -64,8 +67,8 @@ class FeatureStore:
   def __post_init__(self, params, mesh):
     self.want = frozenset(video_llm.check_signals(self.want))
     reader, self.buckets = self.reader, tuple(self.buckets)
-    if self.grid is None:
-      self.grid = reader.processor.fixed_grid(reader.rule.num_frames)
+    grid = self.grid or reader.processor.fixed_grid(reader.rule.num_frames)
+    self.grid = tuple(grid) if grid else None
     self._given = self.grid is not None
     self._grids: dict[str, tuple[int, int, int]] = {}  # Of surveyed clips.
     self.seconds = collections.Counter()

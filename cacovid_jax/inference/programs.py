@@ -28,8 +28,9 @@ class Vanilla(NamedTuple):
 
 
 def answer_rows(
-  model, params, prompts, index, num_valid, *, replaced=None, **ending
-):
+  model, params, prompts, index, num_valid, *, max_new_tokens, eos_ids, pad_id,
+  replaced=None,
+):  # fmt: skip
   """Returns (ids int32[B, G, M], logits float32[B, G, V] or None).
 
   Greedy answers from G selections of each video. Rows are gathered from the one
@@ -42,10 +43,11 @@ def answer_rows(
     prompts: B whole prompts.
     index: int32[B, G, K] kept tokens, ascending over the first `num_valid`.
     num_valid: int32[B].
+    max_new_tokens: M; with 1 nothing is decoded, and the logits come too.
+    eos_ids: ids that end an answer.
+    pad_id: filler behind the end.
     replaced: the selection [B, ...] of `index` where a method may have changed
       the rows that it keeps (merged tokens), with G = 1.
-    **ending: `max_new_tokens` M (with 1 nothing is decoded, and the logits come
-      too), `eos_ids` and `pad_id`, see `generation.extend`.
   """
   batch, count = index.shape[:2]
   prompts = prompts._replace(features=None, ids=None, text_rows=None)
@@ -55,13 +57,14 @@ def answer_rows(
   pruned = jax.tree.map(lambda a: a.reshape(rows, *a.shape[2:]), pruned)
   if replaced is not None:
     pruned = prompt_batch.write_selection(pruned, prompts.deep, replaced)
-  more = ending["max_new_tokens"] - 1
-  logits, cache, _ = _prefill(model, params, pruned, more)
-  if not more:
+  logits, cache, _ = _prefill(model, params, pruned, max_new_tokens - 1)
+  if max_new_tokens == 1:
     ids = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     return ids.reshape(batch, count, 1), logits.reshape(batch, count, -1)
-  ending["eos_ids"] = tuple(ending["eos_ids"])
-  ids = _extend(model, params, logits, cache, pruned, ending)
+  ids = generation.extend(
+    model, params, logits, cache, pruned.next_position, pad_id=pad_id,
+    max_new_tokens=max_new_tokens, eos_ids=tuple(eos_ids),
+  )  # fmt: skip
   return ids.reshape(batch, count, -1), None
 
 
@@ -192,7 +195,10 @@ class Programs:
     logits, cache, out = _prefill(
       self._model, params, batch, room, want_attention=want_attention
     )
-    ids = _extend(self._model, params, logits, cache, batch, self._ending)
+    following = batch.next_position
+    ids = generation.extend(
+      self._model, params, logits, cache, following, **self._ending
+    )
     if not want_attention:
       return Vanilla(ids)
     # float32[layers, B, L] -> [B, layers, N].
@@ -245,17 +251,6 @@ def _prefill(model, params, rows, room: int, **options):
     deep=rows.deep,
     video_rows=rows.video_rows,
     **options,
-  )
-
-
-def _extend(model, params, logits, cache, rows, ending):
-  return generation.extend(
-    model,
-    params,
-    logits,
-    cache,
-    rows.next_position,
-    **ending,
   )
 
 

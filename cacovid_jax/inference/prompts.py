@@ -21,7 +21,7 @@ _MULTIPLE = 16  # Text is rounded up to it: a token more is no other program.
 _USUAL = (64, 256, 1024)  # Lengths of text where later ones are not known.
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class Prompts:
   """The questions that may be asked, and their prompts in a few lengths.
 

@@ -22,26 +22,18 @@ _UNUSABLE = (OSError, ValueError, TypeError, LookupError, AttributeError)
 _UNUSABLE += (OverflowError, RecursionError)
 
 
-def read(directory, make):
-  """Returns `make(entry)` of the first file of a directory that has an entry.
+def read(directory, find, make):
+  """Returns `make(find(entry))` of a directory's first file with an entry.
 
-  The `UserError`s that it raises and what is wrong with the file name the file.
+  The `UserError`s of both and what `find` cannot use name the file.
   """
   for name, key in _FILES.items():
     path = os.path.join(directory, name)
     try:
-      entry = _read(path, key) if os.path.isfile(path) else None
-      if isinstance(entry, dict):
-        _check_steps(entry)
-        return make(entry)
+      if os.path.isfile(path) and (found := _find(path, key, find)) is not None:
+        return make(found)
     except errors.UserError as error:
       raise errors.UserError(f"{path}: {error}") from error
-    except _UNUSABLE as error:
-      reason = f"no {error}" if isinstance(error, KeyError) else error
-      raise errors.UserError(
-        f"{path}: not a usable processor file ({reason}); copy it again from"
-        " the checkpoint's origin"
-      ) from error
   raise errors.UserError(
     f"{directory}: no preprocessor_config.json or"
     " video_preprocessor_config.json; copy it from the checkpoint's origin"
@@ -61,6 +53,21 @@ def statistics(entry, needed):
   if entry.get("resample") is not None:
     found["resample"] = int(entry["resample"])
   return found
+
+
+def _find(path, key, find):
+  """Returns `find(entry)` of a file, or None if it has no entry."""
+  try:
+    if not isinstance(entry := _read(path, key), dict):
+      return None
+    _check_steps(entry)
+    return find(entry)
+  except _UNUSABLE as error:
+    reason = f"no {error}" if isinstance(error, KeyError) else error
+    raise errors.UserError(
+      f"not a usable processor file ({reason}); copy it again from the"
+      " checkpoint's origin"
+    ) from error
 
 
 def _read(path, key):

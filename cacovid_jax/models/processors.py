@@ -65,12 +65,13 @@ class Processor(abc.ABC):
   def from_files(cls, directory, **known) -> "Processor":
     """Reads a Hugging Face checkpoint directory; `known` are other fields."""
 
-    def make(entry):
-      sizes = cls._sizes_of(entry)
+    def find(entry):
       common = processor_files.statistics(entry, cls.needs_statistics)
-      return cls(**sizes, **common, **known)
+      return cls._sizes_of(entry) | common
 
-    return processor_files.read(directory, make)
+    return processor_files.read(
+      directory, find, lambda fields: cls(**fields, **known)
+    )
 
   @classmethod
   @abc.abstractmethod

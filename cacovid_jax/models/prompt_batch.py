@@ -184,12 +184,15 @@ def whole(prompts: PromptBatch) -> PrunedPrompts:
 def crop(prompts: PromptBatch, num_video: int) -> PromptBatch:
   """Returns prompts without the padding of a bucket, all of N video tokens."""
   num_rows = prompts.x.shape[1] + num_video - prompts.video_rows.shape[1]
-  rows, video = np.s_[:, :num_rows], np.s_[:, :num_video]
-  first = dict(x=rows, ids=rows, video_rows=video, features=video)
-  first |= dict(positions=np.s_[..., :num_rows], deep=np.s_[:, :, :num_video])
-  given = {k: x for k, x in prompts._asdict().items() if x is not None}
-  changed = {k: given[k][at] for k, at in first.items() if k in given}
-  return prompts._replace(**changed)
+  deep, features, ids = prompts.deep, prompts.features, prompts.ids
+  return prompts._replace(
+    x=prompts.x[:, :num_rows],
+    positions=prompts.positions[:, :, :num_rows],
+    video_rows=prompts.video_rows[:, :num_video],
+    deep=None if deep is None else deep[:, :, :num_video],
+    features=None if features is None else features[:, :num_video],
+    ids=None if ids is None else ids[:, :num_rows],
+  )
 
 
 def keep(prompts: PrunedPrompts, selection, *, num_video) -> PrunedPrompts:

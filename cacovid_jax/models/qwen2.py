@@ -188,7 +188,7 @@ class Part(nn.Module):
   remat: bool = False  # Recompute layers' intermediates in a backward pass.
 
   @nn.nowrap
-  def dense(self, size, name, use_bias=True):
+  def dense(self, size, name, use_bias):
     return nn.Dense(size, use_bias=use_bias, dtype=self.dtype, name=name)
 
   @nn.nowrap
@@ -247,19 +247,19 @@ class DecoderLayer(Part):
     cfg = self.config
     norm = functools.partial(self.rms_norm, epsilon=cfg.rms_norm_eps)
 
-    def project(name, num_heads):
+    def project(h, name, num_heads):
       width, bias = num_heads * cfg.head_dim, cfg.attention_bias
-      x = self.dense(width, f"{name}_proj", bias)(h)
-      x = x.reshape(*x.shape[:-1], num_heads, cfg.head_dim)
-      if name == "v":
-        return x
-      if cfg.qk_norm:
-        x = norm(f"{name}_norm")(x)
-      return rope.apply(x, cos, sin)
+      h = self.dense(width, f"{name}_proj", bias)(h)
+      return h.reshape(*h.shape[:-1], num_heads, cfg.head_dim)
+
+    def rotate(heads, name):
+      heads = norm(f"{name}_norm")(heads) if cfg.qk_norm else heads
+      return rope.apply(heads, cos, sin)
 
     h = norm("input_layernorm")(x)
-    q = project("q", cfg.num_heads)
-    k, v = project("k", cfg.num_kv_heads), project("v", cfg.num_kv_heads)
+    q = rotate(project(h, "q", cfg.num_heads), "q")
+    k = rotate(project(h, "k", cfg.num_kv_heads), "k")
+    v = project(h, "v", cfg.num_kv_heads)
     out = {"keys": k, "values": v}
     if cache is not None:
       h = attention.attention_over_cache(q, k, v, *cache, lengths)

@@ -165,7 +165,8 @@ class VisionConfig:
 def rotary(coordinates, head_dim, theta):
   """Returns (cos, sin), both float32[P, head_dim], of int32[2, P].
 
-  The first half of the frequencies turns with the row, the other by the column.
+  The first half of the frequencies turns with the row, the other with the
+  column; time has no part in it.
   """
   frequencies = head_dim // 4
   cos, sin = rope.angles(coordinates[None], head_dim // 2, theta)
@@ -213,7 +214,7 @@ class Block(qwen2.Part):
     """
     cfg = self.config
     h = self.rms_norm("norm1", _RMS_NORM_EPS)(x)
-    h = self.dense(3 * cfg.hidden_size, "qkv")(h)
+    h = self.dense(3 * cfg.hidden_size, "qkv", use_bias=True)(h)
     # All queries, then all keys, then all values.
     h = h.reshape(-1, 3, cfg.num_heads, cfg.head_dim)
     q, k, v = rotate(h[:, 0], cos, sin), rotate(h[:, 1], cos, sin), h[:, 2]
@@ -222,7 +223,8 @@ class Block(qwen2.Part):
     h = jax.lax.cond(
       is_full, lambda: see(layout.slices), lambda: see(layout.windows)
     )
-    x = x + self.dense(cfg.hidden_size, "proj")(h.reshape(x.shape))
+    proj = self.dense(cfg.hidden_size, "proj", use_bias=True)
+    x = x + proj(h.reshape(x.shape))
 
     last_is_full = cfg.num_layers - 1 in cfg.full_layers
     segments = layout.slices if last_is_full else layout.windows
@@ -241,8 +243,9 @@ class Merger(qwen2.Part):
     cfg = self.config
     width = cfg.hidden_size * cfg.patches_per_token
     x = self.rms_norm("ln_q", _RMS_NORM_EPS)(x).reshape(-1, width)
-    x = nn.gelu(self.dense(width, "linear_1")(x), approximate=False)
-    return self.dense(cfg.out_hidden_size, "linear_2")(x)
+    x = self.dense(width, "linear_1", use_bias=True)(x)
+    x = nn.gelu(x, approximate=False)
+    return self.dense(cfg.out_hidden_size, "linear_2", use_bias=True)(x)
 
 
 class Tower(qwen2.Part):

@@ -22,10 +22,13 @@ from cacovid_jax.models import hf_config
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-_DTYPES = {"BOOL": np.dtype(bool), "BF16": np.dtype(ml_dtypes.bfloat16)}
 # NumPy has no floats of 8 bits.
-_NAMES = "U8 U16 U32 U64 I8 I16 I32 I64 F16 F32 F64".split()
-_DTYPES |= {x: np.dtype(f"{x[0].lower()}{int(x[1:]) // 8}") for x in _NAMES}
+_DTYPES = {
+  "BOOL": bool, "U8": "u1", "U16": "u2", "U32": "u4", "U64": "u8",
+  "I8": "i1", "I16": "i2", "I32": "i4", "I64": "i8",
+  "F16": "f2", "F32": "f4", "F64": "f8", "BF16": ml_dtypes.bfloat16,
+}  # fmt: skip
+_DTYPES = {code: np.dtype(kind) for code, kind in _DTYPES.items()}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 # Where our headers end, so that no reader meets a tensor that is not aligned;
@@ -191,19 +194,20 @@ def write_directory(directory, tensors, max_shard_bytes=None):
     shards[-1][name] = tensor
     filled, total = filled + size, total + size
   index, weight_map = os.path.join(directory, INDEX), {}
-  stale = {name for name in _indexed(index) if os.path.basename(name) == name}
+  stale = {x for x in {WEIGHTS, *_indexed(index)} if os.path.basename(x) == x}
   for number, shard in enumerate(shards, start=1):
     file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
     file = WEIGHTS if len(shards) == 1 else file
     write_safetensors(os.path.join(directory, file), shard)
     weight_map |= dict.fromkeys(shard, file)
+    stale.discard(file)
   # Only now: until here a reader found the earlier weights.
   if len(shards) > 1:
     metadata = {"total_size": total}
     files.write_json(index, {"metadata": metadata, "weight_map": weight_map})
   elif os.path.exists(index):
     os.remove(index)
-  for name in {WEIGHTS, *stale} - set(weight_map.values()):
+  for name in stale:
     if os.path.exists(path := os.path.join(directory, name)):
       os.remove(path)
 

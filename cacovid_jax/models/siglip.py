@@ -158,7 +158,7 @@ class SiglipTower(qwen2.Part):
     x = pixels[:, : side * size, : side * size].astype(self.dtype)
     x = x.reshape(frames, side, size, side, size, x.shape[-1])
     x = x.transpose(0, 1, 3, 2, 4, 5).reshape(frames, side * side, -1)
-    x = self.dense(cfg.hidden_size, "patch_embedding")(x)
+    x = self.dense(cfg.hidden_size, "patch_embedding", use_bias=True)(x)
     init = nn.initializers.normal(cfg.hidden_size**-0.5)
     table = self.param("position_embedding", init, x.shape[1:])
     x = x + table.astype(self.dtype)

@@ -11,7 +11,6 @@ N_max those of the bucket.
 
 import dataclasses
 import math
-import operator
 from typing import Any
 
 import jax
@@ -45,9 +44,9 @@ class GridBucket:
   def holds(self, grid):
     """Returns True if a video of grid (T, H, W) fits."""
     num_frames, height, width = grid
-    needed = (num_frames, height * width, num_frames * height * width)
-    room = (self.frames, self.frame_tokens, self.tokens)
-    return all(map(operator.le, needed, room))
+    area = height * width
+    fits = num_frames <= self.frames and area <= self.frame_tokens
+    return fits and num_frames * area <= self.tokens
 
 
 def pick(grid, buckets):

@@ -176,7 +176,7 @@ class VideoLLM(abc.ABC):
     """Returns (hidden float[B, L, D] after the final norm, out).
 
     Of embeddings float[B, L, D] at positions int32[B, P, L]; `options` are
-    those of `qwen2.Qwen2.__call__`, `want_cache` apart.
+    those of `qwen2.Qwen2.__call__`.
     """
     return self._language(params, x, positions, method="__call__", **options)
 

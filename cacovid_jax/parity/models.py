@@ -323,6 +323,14 @@ def _dropped(run, prompts, x, positions):
   """Runs the first prompt without the dropped tokens, positions kept."""
   padding = int((run.golden["attention_mask"][0] == 0).sum())
   rows = run.golden["dropped_keep_index"] - padding  # Rows after rolling.
+  length, num_video = prompts.lengths[0], prompts.num_video[0]
+  video = prompts.video_rows[0, :num_video]
+  # By a compressor's way, unless text was dropped, too, which none ever does.
+  if np.isin(np.delete(np.arange(length), video), rows).all():
+    index = np.flatnonzero(np.isin(video, rows))
+    rows, _, _ = prompt_batch.kept_rows(
+      index, len(index), video_rows=video, length=length, num_rows=length
+    )
   hidden, _ = run.forward(x[:1, rows], positions[:1, :, rows])
   run.add("dropped_last_hidden_state", hidden)
   run.add("dropped_logits", run.logits(hidden), tolerance=LOGITS_TOLERANCE)

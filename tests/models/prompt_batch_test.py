@@ -258,6 +258,11 @@ def test_a_prompt_takes_the_smallest_bucket_that_holds_its_text():
   assert found == [64, 64, 256, 256, 1024]
   with pytest.raises(errors.UserError, match="has 1025 rows.*prompt_rows"):
     buckets.pick(1025)
+  with pytest.raises(errors.UserError) as raised:
+    prompt_batch.PromptBuckets((16,)).pick(17)
+  (line,) = str(raised.value).splitlines()
+  assert line.startswith("a prompt has 17 rows beside its video, above the 16")
+  assert "config.data.prompt_rows" in line
   for bad in ((), (64, 64), (64, 16), (0, 3), (1, 2, 3, 4)):
     with pytest.raises(errors.UserError, match="one to three rising"):
       prompt_batch.PromptBuckets(bad)

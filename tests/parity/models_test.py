@@ -17,7 +17,7 @@ import numpy as np
 from absl.testing import absltest
 
 from cacovid_jax import errors
-from cacovid_jax.models import checkpoints, llava_onevision
+from cacovid_jax.models import checkpoints, llava_onevision, prompt_batch
 from cacovid_jax.parity import __main__, models
 
 FOLDER = os.path.join(
@@ -106,6 +106,16 @@ class GoldenTest(absltest.TestCase):
     with mock.patch.object(
       llava_onevision.LlavaOnevisionModel, "forward", renumbered
     ):
+      missed = _missed(self._compare())
+    self.assertEqual(missed, ["dropped_last_hidden_state", "dropped_logits"])
+
+  def test_wrong_rows_of_a_pruned_prompt_are_noticed(self):
+    kept_rows = prompt_batch.kept_rows
+
+    def shifted(index, *args, **kwargs):
+      return kept_rows(index + 1, *args, **kwargs)
+
+    with mock.patch.object(prompt_batch, "kept_rows", shifted):
       missed = _missed(self._compare())
     self.assertEqual(missed, ["dropped_last_hidden_state", "dropped_logits"])
 
