@@ -18,15 +18,7 @@ from cacovid_jax.data.readers.video_r1 import read_video_r1
 from cacovid_jax.data.readers.videomme import read_videomme
 
 __all__ = [
-  "BadRow",
-  "Report",
-  "find_missing",
-  "read_egoschema",
-  "read_longvideobench",
-  "read_mlvu",
-  "read_mvbench",
-  "read_nextqa",
-  "read_own",
-  "read_video_r1",
+  "BadRow", "Report", "find_missing", "read_egoschema", "read_longvideobench",
+  "read_mlvu", "read_mvbench", "read_nextqa", "read_own", "read_video_r1",
   "read_videomme",
-]
+]  # fmt: skip
