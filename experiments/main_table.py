@@ -319,7 +319,8 @@ def run(plan: Plan, loaded) -> pathlib.Path | None:
     for name, experiment in plan.items()
   ):
     return None
-  workdir, out = experiment.workdir.parent, combined.combine(plan, loaded)
+  (workdir,) = {experiment.workdir.parent for experiment in plan.values()}
+  out = combined.combine(plan, loaded)
   files.write_json(workdir / "results.json", out)
   tables.write_main(workdir, out)
   times = {

@@ -45,14 +45,15 @@ COMMAND = command.Command(
 def main(args):
   """Runs all stages as the command line describes, and tells their minutes."""
   config = args.config
-  workdir = args.workdir or f"workdirs/{'smoke' * args.smoke or 'quickstart'}"
+  name = "smoke" if args.smoke else "quickstart"
+  workdir = args.workdir or f"workdirs/{name}"
   # Mistakes are told before minutes of work, not after.
   ratios = results.check_ratios(map(base.check_ratio, config.evals.ratios))
   config_lib.claim_workdir(workdir, config)
   # Those of the config as it stands.
   planned = {} if args.smoke else PLANNED
   if planned:
-    listed = ", ".join(f"{name} {m:g}" for name, m in planned.items())
+    listed = ", ".join(f"{stage} {m:g}" for stage, m in planned.items())
     print(
       f"time budget in minutes, on two idle cores: {listed}; in all"
       f" {sum(planned.values()):g}"
@@ -77,11 +78,12 @@ def main(args):
   with _stage("evaluate", minutes):
     out = evaluation.evaluate(asking)
   evaluation.show(out)
+  columns = (planned, minutes)
   rows = [
-    [name, *(f"{of[name]:.1f}" if of else "" for of in (planned, minutes))]
-    for name in minutes
+    [stage, *(f"{times[stage]:.1f}" if times else "" for times in columns)]
+    for stage in minutes
   ]
-  total = [f"{sum(of.values()):.1f}" if of else "" for of in (planned, minutes)]
+  total = [f"{sum(times.values()):.1f}" if times else "" for times in columns]
   head = ("stage", "planned", "measured")
   reporting.table(head, [*rows, ["in all", *total]], "time in minutes")
   # A line for every start: a run that goes on takes less time.

@@ -13,25 +13,24 @@ import itertools
 import numpy as np
 import torch
 
+METHODS = ("divprune", "visionzip", "prunevid")
 _NEIGHBOURS = 7
 
 
-def prepared(given, num_keep, device):
-  """Returns {method: f() -> tokens} of `base.CompressorInputs`, in bfloat16."""
+def prepare(name, given, num_keep, device):
+  """Returns f() -> tokens of `base.CompressorInputs`, features in bfloat16."""
 
   def tensor(array):
     return torch.from_numpy(np.array(array, np.float32)).to(device)
 
   torch.backends.cuda.matmul.allow_tf32 = False
   x, num_frames = tensor(given.features).to(torch.bfloat16), given.grid[0]
+  if name == "divprune":
+    return functools.partial(divprune, x, num_keep)
+  if name == "prunevid":
+    return functools.partial(prunevid, x, num_frames, num_keep)
   signals = tensor(given.vision_attention), tensor(given.vision_keys)
-  return {
-    "divprune": functools.partial(divprune, x, num_keep),
-    "visionzip": functools.partial(
-      visionzip, x, *signals, num_frames, num_keep
-    ),
-    "prunevid": functools.partial(prunevid, x, num_frames, num_keep),
-  }
+  return functools.partial(visionzip, x, *signals, num_frames, num_keep)
 
 
 def divprune(features, num_keep):

@@ -108,13 +108,8 @@ def measure(names, grid, config, ratio, repeats, peer_device=""):
     for rng, shape in zip(keys, [(width,), *heads], strict=True)
   )
   x = x.at[0, start : start + num_video].set(of_video.features)
-  peers = {}
   if peer_device:
     from experiments import selection_peers
-
-    # Stage one alone: what enters the language model.
-    budget = base.budget(grid, ratio)
-    peers = selection_peers.prepared(of_video, budget, peer_device)
   for name in names:
     method = compressors.get(name)
     if method.selects_first:
@@ -132,13 +127,20 @@ def measure(names, grid, config, ratio, repeats, peer_device=""):
     row["ms"] = latency.median_milliseconds(run, repeats)
     if method.selects_first:
       row["in_float32"] = _share(found.index, program(unrounded).index)
-    if theirs := peers.get(name):
-      # Reading one value waits for all that is under way.
-      wait = lambda kept: int(kept[0])  # noqa: E731
-      row["peer_ms"] = latency.median_milliseconds(theirs, repeats, wait)
+    if peer_device and name in selection_peers.METHODS:
+      # Stage one alone: what enters the language model.
+      budget = base.budget(grid, ratio)
+      theirs = selection_peers.prepare(name, of_video, budget, peer_device)
+      row["peer_ms"] = latency.median_milliseconds(theirs, repeats, _wait)
       row["ms"] = min(row["ms"], latency.median_milliseconds(run, repeats))
       row["same"] = _share(found.index, theirs().cpu())
+      del theirs  # Its tensors leave the device before the next method.
     yield row
+
+
+def _wait(kept):
+  # Reading one value waits for all that is under way.
+  int(kept[0])
 
 
 def _share(index, others):

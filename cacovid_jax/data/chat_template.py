@@ -21,10 +21,9 @@ import jinja2.sandbox
 from cacovid_jax import errors
 
 # What a template can raise while it renders.
-FAULTS = (
-  *(jinja2.TemplateError, TypeError, ValueError, ArithmeticError),
-  *(RecursionError, AttributeError, LookupError, MemoryError),
-)
+FAULTS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError,
+          RecursionError, AttributeError, LookupError,
+          MemoryError)  # fmt: skip
 MAX_TEMPLATE_CHARS, MAX_RENDERED_CHARS = 65_536, 1_048_576
 
 # A character that is handled costs one, a step of the program `_STEP`. Real

@@ -14,8 +14,10 @@ from cacovid_jax.data import question as question_lib
 # Only these of the published list take effect: in the rest, missing commas
 # glue neighbours into phrases that no answer contains.
 PREAMBLES = (
-  *("The best answer is", "The correct answer is"),
-  *("The answer is", "The answer"),
+  "The best answer is",
+  "The correct answer is",
+  "The answer is",
+  "The answer",
 )
 
 
@@ -31,21 +33,16 @@ def first(text: str, letters: str, preambles=PREAMBLES) -> str:
   return found.group(0) if found else ""
 
 
+_NOUNS = ("answer", "best answer", "correct answer", "best option",
+          "correct option", "choice", "correct choice")  # fmt: skip
 # Where the shared extractor expects a letter to follow; the last three lines
 # are "option", "the answer is" and "choose" in Korean, Chinese and Japanese.
 _PHRASES = (
-  *(
-    f"{the}{noun} is"
-    for the in ("the ", "")
-    for noun in (
-      *("answer", "best answer", "correct answer", "best option"),
-      *("correct option", "choice", "correct choice"),
-    )
-  ),
-  *("my answer is", "my choice is", "i choose", "i pick", "i select"),
-  *("옵션", "정답은", "답은", "답:"),
-  *("答案是", "答案为", "选"),
-  "答えは",
+  tuple(f"{the}{noun} is" for the in ("the ", "") for noun in _NOUNS)
+  + ("my answer is", "my choice is", "i choose", "i pick", "i select")
+  + ("옵션", "정답은", "답은", "답:")
+  + ("答案是", "答案为", "选")
+  + ("答えは",)
 )
 # Marks that are taken off both ends, one kind after the other.
 _MARKS = (",", ".", "!", "?", ";", ":", "'", '"')

@@ -43,9 +43,13 @@ class VideoQa(tfds.core.GeneratorBasedBuilder):
   # There are no checksums beside this file to look for. The base class's search
   # imports importlib_resources, which newer releases of etils do not install.
   code_path = None
-  # `prepare` sets them: split -> rows, and their digest; the root of clips that
-  # are embedded, or None; what is called after each row.
-  rows, fingerprint, embedded, on_row = {}, "", None, None
+
+  def __init__(self, **options):
+    # `prepare` sets them: split -> rows, and their digest; the root of clips
+    # that are embedded, or None; what is called after each row.
+    self.rows, self.fingerprint = {}, ""
+    self.embedded, self.on_row = None, None
+    super().__init__(**options)
 
   def _info(self):
     text, listed = tfds.features.Text(), tfds.features.Sequence

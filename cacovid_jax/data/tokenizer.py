@@ -260,7 +260,8 @@ class Tokenizer:
       )
     faults = []
     # A tokenizer's own template may take one form only.
-    for form in sorted(contents, reverse=self._options.plain):
+    order = ("plain", "items") if self._options.plain else ("items", "plain")
+    for form in [form for form in order if form in contents]:
       turn = {"role": "user", "content": contents[form]}
       try:
         rendered = self.render_messages([turn])

@@ -28,7 +28,7 @@ from cacovid_jax.evals import (
   results,
   shards,
   statistics,
-)  # fmt: skip
+)
 from cacovid_jax.inference import methods as methods_lib
 from cacovid_jax.models import checkpoints
 

@@ -192,19 +192,18 @@ def memory(
   text, itemsize = config.text, jnp.dtype(dtype).itemsize
   width = text.hidden_size
   # Once as prefilled, once with room for the answer.
-  rows = 2 * prompt_rows + new_tokens - 1
+  layers = [2 * prompt_rows + new_tokens - 1] * text.num_layers
   return PromptMemory(
     weights=weight_bytes(config, dtype, model_shards),
     policy=policy_bytes(policy) if policy else 0,
     features=4 * batch * math.prod(grid) * width,
     prompts=batch * prompt_rows * width * itemsize,
-    cache=kv_bytes(text, [rows] * text.num_layers, dtype, batch=batch,
-                   model_shards=model_shards),
+    cache=kv_bytes(text, layers, dtype, batch=batch, model_shards=model_shards),
     activations=max(
       prefill_bytes(text, prompt_rows, dtype, batch=batch),
       tower_bytes(config, grid, dtype),
     ),
-  )  # fmt: skip
+  )
 
 
 def policy_bytes(config: network.PolicyConfig) -> int:

@@ -13,6 +13,7 @@ import itertools
 import math
 import os
 import pathlib
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ from cacovid_jax.inference import prompts as prompts_lib
 from cacovid_jax.models import checkpoints, llava_onevision, qwen2_5_vl
 from cacovid_jax.policy import network
 
-FLAGS = {
+FLAGS = types.MappingProxyType({
   "dry_run": command.Flag(
     "Say what the table would take, and end.", default=False
   ),
@@ -42,16 +43,16 @@ FLAGS = {
                          "table.tflops", old=("table_tflops",)),
   "gbps": command.Flag("GB/s of memory for --dry_run; measured likewise.",
                        "table.gbps", old=("table_gbps",)),
-}  # fmt: skip
+})  # fmt: skip
 _LLAVA = llava_onevision.LlavaOnevisionConfig
 _QWEN = qwen2_5_vl.Qwen2_5VLConfig
 # Folder that a released model's config names -> what lies there.
-RELEASED = {
+RELEASED = types.MappingProxyType({
   "llava_onevision_7b": _LLAVA.llava_onevision_7b,
   "llava_onevision_0_5b": _LLAVA.llava_onevision_0_5b,
   "qwen2_5_vl_3b": _QWEN.qwen2_5_vl_3b,
   "qwen2_5_vl_7b": _QWEN.qwen2_5_vl_7b,
-}
+})  # fmt: skip
 _BYTES_PER_TOKEN = 4
 _TEMPLATE_TOKENS = 30
 # Of a question whose benchmark is not here.

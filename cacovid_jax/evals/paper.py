@@ -11,6 +11,7 @@ they agree, so that this drift is checked first.
 """
 
 import dataclasses
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -49,7 +50,7 @@ class Model:
   template: str = ""
 
 
-MODELS = {
+MODELS = types.MappingProxyType({
   "ov7b": Model(
     "LLaVA-OneVision-7B", "configs/llava_onevision.py:size=7b",
     (3584, 28, 18944), "llava_onevision", "tokenizer",
@@ -58,7 +59,7 @@ MODELS = {
     "Qwen2.5-VL-3B", "configs/qwen2_5_vl.py:size=3b",
     (2048, 36, 11008), "qwen2_5_vl",
   ),
-}  # fmt: skip
+})  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +119,9 @@ METHODS = tuple(
 )
 RATIOS = (0.25, 0.20, 0.15, 0.10)
 # Options that the paper's rows have; other values make another method.
-OPTIONS = {"cacovid": {"importance_ratio": 0.5, "max_frame_share": 1.5}}
+OPTIONS = types.MappingProxyType(
+  {"cacovid": {"importance_ratio": 0.5, "max_frame_share": 1.5}}
+)
 
 # Milliseconds on the paper's accelerator at 25 %: LLaVA-OneVision-7B's prefill
 # and, by method, the time to choose the tokens.

@@ -301,7 +301,8 @@ def _grids(table) -> list[Any]:
   """Returns [T, H, W], or all grids with how many clips and questions."""
   questions = collections.Counter(map(table.grid_of, table.questions))
   if len(questions) == 1:
-    return list(*questions)
+    (grid,) = questions
+    return list(grid)
   clips = {q.video: table.grid_of(q) for q in table.questions}
   counts = collections.Counter(clips.values())
   return [

@@ -55,7 +55,9 @@ def all_rows(variants: Mapping[str, str]) -> tuple[str, ...]:
 def as_csv(columns: Sequence[str], rows: Rows) -> str:
   """Returns these columns of the rows as CSV; unknown values are empty."""
   text = io.StringIO()
-  writer = csv.DictWriter(text, columns, "", "ignore", lineterminator="\n")
+  writer = csv.DictWriter(
+    text, columns, extrasaction="ignore", lineterminator="\n"
+  )
   writer.writeheader()
   writer.writerows(rows)
   return text.getvalue()

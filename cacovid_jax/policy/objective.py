@@ -52,10 +52,13 @@ class Memory(NamedTuple):
 def loss(scores, old_scores, memory, config=None, grid=None):
   """Returns (the loss float32[] of one video's memory, metrics float32[]).
 
-  Of the current Scores(frame f32[T, 2], token f32[N, 2]) and the old ones that
-  combinations were drawn from, which get no gradient. Rows of the Memory that
-  are not valid have no influence at all; nor has, in the bucket of a TokenGrid,
-  what stands behind the video's own. None is a full grid.
+  Args:
+    scores: current Scores(frame f32[T, 2], token f32[N, 2]).
+    old_scores: those that combinations were drawn from; they get no gradient.
+    memory: rows of this Memory that are not valid have no influence at all.
+    config: an ObjectiveConfig; None is the default one.
+    grid: a TokenGrid, in whose bucket what stands behind the video's own has no
+      influence either; None is a full grid.
   """
   config = config or ObjectiveConfig()
   tokens = np.ones(len(scores.token), bool)

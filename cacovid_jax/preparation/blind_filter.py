@@ -8,10 +8,10 @@ the prompt at all, and keeps those whose greedy answer is not right. Writes the
 public trainer's filtered format to --out, beside it `*.answers.jsonl` (every
 answer as it comes: a run that was stopped goes on when the same command is
 given again) and `*.report.json`, rows per source and problem type.
-"""
 
-# A question that the model gets right from its text alone rewards every
-# combination of tokens alike, so it teaches a policy nothing.
+A question that the model gets right from its text alone rewards every
+combination of tokens alike, so it teaches a policy nothing.
+"""
 
 import collections
 import dataclasses

@@ -170,7 +170,10 @@ def build(config, directory, *, num_workers=2, on_clip=lambda done: None):
 
 
 def prepare(config, num_workers=None, *, variant="", directory="") -> None:
-  """Builds a config's benchmark; its first variant, in `data.root`, if open."""
+  """Builds a config's benchmark unless it is there.
+
+  By default its first variant, in `data.root`.
+  """
   section = config.prepare
   if len(section.clips) != len(SPLITS):
     raise errors.UserError(

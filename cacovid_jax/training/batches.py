@@ -117,7 +117,7 @@ def load_ahead(
         f"{failed} of {tried} clips cannot be used, more than"
         f" {MAX_FAILURE_RATE:.0%}, last: {rejected.entries[-1]['video']}"
         f" ({rejected.entries[-1]['reason']}); mend the data set (see the"
-        " quarantine ledger) or raise max_failure_rate"
+        " quarantine ledger)"
       )
     yield [slot.question for slot in batch], [slot.clip for slot in batch]
 
@@ -135,7 +135,7 @@ def _prefetched(dataset, num_threads: int, num_workers: int, buffer: int):
 
 
 def prompt_buckets(config, questions, checkpoint, ladders):
-  """Returns how long text is padded to, if not given: for these questions."""
+  """Returns config.data.prompt_rows, or lengths that suit these questions."""
   if config.data.prompt_rows:
     return prompt_batch.PromptBuckets(tuple(config.data.prompt_rows))
   # Text between temporal patches, where a model writes some, is counted too.

@@ -125,7 +125,9 @@ def _check_sampler(name, config):
   for plan in plans:
     drawn = jax.eval_shape(
       lambda *given, plan=plan: ladder.sampler.sample(*given, plan),
-      *(key, _scores(bucket), features),
+      key,
+      _scores(bucket),
+      features,
     )
     index = _array((sum(modes), plan.shape.num_keep), jnp.int32)
     frame_mask = _array((modes.frame, bucket.frames), bool)

@@ -134,7 +134,7 @@ def policy_scores(config: StepConfig, params, videos: Batch):
 
 
 def prepare_videos(config: StepConfig, state, constants, batch: Batch):
-  """Returns (batch, embedded, and replay.Replay): scored once, nothing kept."""
+  """Embeds and scores prompts; returns (the batch with x, empty memories)."""
   embed = functools.partial(config.model.embed_prompt, constants.params)
   prompts = batch.prompts
   x = jax.vmap(embed)(prompts.ids, prompts.features, prompts.video_rows)
@@ -193,7 +193,10 @@ def rollout(config: StepConfig, constants, videos, memory, *, max_rung: int):
 
 
 def gradients(config: StepConfig, params, videos: Batch, memory):
-  """Returns (gradient, (loss f32[B] of this device, metrics)), all averaged."""
+  """Returns (gradient, (losses f32[B] of this device's videos, metrics)).
+
+  Gradient and metrics are averages over the videos of all devices.
+  """
 
   def mean_loss(params):
     scores = policy_scores(config, params, videos)

@@ -228,7 +228,7 @@ def train(workdir, **changes):
     if bucket not in draws:
       draw = functools.partial(_draw, run.programs.configs[bucket])
       draws[bucket] = jax.jit(draw)
-    reward = run.reward and functools.partial(run.reward, questions=rows)
+    reward = functools.partial(run.reward, questions=rows)
     before = jax.device_get(state)  # The step gives up its buffers.
     placed = programs.place_batch(batch, run.mesh)
     state, *out = run.programs.run(state, run.constants, placed, reward)

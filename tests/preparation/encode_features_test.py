@@ -116,7 +116,7 @@ def test_a_clip_is_decoded_in_the_first_epoch_of_the_first_run_only(
   folder, checkpoint, tmp_path, opened, encoded
 ):
   first = [
-    np.asarray(batch.video)
+    np.asarray(batch.prompts.features)
     for batch, _ in make(folder, checkpoint, tmp_path).batches(0)
   ]
   assert len(first) == 8
@@ -125,7 +125,7 @@ def test_a_clip_is_decoded_in_the_first_epoch_of_the_first_run_only(
   del opened[:], encoded[:]
   # Another run, which remembers nothing.
   second = [
-    np.asarray(batch.video)
+    np.asarray(batch.prompts.features)
     for batch, _ in make(folder, checkpoint, tmp_path).batches(0)
   ]
   assert opened == [] and encoded == []
@@ -137,7 +137,7 @@ def test_features_made_ahead_by_two_processes_are_those_of_training(
 ):
   lazy, ahead = tmp_path / "lazy", tmp_path / "ahead"
   expected = [
-    np.asarray(batch.video)
+    np.asarray(batch.prompts.features)
     for batch, _ in make(folder, checkpoint, lazy).batches(0)
   ]
   reports = []
@@ -151,7 +151,7 @@ def test_features_made_ahead_by_two_processes_are_those_of_training(
   assert [(r.num_clips, r.num_encoded) for r in reports] == [(2, 2), (1, 1)]
   del opened[:], encoded[:]
   run = make(folder, checkpoint, ahead)
-  got = [np.asarray(batch.video) for batch, _ in run.batches(0)]
+  got = [np.asarray(batch.prompts.features) for batch, _ in run.batches(0)]
   assert opened == [] and encoded == []
   np.testing.assert_array_equal(got, expected)
   again = encode_features.encode(run.store, run.questions, str(ahead))

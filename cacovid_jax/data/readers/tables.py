@@ -123,11 +123,11 @@ class Reader:
   """A function that reads the parquet or JSON files of a benchmark."""
 
   form: str  # Whose format it is, for errors.
-  # That each file must have; or those, of the columns that it has. Without any
-  # that are needed, files are JSON.
+  # That each file must have; or those, of the columns that it has.
   columns: Sequence[str] | Callable[[frozenset[str]], Sequence[str]]
   places: Sequence[str]  # Of clips, as in "data/{}.mp4", best first.
   parse: Callable[..., question_lib.Question | None]  # Of a row, with options.
+  json_only: bool = False  # Whether files are JSON whatever their names.
 
   def __call__(
     self, paths, root=None, *, on_bad_row="raise", report=None, **options
@@ -148,12 +148,12 @@ class Reader:
     )
 
   def _load(self, path: str) -> list:
-    if self.columns and not path.endswith(".json"):
+    if not (self.json_only or path.endswith(".json")):
       return self._load_parquet(path)
     entries = load_rows(path, f"give a file in {self.form}'s format")
     # A field that no row has is a file of another kind, not many bad rows.
     columns = frozenset().union(*(e for e in entries if isinstance(e, dict)))
-    if columns and self.columns:
+    if columns:
       self._check_columns(path, columns)
     return entries
 

@@ -79,4 +79,4 @@ def _question(
   )
 
 
-_READER = tables.Reader("Video-R1", (), ("{}",), _question)
+_READER = tables.Reader("Video-R1", (), ("{}",), _question, json_only=True)

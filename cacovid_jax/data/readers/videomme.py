@@ -10,8 +10,11 @@ from cacovid_jax.data import wording
 from cacovid_jax.data.readers import tables, validation
 
 _PLACES = (
-  *("data/{}.mp4", "data/{}.MP4", "data/{}.mkv"),
-  *("videos/{}.mp4", "{}.mp4"),
+  "data/{}.mp4",
+  "data/{}.MP4",
+  "data/{}.mkv",
+  "videos/{}.mp4",
+  "{}.mp4",
 )
 _GROUPS = ("domain", "sub_category")
 

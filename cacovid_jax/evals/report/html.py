@@ -137,9 +137,9 @@ def _environment() -> jinja2.Environment:
     "breakable": lambda name: markupsafe.escape(name).replace(
       "_", markupsafe.Markup("_<wbr>")
     ),
-    "count": lambda value: f"{value:g}" if value % 1 == 0 else f"{value:.1f}",
     "grids": grid_words,
     "line": lambda text: " ".join(text.split()),
+    "number": lambda value: f"{value:g}" if value % 1 == 0 else f"{value:.1f}",
     "percent": lambda value, digits=1: f"{100 * value:.{digits}f}",
     "points": lambda value: f"{100 * value:+.1f}".replace("-", "−"),
     "share": lambda ratio: f"{100 * float(ratio):g} %",

@@ -107,7 +107,8 @@ class Example:
     rows, vanilla = dict(self.answers), None
     # Whatever is looked at has a row of its own.
     if methods_lib.VANILLA not in {method for method, _ in self.views}:
-      ((_, vanilla),) = rows.pop(methods_lib.VANILLA, {0: None}).items()
+      if unshown := rows.pop(methods_lib.VANILLA, None):
+        (vanilla,) = unshown.values()
     return vanilla, list(dict.fromkeys(itertools.chain(*rows.values()))), rows
 
 
