@@ -74,12 +74,9 @@ def _start_wandb(workdir: pathlib.Path, project: str):
     ) from None
   digest = hashlib.sha256(os.fsencode(workdir.resolve())).hexdigest()
   return wandb.init(
-    project=project,
-    id=digest[:16],
-    name=workdir.name,
-    dir=workdir,
+    project=project, id=digest[:16], name=workdir.name, dir=workdir,
     resume="allow",
-  )
+  )  # fmt: skip
 
 
 def read(workdir):

@@ -184,14 +184,9 @@ class Answerer(contextlib.ExitStack):
     source = self.source(self._grid(path))
     source.observe(methods_lib.wanted([chosen]))
     engine = engine_lib.Engine.of(
-      self.experiment,
-      source,
-      [asked],
-      self.settings,
-      policies=self.policies,
-      programs=self.programs,
-      more_follow=True,
-    )
+      self.experiment, source, [asked], self.settings, policies=self.policies,
+      programs=self.programs, more_follow=True,
+    )  # fmt: skip
     for condition in conditions:
       base.budget(source.grid, condition.ratio)
       if condition.method:
@@ -215,15 +210,11 @@ class Answerer(contextlib.ExitStack):
         f" {shown}: frames repeat, as in the reference"
       )
     return ClipAnswers(
-      question=asked,
-      path=os.fspath(path),
-      clip=clip,
-      grid=source.grid,
+      question=asked, path=os.fspath(path), clip=clip, grid=source.grid,
       answers=tuple(answers),
       milliseconds={k: 1e3 * source.seconds[k] for k in ("decode", "tower")},
-      warm_up=first_run if warm_up else None,
-      warnings=tuple(warnings),
-    )
+      warm_up=first_run if warm_up else None, warnings=tuple(warnings),
+    )  # fmt: skip
 
   def source(self, grid: tuple[int, int, int]):
     """Returns what encodes clips of a grid; made once."""
@@ -292,14 +283,10 @@ def as_question(
     if style == "videomme":
       prompt = wording.videomme_prompt(text, lettered)
   return question_lib.Question(
-    id=os.path.basename(os.path.realpath(path)),
-    video=video_name(path),
-    question=text,
-    options=options,
-    answer="",
-    problem_type=problem_type,
+    id=os.path.basename(os.path.realpath(path)), video=video_name(path),
+    question=text, options=options, answer="", problem_type=problem_type,
     prompt=prompt,
-  )
+  )  # fmt: skip
 
 
 def video_name(path: str | os.PathLike) -> str:

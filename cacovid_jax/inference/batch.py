@@ -239,11 +239,9 @@ class BatchRunner:
       parts["rng"] = self._keys(condition.seed)
     batch = self.batch
     return base.CompressorInputs(
-      features=self._own(batch.features, 1),
-      grid=self._shape,
-      deep=None if batch.deep is None else self._own(batch.deep, 2),
-      **parts,
-    )
+      features=self._own(batch.features, 1), grid=self._shape,
+      deep=None if batch.deep is None else self._own(batch.deep, 2), **parts,
+    )  # fmt: skip
 
   def _part(self, need: str):
     if need == "attention":
@@ -265,11 +263,9 @@ class BatchRunner:
     return self._e.prompts.batch(
       lambda *arguments: self._programs.embed(self._params, *arguments),
       [getattr(question, "id", question) for question in questions],
-      self._shape,
-      [clip.second_per_grid_t for clip in self._clips],
-      features,
+      self._shape, [clip.second_per_grid_t for clip in self._clips], features,
       deep,
-    )
+    )  # fmt: skip
 
   def _of_clips(self, read, axis: int) -> jax.Array:
     """Returns an array of each clip, zeros behind its N along `axis`."""

@@ -163,12 +163,8 @@ def open_queue(
   """
   config = experiment.config
   return features.open_store(
-    experiment,
-    read_processor(experiment),
+    experiment, read_processor(experiment),
     frames_lib.FrameRule(config.data.num_frames, config.evals.frame_rule),
-    make=ClipQueue,
-    keep=keep or 2 * config.evals.batch_size,
-    want=want,
-    reading=reading,
-    **({} if grid is None else {"grid": grid}),
-  )
+    make=ClipQueue, keep=keep or 2 * config.evals.batch_size, want=want,
+    reading=reading, **({} if grid is None else {"grid": grid}),
+  )  # fmt: skip

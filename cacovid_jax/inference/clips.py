@@ -32,9 +32,21 @@ class EncodedClip:
   second_per_grid_t: float = 1.0  # See `video_llm.VideoFeatures`.
   warnings: tuple[str, ...] = ()  # What makes frames less than they seem.
 
-  features = property(lambda self: self.arrays[FEATURES])
-  deep = property(lambda self: self.arrays.get(DEEP))
-  fault = property(lambda self: self.record.fault)
+  @property
+  def features(self) -> np.ndarray:
+    """float32[N, D]."""
+    return self.arrays[FEATURES]
+
+  @property
+  def deep(self) -> np.ndarray | None:
+    """float32[S, N, D]; None of models without it."""
+    return self.arrays.get(DEEP)
+
+  @property
+  def fault(self) -> str:
+    """Why it cannot be used; empty if it can."""
+    return self.record.fault
+
   frame_hash = property(lambda self: self.record.frame_hash)
   index_hash = property(lambda self: self.record.index_hash)
 
@@ -107,12 +119,9 @@ class ClipReader:
       return known or self.rule(count, seconds)
 
     return video.decode(
-      video.safe_path(self.root, path),
-      rule,
-      resize=resize,
-      limits=self.limits,
+      video.safe_path(self.root, path), rule, resize=resize, limits=self.limits,
       hashed=self.hashed,
-    )
+    )  # fmt: skip
 
   def read(self, path: str) -> tuple[EncodedClip, processors.TowerInputs, bool]:
     """Returns (a clip without arrays, the tower's inputs, whether its frames

@@ -66,7 +66,10 @@ class AnswerResult(NamedTuple):
   trace: batch_lib.KeptTokens
   milliseconds: Mapping[str, float] = {}  # By stage, where they were taken.
 
-  kept = property(lambda self: len(self.trace.index))
+  @property
+  def kept(self) -> int:
+    """Number of tokens that it was answered from."""
+    return len(self.trace.index)
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -74,7 +77,7 @@ class Engine:
   """A model, its prompts and its programs; computes nothing yet.
 
   Attributes:
-    grids: exact (T, H, W) of the clips; `grid` is that of most of them.
+    grids: exact (T, H, W) of the clips.
     pool: questions that `cacovid_other_question` draws from.
     seconds: spent so far, by what they were spent on.
   """
@@ -96,7 +99,10 @@ class Engine:
   # Its `data` axis shares the questions of a batch, if their number divides.
   mesh: Mesh | None = None
 
-  grid = property(lambda self: self.source.grid)
+  @property
+  def grid(self) -> tuple[int, int, int]:
+    """(T, H, W) of most of the clips."""
+    return self.source.grid
 
   def __post_init__(self):
     # Several processes of a training run each ask all of it.
@@ -114,13 +120,10 @@ class Engine:
     self.grids = sorted({self.grid_of(question) for question in every})
     buckets = [source.bucket_of(grid) for grid in self.grids]
     self.prompts = prompts_lib.Prompts(
-      self.checkpoint,
-      self.questions,
-      grid_of=self.grid_of,
+      self.checkpoint, self.questions, grid_of=self.grid_of,
       num_video=max((bucket.tokens for bucket in buckets), default=0),
-      more_follow=self.more_follow,
-      others=self.others,
-    )
+      more_follow=self.more_follow, others=self.others,
+    )  # fmt: skip
     for question in every:
       tokens, grid = self.decisive.get(question.id), self.grid_of(question)
       if tokens and not 0 <= min(tokens) <= max(tokens) < np.prod(grid):

@@ -305,17 +305,11 @@ def open_store(
       data.buckets, processor, rule.num_frames, strict=strict
     )
   reader = clips.ClipReader(
-    experiment_lib.media_root(experiment.config),
-    processor,
-    rule,
-    noted=bool(folder),
-    **options.pop("reading", {}),
-  )
+    experiment_lib.media_root(experiment.config), processor, rule,
+    noted=bool(folder), **options.pop("reading", {}),
+  )  # fmt: skip
   return make(
-    reader,
-    checkpoint.model,
-    checkpoint.params if params is None else params,
+    reader, checkpoint.model, checkpoint.params if params is None else params,
     weights=checkpoint.identity["sha256"],
-    cache=feature_cache.FeatureCache(folder) if folder else None,
-    **options,
-  )
+    cache=feature_cache.FeatureCache(folder) if folder else None, **options,
+  )  # fmt: skip

@@ -41,7 +41,10 @@ class Method:
       spec = f"{spec}#{compressor.fingerprint}"
     return cls(label, spec, compressor, policy)
 
-  needs = property(lambda self: self.compressor.requires)
+  @property
+  def needs(self) -> frozenset[str]:
+    """Fields of `CompressorInputs` that it reads."""
+    return self.compressor.requires
 
   @property
   def score_fields(self) -> list[str]:
@@ -83,8 +86,11 @@ class Condition(NamedTuple):
 
   spec = property(lambda self: self.method.spec if self.method else VANILLA)
   label = property(lambda self: self.method.label if self.method else VANILLA)
-  # Where it stands in a table, whatever the seed.
-  place = property(lambda self: (self.spec, self.ratio))
+
+  @property
+  def place(self) -> tuple[str, float]:
+    """Where it stands in a table, whatever the seed."""
+    return self.spec, self.ratio
 
   def key(self, question: str) -> answer_log.Key:
     return answer_log.Key(self.spec, self.ratio, self.seed, question)

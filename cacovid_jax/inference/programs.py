@@ -96,11 +96,9 @@ class Programs:
     embed = jax.vmap(model.embed_prompt, (None, 0, 0, 0))
     self.embed = self._once("embed", (), embed)
     # Programs are counted by function: each of this class has its own.
+    read = prompt_batch.read_video
     self.text = self._once(
-      "text",
-      (),
-      lambda batch: prompt_batch.read_video(batch.x, batch.text_rows),
-      weights=(),
+      "text", (), lambda batch: read(batch.x, batch.text_rows), weights=()
     )
     self.answer = self._once("answer", (), self._answer)
     self.answer_text = self._once("text only", (), self._answer_text)
@@ -124,7 +122,10 @@ class Programs:
       for kind, made in self._made.items()
     }
 
-  num_compiled = property(lambda self: sum(self.compiled.values()))
+  @property
+  def num_compiled(self) -> int:
+    """How many programs have been compiled in all."""
+    return sum(self.compiled.values())
 
   def vanilla(self, params, batch, *, want_attention: bool = False) -> Vanilla:
     """Returns the answers to whole prompts, and attention if wanted."""
@@ -173,15 +174,9 @@ class Programs:
           self._model, params, rows, inputs, new_rows=room, **given
         )[:2]
       return layerwise.generate(
-        self._model,
-        params,
-        compressor,
-        rows,
-        inputs,
-        batch.next_position,
-        **given,
-        **self._ending,
-      )
+        self._model, params, compressor, rows, inputs, batch.next_position,
+        **given, **self._ending,
+      )  # fmt: skip
 
     program = ask  # Some read on the host how many tokens go on.
     if not compressor.on_host:
@@ -208,14 +203,10 @@ class Programs:
 
   def _answer(self, params, batch, selection: base.Selection):
     ids, _ = answer_rows(
-      self._model,
-      params,
-      batch,
-      selection.index[:, None],
-      selection.mask.sum(axis=1, dtype=jnp.int32),
-      replaced=selection,
+      self._model, params, batch, selection.index[:, None],
+      selection.mask.sum(axis=1, dtype=jnp.int32), replaced=selection,
       **self._ending,
-    )
+    )  # fmt: skip
     return ids[:, 0]
 
   def _answer_text(self, params, ids, lengths):
@@ -223,14 +214,9 @@ class Programs:
     shape = len(ids), self._model.num_position_rows, ids.shape[1]
     count = jnp.arange(ids.shape[1], dtype=jnp.int32)
     return generation.greedy(
-      self._model,
-      params,
-      self._model.embed_text(params, ids),
-      jnp.broadcast_to(count, shape),
-      lengths,
-      lengths,
-      **self._ending,
-    )
+      self._model, params, self._model.embed_text(params, ids),
+      jnp.broadcast_to(count, shape), lengths, lengths, **self._ending,
+    )  # fmt: skip
 
   def _read(self, params, batch, selection, room):
     rows, num_video = batch, batch.video_rows.shape[1]
@@ -243,15 +229,10 @@ class Programs:
 def _prefill(model, params, rows, room: int, **options):
   """Returns (logits, cache, out) of prompts, with room for more rows."""
   return model.prefill(
-    params,
-    rows.x,
-    rows.positions,
-    rows.lengths,
-    cache_length=rows.x.shape[1] + room,
-    deep=rows.deep,
-    video_rows=rows.video_rows,
-    **options,
-  )
+    params, rows.x, rows.positions, rows.lengths,
+    cache_length=rows.x.shape[1] + room, deep=rows.deep,
+    video_rows=rows.video_rows, **options,
+  )  # fmt: skip
 
 
 def _shape(grid) -> tuple[int, int, int]:
