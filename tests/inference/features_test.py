@@ -294,7 +294,7 @@ def test_extras_of_a_tower_that_reads_patches(tmp_path):
     params,
     processor,
     num_frames=4,
-    grid=processor.grid(4, 32, 32),
+    grid=list(processor.grid(4, 32, 32)),
     want=WANT,
   ) as source:
     clip, missing = source["a.mp4"], source["gone.mp4"]

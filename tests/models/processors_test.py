@@ -389,3 +389,9 @@ def test_steps_that_are_not_ours_are_refused(tmp_path, changes, message):
   with pytest.raises(errors.UserError, match=message) as caught:
     processors.LlavaOnevisionProcessor.from_files(tmp_path)
   assert str(path) in str(caught.value)
+
+
+def test_a_field_that_no_processor_has_is_no_fault_of_the_file(tmp_path):
+  (tmp_path / "preprocessor_config.json").write_text('{"size": 384}')
+  with pytest.raises(TypeError, match="tiles"):
+    processors.LlavaOnevisionProcessor.from_files(tmp_path, tiles=1)

@@ -90,6 +90,11 @@ def test_shards_hold_what_fits_and_an_index_names_them(tmp_path):
   assert_same(tensor_files.read(str(tmp_path)), tensors)
 
 
+def test_a_directory_of_no_tensors_has_its_file(tmp_path):
+  safetensors_io.write_directory(str(tmp_path), {})
+  assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
 @pytest.mark.parametrize("before,after", [(None, 500), (500, None), (500, 900)])
 def test_a_second_save_leaves_nothing_of_the_first(tmp_path, before, after):
   tensors = {name: np.ones(100, np.float32) for name in "abcd"}
