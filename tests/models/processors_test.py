@@ -392,6 +392,7 @@ def test_steps_that_are_not_ours_are_refused(tmp_path, changes, message):
 
 
 def test_a_field_that_no_processor_has_is_no_fault_of_the_file(tmp_path):
-  (tmp_path / "preprocessor_config.json").write_text('{"size": 384}')
+  entry = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": 384}
+  (tmp_path / "preprocessor_config.json").write_text(json.dumps(entry))
   with pytest.raises(TypeError, match="tiles"):
     processors.LlavaOnevisionProcessor.from_files(tmp_path, tiles=1)
