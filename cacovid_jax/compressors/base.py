@@ -7,6 +7,7 @@ of ONE video with static shapes; callers `jax.vmap` it over a batch and
 
 import dataclasses
 import functools
+import inspect
 import math
 import numbers
 import os
@@ -147,8 +148,9 @@ class Compressor:
   """A token compression rule; what a subclass adds as fields are its options.
 
   A subclass gives `choose`, and `reference_rows` if its publication rounds
-  otherwise than down. One with parameters of its own sets `trained = True`,
-  takes `weights` as an option and `params` as the last argument of `choose`.
+  otherwise than down; `class X(Compressor, name="x")` gives the name as well.
+  One with parameters of its own sets `trained = True`, takes `weights` as an
+  option and `params` as the last argument of `choose`.
   """
 
   name: str = ""
@@ -171,6 +173,13 @@ class Compressor:
   selects_first: ClassVar[bool] = True
   # Whether it reads counts on the host between programs.
   on_host: ClassVar[bool] = False
+
+  def __init_subclass__(cls, name=None, **options):
+    super().__init_subclass__(**options)
+    if name is not None:
+      cls.name = name
+      # `dataclass` takes as fields what is annotated.
+      cls.__annotations__ = inspect.get_annotations(cls) | {"name": str}
 
   def __post_init__(self):
     if self.weights and not os.path.isfile(self.weights):

@@ -37,7 +37,7 @@ class State(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FrameFusion(layerwise.LayerwiseCompressor):
+class FrameFusion(layerwise.LayerwiseCompressor, name="framefusion"):
   """Merging by threshold, then pruning by attention."""
 
   # Least cosine of two tokens that are merged; merging ends when less than this

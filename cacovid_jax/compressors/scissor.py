@@ -20,7 +20,7 @@ _BISECTIONS = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Scissor(base.Compressor):
+class Scissor(base.Compressor, name="scissor"):
   """The video as its semantic clustering."""
 
   # "mst" cuts maximum spanning trees so that K components are left, the same as
