@@ -176,9 +176,8 @@ class Compressor:
 
   def __init_subclass__(cls, name=None, **options):
     super().__init_subclass__(**options)
-    if name is not None:
+    if name is not None:  # A field of the dataclass, hence annotated.
       cls.name = name
-      # `dataclass` takes as fields what is annotated.
       cls.__annotations__ = inspect.get_annotations(cls) | {"name": str}
 
   def __post_init__(self):

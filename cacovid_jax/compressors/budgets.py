@@ -24,10 +24,7 @@ _PUBLISHED_LAYERS = 28
 
 
 def budget(grid: tuple[int, int, int], ratio: float) -> int:
-  """Returns K, the number of tokens that `ratio` keeps of `grid`.
-
-  UserError where the ratio lies outside (0, 1] or keeps none.
-  """
+  """Returns K of `grid`; UserError for a ratio outside (0, 1] or no tokens."""
   return selection.num_keep(grid, check_ratio(ratio))
 
 

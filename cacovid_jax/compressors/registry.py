@@ -97,14 +97,9 @@ class FunctionCompressor(base.Compressor):
     extra = {"ratio": ratio, "rounding": rounding}
     takes = _parameters(self.function)
     extra = {name: extra[name] for name in extra if name in takes}
-    extra |= {"text": inputs.text, "aux": inputs, "rng": inputs.rng}
-    return self.function(
-      inputs.features,
-      grid=inputs.grid,
-      num_keep=num_keep,
-      **extra,
-      **self.values,
-    )
+    extra |= {"grid": inputs.grid, "num_keep": num_keep, "text": inputs.text}
+    extra |= {"aux": inputs, "rng": inputs.rng}
+    return self.function(inputs.features, **extra, **self.values)
 
 
 def _parameters(function):

@@ -127,9 +127,8 @@ def _in_blocks(x, weights, to_integers, block):
       x, weights, covered = window
 
       def of_one(candidate):
-        rows = similarity.between(candidate[None], x)
-        left = to_integers(rows, weights) - covered
-        return jnp.maximum(left, 0).sum()
+        row = to_integers(similarity.between(candidate[None], x), weights)
+        return jnp.maximum(row - covered, 0).sum()
 
       return jax.lax.map(of_one, x, batch_size=block)
 
@@ -171,14 +170,9 @@ def lazy_greedy(
     largest, found = jax.lax.top_k(bounds, block + 1)
     candidates = jnp.sort(found[:block])
     rival = jnp.stack([largest[block], jnp.sum(candidates < found[block])])
-    picked, count, covered, gains = picks_of_block(
-      rows_of(candidates),
-      candidates // area,
-      state.covered,
-      bounds[candidates],
-      rival.astype(jnp.int32),
-      num_keep - state.count,
-    )
+    given = rows_of(candidates), candidates // area, state.covered
+    limits = bounds[candidates], rival.astype(jnp.int32), num_keep - state.count
+    picked, count, covered, gains = picks_of_block(*given, *limits)
     order = jnp.where(places < count, state.count + places, num_keep)
     return _Picks(
       order=state.order.at[order].set(candidates[picked], mode="drop"),
