@@ -148,12 +148,11 @@ class Compressor:
   """A token compression rule; what a subclass adds as fields are its options.
 
   A subclass gives `choose`, and `reference_rows` if its publication rounds
-  otherwise than down; `class X(Compressor, name="x")` gives the name as well.
-  One with parameters of its own sets `trained = True`, takes `weights` as an
-  option and `params` as the last argument of `choose`.
+  otherwise than down. One with parameters of its own sets `trained = True`,
+  takes `weights` as an option and `params` as the last argument of `choose`.
   """
 
-  name: str = ""
+  name: str = ""  # Of a class: `class Mine(Compressor, name="mine")`.
   requires: frozenset[str] = frozenset()  # Fields of `CompressorInputs`.
   stochastic: bool = False  # If it draws from `rng`: tables give means then.
   oracle: bool = False  # If it knows the answer's place: a bound, no method.
