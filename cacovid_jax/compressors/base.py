@@ -7,6 +7,7 @@ of ONE video with static shapes; callers `jax.vmap` it over a batch and
 
 import dataclasses
 import functools
+import inspect
 import math
 import numbers
 import os
@@ -151,7 +152,7 @@ class Compressor:
   takes `weights` as an option and `params` as the last argument of `choose`.
   """
 
-  name: str = ""
+  name: str = ""  # Of a class: `class Mine(Compressor, name="mine")`.
   requires: frozenset[str] = frozenset()  # Fields of `CompressorInputs`.
   stochastic: bool = False  # If it draws from `rng`: tables give means then.
   oracle: bool = False  # If it knows the answer's place: a bound, no method.
@@ -171,6 +172,12 @@ class Compressor:
   selects_first: ClassVar[bool] = True
   # Whether it reads counts on the host between programs.
   on_host: ClassVar[bool] = False
+
+  def __init_subclass__(cls, name=None, **options):
+    super().__init_subclass__(**options)
+    if name is not None:  # A field of the dataclass, hence annotated.
+      cls.name = name
+      cls.__annotations__ = inspect.get_annotations(cls) | {"name": str}
 
   def __post_init__(self):
     if self.weights and not os.path.isfile(self.weights):

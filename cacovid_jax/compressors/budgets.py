@@ -2,7 +2,8 @@
 
 The ratio of a method inside the language model is the equivalent one: video
 tokens seen by a layer's attention, averaged over the layers, as a share of the
-video. Results never exceed it.
+video. Results never exceed it, but for `largest_remainder_on_device`, whose
+weights are data.
 
 Letters: L decoder layers, M video tokens, G parts that share a budget.
 """
@@ -23,7 +24,7 @@ _PUBLISHED_LAYERS = 28
 
 
 def budget(grid: tuple[int, int, int], ratio: float) -> int:
-  """Returns K, the tokens that `ratio` keeps of `grid`; UserError for none."""
+  """Returns K of `grid`; UserError for a ratio outside (0, 1] or no tokens."""
   return selection.num_keep(grid, check_ratio(ratio))
 
 

@@ -14,7 +14,7 @@ from cacovid_jax.policy import selection
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CaCoVID(base.Compressor):
+class CaCoVID(base.Compressor, name="cacovid"):
   """The tokens of highest keep - drop gap, frame budgets by frame scores."""
 
   requires: frozenset[str] = frozenset(["scores"])
@@ -49,14 +49,14 @@ class CaCoVID(base.Compressor):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Untrained(CaCoVID):
+class Untrained(CaCoVID, name="cacovid_untrained"):
   """The rule on the scores of a policy that was not trained."""
 
   requires: frozenset[str] = frozenset(["untrained_scores"])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OtherQuestion(CaCoVID):
+class OtherQuestion(CaCoVID, name="cacovid_other_question"):
   """The rule on the policy's scores for another question."""
 
   requires: frozenset[str] = frozenset(["other_scores"])

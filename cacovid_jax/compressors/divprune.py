@@ -13,7 +13,7 @@ from cacovid_jax.compressors.math import max_min
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DivPrune(allocators.FrameShared):
+class DivPrune(allocators.FrameShared, name="divprune"):
   """A max-min diverse subset of the video's tokens."""
 
   # "frame" picks in each frame on its own: another, much faster method.

@@ -27,7 +27,7 @@ _SAME = 1e-6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DyTo(base.Compressor):
+class DyTo(base.Compressor, name="dyto"):
   """The merged tokens of representative frames, K in all."""
 
   max_frames: int = base.number(25, 1, whole=True)  # Unless K needs more.

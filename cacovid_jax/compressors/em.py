@@ -20,7 +20,7 @@ from cacovid_jax.compressors.math import clustering, similarity
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EM(base.Compressor):
+class EM(base.Compressor, name="em"):
   """K soft means of the video's tokens."""
 
   # Width of a basis, in units of the cosine.

@@ -11,7 +11,7 @@ from cacovid_jax.compressors import budgets, layerwise
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FastV(layerwise.LayerwiseCompressor):
+class FastV(layerwise.LayerwiseCompressor, name="fastv"):
   """One cut before layer K."""
 
   layer: int = 2  # K, at least 1.

@@ -17,7 +17,7 @@ from cacovid_jax.policy import diversity
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FastVID(base.Compressor):
+class FastVID(base.Compressor, name="fastvid"):
   """Salient tokens unchanged and anchors merged; frames share evenly."""
 
   requires: frozenset[str] = frozenset(["vision_attention"])

@@ -25,7 +25,7 @@ from cacovid_jax.compressors.math import (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FlashVID(layerwise.TwoStages):
+class FlashVID(layerwise.TwoStages, name="flashvid"):
   """Diverse tokens that are attended to, and means of trees.
 
   A mean has the place of the first token of the tree that is the centre of its

@@ -15,7 +15,7 @@ from cacovid_jax.compressors.math import facility_location, similarity
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FLoC(base.Compressor):
+class FLoC(base.Compressor, name="floc"):
   """The greedy facility location subset of the video's tokens.
 
   Every other token is assigned to the one that it resembles most.

@@ -37,7 +37,7 @@ class State(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FrameFusion(layerwise.LayerwiseCompressor):
+class FrameFusion(layerwise.LayerwiseCompressor, name="framefusion"):
   """Merging by threshold, then pruning by attention."""
 
   # Least cosine of two tokens that are merged; merging ends when less than this
@@ -178,10 +178,10 @@ def _rest(params, rows, state, *, stages, model, size, new_rows):
   )
   caches = [cache] if last_stage else []
   if last_stage < stages.num_layers:
+    rows = _first_rows(rows, stages.most)
     rows, cache, _ = layerwise.run_slice(
-      model, params, _first_rows(rows, stages.most),
-      last_stage, stages.num_layers,
-    )  # fmt: skip
+      model, params, rows, last_stage, stages.num_layers
+    )
     caches.append(cache)
     later = jnp.tile(rows.count, (stages.num_layers - last_stage, 1))
     counts = jnp.concatenate([counts, later])

@@ -19,7 +19,7 @@ from cacovid_jax.policy import diversity
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HoliTom(base.Compressor):
+class HoliTom(base.Compressor, name="holitom"):
   """Attended tokens unchanged, static ones merged in a window's first frame."""
 
   requires: frozenset[str] = frozenset(["vision_attention"])

@@ -167,10 +167,8 @@ class LayerwiseCompressor(base.Compressor):
 
     paid = prompt_batch.read_video(attended, rows.video_rows)
     mask = jnp.arange(size)[None] < rows.count[:, None]
-    return jax.vmap(one)(
-      rows.x, rows.positions, rows.lengths, paid, mask, rows.index, rows.row,
-      rows.entered,
-    )  # fmt: skip
+    state = rows.x, rows.positions, rows.lengths, paid, mask, rows.index
+    return jax.vmap(one)(*state, rows.row, rows.entered)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

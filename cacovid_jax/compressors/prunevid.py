@@ -23,7 +23,7 @@ _SMALL = 14
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PruneVID(layerwise.TwoStages):
+class PruneVID(layerwise.TwoStages, name="prunevid"):
   """The means of clusters of static and of other tokens.
 
   A mean stands at its cluster's central token, static ones in the first frame

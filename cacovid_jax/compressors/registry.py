@@ -97,10 +97,9 @@ class FunctionCompressor(base.Compressor):
     extra = {"ratio": ratio, "rounding": rounding}
     takes = _parameters(self.function)
     extra = {name: extra[name] for name in extra if name in takes}
-    return self.function(
-      inputs.features, grid=inputs.grid, num_keep=num_keep, text=inputs.text,
-      aux=inputs, rng=inputs.rng, **extra, **self.values,
-    )  # fmt: skip
+    extra |= {"grid": inputs.grid, "num_keep": num_keep, "text": inputs.text}
+    extra |= {"aux": inputs, "rng": inputs.rng}
+    return self.function(inputs.features, **extra, **self.values)
 
 
 def _parameters(function):
@@ -187,7 +186,7 @@ def _known(name: str) -> base.Compressor:
     )
   module, attribute = known[name].split(":")
   module = importlib.import_module(f"cacovid_jax.compressors.{module}")
-  return getattr(module, attribute)(name=name)
+  return getattr(module, attribute)()
 
 
 def _load(spec: str) -> base.Compressor:

@@ -20,7 +20,7 @@ _BISECTIONS = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Scissor(base.Compressor):
+class Scissor(base.Compressor, name="scissor"):
   """The video as its semantic clustering."""
 
   # "mst" cuts maximum spanning trees so that K components are left, the same as
@@ -35,12 +35,12 @@ class Scissor(base.Compressor):
 
   def choose(self, inputs, num_keep, ratio):
     frames, tau = inputs.frames, self.tau
-    within = _spanning_forest(frames)
+    alike = similarity.symmetric(frames)
     mode = self.mode or ("mst" if self.exact_budget else "tau")
     if mode == "bisect":
-      tau = _bisect(frames, within, num_keep)
+      tau = _bisect(frames, alike, num_keep)
     exactly = num_keep if mode == "mst" else None
-    melted = _melt_twice(frames, *within, tau, exactly)
+    melted = _melt_twice(frames, alike, tau, exactly)
     return _merge(inputs.features, *melted, num_keep)
 
   def reference_rows(self, grid, ratio):
@@ -48,22 +48,11 @@ class Scissor(base.Compressor):
     return base.budget(grid, ratio)
 
 
-def _spanning_forest(frames):
-  """Returns float32[T, P, P] cosines within frames, and their one `Forest`."""
-  alike = similarity.symmetric(frames)
-  forest = jax.vmap(clustering.maximum_spanning_forest)(alike)
-  T, P, _ = frames.shape
-  start = jnp.arange(0, T * P, P, dtype=jnp.int32)[:, None]
-  first, second = forest.first + start, forest.second + start
-  parts = first, second, forest.weight
-  return alike, clustering.Forest(*(part.reshape(-1) for part in parts))
-
-
-def _melt_twice(frames, alike, forest, tau, num_keep=None):
+def _melt_twice(frames, alike, tau, num_keep=None):
   """Links and melts tokens within frames, then the means of all frames.
 
-  Above `tau`, or with `num_keep` so that exactly K components are left; the
-  components above a threshold are those of the forest's edges above it.
+  Of cosines within frames float32[T, P, P], above `tau`, or with `num_keep` so
+  that exactly K components are left.
 
   Returns float32[N, D] means of the frames' components, in the slots of their
   first tokens; int32[N] each: that slot for every token; the hub of the
@@ -71,34 +60,44 @@ def _melt_twice(frames, alike, forest, tau, num_keep=None):
   the component of each slot, by its first slot; its links to other slots.
   """
   T, P, D = frames.shape
-  num_edges = jnp.sum(forest.weight > tau)
-  if num_keep is not None:
+  start = jnp.arange(0, T * P, P, dtype=jnp.int32)[:, None]
+  if num_keep is None:
+    links = _links(alike, tau)
+    spatial = jax.vmap(clustering.connected_components)(links) + start
+    spatial = spatial.reshape(-1)
+  else:
+    forest = jax.vmap(clustering.maximum_spanning_forest)(alike)
+    parts = forest.first + start, forest.second + start, forest.weight
+    forest = clustering.Forest(*(part.reshape(-1) for part in parts))
+    num_edges = jnp.sum(forest.weight > tau)
     between = T * P - round(math.sqrt(num_keep * T * P))
     num_edges = jnp.where(T * P - num_edges >= num_keep, num_edges, between)
-  spatial = clustering.cut(forest, num_edges)
-  local = spatial.reshape(T, P) % P
-  means = similarity.segment_mean(frames, local, P).reshape(T * P, D)
-  degree = jnp.sum(_links(alike, forest, num_edges, tau), axis=-1).reshape(-1)
-  hub = clustering.best_member(degree, spatial, T * P)
+    spatial = clustering.cut(forest, num_edges)
+    links = _links(alike, _threshold(forest, num_edges, tau))
+  means = similarity.segment_mean(frames, spatial.reshape(T, P) % P, P)
+  means = means.reshape(T * P, D)
+  hub = clustering.best_member(links.sum(axis=-1).reshape(-1), spatial, T * P)
   valid = spatial == jnp.arange(T * P)
 
   alike = similarity.symmetric(means)
-  forest = clustering.maximum_spanning_forest(alike, valid)
-  num_edges = jnp.sum(forest.weight > tau)
-  if num_keep is not None:
+  if num_keep is None:
+    links = _links(alike, tau) & valid[:, None] & valid
+    label = clustering.connected_components(links)
+  else:
+    forest = clustering.maximum_spanning_forest(alike, valid)
     num_edges = valid.sum() - num_keep
-  label = clustering.cut(forest, num_edges)
-  links = _links(alike, forest, num_edges, tau) & valid
+    label = clustering.cut(forest, num_edges)
+    links = _links(alike, _threshold(forest, num_edges, tau)) & valid
   return means, spatial, hub, label, jnp.sum(links, axis=-1)
 
 
-def _bisect(frames, within, num_keep):
+def _bisect(frames, alike, num_keep):
   """Returns float32[], close to the largest tau that leaves K components."""
 
   def halve(_, bounds):
     low, high = bounds
     tau = (low + high) / 2
-    _, spatial, _, label, _ = _melt_twice(frames, *within, tau)
+    _, spatial, _, label, _ = _melt_twice(frames, alike, tau)
     slot = jnp.arange(len(label))
     enough = jnp.sum((spatial == slot) & (label == slot)) >= num_keep
     # At the upper end there are always enough: at 1 every token is alone.
@@ -139,16 +138,20 @@ def _merge(features, means, spatial, hub, label, degree, num_keep):
   return base.arrange(rows, index, assign, num_valid)
 
 
-def _links(alike, forest, num_edges, tau):
-  """Returns bool[..., n, n], True between linked tokens of a cut forest.
+def _links(alike, threshold):
+  """Returns bool[..., n, n], True between tokens that are linked."""
+  return (alike > threshold) & ~jnp.eye(alike.shape[-1], dtype=bool)
 
-  Above `tau` where its components are those of the cut, else above the
-  strongest similarity cut. Where that one equals a similarity that was kept, no
-  threshold gives the same components, and it serves only to count links.
+
+def _threshold(forest, num_edges, tau):
+  """Returns a threshold whose components are those of the cut forest.
+
+  That is `tau` where it is one, else the strongest similarity cut. Where that
+  one equals a similarity that was kept, no threshold gives the same components,
+  and it serves only to count links.
   """
   ends = jnp.array([-jnp.inf, jnp.inf])
   weight = jnp.sort(jnp.append(forest.weight, ends))[::-1]
   num_edges = jnp.minimum(num_edges, jnp.sum(forest.weight > -jnp.inf))
   kept, removed = weight[num_edges], weight[num_edges + 1]
-  threshold = jnp.where((removed <= tau) & (tau < kept), tau, removed)
-  return (alike > threshold) & ~jnp.eye(alike.shape[-1], dtype=bool)
+  return jnp.where((removed <= tau) & (tau < kept), tau, removed)

@@ -22,7 +22,7 @@ _FIRST_FRAME = 255.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Random(allocators.FrameShared):
+class Random(allocators.FrameShared, name="random"):
   """Tokens drawn uniformly without replacement: the floor of every table.
 
   With an allocator they are drawn in each frame.
@@ -42,7 +42,7 @@ class Random(allocators.FrameShared):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Uniform(allocators.FrameShared):
+class Uniform(allocators.FrameShared, name="uniform"):
   """Tokens evenly spaced; with an allocator, a frame's by `spread_order`."""
 
   def choose(self, inputs, num_keep, ratio):
@@ -77,12 +77,12 @@ def spread_order(num_tokens: int) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EVS(base.Compressor):
+class EVS(base.Compressor, name="evs"):
   """Efficient video sampling (https://arxiv.org/abs/2510.14624).
 
   A token is worth 1 - cosine with the token at the same place of the previous
-  frame; the first frame comes before all others, though a budget below one
-  frame, which the published rounding never has, keeps its first tokens.
+  frame; the first frame comes before all others. A budget below one frame keeps
+  its first tokens. The published rounding never goes below one frame.
   """
 
   def choose(self, inputs, num_keep, ratio):
@@ -100,7 +100,7 @@ class EVS(base.Compressor):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DensityPeaks(allocators.FrameShared):
+class DensityPeaks(allocators.FrameShared, name="density_peaks"):
   """Density peaks: tokens that are dense and far from denser ones.
 
   The diversity rule of CaCoVID's sampler (METHOD.md 2.2) on its own, without
@@ -120,7 +120,7 @@ def peaks(features, *, num_keep):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LastQuery(base.Compressor):
+class LastQuery(base.Compressor, name="last_query"):
   """Tokens that the prompt's last token attends to, in one decoder layer.
 
   The signal behind FastV (https://arxiv.org/abs/2403.06764), here of a first,
@@ -145,7 +145,7 @@ class LastQuery(base.Compressor):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DecisiveBoxes(base.Compressor):
+class DecisiveBoxes(base.Compressor, name="decisive_boxes"):
   """The evidence tokens of the question, and an even fill: no method."""
 
   requires: frozenset[str] = frozenset(["decisive"])

@@ -18,7 +18,7 @@ from cacovid_jax.compressors.math import similarity
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class UniComp(base.Compressor):
+class UniComp(base.Compressor, name="unicomp"):
   """Unique tokens of fused frames, averaged with those near them.
 
   A row, in the first frame of its group, is the mean of its token and the mean

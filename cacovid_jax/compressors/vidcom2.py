@@ -20,7 +20,7 @@ _BANDWIDTHS = (0.125, 0.25, 0.5, 1.0, 2.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VidCom2(base.Compressor):
+class VidCom2(base.Compressor, name="vidcom2"):
   """The least similar tokens of each frame."""
 
   # Of the softmax over frames; lower moves more of the budget.

@@ -16,7 +16,7 @@ from cacovid_jax.compressors.math import similarity
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VisionZip(allocators.FrameShared):
+class VisionZip(allocators.FrameShared, name="visionzip"):
   """Dominant tokens unchanged, contextual ones merged; frames share evenly."""
 
   requires: frozenset[str] = frozenset(["vision_attention", "vision_keys"])

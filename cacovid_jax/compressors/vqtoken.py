@@ -27,7 +27,7 @@ _STILL = 1e-4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VQToken(base.Compressor):
+class VQToken(base.Compressor, name="vqtoken"):
   """The means of K clusters of the video's tokens, at the places of medoids."""
 
   stochastic: bool = True

@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 
 from cacovid_jax import compressors, errors
-from cacovid_jax.compressors import base
+from cacovid_jax.compressors import base, fastv, registry
 from cacovid_jax.inference import methods as methods_lib
 from tests.compressors import given, quick
 
@@ -239,3 +239,13 @@ def test_a_file_that_holds_no_parameters_is_one_line(scorer):
 def test_only_trained_methods_take_parameters():
   with pytest.raises(errors.UserError, match="no option 'weights'"):
     compressors.get("uniform?weights=a.safetensors")
+
+
+def test_classes_and_their_subclasses_have_the_names_of_the_registry():
+  for name in (*compressors.names(), *registry.oracles()):
+    method = type(compressors.get(name))
+    assert method.name == name
+  with pytest.raises(errors.UserError, match="^fastv: layer=99 "):
+    fastv.FastV(layer=99, scale_layers=False).plan(28, 100, 0.5)
+  mine = type("Mine", (fastv.FastV,), {})
+  assert mine().name == "fastv"

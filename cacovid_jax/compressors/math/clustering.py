@@ -9,6 +9,7 @@ Paper: https://doi.org/10.1016/j.knosys.2016.02.001
 Axes: n points or nodes, m edges, K groups.
 """
 
+import functools
 from typing import NamedTuple
 
 import chex
@@ -96,33 +97,46 @@ def from_distances(squared, num_clusters, *, num_neighbours=7, sets=None):
   )
 
 
-def components_of_edges(first, second, present, num_nodes: int) -> jax.Array:
-  """Returns int32[n] component labels of edges, the smallest member of each.
+def connected_components(adjacency: jax.Array) -> jax.Array:
+  """Returns int32[n], the least node of each one's component, of bool[n, n]."""
+  hook = functools.partial(_hook_neighbours, adjacency)
+  return _until_stable(hook, len(adjacency))
 
-  Their ends are int32[m] and int32[m], where bool[m] is True.
-  """
+
+def _hook_neighbours(adjacency, label):
+  """Returns int32[n], the smallest label next to each node or its tree."""
+  others = jnp.where(adjacency, label[None, :], len(label))
+  below = jnp.minimum(jnp.min(others, axis=-1), label)
+  # Written to the root as well, so that its whole tree follows at once.
+  return jnp.minimum(label.at[label].min(below), below)
+
+
+def components_of_edges(first, second, present, num_nodes: int) -> jax.Array:
+  """Returns the same of edges int32[m] to int32[m], where bool[m] is True."""
   first = jnp.where(present, first, 0)
   second = jnp.where(present, second, 0)
+  return _until_stable(functools.partial(_hook_edges, first, second), num_nodes)
 
+
+def _hook_edges(first, second, label):
+  """As `_hook_neighbours`, of a list of edges."""
+  a, b = label[first], label[second]
+  below = jnp.minimum(a, b)
+  label = label.at[a].min(below).at[b].min(below)
+  return label.at[first].min(below).at[second].min(below)
+
+
+def _until_stable(hook, n):
   # Hooking roots onto roots and halving the way to them takes about log n
   # rounds, where passing minima along edges would take as many as a chain has.
   def step(state):
     label, _ = state
-    hooked = _hook_edges(first, second, label)
+    hooked = hook(label)
     hooked = hooked[hooked]
     return hooked, jnp.any(hooked != label)
 
-  state = (jnp.arange(num_nodes, dtype=jnp.int32), jnp.array(True))
+  state = (jnp.arange(n, dtype=jnp.int32), jnp.array(True))
   return jax.lax.while_loop(lambda state: state[1], step, state)[0]
-
-
-def _hook_edges(first, second, label):
-  """Returns int32[n], the smallest label next to each node or its tree."""
-  a, b = label[first], label[second]
-  below = jnp.minimum(a, b)
-  # Written to the roots as well, so that whole trees follow at once.
-  label = label.at[a].min(below).at[b].min(below)
-  return label.at[first].min(below).at[second].min(below)
 
 
 class Forest(NamedTuple):

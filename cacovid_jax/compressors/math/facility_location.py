@@ -111,19 +111,28 @@ def _in_blocks(x, weights, to_integers, block):
   """Returns what `_held` does, computed when it is looked at."""
   num_windows, area, _ = x.shape
 
+  def row_of(candidate):
+    window, own = candidate // area, candidate % area
+    row = similarity.between(x[window, own][None], x[window])[0]
+    return to_integers(row, weights[window])
+
   def rows_of(candidates):
     if num_windows == 1:
       return to_integers(similarity.between(x[0][candidates], x[0]), weights)
-    window, own = candidates // area, candidates % area
-    rows = similarity.between(x[window, own][:, None], x[window])[:, 0]
-    return to_integers(rows, weights[window])
+    # A few at a time: each of them takes a copy of its window.
+    return jax.lax.map(row_of, candidates, batch_size=8)
 
   def gains_of_all(covered):
-    def gain(candidate):
-      left = rows_of(candidate[None])[0] - covered[candidate // area]
-      return jnp.maximum(left, 0).sum()
+    def gains(window):
+      x, weights, covered = window
 
-    return jax.lax.map(gain, jnp.arange(num_windows * area), batch_size=block)
+      def of_one(candidate):
+        row = to_integers(similarity.between(candidate[None], x), weights)
+        return jnp.maximum(row - covered, 0).sum()
+
+      return jax.lax.map(of_one, x, batch_size=block)
+
+    return jax.lax.map(gains, (x, weights, covered)).reshape(-1)
 
   return rows_of, gains_of_all
 
@@ -161,10 +170,9 @@ def lazy_greedy(
     largest, found = jax.lax.top_k(bounds, block + 1)
     candidates = jnp.sort(found[:block])
     rival = jnp.stack([largest[block], jnp.sum(candidates < found[block])])
-    picked, count, covered, gains = picks_of_block(
-      rows_of(candidates), candidates // area, state.covered,
-      bounds[candidates], rival.astype(jnp.int32), num_keep - state.count,
-    )  # fmt: skip
+    given = rows_of(candidates), candidates // area, state.covered
+    limits = bounds[candidates], rival.astype(jnp.int32), num_keep - state.count
+    picked, count, covered, gains = picks_of_block(*given, *limits)
     order = jnp.where(places < count, state.count + places, num_keep)
     return _Picks(
       order=state.order.at[order].set(candidates[picked], mode="drop"),

@@ -70,7 +70,8 @@ def adjacent(frames: jax.Array) -> jax.Array:
 def settled(cosines: jax.Array) -> jax.Array:
   """Returns cosines rounded to 16 binary places, for ranking.
 
-  The last bits hang on the device and the rest of its program.
+  The last bits depend on the device and the rest of its program; they must not
+  decide which token wins.
   """
   return jnp.round(cosines * 65536.0) / 65536.0
 

@@ -17,7 +17,8 @@ SIZE = 48
 # More edges than any graph below has.
 EDGES = SIZE * SIZE
 
-_components = quick.jit(clustering.components_of_edges, static_argnums=3)
+_components = quick.jit(clustering.connected_components)
+_of_edges = quick.jit(clustering.components_of_edges, static_argnums=3)
 _forest = quick.jit(clustering.maximum_spanning_forest)
 _cut = quick.jit(clustering.cut)
 
@@ -74,53 +75,72 @@ def expected_labels(name):
   return by_networkx
 
 
-def edges_of(graph):
-  """Returns the arguments of `components_of_edges` for a padded graph."""
-  first, second = np.nonzero(np.triu(graph))
-  behind = EDGES - len(first)
-  # What stands behind the edges would link everything if it were read.
-  return (
-    np.concatenate([first, np.arange(behind) % SIZE]).astype(np.int32),
-    np.concatenate([second, np.zeros(behind)]).astype(np.int32),
-    np.arange(EDGES) < len(first),
-  )
-
-
 def test_labels_equal_networkx_and_scipy_on_a_hundred_graphs():
   assert len(GRAPHS) == 100
   for name, graph in GRAPHS.items():
     n = len(graph)
-    label = np.asarray(_components(*edges_of(graph), SIZE))
+    padded = np.pad(graph, (0, SIZE - n))
+    label = np.asarray(_components(padded))
     np.testing.assert_array_equal(label[:n], expected_labels(name), name)
     np.testing.assert_array_equal(label[n:], np.arange(n, SIZE), name)
 
 
+def test_labels_of_edges_equal_those_of_the_matrix():
+  for name, graph in GRAPHS.items():
+    first, second = np.nonzero(np.triu(graph))
+    behind = EDGES - len(first)
+    # What stands behind the edges would link everything if it were read.
+    label = _of_edges(
+      np.concatenate([first, np.arange(behind) % SIZE]).astype(np.int32),
+      np.concatenate([second, np.zeros(behind)]).astype(np.int32),
+      np.arange(EDGES) < len(first),
+      SIZE,
+    )
+    np.testing.assert_array_equal(
+      label[: len(graph)], expected_labels(name), name
+    )
+
+
 def test_a_batch_of_graphs_equals_single_ones():
   names = ["mixed_48", "empty", "complete", "random_60"]
-  single = [edges_of(GRAPHS[name]) for name in names]
-  components = functools.partial(clustering.components_of_edges, num_nodes=SIZE)
-  batched = quick.jit(jax.vmap(components))(
-    *map(jnp.stack, zip(*single, strict=True))
+  padded = jnp.stack(
+    [np.pad(GRAPHS[n], (0, SIZE - len(GRAPHS[n]))) for n in names]
   )
-  for one, label in zip(single, batched, strict=True):
-    np.testing.assert_array_equal(_components(*one, SIZE), label)
+  batched = quick.jit(jax.vmap(clustering.connected_components))(padded)
+  for one, label in zip(padded, batched, strict=True):
+    np.testing.assert_array_equal(_components(one), label)
 
 
-def test_a_chain_of_thousands_ends_after_few_rounds():
+@pytest.mark.parametrize("kind", ["chain", "edges"])
+def test_a_chain_of_thousands_ends_after_few_rounds(kind):
   """Passing minima along edges would take as many rounds as the chain has."""
-  n, rounds = 3000, 0
+  n = 3000
   order = np.random.default_rng(1).permutation(n).astype(np.int32)
-  first, second = jnp.asarray(order[:-1]), jnp.asarray(order[1:])
+  rounds = []
+  if kind == "chain":
+    link = np.zeros([n, n], bool)
+    link[order[:-1], order[1:]] = True
+    link = jnp.asarray(link | link.T)
+
+    def hook(label):
+      rounds.append(1)
+      return clustering._hook_neighbours(link, label)
+  else:
+    first, second = jnp.asarray(order[:-1]), jnp.asarray(order[1:])
+
+    def hook(label):
+      rounds.append(1)
+      return clustering._hook_edges(first, second, label)
+
   label = np.arange(n)
   while True:
-    rounds += 1
-    hooked = clustering._hook_edges(first, second, jnp.asarray(label))
-    hooked = np.asarray(hooked)[hooked]
+    hooked = np.asarray(hook(jnp.asarray(label)))
+    hooked = hooked[hooked]
     if np.array_equal(hooked, label):
       break
     label = hooked
   assert not label.any()
-  assert rounds <= 3 * np.log2(n)
+  assert len(rounds) <= 3 * np.log2(n)
 
 
 def naive_forest(similarity, valid):

@@ -115,3 +115,22 @@ def test_facility_location_with_the_kernel_is_that_without(monkeypatch):
   for kind in [*selections.KINDS, "scenes"]:
     features = selections.video(kind)
     np.testing.assert_array_equal(with_kernel(features), without(features))
+
+
+def test_windows_in_blocks_take_no_more_memory_than_one_window():
+  def temporary(windows):
+    program = jax.jit(
+      functools.partial(
+        facility_location.greedy,
+        num_keep=32,
+        grid=(16, 8, 8),
+        windows=windows,
+        similarities="blocks",
+      )
+    )
+    shape = jax.ShapeDtypeStruct([1024, 256], jnp.float32)
+    analysis = program.lower(shape).compile().memory_analysis()
+    return analysis.temp_size_in_bytes
+
+  # A copy of its window for each candidate of a block would be thirty times it.
+  assert temporary(4) <= 1.2 * temporary(1)
