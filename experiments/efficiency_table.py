@@ -188,16 +188,10 @@ def dry_run(table, methods, ratios) -> dict[str, Any]:
     "disk_bytes": cost.weight_bytes(config, "bfloat16"),
     "seconds": (1 + table.repeats) * each,
   }
-  names = ("method", "ratio", "prefill_tflops", "prefill_ms", "kv_mib")
+  names = "method", "ratio", "status", "prefill_tflops", "prefill_ms", "kv_mib"
   reporting.table(
-    ("method", "ratio", "TFLOP", "ms", "cache MiB"),
-    # A reason stands in the first column without a number.
-    [
-      [row[n] for n in names]
-      if row["status"] == "ok"
-      else [row["method"], row["ratio"], row["status"], "", ""]
-      for row in rows
-    ],
+    ("method", "ratio", "", "TFLOP", "ms", "cache MiB"),
+    [[row.get(name, "") for name in names] for row in rows],
     f"{table.size}, prefills, as counted",
   )
   print(

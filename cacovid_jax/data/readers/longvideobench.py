@@ -17,10 +17,6 @@ _COMMON = (
 _UNUSED = "N/A"
 
 
-def _columns(columns) -> tuple[str, ...]:
-  return (*_COMMON, *(("candidates",) if "candidates" in columns else _SLOTS))
-
-
 def _question(row: validation.Row) -> question_lib.Question:
   question = row.text("question")
   listed = "candidates" in row.entry
@@ -57,5 +53,8 @@ def _slots(row: validation.Row) -> list[str]:
 
 
 read_longvideobench = tables.Reader(
-  "LongVideoBench", _columns, ("videos/{}", "{}"), _question
+  "LongVideoBench",
+  lambda has: (*_COMMON, *(("candidates",) if "candidates" in has else _SLOTS)),
+  ("videos/{}", "{}"),
+  _question,
 )
