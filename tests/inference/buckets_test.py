@@ -137,7 +137,7 @@ SPECS = (
 @pytest.fixture(scope="module")
 def engines(checkpoint, policies):
   """Returns the questions, and engines without and with buckets."""
-  questions = [question(grid, text) for grid in GRIDS[4:20:7] for text in TEXTS]
+  questions = [question(grid, text) for grid in GRIDS[4:20:8] for text in TEXTS]
   found = prompts_lib.Prompts(checkpoint, questions).text_rows.values()
   return questions, [
     make(checkpoint, questions, (), policies),
