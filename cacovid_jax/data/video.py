@@ -99,6 +99,11 @@ def safe_path(root, relative: str) -> str:
   return path
 
 
+def bad_shape(path, error: frames_lib.ShapeError) -> VideoError:
+  """Returns the error of a clip whose frames have that shape."""
+  return VideoError(path, "bad_shape", error.detail, error.mend)
+
+
 def probe(path, limits: Limits | None = None) -> Probe:
   """Returns what the clip holds, without decoding where stamps allow it."""
   with _Reader(path, limits) as reader:
@@ -265,7 +270,7 @@ class _Reader(video_stream.VideoStream):
       try:
         pictures.append(resize(image) if resize else image)
       except frames_lib.ShapeError as error:
-        raise self.fail("bad_shape", error.detail, error.mend) from error
+        raise bad_shape(self.path, error) from error
     bad = index.numbers[places] != indices
     replaced, damaged = bad.sum(), (index.damaged[places] & ~bad).sum()
     for part, what in ((damaged, _DAMAGED), (replaced, _REPLACED)):

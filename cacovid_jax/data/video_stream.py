@@ -95,9 +95,9 @@ class VideoStream:
   def __exit__(self, *unused):
     self.container.close()
 
-  def fail(self, reason: str, detail: str = "", mend: str = "") -> VideoError:
+  def fail(self, reason: str, detail: str = "") -> VideoError:
     """Returns an error of this clip."""
-    return VideoError(self.path, reason, detail, mend)
+    return VideoError(self.path, reason, detail)
 
   def _file_size(self) -> int:
     if "\0" in self.path:

@@ -107,9 +107,7 @@ class ClipReader:
     try:
       return self.processor.grid(self.rule.num_frames, *size)
     except frames_lib.ShapeError as error:
-      raise video.VideoError(
-        path, "bad_shape", error.detail, error.mend
-      ) from error
+      raise video.bad_shape(path, error) from error
 
   def decode(self, path: str, resize=None) -> video.Clip:
     """Returns the frames shown, of the clip's own size unless resized."""
@@ -153,9 +151,7 @@ class ClipReader:
       self._check_side(*record.size)
     except frames_lib.ShapeError as error:
       file = video.safe_path(self.root, path)
-      raise video.VideoError(
-        file, "bad_shape", error.detail, error.mend
-      ) from error
+      raise video.bad_shape(file, error) from error
 
   def _resize(self, frame: np.ndarray) -> np.ndarray:
     self._check_side(*frame.shape[:2])
