@@ -13,7 +13,7 @@ the embedded benchmark answers; it knows questions with options, about clips as
 
 import sys
 
-from cacovid_jax import command, errors
+from cacovid_jax import command, errors, files
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.evals.report import answer as answer_page
 from cacovid_jax.inference import answerer as answerer_lib
@@ -78,7 +78,7 @@ def main(args):
     if getattr(args, name) is None:
       raise errors.UserError(f"nothing says which {name}: add --{name}")
   if args.report:
-    answer_page.check_path(args.report)
+    files.check_writable(args.report, "--report")
   evals, options = args.config.evals, args.options
   with answerer_lib.Answerer.from_config(args.config) as answerer:
     asked = answerer.ask(

@@ -210,14 +210,8 @@ def upgraded(config, like=None):
 
 def claim_workdir(workdir, config):
   """Writes `config.json` in a new workdir; refuses one of another config."""
-  workdir = pathlib.Path(workdir)
-  path = workdir / "config.json"
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise errors.UserError(
-      f"cannot make workdir {workdir}: {error.strerror}; give another --workdir"
-    ) from error
+  files.make_folder(workdir)
+  path = pathlib.Path(workdir, "config.json")
   if path.exists():
     there = read_json(path)
     now = upgraded(there, config)

@@ -1,6 +1,7 @@
-"""Files that survive a kill: atomic writes, appended lines, locks, hashes."""
+"""Files that survive a kill or a full disk: atomic writes, locks, hashes."""
 
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -16,6 +17,53 @@ from absl import logging
 
 from cacovid_jax import errors
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What a disk or a path can refuse; anything else is no matter of theirs.
+_REFUSED = _FULL + (
+  errno.EACCES, errno.EEXIST, errno.EIO, errno.EISDIR, errno.ELOOP,
+  errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EPERM, errno.EROFS,
+)  # fmt: skip
+
+
+def unwritable(path, error: OSError) -> errors.UserError:
+  """Returns the refusal of a path that a disk did not take."""
+  mend = "see to the folder and its permissions, or choose another place"
+  if error.errno in _FULL:
+    mend = "free some space and go on: what was written before is still there"
+  return errors.UserError(
+    f"cannot write {path}: {error.strerror or error}; {mend}"
+  )
+
+
+@contextlib.contextmanager
+def writing(path, *others) -> Iterator[None]:
+  """Turns what a disk refuses of a path into a `UserError` that names it.
+
+  Errors about other files, but for `others`, stay as they are.
+  """
+  try:
+    yield
+  except OSError as error:
+    about = {None, *map(os.fspath, (path, *others))}
+    named = error.filename and os.fspath(error.filename)
+    if error.errno in _REFUSED and named in about:
+      raise unwritable(path, error) from error
+    raise
+
+
+def make_folder(path) -> None:
+  """Makes a folder and those above it, unless they are there."""
+  path = pathlib.Path(path)
+  with writing(path, *path.parents):
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def partial_name(path) -> pathlib.Path:
+  """Returns a free path beside another one; it tells who writes there."""
+  path = pathlib.Path(path)
+  name = f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
+  return path.with_name(f"{path.name}.{name}.partial")
+
 
 @contextlib.contextmanager
 def replacing(path) -> Iterator[pathlib.Path]:
@@ -23,16 +71,35 @@ def replacing(path) -> Iterator[pathlib.Path]:
 
   Readers see the old file or the whole new one, whoever is killed.
   """
+  partial = partial_name(path)
+  with writing(path, partial):
+    try:
+      yield partial
+      sync(partial)
+      os.replace(partial, path)
+    except BaseException:
+      with contextlib.suppress(OSError):
+        partial.unlink()
+      raise
+
+
+def check_writable(path, flag: str) -> pathlib.Path:
+  """Returns the path of a file to be written; refuses one that cannot be.
+
+  To be asked before the work. Folders above it are made.
+  """
   path = pathlib.Path(path)
-  name = f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
-  partial = path.with_name(f"{path.name}.{name}.partial")
-  try:
-    yield partial
-    sync(partial)
-    os.replace(partial, path)
-  except BaseException:
-    partial.unlink(missing_ok=True)
-    raise
+  if os.path.isdir(path):
+    raise errors.UserError(f"{path} is a folder; give {flag} a file name in it")
+  for parent in path.parents:
+    if os.path.exists(parent) and not os.path.isdir(parent):
+      raise errors.UserError(f"{parent} is no folder; give another {flag}")
+  make_folder(path.parent)
+  partial = partial_name(path)
+  with writing(path, partial):
+    partial.touch()
+    partial.unlink()
+  return path
 
 
 def write(path, content: str | bytes | Iterable[bytes]) -> None:
@@ -50,11 +117,21 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
   write(path, text + "\n")
 
 
-def append(file, data: bytes) -> None:
-  """Appends bytes to an open binary file and waits until they are on disk."""
-  file.write(data)
-  file.flush()
-  os.fsync(file.fileno())
+def append(path, data: bytes) -> None:
+  """Appends bytes to a file and waits until they are on disk: all or nothing.
+
+  Processes that share the file do so one after the other, see `claim`.
+  """
+  with writing(path), open(path, "ab", buffering=0) as file:
+    size, rest = file.tell(), memoryview(data)
+    try:
+      while rest:
+        rest = rest[file.write(rest) :]
+      os.fsync(file.fileno())
+    except BaseException:
+      with contextlib.suppress(OSError):
+        file.truncate(size)
+      raise
 
 
 def sync(path: str | os.PathLike) -> None:
@@ -79,18 +156,66 @@ def sha256(path: str | os.PathLike) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def lock(file, path, *, wait=False, hint="or use another workdir") -> None:
-  """Locks a file that is open for writing until it is closed.
+@contextlib.contextmanager
+def claim(
+  path, who="process", *, what="", wait=False, hint="or use another workdir"
+) -> Iterator[None]:
+  """Keeps others out who claim the same path; they need not be of this host.
 
-  Without `wait`, one that another process has is refused; `hint` ends the
-  refusal: what else the command can do, by its own flags.
+  The file PATH.lock says who holds it, is removed at the end, and means nothing
+  without that process. Two that do not `wait` are refused in one line.
+
+  Args:
+    path: of a file, or of a role within a folder.
+    who: what the other one is, such as "trainer".
+    what: is written to; `path` if empty.
+    wait: for the end of the others.
+    hint: end of the refusal: what else the command can do, by its own flags.
   """
-  try:
-    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-  except BlockingIOError:
-    raise errors.UserError(
-      f"another process is writing to {path}; wait for it, {hint}"
-    ) from None
-  except OSError as error:
-    # Some network file systems have no locks; the rest works without.
-    logging.warning("%s cannot be locked (%s)", path, error.strerror)
+  path = pathlib.Path(path)
+  make_folder(path.parent)
+  lock = path.with_name(f"{path.name}.lock")
+  refused = f"another {who} is writing to {what or path}"
+  with _locked(lock, refused, hint, wait=wait) as file:
+    # Who is told to others; there may be no room for it.
+    with contextlib.suppress(OSError):
+      file.truncate(0)
+      file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+    try:
+      yield
+    finally:
+      with contextlib.suppress(OSError):
+        lock.unlink()
+
+
+def _locked(path, refused: str, hint: str, *, wait: bool):
+  """Returns the open file of this path, locked until it is closed."""
+  while True:
+    with writing(path):
+      file = open(path, "a+b", buffering=0)
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+      file.seek(0)
+      holder = file.read(200).decode("utf-8", "replace")
+      file.close()
+      told = f" ({holder})" if holder else ""
+      raise errors.UserError(f"{refused}{told}; wait for it, {hint}") from None
+    except OSError as error:
+      _tell_no_locks(path.parent, error.strerror)
+    with contextlib.suppress(FileNotFoundError):
+      # Another one may have removed it while this process waited.
+      if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+        return file
+    file.close()
+
+
+@functools.cache
+def _tell_no_locks(folder, reason) -> None:
+  """Says once of a folder that nothing keeps a second process out."""
+  logging.warning(
+    "%s: its file system has no locks (%s); see to it that no second process"
+    " writes there",
+    folder,
+    reason,
+  )

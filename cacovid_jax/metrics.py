@@ -2,12 +2,13 @@
 
 import contextlib
 import hashlib
-import json
 import math
 import os
 import pathlib
+import time
+from typing import Any
 
-from cacovid_jax import errors, files
+from cacovid_jax import errors, files, json_lines
 
 FILE = "metrics.jsonl"
 
@@ -16,7 +17,8 @@ class MetricsWriter(contextlib.ExitStack):
   """Appends scalars to `metrics.jsonl`, TensorBoard event files and W&B.
 
   Lines of steps behind `step`, which a resumed run is going to compute again,
-  are removed first. Of several processes one writes and is `enabled`.
+  are removed first; a file with damaged lines is kept aside as it was. Of
+  several processes one writes and is `enabled`.
   """
 
   def __init__(
@@ -27,38 +29,30 @@ class MetricsWriter(contextlib.ExitStack):
     Without a network set WANDB_MODE=offline, and send runs by `wandb sync`.
     """
     super().__init__()
-    self._tensorboard = self._wandb = None
-    path = pathlib.Path(workdir if enabled else os.devnull)
-    if enabled:
-      path.mkdir(parents=True, exist_ok=True)
-      # All or nothing, without the lines of steps that come again.
-      lines = [line for line in read(path) if line["step"] <= step]
-      path = path / FILE
-      files.write(path, "".join(json.dumps(line) + "\n" for line in lines))
-    self._file = self.enter_context(open(path, "a", encoding="utf-8"))
-    if enabled and tensorboard:
-      import tensorboardX  # Takes PyTorch along where there is one: seconds.
-
-      self._tensorboard = tensorboardX.SummaryWriter(
-        str(path.with_name("tensorboard")), purge_step=step + 1
-      )
-      self.callback(self._tensorboard.close)
-    if enabled and wandb_project:
+    self._path = self._events = self._wandb = None
+    if not enabled:
+      return
+    self._path = path = pathlib.Path(workdir, FILE)
+    files.make_folder(path.parent)
+    _remove_behind(path, step)
+    if tensorboard:
+      self._events = _Events(path.with_name("tensorboard"), step + 1)
+      self.callback(self._events.close)
+    if wandb_project:
       self._wandb = _start_wandb(path.parent, wandb_project)
       self.callback(self._wandb.finish)
 
   def write_scalars(self, step, scalars):
-    """Writes {name: number} of one step; flushed, so that a kill loses none.
+    """Writes {name: number} of one step to the disk, so that none is lost.
 
     JSON has no NaN and no infinity: they are written as null.
     """
     numbers = {name: number(value) for name, value in scalars.items()}
     finite = {n: x if math.isfinite(x) else None for n, x in numbers.items()}
-    self._file.write(json.dumps({"step": int(step), **finite}) + "\n")
-    self._file.flush()
-    if self._tensorboard:
-      for name, value in numbers.items():
-        self._tensorboard.add_scalar(name, value, int(step))
+    if self._path:
+      json_lines.append(self._path, [{"step": int(step), **finite}])
+    if self._events:
+      self._events.write(int(step), numbers)
     if self._wandb:
       self._wandb.log(numbers, step=int(step))
 
@@ -79,14 +73,65 @@ def _start_wandb(workdir: pathlib.Path, project: str):
   )  # fmt: skip
 
 
-def read(workdir):
-  """Returns the lines of `metrics.jsonl` as dicts, without a cut last one."""
-  path = pathlib.Path(workdir) / FILE
-  text, lines = path.read_text("utf-8") if path.exists() else "", []
-  with contextlib.suppress(ValueError):
-    for line in text.splitlines():
-      lines.append(json.loads(line))  # A kill cut what fails, the last one.
-  return lines
+class _Events:
+  """TensorBoard's event file, written by the thread that asks for it.
+
+  tensorboardX's own thread ends on a full disk, and a run then waits for it
+  without an end.
+  """
+
+  def __init__(self, folder: pathlib.Path, first_step: int):
+    # Takes PyTorch along where there is one: seconds.
+    from tensorboardX import event_file_writer, summary
+    from tensorboardX.proto import event_pb2
+
+    self._folder, self._scalar = folder, summary.scalar
+    self._event, start = event_pb2.Event, event_pb2.SessionLog.START
+    files.make_folder(folder)
+    with files.writing(folder):
+      self._file = event_file_writer.EventsWriter(str(folder / "events"))
+    # Hides what an earlier start wrote of the steps from here on.
+    self._add(first_step, file_version="brain.Event:2")
+    self._add(first_step, session_log=event_pb2.SessionLog(status=start))
+
+  def write(self, step: int, numbers: dict[str, float]) -> None:
+    for name, value in numbers.items():
+      self._add(step, summary=self._scalar(name, value))
+    with files.writing(self._folder):
+      self._file.flush()
+
+  def close(self) -> None:
+    # What is not on disk by now was told when it was written.
+    with contextlib.suppress(OSError):
+      self._file.close()
+
+  def _add(self, step: int, **content) -> None:
+    event = self._event(wall_time=time.time(), step=step, **content)
+    with files.writing(self._folder):
+      self._file.write_event(event)
+
+
+def read(workdir) -> list[dict[str, Any]]:
+  """Returns the lines of `metrics.jsonl` as dicts, without damaged ones."""
+  return json_lines.look(pathlib.Path(workdir) / FILE, _row, "left out")
+
+
+def _remove_behind(path: pathlib.Path, step: int) -> None:
+  """Removes the lines of steps that come again, all or nothing."""
+  data = path.read_bytes() if path.exists() else b""
+  lines = json_lines.parse(data, _row)
+  rows = [line.value for line in lines if line.value is not None]
+  if count := len(lines) - len(rows):
+    json_lines.set_aside(path, data, count, "the other lines are kept")
+  json_lines.tell_plain(path, lines)
+  kept = (row for row in rows if row["step"] <= step)
+  files.write(path, map(json_lines.encode, kept))
+
+
+def _row(record: dict[str, Any]) -> dict[str, Any]:
+  if type(record["step"]) is not int:
+    raise TypeError("a step is a whole number")
+  return record
 
 
 def number(value) -> float:

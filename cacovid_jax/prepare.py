@@ -10,7 +10,8 @@ random weights as well, for the `:debug` forms of configs of released models.
 import os
 import pathlib
 
-from cacovid_jax import command, errors
+from cacovid_jax import command, errors, files
+from cacovid_jax.models import safetensors_io
 from cacovid_jax.synthetic import build, tiny_checkpoints
 
 COMMAND = command.Command(
@@ -44,8 +45,10 @@ def main(args):
     raise errors.UserError("give --out, the folder to build in")
   for family in config.prepare.tiny_models:
     directory = os.path.join(out, family)
-    if not os.path.exists(os.path.join(directory, "config.json")):
-      tiny_checkpoints.write_tiny(directory, family)
+    # Weights are written last.
+    if not os.path.exists(os.path.join(directory, safetensors_io.WEIGHTS)):
+      with files.claim(directory, hint="or give another --out"):
+        tiny_checkpoints.write_tiny(directory, family)
     print(f"{directory}: ready")
   for variant in config.prepare.variants:
     directory = os.path.join(out, variant)

@@ -1,6 +1,7 @@
 """A progress line with the time left and running means."""
 
 import collections
+import contextlib
 import functools
 import math
 import sys
@@ -89,7 +90,9 @@ class Progress:
   def _print_line(self):
     self._last_line = time.monotonic()
     done = f"{self._description} {self._step}/{self._total}"
-    print(f"{done}  {self._text()}", file=self._console.file, flush=True)
+    # A log on a full disk is no reason to end a run.
+    with contextlib.suppress(OSError):
+      print(f"{done}  {self._text()}", file=self._console.file, flush=True)
 
 
 def _clock(seconds):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cacovid_jax import errors
+from cacovid_jax import errors, files
 from cacovid_jax.compressors import base
 from cacovid_jax.evals import estimate, latency
 from cacovid_jax.inference import programs as programs_lib
@@ -126,8 +126,9 @@ def _draw(directory, config):
     )
   # The config is written first: a folder without an index was cut off.
   partial = directory.with_name(f"{directory.name}.partial")
-  tiny_checkpoints.write_random(partial, config, SEED)
-  os.replace(partial, directory)
+  with files.claim(directory, hint="or give another --weights"):
+    tiny_checkpoints.write_random(partial, config, SEED)
+    os.replace(partial, directory)
 
 
 def prompt(model, params, features, grid, rng) -> prompt_batch.PromptBatch:

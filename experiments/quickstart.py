@@ -12,10 +12,9 @@ Other settings: --config.total_steps=600 and so on, with another --workdir.
 """
 
 import contextlib
-import json
 import time
 
-from cacovid_jax import command
+from cacovid_jax import command, json_lines
 from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.compressors import base
@@ -87,8 +86,7 @@ def main(args):
   head = ("stage", "planned", "measured")
   reporting.table(head, [*rows, ["in all", *total]], "time in minutes")
   # A line for every start: a run that goes on takes less time.
-  with open(asking.workdir / "stages.jsonl", "a", encoding="utf-8") as f:
-    f.write(json.dumps({"minutes": minutes}) + "\n")
+  json_lines.append(asking.workdir / "stages.jsonl", [{"minutes": minutes}])
   reporting.files(asking.workdir, _FILES)
   print(f"\nopen {asking.workdir / 'report.html'} in a browser")
 

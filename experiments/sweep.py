@@ -82,6 +82,8 @@ def main(args):
   """Runs the sweep that the command line describes."""
   workdir, grid = pathlib.Path(args.workdir), parse_grid(args.grid)
   runs = plan(args.spec, args.overrides, grid, args.seeds, workdir)
+  if not (args.dry_run or args.slurm):
+    files.check_writable(workdir / "table.md", "--workdir")
   if args.dry_run:
     for number, run in enumerate(runs):
       print(f"{number} {'done' if run.done else 'to do'} {run.workdir}")

@@ -218,7 +218,7 @@ def test_a_workdir_belongs_to_one_config(tmp_path, path):
     config_lib.claim_workdir(workdir, other)
   assert json.loads((workdir / "config.json").read_text()) == saved
   (tmp_path / "file").write_text("")
-  with pytest.raises(errors.UserError, match="cannot make workdir"):
+  with pytest.raises(errors.UserError, match="cannot write"):
     config_lib.claim_workdir(tmp_path / "file" / "w", config)
 
 

@@ -1,6 +1,7 @@
 """Metrics files of interrupted runs."""
 
 import json
+import logging
 import math
 import sys
 import time
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from cacovid_jax import errors, metrics
+from tests import disks
 
 
 def test_scalars_are_json_lines_and_tensorboard_events(tmp_path):
@@ -32,6 +34,47 @@ def test_a_resumed_run_removes_the_steps_it_computes_again(tmp_path):
     writer.write_scalars(3, {"loss": 30})
   lines = (tmp_path / metrics.FILE).read_text().splitlines()
   assert [json.loads(line)["loss"] for line in lines] == [1, 2, 30]
+
+
+def test_a_damaged_file_is_kept_aside_and_its_sound_rows_are_kept(
+  tmp_path, caplog
+):
+  """Rows behind the damage, too; as an earlier version wrote them."""
+  path, aside = tmp_path / metrics.FILE, tmp_path / "metrics.jsonl.damaged"
+  data = (
+    b'{"step": 1, "loss": 0.5}\n\xdd\xff\n{"step": 2, "loss": null}\n'
+    b'{"step": "3"}\n[4]\n{"step": 5, "loss": 2.0}\n{"step": 6'
+  )
+  path.write_bytes(data)
+  rows = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": None}]
+  last = {"step": 5, "loss": 2.0}
+  with caplog.at_level(logging.WARNING):
+    assert metrics.read(tmp_path) == [*rows, last]
+    assert path.read_bytes() == data and not aside.exists()
+    caplog.clear()
+    with metrics.MetricsWriter(tmp_path, 4, tensorboard=False):
+      pass
+  first, second = caplog.messages
+  assert f"{path}: 4 lines damaged or cut off, kept in {aside}" in first
+  assert "3 lines have no checksum" in second
+  assert aside.read_bytes() == data + b"\n"
+  caplog.clear()
+  assert metrics.read(tmp_path) == rows and not caplog.messages
+
+
+@pytest.mark.parametrize("tensorboard", [False, True])
+def test_a_full_disk_ends_in_one_line(tmp_path, tensorboard):
+  """Where TensorBoard's file is the longer one, it is the one that is told."""
+  writer = metrics.MetricsWriter(tmp_path, tensorboard=tensorboard)
+  writer.write_scalars(1, {"loss": 0.5})
+  sizes = [p.stat().st_size for p in tmp_path.rglob("*") if p.is_file()]
+  name = "tensorboard" if tensorboard else metrics.FILE
+  with disks.no_file_above(max(sizes) + 9):
+    with pytest.raises(errors.UserError, match=f"{name}: File too large"):
+      with writer:
+        writer.write_scalars(2, {"loss": 0.5})
+  rows = metrics.read(tmp_path)
+  assert rows[0] == {"step": 1, "loss": 0.5} and len(rows) == 1 + tensorboard
 
 
 def test_no_file_reads_as_no_lines(tmp_path):

@@ -2,29 +2,32 @@
 
 A file starts with a header: which run its answers belong to, and in which
 environment they were computed. Where another environment goes on, a line says
-so before its first answer. A line cut off by a kill is removed when the file is
-opened again. Several processes may share the work of a run, each with a file of
-its own, locked while it is open, and look into the others (see `shards`).
+so before its first answer. Damaged lines, and one cut off by a kill, are set
+aside when the file is opened again, and their questions asked again; without
+the header, all are. Several processes may share the work of a run, each with a
+file of its own, locked while it is open, and look into the others (`shards`).
 
 An answer with a `fault` is about a clip that could not be used. A file's faults
 are not its answers: the clip may be there by now. Whoever asks again confirms
 them, or adds an answer, whose line stands behind and wins.
 """
 
+import contextlib
 import json
 import os
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from cacovid_jax import errors, files
+from cacovid_jax import errors, files, json_lines
 
 _HEADER = "run"
-_MEND = (
-  "use another workdir, or share the work with --shard=0/2 and --shard=1/2"
-)
+MEND = "use another workdir, or share the work with --shard=0/2 and --shard=1/2"
 _ENVIRONMENT = "environment"
 _FAULT = "fault"
+_CHANGE = b'{"environment": '  # So begins a line about a new environment.
+_UNKNOWN = json_lines.encode({_ENVIRONMENT: None})
+_AGAIN = "what they held is asked again"
 
 
 class Key(NamedTuple):
@@ -48,7 +51,7 @@ class AnswerLog(dict[Key, dict[str, Any]]):
     run: Mapping[str, Any],
     *,
     environment: Mapping[str, Any] | None = None,
-    mend: str = _MEND,
+    mend: str = MEND,
   ):
     """Opens or starts a file, and locks it; without a path there is none.
 
@@ -56,7 +59,7 @@ class AnswerLog(dict[Key, dict[str, Any]]):
       path: of the JSON lines.
       run: what the answers depend on; a file of another run is refused.
       environment: that computes new answers, see `provenance.environment`.
-      mend: end of the refusal of a locked file, see `files.lock`.
+      mend: end of the refusal of a locked file, see `files.claim`.
     """
     super().__init__()
     # Of files: what was wrong with a clip then.
@@ -67,18 +70,14 @@ class AnswerLog(dict[Key, dict[str, Any]]):
     self._environment = self._last_environment = _text(environment)
     # Through JSON and back, so that it compares equal to what is read.
     self._run = json.loads(_text(run))
-    self._path = self._file = None
+    self._path, self._lock = None, contextlib.ExitStack()
     if path is None:
       return
     self._path = pathlib.Path(path)
-    self._path.parent.mkdir(parents=True, exist_ok=True)
-    self._file = open(self._path, "a+b")
-    try:
-      files.lock(self._file, self._path, hint=mend)
+    with contextlib.ExitStack() as lock:
+      lock.enter_context(files.claim(self._path, hint=mend))
       self._open()
-    except BaseException:
-      self.close()
-      raise
+      self._lock = lock.pop_all()
 
   def __enter__(self) -> "AnswerLog":
     return self
@@ -88,8 +87,7 @@ class AnswerLog(dict[Key, dict[str, Any]]):
 
   def close(self) -> None:
     """Lets other processes write to the file."""
-    if self._file is not None:
-      self._file.close()
+    self._lock.close()
 
   def add(self, records: Iterable[tuple[Key, Mapping[str, Any]]]) -> None:
     """Writes new answers and waits until they are on disk."""
@@ -134,7 +132,10 @@ class AnswerLog(dict[Key, dict[str, Any]]):
         data = path.read_bytes()
       except FileNotFoundError:
         continue  # Deleted since it was listed.
-      for key, record, environment in self._parse(path, data)[0]:
+      lines = json_lines.parse(data, _entry, shared=True)
+      lines, found, _ = self._sorted(path, lines)
+      json_lines.tell(path, lines, _AGAIN)
+      for key, record, environment in found:
         if key not in self and (_FAULT not in record or not self.fault(key)):
           self._take(key, record, environment, stored=True)
 
@@ -147,23 +148,18 @@ class AnswerLog(dict[Key, dict[str, Any]]):
       self[key] = record
     self._environments[key] = environment
 
-  def _append(self, lines: list[dict[str, Any]]) -> None:
-    if not lines or self._path is None:
-      return
-    text = "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines)
-    files.append(self._file, text.encode("utf-8"))
+  def _append(self, records: list[dict[str, Any]]) -> None:
+    if records and self._path is not None:
+      json_lines.append(self._path, records)
 
   def _open(self) -> None:
-    self._file.seek(0)
-    data = self._file.read()
-    found, last = self._parse(self._path, data)
+    data = self._path.read_bytes() if self._path.exists() else b""
+    lines = json_lines.parse(data, _entry)
+    lines, found, last = self._sorted(self._path, lines)
     for key, record, environment in found:
       if _FAULT not in record or key not in self:
         self._take(key, record, environment, stored=True)
-    complete = data.rfind(b"\n") + 1
-    if complete < len(data):
-      self._file.truncate(complete)
-    if complete:
+    if json_lines.keep(self._path, lines, _AGAIN):
       self._last_environment = last
       return
     header = {_HEADER: self._run}
@@ -171,27 +167,28 @@ class AnswerLog(dict[Key, dict[str, Any]]):
       header[_ENVIRONMENT] = json.loads(self._environment)
     self._append([header])
 
-  def _parse(self, path, data: bytes):
-    """Returns ([(key, answer, environment)], environment of the last line).
+  def _sorted(self, path, lines: list[json_lines.Line]):
+    """Returns (lines, [(key, answer, environment)], environment of the last).
 
-    A line of the file without an end is none.
+    Without a header nobody knows whose answers these are: all are damaged.
     """
-    found, environment = [], ""
-    complete = data[: data.rfind(b"\n") + 1]
-    lines = complete.decode("utf-8", "replace").split("\n")[:-1]
-    for number, line in enumerate(lines, start=1):
-      try:
-        record = json.loads(line)
-        if number == 1:
-          self._check_run(path, record[_HEADER])
-        if number == 1 or _ENVIRONMENT in record:
-          environment = _text(record.get(_ENVIRONMENT))
-          continue
-        key = Key(*(record.pop(field) for field in Key._fields))
-      except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(path, number, error) from error
-      found.append((key, record, environment))
-    return found, environment
+    if (run := _run_of(lines)) is None:
+      return [line._replace(value=None) for line in lines], [], ""
+    self._check_run(path, run)
+    out, found, environment = [], [], ""
+    for line in lines:
+      out.append(line)
+      if line.value is None and _told_environment(line.data):
+        # Nobody knows where the next answers were computed.
+        out.append(json_lines.Line(_UNKNOWN, (None, None, ""), True))
+        environment = ""
+      elif line.value is not None:
+        key, record, text = line.value
+        if key is None:
+          environment = text
+        else:
+          found.append((key, record, environment))
+    return out, found, environment
 
   def _check_run(self, path, found: Mapping[str, Any]) -> None:
     run, names = self._run, sorted({*found, *self._run})
@@ -208,18 +205,30 @@ def _text(entry: Mapping[str, Any] | None) -> str:
 
 
 def header(path: str | os.PathLike) -> dict[str, Any]:
-  """Returns the run that a ledger belongs to; {} if it was cut off there."""
-  line, end, _ = pathlib.Path(path).read_bytes().partition(b"\n")
-  if not end:
-    return {}
-  try:
-    return dict(json.loads(line)[_HEADER])
-  except (ValueError, KeyError, TypeError) as error:
-    raise _damaged(path, 1, error) from error
+  """Returns the run that a ledger belongs to; {} if that is cut or damaged."""
+  with open(path, "rb") as file:
+    lines = json_lines.parse(file.readline(), _entry, shared=True)
+  return _run_of(lines) or {}
 
 
-def _damaged(path, number: int, error: Exception) -> errors.UserError:
-  return errors.UserError(
-    f"{path} line {number} is damaged ({type(error).__name__}); delete the file"
-    " to evaluate again"
-  )
+def _run_of(lines: list[json_lines.Line]) -> dict[str, Any] | None:
+  """Returns what the header of a file says; None without a sound one."""
+  key, run, _ = (lines and lines[0].value) or (None, None, "")
+  return run if key is None else None
+
+
+def _told_environment(damaged: bytes) -> bool:
+  """Returns whether a damaged line was one about the environment."""
+  start = damaged[: len(_CHANGE)]
+  return json_lines.resembles(start, _CHANGE) or _CHANGE in damaged
+
+
+def _entry(record: dict[str, Any]):
+  """Returns (key, answer, ""), or (None, run or None, environment)."""
+  if _HEADER in record or _ENVIRONMENT in record:
+    run = record.get(_HEADER)
+    run = None if run is None else dict(run)
+    return None, run, _text(record.get(_ENVIRONMENT))
+  key = Key(*(record.pop(field) for field in Key._fields))
+  hash(key)  # A TypeError of lists.
+  return key, record, ""

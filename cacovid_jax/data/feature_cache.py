@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 
-from cacovid_jax import errors, files
+from cacovid_jax import files
 
 _DIGEST_BYTES = 32
 
@@ -40,10 +40,7 @@ class FeatureCache:
 
   def __init__(self, directory):
     self.directory = os.fspath(directory)
-    try:
-      os.makedirs(self.directory, exist_ok=True)
-    except OSError as error:
-      raise self._unwritable(error) from error
+    files.make_folder(self.directory)
 
   def path(self, name: str) -> str:
     """Returns where the entry of this name lies."""
@@ -88,18 +85,8 @@ class FeatureCache:
     shapes = {k: v.shape for k, v in arrays.items()}
     line = json.dumps({"facts": facts or {}, "shapes": shapes}) + "\n"
     body = b"".join([line.encode(), *(v.tobytes() for v in arrays.values())])
-    try:
-      os.makedirs(os.path.dirname(path), exist_ok=True)
-      files.write(path, body + hashlib.sha256(body).digest())
-    except OSError as error:
-      raise self._unwritable(error) from error
-
-  def _unwritable(self, error: OSError) -> errors.UserError:
-    return errors.UserError(
-      f"{self.directory}: cannot keep video features here ({error.strerror});"
-      " make room or see to the folder's permissions, or name another folder"
-      " for the feature cache"
-    )
+    files.make_folder(os.path.dirname(path))
+    files.write(path, body + hashlib.sha256(body).digest())
 
 
 def _parse(body: bytes) -> Entry:

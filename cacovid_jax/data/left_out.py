@@ -5,9 +5,10 @@ import dataclasses
 import functools
 import json
 import os
+import pathlib
 from collections.abc import Mapping
 
-from cacovid_jax import errors, files
+from cacovid_jax import errors, files, json_lines
 from cacovid_jax.data import readers, video
 
 FILE = "left_out.json"
@@ -57,7 +58,7 @@ class SkippedRows:
       "bad_rows": [str(row) for row in self.report.bad_rows],
       "missing_clips": dict(self.missing),
     }
-    os.makedirs(directory, exist_ok=True)
+    files.make_folder(directory)
     # Processes that share a folder write the same, each by itself.
     files.write_json(os.path.join(directory, FILE), out)
 
@@ -92,20 +93,18 @@ class RejectedClips:
   """Clips that could not be used, as JSON lines.
 
   An entry is keyed by the clip's content, so a clip that is downloaded again is
-  tried again.
+  tried again, as is one whose line is damaged. Processes may share the file.
   """
 
   def __init__(self, path=None):
     self.path = None if path is None else os.fspath(path)
     self.entries = []
     if self.path and os.path.isfile(self.path):
-      with open(self.path, encoding="utf-8", errors="replace") as f:
-        for line in f:
-          try:
-            entry = json.loads(line)
-            self.entries.append({k: entry[k] for k in _KEYS})
-          except (ValueError, KeyError, TypeError):
-            continue  # The last line of a run that was killed.
+      with files.claim(self.path, wait=True):
+        data = pathlib.Path(self.path).read_bytes()
+        lines = json_lines.parse(data, lambda line: {k: line[k] for k in _KEYS})
+        then = "their clips are tried again"
+        self.entries = json_lines.keep(self.path, lines, then)
     self._known = set(map(_key, self.entries))
 
   @property
@@ -127,11 +126,8 @@ class RejectedClips:
     self._known.add(_key(entry))
     self.entries.append(entry)
     if self.path:
-      os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
-      # One write in append mode: several processes may share the file.
-      line = json.dumps(entry, sort_keys=True) + "\n"
-      with open(self.path, "ab", buffering=0) as f:
-        files.append(f, line.encode())
+      with files.claim(self.path, wait=True):
+        json_lines.append(self.path, [entry])
     return True
 
 

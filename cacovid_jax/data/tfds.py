@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from cacovid_jax import errors
+from cacovid_jax import errors, files
 from cacovid_jax.data import left_out, video
 from cacovid_jax.data import question as question_lib
 
@@ -161,7 +161,10 @@ def prepare(
         " folder or give another data_dir"
       )
   tfds.disable_progress_bar()
-  with contextlib.redirect_stdout(io.StringIO()):  # It prints, not logs.
+  with (
+    files.claim(pathlib.Path(data_dir, name), hint="or give another data_dir"),
+    contextlib.redirect_stdout(io.StringIO()),  # It prints, not logs.
+  ):
     builder.download_and_prepare()
   return builder
 

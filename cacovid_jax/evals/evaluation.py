@@ -50,13 +50,21 @@ def evaluate(
   they are done return None; the last one makes the files. `measure` returns the
   report's `times` of results.json; it is called when that is written.
   """
-  found = _evaluate(experiment)
-  if found is None:
-    return None
-  out, shown = found
-  times = measure(out) if measure else {}
-  path = experiment.workdir / "report.html"
-  html.write(path, out, shown, _curves(experiment), times)
+  check(experiment.config)
+  shard, workdir = shards.Shard(*experiment.shard).checked(), experiment.workdir
+  with files.claim(
+    workdir / shard.file("evaluate"),
+    "evaluation",
+    what=workdir,
+    hint=answer_log.MEND,
+  ):
+    found = _evaluate(experiment)
+    if found is None:
+      return None
+    out, shown = found
+    times = measure(out) if measure else {}
+    path = workdir / "report.html"
+    html.write(path, out, shown, _curves(experiment), times)
   return out
 
 
@@ -85,8 +93,7 @@ def check(config) -> None:
 def _evaluate(experiment):
   """Returns (results.json as a dict, examples for the report), or None."""
   config, evals = experiment.config, experiment.config.evals
-  check(config)
-  shard = shards.Shard(*experiment.shard).checked()
+  shard = shards.Shard(*experiment.shard)
   ratios = results.check_ratios(map(base.check_ratio, evals.ratios))
   test = load_benchmark(experiment, evals.split, evals.num_questions)
   specs = [*evals.methods, *(evals.oracles if test.decisive else ())]
@@ -100,7 +107,6 @@ def _evaluate(experiment):
     tried, others = [*methods, *search.candidates], validation.questions
     decisive = {**validation.decisive, **decisive}
   policies, workdir = experiment.policies, experiment.workdir
-  workdir.mkdir(parents=True, exist_ok=True)
   manifest = frame_manifest.FrameManifest(
     workdir / frame_manifest.FILE,
     num_frames=config.data.num_frames,

@@ -6,15 +6,15 @@ at the line's indices ever after, and its pixels must be the same to the bit.
 The file of one run can be given to another, so that both see the same frames.
 
 Processes that share a workdir share its file: lines are appended under a lock.
+A damaged line is set aside, and its clip decoded as if it were new.
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Iterable
 
-from cacovid_jax import errors, files
+from cacovid_jax import errors, files, json_lines
 from cacovid_jax.data import frame_record
 from cacovid_jax.data.frame_record import FrameRecord
 
@@ -48,9 +48,10 @@ class FrameManifest:
         raise errors.UserError(
           f"there is no frame manifest {given}; give the {FILE} of a run"
         )
-      self._given.take(self._given.path.read_bytes())
+      self._given.read()
     if self._own.path.is_file():
-      self._own.take(self._own.path.read_bytes())
+      with files.claim(self._own.path, wait=True):
+        self._own.update()
       for name in sorted(self._own.entries.keys() & self._given.entries.keys()):
         self._own.check_same(self._given.entries[name])
 
@@ -105,15 +106,8 @@ class FrameManifest:
     own = self._own
     if own.entries.get(entry.video) == entry:
       return
-    own.path.parent.mkdir(parents=True, exist_ok=True)
-    with open(own.path, "a+b") as f:
-      files.lock(f, own.path, wait=True)
-      # What other processes have found in the meantime.
-      f.seek(own.size)
-      data = f.read()
-      own.take(data)
-      if data and not data.endswith(b"\n"):
-        f.truncate(own.size)  # Somebody was killed while writing.
+    with files.claim(own.path, wait=True):
+      own.update()  # What other processes have found in the meantime.
       known = own.entries.get(entry.video)
       if known is not None and not known.fault:
         if not entry.fault:
@@ -122,13 +116,12 @@ class FrameManifest:
       if known == entry:
         return
       fields = dataclasses.asdict(entry).items()
-      lines = [{k: value for k, value in fields if value != _EMPTY[k]}]
-      if not own.size:
+      records = [{k: value for k, value in fields if value != _EMPTY[k]}]
+      if not own.decoder:
         header = {"num_frames": own.num_frames, "decoder": self._decoder}
-        lines.insert(0, {_HEADER: header})
-      text = "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines)
-      files.append(f, text.encode("utf-8"))
-      own.take(text.encode("utf-8"))
+        records.insert(0, {_HEADER: header})
+      json_lines.append(own.path, records)
+      own.update()
 
   def _source(self, name: str) -> "_File":
     return self._given if name in self._given.entries else self._own
@@ -148,30 +141,41 @@ class _File:
     self.path, self.num_frames = pathlib.Path(path), num_frames
     self.entries: dict[str, FrameRecord] = {}
     self.decoder = ""  # That made it.
-    self.size = self.lines = 0  # Bytes and lines that have been read.
+    self._inode, self._size = 0, 0  # Of the file, bytes that have been read.
 
-  def take(self, data: bytes) -> None:
-    """Adds what stands behind what was read; a line without an end is none."""
-    data = data[: data.rfind(b"\n") + 1]
-    lines = data.decode("utf-8", "replace").split("\n")[:-1]
-    for number, line in enumerate(lines, start=self.lines + 1):
-      try:
-        record = json.loads(line)
-        if number == 1:
-          self._check_header(record[_HEADER])
-          continue
-        entry = self._entry(record)
-      except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise errors.UserError(
-          f"{self.path} line {number} is damaged ({type(error).__name__});"
-          " delete the file and its answers to evaluate again"
-        ) from error
-      before = self.entries.get(entry.video)
-      if before is not None and not before.fault:
-        self.check_same(entry)
-      self.entries[entry.video] = entry
-    self.size += len(data)
-    self.lines += len(lines)
+  def read(self) -> None:
+    """Takes the lines of a file that is another run's."""
+    json_lines.look(self.path, self._take, "their clips have no frames here")
+
+  def update(self) -> None:
+    """Takes what stands behind what was read; the caller has claimed it."""
+    if not self.path.is_file():
+      return
+    with open(self.path, "rb") as file:
+      written_anew = os.fstat(file.fileno()).st_ino != self._inode
+      lines = self._parse(file, 0 if written_anew else self._size)
+      if any(line.value is None for line in lines):
+        lines = self._parse(file, 0)  # All of them, to be kept or not.
+    json_lines.keep(self.path, lines, "their clips are decoded as new ones")
+    status = os.stat(self.path)
+    self._inode, self._size = status.st_ino, status.st_size
+
+  def _parse(self, file, start: int) -> list[json_lines.Line]:
+    if not start:
+      self.entries.clear()
+    file.seek(start)
+    return json_lines.parse(file.read(), self._take)
+
+  def _take(self, record):
+    if _HEADER in record:
+      self._check_header(record[_HEADER])
+      return record
+    entry = self._entry(record)
+    before = self.entries.get(entry.video)
+    if before is not None and not before.fault:
+      self.check_same(entry)
+    self.entries[entry.video] = entry
+    return entry
 
   def check_same(self, entry: FrameRecord) -> None:
     """Refuses another line about a clip than the file has."""

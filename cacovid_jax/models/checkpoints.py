@@ -216,7 +216,7 @@ def save(
       for and nothing uses, SigLIP's last norm, is the identity unless given.
     max_shard_bytes: size at which a new file is begun; None for one file.
   """
-  os.makedirs(directory, exist_ok=True)
+  files.make_folder(directory)
   dtype = None if dtype is None else jnp.dtype(dtype)
   tensors = _source_tensors(config, params, dtype)
   main = dtype or jnp.dtype(params["language_model"]["embed_tokens"].dtype)

@@ -275,10 +275,17 @@ def _batches(prompts, questions, size: int) -> Iterator[tuple[int, list[int]]]:
 
 def main(args):
   """Filters what the command line names."""
-  config, data, out = args.config, args.config.data, args.config.blind.out
+  config, out = args.config, args.config.blind.out
   COMMAND.require(config, "model", "train", "out")
-  media = os.path.join(data.root, data.media) or None
   stem = _stem(out, config_lib.train_files(config))
+  with files.claim(out, hint="or give another --out"):
+    _filter(config, stem)
+
+
+def _filter(config, stem: str) -> None:
+  """Filters rows; what is written besides --out begins by `stem`."""
+  data, out = config.data, config.blind.out
+  media = os.path.join(data.root, data.media) or None
   names = [field.name for field in dataclasses.fields(BlindSettings)]
   settings = BlindSettings(**{name: config.blind[name] for name in names})
   questions, unreachable, left_out = rows_lib.read(config, media)
@@ -325,6 +332,7 @@ def _stem(out: str, train) -> str:
   folder = os.path.dirname(out) or "."
   if not os.path.isdir(folder):
     raise errors.UserError(f"--out={out}: no folder {folder}; make it first")
+  files.check_writable(out, "--out")
   return os.path.splitext(out)[0]
 
 

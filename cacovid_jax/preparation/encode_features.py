@@ -19,10 +19,12 @@ training rows that are left out in its `left_out.json`.
 import collections
 import concurrent.futures
 import dataclasses
+import pathlib
 import shutil
 from collections.abc import Iterator, Sequence
 
-from cacovid_jax import command, errors
+from cacovid_jax import command, errors, files
+from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax import progress as progress_lib
 from cacovid_jax.data import left_out, video
@@ -202,7 +204,16 @@ def main(args):
   if args.questions not in ("training", "evaluation"):
     told = f"--questions={args.questions}: use training or evaluation"
     raise errors.UserError(told)
-  training = args.questions == "training"
+  # Other configs may fill the same cache at the same time.
+  work = f"encode-{args.questions}-{config_lib.config_hash(config)}"
+  role, hint = shard.file(work), "or share the work with --shard"
+  with files.claim(pathlib.Path(directory, role), what=directory, hint=hint):
+    _encode(config, args.questions == "training", shard)
+
+
+def _encode(config, training: bool, shard) -> None:
+  """Encodes a share of the clips of training, or of an evaluation."""
+  directory = config.data.feature_cache
   split = "videos_per_step" if training else "evals.batch_size"
   experiment = experiment_lib.Experiment.from_config(
     config, directory, split=split

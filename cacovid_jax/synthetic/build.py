@@ -140,20 +140,37 @@ def build(config, directory, *, num_workers=2, on_clip=lambda done: None):
     "clips": list(config.clips),
     "generator_hash": generator_hash(),
   }
+  if not _is_there(directory, manifest):
+    hint = "or give another --out"
+    with files.claim(directory / "prepare", what=directory, hint=hint):
+      # Another process may have ended in between.
+      if not _is_there(directory, manifest):
+        _build(config, directory, num_workers, on_clip)
+        # Last: a directory with a manifest is complete.
+        files.write_json(directory / MANIFEST, manifest)
+  return str(directory)
+
+
+def _is_there(directory, manifest) -> bool:
+  """Returns whether a directory holds this build; refuses another one."""
   path = directory / MANIFEST
-  if path.exists():
-    present = json.loads(path.read_text())
-    different = [k for k in manifest if present.get(k) != manifest[k]]
-    if different:
-      raise errors.UserError(
-        f"{directory} holds another build ({', '.join(different)} differ);"
-        " give another --out or delete it"
-      )
-    return str(directory)
+  if not path.exists():
+    return False
+  present = json.loads(path.read_text())
+  if different := [k for k in manifest if present.get(k) != manifest[k]]:
+    raise errors.UserError(
+      f"{directory} holds another build ({', '.join(different)} differ);"
+      " give another --out or delete it"
+    )
+  return True
+
+
+def _build(config, directory, num_workers, on_clip) -> None:
+  """Writes all but the manifest."""
   if (directory / "videos").exists():
     # Unfinished: its clips may be of another build.
     shutil.rmtree(directory / "videos")
-  (directory / "videos").mkdir(parents=True)
+  files.make_folder(directory / "videos")
   jobs = [
     (split, number)
     for split, count in zip(SPLITS, config.clips, strict=True)
@@ -165,8 +182,6 @@ def build(config, directory, *, num_workers=2, on_clip=lambda done: None):
     rows[split].extend(found)
     on_clip(done)
   _write_rows(directory, rows)
-  files.write_json(path, manifest)
-  return str(directory)
 
 
 def prepare(config, num_workers=None, *, variant="", directory="") -> None:
@@ -235,20 +250,22 @@ def _videomme_row(row) -> dict:
 def _write_rows(directory, rows) -> None:
   """Writes every split's rows, their decisive tokens, and the TFDS files."""
   splits = {}
-  with open(directory / "decisive.jsonl", "w", encoding="utf-8") as f:
-    for row in (row for found in rows.values() for row in found):
-      line = {"question_id": row["id"], "tokens": row["tokens"]}
-      f.write(json.dumps(line) + "\n")
+  lines = [
+    json.dumps({"question_id": row["id"], "tokens": row["tokens"]}) + "\n"
+    for row in itertools.chain(*rows.values())
+  ]
+  files.write(directory / "decisive.jsonl", "".join(lines))
   for split, found in rows.items():
     if split == "train":
       path = directory / "train.json"
       entries = list(map(_video_r1_row, found))
-      path.write_text(json.dumps(entries, indent=1) + "\n")
+      files.write(path, json.dumps(entries, indent=1) + "\n")
       splits[split] = readers.read_video_r1(str(path), str(directory))
     else:
       path = directory / f"{split}.parquet"
       table = pa.Table.from_pylist(list(map(_videomme_row, found)))
-      pyarrow.parquet.write_table(table, path)
+      with files.replacing(path) as partial:
+        pyarrow.parquet.write_table(table, partial)
       splits[split] = readers.read_videomme(
         str(path), str(directory), style="video-r1"
       )

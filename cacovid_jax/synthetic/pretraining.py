@@ -45,6 +45,11 @@ def model_of(config, tokenizer):
 def pretrain(config, workdir):
   """Trains the base model; WORKDIR/base_model holds that of the last probe."""
   workdir = pathlib.Path(workdir)
+  with files.claim(workdir / "pretrain", "pretraining", what=workdir):
+    return _pretrain(config, workdir)
+
+
+def _pretrain(config, workdir):
   config_lib.claim_workdir(workdir, config)
   directory = workdir / "base_model"
   tokenizer_training.train(

@@ -84,7 +84,7 @@ def write_tiny(directory, family: str) -> None:
       f"no tiny checkpoint of {family!r}; there are {', '.join(FAMILIES)}"
     )
   directory = os.fspath(directory)
-  os.makedirs(directory, exist_ok=True)
+  files.make_folder(directory)
   if os.listdir(directory):
     # They might be weights that took hours to download.
     raise errors.UserError(f"{directory} is not empty; name another folder")
@@ -189,7 +189,7 @@ def write_random(directory, config, seed=0):
     tensors[name] = (dtype, array.shape, make_given)
   last = config.text.vocab_size - 1
   eos_id, pad_id = min(_EOS_ID, last), min(_PAD_ID, last - 1)
-  os.makedirs(directory, exist_ok=True)
+  files.make_folder(directory)
   checkpoints.write_config(
     directory, config, eos_ids=[eos_id, pad_id], pad_id=pad_id, dtype=dtype
   )

@@ -61,7 +61,7 @@ def train(texts, vocab_size, directory, *, max_length=32_768, **sizes):
   Returns the tokenizer that `learn` makes.
   """
   tokenizer = learn(texts, vocab_size, SPECIAL_TOKENS)
-  os.makedirs(directory, exist_ok=True)
+  files.make_folder(directory)
   tokenizer.save(os.path.join(directory, "tokenizer.json"))
   entries = _tokenizer_files(tokenizer, max_length)
   entries |= _processor_files(**sizes)

@@ -12,7 +12,6 @@ use, every byte is compared with the manifest.
 """
 
 import dataclasses
-import errno
 import hashlib
 import json
 import logging
@@ -63,7 +62,7 @@ def save(directory, step, tree, metadata=None, *, config_hash="", keep=None):
   is_first_process = jax.process_index() == 0
   try:
     if is_first_process:
-      directory.mkdir(parents=True, exist_ok=True)
+      files.make_folder(directory)
       _remove_leftovers(directory)
       partial.mkdir()
     _barrier(f"checkpoint_{step}_begin")
@@ -83,14 +82,21 @@ def save(directory, step, tree, metadata=None, *, config_hash="", keep=None):
       }
       _publish(partial, final, manifest, keep)
     _barrier(f"checkpoint_{step}_end")
-  except OSError as error:
-    mend = "check the path and its permissions"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-      mend = "free some space, the last step is still there"
-    raise errors.UserError(
-      f"cannot write checkpoint {final}: {error.strerror or error}; {mend}"
-    ) from error
+  except Exception as error:
+    if is_first_process:
+      shutil.rmtree(partial, ignore_errors=True)  # Room for others.
+    if (refused := _os_error(error)) is None:
+      raise
+    raise files.unwritable(f"checkpoint {final}", refused) from error
   return final
+
+
+def _os_error(error: Exception) -> OSError | None:
+  """Returns what the system refused, also where Orbax tells it in words."""
+  if isinstance(error, OSError):
+    return error
+  number = re.search(r"\[OS error (\d+)", str(error))
+  return number and OSError(int(number[1]), os.strerror(int(number[1])))
 
 
 def _publish(partial, final, manifest, keep):
@@ -99,8 +105,7 @@ def _publish(partial, final, manifest, keep):
   for name, size in _file_sizes(partial).items():
     files.sync(partial / name)
     found[name] = {"bytes": size, "sha256": files.sha256(partial / name)}
-  with open(partial / MANIFEST, "wb") as file:
-    files.append(file, _encode_manifest(manifest))
+  files.append(partial / MANIFEST, _encode_manifest(manifest))
   for folder, _, _ in os.walk(partial):
     files.sync(folder)
   if final.exists():

@@ -67,8 +67,17 @@ def train(
 
   Raises:
     SystemExit: with config.ckpt.exit_code, after a SIGTERM; all is saved.
-    UserError: a mistake, or too many refused steps in a row.
+    UserError: a mistake, too many refused steps in a row, a disk that is full,
+      or another trainer in the workdir.
   """
+  workdir, process = experiment.workdir, jax.process_index()
+  role = workdir / (f"train-{process}" if process else "train")
+  with files.claim(role, "trainer", what=workdir):
+    return _train(experiment, questions, store, validate, on_step)
+
+
+def _train(experiment, questions, store, validate, on_step) -> Result:
+  """Trains in a workdir of this process alone; arguments as of `train`."""
   workdir = experiment.workdir
   parts = seams.load(experiment.config)
   config_lib.claim_workdir(workdir, experiment.config)

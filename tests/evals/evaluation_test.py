@@ -2,13 +2,15 @@
 
 import hashlib
 import json
+import os
 import shutil
+import socket
 import subprocess
 import sys
 
 import pytest
 
-from cacovid_jax import base_config, errors, evaluate
+from cacovid_jax import base_config, errors, evaluate, files
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.evals import evaluation
 from tests.evals import report_test, tiny
@@ -129,6 +131,28 @@ def test_the_same_command_again_gives_the_same_bytes(finished, request_of):
   before = {name: (workdir / name).read_bytes() for name in names}
   evaluation.evaluate(request_of(workdir))
   assert {name: (workdir / name).read_bytes() for name in names} == before
+
+
+def test_a_second_evaluation_is_refused_before_it_writes(finished, request_of):
+  workdir, _ = finished
+  before = {path: path.read_bytes() for path in workdir.iterdir()}
+  with files.claim(workdir / "evaluate"):
+    with pytest.raises(errors.UserError) as error:
+      evaluation.evaluate(request_of(workdir, ratios=(0.2,)))
+  assert str(error.value) == (
+    f"another evaluation is writing to {workdir} (process {os.getpid()} on"
+    f" {socket.gethostname()}); wait for it, use another workdir, or share the"
+    " work with --shard=0/2 and --shard=1/2"
+  )
+  with files.claim(workdir / "evaluate-1-of-2"):
+    with pytest.raises(errors.UserError, match="another evaluation"):
+      evaluation.evaluate(request_of(workdir, shard=(1, 2)))
+    # Another share is another role.
+    evaluation.evaluate(request_of(workdir))
+  after = {path: path.read_bytes() for path in workdir.iterdir()}
+  for changed in (before, after):
+    del changed[workdir / "timings.json"]
+  assert after == before
 
 
 def test_frames_of_another_run_are_shown_again(finished, request_of, tmp_path):

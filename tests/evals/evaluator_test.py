@@ -236,12 +236,24 @@ def test_only_clips_that_are_asked_about_are_decoded_ahead(shared, monkeypatch):
   assert not source._ahead
 
 
-def test_a_damaged_line_is_named(shared, whole, tmp_path):
-  lines = whole.read_text().splitlines(keepends=True)
+def test_what_a_damaged_line_held_is_asked_again(shared, whole, tmp_path):
+  lines = whole.read_bytes().splitlines(keepends=True)
   path = tmp_path / "answers.jsonl"
-  path.write_text("".join([*lines[:2], '{"half": \n', *lines[2:]]))
-  with pytest.raises(errors.UserError, match="line 3 is damaged"):
-    reopened(path, shared)
+  half = b'{"half": \n'
+  changed = lines[5].replace(b'"score": ', b'"score": 1')
+  path.write_bytes(b"".join([*lines[:2], half, *lines[2:5], changed]))
+  with reopened(path, shared) as answers:
+    assert len(answers) == 4
+  aside = tmp_path / "answers.jsonl.damaged"
+  assert aside.read_bytes() == half + changed
+  path.write_bytes(b"".join([*lines[:5], half, *lines[6:]]))
+  benchmark, evaluator = shared
+  methods = methods_of(*EVERY)
+  cells = methods_lib.conditions(methods, RATIOS, (0, 1))
+  with reopened(path, shared) as answers:
+    evaluator.run(benchmark.questions, cells, answers)
+  after = path.read_bytes().splitlines(keepends=True)
+  assert after == [*lines[:5], *lines[6:], lines[5]]
 
 
 def test_answers_equal_those_of_one_question_alone(shared, whole, checkpoint):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cacovid_jax import errors
+from cacovid_jax import errors, json_lines
 from cacovid_jax.data import frame_record, video
 from cacovid_jax.evals import frame_manifest
 from cacovid_jax.models import processors, video_llm
@@ -62,10 +62,12 @@ def frame_hash(pixels):
 
 
 def lines_of(root):
-  return [
-    json.loads(line)
-    for line in (root / "run" / "frames.jsonl").read_text().splitlines()
-  ]
+  """Returns the objects of the run's file without their checksums."""
+  lines = (root / "run" / "frames.jsonl").read_bytes().splitlines(True)
+  found = map(json.loads, lines)
+  records = [{k: v for k, v in x.items() if k != "crc"} for x in found]
+  assert lines == [*map(json_lines.encode, records)]
+  return records
 
 
 def test_a_clip_is_written_down_when_it_is_asked_for(root):
@@ -191,36 +193,122 @@ def test_processes_share_a_file(root):
   ]
 
 
+def plain(record, **changes):
+  return json.dumps(record | changes).encode() + b"\n"
+
+
 @pytest.mark.parametrize(
-  "change,match",
+  "change, bad",
   [
-    (lambda lines: [lines[0], "{]", lines[1]], "line 2 is damaged"),
-    (lambda lines: lines[1:], "line 1 is damaged"),
-    (lambda lines: [lines[0], '{"video": "x"}'], "line 2 is damaged"),
+    (lambda header, first, second: [header, b"{]\n", first, second], b"{]\n"),
+    (lambda header, first, second: [b"\xff\n", first, second], b"\xff\n"),
+    (lambda header, first, second: [first, second], b""),
     (
-      lambda lines: [lines[0], lines[1].replace("[0, 2, 5, 8]", "[0, 2, 9]")],
-      "line 2 is damaged",
+      lambda header, first, second: [
+        *(header, first, second),
+        plain({"video": "x"}),
+      ],
+      b'{"video": "x"}\n',
     ),
     (
-      lambda lines: [lines[0], lines[1].replace("5, 8]", "5, 9]")],
-      "line 2 is damaged",
+      lambda header, first, second: [
+        *(header, first, second),
+        plain({"video": "x", "indices": [0, 2, 5, 9], "num_frames": 9,
+               "size": [32, 32], "frame_hash": "0"}),
+      ],
+      b'{"video": "x", "indices": [0, 2, 5, 9], "num_frames": 9,'
+      b' "size": [32, 32], "frame_hash": "0"}\n',
     ),
+    (lambda header, first, second: [header, first, second[:30]], None),
     (
-      lambda lines: [*lines, lines[1].replace("[0, 2", "[1, 2")],
-      "two different lines about a.mp4",
+      lambda header, first, second: [
+        *(header, first),
+        second.replace(b"5, 8]", b"5, 7]"),
+      ],
+      None,
     ),
-    (lambda lines: [lines[0].replace("4,", "8,", 1).replace(
-      '"num_frames": 4', '"num_frames": 8')], "--num_frames=8"),
   ],
 )  # fmt: skip
-def test_a_damaged_file_is_named(root, change, match):
+def test_a_damaged_line_is_set_aside_and_its_clip_decoded_again(
+  root, change, bad
+):
+  with source_of(root, manifest_of(root)) as source:
+    source["a.mp4"], source["b.mp4"]
+  path, expected = root / "run" / "frames.jsonl", lines_of(root)
+  lines = list(map(json_lines.encode, expected))
+  path.write_bytes(b"".join(change(*lines)))
+  with source_of(root, manifest_of(root)) as source:
+    source["b.mp4"], source["text.mp4"]
+  # The header, whose place is not fixed, and every clip once.
+  expected.append({"video": "text.mp4", "fault": "unreadable"})
+  found = lines_of(root)
+  assert sorted(map(str, found)) == sorted(map(str, expected))
+  aside = path.with_name("frames.jsonl.damaged")
+  if bad == b"":
+    assert not aside.exists()
+  elif bad:
+    assert aside.read_bytes() == bad
+  else:
+    assert b"b.mp4" in aside.read_bytes() or len(aside.read_bytes()) == 31
+
+
+def test_damage_that_another_process_finds_moves_nothing(root):
+  """The file is then another one, and shorter."""
+  first = manifest_of(root)
+  with source_of(root, first) as source:
+    source["a.mp4"], source["b.mp4"]
+  path, expected = root / "run" / "frames.jsonl", lines_of(root)
+  data = path.read_bytes()
+  path.write_bytes(data.replace(b'"a.mp4"', b'"c.mp4"'))
+  manifest_of(root)
+  assert path.stat().st_size < len(data)
+  with source_of(root, first) as source:
+    source["text.mp4"]
+  expected = [expected[0], expected[2]]
+  expected.append({"video": "text.mp4", "fault": "unreadable"})
+  assert lines_of(root) == expected
+
+
+@pytest.mark.parametrize(
+  "change, match",
+  [
+    (
+      lambda header, line: [header, line, line | {"indices": [1, 2, 5, 8]}],
+      "two different lines about a.mp4",
+    ),
+    (
+      lambda header, line: [
+        {"frames": header["frames"] | {"num_frames": 8}},
+        line,
+      ],
+      "--num_frames=8",
+    ),
+  ],
+)
+def test_a_file_of_something_else_is_named(root, change, match):
   with source_of(root, manifest_of(root)) as source:
     source["a.mp4"]
   path = root / "run" / "frames.jsonl"
-  path.write_text("\n".join(change(path.read_text().splitlines())) + "\n")
+  changed = change(*lines_of(root))
+  path.write_bytes(b"".join(map(json_lines.encode, changed)))
   with pytest.raises(errors.UserError, match=match) as error:
     manifest_of(root)
   assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_damage_of_a_given_file_is_told_and_left_there(root, caplog):
+  with source_of(root, manifest_of(root)) as source:
+    source["a.mp4"], source["b.mp4"]
+  header, first, _ = map(json_lines.encode, lines_of(root))
+  given = root / "given.jsonl"
+  given.write_bytes(header + b"\xff\n" + first)
+  (root / "run" / "frames.jsonl").unlink()
+  manifest = manifest_of(root, given)
+  assert "1 damaged lines" in caplog.text
+  assert given.read_bytes() == header + b"\xff\n" + first
+  manifest.require(["a.mp4"])
+  with pytest.raises(errors.UserError, match="1 of 1 clips .first: b.mp4"):
+    manifest.require(["b.mp4"])
 
 
 def test_a_manifest_that_is_not_there(root):

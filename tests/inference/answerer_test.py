@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cacovid_jax import answer as answer_command
 from cacovid_jax import errors
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.compressors import simple
@@ -376,12 +377,20 @@ def test_bad_settings_are_one_line(checkpoint_dir):
       answerer_lib.Answerer(**({"model": checkpoint_dir} | change))
 
 
-def test_a_report_that_cannot_be_there(tmp_path):
-  with pytest.raises(errors.UserError, match="is a folder"):
-    answer_page.check_path(tmp_path)
+def test_a_report_that_cannot_be_there_is_refused_before_the_work(
+  tmp_path, monkeypatch
+):
   (tmp_path / "file").write_text("")
-  with pytest.raises(errors.UserError, match="is no folder"):
-    answer_page.check_path(tmp_path / "file" / "report.html")
+  monkeypatch.setattr(answerer_lib.Answerer, "from_config", None)
+  for report, match in (
+    (tmp_path, "is a folder; give --report"),
+    (tmp_path / "file" / "report.html", "file is no folder"),
+    (tmp_path / ("x" * 300), "File name too long"),
+  ):
+    arguments = ("--video=a.mp4", "--question=?", f"--report={report}")
+    args = answer_command.COMMAND.parse(["answer", *arguments])
+    with pytest.raises(errors.UserError, match=match):
+      answer_command.main(args)
 
 
 def test_the_shipped_model_answers_about_a_drawn_clip(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 import tensorflow_datasets as tfds
 
-from cacovid_jax import errors
+from cacovid_jax import errors, files
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.data import readers
 from cacovid_jax.data import tfds as tfds_lib
@@ -187,6 +187,40 @@ def test_encode_features(tmp_path, root, capsys):
   assert len(list(features.rglob("*.features"))) == 3
   told = json.loads((features / "left_out.json").read_text())
   assert told["questions"] == 3 and told["missing_clips"] == {}
+
+
+def test_a_second_process_with_the_same_share_is_refused(
+  tmp_path, root, monkeypatch
+):
+  flags = [
+    f"--config={ROOT / 'configs' / 'synthetic.py'}:debug",
+    f"--feature_cache={tmp_path / 'features'}",
+  ]
+  refused = []
+
+  def again(*given):
+    if not refused:
+      refused.append(given)
+      for shard in ("1/2", "0/1"):  # Another share is another role.
+        run(encode_features, *flags, f"--shard={shard}")
+
+  monkeypatch.setattr(encode_features, "_encode", again)
+  with pytest.raises(errors.UserError, match="share the work with --shard"):
+    run(encode_features, *flags)
+  assert refused and not list((tmp_path / "features").iterdir())
+
+
+def test_a_second_blind_filter_is_refused(tmp_path):
+  train, out = blind_test.write(tmp_path / "train.json"), tmp_path / "out.json"
+  with files.claim(out):
+    with pytest.raises(errors.UserError, match="or give another --out"):
+      run(
+        blind_filter,
+        f"--model={experiment_lib.SHIPPED_MODEL}",
+        f"--train={train}",
+        f"--out={out}",
+      )
+  assert [path.name for path in tmp_path.iterdir()] == ["train.json"]
 
 
 def test_the_guides_commands_have_their_flags():

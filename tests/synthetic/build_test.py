@@ -11,6 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from cacovid_jax import errors
+from cacovid_jax import files as file_lib
 from cacovid_jax.data import readers, video
 from cacovid_jax.data import tfds as tfds_lib
 from cacovid_jax.synthetic import build, questions, render, world
@@ -159,6 +160,23 @@ def test_another_build_is_refused_and_harms_nothing(folder, changes, named):
   with pytest.raises(errors.UserError, match=named):
     build.build(build.BuildConfig(**fields | changes), folder)
   assert files(folder) == before
+
+
+def test_a_second_build_is_refused_and_the_first_unharmed(folder, tmp_path):
+  other, refused = tmp_path / "other", []
+
+  def begin_another(done):
+    with pytest.raises(errors.UserError, match="or give another --out") as told:
+      build.build(CONFIG, other, num_workers=1)
+    refused.append(str(told.value))
+
+  build.build(CONFIG, other, num_workers=1, on_clip=begin_another)
+  assert files(other) == files(folder)
+  assert len(refused) == 5
+  assert f"another process is writing to {other} (process" in refused[0]
+  # What is there can be used meanwhile.
+  with file_lib.claim(folder / "prepare"):
+    assert build.build(CONFIG, folder) == str(folder)
 
 
 def test_a_build_that_was_stopped_is_done_again(folder, tmp_path):

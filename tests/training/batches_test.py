@@ -218,6 +218,22 @@ def test_the_ledger_is_read_again_and_forgives_a_cut_line(tmp_path, root):
   assert again.refused == {content: "timeout"}
 
 
+def test_a_damaged_line_of_the_ledger_is_set_aside(tmp_path, root, caplog):
+  path = tmp_path / "quarantine.jsonl"
+  ledger = left_out.RejectedClips(path)
+  for row, name in zip(GOOD, ("0.mp4", "1.mp4"), strict=False):
+    ledger.add(row, video.VideoError(root / name, "timeout"))
+  first, second = path.read_bytes().splitlines(keepends=True)
+  path.write_bytes(first.replace(b"timeout", b"timeouT") + second)
+  again = left_out.RejectedClips(path)
+  content = left_out.content_hash(root / "1.mp4")
+  assert again.refused == {content: "timeout"}
+  assert "1 lines damaged" in caplog.text
+  assert path.read_bytes() == second
+  assert again.add(GOOD[0], video.VideoError(root / "0.mp4", "timeout"))
+  assert path.read_bytes() == second + first
+
+
 def test_too_many_bad_clips_end_the_run(root, monkeypatch):
   monkeypatch.setattr(batches_lib, "MIN_FAILURES", 5)
   with pytest.raises(errors.UserError, match="clips cannot be used, more than"):

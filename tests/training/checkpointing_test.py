@@ -14,6 +14,7 @@ import pytest
 
 from cacovid_jax import ckpt, errors
 from cacovid_jax.training import checkpointing
+from tests import disks
 
 
 def _state(seed=0):
@@ -158,10 +159,27 @@ def test_a_failed_rename_leaves_the_last_step(tmp_path, monkeypatch):
     patch.setattr(os, "rename", fail)
     with pytest.raises(errors.UserError, match="No space left.*free some"):
       checkpointing.save(tmp_path, 2, _state(2))
-  assert (tmp_path / "2.partial").is_dir()
+  assert sorted(os.listdir(tmp_path)) == ["1"]  # Room for others.
   assert checkpointing.restore_latest(tmp_path, _state())[0] == 1
   checkpointing.save(tmp_path, 2, _state(2))
   assert sorted(os.listdir(tmp_path)) == ["1", "2"]
+
+
+def test_a_disk_that_fills_up_as_orbax_writes_leaves_the_last_step(tmp_path):
+  like = {"a": jnp.zeros(100_000)}
+  checkpointing.save(tmp_path, 1, {"a": jnp.ones(100_000)})
+  drawn = {"a": jax.random.normal(jax.random.key(0), (100_000,))}
+  with disks.no_file_above(100_000):
+    with pytest.raises(errors.UserError) as error:
+      checkpointing.save(tmp_path, 2, drawn)
+  assert str(error.value) == (
+    f"cannot write checkpoint {tmp_path / '2'}: File too large; free some space"
+    " and go on: what was written before is still there"
+  )
+  assert os.listdir(tmp_path) == ["1"]
+  assert checkpointing.restore_latest(tmp_path, like)[0] == 1
+  checkpointing.save(tmp_path, 2, drawn)
+  assert checkpointing.restore_latest(tmp_path, like)[0] == 2
 
 
 _KILLED_SAVE = """

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pathlib
+import resource
 import shutil
 import signal
 import socket
@@ -18,6 +19,7 @@ import pytest
 from cacovid_jax import errors, metrics
 from cacovid_jax.policy import loading, network
 from cacovid_jax.training import checkpointing
+from tests import disks
 from tests.training import tiny
 
 
@@ -92,6 +94,48 @@ def test_a_run_continues_on_another_number_of_devices(whole, tmp_path):
   ):
     # Sums are made in another order, and Adam enlarges what nearly cancels.
     np.testing.assert_allclose(x, y, rtol=1e-2, atol=1e-4)
+
+
+def test_a_second_trainer_is_refused_and_the_first_unharmed(whole, tmp_path):
+  _, config, _, result = whole
+  refused = []
+
+  def begin_another(step, *unused_seen):
+    # Another config is not even compared.
+    for other in (config, tiny.config(**{"total_steps": 9})):
+      before = sorted(tmp_path.rglob("*"))
+      with pytest.raises(errors.UserError) as error:
+        tiny.train(tmp_path, other)
+      assert sorted(tmp_path.rglob("*")) == before
+      refused.append(str(error.value))
+
+  again = tiny.train(tmp_path, config, on_step=begin_another)
+  assert_same(again.state, result.state)
+  assert [line["step"] for line in metrics.read(tmp_path)] == list(range(1, 9))
+  assert set(refused) == {
+    f"another trainer is writing to {tmp_path} (process {os.getpid()} on"
+    f" {socket.gethostname()}); wait for it, or use another workdir"
+  }
+  assert not list(tmp_path.glob("*.lock"))
+
+
+def test_a_full_disk_loses_nothing_but_the_step(whole, tmp_path):
+  workdir, config, _, result = whole
+  stored = (workdir / "checkpoints" / "4").rglob("*")
+  largest = max(path.stat().st_size for path in stored if path.is_file())
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+  def fill(step, *unused_seen):
+    if step == 5:  # The step behind the first checkpoint.
+      resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1, hard))
+
+  with disks.no_file_above(soft):
+    with pytest.raises(errors.UserError, match="cannot write .*free some sp"):
+      tiny.train(tmp_path, config, on_step=fill)
+  assert os.listdir(tmp_path / "checkpoints") == ["4"]
+  again = tiny.train(tmp_path, config)
+  assert_same(again.state, result.state)
+  assert [line["step"] for line in metrics.read(tmp_path)] == list(range(1, 9))
 
 
 def test_finished_run_is_left_as_it_is(whole):

@@ -2,14 +2,13 @@
 
 import functools
 import os
-import pathlib
 
 import rich.box
 import rich.console
 import rich.table
 import rich.text
 
-from cacovid_jax import errors, files
+from cacovid_jax import files
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import provenance
 from cacovid_jax.evals.report import html, viewer
@@ -30,7 +29,7 @@ def write(
 
   Folders that do not exist are made; `asked` is what the answerer returned.
   """
-  path = check_path(path)
+  path = files.check_writable(path, "the report")
   question, source = asked.question, answerer.source(asked.grid)
   frames, clip = source.frames(question.video), source[question.video]
   described = provenance.describe(
@@ -65,21 +64,7 @@ def write(
     rows=[_row(asked, answer) for answer in asked.answers],
     provenance=described,
   )
-  path.parent.mkdir(parents=True, exist_ok=True)
   files.write(path, content)
-
-
-def check_path(path: str | os.PathLike) -> pathlib.Path:
-  """Returns the path of a report to be written, if one can be there."""
-  path = pathlib.Path(path)
-  if path.is_dir():
-    raise errors.UserError(
-      f"{path} is a folder; give the report a file name in it"
-    )
-  for parent in path.parents:
-    if parent.exists() and not parent.is_dir():
-      raise errors.UserError(f"{parent} is no folder; give another --report")
-  return path
 
 
 def show(asked: answerer_lib.ClipAnswers) -> None:

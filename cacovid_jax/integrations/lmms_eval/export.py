@@ -13,7 +13,7 @@ import json
 import os
 import pathlib
 
-from cacovid_jax import command, errors
+from cacovid_jax import command, errors, files
 from cacovid_jax.evals import benchmarks
 from cacovid_jax.integrations.lmms_eval import functions
 
@@ -56,18 +56,18 @@ def main(args):
 
 def write(data, out, *, benchmark, split="", media="") -> pathlib.Path:
   """Writes OUT/cacovid_NAME.yaml and rows of a benchmark; returns its path."""
-  found = benchmarks.load(data, split, benchmark=benchmark, media=media)
-  out = pathlib.Path(out).absolute()
-  out.mkdir(parents=True, exist_ok=True)
-  name = f"cacovid_{benchmark}"
+  out, name = pathlib.Path(out).absolute(), f"cacovid_{benchmark}"
   rows = out / f"{name}.jsonl"
+  found = benchmarks.load(data, split, benchmark=benchmark, media=media)
+  files.check_writable(rows, "--out")
   root = os.path.abspath(found.root)
-  with open(rows, "w", encoding="utf-8") as file:
-    for question in found.questions:
-      video = os.path.join(root, question.video)
-      file.write(json.dumps(functions.row(question, video, benchmark)) + "\n")
+  lines = []
+  for question in found.questions:
+    video = os.path.join(root, question.video)
+    lines.append(json.dumps(functions.row(question, video, benchmark)) + "\n")
+  files.write(rows, "".join(lines))
   path = out / f"{name}.yaml"
-  path.write_text(_yaml(name, rows, found.task.max_new_tokens), "utf-8")
+  files.write(path, _yaml(name, rows, found.task.max_new_tokens))
   return path
 
 
