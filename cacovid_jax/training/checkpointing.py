@@ -11,6 +11,7 @@ use, every byte is compared with the manifest.
   DIR/100.bad/            a step that did not verify, kept aside
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -66,7 +67,7 @@ def save(directory, step, tree, metadata=None, *, config_hash="", keep=None):
       _remove_leftovers(directory)
       partial.mkdir()
     _barrier(f"checkpoint_{step}_begin")
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _without_tracebacks(), ocp.StandardCheckpointer() as checkpointer:
       # Orbax refuses arrays without elements: the manifest alone has them.
       stored = {name: leaf for name, leaf in leaves.items() if leaf.size}
       checkpointer.save(partial / _STATE, stored)
@@ -91,11 +92,26 @@ def save(directory, step, tree, metadata=None, *, config_hash="", keep=None):
   return final
 
 
+@contextlib.contextmanager
+def _without_tracebacks():
+  """Keeps Orbax from printing the errors of its threads, which it raises."""
+  logger = logging.getLogger("absl")
+
+  def is_told(record):
+    return not record.exc_info or "orbax" not in record.pathname
+
+  logger.addFilter(is_told)
+  try:
+    yield
+  finally:
+    logger.removeFilter(is_told)
+
+
 def _os_error(error: Exception) -> OSError | None:
   """Returns what the system refused, also where Orbax tells it in words."""
   if isinstance(error, OSError):
     return error
-  number = re.search(r"\[OS error (\d+)", str(error))
+  number = re.search(r"os_error_code='(\d+)'", str(error))
   return number and OSError(int(number[1]), os.strerror(int(number[1])))
 
 
