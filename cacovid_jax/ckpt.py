@@ -54,10 +54,11 @@ def upgrade(workdir: pathlib.Path) -> int:
     known = {"total_steps": _one_epoch(workdir, old)}
   before = config_lib.config_hash(config_lib.replace(old, known), before=True)
   now = config_lib.config_hash(config_lib.replace(new, known))
-  done = checkpointing.rehash(workdir / "checkpoints", {before: now})
-  files.write(workdir / "config.before.json", path.read_bytes())
-  # Last, so that an upgrade that was cut off goes on when given again.
-  config_lib.save(new, path)
+  with files.claim(workdir / "train", "trainer", what=workdir):
+    done = checkpointing.rehash(workdir / "checkpoints", {before: now})
+    files.write(workdir / "config.before.json", path.read_bytes())
+    # Last, so that an upgrade that was cut off goes on when given again.
+    config_lib.save(new, path)
   print(f"{workdir}: config.json and {len(done)} checkpoints upgraded")
   return 0
 

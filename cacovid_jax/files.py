@@ -163,7 +163,7 @@ def claim(
   """Keeps others out who claim the same path; they need not be of this host.
 
   The file PATH.lock says who holds it, is removed at the end, and means nothing
-  without that process. Two that do not `wait` are refused in one line.
+  without that process. Who does not `wait` for the holder is refused.
 
   Args:
     path: of a file, or of a role within a folder.

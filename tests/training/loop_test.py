@@ -127,7 +127,7 @@ def test_a_full_disk_loses_nothing_but_the_step(whole, tmp_path):
 
   def fill(step, *unused_seen):
     if step == 5:  # The step behind the first checkpoint.
-      resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1, hard))
+      resource.setrlimit(resource.RLIMIT_FSIZE, (largest // 2, hard))
 
   with disks.no_file_above(soft):
     with pytest.raises(errors.UserError, match="cannot write .*free some sp"):
