@@ -14,13 +14,25 @@ import os
 import pathlib
 from collections.abc import Iterable
 
-from cacovid_jax import errors, files
+import msgspec
+
+from cacovid_jax import errors, files, schema
 from cacovid_jax.data import frame_record
 from cacovid_jax.data.frame_record import FrameRecord
 
 FILE = "frames.jsonl"
 _HEADER = "frames"
 _EMPTY = dataclasses.asdict(FrameRecord(video=""))  # Such fields are left out.
+_MEND = "it is damaged: delete the file and its answers to evaluate again"
+
+
+class _Header(msgspec.Struct):
+  num_frames: schema.Count
+  decoder: str
+
+
+class _First(msgspec.Struct):
+  frames: _Header
 
 
 class FrameManifest:
@@ -155,17 +167,12 @@ class _File:
     data = data[: data.rfind(b"\n") + 1]
     lines = data.decode("utf-8", "replace").split("\n")[:-1]
     for number, line in enumerate(lines, start=self.lines + 1):
-      try:
-        record = json.loads(line)
-        if number == 1:
-          self._check_header(record[_HEADER])
-          continue
-        entry = self._entry(record)
-      except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise errors.UserError(
-          f"{self.path} line {number} is damaged ({type(error).__name__});"
-          " delete the file and its answers to evaluate again"
-        ) from error
+      where = f"{self.path} line {number}"
+      if number == 1:
+        self._check_header(schema.parse(line, _First, where, _MEND).frames)
+        continue
+      entry = schema.parse(line, FrameRecord, where, _MEND)
+      self._check(entry, where)
       before = self.entries.get(entry.video)
       if before is not None and not before.fault:
         self.check_same(entry)
@@ -181,25 +188,20 @@ class _File:
         " another workdir, or delete the file and its answers"
       )
 
-  def _entry(self, record) -> FrameRecord:
-    entry = FrameRecord(**record)
-    if not entry.fault:
-      numbers = (*entry.indices, *entry.size, entry.num_frames)
-      if (
-        len(entry.indices) != self.num_frames
-        or len(entry.size) != 2
-        or not all(type(number) is int for number in numbers)
-        or not 0 <= min(entry.indices) <= max(entry.indices) < entry.num_frames
-        or not entry.frame_hash
-      ):
-        raise ValueError("not the frames of a clip")
-    return entry
+  def _check(self, entry: FrameRecord, where: str) -> None:
+    errors.check(
+      bool(entry.fault)
+      or len(entry.indices) == self.num_frames
+      and 0 <= min(entry.indices) <= max(entry.indices) < entry.num_frames
+      and bool(entry.frame_hash),
+      f"{where} tells no frames of a clip; {_MEND}",
+    )
 
-  def _check_header(self, header) -> None:
-    if header["num_frames"] != self.num_frames:
+  def _check_header(self, header: "_Header") -> None:
+    if header.num_frames != self.num_frames:
       raise errors.UserError(
-        f"{self.path} names {header['num_frames']} frames of each clip, and the"
+        f"{self.path} names {header.num_frames} frames of each clip, and the"
         f" evaluation shows {self.num_frames}; use another workdir, or"
-        f" --num_frames={header['num_frames']}"
+        f" --num_frames={header.num_frames}"
       )
-    self.decoder = str(header["decoder"])
+    self.decoder = header.decoder

@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from cacovid_jax import errors, files
+from cacovid_jax import errors, files, schema
 from cacovid_jax import progress as progress_lib
 from cacovid_jax.data import readers, wording
 from cacovid_jax.data import tfds as tfds_lib
@@ -142,7 +142,7 @@ def build(config, directory, *, num_workers=2, on_clip=lambda done: None):
   }
   path = directory / MANIFEST
   if path.exists():
-    present = json.loads(path.read_text())
+    present = schema.read(path, dict, "give another --out or delete it")
     different = [k for k in manifest if present.get(k) != manifest[k]]
     if different:
       raise errors.UserError(
