@@ -371,8 +371,9 @@ def test_a_missing_or_malformed_file_of_llava_is_named(tmp_path, text):
   [
     ({"size": {"shortest_edge": 384}}, "no square tile"),
     ({"size": {"height": 384, "width": 378}}, "no square tile"),
-    ({"size": 0}, "image_size=0"),
-    ({"size": 10**30}, "at most 8192"),
+    ({"size": 0}, "size is 0; it must be a whole number at least 1"),
+    ({"size": 8193}, "image_size=8193: give pixels, at most 8192"),
+    ({"size": 10**30}, "size is 1000.*; it must be a whole number at most"),
     ({"size": float("inf")}, "checkpoint's origin"),
     ({"resample": 9}, "filter of PIL"),
     ({"image_std": [0.5, 0.5, 0.0]}, "deviations above 0"),

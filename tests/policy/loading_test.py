@@ -275,7 +275,7 @@ def test_nor_does_one_beside_a_checkpoint(
     ),
     ({"policy": {"backend": ["", 10**18]}}, "policy.backend is .* one of auto"),
     ({"policy": {"num_halvings": True}}, "policy.num_halvings .* whole number"),
-    ({"policy": {"num_halvings": -1}}, "policy.num_halvings=-1"),
+    ({"policy": {"num_halvings": -1}}, "policy.num_halvings is -1; it"),
     (
       {"policy": {"num_halvings": 2, "": ""}},
       "Policy takes other options",
@@ -294,7 +294,7 @@ def test_nor_does_one_beside_a_checkpoint(
 def test_values_of_wrong_kinds_are_named(checkpoint, write, described, message):
   with pytest.raises(errors.UserError, match=message) as error:
     loading.load_policy(write(**described), checkpoint)
-  assert "policy_config.json" in str(error.value) or "=-1" in message
+  assert "policy_config.json" in str(error.value)
   assert len(str(error.value).splitlines()) == 1
 
 
