@@ -129,6 +129,8 @@ def _told(fault, key, value, path, kind):
     shown = f"is {reprlib.repr(value)}; it "
   except (LookupError, TypeError, ValueError):
     shown = ""
+  if typing.get_origin(kind) is tuple and re.fullmatch(r"\[\d+\]", path or ""):
+    kind, path = typing.get_args(kind)[0], ""
   needs = needs if path else _in_words(kind) or needs
   return f"{key or 'it'} {shown}must be {needs}"
 

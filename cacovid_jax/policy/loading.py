@@ -115,7 +115,7 @@ def load_policy(spec: str | os.PathLike, checkpoint) -> LoadedPolicy:
     )
   config = (file if file.is_dir() else file.parent) / "policy_config.json"
   described = _Described()
-  if has_config := config.is_file():
+  if config.is_file():
     described = schema.read(config, _Described)
     config_limits.check({"policy": described.policy}, config)
   trained_with = described.base_model.sha256
@@ -133,7 +133,7 @@ def load_policy(spec: str | os.PathLike, checkpoint) -> LoadedPolicy:
     )
   if module:
     options["module"] = module
-  elif not has_config:
+  elif not options:
     options["num_halvings"] = _num_halvings(file)
   # The dtype of the base model here, not of the accelerator it was trained on.
   llm, dtype = checkpoint.model.config.text, checkpoint.model.dtype

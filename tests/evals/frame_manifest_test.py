@@ -194,16 +194,16 @@ def test_processes_share_a_file(root):
 @pytest.mark.parametrize(
   "change,match",
   [
-    (lambda lines: [lines[0], "{]", lines[1]], "line 2 is damaged"),
-    (lambda lines: lines[1:], "line 1 is damaged"),
-    (lambda lines: [lines[0], '{"video": "x"}'], "line 2 is damaged"),
+    (lambda lines: [lines[0], "{]", lines[1]], "line 2.* is damaged"),
+    (lambda lines: lines[1:], "line 1.* is damaged"),
+    (lambda lines: [lines[0], '{"video": "x"}'], "line 2.* is damaged"),
     (
       lambda lines: [lines[0], lines[1].replace("[0, 2, 5, 8]", "[0, 2, 9]")],
-      "line 2 is damaged",
+      "line 2.* is damaged",
     ),
     (
       lambda lines: [lines[0], lines[1].replace("5, 8]", "5, 9]")],
-      "line 2 is damaged",
+      "line 2.* is damaged",
     ),
     (
       lambda lines: [*lines, lines[1].replace("[0, 2", "[1, 2")],
