@@ -154,7 +154,7 @@ def _in_words(kind):
   of, meta = parts
   bounds = {"above": meta.gt, "at least": meta.ge, "at most": meta.le}
   told = (
-    f"{word} {x:g}" if abs(x) < 1e5 else f"{word} {x}"
+    f"{word} {x:g}" if isinstance(x, float) else f"{word} {x}"
     for word, x in bounds.items()
     if x is not None
   )

@@ -145,5 +145,5 @@ def test_a_file_of_a_config_is_named(tmp_path):
     config_lib.load(path)
   assert str(caught.value) == (
     f"{path}: optimizer.lr_heads is 'fast'; it must be a number at least 0 and"
-    " at most 1000000000.0"
+    " at most 1e+09"
   )
