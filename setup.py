@@ -54,6 +54,7 @@ setuptools.setup(
     "jinja2>=3.1",
     "matplotlib>=3.9",
     "ml-collections>=1.0",
+    "msgspec>=0.19",
     "numpy>=2.0",
     "optax>=0.2.5",
     "orbax-checkpoint>=0.11.25",

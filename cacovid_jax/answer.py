@@ -13,8 +13,7 @@ the embedded benchmark answers; it knows questions with options, about clips as
 
 import sys
 
-from cacovid_jax import command, errors, files
-from cacovid_jax import experiment as experiment_lib
+from cacovid_jax import command, config_limits, errors, files
 from cacovid_jax.evals.report import answer as answer_page
 from cacovid_jax.inference import answerer as answerer_lib
 
@@ -55,7 +54,7 @@ COMMAND = command.Command(
     "dtype": command.Flag(
       "Of weights and computation.",
       "model.dtype",
-      choices=experiment_lib.DTYPES,
+      choices=config_limits.DTYPES,
     ),
     "prompt_style": command.Flag(
       "Wording around the options; empty is video-r1.",

@@ -12,13 +12,13 @@ config.json and the manifests of its steps, which then resume. The files as they
 were stay beside the new ones, with `.before` in their names.
 """
 
-import json
 import pathlib
 
+import msgspec
 import rich.console
 import rich.table
 
-from cacovid_jax import command, errors, files
+from cacovid_jax import command, errors, files, schema
 from cacovid_jax import config as config_lib
 from cacovid_jax.data import left_out
 from cacovid_jax.training import checkpointing
@@ -63,17 +63,14 @@ def upgrade(workdir: pathlib.Path) -> int:
   return 0
 
 
+class _LeftOut(msgspec.Struct):
+  questions: schema.Count
+
+
 def _one_epoch(workdir, config) -> int:
   """Returns the steps of an epoch, of the questions that the run began with."""
-  path = workdir / left_out.FILE
-  try:
-    count = json.loads(path.read_text(encoding="utf-8"))["questions"]
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise errors.UserError(
-      f"{path} does not say how many questions the run has"
-      f" ({errors.one_line(error)}); restore it"
-    ) from error
-  return -(-count // config.videos_per_step)
+  found = schema.read(workdir / left_out.FILE, _LeftOut, "restore it")
+  return -(-found.questions // config.videos_per_step)
 
 
 def doctor(workdir: pathlib.Path) -> int:

@@ -17,6 +17,7 @@ from absl import flags as absl_flags
 from cacovid_jax import base_config, config_files, config_values, errors
 from cacovid_jax import config as config_lib
 
+_MOST = 2**31  # Of flags that are no key, which has a range of its own.
 _HELP = ("help", "h", "helpshort", "helpfull")
 
 
@@ -104,6 +105,9 @@ class Command:
         raise errors.UserError(
           f"--{name}={value}: give a number of at least {flag.least:g}"
         )
+      if not flag.key and isinstance(value, (int, float)):
+        told = f"--{name}={value:g}: give a number below {_MOST}"
+        errors.check(abs(value) < _MOST, told)
     return types.SimpleNamespace(
       **values,
       config=config,
@@ -156,9 +160,9 @@ class Command:
       return config_lib.replace(config, self.defaults, texts)
     except errors.UserError as error:
       for key, _, name in overrides:
-        if name and str(error).startswith(f"{key}="):
-          told = str(error).replace(key, name, 1)
-          raise errors.UserError(told) from error
+        told = str(error).removeprefix("config.")
+        if name and told.startswith((f"{key}=", f"{key} is ", f"{key}[")):
+          raise errors.UserError(told.replace(key, name, 1)) from error
       raise
 
   def _words(self, argv, words: list[str]) -> Iterator[tuple[str, str]]:

@@ -16,10 +16,12 @@ import ml_collections
 from cacovid_jax import (
   base_config,
   config_files,
+  config_limits,
   config_values,
   errors,
   extensions,
   files,
+  schema,
 )
 
 # What changes how a run is recorded or spread over a machine, or belongs to
@@ -53,20 +55,23 @@ def load(spec, overrides=(), *, fill=False):
   path, _, arg = str(spec).partition(":")
   if path.endswith(".json"):
     config = read_json(pathlib.Path(path))
+    config_limits.check(config, path)
     _refuse_code(config, {text.partition("=")[0] for text in overrides}, path)
   else:
     config = config_files.run(pathlib.Path(path), arg or None)
   if fill:
     complete(config)
-  _override_all(config, overrides)
-  return config.lock()
+  return _overridden(config, overrides)
 
 
-def _override_all(config, texts):
-  """Applies overrides; those first that say which others there may be."""
+def _overridden(config, texts):
+  """Returns a config with overrides applied, its values checked, locked."""
+  # Those first that say which others there may be.
   keys = tuple(f"{key}=" for key in extensions.KEYS)
   for text in sorted(texts, key=lambda text: not text.startswith(keys)):
     override(config, text)
+  config_limits.check(config)
+  return config.lock()
 
 
 def _refuse_code(config, given, path):
@@ -112,8 +117,10 @@ def override(config, text):
       + ", ".join(f"{key}.{child}" for child in sorted(old))
     )
   adds = isinstance(old, tuple) and value.startswith("+")
-  kind = group.get_type(leaf)
-  new = config_values.parse(value[adds:], old, name=key, kind=kind)
+  kind, like = group.get_type(leaf), old
+  if old == () and config_limits.kinds().get(key) == tuple[str, ...]:
+    like = ("",)  # What is there already tells what else there may be.
+  new = config_values.parse(value[adds:], like, name=key, kind=kind)
   assign(config, key, (*old, *new) if adds else new)
 
 
@@ -135,8 +142,7 @@ def replace(config, changes, overrides=()):
   config = copy.deepcopy(config)
   for key, value in changes.items():
     assign(config, key, value)
-  _override_all(config, overrides)
-  return config.lock()
+  return _overridden(config, overrides)
 
 
 def train_files(config):
@@ -235,18 +241,8 @@ def claim_workdir(workdir, config):
 
 def read_json(path):
   """Returns the unlocked config in a JSON file; lists become tuples."""
-  try:
-    values = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(values, dict):
-      raise ValueError("not an object")
-  except FileNotFoundError:
-    raise errors.UserError(f"no config file {path}") from None
-  except ValueError as error:
-    raise errors.UserError(
-      f"{path} is not a config in JSON ({errors.one_line(error)}); "
-      "restore it or use another workdir"
-    ) from error
-  return ml_collections.ConfigDict(_tuples(values))
+  mend = "restore it or use another workdir"
+  return ml_collections.ConfigDict(_tuples(schema.read(path, dict, mend)))
 
 
 def _fill(group, known, wanted):

@@ -37,6 +37,7 @@ def parse(text, like, *, name="value", kind=None):
       return value
   expected = {bool: "true or false", int: "a whole number", float: "a number"}
   told = expected.get(kind, f"a {kind.__name__}")
+  text = text if len(text) <= 100 else f"{text[:100]}..."
   raise errors.UserError(f"{name}={text} is not {told} (it is {like!r} now)")
 
 
@@ -50,13 +51,14 @@ def _parse_int(text):
     return int(value)
 
 
-def literal(text):
+def literal(text, words=_WORDS):
+  """Returns the literal or the word that a text reads as, else the text."""
   word = text.strip().lower()
-  if word in _WORDS:
-    return _WORDS[word]
+  if word in words:
+    return words[word]
   try:
     return ast.literal_eval(text)
-  except (ValueError, SyntaxError, MemoryError, RecursionError):
+  except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
     return text
 
 

@@ -1,13 +1,29 @@
 """Mistakes that a user can mend, and how entry points report them."""
 
+import errno
 import functools
 import logging
+import os
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import app, flags
 from absl import logging as absl_logging
+
+# Shows the traceback of what is no `UserError`, as Python does.
+TRACEBACK = "CACOVID_TRACEBACK"
+LOG = "error.log"
+
+_ROOM = "free space or choose another workdir"
+_MENDS = {
+  errno.ENOSPC: _ROOM,
+  errno.EDQUOT: _ROOM,
+  errno.EROFS: "choose another workdir",
+  errno.EMFILE: "raise the limit of open files (ulimit -n)",
+}
 
 
 class UserError(Exception):
@@ -15,17 +31,26 @@ class UserError(Exception):
 
 
 def run(main: Callable, parse: Callable[[Sequence[str]], Any]) -> None:
-  """Runs a `main`; a `UserError` ends it with one line and exit code 2.
+  """Runs a `main`; whatever ends it is one line.
 
   It takes what `parse` makes of the command line; its result is the exit code.
+  That is 2 after a `UserError` or an `OSError`, 70 after anything else. What is
+  no `UserError` leaves its traceback in a file that the line names: `LOG` of
+  the workdir, or one among the temporary files.
   """
 
-  def guarded(function, *args):
+  def guarded(function, args):
     try:
-      return function(*args)
+      return function(args)
     except UserError as error:
       print(f"error: {one_line(error)}", file=sys.stderr)
       sys.exit(2)
+    except Exception as error:
+      if os.environ.get(TRACEBACK):
+        raise
+      workdir = getattr(args, "workdir", None)
+      print(f"error: {_told(error, workdir)}{_log(workdir)}", file=sys.stderr)
+      sys.exit(2 if isinstance(error, OSError) else os.EX_SOFTWARE)
 
   def parsed(argv):
     found = guarded(parse, argv)
@@ -38,6 +63,39 @@ def run(main: Callable, parse: Callable[[Sequence[str]], Any]) -> None:
   app.run(functools.partial(guarded, main), flags_parser=parsed)
 
 
+def check(fine: bool, message: str) -> None:
+  """Stops with a `UserError` unless something is fine."""
+  if not fine:
+    raise UserError(message)
+
+
 def one_line(error: Exception) -> str:
   """Returns the message of an error, line breaks turned into spaces."""
   return " ".join(str(error).split())
+
+
+def _told(error: Exception, workdir) -> str:
+  """Returns what happened, where and, if it is known, what to do."""
+  if not isinstance(error, OSError):
+    return f"{type(error).__name__}: {one_line(error)[:500]}"
+  path = error.filename or workdir or "a file"
+  mend = _MENDS.get(error.errno, "see to its permissions or name another path")
+  return f"{path}: {error.strerror or one_line(error)}; {mend}"
+
+
+def _log(workdir) -> str:
+  """Writes down the traceback; returns the line's end, which says where."""
+  text = f"{' '.join(sys.argv)}\n{traceback.format_exc()}\n"
+  for directory in (workdir, None):
+    try:
+      if directory is None:
+        handle, path = tempfile.mkstemp(".log", "cacovid_jax-")
+        os.close(handle)
+      else:
+        path = os.path.join(directory, LOG)
+      with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(text)
+    except OSError:
+      continue
+    return f" (full log: {path})"
+  return f" (no room for a log; {TRACEBACK}=1 shows more)"

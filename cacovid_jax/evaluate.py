@@ -19,7 +19,7 @@ again does.
 
 import os
 
-from cacovid_jax import command, errors
+from cacovid_jax import command, config_limits, errors
 from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.evals import benchmarks, evaluation, shards
@@ -37,7 +37,7 @@ COMMAND = command.Command(
     ),
     "checkpoint": command.Flag("The same as --model.", "model.path"),
     "dtype": command.Flag(
-      "Of the base model.", "model.dtype", choices=experiment_lib.DTYPES
+      "Of the base model.", "model.dtype", choices=config_limits.DTYPES
     ),
     "policy": command.Flag(
       "Policies, comma-separated: training workdirs or .safetensors files,"

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from cacovid_jax import config as config_lib
-from cacovid_jax import errors
+from cacovid_jax import config_limits, errors
 from cacovid_jax.data import chat_template as chat_template_lib
 from cacovid_jax.data import left_out as left_out_lib
 from cacovid_jax.data import question as question_lib
@@ -27,7 +27,6 @@ from cacovid_jax.models import checkpoints, processors
 from cacovid_jax.parallel import mesh as mesh_lib
 from cacovid_jax.policy import loading
 
-DTYPES = ("float32", "bfloat16")
 _ASSETS = pathlib.Path(__file__).parent / "assets"
 SHIPPED_MODEL = _ASSETS / "base_model"
 SHIPPED_POLICY = _ASSETS / "policy"
@@ -59,14 +58,8 @@ class Experiment:
     model, instead of config.model.path; `fields` are `shard` and `split`.
     """
     config = config_lib.complete(config.copy_and_resolve_references()).lock()
-    _choose(config, "model.dtype", DTYPES)
+    config_limits.check(config)
     _choose(config, "evals.template", ("", "processor", "tokenizer"))
-    for name in ("min_pixels", "max_pixels"):
-      if config.data[name] < 0:
-        raise errors.UserError(
-          f"config.data.{name}={config.data[name]}: give a number of pixels, or"
-          " 0 for the usual number"
-        )
     made = cls(config, workdir and pathlib.Path(workdir), **fields)
     if checkpoint is not None:
       # Where a cached property looks first.

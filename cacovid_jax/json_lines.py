@@ -16,12 +16,16 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import msgspec
 from absl import logging
 
 from cacovid_jax import files
 
 _SHAPE = b', "crc": "........"}\n'
-_FAULTS = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+_FAULTS = (
+  ValueError, KeyError, TypeError, AttributeError, RecursionError,
+  msgspec.ValidationError,
+)  # fmt: skip
 
 
 class Line(NamedTuple):
@@ -51,8 +55,8 @@ def parse(
   Args:
     data: of the file.
     read: makes the value of a line from its object, without the checksum; a
-      ValueError, KeyError, TypeError or AttributeError of it means that the
-      line is damaged. So is a last line that has no end.
+      ValueError, KeyError, TypeError, AttributeError or ValidationError of it
+      means that the line is damaged. So is a last line that has no end.
     shared: whether another process may be writing: then such a line is none.
   """
   lines = [line for line in io.BytesIO(data) if line.strip()]

@@ -20,10 +20,9 @@ drawn if they are not there. `--methods=+my_rule.py:strongest` adds a row.
 
 import dataclasses
 import functools
-import json
 import os
 
-from cacovid_jax import command, evaluate, files
+from cacovid_jax import command, evaluate, files, schema
 from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax import progress as progress_lib
@@ -147,7 +146,7 @@ def measure(experiment, out):
       times.setdefault(cell.spec, {})[key] = cost._asdict()
   path = experiment.workdir / "timings.json"
   selection = {"milliseconds": times, "repeats": repeats}
-  found = json.loads(path.read_text(encoding="utf-8"))
+  found = schema.read(path, dict, "delete it to measure again")
   files.write_json(path, found | {"selection": selection})
   return costs
 

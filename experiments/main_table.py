@@ -23,13 +23,19 @@ table. A row is reproduced if it lies within `--tolerance` points of the
 paper's, as the answers from all tokens do, and no question was left out.
 """
 
-import json
 import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from cacovid_jax import command, compressors, errors, evaluate, files
+from cacovid_jax import (
+  command,
+  compressors,
+  errors,
+  evaluate,
+  files,
+  schema,
+)  # fmt: skip
 from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.compressors import base
@@ -325,7 +331,7 @@ def run(plan: Plan, loaded) -> pathlib.Path | None:
   tables.write_main(workdir, out)
   times = {
     name: {
-      path.name: json.loads(path.read_text(encoding="utf-8"))
+      path.name: schema.read(path, dict, "delete it to measure again")
       for path in sorted(experiment.workdir.glob("timings*.json"))
     }
     for name, experiment in plan.items()

@@ -22,7 +22,6 @@ ones, and has no part in the table. After a job array, the same command without
 import collections
 import hashlib
 import itertools
-import json
 import pathlib
 import re
 import shlex
@@ -188,7 +187,7 @@ def read(workdir: pathlib.Path) -> dict[str, float]:
       found[name] = statistics.fmean(values)
   path = workdir / "results.json"
   if path.is_file():
-    out = json.loads(path.read_text("utf-8"))
+    out = results.read(workdir)
     for ratio, cell in out["methods"].get(results.REFERENCE, {}).items():
       if cell["status"] == "ok":
         found[f"accuracy_{ratio}"] = 100 * cell["accuracy"]

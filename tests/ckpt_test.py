@@ -98,7 +98,7 @@ def test_one_epoch_is_that_of_the_questions_it_began_with(workdir):
   """Steps know their number, config.json says 0."""
   old = config_lib.replace(config_lib.load(OLD), {"total_steps": 0})
   config_lib.save(old, workdir / "config.json")
-  with pytest.raises(errors.UserError, match="does not say how many questions"):
+  with pytest.raises(errors.UserError, match="left_out.json is missing"):
     run("upgrade", str(workdir))
   # 8 questions, two a step: the four steps of the recorded config.
   (workdir / "left_out.json").write_text(json.dumps({"questions": 8}))

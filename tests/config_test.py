@@ -55,7 +55,7 @@ def path(tmp_path):
     ("rollout.reward", "evil:reward", "accuracy"),
     ("evals.methods", ["random", "evil.py:rule?a=1"], "random,"),
     ("evals.candidates.cacovid", ["evil.py:rule"], "cacovid,"),
-    ("evals.policies.p", "W?module=evil:Policy", "W"),
+    ("evals.policies", ["p=W?module=evil:Policy"], "p=W"),
     ("validation.method", "evil.py:rule", "cacovid"),
   ],
 )
@@ -156,7 +156,7 @@ def test_bad_files_are_named(tmp_path, path):
     with pytest.raises(errors.UserError, match=message):
       config_lib.load(path)
   (tmp_path / "c.json").write_text("[1")
-  with pytest.raises(errors.UserError, match="not a config in JSON"):
+  with pytest.raises(errors.UserError, match="c.json: not readable as JSON"):
     config_lib.load(tmp_path / "c.json")
 
 

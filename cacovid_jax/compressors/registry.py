@@ -1,6 +1,5 @@
 """Names and options of compressors -> the method, imported when asked for."""
 
-import ast
 import dataclasses
 import difflib
 import importlib
@@ -9,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from urllib import parse as url_parse
 
-from cacovid_jax import errors, extensions
+from cacovid_jax import config_values, errors, extensions
 from cacovid_jax.compressors import base
 
 # In the order of tables.
@@ -127,10 +126,7 @@ def parse(spec: str) -> tuple[str, dict[str, Any]]:
     key, equals, value = part.partition("=")
     if not key or not equals:
       raise errors.UserError(f"method {spec!r}: {part!r} is not option=value")
-    try:
-      options[key] = ast.literal_eval(url_parse.unquote(value))
-    except (ValueError, SyntaxError):
-      options[key] = url_parse.unquote(value)
+    options[key] = config_values.literal(url_parse.unquote(value), words=())
   return name, options
 
 

@@ -17,8 +17,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import jinja2
 import jinja2.ext
 import jinja2.sandbox
+import msgspec
 
-from cacovid_jax import errors
+from cacovid_jax import errors, schema
 
 # What a template can raise while it renders.
 FAULTS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError,
@@ -125,17 +126,12 @@ def read_json(path) -> dict:
   """Returns the JSON object at `path`; {} if there is no such file."""
   if not os.path.isfile(path):
     return {}
-  try:
-    check_size(path)
-    with open(path, encoding="utf-8") as f:
-      entry = json.load(f)
-  except (OSError, ValueError, RecursionError) as error:
-    raise errors.UserError(
-      f"{path}: not readable as JSON ({error}); copy it again"
-    ) from error
-  if not isinstance(entry, dict):
-    raise errors.UserError(f"{path}: holds no JSON object; copy it again")
-  return entry
+  return schema.read(path, dict, most_bytes=MAX_FILE_BYTES)
+
+
+class _Named(msgspec.Struct):
+  name: str
+  template: str
 
 
 def _template_in(path) -> str | None:
@@ -152,7 +148,8 @@ def _template_in(path) -> str | None:
       ) from error
   entry = read_json(path).get("chat_template")
   if isinstance(entry, list):
-    entry = {item.get("name"): item.get("template") for item in entry}
+    named = schema.fit(entry, list[_Named], path, key="chat_template")
+    entry = {item.name: item.template for item in named}
   if isinstance(entry, dict):
     entry = entry.get("default")
   return entry if isinstance(entry, str) else None

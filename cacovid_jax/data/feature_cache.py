@@ -14,10 +14,11 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 from absl import logging
 
-from cacovid_jax import files
+from cacovid_jax import errors, files, schema
 
 _DIGEST_BYTES = 32
 
@@ -33,6 +34,13 @@ def key(**parts) -> str:
   """Returns the name of an entry from all that determines its content."""
   text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
   return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
+
+
+class _Head(msgspec.Struct):
+  """The first line of an entry."""
+
+  facts: dict[str, Any]
+  shapes: dict[str, list[schema.Size]]
 
 
 class FeatureCache:
@@ -57,8 +65,8 @@ class FeatureCache:
     """Returns an entry's facts, unverified; None if there are none."""
     try:
       with open(self.path(name), "rb") as f:
-        return json.loads(f.readline())["facts"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return schema.parse(f.readline(), _Head).facts
+    except (FileNotFoundError, errors.UserError):
       return None
 
   def get(self, name: str) -> Entry | None:
@@ -72,7 +80,7 @@ class FeatureCache:
     if hashlib.sha256(body).digest() == digest:
       try:
         return _parse(body)
-      except (ValueError, KeyError, TypeError, AttributeError):
+      except (ValueError, errors.UserError):
         pass  # Whole, and written by something else.
     logging.warning("%s: damaged cache entry, made anew", path)
     path.unlink(missing_ok=True)  # Another process may be faster.
@@ -91,11 +99,11 @@ class FeatureCache:
 
 def _parse(body: bytes) -> Entry:
   start = body.index(b"\n") + 1
-  line, arrays = json.loads(body[:start]), {}
-  for name, shape in line["shapes"].items():
+  head, arrays = schema.parse(body[:start], _Head), {}
+  for name, shape in head.shapes.items():
     count = math.prod(shape)
     values = np.frombuffer(body, "<f4", count, start)
     # A copy: what is read from bytes cannot be written to.
     arrays[name] = values.reshape(shape).astype(np.float32, copy=True)
     start += 4 * count
-  return Entry(arrays, line["facts"])
+  return Entry(arrays, head.facts)

@@ -11,15 +11,51 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 import tokenizers
 
-from cacovid_jax import errors
+from cacovid_jax import errors, schema
 from cacovid_jax.data import chat_template as chat_template_lib
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import wording
 
 _MEND = "use the checkpoint's original template"
+
+
+class _Token(msgspec.Struct):
+  content: str = ""
+
+
+class _Special(msgspec.Struct):
+  """Special tokens in tokenizer_config.json: texts, or each an object."""
+
+  bos_token: str | _Token | None = ""
+  eos_token: str | _Token | None = ""
+  pad_token: str | _Token | None = ""
+  unk_token: str | _Token | None = ""
+
+
+class _Text(msgspec.Struct):
+  max_position_embeddings: schema.Count | None = None
+
+
+class _Config(msgspec.Struct):
+  """What config.json says of prompts."""
+
+  model_type: str | None = None
+  text_config: _Text | None = None
+  max_position_embeddings: schema.Count | None = None
+  video_token_index: schema.Size | None = None
+  video_token_id: schema.Size | None = None
+
+
+class _Generation(msgspec.Struct):
+  eos_token_id: schema.Size | list[schema.Size] | None = None
+
+
+class _Processor(msgspec.Struct):
+  video_token: str | None = None
 
 
 class Prompt(NamedTuple):
@@ -126,51 +162,44 @@ class Tokenizer:
       ) from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    try:
-      return cls._from_files(tokenizer, directory, template)
-    except (TypeError, AttributeError, ValueError, OverflowError) as error:
-      raise errors.UserError(
-        f"{directory}: a value of the configuration files has the wrong type"
-        f" ({error}); copy them from the checkpoint's origin"
-      ) from error
+    return cls._from_files(tokenizer, directory, template)
 
   @classmethod
   def _from_files(cls, tokenizer, directory: str, template: str):
-    names = "tokenizer_config config generation_config processor_config"
-    own, config, generation, processor = (
-      chat_template_lib.read_json(os.path.join(directory, f"{name}.json"))
-      for name in names.split()
-    )
+
+    def read(name, kind):
+      path = os.path.join(directory, f"{name}.json")
+      found = chat_template_lib.read_json(path)
+      return schema.fit(found, kind, path, "copy it from the model's origin")
+
+    own, config = read("tokenizer_config", _Special), read("config", _Config)
+    generation = read("generation_config", _Generation)
     text, _ = chat_template_lib.read(directory, template)
-    model_type, usual = config.get("model_type"), wording.LLAVA_ONEVISION
-    style = wording.STYLES.get(model_type, usual)
-    if token := processor.get("video_token"):
+    style = wording.STYLES.get(config.model_type, wording.LLAVA_ONEVISION)
+    if token := read("processor_config", _Processor).video_token:
       plain = style.plain.replace(style.token, token)
       style = dataclasses.replace(style, token=token, plain=plain)
     special = {}
-    for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
-      # Stored as text or as {"content": text, ...}.
-      token = own.get(key)
-      token = token.get("content") if isinstance(token, dict) else token
+    for key, token in msgspec.structs.asdict(own).items():
+      token = token.content if isinstance(token, _Token) else token
       special[key] = token or ""
-    eos_ids = generation.get("eos_token_id", [])
+    eos_ids = generation.eos_token_id
     eos_ids = eos_ids if isinstance(eos_ids, list) else [eos_ids]
     eos_tokens = [tokenizer.id_to_token(i) for i in eos_ids if i is not None]
     eos_tokens = [t for t in (*eos_tokens, special["eos_token"]) if t]
-    text_config = config.get("text_config") or config
-    max_length = text_config.get("max_position_embeddings")
     options = Options(
       name=directory,
       style=style,
       plain=template == "tokenizer",
       eos_tokens=eos_tokens or Options.eos_tokens,
       pad_token=special["pad_token"] or Options.pad_token,
-      max_length=None if max_length is None else int(max_length),
+      max_length=(config.text_config or config).max_position_embeddings,
       variables=special,
     )
     result = cls(tokenizer, text, options)
-    expected = config.get("video_token_index", config.get("video_token_id"))
-    if expected is not None and expected != result.video_id:
+    expected = config.video_token_index
+    expected = config.video_token_id if expected is None else expected
+    if expected not in (None, result.video_id):
       raise errors.UserError(
         f"{directory}: config.json gives the video token id {expected}, but"
         f" tokenizer.json gives {result.video_id}; take both from one"

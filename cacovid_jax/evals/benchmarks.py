@@ -2,15 +2,14 @@
 
 import dataclasses
 import functools
-import json
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from cacovid_jax import errors
+from cacovid_jax import errors, schema
+from cacovid_jax.data import evidence, readers, wording
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.data import readers, wording
 from cacovid_jax.data.readers import longvideobench as longvideobench_files
 from cacovid_jax.data.readers import mlvu as mlvu_files
 from cacovid_jax.data.readers import mvbench as mvbench_files
@@ -19,6 +18,7 @@ from cacovid_jax.evals import scoring, statistics
 
 PREPARED = "prepared"
 
+_AGAIN = "prepare the data again"
 _MLVU_PARQUET = ("mlvu/test-*.parquet", "test-*.parquet")
 
 
@@ -257,34 +257,13 @@ def _restyled(questions, style: str, benchmark: str):
 
 
 def _read_manifest(path: pathlib.Path) -> dict:
-  if not path.is_file():
-    return {}
-  try:
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(manifest, dict):
-      raise ValueError("not an object")
-  except (OSError, ValueError) as error:
-    raise errors.UserError(
-      f"{path} cannot be read ({errors.one_line(error)}); prepare the data"
-      " again"
-    ) from error
-  return manifest
+  return schema.read(path, dict, _AGAIN) if path.is_file() else {}
 
 
 def _read_decisive(path: pathlib.Path, questions) -> dict[str, tuple[int, ...]]:
   """Returns the decisive tokens of the given questions."""
   if not path.is_file():
     return {}
-  wanted, found = {question.id for question in questions}, {}
-  with open(path, encoding="utf-8") as f:
-    for number, line in enumerate(f, start=1):
-      try:
-        row = json.loads(line)
-        if row["question_id"] in wanted:
-          found[row["question_id"]] = tuple(int(i) for i in row["tokens"])
-      except (ValueError, KeyError, TypeError) as error:
-        raise errors.UserError(
-          f"{path} line {number} is damaged ({type(error).__name__}); prepare"
-          " the data again"
-        ) from error
-  return found
+  wanted = {question.id for question in questions}
+  found = evidence.read(path, _AGAIN)
+  return {name: tokens for name, tokens in found.items() if name in wanted}

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from cacovid_jax import errors
+from cacovid_jax import errors, schema
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.data import answer_log
 from cacovid_jax.data import question as question_lib
@@ -88,14 +88,9 @@ def _own_ledger(experiment) -> pathlib.Path:
 def is_complete(experiment: experiment_lib.Experiment, questions) -> bool:
   """Returns whether a benchmark's results.json is of just what is asked for."""
   note = experiment.workdir / ASKED
-  try:
-    found = json.loads(note.read_text(encoding="utf-8"))
-  except FileNotFoundError:
+  if not note.is_file():
     return False
-  except ValueError as error:
-    raise errors.UserError(
-      f"{note} is damaged ({error}); delete it and start again"
-    ) from error
+  found = schema.read(note, dict, "delete it and start again")
   return found == asked(experiment, questions)
 
 
@@ -112,7 +107,7 @@ def read_part(
   evaluation. The answers belong to `run`, see `answer_log.header`.
   """
   workdir, evals = experiment.workdir, experiment.config.evals
-  out = json.loads((workdir / "results.json").read_text(encoding="utf-8"))
+  out = results.read(workdir)
   own, answers = _own_ledger(experiment), answer_log.AnswerLog(None, run)
   paths = shards.ledgers(workdir, _LEDGER)
   answers.look(sorted(paths, key=lambda path: path != own))

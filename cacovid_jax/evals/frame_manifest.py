@@ -14,13 +14,24 @@ import os
 import pathlib
 from collections.abc import Iterable
 
-from cacovid_jax import errors, files, json_lines
+import msgspec
+
+from cacovid_jax import errors, files, json_lines, schema
 from cacovid_jax.data import frame_record
 from cacovid_jax.data.frame_record import FrameRecord
 
 FILE = "frames.jsonl"
 _HEADER = "frames"
 _EMPTY = dataclasses.asdict(FrameRecord(video=""))  # Such fields are left out.
+
+
+class _Header(msgspec.Struct):
+  num_frames: schema.Count
+  decoder: str
+
+
+class _First(msgspec.Struct):
+  frames: _Header
 
 
 class FrameManifest:
@@ -168,9 +179,10 @@ class _File:
 
   def _take(self, record):
     if _HEADER in record:
-      self._check_header(record[_HEADER])
+      self._check_header(msgspec.convert(record, _First).frames)
       return record
-    entry = self._entry(record)
+    entry = msgspec.convert(record, FrameRecord)
+    self._check(entry)
     before = self.entries.get(entry.video)
     if before is not None and not before.fault:
       self.check_same(entry)
@@ -185,25 +197,19 @@ class _File:
         " another workdir, or delete the file and its answers"
       )
 
-  def _entry(self, record) -> FrameRecord:
-    entry = FrameRecord(**record)
-    if not entry.fault:
-      numbers = (*entry.indices, *entry.size, entry.num_frames)
-      if (
-        len(entry.indices) != self.num_frames
-        or len(entry.size) != 2
-        or not all(type(number) is int for number in numbers)
-        or not 0 <= min(entry.indices) <= max(entry.indices) < entry.num_frames
-        or not entry.frame_hash
-      ):
-        raise ValueError("not the frames of a clip")
-    return entry
+  def _check(self, entry: FrameRecord) -> None:
+    if not entry.fault and not (
+      len(entry.indices) == self.num_frames
+      and 0 <= min(entry.indices) <= max(entry.indices) < entry.num_frames
+      and entry.frame_hash
+    ):
+      raise ValueError("it tells no frames of a clip")
 
-  def _check_header(self, header) -> None:
-    if header["num_frames"] != self.num_frames:
+  def _check_header(self, header: "_Header") -> None:
+    if header.num_frames != self.num_frames:
       raise errors.UserError(
-        f"{self.path} names {header['num_frames']} frames of each clip, and the"
+        f"{self.path} names {header.num_frames} frames of each clip, and the"
         f" evaluation shows {self.num_frames}; use another workdir, or"
-        f" --num_frames={header['num_frames']}"
+        f" --num_frames={header.num_frames}"
       )
-    self.decoder = str(header["decoder"])
+    self.decoder = header.decoder

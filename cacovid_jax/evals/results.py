@@ -8,12 +8,14 @@ import collections
 import dataclasses
 import functools
 import math
+import pathlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 
-from cacovid_jax import errors
+from cacovid_jax import errors, schema
 from cacovid_jax.data import answer_log
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import benchmarks, statistics
@@ -108,6 +110,23 @@ def build(
     "provenance": provenance,
     **sections,
   }
+
+
+class _Cell(msgspec.Struct):
+  status: str
+  accuracy: float | None = None
+
+
+class _Results(msgspec.Struct):
+  methods: dict[str, dict[str, _Cell]]
+
+
+def read(workdir: pathlib.Path) -> dict[str, Any]:
+  """Returns a workdir's results.json, with cells of methods as they must be."""
+  path, mend = workdir / "results.json", "delete it to evaluate again"
+  out = schema.read(path, dict, mend)
+  schema.fit(out, _Results, path, mend)
+  return out
 
 
 def _rows(table, ledger, failures, vanilla) -> dict[str, Any]:

@@ -14,7 +14,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from cacovid_jax import errors, files
+import msgspec
+
+from cacovid_jax import errors, files, schema
 from cacovid_jax.data import answer_log
 from cacovid_jax.evals import evaluator as evaluator_lib
 from cacovid_jax.evals import provenance
@@ -97,6 +99,23 @@ def work(
   return provenance.digest(json.dumps(asked, sort_keys=True))
 
 
+class _Failure(msgspec.Struct):
+  """An `evaluator.Failure` and what failed."""
+
+  method: str
+  ratio: float
+  reason: str
+  minimum_ratio: float | None
+  batch: int
+
+
+class _Note(msgspec.Struct):
+  """What a process that is done leaves in the folder."""
+
+  work: str
+  failures: list[_Failure]
+
+
 @dataclasses.dataclass(frozen=True)
 class ShardStatus:
   """Who is done, in a shared folder."""
@@ -131,8 +150,9 @@ class ShardStatus:
       if entries is None:
         missing.append(index)
       for entry in entries or ():
-        place = entry.pop("method"), entry.pop("ratio")
-        failure = evaluator_lib.Failure(**entry)
+        place = entry.method, entry.ratio
+        told = entry.reason, entry.minimum_ratio, entry.batch
+        failure = evaluator_lib.Failure(*told)
         if place not in found or failure.batch < found[place].batch:
           found[place] = failure
     return missing, found
@@ -140,16 +160,13 @@ class ShardStatus:
   def _path(self, shard: Shard) -> pathlib.Path:
     return self.workdir / shard.file("answers.done.json")
 
-  def _read(self, index: int) -> list[dict[str, Any]] | None:
+  def _read(self, index: int) -> "list[_Failure] | None":
     """Returns a process's failures; None if it is not done with this work."""
     path = self._path(Shard(index, self.shard.count))
+    mend = f"delete it and start --shard={index}/{self.shard.count} again"
     try:
-      note = json.loads(path.read_text("utf-8"))
-      return note["failures"] if note["work"] == self.work else None
-    except FileNotFoundError:
+      text = path.read_bytes()
+    except FileNotFoundError:  # Or it has just been taken away.
       return None
-    except (ValueError, KeyError, TypeError) as error:
-      raise errors.UserError(
-        f"{path} is damaged ({type(error).__name__}); delete it and start"
-        f" --shard={index}/{self.shard.count} again"
-      ) from error
+    note = schema.parse(text, _Note, path, mend)
+    return note.failures if note.work == self.work else None

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-BACKENDS = ("auto", "xla", "cudnn", "splash")
+from cacovid_jax import config_limits
 
 # Score of a key that is not visible.
 _LOWEST = np.finfo(np.float32).min
@@ -42,12 +42,12 @@ def attention(
     lengths: int32[B] number of valid keys of each row, at least 1, which come
       first (right padding); None when all are valid.
     mask: bool[B, T, S], True where a query may see a key; None for all.
-    backend: one of `BACKENDS`. "auto" chooses by platform and dtype; a kernel
-      that cannot do what is asked (cuDNN in float32, splash with a mask) gives
-      way to "xla".
+    backend: one of `config_limits.BACKENDS`. "auto" chooses by platform and
+      dtype; a kernel that cannot do what is asked (cuDNN in float32, splash
+      with a mask) gives way to "xla".
   """
-  if backend not in BACKENDS:
-    raise ValueError(f"attention backend {backend!r} is not one of {BACKENDS}")
+  if backend not in (known := config_limits.BACKENDS):
+    raise ValueError(f"attention backend {backend!r} is not one of {known}")
   if backend == "auto":
     backend = _flash_backend()
     # Below one block, padding costs more than the kernel saves.

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 from flax import traverse_util
 from jax.sharding import NamedSharding
 
-from cacovid_jax import errors, files
+from cacovid_jax import errors, files, schema
 from cacovid_jax.models import (
   hf_config,
   llava_onevision,
@@ -69,6 +70,13 @@ class _Entry(NamedTuple):
   shape: tuple[int, ...]  # Of the tensor.
 
 
+class _Ending(msgspec.Struct):
+  """What a config.json or generation_config.json says of an answer's end."""
+
+  eos_token_id: schema.Size | list[schema.Size] | None = None
+  pad_token_id: schema.within(int, -1, 2**31 - 1) | None = None
+
+
 @functools.cache
 def _entries(config) -> dict[str, _Entry]:
   """Returns {hub name: `_Entry`}."""
@@ -87,12 +95,16 @@ def load_config(directory):
   path = os.path.join(directory, "config.json")
   described = read_json(path)
   kind = described.get("model_type")
-  if kind not in _FAMILIES:
+  if not isinstance(kind, str) or kind not in _FAMILIES:
     raise errors.UserError(
       f"{path}: model_type is {kind!r}; give a checkpoint of"
       f" {' or '.join(_FAMILIES)}"
     )
-  return _FAMILIES[kind].CONFIG.from_hf(described)
+  try:
+    return _FAMILIES[kind].CONFIG.from_hf(described)
+  except errors.UserError as error:
+    told = str(error).replace("config.json", path, 1)
+    raise errors.UserError(told) from error
 
 
 def make_model(config, dtype=jnp.float32, backend="auto"):
@@ -276,17 +288,21 @@ def _source_tensors(config, params, dtype):
 
 def _ending(directory):
   """Returns (eos_ids, pad_id) of generation_config.json or config.json."""
-  config = read_json(os.path.join(directory, "config.json"))
+  path = os.path.join(directory, "config.json")
+  sources = [(path, config := read_json(path))]
+  if isinstance(config.get("text_config"), dict):
+    sources.append((path, config["text_config"]))
   path = os.path.join(directory, "generation_config.json")
-  own = read_json(path) if os.path.exists(path) else {}
-  found = {}
-  for source in (config, config.get("text_config") or {}, own):
-    found |= {name: x for name, x in source.items() if x is not None}
-  if "eos_token_id" not in found:
+  if os.path.exists(path):
+    sources.append((path, read_json(path)))
+  eos, pad = (), None
+  for where, source in sources:
+    found = schema.fit(source, _Ending, where)
+    eos = eos if found.eos_token_id is None else found.eos_token_id
+    pad = pad if found.pad_token_id is None else found.pad_token_id
+  eos = (eos,) if isinstance(eos, int) else tuple(eos)
+  if not eos:
     raise errors.UserError(f"{path} lacks eos_token_id; add it")
-  eos = found["eos_token_id"]
-  eos = tuple(eos) if isinstance(eos, list) else (eos,)
-  pad = found.get("pad_token_id")
   return eos, eos[0] if pad is None else pad
 
 

@@ -5,28 +5,19 @@ of those are wrong for the released checkpoints.
 """
 
 import dataclasses
-import json
 
-from cacovid_jax import errors
+from cacovid_jax import errors, schema
 
+# Far above any model's, and small enough for sizes of arrays.
+LAYERS = schema.within(int, 1, 1024)
+PIXELS = schema.within(int, 1, 8192)
+_RANGES = {int: schema.within(int, 1, 2**24), float: schema.Positive}
 _REQUIRED = object()
 
 
-def read_json(path):
-  """Returns the dict in a JSON file."""
-  try:
-    with open(path, encoding="utf-8") as file:
-      value = json.load(file)
-  except FileNotFoundError as error:
-    raise errors.UserError(
-      f"{path} is missing; give a Hugging Face checkpoint directory"
-    ) from error
-  except (OSError, ValueError, RecursionError) as error:
-    reason = errors.one_line(error)
-    raise errors.UserError(f"{path} is not readable JSON ({reason})") from error
-  if not isinstance(value, dict):
-    raise errors.UserError(f"{path} does not hold a JSON object")
-  return value
+def read_json(path, kind=dict):
+  """Returns what a JSON file of a Hugging Face directory holds, of a type."""
+  return schema.read(path, kind, "give a complete Hugging Face checkpoint")
 
 
 def section(config, name):
@@ -38,7 +29,7 @@ def section(config, name):
 
 
 def number(config, name, kind=int, default=_REQUIRED, where=""):
-  """Returns a positive number (`kind`, int or float) of a config.
+  """Returns a positive number of a config: int, float, or a `schema` range.
 
   Required unless it has a default; `where` names the section in messages.
   """
@@ -47,21 +38,24 @@ def number(config, name, kind=int, default=_REQUIRED, where=""):
     if default is not _REQUIRED:
       return default
     raise errors.UserError(f"config.json lacks {where}{name}; add it")
-  wanted = ""
-  if isinstance(value, bool) or not isinstance(value, (int, float)):
-    wanted = "number"
-  elif value <= 0 or kind(value) != value:
-    wanted = f"positive {kind.__name__}"
-  check(not wanted, f"{where}{name} is {value!r}; give a {wanted}")
-  return kind(value)
+  kind = _RANGES.get(kind, kind)
+  return schema.fit(value, kind, "config.json", key=f"{where}{name}")
 
 
-def key(name=None, default=dataclasses.MISSING, *, optional=False):
+def switch(config, name, default=False, where=""):
+  """Returns a truth value of a config, the default where it has none."""
+  value = config.get(name)
+  value = default if value is None else value
+  return schema.fit(value, bool, "config.json", key=f"{where}{name}")
+
+
+def key(name=None, default=dataclasses.MISSING, *, optional=False, kind=None):
   """Returns a field that is a number of a config.json, under a name or its own.
 
   A file need not have it if it is optional; else the default is for code alone.
+  Of `kind`, or of the field's type.
   """
-  metadata = {"key": name, "optional": optional}
+  metadata = {"key": name, "optional": optional, "kind": kind}
   return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -77,7 +71,8 @@ def numbers(cls, config, where=""):
   found = {}
   for field, name in _keys(cls):
     default = field.default if field.metadata["optional"] else _REQUIRED
-    found[field.name] = number(config, name, field.type, default, where)
+    kind = field.metadata["kind"] or field.type
+    found[field.name] = number(config, name, kind, default, where)
   return found
 
 
@@ -88,8 +83,7 @@ def described(config):
 
 def check(fine, message):
   """Stops with what is wrong in a config.json unless it is fine."""
-  if not fine:
-    raise errors.UserError(f"config.json: {message}")
+  errors.check(fine, f"config.json: {message}")
 
 
 def require(config, where="", **allowed):

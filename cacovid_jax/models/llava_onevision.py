@@ -68,12 +68,14 @@ class LlavaOnevisionConfig:
     hf_config.require(config, **_FIXED)
     text = hf_config.section(config, "text_config")
     vision = hf_config.section(config, "vision_config")
-    tied = config.get("tie_word_embeddings", False)
+    tied = hf_config.switch(config, "tie_word_embeddings")
     return cls(
       vision=siglip.SiglipConfig.from_hf(vision),
       text=qwen2.Qwen2Config.from_hf(text, tied),
       **hf_config.numbers(cls, config),
-      projector_bias=bool(config.get("multimodal_projector_bias", True)),
+      projector_bias=hf_config.switch(
+        config, "multimodal_projector_bias", True
+      ),
     )
 
   def to_hf(self):

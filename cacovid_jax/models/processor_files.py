@@ -1,12 +1,14 @@
 """What the files of a checkpoint say of the frames that its tower takes."""
 
-import json
 import math
 import os
 
-from cacovid_jax import errors
+import msgspec
+
+from cacovid_jax import errors, schema
 
 _MAX_BYTES = 2**20
+_MEND = "copy it again from the checkpoint's origin"
 # Steps of the reference processors that we take, as they do by default.
 _STEPS = {"do_resize": True, "do_rescale": True, "do_normalize": True}
 _STEPS |= {"do_center_crop": False}
@@ -17,21 +19,47 @@ _FILES = {
   "video_preprocessor_config.json": None,
   "preprocessor_config.json": None,
 }
-# What reading a file raises that holds something else than it should.
-_UNUSABLE = (OSError, ValueError, TypeError, LookupError, AttributeError)
-_UNUSABLE += (OverflowError, RecursionError)
+_Statistic = tuple[float, float, float]
+
+
+class Entry(msgspec.Struct):
+  """What a file says that any of our processors reads."""
+
+  image_mean: _Statistic | None = None
+  image_std: _Statistic | None = None
+  resample: int | None = None
+  size: schema.Count | dict[str, schema.Count | None] | None = None
+  patch_size: schema.Count | None = None
+  temporal_patch_size: schema.Count | None = None
+  merge_size: schema.Count | None = None
+  min_pixels: schema.Count | None = None
+  max_pixels: schema.Count | None = None
+  cap_pixels_per_frame: bool | None = None
+  max_video_tokens: schema.Count | None = None
+  rescale_factor: float | None = None
+  do_resize: bool | None = None
+  do_rescale: bool | None = None
+  do_normalize: bool | None = None
+  do_center_crop: bool | None = None
 
 
 def read(directory, find, make):
-  """Returns `make(find(entry))` of a directory's first file with an entry.
+  """Returns `make(find(entry))` of a directory's first file with an `Entry`.
 
-  The `UserError`s of both and what `find` cannot use name the file.
+  The `UserError`s of both name the file.
   """
   for name, key in _FILES.items():
     path = os.path.join(directory, name)
+    if not os.path.isfile(path):
+      continue
+    found = schema.read(path, dict, _MEND, most_bytes=_MAX_BYTES)
+    found = found if key is None else found.get(key)
+    if found is None:
+      continue
+    entry = schema.fit(found, Entry, path, _MEND, key=key or "")
     try:
-      if os.path.isfile(path) and (found := _find(path, key, find)) is not None:
-        return make(found)
+      _check_steps(entry)
+      return make(find(entry))
     except errors.UserError as error:
       raise errors.UserError(f"{path}: {error}") from error
   raise errors.UserError(
@@ -45,53 +73,25 @@ def statistics(entry, needed):
 
   Those that are not there are left out, unless they are needed.
   """
-  found = {}
-  for name in ("mean", "std"):
-    if needed or entry.get(f"image_{name}") is not None:
-      first, second, third = map(float, entry[f"image_{name}"])
-      found[name] = (first, second, third)
-  if entry.get("resample") is not None:
-    found["resample"] = int(entry["resample"])
-  return found
-
-
-def _find(path, key, find):
-  """Returns `find(entry)` of a file, or None if it has no entry."""
-  try:
-    if not isinstance(entry := _read(path, key), dict):
-      return None
-    _check_steps(entry)
-    return find(entry)
-  except _UNUSABLE as error:
-    reason = f"no {error}" if isinstance(error, KeyError) else error
-    raise errors.UserError(
-      f"not a usable processor file ({reason}); copy it again from the"
-      " checkpoint's origin"
-    ) from error
-
-
-def _read(path, key):
-  """Returns the JSON object in a small file, or what is under a key of it."""
-  if os.path.getsize(path) > _MAX_BYTES:
-    raise ValueError(f"above {_MAX_BYTES} bytes")
-  with open(path, encoding="utf-8") as file:
-    entry = json.load(file)
-  if not isinstance(entry, dict):
-    raise ValueError("no JSON object")
-  return entry if key is None else entry.get(key)
+  found = {"mean": entry.image_mean, "std": entry.image_std}
+  for name, value in found.items():
+    fine = value is not None or not needed
+    errors.check(fine, f"it lacks image_{name}; {_MEND}")
+  found["resample"] = entry.resample
+  return {name: value for name, value in found.items() if value is not None}
 
 
 def _check_steps(entry):
   """Refuses steps other than ours: they would give other pixels."""
   for name, ours in _STEPS.items():
-    value = entry.get(name)
-    if value is not None and bool(value) != ours:
-      raise errors.UserError(
-        f"{name}={value} is not supported; set it to {json.dumps(ours)}, or use"
-        " the checkpoint's original file"
-      )
-  factor = entry.get("rescale_factor")
-  if factor is not None and not math.isclose(factor, 1 / 255, rel_tol=1e-6):
-    raise errors.UserError(
-      f"rescale_factor={factor} is not supported; pixels are divided by 255"
+    value = getattr(entry, name)
+    errors.check(
+      value in (None, ours),
+      f"{name}={value} is not supported; set it to {str(ours).lower()}, or use"
+      " the checkpoint's original file",
     )
+  factor = entry.rescale_factor
+  errors.check(
+    factor is None or math.isclose(factor, 1 / 255, rel_tol=1e-6),
+    f"rescale_factor={factor} is not supported; pixels are divided by 255",
+  )

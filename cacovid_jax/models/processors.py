@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from PIL import Image
 
-from cacovid_jax import errors
+from cacovid_jax import errors, schema
 from cacovid_jax.data import frames as frames_lib
 from cacovid_jax.models import hf_config, processor_files
 
@@ -53,13 +53,13 @@ class Processor(abc.ABC):
 
   def __post_init__(self):
     mean, std = tuple(self.mean), tuple(self.std)
-    _check(
+    errors.check(
       all(map(math.isfinite, mean + std)) and min(std) > 0,
       f"mean={mean} and std={std}: give finite numbers, the deviations above 0",
     )
     text = "give the number of a filter of PIL (3 is bicubic)"
     known = self.resample in list(Image.Resampling)
-    _check(known, f"resample={self.resample}: {text}")
+    errors.check(known, f"resample={self.resample}: {text}")
 
   @classmethod
   def from_files(cls, directory, **known) -> "Processor":
@@ -80,7 +80,7 @@ class Processor(abc.ABC):
 
   def with_bounds(self, min_pixels=0, max_pixels=0):
     """Returns the processor with other bounds on a frame, 0 for its own."""
-    _check(
+    errors.check(
       not min_pixels and not max_pixels,
       "min_pixels and max_pixels are for models whose grids differ; this one"
       " has frames of one size: leave them out",
@@ -133,7 +133,7 @@ class Processor(abc.ABC):
     if frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
       raise ValueError(f"frames of shape {frames.shape} are not [F,h,w,3]")
     known = fps is None or 0 < fps < math.inf
-    _check(known, f"{fps} frames a second: give a positive number")
+    errors.check(known, f"{fps} frames a second: give a positive number")
     if not resized:
       count = len(frames)
       frames = np.stack([self.resize_frame(frame, count) for frame in frames])
@@ -180,17 +180,18 @@ class LlavaOnevisionProcessor(Processor):
 
   def __post_init__(self):
     text = f"image_size={self.image_size}: give pixels, at most {_MAX_SIDE}"
-    _check(1 <= self.image_size <= _MAX_SIDE, text)
+    errors.check(1 <= self.image_size <= _MAX_SIDE, text)
     super().__post_init__()
 
   @classmethod
   def _sizes_of(cls, entry):
-    size = entry.get("size", 384)
+    size = 384 if entry.size is None else entry.size
     if isinstance(size, dict):
-      if "height" not in size or size["height"] != size.get("width"):
-        raise ValueError(f"size {size} is no square tile of height and width")
-      size = size["height"]
-    return {"image_size": int(size)}
+      side = size.get("height")
+      told = f"size {size} is no square tile of height and width"
+      errors.check(side is not None and side == size.get("width"), told)
+      size = side
+    return {"image_size": size}
 
   def frame_size(self, height, width, num_frames):
     return self.image_size, self.image_size
@@ -231,8 +232,8 @@ class Qwen2_5VLProcessor(Processor):  # noqa: N801 (the model's own name)
   def __post_init__(self):
     for name in ("patch_size", "temporal_patch_size", "merge_size"):
       size = getattr(self, name)
-      _check(size >= 1, f"{name}={size}: give a positive number")
-    _check(
+      errors.check(size >= 1, f"{name}={size}: give a positive number")
+    errors.check(
       0 < self.min_pixels <= self.max_pixels,
       f"min_pixels={self.min_pixels} and max_pixels={self.max_pixels}: give"
       " positive numbers, the smaller one first",
@@ -246,15 +247,17 @@ class Qwen2_5VLProcessor(Processor):  # noqa: N801 (the model's own name)
 
   @classmethod
   def _sizes_of(cls, entry):
-    size = entry.get("size") or {}
+    size = entry.size or {}
+    told = f"size is {size}; it must be an object of the least and most pixels"
+    errors.check(isinstance(size, dict), told)
     names = ("patch_size", "temporal_patch_size", "merge_size")
-    values = {name: entry.get(name) for name in names}
+    values = {name: getattr(entry, name) for name in names}
     for name, edge in (("min", "shortest_edge"), ("max", "longest_edge")):
       name = f"{name}_pixels"
-      values[name] = entry.get(name) or size.get(edge) or size.get(name)
-    if entry.get("cap_pixels_per_frame"):
-      values["max_video_tokens"] = entry.get("max_video_tokens", 128_000)
-    return {k: int(v) for k, v in values.items() if v is not None}
+      values[name] = getattr(entry, name) or size.get(edge) or size.get(name)
+    if entry.cap_pixels_per_frame:
+      values["max_video_tokens"] = entry.max_video_tokens or 128_000
+    return {k: v for k, v in values.items() if v is not None}
 
   def with_bounds(self, min_pixels=0, max_pixels=0):
     """See `Processor`; the released checkpoints' own are made for images."""
@@ -366,16 +369,7 @@ def default_num_frames(directory) -> int:
   path = os.path.join(directory, "video_preprocessor_config.json")
   found = hf_config.read_json(path) if os.path.isfile(path) else {}
   number = found.get("num_frames")
-  if number is None:
-    return 32
-  _check(
-    type(number) is int and number >= 1,  # True is no number.
-    f"{path}: num_frames {number!r} is no number of frames; correct it, or"
-    " give --num_frames",
+  kind, mend = schema.within(int, 1, 2**16), "correct it, or give --num_frames"
+  return schema.fit(
+    32 if number is None else number, kind, path, mend, key="num_frames"
   )
-  return number
-
-
-def _check(fine: bool, message: str) -> None:
-  if not fine:
-    raise errors.UserError(message)

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from cacovid_jax import schema
 from cacovid_jax.models import attention, hf_config, placement, rope
 
 
@@ -23,7 +24,7 @@ class Qwen2Config:
   vocab_size: int = hf_config.key()
   hidden_size: int = hf_config.key()
   intermediate_size: int = hf_config.key()
-  num_layers: int = hf_config.key("num_hidden_layers")
+  num_layers: int = hf_config.key("num_hidden_layers", kind=hf_config.LAYERS)
   num_heads: int = hf_config.key("num_attention_heads")
   num_kv_heads: int = hf_config.key("num_key_value_heads")
   head_dim: int
@@ -74,6 +75,7 @@ class Qwen2Config:
     allowed = dict(hidden_act="silu", use_sliding_window=False)
     hf_config.require(config, where, model_type=model_type, **allowed)
     rotary = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    schema.fit(rotary, dict, "config.json", key=f"{where}rope_parameters")
     kind = rotary.get("rope_type", rotary.get("type", "default"))
     hf_config.check(
       kind in ["default"] + ["mrope"] * (num_sections is not None),
@@ -87,8 +89,12 @@ class Qwen2Config:
       f"{where}num_attention_heads {num_heads} is no multiple of"
       f" num_key_value_heads {num_kv_heads}",
     )
-    own = sizes["hidden_size"] // num_heads
-    head_dim = hf_config.number(config, "head_dim", int, own, where)
+    usual = sizes["hidden_size"] // num_heads
+    head_dim = hf_config.number(config, "head_dim", int, usual, where)
+    hf_config.check(
+      head_dim >= 2 and head_dim % 2 == 0,
+      f"{where}head_dim is {head_dim}; positions turn pairs of values",
+    )
     sections = None
     if num_sections is not None:
       sections = rotary.get("mrope_section")
@@ -101,12 +107,12 @@ class Qwen2Config:
         f" {num_sections} positive numbers whose sum is {head_dim // 2}",
       )
       sections = tuple(sections)
-    tied = tie_embeddings or config.get("tie_word_embeddings", False)
+    tied = hf_config.switch(config, "tie_word_embeddings", where=where)
     given = rotary if "rope_theta" in rotary else config
     theta = hf_config.number(given, "rope_theta", float, where=where)
     return cls(
       **sizes, head_dim=head_dim, rope_theta=theta, rope_sections=sections,
-      tie_embeddings=bool(tied),
+      tie_embeddings=tie_embeddings or tied,
     )  # fmt: skip
 
   def to_hf(self):

@@ -80,7 +80,7 @@ class Qwen2_5VLConfig:  # noqa: N801 (the model's own name)
     if config.get("text_config") is not None:
       text = hf_config.section(config, "text_config")
       kind = dict(model_type="qwen2_5_vl_text", where="text_config.")
-    tied = config.get("tie_word_embeddings", False)
+    tied = hf_config.switch(config, "tie_word_embeddings")
     found = cls(
       vision=qwen2_5_vl_vision.VisionConfig.from_hf(vision),
       text=qwen2.Qwen2Config.from_hf(

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cacovid_jax import schema
 from cacovid_jax.models import (
   attention,
   hf_config,
@@ -42,14 +43,16 @@ class VisionConfig:
 
   hidden_size: int = hf_config.key()
   intermediate_size: int = hf_config.key()
-  num_layers: int = hf_config.key("depth")
+  num_layers: int = hf_config.key("depth", kind=hf_config.LAYERS)
   num_heads: int = hf_config.key()
   out_hidden_size: int = hf_config.key()
   full_layers: tuple[int, ...]
-  patch_size: int = hf_config.key(default=14)
-  temporal_patch_size: int = hf_config.key(default=2)
-  merge_size: int = hf_config.key("spatial_merge_size", 2)
-  window_size: int = hf_config.key(default=112)
+  patch_size: int = hf_config.key(default=14, kind=hf_config.PIXELS)
+  temporal_patch_size: int = hf_config.key(default=2, kind=hf_config.PIXELS)
+  merge_size: int = hf_config.key(
+    "spatial_merge_size", 2, kind=hf_config.PIXELS
+  )
+  window_size: int = hf_config.key(default=112, kind=hf_config.PIXELS)
   rope_theta: float = 1e4
 
   @classmethod
@@ -73,17 +76,15 @@ class VisionConfig:
     kinds = (_FIXED["model_type"], "qwen2_5_vl_vision")
     hf_config.require(config, where, **_FIXED | {"model_type": kinds})
     rotary = config.get("rope_parameters") or {}
+    schema.fit(rotary, dict, "config.json", key=f"{where}rope_parameters")
     hf_config.require(
       rotary, f"{where}rope_parameters.", rope_type=("axial", "default")
     )
     full_layers = config.get("fullatt_block_indexes")
-    depth = hf_config.number(config, "depth", where=where)
-    hf_config.check(
-      isinstance(full_layers, list)
-      and all(isinstance(x, int) and 0 <= x < depth for x in full_layers),
-      f"{where}fullatt_block_indexes is {full_layers!r}; give a list of layer"
-      f" numbers below depth {depth}",
-    )
+    depth = hf_config.number(config, "depth", hf_config.LAYERS, where=where)
+    name = f"{where}fullatt_block_indexes"
+    numbers = list[schema.within(int, 0, depth - 1)]
+    schema.fit(full_layers, numbers, "config.json", key=name)
     found = cls(
       **hf_config.numbers(cls, config, where),
       full_layers=tuple(sorted(full_layers)),

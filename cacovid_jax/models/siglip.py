@@ -26,10 +26,10 @@ class SiglipConfig:
 
   hidden_size: int = hf_config.key()
   intermediate_size: int = hf_config.key()
-  num_layers: int = hf_config.key("num_hidden_layers")
+  num_layers: int = hf_config.key("num_hidden_layers", kind=hf_config.LAYERS)
   num_heads: int = hf_config.key("num_attention_heads")
-  image_size: int = hf_config.key()
-  patch_size: int = hf_config.key()
+  image_size: int = hf_config.key(kind=hf_config.PIXELS)
+  patch_size: int = hf_config.key(kind=hf_config.PIXELS)
   layer_norm_eps: float = hf_config.key(default=1e-6, optional=True)
 
   @classmethod
@@ -48,7 +48,18 @@ class SiglipConfig:
     """Reads the `vision_config` section of a config.json."""
     where = "vision_config."
     hf_config.require(config, where, **_FIXED)
-    return cls(**hf_config.numbers(cls, config, where))
+    found = cls(**hf_config.numbers(cls, config, where))
+    hf_config.check(
+      found.side,
+      f"{where}image_size {found.image_size} is below patch_size"
+      f" {found.patch_size}",
+    )
+    hf_config.check(
+      found.hidden_size % found.num_heads == 0,
+      f"{where}hidden_size {found.hidden_size} is no multiple of"
+      f" num_attention_heads {found.num_heads}",
+    )
+    return found
 
   def to_hf(self):
     """Returns the `vision_config` section of a config.json."""

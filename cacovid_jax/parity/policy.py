@@ -9,7 +9,6 @@ a JSON list `meta` with the numbers of case i.
 import dataclasses
 import functools
 import inspect
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cacovid_jax import errors
+from cacovid_jax import errors, schema
 from cacovid_jax.models import qwen2
 from cacovid_jax.parity import stage
 from cacovid_jax.policy import (
@@ -128,26 +127,17 @@ class _Case:
   def number(self, name, kind=float):
     """Returns a number of the case."""
     known = self.numbers if isinstance(self.numbers, dict) else {}
-    value, where = known.get(name), f"{self.path}: {self.entry}"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-      raise errors.UserError(f"{where} has no number {name}")
-    if kind is int and value != int(value):
-      raise errors.UserError(f"{where}: {name}={value} is not whole")
-    return kind(value)
+    where = f"{self.path}: {self.entry}"
+    return schema.fit(known.get(name), kind, where, key=name)
 
 
 def _cases(path, whole):
   """Returns the cases of a file, or the `whole` file as one."""
   arrays = stage.read(path)
-  entry, kind = ("config", dict) if whole else ("meta", list)
+  entry, kind = ("config", dict) if whole else ("meta", list[dict])
   if entry not in arrays:
     raise errors.UserError(f"{path} has no entry {entry}")
-  try:
-    found = json.loads(str(arrays[entry]))
-  except json.JSONDecodeError as error:
-    raise errors.UserError(f"{path}: {entry} is not JSON ({error})") from error
-  if not isinstance(found, kind):
-    raise errors.UserError(f"{path}: {entry} is not a {kind.__name__}")
+  found = schema.parse(str(arrays[entry]), kind, f"{path}: {entry}")
   stem = os.path.basename(path).removesuffix(".npz")
   case = functools.partial(_Case, path, arrays, entry)
   if whole:

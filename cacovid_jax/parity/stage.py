@@ -1,11 +1,16 @@
 """One compared stage of a parity check, as every golden checker reports it."""
 
 import zipfile
+import zlib
 from typing import NamedTuple
 
 import numpy as np
 
 from cacovid_jax import errors
+
+# Raised for an archive, or the head of an array in it, that is damaged.
+_UNREADABLE = (OSError, ValueError, TypeError, EOFError, LookupError)
+_UNREADABLE += (RuntimeError, MemoryError, zlib.error, zipfile.BadZipFile)
 
 
 class Stage(NamedTuple):
@@ -47,7 +52,7 @@ def read(path):
   try:
     with np.load(path, allow_pickle=False) as file:
       return dict(file)
-  except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+  except _UNREADABLE as error:
     raise errors.UserError(
       f"{path} cannot be read ({errors.one_line(error)}); make the golden file"
       " again"

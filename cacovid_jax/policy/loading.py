@@ -26,32 +26,32 @@ import logging
 import os
 import pathlib
 import re
-import reprlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 import safetensors.numpy
 from flax import traverse_util
 
-from cacovid_jax import errors, extensions, files
-from cacovid_jax.models import attention, checkpoints, safetensors_io
+from cacovid_jax import config_limits, errors, extensions, files, schema
+from cacovid_jax.models import checkpoints, safetensors_io
 from cacovid_jax.policy import network
 
 _ENTRY_POINTS = ("from_llm_config", "init_from_llm", "__call__")
-# What values must be, in policy_config.json and in a config's policy section.
-_KINDS = {
-  "policy": dict,
-  "policy.module": str,
-  "policy.dtype": ("float32", "bfloat16"),
-  "policy.backend": attention.BACKENDS,
-  "policy.num_halvings": int,
-  "base_model": dict,
-  "base_model.sha256": str,
-  "module_sha256": str,
-}
-_WORDS = {dict: "an object", str: "a text", int: "a whole number"}
+
+
+class _BaseModel(msgspec.Struct):
+  sha256: str | None = None
+
+
+class _Described(msgspec.Struct):
+  """What policy_config.json says and loading needs."""
+
+  policy: dict = {}
+  base_model: _BaseModel = msgspec.field(default_factory=_BaseModel)
+  module_sha256: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,7 +66,7 @@ class LoadedPolicy:
 def find_policy(options, where="config") -> tuple[type, str, dict[str, Any]]:
   """Returns a policy's class, its file's sha256, and the options it takes."""
   options = dict(options)
-  _check({"policy": options}, where)
+  config_limits.check({"policy": options}, where)
   spec = options.pop("module", "")
   if spec in extensions.BUILT_IN:
     return network.Policy, "", options
@@ -114,15 +114,17 @@ def load_policy(spec: str | os.PathLike, checkpoint) -> LoadedPolicy:
       " run, or a .safetensors file"
     )
   config = (file if file.is_dir() else file.parent) / "policy_config.json"
-  described = checkpoints.read_json(config) if config.is_file() else {}
-  _check(described, config)
-  trained_with = described.get("base_model", {}).get("sha256")
+  described = _Described()
+  if config.is_file():
+    described = schema.read(config, _Described)
+    config_limits.check({"policy": described.policy}, config)
+  trained_with = described.base_model.sha256
   if trained_with not in (None, checkpoint.identity["sha256"]):
     raise errors.UserError(
       f"policy {path} was trained with another base model; give that one's"
       " --checkpoint"
     )
-  options = dict(described.get("policy", {}))
+  options = dict(described.policy)
   recorded = options.get("module", "")
   if not module and recorded not in extensions.BUILT_IN:
     raise errors.UserError(
@@ -131,13 +133,13 @@ def load_policy(spec: str | os.PathLike, checkpoint) -> LoadedPolicy:
     )
   if module:
     options["module"] = module
-  elif not described:
+  elif not options:
     options["num_halvings"] = _num_halvings(file)
   # The dtype of the base model here, not of the accelerator it was trained on.
   llm, dtype = checkpoint.model.config.text, checkpoint.model.dtype
   policy, digest = make_policy(llm, options, where=config, dtype=dtype)
-  before = described.get("module_sha256", digest)
-  if digest and before != digest:
+  before = described.module_sha256
+  if digest and before not in (None, digest):
     logging.getLogger(__name__).warning(
       f"policy {path} was trained with another text of {options['module']}:"
       f" sha256 {before:.12}, now {digest:.12}"
@@ -179,20 +181,6 @@ def _num_halvings(file: pathlib.Path) -> int:
       " policy_config.json lies beside it"
     )
   return count - 1
-
-
-def _check(described, where):
-  """Stops at a value of policy_config.json that is not what it must be."""
-  for key, kind in _KINDS.items():
-    group, _, name = key.rpartition(".")
-    values = described.get(group, {}) if group else described
-    value = values.get(name)
-    fits = value in kind if isinstance(kind, tuple) else type(value) is kind
-    if name in values and not fits:
-      what = _WORDS.get(kind) or f"one of {', '.join(kind)}"
-      raise errors.UserError(
-        f"{where}: {key} is {reprlib.repr(value)}; it must be {what}"
-      )
 
 
 def save(path, policy, params, dtype=np.float32):

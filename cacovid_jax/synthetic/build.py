@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from cacovid_jax import errors, files
+from cacovid_jax import errors, files, schema
 from cacovid_jax import progress as progress_lib
 from cacovid_jax.data import readers, wording
 from cacovid_jax.data import tfds as tfds_lib
@@ -156,7 +156,7 @@ def _is_there(directory, manifest) -> bool:
   path = directory / MANIFEST
   if not path.exists():
     return False
-  present = json.loads(path.read_text())
+  present = schema.read(path, dict, "give another --out or delete it")
   if different := [k for k in manifest if present.get(k) != manifest[k]]:
     raise errors.UserError(
       f"{directory} holds another build ({', '.join(different)} differ);"

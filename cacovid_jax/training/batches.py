@@ -11,7 +11,6 @@ P position rows, A letters; N and T are those of a bucket.
 import dataclasses
 import functools
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -23,7 +22,7 @@ from jax.experimental import multihost_utils
 
 from cacovid_jax import errors
 from cacovid_jax import progress as progress_lib
-from cacovid_jax.data import left_out, video
+from cacovid_jax.data import evidence, left_out, video
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.models import prompt_batch, token_grid
 from cacovid_jax.training import ratio, step
@@ -284,28 +283,13 @@ def rejected_path(workdir) -> str:
   return os.path.join(workdir, "quarantine.jsonl")
 
 
-def read_evidence(config) -> dict[str, list[int]]:
+def read_evidence(config) -> dict[str, tuple[int, ...]]:
   """Returns {question id: tokens} that answers rest on, config.data's file."""
   if not config.data.decisive_file:
     return {}
   path = os.path.join(config.data.root, config.data.decisive_file)
-  found, number = {}, 0
-  try:
-    with open(path, encoding="utf-8") as file:
-      for line in file:
-        number += 1
-        entry = json.loads(line)
-        found[entry["question_id"]] = entry["tokens"]
-  except OSError as error:
-    raise errors.UserError(
-      f"{path}: {error.strerror}; correct config.data.decisive_file or leave"
-      " it empty"
-    ) from error
-  except (ValueError, KeyError, TypeError) as error:
-    raise errors.UserError(
-      f"{path}: line {number} is not {{'question_id', 'tokens'}} ({error})"
-    ) from error
-  return found
+  mend = "correct config.data.decisive_file or leave it empty"
+  return evidence.read(path, mend)
 
 
 def _stacked(trees):

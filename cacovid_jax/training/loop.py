@@ -13,7 +13,6 @@ that was killed continues with the very bits it would have computed.
 
 import contextlib
 import functools
-import json
 import logging
 import pathlib
 import signal
@@ -22,11 +21,12 @@ import time
 from typing import Any, NamedTuple
 
 import jax
+import msgspec
 import numpy as np
 from jax.experimental import multihost_utils
 
 from cacovid_jax import config as config_lib
-from cacovid_jax import errors, files, metrics
+from cacovid_jax import errors, files, metrics, schema
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax import progress as progress_lib
 from cacovid_jax.policy import loading
@@ -222,6 +222,13 @@ class _Recorder:
     self._window, self._since, self._compiled = [], now, compiled
 
 
+class _Best(msgspec.Struct):
+  """What best.json says of the policy that validation chose."""
+
+  step: schema.Size
+  accuracy: schema.Fraction
+
+
 class _Saver:
   """Checkpoints of the run, and policies for others to use."""
 
@@ -267,10 +274,10 @@ class _Saver:
     path = self._policy / "best.json"
     best = None
     if path.exists():
-      best = json.loads(path.read_text(encoding="utf-8"))
+      best = schema.read(path, _Best, "delete it to choose anew")
       # Of steps that this run, restored from before, computes again.
-      best = best if best["step"] < step else None
-    if best is None or found["accuracy"] > best["accuracy"]:
+      best = best if best.step < step else None
+    if best is None or found["accuracy"] > best.accuracy:
       self.export("best.safetensors", params, step)
       files.write_json(path, {"step": step, **found})
 

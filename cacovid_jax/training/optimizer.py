@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cacovid_jax import errors
+from cacovid_jax import config_limits, errors
 from cacovid_jax.parallel import mesh as mesh_lib
 
 # Top-level parameter names of the policy. Anything else, a user's own module
@@ -40,15 +40,7 @@ class OptimizerConfig:
   schedule: str = "cosine"
 
   def __post_init__(self):
-    for name in ("lr_heads", "lr_layer", "weight_decay", "warmup"):
-      value = getattr(self, name)
-      if value < 0:
-        raise errors.UserError(f"optimizer.{name}={value} must not be negative")
-    if self.clip <= 0:
-      raise errors.UserError(
-        f"optimizer.clip={self.clip} must be positive; it bounds the"
-        " gradient's norm"
-      )
+    config_limits.check({"optimizer": dataclasses.asdict(self)})
     if self.schedule not in SCHEDULES:
       raise errors.UserError(
         f"optimizer.schedule={self.schedule!r}: choose one of"

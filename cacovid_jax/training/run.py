@@ -43,11 +43,6 @@ class Run:
       questions = experiment_lib.read_questions(experiment.config)
     experiment = with_total_steps(experiment, questions)
     config, mesh = experiment.config, experiment.mesh
-    for key, least in (("total_steps", 0), ("iterations", 1)):
-      if config[key] < least:
-        raise errors.UserError(
-          f"config.{key}={config[key]} must be at least {least}"
-        )
     self._loaded, self._rollout = experiment.loaded, parts.rollout
     model, tokenizer = self._loaded.model, self._loaded.tokenizer
     from_host = _from_host(parts.rollout, questions, tokenizer)

@@ -207,7 +207,7 @@ def test_a_bad_table(tmp_path, text, match):
 @pytest.mark.parametrize(
   ("text", "match"),
   [
-    ('{"video": "a.mp4"}', "holds no JSON list"),
+    ('{"video": "a.mp4"}', "it must be a list; give"),
     ("[", "not readable as JSON"),
     ('[{"video": "a.mp4", "question": "?", "answer": "x"}, 3]', "object is"),
     (

@@ -208,7 +208,7 @@ def test_rows_that_are_no_objects_and_duplicate_ids(tmp_path):
   "text, message",
   [
     ("{", "not readable as JSON"),
-    ('{"a": 1}', "no JSON list"),
+    ('{"a": 1}', "it must be a list; give"),
     ("[]", "no usable row among 0"),
     ("[" * 100_000, "not readable as JSON"),
     (b"\xff\xfe\x00", "not readable as JSON"),

@@ -319,7 +319,7 @@ def test_validator_scores_a_policy(request_of, checkpoint, tmp_path):
 @pytest.mark.parametrize(
   "changes,match",
   [
-    ({"ratios": (0.1, 1.5)}, "outside"),
+    ({"ratios": (0.1, 1.5)}, "1.5; it must be a number above 0"),
     ({"ratios": (0.1, 0.01)}, "keeps no token"),
     ({"methods": ("randon",)}, "did you mean random"),
     ({"methods": ("random", "random")}, "listed twice"),
@@ -331,7 +331,7 @@ def test_validator_scores_a_policy(request_of, checkpoint, tmp_path):
     ({"checkpoint": "nowhere"}, "nowhere"),
     ({"data": "nowhere"}, "no data in nowhere"),
     ({"seeds": ()}, "no evaluation seed"),
-    ({"batch_size": 0}, "batch_size=0"),
+    ({"batch_size": 0}, "batch_size is 0"),
     ({"template": "model"}, "use processor or tokenizer"),
     ({"shard": (1, 1)}, "give 0/1"),
     ({"min_pixels": 784}, "frames of one size"),

@@ -218,10 +218,10 @@ def test_variants_are_what_they_say():
   "changes,message",
   [
     (dict(seeds="a"), "--seeds"),
-    (dict(ratios=[0.1, 1.5]), "outside"),
+    (dict(ratios=[0.1, 1.5]), "1.5; it must be a number above 0"),
     (dict(methods="randon"), "did you mean random"),
     (dict(data="nowhere"), "no data in nowhere"),
-    (dict(repeats=0), "--repeats=0: give a number of at least 1"),
+    (dict(repeats=0), "--repeats is 0; it must be a whole number at least"),
   ],
 )
 def test_mistakes_are_named(make, changes, message):

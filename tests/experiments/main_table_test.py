@@ -423,9 +423,9 @@ def test_another_rule_behind_a_label_makes_no_table_of_old_results(
     (dict(policy=None), r"add --policy.*uniform,fastv$"),
     (dict(methods="decisive_boxes"), "knows where the answer lies"),
     (dict(methods="divprun"), "did you mean divprune"),
-    (dict(ratios=[0.1, 7]), "outside"),
+    (dict(ratios=[0.1, 7]), "7.0; it must be a number above 0 and at most"),
     (dict(seeds="a"), "--seeds=a"),
-    (dict(tolerance=-1.0), "tolerance -1"),
+    (dict(tolerance=-1.0), "tolerance is -1.0; it must be"),
     (dict(num_frames=0), "--num_frames=0: give a number of at least 1"),
     (
       dict(config=None, base="ov7b"),
@@ -447,7 +447,10 @@ def test_another_rule_behind_a_label_makes_no_table_of_old_results(
       dict(dry_run=True, data="mistyped"),
       "no benchmark can be read; complete the folders",
     ),
-    (dict(dry_run=True, tflops=-1.0), "--tflops=-1: give a positive number"),
+    (
+      dict(dry_run=True, tflops=-1.0),
+      "--tflops is -1.0; it must be a number above 0",
+    ),
   ],
 )
 def test_mistakes_are_named(make, changes, message):
@@ -632,7 +635,7 @@ def test_results_of_other_questions_or_rows_are_not_complete(made, folder):
     note.write_text(json.dumps(json.loads(text) | {"run": {"dtype": "other"}}))
     assert not complete()
     note.write_text(text[:-20])
-    with pytest.raises(errors.UserError, match="asked.json is damaged"):
+    with pytest.raises(errors.UserError, match="asked.json: not readable"):
       complete()
     note.unlink()
     assert not complete()

@@ -153,7 +153,7 @@ def test_given_again_it_goes_on_where_it_stopped(folder, finished):
 @pytest.mark.parametrize(
   ("flags", "named"),
   [
-    (["--ratios=0.1,1.5"], "1.5 is outside (0, 1]"),
+    (["--ratios=0.1,1.5"], "1.5; it must be a number above 0 and at most 1"),
     (["--config.total_steps=3"], "belongs to another config: total_steps"),
   ],
 )

@@ -362,13 +362,13 @@ def test_number_of_frames_is_the_checkpoints(checkpoint_dir, tmp_path):
   path = tmp_path / "video_preprocessor_config.json"
   for wrong in ("16", 0, True, 2.5):
     path.write_text(json.dumps({"num_frames": wrong}))
-    with pytest.raises(errors.UserError, match="is no number of frames"):
+    with pytest.raises(errors.UserError, match="num_frames is .*must be a"):
       processors.default_num_frames(tmp_path)
 
 
 def test_bad_settings_are_one_line(checkpoint_dir):
   for change, match in (
-    ({"dtype": "int8"}, "use float32 or bfloat16"),
+    ({"dtype": "int8"}, "one of float32, bfloat16"),
     ({"num_frames": 0}, "must be at least 1"),
     ({"model": "nowhere"}, "config.json is missing"),
     ({"policy": "nowhere"}, "there is no policy in nowhere"),

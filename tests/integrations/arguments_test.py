@@ -88,7 +88,7 @@ def test_the_seed_is_that_of_methods_that_draw():
     ({"max_frames_num": 2.5}, "max_frames_num=2.5 is not a whole number"),
     ({"max_frames_num": -1}, "max_frames_num=-1: at least 1"),
     ({"max_new_tokens": 0}, "max_new_tokens=0: at least 1"),
-    ({"dtype": "float16"}, "dtype='float16': use float32 or bfloat16"),
+    ({"dtype": "float16"}, "dtype is 'float16'; .*one of float32, bfloat16"),
     ({"template": "own"}, "template='own': use processor or tokenizer"),
   ],
 )

@@ -491,7 +491,7 @@ class CheckpointsTest(parameterized.TestCase):
     shutil.copy(config, config + ".kept")
     with open(config, "w") as file:
       file.write("{")
-    with self.assertRaisesRegex(errors.UserError, "config.json is not read"):
+    with self.assertRaisesRegex(errors.UserError, "config.json: not read"):
       checkpoints.load(self.directory)
     os.remove(config)
     with self.assertRaisesRegex(errors.UserError, "config.json is missing"):

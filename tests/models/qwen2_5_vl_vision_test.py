@@ -366,7 +366,7 @@ class VisionConfigTest(parameterized.TestCase):
     ("in_chans", 1, "in_chans is 1"),
     ("depth", None, "lacks vision_config.depth"),
     ("fullatt_block_indexes", None, "fullatt_block_indexes is None"),
-    ("fullatt_block_indexes", [1, 3], r"fullatt_block_indexes is \[1, 3\]"),
+    ("fullatt_block_indexes", [1, 3], r"indexes\[1\] is 3; .* at most 2"),
     ("window_size", 4, "window_size 4 is below one token of 8 pixels"),
     ("hidden_size", 36, "hidden_size 36 does not split"),
     ("rope_parameters", {"rope_type": "yarn"}, "rope_type is 'yarn'"),

@@ -204,11 +204,14 @@ def test_a_missing_or_empty_folder_is_refused(tmp_path):
   ("arrays", "named"),
   [
     ({}, "no entry meta"),
-    ({"meta": "{"}, "not JSON"),
-    ({"meta": "{}"}, "not a list"),
-    ({"meta": "[{}]"}, "no number n"),
+    ({"meta": "{"}, "not readable as JSON"),
+    ({"meta": "{}"}, "it must be a list"),
+    ({"meta": "[{}]"}, "n is None; it must be a whole number"),
     ({"meta": '[{"n": 2, "max_prob": 0.7}]'}, "no array p_0"),
-    ({"meta": '[{"n": 2.5, "max_prob": 0.7}]'}, "not whole"),
+    (
+      {"meta": '[{"n": 2.5, "max_prob": 0.7}]'},
+      "n is 2.5; it must be a whole number",
+    ),
     (
       {"meta": '[{"n": 2, "max_prob": 0.7}]', "p_0": np.ones(3)},
       r"p_0 is float64\[3\], expected numbers of shape \[2\]",

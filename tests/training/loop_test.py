@@ -416,7 +416,7 @@ def test_questions_without_letters_are_marked_on_the_host(tmp_path):
     ({"videos_per_step": 3, "mesh.data": 2}, "videos_per_step=3"),
     ({"mesh.data": 16}, "16 devices"),
     ({"sampling.ratio": 0.001}, "keeps no token"),
-    ({"sampling.ratio": 1.5}, r"outside \(0, 1\]"),
+    ({"sampling.ratio": 1.5}, "ratio is 1.5; it must be a number above"),
     ({"rollout.reward": "likelihood"}, "rollout.reward"),
     (
       {"policy.dtype": "float8"},

@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 
@@ -11,11 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet
 from absl import logging
 
-from cacovid_jax import errors
+from cacovid_jax import errors, schema
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data.readers import validation
 
 MAX_FILE_BYTES = 4 * 2**30
+# Raised for columns that hold something else than they say.
+_UNUSABLE = (ValueError, TypeError, OverflowError, MemoryError, RecursionError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +178,7 @@ class Reader:
             f"{path}: {file.metadata.num_rows} rows, {size} bytes; split it"
           )
         return file.read().to_pylist()
-    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+    except (pa.ArrowException, OSError, *_UNUSABLE) as error:
       text = " ".join(str(error).split())[:200]
       raise errors.UserError(
         f"{path}: not readable as parquet ({text}); download it again"
@@ -206,13 +207,4 @@ def check_size(path: str) -> None:
 def load_rows(path: str, mend: str) -> list:
   """Returns the list in a JSON file; `mend` ends the error of another value."""
   check_size(path)
-  try:
-    with open(path, encoding="utf-8") as f:
-      entries = json.load(f)
-  except (OSError, ValueError, RecursionError) as error:
-    raise errors.UserError(
-      f"{path}: not readable as JSON ({error}); download it again"
-    ) from None
-  if not isinstance(entries, list):
-    raise errors.UserError(f"{path}: holds no JSON list; {mend}")
-  return entries
+  return schema.read(path, list, mend, most_bytes=MAX_FILE_BYTES)

@@ -75,16 +75,14 @@ def parse(**given: Any):
     values[key] = _converted(name, value, like)
     if isinstance(old, tuple):
       values[key] = (values[key],) if values[key] != "" else ()
-  config = config_lib.replace(config, values)
   for name in ("batch_size", "max_new_tokens"):
-    if config.evals[name] < 1:
-      raise errors.UserError(f"{name}={config.evals[name]}: at least 1")
-  if config.data.num_frames < 0:
-    raise errors.UserError(
-      f"max_frames_num={config.data.num_frames}: at least 1, or 0 for the usual"
-      " number"
-    )
-  base.check_ratio(config.evals.ratios[0])
+    value = values.get(f"evals.{name}", config.evals[name])
+    errors.check(value >= 1, f"{name}={value}: at least 1")
+  frames = values.get("data.num_frames", config.data.num_frames)
+  told = f"max_frames_num={frames}: at least 1, or 0 for the usual number"
+  errors.check(frames >= 0, told)
+  base.check_ratio(values.get("evals.ratios", config.evals.ratios)[0])
+  config = config_lib.replace(config, values)
   # Looks at the other values.
   experiment_lib.Experiment.from_config(config)
   return experiment_lib.with_shipped(config)
