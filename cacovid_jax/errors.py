@@ -9,6 +9,8 @@ from typing import Any
 from absl import app, flags
 from absl import logging as absl_logging
 
+from cacovid_jax import terminal
+
 
 class UserError(Exception):
   """A user's mistake; the message is one line naming the thing and the mend."""
@@ -24,7 +26,7 @@ def run(main: Callable, parse: Callable[[Sequence[str]], Any]) -> None:
     try:
       return function(*args)
     except UserError as error:
-      print(f"error: {one_line(error)}", file=sys.stderr)
+      terminal.tell(f"error: {one_line(error)}", error=True)
       sys.exit(2)
 
   def parsed(argv):
@@ -33,11 +35,15 @@ def run(main: Callable, parse: Callable[[Sequence[str]], Any]) -> None:
     if not flags.FLAGS["verbosity"].present:
       absl_logging.set_verbosity(absl_logging.WARNING)
     logging.getLogger("cacovid_jax").setLevel(logging.INFO)
+    absl_logging.get_absl_handler().addFilter(terminal.clean_record)
     return found
 
   app.run(functools.partial(guarded, main), flags_parser=parsed)
 
 
 def one_line(error: Exception) -> str:
-  """Returns the message of an error, line breaks turned into spaces."""
-  return " ".join(str(error).split())
+  """Returns the message of an error, line breaks turned into spaces.
+
+  Nothing that steers a terminal is left in it.
+  """
+  return " ".join(terminal.plain(str(error)).split())

@@ -29,7 +29,14 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from cacovid_jax import command, compressors, errors, evaluate, files
+from cacovid_jax import (
+  command,
+  compressors,
+  errors,
+  evaluate,
+  files,
+  terminal,
+)
 from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.compressors import base
@@ -118,7 +125,7 @@ def dry_run(plan: Plan, *, published: bool = True) -> None:
   }
   loaded, faults = survey(plan)
   for name, fault in faults.items():
-    print(f"{name}: {fault}")
+    terminal.tell(f"{name}: {fault}")
   lost = faults.keys() - loaded.keys()
   counted = {name: one for name, one in plan.items() if name not in lost}
   if not counted:

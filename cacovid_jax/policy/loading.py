@@ -20,6 +20,7 @@ not apply). Parameters under a top-level name `layer` are trained with the lower
 rate of pretrained weights, all others with that of the heads.
 """
 
+import contextlib
 import dataclasses
 import inspect
 import logging
@@ -39,6 +40,8 @@ from cacovid_jax import errors, extensions, files
 from cacovid_jax.models import attention, checkpoints, safetensors_io
 from cacovid_jax.policy import network
 
+CONFIG = "policy_config.json"
+_log = logging.getLogger(__name__)
 _ENTRY_POINTS = ("from_llm_config", "init_from_llm", "__call__")
 # What values must be, in policy_config.json and in a config's policy section.
 _KINDS = {
@@ -49,6 +52,7 @@ _KINDS = {
   "policy.num_halvings": int,
   "base_model": dict,
   "base_model.sha256": str,
+  "weights_sha256": dict,
   "module_sha256": str,
 }
 _WORDS = {dict: "an object", str: "a text", int: "a whole number"}
@@ -113,7 +117,7 @@ def load_policy(spec: str | os.PathLike, checkpoint) -> LoadedPolicy:
       f"there is no policy in {path}; give the workdir of a finished training"
       " run, or a .safetensors file"
     )
-  config = (file if file.is_dir() else file.parent) / "policy_config.json"
+  config = (file if file.is_dir() else file.parent) / CONFIG
   described = checkpoints.read_json(config) if config.is_file() else {}
   _check(described, config)
   trained_with = described.get("base_model", {}).get("sha256")
@@ -136,16 +140,13 @@ def load_policy(spec: str | os.PathLike, checkpoint) -> LoadedPolicy:
   # The dtype of the base model here, not of the accelerator it was trained on.
   llm, dtype = checkpoint.model.config.text, checkpoint.model.dtype
   policy, digest = make_policy(llm, options, where=config, dtype=dtype)
+  identity = _identity(file, described)
   before = described.get("module_sha256", digest)
   if digest and before != digest:
-    logging.getLogger(__name__).warning(
+    _log.warning(
       f"policy {path} was trained with another text of {options['module']}:"
       f" sha256 {before:.12}, now {digest:.12}"
     )
-  if file.is_file():
-    identity = files.sha256(file)
-  else:
-    identity = checkpoints.identity(os.fspath(file))["sha256"]
   return LoadedPolicy(policy, load(file, policy), identity)
 
 
@@ -167,6 +168,23 @@ def _find_policy(path: pathlib.Path) -> pathlib.Path | None:
   found = next(filter(pathlib.Path.is_file, (path, *inside)), None)
   # The public release keeps it among the base model's weights.
   return found or (path if _released(path) else None)
+
+
+def _identity(file: pathlib.Path, described: dict[str, Any]) -> str:
+  """Returns the sha256 of a policy's weights, compared with the recorded."""
+  if not file.is_file():
+    return checkpoints.identity(os.fspath(file))["sha256"]
+  found = files.sha256(file)
+  recorded = described.get("weights_sha256", {}).get(file.name)
+  if recorded is None:
+    _log.info(f"{file}: read unverified, no sha256 of it is recorded beside it")
+  elif not isinstance(recorded, list) or found not in recorded:
+    raise errors.UserError(
+      f"{file} is not what training wrote: its sha256 {found:.12} is not among"
+      " weights_sha256 of the policy_config.json beside it; copy the folder"
+      " again, or export it again by resuming the run"
+    )
+  return found
 
 
 def _num_halvings(file: pathlib.Path) -> int:
@@ -207,6 +225,25 @@ def save(path, policy, params, dtype=np.float32):
     flat = traverse_util.flatten_dict(params, sep="/")
     tensors = {key: np.asarray(leaf) for key, leaf in flat.items()}
   safetensors_io.write_safetensors(path, tensors)
+
+
+def export(path: pathlib.Path, policy, params, described) -> None:
+  """Writes weights, and beside them a policy_config.json with their sha256.
+
+  The config comes first and lists the earlier files' sha256, too: whenever a
+  kill comes, the weights that are there are among those listed.
+  """
+  path.parent.mkdir(parents=True, exist_ok=True)
+  config, known = path.parent / CONFIG, {}
+  with contextlib.suppress(errors.UserError):  # None, or one to write anew.
+    there = checkpoints.read_json(config)
+    _check(there, config)
+    known = there.get("weights_sha256", {})
+  with files.replacing(path) as partial:
+    save(partial, policy, params)
+    digests = dict.fromkeys([files.sha256(partial), *known.get(path.name, [])])
+    known = {**known, path.name: list(digests)[:3]}
+    files.write_json(config, {**described, "weights_sha256": known})
 
 
 def load(path, policy, params=None):

@@ -5,11 +5,9 @@ import os
 import pathlib
 
 import rich.box
-import rich.console
 import rich.table
-import rich.text
 
-from cacovid_jax import errors, files
+from cacovid_jax import errors, files, terminal
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import provenance
 from cacovid_jax.evals.report import html, viewer
@@ -84,10 +82,8 @@ def check_path(path: str | os.PathLike) -> pathlib.Path:
 
 def show(asked: answerer_lib.ClipAnswers) -> None:
   """Prints the answers, tokens kept and times as a table."""
-  console = rich.console.Console(highlight=False)
-  if not console.is_terminal:  # A log has no width to keep to.
-    console = rich.console.Console(width=120, highlight=False)
-  line = functools.partial(console.print, markup=False, soft_wrap=True)
+  console = terminal.Console()
+  line = functools.partial(console.print, soft_wrap=True)
   line(f"question: {asked.question.question}")
   line(_lead(asked))
   table = rich.table.Table(box=rich.box.SIMPLE)
@@ -95,8 +91,7 @@ def show(asked: answerer_lib.ClipAnswers) -> None:
     justify = "left" if column in (COLUMNS[0], COLUMNS[-1]) else "right"
     table.add_column(column, justify=justify, overflow="fold")
   for answer in asked.answers:
-    # Brackets of an answer are no markup.
-    table.add_row(*map(rich.text.Text, _row(asked, answer)))
+    table.add_row(*_row(asked, answer))
   console.print(table)
   line(_note(asked))
 
