@@ -348,9 +348,11 @@ def test_a_clip_in_another_folder_is_a_hint(tmp_path, there):
   (tmp_path / there / "b.mp4").write_bytes(b"x")
   with pytest.raises(errors.UserError) as error:
     readers.find_missing(
-      ["videos/a.mp4", "videos/b.mp4"], tmp_path / "root", on_missing="raise"
+      ["a.mp4", "b.mp4"], tmp_path / "root", on_missing="raise"
     )
-  assert f"; {tmp_path / there}/b.mp4 is there; download" in str(error.value)
+  assert f" b.mp4 (there is {tmp_path / there}/b.mp4); download" in str(
+    error.value
+  )
 
 
 def test_the_look_into_other_folders_ends(tmp_path, monkeypatch):

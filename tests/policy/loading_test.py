@@ -275,6 +275,7 @@ def test_a_downloaded_folder_runs_nothing(
   if place == "checkpoint":
     shutil.copytree(checkpoint_dir, folder)
   inner = folder / "policy" if place == "workdir" else folder
+  folder.mkdir(exist_ok=True)
   tiny.write_policy(inner, checkpoint)
   for where in (folder, inner):
     (where / "evil.py").write_text(EVIL)

@@ -208,26 +208,30 @@ def find_missing(
   if missing and (on_missing == "raise" or none_left):
     # Those first of which it is not enough to fetch them.
     first = sorted(missing, key=lambda name: not faults[name])[:5]
-    told = [f"{x} (refused: {faults[x]})" if faults[x] else x for x in first]
-    hint = _elsewhere(root, [name for name in first if not faults[name]])
+    notes = {name: f" (refused: {faults[name]})" for name in first}
+    lost = [name for name in first if not faults[name]]
+    notes |= dict.fromkeys(lost, "") | _elsewhere(root, lost)
+    told = ", ".join(name + notes[name] for name in first)
     raise errors.UserError(
       f"{root}: {len(missing)} of {len(counts)} clips are missing"
       f" ({sum(missing.values())} of {counts.total()} questions), first:"
-      f" {', '.join(told)};{hint} download them, correct the media root, or"
-      f" {mend}"
+      f" {told}; download them, correct the media root, or {mend}"
     )
   return missing
 
 
-def _elsewhere(root, names: Iterable[str]) -> str:
-  """Returns a hint of a folder beside or below the root with such a clip."""
-  wanted, seen = {os.path.basename(name) for name in names}, 0
+def _elsewhere(root, names: Iterable[str]) -> dict[str, str]:
+  """Returns notes on clips that lie in another folder below or beside a root.
+
+  Those of the first folder that has any, if one is found soon.
+  """
+  wanted, seen = {os.path.basename(name): name for name in names}, 0
   for top in (root, os.path.dirname(os.path.abspath(root))):
     for folder, _, inside in os.walk(top):
-      for name in sorted(wanted.intersection(inside)):
-        if os.path.isfile(path := os.path.join(folder, name)):
-          return f" {path} is there;"
+      if found := [name for name in sorted(wanted) if name in inside]:
+        places = {wanted[name]: os.path.join(folder, name) for name in found}
+        return {name: f" (there is {place})" for name, place in places.items()}
       seen += len(inside) + 1
       if seen > MAX_LOOKED_AT:
-        return ""
-  return ""
+        return {}
+  return {}
