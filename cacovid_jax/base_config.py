@@ -209,7 +209,7 @@ _EVALS = dict(
   batch_size=8,
   max_new_tokens=0,  # Longest answer in tokens; 0 takes the benchmark's own.
   # How letters are taken from answers: "paper", "lmms-0.7.3" or "own"; empty is
-  # the last of one's own videos, else the first.
+  # "own" for one's own videos and "paper" for all else.
   rule="",
   # The user's text: empty is the benchmark's own, "video-r1" that of
   # training, which prepared data has as its own.

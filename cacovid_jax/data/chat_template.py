@@ -36,8 +36,9 @@ class Template:
       self._template = sandbox.compiled(text)
     except sandbox.UNFIT as error:
       raise errors.UserError(
-        f"{name}: the chat template does not parse ({errors.one_line(error)});"
-        " use the checkpoint's original template"
+        f"{name}: the chat template does not parse"
+        f" ({errors.one_line(error)[:200]}); use the checkpoint's original"
+        " template"
       ) from error
 
   def render(self, messages: Sequence[dict], **variables) -> str:
