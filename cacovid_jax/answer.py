@@ -11,9 +11,7 @@ the embedded benchmark answers; it knows questions with options, about clips as
 `python -m cacovid_jax.prepare` draws them.
 """
 
-import sys
-
-from cacovid_jax import command, config_limits, errors, files
+from cacovid_jax import command, config_limits, errors, files, terminal
 from cacovid_jax.evals.report import answer as answer_page
 from cacovid_jax.inference import answerer as answerer_lib
 
@@ -89,11 +87,11 @@ def main(args):
       style=evals.prompt_style or answerer_lib.STYLES[0],
     )
     for warning in asked.warnings:
-      print(f"warning: {warning}", file=sys.stderr)
+      terminal.tell(f"warning: {warning}", error=True)
     answer_page.show(asked)
     if args.report:
       answer_page.write(args.report, answerer, asked)
-      print(f"report: {args.report}")
+      terminal.tell(f"report: {args.report}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,9 @@ _RUN = dict(
   iterations=5,
   log_every=10,
   wandb=dict(project=""),  # Of Weights & Biases, for metrics; empty is none.
+  # Words that ROUGE counts in free-form answers, in rewards and in scores:
+  # "unicode" letters and digits of all scripts, "public" a-z and 0-9 only.
+  rouge="unicode",
   max_bad_steps=10,  # Refused (non-finite) steps in a row that stop a run.
   # Devices on each mesh axis: `data` shares the videos of a training step, or
   # the questions of a batch, `model` the weights of the base model. data = 0
@@ -205,7 +208,9 @@ _EVALS = dict(
   seeds=(0,),
   batch_size=8,
   max_new_tokens=0,  # Longest answer in tokens; 0 takes the benchmark's own.
-  rule="paper",  # How letters are taken from answers; or "lmms-0.7.3".
+  # How letters are taken from answers: "paper", "lmms-0.7.3" or "own"; empty is
+  # "own" for one's own videos and "paper" for all else.
+  rule="",
   # The user's text: empty is the benchmark's own, "video-r1" that of
   # training, which prepared data has as its own.
   prompt_style="",

@@ -15,10 +15,9 @@ were stay beside the new ones, with `.before` in their names.
 import pathlib
 
 import msgspec
-import rich.console
 import rich.table
 
-from cacovid_jax import command, errors, files, schema
+from cacovid_jax import command, errors, files, schema, terminal
 from cacovid_jax import config as config_lib
 from cacovid_jax.data import left_out
 from cacovid_jax.training import checkpointing
@@ -87,7 +86,7 @@ def doctor(workdir: pathlib.Path) -> int:
     digest = (verdict.manifest or {}).get("config_hash", "")
     name, reason = verdict.name, verdict.reason
     table.add_row(str(verdict.step), name, reason, size, digest)
-  console = rich.console.Console()
+  console = terminal.Console()
   console.print(table)
   damaged = [
     verdict.name

@@ -42,6 +42,8 @@ _RENAMED = {
     lambda count: (16 * (count // 16 + 1),) if count else (),
   ),
 }
+# What earlier versions did where today's default is another.
+_BEFORE = {"rouge": "public"}
 # Those of `NOT_HASHED` that earlier versions did not have.
 _NEW_GROUPS = ("blind", "prepare", "table", "tfds", "wandb")
 
@@ -210,6 +212,7 @@ def upgraded(config, like=None):
   # A base model's training has sections of its own.
   if "pretrain" not in config:
     known = base_config.get_config()
+    known.update(_BEFORE)
     config = _fill(config, known, known if like is None else like)
   return config.lock()
 

@@ -13,6 +13,8 @@ from typing import Any
 from absl import app, flags
 from absl import logging as absl_logging
 
+from cacovid_jax import terminal
+
 # Shows the traceback of what is no `UserError`, as Python does.
 TRACEBACK = "CACOVID_TRACEBACK"
 LOG = "error.log"
@@ -43,13 +45,14 @@ def run(main: Callable, parse: Callable[[Sequence[str]], Any]) -> None:
     try:
       return function(args)
     except UserError as error:
-      print(f"error: {one_line(error)}", file=sys.stderr)
+      terminal.tell(f"error: {one_line(error)}", error=True)
       sys.exit(2)
     except Exception as error:
       if os.environ.get(TRACEBACK):
         raise
       workdir = getattr(args, "workdir", None)
-      print(f"error: {_told(error, workdir)}{_log(workdir)}", file=sys.stderr)
+      told = f"{_told(error, workdir)}{_log(workdir)}"
+      terminal.tell(f"error: {told}", error=True)
       sys.exit(2 if isinstance(error, OSError) else os.EX_SOFTWARE)
 
   def parsed(argv):
@@ -58,6 +61,7 @@ def run(main: Callable, parse: Callable[[Sequence[str]], Any]) -> None:
     if not flags.FLAGS["verbosity"].present:
       absl_logging.set_verbosity(absl_logging.WARNING)
     logging.getLogger("cacovid_jax").setLevel(logging.INFO)
+    absl_logging.get_absl_handler().addFilter(terminal.clean_record)
     return found
 
   app.run(functools.partial(guarded, main), flags_parser=parsed)
@@ -70,8 +74,11 @@ def check(fine: bool, message: str) -> None:
 
 
 def one_line(error: Exception) -> str:
-  """Returns the message of an error, line breaks turned into spaces."""
-  return " ".join(str(error).split())
+  """Returns the message of an error, line breaks turned into spaces.
+
+  Nothing that steers a terminal is left in it.
+  """
+  return " ".join(terminal.plain(str(error)).split())
 
 
 def _told(error: Exception, workdir) -> str:

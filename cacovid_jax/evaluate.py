@@ -78,7 +78,8 @@ COMMAND = command.Command(
       select_on="Where options are chosen: validation or none.",
       batch_size=command.Flag("Questions asked at once.", least=1),
       max_new_tokens="Longest answer in tokens; 0 for the benchmark's own.",
-      rule="How letters are taken from answers: paper or lmms-0.7.3.",
+      rule="How letters are taken from answers: paper, lmms-0.7.3 or own; empty"
+      " for the benchmark's, which is own for one's own videos, else paper.",
       prompt_style="Empty for the benchmark's own prompt, video-r1 for that of"
       " training.",
       template="Chat template: processor, or tokenizer as in the paper's"

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from cacovid_jax import config as config_lib
-from cacovid_jax import config_limits, errors
+from cacovid_jax import config_limits, errors, terminal
 from cacovid_jax.data import chat_template as chat_template_lib
 from cacovid_jax.data import left_out as left_out_lib
 from cacovid_jax.data import question as question_lib
@@ -203,7 +203,7 @@ def read_questions(config, workdir=None, *, resumes=True) -> Sequence:
       left_out.check(workdir)
     if jax.process_index() == 0:
       for line in left_out.lines():
-        print(line, flush=True)
+        terminal.tell(line)
       left_out.write(workdir)
   return rows
 

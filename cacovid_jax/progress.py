@@ -7,10 +7,10 @@ import math
 import sys
 import time
 
-import rich.console
 import rich.progress
 
 from cacovid_jax import metrics as metrics_lib
+from cacovid_jax import terminal
 
 _WINDOW = 20  # Last steps that the running means are over.
 _LINE_SECONDS = 15.0  # Between two lines where there is no terminal.
@@ -29,7 +29,7 @@ class Progress:
     last = functools.partial(collections.deque, maxlen=_WINDOW)
     self._values = collections.defaultdict(last)
     self._recent = collections.deque(maxlen=_WINDOW + 1)  # (time, step)
-    self._console = rich.console.Console(file=sys.stderr)
+    self._console = terminal.Console(file=sys.stderr)
     self._bar = self._task = None
     self._last_line = -math.inf
     self._note = ""
@@ -38,10 +38,10 @@ class Progress:
     self._recent.append((time.monotonic(), self._start))
     if self._console.is_terminal:
       self._bar = rich.progress.Progress(
-        rich.progress.TextColumn("{task.description}"),
+        rich.progress.TextColumn("{task.description}", markup=False),
         rich.progress.BarColumn(),
         rich.progress.MofNCompleteColumn(),
-        rich.progress.TextColumn("{task.fields[text]}"),
+        rich.progress.TextColumn("{task.fields[text]}", markup=False),
         console=self._console,
       )
       self._task = self._bar.add_task(
@@ -90,9 +90,10 @@ class Progress:
   def _print_line(self):
     self._last_line = time.monotonic()
     done = f"{self._description} {self._step}/{self._total}"
+    text = terminal.plain(f"{done}  {self._text()}")
     # A log on a full disk is no reason to end a run.
     with contextlib.suppress(OSError):
-      print(f"{done}  {self._text()}", file=self._console.file, flush=True)
+      print(text, file=self._console.file, flush=True)
 
 
 def _clock(seconds):

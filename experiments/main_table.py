@@ -35,6 +35,7 @@ from cacovid_jax import (
   evaluate,
   files,
   schema,
+  terminal,
 )  # fmt: skip
 from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
@@ -124,7 +125,7 @@ def dry_run(plan: Plan, *, published: bool = True) -> None:
   }
   loaded, faults = survey(plan)
   for name, fault in faults.items():
-    print(f"{name}: {fault}")
+    terminal.tell(f"{name}: {fault}")
   lost = faults.keys() - loaded.keys()
   counted = {name: one for name, one in plan.items() if name not in lost}
   if not counted:

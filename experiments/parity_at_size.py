@@ -14,9 +14,8 @@ import shutil
 import time
 
 import jax
-import rich.console
 
-from cacovid_jax import command, errors
+from cacovid_jax import command, errors, terminal
 from cacovid_jax.models import llava_onevision, qwen2_5_vl
 from cacovid_jax.parity import __main__, half_precision
 from cacovid_jax.parity import transformers as transformers_lib
@@ -73,7 +72,7 @@ def compare(config, folder, *, num_layers, device, keep=False):
   """
   if os.path.isdir(folder) and os.listdir(folder):
     raise errors.UserError(f"{folder} is not empty; name another --scratch")
-  console = rich.console.Console()
+  console = terminal.Console()
   started = time.perf_counter()
 
   def write(directory, config):

@@ -6,10 +6,9 @@ from typing import Any
 
 import jax
 import rich.box
-import rich.console
 import rich.table
 
-from cacovid_jax import errors
+from cacovid_jax import errors, terminal
 from cacovid_jax.data import answer_log
 from cacovid_jax.evals import provenance
 
@@ -21,7 +20,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]], title="") -> None:
     found.add_row(
       *(f"{x:.4g}" if isinstance(x, float) else str(x) for x in row)
     )
-  rich.console.Console(width=100, highlight=False).print(found)
+  terminal.Console(width=100).print(found)
 
 
 def files(workdir: str | os.PathLike, names: Iterable[str]) -> None:

@@ -30,7 +30,10 @@ SITE = [
   and not any(part.startswith("_") for part in path.relative_to(DOCS).parts)
 ]
 PAGES = [
-  *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
+  *(
+    ROOT / f"{name}.md"
+    for name in ("README", "CONTRIBUTING", "CHANGELOG", "SECURITY")
+  ),
   *sorted((ROOT / "cacovid_jax" / "assets").rglob("*.md")),
   *SITE,
 ]

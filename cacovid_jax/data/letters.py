@@ -1,15 +1,18 @@
 """Letters out of answers, as the tables of this field extract them.
 
 `paper` is the rule behind CaCoVID's VideoMME table; `lmms-0.7.3` the shared
-extractor of lmms-eval 0.7.3. Both return "" if no option is found, which is
-wrong for every question.
+extractor of lmms-eval 0.7.3; `own` reads answers about one's own videos, where
+no table is to be met. All return "" if no option is found, which is wrong for
+every question.
 """
 
 import re
-from collections.abc import Callable
+import unicodedata
+from collections.abc import Callable, Sequence
 
 from cacovid_jax import errors
 from cacovid_jax.data import question as question_lib
+from cacovid_jax.data import rewards
 
 # Only these of the published list take effect: in the rest, missing commas
 # glue neighbours into phrases that no answer contains.
@@ -82,9 +85,79 @@ def extract_lmms(text: str, letters: str) -> str:
   return max(found)[2] if found else ""
 
 
+OWN = "own"
+# "Answer: B", "The correct option is (b)."; in some languages more.
+_NAMED = re.compile(
+  r"(?:answer|option|choice|antwort|réponse|respuesta|resposta|risposta|ответ"
+  r"|вариант|الإجابة|الجواب|उत्तर|答案|选项?|答え|정답|답)"
+  r"(?:\s+(?:is|ist|est|es|é|è)\b|是|为|は|은)?\W{0,4}([a-z])(?!\w)(.?)",
+  re.IGNORECASE,
+)
+# A letter that stands alone; "A cat" and "I see" are words.
+_ALONE = re.compile(r"(?<!\w)(?![AI]\s+(?!or\b|and\b)[a-z])([A-Z])(?![\w'’])")
+
+
+def read_own(
+  text: str, letters: str, options: Sequence[str] = ()
+) -> tuple[str, str]:
+  """Returns (the letter of the option that is meant, by what it was told).
+
+  The second is, in this order of trial: "letter" (the text is one: "b", "(B)",
+  full-width forms too), "lettered" ("B. red"), "named" ("Answer: B"; the last
+  one), "option" (the words of exactly one option, or of the longest), "alone"
+  (one capital standing by itself), or "" with an empty letter.
+  """
+  text = question_lib.extract_answer(text)
+  text = unicodedata.normalize("NFKC", text).strip()
+  found = {}
+  if match := re.fullmatch(r"[\W_]*([A-Za-z])[\W_]*", text):
+    found["letter"] = match.group(1)
+  elif match := re.match(r"[\W_]*([A-Za-z])[.):]\s*\S", text):
+    found["lettered"] = match.group(1)
+  for match in _NAMED.finditer(text):
+    # "The answer is a cat" names no letter.
+    if match.group(1).isupper() or not match.group(2).strip(".):,;!*"):
+      if match.group(2) != " " or match.group(1) not in "AaIi":
+        found["named"] = match.group(1)
+  found["option"] = _by_words(text, letters, options)
+  if len(alone := set(_ALONE.findall(text))) == 1:
+    (found["alone"],) = alone
+  for how in ("letter", "lettered", "named", "option", "alone"):
+    if (letter := found.get(how, "").upper()) and letter in letters:
+      return letter, how
+  return "", ""
+
+
+def _by_words(text: str, letters: str, options: Sequence[str]) -> str:
+  """Returns the letter of the one option whose words stand in the text."""
+
+  def joined(of):
+    return f"\0{chr(0).join(rewards.words_of(of))}\0"
+
+  said, there = joined(text), {}
+  for letter, option in zip(letters, options, strict=False):
+    bare = joined(option)
+    # Without words, such as "+", it must be the whole text.
+    if option.strip() == text or (len(bare) > 2 and bare in said):
+      there[letter] = bare
+  # "red" is not meant where "dark red" is said.
+  whole = [
+    letter
+    for letter, bare in there.items()
+    if not any(bare in x and bare != x for x in there.values())
+  ]
+  return whole[0] if len(whole) == 1 else ""
+
+
+def extract_own(text: str, letters: str, options: Sequence[str] = ()) -> str:
+  """Returns the letter alone that `read_own` finds."""
+  return read_own(text, letters, options)[0]
+
+
 EXTRACTORS: dict[str, Callable[..., str]] = {
   "paper": first,
   "lmms-0.7.3": extract_lmms,
+  OWN: extract_own,
 }
 
 
@@ -96,7 +169,19 @@ def check_rule(rule: str) -> None:
     )
 
 
-def extract(text: str, *, num_options: int = 4, rule: str = "paper") -> str:
-  """Returns the option letter in an answer by one of the `EXTRACTORS`."""
+def extract(
+  text: str,
+  *,
+  num_options: int = 4,
+  rule: str = "paper",
+  options: Sequence[str] = (),
+) -> str:
+  """Returns the option letter in an answer by one of the `EXTRACTORS`.
+
+  The texts of the `options` are read by the rule `own` alone.
+  """
   check_rule(rule)
-  return EXTRACTORS[rule](text, question_lib.LETTERS[: max(num_options, 1)])
+  letters = question_lib.LETTERS[: max(num_options, 1)]
+  if rule == OWN:
+    return extract_own(text, letters, options)
+  return EXTRACTORS[rule](text, letters)

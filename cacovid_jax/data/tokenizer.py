@@ -316,7 +316,8 @@ class Tokenizer:
       )
     except chat_template_lib.FAULTS as error:
       raise errors.UserError(
-        f"{self.name}: the chat template fails on a question ({error}); {_MEND}"
+        f"{self.name}: the chat template fails on a question"
+        f" ({errors.one_line(error)[:200]}); {_MEND}"
       ) from error
 
   def encode_prompt(self, text: str, num_video_tokens: int) -> Prompt:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cacovid_jax import errors, schema
-from cacovid_jax.data import evidence, readers, wording
+from cacovid_jax.data import evidence, letters, readers, wording
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data.readers import longvideobench as longvideobench_files
 from cacovid_jax.data.readers import mlvu as mlvu_files
@@ -35,6 +35,7 @@ class Task:
   # (question, text, rule=...) -> `scoring.Scored`.
   score: Callable[..., scoring.Scored]
   max_new_tokens: int = 16  # Longest answer.
+  rule: str = "paper"  # Where config.evals.rule is empty.
   metric: str = "accuracy"  # The name that lmms-eval gives the number.
   # 100 where lmms-eval prints per cent, 1 for a fraction. Our results are
   # fractions throughout.
@@ -128,7 +129,7 @@ _TASKS = [
   # The longest answer is one in words; a letter ends by itself.
   Task(name="own", read=readers.read_own, score=scoring.prepared,
        splits=dict.fromkeys(("test", "validation", "train"), own_files.FILES),
-       max_new_tokens=64, one_file=True),
+       max_new_tokens=64, one_file=True, rule=letters.OWN),
 ]  # fmt: skip
 _BY_NAME = {task.name: task for task in _TASKS}
 

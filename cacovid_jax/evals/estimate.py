@@ -19,10 +19,9 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-import rich.console
 import rich.table
 
-from cacovid_jax import command, errors
+from cacovid_jax import command, errors, terminal
 from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.compressors import base
@@ -309,7 +308,7 @@ def num_programs(
 
 def show(out: Mapping[str, Any], speed: cost.Speed, title: str) -> None:
   """Prints an estimate; LLM tokens are text and video through all layers."""
-  console = rich.console.Console(width=132, highlight=False)
+  console = terminal.Console(width=132)
   table = rich.table.Table(title=title)
   table.add_column(no_wrap=True)
   for head in ("questions", "clips", "answers", "video tokens", "LLM tokens",

@@ -16,11 +16,10 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import rich.console
 import rich.table
 from absl import logging
 
-from cacovid_jax import errors, files, metrics
+from cacovid_jax import errors, files, metrics, terminal
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.compressors import base
 from cacovid_jax.data import answer_log, readers
@@ -161,7 +160,8 @@ def _evaluate(experiment):
         failures=failures,
         chosen=chosen,
         decisive=test.decisive,
-        rule=evals.rule,
+        rule=engine.settings.rule,
+        rouge=config.rouge,
         left_out=test.left_out(),
       )
       if len(out["unreadable"]) == out["num_clips"]:
@@ -295,21 +295,19 @@ def load_benchmark(
 def settings(experiment: experiment_lib.Experiment) -> engine_lib.Settings:
   """Returns what the answers depend on besides weights and questions."""
   evals = experiment.config.evals
-  own = benchmarks.task(evals.benchmark).max_new_tokens
+  task = benchmarks.task(evals.benchmark)
   return engine_lib.Settings(
     num_frames=experiment.config.data.num_frames,
     batch_size=evals.batch_size,
-    max_new_tokens=evals.max_new_tokens or own,
-    rule=evals.rule,
+    max_new_tokens=evals.max_new_tokens or task.max_new_tokens,
+    rule=evals.rule or task.rule,
+    rouge=experiment.config.rouge,
   )
 
 
-def show(out: Mapping[str, Any], console: rich.console.Console | None = None):
+def show(out: Mapping[str, Any], console: terminal.Console | None = None):
   """Prints accuracies, intervals and shares of vanilla as a table."""
-  if console is None:
-    console = rich.console.Console()
-    if not console.is_terminal:  # A log has no width to keep to.
-      console = rich.console.Console(width=120)
+  console = terminal.Console() if console is None else console
   vanilla, head = out["vanilla"], out["frame_head"]
   several = len(out["grid"]) if isinstance(out["grid"][0], Mapping) else 0
   mean = f" on average, {several} grids" if several else ""
@@ -330,7 +328,7 @@ def show(out: Mapping[str, Any], console: rich.console.Console | None = None):
     table.add_row(label, *[_cell_text(cells[ratio]) for ratio in ratios])
   console.print(table)
   for line in caveats(out):
-    console.print(line, markup=False)
+    console.print(line)
   if head:
     console.print(
       f"frame head: its best {head['frames']} of {head['of']} frames hold a"
@@ -373,8 +371,7 @@ def _cell_text(cell) -> str:
 
 def _interval(row) -> str:
   low, high = row["ci95"]
-  # Brackets are markup to rich.
-  return f"{100 * row['accuracy']:.1f} \\[{100 * low:.1f}, {100 * high:.1f}]"
+  return f"{100 * row['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def _curves(experiment) -> list[dict[str, Any]]:

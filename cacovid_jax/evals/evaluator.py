@@ -70,6 +70,8 @@ class Evaluator:
       **source.identity,
       "task": self.task.name,
     }
+    if any(q.problem_type == question_lib.FREE_FORM for q in questions):
+      found["rouge"] = engine.settings.rouge
     lengths = engine.prompts.lengths
     if source.buckets or len(lengths) > 1:
       found["prompt_rows"] = list(lengths)
@@ -259,11 +261,17 @@ class Evaluator:
     scored = self._score(question, text)
     if scored.fallback:
       record["fallback"] = True
+    if scored.read_by:
+      record["read_by"] = scored.read_by
     said = {"text": text, "letter": scored.letter, "score": scored.score}
     return record | said
 
   def _score(self, question, text):
-    return self.task.score(question, text, rule=self.engine.settings.rule)
+    settings, options = self.engine.settings, {}
+    # Of the benchmarks, none but one's own questions has such answers.
+    if question.problem_type == question_lib.FREE_FORM:
+      options["rouge"] = settings.rouge
+    return self.task.score(question, text, rule=settings.rule, **options)
 
 
 def known(question: question_lib.Question) -> dict[str, Any]:

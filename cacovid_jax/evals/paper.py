@@ -259,7 +259,7 @@ def obstacles(
     )
   if evals.max_new_tokens:
     found.append(f"answers of at most {evals.max_new_tokens} tokens")
-  if evals.rule != RULE:
+  if (evals.rule or RULE) != RULE:
     found.append(f"letters taken by the rule {evals.rule}")
   return found
 

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from cacovid_jax import errors, schema
-from cacovid_jax.data import answer_log
+from cacovid_jax.data import answer_log, rewards
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import benchmarks, statistics
 from cacovid_jax.evals import evaluator as evaluator_lib
@@ -81,7 +81,7 @@ def build(
     table: what to tabulate; the ledger must hold all of it, but for failures.
     failures: what `Evaluator.run` could not ask: cells without accuracy.
     decisive: question id -> tokens that decide it, for the frame head.
-    **sections: `chosen`, `rule` and `left_out`.
+    **sections: `chosen`, `rule`, `rouge` and `left_out`.
   """
   failures = failures or {}
   records = _records(table, ledger, _WHOLE)
@@ -105,6 +105,7 @@ def build(
     "unreadable": _unreadable(table, ledger, failures),
     "seeds": list(table.seeds),
     "rule": "paper",
+    "rouge": rewards.UNICODE,
     "left_out": {},
     "chosen": {},
     "provenance": provenance,

@@ -1,6 +1,7 @@
 """Scores of answers, one rule per benchmark, as published tables count them.
 
-Every `score` function takes (question, text, rule=...). Of the two rules,
+Every `score` function takes (question, text, rule=...). Of the rules, `own` is
+that of one's own videos (`letters.read_own`),
 `paper` is that behind CaCoVID's tables and `lmms-0.7.3` that of lmms-eval
 0.7.3. Where no table of the paper has a benchmark (EgoSchema, MVBench,
 NExT-QA), both are lmms-eval's, but for two things: a guess is drawn by the
@@ -31,6 +32,7 @@ class Scored(NamedTuple):
   letter: str = ""  # The option that was understood, "" if none.
   # True if none was understood, and the rule wants a guess.
   fallback: bool = False
+  read_by: str = ""  # What told the letter, by the rule of own questions.
 
 
 def of_letter(question: Question, letter: str) -> Scored:
@@ -52,12 +54,22 @@ def _of_letter_or_guess(question, letter) -> Scored:
   return of_letter(question, letter) if letter else guess(question)
 
 
-def prepared(question: Question, text: str, *, rule="paper") -> Scored:
-  """Returns the score of an answer to prepared data, or own questions."""
+def prepared(
+  question: Question, text: str, *, rule="paper", rouge=rewards.UNICODE
+) -> Scored:
+  """Returns the score of an answer to prepared data, or own questions.
+
+  `rouge` says what ROUGE counts in answers that are no letters.
+  """
   # Rewards of training are the benchmarks' own measures.
   if not question.lettered:
-    return Scored(rewards.reward(question.problem_type, text, question.answer))
+    told = question.problem_type, text, question.answer, rouge
+    return Scored(rewards.reward(*told))
   num_options = len(question.options) or 4
+  if rule == letters.OWN:
+    named = question_lib.LETTERS[:num_options]
+    letter, how = letters.read_own(text, named, question.options)
+    return of_letter(question, letter)._replace(read_by=how)
   letter = letters.extract(text, num_options=num_options, rule=rule)
   return of_letter(question, letter)
 

@@ -24,8 +24,8 @@ from cacovid_jax import base_config, errors
 from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.compressors import base
+from cacovid_jax.data import letters, video, wording
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.data import video, wording
 from cacovid_jax.inference import clip_queue
 from cacovid_jax.inference import engine as engine_lib
 from cacovid_jax.inference import methods as methods_lib
@@ -84,7 +84,7 @@ class Answerer(contextlib.ExitStack):
     num_frames: int | None = None,
     max_new_tokens: int = 64,
     dtype: str = "float32",
-    rule: str = "paper",
+    rule: str = letters.OWN,
     limits: video.Limits | None = None,
   ):
     """Loads the weights.
@@ -139,7 +139,7 @@ class Answerer(contextlib.ExitStack):
     self.experiment, self._limits, self._sources = experiment, limits, {}
     num_tokens = config.evals.max_new_tokens or _MAX_NEW_TOKENS
     self.settings = engine_lib.Settings(
-      config.data.num_frames, 1, num_tokens, config.evals.rule
+      config.data.num_frames, 1, num_tokens, config.evals.rule or letters.OWN
     )
     self.checkpoint = experiment.checkpoint
     self.policies = experiment.policies
@@ -270,6 +270,13 @@ def as_question(
       f"prompt style {style!r}: give {' or '.join(map(repr, STYLES))}"
     )
   options = tuple(option.strip() for option in options)
+  for told in (text, *options):
+    # Bytes of a command line that are no UTF-8 come as half surrogate pairs.
+    if any("\ud800" <= letter <= "\udfff" for letter in told):
+      raise errors.UserError(
+        f"{told[:40]!r} is not UTF-8; give question and options in a UTF-8"
+        " terminal or locale"
+      )
   if options and (len(options) < 2 or not all(options)):
     raise errors.UserError(
       f"options {', '.join(map(repr, options))}: give at least two, none of"

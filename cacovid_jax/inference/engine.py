@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from cacovid_jax import errors
 from cacovid_jax.compressors import base
-from cacovid_jax.data import letters
+from cacovid_jax.data import letters, rewards
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.inference import batch as batch_lib
 from cacovid_jax.inference import methods as methods_lib
@@ -36,6 +36,7 @@ class Settings:
   batch_size: int = 8
   max_new_tokens: int = 16
   rule: str = "paper"  # How letters are taken from answers, see `data.letters`.
+  rouge: str = rewards.UNICODE  # Of free-form answers; see `data.rewards`.
 
   @property
   def identity(self) -> dict[str, Any]:
@@ -50,6 +51,7 @@ class Settings:
         raise errors.UserError(
           f"evals.{field}={getattr(self, field)} must be at least 1"
         )
+    rewards.check_words(self.rouge)
     if self.rule not in letters.EXTRACTORS:
       raise errors.UserError(
         f"evals.rule={self.rule!r}: use {' or '.join(letters.EXTRACTORS)}"
@@ -203,7 +205,12 @@ class Engine:
     text, letter = self.decode(ids)[0], ""
     if question.lettered:
       count = len(question.options) or 4
-      letter = letters.extract(text, num_options=count, rule=self.settings.rule)
+      letter = letters.extract(
+        text,
+        num_options=count,
+        rule=self.settings.rule,
+        options=question.options,
+      )
     return AnswerResult(condition.label, condition.ratio, text, letter, trace)
 
   def kept(self, questions, conditions) -> dict[str, list]:

@@ -36,6 +36,12 @@ identity = safetensors_io.identity
 POLICY_PREFIX = "compression_policy."
 
 _READABLE = ("F16", "BF16", "F32", "F64")
+_COMPARED_ROWS = 4096  # Of two tables, at a time.
+# Ends of names of buffers that old writers kept: they follow from config.json.
+_BUFFERS = (
+  "rotary_emb.inv_freq", "rotary_pos_emb.inv_freq", "rotary_emb.cos_cached",
+  "rotary_emb.sin_cached", "embeddings.position_ids",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +141,9 @@ def load_params(directory, config, dtype=jnp.float32, *, mesh=None):
   one. `dtype` None keeps the files' own. Tensors that are missing, unknown,
   misshaped or not floating point are a UserError that lists their names.
   """
-  sources, shapes, _ = _plan(directory, config, dtype)
+  sources, shapes, extra = _plan(directory, config, dtype)
+  if head := extra.get(_family(config).HEAD):
+    _check_tied(directory, head, sources)
   shardings = None
   if mesh is not None:
     # A flat dict of paths is a tree, too.
@@ -160,6 +168,8 @@ def _plan(directory, config, dtype=None):
   problems = {kind: [] for kind in kinds}
   for tensor in safetensors_io.list_directory(directory):
     name = module.hub_name(tensor.name)
+    if tensor.name.endswith(_BUFFERS):
+      continue
     if name.startswith(unused) and name not in extra:
       extra[name] = tensor
       continue
@@ -189,6 +199,27 @@ def _plan(directory, config, dtype=None):
   of = jax.ShapeDtypeStruct
   shapes = {path: of(x, stored[path]) for path, x in _shapes(config).items()}
   return sources, shapes, extra
+
+
+def _check_tied(directory, head, sources):
+  """Refuses an output table that is another than the embeddings it is tied to.
+
+  config.json says that they are one, and the files hold two: which one answers
+  are to be computed with, nobody can know.
+  """
+  leaf = "language_model/embed_tokens"
+  (table,) = [source.tensor for source in sources if source.leaf == leaf]
+  if (head.shape, head.code) == (table.shape, table.code):
+    tables = head.view(), table.view()
+    starts = range(0, head.shape[0], _COMPARED_ROWS)
+    pieces = [[x[i : i + _COMPARED_ROWS] for x in tables] for i in starts]
+    if all(np.array_equal(a.view("u1"), b.view("u1")) for a, b in pieces):
+      return
+  raise errors.UserError(
+    f"{directory}: config.json ties the output table to the embeddings, and"
+    f" {head.name} is not {table.name}; set tie_word_embeddings to false to use"
+    " it, or leave it out of the files"
+  )
 
 
 def load(directory, dtype=jnp.float32, *, mesh=None, backend="auto"):

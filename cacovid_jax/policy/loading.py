@@ -20,6 +20,7 @@ not apply). Parameters under a top-level name `layer` are trained with the lower
 rate of pretrained weights, all others with that of the heads.
 """
 
+import contextlib
 import dataclasses
 import inspect
 import logging
@@ -39,6 +40,8 @@ from cacovid_jax import config_limits, errors, extensions, files, schema
 from cacovid_jax.models import checkpoints, safetensors_io
 from cacovid_jax.policy import network
 
+CONFIG = "policy_config.json"
+_log = logging.getLogger(__name__)
 _ENTRY_POINTS = ("from_llm_config", "init_from_llm", "__call__")
 
 
@@ -51,6 +54,7 @@ class _Described(msgspec.Struct):
 
   policy: dict = {}
   base_model: _BaseModel = msgspec.field(default_factory=_BaseModel)
+  weights_sha256: dict[str, list[str]] = {}
   module_sha256: str | None = None
 
 
@@ -113,7 +117,7 @@ def load_policy(spec: str | os.PathLike, checkpoint) -> LoadedPolicy:
       f"there is no policy in {path}; give the workdir of a finished training"
       " run, or a .safetensors file"
     )
-  config = (file if file.is_dir() else file.parent) / "policy_config.json"
+  config = (file if file.is_dir() else file.parent) / CONFIG
   described = _Described()
   if config.is_file():
     described = schema.read(config, _Described)
@@ -138,16 +142,13 @@ def load_policy(spec: str | os.PathLike, checkpoint) -> LoadedPolicy:
   # The dtype of the base model here, not of the accelerator it was trained on.
   llm, dtype = checkpoint.model.config.text, checkpoint.model.dtype
   policy, digest = make_policy(llm, options, where=config, dtype=dtype)
+  identity = _identity(file, described.weights_sha256)
   before = described.module_sha256
   if digest and before not in (None, digest):
-    logging.getLogger(__name__).warning(
+    _log.warning(
       f"policy {path} was trained with another text of {options['module']}:"
       f" sha256 {before:.12}, now {digest:.12}"
     )
-  if file.is_file():
-    identity = files.sha256(file)
-  else:
-    identity = checkpoints.identity(os.fspath(file))["sha256"]
   return LoadedPolicy(policy, load(file, policy), identity)
 
 
@@ -169,6 +170,23 @@ def _find_policy(path: pathlib.Path) -> pathlib.Path | None:
   found = next(filter(pathlib.Path.is_file, (path, *inside)), None)
   # The public release keeps it among the base model's weights.
   return found or (path if _released(path) else None)
+
+
+def _identity(file: pathlib.Path, known: dict[str, list[str]]) -> str:
+  """Returns the sha256 of a policy's weights, compared with the recorded."""
+  if not file.is_file():
+    return checkpoints.identity(os.fspath(file))["sha256"]
+  found = files.sha256(file)
+  recorded = known.get(file.name)
+  if recorded is None:
+    _log.info(f"{file}: read unverified, no sha256 of it is recorded beside it")
+  elif found not in recorded:
+    raise errors.UserError(
+      f"{file} is not what training wrote: its sha256 {found:.12} is not among"
+      " weights_sha256 of the policy_config.json beside it; copy the folder"
+      " again, or export it again by resuming the run"
+    )
+  return found
 
 
 def _num_halvings(file: pathlib.Path) -> int:
@@ -195,6 +213,23 @@ def save(path, policy, params, dtype=np.float32):
     flat = traverse_util.flatten_dict(params, sep="/")
     tensors = {key: np.asarray(leaf) for key, leaf in flat.items()}
   safetensors_io.write_safetensors(path, tensors)
+
+
+def export(path: pathlib.Path, policy, params, described) -> None:
+  """Writes weights, and beside them a policy_config.json with their sha256.
+
+  The config comes first and lists the earlier files' sha256, too: whenever a
+  kill comes, the weights that are there are among those listed.
+  """
+  path.parent.mkdir(parents=True, exist_ok=True)
+  config, known = path.parent / CONFIG, {}
+  with contextlib.suppress(errors.UserError):  # None, or one to write anew.
+    known = schema.read(config, _Described).weights_sha256
+  with files.replacing(path) as partial:
+    save(partial, policy, params)
+    digests = dict.fromkeys([files.sha256(partial), *known.get(path.name, [])])
+    known = {**known, path.name: list(digests)[:3]}
+    files.write_json(config, {**described, "weights_sha256": known})
 
 
 def load(path, policy, params=None):

@@ -23,11 +23,10 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import rich.console
 import rich.table
 from jax.sharding import Mesh
 
-from cacovid_jax import command, errors, files
+from cacovid_jax import command, errors, files, terminal
 from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax import progress as progress_lib
@@ -155,7 +154,10 @@ def ask(
 
 
 def right(
-  question: question_lib.Question, text: str, threshold: float = 1.0
+  question: question_lib.Question,
+  text: str,
+  threshold: float = 1.0,
+  rouge: str = rewards_lib.UNICODE,
 ) -> bool:
   """Returns whether an answer is the right text, or earns its reward.
 
@@ -165,7 +167,9 @@ def right(
   said = question_lib.extract_answer(text).strip()
   if said and said == question.answer:
     return True
-  reward = rewards_lib.reward(question.problem_type, text, question.answer)
+  reward = rewards_lib.reward(
+    question.problem_type, text, question.answer, rouge
+  )
   return reward >= threshold - _TOLERANCE
 
 
@@ -286,15 +290,15 @@ def _filter(config, stem: str) -> None:
   """Filters rows; what is written besides --out begins by `stem`."""
   data, out = config.data, config.blind.out
   media = os.path.join(data.root, data.media) or None
+  rewards_lib.check_words(config.rouge)
   names = [field.name for field in dataclasses.fields(BlindSettings)]
   settings = BlindSettings(**{name: config.blind[name] for name in names})
   questions, unreachable, left_out = rows_lib.read(config, media)
   missing = sorted({question.video for question in unreachable})
   if missing:
-    print(
+    terminal.tell(
       f"left out {len(unreachable)} questions about {len(missing)} missing"
-      f" clips, first: {', '.join(missing[:5])}",
-      flush=True,
+      f" clips, first: {', '.join(missing[:5])}"
     )
   if config.blind.num_questions > 0:
     questions = questions[: config.blind.num_questions]
@@ -305,7 +309,7 @@ def _filter(config, stem: str) -> None:
   kept = [
     question
     for question, text in zip(questions, texts, strict=True)
-    if not right(question, text, settings.threshold)
+    if not right(question, text, settings.threshold, config.rouge)
   ]
   write(out, kept)
   by_source = table(questions, kept, left_out.images, unreachable)
@@ -314,13 +318,14 @@ def _filter(config, stem: str) -> None:
     "bad_rows": [str(bad) for bad in left_out.bad_rows],
     "missing_clips": missing,
     "threshold": settings.threshold,
+    "rouge": config.rouge,
     "limit": config.blind.num_questions,
     "base_model": checkpoint.identity["sha256"],
   }
   files.write_json(f"{stem}.report.json", report)
   _show(by_source, len(left_out.bad_rows))
   for name in (out, f"{stem}.report.json", log):
-    print(name)
+    terminal.tell(name)
 
 
 def _stem(out: str, train) -> str:
@@ -337,9 +342,7 @@ def _stem(out: str, train) -> str:
 
 
 def _show(rows, num_bad: int) -> None:
-  console = rich.console.Console()
-  if not console.is_terminal:
-    console = rich.console.Console(width=120)
+  console = terminal.Console()
   shown = rich.table.Table(title="questions by source")
   for name in rows[0]:
     side = "left" if name in ("source", "problem_type") else "right"

@@ -23,7 +23,7 @@ import pathlib
 import shutil
 from collections.abc import Iterator, Sequence
 
-from cacovid_jax import command, errors, files
+from cacovid_jax import command, errors, files, terminal
 from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax import progress as progress_lib
@@ -236,12 +236,12 @@ def _encode(config, training: bool, shard) -> None:
     num_threads=config.data.num_threads,
     rejected=left_out.RejectedClips(batches.rejected_path(directory)),
   )
-  print(
+  terminal.tell(
     f"{directory}: {report.num_clips} clips, {report.num_present} were there,"
     f" {report.num_encoded} encoded, {len(report.failed)} cannot be used"
   )
   for name, reason in list(report.failed.items())[:10]:
-    print(f"  {name}: {reason.replace('_', ' ')}")
+    terminal.tell(f"  {name}: {reason.replace('_', ' ')}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ themselves. The same command again writes nothing.
 
 import os
 
-from cacovid_jax import command
+from cacovid_jax import command, terminal
 from cacovid_jax import progress as progress_lib
 from cacovid_jax.data import tfds as tfds_lib
 from cacovid_jax.preparation import rows as rows_lib
@@ -51,15 +51,15 @@ def main(args):
       on_row=bar.update,
     )
   missing = sorted({row.video for row in others})
-  print(
+  terminal.tell(
     f"{os.fspath(builder.data_dir)}: {len(present)} questions; left out"
     f" {report.num_images} image rows, {len(report.bad_rows)} malformed rows,"
     f" {len(others)} rows about {len(missing)} missing clips"
   )
   for bad in report.bad_rows[:10]:
-    print(f"  {bad}")
+    terminal.tell(f"  {bad}")
   for name in missing[:10]:
-    print(f"  missing: {name}")
+    terminal.tell(f"  missing: {name}")
 
 
 if __name__ == "__main__":

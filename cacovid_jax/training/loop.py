@@ -285,8 +285,6 @@ class _Saver:
     """Writes the policy as safetensors under the public names."""
     path = self._policy / name
     if jax.process_index() == 0:
-      self._policy.mkdir(parents=True, exist_ok=True)
-      loading.save(path, self._run.config.policy, params)
       described = {
         **self._run.described_policy,
         "base_model": self._run.base_model,
@@ -295,7 +293,7 @@ class _Saver:
         "config_hash": self._hash,
         "steps": step,
       }
-      files.write_json(self._policy / "policy_config.json", described)
+      loading.export(path, self._run.config.policy, params, described)
     return path
 
 

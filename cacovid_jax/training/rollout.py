@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cacovid_jax import errors
+from cacovid_jax.data import rewards
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,8 +25,10 @@ class RolloutConfig:
   # A name of `REWARDS`, or a function of one's own (`training.seams`).
   reward: str | Callable = "accuracy"
   marking: str = "auto"  # Where answers are marked: device, host or auto.
+  rouge: str = rewards.UNICODE  # See `rewards.reward`.
 
   def __post_init__(self):
+    rewards.check_words(self.rouge)
     if isinstance(self.reward, str) and self.reward not in REWARDS:
       raise errors.UserError(
         f"rollout.reward={self.reward!r}: choose one of {tuple(REWARDS)}, or"

@@ -64,7 +64,9 @@ def load(config) -> Seams:
     answers["reward"] = _make(config, "rollout", None, code)
   else:
     extensions.fitting(rollout.RolloutConfig, "rollout", config.rollout)
-  found = Seams(sampler, loss, rollout.RolloutConfig(**answers), code)
+  found = Seams(
+    sampler, loss, rollout.RolloutConfig(**answers, rouge=config.rouge), code
+  )
   # The bounds at which the ratio moves would mean nothing.
   if config.ratio.adaptive and found.rollout.graded:
     raise errors.UserError(
@@ -181,7 +183,9 @@ def _check_reward(questions, name, config):
 def host_reward(config, question, texts: Sequence[str]) -> np.ndarray:
   """Returns f32[G] rewards of the answers to ONE question."""
   if isinstance(config.reward, str):
-    return rewards_lib.rewards(question.problem_type, texts, question.answer)
+    return rewards_lib.rewards(
+      question.problem_type, texts, question.answer, config.rouge
+    )
   rewards = np.asarray(config.function(question, list(texts)))
   if rewards.shape != (len(texts),) or rewards.dtype.kind not in "biuf":
     raise errors.UserError(

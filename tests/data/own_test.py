@@ -163,6 +163,66 @@ def test_a_bad_row_is_named_or_listed(tmp_path, row, field, reason):
   assert [(bad.row, bad.field) for bad in report.bad_rows] == [(2, field)]
 
 
+@pytest.mark.parametrize(
+  ("options", "answer", "texts", "letter"),
+  [
+    # As in a file that was handled wrongly: numbers are texts.
+    ([1, 2, 3], 2, ("1", "2", "3"), "B"),
+    ([1, 2, 3], "2", ("1", "2", "3"), "B"),
+    ([1.5, -2, 1e3], 1000.0, ("1.5", "-2", "1000.0"), "C"),
+    (["one", 2], "A", ("one", "2"), "A"),
+    # Letters of other scripts, and the answers in them.
+    (["А. кот", "Б. пёс"], "Б", ("кот", "пёс"), "B"),
+    (["А. кот", "Б. пёс"], "B", ("кот", "пёс"), "B"),
+    (["Ａ．猫", "Ｂ．犬"], "Ｂ", ("猫", "犬"), "B"),
+    (["① 猫", "② 犬"], "②", ("猫", "犬"), "B"),
+    (["① 猫", "② 犬"], 2, ("猫", "犬"), "B"),
+    (["(क) बिल्ली", "(ख) कुत्ता"], "(ख)", ("बिल्ली", "कुत्ता"), "B"),
+    (["أ. قطة", "ب. كلب"], "ب", ("قطة", "كلب"), "B"),
+    (["a) cat", "b) dog"], "b", ("cat", "dog"), "B"),
+    (["cat", "dog"], "ｂ", ("cat", "dog"), "B"),
+  ],
+)
+def test_options_that_are_numbers_or_carry_letters(
+  tmp_path, options, answer, texts, letter
+):
+  row = {"video": "a.mp4", "question": "?", "options": options}
+  text = json.dumps([{**row, "answer": answer}])
+  (got,) = readers.read_own(folder(tmp_path, text, "questions.json"))
+  assert (got.options, got.answer) == (texts, letter)
+  lines = [f"{x}. {y}" for x, y in zip("ABC", texts, strict=False)]
+  assert got.prompt == "\n".join(["?", *lines]) + HINT
+
+
+def test_numbers_in_columns_of_json(tmp_path):
+  row = {"video": "a.mp4", "question": "?", "answer": 4}
+  text = json.dumps([{**row, "option_a": 3, "option_b": 4}])
+  (got,) = readers.read_own(folder(tmp_path, text, "questions.json"))
+  assert (got.options, got.answer) == (("3", "4"), "B")
+
+
+@pytest.mark.parametrize(
+  ("options", "answer", "reason"),
+  [
+    ([True, False], "A", "True is not a text"),
+    ([1, None], "A", "None is not a text"),
+    ([1, [2]], "A", r"\[2\] is not a text"),
+    ([1, float("nan")], "A", "nan is not a text"),
+    ([1, float("inf")], "A", "inf is not a text"),
+    ([1, 2], True, "a text is needed, not bool"),
+    ([1, 2], 3, "neither one of the letters AB nor"),
+    # 2 is the first option, and the number of the second.
+    (["1. 2", "2. 1"], 2, "stands for several options: B, A"),
+    (["cat", "dog"], "Б", "neither one of the letters AB nor"),
+  ],
+)
+def test_options_that_are_no_texts(tmp_path, options, answer, reason):
+  row = {"video": "a.mp4", "question": "?", "options": options}
+  text = json.dumps([{**row, "answer": answer}])
+  with pytest.raises(errors.UserError, match=f"row 1.*{reason}"):
+    readers.read_own(folder(tmp_path, text, "questions.json"))
+
+
 def test_ids_occur_once(tmp_path):
   text = "id,video,question,answer\n1,a.mp4,?,x\n1,b.mp4,?,y\n"
   with pytest.raises(errors.UserError, match="row 2.*'1' occurs twice"):

@@ -10,6 +10,7 @@ import pytest
 from cacovid_jax import errors
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import readers, wording
+from cacovid_jax.data.readers import validation
 
 HINT = wording.HINTS["multiple choice"]
 R1 = {
@@ -320,6 +321,46 @@ def test_missing_clips_are_listed_with_their_questions(tmp_path):
   # Where no clip is left, nothing can be skipped.
   with pytest.raises(errors.UserError, match="2 of 2 clips"):
     readers.find_missing(names[1:], tmp_path, on_missing="skip")
+
+
+def test_a_link_that_leaves_the_root_is_refused_and_not_called_missing(
+  tmp_path,
+):
+  (tmp_path / "secret.mp4").write_bytes(b"x")
+  root = tmp_path / "root"
+  root.mkdir()
+  (root / "a.mp4").symlink_to(tmp_path / "secret.mp4")
+  (root / "here.mp4").write_bytes(b"x")
+  (root / "link.mp4").symlink_to("here.mp4")
+  names = ["0.mp4", "a.mp4", "here.mp4", "link.mp4"]
+  assert readers.find_missing(names, root) == {"0.mp4": 1, "a.mp4": 1}
+  message = (
+    r"first: a.mp4 \(refused: it leads out of the media root\), 0.mp4; download"
+  )
+  with pytest.raises(errors.UserError, match=message):
+    readers.find_missing(names, root, on_missing="raise")
+
+
+@pytest.mark.parametrize("there", ["root/other/deep", "beside"])
+def test_a_clip_in_another_folder_is_a_hint(tmp_path, there):
+  (tmp_path / "root").mkdir()
+  (tmp_path / there).mkdir(parents=True)
+  (tmp_path / there / "b.mp4").write_bytes(b"x")
+  with pytest.raises(errors.UserError) as error:
+    readers.find_missing(
+      ["a.mp4", "b.mp4"], tmp_path / "root", on_missing="raise"
+    )
+  assert f" b.mp4 (there is {tmp_path / there}/b.mp4); download" in str(
+    error.value
+  )
+
+
+def test_the_look_into_other_folders_ends(tmp_path, monkeypatch):
+  (tmp_path / "root" / "far").mkdir(parents=True)
+  (tmp_path / "root" / "far" / "b.mp4").write_bytes(b"x")
+  monkeypatch.setattr(validation, "MAX_LOOKED_AT", 0)
+  with pytest.raises(errors.UserError, match="first: b.mp4; download"):
+    readers.find_missing(["b.mp4"], tmp_path / "root", on_missing="raise")
 
 
 def _damage(data: bytes, rng) -> bytes:

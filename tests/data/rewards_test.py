@@ -2,10 +2,13 @@
 
 import functools
 import random
+import unicodedata
 
 import numpy as np
 import pytest
+from rouge_score import rouge_scorer
 
+from cacovid_jax import errors
 from cacovid_jax.data import rewards as rewards_lib
 
 CHOICE, NUMBER, OCR = "multiple choice", "numerical", "OCR"
@@ -146,6 +149,82 @@ def test_free_form_equals_an_independent_rouge():
     )
     got = rewards_lib.reward(FREE, " ".join(first), " ".join(second))
     assert got == pytest.approx(expected)
+
+
+SCRIPTS = [
+  "他把鸡蛋打进碗里",
+  "彼は卵を割ってボウルに入れる",
+  "그는 달걀을 그릇에 깨 넣는다",
+  "Он разбивает яйцо в миску",
+  "वह कटोरे में अंडा फोड़ता है",
+  "هو يكسر البيضة في الوعاء",
+  "הוא שובר ביצה לקערה",
+  "เขาตอกไข่ใส่ชาม",
+  "Σπάει το αυγό στο μπολ",
+  "Он кладёт 2 яйца (свежих) в миску №3!",
+  "Er schlägt zwölf Eier in die Schüssel",
+]
+
+
+@pytest.mark.parametrize("text", SCRIPTS)
+def test_every_script_against_itself_and_against_another(text):
+  assert rewards_lib.reward(FREE, text, text) == 1.0
+  assert rewards_lib.reward(FREE, text.upper(), text.casefold()) == 1.0
+  wide = unicodedata.normalize("NFD", text)
+  assert rewards_lib.reward(FREE, wide, text) == pytest.approx(1.0)
+  assert rewards_lib.reward(FREE, "the cat sat", text) == 0.0
+  others = [other for other in SCRIPTS if other[:2] != text[:2]]
+  for other in others:
+    assert rewards_lib.reward(FREE, other, text) < 1.0
+  if "№" not in text and "ü" not in text:
+    assert rewards_lib.reward(FREE, text, text, "public") == 0.0
+
+
+@pytest.mark.parametrize(
+  ("first", "second", "words", "expected"),
+  [
+    # 3 of 4 characters, 2 of 3 pairs; by hand: (6/8 + 4/6 + 6/8) / 3.
+    ("打碎鸡蛋", "打碎鸡头", 4, (6 / 8 + 4 / 6 + 6 / 8) / 3),
+    # Words of a script with spaces are not cut: 1 of 2 words, no pair.
+    ("красный кот", "красные кот", 2, (1 / 2 + 0 + 1 / 2) / 3),
+    ("लाल बिल्ली", "लाल कुत्ता", 2, (1 / 2 + 0 + 1 / 2) / 3),
+    ("ＡＢＣ　１２", "abc 12", 2, 1.0),
+    ("naïve café", "na ve caf", 2, 0.0),
+  ],
+)
+def test_words_of_scripts(first, second, words, expected):
+  assert len(rewards_lib.words_of(first)) == words
+  assert rewards_lib.reward(FREE, first, second) == pytest.approx(expected)
+
+
+def test_ascii_texts_score_as_the_library_does():
+  rng = random.Random(1)
+  words = (
+    "The cats were running, quickly! it's 3.5 e-mail_x CAT don't A".split()
+  )
+  texts = [" ".join(rng.choices(words, k=rng.randrange(9))) for _ in range(80)]
+  texts += ["".join(map(chr, range(128))), "", "_", "..."]
+  for first, second in zip(texts, texts[1:], strict=False):
+    both = [
+      rewards_lib.reward(FREE, first, second, words)
+      for words in rewards_lib.WORDS
+    ]
+    assert both[0] == both[1]
+
+
+def test_public_words_are_those_of_the_library():
+  scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], True)
+  for first, second in [("naïve café", "na ve caf"), ("漢 ab cd", "ab cd")]:
+    found = scorer.score(second, first).values()
+    expected = sum(x.fmeasure for x in found) / 3
+    got = rewards_lib.reward(FREE, first, second, "public")
+    assert got == pytest.approx(expected)
+  assert rewards_lib.rewards(FREE, ["漢字"], "漢字", "public") == [0.0]
+
+
+def test_words_of_another_name_are_refused():
+  with pytest.raises(errors.UserError, match="rouge='ascii': use unicode or"):
+    rewards_lib.check_words("ascii")
 
 
 def test_arbitrary_text_never_raises_and_stays_in_range():

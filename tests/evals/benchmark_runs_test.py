@@ -3,9 +3,8 @@
 import json
 
 import pytest
-import rich.console
 
-from cacovid_jax import errors, evaluate
+from cacovid_jax import errors, evaluate, terminal
 from cacovid_jax.evals import benchmarks, evaluation
 from cacovid_jax.inference import prompts as prompts_lib
 from tests.data import benchmark_files
@@ -147,7 +146,7 @@ def test_what_is_left_out_is_listed_and_printed(request_of, tmp_path):
     }
   ]
   assert len(out["left_out"]["not_there"]) == 18
-  console = rich.console.Console(width=300, record=True)
+  console = terminal.Console(width=300, record=True)
   with console.capture() as captured:
     evaluation.show(out, console)
   printed = captured.get()

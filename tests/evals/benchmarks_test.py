@@ -2,11 +2,13 @@
 
 import pathlib
 import re
+import types
 
 import pytest
 
-from cacovid_jax import errors
-from cacovid_jax.evals import benchmarks
+from cacovid_jax import base_config, errors
+from cacovid_jax import config as config_lib
+from cacovid_jax.evals import benchmarks, evaluation
 from tests.data import benchmark_files
 
 CASES = [
@@ -48,7 +50,27 @@ def test_a_right_answer_counts_under_both_rules(written):
   for question in found.questions:
     for rule in ("paper", "lmms-0.7.3"):
       scored = found.task.score(question, question.answer, rule=rule)
-      assert scored == (1.0, question.answer, False)
+      assert scored == (1.0, question.answer, False, "")
+
+
+def test_the_rules_that_a_config_leaves_to_the_benchmark():
+  config = base_config.get_config()
+
+  def settings(**changes):
+    changed = config_lib.replace(config, changes)
+    return evaluation.settings(types.SimpleNamespace(config=changed))
+
+  for name in benchmarks.names():
+    found = settings(**{"evals.benchmark": name})
+    assert found.rule == ("own" if name == "own" else "paper")
+    assert found.rouge == "unicode"
+  found = settings(**{"evals.benchmark": "own", "evals.rule": "paper"})
+  assert found.rule == "paper"
+  assert settings(rouge="public").rouge == "public"
+  with pytest.raises(errors.UserError, match="evals.rule='x': use paper or"):
+    settings(**{"evals.rule": "x"})
+  with pytest.raises(errors.UserError, match="rouge='x': use unicode or"):
+    settings(rouge="x")
 
 
 def test_prompts_in_the_style_of_training(written):

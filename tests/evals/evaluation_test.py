@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from cacovid_jax import base_config, errors, evaluate, files
+from cacovid_jax import base_config, errors, evaluate, files, terminal
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.evals import evaluation
 from tests.evals import report_test, tiny
@@ -119,7 +119,7 @@ def test_candidates_that_cannot_be_run_are_not_chosen(request_of, tmp_path):
   assert "layer 7 does not exist" in out["methods"]["c"]["0.10"]["status"]
   page = (tmp_path / "report.html").read_text()
   assert "layer 7 does not exist" in page and page.count("<article") == 1
-  console = evaluation.rich.console.Console(width=200, record=True)
+  console = terminal.Console(width=200, record=True)
   with console.capture() as captured:
     evaluation.show(out, console)
   assert "layer 7" in captured.get()
@@ -298,7 +298,7 @@ def test_another_policy_needs_another_workdir(
 
 
 def test_the_table_names_every_row(finished):
-  console = evaluation.rich.console.Console(width=100, record=True)
+  console = terminal.Console(width=100, record=True)
   with console.capture() as captured:
     evaluation.show(finished[1], console)
   text = captured.get()

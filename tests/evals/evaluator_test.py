@@ -1,5 +1,6 @@
 """The evaluator on a tiny random model and real mp4 files."""
 
+import copy
 import dataclasses
 import json
 import pathlib
@@ -811,6 +812,38 @@ def test_rows_of_one_spec_are_asked_once():
   keys = {cell.key("q") for cell in asked}
   for method in methods:
     assert methods_lib.Condition(method, 0.2, 0).key("q") in keys
+
+
+def test_free_form_answers_belong_to_the_words_that_they_are_scored_by(shared):
+  benchmark, evaluator = shared
+  first, *rest = benchmark.questions
+  assert "rouge" not in evaluator.identity(benchmark.questions)
+  text = "打碎鸡蛋"
+  asked = dataclasses.replace(
+    first, problem_type=question_lib.FREE_FORM, options=(), answer=text
+  )
+  scores = {}
+  for rouge in ("unicode", "public"):
+    changed = copy.copy(evaluator.engine)
+    changed.settings = dataclasses.replace(SETTINGS, rouge=rouge)
+    other = evaluator_lib.Evaluator(changed)
+    assert other.identity([asked, *rest])["rouge"] == rouge
+    scores[rouge] = other._record(asked, text, "")["score"]
+  assert scores == {"unicode": 1.0, "public": 0.0}
+
+
+def test_a_record_says_by_what_an_answer_was_read(shared):
+  benchmark, evaluator = shared
+  question = dataclasses.replace(
+    benchmark.questions[0], options=("red", "blue"), answer="B"
+  )
+  changed = copy.copy(evaluator.engine)
+  changed.settings = dataclasses.replace(SETTINGS, rule="own")
+  other = evaluator_lib.Evaluator(changed)
+  found = other._record(question, "Answer: B", "")
+  assert (found["letter"], found["score"]) == ("B", 1.0)
+  assert found["read_by"] == "named"
+  assert "read_by" not in evaluator._record(question, "Answer: B", "")
 
 
 def test_a_log_names_a_run_by_words_that_do_not_follow_the_code():

@@ -96,6 +96,7 @@ def test_the_guides_commands_train_and_evaluate(folder):
   assert (found["benchmark"], found["split"]) == ("own", "test")
   # The free-form row of the guide and the one that was added.
   assert found["vanilla"]["n"] == 2 and found["num_clips"] == 2
+  assert (found["rule"], found["rouge"]) == ("own", "unicode")
   assert set(found["vanilla"]["by_category"]) == {"order", "text"}
   assert found["methods"]["cacovid"]["0.10"]["status"] == "ok"
   assert (workdir / "report.html").exists()

@@ -247,6 +247,49 @@ class CheckpointsTest(parameterized.TestCase):
     self.assertEqual(loaded.model.config, TIED)
     _assert_equal(loaded.params, _params(TIED))
 
+  @parameterized.parameters(
+    ("language_model.lm_head.weight", 0), ("lm_head.weight", 5000)
+  )
+  def test_a_head_that_is_not_the_tied_embeddings_is_refused(self, name, place):
+    tensors = self._save(TIED)
+    table = tensors["language_model.model.embed_tokens.weight"]
+    other = table.copy()
+    other.reshape(-1)[place % other.size] += 1
+    for head in (other, table[:-1], table.astype(np.float16)):
+      self._write(tensors | {name: head})
+      with self.assertRaisesRegex(
+        errors.UserError, f"ties.*{name} is not .*tie_word_embeddings to false"
+      ):
+        checkpoints.load(self.directory)
+    # As it asks for: then the head is what is used.
+    self._write(tensors | {name: other})
+    path = pathlib.Path(self.directory, "config.json")
+    path.write_text(
+      path.read_text().replace('embeddings": true', 'embeddings": false')
+    )
+    loaded = checkpoints.load(self.directory)
+    np.testing.assert_array_equal(
+      loaded.params["language_model"]["lm_head"], other
+    )
+
+  @parameterized.parameters((CONFIG,), (QWEN,))
+  def test_buffers_of_old_writers_are_ignored_by_name(self, config):
+    tensors = self._save(config)
+    buffers = {
+      "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32),
+      "language_model.model.rotary_emb.inv_freq": np.ones(4, np.float32),
+      "visual.rotary_pos_emb.inv_freq": np.ones(4, np.float32),
+      "vision_tower.vision_model.embeddings.position_ids": np.arange(4)[None],
+    }
+    self._write(tensors | buffers)
+    loaded = checkpoints.load(self.directory)
+    _assert_equal(loaded.params, _params(config))
+    self.assertFalse(buffers.keys() & loaded.extra.keys())
+    # Of another name, a tensor is still unknown.
+    self._write(tensors | {"model.inv_freqs": np.ones(4, np.float32)})
+    with self.assertRaisesRegex(errors.UserError, "unknown model.inv_freqs"):
+      checkpoints.load(self.directory)
+
   def test_sharded_weights(self):
     tensors = self._save()
     whole = checkpoints.identity(self.directory)

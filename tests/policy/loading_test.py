@@ -5,13 +5,16 @@ import json
 import os
 import pathlib
 import shutil
+import sys
+from importlib import resources
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cacovid_jax import errors
+from cacovid_jax import base_config, command, errors, files
+from cacovid_jax import config as config_lib
 from cacovid_jax.models import checkpoints, qwen2, token_grid
 from cacovid_jax.policy import (
   loading,
@@ -174,6 +177,135 @@ def test_a_policy_of_another_base_model_is_refused(checkpoint, write):
     loading.load_policy(workdir, checkpoint)
 
 
+def test_weights_are_those_that_were_exported(checkpoint, tmp_path, caplog):
+  policy = loading.make_policy(
+    checkpoint.model.config.text, {"module": "", "num_halvings": 2}
+  )[0]
+  params = policy.init_from_llm(jax.random.key(0), checkpoint.params)
+  path = tmp_path / "run" / "policy.safetensors"
+  described = {"policy": {"module": "", "num_halvings": 2}}
+  caplog.set_level("INFO")
+  loading.export(path, policy, params, described)
+  config = json.loads((tmp_path / "run/policy_config.json").read_text())
+  digest = hashlib.sha256(path.read_bytes()).hexdigest()
+  assert config == {**described, "weights_sha256": {path.name: [digest]}}
+  loaded = loading.load_policy(tmp_path / "run", checkpoint)
+  assert loaded.identity == digest and not caplog.records
+  # Any bit of the tensors, of which the format itself checks none.
+  whole = path.read_bytes()
+  for place in (len(whole) // 2, len(whole) - 1):
+    damaged = bytearray(whole)
+    damaged[place] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(errors.UserError, match="is not what training wrote"):
+      loading.load_policy(path, checkpoint)
+  # Without a record it is read, and said so.
+  path.write_bytes(damaged)
+  (tmp_path / "run/policy_config.json").write_text(json.dumps(described))
+  loading.load_policy(path, checkpoint)
+  [record] = caplog.records
+  assert "read unverified, no sha256" in record.getMessage()
+
+
+def test_a_kill_between_config_and_weights_leaves_both_readable(
+  checkpoint, tmp_path, monkeypatch
+):
+  policy = loading.make_policy(
+    checkpoint.model.config.text, {"module": "", "num_halvings": 2}
+  )[0]
+  described = {"policy": {"module": "", "num_halvings": 2}}
+  path = tmp_path / "best.safetensors"
+  first, second = (
+    policy.init_from_llm(jax.random.key(seed), checkpoint.params)
+    for seed in (0, 1)
+  )
+  loading.export(path, policy, first, described)
+  before, write = path.read_bytes(), files.write_json
+
+  def killed(*given):
+    write(*given)
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(files, "write_json", killed)
+  for params in (second, second, first, second):
+    with pytest.raises(KeyboardInterrupt):
+      loading.export(path, policy, params, described)
+    assert path.read_bytes() == before
+    loading.load_policy(path, checkpoint)
+  monkeypatch.undo()
+  loading.export(path, policy, second, described)
+  assert path.read_bytes() != before
+  loading.load_policy(path, checkpoint)
+  # One that cannot be read is written anew.
+  (tmp_path / "policy_config.json").write_text("{")
+  loading.export(path, policy, second, described)
+  loading.load_policy(path, checkpoint)
+
+
+def test_the_shipped_policy_is_verified():
+  folder = resources.files("cacovid_jax") / "assets" / "policy"
+  described = json.loads((folder / "policy_config.json").read_text())
+  weights = (folder / "policy.safetensors").read_bytes()
+  digest = hashlib.sha256(weights).hexdigest()
+  assert described["weights_sha256"] == {"policy.safetensors": [digest]}
+
+
+# As in a folder that was downloaded: a module beside the file that names it.
+EVIL = """
+import pathlib
+pathlib.Path("PWNED").write_text("this module was run")
+"""
+EVIL_CONFIG = {
+  "policy": {
+    "backend": "auto",
+    "dtype": "float32",
+    "module": "downloaded.evil:Policy",
+    "num_halvings": 0,
+  },
+  "grid": [16, 7, 7],
+  "ratios": [0.05],
+  "steps": 12,
+}
+
+
+@pytest.mark.parametrize("place", ["policy", "config", "checkpoint", "workdir"])
+def test_a_downloaded_folder_runs_nothing(
+  checkpoint, checkpoint_dir, tmp_path, monkeypatch, place
+):
+  folder = tmp_path / "downloaded"
+  if place == "checkpoint":
+    shutil.copytree(checkpoint_dir, folder)
+  inner = folder / "policy" if place == "workdir" else folder
+  folder.mkdir(exist_ok=True)
+  tiny.write_policy(inner, checkpoint)
+  for where in (folder, inner):
+    (where / "evil.py").write_text(EVIL)
+    for name in ("policy_config.json", "config.json"):
+      if not (where / name).exists():
+        (where / name).write_text(json.dumps(EVIL_CONFIG))
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.syspath_prepend(str(tmp_path))
+  if place == "checkpoint":
+    checkpoint = checkpoints.load("downloaded")
+  calls = [lambda: loading.load_policy("downloaded", checkpoint)]
+  if place in ("config", "workdir"):
+    run = command.Command("", {}, config="required")
+    files_of = ["config.json", "policy_config.json"]
+    calls += [
+      lambda name=name: run.parse(["", f"--config=downloaded/{name}"])
+      for name in files_of
+      if (folder / name).exists()
+    ]
+  for call in calls:
+    with pytest.raises(errors.UserError, match="runs no code"):
+      call()
+  if place == "workdir":
+    with pytest.raises(errors.UserError, match="belongs to another config"):
+      config_lib.claim_workdir("downloaded", base_config.get_config())
+  assert not (tmp_path / "PWNED").exists()
+  assert "downloaded.evil" not in sys.modules
+
+
 OWN = """
 from cacovid_jax.policy import network
 class Mine(network.Policy):
@@ -284,6 +416,14 @@ def test_nor_does_one_beside_a_checkpoint(
     (
       {"base_model": {"sha256": 3}},
       "base_model.sha256 is 3; it must be",
+    ),
+    (
+      {"policy": {}, "weights_sha256": "a"},
+      "weights_sha256 is 'a'; it must be an object",
+    ),
+    (
+      {"weights_sha256": {"policy.safetensors": "a"}},
+      "is not what training wrote",
     ),
     (
       {"policy": {}, "module_sha256": 3},

@@ -6,13 +6,13 @@ questions are scored on a public server only.
 
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import wording
-from cacovid_jax.data.readers import tables, validation
+from cacovid_jax.data.readers import option_letters, tables, validation
 
 
 def _question(row: validation.Row) -> question_lib.Question:
   question = row.text("question")
   given = row.choices("option", most=5)
-  options = validation.lettered(given, "option")
+  options = option_letters.lettered(given, "option")
   return question_lib.Question(
     id=row.identity("question_idx"),
     video=row.clip("video_idx"),

@@ -11,7 +11,7 @@ import re
 
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import wording
-from cacovid_jax.data.readers import tables, validation
+from cacovid_jax.data.readers import option_letters, tables, validation
 
 DEV_TYPES = tuple(
   "plotQA needle ego count order anomaly_reco topic_reasoning".split()
@@ -60,7 +60,7 @@ def _question(
   else:  # The question holds its options.
     options, field = row.entry.get("candidates"), "candidates"
     if not isinstance(options, list):
-      options, field = validation.inline_options(shown), "question"
+      options, field = option_letters.inline_options(shown), "question"
     options = validation.check_choices(options, field, most_options)
     question = _FIRST_OPTION.split(shown, maxsplit=1)[0]
     place = row.clip("video_name")
@@ -82,9 +82,9 @@ def _question(
 def _answer(answer: str, options, *, by_text: bool) -> str:
   """Returns the letter of an answer that is a letter, or an option's text."""
   if by_text and answer in options:
-    return validation.letter_of(answer, options, "answer")
+    return option_letters.letter_of(answer, options, "answer")
   if len(answer.strip().strip("().")) == 1:
-    return validation.letter(answer, options, "answer")
+    return option_letters.letter(answer, options, "answer")
   raise validation.RowError("answer", f"{answer[:40]!r} is none of the options")
 
 

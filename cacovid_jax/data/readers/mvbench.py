@@ -10,7 +10,7 @@ import pathlib
 from cacovid_jax import errors
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import wording
-from cacovid_jax.data.readers import tables, validation
+from cacovid_jax.data.readers import option_letters, tables, validation
 
 _STAR = "star/Charades_segment"
 _CLEVRER = "clevrer/video_validation"
@@ -79,7 +79,7 @@ def _question(row: validation.Row) -> question_lib.Question:
     video=row.clip("video", *patterns),
     question=question,
     options=tuple(options),
-    answer=validation.letter_of(answer, options, "answer"),
+    answer=option_letters.letter_of(answer, options, "answer"),
     category=row.file,
     source="mvbench",
     # No space stands behind "Question:".

@@ -4,6 +4,7 @@ Columns: `video` (a path below the folder), `question`, `answer` (the letter or
 the text of an option; any text where there are no options) and one of `options`
 (a JSON list, or texts separated by |) and `option_a`, `option_b`, ...; also
 `split` (train, validation or test), `id`, `category` and `problem_type`.
+Options may be numbers, and may carry letters of any script before their text.
 Without `split`, a clip's name decides: all questions about a clip are on one
 side, and a clip that is added moves no other.
 """
@@ -21,7 +22,7 @@ import pathlib
 from cacovid_jax import errors
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import wording
-from cacovid_jax.data.readers import tables, validation
+from cacovid_jax.data.readers import option_letters, tables, validation
 
 FILES = ("questions.json", "questions.csv")
 SPLITS = ("train", "validation", "test")
@@ -151,7 +152,7 @@ def _question(row: validation.Row, columns) -> question_lib.Question:
     raise validation.RowError("row", "has more cells than the first line")
   clip = row.clip("video")
   question = row.text("question").strip()
-  options = _options(row)
+  options, _, marks = _options(row)
   kind = _optional(row, "problem_type")
   if not kind:
     kind = question_lib.MULTIPLE_CHOICE if options else question_lib.FREE_FORM
@@ -161,7 +162,7 @@ def _question(row: validation.Row, columns) -> question_lib.Question:
     if len(options) < 2:
       told = "a multiple choice question needs at least two"
       raise validation.RowError("options", told)
-    answer = _letter(answer, options)
+    answer = _letter(answer, options, marks)
   identity, shown = str(row.number), wording.letter_options(options)
   if "id" in columns:
     identity = row.identity("id", (int, float)).strip()
@@ -182,9 +183,10 @@ def _optional(row: validation.Row, name: str) -> str:
   return row.text(name, required=False).strip()
 
 
-def _options(row: validation.Row) -> tuple[str, ...]:
+def _options(row: validation.Row) -> option_letters.Lettered:
   """Returns the options of either form, without letters."""
-  own = [_optional(row, name) for name in _LETTERED]
+  number = (int, float)
+  own = [row.identity(x, number, required=False).strip() for x in _LETTERED]
   while own and not own[-1]:
     own.pop()
   given = row.entry.get("options")
@@ -202,14 +204,18 @@ def _options(row: validation.Row) -> tuple[str, ...]:
   if "" in own:
     empty = _LETTERED[own.index("")]
     raise validation.RowError(empty, "empty, while a later option is not")
-  found = validation.check_options(own or given)
-  return tuple(option.strip() for option in validation.strip_letters(found))
+  found = option_letters.split_letters(validation.check_options(own or given))
+  return found._replace(options=tuple(map(str.strip, found.options)))
 
 
-def _letter(answer: str, options) -> str:
-  """Returns the letter of an answer, which is a letter or an option's text."""
+def _letter(answer: str, options, marks) -> str:
+  """Returns the letter of an answer, which is a letter or an option's text.
+
+  The letter may be that of the option's own mark, such as Б or 2.
+  """
   allowed = question_lib.LETTERS[: len(options)]
-  same = [name for name in allowed if name == answer.strip(".()").upper()]
+  same = [option_letters.place_of(answer, known) for known in (allowed, marks)]
+  same = list(dict.fromkeys(filter(None, same)))
   for name, option in zip(allowed, options, strict=True):
     if option.casefold() == answer.casefold() and name not in same:
       same.append(name)

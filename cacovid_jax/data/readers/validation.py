@@ -6,6 +6,7 @@ A reader turns a `Row` of a file into a `Question`, or raises `RowError` or
 
 import collections
 import functools
+import math
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -16,16 +17,8 @@ from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import video
 
 MAX_TEXT = 100_000
+MAX_LOOKED_AT = 50_000  # Files, for a clip that lies in another folder.
 NO_OPTIONS = "a multiple choice question without options"
-
-# "A. text", "A) text", "(A) text", "A: text" at the start of an option.
-_LETTER = re.compile(r"^\s*\(?([A-Z])[.):]\s*")
-# The same in running text, of one letter.
-_INLINE = r"(?:(?<=\s)|^)\(?{}[.):]\s*"
-# "B", "(B)", "B." or "B)", and then perhaps the option itself.
-_ANSWER = re.compile(
-  r"(?:\(([A-Z])\)|([A-Z])(?:[.)]|(?![^\W_])))\s*(.*)", re.DOTALL
-)
 
 
 class RowError(Exception):
@@ -60,12 +53,14 @@ class Row(NamedTuple):
     check_unicode(value, field)
     return value
 
-  def identity(self, field: str, numbers: type | tuple[type, ...] = int) -> str:
+  def identity(
+    self, field: str, numbers: type | tuple[type, ...] = int, *, required=True
+  ) -> str:
     """Returns a text that may be written as a number of these types."""
     value = self.entry.get(field)
-    if isinstance(value, numbers) and not isinstance(value, bool):
+    if isinstance(value, numbers) and _is_number(value):
       return str(value)
-    return self.text(field)
+    return self.text(field, required=required)
 
   def integer(self, field: str) -> int:
     """Returns a whole number; a text or float that spells one will do."""
@@ -115,12 +110,18 @@ def check_unicode(value: str, field: str) -> None:
     raise RowError(field, "holds half a surrogate pair") from None
 
 
+def _is_number(value) -> bool:
+  fits = isinstance(value, (int, float)) and not isinstance(value, bool)
+  return fits and math.isfinite(value)
+
+
 def check_options(value, field: str = "options") -> list[str]:
-  """Returns a list of texts; an empty one for None."""
+  """Returns a list of texts, numbers as they are written; of None, none."""
   if value is None:
     return []
   if not isinstance(value, (list, tuple)):
     raise RowError(field, f"a list is needed, not {type(value).__name__}")
+  value = [str(x) if _is_number(x) else x for x in value]
   for option in value:
     if not isinstance(option, str) or not option.strip():
       raise RowError(field, f"{option!r} is not a text")
@@ -139,74 +140,6 @@ def check_choices(value, field: str, most: int) -> list[str]:
     told = f"{len(found)} options; the benchmark has {most} at most"
     raise RowError(field, told)
   return found
-
-
-def strip_letters(options: Sequence[str]) -> tuple[str, ...]:
-  """Returns the options without "A. ", "B. ", ... if all carry theirs."""
-  bare = []
-  for letter, option in zip(question_lib.LETTERS, options, strict=False):
-    match = _LETTER.match(option)
-    if match is None or match.group(1) != letter:
-      return tuple(options)
-    bare.append(option[match.end() :])
-  return tuple(bare)
-
-
-def lettered(given: Sequence[str], field: str) -> tuple[str, ...]:
-  """Returns the options without their letters, which all must carry."""
-  found = strip_letters(given)
-  if found == tuple(given):
-    starts = ", ".join(repr(option[:12]) for option in given)
-    raise RowError(
-      field,
-      f"the options must begin by A., B., C., ... without a hole, not {starts}",
-    )
-  return found
-
-
-def inline_options(problem: str) -> list[str]:
-  """Returns the options that stand in the text itself, one after the other."""
-  marks, position = [], 0
-  for letter in question_lib.LETTERS:
-    mark = re.compile(_INLINE.format(letter)).search(problem, position)
-    if mark is None:
-      break
-    marks.append(mark)
-    position = mark.end()
-  starts = [mark.start() for mark in marks]
-  return [
-    problem[mark.end() : end].strip()
-    for mark, end in zip(marks, [*starts[1:], len(problem)], strict=False)
-  ]
-
-
-def letter(answer: str, options: Sequence[str], field: str) -> str:
-  """Returns the letter of an answer "B", "(B)", "B." or "B)".
-
-  The option's own text may stand behind it, as in "B. A rope"; any other text
-  is no answer, so that "Banana" is not taken for B.
-  """
-  match, shown = _ANSWER.fullmatch(answer.strip()), repr(answer[:40])
-  found = match and (match.group(1) or match.group(2))
-  allowed = question_lib.LETTERS[: len(options)]
-  if not found or found not in allowed:
-    raise RowError(field, f"{shown} is not one of the letters {allowed}")
-  option, rest = options[allowed.index(found)], match.group(3)
-  if rest and _plain(rest) != _plain(option):
-    told = f"{shown} is not {found} with its option {option[:40]!r}"
-    raise RowError(field, told)
-  return found
-
-
-def _plain(text: str) -> str:
-  return " ".join(text.split()).rstrip(". ").casefold()
-
-
-def letter_of(answer: str, options: Sequence[str], field: str) -> str:
-  """Returns the letter of the first option that reads as the answer."""
-  if answer not in options:
-    raise RowError(field, f"{answer[:40]!r} is none of the options")
-  return question_lib.LETTERS[list(options).index(answer)]
 
 
 def relative(value: str, field: str) -> str:
@@ -253,6 +186,8 @@ def find_missing(
 ) -> dict[str, int]:
   """Returns the clips that are missing below `root`: path -> questions lost.
 
+  Links that lead out of the root are refused, and count as missing.
+
   Args:
     names: of the clips, one for each question.
     root: media root.
@@ -261,20 +196,42 @@ def find_missing(
     mend: what else the command can do, by its own flags.
   """
 
-  def is_there(name):
+  counts, faults = collections.Counter(names), {}
+  for name in sorted(counts):
     try:
-      return os.path.isfile(video.safe_path(root, name))
-    except video.VideoError:
-      return False
-
-  counts = collections.Counter(names)
-  missing = {n: lost for n, lost in sorted(counts.items()) if not is_there(n)}
+      if not os.path.isfile(video.safe_path(root, name)):
+        faults[name] = ""
+    except video.VideoError as error:
+      faults[name] = error.detail
+  missing = {name: counts[name] for name in faults}
   none_left = on_missing == "skip" and len(missing) == len(counts)
   if missing and (on_missing == "raise" or none_left):
+    # Those first of which it is not enough to fetch them.
+    first = sorted(missing, key=lambda name: not faults[name])[:5]
+    notes = {name: f" (refused: {faults[name]})" for name in first}
+    lost = [name for name in first if not faults[name]]
+    notes |= dict.fromkeys(lost, "") | _elsewhere(root, lost)
+    told = ", ".join(name + notes[name] for name in first)
     raise errors.UserError(
       f"{root}: {len(missing)} of {len(counts)} clips are missing"
       f" ({sum(missing.values())} of {counts.total()} questions), first:"
-      f" {', '.join(list(missing)[:5])}; download them, correct the media root,"
-      f" or {mend}"
+      f" {told}; download them, correct the media root, or {mend}"
     )
   return missing
+
+
+def _elsewhere(root, names: Iterable[str]) -> dict[str, str]:
+  """Returns notes on clips that lie in another folder below or beside a root.
+
+  Those of the first folder that has any, if one is found soon.
+  """
+  wanted, seen = {os.path.basename(name): name for name in names}, 0
+  for top in (root, os.path.dirname(os.path.abspath(root))):
+    for folder, _, inside in os.walk(top):
+      if found := [name for name in sorted(wanted) if name in inside]:
+        places = {wanted[name]: os.path.join(folder, name) for name in found}
+        return {name: f" (there is {place})" for name, place in places.items()}
+      seen += len(inside) + 1
+      if seen > MAX_LOOKED_AT:
+        return {}
+  return {}

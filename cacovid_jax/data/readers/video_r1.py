@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import wording
-from cacovid_jax.data.readers import tables, validation
+from cacovid_jax.data.readers import option_letters, tables, validation
 
 # Of rows that name none.
 SOURCE = "video-r1"
@@ -50,14 +50,14 @@ def _question(
   if not answer.strip():
     raise validation.RowError("solution", "the answer is empty")
   given = validation.check_options(entry.get("options"))
-  options, lettered = validation.strip_letters(given), given
+  options, lettered, marks = option_letters.split_letters(given)
   if kind == question_lib.MULTIPLE_CHOICE:
-    options = options or tuple(validation.inline_options(problem))
+    options = options or tuple(option_letters.inline_options(problem))
     if len(options) < 2:
       raise validation.RowError("options", validation.NO_OPTIONS)
-    answer = validation.letter(answer, options, "solution")
-    if given and options == tuple(given):
-      lettered = wording.letter_options(given)
+    answer = option_letters.letter(answer, options, "solution", marks)
+  else:
+    lettered = given
   name = entry.get("problem_id", f"{row.file}:{row.number}")
   if not isinstance(name, (int, str)) or isinstance(name, bool):
     what = f"{name!r} is neither number nor text"

@@ -7,7 +7,7 @@ used, though the prompt names them.
 from cacovid_jax import errors
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import wording
-from cacovid_jax.data.readers import tables, validation
+from cacovid_jax.data.readers import option_letters, tables, validation
 
 _PLACES = (
   "data/{}.mp4",
@@ -44,12 +44,10 @@ def _question(
   identity = row.text("question_id")
   question = row.text("question")
   most = 4 if released else len(question_lib.LETTERS)
-  given = shown = row.choices("options", most=most)
-  options = validation.strip_letters(given)
+  given = row.choices("options", most=most)
+  options, shown, marks = option_letters.split_letters(given)
   if released:
-    options = validation.lettered(given, "options")
-  elif options == tuple(given):
-    shown = wording.letter_options(given)
+    options, marks = option_letters.lettered(given, "options"), ()
   place, kind = row.clip("videoID"), question_lib.MULTIPLE_CHOICE
   prompt = wording.training_prompt(question, shown, kind)
   if style == "videomme":
@@ -60,7 +58,7 @@ def _question(
     video=place,
     question=question,
     options=options,
-    answer=validation.letter(row.text("answer"), options, "answer"),
+    answer=option_letters.letter(row.text("answer"), options, "answer", marks),
     duration=row.text("duration", required=False) or None,
     category=row.text("task_type", required=False) or None,
     groups=tuple((facet, name) for facet, name in groups.items() if name),

@@ -4,11 +4,9 @@ import functools
 import os
 
 import rich.box
-import rich.console
 import rich.table
-import rich.text
 
-from cacovid_jax import files
+from cacovid_jax import files, terminal
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import provenance
 from cacovid_jax.evals.report import html, viewer
@@ -69,10 +67,8 @@ def write(
 
 def show(asked: answerer_lib.ClipAnswers) -> None:
   """Prints the answers, tokens kept and times as a table."""
-  console = rich.console.Console(highlight=False)
-  if not console.is_terminal:  # A log has no width to keep to.
-    console = rich.console.Console(width=120, highlight=False)
-  line = functools.partial(console.print, markup=False, soft_wrap=True)
+  console = terminal.Console()
+  line = functools.partial(console.print, soft_wrap=True)
   line(f"question: {asked.question.question}")
   line(_lead(asked))
   table = rich.table.Table(box=rich.box.SIMPLE)
@@ -80,8 +76,7 @@ def show(asked: answerer_lib.ClipAnswers) -> None:
     justify = "left" if column in (COLUMNS[0], COLUMNS[-1]) else "right"
     table.add_column(column, justify=justify, overflow="fold")
   for answer in asked.answers:
-    # Brackets of an answer are no markup.
-    table.add_row(*map(rich.text.Text, _row(asked, answer)))
+    table.add_row(*_row(asked, answer))
   console.print(table)
   line(_note(asked))
 
