@@ -10,12 +10,18 @@ import os
 import pathlib
 import re
 import sys
+import tempfile
 
 # Before JAX starts. Set JAX_PLATFORMS to run the tests on an accelerator.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+# What one test compiles, another loads: in any worker, and in processes that
+# tests start. A folder of this run's own, unless there is one.
+_CACHE = tempfile.TemporaryDirectory(prefix="jax_cache_")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
