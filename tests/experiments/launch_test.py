@@ -393,6 +393,8 @@ def test_two_processes_train_what_one_process_trains(tmp_path):
     "--config.sampling.ratio=0.125",
     "--config.rollout.reward=margin",
     "--config.optimizer.lr_heads=1e-3",
+    # Compiles sooner.
+    "--config.policy.module=tests.policy.bilinear_policy:Bilinear",
   ]
   with socket.socket() as free:
     free.bind(("localhost", 0))

@@ -359,6 +359,7 @@ def test_questions_without_letters_are_marked_on_the_host(tmp_path):
       "iterations": 1,
       "rollout.reward": "accuracy",
       "rollout.max_new_tokens": 2,
+      "policy.module": "tests.policy.bilinear_policy:Bilinear",
     }
   )
   result = tiny.train(tmp_path, config, questions=rows)
