@@ -187,7 +187,8 @@ def test_capped_distribution_equals_a_loop(n, cap, sharpness):
   draws = np.exp(sharpness * rng.standard_normal((8, n))).astype(np.float32)
   draws /= draws.sum(axis=-1, keepdims=True)
   numbers = sampling.ProbabilityCap.of(n, cap)
-  capped = jax.vmap(lambda p: sampling.capped_distribution(p, numbers))(draws)
+  limited = functools.partial(sampling.capped_distribution, cap=numbers)
+  capped = jax.jit(jax.vmap(limited))(draws)
   expected = [capped_by_a_loop(p, cap) for p in draws]
   np.testing.assert_allclose(capped, expected, rtol=1e-5)
   np.testing.assert_allclose(capped.sum(axis=-1), 1.0, rtol=1e-6)
