@@ -19,7 +19,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # do, and the plain code generator halves the time of the suite. Later versions
 # have none, so that the run on the newest Python compiles as a user does, as
 # does one that has XLA_FLAGS, perhaps empty.
-_PLAIN = "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0"
+_PLAIN = (
+  "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0"
+)
+  "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0"
+)
 _HAS_PLAIN = importlib.metadata.version("jaxlib").startswith("0.10.")
 os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", _PLAIN if _HAS_PLAIN else "")

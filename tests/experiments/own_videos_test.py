@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+import tests
 from cacovid_jax import config as config_lib
 from cacovid_jax import errors, experiment
 from tests.evals import tiny
@@ -73,7 +74,7 @@ def run(folder, words, *flags):
     | {
       "PYTHONPATH": str(ROOT),
       "JAX_PLATFORMS": "cpu",
-      "XLA_FLAGS": "",
+      "XLA_FLAGS": tests.xla_flags(),
       "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     },
     capture_output=True,

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+import tests
 from cacovid_jax import errors
 from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.models import checkpoints, llava_onevision, siglip
@@ -90,7 +91,7 @@ def command(folder, arguments):
   """Runs a command on the tiny model and returns the finished process."""
   environment = os.environ | {
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "",
+    "XLA_FLAGS": tests.xla_flags(),
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
   }
   return subprocess.run(

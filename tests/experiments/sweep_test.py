@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 
+import tests
 from cacovid_jax import config as config_lib
 from cacovid_jax import errors
 from cacovid_jax.synthetic import build
@@ -65,7 +66,7 @@ def finished(overrides, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("rates")
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("PYTHONPATH", str(ROOT))
-    patch.setenv("XLA_FLAGS", "")
+    patch.setenv("XLA_FLAGS", tests.xla_flags())
     patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     (workdir / "config.py").write_text(TRAINED_ONLY)
     run(workdir, overrides, config=str(workdir / "config.py"))

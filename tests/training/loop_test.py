@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 
+import tests
 from cacovid_jax import errors, metrics
 from cacovid_jax.policy import loading, network
 from cacovid_jax.training import checkpointing
@@ -178,7 +179,7 @@ def test_a_sigterm_to_two_processes_saves_and_exits_143(tmp_path):
     port = free.getsockname()[1]
   env = os.environ | {
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+    "XLA_FLAGS": tests.xla_flags(),
     "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "PYTHONPATH": str(pathlib.Path(__file__).parents[2]),
