@@ -25,6 +25,12 @@ CHOSEN = dict(
 )
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_compilation():
+  with tiny.shared_programs():
+    yield
+
+
 def request_of(workdir, checkpoint_dir, data_dir, **changes):
   return tiny.experiment(
     workdir, data=data_dir, checkpoint=checkpoint_dir, **CHOSEN | changes

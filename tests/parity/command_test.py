@@ -1,14 +1,11 @@
 """The command line of the parity check."""
 
-import os
 import subprocess
 import sys
 
 from absl.testing import absltest
 
 from cacovid_jax.parity import __main__, stage
-
-GOLDEN = os.path.join(os.path.dirname(__file__), "..", "golden")
 
 
 class ParityTest(absltest.TestCase):
@@ -21,21 +18,13 @@ class ParityTest(absltest.TestCase):
     self.assertFalse(__main__.report("folder", found))
     self.assertFalse(__main__.report("folder", []))
 
-  def test_exit_codes(self):
-    def run(*arguments):
-      return subprocess.run(
-        [sys.executable, "-m", "cacovid_jax.parity", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-      )
-
-    models = ("llava_onevision_tiny", "qwen2_5_vl_tiny")
-    good = run(*(os.path.join(GOLDEN, name) for name in models))
-    self.assertEqual(good.returncode, 0, good.stderr)
-    self.assertIn("15 of 15 stages within tolerance", good.stdout)
-    self.assertIn("21 of 21 stages within tolerance", good.stdout)
-    absent = run("nowhere")
+  def test_a_mistake_is_one_line_and_exit_code_2(self):
+    absent = subprocess.run(
+      [sys.executable, "-m", "cacovid_jax.parity", "nowhere"],
+      capture_output=True,
+      text=True,
+      check=False,
+    )
     self.assertEqual(absent.returncode, 2)
     self.assertIn("error: nowhere is not a folder", absent.stderr)
     self.assertNotIn("Traceback", absent.stderr)
