@@ -77,11 +77,16 @@ def experiment(workdir, *, shard=(0, 1), **options):
   return experiment_lib.Experiment.from_config(config, workdir, shard=shard)
 
 
+@functools.cache
+def random_params(model):
+  """Returns parameters of a `VideoLLM`, the same for equal models."""
+  return jax.jit(model.init)(jax.random.key(0))
+
+
 def write_checkpoint(directory: pathlib.Path) -> str:
   """Writes a random LLaVA-OneVision of 3 layers; returns its directory."""
   config, tokenizer = write_tokenizer(directory)
-  model = llava_onevision.LlavaOnevisionModel(config)
-  params = jax.jit(model.init)(jax.random.key(0))
+  params = random_params(llava_onevision.LlavaOnevisionModel(config))
   checkpoints.save(
     directory,
     config,
@@ -133,7 +138,7 @@ def write_qwen_checkpoint(directory: pathlib.Path) -> str:
     vision_start_token_id=token_id("<|vision_start|>"),
     vision_end_token_id=token_id("<|vision_end|>"),
   )
-  params = jax.jit(qwen2_5_vl.Qwen2_5VLModel(config).init)(jax.random.key(0))
+  params = random_params(qwen2_5_vl.Qwen2_5VLModel(config))
   checkpoints.save(
     directory,
     config,
