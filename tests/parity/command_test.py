@@ -1,8 +1,12 @@
 """The command line of the parity check."""
 
+import contextlib
+import io
 import subprocess
 import sys
+from unittest import mock
 
+import jax
 from absl.testing import absltest
 
 from cacovid_jax.parity import __main__, stage
@@ -17,6 +21,19 @@ class ParityTest(absltest.TestCase):
     self.assertTrue(__main__.report("folder", found[:1]))
     self.assertFalse(__main__.report("folder", found))
     self.assertFalse(__main__.report("folder", []))
+
+  def test_each_folder_has_a_table_and_one_that_misses_is_exit_code_1(self):
+    near = stage.Stage("near", 1e-6, 2e-5, True)
+    far = stage.Stage("far", 0.3, 2e-5, False)
+    arguments = __main__.COMMAND.parse(["parity", "a", "b"])
+    with (
+      mock.patch.object(jax.config, "update"),  # Of other tests, too.
+      mock.patch.object(__main__, "check", side_effect=[[near], [near, far]]),
+      contextlib.redirect_stdout(io.StringIO()) as out,
+    ):
+      self.assertEqual(__main__.main(arguments), 1)
+    for line in ("1 of 1 stages", "1 of 2 stages"):
+      self.assertIn(f"{line} within tolerance", out.getvalue())
 
   def test_a_mistake_is_one_line_and_exit_code_2(self):
     absent = subprocess.run(
