@@ -22,8 +22,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _PLAIN = (
   "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0"
 )
-  "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0"
-)
 _HAS_PLAIN = importlib.metadata.version("jaxlib").startswith("0.10.")
 os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", _PLAIN if _HAS_PLAIN else "")
