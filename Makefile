@@ -30,7 +30,7 @@ LMMS_PIP := PYTHONPATH= $(LMMS_VENV)/bin/python -m pip \
 
 # Compiled programs are kept, so that the second run starts at once.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/workdirs/.jax_cache
-export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.1
 export PYTHONPATH := $(CURDIR)
 
 PYTEST_ARGS ?= -n 2 --dist loadfile

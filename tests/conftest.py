@@ -5,17 +5,33 @@ Tests that compare with PyTorch are collected only where it is installed, which
 """
 
 import gc
+import importlib.metadata
 import importlib.util
 import os
 import pathlib
 import re
 import sys
+import tempfile
 
 # Before JAX starts. Set JAX_PLATFORMS to run the tests on an accelerator.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# The programs of tests are small and many: compiling them costs more than they
+# do, and the plain code generator halves the time of the suite. Later versions
+# have none, so that the run on the newest Python compiles as a user does, as
+# does one that has XLA_FLAGS, perhaps empty.
+_PLAIN = (
+  "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0"
 )
+_HAS_PLAIN = importlib.metadata.version("jaxlib").startswith("0.10.")
+os.environ["XLA_FLAGS"] = (
+  os.environ.get("XLA_FLAGS", _PLAIN if _HAS_PLAIN else "")
+  + " --xla_force_host_platform_device_count=8"
+)
+# What one test compiles, another loads: in any worker, and in processes that
+# tests start. A folder of this run's own, unless there is one.
+_CACHE = tempfile.TemporaryDirectory(prefix="jax_cache_")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -1,6 +1,7 @@
 """Clips of a media root at a frame rule, and the tower that encodes them."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -174,7 +175,7 @@ class Tower:
 
     Each device of the mesh's `data` axis encodes a clip; None is one at once.
     """
-    self._model, self._mesh, self._programs = model, mesh, {}
+    self._model, self._mesh = model, mesh
     self.rows = 1 if mesh is None else mesh.shape["data"]
     # None where nothing is to be encoded; the language model encodes nothing.
     params = {k: v for k, v in (params or {}).items() if k != "language_model"}
@@ -195,9 +196,7 @@ class Tower:
     return found
 
   def _run(self, signals, inputs) -> list[dict[str, jax.Array]]:
-    if signals not in self._programs:
-      self._programs[signals] = self._compile(signals)
-    program = self._programs[signals]
+    program = _program(self._model, signals, self._mesh)
     if self._mesh is None:
       out = [program(self._params, one) for one in inputs]
       return jax.block_until_ready(out)
@@ -207,20 +206,22 @@ class Tower:
     out = jax.device_get(program(self._params, stacked))
     return [jax.tree.map(lambda leaf, i=i: leaf[i], out) for i in range(count)]
 
-  def _compile(self, signals):
-    def encode(params, inputs):
-      video = self._model.encode(params, inputs, signals=signals)
-      # What is not returned is not run.
-      if signals:
-        return dict(video.signals)
-      found = {FEATURES: video.features, DEEP: video.deep}
-      return {k: v for k, v in found.items() if v is not None}
 
-    if self._mesh is None:
-      return jax.jit(encode)
-    return mesh_lib.jit_rows(
-      lambda params, inputs: jax.lax.map(
-        lambda one: encode(params, one), inputs
-      ),
-      self._mesh,
-    )
+@functools.lru_cache(maxsize=32)
+def _program(model, signals, mesh):
+  """Returns the jitted tower; stores of equal models compile it once."""
+
+  def encode(params, inputs):
+    video = model.encode(params, inputs, signals=signals)
+    # What is not returned is not run.
+    if signals:
+      return dict(video.signals)
+    found = {FEATURES: video.features, DEEP: video.deep}
+    return {k: v for k, v in found.items() if v is not None}
+
+  if mesh is None:
+    return jax.jit(encode)
+  return mesh_lib.jit_rows(
+    lambda params, inputs: jax.lax.map(lambda one: encode(params, one), inputs),
+    mesh,
+  )

@@ -90,7 +90,7 @@ def logits(model, params, golden):
   run = _Run(model, params, golden)
   prompts, x, placed = run.embedded()
   hidden, _ = run.forward(x, placed["v5"][0], lengths=prompts.lengths)
-  return np.asarray(run.logits(hidden[prompts.valid])), prompts.rows("logits")
+  return run.logits(hidden[prompts.valid]), prompts.rows("logits")
 
 
 class _Run:
@@ -109,8 +109,10 @@ class _Run:
     self.stages = []
     # Compiled once for all prompts of a shape.
     forward = jax.jit(functools.partial(model.forward, want_hidden=True))
-    self.forward = functools.partial(forward, params)
-    self.logits = functools.partial(jax.jit(model.logits), params)
+    logits = jax.jit(model.logits)
+    # On the host, where taking rows compiles nothing.
+    self.forward = lambda *x, **y: jax.device_get(forward(params, *x, **y))
+    self.logits = lambda hidden: jax.device_get(logits(params, hidden))
 
   def embedded(self):
     """Adds the stages before the decoder.
@@ -130,13 +132,14 @@ class _Run:
   def batched(self, function, *batch):
     """Returns what a function of the model does to each entry of a batch."""
     in_axes = (None, *[0] * len(batch))
-    return jax.jit(jax.vmap(function, in_axes))(self.params, *batch)
+    run = jax.jit(jax.vmap(function, in_axes))
+    return jax.device_get(run(self.params, *batch))
 
 
 def _llava_onevision(run):
   model, golden = run.model, run.golden
-  pixels = jnp.asarray(golden["pixel_values_videos"])
-  pixels = pixels.transpose(0, 1, 3, 4, 2)  # [B, T, h, w, 3]
+  # [B, T, h, w, 3]
+  pixels = golden["pixel_values_videos"].transpose(0, 1, 3, 4, 2)
   grids = np.array([model.grid(*video.shape[:3]) for video in pixels])
   inputs = processors.TowerInputs(pixels, tuple(grids.T), np.ones(len(pixels)))
   features, out = run.batched(model.encode_stages, inputs)
@@ -342,7 +345,7 @@ def _pruned(run, prompts, x, positions):
   Which must be equal as long as the other tokens keep their positions.
   """
   num_valid = -(-prompts.num_video // 3)
-  index = jnp.arange(num_valid.max()) * 3  # Every third token.
+  index = np.arange(num_valid.max()) * 3  # Every third token.
   # As many rows as before, for prompts of much text beside those of much video.
   num_rows = x.shape[1] + prompts.video_rows.shape[1] - len(index)
 
@@ -352,16 +355,16 @@ def _pruned(run, prompts, x, positions):
     )[:2]
 
   each = (num_valid, prompts.video_rows, prompts.lengths)
-  rows, lengths = jax.vmap(kept)(*each)
+  rows, lengths = jax.device_get(jax.jit(jax.vmap(kept))(*each))
   batch = np.arange(len(rows))[:, None]
-  own = np.take_along_axis(positions, np.asarray(rows)[:, None], axis=2)
+  own = np.take_along_axis(positions, rows[:, None], axis=2)
   pruned, _ = run.forward(x[batch, rows], own, lengths=lengths)
   visible = np.zeros(x.shape[:2], bool)
   visible[batch, rows] = True
   mask = np.broadcast_to(visible[:, None], (*visible.shape, x.shape[1]))
   hidden, _ = run.forward(x, positions, mask=mask)
 
-  inside = np.arange(rows.shape[1]) < np.asarray(lengths)[:, None]
+  inside = np.arange(rows.shape[1]) < lengths[:, None]
   both = pruned[inside], hidden[batch, rows][inside]
   run.add("pruned_last_hidden_state", *both)
   run.add("pruned_logits", *map(run.logits, both), LOGITS_TOLERANCE)

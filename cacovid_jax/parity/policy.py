@@ -213,7 +213,7 @@ def _select(case):
   ratios = {name: case.number(name) for name in names}
   budget = selection.budget(grid, case.number("retention_ratio"), **ratios)
   index = jax.jit(selection.select)(case.scores(grid[0], num_tokens), budget)
-  keep = sampling.token_masks(index, num_tokens)
+  keep = np.isin(np.arange(num_tokens), index)
   yield "keep", keep, case.array("keep", num_tokens), EXACT
 
 
@@ -255,7 +255,7 @@ def _diversity(case):
   size, width = case.number("n", int), case.number("d", int)
   features = jnp.asarray(case.array("x", size, width))
   peaks = jax.jit(diversity.density_peaks, static_argnums=1)
-  keep = sampling.token_masks(peaks(features, case.number("k", int)), size)
+  keep = np.isin(np.arange(size), peaks(features, case.number("k", int)))
   yield "keep", keep, case.array("keep", size), EXACT
 
 

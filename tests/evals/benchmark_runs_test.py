@@ -13,6 +13,12 @@ from tests.evals import tiny
 NAMES = tuple(benchmark_files.LAYOUTS)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_compilation():
+  with tiny.shared_programs():
+    yield
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   root = tmp_path_factory.mktemp("benchmarks")

@@ -25,6 +25,12 @@ FILES = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_compilation():
+  with tiny.shared_programs():
+    yield
+
+
 @pytest.fixture(scope="module")
 def policy_path(checkpoint, tmp_path_factory):
   return tiny.write_policy(

@@ -25,6 +25,12 @@ CHOSEN = dict(
 )
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_compilation():
+  with tiny.shared_programs():
+    yield
+
+
 def request_of(workdir, checkpoint_dir, data_dir, **changes):
   return tiny.experiment(
     workdir, data=data_dir, checkpoint=checkpoint_dir, **CHOSEN | changes
@@ -70,29 +76,28 @@ def test_a_stopped_shard_and_two_processes_equal_one(
     batches.append(1)
     add(self, records)
 
-  monkeypatch.setattr(answer_log.AnswerLog, "add", stop)
-  with pytest.raises(KeyboardInterrupt):
-    evaluation.evaluate(request)
+  with monkeypatch.context() as patch:
+    patch.setattr(answer_log.AnswerLog, "add", stop)
+    with pytest.raises(KeyboardInterrupt):
+      evaluation.evaluate(request)
   # The second of its two batches was being written.
   path = shared / "answers-0-of-2.jsonl"
   lines = path.read_bytes().splitlines(keepends=True)
   assert len(lines) == 1 + 2 * 2
   path.write_bytes(b"".join(lines) + lines[-1][:30])
 
-  processes = [
-    subprocess.Popen(
-      command(request, shard),
-      env=os.environ | {"JAX_PLATFORMS": "cpu"},
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
-    )
-    for shard in ("0/2", "1/2")
-  ]
-  said = [process.communicate()[0] for process in processes]
-  assert [process.returncode for process in processes] == [0, 0], said
+  # This process goes on while another one works.
+  other = subprocess.Popen(
+    command(request, "1/2"),
+    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+  evaluation.evaluate(request)
+  said = other.communicate()[0]
+  assert other.returncode == 0, said
   assert (shared / "results.json").read_bytes() == expected
-  assert sum("results.json" in text for text in said) >= 1
   # Nothing is asked twice, and no process has asked everything.
   files = [shared / f"answers-{i}-of-2.jsonl" for i in (0, 1)]
   asked = [

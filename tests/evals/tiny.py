@@ -1,9 +1,11 @@
 """A tiny checkpoint, mp4 clips and questions on disk, for evaluation tests."""
 
+import contextlib
 import dataclasses
 import functools
 import json
 import pathlib
+from unittest import mock
 
 import av
 import jax
@@ -16,6 +18,7 @@ from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.data import frames
 from cacovid_jax.inference import clip_queue, clips
+from cacovid_jax.inference import programs as programs_lib
 from cacovid_jax.models import (
   checkpoints,
   llava_onevision,
@@ -74,10 +77,16 @@ def experiment(workdir, *, shard=(0, 1), **options):
   return experiment_lib.Experiment.from_config(config, workdir, shard=shard)
 
 
+@functools.cache
+def random_params(model):
+  """Returns parameters of a `VideoLLM`, the same for equal models."""
+  return jax.jit(model.init)(jax.random.key(0))
+
+
 def write_checkpoint(directory: pathlib.Path) -> str:
   """Writes a random LLaVA-OneVision of 3 layers; returns its directory."""
   config, tokenizer = write_tokenizer(directory)
-  params = llava_onevision.LlavaOnevisionModel(config).init(jax.random.key(0))
+  params = random_params(llava_onevision.LlavaOnevisionModel(config))
   checkpoints.save(
     directory,
     config,
@@ -108,7 +117,8 @@ def write_policy(directory: pathlib.Path, checkpoint, seed=1) -> str:
   """Writes a policy as training exports it; returns the file's path."""
   llm = checkpoint.model.config.text
   policy = network.Policy.from_llm_config(llm, num_halvings=2)
-  params = policy.init_from_llm(jax.random.key(seed), checkpoint.params)
+  make = jax.jit(policy.init_from_llm)
+  params = make(jax.random.key(seed), checkpoint.params)
   directory.mkdir(exist_ok=True)
   path = directory / "policy.safetensors"
   loading.save(path, policy, params)
@@ -128,7 +138,7 @@ def write_qwen_checkpoint(directory: pathlib.Path) -> str:
     vision_start_token_id=token_id("<|vision_start|>"),
     vision_end_token_id=token_id("<|vision_end|>"),
   )
-  params = jax.jit(qwen2_5_vl.Qwen2_5VLModel(config).init)(jax.random.key(0))
+  params = random_params(qwen2_5_vl.Qwen2_5VLModel(config))
   checkpoints.save(
     directory,
     config,
@@ -228,6 +238,25 @@ def hash_of(text: str) -> int:
 @functools.lru_cache(maxsize=1)
 def load_checkpoint(directory: str):
   return checkpoints.load(directory)
+
+
+@contextlib.contextmanager
+def shared_programs():
+  """Within it, engines of equal models and settings compile once.
+
+  For tests of what evaluations write, not of what they compile.
+  """
+  made, real = {}, programs_lib.Programs
+
+  def of(checkpoint, max_new_tokens, mesh=None):
+    ending = tuple(checkpoint.eos_ids), checkpoint.pad_id, max_new_tokens
+    key = checkpoint.model, ending, mesh
+    if key not in made:
+      made[key] = real(checkpoint, max_new_tokens, mesh)
+    return made[key]
+
+  with mock.patch.object(programs_lib, "Programs", of):
+    yield
 
 
 def open_store(root, model, params, processor, *, num_frames, **options):

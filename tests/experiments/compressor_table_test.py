@@ -47,6 +47,8 @@ def make(tmp_path_factory):
     batch_size=4,
     repeats=2,
   )
+  # Reports have tests of their own.
+  flags["config.evals.num_examples"] = 0
 
   def run(name, **changes):
     workdir = folder / name

@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 
+import tests
 from cacovid_jax import metrics
 from cacovid_jax.policy import loading
 from cacovid_jax.synthetic import tiny_checkpoints
@@ -393,6 +394,8 @@ def test_two_processes_train_what_one_process_trains(tmp_path):
     "--config.sampling.ratio=0.125",
     "--config.rollout.reward=margin",
     "--config.optimizer.lr_heads=1e-3",
+    # Compiles sooner.
+    "--config.policy.module=tests.policy.bilinear_policy:Bilinear",
   ]
   with socket.socket() as free:
     free.bind(("localhost", 0))
@@ -404,10 +407,7 @@ def test_two_processes_train_what_one_process_trains(tmp_path):
       "PYTHON": sys.executable,
       "PYTHONPATH": str(ROOT),
       "JAX_PLATFORMS": "cpu",
-      # What is compiled three times runs for a moment.
-      "XLA_FLAGS": "--xla_backend_optimization_level=0"
-      " --xla_llvm_disable_expensive_passes=true"
-      f" --xla_force_host_platform_device_count={3 - number}",
+      "XLA_FLAGS": tests.xla_flags(3 - number),
       "PROCESSES": str(number),
       "PORT": str(port),
       "GRACE": "5",

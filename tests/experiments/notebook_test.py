@@ -7,6 +7,8 @@ import nbclient
 import nbformat
 import pytest
 
+import tests
+
 ROOT = pathlib.Path(__file__).parent.parent.parent
 PATH = ROOT / "docs" / "clip_to_policy.ipynb"
 
@@ -31,7 +33,7 @@ def test_its_short_form_ends_with_a_policy(notebook, tmp_path, monkeypatch):
     "NOTEBOOK_WORKDIR": str(tmp_path),
     "PYTHONPATH": str(ROOT),
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "",
+    "XLA_FLAGS": tests.xla_flags(),
     # Compiling takes longer than running.
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     # Otherwise a user's own start-up files would run as well.

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+import tests
 from cacovid_jax import config as config_lib
 from cacovid_jax import errors, experiment
 from tests.evals import tiny
@@ -73,7 +74,7 @@ def run(folder, words, *flags):
     | {
       "PYTHONPATH": str(ROOT),
       "JAX_PLATFORMS": "cpu",
-      "XLA_FLAGS": "",
+      "XLA_FLAGS": tests.xla_flags(),
       "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     },
     capture_output=True,
@@ -90,7 +91,7 @@ def test_the_guides_commands_train_and_evaluate(folder):
   workdir = folder / "workdirs" / "own"
   assert (workdir / "policy" / "policy.safetensors").exists()
   assert len((workdir / "metrics.jsonl").read_text().splitlines()) == 2
-  done = run(folder, evaluate, "--methods=cacovid", "--num_examples=1")
+  done = run(folder, evaluate, "--methods=cacovid", "--num_examples=0")
   assert done.returncode == 0, done.stderr
   found = json.loads((workdir / "results.json").read_text())
   assert (found["benchmark"], found["split"]) == ("own", "test")

@@ -13,14 +13,24 @@ import jax
 import numpy as np
 import pytest
 
+import tests
 from cacovid_jax import errors
 from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.models import checkpoints, llava_onevision, siglip
 from cacovid_jax.policy import loading
 from cacovid_jax.synthetic import packing
 from cacovid_jax.synthetic import tokenizer as tokenizer_training
+from experiments import quickstart as experiment
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
+# One of each kind: the policy, its controls, attention and features alone.
+METHODS = (
+  "cacovid",
+  "cacovid_other_question",
+  "cacovid_untrained",
+  "last_query",
+  "divprune",
+)
 
 
 def write_base_model(directory):
@@ -66,24 +76,26 @@ def write_base_model(directory):
   )
 
 
+def overrides(folder):
+  """Returns the flags of a tiny model, few clips and few methods."""
+  return [
+    f"--config.model.path={folder / 'base_model'}",
+    f"--config.data.root={folder / 'data'}",
+    f"--config.data.feature_cache={folder / 'features'}",
+    "--config.prepare.clips=2,2,2,0",
+    f"--config.evals.methods={','.join(METHODS)}",
+  ]
+
+
 def command(folder, arguments):
   """Runs a command on the tiny model and returns the finished process."""
   environment = os.environ | {
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "",
+    "XLA_FLAGS": tests.xla_flags(),
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
   }
   return subprocess.run(
-    [
-      sys.executable,
-      *arguments,
-      f"--config.model.path={folder / 'base_model'}",
-      f"--config.data.root={folder / 'data'}",
-      f"--config.data.feature_cache={folder / 'features'}",
-      "--config.prepare.clips=2,2,2,0",
-    ],
+    [sys.executable, *arguments, *overrides(folder)],
     cwd=ROOT,
     env=environment,
     capture_output=True,
@@ -118,8 +130,7 @@ def test_it_leaves_a_table_a_report_and_a_policy(folder, finished):
   found = json.loads((workdir / "results.json").read_text())
   assert found["schema"] == 1 and found["split"] == "test"
   assert found["grid"] == [16, 7, 7]
-  names = ["cacovid", "cacovid_other_question", "cacovid_untrained", "divprune"]
-  assert set(names) < set(found["methods"])
+  assert set(METHODS) == set(found["methods"])
   for cells in found["methods"].values():
     assert cells["0.10"]["status"] == "ok"
     assert cells["0.10"]["kept_tokens"] == 78
@@ -158,16 +169,18 @@ def test_given_again_it_goes_on_where_it_stopped(folder, finished):
   ],
 )
 def test_a_mistake_is_one_line_and_harms_nothing(
-  folder, finished, flags, named
+  folder, finished, flags, named, monkeypatch
 ):
   before = (folder / "run" / "results.json").read_bytes()
   # A new workdir where the mistake is not the workdir itself.
   workdir = "run" if "another config" in named else "other"
-  done = quickstart(folder, *flags, workdir=workdir)
-  assert done.returncode == 2
-  errors = [line for line in done.stderr.splitlines() if "error:" in line]
-  assert len(errors) == 1 and named in errors[0], done.stderr
-  assert "Traceback" not in done.stderr
+  words = ["--smoke", f"--workdir={folder / workdir}", *flags]
+  monkeypatch.chdir(ROOT)
+  with pytest.raises(errors.UserError) as error:
+    experiment.main(
+      experiment.COMMAND.parse(["quickstart", *words, *overrides(folder)])
+    )
+  assert named in str(error.value) and "\n" not in str(error.value)
   assert (folder / "run" / "results.json").read_bytes() == before
 
 

@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 
+import tests
 from cacovid_jax import config as config_lib
 from cacovid_jax import errors
 from cacovid_jax.synthetic import build
@@ -27,6 +28,8 @@ def overrides(tmp_path_factory):
     f"data.root={folder / 'data'}",
     f"data.feature_cache={folder / 'features'}",
     "prepare.clips=2,2,2,0",
+    # Compiles sooner.
+    "policy.module=tests.policy.bilinear_policy:Bilinear",
   ]
   build.prepare(config_lib.load(CONFIG, found), num_workers=1)
   return found
@@ -63,11 +66,8 @@ def finished(overrides, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("rates")
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("PYTHONPATH", str(ROOT))
-    patch.setenv("XLA_FLAGS", "")
+    patch.setenv("XLA_FLAGS", tests.xla_flags())
     patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    # The second run compiles nothing that the first one did.
-    patch.setenv("JAX_COMPILATION_CACHE_DIR", str(workdir.parent / "compiled"))
-    patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     (workdir / "config.py").write_text(TRAINED_ONLY)
     run(workdir, overrides, config=str(workdir / "config.py"))
   return workdir

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cacovid_jax import answer as answer_command
+from cacovid_jax import answer as command
 from cacovid_jax import errors
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.compressors import simple
@@ -28,6 +28,12 @@ from tests.evals import report_test, tiny
 
 QUESTION = "What colour is <b>it</b>?"
 NEW = 3
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_compilation():
+  with tiny.shared_programs():
+    yield
 
 
 @pytest.fixture(scope="module")
@@ -388,9 +394,9 @@ def test_a_report_that_cannot_be_there_is_refused_before_the_work(
     (tmp_path / ("x" * 300), "File name too long"),
   ):
     arguments = ("--video=a.mp4", "--question=?", f"--report={report}")
-    args = answer_command.COMMAND.parse(["answer", *arguments])
+    args = command.COMMAND.parse(["answer", *arguments])
     with pytest.raises(errors.UserError, match=match):
-      answer_command.main(args)
+      command.main(args)
 
 
 def test_the_shipped_model_answers_about_a_drawn_clip(
@@ -424,36 +430,33 @@ def test_the_shipped_model_answers_about_a_drawn_clip(
   assert f"{question.answer} (" in out
 
 
-def run(*arguments):
-  return subprocess.run(
-    [sys.executable, "-m", "cacovid_jax.answer", *arguments],
+def test_command(checkpoint_dir, policy, clip, tmp_path, capsys):
+  report = tmp_path / "new" / "r.html"
+  short = tmp_path / "short.mp4"
+  tiny.write_clip(short, seed=1, num_frames=2)
+  words = [
+    f"--model={checkpoint_dir}", f"--policy={policy}", f"--video={short}",
+    "--question=What colour is [it]?", "--options=red,blue,green",
+    "--compare=0.25", "--num_frames=4", f"--max_new_tokens={NEW}",
+    f"--report={report}",
+  ]  # fmt: skip
+  command.main(command.COMMAND.parse(["answer", *words]))
+  out, err = capsys.readouterr()
+  assert "What colour is [it]?" in out
+  assert re.search(r"cacovid +16 of 64 \(25 %\)", out)
+  assert "with compilation" in out
+  assert "warning: " in err and "2 frame(s)" in err
+  assert report.is_file() and str(report) in out
+
+
+def test_command_says_what_is_missing():
+  done = subprocess.run(
+    [sys.executable, "-m", "cacovid_jax.answer", "--video=clip.mp4"],
     capture_output=True,
     text=True,
     check=False,
     env=os.environ | {"JAX_PLATFORMS": "cpu"},
   )
-
-
-def test_command(checkpoint_dir, policy, clip, tmp_path):
-  report = tmp_path / "new" / "r.html"
-  short = tmp_path / "short.mp4"
-  tiny.write_clip(short, seed=1, num_frames=2)
-  done = run(
-    f"--model={checkpoint_dir}", f"--policy={policy}", f"--video={short}",
-    "--question=What colour is [it]?", "--options=red,blue,green",
-    "--compare=0.25", "--num_frames=4", "--max_new_tokens=2",
-    f"--report={report}",
-  )  # fmt: skip
-  assert done.returncode == 0, done.stderr
-  assert "What colour is [it]?" in done.stdout
-  assert re.search(r"cacovid +16 of 64 \(25 %\)", done.stdout)
-  assert "with compilation" in done.stdout
-  assert "warning: " in done.stderr and "2 frame(s)" in done.stderr
-  assert report.is_file() and str(report) in done.stdout
-
-
-def test_command_says_what_is_missing():
-  done = run("--video=clip.mp4")
   assert done.returncode == 2
   assert done.stderr.strip() == (
     "error: nothing says which question: add --question"

@@ -21,6 +21,7 @@ GRIDS = [
   (2, height, width)
   for height, width in itertools.product(range(2, 6), range(2, 7))
 ]
+UNIFORM = methods_lib.Condition(methods_lib.Method.parse("uniform"), 0.25)
 TEXTS = ("Why?", "Which of these is it, " + "the red one " * 5 + "or not?")
 
 
@@ -69,7 +70,8 @@ def policies(checkpoint):
   module = network.Policy.from_llm_config(
     checkpoint.model.config.text, num_halvings=2
   )
-  params = module.init_from_llm(jax.random.key(1), checkpoint.params)
+  make = jax.jit(module.init_from_llm)
+  params = make(jax.random.key(1), checkpoint.params)
   return {"policy": loading.LoadedPolicy(module, params)}
 
 
@@ -98,9 +100,12 @@ def make(checkpoint, questions, buckets=(), policies=None, lengths=()):
   return engine
 
 
-def test_twenty_shapes_share_the_programs_of_their_buckets(
-  checkpoint, policies
-):
+@pytest.fixture(scope="module")
+def used(checkpoint, policies):
+  """Returns an engine with buckets that has asked about twenty shapes.
+
+  With it, the shapes of its prompts and how much it had compiled by then.
+  """
   questions = [
     question(grid, TEXTS[place // 2 % 2]) for place, grid in enumerate(GRIDS)
   ]
@@ -108,59 +113,65 @@ def test_twenty_shapes_share_the_programs_of_their_buckets(
   lengths = sorted(set(probe.text_rows.values()))
   assert len(GRIDS) == 20 and len(lengths) == 2
   engine = make(checkpoint, questions, BUCKETS, policies, lengths)
-  uniform = methods_lib.Condition(methods_lib.Method.parse("uniform"), 0.25)
-  used = set()
+  shapes = set()
   for one in questions:
     batch = engine.batch([one])
     batch.vanilla()
     batch.scores("scores", "policy", 0)
-    assert batch.output(uniform).trace.mask.sum() == 2 * (batch.num_video // 4)
-    used.add(batch.batch.x.shape)
-  compiled = engine.programs.compiled
-  assert len(used) == len(BUCKETS) * len(lengths)
+    count = batch.output(UNIFORM).trace.mask.sum()
+    assert count == 2 * (batch.num_video // 4)
+    shapes.add(batch.batch.x.shape)
+  return engine, shapes, engine.programs.compiled
+
+
+def test_twenty_shapes_share_the_programs_of_their_buckets(used):
+  engine, shapes, compiled = used
+  assert len(shapes) == len(BUCKETS) * len(engine.prompts.lengths)
   for kind in ("embed", "scores", "vanilla", "answer"):
-    assert compiled[kind] == len(used), kind
+    assert compiled[kind] == len(shapes), kind
   assert compiled["select"] == len(GRIDS)
 
 
-# A policy, a rule for each clip, one that merges, and two that read what the
-# model itself attends to, the second one inside it.
-SPECS = (
-  "cacovid",
-  "uniform",
-  "prunevid",
-  "last_query?layer=1",
-  "fastv?layer=1",
-)
+# A rule for each clip, one that merges, and two that read what the model itself
+# attends to, the second one inside it.
+SPECS = ("uniform", "prunevid", "last_query?layer=1", "fastv?layer=1")
 
 
 @pytest.fixture(scope="module")
-def engines(checkpoint, policies):
-  """Returns the questions, and engines without and with buckets."""
-  questions = [question(grid, text) for grid in GRIDS[4:20:8] for text in TEXTS]
-  found = prompts_lib.Prompts(checkpoint, questions).text_rows.values()
-  return questions, [
-    make(checkpoint, questions, (), policies),
-    make(checkpoint, questions, BUCKETS, policies, sorted({*found})),
-  ]
+def engines(checkpoint, policies, used):
+  """Returns engines without and with buckets, of the same questions."""
+  bucketed = used[0]
+  return make(checkpoint, bucketed.questions, (), policies), bucketed
 
 
-@pytest.mark.parametrize("spec", [None, *SPECS])
-def test_a_bucket_changes_no_answer(engines, spec):
-  questions, (exact, bucketed) = engines
+def asked(engine, text):
+  """Returns a question of this text about a clip that its bucket pads."""
+  return next(
+    one
+    for one in reversed(engine.questions)
+    if one.prompt == text and not engine.token_grid(engine.grid_of(one)).full
+  )
+
+
+@pytest.mark.parametrize(
+  ("spec", "texts"),
+  # Lengths of text are nothing that a choice of tokens knows.
+  [(None, TEXTS), ("cacovid", TEXTS), *((spec, TEXTS[:1]) for spec in SPECS)],
+)
+def test_a_bucket_changes_no_answer(engines, spec, texts):
+  exact, bucketed = engines
+  questions = [asked(bucketed, text) for text in texts]
   condition = methods_lib.Condition()
   if spec:
-    condition = methods_lib.Condition(methods_lib.Method.parse(spec), 0.6)
+    ratio = 0.6 if spec.startswith("fastv") else UNIFORM.ratio
+    condition = methods_lib.Condition(methods_lib.Method.parse(spec), ratio)
     for one, other in zip(
-      *(
-        engine.kept(questions, [condition]).values()
-        for engine in (exact, bucketed)
-      ),
+      *(engine.kept(questions, [condition]).values() for engine in engines),
       strict=True,
     ):
       np.testing.assert_array_equal(one[0].index, other[0].index)
   for one in questions:
-    found = [engine.answer(one, condition) for engine in (exact, bucketed)]
+    found = [engine.answer(one, condition) for engine in engines]
     assert found[0].text == found[1].text and found[0].text
     assert found[0].letter == found[1].letter
     assert found[0].kept == found[1].kept
@@ -170,25 +181,25 @@ def test_a_bucket_changes_no_answer(engines, spec):
       one.log_prob
       for one in engine.likelihoods(*zip(*pairs, strict=True), condition)
     ]
-    for engine in (exact, bucketed)
+    for engine in engines
   ]
   np.testing.assert_allclose(*found, atol=1e-4)
 
 
 def test_another_questions_text_may_have_another_length(engines):
-  questions, (exact, bucketed) = engines
-  short = [one for one in questions if one.prompt == TEXTS[0]]
+  _, bucketed = engines
+  short = asked(bucketed, TEXTS[0])
   method = methods_lib.Method.parse("cacovid_other_question")
   assert len(bucketed.prompts.lengths) == 2
-  seeds = [
+  seed = next(
     seed
     for seed in range(20)
-    if methods_lib.other_question(short[0], bucketed.pool, seed).endswith("1")
-  ]
-  condition = methods_lib.Condition(method, 0.25, seeds[0])
+    if methods_lib.other_question(short, bucketed.pool, seed).endswith("1")
+  )
+  condition = methods_lib.Condition(method, UNIFORM.ratio, seed)
   scores = []
-  for engine in (exact, bucketed):
-    batch = engine.batch(short[:1])
+  for engine in engines:
+    batch = engine.batch([short])
     scores.append(batch.inputs(condition).other_scores)
   for one, other in zip(*scores, strict=True):
     np.testing.assert_allclose(one, other, atol=1e-4)

@@ -1,7 +1,6 @@
 """Clips are decoded at a frame rule, encoded once, and kept."""
 
 import dataclasses
-import functools
 import hashlib
 import pickle
 import types
@@ -284,7 +283,7 @@ def test_unknown_extras_are_a_mistake_of_the_caller(root):
 def test_extras_of_a_tower_that_reads_patches(tmp_path):
   tiny.write_clip(tmp_path / "a.mp4", seed=0, num_frames=5)
   model = qwen2_5_vl.Qwen2_5VLModel(qwen2_5_vl.Qwen2_5VLConfig.tiny())
-  params = model.init(jax.random.key(0))
+  params = tiny.random_params(model)
   processor = processors.Qwen2_5VLProcessor(
     patch_size=4, min_pixels=6 * 64, max_pixels=16 * 64
   )
@@ -309,7 +308,7 @@ def test_extras_of_a_real_tower_have_the_shapes_that_it_says(tmp_path):
   model = llava_onevision.LlavaOnevisionModel(
     llava_onevision.LlavaOnevisionConfig.tiny()
   )
-  params = model.init(jax.random.key(0))
+  params = tiny.random_params(model)
   with tiny.open_store(
     tmp_path,
     model,
@@ -459,11 +458,10 @@ def test_devices_share_the_clips_that_are_encoded_at_once(root):
     assert one.record.video == other.record.video
 
 
-@functools.cache
 def tiny_tower():
   """Returns (model, params) of a tower whose clips have grids of their own."""
   model = qwen2_5_vl.Qwen2_5VLModel(qwen2_5_vl.Qwen2_5VLConfig.tiny())
-  return model, model.init(jax.random.key(0))
+  return model, tiny.random_params(model)
 
 
 class TestBuckets:

@@ -16,6 +16,12 @@ from cacovid_jax.integrations.lmms_eval import answerer, arguments, requests
 from tests.evals import tiny
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_compilation():
+  with tiny.shared_programs():
+    yield
+
+
 @pytest.fixture(scope="module")
 def questions(data_dir):
   return benchmarks.load(data_dir, "test").questions
@@ -79,9 +85,9 @@ def test_answers_are_those_of_an_evaluation_in_the_order_asked(
   model = make(method="cacovid", ratio=0.25, batch_size=2)
   asked = _asked(questions, data_dir)
   order = [3, 0, 5, 1, 0, 4, 2]
-  replies = model.generate([asked[i] for i in order], [5] * len(order))
+  replies = model.generate([asked[i] for i in order], [6] * len(order))
   expected = _evaluated(
-    checkpoint, checkpoint_dir, data_dir, questions, model, 5
+    checkpoint, checkpoint_dir, data_dir, questions, model, 6
   )
   assert len({record["text"] for record in expected.values()}) > 1
   encode = checkpoint.tokenizer.encode
@@ -96,7 +102,7 @@ def test_answers_are_those_of_an_evaluation_in_the_order_asked(
 
 
 def test_every_request_gets_the_length_of_its_task(make, questions, data_dir):
-  model = make(ratio=1)
+  model = make(ratio=1, batch_size=2)
   asked = _asked(questions[:2], data_dir)
   longer = [reply.text for reply in model.generate(asked, [6, 6])]
   mixed = [reply.text for reply in model.generate(asked, [6, 2])]
@@ -134,7 +140,7 @@ def test_a_clip_that_cannot_be_read_is_answered_by_nothing_and_told_once(
   ]
   lost[1] = requests.Asked("t/test/9", "", lost[1].video, "Else?")
   with caplog.at_level(logging.WARNING):
-    replies = model.generate([lost[0], asked[0], *lost[1:]], [4] * 4)
+    replies = model.generate([lost[0], asked[0], *lost[1:]], [6] * 4)
   texts = [reply.text for reply in replies]
   assert texts[0] == texts[2] == texts[3] == "" != texts[1]
   told = [text for text in caplog.messages if "cannot be used" in text]

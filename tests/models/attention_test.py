@@ -9,6 +9,8 @@ from absl.testing import absltest, parameterized
 
 from cacovid_jax.models import attention
 
+_attend = jax.jit(attention.attention, static_argnames=("causal", "backend"))
+
 
 def _inputs(batch=2, queries=6, keys=6, heads=4, kv_heads=2, dim=8, seed=0):
   gen = np.random.default_rng(seed)
@@ -44,15 +46,13 @@ class AttentionTest(parameterized.TestCase):
   def test_causal_with_lengths(self, backend):
     q, k, v = _inputs()
     lengths = np.array([4, 6])
-    out = attention.attention(
-      q, k, v, causal=True, lengths=lengths, backend=backend
-    )
+    out = _attend(q, k, v, causal=True, lengths=lengths, backend=backend)
     expected = _loop(q, k, v, lambda b, t, s: s <= t and s < lengths[b])
     np.testing.assert_allclose(out, expected, atol=1e-5)
 
   def test_bidirectional(self):
     q, k, v = _inputs(queries=5, keys=7)
-    out = attention.attention(q, k, v)
+    out = _attend(q, k, v)
     expected = _loop(q, k, v, lambda b, t, s: True)
     np.testing.assert_allclose(out, expected, atol=1e-5)
 
@@ -60,7 +60,7 @@ class AttentionTest(parameterized.TestCase):
     q, k, v = _inputs()
     mask = np.random.default_rng(1).random((2, 6, 6)) < 0.5
     mask |= np.eye(6, dtype=bool)
-    out = attention.attention(q, k, v, causal=True, mask=mask)
+    out = _attend(q, k, v, causal=True, mask=mask)
     expected = _loop(q, k, v, lambda b, t, s: s <= t and mask[b, t, s])
     np.testing.assert_allclose(out, expected, atol=1e-5)
 
@@ -76,12 +76,17 @@ class AttentionTest(parameterized.TestCase):
       )
       return jnp.sin(out).sum(), out
 
-    (_, whole), whole_grad = jax.value_and_grad(total, has_aux=True)(q)
+    def run():
+      # Traced anew each time.
+      found = jax.value_and_grad(lambda q: total(q), has_aux=True)
+      return jax.jit(found)(q)
+
+    (_, whole), whole_grad = run()
     with (
       mock.patch.object(attention, "_LARGEST_MAP", 10),
       mock.patch.object(attention, "_CHUNK", 4),
     ):
-      (_, parts), parts_grad = jax.value_and_grad(total, has_aux=True)(q)
+      (_, parts), parts_grad = run()
     np.testing.assert_allclose(parts, whole, atol=1e-6)
     np.testing.assert_allclose(parts_grad, whole_grad, atol=1e-6)
 
@@ -90,9 +95,7 @@ class AttentionTest(parameterized.TestCase):
     q, k, v = map(jnp.asarray, _inputs(queries=140, keys=140, dim=12))
     lengths = jnp.array([100, 140])
     kernel = attention._splash(q, k, v, causal, lengths, interpret=True)
-    expected = attention.attention(
-      q, k, v, causal=causal, lengths=lengths, backend="xla"
-    )
+    expected = _attend(q, k, v, causal=causal, lengths=lengths, backend="xla")
     np.testing.assert_allclose(kernel, expected, atol=1e-5)
 
   @parameterized.parameters(
@@ -104,23 +107,21 @@ class AttentionTest(parameterized.TestCase):
     mask = None if mask is None else jnp.ones((2, 6, 6), bool)
     kwargs = dict(causal=True, mask=mask)
     np.testing.assert_array_equal(
-      attention.attention(q, k, v, backend=backend, **kwargs),
-      attention.attention(q, k, v, backend="xla", **kwargs),
+      _attend(q, k, v, backend=backend, **kwargs),
+      _attend(q, k, v, backend="xla", **kwargs),
     )
 
   @parameterized.parameters("auto", "xla")
   def test_half_precision_is_near_float32(self, backend):
     inputs = _inputs(queries=160, keys=160, dim=16)
     lengths = jnp.array([100, 160])
-    half = attention.attention(
+    half = _attend(
       *(jnp.asarray(x, jnp.bfloat16) for x in inputs),
       causal=True,
       lengths=lengths,
       backend=backend,
     )
-    full = attention.attention(
-      *inputs, causal=True, lengths=lengths, backend="xla"
-    )
+    full = _attend(*inputs, causal=True, lengths=lengths, backend="xla")
     self.assertEqual(half.dtype, jnp.bfloat16)
     for row, length in enumerate(lengths):
       np.testing.assert_allclose(
@@ -129,7 +130,7 @@ class AttentionTest(parameterized.TestCase):
 
   def test_unknown_backend_is_an_error(self):
     with self.assertRaisesRegex(ValueError, "'flash' is not one of"):
-      attention.attention(*_inputs(), backend="flash")
+      _attend(*_inputs(), backend="flash")
 
   @parameterized.parameters("xla", "splash")
   def test_lowers_for_tpu_with_gradients(self, backend):

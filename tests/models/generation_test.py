@@ -46,22 +46,26 @@ def _greedy(x, positions, lengths, next_positions, eos_ids=()):
 @functools.cache
 def _by_whole_passes():
   """int[3, NEW], with the whole sequence run anew for every token."""
-  x, positions, lengths = _prompts()
-  table = _params()["language_model"]["embed_tokens"]
-  forward = jax.jit(MODEL.forward)
+  x, positions, lengths = map(np.asarray, _prompts())
+  table = np.asarray(_params()["language_model"]["embed_tokens"])
+
+  @jax.jit
+  def read(params, x, positions):
+    hidden, _ = MODEL.forward(params, x[None], positions[None, None])
+    return MODEL.logits(params, hidden[0])
+
   rows = []
   for row, length in enumerate(lengths):
-    length = int(length)
-    sequence = jnp.zeros((7 + NEW, 32)).at[:length].set(x[row, :length])
-    where = jnp.zeros(7 + NEW, jnp.int32)
-    where = where.at[:length].set(positions[row, 0, :length])
+    sequence = np.zeros((7 + NEW, 32), np.float32)
+    sequence[:length] = x[row, :length]
+    where = np.zeros(7 + NEW, np.int32)
+    where[:length] = positions[row, 0, :length]
     ids = []
     for step in range(NEW):
-      hidden, _ = forward(_params(), sequence[None], where[None, None])
-      logits = MODEL.logits(_params(), hidden[0, length + step - 1])
+      logits = read(_params(), sequence, where)[length + step - 1]
       ids.append(int(logits.argmax()))
-      sequence = sequence.at[length + step].set(table[ids[-1]])
-      where = where.at[length + step].set(30 + row + step)
+      sequence[length + step] = table[ids[-1]]
+      where[length + step] = 30 + row + step
     rows.append(ids)
   return np.array(rows)
 

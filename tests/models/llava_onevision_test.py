@@ -87,7 +87,8 @@ class LlavaOnevisionModelTest(absltest.TestCase):
   def test_prompt_holds_text_features_newline_and_text(self):
     features = jax.random.normal(jax.random.key(2), (16, 32))
     ids = jnp.arange(24)
-    x = MODEL.embed_prompt(_params(), ids, features, 3 + jnp.arange(16))
+    embed = jax.jit(MODEL.embed_prompt)
+    x = embed(_params(), ids, features, 3 + jnp.arange(16))
     table = _params()["language_model"]["embed_tokens"]
     np.testing.assert_array_equal(x[:3], table[:3])
     np.testing.assert_array_equal(x[3:19], features)
@@ -109,13 +110,19 @@ class LlavaOnevisionModelTest(absltest.TestCase):
     )
     np.testing.assert_array_equal(cache.lengths, [6, 8])
     new = _params()["language_model"]["embed_tokens"][ids]
+
+    @jax.jit
+    def read(params, x, positions):
+      hidden, _ = MODEL.forward(params, x[None], positions[None, None])
+      return MODEL.logits(params, hidden[0])
+
+    whole, where = np.array(x), np.array(positions[:, 0])
     for row, (length, position) in enumerate([(5, 40), (7, 50)]):
-      whole = jnp.concatenate([x[row, :length], new[row : row + 1]])
-      where = jnp.append(jnp.arange(length) * 2, position)
-      hidden, _ = MODEL.forward(_params(), whole[None], where[None, None])
-      expected = MODEL.logits(_params(), hidden[0])
-      np.testing.assert_allclose(logits[row], expected[-2], atol=1e-5)
-      np.testing.assert_allclose(step[row], expected[-1], atol=1e-5)
+      # Rows behind the new one have no influence.
+      whole[row, length], where[row, length] = new[row], position
+      expected = read(_params(), whole[row], where[row])
+      np.testing.assert_allclose(logits[row], expected[length - 1], atol=1e-5)
+      np.testing.assert_allclose(step[row], expected[length], atol=1e-5)
 
   def test_cache_below_the_prompt_is_an_error(self):
     with self.assertRaisesRegex(ValueError, "cache_length 3"):

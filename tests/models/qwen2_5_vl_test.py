@@ -195,16 +195,19 @@ class Qwen2_5VLModelTest(absltest.TestCase):  # noqa: N801
     step, cache = jax.jit(MODEL.decode_step)(_params(), ids, following, cache)
     np.testing.assert_array_equal(cache.lengths, [6, 8])
     new = _params()["language_model"]["embed_tokens"][ids]
-    forward = jax.jit(MODEL.forward)
+
+    @jax.jit
+    def read(params, x, positions):
+      hidden, _ = MODEL.forward(params, x[None], positions[None])
+      return MODEL.logits(params, hidden[0])
+
+    whole, where = np.array(x), np.array(positions)
     for row, length in enumerate((5, 7)):
-      whole = jnp.concatenate([x[row, :length], new[row : row + 1]])
-      where = jnp.concatenate(
-        [positions[row, :, :length], following[row][:, None]], axis=1
-      )
-      hidden, _ = forward(_params(), whole[None], where[None])
-      expected = MODEL.logits(_params(), hidden[0])
-      np.testing.assert_allclose(logits[row], expected[-2], atol=1e-5)
-      np.testing.assert_allclose(step[row], expected[-1], atol=1e-5)
+      # Rows behind the new one have no influence.
+      whole[row, length], where[row, :, length] = new[row], following[row]
+      expected = read(_params(), whole[row], where[row])
+      np.testing.assert_allclose(logits[row], expected[length - 1], atol=1e-5)
+      np.testing.assert_allclose(step[row], expected[length], atol=1e-5)
 
   def test_generation_goes_on_at_the_next_positions(self):
     x = jax.random.normal(jax.random.key(4), (1, 6, 32))
@@ -215,15 +218,23 @@ class Qwen2_5VLModelTest(absltest.TestCase):  # noqa: N801
         generation.greedy, MODEL, max_new_tokens=4, eos_ids=(), pad_id=0
       )
     )(_params(), x, positions, jnp.array([6]), jnp.array([11]))
-    forward = jax.jit(MODEL.forward)
-    for number in range(4):  # Without a cache, one longer prompt per token.
-      hidden, _ = forward(_params(), x, positions)
-      token = MODEL.logits(_params(), hidden[0, -1]).argmax()
+
+    @jax.jit
+    def read(params, x, positions):
+      hidden, _ = MODEL.forward(params, x, positions)
+      return MODEL.logits(params, hidden[0])
+
+    # Without a cache, from the whole prompt for every token; rows behind have
+    # no influence.
+    x = np.pad(x, [(0, 0), (0, 3), (0, 0)])
+    positions = np.pad(positions, [(0, 0), (0, 0), (0, 3)])
+    table = np.asarray(_params()["language_model"]["embed_tokens"])
+    for number in range(4):
+      token = read(_params(), x, positions)[5 + number].argmax()
       self.assertEqual(ids[0, number], token)
-      new = MODEL.embed_text(_params(), token)
-      x = jnp.concatenate([x, new[None, None]], axis=1)
-      following = jnp.full((1, 3, 1), 11 + number)
-      positions = jnp.concatenate([positions, following], axis=2)
+      if number < 3:
+        x[0, 6 + number] = table[token]
+        positions[0, :, 6 + number] = 11 + number
 
   def test_is_a_static_argument(self):
     same = qwen2_5_vl.Qwen2_5VLModel(qwen2_5_vl.Qwen2_5VLConfig.tiny())

@@ -169,9 +169,10 @@ class Qwen2Test(parameterized.TestCase):
   def test_bfloat16_logits_are_float32(self):
     model = qwen2.Qwen2(CONFIG, jnp.bfloat16)
     x, positions = _inputs()
-    hidden, _ = model.apply(_params(), x, positions)
+    hidden, _ = jax.eval_shape(model.apply, _params(), x, positions)
     self.assertEqual(hidden.dtype, jnp.bfloat16)
-    logits = model.apply(_params(), hidden, method="logits")
+    head = functools.partial(model.apply, method="logits")
+    logits = jax.eval_shape(head, _params(), hidden)
     self.assertEqual(logits.dtype, jnp.float32)
 
 

@@ -48,6 +48,12 @@ def golden():
 def videos(loaded, golden):
   """The encoded clips, and the tower's stages of both in a row."""
   model, params = loaded
+  encode = jax.jit(
+    lambda params, inputs: (
+      model.encode(params, inputs),
+      model.encode_stages(params, inputs)[1],
+    )
+  )
   found, stages, start = [], [], 0
   for T, height, width in golden["video_grid_thw"].tolist():
     end = start + T * height * width
@@ -56,8 +62,9 @@ def videos(loaded, golden):
         golden["pixel_values_videos"][start:end], (T, height // 2, width // 2)
       )
     )
-    found.append(model.encode(params, inputs))
-    stages.append(model.encode_stages(params, inputs)[1])
+    video, stage = jax.device_get(encode(params, inputs))
+    found.append(video)
+    stages.append(stage)
     start = end
   return found, jax.tree.map(lambda *x: np.concatenate(x, axis=-2), *stages)
 
@@ -66,13 +73,13 @@ def videos(loaded, golden):
 def prompts(loaded, golden, videos):
   """Each whole prompt, right padded: a list of `PromptBatch` of one."""
   model, params = loaded
-  found = []
+  embed, found = jax.jit(model.embed_prompt), []
   for row, video in enumerate(videos[0]):
     ids = _unpadded(golden, golden["input_ids"], row)
     positions, following = model.positions(ids, video)
     rows = np.flatnonzero(ids == model.config.video_token_id)
     batch = prompt_batch.PromptBatch(
-      x=model.embed_prompt(params, jnp.asarray(ids), video.features, rows),
+      x=embed(params, ids, video.features, rows),
       positions=positions,
       lengths=np.int32(len(ids)),
       video_rows=np.int32(rows),
@@ -92,16 +99,48 @@ def _close(actual, expected, tolerance=2e-5):
   np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)
 
 
-def _read(model, params, batch, **options):
+@functools.partial(
+  jax.jit, static_argnums=0, static_argnames=("want_hidden", "want_attention")
+)
+def _read(model, params, batch, *, want_hidden=False, want_attention=False):
   hidden, out = model.forward(
     params,
     batch.x,
     batch.positions,
     deep=batch.deep,
     video_rows=batch.video_rows,
-    **options,
+    want_hidden=want_hidden,
+    want_attention=want_attention,
   )
   return hidden, out, model.logits(params, hidden)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _greedy(model, params, batch, num_new):
+  """Returns the ids of a prefill and of the steps after it."""
+  logits, cache, _ = model.prefill(
+    params,
+    batch.x,
+    batch.positions,
+    batch.lengths,
+    cache_length=batch.x.shape[1] + num_new - 1,
+    deep=batch.deep,
+    video_rows=batch.video_rows,
+  )
+  return generation.extend(
+    model,
+    params,
+    logits,
+    cache,
+    batch.next_position,
+    max_new_tokens=num_new,
+    eos_ids=(),
+    pad_id=0,
+  )
+
+
+def _run_layers(model):
+  return jax.jit(model.run_layers, static_argnames=("first", "last"))
 
 
 def test_tower_mergers_and_auxiliary_features(loaded, golden, videos):
@@ -156,26 +195,7 @@ def test_pruned_logits_with_text_between_the_patches(loaded, golden, prompts):
 def test_prefill_and_greedy_answers(loaded, golden, prompts):
   model, params = loaded
   for row, batch in enumerate(prompts):
-    num_new = golden["generated_ids"].shape[1]
-    logits, cache, _ = model.prefill(
-      params,
-      batch.x,
-      batch.positions,
-      batch.lengths,
-      cache_length=batch.x.shape[1] + num_new - 1,
-      deep=batch.deep,
-      video_rows=batch.video_rows,
-    )
-    ids = generation.extend(
-      model,
-      params,
-      logits,
-      cache,
-      batch.next_position,
-      max_new_tokens=num_new,
-      eos_ids=(),
-      pad_id=0,
-    )
+    ids = _greedy(model, params, batch, golden["generated_ids"].shape[1])
     np.testing.assert_array_equal(ids[0], golden["generated_ids"][row])
 
 
@@ -183,7 +203,7 @@ def test_slices_of_layers_add_what_all_layers_add(loaded, prompts):
   model, params = loaded
   batch = prompts[1]
   run = functools.partial(
-    model.run_layers,
+    _run_layers(model),
     params,
     positions=batch.positions,
     lengths=batch.lengths,
@@ -192,7 +212,7 @@ def test_slices_of_layers_add_what_all_layers_add(loaded, prompts):
   )
   x, *_ = run(x=batch.x, first=0, last=2)
   x, *_ = run(x=x, first=2, last=model.config.text.num_layers)
-  last = model.final_logits(params, x)
+  last = jax.jit(model.final_logits)(params, x)
   _, _, logits = _read(model, params, batch)
   _close(last, logits, 1e-5)
 
@@ -208,9 +228,8 @@ def test_tokens_dropped_between_layers_take_their_features_along(
   inputs = base.CompressorInputs(
     features=prompt_batch.read_video(batch.x, batch.video_rows), grid=grid
   )
-  logits, _, trace = method.prefill(
-    model, params, whole, inputs, ratio=0.6, new_rows=1
-  )
+  prefill = functools.partial(method.prefill, model, ratio=0.6, new_rows=1)
+  logits, _, trace = jax.jit(prefill)(params, whole, inputs)
   # What the last token attends to most in layer 1.
   _, out, _ = _read(model, params, batch, want_attention=True)
   video_rows = np.asarray(batch.video_rows[0])
@@ -221,7 +240,7 @@ def test_tokens_dropped_between_layers_take_their_features_along(
   np.testing.assert_array_equal(trace.index[0], index)
   # The rest of the layers over the rows that are left, text among them.
   rows = np.setdiff1d(np.arange(batch.x.shape[1]), np.delete(video_rows, index))
-  run = functools.partial(model.run_layers, params, lengths=batch.lengths)
+  run = functools.partial(_run_layers(model), params, lengths=batch.lengths)
   x, *_ = run(
     x=batch.x,
     positions=batch.positions,
@@ -239,7 +258,7 @@ def test_tokens_dropped_between_layers_take_their_features_along(
     deep=batch.deep[:, :, index],
     video_rows=jnp.asarray(np.searchsorted(rows, video_rows[index]))[None],
   )
-  _close(logits, model.final_logits(params, x[:, -1]), 1e-5)
+  _close(logits, jax.jit(model.final_logits)(params, x[:, -1]), 1e-5)
 
 
 def test_the_text_behind_the_video_is_not_that_between_its_patches(prompts):

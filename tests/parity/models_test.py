@@ -5,7 +5,9 @@ weights, float32, eager attention. Tolerances are explained in
 `cacovid_jax.parity.models`.
 """
 
+import contextlib
 import functools
+import io
 import os
 import shutil
 from unittest import mock
@@ -42,9 +44,16 @@ class GoldenTest(absltest.TestCase):
     return models.compare(self.model, self.params, golden_arrays or self.golden)
 
   def test_every_stage_is_within_its_tolerance(self):
-    found = __main__.check(FOLDER)
-    self.assertEmpty(_missed(found))
-    names = [stage.name for stage in found]
+    # By the command, whose exit code is 0.
+    arguments = __main__.COMMAND.parse(["parity", FOLDER])
+    with (
+      mock.patch.object(jax.config, "update"),  # Of other tests, too.
+      contextlib.redirect_stdout(io.StringIO()) as out,
+    ):
+      self.assertEqual(__main__.main(arguments), 0)
+    *rows, summary = out.getvalue().splitlines()
+    self.assertEqual(summary, "15 of 15 stages within tolerance")
+    names = [row.split()[0] for row in rows if row.endswith(" ok")]
     for name in (
       "vision_embeddings",
       "vision_tower_output",
@@ -60,9 +69,8 @@ class GoldenTest(absltest.TestCase):
       "dropped_logits",
     ):
       self.assertIn(name, names)
-    self.assertTrue(__main__.report(FOLDER, found))
 
-  def test_values_at_padding_are_not_compared(self):
+  def test_one_wrong_id_is_noticed_and_values_at_padding_are_not(self):
     arrays = dict(self.golden)
     padding = arrays["attention_mask"] == 0
     self.assertTrue(padding.any())
@@ -71,7 +79,9 @@ class GoldenTest(absltest.TestCase):
     arrays["hidden_states"] = np.where(
       padding[..., None], np.nan, arrays["hidden_states"]
     )
-    self.assertEmpty(_missed(self._compare(arrays)))
+    arrays["generated_ids"] = arrays["generated_ids"].copy()
+    arrays["generated_ids"][1, -1] += 1
+    self.assertEqual(_missed(self._compare(arrays)), ["generated_ids"])
 
   def test_pooling_with_a_filter_is_noticed(self):
     def filtered(x):
@@ -124,12 +134,6 @@ class GoldenTest(absltest.TestCase):
     params["language_model"]["layers"]["o_proj"]["kernel"][1] *= 1.01
     missed = _missed(models.compare(self.model, params, self.golden))
     self.assertEqual(missed[0], "hidden_states[2]")
-
-  def test_one_wrong_generated_id_is_noticed(self):
-    arrays = dict(self.golden)
-    arrays["generated_ids"] = arrays["generated_ids"].copy()
-    arrays["generated_ids"][1, -1] += 1
-    self.assertEqual(_missed(self._compare(arrays)), ["generated_ids"])
 
   def test_folders_that_are_not_golden_stop_with_one_line(self):
     empty = self.create_tempdir().full_path

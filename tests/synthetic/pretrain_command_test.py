@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+import tests
 from cacovid_jax import config as config_lib
 from cacovid_jax import errors, metrics
 from cacovid_jax.models import checkpoints
@@ -22,7 +23,7 @@ SPEC = f"{ROOT / 'configs' / 'synthetic_base.py'}:debug"
 def command(*flags):
   environment = os.environ | {
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "",
+    "XLA_FLAGS": tests.xla_flags(),
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     "JAX_LOG_COMPILES": "1",
   }

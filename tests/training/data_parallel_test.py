@@ -68,11 +68,16 @@ def test_gradient_on_eight_devices_is_that_of_one(reference):
   assert_close(jax.device_get(function(*arguments)), expected)
 
 
+def twenty_steps():
+  """Returns (config, batches): of the tests that share compiled programs."""
+  config = tiny.step_config(reward="margin", iterations=1, learning_rate=1e-3)
+  return config, [tiny.batch(VIDEOS, seed=i) for i in range(20)]
+
+
 def test_pmap_gives_the_bytes_of_shard_map():
-  config = tiny.step_config(reward="margin")
-  batches = [tiny.batch(VIDEOS, seed=i) for i in range(2)]
+  config, batches = twenty_steps()
   runs = [
-    tiny.run(config, batches, data=8, map_with=how)[1:]
+    tiny.run(config, batches[:2], data=8, map_with=how)[1:]
     for how in ("shard_map", "pmap")
   ]
   leaves = [jax.tree.leaves(jax.device_get(run)) for run in runs]
@@ -81,7 +86,7 @@ def test_pmap_gives_the_bytes_of_shard_map():
 
 
 def test_pmap_runs_every_program_of_an_adaptive_ratio():
-  config = tiny.step_config(fixed=None, rungs=(0.125, 0.25))
+  config = tiny.step_config(fixed=None, rungs=(0.125, 0.25), iterations=1)
   batches = [tiny.batch(4, ladder=config.ladder)]
   runs = [
     tiny.run(config, batches, data=2, map_with=how)
@@ -127,10 +132,9 @@ def test_base_weights_split_over_the_model_axis_change_nothing(reference):
 
 
 def test_parameters_after_twenty_steps_agree():
-  config = tiny.step_config(reward="margin", iterations=1, learning_rate=1e-3)
-  batches = [tiny.batch(VIDEOS, seed=i) for i in range(20)]
+  config, batches = twenty_steps()
   _, one, outs_one = tiny.run(config, batches)
-  _, many, outs_many = tiny.run(config, batches, data=4)
+  _, many, outs_many = tiny.run(config, batches, data=8)
   assert int(many.step) == 20
   for (ids, rewards, _), (ids_many, rewards_many, _) in zip(
     outs_one, outs_many, strict=True

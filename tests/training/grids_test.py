@@ -317,6 +317,7 @@ def test_a_run_on_clips_of_two_shapes_resumes_bit_identically(
       "rollout.reward": "margin",
       "data.buckets": ((2, 16), (2, 24)),
       "data.feature_cache": str(tmp_path / "cache"),
+      "policy.module": "tests.policy.bilinear_policy:Bilinear",
     },
   )
   given = dict(questions=rows, checkpoint=checkpoint, store=None)
@@ -342,8 +343,8 @@ def test_a_run_on_clips_of_two_shapes_resumes_bit_identically(
   for done in (3, 4):
     assert first.steps[done][0] == second.steps[done][0]
     loop_test.assert_same(first.steps[done][1:], second.steps[done][1:])
-  before = result.run.init_params()["token_compress"]["score"]["kernel"]
-  after = result.state.params["token_compress"]["score"]["kernel"]
+  before = result.run.init_params()["question"]["kernel"]
+  after = result.state.params["question"]["kernel"]
   assert np.abs(np.asarray(before) - np.asarray(after)).max() > 0
   config_file = tmp_path / "whole" / "policy" / "policy_config.json"
   described = json.loads(config_file.read_text())

@@ -22,20 +22,15 @@ _AREA = tiny.NUM_VIDEO // tiny.FRAMES
 class Spotter:
   """Answers RIGHT if enough visible rows carry the mark."""
 
-  needed: int
-
-  def init(self, rng):
-    del rng
-    return {"scale": jnp.ones(())}
-
   def embed_prompt(self, params, ids, features, video_rows):
+    del params
     x = jnp.zeros((ids.shape[0], features.shape[1]))
-    return x.at[video_rows].set(features * params["scale"])
+    return x.at[video_rows].set(features)
 
   def prefill(self, params, x, positions, lengths, **unused):
-    del params, positions, unused
+    del positions, unused
     visible = jnp.arange(x.shape[1]) < lengths[:, None]
-    seen = jnp.sum(visible & (x[..., 0] > 2.0), axis=1) >= self.needed
+    seen = jnp.sum(visible & (x[..., 0] > 2.0), axis=1) >= params["needed"]
     logits = jnp.zeros((x.shape[0], tiny.VOCABULARY))
     logits = logits.at[:, RIGHT].set(jnp.where(seen, 5.0, 1.0))
     return logits.at[:, WRONG].set(3.0), None, {}
@@ -64,9 +59,13 @@ def curves(needed, marked, reward, steps=60):
     tiny.step_config(
       reward=reward, iterations=3, learning_rate=2e-2, total_steps=steps
     ),
-    model=Spotter(needed),
+    model=Spotter(),
   )
-  _, _, outs = tiny.run(config, [batch(seed, marked) for seed in range(steps)])
+  # As data, so that both uses share a program.
+  weights = tiny.constants(tiny.step_config())
+  weights = weights.replace(params={"needed": np.int32(needed)})
+  batches = [batch(seed, marked) for seed in range(steps)]
+  _, _, outs = tiny.run(config, batches, weights=weights)
   return {
     name: np.array([metrics.mean[name].mean() for _, _, metrics in outs])
     for name in outs[0][2].mean

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 
+import tests
 from cacovid_jax import errors, metrics
 from cacovid_jax.policy import loading, network
 from cacovid_jax.training import checkpointing
@@ -222,7 +223,7 @@ def test_a_sigterm_to_two_processes_saves_and_exits_143(tmp_path):
     port = free.getsockname()[1]
   env = os.environ | {
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+    "XLA_FLAGS": tests.xla_flags(),
     "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "PYTHONPATH": str(pathlib.Path(__file__).parents[2]),
@@ -403,6 +404,7 @@ def test_questions_without_letters_are_marked_on_the_host(tmp_path):
       "iterations": 1,
       "rollout.reward": "accuracy",
       "rollout.max_new_tokens": 2,
+      "policy.module": "tests.policy.bilinear_policy:Bilinear",
     }
   )
   result = tiny.train(tmp_path, config, questions=rows)

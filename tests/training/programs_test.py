@@ -208,10 +208,17 @@ def test_ratio_rises_when_no_answer_is_right(adaptive):
   assert not metrics.mean["gradient_norm"].any()
 
 
-def test_what_is_drawn_does_not_depend_on_the_program(adaptive):
-  config, _, constants, state, _, _ = adaptive
+@pytest.fixture(scope="module")
+def prepared(adaptive):
+  """The videos of a batch and their memory."""
+  config, made, constants, state, _, _ = adaptive
   batch = tiny.batch(ladder=config.ladder)
-  videos, memory = step.prepare_videos(config, state, constants, batch)
+  placed = programs.place_batch(batch, made.mesh)
+  return made.call(SHAPE, "prepare_videos", state, constants, placed)
+
+
+def test_what_is_drawn_does_not_depend_on_the_program(adaptive, prepared):
+  config, videos, memory = adaptive[0], *prepared
   draws = [
     jax.jit(functools.partial(step.draw, config, max_rung=largest))(
       videos, memory
@@ -226,10 +233,9 @@ def test_what_is_drawn_does_not_depend_on_the_program(adaptive):
   np.testing.assert_array_equal(small.frame_mask, large.frame_mask)
 
 
-def test_a_masked_video_answers_as_in_its_own_program(adaptive):
-  config, _, constants, state, _, _ = adaptive
-  batch = tiny.batch(ladder=config.ladder)
-  videos, memory = step.prepare_videos(config, state, constants, batch)
+def test_a_masked_video_answers_as_in_its_own_program(adaptive, prepared):
+  config, _, constants, *_ = adaptive
+  videos, memory = prepared
   logits = [
     jax.jit(functools.partial(step.rollout, config, max_rung=largest))(
       constants, videos, memory

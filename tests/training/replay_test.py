@@ -37,6 +37,9 @@ def iteration(seed):
   return replay.masks(combinations, MODES, TOKENS), rewards
 
 
+append = jax.jit(replay.append)
+
+
 def test_masks_follow_the_order_of_the_sampler():
   index = np.full((COMBINATIONS, 3), TOKENS, np.int32)
   index[0] = [1, 4, TOKENS]  # The last entry is padding.
@@ -51,7 +54,6 @@ def test_masks_follow_the_order_of_the_sampler():
 
 def test_rows_are_written_behind_those_of_earlier_iterations():
   memory = empty()
-  append = jax.jit(replay.append)
   for seed in (1, 2):
     memory = append(memory, *iteration(seed))
   rows = memory.rows
@@ -70,12 +72,17 @@ def test_preallocated_memory_learns_like_one_of_its_rows_only():
   def loss(iterations):
     memory = empty(iterations)
     for seed in (1, 2):
-      memory = replay.append(memory, *iteration(seed))
-    return jax.value_and_grad(
-      lambda s: objective.loss(
-        s, memory.old_scores, memory.rows, objective.ObjectiveConfig()
-      )[0]
-    )(new)
+      memory = append(memory, *iteration(seed))
+
+    @jax.jit
+    def learn(scores, memory):
+      def loss_of(scores):
+        given = memory.old_scores, memory.rows, objective.ObjectiveConfig()
+        return objective.loss(scores, *given)[0]
+
+      return jax.value_and_grad(loss_of)(scores)
+
+    return learn(new, memory)
 
   for a, b in zip(
     jax.tree.leaves(loss(2)), jax.tree.leaves(loss(5)), strict=True
@@ -85,7 +92,7 @@ def test_preallocated_memory_learns_like_one_of_its_rows_only():
 
 def test_reward_that_is_not_finite_makes_its_row_not_valid():
   masks, rewards = iteration(1)
-  memory = replay.append(empty(), masks, rewards.at[2].set(jnp.nan))
+  memory = append(empty(), masks, rewards.at[2].set(jnp.nan))
   np.testing.assert_array_equal(
     memory.rows.token_valid[:5], [True, True, False, True, True]
   )
@@ -96,5 +103,5 @@ def test_mean_token_reward():
   memory = empty()
   assert replay.mean_token_reward(memory) == 0.5
   rewards = jnp.array([1.0, 0, 0, 1, 0, 1, 1, 1])  # The last three: no tokens.
-  memory = replay.append(memory, iteration(1)[0], rewards)
+  memory = append(memory, iteration(1)[0], rewards)
   assert replay.mean_token_reward(memory) == pytest.approx(0.4)

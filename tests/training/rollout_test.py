@@ -1,5 +1,7 @@
 """Rollouts and lettered rewards."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +21,7 @@ def prompts():
   config = tiny.step_config()
   constants = tiny.constants(config)
   whole = tiny.batch().prompts
-  x = jax.vmap(config.model.embed_prompt, (None, 0, 0, 0))(
+  x = jax.jit(jax.vmap(config.model.embed_prompt, (None, 0, 0, 0)))(
     constants.params,
     whole.ids,
     whole.features,
@@ -41,23 +43,21 @@ def prompts():
 
 def answer(prompts, index, num_valid, max_new_tokens):
   config, params, held = prompts
-  ids, logits = programs.answer_rows(
+  rows = functools.partial(
+    programs.answer_rows,
     config.model,
-    params,
-    held,
-    jnp.asarray(index, jnp.int32),
-    jnp.asarray(num_valid, jnp.int32),
     max_new_tokens=max_new_tokens,
     eos_ids=(1,),
     pad_id=0,
   )
-  return rollout.Answers(ids, logits)
+  index, num_valid = np.int32(index), np.int32(num_valid)
+  return rollout.Answers(*jax.jit(rows)(params, held, index, num_valid))
 
 
 def test_pruned_prompt_keeps_text_newline_and_original_positions(prompts):
   _, _, held = prompts
   one = jax.tree.map(lambda a: a[0], held)
-  _, pruned = prompt_batch.prune(one, jnp.array([3, 10, 63]), 3)
+  _, pruned = jax.jit(prompt_batch.prune)(one, jnp.array([3, 10, 63]), 3)
   x, positions, length = pruned.x, pruned.positions, pruned.lengths
   start, end = tiny.VIDEO_START, tiny.VIDEO_START + tiny.NUM_VIDEO
   expected = [*range(start), start + 3, start + 10, start + 63]
@@ -85,9 +85,9 @@ def test_first_token_alone_equals_generation(prompts):
 def test_keeping_everything_equals_the_whole_prompt(prompts):
   config, params, held = prompts
   got = answer(prompts, [[np.arange(64)]] * 2, [64, 64], 1)
-  logits, _, _ = config.model.prefill(
-    params, held.x, held.positions, held.lengths, cache_length=tiny.LENGTH
-  )
+  prefill = functools.partial(config.model.prefill, cache_length=tiny.LENGTH)
+  given = params, held.x, held.positions, held.lengths
+  logits, _, _ = jax.jit(prefill)(*given)
   np.testing.assert_allclose(got.logits[:, 0], logits, rtol=1e-4, atol=1e-5)
 
 

@@ -44,6 +44,7 @@ class Policy(nn.Module):
     )
 
 
+@functools.cache  # Programs of one config are then compiled once.
 def step_config(
   *,
   fixed=0.125,
@@ -83,11 +84,26 @@ def step_config(
   )
 
 
+@functools.cache
+def drawn(model):
+  """Returns random weights of a model; NumPy has nothing to compile."""
+  rng = np.random.default_rng(7)
+
+  def draw(path, leaf):
+    if path[-1].key in ("scale", "bias"):
+      return np.full(leaf.shape, path[-1].key == "scale", np.float32)
+    fan_in = leaf.shape[-2] if len(leaf.shape) > 1 else 1
+    return rng.normal(0, fan_in**-0.5, leaf.shape).astype(np.float32)
+
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
 def constants(config):
   """Returns random base weights and letters A.. for tokens 2.. ."""
   letters = np.full((VOCABULARY,), -1, np.int32)
   letters[2:28] = np.arange(26) + ord("A")
-  params = config.model.init(jax.random.key(7))
+  params = drawn(config.model)
   return step.Constants(params=params, letters=letters, seed=np.uint32(0))
 
 
@@ -120,16 +136,21 @@ def batch(videos=2, seed=0, *, ladder=None):
   )
 
 
+@functools.cache
+def _first_params(policy, seed):
+  @jax.jit
+  def init(rng):
+    prompt = jnp.zeros((LENGTH, 32)), jnp.arange(LENGTH)[None]
+    rows = VIDEO_START + jnp.arange(NUM_VIDEO)
+    return policy.init(rng, *prompt, rows, GRID, jnp.int32(LENGTH))["params"]
+
+  return jax.device_get(init(jax.random.key(seed)))
+
+
 def state(config, seed=0):
   """Returns the state before the first step."""
-  params = config.policy.init(
-    jax.random.key(seed),
-    jnp.zeros((LENGTH, 32)),
-    jnp.arange(LENGTH)[None],
-    VIDEO_START + jnp.arange(NUM_VIDEO),
-    GRID,
-    jnp.int32(LENGTH),
-  )["params"]
+  # Copies: a step's buffers are given up.
+  params = jax.tree.map(np.array, _first_params(config.policy, seed))
   return step.TrainState.create(params, config.tx)
 
 
@@ -137,18 +158,21 @@ def mesh(data=1, model=1):
   return mesh_lib.make_mesh(data, model, devices=jax.devices()[: data * model])
 
 
-def run(config, batches, *, data=1, host_rewards=False, reward=None, **options):
+@functools.cache
+def _programs(config, data, map_with):
+  return programs.TrainingPrograms([config], mesh(data), map_with=map_with)
+
+
+def run(config, batches, *, data=1, map_with="shard_map", weights=None):
   """Returns (programs, state, outputs per batch) of steps from the start."""
-  on = mesh(data)
-  made = programs.TrainingPrograms(
-    [config], on, host_rewards=host_rewards, **options
-  )
-  current = mesh_lib.put(state(config), on, programs.ONE)
-  held = mesh_lib.put(constants(config), on, programs.ONE)
+  made = _programs(config, data, map_with)
+  held = constants(config) if weights is None else weights
+  current = mesh_lib.put(state(config), made.mesh, programs.ONE)
+  held = mesh_lib.put(held, made.mesh, programs.ONE)
   outs = []
   for one in batches:
     current, *out = made.run(
-      current, held, programs.place_batch(one, on), reward
+      current, held, programs.place_batch(one, made.mesh)
     )
     outs.append(jax.device_get(out))
   return made, current, outs
@@ -206,7 +230,7 @@ def checkpoint():
   model = llava_onevision.LlavaOnevisionModel(sizes)
   return checkpoints.Checkpoint(
     model=model,
-    params=model.init(jax.random.key(7)),
+    params=drawn(model),
     tokenizer=tokenizer,
     identity={"path": "nowhere", "sha256": "0"},
     eos_ids=tokenizer.eos_ids,
