@@ -184,7 +184,8 @@ class _File:
   def _entry(self, record) -> FrameRecord:
     entry = FrameRecord(**record)
     if not entry.fault:
-      numbers = (*entry.indices, *entry.size, entry.num_frames)
+      counts = entry.num_frames, *map(entry.damage.get, entry.damage)
+      numbers = (*entry.indices, *entry.size, *counts)
       if (
         len(entry.indices) != self.num_frames
         or len(entry.size) != 2

@@ -1,9 +1,11 @@
 """One question about one clip: answers, times, the page, and mistakes."""
 
+import dataclasses
 import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -203,6 +205,8 @@ def test_short_clips_repeat_frames_with_a_warning(
     method="uniform",
     warm_up=False,
   )
+  answer_page.write(tmp_path / "report.html", answerer, found)
+  assert f"Warning: {path} has" in (tmp_path / "report.html").read_text()
   assert len(found.warnings) == 1
   assert f"has {num_frames} frame" in found.warnings[0]
   assert "\n" not in found.warnings[0]
@@ -332,6 +336,35 @@ def test_clips_that_cannot_be_decoded(answerer, clip, tmp_path):
   hollow.write_bytes(data)
   with pytest.raises(errors.UserError, match="hollow.mp4: no frames"):
     answerer.ask(hollow, QUESTION, method="uniform")
+
+
+def test_a_clip_of_which_too_much_is_replaced_is_named(
+  answerer, clip, tmp_path, caplog, monkeypatch
+):
+  """Half of the frames: as many as may be, but not with a stricter limit."""
+  asking = dict(method="uniform", ratios=(0.25,), warm_up=False)
+  path, decode = shutil.copy(clip, tmp_path / "half.mp4"), video.decode
+
+  def damaged(*args, **options):
+    found = decode(*args, **options)
+    half = len(found.indices) // 2
+    return dataclasses.replace(found, replaced=half, warnings=("half of it",))
+
+  monkeypatch.setattr(video, "decode", damaged)
+  found = answerer.ask(path, QUESTION, tiny.COLOURS, **asking)
+  assert found.warnings == (f"{path}: half of it",)
+  assert not caplog.records  # It would be said twice.
+  source = answerer.source(tiny.GRID)
+  source.clear()
+  strict = dataclasses.replace(source.reader, max_replaced=0.4)
+  monkeypatch.setattr(source, "reader", strict)
+  with pytest.raises(errors.UserError) as caught:
+    answerer.ask(path, QUESTION, tiny.COLOURS, **asking)
+  half = tiny.FRAMES // 2
+  assert str(caught.value).endswith(
+    f"half.mp4: too damaged ({half} of {tiny.FRAMES} frames cannot be decoded);"
+    " download the clip again or raise config.data.max_replaced"
+  )
 
 
 def test_learned_methods_say_where_a_policy_comes_from(
