@@ -45,8 +45,9 @@ def _x264(text):
 
 
 def _x265(text):
-  text = f"log-level=none:keyint={GROUP}:min-keyint={GROUP}:scenecut=0:{text}"
-  return "libx265", {"preset": "ultrafast", "x265-params": f"ctu=16:{text}"}
+  text = f"keyint={GROUP}:min-keyint={GROUP}:scenecut=0:{text}"
+  text = f"log-level=none:pools=none:frame-threads=1:ctu=16:{text}"
+  return "libx265", {"preset": "ultrafast", "x265-params": text}
 
 
 def _plain(name, **options):
@@ -98,16 +99,16 @@ CONTAINERS = {
   "mp4_early": ("mp4", {"movflags": "negative_cts_offsets+faststart"}),
   "mkv_live": ("mkv", {"live": "1"}),  # Without an index.
 }  # fmt: skip
-_MP4 = ("mp4", "mov", "mp4_pieces", "mp4_no_edits", "mp4_early")
+_MP4 = ("mp4", "mp4_pieces", "mp4_no_edits", "mp4_early")
 _MKV, _TS = ("mkv", "mkv_live"), ("ts", "m2ts", "mpg")
 _SOUND = dict.fromkeys((".mp4", ".mov", ".3gp", ".flv"), "aac")
 _SOUND |= dict.fromkeys((".webm", ".ogg"), "libopus")
 # First part of a codec's name -> containers that are tried.
 _HELD_BY = {
-  "h264": (*_MP4, "3gp", *_MKV, "avi", *_TS, "flv", "asf"),
-  "hevc": (*_MP4, *_MKV, *_TS, "flv"),
-  "mpeg4": (*_MP4, "3gp", *_MKV, "avi", "ts", "m2ts", "asf"),
-  "mpeg2": (*_MP4, *_MKV, "avi", *_TS, "asf"),
+  "h264": (*_MP4, "mov", "3gp", *_MKV, "avi", *_TS, "flv", "asf"),
+  "hevc": (*_MP4, "mov", *_MKV, *_TS, "flv"),
+  "mpeg4": (*_MP4, "mov", "3gp", *_MKV, "avi", "ts", "m2ts", "asf"),
+  "mpeg2": (*_MP4, "mov", *_MKV, "avi", *_TS, "asf"),
   "mpeg1": ("mp4", "mkv", "avi", *_TS),
   "mjpeg": ("mp4", "mov", *_MKV, "avi", "asf"),
   "vp8": ("webm", *_MKV, "avi", "ogg"),
@@ -182,6 +183,8 @@ CHANGES = {
   "twice": None,  # The file behind itself: stamps begin again in the middle.
   "sound": None,  # Beside silence, a packet of it after each picture.
 }
+# Other muxers give up or abort without stamps.
+_ONLY_IN = {"twice": _TS, "unstamped": ("avi", "asf", "flv", "mpg")}
 
 
 def kinds() -> tuple[Kind, ...]:
@@ -190,7 +193,7 @@ def kinds() -> tuple[Kind, ...]:
   for codec in CODECS:
     held_by = _HELD_BY[codec.partition("_")[0]]
     for container, change in itertools.product(held_by, ("", *CHANGES)):
-      if change != "twice" or container in _TS:
+      if container in _ONLY_IN.get(change, held_by):
         found.append(Kind(codec, container, change))
     found += [Kind(codec, held_by[0], size=size) for size in SIZES]
   return tuple(found)
@@ -244,6 +247,8 @@ def _encode(path, kind: Kind, container_options: Mapping[str, str]):
       stream = out.add_stream(name, rate=25, options=dict(options))
       stream.width, stream.height = kind.size
       stream.pix_fmt = _PIXELS.get(kind.codec, whole)
+      # Threads of libvpx wait for each other for minutes on a busy machine.
+      stream.codec_context.thread_count = 1
       for number in range(FRAMES):
         image = moving(number, *kind.size)
         frame = av.VideoFrame.from_ndarray(image, format="rgb24")

@@ -69,7 +69,7 @@ class ClipReader:
   min_side: int = 0
   # Share of the frames above which those that cannot be decoded make a clip
   # unfit.
-  max_replaced: float = 0.5
+  max_replaced: float = 0.8
   # Content hash -> reason, of clips that are known to be bad.
   refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
   # `frame_manifest.FrameManifest`, where the frames are written down, and what

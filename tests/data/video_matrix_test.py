@@ -65,6 +65,14 @@ MATRIX = [
   ("vp8", "webm", "", False),
   ("vp8", "webm", "first_left_out", False),
   ("mjpeg", "mov", "", True),
+  ("h264_pyramid", "mp4_pieces", "", None),
+  ("h264_fields", "mp4_early", "hidden", None),
+  ("h264_open", "m2ts", "sound", None),
+  ("h264_b", "mkv_live", "dropped", None),
+  ("hevc_radl", "mp4_no_edits", "varying", None),
+  ("mpeg2_fields", "mpg", "sound", None),
+  ("av1", "webm", "late", None),
+  ("wmv2", "asf", "", False),
 ]
 
 

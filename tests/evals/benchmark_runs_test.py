@@ -134,9 +134,8 @@ def test_damaged_pictures_are_told_everywhere(request_of, tmp_path, caplog):
   name = fixture.clips[1]
   # Of 80 pictures, 20 to 68 lose their data or what they are predicted from.
   shutil.copy(DAMAGED, fixture.root / name)
-  options = dict(
-    data=fixture.data_dir, feature_cache=str(tmp_path / "cache"), ratios=(0.5,)
-  )
+  cache = {"data.feature_cache": str(tmp_path / "cache")}
+  options = {"data": fixture.data_dir, **cache}
   out = evaluation.evaluate(request_of("nextqa", tmp_path / "w", **options))
   (entry,) = out["damaged"]
   # Shown are 0, 26, 52 and 79.
