@@ -122,67 +122,39 @@ _HELD_BY = {
 }
 
 
-def _shift(packet, ticks):
-  """Moves a packet in time, by int `ticks` or a function of each stamp."""
-  move = ticks if callable(ticks) else lambda time: time + ticks
-  if packet.pts is not None:
-    packet.pts = move(packet.pts)
-  if packet.dts is not None:
-    packet.dts = move(packet.dts)
+def moved(packet, ticks):
+  """Returns a packet's stamps, moved by `ticks` or by a function of each."""
+  by = ticks if callable(ticks) else lambda unused: ticks
+  times = packet.pts, packet.dts
+  return tuple(None if time is None else time + by(time) for time in times)
 
 
-def _decoding_order(number, packet, ticks):
-  packet.pts = packet.dts
-
-
-def _unstamped(number, packet, ticks):
-  packet.pts = None
-
-
-def _first_left_out(number, packet, ticks):
-  return number >= 3
-
-
-def _hidden(number, packet, ticks):
-  _shift(packet, -4 * ticks)
-
-
-def _late(number, packet, ticks):
-  _shift(packet, 100 * ticks)
-
-
-def _repeated(number, packet, ticks):
-  if number % 7 == 3:
-    packet.pts = packet.dts
-
-
-def _jumping(number, packet, ticks):
-  if number >= 20:  # In an open group, before pictures ahead of its key frame.
-    _shift(packet, 200 * ticks)
-
-
-def _varying(number, packet, ticks):
-  _shift(packet, lambda time: time + max(0, time // (7 * ticks)) * 3 * ticks)
-
-
-def _dropped(number, packet, ticks):
-  # Nothing is predicted from these.
-  return not (packet.is_disposable and number % 4 == 0)
-
-
+# Functions of a packet's number, the packet and the ticks of a frame, that
+# return its stamps, or nothing to leave it out.
 CHANGES = {
-  "decoding_order": _decoding_order,
-  "unstamped": _unstamped,
-  "first_left_out": _first_left_out,
-  "hidden": _hidden,  # By an edit list, or at negative times.
-  "late": _late,
-  "repeated": _repeated,
-  "jumping": _jumping,
-  "varying": _varying,
-  "dropped": _dropped,
-  "twice": None,  # The file behind itself: stamps begin again in the middle.
-  "sound": None,  # Beside silence, a packet of it after each picture.
-}
+  "decoding_order": lambda n, packet, ticks: (packet.dts, packet.dts),
+  "unstamped": lambda n, packet, ticks: (None, packet.dts),
+  "first_left_out": lambda n, packet, ticks: moved(packet, 0) if n > 2 else (),
+  # By an edit list, or at negative times.
+  "hidden": lambda n, packet, ticks: moved(packet, -4 * ticks),
+  "late": lambda n, packet, ticks: moved(packet, 100 * ticks),
+  "repeated": lambda n, packet, ticks: (
+    packet.dts if n % 7 == 3 else packet.pts, packet.dts
+  ),
+  # In an open group, between a key frame and what is shown before it.
+  "jumping": lambda n, packet, ticks: moved(packet, 200 * ticks * (n >= 20)),
+  "varying": lambda n, packet, ticks: moved(
+    packet, lambda time: max(0, time // (7 * ticks)) * 3 * ticks
+  ),
+  # Nothing is predicted from these.
+  "dropped": lambda n, packet, ticks: (
+    () if packet.is_disposable and n % 4 == 0 else moved(packet, 0)
+  ),
+  # The file behind itself: stamps begin again in the middle.
+  "twice": None,
+  # Beside silence, a packet of it after each picture.
+  "sound": lambda n, packet, ticks: moved(packet, 0),
+}  # fmt: skip
 # Other muxers give up or abort without stamps.
 _ONLY_IN = {"twice": _TS, "unstamped": ("avi", "asf", "flv", "mpg")}
 
@@ -215,10 +187,10 @@ def make(folder, kind: Kind) -> pathlib.Path | None:
     if kind.change == "twice":
       path.write_bytes(2 * source.read_bytes())
     elif kind.change:
-      change = CHANGES[kind.change] or (lambda *unused: True)
       if kind.change == "hidden":
         options = options | {"avoid_negative_ts": "disabled"}
-      copy(path, source, change, options, silence=kind.change == "sound")
+      change, silence = CHANGES[kind.change], kind.change == "sound"
+      copy(path, source, change, options, silence=silence)
   except (av.error.FFmpegError, ValueError):
     path.unlink(missing_ok=True)
     return None
@@ -260,10 +232,9 @@ def _encode(path, kind: Kind, container_options: Mapping[str, str]):
 
 
 def copy(path, source, change, options=(), *, silence=False) -> pathlib.Path:
-  """Copies a clip; `change(number, packet, ticks of a frame)` edits packets.
+  """Copies a clip with a function as in `CHANGES`.
 
-  Packets for which it returns False are left out. `options` are the muxer's;
-  `silence` adds a track of sound.
+  `options` are the muxer's; `silence` adds a track of sound.
   """
   with av.open(str(source)) as given:
     old = given.streams.video[0]
@@ -274,8 +245,8 @@ def copy(path, source, change, options=(), *, silence=False) -> pathlib.Path:
       sound = out.add_stream(name, rate=48_000) if silence else None
       packets = (packet for packet in given.demux(old) if packet.size)
       for number, packet in enumerate(packets):
-        if change(number, packet, ticks) is not False:
-          packet.stream = new
+        if times := change(number, packet, ticks):
+          (packet.pts, packet.dts), packet.stream = times, new
           out.mux(packet)
         if sound:
           out.mux(_silence(sound, number))

@@ -55,8 +55,7 @@ class Report:
 
   num_clips: int
   num_present: int = 0  # Whose features were there.
-  num_encoded: int = 0  # Whose features were made...
-  num_damaged: int = 0  # ... of pictures of which some are damaged.
+  num_encoded: int = 0  # Whose features were made.
   # Path -> why a clip cannot be used.
   failed: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -135,7 +134,6 @@ def encode(
           _check_room(store, directory, size, len(todo) - done, others)
         ready = []
       bar.update(before + done)
-  report.num_damaged = len(store.damaged)
   return report
 
 
@@ -229,7 +227,7 @@ def main(args):
   )
   print(
     f"{directory}: {report.num_clips} clips, {report.num_present} were there,"
-    f" {report.num_encoded} encoded ({report.num_damaged} with damaged"
+    f" {report.num_encoded} encoded ({len(store.damaged)} with damaged"
     f" pictures), {len(report.failed)} cannot be used"
   )
   for name, reason in list(report.failed.items())[:10]:

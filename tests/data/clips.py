@@ -88,8 +88,7 @@ def write_edited(path, source, hidden=5):
   """Copies a clip with an edit list that hides its first frames."""
 
   def earlier(_, packet, ticks):
-    packet.pts -= hidden * ticks
-    packet.dts -= hidden * ticks
+    return clip_matrix.moved(packet, -hidden * ticks)
 
   options = {"avoid_negative_ts": "disabled"}
   return clip_matrix.copy(path, source, earlier, options)
