@@ -4,6 +4,7 @@ Paths, protocols, formats and sizes are checked before anything is decoded,
 since a clip of a public data set is an untrusted file.
 """
 
+import contextlib
 import dataclasses
 import io
 import math
@@ -146,9 +147,9 @@ class VideoStream:
 
   def _unopened(self, error: Exception) -> VideoError:
     """Returns why the file cannot be opened."""
-    head = self._data
-    if head is None:
-      with open(self.path, "rb") as f:
+    head = self._data or b""
+    if not head:
+      with contextlib.suppress(OSError), open(self.path, "rb") as f:
         head = f.read(12)
     if head[:4] + head[8:12] != b"RIFFWEBP":
       return self.fail("unreadable", _text(error))
