@@ -130,6 +130,8 @@ _DATA = dict(
   on_missing="raise",
   # Clips with a side of so many pixels or fewer are refused, as publicly.
   min_side=28,
+  # Clips are refused of whose frames shown a larger share cannot be decoded.
+  max_replaced=0.8,
   num_frames=32,
   frame_rule="eval_linspace",
   # For models whose token grid follows the frames' shape (Qwen2.5-VL): pixels

@@ -46,6 +46,8 @@ _RENAMED = {
 _BEFORE = {"rouge": "public"}
 # Those of `NOT_HASHED` that earlier versions did not have.
 _NEW_GROUPS = ("blind", "prepare", "table", "tfds", "wandb")
+# Hashed where they are not the default: earlier versions did not have them.
+_NEW_KEYS = ("data.max_replaced",)
 
 
 def load(spec, overrides=(), *, fill=False):
@@ -234,7 +236,8 @@ def claim_workdir(workdir, config):
         + ". Give another --workdir, or the config the run started with"
       )
     renamed = to_dict(now) != to_dict(there)
-    if renamed and config_hash(there, before=True) != config_hash(config):
+    hashes = {config_hash(there, before=before) for before in (False, True)}
+    if renamed and config_hash(config) not in hashes:
       raise errors.UserError(
         f"workdir {workdir} was written by an earlier version; continue it"
         f" after: python -m cacovid_jax.ckpt upgrade {workdir}"
@@ -317,7 +320,10 @@ def _differences(there, here, prefix=""):
 
 def _hashed(config, skipped=NOT_HASHED):
   """Returns a config as nested dicts without some keys."""
-  values = to_dict(config)
+  values, flat = to_dict(config), dict(_flat(config))
+  defaults = dict(_flat(base_config.get_config()))
+  young = {key for key in _NEW_KEYS if flat.get(key) == defaults[key]}
+  skipped = young.union(skipped)
   for key in skipped:
     *groups, leaf = key.split(".")
     group = values

@@ -1,6 +1,7 @@
 """Which frames of a clip were shown, and what their pixels are."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -9,6 +10,10 @@ import av
 from av import library_versions
 
 from cacovid_jax import files
+from cacovid_jax.data import video
+
+# Not part of what must be the same; lines of earlier versions lack these.
+_uncompared = functools.partial(dataclasses.field, compare=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,6 +27,10 @@ class FrameRecord:
   size: tuple[int, int] = (0, 0)  # (h, w) of its frames, upright, in pixels.
   indices: tuple[int, ...] = ()  # Of the frames that are shown.
   frame_hash: str = ""  # Of their pixels, see `video.Clip`.
+  # See `video.Clip`.
+  replaced: int = _uncompared(default=0)
+  damaged: int = _uncompared(default=0)
+  lost: int = _uncompared(default=0)
   fault: str = ""  # Why the clip cannot be used; all else is empty then.
 
   def __post_init__(self):
@@ -40,7 +49,14 @@ class FrameRecord:
       size=clip.size,
       indices=clip.indices.tolist(),
       frame_hash=clip.frame_hash,
+      **{name: getattr(clip, name) for name in video.DAMAGE},
     )
+
+  @property
+  def damage(self) -> dict[str, int]:
+    """Those of `video.DAMAGE` that are not 0."""
+    counts = {name: getattr(self, name) for name in video.DAMAGE}
+    return {name: count for name, count in counts.items() if count}
 
   @property
   def index_hash(self) -> str:

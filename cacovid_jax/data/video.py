@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import av
 import numpy as np
@@ -36,8 +36,12 @@ _EMPTY_VOP = 16
 _PROBED = 8
 _SEEK_TO_PTS = 0x4000000  # AVFMT_SEEK_TO_PTS of FFmpeg.
 _NO_PICTURE = "no picture could be decoded"
-_DAMAGED = "show damage or follow some"
-_REPLACED = "cannot be decoded; the last one before them stands in"
+# What is counted of damage, as fields of `Clip`, in words.
+DAMAGE = {
+  "lost": "pictures cannot be decoded",
+  "damaged": "frames show damage or follow some",
+  "replaced": "frames cannot be decoded; the last one before them stands in",
+}
 _URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.,\-]*:")
 
 
@@ -97,6 +101,15 @@ def safe_path(root, relative: str) -> str:
   if os.path.commonpath([base, path]) != base:
     raise VideoError(relative, "unsafe", "it leads out of the media root")
   return path
+
+
+def told(counts: Mapping[str, int]) -> str:
+  """Returns those of `DAMAGE` that are not 0 in words; "" without any."""
+  return ", ".join(
+    f"{counts[name]} {what}"
+    for name, what in DAMAGE.items()
+    if counts.get(name)
+  )
 
 
 def bad_shape(path, error: frames_lib.ShapeError) -> VideoError:
@@ -235,8 +248,7 @@ class _Reader(video_stream.VideoStream):
     if seconds > self.limits.max_seconds:
       raise self.fail("too_long", f"{seconds:.0f} s")
     if index.lost:
-      count = index.num_frames
-      warnings.append(f"{index.lost} of {count} pictures cannot be decoded")
+      warnings.append(f"{index.lost} of {index.num_frames} {DAMAGE['lost']}")
     return seconds, warnings
 
   def clip(self, index: clip_index.ClipIndex, sampler, resize, hashed) -> Clip:
@@ -273,9 +285,9 @@ class _Reader(video_stream.VideoStream):
         raise bad_shape(self.path, error) from error
     bad = index.numbers[places] != indices
     replaced, damaged = bad.sum(), (index.damaged[places] & ~bad).sum()
-    for part, what in ((damaged, _DAMAGED), (replaced, _REPLACED)):
+    for part, name in ((damaged, "damaged"), (replaced, "replaced")):
       if part:
-        warnings.append(f"{part} of {len(indices)} frames {what}")
+        warnings.append(f"{part} of {len(indices)} {DAMAGE[name]}")
     return Clip(
       np.stack([pictures[place] for place in inverse]),
       indices,

@@ -4,6 +4,7 @@ Paths, protocols, formats and sizes are checked before anything is decoded,
 since a clip of a public data set is an untrusted file.
 """
 
+import contextlib
 import dataclasses
 import io
 import math
@@ -18,7 +19,9 @@ from cacovid_jax import errors
 
 # Playlists, image sequences and network formats stay out: a playlist renamed
 # .mp4 would otherwise open other files.
-_DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg"
+_DEMUXERS = (
+  "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif"
+)
 # PyAV 19 always replaces bytes of tags that are no text; before, it must be
 # asked to.
 _OLD = int(av.__version__.split(".")[0]) < 19
@@ -32,6 +35,7 @@ _MENDS = {
   "no_frames": "download the clip again",
   "bad_shape": "crop or scale the clip, or leave it out",
   "too_large": "scale the clip down or raise the limit",
+  "too_damaged": "download the clip again or raise config.data.max_replaced",
   "too_long": "cut the clip or raise the limit",
   "too_short": "leave the clip out: the frame rule takes no frame of it",
   "timeout": "convert the clip to H.264 mp4 or raise the limit",
@@ -131,7 +135,7 @@ class VideoStream:
       )
     except (av.error.FFmpegError, OSError, ValueError) as error:
       self._tick()
-      raise self.fail("unreadable", _text(error)) from None
+      raise self._unopened(error) from None
     try:
       self._choose_stream()
       self.stream.thread_type = thread_type
@@ -140,6 +144,18 @@ class VideoStream:
     except BaseException:
       self.container.close()
       raise
+
+  def _unopened(self, error: Exception) -> VideoError:
+    """Returns why the file cannot be opened."""
+    head = self._data or b""
+    if not head:
+      with contextlib.suppress(OSError), open(self.path, "rb") as f:
+        head = f.read(12)
+    if head[:4] + head[8:12] != b"RIFFWEBP":
+      return self.fail("unreadable", _text(error))
+    mend = "convert it, as by `magick clip.webp clip.mp4`"
+    detail = "WebP, which FFmpeg does not read in motion"
+    return VideoError(self.path, "unreadable", detail, mend)
 
   def _choose_stream(self) -> None:
     for stream in self.container.streams.video:

@@ -22,7 +22,7 @@ from absl import logging
 from cacovid_jax import errors, files, metrics, terminal
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.compressors import base
-from cacovid_jax.data import answer_log, readers
+from cacovid_jax.data import answer_log, readers, video
 from cacovid_jax.evals import (
   benchmarks,
   frame_manifest,
@@ -338,12 +338,15 @@ def show(out: Mapping[str, Any], console: terminal.Console | None = None):
 
 
 def caveats(out: Mapping[str, Any]) -> list[str]:
-  """Returns what was not asked, counted as wrong or guessed, a line each."""
+  """Returns what was not asked or not whole, wrong or guessed, a line each."""
   found, vanilla = out["left_out"], out["vanilla"]
   lines = [
     f"counted as wrong: {entry['questions']} questions about"
     f" {entry['video']} ({entry['reason']})"
     for entry in out["unreadable"]
+  ]
+  lines += [
+    f"{entry['video']}: {video.told(entry)}" for entry in out.get("damaged", ())
   ]
   if bad := found.get("bad_rows"):
     first = bad[0]

@@ -229,6 +229,7 @@ class Evaluator:
         clip = self.engine.source[questions[row].video]
         facts[row]["frame_hash"] = clip.frame_hash
         facts[row]["index_hash"] = clip.index_hash
+        facts[row] |= clip.record.damage
       return facts
     kept = np.asarray(trace.mask).sum(axis=1)
     for row in rows:

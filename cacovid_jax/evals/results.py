@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from cacovid_jax import errors, schema
-from cacovid_jax.data import answer_log, rewards
+from cacovid_jax.data import answer_log, rewards, video
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import benchmarks, statistics
 from cacovid_jax.evals import evaluator as evaluator_lib
@@ -103,6 +103,7 @@ def build(
     **_rows(table, ledger, failures, vanilla),
     "frame_head": _frame_head(table, ledger, decisive, failures),
     "unreadable": _unreadable(table, ledger, failures),
+    "damaged": _damaged(table, ledger),
     "seeds": list(table.seeds),
     "rule": "paper",
     "rouge": rewards.UNICODE,
@@ -389,5 +390,16 @@ def _unreadable(table, ledger, failures) -> list[dict[str, Any]]:
   for question in table.questions:
     if reason := faults.get(question.id):
       entry = {"video": question.video, "reason": reason, "questions": 0}
+      found.setdefault(question.video, entry)["questions"] += 1
+  return [found[video] for video in sorted(found)]
+
+
+def _damaged(table, ledger) -> list[dict[str, Any]]:
+  """Returns the clips of which not all pictures could be decoded whole."""
+  found, asked = {}, _records(table, ledger, _WHOLE)
+  for question, record in zip(table.questions, asked, strict=True):
+    counts = {name: record.get(name, 0) for name in video.DAMAGE}
+    if any(counts.values()):
+      entry = {"video": question.video, "questions": 0, **counts}
       found.setdefault(question.video, entry)["questions"] += 1
   return [found[video] for video in sorted(found)]

@@ -183,6 +183,7 @@ class Answerer(contextlib.ExitStack):
     clip = _probe(path, self._limits)
     source = self.source(self._grid(path))
     source.observe(methods_lib.wanted([chosen]))
+    source.damaged[asked.video] = ""  # Among the warnings below, not logged.
     engine = engine_lib.Engine.of(
       self.experiment, source, [asked], self.settings, policies=self.policies,
       programs=self.programs, more_follow=True,
@@ -195,7 +196,8 @@ class Answerer(contextlib.ExitStack):
     # Decoding may find a fault that the table of frames did not show; here it
     # is told in full, where an evaluation only notes it.
     if source[asked.video].fault:
-      source.frames(asked.video)
+      source.clear()
+      source.load(asked.video)
     if warm_up:
       for condition in conditions:
         engine.answer(asked, condition)

@@ -68,6 +68,9 @@ class ClipReader:
   limits: video.Limits | None = None  # Caps on what is decoded.
   # Clips are refused whose frames have a side of so many pixels or fewer.
   min_side: int = 0
+  # Share of the frames above which those that cannot be decoded make a clip
+  # unfit.
+  max_replaced: float = 0.8
   # Content hash -> reason, of clips that are known to be bad.
   refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
   # `frame_manifest.FrameManifest`, where the frames are written down, and what
@@ -81,6 +84,7 @@ class ClipReader:
     """What frames depend on beside the file, for a key."""
     return {
       "decoder": frame_record.decoder(),
+      "reader": 2,  # Of `video`; this one counts damage.
       "frames": dataclasses.asdict(self.rule),
       "preprocessing": self.processor.identity,
     }
@@ -145,7 +149,7 @@ class ClipReader:
     return clip, inputs, record.indices == tuple(plain.tolist())
 
   def check(self, path: str, record: frame_record.FrameRecord) -> None:
-    """Refuses frames that are too small, or not those that are known."""
+    """Refuses frames that are too small or replaced, or not those known."""
     if self.manifest:
       self.manifest.check(record)
     try:
@@ -153,6 +157,11 @@ class ClipReader:
     except frames_lib.ShapeError as error:
       file = video.safe_path(self.root, path)
       raise video.bad_shape(file, error) from error
+    count = len(record.indices)
+    if record.replaced > self.max_replaced * count:
+      detail = f"{record.replaced} of {count} frames cannot be decoded"
+      file = video.safe_path(self.root, path)
+      raise video.VideoError(file, "too_damaged", detail)
 
   def _resize(self, frame: np.ndarray) -> np.ndarray:
     self._check_side(*frame.shape[:2])

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 
 from cacovid_jax import experiment as experiment_lib
@@ -72,6 +73,8 @@ class FeatureStore:
     self._given = self.grid is not None
     self._grids: dict[str, tuple[int, int, int]] = {}  # Of surveyed clips.
     self.seconds = collections.Counter()
+    # Of clips that were finished: path -> what of their pictures is damaged.
+    self.damaged: dict[str, str] = {}
     self._set_up_memory()
     self._tower = clips.Tower(self.model, params, mesh)
 
@@ -99,6 +102,8 @@ class FeatureStore:
       found["preprocessing"] = self.reader.processor.identity
     if self.reader.rule.name != frames_lib.EVAL_RULE:
       found["frame_rule"] = self.reader.rule.name
+    if self.reader.max_replaced != clips.ClipReader.max_replaced:
+      found["max_replaced"] = self.reader.max_replaced
     return found
 
   def bucket_of(self, grid: tuple[int, int, int]) -> token_grid.GridBucket:
@@ -157,6 +162,11 @@ class FeatureStore:
       found[one.path] = dataclasses.replace(one.clip, arrays=arrays)
     if todo:
       self.seconds["tower"] += time.perf_counter() - start
+    for path, clip in found.items():
+      damage = video.told(clip.record.damage)
+      if damage and path not in self.damaged:
+        self.damaged[path] = damage
+        logging.warning("%s: %s", path, damage)
     with self._lock:
       self._clips.update(found)
       while len(self._clips) > self.keep:
@@ -306,7 +316,8 @@ def open_store(
     )
   reader = clips.ClipReader(
     experiment_lib.media_root(experiment.config), processor, rule,
-    noted=bool(folder), **options.pop("reading", {}),
+    noted=bool(folder), max_replaced=data.max_replaced,
+    **options.pop("reading", {}),
   )  # fmt: skip
   return make(
     reader, checkpoint.model, checkpoint.params if params is None else params,

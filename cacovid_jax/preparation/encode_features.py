@@ -238,7 +238,8 @@ def _encode(config, training: bool, shard) -> None:
   )
   terminal.tell(
     f"{directory}: {report.num_clips} clips, {report.num_present} were there,"
-    f" {report.num_encoded} encoded, {len(report.failed)} cannot be used"
+    f" {report.num_encoded} encoded ({len(store.damaged)} with damaged"
+    f" pictures), {len(report.failed)} cannot be used"
   )
   for name, reason in list(report.failed.items())[:10]:
     terminal.tell(f"  {name}: {reason.replace('_', ' ')}")

@@ -6,6 +6,10 @@ import struct
 import av
 import numpy as np
 
+from experiments import clip_matrix
+
+decode_all = clip_matrix.truth
+
 
 def picture(number: int, size: int = 64, height=None) -> np.ndarray:
   """Returns uint8[height or size,size,3] that shows a number below 256."""
@@ -80,46 +84,14 @@ def write_sound(path):
   return path
 
 
-def copy(path, source, change, **options):
-  """Copies a clip; `change(number, packet, ticks of a frame)` edits packets.
-
-  Packets for which it returns False are left out.
-  """
-  with av.open(str(source)) as given:
-    old = given.streams.video[0]
-    ticks = round(1 / (old.average_rate * old.time_base))
-    with av.open(str(path), "w", container_options=options) as container:
-      new = container.add_stream_from_template(old)
-      packets = (packet for packet in given.demux(old) if packet.size)
-      for number, packet in enumerate(packets):
-        if change(number, packet, ticks) is not False:
-          packet.stream = new
-          container.mux(packet)
-  return path
-
-
 def write_edited(path, source, hidden=5):
   """Copies a clip with an edit list that hides its first frames."""
 
   def earlier(_, packet, ticks):
-    packet.pts -= hidden * ticks
-    packet.dts -= hidden * ticks
+    return clip_matrix.moved(packet, -hidden * ticks)
 
-  return copy(path, source, earlier, avoid_negative_ts="disabled")
-
-
-def decode_all(path) -> list[np.ndarray]:
-  """Returns the pictures uint8[h,w,3] of the whole stream, in one thread."""
-  pictures = []
-  with av.open(str(path)) as container:
-    stream = container.streams.video[0]
-    stream.thread_type, stream.codec_context.thread_count = "NONE", 1
-    for packet in container.demux(stream):
-      try:
-        pictures += packet.decode()
-      except av.error.FFmpegError:
-        continue
-    return [picture.to_ndarray(format="rgb24") for picture in pictures]
+  options = {"avoid_negative_ts": "disabled"}
+  return clip_matrix.copy(path, source, earlier, options)
 
 
 # Display matrices (a, b, c, d): a player moves the pixel at (x, y) to

@@ -7,6 +7,7 @@ import pickle
 import av
 import numpy as np
 import pytest
+from PIL import Image, ImageSequence
 
 from cacovid_jax import errors
 from cacovid_jax.data import clip_index, frames, video
@@ -298,6 +299,43 @@ def test_every_unusable_file_has_a_typed_reason(folder):
   assert _reason(folder / "pipe.mp4") == "not_a_file"
   assert _reason(folder) == "not_a_file"
   assert _reason(b"") == "empty"
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_a_gif_is_read_as_it_is_shown(tmp_path, partial):
+  """Pillow composes the frames, of which each may change a part alone."""
+  path, pictures = tmp_path / "clip.gif", []
+  for number in range(7):
+    picture = Image.new("RGB", (40, 30), (30, 60, 90))
+    place = (4 * number, 10) if partial else (0, 0)
+    picture.paste((25 * number, 200, 0), (*place, place[0] + 9, place[1] + 12))
+    pictures.append(picture)
+  times = [40, 40, 100, 40, 40, 40, 400]
+  pictures[0].save(
+    path, save_all=True, append_images=pictures[1:], duration=times,
+    optimize=partial, disposal=1 + partial, loop=0,
+  )  # fmt: skip
+  with Image.open(path) as opened:
+    composed = ImageSequence.Iterator(opened)
+    shown = [np.asarray(frame.convert("RGB")) for frame in composed]
+  clip = video.decode(path, lambda n, s: range(n))
+  np.testing.assert_array_equal(clip.frames, shown)
+  assert clip.num_frames == 7 and clip.replaced == clip.lost == 0
+  assert clip.duration == pytest.approx(sum(times) / 1000)
+  assert video.frame_size(path) == (30, 40)
+
+
+def test_an_animated_webp_is_refused_with_the_reason(tmp_path):
+  path = tmp_path / "clip.mp4"
+  pictures = [Image.new("RGB", (16, 16), (9 * n, 0, 0)) for n in range(4)]
+  pictures[0].save(path, "WebP", save_all=True, append_images=pictures[1:])
+  for given in (path, path.read_bytes()):
+    with pytest.raises(video.VideoError) as caught:
+      video.probe(given)
+    assert str(caught.value).endswith(
+      ": unreadable (WebP, which FFmpeg does not read in motion); convert it,"
+      " as by `magick clip.webp clip.mp4`"
+    )
 
 
 def test_caps_are_checked_before_decoding(folder):

@@ -1,6 +1,8 @@
 """Every benchmark from its released folder to results.json."""
 
 import json
+import pathlib
+import shutil
 
 import pytest
 
@@ -10,6 +12,9 @@ from cacovid_jax.inference import prompts as prompts_lib
 from tests.data import benchmark_files
 from tests.evals import tiny
 
+DAMAGED = (
+  pathlib.Path(__file__).parents[1] / "data" / "cases" / "middle_zeroed.mp4"
+)
 NAMES = tuple(benchmark_files.LAYOUTS)
 
 
@@ -126,6 +131,41 @@ def test_missing_clips_are_named_before_anything_is_asked(
   assert (entry["video"], entry["questions"]) == ("data/clip_1.mp4", 2)
   with pytest.raises(errors.UserError, match="on_missing='skip': use raise"):
     evaluation.check(request_of("videomme", workdir, on_missing="skip").config)
+
+
+def test_damaged_pictures_are_told_everywhere(request_of, tmp_path, caplog):
+  """In the log, the table, frames.jsonl, results.json and the report."""
+  fixture = benchmark_files.write("nextqa", tmp_path / "data")
+  name = fixture.clips[1]
+  # Of 80 pictures, 20 to 68 lose their data or what they are predicted from.
+  shutil.copy(DAMAGED, fixture.root / name)
+  cache = {"data.feature_cache": str(tmp_path / "cache")}
+  options = {"data": fixture.data_dir, **cache}
+  out = evaluation.evaluate(request_of("nextqa", tmp_path / "w", **options))
+  (entry,) = out["damaged"]
+  # Shown are 0, 26, 52 and 79.
+  assert entry.pop("replaced") + entry.pop("damaged") == 2
+  assert entry == {"video": name, "questions": 3, "lost": 40}
+  assert out["unreadable"] == []
+  told = f"{name}: 40 pictures cannot be decoded, "
+  (caveat,) = evaluation.caveats(out)
+  assert caveat.startswith(told)
+  assert [r.message for r in caplog.records if told in r.message] == [caveat]
+  lines = (tmp_path / "w" / "frames.jsonl").read_text().splitlines()[1:]
+  lost = {line["video"]: line.get("lost") for line in map(json.loads, lines)}
+  assert lost == dict.fromkeys(fixture.clips) | {name: 40}
+  page = (tmp_path / "w" / "report.html").read_text()
+  assert "Clips with damaged pictures" in page and f"<td>{name}</td>" in page
+  # Features on disk tell as much.
+  request = request_of("nextqa", tmp_path / "again", **options)
+  assert evaluation.evaluate(request)["damaged"] == out["damaged"]
+  strict = {"data.max_replaced": 0.2}
+  request = request_of("nextqa", tmp_path / "strict", **options, **strict)
+  out = evaluation.evaluate(request)
+  assert out["damaged"] == []
+  assert out["unreadable"] == [
+    {"video": name, "reason": "too damaged", "questions": 3}
+  ]
 
 
 def test_what_is_left_out_is_listed_and_printed(request_of, tmp_path):

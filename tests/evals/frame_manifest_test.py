@@ -118,6 +118,25 @@ def test_the_indices_of_the_manifest_are_decoded(root):
     manifest.require(["a.mp4", "b.mp4", "b.mp4"])
 
 
+def test_lines_without_counts_of_damage_are_read(root):
+  with source_of(root, manifest_of(root)) as source:
+    source["a.mp4"]
+  record = manifest_of(root)["a.mp4"]
+  assert record.damage == {}
+  counted = dataclasses.replace(record, replaced=1, lost=2)
+  assert counted == record and counted.damage == {"replaced": 1, "lost": 2}
+  manifest = manifest_of(root)
+  manifest.add(counted)
+  manifest.add(dataclasses.replace(counted, video="b.mp4"))
+  *_, first, second = lines_of(root)
+  assert "lost" not in first and second["lost"] == 2
+  assert manifest_of(root)["b.mp4"].damage == {"replaced": 1, "lost": 2}
+  path = root / "run" / "frames.jsonl"
+  path.write_text(path.read_text().replace('"lost": 2', '"lost": "2"'))
+  with pytest.raises(errors.UserError, match="line 3 is damaged"):
+    manifest_of(root)
+
+
 def test_a_clip_that_was_mended_is_taken(root):
   good = (root / "a.mp4").read_bytes()
   (root / "a.mp4").write_bytes(b"not a video")

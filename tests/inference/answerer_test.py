@@ -1,5 +1,6 @@
 """One question about one clip: answers, times, the page, and mistakes."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -210,6 +211,8 @@ def test_short_clips_repeat_frames_with_a_warning(
     method="uniform",
     warm_up=False,
   )
+  answer_page.write(tmp_path / "report.html", answerer, found)
+  assert f"Warning: {path} has" in (tmp_path / "report.html").read_text()
   assert len(found.warnings) == 1
   assert f"has {num_frames} frame" in found.warnings[0]
   assert "\n" not in found.warnings[0]
@@ -339,6 +342,30 @@ def test_clips_that_cannot_be_decoded(answerer, clip, tmp_path):
   hollow.write_bytes(data)
   with pytest.raises(errors.UserError, match="hollow.mp4: no frames"):
     answerer.ask(hollow, QUESTION, method="uniform")
+
+
+def test_a_clip_of_which_too_much_is_replaced_is_named(
+  answerer, caplog, monkeypatch
+):
+  """Two of four frames: not too many, but for a stricter limit."""
+  asking = dict(method="uniform", ratios=(0.25,), warm_up=False)
+  folder = pathlib.Path(__file__).parents[1] / "data" / "cases"
+  path = folder / "middle_zeroed.mp4"
+  found = answerer.ask(path, QUESTION, tiny.COLOURS, **asking)
+  assert len(found.warnings) == 2
+  assert f"{path}: 2 of 4 frames cannot be decoded" in found.warnings[1]
+  assert not caplog.records  # It would be said twice.
+  source = answerer.source(tiny.GRID)
+  source.clear()
+  strict = dataclasses.replace(source.reader, max_replaced=0.4)
+  monkeypatch.setattr(source, "reader", strict)
+  with pytest.raises(errors.UserError) as caught:
+    answerer.ask(path, QUESTION, tiny.COLOURS, **asking)
+  assert str(caught.value).endswith(
+    "zeroed.mp4: too damaged (2 of 4 frames cannot be decoded); download the"
+    " clip again or raise config.data.max_replaced"
+  )
+  source.clear()
 
 
 def test_learned_methods_say_where_a_policy_comes_from(

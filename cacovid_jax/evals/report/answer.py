@@ -58,6 +58,7 @@ def write(
     question=question,
     lead=_lead(asked),
     note=_note(asked),
+    warnings=asked.warnings,
     columns=COLUMNS,
     rows=[_row(asked, answer) for answer in asked.answers],
     provenance=described,

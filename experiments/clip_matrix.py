@@ -1,0 +1,304 @@
+"""Clips of every kind that files come in, and whether their frames are right.
+
+A kind is a codec with its options, a container, a change to the packets and a
+size; `kinds` has all that go together. Clips are written by the encoders and
+muxers of the FFmpeg inside PyAV. The truth is a plain decode of the whole
+stream in one thread, which shares nothing with `data.video`.
+"""
+
+import functools
+import itertools
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import av
+import numpy as np
+
+from cacovid_jax import errors
+from cacovid_jax.data import video
+
+FRAMES, GROUP = 40, 10  # Pictures of a clip, and between key frames.
+SIZE = (80, 64)  # Width and height.
+SIZES = ((16, 16), (50, 38), (33, 17))  # Tried of each codec.
+
+
+class Kind(NamedTuple):
+  """What a clip is; `change` is a key of `CHANGES` or empty."""
+
+  codec: str
+  container: str
+  change: str = ""
+  size: tuple[int, int] = SIZE
+
+  @property
+  def name(self) -> str:
+    """Names the clip's file, but for its ending."""
+    size = "x".join(map(str, self.size))
+    return "-".join(filter(None, (self.codec, self.change, size)))
+
+
+def _x264(text):
+  text = f"keyint={GROUP}:{text}"
+  return "libx264", {"preset": "fast", "x264-params": text}
+
+
+def _x265(text):
+  text = f"keyint={GROUP}:min-keyint={GROUP}:scenecut=0:{text}"
+  text = f"log-level=none:pools=none:frame-threads=1:ctu=16:{text}"
+  return "libx265", {"preset": "ultrafast", "x265-params": text}
+
+
+def _plain(name, **options):
+  return name, {"g": str(GROUP)} | options
+
+
+_FIXED = f"b-adapt=0:min-keyint={GROUP}:scenecut=0"
+CODECS = {
+  "h264": _x264("bframes=0"),
+  "h264_b": _x264("bframes=2"),
+  "h264_pyramid": _x264(f"bframes=3:b-pyramid=normal:{_FIXED}"),
+  "h264_open": _x264(f"bframes=3:open-gop=1:{_FIXED}"),
+  "h264_refresh": _x264("bframes=2:intra-refresh=1"),
+  "h264_fields": _x264("bframes=2:tff=1"),
+  "hevc": _x265("bframes=0"),
+  "hevc_b": _x265("bframes=3:open-gop=0"),
+  "hevc_open": _x265("bframes=3:b-adapt=0:open-gop=1"),
+  "hevc_radl": _x265("bframes=3:b-adapt=0:open-gop=0:radl=2"),
+  "mpeg4": _plain("mpeg4"),
+  "mpeg4_b": _plain("mpeg4", bf="2"),
+  "mpeg2": _plain("mpeg2video"),
+  "mpeg2_b": _plain("mpeg2video", bf="2"),
+  "mpeg2_closed": _plain(
+    "mpeg2video", bf="2", flags="+cgop", sc_threshold="1000000000"
+  ),
+  "mpeg2_fields": _plain("mpeg2video", bf="2", flags="+ildct+ilme"),
+  "mpeg1": _plain("mpeg1video", bf="2"),
+  "mjpeg": ("mjpeg", {"strict": "unofficial"}),
+  # Packets of alternate references hold no picture.
+  "vp8": _plain("libvpx", **{"auto-alt-ref": "1", "lag-in-frames": "16"}),
+  "vp9": _plain("libvpx-vp9", **{"cpu-used": "8", "auto-alt-ref": "1"}),
+  "av1": _plain("libsvtav1", preset="12"),
+  "wmv2": _plain("wmv2"),
+  "msmpeg4": _plain("msmpeg4"),
+  "flv1": _plain("flv"),
+  "prores": ("prores_ks", {}),
+  "ffv1": _plain("ffv1"),
+}
+_PIXELS = {"mjpeg": "yuvj420p", "prores": "yuv422p10le"}
+
+# Name -> (how the file's name ends, options of the muxer).
+CONTAINERS = {
+  name: (name, {})
+  for name in ("mp4", "mov", "3gp", "mkv", "webm", "avi", "ts", "m2ts", "mpg",
+               "flv", "asf", "ogg")
+} | {
+  "mp4_pieces": ("mp4", {"movflags": "frag_keyframe+empty_moov"}),
+  "mp4_no_edits": ("mp4", {"use_editlist": "0"}),
+  "mp4_early": ("mp4", {"movflags": "negative_cts_offsets+faststart"}),
+  "mkv_live": ("mkv", {"live": "1"}),  # Without an index.
+}  # fmt: skip
+_MP4 = ("mp4", "mp4_pieces", "mp4_no_edits", "mp4_early")
+_MKV, _TS = ("mkv", "mkv_live"), ("ts", "m2ts", "mpg")
+_SOUND = dict.fromkeys((".mp4", ".mov", ".3gp", ".flv"), "aac")
+_SOUND |= dict.fromkeys((".webm", ".ogg"), "libopus")
+# First part of a codec's name -> containers that are tried.
+_HELD_BY = {
+  "h264": (*_MP4, "mov", "3gp", *_MKV, "avi", *_TS, "flv", "asf"),
+  "hevc": (*_MP4, "mov", *_MKV, *_TS, "flv"),
+  "mpeg4": (*_MP4, "mov", "3gp", *_MKV, "avi", "ts", "m2ts", "asf"),
+  "mpeg2": (*_MP4, "mov", *_MKV, "avi", *_TS, "asf"),
+  "mpeg1": ("mp4", "mkv", "avi", *_TS),
+  "mjpeg": ("mp4", "mov", *_MKV, "avi", "asf"),
+  "vp8": ("webm", *_MKV, "avi", "ogg"),
+  "vp9": (*_MP4, "webm", *_MKV),
+  "av1": (*_MP4, "webm", *_MKV, "flv"),
+  "wmv2": ("asf", "avi"),
+  "msmpeg4": ("avi", "asf", "mkv"),
+  "flv1": ("flv",),
+  "prores": ("mov", "mkv"),
+  "ffv1": ("mkv", "avi"),
+}
+
+
+def moved(packet, ticks):
+  """Returns a packet's stamps, moved by `ticks` or by a function of each."""
+  by = ticks if callable(ticks) else lambda unused: ticks
+  times = packet.pts, packet.dts
+  return tuple(None if time is None else time + by(time) for time in times)
+
+
+# Functions of a packet's number, the packet and the ticks of a frame, that
+# return its stamps, or nothing to leave it out.
+CHANGES = {
+  "decoding_order": lambda n, packet, ticks: (packet.dts, packet.dts),
+  "unstamped": lambda n, packet, ticks: (None, packet.dts),
+  "first_left_out": lambda n, packet, ticks: moved(packet, 0) if n > 2 else (),
+  # By an edit list, or at negative times.
+  "hidden": lambda n, packet, ticks: moved(packet, -4 * ticks),
+  "late": lambda n, packet, ticks: moved(packet, 100 * ticks),
+  "repeated": lambda n, packet, ticks: (
+    packet.dts if n % 7 == 3 else packet.pts, packet.dts
+  ),
+  # In an open group, between a key frame and what is shown before it.
+  "jumping": lambda n, packet, ticks: moved(packet, 200 * ticks * (n >= 20)),
+  "varying": lambda n, packet, ticks: moved(
+    packet, lambda time: max(0, time // (7 * ticks)) * 3 * ticks
+  ),
+  # Nothing is predicted from these.
+  "dropped": lambda n, packet, ticks: (
+    () if packet.is_disposable and n % 4 == 0 else moved(packet, 0)
+  ),
+  # The file behind itself: stamps begin again in the middle.
+  "twice": None,
+  # Beside silence, a packet of it after each picture.
+  "sound": lambda n, packet, ticks: moved(packet, 0),
+}  # fmt: skip
+# Other muxers give up or abort without stamps.
+_ONLY_IN = {"twice": _TS, "unstamped": ("avi", "asf", "flv", "mpg")}
+
+
+def kinds() -> tuple[Kind, ...]:
+  """Returns all kinds, in an order that does not change."""
+  found = []
+  for codec in CODECS:
+    held_by = _HELD_BY[codec.partition("_")[0]]
+    for container, change in itertools.product(held_by, ("", *CHANGES)):
+      if container in _ONLY_IN.get(change, held_by):
+        found.append(Kind(codec, container, change))
+    found += [Kind(codec, held_by[0], size=size) for size in SIZES]
+  return tuple(found)
+
+
+def make(folder, kind: Kind) -> pathlib.Path | None:
+  """Writes a clip below a folder; None if FFmpeg has no such clip.
+
+  The clip without a change stays there for the changes to come.
+  """
+  suffix, options = CONTAINERS[kind.container]
+  folder = pathlib.Path(folder, kind.container)
+  folder.mkdir(parents=True, exist_ok=True)
+  path = folder / f"{kind.name}.{suffix}"
+  source = folder / f"{kind._replace(change='').name}.{suffix}"
+  try:
+    if not source.exists():
+      _encode(source, kind, options)
+    if kind.change == "twice":
+      path.write_bytes(2 * source.read_bytes())
+    elif kind.change:
+      if kind.change == "hidden":
+        options = options | {"avoid_negative_ts": "disabled"}
+      change, silence = CHANGES[kind.change], kind.change == "sound"
+      copy(path, source, change, options, silence=silence)
+  except (av.error.FFmpegError, ValueError):
+    path.unlink(missing_ok=True)
+    return None
+  return path
+
+
+def moving(number: int, width: int, height: int) -> np.ndarray:
+  """Returns a picture that is best predicted from its neighbours."""
+  row, column = 2 * number % 60, 3 * number % 60
+  image = _texture()[row : row + height, column : column + width].copy()
+  image[:8] = 5 * number % 256
+  return image
+
+
+@functools.cache
+def _texture() -> np.ndarray:
+  noise = np.random.default_rng(0).integers(0, 255, (24, 24, 3), np.uint8)
+  return noise.repeat(6, 0).repeat(6, 1)
+
+
+def _encode(path, kind: Kind, container_options: Mapping[str, str]):
+  name, options = CODECS[kind.codec]
+  whole = "yuv444p" if kind.size[0] % 2 and name[:4] == "libx" else "yuv420p"
+  try:
+    with av.open(str(path), "w", container_options=container_options) as out:
+      stream = out.add_stream(name, rate=25, options=dict(options))
+      stream.width, stream.height = kind.size
+      stream.pix_fmt = _PIXELS.get(kind.codec, whole)
+      # Threads of libvpx wait for each other for minutes on a busy machine.
+      stream.codec_context.thread_count = 1
+      for number in range(FRAMES):
+        image = moving(number, *kind.size)
+        frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+        out.mux(stream.encode(frame))
+      out.mux(stream.encode())
+  except BaseException:
+    path.unlink(missing_ok=True)
+    raise
+
+
+def copy(path, source, change, options=(), *, silence=False) -> pathlib.Path:
+  """Copies a clip with a function as in `CHANGES`.
+
+  `options` are the muxer's; `silence` adds a track of sound.
+  """
+  with av.open(str(source)) as given:
+    old = given.streams.video[0]
+    ticks = round(1 / ((old.average_rate or 25) * old.time_base))
+    with av.open(str(path), "w", container_options=dict(options)) as out:
+      new = out.add_stream_from_template(old, opaque=True)
+      name = _SOUND.get(os.path.splitext(path)[1], "mp2")
+      sound = out.add_stream(name, rate=48_000) if silence else None
+      packets = (packet for packet in given.demux(old) if packet.size)
+      for number, packet in enumerate(packets):
+        if times := change(number, packet, ticks):
+          (packet.pts, packet.dts), packet.stream = times, new
+          out.mux(packet)
+        if sound:
+          out.mux(_silence(sound, number))
+  return path
+
+
+def _silence(stream, number: int):
+  """Returns packets of a 25th of a second."""
+  count = 48_000 // 25
+  frame = av.AudioFrame.from_ndarray(
+    np.zeros((1, 2 * count), np.int16), format="s16", layout="stereo"
+  )
+  frame.sample_rate, frame.pts = 48_000, number * count
+  return stream.encode(frame)
+
+
+def truth(path) -> list[np.ndarray]:
+  """Returns the pictures uint8[h,w,3] of the whole stream, as they come."""
+  pictures = []
+  with av.open(str(path)) as container:
+    stream = container.streams.video[0]
+    stream.thread_type, stream.codec_context.thread_count = "NONE", 1
+    for packet in container.demux(stream):
+      try:
+        pictures += packet.decode()
+      except av.error.FFmpegError:
+        continue
+    return [picture.to_ndarray(format="rgb24") for picture in pictures]
+
+
+def faults(path) -> list[str]:
+  """Returns what `data.video` reads otherwise than the truth, a line each.
+
+  Frames are asked for far apart, side by side and alone.
+  """
+  expected, found = truth(path), []
+  count = len(expected)
+  alone = {1, GROUP - 1, GROUP, GROUP + 1, 2 * GROUP + 1, count - 1}
+  rules = [np.linspace(0, count - 1, 8).astype(int), np.arange(count)]
+  for rule in [*rules, *([n] for n in sorted(alone) if n < count)]:
+    try:
+      clip = video.decode(path, lambda n, s, rule=rule: rule)
+    except errors.UserError as error:
+      found.append(errors.one_line(error))
+      continue
+    if clip.num_frames != count:
+      found.append(f"{clip.num_frames} frames instead of {count}")
+    if clip.replaced or clip.damaged or clip.lost:
+      found.append(f"counted as damaged: {clip.warnings}")
+    found += [
+      f"frame {number} is another one"
+      for number, frame in zip(rule, clip.frames, strict=True)
+      if not np.array_equal(frame, expected[number])
+    ]
+  return found

@@ -1,0 +1,151 @@
+r"""How fast 32 frames are taken from H.264 and HEVC clips of several lengths.
+
+python -m experiments.decode_speed --old=CHECKOUT
+
+Clips of 640 x 360 at 25 frames a second, in groups of 50 with three B-frames,
+are made in `--workdir`. Every reader is a process of its own, started once, and
+they take turns on each clip, so that all meet the same machine: that of this
+checkout, and of another one, if it is given. Times are medians of `--repeats`;
+`X / old` is the throughput of X as a share of the other checkout's.
+"""
+
+import itertools
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+
+import av
+
+from cacovid_jax import command, errors
+from cacovid_jax.evals import latency
+from experiments import clip_matrix, reporting
+
+COMMAND = command.Command(
+  __doc__,
+  {
+    "workdir": command.Flag("Folder of the clips.", default="workdirs/decode"),
+    "old": command.Flag("Another checkout, to be compared.", default=""),
+    "seconds": command.Flag("Lengths of the clips.", default="10,60,600"),
+    "repeats": latency.REPEATS,
+  },
+  defaults={"table.repeats": 9},
+)
+
+_SIZE, _SECONDS = (640, 360), 10
+_CODECS = {
+  "h264": ("libx264", "x264-params", "keyint=50:min-keyint=50:scenecut=0"),
+  "hevc": ("libx265", "x265-params", "log-level=none:keyint=50:min-keyint=50:"
+           "scenecut=0:open-gop=0"),
+}  # fmt: skip
+# Reads paths, writes seconds.
+_READER = """
+import sys, time
+import numpy as np
+from cacovid_jax.data import video
+rule = lambda n, s: np.linspace(0, n - 1, 32).astype(np.int64)
+for line in sys.stdin:
+  start = time.perf_counter()
+  {decode}(line[:-1], rule)
+  print(time.perf_counter() - start, flush=True)
+"""
+
+
+def make(path: pathlib.Path, codec: str, seconds: int):
+  """Writes a clip of whole tens of seconds; one that is there stays."""
+  first = path.with_name(f"{codec}_{_SECONDS}.mp4")
+  if not first.exists():
+    _encode(first, codec)
+  if not path.exists():
+    _repeat(path, first, seconds // _SECONDS)
+
+
+def _encode(path, codec):
+  name, key, value = _CODECS[codec]
+  options = {"preset": "ultrafast", key: f"{value}:bframes=3"}
+  with av.open(str(path), "w") as out:
+    stream = out.add_stream(name, rate=25, options=options)
+    stream.width, stream.height = _SIZE
+    for number in range(25 * _SECONDS):
+      image = clip_matrix.moving(number, 80, 64)
+      frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+      out.mux(stream.encode(frame.reformat(*_SIZE, "yuv420p")))
+    out.mux(stream.encode())
+
+
+def _repeat(path, source, count: int):
+  """Writes a clip that shows another one so many times."""
+  with av.open(str(source)) as given, av.open(str(path), "w") as out:
+    old = given.streams.video[0]
+    new = out.add_stream_from_template(old)
+    length = round(_SECONDS / old.time_base)
+    for turn in range(count):
+      given.seek(0)
+      for packet in given.demux(old):
+        if packet.size:
+          packet.pts += turn * length
+          packet.dts += turn * length
+          packet.stream = new
+          out.mux(packet)
+
+
+def measure(clips, readers, repeats: int):
+  """Yields per clip {reader: median seconds}; the readers take turns.
+
+  `readers` is name -> (folder of the package, function that decodes).
+  """
+  running = {}
+  try:
+    for name, (folder, decode) in readers.items():
+      running[name] = subprocess.Popen(
+        [sys.executable, "-c", _READER.format(decode=decode)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(folder)},
+      )  # fmt: skip
+    for clip in clips:
+      times = {name: [] for name in readers}
+      for turn in range(repeats + 1):
+        for name, process in running.items():
+          process.stdin.write(f"{clip}\n")
+          process.stdin.flush()
+          if not (told := process.stdout.readline()):
+            raise errors.UserError(f"{clip}: the reader {name} ended")
+          if turn:  # The first one warms up.
+            times[name].append(float(told))
+      yield {name: statistics.median(found) for name, found in times.items()}
+  finally:
+    for process in running.values():
+      process.stdin.close()
+      process.wait()
+
+
+def main(args):
+  """Prints a row for each codec and length."""
+  folder, here = pathlib.Path(args.workdir), pathlib.Path(__file__).parents[1]
+  folder.mkdir(parents=True, exist_ok=True)
+  readers = {"ours": (here, "video.decode")}
+  if args.old:
+    if not pathlib.Path(args.old, "cacovid_jax").is_dir():
+      raise errors.UserError(f"--old={args.old}: no checkout; give its folder")
+    readers["old"] = args.old, "video.decode"
+  lengths = args.seconds.split(",")
+  tens = range(_SECONDS, 100_000, _SECONDS)
+  if not all(text.isdecimal() and int(text) in tens for text in lengths):
+    raise errors.UserError(f"--seconds={args.seconds}: give tens, as 10,60,600")
+  cases = list(itertools.product(_CODECS, map(int, lengths)))
+  paths = [folder / f"{codec}_{seconds}.mp4" for codec, seconds in cases]
+  for path, (codec, seconds) in zip(paths, cases, strict=True):
+    make(path, codec, seconds)
+  rows = []
+  found = measure(paths, readers, args.config.table.repeats)
+  for (codec, seconds), times in zip(cases, found, strict=True):
+    ratios = [times["old"] / times[name] for name in readers if "old" in times]
+    rows.append((codec, seconds, *(1e3 * t for t in times.values()), *ratios))
+  head = ("codec", "seconds", *(f"{name} ms" for name in readers))
+  head += tuple(f"{name} / old" for name in readers if args.old)
+  reporting.table(head, rows, "32 frames of a clip")
+
+
+if __name__ == "__main__":
+  COMMAND.run(main)
