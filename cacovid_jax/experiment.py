@@ -18,9 +18,9 @@ from jax.sharding import Mesh
 from cacovid_jax import config as config_lib
 from cacovid_jax import errors
 from cacovid_jax.data import chat_template as chat_template_lib
+from cacovid_jax.data import decode_workers, readers
 from cacovid_jax.data import left_out as left_out_lib
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.data import readers
 from cacovid_jax.data import tfds as tfds_lib
 from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.models import checkpoints, processors
@@ -61,6 +61,7 @@ class Experiment:
     config = config_lib.complete(config.copy_and_resolve_references()).lock()
     _choose(config, "model.dtype", DTYPES)
     _choose(config, "evals.template", ("", "processor", "tokenizer"))
+    _choose(config, "data.decode", tuple(decode_workers.WAYS))
     for name in ("min_pixels", "max_pixels"):
       if config.data[name] < 0:
         raise errors.UserError(

@@ -195,7 +195,8 @@ def test_the_same_command_again_decodes_no_size(
     video, "frame_size", lambda path, limits: (opened.append(path), size(path))
   )
   before = (workdir / "results.json").read_bytes()
-  again = evaluation.evaluate(request_of(workdir, num_examples=0))
+  changes = {"data.decode": "in_process", "num_examples": 0}
+  again = evaluation.evaluate(request_of(workdir, **changes))
   assert (workdir / "results.json").read_bytes() == before and again == out
   assert len(opened) == 1 and opened[0].endswith("test3.mp4")
 
