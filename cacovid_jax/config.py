@@ -231,7 +231,8 @@ def claim_workdir(workdir, config):
         + ". Give another --workdir, or the config the run started with"
       )
     renamed = to_dict(now) != to_dict(there)
-    if renamed and config_hash(there, before=True) != config_hash(config):
+    hashes = {config_hash(there, before=before) for before in (False, True)}
+    if renamed and config_hash(config) not in hashes:
       raise errors.UserError(
         f"workdir {workdir} was written by an earlier version; continue it"
         f" after: python -m cacovid_jax.ckpt upgrade {workdir}"

@@ -146,18 +146,18 @@ class _Child:
     numbers = map(str, (theirs.fileno(), IDLE_S, MAX_CLIPS))
     # NumPy would reserve memory for threads that it does not need.
     few = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    with theirs:
-      try:
+    try:
+      with theirs:
         self._process = subprocess.Popen(
           [sys.executable, "-c", _MAIN, *numbers, *paths],
           stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
           stderr=subprocess.PIPE, pass_fds=[theirs.fileno()],
           start_new_session=True, env={**os.environ, **few},
         )  # fmt: skip
-      except OSError as error:
-        raise _no_start(error.strerror) from error
-    # So that one which has ended leaves no entry in the table of processes.
-    threading.Thread(target=self._process.wait, daemon=True).start()
+      # So that one which has ended leaves nothing in the table of processes.
+      threading.Thread(target=self._process.wait, daemon=True).start()
+    except (OSError, RuntimeError) as error:
+      raise _no_start(getattr(error, "strerror", None) or error) from error
     with self._process.stderr as told:
       try:
         if not connection.wait([self._socket], _START_S):
@@ -186,18 +186,20 @@ class _Child:
 
   def exit_code(self) -> int:
     """Returns the exit code of one that ends, -N of one killed by signal N."""
-    with contextlib.suppress(subprocess.TimeoutExpired):
-      self._process.wait(_GRACE_S)
-    return self.end()
+    try:
+      return self._process.wait(_START_S)
+    except subprocess.TimeoutExpired:
+      return -signal.SIGKILL
+    finally:
+      self.end()
 
-  def end(self) -> int:
-    """Ends the process, whatever it does."""
+  def end(self) -> None:
+    """Ends the process, and does not wait: a file system may hold it."""
     self._socket.close()
     self._process.kill()
-    return self._process.wait()
 
 
-def _no_start(why: str) -> errors.UserError:
+def _no_start(why) -> errors.UserError:
   return errors.UserError(
     f"a process that decodes clips does not start ({why}); run fewer processes"
     f" at once, or {_REMEDY}"
@@ -266,7 +268,7 @@ def serve(descriptor: float, idle_s: float, most: float) -> None:
   """
   for name in _IGNORED:
     signal.signal(getattr(signal, name), signal.SIG_IGN)
-  _cap(resource.RLIMIT_CORE, 0)
+  _cap(resource.RLIMIT_CORE, 1)  # 0 would still call a program for dumps.
   # What C libraries say of a clip is no word of a command's.
   os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
   parent = socket.socket(fileno=int(descriptor))

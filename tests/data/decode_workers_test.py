@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 
+import av
 import numpy as np
 import pytest
 
@@ -251,6 +252,25 @@ def test_a_child_that_takes_too_much_memory_is_ended():
   _run(faulty.pid)
 
 
+def test_what_ffmpeg_cannot_allocate_is_not_damage(folder):
+  """Else other pictures would stand in for what there was no memory for."""
+
+  class Bad:
+    def decode(self):
+      raise av.error.MemoryError(12, "Cannot allocate memory")
+
+    def demux(self, stream):
+      yield self.decode()
+
+  with video_stream.VideoStream(folder / "clip.mp4", None) as stream:
+    with pytest.raises(video.VideoError, match="too much memory"):
+      stream.decode(Bad())
+    container, stream.container = stream.container, Bad()
+    with pytest.raises(video.VideoError, match="too much memory"):
+      next(stream.packets())
+    stream.container = container
+
+
 def test_other_failures_keep_their_trace():
   with pytest.raises(RuntimeError, match="in careless(?s:.)*what is it"):
     _run(faulty.careless)
@@ -369,6 +389,8 @@ def test_large_clips_take_turns(folder, tmp_path, monkeypatch):
   monkeypatch.setattr(video_stream, "LARGE", 64 * 63)
   clip = _run(video.decode, folder / "clip.mp4", faulty.SOME)
   assert clips.numbers(clip.frames) == [0, 23, 3, 3]
+  with video_stream.VideoStream(folder / "clip.mp4", None) as stream:
+    assert stream.stream.codec_context.thread_count == 2
 
 
 def test_a_turn_that_cannot_be_taken_is_told(tmp_path, monkeypatch):

@@ -341,6 +341,8 @@ def test_pixels_of_a_model_with_one_size_are_refused(
     clip_queue.open_queue(request)
   with pytest.raises(errors.UserError, match="min_pixels=-1"):
     request_of("w", min_pixels=-1)
+  with pytest.raises(errors.UserError, match="workers.*in_process"):
+    request_of("w", **{"data.decode": "threads"})
 
 
 def test_a_clip_that_is_all_width_is_marked_and_stops_nothing(
