@@ -32,7 +32,7 @@ from cacovid_jax import errors, files
 from cacovid_jax.data import video_stream
 
 IDLE_S = 15.0  # Seconds without a clip, after which a child ends.
-# Clips after which another child takes a child's place, with memory that leaks.
+# Clips after which a new child takes the place of one: memory may leak.
 MAX_CLIPS = 1000
 _START_S = 120.0
 # A child stops by itself when a clip's time is up, unless it hangs.
@@ -299,7 +299,8 @@ def _answer(function, args, kwargs) -> tuple[Exception | None, Any]:
   _cap(resource.RLIMIT_DATA, 2 * limits.max_memory)
   if limits.timeout_s is not None:
     # Should it hang, and its parent have been killed.
-    signal.setitimer(signal.ITIMER_REAL, limits.timeout_s + 2 * _GRACE_S)
+    wait = min(limits.timeout_s + 2 * _GRACE_S, 1e8)
+    signal.setitimer(signal.ITIMER_REAL, wait)
   try:
     return None, function(*args, **kwargs)
   except MemoryError:
