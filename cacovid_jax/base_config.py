@@ -150,6 +150,9 @@ _DATA = dict(
   memory_items=256,
   num_threads=2,  # Threads, or else processes, that load clips ahead.
   num_workers=0,
+  # Clips are decoded by "workers", processes of their own that a bad one may
+  # crash or hang, or "in_process".
+  decode="workers",
   # {"question_id", "tokens"} per line, below `root`; for metrics only.
   decisive_file="",
 )

@@ -28,7 +28,7 @@ from cacovid_jax import (
 # other commands, and not what training computes: it may differ between a run's
 # start and its continuation.
 NOT_HASHED = (
-  "blind", "ckpt", "data.feature_cache", "data.memory_items",
+  "blind", "ckpt", "data.decode", "data.feature_cache", "data.memory_items",
   "data.num_threads", "data.num_workers", "evals", "log_every", "mesh",
   "prepare", "table", "tfds", "wandb",
 )  # fmt: skip

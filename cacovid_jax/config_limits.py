@@ -74,7 +74,7 @@ _LIMITS = (
   ),
   (
     schema.Fraction,
-    "blind.threshold ratio.low ratio.high objective.clip_low"
+    "blind.threshold data.max_replaced ratio.low ratio.high objective.clip_low"
     " pretrain.lossy_share pretrain.crowded_share"
     " pretrain.packing.sparse_share",
   ),
@@ -94,6 +94,8 @@ _LIMITS = (
   (schema.one_of(*DTYPES), "policy.dtype model.dtype dtype"),
   (schema.one_of(*BACKENDS), "policy.backend model.backend attention"),
   (schema.one_of("shard_map", "pmap"), "mesh.map"),
+  (schema.one_of("workers", "in_process"), "data.decode"),
+  (schema.one_of("unicode", "public"), "rouge"),
   (bool, "remat"),
   (
     _TEXTS,

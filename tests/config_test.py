@@ -11,7 +11,7 @@ import ml_collections
 import pytest
 from ml_collections import config_dict
 
-from cacovid_jax import command, errors
+from cacovid_jax import base_config, command, errors
 from cacovid_jax import config as config_lib
 from configs import common
 
@@ -230,6 +230,19 @@ def test_a_workdir_belongs_to_one_config(tmp_path, path):
   (tmp_path / "file").write_text("")
   with pytest.raises(errors.UserError, match="cannot write"):
     config_lib.claim_workdir(tmp_path / "file" / "w", config)
+
+
+@pytest.mark.parametrize("decode", ["workers", "in_process"])
+def test_a_workdir_goes_on_whatever_decodes_its_clips(tmp_path, decode):
+  config = base_config.get_config()
+  older = base_config.get_config()
+  del older.data["decode"]
+  config_lib.save(older, tmp_path / "config.json")
+  assert config_lib.config_hash(older) == config_lib.config_hash(config)
+  config.data.decode = decode
+  config_lib.claim_workdir(tmp_path, config)
+  saved = json.loads((tmp_path / "config.json").read_text())
+  assert saved["data"]["decode"] == decode
 
 
 _MAIN = textwrap.dedent("""

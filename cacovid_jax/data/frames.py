@@ -103,6 +103,22 @@ def resize_frame(
   return np.asarray(image.resize((width, height), resample))
 
 
+def thumbnail(frame: np.ndarray, side: int) -> np.ndarray:
+  """Returns uint8[h',w',3] of uint8[h,w,3], no side above `side` pixels."""
+  image = Image.fromarray(frame)
+  image.thumbnail((side, side))
+  return np.asarray(image)
+
+
+def check_side(height: int, width: int, above: int) -> None:
+  """Refuses frames with a side of so many pixels or fewer."""
+  if min(height, width) <= above:
+    raise ShapeError(
+      f"a frame of {width} x {height} pixels has a side of {above} or fewer",
+      "leave the clip out",
+    )
+
+
 def turned(image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
   """Returns the pixels [h,w,3] as a player shows them.
 

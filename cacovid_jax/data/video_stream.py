@@ -17,6 +17,8 @@ import av
 
 from cacovid_jax import errors
 
+# Pixels of a frame above which few of them fit into memory.
+LARGE = 4096 * 2304
 # Playlists, image sequences and network formats stay out: a playlist renamed
 # .mp4 would otherwise open other files.
 _DEMUXERS = (
@@ -39,6 +41,8 @@ _MENDS = {
   "too_long": "cut the clip or raise the limit",
   "too_short": "leave the clip out: the frame rule takes no frame of it",
   "timeout": "convert the clip to H.264 mp4 or raise the limit",
+  "crashed": "convert the clip to H.264 mp4 or leave it out",
+  "too_much_memory": "scale the clip down or raise the limit",
   "unsafe": "give a path below the media root, without links that leave it",
 }
 
@@ -68,8 +72,11 @@ class Limits:
   max_pixels: int = 8192 * 4320  # Of one frame.
   max_seconds: float = 24 * 3600.0
   max_frames: int = 10_000_000
+  max_pixels_decoded: int = 2**46  # Of all frames: 9 hours of 8K at 60.
   # Wall-clock seconds for opening and decoding one clip.
   timeout_s: float | None = 300.0
+  # Bytes that a decoding process may hold, see `decode_workers`.
+  max_memory: int = 2 * 2**30
 
 
 class VideoStream:
@@ -139,6 +146,9 @@ class VideoStream:
     try:
       self._choose_stream()
       self.stream.thread_type = thread_type
+      context = self.stream.codec_context
+      if context.width * context.height > LARGE:
+        context.thread_count = 2  # Each holds frames, at once or in a row.
       if self.seconds > self.limits.max_seconds:
         raise self.fail("too_long", f"{self.seconds:.0f} s")
     except BaseException:
@@ -178,6 +188,9 @@ class VideoStream:
     """Refuses too many frames."""
     if count > self.limits.max_frames:
       raise self.fail("too_long", f"above {self.limits.max_frames} frames")
+    context, most = self.stream.codec_context, self.limits.max_pixels_decoded
+    if count * context.width * context.height > most:
+      raise self.fail("too_long", f"above {most} pixels in all")
 
   @property
   def seconds(self) -> float:
@@ -199,6 +212,8 @@ class VideoStream:
         packet = next(packets)
       except (StopIteration, EOFError):
         return
+      except MemoryError:
+        raise self.fail("too_much_memory") from None
       except (av.error.FFmpegError, ValueError):
         self._tick()
         return
@@ -213,6 +228,8 @@ class VideoStream:
       pictures = packet.decode()
     except EOFError:
       return []
+    except MemoryError:  # FFmpeg's own as well: nothing is damaged.
+      raise self.fail("too_much_memory") from None
     except (av.error.FFmpegError, ValueError):
       self.faults += 1
       return []

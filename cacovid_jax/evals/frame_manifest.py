@@ -10,9 +10,10 @@ A damaged line is set aside, and its clip decoded as if it were new.
 """
 
 import dataclasses
+import functools
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import msgspec
 
@@ -87,25 +88,19 @@ class FrameManifest:
         " questions, or none"
       )
 
-  def indices(self, name: str, num_frames: int) -> tuple[int, ...] | None:
-    """Returns a known clip's frames, of a file that has `num_frames`."""
+  def rule(self, name: str) -> Callable[[int, float], tuple] | None:
+    """Returns the frame rule of a known clip, which can be pickled."""
     entry = self[name]
-    if entry is None:
-      return None
-    if num_frames != entry.num_frames:
-      raise self._changed(
-        name, f"has {num_frames} frames instead of {entry.num_frames}"
-      )
-    return entry.indices
+    return entry and functools.partial(_same, entry, self._source(name).path)
 
   def check(self, found: FrameRecord) -> None:
     """Refuses a clip of which other pixels are decoded than before."""
     entry = self[found.video]
     if entry is None or found == entry:
       return
-    if found.content != entry.content:
-      raise self._changed(found.video, "has another content")
     source = self._source(found.video)
+    if found.content != entry.content:
+      raise _changed(found.video, "has another content", source.path)
     raise errors.UserError(
       f"{found.video}: {self._decoder} gives other frames than"
       f" {source.decoder}, which made {source.path}; install that version, or"
@@ -137,12 +132,21 @@ class FrameManifest:
   def _source(self, name: str) -> "_File":
     return self._given if name in self._given.entries else self._own
 
-  def _changed(self, name: str, how: str) -> errors.UserError:
-    source = self._source(name).path
-    return errors.UserError(
-      f"{name}: the file {how} since {source} was made; restore it, or evaluate"
-      " in another workdir without the file"
-    )
+
+def _same(entry, source, num_frames: int, duration: float) -> tuple[int, ...]:
+  """Returns an entry's frames, of a clip that has as many as it had."""
+  del duration
+  if num_frames != entry.num_frames:
+    how = f"has {num_frames} frames instead of {entry.num_frames}"
+    raise _changed(entry.video, how, source)
+  return entry.indices
+
+
+def _changed(name: str, how: str, source) -> errors.UserError:
+  return errors.UserError(
+    f"{name}: the file {how} since {source} was made; restore it, or evaluate"
+    " in another workdir without the file"
+  )
 
 
 class _File:

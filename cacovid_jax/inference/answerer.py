@@ -24,7 +24,7 @@ from cacovid_jax import base_config, errors
 from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.compressors import base
-from cacovid_jax.data import letters, video, wording
+from cacovid_jax.data import decode_workers, letters, video, wording
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.inference import clip_queue
 from cacovid_jax.inference import engine as engine_lib
@@ -141,6 +141,7 @@ class Answerer(contextlib.ExitStack):
     self.settings = engine_lib.Settings(
       config.data.num_frames, 1, num_tokens, config.evals.rule or letters.OWN
     )
+    self._call = decode_workers.WAYS[config.data.decode]
     self.checkpoint = experiment.checkpoint
     self.policies = experiment.policies
     self.programs = programs_lib.Programs(
@@ -180,7 +181,7 @@ class Answerer(contextlib.ExitStack):
       raise errors.UserError("no ratio given; for example 0.1")
     if any(condition.method for condition in conditions):
       self._check(chosen)
-    clip = _probe(path, self._limits)
+    clip = self._probe(path)
     source = self.source(self._grid(path))
     source.observe(methods_lib.wanted([chosen]))
     source.damaged[asked.video] = ""  # Among the warnings below, not logged.
@@ -231,8 +232,17 @@ class Answerer(contextlib.ExitStack):
     num_frames = self.settings.num_frames
     processor = clip_queue.read_processor(self.experiment)
     return processor.fixed_grid(num_frames) or processor.grid(
-      num_frames, *video.frame_size(path, self._limits)
+      num_frames, *self._call(video.frame_size, path, limits=self._limits)
     )
+
+  def _probe(self, path) -> video.Probe:
+    try:
+      return self._call(video.probe, path, limits=self._limits)
+    except video.VideoError as error:
+      if error.reason != "missing":
+        raise
+      mend = "give the path of a video file"
+      raise video.VideoError(path, "missing", mend=mend) from None
 
   def _check(self, method: methods_lib.Method) -> None:
     """Refuses methods that lack what they read."""
@@ -325,13 +335,3 @@ def _timed(engine, question, condition) -> engine_lib.AnswerResult:
     if stage:
       milliseconds[stage] += 1e3 * seconds
   return answer._replace(milliseconds=dict(milliseconds))
-
-
-def _probe(path, limits) -> video.Probe:
-  try:
-    return video.probe(path, limits)
-  except video.VideoError as error:
-    if error.reason != "missing":
-      raise
-    mend = "give the path of a video file"
-    raise video.VideoError(path, "missing", mend=mend) from None

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -78,6 +79,7 @@ class ClipReader:
   manifest: Any = None
   hashed: bool = True  # Whether records tell what the pixels are...
   noted: bool = False  # ... and the file, as they do with a manifest.
+  call: Callable = operator.call  # Of `decode_workers.WAYS`.
 
   @property
   def described(self) -> dict[str, Any]:
@@ -108,7 +110,7 @@ class ClipReader:
     """
     if size is None:
       file = video.safe_path(self.root, path)
-      size = video.frame_size(file, self.limits)
+      size = self.call(video.frame_size, file, limits=self.limits)
     try:
       return self.processor.grid(self.rule.num_frames, *size)
     except frames_lib.ShapeError as error:
@@ -116,14 +118,10 @@ class ClipReader:
 
   def decode(self, path: str, resize=None) -> video.Clip:
     """Returns the frames shown, of the clip's own size unless resized."""
-
-    def rule(count, seconds):
-      known = self.manifest and self.manifest.indices(path, count)
-      return known or self.rule(count, seconds)
-
-    return video.decode(
-      video.safe_path(self.root, path), rule, resize=resize, limits=self.limits,
-      hashed=self.hashed,
+    rule = (self.manifest and self.manifest.rule(path)) or self.rule
+    return self.call(
+      video.decode, video.safe_path(self.root, path), rule, resize=resize,
+      limits=self.limits, hashed=self.hashed,
     )  # fmt: skip
 
   def read(self, path: str) -> tuple[EncodedClip, processors.TowerInputs, bool]:
@@ -131,7 +129,11 @@ class ClipReader:
     are those of the rule); `VideoError` if it cannot be used."""
     if self.refused:
       self.content(path)
-    shown = self.decode(path, self._resize)
+    resize = functools.partial(
+      self.processor.resize_frame, num_frames=self.rule.num_frames,
+      above=self.min_side,
+    )  # fmt: skip
+    shown = self.decode(path, resize)
     file = video.safe_path(self.root, path)
     try:
       noted = self.noted or self.manifest is not None
@@ -153,7 +155,7 @@ class ClipReader:
     if self.manifest:
       self.manifest.check(record)
     try:
-      self._check_side(*record.size)
+      frames_lib.check_side(*record.size, self.min_side)
     except frames_lib.ShapeError as error:
       file = video.safe_path(self.root, path)
       raise video.bad_shape(file, error) from error
@@ -162,18 +164,6 @@ class ClipReader:
       detail = f"{record.replaced} of {count} frames cannot be decoded"
       file = video.safe_path(self.root, path)
       raise video.VideoError(file, "too_damaged", detail)
-
-  def _resize(self, frame: np.ndarray) -> np.ndarray:
-    self._check_side(*frame.shape[:2])
-    return self.processor.resize_frame(frame, self.rule.num_frames)
-
-  def _check_side(self, height: int, width: int) -> None:
-    if min(height, width) <= self.min_side:
-      raise frames_lib.ShapeError(
-        f"a frame of {width} x {height} pixels has a side of {self.min_side} or"
-        " fewer",
-        "leave the clip out",
-      )
 
 
 class Tower:

@@ -9,6 +9,7 @@ feature maps.
 
 import collections
 import dataclasses
+import functools
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,10 +22,12 @@ from jax.sharding import Mesh
 
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.compressors import base
-from cacovid_jax.data import feature_cache, frame_record, video
+from cacovid_jax.data import decode_workers, feature_cache, frame_record, video
 from cacovid_jax.data import frames as frames_lib
 from cacovid_jax.inference import clips
 from cacovid_jax.models import processors, token_grid, video_llm
+
+SHOWN_SIDE = 320  # Pixels of the longer side of frames in reports.
 
 
 class Loaded(NamedTuple):
@@ -117,9 +120,10 @@ class FeatureStore:
     with self._lock:
       self._clips.clear()
 
-  def frames(self, path: str) -> np.ndarray:
-    """Returns uint8[T,h,w,3] of the clip's own size; may raise `VideoError`."""
-    return self.reader.decode(path).frames
+  def frames(self, path: str, side: int = SHOWN_SIDE) -> np.ndarray:
+    """Returns uint8[T,h,w,3], no side above `side`; may raise `VideoError`."""
+    resize = functools.partial(frames_lib.thumbnail, side=side)
+    return self.reader.decode(path, resize).frames
 
   def load(self, path: str) -> Loaded:
     """Returns a clip, decoded if need be; `VideoError` if it is unfit."""
@@ -317,6 +321,7 @@ def open_store(
   reader = clips.ClipReader(
     experiment_lib.media_root(experiment.config), processor, rule,
     noted=bool(folder), max_replaced=data.max_replaced,
+    call=decode_workers.WAYS[data.decode],
     **options.pop("reading", {}),
   )  # fmt: skip
   return make(

@@ -119,8 +119,14 @@ class Processor(abc.ABC):
     """Returns the one grid of all clips of F frames, None if they differ."""
     return self.grid(num_frames, 1, 1) if self.one_grid else None
 
-  def resize_frame(self, frame: np.ndarray, num_frames: int) -> np.ndarray:
-    """Returns uint8[h',w',3], one of F frames uint8[h,w,3], resized."""
+  def resize_frame(
+    self, frame: np.ndarray, num_frames: int, above: int = 0
+  ) -> np.ndarray:
+    """Returns uint8[h',w',3], one of F frames uint8[h,w,3], resized.
+
+    One with a side of `above` pixels or fewer is a ShapeError.
+    """
+    frames_lib.check_side(*frame.shape[:2], above)
     size = self.frame_size(*frame.shape[:2], num_frames)
     return frames_lib.resize_frame(frame, size, self.resample)
 

@@ -195,7 +195,8 @@ def test_the_same_command_again_decodes_no_size(
     video, "frame_size", lambda path, limits: (opened.append(path), size(path))
   )
   before = (workdir / "results.json").read_bytes()
-  again = evaluation.evaluate(request_of(workdir, num_examples=0))
+  changes = {"data.decode": "in_process", "num_examples": 0}
+  again = evaluation.evaluate(request_of(workdir, **changes))
   assert (workdir / "results.json").read_bytes() == before and again == out
   assert len(opened) == 1 and opened[0].endswith("test3.mp4")
 
@@ -340,6 +341,8 @@ def test_pixels_of_a_model_with_one_size_are_refused(
     clip_queue.open_queue(request)
   with pytest.raises(errors.UserError, match="min_pixels=-1"):
     request_of("w", min_pixels=-1)
+  with pytest.raises(errors.UserError, match="workers.*in_process"):
+    request_of("w", **{"data.decode": "threads"})
 
 
 def test_a_clip_that_is_all_width_is_marked_and_stops_nothing(

@@ -60,6 +60,7 @@ def run_config(folder, cache):
       "data.root": str(folder),
       "data.media": "clips",
       "data.feature_cache": str(cache),
+      "data.decode": "in_process",  # Clips that are opened are counted here.
     }
   )
 

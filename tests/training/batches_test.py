@@ -2,6 +2,7 @@
 
 import functools
 import json
+import operator
 import pickle
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from cacovid_jax import errors
-from cacovid_jax.data import frames, left_out, video
+from cacovid_jax.data import decode_workers, frames, left_out, video
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.models import prompt_batch
 from cacovid_jax.policy import sampling
@@ -51,12 +52,12 @@ GOOD = _rows([f"{i % 3}.mp4" for i in range(10)])
 class Frames:
   """A store whose clips are their frames, at a size of 32."""
 
-  def __init__(self, root, refused=()):
-    self.root, self.refused = root, dict(refused)
+  def __init__(self, root, refused=(), call=operator.call):
+    self.root, self.refused, self.call = root, dict(refused), call
 
   def load(self, path):
     file = video.safe_path(str(self.root), path)
-    return video.decode(file, RULE, resize=RESIZE).frames
+    return self.call(video.decode, file, RULE, resize=RESIZE).frames
 
 
 def _train(store, rows=GOOD, **options):
@@ -166,11 +167,18 @@ def test_resuming_gives_the_batches_of_an_uninterrupted_run(root):
   assert _train(store, steps=(6, 6)) == []
 
 
-@pytest.mark.parametrize("options", [{"num_threads": 3}, {"num_workers": 2}])
-def test_loading_ahead_changes_nothing(root, options):
-  store = Frames(root)
+@pytest.mark.parametrize(
+  "way, options",
+  [
+    ("in_process", {"num_threads": 3}),
+    ("workers", {"num_threads": 3}),
+    ("workers", {"num_workers": 2}),
+  ],
+)
+def test_loading_ahead_changes_nothing(root, way, options):
+  store = Frames(root, call=decode_workers.WAYS[way])
   _assert_equal(
-    _train(store, steps=(0, 4)), _train(store, steps=(0, 4), **options)
+    _train(Frames(root), steps=(0, 4)), _train(store, steps=(0, 4), **options)
   )
 
 

@@ -21,6 +21,7 @@ from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import evaluator as evaluator_lib
 from cacovid_jax.evals import results
 from cacovid_jax.inference import engine as engine_lib
+from cacovid_jax.inference import features
 from cacovid_jax.inference import methods as methods_lib
 
 SHOWN_RATIO = 0.1
@@ -28,7 +29,7 @@ SHOWN_RATIO = 0.1
 _NUM_OTHERS = 3
 # Longer side of a frame in pixels, the largest whose files stay within the
 # budget; the smallest is taken in any case.
-_SIDES = (320, 256, 208, 168, 128, 96)
+_SIDES = (features.SHOWN_SIDE, 256, 208, 168, 128, 96)
 _MAX_BYTES = 3_200_000
 # Characters of an answer that are shown; the ledger holds all of them.
 _MAX_TEXT = 400
