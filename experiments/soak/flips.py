@@ -74,6 +74,7 @@ def noticed(read: Callable, folder: pathlib.Path, known: Sequence[str]) -> bool:
 
 
 def _state(folder) -> list[str]:
+  """Verifies a step of a checkpoint, which has no entries."""
   verdict = checkpointing.verify(folder)
   if not verdict.ok:
     raise errors.UserError(verdict.reason)
@@ -81,9 +82,11 @@ def _state(folder) -> list[str]:
 
 
 def _lines(folder) -> list[str]:
+  """Returns lines of metrics."""
   return [json.dumps(line, sort_keys=True) for line in metrics.read(folder)]
 
 
 def _answers(folder, run) -> list[str]:
+  """Returns the answers of a log."""
   with answer_log.AnswerLog(folder / _ANSWERS, run) as answers:
     return [json.dumps(item, sort_keys=True) for item in answers.items()]

@@ -55,6 +55,7 @@ class Ended(NamedTuple):
 
   @property
   def killed(self) -> bool:
+    """Whether a signal ended it, or let it save and end."""
     return self.codes[0] in (-signal.SIGKILL, -signal.SIGTERM, 143)
 
   def faults(self, *allowed: int) -> list[str]:
@@ -126,11 +127,13 @@ class Ground:
     return self._expect(self.run(name, self.fresh(f"again_{name}"))).places
 
   def _expect(self, ended: Ended) -> Ended:
+    """Stops at a run that should have gone well."""
     if faults := ended.faults(0):
       raise errors.UserError(f"a run without harm failed: {faults[0]}")
     return ended
 
   def _run(self, commands, harm=None, limit=0) -> Ended:
+    """Runs the processes of a command to their end, harmed or not."""
     environment = os.environ | {
       "JAX_PLATFORMS": "cpu",
       "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
@@ -173,6 +176,7 @@ class Ground:
 
 
 def _disturb(process, harm: Harm, mark: pathlib.Path) -> None:
+  """Sends the signal when its time has come, unless the process has ended."""
   while process.poll() is None and not mark.exists():
     time.sleep(0.002)
   with contextlib.suppress(subprocess.TimeoutExpired):

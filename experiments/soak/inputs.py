@@ -1,5 +1,6 @@
 """The sections `fuzz` and `decode`: damaged files, and clips of every kind."""
 
+import functools
 import multiprocessing
 import os
 import pathlib
@@ -43,35 +44,40 @@ _OWN = {
 }
 
 
-def _clip(path):
+_MODEL = "data/llava_onevision"
+_load = functools.cache(checkpoints.load)
+
+
+def _clip(path) -> None:
+  """Samples a clip, in this process."""
   limits = video.Limits(timeout_s=_SECONDS / 2)
   video.decode(path, lambda n, _: np.arange(8) * n // 8, limits=limits)
 
 
-def _weights(path):
-  for tensor in safetensors_io.list_tensors(path):
-    tensor.view()
-
-
-def _processor(path):
+def _processor(path) -> None:
+  """Reads what a model's folder says about pixels."""
   model = checkpoints.make_model(checkpoints.load_config(path.parent))
   model.read_processor(path.parent)
 
 
-def _policy(path):
-  model = checkpoints.load(path.parents[1] / "data_llava_onevision")
+def _policy(path) -> None:
+  """Loads a policy by its description."""
+  model = _load(path.parents[1] / _flat(_MODEL))
   loading.load_policy(path.parent, model)
 
 
-def _prompt(path):
+def _prompt(path) -> None:
+  """Renders a chat template."""
   tokenizer_lib.Tokenizer.from_directory(path.parent).render("What?")
 
 
-def _answers(path):
+def _answers(path) -> None:
+  """Opens a log of answers."""
   answer_log.AnswerLog(path, answer_log.header(path)).close()
 
 
-def _override(path):
+def _override(path) -> None:
+  """Gives a command a value for a key."""
   text = path.read_bytes().decode(errors="surrogateescape")
   evaluate.COMMAND.parse(["evaluate", f"--config.{text}"])
 
@@ -85,13 +91,19 @@ class _Sample(NamedTuple):
   read: Callable[[pathlib.Path], object]
 
 
-_MODEL = "data/llava_onevision"
 _SAMPLES = (
   _Sample("texts", "own_json", "*", readers.read_own),
   _Sample("media", "data/dense/videos", "*", _clip),
   _Sample("media", "matrix", "*", _clip),
   _Sample("tables", "data/dense", "*.parquet", readers.read_videomme),
-  _Sample("tables", _MODEL, "*.safetensors", _weights),
+  _Sample(
+    "tables",
+    _MODEL,
+    "*.safetensors",
+    lambda path: [
+      tensor.view() for tensor in safetensors_io.list_tensors(path)
+    ],
+  ),
   _Sample("tables", "reference_train/policy", "*.safetensors", loading.read),
   _Sample("texts", "data/dense", "train.json", readers.read_video_r1),
   _Sample("texts", "own_csv", "*", readers.read_own),
@@ -102,7 +114,10 @@ _SAMPLES = (
   _Sample("texts", "reference_train/policy", "*.json", _policy),
   _Sample("texts", "reference_train", "config.json", config_lib.load),
   _Sample(
-    "texts", "reference_train", "*.jsonl", lambda p: metrics.read(p.parent)
+    "texts",
+    "reference_train",
+    metrics.FILE,
+    lambda path: metrics.read(path.parent),
   ),
   _Sample("texts", "reference_evaluate", "answers.jsonl", _answers),
   _Sample("texts", "overrides", "*", _override),
@@ -115,17 +130,17 @@ def fuzz(ground, rng, number: int, size: int):
   A fault is an exception that is no `UserError`, a hang, the end of the process
   or too much memory. What did it is kept in the folder `failed`.
   """
-  group = _GROUPS[number % len(_GROUPS)]
-  chosen = [i for i, sample in enumerate(_SAMPLES) if sample.group == group]
-  folder = _copies(ground)
-  faults = []
+  group, folder, faults = _GROUPS[number % len(_GROUPS)], _copies(ground), []
+  found = {
+    which: sorted((folder / _flat(sample.folder)).glob(sample.pattern))
+    for which, sample in enumerate(_SAMPLES)
+    if sample.group == group
+  }
+  chosen = [(which, paths) for which, paths in found.items() if paths]
   with _Worker() as worker:
     for index in range(count := min(size, _BLOCK)):
-      which = chosen[index % len(chosen)]
-      sample = _SAMPLES[which]
-      place = folder / sample.folder.replace("/", "_")
-      path = sorted(place.glob(sample.pattern))
-      path = path[rng.integers(len(path))]
+      which, paths = chosen[index % len(chosen)]
+      path = paths[rng.integers(len(paths))]
       before = path.read_bytes()
       path.write_bytes(damaged(before, rng, words=group == "texts"))
       if told := worker.read(which, path):
@@ -156,11 +171,16 @@ def _copies(ground) -> pathlib.Path:
         shutil.copy(path, matrix / f"{number}_{path.name}")
   folder = ground.fresh("fuzz")
   for name in dict.fromkeys(sample.folder for sample in _SAMPLES):
-    (folder / name.replace("/", "_")).mkdir()
+    (folder / _flat(name)).mkdir()
     for path in (ground.workdir / name).iterdir():
       if path.is_file():
-        shutil.copy(path, folder / name.replace("/", "_"))
+        shutil.copy(path, folder / _flat(name))
   return folder
+
+
+def _flat(folder: str) -> str:
+  """Returns the name of a folder's copy."""
+  return folder.replace("/", "_")
 
 
 def damaged(data: bytes, rng, *, words: bool) -> bytes:
@@ -255,21 +275,15 @@ def decode(ground, rng, number: int, size: int):
   """
   del rng, size
   kinds = clip_matrix.kinds()
-  if number < len(kinds):
-    kind, path = (
-      "generated",
-      clip_matrix.make(ground.workdir / "made", kinds[number]),
-    )
-  elif number < len(kinds) + len(ground.clips):
-    kind, path = "given", pathlib.Path(ground.clips[number - len(kinds)])
-  else:
+  if number >= len(kinds) + len(ground.clips):
     return None
-  # Some containers do not take some streams.
-  faults = clip_matrix.faults(path) if path else []
-  faults = [f"{path.name}: {fault}" for fault in faults]
-  return {
-    "kind": kind,
-    "count": int(path is not None),
-    "faults": len(faults),
-    "told": faults,
-  }
+  if number < len(kinds):
+    # Some containers do not take some streams.
+    path = clip_matrix.make(ground.workdir / "made", kinds[number])
+    kind = "generated"
+  else:
+    path, kind = pathlib.Path(ground.clips[number - len(kinds)]), "given"
+  found = clip_matrix.faults(path) if path else []
+  told = [f"{path.name}: {fault}" for fault in found]
+  count = int(path is not None)
+  return {"kind": kind, "count": count, "faults": len(told), "told": told}
