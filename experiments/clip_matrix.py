@@ -229,6 +229,11 @@ def _encode(path, kind: Kind, container_options: Mapping[str, str]):
   except BaseException:
     path.unlink(missing_ok=True)
     raise
+  finally:
+    # The encoder of AV1 makes root's process one of real time, which would
+    # leave all others without a processor.
+    if hasattr(os, "sched_setscheduler"):
+      os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def copy(path, source, change, options=(), *, silence=False) -> pathlib.Path:

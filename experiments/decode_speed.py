@@ -5,8 +5,9 @@ python -m experiments.decode_speed --old=CHECKOUT
 Clips of 640 x 360 at 25 frames a second, in groups of 50 with three B-frames,
 are made in `--workdir`. Every reader is a process of its own, started once, and
 they take turns on each clip, so that all meet the same machine: that of this
-checkout, and of another one, if it is given. Times are medians of `--repeats`;
-`X / old` is the throughput of X as a share of the other checkout's.
+checkout, in itself and with a process that decodes, and that of another one, if
+it is given. Times are medians of `--repeats`; `X / old` is the throughput of X
+as a share of the other checkout's.
 """
 
 import itertools
@@ -45,10 +46,18 @@ import sys, time
 import numpy as np
 from cacovid_jax.data import video
 rule = lambda n, s: np.linspace(0, n - 1, 32).astype(np.int64)
+decode = video.decode
+{changes}
 for line in sys.stdin:
   start = time.perf_counter()
-  {decode}(line[:-1], rule)
+  decode(line[:-1], rule)
   print(time.perf_counter() - start, flush=True)
+"""
+_WORKERS = """
+import functools
+from cacovid_jax.data import decode_workers, frames
+rule = frames.FrameRule(32)
+decode = functools.partial(decode_workers.run, decode)
 """
 
 
@@ -93,13 +102,13 @@ def _repeat(path, source, count: int):
 def measure(clips, readers, repeats: int):
   """Yields per clip {reader: median seconds}; the readers take turns.
 
-  `readers` is name -> (folder of the package, function that decodes).
+  `readers` is name -> (folder of the package, changes of how it reads).
   """
   running = {}
   try:
-    for name, (folder, decode) in readers.items():
+    for name, (folder, changes) in readers.items():
       running[name] = subprocess.Popen(
-        [sys.executable, "-c", _READER.format(decode=decode)],
+        [sys.executable, "-c", _READER.format(changes=changes)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env=os.environ | {"PYTHONPATH": str(folder)},
       )  # fmt: skip
@@ -124,11 +133,11 @@ def main(args):
   """Prints a row for each codec and length."""
   folder, here = pathlib.Path(args.workdir), pathlib.Path(__file__).parents[1]
   folder.mkdir(parents=True, exist_ok=True)
-  readers = {"ours": (here, "video.decode")}
+  readers = {"ours": (here, ""), "workers": (here, _WORKERS)}
   if args.old:
     if not pathlib.Path(args.old, "cacovid_jax").is_dir():
       raise errors.UserError(f"--old={args.old}: no checkout; give its folder")
-    readers["old"] = args.old, "video.decode"
+    readers["old"] = args.old, ""
   lengths = args.seconds.split(",")
   tens = range(_SECONDS, 100_000, _SECONDS)
   if not all(text.isdecimal() and int(text) in tens for text in lengths):

@@ -40,8 +40,7 @@ def number(default, low, high=None, *, whole=False, open_low=False):
   def check(method, name, value):
     right = isinstance(value, kind) and not isinstance(value, bool)
     right = right and (value > low if open_low else value >= low)
-    right = right and value < math.inf
-    if right and (high is None or value <= high):
+    if right and value < math.inf and (high is None or value <= high):
       return
     allowed = f"{'above' if open_low else 'at least'} {low}"
     if high is not None:
