@@ -51,8 +51,17 @@ _UNFIT = (msgspec.ValidationError, OverflowError, RecursionError, ValueError)
 _FAULT = re.compile(r"(.*?)(?: - at `(?:key in )?\$(.*)`)?", re.DOTALL)
 
 
-def read(path, kind=dict, mend="copy it again", most_bytes=2**28) -> Any:
-  """Returns what a JSON file holds, of a type; `mend` ends the errors."""
+def _refuse(name):
+  raise ValueError(f"{name} is no number")
+
+
+def read(
+  path, kind=dict, mend="copy it again", most_bytes=2**28, constant=_refuse
+) -> Any:
+  """Returns what a JSON file holds, of a type; `mend` ends the errors.
+
+  `constant` makes a value of "NaN", "Infinity" and "-Infinity", as of `parse`.
+  """
   try:
     if (size := os.path.getsize(path)) > most_bytes:
       raise errors.UserError(
@@ -65,16 +74,18 @@ def read(path, kind=dict, mend="copy it again", most_bytes=2**28) -> Any:
   except OSError as error:
     told = f"{path}: not readable ({error.strerror}); {mend}"
     raise errors.UserError(told) from error
-  return parse(text, kind, path, mend)
+  return parse(text, kind, path, mend, constant)
 
 
-def parse(text: str | bytes, kind=dict, where="", mend="") -> Any:
+def parse(
+  text: str | bytes, kind=dict, where="", mend="", constant=_refuse
+) -> Any:
   """Returns what JSON says, of a type; `where` begins the errors.
 
-  NaN and infinities, which are no JSON, are refused.
+  NaN and infinities, which are no JSON, are refused, or left to `constant`.
   """
   try:
-    value = json.loads(text, parse_constant=_refuse)
+    value = json.loads(text, parse_constant=constant)
   except (ValueError, RecursionError) as error:
     reason = errors.one_line(error)
     told = _joined(f"{where}: not readable as JSON ({reason})", mend)
@@ -102,10 +113,6 @@ def fit(value, kind, where="", mend="", key="") -> Any:
     told = _told(fault, f"{key}{path or ''}".lstrip("."), value, path, kind)
     told = f"{where}: {told}" if where else told
     raise errors.UserError(_joined(told, mend)) from error
-
-
-def _refuse(name):
-  raise ValueError(f"{name} is no number")
 
 
 def _joined(told, mend):

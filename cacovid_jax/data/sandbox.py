@@ -174,8 +174,13 @@ class _Counted(jinja2.visitor.NodeTransformer):
     return made.set_lineno(node.lineno).set_environment(_environment())
 
   def visit_For(self, node):  # noqa: N802
-    weight = _weight(node)
-    node = self.generic_visit(node)
+    weight, visit = _weight(node), self.generic_visit
+    if node.recursive:  # What `loop` is called with is no `node.iter`.
+      if node.test or node.else_:
+        told = "`if` or `else` of a recursive loop"
+        raise jinja2.sandbox.SecurityError(told)
+      visit = self.visit_Macro
+    node = visit(node)
     node.iter = self._filter(node.iter, "_steps", weight)
     return node
 

@@ -294,11 +294,6 @@ def as_question(
       f"options {', '.join(map(repr, options))}: give at least two, none of"
       " them empty, or none at all"
     )
-  try:
-    "".join((text, *options)).encode()
-  except UnicodeEncodeError as error:
-    told = f"the question {text[:40]!r} or an option of it is not UTF-8"
-    raise errors.UserError(f"{told}; set the terminal to UTF-8") from error
   prompt, problem_type = text, question_lib.FREE_FORM
   if options:
     problem_type = question_lib.MULTIPLE_CHOICE

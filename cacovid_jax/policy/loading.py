@@ -221,10 +221,12 @@ def export(path: pathlib.Path, policy, params, described) -> None:
   The config comes first and lists the earlier files' sha256, too: whenever a
   kill comes, the weights that are there are among those listed.
   """
-  path.parent.mkdir(parents=True, exist_ok=True)
+  files.make_folder(path.parent)
   config, known = path.parent / CONFIG, {}
   with contextlib.suppress(errors.UserError):  # None, or one to write anew.
     known = schema.read(config, _Described).weights_sha256
+  if path.is_file() and path.name not in known:  # Of an earlier version.
+    known = {**known, path.name: [files.sha256(path)]}
   with files.replacing(path) as partial:
     save(partial, policy, params)
     digests = dict.fromkeys([files.sha256(partial), *known.get(path.name, [])])

@@ -132,6 +132,13 @@ _LONG = (
     f"{_LOOP}{{% if i == j %}}{{% endif %}}{_END}{_END}",
     "{% for i in range(1000000000) %}{% endfor %}",
     "{% for x in [1, 2] recursive %}{{ loop([1, 2]) }}{% endfor %}",
+    "{% for x in [0] recursive %}{% if loop.depth == 1 %}{% set y ="
+    " loop('x'|center(9999)) %}{% endif %}"
+    f"{'{% set a = x %}' * 999}{{% endfor %}}",
+    *(
+      f"{{% for x in [0] {rest}{{% endfor %}}"
+      for rest in ("if x recursive %}", "recursive %}{% else %}")
+    ),
     "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}"
     "{% endmacro %}{{ f(50) }}",
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",

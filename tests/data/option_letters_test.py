@@ -65,6 +65,8 @@ def test_letters_go(given, marks):
     ("A", "B"),
     ("３０", "４０"),
     ("²cat", "³dog"),
+    ("①", "②"),
+    ("1.", "2."),
   ],
 )
 def test_what_are_no_letters_stays(given):

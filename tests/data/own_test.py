@@ -135,6 +135,9 @@ def test_the_benchmark_named_own(tmp_path):
   ("row", "field", "reason"),
   [
     ("a.mp4,?,x|y,C,test", "answer", "neither one of the letters AB nor"),
+    ("a.mp4,?,x|y|z,AB,test", "answer", "neither one of the letters ABC"),
+    ("a.mp4,?,x|y,.,test", "answer", "neither one of the letters AB nor"),
+    (f"a.mp4,?,x|y,{'1' * 5000},test", "answer", "neither one of the"),
     ("a.mp4,?,x|y,,test", "answer", "empty"),
     ("a.mp4,?,x,A,test", "options", "at least two"),
     ("a.mp4,?,B|A,A,test", "answer", "stands for several options: A, B"),

@@ -423,7 +423,7 @@ def test_nor_does_one_beside_a_checkpoint(
     ),
     (
       {"weights_sha256": {"policy.safetensors": "a"}},
-      "is not what training wrote",
+      r"weights_sha256\[...\] must be a list",
     ),
     (
       {"policy": {}, "module_sha256": 3},

@@ -54,11 +54,11 @@ def split_letters(given: Sequence[str]) -> Lettered:
   found = [_mark(option) for option in given]
   marks = tuple(mark for mark, _ in found)
   numbers = tuple(str(place) for place in range(1, len(marks) + 1))
-  if not marks or marks not in [
-    known[: len(marks)] for known in (*_ALPHABETS, numbers)
+  bare = tuple(rest for _, rest in found)
+  if not all(bare) or marks not in [
+    known[: len(marks)] for known in (*_ALPHABETS, numbers) if marks
   ]:
     return Lettered(tuple(given), wording.letter_options(given))
-  bare = tuple(rest for _, rest in found)
   return Lettered(bare, wording.letter_options(bare), marks)
 
 
@@ -80,12 +80,12 @@ def _mark(option: str) -> tuple[str, str]:
 def _plain_mark(mark: str) -> str:
   """Returns a letter or number in the form that `_ALPHABETS` has."""
   mark = unicodedata.normalize("NFKC", mark).strip(" .():[]").upper()
-  return str(int(mark)) if mark.isdecimal() else mark
+  return str(int(mark)) if re.fullmatch(r"\d{1,2}", mark) else mark
 
 
 def place_of(answer: str, marks: Sequence[str]) -> str:
   """Returns A, B, ... for one of the options' own marks; "" for others."""
-  mark = _plain_mark(answer)
+  mark, marks = _plain_mark(answer), list(marks)  # Of a text, its letters.
   return question_lib.LETTERS[marks.index(mark)] if mark in marks else ""
 
 
