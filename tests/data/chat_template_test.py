@@ -137,7 +137,7 @@ _LONG = (
     f"{'{% set a = x %}' * 999}{{% endfor %}}",
     *(
       f"{{% for x in [0] {rest}{{% endfor %}}"
-      for rest in ("if x recursive %}", "recursive %}{% else %}")
+      for rest in ("if x recursive %}", "recursive %}{% else %}x")
     ),
     "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}"
     "{% endmacro %}{{ f(50) }}",

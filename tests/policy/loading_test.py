@@ -236,6 +236,15 @@ def test_a_kill_between_config_and_weights_leaves_both_readable(
   loading.export(path, policy, second, described)
   assert path.read_bytes() != before
   loading.load_policy(path, checkpoint)
+  # So are those of an earlier version, which listed none.
+  before = path.read_bytes()
+  (tmp_path / "policy_config.json").write_text(json.dumps(described))
+  monkeypatch.setattr(files, "write_json", killed)
+  with pytest.raises(KeyboardInterrupt):
+    loading.export(path, policy, first, described)
+  assert path.read_bytes() == before
+  loading.load_policy(path, checkpoint)
+  monkeypatch.undo()
   # One that cannot be read is written anew.
   (tmp_path / "policy_config.json").write_text("{")
   loading.export(path, policy, second, described)
