@@ -9,6 +9,7 @@ beside them, in files without a name that the receiver maps.
 import collections
 import contextlib
 import dataclasses
+import fcntl
 import json
 import mmap
 import operator
@@ -28,7 +29,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing import connection
 from typing import Any
 
-from cacovid_jax import errors, files
+from cacovid_jax import errors
 from cacovid_jax.data import video_stream
 
 IDLE_S = 15.0  # Seconds without a clip, after which a child ends.
@@ -97,7 +98,8 @@ def _turn():
       f"{path}: {error.strerror}; set TMPDIR to a folder of your own"
     ) from error
   with open(descriptor, "r+b") as file:
-    files.lock(file, path, wait=True)
+    with contextlib.suppress(OSError):  # Some file systems have no locks.
+      fcntl.flock(file, fcntl.LOCK_EX)
     yield
 
 
