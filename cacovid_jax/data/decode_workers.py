@@ -216,6 +216,14 @@ def _unsendable(error: Exception) -> errors.UserError:
   )
 
 
+def _no_room(error: OSError) -> errors.UserError:
+  return errors.UserError(
+    "there is no room for frames between two processes"
+    f" ({error.strerror}); free memory, raise the limit of files (ulimit -f),"
+    f" or {_REMEDY}"
+  )
+
+
 def _held(pid: int) -> int:
   """Returns the bytes that only this process has in memory; 0 if not known."""
   try:
@@ -285,7 +293,10 @@ def serve(descriptor: float, idle_s: float, most: float) -> None:
     except Exception as error:
       _send(parent, _pickled((_unsendable(error), None)))
       continue
-    _send(parent, _pickled(_answer(function, args, kwargs)))
+    try:
+      _send(parent, _pickled(_answer(function, args, kwargs)))
+    except OSError as error:  # The clip is not to blame.
+      _send(parent, _pickled((_no_room(error), None)))
     unit = 1 if sys.platform == "darwin" else 1024
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     if held > kwargs["limits"].max_memory // 2:

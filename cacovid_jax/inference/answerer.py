@@ -282,18 +282,17 @@ def as_question(
       f"prompt style {style!r}: give {' or '.join(map(repr, STYLES))}"
     )
   options = tuple(option.strip() for option in options)
-  for told in (text, *options):
-    # Bytes of a command line that are no UTF-8 come as half surrogate pairs.
-    if any("\ud800" <= letter <= "\udfff" for letter in told):
-      raise errors.UserError(
-        f"{told[:40]!r} is not UTF-8; give question and options in a UTF-8"
-        " terminal or locale"
-      )
   if options and (len(options) < 2 or not all(options)):
     raise errors.UserError(
       f"options {', '.join(map(repr, options))}: give at least two, none of"
       " them empty, or none at all"
     )
+  try:
+    # Bytes of a command line that are no UTF-8 come as half surrogate pairs.
+    "".join((text, *options)).encode()
+  except UnicodeEncodeError as error:
+    told = f"the question {text[:40]!r} or an option of it is not UTF-8"
+    raise errors.UserError(f"{told}; set the terminal to UTF-8") from error
   prompt, problem_type = text, question_lib.FREE_FORM
   if options:
     problem_type = question_lib.MULTIPLE_CHOICE

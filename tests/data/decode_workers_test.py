@@ -21,6 +21,7 @@ from cacovid_jax import errors
 from cacovid_jax.data import decode_workers, frames, video, video_stream
 from cacovid_jax.evals import frame_manifest
 from cacovid_jax.models import processors
+from tests import disks
 from tests.data import clips
 from tests.data import faulty_decoders as faulty
 
@@ -294,6 +295,16 @@ def test_values_travel_unchanged():
   for array, other in zip(arrays, others, strict=True):
     assert array.dtype == other.dtype and array.shape == other.shape
     np.testing.assert_array_equal(array, other)
+
+
+def test_a_clip_is_not_to_blame_where_frames_find_no_room():
+  decode_workers._idle.clear()
+  with disks.no_file_above(2**16):  # Children inherit it.
+    with pytest.raises(errors.UserError, match="no room.*ulimit") as caught:
+      _run(faulty.echo_thrice, "clip.mp4", np.ones(2**15, np.uint8))
+    _run(faulty.pid)
+  assert not isinstance(caught.value, video.VideoError)
+  decode_workers._idle.clear()
 
 
 def test_threads_have_children_of_their_own(folder):

@@ -26,6 +26,10 @@ def echo(path, value, *, limits):
   return value
 
 
+def echo_thrice(path, value, *, limits):
+  return np.concatenate([value, value, value])
+
+
 def die(path, number, *, limits):
   os.kill(os.getpid(), number)
   time.sleep(60)

@@ -296,6 +296,8 @@ def test_page_of_vanilla_alone_shows_every_token(answerer, clip, tmp_path):
     ({"path": "nowhere.mp4"}, "nowhere.mp4: missing; give the path"),
     ({"path": "."}, "not a file"),
     ({"question": " \n"}, "the question is empty"),
+    ({"question": "caf\udce9?"}, r"caf.udce9.* not UTF-8; set the terminal"),
+    ({"options": ("red", "bl\udce9u")}, "or an option of it is not UTF-8"),
     ({"question": "why? " * 40_000}, "the model takes"),
     ({"question": "what is in <video>?"}, "stands for the clip"),
     ({"ratios": (0.0,)}, r"outside \(0, 1\]"),
