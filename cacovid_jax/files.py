@@ -173,6 +173,7 @@ def claim(
     hint: end of the refusal: what else the command can do, by its own flags.
   """
   path = pathlib.Path(path)
+  made = not path.parent.exists()
   make_folder(path.parent)
   lock = path.with_name(f"{path.name}.lock")
   refused = f"another {who} is writing to {what or path}"
@@ -186,6 +187,8 @@ def claim(
     finally:
       with contextlib.suppress(OSError):
         lock.unlink()
+        if made:  # A mistake leaves no empty folder.
+          path.parent.rmdir()
 
 
 def _locked(path, refused: str, hint: str, *, wait: bool):

@@ -130,16 +130,16 @@ def _told(fault, key, value, path, kind):
   needs = re.sub("`(.*?)`", lambda found: _named(found[1]), needs)
   for sign, words in _SIGNS.items():
     needs = needs.replace(sign, words)
-  try:
-    for name, place in re.findall(r"\.([^.\[]+)|\[(\d+)\]", path or ""):
-      value = value[name or int(place)]
-    shown = f"is {reprlib.repr(value)}; it "
-  except (LookupError, TypeError, ValueError):
-    shown = ""
+  at = path
   if typing.get_origin(kind) is tuple and re.fullmatch(r"\[\d+\]", path or ""):
     kind, path = typing.get_args(kind)[0], ""
   needs = needs if path else _in_words(kind) or needs
-  return f"{key or 'it'} {shown}must be {needs}"
+  try:
+    for name, place in re.findall(r"\.([^.\[]+)|\[(\d+)\]", at or ""):
+      value = value[name or int(place)]
+    return f"{key or 'it'} is {reprlib.repr(value)}; it must be {needs}"
+  except (LookupError, TypeError, ValueError):
+    return f"{key or 'it'} must be {needs}"
 
 
 def _named(text):

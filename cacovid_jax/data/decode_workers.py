@@ -15,6 +15,7 @@ import mmap
 import operator
 import os
 import pickle
+import re
 import resource
 import select
 import signal
@@ -48,7 +49,6 @@ from cacovid_jax.data import decode_workers
 decode_workers.serve(*map(float, sys.argv[1:4]))
 """
 _ALIGN = 64  # Bytes.
-_REMEDY = "set config.data.decode=in_process"
 
 
 def run(function: Callable, path, *args, limits=None, **kwargs) -> Any:
@@ -204,7 +204,7 @@ class _Child:
 def _no_start(why) -> errors.UserError:
   return errors.UserError(
     f"a process that decodes clips does not start ({why}); run fewer processes"
-    f" at once, or {_REMEDY}"
+    f" at once, or set config.data.decode=in_process"
   )
 
 
@@ -212,7 +212,7 @@ def _unsendable(error: Exception) -> errors.UserError:
   return errors.UserError(
     "what is done to frames cannot run in a process that decodes clips"
     f" ({errors.one_line(error)}); put it in a module that does not import"
-    f" JAX, or {_REMEDY}"
+    f" JAX, or set config.data.decode=in_process"
   )
 
 
@@ -220,7 +220,7 @@ def _no_room(error: OSError) -> errors.UserError:
   return errors.UserError(
     "there is no room for frames between two processes"
     f" ({error.strerror}); free memory, raise the limit of files (ulimit -f),"
-    f" or {_REMEDY}"
+    f" or set config.data.decode=in_process"
   )
 
 
@@ -297,11 +297,22 @@ def serve(descriptor: float, idle_s: float, most: float) -> None:
       _send(parent, _pickled(_answer(function, args, kwargs)))
     except OSError as error:  # The clip is not to blame.
       _send(parent, _pickled((_no_room(error), None)))
-    unit = 1 if sys.platform == "darwin" else 1024
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    if held > kwargs["limits"].max_memory // 2:
+    if peak_memory() > kwargs["limits"].max_memory // 2:
       break
   os._exit(0)
+
+
+def peak_memory() -> int:
+  """Returns the most bytes that this process has had in memory.
+
+  What `getrusage` tells of Linux is that of the parent, if that had more.
+  """
+  try:
+    with open("/proc/self/status", encoding="ascii") as file:
+      found = re.search(r"^VmHWM:\s+(\d+) kB", file.read(), re.MULTILINE)
+    return int(found[1]) * 1024
+  except OSError:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _answer(function, args, kwargs) -> tuple[Exception | None, Any]:

@@ -174,6 +174,11 @@ class _UnverifiedError(Exception):
 class _Reader(video_stream.VideoStream):
   """One open clip."""
 
+  def __init__(self, path, limits: Limits | None):
+    super().__init__(path, limits)
+    # One for all pictures: each of them has a thread per processor.
+    self._converter = av.video.reformatter.VideoReformatter()
+
   def index(self) -> clip_index.ClipIndex:
     """Returns what packets tell, or the whole decode if that is not sure."""
     rows, first = array.array("q"), []
@@ -359,7 +364,7 @@ class _Reader(video_stream.VideoStream):
     """Returns uint8[h,w,3] with the display rotation applied."""
     self.check_size(picture)
     try:
-      image = picture.to_ndarray(format="rgb24")
+      image = self._converter.reformat(picture, format="rgb24").to_ndarray()
     except av.error.BlockingIOError as error:
       # Nothing is wrong with the clip: it must not count as unreadable.
       raise errors.UserError(

@@ -17,7 +17,7 @@ from flax import traverse_util
 
 from cacovid_jax import base_config, errors, evaluate, files, metrics
 from cacovid_jax import config as config_lib
-from cacovid_jax.data import answer_log, readers, video
+from cacovid_jax.data import answer_log, decode_workers, readers, video
 from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.models import checkpoints, safetensors_io
 from cacovid_jax.policy import loading
@@ -264,7 +264,7 @@ def _serve(connection) -> None:
       told = ""
     except BaseException:  # Panics of libraries in Rust among them.
       told = traceback.format_exc()[-2000:]
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    used = decode_workers.peak_memory()
     connection.send((told, used))
 
 

@@ -6,6 +6,7 @@ import fcntl
 import functools
 import os
 import pathlib
+import resource
 import signal
 import subprocess
 import sys
@@ -218,6 +219,12 @@ def test_what_needs_jax_is_refused_in_one_line(folder):
 
 def test_a_child_is_used_again(folder):
   assert _run(faulty.pid) == _run(faulty.pid) != os.getpid()
+
+
+def test_a_large_parent_makes_no_large_child():
+  assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 2**27 // 1024
+  first, second = (_run(faulty.pid, max_memory=2**28) for _ in range(2))
+  assert first == second
 
 
 def test_a_crash_costs_one_clip_and_its_child():

@@ -208,15 +208,14 @@ def test_4k_frames_are_decoded_and_resized_one_by_one(folder):
 
 
 def test_a_system_without_threads_is_not_taken_for_a_bad_clip(folder):
-  class Picture:
-    width = height = 64
-
-    def to_ndarray(self, **unused):
+  class Converter:
+    def reformat(self, *unused, **options):
       raise av.error.BlockingIOError(11, "Resource temporarily unavailable")
 
   with video._Reader(folder / "plain.mp4", video.Limits()) as reader:
+    reader._converter = Converter()
     with pytest.raises(errors.UserError, match="run fewer processes") as caught:
-      reader.upright(Picture())
+      reader.upright(av.VideoFrame(64, 64, "rgb24"))
   assert not isinstance(caught.value, video.VideoError)
 
 

@@ -69,7 +69,7 @@ def test_the_rules_that_a_config_leaves_to_the_benchmark():
   assert settings(rouge="public").rouge == "public"
   with pytest.raises(errors.UserError, match="evals.rule='x': use paper or"):
     settings(**{"evals.rule": "x"})
-  with pytest.raises(errors.UserError, match="rouge='x': use unicode or"):
+  with pytest.raises(errors.UserError, match="rouge is 'x'; it must be one"):
     settings(rouge="x")
 
 

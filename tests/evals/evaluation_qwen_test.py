@@ -339,7 +339,7 @@ def test_pixels_of_a_model_with_one_size_are_refused(
   request = request_of("w", checkpoint=checkpoint_dir)
   with pytest.raises(errors.UserError, match="frames of one size"):
     clip_queue.open_queue(request)
-  with pytest.raises(errors.UserError, match="min_pixels=-1"):
+  with pytest.raises(errors.UserError, match="min_pixels is -1"):
     request_of("w", min_pixels=-1)
   with pytest.raises(errors.UserError, match="workers.*in_process"):
     request_of("w", **{"data.decode": "threads"})

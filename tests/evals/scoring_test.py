@@ -59,7 +59,7 @@ def test_an_empty_answer_is_never_correct(rule):
     for gold in "ABCDE":
       question = _question(awkward_answers.OPTIONS, gold)
       scored_empty = benchmarks.task(name).score(question, "", rule=rule)
-      assert scored_empty == (0.0, "", False)
+      assert scored_empty == scoring.Scored(0.0)
 
 
 def test_unknown_rule_is_named():
@@ -95,7 +95,8 @@ def test_every_benchmark_and_rule_has_its_awkward_answers():
   wanted = {
     (name, rule)
     for name in benchmarks.names()
-    for rule in letters.EXTRACTORS
+    # What `letters.OWN` reads is the same for all, see letters_test.
+    for rule in set(letters.EXTRACTORS) - {letters.OWN}
     if benchmarks.task(name).score is not scoring.prepared
   }
   assert set(awkward_answers.EXPECTED) == wanted
@@ -119,19 +120,19 @@ def test_options_in_lower_case_words_are_found_in_long_answers():
   task = benchmarks.task("egoschema")
   question = _question(("C cooks", "C paints"), "B")
   said = "in short, b. c paints describes it"
-  assert task.score(question, said) == (1.0, "B", False)
+  assert task.score(question, said) == scoring.Scored(1.0, "B")
   assert task.score(question, "in short, c paints describes it").fallback
   task = benchmarks.task("nextqa")
   question = _question(("dance", "fall over"), "B")
   said = "they dance a lot before they fall over it"
-  assert task.score(question, said) == (1.0, "B", False)
+  assert task.score(question, said) == scoring.Scored(1.0, "B")
   assert task.score(question, "dance and fall over").fallback
 
 
 def test_prepared_data_of_other_problem_types_are_scored_by_reward():
   question = _question((), "3.50", problem_type="numerical")
-  assert scoring.prepared(question, "3.5") == (1.0, "", False)
-  assert scoring.prepared(question, "3.6") == (0.0, "", False)
+  assert scoring.prepared(question, "3.5") == scoring.Scored(1.0)
+  assert scoring.prepared(question, "3.6") == scoring.Scored(0.0)
 
 
 @pytest.mark.parametrize("name", benchmarks.names())

@@ -382,13 +382,13 @@ def test_videos_fit_the_models(name):
 @pytest.mark.parametrize(
   "changes,message",
   [
-    (dict(ratios=2.0), "outside"),
+    (dict(ratios=2.0), "above 0 and at most 1"),
     (dict(methods="fastw"), "did you mean"),
     (dict(methods="decisive_boxes"), "knows where the answer lies"),
     (dict(methods=["uniform", "uniform"]), "lists uniform twice"),
     (dict(size="ov-70b"), "--size=ov-70b: choose ov-7b or"),
     ({"config.table.size": "ov-70b", "size": None}, "size=ov-70b: use ov-7b"),
-    (dict(dry_run=True, tflops=-1.0), "--tflops=-1"),
+    (dict(dry_run=True, tflops=-1.0), "--tflops is -1"),
   ],
 )
 def test_mistakes_are_named(make, changes, message):

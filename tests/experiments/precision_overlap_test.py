@@ -138,7 +138,7 @@ def test_videos_of_qwen_are_drawn_on_its_grid(monkeypatch):
   [
     (dict(), "add --policy"),
     (dict(policy="x", ratios="a"), "--ratios=a"),
-    (dict(policy="x", ratios="2"), "outside"),
+    (dict(policy="x", ratios="2"), "above 0 and at most 1"),
     (dict(policy="nowhere"), "no policy in nowhere"),
   ],
 )

@@ -28,8 +28,6 @@ def overrides(tmp_path_factory):
     f"data.root={folder / 'data'}",
     f"data.feature_cache={folder / 'features'}",
     "prepare.clips=2,2,2,0",
-    # Compiles sooner.
-    "policy.module=tests.policy.bilinear_policy:Bilinear",
   ]
   build.prepare(config_lib.load(CONFIG, found), num_workers=1)
   return found
@@ -68,6 +66,9 @@ def finished(overrides, tmp_path_factory):
     patch.setenv("PYTHONPATH", str(ROOT))
     patch.setenv("XLA_FLAGS", tests.xla_flags())
     patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    # The second run compiles nothing that the first one did.
+    patch.setenv("JAX_COMPILATION_CACHE_DIR", str(workdir.parent / "compiled"))
+    patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     (workdir / "config.py").write_text(TRAINED_ONLY)
     run(workdir, overrides, config=str(workdir / "config.py"))
   return workdir

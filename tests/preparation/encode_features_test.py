@@ -195,7 +195,7 @@ def test_a_disk_without_room_is_refused_after_the_first_clip(
 
   monkeypatch.setattr(encode_features.shutil, "disk_usage", lambda _: Usage)
   with pytest.raises(
-    errors.UserError, match="2 more clips take 201.5 kB .100.7 kB each"
+    errors.UserError, match="2 more clips take 201.6 kB .100.8 kB each"
   ):
     encode_features.encode(
       run.store, run.questions, str(tmp_path), num_threads=0
@@ -241,7 +241,7 @@ def test_room_is_counted_for_the_clips_of_all_shares(
     )
 
   # The first share is done, and leaves two clips to the others.
-  with pytest.raises(errors.UserError, match="2 more clips take 201.5 kB"):
+  with pytest.raises(errors.UserError, match="2 more clips take 201.6 kB"):
     encode(0)
   # Entries that are there are not counted again, whosever they are.
   Usage.free = 2 * size

@@ -104,7 +104,7 @@ def test_pmap_runs_every_program_of_an_adaptive_ratio():
 @pytest.mark.parametrize(
   ("how", "model", "message"),
   [
-    ("vmap", 1, "choose shard_map or pmap"),
+    ("vmap", 1, "one of shard_map, pmap"),
     ("pmap", 2, "cannot split the base model .mesh.model=2."),
   ],
 )

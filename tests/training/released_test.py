@@ -55,7 +55,7 @@ def test_a_released_model_is_trained_by_the_papers_recipe(name):
     "data.num_frames": 32,
     "data.frame_rule": "train_linspace_1fps",
     "evals.ratios": (0.25, 0.2, 0.15, 0.1),
-    "evals.rule": "paper",
+    "evals.rule": "",
     "evals.select_on": "none",
     "model.path": f"checkpoints/{name}",
   }
