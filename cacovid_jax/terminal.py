@@ -5,6 +5,7 @@ overwrite, retitle, or worse. All that is printed goes through `tell`, `Console`
 or a log with `clean_record`.
 """
 
+import contextlib
 import logging
 import re
 import sys
@@ -41,7 +42,8 @@ def tell(text: str, *, error: bool = False) -> None:
 
 def clean_record(record: logging.LogRecord) -> bool:
   """Makes a log's line `plain`; a filter of handlers that lets all pass."""
-  record.msg, record.args = plain(record.getMessage()), ()
+  with contextlib.suppress(Exception):  # Of others' logs; the handler tells.
+    record.msg, record.args = plain(record.getMessage()), ()
   return True
 
 

@@ -116,6 +116,8 @@ def test_logs(caplog):
   )
   assert terminal.clean_record(record)
   assert record.getMessage() == "ab: 3"
+  wrong = logging.LogRecord("n", logging.INFO, "f", 1, "%d", ("x",), None)
+  assert terminal.clean_record(wrong)
 
 
 _PROGRAM = """

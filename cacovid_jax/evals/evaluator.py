@@ -18,7 +18,7 @@ import numpy as np
 from cacovid_jax import errors
 from cacovid_jax import progress as progress_lib
 from cacovid_jax.compressors import base
-from cacovid_jax.data import answer_log
+from cacovid_jax.data import answer_log, rewards
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import benchmarks, provenance
 from cacovid_jax.inference import engine as engine_lib
@@ -70,7 +70,9 @@ class Evaluator:
       **source.identity,
       "task": self.task.name,
     }
-    if any(q.problem_type == question_lib.FREE_FORM for q in questions):
+    # Logs of earlier versions, which counted the public words, name none.
+    free = any(q.problem_type == question_lib.FREE_FORM for q in questions)
+    if free and engine.settings.rouge != rewards.PUBLIC:
       found["rouge"] = engine.settings.rouge
     lengths = engine.prompts.lengths
     if source.buckets or len(lengths) > 1:

@@ -60,7 +60,9 @@ class Ended(NamedTuple):
 
   def faults(self, *allowed: int) -> list[str]:
     """Returns what is wrong with exit codes and words."""
-    out = [f"exit code {x}" for x in self.codes[:1] if x not in allowed]
+    # Those that wait for a killed one are ended.
+    codes = self.codes[:1] if self.codes[0] < 0 else self.codes
+    out = [f"exit code {x}" for x in codes if x not in allowed]
     out += ["a traceback"] if "Traceback" in self.told else []
     return [f"{x}: {self.told[-2000:]}" for x in out]
 

@@ -836,7 +836,9 @@ def test_free_form_answers_belong_to_the_words_that_they_are_scored_by(shared):
     changed = copy.copy(evaluator.engine)
     changed.settings = dataclasses.replace(SETTINGS, rouge=rouge)
     other = evaluator_lib.Evaluator(changed)
-    assert other.identity([asked, *rest])["rouge"] == rouge
+    # Logs of earlier versions say nothing of the public words.
+    told = None if rouge == "public" else rouge
+    assert other.identity([asked, *rest]).get("rouge") == told
     scores[rouge] = other._record(asked, text, "")["score"]
   assert scores == {"unicode": 1.0, "public": 0.0}
 
