@@ -42,6 +42,7 @@ def kill(ground: ground_lib.Ground, rng, number: int, size: int):
 
 def concurrency(ground: ground_lib.Ground, rng, number: int, size: int):
   """Runs evaluations with kills that share a feature cache, all at once."""
+  ground.reference("evaluate")  # Once, before the threads ask for it.
   folder = ground.fresh(f"concurrency_{number}")
   harms = [
     _harms(ground, "evaluate", "", rng, rng.integers(3))

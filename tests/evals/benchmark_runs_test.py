@@ -142,7 +142,7 @@ def test_damaged_pictures_are_told_everywhere(request_of, tmp_path, caplog):
   cache = {"data.feature_cache": str(tmp_path / "cache")}
   options = {"data": fixture.data_dir, **cache}
   out = evaluation.evaluate(request_of("nextqa", tmp_path / "w", **options))
-  (entry,) = out["damaged"]
+  (entry,) = map(dict, out["damaged"])
   # Shown are 0, 26, 52 and 79.
   assert entry.pop("replaced") + entry.pop("damaged") == 2
   assert entry == {"video": name, "questions": 3, "lost": 40}
