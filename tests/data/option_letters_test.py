@@ -84,3 +84,5 @@ def test_no_options():
 def test_full_width_answers():
   assert option_letters.letter("（Ｂ）", CATS, "answer") == "B"
   assert option_letters.letter("Ｂ．ｄｏｇ", CATS, "answer") == "B"
+  marks = ("1", "2", "3")
+  assert option_letters.letter("２．dog", CATS, "answer", marks) == "B"

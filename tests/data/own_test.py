@@ -183,6 +183,10 @@ def test_a_bad_row_is_named_or_listed(tmp_path, row, field, reason):
     (["(क) बिल्ली", "(ख) कुत्ता"], "(ख)", ("बिल्ली", "कुत्ता"), "B"),
     (["أ. قطة", "ب. كلب"], "ب", ("قطة", "كلب"), "B"),
     (["a) cat", "b) dog"], "b", ("cat", "dog"), "B"),
+    # The option as it was given, or under a prompt's letter.
+    (["1. cat", "2. dog"], "2. dog", ("cat", "dog"), "B"),
+    (["А. кот", "Б. пёс"], "Б. Пёс", ("кот", "пёс"), "B"),
+    (["1. cat", "2. dog"], "B. dog", ("cat", "dog"), "B"),
     (["cat", "dog"], "ｂ", ("cat", "dog"), "B"),
   ],
 )
@@ -217,6 +221,7 @@ def test_numbers_in_columns_of_json(tmp_path):
     # 2 is the first option, and the number of the second.
     (["1. 2", "2. 1"], 2, "stands for several options: B, A"),
     (["cat", "dog"], "Б", "neither one of the letters AB nor"),
+    (["1. cat", "2. dog"], "1. dog", "neither one of the letters AB nor"),
   ],
 )
 def test_options_that_are_no_texts(tmp_path, options, answer, reason):

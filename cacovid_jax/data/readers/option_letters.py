@@ -83,10 +83,19 @@ def _plain_mark(mark: str) -> str:
   return str(int(mark)) if re.fullmatch(r"\d{1,2}", mark) else mark
 
 
-def place_of(answer: str, marks: Sequence[str]) -> str:
-  """Returns A, B, ... for one of the options' own marks; "" for others."""
-  mark, marks = _plain_mark(answer), list(marks)  # Of a text, its letters.
-  return question_lib.LETTERS[marks.index(mark)] if mark in marks else ""
+def place_of(
+  answer: str, marks: Sequence[str], options: Sequence[str] = ()
+) -> str:
+  """Returns A, B, ... for one of the options' own marks; "" for others.
+
+  The option's own text may stand behind it.
+  """
+  known = dict(zip(marks, question_lib.LETTERS, strict=False))
+  if found := known.get(_plain_mark(answer)):
+    return found
+  mark, rest = _mark(answer)
+  named = dict(zip(marks, options, strict=False)).get(mark)
+  return known[mark] if named and _plain(rest) == _plain(named) else ""
 
 
 def _without_latin(options: Sequence[str]) -> tuple[str, ...]:
@@ -137,7 +146,7 @@ def letter(
   The option's own text may stand behind it, as in "B. A rope"; any other text
   is no answer, so that "Banana" is not taken for B.
   """
-  if marks[:1] != ("A",) and (found := place_of(answer, marks)):
+  if marks[:1] != ("A",) and (found := place_of(answer, marks, options)):
     return found
   match, shown = _ANSWER.fullmatch(_width(answer).strip()), repr(answer[:40])
   found = match and (match.group(1) or match.group(2))

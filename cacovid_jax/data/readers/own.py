@@ -214,7 +214,8 @@ def _letter(answer: str, options, marks) -> str:
   The letter may be that of the option's own mark, such as Б or 2.
   """
   allowed = question_lib.LETTERS[: len(options)]
-  same = [option_letters.place_of(answer, known) for known in (allowed, marks)]
+  both = (allowed, marks)
+  same = [option_letters.place_of(answer, known, options) for known in both]
   same = list(dict.fromkeys(filter(None, same)))
   for name, option in zip(allowed, options, strict=True):
     if option.casefold() == answer.casefold() and name not in same:
