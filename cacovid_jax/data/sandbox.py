@@ -84,6 +84,8 @@ def _spend(amount: int) -> None:
 def _measure(value) -> int:
   """Returns the characters and items of a value, taken from the budget."""
   size = 0
+  if isinstance(value, jinja2.utils.Namespace):
+    value = value._Namespace__attrs  # They are spelled with it.
   if isinstance(value, (str, bytes)):
     size = len(value)
   elif isinstance(value, collections.abc.Mapping):

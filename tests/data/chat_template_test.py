@@ -104,6 +104,9 @@ _USES = [
   "{{ raise_exception(n.x) }}",
   "{{ n.x + n.y }}",
   "{{ n.x - n.y }}",
+  # A namespace is spelled with what it holds.
+  "{{ n }}",
+  "{{ n ~ 1 }}",
 ]
 _HASHES = [
   "{{ {n.x: 1} }}",
