@@ -87,15 +87,15 @@ def test_a_stopped_shard_and_two_processes_equal_one(
   path.write_bytes(b"".join(lines) + lines[-1][:30])
 
   # This process goes on while another one works.
-  other = subprocess.Popen(
+  with subprocess.Popen(
     command(request, "1/2"),
     env=os.environ | {"JAX_PLATFORMS": "cpu"},
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,
-  )
-  evaluation.evaluate(request)
-  said = other.communicate()[0]
+  ) as other:
+    evaluation.evaluate(request)
+    said = other.communicate()[0]
   assert other.returncode == 0, said
   assert (shared / "results.json").read_bytes() == expected
   # Nothing is asked twice, and no process has asked everything.
