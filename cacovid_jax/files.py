@@ -174,7 +174,6 @@ def claim(
   """
   path = pathlib.Path(path)
   made = not path.parent.exists()
-  make_folder(path.parent)
   lock = path.with_name(f"{path.name}.lock")
   refused = f"another {who} is writing to {what or path}"
   with _locked(lock, refused, hint, wait=wait) as file:
@@ -194,6 +193,7 @@ def claim(
 def _locked(path, refused: str, hint: str, *, wait: bool):
   """Returns the open file of this path, locked until it is closed."""
   while True:
+    make_folder(path.parent)  # Its maker may have removed it meanwhile.
     with writing(path):
       file = open(path, "a+b", buffering=0)
     try:

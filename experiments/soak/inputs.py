@@ -252,8 +252,8 @@ def _serve(connection) -> None:
   os.dup2(quiet, 1)
   os.dup2(quiet, 2)
   logging.set_verbosity(logging.FATAL)
-  # Twice as much is refused at once.
-  resource.setrlimit(resource.RLIMIT_DATA, (2 * _BYTES, 2 * _BYTES))
+  # So much more is refused at once; JAX reserves some for each processor.
+  resource.setrlimit(resource.RLIMIT_DATA, (8 * _BYTES, 8 * _BYTES))
   connection.send(None)
   while True:
     which, path = connection.recv()
