@@ -248,7 +248,11 @@ def claim_workdir(workdir, config):
 def read_json(path):
   """Returns the unlocked config in a JSON file; lists become tuples."""
   mend = "restore it or use another workdir"
-  return ml_collections.ConfigDict(_tuples(schema.read(path, dict, mend)))
+  values = _tuples(schema.read(path, dict, mend))
+  try:
+    return ml_collections.ConfigDict(values)
+  except ValueError as error:  # Of a key that holds a dot.
+    raise errors.UserError(f"{path}: {error}; {mend}") from error
 
 
 def _fill(group, known, wanted):

@@ -137,6 +137,13 @@ def test_mistyped_overrides_are_named(path, text, message):
   assert "\n" not in str(raised.value)
 
 
+def test_a_key_with_a_dot_is_named(tmp_path):
+  path = tmp_path / "config.json"
+  path.write_text('{"frame.cap": 1}')
+  with pytest.raises(errors.UserError, match="config.json: .*frame.cap"):
+    config_lib.load(path)
+
+
 def test_loaded_config_is_locked(path):
   config = config_lib.load(path)
   with pytest.raises(AttributeError):

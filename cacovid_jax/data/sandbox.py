@@ -21,7 +21,7 @@ import jinja2.sandbox
 # What a template can raise while it renders; and while it compiles, where more
 # than 20 nested blocks, for example, are no Python.
 FAULTS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError,
-          RecursionError, AttributeError, LookupError,
+          RecursionError, AttributeError, LookupError, NameError,
           MemoryError)  # fmt: skip
 UNFIT = (*FAULTS, SyntaxError)
 

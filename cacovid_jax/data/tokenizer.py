@@ -196,7 +196,12 @@ class Tokenizer:
       max_length=(config.text_config or config).max_position_embeddings,
       variables=special,
     )
-    result = cls(tokenizer, text, options)
+    try:
+      result = cls(tokenizer, text, options)
+    except UnicodeEncodeError as error:  # Half a surrogate pair.
+      raise errors.UserError(
+        f"{directory}: a special token is no text; copy it again"
+      ) from error
     expected = config.video_token_index
     expected = config.video_token_id if expected is None else expected
     if expected not in (None, result.video_id):

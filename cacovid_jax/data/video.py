@@ -371,6 +371,8 @@ class _Reader(video_stream.VideoStream):
         f"{self.path}: the system has no thread left to convert a frame with;"
         " run fewer processes at once"
       ) from error
+    except av.error.FFmpegError as error:
+      raise self.fail("unreadable", f"a picture: {error.strerror}") from error
     # By name: PyAV 19 walks through the kinds and no longer through the data.
     if (matrix := picture.side_data.get("DISPLAYMATRIX")) is None:
       return image

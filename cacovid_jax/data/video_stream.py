@@ -214,8 +214,8 @@ class VideoStream:
         return
       except MemoryError:
         raise self.fail("too_much_memory") from None
-      except (av.error.FFmpegError, ValueError):
-        self._tick()
+      except (av.error.FFmpegError, ValueError, IndexError):
+        self._tick()  # Damage may change which streams there are.
         return
       # An empty packet ends the decoder's work: only the last one, without a
       # time, means that.

@@ -11,13 +11,12 @@ import traceback
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
 from absl import logging
 from flax import traverse_util
 
 from cacovid_jax import base_config, errors, evaluate, files, metrics
 from cacovid_jax import config as config_lib
-from cacovid_jax.data import answer_log, decode_workers, readers, video
+from cacovid_jax.data import answer_log, decode_workers, frames, readers, video
 from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.models import checkpoints, safetensors_io
 from cacovid_jax.policy import loading
@@ -49,9 +48,9 @@ _load = functools.cache(checkpoints.load)
 
 
 def _clip(path) -> None:
-  """Samples a clip, in this process."""
+  """Samples a clip, as evaluation does."""
   limits = video.Limits(timeout_s=_SECONDS / 2)
-  video.decode(path, lambda n, _: np.arange(8) * n // 8, limits=limits)
+  decode_workers.run(video.decode, path, frames.FrameRule(8), limits=limits)
 
 
 def _processor(path) -> None:

@@ -296,6 +296,11 @@ def test_syntax_errors_name_the_file(text):
     _render(text)
 
 
+def test_a_number_beyond_all_numbers_is_a_fault():
+  with pytest.raises(chat_template_lib.FAULTS, match="inf"):
+    _render("{{ messages == 1e999 }}")
+
+
 def test_the_size_of_a_template_is_bounded():
   with pytest.raises(errors.UserError, match="more than 65536"):
     _render("x" * 65_537)

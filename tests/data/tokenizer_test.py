@@ -251,6 +251,8 @@ def _break(directory, fault):
     (directory / "chat_template.jinja").write_text("{% for %}")
   if fault == "other id":
     _edit(directory / "config.json", video_token_index=7)
+  if fault == "half a pair":
+    _edit(directory / "tokenizer_config.json", pad_token="\ud800")
   if fault == "no video token":
     _edit(directory / "processor_config.json", video_token="<film>")
 
@@ -269,6 +271,7 @@ def _break(directory, fault):
     ("syntax", "does not parse"),
     ("other id", "gives the video token id 7"),
     ("no video token", "no video token '<film>'"),
+    ("half a pair", "a special token is no text"),
   ],
 )
 def test_faults_of_a_directory_are_named(tmp_path, fault, message):

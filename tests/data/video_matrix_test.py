@@ -167,3 +167,10 @@ def test_damage_inside_a_clip_is_counted_and_told():
   assert len(expected) == 40
   for place, number in ((0, 0), (1, 5), (2, 10), (3, 15), (14, 33), (15, 39)):
     np.testing.assert_array_equal(clip.frames[place], expected[number])
+
+
+def test_streams_that_damage_makes_appear():
+  """A fuzzed clip: packets name streams that its header does not have."""
+  path = CASES / "flv_other_streams.flv"
+  clip = video.decode(path, lambda n, s: np.arange(8) * n // 8)
+  assert (clip.num_frames, clip.replaced, clip.lost) == (22, 1, 3)

@@ -219,6 +219,18 @@ def test_a_system_without_threads_is_not_taken_for_a_bad_clip(folder):
   assert not isinstance(caught.value, video.VideoError)
 
 
+def test_a_picture_that_cannot_be_converted_is_the_clips_fault(folder):
+  class Converter:
+    def reformat(self, *unused, **options):
+      raise av.error.OSError(95, "Operation not supported")
+
+  with video._Reader(folder / "plain.mp4", video.Limits()) as reader:
+    reader._converter = Converter()
+    with pytest.raises(video.VideoError, match="not supported") as caught:
+      reader.upright(av.VideoFrame(64, 64, "rgb24"))
+  assert caught.value.reason == "unreadable"
+
+
 def test_frames_are_resized_while_decoding(folder):
   clip = video.decode(
     folder / "plain.mp4", lambda n, s: [0, n - 1], resize=_to(32)
