@@ -110,8 +110,11 @@ os.register_at_fork(after_in_child=_idle.clear)
 
 def _ask(function, path, args, kwargs) -> Any:
   """Asks one child, and another one if the first crashes."""
+  here = ""  # Where the parent is now, of which paths may be given.
+  with contextlib.suppress(FileNotFoundError):
+    here = os.getcwd()
   try:
-    request = _pickled((function, (path, *args), kwargs))
+    request = _pickled((here, function, (path, *args), kwargs))
   except (pickle.PicklingError, AttributeError, TypeError) as error:
     raise _unsendable(error) from error
   crashes = 0
@@ -287,12 +290,14 @@ def serve(descriptor: float, idle_s: float, most: float) -> None:
   parent.settimeout(idle_s)
   for _ in range(int(most)):
     try:
-      function, args, kwargs = _receive(parent)
+      here, function, args, kwargs = _receive(parent)
     except (TimeoutError, EOFError, ConnectionError):
       break
     except Exception as error:
       _send(parent, _pickled((_unsendable(error), None)))
       continue
+    with contextlib.suppress(OSError):
+      os.chdir(here)
     try:
       _send(parent, _pickled(_answer(function, args, kwargs)))
     except OSError as error:  # The clip is not to blame.

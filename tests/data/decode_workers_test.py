@@ -221,6 +221,15 @@ def test_a_child_is_used_again(folder):
   assert _run(faulty.pid) == _run(faulty.pid) != os.getpid()
 
 
+def test_a_path_is_looked_for_where_the_parent_is(folder, monkeypatch):
+  _run(faulty.pid)  # So that there is a child, which began elsewhere.
+  monkeypatch.chdir(folder)
+  rule = frames.FrameRule(4)
+  found = _run(video.decode, "clip.mp4", rule)
+  expected = video.decode(folder / "clip.mp4", rule)
+  np.testing.assert_array_equal(found.frames, expected.frames)
+
+
 def test_a_large_parent_makes_no_large_child():
   assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 2**27 // 1024
   first, second = (_run(faulty.pid, max_memory=2**28) for _ in range(2))
