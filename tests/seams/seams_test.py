@@ -95,23 +95,21 @@ def test_a_file_of_ones_own_is_trained_evaluated_and_recorded(
   jax.tree.map(
     np.testing.assert_array_equal, loaded.params, result.state.params
   )
-  if key == "objective.module":
-    # That is all an evaluation sees of the training, so one of them will do.
-    experiment = evals_tiny.experiment(
-      tmp_path / "evaluation",
-      data=data_dir,
-      checkpoint=checkpoint_dir,
-      policies={"policy": spec},
-      methods=("cacovid",),
-      ratios=(0.1,),
-      num_frames=4,
-      batch_size=2,
-      max_new_tokens=2,
-      num_examples=0,
-      select_on="none",
-    )
-    out = evaluation.evaluate(experiment)
-    assert out["methods"]["cacovid"]["0.10"]["kept_tokens"] == 6
+  experiment = evals_tiny.experiment(
+    tmp_path / "evaluation",
+    data=data_dir,
+    checkpoint=checkpoint_dir,
+    policies={"policy": spec},
+    methods=("cacovid",),
+    ratios=(0.1,),
+    num_frames=4,
+    batch_size=2,
+    max_new_tokens=2,
+    num_examples=0,
+    select_on="none",
+  )
+  out = evaluation.evaluate(experiment)
+  assert out["methods"]["cacovid"]["0.10"]["kept_tokens"] == 6
 
   described = json.loads((workdir / "policy/policy_config.json").read_text())
   assert described["policy"]["rank"] == 4
