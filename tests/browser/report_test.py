@@ -132,6 +132,7 @@ def paths(tmp_path_factory):
     question=unknown.question,
     lead="lead",
     note="note",
+    warnings=[HOSTILE],
     columns=("tokens from", "answer"),
     rows=[("cacovid", HOSTILE)],
     provenance=results()["provenance"],
