@@ -271,6 +271,8 @@ class _Saver:
     writer.write_scalars(
       step, {f"validation_{name}": value for name, value in found.items()}
     )
+    if jax.process_index() > 0:  # The first one writes.
+      return
     path = self._policy / "best.json"
     best = None
     if path.exists():

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -19,7 +20,7 @@ import pytest
 import tests
 from cacovid_jax import errors, metrics
 from cacovid_jax.policy import loading, network
-from cacovid_jax.training import checkpointing
+from cacovid_jax.training import checkpointing, loop
 from tests import disks
 from tests.training import tiny
 
@@ -384,6 +385,19 @@ def test_a_users_own_policy_validation_and_best(tmp_path):
   change = result.state.params["tokens"]["kernel"] - seen[0]["tokens"]["kernel"]
   # Unknown names get the heads' rate of 1e-2, about that much per update.
   assert np.abs(change).max() > 2e-3
+
+
+def test_the_first_of_several_processes_writes_the_best(tmp_path, monkeypatch):
+  """Another one might find no folder yet."""
+  run = types.SimpleNamespace(config=types.SimpleNamespace(policy=None))
+  saver = loop._Saver(tiny.config(), tmp_path, run)
+  told = []
+  writer = types.SimpleNamespace(write_scalars=lambda *row: told.append(row))
+  state = types.SimpleNamespace(params={})
+  monkeypatch.setattr(jax, "process_index", lambda: 1)
+  saver.keep_best(state, 1, writer, lambda policy, params: {"accuracy": 0.5})
+  assert told == [(1, {"validation_accuracy": 0.5})]
+  assert not list(tmp_path.iterdir())
 
 
 def test_questions_without_letters_are_marked_on_the_host(tmp_path):
