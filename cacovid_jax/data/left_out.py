@@ -3,17 +3,25 @@
 import collections
 import dataclasses
 import functools
-import json
 import os
 import pathlib
 from collections.abc import Mapping
 
-from cacovid_jax import errors, files, json_lines
+import msgspec
+
+from cacovid_jax import errors, files, json_lines, schema
 from cacovid_jax.data import readers, video
 
 FILE = "left_out.json"
 _SHOWN = 5
 _KEYS = ("content", "video", "reason", "detail", "question")
+
+
+class _Begun(msgspec.Struct):
+  """What `FILE` says of the questions that a run began with."""
+
+  questions: schema.Size
+  missing_clips: dict[str, schema.Size]
 
 
 @dataclasses.dataclass
@@ -69,17 +77,11 @@ class SkippedRows:
     where there is no `FILE`.
     """
     path = os.path.join(directory, FILE)
-    try:
-      with open(path, encoding="utf-8") as f:
-        before = json.load(f)
-      then = before["questions"], before["missing_clips"]
-    except FileNotFoundError:
+    if not os.path.exists(path):
       return
-    except (OSError, ValueError, KeyError, TypeError) as error:
-      raise errors.UserError(
-        f"{path}: not readable ({error}); delete it if the questions and clips"
-        " are those that the run began with"
-      ) from error
+    mend = "delete it if the questions and clips are those that the run began"
+    before = schema.read(path, _Begun, f"{mend} with")
+    then = before.questions, before.missing_clips
     if then != (self.num_questions, dict(self.missing)):
       raise errors.UserError(
         f"{path}: the run began with {then[0]} questions and {len(then[1])}"

@@ -290,7 +290,6 @@ def _filter(config, stem: str) -> None:
   """Filters rows; what is written besides --out begins by `stem`."""
   data, out = config.data, config.blind.out
   media = os.path.join(data.root, data.media) or None
-  rewards_lib.check_words(config.rouge)
   names = [field.name for field in dataclasses.fields(BlindSettings)]
   settings = BlindSettings(**{name: config.blind[name] for name in names})
   questions, unreachable, left_out = rows_lib.read(config, media)

@@ -207,27 +207,32 @@ def test_4k_frames_are_decoded_and_resized_one_by_one(folder):
   assert patches.second_per_grid_t == pytest.approx(2 * 0.4 / 3)
 
 
-def test_a_system_without_threads_is_not_taken_for_a_bad_clip(folder):
+def _converting(path, fault):
+  """Returns what is raised where a picture's conversion raises `fault`."""
+
   class Converter:
     def reformat(self, *unused, **options):
-      raise av.error.BlockingIOError(11, "Resource temporarily unavailable")
+      raise fault
 
-  with video._Reader(folder / "plain.mp4", video.Limits()) as reader:
+  with video._Reader(path, video.Limits()) as reader:
     reader._converter = Converter()
-    with pytest.raises(errors.UserError, match="run fewer processes") as caught:
+    with pytest.raises(errors.UserError) as caught:
       reader.upright(av.VideoFrame(64, 64, "rgb24"))
+  return caught
+
+
+def test_a_system_without_threads_is_not_taken_for_a_bad_clip(folder):
+  fault = av.error.BlockingIOError(11, "Resource temporarily unavailable")
+  caught = _converting(folder / "plain.mp4", fault)
+  assert caught.match("run fewer processes")
   assert not isinstance(caught.value, video.VideoError)
 
 
 def test_a_picture_that_cannot_be_converted_is_the_clips_fault(folder):
-  class Converter:
-    def reformat(self, *unused, **options):
-      raise av.error.OSError(95, "Operation not supported")
-
-  with video._Reader(folder / "plain.mp4", video.Limits()) as reader:
-    reader._converter = Converter()
-    with pytest.raises(video.VideoError, match="not supported") as caught:
-      reader.upright(av.VideoFrame(64, 64, "rgb24"))
+  fault = av.error.OSError(95, "Operation not supported")
+  caught = _converting(folder / "plain.mp4", fault)
+  assert caught.match("not supported")
+  assert isinstance(caught.value, video.VideoError)
   assert caught.value.reason == "unreadable"
 
 
