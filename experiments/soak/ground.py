@@ -30,7 +30,7 @@ _TRAIN = (
   "sampling.ratio=0.125", "sampling.num_combinations=4",
   "rollout.max_new_tokens=1", "rollout.reward=margin",
   "optimizer.lr_heads=1e-3", "validation.every_steps=3",
-  "validation.num_questions=4",
+  "validation.num_questions=4", "data.prompt_rows=(176,)",
 )  # fmt: skip
 _WRITTEN = ("policy/*", "results.json", "report.html")
 _TIMES = ("seconds_per_step", "compile_seconds")
