@@ -75,7 +75,7 @@ _LIMITS = (
   (
     schema.Fraction,
     "blind.threshold data.max_replaced ratio.low ratio.high objective.clip_low"
-    " pretrain.lossy_share pretrain.crowded_share"
+    " pretrain.lossy_share pretrain.crowded_share pretrain.merged_share"
     " pretrain.packing.sparse_share",
   ),
   (
@@ -107,6 +107,7 @@ _LIMITS = (
   (_SIZES, "prepare.clips data.prompt_rows pretrain.packing.dense_objects"),
   (tuple[_SIZES, ...], "data.buckets"),
   (tuple[schema.Fraction, ...], "pretrain.packing.text_answer_share"),
+  (tuple[(schema.Share,) * 5], "pretrain.packing.kind_shares"),
 )
 
 

@@ -55,9 +55,10 @@ def _pretrain(debug):
     weight_decay=0.05,
     min_keep=16,  # Tokens kept in the pruned loss: uniform over this range.
     num_keep=78,
-    # Shares of its rows: decisive tokens missing, others on objects.
+    # Shares of its rows: decisive tokens missing, others on objects, merged.
     lossy_share=0.2,
     crowded_share=0.4,
+    merged_share=0.25,
     asked_questions=2,  # Questions of a clip that the asked loss looks at.
     weights=dict(
       full=1.0, pruned=1.0, told=0.5, labels=1.0, size=0.1, asked=1.0
@@ -67,6 +68,8 @@ def _pretrain(debug):
       questions_per_clip=2 if debug else 8,
       text_only=2 if debug else 64,
       sparse_share=0.4,
+      # "where" and "count" take longest to learn.
+      kind_shares=(0.25, 0.2, 0.15, 0.2, 0.2),
       # Below the benchmark's 128 to 136: the model reads those as well, and
       # more objects take longer to learn.
       dense_objects=(76, 84),

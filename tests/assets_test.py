@@ -9,7 +9,7 @@ import numpy as np
 import cacovid_jax
 from cacovid_jax.models import checkpoints
 from cacovid_jax.parallel import mesh as mesh_lib
-from cacovid_jax.synthetic import packed, packing, pretraining, world
+from cacovid_jax.synthetic import packed, packing, pretraining, questions, world
 from cacovid_jax.synthetic import tokenizer as tokenizer_training
 from configs import synthetic_base
 
@@ -63,7 +63,7 @@ def test_it_answers_questions_about_clips_it_never_saw():
   probe = pretraining.make_probe(prompts, rules, mesh)
   hits = probe(checkpoint.params, jax.random.key(0), batch)
   # Places are what it has not learnt; its README says so.
-  chosen = batch["kind"] != packing.KINDS.index("where")
+  chosen = batch["kind"] != questions.KINDS.index("where")
   hits = {name: np.asarray(hit)[chosen].mean() for name, hit in hits.items()}
   assert hits["vanilla"] >= 0.85
   assert hits["decisive"] >= 0.85

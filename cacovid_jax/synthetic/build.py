@@ -3,6 +3,7 @@
   DIR/videos/<clip>.mp4     H.264 clips, 112 x 112, 8 frames a second
   DIR/train.json            rows as in Video-R1-260k
   DIR/validation.parquet    rows as in VideoMME; so are test and test_fresh
+  DIR/captions.jsonl         two captions per clip, for retrieval
   DIR/decisive.jsonl        per question: the tokens that its answer rests on
   DIR/tfds/                 all splits as array_record files
   DIR/manifest.json         generator hash, seed, sizes; written last
@@ -68,8 +69,8 @@ class BuildConfig:
 def generator_hash() -> str:
   """Returns the sha256 of what is drawn and asked, in hexadecimal digits.
 
-  Of frames (before the codec sees them), questions and evidence tokens of three
-  clips of each variant, not of the sources.
+  Of frames (before the codec sees them), captions, questions and evidence
+  tokens of three clips of each variant, not of the sources.
   """
   digest = hashlib.sha256()
   for variant in sorted(world.VARIANTS):
@@ -79,6 +80,8 @@ def generator_hash() -> str:
       digest.update(f"{variant} {duration} {FRAMES_PER_SECOND}".encode())
       for frame in render.clip(scene, length):
         digest.update(np.ascontiguousarray(frame).data)
+      captions = captions_of(config, "train", number, scene)
+      digest.update(json.dumps(captions).encode())
       for question in asked:
         fields = [*dataclasses.astuple(question), question.tokens(scene)]
         digest.update(json.dumps(fields, default=int).encode())
@@ -113,8 +116,18 @@ def draw(config: BuildConfig, split: str, number: int):
   return scene, asked
 
 
+def captions_of(config: BuildConfig, split: str, number: int, scene):
+  """Returns two captions, of a random stream that questions do not change."""
+  key = (config.seed, SPLITS.index(split), number, 1)
+  rng = np.random.default_rng(key)
+  return [questions.caption(rng, scene) for _ in range(2)]
+
+
 def make_clip(config: BuildConfig, directory: str, split: str, number: int):
-  """Writes a clip; returns rows of id, clip, duration, question and tokens."""
+  """Writes a clip; returns (clip's name and captions, a row per question).
+
+  Rows have id, clip, duration, question and decisive tokens.
+  """
   scene, asked = draw(config, split, number)
   duration = tuple(DURATIONS)[number % len(DURATIONS)]
   name = f"{config.variant}_{split}_{number:05d}"
@@ -122,7 +135,8 @@ def make_clip(config: BuildConfig, directory: str, split: str, number: int):
   if not os.path.exists(path):
     encode(path, render.clip(scene, DURATIONS[duration]))
   row = {"clip": name, "duration": duration}
-  return [
+  told = {"clip": name, "captions": captions_of(config, split, number, scene)}
+  return told, [
     row | {"id": f"{name}-{i}", "question": q, "tokens": q.tokens(scene)}
     for i, q in enumerate(asked)
   ]
@@ -176,12 +190,18 @@ def _build(config, directory, num_workers, on_clip) -> None:
     for split, count in zip(SPLITS, config.clips, strict=True)
     for number in range(count)
   ]
-  rows = {split: [] for split, _ in jobs}
+  rows, captions = {split: [] for split, _ in jobs}, []
   made = _make_all(config, jobs, str(directory), num_workers)
   for done, ((split, _), found) in enumerate(zip(jobs, made, strict=True), 1):
-    rows[split].extend(found)
+    captions.append(found[0])
+    rows[split].extend(found[1])
     on_clip(done)
+  _write_lines(directory / "captions.jsonl", captions)
   _write_rows(directory, rows)
+
+
+def _write_lines(path, entries) -> None:
+  files.write(path, "".join(json.dumps(entry) + "\n" for entry in entries))
 
 
 def prepare(config, num_workers=None, *, variant="", directory="") -> None:
@@ -206,7 +226,7 @@ def prepare(config, num_workers=None, *, variant="", directory="") -> None:
 
 
 def _make_all(config, jobs, directory, num_workers):
-  """Yields the rows of each job, (split, number), in their order."""
+  """Yields what `make_clip` returns of each job, (split, number)."""
   make = functools.partial(make_clip, config, directory)
   if num_workers < 2:
     yield from itertools.starmap(make, jobs)
@@ -251,10 +271,10 @@ def _write_rows(directory, rows) -> None:
   """Writes every split's rows, their decisive tokens, and the TFDS files."""
   splits = {}
   lines = [
-    json.dumps({"question_id": row["id"], "tokens": row["tokens"]}) + "\n"
+    {"question_id": row["id"], "tokens": row["tokens"]}
     for row in itertools.chain(*rows.values())
   ]
-  files.write(directory / "decisive.jsonl", "".join(lines))
+  _write_lines(directory / "decisive.jsonl", lines)
   for split, found in rows.items():
     if split == "train":
       path = directory / "train.json"

@@ -8,7 +8,7 @@ model learn is the sum of six losses (weights in the config):
   pruned    answers with a random subset of the video tokens, most of which
             hold the decisive ones; its gradient stops before the tower, or
             the tower would learn to copy every object into all tokens of its
-            frame;
+            frame; in some rows, kept tokens are merged with others;
   told      answers about a scene told in words: binds options to letters;
   labels    the object on each video token, and the token's place in the
             picture, read by a head that is thrown away (foreground and
@@ -249,13 +249,25 @@ def lossy_subsets(rng, batch, config):
   )
 
 
+def merged_shares(rng, batch, config):
+  """Draws float32[B, Q], how far kept tokens become means of their likes.
+
+  0 in most rows: a model that never met merged tokens misreads them, and
+  methods that merge would seem worse than they are.
+  """
+  rows = batch["decisive"].shape[:2]
+  rngs = jax.random.split(rng)
+  merged = jax.random.bernoulli(rngs[0], config.merged_share, rows)
+  return merged * jax.random.uniform(rngs[1], rows)
+
+
 def answer_losses(prompts, params, rng, batch, *, config, word_ids):
   """Returns the six losses {name: float32[]}, and which answers are right.
 
   The latter {"full", "pruned": bool[B, Q], "told": bool[B, 1]}; `prompts` are
   `packed.PackedPrompts`, `batch` of `packing.Packer.batch`.
   """
-  frame_rng, subset_rng = jax.random.split(rng)
+  frame_rng, subset_rng, merge_rng = jax.random.split(rng, 3)
   model, weights = prompts.model, params["model"]
   pixels = draw_frames(frame_rng, batch).astype(model.dtype)
   features = prompts.encode(weights, pixels)
@@ -264,7 +276,9 @@ def answer_losses(prompts, params, rng, batch, *, config, word_ids):
   fixed = jax.lax.stop_gradient(features)
   logits = {
     "full": prompts.full_logits(weights, features, ids),
-    "pruned": prompts.pruned_logits(weights, fixed, ids, index, valid),
+    "pruned": prompts.pruned_logits(
+      weights, fixed, ids, index, valid, merged_shares(merge_rng, batch, config)
+    ),
   }
   found = {name: token_loss(x, ids, target) for name, x in logits.items()}
   right = {name: hits(x, ids, target) for name, x in logits.items()}

@@ -81,10 +81,12 @@ class PackedPrompts:
     hidden = hidden.reshape(batch, num_questions, length, -1)
     return self.model.logits(params, hidden)
 
-  def pruned_logits(self, params, features, ids, index, valid):
+  def pruned_logits(self, params, features, ids, index, valid, merged=None):
     """Answers each question from its own kept tokens, at original positions.
 
-    They are int32[B, Q, K], ascending where valid bool[B, Q, K] is True.
+    They are int32[B, Q, K], ascending where valid bool[B, Q, K] is True. By
+    share `merged` float32[B, Q], a kept token becomes the mean of the tokens
+    that are most alike to it.
     """
     batch, num_questions, length = ids.shape
     start = len(self.prefix)
@@ -94,6 +96,11 @@ class PackedPrompts:
     rows = rows.at[..., :start].set(jnp.arange(start))
     rows = rows.at[..., -1].set(start + self.num_video)
     seen = jax.vmap(lambda w, r: w[r])(whole, rows)  # [B, Q, prefix + K + 1, D]
+    if merged is not None:
+      means = _cluster_means(whole[:, self.video_rows], index, valid)
+      share = merged[..., None, None].astype(means.dtype)
+      kept = np.s_[:, :, start:-1]
+      seen = seen.at[kept].set((1 - share) * seen[kept] + share * means)
     x = jnp.concatenate([seen, self.model.embed_text(params, ids)], axis=2)
     text = self.text_start + jnp.arange(length)
     text = jnp.broadcast_to(text, (batch, num_questions, length))
@@ -128,3 +135,19 @@ class PackedPrompts:
     seen = {"causal": False, "lengths": self.text_start + lengths}
     h, _ = layer.apply({"params": first}, x, cos, sin, **seen)
     return h[:, self.video_rows]
+
+
+def _cluster_means(features, index, valid):
+  """Returns float[B, Q, K, D], the mean of the tokens next to each kept one.
+
+  Of features float[B, N, D], each goes to the kept one of largest cosine.
+  """
+  size = jnp.linalg.norm(features, axis=-1, keepdims=True)
+  unit = features / (size + 1e-6)
+  kept = jax.vmap(lambda f, i: f[i])(unit, index)
+  alike = jnp.einsum("bqkd,bnd->bqkn", kept, unit)
+  alike = jnp.where(valid[..., None], alike, -jnp.inf)
+  nearest = jax.nn.one_hot(alike.argmax(2), index.shape[-1], dtype=unit.dtype)
+  count = nearest.sum(2)[..., None]
+  total = jnp.einsum("bqnk,bnd->bqkd", nearest, features)
+  return total / jnp.maximum(count, 1)

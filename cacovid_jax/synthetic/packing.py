@@ -36,6 +36,8 @@ class PackingConfig:
   text_only: int = 64  # Rows per step whose scene is told in words.
   text_only_length: int = 128  # Tokens of such a row.
   sparse_share: float = 0.25  # Of clips.
+  # How often each of `questions.KINDS` is drawn.
+  kind_shares: tuple[float, ...] = questions.SHARES
   # Askable objects of the others, inclusive range.
   dense_objects: tuple[int, int] = _DENSE_OBJECTS
   # Questions answered in words, not by letter, in either half of training.
@@ -44,7 +46,6 @@ class PackingConfig:
   num_steps: int = 10_000  # Of the whole training.
 
 
-KINDS = ("attribute", "where", "first", "order", "count")
 MAX_DECISIVE = 24
 
 
@@ -146,14 +147,16 @@ class Packer:
     decisive = np.full((count, MAX_DECISIVE), -1, np.int16)
     kind = np.full(count, -1, np.int8)
     in_words = np.zeros(count, bool)
-    found = questions.sample_questions(rng, scene, count)
+    found = questions.sample_questions(
+      rng, scene, count, self.config.kind_shares
+    )
     for i, question in enumerate(found):
       ids[i], target[i], in_words[i] = self._question(
         rng, question, text_share, length
       )
       tokens = question.tokens(scene)[:MAX_DECISIVE]
       decisive[i, : len(tokens)] = tokens
-      kind[i] = KINDS.index(question.kind)
+      kind[i] = questions.KINDS.index(question.kind)
     drawn = [render.slots(scene, float(t)) for t in range(world.NUM_FRAMES)]
     sprite, corner, color = map(np.stack, zip(*drawn, strict=True))
     owners = world.token_owners(scene).reshape(-1)
@@ -184,7 +187,8 @@ class Packer:
   def _told(self, rng, text_share):
     while True:
       scene = world.sample_scene(rng, world.VARIANTS["sparse"])
-      found = questions.sample_questions(rng, scene, 1)
+      shares = self.config.kind_shares
+      found = questions.sample_questions(rng, scene, 1, shares)
       if found:
         prefix = PREFIX + describe(scene)
         return self._question(

@@ -23,8 +23,11 @@ from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.models import checkpoints, llava_onevision, qwen2, siglip
 from cacovid_jax.parallel import mesh as mesh_lib
 from cacovid_jax.synthetic import losses as losses_lib
-from cacovid_jax.synthetic import packed, packing, world
+from cacovid_jax.synthetic import packed, packing, questions, world
 from cacovid_jax.synthetic import tokenizer as tokenizer_training
+from cacovid_jax.training import checkpointing, preemption
+
+_STOPPED = 143  # Exit code of a process that a SIGTERM ended.
 
 
 def model_of(config, tokenizer):
@@ -43,7 +46,11 @@ def model_of(config, tokenizer):
 
 
 def pretrain(config, workdir):
-  """Trains the base model; WORKDIR/base_model holds that of the last probe."""
+  """Trains the base model; WORKDIR/base_model holds that of the last probe.
+
+  Goes on from what a workdir holds: on as many devices, it ends as a run that
+  nothing stopped. A SIGTERM ends it with exit code 143, all saved.
+  """
   workdir = pathlib.Path(workdir)
   with files.claim(workdir / "pretrain", "pretraining", what=workdir):
     return _pretrain(config, workdir)
@@ -67,23 +74,34 @@ def _pretrain(config, workdir):
   # Safetensors of half precision keep the shipped directory small; bfloat16
   # because float16 would round small weights to zero.
   stored = {"eos_ids": ends, "pad_id": ends[1], "dtype": jnp.bfloat16}
-  writer = metrics_lib.MetricsWriter(workdir, 0)
-  progress = progress_lib.Progress(config.pretrain.num_steps)
-  with writer, progress:
-    for step, params, metrics, rows in train(model, tokenizer, config.pretrain):
+  saved, given = workdir / "checkpoints", config_lib.config_hash(config)
+  state = init_state(model, config.pretrain)
+  found = checkpointing.restore_latest(saved, state, config_hash=given)
+  start, state = found or (0, state)
+  writer = metrics_lib.MetricsWriter(workdir, start)
+  num_steps = config.pretrain.num_steps
+  progress = progress_lib.Progress(num_steps, start=start)
+  with writer, progress, preemption.watched() as reached:
+    trained = train(model, tokenizer, config.pretrain, state, start)
+    for step, state, metrics, rows in trained:
       if metrics:
         writer.write_scalars(step, metrics)
         shown = {name: metrics[name] for name in ("hit_full", "hit_pruned")}
         progress.update(step, shown)
-      if not rows:
-        continue
       for variant, row in rows.items():
         scalars = {f"{variant}/{rule}": value for rule, value in row.items()}
         writer.write_scalars(step, scalars)
         shown = ", ".join(f"{rule} {value:.3f}" for rule, value in row.items())
         print(f"step {step}, {variant}: {shown}", flush=True)
-      checkpoints.save(directory, model.config, params, **stored)
-      files.write_json(workdir / "probe.json", rows)
+      stop = reached(step) and step < num_steps
+      if rows or stop:
+        checkpointing.save(saved, step, state, config_hash=given, keep=1)
+      if rows:
+        params = state["params"]["model"]
+        checkpoints.save(directory, model.config, params, **stored)
+        files.write_json(workdir / "probe.json", rows)
+      if stop:
+        raise SystemExit(_STOPPED)
   return directory
 
 
@@ -118,6 +136,16 @@ def init_params(rng, model):
   return {"model": params, "head": head["params"], "asked": asked["params"]}
 
 
+def init_state(model, config):
+  """Returns {"params", "opt_state"} of step 0, on all devices."""
+  # Placed as `make_update` returns it, or that would compile a second time.
+  whole = jax.sharding.NamedSharding(mesh_lib.make_mesh(), P())
+  params = init_params(jax.random.key(config.seed), model)
+  params = jax.device_put(params, whole)
+  opt_state = jax.jit(make_tx(config)[0].init)(params)
+  return {"params": params, "opt_state": jax.device_put(opt_state, whole)}
+
+
 def make_update(prompts, tx, config, word_ids, mesh):
   """Returns the jitted step; its batch is split over the mesh's axis `data`."""
 
@@ -134,17 +162,19 @@ def make_update(prompts, tx, config, word_ids, mesh):
     metrics["hit_told"] = right["told"].mean()
     return total, metrics
 
-  def update(params, opt_state, step, batch):
+  def update(state, step, batch):
+    params, opt_state = state["params"], state["opt_state"]
     rng = jax.random.fold_in(jax.random.key(config.seed), step)
     rng = jax.random.fold_in(rng, jax.lax.axis_index("data"))
     grads, metrics = jax.grad(loss_fn, has_aux=True)(params, rng, batch)
     grads, metrics = jax.lax.pmean((grads, metrics), "data")
     updates, opt_state = tx.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state, metrics
+    params = optax.apply_updates(params, updates)
+    return {"params": params, "opt_state": opt_state}, metrics
 
-  specs = (P(), P(), P(), P("data"))
+  specs = (P(), P(), P("data"))
   update = mesh_lib.map_over_data(update, mesh, specs, P())
-  return jax.jit(update, donate_argnums=(0, 1))
+  return jax.jit(update, donate_argnums=0)
 
 
 def make_probe(prompts, rules, mesh):
@@ -195,7 +225,7 @@ def summarise(hits, kinds):
   """Returns {rule: accuracy} plus vanilla accuracy by question kind."""
   asked = kinds >= 0
   rows = {name: float(h[asked].mean()) for name, h in hits.items()}
-  for i, kind in enumerate(packing.KINDS):
+  for i, kind in enumerate(questions.KINDS):
     chosen = kinds == i
     if chosen.any():
       rows[f"vanilla/{kind}"] = float(hits["vanilla"][chosen].mean())
@@ -214,12 +244,15 @@ def held_out(config: packing.PackingConfig, variant: str, num_clips: int):
   return packing.stacked(clips)
 
 
-def train(model, tokenizer, config):
-  """Pretrains a model; `UserError` if the loss is not finite.
+def train(model, tokenizer, config, state, start=0):
+  """Pretrains from an `init_state`, or a later one, of which `start` are done.
 
-  Yields (step, parameters, {name: value}, {variant: {rule: accuracy}}), values
-  every config.log_every steps and accuracies every config.probe_every, both at
-  the end, else empty; steps with neither are left out.
+  Yields (step, state, {name: value}, {variant: {rule: accuracy}}): values every
+  config.log_every steps and accuracies every config.probe_every, both at the
+  end, else empty. A state lives until the next one is asked for.
+
+  Raises:
+    UserError: the loss is not finite.
   """
   path = os.path.join(tokenizer.name, "tokenizer.json")
   given = {"seed": config.seed, "num_steps": config.num_steps, **config.packing}
@@ -233,25 +266,26 @@ def train(model, tokenizer, config):
     pack.question_length,
   )
   mesh = mesh_lib.make_mesh()
+  shared = {"batch_size": pack.batch_size, "text_only": pack.text_only}
+  for name, size in (shared | {"probe_clips": config.probe_clips}).items():
+    if size % mesh.size:
+      raise errors.UserError(
+        f"pretraining: {name} {size} cannot be shared by {mesh.size} devices:"
+        " give a multiple of them"
+      )
   split = jax.sharding.NamedSharding(mesh, P("data"))
-  whole = jax.sharding.NamedSharding(mesh, P())
   tx, schedule = make_tx(config)
-  params = init_params(jax.random.key(config.seed), model)
-  params = jax.device_put(params, whole)
-  # Placed as `update` returns it, or that would compile a second time.
-  opt_state = jax.device_put(jax.jit(tx.init)(params), whole)
   update = make_update(prompts, tx, config, word_ids, mesh)
   probe = make_probe(prompts, probe_rules(world.NUM_TOKENS), mesh)
   tests = {
     name: jax.device_put(held_out(pack, name, config.probe_clips), split)
     for name in world.VARIANTS
   }
-  start, seen = time.time(), 0
-  stream = packing.batches(pack, first_step=0, num_workers=config.num_workers)
-  for step, batch in enumerate(stream, start=1):
-    params, opt_state, metrics = update(
-      params, opt_state, jnp.int32(step - 1), jax.device_put(batch, split)
-    )
+  since, seen, workers = time.time(), start, config.num_workers
+  stream = packing.batches(pack, first_step=start, num_workers=workers)
+  for step, batch in enumerate(stream, start=start + 1):
+    batch = jax.device_put(batch, split)
+    state, metrics = update(state, jnp.int32(step - 1), batch)
     last, values, rows = step == config.num_steps, {}, {}
     if step % config.log_every == 0 or last:
       values = {name: float(value) for name, value in metrics.items()}
@@ -260,13 +294,12 @@ def train(model, tokenizer, config):
           f"pretraining: the loss is not finite at step {step}; lower"
           " config.pretrain.lr"
         )
-      rate = (step - seen) / (time.time() - start)
-      seen, start = step, time.time()
+      rate = (step - seen) / (time.time() - since)
+      seen, since = step, time.time()
       values |= {"lr": float(schedule(step - 1)), "steps_per_second": rate}
     if step % config.probe_every == 0 or last:
       for name, held in tests.items():
-        hits = probe(params["model"], jax.random.key(1), held)
+        hits = probe(state["params"]["model"], jax.random.key(1), held)
         kinds = np.asarray(held["kind"])
         rows[name] = summarise(jax.device_get(hits), kinds)
-    if values or rows:
-      yield step, params["model"], values, rows
+    yield step, state, values, rows

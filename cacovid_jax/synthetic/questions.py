@@ -8,6 +8,7 @@ question is only asked of objects that its words single out in the whole clip.
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,7 +26,7 @@ _ORDER_GAP = 2
 class SceneQuestion:
   """A lettered question about one scene."""
 
-  kind: str  # "attribute", "where", "first", "order" or "count".
+  kind: str  # Of `KINDS`.
   text: str  # Without options.
   options: tuple[str, ...]  # Without letters, in the order shown.
   answer: int  # Index of the right option.
@@ -33,8 +34,7 @@ class SceneQuestion:
 
   def tokens(self, scene: world.Scene) -> list[int]:
     """Returns the decisive tokens, flat and ascending."""
-    covered = (world.covered_tokens(scene, obj) for obj in self.objects)
-    return sorted(set().union(*covered))
+    return world.covered_tokens(scene, self.objects)
 
 
 class Facts:
@@ -105,11 +105,14 @@ def _attribute(rng, facts):
   )
 
 
-def _where(rng, facts):
-  def place(obj):
-    name, distance = place_of(facts.scene, obj)
-    return None if distance < 0.6 else name
+def _clear_place(scene, obj):
+  """Returns where an object is, None too close to a middle line."""
+  name, distance = place_of(scene, obj)
+  return None if distance < 0.6 else name
 
+
+def _where(rng, facts):
+  place = functools.partial(_clear_place, facts.scene)
   obj = _pick(rng, [o for o in facts.unique((0, 1, 2)) if place(o)])
   if obj is None:
     return None
@@ -180,24 +183,47 @@ def _count(rng, facts):
   return _shuffled(rng, right, wrong, **about)
 
 
-# How often each is drawn.
-_KINDS = {_attribute: 0.4, _where: 0.08, _first: 0.2, _order: 0.2, _count: 0.12}
+_MAKERS = {
+  "attribute": _attribute,
+  "where": _where,
+  "first": _first,
+  "order": _order,
+  "count": _count,
+}
+KINDS = tuple(_MAKERS)
+# How often each of them is drawn for the benchmark.
+SHARES = (0.3, 0.15, 0.2, 0.2, 0.15)
 
 
-def sample_questions(rng, scene: world.Scene, num_questions: int):
+def sample_questions(rng, scene: world.Scene, num_questions, shares=SHARES):
   """Returns `SceneQuestion`s of different wordings about one scene.
 
-  Fewer than asked for only if 20 draws a question do not find more.
+  Fewer than asked for only if 20 draws a question do not find more; `shares`
+  say how often each of `KINDS` is drawn.
   """
-  facts = Facts(scene)
-  makers, weights = list(_KINDS), list(_KINDS.values())
+  facts, shares = Facts(scene), np.divide(shares, sum(shares))
   found: dict[str, SceneQuestion] = {}
   for _ in range(20 * num_questions):
     if len(found) == num_questions:
       break
-    maker = makers[int(rng.choice(len(makers), p=weights))]
-    question = maker(rng, facts)
+    kind = KINDS[int(rng.choice(len(KINDS), p=shares))]
+    question = _MAKERS[kind](rng, facts)
     if question is not None:
       wording = question.text + "|".join(sorted(question.options))
       found.setdefault(wording, question)
   return list(found.values())
+
+
+def caption(rng, scene: world.Scene, num_objects: int = 4) -> str:
+  """Returns a sentence on some objects of a scene, in order of appearance.
+
+  Of those that their attributes single out, as many as there are.
+  """
+  facts = Facts(scene)
+  named = _in_any_order(rng, facts)[:num_objects]
+  parts = []
+  for obj in sorted(named, key=facts.onset):
+    place = _clear_place(scene, obj)
+    where = f" in the {place}" if place else ""
+    parts.append(f"a {facts.name(obj)}{where}")
+  return f"There is {', then '.join(parts)}."

@@ -11,6 +11,7 @@ the question.
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -87,6 +88,20 @@ class Scene:
   background: np.ndarray
   noise_seed: int  # Of the static grain.
 
+  @functools.cached_property
+  def coverage(self) -> np.ndarray:
+    """float64[M, N], the share of each object on each token."""
+    edges = np.arange(NUM_ROWS) * CELL
+    shares = np.zeros((len(self.life), *GRID))
+    for frame in range(NUM_FRAMES):
+      seen = np.flatnonzero(visible(self.life, frame))
+      places = centres(self.life[seen], self.path[seen], float(frame))
+      low = places.T[..., None] - SPRITE // 2  # [(x, y), M, 1]
+      span = np.minimum(edges + CELL, low + SPRITE) - np.maximum(edges, low)
+      columns, rows = np.maximum(span, 0) / SPRITE
+      shares[seen, frame] = rows[:, :, None] * columns[:, None]
+    return shares.reshape(len(shares), NUM_TOKENS)
+
 
 def _between(rng, inclusive: tuple[int, int]) -> int:
   return int(rng.integers(inclusive[0], inclusive[1] + 1))
@@ -161,24 +176,14 @@ def visible(life: np.ndarray, time: float) -> np.ndarray:
   return (life[:, 0] - 0.5 <= time) & (time < life[:, 1] + 0.5)
 
 
-def covered_tokens(scene: Scene, obj: int, min_share: float = 0.25):
+def covered_tokens(scene: Scene, objects, min_share: float = 0.25) -> list[int]:
   """Returns the flat tokens that hold at least `min_share` of an object."""
-  tokens = []
-  edges = np.arange(NUM_ROWS) * CELL
-  for frame in range(scene.life[obj, 0], scene.life[obj, 1] + 1):
-    life, path = scene.life[obj : obj + 1], scene.path[obj : obj + 1]
-    low = centres(life, path, float(frame)).T - SPRITE // 2  # [(x, y), 1]
-    span = np.minimum(edges + CELL, low + SPRITE) - np.maximum(edges, low)
-    columns, rows = np.maximum(span, 0) / SPRITE
-    cells = np.flatnonzero(np.outer(rows, columns) >= min_share)
-    tokens.extend(int(frame) * NUM_ROWS * NUM_COLS + cells)
-  return [int(token) for token in tokens]
+  covered = scene.coverage[list(objects)].max(axis=0) >= min_share
+  return np.flatnonzero(covered).tolist()
 
 
 def token_owners(scene: Scene) -> np.ndarray:
   """Returns int16[T, H, W], the object on each token, or -1."""
-  owners = np.full(NUM_TOKENS, -1, np.int16)
-  for obj in range(len(scene.attributes)):
-    for token in covered_tokens(scene, obj, 0.5):
-      owners[token] = obj
-  return owners.reshape(GRID)
+  numbers = np.arange(len(scene.attributes), dtype=np.int16)
+  owners = np.where(scene.coverage >= 0.5, numbers[:, None], np.int16(-1))
+  return owners.max(axis=0, initial=-1).reshape(GRID)

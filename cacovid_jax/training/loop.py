@@ -11,26 +11,22 @@ that was killed continues with the very bits it would have computed.
   WORKDIR/quarantine.jsonl       clips that could not be used
 """
 
-import contextlib
 import functools
 import logging
 import pathlib
-import signal
-import threading
 import time
 from typing import Any, NamedTuple
 
 import jax
 import msgspec
 import numpy as np
-from jax.experimental import multihost_utils
 
 from cacovid_jax import config as config_lib
 from cacovid_jax import errors, files, metrics, schema
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax import progress as progress_lib
 from cacovid_jax.policy import loading
-from cacovid_jax.training import checkpointing, optimizer, seams
+from cacovid_jax.training import checkpointing, optimizer, preemption, seams
 from cacovid_jax.training import programs as programs_lib
 from cacovid_jax.training import run as run_lib
 from cacovid_jax.training import step as step_lib
@@ -93,7 +89,7 @@ def _train(experiment, questions, store, validate, on_step) -> Result:
     workdir, start, wandb_project=config.wandb.project, enabled=is_first
   )
   progress = progress_lib.Progress(config.total_steps, start=start)
-  with writer, progress, _preemption() as reached:
+  with writer, progress, preemption.watched() as reached:
     recorder = _Recorder(config, run, writer, progress, on_step)
     batches = run.batches(start)
     for done in range(start + 1, config.total_steps + 1):
@@ -125,24 +121,6 @@ def _step(run: run_lib.Run, state, batch, rows):
   # Nothing crosses between host and device that the programs do not state.
   with jax.transfer_guard("disallow"):
     return run.programs.run(state, run.constants, placed, reward)
-
-
-@contextlib.contextmanager
-def _preemption():
-  """Gives f(step), whether to stop after a SIGTERM; all processes agree."""
-  if jax.process_count() > 1:
-    # JAX hears it, unless replaced, and names the step where all stop.
-    yield multihost_utils.reached_preemption_sync_point
-    return
-  signals, old = [], None
-  # Only the main thread may install a handler.
-  if threading.current_thread() is threading.main_thread():
-    old = signal.signal(signal.SIGTERM, lambda *args: signals.append(args))
-  try:
-    yield lambda step: bool(signals)
-  finally:
-    if old is not None:
-      signal.signal(signal.SIGTERM, old)
 
 
 class _Recorder:

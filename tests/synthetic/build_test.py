@@ -3,6 +3,7 @@
 import functools
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -98,6 +99,27 @@ def test_rows_and_clips_are_complete(folder):
       assert row.duration == (None if split == "train" else duration)
 
 
+def test_captions_tell_what_the_scene_of_their_clip_shows(folder):
+  lines = map(json.loads, (folder / "captions.jsonl").read_text().splitlines())
+  captions = {line["clip"]: line["captions"] for line in lines}
+  assert len(captions) == 5
+  scene, _ = build.draw(CONFIG, "test", 0)
+  facts = questions.Facts(scene)
+  names = {facts.name(obj): obj for obj in facts.unique((0, 1, 2))}
+  for caption in captions["sparse_test_00000"]:
+    told = re.findall(r"a (\w+ \w+ \w+)(?: in the (\w+ \w+))?[,.]", caption)
+    assert len(told) == min(4, len(names))
+    objects = [names[name] for name, _ in told]
+    onsets = scene.life[objects, 0].tolist()
+    assert onsets == sorted(onsets)
+    for obj, (_, place) in zip(objects, told, strict=True):
+      x, y = scene.path[obj].mean(0) / world.IMAGE_SIZE
+      side = (
+        f"{'top' if y < 0.5 else 'bottom'} {'left' if x < 0.5 else 'right'}"
+      )
+      assert place in ("", side)
+
+
 def test_rows_ask_what_the_scene_of_their_clip_answers(folder):
   rng = np.random.default_rng((CONFIG.seed, build.SPLITS.index("test"), 0))
   scene = world.sample_scene(rng, world.VARIANTS["sparse"])
@@ -119,11 +141,12 @@ def test_rows_ask_what_the_scene_of_their_clip_answers(folder):
 
 
 def test_first_clips_are_shared_by_larger_builds(folder):
-  rows = build.make_clip(CONFIG, str(folder), "train", 0)
+  told, rows = build.make_clip(CONFIG, str(folder), "train", 0)
   larger = build.BuildConfig(
     variant="sparse", seed=3, clips=(9, 9, 9, 9), questions_per_clip=2
   )
-  again = build.make_clip(larger, str(folder), "train", 0)
+  told_again, again = build.make_clip(larger, str(folder), "train", 0)
+  assert told == told_again
   assert [row["question"] for row in rows] == [row["question"] for row in again]
 
 

@@ -82,7 +82,7 @@ def test_packed_text_reads_as_the_prompt_of_an_evaluation(packer, config):
     tokens = question.tokens(scene)
     kept = clip["decisive"][row]
     assert kept[kept >= 0].tolist() == tokens[: packing.MAX_DECISIVE]
-    assert packing.KINDS[clip["kind"][row]] == question.kind
+    assert questions.KINDS[clip["kind"][row]] == question.kind
   assert not clip["in_words"].any()
 
 

@@ -1,5 +1,6 @@
 """Pretraining by its command, to a checkpoint directory that loads."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -14,6 +15,7 @@ import tests
 from cacovid_jax import config as config_lib
 from cacovid_jax import errors, metrics
 from cacovid_jax.models import checkpoints
+from cacovid_jax.parallel import mesh as mesh_lib
 from cacovid_jax.synthetic import packing, pretraining
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -71,3 +73,30 @@ def test_a_workdir_of_another_config_is_refused(tmp_path):
   changed = config_lib.load(SPEC, ["pretrain.lr=1e-4"])
   with pytest.raises(errors.UserError, match=r"pretrain\.lr is .* there"):
     pretraining.pretrain(changed, tmp_path)
+
+
+def test_a_stopped_run_ends_as_one_that_nothing_stopped(tmp_path, monkeypatch):
+  one = mesh_lib.make_mesh(1)
+  monkeypatch.setattr(mesh_lib, "make_mesh", lambda: one)
+  config = config_lib.load(SPEC)
+  weights = "base_model/model.safetensors"
+  pretraining.pretrain(config, tmp_path / "whole")
+  stopped = contextlib.nullcontext(lambda step: step == 1)
+  with monkeypatch.context() as patch:
+    patch.setattr(pretraining.preemption, "watched", lambda: stopped)
+    with pytest.raises(SystemExit) as end:
+      pretraining.pretrain(config, tmp_path / "parts")
+  assert end.value.code == 143
+  assert not (tmp_path / "parts" / weights).exists()
+  pretraining.pretrain(config, tmp_path / "parts")
+  for name in ("probe.json", weights):
+    whole, parts = (tmp_path / run / name for run in ("whole", "parts"))
+    assert whole.read_bytes() == parts.read_bytes()
+  steps = [line["step"] for line in metrics.read(tmp_path / "parts")]
+  assert steps == [1, 2, 2, 2]
+
+
+def test_a_batch_that_the_devices_cannot_share_is_refused(tmp_path):
+  config = config_lib.load(SPEC)  # Two clips a step; tests have 8 devices.
+  with pytest.raises(errors.UserError, match="batch_size 2 .* 8 devices"):
+    pretraining.pretrain(config, tmp_path)

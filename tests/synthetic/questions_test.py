@@ -93,7 +93,7 @@ def test_decisive_tokens_are_those_of_all_objects_it_is_about(variant):
     tokens = question.tokens(scene)
     expected = set()
     for obj in question.objects:
-      expected |= set(world.covered_tokens(scene, obj))
+      expected |= set(world.covered_tokens(scene, [obj]))
     assert tokens == sorted(expected)
     assert 0 <= tokens[0] and tokens[-1] < world.NUM_TOKENS
     named = [question.text.split("?")[0].split(" the ")[-1]]

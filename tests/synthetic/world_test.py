@@ -101,7 +101,7 @@ def test_decisive_tokens_hold_the_objects_pixels(variant):
     0, len(scene.attributes), max(1, len(scene.attributes) // 5)
   ):
     changed = cells_changed(scene, obj)
-    tokens = world.covered_tokens(scene, obj)
+    tokens = world.covered_tokens(scene, [obj])
     assert tokens == sorted(set(tokens))
     covered = np.zeros(world.NUM_TOKENS, bool)
     covered[tokens] = True
@@ -126,7 +126,7 @@ def test_owners_are_the_objects_that_fill_most_of_a_token(variant):
   assert owners.shape == world.GRID
   for obj in range(len(scene.attributes)):
     mine = np.flatnonzero(owners.reshape(-1) == obj)
-    assert set(mine) <= set(world.covered_tokens(scene, obj))
+    assert set(mine) <= set(world.covered_tokens(scene, [obj]))
     frames = mine // (world.NUM_ROWS * world.NUM_COLS)
     assert len(frames) == len(set(frames))
   lives = scene.life[:, 1].astype(int) - scene.life[:, 0] + 1
