@@ -31,8 +31,6 @@ def main(marks: str, limit: str, module: str, *arguments: str) -> None:
     _mark(name, pathlib.Path(marks, place))
   if int(limit):
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
-  # Seconds of import, for tensorboardX, of what no command needs.
-  sys.modules["torch"] = None
   sys.argv = [module, *arguments]
   found = importlib.import_module(module)
   found.COMMAND.run(found.main)
