@@ -87,6 +87,8 @@ _LIMITS = (
     " pretrain.weights.asked",
   ),
   (schema.Positive, "optimizer.clip text.rope_theta"),
+  # Above it, float32 would not tell a step of the average from none.
+  (schema.within(float, 0, 0.9999), "optimizer.average"),
   (
     schema.Positive | None,
     "objective.log_ratio_clamp table.tflops table.gbps",

@@ -109,6 +109,7 @@ def test_texts_of_no_sense_are_one_line_or_a_value(key):
     "total_steps=-1", "ratio.rungs=0.1,2", "evals.ratios=0.1,0",
     "evals.seeds=0,-1", "prepare.clips=1,2,-3,4", "blind.threshold=7",
     "ckpt.exit_code=256", "mesh.map=map", "table.tflops=0",
+    "optimizer.average=1", "optimizer.average=-0.5",
   ],
 )  # fmt: skip
 def test_a_senseless_override_names_key_and_need(text):
@@ -125,7 +126,7 @@ def test_edges_of_sense_are_accepted():
       "seed=0", "seed=4294967295", "total_steps=0", "sampling.ratio=1",
       "optimizer.lr_layer=0", "objective.kl_weight=0", "data.num_threads=0",
       "objective.log_ratio_clamp=none", "evals.policies=5,1e3",
-      "evals.oracles=", "data.prompt_rows=64",
+      "evals.oracles=", "data.prompt_rows=64", "optimizer.average=0.9999",
     ],
   )  # fmt: skip
 

@@ -221,11 +221,14 @@ def test_a_workdir_belongs_to_one_config(tmp_path, path):
   config = config_lib.complete(config_lib.load(path)).lock()
   config_lib.claim_workdir(tmp_path / "new", config)
   before = json.loads((tmp_path / "new" / "config.json").read_text())
-  del before["data"]["max_replaced"]
+  del before["data"]["max_replaced"], before["optimizer"]["average"]
   (tmp_path / "new" / "config.json").write_text(json.dumps(before))
   strict = config_lib.replace(config, {"data.max_replaced": 0.0})
   with pytest.raises(errors.UserError, match="data.max_replaced is new"):
     config_lib.claim_workdir(tmp_path / "new", strict)
+  averaging = config_lib.replace(config, {"optimizer.average": 0.9})
+  with pytest.raises(errors.UserError, match="optimizer.average is new"):
+    config_lib.claim_workdir(tmp_path / "new", averaging)
   config_lib.claim_workdir(tmp_path / "new", config)
   other = config_lib.load(path, ["sampling.ratio=0.5", "ladder=1,2"])
   with pytest.raises(

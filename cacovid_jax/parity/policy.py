@@ -53,7 +53,7 @@ _PAPER = {
   ),
   selection.budget: dict(
     importance_ratio=0.5, max_frame_share=1.5, frame_sharpness=3.0,
-    min_frame_prob=0.5,
+    min_frame_prob=0.5, by_frame=True,
   ),
 }  # fmt: skip
 

@@ -2,7 +2,8 @@
 
 Half of the budget goes to the tokens that the policy ranks highest, shared out
 between frames by the frame scores; the rest is spread evenly over the others.
-Works on ONE video; callers `jax.vmap` it. All numbers are of the host
+Without `by_frame`, which departs from the paper, the whole clip is ranked at
+once. Works on ONE video; callers `jax.vmap` it. All numbers are of the host
 (`Budget`): constants of a full grid's program, in a bucket data.
 
 Axes: T frames, H W token grid, A = H*W, N = T*A video tokens, K kept tokens;
@@ -63,6 +64,8 @@ class Budget:
   # an evenly spread one.
   spread: Any
   num_keep_max: int = dataclasses.field(metadata=dict(static=True))  # K_max.
+  # Whether frames have budgets of their own.
+  by_frame: bool = dataclasses.field(metadata=dict(static=True))
 
 
 def budget(
@@ -71,6 +74,7 @@ def budget(
   *,
   bucket=None,
   num_keep_max=None,
+  by_frame=True,
   importance_ratio=0.5,
   max_frame_share=1.5,
   max_frame_ratio=None,
@@ -84,6 +88,7 @@ def budget(
     ratio: retention ratio r in (0, 1]; floor(r*T*H*W) tokens are kept.
     bucket: GridBucket that the grid is data in; None for its own.
     num_keep_max: K_max of a program of several ratios; None for this ratio's.
+    by_frame: False to rank tokens over the clip, whatever the frame scores.
     importance_ratio: share of the budget that the scores decide on, in [0, 1].
     max_frame_share: a frame's cap is max_frame_share * ratio of its tokens,
     max_frame_ratio: unless given here as a share of its tokens.
@@ -128,6 +133,7 @@ def budget(
     sharpness=np.float32(frame_sharpness),
     spread=spread,
     num_keep_max=num_keep_max,
+    by_frame=by_frame,
   )
 
 
@@ -148,10 +154,13 @@ def select(scores, budget):
   budgets = jnp.minimum(jnp.maximum(budgets, 1), budget.frame_cap)
   most = sizes.frame_tokens
   budgets = repair(budgets, budget.num_important, max_budget=most, valid=valid)
-  # Behind all others in a frame's order.
+  # Behind all others in a frame's order, and in the clip's.
   gap = grid.by_frame(network.keep_gap(scores.token), -jnp.inf)
-  rank = jnp.argsort(jnp.argsort(-gap, axis=-1), axis=-1)  # [T, H*W]
-  keep = grid.packed(rank < budgets[:, None], False)
+  ranked = gap if budget.by_frame else gap.reshape(1, -1)
+  best = budgets[:, None] if budget.by_frame else budget.num_important
+  rank = jnp.argsort(jnp.argsort(-ranked, axis=-1), axis=-1)
+  rank = rank.reshape(gap.shape)  # [T, H*W]
+  keep = grid.packed(rank < best, False)
   left = token_grid.fill(~keep, grid.valid_tokens, False)
   place = jnp.cumsum(left) - 1  # Of a token among those that are left.
   keep |= left & jnp.asarray(budget.spread)[jnp.maximum(place, 0)]

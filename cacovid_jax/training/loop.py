@@ -109,7 +109,7 @@ def _train(experiment, questions, store, validate, on_step) -> Result:
       if stop and done < config.total_steps:
         _log.warning("stopped by a signal after step %d, saved", done)
         raise SystemExit(config.ckpt.exit_code)
-  params = jax.device_get(state.params)
+  params = jax.device_get(state.final_params)
   path = saver.export("policy.safetensors", params, config.total_steps)
   return Result(state, run.config.policy, path, run)
 
@@ -244,7 +244,7 @@ class _Saver:
 
   def keep_best(self, state, step, writer, validate):
     """Validates, and exports the policy if it is the best one so far."""
-    params = jax.device_get(state.params)
+    params = jax.device_get(state.final_params)
     found = validate(self._run.config.policy, params)
     writer.write_scalars(
       step, {f"validation_{name}": value for name, value in found.items()}

@@ -43,6 +43,11 @@ class TrainState(struct.PyTreeNode):
     step = jnp.zeros((), jnp.int32)
     return cls(step=step, params=params, opt_state=tx.init(params))
 
+  @property
+  def final_params(self):
+    """What is validated and exported: the average where there is one."""
+    return getattr(self.opt_state, "average", self.params)
+
   def apply_gradients(self, grads, tx: optax.GradientTransformation, accept):
     """Returns the state after one optimiser update.
 

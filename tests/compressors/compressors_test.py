@@ -308,6 +308,11 @@ def test_policy_variants_follow_their_own_scores(name, field):
   )
   out = run(name, features_of(0), 9, importance_ratio=1.0)
   np.testing.assert_array_equal(out.index, expected)
+  drop, keep = np.asarray(getattr(aux, field).token).T
+  best = np.argsort(drop - keep, kind="stable")[:9]
+  out = run(name, features_of(0), 9, importance_ratio=1.0, budget="clip")
+  np.testing.assert_array_equal(out.index, np.sort(best))
+  assert set(best) != set(expected.tolist())
 
 
 def test_cacovid_uses_the_unrounded_ratio_when_given():

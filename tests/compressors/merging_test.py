@@ -121,20 +121,20 @@ def test_the_policy_variants_merge_what_they_drop(name, field):
   selections.check(merged, NUM_VIDEO, 9)
 
 
-def test_a_batch_equals_single_videos_in_one_program():
+@pytest.mark.parametrize("option", ["merge=nearest", "budget=clip"])
+def test_a_batch_equals_single_videos_in_one_program(option):
   selections.check_batch_and_compilations(
-    compressors.get("cacovid", merge="nearest"),
+    compressors.get(f"cacovid?{option}"),
     9,
     lambda seed: given.Aux(scores=scores_of(seed)),
   )
 
 
-def test_an_unknown_way_to_merge_is_one_line():
-  with pytest.raises(errors.UserError, match="'none' or 'nearest'"):
-    given.compress(
-      compressors.get("cacovid", merge="mean"),
-      selections.video("random"),
-      grid=GRID,
-      num_keep=3,
-      aux=given.Aux(scores=scores_of(0)),
-    )
+@pytest.mark.parametrize(
+  ("option", "known"),
+  [("merge=mean", "'none' or 'nearest'"), ("budget=all", "'frames' or 'clip'")],
+)
+def test_an_unknown_choice_is_one_line(option, known):
+  with pytest.raises(errors.UserError, match=known) as raised:
+    compressors.get(f"cacovid?{option}")
+  assert "\n" not in str(raised.value)

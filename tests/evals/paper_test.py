@@ -52,6 +52,8 @@ def test_options_make_another_method():
     ("cacovid=cacovid?importance_ratio=0.5&max_frame_share=1.5", True),
     ("cacovid=cacovid?importance_ratio=1.0", False),
     ("cacovid=cacovid?merge=nearest", False),
+    ("cacovid=cacovid?budget=frames", True),
+    ("cacovid=cacovid?budget=clip", False),
     ("cacovid=uniform", False),
     ("mine=cacovid", False),
   ):

@@ -57,14 +57,26 @@ def select_by_a_loop(scores, grid, r, iota=0.5, share=1.5):
   keep = np.zeros((T, H * W), bool)
   for t in range(T):
     keep[t, np.argsort(-token_gap[t], kind="stable")[: budgets[t]]] = True
-  keep = keep.reshape(-1)
+  return with_even_others(keep.reshape(-1), total - important)
+
+
+def with_even_others(keep, count):
   others = np.flatnonzero(~keep)
-  count = total - important
   if count:
     picked = np.round(np.linspace(0, len(others) - 1, count)).astype(int)
     keep[others[picked]] = True
-  assert keep.sum() == total
   return np.flatnonzero(keep)
+
+
+def select_by_a_sort(scores, grid, r, iota=0.5):
+  """The rule without budgets of frames: the best of the clip, by a sort."""
+  T, H, W = grid
+  total = math.floor(r * T * H * W)
+  best = total if iota == 1 else min(math.floor(iota * r * H * W * T), total)
+  gap = scores.token[:, 1] - scores.token[:, 0]
+  keep = np.zeros(T * H * W, bool)
+  keep[np.argsort(-gap, kind="stable")[:best]] = True
+  return with_even_others(keep, total - best)
 
 
 def select(scores, grid, ratio, **options):
@@ -103,6 +115,25 @@ def test_equals_a_loop(grid, ratio, iota, share):
     np.testing.assert_array_equal(index, expected)
     assert len(index) == selection.num_keep(grid, ratio)
     assert (np.diff(index) > 0).all()
+
+
+@pytest.mark.parametrize(("grid", "ratio", "iota", "share"), CASES)
+def test_the_best_of_the_clip_are_those_of_a_sort(grid, ratio, iota, share):
+  budget = selection.budget(
+    grid,
+    ratio,
+    by_frame=False,
+    importance_ratio=iota,
+    max_frame_share=share,
+  )
+  run = jax.jit(functools.partial(selection.select, budget=budget))
+  for seed, scale in enumerate([0.01, 1.0, 0.0]):
+    scores = scores_of(seed, grid, scale)
+    # What frames score has no say.
+    index = np.asarray(run(scores._replace(frame=np.nan * scores.frame)))
+    expected = select_by_a_sort(scores, grid, ratio, iota)
+    np.testing.assert_array_equal(index, expected)
+    assert len(index) == selection.num_keep(grid, ratio)
 
 
 @pytest.mark.parametrize("value", [0.0, 2.5, -1.0])
@@ -196,15 +227,17 @@ def test_vmap_equals_a_loop():
     )
 
 
-def test_selection_lowers_for_tpu_at_full_size():
-  budget = selection.budget((32, 14, 14), 0.1)
+@pytest.mark.parametrize("by_frame", [True, False])
+def test_selection_lowers_for_accelerators_at_full_size(by_frame):
+  budget = selection.budget((32, 14, 14), 0.1, by_frame=by_frame)
   run = jax.jit(functools.partial(selection.select, budget=budget))
   scores = network.Scores(
     frame=jax.ShapeDtypeStruct((32, 2), jnp.float32),
     token=jax.ShapeDtypeStruct((6272, 2), jnp.float32),
   )
   traced = run.trace(scores)
-  assert traced.lower(lowering_platforms=("tpu",)).as_text()
+  for platform in ("tpu", "cuda"):
+    assert traced.lower(lowering_platforms=(platform,)).as_text()
 
 
 def test_a_full_grid_has_no_trace_of_a_mask(monkeypatch):
@@ -339,6 +372,33 @@ def test_vmap_over_videos_of_different_grids_and_ratios():
     np.testing.assert_array_equal(
       index[i, : int(budgets[i].kept)], select_by_a_loop(scores[i], grid, ratio)
     )
+
+
+def test_the_best_of_clips_of_different_grids_in_one_program():
+  cases = random_cases(3, 24)
+  budgets, given = [], []
+  for seed, (grid, ratio, iota) in enumerate(cases):
+    scores = scores_of(seed, grid, scale=[1.0, 0.0][seed % 2])
+    given.append(padded(scores, BUCKET, [1e9, np.nan, np.inf][seed % 3]))
+    given[-1].token[math.prod(grid) :, 0] = -1.0
+    budgets.append(
+      selection.budget(
+        grid,
+        ratio,
+        bucket=BUCKET,
+        num_keep_max=70,
+        by_frame=False,
+        importance_ratio=iota,
+      )
+    )
+  stack = functools.partial(jax.tree.map, lambda *leaves: np.stack(leaves))
+  found = jax.jit(jax.vmap(selection.select))(stack(*given), stack(*budgets))
+  for seed, (grid, ratio, iota) in enumerate(cases):
+    scores = scores_of(seed, grid, scale=[1.0, 0.0][seed % 2])
+    expected = select_by_a_sort(scores, grid, ratio, iota)
+    index, behind = np.split(np.asarray(found[seed]), [len(expected)])
+    np.testing.assert_array_equal(index, expected)
+    assert (behind == BUCKET.tokens).all()
 
 
 def test_the_default_room_is_the_most_that_a_grid_of_the_bucket_keeps():

@@ -1,5 +1,6 @@
 """Whole runs on a tiny random model: resume, signals, refusals, export."""
 
+import functools
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ import sys
 import time
 import types
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -387,13 +389,57 @@ def test_a_users_own_policy_validation_and_best(tmp_path):
   assert np.abs(change).max() > 2e-3
 
 
+def test_the_average_is_validated_kept_and_exported(tmp_path):
+  changes = {
+    "policy.module": "tests.policy.bilinear_policy:Bilinear",
+    "iterations": 1,
+    "ckpt.every_steps": 2,
+    "validation.every_steps": 1,
+    "mesh.data": 2,
+    "mesh.model": 2,
+  }
+  seen = {"plain": [], "averaged": []}
+
+  def train(name, **more):
+    def validate(policy, params):
+      seen[name].append(params)
+      return {"accuracy": [0.2, 0.6, 0.5, 0.1][len(seen[name]) - 1]}
+
+    config = tiny.config(**changes, **more)
+    return tiny.train(tmp_path / name, config, validate=validate)
+
+  plain = train("plain")
+  whole = train("averaged", **{"optimizer.average": 0.7})
+  # The run itself is the same, up to rounding in another program.
+  close = functools.partial(chex.assert_trees_all_close, rtol=1e-2, atol=1e-4)
+  close(whole.state.params, plain.state.params)
+  for n, found in enumerate(seen["averaged"]):
+    weights = 0.7 ** np.arange(n, -1, -1.0)
+    expected = jax.tree.map(
+      lambda *past, w=weights: np.average(past, axis=0, weights=w),
+      *seen["plain"][: n + 1],
+    )
+    close(found, expected)
+  folder = tmp_path / "averaged" / "policy"
+  for name, n in (("best", 1), ("policy", 3)):
+    path = folder / f"{name}.safetensors"
+    loaded = loading.load(path, whole.policy, seen["averaged"][n])
+    assert_same(loaded, seen["averaged"][n])
+  # The average is in the checkpoint: a run from the middle is the same.
+  shutil.rmtree(tmp_path / "averaged" / "checkpoints" / "4")
+  del seen["averaged"][2:]
+  again = train("averaged", **{"optimizer.average": 0.7})
+  assert len(seen["averaged"]) == 4
+  assert_same(again.state, whole.state)
+
+
 def test_the_first_of_several_processes_writes_the_best(tmp_path, monkeypatch):
   """Another one might find no folder yet."""
   run = types.SimpleNamespace(config=types.SimpleNamespace(policy=None))
   saver = loop._Saver(tiny.config(), tmp_path, run)
   told = []
   writer = types.SimpleNamespace(write_scalars=lambda *row: told.append(row))
-  state = types.SimpleNamespace(params={})
+  state = types.SimpleNamespace(final_params={})
   monkeypatch.setattr(jax, "process_index", lambda: 1)
   saver.keep_best(state, 1, writer, lambda policy, params: {"accuracy": 0.5})
   assert told == [(1, {"validation_accuracy": 0.5})]

@@ -1,7 +1,9 @@
 """Rates, decay and clipping by parameter name, on hand-made trees."""
 
 import dataclasses
+import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -97,6 +99,39 @@ def test_decay_is_scaled_by_the_rate():
     got["layer"]["q_proj"]["kernel"], -0.5e-3, rtol=1e-5
   )
   assert not got["layer"]["q_proj"]["bias"].any()
+
+
+@pytest.mark.parametrize("decay", [0.3, 0.9, 0.9999])
+def test_the_average_is_that_of_a_loop(decay):
+  rates = {"lr_heads": 1e-2, "lr_layer": 1e-3}
+  plain = optimizer.make(optimizer.OptimizerConfig(**rates), 10)
+  config = optimizer.OptimizerConfig(**rates, average=decay)
+  averaging = optimizer.make(config, 10)
+  close = functools.partial(chex.assert_trees_all_close, rtol=1e-5)
+  now = jax.tree.map(lambda p: p / 3, params())
+  state, plain_state = averaging.init(now), plain.init(now)
+  assert_equal(state.average, now)
+  total, weight = jax.tree.map(np.zeros_like, now), 0.0
+  for seed in range(6):
+    rng = np.random.default_rng(seed)
+    grads = jax.tree.map(lambda p, r=rng: r.normal(size=p.shape), now)
+    step, state = jax.jit(averaging.update)(grads, state, now)
+    plain_step, plain_state = jax.jit(plain.update)(grads, plain_state, now)
+    # Up to rounding: another program may add in another order.
+    close((step, state.inner), (plain_step, plain_state), atol=1e-6)
+    now = optax.apply_updates(now, step)
+    total = jax.tree.map(
+      lambda old, p: decay * old + np.asarray(p, np.float64), total, now
+    )
+    weight = decay * weight + 1
+    expected = jax.tree.map(lambda x, w=weight: x / w, total)
+    close(state.average, expected)
+  # What is frozen keeps every bit.
+  assert_equal(state.average["mode_selection"], now["mode_selection"])
+
+
+def assert_equal(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def test_gradient_norm_is_clipped_over_all_groups():

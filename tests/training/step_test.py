@@ -10,8 +10,11 @@ from cacovid_jax.training import optimizer, step
 from tests.training import tiny
 
 
-def test_a_skipped_update_leaves_every_bit():
-  tx = optimizer.make(optimizer.OptimizerConfig(lr_heads=0.1), 10)
+@pytest.mark.parametrize("average", [0.0, 0.9])
+def test_a_skipped_update_leaves_every_bit(average):
+  tx = optimizer.make(
+    optimizer.OptimizerConfig(lr_heads=0.1, average=average), 10
+  )
   params = {"head": {"kernel": jnp.ones((2, 2))}}
   state = step.TrainState.create(params, tx)
   apply = jax.jit(
