@@ -5,9 +5,11 @@ import JAX. Frames are drawn later, on the accelerator, from the slots.
 """
 
 import collections
+import concurrent.futures
 import dataclasses
 import functools
 import multiprocessing
+import signal
 from collections.abc import Iterator
 
 import numpy as np
@@ -199,6 +201,16 @@ class Packer:
 _packer = functools.cache(Packer)  # A worker process keeps one.
 
 
+def _leave_signals() -> None:
+  """Leaves signals to the process that waits for the batches.
+
+  A SIGTERM to all of a job's processes would end a worker with its batch, and
+  the trainer, which saves first, would wait for that for ever.
+  """
+  for name in ("SIGINT", "SIGTERM"):
+    signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
 def _batch(config: PackingConfig, step: int) -> dict:
   return _packer(config).batch(step)
 
@@ -211,11 +223,16 @@ def batches(config, *, first_step: int, num_workers: int) -> Iterator[dict]:
     yield from map(Packer(config).batch, steps)
     return
   context = multiprocessing.get_context("spawn")
-  with context.Pool(num_workers) as pool:
+  pool = concurrent.futures.ProcessPoolExecutor(
+    num_workers, context, _leave_signals
+  )
+  try:
     pending: collections.deque = collections.deque()
     for step in steps:
-      pending.append(pool.apply_async(_batch, (config, step)))
+      pending.append(pool.submit(_batch, config, step))
       if len(pending) > 2 * num_workers:
-        yield pending.popleft().get()
+        yield pending.popleft().result()
     while pending:
-      yield pending.popleft().get()
+      yield pending.popleft().result()
+  finally:
+    pool.shutdown(cancel_futures=True)

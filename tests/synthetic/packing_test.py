@@ -1,6 +1,9 @@
 """Batches of the base model's training: questions packed behind a clip."""
 
 import dataclasses
+import multiprocessing
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -143,3 +146,14 @@ def test_a_text_that_does_not_fit_is_refused(config):
   small = packing.Packer(dataclasses.replace(config, question_length=20))
   with pytest.raises(ValueError, match="do not fit into 20"):
     small.batch(0)
+
+
+def test_a_signal_to_all_processes_loses_no_batch(config):
+  stream = packing.batches(config, first_step=2, num_workers=1)
+  first = next(stream)
+  for worker in multiprocessing.active_children():
+    os.kill(worker.pid, signal.SIGTERM)
+  assert_equal(first, packing.Packer(config).batch(2))
+  assert_equal(next(stream), packing.Packer(config).batch(3))
+  stream.close()
+  assert not multiprocessing.active_children()
