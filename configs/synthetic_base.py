@@ -9,6 +9,7 @@ See cacovid_jax/assets/base_model/README.md for what the shipped one reached.
 
 import ml_collections
 
+from cacovid_jax.synthetic import questions
 from configs import common
 
 
@@ -58,7 +59,7 @@ def _pretrain(debug):
     # Shares of its rows: decisive tokens missing, others on objects, merged.
     lossy_share=0.2,
     crowded_share=0.4,
-    merged_share=0.25,
+    merged_share=0.0,
     asked_questions=2,  # Questions of a clip that the asked loss looks at.
     weights=dict(
       full=1.0, pruned=1.0, told=0.5, labels=1.0, size=0.1, asked=1.0
@@ -68,8 +69,7 @@ def _pretrain(debug):
       questions_per_clip=2 if debug else 8,
       text_only=2 if debug else 64,
       sparse_share=0.4,
-      # "where" and "count" take longest to learn.
-      kind_shares=(0.25, 0.2, 0.15, 0.2, 0.2),
+      kind_shares=questions.SHARES,
       # Below the benchmark's 128 to 136: the model reads those as well, and
       # more objects take longer to learn.
       dense_objects=(76, 84),

@@ -252,11 +252,14 @@ def lossy_subsets(rng, batch, config):
 def merged_shares(rng, batch, config):
   """Draws float32[B, Q], how far kept tokens become means of their likes.
 
-  0 in most rows: a model that never met merged tokens misreads them, and
-  methods that merge would seem worse than they are.
+  0 outside of `merged_share` of the rows, None if that is nothing. A model that
+  never met merged tokens misreads them, and methods that merge would seem worse
+  than they are.
   """
+  if not config.merged_share:
+    return None
   rows = batch["decisive"].shape[:2]
-  rngs = jax.random.split(rng)
+  rngs = jax.random.split(jax.random.fold_in(rng, 6))
   merged = jax.random.bernoulli(rngs[0], config.merged_share, rows)
   return merged * jax.random.uniform(rngs[1], rows)
 
@@ -267,7 +270,7 @@ def answer_losses(prompts, params, rng, batch, *, config, word_ids):
   The latter {"full", "pruned": bool[B, Q], "told": bool[B, 1]}; `prompts` are
   `packed.PackedPrompts`, `batch` of `packing.Packer.batch`.
   """
-  frame_rng, subset_rng, merge_rng = jax.random.split(rng, 3)
+  frame_rng, subset_rng = jax.random.split(rng)
   model, weights = prompts.model, params["model"]
   pixels = draw_frames(frame_rng, batch).astype(model.dtype)
   features = prompts.encode(weights, pixels)
@@ -277,7 +280,12 @@ def answer_losses(prompts, params, rng, batch, *, config, word_ids):
   logits = {
     "full": prompts.full_logits(weights, features, ids),
     "pruned": prompts.pruned_logits(
-      weights, fixed, ids, index, valid, merged_shares(merge_rng, batch, config)
+      weights,
+      fixed,
+      ids,
+      index,
+      valid,
+      merged_shares(subset_rng, batch, config),
     ),
   }
   found = {name: token_loss(x, ids, target) for name, x in logits.items()}

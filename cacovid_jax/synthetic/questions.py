@@ -192,7 +192,7 @@ _MAKERS = {
 }
 KINDS = tuple(_MAKERS)
 # How often each of them is drawn for the benchmark.
-SHARES = (0.3, 0.15, 0.2, 0.2, 0.15)
+SHARES = (0.4, 0.08, 0.2, 0.2, 0.12)
 
 
 def sample_questions(rng, scene: world.Scene, num_questions, shares=SHARES):

@@ -95,12 +95,12 @@ def test_the_packed_mask_by_hand():
   assert positions.tolist() == [0, 1, 2, 3, 4, 3, 4]
 
 
-def pruned(ids, index, valid):
+def pruned(ids, index, valid, merged=None, features=None):
   model, params = tiny()
-  features, _ = inputs()
-  return jax.jit(
-    lambda i, k, v: layout().pruned_logits(params, features, i, k, v)
-  )(ids, index, valid)
+  features = inputs()[0] if features is None else features
+  return jax.jit(functools.partial(layout().pruned_logits, params))(
+    features, ids, index, valid, merged
+  )
 
 
 def subsets(num_keep=7):
@@ -143,6 +143,35 @@ def test_pruned_questions_are_answered_as_by_the_pruning_of_rollouts():
       whole_prompt(ids[b, q]), features[b], index[b, q], valid[b, q].sum()
     )
     np.testing.assert_allclose(found[b, q], alone, atol=2e-5)
+
+
+def test_merged_tokens_are_means_of_those_next_to_them():
+  features, ids = inputs()
+  index, valid = subsets()
+  share = np.float32([[0.0, 0.5, 1.0], [0.25, 1.0, 0.0]])
+  found = pruned(ids, index, valid, share)
+  for b, q in np.ndindex(share.shape):
+    kept = index[b, q][valid[b, q]]
+    unit = features[b] / np.linalg.norm(features[b], axis=-1, keepdims=True)
+    nearest = [kept[np.argmax(unit[kept] @ token)] for token in unit]
+    merged = features.copy()
+    for token in kept:
+      mean = features[b][np.equal(nearest, token)].mean(0)
+      merged[b, token] += share[b, q] * (mean - merged[b, token])
+    alone = pruned(ids, index, valid, features=merged)
+    np.testing.assert_allclose(found[b, q], alone[b, q], atol=2e-5)
+
+
+def test_rows_are_merged_as_often_as_said():
+  batch = {"decisive": np.zeros((500, 4, 2), np.int16)}
+  config = types.SimpleNamespace(merged_share=0.3)
+  found = losses.merged_shares(jax.random.key(0), batch, config)
+  assert found.shape == (500, 4)
+  # Five standard deviations of 2000 draws.
+  assert abs((found > 0).mean() - 0.3) < 0.052
+  assert abs(found[found > 0].mean() - 0.5) < 0.06
+  config.merged_share = 0.0
+  assert losses.merged_shares(jax.random.key(0), batch, config) is None
 
 
 def test_the_first_layer_reads_as_a_new_policy_does():
