@@ -75,7 +75,9 @@ COMMAND = command.Command(
     "workdir": command.Flag("Of all.", default="workdirs/ablations"),
     "ratios": command.Flag("Shares kept.", default=(0.1, 0.05, 0.02)),
     "also": _MANY._replace(help="A row more: `ours` with KEY=VALUE;KEY=VALUE."),
-    "other_base": command.Flag("A base model of ours's shape.", default=""),
+    "other_base": command.Flag(
+      "Another base model of the same shape.", default=""
+    ),
     "seconds_per_video": _SECONDS._replace(help="Measured, of `ours`."),
     "seconds_per_row": _SECONDS._replace(help="Measured, beside training."),
   },
@@ -131,13 +133,13 @@ def main(args):
   rows = make_rows(recipes, args.also, args.other_base)
   if unknown := [name for name in args.row if name not in rows]:
     listed = ", ".join(rows)
-    raise errors.UserError(f"--row={unknown[0]} is none; there are {listed}")
+    raise errors.UserError(f"no row {unknown[0]!r}; --row is one of {listed}")
   runs = [
     make_run(workdir, recipes[row.recipe], name, row, seed)
     for name, row in rows.items()
     for seed in dict.fromkeys((*args.seed, *_SEEDS))
   ]
-  wanted = args.rows or "all" * (not args.row)
+  wanted = args.rows or ("" if args.row else "all")
   todo = [
     run for run in runs
     if not run.known and run.seed in args.seed

@@ -216,8 +216,8 @@ def test_the_plan_runs_nothing(tmp_path, measured, capsys):
 @pytest.mark.parametrize(
   "rows,flags,message",
   [
-    (["ourz"], {}, "--row=ourz is none; there are ours, ours-"),
-    (["other_base"], {}, "--row=other_base is none"),
+    (["ourz"], {}, "no row 'ourz'; --row is one of ours, ours-"),
+    (["other_base"], {}, "no row 'other_base'; "),
     (["ours"], dict(other_base="nowhere"), "no config.json is there"),
     (["ours"], dict(also="iterations"), "write key.subkey=value"),
     (["ours"], dict(also="iteration=2"), "nearest: iterations"),
