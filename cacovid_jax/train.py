@@ -35,14 +35,18 @@ def main(args):
     raise errors.UserError("no workdir given: add --workdir=FOLDER")
   mesh.start_processes(args.coordinator, args.num_processes, args.process_id)
   print(config_lib.dumps(config), end="", flush=True)
+  print(f"policy: {train(config, args.workdir).policy_path}")
+
+
+def train(config, workdir) -> loop.Result:
+  """Trains what a config describes, validated where it says so."""
   experiment = experiment_lib.Experiment.from_config(
-    config, args.workdir, split="videos_per_step"
+    config, workdir, split="videos_per_step"
   )
   validate = None
   if config.validation.every_steps:
     validate = evaluation.validator(experiment)
-  result = loop.train(experiment, validate=validate)
-  print(f"policy: {result.policy_path}")
+  return loop.train(experiment, validate=validate)
 
 
 if __name__ == "__main__":

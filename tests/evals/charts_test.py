@@ -176,3 +176,28 @@ def test_names_beside_points_do_not_cover_each_other():
   for i, (x, y) in enumerate(boxes):
     for other_x, other_y in boxes[:i]:
       assert abs(x - other_x) >= 50 or abs(y - other_y) >= 13.9
+
+
+def test_a_line_of_dots_for_each_name():
+  """Two seeds and their mean; the level is the mean of the first name."""
+  svg = charts.by_name({"ours": [60.0, 80.0], "a+b": [50.0]}, "accuracy (%)")
+  places = texts(svg)
+  assert "accuracy (%)" in places
+  assert places["ours"][1] < places["a+b"][1]
+  root = ElementTree.fromstring(svg)
+  found = [
+    (float(use.get("x")), float(use.get("y"))) for use in root.iter(f"{SVG}use")
+  ]
+  (low, y), (high, _), (mean, _), (other, below), (last, _) = found
+  assert mean == pytest.approx((low + high) / 2) and last == other
+  # 60 - 50 is half of 80 - 60, and names stand beside their dots.
+  assert low - other == pytest.approx((high - low) / 2)
+  apart = places["a+b"][1] - places["ours"][1]
+  assert below - y == pytest.approx(apart, abs=0.01)
+  (level,) = [
+    path.get("d")
+    for path in root.iter(f"{SVG}path")
+    if "stroke-dasharray" in path.get("style", "")
+  ]
+  assert float(level.split()[1]) == pytest.approx(mean)
+  assert charts.by_name({}, "accuracy (%)").startswith("<?xml")

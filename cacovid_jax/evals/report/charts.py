@@ -271,6 +271,26 @@ def first_token(out: Mapping[str, Any]) -> str:
   return svg.as_file(axes.figure, "white")
 
 
+@matplotlib.rc_context(svg.RC)
+def by_name(values: Mapping[str, Sequence[float]], label: str) -> str:
+  """Returns an SVG file: a line per name, with its values and their mean.
+
+  `label` is that of the axis; a vertical line shows the mean of the first name.
+  """
+  room = 20 + round(max(map(svg.name_width, values), default=0))
+  axes = svg.make_axes(1040, 86 + 22 * len(values), 10, left=room)
+  axes.invert_yaxis()
+  for name, found in values.items():
+    if not axes.lines:
+      line = {"color": svg.PALETTE["muted"], "ls": (0, (2, 3)), "lw": 1}
+      axes.axvline(np.mean(found), **line)
+    style = {"color": svg.PALETTE["accent"]}
+    axes.plot(found, [name] * len(found), "o", markersize=4, alpha=0.5, **style)
+    axes.plot([np.mean(found)], [name], "o", markersize=8, **style)
+  axes.set_xlabel(label)
+  return svg.as_file(axes.figure, "white")
+
+
 def smooth(values: Sequence[float], window: int) -> list[float]:
   """Returns running means over the last `window` values."""
   sums = np.concatenate([[0.0], np.cumsum(values)])
