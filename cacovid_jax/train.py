@@ -5,7 +5,7 @@ stopped continues when the same command is given again. Several hosts: the same
 command on each, with --coordinator, --num_processes and --process_id.
 """
 
-from cacovid_jax import command, errors
+from cacovid_jax import command, errors, terminal
 from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.evals import evaluation
@@ -42,7 +42,7 @@ def main(args):
   if config.validation.every_steps:
     validate = evaluation.validator(experiment)
   result = loop.train(experiment, validate=validate)
-  print(f"policy: {result.policy_path}")
+  terminal.tell(f"policy: {result.policy_path}")
 
 
 if __name__ == "__main__":

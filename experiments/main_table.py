@@ -112,7 +112,7 @@ def main(args):
   elif not (workdir := run(plan, preflight(plan))):
     print("this share is done; the last process to end writes the table")
   else:
-    print((workdir / "table.md").read_text(encoding="utf-8"))
+    terminal.tell((workdir / "table.md").read_text(encoding="utf-8"))
     names = (*tables.MAIN_FILES, "results.json", "timings.json")
     reporting.files(workdir, names)
 

@@ -49,11 +49,7 @@ COMMAND = command.Command(
     ),
     "out": command.Flag("JSON file to write.", "blind.out"),
     "batch_size": command.Flag("Questions asked at once.", "blind.batch_size"),
-    "dtype": command.Flag(
-      "Of weights and computation.",
-      "model.dtype",
-      choices=("bfloat16", "float32"),
-    ),
+    "dtype": command.Flag("Of weights and computation.", "model.dtype"),
     **command.aliases(
       "blind",
       max_new_tokens="Longest answer in tokens, as in training.",
