@@ -71,11 +71,11 @@ _LIMITS = (
   (
     schema.Share,
     "validation.ratio sampling.ratio sampling.frame_ratio ratio.start"
-    " evals.select_ratio",
+    " evals.select_ratio blind.threshold",
   ),
   (
     schema.Fraction,
-    "blind.threshold data.max_replaced ratio.low ratio.high objective.clip_low"
+    "data.max_replaced ratio.low ratio.high objective.clip_low"
     " pretrain.lossy_share pretrain.crowded_share"
     " pretrain.packing.sparse_share",
   ),

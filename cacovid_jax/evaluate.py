@@ -57,9 +57,7 @@ COMMAND = command.Command(
     **command.aliases(
       "evals",
       split="Of the benchmark; by default its first one, as a rule the test.",
-      num_questions=command.Flag(
-        "First so many questions; 0 for all.", least=0
-      ),
+      num_questions="First so many questions; 0 for all.",
       on_bad_row="raise, or skip to leave unfit rows out and list them.",
       on_missing="raise if clips are not there, or count to count their"
       " questions as wrong.",
@@ -68,7 +66,7 @@ COMMAND = command.Command(
       ratios="Retention ratios, comma-separated.",
       seeds="Evaluation seeds, comma-separated.",
       select_on="Where options are chosen: validation or none.",
-      batch_size=command.Flag("Questions asked at once.", least=1),
+      batch_size="Questions asked at once.",
       max_new_tokens="Longest answer in tokens; 0 for the benchmark's own.",
       rule="How letters are taken from answers: paper, lmms-0.7.3 or own; empty"
       " for the benchmark's, which is own for one's own videos, else paper.",

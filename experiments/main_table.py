@@ -83,7 +83,7 @@ COMMAND = command.Command(
       old=["table_manifests"],
     ),
     "chips": command.Flag(
-      "Devices that share a model.", "mesh.model", old=["table_chips"], least=1
+      "Devices that share a model.", "mesh.model", old=["table_chips"]
     ),
     "paper_rows": command.Flag(
       "Print docs/paper_table.md's tables and end.", default=False

@@ -150,7 +150,9 @@ class GoldenTest(absltest.TestCase):
       arrays = dict(file)
     for name, other in (("input_ids", np.array(1)), ("logits", np.array("x"))):
       np.savez(os.path.join(lacking, "golden.npz"), **arrays | {name: other})
-      with self.assertRaisesRegex(errors.UserError, f"{name} is .* axes; make"):
+      with self.assertRaisesRegex(
+        errors.UserError, f"lacks {name}, .* axes; make"
+      ):
         __main__.check(lacking)
 
 
