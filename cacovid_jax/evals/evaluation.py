@@ -80,6 +80,9 @@ def check(config) -> None:
     raise errors.UserError(f"method {twice[0]!r} is listed twice")
   if not labels:
     raise errors.UserError("no method given; for example methods=random")
+  curves = os.path.join(evals.metrics, metrics.FILE)
+  told = f"there is no {curves}; name a training workdir, or leave it empty"
+  errors.check(not evals.metrics or os.path.isfile(curves), told)
 
 
 def _evaluate(experiment):

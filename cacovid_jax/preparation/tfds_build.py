@@ -24,7 +24,7 @@ COMMAND = command.Command(
     "train": rows_lib.TRAIN,
     "media": command.Flag("Folder of the clips.", "data.media"),
     "out": command.Flag("Folder that the data set goes below.", "tfds.out"),
-    "name": command.Flag("Of the data set.", "tfds.name"),
+    "name": command.Flag("video_r1 or video_r1_filtered.", "tfds.name"),
     "split": command.Flag("Name of the split.", "data.train_split"),
     "embed": command.Flag("Store the clips in the records.", "tfds.embed"),
     "on_bad_row": rows_lib.ON_BAD_ROW,

@@ -337,6 +337,8 @@ def test_validator_scores_a_policy(request_of, checkpoint, tmp_path):
     ({"checkpoint": "nowhere"}, "nowhere"),
     ({"data": "nowhere"}, "no data in nowhere"),
     ({"seeds": ()}, "no evaluation seed"),
+    ({"metrics": "nowhere"}, "name a training workdir"),
+    ({"metrics": __file__}, "_test.py/metrics.jsonl; name a training"),
     ({"batch_size": 0}, "batch_size is 0"),
     ({"template": "model"}, "must be one of processor, tokenizer"),
     ({"shard": (1, 1)}, "give 0/1"),
