@@ -11,7 +11,7 @@ the embedded benchmark answers; it knows questions with options, about clips as
 `python -m cacovid_jax.prepare` draws them.
 """
 
-from cacovid_jax import command, config_limits, errors, files, terminal
+from cacovid_jax import command, errors, files, terminal
 from cacovid_jax.evals.report import answer as answer_page
 from cacovid_jax.inference import answerer as answerer_lib
 
@@ -49,11 +49,7 @@ COMMAND = command.Command(
     "max_new_tokens": command.Flag(
       "Longest answer in tokens; 0 is 64.", "evals.max_new_tokens"
     ),
-    "dtype": command.Flag(
-      "Of weights and computation.",
-      "model.dtype",
-      choices=config_limits.DTYPES,
-    ),
+    "dtype": command.Flag("Of weights and computation.", "model.dtype"),
     "prompt_style": command.Flag(
       "Wording around the options; empty is video-r1.",
       "evals.prompt_style",
@@ -72,8 +68,9 @@ COMMAND = command.Command(
 def main(args):
   """Asks what the command line says."""
   for name in ("video", "question"):
-    if getattr(args, name) is None:
+    if not getattr(args, name):
       raise errors.UserError(f"nothing says which {name}: add --{name}")
+  COMMAND.require(args.config, "methods", "ratios")
   if args.report:
     files.check_writable(args.report, "--report")
   evals, options = args.config.evals, args.options

@@ -12,6 +12,7 @@ config.json and the manifests of its steps, which then resume. The files as they
 were stay beside the new ones, with `.before` in their names.
 """
 
+import os
 import pathlib
 
 import msgspec
@@ -34,7 +35,7 @@ def main(args):
       "usage: python -m cacovid_jax.ckpt doctor WORKDIR, or upgrade WORKDIR"
     )
   workdir = pathlib.Path(words[1])
-  if not workdir.is_dir():
+  if not os.path.isdir(workdir):
     raise errors.UserError(f"no directory {workdir}: give a workdir of a run")
   return commands[words[0]](workdir)
 
@@ -45,7 +46,7 @@ def upgrade(workdir: pathlib.Path) -> int:
   old = config_lib.read_json(path)
   new = config_lib.upgraded(old)
   if config_lib.dumps(new) == config_lib.dumps(old):
-    print(f"{workdir}: has today's keys already")
+    terminal.tell(f"{workdir}: has today's keys already")
     return 0
   # A step knows the config with the number of steps of its one epoch.
   known = {}
@@ -58,7 +59,7 @@ def upgrade(workdir: pathlib.Path) -> int:
     files.write(workdir / "config.before.json", path.read_bytes())
     # Last, so that an upgrade that was cut off goes on when given again.
     config_lib.save(new, path)
-  print(f"{workdir}: config.json and {len(done)} checkpoints upgraded")
+  terminal.tell(f"{workdir}: config.json, {len(done)} checkpoints upgraded")
   return 0
 
 

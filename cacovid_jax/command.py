@@ -14,10 +14,15 @@ from typing import Any, NamedTuple
 
 from absl import flags as absl_flags
 
-from cacovid_jax import base_config, config_files, config_values, errors
+from cacovid_jax import (
+  base_config,
+  config_files,
+  config_values,
+  errors,
+  schema,
+)
 from cacovid_jax import config as config_lib
 
-_MOST = 2**31  # Of flags that are no key, which has a range of its own.
 _HELP = ("help", "h", "helpshort", "helpfull")
 
 
@@ -101,13 +106,11 @@ class Command:
       config = self._load(spec, overrides, smoke=values.get("smoke", False))
     for name, flag in self.flags.items():
       value = flag.value(config, values.get(name))
-      if flag.least is not None and value < flag.least:
-        raise errors.UserError(
-          f"--{name}={value}: give a number of at least {flag.least:g}"
-        )
-      if not flag.key and isinstance(value, (int, float)):
-        told = f"--{name}={value:g}: give a number below {_MOST}"
-        errors.check(abs(value) < _MOST, told)
+      # A key has a range of its own.
+      if type(value) in (int, float) and not (flag.key and flag.least is None):
+        least = -schema.MOST if flag.least is None else flag.least
+        kind = schema.within(type(value), least, schema.MOST)
+        schema.fit(value, kind, key=f"--{name}")
     return types.SimpleNamespace(
       **values,
       config=config,
@@ -189,6 +192,7 @@ class Command:
         text = None if of_config else next(rest, None)
       if text is None:
         raise errors.UserError(f"--{given} has no value: write --{given}=X")
+      schema.fit(text, schema.Text, key=f"--{given}")
       if flag and flag.choices and text not in flag.choices:
         raise errors.UserError(
           f"--{given}={text}: choose {' or '.join(flag.choices)}"

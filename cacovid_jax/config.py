@@ -116,13 +116,14 @@ def override(config, text):
   group, leaf = _find(config, key)
   old = group[leaf]
   if isinstance(old, ml_collections.ConfigDict):
+    names = ", ".join(f"{key}.{child}" for child in sorted(old))
+    mend = f"set one of {names}" if names else "name its keys in a config file"
     raise errors.UserError(
-      f"config key {key!r} is a group, not a value: set one of "
-      + ", ".join(f"{key}.{child}" for child in sorted(old))
+      f"config key {key!r} is a group, not a value: {mend}"
     )
   adds = isinstance(old, tuple) and value.startswith("+")
   kind, like = group.get_type(leaf), old
-  if old == () and config_limits.kinds().get(key) == tuple[str, ...]:
+  if old == () and config_limits.kinds().get(key) == config_limits.TEXTS:
     like = ("",)  # What is there already tells what else there may be.
   new = config_values.parse(value[adds:], like, name=key, kind=kind)
   assign(config, key, (*old, *new) if adds else new)

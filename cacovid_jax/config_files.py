@@ -1,5 +1,7 @@
 """Config files: Python that defines `get_config(arg=None)`."""
 
+import glob
+import os
 import pathlib
 import sys
 
@@ -25,7 +27,7 @@ _MOVED = {
 
 def run(path: pathlib.Path, arg: str | None) -> ml_collections.ConfigDict:
   """Returns the unlocked result of `get_config` of a Python file."""
-  if not path.is_file():
+  if not os.path.isfile(path):
     told = _known_files(path.parent)
     if path.name in _MOVED:
       now = ",".join(filter(None, (_MOVED[path.name], arg)))
@@ -65,7 +67,6 @@ def no_config():
 
 
 def _known_files(folder):
-  found = pathlib.Path(folder).glob("*.py")
-  others = ("__init__", "common")
-  names = sorted(str(path) for path in found if path.stem not in others)
+  found = {*glob.glob("*.py", root_dir=folder)} - {"__init__.py", "common.py"}
+  names = [str(pathlib.Path(folder, name)) for name in sorted(found)]
   return f"; there are {', '.join(names)}" if names else ""

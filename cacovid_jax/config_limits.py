@@ -13,12 +13,13 @@ from cacovid_jax import base_config, schema
 
 BACKENDS = ("auto", "xla", "cudnn", "splash")
 DTYPES = ("float32", "bfloat16")
+RULES = ("paper", "lmms-0.7.3", "own")  # Of `data.letters`, in its order.
 
 # Seeds of JAX have 32 bits: beyond them, two seeds would draw alike.
 _SEED = schema.within(int, 0, 2**32 - 1)
 _NEW_TOKENS = 2**17  # Longer than any model's context.
 _WORKERS = schema.within(int, 0, 4096)
-_TEXTS = tuple[str, ...]
+TEXTS = tuple[schema.Text, ...]
 _SHARES = tuple[schema.Share, ...]
 _SIZES = tuple[schema.Size, ...]
 
@@ -70,11 +71,11 @@ _LIMITS = (
   (
     schema.Share,
     "validation.ratio sampling.ratio sampling.frame_ratio ratio.start"
-    " evals.select_ratio",
+    " evals.select_ratio blind.threshold",
   ),
   (
     schema.Fraction,
-    "blind.threshold data.max_replaced ratio.low ratio.high objective.clip_low"
+    "data.max_replaced ratio.low ratio.high objective.clip_low"
     " pretrain.lossy_share pretrain.crowded_share pretrain.merged_share"
     " pretrain.packing.sparse_share",
   ),
@@ -98,13 +99,26 @@ _LIMITS = (
   (schema.one_of("shard_map", "pmap"), "mesh.map"),
   (schema.one_of("workers", "in_process"), "data.decode"),
   (schema.one_of("unicode", "public"), "rouge"),
+  (schema.one_of("", *RULES), "evals.rule"),
+  (schema.one_of("", "processor", "tokenizer"), "evals.template"),
+  (schema.one_of("validation", "none"), "evals.select_on"),
+  (schema.one_of("raise", "count"), "evals.on_missing"),
+  (
+    schema.one_of("raise", "skip"),
+    "evals.on_bad_row data.on_bad_row data.on_missing",
+  ),
+  (schema.one_of("video-r1", "own"), "data.reader"),
+  (schema.one_of("auto", "device", "host"), "rollout.marking"),
+  (schema.one_of("per_frame", "public"), "sampling.frame_cap"),
+  (schema.one_of("cosine", "cosine_repeated"), "optimizer.schedule"),
+  (schema.one_of("video_r1", "video_r1_filtered"), "tfds.name"),
   (bool, "remat"),
   (
-    _TEXTS,
+    TEXTS,
     "prepare.variants prepare.tiny_models table.benchmarks table.folders"
     " evals.policies evals.methods evals.oracles",
   ),
-  (dict[str, _TEXTS], "evals.candidates"),
+  (dict[str, TEXTS], "evals.candidates"),
   (_SHARES, "ratio.rungs evals.ratios"),
   (_SIZES, "prepare.clips data.prompt_rows pretrain.packing.dense_objects"),
   (tuple[_SIZES, ...], "data.buckets"),
@@ -127,7 +141,8 @@ def _defaults(group, prefix=""):
     if isinstance(group[key], ml_collections.ConfigDict):
       found |= _defaults(group[key], f"{prefix}{key}.")
     else:
-      found[prefix + key] = group.get_type(key)
+      kind = group.get_type(key)
+      found[prefix + key] = schema.Text if kind is str else kind
   return found
 
 

@@ -19,13 +19,13 @@ from cacovid_jax import terminal
 TRACEBACK = "CACOVID_TRACEBACK"
 LOG = "error.log"
 
-_ROOM = "free space or choose another workdir"
-_MENDS = {
-  errno.ENOSPC: _ROOM,
-  errno.EDQUOT: _ROOM,
-  errno.EROFS: "choose another workdir",
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_ROOM = "free some space and go on: what was written before is still there"
+_MENDS = dict.fromkeys(FULL, _ROOM) | {
   errno.EMFILE: "raise the limit of open files (ulimit -n)",
+  errno.ENAMETOOLONG: "give a shorter one",
 }
+_MOST = 2000  # Characters of a line.
 
 
 class UserError(Exception):
@@ -76,9 +76,17 @@ def check(fine: bool, message: str) -> None:
 def one_line(error: Exception) -> str:
   """Returns the message of an error, line breaks turned into spaces.
 
-  Nothing that steers a terminal is left in it.
+  Nothing that steers a terminal is left in it, nor the middle of a long one.
   """
-  return " ".join(terminal.plain(str(error)).split())
+  line = " ".join(terminal.plain(str(error)).split())
+  half = _MOST // 2
+  return line if len(line) <= _MOST else f"{line[:half]} ... {line[-half:]}"
+
+
+def mend_of(error: OSError) -> str:
+  """Returns what to do about what a disk or a path refuses."""
+  usual = "see to its folder and permissions, or choose another place"
+  return _MENDS.get(error.errno, usual)
 
 
 def _told(error: Exception, workdir) -> str:
@@ -86,8 +94,7 @@ def _told(error: Exception, workdir) -> str:
   if not isinstance(error, OSError):
     return f"{type(error).__name__}: {one_line(error)[:500]}"
   path = error.filename or workdir or "a file"
-  mend = _MENDS.get(error.errno, "see to its permissions or name another path")
-  return f"{path}: {error.strerror or one_line(error)}; {mend}"
+  return f"{path}: {error.strerror or one_line(error)}; {mend_of(error)}"
 
 
 def _log(workdir) -> str:
@@ -102,7 +109,7 @@ def _log(workdir) -> str:
         path = os.path.join(directory, LOG)
       with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
-    except OSError:
+    except (OSError, ValueError):  # NUL is in no path.
       continue
     return f" (full log: {path})"
   return f" (no room for a log; {TRACEBACK}=1 shows more)"

@@ -19,7 +19,7 @@ again does.
 
 import os
 
-from cacovid_jax import command, config_limits, errors
+from cacovid_jax import command, errors, terminal
 from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.evals import benchmarks, evaluation, shards
@@ -36,9 +36,7 @@ COMMAND = command.Command(
       "Base model: a Hugging Face checkpoint directory.", "model.path"
     ),
     "checkpoint": command.Flag("The same as --model.", "model.path"),
-    "dtype": command.Flag(
-      "Of the base model.", "model.dtype", choices=config_limits.DTYPES
-    ),
+    "dtype": command.Flag("Of the base model.", "model.dtype"),
     "policy": command.Flag(
       "Policies, comma-separated: training workdirs or .safetensors files,"
       " optionally as NAME=PATH; the first is the main one.",
@@ -59,24 +57,16 @@ COMMAND = command.Command(
     **command.aliases(
       "evals",
       split="Of the benchmark; by default its first one, as a rule the test.",
-      num_questions=command.Flag(
-        "First so many questions; 0 for all.", least=0
-      ),
-      on_bad_row=command.Flag(
-        "raise, or skip to leave unfit rows out and list them.",
-        choices=("raise", "skip"),
-      ),
-      on_missing=command.Flag(
-        "raise if clips are not there, or count to count their questions as"
-        " wrong.",
-        choices=("raise", "count"),
-      ),
+      num_questions="First so many questions; 0 for all.",
+      on_bad_row="raise, or skip to leave unfit rows out and list them.",
+      on_missing="raise if clips are not there, or count to count their"
+      " questions as wrong.",
       methods="Rows, comma-separated; see cacovid_jax.compressors.names().",
       oracles="Oracle rows, comma-separated; empty for none.",
       ratios="Retention ratios, comma-separated.",
       seeds="Evaluation seeds, comma-separated.",
       select_on="Where options are chosen: validation or none.",
-      batch_size=command.Flag("Questions asked at once.", least=1),
+      batch_size="Questions asked at once.",
       max_new_tokens="Longest answer in tokens; 0 for the benchmark's own.",
       rule="How letters are taken from answers: paper, lmms-0.7.3 or own; empty"
       " for the benchmark's, which is own for one's own videos, else paper.",
@@ -120,7 +110,7 @@ def main(args):
     return  # Other processes are not done.
   evaluation.show(out)
   for name in ("results.json", "report.html", "timings.json", "answers.jsonl"):
-    print(os.path.join(args.workdir, name))
+    terminal.tell(os.path.join(args.workdir, name))
 
 
 def experiment_of(args) -> experiment_lib.Experiment:

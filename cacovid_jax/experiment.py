@@ -59,7 +59,6 @@ class Experiment:
     """
     config = config_lib.complete(config.copy_and_resolve_references()).lock()
     config_limits.check(config)
-    _choose(config, "evals.template", ("", "processor", "tokenizer"))
     made = cls(config, workdir and pathlib.Path(workdir), **fields)
     if checkpoint is not None:
       # Where a cached property looks first.
@@ -227,13 +226,11 @@ def _read_rows(config, report) -> Sequence[question_lib.Question]:
   options = {"on_bad_row": data.on_bad_row, "report": report}
   if data.reader == "own":
     return readers.read_own(data.root, root, split=data.train_split, **options)
-  _choose(config, "data.reader", ("video-r1", "own"), "choose")
   return readers.read_video_r1(config_lib.train_files(config), root, **options)
 
 
 def _with_clips(config, rows, left_out):
   """Returns the rows whose clips are there; others are an error or noted."""
-  _choose(config, "data.on_missing", ("raise", "skip"), "choose")
   root, names = media_root(config), [row.video for row in rows]
   missing = left_out.missing = readers.find_missing(
     names,
@@ -247,12 +244,3 @@ def _with_clips(config, rows, left_out):
   if isinstance(rows, tfds_lib.QuestionSource):
     return rows.take(found)
   return [rows[place] for place in found]
-
-
-def _choose(config, key, values, told="use") -> None:
-  value = config_lib.value_of(config, key)
-  if value not in values:
-    told += f" {' or '.join(filter(None, values))}"
-    if "" in values:
-      told += ", or leave it empty for the default"
-    raise errors.UserError(f"config.{key}={value!r}: {told}")

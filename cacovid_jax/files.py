@@ -17,9 +17,8 @@ from absl import logging
 
 from cacovid_jax import errors
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What a disk or a path can refuse; anything else is no matter of theirs.
-_REFUSED = _FULL + (
+_REFUSED = errors.FULL + (
   errno.EACCES, errno.EEXIST, errno.EIO, errno.EISDIR, errno.ELOOP,
   errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EPERM, errno.EROFS,
 )  # fmt: skip
@@ -27,12 +26,8 @@ _REFUSED = _FULL + (
 
 def unwritable(path, error: OSError) -> errors.UserError:
   """Returns the refusal of a path that a disk did not take."""
-  mend = "see to the folder and its permissions, or choose another place"
-  if error.errno in _FULL:
-    mend = "free some space and go on: what was written before is still there"
-  return errors.UserError(
-    f"cannot write {path}: {error.strerror or error}; {mend}"
-  )
+  told = f"{error.strerror or error}; {errors.mend_of(error)}"
+  return errors.UserError(f"cannot write {path}: {told}")
 
 
 @contextlib.contextmanager
@@ -173,7 +168,7 @@ def claim(
     hint: end of the refusal: what else the command can do, by its own flags.
   """
   path = pathlib.Path(path)
-  made = not path.parent.exists()
+  made = not os.path.exists(path.parent)
   lock = path.with_name(f"{path.name}.lock")
   refused = f"another {who} is writing to {what or path}"
   with _locked(lock, refused, hint, wait=wait) as file:

@@ -9,8 +9,10 @@ nothing about those behind it: it is set aside, into `FILE.damaged`, and its
 content made again. Lines of earlier versions have no checksum and are read.
 """
 
+import functools
 import io
 import json
+import os
 import pathlib
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -112,15 +114,16 @@ def set_aside(path, data: bytes, count: int, then: str) -> None:
 
 
 def tell_plain(path, lines: Iterable[Line]) -> None:
-  """Says that sound lines have no checksum, if some have none."""
+  """Says once of a file that sound lines of it have no checksum."""
   plain = (line for line in lines if not line.summed)
   if count := sum(line.value is not None for line in plain):
-    logging.warning(
-      "%s: %d lines have no checksum, as earlier versions wrote them; taken as"
-      " they are",
-      path,
-      count,
-    )
+    _tell_plain(os.path.abspath(path), count)
+
+
+@functools.cache
+def _tell_plain(path, count) -> None:
+  told = "have no checksum, as earlier versions wrote them; taken as they are"
+  logging.warning("%s: %d lines %s", path, count, told)
 
 
 def _parse(line: bytes, read) -> Line:

@@ -10,7 +10,7 @@ random weights as well, for the `:debug` forms of configs of released models.
 import os
 import pathlib
 
-from cacovid_jax import command, errors, files
+from cacovid_jax import command, errors, files, terminal
 from cacovid_jax.models import safetensors_io
 from cacovid_jax.synthetic import build, tiny_checkpoints
 
@@ -43,19 +43,22 @@ def main(args):
   out = args.out or (config.data.root and os.path.dirname(config.data.root))
   if not out:
     raise errors.UserError("give --out, the folder to build in")
+  names = config.prepare.variants or config.prepare.tiny_models
+  errors.check(names, "nothing to build: add --variants or --tiny_models")
   for family in config.prepare.tiny_models:
     directory = os.path.join(out, family)
     # Weights are written last.
     if not os.path.exists(os.path.join(directory, safetensors_io.WEIGHTS)):
       with files.claim(directory, hint="or give another --out"):
         tiny_checkpoints.write_tiny(directory, family)
-    print(f"{directory}: ready")
+    terminal.tell(f"{directory}: ready")
   for variant in config.prepare.variants:
     directory = os.path.join(out, variant)
     build.prepare(config, variant=variant, directory=directory)
     if not config.prepare.decisive:
       pathlib.Path(directory, "decisive.jsonl").unlink(missing_ok=True)
-    print(f"{directory}: ready (generator {build.generator_hash()[:12]})")
+    generator = build.generator_hash()[:12]
+    terminal.tell(f"{directory}: ready (generator {generator})")
 
 
 if __name__ == "__main__":

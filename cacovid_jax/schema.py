@@ -9,6 +9,7 @@ import json
 import os
 import re
 import reprlib
+import stat
 import types
 import typing
 from collections.abc import Iterator
@@ -33,13 +34,14 @@ def one_of(*values) -> Any:
 
 
 # Far above what anything here is asked for, and below what overflows.
-_MOST = 2**31 - 1
-Count = within(int, 1, _MOST)
-Size = within(int, 0, _MOST)
+MOST = 2**31 - 1
+Count = within(int, 1, MOST)
+Size = within(int, 0, MOST)
 Share = within(float, high=1, above=0)  # A part of something, not nothing.
 Fraction = within(float, 0, 1)
 Weight = within(float, 0, 1e9)
 Positive = within(float, high=1e9, above=0)
+Text = Annotated[str, msgspec.Meta(pattern=r"^[^\0]*$")]  # Of paths, too.
 
 _WORDS = {
   "int": "a whole number", "float": "a number", "str": "a text",
@@ -63,10 +65,8 @@ def read(
   `constant` makes a value of "NaN", "Infinity" and "-Infinity", as of `parse`.
   """
   try:
-    if (size := os.path.getsize(path)) > most_bytes:
-      raise errors.UserError(
-        f"{path}: {size} bytes, above {most_bytes}; {mend}"
-      )
+    size, told = _size(path, mend), f"above {most_bytes}; {mend}"
+    errors.check(size <= most_bytes, f"{path}: {size} bytes, {told}")
     with open(path, "rb") as file:
       text = file.read()
   except FileNotFoundError:
@@ -75,6 +75,15 @@ def read(
     told = f"{path}: not readable ({error.strerror}); {mend}"
     raise errors.UserError(told) from error
   return parse(text, kind, path, mend, constant)
+
+
+def _size(path, mend):
+  """Returns the bytes of a file; a pipe is waited for, a device never ends."""
+  status = os.stat(path)
+  if not stat.S_ISREG(status.st_mode):
+    told = _joined(f"{path}: not readable (it is no file)", mend)
+    raise errors.UserError(told)
+  return status.st_size
 
 
 def parse(
@@ -96,6 +105,7 @@ def parse(
 def lines(path, kind=dict, mend="") -> Iterator[Any]:
   """Yields what the lines of a file hold, each JSON of a type."""
   try:
+    _size(path, mend)
     with open(path, "rb") as file:
       for number, line in enumerate(file, start=1):
         yield parse(line, kind, f"{path} line {number}", mend)
@@ -152,13 +162,16 @@ def _in_words(kind):
     return "null"
   origin, parts = typing.get_origin(kind), typing.get_args(kind)
   if origin is Literal:
-    return f"one of {', '.join(map(str, parts))}"
+    empty = ", or empty" * ("" in parts)
+    return f"one of {', '.join(filter(None, map(str, parts)))}{empty}"
   if origin in (typing.Union, types.UnionType):
     found = list(map(_in_words, parts))
     return " or ".join(found) if all(found) else ""
   if origin is not Annotated:
     return ""
   of, meta = parts
+  if of is str:
+    return "a text without NUL"
   bounds = {"above": meta.gt, "at least": meta.ge, "at most": meta.le}
   told = (
     f"{word} {x:g}" if isinstance(x, float) else f"{word} {x}"

@@ -5,7 +5,7 @@ stopped continues when the same command is given again. Several hosts: the same
 command on each, with --coordinator, --num_processes and --process_id.
 """
 
-from cacovid_jax import command, errors
+from cacovid_jax import command, errors, terminal
 from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.evals import evaluation
@@ -35,7 +35,7 @@ def main(args):
     raise errors.UserError("no workdir given: add --workdir=FOLDER")
   mesh.start_processes(args.coordinator, args.num_processes, args.process_id)
   print(config_lib.dumps(config), end="", flush=True)
-  print(f"policy: {train(config, args.workdir).policy_path}")
+  terminal.tell(f"policy: {train(config, args.workdir).policy_path}")
 
 
 def train(config, workdir) -> loop.Result:

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from cacovid_jax import command, errors, evaluate, files
+from cacovid_jax import command, errors, evaluate, files, terminal
 from cacovid_jax.compressors import base
 from cacovid_jax.data import answer_log
 from cacovid_jax.evals import (
@@ -132,7 +132,7 @@ def main(args):
     out = measure(subject, encode, name, methods, ratios, repeats, rows)
   files.write_json(workdir / "results.json", out)
   tables.write_efficiency(workdir, out)
-  print(tables.efficiency_markdown(out))
+  terminal.tell(tables.efficiency_markdown(out))
   reporting.files(workdir, (*tables.EFFICIENCY_FILES, "results.json"))
 
 

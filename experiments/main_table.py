@@ -83,7 +83,7 @@ COMMAND = command.Command(
       old=["table_manifests"],
     ),
     "chips": command.Flag(
-      "Devices that share a model.", "mesh.model", old=["table_chips"], least=1
+      "Devices that share a model.", "mesh.model", old=["table_chips"]
     ),
     "paper_rows": command.Flag(
       "Print docs/paper_table.md's tables and end.", default=False
@@ -112,7 +112,7 @@ def main(args):
   elif not (workdir := run(plan, preflight(plan))):
     print("this share is done; the last process to end writes the table")
   else:
-    print((workdir / "table.md").read_text(encoding="utf-8"))
+    terminal.tell((workdir / "table.md").read_text(encoding="utf-8"))
     names = (*tables.MAIN_FILES, "results.json", "timings.json")
     reporting.files(workdir, names)
 

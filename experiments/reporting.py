@@ -26,7 +26,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]], title="") -> None:
 def files(workdir: str | os.PathLike, names: Iterable[str]) -> None:
   """Prints the paths of files in a folder."""
   for name in names:
-    print(os.path.join(workdir, name))
+    terminal.tell(os.path.join(workdir, name))
 
 
 def once(

@@ -32,7 +32,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from cacovid_jax import command, errors, files, metrics
+from cacovid_jax import command, errors, files, metrics, terminal
 from cacovid_jax import config as config_lib
 from cacovid_jax.evals import results, tables
 
@@ -85,12 +85,13 @@ def main(args):
     files.check_writable(workdir / "table.md", "--workdir")
   if args.dry_run:
     for number, run in enumerate(runs):
-      print(f"{number} {'done' if run.done else 'to do'} {run.workdir}")
+      terminal.tell(f"{number} {'done' if run.done else 'to do'} {run.workdir}")
   elif args.slurm:
     print(job_array(runs))
   else:
     failed = [run for run in runs if not run.done and not perform(run)]
-    print(write_table(workdir, [run for run in runs if run not in failed]))
+    done = [run for run in runs if run not in failed]
+    terminal.tell(write_table(workdir, done))
     if failed:
       raise errors.UserError(
         f"{len(failed)} of {len(runs)} runs failed, first {failed[0].workdir};"
@@ -160,7 +161,7 @@ def perform(run: Run) -> bool:
   Raises:
     SystemExit: a signal ended it, which ends the sweep as well.
   """
-  print(f"{run.workdir}", flush=True)
+  terminal.tell(f"{run.workdir}")
   for arguments in run.commands:
     process = subprocess.Popen([sys.executable, *arguments])
     # It saves what it has, and says so by its exit code.

@@ -18,7 +18,7 @@ _CONFIGS = sorted(
 _DEEP = []
 for _ in range(10_000):
   _DEEP = [_DEEP]
-# Texts may hold anything, and some numbers may be missing; else none fits.
+# Some numbers may be missing; else none fits.
 _VALUES = {
   "nothing": None, "nan": math.nan, "inf": math.inf, "-inf": -math.inf,
   "huge": 10**20, "-huge": -(10**400), "list": [1, "a", None], "deep": _DEEP,
@@ -68,9 +68,7 @@ def test_every_number_of_every_config_has_a_range():
 def test_values_of_no_sense_are_refused(key):
   kind = config_limits.kinds()[key]
   for name, value in _VALUES.items():
-    fits = kind is str and name == "nul"
-    fits |= name == "nothing" and type(None) in getattr(kind, "__args__", ())
-    if fits:
+    if name == "nothing" and type(None) in getattr(kind, "__args__", ()):
       continue
     with pytest.raises(errors.UserError) as caught:
       config_limits.check(_nested(key, value), "FILE")
@@ -108,14 +106,37 @@ def test_texts_of_no_sense_are_one_line_or_a_value(key):
     "objective.log_ratio_clamp=-1", "evals.max_new_tokens=1000000000",
     "total_steps=-1", "ratio.rungs=0.1,2", "evals.ratios=0.1,0",
     "evals.seeds=0,-1", "prepare.clips=1,2,-3,4", "blind.threshold=7",
-    "ckpt.exit_code=256", "mesh.map=map", "table.tflops=0",
     "optimizer.average=1", "optimizer.average=-0.5",
+    "ckpt.exit_code=256", "mesh.map=map", "table.tflops=0", "evals.rule=x",
+    "evals.template=x", "data.reader=x", "data.on_missing=count",
+    "evals.on_missing=skip", "data.on_bad_row=x", "evals.on_bad_row=count",
+    "evals.select_on=test", "rollout.marking=x", "optimizer.schedule=x",
+    "sampling.frame_cap=x", "tfds.name=x", "data.reader=", "data.root=a\0b",
+    "evals.policies=a,\0",
   ],
 )  # fmt: skip
 def test_a_senseless_override_names_key_and_need(text):
   key, _, _ = text.partition("=")
   with pytest.raises(errors.UserError, match=rf"^config\.{key}.*must be"):
     config_lib.replace(base_config.get_config(), {}, [text])
+
+
+def test_a_choice_that_may_be_empty_says_so():
+  for key, told in (("rule", "paper, lmms-0.7.3, own"), ("select_on", "none")):
+    with pytest.raises(errors.UserError) as caught:
+      config_limits.check({"evals": {key: "x"}})
+    may = ", or empty" if key == "rule" else ""
+    assert str(caught.value).endswith(f"{told}{may}"), caught.value
+  config_limits.check({"evals": {"rule": "", "template": ""}})
+
+
+def test_a_group_without_keys_is_no_value():
+  with pytest.raises(errors.UserError) as caught:
+    config_lib.replace(base_config.get_config(), {}, ["evals.candidates=3"])
+  assert str(caught.value) == (
+    "config key 'evals.candidates' is a group, not a value: name its keys in a"
+    " config file"
+  )
 
 
 def test_edges_of_sense_are_accepted():

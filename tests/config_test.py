@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -42,6 +43,19 @@ def path(tmp_path):
   path = tmp_path / "run.py"
   path.write_text(_FILE)
   return path
+
+
+def test_what_cannot_be_a_config_is_one_line(tmp_path):
+  os.mkfifo(tmp_path / "pipe.json")
+  os.mkfifo(tmp_path / "pipe.py")
+  (tmp_path / "folder.json").mkdir()
+  (tmp_path / "folder.py").mkdir()
+  os.symlink("nowhere", tmp_path / "link.py")
+  os.symlink("loop.json", tmp_path / "loop.json")
+  names = [*os.listdir(tmp_path), "n" * 300, "n" * 300 + ".py", "a/" * 3000]
+  for name in [*names, "n" * 300 + ".json"]:
+    with pytest.raises(errors.UserError, match=name[:100]):
+      config_lib.load(f"{tmp_path}/{name}")
 
 
 @pytest.mark.parametrize(
@@ -328,6 +342,11 @@ def test_an_old_spelling_of_a_flag_tells_the_new_one(path):
     ("--config.evals.ratoi=1", "'evals.ratoi'; nearest: evals.ratios"),
     ("--ratio=x", "--ratio=x is not a number .it is 0.02 now"),
     ("--to=nowhere", "--to=nowhere: choose here or there"),
+    ("--to=a\0b", r"--to is 'a\\x00b'; it must be a text without NUL"),
+    ("--config=a\0b.json", "--config is .* without NUL"),
+    ("--many=0", "--many is 0; it must be a whole number at least 1"),
+    ("--many=9999999999", "--many is 9999999999; .* at most 2147483647"),
+    ("--free=-inf", "--free is -inf; it must be a number"),
   ],
 )
 def test_a_mistyped_flag_names_the_nearest(path, word, match):
@@ -336,6 +355,8 @@ def test_a_mistyped_flag_names_the_nearest(path, word, match):
     {
       "ratio": command.Flag("", "sampling.ratio"),
       "to": command.Flag("", choices=("here", "there")),
+      "many": command.Flag("", default=1, least=1),
+      "free": command.Flag("", default=0.5),
     },
   )
   with pytest.raises(errors.UserError, match=match):

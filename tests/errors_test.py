@@ -9,6 +9,8 @@ import textwrap
 
 import pytest
 
+from cacovid_jax import errors
+
 _MAIN = textwrap.dedent("""
   import errno
   from cacovid_jax import command, errors
@@ -46,8 +48,8 @@ def test_a_full_disk_is_one_line(tmp_path):
   done = _run("full", f"--workdir={tmp_path}")
   log = tmp_path / "error.log"
   assert done.stderr == (
-    "error: /data/x.bin: No space left on device; free space or choose another"
-    f" workdir (full log: {log})\n"
+    "error: /data/x.bin: No space left on device; free some space and go on:"
+    f" what was written before is still there (full log: {log})\n"
   )
   assert done.returncode == 2
   text = log.read_text()
@@ -68,9 +70,16 @@ def test_a_workdir_that_cannot_hold_the_log_is_named(tmp_path):
   gone = tmp_path / "gone"
   done = _run("bare", f"--workdir={gone}", TMPDIR=str(tmp_path))
   assert done.stderr.startswith(
-    f"error: {gone}: Read-only file system; choose another workdir (full log: "
+    f"error: {gone}: Read-only file system; see to its folder and permissions,"
+    " or choose another place (full log: "
   )
   assert done.returncode == 2 and not gone.exists()
+
+
+def test_a_long_line_loses_its_middle():
+  line = errors.one_line(ValueError("first " + "n" * 10_000 + " last"))
+  assert line.startswith("first n") and line.endswith("n last")
+  assert " ... " in line and len(line) < 2100
 
 
 @pytest.mark.parametrize(

@@ -51,12 +51,13 @@ def test_a_damaged_file_is_kept_aside_and_its_sound_rows_are_kept(
   with caplog.at_level(logging.WARNING):
     assert metrics.read(tmp_path) == [*rows, last]
     assert path.read_bytes() == data and not aside.exists()
+    assert "3 lines have no checksum" in caplog.messages[-1]
+    assert metrics.read(tmp_path) == [*rows, last]
     caplog.clear()
     with metrics.MetricsWriter(tmp_path, 4, tensorboard=False):
       pass
-  first, second = caplog.messages
-  assert f"{path}: 4 lines damaged or cut off, kept in {aside}" in first
-  assert "3 lines have no checksum" in second
+  [told] = caplog.messages  # Of the checksums it was said before.
+  assert f"{path}: 4 lines damaged or cut off, kept in {aside}" in told
   assert aside.read_bytes() == data + b"\n"
   caplog.clear()
   assert metrics.read(tmp_path) == rows and not caplog.messages

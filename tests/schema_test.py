@@ -1,6 +1,7 @@
 """What is wrong with data is one line with the file, the key and the need."""
 
 import json
+import os
 
 import msgspec
 import pytest
@@ -86,9 +87,19 @@ def test_a_line_and_a_missing_file_are_named(tmp_path):
     schema.read(path, str, "cut it", most_bytes=100)
 
 
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+  os.mkfifo(tmp_path / "pipe.json")
+  for path in (tmp_path, tmp_path / "pipe.json", "/dev/zero"):
+    for read in (schema.read, lambda path: list(schema.lines(path))):
+      with pytest.raises(errors.UserError, match=f"{path}: not readable"):
+        read(path)
+
+
 @pytest.mark.parametrize(
   ("kind", "value", "needs"),
   [
+    (schema.Text, "a\0b", "a text without NUL"),
+    (schema.Text, 3, "a text"),
     (schema.Share, 0, "a number above 0 and at most 1"),
     (schema.Share, float("nan"), "a number above 0 and at most 1"),
     (schema.Fraction, -0.1, "a number at least 0 and at most 1"),

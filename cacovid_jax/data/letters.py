@@ -10,7 +10,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 
-from cacovid_jax import errors
+from cacovid_jax import config_limits, errors
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import rewards
 
@@ -96,6 +96,31 @@ _NAMED = re.compile(
 # A letter that stands alone; "A cat" and "I see" are words.
 _ALONE = re.compile(r"(?<!\w)(?![AI]\s+(?!or\b|and\b)[a-z])([A-Z])(?![\w'’])")
 
+# What denies an option behind it, or before it.
+_NOT = (
+  r"(?i:\b(?:not|cannot|\w+n['’]t|nor|neither|nicht|pas|rather than|instead of"
+  r"|other than|except|all but)\s+(?:(?:the|be|choose|pick|select|take|option"
+  r"|answer|choice)\s+)*|不是|不选)"
+)
+_WRONG = r"(?:not|wrong|incorrect|false|untrue|ruled out|excluded|impossible)\b"
+
+
+def _affirmed(text: str, options: Sequence[str]) -> str:
+  """Returns a text without the letters and options that it denies."""
+
+  def any_of(names):
+    names = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+    return f"(?i:{names})" if names else "(?!)"
+
+  options = {option.strip() for option in options} - {""}
+  # An option such as "not red" means what it says.
+  own = any_of(x for x in options if re.search(rf"{_NOT}|(?i:{_WRONG})", x))
+  one = rf"\W?(?<!\w)(?:[A-Z]|{any_of(options)})(?!\w)[)\"'’*]*"
+  some = rf"{one}(?:\s+(?:or|and|nor)\s+{one}){{0,8}}"
+  is_wrong = rf"(?i:(?:is|was|are|were)(?:n['’]t\b|\s+(?!{own}){_WRONG}))"
+  denied = rf"(?P<own>{own})|{_NOT}{some}|{some}\s+(?:{is_wrong}|cannot\b)"
+  return re.sub(denied, lambda found: found["own"] or " ", text)
+
 
 def read_own(
   text: str, letters: str, options: Sequence[str] = ()
@@ -109,7 +134,7 @@ def read_own(
   """
   text = question_lib.extract_answer(text)
   text = unicodedata.normalize("NFKC", text).strip()
-  found = {}
+  text, found = _affirmed(text, options).strip(), {}
   if match := re.fullmatch(r"[\W_]*([A-Za-z])[\W_]*", text):
     found["letter"] = match.group(1)
   elif match := re.match(r"[\W_]*([A-Za-z])[.):]\s*\S", text):
@@ -154,11 +179,9 @@ def extract_own(text: str, letters: str, options: Sequence[str] = ()) -> str:
   return read_own(text, letters, options)[0]
 
 
-EXTRACTORS: dict[str, Callable[..., str]] = {
-  "paper": first,
-  "lmms-0.7.3": extract_lmms,
-  OWN: extract_own,
-}
+EXTRACTORS: dict[str, Callable[..., str]] = dict(
+  zip(config_limits.RULES, (first, extract_lmms, extract_own), strict=True)
+)
 
 
 def check_rule(rule: str) -> None:

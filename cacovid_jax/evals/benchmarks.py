@@ -207,7 +207,7 @@ def load(
   directory = pathlib.Path(directory)
   found = task(benchmark)
   split = split or found.default_split
-  if not directory.is_dir():
+  if not os.path.isdir(directory):
     mend = "make it with `python -m cacovid_jax.prepare` or give another --data"
     if benchmark != PREPARED:
       mend = f"give the folder that holds {benchmark} as --data"
@@ -223,7 +223,7 @@ def load(
     questions = _restyled(questions, style, benchmark)
     return Benchmark(name=benchmark, questions=questions, decisive={}, **told)
   path = directory / f"{split}.parquet"
-  if not path.is_file():
+  if not os.path.isfile(path):
     splits = sorted(path.stem for path in directory.glob("*.parquet"))
     raise errors.UserError(
       f"{directory} has no {path.name}; its splits:"
@@ -258,12 +258,12 @@ def _restyled(questions, style: str, benchmark: str):
 
 
 def _read_manifest(path: pathlib.Path) -> dict:
-  return schema.read(path, dict, _AGAIN) if path.is_file() else {}
+  return schema.read(path, dict, _AGAIN) if os.path.isfile(path) else {}
 
 
 def _read_decisive(path: pathlib.Path, questions) -> dict[str, tuple[int, ...]]:
   """Returns the decisive tokens of the given questions."""
-  if not path.is_file():
+  if not os.path.isfile(path):
     return {}
   wanted = {question.id for question in questions}
   found = evidence.read(path, _AGAIN)

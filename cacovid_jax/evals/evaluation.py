@@ -11,6 +11,7 @@ Several processes may share a workdir, see `shards`.
 """
 
 import dataclasses
+import os
 import pathlib
 import sys
 from collections.abc import Callable, Mapping
@@ -70,14 +71,6 @@ def evaluate(
 def check(config) -> None:
   """Refuses what is wrong with config.evals whatever the data and the model."""
   evals = config.evals
-  for key, values in (
-    ("select_on", ("validation", "none")),
-    ("on_missing", ("raise", "count")),
-  ):
-    if evals[key] not in values:
-      raise errors.UserError(
-        f"evals.{key}={evals[key]!r}: use {' or '.join(values)}"
-      )
   if not evals.seeds:
     raise errors.UserError("no evaluation seed given; for example seeds=0")
   specs = (*evals.methods, *evals.oracles)
@@ -87,6 +80,9 @@ def check(config) -> None:
     raise errors.UserError(f"method {twice[0]!r} is listed twice")
   if not labels:
     raise errors.UserError("no method given; for example methods=random")
+  curves = os.path.join(evals.metrics, metrics.FILE)
+  told = f"there is no {curves}; name a training workdir, or leave it empty"
+  errors.check(not evals.metrics or os.path.isfile(curves), told)
 
 
 def _evaluate(experiment):
@@ -384,6 +380,6 @@ def _curves(experiment) -> list[dict[str, Any]]:
   for spec in list(experiment.policy_paths.values())[:1]:
     path = pathlib.Path(loading.split(spec)[0])
     for folder in (path, *path.parents[:2]):
-      if (folder / metrics.FILE).is_file():
+      if os.path.isfile(folder / metrics.FILE):
         return metrics.read(folder)
   return []

@@ -56,12 +56,12 @@ class FrameManifest:
     self._own, self._given = _File(path, num_frames), _File(given, num_frames)
     self._has_given = bool(given)
     if given:
-      if not self._given.path.is_file():
+      if not os.path.isfile(given):
         raise errors.UserError(
           f"there is no frame manifest {given}; give the {FILE} of a run"
         )
       self._given.read()
-    if self._own.path.is_file():
+    if os.path.isfile(path):
       with files.claim(self._own.path, wait=True):
         self._own.update()
       for name in sorted(self._own.entries.keys() & self._given.entries.keys()):
@@ -164,7 +164,7 @@ class _File:
 
   def update(self) -> None:
     """Takes what stands behind what was read; the caller has claimed it."""
-    if not self.path.is_file():
+    if not os.path.isfile(self.path):
       return
     with open(self.path, "rb") as file:
       written_anew = os.fstat(file.fileno()).st_ino != self._inode

@@ -29,7 +29,6 @@ REPEATS = command.Flag(
   "Runs that a time is the median of.",
   "table.repeats",
   old=("timing_repeats", "timed_runs"),
-  least=1,
 )
 
 

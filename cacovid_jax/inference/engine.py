@@ -52,10 +52,7 @@ class Settings:
           f"evals.{field}={getattr(self, field)} must be at least 1"
         )
     rewards.check_words(self.rouge)
-    if self.rule not in letters.EXTRACTORS:
-      raise errors.UserError(
-        f"evals.rule={self.rule!r}: use {' or '.join(letters.EXTRACTORS)}"
-      )
+    letters.check_rule(self.rule)
 
 
 class AnswerResult(NamedTuple):

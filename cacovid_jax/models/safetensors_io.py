@@ -113,6 +113,8 @@ def weight_files(directory):
 def list_tensors(path):
   """Returns the `Tensor`s of one file in the order of their bytes."""
   try:
+    if os.path.exists(path) and not os.path.isfile(path):
+      raise OSError("it is no file")  # A pipe would be waited for.
     # The library checks the header against the file's size; offsets, which it
     # does not tell, are then safe to take from the header as they stand.
     with safetensors.safe_open(path, framework="np"), open(path, "rb") as file:

@@ -17,7 +17,7 @@ import sys
 
 import jax
 
-from cacovid_jax import command, errors
+from cacovid_jax import command, errors, terminal
 
 COMMAND = command.Command(
   __doc__,
@@ -57,11 +57,11 @@ def check(folder):
 def report(folder, found) -> bool:
   """Prints a table of stages; returns whether all are within tolerance."""
   width = max([len("stage"), *(len(stage.name) for stage in found)])
-  print(f"\n{folder}")
+  terminal.tell(f"\n{folder}")
   print(f"{'stage':{width}}  max abs error  tolerance  verdict")
   for name, error, tolerance, ok in found:
     verdict = "ok" if ok else "MISS"
-    print(f"{name:{width}}  {error:13.3e}  {tolerance:9.1e}  {verdict}")
+    terminal.tell(f"{name:{width}}  {error:13.3e}  {tolerance:9.1e}  {verdict}")
   missed = sum(not stage.ok for stage in found)
   print(f"{len(found) - missed} of {len(found)} stages within tolerance")
   return bool(found) and not missed

@@ -37,17 +37,26 @@ STAGE_TOLERANCE, LOGITS_TOLERANCE = 2e-5, 1e-4
 RESIDUAL_TOLERANCE = 3e-5
 _SCALE = 8.0
 
-# Names of arrays; the stages of LLaVA-OneVision's tower apart.
-_TOWER_STAGES = """vision_embeddings vision_tower_output projected_features
-  pooled_features""".split()
-_DROPPED_ARRAYS = """dropped_keep_index dropped_last_hidden_state
-  dropped_logits""".split()
-_DECODER_ARRAYS = """pixel_values_videos video_features input_ids attention_mask
-  position_ids inputs_embeds hidden_states last_hidden_state logits
-  generated_ids""".split()
-_QWEN2_5_VL_ARRAYS = """video_grid_thw second_per_grid_ts patch_embed
-  window_index cu_window_seqlens vision_tower_output rope_deltas v4_position_ids
-  v4_rope_deltas v4_last_hidden_state v4_logits""".split()
+# Arrays and how many axes they have; the stages of LLaVA-OneVision's tower
+# apart.
+_TOWER_STAGES = dict(
+  vision_embeddings=3, vision_tower_output=3, projected_features=3,
+  pooled_features=3,
+)  # fmt: skip
+_DROPPED_ARRAYS = dict(
+  dropped_keep_index=1, dropped_last_hidden_state=3, dropped_logits=3
+)
+_DECODER_ARRAYS = dict(
+  pixel_values_videos=5, video_features=3, input_ids=2, attention_mask=2,
+  position_ids=2, inputs_embeds=3, hidden_states=4, last_hidden_state=3,
+  logits=3, generated_ids=2,
+)  # fmt: skip
+_QWEN2_5_VL_ARRAYS = dict(
+  pixel_values_videos=2, video_features=2, position_ids=3, video_grid_thw=2,
+  second_per_grid_ts=1, patch_embed=2, window_index=1, cu_window_seqlens=1,
+  vision_tower_output=2, rope_deltas=2, v4_position_ids=3, v4_rope_deltas=2,
+  v4_last_hidden_state=3, v4_logits=3,
+)  # fmt: skip
 
 
 def check(folder):
@@ -99,13 +108,16 @@ class _Run:
   def __init__(self, model, params, golden):
     self.model, self.params, self.golden = model, params, golden
     self.one_grid = model.processor.one_grid
-    needed = [*_DECODER_ARRAYS, *_QWEN2_5_VL_ARRAYS]
+    needed = _DECODER_ARRAYS | _QWEN2_5_VL_ARRAYS
     if self.one_grid:
-      needed = [*_DECODER_ARRAYS, *_TOWER_STAGES, *_DROPPED_ARRAYS]
-    if missing := [name for name in needed if name not in golden]:
-      raise errors.UserError(
-        f"golden.npz lacks {', '.join(missing)}; make the golden file again"
-      )
+      needed = _DECODER_ARRAYS | _TOWER_STAGES | _DROPPED_ARRAYS
+    for name, axes in needed.items():
+      found = golden.get(name, np.array(None))
+      if found.ndim != axes or found.dtype.kind not in "biuf":
+        raise errors.UserError(
+          f"golden.npz lacks {name}, numbers along {axes} axes; make the golden"
+          " file again"
+        )
     self.stages = []
     # Compiled once for all prompts of a shape.
     forward = jax.jit(functools.partial(model.forward, want_hidden=True))

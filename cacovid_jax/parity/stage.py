@@ -1,5 +1,6 @@
 """One compared stage of a parity check, as every golden checker reports it."""
 
+import tokenize
 import zipfile
 import zlib
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from cacovid_jax import errors
 # Raised for an archive, or the head of an array in it, that is damaged.
 _UNREADABLE = (OSError, ValueError, TypeError, EOFError, LookupError)
 _UNREADABLE += (RuntimeError, MemoryError, zlib.error, zipfile.BadZipFile)
+_UNREADABLE += (tokenize.TokenError,)
 
 
 class Stage(NamedTuple):
@@ -51,7 +53,11 @@ def read(path):
   """Returns {name: array} of a golden .npz file."""
   try:
     with np.load(path, allow_pickle=False) as file:
-      return dict(file)
+      found = dict(file)
+      for name, array in found.items():
+        if np.asarray(array).dtype.kind not in "biufU":
+          raise ValueError(f"{name} holds no numbers")
+      return found
   except _UNREADABLE as error:
     raise errors.UserError(
       f"{path} cannot be read ({errors.one_line(error)}); make the golden file"

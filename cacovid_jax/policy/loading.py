@@ -33,7 +33,6 @@ import jax
 import jax.numpy as jnp
 import msgspec
 import numpy as np
-import safetensors.numpy
 from flax import traverse_util
 
 from cacovid_jax import config_limits, errors, extensions, files, schema
@@ -167,7 +166,7 @@ def has_policy(spec: str | os.PathLike) -> bool:
 def _find_policy(path: pathlib.Path) -> pathlib.Path | None:
   names = ("best.safetensors", "policy.safetensors")
   inside = [path / part / name for part in ("", "policy") for name in names]
-  found = next(filter(pathlib.Path.is_file, (path, *inside)), None)
+  found = next(filter(os.path.isfile, (path, *inside)), None)
   # The public release keeps it among the base model's weights.
   return found or (path if _released(path) else None)
 
@@ -269,11 +268,6 @@ def read(path):
         f"{path}: no tensor of it begins with {checkpoints.POLICY_PREFIX}; name"
         " a checkpoint that holds a policy, or a policy's file"
       )
-    return {tensor.name: np.array(tensor.view()) for tensor in found}
-  try:
-    return safetensors.numpy.load_file(path)
-  except (OSError, safetensors.SafetensorError) as error:
-    raise errors.UserError(
-      f"{path}: cannot be read as safetensors ({error}); name a file that "
-      "training or the public release wrote"
-    ) from error
+  else:
+    found = safetensors_io.list_tensors(path)
+  return {tensor.name: np.array(tensor.view()) for tensor in found}

@@ -21,11 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cacovid_jax import errors
+from cacovid_jax import config_limits, errors
 from cacovid_jax.models import token_grid
 from cacovid_jax.policy import diversity, network
-
-FRAME_CAPS = ("per_frame", "public")
 
 
 class Modes(NamedTuple):
@@ -280,20 +278,12 @@ def _numbers(sampler) -> SamplingConfig:
   return sampler if isinstance(sampler, SamplingConfig) else SamplingConfig()
 
 
+@functools.cache
 def _check_config(config):
-  def check(name, holds, told):
-    value = getattr(config, name)
-    if not holds(value):
-      raise errors.UserError(f"sampling.{name}={value!r}{told}")
-
-  known = f": choose one of {', '.join(FRAME_CAPS)}"
-  check("frame_cap", lambda x: x in FRAME_CAPS, known)
-  told = " must be a positive multiple of 4"
-  check("num_combinations", lambda n: n >= 4 and not n % 4, told)
-  # Capped probabilities could not sum to one.
-  for name in ("max_group_prob", "max_frame_prob", "group_size"):
-    check(name, lambda x: x >= 1, " must be at least 1")
-  check("frame_ratio", lambda x: 0 < x <= 1, " is outside (0, 1]")
+  config_limits.check({"sampling": dataclasses.asdict(config)})
+  if config.num_combinations % 4:
+    told = f"sampling.num_combinations={config.num_combinations}"
+    raise errors.UserError(f"{told} must be a multiple of 4")
 
 
 def capped_distribution(probs, cap):

@@ -26,7 +26,7 @@ import numpy as np
 import rich.table
 from jax.sharding import Mesh
 
-from cacovid_jax import command, errors, files, terminal
+from cacovid_jax import command, config_limits, errors, files, terminal
 from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax import progress as progress_lib
@@ -49,11 +49,7 @@ COMMAND = command.Command(
     ),
     "out": command.Flag("JSON file to write.", "blind.out"),
     "batch_size": command.Flag("Questions asked at once.", "blind.batch_size"),
-    "dtype": command.Flag(
-      "Of weights and computation.",
-      "model.dtype",
-      choices=("bfloat16", "float32"),
-    ),
+    "dtype": command.Flag("Of weights and computation.", "model.dtype"),
     **command.aliases(
       "blind",
       max_new_tokens="Longest answer in tokens, as in training.",
@@ -85,13 +81,7 @@ class BlindSettings:
   threshold: float = 1.0
 
   def __post_init__(self):
-    for name in ("batch_size", "max_new_tokens"):
-      if getattr(self, name) < 1:
-        raise errors.UserError(f"{name}={getattr(self, name)}: give at least 1")
-    if not 0 < self.threshold <= 1:
-      raise errors.UserError(
-        f"threshold={self.threshold}: give a reward above 0, at most 1"
-      )
+    config_limits.check({"blind": dataclasses.asdict(self)})
 
 
 def ask(

@@ -9,16 +9,8 @@ TRAIN = command.Flag(
   "Files of Video-R1, comma-separated, below data.root or absolute.",
   "data.train_file",
 )
-ON_MISSING = command.Flag(
-  "What to do with a missing clip.",
-  "data.on_missing",
-  choices=("raise", "skip"),
-)
-ON_BAD_ROW = command.Flag(
-  "What to do with a malformed row.",
-  "data.on_bad_row",
-  choices=("raise", "skip"),
-)
+ON_MISSING = command.Flag("What to do with a missing clip.", "data.on_missing")
+ON_BAD_ROW = command.Flag("What to do with a malformed row.", "data.on_bad_row")
 # Of `command.Command`: the files have to be named.
 DEFAULTS = {"data.train_file": ""}
 

@@ -18,14 +18,13 @@ from cacovid_jax import progress as progress_lib
 from cacovid_jax.data import tfds as tfds_lib
 from cacovid_jax.preparation import rows as rows_lib
 
-_NAMES = ("video_r1", "video_r1_filtered")
 COMMAND = command.Command(
   __doc__,
   {
     "train": rows_lib.TRAIN,
     "media": command.Flag("Folder of the clips.", "data.media"),
     "out": command.Flag("Folder that the data set goes below.", "tfds.out"),
-    "name": command.Flag("Of the data set.", "tfds.name", choices=_NAMES),
+    "name": command.Flag("video_r1 or video_r1_filtered.", "tfds.name"),
     "split": command.Flag("Name of the split.", "data.train_split"),
     "embed": command.Flag("Store the clips in the records.", "tfds.embed"),
     "on_bad_row": rows_lib.ON_BAD_ROW,

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cacovid_jax import config_limits, errors
+from cacovid_jax import config_limits
 from cacovid_jax.parallel import mesh as mesh_lib
 
 # Top-level parameter names of the policy. Anything else, a user's own module
@@ -27,7 +27,6 @@ _NO_DECAY = re.compile(r"(^|/)[^/]*norm[^/]*(/|$)|(^|/)(bias|scale)$")
 # "cosine" is one decay to 0 over the run. "cosine_repeated" is what the public
 # code does: its horizon counts videos while each of their I iterations moves it
 # on, so that the rate is 0 after 1/I of the run, full after 2/I, and so on.
-SCHEDULES = ("cosine", "cosine_repeated")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,11 +43,6 @@ class OptimizerConfig:
 
   def __post_init__(self):
     config_limits.check({"optimizer": dataclasses.asdict(self)})
-    if self.schedule not in SCHEDULES:
-      raise errors.UserError(
-        f"optimizer.schedule={self.schedule!r}: choose one of"
-        f" {', '.join(SCHEDULES)}"
-      )
 
 
 def _map_named(function, params):

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from cacovid_jax import errors
+from cacovid_jax import config_limits, errors
 from cacovid_jax.models import token_grid
 from cacovid_jax.policy import sampling
 
@@ -171,16 +171,13 @@ def _moved(ratios: Sequence[float], rung: int, factor: float) -> int:
 
 
 def _check(config: RatioConfig) -> None:
+  config_limits.check({"ratio": dataclasses.asdict(config)})
   rungs, low, high = tuple(config.rungs), config.low, config.high
   if not rungs or tuple(sorted(set(rungs))) != rungs:
     raise errors.UserError(f"ratio.rungs={rungs} must rise, none twice")
-  if rungs[0] <= 0 or rungs[-1] > 1:
-    raise errors.UserError(f"ratio.rungs={rungs} must lie in (0, 1]")
   if config.start not in rungs:
     raise errors.UserError(
       f"ratio.start={config.start} is no rung; choose one of {rungs}"
     )
-  if not 0 <= low < high <= 1:
-    raise errors.UserError(
-      f"ratio.low={low} and ratio.high={high} must satisfy 0 <= low < high <= 1"
-    )
+  if low >= high:
+    raise errors.UserError(f"ratio.low={low} must be below ratio.high={high}")

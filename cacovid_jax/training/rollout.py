@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cacovid_jax import errors
+from cacovid_jax import config_limits, errors
 from cacovid_jax.data import rewards
 
 
@@ -34,14 +34,8 @@ class RolloutConfig:
         f"rollout.reward={self.reward!r}: choose one of {tuple(REWARDS)}, or"
         " name your own as path/to/file.py:name"
       )
-    if self.marking not in ("auto", "device", "host"):
-      raise errors.UserError(
-        f"rollout.marking={self.marking!r}: choose auto, device or host"
-      )
-    if self.max_new_tokens < 1:
-      raise errors.UserError(
-        f"rollout.max_new_tokens={self.max_new_tokens}: at least 1 is needed"
-      )
+    ranged = {"marking": self.marking, "max_new_tokens": self.max_new_tokens}
+    config_limits.check({"rollout": ranged})
     on_host = getattr(self.function, "on_host", False)
     if on_host and self.marking == "device":
       raise errors.UserError(

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cacovid_jax import command, errors, files
+from cacovid_jax import command, errors, files, terminal
 from cacovid_jax import progress as progress_lib
 from cacovid_jax.data import answer_log
 from cacovid_jax.evals import tables
@@ -87,7 +87,7 @@ def main(args) -> int:
       soak(name, where, rows, args.seed, args.count or SECTIONS[name].count)
     text = table(rows)
   files.write(where.workdir / "table.md", text)
-  print(text, end="")
+  terminal.tell(text.rstrip())
   return int(any(row["faults"] for row in rows.values()))
 
 
@@ -114,7 +114,7 @@ def _measured(name, where, rows, key, most) -> dict[str, Any] | None:
   if found is None:
     return None
   for fault in found["told"]:
-    print(f"{name} {number}: {fault}", flush=True)
+    terminal.tell(f"{name} {number}: {fault}")
   found["seconds"] = time.monotonic() - start
   found["date"] = time.strftime("%Y-%m-%d")
   return reporting.once(rows, key, lambda: found)

@@ -51,6 +51,23 @@ OPTIONS = ("red", "dark red", "a blue cat", "green")
     ("A or B", "", ""),
     ("A cat is seen", "", ""),
     ("reddish", "", ""),
+    ("Option A is wrong. It is green.", "D", "option"),
+    ("Option A is wrong. It is green or dark red.", "", ""),
+    ("Option A is wrong.", "", ""),
+    ("A is incorrect", "", ""),
+    ("A isn't right. Answer: C", "C", "named"),
+    ("A is not the answer, B is", "B", "named"),
+    ("not B", "", ""),
+    ("It is not (B); it's green", "D", "option"),
+    ("It is not red, it is green", "D", "option"),
+    ("It is not dark red", "", ""),
+    ("I don't choose B", "", ""),
+    ("Neither A nor B, but D", "D", "alone"),
+    ("The answer is not A or B, so C.", "C", "alone"),
+    ("The answer is C, not B", "C", "named"),
+    ("I choose B rather than green", "B", "alone"),
+    ("All but B", "", ""),
+    ("答案不是B", "", ""),
     ("E", "", ""),
     ("Answer: F", "", ""),
     ("nothing of these", "", ""),
@@ -82,10 +99,21 @@ def test_the_rule_of_own_videos(text, letter, how):
     (("हाँ", "नहीं"), "नहीं", "B"),
     (("ＡＢＣ株式会社", "その他"), "ABC株式会社です", "A"),
     (("x", "x y"), "x y", "B"),
+    # What an option itself denies is no denial.
+    (("He runs", "He does not run"), "He does not run.", "B"),
+    (("open", "not open"), "It is not open", "B"),
+    (("True", "False"), "B is False", "B"),
+    (("yes", "no"), "No, it is not.", "B"),
+    (("a (b", "c*"), "not a (b, c*", "B"),
   ],
 )
 def test_the_options_text_in_any_script(options, text, letter):
   assert letters.extract_own(text, "ABC"[: len(options)], options) == letter
+
+
+def test_a_long_answer_is_read_soon():
+  assert letters.extract_own("A or " * 20_000 + "C", "ABC") == ""
+  assert letters.extract_own("not the " * 20_000 + "C", "ABC") == ""
 
 
 def test_other_rules_are_what_they_were():

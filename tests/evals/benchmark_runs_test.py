@@ -129,8 +129,8 @@ def test_missing_clips_are_named_before_anything_is_asked(
   assert out["vanilla"]["by_duration"]["medium"] == {"accuracy": 0, "n": 2}
   (entry,) = out["unreadable"]
   assert (entry["video"], entry["questions"]) == ("data/clip_1.mp4", 2)
-  with pytest.raises(errors.UserError, match="on_missing='skip': use raise"):
-    evaluation.check(request_of("videomme", workdir, on_missing="skip").config)
+  with pytest.raises(errors.UserError, match="must be one of raise, count"):
+    request_of("videomme", workdir, on_missing="skip")
 
 
 def test_damaged_pictures_are_told_everywhere(request_of, tmp_path, caplog):

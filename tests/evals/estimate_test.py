@@ -201,9 +201,9 @@ def test_mistakes_are_named(tmp_path):
   experiment = experiment_lib.Experiment.from_config(config)
   with pytest.raises(errors.UserError, match="no config.json in .*--config"):
     estimate.without_weights(experiment)
-  for values, name in (((0.0, 1.0), "tflops"), ((1.0, math.inf), "gbps")):
-    with pytest.raises(errors.UserError, match=f"--{name}"):
-      estimate.speed_of(table(*values), "float32")
+  for name, value in (("tflops", 0.0), ("gbps", math.inf)):
+    with pytest.raises(errors.UserError, match=f"table.{name} is .* above 0"):
+      config_lib.replace(config, {f"table.{name}": value})
 
 
 def table(tflops, gbps):

@@ -115,8 +115,5 @@ def test_missing_clips_are_counted_before_training_starts(tmp_path):
 
 
 def test_a_reader_that_there_is_not(tmp_path):
-  config = config_lib.load(
-    f"{CONFIG}:data={tmp_path}", ["data.reader=video-r2"]
-  )
-  with pytest.raises(errors.UserError, match="choose video-r1 or own"):
-    experiment.read_questions(config)
+  with pytest.raises(errors.UserError, match="must be one of video-r1, own"):
+    config_lib.load(f"{CONFIG}:data={tmp_path}", ["data.reader=video-r2"])

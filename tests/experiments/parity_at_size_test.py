@@ -67,5 +67,5 @@ def test_earlier_spellings_are_taken_for_another_version(capsys):
   args = parity_at_size.COMMAND.parse(["parity_at_size", *words])
   assert (args.size, args.torch_device, args.layers) == ("qvl-3b", "cuda", 2)
   assert "hint: --full_size is --size now" in capsys.readouterr().err
-  with pytest.raises(errors.UserError, match="--layers=0: give a number of"):
+  with pytest.raises(errors.UserError, match="--layers is 0; .* at least 1"):
     parity_at_size.COMMAND.parse(["parity_at_size", "--layers=0"])

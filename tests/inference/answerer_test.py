@@ -478,6 +478,13 @@ def test_command(checkpoint_dir, policy, clip, tmp_path, capsys):
   assert report.is_file() and str(report) in out
 
 
+@pytest.mark.parametrize("name", ["video", "question", "methods", "ratios"])
+def test_command_refuses_what_is_empty(name):
+  words = ["--video=a.mp4", "--question=What?", f"--{name}="]
+  with pytest.raises(errors.UserError, match=f"which {name}: add --{name}"):
+    command.main(command.COMMAND.parse(["answer", *words]))
+
+
 def test_command_says_what_is_missing():
   done = subprocess.run(
     [sys.executable, "-m", "cacovid_jax.answer", "--video=clip.mp4"],

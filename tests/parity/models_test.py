@@ -146,6 +146,14 @@ class GoldenTest(absltest.TestCase):
     np.savez(os.path.join(lacking, "golden.npz"), logits=np.zeros(3))
     with self.assertRaisesRegex(errors.UserError, "lacks pixel_values_videos"):
       __main__.check(lacking)
+    with np.load(os.path.join(FOLDER, "golden.npz")) as file:
+      arrays = dict(file)
+    for name, other in (("input_ids", np.array(1)), ("logits", np.array("x"))):
+      np.savez(os.path.join(lacking, "golden.npz"), **arrays | {name: other})
+      with self.assertRaisesRegex(
+        errors.UserError, f"lacks {name}, .* axes; make"
+      ):
+        __main__.check(lacking)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import shutil
+import zipfile
 
 import numpy as np
 import pytest
@@ -232,6 +233,23 @@ def test_a_file_of_another_format_is_refused(arrays, named, tmp_path):
 def test_a_file_that_is_no_archive_is_refused(tmp_path):
   (tmp_path / "select.npz").write_bytes(b"PK\x03\x04 not an archive")
   with pytest.raises(errors.UserError, match="cannot be read"):
+    policy.check(tmp_path)
+
+
+@pytest.mark.parametrize(
+  "content",
+  [
+    b"hello",  # Read as bytes, not as an array.
+    b"\x93NUMPY\x01\x00\x02\x00{\n",
+    b"\x93NUMPY\x01\x00\x88\x13" + b"(" * 4999 + b"\n",
+    b"\x93NUMPY\x01\x00\x3d\x00{'descr': '<M8[s]', 'fortran_order': False,"
+    b" 'shape': (1,)}\n" + b"1" * 8,
+  ],
+)
+def test_a_member_that_is_no_array_is_refused(tmp_path, content):
+  with zipfile.ZipFile(tmp_path / "select.npz", "w") as archive:
+    archive.writestr("a.npy", content)
+  with pytest.raises(errors.UserError, match="select.npz cannot be read"):
     policy.check(tmp_path)
 
 

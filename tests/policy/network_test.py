@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import json
+import os
 import re
 
 import jax
@@ -435,9 +437,16 @@ def test_files_round_trip_and_bad_files_are_refused(config, params, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, back, params)
   assert [p.name for p in tmp_path.iterdir()] == [path.name]
   path.write_bytes(path.read_bytes()[:100])
-  for bad in (path, tmp_path / "absent.safetensors"):
-    with pytest.raises(errors.UserError, match="cannot be read"):
+  os.mkfifo(tmp_path / "pipe")
+  for bad in (path, tmp_path / "absent.safetensors", tmp_path / "pipe"):
+    with pytest.raises(errors.UserError, match="not a readable safetensors"):
       loading.load(bad, policy)
+  # A type that NumPy has not.
+  head = {"w": {"dtype": "F8_E5M2", "shape": [4], "data_offsets": [0, 4]}}
+  head = json.dumps(head).encode()
+  path.write_bytes(len(head).to_bytes(8, "little") + head + b"1234")
+  with pytest.raises(errors.UserError, match="w is F8_E5M2; give float16"):
+    loading.load(path, policy)
 
 
 def test_the_policy_lowers_for_tpu_at_full_size():

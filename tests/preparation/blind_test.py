@@ -294,9 +294,9 @@ def test_rows_with_another_wording_cannot_be_written():
 @pytest.mark.parametrize(
   ("fields", "match"),
   [
-    ({"batch_size": 0}, "batch_size=0"),
-    ({"max_new_tokens": 0}, "max_new_tokens=0"),
-    ({"threshold": 0.0}, "threshold=0.0"),
+    ({"batch_size": 0}, "batch_size is 0"),
+    ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+    ({"threshold": 0.0}, "threshold is 0.0; .* above 0"),
     ({"threshold": 1.5}, "at most 1"),
   ],
 )

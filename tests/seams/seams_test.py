@@ -260,8 +260,8 @@ def test_an_option_that_a_module_lacks_is_one_line(overrides, message):
     ({"sampling.temperatur": 1.0}, "SamplingConfig has no option 'temperatur'"),
     ({"rollout.rewards": "margin"}, "no option 'rewards', the near.* 'reward'"),
     ({"objective.klweight": 1.0}, "the nearest is 'kl_weight'"),
-    ({"sampling.frame_cap": "half"}, "choose one of per_frame, public"),
-    ({"optimizer.schedule": "linear"}, "choose one of cosine, cosine_repeated"),
+    ({"sampling.frame_cap": "half"}, "must be one of per_frame, public"),
+    ({"optimizer.schedule": "linear"}, "one of cosine, cosine_repeated"),
     ({"ratio.adaptive": True}, "rollout.reward=margin is graded"),
   ],
 )

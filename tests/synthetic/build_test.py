@@ -303,3 +303,5 @@ def test_the_command_builds_variants_side_by_side(tmp_path):
   assert refused.returncode == 2
   assert refused.stderr.splitlines()[-1].startswith("error:")
   assert "clips differ" in refused.stderr
+  refused = command(f"--out={tmp_path}", "--variants=")
+  assert refused.returncode == 2 and "add --variants or" in refused.stderr

@@ -87,10 +87,8 @@ def test_missing_clips_stop_the_run_before_its_first_step(folder):
   assert "2 of 4 clips are missing (3 of 5 questions)" in str(error.value)
   assert "config.data.on_missing=skip" in str(error.value)
   assert not (folder / "w" / "left_out.json").exists()
-  with pytest.raises(errors.UserError, match="choose raise or skip"):
-    experiment.read_questions(
-      config(folder, on_bad_row="skip", on_missing="count")
-    )
+  with pytest.raises(errors.UserError, match="must be one of raise, skip"):
+    tiny.experiment_of(config(folder, on_missing="count"))
 
 
 def test_a_folder_without_any_clip_is_never_skipped(folder):

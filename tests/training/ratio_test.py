@@ -82,9 +82,10 @@ def test_fixed_ratio_is_a_ladder_of_one_rung():
   [
     ({"rungs": (0.02, 0.01)}, "must rise"),
     ({"rungs": ()}, "must rise"),
-    ({"rungs": (0.02, 1.5)}, r"\(0, 1\]"),
+    ({"rungs": (0.02, 1.5)}, r"rungs\[1\] is 1.5; it must be .* at most 1"),
     ({"start": 0.03}, "is no rung"),
-    ({"low": 0.9}, "low < high"),
+    ({"low": 0.9}, "low=0.9 must be below ratio.high"),
+    ({"high": float("nan")}, "ratio.high is nan; it must be a number"),
     ({"fixed": 0.001}, "keeps no token"),
   ],
 )

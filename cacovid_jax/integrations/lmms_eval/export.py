@@ -13,7 +13,7 @@ import json
 import os
 import pathlib
 
-from cacovid_jax import command, errors, files
+from cacovid_jax import command, errors, files, terminal
 from cacovid_jax.evals import benchmarks
 from cacovid_jax.integrations.lmms_eval import functions
 
@@ -51,7 +51,7 @@ def main(args):
       raise errors.UserError(f"nothing says which {name}: add --{name}=FOLDER")
   asked = {"benchmark": evals.benchmark, "split": evals.split}
   path = write(data.root, args.out, media=data.media, **asked)
-  print(f"{path} (task {path.stem})")
+  terminal.tell(f"{path} (task {path.stem})")
 
 
 def write(data, out, *, benchmark, split="", media="") -> pathlib.Path:
