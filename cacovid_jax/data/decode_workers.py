@@ -176,11 +176,10 @@ class _Child:
         lines = told.read().decode("utf-8", "replace").split("\n")
         lines = [line for line in lines if line.strip()] or [""]
         raise _no_start(lines[-1]) from None
-      except OSError as error:
+      except BaseException as error:
         self.end()
-        raise _no_start(error.strerror) from error
-      except BaseException:
-        self.end()
+        if isinstance(error, OSError):
+          raise _no_start(error.strerror) from error
         raise
 
   def ask(self, request, path, limits) -> tuple[Exception | None, Any]:
@@ -317,11 +316,9 @@ def serve(descriptor: float, idle_s: float, most: float) -> None:
       here, function, args, kwargs = _receive(parent)
     except (TimeoutError, EOFError, ConnectionError):
       break
-    except OSError as error:
-      _send(parent, _pickled((_no_room(error), None)))
-      continue
     except Exception as error:
-      _send(parent, _pickled((_unsendable(error), None)))
+      told = _no_room if isinstance(error, OSError) else _unsendable
+      _send(parent, _pickled((told(error), None)))
       continue
     with contextlib.suppress(OSError):
       os.chdir(here)

@@ -387,7 +387,7 @@ def test_a_lower_limit_of_memory_stays():
 
 
 def test_without_a_table_of_processes_no_limit_of_memory_is_told_of(
-  tmp_path, monkeypatch, caplog
+  monkeypatch, caplog
 ):
   monkeypatch.setattr(decode_workers.os.path, "isdir", lambda path: False)
   with caplog.at_level("WARNING"):
