@@ -107,8 +107,8 @@ class FrameManifest:
     )
     if source.decoder == self._decoder:
       told = (
-        f"other frames are decoded than those of {source.path}, which an earlier"
-        " version of this program may have sought wrongly;"
+        f"other frames are decoded than those of {source.path}, which an"
+        " earlier version of this program may have sought wrongly;"
       )
     raise errors.UserError(
       f"{found.video}: {told} evaluate in another workdir without the file"
@@ -144,8 +144,8 @@ def _same(entry, source, num_frames: int, duration: float) -> tuple[int, ...]:
   """Returns an entry's frames, of a clip that has as many as it had."""
   del duration
   if num_frames != entry.num_frames:
-    how = f"has {num_frames} frames instead of {entry.num_frames} (or was miscounted)"
-    raise _changed(entry.video, how, source)
+    how = f"has {num_frames} frames instead of {entry.num_frames}"
+    raise _changed(entry.video, f"{how} (or was miscounted)", source)
   return entry.indices
 
 
