@@ -199,11 +199,11 @@ def make(folder, kind: Kind) -> pathlib.Path | None:
   source = folder / f"{kind._replace(change='').name}.{suffix}"
   try:
     if not source.exists():
-      name, whole = CODECS[kind.codec][0][:4], kind.size[0] % 2
-      pixels = "yuv444p" if whole and name == "libx" else "yuv420p"
+      codec, odd = CODECS[kind.codec], kind.size[0] % 2
+      pixels = "yuv444p" if odd and codec[0][:4] == "libx" else "yuv420p"
       pixels = _PIXELS.get(kind.codec, pixels)
       pictures = (moving(number, *kind.size) for number in range(FRAMES))
-      encode(source, CODECS[kind.codec], pictures, kind.size, pixels, options)
+      encode(source, codec, pictures, kind.size, pixels, options)
     if kind.change == "twice":
       path.write_bytes(2 * source.read_bytes())
     elif kind.change in EDITS:

@@ -7,8 +7,12 @@ import numpy as np
 
 NO_STAMP = -(2**62)  # Of packets and pictures without a time.
 _EMPTY = np.zeros(0, np.int64)
-# Profiles of H.264 that have one kind of colours and do not tell it.
-_PLAIN_PROFILES = {66, 77, 88}
+# Bits of Exp-Golomb's code of a number: behind the first 1 as many as before.
+_CODE = f"(?:{'|'.join('0' * n + '1' + '.' * n for n in range(20))})"
+# What profiles of H.264 tell of colours, unless they have one kind of them; 3
+# of them has one bit more.
+_COLOURS = f"(?:00100.|(?!00100){_CODE}){_CODE}{_CODE}.0"
+_PLAIN_PROFILES = (b"\x42", b"\x4d", b"\x58")
 
 
 class ClipIndex(NamedTuple):
@@ -130,32 +134,13 @@ def may_have_fields(extradata: bytes | None) -> bool:
 
 
 def _whole_frames(unit: bytes) -> bool:
-  """Returns `frame_mbs_only_flag` of a sequence parameter set."""
-  data = unit[4:].replace(b"\0\0\3", b"\0\0")
-  bits = (bit for byte in data for bit in f"{byte:08b}")
+  """Tells of a sequence parameter set whether `frame_mbs_only_flag` is 1.
 
-  def number() -> int:
-    """Reads Exp-Golomb's code."""
-    digits = ["1"]
-    while next(bits) == "0":
-      digits.append("")
-    digits[1:] = [next(bits) for _ in digits[1:]]
-    return int("".join(digits), 2) - 1
-
-  try:
-    number()
-    if unit[1] not in _PLAIN_PROFILES:
-      if number() == 3:
-        next(bits)
-      number(), number(), next(bits)
-      if next(bits) == "1":
-        return False  # Lists of scales follow, which are rare.
-    number()
-    if (order := number()) == 0:
-      number()
-    elif order == 1:
-      next(bits), number(), number(), [number() for _ in range(number())]
-    number(), next(bits), number(), number()
-    return next(bits) == "1"
-  except (StopIteration, IndexError):
-    return False
+  Lists of scales and orders of type 1, which are rare, are not looked through.
+  """
+  colours = "" if unit[1:2] in _PLAIN_PROFILES else _COLOURS
+  data = unit[4:].replace(b"\0\0\3", b"\0\0")[:100]
+  # Set, colours, bits of a number, type of order, references, gaps, sides.
+  words = _CODE, colours, _CODE, f"(1{_CODE}|011)", _CODE, ".", 2 * _CODE, "1"
+  bits = "".join(f"{byte:08b}" for byte in data)
+  return re.match("".join(words), bits) is not None

@@ -122,19 +122,30 @@ def _parameters(bits: str, profile=77) -> bytes:
   return b"\0\0\1\x67" + bytes([profile, 0, 30]) + data
 
 
-@pytest.mark.parametrize("flag", "01")
 @pytest.mark.parametrize(
-  "middle",
+  "middle, known",
   [
-    "1 00100",  # Order 0, and how many bits of it there are.
-    "010 0 1 011 011 1 00101",  # Order 1, with a cycle of two.
-    "011",
+    ("1 00100", True),  # Order 0, and how many bits of it there are.
+    ("011", True),
+    ("010 0 1 011 011 1 00101", False),  # Order 1, with a cycle of two.
   ],
 )
-def test_parameters_of_each_order_of_pictures(middle, flag):
-  # Numbers of the set and of bits, order, references, gaps, sides, flag.
-  bits = f"1 1 {middle} 010 0 011 011 {flag} 1111".replace(" ", "")
-  assert clip_index.may_have_fields(_parameters(bits)) == (flag == "0")
+def test_parameters_of_each_order_of_pictures(middle, known):
+  for flag in "01":
+    # Numbers of the set and of bits, order, references, gaps, sides, flag.
+    bits = f"1 1 {middle} 010 0 011 00111 {flag} 1111".replace(" ", "")
+    expected = not (known and flag == "1")
+    assert clip_index.may_have_fields(_parameters(bits)) == expected
+
+
+def test_parameters_of_colours():
+  for colours in ("00100 0", "010", "00100 1"):
+    for scales in "01":
+      bits = f"1 {colours} 1 1 0 {scales} 1 011 010 0 011 00111 1 0000 1111"
+      found = clip_index.may_have_fields(
+        _parameters(bits.replace(" ", ""), 244)
+      )
+      assert found == (scales == "1")
 
 
 def test_streams_that_may_have_fields_need_even_stamps():

@@ -342,7 +342,7 @@ def _descriptors(count):
 
 
 @pytest.mark.parametrize("idle", [False, True])
-@pytest.mark.parametrize("count", range(8))
+@pytest.mark.parametrize("count", [0, 1, 2, 4, 7])
 def test_a_clip_is_not_to_blame_where_files_run_out(folder, idle, count):
   decode_workers._idle.clear()
   if idle:
