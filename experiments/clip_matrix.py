@@ -6,11 +6,15 @@ muxers of the FFmpeg inside PyAV. The truth is a plain decode of the whole
 stream in one thread, which shares nothing with `data.video`.
 """
 
+import contextlib
 import functools
+import hashlib
 import itertools
 import os
 import pathlib
-from collections.abc import Mapping
+import struct
+import tempfile
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import av
@@ -25,7 +29,7 @@ SIZES = ((16, 16), (50, 38), (33, 17))  # Tried of each codec.
 
 
 class Kind(NamedTuple):
-  """What a clip is; `change` is a key of `CHANGES` or empty."""
+  """What a clip is; `change` is a key of `CHANGES` or `EDITS`, or empty."""
 
   codec: str
   container: str
@@ -62,10 +66,12 @@ CODECS = {
   "h264_open": _x264(f"bframes=3:open-gop=1:{_FIXED}"),
   "h264_refresh": _x264("bframes=2:intra-refresh=1"),
   "h264_fields": _x264("bframes=2:tff=1"),
+  "h264_unmixed": _x264("bframes=2:fake-interlaced=1"),
   "hevc": _x265("bframes=0"),
   "hevc_b": _x265("bframes=3:open-gop=0"),
   "hevc_open": _x265("bframes=3:b-adapt=0:open-gop=1"),
   "hevc_radl": _x265("bframes=3:b-adapt=0:open-gop=0:radl=2"),
+  "hevc_fields": _x265("bframes=3:interlace=tff"),
   "mpeg4": _plain("mpeg4"),
   "mpeg4_b": _plain("mpeg4", bf="2"),
   "mpeg2": _plain("mpeg2video"),
@@ -155,8 +161,18 @@ CHANGES = {
   # Beside silence, a packet of it after each picture.
   "sound": lambda n, packet, ticks: moved(packet, 0),
 }  # fmt: skip
+# Edit lists: of each entry the first picture, or -1 to show nothing, how many
+# pictures last as long, and the rate.
+EDITS = {
+  "edited_middle": ((-1, 5, 1), (13, 20, 1)),
+  "edited_parts": ((3, 12, 1), (-1, 4, 1), (22, 18, 1)),
+  "edited_back": ((GROUP, 30, 1), (0, GROUP, 1)),
+  "edited_again": ((0, 20, 1), (5, 20, 1), (5, 20, 1)),
+  "edited_rates": ((0, 15, 2), (20, 5, 0), (25, 30, 0.5)),
+}
 # Other muxers give up or abort without stamps.
-_ONLY_IN = {"twice": _TS, "unstamped": ("avi", "asf", "flv", "mpg")}
+_ONLY_IN = dict.fromkeys(EDITS, ("mp4", "mov", "3gp"))
+_ONLY_IN |= {"twice": _TS, "unstamped": ("avi", "asf", "flv", "mpg")}
 
 
 def kinds() -> tuple[Kind, ...]:
@@ -164,7 +180,7 @@ def kinds() -> tuple[Kind, ...]:
   found = []
   for codec in CODECS:
     held_by = _HELD_BY[codec.partition("_")[0]]
-    for container, change in itertools.product(held_by, ("", *CHANGES)):
+    for container, change in itertools.product(held_by, ("", *CHANGES, *EDITS)):
       if container in _ONLY_IN.get(change, held_by):
         found.append(Kind(codec, container, change))
     found += [Kind(codec, held_by[0], size=size) for size in SIZES]
@@ -183,9 +199,15 @@ def make(folder, kind: Kind) -> pathlib.Path | None:
   source = folder / f"{kind._replace(change='').name}.{suffix}"
   try:
     if not source.exists():
-      _encode(source, kind, options)
+      codec, odd = CODECS[kind.codec], kind.size[0] % 2
+      pixels = "yuv444p" if odd and codec[0][:4] == "libx" else "yuv420p"
+      pixels = _PIXELS.get(kind.codec, pixels)
+      pictures = (moving(number, *kind.size) for number in range(FRAMES))
+      encode(source, codec, pictures, kind.size, pixels, options)
     if kind.change == "twice":
       path.write_bytes(2 * source.read_bytes())
+    elif kind.change in EDITS:
+      path.write_bytes(edited(source.read_bytes(), EDITS[kind.change]))
     elif kind.change:
       if kind.change == "hidden":
         options = options | {"avoid_negative_ts": "disabled"}
@@ -211,24 +233,35 @@ def _texture() -> np.ndarray:
   return noise.repeat(6, 0).repeat(6, 1)
 
 
-def _encode(path, kind: Kind, container_options: Mapping[str, str]):
-  name, options = CODECS[kind.codec]
-  whole = "yuv444p" if kind.size[0] % 2 and name[:4] == "libx" else "yuv420p"
+@contextlib.contextmanager
+def written(path) -> Iterator[pathlib.Path]:
+  """Gives a name with the same ending, whose file is renamed in the end."""
+  path = pathlib.Path(path)
+  with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    yield pathlib.Path(folder, path.name)
+    os.replace(pathlib.Path(folder, path.name), path)
+
+
+def encode(path, codec, pictures, size, pixels="yuv420p", options=()):
+  """Writes a clip of 25 pictures uint8[h,w,3] a second, scaled to `size`.
+
+  `codec` is as in `CODECS`, `size` (width, height); `options` are the muxer's.
+  """
+  name, encoding = codec
   try:
-    with av.open(str(path), "w", container_options=container_options) as out:
-      stream = out.add_stream(name, rate=25, options=dict(options))
-      stream.width, stream.height = kind.size
-      stream.pix_fmt = _PIXELS.get(kind.codec, whole)
+    with (
+      written(path) as partial,
+      av.open(str(partial), "w", container_options=dict(options)) as out,
+    ):
+      stream = out.add_stream(name, rate=25, options=dict(encoding))
+      stream.width, stream.height = size
+      stream.pix_fmt = pixels
       # Threads of libvpx wait for each other for minutes on a busy machine.
       stream.codec_context.thread_count = 1
-      for number in range(FRAMES):
-        image = moving(number, *kind.size)
+      for image in pictures:
         frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-        out.mux(stream.encode(frame))
+        out.mux(stream.encode(frame.reformat(*size, pixels)))
       out.mux(stream.encode())
-  except BaseException:
-    path.unlink(missing_ok=True)
-    raise
   finally:
     # The encoder of AV1 makes root's process one of real time, which would
     # leave all others without a processor.
@@ -258,6 +291,23 @@ def copy(path, source, change, options=(), *, silence=False) -> pathlib.Path:
   return path
 
 
+def edited(data: bytes, edits) -> bytes:
+  """Returns a clip as `make` writes with another edit list, as in `EDITS`."""
+  place = data.index(b"elst") - 4
+  (first,) = struct.unpack(">I", data[place + 20 : place + 24])
+  new = struct.pack(">I4sII", 16 + 12 * len(edits), b"elst", 0, len(edits))
+  for start, count, rate in edits:
+    # A picture lasts 40 ticks of the list, and 512 of the stream.
+    start = -1 if start < 0 else first + 512 * start
+    new += struct.pack(">IiI", 40 * count, start, int(rate * 2**16))
+  data = bytearray(data[:place] + new + data[place + 28 :])
+  for name in (b"moov", b"trak", b"edts"):
+    at = data.rindex(name, 0, place) - 4
+    size = int.from_bytes(data[at : at + 4]) + len(new) - 28
+    data[at : at + 4] = size.to_bytes(4)
+  return bytes(data)
+
+
 def _silence(stream, number: int):
   """Returns packets of a 25th of a second."""
   count = 48_000 // 25
@@ -268,34 +318,46 @@ def _silence(stream, number: int):
   return stream.encode(frame)
 
 
-def truth(path) -> list[np.ndarray]:
-  """Returns the pictures uint8[h,w,3] of the whole stream, as they come."""
-  pictures = []
+def truth(path) -> Iterator[np.ndarray]:
+  """Yields the pictures uint8[h,w,3] of the whole stream, as they come."""
+  # One for all: each of them has a thread per processor.
+  converter = av.video.reformatter.VideoReformatter()
   with av.open(str(path)) as container:
     stream = container.streams.video[0]
     stream.thread_type, stream.codec_context.thread_count = "NONE", 1
     for packet in container.demux(stream):
       try:
-        pictures += packet.decode()
+        pictures = packet.decode()
       except av.error.FFmpegError:
         continue
-    return [picture.to_ndarray(format="rgb24") for picture in pictures]
+      for picture in pictures:
+        image = converter.reformat(picture, format="rgb24").to_ndarray()
+        yield np.rot90(image, picture.rotation // 90)
+
+
+def _digest(image: np.ndarray) -> np.ndarray:
+  """Returns uint8[32], since all pictures of a long clip are too many."""
+  digest = hashlib.sha256(np.ascontiguousarray(image).data).digest()
+  return np.frombuffer(digest, np.uint8)
 
 
 def faults(path) -> list[str]:
   """Returns what `data.video` reads otherwise than the truth, a line each.
 
-  Frames are asked for far apart, side by side and alone.
+  Frames are asked for far apart, side by side and alone. What FFmpeg does not
+  read, `data.video` must refuse.
   """
-  expected, found = truth(path), []
+  expected, found = [], []
+  with contextlib.suppress(av.error.FFmpegError, IndexError):
+    expected = [_digest(image).tobytes() for image in truth(path)]
   count = len(expected)
   alone = {1, GROUP - 1, GROUP, GROUP + 1, 2 * GROUP + 1, count - 1}
-  rules = [np.linspace(0, count - 1, 8).astype(int), np.arange(count)]
-  for rule in [*rules, *([n] for n in sorted(alone) if n < count)]:
+  rules = [np.linspace(0, max(0, count - 1), 8).astype(int), np.arange(count)]
+  for rule in [*rules, *([n] for n in sorted(alone) if 0 <= n < count)]:
     try:
-      clip = video.decode(path, lambda n, s, rule=rule: rule)
+      clip = video.decode(path, lambda n, s, rule=rule: rule, resize=_digest)
     except errors.UserError as error:
-      found.append(errors.one_line(error))
+      found += [errors.one_line(error)] if count else []
       continue
     if clip.num_frames != count:
       found.append(f"{clip.num_frames} frames instead of {count}")
@@ -304,6 +366,6 @@ def faults(path) -> list[str]:
     found += [
       f"frame {number} is another one"
       for number, frame in zip(rule, clip.frames, strict=True)
-      if not np.array_equal(frame, expected[number])
+      if [frame.tobytes()] != expected[number : number + 1]
     ]
   return found

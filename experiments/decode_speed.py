@@ -35,11 +35,12 @@ COMMAND = command.Command(
 )
 
 _SIZE, _SECONDS = (640, 360), 10
+_FAST = {"preset": "ultrafast"}
+_GROUPS = "keyint=50:min-keyint=50:scenecut=0:bframes=3:open-gop=0"
 _CODECS = {
-  "h264": ("libx264", "x264-params", "keyint=50:min-keyint=50:scenecut=0"),
-  "hevc": ("libx265", "x265-params", "log-level=none:keyint=50:min-keyint=50:"
-           "scenecut=0:open-gop=0"),
-}  # fmt: skip
+  "h264": ("libx264", _FAST | {"x264-params": _GROUPS}),
+  "hevc": ("libx265", _FAST | {"x265-params": f"{_GROUPS}:log-level=none"}),
+}
 # Reads paths, writes seconds.
 _READER = """
 import sys, time
@@ -65,27 +66,21 @@ def make(path: pathlib.Path, codec: str, seconds: int):
   """Writes a clip of whole tens of seconds; one that is there stays."""
   first = path.with_name(f"{codec}_{_SECONDS}.mp4")
   if not first.exists():
-    _encode(first, codec)
+    pictures = (
+      clip_matrix.moving(number, 80, 64) for number in range(25 * _SECONDS)
+    )
+    clip_matrix.encode(first, _CODECS[codec], pictures, _SIZE)
   if not path.exists():
     _repeat(path, first, seconds // _SECONDS)
 
 
-def _encode(path, codec):
-  name, key, value = _CODECS[codec]
-  options = {"preset": "ultrafast", key: f"{value}:bframes=3"}
-  with av.open(str(path), "w") as out:
-    stream = out.add_stream(name, rate=25, options=options)
-    stream.width, stream.height = _SIZE
-    for number in range(25 * _SECONDS):
-      image = clip_matrix.moving(number, 80, 64)
-      frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-      out.mux(stream.encode(frame.reformat(*_SIZE, "yuv420p")))
-    out.mux(stream.encode())
-
-
 def _repeat(path, source, count: int):
   """Writes a clip that shows another one so many times."""
-  with av.open(str(source)) as given, av.open(str(path), "w") as out:
+  with (
+    av.open(str(source)) as given,
+    clip_matrix.written(path) as partial,
+    av.open(str(partial), "w") as out,
+  ):
     old = given.streams.video[0]
     new = out.add_stream_from_template(old)
     length = round(_SECONDS / old.time_base)

@@ -1,11 +1,18 @@
 """Which pictures a clip shows: from its packets, or from decoding all of it."""
 
+import re
 from typing import NamedTuple
 
 import numpy as np
 
 NO_STAMP = -(2**62)  # Of packets and pictures without a time.
 _EMPTY = np.zeros(0, np.int64)
+# Bits of Exp-Golomb's code of a number: behind the first 1 as many as before.
+_CODE = f"(?:{'|'.join('0' * n + '1' + '.' * n for n in range(20))})"
+# What profiles of H.264 tell of colours, unless they have one kind of them; 3
+# of them has one bit more.
+_COLOURS = f"(?:00100.|(?!00100){_CODE}){_CODE}{_CODE}.0"
+_PLAIN_PROFILES = (b"\x42", b"\x4d", b"\x58")
 
 
 class ClipIndex(NamedTuple):
@@ -27,7 +34,7 @@ class ClipIndex(NamedTuple):
 
   @classmethod
   def of_packets(
-    cls, packets: np.ndarray, *, by_stamp: bool, delayed: bool
+    cls, packets: np.ndarray, *, by_stamp: bool, delayed: bool, even=False
   ) -> "ClipIndex":
     """Returns what packets tell of streams of one picture a packet.
 
@@ -40,6 +47,7 @@ class ClipIndex(NamedTuple):
       by_stamp: whether the container seeks by stamps, not by decoding times.
       delayed: whether the decoder reorders pictures. Stamps in decoding order
         are then no stamps of the pictures.
+      even: whether stamps must be evenly spaced to be relied on.
     """
     stamps, times, places, flags = packets.T
     keys = np.flatnonzero(flags & 1)
@@ -47,7 +55,8 @@ class ClipIndex(NamedTuple):
       return cls()
     visible = flags & 2 == 0
     shown = np.sort(stamps[visible & (stamps >= stamps[keys[0]])])
-    if not shown.size or (np.diff(shown) == 0).any():
+    spaces = np.diff(shown)
+    if not shown.size or (spaces == 0).any():
       return cls()
     target = stamps if by_stamp else times
     later, known = keys[keys > 0], times[times != NO_STAMP]
@@ -57,6 +66,7 @@ class ClipIndex(NamedTuple):
       and (np.diff(known) > 0).all()
       and (np.maximum.accumulate(stamps)[later - 1] < stamps[later]).all()
       and (not delayed or (np.diff(stamps) < 0).any())
+      and (not even or spaces.max(initial=0) < 1.5 * spaces.min(initial=2**60))
     )
     return cls(
       num_frames=shown.size,
@@ -107,3 +117,30 @@ class ClipIndex(NamedTuple):
     """Returns the place of each picture, or of the last before a lost one."""
     places = np.searchsorted(self.numbers, wanted, side="right") - 1
     return places.clip(min=0)
+
+
+def may_have_fields(extradata: bytes | None) -> bool:
+  """Tells whether a picture of H.264 may lie in two packets, one per field.
+
+  Television mixes such pictures with others. Only a sequence's parameters rule
+  it out (ITU-T H.264, 7.3.2.1.1), which lie in a container's header (ISO/IEC
+  14496-15, 5.3.3.1.2) or behind start codes.
+  """
+  data = extradata or b""
+  units = re.split(rb"\0\0\x01(?=[\x27\x47\x67])", data)[1:]
+  if data[:1] == b"\1":
+    units = [data[8:]] if len(data) > 8 and data[5] & 31 == 1 else []
+  return not (units and all(map(_whole_frames, units)))
+
+
+def _whole_frames(unit: bytes) -> bool:
+  """Tells of a sequence parameter set whether `frame_mbs_only_flag` is 1.
+
+  Lists of scales and orders of type 1, which are rare, are not looked through.
+  """
+  colours = "" if unit[1:2] in _PLAIN_PROFILES else _COLOURS
+  data = unit[4:].replace(b"\0\0\3", b"\0\0")[:100]
+  # Set, colours, bits of a number, type of order, references, gaps, sides.
+  words = _CODE, colours, _CODE, f"(1{_CODE}|011)", _CODE, ".", 2 * _CODE, "1"
+  bits = "".join(f"{byte:08b}" for byte in data)
+  return re.match("".join(words), bits) is not None

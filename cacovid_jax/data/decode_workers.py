@@ -9,7 +9,9 @@ beside them, in files without a name that the receiver maps.
 import collections
 import contextlib
 import dataclasses
+import errno
 import fcntl
+import functools
 import json
 import mmap
 import operator
@@ -29,6 +31,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing import connection
 from typing import Any
+
+from absl import logging
 
 from cacovid_jax import errors
 from cacovid_jax.data import video_stream
@@ -146,13 +150,13 @@ class _Child:
   """A decoding process, asked one thing at a time."""
 
   def __init__(self):
-    self._socket, theirs = socket.socketpair()
     paths = [path for path in sys.path if isinstance(path, str)]
-    numbers = map(str, (theirs.fileno(), IDLE_S, MAX_CLIPS))
     # NumPy would reserve memory for threads that it does not need.
     few = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     try:
+      self._socket, theirs = socket.socketpair()
       with theirs:
+        numbers = map(str, (theirs.fileno(), IDLE_S, MAX_CLIPS))
         self._process = subprocess.Popen(
           [sys.executable, "-c", _MAIN, *numbers, *paths],
           stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
@@ -172,13 +176,25 @@ class _Child:
         lines = told.read().decode("utf-8", "replace").split("\n")
         lines = [line for line in lines if line.strip()] or [""]
         raise _no_start(lines[-1]) from None
-      except BaseException:
+      except BaseException as error:
         self.end()
+        if isinstance(error, OSError):
+          raise _no_start(error.strerror) from error
         raise
 
   def ask(self, request, path, limits) -> tuple[Exception | None, Any]:
     """Returns (error, None) or (None, result); EOFError if the child ends."""
-    _send(self._socket, request)
+    try:
+      _send(self._socket, request)
+      self._wait(path, limits)
+      return _receive(self._socket)
+    except ConnectionError:
+      raise
+    except OSError as error:
+      raise _no_room(error) from error
+
+  def _wait(self, path, limits) -> None:
+    """Waits for an answer; `VideoError` above the limits."""
     wait = limits.timeout_s
     end = None if wait is None else time.monotonic() + wait + _GRACE_S
     while not connection.wait([self._socket], _LOOK_S):
@@ -187,7 +203,6 @@ class _Child:
         raise video_stream.VideoError(path, "too_much_memory", told)
       if end is not None and time.monotonic() > end:
         raise video_stream.VideoError(path, "timeout", f"above {wait} s")
-    return _receive(self._socket)
 
   def exit_code(self) -> int:
     """Returns the exit code of one that ends, -N of one killed by signal N."""
@@ -222,8 +237,8 @@ def _unsendable(error: Exception) -> errors.UserError:
 def _no_room(error: OSError) -> errors.UserError:
   return errors.UserError(
     "there is no room for frames between two processes"
-    f" ({error.strerror}); free memory, raise the limit of files (ulimit -f),"
-    f" or set config.data.decode=in_process"
+    f" ({error.strerror}); free memory, raise the limits of files (ulimit -f"
+    " and -n), or set config.data.decode=in_process"
   )
 
 
@@ -232,7 +247,10 @@ def _held(pid: int) -> int:
   try:
     with open(f"/proc/{pid}/statm", encoding="ascii") as file:
       _, resident, shared, *_ = map(int, file.read().split())
-  except (OSError, ValueError):  # Another system, or it has just ended.
+  except (OSError, ValueError):  # It has just ended, or is on another system.
+    if not os.path.isdir("/proc/self"):
+      told = "this system does not tell what memory decoding takes: no limit"
+      logging.log_first_n(logging.WARNING, f"{told} of it is kept", 1)
     return 0
   return (resident - shared) * mmap.PAGESIZE
 
@@ -264,6 +282,8 @@ def _receive(channel: socket.socket) -> Any:
   sizes, descriptors, _, _ = socket.recv_fds(channel, 4096, 1)
   if not sizes:
     raise EOFError
+  if not descriptors:  # The system drops what this process has no number for.
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
   with open(descriptors[0], "r+b") as file:
     data = memoryview(mmap.mmap(file.fileno(), 0))
   parts, start = [], 0
@@ -281,7 +301,10 @@ def serve(descriptor: float, idle_s: float, most: float) -> None:
   """
   for name in _IGNORED:
     signal.signal(getattr(signal, name), signal.SIG_IGN)
-  _cap(resource.RLIMIT_CORE, 1)  # 0 would still call a program for dumps.
+  with contextlib.suppress(ValueError):  # Above what there may be.
+    # It writes no more than 0, which would still call a program for dumps.
+    hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
+    resource.setrlimit(resource.RLIMIT_CORE, (1, hard))
   # What C libraries say of a clip is no word of a command's.
   os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
   parent = socket.socket(fileno=int(descriptor))
@@ -294,7 +317,8 @@ def serve(descriptor: float, idle_s: float, most: float) -> None:
     except (TimeoutError, EOFError, ConnectionError):
       break
     except Exception as error:
-      _send(parent, _pickled((_unsendable(error), None)))
+      told = _no_room if isinstance(error, OSError) else _unsendable
+      _send(parent, _pickled((told(error), None)))
       continue
     with contextlib.suppress(OSError):
       os.chdir(here)
@@ -325,7 +349,7 @@ def _answer(function, args, kwargs) -> tuple[Exception | None, Any]:
   limits = kwargs["limits"]
   # Stacks of threads count as well. The parent looks closer, before anything
   # that cannot be had makes a picture wrong.
-  _cap(resource.RLIMIT_DATA, 2 * limits.max_memory)
+  _cap_memory(2 * limits.max_memory)
   if limits.timeout_s is not None:
     # Should it hang, and its parent have been killed.
     wait = min(limits.timeout_s + 2 * _GRACE_S, 1e8)
@@ -344,11 +368,17 @@ def _answer(function, args, kwargs) -> tuple[Exception | None, Any]:
     signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _cap(kind: int, most: int) -> None:
-  _, hard = resource.getrlimit(kind)
-  if hard != resource.RLIM_INFINITY:
-    most = min(most, hard)
-  resource.setrlimit(kind, (most, hard))
+# As they were before any change.
+_rlimit = functools.cache(resource.getrlimit)
+
+
+def _cap_memory(most: int) -> None:
+  """Limits this process, to no more than it may have anyway."""
+  soft, hard = _rlimit(resource.RLIMIT_DATA)
+  if soft != resource.RLIM_INFINITY:
+    most = min(most, soft)
+  with contextlib.suppress(ValueError, OSError):  # Not everywhere is it heeded.
+    resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
 
 
 def _end_with(parent: socket.socket) -> None:

@@ -208,6 +208,7 @@ class _Reader(video_stream.VideoStream):
         np.array(rows, np.int64).reshape(-1, 4),
         by_stamp=bool(by_stamp),
         delayed=context.has_b_frames,
+        even=codec == "h264" and clip_index.may_have_fields(context.extradata),
       )
     probed = first == index.stamps[: len(first)].tolist()
     if index.sound and first and probed and not self.faults:

@@ -6,6 +6,7 @@ since a clip of a public data set is an untrusted file.
 
 import contextlib
 import dataclasses
+import errno
 import io
 import math
 import os
@@ -37,6 +38,7 @@ _MENDS = {
   "no_frames": "download the clip again",
   "bad_shape": "crop or scale the clip, or leave it out",
   "too_large": "scale the clip down or raise the limit",
+  "too_many_bytes": "cut or scale the clip, or raise the limit",
   "too_damaged": "download the clip again or raise config.data.max_replaced",
   "too_long": "cut the clip or raise the limit",
   "too_short": "leave the clip out: the frame rule takes no frame of it",
@@ -96,7 +98,7 @@ class VideoStream:
     if size == 0:
       raise self.fail("empty")
     if size > limits.max_bytes:
-      raise self.fail("too_large", f"{size} bytes")
+      raise self.fail("too_many_bytes", f"{size}")
     self.container = None
     self.open()
 
@@ -155,8 +157,11 @@ class VideoStream:
       self.container.close()
       raise
 
-  def _unopened(self, error: Exception) -> VideoError:
+  def _unopened(self, error: Exception) -> errors.UserError:
     """Returns why the file cannot be opened."""
+    if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+      mend = "raise the limit of open files (ulimit -n)"
+      return errors.UserError(f"{self.path}: {_text(error)}; {mend}")
     head = self._data or b""
     if not head:
       with contextlib.suppress(OSError), open(self.path, "rb") as f:

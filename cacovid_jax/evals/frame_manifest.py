@@ -101,10 +101,17 @@ class FrameManifest:
     source = self._source(found.video)
     if found.content != entry.content:
       raise _changed(found.video, "has another content", source.path)
+    told = (
+      f"{self._decoder} gives other frames than {source.decoder}, which made"
+      f" {source.path}; install that version, or"
+    )
+    if source.decoder == self._decoder:
+      told = (
+        f"other frames are decoded than those of {source.path}, which an"
+        " earlier version of this program may have sought wrongly;"
+      )
     raise errors.UserError(
-      f"{found.video}: {self._decoder} gives other frames than"
-      f" {source.decoder}, which made {source.path}; install that version, or"
-      " evaluate in another workdir without the file"
+      f"{found.video}: {told} evaluate in another workdir without the file"
     )
 
   def add(self, entry: FrameRecord) -> None:
@@ -138,7 +145,7 @@ def _same(entry, source, num_frames: int, duration: float) -> tuple[int, ...]:
   del duration
   if num_frames != entry.num_frames:
     how = f"has {num_frames} frames instead of {entry.num_frames}"
-    raise _changed(entry.video, how, source)
+    raise _changed(entry.video, f"{how} (or was miscounted)", source)
   return entry.indices
 
 

@@ -79,7 +79,10 @@ def main(args) -> int:
     raise errors.UserError(
       f"--section={unknown[0]}: there are {', '.join(SECTIONS)}"
     )
-  where = ground.Ground(args.workdir, sorted(glob.glob(args.clips)))
+  clips = sorted(glob.glob(args.clips, recursive=True))
+  if args.clips and not clips:
+    raise errors.UserError(f"--clips={args.clips}: there is no such file")
+  where = ground.Ground(args.workdir, clips)
   path = where.workdir / "counts.jsonl"
   mend = "or give another --workdir"
   with answer_log.AnswerLog(path, {"experiment": "soak"}, mend=mend) as rows:

@@ -8,7 +8,10 @@ import numpy as np
 
 from experiments import clip_matrix
 
-decode_all = clip_matrix.truth
+
+def decode_all(path) -> list[np.ndarray]:
+  """Returns the pictures uint8[h,w,3] of the whole stream, as they come."""
+  return list(clip_matrix.truth(path))
 
 
 def picture(number: int, size: int = 64, height=None) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Children that crash, hang and swell; what they decode equals our own."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import fcntl
 import functools
@@ -8,6 +9,7 @@ import os
 import pathlib
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -159,7 +161,8 @@ def test_limits_hold_as_in_this_process(folder, limits):
     _outcome(way, *given, limits=limits) for way in ("in_process", "workers")
   )
   assert one[0] is video.VideoError and one == other
-  assert one[2]["reason"] in ("too_large", "too_long", "timeout")
+  reasons = ("too_large", "too_many_bytes", "too_long", "timeout")
+  assert one[2]["reason"] in reasons
 
 
 @pytest.mark.parametrize("name", ["some", "none", "beyond"])
@@ -321,6 +324,81 @@ def test_a_clip_is_not_to_blame_where_frames_find_no_room():
     _run(faulty.pid)
   assert not isinstance(caught.value, video.VideoError)
   decode_workers._idle.clear()
+
+
+@contextlib.contextmanager
+def _descriptors(count):
+  """Lets this process open so many more files."""
+  kind = resource.RLIMIT_NOFILE
+  soft, hard = resource.getrlimit(kind)
+  free = [os.dup(0) for _ in range(count + 1)]
+  for number in free:
+    os.close(number)
+  resource.setrlimit(kind, (max(free), hard))
+  try:
+    yield
+  finally:
+    resource.setrlimit(kind, (soft, hard))
+
+
+@pytest.mark.parametrize("idle", [False, True])
+@pytest.mark.parametrize("count", [0, 1, 2, 4, 7])
+def test_a_clip_is_not_to_blame_where_files_run_out(folder, idle, count):
+  decode_workers._idle.clear()
+  if idle:
+    _run(faulty.pid)
+  try:
+    with _descriptors(count):
+      _run(video.probe, folder / "clip.mp4")
+  except errors.UserError as error:
+    assert not isinstance(error, video.VideoError)
+    assert "Too many open files" in str(error) and "\n" not in str(error)
+    assert count < 7
+  assert _run(video.probe, folder / "clip.mp4").num_frames == 24
+
+
+def test_what_is_sent_without_a_file_is_told():
+  one, other = socket.socketpair()
+  with one, other:
+    decode_workers._send(one, decode_workers._pickled(1))
+    with _descriptors(0), pytest.raises(OSError, match="Too many open files"):
+      decode_workers._receive(other)
+
+
+def test_a_clip_that_cannot_be_opened_for_want_of_files_is_not_bad(folder):
+  with _descriptors(0), pytest.raises(errors.UserError, match="-n") as caught:
+    video.probe(folder / "clip.mp4")
+  assert not isinstance(caught.value, video.VideoError)
+
+
+def test_a_lower_limit_of_memory_stays():
+  kind = resource.RLIMIT_DATA
+  soft, hard = resource.getrlimit(kind)
+  decode_workers._idle.clear()
+  assert _run(faulty.memory_limits, max_memory=2**28) == (2**29, hard)
+  assert _run(faulty.memory_limits, max_memory=2**29) == (2**30, hard)
+  decode_workers._idle.clear()
+  resource.setrlimit(kind, (2**40, hard))  # Children inherit it.
+  try:
+    assert _run(faulty.memory_limits, max_memory=2**40) == (2**40, hard)
+  finally:
+    resource.setrlimit(kind, (soft, hard))
+  decode_workers._idle.clear()
+
+
+def test_without_a_table_of_processes_no_limit_of_memory_is_told_of(
+  monkeypatch, caplog
+):
+  monkeypatch.setattr(decode_workers.os.path, "isdir", lambda path: False)
+  with caplog.at_level("WARNING"):
+    assert decode_workers._held(2**30) == decode_workers._held(2**30) == 0
+  assert caplog.text.count("does not tell what memory") == 1
+
+
+def test_a_file_that_is_too_long_takes_no_turn(folder, monkeypatch):
+  monkeypatch.setattr(decode_workers, "_turn", lambda: pytest.fail("waits"))
+  path = folder / "clip.mp4"
+  assert _reason(video.probe, path, max_bytes=100) == "too_many_bytes"
 
 
 def test_threads_have_children_of_their_own(folder):

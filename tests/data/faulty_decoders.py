@@ -4,6 +4,7 @@ import fcntl
 import functools
 import os
 import re
+import resource
 import signal
 import sys
 import time
@@ -102,6 +103,11 @@ def in_turn(path, *, limits):
 
 def user_error(path, *, limits):
   raise errors.UserError("the frame rule is wrong; correct it")
+
+
+def memory_limits(path, *, limits):
+  """Returns (soft, hard) bytes of this process's data."""
+  return resource.getrlimit(resource.RLIMIT_DATA)
 
 
 def rule(name, count, seconds):

@@ -13,7 +13,7 @@ import pytest
 from cacovid_jax.data import video
 from experiments import clip_matrix
 
-from . import clips
+from . import clips, field_coded
 
 CASES = pathlib.Path(__file__).parent / "cases"
 # Name of the codec, container, what is done to the packets, and whether frames
@@ -66,13 +66,21 @@ MATRIX = [
   ("vp8", "webm", "first_left_out", False),
   ("mjpeg", "mov", "", True),
   ("h264_pyramid", "mp4_pieces", "", None),
-  ("h264_fields", "mp4_early", "hidden", None),
+  ("h264_fields", "mp4_early", "hidden", True),
+  ("h264_unmixed", "ts", "", True),
+  ("hevc_fields", "mkv", "", True),
   ("h264_open", "m2ts", "sound", None),
   ("h264_b", "mkv_live", "dropped", None),
   ("hevc_radl", "mp4_no_edits", "varying", None),
   ("mpeg2_fields", "mpg", "sound", None),
   ("av1", "webm", "late", None),
   ("wmv2", "asf", "", False),
+  ("h264_b", "mp4", "edited_middle", True),
+  ("h264_b", "mp4", "edited_parts", False),
+  ("h264_open", "mov", "edited_back", None),
+  ("hevc_open", "mp4", "edited_again", False),
+  ("mpeg4_b", "mp4", "edited_rates", False),
+  ("mjpeg", "mov", "edited_rates", True),
 ]
 
 
@@ -101,13 +109,52 @@ def test_frames_equal_those_of_the_whole_decode(
     assert seeks == (not decodes)
 
 
+PATTERNS = {"all": "f" * 40, "late": "p" * 12 + "f" + "p" * 20 + "f" * 7}
+
+
+@pytest.mark.parametrize("reordered", [False, True])
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("container", ["ts", "mp4", "mkv", "flv"])
+def test_two_packets_may_hold_the_fields_of_one_picture(
+  tmp_path, decodes, container, pattern, reordered
+):
+  path, kinds = tmp_path / f"clip.{container}", PATTERNS[pattern]
+  field_coded.write(path, kinds, reordered=reordered)
+  assert len(clips.decode_all(path)) == len(kinds)
+  assert clip_matrix.faults(path) == [] and decodes
+
+
+def test_fields_of_one_packet_are_sought(tmp_path, decodes):
+  path = field_coded.write(tmp_path / "a.mp4", PATTERNS["late"], joined=True)
+  assert clip_matrix.faults(path) == [] and not decodes
+
+
+@pytest.mark.parametrize("name", clip_matrix.EDITS)
+def test_edit_lists_do_what_they_say(tmp_path, name):
+  """Of pictures that need no others, FFmpeg shows those of the entries.
+
+  Nothing, behind the first entry, is the beginning to it.
+  """
+  kind = clip_matrix.Kind("mjpeg", "mp4")
+  plain = clips.decode_all(clip_matrix.make(tmp_path, kind))
+  path = clip_matrix.make(tmp_path, kind._replace(change=name))
+  edits = clip_matrix.EDITS[name]
+  parts = [(max(0, start), count) for start, count, _ in edits]
+  parts = parts[1:] if edits[0][0] < 0 else parts
+  shown = [n for start, count in parts for n in range(40)[start:][:count]]
+  np.testing.assert_array_equal(
+    clips.decode_all(path), [plain[number] for number in shown]
+  )
+
+
 def test_the_long_matrix_has_every_kind():
   """It is run by the soak."""
   found = clip_matrix.kinds()
   assert len(found) == len(set(found)) > 200
   assert {kind.codec for kind in found} == {*clip_matrix.CODECS}
   assert {kind.container for kind in found} == {*clip_matrix.CONTAINERS}
-  assert {kind.change for kind in found} == {"", *clip_matrix.CHANGES}
+  changes = {"", *clip_matrix.CHANGES, *clip_matrix.EDITS}
+  assert {kind.change for kind in found} == changes
 
 
 def test_a_wrong_frame_and_a_kind_that_no_encoder_has_are_told(
@@ -117,8 +164,11 @@ def test_a_wrong_frame_and_a_kind_that_no_encoder_has_are_told(
   path = clip_matrix.make(tmp_path, kind)
   decode = video.decode
 
-  def one_off(path, rule):
-    clip = decode(path, lambda n, s: np.minimum(n - 1, np.add(rule(n, s), 1)))
+  def one_off(path, rule, **options):
+    def later(n, s):
+      return np.minimum(n - 1, np.add(rule(n, s), 1))
+
+    clip = decode(path, later, **options)
     return dataclasses.replace(clip, num_frames=clip.num_frames + 1)
 
   monkeypatch.setattr(video, "decode", one_off)
@@ -126,6 +176,19 @@ def test_a_wrong_frame_and_a_kind_that_no_encoder_has_are_told(
   assert "41 frames instead of 40" in found
   assert "frame 9 is another one" in found and "\n" not in "".join(found)
   assert clip_matrix.make(tmp_path, kind._replace(container="webm")) is None
+
+
+def test_clips_of_others_may_be_long_turned_or_none(tmp_path):
+  # More pictures than there may be threads to convert each by itself.
+  path = clips.write(tmp_path / "long.mp4", 700, size=16, width=32)
+  assert clip_matrix.faults(path) == []
+  turned = clips.write_rotated(tmp_path / "turned.mp4", path)
+  assert clip_matrix.faults(turned) == []
+  assert next(clip_matrix.truth(turned)).shape == (32, 16, 3)
+  clips.write_sound(tmp_path / "sound.mp4")
+  (tmp_path / "text.mp4").write_text("no clip")
+  for name in ("sound", "text", "absent"):
+    assert clip_matrix.faults(tmp_path / f"{name}.mp4") == []
 
 
 @pytest.mark.parametrize(

@@ -356,7 +356,7 @@ def test_an_animated_webp_is_refused_with_the_reason(tmp_path):
 
 def test_caps_are_checked_before_decoding(folder):
   path = folder / "plain.mp4"
-  assert _reason(path, max_bytes=100) == "too_large"
+  assert _reason(path, max_bytes=100) == "too_many_bytes"
   assert _reason(path, max_pixels=64 * 63) == "too_large"
   assert _reason(path, max_seconds=2.0) == "too_long"
   assert _reason(path, max_frames=10) == "too_long"

@@ -182,6 +182,10 @@ def test_another_decoder_is_refused_by_name(root, monkeypatch):
     return dataclasses.replace(clip, frame_hash=clip.frame_hash[::-1])
 
   monkeypatch.setattr(video, "decode", changed)
+  with source_of(root, manifest_of(root)) as source:
+    with pytest.raises(errors.UserError, match="may have sought wrongly;") as e:
+      source["a.mp4"]
+  assert "PyAV" not in str(e.value) and "frames.jsonl" in str(e.value)
   monkeypatch.setattr(frame_record, "decoder", lambda: "New 2.0")
   with source_of(root, manifest_of(root)) as source:
     with pytest.raises(

@@ -6,7 +6,7 @@ import pytest
 
 from cacovid_jax import errors
 from cacovid_jax.data import video
-from experiments import decode_speed
+from experiments import clip_matrix, decode_speed
 from tests.experiments import commands
 
 HERE = pathlib.Path(__file__).parents[2]
@@ -31,6 +31,26 @@ def test_two_checkouts_are_compared(tmp_path, monkeypatch, capsys):
     assert ratios == pytest.approx(expected, rel=1e-2)
   found = video.probe(tmp_path / "hevc_20.mp4")
   assert (found.num_frames, found.duration) == (500, 20)
+
+
+def test_a_clip_is_there_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+  monkeypatch.setattr(decode_speed, "_SIZE", (64, 48))
+  path, moving = tmp_path / "h264_20.mp4", clip_matrix.moving
+
+  def killed(number, *size):
+    assert not list(tmp_path.glob("*.mp4"))
+    if number == 30:
+      raise KeyboardInterrupt
+    return moving(number, *size)
+
+  monkeypatch.setattr(clip_matrix, "moving", killed)
+  with pytest.raises(KeyboardInterrupt):
+    decode_speed.make(path, "h264", 20)
+  assert not list(tmp_path.iterdir())
+  monkeypatch.setattr(clip_matrix, "moving", moving)
+  decode_speed.make(path, "h264", 20)
+  assert video.probe(path).num_frames == 500
+  assert {*tmp_path.iterdir()} == {path, tmp_path / "h264_10.mp4"}
 
 
 def test_mistakes_are_named(tmp_path):

@@ -209,5 +209,7 @@ def test_clips_are_decoded_and_counted(ground, tmp_path, monkeypatch, capsys):
 def test_mistakes_are_named(tmp_path):
   with pytest.raises(errors.UserError, match="there are kill, flip"):
     commands.run(soak, section="kil", workdir=tmp_path)
+  with pytest.raises(errors.UserError, match="--clips=.*no such file"):
+    commands.run(soak, clips=f"{tmp_path}/*.mp4", workdir=tmp_path)
   with pytest.raises(errors.UserError, match="--count"):
     commands.run(soak, count=-1, workdir=tmp_path)

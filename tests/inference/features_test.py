@@ -365,7 +365,7 @@ def test_a_clip_on_disk_is_not_opened_and_keeps_its_record(
   other = dataclasses.replace(first.record, frame_hash="0" * 64)
   manifest._own.entries["a.mp4"] = other
   with source_of(root, cache=cache, manifest=manifest) as source:
-    with pytest.raises(errors.UserError, match="gives other frames than"):
+    with pytest.raises(errors.UserError, match="other frames are decoded"):
       source["a.mp4"]
 
 
