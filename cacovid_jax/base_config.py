@@ -94,7 +94,7 @@ _METHOD = dict(
     # "cosine" is one decay, "cosine_repeated" the public code's several.
     schedule="cosine",
     # Decay, per update, of a running average of the parameters, which is then
-    # what is validated and exported: 0.99 to 0.999, 0 for none.
+    # what is validated and exported, for example 0.99 or 0.999; 0 for none.
     average=0.0,
   ),
   rollout=dict(

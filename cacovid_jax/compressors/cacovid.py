@@ -25,7 +25,7 @@ class CaCoVID(base.Compressor, name="cacovid"):
   # many of them one frame holds. With an importance ratio of 1 they are all.
   budget: str = base.choice("frames", "clip")
   # Most that one frame may take of the important tokens, in units of the ratio
-  # (METHOD.md's c = 1.5 * r).
+  # (METHOD.md's c = 1.5 * r); of budget "frames" alone.
   max_frame_share: float = 1.5
   # "nearest" folds the dropped tokens into the kept ones.
   merge: str = base.choice("none", "nearest")
