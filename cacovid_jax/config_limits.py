@@ -12,6 +12,7 @@ import ml_collections
 from cacovid_jax import base_config, schema
 
 BACKENDS = ("auto", "xla", "cudnn", "splash")
+ROUGE = ("unicode", "public")  # What it counts as words.
 DTYPES = ("float32", "bfloat16")
 RULES = ("paper", "lmms-0.7.3", "own")  # Of `data.letters`, in its order.
 
@@ -98,7 +99,7 @@ _LIMITS = (
   (schema.one_of(*BACKENDS), "policy.backend model.backend attention"),
   (schema.one_of("shard_map", "pmap"), "mesh.map"),
   (schema.one_of("workers", "in_process"), "data.decode"),
-  (schema.one_of("unicode", "public"), "rouge"),
+  (schema.one_of(*ROUGE), "rouge"),
   (schema.one_of("", *RULES), "evals.rule"),
   (schema.one_of("", "processor", "tokenizer"), "evals.template"),
   (schema.one_of("validation", "none"), "evals.select_on"),

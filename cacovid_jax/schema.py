@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import msgspec
+import numpy as np
 
 from cacovid_jax import errors
 
@@ -116,6 +117,8 @@ def lines(path, kind=dict, mend="") -> Iterator[Any]:
 
 def fit(value, kind, where="", mend="", key="") -> Any:
   """Returns a value as a type has it, or a UserError; `key` is its name."""
+  if isinstance(value, np.generic):
+    value = value.item()
   try:
     return msgspec.convert(value, kind)
   except _UNFIT as error:

@@ -59,7 +59,7 @@ def _pretrain(debug):
     # Shares of its rows: decisive tokens missing, others on objects, merged.
     lossy_share=0.2,
     crowded_share=0.4,
-    merged_share=0.0,
+    merged_share=0.5 if debug else 0.0,
     asked_questions=2,  # Questions of a clip that the asked loss looks at.
     weights=dict(
       full=1.0, pruned=1.0, told=0.5, labels=1.0, size=0.1, asked=1.0

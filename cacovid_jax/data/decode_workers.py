@@ -293,14 +293,19 @@ def _receive(channel: socket.socket) -> Any:
   return pickle.loads(parts[0], buffers=parts[1:])
 
 
+def ignore_signals() -> None:
+  """Leaves what job systems send to all processes to the parent alone."""
+  for name in _IGNORED:
+    signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
 def serve(descriptor: float, idle_s: float, most: float) -> None:
   """Does what a parent asks for by a socket, as the only work of a child.
 
   It ends after `most` requests, or one that took half of the memory allowed:
   what is left of that is in pieces.
   """
-  for name in _IGNORED:
-    signal.signal(getattr(signal, name), signal.SIG_IGN)
+  ignore_signals()
   with contextlib.suppress(ValueError):  # Above what there may be.
     # It writes no more than 0, which would still call a program for dumps.
     hard = resource.getrlimit(resource.RLIMIT_CORE)[1]

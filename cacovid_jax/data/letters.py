@@ -117,7 +117,8 @@ def _affirmed(text: str, options: Sequence[str]) -> str:
   own = any_of(x for x in options if re.search(rf"{_NOT}|(?i:{_WRONG})", x))
   one = rf"\W?(?<!\w)(?:[A-Z]|{any_of(options)})(?!\w)[)\"'’*]*"
   some = rf"{one}(?:\s+(?:or|and|nor)\s+{one}){{0,8}}"
-  is_wrong = rf"(?i:(?:is|was|are|were)(?:n['’]t\b|\s+(?!{own}){_WRONG}))"
+  right = rf"{own}|not\s+(?!not){_WRONG}"
+  is_wrong = rf"(?i:(?:is|was|are|were)(?:n['’]t\b|\s+(?!{right}){_WRONG}))"
   denied = rf"(?P<own>{own})|{_NOT}{some}|{some}\s+(?:{is_wrong}|cannot\b)"
   return re.sub(denied, lambda found: found["own"] or " ", text)
 

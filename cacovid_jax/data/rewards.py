@@ -19,12 +19,12 @@ import regex
 from nltk.stem import porter
 from rouge_score import rouge_scorer, tokenize, tokenizers
 
-from cacovid_jax import errors
+from cacovid_jax import config_limits, errors
 from cacovid_jax.data import question as question_lib
 
 _EPSILON = 1e-9
 _ROUGE = ("rouge1", "rouge2", "rougeL")
-UNICODE, PUBLIC = WORDS = ("unicode", "public")
+UNICODE, PUBLIC = WORDS = config_limits.ROUGE
 # Scripts without spaces between words: each letter, with its marks, is one.
 _DENSE = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 _WORD = regex.compile(

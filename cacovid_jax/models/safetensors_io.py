@@ -110,7 +110,7 @@ def weight_files(directory):
   return paths
 
 
-def list_tensors(path):
+def list_tensors(path, mend="download it again"):
   """Returns the `Tensor`s of one file in the order of their bytes."""
   try:
     if os.path.exists(path) and not os.path.isfile(path):
@@ -123,7 +123,7 @@ def list_tensors(path):
   except (safetensors.SafetensorError, OSError, ValueError) as error:
     raise errors.UserError(
       f"{path} is not a readable safetensors file ({errors.one_line(error)});"
-      " download it again"
+      f" {mend}"
     ) from error
   header.pop("__metadata__", None)
   tensors = []

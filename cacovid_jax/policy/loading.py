@@ -269,5 +269,6 @@ def read(path):
         " a checkpoint that holds a policy, or a policy's file"
       )
   else:
-    found = safetensors_io.list_tensors(path)
+    mend = "name a file that training or the public release wrote"
+    found = safetensors_io.list_tensors(path, mend)
   return {tensor.name: np.array(tensor.view()) for tensor in found}

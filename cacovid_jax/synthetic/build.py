@@ -3,7 +3,7 @@
   DIR/videos/<clip>.mp4     H.264 clips, 112 x 112, 8 frames a second
   DIR/train.json            rows as in Video-R1-260k
   DIR/validation.parquet    rows as in VideoMME; so are test and test_fresh
-  DIR/captions.jsonl         two captions per clip, for retrieval
+  DIR/captions.jsonl        one or two captions per clip, for retrieval
   DIR/decisive.jsonl        per question: the tokens that its answer rests on
   DIR/tfds/                 all splits as array_record files
   DIR/manifest.json         generator hash, seed, sizes; written last
@@ -117,10 +117,11 @@ def draw(config: BuildConfig, split: str, number: int):
 
 
 def captions_of(config: BuildConfig, split: str, number: int, scene):
-  """Returns two captions, of a random stream that questions do not change."""
+  """Returns one or two captions, of a random stream of their own."""
   key = (config.seed, SPLITS.index(split), number, 1)
   rng = np.random.default_rng(key)
-  return [questions.caption(rng, scene) for _ in range(2)]
+  drawn = [questions.caption(rng, scene) for _ in range(2)]
+  return list(dict.fromkeys(drawn))
 
 
 def make_clip(config: BuildConfig, directory: str, split: str, number: int):

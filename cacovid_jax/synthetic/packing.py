@@ -9,14 +9,16 @@ import concurrent.futures
 import dataclasses
 import functools
 import multiprocessing
-import signal
+import os
+import threading
 from collections.abc import Iterator
 
 import numpy as np
 import tokenizers
 
+from cacovid_jax import errors
+from cacovid_jax.data import decode_workers, wording
 from cacovid_jax.data import question as rows
-from cacovid_jax.data import wording
 from cacovid_jax.synthetic import questions, render, world
 
 _TURN_END = "<|im_end|>\n<|im_start|>assistant\n"
@@ -201,14 +203,20 @@ class Packer:
 _packer = functools.cache(Packer)  # A worker process keeps one.
 
 
-def _leave_signals() -> None:
-  """Leaves signals to the process that waits for the batches.
+def _serve_parent() -> None:
+  """Makes this worker end with the trainer that waits for its batches, alone.
 
-  A SIGTERM to all of a job's processes would end a worker with its batch, and
-  the trainer, which saves first, would wait for that for ever.
+  A SIGTERM to all of a job's processes would else end it first, with a batch
+  that the trainer needs to save and end.
   """
-  for name in ("SIGINT", "SIGTERM"):
-    signal.signal(getattr(signal, name), signal.SIG_IGN)
+  decode_workers.ignore_signals()
+  parent = multiprocessing.parent_process()
+  threading.Thread(target=_end_with, args=[parent], daemon=True).start()
+
+
+def _end_with(parent) -> None:
+  parent.join()
+  os._exit(0)
 
 
 def _batch(config: PackingConfig, step: int) -> dict:
@@ -224,7 +232,7 @@ def batches(config, *, first_step: int, num_workers: int) -> Iterator[dict]:
     return
   context = multiprocessing.get_context("spawn")
   pool = concurrent.futures.ProcessPoolExecutor(
-    num_workers, context, _leave_signals
+    num_workers, context, _serve_parent
   )
   try:
     pending: collections.deque = collections.deque()
@@ -234,5 +242,10 @@ def batches(config, *, first_step: int, num_workers: int) -> Iterator[dict]:
         yield pending.popleft().result()
     while pending:
       yield pending.popleft().result()
+  except concurrent.futures.BrokenExecutor as error:
+    raise errors.UserError(
+      f"a process that makes batches was ended ({errors.one_line(error)}); give"
+      " fewer config.pretrain.num_workers if memory ran out, then go on"
+    ) from error
   finally:
     pool.shutdown(cancel_futures=True)

@@ -15,8 +15,8 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
 
+from cacovid_jax import base_config, errors, files
 from cacovid_jax import config as config_lib
-from cacovid_jax import errors, files
 from cacovid_jax import metrics as metrics_lib
 from cacovid_jax import progress as progress_lib
 from cacovid_jax.data import tokenizer as tokenizer_lib
@@ -26,8 +26,6 @@ from cacovid_jax.synthetic import losses as losses_lib
 from cacovid_jax.synthetic import packed, packing, questions, world
 from cacovid_jax.synthetic import tokenizer as tokenizer_training
 from cacovid_jax.training import checkpointing, preemption
-
-_STOPPED = 143  # Exit code of a process that a SIGTERM ended.
 
 
 def model_of(config, tokenizer):
@@ -76,8 +74,7 @@ def _pretrain(config, workdir):
   stored = {"eos_ids": ends, "pad_id": ends[1], "dtype": jnp.bfloat16}
   saved, given = workdir / "checkpoints", config_lib.config_hash(config)
   state = init_state(model, config.pretrain)
-  found = checkpointing.restore_latest(saved, state, config_hash=given)
-  start, state = found or (0, state)
+  start, state = _resumed(saved, state, given)
   writer = metrics_lib.MetricsWriter(workdir, start)
   num_steps = config.pretrain.num_steps
   progress = progress_lib.Progress(num_steps, start=start)
@@ -95,14 +92,41 @@ def _pretrain(config, workdir):
         print(f"step {step}, {variant}: {shown}", flush=True)
       stop = reached(step) and step < num_steps
       if rows or stop:
-        checkpointing.save(saved, step, state, config_hash=given, keep=1)
+        if not np.isfinite(optax.tree.norm(state["params"])):
+          raise _diverged(step)
+      # Before the checkpoint, behind which it would not be made again.
       if rows:
         params = state["params"]["model"]
         checkpoints.save(directory, model.config, params, **stored)
         files.write_json(workdir / "probe.json", rows)
+      if rows or stop:
+        told = {"devices": jax.device_count()}
+        checkpointing.save(saved, step, state, told, config_hash=given, keep=1)
       if stop:
-        raise SystemExit(_STOPPED)
+        raise SystemExit(base_config.get_config().ckpt.exit_code)
   return directory
+
+
+def _resumed(folder, state, config_hash):
+  """Returns (steps done, state) of the newest checkpoint, or what was given."""
+  found = checkpointing.restore_latest(folder, state, config_hash=config_hash)
+  if found is None:
+    return 0, state
+  told = checkpointing.read_manifest(folder, found[0])["metadata"]["devices"]
+  if told != jax.device_count():
+    raise errors.UserError(
+      f"{folder}: pretraining began on {told} devices, on which its noise"
+      f" depends, and here are {jax.device_count()}; go on with as many, or"
+      " give another --workdir"
+    )
+  return found
+
+
+def _diverged(step: int) -> errors.UserError:
+  return errors.UserError(
+    f"pretraining: the loss is not finite at step {step}; lower"
+    " config.pretrain.lr"
+  )
 
 
 def make_tx(config):
@@ -290,10 +314,7 @@ def train(model, tokenizer, config, state, start=0):
     if step % config.log_every == 0 or last:
       values = {name: float(value) for name, value in metrics.items()}
       if not np.isfinite(list(values.values())).all():
-        raise errors.UserError(
-          f"pretraining: the loss is not finite at step {step}; lower"
-          " config.pretrain.lr"
-        )
+        raise _diverged(step)
       rate = (step - seen) / (time.time() - since)
       seen, since = step, time.time()
       values |= {"lr": float(schedule(step - 1)), "steps_per_second": rate}

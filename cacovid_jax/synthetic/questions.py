@@ -217,12 +217,14 @@ def sample_questions(rng, scene: world.Scene, num_questions, shares=SHARES):
 def caption(rng, scene: world.Scene, num_objects: int = 4) -> str:
   """Returns a sentence on some objects of a scene, in order of appearance.
 
-  Of those that their attributes single out, as many as there are.
+  Of those that their attributes single out one is left out, so that a second
+  caption may differ.
   """
   facts = Facts(scene)
-  named = _in_any_order(rng, facts)[:num_objects]
+  named = _in_any_order(rng, facts)
+  told = named[: max(1, min(num_objects, len(named) - 1))]
   parts = []
-  for obj in sorted(named, key=facts.onset):
+  for obj in sorted(told, key=facts.onset):
     place = _clear_place(scene, obj)
     where = f" in the {place}" if place else ""
     parts.append(f"a {facts.name(obj)}{where}")

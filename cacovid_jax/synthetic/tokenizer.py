@@ -62,7 +62,8 @@ def train(texts, vocab_size, directory, *, max_length=32_768, **sizes):
   """
   tokenizer = learn(texts, vocab_size, SPECIAL_TOKENS)
   files.make_folder(directory)
-  tokenizer.save(os.path.join(directory, "tokenizer.json"))
+  text = tokenizer.to_str(pretty=True)
+  files.write(os.path.join(directory, "tokenizer.json"), text)
   entries = _tokenizer_files(tokenizer, max_length)
   entries |= _processor_files(**sizes)
   for name, entry in entries.items():

@@ -174,6 +174,38 @@ def test_rows_are_merged_as_often_as_said():
   assert losses.merged_shares(jax.random.key(0), batch, config) is None
 
 
+def test_answers_are_lost_from_merged_tokens(monkeypatch):
+  features, ids = inputs()
+  given = []
+
+  def pruned_logits(*args):
+    given.extend(args)
+    raise InterruptedError
+
+  prompts = types.SimpleNamespace(
+    model=tiny()[0],
+    encode=lambda *_: features,
+    full_logits=lambda *_: None,
+    pruned_logits=pruned_logits,
+  )
+  monkeypatch.setattr(losses, "draw_frames", lambda *_: jnp.zeros(1))
+  monkeypatch.setattr(losses, "lossy_subsets", lambda *_: ("index", "valid"))
+  config = types.SimpleNamespace(merged_share=1.0)
+  batch = {"ids": ids, "target": ids, "decisive": np.zeros((2, QUESTIONS, 2))}
+  with pytest.raises(InterruptedError):
+    losses.answer_losses(
+      prompts,
+      {"model": {}},
+      jax.random.key(0),
+      batch,
+      config=config,
+      word_ids=None,
+    )
+  *_, index, valid, merged = given
+  assert (index, valid, merged.shape) == ("index", "valid", (2, QUESTIONS))
+  assert (merged > 0).all()
+
+
 def test_the_first_layer_reads_as_a_new_policy_does():
   model, params = tiny()
   features, ids = inputs()

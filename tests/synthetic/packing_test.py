@@ -3,12 +3,16 @@
 import dataclasses
 import multiprocessing
 import os
+import select
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import tokenizers
 
+from cacovid_jax import errors
 from cacovid_jax.synthetic import packing, questions, world
 from cacovid_jax.synthetic import tokenizer as tokenizer_training
 
@@ -157,3 +161,48 @@ def test_a_signal_to_all_processes_loses_no_batch(config):
   assert_equal(next(stream), packing.Packer(config).batch(3))
   stream.close()
   assert not multiprocessing.active_children()
+
+
+def test_workers_end_with_a_killed_trainer(config, tmp_path):
+  path = tmp_path / "trainer.py"
+  path.write_text(
+    "import multiprocessing\n"
+    "from cacovid_jax.synthetic import packing\n"
+    "if __name__ == '__main__':\n"
+    "  config = packing.PackingConfig(\n"
+    f"    tokenizer_file={config.tokenizer_file!r}, batch_size=1,\n"
+    "    questions_per_clip=1, text_only=1, num_steps=9)\n"
+    "  stream = packing.batches(config, first_step=0, num_workers=1)\n"
+    "  next(stream)\n"
+    "  (worker,) = multiprocessing.active_children()\n"
+    "  print(worker.pid, flush=True)\n"
+    "  input()\n"
+  )
+  with subprocess.Popen(
+    [sys.executable, path],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+  ) as trainer:
+    worker = int(trainer.stdout.readline())
+    watched = os.pidfd_open(worker)
+    trainer.kill()
+  # Readable once that process has ended; a minute is far above what it takes.
+  assert select.select([watched], [], [], 60)[0]
+  os.close(watched)
+
+
+def test_a_worker_that_is_ended_is_told(config):
+  stream = packing.batches(config, first_step=0, num_workers=1)
+  next(stream)
+  for worker in multiprocessing.active_children():
+    worker.kill()
+  with pytest.raises(errors.UserError, match="num_workers"):
+    list(stream)
+
+
+def test_kinds_are_drawn_as_often_as_said(config):
+  shares = (1e-6, 1.0, 1e-6, 1e-6, 1e-6)
+  packer = packing.Packer(dataclasses.replace(config, kind_shares=shares))
+  kinds = packer.clip(np.random.default_rng(0), scene_of("dense"), 0.0)["kind"]
+  assert (kinds == questions.KINDS.index("where")).all()

@@ -88,12 +88,23 @@ def test_a_stopped_run_ends_as_one_that_nothing_stopped(tmp_path, monkeypatch):
       pretraining.pretrain(config, tmp_path / "parts")
   assert end.value.code == 143
   assert not (tmp_path / "parts" / weights).exists()
+
+  def full(*args, **options):
+    raise errors.UserError("no room")
+
+  with monkeypatch.context() as patch:  # At the last step, of all three.
+    patch.setattr(pretraining.checkpoints, "save", full)
+    with pytest.raises(errors.UserError, match="no room"):
+      pretraining.pretrain(config, tmp_path / "parts")
   pretraining.pretrain(config, tmp_path / "parts")
   for name in ("probe.json", weights):
     whole, parts = (tmp_path / run / name for run in ("whole", "parts"))
     assert whole.read_bytes() == parts.read_bytes()
   steps = [line["step"] for line in metrics.read(tmp_path / "parts")]
   assert steps == [1, 2, 2, 2]
+  monkeypatch.setattr(jax, "device_count", lambda: 3)
+  with pytest.raises(errors.UserError, match="began on 8 devices"):
+    pretraining.pretrain(config, tmp_path / "parts")
 
 
 def test_a_batch_that_the_devices_cannot_share_is_refused(tmp_path):
