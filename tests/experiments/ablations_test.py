@@ -292,13 +292,13 @@ def test_other_questions_have_no_difference(tmp_path, measured):
 
 def test_the_table_is_of_all_that_was_measured(tmp_path, measured):
   """Other seeds, a row of one's own and another base model, named before."""
-  flags = dict(also="iterations=1", other_base=experiment.SHIPPED_MODEL)
-  run(tmp_path, "ours", "iterations=1", "other_base", seed=7, **flags)
+  flags = dict(also="data.media=a/b", other_base=experiment.SHIPPED_MODEL)
+  run(tmp_path, "ours", "data.media=a/b", "other_base", seed=7, **flags)
   run(tmp_path, "paper")
   assert cells(tmp_path, "ours")[0] == "1"
-  assert cells(tmp_path, "iterations=1")[0] == "1"
+  assert cells(tmp_path, "data.media=a/b")[0] == "1"
   assert cells(tmp_path, "other_base")[0] == "1"
-  assert "| iterations=1 | iterations=1 | 1 |" in (
+  assert "| data.media=a/b | data.media=a/b | 1 |" in (
     (tmp_path / "table.md").read_text()
   )
 
