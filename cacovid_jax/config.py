@@ -227,10 +227,10 @@ def claim_workdir(workdir, config):
   if path.exists():
     there = read_json(path)
     now = upgraded(there, config)
-    differences = _differences(_hashed(now), _hashed(config))
-    if differences:
-      shown = "; ".join(differences[:3])
-      more = len(differences) - 3
+    found = differences(_hashed(now), _hashed(config))
+    if found:
+      shown = "; ".join(found[:3])
+      more = len(found) - 3
       raise errors.UserError(
         f"workdir {workdir} belongs to another config: {shown}"
         + (f"; and {more} more" if more > 0 else "")
@@ -307,7 +307,7 @@ def _flat(config, prefix=""):
       yield f"{prefix}{key}", value
 
 
-def _differences(there, here, prefix=""):
+def differences(there, here, prefix=""):
   """Returns texts that name the differing keys of two nested dicts."""
   out = []
   for key in sorted({*there, *here}):
@@ -317,7 +317,7 @@ def _differences(there, here, prefix=""):
     elif key not in here:
       out.append(f"{name} is gone")
     elif isinstance(there[key], dict) and isinstance(here[key], dict):
-      out += _differences(there[key], here[key], f"{name}.")
+      out += differences(there[key], here[key], f"{name}.")
     elif there[key] != here[key]:
       out.append(f"{name} is {there[key]!r} there and {here[key]!r} here")
   return out

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import math
 import os
 import pathlib
@@ -114,6 +115,14 @@ class _Events:
 def read(workdir) -> list[dict[str, Any]]:
   """Returns the lines of `metrics.jsonl` as dicts, without damaged ones."""
   return json_lines.look(pathlib.Path(workdir) / FILE, _row, "left out")
+
+
+def seconds(workdir) -> float:
+  """Returns what a training took, without compilation and interruptions."""
+  lines = [line for line in read(workdir) if "seconds_per_step" in line]
+  steps = [0, *(line["step"] for line in lines)]
+  pairs = zip(lines, itertools.pairwise(steps), strict=True)
+  return sum(x["seconds_per_step"] * (end - begin) for x, (begin, end) in pairs)
 
 
 def _remove_behind(path: pathlib.Path, step: int) -> None:

@@ -1,28 +1,32 @@
 r"""What makes the method train, and what it carries over to: a row each.
 
-python -m experiments.ablations --plan --seconds_per_video=0.00625
+python -m experiments.ablations --seconds_per_video=0.00625    # plans alone
 python -m experiments.ablations --row=ours-objective.kl_weight --seed=42
 python -m experiments.ablations --rows=all       # what is missing
 
 `ours` is --config, `paper` the same with its argument `paper`. Of every key in
 which they differ there are two rows: `ours-KEY` takes it alone back to the
-paper's value, `paper+KEY` brings ours alone into the paper's recipe. Transfer
-asks policies of `ours` about sparse clips, with twice the frames, and with
---other_base; `sparse` and `other_base_own` are trained on what they are asked.
+paper's value, `paper+KEY` brings ours alone into the paper's recipe; `public_*`
+are ours with what the public code does. Transfer asks policies of `ours` about
+sparse clips, with twice the frames, and with --other_base; `sparse` and
+`other_base_own` are trained on what they are asked.
 
 WORKDIR/policies/HASH/  a training; rows that only ask otherwise share it
-WORKDIR/ROW/seed_N/     its evaluation, and row.jsonl: what the table needs
-WORKDIR/table.md        means and standard deviations over seeds, differences
-                        on the same questions with their 95 % intervals
+WORKDIR/ROW/seed_N/     its evaluation, and row.json: what the table needs
+WORKDIR/table.md        all rows measured there: mean and standard deviation of
+                        seeds; differences on the same questions and the seeds
+                        that both have: interval over clips, for these seeds
 WORKDIR/accuracy.svg    ablations at 5 %, or at the first ratio
 
-Given again, it goes on where it was. Started several times, side by side, each
-takes rows that no other one works on; seconds of training are longer then. A
-row that fails is tried again at the end, and does not stop the others.
+Given again, it goes on where it was, and so do several, side by side: what
+another one works on is left to the end, as is a second try at what failed.
 """
 
+import functools
+import hashlib
+import json
 import pathlib
-import shutil
+import re
 import statistics
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -30,24 +34,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import traverse_util
 
-from cacovid_jax import (
-  base_config,
-  command,
-  errors,
-  files,
-  metrics,
-  schema,
-  terminal,
-  train,
-)
+from cacovid_jax import base_config, command, errors, files, metrics, schema
 from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
+from cacovid_jax import train as train_lib
 from cacovid_jax.compressors import base
 from cacovid_jax.data import answer_log
-from cacovid_jax.evals import evaluation, results, tables
+from cacovid_jax.evals import benchmarks, evaluation, results, tables
 from cacovid_jax.evals import statistics as statistics_lib
 from cacovid_jax.evals.report import charts
 from cacovid_jax.inference import methods as methods_lib
+from cacovid_jax.models import checkpoints
 from cacovid_jax.policy import loading
 from experiments import reporting
 
@@ -57,12 +54,12 @@ _CANDIDATES = "evals.candidates.cacovid"
 _RECIPE = ("iterations", "sampling.", "ratio.", "objective.", "policy.",
            "optimizer.", "rollout.", _CANDIDATES)  # fmt: skip
 _NAMES = {_CANDIDATES: "importance_ratio"}
-_LEDGER = "row.jsonl"
-_KEY = answer_log.Key("row", 1.0, 0, "all")  # Of a ledger's only entry.
+_KNOWN = "row.json"
+_TRAINED = "policy/policy.safetensors"
 # Of the table, beside accuracies at ratios: their units in what is written.
 _COLUMNS = {"seconds": 1, "all tokens": 100, "validation": 100}
-_SEEDS = (42, 43, 44)
 PARTS = ("ablations", "transfer")
+_weights = functools.cache(checkpoints.identity)
 _MANY = command.Flag("", default=(), many=True)
 _SECONDS = command.Flag("", default=0.0, least=0)
 COMMAND = command.Command(
@@ -70,14 +67,12 @@ COMMAND = command.Command(
   {
     "row": _MANY._replace(help="A row, by its name."),
     "rows": command.Flag("Several rows.", default="", choices=("all", *PARTS)),
-    "seed": command.Flag("Of training, comma-separated.", default=_SEEDS),
+    "seed": command.Flag("Of training, comma-separated.", default=(42, 43, 44)),
     "plan": command.Flag("Print rows and minutes alone.", default=False),
     "workdir": command.Flag("Of all.", default="workdirs/ablations"),
     "ratios": command.Flag("Shares kept.", default=(0.1, 0.05, 0.02)),
     "also": _MANY._replace(help="A row more: `ours` with KEY=VALUE;KEY=VALUE."),
-    "other_base": command.Flag(
-      "Another base model of the same shape.", default=""
-    ),
+    "other_base": command.Flag("Another of the same shape.", default=""),
     "seconds_per_video": _SECONDS._replace(help="Measured, of `ours`."),
     "seconds_per_row": _SECONDS._replace(help="Measured, beside training."),
   },
@@ -107,24 +102,12 @@ class Run(NamedTuple):
 
   name: str
   seed: int
+  row: Row
   trained: Any  # Config.
   asked: Any  # Config.
   folder: pathlib.Path  # Of the evaluation.
   policy: pathlib.Path  # Of the training.
-
-  @property
-  def identity(self) -> dict[str, Any]:
-    """What a ledger's entry depends on."""
-    trained, asked = map(config_lib.config_hash, (self.trained, self.asked))
-    evals = config_lib.to_dict(self.asked.evals)
-    return {"trained": trained, "asked": asked, "evals": evals}
-
-  @property
-  def known(self) -> dict[str, Any] | None:
-    """What `measure` returned; None if that is to be done."""
-    ledger = answer_log.AnswerLog(None, self.identity)
-    ledger.look([self.folder / _LEDGER])
-    return ledger.get(_KEY)
+  identity: dict[str, Any]  # What its answers depend on.
 
 
 def main(args):
@@ -134,18 +117,25 @@ def main(args):
   if unknown := [name for name in args.row if name not in rows]:
     listed = ", ".join(rows)
     raise errors.UserError(f"no row {unknown[0]!r}; --row is one of {listed}")
+  _weights.cache_clear()  # Files change between commands.
+  known = read_known(workdir)
+  seeds = {seed for found in known.values() for seed in found}
   runs = [
     make_run(workdir, recipes[row.recipe], name, row, seed)
     for name, row in rows.items()
-    for seed in dict.fromkeys((*args.seed, *_SEEDS))
+    for seed in dict.fromkeys((*args.seed, *sorted(seeds)))
   ]
   wanted = args.rows or ("" if args.row else "all")
   todo = [
     run for run in runs
-    if not run.known and run.seed in args.seed
-    and (run.name in args.row or wanted in ("all", rows[run.name].part))
+    if not is_known(run, known) and run.seed in args.seed
+    and (run.name in args.row or wanted in ("all", run.row.part))
   ]  # fmt: skip
-  print_plan(todo, rows, args, recipes["ours"])
+  root = pathlib.Path(recipes["ours"].data.root)
+  fits = root.name == "dense" or PARTS[1] not in [run.row.part for run in todo]
+  told = "transfer is from a folder `dense`; use it, or --rows=ablations"
+  errors.check(fits, f"data.root={root}: {told}")
+  print_plan(todo, args, recipes["ours"])
   if args.plan or not (args.row or args.rows):
     return
   files.check_writable(workdir / "table.md", "--workdir")
@@ -156,12 +146,9 @@ def main(args):
         perform(run, wait=wait)
       except errors.UserError as error:
         failed[run.folder] = errors.one_line(error)
-        terminal.tell(f"{run.folder}: {error}", error=True)
-  print(write_table(workdir, rows, runs, failed))
-  if failed:
-    folder, reason = next(iter(failed.items()))
-    told = f"{len(failed)} of {len(todo)} failed, first {folder}: {reason}"
-    raise errors.UserError(told)
+  print(write_table(workdir, rows, recipes["ours"].evals.ratios, failed))
+  told = f"{len(failed)} of {len(todo)} failed, see {workdir / 'table.md'}"
+  errors.check(not failed, told)
 
 
 def read_recipes(args) -> dict[str, Any]:
@@ -204,14 +191,15 @@ def make_rows(recipes, also=(), other_base="") -> dict[str, Row]:
     rows[f"ours-{_NAMES.get(key, key)}"] = Row("ours", {key: value})
   for text in also:
     changed = config_lib.replace(ours, {}, text.split(";"))
-    rows[text.replace("/", "_")] = Row("ours", departures(ours, changed, ""))
+    rows[text] = Row("ours", departures(ours, changed, ""))
   rows["paper"] = Row("paper")
   for key, value in departures(paper, ours).items():
     rows[f"paper+{_NAMES.get(key, key)}"] = Row("paper", {key: value})
   # The paper's own rates, for 7B, in place of a small model's.
-  rates = base_config.get_config().optimizer
-  rates = {f"optimizer.{k}": rates[k] for k in ("lr_heads", "lr_layer")}
+  rates = departures(paper, base_config.get_config(), "optimizer.lr_")
   rows["paper_rates_7b"] = Row("paper", rates)
+  rows["public_decay"] = Row("ours", {"optimizer.schedule": "cosine_repeated"})
+  rows["public_frame_cap"] = Row("ours", {"sampling.frame_cap": "public"})
   root = pathlib.Path(ours.data.root)
   sparse = {"data.root": str(root.with_name("sparse"))}
   frames = {"data.num_frames": 2 * ours.data.num_frames}
@@ -222,9 +210,6 @@ def make_rows(recipes, also=(), other_base="") -> dict[str, Row]:
     "twice_the_frames": Row("ours", {}, frames),
   }
   if other_base:
-    if not pathlib.Path(other_base, "config.json").is_file():
-      told = "no config.json is there; give a base model's folder"
-      raise errors.UserError(f"--other_base={other_base}: {told}")
     other, own = {"model.path": other_base}, "other_base_own"
     transfer[own] = Row("ours", other, {}, own)
     transfer["other_base"] = Row("ours", {}, other, own)
@@ -235,63 +220,95 @@ def make_run(workdir, recipe, name, row, seed) -> Run:
   """Returns a row with a seed; its configs were checked."""
   trained = config_lib.replace(recipe, {**row.changes, "seed": seed})
   asked = config_lib.replace(trained, row.asked) if row.asked else trained
-  policy = workdir / "policies" / config_lib.config_hash(trained)
-  return Run(
-    name, seed, trained, asked, workdir / name / f"seed_{seed}", policy
+  made = [
+    {
+      "config": config_lib.config_hash(config),
+      "base_model": _weights(config.model.path)["sha256"],
+      "data": benchmarks.read_manifest(config.data.root),
+    }
+    for config in (trained, asked)
+  ]
+  evals = config_lib.to_dict(asked.evals)
+  identity = {"trained": made[0], "asked": made[1], "evals": evals}
+  # Through JSON and back, so that it compares equal to what is read.
+  identity = json.loads(json.dumps(identity, sort_keys=True))
+  policy, digest = (
+    hashlib.sha256(text.encode()).hexdigest()[:16]
+    for text in (json.dumps(identity["trained"]), name)
   )
+  # Of a row of one's own, whose name is a text of any length.
+  short = f"{re.sub(r'[^a-zA-Z0-9.=_]', '_', name)[:40]}-{digest}"
+  folder = workdir / (short if "=" in name else name) / f"seed_{seed}"
+  policy = workdir / "policies" / policy
+  return Run(name, seed, row, trained, asked, folder, policy, identity)
 
 
-def is_trained(run: Run) -> bool:
-  """Returns whether a run's policy is there."""
-  return (run.policy / "policy" / "policy.safetensors").is_file()
+def read_known(workdir: pathlib.Path) -> dict[str, dict[int, Any]]:
+  """Returns row -> seed -> its row.json, of all rows measured in a workdir."""
+  found, mend = {}, "delete that folder"
+  for path in sorted(workdir.glob(f"*/seed_*/{_KNOWN}")):
+    entry = schema.read(path, mend=mend)
+    known = found.setdefault(entry["name"], {})
+    known[entry["seed"]] = entry
+    asked = [one["questions"] for one in known.values()]
+    told = f"{path.parent}: other questions than those of another seed; {mend}"
+    errors.check(asked[0] == asked[-1], told)
+  return found
 
 
-def print_plan(runs, rows, args, ours) -> None:
+def is_known(run: Run, known) -> bool:
+  """Returns whether a run is among `known`; refuses one of another making."""
+  if entry := known.get(run.name, {}).get(run.seed):
+    differing = config_lib.differences(entry["identity"], run.identity)
+    told = f"{'; '.join(differing[:2])}; use another --workdir"
+    errors.check(not differing, f"{run.folder} is of another run: {told}")
+  return entry is not None
+
+
+def print_plan(runs, args, ours) -> None:
   """Prints what is to be run, and minutes as the flags estimate them."""
   lines, total, planned = [], 0.0, set()
+  unit = ours.iterations * ours.sampling.num_combinations
   for run in runs:
-    videos, seconds = 0, args.seconds_per_row
-    if not is_trained(run) and run.policy not in planned:
+    made, videos = run.trained, 0
+    if not (run.policy / _TRAINED).is_file() and run.policy not in planned:
       planned.add(run.policy)
-      videos = run.trained.total_steps * run.trained.videos_per_step
-      work, unit = (
-        config.iterations * config.sampling.num_combinations
-        for config in (run.trained, ours)
-      )
-      seconds += videos * work / unit * args.seconds_per_video
-    total += seconds / 60
-    told = rows[run.name].told
-    lines.append((run.name, run.seed, told, videos, f"{seconds / 60:.1f}"))
+      videos = made.total_steps * made.videos_per_step
+    work = made.iterations * made.sampling.num_combinations / unit
+    minutes = args.seconds_per_row + videos * work * args.seconds_per_video
+    total += (minutes := minutes / 60)
+    lines.append((run.name, run.seed, run.row.told, videos, f"{minutes:.1f}"))
   title = f"{len(lines)} to run, {total:.1f} minutes"
   reporting.table(("row", "seed", "changes", "videos", "minutes"), lines, title)
 
 
 def perform(run: Run, *, wait: bool) -> None:
-  """Runs a row, unless it is done by now.
+  """Runs a row, unless it is done by now; `wait` is that of `files.claim`."""
+  path = run.folder / _KNOWN
+  with files.claim(run.folder / "row", wait=wait):
+    if path.is_file():
+      return
+    print(run.folder, flush=True)
+    ledger = answer_log.AnswerLog(None, {})
+    key = answer_log.Key(run.name, 1.0, run.seed, "all")
+    found = reporting.once(ledger, key, lambda: measure(run, wait=wait))
+    told = {"name": run.name, "seed": run.seed, "row": run.row._asdict()}
+    files.write_json(path, {"identity": run.identity, **told, **found})
 
-  Raises:
-    UserError: it failed, or another process has it and this one shall not
-      `wait` for it.
-  """
-  if not run.known:
-    with files.claim(run.folder / "row", wait=wait):
-      print(run.folder, flush=True)
-      with answer_log.AnswerLog(run.folder / _LEDGER, run.identity) as rows:
-        reporting.once(rows, _KEY, lambda: measure(run))
 
-
-def measure(run: Run) -> dict[str, Any]:
+def measure(run: Run, *, wait: bool) -> dict[str, Any]:
   """Trains where that is not done, asks, and returns what a table needs.
 
-  Accuracies and scores are fractions; scores are in the order of `clips`, one
-  for each question.
+  Accuracies and scores are fractions; scores are in the order of `questions`,
+  and of `clips`, one for each.
   """
   policy = run.policy
-  with files.claim(policy / "row", wait=True):  # Of rows that share it.
-    if not is_trained(run):
-      train.train(run.trained, policy)
+  with files.claim(policy / "row", wait=wait):  # Of rows that share it.
+    if not (policy / _TRAINED).is_file():
+      train_lib.train(run.trained, policy)
   if run.asked.model.path != run.trained.model.path:
-    policy = lend(policy, run.folder)
+    loading.lend(policy / "policy", run.folder / "policy")
+    policy = run.folder
   config = {"evals.policies": (f"policy={policy}",)}
   config = config_lib.replace(run.asked, config)
   asked = experiment_lib.Experiment.from_config(config, run.folder)
@@ -300,68 +317,47 @@ def measure(run: Run) -> dict[str, Any]:
   answers = answer_log.AnswerLog(None, answer_log.header(path))
   answers.look([path])
   answers.confirm_all()
-  found = {
-    (results.ratio_key(key.ratio), key.question): record["score"]
-    for key, record in answers.items()
-    if key.method != methods_lib.VANILLA
-  }
-  questions = evaluation.load_benchmark(
-    asked, config.evals.split, config.evals.num_questions
-  ).questions
-  tried = out["chosen"].get("cacovid", {}).get("candidates", ())
+  chosen, evals = out["chosen"].get("cacovid", {}), config.evals
+  specs = evals.candidates["cacovid"] if chosen else ("cacovid",)
+  listed = {m.label: m.spec for m in map(methods_lib.Method.parse, specs)}
+  spec = listed[chosen.get("best", "cacovid")]
+  tried = [one["accuracy"] for one in chosen.get("candidates", ())]
+  asked = evaluation.load_benchmark(asked, evals.split, evals.num_questions)
   return {
     "all tokens": out["vanilla"]["accuracy"],
-    "validation": max((one["accuracy"] for one in tried), default=None),
-    "seconds": seconds_of(run.policy),
-    "clips": [question.video for question in questions],
+    "validation": max(tried, default=None),
+    "seconds": metrics.seconds(run.policy),
+    "questions": [one.id for one in asked.questions],
+    "clips": [one.video for one in asked.questions],
     "scores": {
-      ratio: [found[ratio, question.id] for question in questions]
-      for ratio, cell in out["methods"]["cacovid"].items()
-      if cell["status"] == "ok"
+      key: [answers[spec, ratio, 0, one.id]["score"] for one in asked.questions]
+      for key, ratio in {results.ratio_key(x): x for x in evals.ratios}.items()
+      if out["methods"]["cacovid"][key]["status"] == "ok"
     },
   }
 
 
-def lend(policy: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
-  """Copies a policy for another base model than its own; returns the folder."""
-  shutil.copytree(policy / "policy", folder / "policy", dirs_exist_ok=True)
-  path = folder / "policy" / loading.CONFIG
-  described = schema.read(path, dict)
-  files.write_json(path, described | {"base_model": {}})
-  return folder
-
-
-def seconds_of(workdir) -> float:
-  """Returns what a training took, without compilation and interruptions."""
-  total, last = 0.0, 0
-  for line in metrics.read(workdir):
-    if "seconds_per_step" in line:
-      total += line["seconds_per_step"] * (line["step"] - last)
-      last = line["step"]
-  return total
-
-
-def write_table(workdir, rows, runs, failed) -> str:
+def write_table(workdir, rows, ratios, failed) -> str:
   """Writes table.md and accuracy.svg, of all rows; returns the Markdown."""
-  found = {name: [] for name in rows}
-  for run in runs:
-    if known := run.known:
-      found[run.name].append(known)
-  ratios, points = runs[0].asked.evals.ratios, {}
+  found, points = read_known(workdir), {}
   keys = list(map(results.ratio_key, ratios))
   shown = "0.05" if "0.05" in keys else keys[0]
   lines = {part: [] for part in PARTS}
-  for name, row in rows.items():
-    known, cells = found[name], [name, row.told, str(len(found[name]))]
+  first = {name: next(iter(known.values())) for name, known in found.items()}
+  old = {n: Row(**one["row"]) for n, one in first.items() if n not in rows}
+  for name, row in (rows | old).items():
+    known = found.get(name, {})
+    cells = [name, row.told, str(len(known))]
     for column, scale in _COLUMNS.items():
-      values = [one[column] for one in known if one[column] is not None]
-      cells.append(_spread([scale * value for value in values]))
-    others = found[row.reference] if name != row.reference else []
+      values = [one[column] for one in known.values()]
+      cells.append(_spread([scale * x for x in values if x is not None]))
+    others = found.get(row.reference, {}) if name != row.reference else {}
     cells += [_accuracy(known, others, key) for key in keys]
     lines[row.part].append(cells)
     if row.part == PARTS[0] and (scores := _scores(known, shown)):
-      points[name] = [100 * statistics.fmean(one) for one in scores]
-  head = ["row", "changes", "seeds", *_COLUMNS, *(f"{r:.0%}" for r in ratios)]
+      points[name] = [100 * statistics.fmean(x) for x in scores.values()]
+  shares = [f"{float(key):.0%}" for key in keys]
+  head = ["row", "changes", "seeds", *_COLUMNS, *shares]
   numbers = range(2, len(head))
   texts = [tables.as_markdown(head, lines[part], numbers) for part in PARTS]
   texts += [f"failed: {folder}: {reason}" for folder, reason in failed.items()]
@@ -377,19 +373,25 @@ def _spread(values) -> str:
   return f"{text} ± {statistics.stdev(values):.1f}" if values[1:] else text
 
 
-def _scores(known, key) -> list[list[float]]:
+def _scores(known, key) -> dict[int, list[float]]:
   """Returns the scores of each seed at a ratio."""
-  return [one["scores"][key] for one in known if key in one["scores"]]
+  entries = known.items()
+  return {n: one["scores"][key] for n, one in entries if key in one["scores"]}
 
 
 def _accuracy(known, others, key) -> str:
-  """Returns "81.8 ± 0.9 (-3.2 [-4.1, -2.3])", less that of others."""
+  """Returns "81.8 ± 0.9 (-3.2 [-4.1, -2.3])", less that of others.
+
+  The difference is that of the seeds of both; none if questions differ.
+  """
   scores, reference = _scores(known, key), _scores(others, key)
-  text = _spread([100 * statistics.fmean(one) for one in scores])
-  if not (scores and reference):
+  text = _spread([100 * statistics.fmean(one) for one in scores.values()])
+  seeds = sorted(scores.keys() & reference.keys())
+  asked = [of[seeds[0]]["questions"] for of in (known, others) if seeds]
+  if not seeds or asked[0] != asked[1]:
     return text
-  sample = statistics_lib.Sample(tuple(known[0]["clips"]))
-  means = np.mean(scores, axis=0), np.mean(reference, axis=0)
+  sample = statistics_lib.Sample(tuple(known[seeds[0]]["clips"]))
+  means = (np.mean([of[n] for n in seeds], 0) for of in (scores, reference))
   mean, low, high = (100 * value for value in sample.difference(*means))
   return f"{text} ({mean:+.1f} [{low:+.1f}, {high:+.1f}])"
 

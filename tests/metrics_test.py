@@ -9,7 +9,7 @@ import time
 import jax.numpy as jnp
 import pytest
 
-from cacovid_jax import errors, metrics
+from cacovid_jax import errors, json_lines, metrics
 from tests import disks
 
 
@@ -139,3 +139,14 @@ def test_wandb_that_is_not_installed_is_told(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "wandb", None)
   with pytest.raises(errors.UserError, match=r"cacovid_jax\[wandb\]"):
     metrics.MetricsWriter(tmp_path, tensorboard=False, wandb_project="policies")
+
+
+def test_seconds_are_those_of_all_steps(tmp_path):
+  """Ten steps of 2 seconds, five of 3; validation has none."""
+  lines = [
+    {"step": 10, "seconds_per_step": 2.0},
+    {"step": 10, "validation_accuracy": 0.5},
+    {"step": 15, "seconds_per_step": 3.0},
+  ]
+  json_lines.append(tmp_path / "metrics.jsonl", lines)
+  assert metrics.seconds(tmp_path) == 35

@@ -158,6 +158,7 @@ class Benchmark:
   questions: Sequence[question_lib.Question]  # In the order of the file.
   # Question id -> tokens of the grid that decide it, where that is known.
   decisive: Mapping[str, Sequence[int]]
+  num_frames: int | None = None  # That these are tokens of, where known.
   # Of the program that made the clips, None for real ones.
   generator_hash: str | None = None
   task: Task = _BY_NAME[PREPARED]
@@ -230,12 +231,13 @@ def load(
       f" {', '.join(splits) or 'none'}"
     )
   questions = found.read(str(path), root, style or "video-r1", **options)
-  manifest = _read_manifest(directory / "manifest.json")
+  manifest = read_manifest(directory)
   return Benchmark(
     name=str(manifest.get("name") or manifest.get("variant") or directory.name),
     questions=questions,
     decisive=_read_decisive(directory / "decisive.jsonl", questions),
     generator_hash=manifest.get("generator_hash"),
+    num_frames=manifest.get("num_frames"),
     **told,
   )
 
@@ -257,7 +259,9 @@ def _restyled(questions, style: str, benchmark: str):
   return found
 
 
-def _read_manifest(path: pathlib.Path) -> dict:
+def read_manifest(directory) -> dict[str, Any]:
+  """Returns what prepared data are made of, {} where nothing tells."""
+  path = pathlib.Path(directory, "manifest.json")
   return schema.read(path, dict, _AGAIN) if os.path.isfile(path) else {}
 
 

@@ -274,6 +274,12 @@ def load_benchmark(
     style=evals.prompt_style,
     on_bad_row=evals.on_bad_row,
   ).limited(count)
+  # Of other frames than are shown now, they would name other places.
+  if found.decisive and found.num_frames not in (None, data.num_frames):
+    told = "%s: decisive.jsonl is of %d frames, not %d, and left out"
+    frames = found.num_frames, data.num_frames
+    logging.log_first_n(logging.WARNING, told, 1, data.root, *frames)
+    found = dataclasses.replace(found, decisive={})
   names = [question.video for question in found.questions]
   if missing := readers.find_missing(
     names, found.root, on_missing=evals.on_missing

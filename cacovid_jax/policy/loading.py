@@ -27,6 +27,7 @@ import logging
 import os
 import pathlib
 import re
+import shutil
 from typing import Any
 
 import jax
@@ -231,6 +232,13 @@ def export(path: pathlib.Path, policy, params, described) -> None:
     digests = dict.fromkeys([files.sha256(partial), *known.get(path.name, [])])
     known = {**known, path.name: list(digests)[:3]}
     files.write_json(config, {**described, "weights_sha256": known})
+
+
+def lend(folder: pathlib.Path, to: pathlib.Path) -> None:
+  """Copies an exported policy, for another base model than its own."""
+  shutil.copytree(folder, to, dirs_exist_ok=True)
+  described = schema.read(to / CONFIG)
+  files.write_json(to / CONFIG, described | {"base_model": {}})
 
 
 def load(path, policy, params=None):

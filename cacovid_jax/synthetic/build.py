@@ -162,7 +162,8 @@ def build(config, directory, *, num_workers=2, on_clip=lambda done: None):
       if not _is_there(directory, manifest):
         _build(config, directory, num_workers, on_clip)
         # Last: a directory with a manifest is complete.
-        files.write_json(directory / MANIFEST, manifest)
+        frames = {"num_frames": world.NUM_FRAMES}  # Of decisive tokens.
+        files.write_json(directory / MANIFEST, manifest | frames)
   return str(directory)
 
 

@@ -201,3 +201,15 @@ def test_a_line_of_dots_for_each_name():
   ]
   assert float(level.split()[1]) == pytest.approx(mean)
   assert charts.by_name({}, "accuracy (%)").startswith("<?xml")
+
+
+def test_long_names_of_lines_are_cut_at_the_right():
+  """As the room beside them is counted; two that begin alike stay two."""
+  names = [f"rollout.reward=log_likelihood;optimizer.lr={i}" for i in range(2)]
+  svg = charts.by_name({name: [50.0] for name in names}, "accuracy (%)")
+  found = [e.text for e in ElementTree.fromstring(svg).iter(f"{SVG}text")]
+  assert found.count(f"{names[0][:31]}…") == 2
+  places = [
+    use.get("y") for use in ElementTree.fromstring(svg).iter(f"{SVG}use")
+  ]
+  assert len(set(places)) == 2

@@ -63,6 +63,31 @@ def finished(request_of, tmp_path_factory):
   return workdir, evaluation.evaluate(request_of(workdir))
 
 
+@pytest.mark.parametrize("drawn", [None, 4, 8])
+def test_decisive_tokens_of_other_frames_are_left_out(
+  drawn, request_of, data_dir, tmp_path, monkeypatch
+):
+  """Data of which nobody knows for how many frames they were drawn are read."""
+  data = shutil.copytree(data_dir, tmp_path / "data")
+  path, told = data / "manifest.json", []
+  manifest = json.loads(path.read_text())
+  path.write_text(
+    json.dumps(manifest | ({"num_frames": drawn} if drawn else {}))
+  )
+  monkeypatch.setattr(
+    evaluation.logging,
+    "log_first_n",
+    lambda _, text, count, *values: told.append((count, text % values)),
+  )
+  found = evaluation.load_benchmark(request_of(tmp_path, data=str(data)))
+  if drawn == 8:
+    assert found.questions and not found.decisive
+    text = "decisive.jsonl is of 8 frames, not 4, and left out"
+    assert told == [(1, f"{data}: {text}")]
+  else:
+    assert len(found.decisive) == len(found.questions) and not told
+
+
 def test_writes_its_files(finished, policy_path):
   workdir, out = finished
   assert {path.name for path in workdir.iterdir()} == FILES

@@ -1,6 +1,6 @@
 """Ablations: which rows there are, going on with them, and the table."""
 
-import contextlib
+import json
 import pathlib
 import shutil
 
@@ -20,6 +20,7 @@ from cacovid_jax import (
 from cacovid_jax import config as config_lib
 from cacovid_jax.evals import results, statistics
 from cacovid_jax.synthetic import build
+from configs import common
 from experiments import ablations
 from tests.experiments import commands, quickstart_test
 
@@ -62,6 +63,19 @@ def test_every_departure_is_taken_back_alone():
   assert {"importance_ratio", "objective.kl_weight"} < names["ours"]
 
 
+def test_what_ours_and_the_papers_share_has_rows_of_the_public_code():
+  rows = ablations.make_rows(recipes())
+  public = common.released(None, family="qwen2_5_vl", sizes=("7b",))
+  for name in ("public_decay", "public_frame_cap"):
+    ((key, value),) = rows[name].changes.items()
+    assert rows[name].recipe == rows[name].reference == "ours"
+    assert config_lib.value_of(public, key) == value
+    for recipe in recipes().values():
+      assert config_lib.value_of(recipe, key) != value
+    recipe = config_lib.replace(recipes()["ours"], rows[name].changes)
+    assert experiment.Experiment.from_config(recipe)
+
+
 def test_the_papers_recipe_is_that_of_the_defaults():
   """But for rates, a ratio and a length that it does not use, and precision."""
   found = ablations.departures(recipes()["paper"], base_config.get_config())
@@ -77,6 +91,29 @@ def test_a_row_of_ones_own_is_any_change_of_ours():
   row = ablations.make_rows(recipes(), [text])[text]
   assert row.recipe == "ours"
   assert row.changes == {"rollout.reward": "log_likelihood", "total_steps": 7}
+
+
+def folders(path, *names, also=(), seed=42):
+  """Returns the folders of rows' evaluations and trainings."""
+  both = recipes()
+  rows = ablations.make_rows(both, also)
+  made = [
+    ablations.make_run(path, both[rows[n].recipe], n, rows[n], seed)
+    for n in names
+  ]
+  return [run.folder for run in made], [run.policy for run in made]
+
+
+def test_rows_of_ones_own_have_short_folders_of_their_own(tmp_path):
+  """Two texts that differ in a sign, one with a path, one of 400 letters."""
+  also = ["data.media=a/b", "data.media=a_b", f"data.media={'x' * 400}"]
+  found, trained = folders(tmp_path, *also, also=also)
+  assert len(set(found)) == len(set(trained)) == 3
+  for folder in found:
+    assert folder.parent.parent == tmp_path
+    assert len(folder.parent.name) < 80
+    assert folder.parent.name.startswith("data.media=")
+  assert folders(tmp_path, "ours")[0] == [tmp_path / "ours" / "seed_42"]
 
 
 def test_only_what_changes_training_is_trained_anew(tmp_path):
@@ -103,8 +140,9 @@ class Measured:
 
   def __init__(self, *scores, fails=()):
     self.scores, self.fails, self.asked = scores, fails, []
+    self.questions, self.keys = ["1", "2", "3", "4"], ("0.10", "0.05")
 
-  def __call__(self, run):
+  def __call__(self, run, *, wait):
     self.asked.append((run.name, run.seed))
     if run.name in self.fails:
       raise errors.UserError("10 steps in a row were refused")
@@ -114,8 +152,9 @@ class Measured:
       "all tokens": 0.75,
       "validation": None,
       "seconds": 100.0 + number,
+      "questions": self.questions,
       "clips": ["a", "a", "b", "c"],
-      "scores": {"0.10": found, "0.05": found},
+      "scores": dict.fromkeys(self.keys, found),
     }
 
 
@@ -134,7 +173,7 @@ def cells(workdir, name):
 
 
 def test_the_table_of_scores_written_by_hand(tmp_path, measured):
-  """Two seeds: 50 and 100 % of ours, 25 and 50 % without the clamp."""
+  """Two seeds: 50 and 100 % of ours, 25 and 50 % of a fixed ratio."""
   measured.scores = ([1, 0, 0, 1], [1] * 4, [0, 0, 0, 1], [0, 0, 1, 1])
   run(tmp_path, "ours", "ours-ratio.adaptive", seed="42,43", ratios="0.1,0.05")
   ours = cells(tmp_path, "ours")
@@ -172,7 +211,7 @@ def test_given_again_it_runs_what_is_missing(tmp_path, measured):
 
 def test_a_row_that_fails_does_not_stop_the_others(tmp_path, measured):
   measured.fails = ("ours",)
-  with pytest.raises(errors.UserError, match="1 of 2 failed, first .*ours/see"):
+  with pytest.raises(errors.UserError, match="1 of 2 failed, see .*table.md"):
     run(tmp_path, "ours", "paper")
   text = (tmp_path / "table.md").read_text()
   assert "seed_42: 10 steps in a row were refused" in text
@@ -183,19 +222,93 @@ def test_a_row_that_fails_does_not_stop_the_others(tmp_path, measured):
   assert "failed" not in (tmp_path / "table.md").read_text()
 
 
-def test_a_row_of_another_process_is_left_to_it(tmp_path, monkeypatch):
-  """It is tried at last, when the other one is gone."""
-  other = contextlib.ExitStack()
-  other.enter_context(files.claim(tmp_path / "ours" / "seed_42" / "row"))
-  made = Measured([1, 0, 0, 1])
+def test_a_failure_is_told_once(tmp_path, measured, capsys):
+  measured.fails = ("ours",)
+  with pytest.raises(errors.UserError, match="failed"):
+    run(tmp_path, "ours")
+  assert len(measured.asked) == 2
+  told = "".join(capsys.readouterr())
+  assert told.count("10 steps in a row were refused") == 1
 
-  def measure(run):
-    other.close()
-    return made(run)
 
-  monkeypatch.setattr(ablations, "measure", measure)
+def test_a_row_of_another_process_is_left_to_it(tmp_path, monkeypatch, capsys):
+  """Its lock is waited for at last; nothing is told of it before."""
+  made, claim, asked = Measured([1, 0, 0, 1]), files.claim, []
+  monkeypatch.setattr(ablations, "measure", made)
+
+  def refuse(path, *args, wait=False, **kwargs):
+    if path.name == "row":
+      asked.append((path.parent.parent.name, wait))
+      if asked[-1] == ("ours", False):
+        raise errors.UserError("another process is writing")
+    return claim(path, *args, wait=wait, **kwargs)
+
+  monkeypatch.setattr(files, "claim", refuse)
   run(tmp_path, "ours", "paper")
+  assert asked[:3] == [("ours", False), ("paper", False), ("ours", True)]
   assert made.asked == [("paper", 42), ("ours", 42)]
+  assert "another process" not in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("wait", [False, True])
+def test_a_shared_training_is_waited_for_as_its_row_is(
+  wait, tmp_path, monkeypatch
+):
+  def refuse(path, *, wait):
+    raise errors.UserError(f"{path.parent.parent.name} {wait}")
+
+  both = recipes()
+  row = ablations.make_rows(both)["ours"]
+  made = ablations.make_run(tmp_path, both["ours"], "ours", row, 42)
+  monkeypatch.setattr(files, "claim", refuse)
+  with pytest.raises(errors.UserError, match=f"policies {wait}"):
+    ablations.measure(made, wait=wait)
+
+
+def test_differences_are_of_the_seeds_that_both_have(tmp_path, measured):
+  """Ours has two seeds, of 25 and 100 %; the other has the first, 75 %."""
+  measured.scores = ([0, 0, 0, 1], [1] * 4, [1, 1, 0, 1])
+  run(tmp_path, "ours", seed="42,43", ratios="0.1,0.05")
+  run(tmp_path, "paper", ratios="0.1,0.05")
+  sample = statistics.Sample(("a", "a", "b", "c"))
+  low, high = (
+    100 * x for x in sample.difference([1, 1, 0, 1], [0, 0, 0, 1])[1:]
+  )
+  assert (
+    cells(tmp_path, "paper")[-1] == f"75.0 (+50.0 [{low:+.1f}, {high:+.1f}])"
+  )
+
+
+def test_other_questions_have_no_difference(tmp_path, measured):
+  run(tmp_path, "ours", ratios="0.1,0.05")
+  measured.questions = ["1", "2", "3", "5"]
+  run(tmp_path, "paper", ratios="0.1,0.05")
+  assert cells(tmp_path, "paper")[-2:] == ["50.0", "50.0"]
+  # Of seeds of one row, they would make a false mean.
+  measured.questions = ["1", "2", "3", "4"]
+  with pytest.raises(errors.UserError, match="paper/seed_43: other questions"):
+    run(tmp_path, "paper", seed=43, ratios="0.1,0.05")
+
+
+def test_the_table_is_of_all_that_was_measured(tmp_path, measured):
+  """Other seeds, a row of one's own and another base model, named before."""
+  flags = dict(also="data.media=a/b", other_base=experiment.SHIPPED_MODEL)
+  run(tmp_path, "ours", "data.media=a/b", "other_base", seed=7, **flags)
+  run(tmp_path, "paper")
+  assert cells(tmp_path, "ours")[0] == "1"
+  assert cells(tmp_path, "data.media=a/b")[0] == "1"
+  assert cells(tmp_path, "other_base")[0] == "1"
+  assert "| data.media=a/b | data.media=a/b | 1 |" in (
+    (tmp_path / "table.md").read_text()
+  )
+
+
+def test_a_ratio_has_one_name_in_head_and_chart(tmp_path, measured):
+  """0.025 lies between two per cents; results.json calls it 0.03."""
+  measured.keys = ("0.03",)
+  run(tmp_path, "ours", ratios=0.025)
+  assert "| 3% |" in (tmp_path / "table.md").read_text()
+  assert "accuracy at 3% of" in (tmp_path / "accuracy.svg").read_text()
 
 
 def test_the_plan_runs_nothing(tmp_path, measured, capsys):
@@ -218,11 +331,11 @@ def test_the_plan_runs_nothing(tmp_path, measured, capsys):
   [
     (["ourz"], {}, "no row 'ourz'; --row is one of ours, ours-"),
     (["other_base"], {}, "no row 'other_base'; "),
-    (["ours"], dict(other_base="nowhere"), "no config.json is there"),
+    (["ours"], dict(other_base="nowhere"), "nowhere/model.safetensors is miss"),
     (["ours"], dict(also="iterations"), "write key.subkey=value"),
     (["ours"], dict(also="iteration=2"), "nearest: iterations"),
     (["ours"], dict(ratios="1.5"), "retention ratio 1.5 is outside"),
-    (["ours"], dict(seconds_per_row=-1), "--seconds_per_row=-1"),
+    (["ours"], dict(seconds_per_row=-1), "--seconds_per_row is -1"),
     (["ours"], dict(seed="a"), "--seed"),
     (["ours"], dict(rows="some"), "choose all or ablations or transfer"),
     (["ours"], dict(config=f"{ROOT}/configs/own_videos.py"), "'paper'"),
@@ -239,8 +352,73 @@ def test_mistakes_are_named_before_anything_runs(
 
 def test_rows_of_another_recipe_are_refused(tmp_path, measured):
   run(tmp_path, "ours")
-  with pytest.raises(errors.UserError, match="differs in asked, trained"):
+  with pytest.raises(errors.UserError, match="of another run: asked.config is"):
     run(tmp_path, "paper", overrides=["objective.kl_weight=0.2"])
+  assert measured.asked == [("ours", 42)]
+
+
+@pytest.fixture
+def own_data(tmp_path):
+  """Returns (folder, overrides) of a base model and a manifest beside it."""
+  shutil.copytree(experiment.SHIPPED_MODEL, tmp_path / "base")
+  (tmp_path / "dense").mkdir()
+  files.write_json(tmp_path / "dense" / "manifest.json", {"seed": 0})
+  return tmp_path, [
+    f"model.path={tmp_path / 'base'}",
+    f"data.root={tmp_path / 'dense'}",
+  ]
+
+
+@pytest.mark.parametrize("changed", ["base_model", "data"])
+def test_what_was_measured_knows_what_it_was_made_from(
+  changed, own_data, measured
+):
+  """Base model and data, at the same paths."""
+  folder, overrides = own_data
+  both = recipes()
+  row = ablations.make_rows(both)["ours"]
+  run(folder / "run", "ours", overrides=overrides)
+
+  def policy():
+    recipe = config_lib.replace(both["ours"], {}, overrides)
+    ablations._weights.cache_clear()
+    return ablations.make_run(folder, recipe, "ours", row, 42).policy
+
+  before = policy()
+  if changed == "data":
+    files.write_json(folder / "dense" / "manifest.json", {"seed": 1})
+  else:
+    path = folder / "base" / "model.safetensors"
+    weights = safetensors.numpy.load_file(path)
+    name = min(weights)
+    safetensors.numpy.save_file(weights | {name: weights[name] + 1}, path)
+  assert policy() != before
+  with pytest.raises(errors.UserError, match=f"run: asked.{changed}") as error:
+    run(folder / "run", "paper", overrides=overrides)
+  assert "\n" not in str(error.value)
+  assert measured.asked == [("ours", 42)]
+
+
+def test_data_may_come_after_a_row_that_lacked_it(own_data, measured):
+  folder, overrides = own_data
+  (folder / "dense" / "manifest.json").unlink()
+  measured.fails = ("ours",)
+  with pytest.raises(errors.UserError, match="failed"):
+    run(folder / "run", "ours", overrides=overrides)
+  files.write_json(folder / "dense" / "manifest.json", {"seed": 1})
+  measured.fails = ()
+  run(folder / "run", "ours", overrides=overrides)
+  assert cells(folder / "run", "ours")[0] == "1"
+
+
+@pytest.mark.parametrize("flags", [dict(rows="transfer"), dict(rows="all"), {}])
+def test_transfer_is_from_dense_clips(flags, tmp_path, measured):
+  """Of the variant sparse, "dense_to_sparse" would be neither."""
+  config = f"{CONFIG},variant=sparse"
+  with pytest.raises(errors.UserError, match="data.root=.*/sparse: transfer"):
+    run(tmp_path / "x", config=config, **flags)
+  assert not measured.asked and not (tmp_path / "x").exists()
+  run(tmp_path / "x", "ours", config=config)
   assert measured.asked == [("ours", 42)]
 
 
@@ -268,8 +446,6 @@ def finished(tmp_path_factory):
     "prepare.clips=2,2,2,0",
   ]
   build.prepare(config_lib.load(CONFIG, overrides), num_workers=1)
-  # Its tokens are those of 16 frames.
-  (folder / "dense" / "decisive.jsonl").unlink()
   jax.config.update("jax_disable_most_optimizations", True)
   rows, flags = ("ours", "twice_the_frames", "other_base"), dict(ratios=0.1)
   flags |= dict(other_base=folder / "other", overrides=overrides)
@@ -282,18 +458,17 @@ def finished(tmp_path_factory):
 
 def read(workdir, name):
   folder = workdir / name / "seed_42"
-  _, line = json_lines.look(folder / "row.jsonl", dict, "left out")
-  return results.read(folder), line
+  return results.read(folder), json.loads((folder / "row.json").read_text())
 
 
 def test_one_training_is_asked_in_three_ways(finished):
   workdir, rows, _ = finished
   (policy,) = (workdir / "policies").iterdir()
-  config = config_lib.load(policy / "config.json")
-  assert policy.name == config_lib.config_hash(config)
   for name, frames in zip(rows, (8, 16, 8), strict=True):
     out, line = read(workdir, name)
     assert out["grid"] == [frames, 7, 7]
+    # Decisive tokens were drawn for 16 frames.
+    assert bool(out["frame_head"]) == (frames == 16)
     cell = out["methods"]["cacovid"]["0.10"]
     assert np.mean(line["scores"]["0.10"]) == pytest.approx(cell["accuracy"])
     assert len(line["clips"]) == cell["n"] and len(set(line["clips"])) == 2
@@ -306,20 +481,20 @@ def test_one_training_is_asked_in_three_ways(finished):
 
 
 def test_a_policy_that_is_there_is_not_trained_again(finished, monkeypatch):
+  """Nor are scores those of options that were not chosen."""
   workdir, rows, flags = finished
+  folder = workdir / "ours" / "seed_42"
+  rows_there = json_lines.look(folder / "answers.jsonl", dict, "left out")
+  other = {"method": "cacovid?importance_ratio=0.5"}
+  others = [
+    row | other | {"score": 1 - row["score"]}
+    for row in rows_there
+    if row.get("method") == "cacovid"
+  ]
+  assert others
+  json_lines.append(folder / "answers.jsonl", others)
   before = (workdir / "table.md").read_bytes()
   monkeypatch.setattr(train, "train", None)
-  (workdir / "ours" / "seed_42" / "row.jsonl").unlink()
+  (workdir / "ours" / "seed_42" / "row.json").unlink()
   run(workdir, *rows, **flags)
   assert (workdir / "table.md").read_bytes() == before
-
-
-def test_seconds_are_those_of_all_steps(tmp_path):
-  """Ten steps of 2 seconds, five of 3; validation has none."""
-  lines = [
-    {"step": 10, "seconds_per_step": 2.0},
-    {"step": 10, "validation_accuracy": 0.5},
-    {"step": 15, "seconds_per_step": 3.0},
-  ]
-  json_lines.append(tmp_path / "metrics.jsonl", lines)
-  assert ablations.seconds_of(tmp_path) == 35

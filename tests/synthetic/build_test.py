@@ -237,6 +237,8 @@ def fresh_hash():
 def test_the_generators_hash_is_of_what_it_makes(folder, fresh_hash):
   manifest = json.loads((folder / "manifest.json").read_text())
   assert manifest["generator_hash"] == fresh_hash()
+  # Of the grid that decisive tokens are places of.
+  assert manifest["num_frames"] == 16
 
 
 def _brighter(clip, scene, length):

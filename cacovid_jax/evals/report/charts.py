@@ -280,13 +280,14 @@ def by_name(values: Mapping[str, Sequence[float]], label: str) -> str:
   room = 20 + round(max(map(svg.name_width, values), default=0))
   axes = svg.make_axes(1040, 86 + 22 * len(values), 10, left=room)
   axes.invert_yaxis()
-  for name, found in values.items():
+  axes.set_yticks(range(len(values)), list(map(svg.short, values)))
+  for at, found in enumerate(values.values()):
     if not axes.lines:
       line = {"color": svg.PALETTE["muted"], "ls": (0, (2, 3)), "lw": 1}
       axes.axvline(np.mean(found), **line)
     style = {"color": svg.PALETTE["accent"]}
-    axes.plot(found, [name] * len(found), "o", markersize=4, alpha=0.5, **style)
-    axes.plot([np.mean(found)], [name], "o", markersize=8, **style)
+    axes.plot(found, [at] * len(found), "o", markersize=4, alpha=0.5, **style)
+    axes.plot([np.mean(found)], [at], "o", markersize=8, **style)
   axes.set_xlabel(label)
   return svg.as_file(axes.figure, "white")
 

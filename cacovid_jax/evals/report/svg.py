@@ -80,7 +80,7 @@ def make_axes(width, height, right, title="", left=_LEFT):
   axes.grid(axis="y", color=PALETTE["hair"], linewidth=1)
   axes.set_axisbelow(True)
   axes.spines[:].set_visible(False)
-  place, title = (10 / width, 1 - 10 / height), _short(title, 120)
+  place, title = (10 / width, 1 - 10 / height), short(title, 120)
   figure.text(*place, title, va="top", fontsize=14, color=PALETTE["ink"])
   return axes
 
@@ -103,7 +103,7 @@ class Label(NamedTuple):
     style = dict(arrowstyle="-", color=self.colour, alpha=0.5, lw=1, shrinkA=2,
                  shrinkB=2)  # fmt: skip
     axes.annotate(
-      _short(self.name), place, xycoords=coordinates, xytext=shift,
+      short(self.name), place, xycoords=coordinates, xytext=shift,
       textcoords="offset points", color=self.colour,
       va="center" if self.x else "baseline",
       fontweight="bold" if self.strong else "normal",
@@ -158,7 +158,7 @@ def _overlap(a, b) -> float:
 
 def name_width(name: str, strong: bool = False) -> float:
   """Returns about how many pixels a name takes."""
-  return (8.4 if strong else 7.2) * len(_short(name))
+  return (8.4 if strong else 7.2) * len(short(name))
 
 
 def drawable(name: str) -> str:
@@ -166,7 +166,7 @@ def drawable(name: str) -> str:
   return "".join(c if c.isprintable() else " " for c in name)
 
 
-def _short(name: str, longest: int = _LONGEST) -> str:
+def short(name: str, longest: int = _LONGEST) -> str:
   """Returns a name that fits beside a chart."""
   name = drawable(name)
   return name if len(name) <= longest else f"{name[: longest - 1]}…"
