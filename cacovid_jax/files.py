@@ -26,8 +26,8 @@ _REFUSED = errors.FULL + (
 
 def unwritable(path, error: OSError) -> errors.UserError:
   """Returns the refusal of a path that a disk did not take."""
-  told = f"{error.strerror or error}; {errors.mend_of(error)}"
-  return errors.UserError(f"cannot write {path}: {told}")
+  why, mend = error.strerror or error, errors.mend_of(error)
+  return errors.UserError(f"cannot write {path}: {why}; {mend}")
 
 
 @contextlib.contextmanager

@@ -66,7 +66,7 @@ def test_an_older_workdir_names_the_command_and_goes_on_after_it(
   )
   before = (workdir / "config.json").read_bytes()
   assert run("upgrade", str(workdir)) == 0
-  assert "config.json and 1 checkpoints upgraded" in capsys.readouterr().out
+  assert "config.json, 1 checkpoints upgraded" in capsys.readouterr().out
   assert (workdir / "config.before.json").read_bytes() == before
   manifest = workdir / "checkpoints" / "2" / "manifest.before.json"
   assert f'"config_hash": "{HASH}"' in manifest.read_text()

@@ -160,8 +160,10 @@ class VideoStream:
   def _unopened(self, error: Exception) -> errors.UserError:
     """Returns why the file cannot be opened."""
     if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
-      mend = "raise the limit of open files (ulimit -n)"
-      return errors.UserError(f"{self.path}: {_text(error)}; {mend}")
+      told = f"{self.path}: {_text(error)}"
+      return errors.UserError(
+        f"{told}; raise the limit of open files (ulimit -n)"
+      )
     head = self._data or b""
     if not head:
       with contextlib.suppress(OSError), open(self.path, "rb") as f:
