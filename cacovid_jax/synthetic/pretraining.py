@@ -94,12 +94,11 @@ def _pretrain(config, workdir):
       if rows or stop:
         if not np.isfinite(optax.tree.norm(state["params"])):
           raise _diverged(step)
-      # Before the checkpoint, behind which it would not be made again.
-      if rows:
-        params = state["params"]["model"]
-        checkpoints.save(directory, model.config, params, **stored)
-        files.write_json(workdir / "probe.json", rows)
-      if rows or stop:
+        # Before the checkpoint, behind which it would not be made again.
+        if rows:
+          params = state["params"]["model"]
+          checkpoints.save(directory, model.config, params, **stored)
+          files.write_json(workdir / "probe.json", rows)
         told = {"devices": jax.device_count()}
         checkpointing.save(saved, step, state, told, config_hash=given, keep=1)
       if stop:

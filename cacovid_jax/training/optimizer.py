@@ -24,11 +24,6 @@ _FROZEN = re.compile(r"^mode_selection(/|$)")
 _NO_DECAY = re.compile(r"(^|/)[^/]*norm[^/]*(/|$)|(^|/)(bias|scale)$")
 
 
-# "cosine" is one decay to 0 over the run. "cosine_repeated" is what the public
-# code does: its horizon counts videos while each of their I iterations moves it
-# on, so that the rate is 0 after 1/I of the run, full after 2/I, and so on.
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
   """Rates and limits."""
@@ -38,6 +33,10 @@ class OptimizerConfig:
   weight_decay: float = 0.01  # Of matrices.
   clip: float = 5.0  # Bound of the gradient's norm.
   warmup: int = 0  # Optimiser steps.
+  # "cosine" is one decay to 0 over the run. "cosine_repeated" is what the
+  # public code does: its horizon counts videos while each of their I iterations
+  # moves it on, so that the rate is 0 after 1/I of the run, full after 2/I, and
+  # so on.
   schedule: str = "cosine"
   average: float = 0.0  # Decay of `Averaged` parameters; 0 for none.
 
