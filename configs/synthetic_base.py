@@ -51,6 +51,7 @@ def _pretrain(debug):
   return dict(
     seed=0,
     num_steps=2 if debug else 7200,
+    optimizer="muon",
     lr=1.2e-3,
     warmup_steps=1 if debug else 300,
     weight_decay=0.05,
@@ -68,6 +69,8 @@ def _pretrain(debug):
       batch_size=2 if debug else 64,
       questions_per_clip=2 if debug else 8,
       text_only=2 if debug else 64,
+      reading_steps=0 if debug else 600,
+      reading_rows=2 if debug else 256,
       sparse_share=0.4,
       kind_shares=questions.SHARES,
       # Below the benchmark's 128 to 136: the model reads those as well, and

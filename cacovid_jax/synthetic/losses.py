@@ -10,9 +10,9 @@ model learn is the sum of six losses (weights in the config):
             the tower would learn to copy every object into all tokens of its
             frame; in some rows, kept tokens are merged with others;
   told      answers about a scene told in words: binds options to letters;
-  labels    the object on each video token, and the token's place in the
-            picture, read by a head that is thrown away (foreground and
-            background averaged apart);
+  labels    the object on each video token, and where in the picture it is,
+            read by a head that is thrown away (foreground and background
+            averaged apart);
   size      how far the tokens' size is from that of word embeddings;
   asked     which tokens the question is about, read from the first layer
             without causal mask, as a policy reads it.
@@ -30,11 +30,9 @@ import numpy as np
 import optax
 
 from cacovid_jax import errors
-from cacovid_jax.synthetic import render, world
+from cacovid_jax.synthetic import questions, render, world
 
 ATTRIBUTES = tuple(map(len, world.ATTRIBUTES))
-# As the options of "where" questions say them.
-_SIDES = ("top", "bottom", "left", "right")
 # Standard deviation of a clip's static noise, in grey levels; and of the noise
 # of each frame, which stands for compression.
 _NOISE, _GRAIN = 4.0, 2.0
@@ -97,19 +95,18 @@ class LabelHead(nn.Module):
 
   @nn.compact
   def __call__(self, features, words):
-    """Returns float32[..., 39] logits of video tokens float[..., D].
+    """Returns float32[..., 25] logits of video tokens float[..., D].
 
-    Of an object, its color, pattern and shape, of the token's sides, row and
-    column; `words` are float[24, D] embeddings of those but the last two.
+    Of an object, its color, pattern, shape and place; `words` are float[24, D]
+    embeddings of the latter.
     """
     features = _of_size_one(features)
     words = words.astype(jnp.float32)
     words = words / (jnp.linalg.norm(words, axis=-1, keepdims=True) + 1e-6)
     scale = self.param("scale", nn.initializers.ones, ())
     likeness = scale * features @ words.T
-    head = nn.Dense(1 + world.NUM_ROWS + world.NUM_COLS, name="label")
-    other = head(features)
-    return jnp.concatenate([other[..., :1], likeness, other[..., 1:]], axis=-1)
+    present = nn.Dense(1, name="present")(features)
+    return jnp.concatenate([present, likeness], axis=-1)
 
 
 class AskedHead(nn.Module):
@@ -152,36 +149,35 @@ def size_loss(features, table):
 
 
 def label_loss(logits, labels):
-  """Returns the loss of the label head's logits float32[B, N, 39].
+  """Returns the loss of the label head's logits float32[B, N, 25].
 
   Labels int8[B, N, 3] are color, pattern and shape, -1 without an object.
   """
   labels = labels.astype(jnp.int32)
   present = (labels[..., 0] >= 0).astype(jnp.float32)
   cross_entropy = optax.softmax_cross_entropy_with_integer_labels
-  sides = (world.NUM_ROWS, world.NUM_COLS)
-  sizes = np.cumsum([1, *ATTRIBUTES, 2, 2, *sides])
-  first, *parts = jnp.split(logits, sizes[:-1], axis=-1)
+  sizes = np.cumsum([1, *ATTRIBUTES])
+  first, *parts = jnp.split(logits, sizes, axis=-1)
   # Apart, because objects cover few tokens.
   loss = balanced_binary_loss(first[..., 0], present)
-  for number, part in enumerate(parts[:3]):
-    entropy = cross_entropy(part, jnp.maximum(labels[..., number], 0))
-    loss += (entropy * present).sum() / (present.sum() + 1)
-  places = np.tile(np.indices(sides).reshape(2, -1), world.NUM_FRAMES)
-  places = np.broadcast_to(places[:, None], (2, *present.shape))
-  for part, place, size in zip(parts[3:5], places, sides, strict=True):
-    # The middle row is neither top nor bottom.
-    off_middle = place[0] != size // 2
-    entropy = cross_entropy(part, (place > size // 2).astype(np.int32))
-    loss += (entropy * off_middle).mean() / off_middle.mean()
-  for part, place in zip(parts[5:], places, strict=True):
-    loss += cross_entropy(part, place).mean()
+  # Only of objects: were all tokens near the words of their place, those of
+  # the object asked for would drown among them. Middle lines are nowhere.
+  sides = (world.NUM_ROWS, world.NUM_COLS)
+  row, column = np.tile(np.indices(sides).reshape(2, -1), world.NUM_FRAMES)
+  place = 2 * (row > sides[0] // 2) + (column > sides[1] // 2)
+  clear = (row != sides[0] // 2) & (column != sides[1] // 2)
+  known = [(labels[..., number], present) for number in range(len(ATTRIBUTES))]
+  known.append((jnp.broadcast_to(place, present.shape), present * clear))
+  for part, (truth, told) in zip(parts, known, strict=True):
+    entropy = cross_entropy(part, jnp.maximum(truth, 0))
+    loss += (entropy * told).sum() / (told.sum() + 1)
   return loss
 
 
 def word_ids(tokenizer):
-  """Returns int32[24], the one token of each attribute's and side's word."""
-  words = [*world.COLOR_NAMES, *world.PATTERNS, *world.SHAPES, *_SIDES]
+  """Returns int32[24], the one token of each attribute's and place's word."""
+  words = [word for names in world.ATTRIBUTES for word in names]
+  words += questions.PLACES
   ids = {word: tokenizer.encode(f" {word}") for word in words}
   split = [word for word, found in ids.items() if len(found) > 1]
   if split:
@@ -264,12 +260,27 @@ def merged_shares(rng, batch, config):
   return merged * jax.random.uniform(rngs[1], rows)
 
 
+def _told(model, weights, batch):
+  """Returns the loss of rows that are told in words, as `answer_losses` does."""
+  ids, target = batch["told_ids"], batch["told_target"]
+  count, length = ids.shape
+  positions = jnp.broadcast_to(jnp.arange(length), (count, 1, length))
+  hidden, _ = model.forward(weights, model.embed_text(weights, ids), positions)
+  logits = model.logits(weights, hidden)
+  right = hits(logits[:, None], ids[:, None], target[:, None])
+  return {"told": token_loss(logits, ids, target)}, {"told": right}
+
+
 def answer_losses(prompts, params, rng, batch, *, config, word_ids):
   """Returns the six losses {name: float32[]}, and which answers are right.
 
   The latter {"full", "pruned": bool[B, Q], "told": bool[B, 1]}; `prompts` are
-  `packed.PackedPrompts`, `batch` of `packing.Packer.batch`.
+  `packed.PackedPrompts`, `batch` of `packing.Packer.batch`. Of a batch without
+  clips there is only "told".
   """
+  found, right = _told(prompts.model, params["model"], batch)
+  if "sprite" not in batch:
+    return found, right
   frame_rng, subset_rng = jax.random.split(rng)
   model, weights = prompts.model, params["model"]
   pixels = draw_frames(frame_rng, batch).astype(model.dtype)
@@ -288,8 +299,8 @@ def answer_losses(prompts, params, rng, batch, *, config, word_ids):
       merged_shares(subset_rng, batch, config),
     ),
   }
-  found = {name: token_loss(x, ids, target) for name, x in logits.items()}
-  right = {name: hits(x, ids, target) for name, x in logits.items()}
+  found |= {name: token_loss(x, ids, target) for name, x in logits.items()}
+  right |= {name: hits(x, ids, target) for name, x in logits.items()}
 
   # Of a few questions: each reads all video tokens anew.
   some = config.asked_questions
@@ -304,16 +315,6 @@ def answer_losses(prompts, params, rng, batch, *, config, word_ids):
   found["asked"] = balanced_binary_loss(
     AskedHead().apply({"params": params["asked"]}, read),
     jax.nn.one_hot(asked, prompts.num_video).max(axis=1),
-  )
-
-  told = batch["told_ids"]
-  count, length = told.shape
-  positions = jnp.broadcast_to(jnp.arange(length), (count, 1, length))
-  hidden, _ = model.forward(weights, model.embed_text(weights, told), positions)
-  told_logits = model.logits(weights, hidden)
-  found["told"] = token_loss(told_logits, told, batch["told_target"])
-  right["told"] = hits(
-    told_logits[:, None], told[:, None], batch["told_target"][:, None]
   )
 
   table = weights["language_model"]["embed_tokens"]

@@ -16,7 +16,8 @@ import numpy as np
 from cacovid_jax.synthetic import world
 
 LETTERS = "ABCD"
-PLACES = ("top left", "top right", "bottom left", "bottom right")
+# One word each, as colors and shapes are.
+PLACES = ("northwest", "northeast", "southwest", "southeast")
 # Sampled frames between two first appearances, at least, for their order to
 # be asked.
 _ORDER_GAP = 2
@@ -192,7 +193,7 @@ _MAKERS = {
 }
 KINDS = tuple(_MAKERS)
 # How often each of them is drawn for the benchmark.
-SHARES = (0.4, 0.08, 0.2, 0.2, 0.12)
+SHARES = (0.3, 0.15, 0.2, 0.2, 0.15)
 
 
 def sample_questions(rng, scene: world.Scene, num_questions, shares=SHARES):
