@@ -31,7 +31,11 @@ from configs import common
 
 # The policy and its controls are allowed the same choice, on validation: the
 # paper's half of the budget spread evenly, or all of it for the best tokens.
-_EVEN_SHARES = ("importance_ratio=0.5", "importance_ratio=1.0")
+_EVEN_SHARES = (
+  "importance_ratio=0.5",
+  "importance_ratio=1.0",
+  "importance_ratio=1.0&budget=clip",
+)
 _CHOSEN = ("cacovid", "cacovid_untrained", "cacovid_other_question")
 
 
@@ -99,7 +103,7 @@ def _quickstart(arg):
 
 def _make_small(config, arg):
   """Takes other sizes and precision, for the same benchmark and controls."""
-  config.total_steps = 2 if arg.debug else 1000
+  config.total_steps = 2 if arg.debug else 2000
   config.videos_per_step = 1 if arg.debug else 16
   config.log_every = 1 if arg.debug else 10
   config.iterations = 2 if arg.debug else 5
@@ -108,11 +112,11 @@ def _make_small(config, arg):
   dtype = "float32" if arg.debug else "bfloat16"
   config.model.dtype = config.policy.dtype = dtype
   if not arg.debug:
-    config.prepare.clips = (1600, 100, 150, 150)
+    config.prepare.clips = (4000, 400, 1500, 1500)
     config.data.root = f"workdirs/data/{arg.variant}"
-    config.data.memory_items = 2000
+    config.data.memory_items = 4500
     config.data.num_threads = 12
-    config.evals.ratios = (0.25, 0.2, 0.15, 0.1, 0.05)
+    config.evals.ratios = (0.25, 0.2, 0.15, 0.1, 0.05, 0.02)
     # The paper's share is a row of its own, whatever is chosen for the first.
     config.evals.methods += ("cacovid_paper=cacovid?importance_ratio=0.5",)
     config.evals.batch_size = 50

@@ -260,27 +260,12 @@ def merged_shares(rng, batch, config):
   return merged * jax.random.uniform(rngs[1], rows)
 
 
-def _told(model, weights, batch):
-  """Returns the loss of rows that are told in words, as `answer_losses` does."""
-  ids, target = batch["told_ids"], batch["told_target"]
-  count, length = ids.shape
-  positions = jnp.broadcast_to(jnp.arange(length), (count, 1, length))
-  hidden, _ = model.forward(weights, model.embed_text(weights, ids), positions)
-  logits = model.logits(weights, hidden)
-  right = hits(logits[:, None], ids[:, None], target[:, None])
-  return {"told": token_loss(logits, ids, target)}, {"told": right}
-
-
 def answer_losses(prompts, params, rng, batch, *, config, word_ids):
   """Returns the six losses {name: float32[]}, and which answers are right.
 
   The latter {"full", "pruned": bool[B, Q], "told": bool[B, 1]}; `prompts` are
-  `packed.PackedPrompts`, `batch` of `packing.Packer.batch`. Of a batch without
-  clips there is only "told".
+  `packed.PackedPrompts`, `batch` of `packing.Packer.batch`.
   """
-  found, right = _told(prompts.model, params["model"], batch)
-  if "sprite" not in batch:
-    return found, right
   frame_rng, subset_rng = jax.random.split(rng)
   model, weights = prompts.model, params["model"]
   pixels = draw_frames(frame_rng, batch).astype(model.dtype)
@@ -299,8 +284,8 @@ def answer_losses(prompts, params, rng, batch, *, config, word_ids):
       merged_shares(subset_rng, batch, config),
     ),
   }
-  found |= {name: token_loss(x, ids, target) for name, x in logits.items()}
-  right |= {name: hits(x, ids, target) for name, x in logits.items()}
+  found = {name: token_loss(x, ids, target) for name, x in logits.items()}
+  right = {name: hits(x, ids, target) for name, x in logits.items()}
 
   # Of a few questions: each reads all video tokens anew.
   some = config.asked_questions
@@ -315,6 +300,16 @@ def answer_losses(prompts, params, rng, batch, *, config, word_ids):
   found["asked"] = balanced_binary_loss(
     AskedHead().apply({"params": params["asked"]}, read),
     jax.nn.one_hot(asked, prompts.num_video).max(axis=1),
+  )
+
+  told = batch["told_ids"]
+  count, length = told.shape
+  positions = jnp.broadcast_to(jnp.arange(length), (count, 1, length))
+  hidden, _ = model.forward(weights, model.embed_text(weights, told), positions)
+  told_logits = model.logits(weights, hidden)
+  found["told"] = token_loss(told_logits, told, batch["told_target"])
+  right["told"] = hits(
+    told_logits[:, None], told[:, None], batch["told_target"][:, None]
   )
 
   table = weights["language_model"]["embed_tokens"]

@@ -23,9 +23,8 @@ from cacovid_jax.synthetic import questions, render, world
 
 _TURN_END = "<|im_end|>\n<|im_start|>assistant\n"
 PREFIX = "<|im_start|>user\n"
-# Askable objects of a dense training clip, inclusive range; the benchmark's
-# clips hold more.
-_DENSE_OBJECTS = (76, 84)
+# Askable objects of a dense training clip, inclusive range.
+_DENSE_OBJECTS = world.VARIANTS["dense"].num_objects
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,9 +38,6 @@ class PackingConfig:
   question_length: int = 68  # Tokens per question, answer included.
   text_only: int = 64  # Rows per step whose scene is told in words.
   text_only_length: int = 128  # Tokens of such a row.
-  # Steps at first that have nothing but such rows, and how many of them.
-  reading_steps: int = 0
-  reading_rows: int = 256
   sparse_share: float = 0.25  # Of clips.
   # How often each of `questions.KINDS` is drawn.
   kind_shares: tuple[float, ...] = questions.SHARES
@@ -138,8 +134,7 @@ class Packer:
     if rng.random() < config.sparse_share:
       return world.VARIANTS["sparse"]
     dense = _dense_world(config.dense_objects)
-    seen = step - config.reading_steps
-    share = min(1.0, seen / max(1, config.ramp_steps))
+    share = min(1.0, step / max(1, config.ramp_steps))
     # A fifth of the clips stays between the variants in density.
     if share < 1.0 or rng.random() < 0.2:
       top = max(10, int(share * dense.num_objects[1]))
@@ -182,29 +177,23 @@ class Packer:
     rng = np.random.default_rng((config.seed, step))
     late = step >= config.num_steps // 2
     text_share = config.text_answer_share[int(late)]
-    reads = step < config.reading_steps
     clips = []
-    for _ in range(0 if reads else config.batch_size):
+    for _ in range(config.batch_size):
       scene = world.sample_scene(rng, self._world(rng, step))
       clips.append(self.clip(rng, scene, text_share))
-    batch = stacked(clips) if clips else {}
-    count = config.reading_rows if reads else config.text_only
-    return batch | self._told(rng, text_share, count)
+    return stacked(clips) | self._told(rng, text_share)
 
-  def _told(self, rng, text_share, count):
+  def _told(self, rng, text_share):
     """Returns the arrays of rows whose scene is told in words."""
-    told, shares = [], self.config.kind_shares
-    while len(told) < count:
+    config, told = self.config, []
+    shares, length = config.kind_shares, config.text_only_length
+    while len(told) < config.text_only:
       scene = world.sample_scene(rng, world.VARIANTS["sparse"])
       prefix = PREFIX + describe(scene)
       # Several of a scene: drawing one takes longer than asking about it.
       for question in questions.sample_questions(rng, scene, 4, shares):
-        told.append(
-          self._question(
-            rng, question, text_share, self.config.text_only_length, prefix
-          )
-        )
-    ids, target, _ = zip(*told[:count], strict=True)
+        told.append(self._question(rng, question, text_share, length, prefix))
+    ids, target, _ = zip(*told[: config.text_only], strict=True)
     return {"told_ids": np.stack(ids), "told_target": np.stack(target)}
 
 
