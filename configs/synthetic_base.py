@@ -50,7 +50,7 @@ def _pretrain(debug):
   """Returns the training's settings."""
   return dict(
     seed=0,
-    num_steps=2 if debug else 6400,
+    num_steps=2 if debug else 7000,
     lr=1.2e-3,
     warmup_steps=1 if debug else 300,
     weight_decay=0.05,
@@ -75,7 +75,7 @@ def _pretrain(debug):
       ramp_steps=2400,
     ),
     log_every=1 if debug else 200,
-    probe_every=2 if debug else 1600,
+    probe_every=2 if debug else 1750,
     probe_clips=1 if debug else 64,
     num_workers=0 if debug else 26,
   )

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from optax import contrib
 from jax.sharding import PartitionSpec as P
+from optax import contrib
 
 from cacovid_jax import base_config, errors, files
 from cacovid_jax import config as config_lib
