@@ -160,8 +160,7 @@ def label_loss(logits, labels):
   first, *parts = jnp.split(logits, sizes, axis=-1)
   # Apart, because objects cover few tokens.
   loss = balanced_binary_loss(first[..., 0], present)
-  # Only of objects: were all tokens near the words of their place, those of
-  # the object asked for would drown among them. Middle lines are nowhere.
+  # Of objects alone, as attributes are; the middle lines have no name.
   sides = (world.NUM_ROWS, world.NUM_COLS)
   row, column = np.tile(np.indices(sides).reshape(2, -1), world.NUM_FRAMES)
   place = 2 * (row > sides[0] // 2) + (column > sides[1] // 2)

@@ -133,7 +133,7 @@ def test_a_told_scene_names_all_its_objects_in_order():
       world.PATTERNS[pattern],
       world.SHAPES[shape],
     ]
-    assert " ".join(words[3:]) in questions.PLACES
+    assert words[3:] == [questions.place_of(scene, obj)[0]]
 
 
 def test_scenes_grow_to_the_configs_density(packer, config):

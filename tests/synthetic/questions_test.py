@@ -59,8 +59,8 @@ def solve(scene, question):
   if match := re.fullmatch(r"Where is the (.+)\?", text):
     x, y = scene.path[only(scene, match[1])].mean(0)
     half = world.IMAGE_SIZE / 2
-    side = "left" if x < half else "right"
-    return [f"{'top' if y < half else 'bottom'} {side}"]
+    side = "west" if x < half else "east"
+    return [f"{'north' if y < half else 'south'}{side}"]
   if match := re.fullmatch(r"How many (.+) objects appear\?", text):
     return [str(len(described(scene, match[1])))]
   begins = {o: int(scene.life[only(scene, o), 0]) for o in question.options}
