@@ -57,7 +57,7 @@ setuptools.setup(
     "msgspec>=0.19",
     "nltk>=3.9",
     "numpy>=2.0",
-    "optax>=0.2.5",
+    "optax>=0.2.7",
     "orbax-checkpoint>=0.11.25",
     "pillow>=11",
     "pyarrow>=18",
