@@ -316,11 +316,11 @@ def test_the_plan_runs_nothing(tmp_path, measured, capsys):
   rows = ("ours", "ours-importance_ratio", "dense_to_sparse")
   run(tmp_path / "x", *rows, plan="true", **flags)
   told = capsys.readouterr().out
-  # 16 000 videos take 1.6 minutes, once; each row a further one.
-  assert "3 to run, 4.6 minutes" in told
+  # 32 000 videos take 3.2 minutes, once; each row a further one.
+  assert "3 to run, 6.2 minutes" in told
   twice = "iterations=10"
   run(tmp_path / "x", twice, plan="true", also=twice, **flags)
-  assert "1 to run, 4.2 minutes" in capsys.readouterr().out
+  assert "1 to run, 7.4 minutes" in capsys.readouterr().out
   run(tmp_path / "x", **flags)
   assert "paper_rates_7b" in capsys.readouterr().out
   assert not measured.asked and not (tmp_path / "x").exists()
