@@ -23,7 +23,7 @@ from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import readers
 from cacovid_jax.data import tfds as tfds_lib
 from cacovid_jax.data import tokenizer as tokenizer_lib
-from cacovid_jax.models import checkpoints, processors
+from cacovid_jax.models import checkpoints, hub, processors
 from cacovid_jax.parallel import mesh as mesh_lib
 from cacovid_jax.policy import loading
 
@@ -102,6 +102,11 @@ class Experiment:
       )
     return mesh
 
+  @property
+  def directory(self) -> str:
+    """The folder of the base model, which config.model.path names."""
+    return hub.directory(self.config.model.path)
+
   @functools.cached_property
   def loaded(self) -> checkpoints.Checkpoint:
     """The frozen base model, on the mesh, with its default chat template."""
@@ -114,7 +119,7 @@ class Experiment:
     # On one device that nothing is placed on, arrays go where they are used.
     alone = self.mesh.size == 1 and self.split != "videos_per_step"
     checkpoint = checkpoints.load(
-      model.path,
+      self.directory,
       dtype=jnp.dtype(model.dtype),
       # Each device reads its own part: none ever holds the whole model.
       mesh=None if alone else self.mesh,
@@ -122,15 +127,16 @@ class Experiment:
     )
     if checkpoint.tokenizer is None:
       raise errors.UserError(
-        f"{model.path}: no tokenizer.json; give a complete checkpoint directory"
+        f"{self.directory}: no tokenizer.json; give a complete checkpoint"
+        " directory"
       )
     return checkpoint
 
   @functools.cached_property
   def checkpoint(self) -> checkpoints.Checkpoint:
     """The base model with the chat template of config.evals."""
-    config = self.config
-    return with_template(self.loaded, config.model.path, config.evals.template)
+    template = self.config.evals.template
+    return with_template(self.loaded, self.directory, template)
 
   @functools.cached_property
   def policies(self) -> dict[str, loading.LoadedPolicy]:
@@ -183,18 +189,22 @@ def with_shipped(config) -> Any:
   if not config.evals.policies and loading.has_policy(policy):
     changes["evals.policies"] = (f"policy={policy}",)
   if not config.data.num_frames:
-    changes["data.num_frames"] = processors.default_num_frames(path)
+    folder = hub.directory(path)
+    changes["data.num_frames"] = processors.default_num_frames(folder)
   return config_lib.replace(config, changes)
 
 
-def read_questions(config, workdir=None, *, resumes=True) -> Sequence:
+def read_questions(
+  config, workdir=None, *, resumes=True, left_out=None
+) -> Sequence:
   """Returns the training `Question`s of config.data, whose clips are there.
 
+  What is not, goes into `left_out`, `data.left_out.SkippedRows`, if given.
   With a workdir, what is left out is printed, one line for each kind, and
   listed in its `left_out.json`; a run that resumes refuses other rows than the
   workdir's.
   """
-  left_out = left_out_lib.SkippedRows()
+  left_out = left_out or left_out_lib.SkippedRows()
   rows = _with_clips(config, _read_rows(config, left_out.report), left_out)
   left_out.num_questions = len(rows)
   if workdir is not None:
