@@ -88,6 +88,7 @@ def without_weights(
   elif published and name in RELEASED:
     config = RELEASED[name]()
   else:
+    hub.directory(directory)  # Says more of a name.
     raise errors.UserError(
       f"there is no config.json in {directory or 'no folder at all'}; give the"
       " base model by --model, or a released one's config by --config"

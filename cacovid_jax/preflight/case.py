@@ -9,7 +9,7 @@ import jax
 
 from cacovid_jax import errors
 from cacovid_jax import experiment as experiment_lib
-from cacovid_jax.data import left_out
+from cacovid_jax.data import left_out, readers
 from cacovid_jax.evals import cost, estimate, evaluation
 from cacovid_jax.inference import clip_queue
 from cacovid_jax.models import checkpoints
@@ -39,6 +39,11 @@ class Case:
     """The experiment with a base model that has no weights."""
     return estimate.without_weights(self.experiment, published=False)
 
+  @functools.cached_property
+  def identity(self) -> dict[str, str]:
+    """What the base model's weights are told apart by; reads all of them."""
+    return checkpoints.identity(self.experiment.directory)
+
   @property
   def tokenizer(self):
     """The base model's tokenizer; one without is refused."""
@@ -67,9 +72,11 @@ class Case:
 
   @functools.cached_property
   def videos(self) -> list[str]:
-    """The distinct clips, in order."""
-    rows = self.rows if self.trains else self.benchmark.questions
-    return sorted({row.video for row in rows})
+    """The distinct clips that are there, in order."""
+    if self.trains:
+      return sorted({row.video for row in self.rows})
+    names = {question.video for question in self.benchmark.questions}
+    return sorted(names - {*readers.find_missing(names, self.benchmark.root)})
 
   @functools.cached_property
   def processor(self):

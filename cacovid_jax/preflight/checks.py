@@ -4,6 +4,7 @@ A check takes a `case_lib.Case` and returns the fields of `Finding`s behind the
 first, or raises what the library itself refuses. None loads weights.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -75,8 +76,8 @@ def _weights(case: case_lib.Case) -> _Found:
 def _policy(case: case_lib.Case) -> _Found:
   if case.trains:
     init, policy = case.config.policy.init, case.steps[0].policy
-    with jax.default_device(jax.devices("cpu")[0]):
-      if init:
+    if init:
+      with _on_host():
         loading.load(init, policy, case.state.params)
     return [(OK, f"starts from {init or 'the base model and drawn heads'}")]
   paths = case.experiment.policy_paths
@@ -93,10 +94,8 @@ def _policy(case: case_lib.Case) -> _Found:
 
 def _one_policy(case: case_lib.Case, name: str, spec: str) -> tuple[str, ...]:
   checkpoint = case.bare.checkpoint
-  identity = checkpoints.identity(case.experiment.directory)
-  checkpoint = dataclasses.replace(checkpoint, identity=identity)
-  # Not into an accelerator, which another one may be using.
-  with jax.default_device(jax.devices("cpu")[0]):
+  checkpoint = dataclasses.replace(checkpoint, identity=case.identity)
+  with _on_host():
     loading.load_policy(spec, checkpoint)
   described = loading.description(spec)
   told = f"{name}: {spec} is of this base model"
@@ -112,6 +111,14 @@ def _one_policy(case: case_lib.Case, name: str, spec: str) -> tuple[str, ...]:
     told += f" on {sizes[0]} video tokens, not the {sizes[1]} asked here"
     return (WARNING, told, mend)
   return (OK, told)
+
+
+def _on_host():
+  """Keeps arrays off an accelerator, which another run may be using."""
+  try:
+    return jax.default_device(jax.devices("cpu")[0])
+  except RuntimeError:  # JAX_PLATFORMS leaves it out.
+    return contextlib.nullcontext()
 
 
 def _data(case: case_lib.Case) -> _Found:
@@ -160,20 +167,18 @@ def _clips(case: case_lib.Case) -> _Found:
     max_replaced=data.max_replaced, call=decode_workers.WAYS[data.decode],
   )  # fmt: skip
   # Evenly spread: folders are downloaded in order.
-  chosen = {len(videos) * i // max(case.num_clips, 1) for i in
-            range(case.num_clips)}  # fmt: skip
-  bad = []
-  for number in sorted(chosen):
-    name = videos[number]
+  count = min(case.num_clips, len(videos))
+  chosen, bad = [videos[len(videos) * i // count] for i in range(count)], []
+  for name in chosen:
     try:
       clip, _, _ = reader.read(name)
       reader.check(name, clip.record)
     except errors.UserError as error:
       bad.append(errors.one_line(error))
   if bad:
-    told = f"{len(bad)} of {len(chosen)} cannot be used, first: {bad[0]}"
+    told = f"{len(bad)} of {count} cannot be used, first: {bad[0]}"
     return [(FAILED, *told.rsplit("; ", 1))]
-  return [(OK, f"{len(chosen)} decoded, {data.num_frames} frames of each")]
+  return [(OK, f"{count} decoded, {data.num_frames} frames of each")]
 
 
 def _mesh(case: case_lib.Case) -> _Found:
@@ -234,7 +239,8 @@ def training_memory(case: case_lib.Case) -> dict[str, int]:
   layers = [2 * rows + one.rollout.answer_length - 1] * text.num_layers
   # Forwards, and backwards with what the forward pass kept.
   whole = tokens + length
-  scored = 3 * cost.prefill_bytes(text, whole, "float32", batch=videos)
+  kind = config.policy.dtype
+  scored = 3 * cost.prefill_bytes(text, whole, kind, batch=videos)
   return {
     "weights": cost.weight_bytes(model, dtype, shards),
     "policy and optimiser": _bytes(case.state) + _bytes(case.state.params),
