@@ -102,11 +102,6 @@ class Experiment:
       )
     return mesh
 
-  @property
-  def directory(self) -> str:
-    """The folder of the base model, which config.model.path names."""
-    return hub.directory(self.config.model.path)
-
   @functools.cached_property
   def loaded(self) -> checkpoints.Checkpoint:
     """The frozen base model, on the mesh, with its default chat template."""
@@ -119,7 +114,7 @@ class Experiment:
     # On one device that nothing is placed on, arrays go where they are used.
     alone = self.mesh.size == 1 and self.split != "videos_per_step"
     checkpoint = checkpoints.load(
-      self.directory,
+      model.path,
       dtype=jnp.dtype(model.dtype),
       # Each device reads its own part: none ever holds the whole model.
       mesh=None if alone else self.mesh,
@@ -127,16 +122,15 @@ class Experiment:
     )
     if checkpoint.tokenizer is None:
       raise errors.UserError(
-        f"{self.directory}: no tokenizer.json; give a complete checkpoint"
-        " directory"
+        f"{model.path}: no tokenizer.json; give a complete checkpoint directory"
       )
     return checkpoint
 
   @functools.cached_property
   def checkpoint(self) -> checkpoints.Checkpoint:
     """The base model with the chat template of config.evals."""
-    template = self.config.evals.template
-    return with_template(self.loaded, self.directory, template)
+    config = self.config
+    return with_template(self.loaded, config.model.path, config.evals.template)
 
   @functools.cached_property
   def policies(self) -> dict[str, loading.LoadedPolicy]:
@@ -165,6 +159,7 @@ def with_template(checkpoint, directory, template) -> checkpoints.Checkpoint:
   """
   if template in ("", "processor"):
     return checkpoint
+  directory = hub.directory(directory)
   if not chat_template_lib.has_tokenizer_template(directory):
     raise errors.UserError(
       f"{directory}: tokenizer_config.json has no chat_template, which"

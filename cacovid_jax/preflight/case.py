@@ -12,7 +12,7 @@ from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.data import left_out, readers
 from cacovid_jax.evals import cost, estimate, evaluation
 from cacovid_jax.inference import clip_queue
-from cacovid_jax.models import checkpoints
+from cacovid_jax.models import checkpoints, hub
 from cacovid_jax.policy import loading
 from cacovid_jax.training import batches, run, seams, step
 
@@ -34,20 +34,32 @@ class Case:
   trains = property(lambda self: self.experiment.split == "videos_per_step")
   model = property(lambda self: self.bare.checkpoint.model)
 
+  @property
+  def directory(self) -> str:
+    """The folder of the base model, which config.model.path names."""
+    return hub.directory(self.config.model.path)
+
   @functools.cached_property
   def bare(self) -> experiment_lib.Experiment:
     """The experiment with a base model that has no weights."""
     return estimate.without_weights(self.experiment, published=False)
 
   @functools.cached_property
+  def survey(self) -> tuple[int, int, list[str]]:
+    """Files, bytes and dtypes of the weights, see `checkpoints.survey`."""
+    directory = self.directory
+    return checkpoints.survey(directory, self.model.config)
+
+  @functools.cached_property
   def identity(self) -> dict[str, str]:
     """What the base model's weights are told apart by; reads all of them."""
-    return checkpoints.identity(self.experiment.directory)
+    self.survey  # noqa: B018  Damaged ones are of no model.
+    return checkpoints.identity(self.directory)
 
   @property
   def tokenizer(self):
     """The base model's tokenizer; one without is refused."""
-    found, folder = self.bare.checkpoint.tokenizer, self.experiment.directory
+    found, folder = self.bare.checkpoint.tokenizer, self.directory
     told = f"{folder}: no tokenizer.json; give a complete checkpoint directory"
     errors.check(found is not None, told)
     return found

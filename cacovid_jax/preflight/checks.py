@@ -22,7 +22,6 @@ from cacovid_jax.data import frames as frames_lib
 from cacovid_jax.evals import cost, evaluation
 from cacovid_jax.inference import clips
 from cacovid_jax.inference import methods as methods_lib
-from cacovid_jax.models import checkpoints
 from cacovid_jax.policy import loading
 from cacovid_jax.preflight import case as case_lib
 from cacovid_jax.training import programs, run, seams
@@ -63,8 +62,8 @@ def examine(case: case_lib.Case) -> list[Finding]:
 
 
 def _weights(case: case_lib.Case) -> _Found:
-  directory, config = case.experiment.directory, case.model.config
-  count, size, kinds = checkpoints.survey(directory, config)
+  directory = case.directory
+  count, size, kinds = case.survey
   words = case.tokenizer.vocab_size
   told = f"{directory}: {count} files of {_told(size)}, {', '.join(kinds)}"
   dtype = case.config.model.dtype

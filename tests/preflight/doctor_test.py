@@ -251,9 +251,7 @@ def test_what_is_broken_is_one_line_with_a_remedy(name, split, folder):
   harm, changes, check, told = BROKEN[name]
   harm(folder)
   found, failed = examine(folder, split, changes)
-  assert failed[0] == check
-  # A policy is of its base model's shapes.
-  assert failed == [check] or name == "other shapes"
+  assert failed == [check]
   assert told in found[check].found
   assert found[check].remedy and "\n" not in found[check].found
   # What depends on it is not told again.
