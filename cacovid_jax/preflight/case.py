@@ -47,8 +47,7 @@ class Case:
   @functools.cached_property
   def survey(self) -> tuple[int, int, list[str]]:
     """Files, bytes and dtypes of the weights, see `checkpoints.survey`."""
-    directory = self.directory
-    return checkpoints.survey(directory, self.model.config)
+    return checkpoints.survey(self.directory, self.model.config)
 
   @functools.cached_property
   def identity(self) -> dict[str, str]:
