@@ -25,7 +25,8 @@ COMMAND = command.Command(
     ),
     "report": command.Flag("HTML page to write: kept tokens on the frames."),
     "model": command.Flag(
-      "Hugging Face checkpoint directory; the shipped model if empty.",
+      "Hugging Face checkpoint directory, or org/name of one in the local"
+      " cache; the shipped model if empty.",
       "model.path",
     ),
     "policy": command.Flag(

@@ -108,7 +108,8 @@ _METHOD = dict(
     # (all problem types), or "auto": on the device if all are lettered.
     marking="auto",
   ),
-  # `backend` is that of attention: auto, xla, cudnn or splash.
+  # `path` is a checkpoint directory, or org/name of one in the Hugging Face
+  # cache; `backend` is that of attention: auto, xla, cudnn or splash.
   model=dict(path="", dtype="bfloat16", backend="auto"),
 )
 

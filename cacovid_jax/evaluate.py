@@ -33,7 +33,9 @@ COMMAND = command.Command(
       "I/N: this is process I of N, from 0, that share the work.", default="0/1"
     ),
     "model": command.Flag(
-      "Base model: a Hugging Face checkpoint directory.", "model.path"
+      "Base model: a Hugging Face checkpoint directory, or org/name of one in"
+      " the local cache.",
+      "model.path",
     ),
     "checkpoint": command.Flag("The same as --model.", "model.path"),
     "dtype": command.Flag("Of the base model.", "model.dtype"),

@@ -23,7 +23,7 @@ from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import readers
 from cacovid_jax.data import tfds as tfds_lib
 from cacovid_jax.data import tokenizer as tokenizer_lib
-from cacovid_jax.models import checkpoints, processors
+from cacovid_jax.models import checkpoints, hub, processors
 from cacovid_jax.parallel import mesh as mesh_lib
 from cacovid_jax.policy import loading
 
@@ -159,6 +159,7 @@ def with_template(checkpoint, directory, template) -> checkpoints.Checkpoint:
   """
   if template in ("", "processor"):
     return checkpoint
+  directory = hub.directory(directory)
   if not chat_template_lib.has_tokenizer_template(directory):
     raise errors.UserError(
       f"{directory}: tokenizer_config.json has no chat_template, which"
@@ -183,18 +184,22 @@ def with_shipped(config) -> Any:
   if not config.evals.policies and loading.has_policy(policy):
     changes["evals.policies"] = (f"policy={policy}",)
   if not config.data.num_frames:
-    changes["data.num_frames"] = processors.default_num_frames(path)
+    folder = hub.directory(path)
+    changes["data.num_frames"] = processors.default_num_frames(folder)
   return config_lib.replace(config, changes)
 
 
-def read_questions(config, workdir=None, *, resumes=True) -> Sequence:
+def read_questions(
+  config, workdir=None, *, resumes=True, left_out=None
+) -> Sequence:
   """Returns the training `Question`s of config.data, whose clips are there.
 
+  What is not, goes into `left_out`, `data.left_out.SkippedRows`, if given.
   With a workdir, what is left out is printed, one line for each kind, and
   listed in its `left_out.json`; a run that resumes refuses other rows than the
   workdir's.
   """
-  left_out = left_out_lib.SkippedRows()
+  left_out = left_out or left_out_lib.SkippedRows()
   rows = _with_clips(config, _read_rows(config, left_out.report), left_out)
   left_out.num_questions = len(rows)
   if workdir is not None:

@@ -44,7 +44,7 @@ from cacovid_jax.evals import benchmarks, evaluation, results, tables
 from cacovid_jax.evals import statistics as statistics_lib
 from cacovid_jax.evals.report import charts
 from cacovid_jax.inference import methods as methods_lib
-from cacovid_jax.models import checkpoints
+from cacovid_jax.models import checkpoints, hub
 from cacovid_jax.policy import loading
 from experiments import reporting
 
@@ -223,7 +223,7 @@ def make_run(workdir, recipe, name, row, seed) -> Run:
   made = [
     {
       "config": config_lib.config_hash(config),
-      "base_model": _weights(config.model.path)["sha256"],
+      "base_model": _weights(hub.directory(config.model.path))["sha256"],
       "data": benchmarks.read_manifest(config.data.root),
     }
     for config in (trained, asked)

@@ -388,7 +388,7 @@ def test_a_config_of_its_own_sections_is_completed(path):
 
 
 COMMANDS = (
-  "train", "evaluate", "answer", "prepare", "pretrain", "ckpt",
+  "train", "evaluate", "doctor", "answer", "prepare", "pretrain", "ckpt",
   "preparation.blind_filter", "preparation.encode_features",
   "preparation.tfds_build",
 )  # fmt: skip

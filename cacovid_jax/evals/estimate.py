@@ -31,7 +31,7 @@ from cacovid_jax.evals import benchmarks, cost, evaluation, paper
 from cacovid_jax.inference import clip_queue
 from cacovid_jax.inference import methods as methods_lib
 from cacovid_jax.inference import prompts as prompts_lib
-from cacovid_jax.models import checkpoints, llava_onevision, qwen2_5_vl
+from cacovid_jax.models import checkpoints, hub, llava_onevision, qwen2_5_vl
 from cacovid_jax.policy import network
 
 FLAGS = types.MappingProxyType({
@@ -79,6 +79,8 @@ def without_weights(
   """
   directory, tokenizer = experiment.config.model.path, None
   name = pathlib.PurePath(directory).name
+  # A released one need not be anywhere.
+  directory = hub.find(directory) or directory
   if os.path.isfile(os.path.join(directory, "config.json")):
     config = checkpoints.load_config(directory)
     if os.path.isfile(os.path.join(directory, "tokenizer.json")):
@@ -86,6 +88,7 @@ def without_weights(
   elif published and name in RELEASED:
     config = RELEASED[name]()
   else:
+    hub.directory(directory)  # Says more of a name.
     raise errors.UserError(
       f"there is no config.json in {directory or 'no folder at all'}; give the"
       " base model by --model, or a released one's config by --config"
@@ -104,6 +107,7 @@ def without_weights(
     config_lib.replace(experiment.config, changes),
     experiment.workdir,
     shard=experiment.shard,
+    split=experiment.split,
     checkpoint=found,
   )
 
@@ -143,7 +147,8 @@ def _asked(experiment, loaded) -> list[Asked]:
 def _grids(experiment, loaded) -> dict[str, tuple[int, int, int]]:
   """Returns clip -> grid; frames of Qwen2.5-VL are looked at for it."""
   paths = list(dict.fromkeys(question.video for question in loaded.questions))
-  model, path = experiment.checkpoint.model, experiment.config.model.path
+  checkpoint = experiment.checkpoint
+  model, path = checkpoint.model, checkpoint.identity["path"]
   known = os.path.isfile(os.path.join(path, "config.json"))
   missing = readers.find_missing(paths, loaded.root)
   if model.processor.one_grid or not known or len(missing) == len(paths):

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cacovid_jax import errors
-from cacovid_jax.models import checkpoints
+from cacovid_jax.models import checkpoints, hub
 
 SOURCE = "arXiv 2602.01649, main table"
 VANILLA = "vanilla"
@@ -270,7 +270,7 @@ def _other_pixels(config) -> list[str]:
   if not (data.min_pixels or data.max_pixels):
     return []
   found = checkpoints.make_model(checkpoints.load_config(path))
-  found = found.read_processor(path)
+  found = found.read_processor(hub.directory(path))
   own, papers = (
     f"{each.min_pixels} to {each.max_pixels}"
     for each in (

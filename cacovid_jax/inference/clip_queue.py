@@ -13,7 +13,7 @@ from cacovid_jax import progress as progress_lib
 from cacovid_jax.data import frame_record, video
 from cacovid_jax.data import frames as frames_lib
 from cacovid_jax.inference import clips, features
-from cacovid_jax.models import video_llm
+from cacovid_jax.models import hub, video_llm
 
 
 class ClipQueue(features.FeatureStore, contextlib.AbstractContextManager):
@@ -149,7 +149,7 @@ def _told(error: video.VideoError) -> str:
 def read_processor(experiment: experiment_lib.Experiment):
   """Returns what an evaluation does to frames, with the paper's bounds."""
   path, data = experiment.config.model.path, experiment.config.data
-  found = experiment.checkpoint.model.read_processor(path)
+  found = experiment.checkpoint.model.read_processor(hub.find(path) or path)
   return found.with_paper_bounds(data.min_pixels, data.max_pixels)
 
 

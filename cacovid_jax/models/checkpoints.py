@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding
 from cacovid_jax import errors, files, schema
 from cacovid_jax.models import (
   hf_config,
+  hub,
   llava_onevision,
   placement,
   qwen2_5_vl,
@@ -98,7 +99,8 @@ def _entries(config) -> dict[str, _Entry]:
 
 
 def load_config(directory):
-  path = os.path.join(directory, "config.json")
+  """Returns the model's config of a directory, or of a name in the cache."""
+  path = os.path.join(hub.directory(directory), "config.json")
   described = read_json(path)
   kind = described.get("model_type")
   if not isinstance(kind, str) or kind not in _FAMILIES:
@@ -201,6 +203,22 @@ def _plan(directory, config, dtype=None):
   return sources, shapes, extra
 
 
+def survey(directory, config) -> tuple[int, int, list[str]]:
+  """Returns (files, bytes, dtypes) of the weights, by their headers alone.
+
+  Those that do not fit the config are a UserError, as of `load_params`; so is a
+  directory that does not say how answers end.
+  """
+  _ending(directory)
+  sources, _, extra = _plan(directory, config)
+  tensors = [*(source.tensor for source in sources), *extra.values()]
+  return (
+    len({tensor.path for tensor in tensors}),
+    sum(tensor.num_bytes for tensor in tensors),
+    sorted({tensor.code for tensor in tensors}),
+  )
+
+
 def _check_tied(directory, head, sources):
   """Refuses an output table that is another than the embeddings it is tied to.
 
@@ -225,10 +243,11 @@ def _check_tied(directory, head, sources):
 def load(directory, dtype=jnp.float32, *, mesh=None, backend="auto"):
   """Returns the `Checkpoint` of a directory; `mesh` as of `load_params`.
 
+  The directory may be `org/name` of one in the Hugging Face cache, see `hub`.
   `dtype` is that of the weights and of the computation; None keeps the weights
   in the files' own types and computes in that of the embeddings.
   """
-  directory = os.fspath(directory)
+  directory = hub.directory(directory)
   config = load_config(directory)
   eos_ids, pad_id = _ending(directory)
   tokenizer = _tokenizer(directory)

@@ -96,7 +96,7 @@ class Tensor:
 def weight_files(directory):
   """Returns the sorted paths of a directory's safetensors files."""
   index, paths = os.path.join(directory, INDEX), []
-  names = _indexed(index) if os.path.exists(index) else {WEIGHTS}
+  names = indexed(directory) if os.path.exists(index) else {WEIGHTS}
   if not names:
     raise errors.UserError(f"{index} has no weight_map; download it again")
   for name in sorted(names):
@@ -196,7 +196,8 @@ def write_directory(directory, tensors, max_shard_bytes=None):
     shards[-1][name] = tensor
     filled, total = filled + size, total + size
   index, weight_map = os.path.join(directory, INDEX), {}
-  stale = {x for x in {WEIGHTS, *_indexed(index)} if os.path.basename(x) == x}
+  stale = {WEIGHTS, *indexed(directory)}
+  stale = {name for name in stale if os.path.basename(name) == name}
   for number, shard in enumerate(shards, start=1):
     file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
     file = WEIGHTS if len(shards) == 1 else file
@@ -214,8 +215,9 @@ def write_directory(directory, tensors, max_shard_bytes=None):
       os.remove(path)
 
 
-def _indexed(index):
-  """Returns the names of files in an index, none without one."""
+def indexed(directory):
+  """Returns the names of files in a directory's index, none without one."""
+  index = os.path.join(directory, INDEX)
   found = hf_config.read_json(index) if os.path.exists(index) else {}
   found = found.get("weight_map")
   return set(map(str, found.values())) if isinstance(found, dict) else set()

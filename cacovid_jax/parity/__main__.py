@@ -23,7 +23,8 @@ COMMAND = command.Command(
   __doc__,
   {
     "against_transformers": command.Flag(
-      "Checkpoint directory to run in the installed transformers beside ours."
+      "Checkpoint directory, or org/name of one in the local cache, to run in"
+      " the installed transformers beside ours."
     ),
     "torch_device": command.Flag(
       "Where PyTorch computes, for example cuda.", default="cpu"

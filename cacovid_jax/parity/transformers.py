@@ -17,7 +17,7 @@ import numpy as np
 
 from cacovid_jax import errors
 from cacovid_jax.data import tokenizer as tokenizer_lib
-from cacovid_jax.models import checkpoints
+from cacovid_jax.models import checkpoints, hub
 from cacovid_jax.parity import models
 
 _QUESTIONS = (
@@ -71,7 +71,7 @@ def reference(
   returned as float32; the head computes in float32 always: logits in half
   precision tie.
   """
-  directory = os.fspath(directory)
+  directory = hub.directory(directory)
   config = checkpoints.load_config(directory)  # Our own one-line mistakes.
   rng = np.random.default_rng(seed)
   described = config.to_hf()

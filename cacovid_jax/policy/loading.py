@@ -37,7 +37,7 @@ import numpy as np
 from flax import traverse_util
 
 from cacovid_jax import config_limits, errors, extensions, files, schema
-from cacovid_jax.models import checkpoints, safetensors_io
+from cacovid_jax.models import checkpoints, hub, safetensors_io
 from cacovid_jax.policy import network
 
 CONFIG = "policy_config.json"
@@ -153,15 +153,25 @@ def load_policy(spec: str | os.PathLike, checkpoint) -> LoadedPolicy:
 
 
 def split(spec: str | os.PathLike) -> tuple[str, str]:
-  """Returns the path and the module of `PATH?module=NAME`; "" for no module."""
+  """Returns the path and the module of `PATH?module=NAME`; "" for no module.
+
+  The path may be the name of a checkpoint in the Hugging Face cache.
+  """
   path, _, module = os.fspath(spec).partition("?module=")
-  return path, module
+  return hub.find(path) or path, module
 
 
 def has_policy(spec: str | os.PathLike) -> bool:
   """Returns whether `spec` is, or holds, an exported policy."""
   path, _ = split(spec)
   return bool(path) and _find_policy(pathlib.Path(path)) is not None
+
+
+def description(spec: str | os.PathLike) -> dict[str, Any]:
+  """Returns the policy_config.json beside a policy, {} without one."""
+  file = _find_policy(pathlib.Path(split(spec)[0]))
+  path = file and (file if file.is_dir() else file.parent) / CONFIG
+  return schema.read(path) if path and path.is_file() else {}
 
 
 def _find_policy(path: pathlib.Path) -> pathlib.Path | None:

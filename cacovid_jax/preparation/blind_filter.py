@@ -41,7 +41,9 @@ COMMAND = command.Command(
   __doc__,
   {
     "model": command.Flag(
-      "Base model: a Hugging Face checkpoint directory.", "model.path"
+      "Base model: a Hugging Face checkpoint directory, or org/name of one in"
+      " the local cache.",
+      "model.path",
     ),
     "train": rows_lib.TRAIN,
     "media": command.Flag(

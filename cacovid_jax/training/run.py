@@ -15,7 +15,7 @@ from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.data import frames as frames_lib
 from cacovid_jax.data import left_out
 from cacovid_jax.inference import features
-from cacovid_jax.models import processors, token_grid
+from cacovid_jax.models import hub, processors, token_grid
 from cacovid_jax.parallel import mesh as mesh_lib
 from cacovid_jax.policy import loading
 from cacovid_jax.training import (
@@ -45,7 +45,7 @@ class Run:
     config, mesh = experiment.config, experiment.mesh
     self._loaded, self._rollout = experiment.loaded, parts.rollout
     model, tokenizer = self._loaded.model, self._loaded.tokenizer
-    from_host = _from_host(parts.rollout, questions, tokenizer)
+    from_host = host_rewards(parts.rollout, questions, tokenizer)
     options = dict(config.policy)
     self._init, self._seed = options.pop("init"), config.seed
     policy, digest = loading.make_policy(model.config.text, options)
@@ -124,7 +124,7 @@ def with_total_steps(experiment, questions):
 
 def make_processor(config, model) -> processors.Processor:
   """Returns the processor of the checkpoint, with the config's pixel limits."""
-  data, path = config.data, str(config.model.path)
+  data, path = config.data, hub.find(config.model.path) or ""
   found = model.read_processor(path) if os.path.isdir(path) else model.processor
   if found.one_grid and (data.buckets or data.min_pixels or data.max_pixels):
     raise errors.UserError(
@@ -166,8 +166,8 @@ def make_step_configs(config, checkpoint, policy, parts, processor):
   ]
 
 
-def _from_host(config, questions, tokenizer) -> bool:
-  """Returns whether rewards come from the host."""
+def host_rewards(config, questions, tokenizer) -> bool:
+  """Returns whether rewards come from the host; config is the rollout's."""
   if config.marking == "host" or getattr(config.function, "on_host", False):
     return True
   if all(tokenizer.answer_id(row) >= 0 for row in questions):

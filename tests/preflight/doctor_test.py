@@ -1,0 +1,366 @@
+"""The doctor on a good set-up and on broken ones, each made here."""
+
+import json
+import os
+import shutil
+from collections import namedtuple
+
+import jax
+import numpy as np
+import pytest
+
+from cacovid_jax import base_config, doctor, errors, files
+from cacovid_jax import config as config_lib
+from cacovid_jax import experiment as experiment_lib
+from cacovid_jax.evals import cost
+from cacovid_jax.models import checkpoints, safetensors_io
+from cacovid_jax.policy import loading
+from cacovid_jax.preflight import case as case_lib
+from cacovid_jax.preflight import checks
+from cacovid_jax.synthetic import tiny_checkpoints
+from cacovid_jax.training import run
+from tests.evals import tiny
+from tests.models import hub_test
+
+CHECKS = ["weights", "data", "policy", "clips", "mesh", "memory", "disk",
+          "programs", "hours"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+  """Returns a folder with a base model, its policy, clips and questions."""
+  folder = tmp_path_factory.mktemp("made")
+  base = folder / "base"
+  tiny_checkpoints.write_tiny(base, "llava_onevision")
+  tensors = safetensors_io.list_directory(base)
+  tensors = {tensor.name: np.array(tensor.view()) for tensor in tensors}
+  safetensors_io.write_directory(base, tensors, 100_000)
+  (folder / "data").mkdir()
+  tiny.write_data(folder / "data")
+  rows = [
+    {
+      "problem_id": number,
+      "problem": "What colour is the block?",
+      "data_type": "video",
+      "problem_type": "multiple choice",
+      "options": ["A. red", "B. green"],
+      "path": f"videos/test{number}.mp4",
+      "solution": "<answer>B</answer>",
+    }
+    for number in range(3)
+  ]
+  (folder / "data" / "train.json").write_text(json.dumps(rows))
+  checkpoint = checkpoints.load(base)
+  options = {"num_halvings": 2, "dtype": "float32"}
+  policy, _ = loading.make_policy(checkpoint.model.config.text, options)
+  params = policy.init_from_llm(jax.random.key(0), checkpoint.params)
+  described = {"policy": options, "base_model": checkpoint.identity}
+  described |= {"grid": [4, 4, 4], "ratios": [0.25]}
+  path = folder / "policy" / "policy.safetensors"
+  loading.export(path, policy, params, described)
+  return folder
+
+
+@pytest.fixture
+def folder(made, tmp_path):
+  """Returns a copy that a test may harm."""
+  return shutil.copytree(made, tmp_path / "own")
+
+
+def config_of(folder, **changes):
+  changes = {
+    "model.path": str(folder / "base"),
+    "model.dtype": "float32",
+    "policy.dtype": "float32",
+    "policy.num_halvings": 2,
+    "data.root": str(folder / "data"),
+    "data.num_frames": 4,
+    "data.decode": "in_process",
+    "mesh.data": 1,
+    "sampling.num_combinations": 8,
+    "rollout.max_new_tokens": 2,
+    "evals.methods": ("cacovid", "uniform"),
+    "evals.oracles": (),
+    "evals.ratios": (0.25,),
+    "evals.select_on": "none",
+    "evals.batch_size": 2,
+    "evals.policies": (f"policy={folder / 'policy'}",),
+    "table.tflops": 1.0,
+    "table.gbps": 1.0,
+  } | changes
+  return config_lib.replace(base_config.get_config(), changes)
+
+
+def case_of(folder, split, changes=(), **fields):
+  experiment = experiment_lib.Experiment.from_config(
+    config_of(folder, **dict(changes)), folder / "workdir", split=split
+  )
+  return case_lib.Case(experiment, **fields)
+
+
+def examine(folder, split="videos_per_step", changes=(), **fields):
+  """Returns (check -> its first finding, names of those that failed)."""
+  found = checks.examine(case_of(folder, split, changes, **fields))
+  failed = [one.check for one in found if one.verdict == checks.FAILED]
+  first = {one.check: one for one in reversed(found)}
+  assert sorted(first) == sorted(CHECKS)
+  return first, failed
+
+
+ASKS = "evals.batch_size"
+SPLITS = ("videos_per_step", ASKS)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_good_set_up(split, folder):
+  before = sorted(folder.rglob("*"))
+  found, failed = examine(folder, split)
+  assert failed == []
+  assert sorted(folder.rglob("*")) == before
+  assert "3 files of" in found["weights"].found
+  assert "F32" in found["weights"].found
+  assert found["clips"].found == "3 decoded, 4 frames of each"
+  # The tests' process has eight devices.
+  assert found["mesh"].verdict == checks.WARNING
+  assert "data 1 x model 1 of 8 devices" in found["mesh"].found
+  assert "estimate" in found["memory"].found
+  if split == ASKS:
+    assert found["data"].found == "blocks test: 6 questions about 3 clips"
+    assert "trained at ratios 0.25" in found["policy"].found
+    assert "of this base model" in found["policy"].found
+    assert found["hours"].verdict == checks.OK
+  else:
+    assert found["data"].found == "3 questions about 3 clips to train"
+    assert found["hours"].remedy.endswith("--seconds_per_video")
+
+
+def test_no_weight_is_loaded(folder, monkeypatch):
+  def refuse(*args, **options):
+    raise AssertionError("weights were loaded")
+
+  monkeypatch.setattr(checkpoints, "load_params", refuse)
+  for split in SPLITS:
+    assert examine(folder, split)[1] == []
+
+
+def test_sizes_are_those_of_a_run(folder):
+  changes = {"total_steps": 10_000, "ckpt.keep": 3}
+  case = case_of(folder, "videos_per_step", changes)
+  experiment = experiment_lib.Experiment.from_config(
+    case.config, folder / "run", split="videos_per_step"
+  )
+  real = run.Run(experiment)
+  state = real.init_state()
+  assert jax.tree.map(np.shape, state) == jax.tree.map(np.shape, case.state)
+  assert case.prompts == real.batches.prompts.text_rows
+  kept = [one.ladder.num_keep for one in real.programs.configs.values()]
+  assert [one.ladder.num_keep for one in case.steps] == kept
+  parts = checks.training_memory(case)
+  model = case.model.config
+  assert parts["weights"] == cost.weight_bytes(model, "float32")
+  assert (
+    sum(x.nbytes for x in jax.tree.leaves(state))
+    + sum(x.nbytes for x in jax.tree.leaves(state.params))
+    == (parts["policy and optimiser"])
+  )
+  (programs,) = checks.examine(case)[-2:-1]
+  count = len(case.prompts) * real.programs.limit(case.steps[0].ladder.bucket)
+  assert programs.found.startswith(f"at most {count} to compile")
+
+
+def test_hours_are_given_measured_or_estimated(folder):
+  found, _ = examine(folder, changes={"total_steps": 100},
+                     seconds_per_video=36.0)  # fmt: skip
+  assert found["hours"].found == "1 for 100 videos of 36 s (given)"
+  (folder / "workdir").mkdir()
+  (folder / "workdir" / "metrics.jsonl").write_text(
+    '{"step": 10, "seconds_per_step": 72.0}\n'
+  )
+  found, _ = examine(folder, changes={"total_steps": 100})
+  told = "2 for 100 videos of 72 s (measured in the workdir)"
+  assert found["hours"].found == told
+  slow, fast = (
+    examine(folder, ASKS, {"table.tflops": x, "table.gbps": x})[0]["hours"]
+    for x in (1e-6, 1e6)
+  )
+  assert "estimate" in slow.found and slow != fast
+
+
+# Broken set-ups: (what harms a folder, config, check that fails, its words).
+
+
+def _missing_shard(folder):
+  (folder / "base" / hub_test.SHARD).unlink()
+
+
+def _truncated_shard(folder):
+  path = folder / "base" / hub_test.SHARD
+  path.write_bytes(path.read_bytes()[:-100])
+
+
+def _other_shapes(folder):
+  path = folder / "base" / "config.json"
+  described = json.loads(path.read_text())
+  described["text_config"]["intermediate_size"] *= 2
+  path.write_text(json.dumps(described))
+
+
+def _no_tokenizer(folder):
+  (folder / "base" / "tokenizer.json").unlink()
+
+
+def _policy_of_another(folder):
+  path = folder / "policy" / loading.CONFIG
+  described = json.loads(path.read_text())
+  described["base_model"]["sha256"] = "0" * 64
+  files.write_json(path, described)
+
+
+def _absent_clip(folder):
+  (folder / "data" / "videos" / "test1.mp4").unlink()
+
+
+def _bad_clip(folder):
+  (folder / "data" / "videos" / "test1.mp4").write_bytes(b"no clip" * 100)
+
+
+def _nothing(folder):
+  del folder
+
+
+BROKEN = {
+  "missing shard": (
+    _missing_shard, {}, "weights", f"{hub_test.SHARD} is missing"),
+  "truncated shard": (_truncated_shard, {}, "weights", hub_test.SHARD),
+  "other shapes": (_other_shapes, {}, "weights", "misshaped"),
+  "no tokenizer": (_no_tokenizer, {}, "weights", "no tokenizer.json"),
+  "absent clip": (_absent_clip, {}, "data", "1 of 3 clips are missing"),
+  "undecodable clip": (_bad_clip, {}, "clips", "1 of 3 cannot be used"),
+  "too many devices": (
+    _nothing, {"mesh.data": 4, "mesh.model": 4}, "mesh", "there are 8"),
+  "batch not shared": (
+    _nothing, {"mesh.data": 3}, "mesh", "does not divide among the 3"),
+  "unknown name": (
+    _nothing, {"model.path": "org/unknown"}, "weights", "not in the Hugging"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_broken_is_one_line_with_a_remedy(name, split, folder):
+  harm, changes, check, told = BROKEN[name]
+  harm(folder)
+  found, failed = examine(folder, split, changes)
+  assert failed == [check]
+  assert told in found[check].found
+  assert found[check].remedy and "\n" not in found[check].found
+  # What depends on it is not told again.
+  words = [one.found for one in found.values() if one.verdict == checks.FAILED]
+  assert len(set(words)) == len(words)
+
+
+def test_half_a_download(folder, tmp_path, monkeypatch):
+  monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+  there = hub_test.lay_out(tmp_path / "hub", folder / "base")
+  changes = {"model.path": hub_test.NAME}
+  assert examine(folder, changes=changes)[1] == []
+  (there / "snapshots" / hub_test.REVISION / hub_test.SHARD).unlink()
+  found, failed = examine(folder, changes=changes)
+  assert failed == ["weights"]
+  assert "hf download some-org/tiny" in found["weights"].remedy
+
+
+def test_a_policy_of_another_base_model(folder):
+  _policy_of_another(folder)
+  found, failed = examine(folder, ASKS)
+  assert failed == ["policy"]
+  assert "trained with another base model" in found["policy"].found
+  assert found["policy"].remedy == "give that one's --checkpoint"
+
+
+def test_policies_that_do_not_fit(folder):
+  found, failed = examine(folder, ASKS, {"evals.policies": ()})
+  assert failed == ["policy"] and found["policy"].remedy == "add --policy"
+  found, failed = examine(
+    folder, ASKS, {"evals.policies": (), "evals.methods": ("uniform",)}
+  )
+  assert failed == []
+  found, failed = examine(folder, ASKS, {"data.num_frames": 8})
+  assert failed == [] and found["policy"].verdict == checks.WARNING
+  assert "4 x 4 x 4 video tokens, not the 8 x 4 x 4" in found["policy"].found
+  # What a training starts from is of the same shapes.
+  init = str(folder / "policy" / "policy.safetensors")
+  assert examine(folder, changes={"policy.init": init})[1] == []
+  changes = {"policy.init": init, "policy.num_halvings": 3}
+  assert examine(folder, changes=changes)[1] == ["policy"]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_too_little_memory(split, folder):
+  found, failed = examine(folder, split, device_bytes=10_000)
+  assert failed == ["memory"]
+  assert "of 9.77 KiB (estimate: weights" in found["memory"].found
+  assert "config.mesh.model" in found["memory"].remedy
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_small_disk(split, folder, monkeypatch):
+  usage = namedtuple("usage", "total used free")
+  monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(9, 8, 1))
+  cache = str(folder / "cache")
+  found, failed = examine(folder, split, {"data.feature_cache": cache})
+  assert failed == ["disk"]
+  # 3 clips of 64 tokens of 32 float32 values.
+  assert f"{cache} 24 KiB" in found["disk"].found
+
+
+def test_the_cache_that_is_there_needs_no_room(folder):
+  (folder / "cache").mkdir()
+  (folder / "cache" / "x").write_bytes(bytes(3 * 64 * 32 * 4))
+  cache = str(folder / "cache")
+  found, _ = examine(folder, changes={"data.feature_cache": cache})
+  assert f"{cache} 0 bytes" in found["disk"].found
+
+
+def test_a_workdir_that_is_a_file(folder):
+  (folder / "workdir").write_text("")
+  found, failed = examine(folder)
+  assert failed[0] == "disk" and "no folder" in found["disk"].found
+
+
+def test_clips_that_are_left_out_are_counted(folder):
+  _absent_clip(folder)
+  found, failed = examine(folder, changes={"data.on_missing": "skip"})
+  assert failed == [] and found["data"].verdict == checks.WARNING
+  assert "2 questions about 2 clips to train" in found["data"].found
+  assert "1 missing clips" in found["data"].found
+  found, failed = examine(folder, ASKS, {"evals.on_missing": "count"})
+  assert failed == []
+  assert found["data"].verdict == checks.WARNING
+  assert "1 clips are absent, 2 questions lost" in found["data"].found
+
+
+# The command.
+
+
+def parse(folder, *words, **changes):
+  path = folder / "config.json"
+  config_lib.save(config_of(folder, **changes), path)
+  words = ["doctor", f"--config={path}", *words]
+  return doctor.COMMAND.parse(words)
+
+
+def test_the_command(folder, capsys):
+  workdir = f"--workdir={folder / 'workdir'}"
+  assert doctor.main(parse(folder, workdir)) == 0
+  out = capsys.readouterr().out
+  assert out.endswith("nothing failed\n")
+  assert all(name in out for name in ("verdict", "remedy", *CHECKS))
+  args = parse(folder, workdir, "--run=evaluate", "--device_gib=0.00001")
+  assert doctor.main(args) == 1
+  assert capsys.readouterr().out.endswith("failed: memory\n")
+  assert not os.path.exists(folder / "workdir")
+  with pytest.raises(errors.UserError, match="add --workdir"):
+    doctor.main(parse(folder))
+  with pytest.raises(errors.UserError, match="--run=no: choose train or"):
+    parse(folder, "--run=no")
