@@ -108,7 +108,8 @@ class Case:
   @functools.cached_property
   def prompts(self) -> tuple[int, ...]:
     """Lengths that the training's prompts are padded to, of a sample."""
-    rows = self.rows[:: -(-len(self.rows) // _SAMPLE)]
+    count = len(self.rows)
+    rows = [self.rows[i] for i in range(0, count, -(-count // _SAMPLE))]
     ladders = [one.ladder for one in self.steps]
     asked = dataclasses.replace(self.bare.checkpoint, tokenizer=self.tokenizer)
     found = batches.prompt_buckets(self.config, rows, asked, ladders)

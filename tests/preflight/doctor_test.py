@@ -17,7 +17,7 @@ from cacovid_jax.models import checkpoints, safetensors_io
 from cacovid_jax.policy import loading
 from cacovid_jax.preflight import case as case_lib
 from cacovid_jax.preflight import checks
-from cacovid_jax.synthetic import tiny_checkpoints
+from cacovid_jax.synthetic import build, tiny_checkpoints
 from cacovid_jax.training import run
 from tests.evals import tiny
 from tests.models import hub_test
@@ -364,3 +364,16 @@ def test_the_command(folder, capsys):
     doctor.main(parse(folder))
   with pytest.raises(errors.UserError, match="--run=no: choose train or"):
     parse(folder, "--run=no")
+
+
+def test_the_quickstarts_set_up_is_ready(tmp_path):
+  """Its rows are read one by one, from a TFDS data set."""
+  overrides = [f"data.root={tmp_path / 'data' / 'dense'}", "mesh.data=1"]
+  config = config_lib.load("configs/synthetic.py:debug", overrides, fill=True)
+  build.prepare(config, num_workers=1)
+  experiment = experiment_lib.Experiment.from_config(
+    config, tmp_path / "workdir", split="videos_per_step"
+  )
+  found = checks.examine(case_lib.Case(experiment))
+  assert [one.check for one in found if one.verdict == checks.FAILED] == []
+  assert found[1].found.startswith("16 questions about 4 clips")
