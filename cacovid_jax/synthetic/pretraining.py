@@ -132,8 +132,9 @@ def _diverged(step: int) -> errors.UserError:
 def make_tx(config):
   """Returns (optimiser, schedule) of a pretraining run.
 
-  Muon for the layers' matrices, AdamW for the rest: it learns to find objects
-  in a third of the steps that AdamW alone takes (docs/results.md).
+  Muon for all kernels, Adam with Nesterov's momentum for the rest; kernels alone
+  decay. In 2 600 steps, AdamW alone does not learn to find the objects that
+  this one has found after 1 500 (docs/results.md).
   """
   schedule = optax.warmup_cosine_decay_schedule(
     0.0, config.lr, config.warmup_steps, config.num_steps, config.lr * 0.01
