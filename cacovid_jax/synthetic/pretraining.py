@@ -132,9 +132,9 @@ def _diverged(step: int) -> errors.UserError:
 def make_tx(config):
   """Returns (optimiser, schedule) of a pretraining run.
 
-  Muon for all kernels, Adam with Nesterov's momentum for the rest; kernels alone
-  decay. In 2 600 steps, AdamW alone does not learn to find the objects that
-  this one has found after 1 500 (docs/results.md).
+  Muon for all kernels, Adam with Nesterov's momentum for the rest; kernels
+  alone decay. After 2 600 steps 0.91 of answers are right, and 0.45 by AdamW
+  alone (docs/results.md).
   """
   schedule = optax.warmup_cosine_decay_schedule(
     0.0, config.lr, config.warmup_steps, config.num_steps, config.lr * 0.01
