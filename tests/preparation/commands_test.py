@@ -89,7 +89,7 @@ def test_blind_filter(tmp_path, root, capsys):
     if (answer[:1] if question.options else answer) != question.answer
   ]
   kept = [row["problem_id"] for row in json.loads(out.read_text())]
-  assert [str(number) for number in kept] == wrong == ["3", "8", "11"]
+  assert [str(number) for number in kept] == wrong == ["3", "5", "9", "11"]
   report = json.loads((tmp_path / "filtered.report.json").read_text())
   by_source = {
     (row["source"], row["problem_type"]): (
