@@ -223,18 +223,24 @@ def upgraded(config, like=None):
 def claim_workdir(workdir, config):
   """Writes `config.json` in a new workdir; refuses one of another config."""
   files.make_folder(workdir)
+  check_workdir(workdir, config)
+  save(config, pathlib.Path(workdir, "config.json"))
+
+
+def check_workdir(workdir, config):
+  """Refuses a workdir of another config, or of an earlier version's."""
   path = pathlib.Path(workdir, "config.json")
   if path.exists():
     there = read_json(path)
     now = upgraded(there, config)
     found = differences(_hashed(now), _hashed(config))
     if found:
-      shown = "; ".join(found[:3])
+      shown = ", ".join(found[:3])
       more = len(found) - 3
       raise errors.UserError(
         f"workdir {workdir} belongs to another config: {shown}"
-        + (f"; and {more} more" if more > 0 else "")
-        + ". Give another --workdir, or the config the run started with"
+        + (f", and {more} more" if more > 0 else "")
+        + "; give another --workdir, or the config the run started with"
       )
     renamed = to_dict(now) != to_dict(there)
     hashes = {config_hash(there, before=before) for before in (False, True)}
@@ -243,7 +249,6 @@ def claim_workdir(workdir, config):
         f"workdir {workdir} was written by an earlier version; continue it"
         f" after: python -m cacovid_jax.ckpt upgrade {workdir}"
       )
-  save(config, path)
 
 
 def read_json(path):

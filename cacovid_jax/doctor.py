@@ -2,7 +2,8 @@ r"""Looks at a set-up before it runs, and says what would stop it.
 
 python -m cacovid_jax.doctor --config configs/llava_onevision.py:size=7b \
     --workdir workdirs/llava_onevision_7b
-python -m cacovid_jax.doctor --run evaluate --benchmark videomme --data DIR ...
+python -m cacovid_jax.doctor --config configs/llava_onevision.py:size=7b \
+    --run evaluate --benchmark videomme --data DIR --workdir DIR
 
 Weights, policy, data, clips, mesh, memory, disk, programs and hours, a line
 each: ok, warning or failed, what was found, the remedy. Reads headers, rows and

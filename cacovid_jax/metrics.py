@@ -140,6 +140,9 @@ def _remove_behind(path: pathlib.Path, step: int) -> None:
 def _row(record: dict[str, Any]) -> dict[str, Any]:
   if type(record["step"]) is not int:
     raise TypeError("a step is a whole number")
+  seconds = record.get("seconds_per_step") or 0
+  if not (isinstance(seconds, int | float) and 0 <= seconds < 1e9):
+    raise TypeError("seconds are a number")
   return record
 
 

@@ -171,11 +171,13 @@ def estimate(
   experiments: Mapping[str, experiment_lib.Experiment],
   loaded: Mapping[str, benchmarks.Benchmark],
   speed: cost.Speed,
+  data_shards: int = 1,
 ) -> dict[str, Any]:
   """Returns what a table takes, by benchmark, and the memory of a device.
 
   By benchmark are its evaluation, see `without_weights`, and its questions
-  where they are here. The devices of config.mesh.model share one model.
+  where they are here. The devices of config.mesh.model share one model,
+  and `data_shards` of those the questions of a batch.
   """
   found, memory = {}, []
   for name, experiment in experiments.items():
@@ -191,7 +193,7 @@ def estimate(
         grid=part.grid,
         prompt_rows=part.longest + math.prod(part.grid),
         new_tokens=settings.max_new_tokens,
-        batch=settings.batch_size,
+        batch=math.ceil(settings.batch_size / data_shards),
         dtype=config.model.dtype,
         policy=policy_of(model.text, methods),
         model_shards=config.mesh.model,

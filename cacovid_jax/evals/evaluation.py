@@ -83,22 +83,18 @@ def check(config) -> None:
   curves = os.path.join(evals.metrics, metrics.FILE)
   told = f"there is no {curves}; name a training workdir, or leave it empty"
   errors.check(not evals.metrics or os.path.isfile(curves), told)
+  results.check_ratios(map(base.check_ratio, evals.ratios))
 
 
 def _evaluate(experiment):
   """Returns (results.json as a dict, examples for the report), or None."""
   config, evals = experiment.config, experiment.config.evals
   shard = shards.Shard(*experiment.shard)
-  ratios = results.check_ratios(map(base.check_ratio, evals.ratios))
+  ratios = tuple(map(base.check_ratio, evals.ratios))
   test = load_benchmark(experiment, evals.split, evals.num_questions)
-  specs = [*evals.methods, *(evals.oracles if test.decisive else ())]
-  methods = [methods_lib.Method.parse(spec) for spec in specs]
-  search = option_search.Search.of(experiment, methods)
+  methods, search, validation = plan(experiment, test)
   tried, others, decisive = methods, (), test.decisive
   if search:
-    validation = load_benchmark(
-      experiment, "validation", evals.select_questions
-    )
     tried, others = [*methods, *search.candidates], validation.questions
     decisive = {**validation.decisive, **decisive}
   policies, workdir = experiment.policies, experiment.workdir
@@ -171,6 +167,22 @@ def _evaluate(experiment):
       return out, viewer.choose(
         table, answers, engine, test.decisive, count, failures=failures
       )
+
+
+def plan(experiment, test: benchmarks.Benchmark):
+  """Returns what is asked beside the test's questions; weights are not needed.
+
+  That is (methods, what to choose their options from, questions to choose
+  them by), the last two None where nothing is to be chosen.
+  """
+  evals, validation = experiment.config.evals, None
+  specs = [*evals.methods, *(evals.oracles if test.decisive else ())]
+  methods = [methods_lib.Method.parse(spec) for spec in specs]
+  search = option_search.Search.of(experiment, methods)
+  if search:
+    count = evals.select_questions
+    validation = load_benchmark(experiment, "validation", count)
+  return methods, search, validation
 
 
 def _ask(table, evaluator, answers, workdir, shard, identity):

@@ -251,15 +251,7 @@ class Engine:
 
   def policy_name(self, method: methods_lib.Method) -> str:
     """Returns the name of the policy that a method follows."""
-    label, given = method.label, ", ".join(self.policies)
-    if not self.policies:
-      raise errors.UserError(f"{label} needs a trained policy; give --policy")
-    name = method.policy or next(iter(self.policies))
-    if name not in self.policies:
-      raise errors.UserError(
-        f"{label}: there is no policy {name!r}; given: {given}"
-      )
-    return name
+    return method.follows(self.policies)
 
   def policy_params(self, field: str, name: str, seed: int):
     """Returns the parameters behind a field of `CompressorInputs`."""

@@ -1,7 +1,7 @@
 """Rows of a table: selection methods, and the conditions to ask under."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,6 +50,19 @@ class Method:
   def score_fields(self) -> list[str]:
     """The fields of `CompressorInputs` that a policy fills."""
     return sorted(need for need in self.needs if need.endswith("scores"))
+
+  def follows(self, policies: Collection[str]) -> str:
+    """Returns which of the policies' names it follows; one must be there."""
+    if not policies:
+      told = f"{self.label} needs a trained policy; give --policy"
+      raise errors.UserError(told)
+    name = self.policy or next(iter(policies))
+    if name not in policies:
+      raise errors.UserError(
+        f"{self.label}: there is no policy {name!r}; given:"
+        f" {', '.join(policies)}"
+      )
+    return name
 
   @property
   def per_seed(self) -> bool:

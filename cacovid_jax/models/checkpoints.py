@@ -144,8 +144,7 @@ def load_params(directory, config, dtype=jnp.float32, *, mesh=None):
   misshaped or not floating point are a UserError that lists their names.
   """
   sources, shapes, extra = _plan(directory, config, dtype)
-  if head := extra.get(_family(config).HEAD):
-    _check_tied(directory, head, sources)
+  _check_tied(directory, config, sources, extra)
   shardings = None
   if mesh is not None:
     # A flat dict of paths is a tree, too.
@@ -204,13 +203,15 @@ def _plan(directory, config, dtype=None):
 
 
 def survey(directory, config) -> tuple[int, int, list[str]]:
-  """Returns (files, bytes, dtypes) of the weights, by their headers alone.
+  """Returns (files, bytes, dtypes) of the weights, by their headers.
 
-  Those that do not fit the config are a UserError, as of `load_params`; so is a
-  directory that does not say how answers end.
+  Those that do not fit the config are a UserError, as of `load_params`, tied
+  tables that differ among them; so is a directory that does not say how answers
+  end.
   """
   _ending(directory)
   sources, _, extra = _plan(directory, config)
+  _check_tied(directory, config, sources, extra)
   tensors = [*(source.tensor for source in sources), *extra.values()]
   return (
     len({tensor.path for tensor in tensors}),
@@ -219,13 +220,15 @@ def survey(directory, config) -> tuple[int, int, list[str]]:
   )
 
 
-def _check_tied(directory, head, sources):
+def _check_tied(directory, config, sources, extra):
   """Refuses an output table that is another than the embeddings it is tied to.
 
   config.json says that they are one, and the files hold two: which one answers
   are to be computed with, nobody can know.
   """
-  leaf = "language_model/embed_tokens"
+  head, leaf = extra.get(_family(config).HEAD), "language_model/embed_tokens"
+  if head is None:
+    return
   (table,) = [source.tensor for source in sources if source.leaf == leaf]
   if (head.shape, head.code) == (table.shape, table.code):
     tables = head.view(), table.view()
@@ -247,16 +250,19 @@ def load(directory, dtype=jnp.float32, *, mesh=None, backend="auto"):
   `dtype` is that of the weights and of the computation; None keeps the weights
   in the files' own types and computes in that of the embeddings.
   """
-  directory = hub.directory(directory)
+  given, directory = os.fspath(directory), hub.directory(directory)
   config = load_config(directory)
   eos_ids, pad_id = _ending(directory)
   tokenizer = _tokenizer(directory)
   params = load_params(directory, config, dtype, mesh=mesh)
   dtype = dtype or params["language_model"]["embed_tokens"].dtype
   _, _, extra = _plan(directory, config)
+  found = identity(directory)
+  if given != directory:  # A name is the same on every machine.
+    found["path"] = given
   return Checkpoint(
-    make_model(config, dtype, backend), params, tokenizer, identity(directory),
-    eos_ids, pad_id, {name: tensor.view() for name, tensor in extra.items()},
+    make_model(config, dtype, backend), params, tokenizer, found, eos_ids,
+    pad_id, {name: tensor.view() for name, tensor in extra.items()},
   )  # fmt: skip
 
 

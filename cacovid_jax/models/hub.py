@@ -20,7 +20,8 @@ def cache() -> pathlib.Path:
   base = known("XDG_CACHE_HOME") or "~/.cache"
   home = known("HF_HOME") or os.path.join(base, "huggingface")
   folder = known("HF_HUB_CACHE") or os.path.join(home, "hub")
-  return pathlib.Path(os.path.expandvars(folder)).expanduser()
+  # Unlike pathlib's, this one leaves "~" where there is no home.
+  return pathlib.Path(os.path.expanduser(os.path.expandvars(folder)))
 
 
 def find(path: str | os.PathLike) -> str | None:
@@ -49,8 +50,9 @@ def directory(path: str | os.PathLike) -> str:
   if found is None:
     raise errors.UserError(
       f"{path} is no folder, and not in the Hugging Face cache {cache()}"
-      " (HF_HUB_CACHE, HF_HOME); give a checkpoint directory, or get it by:"
-      f" hf download {path} (or huggingface-cli download {path})"
+      " (HF_HUB_CACHE, HF_HOME); give a checkpoint directory or, if it is a"
+      f" name on the hub, get it by: hf download {path} (or huggingface-cli"
+      f" download {path})"
     )
   return found
 
@@ -68,7 +70,9 @@ def _lacking(folder: pathlib.Path) -> str:
   """Returns what a download of a repository left out, "" of a whole one."""
   snapshot = _snapshot(folder)
   if not snapshot.is_dir():
-    return f"there is no {snapshot}, which refs/main names"
+    named = (folder / "refs" / "main").is_file()
+    why = "which refs/main names" if named else "and no refs/main"
+    return f"there is no {snapshot}, {why}"
   for file in sorted(snapshot.rglob("*")):
     if not file.exists():
       return f"{file} leads to a file that is not there"

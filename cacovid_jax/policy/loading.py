@@ -58,6 +58,14 @@ class _Described(msgspec.Struct):
   module_sha256: str | None = None
 
 
+class Training(msgspec.Struct):
+  """What policy_config.json says of a policy's training."""
+
+  ratios: list[float] = []
+  # Of all videos (T, H, W), or the sizes of each bucket.
+  grid: list[int | list[int]] = []
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoadedPolicy:
   """A policy with its weights."""
@@ -167,11 +175,11 @@ def has_policy(spec: str | os.PathLike) -> bool:
   return bool(path) and _find_policy(pathlib.Path(path)) is not None
 
 
-def description(spec: str | os.PathLike) -> dict[str, Any]:
-  """Returns the policy_config.json beside a policy, {} without one."""
+def description(spec: str | os.PathLike) -> Training | None:
+  """Returns what policy_config.json says of a policy; None without one."""
   file = _find_policy(pathlib.Path(split(spec)[0]))
   path = file and (file if file.is_dir() else file.parent) / CONFIG
-  return schema.read(path) if path and path.is_file() else {}
+  return schema.read(path, Training) if path and path.is_file() else None
 
 
 def _find_policy(path: pathlib.Path) -> pathlib.Path | None:

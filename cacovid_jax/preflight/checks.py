@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 
+from cacovid_jax import config as config_lib
 from cacovid_jax import errors, metrics
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.data import decode_workers, readers
@@ -24,7 +25,7 @@ from cacovid_jax.inference import clips
 from cacovid_jax.inference import methods as methods_lib
 from cacovid_jax.policy import loading
 from cacovid_jax.preflight import case as case_lib
-from cacovid_jax.training import programs, run, seams
+from cacovid_jax.training import batches, programs, run, seams
 
 OK, WARNING, FAILED = "ok", "warning", "failed"
 # Share of what there is above which an estimate is no comfort.
@@ -48,7 +49,8 @@ def examine(case: case_lib.Case) -> list[Finding]:
   found, told = [], set()
   for name, check in _CHECKS.items():
     try:
-      found += [Finding(name, *one) for one in check(case)]
+      for one in check(case):  # What was found before an error stays.
+        found.append(Finding(name, *one))
     except (errors.UserError, OSError) as error:
       text = errors.one_line(error)
       if text in told:
@@ -80,13 +82,10 @@ def _policy(case: case_lib.Case) -> _Found:
         loading.load(init, policy, case.state.params)
     return [(OK, f"starts from {init or 'the base model and drawn heads'}")]
   paths = case.experiment.policy_paths
+  for one in map(methods_lib.Method.parse, case.config.evals.methods):
+    if one.score_fields:
+      one.follows(paths)
   if not paths:
-    asked = map(methods_lib.Method.parse, case.config.evals.methods)
-    lacking = [one.label for one in asked if "scores" in one.needs]
-    errors.check(
-      not lacking,
-      f"no policy, which {', '.join(lacking)} asks; add --policy",
-    )
     return [(OK, "none, and no method asks one")]
   return [_one_policy(case, *one) for one in paths.items()]
 
@@ -100,10 +99,11 @@ def _one_policy(case: case_lib.Case, name: str, spec: str) -> tuple[str, ...]:
   told = f"{name}: {spec} is of this base model"
   if not described:
     told = f"{name}: {spec} fits; nothing says which base model it had"
-  ratios = ", ".join(f"{ratio:.3g}" for ratio in described.get("ratios", ()))
+    described = loading.Training()
+  ratios = ", ".join(f"{ratio:.3g}" for ratio in described.ratios)
   told += f"; trained at ratios {ratios}" if ratios else ""
   frames = case.config.data.num_frames
-  grid, own = described.get("grid"), case.processor.fixed_grid(frames)
+  grid, own = described.grid, case.processor.fixed_grid(frames)
   if grid and own and grid != list(own):
     sizes = [" x ".join(map(str, one)) for one in (grid, own)]
     mend = "show as many frames as in training, or expect another accuracy"
@@ -125,6 +125,9 @@ def _data(case: case_lib.Case) -> _Found:
   if not case.trains:
     evaluation.check(config)
     yield from _asked(case.benchmark)
+    _, _, validation = evaluation.plan(case.bare, case.benchmark)
+    if validation:
+      yield from _asked(validation)
     return
   told = f"{len(case.rows)} questions about {len(case.videos)} clips to train"
   lines = case.left_out.lines()
@@ -136,6 +139,9 @@ def _data(case: case_lib.Case) -> _Found:
         case.experiment, "validation", validation.num_questions
       )
     )
+  case.left_out.check(case.experiment.workdir)
+  if config.data.decisive_file:
+    batches.read_evidence(config, case.steps[-1].ladder.bucket.tokens)
 
 
 def _asked(asked) -> Iterator[tuple[str, ...]]:
@@ -174,6 +180,8 @@ def _clips(case: case_lib.Case) -> _Found:
       reader.check(name, clip.record)
     except errors.UserError as error:
       bad.append(errors.one_line(error))
+  if not videos:
+    return [(WARNING, "none is there to decode", "fetch them")]
   if bad:
     told = f"{len(bad)} of {count} cannot be used, first: {bad[0]}"
     return [(FAILED, *told.rsplit("; ", 1))]
@@ -287,6 +295,8 @@ def _disk(case: case_lib.Case) -> _Found:
     sizes = {folder: size for folder, (size, _) in parts.items()}
     mend = "free some space, lower config.ckpt.keep, or use another disk"
     yield _held("free", sum(sizes.values()), free, sizes, mend)
+  if case.trains:
+    config_lib.check_workdir(workdir, config)
 
 
 def _programs(case: case_lib.Case) -> _Found:
@@ -316,6 +326,8 @@ def _hours(case: case_lib.Case) -> _Found:
   elif not each:
     row = case.estimate["benchmarks"][""]
     each, how = row["seconds"] / row["clips"], "estimate, of operations alone"
+  if not videos:
+    return [(WARNING, "unknown: no clip is there", "fetch them")]
   if not each:
     mend = "train a few steps in this workdir, or give --seconds_per_video"
     return [(WARNING, f"unknown for {videos} videos", mend)]
@@ -359,6 +371,6 @@ def _told(size: float) -> str:
   """Returns bytes in words."""
   for unit in ("bytes", "KiB", "MiB"):
     if size < 1000:
-      return f"{size:.3g} {unit}"
+      return f"{size:.4g} {unit}"
     size /= 1024
   return f"{size:.4g} GiB"

@@ -164,15 +164,8 @@ class Batches:
     self._rejected = rejected_path(experiment.workdir)
     letters = list(map(self._tokenizer.letter_id, question_lib.LETTERS))
     self._letters = np.array(letters, np.int32)
-    self._evidence = read_evidence(self._config)
     largest = ladders[-1].bucket
-    most = max((max(t) for t in self._evidence.values() if t), default=-1)
-    if most >= largest.tokens:
-      raise errors.UserError(
-        f"config.data.decisive_file names token {most}, and a video of"
-        f" {self._config.data.num_frames} frames has {largest.tokens}: take as"
-        " many frames as the data was prepared for, or leave the file empty"
-      )
+    self._evidence = read_evidence(self._config, largest.tokens)
     self.prompts = prompt_buckets(self._config, questions, checkpoint, ladders)
 
   def __call__(self, start: int) -> Iterator[tuple[step.Batch, list]]:
@@ -283,13 +276,24 @@ def rejected_path(workdir) -> str:
   return os.path.join(workdir, "quarantine.jsonl")
 
 
-def read_evidence(config) -> dict[str, tuple[int, ...]]:
-  """Returns {question id: tokens} that answers rest on, config.data's file."""
+def read_evidence(config, num_tokens: int) -> dict[str, tuple[int, ...]]:
+  """Returns {question id: tokens} that answers rest on, config.data's file.
+
+  Those of another grid than that of videos of so many tokens are refused.
+  """
   if not config.data.decisive_file:
     return {}
   path = os.path.join(config.data.root, config.data.decisive_file)
   mend = "correct config.data.decisive_file or leave it empty"
-  return evidence.read(path, mend)
+  found = evidence.read(path, mend)
+  most = max((max(tokens) for tokens in found.values() if tokens), default=-1)
+  if most >= num_tokens:
+    raise errors.UserError(
+      f"config.data.decisive_file names token {most}, and a video of"
+      f" {config.data.num_frames} frames has {num_tokens}: take as many frames"
+      " as the data was prepared for, or leave the file empty"
+    )
+  return found
 
 
 def _stacked(trees):
