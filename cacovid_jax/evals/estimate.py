@@ -176,8 +176,8 @@ def estimate(
   """Returns what a table takes, by benchmark, and the memory of a device.
 
   By benchmark are its evaluation, see `without_weights`, and its questions
-  where they are here. The devices of config.mesh.model share one model,
-  and `data_shards` of those the questions of a batch.
+  where they are here. The devices of config.mesh.model share one model;
+  `data_shards` of such groups share the questions of a batch.
   """
   found, memory = {}, []
   for name, experiment in experiments.items():

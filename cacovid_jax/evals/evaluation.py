@@ -71,15 +71,13 @@ def evaluate(
 def check(config) -> None:
   """Refuses what is wrong with config.evals whatever the data and the model."""
   evals = config.evals
-  if not evals.seeds:
-    raise errors.UserError("no evaluation seed given; for example seeds=0")
+  errors.check(evals.seeds, "no evaluation seed given; for example seeds=0")
   specs = (*evals.methods, *evals.oracles)
   labels = [methods_lib.split_label(spec)[0] for spec in specs]
   twice = sorted({name for name in labels if labels.count(name) > 1})
   if twice:
     raise errors.UserError(f"method {twice[0]!r} is listed twice")
-  if not labels:
-    raise errors.UserError("no method given; for example methods=random")
+  errors.check(labels, "no method given; for example methods=random")
   curves = os.path.join(evals.metrics, metrics.FILE)
   told = f"there is no {curves}; name a training workdir, or leave it empty"
   errors.check(not evals.metrics or os.path.isfile(curves), told)
@@ -170,19 +168,17 @@ def _evaluate(experiment):
 
 
 def plan(experiment, test: benchmarks.Benchmark):
-  """Returns what is asked beside the test's questions; weights are not needed.
+  """Returns (methods, the search for their options, validation's questions).
 
-  That is (methods, what to choose their options from, questions to choose
-  them by), the last two None where nothing is to be chosen.
+  The last two are None where nothing is to be chosen. Needs no weights.
   """
-  evals, validation = experiment.config.evals, None
+  evals, found = experiment.config.evals, None
   specs = [*evals.methods, *(evals.oracles if test.decisive else ())]
   methods = [methods_lib.Method.parse(spec) for spec in specs]
   search = option_search.Search.of(experiment, methods)
   if search:
-    count = evals.select_questions
-    validation = load_benchmark(experiment, "validation", count)
-  return methods, search, validation
+    found = load_benchmark(experiment, "validation", evals.select_questions)
+  return methods, search, found
 
 
 def _ask(table, evaluator, answers, workdir, shard, identity):

@@ -134,6 +134,7 @@ def _data(case: case_lib.Case) -> _Found:
   yield (WARNING if lines else OK, "; ".join([told, *lines]))
   validation = config.validation
   if validation.every_steps:
+    methods_lib.Method.parse(validation.method)
     yield from _asked(
       evaluation.load_benchmark(
         case.experiment, "validation", validation.num_questions
