@@ -43,7 +43,7 @@ def test_a_damaged_file_is_kept_aside_and_its_sound_rows_are_kept(
   path, aside = tmp_path / metrics.FILE, tmp_path / "metrics.jsonl.damaged"
   data = (
     b'{"step": 1, "loss": 0.5}\n\xdd\xff\n{"step": 2, "loss": null}\n'
-    b'{"step": "3"}\n[4]\n{"step": 5, "loss": 2.0}\n{"step": 6'
+    b'{"step": "3"}\n[4]\n{"step": 4, "seconds_per_step": "1"}\n{"step": 5, "loss": 2.0}\n{"step": 6'
   )
   path.write_bytes(data)
   rows = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": None}]
@@ -57,7 +57,7 @@ def test_a_damaged_file_is_kept_aside_and_its_sound_rows_are_kept(
     with metrics.MetricsWriter(tmp_path, 4, tensorboard=False):
       pass
   [told] = caplog.messages  # Of the checksums it was said before.
-  assert f"{path}: 4 lines damaged or cut off, kept in {aside}" in told
+  assert f"{path}: 5 lines damaged or cut off, kept in {aside}" in told
   assert aside.read_bytes() == data + b"\n"
   caplog.clear()
   assert metrics.read(tmp_path) == rows and not caplog.messages

@@ -194,6 +194,13 @@ def test_memory_is_that_of_the_largest_benchmark():
   assert out["memory"]["weights"] < cost.weight_bytes(config, "bfloat16") / 2
 
 
+def test_devices_share_a_batch():
+  given = {"": without_weights("llava_onevision_7b", batch_size=4)}, {}, SPEED
+  alone, three = (estimate.estimate(*given, n)["memory"] for n in (1, 3))
+  # ceil(4 / 3) questions on the fullest.
+  assert 2 * three["cache"] == alone["cache"]
+
+
 def test_mistakes_are_named(tmp_path):
   config = config_lib.replace(
     base_config.get_config(), {"model.path": str(tmp_path)}

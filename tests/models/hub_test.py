@@ -67,6 +67,13 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
   assert hub.cache() == tmp_path / "c"
 
 
+def test_nobody_has_a_home(monkeypatch):
+  monkeypatch.setenv("HF_HUB_CACHE", "~/hub")
+  monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+  assert hub.cache() == pathlib.Path("~/hub")
+  assert hub.find("org/unknown") is None
+
+
 def test_a_name_is_the_snapshot_of_main(folder):
   found = folder / "snapshots" / REVISION
   assert hub.find(NAME) == hub.directory(NAME) == str(found)
@@ -83,7 +90,8 @@ def test_a_path_that_exists_wins(folder):
 def test_weights_are_loaded_by_name(folder, tiny):
   by_name, by_path = map(checkpoints.load, (NAME, tiny))
   assert by_name.identity["sha256"] == by_path.identity["sha256"]
-  assert by_name.identity["path"].endswith(REVISION)
+  assert by_name.identity["path"] == NAME
+  assert by_path.identity["path"] == str(tiny)
   assert checkpoints.load_config(NAME) == checkpoints.load_config(tiny)
 
 
@@ -139,7 +147,7 @@ def _climbing_ref(folder):
     (_dangling, "tokenizer.json leads to a file that is not there"),
     (_unfinished, "f.incomplete is a part of a file (remove it if"),
     (_no_snapshot, "another, which refs/main names"),
-    (_no_ref, "there is no "),
+    (_no_ref, "main, and no refs/main; finish"),
     (_climbing_ref, "there is no "),
   ],
 )
@@ -164,4 +172,6 @@ def test_an_unknown_name_tells_where_was_looked(folder, tmp_path):
     checkpoints.load("org/unknown")
   told = str(caught.value)
   assert str(tmp_path / "hub") in told and "HF_HOME" in told
-  assert "hf download org/unknown" in told
+  assert (
+    "if it is a name on the hub, get it by: hf download org/unknown" in told
+  )

@@ -1,5 +1,6 @@
 """The doctor on a good set-up and on broken ones, each made here."""
 
+import functools
 import json
 import os
 import shutil
@@ -176,7 +177,10 @@ def test_hours_are_given_measured_or_estimated(folder):
   (folder / "workdir" / "metrics.jsonl").write_text(
     '{"step": 10, "seconds_per_step": 72.0}\n'
   )
-  found, _ = examine(folder, changes={"total_steps": 100})
+  with open(folder / "workdir" / "metrics.jsonl", "a") as file:
+    file.write('{"step": 20, "seconds_per_step": "abc"}\n')
+  found, failed = examine(folder, changes={"total_steps": 100})
+  assert failed == []
   told = "2 for 100 videos of 72 s (measured in the workdir)"
   assert found["hours"].found == told
   slow, fast = (
@@ -280,7 +284,7 @@ def test_a_policy_of_another_base_model(folder):
 
 def test_policies_that_do_not_fit(folder):
   found, failed = examine(folder, ASKS, {"evals.policies": ()})
-  assert failed == ["policy"] and found["policy"].remedy == "add --policy"
+  assert failed == ["policy"] and found["policy"].remedy == "give --policy"
   found, failed = examine(
     folder, ASKS, {"evals.policies": (), "evals.methods": ("uniform",)}
   )
@@ -299,7 +303,7 @@ def test_policies_that_do_not_fit(folder):
 def test_too_little_memory(split, folder):
   found, failed = examine(folder, split, device_bytes=10_000)
   assert failed == ["memory"]
-  assert "of 9.77 KiB (estimate: weights" in found["memory"].found
+  assert "of 9.766 KiB (estimate: weights" in found["memory"].found
   assert "config.mesh.model" in found["memory"].remedy
 
 
@@ -326,6 +330,135 @@ def test_a_workdir_that_is_a_file(folder):
   (folder / "workdir").write_text("")
   found, failed = examine(folder)
   assert failed[0] == "disk" and "no folder" in found["disk"].found
+
+
+# What stops a run at once: (what harms a folder, changes, check, its words).
+
+
+def _no_validation(folder):
+  (folder / "data" / "validation.parquet").unlink()
+
+
+def _two_tables(folder):
+  path = folder / "base" / "config.json"
+  described = json.loads(path.read_text())
+  described["tie_word_embeddings"] = True
+  described["text_config"]["tie_word_embeddings"] = True
+  path.write_text(json.dumps(described))
+
+
+def _other_workdir(folder):
+  other = config_of(folder, **{"sampling.num_combinations": 4})
+  config_lib.claim_workdir(folder / "workdir", config_lib.complete(other))
+
+
+def _other_rows(folder):
+  (folder / "workdir").mkdir()
+  path = folder / "workdir" / "left_out.json"
+  files.write_json(path, {"questions": 9, "missing_clips": {}})
+
+
+def _broken_description(folder, **changes):
+  path = folder / "policy" / loading.CONFIG
+  files.write_json(path, json.loads(path.read_text()) | changes)
+
+
+CHOOSES = {"evals.select_on": "validation", "evals.methods": ("last_query",)}
+NO_POLICY = {"evals.policies": ()}
+STOPS = {
+  "no validation": (
+    ASKS, _no_validation, CHOOSES, "data", "has no validation.parquet"),
+  "ratios alike": (
+    ASKS, _nothing, {"evals.ratios": (0.25, 0.25)}, "data", "names several"),
+  "ratio too small": (
+    ASKS, _nothing, {"evals.ratios": (0.0001,)}, "data", "names none"),
+  "untrained": (
+    ASKS, _nothing, NO_POLICY | {"evals.methods": ("cacovid_untrained",)},
+    "policy", "cacovid_untrained needs a trained policy"),
+  "other question": (
+    ASKS, _nothing, NO_POLICY | {"evals.methods": ("cacovid_other_question",)},
+    "policy", "cacovid_other_question needs a trained policy"),
+  "unknown policy": (
+    ASKS, _nothing, {"evals.methods": ("cacovid?policy=x",)},
+    "policy", "there is no policy 'x'"),
+  "ratios of a text": (
+    ASKS, functools.partial(_broken_description, ratios="abc"), {},
+    "policy", "ratios is 'abc'; it must be a list"),
+  "no ratios": (
+    ASKS, functools.partial(_broken_description, ratios=None), {},
+    "policy", "ratios is None; it must be a list"),
+  "a number for a grid": (
+    ASKS, functools.partial(_broken_description, grid=7), {},
+    "policy", "grid is 7; it must be a list"),
+  "tied tables that differ": (
+    "videos_per_step", _two_tables, {}, "weights", "config.json ties"),
+  "no decisive file": (
+    "videos_per_step", _nothing, {"data.decisive_file": "none.jsonl"},
+    "data", "none.jsonl"),
+  "decisive tokens of more frames": (
+    "videos_per_step", _nothing,
+    {"data.decisive_file": "decisive.jsonl", "data.num_frames": 1},
+    "data", "config.data.decisive_file names token"),
+  "unknown validation method": (
+    "videos_per_step", _nothing,
+    {"validation.every_steps": 1, "validation.method": "none"},
+    "data", "'none'"),
+  "workdir of another config": (
+    "videos_per_step", _other_workdir, {}, "disk",
+    "sampling.num_combinations is 4 there and 8 here"),
+  "workdir of other rows": (
+    "videos_per_step", _other_rows, {}, "data", "began with 9 questions"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STOPS)
+def test_what_stops_a_run_at_once_fails(name, folder):
+  split, harm, changes, check, told = STOPS[name]
+  harm(folder)
+  before = sorted(folder.rglob("*"))
+  found = checks.examine(case_of(folder, split, changes))
+  (one,) = [one for one in found if one.verdict == checks.FAILED]
+  assert one.check == check and told in f"{one.found}; {one.remedy}"
+  assert sorted(folder.rglob("*")) == before
+
+
+def test_options_are_chosen_on_validation(folder):
+  found = checks.examine(case_of(folder, ASKS, CHOOSES))
+  told = [one.found for one in found if one.check == "data"]
+  assert told == [f"blocks {split}: 6 questions about 3 clips"
+                  for split in ("test", "validation")]  # fmt: skip
+
+
+def test_a_workdir_of_the_same_config_is_gone_on_with(folder):
+  case = case_of(folder, "videos_per_step")
+  config_lib.claim_workdir(folder / "workdir", case.config)
+  experiment_lib.read_questions(case.config, folder / "workdir")
+  assert examine(folder)[1] == []
+
+
+def test_no_clip_is_there(folder):
+  shutil.rmtree(folder / "data" / "videos")
+  found, failed = examine(folder, ASKS, {"evals.on_missing": "count"})
+  assert failed == []
+  for name in ("clips", "hours"):
+    assert found[name].verdict == checks.WARNING
+    assert found[name].remedy == "fetch them"
+
+
+def test_devices_share_the_questions_of_a_batch(folder):
+  parts = []
+  for data in (1, 2):
+    changes = {"mesh.data": data, "evals.batch_size": 4}
+    parts.append(case_of(folder, ASKS, changes).estimate["memory"])
+  alone, shared = parts
+  assert shared["weights"] == alone["weights"]
+  for name in ("features", "prompts", "cache"):
+    assert 2 * shared[name] == alone[name]
+
+
+def test_sizes_are_never_in_powers_of_ten():
+  told = {999: "999 bytes", 999.7 * 1024: "999.7 KiB", 1024: "1 KiB"}
+  assert [checks._told(size) for size in told] == [*told.values()]
 
 
 def test_clips_that_are_left_out_are_counted(folder):
