@@ -43,7 +43,8 @@ def test_a_damaged_file_is_kept_aside_and_its_sound_rows_are_kept(
   path, aside = tmp_path / metrics.FILE, tmp_path / "metrics.jsonl.damaged"
   data = (
     b'{"step": 1, "loss": 0.5}\n\xdd\xff\n{"step": 2, "loss": null}\n'
-    b'{"step": "3"}\n[4]\n{"step": 4, "seconds_per_step": "1"}\n{"step": 5, "loss": 2.0}\n{"step": 6'
+    b'{"step": "3"}\n[4]\n{"step": 4, "seconds_per_step": "1"}\n'
+    b'{"step": 5, "loss": 2.0}\n{"step": 6'
   )
   path.write_bytes(data)
   rows = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": None}]

@@ -133,8 +133,8 @@ class Case:
       speed = estimate.speed_of(self.config.table, self.config.model.dtype)
     if not self.processor.one_grid:
       asked = asked.limited(_FEW)
-    given = {"": self.bare}, {"": asked}, speed
-    return estimate.estimate(*given, self.experiment.mesh.shape["data"])
+    shards = self.config.mesh.data or self.experiment.mesh.shape["data"]
+    return estimate.estimate({"": self.bare}, {"": asked}, speed, shards)
 
   @property
   def grid(self) -> tuple[int, int, int]:
