@@ -225,7 +225,7 @@ def test_the_seven_benchmarks_are_answered_and_scored_as_by_our_evaluator(
   )
   texts, num_guessed = _check(found, expected, questions, spec)
   assert len(set(texts)) > 2
-  assert num_guessed == len(our_guesses) > 2
+  assert num_guessed == len(our_guesses) > 0
 
 
 def test_methods_answer_differently(expected, fixtures):
