@@ -70,7 +70,7 @@ def subject(
     # Without a bucket's padding, which parts of a time would share unevenly.
     batch=prompt_batch.crop(runner.batch, runner.num_video),
     inputs=runner.inputs,
-    policy=lambda method: engine.policies[engine.policy_name(method)],
+    policy=lambda method: engine.policies[method.follows(engine.policies)],
   )
 
 

@@ -141,7 +141,7 @@ class BatchRunner:
     index, mask = np.asarray(chosen.index), np.asarray(chosen.mask)
     tokens = frames = [None] * len(index)
     if method.score_fields:
-      name = self._e.policy_name(method)
+      name = method.follows(self._e.policies)
       scores = self.scores(method.score_fields[0], name, condition.seed)
       tokens, frames = map(_gap, (scores.token, scores.frame))
     return [
@@ -222,7 +222,7 @@ class BatchRunner:
     method = condition.method
     if method is None or "scores" not in method.needs:
       return None
-    gap = _gap(self.scores("scores", self._e.policy_name(method), 0).frame)
+    gap = _gap(self.scores("scores", method.follows(self._e.policies), 0).frame)
     return np.argsort(-gap, axis=1, kind="stable").tolist()
 
   def inputs(self, condition) -> base.CompressorInputs:
@@ -231,7 +231,7 @@ class BatchRunner:
     parts = {}
     for need in sorted(method.needs):
       if need in method.score_fields:
-        name = self._e.policy_name(method)
+        name = method.follows(self._e.policies)
         parts[need] = self.scores(need, name, condition.seed)
       else:
         parts[need] = self._part(need)

@@ -170,7 +170,7 @@ class Engine:
     method = condition.method
     for need in sorted(method.needs):
       if need in method.score_fields:
-        self.policies[self.policy_name(method)]
+        self.policies[method.follows(self.policies)]
       elif need in base.VISION_SIGNALS:
         if need not in self.source.want:
           raise errors.UserError(
@@ -248,10 +248,6 @@ class Engine:
     """Returns the texts of int32[B, M] ids."""
     decode = self.checkpoint.tokenizer.decode
     return [decode(row).strip() for row in np.asarray(ids)]
-
-  def policy_name(self, method: methods_lib.Method) -> str:
-    """Returns the name of the policy that a method follows."""
-    return method.follows(self.policies)
 
   def policy_params(self, field: str, name: str, seed: int):
     """Returns the parameters behind a field of `CompressorInputs`."""

@@ -23,8 +23,6 @@ from cacovid_jax.synthetic import questions, render, world
 
 _TURN_END = "<|im_end|>\n<|im_start|>assistant\n"
 PREFIX = "<|im_start|>user\n"
-# Askable objects of a dense training clip, inclusive range.
-_DENSE_OBJECTS = world.VARIANTS["dense"].num_objects
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +40,7 @@ class PackingConfig:
   # How often each of `questions.KINDS` is drawn.
   kind_shares: tuple[float, ...] = questions.SHARES
   # Askable objects of the others, inclusive range.
-  dense_objects: tuple[int, int] = _DENSE_OBJECTS
+  dense_objects: tuple[int, int] = world.VARIANTS["dense"].num_objects
   # Questions answered in words, not by letter, in either half of training.
   text_answer_share: tuple[float, float] = (0.5, 0.2)
   ramp_steps: int = 1000  # In which the number of objects grows to its range.
@@ -67,10 +65,6 @@ def describe(scene: world.Scene) -> str:
   return "\n".join(lines)
 
 
-def _dense_world(num_objects: tuple[int, int]) -> world.WorldConfig:
-  return dataclasses.replace(world.VARIANTS["dense"], num_objects=num_objects)
-
-
 def corpus(num_scenes: int = 200) -> list[str]:
   """Returns texts of the training split to build a vocabulary from."""
   rng = np.random.default_rng(0)
@@ -86,7 +80,7 @@ def corpus(num_scenes: int = 200) -> list[str]:
   for _ in range(num_scenes):
     scene = world.sample_scene(rng, world.VARIANTS["sparse"])
     texts.append(describe(scene))
-    dense = world.sample_scene(rng, _dense_world(_DENSE_OBJECTS))
+    dense = world.sample_scene(rng, world.VARIANTS["dense"])
     for question in questions.sample_questions(rng, dense, 8):
       for problem_type in (rows.MULTIPLE_CHOICE, rows.FREE_FORM):
         texts.append("\n" + prompt_text(question, problem_type))
@@ -133,7 +127,9 @@ class Packer:
     config = self.config
     if rng.random() < config.sparse_share:
       return world.VARIANTS["sparse"]
-    dense = _dense_world(config.dense_objects)
+    dense = dataclasses.replace(
+      world.VARIANTS["dense"], num_objects=config.dense_objects
+    )
     share = min(1.0, step / max(1, config.ramp_steps))
     # A fifth of the clips stays between the variants in density.
     if share < 1.0 or rng.random() < 0.2:

@@ -164,7 +164,8 @@ def init_params(rng, model):
     language["layers"][name]["kernel"] = kernel * scale
   language["embed_tokens"] = language["embed_tokens"] * 4.0
   token = jnp.zeros((1, text.hidden_size))
-  words = jnp.zeros((sum(losses_lib.ATTRIBUTES) + 4, text.hidden_size))
+  num_words = sum(losses_lib.ATTRIBUTES) + len(questions.PLACES)
+  words = jnp.zeros((num_words, text.hidden_size))
   head = losses_lib.LabelHead().init(head_rng, token, words)
   asked = losses_lib.AskedHead().init(head_rng, token)
   return {"model": params, "head": head["params"], "asked": asked["params"]}

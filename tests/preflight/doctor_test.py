@@ -22,6 +22,7 @@ from cacovid_jax.synthetic import build, tiny_checkpoints
 from cacovid_jax.training import run
 from tests.evals import tiny
 from tests.models import hub_test
+from tests.preparation import blind_test
 
 CHECKS = ["weights", "data", "policy", "clips", "mesh", "memory", "disk",
           "programs", "hours"]  # fmt: skip
@@ -39,15 +40,13 @@ def made(tmp_path_factory):
   (folder / "data").mkdir()
   tiny.write_data(folder / "data")
   rows = [
-    {
-      "problem_id": number,
-      "problem": "What colour is the block?",
-      "data_type": "video",
-      "problem_type": "multiple choice",
-      "options": ["A. red", "B. green"],
-      "path": f"videos/test{number}.mp4",
-      "solution": "<answer>B</answer>",
-    }
+    blind_test.entry(
+      number,
+      "What colour is the block?",
+      options=["A. red", "B. green"],
+      path=f"videos/test{number}.mp4",
+      solution="<answer>B</answer>",
+    )
     for number in range(3)
   ]
   (folder / "data" / "train.json").write_text(json.dumps(rows))

@@ -46,9 +46,9 @@ ROWS = [
     5,
     "What is below the grey ring? " * 5,
     options=["A. red moon", "B. blue star", "C. red star", "D. grey moon"],
-    # What the shipped model says without looking.
     solution="<answer>B</answer>",
   ),
+  # The shipped model says A without looking.
   entry(8, "How many objects are there?", options=["A. one", "B. two"]),
   entry(9, "What is it?", "free-form", solution="<answer>solid</answer>"),
   entry(11, "Which is last?", options=["(A) red star", "(B) grey moon"]),

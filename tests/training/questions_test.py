@@ -7,6 +7,7 @@ import pytest
 from cacovid_jax import errors, experiment
 from cacovid_jax.data import tfds as tfds_lib
 from cacovid_jax.training import loop
+from tests.preparation import blind_test
 from tests.training import tiny
 
 CLIPS = ("a.mp4", "b.mp4", "gone.mp4", "gone.mp4", "lost.mp4")
@@ -15,16 +16,13 @@ CLIPS = ("a.mp4", "b.mp4", "gone.mp4", "gone.mp4", "lost.mp4")
 def entries():
   """Returns five questions, three pictures of two sources and a bad row."""
   rows = [
-    {
-      "problem_id": number,
-      "problem": "What?",
-      "data_type": "video",
-      "problem_type": "multiple choice",
-      "options": ["A. red", "B. blue"],
-      "solution": "<answer>A</answer>",
-      "path": f"./{clip}",
-      "data_source": "drawn",
-    }
+    blind_test.entry(
+      number,
+      "What?",
+      options=["A. red", "B. blue"],
+      path=f"./{clip}",
+      data_source="drawn",
+    )
     for number, clip in enumerate(CLIPS)
   ]
   for number, source in enumerate(("charts", "charts", "maps"), start=10):
