@@ -20,22 +20,23 @@ Measured on H200 (jax 0.11.2), 6 000 questions, accuracy in % at 10 and at
 docs/results.md:
 
                  vanilla   this policy               best rule
-  dense, test    99.7      98.8 +- 0.1, 95.9 +- 0.3  75.7, 50.6
-  dense, fresh   99.7      98.7 +- 0.1, 95.9 +- 0.3  76.1, 50.3
-  sparse, test   100.0     99.9 +- 0.0, 98.7 +- 0.2  99.9, 100.0
-  sparse, fresh  100.0     100.0 +- 0.0, 98.4 +- 0.2  100.0, 100.0
+  dense, test    99.7      99.1 +- 0.2, 96.2 +- 0.4  75.7, 50.6
+  dense, fresh   99.7      99.1 +- 0.2, 96.1 +- 0.3  76.1, 50.3
+  sparse, test   100.0     100.0 +- 0.0, 99.9 +- 0.0  99.9, 100.0
+  sparse, fresh  100.0     100.0 +- 0.0, 100.0 +- 0.0  99.9, 100.0
 """
 
 from cacovid_jax import base_config
 from configs import common
 
-# The policy and its controls are allowed the same choice, on validation: the
-# paper's half of the budget spread evenly, all of it for the best tokens frame
-# by frame, or for the best ones of the whole clip.
+# The policy and its controls are allowed the same choice, on validation: all of
+# the budget for the best tokens of the whole clip, or frame by frame, or the
+# paper's half of it spread evenly. If all do well, the first: at smaller ratios
+# it is ahead.
 _EVEN_SHARES = (
-  "importance_ratio=0.5",
-  "importance_ratio=1.0",
   "importance_ratio=1.0&budget=clip",
+  "importance_ratio=1.0",
+  "importance_ratio=0.5",
 )
 _CHOSEN = ("cacovid", "cacovid_untrained", "cacovid_other_question")
 
@@ -110,6 +111,8 @@ def _make_small(config, arg):
   config.iterations = 2 if arg.debug else 5
   config.optimizer.lr_heads = 1e-3
   config.optimizer.lr_layer = 3e-4
+  # Half of the quickstart's: with 90 times its videos scores stay in bounds.
+  config.objective.kl_weight = 0.05
   dtype = "float32" if arg.debug else "bfloat16"
   config.model.dtype = config.policy.dtype = dtype
   if not arg.debug:
