@@ -96,7 +96,7 @@ def subject(config, grid, dtype, directory) -> tuple[latency.Subject, Any]:
     config.text, dtype=model.dtype, num_halvings=halvings
   )
   start = policy.init_from_llm(jax.random.key(0), params)
-  followed = loading.LoadedPolicy(policy, start)
+  followed = loading.LoadedPolicy.of(policy, start)
   found = latency.Subject(
     checkpoint=checkpoint,
     programs=programs,

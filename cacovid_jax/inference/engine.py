@@ -256,7 +256,9 @@ class Engine:
       return policy.params
     if key not in self._untrained:
       make, rng = policy.module.init_from_llm, jax.random.key(seed)
-      self._untrained[key] = make(rng, self.checkpoint.params)
+      drawn = make(rng, self.checkpoint.params)
+      made = loading.LoadedPolicy.of(policy.module, drawn)
+      self._untrained[key] = made.params
     return self._untrained[key]
 
   @contextlib.contextmanager
