@@ -227,7 +227,7 @@ class DecoderLayer(Part):
   @nn.compact
   def __call__(
     self, x, cos, sin, *, causal=True, lengths=None, mask=None, cache=None,
-    look=None, between=None,
+    write=False, look=None, between=None,
   ):  # fmt: skip
     """Returns (x, out) after one layer of x float[B, L, D].
 
@@ -241,6 +241,8 @@ class DecoderLayer(Part):
       mask: bool[B, L, L], True where a query may see a key.
       cache: None or (keys, values) float[B, S, K, H] of earlier tokens; then
         L is 1 and `lengths` is required.
+      write: static; True writes the new row into the cache, which is then what
+        "keys" and "values" are. Nothing reads the old one: it is not copied.
       look: static; out["look"] is `look(q, k, lengths)` of what is rotated.
       between: static; `between(x, out)` of the residual stream behind the
         attention gives the (x, more) with which the layer goes on, perhaps of
@@ -259,13 +261,17 @@ class DecoderLayer(Part):
     qkv = layers_lib.products(self, "qkv_proj", widths, h, cfg.attention_bias)
     q, k, v = (x.reshape(*x.shape[:-1], -1, cfg.head_dim) for x in qkv)
     q, k = rotate(q, "q"), rotate(k, "k")
-    out = {"keys": k, "values": v}
-    if cache is not None:
+    if write:
+      row = jnp.arange(len(x)), lengths
+      k, v = (x.at[row].set(new[:, 0]) for x, new in zip(cache, (k, v)))
+      h = attention.attention_in_cache(q, k, v, lengths + 1)
+    elif cache is not None:
       h = attention.attention_over_cache(q, k, v, *cache, lengths)
     else:
       h = attention.attention(
         q, k, v, causal=causal, lengths=lengths, mask=mask, backend=self.backend
       )
+    out = {"keys": k, "values": v}
     if look is not None:
       full = jnp.full(x.shape[0], x.shape[1], jnp.int32)
       out["look"] = look(q, k, full if lengths is None else lengths)

@@ -275,26 +275,23 @@ class VideoLLM(abc.ABC):
     """Returns (x float[B, 1, D], cache) after the layers that `cache` holds."""
     num_layers, batch = len(cache.keys), len(x)
     lengths = jnp.broadcast_to(cache.lengths, (num_layers, batch))
+    write = isinstance(cache.keys, tuple)
 
     def block(x, per_layer):
       number, *earlier, lengths = per_layer
-      options = dict(cache=earlier, lengths=lengths)
+      options = dict(cache=earlier, lengths=lengths, write=write)
       x, out = self.layer(params, number, x, positions[..., None], **options)
-      return x, (out["keys"][:, 0], out["values"][:, 0])
+      new = out["keys"], out["values"]
+      return x, new if write else tuple(rows[:, 0] for rows in new)
 
     numbers = np.arange(first, first + num_layers)
     per_layer = numbers, cache.keys, cache.values, lengths
-    x, rows = self.loop(params, block, x, per_layer)
-    # Behind all layers: written between them, the cache would be copied.
-    batch = jnp.arange(batch)
-
-    def write(old, new):
-      if isinstance(old, tuple):
-        where = zip(old, new, lengths, strict=True)
-        return tuple(a.at[batch, row].set(b) for a, b, row in where)
-      return old.at[numbers[:, None] - first, batch[None], lengths].set(new)
-
-    keys, values = map(write, cache[:2], rows)
+    x, (keys, values) = self.loop(params, block, x, per_layer)
+    if not write:
+      # Written once for all layers: inside the scan it would copy the cache.
+      where = numbers[:, None] - first, jnp.arange(batch)[None], lengths
+      keys = cache.keys.at[where].set(keys)
+      values = cache.values.at[where].set(values)
     return x, qwen2.Cache(keys, values, cache.lengths + 1)
 
   def _language(self, params, *args, **kwargs):
