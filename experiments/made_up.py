@@ -19,6 +19,7 @@ from cacovid_jax.compressors import base
 from cacovid_jax.evals import estimate, latency
 from cacovid_jax.inference import programs as programs_lib
 from cacovid_jax.models import checkpoints, processors, prompt_batch
+from cacovid_jax.parallel import mesh as mesh_lib
 from cacovid_jax.policy import loading, network
 from cacovid_jax.synthetic import tiny_checkpoints
 
@@ -155,7 +156,14 @@ def prompt(model, params, features, grid, rng) -> prompt_batch.PromptBatch:
   )
 
 
-@functools.partial(jax.jit, static_argnames="model")
 def encode(params, inputs, *, model):
   """Returns the features float[N, D] of a tower's inputs."""
-  return model.encode(params, inputs).features
+  return _tower(model)(params, inputs)
+
+
+@functools.cache
+def _tower(model):
+  def encode(params, inputs):
+    return model.encode(params, inputs).features
+
+  return mesh_lib.jit(encode, "tower")

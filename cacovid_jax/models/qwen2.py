@@ -263,8 +263,8 @@ class DecoderLayer(Part):
     q, k = rotate(q, "q"), rotate(k, "k")
     if write:
       row = jnp.arange(len(x)), lengths
-      k = cache[0].at[row].set(k[:, 0])
-      v = cache[1].at[row].set(v[:, 0])
+      k = cache[0].at[row].set(k[:, 0], unique_indices=True)
+      v = cache[1].at[row].set(v[:, 0], unique_indices=True)
       h = attention.attention_in_cache(q, k, v, lengths + 1)
     elif cache is not None:
       h = attention.attention_over_cache(q, k, v, *cache, lengths)
