@@ -20,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from cacovid_jax import config_limits
+
 STACKED, SEPARATE, FUSED = "stacked", "separate", "fused"
 STACKS = ("layers", "blocks")  # What models call their stacks.
 # Products of the same input, whose outputs lie side by side where fused.
@@ -36,6 +38,8 @@ def choose(choice: str, num_bytes: int, platform: str, shards: int = 1) -> str:
   Of weights of so many bytes that `shards` devices share. Columns of a fused
   product would not be split between heads, so that shared ones stay apart.
   """
+  if choice not in (known := config_limits.LAYERS):
+    raise ValueError(f"layers {choice!r} is not one of {', '.join(known)}")
   if choice == "auto":
     large = platform != "cpu" and num_bytes > _LARGE_BYTES
     choice = SEPARATE if large else STACKED
@@ -128,7 +132,8 @@ class Place(NamedTuple):
 def place(path: str, number: int | None, form: str, shapes) -> Place:
   """Returns the place of a parameter, or of its layer of a stack.
 
-  Of its path and {path: shape} when stacked; number None is none of a stack.
+  Of its path, STACK/MODULE/LEAF, and {path: shape} when stacked; number None is
+  none of a stack.
   """
   if number is None or form == STACKED:
     return Place(path, number)

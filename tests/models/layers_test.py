@@ -208,3 +208,5 @@ def test_auto_is_separate_for_large_weights_on_accelerators():
   assert layers.choose("auto", 2e9, "gpu", shards=2) == layers.SEPARATE
   assert layers.choose("separate", 1, "cpu") == layers.FUSED
   assert layers.choose("stacked", 2e9, "gpu") == layers.STACKED
+  with pytest.raises(ValueError, match="'fused' is not one of auto"):
+    layers.choose("fused", 2e9, "gpu")
