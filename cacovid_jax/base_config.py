@@ -109,8 +109,10 @@ _METHOD = dict(
     marking="auto",
   ),
   # `path` is a checkpoint directory, or org/name of one in the Hugging Face
-  # cache; `backend` is that of attention: auto, xla, cudnn or splash.
-  model=dict(path="", dtype="bfloat16", backend="auto"),
+  # cache; `backend` is that of attention: auto, xla, cudnn or splash. `layers`
+  # are arrays of their own ("separate", which GPUs copy less of), or "stacked";
+  # "auto" stacks them on CPU and where the weights are below 1 GB.
+  model=dict(path="", dtype="bfloat16", backend="auto", layers="auto"),
 )
 
 # Where questions and clips are, and how they are read.

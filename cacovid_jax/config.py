@@ -30,7 +30,7 @@ from cacovid_jax import (
 NOT_HASHED = (
   "blind", "ckpt", "data.decode", "data.feature_cache", "data.memory_items",
   "data.num_threads", "data.num_workers", "evals", "log_every", "mesh",
-  "prepare", "table", "tfds", "wandb",
+  "model.layers", "prepare", "table", "tfds", "wandb",
 )  # fmt: skip
 
 # Keys of earlier versions: old key -> (today's, its value from the old one).

@@ -12,6 +12,7 @@ import ml_collections
 from cacovid_jax import base_config, schema
 
 BACKENDS = ("auto", "xla", "cudnn", "splash")
+LAYERS = ("auto", "stacked", "separate")
 ROUGE = ("unicode", "public")  # What it counts as words.
 DTYPES = ("float32", "bfloat16")
 RULES = ("paper", "lmms-0.7.3", "own")  # Of `data.letters`, in its order.
@@ -97,6 +98,7 @@ _LIMITS = (
   ),
   (schema.one_of(*DTYPES), "policy.dtype model.dtype dtype"),
   (schema.one_of(*BACKENDS), "policy.backend model.backend attention"),
+  (schema.one_of(*LAYERS), "model.layers"),
   (schema.one_of("shard_map", "pmap"), "mesh.map"),
   (schema.one_of("workers", "in_process"), "data.decode"),
   (schema.one_of(*ROUGE), "rouge"),

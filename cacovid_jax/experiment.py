@@ -119,6 +119,7 @@ class Experiment:
       # Each device reads its own part: none ever holds the whole model.
       mesh=None if alone else self.mesh,
       backend=model.backend,
+      layers=model.layers,
     )
     if checkpoint.tokenizer is None:
       raise errors.UserError(

@@ -19,6 +19,7 @@ from cacovid_jax.compressors import base
 from cacovid_jax.evals import estimate, latency
 from cacovid_jax.inference import programs as programs_lib
 from cacovid_jax.models import checkpoints, processors, prompt_batch
+from cacovid_jax.parallel import mesh as mesh_lib
 from cacovid_jax.policy import loading, network
 from cacovid_jax.synthetic import tiny_checkpoints
 
@@ -96,7 +97,7 @@ def subject(config, grid, dtype, directory) -> tuple[latency.Subject, Any]:
     config.text, dtype=model.dtype, num_halvings=halvings
   )
   start = policy.init_from_llm(jax.random.key(0), params)
-  followed = loading.LoadedPolicy(policy, start)
+  followed = loading.LoadedPolicy.of(policy, start)
   found = latency.Subject(
     checkpoint=checkpoint,
     programs=programs,
@@ -155,7 +156,14 @@ def prompt(model, params, features, grid, rng) -> prompt_batch.PromptBatch:
   )
 
 
-@functools.partial(jax.jit, static_argnames="model")
 def encode(params, inputs, *, model):
   """Returns the features float[N, D] of a tower's inputs."""
-  return model.encode(params, inputs).features
+  return _tower(model)(params, inputs)
+
+
+@functools.cache
+def _tower(model):
+  def encode(params, inputs):
+    return model.encode(params, inputs).features
+
+  return mesh_lib.jit(encode, "tower")

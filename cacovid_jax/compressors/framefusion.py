@@ -22,6 +22,7 @@ import numpy as np
 from cacovid_jax import errors
 from cacovid_jax.compressors import base, budgets, layerwise, selection_ops
 from cacovid_jax.models import attention, prompt_batch, qwen2
+from cacovid_jax.models import layers as layers_lib
 
 # Entering lengths of the bucketed mode are multiples of this share of N.
 _BUCKET = 0.05
@@ -148,8 +149,8 @@ def _rest(params, rows, state, *, stages, model, size, new_rows):
   change the rows, then for the most that can be left.
   """
 
-  def block(carry, number):
-    rows, state = carry
+  def block(carry, own):
+    (rows, state), (number,) = carry, own
     state = state._replace(spent=state.spent + rows.count)
 
     def between(x, out):
@@ -167,16 +168,19 @@ def _rest(params, rows, state, *, stages, model, size, new_rows):
     )  # fmt: skip
     went_on, state = out["between"]
     x = qwen2.add_deep(x, number, went_on.deep, went_on.video_rows)
-    cache = qwen2.Cache(out["keys"], out["values"], rows.lengths)
-    return (went_on._replace(x=x), state), (cache, rows.count)
+    seen = out["keys"], out["values"], rows.lengths, rows.count
+    return (went_on._replace(x=x), state), seen
 
   last_stage = stages.last_merge + 1
   rows = _first_rows(rows, size)
   rows = rows._replace(x=rows.x.astype(model.dtype))
-  (rows, state), (cache, counts) = jax.lax.scan(
-    block, (rows, state), jnp.arange(last_stage)
-  )
-  caches = [cache] if last_stage else []
+  caches, counts = [], jnp.zeros((0, len(rows.count)), jnp.int32)
+  if last_stage:
+    (rows, state), (keys, values, lengths, counts) = model.loop(
+      params, block, (rows, state), (np.arange(last_stage),)
+    )
+    lengths, counts = map(layers_lib.joined, (lengths, counts))
+    caches.append(qwen2.Cache(keys, values, lengths))
   if last_stage < stages.num_layers:
     rows = _first_rows(rows, stages.most)
     rows, cache, _ = layerwise.run_slice(

@@ -257,7 +257,7 @@ def validator(
   evaluator = evaluator_lib.Evaluator(engine, validation.task)
 
   def validate(module, params):
-    engine.policies = {"policy": loading.LoadedPolicy(module, params)}
+    engine.policies = {"policy": loading.LoadedPolicy.of(module, params)}
     log = answer_log.AnswerLog(None, {})
     evaluator.run(questions, [condition], log, description="validation")
     return {"accuracy": option_search.accuracy(condition, questions, log)}

@@ -219,8 +219,9 @@ def _program(model, signals, mesh):
     return {k: v for k, v in found.items() if v is not None}
 
   if mesh is None:
-    return jax.jit(encode)
+    return mesh_lib.jit(encode, "tower")
   return mesh_lib.jit_rows(
     lambda params, inputs: jax.lax.map(lambda one: encode(params, one), inputs),
     mesh,
+    "tower",
   )

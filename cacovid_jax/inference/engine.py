@@ -256,7 +256,9 @@ class Engine:
       return policy.params
     if key not in self._untrained:
       make, rng = policy.module.init_from_llm, jax.random.key(seed)
-      self._untrained[key] = make(rng, self.checkpoint.params)
+      params = make(rng, self.checkpoint.params)
+      untrained = loading.LoadedPolicy.of(policy.module, params)
+      self._untrained[key] = untrained.params
     return self._untrained[key]
 
   @contextlib.contextmanager

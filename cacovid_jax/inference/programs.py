@@ -19,6 +19,9 @@ from cacovid_jax.compressors import base, layerwise
 from cacovid_jax.models import generation, prompt_batch, token_grid
 from cacovid_jax.parallel import mesh as mesh_lib
 
+# Programs that read prompts.
+_PREFILLS = ("answer", "text only", "vanilla", "select and answer")
+
 
 class Vanilla(NamedTuple):
   """ids int32[B, M] from whole prompts; attention float32[B, layers, N]."""
@@ -102,7 +105,7 @@ class Programs:
     )
     self.answer = self._once("answer", (), self._answer)
     self.answer_text = self._once("text only", (), self._answer_text)
-    self.read = jax.jit(self._read, static_argnums=3)
+    self.read = mesh_lib.jit(self._read, "prefill", static_argnums=3)
     self.score = jax.jit(functools.partial(generation.score, model))
     self._made["likelihood"] |= {"read": self.read, "score": self.score}
 
@@ -110,7 +113,8 @@ class Programs:
     """Returns the compiled function of a key, made once; not all share rows."""
     if key not in (made := self._made[kind]):
       mesh = self._mesh if rows else None
-      made[key] = mesh_lib.jit_rows(function, mesh, **options)
+      compiled_as = "prefill" if kind in _PREFILLS else ""
+      made[key] = mesh_lib.jit_rows(function, mesh, compiled_as, **options)
     return made[key]
 
   @property

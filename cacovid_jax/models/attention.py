@@ -239,6 +239,16 @@ def attention_over_cache(q, k, v, cache_k, cache_v, lengths):
   return out.reshape(q.shape)
 
 
+def attention_in_cache(q, cache_k, cache_v, lengths):
+  """Returns float[B, 1, N, H]: one query over a cache with its own key.
+
+  Of the cache float[B, S, K, H], `lengths` int32[B] rows are valid.
+  """
+  scores = _valid(_row_scores(q, cache_k) * q.shape[-1] ** -0.5, lengths)
+  probs = jax.nn.softmax(scores, axis=-1).astype(cache_v.dtype)
+  return jnp.einsum("BKGS,BSKH->BKGH", probs, cache_v).reshape(q.shape)
+
+
 def _row_scores(q, k):
   """Returns q k, float32[B, K, N / K, S], of one query a row [B, 1, N, H]."""
   batch, _, num_heads, head_dim = q.shape

@@ -27,6 +27,7 @@ from cacovid_jax.models import (
   qwen2_5_vl,
   safetensors_io,
 )
+from cacovid_jax.models import layers as layers_lib
 from cacovid_jax.parallel import mesh as mesh_lib
 
 read_json = hf_config.read_json
@@ -136,16 +137,24 @@ def _family(config):
   return next(f for f in _FAMILIES.values() if isinstance(config, f.CONFIG))
 
 
-def load_params(directory, config, dtype=jnp.float32, *, mesh=None):
-  """Returns the weights, layers stacked, where they will be used.
+def load_params(
+  directory, config, dtype=jnp.float32, *, mesh=None, layers="auto"
+):
+  """Returns the weights where they will be used.
 
   Split over the mesh by `mesh.BASE_MODEL_RULES`; on the default device without
-  one. `dtype` None keeps the files' own. Tensors that are missing, unknown,
-  misshaped or not floating point are a UserError that lists their names.
+  one. `layers` is config.model.layers, see `layers.choose`. `dtype` None keeps
+  the files' own. Tensors that are missing, unknown, misshaped or not floating
+  point are a UserError that lists their names.
   """
   sources, shapes, extra = _plan(directory, config, dtype)
   _check_tied(directory, config, sources, extra)
-  shardings = None
+  shardings, platform, shards = None, placement.platform(), 1
+  if mesh is not None:
+    platform, shards = mesh.devices.flat[0].platform, mesh.shape["model"]
+  num_bytes = sum(x.size * x.dtype.itemsize for x in shapes.values())
+  form = layers_lib.choose(layers, num_bytes, platform, shards)
+  sources, shapes = layers_lib.arranged(sources, shapes, form)
   if mesh is not None:
     # A flat dict of paths is a tree, too.
     specs = mesh_lib.partition_specs(shapes, mesh)
@@ -243,8 +252,10 @@ def _check_tied(directory, config, sources, extra):
   )
 
 
-def load(directory, dtype=jnp.float32, *, mesh=None, backend="auto"):
-  """Returns the `Checkpoint` of a directory; `mesh` as of `load_params`.
+def load(
+  directory, dtype=jnp.float32, *, mesh=None, backend="auto", layers="auto"
+):
+  """Returns the `Checkpoint` of a directory; options as of `load_params`.
 
   The directory may be `org/name` of one in the Hugging Face cache, see `hub`.
   `dtype` is that of the weights and of the computation; None keeps the weights
@@ -254,7 +265,7 @@ def load(directory, dtype=jnp.float32, *, mesh=None, backend="auto"):
   config = load_config(directory)
   eos_ids, pad_id = _ending(directory)
   tokenizer = _tokenizer(directory)
-  params = load_params(directory, config, dtype, mesh=mesh)
+  params = load_params(directory, config, dtype, mesh=mesh, layers=layers)
   dtype = dtype or params["language_model"]["embed_tokens"].dtype
   _, _, extra = _plan(directory, config)
   found = identity(directory)
@@ -327,17 +338,22 @@ def unused_tensors(config):
 def _source_tensors(config, params, dtype):
   """Returns {hub name: (dtype, shape, function that makes the array)}."""
   leaves = traverse_util.flatten_dict(params, sep="/")
+  form = layers_lib.form_of(params["language_model"]["layers"])
+  shapes = _shapes(config)
 
-  def make(entry, stored):
+  def make(entry, place, stored):
     # One layer at a time leaves the device.
-    leaf = leaves[entry.path]
-    value = np.asarray(leaf if entry.layer is None else leaf[entry.layer])
-    value = value.astype(stored, copy=False)
+    leaf = leaves[place.path]
+    value = leaf if place.layer is None else leaf[place.layer]
+    if value.shape[-1:] != (width := shapes[entry.path][-1:]):
+      value = value[..., place.start : place.start + width[0]]
+    value = np.asarray(value).astype(stored, copy=False)
     return placement.to_source(entry.layout, value, config.vision.kernel_shape)
 
   def lazy(entry):
-    stored = dtype or jnp.dtype(leaves[entry.path].dtype)
-    return stored, entry.shape, functools.partial(make, entry, stored)
+    place = layers_lib.place(entry.path, entry.layer, form, shapes)
+    stored = dtype or jnp.dtype(leaves[place.path].dtype)
+    return stored, entry.shape, functools.partial(make, entry, place, stored)
 
   return {name: lazy(entry) for name, entry in _entries(config).items()}
 

@@ -70,6 +70,7 @@ class Source:
   leaf: str  # Name of the parameter.
   layer: int | None  # Index on the parameter's first axis; None for all of it.
   layout: str  # How a source tensor turns into ours, see `to_ours`.
+  start: int = 0  # First column of the parameter that is its.
 
 
 def to_ours(layout, tensor):
@@ -113,18 +114,24 @@ def fill(shapes, sources, shardings=None, *, small_bytes=None):
   by default all are on CPU, and the small ones elsewhere.
   """
   if small_bytes is None:
-    device = jax.config.jax_default_device
-    if shardings:
-      device, *_ = next(iter(shardings.values())).addressable_devices
-    elif not hasattr(device, "platform"):
-      device = jax.devices()[0]
-    small_bytes = math.inf if device.platform == "cpu" else _SMALL_BYTES
+    on_cpu = platform(shardings) == "cpu"
+    small_bytes = math.inf if on_cpu else _SMALL_BYTES
   leaves = {}
   for name, shape in shapes.items():
     leaves[name] = _Leaf(shape, shardings and shardings[name], small_bytes)
   _read(sources, leaves)
   # Popped, so that a buffer is gone once its array is made.
   return {name: leaves.pop(name).finish() for name in list(leaves)}
+
+
+def platform(shardings=None) -> str:
+  """Returns the kind of device that `fill` puts parameters on."""
+  device = jax.config.jax_default_device
+  if shardings:
+    device, *_ = next(iter(shardings.values())).addressable_devices
+  elif not hasattr(device, "platform"):
+    device = jax.devices()[0]
+  return device.platform
 
 
 def _read(sources, leaves):
@@ -247,6 +254,7 @@ class _Leaf:
     first = [0] * piece.ndim
     if piece.ndim:
       first[0 if source.layout == "same" else -1] = start
+      first[-1] += source.start
     lead = [] if source.layer is None else [(source.layer, 1)]
     region = lead + list(zip(first, piece.shape, strict=True))
     for spans in self._parts:

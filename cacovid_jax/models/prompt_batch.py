@@ -277,9 +277,12 @@ def last_logits(model, params, prompts: PrunedPrompts):
 
 def drop(cache: qwen2.Cache, taken, lengths) -> qwen2.Cache:
   """Returns the cache with only the rows `taken` int32[B, R']."""
-  place = taken[None, :, :, None, None]
-  both = (jnp.take_along_axis(x, place, axis=2) for x in cache[:2])
-  return qwen2.Cache(*both, lengths)
+
+  def rows(x):  # [B, S, K, H], with or without layers before it.
+    place = jnp.expand_dims(taken, [*range(x.ndim - 4), -2, -1])
+    return jnp.take_along_axis(x, place, axis=-3)
+
+  return qwen2.Cache(*jax.tree.map(rows, cache[:2]), lengths)
 
 
 def place(model, prompts, videos, length: int):

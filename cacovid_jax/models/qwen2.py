@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cacovid_jax import schema
 from cacovid_jax.models import attention, hf_config, placement, rope
+from cacovid_jax.models import layers as layers_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,17 +137,23 @@ class Cache(NamedTuple):
   """Keys and values of earlier tokens, right padded, one row per prompt.
 
   Layers that saw different numbers of rows share one by lengths of their own.
+  Layers whose parameters are separate have separate arrays here, too.
   """
 
-  keys: jax.Array  # float[layers, B, S, K, H]
-  values: jax.Array  # float[layers, B, S, K, H]
+  # float[layers, B, S, K, H], or a tuple of float[B, S, K, H].
+  keys: jax.Array | tuple[jax.Array, ...]
+  values: jax.Array | tuple[jax.Array, ...]
   lengths: jax.Array  # int32[B], or int32[layers, B]
 
 
 def with_room(cache: Cache, new_rows: int) -> Cache:
   """Returns the cache with room for more tokens."""
-  room = [(0, 0), (0, 0), (0, new_rows), (0, 0), (0, 0)]
-  return Cache(*(jnp.pad(x, room) for x in cache[:2]), cache.lengths)
+
+  def pad(x):
+    room = [(0, new_rows), (0, 0), (0, 0)]
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 3) + room)
+
+  return Cache(*jax.tree.map(pad, cache[:2]), cache.lengths)
 
 
 def angles(config: Qwen2Config, positions):
@@ -171,18 +179,6 @@ def add_deep(x, number, deep, video_rows):
     return x.at[batch, video_rows].add(own.astype(x.dtype), mode="drop")
 
   return jax.lax.cond(number < deep.shape[1], add, lambda: x)
-
-
-def scan_layers(block, layer, x, per_layer, remat):
-  """Returns (x, outputs) of `block(layer, x, own)`, layer after layer.
-
-  The parameters of `layer` are stacked, as the leaves of `per_layer` are.
-  """
-  if remat:
-    block = nn.remat(block, prevent_cse=False)
-  stacked = dict(variable_axes={"params": 0}, split_rngs={"params": True})
-  length = len(jax.tree.leaves(per_layer)[0])
-  return nn.scan(block, length=length, **stacked)(layer, x, per_layer)
 
 
 class Part(nn.Module):
@@ -219,10 +215,10 @@ class RMSNorm(nn.Module):
 
 def gated_mlp(x, part, use_bias):
   """Returns [..., D] of x [..., D] by layers in a `Part`."""
-  width = part.config.intermediate_size
-  gate = nn.silu(part.dense(width, "gate_proj", use_bias)(x))
-  up = part.dense(width, "up_proj", use_bias)(x)
-  return part.dense(x.shape[-1], "down_proj", use_bias)(gate * up)
+  widths = [part.config.intermediate_size] * 2
+  # One pass over both, which XLA makes of it where they are one array.
+  gate, up = layers_lib.products(part, "gate_up_proj", widths, x, use_bias)
+  return part.dense(x.shape[-1], "down_proj", use_bias)(nn.silu(gate) * up)
 
 
 class DecoderLayer(Part):
@@ -231,7 +227,7 @@ class DecoderLayer(Part):
   @nn.compact
   def __call__(
     self, x, cos, sin, *, causal=True, lengths=None, mask=None, cache=None,
-    look=None, between=None,
+    write=False, look=None, between=None,
   ):  # fmt: skip
     """Returns (x, out) after one layer of x float[B, L, D].
 
@@ -245,6 +241,8 @@ class DecoderLayer(Part):
       mask: bool[B, L, L], True where a query may see a key.
       cache: None or (keys, values) float[B, S, K, H] of earlier tokens; then
         L is 1 and `lengths` is required.
+      write: static; True writes the new row into the cache, which is then what
+        "keys" and "values" are. Nothing reads the old one: it is not copied.
       look: static; out["look"] is `look(q, k, lengths)` of what is rotated.
       between: static; `between(x, out)` of the residual stream behind the
         attention gives the (x, more) with which the layer goes on, perhaps of
@@ -253,26 +251,28 @@ class DecoderLayer(Part):
     cfg = self.config
     norm = functools.partial(self.rms_norm, epsilon=cfg.rms_norm_eps)
 
-    def project(h, name, num_heads):
-      width, bias = num_heads * cfg.head_dim, cfg.attention_bias
-      h = self.dense(width, f"{name}_proj", bias)(h)
-      return h.reshape(*h.shape[:-1], num_heads, cfg.head_dim)
-
     def rotate(heads, name):
       heads = norm(f"{name}_norm")(heads) if cfg.qk_norm else heads
       return rope.apply(heads, cos, sin)
 
     h = norm("input_layernorm")(x)
-    q = rotate(project(h, "q", cfg.num_heads), "q")
-    k = rotate(project(h, "k", cfg.num_kv_heads), "k")
-    v = project(h, "v", cfg.num_kv_heads)
-    out = {"keys": k, "values": v}
-    if cache is not None:
+    heads = (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)
+    widths = [count * cfg.head_dim for count in heads]
+    qkv = layers_lib.products(self, "qkv_proj", widths, h, cfg.attention_bias)
+    q, k, v = (x.reshape(*x.shape[:-1], -1, cfg.head_dim) for x in qkv)
+    q, k = rotate(q, "q"), rotate(k, "k")
+    if write:
+      row = jnp.arange(len(x)), lengths
+      k = cache[0].at[row].set(k[:, 0], unique_indices=True)
+      v = cache[1].at[row].set(v[:, 0], unique_indices=True)
+      h = attention.attention_in_cache(q, k, v, lengths + 1)
+    elif cache is not None:
       h = attention.attention_over_cache(q, k, v, *cache, lengths)
     else:
       h = attention.attention(
         q, k, v, causal=causal, lengths=lengths, mask=mask, backend=self.backend
       )
+    out = {"keys": k, "values": v}
     if look is not None:
       full = jnp.full(x.shape[0], x.shape[1], jnp.int32)
       out["look"] = look(q, k, full if lengths is None else lengths)
@@ -286,7 +286,7 @@ class DecoderLayer(Part):
 
 
 class Qwen2(Part):
-  """Embedding, decoder layers (parameters stacked by depth), norm and head."""
+  """Embedding, decoder layers (a stack of `models.layers`), norm and head."""
 
   def setup(self):
     cfg = self.config
@@ -329,13 +329,14 @@ class Qwen2(Part):
       before `deep` is added and before the final norm.
     want_attention: "last_query_attention" float32[layers, B, L], the attention
       row of each last valid token.
-    want_cache: "keys" and "values" float[layers, B, L, K, H].
+    want_cache: "keys" and "values" as of `Cache`, with L rows.
     """
     cos, sin = angles(self.config, positions)
     look = attention.last_query_attention if want_attention else None
     options = dict(causal=causal, lengths=lengths, mask=mask, look=look)
 
-    def block(layer, x, number):
+    def block(layer, x, own):
+      (number,) = own
       x, aux = layer(x, cos, sin, **options)
       out = {"hidden": x} if want_hidden else {}
       if want_attention:
@@ -344,10 +345,12 @@ class Qwen2(Part):
         out.update(keys=aux["keys"], values=aux["values"])
       return add_deep(x, number, deep, video_rows), out
 
-    numbers = jnp.arange(self.config.num_layers)
-    x, out = scan_layers(
-      block, self.layers, x.astype(self.dtype), numbers, self.remat
+    numbers = np.arange(self.config.num_layers)
+    x, out = layers_lib.apply(
+      block, self.layers, x.astype(self.dtype), (numbers,), self.remat
     )
+    for name in out.keys() - {"keys", "values"}:
+      out[name] = layers_lib.joined(out[name])
     return self.norm(x), out
 
 

@@ -25,6 +25,7 @@ from cacovid_jax.models import (
   rope,
   video_llm,
 )
+from cacovid_jax.models import layers as layers_lib
 
 # Not in any config.json: the released code has it fixed.
 _RMS_NORM_EPS = 1e-6
@@ -219,7 +220,7 @@ class Block(qwen2.Part):
     # All queries, then all keys, then all values.
     h = h.reshape(-1, 3, cfg.num_heads, cfg.head_dim)
     q, k, v = rotate(h[:, 0], cos, sin), rotate(h[:, 1], cos, sin), h[:, 2]
-    # A branch and not two kinds of layers: the layers stay one scan.
+    # A branch and not two kinds of layers: stacked ones stay one scan.
     see = functools.partial(attend, q, k, v, backend=self.backend)
     h = jax.lax.cond(
       is_full, lambda: see(layout.slices), lambda: see(layout.windows)
@@ -250,7 +251,7 @@ class Merger(qwen2.Part):
 
 
 class Tower(qwen2.Part):
-  """Patch embedding, blocks (parameters stacked by depth) and merger."""
+  """Patch embedding, blocks (a stack of `models.layers`) and merger."""
 
   @nn.compact
   def __call__(self, patches, layout, signals=()):
@@ -275,10 +276,10 @@ class Tower(qwen2.Part):
       return layer(*carry, *kind, cos, sin, layout), None
 
     number = np.arange(cfg.num_layers)
-    is_full = jnp.asarray(np.isin(number, cfg.full_layers))
-    is_last = jnp.asarray(number == cfg.num_layers - 1)
+    is_full = np.isin(number, cfg.full_layers)
+    is_last = number == cfg.num_layers - 1
     blocks = Block(cfg, self.dtype, self.backend, name="blocks")
-    (x, signals), _ = qwen2.scan_layers(
+    (x, signals), _ = layers_lib.apply(
       block, blocks, (x, signals), (is_full, is_last), self.remat
     )
     out["vision_tower_output"] = x

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cacovid_jax.models import attention, hf_config, qwen2, video_llm
+from cacovid_jax.models import layers as layers_lib
 
 _FIXED = dict(
   model_type="siglip_vision_model",
@@ -136,9 +137,9 @@ class SiglipLayer(qwen2.Part):
     dense = functools.partial(self.dense, use_bias=True)
     heads = (*x.shape[:2], cfg.num_heads, cfg.head_dim)
     h = LayerNorm(cfg.layer_norm_eps, self.dtype, name="layer_norm1")(x)
-    q, k, v = (
-      dense(cfg.hidden_size, f"{name}_proj")(h).reshape(heads) for name in "qkv"
-    )
+    widths = [cfg.hidden_size] * 3
+    qkv = layers_lib.products(self, "qkv_proj", widths, h, True)
+    q, k, v = (x.reshape(heads) for x in qkv)
     h = attention.attention(q, k, v, backend=self.backend).reshape(x.shape)
     x = x + dense(cfg.hidden_size, "out_proj")(h)
 
@@ -178,12 +179,12 @@ class SiglipTower(qwen2.Part):
     out = {"embeddings": x}
     signals = video_llm.no_signals(signals, x.shape[:2], cfg.head_dim)
 
-    def block(layer, carry, is_last):
-      return layer(*carry, is_last), None
+    def block(layer, carry, kind):
+      return layer(*carry, *kind), None
 
     layers = SiglipLayer(cfg, self.dtype, self.backend, name="layers")
-    is_last = jnp.asarray(np.arange(cfg.num_layers) == cfg.num_layers - 1)
-    (x, signals), _ = qwen2.scan_layers(
-      block, layers, (x, signals), is_last, self.remat
+    is_last = np.arange(cfg.num_layers) == cfg.num_layers - 1
+    (x, signals), _ = layers_lib.apply(
+      block, layers, (x, signals), (is_last,), self.remat
     )
     return x, out | signals

@@ -7,14 +7,15 @@ feature maps.
 
 import abc
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from cacovid_jax.models import layers as layers_lib
 from cacovid_jax.models import qwen2
 
 # What a vision tower can tell besides features, float32 on the token grid, of
@@ -216,7 +217,7 @@ class VideoLLM(abc.ABC):
     for part in [cache] if whole else cache:
       x, part = self._decode_slice(params, x, positions, part, first)
       caches.append(part)
-      first += part.keys.shape[0]
+      first += len(part.keys)
     logits = self.final_logits(params, x[:, 0])
     return logits, caches[0] if whole else tuple(caches)
 
@@ -225,14 +226,16 @@ class VideoLLM(abc.ABC):
 
     Of x float[B, L, D] at positions int32[B, P, L], as `qwen2.DecoderLayer`.
     """
-    # Indexed where it is used: a slice of all the layers would copy them.
-    index = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)
-    layers = params["language_model"]["layers"]
-    own = jax.tree.map(lambda leaf: index(leaf, number), layers)
+    own = layers_lib.layer(params["language_model"]["layers"], number)
     cos, sin = qwen2.angles(self.config.text, positions)
     module = qwen2.DecoderLayer(self.config.text, self.dtype, self.backend)
     x = x.astype(self.dtype)
     return module.apply({"params": own}, x, cos, sin, **kwargs)
+
+  def loop(self, params, body, x, per_layer):
+    """Returns `layers.loop` over decoder layers, in the form of params."""
+    form = layers_lib.form_of(params["language_model"]["layers"])
+    return layers_lib.loop(body, x, per_layer, form)
 
   def run_layers(
     self, params, x, positions, lengths, *, first, last, look=None, deep=None,
@@ -241,13 +244,15 @@ class VideoLLM(abc.ABC):
     """Returns (x, keys, values, seen) after layers `first` to `last` - 1.
 
     Of the residual stream float[B, L, D], right padded, as in `prefill`; `deep`
-    as in `qwen2.add_deep`. x comes without the final norm, keys and values are
-    float[last - first, B, L, K, H]. `look`, static, gives what is seen in the
-    slice's last layer: `look(q, k, lengths)` -> float32[B, L]; None for None.
+    as in `qwen2.add_deep`. x comes without the final norm, keys and values of
+    these layers are as of `qwen2.Cache`. `look`, static, gives what is seen in
+    the slice's last layer: `look(q, k, lengths)` -> float32[B, L], or None.
     """
     nothing = jnp.zeros(x.shape[:2], jnp.float32)
 
-    def block(carry, number):
+    def block(carry, own):
+      (number,) = own
+
       def seen(*args):
         is_last = number == last - 1
         return jax.lax.cond(is_last, lambda: look(*args), lambda: nothing)
@@ -258,9 +263,8 @@ class VideoLLM(abc.ABC):
       return (x, out.get("look")), (out["keys"], out["values"])
 
     start = (x.astype(self.dtype), None if look is None else nothing)
-    (x, seen), (keys, values) = jax.lax.scan(
-      block, start, jnp.arange(first, last)
-    )
+    numbers = np.arange(first, last)
+    (x, seen), (keys, values) = self.loop(params, block, start, (numbers,))
     return x, keys, values, seen
 
   def final_logits(self, params, x):
@@ -269,23 +273,25 @@ class VideoLLM(abc.ABC):
 
   def _decode_slice(self, params, x, positions, cache, first):
     """Returns (x float[B, 1, D], cache) after the layers that `cache` holds."""
-    num_layers, batch = cache.keys.shape[:2]
+    num_layers, batch = len(cache.keys), len(x)
     lengths = jnp.broadcast_to(cache.lengths, (num_layers, batch))
+    write = isinstance(cache.keys, tuple)
 
     def block(x, per_layer):
       number, *earlier, lengths = per_layer
-      options = dict(cache=earlier, lengths=lengths)
+      options = dict(cache=earlier, lengths=lengths, write=write)
       x, out = self.layer(params, number, x, positions[..., None], **options)
-      return x, (out["keys"][:, 0], out["values"][:, 0])
+      new = out["keys"], out["values"]
+      return x, new if write else tuple(rows[:, 0] for rows in new)
 
-    numbers = jnp.arange(first, first + num_layers)
-    x, (keys, values) = jax.lax.scan(
-      block, x, (numbers, cache.keys, cache.values, lengths)
-    )
-    # Written once for all layers: inside the scan it would copy the cache.
-    where = numbers[:, None] - first, jnp.arange(batch)[None], lengths
-    keys = cache.keys.at[where].set(keys)
-    values = cache.values.at[where].set(values)
+    numbers = np.arange(first, first + num_layers)
+    per_layer = numbers, cache.keys, cache.values, lengths
+    x, (keys, values) = self.loop(params, block, x, per_layer)
+    if not write:
+      # Written once for all layers: inside the scan it would copy the cache.
+      where = numbers[:, None] - first, jnp.arange(batch)[None], lengths
+      keys = cache.keys.at[where].set(keys)
+      values = cache.values.at[where].set(values)
     return x, qwen2.Cache(keys, values, cache.lengths + 1)
 
   def _language(self, params, *args, **kwargs):

@@ -161,20 +161,43 @@ def put(tree, mesh: Mesh, spec: P):
   return jax.tree.map(place, tree)
 
 
-def jit_rows(function: Callable, mesh: Mesh | None, *, weights=(0,)):
+def compiler_options(kind: str, platform: str) -> dict[str, Any]:
+  """Returns what the compiler is told of a kind of program.
+
+  Kinds are "tower", "prefill" (with what decodes behind it), "training" and,
+  without options, "". On a GPU, XLA's own Triton products lose to cuBLAS where
+  there are many rows; the policy is faster with them.
+  """
+  if kind not in ("", "tower", "prefill", "training"):
+    raise ValueError(f"there are no programs of kind {kind!r}")
+  if kind and platform == "gpu":
+    return {"xla_gpu_enable_triton_gemm": False}
+  return {}
+
+
+def jit(function: Callable, kind: str = "", **options):
+  """Returns `jax.jit` of a function, with the options of its kind."""
+  found = compiler_options(kind, jax.default_backend())
+  return jax.jit(function, compiler_options=found or None, **options)
+
+
+def jit_rows(
+  function: Callable, mesh: Mesh | None, kind: str = "", *, weights=(0,)
+):
   """Returns the jitted function; each device of `data` computes its own rows.
 
   It takes weights, as arguments of the places `weights`, and trees whose arrays
   lead with a batch axis, as do those that it returns. Mesh None is one device.
+  `kind` is as of `compiler_options`.
   """
   if mesh is None or mesh.size == 1:
-    return jax.jit(function)
+    return jit(function, kind)
 
   def mapped(*args):
     specs = [P() if n in weights else P("data") for n in range(len(args))]
     return map_over_data(function, mesh, tuple(specs), P("data"))(*args)
 
-  return jax.jit(mapped)
+  return jit(mapped, kind)
 
 
 def start_processes(

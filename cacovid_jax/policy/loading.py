@@ -72,7 +72,13 @@ class LoadedPolicy:
 
   module: Any  # Linen module, applied as `network.Policy` is.
   params: Any  # Trained parameters.
-  identity: str = ""  # Digest of the parameters.
+  identity: str = ""  # Digest of the parameters, as the file has them.
+
+  @classmethod
+  def of(cls, module, params, identity=""):
+    """Returns the policy with `for_inference` of params, where it has one."""
+    cast = getattr(module, "for_inference", lambda params: params)
+    return cls(module, cast(params), identity)
 
 
 def find_policy(options, where="config") -> tuple[type, str, dict[str, Any]]:
@@ -157,7 +163,7 @@ def load_policy(spec: str | os.PathLike, checkpoint) -> LoadedPolicy:
       f"policy {path} was trained with another text of {options['module']}:"
       f" sha256 {before:.12}, now {digest:.12}"
     )
-  return LoadedPolicy(policy, load(file, policy), identity)
+  return LoadedPolicy.of(policy, load(file, policy), identity)
 
 
 def split(spec: str | os.PathLike) -> tuple[str, str]:

@@ -25,6 +25,7 @@ import numpy as np
 from flax import traverse_util
 
 from cacovid_jax import errors
+from cacovid_jax.models import layers as layers_lib
 from cacovid_jax.models import placement, qwen2, rope, token_grid
 
 _HEADS = ("token_compress", "frame_compress", "mode_selection")
@@ -168,7 +169,7 @@ class Policy(nn.Module):
     """Returns float32 params: a copy of the LLM's layer 0, and new heads.
 
     `rng` is the heads' key; `llm_params` are the base model's parameters or
-    those of its decoder, whose `layers` are stacked by depth.
+    those of its decoder, whose `layers` are as of `models.layers`.
     """
     params = _new_heads(rng, config=self.config)
     llm_params = llm_params.get("language_model", llm_params)
@@ -178,14 +179,26 @@ class Policy(nn.Module):
         f"{', '.join(sorted(llm_params))}"
       )
     # A copy: training donates its buffers, the base model keeps its own.
-    layer = jax.tree.map(
-      lambda leaf: jnp.array(leaf[0], jnp.float32), llm_params["layers"]
-    )
+    layer = layers_lib.unfused(layers_lib.layer(llm_params["layers"], 0))
+    layer = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), layer)
     given = {k: leaf.shape for k, leaf in _flatten({"layer": layer}).items()}
     expected = shapes(self.config)
     expected = {k: s for k, s in expected.items() if k.startswith("layer/")}
     check_shapes(given, expected, "the LLM's layer 0")
     return {"layer": layer, **params}
+
+  @nn.nowrap
+  def for_inference(self, params):
+    """Returns params in the dtypes that they are computed with.
+
+    What every call would cast is cast once; training goes on with float32.
+    """
+
+    def cast(path, leaf):  # As the modules above do it.
+      scores = any(key.key == "score" for key in path)
+      return leaf.astype(jnp.float32 if scores else self.config.dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -109,7 +109,7 @@ class TrainingPrograms:
     mapped = mesh_lib.map_over_data(
       function, self.mesh, in_specs, out_specs, how=self._map_with
     )
-    return jax.jit(mapped, donate_argnums=donated)
+    return mesh_lib.jit(mapped, "training", donate_argnums=donated)
 
   def _compile(self, shape, name, args):
     bucket, limit = shape.bucket, self.limit(shape.bucket)

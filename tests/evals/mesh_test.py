@@ -1,5 +1,6 @@
 """Evaluation on a mesh: the letters of one device, whatever it shares."""
 
+import itertools
 import json
 
 import jax.numpy as jnp
@@ -97,23 +98,25 @@ def test_a_mesh_that_does_not_fit_is_one_line(asked, mesh, match, tmp_path):
 def test_one_question_is_answered_on_a_mesh(checkpoint_dir, tmp_path):
   tiny.write_clip(tmp_path / "clip.mp4", seed=1)
   texts = []
-  for model in (1, 2):
+  for model, layers in itertools.product((1, 2), ("stacked", "separate")):
     made = tiny.experiment(
       None,
       num_frames=tiny.FRAMES,
       checkpoint=checkpoint_dir,
       max_new_tokens=2,
       methods=("uniform",),
-      **{"mesh.model": model, "mesh.data": 0},
+      **{"mesh.model": model, "mesh.data": 0, "model.layers": layers},
     )
     with answerer_lib.Answerer.from_config(made.config) as answerer:
       assert answerer.experiment.mesh.size == model
+      params = answerer.experiment.checkpoint.params["language_model"]
+      assert ("0" in params["layers"]) == (layers == "separate")
       asked = answerer.ask(
         tmp_path / "clip.mp4", "What is it?", ("red", "blue"),
         ratios=(1.0, 0.25), method="uniform", warm_up=False,
       )  # fmt: skip
     texts.append([answer.text for answer in asked.answers])
-  assert texts[0] == texts[1]
+  assert texts == texts[:1] * 4
 
 
 def test_the_blind_filter_shares_its_batches(checkpoint_dir, tmp_path):

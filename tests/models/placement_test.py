@@ -20,6 +20,7 @@ LEAVES = {
   "columns": ("transpose", (8, 6), 3, P(None, None, "model")),
   "rows": ("transpose", (8, 6), 3, P(None, "model", None)),
   "layers": ("transpose", (5, 7), 4, P("model")),
+  "joined": ("transpose", (12, 6), None, P(None, "model")),
   "single": ("transpose", (9, 4), None, P("model", None)),
   "patches": ("patches", (6, 3, 2, 2), None, P(None, "model")),
   "cubes": ("conv3d", (6, 3, 2, 2, 2), None, P()),
@@ -58,8 +59,11 @@ def fixture_case(tmp_path):
     whole = np.stack([oracle(layout, tensor) for tensor in made])
     expected[leaf] = whole if layers else whole[0]
     for i, tensor in enumerate(made):
-      tensors[f"{leaf}.{i}"] = tensor
-      places[f"{leaf}.{i}"] = (leaf, i if layers else None, layout)
+      parts = np.split(tensor, [5]) if leaf == "joined" else [tensor]
+      for start, part in zip((0, 5), parts, strict=False):
+        tensors[f"{leaf}.{i}.{start}"] = part
+        place = leaf, i if layers else None, layout, start
+        places[f"{leaf}.{i}.{start}"] = place
   path = str(tmp_path / "x.safetensors")
   safetensors_io.write_safetensors(path, tensors)
   sources = [

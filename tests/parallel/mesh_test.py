@@ -1,5 +1,8 @@
 """Meshes, sharding rules and start-up arguments."""
 
+import functools
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from cacovid_jax import errors
+from cacovid_jax.inference import clips, programs
 from cacovid_jax.models import llava_onevision
 from cacovid_jax.parallel import mesh as mesh_lib
 
@@ -58,6 +62,44 @@ def test_put_splits_over_data():
   placed = mesh_lib.put({"x": np.arange(8)}, mesh, P("data"))["x"]
   assert placed.sharding.shard_shape((8,)) == (2,)
   np.testing.assert_array_equal(placed, np.arange(8))
+
+
+def test_programs_are_compiled_with_the_options_of_their_kind(monkeypatch):
+  told = {"xla_gpu_enable_triton_gemm": False}
+  for kind in ("tower", "prefill", "training"):
+    assert mesh_lib.compiler_options(kind, "gpu") == told
+    assert not mesh_lib.compiler_options(kind, "cpu")
+  assert not mesh_lib.compiler_options("", "gpu")
+  with pytest.raises(ValueError, match="kind 'other'"):
+    mesh_lib.compiler_options("other", "cpu")
+  run = functools.partial(mesh_lib.jit_rows, lambda x: x + 1, None, weights=())
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  assert run("tower")(1) == 2  # The compiler here knows the option.
+
+  def unknown(kind, platform):
+    return {"no_such_option": 1} if kind else {}
+
+  monkeypatch.setattr(mesh_lib, "compiler_options", unknown)
+  assert run("")(1) == 2
+  with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
+    run("tower")(1)
+
+
+def test_what_reads_prompts_and_videos_says_so_to_the_compiler(monkeypatch):
+  kinds, model = (
+    [],
+    llava_onevision.LlavaOnevisionModel(
+      llava_onevision.LlavaOnevisionConfig.tiny()
+    ),
+  )
+  keep = lambda function, kind="", **_: kinds.append(kind) or function  # noqa: E731
+  monkeypatch.setattr(mesh_lib, "jit", keep)
+  checkpoint = types.SimpleNamespace(model=model, eos_ids=(), pad_id=0)
+  programs.Programs(checkpoint, 1)
+  clips._program.__wrapped__(model, (), None)
+  # Embedding and the question's text; answers, with and without a video, and
+  # what is read for likelihoods; the tower.
+  assert kinds == ["", "", "prefill", "prefill", "prefill", "tower"]
 
 
 def test_one_process_needs_no_coordinator():

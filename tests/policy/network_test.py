@@ -329,6 +329,17 @@ def test_video_rows_of_another_size_than_the_grid_are_refused(mrope):
       network.Policy(config).apply({"params": params}, x, positions, rows, grid)
 
 
+def test_a_cast_before_all_calls_is_the_cast_in_each(params, prompt, config):
+  half = dataclasses.replace(config, dtype=jnp.bfloat16)
+  cast = network.Policy(half).for_inference(params)
+  assert cast["layer"]["q_proj"]["kernel"].dtype == jnp.bfloat16
+  assert cast["token_compress"]["score"]["kernel"].dtype == jnp.float32
+  found, expected = (score(half, p, *prompt, ROWS) for p in (cast, params))
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+  same = network.Policy(config).for_inference(params)
+  jax.tree.map(np.testing.assert_array_equal, same, params)
+
+
 # Initialisation.
 
 

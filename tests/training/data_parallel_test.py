@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from cacovid_jax import errors
+from cacovid_jax.models import layers
 from cacovid_jax.parallel import mesh as mesh_lib
 from cacovid_jax.training import programs, rollout, step
 from tests.training import tiny
@@ -115,14 +116,16 @@ def test_a_map_that_does_not_fit_the_mesh_is_one_line(how, model, message):
   assert "\n" not in str(raised.value)
 
 
-def test_base_weights_split_over_the_model_axis_change_nothing(reference):
+@pytest.mark.parametrize("form", ["stacked", "separate", "fused"])
+def test_base_weights_split_over_the_model_axis_change_nothing(reference, form):
   config, (state, constants, batch), expected = reference
   mesh, function = mapped(config, 2, 2)
-  split = constants.replace(
-    params=mesh_lib.shard_base_params(constants.params, mesh)
-  )
-  kernels = split.params["language_model"]["layers"]["gate_proj"]["kernel"]
-  assert kernels.sharding.spec == P(None, None, "model")
+  params = layers.convert(constants.params, form)
+  split = constants.replace(params=mesh_lib.shard_base_params(params, mesh))
+  stack = split.params["language_model"]["layers"]
+  own = stack.get("0", stack)
+  name = "gate_up_proj" if form == "fused" else "gate_proj"
+  assert own[name]["kernel"].sharding.spec[-1] == "model"
   got = function(
     mesh_lib.put(state, mesh, programs.ONE),
     split,
