@@ -231,7 +231,7 @@ class DecoderLayer(Part):
   @nn.compact
   def __call__(
     self, x, cos, sin, *, causal=True, lengths=None, mask=None, cache=None,
-    look=None, between=None,
+    earlier=None, look=None, between=None,
   ):  # fmt: skip
     """Returns (x, out) after one layer of x float[B, L, D].
 
@@ -245,6 +245,9 @@ class DecoderLayer(Part):
       mask: bool[B, L, L], True where a query may see a key.
       cache: None or (keys, values) float[B, S, K, H] of earlier tokens; then
         L is 1 and `lengths` is required.
+      earlier: None or (keys, values) float[A, P, K, H] of P earlier tokens,
+        each for the next B / A rows. All see these; `lengths` counts them, and
+        the new keys and values begin with them.
       look: static; out["look"] is `look(q, k, lengths)` of what is rotated.
       between: static; `between(x, out)` of the residual stream behind the
         attention gives the (x, more) with which the layer goes on, perhaps of
@@ -266,13 +269,19 @@ class DecoderLayer(Part):
     q = rotate(project(h, "q", cfg.num_heads), "q")
     k = rotate(project(h, "k", cfg.num_kv_heads), "k")
     v = project(h, "v", cfg.num_kv_heads)
+    before = 0 if earlier is None else earlier[0].shape[1]
+    if before:
+      # Nobody reads what the queries in front find: kernels want square maps.
+      q = jnp.pad(q, [(0, 0), (before, 0), (0, 0), (0, 0)])
+      old = (jnp.repeat(one, len(x) // len(one), axis=0) for one in earlier)
+      k, v = (jnp.concatenate([next(old), new], axis=1) for new in (k, v))
     out = {"keys": k, "values": v}
     if cache is not None:
       h = attention.attention_over_cache(q, k, v, *cache, lengths)
     else:
       h = attention.attention(
         q, k, v, causal=causal, lengths=lengths, mask=mask, backend=self.backend
-      )
+      )[:, before:]
     if look is not None:
       full = jnp.full(x.shape[0], x.shape[1], jnp.int32)
       out["look"] = look(q, k, full if lengths is None else lengths)
@@ -316,14 +325,16 @@ class Qwen2(Part):
     )
 
   def __call__(
-    self, x, positions, *, causal=True, lengths=None, mask=None, deep=None,
-    video_rows=None, want_hidden=False, want_attention=False, want_cache=False,
+    self, x, positions, *, causal=True, lengths=None, mask=None, earlier=None,
+    deep=None, video_rows=None, want_hidden=False, want_attention=False,
+    want_cache=False,
   ):  # fmt: skip
     """Returns (hidden float[B, L, D] after the final norm, out).
 
     Of embeddings float[B, L, D] at positions int32[B, P, L]. `causal`,
-    `lengths` and `mask` are as of `DecoderLayer`, `deep` and `video_rows` as of
-    `add_deep`. What is wanted, static, is in `out`:
+    `lengths`, `mask` and `earlier` (each with an axis of layers in front) are
+    as of `DecoderLayer`, `deep` and `video_rows` as of `add_deep`. What is
+    wanted, static, is in `out`:
 
     want_hidden: "hidden" float[layers, B, L, D], the output of every layer,
       before `deep` is added and before the final norm.
@@ -335,8 +346,9 @@ class Qwen2(Part):
     look = attention.last_query_attention if want_attention else None
     options = dict(causal=causal, lengths=lengths, mask=mask, look=look)
 
-    def block(layer, x, number):
-      x, aux = layer(x, cos, sin, **options)
+    def block(layer, x, own):
+      number, before = own
+      x, aux = layer(x, cos, sin, earlier=before, **options)
       out = {"hidden": x} if want_hidden else {}
       if want_attention:
         out["last_query_attention"] = aux["look"]
@@ -346,7 +358,7 @@ class Qwen2(Part):
 
     numbers = jnp.arange(self.config.num_layers)
     x, out = scan_layers(
-      block, self.layers, x.astype(self.dtype), numbers, self.remat
+      block, self.layers, x.astype(self.dtype), (numbers, earlier), self.remat
     )
     return self.norm(x), out
 

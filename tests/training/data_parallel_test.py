@@ -21,7 +21,9 @@ VIDEOS = 8
 def gradient(config, state, constants, batch):
   """Returns one iteration's averaged gradient, on one device's share."""
   videos, memory = step.prepare_videos(config, state, constants, batch)
-  answers, masks = step.rollout(config, constants, videos, memory, max_rung=0)
+  answers, masks, memory = step.rollout(
+    config, constants, videos, memory, max_rung=0
+  )
   target = rollout.Target(
     videos.answer_id, videos.option_ids, constants.letters
   )

@@ -92,7 +92,7 @@ def bucketed(made):
   def iterate(videos, memory, state, constants):
     config = run.config
     drawn, kept = step.draw(config, videos, memory, max_rung=largest)
-    answers, masks = step.rollout(
+    answers, masks, _ = step.rollout(
       config, constants, videos, memory, max_rung=largest
     )
     rewards = rewarded(drawn.index.shape[:2])
