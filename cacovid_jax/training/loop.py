@@ -61,7 +61,8 @@ def train(
     validate: (policy module, params) -> {"accuracy": ..., ...} on validation
       questions; the best policy is then kept beside the last one.
     on_step: called with (steps done, questions, ids i32[B,I,G,M], rewards
-      f32[B,I,G]) after each step, for tools that look at answers.
+      f32[B,I,G]) after each step, for tools that look at answers; these end
+      where the reward stops reading.
 
   Raises:
     SystemExit: with config.ckpt.exit_code, after a SIGTERM; all is saved.

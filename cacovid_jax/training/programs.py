@@ -39,14 +39,18 @@ _METRICS = step_lib.Metrics(mean=ONE, per_video=EACH)
 
 
 class Shape(NamedTuple):
-  """Static sizes of a step: the bucket of its grids, L of its prompts."""
+  """Static sizes of a step: the bucket of its grids, L of its prompts.
+
+  And how many rows of text in front of the videos are read once.
+  """
 
   bucket: token_grid.GridBucket
   length: int
-  shared_rows: int = 0  # Of the batch.
+  shared_rows: int = 0
 
   @classmethod
-  def of(cls, batch: step_lib.Batch):
+  def of(cls, batch: step_lib.Batch) -> "Shape":
+    """Returns that of a batch before its prompts are embedded."""
     length = batch.prompts.ids.shape[1]
     return cls(batch.grid.bucket, length, batch.shared_rows)
 
@@ -61,7 +65,7 @@ class TrainingPrograms:
     self.configs = {config.ladder.bucket: config for config in configs}
     self.mesh = mesh
     self.host_rewards = host_rewards
-    # Of what was compiled so far.
+    # Of what was compiled so far; side by side, more than the clock's.
     self.compile_seconds: dict[tuple[Shape, str], float] = {}
     self._map_with, self._compiled = map_with, {}
 
