@@ -185,7 +185,10 @@ class Batches:
       yield self._batch(questions, self._store.finish(loaded)), questions
 
   def shapes(self, batch: step.Batch) -> Iterator[step.Batch]:
-    """Yields `ShapeDtypeStruct`s of all batches that one like this may be."""
+    """Yields a batch like this of each bucket and length of prompts.
+
+    Of `ShapeDtypeStruct`s where their sizes differ.
+    """
     for ladder in self._ladders.values():
       for text_rows in self.prompts.text_rows:
         length = ladder.bucket.tokens + text_rows
