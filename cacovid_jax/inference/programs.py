@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from cacovid_jax.compressors import base, layerwise
-from cacovid_jax.models import generation, prompt_batch, token_grid
+from cacovid_jax.models import generation, layers, prompt_batch, token_grid
 from cacovid_jax.parallel import mesh as mesh_lib
 
 # Programs that read prompts.
@@ -32,7 +32,7 @@ class Vanilla(NamedTuple):
 
 def answer_rows(
   model, params, prompts, index, num_valid, *, max_new_tokens, eos_ids, pad_id,
-  replaced=None,
+  decided=None, earlier=None, replaced=None,
 ):  # fmt: skip
   """Returns (ids int32[B, G, M], logits float32[B, G, V] or None).
 
@@ -49,6 +49,8 @@ def answer_rows(
     max_new_tokens: M; with 1 nothing is decoded, and the logits come too.
     eos_ids: ids that end an answer.
     pad_id: filler behind the end.
+    decided: where an answer may stop before its end, see `generation.extend`.
+    earlier: of the text in front of each video, read once, see `read_text`.
     replaced: the selection [B, ...] of `index` where a method may have changed
       the rows that it keeps (merged tokens), with G = 1.
   """
@@ -60,13 +62,15 @@ def answer_rows(
   pruned = jax.tree.map(lambda a: a.reshape(rows, *a.shape[2:]), pruned)
   if replaced is not None:
     pruned = prompt_batch.write_selection(pruned, prompts.deep, replaced)
-  logits, cache, _ = _prefill(model, params, pruned, max_new_tokens - 1)
+  logits, cache, _ = _prefill(
+    model, params, pruned, max_new_tokens - 1, earlier
+  )
   if max_new_tokens == 1:
     ids = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     return ids.reshape(batch, count, 1), logits.reshape(batch, count, -1)
   ids = generation.extend(
     model, params, logits, cache, pruned.next_position, pad_id=pad_id,
-    max_new_tokens=max_new_tokens, eos_ids=tuple(eos_ids),
+    max_new_tokens=max_new_tokens, eos_ids=tuple(eos_ids), decided=decided,
   )  # fmt: skip
   return ids.reshape(batch, count, -1), None
 
@@ -230,12 +234,26 @@ class Programs:
     return _prefill(self._model, params, rows, room)[:2]
 
 
-def _prefill(model, params, rows, room: int, **options):
+def read_text(model, params, prompts, count: int):
+  """Returns keys and values float[layers, B, count, K, H] of first rows.
+
+  Of B whole prompts, whose first `count` rows stand in front of the video, so
+  that they are the same whatever is kept of it.
+  """
+  lengths = jnp.full(len(prompts.x), count, jnp.int32)
+  given = prompts.x[:, :count], prompts.positions[:, :, :count], lengths
+  _, cache, _ = model.prefill(params, *given, cache_length=count)
+  return layers.joined(cache.keys), layers.joined(cache.values)
+
+
+def _prefill(model, params, rows, room: int, earlier=None, **options):
   """Returns (logits, cache, out) of prompts, with room for more rows."""
+  length = rows.x.shape[1] + room
+  if earlier is not None:
+    rows = prompt_batch.behind(rows, earlier[0].shape[2])
   return model.prefill(
-    params, rows.x, rows.positions, rows.lengths,
-    cache_length=rows.x.shape[1] + room, deep=rows.deep,
-    video_rows=rows.video_rows, **options,
+    params, rows.x, rows.positions, rows.lengths, cache_length=length,
+    earlier=earlier, deep=rows.deep, video_rows=rows.video_rows, **options,
   )  # fmt: skip
 
 

@@ -35,19 +35,21 @@ def greedy(
 
 def extend(
   model, params, logits, cache, next_positions, *, max_new_tokens, eos_ids,
-  pad_id,
+  pad_id, decided=None,
 ):  # fmt: skip
   """Returns what `greedy` returns, after a prefill that the caller ran.
 
   Of its logits float32[B, V] and its cache, with room for max_new_tokens - 1
-  more rows; the other arguments are those of `greedy`.
+  more rows; the other arguments are those of `greedy`. `decided` gives bool[B]
+  of tokens int32[B]: True also ends an answer, of which no more is read.
   """
   ends = jnp.asarray(tuple(eos_ids), jnp.int32)
   first = jnp.argmax(logits, axis=-1).astype(jnp.int32)
   ids = jnp.full((logits.shape[0], max_new_tokens), pad_id, jnp.int32)
 
   def ended(token):
-    return (token[:, None] == ends[None]).any(axis=-1)
+    at_end = (token[:, None] == ends[None]).any(axis=-1)
+    return at_end if decided is None else at_end | decided(token)
 
   def unfinished(carry):
     step, _, _, done, _ = carry

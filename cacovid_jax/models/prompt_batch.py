@@ -163,6 +163,18 @@ def prune(prompt, index, num_valid):
   )  # fmt: skip
 
 
+def behind(prompts, count: int):
+  """Returns B prompts without their first `count` rows, all of them text.
+
+  Their lengths stay those with these rows, see `VideoLLM.prefill`.
+  """
+  return prompts._replace(
+    x=prompts.x[:, count:],
+    positions=prompts.positions[:, :, count:],
+    video_rows=prompts.video_rows - count,
+  )
+
+
 def whole(prompts: PromptBatch) -> PrunedPrompts:
   """Returns whole prompts, with all their video, before the first layer."""
   num_video, num_rows = prompts.video_rows.shape[1], prompts.x.shape[1]

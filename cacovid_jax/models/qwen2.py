@@ -227,7 +227,7 @@ class DecoderLayer(Part):
   @nn.compact
   def __call__(
     self, x, cos, sin, *, causal=True, lengths=None, mask=None, cache=None,
-    write=False, look=None, between=None,
+    write=False, earlier=None, look=None, between=None,
   ):  # fmt: skip
     """Returns (x, out) after one layer of x float[B, L, D].
 
@@ -243,6 +243,9 @@ class DecoderLayer(Part):
         L is 1 and `lengths` is required.
       write: static; True writes the new row into the cache, which is then what
         "keys" and "values" are. Nothing reads the old one: it is not copied.
+      earlier: None or (keys, values) float[A, P, K, H] of P earlier tokens,
+        each for the next B / A rows. All see these; `lengths` counts them, and
+        the new keys and values begin with them.
       look: static; out["look"] is `look(q, k, lengths)` of what is rotated.
       between: static; `between(x, out)` of the residual stream behind the
         attention gives the (x, more) with which the layer goes on, perhaps of
@@ -261,6 +264,12 @@ class DecoderLayer(Part):
     qkv = layers_lib.products(self, "qkv_proj", widths, h, cfg.attention_bias)
     q, k, v = (x.reshape(*x.shape[:-1], -1, cfg.head_dim) for x in qkv)
     q, k = rotate(q, "q"), rotate(k, "k")
+    before = 0 if earlier is None else earlier[0].shape[1]
+    if before:
+      # Nobody reads what the queries in front find: kernels want square maps.
+      q = jnp.pad(q, [(0, 0), (before, 0), (0, 0), (0, 0)])
+      old = (jnp.repeat(one, len(x) // len(one), axis=0) for one in earlier)
+      k, v = (jnp.concatenate([next(old), new], axis=1) for new in (k, v))
     if write:
       row = jnp.arange(len(x)), lengths
       k = cache[0].at[row].set(k[:, 0], unique_indices=True)
@@ -271,7 +280,7 @@ class DecoderLayer(Part):
     else:
       h = attention.attention(
         q, k, v, causal=causal, lengths=lengths, mask=mask, backend=self.backend
-      )
+      )[:, before:]
     out = {"keys": k, "values": v}
     if look is not None:
       full = jnp.full(x.shape[0], x.shape[1], jnp.int32)
@@ -316,14 +325,16 @@ class Qwen2(Part):
     )
 
   def __call__(
-    self, x, positions, *, causal=True, lengths=None, mask=None, deep=None,
-    video_rows=None, want_hidden=False, want_attention=False, want_cache=False,
+    self, x, positions, *, causal=True, lengths=None, mask=None, earlier=None,
+    deep=None, video_rows=None, want_hidden=False, want_attention=False,
+    want_cache=False,
   ):  # fmt: skip
     """Returns (hidden float[B, L, D] after the final norm, out).
 
     Of embeddings float[B, L, D] at positions int32[B, P, L]. `causal`,
-    `lengths` and `mask` are as of `DecoderLayer`, `deep` and `video_rows` as of
-    `add_deep`. What is wanted, static, is in `out`:
+    `lengths`, `mask` and `earlier` (each with an axis of layers in front) are
+    as of `DecoderLayer`, `deep` and `video_rows` as of `add_deep`. What is
+    wanted, static, is in `out`:
 
     want_hidden: "hidden" float[layers, B, L, D], the output of every layer,
       before `deep` is added and before the final norm.
@@ -336,8 +347,8 @@ class Qwen2(Part):
     options = dict(causal=causal, lengths=lengths, mask=mask, look=look)
 
     def block(layer, x, own):
-      (number,) = own
-      x, aux = layer(x, cos, sin, **options)
+      number, *before = own
+      x, aux = layer(x, cos, sin, earlier=tuple(before) or None, **options)
       out = {"hidden": x} if want_hidden else {}
       if want_attention:
         out["last_query_attention"] = aux["look"]
@@ -346,8 +357,9 @@ class Qwen2(Part):
       return add_deep(x, number, deep, video_rows), out
 
     numbers = np.arange(self.config.num_layers)
+    per_layer = (numbers, *(earlier or ()))
     x, out = layers_lib.apply(
-      block, self.layers, x.astype(self.dtype), (numbers,), self.remat
+      block, self.layers, x.astype(self.dtype), per_layer, self.remat
     )
     for name in out.keys() - {"keys", "values"}:
       out[name] = layers_lib.joined(out[name])

@@ -185,24 +185,34 @@ class VideoLLM(abc.ABC):
     """Returns float32[..., V] of hidden float[..., D] (after the norm)."""
     return self._language(params, hidden, method="logits")
 
-  def prefill(self, params, x, positions, lengths, *, cache_length, **options):
+  def prefill(
+    self, params, x, positions, lengths, *, cache_length, earlier=None,
+    **options,
+  ):  # fmt: skip
     """Returns (logits, cache, out) after reading the prompts.
 
     Of embeddings float[B, L, D], right padded to `lengths` int32[B], at least
     1, at positions int32[B, P, L]. The cache has room for `cache_length` rows,
     static, at least L; `options` are as of `forward`, `mask` and `causal`
     apart. The logits float32[B, V] are those behind each last valid token.
+
+    Rows read before, `earlier` of `qwen2.Qwen2.__call__`, are no part of x and
+    positions, but of `lengths`, of L and of the cache.
     """
-    if cache_length < x.shape[1]:
+    before = 0 if earlier is None else earlier[0].shape[2]
+    rows = before + x.shape[1]
+    if cache_length < rows:
       raise ValueError(
-        f"cache_length {cache_length} is below the {x.shape[1]} prompt rows"
+        f"cache_length {cache_length} is below the {rows} prompt rows"
       )
     hidden, out = self.forward(
-      params, x, positions, lengths=lengths, want_cache=True, **options
-    )
+      params, x, positions, lengths=lengths, want_cache=True, earlier=earlier,
+      **options,
+    )  # fmt: skip
     cache = qwen2.Cache(out.pop("keys"), out.pop("values"), lengths)
-    cache = qwen2.with_room(cache, cache_length - x.shape[1])
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
+    cache = qwen2.with_room(cache, cache_length - rows)
+    last = (lengths - 1 - before)[:, None, None]
+    last = jnp.take_along_axis(hidden, last, axis=1)
     return self.logits(params, last[:, 0]), cache, out
 
   def decode_step(self, params, ids, positions, cache):

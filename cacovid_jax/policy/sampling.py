@@ -389,7 +389,7 @@ def sample_rung(rng, scores, features, plans, rung, *, num_keep, sampler=None):
   """Returns (Combinations, int32[] K) of a rung only known on the device.
 
   Plans are a tuple of a full grid's, up to the program's largest (each draws
-  what it draws alone, and under `jax.vmap` all are computed), or one with a
+  what it draws alone; `jax.vmap` would compute all of them), or one with a
   leading axis of rungs. The index has `num_keep` entries, N_max behind K.
   """
   draw = sample if sampler is None else sampler.sample

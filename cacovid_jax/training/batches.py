@@ -17,6 +17,7 @@ from typing import Any
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -167,6 +168,7 @@ class Batches:
     largest = ladders[-1].bucket
     self._evidence = read_evidence(self._config, largest.tokens)
     self.prompts = prompt_buckets(self._config, questions, checkpoint, ladders)
+    self._shared_rows = shared_rows(checkpoint, questions, largest)
 
   def __call__(self, start: int) -> Iterator[tuple[step.Batch, list]]:
     config = self._config
@@ -182,6 +184,16 @@ class Batches:
     ):
       yield self._batch(questions, self._store.finish(loaded)), questions
 
+  def shapes(self, batch: step.Batch) -> Iterator[step.Batch]:
+    """Yields a batch like this of each bucket and length of prompts.
+
+    Of `ShapeDtypeStruct`s where their sizes differ.
+    """
+    for ladder in self._ladders.values():
+      for text_rows in self.prompts.text_rows:
+        length = ladder.bucket.tokens + text_rows
+        yield _resized(batch, ladder, length, self._shared_rows)
+
   def _batch(self, questions, clips) -> step.Batch:
     prompts = [
       self._model.encode_prompt(
@@ -192,7 +204,8 @@ class Batches:
     grids = [tuple(clip.grid) for clip in clips]
     lengths = [prompt.length for prompt in prompts]
     text = max(np.subtract(lengths, [len(clip.features) for clip in clips]))
-    ladder, length = self._shape(grids, text)
+    first = min(prompt.video_rows[0] for prompt in prompts)
+    ladder, length, shared = self._shape(grids, text, first)
     bucket = ladder.bucket
     padded = self._tokenizer.pad(prompts, length, bucket.tokens)
     positions, following = prompt_batch.place(
@@ -222,17 +235,20 @@ class Batches:
       decisive_frames=shown,
       grid=_stacked(map(ladder.place, grids)),
       rungs=_stacked(map(ladder.rungs, grids)),
+      shared_rows=shared,
     )
 
-  def _shape(self, grids, text_rows: int) -> tuple[ratio.Ladder, int]:
-    """Returns the ladder and L of a step, the same in every process."""
-    found = np.array([[*grids, (text_rows, 0, 0)]], np.int32)
+  def _shape(self, grids, text_rows: int, first_row: int):
+    """Returns (ladder, L, shared rows) of a step, alike in every process."""
+    found = np.array([[*grids, (text_rows, first_row, 0)]], np.int32)
     if jax.process_count() > 1:
       found = multihost_utils.process_allgather(found[0])
     everywhere = [tuple(grid) for row in found for grid in row[:-1].tolist()]
     bucket = together(everywhere, self._ladders)
     text_rows = int(found[:, -1, 0].max())
-    return self._ladders[bucket], bucket.tokens + self.prompts.pick(text_rows)
+    length = bucket.tokens + self.prompts.pick(text_rows)
+    fits = self._shared_rows <= found[:, -1, 1].min()
+    return self._ladders[bucket], length, self._shared_rows if fits else 0
 
   def _marks(self, questions, bucket):
     """Returns (letters i32[B,A], frames with evidence bool[B,T])."""
@@ -245,6 +261,46 @@ class Batches:
       if tokens is not None:
         shown[row, np.asarray(tokens, int) // bucket.frame_tokens] = True
     return options, shown
+
+
+def shared_rows(checkpoint, questions, bucket) -> int:
+  """Returns how many rows of text a step reads once, in front of its videos.
+
+  Those of the first question. None in float32, whose recorded runs would change
+  in last bits: products of fewer rows may add up in another order.
+  """
+  if checkpoint.model.dtype == jnp.float32:
+    return 0
+  encode, text = checkpoint.model.encode_prompt, questions[0].prompt
+  prompt = encode(checkpoint.tokenizer, text, (bucket.frames, 1, 1))
+  return int(prompt.video_rows[0])
+
+
+def _resized(batch: step.Batch, ladder: ratio.Ladder, length, shared):
+  """Returns the shapes of a batch of another bucket and L."""
+  bucket, videos = ladder.bucket, len(batch.answer_id)
+
+  def sized(array, axis, size):
+    if array is None:
+      return None
+    shape = list(array.shape)
+    shape[axis] = size
+    return jax.ShapeDtypeStruct(shape, array.dtype)
+
+  prompts = batch.prompts
+  return batch.replace(
+    prompts=prompts._replace(
+      positions=sized(prompts.positions, 2, length),
+      ids=sized(prompts.ids, 1, length),
+      video_rows=sized(prompts.video_rows, 1, bucket.tokens),
+      features=sized(prompts.features, 1, bucket.tokens),
+      deep=sized(prompts.deep, 2, bucket.tokens),
+    ),
+    decisive_frames=sized(batch.decisive_frames, 1, bucket.frames),
+    grid=_stacked([ladder.place(ladder.largest)] * videos),
+    rungs=_stacked([ladder.rungs(ladder.largest)] * videos),
+    shared_rows=shared,
+  )
 
 
 def together(grids, ladders) -> token_grid.GridBucket:

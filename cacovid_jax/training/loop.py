@@ -11,7 +11,9 @@ that was killed continues with the very bits it would have computed.
   WORKDIR/quarantine.jsonl       clips that could not be used
 """
 
+import contextlib
 import functools
+import itertools
 import logging
 import pathlib
 import time
@@ -59,7 +61,8 @@ def train(
     validate: (policy module, params) -> {"accuracy": ..., ...} on validation
       questions; the best policy is then kept beside the last one.
     on_step: called with (steps done, questions, ids i32[B,I,G,M], rewards
-      f32[B,I,G]) after each step, for tools that look at answers.
+      f32[B,I,G]) after each step, for tools that look at answers; these end
+      where the reward stops reading.
 
   Raises:
     SystemExit: with config.ckpt.exit_code, after a SIGTERM; all is saved.
@@ -89,9 +92,10 @@ def _train(experiment, questions, store, validate, on_step) -> Result:
     workdir, start, wandb_project=config.wandb.project, enabled=is_first
   )
   progress = progress_lib.Progress(config.total_steps, start=start)
-  with writer, progress, preemption.watched() as reached:
+  with writer, preemption.watched() as reached, contextlib.ExitStack() as shown:
+    batches = _compiled_for(run, state, run.batches(start))
+    shown.enter_context(progress)  # One bar at a time.
     recorder = _Recorder(config, run, writer, progress, on_step)
-    batches = run.batches(start)
     for done in range(start + 1, config.total_steps + 1):
       batch, rows = next(batches)
       state, *out = _step(run, state, batch, rows)
@@ -114,6 +118,16 @@ def _train(experiment, questions, store, validate, on_step) -> Result:
   return Result(state, run.config.policy, path, run)
 
 
+def _compiled_for(run: run_lib.Run, state, batches):
+  """Returns the batches, once all programs that they need are compiled."""
+  batches = iter(batches)
+  first = list(itertools.islice(batches, 1))
+  for batch, _ in first:
+    shapes = run.batches.shapes(batch)
+    run.programs.compile_ahead(state, run.constants, shapes)
+  return itertools.chain(first, batches)
+
+
 def _step(run: run_lib.Run, state, batch, rows):
   """Returns (state, ids, rewards, metrics) after all iterations of a step."""
   placed = programs_lib.place_batch(batch, run.mesh)
@@ -132,7 +146,8 @@ class _Recorder:
     self._writer, self._progress, self._on_step = writer, progress, on_step
     self._pending, self._window = None, []
     self._bad = []  # [(step, question ids)] refused in a row.
-    self._since, self._compiled = time.monotonic(), 0.0
+    self._since = time.monotonic()
+    self._compiled = sum(run.programs.compile_seconds.values())
 
   def add(self, step, rows, out):
     """Takes a step's results; records the step before."""

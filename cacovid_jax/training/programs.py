@@ -7,20 +7,25 @@ Three schedules, chosen once from the config:
   adaptive ratio, device rewards: `prepare_videos`, and one program per rung;
   host rewards: `prepare_videos`, one rollout program per rung, and `update`.
 So at most 2 + rungs programs for each bucket of grids and length of prompts.
-They are compiled ahead of time and called as executables, which cannot retrace.
+They are compiled ahead of time and called as executables, which cannot retrace;
+a run compiles those of all its shapes side by side, before its first step.
 """
 
 import functools
 import logging
+import os
 import time
+from collections.abc import Iterable
+from concurrent import futures
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from cacovid_jax import progress as progress_lib
 from cacovid_jax.models import token_grid
 from cacovid_jax.parallel import mesh as mesh_lib
 from cacovid_jax.training import step as step_lib
@@ -34,10 +39,20 @@ _METRICS = step_lib.Metrics(mean=ONE, per_video=EACH)
 
 
 class Shape(NamedTuple):
-  """Static sizes of a step: the bucket of its grids, L of its prompts."""
+  """Static sizes of a step: the bucket of its grids, L of its prompts.
+
+  And how many rows of text in front of the videos are read once.
+  """
 
   bucket: token_grid.GridBucket
   length: int
+  shared_rows: int = 0
+
+  @classmethod
+  def of(cls, batch: step_lib.Batch) -> "Shape":
+    """Returns that of a batch before its prompts are embedded."""
+    length = batch.prompts.ids.shape[1]
+    return cls(batch.grid.bucket, length, batch.shared_rows)
 
 
 class TrainingPrograms:
@@ -50,7 +65,7 @@ class TrainingPrograms:
     self.configs = {config.ladder.bucket: config for config in configs}
     self.mesh = mesh
     self.host_rewards = host_rewards
-    # Of what was compiled so far.
+    # Of what was compiled so far; side by side, more than the clock's.
     self.compile_seconds: dict[tuple[Shape, str], float] = {}
     self._map_with, self._compiled = map_with, {}
 
@@ -69,7 +84,7 @@ class TrainingPrograms:
     per-video arrays [B,I]). The one program leaves them on the device;
     otherwise they are joined on the host.
     """
-    shape = Shape(batch.grid.bucket, batch.prompts.ids.shape[1])
+    shape = Shape.of(batch)
     config = self.configs[shape.bucket]
     call = functools.partial(self.call, shape)
     if self.limit(shape.bucket) == 1:
@@ -79,7 +94,9 @@ class TrainingPrograms:
     max_rung = int(gather(batch.rungs.start).max())
     for _ in range(config.iterations):
       if self.host_rewards:
-        ids, masks = call(f"rollout_{max_rung}", constants, videos, memory)
+        ids, masks, memory = call(
+          f"rollout_{max_rung}", constants, videos, memory
+        )
         rewards = np.asarray(reward(gather(ids)), np.float32)
         placed = mesh_lib.put(rewards, self.mesh, EACH)
         state, memory, metrics = call(
@@ -94,6 +111,67 @@ class TrainingPrograms:
         # The one scalar per video that leaves the device.
         max_rung = int(gather(metrics.per_video["next_rung"]).max())
     return state, *_join(outs)
+
+  def compile_ahead(
+    self, state, constants, batches: Iterable[step_lib.Batch]
+  ) -> None:
+    """Compiles all programs of batches of some shapes, side by side.
+
+    Args:
+      state: on the mesh, as are the constants.
+      constants: as of `run`.
+      batches: one of each shape, of arrays or `ShapeDtypeStruct`s.
+
+    Raises what compiling one of them raises.
+    """
+    # Several processes compile alike, in one order.
+    pool = futures.ThreadPoolExecutor(
+      os.cpu_count() if jax.process_count() == 1 else 1
+    )
+    try:
+      jobs = []
+      for batch in batches:
+        jobs += self._jobs(pool, state, constants, batch)
+      with progress_lib.Progress(len(jobs), description="programs") as bar:
+        for done, job in enumerate(futures.as_completed(jobs), start=1):
+          job.result()
+          bar.update(done)
+    finally:
+      pool.shutdown(cancel_futures=True)
+
+  def _jobs(self, pool, state, constants, batch) -> list[futures.Future]:
+    """Returns the compilations of a batch's programs, after their inputs'."""
+    shape, config = Shape.of(batch), self.configs[batch.grid.bucket]
+    each = NamedSharding(self.mesh, EACH)
+    # As the device will have them, at most 32 bits wide.
+    batch = jax.eval_shape(lambda batch: batch, batch)
+    batch = jax.tree.map(lambda leaf: _like(leaf, each), batch)
+
+    def submit(name, *args):
+      def compile_one():
+        given = [arg() if callable(arg) else arg for arg in args]
+        return self._compile(shape, name, given)
+
+      return pool.submit(compile_one)
+
+    def result(job, place):
+      return lambda: job.result()[place]
+
+    if self.limit(shape.bucket) == 1:
+      return [submit("fixed_ratio_step", state, constants, batch)]
+    first = submit("prepare_videos", state, constants, batch)
+    videos, memory = result(first, 0), result(first, 1)
+    rungs = range(len(config.ladder))
+    if not self.host_rewards:
+      given = state, constants, videos, memory
+      return [first, *(submit(f"iterate_{rung}", *given) for rung in rungs)]
+    given = constants, videos, memory
+    asked = [submit(f"rollout_{rung}", *given) for rung in rungs]
+    masks, memory = result(asked[0], 1), result(asked[0], 2)
+    count = len(batch.answer_id), config.ladder.num_combinations
+    rewards = jax.ShapeDtypeStruct(count, np.float32, sharding=each)
+    learn = submit("update", state, videos, memory, masks, rewards)
+    return [first, *asked, learn]
 
   def call(self, shape: Shape, name: str, *args):
     """Calls a program, compiled on its first call."""
@@ -112,8 +190,10 @@ class TrainingPrograms:
     return mesh_lib.jit(mapped, "training", donate_argnums=donated)
 
   def _compile(self, shape, name, args):
+    """Compiles a program for arguments like these; returns its results'."""
     bucket, limit = shape.bucket, self.limit(shape.bucket)
-    known = [name for found, name in self._compiled if found == shape]
+    # A copy: other threads add to it.
+    known = [name for found, name in list(self._compiled) if found == shape]
     if len(known) >= limit:
       raise RuntimeError(
         f"program {name!r} is one more than the {limit} of this run:"
@@ -127,6 +207,8 @@ class TrainingPrograms:
     seconds = time.monotonic() - start
     self.compile_seconds[shape, name] = seconds
     _log.info("compiled %s of %s in %.1f s", name, shape, seconds)
+    placed = self._compiled[shape, name].output_shardings
+    return jax.tree.map(_like, lowered.out_info, placed)
 
 
 def _definition(config, name):
@@ -139,18 +221,22 @@ def _definition(config, name):
     "fixed_ratio_step": ((ONE, ONE, EACH), (ONE, EACH, EACH, _METRICS), (0,)),
     "prepare_videos": ((ONE, ONE, EACH), (EACH, EACH), ()),
     "iterate": ((ONE, ONE, EACH, EACH), iterated, (0, 3)),
-    "rollout": ((ONE, EACH, EACH), (EACH, EACH), ()),
+    "rollout": ((ONE, EACH, EACH), (EACH, EACH, EACH), (2,)),
     "update": ((ONE, EACH, EACH, EACH, EACH), (ONE, EACH, _METRICS), (0, 2)),
   }
   function = functools.partial(getattr(step_lib, kind), config, **options)
   if kind == "rollout":
 
-    def ids_and_masks(*args):
-      answers, masks = function(*args)
-      return answers.ids, masks
+    def without_logits(*args):
+      answers, *others = function(*args)
+      return answers.ids, *others
 
-    return ids_and_masks, *specs[kind]
+    return without_logits, *specs[kind]
   return function, *specs[kind]
+
+
+def _like(array, sharding) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
 
 def place_batch(batch: step_lib.Batch, mesh: Mesh) -> step_lib.Batch:

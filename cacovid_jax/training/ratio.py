@@ -85,6 +85,13 @@ class Ladder:
       return self.grid
     return token_grid.TokenGrid.of(self.grid).bucket
 
+  @property
+  def largest(self) -> tuple[int, int, int]:
+    """(T, H, W) of all videos, or one that fills the bucket."""
+    if self.plans:
+      return self.grid
+    return self.bucket.frames, 1, self.bucket.tokens // self.bucket.frames
+
   def place(self, grid: tuple[int, int, int]) -> token_grid.TokenGrid:
     """Returns the grid of a video, full where all have this one."""
     return token_grid.TokenGrid.of(grid, None if self.plans else self.grid)

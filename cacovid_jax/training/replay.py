@@ -7,7 +7,7 @@ Allocated once, so that one program serves every iteration; unfilled rows are
 not valid. Combinations of neither mode enter no loss and are not stored.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ class Replay(struct.PyTreeNode):
   rows: objective.Memory  # All combinations so far.
   iteration: jax.Array  # i32[], iterations done on this video.
   rung: jax.Array  # i32[], of the ladder, that the next iteration uses.
+  answered: Any = None  # See `training.repeats`.
 
 
 class Masks(NamedTuple):

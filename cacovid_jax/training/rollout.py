@@ -61,6 +61,15 @@ class RolloutConfig:
       return REWARDS[self.reward]
     return self.reward
 
+  def decided(self, letters) -> Callable | None:
+    """Returns f(tokens i32[B]) -> bool[B]: whether no later one is read.
+
+    Of the table `first_letters`; None where a reward reads whole answers.
+    """
+    if not getattr(self.function, "first_letter", False):
+      return None
+    return lambda tokens: letters[tokens] >= 0
+
   @property
   def graded(self) -> bool:
     """Whether rewards are more than right or wrong."""
@@ -125,6 +134,7 @@ def margin(answers: Answers, target: Target):
 
 
 accuracy.graded = False
+accuracy.first_letter = True
 log_likelihood.first_token = margin.first_token = True
 REWARDS = {mark.__name__: mark for mark in (accuracy, log_likelihood, margin)}
 

@@ -12,8 +12,9 @@ A config selects each by name; the options are further keys of the section.
   or on the host, if it has `on_host = True`
     (question, texts of G answers) -> G numbers
   A reward with `first_token = True` reads the logits of the first token, and
-  no more are generated; one with `graded = False` is 0 or 1, which an adaptive
-  ratio needs.
+  no more are generated; one with `first_letter = True` reads of `ids` nothing
+  behind the first token that `Target.letters` knows, and answers end there; one
+  with `graded = False` is 0 or 1, which an adaptive ratio needs.
 
 All work on ONE video. `plan.num_keep` is how many tokens a combination keeps,
 `plan.shape.num_keep` the entries of its row. Memory and grid are as in
@@ -120,7 +121,7 @@ def _check_sampler(name, config):
     )
   plans = ladder.plans
   if not plans:
-    stacked = ladder.rungs(_grid(ladder)).plans
+    stacked = ladder.rungs(ladder.largest).plans
     plans = [jax.tree.map(lambda leaf: leaf[0], stacked)]
   key = jax.eval_shape(lambda: jax.random.key(0))
   features = _array((bucket.tokens, width), config.model.dtype)
@@ -143,21 +144,13 @@ def _check_objective(name, config):
     memory = replay.empty(
       scores, modes=config.modes, iterations=config.iterations, rung=0
     )
-    grid = ladder.place(_grid(ladder))
+    grid = ladder.place(ladder.largest)
     return config.objective(scores, scores, memory.rows, grid)
 
   loss = jax.eval_shape(loss_of_empty, _scores(ladder.bucket))
   is_pair = isinstance(loss, tuple) and len(loss) == 2
   metrics = loss[1] if is_pair and isinstance(loss[1], dict) else ("name",)
   _compare(name, loss, (_array(()), {key: _array(()) for key in metrics}))
-
-
-def _grid(ladder):
-  """Returns the (T, H, W) of all videos, or the largest of a bucket."""
-  if ladder.plans:
-    return ladder.grid
-  bucket = ladder.bucket
-  return bucket.frames, 1, bucket.tokens // bucket.frames
 
 
 def _scores(bucket):

@@ -22,7 +22,7 @@ from flax import struct
 from cacovid_jax.inference import programs
 from cacovid_jax.models import prompt_batch, token_grid
 from cacovid_jax.policy import sampling
-from cacovid_jax.training import ratio, replay
+from cacovid_jax.training import ratio, repeats, replay
 from cacovid_jax.training import rollout as rollout_lib
 
 AXIS = "data"
@@ -78,7 +78,11 @@ class Batch(struct.PyTreeNode):
   decisive_frames: jax.Array
   grid: token_grid.TokenGrid  # Its numbers i32[B].
   rungs: ratio.Rungs  # With a leading axis B.
+  # Rows of text in front of every video that are read once for all answers.
+  shared_rows: int = struct.field(pytree_node=False, default=0)
   rng: jax.Array | None = None  # Key of each video, once embedded.
+  # Their keys and values float[B,layers,rows,kv heads,head], once embedded.
+  shared: tuple[jax.Array, jax.Array] | None = None
 
 
 class Constants(struct.PyTreeNode):
@@ -148,11 +152,22 @@ def prepare_videos(config: StepConfig, state, constants, batch: Batch):
     prompts=prompts._replace(x=x, ids=None, features=None),
     rng=jax.vmap(jax.random.fold_in, (None, 0))(key, batch.question_hash),
   )
+  if batch.shared_rows:
+    given = constants.params, videos.prompts, batch.shared_rows
+    read = programs.read_text(config.model, *given)
+    videos = videos.replace(shared=_swap(read))
   scores = policy_scores(config, state.params, videos)
   empty = functools.partial(
     replay.empty, modes=config.modes, iterations=config.iterations
   )
-  return videos, jax.vmap(empty)(scores, rung=videos.rungs.start)
+  memory = jax.vmap(empty)(scores, rung=videos.rungs.start)
+  answered = repeats.nothing(config, len(x), len(constants.letters))
+  return videos, memory.replace(answered=answered)
+
+
+def _swap(earlier):
+  """Returns keys and values with the axes of layers and videos exchanged."""
+  return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), earlier)
 
 
 def draw(config: StepConfig, videos: Batch, memory, *, max_rung: int):
@@ -175,26 +190,45 @@ def draw(config: StepConfig, videos: Batch, memory, *, max_rung: int):
       sampler=ladder.sampler,
     )
 
-  return jax.vmap(one)(videos.rng, videos.prompts, memory, videos.rungs)
+  given = videos.rng, videos.prompts, memory, videos.rungs
+  if len(ladder.plans) > 1 and max_rung:
+    # Mapped side by side, a video would be drawn for on every rung.
+    return jax.lax.map(lambda video: one(*video), given)
+  return jax.vmap(one)(*given)
 
 
-def rollout(config: StepConfig, constants, videos, memory, *, max_rung: int):
-  """Returns (rollout_lib.Answers to combinations, replay.Masks of these)."""
+def rollout(
+  config: StepConfig, constants, videos, memory, *, max_rung: int, decided=None
+):
+  """Returns (rollout_lib.Answers to combinations, replay.Masks, memory).
+
+  `decided` says where answers may stop, see `generation.extend`.
+  """
   combinations, num_valid = draw(config, videos, memory, max_rung=max_rung)
-  ids, logits = programs.answer_rows(
-    config.model,
-    constants.params,
-    videos.prompts,
-    combinations.index,
-    num_valid,
-    max_new_tokens=config.rollout.answer_length,
-    eos_ids=config.eos_ids,
-    pad_id=config.pad_id,
+
+  def ask(index):
+    answers = programs.answer_rows(
+      config.model,
+      constants.params,
+      videos.prompts,
+      index,
+      num_valid,
+      max_new_tokens=config.rollout.answer_length,
+      eos_ids=config.eos_ids,
+      pad_id=config.pad_id,
+      decided=decided,
+      earlier=_swap(videos.shared),
+    )
+    return rollout_lib.Answers(*answers)
+
+  known = dict(modes=config.modes, num_video=config.num_video)
+  answers, answered = repeats.answer(
+    ask, combinations.index, num_valid, memory.answered, **known
   )
   masks = jax.vmap(
     lambda drawn: replay.masks(drawn, config.modes, config.num_video)
   )(combinations)
-  return rollout_lib.Answers(ids, logits), masks
+  return answers, masks, memory.replace(answered=answered)
 
 
 def gradients(config: StepConfig, params, videos: Batch, memory):
@@ -295,7 +329,10 @@ def frame_metrics(videos: Batch, masks: replay.Masks):
 
 def iterate(config, state, constants, videos, memory, *, max_rung: int):
   """Returns (state, memory, ids i32[B,G,M], rewards f32[B,G], metrics)."""
-  answers, masks = rollout(config, constants, videos, memory, max_rung=max_rung)
+  answers, masks, memory = rollout(
+    config, constants, videos, memory, max_rung=max_rung,
+    decided=config.rollout.decided(constants.letters),
+  )  # fmt: skip
   known = videos.answer_id, videos.option_ids, constants.letters
   target = rollout_lib.Target(*known)
   rewards = rollout_lib.reward(config.rollout, answers, target)

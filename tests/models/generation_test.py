@@ -87,6 +87,37 @@ class GreedyTest(absltest.TestCase):
     np.testing.assert_array_equal(ids, expected)
     self.assertEqual(ids[1, 3], 63)
 
+  def test_no_token_is_computed_once_all_rows_are_decided(self):
+    asked = []
+
+    class Counting:
+      num_position_rows = 1
+
+      def decode_step(self, params, ids, positions, cache):
+        del params, positions
+        asked.append(ids.tolist())
+        return jax.nn.one_hot(ids + 1, 64), cache
+
+    def extend(first, decided):
+      del asked[:]
+      with jax.disable_jit():
+        return generation.extend(
+          Counting(), None, jax.nn.one_hot(jnp.array(first), 64), None,
+          jnp.array([7, 9]), max_new_tokens=4, eos_ids=(12,), pad_id=0,
+          decided=decided,
+        ).tolist()  # fmt: skip
+
+    def even(tokens):
+      return tokens % 2 == 0
+
+    self.assertEqual(extend([3, 6], even), [[3, 4, 0, 0], [6, 0, 0, 0]])
+    self.assertEqual(asked, [[3, 6]])
+    self.assertEqual(extend([8, 6], even), [[8, 0, 0, 0], [6, 0, 0, 0]])
+    self.assertEqual(asked, [])
+    # Undecided, answers go on to their end or to the last token.
+    self.assertEqual(extend([3, 11], None), [[3, 4, 5, 6], [11, 12, 0, 0]])
+    self.assertLen(asked, 3)
+
   def test_position_of_the_answer_matters(self):
     x, positions, lengths = _prompts()
     prefill = jax.jit(MODEL.prefill, static_argnames="cache_length")

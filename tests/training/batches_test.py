@@ -1,18 +1,20 @@
 """Stateless order, bad clips, what a batch holds: on clips made here."""
 
+import dataclasses
 import functools
 import json
 import operator
 import pickle
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from cacovid_jax import errors
 from cacovid_jax.data import decode_workers, frames, left_out, video
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.models import prompt_batch
+from cacovid_jax.models import checkpoints, prompt_batch
 from cacovid_jax.policy import sampling
 from cacovid_jax.training import batches as batches_lib
 from cacovid_jax.training import ratio
@@ -83,9 +85,9 @@ def test_a_step_holds_the_clips_of_its_questions(root):
       np.testing.assert_array_equal(found, expected)
 
 
-def _batches(tmp_path, store, questions, **changes):
+def _batches(tmp_path, store, questions, checkpoint=tiny.checkpoint, **changes):
   experiment = tiny.experiment_of(
-    tiny.config(**changes), tmp_path, checkpoint=tiny.checkpoint()
+    tiny.config(**changes), tmp_path, checkpoint=checkpoint()
   )
   ladder = ratio.make_ladder(
     tiny.GRID,
@@ -121,6 +123,44 @@ def test_a_batch_holds_what_the_trainer_needs(tmp_path):
     tokenizer.encode_prompt(row.prompt, N).length - N for row in questions
   )
   assert longest <= rows < longest + 16
+
+
+def _in_half(front="") -> checkpoints.Checkpoint:
+  """Returns the tiny model in bfloat16; `front` goes before some clips."""
+  found = tiny.checkpoint()
+
+  class Model(type(found.model)):
+    def encode_prompt(self, tokenizer, text, *grid):
+      prompt = super().encode_prompt(tokenizer, text, *grid)
+      cut = 2 if front and front in text else 0
+      return prompt._replace(
+        ids=prompt.ids[cut:], video_rows=prompt.video_rows - cut
+      )
+
+  model = Model(found.model.config, dtype=jnp.bfloat16)
+  return dataclasses.replace(found, model=model)
+
+
+def test_text_in_front_of_all_videos_is_shared_but_in_float32(tmp_path):
+  rows = tiny.questions()
+  prompt = tiny.checkpoint().tokenizer.encode_prompt(rows[0].prompt, 1)
+  given = tmp_path, tiny.Store(), rows
+  made = _batches(*given, _in_half)
+  batch, _ = next(made(0))
+  assert batch.shared_rows == prompt.video_rows[0] > 2
+  assert {x.shared_rows for x in made.shapes(batch)} == {batch.shared_rows}
+  batch, _ = next(_batches(*given)(0))
+  assert batch.shared_rows == 0
+
+
+def test_a_video_with_less_text_in_front_shares_none(tmp_path):
+  half = functools.partial(_in_half, "What is 1")
+  given = tmp_path, tiny.Store(), tiny.questions()
+  made = _batches(*given, half, total_steps=3)
+  for batch, rows in made(0):
+    shorter = any("What is 1" in row.prompt for row in rows)
+    first = batch.prompts.video_rows[:, 0].min()
+    assert batch.shared_rows == (0 if shorter else first)
 
 
 def test_auxiliary_feature_maps_are_padded_like_features(tmp_path):

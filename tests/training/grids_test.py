@@ -92,7 +92,7 @@ def bucketed(made):
   def iterate(videos, memory, state, constants):
     config = run.config
     drawn, kept = step.draw(config, videos, memory, max_rung=largest)
-    answers, masks = step.rollout(
+    answers, masks, _ = step.rollout(
       config, constants, videos, memory, max_rung=largest
     )
     rewards = rewarded(drawn.index.shape[:2])
@@ -480,6 +480,20 @@ def test_buckets_share_no_program(made):
   assert list(map(both.limit, both.configs)) == [2 + 3] * 2
   assert both.configs[BUCKET].num_video == 60
   assert both.configs[ladder.bucket].num_video == 90
+
+
+def test_the_shapes_of_batches_are_known_ahead(made):
+  run, batch, _ = made
+  lengths, wanted = run.batches.prompts.text_rows, programs.Shape.of(batch)
+  likes = list(run.batches.shapes(batch))
+  shapes = [BUCKET.tokens + rows for rows in lengths]
+  assert [programs.Shape.of(x).length for x in likes] == shapes
+  (like,) = [x for x in likes if programs.Shape.of(x) == wanted]
+  assert jax.tree.structure(like) == jax.tree.structure(batch)
+  for one, other in zip(
+    jax.tree.leaves(like), jax.tree.leaves(batch), strict=True
+  ):
+    assert (one.shape, one.dtype) == (other.shape, other.dtype)
 
 
 def test_clips_of_odd_shapes_are_replaced_and_noted(rows, checkpoint, tmp_path):

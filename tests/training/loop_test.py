@@ -471,6 +471,29 @@ def test_questions_without_letters_are_marked_on_the_host(tmp_path):
   assert "update" in names
 
 
+def test_all_rungs_are_compiled_before_training_begins(tmp_path, capsys):
+  config = tiny.config(
+    **{
+      "total_steps": 1,
+      "iterations": 1,
+      "ratio.adaptive": True,
+      "ratio.rungs": (0.125, 0.25),
+      "ratio.start": 0.125,
+      "rollout.reward": "accuracy",
+      "policy.module": "tests.policy.bilinear_policy:Bilinear",
+    }
+  )
+  made = tiny.train(tmp_path, config).run.programs
+  names = {"prepare_videos", "iterate_0", "iterate_1"}
+  assert {name for _, name in made.compile_seconds} == names
+  told = capsys.readouterr().err
+  assert 0 < told.index("programs 3/3") < told.index("train 1/1")
+  (line,) = metrics.read(tmp_path)
+  # Of the step alone.
+  assert 0 < line["seconds_per_step"]
+  assert line["compile_seconds"] == sum(made.compile_seconds.values())
+
+
 @pytest.mark.parametrize(
   "changes,message",
   [

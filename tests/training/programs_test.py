@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from cacovid_jax import errors
 from cacovid_jax.models import token_grid
 from cacovid_jax.parallel import mesh as mesh_lib
 from cacovid_jax.training import programs, step
@@ -208,6 +209,39 @@ def test_ratio_rises_when_no_answer_is_right(adaptive):
   assert not metrics.mean["gradient_norm"].any()
 
 
+def test_all_rungs_are_compiled_before_the_first_step(adaptive, capsys):
+  config = adaptive[0]
+  _, state, constants = held(config)
+  made = programs.TrainingPrograms([config], tiny.mesh())
+  batch = tiny.batch(ladder=config.ladder)
+  made.compile_ahead(state, constants, [jax.eval_shape(lambda: batch)])
+  assert names(made) == ["iterate_0", "iterate_1", "prepare_videos"]
+  assert "programs 3/3" in capsys.readouterr().err
+  with compilations() as found:
+    steps(made, state, constants, [batch])
+  assert not found and len(made.compile_seconds) == 3
+
+
+def test_what_does_not_compile_is_told_as_at_use(adaptive, monkeypatch):
+  config = adaptive[0]
+  _, state, constants = held(config)
+  made = programs.TrainingPrograms([config], tiny.mesh())
+  jitted = made.jitted
+
+  def broken(bucket, name):
+    if name == "iterate_1":
+      raise errors.UserError("no memory for iterate_1; lower num_combinations")
+    return jitted(bucket, name)
+
+  monkeypatch.setattr(made, "jitted", broken)
+  batch = tiny.batch(ladder=config.ladder)
+  with pytest.raises(errors.UserError, match="^no memory for iterate_1") as one:
+    made.compile_ahead(state, constants, [batch])
+  with pytest.raises(errors.UserError) as other:
+    made.call(SHAPE, "iterate_1", state, constants, batch, None)
+  assert str(one.value) == str(other.value)
+
+
 @pytest.fixture(scope="module")
 def prepared(adaptive):
   """The videos of a batch and their memory."""
@@ -281,6 +315,26 @@ def test_host_rewards_take_three_programs(hosted):
   np.testing.assert_allclose(metrics.mean["reward_content"], [1.0])
   change = state.params["token"]["kernel"] - before.params["token"]["kernel"]
   assert np.abs(change).max() > 0
+
+
+def test_host_programs_are_compiled_ahead_too(hosted):
+  made, *_ = hosted
+  config = made.configs[BUCKET]
+  _, state, constants = held(config)
+  ahead = programs.TrainingPrograms([config], made.mesh, host_rewards=True)
+  ahead.compile_ahead(state, constants, [tiny.batch()])
+  assert names(ahead) == ["prepare_videos", "rollout_0", "update"]
+  steps(ahead, state, constants, [tiny.batch()], graded)
+  assert len(ahead.compile_seconds) == 3
+
+
+def test_the_host_reads_whole_answers(hosted):
+  _, _, run = hosted
+  _, [(ids, *_)] = run(graded)
+  letters = tiny.constants(tiny.step_config()).letters[ids]
+  # Tokens behind a first letter, which an <answer> tag may stand in.
+  behind = (np.cumsum(letters >= 0, axis=-1) > 0)[..., :-1]
+  assert (behind & (ids[..., 1:] > 1)).any()
 
 
 def test_equal_rewards_give_no_gradient(hosted):

@@ -11,7 +11,7 @@ from cacovid_jax import errors
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import rewards as rewards_lib
 from cacovid_jax.inference import programs
-from cacovid_jax.models import prompt_batch
+from cacovid_jax.models import layers, prompt_batch
 from cacovid_jax.training import rollout
 from tests.training import tiny
 
@@ -41,7 +41,7 @@ def prompts():
   )
 
 
-def answer(prompts, index, num_valid, max_new_tokens):
+def answer(prompts, index, num_valid, max_new_tokens, earlier=None):
   config, params, held = prompts
   rows = functools.partial(
     programs.answer_rows,
@@ -51,7 +51,9 @@ def answer(prompts, index, num_valid, max_new_tokens):
     pad_id=0,
   )
   index, num_valid = np.int32(index), np.int32(num_valid)
-  return rollout.Answers(*jax.jit(rows)(params, held, index, num_valid))
+  ask = jax.jit(lambda *given, earlier: rows(*given, earlier=earlier))
+  given = params, held, index, num_valid
+  return rollout.Answers(*ask(*given, earlier=earlier))
 
 
 def test_pruned_prompt_keeps_text_newline_and_original_positions(prompts):
@@ -91,6 +93,36 @@ def test_keeping_everything_equals_the_whole_prompt(prompts):
   np.testing.assert_allclose(got.logits[:, 0], logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("form", [layers.STACKED, layers.FUSED])
+@pytest.mark.parametrize("deep", [False, True])
+def test_text_in_front_read_once_changes_no_answer(prompts, deep, form):
+  config, params, held = prompts
+  params = layers.convert(params, form)
+  # Positions with gaps; the video begins at the row where the text ends.
+  held = held._replace(positions=held.positions * 2 + 3)
+  if deep:
+    maps = np.random.default_rng(3).normal(size=(2, 2, tiny.NUM_VIDEO, 32))
+    held = held._replace(deep=jnp.asarray(maps, jnp.float32))
+
+  @jax.jit
+  def read(held):
+    return programs.read_text(config.model, params, held, tiny.VIDEO_START)
+
+  earlier = read(held)
+  assert earlier[0].shape[:3] == (3, 2, tiny.VIDEO_START)
+  index = [[[0, 5, 9], [1, 2, 63]], [[3, 4, 64], [7, 8, 64]]]
+  given = (config, params, held), index, [3, 2]
+  for new in (1, 4):
+    plain, shared = (answer(*given, new, earlier=x) for x in (None, earlier))
+    np.testing.assert_array_equal(plain.ids, shared.ids)
+    if new == 1:
+      np.testing.assert_allclose(plain.logits, shared.logits, atol=1e-5)
+      other = answer(
+        *given, new, earlier=jax.tree.map(lambda a: a * 2, earlier)
+      )
+      assert np.abs(other.logits - plain.logits).max() > 1e-3
+
+
 def test_padded_combination_answers_like_the_short_one(prompts):
   short = answer(prompts, [[[1, 5, 9]]] * 2, [3, 3], 2)
   padded = answer(prompts, [[[1, 5, 9, 64, 64]]] * 2, [3, 3], 2)
@@ -114,6 +146,29 @@ def test_lettered_reward_is_the_hosts():
   # The host's rule stops at a space behind a full stop; see `first_letters`.
   expected[texts.index(". B")] = 1.0
   np.testing.assert_array_equal(got, expected)
+
+
+def test_only_a_token_without_a_letter_leaves_an_answer_open():
+  tokenizer = tiny.checkpoint().tokenizer
+  letters = rollout.first_letters(tokenizer, tokenizer.vocab_size)
+  decided = rollout.RolloutConfig().decided(jnp.asarray(letters))
+  for token in range(tokenizer.vocab_size):
+    text = tokenizer.decode([token])
+    # The host's rule, and spaces behind full stops do not count here.
+    read = text.strip().strip(".").strip()
+    assert bool(decided(token)) == bool(read), text
+  for token in (*tokenizer.eos_ids, tokenizer.pad_id):
+    assert not decided(token)
+
+
+def whole(answers, target):
+  return target.letters[answers.ids].sum(axis=-1)
+
+
+@pytest.mark.parametrize("reward", ["log_likelihood", "margin", whole])
+def test_rewards_that_read_whole_answers_stop_nothing(reward):
+  config = rollout.RolloutConfig(reward=reward)
+  assert config.decided(jnp.zeros(3, int)) is None
 
 
 def test_question_without_a_letter_earns_nothing():

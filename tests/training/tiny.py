@@ -159,13 +159,13 @@ def mesh(data=1, model=1):
 
 
 @functools.cache
-def _programs(config, data, map_with):
+def programs_of(config, data, map_with):
   return programs.TrainingPrograms([config], mesh(data), map_with=map_with)
 
 
 def run(config, batches, *, data=1, map_with="shard_map", weights=None):
   """Returns (programs, state, outputs per batch) of steps from the start."""
-  made = _programs(config, data, map_with)
+  made = programs_of(config, data, map_with)
   held = constants(config) if weights is None else weights
   current = mesh_lib.put(state(config), made.mesh, programs.ONE)
   held = mesh_lib.put(held, made.mesh, programs.ONE)
