@@ -13,14 +13,13 @@ as a share of the other checkout's.
 import itertools
 import os
 import pathlib
-import statistics
 import subprocess
 import sys
 
 import av
 
 from cacovid_jax import command, errors
-from cacovid_jax.evals import latency
+from cacovid_jax.evals import latency, timing
 from experiments import clip_matrix, reporting
 
 COMMAND = command.Command(
@@ -95,7 +94,7 @@ def _repeat(path, source, count: int):
 
 
 def measure(clips, readers, repeats: int):
-  """Yields per clip {reader: median seconds}; the readers take turns.
+  """Yields per clip {reader: median milliseconds}; the readers take turns.
 
   `readers` is name -> (folder of the package, changes of how it reads).
   """
@@ -116,8 +115,8 @@ def measure(clips, readers, repeats: int):
           if not (told := process.stdout.readline()):
             raise errors.UserError(f"{clip}: the reader {name} ended")
           if turn:  # The first one warms up.
-            times[name].append(float(told))
-      yield {name: statistics.median(found) for name, found in times.items()}
+            times[name].append(1e3 * float(told))
+      yield {name: timing.Timing.of(found).ms for name, found in times.items()}
   finally:
     for process in running.values():
       process.stdin.close()
@@ -145,7 +144,7 @@ def main(args):
   found = measure(paths, readers, args.config.table.repeats)
   for (codec, seconds), times in zip(cases, found, strict=True):
     ratios = [times["old"] / times[name] for name in readers if "old" in times]
-    rows.append((codec, seconds, *(1e3 * t for t in times.values()), *ratios))
+    rows.append((codec, seconds, *times.values(), *ratios))
   head = ("codec", "seconds", *(f"{name} ms" for name in readers))
   head += tuple(f"{name} / old" for name in readers if args.old)
   reporting.table(head, rows, "32 frames of a clip")

@@ -8,6 +8,7 @@ import functools
 import math
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ import numpy as np
 from cacovid_jax import errors, files
 from cacovid_jax.compressors import base
 from cacovid_jax.evals import estimate, latency
+from cacovid_jax.inference import clips
 from cacovid_jax.inference import programs as programs_lib
 from cacovid_jax.models import checkpoints, processors, prompt_batch
 from cacovid_jax.policy import loading, network
@@ -72,16 +74,26 @@ def inputs(grid, config):
   )
 
 
-def subject(config, grid, dtype, directory) -> tuple[latency.Subject, Any]:
-  """Returns (a prompt to time, f() that runs the tower over its video).
+@dataclasses.dataclass(frozen=True, eq=False)
+class MadeUp(latency.Subject):
+  """A made-up prompt, and the video that its features do not come from."""
 
-  Of the base model with this config and grid (T, H, W); `directory` is that of
-  the random weights, drawn if they are not there.
-  """
+  pixels: Any  # float32, as the tower takes them.
+  encode: Callable[[], Any]  # Runs the tower's program over them.
+
+
+def checkpoint(config, dtype, directory) -> checkpoints.Checkpoint:
+  """Returns random weights in a folder; they are drawn if they are not there."""
   directory = pathlib.Path(directory)
   _draw(directory, config)
-  checkpoint = checkpoints.load(directory, jnp.dtype(dtype))
-  model, params = checkpoint.model, checkpoint.params
+  return checkpoints.load(directory, jnp.dtype(dtype))
+
+
+def subject(checkpoint, grid) -> MadeUp:
+  """Returns a prompt to time, about a video of a grid (T, H, W)."""
+  model, params, config = (
+    checkpoint.model, checkpoint.params, checkpoint.model.config
+  )  # fmt: skip
   programs = programs_lib.Programs(checkpoint, max_new_tokens=1)
   given = inputs(grid, config)
   features = given.features.astype(model.dtype)
@@ -97,18 +109,24 @@ def subject(config, grid, dtype, directory) -> tuple[latency.Subject, Any]:
   )
   start = policy.init_from_llm(jax.random.key(0), params)
   followed = loading.LoadedPolicy(policy, start)
-  found = latency.Subject(
+  pixels = rng.standard_normal(config.vision.input_shape(grid), np.float32)
+  return MadeUp(
     checkpoint=checkpoint,
     programs=programs,
     grid=grid,
     batch=batch,
     inputs=lambda cell: given,
     policy=lambda method: followed,
+    pixels=pixels,
+    encode=encoder(model, params, processors.TowerInputs(pixels, grid)),
   )
-  values = rng.standard_normal(config.vision.input_shape(grid), np.float32)
-  pixels = model.tower_inputs(processors.TowerInputs(values, grid))
-  pixels = jax.tree.map(jnp.asarray, pixels)
-  return found, functools.partial(encode, params, pixels, model=model)
+
+
+def encoder(model, params, inputs) -> Callable[[], Any]:
+  """Returns f() -> features float[N, D] of a tower's inputs, as a store runs."""
+  tower = clips.Tower(model, params, None)
+  inputs = jax.tree.map(jnp.asarray, model.tower_inputs(inputs))
+  return lambda: tower.run((), [inputs])[0][clips.FEATURES]
 
 
 def _draw(directory, config):
@@ -153,9 +171,3 @@ def prompt(model, params, features, grid, rng) -> prompt_batch.PromptBatch:
     ids=ids,
     text_rows=jnp.arange(end, len(ids)),
   )
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def encode(params, inputs, *, model):
-  """Returns the features float[N, D] of a tower's inputs."""
-  return model.encode(params, inputs).features

@@ -189,12 +189,16 @@ class Tower:
       wanted.append(signals)
     found = [{} for _ in inputs]
     for signals in wanted:
-      for out, new in zip(found, self._run(signals, inputs), strict=True):
+      for out, new in zip(found, self.run(signals, inputs), strict=True):
         # In float32 as on disk, so that a hit changes no type or bit.
         out |= {k: np.asarray(v, np.float32) for k, v in new.items()}
     return found
 
-  def _run(self, signals, inputs) -> list[dict[str, jax.Array]]:
+  def run(self, signals, inputs) -> list[dict[str, jax.Array]]:
+    """Returns what `model.encode` tells of each clip, on the device.
+
+    Features, or instead of them the given `video_llm.SIGNALS`.
+    """
     program = _program(self._model, signals, self._mesh)
     if self._mesh is None:
       out = [program(self._params, one) for one in inputs]

@@ -1,0 +1,332 @@
+"""Stages of answering and of training, timed through the package's programs.
+
+An engine makes, of a stage and a share of kept tokens, (f() that runs it, f()
+whose time is subtracted or None, how often the rest was done): `Ours` here, and
+`torch_peers.Peer` beside it.
+
+Letters: I iterations, G combinations, B videos.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cacovid_jax import config as config_lib
+from cacovid_jax import errors, files
+from cacovid_jax import experiment as experiment_lib
+from cacovid_jax.data import answer_log, wording
+from cacovid_jax.data import question as question_lib
+from cacovid_jax.data import tokenizer as tokenizer_lib
+from cacovid_jax.evals import cost, estimate, tables, timing
+from cacovid_jax.evals.report import charts
+from cacovid_jax.inference import methods as methods_lib
+from cacovid_jax.inference import programs as programs_lib
+from cacovid_jax.models import video_llm
+from cacovid_jax.policy import network
+from cacovid_jax.training import programs as training_programs
+from cacovid_jax.training import run as run_lib
+from experiments import made_up, reporting
+
+# Stage -> whether it depends on the share of tokens that are kept.
+STAGES = {
+  "tower": False, "scores": False, "select": True, "prefill": True,
+  "first_token": True, "decode": True, "train": False,
+}  # fmt: skip
+FILES = ("stages.md", "stages.json", "stages.svg")
+OURS = "ours"
+_NEW_TOKENS = 32  # Over which the time of a token is a mean.
+_TRAIN_RATIO = 0.02
+_QUESTION, _OPTIONS = "What is first?", ("red", "blue", "green", "white")
+
+
+class Ours:
+  """The package's own programs, on B copies of a made-up prompt."""
+
+  wait = staticmethod(jax.block_until_ready)
+
+  def __init__(self, subject, batch: int = 1, training: Any = None):
+    """Compiles nothing yet.
+
+    `training` is the `Experiment` of `training_experiment`, for its stage.
+    """
+    self._subject, self._training = subject, training
+    self._method = methods_lib.Method.parse("cacovid")
+    given = subject.inputs(methods_lib.Condition(self._method, 0.5))
+    copies = jnp.zeros(batch, jnp.int32)
+    self._batch, self._inputs = jax.tree.map(
+      lambda leaf: leaf[copies], (subject.batch, given)
+    )
+    endless = dataclasses.replace(subject.checkpoint, eos_ids=())
+    self._longer = programs_lib.Programs(endless, 1 + _NEW_TOKENS)
+
+  def function(self, stage: str, ratio: float):
+    """Returns what an engine makes, see the module; None of what it lacks."""
+    if stage == "train":
+      return self._training and (trainer(self._training), None, 1)
+    if stage == "decode":
+      longer, first = (
+        functools.partial(self._answer, programs, ratio, self._batch)
+        for programs in (self._longer, self._subject.programs)
+      )
+      return longer, first, _NEW_TOKENS
+    return functools.partial(getattr(self, f"_{stage}"), ratio), None, 1
+
+  def _tower(self, ratio):
+    return [self._subject.encode() for _ in range(len(self._batch.x))]
+
+  def _scores(self, ratio, batch=None):
+    policy = self._subject.policy(self._method)
+    given = policy.module, policy.params, batch or self._batch
+    return self._subject.programs.scores(*given, self._subject.grid)
+
+  def _select(self, ratio, batch=None):
+    batch = batch or self._batch
+    programs, compressor = self._subject.programs, self._method.compressor
+    inputs = dataclasses.replace(
+      self._inputs, features=batch.features, scores=self._scores(ratio, batch)
+    )
+    return programs.select(compressor, ratio, self._subject.grid)(inputs)
+
+  @functools.lru_cache(maxsize=1)  # noqa: B019
+  def _selected(self, ratio):
+    return self._select(ratio)
+
+  def _prefill(self, ratio):
+    return self._answer(self._subject.programs, ratio, self._batch)
+
+  def _answer(self, programs, ratio, batch, selection=None):
+    params = self._subject.checkpoint.params
+    if ratio == 1:
+      return programs.vanilla(params, batch)
+    return programs.answer(params, batch, selection or self._selected(ratio))
+
+  def _first_token(self, ratio):
+    programs, batch = self._subject.programs, self._batch
+    features = self._subject.encode()[None]
+    given = batch.ids, features, batch.video_rows
+    x = programs.embed(self._subject.checkpoint.params, *given)
+    batch = batch._replace(x=x, features=features)
+    selection = None if ratio == 1 else self._select(ratio, batch)
+    return self._answer(programs, ratio, batch, selection)
+
+
+def training_experiment(subject, config, workdir):
+  """Returns what trains on one video of the subject's grid at a fixed ratio.
+
+  With the numbers of a config, as many rows of text as the prompt, answers of
+  two tokens and lettered rewards.
+  """
+  checkpoint, grid = subject.checkpoint, subject.grid
+  tokenizer = tokenizer_lib.Tokenizer.from_directory(
+    experiment_lib.SHIPPED_MODEL
+  )
+  text = checkpoint.model.config.text
+  dtype = str(np.dtype(checkpoint.model.dtype))
+  changes = {
+    "data.num_frames": grid[0],
+    "data.num_threads": 0,
+    "data.prompt_rows": (subject.batch.x.shape[1] - math.prod(grid),),
+    "mesh.data": 1,
+    "model.dtype": dtype,
+    "policy.dtype": dtype,
+    "policy.num_halvings": estimate.num_halvings(text),
+    "ratio.adaptive": False,
+    "rollout.max_new_tokens": 2,
+    "sampling.ratio": max(_TRAIN_RATIO, 1 / math.prod(grid[1:])),
+    "total_steps": 1000,
+    "videos_per_step": 1,
+  }
+  return experiment_lib.Experiment.from_config(
+    config_lib.replace(config, changes),
+    workdir,
+    checkpoint=dataclasses.replace(checkpoint, tokenizer=tokenizer),
+    split="videos_per_step",
+  ), video_llm.VideoFeatures(np.asarray(subject.batch.features[0]), grid)
+
+
+class _Store:
+  """One clip under every name, as `inference.features` gives clips."""
+
+  def __init__(self, clip):
+    self.load, self.finish = (lambda path: clip), list
+
+
+def trainer(given) -> Callable[[], Any]:
+  """Returns f() that trains on one video, all I iterations, and goes on."""
+  experiment, clip = given
+  kind, options = question_lib.MULTIPLE_CHOICE, wording.letter_options(_OPTIONS)
+  question = question_lib.Question(
+    id="0", video="0", question=_QUESTION, options=_OPTIONS, answer="A",
+    problem_type=kind, prompt=wording.training_prompt(_QUESTION, options, kind),
+  )  # fmt: skip
+  run = run_lib.Run(experiment, questions=[question], store=_Store(clip))
+  batch, _ = next(run.batches(0))
+  batch, state = training_programs.place_batch(batch, run.mesh), None
+
+  def step():
+    nonlocal state
+    state = run.init_state() if state is None else state
+    state, *out = run.programs.run(state, run.constants, batch)
+    return out
+
+  return step
+
+
+def limits(subject, speed, training=None) -> Callable[[str, float], float]:
+  """Returns f(stage, ratio) -> milliseconds by operations or bytes alone.
+
+  Of one video, at the speed of the device; causal attention counts what a row
+  may see. Decoding is bound by the bytes that a token reads.
+  """
+  model, grid = subject.checkpoint.model, subject.grid
+  text, rows = model.config.text, subject.batch.x.shape[1]
+  outside, layers = rows - math.prod(grid), text.num_layers
+  policy = network.PolicyConfig(
+    llm=text, num_halvings=estimate.num_halvings(text)
+  )
+  tower = cost.tower_flops(model.config, grid)
+  score = cost.policy_flops(policy, rows, grid)
+
+  def prefill(count):
+    return cost.prefill_flops(text, [count + outside] * layers, causal=True)
+
+  def limit(stage, ratio):
+    kept = int(ratio * math.prod(grid))
+    if stage == "decode":
+      read = cost.decode_bytes(text, [kept + outside] * layers, model.dtype)
+      return 1e3 * read / speed.bytes
+    if stage == "train" and training:
+      config = training[0].config
+      count = round(config.sampling.ratio * math.prod(grid[1:])) * grid[0]
+      # A backward pass is two forward ones.
+      each = config.sampling.num_combinations * prefill(count) + 3 * score
+      return 1e3 * (config.iterations * each + score) / speed.flops
+    flops = {
+      "tower": tower, "scores": score, "select": score, "prefill": prefill(kept)
+    }  # fmt: skip
+    flops["first_token"] = tower + score * (ratio < 1) + flops["prefill"]
+    return 1e3 * flops.get(stage, 0) / speed.flops
+
+  return limit
+
+
+def timed(engine, stage, ratio, repeats) -> dict[str, float]:
+  """Returns milliseconds of a stage: median, quartiles, and the first run's."""
+  made = engine.function(stage, ratio)
+  errors.check(bool(made), "not measured")
+  run, less, count = made
+  found, base = timing.measure(run, repeats, engine.wait), 0.0
+  if less is not None:
+    base = timing.measure(less, repeats, engine.wait).ms
+  names = "ms", "low", "high"
+  each = {name: (getattr(found, name) - base) / count for name in names}
+  return each | {"first_s": found.first_s}
+
+
+def measure(
+  engines: Mapping[str, Callable[[], Any]],
+  cells: Iterable[tuple[str, float]],
+  rows: answer_log.AnswerLog,
+  repeats: int,
+  limit: Callable[[str, float], float],
+) -> list[dict[str, Any]]:
+  """Returns a dict per engine, stage and ratio; what cannot be run says why.
+
+  Engines, by name, are made when there is something to measure.
+  """
+  out = []
+  for name, make in engines.items():
+    make = functools.cache(make)  # One engine's weights at a time.
+    for stage, ratio in cells:
+      row = {"engine": name, "stage": stage, "ratio": ratio, "status": "ok"}
+      key = answer_log.Key(name, ratio, 0, stage)
+      run = lambda s=stage, r=ratio, m=make: timed(m(), s, r, repeats)  # noqa: E731
+      try:
+        row |= reporting.once(rows, key, run)
+      except errors.UserError as error:
+        row["status"] = errors.one_line(error)
+      if name == OURS:
+        row["limit_ms"] = limit(stage, ratio)
+      out.append(row)
+  return out
+
+
+def cells(stages: Iterable[str], ratios: Iterable[float]):
+  """Returns (stage, ratio) of what is to be measured, each once."""
+  kept = [*dict.fromkeys(ratios)]
+  found = [(s, r) for s in stages for r in (kept if STAGES[s] else (1.0,))]
+  # To keep all tokens, none is chosen.
+  return [cell for cell in found if cell != ("select", 1.0)]
+
+
+def markdown(rows) -> str:
+  """Returns a table, a line per stage and ratio, peers beside ours."""
+  by = {(row["engine"], row["stage"], row["ratio"]): row for row in rows}
+  names = [*dict.fromkeys(row["engine"] for row in rows)]
+  peers = [name for name in names if name != OURS]
+  head = ["stage", "kept", "ours, ms", "quartiles", "first run, s", "limit"]
+  head += ["of the limit"] + [f"{n}, ms" for n in peers]
+  head += [f"ours / {name}" for name in peers]
+  lines = []
+  for stage, ratio in dict.fromkeys((r["stage"], r["ratio"]) for r in rows):
+    ours, *others = (by[name, stage, ratio] for name in [OURS, *peers])
+    own, spread = ours.get("ms"), ""
+    if own is not None:
+      spread = f"{ours['low']:.4g} to {ours['high']:.4g}"
+    line = [
+      stage,
+      f"{ratio:.0%}",
+      _told(ours),
+      spread,
+      _number(ours, "first_s"),
+    ]
+    share = own and f"{ours['limit_ms'] / own:.0%}"
+    line += [_number(ours, "limit_ms"), share or "", *map(_told, others)]
+    line += [
+      f"{own / o['ms']:.2f}" if own and "ms" in o else "" for o in others
+    ]
+    lines.append(line)
+  return tables.as_markdown(head, lines, range(1, len(head)))
+
+
+def _number(row, name) -> str:
+  return f"{row[name]:.4g}" if name in row else ""
+
+
+def _told(row) -> str:
+  return _number(row, "ms") or row["status"]
+
+
+def write(workdir, rows, facts: Mapping[str, Any]) -> None:
+  """Writes `FILES`; prints the table and where they are."""
+  ran = [row for row in rows if "ms" in row]
+  shown, series = ("prefill", "first_token"), []
+  for name in dict.fromkeys(row["engine"] for row in rows):
+    for stage in shown:
+      points = [
+        (100 * row["ratio"], row["ms"])
+        for row in sorted(ran, key=lambda row: row["ratio"])
+        if (row["engine"], row["stage"]) == (name, stage)
+      ]
+      if points:
+        colour = "accent" if name == OURS else f"c{len(series) % 9}"
+        dashed, title = stage == shown[0], f"{name}, {stage.replace('_', ' ')}"
+        series.append(charts.Series(title, points, colour, dashed=dashed))
+  text = f"{markdown(rows)}\n"
+  files.write(workdir / FILES[0], text)
+  files.write_json(workdir / FILES[1], {**facts, "stages": rows})
+  names = [*FILES[:2]]
+  if series:
+    chart = charts.Chart(
+      series=series, x_label="video tokens kept (%)", y_label="milliseconds"
+    )
+    files.write(workdir / FILES[2], chart.file(facts["size"]))
+    names.append(FILES[2])
+  print(text)
+  reporting.files(workdir, names)

@@ -1,0 +1,176 @@
+"""Engines in PyTorch as peers of ours: stages of one made-up prompt.
+
+`twin` is `torch_twin.Twin`; `transformers` is that library's model, SDPA and
+eager, with the policy as its layer and linear maps. Both have the same methods.
+
+Axes: B batch, L rows of a prompt, D width, N video tokens, G combinations.
+"""
+
+import copy
+import functools
+import math
+
+import numpy as np
+import torch
+
+from cacovid_jax.inference import methods as methods_lib
+from cacovid_jax.parity import transformers as transformers_lib
+from cacovid_jax.policy import network
+from experiments import made_up, torch_twin
+
+
+class Transformers:
+  """The released implementation; functions as of `torch_twin.Twin`."""
+
+  def __init__(self, directory, config, policy, device, dtype):
+    """Loads a checkpoint's folder; arguments as of the twin."""
+    name = "LlavaOnevisionForConditionalGeneration"
+    given = directory, name, device, dtype, "sdpa"
+    _, self._model = transformers_lib.load(*given)
+    self.config, self.device = config, torch.device(device)
+    self.dtype, self._core = getattr(torch, dtype), self._model.model
+    self._policy = {
+      name: torch.from_numpy(array).to(self.device, self.dtype)
+      for name, array in policy.items()
+    }
+    self._layer = copy.deepcopy(self._core.language_model.layers[0])
+    self._layer.self_attn.is_causal = False
+
+  def encode(self, pixels):
+    """Returns features float[N, D] of pixels float[T, h, w, 3]."""
+    pixels = pixels.to(self.dtype).permute(0, 3, 1, 2).contiguous()
+    found = self._core.vision_tower(pixels, output_hidden_states=True)
+    projected = self._core.multi_modal_projector(found.hidden_states[-1])
+    return self._core.apply_pooling(projected).flatten(0, 1)
+
+  def embed(self, ids, features, start):
+    """Returns a prompt float[1, L, D]; its video begins at row `start`."""
+    x, end = self._core.language_model.embed_tokens(ids), start + len(features)
+    newline = self._core.image_newline[None]
+    return torch.cat([x[:start], features, newline, x[end + 1 :]])[None]
+
+  def scores(self, x, positions, start, frames, num_video):
+    """Returns (frame float32[T, 2], token float32[N, 2]) of one prompt."""
+    turn = self._core.language_model.rotary_emb(x, positions[None])
+    y = self._layer(x, position_embeddings=turn, attention_mask=None)
+    y = y[0] if isinstance(y, tuple) else y
+    rows, eps = y[0, start : start + num_video], self.config.text.rms_norm_eps
+    return torch_twin.heads_of(self._policy, frames, rows, eps)
+
+  def prefill(self, x, positions, room=0):
+    """Returns (logits float32[B, V], cache)."""
+    del room  # Its cache grows.
+    return self._run(x, positions, None)
+
+  def decode(self, ids, position, at, cache):
+    """Returns logits float32[B, V] after tokens int64[B]; the cache stays."""
+    del at  # Behind what the cache holds.
+    x = self._core.language_model.embed_tokens(ids)[:, None]
+    logits, cache = self._run(x, position, cache)
+    cache.crop(-1)
+    return logits
+
+  def _run(self, x, positions, cache):
+    rows = x.shape[1] + (cache.get_seq_length() if cache is not None else 0)
+    # Without a mask, gaps in positions are read as ends of sequences.
+    mask = torch.ones(len(x), rows, dtype=torch.long, device=x.device)
+    out = self._core.language_model(
+      inputs_embeds=x, attention_mask=mask, past_key_values=cache,
+      position_ids=positions[None].expand(len(x), -1), use_cache=True,
+    )  # fmt: skip
+    logits = self._model.lm_head(out.last_hidden_state[:, -1]).float()
+    return logits, out.past_key_values
+
+  def captured(self, function):
+    """Returns the function as it is: transformers runs eagerly."""
+    return function
+
+
+ENGINES = {"transformers": Transformers, "twin": torch_twin.Twin}
+
+
+class Peer:
+  """Stages of one prompt by an engine, as of `stages.Ours`."""
+
+  def __init__(self, name, subject, device):
+    """Loads the weights that `subject`, a `latency.Subject`, was made of."""
+    checkpoint, model = subject.checkpoint, subject.checkpoint.model
+    followed = subject.policy(methods_lib.Method.parse("cacovid"))
+    policy = network.to_public(followed.params)
+    dtype = str(np.dtype(model.dtype))
+    self.name, self._grid = name, subject.grid
+    self.engine = ENGINES[name](
+      checkpoint.identity["path"], model.config, policy, device, dtype
+    )
+
+    def put(array):
+      array = torch.from_numpy(np.array(array))
+      return array.to(device)
+
+    self._num_video, batch = math.prod(subject.grid), subject.batch
+    self._ids = put(batch.ids[0]).long()
+    self._positions = put(batch.positions[0, 0]).long()
+    self._start, self._pixels = made_up.START, put(subject.pixels)
+    with torch.no_grad():
+      features = put(np.asarray(batch.features[0], np.float32))
+      features = features.to(self.engine.dtype)
+      self.x = self.engine.embed(self._ids, features, self._start)
+
+  def wait(self, _):
+    """Returns once the device has done its work."""
+    if self.engine.device.type == "cuda":
+      torch.cuda.synchronize()
+
+  def function(self, stage, ratio):
+    """Returns (f() that runs a stage, None, 1), see `stages.Ours`."""
+    made = getattr(self, f"_{stage}", None)
+    if made is None:
+      return None
+    if torch.cuda.is_available():
+      torch.cuda.empty_cache()
+    with torch.no_grad():
+      run = self.engine.captured(made(ratio))
+    return torch.no_grad()(run), None, 1
+
+  def _tower(self, ratio):
+    del ratio
+    return functools.partial(self.engine.encode, self._pixels)
+
+  def _scores(self, ratio):
+    del ratio
+    return functools.partial(self._scored, self.x)
+
+  def _scored(self, x):
+    sizes = self._start, self._grid[0], self._num_video
+    return self.engine.scores(x, self._positions, *sizes)
+
+  def _select(self, ratio):
+    return functools.partial(self._pruned, self.x, ratio)
+
+  def _pruned(self, x, ratio):
+    """Returns (x, positions) of what is kept of a prompt."""
+    if ratio == 1:
+      return x, self._positions
+    num_keep = int(ratio * self._num_video)
+    given = self._scored(x), num_keep, self._start, x.shape[1]
+    rows = torch_twin.kept_rows(*given)
+    return x[:, rows], self._positions[rows]
+
+  def _prefill(self, ratio):
+    x, positions = self._pruned(self.x, ratio)
+    return lambda: self.engine.prefill(x, positions)[0]
+
+  def _first_token(self, ratio):
+    def run():
+      features = self.engine.encode(self._pixels)
+      x = self.engine.embed(self._ids, features, self._start)
+      return self.engine.prefill(*self._pruned(x, ratio))[0]
+
+    return run
+
+  def _decode(self, ratio):
+    x, positions = self._pruned(self.x, ratio)
+    logits, cache = self.engine.prefill(x, positions, room=1)
+    ids, at = logits.argmax(-1), torch.tensor([x.shape[1]]).to(x.device)
+    following = self._positions[-1:] + 1
+    return lambda: self.engine.decode(ids, following, at, cache)
