@@ -29,19 +29,15 @@ of another size, device or version are refused.
 Operations and cache are counted, not measured (`evals.cost`). A method inside
 the language model chooses and prefills in one program: its choice is the time
 beyond prefilling as many tokens chosen before it. What a tower hands out
-beside its features (attention, keys) is not timed. With peers, DivPrune,
-VisionZip and PruneVID have their usual PyTorch beside them
-(`selection_peers`). The twin chooses by a plain top-k, transformers has no
-program for training.
+beside its features (attention, keys) is not timed. Peers choose by a plain
+top-k and do not train.
 """
 
 import functools
 import math
-import os
 import pathlib
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -66,7 +62,6 @@ from experiments import made_up, reporting, stages
 _LLAVA = llava_onevision.LlavaOnevisionConfig
 _QWEN = qwen2_5_vl.Qwen2_5VLConfig
 ROWS = "rows.jsonl"
-_RULES = ("divprune", "visionzip", "prunevid")  # Of `selection_peers`.
 
 
 class Size(NamedTuple):
@@ -99,13 +94,6 @@ VARIANTS = {
   "prunevid_llm": "prunevid?llm_stage=True",
 }
 
-PEERS = {
-  "peers": command.Flag(
-    "PyTorch engines beside ours: transformers, twin.", default=()
-  ),
-  "torch_device": command.Flag("Where they compute.", default="cuda"),
-}
-
 COMMAND = command.Command(
   __doc__,
   evaluate.flags("workdir", "methods", "ratios")
@@ -124,7 +112,7 @@ COMMAND = command.Command(
       default=(1.0, 0.25, 0.2, 0.15, 0.1),
     ),
   }
-  | PEERS
+  | stages.PEERS
   | estimate.FLAGS,
   defaults={
     "evals.methods": tuple(
@@ -162,7 +150,7 @@ def main(args):
   if args.dry_run:
     dry_run(table, methods, ratios)
     return
-  peers = load_peers(args)
+  peers = stages.load_peers(args, SIZES[name].config())
   workdir = pathlib.Path(args.workdir or f"workdirs/efficiency_{name}")
   with answer_log.AnswerLog(
     workdir / ROWS, run_of(name, repeats), mend="or give another --workdir"
@@ -170,47 +158,13 @@ def main(args):
     size, weights = SIZES[name], table.weights or workdir / "weights"
     checkpoint = made_up.checkpoint(size.config(), size.dtype, weights)
     subject = made_up.subject(checkpoint, size.grid)
-    device = args.torch_device if peers else ""
-    out = measure(subject, name, methods, ratios, repeats, rows, device)
+    out = measure(subject, name, methods, ratios, repeats, rows)
     if args.stages:
       measure_stages(args, subject, peers, workdir, rows)
   files.write_json(workdir / "results.json", out)
   tables.write_efficiency(workdir, out)
   terminal.tell(tables.efficiency_markdown(out))
   reporting.files(workdir, (*tables.EFFICIENCY_FILES, "results.json"))
-
-
-def load_peers(args) -> dict[str, Any]:
-  """Returns {name: f(subject) -> engine} of --peers, where PyTorch is there."""
-  if not args.peers:
-    return {}
-  size = SIZES[args.config.table.size]
-  errors.check(
-    size.config.__self__ is _LLAVA,
-    f"--size={args.config.table.size}: the peers are of LLaVA-OneVision; leave"
-    " --peers out",
-  )
-  try:
-    import torch  # noqa: F401
-    import transformers  # noqa: F401
-
-    from experiments import torch_peers
-  except ImportError as error:
-    raise errors.UserError(
-      f"--peers needs PyTorch and transformers ({error}); install them: pip"
-      " install 'cacovid_jax[hf]'"
-    ) from error
-  known = torch_peers.ENGINES
-  errors.check(
-    {*args.peers} <= {*known},
-    f"--peers={','.join(args.peers)}: choose of {', '.join(known)}",
-  )
-  # Both share the device's memory.
-  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-  return {
-    name: functools.partial(torch_peers.Peer, name, device=args.torch_device)
-    for name in args.peers
-  }
 
 
 def measure_stages(args, subject, peers, workdir, rows) -> None:
@@ -220,26 +174,15 @@ def measure_stages(args, subject, peers, workdir, rows) -> None:
   if size.training:
     config = training_config.get_config(size.training)
     training = stages.training_experiment(subject, config, workdir / "train")
-  speed = device_speed(table, size.dtype, rows)
-  engines = {"ours": functools.partial(stages.Ours, subject, training=training)}
-  engines |= {name: functools.partial(make, subject=subject)
-              for name, make in peers.items()}  # fmt: skip
+  speed = stages.device_speed(table, size.dtype, rows)
+  engines = {stages.OURS: lambda: stages.Ours(subject, training=training)}
+  for name, make in peers.items():
+    engines[name] = functools.partial(make, subject)
   cells = stages.cells(args.stages, args.kept)
   limit = stages.limits(subject, speed, training)
   found = stages.measure(engines, cells, rows, table.repeats, limit)
   facts = run_of(table.size, table.repeats) | {"speed": speed._asdict()}
   stages.write(workdir, found, facts)
-
-
-def device_speed(table, dtype, rows) -> cost.Speed:
-  """Returns the device's speed, as told, as in a ledger, or measured now."""
-  if None not in (table.tflops, table.gbps):
-    return estimate.speed_of(table, dtype)
-  key = answer_log.Key("device", 1.0, 0, "speed")
-  told = reporting.once(
-    rows, key, lambda: estimate.speed_of(table, dtype)._asdict()
-  )
-  return cost.Speed(told["flops"], told["bytes"])
 
 
 def run_of(name: str, repeats: int) -> dict[str, Any]:
@@ -324,7 +267,7 @@ def _counts(text, kept, outside, dtype) -> dict[str, float]:
   }
 
 
-def measure(subject, name, methods, ratios, repeats, rows, torch_device=""):
+def measure(subject, name, methods, ratios, repeats, rows):
   """Returns results.json as a dict: facts, and one row per method and ratio.
 
   Of what `made_up.subject` gives; times go to `rows`, an `AnswerLog`.
@@ -355,8 +298,6 @@ def measure(subject, name, methods, ratios, repeats, rows, torch_device=""):
     row = {"method": cell.label, "ratio": cell.ratio, "status": "ok"}
     try:
       row |= _timed(watch, subject, cell, rows, sum(shared.values()))
-      if torch_device and cell.label in _RULES:
-        row["note"] = _beside(subject, cell, rows, repeats, torch_device)
     except errors.UserError as error:
       row["status"] = errors.one_line(error)
     if size.paper == paper.EFFICIENCY_MODEL:
@@ -414,32 +355,6 @@ def _timed(watch, subject, cell, rows, shared_ms) -> dict[str, Any]:
     "first_token_ms": round(both + shared_ms, 4),
     **({"note": note} if note else {}),
   }
-
-
-def _beside(subject, cell, rows, repeats, device) -> str:
-  """Returns what the same rule in plain PyTorch takes, and whether it agrees.
-
-  Of stage one alone: what enters the language model.
-  """
-  from experiments import selection_peers
-
-  def measured():
-    given = jax.tree.map(lambda leaf: leaf[0], subject.inputs(cell))
-    compressor, ratio = cell.method.compressor, cell.ratio
-    select = subject.programs.select(compressor, ratio, subject.grid)
-    ours = select(subject.inputs(cell)).index[0]
-    theirs = selection_peers.prepare(cell.label, given, len(ours), device)
-    # Reading one value waits for all that is under way.
-    found = timing.measure(theirs, repeats, lambda kept: int(kept[0]))
-    same = np.isin(np.asarray(ours), theirs().cpu()).mean()
-    return {"torch_ms": found.ms, "same": float(same)}
-
-  key = answer_log.Key(cell.label, cell.ratio, 0, "plain PyTorch")
-  found = reporting.once(rows, key, measured)
-  return (
-    f"plain PyTorch takes {found['torch_ms']:.3g} ms and keeps"
-    f" {found['same']:.1%} of the same tokens"
-  )
 
 
 def _reported(method, ratio) -> dict[str, float]:

@@ -83,7 +83,7 @@ class MadeUp(latency.Subject):
 
 
 def checkpoint(config, dtype, directory) -> checkpoints.Checkpoint:
-  """Returns random weights in a folder; they are drawn if they are not there."""
+  """Returns random weights of a folder, drawn if it has none."""
   directory = pathlib.Path(directory)
   _draw(directory, config)
   return checkpoints.load(directory, jnp.dtype(dtype))
@@ -123,7 +123,7 @@ def subject(checkpoint, grid) -> MadeUp:
 
 
 def encoder(model, params, inputs) -> Callable[[], Any]:
-  """Returns f() -> features float[N, D] of a tower's inputs, as a store runs."""
+  """Returns f() -> features float[N, D]: the tower, as a store runs it."""
   tower = clips.Tower(model, params, None)
   inputs = jax.tree.map(jnp.asarray, model.tower_inputs(inputs))
   return lambda: tower.run((), [inputs])[0][clips.FEATURES]

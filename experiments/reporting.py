@@ -12,7 +12,6 @@ from cacovid_jax import errors, terminal
 from cacovid_jax.data import answer_log
 from cacovid_jax.evals import provenance
 
-
 _NO_ROOM = re.compile("RESOURCE_EXHAUSTED|out of memory", re.I)
 
 

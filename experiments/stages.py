@@ -9,16 +9,18 @@ Letters: I iterations, G combinations, B videos.
 
 import dataclasses
 import functools
+import importlib
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cacovid_jax import command, errors, files
 from cacovid_jax import config as config_lib
-from cacovid_jax import errors, files
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.data import answer_log, wording
 from cacovid_jax.data import question as question_lib
@@ -27,11 +29,11 @@ from cacovid_jax.evals import cost, estimate, tables, timing
 from cacovid_jax.evals.report import charts
 from cacovid_jax.inference import methods as methods_lib
 from cacovid_jax.inference import programs as programs_lib
-from cacovid_jax.models import video_llm
+from cacovid_jax.models import llava_onevision, video_llm
 from cacovid_jax.policy import network
 from cacovid_jax.training import programs as training_programs
 from cacovid_jax.training import run as run_lib
-from experiments import made_up, reporting
+from experiments import reporting
 
 # Stage -> whether it depends on the share of tokens that are kept.
 STAGES = {
@@ -40,6 +42,12 @@ STAGES = {
 }  # fmt: skip
 FILES = ("stages.md", "stages.json", "stages.svg")
 OURS = "ours"
+PEERS = {
+  "peers": command.Flag(
+    "PyTorch engines beside ours: transformers, twin.", default=()
+  ),
+  "torch_device": command.Flag("Where they compute.", default="cuda"),
+}
 _NEW_TOKENS = 32  # Over which the time of a token is a mean.
 _TRAIN_RATIO = 0.02
 _QUESTION, _OPTIONS = "What is first?", ("red", "blue", "green", "white")
@@ -150,6 +158,49 @@ def training_experiment(subject, config, workdir):
   ), video_llm.VideoFeatures(np.asarray(subject.batch.features[0]), grid)
 
 
+def load_peers(args, config) -> dict[str, Callable[[Any], Any]]:
+  """Returns {name: f(subject) -> engine} of `PEERS`, for a model's config."""
+  if not args.peers:
+    return {}
+  errors.check(
+    isinstance(config, llava_onevision.LlavaOnevisionConfig),
+    "the peers are of LLaVA-OneVision; leave --peers out, or change --size",
+  )
+  try:
+    importlib.import_module("transformers")
+    peers = importlib.import_module("experiments.torch_peers")
+  except ImportError as error:
+    raise errors.UserError(
+      f"--peers needs PyTorch and transformers ({error}); install them: pip"
+      " install 'cacovid_jax[hf]'"
+    ) from error
+  for name in args.peers:
+    errors.check(
+      name in peers.ENGINES,
+      f"--peers={name}: choose of {', '.join(peers.ENGINES)}",
+    )
+  errors.check(
+    args.torch_device == "cpu" or peers.torch.cuda.is_available(),
+    f"PyTorch finds no {args.torch_device}; add --torch_device=cpu",
+  )
+  # Both share the device's memory; JAX would take most of it at once.
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+  return {
+    name: functools.partial(peers.Peer, name, args.torch_device)
+    for name in args.peers
+  }
+
+
+def device_speed(table, dtype, rows) -> cost.Speed:
+  """Returns the device's speed: as told, as in a ledger, or measured now."""
+  if None not in (table.tflops, table.gbps):
+    return estimate.speed_of(table, dtype)
+  key = answer_log.Key("device", 1.0, 0, "speed")
+  measured = lambda: estimate.speed_of(table, dtype)._asdict()  # noqa: E731
+  found = reporting.once(rows, key, measured)
+  return cost.Speed(found["flops"], found["bytes"])
+
+
 class _Store:
   """One clip under every name, as `inference.features` gives clips."""
 
@@ -226,7 +277,9 @@ def timed(engine, stage, ratio, repeats) -> dict[str, float]:
     base = timing.measure(less, repeats, engine.wait).ms
   names = "ms", "low", "high"
   each = {name: (getattr(found, name) - base) / count for name in names}
-  return each | {"first_s": found.first_s}
+  peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+  more = {} if peak is None else {"peak_gib": peak / 2**30}
+  return each | more | {"first_s": found.first_s}
 
 
 def measure(
@@ -234,7 +287,7 @@ def measure(
   cells: Iterable[tuple[str, float]],
   rows: answer_log.AnswerLog,
   repeats: int,
-  limit: Callable[[str, float], float],
+  limit: Callable[[str, float], float] | None = None,
 ) -> list[dict[str, Any]]:
   """Returns a dict per engine, stage and ratio; what cannot be run says why.
 
@@ -251,7 +304,7 @@ def measure(
         row |= reporting.once(rows, key, run)
       except errors.UserError as error:
         row["status"] = errors.one_line(error)
-      if name == OURS:
+      if name == OURS and limit:
         row["limit_ms"] = limit(stage, ratio)
       out.append(row)
   return out
@@ -282,12 +335,12 @@ def markdown(rows) -> str:
     line = [
       stage,
       f"{ratio:.0%}",
-      _told(ours),
+      told(ours),
       spread,
       _number(ours, "first_s"),
     ]
     share = own and f"{ours['limit_ms'] / own:.0%}"
-    line += [_number(ours, "limit_ms"), share or "", *map(_told, others)]
+    line += [_number(ours, "limit_ms"), share or "", *map(told, others)]
     line += [
       f"{own / o['ms']:.2f}" if own and "ms" in o else "" for o in others
     ]
@@ -299,8 +352,10 @@ def _number(row, name) -> str:
   return f"{row[name]:.4g}" if name in row else ""
 
 
-def _told(row) -> str:
-  return _number(row, "ms") or row["status"]
+def told(row) -> str:
+  """Returns a row's milliseconds, or why there are none."""
+  short = row["status"].partition(" (")[0]
+  return _number(row, "ms") or short
 
 
 def write(workdir, rows, facts: Mapping[str, Any]) -> None:

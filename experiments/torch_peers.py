@@ -8,6 +8,7 @@ Axes: B batch, L rows of a prompt, D width, N video tokens, G combinations.
 
 import copy
 import functools
+import inspect
 import math
 
 import numpy as np
@@ -35,6 +36,9 @@ class Transformers:
     }
     self._layer = copy.deepcopy(self._core.language_model.layers[0])
     self._layer.self_attn.is_causal = False
+    run = inspect.signature(self._core.language_model.forward).parameters
+    # As of transformers 5.24.
+    self._cache = "cache" if "cache" in run else "past_key_values"
 
   def encode(self, pixels):
     """Returns features float[N, D] of pixels float[T, h, w, 3]."""
@@ -75,11 +79,11 @@ class Transformers:
     # Without a mask, gaps in positions are read as ends of sequences.
     mask = torch.ones(len(x), rows, dtype=torch.long, device=x.device)
     out = self._core.language_model(
-      inputs_embeds=x, attention_mask=mask, past_key_values=cache,
-      position_ids=positions[None].expand(len(x), -1), use_cache=True,
+      inputs_embeds=x, attention_mask=mask, use_cache=True,
+      position_ids=positions[None].expand(len(x), -1), **{self._cache: cache},
     )  # fmt: skip
     logits = self._model.lm_head(out.last_hidden_state[:, -1]).float()
-    return logits, out.past_key_values
+    return logits, getattr(out, self._cache)
 
   def captured(self, function):
     """Returns the function as it is: transformers runs eagerly."""
@@ -92,8 +96,8 @@ ENGINES = {"transformers": Transformers, "twin": torch_twin.Twin}
 class Peer:
   """Stages of one prompt by an engine, as of `stages.Ours`."""
 
-  def __init__(self, name, subject, device):
-    """Loads the weights that `subject`, a `latency.Subject`, was made of."""
+  def __init__(self, name, device, subject):
+    """Loads the weights that `subject`, a `made_up.MadeUp`, was made of."""
     checkpoint, model = subject.checkpoint, subject.checkpoint.model
     followed = subject.policy(methods_lib.Method.parse("cacovid"))
     policy = network.to_public(followed.params)

@@ -132,55 +132,46 @@ class Twin:
       for name, array in policy.items()
     }
     tensors = {}
-    for path in sorted(pathlib.Path(directory).glob("*.safetensors")):
+    for path in pathlib.Path(directory).glob("*.safetensors"):
       found = safetensors_torch.load_file(path)
       tensors |= {k: put(v, dtype=self.dtype) for k, v in found.items()}
     self._read(tensors)
 
   def _read(self, tensors):
-    def pick(stem, *names):
-      return [tensors[f"{stem}.{name}"] for name in names]
+    """Takes the weights by their names, fused where that saves a product."""
+    weight, bias = (".weight",), (".bias",)
 
-    def joined(stem, names, kind):
-      found = [tensors.pop(f"{stem}.{name}.{kind}") for name in names]
-      return torch.cat(found)
+    def pick(stem, names, kinds=(*weight, *bias)):
+      return [tensors[f"{stem}.{x}{kind}"] for x in names for kind in kinds]
 
-    qkv, weight, bias = [f"{x}_proj" for x in "qkv"], ".weight", ".bias"
-    self.layers, self._tower = [], []
-    for i in range(self.config.text.num_layers):
+    def fused(stem, names, kinds=(*weight, *bias)):
+      return [torch.cat(pick(stem, names, (kind,))) for kind in kinds]
+
+    qkv = [f"self_attn.{x}_proj" for x in "qkv"]
+    self.layers, self._tower, config = [], [], self.config
+    for i in range(config.text.num_layers):
       at = f"{_TEXT}.layers.{i}"
-      fused = [
-        joined(f"{at}.self_attn", qkv, kind[1:]) for kind in (weight, bias)
-      ]
-      both = joined(f"{at}.mlp", ("gate_proj", "up_proj"), "weight")
-      names = "self_attn.o_proj.weight", "post_attention_layernorm.weight"
-      before = pick(at, "input_layernorm.weight") + fused
-      after = [*pick(at, *names), both, *pick(at, "mlp.down_proj.weight")]
-      self.layers.append((before, after))
-    for i in range(self.config.vision.num_layers):
+      norms = "input_layernorm", "post_attention_layernorm"
+      before, after = pick(at, norms, weight)
+      out, down = pick(at, ("self_attn.o_proj", "mlp.down_proj"), weight)
+      gate_up = fused(at, ("mlp.gate_proj", "mlp.up_proj"), weight)
+      attention = [before, *fused(at, qkv)]
+      self.layers.append((attention, [out, after, *gate_up, down]))
+    for i in range(config.vision.num_layers):
       at = f"{_TOWER}.encoder.layers.{i}"
-      fused = [
-        joined(f"{at}.self_attn", qkv, kind[1:]) for kind in (weight, bias)
-      ]
-      norm = pick(at, "layer_norm1.weight", "layer_norm1.bias")
-      rest = "self_attn.out_proj", "layer_norm2", "mlp.fc1", "mlp.fc2"
-      rest = [name + kind for name in rest for kind in (weight, bias)]
-      self._tower.append((norm + fused, pick(at, *rest)))
-    names = "patch_embedding.weight", "patch_embedding.bias"
-    matrix, shift = pick(f"{_TOWER}.embeddings", *names)
-    (table,) = pick(f"{_TOWER}.embeddings", "position_embedding.weight")
-    self._patches = matrix.flatten(1), shift, table
-    names = [f"linear_{i}{kind}" for i in (1, 2) for kind in (weight, bias)]
-    self._projector = pick("multi_modal_projector", *names)
+      names = "self_attn.out_proj", "layer_norm2", "mlp.fc1", "mlp.fc2"
+      attention = [*pick(at, ("layer_norm1",)), *fused(at, qkv)]
+      self._tower.append((attention, pick(at, names)))
+    at = f"{_TOWER}.embeddings"
+    self._patches = pick(at, ("patch_embedding",))
+    self._patches += pick(at, ("position_embedding",), weight)
+    self._projector = pick("multi_modal_projector", ("linear_1", "linear_2"))
     self._newline = tensors["image_newline"]
-    self._norm, self.embeddings = pick(
-      _TEXT, "norm.weight", "embed_tokens.weight"
-    )
+    self._norm, self.embeddings = pick(_TEXT, ("norm", "embed_tokens"), weight)
     head = "language_model.lm_head.weight"
     self._head = tensors.get(head, self.embeddings)
-    side = self.config.vision.side
-    pooling = torch.from_numpy(llava_onevision.pooling_matrix(side))
-    self._pooling = pooling.to(self.device, self.dtype)
+    pooling = llava_onevision.pooling_matrix(config.vision.side)
+    self._pooling = torch.from_numpy(pooling).to(self.device, self.dtype)
 
   def encode(self, pixels):
     """Returns features float[N, D] of pixels float[T, h, w, 3]."""
@@ -189,7 +180,7 @@ class Twin:
     x = pixels[:, : side * size, : side * size].to(self.dtype)
     x = x.unflatten(1, (side, size)).unflatten(3, (side, size))
     x = x.permute(0, 1, 3, 5, 2, 4).flatten(3).flatten(1, 2)
-    x = linear(x, matrix, shift) + table
+    x = linear(x, matrix.flatten(1), shift) + table
     _, _, before, after = self._functions
     for first, second in self._tower:
       q, k, v = before(x, first, vision.num_heads, vision.layer_norm_eps)
