@@ -8,11 +8,11 @@ python -m experiments.efficiency_table ... --dry_run   # what it would take
 Times one prompt about one video on this device: the tower, the prefill of all
 tokens, and for every method the choice of its tokens and the prefill of what
 is left, up to the first token of the answer. Then `--stages`, by our programs
-and by `--peers` in PyTorch, on the same weights: tower (with projector and
-pooling), scores of the policy, select (with scores and gather), prefill, first
-token, a decoded token, and training on a video (fixed ratio), beside what the
-operations or bytes of a stage take at the speed of the device, which is
-measured in the same run unless --tflops and --gbps say it. Medians of
+and by `--peers` in PyTorch on the same weights: clip (a file's frames to
+pixels), tower (with projector and pooling), scores of the policy, select (with
+scores and gather), prefill, first token, decode (a token) and train (a video
+at a fixed ratio), beside what their operations or bytes take at the device's
+speed, measured in the same run unless --tflops and --gbps say it. Medians of
 `--repeats` runs. Weights are random, drawn once into `--weights`: times do not
 depend on their values, but for methods whose work depends on the video
 (FrameFusion).
@@ -169,17 +169,18 @@ def main(args):
 
 def measure_stages(args, subject, peers, workdir, rows) -> None:
   """Times the stages of the command line and writes `stages.FILES`."""
-  table, training = args.config.table, None
-  size = SIZES[table.size]
-  if size.training:
-    config = training_config.get_config(size.training)
-    training = stages.training_experiment(subject, config, workdir / "train")
-  speed = stages.device_speed(table, size.dtype, rows)
-  engines = {stages.OURS: lambda: stages.Ours(subject, training=training)}
+  table, size = args.config.table, SIZES[args.config.table.size]
+  training = size.training and training_config.get_config(size.training)
+  engines = {
+    stages.OURS: functools.partial(
+      stages.Ours, subject, workdir=workdir / "stages", training=training
+    )
+  }
   for name, make in peers.items():
     engines[name] = functools.partial(make, subject)
-  cells = stages.cells(args.stages, args.kept)
+  speed = stages.device_speed(table, size.dtype, rows)
   limit = stages.limits(subject, speed, training)
+  cells = stages.cells(args.stages, args.kept)
   found = stages.measure(engines, cells, rows, table.repeats, limit)
   facts = run_of(table.size, table.repeats) | {"speed": speed._asdict()}
   stages.write(workdir, found, facts)

@@ -17,12 +17,14 @@ import numpy as np
 
 from cacovid_jax import errors, files
 from cacovid_jax.compressors import base
+from cacovid_jax.data import decode_workers, frames
 from cacovid_jax.evals import estimate, latency
 from cacovid_jax.inference import clips
 from cacovid_jax.inference import programs as programs_lib
 from cacovid_jax.models import checkpoints, processors, prompt_batch
 from cacovid_jax.policy import loading, network
 from cacovid_jax.synthetic import tiny_checkpoints
+from experiments import clip_matrix
 
 NUM_TEXT = 75  # Tokens of a usual question with options and template.
 START = NUM_TEXT // 3  # Row of a prompt at which the video begins.
@@ -171,3 +173,21 @@ def prompt(model, params, features, grid, rng) -> prompt_batch.PromptBatch:
     ids=ids,
     text_rows=jnp.arange(end, len(ids)),
   )
+
+
+def reader(subject, folder) -> Callable[[], Any]:
+  """Returns f() that makes pixels of a clip, in a worker as a store does.
+
+  Of a ten-second H.264 clip of 640 x 360, which is made in the folder.
+  """
+  folder = pathlib.Path(folder)
+  if not (path := folder / "clip.mp4").exists():
+    files.make_folder(folder)
+    pictures = (clip_matrix.moving(number, 80, 64) for number in range(250))
+    clip_matrix.encode(path, clip_matrix.CODECS["h264_b"], pictures, (640, 360))
+  model = subject.checkpoint.model
+  joined = getattr(model.config.vision, "temporal_patch_size", 1)
+  rule = frames.FrameRule(joined * subject.grid[0])
+  call = decode_workers.WAYS["workers"]
+  found = clips.ClipReader(str(folder), model.processor, rule, call=call)
+  return functools.partial(found.read, path.name)

@@ -98,18 +98,15 @@ def write(workdir, found, run, args):
     (FILES[1], args.frames, "{} x 1", "frames (logarithmic)"),
     (FILES[2], args.batches, f"{first} x {{}}", "videos (logarithmic)"),
   ):
-    series = []
-    for i, (title, cell) in enumerate(zip(titles, _CELLS, strict=True)):
-      points = [(x, by[pattern.format(x), *cell].get("ms")) for x in values]
-      points = [point for point in points if point[1] is not None]
-      if points:
-        series.append(charts.Series(title, points, f"c{i}"))
-    if series:
-      chart = charts.Chart(
-        series=series, x_label=label, y_label="milliseconds", x_ticks=values,
-        log_x=True,
-      )  # fmt: skip
-      files.write(workdir / path, chart.file(f"{run['size']}, {run['device']}"))
+    points = {}
+    for title, cell in zip(titles, _CELLS, strict=True):
+      found = [(x, by[pattern.format(x), *cell].get("ms")) for x in values]
+      if found := [point for point in found if point[1] is not None]:
+        points[title] = found
+    chart = charts.lines(
+      points, label, "milliseconds", log_x=True, x_ticks=values
+    )
+    files.write(workdir / path, chart.file(f"{run['size']}, {run['device']}"))
   files.write_json(workdir / FILES[3], run | {"rows": found})
   print(text)
   reporting.files(workdir, FILES)

@@ -7,6 +7,7 @@ whose time is subtracted or None, how often the rest was done): `Ours` here, and
 Letters: I iterations, G combinations, B videos.
 """
 
+import collections
 import dataclasses
 import functools
 import importlib
@@ -22,24 +23,22 @@ import numpy as np
 from cacovid_jax import command, errors, files
 from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
-from cacovid_jax.data import answer_log, wording
-from cacovid_jax.data import question as question_lib
+from cacovid_jax.data import answer_log
 from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.evals import cost, estimate, tables, timing
 from cacovid_jax.evals.report import charts
+from cacovid_jax.inference import answerer
 from cacovid_jax.inference import methods as methods_lib
 from cacovid_jax.inference import programs as programs_lib
 from cacovid_jax.models import llava_onevision, video_llm
 from cacovid_jax.policy import network
 from cacovid_jax.training import programs as training_programs
 from cacovid_jax.training import run as run_lib
-from experiments import reporting
+from experiments import made_up, reporting
 
-# Stage -> whether it depends on the share of tokens that are kept.
-STAGES = {
-  "tower": False, "scores": False, "select": True, "prefill": True,
-  "first_token": True, "decode": True, "train": False,
-}  # fmt: skip
+# Those that depend on the share of tokens that are kept, and all.
+_BY_RATIO = ("select", "prefill", "first_token", "decode")
+STAGES = ("clip", "tower", "scores", *_BY_RATIO, "train")
 FILES = ("stages.md", "stages.json", "stages.svg")
 OURS = "ours"
 PEERS = {
@@ -49,8 +48,6 @@ PEERS = {
   "torch_device": command.Flag("Where they compute.", default="cuda"),
 }
 _NEW_TOKENS = 32  # Over which the time of a token is a mean.
-_TRAIN_RATIO = 0.02
-_QUESTION, _OPTIONS = "What is first?", ("red", "blue", "green", "white")
 
 
 class Ours:
@@ -58,32 +55,39 @@ class Ours:
 
   wait = staticmethod(jax.block_until_ready)
 
-  def __init__(self, subject, batch: int = 1, training: Any = None):
+  def __init__(self, subject, batch: int = 1, *, workdir=None, training=None):
     """Compiles nothing yet.
 
-    `training` is the `Experiment` of `training_experiment`, for its stage.
+    `training` is the config whose numbers a training takes; its files and a
+    clip go to `workdir`.
     """
     self._subject, self._training = subject, training
+    self._workdir = workdir
     self._method = methods_lib.Method.parse("cacovid")
     given = subject.inputs(methods_lib.Condition(self._method, 0.5))
     copies = jnp.zeros(batch, jnp.int32)
     self._batch, self._inputs = jax.tree.map(
       lambda leaf: leaf[copies], (subject.batch, given)
     )
-    endless = dataclasses.replace(subject.checkpoint, eos_ids=())
-    self._longer = programs_lib.Programs(endless, 1 + _NEW_TOKENS)
 
   def function(self, stage: str, ratio: float):
     """Returns what an engine makes, see the module; None of what it lacks."""
+    subject = self._subject
+    if stage == "clip":
+      return made_up.reader(subject, self._workdir), None, 1
     if stage == "train":
-      return self._training and (trainer(self._training), None, 1)
-    if stage == "decode":
-      longer, first = (
-        functools.partial(self._answer, programs, ratio, self._batch)
-        for programs in (self._longer, self._subject.programs)
-      )
-      return longer, first, _NEW_TOKENS
-    return functools.partial(getattr(self, f"_{stage}"), ratio), None, 1
+      given = subject, self._training, self._workdir
+      return self._training and (trainer(*given), None, 1)
+    if stage not in ("prefill", "decode"):
+      return functools.partial(getattr(self, f"_{stage}"), ratio), None, 1
+    selection = None if ratio == 1 else self._select(ratio)
+    given = ratio, self._batch, selection
+    first = functools.partial(self._answer, subject.programs, *given)
+    if stage == "prefill":
+      return first, None, 1
+    endless = dataclasses.replace(subject.checkpoint, eos_ids=())
+    longer = programs_lib.Programs(endless, 1 + _NEW_TOKENS)
+    return functools.partial(self._answer, longer, *given), first, _NEW_TOKENS
 
   def _tower(self, ratio):
     return [self._subject.encode() for _ in range(len(self._batch.x))]
@@ -95,24 +99,17 @@ class Ours:
 
   def _select(self, ratio, batch=None):
     batch = batch or self._batch
-    programs, compressor = self._subject.programs, self._method.compressor
     inputs = dataclasses.replace(
       self._inputs, features=batch.features, scores=self._scores(ratio, batch)
     )
-    return programs.select(compressor, ratio, self._subject.grid)(inputs)
+    given = self._method.compressor, ratio, self._subject.grid
+    return self._subject.programs.select(*given)(inputs)
 
-  @functools.lru_cache(maxsize=1)  # noqa: B019
-  def _selected(self, ratio):
-    return self._select(ratio)
-
-  def _prefill(self, ratio):
-    return self._answer(self._subject.programs, ratio, self._batch)
-
-  def _answer(self, programs, ratio, batch, selection=None):
+  def _answer(self, programs, ratio, batch, selection):
     params = self._subject.checkpoint.params
     if ratio == 1:
       return programs.vanilla(params, batch)
-    return programs.answer(params, batch, selection or self._selected(ratio))
+    return programs.answer(params, batch, selection)
 
   def _first_token(self, ratio):
     programs, batch = self._subject.programs, self._batch
@@ -124,18 +121,21 @@ class Ours:
     return self._answer(programs, ratio, batch, selection)
 
 
-def training_experiment(subject, config, workdir):
-  """Returns what trains on one video of the subject's grid at a fixed ratio.
+class _Store:
+  """One clip under every name, as `inference.features` gives clips."""
 
-  With the numbers of a config, as many rows of text as the prompt, answers of
-  two tokens and lettered rewards.
+  def __init__(self, clip):
+    self.load, self.finish = (lambda path: clip), list
+
+
+def trainer(subject, config, workdir) -> Callable[[], Any]:
+  """Returns f() that trains on one video, all I iterations, and goes on.
+
+  With the numbers of a config, at a fixed ratio, with as much text as the
+  prompt has, answers of two tokens and lettered rewards.
   """
-  checkpoint, grid = subject.checkpoint, subject.grid
-  tokenizer = tokenizer_lib.Tokenizer.from_directory(
-    experiment_lib.SHIPPED_MODEL
-  )
-  text = checkpoint.model.config.text
-  dtype = str(np.dtype(checkpoint.model.dtype))
+  grid, model = subject.grid, subject.checkpoint.model
+  dtype = str(np.dtype(model.dtype))
   changes = {
     "data.num_frames": grid[0],
     "data.num_threads": 0,
@@ -143,19 +143,40 @@ def training_experiment(subject, config, workdir):
     "mesh.data": 1,
     "model.dtype": dtype,
     "policy.dtype": dtype,
-    "policy.num_halvings": estimate.num_halvings(text),
+    "policy.num_halvings": estimate.num_halvings(model.config.text),
     "ratio.adaptive": False,
     "rollout.max_new_tokens": 2,
-    "sampling.ratio": max(_TRAIN_RATIO, 1 / math.prod(grid[1:])),
+    "sampling.ratio": _train_ratio(grid),
     "total_steps": 1000,
-    "videos_per_step": 1,
   }
-  return experiment_lib.Experiment.from_config(
+  tokenizer = tokenizer_lib.Tokenizer.from_directory(
+    experiment_lib.SHIPPED_MODEL
+  )
+  experiment = experiment_lib.Experiment.from_config(
     config_lib.replace(config, changes),
     workdir,
-    checkpoint=dataclasses.replace(checkpoint, tokenizer=tokenizer),
+    checkpoint=dataclasses.replace(subject.checkpoint, tokenizer=tokenizer),
     split="videos_per_step",
-  ), video_llm.VideoFeatures(np.asarray(subject.batch.features[0]), grid)
+  )
+  question = answerer.as_question("clip", "What is first?", ("red", "blue"))
+  question = dataclasses.replace(question, answer="A")
+  clip = video_llm.VideoFeatures(np.asarray(subject.batch.features[0]), grid)
+  run = run_lib.Run(experiment, questions=[question], store=_Store(clip))
+  batch, _ = next(run.batches(0))
+  batch, state = training_programs.place_batch(batch, run.mesh), None
+
+  def step():
+    nonlocal state
+    state = run.init_state() if state is None else state
+    state, *out = run.programs.run(state, run.constants, batch)
+    return out
+
+  return step
+
+
+def _train_ratio(grid) -> float:
+  """Returns METHOD.md's 2 %, or the least that keeps a token of each frame."""
+  return max(0.02, 1 / math.prod(grid[1:]))
 
 
 def load_peers(args, config) -> dict[str, Callable[[Any], Any]]:
@@ -201,34 +222,6 @@ def device_speed(table, dtype, rows) -> cost.Speed:
   return cost.Speed(found["flops"], found["bytes"])
 
 
-class _Store:
-  """One clip under every name, as `inference.features` gives clips."""
-
-  def __init__(self, clip):
-    self.load, self.finish = (lambda path: clip), list
-
-
-def trainer(given) -> Callable[[], Any]:
-  """Returns f() that trains on one video, all I iterations, and goes on."""
-  experiment, clip = given
-  kind, options = question_lib.MULTIPLE_CHOICE, wording.letter_options(_OPTIONS)
-  question = question_lib.Question(
-    id="0", video="0", question=_QUESTION, options=_OPTIONS, answer="A",
-    problem_type=kind, prompt=wording.training_prompt(_QUESTION, options, kind),
-  )  # fmt: skip
-  run = run_lib.Run(experiment, questions=[question], store=_Store(clip))
-  batch, _ = next(run.batches(0))
-  batch, state = training_programs.place_batch(batch, run.mesh), None
-
-  def step():
-    nonlocal state
-    state = run.init_state() if state is None else state
-    state, *out = run.programs.run(state, run.constants, batch)
-    return out
-
-  return step
-
-
 def limits(subject, speed, training=None) -> Callable[[str, float], float]:
   """Returns f(stage, ratio) -> milliseconds by operations or bytes alone.
 
@@ -248,16 +241,16 @@ def limits(subject, speed, training=None) -> Callable[[str, float], float]:
     return cost.prefill_flops(text, [count + outside] * layers, causal=True)
 
   def limit(stage, ratio):
+    """Returns 0 for what is not counted."""
     kept = int(ratio * math.prod(grid))
     if stage == "decode":
       read = cost.decode_bytes(text, [kept + outside] * layers, model.dtype)
       return 1e3 * read / speed.bytes
     if stage == "train" and training:
-      config = training[0].config
-      count = round(config.sampling.ratio * math.prod(grid[1:])) * grid[0]
+      count = round(_train_ratio(grid) * math.prod(grid[1:])) * grid[0]
       # A backward pass is two forward ones.
-      each = config.sampling.num_combinations * prefill(count) + 3 * score
-      return 1e3 * (config.iterations * each + score) / speed.flops
+      each = training.sampling.num_combinations * prefill(count) + 3 * score
+      return 1e3 * (training.iterations * each + score) / speed.flops
     flops = {
       "tower": tower, "scores": score, "select": score, "prefill": prefill(kept)
     }  # fmt: skip
@@ -313,7 +306,7 @@ def measure(
 def cells(stages: Iterable[str], ratios: Iterable[float]):
   """Returns (stage, ratio) of what is to be measured, each once."""
   kept = [*dict.fromkeys(ratios)]
-  found = [(s, r) for s in stages for r in (kept if STAGES[s] else (1.0,))]
+  found = [(s, r) for s in stages for r in (kept if s in _BY_RATIO else (1.0,))]
   # To keep all tokens, none is chosen.
   return [cell for cell in found if cell != ("select", 1.0)]
 
@@ -321,26 +314,24 @@ def cells(stages: Iterable[str], ratios: Iterable[float]):
 def markdown(rows) -> str:
   """Returns a table, a line per stage and ratio, peers beside ours."""
   by = {(row["engine"], row["stage"], row["ratio"]): row for row in rows}
-  names = [*dict.fromkeys(row["engine"] for row in rows)]
-  peers = [name for name in names if name != OURS]
-  head = ["stage", "kept", "ours, ms", "quartiles", "first run, s", "limit"]
-  head += ["of the limit"] + [f"{n}, ms" for n in peers]
+  peers = [
+    *dict.fromkeys(row["engine"] for row in rows if row["engine"] != OURS)
+  ]
+  head = ["stage", "kept", "ours, ms", "quartiles", "first run, s", "limit, ms"]
+  head += ["of the limit", *(f"{name}, ms" for name in peers)]
   head += [f"ours / {name}" for name in peers]
   lines = []
-  for stage, ratio in dict.fromkeys((r["stage"], r["ratio"]) for r in rows):
-    ours, *others = (by[name, stage, ratio] for name in [OURS, *peers])
-    own, spread = ours.get("ms"), ""
-    if own is not None:
-      spread = f"{ours['low']:.4g} to {ours['high']:.4g}"
-    line = [
-      stage,
-      f"{ratio:.0%}",
-      told(ours),
-      spread,
-      _number(ours, "first_s"),
-    ]
-    share = own and f"{ours['limit_ms'] / own:.0%}"
-    line += [_number(ours, "limit_ms"), share or "", *map(told, others)]
+  for _, stage, ratio in (key for key in by if key[0] == OURS):
+    ours, *others = (by[name, stage, ratio] for name in (OURS, *peers))
+    line, own = [stage, f"{ratio:.0%}", told(ours)], ours.get("ms")
+    if own is None:
+      line += [""] * 4
+    else:
+      line.append(f"{ours['low']:.4g} to {ours['high']:.4g}")
+      line.append(f"{ours['first_s']:.3g}")
+      least = ours["limit_ms"]
+      line += [f"{least:.4g}", f"{least / own:.0%}"] if least else ["", ""]
+    line += map(told, others)
     line += [
       f"{own / o['ms']:.2f}" if own and "ms" in o else "" for o in others
     ]
@@ -348,40 +339,22 @@ def markdown(rows) -> str:
   return tables.as_markdown(head, lines, range(1, len(head)))
 
 
-def _number(row, name) -> str:
-  return f"{row[name]:.4g}" if name in row else ""
-
-
 def told(row) -> str:
   """Returns a row's milliseconds, or why there are none."""
-  short = row["status"].partition(" (")[0]
-  return _number(row, "ms") or short
+  return f"{row['ms']:.4g}" if "ms" in row else row["status"].partition(" (")[0]
 
 
 def write(workdir, rows, facts: Mapping[str, Any]) -> None:
   """Writes `FILES`; prints the table and where they are."""
-  ran = [row for row in rows if "ms" in row]
-  shown, series = ("prefill", "first_token"), []
-  for name in dict.fromkeys(row["engine"] for row in rows):
-    for stage in shown:
-      points = [
-        (100 * row["ratio"], row["ms"])
-        for row in sorted(ran, key=lambda row: row["ratio"])
-        if (row["engine"], row["stage"]) == (name, stage)
-      ]
-      if points:
-        colour = "accent" if name == OURS else f"c{len(series) % 9}"
-        dashed, title = stage == shown[0], f"{name}, {stage.replace('_', ' ')}"
-        series.append(charts.Series(title, points, colour, dashed=dashed))
+  lines = collections.defaultdict(list)
+  for row in sorted(rows, key=lambda row: row["ratio"]):
+    if row["stage"] in ("prefill", "first_token") and "ms" in row:
+      name = f"{row['engine']}, {row['stage'].replace('_', ' ')}"
+      lines[name].append((100 * row["ratio"], row["ms"]))
   text = f"{markdown(rows)}\n"
   files.write(workdir / FILES[0], text)
   files.write_json(workdir / FILES[1], {**facts, "stages": rows})
-  names = [*FILES[:2]]
-  if series:
-    chart = charts.Chart(
-      series=series, x_label="video tokens kept (%)", y_label="milliseconds"
-    )
-    files.write(workdir / FILES[2], chart.file(facts["size"]))
-    names.append(FILES[2])
+  told = charts.lines(lines, "video tokens kept (%)", "milliseconds")
+  files.write(workdir / FILES[2], told.file(facts["size"]))
   print(text)
-  reporting.files(workdir, names)
+  reporting.files(workdir, FILES)
