@@ -126,9 +126,10 @@ def subject(checkpoint, grid) -> MadeUp:
 
 def encoder(model, params, inputs) -> Callable[[], Any]:
   """Returns f() -> features float[N, D]: the tower, as a store runs it."""
-  tower = clips.Tower(model, params, None)
+  run = clips.tower_program(model, (), None)
+  params = {k: v for k, v in params.items() if k != "language_model"}
   inputs = jax.tree.map(jnp.asarray, model.tower_inputs(inputs))
-  return lambda: tower.run((), [inputs])[0][clips.FEATURES]
+  return lambda: run(params, inputs)[clips.FEATURES]
 
 
 def _draw(directory, config):

@@ -80,12 +80,12 @@ def main(args):
   write(workdir, found, run, args)
 
 
-def write(workdir, found, run, args):
+def write(workdir, rows, run, args):
   """Writes `FILES`, of rows of `stages.measure`."""
-  by = {(row["engine"], row["stage"], row["ratio"]): row for row in found}
+  by = {(row["engine"], row["stage"], row["ratio"]): row for row in rows}
   titles = [f"{stage} {ratio:.0%}" for stage, ratio in _CELLS]
   lines = []
-  for name in dict.fromkeys(row["engine"] for row in found):
+  for name in dict.fromkeys(row["engine"] for row in rows):
     cells = [by[name, *cell] for cell in _CELLS]
     most = max((row.get("peak_gib", 0.0) for row in cells), default=0.0)
     line = [*name.split(" x "), *map(stages.told, cells)]
@@ -100,14 +100,15 @@ def write(workdir, found, run, args):
   ):
     points = {}
     for title, cell in zip(titles, _CELLS, strict=True):
-      found = [(x, by[pattern.format(x), *cell].get("ms")) for x in values]
-      if found := [point for point in found if point[1] is not None]:
-        points[title] = found
+      cells = {x: by[pattern.format(x), *cell] for x in values}
+      line = [(x, one["ms"]) for x, one in cells.items() if "ms" in one]
+      if line:
+        points[title] = line
     chart = charts.lines(
       points, label, "milliseconds", log_x=True, x_ticks=values
     )
     files.write(workdir / path, chart.file(f"{run['size']}, {run['device']}"))
-  files.write_json(workdir / FILES[3], run | {"rows": found})
+  files.write_json(workdir / FILES[3], run | {"rows": rows})
   print(text)
   reporting.files(workdir, FILES)
 

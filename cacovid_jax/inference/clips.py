@@ -189,17 +189,13 @@ class Tower:
       wanted.append(signals)
     found = [{} for _ in inputs]
     for signals in wanted:
-      for out, new in zip(found, self.run(signals, inputs), strict=True):
+      for out, new in zip(found, self._run(signals, inputs), strict=True):
         # In float32 as on disk, so that a hit changes no type or bit.
         out |= {k: np.asarray(v, np.float32) for k, v in new.items()}
     return found
 
-  def run(self, signals, inputs) -> list[dict[str, jax.Array]]:
-    """Returns what `model.encode` tells of each clip, on the device.
-
-    Features, or instead of them the given `video_llm.SIGNALS`.
-    """
-    program = _program(self._model, signals, self._mesh)
+  def _run(self, signals, inputs) -> list[dict[str, jax.Array]]:
+    program = tower_program(self._model, signals, self._mesh)
     if self._mesh is None:
       out = [program(self._params, one) for one in inputs]
       return jax.block_until_ready(out)
@@ -211,8 +207,12 @@ class Tower:
 
 
 @functools.lru_cache(maxsize=32)
-def _program(model, signals, mesh):
-  """Returns the jitted tower; stores of equal models compile it once."""
+def tower_program(model, signals, mesh):
+  """Returns the jitted tower; stores of equal models compile it once.
+
+  A function of weights and `TowerInputs` (of one clip, or on a mesh several):
+  {FEATURES and perhaps DEEP}, or {name: array} of the wanted signals.
+  """
 
   def encode(params, inputs):
     video = model.encode(params, inputs, signals=signals)

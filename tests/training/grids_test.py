@@ -509,7 +509,7 @@ def test_clips_of_odd_shapes_are_replaced_and_noted(rows, checkpoint, tmp_path):
     tiny.experiment_of(config, tmp_path, checkpoint=checkpoint), questions=asked
   )
   # The tower is not what this is about.
-  run.store._tower.run = lambda signals, inputs: [
+  run.store._tower._run = lambda signals, inputs: [
     {"features": np.zeros((48, 32), np.float32)}
   ]
   seen = {question.id for _, given in run.batches(0) for question in given}
