@@ -178,7 +178,7 @@ def measure_stages(args, subject, peers, workdir, rows) -> None:
   }
   for name, make in peers.items():
     engines[name] = functools.partial(make, subject)
-  speed = stages.device_speed(table, size.dtype, rows)
+  speed = estimate.speed_of(table, size.dtype)
   limit = stages.limits(subject, speed, training)
   cells = stages.cells(args.stages, args.kept)
   found = stages.measure(engines, cells, rows, table.repeats, limit)

@@ -16,9 +16,9 @@ WORKDIR/rows.jsonl   every time as it is measured; given again, it goes on
 import functools
 import pathlib
 
-from cacovid_jax import command, errors, evaluate, files
+from cacovid_jax import command, errors, files
 from cacovid_jax.data import answer_log
-from cacovid_jax.evals import latency, tables
+from cacovid_jax.evals import tables
 from cacovid_jax.evals.report import charts
 from experiments import efficiency_table, made_up, reporting, stages
 
@@ -30,20 +30,17 @@ _SIZES = [
 _CELLS = (("tower", 1.0), ("select", 0.25), ("prefill", 0.25), ("prefill", 1.0))
 FILES = ("table.md", "frames.svg", "batches.svg", "results.json")
 
+_SHARED = efficiency_table.COMMAND.flags
+
 COMMAND = command.Command(
   __doc__,
-  evaluate.flags("workdir")
-  | command.aliases(
-    "table",
-    size=command.Flag("Model.", choices=_SIZES),
-    weights="Their folder.",
-  )
+  {name: _SHARED[name] for name in ("workdir", "weights", "repeats")}
   | {
+    "size": _SHARED["size"]._replace(choices=_SIZES),
     "frames": command.Flag(
       "Frames of one video.", default=(32, 64, 128, 256, 512)
     ),
     "batches": command.Flag("Videos at once.", default=(1, 2, 4, 8, 16)),
-    "repeats": latency.REPEATS,
   },
 )
 
@@ -64,8 +61,8 @@ def main(args):
     return made_up.checkpoint(size.config(), size.dtype, weights)
 
   def make(frames, batch):
-    grid = (frames, *size.grid[1:])
-    return stages.Ours(made_up.subject(checkpoint(), grid), batch)
+    subject = made_up.subject(checkpoint(), (frames, *size.grid[1:]))
+    return stages.Ours(subject, batch)
 
   sizes = [(frames, 1) for frames in args.frames]
   sizes += [(args.frames[0], batch) for batch in args.batches]
@@ -93,10 +90,14 @@ def write(workdir, rows, run, args):
   head = ["frames", "videos", *(f"{title}, ms" for title in titles), "GiB"]
   text = f"{tables.as_markdown(head, lines, range(len(head)))}\n"
   files.write(workdir / FILES[0], text)
-  first = args.frames[0]
   for path, values, pattern, label in (
     (FILES[1], args.frames, "{} x 1", "frames (logarithmic)"),
-    (FILES[2], args.batches, f"{first} x {{}}", "videos (logarithmic)"),
+    (
+      FILES[2],
+      args.batches,
+      f"{args.frames[0]} x {{}}",
+      "videos (logarithmic)",
+    ),
   ):
     points = {}
     for title, cell in zip(titles, _CELLS, strict=True):

@@ -188,18 +188,13 @@ def load_peers(args, config) -> dict[str, Callable[[Any], Any]]:
     "the peers are of LLaVA-OneVision; leave --peers out, or change --size",
   )
   try:
-    importlib.import_module("transformers")
     peers = importlib.import_module("experiments.torch_peers")
   except ImportError as error:
     raise errors.UserError(
-      f"--peers needs PyTorch and transformers ({error}); install them: pip"
-      " install 'cacovid_jax[hf]'"
+      f"--peers needs PyTorch ({error}); pip install 'cacovid_jax[hf]'"
     ) from error
-  for name in args.peers:
-    errors.check(
-      name in peers.ENGINES,
-      f"--peers={name}: choose of {', '.join(peers.ENGINES)}",
-    )
+  known, unknown = peers.ENGINES, {*args.peers} - {*peers.ENGINES}
+  errors.check(not unknown, f"--peers={unknown}: choose of {', '.join(known)}")
   errors.check(
     args.torch_device == "cpu" or peers.torch.cuda.is_available(),
     f"PyTorch finds no {args.torch_device}; add --torch_device=cpu",
@@ -210,16 +205,6 @@ def load_peers(args, config) -> dict[str, Callable[[Any], Any]]:
     name: functools.partial(peers.Peer, name, args.torch_device)
     for name in args.peers
   }
-
-
-def device_speed(table, dtype, rows) -> cost.Speed:
-  """Returns the device's speed: as told, as in a ledger, or measured now."""
-  if None not in (table.tflops, table.gbps):
-    return estimate.speed_of(table, dtype)
-  key = answer_log.Key("device", 1.0, 0, "speed")
-  measured = lambda: estimate.speed_of(table, dtype)._asdict()  # noqa: E731
-  found = reporting.once(rows, key, measured)
-  return cost.Speed(found["flops"], found["bytes"])
 
 
 def limits(subject, speed, training=None) -> Callable[[str, float], float]:

@@ -3,11 +3,10 @@
 `twin` is `torch_twin.Twin`; `transformers` is that library's model, SDPA and
 eager, with the policy as its layer and linear maps. Both have the same methods.
 
-Axes: B batch, L rows of a prompt, D width, N video tokens, G combinations.
+Axes: B batch, L rows of a prompt, D width, T frames, N video tokens, V words.
 """
 
 import copy
-import functools
 import inspect
 import math
 
@@ -26,14 +25,12 @@ class Transformers:
   def __init__(self, directory, config, policy, device, dtype):
     """Loads a checkpoint's folder; arguments as of the twin."""
     name = "LlavaOnevisionForConditionalGeneration"
-    given = directory, name, device, dtype, "sdpa"
+    given = directory, name, device, str(dtype).removeprefix("torch."), "sdpa"
     _, self._model = transformers_lib.load(*given)
-    self.config, self.device = config, torch.device(device)
-    self.dtype, self._core = getattr(torch, dtype), self._model.model
-    self._policy = {
-      name: torch.from_numpy(array).to(self.device, self.dtype)
-      for name, array in policy.items()
-    }
+    self.device, self._core = torch.device(device), self._model.model
+    self._policy, self._eps = policy, config.text.rms_norm_eps
+    self._dtype, self.newline = dtype, self._core.image_newline
+    self.tokens = self._core.language_model.embed_tokens
     self._layer = copy.deepcopy(self._core.language_model.layers[0])
     self._layer.self_attn.is_causal = False
     run = inspect.signature(self._core.language_model.forward).parameters
@@ -42,24 +39,18 @@ class Transformers:
 
   def encode(self, pixels):
     """Returns features float[N, D] of pixels float[T, h, w, 3]."""
-    pixels = pixels.to(self.dtype).permute(0, 3, 1, 2).contiguous()
+    pixels = pixels.to(self._dtype).permute(0, 3, 1, 2).contiguous()
     found = self._core.vision_tower(pixels, output_hidden_states=True)
     projected = self._core.multi_modal_projector(found.hidden_states[-1])
     return self._core.apply_pooling(projected).flatten(0, 1)
-
-  def embed(self, ids, features, start):
-    """Returns a prompt float[1, L, D]; its video begins at row `start`."""
-    x, end = self._core.language_model.embed_tokens(ids), start + len(features)
-    newline = self._core.image_newline[None]
-    return torch.cat([x[:start], features, newline, x[end + 1 :]])[None]
 
   def scores(self, x, positions, start, frames, num_video):
     """Returns (frame float32[T, 2], token float32[N, 2]) of one prompt."""
     turn = self._core.language_model.rotary_emb(x, positions[None])
     y = self._layer(x, position_embeddings=turn, attention_mask=None)
     y = y[0] if isinstance(y, tuple) else y
-    rows, eps = y[0, start : start + num_video], self.config.text.rms_norm_eps
-    return torch_twin.heads_of(self._policy, frames, rows, eps)
+    rows = y[0, start : start + num_video]
+    return torch_twin.heads_of(self._policy, frames, rows, self._eps)
 
   def prefill(self, x, positions, room=0):
     """Returns (logits float32[B, V], cache)."""
@@ -69,8 +60,7 @@ class Transformers:
   def decode(self, ids, position, at, cache):
     """Returns logits float32[B, V] after tokens int64[B]; the cache stays."""
     del at  # Behind what the cache holds.
-    x = self._core.language_model.embed_tokens(ids)[:, None]
-    logits, cache = self._run(x, position, cache)
+    logits, cache = self._run(self.tokens(ids)[:, None], position, cache)
     cache.crop(-1)
     return logits
 
@@ -98,27 +88,22 @@ class Peer:
 
   def __init__(self, name, device, subject):
     """Loads the weights that `subject`, a `made_up.MadeUp`, was made of."""
-    checkpoint, model = subject.checkpoint, subject.checkpoint.model
+    checkpoint, batch = subject.checkpoint, subject.batch
+    dtype = getattr(torch, str(np.dtype(checkpoint.model.dtype)))
+
+    def put(array, dtype=None):
+      return torch.from_numpy(np.array(array)).to(device, dtype)
+
     followed = subject.policy(methods_lib.Method.parse("cacovid"))
-    policy = network.to_public(followed.params)
-    dtype = str(np.dtype(model.dtype))
-    self.name, self._grid = name, subject.grid
-    self.engine = ENGINES[name](
-      checkpoint.identity["path"], model.config, policy, device, dtype
-    )
-
-    def put(array):
-      array = torch.from_numpy(np.array(array))
-      return array.to(device)
-
-    self._num_video, batch = math.prod(subject.grid), subject.batch
-    self._ids = put(batch.ids[0]).long()
-    self._positions = put(batch.positions[0, 0]).long()
-    self._start, self._pixels = made_up.START, put(subject.pixels)
-    with torch.no_grad():
-      features = put(np.asarray(batch.features[0], np.float32))
-      features = features.to(self.engine.dtype)
-      self.x = self.engine.embed(self._ids, features, self._start)
+    policy = network.to_public(followed.params).items()
+    policy = {name: put(array, dtype) for name, array in policy}
+    given = checkpoint.identity["path"], checkpoint.model.config, policy
+    self.engine = ENGINES[name](*given, device, dtype)
+    self._grid, self._num_video = subject.grid, math.prod(subject.grid)
+    self._ids = put(batch.ids[0], torch.long)
+    self.positions = put(batch.positions[0, 0], torch.long)
+    self.pixels = put(subject.pixels)
+    self.x = self._embed(put(batch.features[0].astype(np.float32), dtype))
 
   def wait(self, _):
     """Returns once the device has done its work."""
@@ -136,29 +121,34 @@ class Peer:
       run = self.engine.captured(made(ratio))
     return torch.no_grad()(run), None, 1
 
+  @torch.no_grad()
+  def _embed(self, features):
+    """Returns the prompt float[1, L, D] about features float[N, D]."""
+    x, end = self.engine.tokens(self._ids), made_up.START + len(features)
+    parts = x[: made_up.START], features, self.engine.newline[None]
+    return torch.cat([*parts, x[end + 1 :]])[None]
+
+  def scored(self, x):
+    """Returns the policy's scores of a prompt."""
+    sizes = made_up.START, self._grid[0], self._num_video
+    return self.engine.scores(x, self.positions, *sizes)
+
   def _tower(self, ratio):
-    del ratio
-    return functools.partial(self.engine.encode, self._pixels)
+    return lambda: self.engine.encode(self.pixels)
 
   def _scores(self, ratio):
-    del ratio
-    return functools.partial(self._scored, self.x)
-
-  def _scored(self, x):
-    sizes = self._start, self._grid[0], self._num_video
-    return self.engine.scores(x, self._positions, *sizes)
+    return lambda: self.scored(self.x)
 
   def _select(self, ratio):
-    return functools.partial(self._pruned, self.x, ratio)
+    return lambda: self._pruned(self.x, ratio)
 
   def _pruned(self, x, ratio):
     """Returns (x, positions) of what is kept of a prompt."""
     if ratio == 1:
-      return x, self._positions
-    num_keep = int(ratio * self._num_video)
-    given = self._scored(x), num_keep, self._start, x.shape[1]
-    rows = torch_twin.kept_rows(*given)
-    return x[:, rows], self._positions[rows]
+      return x, self.positions
+    given = self.scored(x), int(ratio * self._num_video), made_up.START
+    rows = torch_twin.kept_rows(*given, x.shape[1])
+    return x[:, rows], self.positions[rows]
 
   def _prefill(self, ratio):
     x, positions = self._pruned(self.x, ratio)
@@ -166,8 +156,7 @@ class Peer:
 
   def _first_token(self, ratio):
     def run():
-      features = self.engine.encode(self._pixels)
-      x = self.engine.embed(self._ids, features, self._start)
+      x = self._embed(self.engine.encode(self.pixels))
       return self.engine.prefill(*self._pruned(x, ratio))[0]
 
     return run
@@ -176,5 +165,5 @@ class Peer:
     x, positions = self._pruned(self.x, ratio)
     logits, cache = self.engine.prefill(x, positions, room=1)
     ids, at = logits.argmax(-1), torch.tensor([x.shape[1]]).to(x.device)
-    following = self._positions[-1:] + 1
+    following = self.positions[-1:] + 1
     return lambda: self.engine.decode(ids, following, at, cache)

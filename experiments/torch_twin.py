@@ -114,27 +114,22 @@ class Twin:
   def __init__(self, directory, config, policy, device, dtype):
     """Reads the weights of a checkpoint's folder.
 
-    `policy` holds float32 arrays by their public names, `config` is a
-    `LlavaOnevisionConfig`, `dtype` the name of weights' and products' type.
+    `config` is a `LlavaOnevisionConfig`; `policy` holds tensors by their public
+    names, `dtype` is that of weights and products.
     """
-    self.config, self.device = config, torch.device(device)
-    self.dtype, fast = getattr(torch, dtype), self.device.type == "cuda"
+    self.config, self._policy, self._dtype = config, policy, dtype
+    self.device = torch.device(device)
     self._functions = _before, _after, _tower_before, _tower_after
-    if fast:
+    if self.device.type == "cuda":
       # One program for each length of prompts.
       torch._dynamo.config.recompile_limit = 64
       torch._dynamo.config.accumulated_recompile_limit = 512
       compiled = functools.partial(torch.compile, dynamic=False)
       self._functions = tuple(map(compiled, self._functions))
-    put = functools.partial(torch.Tensor.to, device=self.device)
-    self._policy = {
-      name: put(torch.from_numpy(array), dtype=self.dtype)
-      for name, array in policy.items()
-    }
     tensors = {}
     for path in pathlib.Path(directory).glob("*.safetensors"):
       found = safetensors_torch.load_file(path)
-      tensors |= {k: put(v, dtype=self.dtype) for k, v in found.items()}
+      tensors |= {k: v.to(self.device, dtype) for k, v in found.items()}
     self._read(tensors)
 
   def _read(self, tensors):
@@ -148,7 +143,7 @@ class Twin:
       return [torch.cat(pick(stem, names, (kind,))) for kind in kinds]
 
     qkv = [f"self_attn.{x}_proj" for x in "qkv"]
-    self.layers, self._tower, config = [], [], self.config
+    self._layers, self._tower, config = [], [], self.config
     for i in range(config.text.num_layers):
       at = f"{_TEXT}.layers.{i}"
       norms = "input_layernorm", "post_attention_layernorm"
@@ -156,7 +151,7 @@ class Twin:
       out, down = pick(at, ("self_attn.o_proj", "mlp.down_proj"), weight)
       gate_up = fused(at, ("mlp.gate_proj", "mlp.up_proj"), weight)
       attention = [before, *fused(at, qkv)]
-      self.layers.append((attention, [out, after, *gate_up, down]))
+      self._layers.append((attention, [out, after, *gate_up, down]))
     for i in range(config.vision.num_layers):
       at = f"{_TOWER}.encoder.layers.{i}"
       names = "self_attn.out_proj", "layer_norm2", "mlp.fc1", "mlp.fc2"
@@ -166,18 +161,18 @@ class Twin:
     self._patches = pick(at, ("patch_embedding",))
     self._patches += pick(at, ("position_embedding",), weight)
     self._projector = pick("multi_modal_projector", ("linear_1", "linear_2"))
-    self._newline = tensors["image_newline"]
-    self._norm, self.embeddings = pick(_TEXT, ("norm", "embed_tokens"), weight)
+    self.newline = tensors["image_newline"]
+    self._norm, self._table = pick(_TEXT, ("norm", "embed_tokens"), weight)
     head = "language_model.lm_head.weight"
-    self._head = tensors.get(head, self.embeddings)
+    self._head = tensors.get(head, self._table)
     pooling = llava_onevision.pooling_matrix(config.vision.side)
-    self._pooling = torch.from_numpy(pooling).to(self.device, self.dtype)
+    self._pooling = torch.from_numpy(pooling).to(self.device, self._dtype)
 
   def encode(self, pixels):
     """Returns features float[N, D] of pixels float[T, h, w, 3]."""
     vision, (matrix, shift, table) = self.config.vision, self._patches
     side, size = vision.side, vision.patch_size
-    x = pixels[:, : side * size, : side * size].to(self.dtype)
+    x = pixels[:, : side * size, : side * size].to(self._dtype)
     x = x.unflatten(1, (side, size)).unflatten(3, (side, size))
     x = x.permute(0, 1, 3, 5, 2, 4).flatten(3).flatten(1, 2)
     x = linear(x, matrix.flatten(1), shift) + table
@@ -191,19 +186,17 @@ class Twin:
     pooled = torch.einsum("pa,tabd,qb->tpqd", self._pooling, y, self._pooling)
     return pooled.flatten(0, 2)
 
-  def embed(self, ids, features, start):
-    """Returns a prompt float[1, L, D]; its video begins at row `start`."""
-    x, end = self.embeddings[ids], start + len(features)
-    parts = x[:start], features, self._newline[None], x[end + 1 :]
-    return torch.cat(parts)[None]
+  def tokens(self, ids):
+    """Returns embeddings float[..., D] of int64[...]."""
+    return self._table[ids]
 
-  def angles(self, positions):
+  def _angles(self, positions):
     """Returns (cos, sin) float[L, H / 2] of positions int64[L]."""
     text = self.config.text
     at = torch.arange(0, text.head_dim, 2, device=self.device)
     rates = text.rope_theta ** (-at.float() / text.head_dim)
     phase = positions[:, None].float() * rates
-    return phase.cos().to(self.dtype), phase.sin().to(self.dtype)
+    return phase.cos().to(self._dtype), phase.sin().to(self._dtype)
 
   def _layer(self, x, turn, weights, attention):
     """Returns (x, k, v) behind a decoder layer."""
@@ -216,17 +209,19 @@ class Twin:
   def scores(self, x, positions, start, frames, num_video):
     """Returns (frame float32[T, 2], token float32[N, 2]) of one prompt."""
     # Before its training, the policy's layer is the first one.
-    y, _, _ = self._layer(x, self.angles(positions), self.layers[0], attend)
+    y, _, _ = self._layer(x, self._angles(positions), self._layers[0], attend)
     rows = y[0, start : start + num_video]
     return heads_of(self._policy, frames, rows, self.config.text.rms_norm_eps)
 
   def prefill(self, x, positions, room=0):
     """Returns (logits float32[B, V], cache) with room for more rows."""
-    turn, cache = self.angles(positions), []
+    turn, cache = self._angles(positions), []
     causal = functools.partial(attend, is_causal=True)
-    for weights in self.layers:
+    for weights in self._layers:
       x, *own = self._layer(x, turn, weights, causal)
-      cache.append([functional.pad(a, (0, 0, 0, room)) for a in own])
+      cache.append(
+        [functional.pad(a, (0, 0, 0, room)) if room else a for a in own]
+      )
     return self._logits(x), cache
 
   def decode(self, ids, position, at, cache):
@@ -234,19 +229,20 @@ class Twin:
 
     int64[1] as is `at`, the row of the cache that they are written to.
     """
-    x, turn = self.embeddings[ids][:, None], self.angles(position)
-    for weights, (keys, values) in zip(self.layers, cache, strict=True):
-      visible = torch.arange(keys.shape[2], device=at.device) <= at
-      visible = visible[None, None, None]
+    x, turn = self.tokens(ids)[:, None], self._angles(position)
+    room = cache[0][0].shape[2]
+    visible = (torch.arange(room, device=at.device) <= at)[None, None, None]
 
-      def over_cache(q, k, v, keys=keys, values=values, visible=visible):
-        keys.index_copy_(2, at, k)
-        values.index_copy_(2, at, v)
-        # Queries of one kv head are rows of one product.
-        grouped = q.reshape(len(q), keys.shape[1], -1, q.shape[-1])
-        return attend(grouped, keys, values, attn_mask=visible).reshape(q.shape)
+    def over_cache(keys, values, q, k, v):
+      keys.index_copy_(2, at, k)
+      values.index_copy_(2, at, v)
+      # Queries of one kv head are rows of one product.
+      grouped = q.reshape(len(q), keys.shape[1], -1, q.shape[-1])
+      return attend(grouped, keys, values, attn_mask=visible).reshape(q.shape)
 
-      x, _, _ = self._layer(x, turn, weights, over_cache)
+    for weights, earlier in zip(self._layers, cache, strict=True):
+      attention = functools.partial(over_cache, *earlier)
+      x, _, _ = self._layer(x, turn, weights, attention)
     return self._logits(x)
 
   def _logits(self, x):

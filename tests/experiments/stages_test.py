@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from cacovid_jax import errors
-from cacovid_jax.data import answer_log
 from cacovid_jax.evals import cost
 from configs import llava_onevision as training_config
 from experiments import (
@@ -54,13 +53,13 @@ def test_a_peer_computes_what_ours_does(subject, name):
   def same(theirs, ours):
     np.testing.assert_allclose(theirs.numpy(), ours, atol=1e-6)
 
-  same(peer.engine.encode(peer._pixels), subject.encode())
+  same(peer.engine.encode(peer.pixels), subject.encode())
   same(peer.x, batch.x)
   ours = stages.Ours(subject)
   scores = ours.function("scores", 1.0)[0]()
-  for theirs, own in zip(peer._scored(peer.x), scores, strict=True):
+  for theirs, own in zip(peer.scored(peer.x), scores, strict=True):
     same(theirs, own[0])
-  logits, cache = peer.engine.prefill(peer.x, peer._positions, room=2)
+  logits, cache = peer.engine.prefill(peer.x, peer.positions, room=2)
   length = batch.x.shape[1]
   own, own_cache, _ = model.prefill(
     params, batch.x, batch.positions, batch.lengths, cache_length=length + 2
@@ -170,20 +169,15 @@ def test_what_does_not_fit_is_written_as_such(tmp_path, weights, monkeypatch):
     assert "prefill 25%" in (tmp_path / name).read_text()
 
 
-def test_an_unknown_error_ends_the_table(tmp_path):
-  def make():
-    raise RuntimeError("a wrong shape")
-
-  with answer_log.AnswerLog(tmp_path / "rows.jsonl", {}) as rows:
-    with pytest.raises(RuntimeError, match="a wrong shape"):
-      stages.measure({"ours": make}, [("tower", 1.0)], rows, 1)
-
-
 @pytest.mark.parametrize(
   "module,changes,message",
   [
     (efficiency_table, dict(stages="towel"), "--stages=towel: choose of clip"),
-    (efficiency_table, dict(peers="twins"), "--peers=twins: choose of trans"),
+    (
+      efficiency_table,
+      dict(peers="twins"),
+      "--peers=.*twins.*: choose of trans",
+    ),
     (efficiency_table, dict(kept="1,2"), "ratio 2.0 is outside"),
     (efficiency_table, dict(size="qwen-tiny"), "are of LLaVA-OneVision"),
     (efficiency_table, dict(torch_device="cuda"), "add --torch_device=cpu"),
@@ -199,12 +193,8 @@ def test_mistakes_are_named(tmp_path, module, changes, message):
 
 
 def test_without_pytorch_the_extra_is_named(tmp_path, monkeypatch):
-  real = stages.importlib.import_module
-
   def missing(name):
-    if name == "transformers":
-      raise ImportError("No module named 'transformers'")
-    return real(name)
+    raise ImportError("No module named 'torch'")
 
   monkeypatch.setattr(stages.importlib, "import_module", missing)
   with pytest.raises(errors.UserError, match=r"cacovid_jax\[hf\]"):
@@ -229,8 +219,8 @@ def test_a_wrong_kernel_and_another_letter_fail(monkeypatch, capsys):
   assert gpu_check.main(None) == 1
   last = capsys.readouterr().out.splitlines()[-1]
   assert last == (
-    "gpu_check: failed: attention of prefill, output; attention of prefill,"
-    " gradient; shipped model, float32, letters"
+    "gpu_check: failed: attention of prefill; gradient of attention of prefill;"
+    " letters, float32"
   )
 
 
