@@ -93,9 +93,8 @@ def checkpoint(config, dtype, directory) -> checkpoints.Checkpoint:
 
 def subject(checkpoint, grid) -> MadeUp:
   """Returns a prompt to time, about a video of a grid (T, H, W)."""
-  model, params, config = (
-    checkpoint.model, checkpoint.params, checkpoint.model.config
-  )  # fmt: skip
+  model, params = checkpoint.model, checkpoint.params
+  config = model.config
   programs = programs_lib.Programs(checkpoint, max_new_tokens=1)
   given = inputs(grid, config)
   features = given.features.astype(model.dtype)

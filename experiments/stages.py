@@ -54,6 +54,7 @@ class Ours:
   """The package's own programs, on B copies of a made-up prompt."""
 
   wait = staticmethod(jax.block_until_ready)
+  facts = {}  # Told beside each time.
 
   def __init__(self, subject, batch: int = 1, *, workdir=None, training=None):
     """Compiles nothing yet.
@@ -160,7 +161,8 @@ def trainer(subject, config, workdir) -> Callable[[], Any]:
   )
   question = answerer.as_question("clip", "What is first?", ("red", "blue"))
   question = dataclasses.replace(question, answer="A")
-  clip = video_llm.VideoFeatures(np.asarray(subject.batch.features[0]), grid)
+  features = np.asarray(subject.batch.features[0], np.float32)  # As stored.
+  clip = video_llm.VideoFeatures(features, grid)
   run = run_lib.Run(experiment, questions=[question], store=_Store(clip))
   batch, _ = next(run.batches(0))
   batch, state = training_programs.place_batch(batch, run.mesh), None
@@ -255,9 +257,10 @@ def timed(engine, stage, ratio, repeats) -> dict[str, float]:
     base = timing.measure(less, repeats, engine.wait).ms
   names = "ms", "low", "high"
   each = {name: (getattr(found, name) - base) / count for name in names}
-  peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-  more = {} if peak is None else {"peak_gib": peak / 2**30}
-  return each | more | {"first_s": found.first_s}
+  each |= engine.facts | {"first_s": found.first_s}
+  if stats := jax.devices()[0].memory_stats():
+    each["peak_gib"] = stats["peak_bytes_in_use"] / 2**30
+  return each
 
 
 def measure(
@@ -299,9 +302,7 @@ def cells(stages: Iterable[str], ratios: Iterable[float]):
 def markdown(rows) -> str:
   """Returns a table, a line per stage and ratio, peers beside ours."""
   by = {(row["engine"], row["stage"], row["ratio"]): row for row in rows}
-  peers = [
-    *dict.fromkeys(row["engine"] for row in rows if row["engine"] != OURS)
-  ]
+  peers = [name for name in dict.fromkeys(k[0] for k in by) if name != OURS]
   head = ["stage", "kept", "ours, ms", "quartiles", "first run, s", "limit, ms"]
   head += ["of the limit", *(f"{name}, ms" for name in peers)]
   head += [f"ours / {name}" for name in peers]
@@ -316,11 +317,8 @@ def markdown(rows) -> str:
       line.append(f"{ours['first_s']:.3g}")
       least = ours["limit_ms"]
       line += [f"{least:.4g}", f"{least / own:.0%}"] if least else ["", ""]
-    line += map(told, others)
-    line += [
-      f"{own / o['ms']:.2f}" if own and "ms" in o else "" for o in others
-    ]
-    lines.append(line)
+    found = [own and "ms" in o and f"{own / o['ms']:.2f}" for o in others]
+    lines.append([*line, *map(told, others), *(x or "" for x in found)])
   return tables.as_markdown(head, lines, range(1, len(head)))
 
 

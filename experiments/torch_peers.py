@@ -12,6 +12,7 @@ import math
 
 import numpy as np
 import torch
+import transformers
 
 from cacovid_jax.inference import methods as methods_lib
 from cacovid_jax.parity import transformers as transformers_lib
@@ -85,6 +86,11 @@ ENGINES = {"transformers": Transformers, "twin": torch_twin.Twin}
 
 class Peer:
   """Stages of one prompt by an engine, as of `stages.Ours`."""
+
+  facts = {
+    "torch": str(torch.__version__),
+    "transformers": transformers.__version__,
+  }
 
   def __init__(self, name, device, subject):
     """Loads the weights that `subject`, a `made_up.MadeUp`, was made of."""
