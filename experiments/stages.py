@@ -13,6 +13,7 @@ import functools
 import importlib
 import math
 import os
+import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -122,13 +123,6 @@ class Ours:
     return self._answer(programs, ratio, batch, selection)
 
 
-class _Store:
-  """One clip under every name, as `inference.features` gives clips."""
-
-  def __init__(self, clip):
-    self.load, self.finish = (lambda path: clip), list
-
-
 def trainer(subject, config, workdir) -> Callable[[], Any]:
   """Returns f() that trains on one video, all I iterations, and goes on.
 
@@ -163,7 +157,9 @@ def trainer(subject, config, workdir) -> Callable[[], Any]:
   question = dataclasses.replace(question, answer="A")
   features = np.asarray(subject.batch.features[0], np.float32)  # As stored.
   clip = video_llm.VideoFeatures(features, grid)
-  run = run_lib.Run(experiment, questions=[question], store=_Store(clip))
+  # One clip under every name, as `inference.features` gives clips.
+  store = types.SimpleNamespace(load=lambda path: clip, finish=list)
+  run = run_lib.Run(experiment, questions=[question], store=store)
   batch, _ = next(run.batches(0))
   batch, state = training_programs.place_batch(batch, run.mesh), None
 
@@ -264,15 +260,12 @@ def timed(engine, stage, ratio, repeats) -> dict[str, float]:
 
 
 def measure(
-  engines: Mapping[str, Callable[[], Any]],
-  cells: Iterable[tuple[str, float]],
-  rows: answer_log.AnswerLog,
-  repeats: int,
-  limit: Callable[[str, float], float] | None = None,
+  engines: Mapping[str, Callable[[], Any]], cells, rows, repeats, limit=None
 ) -> list[dict[str, Any]]:
-  """Returns a dict per engine, stage and ratio; what cannot be run says why.
+  """Returns a dict per engine and cell; what cannot be run says why.
 
-  Engines, by name, are made when there is something to measure.
+  Engines, by name, are made when there is something to measure. Times go to
+  `rows`, an `AnswerLog`; `limit` is as of `limits`.
   """
   out = []
   for name, make in engines.items():

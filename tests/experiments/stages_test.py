@@ -34,18 +34,7 @@ def quick():
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-  return tmp_path_factory.mktemp("stages") / "weights"
-
-
-@pytest.fixture(scope="module")
-def subject(weights):
-  checkpoint = made_up.checkpoint(SIZE.config(), SIZE.dtype, weights)
-  return made_up.subject(checkpoint, SIZE.grid)
-
-
-@pytest.fixture(scope="module")
-def lively(tmp_path_factory):
+def subject(tmp_path_factory):
   """A prompt to weights of which every one matters, unlike those for times."""
   model = checkpoints.make_model(SIZE.config())
   rng = np.random.default_rng(0)
@@ -53,16 +42,15 @@ def lively(tmp_path_factory):
     lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32),
     model.init(jax.random.key(0)),
   )
-  folder = tmp_path_factory.mktemp("lively")
+  folder = tmp_path_factory.mktemp("weights")
   checkpoints.save(folder, model.config, params, eos_ids=[1], pad_id=0)
   return made_up.subject(checkpoints.load(folder), SIZE.grid)
 
 
 @pytest.mark.parametrize("name", torch_peers.ENGINES)
 @torch.no_grad()
-def test_a_peer_computes_what_ours_does(lively, name):
+def test_a_peer_computes_what_ours_does(subject, name):
   """Float32, the same weights; the first two tokens behind the prompt."""
-  subject = lively
   peer, batch = torch_peers.Peer(name, "cpu", subject), subject.batch
   model, params = subject.checkpoint.model, subject.checkpoint.params
 
@@ -137,8 +125,11 @@ FLAGS = dict(
 )  # fmt: skip
 
 
-def test_a_table_goes_on(weights, subject, tmp_path, monkeypatch, capsys):
-  commands.run(efficiency_table, workdir=tmp_path, weights=weights, **FLAGS)
+def test_a_table_goes_on(subject, tmp_path, monkeypatch, capsys):
+  flags = FLAGS | dict(
+    workdir=tmp_path, weights=subject.checkpoint.identity["path"]
+  )
+  commands.run(efficiency_table, **flags)
   rows = json.loads((tmp_path / "stages.json").read_text())["stages"]
   assert len(rows) == 3 * (2 + 1 + 2 + 2)
   for row in rows:
@@ -150,12 +141,12 @@ def test_a_table_goes_on(weights, subject, tmp_path, monkeypatch, capsys):
   made = lambda *args: pytest.fail("measured again")  # noqa: E731
   monkeypatch.setattr(stages.Ours, "function", made)
   monkeypatch.setattr(torch_peers.Peer, "_decode", made)
-  commands.run(efficiency_table, workdir=tmp_path, weights=weights, **FLAGS)
+  commands.run(efficiency_table, **flags)
   again = json.loads((tmp_path / "stages.json").read_text())["stages"]
   assert again == rows
 
 
-def test_what_does_not_fit_is_written_as_such(tmp_path, weights, monkeypatch):
+def test_what_does_not_fit_is_written_as_such(subject, tmp_path, monkeypatch):
   real, broken = stages.Ours._select, []
 
   def select(self, ratio, batch=None):
@@ -165,7 +156,7 @@ def test_what_does_not_fit_is_written_as_such(tmp_path, weights, monkeypatch):
 
   monkeypatch.setattr(stages.Ours, "_select", select)
   flags = dict(size="tiny", frames="2,4", batches="1,2", repeats=1)
-  flags |= dict(workdir=tmp_path, weights=weights)
+  flags |= dict(workdir=tmp_path, weights=subject.checkpoint.identity["path"])
   commands.run(scaling, **flags)
   lines = (tmp_path / "table.md").read_text().splitlines()
   cells = [[cell.strip() for cell in line.split("|")] for line in lines[2:]]
