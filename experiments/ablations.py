@@ -97,7 +97,7 @@ class Row(NamedTuple):
     return ", ".join(told)
 
 
-class Run(NamedTuple):
+class RowRun(NamedTuple):
   """A row with one seed."""
 
   name: str
@@ -216,7 +216,7 @@ def make_rows(recipes, also=(), other_base="") -> dict[str, Row]:
   return rows | {n: r._replace(part=PARTS[1]) for n, r in transfer.items()}
 
 
-def make_run(workdir, recipe, name, row, seed) -> Run:
+def make_run(workdir, recipe, name, row, seed) -> RowRun:
   """Returns a row with a seed; its configs were checked."""
   trained = config_lib.replace(recipe, {**row.changes, "seed": seed})
   asked = config_lib.replace(trained, row.asked) if row.asked else trained
@@ -240,7 +240,7 @@ def make_run(workdir, recipe, name, row, seed) -> Run:
   short = f"{re.sub(r'[^a-zA-Z0-9.=_]', '_', name)[:40]}-{digest}"
   folder = workdir / (short if "=" in name else name) / f"seed_{seed}"
   policy = workdir / "policies" / policy
-  return Run(name, seed, row, trained, asked, folder, policy, identity)
+  return RowRun(name, seed, row, trained, asked, folder, policy, identity)
 
 
 def read_known(workdir: pathlib.Path) -> dict[str, dict[int, Any]]:
@@ -256,7 +256,7 @@ def read_known(workdir: pathlib.Path) -> dict[str, dict[int, Any]]:
   return found
 
 
-def is_known(run: Run, known) -> bool:
+def is_known(run: RowRun, known) -> bool:
   """Returns whether a run is among `known`; refuses one of another making."""
   if entry := known.get(run.name, {}).get(run.seed):
     differing = config_lib.differences(entry["identity"], run.identity)
@@ -282,7 +282,7 @@ def print_plan(runs, args, ours) -> None:
   reporting.table(("row", "seed", "changes", "videos", "minutes"), lines, title)
 
 
-def perform(run: Run, *, wait: bool) -> None:
+def perform(run: RowRun, *, wait: bool) -> None:
   """Runs a row, unless it is done by now; `wait` is that of `files.claim`."""
   path = run.folder / _KNOWN
   with files.claim(run.folder / "row", wait=wait):
@@ -296,7 +296,7 @@ def perform(run: Run, *, wait: bool) -> None:
     files.write_json(path, {"identity": run.identity, **told, **found})
 
 
-def measure(run: Run, *, wait: bool) -> dict[str, Any]:
+def measure(run: RowRun, *, wait: bool) -> dict[str, Any]:
   """Trains where that is not done, asks, and returns what a table needs.
 
   Accuracies and scores are fractions; scores are in the order of `questions`,

@@ -1,18 +1,26 @@
-r"""The paper's efficiency table: what compression costs and what it saves.
+r"""What compression costs and what it saves: the paper's table, and stages.
 
-python -m experiments.efficiency_table --size=ov-7b
+python -m experiments.efficiency_table --size=ov-7b --peers=transformers,twin
+python -m experiments.efficiency_table --size=ov-7b --methods=   # stages alone
 python -m experiments.efficiency_table --size=tiny     # on a CPU
 python -m experiments.efficiency_table ... --dry_run   # what it would take
 
 Times one prompt about one video on this device: the tower, the prefill of all
 tokens, and for every method the choice of its tokens and the prefill of what
-is left, up to the first token of the answer. Medians of `--repeats` runs.
-Weights are random, drawn once into `--weights`: times do not depend on their
-values, but for methods whose work depends on the video (FrameFusion).
+is left, up to the first token of the answer. Then `--stages`, by our programs
+and by `--peers` in PyTorch on the same weights: clip (a file's frames to
+pixels), tower (with projector and pooling), scores of the policy, select (with
+scores and gather), prefill, first token, decode (a token) and train (a video
+at a fixed ratio), beside what their operations or bytes take at the device's
+speed, measured in the same run unless --tflops and --gbps say it. Medians of
+`--repeats` runs. Weights are random, drawn once into `--weights`: times do not
+depend on their values, but for methods whose work depends on the video
+(FrameFusion).
 
 WORKDIR/table.md, table.csv   a row per method and ratio, the paper's beside it
 WORKDIR/prefill.svg           milliseconds to the first token, by part
 WORKDIR/results.json          all of it, with shapes, dtype, device, versions
+WORKDIR/stages.md, stages.json, stages.svg   stages, ours beside the peers
 WORKDIR/rows.jsonl            every time as it is measured
 
 Given again, it measures what rows.jsonl lacks and what could not be run; times
@@ -21,7 +29,8 @@ of another size, device or version are refused.
 Operations and cache are counted, not measured (`evals.cost`). A method inside
 the language model chooses and prefills in one program: its choice is the time
 beyond prefilling as many tokens chosen before it. What a tower hands out
-beside its features (attention, keys) is not timed.
+beside its features (attention, keys) is not timed. Peers choose by a plain
+top-k and do not train.
 """
 
 import functools
@@ -43,10 +52,12 @@ from cacovid_jax.evals import (
   provenance,
   results,
   tables,
+  timing,
 )
 from cacovid_jax.inference import methods as methods_lib
 from cacovid_jax.models import checkpoints, llava_onevision, qwen2_5_vl
-from experiments import made_up, reporting
+from configs import llava_onevision as training_config
+from experiments import made_up, reporting, stages
 
 _LLAVA = llava_onevision.LlavaOnevisionConfig
 _QWEN = qwen2_5_vl.Qwen2_5VLConfig
@@ -60,16 +71,21 @@ class Size(NamedTuple):
   grid: tuple[int, int, int]  # (T, H, W) of the video's tokens.
   dtype: str = "bfloat16"  # Of weights and computation.
   paper: str = ""  # Key of `paper.MODELS` whose times stand beside, or "".
+  training: str = ""  # Argument of the config whose training is timed, or "".
 
 
 # 32 frames; Qwen2.5-VL joins two of them, and a 16:9 clip has 12 x 21 tokens
 # within the paper's 256 of a slice.
 SIZES = {
-  "ov-7b": Size(_LLAVA.llava_onevision_7b, (32, 14, 14), paper="ov7b"),
-  "ov-0.5b": Size(_LLAVA.llava_onevision_0_5b, (32, 14, 14)),
+  "ov-7b": Size(
+    _LLAVA.llava_onevision_7b, (32, 14, 14), "bfloat16", "ov7b", "size=7b"
+  ),
+  "ov-0.5b": Size(
+    _LLAVA.llava_onevision_0_5b, (32, 14, 14), training="size=0_5b"
+  ),
   "qwen-3b": Size(_QWEN.qwen2_5_vl_3b, (16, 12, 21)),
   "qwen-7b": Size(_QWEN.qwen2_5_vl_7b, (16, 12, 21)),
-  "tiny": Size(_LLAVA.tiny, (8, 4, 4), "float32"),
+  "tiny": Size(_LLAVA.tiny, (8, 4, 4), "float32", training="debug"),
   "qwen-tiny": Size(_QWEN.tiny, (4, 4, 6), "float32"),
 }
 # Rows beside the methods, by label.
@@ -88,7 +104,15 @@ COMMAND = command.Command(
       "Folder of random weights; below --workdir if empty.", old=["weights_dir"]
     ),
   )
-  | {"repeats": latency.REPEATS}
+  | {
+    "repeats": latency.REPEATS,
+    "stages": command.Flag("Stages that are timed.", default=(*stages.STAGES,)),
+    "kept": command.Flag(
+      "Shares of tokens that stages are timed at.",
+      default=(1.0, 0.25, 0.2, 0.15, 0.1),
+    ),
+  }
+  | stages.PEERS
   | estimate.FLAGS,
   defaults={
     "evals.methods": tuple(
@@ -118,22 +142,48 @@ def main(args):
     raise errors.UserError(
       f"config.table.size={name}: use {' or '.join(SIZES)}"
     )
+  errors.check(
+    {*args.stages} <= {*stages.STAGES},
+    f"--stages={','.join(args.stages)}: choose of {', '.join(stages.STAGES)}",
+  )
+  args.kept = results.check_ratios(map(base.check_ratio, args.kept))
   if args.dry_run:
     dry_run(table, methods, ratios)
     return
+  peers = stages.load_peers(args, SIZES[name].config())
   workdir = pathlib.Path(args.workdir or f"workdirs/efficiency_{name}")
   with answer_log.AnswerLog(
     workdir / ROWS, run_of(name, repeats), mend="or give another --workdir"
   ) as rows:
     size, weights = SIZES[name], table.weights or workdir / "weights"
-    subject, encode = made_up.subject(
-      size.config(), size.grid, size.dtype, weights
-    )
-    out = measure(subject, encode, name, methods, ratios, repeats, rows)
+    checkpoint = made_up.checkpoint(size.config(), size.dtype, weights)
+    subject = made_up.subject(checkpoint, size.grid)
+    out = measure(subject, name, methods, ratios, repeats, rows)
+    if args.stages:
+      measure_stages(args, subject, peers, workdir, rows)
   files.write_json(workdir / "results.json", out)
   tables.write_efficiency(workdir, out)
   terminal.tell(tables.efficiency_markdown(out))
   reporting.files(workdir, (*tables.EFFICIENCY_FILES, "results.json"))
+
+
+def measure_stages(args, subject, peers, workdir, rows) -> None:
+  """Times the stages of the command line and writes `stages.FILES`."""
+  table, size = args.config.table, SIZES[args.config.table.size]
+  training = size.training and training_config.get_config(size.training)
+  engines = {
+    stages.OURS: functools.partial(
+      stages.Ours, subject, workdir=workdir / "stages", training=training
+    )
+  }
+  for name, make in peers.items():
+    engines[name] = functools.partial(make, subject)
+  speed = estimate.speed_of(table, size.dtype)
+  limit = stages.limits(subject, speed, training)
+  cells = stages.cells(args.stages, args.kept)
+  found = stages.measure(engines, cells, rows, table.repeats, limit)
+  facts = run_of(table.size, table.repeats) | {"speed": speed._asdict()}
+  stages.write(workdir, found, facts)
 
 
 def run_of(name: str, repeats: int) -> dict[str, Any]:
@@ -218,7 +268,7 @@ def _counts(text, kept, outside, dtype) -> dict[str, float]:
   }
 
 
-def measure(subject, encode, name, methods, ratios, repeats, rows):
+def measure(subject, name, methods, ratios, repeats, rows):
   """Returns results.json as a dict: facts, and one row per method and ratio.
 
   Of what `made_up.subject` gives; times go to `rows`, an `AnswerLog`.
@@ -236,10 +286,12 @@ def measure(subject, encode, name, methods, ratios, repeats, rows):
       "these are not the weights that earlier rows were measured with; give"
       " those by --weights, or another --workdir"
     )
-  tower = functools.partial(latency.median_milliseconds, encode, repeats)
   shared = {
     f"{part}_ms": once(part, lambda f=run: {"ms": f()})["ms"]
-    for part, run in (("tower", tower), ("embed", watch.embed))
+    for part, run in (
+      ("tower", lambda: timing.measure(subject.encode, repeats).ms),
+      ("embed", watch.embed),
+    )
   }
 
   found = []

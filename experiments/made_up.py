@@ -8,6 +8,7 @@ import functools
 import math
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,12 +17,14 @@ import numpy as np
 
 from cacovid_jax import errors, files
 from cacovid_jax.compressors import base
+from cacovid_jax.data import decode_workers, frames
 from cacovid_jax.evals import estimate, latency
+from cacovid_jax.inference import clips
 from cacovid_jax.inference import programs as programs_lib
 from cacovid_jax.models import checkpoints, processors, prompt_batch
-from cacovid_jax.parallel import mesh as mesh_lib
 from cacovid_jax.policy import loading, network
 from cacovid_jax.synthetic import tiny_checkpoints
+from experiments import clip_matrix
 
 NUM_TEXT = 75  # Tokens of a usual question with options and template.
 START = NUM_TEXT // 3  # Row of a prompt at which the video begins.
@@ -73,16 +76,25 @@ def inputs(grid, config):
   )
 
 
-def subject(config, grid, dtype, directory) -> tuple[latency.Subject, Any]:
-  """Returns (a prompt to time, f() that runs the tower over its video).
+@dataclasses.dataclass(frozen=True, eq=False)
+class MadeUp(latency.Subject):
+  """A made-up prompt, and the video that its features do not come from."""
 
-  Of the base model with this config and grid (T, H, W); `directory` is that of
-  the random weights, drawn if they are not there.
-  """
+  pixels: Any  # float32, as the tower takes them.
+  encode: Callable[[], Any]  # Runs the tower's program over them.
+
+
+def checkpoint(config, dtype, directory) -> checkpoints.Checkpoint:
+  """Returns random weights of a folder, drawn if it has none."""
   directory = pathlib.Path(directory)
   _draw(directory, config)
-  checkpoint = checkpoints.load(directory, jnp.dtype(dtype))
+  return checkpoints.load(directory, jnp.dtype(dtype))
+
+
+def subject(checkpoint, grid) -> MadeUp:
+  """Returns a prompt to time, about a video of a grid (T, H, W)."""
   model, params = checkpoint.model, checkpoint.params
+  config = model.config
   programs = programs_lib.Programs(checkpoint, max_new_tokens=1)
   given = inputs(grid, config)
   features = given.features.astype(model.dtype)
@@ -98,18 +110,25 @@ def subject(config, grid, dtype, directory) -> tuple[latency.Subject, Any]:
   )
   start = policy.init_from_llm(jax.random.key(0), params)
   followed = loading.LoadedPolicy.of(policy, start)
-  found = latency.Subject(
+  pixels = rng.standard_normal(config.vision.input_shape(grid), np.float32)
+  return MadeUp(
     checkpoint=checkpoint,
     programs=programs,
     grid=grid,
     batch=batch,
     inputs=lambda cell: given,
     policy=lambda method: followed,
+    pixels=pixels,
+    encode=encoder(model, params, processors.TowerInputs(pixels, grid)),
   )
-  values = rng.standard_normal(config.vision.input_shape(grid), np.float32)
-  pixels = model.tower_inputs(processors.TowerInputs(values, grid))
-  pixels = jax.tree.map(jnp.asarray, pixels)
-  return found, functools.partial(encode, params, pixels, model=model)
+
+
+def encoder(model, params, inputs) -> Callable[[], Any]:
+  """Returns f() -> features float[N, D]: the tower, as a store runs it."""
+  run = clips.tower_program(model, (), None)
+  params = {k: v for k, v in params.items() if k != "language_model"}
+  inputs = jax.tree.map(jnp.asarray, model.tower_inputs(inputs))
+  return lambda: run(params, inputs)[clips.FEATURES]
 
 
 def _draw(directory, config):
@@ -156,14 +175,19 @@ def prompt(model, params, features, grid, rng) -> prompt_batch.PromptBatch:
   )
 
 
-def encode(params, inputs, *, model):
-  """Returns the features float[N, D] of a tower's inputs."""
-  return _tower(model)(params, inputs)
+def reader(subject, folder) -> Callable[[], Any]:
+  """Returns f() that makes pixels of a clip, in a worker as a store does.
 
-
-@functools.cache
-def _tower(model):
-  def encode(params, inputs):
-    return model.encode(params, inputs).features
-
-  return mesh_lib.jit(encode, "tower")
+  Of a ten-second H.264 clip of 640 x 360, which is made in the folder.
+  """
+  folder = pathlib.Path(folder)
+  if not (path := folder / "clip.mp4").exists():
+    files.make_folder(folder)
+    pictures = (clip_matrix.moving(number, 80, 64) for number in range(250))
+    clip_matrix.encode(path, clip_matrix.CODECS["h264_b"], pictures, (640, 360))
+  model = subject.checkpoint.model
+  joined = getattr(model.config.vision, "temporal_patch_size", 1)
+  rule = frames.FrameRule(joined * subject.grid[0])
+  call = decode_workers.WAYS["workers"]
+  found = clips.ClipReader(str(folder), model.processor, rule, call=call)
+  return functools.partial(found.read, path.name)

@@ -96,7 +96,7 @@ def draw_prompt(model, params, rng, num_frames):
   # A clip has a start and an end.
   frames = [*render.clip(scene, max(2, num_frames))][:num_frames]
   inputs = model.processor(np.stack(frames))
-  features = made_up.encode(params, model.tower_inputs(inputs), model=model)
+  features = made_up.encoder(model, params, inputs)()
   found = made_up.prompt(model, params, features, inputs.grid, rng)
   return found.x, found.positions, found.video_rows, inputs.grid
 

@@ -1,16 +1,18 @@
 """What experiments print, and times written down as they are measured."""
 
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
 import rich.box
 import rich.table
 
 from cacovid_jax import errors, terminal
 from cacovid_jax.data import answer_log
 from cacovid_jax.evals import provenance
+
+_NO_ROOM = re.compile("RESOURCE_EXHAUSTED|out of memory", re.I)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]], title="") -> None:
@@ -42,8 +44,8 @@ def once(
   if key not in rows:
     try:
       found = measure()
-    except jax.errors.JaxRuntimeError as error:
-      if "RESOURCE_EXHAUSTED" not in str(error):
+    except RuntimeError as error:  # JAX's and PyTorch's own are such.
+      if not _NO_ROOM.search(str(error)):
         raise
       reason = errors.one_line(error)[:160]
       raise errors.UserError(

@@ -62,7 +62,7 @@ _REWARDS = ("reward_token", "reward_token_greedy", "reward_frame",
 _DONE = "sweep_done"
 
 
-class Run(NamedTuple):
+class PointRun(NamedTuple):
   """One point of the grid with one seed."""
 
   point: Mapping[str, str]  # Key -> value, as they were written.
@@ -118,7 +118,7 @@ def parse_grid(texts: Sequence[str]) -> dict[str, list[str]]:
   return grid
 
 
-def plan(spec, overrides, grid, seeds, workdir: pathlib.Path) -> list[Run]:
+def plan(spec, overrides, grid, seeds, workdir: pathlib.Path) -> list[PointRun]:
   """Returns all runs, seeds next to each other; every config was resolved."""
   runs = []
   points = itertools.product(*grid.values())
@@ -134,7 +134,7 @@ def plan(spec, overrides, grid, seeds, workdir: pathlib.Path) -> list[Run]:
     modules = ["train", "evaluate"] if "evals" in config else ["train"]
     commands = [["-m", f"cacovid_jax.{m}", *arguments] for m in modules]
     digest = hashlib.sha256(config_lib.dumps(config).encode()).hexdigest()
-    runs.append(Run(point, seed, folder, digest, commands))
+    runs.append(PointRun(point, seed, folder, digest, commands))
   for run, other in itertools.combinations(runs, 2):
     if run.digest == other.digest or run.workdir == other.workdir:
       raise errors.UserError(
@@ -144,7 +144,7 @@ def plan(spec, overrides, grid, seeds, workdir: pathlib.Path) -> list[Run]:
   return runs
 
 
-def job_array(runs: Sequence[Run]) -> str:
+def job_array(runs: Sequence[PointRun]) -> str:
   """Returns the lines of a SLURM script, behind its first one."""
   lines = [f"#SBATCH --array=0-{len(runs) - 1}", "case $SLURM_ARRAY_TASK_ID in"]
   for number, run in enumerate(runs):
@@ -155,7 +155,7 @@ def job_array(runs: Sequence[Run]) -> str:
   return "\n".join([*lines, "esac"])
 
 
-def perform(run: Run) -> bool:
+def perform(run: PointRun) -> bool:
   """Returns whether a run came to its end; goes on with one that was begun.
 
   Raises:
@@ -195,7 +195,7 @@ def read(workdir: pathlib.Path) -> dict[str, float]:
   return found
 
 
-def write_table(workdir: pathlib.Path, runs: Sequence[Run]) -> str:
+def write_table(workdir: pathlib.Path, runs: Sequence[PointRun]) -> str:
   """Writes table.md and table.csv of finished runs; returns the Markdown."""
   points = collections.defaultdict(list)
   for run in runs:

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cacovid_jax.evals import latency
+from cacovid_jax.evals import timing
 from cacovid_jax.models import checkpoints, qwen2
 from cacovid_jax.parallel import mesh as mesh_lib
 from cacovid_jax.policy import network
@@ -46,9 +46,17 @@ def _widths(text) -> tuple[int, int]:
   return text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
 
 
-def prefill_flops(text: qwen2.Qwen2Config, rows: Sequence[int]) -> int:
-  """Returns the operations to the first logits, of `rows` in each layer."""
+def prefill_flops(
+  text: qwen2.Qwen2Config, rows: Sequence[int], *, causal: bool = False
+) -> int:
+  """Returns the operations to the first logits, of `rows` in each layer.
+
+  Those that cannot be spared are fewer: `causal` counts visible pairs alone.
+  """
   layers = sum(_layer_flops(text, count, count) for count in rows)
+  if causal:
+    heads, _ = _widths(text)
+    layers -= sum(2 * count * (count - 1) * heads for count in rows)
   return layers + 2 * text.hidden_size * text.vocab_size
 
 
@@ -56,6 +64,18 @@ def decode_flops(text: qwen2.Qwen2Config, rows: Sequence[int]) -> int:
   """Returns the operations of one more token behind `rows` in each layer."""
   layers = sum(_layer_flops(text, 1, count + 1) for count in rows)
   return layers + 2 * text.hidden_size * text.vocab_size
+
+
+def decode_bytes(
+  text: qwen2.Qwen2Config, rows: Sequence[int], dtype: Any
+) -> int:
+  """Returns the bytes that one more token reads: each weight once, the cache.
+
+  Of the embeddings it reads one row, which is left out.
+  """
+  weights = text.num_layers * _layer_flops(text, 1, 0) // 2
+  weights += text.hidden_size * text.vocab_size
+  return weights * jnp.dtype(dtype).itemsize + kv_bytes(text, rows, dtype)
 
 
 def policy_flops(config: network.PolicyConfig, rows: int, grid: Grid) -> int:
@@ -242,8 +262,8 @@ def measure_speed(dtype: Any, size: int = 0, repeats: int = 5) -> Speed:
   size = size or (1024 if jax.default_backend() == "cpu" else 8192)
   matrix = jnp.ones((size, size), dtype)
   product = jax.jit(lambda a: a @ a)
-  taken = latency.median_milliseconds(lambda: product(matrix), repeats)
+  taken = timing.measure(lambda: product(matrix), repeats).ms
   wide = jnp.ones(32 * size * 1024, jnp.uint8)
   copy = jax.jit(lambda a: a + 1)
-  copied = latency.median_milliseconds(lambda: copy(wide), repeats)
+  copied = timing.measure(lambda: copy(wide), repeats).ms
   return Speed(2e3 * size**3 / taken, 2e3 * wide.nbytes / copied)

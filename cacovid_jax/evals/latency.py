@@ -9,16 +9,13 @@ answering from the same share of tokens, chosen before the model.
 
 import dataclasses
 import functools
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
-
-import jax
 
 from cacovid_jax import command
 from cacovid_jax.compressors import base
 from cacovid_jax.data import question as question_lib
+from cacovid_jax.evals import timing
 from cacovid_jax.inference import engine as engine_lib
 from cacovid_jax.inference import methods as methods_lib
 from cacovid_jax.inference import programs as programs_lib
@@ -166,22 +163,7 @@ class Stopwatch:
     return self._known[key]
 
   def _median(self, function: Callable[[], Any]) -> float:
-    return median_milliseconds(function, self._repeats)
-
-
-def median_milliseconds(
-  function: Callable[[], Any],
-  repeats: int,
-  wait: Callable[[Any], Any] = jax.block_until_ready,
-) -> float:
-  """Returns the median over `repeats` runs, after one that may compile."""
-  wait(function())
-  taken = []
-  for _ in range(repeats):
-    start = time.perf_counter()
-    wait(function())
-    taken.append(1e3 * (time.perf_counter() - start))
-  return statistics.median(taken)
+    return timing.measure(function, self._repeats).ms
 
 
 def readable(

@@ -195,7 +195,7 @@ class Tower:
     return found
 
   def _run(self, signals, inputs) -> list[dict[str, jax.Array]]:
-    program = _program(self._model, signals, self._mesh)
+    program = tower_program(self._model, signals, self._mesh)
     if self._mesh is None:
       out = [program(self._params, one) for one in inputs]
       return jax.block_until_ready(out)
@@ -207,8 +207,12 @@ class Tower:
 
 
 @functools.lru_cache(maxsize=32)
-def _program(model, signals, mesh):
-  """Returns the jitted tower; stores of equal models compile it once."""
+def tower_program(model, signals, mesh):
+  """Returns the jitted tower; stores of equal models compile it once.
+
+  A function of weights and `TowerInputs` (of one clip, or on a mesh several):
+  {FEATURES and perhaps DEEP}, or {name: array} of the wanted signals.
+  """
 
   def encode(params, inputs):
     video = model.encode(params, inputs, signals=signals)

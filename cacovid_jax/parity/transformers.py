@@ -76,7 +76,7 @@ def reference(
   rng = np.random.default_rng(seed)
   described = config.to_hf()
   make, (name,) = _MAKERS[described["model_type"]], described["architectures"]
-  torch, model = _load(directory, name, device, dtype, attention)
+  torch, model = load(directory, name, device, dtype, attention)
   with torch.no_grad():
     run = _Run(torch, model, device, config, rng, max_new_tokens)
     arrays = make(run, directory, num_frames)
@@ -312,7 +312,7 @@ class _Run:
     return out.sequences[:, start : start + steps]
 
 
-def _load(directory, name, device, dtype, attention):
+def load(directory, name, device, dtype, attention):
   """Returns (torch, the model of class `name`), ready to be compared."""
   try:
     import torch

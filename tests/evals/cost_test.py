@@ -96,6 +96,22 @@ def test_one_more_token_reads_the_cache():
   assert abs(found - expected) <= 4 * cfg.num_layers * 32 * 2 + 2 * 8
 
 
+def test_what_cannot_be_spared():
+  """Of a prompt of three rows, six of nine pairs in each layer are visible;
+  one more token reads all weights of the decoder but for the embeddings."""
+  cfg = LLAVA.text
+  whole = cost.prefill_flops(cfg, [3] * cfg.num_layers)
+  spared = whole - cost.prefill_flops(cfg, [3] * cfg.num_layers, causal=True)
+  heads = cfg.num_heads * cfg.head_dim
+  assert spared == cfg.num_layers * (9 - 6) * 4 * heads
+  _, params = shapes_of(LLAVA)
+  count = sum(leaf.size for leaf in jax.tree.leaves(params["language_model"]))
+  # Without biases and norms, too.
+  count -= cfg.num_layers * (2 * heads + 2 * cfg.hidden_size) + cfg.hidden_size
+  count -= cfg.vocab_size * cfg.hidden_size
+  assert cost.decode_bytes(cfg, [0] * cfg.num_layers, "bfloat16") == 2 * count
+
+
 def test_llava_tower_is_its_matrix_products():
   model, params = shapes_of(LLAVA)
   size = LLAVA.vision.image_size

@@ -1,32 +1,11 @@
-"""Medians of times, and what counts towards a method."""
+"""What counts towards a method's time."""
 
 import pytest
 
-from cacovid_jax.evals import benchmarks, latency
+from cacovid_jax.evals import benchmarks, latency, timing
 from cacovid_jax.inference import engine as engine_lib
 from cacovid_jax.inference import methods as methods_lib
 from tests.evals import tiny
-
-
-class Clock:
-  """A clock that goes on by given steps between two looks."""
-
-  def __init__(self, *steps):
-    self.now, self.steps, self.started = 0.0, list(steps), False
-
-  def __call__(self):
-    if self.started:
-      self.now += self.steps.pop(0)
-    self.started = not self.started
-    return self.now
-
-
-def test_the_first_run_does_not_count(monkeypatch):
-  calls = []
-  monkeypatch.setattr(latency.time, "perf_counter", Clock(0.002, 0.001, 0.009))
-  found = latency.median_milliseconds(lambda: calls.append(1), 3)
-  assert found == pytest.approx(2.0)
-  assert len(calls) == 4
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +32,9 @@ def test_what_a_method_reads_is_counted_once(engine, monkeypatch):
     assert repeats == 3
     function()
     counted.append(1)
-    return float(len(counted))
+    return timing.Timing.of([float(len(counted))])
 
-  monkeypatch.setattr(latency, "median_milliseconds", median)
+  monkeypatch.setattr(timing, "measure", median)
   subject = latency.subject(engine, questions[0])
   watch = latency.Stopwatch(subject, repeats=3)
   parse = methods_lib.Method.parse

@@ -9,7 +9,7 @@ import pytest
 
 from cacovid_jax import compressors, errors
 from cacovid_jax.data import answer_log
-from cacovid_jax.evals import latency, paper, tables
+from cacovid_jax.evals import latency, paper, tables, timing
 from cacovid_jax.inference import methods as methods_lib
 from cacovid_jax.models import checkpoints
 from cacovid_jax.synthetic import tiny_checkpoints
@@ -32,6 +32,7 @@ def make(tmp_path_factory):
       methods=METHODS,
       ratios=[0.5, 0.2],
       repeats=1,
+      stages="",
     )
     commands.run(efficiency_table, **flags | changes)
     return folder / "table"
@@ -152,7 +153,8 @@ def test_the_weights_are_told(made):
 @pytest.fixture(scope="module")
 def subject(made):
   size = efficiency_table.SIZES["tiny"]
-  return made_up.subject(size.config(), size.grid, size.dtype, made / "weights")
+  checkpoint = made_up.checkpoint(size.config(), size.dtype, made / "weights")
+  return made_up.subject(checkpoint, size.grid)
 
 
 @pytest.fixture
@@ -173,15 +175,19 @@ def timed(subject, tmp_path, monkeypatch):
   monkeypatch.setattr(latency.Stopwatch, "answered", answered)
   monkeypatch.setattr(latency.Stopwatch, "vanilla", vanilla)
   monkeypatch.setattr(latency.Stopwatch, "embed", lambda self: 1.0)
-  median = lambda function, repeats: calls.append("tower") or 5.0  # noqa: E731
-  monkeypatch.setattr(latency, "median_milliseconds", median)
+
+  def measure(function, repeats):
+    calls.append("tower")
+    return timing.Timing.of([5.0])
+
+  monkeypatch.setattr(timing, "measure", measure)
 
   def run(*specs, path=tmp_path / "rows.jsonl", repeats=1):
     methods = [methods_lib.Method.parse(spec) for spec in specs]
     identity = efficiency_table.run_of("tiny", repeats)
     with answer_log.AnswerLog(path, identity) as rows:
       return efficiency_table.measure(
-        *subject, "tiny", methods, (0.5, 0.25), repeats, rows
+        subject, "tiny", methods, (0.5, 0.25), repeats, rows
       )
 
   return calls, trouble, run
@@ -253,15 +259,15 @@ def test_times_of_another_run_are_not_mixed(timed, subject, tmp_path):
   with pytest.raises(errors.UserError, match="another run .differs in repeats"):
     run("uniform", repeats=2)
   checkpoint = dataclasses.replace(
-    subject[0].checkpoint, identity={"sha256": "0" * 64}
+    subject.checkpoint, identity={"sha256": "0" * 64}
   )
-  other = dataclasses.replace(subject[0], checkpoint=checkpoint)
+  other = dataclasses.replace(subject, checkpoint=checkpoint)
   identity = efficiency_table.run_of("tiny", 1)
   with (
     answer_log.AnswerLog(tmp_path / "rows.jsonl", identity) as rows,
     pytest.raises(errors.UserError, match="not the weights that earlier rows"),
   ):
-    efficiency_table.measure(other, None, "tiny", [], (0.5,), 1, rows)
+    efficiency_table.measure(other, "tiny", [], (0.5,), 1, rows)
 
 
 def test_one_process_at_a_time(tmp_path, make):

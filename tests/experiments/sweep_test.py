@@ -194,7 +194,7 @@ def test_a_table_of_numbers_written_by_hand(tmp_path):
       cell = {"status": "ok", "accuracy": 0.25 * seed}
       out = {"methods": {"cacovid": {"0.10": cell, "0.05": {"status": "no"}}}}
       (folder / "results.json").write_text(json.dumps(out))
-    runs.append(sweep.Run({"a.b": "x|y"}, seed, folder, "", ()))
+    runs.append(sweep.PointRun({"a.b": "x|y"}, seed, folder, "", ()))
   text = sweep.write_table(tmp_path, runs)
   assert text.splitlines()[2] == ("| x\\|y | 3 | 0.5 ± 0.36 | 37.5 ± 18 |")
   assert text == (tmp_path / "table.md").read_text()

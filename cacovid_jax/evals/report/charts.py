@@ -248,6 +248,16 @@ def averages(out: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
   return chart.file(f"{out['model'] or 'main table'}; open points: the paper")
 
 
+def lines(points: Mapping[str, Sequence], x: str, y: str, **options) -> Chart:
+  """Returns named lines of (x, y) points; x and y are labels."""
+  series = [
+    Series(name, found, f"c{i % _NUM_COLOURS}")
+    for i, (name, found) in enumerate(points.items())
+  ]
+  levels = [] if series else [("nothing was measured", 0.0)]
+  return Chart(series=series, levels=levels, x_label=x, y_label=y, **options)
+
+
 @matplotlib.rc_context(svg.RC)
 def first_token(out: Mapping[str, Any]) -> str:
   """Returns an SVG file of milliseconds to the first token, a bar per row."""

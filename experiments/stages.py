@@ -1,0 +1,336 @@
+"""Stages of answering and of training, timed through the package's programs.
+
+An engine makes, of a stage and a share of kept tokens, (f() that runs it, f()
+whose time is subtracted or None, how often the rest was done): `Ours` here, and
+`torch_peers.Peer` beside it.
+
+Letters: I iterations, G combinations, B videos.
+"""
+
+import collections
+import dataclasses
+import functools
+import importlib
+import math
+import os
+import types
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cacovid_jax import command, errors, files
+from cacovid_jax import config as config_lib
+from cacovid_jax import experiment as experiment_lib
+from cacovid_jax.data import answer_log
+from cacovid_jax.data import tokenizer as tokenizer_lib
+from cacovid_jax.evals import cost, estimate, tables, timing
+from cacovid_jax.evals.report import charts
+from cacovid_jax.inference import answerer
+from cacovid_jax.inference import methods as methods_lib
+from cacovid_jax.inference import programs as programs_lib
+from cacovid_jax.models import llava_onevision, video_llm
+from cacovid_jax.policy import network
+from cacovid_jax.training import programs as training_programs
+from cacovid_jax.training import run as run_lib
+from experiments import made_up, reporting
+
+# Those that depend on the share of tokens that are kept, and all.
+_BY_RATIO = ("select", "prefill", "first_token", "decode")
+STAGES = ("clip", "tower", "scores", *_BY_RATIO, "train")
+FILES = ("stages.md", "stages.json", "stages.svg")
+OURS = "ours"
+PEERS = {
+  "peers": command.Flag(
+    "PyTorch engines beside ours: transformers, twin.", default=()
+  ),
+  "torch_device": command.Flag("Where they compute.", default="cuda"),
+}
+_NEW_TOKENS = 32  # Over which the time of a token is a mean.
+
+
+class Ours:
+  """The package's own programs, on B copies of a made-up prompt."""
+
+  wait = staticmethod(jax.block_until_ready)
+  facts = {}  # Told beside each time.
+
+  def __init__(self, subject, batch: int = 1, *, workdir=None, training=None):
+    """Compiles nothing yet.
+
+    `training` is the config whose numbers a training takes; its files and a
+    clip go to `workdir`.
+    """
+    self._subject, self._training = subject, training
+    self._workdir = workdir
+    self._method = methods_lib.Method.parse("cacovid")
+    given = subject.inputs(methods_lib.Condition(self._method, 0.5))
+    copies = jnp.zeros(batch, jnp.int32)
+    self._batch, self._inputs = jax.tree.map(
+      lambda leaf: leaf[copies], (subject.batch, given)
+    )
+
+  def function(self, stage: str, ratio: float):
+    """Returns what an engine makes, see the module; None of what it lacks."""
+    subject = self._subject
+    if stage == "clip":
+      return made_up.reader(subject, self._workdir), None, 1
+    if stage == "train":
+      given = subject, self._training, self._workdir
+      return self._training and (trainer(*given), None, 1)
+    if stage not in ("prefill", "decode"):
+      return functools.partial(getattr(self, f"_{stage}"), ratio), None, 1
+    selection = None if ratio == 1 else self._select(ratio)
+    given = ratio, self._batch, selection
+    first = functools.partial(self._answer, subject.programs, *given)
+    if stage == "prefill":
+      return first, None, 1
+    endless = dataclasses.replace(subject.checkpoint, eos_ids=())
+    longer = programs_lib.Programs(endless, 1 + _NEW_TOKENS)
+    return functools.partial(self._answer, longer, *given), first, _NEW_TOKENS
+
+  def _tower(self, ratio):
+    return [self._subject.encode() for _ in range(len(self._batch.x))]
+
+  def _scores(self, ratio, batch=None):
+    policy = self._subject.policy(self._method)
+    given = policy.module, policy.params, batch or self._batch
+    return self._subject.programs.scores(*given, self._subject.grid)
+
+  def _select(self, ratio, batch=None):
+    batch = batch or self._batch
+    inputs = dataclasses.replace(
+      self._inputs, features=batch.features, scores=self._scores(ratio, batch)
+    )
+    given = self._method.compressor, ratio, self._subject.grid
+    return self._subject.programs.select(*given)(inputs)
+
+  def _answer(self, programs, ratio, batch, selection):
+    params = self._subject.checkpoint.params
+    if ratio == 1:
+      return programs.vanilla(params, batch)
+    return programs.answer(params, batch, selection)
+
+  def _first_token(self, ratio):
+    programs, batch = self._subject.programs, self._batch
+    features = self._subject.encode()[None]
+    given = batch.ids, features, batch.video_rows
+    x = programs.embed(self._subject.checkpoint.params, *given)
+    batch = batch._replace(x=x, features=features)
+    selection = None if ratio == 1 else self._select(ratio, batch)
+    return self._answer(programs, ratio, batch, selection)
+
+
+def trainer(subject, config, workdir) -> Callable[[], Any]:
+  """Returns f() that trains on one video, all I iterations, and goes on.
+
+  With the numbers of a config, at a fixed ratio, with as much text as the
+  prompt has, answers of two tokens and lettered rewards.
+  """
+  grid, model = subject.grid, subject.checkpoint.model
+  dtype = str(np.dtype(model.dtype))
+  changes = {
+    "data.num_frames": grid[0],
+    "data.num_threads": 0,
+    "data.prompt_rows": (subject.batch.x.shape[1] - math.prod(grid),),
+    "mesh.data": 1,
+    "model.dtype": dtype,
+    "policy.dtype": dtype,
+    "policy.num_halvings": estimate.num_halvings(model.config.text),
+    "ratio.adaptive": False,
+    "rollout.max_new_tokens": 2,
+    "sampling.ratio": _train_ratio(grid),
+    "total_steps": 1000,
+  }
+  tokenizer = tokenizer_lib.Tokenizer.from_directory(
+    experiment_lib.SHIPPED_MODEL
+  )
+  experiment = experiment_lib.Experiment.from_config(
+    config_lib.replace(config, changes),
+    workdir,
+    checkpoint=dataclasses.replace(subject.checkpoint, tokenizer=tokenizer),
+    split="videos_per_step",
+  )
+  question = answerer.as_question("clip", "What is first?", ("red", "blue"))
+  question = dataclasses.replace(question, answer="A")
+  features = np.asarray(subject.batch.features[0], np.float32)  # As stored.
+  clip = video_llm.VideoFeatures(features, grid)
+  # One clip under every name, as `inference.features` gives clips.
+  store = types.SimpleNamespace(load=lambda path: clip, finish=list)
+  run = run_lib.Run(experiment, questions=[question], store=store)
+  batch, _ = next(run.batches(0))
+  batch, state = training_programs.place_batch(batch, run.mesh), None
+
+  def step():
+    nonlocal state
+    state = run.init_state() if state is None else state
+    state, *out = run.programs.run(state, run.constants, batch)
+    return out
+
+  return step
+
+
+def _train_ratio(grid) -> float:
+  """Returns METHOD.md's 2 %, or the least that keeps a token of each frame."""
+  return max(0.02, 1 / math.prod(grid[1:]))
+
+
+def load_peers(args, config) -> dict[str, Callable[[Any], Any]]:
+  """Returns {name: f(subject) -> engine} of `PEERS`, for a model's config."""
+  if not args.peers:
+    return {}
+  errors.check(
+    isinstance(config, llava_onevision.LlavaOnevisionConfig),
+    "the peers are of LLaVA-OneVision; leave --peers out, or change --size",
+  )
+  try:
+    peers = importlib.import_module("experiments.torch_peers")
+  except ImportError as error:
+    raise errors.UserError(
+      f"--peers needs PyTorch ({error}); pip install 'cacovid_jax[hf]'"
+    ) from error
+  known, unknown = peers.ENGINES, {*args.peers} - {*peers.ENGINES}
+  errors.check(not unknown, f"--peers={unknown}: choose of {', '.join(known)}")
+  errors.check(
+    args.torch_device == "cpu" or peers.torch.cuda.is_available(),
+    f"PyTorch finds no {args.torch_device}; add --torch_device=cpu",
+  )
+  # Both share the device's memory; JAX would take most of it at once.
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+  return {
+    name: functools.partial(peers.Peer, name, args.torch_device)
+    for name in args.peers
+  }
+
+
+def limits(subject, speed, training=None) -> Callable[[str, float], float]:
+  """Returns f(stage, ratio) -> milliseconds by operations or bytes alone.
+
+  Of one video, at the speed of the device; causal attention counts what a row
+  may see. Decoding is bound by the bytes that a token reads.
+  """
+  model, grid = subject.checkpoint.model, subject.grid
+  text, rows = model.config.text, subject.batch.x.shape[1]
+  outside, layers = rows - math.prod(grid), text.num_layers
+  policy = network.PolicyConfig(
+    llm=text, num_halvings=estimate.num_halvings(text)
+  )
+  tower = cost.tower_flops(model.config, grid)
+  score = cost.policy_flops(policy, rows, grid)
+
+  def prefill(count):
+    return cost.prefill_flops(text, [count + outside] * layers, causal=True)
+
+  def limit(stage, ratio):
+    """Returns 0 for what is not counted."""
+    kept = int(ratio * math.prod(grid))
+    if stage == "decode":
+      read = cost.decode_bytes(text, [kept + outside] * layers, model.dtype)
+      return 1e3 * read / speed.bytes
+    if stage == "train" and training:
+      count = round(_train_ratio(grid) * math.prod(grid[1:])) * grid[0]
+      # A backward pass is two forward ones.
+      each = training.sampling.num_combinations * prefill(count) + 3 * score
+      return 1e3 * (training.iterations * each + score) / speed.flops
+    flops = {
+      "tower": tower, "scores": score, "select": score, "prefill": prefill(kept)
+    }  # fmt: skip
+    flops["first_token"] = tower + score * (ratio < 1) + flops["prefill"]
+    return 1e3 * flops.get(stage, 0) / speed.flops
+
+  return limit
+
+
+def timed(engine, stage, ratio, repeats) -> dict[str, float]:
+  """Returns milliseconds of a stage: median, quartiles, and the first run's."""
+  made = engine.function(stage, ratio)
+  errors.check(bool(made), "not measured")
+  run, less, count = made
+  found, base = timing.measure(run, repeats, engine.wait), 0.0
+  if less is not None:
+    base = timing.measure(less, repeats, engine.wait).ms
+  names = "ms", "low", "high"
+  each = {name: (getattr(found, name) - base) / count for name in names}
+  each |= engine.facts | {"first_s": found.first_s}
+  if stats := jax.devices()[0].memory_stats():
+    each["peak_gib"] = stats["peak_bytes_in_use"] / 2**30
+  return each
+
+
+def measure(
+  engines: Mapping[str, Callable[[], Any]], cells, rows, repeats, limit=None
+) -> list[dict[str, Any]]:
+  """Returns a dict per engine and cell; what cannot be run says why.
+
+  Engines, by name, are made when there is something to measure. Times go to
+  `rows`, an `AnswerLog`; `limit` is as of `limits`.
+  """
+  out = []
+  for name, make in engines.items():
+    make = functools.cache(make)  # One engine's weights at a time.
+    for stage, ratio in cells:
+      row = {"engine": name, "stage": stage, "ratio": ratio, "status": "ok"}
+      key = answer_log.Key(name, ratio, 0, stage)
+      run = lambda s=stage, r=ratio, m=make: timed(m(), s, r, repeats)  # noqa: E731
+      try:
+        row |= reporting.once(rows, key, run)
+      except errors.UserError as error:
+        row["status"] = errors.one_line(error)
+      if name == OURS and limit:
+        row["limit_ms"] = limit(stage, ratio)
+      out.append(row)
+  return out
+
+
+def cells(stages: Iterable[str], ratios: Iterable[float]):
+  """Returns (stage, ratio) of what is to be measured, each once."""
+  kept = [*dict.fromkeys(ratios)]
+  found = [(s, r) for s in stages for r in (kept if s in _BY_RATIO else (1.0,))]
+  # To keep all tokens, none is chosen.
+  return [cell for cell in found if cell != ("select", 1.0)]
+
+
+def markdown(rows) -> str:
+  """Returns a table, a line per stage and ratio, peers beside ours."""
+  by = {(row["engine"], row["stage"], row["ratio"]): row for row in rows}
+  peers = [name for name in dict.fromkeys(k[0] for k in by) if name != OURS]
+  head = ["stage", "kept", "ours, ms", "quartiles", "first run, s", "limit, ms"]
+  head += ["of the limit", *(f"{name}, ms" for name in peers)]
+  head += [f"ours / {name}" for name in peers]
+  lines = []
+  for _, stage, ratio in (key for key in by if key[0] == OURS):
+    ours, *others = (by[name, stage, ratio] for name in (OURS, *peers))
+    line, own = [stage, f"{ratio:.0%}", told(ours)], ours.get("ms")
+    if own is None:
+      line += [""] * 4
+    else:
+      line.append(f"{ours['low']:.4g} to {ours['high']:.4g}")
+      line.append(f"{ours['first_s']:.3g}")
+      least = ours["limit_ms"]
+      line += [f"{least:.4g}", f"{least / own:.0%}"] if least else ["", ""]
+    found = [own and "ms" in o and f"{own / o['ms']:.2f}" for o in others]
+    lines.append([*line, *map(told, others), *(x or "" for x in found)])
+  return tables.as_markdown(head, lines, range(1, len(head)))
+
+
+def told(row) -> str:
+  """Returns a row's milliseconds, or why there are none."""
+  return f"{row['ms']:.4g}" if "ms" in row else row["status"].partition(" (")[0]
+
+
+def write(workdir, rows, facts: Mapping[str, Any]) -> None:
+  """Writes `FILES`; prints the table and where they are."""
+  lines = collections.defaultdict(list)
+  for row in sorted(rows, key=lambda row: row["ratio"]):
+    if row["stage"] in ("prefill", "first_token") and "ms" in row:
+      name = f"{row['engine']}, {row['stage'].replace('_', ' ')}"
+      lines[name].append((100 * row["ratio"], row["ms"]))
+  text = f"{markdown(rows)}\n"
+  files.write(workdir / FILES[0], text)
+  files.write_json(workdir / FILES[1], {**facts, "stages": rows})
+  told = charts.lines(lines, "video tokens kept (%)", "milliseconds")
+  files.write(workdir / FILES[2], told.file(facts["size"]))
+  print(text)
+  reporting.files(workdir, FILES)

@@ -1,0 +1,240 @@
+"""Stages beside PyTorch engines: equal outputs, limits, tables, going on."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from cacovid_jax import errors
+from cacovid_jax.evals import cost
+from cacovid_jax.models import checkpoints
+from configs import llava_onevision as training_config
+from experiments import (
+  efficiency_table,
+  gpu_check,
+  made_up,
+  scaling,
+  stages,
+  torch_peers,
+  torch_twin,
+)
+from tests.experiments import commands
+
+SIZE = efficiency_table.SIZES["tiny"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory):
+  """A prompt to weights of which every one matters, unlike those for times."""
+  model = checkpoints.make_model(SIZE.config())
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32),
+    model.init(jax.random.key(0)),
+  )
+  folder = tmp_path_factory.mktemp("weights")
+  checkpoints.save(folder, model.config, params, eos_ids=[1], pad_id=0)
+  return made_up.subject(checkpoints.load(folder), SIZE.grid)
+
+
+@pytest.mark.parametrize("name", torch_peers.ENGINES)
+@torch.no_grad()
+def test_a_peer_computes_what_ours_does(subject, name):
+  """Float32, the same weights; the first two tokens behind the prompt."""
+  peer, batch = torch_peers.Peer(name, "cpu", subject), subject.batch
+  model, params = subject.checkpoint.model, subject.checkpoint.params
+
+  def same(theirs, ours):
+    np.testing.assert_allclose(theirs.numpy(), ours, rtol=1e-4, atol=1e-5)
+
+  same(peer.engine.encode(peer.pixels), subject.encode())
+  same(peer.x, batch.x)
+  ours = stages.Ours(subject)
+  scores = ours.function("scores", 1.0)[0]()
+  for theirs, own in zip(peer.scored(peer.x), scores, strict=True):
+    same(theirs, own[0])
+  logits, cache = peer.engine.prefill(peer.x, peer.positions, room=2)
+  length = batch.x.shape[1]
+  own, own_cache, _ = model.prefill(
+    params, batch.x, batch.positions, batch.lengths, cache_length=length + 2
+  )
+  same(logits, own)
+  for step in range(2 if name == "twin" else 1):
+    ids = np.array([7 + step])
+    at = torch.tensor([length + step])
+    logits = peer.engine.decode(torch.from_numpy(ids), at, at, cache)
+    where = np.array([[length + step]])
+    own, own_cache = model.decode_step(params, ids, where, own_cache)
+    same(logits, own)
+
+
+def test_a_peer_keeps_text_and_the_largest_gaps():
+  token = torch.tensor([[0.0, 1.0], [0.0, 3.0], [2.0, 1.0], [0.0, 2.0]])
+  rows = torch_twin.kept_rows((None, token), 2, start=2, length=8)
+  assert rows.tolist() == [0, 1, 3, 5, 6, 7]
+
+
+def test_limits_are_work_over_speed(subject):
+  """Three layers of two matrices of 32 x 32, two of 32 x 16, three of 32 x 48,
+  a row seeing itself and those before it; four bytes a weight."""
+  weights = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48
+  rows, kept = 204, 76 + 64
+  pairs = sum(range(1, kept + 1))
+  prefill = 3 * (2 * kept * weights + 4 * pairs * 32) + 2 * 32 * 64
+  limit = stages.limits(subject, cost.Speed(1e3, 1e6))
+  assert limit("prefill", 0.5) == pytest.approx(prefill)
+  read = 4 * (3 * weights + 32 * 64 + 3 * rows * 2 * 16)
+  assert limit("decode", 1.0) == pytest.approx(read / 1e3)
+  first = limit("tower", 1.0) + limit("scores", 1.0) + prefill
+  assert limit("first_token", 0.5) == pytest.approx(first)
+  assert limit("clip", 1.0) == 0
+
+
+def test_the_table_has_ratios_and_shares_of_the_limit():
+  own = dict(engine="ours", stage="prefill", ratio=0.25, status="ok", ms=8.0,
+             low=7.5, high=9.0, first_s=2.5, limit_ms=2.0)  # fmt: skip
+  peer = dict(engine="twin", stage="prefill", ratio=0.25, status="ok", ms=10.0)
+  line = stages.markdown([own, peer]).splitlines()[2]
+  assert line == "| prefill | 25% | 8 | 7.5 to 9 | 2.5 | 2 | 25% | 10 | 0.80 |"
+
+
+def test_a_training_is_the_packages_own(subject, tmp_path):
+  config = training_config.get_config("debug")
+  step = stages.trainer(subject, config, tmp_path)
+  ids, rewards, metrics = step()
+  # Two iterations of eight combinations, answers of two tokens.
+  assert ids.shape == (1, 2, 8, 2) and rewards.shape == (1, 2, 8)
+  np.testing.assert_allclose(metrics.mean["ratio"], 1 / 16)
+  step()  # From where the first one ended.
+
+
+FLAGS = dict(
+  size="tiny", methods="", stages="clip,tower,select,first_token,decode",
+  kept="1,0.5", repeats=1, peers="twin,transformers", torch_device="cpu",
+  tflops=1.0, gbps=1.0,
+)  # fmt: skip
+
+
+def test_a_table_goes_on(subject, tmp_path, monkeypatch, capsys):
+  flags = FLAGS | dict(
+    workdir=tmp_path, weights=subject.checkpoint.identity["path"]
+  )
+  commands.run(efficiency_table, **flags)
+  rows = json.loads((tmp_path / "stages.json").read_text())["stages"]
+  assert len(rows) == 3 * (2 + 1 + 2 + 2)
+  for row in rows:
+    has_one = row["engine"] == "ours" or row["stage"] != "clip"
+    assert row["status"] == ("ok" if has_one else "not measured")
+  assert all((tmp_path / name).stat().st_size for name in stages.FILES)
+  assert "ours / twin" in capsys.readouterr().out
+  # Nothing is made again but what could not be measured.
+  made = lambda *args: pytest.fail("measured again")  # noqa: E731
+  monkeypatch.setattr(stages.Ours, "function", made)
+  monkeypatch.setattr(torch_peers.Peer, "_decode", made)
+  commands.run(efficiency_table, **flags)
+  again = json.loads((tmp_path / "stages.json").read_text())["stages"]
+  assert again == rows
+
+
+def test_what_does_not_fit_is_written_as_such(subject, tmp_path, monkeypatch):
+  real, broken = stages.Ours._select, []
+
+  def select(self, ratio, batch=None):
+    if len(self._batch.x) == 2 and not broken:
+      raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7")
+    return real(self, ratio, batch)
+
+  monkeypatch.setattr(stages.Ours, "_select", select)
+  flags = dict(size="tiny", frames="2,4", batches="1,2", repeats=1)
+  flags |= dict(workdir=tmp_path, weights=subject.checkpoint.identity["path"])
+  commands.run(scaling, **flags)
+  lines = (tmp_path / "table.md").read_text().splitlines()
+  cells = [[cell.strip() for cell in line.split("|")] for line in lines[2:]]
+  assert [line[1:3] for line in cells] == [["2", "1"], ["4", "1"], ["2", "2"]]
+  out = "out of the device's memory"
+  assert [line.count(out) for line in cells] == [0, 0, 2]
+  assert float(cells[2][3]) > 0 and float(cells[2][6]) > 0
+  first = json.loads((tmp_path / "results.json").read_text())["rows"]
+  broken.append("mended")
+  commands.run(scaling, **flags)
+  again = json.loads((tmp_path / "results.json").read_text())["rows"]
+  assert [row["status"] for row in again] == ["ok"] * 12
+  assert [row for row in first if row["status"] == "ok"] == [
+    new for new, row in zip(again, first, strict=True) if row["status"] == "ok"
+  ]
+  for name in ("frames.svg", "batches.svg"):
+    assert "prefill 25%" in (tmp_path / name).read_text()
+
+
+@pytest.mark.parametrize(
+  "module,changes,message",
+  [
+    (efficiency_table, dict(stages="towel"), "--stages=towel: choose of clip"),
+    (
+      efficiency_table,
+      dict(peers="twins"),
+      "twins.*: choose of trans",
+    ),
+    (efficiency_table, dict(kept="1,2"), "ratio 2.0 is outside"),
+    (efficiency_table, dict(size="qwen-tiny"), "are of LLaVA-OneVision"),
+    (efficiency_table, dict(torch_device="cuda"), "add --torch_device=cpu"),
+    (scaling, dict(frames=""), "--frames=.*whole numbers above 0"),
+    (scaling, dict(batches="0"), "--batches=.*whole numbers above 0"),
+    (scaling, dict(size="qwen-tiny"), "choose ov-7b"),
+  ],
+)
+def test_mistakes_are_named(tmp_path, module, changes, message):
+  flags = FLAGS if module is efficiency_table else dict(size="tiny")
+  with pytest.raises(errors.UserError, match=message):
+    commands.run(module, workdir=tmp_path, **{**flags, **changes})
+
+
+def test_without_pytorch_the_extra_is_named(tmp_path, monkeypatch):
+  def missing(name):
+    raise ImportError("No module named 'torch'")
+
+  monkeypatch.setattr(stages.importlib, "import_module", missing)
+  with pytest.raises(errors.UserError, match=r"cacovid_jax\[hf\]"):
+    commands.run(efficiency_table, workdir=tmp_path, **FLAGS)
+
+
+def test_a_sound_machine_passes(capsys):
+  assert gpu_check.main(gpu_check.COMMAND.parse(["gpu_check"])) == 0
+  told = capsys.readouterr().out
+  assert "no accelerator is there" in told and "TFLOP/s" in told
+  assert told.endswith("gpu_check: pass\n") and "FAILED" not in told
+
+
+def test_a_wrong_kernel_and_another_letter_fail(monkeypatch, capsys):
+  right = gpu_check.attention.attention
+
+  def wrong(q, k, v, *, causal, lengths=None, **options):
+    return right(q, k, v, causal=False, lengths=lengths)
+
+  monkeypatch.setattr(gpu_check.attention, "attention", wrong)
+  monkeypatch.setattr(gpu_check, "letters", lambda *args: "CB-BDDAA")
+  assert gpu_check.main(None) == 1
+  last = capsys.readouterr().out.splitlines()[-1]
+  assert last == (
+    "gpu_check: failed: attention of prefill; gradient of attention of prefill;"
+    " letters, float32"
+  )
+
+
+def test_the_reference_of_attention_by_hand():
+  q, v = jnp.zeros((1, 3, 2, 4)), jnp.arange(12.0).reshape(1, 3, 1, 4)
+  lengths = jnp.array([2])
+  whole = gpu_check.plain_attention(q, v, v, False, lengths)
+  np.testing.assert_allclose(whole[0, 0], [[2, 3, 4, 5]] * 2, atol=1e-6)
+  causal = gpu_check.plain_attention(q, v, v, True, lengths)
+  np.testing.assert_allclose(causal[0, :2, 1], [v[0, 0, 0], whole[0, 0, 0]])
