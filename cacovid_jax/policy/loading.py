@@ -11,6 +11,8 @@ names it, too: `PATH?module=path/to/file.py:Class`.
     def __call__(self, x, positions, video_rows, grid, length=None): ...
     @nn.nowrap
     def init_from_llm(self, rng, llm_params): ...  # -> params
+    @nn.nowrap  # May be absent: params as evaluations hold them.
+    def for_inference(self, params): ...  # -> params
 
 `__call__` gets ONE prompt and returns `network.Scores`. `grid` is (T, H, W), or
 a `TokenGrid` where programs serve videos of different grids;

@@ -86,14 +86,14 @@ def test_programs_are_compiled_with_the_options_of_their_kind(monkeypatch):
 
 
 def test_what_reads_prompts_and_videos_says_so_to_the_compiler(monkeypatch):
-  kinds, model = (
-    [],
-    llava_onevision.LlavaOnevisionModel(
-      llava_onevision.LlavaOnevisionConfig.tiny()
-    ),
-  )
-  keep = lambda function, kind="", **_: kinds.append(kind) or function  # noqa: E731
-  monkeypatch.setattr(mesh_lib, "jit", keep)
+  config = llava_onevision.LlavaOnevisionConfig.tiny()
+  model, kinds = llava_onevision.LlavaOnevisionModel(config), []
+
+  def jit(function, kind="", **_):
+    kinds.append(kind)
+    return function
+
+  monkeypatch.setattr(mesh_lib, "jit", jit)
   checkpoint = types.SimpleNamespace(model=model, eos_ids=(), pad_id=0)
   programs.Programs(checkpoint, 1)
   clips._program.__wrapped__(model, (), None)
