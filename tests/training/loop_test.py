@@ -475,7 +475,7 @@ def test_all_rungs_are_compiled_before_training_begins(tmp_path, capsys):
   config = tiny.config(
     **{
       "total_steps": 1,
-      "iterations": 1,
+      "iterations": 2,
       "ratio.adaptive": True,
       "ratio.rungs": (0.125, 0.25),
       "ratio.start": 0.125,
