@@ -93,7 +93,8 @@ def _train(experiment, questions, store, validate, on_step) -> Result:
   )
   progress = progress_lib.Progress(config.total_steps, start=start)
   with writer, preemption.watched() as reached, contextlib.ExitStack() as shown:
-    batches = _compiled_for(run, state, run.batches(start))
+    steps = config.total_steps - start
+    batches = _compiled_for(run, state, run.batches(start), steps)
     shown.enter_context(progress)  # One bar at a time.
     recorder = _Recorder(config, run, writer, progress, on_step)
     for done in range(start + 1, config.total_steps + 1):
@@ -118,12 +119,17 @@ def _train(experiment, questions, store, validate, on_step) -> Result:
   return Result(state, run.config.policy, path, run)
 
 
-def _compiled_for(run: run_lib.Run, state, batches):
-  """Returns the batches, once all programs that they need are compiled."""
+def _compiled_for(run: run_lib.Run, state, batches, steps: int):
+  """Returns the batches of so many steps, once programs are compiled.
+
+  Those of all shapes; of the first batch's alone where steps are fewer, since
+  most would not be used.
+  """
   batches = iter(batches)
   first = list(itertools.islice(batches, 1))
   for batch, _ in first:
-    shapes = run.batches.shapes(batch)
+    shapes = list(run.batches.shapes(batch))
+    shapes = shapes if steps >= len(shapes) else [batch]
     run.programs.compile_ahead(state, run.constants, shapes)
   return itertools.chain(first, batches)
 

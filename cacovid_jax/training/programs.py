@@ -6,7 +6,7 @@ Three schedules, chosen once from the config:
   fixed ratio, device rewards: `fixed_ratio_step`, all iterations inside;
   adaptive ratio, device rewards: `prepare_videos`, and one program per rung;
   host rewards: `prepare_videos`, one rollout program per rung, and `update`.
-So at most 2 + rungs programs for each bucket of grids and length of prompts.
+So at most 2 + rungs programs for each `Shape`.
 They are compiled ahead of time and called as executables, which cannot retrace;
 a run compiles those of all its shapes side by side, before its first step.
 """
@@ -70,7 +70,7 @@ class TrainingPrograms:
     self._map_with, self._compiled = map_with, {}
 
   def limit(self, bucket: token_grid.GridBucket) -> int:
-    """Returns how many programs may be compiled for each length of prompts."""
+    """Returns how many programs a `Shape` of this bucket may have."""
     rungs = len(self.configs[bucket].ladder)
     return 1 if rungs == 1 and not self.host_rewards else 2 + rungs
 
@@ -115,7 +115,9 @@ class TrainingPrograms:
   def compile_ahead(
     self, state, constants, batches: Iterable[step_lib.Batch]
   ) -> None:
-    """Compiles all programs of batches of some shapes, side by side.
+    """Compiles the programs of batches of some shapes, side by side.
+
+    Those of all rungs that videos can reach in their iterations.
 
     Args:
       state: on the mesh, as are the constants.
@@ -161,7 +163,7 @@ class TrainingPrograms:
       return [submit("fixed_ratio_step", state, constants, batch)]
     first = submit("prepare_videos", state, constants, batch)
     videos, memory = result(first, 0), result(first, 1)
-    rungs = range(len(config.ladder))
+    rungs = config.ladder.within(config.iterations - 1)
     if not self.host_rewards:
       given = state, constants, videos, memory
       return [first, *(submit(f"iterate_{rung}", *given) for rung in rungs)]

@@ -100,6 +100,19 @@ class Ladder:
     """Returns the Rungs of a video (T, H, W), NumPy arrays."""
     return _rungs(self, tuple(grid))
 
+  def within(self, moves: int) -> list[int]:
+    """Returns the places so few moves from the start of a video of `largest`.
+
+    In a bucket, a smaller grid may have raised its start.
+    """
+    rungs = self.rungs(self.largest)
+    found = {int(rungs.start)}
+    for _ in range(moves):
+      found |= {
+        int(to[place]) for to in (rungs.down, rungs.up) for place in found
+      }
+    return sorted(found)
+
 
 @functools.lru_cache(maxsize=1024)
 def _rungs(ladder: Ladder, grid) -> Rungs:

@@ -6,7 +6,8 @@ largest rung, N video tokens, M new tokens, V vocabulary.
 All draws follow the scores of before the first iteration. So the greedy row of
 each mode and the control rows keep the same tokens as long as a video stays on
 its rung, but for near ties that the diversity rule's noise decides anew. What
-they keep is compared, not assumed: if it differs, all of them are asked again.
+they keep is compared, not assumed: if it differs, all G rows are asked, in one
+batch, since two batches would read the weights twice.
 """
 
 from collections.abc import Callable
@@ -30,13 +31,13 @@ class Answered(NamedTuple):
 def rows(modes: sampling.Modes) -> np.ndarray:
   """Returns i[r], the rows of G that repeat; none where that saves nothing.
 
-  Nor where one row would be computed on its own: products of one row and of
-  several may differ in their last bits.
+  Nor where one row would be left to compute: products of one row and of several
+  may differ in their last bits.
   """
   drawn = modes.token + modes.frame
   greedy = [0] * (modes.token > 0) + [modes.token] * (modes.frame > 0)
   found = np.array([*greedy, *range(drawn, sum(modes))], int)
-  return found if 2 <= len(found) <= sum(modes) - 2 else found[:0]
+  return found if len(found) <= sum(modes) - 2 else found[:0]
 
 
 def nothing(config, num_videos: int, vocab_size: int) -> Answered | None:
@@ -74,17 +75,18 @@ def answer(
   again = rows(modes)
   others = np.setdiff1d(np.arange(sum(modes)), again)
   kept = _kept(index[:, again], num_valid, num_video, before.kept.shape[-1])
-  answers = jax.lax.cond(
-    (kept == before.kept).all(),
-    lambda: before.answers,
-    lambda: ask(index[:, again]),
-  )
   place = np.argsort(np.concatenate([others, again]))
-  drawn = ask(index[:, others])
-  both = jax.tree.map(
-    lambda a, b: jnp.concatenate([a, b], axis=1)[:, place], drawn, answers
-  )
-  return both, Answered(kept, answers)
+
+  def rest():
+    return jax.tree.map(
+      lambda new, old: jnp.concatenate([new, old], axis=1)[:, place],
+      ask(index[:, others]),
+      before.answers,
+    )
+
+  answers = jax.lax.cond((kept == before.kept).all(), rest, lambda: ask(index))
+  repeated = jax.tree.map(lambda leaf: leaf[:, again], answers)
+  return answers, Answered(kept, repeated)
 
 
 def _kept(index, num_valid, num_video: int, most: int):

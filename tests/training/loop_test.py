@@ -475,7 +475,7 @@ def test_all_rungs_are_compiled_before_training_begins(tmp_path, capsys):
   config = tiny.config(
     **{
       "total_steps": 1,
-      "iterations": 1,
+      "iterations": 2,
       "ratio.adaptive": True,
       "ratio.rungs": (0.125, 0.25),
       "ratio.start": 0.125,
@@ -492,6 +492,21 @@ def test_all_rungs_are_compiled_before_training_begins(tmp_path, capsys):
   # Of the step alone.
   assert 0 < line["seconds_per_step"]
   assert line["compile_seconds"] == sum(made.compile_seconds.values())
+
+
+def test_a_run_of_one_step_compiles_no_other_length(tmp_path):
+  config = tiny.config(
+    **{
+      "total_steps": 1,
+      "iterations": 1,
+      "data.prompt_rows": (64, 128, 400),
+      "policy.module": "tests.policy.bilinear_policy:Bilinear",
+    }
+  )
+  made = tiny.train(tmp_path, config).run.programs
+  assert [shape.length for shape, _ in made.compile_seconds] == [
+    tiny.NUM_VIDEO + 64
+  ]
 
 
 @pytest.mark.parametrize(

@@ -222,6 +222,14 @@ def test_all_rungs_are_compiled_before_the_first_step(adaptive, capsys):
   assert not found and len(made.compile_seconds) == 3
 
 
+def test_a_rung_out_of_reach_is_not_compiled():
+  config = tiny.step_config(fixed=None, rungs=(0.125, 0.25), iterations=1)
+  _, state, constants = held(config)
+  made = programs.TrainingPrograms([config], tiny.mesh())
+  made.compile_ahead(state, constants, [tiny.batch(ladder=config.ladder)])
+  assert names(made) == ["iterate_0", "prepare_videos"]
+
+
 def test_what_does_not_compile_is_told_as_at_use(adaptive, monkeypatch):
   config = adaptive[0]
   _, state, constants = held(config)

@@ -62,6 +62,13 @@ def test_next_rung_is_vmapped_over_videos():
   np.testing.assert_array_equal(got, [0, 1, 2])
 
 
+def test_rungs_within_some_moves_of_the_start():
+  # Up to 0.04 and 0.08, down to 0.01; more moves end at the last rungs.
+  found = [make().within(moves) for moves in (0, 1, 2, 9)]
+  assert found == [[1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4]]
+  assert make(fixed=0.05).within(4) == [0]
+
+
 def test_small_grid_raises_the_lowest_rung():
   ladder = make((16, 7, 7))
   # 0.01 of 49 tokens is none; 0.02 is one already.
