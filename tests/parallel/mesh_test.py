@@ -96,7 +96,7 @@ def test_what_reads_prompts_and_videos_says_so_to_the_compiler(monkeypatch):
   monkeypatch.setattr(mesh_lib, "jit", jit)
   checkpoint = types.SimpleNamespace(model=model, eos_ids=(), pad_id=0)
   programs.Programs(checkpoint, 1)
-  clips._program.__wrapped__(model, (), None)
+  clips.tower_program(model, (), None)
   # Embedding and the question's text; answers, with and without a video, and
   # what is read for likelihoods; the tower.
   assert kinds == ["", "", "prefill", "prefill", "prefill", "tower"]
