@@ -147,6 +147,7 @@ def trainer(subject, config, workdir) -> Callable[[], Any]:
   tokenizer = tokenizer_lib.Tokenizer.from_directory(
     experiment_lib.SHIPPED_MODEL
   )
+  tokenizer.max_length = None  # The shipped model takes less than others.
   experiment = experiment_lib.Experiment.from_config(
     config_lib.replace(config, changes),
     workdir,

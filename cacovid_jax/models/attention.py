@@ -170,11 +170,18 @@ def _cudnn(q, k, v, causal, lengths, mask):
     mask = _visible(q.shape[1], k.shape[1], causal, lengths, mask)
     options = dict(mask=mask[:, None])
   else:
-    lengths = None if lengths is None else lengths.astype(jnp.int32)
-    options = dict(is_causal=causal, key_value_seq_lengths=lengths)
-  return jax.nn.dot_product_attention(
-    q, k, v, implementation="cudnn", **options
-  )
+    options = dict(is_causal=causal)
+  num_queries = q.shape[1]
+  if lengths is not None and mask is None:
+    options |= dict(key_value_seq_lengths=lengths.astype(jnp.int32))
+    # It differentiates even sides only; what has lengths may be trained.
+    q, k, v = map(_padded_to_even, (q, k, v))
+  out = jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **options)
+  return out[:, :num_queries]
+
+
+def _padded_to_even(x):
+  return jnp.pad(x, [(0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)])
 
 
 def _splash(q, k, v, causal, lengths, interpret=False):
