@@ -104,7 +104,8 @@ def _one_policy(case: case_lib.Case, name: str, spec: str) -> tuple[str, ...]:
   told += f"; trained at ratios {ratios}" if ratios else ""
   frames = case.config.data.num_frames
   grid, own = described.grid, case.processor.fixed_grid(frames)
-  if grid and own and grid != list(own):
+  # Of buckets, which hold several grids, there are lists.
+  if own and grid and isinstance(grid[0], int) and grid != list(own):
     sizes = [" x ".join(map(str, one)) for one in (grid, own)]
     mend = "show as many frames as in training, or expect another accuracy"
     told += f" on {sizes[0]} video tokens, not the {sizes[1]} asked here"
