@@ -18,6 +18,7 @@ and seconds, and what the run left behind. Random weights earn equal rewards of
 gradients. Exit code 1 tells that a stage ended otherwise than it should.
 """
 
+import importlib
 import json
 import os
 import pathlib
@@ -33,6 +34,7 @@ import numpy as np
 
 import configs
 from cacovid_jax import command, errors, files, metrics, terminal
+from cacovid_jax import config as config_lib
 from cacovid_jax.evals import tables
 from cacovid_jax.models import safetensors_io
 from cacovid_jax.synthetic import tiny_checkpoints
@@ -52,7 +54,6 @@ _TINY = {"tiny-ov": "llava_onevision", "tiny-qvl": "qwen2_5_vl"}
 # Seconds of the clips of each split of the questions.
 _CLIPS = {"train": (4, 10, 20, 100), "validation": (6, 40), "test": (8, 50)}
 _COLOURS = ("red", "blue", "green", "black")
-_POLL = 0.05  # Seconds between two looks at the checkpoints.
 _HEAD = ("stage", "command", "exit code", "seconds")
 
 COMMAND = command.Command(
@@ -70,8 +71,10 @@ COMMAND = command.Command(
       "Of the rollouts.", default="log_likelihood",
       choices=("log_likelihood", "accuracy"),
     ),
-    "steps": command.Flag("Of the training.", default=4, least=2),
-    "stop_after": command.Flag("Steps before the signal.", default=2, least=1),
+    "steps": command.Flag("Of the training.", default=4, least=3),
+    "stop_after": command.Flag(
+      "Steps saved before the signal, and every so many.", default=2, least=1
+    ),
     "signal": command.Flag(
       "TERM, after which a run saves, or KILL.", default="TERM",
       choices=("TERM", "KILL"),
@@ -99,8 +102,9 @@ def main(args) -> int:
   """Runs all stages; returns the exit code."""
   errors.check(args.workdir, "no workdir given: add --workdir=FOLDER")
   errors.check(
-    args.stop_after < args.steps,
-    f"--stop_after={args.stop_after}: give fewer than --steps={args.steps}",
+    args.stop_after + 1 < args.steps,
+    f"--stop_after={args.stop_after}: the step under way is finished, and one"
+    f" must be left: give at most {args.steps - 2}, or more --steps",
   )
   workdir = pathlib.Path(args.workdir).absolute()
   model = pathlib.Path(args.model or workdir / "model").absolute()
@@ -189,18 +193,14 @@ def _write_clip(path, seconds: int) -> None:
   clip_matrix.encode(path, clip_matrix.CODECS["h264_b"], pictures, (160, 90))
 
 
-def _commands(args, workdir, model) -> list[Ended]:
-  """Runs the stages that are commands."""
-  config = pathlib.Path(configs.__file__).with_name(_FILES[args.size])
+def configured(size: str, model, data, texts=(), reward="log_likelihood"):
+  """Returns the config of all commands, with "key=value" texts on top."""
+  source = pathlib.Path(configs.__file__).with_name(_FILES[size])
   keys = {
     "model.path": model,
-    "data.root": workdir / "data",
+    "data.root": data,
     "data.train_file": "train.json",
-    "total_steps": args.steps,
     "log_every": 1,
-    "ckpt.every_steps": 1,
-    "ckpt.keep": args.steps,
-    "validation.every_steps": args.steps,
     "validation.num_questions": 2,
     "validation.batch_size": 1,
     "rollout.max_new_tokens": 2,
@@ -210,24 +210,36 @@ def _commands(args, workdir, model) -> list[Ended]:
     "evals.batch_size": 1,
     "evals.num_examples": 1,
   }
-  if args.reward != "accuracy":
+  if reward != "accuracy":
     # Graded rewards need a fixed ratio.
-    keys |= {"rollout.reward": args.reward, "ratio.adaptive": False}
-  if args.size in _TINY:
+    keys |= {"rollout.reward": reward, "ratio.adaptive": False}
+  if size in _TINY:
     # Of 4 x 4 tokens, the released models' ratio keeps none.
     keys |= {"data.num_frames": 8, "sampling.ratio": 0.125}
-  given = [f"--config={config}"]
-  given += [f"--config.{key}={value}" for key, value in keys.items()]
-  given += [f"--config.{text}" for text in args.set]
-  policy = workdir / "run"
-  train = "cacovid_jax.train", [*given, f"--workdir={policy}"]
-  asked = [f"--policy={policy}", f"--workdir={workdir / 'evaluate'}"]
-  run = _Runner(workdir)
+  changes = [f"{key}={value}" for key, value in keys.items()]
+  return config_lib.load(source, [*changes, *texts])
+
+
+def _commands(args, workdir, model) -> list[Ended]:
+  """Runs the stages that are commands."""
+  texts = [
+    f"total_steps={args.steps}",
+    f"validation.every_steps={args.steps}",
+    f"ckpt.every_steps={args.stop_after}",
+    *args.set,
+  ]
+  data, config = workdir / "data", workdir / "config.json"
+  made = configured(args.size, model, data, texts, args.reward)
+  config_lib.save(made, config)
+  run, policy = _Runner(workdir), workdir / "run"
+  given = [f"--config={config}", f"--workdir={policy}"]
+  train = "cacovid_jax.train", given
+  asked = [given[0], f"--policy={policy}", f"--workdir={workdir / 'evaluate'}"]
   return [
-    run("doctor", "cacovid_jax.doctor", [*given, f"--workdir={policy}"]),
-    run("train", *train, stop=(policy, args.stop_after, args.signal)),
+    run("doctor", "cacovid_jax.doctor", given),
+    run("train", *train, stop=(args.stop_after, args.signal)),
     run("resume", *train),
-    run("evaluate", "cacovid_jax.evaluate", [*given, *asked]),
+    run("evaluate", "cacovid_jax.evaluate", asked),
   ]
 
 
@@ -241,32 +253,40 @@ class _Runner:
     self._environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
 
   def __call__(self, stage, module, arguments, stop=None) -> Ended:
-    """Runs a command to its end; `stop` is (workdir, saved steps, signal)."""
-    words = ["python", "-m", module, *arguments]
-    terminal.tell(f"{stage}: {shlex.join(words)}")
+    """Runs a command to its end; `stop` is (saved steps, signal)."""
+    told = shlex.join(["python", "-m", module, *arguments])
+    terminal.tell(f"{stage}: {told}")
+    words = ["-m", module, *arguments]
+    if stop is not None:
+      code = "from experiments import directory_run; directory_run.child()"
+      words = ["-c", code, *map(str, stop), module, *arguments]
     start = time.monotonic()
     with open(self._workdir / f"{stage}.log", "wb") as log:
-      process = subprocess.Popen(
-        [sys.executable, *words[1:]], env=self._environment, stdout=log,
+      code = subprocess.call(
+        [sys.executable, *words], env=self._environment, stdout=log,
         stderr=subprocess.STDOUT,
       )  # fmt: skip
-      try:
-        if stop is not None:
-          _signal_at(process, *stop)
-        code = process.wait()
-      finally:
-        process.kill()  # Of an interrupted run.
-    seconds = time.monotonic() - start
-    return Ended(stage, f"`{shlex.join(words)}`", code, seconds)
+    return Ended(stage, f"`{told}`", code, time.monotonic() - start)
 
 
-def _signal_at(process, workdir, saved: int, name: str) -> None:
-  """Sends a signal once so many steps are saved, unless the process ended."""
-  while process.poll() is None:
-    if any(x >= saved for x in checkpointing.steps(workdir / "checkpoints")):
-      process.send_signal(signal.Signals[f"SIG{name}"])
-      return
-    time.sleep(_POLL)
+def child() -> None:
+  """Runs the command of sys.argv, SAVED SIGNAL MODULE ARGUMENTS...
+
+  The process is sent the signal once step SAVED is saved: from within, since
+  from without it might come too late.
+  """
+  saved, name, module, *arguments = sys.argv[1:]
+  save = checkpointing.save
+
+  def saving(directory, step, *args, **options):
+    save(directory, step, *args, **options)
+    if step == int(saved):
+      os.kill(os.getpid(), signal.Signals[f"SIG{name}"])
+
+  checkpointing.save = saving
+  sys.argv = [module, *arguments]
+  found = importlib.import_module(module)
+  found.COMMAND.run(found.main)
 
 
 def left_behind(workdir, model) -> list[str]:
