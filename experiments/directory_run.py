@@ -97,6 +97,11 @@ class Ended(NamedTuple):
   code: int
   seconds: float
 
+  def right(self, sent: str) -> bool:
+    """Whether it ended as it should, the training by the signal sent."""
+    stopped = 143 if sent == "TERM" else -signal.SIGKILL
+    return self.code == (stopped if self.stage == "train" else 0)
+
 
 def main(args) -> int:
   """Runs all stages; returns the exit code."""
@@ -108,6 +113,11 @@ def main(args) -> int:
   )
   workdir = pathlib.Path(args.workdir).absolute()
   model = pathlib.Path(args.model or workdir / "model").absolute()
+  errors.check(
+    args.write_only or not (workdir / "run").exists(),
+    f"{workdir / 'run'} is of an earlier run; give another --workdir (and"
+    f" --model={model} for its weights)",
+  )
   done = []
   if not args.model:
     done.append(_timed("write", write_model, args.size, model, args.seed))
@@ -123,11 +133,11 @@ def main(args) -> int:
   text = "\n\n".join([text, *facts]) + "\n"
   files.write(workdir / "transcript.md", text)
   terminal.tell(text.rstrip())
-  stopped = 143 if args.signal == "TERM" else -signal.SIGKILL
-  wrong = [x.stage for x in done if x.code != stopped * (x.stage == "train")]
-  for stage in wrong:
-    terminal.tell(f"{stage} went wrong; see {workdir / (stage + '.log')}")
-  return int(bool(wrong))
+  if done[-1].right(args.signal):
+    return 0
+  stage = done[-1].stage
+  terminal.tell(f"{stage} went wrong; see {workdir / (stage + '.log')}")
+  return 1
 
 
 def _timed(stage, function, *given) -> Ended:
@@ -221,7 +231,7 @@ def configured(size: str, model, data, texts=(), reward="log_likelihood"):
 
 
 def _commands(args, workdir, model) -> list[Ended]:
-  """Runs the stages that are commands."""
+  """Runs the stages that are commands, up to one that goes wrong."""
   texts = [
     f"total_steps={args.steps}",
     f"validation.every_steps={args.steps}",
@@ -235,12 +245,18 @@ def _commands(args, workdir, model) -> list[Ended]:
   given = [f"--config={config}", f"--workdir={policy}"]
   train = "cacovid_jax.train", given
   asked = [given[0], f"--policy={policy}", f"--workdir={workdir / 'evaluate'}"]
-  return [
-    run("doctor", "cacovid_jax.doctor", given),
-    run("train", *train, stop=(args.stop_after, args.signal)),
-    run("resume", *train),
-    run("evaluate", "cacovid_jax.evaluate", asked),
-  ]
+  stages = (
+    ("doctor", "cacovid_jax.doctor", given),
+    ("train", *train, (args.stop_after, args.signal)),
+    ("resume", *train),
+    ("evaluate", "cacovid_jax.evaluate", asked),
+  )
+  done = []
+  for stage in stages:
+    done.append(run(*stage))
+    if not done[-1].right(args.signal):
+      break
+  return done
 
 
 class _Runner:

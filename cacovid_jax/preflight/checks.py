@@ -187,7 +187,8 @@ def _clips(case: case_lib.Case) -> _Found:
   if bad:
     told = f"{len(bad)} of {count} cannot be used, first: {bad[0]}"
     return [(FAILED, *told.rsplit("; ", 1))]
-  return [(OK, f"{count} decoded, {data.num_frames} frames of each")]
+  frames = f"{data.num_frames} frames" + " or fewer" * (not reader.rule.fills)
+  return [(OK, f"{count} decoded, {frames} of each")]
 
 
 def _mesh(case: case_lib.Case) -> _Found:

@@ -56,6 +56,8 @@ def test_a_directory_is_trained_stopped_resumed_and_evaluated(tmp_path):
   share, most = directory_run.moved(policy, tmp_path / "model")
   assert share > 0.5 and 1e-8 < most < 1e-6
   assert f"{share:.1%} of its parameters moved" in text
+  with pytest.raises(errors.UserError, match="earlier run; give another"):
+    directory_run.main(args)
 
 
 def test_the_other_family_is_written_and_fits(tmp_path):
@@ -119,6 +121,14 @@ def narrow(config):
     num_kv_heads=2, head_dim=128, vocab_size=4096,
   )  # fmt: skip
   return dataclasses.replace(cut, text=text)
+
+
+def test_a_stage_that_goes_wrong_is_the_last(tmp_path, capsys):
+  """Without weights the doctor fails, and nothing is trained."""
+  flags = {"workdir": tmp_path, "model": tmp_path / "absent"}
+  assert commands.run(directory_run, **flags) == 1
+  assert "doctor went wrong; see " in capsys.readouterr().out
+  assert not (tmp_path / "train.log").exists()
 
 
 def test_too_few_steps_and_no_workdir_are_one_line(tmp_path):
