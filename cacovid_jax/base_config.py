@@ -139,11 +139,13 @@ _DATA = dict(
   # Clips are refused of whose frames shown a larger share cannot be decoded.
   max_replaced=0.8,
   num_frames=32,
+  # A rule of `data.frames`; "public_linspace_1fps" shows fewer of short clips.
   frame_rule="eval_linspace",
   # For models whose token grid follows the frames' shape (Qwen2.5-VL): pixels
-  # of a frame, 0 for the checkpoint's own limits; and sizes that programs are
-  # compiled for, (temporal patches, tokens of one) or with a third number, all
-  # tokens; empty for two that follow from the pixels.
+  # of a frame, 0 for the checkpoint's own limits; and, of these and of that
+  # rule, sizes that programs are compiled for, (temporal patches, tokens of
+  # one) or with a third number, all tokens; empty for what follows from the
+  # pixels and `num_frames`.
   min_pixels=0,
   max_pixels=0,
   buckets=(),

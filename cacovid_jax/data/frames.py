@@ -1,7 +1,8 @@
 """Which frames of a clip are shown to the model; how they are turned, resized.
 
-Two rules exist, as the paper's evaluator and trainer differ. Letters: T frames,
-h w pixels of a decoded frame, S pixels of a side after resizing.
+The paper's evaluator and trainer differ; a third rule is the trainer's, filled
+up to T frames. Letters: T frames, h w pixels of a decoded frame, S pixels of a
+side after resizing.
 """
 
 import dataclasses
@@ -13,6 +14,8 @@ from cacovid_jax import errors
 
 EVAL_RULE = "eval_linspace"
 TRAIN_RULE = "train_linspace_1fps"
+PUBLIC_RULE = "public_linspace_1fps"
+RULES = (EVAL_RULE, TRAIN_RULE, PUBLIC_RULE)
 BICUBIC = int(Image.Resampling.BICUBIC)
 
 
@@ -50,29 +53,33 @@ def train_linspace_1fps(
 
 @dataclasses.dataclass(frozen=True)
 class FrameRule:
-  """Which T frames of a clip are shown; T is static."""
+  """Which frames of a clip are shown, at most T of them."""
 
   num_frames: int  # T.
-  # `EVAL_RULE`, or `TRAIN_RULE` for the public trainer's. Where that takes few
-  # frames (clips below T seconds), T are spaced over the clip instead, rounded
-  # as it rounds, since compiled programs have one T. Where it takes none, the
-  # clip is refused.
+  # `EVAL_RULE`, or `PUBLIC_RULE` for the public trainer's, which takes fewer
+  # frames of clips below T seconds, and refuses a clip of which it takes none.
+  # `TRAIN_RULE` spaces T over short clips instead, rounded as it rounds, so
+  # that all clips share programs of one T without padding.
   name: str = EVAL_RULE
   fps: float = 1.0  # Of the trainer's rule.
 
   def __post_init__(self):
-    if self.name not in (EVAL_RULE, TRAIN_RULE):
-      raise errors.UserError(
-        f"frame rule {self.name!r}: give {EVAL_RULE!r} or {TRAIN_RULE!r}"
-      )
+    if self.name not in RULES:
+      known = " or ".join(map(repr, RULES))
+      raise errors.UserError(f"frame rule {self.name!r}: give {known}")
+
+  @property
+  def fills(self) -> bool:
+    """Whether every clip that is not refused shows all T frames."""
+    return self.name != PUBLIC_RULE
 
   def __call__(self, num_frames: int, duration: float) -> np.ndarray:
-    """Returns int64[T] indices, none if the clip is too short."""
+    """Returns int64[T] indices, or fewer; none if the clip is too short."""
     if self.name == EVAL_RULE:
       return eval_linspace(num_frames, self.num_frames)
     wanted = self.num_frames
     indices = train_linspace_1fps(num_frames, duration, wanted, self.fps)
-    if 0 < len(indices) < wanted:
+    if self.fills and 0 < len(indices) < wanted:
       spaced = np.linspace(0, num_frames - 1, wanted)
       indices = np.rint(spaced).astype(np.int64)
     return indices

@@ -71,7 +71,7 @@ class FeatureStore:
   def __post_init__(self, params, mesh):
     self.want = frozenset(video_llm.check_signals(self.want))
     reader, self.buckets = self.reader, tuple(self.buckets)
-    grid = self.grid or reader.processor.fixed_grid(reader.rule.num_frames)
+    grid = self.grid or reader.processor.grid_of(reader.rule)
     self.grid = tuple(grid) if grid else None
     self._given = self.grid is not None
     self._grids: dict[str, tuple[int, int, int]] = {}  # Of surveyed clips.
@@ -312,11 +312,11 @@ def open_store(
   """
   data, checkpoint = experiment.config.data, experiment.loaded
   folder = data.feature_cache
-  if not processor.one_grid and "grid" not in options:
+  if processor.grid_of(rule) is None and "grid" not in options:
     # Those that training was given may be for fewer frames.
     strict = options.get("only_buckets", False)
     options["buckets"] = token_grid.make_buckets(
-      data.buckets, processor, rule.num_frames, strict=strict
+      data.buckets, processor, rule, strict=strict
     )
   reader = clips.ClipReader(
     experiment_lib.media_root(experiment.config), processor, rule,

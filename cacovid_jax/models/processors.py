@@ -119,6 +119,17 @@ class Processor(abc.ABC):
     """Returns the one grid of all clips of F frames, None if they differ."""
     return self.grid(num_frames, 1, 1) if self.one_grid else None
 
+  def grid_of(self, rule: frames_lib.FrameRule) -> tuple[int, int, int] | None:
+    """Returns the one grid of all clips at a rule, None if they differ."""
+    return self.fixed_grid(rule.num_frames) if rule.fills else None
+
+  @abc.abstractmethod
+  def patch_tokens(self, num_frames: int) -> tuple[int, int]:
+    """Returns the fewest and the most tokens of a temporal patch of F frames.
+
+    Frames that are very long and narrow may lie beyond them.
+    """
+
   def resize_frame(
     self, frame: np.ndarray, num_frames: int, above: int = 0
   ) -> np.ndarray:
@@ -179,6 +190,7 @@ class LlavaOnevisionProcessor(Processor):
   std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
   one_grid = True
+  temporal_patch_size = 1
   # Class defaults of the library are wrong for the released checkpoints: CLIP's
   # statistics instead of SigLIP's.
   needs_statistics = True
@@ -201,6 +213,9 @@ class LlavaOnevisionProcessor(Processor):
 
   def frame_size(self, height, width, num_frames):
     return self.image_size, self.image_size
+
+  def patch_tokens(self, num_frames):
+    return (self.frame_side**2,) * 2
 
   def resized_grid(self, num_frames, height, width):
     return num_frames, self.frame_side, self.frame_side
@@ -293,11 +308,7 @@ class Qwen2_5VLProcessor(Processor):  # noqa: N801 (the model's own name)
     share = total * self.temporal_patch_size // num_frames
     return max(min(self.max_pixels, share), int(self.min_pixels * 1.05))
 
-  def patch_tokens(self, num_frames: int) -> tuple[int, int]:
-    """Returns the fewest and the most tokens of a temporal patch of F frames.
-
-    Frames that are very long and narrow may lie beyond them.
-    """
+  def patch_tokens(self, num_frames):
     least = -(-self.min_pixels // self.factor**2)
     most = self._max_pixels(num_frames) // self.factor**2
     return least, max(most, least)

@@ -70,15 +70,17 @@ def pick(grid, buckets):
   return min(fits, key=_size)
 
 
-def make_buckets(sizes, processor, num_frames, *, strict=True):
-  """Returns the GridBuckets of videos of F frames, the smallest first.
+def make_buckets(sizes, processor, rule, *, strict=True):
+  """Returns the GridBuckets of videos at a `frames.FrameRule`, smallest first.
 
   `sizes` are config.data.buckets, (temporal patches, tokens of one[, tokens])
-  each; those for fewer frames are refused if `strict`, or else left out.
+  each; those for fewer frames, where the rule shows as many of every clip, are
+  refused if `strict`, or else left out.
   Without any, one for the largest temporal patches that the
   `processors.Processor` allows, and one half way (in proportion) from the
   smallest: limits of 128 and 256 tokens give buckets of 181 and 256.
   """
+  num_frames = rule.num_frames
   patches = -(-num_frames // processor.temporal_patch_size)
   sizes = [tuple(size) for size in sizes]
   if not sizes:
@@ -92,13 +94,15 @@ def make_buckets(sizes, processor, num_frames, *, strict=True):
       " one) or (temporal patches, tokens of one, tokens) for each"
     ) from error
   short = {bucket for bucket in found if bucket.frames < patches}
+  if not rule.fills and short != found:
+    short = set()  # Short clips use them.
   if short and strict:
     raise errors.UserError(
       f"config.data.buckets: {min(short, key=_size)} has fewer temporal patches"
       f" than the {patches} of {num_frames} frames; no clip would use it"
     )
   if short == found:
-    return make_buckets((), processor, num_frames)
+    return make_buckets((), processor, rule)
   return sorted(found - short, key=_size)
 
 

@@ -104,7 +104,8 @@ def _one_policy(case: case_lib.Case, name: str, spec: str) -> tuple[str, ...]:
   told += f"; trained at ratios {ratios}" if ratios else ""
   frames = case.config.data.num_frames
   grid, own = described.grid, case.processor.fixed_grid(frames)
-  if grid and own and grid != list(own):
+  # Of buckets, which hold several grids, there are lists.
+  if own and grid and isinstance(grid[0], int) and grid != list(own):
     sizes = [" x ".join(map(str, one)) for one in (grid, own)]
     mend = "show as many frames as in training, or expect another accuracy"
     told += f" on {sizes[0]} video tokens, not the {sizes[1]} asked here"
@@ -186,7 +187,8 @@ def _clips(case: case_lib.Case) -> _Found:
   if bad:
     told = f"{len(bad)} of {count} cannot be used, first: {bad[0]}"
     return [(FAILED, *told.rsplit("; ", 1))]
-  return [(OK, f"{count} decoded, {data.num_frames} frames of each")]
+  frames = f"{data.num_frames} frames" + " or fewer" * (not reader.rule.fills)
+  return [(OK, f"{count} decoded, {frames} of each")]
 
 
 def _mesh(case: case_lib.Case) -> _Found:

@@ -1,8 +1,8 @@
-"""Checkpoints of random weights: tiny and complete, or of released sizes.
+"""Checkpoints of random weights: tiny ones, or of released sizes.
 
 `write_tiny` is for the `:debug` forms of configs whose real weights do not
-travel with the code. `write_random` is for what can be measured of a released
-model's sizes without its weights.
+travel with the code. `write_complete` writes a directory of a released model's
+sizes that every command takes, `write_random` its weights alone.
 """
 
 import dataclasses
@@ -71,6 +71,8 @@ _TOKENIZER_TEMPLATE = (
 )
 
 _SHARD_BYTES = 4 * 10**9
+# Least and most pixels of a frame in Qwen2.5-VL's own files.
+_RELEASED_PIXELS = 4 * 28 * 28, 16384 * 28 * 28
 # Last linear maps of the branches of decoder, SigLIP and Qwen2.5-VL's tower.
 _INTO_RESIDUAL = ("o_proj", "down_proj", "out_proj", "fc2", "proj")
 # Of the released models; in a smaller vocabulary, its last ids.
@@ -83,45 +85,80 @@ def write_tiny(directory, family: str) -> None:
     raise errors.UserError(
       f"no tiny checkpoint of {family!r}; there are {', '.join(FAMILIES)}"
     )
+  base, bounds = _tiny(family)
+  text = dataclasses.replace(
+    base.text, vocab_size=_VOCABULARY, max_positions=8192
+  )
+  base = dataclasses.replace(base, text=text)
+  config, ending = _write_files(directory, base, bounds)
+  model = checkpoints.make_model(config)
+  params = jax.jit(model.init)(jax.random.key(0))
+  checkpoints.save(directory, config, params, **ending)
+
+
+def _tiny(family):
+  """Returns (config, least and most pixels of a frame or nothing)."""
+  if family == "qwen2_5_vl":
+    processor = processors.Qwen2_5VLProcessor.tiny()
+    bounds = processor.min_pixels, processor.max_pixels
+    return qwen2_5_vl.Qwen2_5VLConfig.tiny(), bounds
+  vision = dataclasses.replace(siglip.SiglipConfig.tiny(), image_size=28)
+  base = llava_onevision.LlavaOnevisionConfig.tiny()
+  return dataclasses.replace(base, vision=vision), ()
+
+
+def write_complete(directory, config, seed=0) -> None:
+  """Writes `write_random` with a tokenizer and a processor's files.
+
+  A folder with files is refused. The tokenizer is that of `write_tiny`: it
+  knows bytes and a few merges, so that texts are several times as long as in
+  the released one. Ids of special tokens are its own, every size is kept.
+  """
+  config, ending = _write_files(directory, config, _RELEASED_PIXELS)
+  write_random(directory, config, seed, ending)
+
+
+def _write_files(directory, config, bounds):
+  """Writes all but config and weights into an empty folder.
+
+  Returns (the config with the tokenizer's ids, how answers end).
+  """
   directory = os.fspath(directory)
   files.make_folder(directory)
   if os.listdir(directory):
     # They might be weights that took hours to download.
     raise errors.UserError(f"{directory} is not empty; name another folder")
   # Tells the tokenizer how prompts hold a clip.
+  family = config.to_hf()["model_type"]
   files.write_json(
     os.path.join(directory, "config.json"), {"model_type": family}
   )
-  make = {"qwen2_5_vl": _qwen2_5_vl, "llava_onevision": _llava_onevision}
-  model = make[family](directory)
+  if family == "qwen2_5_vl":
+    config = _qwen2_5_vl(directory, config, bounds)
+  else:
+    config = _llava_onevision(directory, config)
   tokenizer = tokenizer_lib.Tokenizer.from_directory(directory)
-  params = jax.jit(model.init)(jax.random.key(0))
-  ending = {"eos_ids": tokenizer.eos_ids, "pad_id": tokenizer.pad_id}
-  checkpoints.save(directory, model.config, params, **ending)
+  return config, {"eos_ids": tokenizer.eos_ids, "pad_id": tokenizer.pad_id}
 
 
-def _llava_onevision(directory):
-  """Writes all but config and weights; returns the model."""
-  base = llava_onevision.LlavaOnevisionConfig.tiny()
-  vision = dataclasses.replace(siglip.SiglipConfig.tiny(), image_size=28)
+def _llava_onevision(directory, config):
+  """Writes a family's files; returns the config with the tokenizer's ids."""
+  vision = config.vision
   sizes = {"image_size": vision.image_size, "patch_size": vision.patch_size}
   tokenizer = tokenizer_training.train(_TEXTS, _VOCABULARY, directory, **sizes)
   path = os.path.join(directory, "tokenizer_config.json")
   described = checkpoints.read_json(path)
   described["chat_template"] = _TOKENIZER_TEMPLATE
   files.write_json(path, described)
-  base = dataclasses.replace(base, vision=vision)
   marks = {"image_token_id": "<image>", "video_token_id": "<video>"}
-  config = _with_ids(base, tokenizer, **marks)
-  return llava_onevision.LlavaOnevisionModel(config)
+  return _with_ids(config, tokenizer, **marks)
 
 
-def _qwen2_5_vl(directory):
-  """Writes all but config and weights; returns the model."""
-  base = qwen2_5_vl.Qwen2_5VLConfig.tiny()
+def _qwen2_5_vl(directory, config, bounds):
+  """Writes a family's files; returns the config with the tokenizer's ids."""
   tokenizer = tokenizer_training.learn(_TEXTS, _VOCABULARY, _QWEN_TOKENS)
   tokenizer.save(os.path.join(directory, "tokenizer.json"))
-  processor, vision = processors.Qwen2_5VLProcessor.tiny(), base.vision
+  vision = config.vision
   described = {
     "tokenizer_config.json": {
       "tokenizer_class": "PreTrainedTokenizerFast",
@@ -135,34 +172,34 @@ def _qwen2_5_vl(directory):
       "patch_size": vision.patch_size,
       "temporal_patch_size": vision.temporal_patch_size,
       "merge_size": vision.merge_size,
-      "min_pixels": processor.min_pixels,
-      "max_pixels": processor.max_pixels,
-      "image_mean": list(processor.mean),
-      "image_std": list(processor.std),
+      "min_pixels": bounds[0],
+      "max_pixels": bounds[1],
+      "image_mean": list(processors.CLIP_MEAN),
+      "image_std": list(processors.CLIP_STD),
     },
   }
   for name, entry in described.items():
     files.write_json(os.path.join(directory, name), entry)
-  config = _with_ids(
-    base,
+  return _with_ids(
+    config,
     tokenizer,
     image_token_id="<|image_pad|>",
     video_token_id="<|video_pad|>",
     vision_start_token_id="<|vision_start|>",
     vision_end_token_id="<|vision_end|>",
   )
-  return qwen2_5_vl.Qwen2_5VLModel(config)
 
 
-def _with_ids(base, tokenizer, **tokens: str):
-  """Returns a config with the tokenizer's ids and room for long prompts."""
-  size = tokenizer.get_vocab_size(with_added_tokens=True)
-  text = dataclasses.replace(base.text, vocab_size=size, max_positions=8192)
+def _with_ids(config, tokenizer, **tokens: str):
+  """Returns a config with a tokenizer's ids; a small vocabulary is its own."""
+  text, size = config.text, tokenizer.get_vocab_size(with_added_tokens=True)
+  if text.vocab_size == _VOCABULARY:
+    text = dataclasses.replace(text, vocab_size=size)
   ids = {name: tokenizer.token_to_id(token) for name, token in tokens.items()}
-  return dataclasses.replace(base, text=text, **ids)
+  return dataclasses.replace(config, text=text, **ids)
 
 
-def write_random(directory, config, seed=0):
+def write_random(directory, config, seed=0, ending=None):
   """Writes a bfloat16 checkpoint of random weights, one tensor at a time.
 
   Values have any sign and sizes between 2^-7 and 2^-5, so that no layer fades
@@ -171,7 +208,8 @@ def write_random(directory, config, seed=0):
   embeddings and scales of norms lie between 1/2 and 1, video features come out
   as large, and projections back into a stream are 16 times smaller (with equal
   sizes, bfloat16 moves logits by as much as the best two of 152 000 are apart).
-  Earlier weights in the folder are replaced.
+  Earlier weights in the folder are replaced. `ending` is how answers end, as
+  in `checkpoints.write_config`; None is the released models' ids.
   """
   rng = np.random.default_rng(seed)
   dtype = np.dtype(ml_dtypes.bfloat16)
@@ -189,10 +227,9 @@ def write_random(directory, config, seed=0):
     tensors[name] = (dtype, array.shape, make_given)
   last = config.text.vocab_size - 1
   eos_id, pad_id = min(_EOS_ID, last), min(_PAD_ID, last - 1)
+  ending = ending or {"eos_ids": [eos_id, pad_id], "pad_id": pad_id}
   files.make_folder(directory)
-  checkpoints.write_config(
-    directory, config, eos_ids=[eos_id, pad_id], pad_id=pad_id, dtype=dtype
-  )
+  checkpoints.write_config(directory, config, **ending, dtype=dtype)
   safetensors_io.write_directory(directory, tensors, _SHARD_BYTES)
 
 

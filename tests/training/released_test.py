@@ -53,7 +53,7 @@ def test_a_released_model_is_trained_by_the_papers_recipe(name):
     "model.dtype": "bfloat16",
     "policy.dtype": "bfloat16",
     "data.num_frames": 32,
-    "data.frame_rule": "train_linspace_1fps",
+    "data.frame_rule": "public_linspace_1fps",
     "evals.ratios": (0.25, 0.2, 0.15, 0.1),
     "evals.rule": "",
     "evals.select_on": "none",
