@@ -35,12 +35,11 @@ _CANNOT = re.compile(
   "^UNIMPLEMENTED|cudnn|ampere arch|unsupported.*type|must be .*f(p|loat)16",
   re.I,
 )
-_ASKED = re.compile(r"allocat\w* (?:of )?(\d[\d.,]* ?[a-z]+)", re.I)
+_ASKED = re.compile(r"allocat\D{1,24}(\d[\d.]*) ?(\w+)", re.I)
 _LESS = (
   "spread the weights by config.mesh.model, or ask less at once"
   " (docs/troubleshooting.md, Memory)"
 )
-_OTHER = "set config.model.backend=xla, or another config.model.dtype"
 
 
 class UserError(Exception):
@@ -105,15 +104,21 @@ def no_room(error: Exception) -> bool:
 
 def _of_device(error: Exception) -> str:
   """Returns what happened on the device and what to do; "" for other errors."""
-  what, less = getattr(error, "stage", ("", _LESS))
-  what = what and f" while {what}"
+  what, less = getattr(error, "stage", ("computing", _LESS))
   if type(error).__name__ in _OF_DEVICE and no_room(error):
-    asked = _ASKED.search(str(error))
-    asked = f" ({asked[1]} asked for)" if asked else ""
-    return f"the device is out of memory{what}{asked}; {less}"
+    found = _ASKED.search(str(error))
+    asked = " ".join(found.groups()) if found else "more"
+    if found and found[2] == "bytes":
+      asked = f"{float(found[1]) / 2**30:.3g} GiB"
+    return (
+      f"the device is out of memory while {what} ({asked} asked for); {less}"
+    )
   if isinstance(error, RuntimeError) and _CANNOT.search(str(error)):
     told = one_line(error)[:200]
-    return f"this device cannot do what is asked{what}: {told}; {_OTHER}"
+    return (
+      f"this device cannot do what is asked while {what}: {told}; set"
+      " config.model.backend=xla, or another config.model.dtype"
+    )
   return ""
 
 

@@ -79,7 +79,7 @@ def main(args):
     "seconds": args.seconds,
     "threads": data.num_threads,
   }
-  ask = _asking(args, weights, workdir / "clips")
+  made = functools.cache(lambda: _made(args, weights, workdir / "clips"))
   with answer_log.AnswerLog(
     workdir / "rows.jsonl", run, mend="or give another --workdir"
   ) as rows:
@@ -87,7 +87,7 @@ def main(args):
     for batch in dict.fromkeys(args.batches):
       for condition in _CONDITIONS:
         row = {"batch": batch, "ratio": condition.ratio, "status": "ok"}
-        measure = functools.partial(ask, batch, condition)
+        measure = functools.partial(ask, made, batch, condition)
         try:
           row |= reporting.once(rows, condition.key(f"batch {batch}"), measure)
         except errors.UserError as error:
@@ -140,75 +140,70 @@ def write_clips(folder: pathlib.Path, count: int, seconds: int) -> list[str]:
   return names
 
 
-def _asking(args, weights, folder):
-  """Returns f(batch size, condition) -> what `Throughput.report` says."""
+def _made(args, weights, folder):
+  """Returns (experiment, policy, questions) to ask."""
   size, config = efficiency_table.SIZES[args.config.table.size], args.config
+  make, model = tokenizer_lib.Tokenizer.from_directory, size.config()
+  tokenizer = make(experiment_lib.SHIPPED_MODEL)
+  # A tiny model knows too few words.
+  words = max(model.text.vocab_size, tokenizer.vocab_size)
+  text = dataclasses.replace(model.text, vocab_size=words)
+  model = dataclasses.replace(model, text=text)
+  found = made_up.checkpoint(model, size.dtype, weights)
+  found = dataclasses.replace(found, tokenizer=tokenizer, eos_ids=())
+  changes = {
+    "data.root": str(folder),
+    "data.num_frames": size.grid[0],
+    "data.feature_cache": "",
+    "mesh.data": 1,
+    "model.path": str(weights),
+    "model.dtype": size.dtype,
+  }
+  experiment = experiment_lib.Experiment.from_config(
+    config_lib.replace(config, changes), checkpoint=found
+  )
+  module = network.Policy.from_llm_config(
+    text, dtype=found.model.dtype, num_halvings=estimate.num_halvings(text)
+  )
+  start = module.init_from_llm(jax.random.key(0), found.params)
+  asked = answerer.as_question("clip", "What is first?", ("red", "blue"))
+  questions = [
+    dataclasses.replace(asked, id=name, video=name, answer="A")
+    for name in write_clips(folder, args.clips, args.seconds)
+  ]
+  return experiment, loading.LoadedPolicy.of(module, start), questions
 
-  @functools.cache
-  def made():
-    """Returns (experiment, policy, questions), made at the first measure."""
-    make, model = tokenizer_lib.Tokenizer.from_directory, size.config()
-    tokenizer = make(experiment_lib.SHIPPED_MODEL)
-    # A tiny model knows too few words.
-    words = max(model.text.vocab_size, tokenizer.vocab_size)
-    text = dataclasses.replace(model.text, vocab_size=words)
-    found = made_up.checkpoint(
-      dataclasses.replace(model, text=text), size.dtype, weights
-    )
-    found = dataclasses.replace(found, tokenizer=tokenizer, eos_ids=())
-    changes = {
-      "data.root": str(folder),
-      "data.num_frames": size.grid[0],
-      "data.feature_cache": "",
-      "evals.select_on": "none",
-      "mesh.data": 1,
-      "model.path": str(weights),
-      "model.dtype": size.dtype,
-    }
-    experiment = experiment_lib.Experiment.from_config(
-      config_lib.replace(config, changes), checkpoint=found
-    )
-    module = network.Policy.from_llm_config(
-      text,
-      dtype=found.model.dtype,
-      num_halvings=estimate.num_halvings(text),
-    )
-    start = module.init_from_llm(jax.random.key(0), found.params)
-    asked = answerer.as_question("clip", "What is first?", ("red", "blue"))
-    questions = [
-      dataclasses.replace(asked, id=name, video=name, answer="A")
-      for name in write_clips(folder, args.clips, args.seconds)
-    ]
-    return experiment, loading.LoadedPolicy.of(module, start), questions
 
-  def ask(batch, condition):
-    experiment, policy, questions = made()
-    experiment = experiment.replace({"evals.batch_size": batch})
+def ask(made, batch: int, condition):
+  """Returns what `Throughput.report` says of batches of a size.
+
+  `made` gives an experiment, a policy and the questions.
+  """
+  experiment, policy, questions = made()
+  experiment = experiment.replace({"evals.batch_size": batch})
+  data = experiment.config.data
+  with features.open_store(
+    experiment,
     # Random weights have no files that name a processor.
-    processor = experiment.checkpoint.model.processor
-    with features.open_store(
+    experiment.checkpoint.model.processor,
+    frames.FrameRule(data.num_frames),
+    make=clip_queue.ClipQueue,
+    keep=2 * batch,
+    num_threads=max(data.num_threads, 1),
+    watch=device_watch.DeviceWatch(),
+  ) as source:
+    engine = engine_lib.Engine.of(
       experiment,
-      processor,
-      frames.FrameRule(size.grid[0]),
-      make=clip_queue.ClipQueue,
-      keep=2 * batch,
-      num_threads=max(config.data.num_threads, 1),
-      watch=device_watch.DeviceWatch(),
-    ) as source:
-      engine = engine_lib.Engine.of(
-        experiment,
-        source,
-        questions,
-        evaluation.settings(experiment),
-        policies={"policy": policy},
-      )
-      for part in (questions[:batch], questions):
-        evaluator = evaluator_lib.Evaluator(engine)
-        source.clear()
-        evaluator.run(part, [condition], answer_log.AnswerLog(None, {}))
-      return evaluator.throughput.report()
-
-  return ask
+      source,
+      questions,
+      evaluation.settings(experiment),
+      policies={"policy": policy},
+    )
+    for part in (questions[:batch], questions):
+      evaluator = evaluator_lib.Evaluator(engine)
+      source.clear()
+      evaluator.run(part, [condition], answer_log.AnswerLog(None, {}))
+    return evaluator.throughput.report()
 
 
 if __name__ == "__main__":

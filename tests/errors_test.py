@@ -32,7 +32,7 @@ _MAIN = textwrap.dedent("""
             raise NotImplementedError("Q must be BF16 or FP16")
           raise jax.errors.JaxRuntimeError({
             "memory": "RESOURCE_EXHAUSTED: Out of memory while trying to"
-                      " allocate 7.5GiB.",
+                      " allocate 8053063680 bytes.",
             "kernel": "UNIMPLEMENTED: no such call",
           }[kind])
     if kind == "mine":
@@ -77,6 +77,21 @@ def test_an_error_nobody_foresaw_is_one_line(tmp_path):
   assert log.parent == tmp_path and "ZeroDivisionError" in log.read_text()
 
 
+@pytest.mark.parametrize(
+  ("words", "asked"),
+  [
+    ("Failed to allocate request for 2.50GiB (2684354560B)", "2.50 GiB"),
+    ("Allocation of 512.00MiB exceeds the memory", "512.00 MiB"),
+    ("Ran out of memory in memory space hbm", "more"),
+  ],
+)
+def test_what_was_asked_for_is_told(words, asked):
+  error = type("XlaRuntimeError", (RuntimeError,), {})
+  told = errors._of_device(error(f"RESOURCE_EXHAUSTED: {words}."))
+  assert f"while computing ({asked} asked for); spread the weights" in told
+  assert not errors._of_device(error("INTERNAL: a bug"))
+
+
 _OTHER = "set config.model.backend=xla, or another config.model.dtype"
 _CANNOT = "this device cannot do what is asked while reading"
 
@@ -86,7 +101,7 @@ _CANNOT = "this device cannot do what is asked while reading"
   [
     (
       "memory",
-      "the device is out of memory while reading (7.5GiB asked for); lower"
+      "the device is out of memory while reading (7.5 GiB asked for); lower"
       " that",
     ),
     ("kernel", f"{_CANNOT}: UNIMPLEMENTED: no such call; {_OTHER}"),
