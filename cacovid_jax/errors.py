@@ -32,7 +32,8 @@ _MOST = 2000  # Characters of a line.
 _OF_DEVICE = ("JaxRuntimeError", "XlaRuntimeError")
 _NO_ROOM = re.compile("RESOURCE_EXHAUSTED|out of memory", re.I)
 _CANNOT = re.compile(
-  "^UNIMPLEMENTED|cudnn|ampere arch|unsupported.*type|must be .*f(p|loat)16",
+  "^UNIMPLEMENTED|cudnn|ampere arch|unsupported.*(d|data |element )type"
+  "|must be .*(fp|float)16",
   re.I,
 )
 _ASKED = re.compile(r"allocat\D{1,24}(\d[\d.]*) ?(\w+)", re.I)

@@ -188,7 +188,7 @@ def ask(made, batch: int, condition):
     experiment.checkpoint.model.processor,
     frames.FrameRule(data.num_frames),
     make=clip_queue.ClipQueue,
-    keep=2 * batch,
+    keep=batch,
     num_threads=max(data.num_threads, 1),
     watch=device_watch.DeviceWatch(),
   ) as source:

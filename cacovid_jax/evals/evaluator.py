@@ -242,6 +242,7 @@ class Evaluator:
         output = self._note(failures, condition, ask, number)
       if output is not None:
         asked.append((condition, output))
+    batch.release()
     return functools.partial(
       self._records, questions, batch, asked, failures, number
     )
@@ -276,10 +277,10 @@ class Evaluator:
     usable = [row for row in rows if row not in batch.faults]
     if condition.method is None:
       for row in usable:
-        clip = self.engine.source[questions[row].video]
-        facts[row]["frame_hash"] = clip.frame_hash
-        facts[row]["index_hash"] = clip.index_hash
-        facts[row] |= clip.record.damage
+        record = batch.records[row]
+        facts[row]["frame_hash"] = record.frame_hash
+        facts[row]["index_hash"] = record.index_hash
+        facts[row] |= record.damage
       return facts
     kept = np.asarray(trace.mask).sum(axis=1)
     for row in rows:

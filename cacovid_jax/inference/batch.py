@@ -56,7 +56,8 @@ class BatchRunner:
 
   What several methods read (scores of a policy, attention of the whole prompt,
   the question's text) is computed when the first one looks at it. `faults` say
-  by row why a clip cannot be used; `batch` is a `prompt_batch.PromptBatch`.
+  by row why a clip cannot be used, `records` are those of the clips; `batch` is
+  a `prompt_batch.PromptBatch`.
   Unless the engine waits, `check` tells of numbers that are not finite.
   """
 
@@ -78,8 +79,9 @@ class BatchRunner:
     self._finite_scores: dict[tuple, jax.Array] = {}
     with engine.timed("clips"):
       self._clips = [engine.source[question.video] for question in questions]
-    rows = enumerate(self._clips)
-    self.faults = {row: clip.fault for row, clip in rows if clip.fault}
+    self.records = [clip.record for clip in self._clips]
+    rows = enumerate(self.records)
+    self.faults = {row: record.fault for row, record in rows if record.fault}
     with engine.timed("prompts") as follow:
       features = self._of_clips(lambda clip: clip.features, 0)
       deep = None
@@ -130,6 +132,10 @@ class BatchRunner:
   def _timed(self, name: str, function, *args, **options):
     with self._e.timed(name) as follow:
       return follow(function(*args, **options))
+
+  def release(self) -> None:
+    """Lets go of the clips and prompts: nothing more is asked about them."""
+    self.batch, self._clips, self._parts = None, [], {}
 
   def check(self, condition=None) -> None:
     """Refuses what is not finite: features, or scores that a method reads."""

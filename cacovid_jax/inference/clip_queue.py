@@ -167,14 +167,16 @@ def open_queue(
 ) -> ClipQueue:
   """Returns the encoded clips of config.data, at the frames of config.evals.
 
-  `keep` of them are held in memory, 0 for those of this batch and of the next;
+  `keep` of them are held in memory, 0 for those of this batch and of the next,
+  and for those of one batch where a `watch` leaves them on the device;
   `reading` are options of `clips.ClipReader`, `watch` is as of the store.
   """
   config = experiment.config
+  most = (1 if watch else 2) * config.evals.batch_size
   return features.open_store(
     experiment, read_processor(experiment),
     frames_lib.FrameRule(config.data.num_frames, config.evals.frame_rule),
-    make=ClipQueue, keep=keep or 2 * config.evals.batch_size, want=want,
+    make=ClipQueue, keep=keep or most, want=want,
     num_threads=max(config.data.num_threads, 1), watch=watch,
     reading=reading, **({} if grid is None else {"grid": grid}),
   )  # fmt: skip
