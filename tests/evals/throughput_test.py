@@ -61,7 +61,9 @@ def ask(nine, checkpoint, checkpoint_dir, tmp_path_factory):
     evaluation.evaluate(experiment)
     lines = (workdir / "answers.jsonl").read_text().splitlines()[1:]
     out = json.loads((workdir / "results.json").read_text())
-    assert out["provenance"]["settings"].pop("batch_size") == batch_size
+    provenance = out.pop("provenance")
+    assert provenance["settings"]["batch_size"] == batch_size
+    out["frame_hash"] = provenance["frame_hash"]
     times = json.loads((workdir / "timings.json").read_text())
     return lines, json.dumps(out), times
 
@@ -203,6 +205,24 @@ def test_features_that_are_not_finite_are_named_when_they_are_read(evaluator):
   with pytest.raises(errors.UserError, match=f"{video} hold NaN"):
     run(evaluator, log := answer_log.AnswerLog(None, {}))
   assert len(log) == 2  # Of the batch in front.
+
+
+def test_a_full_device_names_the_program_and_the_batch_size(
+  evaluator, monkeypatch
+):
+  def full(*args, **options):
+    raise jax.errors.JaxRuntimeError(
+      "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 3.00GiB."
+    )
+
+  monkeypatch.setattr(evaluator.engine.programs, "vanilla", full)
+  with pytest.raises(jax.errors.JaxRuntimeError) as caught:
+    run(evaluator, answer_log.AnswerLog(None, {}))
+  assert errors._of_device(caught.value) == (
+    "the device is out of memory while computing 'vanilla' of 2 at once"
+    " (3.00 GiB asked for); lower the batch size of 2 (evals. or"
+    " validation.batch_size)"
+  )
 
 
 def test_clips_leave_the_device_when_all_is_asked(evaluator):
