@@ -156,7 +156,8 @@ _DATA = dict(
   # of the last `memory_items` clips.
   feature_cache="",
   memory_items=256,
-  num_threads=2,  # Threads, or else processes, that load clips ahead.
+  # Threads, or else processes, that load clips ahead; of evaluations threads.
+  num_threads=2,
   num_workers=0,
   # Clips are decoded by "workers", processes of their own that a bad one may
   # crash or hang, or "in_process".
@@ -219,6 +220,8 @@ _EVALS = dict(
   # Seeds of random draws, of the untrained policy and of other questions;
   # accuracies are means over them.
   seeds=(0,),
+  # Questions asked at once, about one clip or several of one token grid;
+  # answers do not depend on it, but for rounding.
   batch_size=8,
   max_new_tokens=0,  # Longest answer in tokens; 0 takes the benchmark's own.
   # How letters are taken from answers: "paper", "lmms-0.7.3" or "own"; empty is

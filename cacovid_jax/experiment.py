@@ -113,14 +113,16 @@ class Experiment:
       )
     # On one device that nothing is placed on, arrays go where they are used.
     alone = self.mesh.size == 1 and self.split != "videos_per_step"
-    checkpoint = checkpoints.load(
-      model.path,
-      dtype=jnp.dtype(model.dtype),
-      # Each device reads its own part: none ever holds the whole model.
-      mesh=None if alone else self.mesh,
-      backend=model.backend,
-      layers=model.layers,
-    )
+    less = "set config.mesh.model=2 to split them, or config.model.dtype"
+    with errors.during("loading the weights", f"{less}=bfloat16"):
+      checkpoint = checkpoints.load(
+        model.path,
+        dtype=jnp.dtype(model.dtype),
+        # Each device reads its own part: none ever holds the whole model.
+        mesh=None if alone else self.mesh,
+        backend=model.backend,
+        layers=model.layers,
+      )
     if checkpoint.tokenizer is None:
       raise errors.UserError(
         f"{model.path}: no tokenizer.json; give a complete checkpoint directory"

@@ -31,10 +31,11 @@ from cacovid_jax.evals import (
   provenance,
   results,
   shards,
+  throughput,
 )
 from cacovid_jax.evals import evaluator as evaluator_lib
 from cacovid_jax.evals.report import html, viewer
-from cacovid_jax.inference import clip_queue
+from cacovid_jax.inference import clip_queue, device_watch
 from cacovid_jax.inference import engine as engine_lib
 from cacovid_jax.inference import methods as methods_lib
 from cacovid_jax.policy import loading
@@ -103,7 +104,8 @@ def _evaluate(experiment):
   )
   manifest.require(q.video for q in (*test.questions, *others))
   wanted = methods_lib.wanted(tried)
-  with clip_queue.open_queue(experiment, wanted, manifest=manifest) as source:
+  made = {"manifest": manifest, "watch": device_watch.DeviceWatch()}
+  with clip_queue.open_queue(experiment, wanted, **made) as source:
     engine = engine_lib.Engine.of(
       experiment,
       source,
@@ -134,13 +136,7 @@ def _evaluate(experiment):
     identity = evaluator.identity(test.questions)
     with shards.ledger(workdir, shard, "answers.jsonl", identity) as answers:
       failures = _ask(table, evaluator, answers, workdir, shard, identity)
-      timings = {
-        "seconds": dict(engine.seconds),
-        "host": provenance.host(),
-        "grids": len(set(map(table.grid_of, table.questions))),
-        "programs": engine.programs.num_compiled,
-      }
-      files.write_json(workdir / shard.file("timings.json"), timings)
+      throughput.write(workdir / shard.file("timings.json"), evaluator)
       if failures is None:
         return None
       out = results.build(

@@ -25,12 +25,12 @@ class EncodedClip:
 
   `arrays` are float32: "features" [N, D], "deep" [S, N, D] of models that have
   it, and the wanted ones of `video_llm.SIGNALS`; zeros of a clip that cannot be
-  used.
+  used. They lie on the host, or on the device and may still be computed.
   """
 
   record: frame_record.FrameRecord
   grid: tuple[int, int, int]  # (T, H, W).
-  arrays: Mapping[str, np.ndarray]
+  arrays: Mapping[str, np.ndarray | jax.Array]
   second_per_grid_t: float = 1.0  # See `video_llm.VideoFeatures`.
   warnings: tuple[str, ...] = ()  # What makes frames less than they seem.
 
@@ -183,22 +183,23 @@ class Tower:
     self._params = params
 
   def __call__(self, names: frozenset[str], inputs) -> list[dict[str, Any]]:
-    """Returns {name: float32 array} of each of the clips' TowerInputs."""
+    """Returns {name: float array} of each of the clips' TowerInputs.
+
+    On one device they are not waited for.
+    """
     wanted = [()] if FEATURES in names else []
     if signals := video_llm.check_signals(names - {FEATURES}):
       wanted.append(signals)
     found = [{} for _ in inputs]
     for signals in wanted:
       for out, new in zip(found, self._run(signals, inputs), strict=True):
-        # In float32 as on disk, so that a hit changes no type or bit.
-        out |= {k: np.asarray(v, np.float32) for k, v in new.items()}
+        out |= new
     return found
 
   def _run(self, signals, inputs) -> list[dict[str, jax.Array]]:
     program = tower_program(self._model, signals, self._mesh)
     if self._mesh is None:
-      out = [program(self._params, one) for one in inputs]
-      return jax.block_until_ready(out)
+      return [program(self._params, one) for one in inputs]
     count = len(inputs)
     inputs = [*inputs, *[inputs[-1]] * (self.rows - count)]
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *inputs)

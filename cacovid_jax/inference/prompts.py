@@ -8,7 +8,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -121,8 +120,7 @@ class Prompts:
       jnp.asarray, (padded.ids, padded.length, padded.video_rows)
     )
     return prompt_batch.PromptBatch(
-      # Awaited, so that its time is not taken for that of what follows.
-      x=jax.block_until_ready(embed(ids, features, video_rows)),
+      x=embed(ids, features, video_rows),
       positions=jnp.asarray(positions),
       lengths=lengths,
       video_rows=video_rows,

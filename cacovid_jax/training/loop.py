@@ -71,7 +71,11 @@ def train(
   """
   workdir, process = experiment.workdir, jax.process_index()
   role = workdir / (f"train-{process}" if process else "train")
-  with files.claim(role, "trainer", what=workdir):
+  less = "lower config.sampling.num_combinations, or set config.mesh.model=2"
+  with (
+    files.claim(role, "trainer", what=workdir),
+    errors.during("training", less),
+  ):
     return _train(experiment, questions, store, validate, on_step)
 
 

@@ -181,6 +181,10 @@ def test_what_does_not_fit_is_written_as_such(subject, tmp_path, monkeypatch):
   out = "out of the device's memory"
   assert [line.count(out) for line in cells] == [0, 0, 2]
   assert float(cells[2][3]) > 0 and float(cells[2][6]) > 0
+  tower, select, quarter, whole, gain = map(float, cells[0][3:8])
+  sooner = (tower + whole) / (tower + select + quarter)
+  assert gain == pytest.approx(sooner, rel=0.01, abs=0.006)
+  assert not cells[2][7]
   first = json.loads((tmp_path / "results.json").read_text())["rows"]
   broken.append("mended")
   commands.run(scaling, **flags)
