@@ -343,6 +343,8 @@ def mirrored(path: str | os.PathLike) -> Iterator[str | os.PathLike]:
     stack.callback(_open.pop, folder)
     try:
       yield folder
+    except errors.UserError as error:  # Told when the mirror is gone.
+      raise errors.UserError(terminal.plain(str(error))) from error
     except OutrunError as error:
       raise errors.UserError(
         f"{error}: another process writes to it; stop that one, or use another"

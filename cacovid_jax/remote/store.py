@@ -6,6 +6,7 @@ one whole object, and to make one unless its name is taken; `remote.mirror` and
 """
 
 import errno
+import logging
 import os
 import pathlib
 import queue
@@ -27,7 +28,9 @@ _NEVER = (
   FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError,
   NotADirectoryError, NotImplementedError, TypeError, ValueError,
 )  # fmt: skip
-_DENIED = re.compile(r"forbidden|unauthori[sz]ed|credentials|permission", re.I)
+_DENIED = re.compile(
+  r"forbidden|unauthori[sz]ed|credentials|permission|\b401\b", re.I
+)
 
 
 def is_url(text) -> bool:
@@ -65,6 +68,8 @@ class Store:
       )
     self.url = url.rstrip("/")
     self._root = self.url.removeprefix(SCHEME)
+    # It logs with tracebacks what it raises as well.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     try:
       import fsspec
 
