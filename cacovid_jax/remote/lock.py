@@ -4,9 +4,10 @@ The holder of a lock is the newest of the numbered objects in its folder,
 `locks/ROLE/000001`, `000002`, ...: who finds none, or one left behind, makes
 the next, and of several that try, the store lets one. The object says who holds
 it and is written anew every `RENEWAL` seconds. One that was not for `EXPIRY`
-seconds counts as left behind, and so does at once one whose process has ended
-on this machine; deleting the object breaks it by hand. A holder that finds a
-newer number, having slept so long, stops before it writes anything more.
+seconds counts as left behind, and who finds it overdue waits for that; so does
+at once one whose process has ended on this machine. Deleting the object breaks
+a lock by hand. A holder that finds a newer number, having slept so long, stops
+before it writes anything more.
 """
 
 import contextlib
@@ -20,11 +21,14 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
+from absl import logging
+
 from cacovid_jax import errors
 from cacovid_jax.remote import store as store_lib
 
 FOLDER = "locks"
-RENEWAL, EXPIRY = 60.0, 600.0  # Seconds.
+# Seconds. Between two renewals lie 60 and the patience of a store at most.
+RENEWAL, OVERDUE, EXPIRY = 60.0, 90.0, 300.0
 
 
 class Lock:
@@ -44,10 +48,18 @@ class Lock:
 
   def take(self, refused: str, hint: str) -> None:
     """Takes the lock, or raises a `UserError` that begins with `refused`."""
-    before = self._numbers()
+    told = False
+    while before := self._numbers():
+      held, overdue = self._held(before[-1])
+      if not held:
+        break
+      if not overdue:
+        raise errors.UserError(f"{refused} ({held}); wait for it, {hint}")
+      if not told:
+        logging.warning("%s (%s); waiting for that", refused, held)
+        told = True
+      time.sleep(RENEWAL / 6)
     newest = before[-1] if before else 0
-    if newest and (held := self._held(newest)):
-      raise errors.UserError(f"{refused} ({held}); wait for it, {hint}")
     self._number, self._seen = newest + 1, time.time()
     content = self._content(self._seen)
     if not self._store.create(self._name(self._number), content):
@@ -105,12 +117,15 @@ class Lock:
     told = self._told | {"seen": round(seen)}  # Seconds since 1970.
     return (json.dumps(told, sort_keys=True) + "\n").encode()
 
-  def _held(self, number: int) -> str:
-    """Returns who holds a lock, in words; "" if it was left behind."""
+  def _held(self, number: int) -> tuple[str, bool]:
+    """Returns (who holds a lock in words, if its renewal is overdue).
+
+    "" is one that was left behind, or released meanwhile.
+    """
     name = self._name(number)
     data = self._store.get(name)
     if data is None:
-      return ""  # Released meanwhile.
+      return "", False
     url = f"{self._store.url}/{name}"
     try:
       holder = json.loads(data)
@@ -118,13 +133,15 @@ class Lock:
       who = f"process {int(holder['process'])} on {holder['host']}"
       since = holder["since"]
     except (ValueError, KeyError, TypeError):
-      return f"{url} says nothing that can be read; delete it if it is old"
+      told = f"{url} says nothing that can be read; delete it if it is old"
+      return told, False
     if seen > EXPIRY or _has_ended(holder):
-      return ""
-    return (
+      return "", False
+    told = (
       f"{who} since {since}, seen {max(seen, 0):.0f} s ago; if it has ended,"
       f" its lock counts no more after {EXPIRY:.0f} s, or once you delete {url}"
     )
+    return told, seen > OVERDUE
 
 
 @contextlib.contextmanager

@@ -91,7 +91,7 @@ class Mirror:
       found = self.store.list(name + _PARTS)
       self._read(name, info, found)
       if len(found) > _MANY:
-        self._roll_up(name, found)
+        self._roll_up(name)
 
   def publish(self, path: pathlib.Path) -> None:
     """Writes a file that was written anew to the store."""
@@ -225,18 +225,29 @@ class Mirror:
       os.replace(partial, path)
     return whole
 
-  def _roll_up(self, name: str, found) -> None:
-    """Makes one object of a shared log's parts; others may append meanwhile.
+  def _roll_up(self, name: str) -> None:
+    """Makes one object of a shared log's parts, unless another process does.
 
-    The first part's name is kept, and so is the place where the log ends.
+    Others may append meanwhile: the first part's name is kept, and so is the
+    place where the log ends.
     """
-    parts = _offsets(name, self._bases.get(name, ""), found)
-    if not parts:
+    lock = lock_lib.Lock(self.store, name)
+    try:
+      lock.take("", "")
+    except errors.UserError:
       return
-    data = (self.folder / name).read_bytes()
-    self.store.put(parts[0][1], data[parts[0][0] :])
-    for _, part in parts[1:]:
-      self.store.delete(part)
+    with lock_lib.holding(lock):
+      info, found = self.store.info(name), self.store.list(name + _PARTS)
+      if info is not None:
+        self._read(name, info, found)
+      parts = _offsets(name, self._bases.get(name, ""), found)
+      if len(parts) > 1:
+        start, first = parts[0]
+        data = (self.folder / name).read_bytes()
+        lock.check(now=True)
+        self.store.put(first, data[start:])
+      for _, part in parts[1:]:
+        self.store.delete(part)
 
 
 def _offsets(name: str, base: str, found) -> list[tuple[int, str]]:

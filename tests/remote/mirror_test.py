@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,13 +23,32 @@ from tests import object_store
 URL = "gs://bucket/run"
 
 
+class Clock:
+  """A clock that sleeping moves, and each look a little."""
+
+  def __init__(self):
+    self.now = time.time()
+
+  def time(self):
+    self.now += 1e-3
+    return self.now
+
+  monotonic = time
+
+  def sleep(self, seconds):
+    self.now += seconds
+
+  def __getattr__(self, name):
+    return getattr(time, name)
+
+
 @pytest.fixture
 def store(tmp_path, monkeypatch):
   """A folder that is a store; the mirrors lie beside it."""
   for name in ("store", "mirrors"):
     (tmp_path / name).mkdir()
   monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "mirrors"))
-  monkeypatch.setattr(store_lib.time, "sleep", lambda seconds: None)
+  monkeypatch.setattr(store_lib, "time", Clock())
   object_store.use(tmp_path / "store")
   return tmp_path / "store"
 
@@ -233,6 +253,14 @@ def test_a_lock_that_may_be_held_is_not(store, changes):
         pass
 
 
+def test_a_lock_that_is_overdue_is_waited_for(store, monkeypatch):
+  left_behind(store, machine="another", seen=round(time.time()) - 200)
+  monkeypatch.setattr(lock_lib, "time", clock := Clock())
+  start = clock.now
+  with remote.mirrored(URL) as workdir, claimed(workdir):
+    assert 95 < clock.now - start < 125
+
+
 def test_who_has_lost_the_lock_writes_no_step(store):
   tree = {"x": jnp.arange(3)}
   with remote.mirrored(URL) as one, remote.mirrored(URL) as two:
@@ -240,7 +268,6 @@ def test_who_has_lost_the_lock_writes_no_step(store):
       with claimed(one):
         checkpointing.save(one / "checkpoints", 1, tree)
         # It sleeps for so long that another one takes over.
-        lock_lib.Lock(store_lib.Store(URL), "train")
         left_behind_now(store)
         with claimed(two):
           checkpointing.save(one / "checkpoints", 2, tree)
@@ -358,14 +385,12 @@ def test_what_a_store_refuses_is_one_line(store, monkeypatch, error, told):
   monkeypatch.setattr(store_lib, "PATIENCE", 0.2)
   with remote.mirrored(URL) as workdir:
     path = workdir / "x.jsonl"
-    object_store.use(store)
-  with remote.mirrored(URL) as workdir:
-    files.append(workdir / "x.jsonl", b"a\n")
+    files.append(path, b"a\n")
     mirror = remote.of(workdir)
     mirror.store._files.before = refusing("write", error=error)
     for write in (files.write, files.append):
       with pytest.raises(errors.UserError) as refused:
-        write(workdir / "x.jsonl", b"b\n")
+        write(path, b"b\n")
       line = errors.one_line(refused.value)
       assert line.startswith("cannot write gs://bucket/run/x.jsonl") and (
         told in line
