@@ -193,7 +193,6 @@ def test_an_evaluation_goes_on_elsewhere_with_the_same_bytes(
 
   with pytest.raises(CutOffError), remote.mirrored(URL) as workdir:
     object_store.use(store, before)
-    remote.of(workdir).store = type(remote.of(workdir).store)(URL)
     evaluation.evaluate(request_of(workdir))
   object_store.use(store)
   parts = object_store.names(store, "bucket/run/answers.jsonl.parts/")
