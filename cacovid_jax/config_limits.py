@@ -10,6 +10,7 @@ from typing import Any
 import ml_collections
 
 from cacovid_jax import base_config, schema
+from cacovid_jax.remote import store as remote
 
 BACKENDS = ("auto", "xla", "cudnn", "splash")
 LAYERS = ("auto", "stacked", "separate")
@@ -170,4 +171,7 @@ def check(config, where="") -> None:
       value = group[leaf]
       if isinstance(value, ml_collections.ConfigDict):
         value = value.to_dict()
-      schema.fit(value, kind, where, key=key if where else f"config.{key}")
+      name = key if where else f"config.{key}"
+      schema.fit(value, kind, where, key=name)
+      for text in value if isinstance(value, (tuple, list)) else (value,):
+        remote.refuse(text, name)

@@ -10,13 +10,16 @@ from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.evals import evaluation
 from cacovid_jax.parallel import mesh
+from cacovid_jax.remote import mirror as remote
 from cacovid_jax.training import loop
 
 COMMAND = command.Command(
   __doc__,
   {
     "workdir": command.Flag(
-      "Folder of the run's checkpoints, metrics and policy."
+      "Folder of the run's checkpoints, metrics and policy, or gs://..., one on"
+      " a store.",
+      store=True,
     ),
     "coordinator": command.Flag(
       "host:port of process 0, with several processes."
@@ -35,7 +38,8 @@ def main(args):
     raise errors.UserError("no workdir given: add --workdir=FOLDER")
   mesh.start_processes(args.coordinator, args.num_processes, args.process_id)
   print(config_lib.dumps(config), end="", flush=True)
-  terminal.tell(f"policy: {train(config, args.workdir).policy_path}")
+  with remote.mirrored(args.workdir) as workdir:
+    terminal.tell(f"policy: {train(config, workdir).policy_path}")
 
 
 def train(config, workdir) -> loop.Result:
