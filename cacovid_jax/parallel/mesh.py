@@ -200,6 +200,37 @@ def jit_rows(
   return jit(mapped, kind)
 
 
+def whole(function: Callable, mesh: Mesh | None):
+  """Returns a function, to be jitted, that each device of `data` computes.
+
+  All of it, where the base model is split over `model`: code inside a map sees
+  the mesh, as `models.attention` must. Elsewhere it is the function itself.
+  """
+  if mesh is None or mesh.shape["model"] == 1:
+    return function
+  return map_over_data(function, mesh, P(), P())
+
+
+def mesh_of(params) -> Mesh | None:
+  """Returns the mesh that weights lie on, None for one device."""
+  for leaf in jax.tree.leaves(params):
+    sharding = getattr(leaf, "sharding", None)
+    if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
+      return sharding.mesh
+  return None
+
+
+def check_heads(num_heads: int, mesh: Mesh) -> None:
+  """Refuses a `model` axis that does not divide the base model's heads."""
+  size = mesh.shape["model"]
+  if num_heads % size:
+    fits = [n for n in range(1, num_heads + 1) if num_heads % n == 0]
+    raise errors.UserError(
+      f"config.mesh.model={size} does not divide the base model's {num_heads}"
+      f" attention heads; use one of {', '.join(map(str, fits))}"
+    )
+
+
 def start_processes(
   coordinator: str | None, num_processes: int, process_id: int
 ) -> None:

@@ -51,6 +51,17 @@ def test_axis_that_does_not_divide_is_replicated():
   assert mesh_lib.partition_specs(params, mesh)["q_proj"]["kernel"] == P()
 
 
+def test_heads_that_do_not_divide_are_one_line():
+  mesh = mesh_lib.make_mesh(1, 8, devices=jax.devices()[:8])
+  with pytest.raises(errors.UserError) as caught:
+    mesh_lib.check_heads(28, mesh)
+  assert str(caught.value) == (
+    "config.mesh.model=8 does not divide the base model's 28 attention heads;"
+    " use one of 1, 2, 4, 7, 14, 28"
+  )
+  mesh_lib.check_heads(16, mesh)
+
+
 def test_one_device_replicates_everything():
   mesh = mesh_lib.make_mesh(1, 1, devices=jax.devices()[:1])
   params = {"q_proj": {"kernel": jnp.zeros((4, 4))}}
