@@ -44,16 +44,12 @@ def run(main: Callable, parse: Callable[[Sequence[str]], Any]) -> None:
   def guarded(function, args):
     try:
       return function(args)
-    except UserError as error:
-      terminal.tell(f"error: {one_line(error)}", error=True)
-      sys.exit(2)
     except Exception as error:
-      if os.environ.get(TRACEBACK):
+      if os.environ.get(TRACEBACK) and not isinstance(error, UserError):
         raise
-      workdir = getattr(args, "workdir", None)
-      told = f"{_told(error, workdir)}{_log(workdir)}"
-      terminal.tell(f"error: {told}", error=True)
-      sys.exit(2 if isinstance(error, OSError) else os.EX_SOFTWARE)
+      line, code = told(error, getattr(args, "workdir", None))
+      terminal.tell(f"error: {line}", error=True)
+      sys.exit(code)
 
   def parsed(argv):
     found = guarded(parse, argv)
@@ -67,13 +63,21 @@ def run(main: Callable, parse: Callable[[Sequence[str]], Any]) -> None:
   app.run(functools.partial(guarded, main), flags_parser=parsed)
 
 
+def told(error: BaseException, workdir=None) -> tuple[str, int]:
+  """Returns (what ended a command in one line, its exit code), see `run`."""
+  if isinstance(error, UserError):
+    return one_line(error), 2
+  code = 2 if isinstance(error, OSError) else os.EX_SOFTWARE
+  return f"{_told(error, workdir)}{_log(workdir)}", code
+
+
 def check(fine: bool, message: str) -> None:
   """Stops with a `UserError` unless something is fine."""
   if not fine:
     raise UserError(message)
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
   """Returns the message of an error, line breaks turned into spaces.
 
   Nothing that steers a terminal is left in it, nor the middle of a long one.
@@ -89,7 +93,7 @@ def mend_of(error: OSError) -> str:
   return _MENDS.get(error.errno, usual)
 
 
-def _told(error: Exception, workdir) -> str:
+def _told(error: BaseException, workdir) -> str:
   """Returns what happened, where and, if it is known, what to do."""
   if not isinstance(error, OSError):
     return f"{type(error).__name__}: {one_line(error)[:500]}"

@@ -1,4 +1,4 @@
-"""Device mesh, placement of arrays, sharding rules, multi-host start-up.
+"""Device mesh, placement of arrays, sharding rules.
 
 Of the mesh's axes, `data` holds different videos, `model` slices of the frozen
 base model's weights. The policy and its optimiser state are replicated.
@@ -229,22 +229,3 @@ def check_heads(num_heads: int, mesh: Mesh) -> None:
       f"config.mesh.model={size} does not divide the base model's {num_heads}"
       f" attention heads; use one of {', '.join(map(str, fits))}"
     )
-
-
-def start_processes(
-  coordinator: str | None, num_processes: int, process_id: int
-) -> None:
-  """Joins the processes of a multi-host run; one process needs nothing.
-
-  All three are given, never guessed from the environment, so that a wrong
-  launch fails here and not as a hang in the first collective.
-  """
-  if num_processes <= 1:
-    return
-  if not coordinator or not 0 <= process_id < num_processes:
-    raise errors.UserError(
-      f"num_processes={num_processes} needs coordinator=host:port and a"
-      f" process_id from 0 to {num_processes - 1}, got {coordinator!r} and"
-      f" {process_id}"
-    )
-  jax.distributed.initialize(coordinator, num_processes, process_id)
