@@ -24,7 +24,9 @@ from cacovid_jax import errors, terminal
 from cacovid_jax.parallel import hub
 
 LOST = os.EX_TEMPFAIL  # Exit code: the same command goes on.
-_AGAIN = "give the same command again on all: the run goes on from what is saved"
+_AGAIN = (
+  "give the same command again on all: the run goes on from what is saved"
+)
 # Between an error of this process and the news that another one caused it.
 _NEWS_S = 10.0
 _RETRY_S = 0.2

@@ -111,13 +111,3 @@ def test_what_reads_prompts_and_videos_says_so_to_the_compiler(monkeypatch):
   # Embedding and the question's text; answers, with and without a video, and
   # what is read for likelihoods; the tower.
   assert kinds == ["", "", "prefill", "prefill", "prefill", "tower"]
-
-
-def test_one_process_needs_no_coordinator():
-  mesh_lib.start_processes(None, 1, 0)
-
-
-@pytest.mark.parametrize("coordinator,process", [(None, 0), ("host:1", 2)])
-def test_wrong_start_up_is_named(coordinator, process):
-  with pytest.raises(errors.UserError, match="num_processes=2"):
-    mesh_lib.start_processes(coordinator, 2, process)
