@@ -16,6 +16,10 @@ import socket
 import time
 
 _LONGEST = 4096  # Bytes of a message.
+_SILENT = (
+  "its connection ended without a word: killed, out of memory, or its machine"
+  " or network gone"
+)
 _LINGER_S = 30.0  # For others to read of a loss.
 
 
@@ -100,8 +104,7 @@ class Hub:
         return lost
     if data and len(self._buffers[source]) <= _LONGEST:
       return ""
-    return self._leave(source, "its connection ended without a word: killed,"
-                       " out of memory, or its machine or network gone")  # fmt: skip
+    return self._leave(source, _SILENT)
 
   def _hear(self, source, line: bytes) -> str:
     """Answers a message; returns what is lost."""

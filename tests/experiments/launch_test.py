@@ -401,7 +401,8 @@ import itertools, os, signal
 import jax
 from jax.experimental import multihost_utils
 
-HARM, ask = os.environ.get("HARM"), multihost_utils.reached_preemption_sync_point
+HARM = os.environ.get("HARM")
+ask = multihost_utils.reached_preemption_sync_point
 
 def ask_until_told(step):
   if jax.process_index() == 1:
