@@ -44,6 +44,13 @@ def make_mesh(data=0, model=1, *, devices: Sequence[Any] | None = None) -> Mesh:
       f"mesh of data={data} x model={model} needs {data * model} devices and"
       f" there are {len(devices)}; lower config.mesh.data or config.mesh.model"
     )
+  used = {device.process_index for device in devices[: data * model]}
+  if idle := {device.process_index for device in devices} - used:
+    raise errors.UserError(
+      f"mesh of data={data} x model={model} has no device of process"
+      f" {', '.join(map(str, sorted(idle)))}; raise config.mesh.data, or start"
+      " fewer processes"
+    )
   # The default, Explicit, asks for shardings in every op.
   options = dict(axis_types=(AxisType.Auto, AxisType.Auto))
   options |= dict(devices=devices[: data * model])
@@ -156,8 +163,44 @@ def put(tree, mesh: Mesh, spec: P):
     if jax.process_count() == 1:
       return jax.device_put(x, sharding)
     host = np.asarray(x)
-    return jax.make_array_from_callback(host.shape, sharding, host.__getitem__)
+    with jax.transfer_guard("allow"):  # It is stated here.
+      return jax.make_array_from_callback(
+        host.shape, sharding, host.__getitem__
+      )
 
+  return jax.tree.map(place, tree)
+
+
+def own_places(mesh: Mesh) -> list[int]:
+  """Returns the places of the axis `data` that this process's devices have."""
+  own = jax.process_index()
+  return [
+    place
+    for place, devices in enumerate(mesh.devices)
+    if any(device.process_index == own for device in devices)
+  ]
+
+
+def own_rows(mesh: Mesh, count: int) -> list[int]:
+  """Returns which of `count` rows, split over `data`, this process holds."""
+  each = count // mesh.shape["data"]
+  return [
+    row
+    for place in own_places(mesh)
+    for row in range(place * each, (place + 1) * each)
+  ]
+
+
+def put_own(tree, mesh: Mesh):
+  """Places trees of rows, of which each process has its `own_rows`."""
+  sharding, own = NamedSharding(mesh, P("data")), len(own_places(mesh))
+
+  def place(x):
+    shape = (len(x) * mesh.shape["data"] // own, *x.shape[1:])
+    return jax.make_array_from_process_local_data(sharding, x, shape)
+
+  if jax.process_count() == 1:
+    return put(tree, mesh, P("data"))
   return jax.tree.map(place, tree)
 
 

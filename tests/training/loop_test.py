@@ -213,7 +213,11 @@ with peers.joined(f"localhost:{port}", 2, int(number)):
     folder / "parts", config, on_step=lambda step, *unused: seen.append(step)
   )
   assert seen == [3], seen
+  load, loaded = tiny.Store.load, []
+  tiny.Store.load = lambda own, path: loaded.append(path) or load(own, path)
   whole = tiny.train(folder / "whole", config)
+  # Three steps of two videos, of which each process reads its own.
+  assert config.videos_per_step == 2 and len(loaded) == 3, loaded
   jax.tree.map(np.testing.assert_array_equal, again.state, whole.state)
   raise stopped
 """
