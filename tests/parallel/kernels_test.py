@@ -1,7 +1,6 @@
 """Attention kernels under `mesh.model` > 1: mapped by hand, numbers of one.
 
-Kernels of accelerators stand in as functions of any platform, which look at
-what is left to the compiler where they are called.
+Of accelerators' kernels, stand-ins run here and the real ones are lowered.
 """
 
 import functools
@@ -15,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from cacovid_jax.models import attention
 from cacovid_jax.parallel import mesh as mesh_lib
+from tests.parallel import kernels
 from tests.training import tiny
 
 MESHES = [(4, 1), (1, 4), (2, 2)]  # data, model
@@ -22,18 +22,7 @@ MESHES = [(4, 1), (1, 4), (2, 2)]  # data, model
 
 @pytest.fixture
 def kernel(monkeypatch):
-  """Makes a kernel that no compiler can split the default; gives its calls."""
-  heads = []
-
-  def cudnn(q, k, v, causal, lengths, mask):
-    assert not jax.sharding.get_abstract_mesh().auto_axes
-    heads.append((q.shape[2], k.shape[2]))
-    return attention._xla(q, k, v, causal, lengths, mask)
-
-  monkeypatch.setattr(attention, "_cudnn", cudnn)
-  monkeypatch.setattr(attention, "_cudnn_can", lambda q, k, mask: True)
-  monkeypatch.setattr(attention, "_flash_backend", lambda: "cudnn")
-  return heads
+  return kernels.stand_in(monkeypatch)
 
 
 def _gradients(attend, q, k, v, lengths, mask):
