@@ -60,17 +60,12 @@ def run(main: Callable, parse: Callable[[Sequence[str]], Any]) -> None:
   def guarded(function, args):
     try:
       return function(args)
-    except UserError as error:
-      terminal.tell(f"error: {one_line(error)}", error=True)
-      sys.exit(2)
     except Exception as error:
-      if os.environ.get(TRACEBACK):
+      if os.environ.get(TRACEBACK) and not isinstance(error, UserError):
         raise
-      workdir = getattr(args, "workdir", None)
-      told = f"{_told(error, workdir)}{_log(workdir)}"
-      terminal.tell(f"error: {told}", error=True)
-      foreseen = isinstance(error, OSError) or _of_device(error)
-      sys.exit(2 if foreseen else os.EX_SOFTWARE)
+      line, code = told(error, getattr(args, "workdir", None))
+      terminal.tell(f"error: {line}", error=True)
+      sys.exit(code)
 
   def parsed(argv):
     found = guarded(parse, argv)
@@ -115,12 +110,21 @@ def _of_device(error: Exception) -> str:
       f"the device is out of memory while {what} ({asked} asked for); {less}"
     )
   if isinstance(error, RuntimeError) and _CANNOT.search(str(error)):
-    told = one_line(error)[:200]
+    reason = one_line(error)[:200]
     return (
-      f"this device cannot do what is asked while {what}: {told}; set"
+      f"this device cannot do what is asked while {what}: {reason}; set"
       " config.model.backend=xla, or another config.model.dtype"
     )
   return ""
+
+
+def told(error: BaseException, workdir=None) -> tuple[str, int]:
+  """Returns (what ended a command in one line, its exit code), see `run`."""
+  if isinstance(error, UserError):
+    return one_line(error), 2
+  foreseen = isinstance(error, OSError) or _of_device(error)
+  code = 2 if foreseen else os.EX_SOFTWARE
+  return f"{_told(error, workdir)}{_log(workdir)}", code
 
 
 def check(fine: bool, message: str) -> None:
@@ -129,7 +133,7 @@ def check(fine: bool, message: str) -> None:
     raise UserError(message)
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
   """Returns the message of an error, line breaks turned into spaces.
 
   Nothing that steers a terminal is left in it, nor the middle of a long one.
@@ -145,7 +149,7 @@ def mend_of(error: OSError) -> str:
   return _MENDS.get(error.errno, usual)
 
 
-def _told(error: Exception, workdir) -> str:
+def _told(error: BaseException, workdir) -> str:
   """Returns what happened, where and, if it is known, what to do."""
   if told := _of_device(error):
     return told

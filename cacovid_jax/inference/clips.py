@@ -180,7 +180,7 @@ class Tower:
     params = {k: v for k, v in (params or {}).items() if k != "language_model"}
     if mesh is not None:
       params = mesh_lib.put(params, mesh, mesh_lib.P())
-    self._params = params
+    self._params, self._over = params, mesh_lib.mesh_of(params)
 
   def __call__(self, names: frozenset[str], inputs) -> list[dict[str, Any]]:
     """Returns {name: float array} of each of the clips' TowerInputs.
@@ -197,8 +197,9 @@ class Tower:
     return found
 
   def _run(self, signals, inputs) -> list[dict[str, jax.Array]]:
-    program = tower_program(self._model, signals, self._mesh)
-    if self._mesh is None:
+    rows = self._mesh is not None
+    program = tower_program(self._model, signals, self._over, rows=rows)
+    if not rows:
       return [program(self._params, one) for one in inputs]
     count = len(inputs)
     inputs = [*inputs, *[inputs[-1]] * (self.rows - count)]
@@ -208,11 +209,12 @@ class Tower:
 
 
 @functools.lru_cache(maxsize=32)
-def tower_program(model, signals, mesh):
+def tower_program(model, signals, mesh, *, rows=False):
   """Returns the jitted tower; stores of equal models compile it once.
 
-  A function of weights and `TowerInputs` (of one clip, or on a mesh several):
-  {FEATURES and perhaps DEEP}, or {name: array} of the wanted signals.
+  A function of weights, which lie on the mesh, and `TowerInputs` of one clip,
+  or with `rows` of several: {FEATURES and perhaps DEEP}, or {name: array} of
+  the wanted signals.
   """
 
   def encode(params, inputs):
@@ -223,8 +225,8 @@ def tower_program(model, signals, mesh):
     found = {FEATURES: video.features, DEEP: video.deep}
     return {k: v for k, v in found.items() if v is not None}
 
-  if mesh is None:
-    return mesh_lib.jit(encode, "tower")
+  if not rows:
+    return mesh_lib.jit(mesh_lib.whole(encode, mesh), "tower")
   return mesh_lib.jit_rows(
     lambda params, inputs: jax.lax.map(lambda one: encode(params, one), inputs),
     mesh,

@@ -190,7 +190,8 @@ class Programs:
     if not compressor.on_host:
       # A cache does not lead with the batch.
       options = {"weights": (0, 3), "rows": room is None}
-      program = self._once("select and answer", key, ask, **options)
+      asked = ask if room is None else mesh_lib.whole(ask, self._mesh)
+      program = self._once("select and answer", key, asked, **options)
     return lambda *arguments: program(*arguments, compressor.load())
 
   def _vanilla(self, params, batch, *, want_attention: bool) -> Vanilla:
@@ -227,11 +228,14 @@ class Programs:
     )  # fmt: skip
 
   def _read(self, params, batch, selection, room):
-    rows, num_video = batch, batch.video_rows.shape[1]
-    if selection is not None:
-      rows = prompt_batch.whole(batch)
-      rows = prompt_batch.keep(rows, selection, num_video=num_video)
-    return _prefill(self._model, params, rows, room)[:2]
+    def read(params, rows, selection):
+      num_video = rows.video_rows.shape[1]
+      if selection is not None:
+        rows = prompt_batch.whole(rows)
+        rows = prompt_batch.keep(rows, selection, num_video=num_video)
+      return _prefill(self._model, params, rows, room)[:2]
+
+    return mesh_lib.whole(read, self._mesh)(params, batch, selection)
 
 
 def read_text(model, params, prompts, count: int):

@@ -263,6 +263,8 @@ def load(
   """
   given, directory = os.fspath(directory), hub.directory(directory)
   config = load_config(directory)
+  if mesh is not None:
+    mesh_lib.check_heads(config.text.num_heads, mesh)
   eos_ids, pad_id = _ending(directory)
   tokenizer = _tokenizer(directory)
   params = load_params(directory, config, dtype, mesh=mesh, layers=layers)

@@ -23,6 +23,7 @@ from cacovid_jax.data import frames as frames_lib
 from cacovid_jax.evals import cost, evaluation
 from cacovid_jax.inference import clips
 from cacovid_jax.inference import methods as methods_lib
+from cacovid_jax.parallel import mesh as mesh_lib
 from cacovid_jax.policy import loading
 from cacovid_jax.preflight import case as case_lib
 from cacovid_jax.training import batches, programs, run, seams
@@ -196,9 +197,7 @@ def _mesh(case: case_lib.Case) -> _Found:
   data, model = mesh.shape["data"], mesh.shape["model"]
   told = f"data {data} x model {model} of {jax.device_count()} devices"
   told += f" ({mesh.devices.flat[0].device_kind})"
-  if text.num_heads % model:
-    told += f"; {text.num_heads} heads do not divide among {model}"
-    return [(WARNING, told, "a divisor as config.mesh.model is faster")]
+  mesh_lib.check_heads(text.num_heads, mesh)
   if text.num_kv_heads % model:
     told += f"; each device holds all {text.num_kv_heads} kv heads' cache"
     return [(WARNING, told, "a divisor of them as config.mesh.model saves it")]

@@ -133,7 +133,8 @@ def _compiled_for(run: run_lib.Run, state, batches, steps: int):
   first = list(itertools.islice(batches, 1))
   for batch, _ in first:
     shapes = list(run.batches.shapes(batch))
-    shapes = shapes if steps >= len(shapes) else [batch]
+    if steps < len(shapes):
+      shapes = [run.batches.whole(batch)]
     run.programs.compile_ahead(state, run.constants, shapes)
   return itertools.chain(first, batches)
 

@@ -200,7 +200,11 @@ def open_store(experiment, processor, keep=None) -> features.FeatureStore:
   refused = left_out.RejectedClips(listed).refused
   hashed = bool(data.feature_cache)
   process = jax.process_index()
-  here = [x for x in mesh.devices[:, 0] if x.process_index == process]
+  # A device of each place of `data` that is here.
+  here = [
+    next(x for x in mesh.devices[place] if x.process_index == process)
+    for place in mesh_lib.own_places(mesh)
+  ]
   params = experiment.loaded.params
   if jax.process_count() > 1:
     # Which clips are encoded depends on what this process has on disk.

@@ -22,7 +22,7 @@ from flax import struct
 from cacovid_jax.inference import programs
 from cacovid_jax.models import prompt_batch, token_grid
 from cacovid_jax.policy import sampling
-from cacovid_jax.training import ratio, repeats, replay
+from cacovid_jax.training import optimizer, ratio, repeats, replay
 from cacovid_jax.training import rollout as rollout_lib
 
 AXIS = "data"
@@ -234,7 +234,8 @@ def rollout(
 def gradients(config: StepConfig, params, videos: Batch, memory):
   """Returns (gradient, (losses f32[B] of this device's videos, metrics)).
 
-  Gradient and metrics are averages over the videos of all devices.
+  Gradient and metrics are averages over the videos of all devices. What is
+  frozen has none: zeros, which no device sends.
   """
 
   def mean_loss(params):
@@ -246,7 +247,14 @@ def gradients(config: StepConfig, params, videos: Batch, memory):
 
   grads, (loss, metrics) = jax.grad(mean_loss, has_aux=True)(params)
   means = jax.tree.map(jnp.mean, metrics)
-  grads, metrics = jax.lax.pmean((grads, means), AXIS)
+  trained = optimizer.trained(grads)
+  trained, metrics = jax.lax.pmean((trained, means), AXIS)
+  grads = jax.tree.map(
+    lambda own, leaf: jnp.zeros_like(leaf) if own is None else own,
+    trained,
+    grads,
+    is_leaf=lambda own: own is None,
+  )
   return grads, (loss, metrics)
 
 
