@@ -20,6 +20,7 @@ from cacovid_jax.inference import methods as methods_lib
 from cacovid_jax.inference import programs as programs_lib
 from cacovid_jax.models import prompt_batch
 from cacovid_jax.parallel import mesh as mesh_lib
+from cacovid_jax.policy import network
 
 _CONTINUATION_STEP = 8  # Lengths are rounded up to it: few programs for many.
 
@@ -142,7 +143,7 @@ class BatchRunner:
     tokens = frames = [None] * len(index)
     if method.score_fields:
       name = method.follows(self._e.policies)
-      scores = self.scores(method.score_fields[0], name, condition.seed)
+      scores = self.scores(method.score_fields[0], name, condition)
       tokens, frames = map(_gap, (scores.token, scores.frame))
     return [
       KeptTokens(index[row][mask[row]], tokens[row], frames[row])
@@ -186,12 +187,15 @@ class BatchRunner:
       selection = self.select(condition)
     return self._programs.read(self._params, self.batch, selection, room)
 
-  def scores(self, field: str, name: str, seed: int):
+  def scores(self, field: str, name: str, condition):
     """Returns a policy's Scores for a field of `CompressorInputs`.
 
-    `seed` is of the untrained policy, or of the draw of another question.
+    The condition's seed is of the untrained policy, or of the draw of another
+    question; its ratio counts for policies that read one.
     """
-    key = field, name, seed if field != "scores" else 0
+    module = self._e.policies[name].module
+    ratio, seed = condition.ratio, condition.seed if field != "scores" else 0
+    key = field, name, seed, ratio if network.reads_ratio(module) else None
     if key not in self._scores:
       batch = self.batch
       if field == "other_scores":
@@ -202,9 +206,9 @@ class BatchRunner:
           ]
           batch = self._prompts(others, batch.features, batch.deep)
       with self._e.timed("policy"):
-        module = self._e.policies[name].module
         params = self._e.policy_params(field, name, seed)
-        scores = self._programs.scores(module, params, batch, self.grid)
+        given = module, params, batch, self.grid, ratio
+        scores = self._programs.scores(*given)
         scores = scores._replace(
           frame=self._own(scores.frame, 1, self._shape[0]),
           token=self._own(scores.token, 1),
@@ -222,7 +226,8 @@ class BatchRunner:
     method = condition.method
     if method is None or "scores" not in method.needs:
       return None
-    gap = _gap(self.scores("scores", method.follows(self._e.policies), 0).frame)
+    name = method.follows(self._e.policies)
+    gap = _gap(self.scores("scores", name, condition).frame)
     return np.argsort(-gap, axis=1, kind="stable").tolist()
 
   def inputs(self, condition) -> base.CompressorInputs:
@@ -232,7 +237,7 @@ class BatchRunner:
     for need in sorted(method.needs):
       if need in method.score_fields:
         name = method.follows(self._e.policies)
-        parts[need] = self.scores(need, name, condition.seed)
+        parts[need] = self.scores(need, name, condition)
       else:
         parts[need] = self._part(need)
     if method.compressor.stochastic:
