@@ -221,6 +221,16 @@ class Compressor:
     return own and not self.exact_budget
 
   @property
+  def bounded(self) -> bool:
+    """True if `rows` are a bound, and the mask says how many there are."""
+    return self.rounds_itself
+
+  @property
+  def uncalibrated(self) -> bool:
+    """True if a validation split is to choose a threshold, see `cacovid`."""
+    return False
+
+  @property
   def sees_question(self) -> bool:
     """True if two questions about one clip may get different tokens."""
     read = self.requires - VISION_SIGNALS
@@ -291,6 +301,10 @@ class Compressor:
       )
     return min(rows, math.prod(grid))
 
+  def row_sizes(self, grid: tuple[int, int, int], ratio: float) -> list[int]:
+    """Returns the sizes, rising, that the rows of selections may be cut to."""
+    return [self.rows(grid, ratio)]
+
   def rows_per_layer(self, num_layers: int, grid, ratio: float) -> list[int]:
     """Returns how many video tokens each layer sees; UserError if it cannot."""
     return [self.rows(grid, ratio)] * num_layers
@@ -327,10 +341,10 @@ class Compressor:
     if self.stochastic and inputs.rng is None:
       raise ValueError(f"{self.name} is stochastic and needs rng")
     self._check_values(inputs)
-    if self.rounds_itself and ratio is None:
-      raise ValueError(f"{self.name} without exact budget needs the ratio")
-    # The rows of a reference rounding may be a bound that is never reached.
-    bound_only = self.rounds_itself and ratio < 1
+    if self.bounded and ratio is None:
+      raise ValueError(f"{self.name}, whose rows are a bound, needs the ratio")
+    # It may be a bound that is never reached.
+    bound_only = self.bounded and ratio < 1
     if num_keep >= num_video and not bound_only:
       return take(inputs.features, jnp.arange(num_video, dtype=jnp.int32))
     own = (params,) if self.trained else ()

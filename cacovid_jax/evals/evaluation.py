@@ -92,9 +92,11 @@ def _evaluate(experiment):
   test = load_benchmark(experiment, evals.split, evals.num_questions)
   methods, search, validation = plan(experiment, test)
   tried, others, decisive = methods, (), test.decisive
-  if search:
-    tried, others = [*methods, *search.candidates], validation.questions
+  if validation:
+    others = validation.questions
     decisive = {**validation.decisive, **decisive}
+  if search:
+    tried = [*methods, *search.candidates]
   policies, workdir = experiment.policies, experiment.workdir
   manifest = frame_manifest.FrameManifest(
     workdir / frame_manifest.FILE,
@@ -120,6 +122,10 @@ def _evaluate(experiment):
         workdir, shard, "validation_answers.jsonl", identity
       ) as answers:
         methods, chosen = search.run(evaluator, validation, methods, answers)
+    calibrated = {}
+    if option_search.calibrates(experiment, methods):
+      given = engine, validation, methods, ratios
+      methods, calibrated = option_search.calibrate(*given)
     table = results.Table(
       test.name,
       test.split,
@@ -153,6 +159,7 @@ def _evaluate(experiment):
         rule=engine.settings.rule,
         rouge=config.rouge,
         left_out=test.left_out(),
+        **({"calibrated": calibrated} if calibrated else {}),
       )
       if len(out["unreadable"]) == out["num_clips"]:
         raise errors.UserError(
@@ -170,13 +177,14 @@ def _evaluate(experiment):
 def plan(experiment, test: benchmarks.Benchmark):
   """Returns (methods, the search for their options, validation's questions).
 
-  The last two are None where nothing is to be chosen. Needs no weights.
+  The search is None without candidates, validation where nothing is to be
+  chosen. Needs no weights.
   """
   evals, found = experiment.config.evals, None
   specs = [*evals.methods, *(evals.oracles if test.decisive else ())]
   methods = [methods_lib.Method.parse(spec) for spec in specs]
   search = option_search.Search.of(experiment, methods)
-  if search:
+  if search or option_search.calibrates(experiment, methods):
     found = load_benchmark(experiment, "validation", evals.select_questions)
   return methods, search, found
 
@@ -379,7 +387,10 @@ def _cell_text(cell) -> str:
   if cell["status"] != "ok":
     return cell["status"]
   share = cell["of_vanilla"]
-  return _interval(cell) + ("" if share is None else f" {share:.0%}")
+  text = _interval(cell) + ("" if share is None else f" {share:.0%}")
+  if most := cell.get("kept_tokens_p95"):
+    text += f", {cell['kept_tokens']:.0f} tokens (95 %: {most:.0f})"
+  return text
 
 
 def _interval(row) -> str:

@@ -155,7 +155,8 @@ class Programs:
   def select(self, compressor: base.Compressor, ratio: float, grid):
     """Returns f(`CompressorInputs`) -> `Selection`, both with leading axis B.
 
-    Its rows are those of the grid's bucket; `inputs` are of the exact grid.
+    Its rows are those of the grid's bucket, or of the smallest size that holds
+    what is kept, if there are several; `inputs` are of the exact grid.
     """
     grid = token_grid.TokenGrid.of(grid)
     num_keep = compressor.rows(_shape(grid), ratio)
@@ -168,7 +169,8 @@ class Programs:
     # What never sees the question is run for one clip at a time.
     rows = compressor.sees_question
     program = self._once("select", key, select, rows=rows)
-    return lambda inputs: program(compressor.load(), inputs)
+    sizes = compressor.row_sizes(_shape(grid), ratio)
+    return lambda inputs: _cut(program(compressor.load(), inputs), sizes)
 
   def select_and_answer(self, compressor, ratio: float, grid, *, room=None):
     """Returns f(params, batch, inputs) -> (ids, `base.SelectionTrace`).
@@ -271,6 +273,17 @@ def _scores(module, params, batch: prompt_batch.PromptBatch, grid, ratio):
   return jax.vmap(
     lambda prompt: network.score(module, params, prompt, grid, ratio)
   )(batch)
+
+
+def _cut(selection: base.Selection, sizes):
+  """Returns selections with the fewest rows, of these sizes, that hold them."""
+  if len(sizes) == 1:
+    return selection
+  most = int(selection.mask.sum(axis=1).max())
+  rows = next(size for size in sizes if size >= most)
+  parts = selection._replace(assign=None)
+  parts = jax.tree.map(lambda leaf: leaf[:, :rows], parts)
+  return parts._replace(assign=selection.assign)
 
 
 def _padded(selection: base.Selection, ratio: float, grid):
