@@ -93,8 +93,7 @@ class CompressorInputs:
   @property
   def frames(self) -> jax.Array:
     """The tokens frame by frame, float[T, H * W, D]."""
-    T, H, W = self.grid
-    return self.features.reshape(T, H * W, -1)
+    return self.features.reshape(self.grid[0], -1, self.features.shape[-1])
 
   @property
   def frame_attention(self) -> jax.Array:
@@ -216,19 +215,9 @@ class Compressor:
 
   @property
   def rounds_itself(self) -> bool:
-    """True if `choose` is to round as the method's own publication does."""
+    """True if `choose` says by the mask how many of `rows` there are."""
     own = type(self).reference_rows is not Compressor.reference_rows
     return own and not self.exact_budget
-
-  @property
-  def bounded(self) -> bool:
-    """True if `rows` are a bound, and the mask says how many there are."""
-    return self.rounds_itself
-
-  @property
-  def uncalibrated(self) -> bool:
-    """True if a validation split is to choose a threshold, see `cacovid`."""
-    return False
 
   @property
   def sees_question(self) -> bool:
@@ -253,8 +242,7 @@ class Compressor:
   @property
   def known_options(self) -> tuple[str, ...]:
     """Names of the options that it takes, sorted."""
-    own = {field.name for field in dataclasses.fields(self)}
-    own -= self._general_fields()
+    own = {f.name for f in dataclasses.fields(self)} - self._general_fields()
     return tuple(sorted(own | ({"weights"} if self.trained else set())))
 
   @property
@@ -271,10 +259,9 @@ class Compressor:
   def with_options(self, *, exact_budget: bool | None = None, **options):
     """Returns the method with some of `known_options` set; None leaves it."""
     given = tuple(dict.fromkeys([*self.given, *options]))
-    for name, value in options.items():
-      if isinstance(value, list):
-        # Programs are cached by compressor: values have to be hashable.
-        options[name] = tuple(value)
+    # Programs are cached by compressor: values have to be hashable.
+    lists = {k: tuple(v) for k, v in options.items() if isinstance(v, list)}
+    options |= lists
     if exact_budget is not None:
       options["exact_budget"] = exact_budget
     return dataclasses.replace(self, **options, given=given)
@@ -302,7 +289,7 @@ class Compressor:
     return min(rows, math.prod(grid))
 
   def row_sizes(self, grid: tuple[int, int, int], ratio: float) -> list[int]:
-    """Returns the sizes, rising, that the rows of selections may be cut to."""
+    """Returns the sizes, rising, that selections of a batch are cut to."""
     return [self.rows(grid, ratio)]
 
   def rows_per_layer(self, num_layers: int, grid, ratio: float) -> list[int]:
@@ -341,10 +328,10 @@ class Compressor:
     if self.stochastic and inputs.rng is None:
       raise ValueError(f"{self.name} is stochastic and needs rng")
     self._check_values(inputs)
-    if self.bounded and ratio is None:
-      raise ValueError(f"{self.name}, whose rows are a bound, needs the ratio")
-    # It may be a bound that is never reached.
-    bound_only = self.bounded and ratio < 1
+    if self.rounds_itself and ratio is None:
+      raise ValueError(f"{self.name} without exact budget needs the ratio")
+    # The rows of a reference rounding may be a bound that is never reached.
+    bound_only = self.rounds_itself and ratio < 1
     if num_keep >= num_video and not bound_only:
       return take(inputs.features, jnp.arange(num_video, dtype=jnp.int32))
     own = (params,) if self.trained else ()
@@ -380,9 +367,8 @@ class Compressor:
     num_video = selection.assign.shape[1]
     rows = prompt_batch.keep(prompt, selection, num_video=num_video)
     logits, cache, _ = model.prefill(
-      params, rows.x, rows.positions, rows.lengths,
-      cache_length=rows.x.shape[1] + new_rows,
-      deep=rows.deep, video_rows=rows.video_rows,
+      params, rows.x, rows.positions, rows.lengths, deep=rows.deep,
+      video_rows=rows.video_rows, cache_length=rows.x.shape[1] + new_rows,
     )  # fmt: skip
     tokens = jnp.tile(rows.count[:, None], model.config.text.num_layers)
     return logits, cache, SelectionTrace.of(rows, tokens)

@@ -82,13 +82,13 @@ class CaCoVID(base.Compressor, name="cacovid"):
   )
 
   @property
-  def bounded(self):
+  def rounds_itself(self):
     """See `base.Compressor`."""
-    return self.size == "question" or super().bounded
+    return self.size == "question" or super().rounds_itself
 
   @property
   def uncalibrated(self):
-    """See `base.Compressor`."""
+    """True if an evaluation is to choose the threshold."""
     return self.size == "question" and self.threshold is None
 
   def rows(self, grid, ratio):

@@ -91,12 +91,10 @@ def _evaluate(experiment):
   ratios = tuple(map(base.check_ratio, evals.ratios))
   test = load_benchmark(experiment, evals.split, evals.num_questions)
   methods, search, validation = plan(experiment, test)
-  tried, others, decisive = methods, (), test.decisive
+  tried = [*methods, *(search.candidates if search else ())]
+  others, decisive = (), test.decisive
   if validation:
-    others = validation.questions
-    decisive = {**validation.decisive, **decisive}
-  if search:
-    tried = [*methods, *search.candidates]
+    others, decisive = validation.questions, validation.decisive | decisive
   policies, workdir = experiment.policies, experiment.workdir
   manifest = frame_manifest.FrameManifest(
     workdir / frame_manifest.FILE,
@@ -107,14 +105,9 @@ def _evaluate(experiment):
   wanted = methods_lib.wanted(tried)
   with clip_queue.open_queue(experiment, wanted, manifest=manifest) as source:
     engine = engine_lib.Engine.of(
-      experiment,
-      source,
-      test.questions,
-      settings(experiment),
-      others=others,
-      policies=policies,
-      decisive=decisive,
-    )
+      experiment, source, test.questions, settings(experiment), others=others,
+      policies=policies, decisive=decisive,
+    )  # fmt: skip
     evaluator, chosen = evaluator_lib.Evaluator(engine, test.task), {}
     if search:
       identity = evaluator.identity(others)
@@ -122,21 +115,13 @@ def _evaluate(experiment):
         workdir, shard, "validation_answers.jsonl", identity
       ) as answers:
         methods, chosen = search.run(evaluator, validation, methods, answers)
-    calibrated = {}
-    if option_search.calibrates(experiment, methods):
-      given = engine, validation, methods, ratios
-      methods, calibrated = option_search.calibrate(*given)
+    given = engine, validation, methods, ratios
+    methods, calibrated = option_search.calibrate(*given)
     table = results.Table(
-      test.name,
-      test.split,
-      test.questions,
-      methods,
-      ratios,
-      tuple(evals.seeds),
-      engine.grid,
-      test.task,
+      test.name, test.split, test.questions, methods, ratios,
+      tuple(evals.seeds), engine.grid, test.task,
       {q.video: engine.grid_of(q) for q in test.questions},
-    )
+    )  # fmt: skip
     identity = evaluator.identity(test.questions)
     with shards.ledger(workdir, shard, "answers.jsonl", identity) as answers:
       failures = _ask(table, evaluator, answers, workdir, shard, identity)
@@ -159,7 +144,7 @@ def _evaluate(experiment):
         rule=engine.settings.rule,
         rouge=config.rouge,
         left_out=test.left_out(),
-        **({"calibrated": calibrated} if calibrated else {}),
+        **calibrated,
       )
       if len(out["unreadable"]) == out["num_clips"]:
         raise errors.UserError(

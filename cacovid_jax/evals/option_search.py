@@ -118,18 +118,28 @@ def calibrates(experiment, methods) -> bool:
   """Returns whether a method's threshold is to be chosen, and can be."""
   evals = experiment.config.evals
   can = benchmarks.task(evals.benchmark).can_choose(evals.split)
-  is_open = any(method.compressor.uncalibrated for method in methods)
-  return is_open and can and evals.select_on == "validation"
+  return any(map(is_open, methods)) and can and evals.select_on != "none"
+
+
+def is_open(method) -> bool:
+  """Returns whether a method lacks a threshold, as of `cacovid`."""
+  return getattr(method.compressor, "uncalibrated", False)
 
 
 def calibrate(
-  engine, validation: benchmarks.Benchmark, methods, ratios: Sequence[float]
+  engine,
+  validation: benchmarks.Benchmark | None,
+  methods: Sequence[methods_lib.Method],
+  ratios: Sequence[float],
 ) -> tuple[list[methods_lib.Method], dict[str, Any]]:
   """Returns methods with thresholds of the asked mean size, and the record.
 
-  On usable clips of the validation questions; no answer is looked at.
+  On usable clips of the validation questions; no answer is looked at. The
+  record is the section `calibrated` of results.json, nothing without any.
   """
-  lacking = [one for one in methods if one.compressor.uncalibrated]
+  lacking = [one for one in methods if is_open(one)]
+  if not lacking or validation is None:
+    return list(methods), {}
   measured = _measure(
     engine,
     validation.questions,
@@ -150,7 +160,7 @@ def calibrate(
         "thresholds": {results.ratio_key(r): value for r, value in found},
       }
     out.append(method)
-  return out, record
+  return out, {"calibrated": record}
 
 
 def _measure(engine, questions, conditions) -> dict[Any, list]:

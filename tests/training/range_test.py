@@ -18,6 +18,7 @@ CHANGES = {
   "ratio.range": (0.1, 0.25),
   "policy.budget_embedding": 2,
   "total_steps": 4,
+  "videos_per_step": 1,
   "ckpt.every_steps": 2,
 }
 
