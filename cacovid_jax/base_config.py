@@ -247,6 +247,7 @@ _EVALS = dict(
   # Where options are chosen: "validation" or "none". Candidates are
   # "name?option=value" texts by method; last_query tries all layers even
   # if it is not listed. The best one at `select_ratio` goes to the test.
+  # Thresholds of `cacovid?size=question` are chosen there as well.
   select_on="validation",
   select_ratio=0.1,
   select_questions=200,
