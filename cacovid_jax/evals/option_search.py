@@ -3,6 +3,7 @@
 By accuracy, or so that what each question gets has the asked mean.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -140,54 +141,56 @@ def calibrate(
   lacking = [one for one in methods if is_open(one)]
   if not lacking or validation is None:
     return list(methods), {}
-  measured = _measure(
-    engine,
-    validation.questions,
-    [methods_lib.Condition(one, ratio) for one in lacking for ratio in ratios],
-  )
-  out, record = [], {}
-  for method in methods:
-    if method in lacking:
-      found = tuple((r, _threshold(method, r, measured)) for r in ratios)
-      text = str(found).replace(" ", "")
-      spec = f"{method.spec}&threshold={text}"
-      chosen = method.compressor.with_options(threshold=found)
-      method = dataclasses.replace(method, spec=spec, compressor=chosen)
-      record[method.label] = {
-        "split": validation.split,
-        "n": len(validation.questions),
-        "spec": spec,
-        "thresholds": {results.ratio_key(r): value for r, value in found},
-      }
-    out.append(method)
-  return out, {"calibrated": record}
+  conditions = [
+    methods_lib.Condition(one, ratio) for one in lacking for ratio in ratios
+  ]
+  measured = _measure(engine, validation.questions, conditions)
+  out, record = list(methods), {}
+  for place, method in enumerate(methods):
+    found = tuple(
+      (one.ratio, _threshold(measured[one], one.ratio))
+      for one in conditions
+      if one.method is method and measured[one]
+    )
+    if not found:
+      continue
+    spec = f"{method.spec}&threshold={found}".replace(" ", "")
+    chosen = method.compressor.with_options(threshold=found)
+    out[place] = dataclasses.replace(method, spec=spec, compressor=chosen)
+    record[method.label] = {
+      "split": validation.split,
+      "n": len(validation.questions),
+      "spec": spec,
+      "thresholds": {results.ratio_key(r): value for r, value in found},
+    }
+  return out, {"calibrated": record} if record else {}
 
 
 def _measure(engine, questions, conditions) -> dict[Any, list]:
-  """Returns condition -> (mass left, shares kept) float[S] of each question."""
+  """Returns condition -> (mass left, shares kept) float[S] of each question.
+
+  None of a condition that cannot be run: asking under it tells why.
+  """
   found = {condition: [] for condition in conditions}
   for group in engine.batches(questions):
     grid, batch = engine.grid_of(group[0]), engine.batch(group)
     usable = [row for row in range(len(group)) if row not in batch.faults]
     for condition in conditions:
-      engine.check(condition, grid)
       compressor, ratio = condition.method.compressor, condition.ratio
-      left = compressor.mass_left_batch(batch.inputs(condition), ratio=ratio)
-      shares = np.array(compressor.row_sizes(grid, ratio)) / batch.num_video
-      found[condition] += [(np.asarray(left[row]), shares) for row in usable]
+      with contextlib.suppress(errors.UserError):
+        engine.check(condition, grid)
+        left = compressor.mass_left_batch(batch.inputs(condition), ratio=ratio)
+        shares = np.array(compressor.row_sizes(grid, ratio)) / batch.num_video
+        found[condition] += [(np.asarray(left[row]), shares) for row in usable]
   return found
 
 
-def _threshold(method, ratio: float, measured) -> float:
-  found = measured[methods_lib.Condition(method, ratio)]
-  if not found:
-    raise errors.UserError(
-      f"{method.label}: no clip of validation can be used to choose its"
-      " threshold; give threshold="
-    )
+def _threshold(measured, ratio: float) -> float:
   # Small grids have fewer sizes: the largest stands for those that are not.
-  most = max(len(left) for left, _ in found)
-  rows = np.array(
-    [[np.pad(x, (0, most - len(x)), mode="edge") for x in row] for row in found]
-  )
-  return budgets.mean_threshold(rows[:, 0], rows[:, 1], ratio)
+  most = max(len(left) for left, _ in measured)
+  rows = [
+    [np.pad(x, (0, most - len(x)), mode="edge") for x in row]
+    for row in measured
+  ]
+  left, shares = np.array(rows).swapaxes(0, 1)
+  return budgets.mean_threshold(left, shares, ratio)
