@@ -79,11 +79,21 @@ _METHOD = dict(
     start=0.02,
     low=0.125,
     high=0.875,
+    # (low, high), with adaptive=False: each video is trained at one of the
+    # rungs in it, drawn evenly. For policies of all budgets, see
+    # `policy.budget_embedding`.
+    range=(),
   ),
   objective=dict(module="", clip_low=0.2, clip_high=0.28, kl_weight=0.0),
-  # `init` is a safetensors file to start from.
+  # `init` is a safetensors file to start from. With `budget_embedding`, such as
+  # 4, scores depend on the retention ratio, through so many waves of it.
   policy=dict(
-    module="", dtype="bfloat16", num_halvings=4, backend="auto", init=""
+    module="",
+    dtype="bfloat16",
+    num_halvings=4,
+    backend="auto",
+    budget_embedding=0,
+    init="",
   ),
   optimizer=dict(
     lr_heads=1e-6,
@@ -242,6 +252,7 @@ _EVALS = dict(
   # Where options are chosen: "validation" or "none". Candidates are
   # "name?option=value" texts by method; last_query tries all layers even
   # if it is not listed. The best one at `select_ratio` goes to the test.
+  # Thresholds of `cacovid?size=question` are chosen there as well.
   select_on="validation",
   select_ratio=0.1,
   select_questions=200,

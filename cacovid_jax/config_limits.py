@@ -68,7 +68,7 @@ _LIMITS = (
   ),
   (schema.within(int, 0, _NEW_TOKENS), "evals.max_new_tokens"),
   (schema.within(int, 1, 2**16), "sampling.num_combinations"),
-  (schema.within(int, 0, 16), "policy.num_halvings"),
+  (schema.within(int, 0, 16), "policy.num_halvings policy.budget_embedding"),
   # Below 1, they could not be the cap of a distribution.
   (
     schema.within(float, 1, 1e9),
@@ -128,7 +128,7 @@ _LIMITS = (
     " evals.policies evals.methods evals.oracles",
   ),
   (dict[str, TEXTS], "evals.candidates"),
-  (_SHARES, "ratio.rungs evals.ratios"),
+  (_SHARES, "ratio.rungs ratio.range evals.ratios"),
   (_SIZES, "prepare.clips data.prompt_rows pretrain.packing.dense_objects"),
   (tuple[_SIZES, ...], "data.buckets"),
   (tuple[schema.Fraction, ...], "pretrain.packing.text_answer_share"),

@@ -104,7 +104,7 @@ class Ours:
   def _scores(self, ratio, batch=None):
     policy = self._subject.policy(self._method)
     given = policy.module, policy.params, batch or self._batch
-    return self._subject.programs.scores(*given, self._subject.grid)
+    return self._subject.programs.scores(*given, self._subject.grid, ratio)
 
   def _select(self, ratio, batch=None):
     batch = batch or self._batch

@@ -92,10 +92,10 @@ def _evaluate(experiment):
   ratios = tuple(map(base.check_ratio, evals.ratios))
   test = load_benchmark(experiment, evals.split, evals.num_questions)
   methods, search, validation = plan(experiment, test)
-  tried, others, decisive = methods, (), test.decisive
-  if search:
-    tried, others = [*methods, *search.candidates], validation.questions
-    decisive = {**validation.decisive, **decisive}
+  tried = [*methods, *(search.candidates if search else ())]
+  others, decisive = (), test.decisive
+  if validation:
+    others, decisive = validation.questions, validation.decisive | decisive
   policies, workdir = experiment.policies, experiment.workdir
   manifest = frame_manifest.FrameManifest(
     workdir / frame_manifest.FILE,
@@ -107,14 +107,9 @@ def _evaluate(experiment):
   made = {"manifest": manifest, "watch": device_watch.DeviceWatch()}
   with clip_queue.open_queue(experiment, wanted, **made) as source:
     engine = engine_lib.Engine.of(
-      experiment,
-      source,
-      test.questions,
-      settings(experiment),
-      others=others,
-      policies=policies,
-      decisive=decisive,
-    )
+      experiment, source, test.questions, settings(experiment), others=others,
+      policies=policies, decisive=decisive,
+    )  # fmt: skip
     evaluator, chosen = evaluator_lib.Evaluator(engine, test.task), {}
     if search:
       identity = evaluator.identity(others)
@@ -122,17 +117,13 @@ def _evaluate(experiment):
         workdir, shard, "validation_answers.jsonl", identity
       ) as answers:
         methods, chosen = search.run(evaluator, validation, methods, answers)
+    given = engine, validation, methods, ratios
+    methods, calibrated = option_search.calibrate(*given)
     table = results.Table(
-      test.name,
-      test.split,
-      test.questions,
-      methods,
-      ratios,
-      tuple(evals.seeds),
-      engine.grid,
-      test.task,
+      test.name, test.split, test.questions, methods, ratios,
+      tuple(evals.seeds), engine.grid, test.task,
       {q.video: engine.grid_of(q) for q in test.questions},
-    )
+    )  # fmt: skip
     identity = evaluator.identity(test.questions)
     with shards.ledger(workdir, shard, "answers.jsonl", identity) as answers:
       failures = _ask(table, evaluator, answers, workdir, shard, identity)
@@ -149,6 +140,7 @@ def _evaluate(experiment):
         rule=engine.settings.rule,
         rouge=config.rouge,
         left_out=test.left_out(),
+        **calibrated,
       )
       if len(out["unreadable"]) == out["num_clips"]:
         raise errors.UserError(
@@ -166,13 +158,14 @@ def _evaluate(experiment):
 def plan(experiment, test: benchmarks.Benchmark):
   """Returns (methods, the search for their options, validation's questions).
 
-  The last two are None where nothing is to be chosen. Needs no weights.
+  The search is None without candidates, validation where nothing is to be
+  chosen. Needs no weights.
   """
   evals, found = experiment.config.evals, None
   specs = [*evals.methods, *(evals.oracles if test.decisive else ())]
   methods = [methods_lib.Method.parse(spec) for spec in specs]
   search = option_search.Search.of(experiment, methods)
-  if search:
+  if search or option_search.calibrates(experiment, methods):
     found = load_benchmark(experiment, "validation", evals.select_questions)
   return methods, search, found
 
@@ -375,7 +368,10 @@ def _cell_text(cell) -> str:
   if cell["status"] != "ok":
     return cell["status"]
   share = cell["of_vanilla"]
-  return _interval(cell) + ("" if share is None else f" {share:.0%}")
+  text = _interval(cell) + ("" if share is None else f" {share:.0%}")
+  if most := cell.get("kept_tokens_p95"):
+    text += f", {cell['kept_tokens']:.0f} tokens (95 %: {most:.0f})"
+  return text
 
 
 def _interval(row) -> str:

@@ -20,6 +20,7 @@ from cacovid_jax.inference import methods as methods_lib
 from cacovid_jax.inference import programs as programs_lib
 from cacovid_jax.models import prompt_batch
 from cacovid_jax.parallel import mesh as mesh_lib
+from cacovid_jax.policy import network
 
 _CONTINUATION_STEP = 8  # Lengths are rounded up to it: few programs for many.
 
@@ -149,10 +150,10 @@ class BatchRunner:
     method = condition and condition.method
     for field in method.score_fields if method else ():
       name = method.follows(self._e.policies)
-      self._check_scores(self._score_key(field, name, condition.seed))
+      self._check_scores(self._score_key(field, name, condition))
 
   def _check_scores(self, key) -> None:
-    field, name, _ = key
+    field, name, *_ = key
     if not np.asarray(self._finite_scores[key]).all():
       raise errors.UserError(
         f"{field.replace('_', ' ')} of policy {name!r} hold NaN or"
@@ -170,7 +171,7 @@ class BatchRunner:
     tokens = frames = [None] * len(index)
     if method.score_fields:
       name = method.follows(self._e.policies)
-      scores = self.scores(method.score_fields[0], name, condition.seed)
+      scores = self.scores(method.score_fields[0], name, condition)
       tokens, frames = map(_gap, (scores.token, scores.frame))
     return [
       KeptTokens(index[row][mask[row]], tokens[row], frames[row])
@@ -214,12 +215,14 @@ class BatchRunner:
       selection = self.select(condition)
     return self._programs.read(self._params, self.batch, selection, room)
 
-  def scores(self, field: str, name: str, seed: int):
+  def scores(self, field: str, name: str, condition):
     """Returns a policy's Scores for a field of `CompressorInputs`.
 
-    `seed` is of the untrained policy, or of the draw of another question.
+    The condition's seed is of the untrained policy, or of the draw of another
+    question; its ratio counts for policies that read one.
     """
-    key = self._score_key(field, name, seed)
+    key = self._score_key(field, name, condition)
+    _, _, seed, ratio = key
     if key not in self._scores:
       batch = self.batch
       if field == "other_scores":
@@ -233,7 +236,8 @@ class BatchRunner:
       with self._e.timed("policy") as follow:
         module = self._e.policies[name].module
         params = self._e.policy_params(field, name, seed)
-        scores = self._programs.scores(module, params, batch, self.grid)
+        given = module, params, batch, self.grid, ratio
+        scores = self._programs.scores(*given)
         scores = scores._replace(
           frame=self._own(scores.frame, 1, self._shape[0]),
           token=self._own(scores.token, 1),
@@ -244,15 +248,19 @@ class BatchRunner:
       self._scores[key] = scores
     return self._scores[key]
 
-  def _score_key(self, field: str, name: str, seed: int):
-    return field, name, seed if field != "scores" else 0
+  def _score_key(self, field: str, name: str, condition):
+    """Returns (field, name, seed, ratio) of what depends on no other."""
+    seed = condition.seed if field != "scores" else 0
+    reads_ratio = network.reads_ratio(self._e.policies[name].module)
+    return field, name, seed, condition.ratio if reads_ratio else None
 
   def top_frames(self, condition) -> list[list[int]] | None:
     """Returns all frames of each question, best first, by frame score."""
     method = condition.method
     if method is None or "scores" not in method.needs:
       return None
-    gap = _gap(self.scores("scores", method.follows(self._e.policies), 0).frame)
+    name = method.follows(self._e.policies)
+    gap = _gap(self.scores("scores", name, condition).frame)
     return np.argsort(-gap, axis=1, kind="stable").tolist()
 
   def inputs(self, condition) -> base.CompressorInputs:
@@ -262,7 +270,7 @@ class BatchRunner:
     for need in sorted(method.needs):
       if need in method.score_fields:
         name = method.follows(self._e.policies)
-        parts[need] = self.scores(need, name, condition.seed)
+        parts[need] = self.scores(need, name, condition)
       else:
         parts[need] = self._part(need)
     if method.compressor.stochastic:

@@ -174,7 +174,8 @@ class Engine:
     method = condition.method
     for need in sorted(method.needs):
       if need in method.score_fields:
-        self.policies[method.follows(self.policies)]
+        name = method.follows(self.policies)
+        self.policies[name].check_ratio(name, condition.ratio)
       elif need in base.VISION_SIGNALS:
         if need not in self.source.want:
           raise errors.UserError(

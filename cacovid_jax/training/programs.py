@@ -4,7 +4,8 @@ Letters: G combinations, I iterations, B videos of a step, M new tokens.
 
 Three schedules, chosen once from the config:
   fixed ratio, device rewards: `fixed_ratio_step`, all iterations inside;
-  adaptive ratio, device rewards: `prepare_videos`, and one program per rung;
+  adaptive ratio, or one drawn for each video, device rewards:
+    `prepare_videos`, and one program per rung;
   host rewards: `prepare_videos`, one rollout program per rung, and `update`.
 So at most 2 + rungs programs for each `Shape`.
 They are compiled ahead of time and called as executables, which cannot retrace;
@@ -91,7 +92,9 @@ class TrainingPrograms:
       return call("fixed_ratio_step", state, constants, batch)
     videos, memory = call("prepare_videos", state, constants, batch)
     outs = []
-    max_rung = int(gather(batch.rungs.start).max())
+    drawn = config.ladder.drawn
+    first = memory.rung if drawn else batch.rungs.start
+    max_rung = int(gather(first).max())
     for _ in range(config.iterations):
       if self.host_rewards:
         ids, masks, memory = call(
@@ -107,7 +110,7 @@ class TrainingPrograms:
           f"iterate_{max_rung}", state, constants, videos, memory
         )
       outs.append((ids, rewards, metrics))
-      if len(config.ladder) > 1:
+      if len(config.ladder) > 1 and not drawn:
         # The one scalar per video that leaves the device.
         max_rung = int(gather(metrics.per_video["next_rung"]).max())
     return state, *_join(outs)

@@ -17,7 +17,7 @@ from cacovid_jax.data import left_out
 from cacovid_jax.inference import features
 from cacovid_jax.models import hub, processors, token_grid
 from cacovid_jax.parallel import mesh as mesh_lib
-from cacovid_jax.policy import loading
+from cacovid_jax.policy import loading, network
 from cacovid_jax.training import (
   batches,
   optimizer,
@@ -152,8 +152,15 @@ def frame_rule(config) -> frames_lib.FrameRule:
 
 def make_step_configs(config, checkpoint, policy, parts, processor):
   """Returns StepConfigs, one per bucket, rising, or that of the one grid."""
-  fixed = None if config.ratio.adaptive else config.sampling.ratio
   bounds, rule = ratio.RatioConfig(**config.ratio), frame_rule(config)
+  moves = bounds.adaptive or bounds.range
+  fixed = None if moves else config.sampling.ratio
+  if bounds.adaptive and network.reads_ratio(policy):
+    raise errors.UserError(
+      "the policy reads the ratio, and config.ratio.adaptive=True moves it"
+      " between the iterations of a video, whose old scores are of one; set"
+      " config.ratio.adaptive=False, and config.ratio.range=(low, high)"
+    )
   if grid := processor.grid_of(rule):
     grids = [grid]
   else:

@@ -117,7 +117,7 @@ def used(checkpoint, policies):
   for one in questions:
     batch = engine.batch([one])
     batch.vanilla()
-    batch.scores("scores", "policy", 0)
+    batch.scores("scores", "policy", methods_lib.Condition())
     count = batch.output(UNIFORM).trace.mask.sum()
     assert count == 2 * (batch.num_video // 4)
     shapes.add(batch.batch.x.shape)

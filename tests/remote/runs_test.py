@@ -112,28 +112,29 @@ import sys, tempfile
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from cacovid_jax.parallel import mesh as mesh_lib
+from cacovid_jax.parallel import peers
 from cacovid_jax.remote import mirror
 from cacovid_jax.training import checkpointing
 from tests import object_store
 
 root, mirrors, port, number = sys.argv[1:]
 tempfile.tempdir = mirrors
-mesh_lib.start_processes(f"localhost:{port}", 2, int(number))
-object_store.use(root)
-mesh = mesh_lib.make_mesh()
+with peers.joined(f"localhost:{port}", 2, int(number)):
+  object_store.use(root)
+  mesh = mesh_lib.make_mesh()
 
-def tree(scale):
-  values = {"w": np.arange(6.0, dtype=np.float32) * scale, "n": np.int32(scale)}
-  return mesh_lib.put(values, mesh, PartitionSpec())
+  def tree(scale):
+    values = {"w": np.arange(6.0, dtype=np.float32) * scale, "n": np.int32(scale)}
+    return mesh_lib.put(values, mesh, PartitionSpec())
 
-with mirror.mirrored("gs://bucket/run") as workdir:
-  for step in (1, 2):
-    checkpointing.save(workdir / "checkpoints", step, tree(step), keep=1)
-with mirror.mirrored("gs://bucket/run") as workdir:
-  step, found = checkpointing.restore_latest(workdir / "checkpoints", tree(0))
-  assert step == 2, step
-  assert found["w"].sharding == tree(0)["w"].sharding
-  jax.tree.map(np.testing.assert_array_equal, found, tree(2))
+  with mirror.mirrored("gs://bucket/run") as workdir:
+    for step in (1, 2):
+      checkpointing.save(workdir / "checkpoints", step, tree(step), keep=1)
+  with mirror.mirrored("gs://bucket/run") as workdir:
+    step, found = checkpointing.restore_latest(workdir / "checkpoints", tree(0))
+    assert step == 2, step
+    assert found["w"].sharding == tree(0)["w"].sharding
+    jax.tree.map(np.testing.assert_array_equal, found, tree(2))
 """
 
 
