@@ -124,7 +124,8 @@ with peers.joined(f"localhost:{port}", 2, int(number)):
   mesh = mesh_lib.make_mesh()
 
   def tree(scale):
-    values = {"w": np.arange(6.0, dtype=np.float32) * scale, "n": np.int32(scale)}
+    numbers = np.arange(6.0, dtype=np.float32) * scale
+    values = {"w": numbers, "n": np.int32(scale)}
     return mesh_lib.put(values, mesh, PartitionSpec())
 
   with mirror.mirrored("gs://bucket/run") as workdir:
