@@ -23,7 +23,7 @@ from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import readers
 from cacovid_jax.data import tfds as tfds_lib
 from cacovid_jax.data import tokenizer as tokenizer_lib
-from cacovid_jax.models import checkpoints, hub, processors
+from cacovid_jax.models import checkpoints, hub, processor_files
 from cacovid_jax.parallel import mesh as mesh_lib
 from cacovid_jax.policy import loading
 
@@ -186,7 +186,7 @@ def with_shipped(config) -> Any:
     changes["evals.policies"] = (f"policy={policy}",)
   if not config.data.num_frames:
     folder = hub.directory(path)
-    changes["data.num_frames"] = processors.default_num_frames(folder)
+    changes["data.num_frames"] = processor_files.default_num_frames(folder)
   return config_lib.replace(config, changes)
 
 

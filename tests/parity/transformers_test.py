@@ -189,7 +189,7 @@ def test_positions_of_4_50_are_those_of_its_recorded_run():
   recorded = models.read(QWEN)
   config = checkpoints.load_config(QWEN)
   merge = config.vision.merge_size
-  mine = transformers_lib._positions_4_50(
+  mine = reference_patches._positions_4_50(
     recorded["input_ids"],
     recorded["attention_mask"],
     recorded["video_grid_thw"] // (1, merge, merge),
