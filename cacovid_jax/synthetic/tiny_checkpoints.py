@@ -21,12 +21,14 @@ from cacovid_jax.models import (
   llava_onevision,
   processors,
   qwen2_5_vl,
+  qwen3_vl,
+  qwen3_vl_processor,
   safetensors_io,
   siglip,
 )
 from cacovid_jax.synthetic import tokenizer as tokenizer_training
 
-FAMILIES = ("llava_onevision", "qwen2_5_vl")
+FAMILIES = ("llava_onevision", "qwen2_5_vl", "qwen3_vl")
 
 _VOCABULARY = 320
 _TEXTS = (
@@ -71,8 +73,15 @@ _TOKENIZER_TEMPLATE = (
 )
 
 _SHARD_BYTES = 4 * 10**9
-# Last linear maps of the branches of decoder, SigLIP and Qwen2.5-VL's tower.
-_INTO_RESIDUAL = ("o_proj", "down_proj", "out_proj", "fc2", "proj")
+# Last linear maps of the branches of decoders and towers.
+_INTO_RESIDUAL = (
+  "o_proj",
+  "down_proj",
+  "out_proj",
+  "fc2",
+  "proj",
+  "linear_fc2",
+)
 # Of the released models; in a smaller vocabulary, its last ids.
 _EOS_ID, _PAD_ID = 151645, 151643
 
@@ -92,7 +101,11 @@ def write_tiny(directory, family: str) -> None:
   files.write_json(
     os.path.join(directory, "config.json"), {"model_type": family}
   )
-  make = {"qwen2_5_vl": _qwen2_5_vl, "llava_onevision": _llava_onevision}
+  make = {
+    "llava_onevision": _llava_onevision,
+    "qwen2_5_vl": _qwen2_5_vl,
+    "qwen3_vl": _qwen3_vl,
+  }
   model = make[family](directory)
   tokenizer = tokenizer_lib.Tokenizer.from_directory(directory)
   params = jax.jit(model.init)(jax.random.key(0))
@@ -118,11 +131,48 @@ def _llava_onevision(directory):
 
 def _qwen2_5_vl(directory):
   """Writes all but config and weights; returns the model."""
+  processor = processors.Qwen2_5VLProcessor.tiny()
+  described = _patches(processor) | {
+    "min_pixels": processor.min_pixels,
+    "max_pixels": processor.max_pixels,
+  }
   base = qwen2_5_vl.Qwen2_5VLConfig.tiny()
+  written = {"preprocessor_config.json": described}
+  return qwen2_5_vl.Qwen2_5VLModel(_qwen(directory, base, written))
+
+
+def _qwen3_vl(directory):
+  """Writes all but config and weights; returns the model."""
+  processor = qwen3_vl_processor.Qwen3VLProcessor.tiny()
+  described = _patches(processor) | {
+    "size": {
+      "shortest_edge": processor.min_pixels,
+      "longest_edge": processor.max_pixels,
+    },
+    "cap_pixels_per_frame": processor.cap_pixels_per_frame,
+    "max_video_tokens": processor.max_video_tokens,
+  }
+  base = qwen3_vl.Qwen3VLConfig.tiny()
+  written = {"video_preprocessor_config.json": described}
+  return qwen3_vl.Qwen3VLModel(_qwen(directory, base, written))
+
+
+def _patches(processor):
+  """Returns what the file of a processor of patches says in any case."""
+  return {
+    "patch_size": processor.patch_size,
+    "temporal_patch_size": processor.temporal_patch_size,
+    "merge_size": processor.merge_size,
+    "image_mean": list(processor.mean),
+    "image_std": list(processor.std),
+  }
+
+
+def _qwen(directory, base, described):
+  """Writes a tokenizer, its template and {name: JSON}; returns the config."""
   tokenizer = tokenizer_training.learn(_TEXTS, _VOCABULARY, _QWEN_TOKENS)
   tokenizer.save(os.path.join(directory, "tokenizer.json"))
-  processor, vision = processors.Qwen2_5VLProcessor.tiny(), base.vision
-  described = {
+  described = described | {
     "tokenizer_config.json": {
       "tokenizer_class": "PreTrainedTokenizerFast",
       "eos_token": "<|im_end|>",
@@ -131,19 +181,10 @@ def _qwen2_5_vl(directory):
       "chat_template": _QWEN_TEMPLATE,
     },
     "chat_template.json": {"chat_template": _QWEN_TEMPLATE},
-    "preprocessor_config.json": {
-      "patch_size": vision.patch_size,
-      "temporal_patch_size": vision.temporal_patch_size,
-      "merge_size": vision.merge_size,
-      "min_pixels": processor.min_pixels,
-      "max_pixels": processor.max_pixels,
-      "image_mean": list(processor.mean),
-      "image_std": list(processor.std),
-    },
   }
   for name, entry in described.items():
     files.write_json(os.path.join(directory, name), entry)
-  config = _with_ids(
+  return _with_ids(
     base,
     tokenizer,
     image_token_id="<|image_pad|>",
@@ -151,7 +192,6 @@ def _qwen2_5_vl(directory):
     vision_start_token_id="<|vision_start|>",
     vision_end_token_id="<|vision_end|>",
   )
-  return qwen2_5_vl.Qwen2_5VLModel(config)
 
 
 def _with_ids(base, tokenizer, **tokens: str):
@@ -207,7 +247,8 @@ def _bits(name):
     return 0x007F, 0x3F00  # [1/2, 1).
   if last == "embed_tokens":
     return 0x807F, 0x3F00  # +-[1/2, 1).
-  if last == "linear_2" or module.endswith("merger.mlp.2"):
+  merged = "merger" in module and last in ("2", "linear_fc2")
+  if last == "linear_2" or merged:
     return 0x807F, 0x3E80  # +-[2^-2, 2^-1).
   if last in _INTO_RESIDUAL and not module.endswith("patch_embed.proj"):
     return 0x807F, 0x3A00  # +-[2^-11, 2^-10).

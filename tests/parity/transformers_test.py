@@ -16,7 +16,12 @@ import transformers
 import cacovid_jax
 from cacovid_jax import errors
 from cacovid_jax.models import checkpoints
-from cacovid_jax.parity import __main__, half_precision, models
+from cacovid_jax.parity import (
+  __main__,
+  half_precision,
+  models,
+  reference_patches,
+)
 from cacovid_jax.parity import stage as stage_lib
 from cacovid_jax.parity import transformers as transformers_lib
 
