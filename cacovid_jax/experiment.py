@@ -109,7 +109,7 @@ class Experiment:
     if not model.path:
       raise errors.UserError(
         "config.model.path is empty; name the checkpoint directory of a"
-        " LLaVA-OneVision or a Qwen2.5-VL"
+        " LLaVA-OneVision, a Qwen2.5-VL or a Qwen3-VL"
       )
     # On one device that nothing is placed on, arrays go where they are used.
     alone = self.mesh.size == 1 and self.split != "videos_per_step"
@@ -125,7 +125,8 @@ class Experiment:
       raise errors.UserError(
         f"{model.path}: no tokenizer.json; give a complete checkpoint directory"
       )
-    return checkpoint
+    tagged = checkpoint.model.with_outer_vision_tags(model.outer_vision_tags)
+    return dataclasses.replace(checkpoint, model=tagged)
 
   @functools.cached_property
   def checkpoint(self) -> checkpoints.Checkpoint:

@@ -5,7 +5,7 @@ import types
 
 from cacovid_jax import base_config, config_values, errors
 from cacovid_jax.data import frames
-from cacovid_jax.models import processors
+from cacovid_jax.models import processors, qwen3_vl_processor
 
 
 def parse_arg(arg, **defaults):
@@ -65,6 +65,10 @@ def released(arg, *, family, sizes):
   if family == "qwen2_5_vl":
     config.data.min_pixels = processors.PAPER_MIN_PIXELS
     config.data.max_pixels = processors.PAPER_MAX_PIXELS
+  if family == "qwen3_vl":
+    # Of a whole clip: as many tokens as the paper's of two frames together.
+    tokens = config.data.num_frames * processors.PAPER_TOKENS[1]
+    config.data.max_pixels = tokens * qwen3_vl_processor.SIDE**2
   config.evals.methods = (
     # The paper's half of the budget, spread evenly, and its cap of 1.5 r.
     "cacovid=cacovid?importance_ratio=0.5&max_frame_share=1.5",

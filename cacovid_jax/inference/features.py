@@ -100,7 +100,7 @@ class FeatureStore:
   @property
   def identity(self) -> dict[str, Any]:
     """What features depend on besides the checkpoint and T, for a log."""
-    found = {}
+    found = dict(self.model.prompt_rule)
     if not self.reader.processor.one_grid:
       found["preprocessing"] = self.reader.processor.identity
     if self.reader.rule.name != frames_lib.EVAL_RULE:
@@ -220,7 +220,7 @@ class FeatureStore:
       return
     # Other clips that fit no bucket tell that the buckets are wrong.
     _, rows, columns = clip.grid
-    _, most = reader.processor.patch_tokens(reader.rule.num_frames)
+    _, most = reader.processor.patch_tokens(reader.rule.fewest)
     if rows * columns > most:
       file = video.safe_path(reader.root, path)
       detail = f"long and narrow: {columns} x {rows} tokens, above {most}"
@@ -267,6 +267,8 @@ class FeatureStore:
         record = {**facts["record"], "video": path}
         facts["record"] = frame_record.FrameRecord(**record)
         facts |= {name: tuple(facts[name]) for name in ("grid", "warnings")}
+        if isinstance(apart := facts["second_per_grid_t"], list):
+          facts["second_per_grid_t"] = tuple(apart)
         clip = clips.EncodedClip(**facts)
       except (KeyError, TypeError):
         continue
@@ -316,8 +318,9 @@ def open_store(
     # Those that training was given may be for fewer frames.
     strict = options.get("only_buckets", False)
     options["buckets"] = token_grid.make_buckets(
-      data.buckets, processor, rule.num_frames, strict=strict
-    )
+      data.buckets, processor, rule.num_frames, strict=strict,
+      fewest=rule.fewest,
+    )  # fmt: skip
   reader = clips.ClipReader(
     experiment_lib.media_root(experiment.config), processor, rule,
     noted=bool(folder), max_replaced=data.max_replaced,

@@ -154,6 +154,15 @@ class Qwen3VLModel(qwen2_5_vl.QwenVLModel):
   processor_class = qwen3_vl_processor.Qwen3VLProcessor
 
   @property
+  def prompt_rule(self):
+    kept = self.outer_vision_tags
+    release = "transformers 5.10 and later" if kept else "transformers 4.57"
+    return {"outer_vision_tags": kept, "prompt_rule": release}
+
+  def with_outer_vision_tags(self, stay):
+    return dataclasses.replace(self, outer_vision_tags=stay)
+
+  @property
   def num_deep(self):
     return len(self.config.vision.deep_layers)
 
@@ -169,10 +178,7 @@ class Qwen3VLModel(qwen2_5_vl.QwenVLModel):
     return position_ids(ids, grid, video_token_id=token)
 
   def encode_prompt(self, tokenizer, text, grid, second_per_grid_t=None):
-    """See `VideoLLM.encode_prompt`; seconds are those of each temporal patch.
-
-    Without any, the prompt is as long as prompts usually get.
-    """
+    """See `VideoLLM.encode_prompt`."""
     times = second_per_grid_t
     times = (_LATE_SECONDS,) * grid[0] if times is None else times
     if len(times) != grid[0]:

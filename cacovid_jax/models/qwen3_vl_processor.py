@@ -5,7 +5,6 @@ Paper: https://arxiv.org/abs/2511.21631.
 """
 
 import dataclasses
-import math
 
 import numpy as np
 
@@ -13,7 +12,7 @@ from cacovid_jax import errors
 from cacovid_jax.data import frames as frames_lib
 from cacovid_jax.models import processors
 
-_SIDE = 32  # Pixels of a merged token's, in the released checkpoints.
+SIDE = 32  # Pixels of a merged token's, in the released checkpoints.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,8 +20,8 @@ class Qwen3VLProcessor(processors.PatchProcessor):
   """Frames that share the pixels of a clip, each pair with its time."""
 
   patch_size: int = 16
-  min_pixels: int = 128 * _SIDE**2  # Least pixels of all resized frames.
-  max_pixels: int = 768 * _SIDE**2  # Most pixels of all resized frames.
+  min_pixels: int = 128 * SIDE**2  # Least pixels of all resized frames.
+  max_pixels: int = 768 * SIDE**2  # Most pixels of all resized frames.
   mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
   std: tuple[float, float, float] = (0.5, 0.5, 0.5)
   # Whether no frame has more than an even share of the pixels, nor more than
@@ -113,19 +112,3 @@ class Qwen3VLProcessor(processors.PatchProcessor):
     times = np.pad(times, (0, -len(times) % size), mode="edge")
     first, last = times[::size], times[size - 1 :: size]
     return tuple(((first + last) / 2).tolist())
-
-
-def sample(num_frames, source_fps, *, fps=2.0, least=4, most=768):
-  """Returns int64[F] indices of frames at `fps` a second, spaced evenly.
-
-  Rounded half to even; at least and at most as many, and never more than the
-  clip has.
-  """
-  errors.check(
-    0 < source_fps < math.inf,
-    f"a clip of {source_fps} frames a second; give its rate, or a fixed number"
-    " of frames",
-  )
-  count = int(num_frames / source_fps * fps)
-  count = min(max(count, least), most, num_frames)
-  return np.rint(np.linspace(0, num_frames - 1, count)).astype(np.int64)

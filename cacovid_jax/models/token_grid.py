@@ -70,9 +70,10 @@ def pick(grid, buckets):
   return min(fits, key=_size)
 
 
-def make_buckets(sizes, processor, num_frames, *, strict=True):
+def make_buckets(sizes, processor, num_frames, *, strict=True, fewest=None):
   """Returns the GridBuckets of videos of F frames, the smallest first.
 
+  `fewest` is the least F where it differs, and F then the most.
   `sizes` are config.data.buckets, (temporal patches, tokens of one[, tokens])
   each; those for fewer frames are refused if `strict`, or else left out.
   Without any, one for the largest temporal patches that the
@@ -81,7 +82,9 @@ def make_buckets(sizes, processor, num_frames, *, strict=True):
   """
   patches = -(-num_frames // processor.temporal_patch_size)
   sizes = [tuple(size) for size in sizes]
-  if not sizes:
+  if not sizes and fewest not in (None, num_frames):
+    sizes = _lengths(processor, fewest, num_frames)
+  elif not sizes:
     least, most = processor.patch_tokens(num_frames)
     sizes = [(patches, area) for area in (int((least * most) ** 0.5), most)]
   try:
@@ -91,6 +94,7 @@ def make_buckets(sizes, processor, num_frames, *, strict=True):
       f"config.data.buckets={tuple(sizes)}: give (temporal patches, tokens of"
       " one) or (temporal patches, tokens of one, tokens) for each"
     ) from error
+  patches = -(-(fewest or num_frames) // processor.temporal_patch_size)
   short = {bucket for bucket in found if bucket.frames < patches}
   if short and strict:
     raise errors.UserError(
@@ -98,8 +102,23 @@ def make_buckets(sizes, processor, num_frames, *, strict=True):
       f" than the {patches} of {num_frames} frames; no clip would use it"
     )
   if short == found:
-    return make_buckets((), processor, num_frames)
+    return make_buckets((), processor, num_frames, fewest=fewest)
   return sorted(found - short, key=_size)
+
+
+def _lengths(processor, fewest: int, most: int):
+  """Yields (frames, frame tokens, tokens) of buckets, each for clips that are
+  up to twice as long as those of the one before."""
+  start, size = fewest, processor.temporal_patch_size
+  while start <= most:
+    end = min(2 * start, most)
+    counts = range(start, end + 1)
+    areas = [processor.patch_tokens(count)[1] for count in counts]
+    tokens = [
+      -(-n // size) * area for n, area in zip(counts, areas, strict=True)
+    ]
+    yield -(-end // size), max(areas), max(tokens)
+    start = end + 1
 
 
 def _size(bucket):
