@@ -122,7 +122,15 @@ _METHOD = dict(
   # cache; `backend` is that of attention: auto, xla, cudnn or splash. `layers`
   # are arrays of their own ("separate", which GPUs copy less of), or "stacked";
   # "auto" stacks them on CPU and where the weights are below 1 GB.
-  model=dict(path="", dtype="bfloat16", backend="auto", layers="auto"),
+  # `outer_vision_tags`, of Qwen3-VL, keeps the marks around a whole clip in its
+  # prompts, as transformers does since 5.10; 4.57 did not.
+  model=dict(
+    path="",
+    dtype="bfloat16",
+    backend="auto",
+    layers="auto",
+    outer_vision_tags=False,
+  ),  # fmt: skip
 )
 
 # Where questions and clips are, and how they are read.
@@ -151,11 +159,12 @@ _DATA = dict(
   num_frames=32,
   # A rule of `data.frames`; "public_linspace_1fps" shows fewer of short clips.
   frame_rule="eval_linspace",
-  # For models whose token grid follows the frames' shape (Qwen2.5-VL): pixels
-  # of a frame, 0 for the checkpoint's own limits; and, of these and of that
-  # rule, sizes that programs are compiled for, (temporal patches, tokens of
-  # one) or with a third number, all tokens; empty for what follows from the
-  # pixels and `num_frames`.
+  # For models whose token grid follows the frames' shape: pixels of a frame
+  # (Qwen2.5-VL) or of a whole clip (Qwen3-VL), 0 for the checkpoint's own
+  # limits; and, of these and of rules that show fewer frames of short clips,
+  # sizes that programs are compiled for, (temporal patches, tokens of one) or
+  # with a third number, all tokens; empty for what follows from the pixels and
+  # `num_frames`.
   min_pixels=0,
   max_pixels=0,
   buckets=(),
@@ -185,7 +194,8 @@ _PREPARE = dict(
   # Whether decisive.jsonl is kept, the tokens that answers rest on: of the
   # embedded base model's grid, so that other models refuse it.
   decisive=True,
-  tiny_models=(),  # Random checkpoints too: llava_onevision, qwen2_5_vl.
+  # Random checkpoints too: llava_onevision, qwen2_5_vl, qwen3_vl.
+  tiny_models=(),
   num_workers=0,  # Processes that draw and encode; 0 takes one per core.
 )
 
@@ -209,7 +219,9 @@ _EVALS = dict(
   # Without names they are policy, policy1, ...; the first is the main one.
   # Empty takes one that was trained in the workdir.
   policies=(),
-  frame_rule="eval_linspace",  # Training has `data.frame_rule`.
+  # Training has `data.frame_rule`. "eval_linspace_2fps" shows two frames a
+  # second, at least 4 and at most `data.num_frames`.
+  frame_rule="eval_linspace",
   # Rows: names of `compressors.names()`, with options as in
   # "density_peaks?scope=video", or one's own "path/file.py:function";
   # "label=name?option=value" gives a row another name.

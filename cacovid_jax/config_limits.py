@@ -17,9 +17,9 @@ LAYERS = ("auto", "stacked", "separate")
 ROUGE = ("unicode", "public")  # What it counts as words.
 DTYPES = ("float32", "bfloat16")
 RULES = ("paper", "lmms-0.7.3", "own")  # Of `data.letters`, in its order.
-# Of `data.frames`: those that show as many frames of every clip, and all.
-FULL_RULES = ("eval_linspace", "train_linspace_1fps")
-FRAME_RULES = (*FULL_RULES, "public_linspace_1fps")
+# Of `data.frames`: those of evaluations, and all.
+EVAL_RULES = ("eval_linspace", "train_linspace_1fps", "eval_linspace_2fps")
+FRAME_RULES = (*EVAL_RULES, "public_linspace_1fps")
 
 # Seeds of JAX have 32 bits: beyond them, two seeds would draw alike.
 _SEED = schema.within(int, 0, 2**32 - 1)
@@ -108,7 +108,7 @@ _LIMITS = (
   (schema.one_of(*ROUGE), "rouge"),
   (schema.one_of("", *RULES), "evals.rule"),
   (schema.one_of(*FRAME_RULES), "data.frame_rule"),
-  (schema.one_of(*FULL_RULES), "evals.frame_rule"),
+  (schema.one_of(*EVAL_RULES), "evals.frame_rule"),
   (schema.one_of("", "processor", "tokenizer"), "evals.template"),
   (schema.one_of("validation", "none"), "evals.select_on"),
   (schema.one_of("raise", "count"), "evals.on_missing"),

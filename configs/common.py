@@ -5,7 +5,7 @@ import types
 
 from cacovid_jax import base_config, config_values, errors
 from cacovid_jax.data import frames
-from cacovid_jax.models import processors
+from cacovid_jax.models import processors, qwen3_vl_processor
 
 
 def parse_arg(arg, **defaults):
@@ -74,8 +74,10 @@ def released(arg, *, family, sizes):
   (of `synthetic.tiny_checkpoints`) and on the embedded benchmark; `devices=8`
   trains that many videos a step, one on each.
   """
+  # The public code does not know Qwen3-VL.
+  recipe = "ours" if family == "qwen3_vl" else "public"
   arg = parse_arg(
-    arg, size=sizes[0], recipe="public", debug=False, devices=1, seed=42
+    arg, size=sizes[0], recipe=recipe, debug=False, devices=1, seed=42
   )
   size = check_size(arg.size, sizes)
   check_recipe(arg.recipe)
@@ -92,7 +94,11 @@ def released(arg, *, family, sizes):
   if family == "qwen2_5_vl":
     config.data.min_pixels = processors.PAPER_MIN_PIXELS
     config.data.max_pixels = processors.PAPER_MAX_PIXELS
-  elif arg.recipe == "public":
+  if family == "qwen3_vl":
+    # Of a whole clip: as many tokens as the paper's of two frames together.
+    tokens = config.data.num_frames * processors.PAPER_TOKENS[1]
+    config.data.max_pixels = tokens * qwen3_vl_processor.SIDE**2
+  if family == "llava_onevision" and arg.recipe == "public":
     # Clips below 16 seconds, of which there are many, take half of the rows.
     config.data.buckets = ((16, _FRAME_TOKENS), (32, _FRAME_TOKENS))
   config.evals.methods = (

@@ -31,7 +31,8 @@ class EncodedClip:
   record: frame_record.FrameRecord
   grid: tuple[int, int, int]  # (T, H, W).
   arrays: Mapping[str, np.ndarray | jax.Array]
-  second_per_grid_t: float = 1.0  # See `video_llm.VideoFeatures`.
+  # See `processors.TowerInputs`.
+  second_per_grid_t: float | tuple[float, ...] = 1.0
   warnings: tuple[str, ...] = ()  # What makes frames less than they seem.
 
   @property
@@ -112,7 +113,7 @@ class ClipReader:
       file = video.safe_path(self.root, path)
       size = self.call(video.frame_size, file, limits=self.limits)
     try:
-      return self.processor.grid(self.rule.num_frames, *size)
+      return self.processor.grid(self._count(path), *size)
     except frames_lib.ShapeError as error:
       raise video.bad_shape(path, error) from error
 
@@ -130,7 +131,7 @@ class ClipReader:
     if self.refused:
       self.content(path)
     resize = functools.partial(
-      self.processor.resize_frame, num_frames=self.rule.num_frames,
+      self.processor.resize_frame, num_frames=self._count(path),
       above=self.min_side,
     )  # fmt: skip
     shown = self.decode(path, resize)
@@ -143,12 +144,36 @@ class ClipReader:
         file, "unreadable", error.strerror or ""
       ) from error
     record = frame_record.FrameRecord.of(path, shown, content)
-    fps = frames_lib.sampled_fps(len(shown.frames), shown.duration)
-    inputs = self.processor(shown.frames, fps=fps, resized=True)
+    inputs = self._inputs(file, shown)
     apart = inputs.second_per_grid_t
     clip = EncodedClip(record, inputs.grid, {}, apart, shown.warnings)
     plain = self.rule(shown.num_frames, shown.duration)
     return clip, inputs, record.indices == tuple(plain.tolist())
+
+  def _count(self, path: str) -> int:
+    """Returns T of a clip, which is looked into where that differs."""
+    if (known := self.known(path)) and known.indices:
+      return len(known.indices)
+    if self.rule.fills:
+      return self.rule.num_frames
+    file = video.safe_path(self.root, path)
+    found = self.call(video.probe, file, limits=self.limits)
+    return len(self.rule(found.num_frames, found.duration))
+
+  def _inputs(self, file: str, shown: video.Clip) -> processors.TowerInputs:
+    """Returns what the tower takes of frames that are resized already."""
+    rate = frames_lib.source_fps(shown.num_frames, shown.duration)
+    if rate is None and self.processor.tells_time:
+      raise video.VideoError(
+        file, "unreadable", "its frames a second are not known, and prompts of"
+        " this model tell the time"
+      )  # fmt: skip
+    return self.processor(
+      shown.frames,
+      fps=frames_lib.sampled_fps(len(shown.frames), shown.duration),
+      times=None if rate is None else shown.indices / rate,
+      resized=True,
+    )
 
   def check(self, path: str, record: frame_record.FrameRecord) -> None:
     """Refuses frames that are too small or replaced, or not those known."""

@@ -104,7 +104,7 @@ class FeatureStore:
   @property
   def identity(self) -> dict[str, Any]:
     """What features depend on besides the checkpoint and T, for a log."""
-    found = {}
+    found = dict(self.model.prompt_rule)
     if not self.reader.processor.one_grid:
       found["preprocessing"] = self.reader.processor.identity
     if self.reader.rule.name != frames_lib.EVAL_RULE:
@@ -238,7 +238,7 @@ class FeatureStore:
       return
     # Other clips that fit no bucket tell that the buckets are wrong.
     _, rows, columns = clip.grid
-    _, most = reader.processor.patch_tokens(reader.rule.num_frames)
+    _, most = reader.processor.patch_tokens(reader.rule.fewest)
     if rows * columns > most:
       file = video.safe_path(reader.root, path)
       detail = f"long and narrow: {columns} x {rows} tokens, above {most}"
@@ -285,6 +285,8 @@ class FeatureStore:
         record = {**facts["record"], "video": path}
         facts["record"] = frame_record.FrameRecord(**record)
         facts |= {name: tuple(facts[name]) for name in ("grid", "warnings")}
+        if isinstance(apart := facts["second_per_grid_t"], list):
+          facts["second_per_grid_t"] = tuple(apart)
         clip = clips.EncodedClip(**facts)
       except (KeyError, TypeError):
         continue

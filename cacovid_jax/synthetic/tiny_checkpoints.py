@@ -21,12 +21,14 @@ from cacovid_jax.models import (
   llava_onevision,
   processors,
   qwen2_5_vl,
+  qwen3_vl,
+  qwen3_vl_processor,
   safetensors_io,
   siglip,
 )
 from cacovid_jax.synthetic import tokenizer as tokenizer_training
 
-FAMILIES = ("llava_onevision", "qwen2_5_vl")
+FAMILIES = ("llava_onevision", "qwen2_5_vl", "qwen3_vl")
 
 _VOCABULARY = 320
 _TEXTS = (
@@ -71,10 +73,15 @@ _TOKENIZER_TEMPLATE = (
 )
 
 _SHARD_BYTES = 4 * 10**9
-# Least and most pixels of a frame in Qwen2.5-VL's own files.
-_RELEASED_PIXELS = 4 * 28 * 28, 16384 * 28 * 28
-# Last linear maps of the branches of decoder, SigLIP and Qwen2.5-VL's tower.
-_INTO_RESIDUAL = ("o_proj", "down_proj", "out_proj", "fc2", "proj")
+# Last linear maps of the branches of decoders and towers.
+_INTO_RESIDUAL = (
+  "o_proj",
+  "down_proj",
+  "out_proj",
+  "fc2",
+  "proj",
+  "linear_fc2",
+)
 # Of the released models; in a smaller vocabulary, its last ids.
 _EOS_ID, _PAD_ID = 151645, 151643
 
@@ -85,26 +92,28 @@ def write_tiny(directory, family: str) -> None:
     raise errors.UserError(
       f"no tiny checkpoint of {family!r}; there are {', '.join(FAMILIES)}"
     )
-  base, bounds = _tiny(family)
+  base, processor = _tiny(family)
   text = dataclasses.replace(
     base.text, vocab_size=_VOCABULARY, max_positions=8192
   )
   base = dataclasses.replace(base, text=text)
-  config, ending = _write_files(directory, base, bounds)
+  config, ending = _write_files(directory, base, processor)
   model = checkpoints.make_model(config)
   params = jax.jit(model.init)(jax.random.key(0))
   checkpoints.save(directory, config, params, **ending)
 
 
 def _tiny(family):
-  """Returns (config, least and most pixels of a frame or nothing)."""
+  """Returns (config, processor), None of one whose files do not tell it."""
   if family == "qwen2_5_vl":
     processor = processors.Qwen2_5VLProcessor.tiny()
-    bounds = processor.min_pixels, processor.max_pixels
-    return qwen2_5_vl.Qwen2_5VLConfig.tiny(), bounds
+    return qwen2_5_vl.Qwen2_5VLConfig.tiny(), processor
+  if family == "qwen3_vl":
+    processor = qwen3_vl_processor.Qwen3VLProcessor.tiny()
+    return qwen3_vl.Qwen3VLConfig.tiny(), processor
   vision = dataclasses.replace(siglip.SiglipConfig.tiny(), image_size=28)
   base = llava_onevision.LlavaOnevisionConfig.tiny()
-  return dataclasses.replace(base, vision=vision), ()
+  return dataclasses.replace(base, vision=vision), None
 
 
 def write_complete(directory, config, seed=0) -> None:
@@ -114,11 +123,12 @@ def write_complete(directory, config, seed=0) -> None:
   knows bytes and a few merges, so that texts are several times as long as in
   the released one. Ids of special tokens are its own, every size is kept.
   """
-  config, ending = _write_files(directory, config, _RELEASED_PIXELS)
+  family = config.to_hf()["model_type"]
+  config, ending = _write_files(directory, config, _RELEASED.get(family))
   write_random(directory, config, seed, ending)
 
 
-def _write_files(directory, config, bounds):
+def _write_files(directory, config, processor):
   """Writes all but config and weights into an empty folder.
 
   Returns (the config with the tokenizer's ids, how answers end).
@@ -133,10 +143,10 @@ def _write_files(directory, config, bounds):
   files.write_json(
     os.path.join(directory, "config.json"), {"model_type": family}
   )
-  if family == "qwen2_5_vl":
-    config = _qwen2_5_vl(directory, config, bounds)
-  else:
+  if processor is None:
     config = _llava_onevision(directory, config)
+  else:
+    config = _qwen(directory, config, _DESCRIBED[family](processor))
   tokenizer = tokenizer_lib.Tokenizer.from_directory(directory)
   return config, {"eos_ids": tokenizer.eos_ids, "pad_id": tokenizer.pad_id}
 
@@ -154,12 +164,59 @@ def _llava_onevision(directory, config):
   return _with_ids(config, tokenizer, **marks)
 
 
-def _qwen2_5_vl(directory, config, bounds):
-  """Writes a family's files; returns the config with the tokenizer's ids."""
+def _patches(processor):
+  """Returns what the file of a processor of patches says in any case."""
+  return {
+    "patch_size": processor.patch_size,
+    "temporal_patch_size": processor.temporal_patch_size,
+    "merge_size": processor.merge_size,
+    "image_mean": list(processor.mean),
+    "image_std": list(processor.std),
+  }
+
+
+def _qwen2_5_vl(processor):
+  """Returns {name: content} of a processor's file."""
+  entry = _patches(processor) | {
+    "min_pixels": processor.min_pixels,
+    "max_pixels": processor.max_pixels,
+  }
+  return {"preprocessor_config.json": entry}
+
+
+def _qwen3_vl(processor):
+  """Returns {name: content} of a processor's file."""
+  entry = _patches(processor) | {
+    "size": {
+      "shortest_edge": processor.min_pixels,
+      "longest_edge": processor.max_pixels,
+    },
+    "cap_pixels_per_frame": processor.cap_pixels_per_frame,
+    "max_video_tokens": processor.max_video_tokens,
+  }
+  return {"video_preprocessor_config.json": entry}
+
+
+_DESCRIBED = {"qwen2_5_vl": _qwen2_5_vl, "qwen3_vl": _qwen3_vl}
+# With the limits of the released models' own files.
+_RELEASED = {
+  "qwen2_5_vl": processors.Qwen2_5VLProcessor(
+    min_pixels=4 * 28 * 28, max_pixels=16384 * 28 * 28
+  ),
+  "qwen3_vl": qwen3_vl_processor.Qwen3VLProcessor(
+    min_pixels=4096, max_pixels=25_165_824
+  ),
+}
+
+
+def _qwen(directory, config, described):
+  """Writes a tokenizer, its template and {name: JSON}.
+
+  Returns the config with the tokenizer's ids.
+  """
   tokenizer = tokenizer_training.learn(_TEXTS, _VOCABULARY, _QWEN_TOKENS)
   tokenizer.save(os.path.join(directory, "tokenizer.json"))
-  vision = config.vision
-  described = {
+  described = described | {
     "tokenizer_config.json": {
       "tokenizer_class": "PreTrainedTokenizerFast",
       "eos_token": "<|im_end|>",
@@ -168,15 +225,6 @@ def _qwen2_5_vl(directory, config, bounds):
       "chat_template": _QWEN_TEMPLATE,
     },
     "chat_template.json": {"chat_template": _QWEN_TEMPLATE},
-    "preprocessor_config.json": {
-      "patch_size": vision.patch_size,
-      "temporal_patch_size": vision.temporal_patch_size,
-      "merge_size": vision.merge_size,
-      "min_pixels": bounds[0],
-      "max_pixels": bounds[1],
-      "image_mean": list(processors.CLIP_MEAN),
-      "image_std": list(processors.CLIP_STD),
-    },
   }
   for name, entry in described.items():
     files.write_json(os.path.join(directory, name), entry)
@@ -244,7 +292,8 @@ def _bits(name):
     return 0x007F, 0x3F00  # [1/2, 1).
   if last == "embed_tokens":
     return 0x807F, 0x3F00  # +-[1/2, 1).
-  if last == "linear_2" or module.endswith("merger.mlp.2"):
+  merged = "merger" in module and last in ("2", "linear_fc2")
+  if last == "linear_2" or merged:
     return 0x807F, 0x3E80  # +-[2^-2, 2^-1).
   if last in _INTO_RESIDUAL and not module.endswith("patch_embed.proj"):
     return 0x807F, 0x3A00  # +-[2^-11, 2^-10).

@@ -210,9 +210,19 @@ def shared_rows(checkpoint, questions, bucket) -> int:
   """
   if checkpoint.model.dtype == jnp.float32:
     return 0
-  encode, text = checkpoint.model.encode_prompt, questions[0].prompt
-  prompt = encode(checkpoint.tokenizer, text, (bucket.frames, 1, 1))
-  return int(prompt.video_rows[0])
+  model, text = checkpoint.model, questions[0].prompt
+  encode = functools.partial(model.encode_prompt, checkpoint.tokenizer, text)
+  count = bucket.frames
+  prompt = encode((count, 1, 1))
+  shared = int(prompt.video_rows[0])
+  if not model.processor.tells_time:
+    return shared
+  # Times begin with any digit.
+  for digit in range(10):
+    other = encode((count, 1, 1), (float(digit),) * count)
+    differs = other.ids[:shared] != prompt.ids[:shared]
+    shared = int(differs.argmax()) if differs.any() else shared
+  return shared
 
 
 def _resized(batch: step.Batch, ladder: ratio.Ladder, length, shared):

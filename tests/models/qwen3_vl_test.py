@@ -1,4 +1,4 @@
-"""Does the protocol hold Qwen3-VL? A draft of it against golden/qwen3_vl_tiny.
+"""Qwen3-VL against golden/qwen3_vl_tiny, stage by stage.
 
 The golden folder was made with transformers 5.24 in float32. In its prompts
 text stands between the temporal patches; one of them is also run without two of
@@ -16,13 +16,11 @@ import pytest
 from cacovid_jax import compressors
 from cacovid_jax.compressors import base, layerwise
 from cacovid_jax.models import (
+  checkpoints,
   generation,
   processors,
   prompt_batch,
-  video_llm,
 )
-
-from . import qwen3_vl_draft
 
 FOLDER = pathlib.Path(__file__).parents[1] / "golden" / "qwen3_vl_tiny"
 
@@ -35,7 +33,8 @@ def _exact():
 
 @pytest.fixture(scope="module")
 def loaded():
-  return qwen3_vl_draft.load(FOLDER)
+  checkpoint = checkpoints.load(FOLDER)
+  return checkpoint.model, checkpoint.params
 
 
 @pytest.fixture(scope="module")
@@ -273,40 +272,3 @@ def test_the_text_behind_the_video_is_not_that_between_its_patches(prompts):
   scores = jnp.where(jnp.tri(length, dtype=bool), scores, -jnp.inf)
   most = jax.nn.softmax(scores)[:, :, last + 1 :].max(axis=(0, 1, 2))
   np.testing.assert_allclose(look(q, k, batch.lengths)[0], most, atol=1e-6)
-
-
-class _Tokenizer:
-  """One id per character; the tags and the placeholder by their names."""
-
-  def render(self, text):
-    return ["before ", 246, 249, 247, text]
-
-  def encode(self, text):
-    parts = [text] if isinstance(text, str) else text
-    return [
-      i
-      for part in parts
-      for i in (map(ord, part) if isinstance(part, str) else [part])
-    ]
-
-
-def test_times_are_text_between_the_patches(loaded):
-  model, _ = loaded
-  # Frames at 0, 0.5, 1, 1.5 s: the middles of the pairs are 0.25 and 1.25 s.
-  prompt = model.encode_prompt(_Tokenizer(), "why?", (2, 1, 2), 1.0)
-  text = "".join(
-    {246: "[", 247: "]", 249: "*"}.get(i, chr(i)) for i in prompt.ids
-  )
-  assert text == "before <0.2 seconds>[**]<1.2 seconds>[**]why?"
-  rows = [i for i, letter in enumerate(text) if letter == "*"]
-  np.testing.assert_array_equal(prompt.video_rows, rows)
-  # Another rate changes the text and no position of the video.
-  slower = model.encode_prompt(_Tokenizer(), "why?", (2, 1, 2), 2.0)
-  assert len(slower.ids) == len(prompt.ids)
-  assert (slower.ids != prompt.ids).any()
-  for ids in (prompt.ids, slower.ids):
-    positions, following = model.positions(
-      ids, video_llm.VideoFeatures(None, (2, 1, 2))
-    )
-    assert following == len(ids)  # Each 1 x 2 patch takes two positions.
-    assert (positions[0, rows[:2]] == positions[0, rows[0]]).all()

@@ -16,7 +16,12 @@ import transformers
 import cacovid_jax
 from cacovid_jax import errors
 from cacovid_jax.models import checkpoints
-from cacovid_jax.parity import __main__, half_precision, models
+from cacovid_jax.parity import (
+  __main__,
+  half_precision,
+  models,
+  reference_patches,
+)
 from cacovid_jax.parity import stage as stage_lib
 from cacovid_jax.parity import transformers as transformers_lib
 
@@ -189,7 +194,7 @@ def test_positions_of_4_50_are_those_of_its_recorded_run():
   recorded = models.read(QWEN)
   config = checkpoints.load_config(QWEN)
   merge = config.vision.merge_size
-  mine = transformers_lib._positions_4_50(
+  mine = reference_patches._positions_4_50(
     recorded["input_ids"],
     recorded["attention_mask"],
     recorded["video_grid_thw"] // (1, merge, merge),
