@@ -36,7 +36,7 @@ class Source:
   """Random features of clips that are named by their grids."""
 
   want = frozenset()
-  grid = GRIDS[0]
+  grid, watch = GRIDS[0], None
 
   def __init__(self, width: int, buckets=()):
     self._width, self.buckets = width, tuple(buckets)
