@@ -56,6 +56,7 @@ class Hub:
     self._selector.register(listener, selectors.EVENT_READ)
     self._buffers: dict[socket.socket, bytes] = {}
     self._members: dict[socket.socket, int] = {}
+    self._done: set[socket.socket] = set()
     self._service = None
 
   def run(self, start_timeout: float) -> None:
@@ -77,8 +78,8 @@ class Hub:
         )
     for member in self._members:
       send(member, lost=lost)
-    self._listener.close()
     self._selector.unregister(self._listener)
+    self._listener.close()
     end = time.monotonic() + _LINGER_S
     while self._members and time.monotonic() < end:
       for key, _ in self._selector.select(end - time.monotonic()):
@@ -100,7 +101,8 @@ class Hub:
     lines = (self._buffers[source] + data).split(b"\n")
     self._buffers[source] = lines.pop()
     for line in lines:
-      if lost := self._hear(source, line):
+      lost = self._hear(source, line)
+      if lost or source not in self._buffers:
         return lost
     if data and len(self._buffers[source]) <= _LONGEST:
       return ""
@@ -112,7 +114,7 @@ class Hub:
       message = json.loads(line)
       if source in self._members:
         if "done" in message:
-          self._leave(source)
+          self._done.add(source)  # JAX's service is needed until the end.
           return ""
         return self._leave(source, str(message["ended"]))
       number, count = int(message["process"]), int(message["processes"])
@@ -137,7 +139,7 @@ class Hub:
     source.close()
     del self._buffers[source]
     number = self._members.pop(source, None)
-    if number is None or not why:
+    if number is None or not why or source in self._done:
       return ""
     return f"process {number} of {self._count} is lost ({why})"
 

@@ -165,7 +165,8 @@ class _Peers:
       self._part()
       raise
     except BaseException as error:
-      if not isinstance(error, errors.UserError):
+      stopped = isinstance(error, (errors.UserError, KeyboardInterrupt))
+      if not stopped:
         time.sleep(_NEWS_S)  # A collective fails before its cause is known.
       if os.environ.get(errors.TRACEBACK):
         traceback.print_exc()

@@ -69,7 +69,6 @@ def test_four_devices_give_the_answers_of_one(
   mesh = {"mesh.data": data, "mesh.model": model}
   experiment, found = asked(tmp_path, **mesh)
   assert dict(experiment.mesh.shape) == {"data": data, "model": model}
-  # Four heads of the language model and two of the tower.
   assert min(heads)[0] <= 4 // model
   assert {method for method, _ in found} == {"vanilla", *METHODS}
   assert len(set(alone.values())) > len(METHODS)

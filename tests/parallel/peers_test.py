@@ -76,9 +76,12 @@ def test_who_ends_by_an_error_says_why(monkeypatch):
 
 def test_who_is_done_is_not_lost(monkeypatch):
   meeting = Meeting(monkeypatch)
-  for connection, lines in meeting.two():
+  both = meeting.two()
+  for connection, _ in both:
     hub.send(connection, done=True)
-    assert lines.readline() == b""  # Closed, nothing said.
+  _end(*both[0])
+  both[1][0].shutdown(socket.SHUT_WR)
+  assert both[1][1].readline() == b""  # Nothing was said.
   meeting.thread.join(LONG)
   assert not meeting.thread.is_alive()
 

@@ -283,7 +283,7 @@ def test_a_damaged_line_of_the_ledger_is_set_aside(tmp_path, root, caplog):
 
 
 def test_too_many_bad_clips_end_the_run(root, monkeypatch):
-  monkeypatch.setattr(batches_lib, "MIN_FAILURES", 5)
+  monkeypatch.setattr(data_order, "MIN_FAILURES", 5)
   with pytest.raises(errors.UserError, match="clips cannot be used, more than"):
     _train(Frames(root), _mixed(), steps=(0, 50))
   rows = _rows(["absent.mp4"] * 4)
