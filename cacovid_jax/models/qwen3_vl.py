@@ -188,7 +188,13 @@ class Qwen3VLModel(qwen2_5_vl.QwenVLModel):
     clip = "".join(f"<{time:.1f} seconds>{clip}" for time in times)
     if self.outer_vision_tags:
       clip = f"{start}{clip}{end}"
-    return tokenizer.encode_prompt(text, math.prod(grid), clip)
+    prompt = tokenizer.encode_prompt(text, math.prod(grid), clip)
+    errors.check(
+      self.config.image_token_id not in prompt.ids,
+      f"the question {text[:40]!r} holds an image's placeholder; one video and"
+      " text are implemented: remove it",
+    )
+    return prompt
 
 
 CONFIG, MODEL = Qwen3VLConfig, Qwen3VLModel
