@@ -21,6 +21,7 @@ LONG_FILE, LONG_FUNCTION, MANY_PARAMETERS = 400, 50, 7
 MODEL_CLASSES = (
   "LlavaOnevisionModel",
   "Qwen2_5VLModel",
+  "Qwen3VLModel",
   "ProcessorConfig",
   "Preprocessing",
 )

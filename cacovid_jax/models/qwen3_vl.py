@@ -25,7 +25,7 @@ HEAD = "lm_head.weight"  # Source name of the output table.
 POST_NORM = ""  # Every norm of the checkpoint is read.
 # Hidden, inner, layers, heads: of the released decoders, by billions of
 # parameters; all have 8 kv heads of 128 values.
-_SIZES = {
+SIZES = {
   "2b": (2048, 6144, 28, 16),
   "4b": (2560, 9728, 36, 32),
   "8b": (4096, 12288, 36, 32),
@@ -47,7 +47,7 @@ class Qwen3VLConfig(qwen2_5_vl.QwenVLConfig):
   @classmethod
   def released(cls, size):
     """The config of a released size: "2b", "4b", "8b" or "32b"."""
-    width, inner, depth, heads = _SIZES[size]
+    width, inner, depth, heads = SIZES[size]
     small = size in _SMALL
     make = qwen3_vl_vision.VisionConfig
     text = qwen2.Qwen2Config(
@@ -188,7 +188,13 @@ class Qwen3VLModel(qwen2_5_vl.QwenVLModel):
     clip = "".join(f"<{time:.1f} seconds>{clip}" for time in times)
     if self.outer_vision_tags:
       clip = f"{start}{clip}{end}"
-    return tokenizer.encode_prompt(text, math.prod(grid), clip)
+    prompt = tokenizer.encode_prompt(text, math.prod(grid), clip)
+    errors.check(
+      self.config.image_token_id not in prompt.ids,
+      f"the question {text[:40]!r} holds an image's placeholder; one video and"
+      " text are implemented: remove it",
+    )
+    return prompt
 
 
 CONFIG, MODEL = Qwen3VLConfig, Qwen3VLModel

@@ -29,7 +29,7 @@ from flax import traverse_util
 
 from cacovid_jax import errors
 from cacovid_jax.models import layers as layers_lib
-from cacovid_jax.models import placement, qwen2, rope, token_grid
+from cacovid_jax.models import placement, qwen2, token_grid
 
 _HEADS = ("token_compress", "frame_compress", "mode_selection")
 _PUBLIC = "compression_policy"
@@ -176,9 +176,7 @@ class Policy(nn.Module):
   def _encode(self, x, positions, length):
     """Returns float[L, D], the layer's output, without a causal mask."""
     cfg, llm = self.config, self.config.llm
-    cos, sin = rope.angles(
-      positions[:, None], llm.head_dim, llm.rope_theta, llm.rope_sections
-    )
+    cos, sin = qwen2.angles(llm, positions[None])
     lengths = None if length is None else jnp.reshape(length, (1,))
     h, _ = self.layer(
       x.astype(cfg.dtype)[None], cos, sin, causal=False, lengths=lengths
@@ -288,14 +286,15 @@ def shapes(config):
   return {path: leaf.shape for path, leaf in _flatten(params).items()}
 
 
-def public_names(num_halvings, budget=False):
+def public_names(num_halvings, budget=False, qk_norm=False):
   """Returns {our path: (public name, transposed)} of every parameter.
 
-  `budget` tells whether there is a budget embedding, which is not public.
+  `budget` tells whether there is a budget embedding, which is not public;
+  `qk_norm` whether the layer norms queries and keys.
   """
   embedding = {"budget": "linear"} if budget else {}
   rows = placement.rows(_PUBLIC, "", layernorm="scale", **embedding)
-  rows |= qwen2.layer_rows(f"{_PUBLIC}.layers.0", "layer")
+  rows |= qwen2.layer_rows(f"{_PUBLIC}.layers.0", "layer", qk_norm=qk_norm)
   for head in _HEADS:
     # A `Sequential`: odd indices are activations.
     kinds = {f"{2 * i}": f"dense hidden_{i}" for i in range(num_halvings)}
@@ -309,7 +308,8 @@ def to_public(params, dtype=np.float32):
   """Returns {public name: array of a dtype} of params, for safetensors."""
   flat, public = _flatten(params), {}
   num_halvings = len(params["token_compress"]) - 1  # All but the last.
-  names = public_names(num_halvings, "budget" in params)
+  own = "budget" in params, "q_norm" in params["layer"]
+  names = public_names(num_halvings, *own)
   for path, leaf in flat.items():
     name, transposed = names[path]
     leaf = np.asarray(leaf).astype(dtype)
@@ -324,7 +324,8 @@ def from_public(tensors, config):
   `mode_selection` may be absent, all of it; params then lack it too. Names that
   are missing, left over, or of another shape are a UserError.
   """
-  names = public_names(config.num_halvings, bool(config.budget_embedding))
+  own = bool(config.budget_embedding), config.llm.qk_norm
+  names = public_names(config.num_halvings, *own)
   expected = {}
   optional = f"{_PUBLIC}.mode_selection."
   has_optional = any(name.startswith(optional) for name in tensors)

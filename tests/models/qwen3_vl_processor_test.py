@@ -237,6 +237,8 @@ def test_prompts_and_videos_that_do_not_belong_together(tiny):
   # A placeholder of an image is no clip's.
   with pytest.raises(errors.UserError, match="stands for the clip"):
     model.encode_prompt(tokenizer, "<|video_pad|>", (1, 1, 1), (0.0,))
+  with pytest.raises(errors.UserError, match="an image's placeholder"):
+    model.encode_prompt(tokenizer, "See <|image_pad|>", (1, 1, 1), (0.0,))
 
 
 def test_clips_of_many_lengths_and_shapes_share_buckets():

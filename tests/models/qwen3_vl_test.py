@@ -20,6 +20,7 @@ from cacovid_jax.models import (
   generation,
   processors,
   prompt_batch,
+  token_grid,
 )
 
 FOLDER = pathlib.Path(__file__).parents[1] / "golden" / "qwen3_vl_tiny"
@@ -272,3 +273,82 @@ def test_the_text_behind_the_video_is_not_that_between_its_patches(prompts):
   scores = jnp.where(jnp.tri(length, dtype=bool), scores, -jnp.inf)
   most = jax.nn.softmax(scores)[:, :, last + 1 :].max(axis=(0, 1, 2))
   np.testing.assert_allclose(look(q, k, batch.lengths)[0], most, atol=1e-6)
+
+
+def _only(prompts, index):
+  """Returns the first prompt with some of its video tokens, and the rows."""
+  alone = jax.tree.map(lambda leaf: leaf[0], prompts[0])
+  rows, pruned = prompt_batch.prune(alone, jnp.asarray(index), len(index))
+  return rows, jax.tree.map(lambda leaf: leaf[None], pruned)
+
+
+def test_all_tokens_kept_is_the_whole_prompt(loaded, prompts):
+  whole = prompts[0]
+  _, kept = _only(prompts, np.arange(whole.video_rows.shape[1]))
+  jax.tree.map(np.testing.assert_array_equal, kept, whole)
+  for mine, theirs in zip(
+    _read(*loaded, kept)[::2], _read(*loaded, whole)[::2], strict=True
+  ):
+    np.testing.assert_array_equal(mine, theirs)
+
+
+def test_dropped_tokens_are_as_if_nobody_saw_them(loaded, prompts):
+  model, params = loaded
+  whole = prompts[0]
+  # Nothing of the second temporal patch, whose time and marks stay.
+  index = np.setdiff1d(np.arange(0, 60, 4), np.arange(15, 30))
+  rows, kept = _only(prompts, index)
+  visible = np.zeros(whole.x.shape[1], bool)
+  visible[rows] = True
+  assert visible.sum() == whole.x.shape[1] - 60 + len(index)
+  mask = np.tri(len(visible), dtype=bool) & visible
+  hidden, _ = jax.jit(model.forward)(
+    params,
+    whole.x,
+    whole.positions,
+    mask=mask[None],
+    deep=whole.deep,
+    video_rows=whole.video_rows,
+  )
+  mine, _, _ = _read(model, params, kept)
+  _close(mine[0], hidden[0, rows])
+
+
+def test_a_batch_padded_to_a_bucket_is_each_clip_alone(
+  loaded, golden, videos, prompts
+):
+  model, params = loaded
+  # Tokens of the towers' programs, then rows of the decoder's.
+  bucket, start = token_grid.GridBucket(5, 16, 70), 0
+  encode, found = jax.jit(model.encode), []
+  for T, height, width in golden["video_grid_thw"].tolist():
+    end = start + T * height * width
+    inputs = processors.TowerInputs(
+      golden["pixel_values_videos"][start:end], (T, height // 2, width // 2)
+    )
+    found.append(encode(params, model.tower_inputs(inputs, bucket)))
+    start = end
+  for padded, alone in zip(found, videos[0], strict=True):
+    count = len(alone.features)
+    _close(padded.features[:count], alone.features, 2e-6)
+    _close(padded.deep[:, :count], alone.deep, 2e-6)
+    assert not padded.features[count:].any()
+    assert not padded.deep[:, count:].any()
+
+  length, most = max(p.x.shape[1] for p in prompts), 60
+
+  def pad(prompt):
+    one = jax.tree.map(lambda leaf: leaf[0], prompt)
+    more = length - len(one.x)
+    rows = jnp.where(one.video_rows < len(one.x), one.video_rows, length)
+    short = most - len(rows)
+    return one._replace(
+      x=jnp.pad(one.x, [(0, more), (0, 0)]),
+      positions=jnp.pad(one.positions, [(0, 0), (0, more)]),
+      video_rows=jnp.pad(rows, (0, short), constant_values=length),
+      deep=jnp.pad(one.deep, [(0, 0), (0, short), (0, 0)]),
+    )
+
+  batch = jax.tree.map(lambda *x: jnp.stack(x), *map(pad, prompts))
+  together = _greedy(model, params, batch, 4)
+  np.testing.assert_array_equal(together, golden["generated_ids"][:, :4])
