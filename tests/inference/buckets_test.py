@@ -2,7 +2,8 @@
 
 import dataclasses
 import itertools
-from typing import NamedTuple
+import types
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -27,7 +28,7 @@ TEXTS = ("Why?", "Which of these is it, " + "the red one " * 5 + "or not?")
 
 class Clip(NamedTuple):
   features: np.ndarray
-  fault: str = ""
+  record: Any = types.SimpleNamespace(fault="")
   second_per_grid_t: float = 0.5
   deep: np.ndarray | None = None
 

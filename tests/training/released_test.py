@@ -51,17 +51,26 @@ def test_a_released_model_is_trained_by_the_papers_recipe(name):
     "optimizer.lr_layer": 1e-7,
     "optimizer.weight_decay": 0.01,
     "optimizer.clip": 5.0,
-    "optimizer.schedule": "cosine_repeated",
-    "sampling.frame_cap": "public",
     "model.dtype": "bfloat16",
     "policy.dtype": "bfloat16",
     "data.num_frames": 32,
-    "data.frame_rule": "public_linspace_1fps",
     "evals.ratios": (0.25, 0.2, 0.15, 0.1),
     "evals.rule": "",
     "evals.select_on": "none",
     "model.path": f"checkpoints/{name}",
   }
+  if RELEASED[name] == "qwen3_vl":  # Which the public code does not know.
+    expected |= {
+      "optimizer.schedule": "cosine",
+      "sampling.frame_cap": "per_frame",
+      "data.frame_rule": "train_linspace_1fps",
+    }
+  else:
+    expected |= {
+      "optimizer.schedule": "cosine_repeated",
+      "sampling.frame_cap": "public",
+      "data.frame_rule": "public_linspace_1fps",
+    }
   for key, value in expected.items():
     found = config
     for part in key.split("."):
@@ -126,7 +135,8 @@ def test_the_debug_form_trains_and_evaluates(name, prepared, tmp_path):
     ],
   )
   # The overrides name the folders of the form.
-  assert config.model.path.endswith(config_lib.load(path).model.path[-10:])
+  named = pathlib.Path(config_lib.load(path).model.path).name
+  assert pathlib.Path(config.model.path).name == named
   result = loop.train(tiny.experiment_of(config, tmp_path))
   assert int(result.state.step) == 2
   made = result.run.programs
