@@ -20,10 +20,13 @@ def get_config(arg=None):
     root=f"workdirs/data/related_{size}",
     variant="sparse",
     # To train on and to test on.
-    count=_of(size, (16, 8), (600, 150), (6000, 1000)),
+    count=_of(size, (8, 4), (160, 40), (6000, 1000)),
   )
   config.emcl = _emcl(size)
   config.hcq = _hcq(size)
+  config.law = dict(noise=0.003)
+  config.adaptok = _adaptok(size)
+  config.infotok = _infotok(size)
   return config
 
 
@@ -32,7 +35,7 @@ def _of(size, debug, cpu, full):
 
 
 def _fit(size, steps, lr, chunk, warmup=0):
-  """Returns a `fitting.Settings`; a smoke test makes two steps."""
+  """Returns a `fitting.Schedule`; a smoke test makes two steps."""
   if size == "debug":
     return dict(steps=2, lr=lr, chunk=1, warmup=0)
   return dict(steps=steps, lr=lr, chunk=chunk, warmup=warmup)
@@ -47,7 +50,7 @@ def _emcl(size):
     width=_of(size, 32, 64, 128),
     hidden=_of(size, 16, 128, 256),
     batch=_of(size, 8, 32, 64),
-    fit=_fit(size, _of(size, 2, 600, 4000), 1e-3, 100),
+    fit=_fit(size, _of(size, 2, 300, 4000), 1e-3, 100),
   )
 
 
@@ -74,6 +77,36 @@ def _hcq(size):
       num_local=_of(size, 2, 3, 7),
       codes=_of(size, (4, 4), (16, 16), (16, 16)),
       batch=_of(size, 8, 64, 128),
-      fit=_fit(size, _of(size, 2, 900, 4600), 1e-3, _of(size, 1, 90, 92)),
+      fit=_fit(size, _of(size, 2, 200, 4600), 1e-3, _of(size, 1, 10, 92)),
     ),
   )  # fmt: skip
+
+
+def _infotok(size):
+  return dict(
+    clips=_of(size, 8, 100, 400),
+    mean_levels=_of(size, (4,), (2, 4, 8), (2, 4, 8)),  # Of 16.
+    # Clips of the source of k bits, to train on and to test on.
+    source=_of(size, 64, 4000, 20000),
+    source_test=_of(size, 32, 500, 2000),
+    batch=_of(size, 16, 128, 128),
+    enough=0.25,  # Squared error that counts as none, of 1 a bit.
+    fit=_fit(size, _of(size, 2, 1500, 6000), 3e-3, 300),
+  )
+
+
+def _adaptok(size):
+  return dict(
+    linear=_of(size, 8, 400, 400),  # Clips of the linear code.
+    mean_levels=_of(size, (4,), (2, 4, 8), (2, 4, 8)),  # Of 16.
+    train=_of(size, 16, 2000, 20000),
+    test=_of(size, 4, 64, 256),
+    scored=_of(size, 8, 256, 2000),  # Clips whose errors a scorer learns.
+    latents=8,  # Of a block of 16 patches.
+    mean=4,  # Latents that a block gets on average.
+    width=_of(size, 16, 64, 64),
+    layers=_of(size, 1, 2, 2),
+    batch=_of(size, 4, 16, 64),
+    fit=_fit(size, _of(size, 2, 1500, 12000), 1e-3, 250, 100),
+    scorer_fit=_fit(size, _of(size, 2, 1000, 3000), 1e-3, 250),
+  )

@@ -9,7 +9,7 @@ is and what it may claim.
 
 WORKDIR/SYSTEM.md, SYSTEM.svg   a row per case and arm, over the seeds; the bars
 WORKDIR/results.json            all of it
-WORKDIR/rows.jsonl              every cell as it is measured
+WORKDIR/SYSTEM.jsonl            every cell as it is measured
 WORKDIR/checkpoints/SYSTEM/     of what was trained
 
 Stopped and given again, it goes on where it was.
@@ -20,6 +20,8 @@ import json
 import pathlib
 import time
 
+import ml_collections
+
 from cacovid_jax import command, errors, files, terminal
 from cacovid_jax import config as config_lib
 from cacovid_jax.data import answer_log
@@ -28,7 +30,7 @@ from cacovid_jax.related import clips as clips_lib
 from cacovid_jax.related import study as study_lib
 from experiments import reporting
 
-SYSTEMS = ("emcl", "hcq")
+SYSTEMS = ("emcl", "hcq", "law", "adaptok", "infotok")
 _BAR_HEAD = ("to show", "measured", "holds")
 
 COMMAND = command.Command(
@@ -55,20 +57,21 @@ def main(args):
       )
   workdir = args.workdir or f"workdirs/related{'_smoke' * args.smoke}"
   workdir = pathlib.Path(workdir)
-  config_lib.claim_workdir(workdir, config)
   clips = clips_lib.Clips(**config.clips)
   out = {"host": provenance.host(), "systems": {}}
   written = []
-  run = {"config": config_lib.config_hash(config)}
-  mend = "or give another --workdir"
-  with answer_log.AnswerLog(workdir / "rows.jsonl", run, mend=mend) as rows:
-    for name in args.systems:
-      folder = workdir / "checkpoints" / name
-      module = importlib.import_module(f"cacovid_jax.related.{name}")
-      study = module.study(config[name], config.seeds, clips, folder)
+  for name in args.systems:
+    folder = workdir / "checkpoints" / name
+    module = importlib.import_module(f"cacovid_jax.related.{name}")
+    study = module.study(config[name], config.seeds, clips, folder)
+    # Of one system, so that others may change or be added.
+    parts = {part: config[part] for part in ("seeds", "clips", name)}
+    run = {"config": config_lib.config_hash(ml_collections.ConfigDict(parts))}
+    path, mend = workdir / f"{name}.jsonl", "or give another --workdir"
+    with answer_log.AnswerLog(path, run, mend=mend) as rows:
       found = measure(name, study, rows)
-      out["systems"][name] = write(workdir, name, study, found)
-      written += [f"{name}.md", f"{name}.svg"]
+    out["systems"][name] = write(workdir, name, study, found)
+    written += [f"{name}.md", f"{name}.svg"]
   files.write_json(workdir / "results.json", out)
   reporting.files(workdir, [*written, "results.json"])
 
@@ -92,7 +95,7 @@ def measure(name, study, rows):
 
 def write(workdir, name, study, found):
   """Writes a system's table and picture, and returns both as numbers."""
-  table = study_lib.Table([cell[:3] for cell in found])
+  table = study_lib.Outcome([cell[:3] for cell in found])
   bars = study.bars(table)
   lines = [
     [bar.text, f"{bar.value:.3f}", "yes" if bar.holds else "no"] for bar in bars

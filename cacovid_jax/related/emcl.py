@@ -269,7 +269,7 @@ def _trained_arms(settings, seed, train, test, folder):
     "released": EMCL.released(num_bases=K),
     "corrected": EMCL.corrected(num_bases=K),
   }
-  fit = fitting.Settings(**settings.fit)
+  fit = fitting.Schedule(**settings.fit)
   out, rng = {}, jax.random.key(seed)
   for arm, config in configs.items():
     net = EMCLNet(settings.width, settings.hidden, config)

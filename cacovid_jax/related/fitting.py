@@ -18,7 +18,7 @@ from cacovid_jax.training import checkpointing
 from cacovid_jax.training import optimizer as optimizer_lib
 
 
-class Settings(NamedTuple):
+class Schedule(NamedTuple):
   """How long and how fast to train; AdamW with a cosine decay."""
 
   steps: int
@@ -40,7 +40,7 @@ def fit(
   params: Any,
   data: Any,
   rng: jax.Array,
-  settings: Settings,
+  settings: Schedule,
   *,
   folder: str | pathlib.Path | None = None,
   between: Callable[..., Any] | None = None,

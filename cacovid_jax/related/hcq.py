@@ -124,7 +124,7 @@ class Recipe(NamedTuple):
   embed: Any  # embed(params, text, video) -> levels of both; hashable.
   num_parts: int
   num_codewords: int
-  settings: fitting.Settings  # A chunk is an epoch.
+  settings: fitting.Schedule  # A chunk is an epoch.
   batch: int = 128
   coded: bool = True  # False trains the floats alone.
   reseed: bool = True  # False leaves codewords of nobody at zero, as released.
@@ -304,7 +304,7 @@ def _arms(module, settings, codes, seed, train_set, test, folder):
   few = jax.tree.map(lambda x: x[:2], train_set)
   start = module.init(rng, *few)["params"]
   recipe = Recipe(
-    embed, *codes, fitting.Settings(**settings.fit), settings.batch
+    embed, *codes, fitting.Schedule(**settings.fit), settings.batch
   )
   out = {}
   for arm, changes in {

@@ -10,6 +10,7 @@ compressors: fit one's own sweep before planning with it.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,6 +19,7 @@ import numpy as np
 from scipy import stats
 
 from cacovid_jax import errors
+from cacovid_jax.related import study as study_lib
 
 # Published scores, mean accuracy over nine benchmarks: (billions of parameters,
 # visual tokens) by rows and columns. Facts of the public repository.
@@ -247,3 +249,57 @@ def plan(
       f" tokens; the least is {least:g}"
     )
   return sorted(fits, key=lambda one: (one.error, one.compute))
+
+
+def _planted_arms(seed, floor, noise):
+  """Returns how near fits come to a planted law of 5 sizes x 6 tokens."""
+  true = {"AB": 0.6, "alpha": 0.071, "beta": 0.05}
+  sizes, tokens = np.meshgrid([0.3, 1, 3, 10, 30], [1, 4, 16, 49, 196, 784])
+  drawn = np.random.default_rng(seed).normal(size=sizes.shape)
+  error = true["AB"] * sizes ** -true["alpha"] * tokens ** -true["beta"]
+  sweep = Sweep.of(sizes, tokens, error + floor + noise * drawn)
+  out = {}
+  for arm, with_floor in (("D = 0", False), ("D fitted", True)):
+    law = fit(sweep, with_floor=with_floor)
+    found = {"AB": law.ab, "alpha": law.alpha, "beta": law.beta}
+    out[arm] = {
+      f"{name}, relative error": abs(found[name] / true[name] - 1)
+      for name in true
+    }
+    low, high = law.floor_range or (0.0, 0.0)
+    more = {"RMSE": law.rmse, "range of D": high - low}
+    more["size left out, error"] = max(left_out(sweep).values())
+    more["best V at Q = 50"] = float(best_tokens(law, 50, 784))
+    out[arm] |= more
+  return out
+
+
+def study(settings, seeds, clips, folder=None) -> study_lib.Study:
+  """Returns planted laws and what a fit recovers of them."""
+  del clips, folder  # Nothing is trained.
+  cases = {"no floor": 0.0, "a floor of 0.1": 0.1}
+  cells = [
+    study_lib.Cell(
+      case,
+      seed,
+      functools.partial(_planted_arms, seed, floor, settings.noise),
+    )
+    for seed in seeds
+    for case, floor in cases.items()
+  ]
+
+  def bars(outcome):
+    most, case = study_lib.Bar.most, "no floor"
+    found = {
+      name: max(outcome.values(case, "D = 0", f"{name}, relative error"))
+      for name in _NAMES[:3]
+    }
+    out = [most(f"{name}, relative error", v, 0.1) for name, v in found.items()]
+    left = max(outcome.values(case, "D = 0", "size left out, error"))
+    return [*out, most("error of a size left out", left, 0.01)]
+
+  def picture(outcome):
+    label = "relative error of alpha"
+    return outcome.by_arm(list(cases), "alpha, relative error", label)
+
+  return study_lib.Study("The law of sizes and tokens", cells, bars, picture)

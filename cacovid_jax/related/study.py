@@ -40,7 +40,7 @@ class Bar(NamedTuple):
     return cls(f"{text}, at most {bound:g}", value, bool(value <= bound))
 
 
-class Table:
+class Outcome:
   """Values of all seeds, by case, arm and measure."""
 
   def __init__(self, found: Iterable[tuple[str, int, Arms]]):
@@ -98,8 +98,8 @@ class Study(NamedTuple):
 
   title: str
   cells: Sequence[Cell]
-  bars: Callable[[Table], list[Bar]]
-  picture: Callable[[Table], str]  # The text of an SVG file.
+  bars: Callable[[Outcome], list[Bar]]
+  picture: Callable[[Outcome], str]  # The text of an SVG file.
 
 
 def _told(values) -> str:

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.cluster import vq
+from sklearn import decomposition
 
 from cacovid_jax import errors
+from cacovid_jax.compressors import em
 from cacovid_jax.related import emcl, retrieval
 
 SETTINGS = dict(num_bases=6, rounds=4)
@@ -77,16 +79,15 @@ def test_the_corrected_form_is_responsibility_times_projection():
 
 def test_narrow_bases_are_k_means_of_unit_columns():
   """In the limit of the width, from the same seeds (SciPy)."""
-  columns = unit(features(3, rows=10, width=60), axis=0)
-  columns[:, :30] += 2.0  # Two groups, so that no tie decides.
-  columns = unit(columns, axis=0)
-  start = columns.T[[0, 40]]
-  from cacovid_jax.compressors import em
-
+  centres = 2 * features(3, rows=10, width=2)
+  group = np.arange(60) % 2
+  columns = unit(centres[:, group] + features(11, rows=10, width=60), axis=0)
+  start = columns.T[[0, 1]]
   bases = em.fit(jnp.float32(columns.T), jnp.float32(start), lam=1e-3, rounds=9)
   ours = np.argmax(columns.T @ np.asarray(bases).T, axis=1)
   _, label = vq.kmeans2(columns.T, start, iter=9, minit="matrix")
   np.testing.assert_array_equal(ours, label)
+  np.testing.assert_array_equal(ours, group)
 
 
 @pytest.mark.parametrize("form", ["released", "corrected"])
@@ -127,17 +128,15 @@ def test_the_corrected_form_finds_groups_and_the_released_one_does_nothing():
   assert gains["subspace", "corrected"].mean <= 0
 
 
-def test_pca_and_centring_are_as_scikit_learn_has_them():
-  from sklearn import decomposition
-
-  t, v = features(8), features(9)
-  both = decomposition.PCA(3).fit_transform(np.concatenate([t, v]))
-  found = np.concatenate(emcl.principal(jnp.float32(t), jnp.float32(v), 3))
-  mean = np.concatenate([t, v]).mean(axis=0)
-  axes = np.linalg.svd(np.concatenate([t, v]) - mean)[2][:3]
-  found = found - mean @ axes.T * np.sign(1)
-  np.testing.assert_allclose(np.abs(found), np.abs(both), atol=0.2)
-  assert abs(np.asarray(emcl.centre(t, v)[0]).mean()) < 1e-6
+def test_pca_is_that_of_scikit_learn_and_centring_leaves_no_offset():
+  t, v = features(8), features(9) + 1
+  known = decomposition.PCA(3).fit(np.concatenate([t, v]))
+  found = emcl.principal(jnp.float32(t), jnp.float32(v), 3)
+  # Directions may be turned around; the origin is not moved.
+  expected = np.abs(t @ known.components_.T)
+  np.testing.assert_allclose(np.abs(found[0]), expected, atol=1e-3)
+  for one in emcl.centre(jnp.float32(t), jnp.float32(v)):
+    np.testing.assert_allclose(one.mean(axis=0), 0, atol=1e-6)
 
 
 def test_too_many_bases_and_settings_out_of_range_are_one_line():

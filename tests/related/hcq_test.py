@@ -113,7 +113,7 @@ def test_finer_codes_lose_less():
 
 
 def recipe(embed, **changes):
-  settings = fitting.Settings(steps=120, lr=3e-3, chunk=30)
+  settings = fitting.Schedule(steps=120, lr=3e-3, chunk=30)
   return hcq.Recipe(embed, 4, 4, settings, 64)._replace(**changes)
 
 
@@ -139,7 +139,7 @@ def test_a_resumed_training_is_the_same(tmp_path):
   train = hcq.planted(1, 80)
   module = hcq.Pairs(8)
   start = module.init(jax.random.key(0), *train)["params"]
-  short = fitting.Settings(steps=2, lr=1e-3, chunk=1)
+  short = fitting.Schedule(steps=2, lr=1e-3, chunk=1)
   own = recipe(hcq._embedder(module), settings=short, num_parts=2, batch=32)
   whole = hcq.train(own, start, train, jax.random.key(2))
   for _ in range(2):  # The second time from the checkpoint alone.
@@ -160,6 +160,6 @@ def test_a_loss_that_is_no_number_stops_the_run():
   def loss(params, data, rng, step):
     return params["w"] * jnp.nan
 
-  settings = fitting.Settings(steps=2, lr=0.5, chunk=2)
+  settings = fitting.Schedule(steps=2, lr=0.5, chunk=2)
   with pytest.raises(errors.UserError, match="loss is nan at step 2.*0.5"):
     fitting.fit(loss, {"w": jnp.ones(())}, (), jax.random.key(0), settings)
