@@ -24,6 +24,7 @@ def get_config(arg=None):
   )
   config.emcl = _emcl(size)
   config.hcq = _hcq(size)
+  config.quecc = _quecc(size)
   config.law = dict(noise=0.003)
   config.adaptok = _adaptok(size)
   config.infotok = _infotok(size)
@@ -110,3 +111,15 @@ def _adaptok(size):
     fit=_fit(size, _of(size, 2, 1500, 12000), 1e-3, 250, 100),
     scorer_fit=_fit(size, _of(size, 2, 1000, 3000), 1e-3, 250),
   )
+
+
+def _quecc(size):
+  return dict(
+    # Cells along a side, width; the first is that of the bars. A wide vector
+    # holds all 36 colours, so the gap is to close there.
+    sizes=_of(size, ((1, 16),), ((1, 32),),
+              ((1, 32), (1, 16), (1, 128), (2, 32))),
+    batch=_of(size, 8, 128, 128),
+    test=_of(size, 32, 2000, 8000),
+    fit=_fit(size, _of(size, 2, 1500, 6000), 2e-3, 250, 100),
+  )  # fmt: skip

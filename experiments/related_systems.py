@@ -30,7 +30,7 @@ from cacovid_jax.related import clips as clips_lib
 from cacovid_jax.related import study as study_lib
 from experiments import reporting
 
-SYSTEMS = ("emcl", "hcq", "law", "adaptok", "infotok")
+SYSTEMS = ("quecc", "law", "hcq", "emcl", "adaptok", "infotok")
 _BAR_HEAD = ("to show", "measured", "holds")
 
 COMMAND = command.Command(
