@@ -82,7 +82,6 @@ setuptools.setup(
     "docs": ["furo>=2025.7", "myst-nb>=1.3", "sphinx>=8.2"],
     "dev": [
       "wandb>=0.19",
-      "faiss-cpu>=1.12",
       "import-linter>=2.1",
       "ipykernel>=6",
       "nbclient>=0.10",

@@ -151,7 +151,9 @@ class Compressor(base.Compressor, name="quecc"):
 def save(path, params) -> None:
   """Writes a module's parameters for `Compressor`, as safetensors."""
   flat = traverse_util.flatten_dict(params, sep=".")
-  safetensors_io.write_safetensors(path, {k: np.asarray(v) for k, v in flat.items()})
+  safetensors_io.write_safetensors(
+    path, {k: np.asarray(v) for k, v in flat.items()}
+  )
 
 
 # A toy: which colour is in the cell that is asked for?
