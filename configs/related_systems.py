@@ -47,7 +47,7 @@ def _emcl(size):
     pairs=_of(size, 40, 500, 500),
     num_bases=32,
     noise=1.6,  # Of each dimension, beside a signal of 1.
-    subspace_noise=0.45,
+    subspace_noise=1.4,
     width=_of(size, 32, 64, 128),
     hidden=_of(size, 16, 128, 256),
     batch=_of(size, 8, 32, 64),

@@ -24,20 +24,10 @@ from cacovid_jax.compressors.math import similarity
 from cacovid_jax.related import fitting, nested, quantisers
 from cacovid_jax.related import study as study_lib
 
-PATCH = 4
-PATCHES = (nested.SIDE // PATCH) ** 2
 # Published latents of the four blocks at a mean of 64, of 256 each.
 _RELEASED_SHARES = np.array([142, 40, 36, 36]) / 254
 _TEMPERATURE = 0.03  # Of the draw of a code while training; published.
 _COMMIT = 0.25
-
-
-def patches(clips):
-  """Returns float32[n, b, P, 32] of clips float32[n, 8, 16, 16]."""
-  side = nested.SIDE // PATCH
-  shape = (len(clips), nested.BLOCKS, nested.BLOCK, side, PATCH, side, PATCH)
-  x = clips.reshape(shape).transpose(0, 1, 3, 5, 2, 4, 6)
-  return x.reshape(len(clips), nested.BLOCKS, PATCHES, -1)
 
 
 class Layer(nn.Module):
@@ -68,7 +58,7 @@ class BlockTokenizer(nn.Module):
 
   def setup(self):
     draw = nn.initializers.normal(0.02)
-    b, P, L = nested.BLOCKS, PATCHES, self.latents
+    b, P, L = nested.BLOCKS, nested.PATCHES, self.latents
     self.patch_in = nn.Dense(self.width)
     self.patch_place = self.param("patch_place", draw, (b, P, self.width))
     self.query = self.param("query", draw, (b, L, self.width))
@@ -80,7 +70,7 @@ class BlockTokenizer(nn.Module):
     self.latent_place = self.param("latent_place", draw, (b, L, self.width))
     self.target = self.param("target", draw, (b, P, self.width))
     self.decoder = [Layer() for _ in range(self.layers)]
-    self.patch_out = nn.Dense(nested.BLOCK * PATCH**2)
+    self.patch_out = nn.Dense(nested.BLOCK * nested.PATCH**2)
 
   def encode(self, x):
     """Returns (latents float32[n, b, L, D], codes' vectors) of patches.
@@ -96,7 +86,9 @@ class BlockTokenizer(nn.Module):
     rows = rows.reshape(n, -1, self.width)
     for layer in self.encoder:
       rows = layer(rows, mask)
-    latent = rows.reshape(n, nested.BLOCKS, -1, self.width)[:, :, PATCHES:]
+    latent = rows.reshape(n, nested.BLOCKS, -1, self.width)[
+      :, :, nested.PATCHES :
+    ]
     return latent, similarity.unit(self.to_code(latent))
 
   def quantise(self, z, rng=None):
@@ -133,7 +125,7 @@ class BlockTokenizer(nn.Module):
     # A patch sees its own block's, and latents up to it; a latent latents.
     sees = np.where(kind[None, :], earlier, own & ~kind[:, None])
     there = jnp.concatenate(
-      [kept, jnp.ones((n, nested.BLOCKS, PATCHES), bool)], axis=2
+      [kept, jnp.ones((n, nested.BLOCKS, nested.PATCHES), bool)], axis=2
     ).reshape(n, 1, 1, -1)
     mask = (sees[None, None] & there) | np.eye(len(block), dtype=bool)
     rows = rows.reshape(n, -1, self.width)
@@ -267,7 +259,9 @@ def allocate_released(curves, total: int) -> np.ndarray:
 def _trained(settings, seed, folder):
   """Returns (net, parameters, scorer's parameters)."""
   net = BlockTokenizer(settings.latents, settings.width, settings.layers)
-  x = jnp.asarray(patches(nested.squares(seed + 1000, settings.train)[0]))
+  x = jnp.asarray(
+    nested.patches(nested.squares(seed + 1000, settings.train)[0])
+  )
   rng = jax.random.key(seed)
   whole = jnp.full(x[:1].shape[:2], settings.latents)
   start = net.init(rng, x[:1], whole)["params"]
@@ -292,7 +286,7 @@ def _trained(settings, seed, folder):
 def _arms(settings, seed, folder):
   net, params, scores = _trained(settings, seed, folder)
   clips, objects = nested.squares(seed, settings.test)
-  x = jnp.asarray(patches(clips))
+  x = jnp.asarray(nested.patches(clips))
   latent, q = _encode(net, params, x)
   true = curves(net, params, x, q)
   predicted = np.exp(Scorer().apply({"params": scores}, latent))
@@ -325,7 +319,7 @@ def _arms(settings, seed, folder):
 def _lengths(settings, seed, folder):
   """Returns the PSNR of each length, equal for all blocks."""
   net, params, _ = _trained(settings, seed, folder)
-  x = jnp.asarray(patches(nested.squares(seed, settings.test)[0]))
+  x = jnp.asarray(nested.patches(nested.squares(seed, settings.test)[0]))
   _, q = _encode(net, params, x)
   out = {}
   for count in range(1, settings.latents + 1):
@@ -338,13 +332,11 @@ def _lengths(settings, seed, folder):
 
 def _linear_arms(settings, seed, mean_levels):
   """Returns the same with exact curves of a linear code, and of its scorer."""
-  code = nested.LinearCode.fit(
-    nested.blocks(nested.squares(seed + 100, settings.linear)[0])
-  )
   known, asked = (
     nested.blocks(nested.squares(at, settings.linear)[0])
     for at in (seed + 100, seed)
   )
+  code = nested.LinearCode.fit(known)
   weights = nested.ridge(nested.features(known), code.errors(known))
   true = code.errors(asked)
   predicted = nested.features(asked) @ weights
@@ -355,17 +347,15 @@ def _linear_arms(settings, seed, mean_levels):
     "by the scorer": own(jnp.asarray(predicted[:, 1:])),
     "oracle: exact errors": own(jnp.asarray(true[:, 1:])),
   }
-  plain = nested.error_of(true, chosen["fixed length"])
-  return {
-    arm: {
+  plain, out = nested.error_of(true, chosen["fixed length"]), {}
+  for arm, counts in chosen.items():
+    error = nested.error_of(true, np.asarray(counts))
+    out[arm] = {
       "tokens": float(np.mean(counts) * nested.STEP),
-      "squared error": nested.error_of(true, np.asarray(counts)),
-      "dB over fixed": nested.decibels(
-        nested.error_of(true, np.asarray(counts)), plain
-      ),
+      "squared error": error,
+      "dB over fixed": nested.decibels(error, plain),
     }
-    for arm, counts in chosen.items()
-  }
+  return out
 
 
 def study(settings, seeds, clips, folder=None) -> study_lib.Study:

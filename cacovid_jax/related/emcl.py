@@ -228,7 +228,7 @@ def planted(seed: int, kind: str, num_pairs: int, noise: float, groups=32):
     offsets = 0.5 * draw((2, 1, width))
   else:
     signal, axes = draw((num_pairs, width)), draw((8, width))
-    offsets = 3.0 * draw((2, num_pairs, 8)) @ axes
+    offsets = draw((2, num_pairs, 8)) @ axes
   sides = signal + offsets + noise * draw((2, num_pairs, width))
   return tuple(sides.astype(np.float32))
 
@@ -303,11 +303,13 @@ def study(settings, seeds, clips, folder=None) -> study_lib.Study:
       run = functools.partial(_planted_arms, settings, seed, kind, noise)
       cells.append(study_lib.Cell(case, seed, run))
 
-    def embedded(seed=seed):
-      train, test = (clips.pairs(split) for split in clips.SPLITS)
-      return _trained_arms(settings, seed, train, test, folder)
+  def embedded(seed):
+    train, test = (clips.pairs(split) for split in clips.SPLITS)
+    return _trained_arms(settings, seed, train, test, folder)
 
-    cells.append(study_lib.Cell("embedded clips", seed, embedded))
+  for seed in seeds:
+    run = functools.partial(embedded, seed)
+    cells.append(study_lib.Cell("embedded clips", seed, run))
 
   def bars(table):
     gap = functools.partial(table.gap, measure="t2v R@1")

@@ -345,14 +345,16 @@ def study(settings, seeds, clips, folder=None) -> study_lib.Study:
 
       cells.append(study_lib.Cell(_case(codes), seed, run))
 
-    def embedded(seed=seed):
-      own = settings.clips
-      train_set, test = (clips.pairs(s, own.tokens) for s in clips.SPLITS)
-      module = Hybrid(own.width, own.hidden, own.num_local)
-      at = folder and folder / "clips"
-      return _arms(module, own, own.codes, seed, train_set, test, at)
+  def embedded(seed):
+    own = settings.clips
+    train_set, test = (clips.pairs(s, own.tokens) for s in clips.SPLITS)
+    module = Hybrid(own.width, own.hidden, own.num_local)
+    at = folder and folder / "clips"
+    return _arms(module, own, own.codes, seed, train_set, test, at)
 
-    cells.append(study_lib.Cell("embedded clips", seed, embedded))
+  for seed in seeds:
+    run = functools.partial(embedded, seed)
+    cells.append(study_lib.Cell("embedded clips", seed, run))
 
   def bars(table):
     out = []

@@ -18,6 +18,8 @@ BLOCK = 2  # Frames of a block.
 BLOCKS = FRAMES // BLOCK
 STEP = 4  # Components of a level.
 LEVELS = 16
+PATCH = 4  # Pixels along a patch.
+PATCHES = (SIDE // PATCH) ** 2  # Of a block.
 
 
 def squares(seed: int, num_clips: int):
@@ -44,6 +46,14 @@ def squares(seed: int, num_clips: int):
 def blocks(clips) -> np.ndarray:
   """Returns float32[n * 4, D], the blocks of clips one after another."""
   return clips.reshape(len(clips) * BLOCKS, -1)
+
+
+def patches(clips):
+  """Returns float32[n, b, P, 32] of clips float32[n, 8, 16, 16]."""
+  side = SIDE // PATCH
+  shape = (len(clips), BLOCKS, BLOCK, side, PATCH, side, PATCH)
+  x = clips.reshape(shape).transpose(0, 1, 3, 5, 2, 4, 6)
+  return x.reshape(len(clips), BLOCKS, PATCHES, -1)
 
 
 @dataclasses.dataclass(frozen=True)

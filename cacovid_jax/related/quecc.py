@@ -108,8 +108,8 @@ def mean_of_cells(x, side: int):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Compressor(base.Compressor, name="quecc"):
-  """QueCC as a method: `cacovid_jax.related.quecc:Compressor?weights=FILE`."""
+class Cells(base.Compressor, name="quecc"):
+  """QueCC as a method: `cacovid_jax.related.quecc:Cells?weights=FILE`."""
 
   trained = True
   requires: frozenset[str] = frozenset(["text"])
@@ -149,7 +149,7 @@ class Compressor(base.Compressor, name="quecc"):
 
 
 def save(path, params) -> None:
-  """Writes a module's parameters for `Compressor`, as safetensors."""
+  """Writes a module's parameters for `Cells`, as safetensors."""
   flat = traverse_util.flatten_dict(params, sep=".")
   safetensors_io.write_safetensors(
     path, {k: np.asarray(v) for k, v in flat.items()}

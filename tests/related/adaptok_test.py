@@ -18,14 +18,14 @@ from configs import related_systems
 def small():
   """Returns (net, parameters, patches) of a net that is not trained."""
   net = adaptok.BlockTokenizer(4, 16, 1, 4, 16)
-  x = jnp.asarray(adaptok.patches(nested.squares(0, 3)[0]))
+  x = jnp.asarray(nested.patches(nested.squares(0, 3)[0]))
   counts = jnp.full(x.shape[:2], 4)
   return net, net.init(jax.random.key(0), x, counts)["params"], x
 
 
 def test_patches_are_cut_block_by_block():
   clips = np.random.default_rng(0).normal(size=(2, 8, 16, 16))
-  x = adaptok.patches(clips)
+  x = nested.patches(clips)
   for i, b, row, column in ((0, 0, 0, 0), (1, 3, 2, 1), (0, 2, 3, 3)):
     own = clips[i, 2 * b : 2 * b + 2, 4 * row : 4 * row + 4]
     own = own[:, :, 4 * column : 4 * column + 4]

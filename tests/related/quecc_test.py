@@ -12,7 +12,7 @@ from cacovid_jax.related import quecc
 from cacovid_jax.related import study as study_lib
 from configs import related_systems
 
-NAME = "cacovid_jax.related.quecc:Compressor"
+NAME = "cacovid_jax.related.quecc:Cells"
 
 
 def draw(seed, *shape):
