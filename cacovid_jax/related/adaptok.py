@@ -77,8 +77,7 @@ class BlockTokenizer(nn.Module):
 
     The vectors float32[n, b, L, code_width] have norm 1.
     """
-    n = len(x)
-    x = self.patch_in(x) + self.patch_place
+    x, n = self.patch_in(x) + self.patch_place, len(x)
     query = jnp.broadcast_to(self.query, (n, *self.query.shape))
     rows = jnp.concatenate([x, query], axis=2)
     block = np.repeat(np.arange(nested.BLOCKS), rows.shape[2])
@@ -259,9 +258,8 @@ def allocate_released(curves, total: int) -> np.ndarray:
 def _trained(settings, seed, folder):
   """Returns (net, parameters, scorer's parameters)."""
   net = BlockTokenizer(settings.latents, settings.width, settings.layers)
-  x = jnp.asarray(
-    nested.patches(nested.squares(seed + 1000, settings.train)[0])
-  )
+  clips, _ = nested.squares(seed + 1000, settings.train)
+  x = jnp.asarray(nested.patches(clips))
   rng = jax.random.key(seed)
   whole = jnp.full(x[:1].shape[:2], settings.latents)
   start = net.init(rng, x[:1], whole)["params"]
@@ -284,6 +282,7 @@ def _trained(settings, seed, folder):
 
 
 def _arms(settings, seed, folder):
+  """Returns what the allocations of a trained tokenizer's latents reach."""
   net, params, scores = _trained(settings, seed, folder)
   clips, objects = nested.squares(seed, settings.test)
   x = jnp.asarray(nested.patches(clips))
