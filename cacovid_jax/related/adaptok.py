@@ -293,11 +293,9 @@ def _arms(settings, seed, folder):
   even = np.full(x.shape[:2], settings.mean)
   chosen = {
     "fixed length": even,
-    "by the scorer": allocate(predicted, total),
-    "by the scorer, targets by block (released)": allocate_released(
-      predicted, total
-    ),
-    "oracle: measured errors": allocate(true, total),
+    "scorer": allocate(predicted, total),
+    "block targets (released)": allocate_released(predicted, total),
+    "measured (oracle)": allocate(true, total),
   }
   out, plain = {}, None
   for arm, counts in chosen.items():
@@ -332,8 +330,8 @@ def _lengths(settings, seed, folder):
 def _linear_arms(settings, seed, mean_levels):
   """Returns the same with exact curves of a linear code, and of its scorer."""
   known, asked = (
-    nested.blocks(nested.squares(at, settings.linear)[0])
-    for at in (seed + 100, seed)
+    nested.blocks(nested.squares(at, number)[0])
+    for at, number in zip((seed + 100, seed), settings.linear, strict=True)
   )
   code = nested.LinearCode.fit(known)
   weights = nested.ridge(nested.features(known), code.errors(known))
@@ -343,8 +341,8 @@ def _linear_arms(settings, seed, mean_levels):
   own = functools.partial(allocators.adaptok, total=total, low=1, high=high)
   chosen = {
     "fixed length": np.full(len(asked), mean_levels),
-    "by the scorer": own(jnp.asarray(predicted[:, 1:])),
-    "oracle: exact errors": own(jnp.asarray(true[:, 1:])),
+    "scorer": own(jnp.asarray(predicted[:, 1:])),
+    "exact (oracle)": own(jnp.asarray(true[:, 1:])),
   }
   plain, out = nested.error_of(true, chosen["fixed length"]), {}
   for arm, counts in chosen.items():
@@ -365,6 +363,7 @@ def study(settings, seeds, clips, folder=None) -> study_lib.Study:
     for levels in settings.mean_levels:
       run = functools.partial(_linear_arms, settings, seed, levels)
       cells.append(study_lib.Cell(_case(levels), seed, run))
+  for seed in seeds:
     for case, arms in (("tokenizer", _arms), ("every length", _lengths)):
       run = functools.partial(arms, settings, seed, folder)
       cells.append(study_lib.Cell(case, seed, run))
@@ -374,13 +373,10 @@ def study(settings, seeds, clips, folder=None) -> study_lib.Study:
     known = functools.partial(table.values, measure="dB over fixed")
     out = []
     for case, oracle in [
-      *(
-        (_case(levels), "oracle: exact errors")
-        for levels in settings.mean_levels
-      ),
-      ("tokenizer", "oracle: measured errors"),
+      *((_case(levels), "exact (oracle)") for levels in settings.mean_levels),
+      ("tokenizer", "measured (oracle)"),
     ]:
-      gain, most = known(case, "by the scorer"), known(case, oracle)
+      gain, most = known(case, "scorer"), known(case, oracle)
       share = np.mean(gain) / max(np.mean(most), 1e-9)
       out.append(least(f"{case}: dB over fixed, least seed", min(gain), 0.3))
       out.append(least(f"{case}: share of the oracle's gain", share, 0.6))
@@ -397,4 +393,4 @@ def study(settings, seeds, clips, folder=None) -> study_lib.Study:
 
 
 def _case(levels) -> str:
-  return f"linear code, {levels * nested.STEP} tokens a block"
+  return f"linear, {levels * nested.STEP} tokens"

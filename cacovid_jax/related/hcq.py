@@ -378,5 +378,4 @@ def study(settings, seeds, clips, folder=None) -> study_lib.Study:
 
 
 def _case(codes) -> str:
-  size = quantisers.num_bytes(*codes)
-  return f"{size:g} bytes ({codes[0]} x {codes[1]})"
+  return f"{codes[0]} x {codes[1]}"

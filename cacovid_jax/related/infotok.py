@@ -142,12 +142,12 @@ def _linear_arms(settings, seed, mean_levels):
   own = functools.partial(counts, total=total, low=1, high=high)
   chosen = {
     "uniform": allocators.uniform(half, total, 1, high),
-    "by full-rate error (published)": own(curves[:, high]),
-    "by half-rate error": own(half),
-    "by half-rate error, power 0.5": own(half, power=0.5),
-    "by energy": own(curves[:, 0]),
-    "rounded down (released)": released_counts(half, total, 1, high),
-    "oracle: exact": allocators.adaptok(
+    "full rate (published)": own(curves[:, high]),
+    "half rate": own(half),
+    "half rate, power 0.5": own(half, power=0.5),
+    "energy": own(curves[:, 0]),
+    "floor (released)": released_counts(half, total, 1, high),
+    "exact (oracle)": allocators.adaptok(
       jnp.asarray(curves[:, 1:]), total, 1, high
     ),
   }
@@ -174,7 +174,7 @@ def _source_arms(settings, seed, folder):
   out = {}
   for arm, informed in (
     ("mask told", True),
-    ("mask not told (released)", False),
+    ("not told (released)", False),
   ):
     net = ScalarTokenizer(told=informed)
     rng = jax.random.key(seed)
@@ -216,12 +216,12 @@ def study(settings, seeds, clips, folder=None) -> study_lib.Study:
 
   def bars(table):
     least, most = study_lib.Bar.least, study_lib.Bar.most
-    out, ours = [], "by half-rate error, power 0.5"
+    out, ours = [], "half rate, power 0.5"
     for levels in settings.mean_levels:
       case = _case(levels)
       gains = table.values(case, ours, "dB over uniform")
       out.append(least(f"{case}: dB over uniform, least seed", min(gains), 0.0))
-      bound = table.mean(case, "oracle: exact", "dB over uniform")
+      bound = table.mean(case, "exact (oracle)", "dB over uniform")
       share = float(np.mean(gains)) / max(bound, 1e-9)
       text = f"{case}: share of the exact gain, which bounds it"
       out.append(most(text, share, 1.0))
@@ -245,4 +245,4 @@ def study(settings, seeds, clips, folder=None) -> study_lib.Study:
 
 
 def _case(levels) -> str:
-  return f"{levels * nested.STEP} tokens a block"
+  return f"{levels * nested.STEP} tokens"

@@ -134,9 +134,9 @@ def test_the_smallest_study_runs(tmp_path):
   study = adaptok.study(config, (0,), None, tmp_path)
   found = [(cell.case, cell.seed, cell.run()) for cell in study.cells]
   table = study_lib.Outcome(found)
-  case = "linear code, 16 tokens a block"
-  oracle = table.mean(case, "oracle: exact errors", "dB over fixed")
-  assert 0 < oracle and table.mean(case, "by the scorer", "tokens") == 16
-  assert oracle >= table.mean(case, "by the scorer", "dB over fixed")
+  case = "linear, 16 tokens"
+  oracle = table.mean(case, "exact (oracle)", "dB over fixed")
+  assert 0 < oracle and table.mean(case, "scorer", "tokens") == 16
+  assert oracle >= table.mean(case, "scorer", "dB over fixed")
   assert len(study.bars(table)) == 5
   assert study.picture(table).startswith("<?xml")

@@ -86,13 +86,13 @@ def test_the_smallest_study_runs():
   study = infotok.study(config, (0,), None)
   found = [(cell.case, cell.seed, cell.run()) for cell in study.cells]
   table = study_lib.Outcome(found)
-  case = "16 tokens a block"
+  case = "16 tokens"
   tokens = [
     table.mean(case, arm, "tokens") for c, arm in table.rows if c == case
   ]
   # All but the released rounding spend the same.
   assert sum(np.isclose(tokens, 16)) == len(tokens) - 1
-  best = table.mean(case, "oracle: exact", "squared error")
+  best = table.mean(case, "exact (oracle)", "squared error")
   for c, arm in table.rows:
     if c == case and "released" not in arm:
       assert best <= table.mean(case, arm, "squared error") + 1e-9
