@@ -85,7 +85,7 @@ def _hcq(size):
 
 def _infotok(size):
   return dict(
-    clips=_of(size, 8, 100, 100),
+    clips=_of(size, 20, 100, 100),
     mean_levels=_of(size, (4,), (2, 4, 8), (2, 4, 8)),  # Of 16.
     # Clips of the source of k bits, to train on and to test on.
     source=_of(size, 64, 4000, 20000),
@@ -100,7 +100,7 @@ def _adaptok(size):
   return dict(
     # Clips of the linear code, to fit and to allocate to: the exact allocator
     # takes their square.
-    linear=_of(size, (8, 8), (400, 100), (1500, 100)),
+    linear=_of(size, (20, 8), (400, 100), (1500, 100)),
     mean_levels=_of(size, (4,), (2, 4, 8), (2, 4, 8)),  # Of 16.
     train=_of(size, 16, 2000, 20000),
     test=_of(size, 4, 64, 256),

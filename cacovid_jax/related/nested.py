@@ -13,6 +13,8 @@ import dataclasses
 import numpy as np
 from scipy import fft
 
+from cacovid_jax import errors
+
 FRAMES, SIDE = 8, 16
 BLOCK = 2  # Frames of a block.
 BLOCKS = FRAMES // BLOCK
@@ -65,6 +67,11 @@ class LinearCode:
 
   @classmethod
   def fit(cls, x) -> "LinearCode":
+    if len(x) <= LEVELS * STEP:
+      raise errors.UserError(
+        f"{len(x)} blocks cannot show {LEVELS * STEP} directions; give more"
+        f" than {LEVELS * STEP // BLOCKS} clips"
+      )
     mean = x.mean(axis=0)
     _, _, axes = np.linalg.svd(x - mean, full_matrices=False)
     return cls(mean, axes[: LEVELS * STEP])

@@ -20,7 +20,8 @@ def small():
   net = adaptok.BlockTokenizer(4, 16, 1, 4, 16)
   x = jnp.asarray(nested.patches(nested.squares(0, 3)[0]))
   counts = jnp.full(x.shape[:2], 4)
-  return net, net.init(jax.random.key(0), x, counts)["params"], x
+  params = jax.jit(net.init)(jax.random.key(0), x, counts)["params"]
+  return net, params, x
 
 
 def test_patches_are_cut_block_by_block():

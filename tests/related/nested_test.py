@@ -1,8 +1,10 @@
 """The linear code against scikit-learn, and the clips of squares."""
 
 import numpy as np
+import pytest
 from sklearn import decomposition, linear_model
 
+from cacovid_jax import errors
 from cacovid_jax.related import nested
 
 
@@ -34,3 +36,8 @@ def test_clips_hold_more_with_more_squares():
   lit = (clips[:, 0] > 0).mean(axis=(1, 2))
   assert lit[counts >= 5].mean() > 2 * lit[counts == 1].mean()
   assert nested.features(nested.blocks(clips)).shape == (800, 17)
+
+
+def test_too_few_clips_for_the_code_are_one_line():
+  with pytest.raises(errors.UserError, match="32 blocks .* more than 16 clips"):
+    nested.LinearCode.fit(nested.blocks(nested.squares(0, 8)[0]))
